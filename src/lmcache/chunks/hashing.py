@@ -1,0 +1,111 @@
+"""Chunk hashes: the same in every process and on every host.
+
+root  = BLAKE3 derive_key("lmcache chunk v1", fingerprint, cache_salt, LoRA name, LoRA content id, each length-prefixed)
+chunk = first 16 bytes of BLAKE3(parent, token count as u32, token ids as u32, that chunk's extras length-prefixed)
+
+All integers are little-endian. An extra is whatever else decides the numbers from that chunk on: a multimodal
+identifier with its offset, a digest of prompt embeddings. So a second image changes only what follows it. An unfull chunk
+has the same formula and is never a parent.
+"""
+
+from __future__ import annotations
+
+import struct
+import sys
+from array import array
+from collections.abc import Callable, Sequence
+
+from blake3 import blake3
+
+HASH_BYTES = 16
+_ROOT_CONTEXT = "lmcache chunk v1"
+_U32 = struct.Struct("<I")
+_TYPECODE = "I" if array("I").itemsize == 4 else "L"
+
+Extras = Callable[[int, int], bytes]
+"""Given a half-open token range, the encoded extras inside it (b"" where there are none)."""
+
+
+def chunk_root(fingerprint: bytes, cache_salt: str = "", lora_name: str = "", lora_id: str = "") -> bytes:
+    """The 16 bytes that stand in for the parent of a prompt's first chunk."""
+    fields = (fingerprint, cache_salt.encode(), lora_name.encode(), lora_id.encode())
+    material = b"".join(_U32.pack(len(field)) + field for field in fields)
+    return blake3(material, derive_key_context=_ROOT_CONTEXT).digest(HASH_BYTES)
+
+
+def chunk_hash(parent: bytes, token_ids: Sequence[int], extras: bytes = b"") -> bytes:
+    """The 16-byte hash of one chunk, full or not.
+
+    Raises:
+        OverflowError: a token id is negative or does not fit in 32 bits.
+    """
+    return _hash(parent, len(token_ids), token_bytes(token_ids), extras)
+
+
+def encode_extra(identifier: str | bytes, offset: int) -> bytes:
+    """One extra (a multimodal item, say) at a token offset from the prompt's start, length-prefixed."""
+    raw = identifier.encode() if isinstance(identifier, str) else identifier
+    return _U32.pack(len(raw)) + raw + struct.pack("<q", offset)
+
+
+def token_bytes(token_ids: Sequence[int]) -> bytes:
+    """Token ids as little-endian uint32."""
+    ids = array(_TYPECODE, token_ids)
+    if sys.byteorder == "big":
+        ids.byteswap()
+    return ids.tobytes()
+
+
+def _hash(parent: bytes, count: int, ids: bytes, extras: bytes) -> bytes:
+    material = parent + _U32.pack(count) + ids
+    if extras:
+        material += _U32.pack(len(extras)) + extras
+    return blake3(material).digest(HASH_BYTES)
+
+
+class TokenChain:
+    """The growing chunk hashes of one prompt: only tokens that were not hashed before are hashed.
+
+    >>> chain = TokenChain(chunk_root(b"f" * 16), chunk_tokens=4)
+    >>> chain.extend(range(9))
+    2
+    >>> len(chain.hashes) // HASH_BYTES
+    2
+    """
+
+    __slots__ = ("_extras", "chunk_tokens", "hashes", "root")
+
+    def __init__(self, root: bytes, chunk_tokens: int, extras: Extras | None = None) -> None:
+        self.root = root
+        self.chunk_tokens = chunk_tokens
+        self.hashes = b""
+        """16 bytes for each full chunk so far, joined."""
+        self._extras = extras
+
+    def __len__(self) -> int:
+        """Full chunks hashed so far."""
+        return len(self.hashes) // HASH_BYTES
+
+    def parent(self, chunk: int) -> bytes:
+        """The hash before chunk number `chunk`: the root for the first one."""
+        return self.hashes[(chunk - 1) * HASH_BYTES : chunk * HASH_BYTES] if chunk else self.root
+
+    def extend(self, token_ids: Sequence[int]) -> int:
+        """Hash the full chunks of `token_ids` (the whole prompt so far) that are new; return how many chunks there are.
+
+        Raises:
+            OverflowError: a token id is negative or does not fit in 32 bits.
+        """
+        size, done = self.chunk_tokens, len(self)
+        total = len(token_ids) // size
+        if total <= done:
+            return total
+        fresh = token_bytes(token_ids[done * size : total * size])
+        parent, out, step = self.parent(done), [], size * 4
+        for number in range(done, total):
+            at = (number - done) * step
+            extras = self._extras(number * size, (number + 1) * size) if self._extras else b""
+            parent = _hash(parent, size, fresh[at : at + step], extras)
+            out.append(parent)
+        self.hashes += b"".join(out)
+        return total

@@ -1,0 +1,105 @@
+"""Layouts: everything that must be equal for KV bytes to be exchangeable, and the part of it that one rank holds.
+
+The engine's block size, strides and attention backend are not here: a slot has one canonical order
+([layer][K, V][token][kv head][head dim]; MLA: [layer][token][latent]), and bringing KV into it is the transfer's business.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Literal
+
+import msgspec
+from blake3 import blake3
+
+from lmcache.errors import LayoutError
+
+SLOT_ORDER_VERSION = 1
+CODEC_RAW = 0
+FINGERPRINT_BYTES = 16
+
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "fp8_e4m3": 1, "fp8_e5m2": 1, "int8": 1, "uint8": 1}
+
+
+class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a whole model's KV looks like, chunk by chunk.
+
+    model_id: identity of the weights (repository and commit, or a digest of a local directory).
+    kv_dtype: a key of `DTYPE_BYTES`. kv_scales: digest of static KV scales, "" where there are none.
+    num_kv_heads: of the whole model, before any parallel split (1 for MLA). head_size: elements of one head's K or V
+    (MLA: of the latent). config_digest: RoPE and every other override that changes the numbers.
+    """
+
+    model_id: str
+    kv_dtype: str
+    num_layers: int
+    num_kv_heads: int
+    head_size: int
+    chunk_tokens: int
+    kind: Literal["mha", "mla"] = "mha"
+    kv_scales: str = ""
+    config_digest: str = ""
+    slot_order: int = SLOT_ORDER_VERSION
+    codec: int = CODEC_RAW
+
+    def __post_init__(self) -> None:
+        if self.kv_dtype not in DTYPE_BYTES:
+            raise LayoutError(f"KV dtype {self.kv_dtype!r} is not one of {', '.join(DTYPE_BYTES)}")
+        for name in ("num_layers", "num_kv_heads", "head_size", "chunk_tokens"):
+            if getattr(self, name) < 1:
+                raise LayoutError(f"{name} is {getattr(self, name)}; it must be at least 1")
+
+    @property
+    def planes_per_layer(self) -> int:
+        """2 (K and V), or 1 for MLA, whose latent serves as both."""
+        return 1 if self.kind == "mla" else 2
+
+    @property
+    def fingerprint(self) -> bytes:
+        """16 bytes that are equal exactly when KV may be exchanged."""
+        return _fingerprint(self)
+
+
+@functools.lru_cache(maxsize=256)
+def _fingerprint(layout: Layout) -> bytes:
+    return blake3(b"lmcache layout v1" + msgspec.msgpack.encode(layout, order="deterministic")).digest(FINGERPRINT_BYTES)
+
+
+class Shard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One rank's part of every chunk: half-open ranges of layers and of KV heads, and its place among all shards."""
+
+    index: int
+    count: int
+    first_layer: int
+    end_layer: int
+    first_head: int
+    end_head: int
+
+    def slot_bytes(self, layout: Layout) -> int:
+        """Raw bytes of this shard of one full chunk."""
+        return self.token_bytes(layout) * layout.chunk_tokens
+
+    def token_bytes(self, layout: Layout) -> int:
+        """Raw bytes of this shard for one token."""
+        layers, heads = self.end_layer - self.first_layer, self.end_head - self.first_head
+        return layers * layout.planes_per_layer * heads * layout.head_size * DTYPE_BYTES[layout.kv_dtype]
+
+
+def shard_of_rank(
+    layout: Layout, tp_rank: int, tp_size: int, first_layer: int, end_layer: int, pp_rank: int = 0, pp_size: int = 1
+) -> Shard:
+    """The shard that a tensor-parallel rank holds.
+
+    With MLA every tensor-parallel rank holds the same latent, so they share one shard. With more ranks than KV heads the
+    heads are replicated, so groups of `tp_size / num_kv_heads` ranks share one shard.
+
+    Raises:
+        LayoutError: the KV heads do not divide among the ranks.
+    """
+    heads = layout.num_kv_heads
+    parts = 1 if layout.kind == "mla" else min(tp_size, heads)
+    if heads % parts or tp_size % parts:
+        raise LayoutError(f"{heads} KV heads cannot be split evenly among tensor_parallel_size={tp_size}")
+    part = tp_rank * parts // tp_size
+    width = heads // parts
+    return Shard(pp_rank * parts + part, pp_size * parts, first_layer, end_layer, part * width, (part + 1) * width)
