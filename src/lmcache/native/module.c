@@ -1,0 +1,27 @@
+/* The module lmcache._native: it only puts together what the other files hold. */
+#include "native.h"
+
+static int execute(PyObject *module)
+{
+    if (PyModule_AddFunctions(module, lmcache_copy_methods) < 0)
+        return -1;
+    return lmcache_add_table(module);
+}
+
+static PyModuleDef_Slot slots[] = {
+    {Py_mod_exec, execute},
+    {0, NULL},
+};
+
+static struct PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT,
+    .m_name = "lmcache._native",
+    .m_doc = "Plain C under LMCache: copies between paged KV and slots, and the index table.",
+    .m_size = 0,
+    .m_slots = slots,
+};
+
+PyMODINIT_FUNC __attribute__((visibility("default"))) PyInit__native(void)
+{
+    return PyModuleDef_Init(&definition);
+}

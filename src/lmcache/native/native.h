@@ -1,0 +1,21 @@
+/* What the C files of lmcache._native share.
+ *
+ * Stable ABI of Python 3.10: one build serves every later Python. The buffer protocol is not part of that ABI, so only
+ * integers (addresses) and bytes cross from Python into C.
+ */
+#ifndef LMCACHE_NATIVE_H
+#define LMCACHE_NATIVE_H
+
+#ifndef Py_LIMITED_API
+#define Py_LIMITED_API 0x030a0000
+#endif
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+/* copy.c: paged KV <-> slots. Ends with a zero entry. */
+extern PyMethodDef lmcache_copy_methods[];
+
+/* table.c: adds the `Table` type to the module. 0, or -1 with a Python error set. */
+int lmcache_add_table(PyObject *module);
+
+#endif
