@@ -1,0 +1,392 @@
+"""The index of one space: which chunks it has, in which slots, how old they are, and who is using them.
+
+A *record* is one chunk. It has an id (0 .. 2**32 - 2, reused after `free`), the chunk's 16-byte hash, a parent (the
+chunk before it in the prompt), and for every shard a state (empty, filling, done) with a slot, named by its page.
+
+    attached  in the index: `match` and `get` find it, it has a place in the LRU order and in its parent's children.
+    detached  out of all of these, for good. Slots and pins can still be read until `free`, which is refused while a
+              reader (pin) or a writer (filling) may still touch the slots.
+
+The LRU order is exact. A prefix is touched tail first, so a chunk is never older than what follows it, and a victim is
+always the tail end of something: the oldest attached record without pins, shards being filled, or children.
+
+The same table exists twice: `PyTable` here, which is the specification, and `lmcache._native.Table` in C, which takes a
+tenth of the memory. `ChunkTable` is the native one where it was built, unless LMCACHE_NO_NATIVE is set. "ids" and
+"pages" are bytes: little-endian u32, one after another. A call that raises has changed nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+EMPTY, FILLING, DONE = 0, 1, 2
+COMPLETED, RELEASED = 1, 2  # what `end_fill` can return beside 0
+KEY_BYTES = 16
+MAX_RECORDS = 2**32 - 1
+NO_PAGE = 2**32 - 1
+MAX_SHARDS = 65535
+MAX_PINS = 2**32 - 1
+
+
+class Table(Protocol):
+    """What both tables can do. Every method raises ValueError for an id that no record has."""
+
+    def match(self, hashes: bytes, /) -> bytes:
+        """Ids of the leading hashes (16 bytes each) whose records are attached and have all shards done."""
+
+    def get(self, key: bytes, /) -> int:
+        """The id of the attached record with this hash, in any state, or -1."""
+
+    def insert(self, key: bytes, parent: int, /) -> int:
+        """A new attached record, the newest one. ValueError when the hash is there, or the parent (-1: none) is not."""
+
+    def touch(self, ids: bytes, /) -> None:
+        """Touch these, the last one first, so that ids[0] ends up as the newest. Detached ones are skipped."""
+
+    def touch_path(self, record: int, /) -> None:
+        """Touch the record and all its ancestors, deepest first, so that the root ends up as the newest."""
+
+    def pin(self, ids: bytes, /) -> None:
+        """One more reader of each."""
+
+    def unpin(self, ids: bytes, /) -> bytes:
+        """One reader less of each; ValueError for one that has none. Returns the ids that the caller may free now."""
+
+    def begin_fill(self, record: int, shard: int, page: int, /) -> None:
+        """empty -> filling, into the slot at `page`. ValueError in any other state, or when the record is detached."""
+
+    def end_fill(self, record: int, shard: int, ok: bool, /) -> int:
+        """filling -> done, or -> empty when not `ok` (its slot is then the caller's to free).
+
+        Returns COMPLETED when the record is attached and has become complete, RELEASED when it is detached and may be
+        freed now, else 0.
+        """
+
+    def state(self, record: int, shard: int, /) -> int:
+        """EMPTY, FILLING or DONE."""
+
+    def slot(self, record: int, shard: int, /) -> int:
+        """The page of its slot, or -1 when the shard is empty."""
+
+    def slots(self, ids: bytes, /) -> bytes:
+        """Pages, [record][shard]; NO_PAGE where a shard is empty."""
+
+    def detach(self, record: int, /) -> bytes:
+        """Detach the record and all its descendants; their ids, descendants before ancestors. ValueError when it is."""
+
+    def free(self, record: int, /) -> None:
+        """Forget a record that is detached, unpinned and not being filled; ValueError otherwise."""
+
+    def victim(self) -> int:
+        """The oldest attached record without pins, filling shards and children, or -1."""
+
+    def oldest(self) -> int:
+        """The oldest attached record, or -1."""
+
+    def in_pages(self, first_page: int, end_page: int, /) -> bytes:
+        """Ids, ascending, of attached records with a slot (filling or done) in first_page <= page < end_page."""
+
+    def key(self, record: int, /) -> bytes:
+        """Its hash."""
+
+    def parent(self, record: int, /) -> int:
+        """The parent's id; -1 for a root, and for every detached record."""
+
+    def children(self, record: int, /) -> int:
+        """How many attached children it has."""
+
+    def pins(self, record: int, /) -> int:
+        """How many readers it has."""
+
+    def filling(self, record: int, /) -> int:
+        """How many of its shards are being filled."""
+
+    def complete(self, record: int, /) -> bool:
+        """Whether all shards are done."""
+
+    def attached(self, record: int, /) -> bool:
+        """Whether it is in the index."""
+
+    def __len__(self) -> int:
+        """Attached records."""
+
+    def detached(self) -> int:
+        """Detached records that were not freed yet."""
+
+    def memory_bytes(self) -> int:
+        """What the table itself takes."""
+
+
+def pack(numbers: Iterable[int]) -> bytes:
+    """Ids or pages as bytes."""
+    values = list(numbers)
+    return struct.pack(f"<{len(values)}I", *values)
+
+
+def unpack(packed: bytes) -> tuple[int, ...]:
+    """Bytes as ids or pages; ValueError when they are no whole number of u32."""
+    if len(packed) % 4:
+        raise ValueError(f"{len(packed)} bytes of ids; each id takes 4")
+    return struct.unpack(f"<{len(packed) // 4}I", packed)
+
+
+class _Record:
+    __slots__ = ("attached", "children", "key", "pages", "parent", "pins", "states")
+
+    def __init__(self, key: bytes, parent: int, shards: int) -> None:
+        self.key = key
+        self.parent = parent
+        self.attached = True
+        self.pins = 0
+        self.children: dict[int, None] = {}
+        self.states = bytearray(shards)
+        self.pages: dict[int, int] = {}  # by shard, for those filling or done
+
+    @property
+    def filling(self) -> int:
+        return self.states.count(FILLING)
+
+    @property
+    def complete(self) -> bool:
+        return self.states.count(DONE) == len(self.states)
+
+    @property
+    def idle(self) -> bool:
+        return not self.pins and not self.filling
+
+    @property
+    def evictable(self) -> bool:
+        return self.idle and not self.children
+
+
+class PyTable:
+    """The specification, and what runs where no C compiler was."""
+
+    def __init__(self, shards: int, /) -> None:
+        if not 1 <= shards <= MAX_SHARDS:
+            raise ValueError(f"{shards} shards a chunk; give 1 to {MAX_SHARDS}")
+        self._shards = shards
+        self._records: dict[int, _Record] = {}
+        self._by_key: dict[bytes, int] = {}
+        self._lru: OrderedDict[int, None] = OrderedDict()  # attached ids, oldest first
+        self._free: list[int] = []  # ids to reuse, the last one first
+        self._next_id = 0
+
+    def _record(self, record: int) -> _Record:
+        found = self._records.get(record)
+        if found is None:
+            raise ValueError(f"no record has the id {record}; it was freed or never made")
+        return found
+
+    def _shard(self, record: int, shard: int) -> _Record:
+        found = self._record(record)
+        if not 0 <= shard < self._shards:
+            raise ValueError(f"shard {shard} is not one of the {self._shards} of this table")
+        return found
+
+    # The index
+
+    def match(self, hashes: bytes, /) -> bytes:
+        if len(hashes) % KEY_BYTES:
+            raise ValueError(f"{len(hashes)} bytes of hashes; each hash takes {KEY_BYTES}")
+        found = []
+        for start in range(0, len(hashes), KEY_BYTES):
+            record = self._by_key.get(hashes[start : start + KEY_BYTES])
+            if record is None or not self._records[record].complete:
+                break
+            found.append(record)
+        return pack(found)
+
+    def get(self, key: bytes, /) -> int:
+        _check_key(key)
+        return self._by_key.get(key, -1)
+
+    def insert(self, key: bytes, parent: int, /) -> int:
+        _check_key(key)
+        if key in self._by_key:
+            raise ValueError(f"hash {key.hex()} is in the table already; get it instead")
+        if parent != -1 and not self._record(parent).attached:
+            raise ValueError(f"parent {parent} is detached; insert it anew first")
+        if not self._free and self._next_id == MAX_RECORDS:
+            raise ValueError(f"the table is full: {MAX_RECORDS} records; free some first")
+        if self._free:
+            record = self._free.pop()
+        else:
+            record, self._next_id = self._next_id, self._next_id + 1
+        self._records[record] = _Record(key, parent, self._shards)
+        self._by_key[key] = record
+        self._lru[record] = None
+        if parent != -1:
+            self._records[parent].children[record] = None
+        return record
+
+    def detach(self, record: int, /) -> bytes:
+        if not self._record(record).attached:
+            raise ValueError(f"record {record} is detached already")
+        family = [record]
+        for member in family:  # grows while it is walked: parents before children, the newest child first
+            family.extend(reversed(self._records[member].children))
+        self._records.get(self._records[record].parent, self._records[record]).children.pop(record, None)
+        for member in family:
+            found = self._records[member]
+            found.attached, found.parent = False, -1
+            found.children.clear()
+            del self._by_key[found.key], self._lru[member]
+        return pack(reversed(family))
+
+    def free(self, record: int, /) -> None:
+        found = self._record(record)
+        if found.attached or not found.idle:
+            raise ValueError(
+                f"record {record} cannot be freed yet: "
+                f"attached {found.attached}, pins {found.pins}, filling {found.filling}"
+            )
+        del self._records[record]
+        self._free.append(record)
+
+    # Age
+
+    def touch(self, ids: bytes, /) -> None:
+        records = unpack(ids)
+        for record in records:
+            self._record(record)
+        for record in reversed(records):
+            if record in self._lru:
+                self._lru.move_to_end(record)
+
+    def touch_path(self, record: int, /) -> None:
+        if not self._record(record).attached:
+            return
+        while record != -1:
+            self._lru.move_to_end(record)
+            record = self._records[record].parent
+
+    def victim(self) -> int:
+        return next((record for record in self._lru if self._records[record].evictable), -1)
+
+    def oldest(self) -> int:
+        return next(iter(self._lru), -1)
+
+    # Readers and writers
+
+    def pin(self, ids: bytes, /) -> None:
+        records = unpack(ids)
+        for record in records:
+            if self._record(record).pins > MAX_PINS - len(records):
+                raise ValueError(f"record {record} has {self._records[record].pins} pins, which is too many")
+        for record in records:
+            self._records[record].pins += 1
+
+    def unpin(self, ids: bytes, /) -> bytes:
+        records = unpack(ids)
+        for record in records:
+            self._record(record)
+        released = []
+        for done, record in enumerate(records):
+            found = self._records[record]
+            if not found.pins:
+                for undo in records[:done]:
+                    self._records[undo].pins += 1
+                raise ValueError(f"record {record} has no pin left to remove; unpin what was pinned, once")
+            found.pins -= 1
+            if not found.attached and found.idle:
+                released.append(record)
+        return pack(released)
+
+    def begin_fill(self, record: int, shard: int, page: int, /) -> None:
+        found = self._shard(record, shard)
+        if not 0 <= page < NO_PAGE:
+            raise ValueError(f"page {page} is no page of an arena; pages are 0 to {NO_PAGE - 1}")
+        if not found.attached or found.states[shard] != EMPTY:
+            raise ValueError(
+                f"shard {shard} of record {record} cannot be filled: "
+                f"attached {found.attached}, state {found.states[shard]}"
+            )
+        found.states[shard] = FILLING
+        found.pages[shard] = page
+
+    def end_fill(self, record: int, shard: int, ok: bool, /) -> int:
+        found = self._shard(record, shard)
+        if found.states[shard] != FILLING:
+            raise ValueError(f"shard {shard} of record {record} is not being filled: state {found.states[shard]}")
+        found.states[shard] = DONE if ok else EMPTY
+        if not ok:
+            del found.pages[shard]
+        if found.attached:
+            return COMPLETED if found.complete else 0
+        return RELEASED if found.idle else 0
+
+    # Reading
+
+    def state(self, record: int, shard: int, /) -> int:
+        return self._shard(record, shard).states[shard]
+
+    def slot(self, record: int, shard: int, /) -> int:
+        return self._shard(record, shard).pages.get(shard, -1)
+
+    def slots(self, ids: bytes, /) -> bytes:
+        shards = range(self._shards)
+        pages = [self._record(record).pages for record in unpack(ids)]
+        return pack(own.get(shard, NO_PAGE) for own in pages for shard in shards)
+
+    def in_pages(self, first_page: int, end_page: int, /) -> bytes:
+        found = (
+            record
+            for record in self._lru
+            if any(first_page <= page < end_page for page in self._records[record].pages.values())
+        )
+        return pack(sorted(found))
+
+    def key(self, record: int, /) -> bytes:
+        return self._record(record).key
+
+    def parent(self, record: int, /) -> int:
+        return self._record(record).parent
+
+    def children(self, record: int, /) -> int:
+        return len(self._record(record).children)
+
+    def pins(self, record: int, /) -> int:
+        return self._record(record).pins
+
+    def filling(self, record: int, /) -> int:
+        return self._record(record).filling
+
+    def complete(self, record: int, /) -> bool:
+        return self._record(record).complete
+
+    def attached(self, record: int, /) -> bool:
+        return self._record(record).attached
+
+    def __len__(self) -> int:
+        return len(self._lru)
+
+    def detached(self) -> int:
+        return len(self._records) - len(self._lru)
+
+    def memory_bytes(self) -> int:
+        """An estimate: about 900 bytes a record with one shard in CPython 3.11, and 100 for each further shard."""
+        return len(self._records) * (800 + 100 * self._shards) + 4 * len(self._free)
+
+
+def _check_key(key: bytes) -> None:
+    if len(key) != KEY_BYTES:
+        raise ValueError(f"a hash of {len(key)} bytes; it takes {KEY_BYTES}")
+
+
+def _choose() -> Callable[[int], Table]:
+    if os.environ.get("LMCACHE_NO_NATIVE"):
+        return PyTable
+    try:
+        from lmcache._native import Table as NativeTable
+    except ImportError:
+        return PyTable
+    table: Callable[[int], Table] = NativeTable
+    return table
+
+
+ChunkTable: Callable[[int], Table] = _choose()
