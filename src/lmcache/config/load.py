@@ -1,0 +1,225 @@
+"""Filling a ServerConfig: flags > environment > file > defaults. Every source gives text; the table's parsers read it."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import os
+import re
+import stat
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lmcache.config import options
+from lmcache.config.options import ENV_PREFIX
+from lmcache.config.server import GROUPS, OPTIONS, ServerConfig
+from lmcache.errors import ConfigError
+
+_LONGEST_FILE_BYTES = 1 << 20
+_SHORT_TOKEN = 16  # characters: below this a token can be guessed over a fast network
+_KUBERNETES_LINK = re.compile(r"(tcp|udp|sctp)://")
+_KUBERNETES_NAME = re.compile(r"(_|^)(SERVICE_HOST|SERVICE_PORT(_.*)?|PORT_\d+_(TCP|UDP|SCTP)(_.*)?)$")
+_REFERENCE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
+_BY_KEY = {option.key: option for option in OPTIONS}
+_BY_NAME = {option.name: option for option in OPTIONS}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """A filled configuration and how it came about."""
+
+    config: ServerConfig
+    sources: Mapping[str, str]
+    """Field name -> where its value is from: a flag, a variable, FILE:LINE, `default`."""
+    warnings: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Given:
+    """One setting as it was found: its text, and how to name the place in a message."""
+
+    text: str
+    source: str
+    said: str
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add every option of the table to a parser; values arrive as text under the field's name, None where not given."""
+    groups = {name: parser.add_argument_group(title) for name, title in GROUPS.items()}
+    for option in OPTIONS:
+        default = f" Default: {option.default_text}." if option.default_text else ""
+        names = " or ".join(filter(None, (option.env, option.extra_env)))
+        text = f"{option.help}{default} [{names}]".replace("%", "%%")
+        if option.is_switch:
+            groups[option.group].add_argument(
+                option.flag, dest=option.name, action="store_const", const="true", help=text
+            )
+        else:
+            groups[option.group].add_argument(option.flag, dest=option.name, metavar=option.metavar, help=text)
+
+
+def load(flags: Mapping[str, str | None], environ: Mapping[str, str] | None = None) -> Settings:
+    """Fill a ServerConfig. `flags`: field name -> text, None where not given; `environ`: os.environ unless told.
+
+    Raises:
+        ConfigError: one line that names the setting, its value, where it came from and what to do.
+    """
+    environ = os.environ if environ is None else environ
+    warnings: list[str] = []
+    given = _from_environment(environ, warnings)
+    given |= {name: _from_flag(name, text) for name, text in flags.items() if text is not None}
+    if "config" in given:
+        path = _value("config", given["config"])
+        given = {**_from_file(path, environ), **given}
+    values = {name: _value(name, found) for name, found in given.items()}
+    if "api_token" in given and given["api_token"].source == "--api-token":
+        warnings.append("--api-token is visible to every user of this machine (ps): prefer --api-token-file")
+    values |= _token_from_file(values, given)
+    config = ServerConfig(**values)
+    _check_together(config)
+    if config.api_token and len(config.api_token) < _SHORT_TOKEN:
+        warnings.append(f"the API token has fewer than {_SHORT_TOKEN} characters and can be guessed: make a longer one")
+    sources = {option.name: given[option.name].source if option.name in given else "default" for option in OPTIONS}
+    return Settings(config, sources, tuple(warnings))
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A remedy for a name that does not exist: the one that was probably meant, or all."""
+    names = list(known)
+    found = difflib.get_close_matches(name, names, n=1)
+    return f"did you mean {found[0]}?" if found else f"known: {', '.join(names)}"
+
+
+def check_secret_file(path: Path, said: str) -> None:
+    """A file with a secret in it must be readable, and by its owner only.
+
+    Raises:
+        ConfigError: it is not; the message names the chmod.
+    """
+    try:
+        with path.open("rb") as file:
+            mode = os.fstat(file.fileno()).st_mode
+    except OSError as error:
+        raise ConfigError(f"{said}: cannot read {path}: {error.strerror}") from error
+    if not stat.S_ISREG(mode):
+        raise ConfigError(f"{said}: {path} is not a file")
+    if mode & 0o077:
+        raise ConfigError(f"{said}: {path} holds a secret and others may read it: chmod 600 {path}")
+
+
+def _from_flag(name: str, text: str) -> _Given:
+    option = _BY_NAME[name]
+    return _Given(text, option.flag, option.flag if option.secret or option.is_switch else f"{option.flag} {text}")
+
+
+def _value(name: str, given: _Given) -> Any:
+    option = _BY_NAME[name]
+    try:
+        return option.parse(given.text)
+    except ValueError as error:
+        raise ConfigError(f"{given.said}: {error}") from None
+
+
+def _from_environment(environ: Mapping[str, str], warnings: list[str]) -> dict[str, _Given]:
+    """Every LMCACHE_SERVER_* that is set; an empty one counts as not set."""
+    found: dict[str, _Given] = {}
+    for option in OPTIONS:
+        for variable in (option.extra_env, option.env):
+            text = environ.get(variable, "") if variable else ""
+            if option.name in ("port", "http_port") and _KUBERNETES_LINK.match(text):
+                warnings.append(f"{variable}={text} is Kubernetes' link to a service, not a port: ignored")
+            elif text:
+                found[option.name] = _Given(text, variable, variable if option.secret else f"{variable}={text}")
+    names = [option.env for option in OPTIONS]
+    for variable in sorted(environ):
+        if variable.startswith(ENV_PREFIX) and variable not in names and not _KUBERNETES_NAME.search(variable):
+            warnings.append(f"{variable} is not a setting and is ignored: {nearest(variable, names)}")
+    return found
+
+
+def _from_file(path: Path, environ: Mapping[str, str]) -> dict[str, _Given]:
+    import yaml  # here: most starts have no file
+
+    try:
+        with path.open("rb") as file:
+            raw = file.read(_LONGEST_FILE_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"--config {path}: cannot be read: {error.strerror}") from error
+    if len(raw) > _LONGEST_FILE_BYTES:
+        raise ConfigError(f"--config {path}: larger than {_LONGEST_FILE_BYTES >> 20} MiB; that is no configuration")
+    try:
+        root = yaml.compose(raw.decode(), Loader=yaml.SafeLoader)
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--config {path}: is not UTF-8 text (byte {error.start})") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise ConfigError(f"{where}: is not YAML: {getattr(error, 'problem', None) or 'unreadable'}") from None
+    if root is None:
+        return {}
+    if not isinstance(root, yaml.MappingNode):
+        raise ConfigError(f"--config {path}: must be lines of `key: value`, such as `l1-size-gb: 20`")
+    found: dict[str, _Given] = {}
+    for key_node, value_node in root.value:
+        _read_entry(path, key_node, value_node, environ, found)
+    return found
+
+
+def _read_entry(
+    path: Path, key_node: Any, value_node: Any, environ: Mapping[str, str], found: dict[str, _Given]
+) -> None:
+    """One `key: value` of the file into `found`."""
+    where = f"{path}:{key_node.start_mark.line + 1}"
+    key = str(key_node.value).replace("_", "-")
+    option = _BY_KEY.get(key)
+    if option is None or not option.in_file:
+        known = [option.key for option in OPTIONS if option.in_file]
+        raise ConfigError(f"{where}: unknown key {str(key_node.value)!r}: {nearest(key, known)}")
+    if option.name in found:
+        raise ConfigError(f"{where}: {key} is given twice (first at {found[option.name].source}): remove one")
+    if not isinstance(value_node.value, str):
+        raise ConfigError(f"{where}: {key} must be one value, not a list or a mapping")
+    if value_node.tag.endswith(":null"):
+        return
+    text = _REFERENCE.sub(lambda match: _referenced(match[1], f"{where}: {key}", environ), value_node.value)
+    if option.secret and text == value_node.value:
+        check_secret_file(path, f"{where}: {key}")
+    found[option.name] = _Given(text, where, f"{where}: {key}" if option.secret else f"{where}: {key}: {text}")
+
+
+def _referenced(name: str, said: str, environ: Mapping[str, str]) -> str:
+    if name not in environ:
+        raise ConfigError(f"{said}: ${{{name}}} is not set: export {name}, or write the value")
+    return environ[name]
+
+
+def _token_from_file(values: Mapping[str, Any], given: Mapping[str, _Given]) -> dict[str, str]:
+    if values.get("api_token_file") is None:
+        return {}
+    said = given["api_token_file"].said
+    if values.get("api_token"):
+        raise ConfigError(f"{said}: {given['api_token'].source} gives a token as well: keep one of the two")
+    path: Path = values["api_token_file"]
+    check_secret_file(path, said)
+    text = path.read_bytes()[:1024].decode("ascii", "replace").strip()
+    try:
+        return {"api_token": options.token(text)}
+    except ValueError as error:
+        raise ConfigError(f"{said}: the token in {path} {error}") from None
+
+
+def _check_together(config: ServerConfig) -> None:
+    """What single values cannot tell."""
+    if config.auth_key_file and config.insecure_no_auth:
+        raise ConfigError("--auth-key-file and --insecure-no-auth contradict each other: keep one of the two")
+    if config.auth_key_file:
+        check_secret_file(config.auth_key_file, f"--auth-key-file {config.auth_key_file}")
+    if config.beyond_loopback and not config.auth_key_file and not config.insecure_no_auth:
+        raise ConfigError(
+            f"--host {config.host} lets other hosts in: pass --auth-key-file FILE, "
+            "or --insecure-no-auth if everybody on that network may read and write the cache"
+        )
+    if config.port and config.port == config.http_port:
+        raise ConfigError(f"--port {config.port} and --http-port {config.http_port} are the same: change one")

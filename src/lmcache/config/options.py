@@ -1,0 +1,139 @@
+"""A row of the table of settings, and the parsers that rows use: text -> value, or ValueError with what it must be."""
+
+from __future__ import annotations
+
+import dataclasses
+import ipaddress
+import math
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ENV_PREFIX = "LMCACHE_SERVER_"
+_LONGEST_SOCKET_DIR = 70  # bytes: sun_path holds 108, and the socket's own name needs its share
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """One row of the table: how a setting is called, read and explained."""
+
+    name: str
+    group: str
+    help: str
+    metavar: str
+    parse: Callable[[str], Any]
+    """Text -> value. Raises ValueError with what was expected ("must be ...")."""
+    default_text: str
+    secret: bool = False
+    in_file: bool = True
+    extra_env: str = ""
+
+    @property
+    def flag(self) -> str:
+        """As typed: `--l1-size-gb`."""
+        return "--" + self.key
+
+    @property
+    def key(self) -> str:
+        """As written in a file: `l1-size-gb`."""
+        return self.name.replace("_", "-")
+
+    @property
+    def env(self) -> str:
+        """As exported: `LMCACHE_SERVER_L1_SIZE_GB`."""
+        return ENV_PREFIX + self.name.upper()
+
+    @property
+    def is_switch(self) -> bool:
+        """Whether the flag stands alone, without a value."""
+        return self.parse is switch
+
+
+def integer(low: int, high: int) -> Callable[[str], int]:
+    """A whole number in [low, high]."""
+
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"[+-]?\d{1,18}", text) or not low <= int(text) <= high:
+            raise ValueError(f"must be a whole number from {low} to {high}")
+        return int(text)
+
+    return parse
+
+
+def number(low: float, high: float) -> Callable[[str], float]:
+    """A finite number in [low, high]."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            raise ValueError(f"must be a number from {low:g} to {high:g}")
+        return value
+
+    return parse
+
+
+def l1_size(text: str) -> float:
+    """GiB; `auto` is 0, which `lmcache.server.preflight` replaces by what suits the machine."""
+    return 0.0 if text.lower() == "auto" else number(0.001, 1e6)(text)
+
+
+def choice(names: tuple[str, ...]) -> Callable[[str], str]:
+    """One of some upper-case names, typed in any case."""
+
+    def parse(text: str) -> str:
+        if text.upper() not in names:
+            raise ValueError(f"unknown; known: {', '.join(names)}")
+        return text.upper()
+
+    return parse
+
+
+def address(text: str) -> str:
+    """An IP address; names are not looked up, since their answer may change. `localhost` and `*` are spelled out."""
+    named = {"localhost": "127.0.0.1", "*": "0.0.0.0"}.get(text.lower(), text.strip("[]"))
+    try:
+        return str(ipaddress.ip_address(named))
+    except ValueError:
+        raise ValueError("must be an IP address of this machine (127.0.0.1, 0.0.0.0 for all, ::1 ...)") from None
+
+
+def path(text: str) -> Path:
+    """An absolute path; `~` is the home directory."""
+    if not text or "\0" in text:
+        raise ValueError("must be a path")
+    return Path(text).expanduser().absolute()
+
+
+def socket_dir(text: str) -> Path:
+    """A directory short enough for the address of a Unix socket in it."""
+    directory = path(text)
+    if len(os.fsencode(directory)) > _LONGEST_SOCKET_DIR:
+        raise ValueError(f"too long for a Unix socket: use a path of at most {_LONGEST_SOCKET_DIR} bytes")
+    return directory
+
+
+def switch(text: str) -> bool:
+    """true or false, as YAML and shells say it."""
+    if text.lower() not in ("1", "true", "yes", "on", "0", "false", "no", "off"):
+        raise ValueError("must be true or false")
+    return text.lower() in ("1", "true", "yes", "on")
+
+
+def token(text: str) -> str:
+    """A bearer token."""
+    if not re.fullmatch(r"[!-~]{1,512}", text):
+        raise ValueError("must be 1 to 512 printable ASCII characters without spaces")
+    return text
+
+
+def default_socket_dir() -> Path:
+    """The user's runtime directory where there is one, else a private place in /tmp."""
+    runtime = os.environ.get("XDG_RUNTIME_DIR", "")
+    if runtime.startswith("/") and len(os.fsencode(runtime)) < _LONGEST_SOCKET_DIR - 8 and os.access(runtime, os.W_OK):
+        return Path(runtime, "lmcache")
+    return Path(f"/tmp/lmcache-{os.getuid()}")
