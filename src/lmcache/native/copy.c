@@ -1,6 +1,400 @@
-/* Paged KV <-> slots. */
+/* Paged KV <-> slots, in one call without the GIL.
+ *
+ * A plane (K or V of one layer) is a set of axes: token group, token, head, dim group, dim. Each axis has a stride in paged
+ * memory and one in the slot. Axes that step alike on both sides are fused, until what is left is one of two patterns:
+ *   rows        runs of bytes that are contiguous on both sides: copied with non-temporal stores where they are long,
+ *               because nobody reads the target soon and a normal store would read it from memory first;
+ *   transpose   single items, one axis dense in paged memory and another one in the slot (K stored [dim][token], pairs of
+ *               tokens or dims for matrix units): square tiles in registers.
+ * So every layout is right by the same few lines, and the usual ones are fast.
+ *
+ * Bounds were checked by the caller (transfer/cpu.py); nothing is allocated here.
+ */
 #include "native.h"
 
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#define LMCACHE_X86 1
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#define LMCACHE_NEON 1
+#endif
+
+enum { MAX_AXES = 5, LINE = 64, STREAM_BYTES = 128, PREFETCH_BYTES = 1024, CLAIM_BYTES = 256 << 10 };
+
+/* A row of CpuCopier's packed planes, in that order. Strides and offsets are in bytes. */
+typedef struct {
+    int64_t address, block_stride;
+    int64_t token_group, group_stride, token_stride;
+    int64_t heads, head_stride;
+    int64_t dims, dim_group, dim_group_stride, dim_stride;
+    int64_t slot_offset;
+} Plane;
+
+/* A row of `runs`. */
+typedef struct {
+    int64_t slot_offset, first_token, tokens, token_in_slot;
+} Run;
+
+typedef struct {
+    int64_t count, paged, slot;
+} Axis;
+
+typedef struct {
+    Axis axes[MAX_AXES]; /* outermost first; for a transpose the last two are (dense in the slot, dense in paged memory) */
+    int count;
+    int transpose;
+    int64_t item; /* bytes that are contiguous on both sides */
+} Pattern;
+
+/* ---- Kernels ------------------------------------------------------------------------------------------------------ */
+
+/* `count` rows of `bytes` bytes. `next` is what will be read after them: its first lines are fetched ahead. */
+typedef void (*RowsKernel)(char *to, int64_t to_stride, const char *from, int64_t from_stride, int64_t bytes,
+                           int64_t count, const char *next);
+
+/* to[c * to_stride + r * item] = from[r * from_stride + c * item] for r < rows, c < columns. */
+typedef void (*TransposeKernel)(char *to, int64_t to_stride, const char *from, int64_t from_stride, int64_t rows,
+                                int64_t columns);
+
+typedef struct {
+    const char *name;
+    RowsKernel rows;
+    TransposeKernel transpose_2, transpose_4;
+} Isa;
+
+#define SCALAR_TRANSPOSE(NAME, TYPE)                                                                                     \
+    static void NAME(char *to, int64_t to_stride, const char *from, int64_t from_stride, int64_t rows, int64_t columns)  \
+    {                                                                                                                    \
+        for (int64_t c = 0; c < columns; c++)                                                                            \
+            for (int64_t r = 0; r < rows; r++)                                                                           \
+                memcpy(to + c * to_stride + r * (int64_t)sizeof(TYPE),                                                   \
+                       from + r * from_stride + c * (int64_t)sizeof(TYPE), sizeof(TYPE));                                \
+    }
+SCALAR_TRANSPOSE(transpose_1_any, uint8_t)
+SCALAR_TRANSPOSE(transpose_2_any, uint16_t)
+SCALAR_TRANSPOSE(transpose_4_any, uint32_t)
+SCALAR_TRANSPOSE(transpose_8_any, uint64_t)
+
+static void rows_any(char *to, int64_t to_stride, const char *from, int64_t from_stride, int64_t bytes, int64_t count,
+                     const char *next)
+{
+    (void)next;
+    for (int64_t i = 0; i < count; i++)
+        memcpy(to + i * to_stride, from + i * from_stride, (size_t)bytes);
+}
+
+static const Isa isas[] = {
+    {"generic", rows_any, transpose_2_any, transpose_4_any},
+};
+
+static int isa_supported(int i)
+{
+    (void)i;
+    return 1;
+}
+
+static void finish_streams(void)
+{
+#if defined(LMCACHE_X86)
+    _mm_sfence();
+#endif
+}
+
+/* ---- Patterns ----------------------------------------------------------------------------------------------------- */
+
+static void remove_axis(Pattern *p, int i)
+{
+    for (p->count--; i < p->count; i++)
+        p->axes[i] = p->axes[i + 1];
+}
+
+/* One step of fusing: 1 while something could be fused. */
+static int fuse(Pattern *p)
+{
+    for (int i = 0; i < p->count; i++) {
+        Axis a = p->axes[i];
+        if (a.count == 1 || (a.paged == p->item && a.slot == p->item)) {
+            p->item *= a.count;
+            remove_axis(p, i);
+            return 1;
+        }
+        for (int j = 0; j < p->count; j++) {
+            Axis *b = &p->axes[j];
+            if (i != j && a.paged == b->paged * b->count && a.slot == b->slot * b->count) {
+                b->count *= a.count;
+                remove_axis(p, i);
+                return 1;
+            }
+        }
+    }
+    return 0;
+}
+
+/* Outermost the axis with the widest steps on the side that is to be walked in order. */
+static void sort_axes(Pattern *p, int by_slot)
+{
+    for (int i = 1; i < p->count; i++)
+        for (int j = i; j > 0; j--) {
+            Axis *a = &p->axes[j - 1], *b = &p->axes[j], swap = *a;
+            if ((by_slot ? a->slot : a->paged) >= (by_slot ? b->slot : b->paged))
+                break;
+            *a = *b;
+            *b = swap;
+        }
+}
+
+/* Moves the axis that is dense on one side to place `to`; 0 where there is none. */
+static int move_dense(Pattern *p, int slot_side, int to)
+{
+    for (int i = 0; i <= to; i++) {
+        Axis a = p->axes[i];
+        if ((slot_side ? a.slot : a.paged) == p->item) {
+            p->axes[i] = p->axes[to];
+            p->axes[to] = a;
+            return 1;
+        }
+    }
+    return 0;
+}
+
+/* The pattern of `groups` token groups of `tokens` tokens each, in a plane of items of `item` bytes. */
+static Pattern make_pattern(const Plane *plane, int64_t item, int64_t groups, int64_t tokens, int scatter)
+{
+    int64_t head = plane->dims * item, row = plane->heads * head;
+    Pattern p = {
+        .axes = {{groups, plane->group_stride, plane->token_group * row},
+                 {tokens, plane->token_stride, row},
+                 {plane->heads, plane->head_stride, head},
+                 {plane->dims / plane->dim_group, plane->dim_group_stride, plane->dim_group * item},
+                 {plane->dim_group, plane->dim_stride, item}},
+        .count = MAX_AXES,
+        .item = item,
+    };
+    while (fuse(&p))
+        ;
+    sort_axes(&p, !scatter);
+    if (p.count >= 2 && (p.item == 1 || p.item == 2 || p.item == 4 || p.item == 8))
+        p.transpose = move_dense(&p, 0, p.count - 1) && move_dense(&p, 1, p.count - 2);
+    if (!p.transpose)
+        sort_axes(&p, !scatter);
+    return p;
+}
+
+static void run_inner(const Pattern *p, const Isa *isa, char *paged, char *slot, int scatter, const char *next)
+{
+    char *to = scatter ? paged : slot;
+    const char *from = scatter ? slot : paged;
+    if (p->transpose) {
+        Axis s = p->axes[p->count - 2], d = p->axes[p->count - 1];
+        TransposeKernel kernel = p->item == 4   ? isa->transpose_4
+                                 : p->item == 2 ? isa->transpose_2
+                                 : p->item == 1 ? transpose_1_any
+                                                : transpose_8_any;
+        if (scatter)
+            kernel(to, s.paged, from, d.slot, d.count, s.count);
+        else
+            kernel(to, d.slot, from, s.paged, s.count, d.count);
+    } else if (p->count == 0) {
+        isa->rows(to, 0, from, 0, p->item, 1, next);
+    } else {
+        Axis a = p->axes[p->count - 1];
+        isa->rows(to, scatter ? a.paged : a.slot, from, scatter ? a.slot : a.paged, p->item, a.count, next);
+    }
+}
+
+/* Walks the outer axes; the inner ones are the kernels'. */
+static void run_pattern(const Pattern *p, const Isa *isa, char *paged, char *slot, int scatter, const char *next)
+{
+    int outer = p->transpose ? p->count - 2 : p->count ? p->count - 1 : 0;
+    int64_t at[MAX_AXES] = {0};
+    for (;;) {
+        run_inner(p, isa, paged, slot, scatter, next);
+        int i = outer - 1;
+        for (; i >= 0; i--) {
+            const Axis *a = &p->axes[i];
+            paged += a->paged;
+            slot += a->slot;
+            if (++at[i] < a->count)
+                break;
+            paged -= a->paged * a->count;
+            slot -= a->slot * a->count;
+            at[i] = 0;
+        }
+        if (i < 0)
+            return;
+    }
+}
+
+/* ---- Runs --------------------------------------------------------------------------------------------------------- */
+
+typedef struct {
+    int scatter;
+    const Isa *isa;
+    const Plane *planes;
+    int64_t plane_count, item, block_tokens;
+    char *base;
+    const int32_t *blocks;
+    const Run *runs;
+    int64_t run_count;
+    int64_t *claimed; /* work drawn so far, shared by the threads of one call */
+} Job;
+
+/* The last pattern made: most pieces are whole blocks of one plane. */
+typedef struct {
+    const Plane *plane;
+    int64_t groups, tokens;
+    Pattern pattern;
+} Memo;
+
+static void copy_part(const Job *job, Memo *memo, const Plane *plane, int64_t groups, int64_t tokens, char *paged,
+                      char *slot, const char *next)
+{
+    if (memo->plane != plane || memo->groups != groups || memo->tokens != tokens) {
+        memo->plane = plane;
+        memo->groups = groups;
+        memo->tokens = tokens;
+        memo->pattern = make_pattern(plane, job->item, groups, tokens, job->scatter);
+    }
+    run_pattern(&memo->pattern, job->isa, paged, slot, job->scatter, next);
+}
+
+/* Tokens [token, token + count) of one block. Only a first and a last token group can be partial. */
+static void copy_in_block(const Job *job, Memo *memo, const Plane *plane, char *block, int64_t token, int64_t count,
+                          char *slot, const char *next)
+{
+    int64_t group = plane->token_group, row = plane->heads * plane->dims * job->item;
+    if (group == 1) {
+        copy_part(job, memo, plane, count, 1, block + token * plane->group_stride, slot, next);
+        return;
+    }
+    while (count > 0) {
+        char *paged = block + token / group * plane->group_stride + token % group * plane->token_stride;
+        int64_t rest = group - token % group, groups = 1, tokens = rest < count ? rest : count;
+        if (rest == group && count >= group) {
+            groups = count / group;
+            tokens = group;
+        }
+        copy_part(job, memo, plane, groups, tokens, paged, slot, next);
+        token += groups * tokens;
+        count -= groups * tokens;
+        slot += groups * tokens * row;
+    }
+}
+
+static void copy_run(const Job *job, Memo *memo, const Plane *plane, const Run *run)
+{
+    int64_t row = plane->heads * plane->dims * job->item, block_tokens = job->block_tokens;
+    char *slot = job->base + run->slot_offset + plane->slot_offset + run->token_in_slot * row;
+    int64_t token = run->first_token, end = token + run->tokens;
+    while (token < end) {
+        int64_t index = token / block_tokens, in_block = token % block_tokens, count = block_tokens - in_block;
+        if (count > end - token)
+            count = end - token;
+        char *block = (char *)(intptr_t)plane->address + job->blocks[index] * plane->block_stride;
+        const char *next = slot + count * row;
+        if (!job->scatter)
+            next = token + count < end
+                       ? (char *)(intptr_t)plane->address + job->blocks[index + 1] * plane->block_stride
+                       : block;
+        copy_in_block(job, memo, plane, block, in_block, count, slot, next);
+        token += count;
+        slot += count * row;
+    }
+}
+
+/* Draws pieces of (run, plane) until none is left. */
+static void work(const Job *job)
+{
+    int64_t pieces = job->run_count * job->plane_count;
+    int64_t piece_bytes = job->runs[0].tokens * job->planes[0].heads * job->planes[0].dims * job->item + 1;
+    int64_t batch = 1 + CLAIM_BYTES / piece_bytes;
+    Memo memo = {0};
+    for (;;) {
+        int64_t piece = __atomic_fetch_add(job->claimed, batch, __ATOMIC_RELAXED), end = piece + batch;
+        for (; piece < end && piece < pieces; piece++)
+            copy_run(job, &memo, &job->planes[piece % job->plane_count], &job->runs[piece / job->plane_count]);
+        if (piece >= pieces)
+            break;
+    }
+    finish_streams();
+}
+
+/* ---- Python ------------------------------------------------------------------------------------------------------- */
+
+enum { ISA_COUNT = sizeof isas / sizeof *isas };
+
+static int best_isa(void)
+{
+    int best = 0;
+    for (int i = 0; i < ISA_COUNT; i++)
+        if (isa_supported(i))
+            best = i;
+    return best;
+}
+
+static PyObject *copy(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
+{
+    int64_t n[11];
+    (void)module;
+    if (nargs != 11) {
+        PyErr_Format(PyExc_TypeError, "copy takes 11 integers, not %zd arguments", nargs);
+        return NULL;
+    }
+    for (int i = 0; i < 11; i++) {
+        n[i] = PyLong_AsLongLong(args[i]);
+        if (n[i] == -1 && PyErr_Occurred())
+            return NULL;
+    }
+    if (n[1] >= ISA_COUNT || (n[1] >= 0 && !isa_supported((int)n[1]))) {
+        PyErr_Format(PyExc_ValueError, "this CPU has no instruction set number %lld", (long long)n[1]);
+        return NULL;
+    }
+    Job job = {
+        .scatter = n[0] != 0,
+        .isa = &isas[n[1] < 0 ? best_isa() : n[1]],
+        .planes = (const Plane *)(intptr_t)n[2],
+        .plane_count = n[3],
+        .item = n[4],
+        .block_tokens = n[5],
+        .base = (char *)(intptr_t)n[6],
+        .blocks = (const int32_t *)(intptr_t)n[7],
+        .runs = (const Run *)(intptr_t)n[8],
+        .run_count = n[9],
+        .claimed = (int64_t *)(intptr_t)n[10],
+    };
+    if (job.run_count > 0 && job.plane_count > 0) {
+        Py_BEGIN_ALLOW_THREADS
+        work(&job);
+        Py_END_ALLOW_THREADS
+    }
+    Py_RETURN_NONE;
+}
+
+static PyObject *copy_isas(PyObject *module, PyObject *ignored)
+{
+    (void)module;
+    (void)ignored;
+    PyObject *names = PyDict_New();
+    for (int i = 0; names != NULL && i < ISA_COUNT; i++) {
+        if (!isa_supported(i))
+            continue;
+        PyObject *number = PyLong_FromLong(i);
+        if (number == NULL || PyDict_SetItemString(names, isas[i].name, number) < 0)
+            Py_CLEAR(names);
+        Py_XDECREF(number);
+    }
+    return names;
+}
+
 PyMethodDef lmcache_copy_methods[] = {
+    {"copy", (PyCFunction)(void (*)(void))copy, METH_FASTCALL,
+     "copy(scatter, isa, planes, plane_count, item_bytes, block_tokens, base, blocks, runs, run_count, claimed)\n\n"
+     "Copy paged tokens into slots (scatter=0) or slots into paged memory (1). planes, base, blocks, runs and claimed are\n"
+     "addresses; the caller keeps them alive and has checked every bound. isa: a value of copy_isas(), or -1 for the best."},
+    {"copy_isas", copy_isas, METH_NOARGS, "The instruction sets that this CPU has: {name: number}, the best one last."},
     {NULL, NULL, 0, NULL},
 };

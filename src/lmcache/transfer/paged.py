@@ -1,0 +1,142 @@
+"""Where an engine keeps its KV: planes of fixed-size blocks, described by addresses and strides, whatever their order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from lmcache.errors import LayoutError
+
+ITEM_BYTES = (1, 2, 4, 8)
+_ADDRESS_END = 1 << 63
+
+
+@dataclass(frozen=True)
+class Plane:
+    """The K or the V of one layer (MLA: the latent) in paged memory. All strides are in bytes.
+
+    Element (block b, token t of the block, head h, dim d) starts at
+        address + b * block_stride
+                + (t // token_group) * group_stride + (t % token_group) * token_stride
+                + h * head_stride
+                + (d // dim_group) * dim_group_stride + (d % dim_group) * dim_stride
+    Two levels for tokens and dims, because kernels for matrix units keep pairs or tiles of them together (VNNI).
+    """
+
+    address: int
+    block_stride: int
+    token_group: int
+    group_stride: int
+    token_stride: int
+    heads: int
+    head_stride: int
+    dims: int
+    dim_group: int
+    dim_group_stride: int
+    dim_stride: int
+
+    @classmethod
+    def strided(
+        cls,
+        address: int,
+        block_stride: int,
+        token_stride: int,
+        heads: int,
+        head_stride: int,
+        dims: int,
+        dim_stride: int,
+    ) -> Plane:
+        """A plane whose tokens and dims have one stride each: what a plain tensor's `stride()` says, times its item size."""
+        return cls(
+            address, block_stride, 1, token_stride, token_stride, heads, head_stride, dims, 1, dim_stride, dim_stride
+        )
+
+
+@dataclass(frozen=True)
+class PagedKV:
+    """One rank's paged KV: its planes in slot order ([layer][K, V]; MLA: [layer]), all with the same blocks.
+
+    block_tokens: tokens a block. num_blocks: block ids are 0 .. num_blocks - 1. item_bytes: of one element.
+    keepalive: whatever owns the memory; held as long as this description is.
+
+    Raises:
+        LayoutError: a number that cannot be, or elements that would overlap.
+    """
+
+    planes: tuple[Plane, ...]
+    block_tokens: int
+    num_blocks: int
+    item_bytes: int
+    keepalive: object = None
+
+    def __post_init__(self) -> None:
+        if not self.planes:
+            raise LayoutError("paged KV without planes; give one a layer for MLA, else K and V of each layer")
+        for name in ("block_tokens", "num_blocks"):
+            if getattr(self, name) < 1:
+                raise LayoutError(f"paged KV: {name} is {getattr(self, name)}; it must be at least 1")
+        if self.item_bytes not in ITEM_BYTES:
+            raise LayoutError(f"paged KV: item_bytes is {self.item_bytes}; it must be one of {ITEM_BYTES}")
+        for number, plane in enumerate(self.planes):
+            _check_plane(self, number, plane)
+        first_with: dict[int, int] = {}
+        for number, plane in enumerate(self.planes):
+            other = first_with.setdefault(plane.address, number)
+            if other != number:
+                raise LayoutError(
+                    f"planes {other} and {number} both start at {plane.address:#x}; each needs its own memory"
+                )
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token over all planes."""
+        return sum(plane.heads * plane.dims for plane in self.planes) * self.item_bytes
+
+    def slot_bytes(self, chunk_tokens: int) -> int:
+        """Bytes of a slot for `chunk_tokens` tokens."""
+        return self.token_bytes * chunk_tokens
+
+
+def plane_extent_bytes(paged: PagedKV, plane: Plane) -> int:
+    """Bytes from the plane's address to just behind its last element."""
+    return paged.item_bytes + sum((count - 1) * stride for _, count, stride in _axes(paged, plane))
+
+
+def _axes(paged: PagedKV, plane: Plane) -> list[tuple[str, int, int]]:
+    """(name of the stride, count, stride in bytes) of each of the six axes."""
+    return [
+        ("block_stride", paged.num_blocks, plane.block_stride),
+        ("group_stride", paged.block_tokens // plane.token_group, plane.group_stride),
+        ("token_stride", plane.token_group, plane.token_stride),
+        ("head_stride", plane.heads, plane.head_stride),
+        ("dim_group_stride", plane.dims // plane.dim_group, plane.dim_group_stride),
+        ("dim_stride", plane.dim_group, plane.dim_stride),
+    ]
+
+
+def _check_plane(paged: PagedKV, number: int, plane: Plane) -> None:
+    for field in fields(plane):
+        value, least = getattr(plane, field.name), 0 if field.name.endswith("_stride") else 1
+        if value < least:
+            raise LayoutError(f"plane {number}: {field.name} is {value}; it must be at least {least}")
+    if paged.block_tokens % plane.token_group:
+        raise LayoutError(
+            f"plane {number}: token_group is {plane.token_group}; it must divide block_tokens={paged.block_tokens}"
+        )
+    if plane.dims % plane.dim_group:
+        raise LayoutError(f"plane {number}: dim_group is {plane.dim_group}; it must divide dims={plane.dims}")
+    _check_no_overlap(paged, number, plane)
+    if plane.address + plane_extent_bytes(paged, plane) >= _ADDRESS_END:
+        raise LayoutError(f"plane {number}: its last element lies beyond the address space ({plane})")
+
+
+def _check_no_overlap(paged: PagedKV, number: int, plane: Plane) -> None:
+    """Every axis must step over all that the axes with smaller strides cover; true of any permuted, padded or sliced tensor."""
+    covered = paged.item_bytes
+    for name, count, stride in sorted(_axes(paged, plane), key=lambda axis: axis[2]):
+        if count == 1:
+            continue
+        if stride < covered:
+            raise LayoutError(
+                f"plane {number}: {name} is {stride} bytes, but one step must pass {covered} bytes, else elements overlap"
+            )
+        covered += (count - 1) * stride
