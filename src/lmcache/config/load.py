@@ -1,4 +1,4 @@
-"""Filling a ServerConfig: flags > environment > file > defaults. Every source gives text; the table's parsers read it."""
+"""Filling a ServerConfig: flags > environment > file > defaults. Each gives text that the table's parsers read."""
 
 from __future__ import annotations
 
@@ -99,12 +99,12 @@ def check_secret_file(path: Path, said: str) -> None:
         ConfigError: it is not; the message names the chmod.
     """
     try:
-        with path.open("rb") as file:
-            mode = os.fstat(file.fileno()).st_mode
+        mode = path.stat().st_mode
+        if not stat.S_ISREG(mode):
+            raise ConfigError(f"{said}: {path} is not a file")
+        path.open("rb").close()
     except OSError as error:
         raise ConfigError(f"{said}: cannot read {path}: {error.strerror}") from error
-    if not stat.S_ISREG(mode):
-        raise ConfigError(f"{said}: {path} is not a file")
     if mode & 0o077:
         raise ConfigError(f"{said}: {path} holds a secret and others may read it: chmod 600 {path}")
 

@@ -1,7 +1,7 @@
 """The server's settings: one table, from which flags, environment names, file keys and the help text all come.
 
 The table is `ServerConfig` itself: each field carries its parser and its help. A field `l1_size_gb` is the flag
-`--l1-size-gb`, the variable `LMCACHE_SERVER_L1_SIZE_GB` and the file's key `l1-size-gb` (there `_` and `-` are the same).
+`--l1-size-gb`, the variable `LMCACHE_SERVER_L1_SIZE_GB` and the file's key `l1-size-gb` (`l1_size_gb` too).
 A flag beats the environment, which beats the file, which beats the default.
 """
 # ruff: noqa: RUF009 - fields get their defaults and their row of the table from one call
@@ -26,7 +26,9 @@ LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 def _option(group: str, metavar: str, parse: Callable[[str], Any], default: Any, help: str, **more: Any) -> Any:
     """A field of ServerConfig with its row of the table in the metadata."""
-    text = more.pop("default_text", "" if default is None else str(default))
+    text = more.pop(
+        "default_text", "" if default is None else f"{default:g}" if isinstance(default, float) else str(default)
+    )
     row = {"group": group, "metavar": metavar, "parse": parse, "help": help, "default_text": text, **more}
     shown = not more.get("secret", False)
     if callable(default):
@@ -51,7 +53,7 @@ class ServerConfig:
         "NAME",
         read.choice(POLICIES),
         "LRU",
-        help="What makes room when L1 is full. LRU: the chunk unused for longest goes first, a prompt's end before its start.",
+        help="What makes room in a full L1. LRU: what was unused longest goes first, a prompt's end before its start.",
     )
     chunk_size: int = _option(
         "cache",
@@ -95,7 +97,7 @@ class ServerConfig:
         "ADDRESS",
         read.address,
         "0.0.0.0",
-        help="Address of health, status and metrics (HTTP). To change anything, a caller must be local or hold the token.",
+        help="Address of health, status and metrics (HTTP). To change something, be local or hold the token.",
     )
     http_port: int = _option(
         "network",

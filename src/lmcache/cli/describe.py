@@ -1,0 +1,82 @@
+"""`lmcache describe`: what a running server is set to, holds and does, as a table for people or as JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from lmcache.cli.verbs import Verbs, add, add_url, ask
+from lmcache.errors import ServerUnavailable
+
+_TEXT = """
+Show a running server. `server`: its settings. `status`: everything, with arena, index, sessions, engines and counters.
+
+examples:
+  lmcache describe server
+  lmcache describe status --json | jq .counters
+"""
+
+
+def add_verb(verbs: Verbs) -> None:
+    """Add `describe` to the command line."""
+    parser = add(verbs, "describe", run, "show a running server's settings or state", _TEXT)
+    parser.add_argument("what", choices=("server", "status"), help="The settings, or everything.")
+    parser.add_argument("--json", action="store_true", help="JSON instead of a table.")
+    add_url(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print it."""
+    status, answer = ask(arguments.url, "/status")
+    if status != 200:
+        raise ServerUnavailable(f"{arguments.url}: {answer.get('reason', f'HTTP {status}')}")
+    chosen = answer if arguments.what == "status" else {"config": answer.get("config", {})}
+    print(json.dumps(chosen, indent=2) if arguments.json else "\n".join(table(chosen)))
+    return 0
+
+
+def table(status: Mapping[str, Any]) -> Iterator[str]:
+    """Lines: plain values first, then a section for each part."""
+    yield from _pairs({key: value for key, value in status.items() if not isinstance(value, (dict, list))})
+    for key, value in status.items():
+        if isinstance(value, dict):
+            yield from ("", key.upper(), *_pairs(_flat(value)))
+        elif isinstance(value, list):
+            rows = [_flat(row) if isinstance(row, dict) else {key: row} for row in value]
+            yield from ("", f"{key.upper()} ({len(rows)})", *_columns(rows))
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        flat |= _flat(inner, f"{prefix}{key}.") if isinstance(inner, dict) else {f"{prefix}{key}": inner}
+    return flat
+
+
+def _pairs(values: Mapping[str, Any]) -> Iterator[str]:
+    width = max(map(len, values), default=0)
+    for key, value in values.items():
+        yield f"  {key:<{width}}  {_cell(key, value)}"
+
+
+def _columns(rows: list[dict[str, Any]]) -> Iterator[str]:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    lines = [names, *([_cell(name, row.get(name)) for name in names] for row in rows)] if names else []
+    widths = [max(len(line[column]) for line in lines) for column in range(len(names))]
+    for line in lines:
+        yield "  " + "  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip()
+
+
+def _cell(name: str, value: Any) -> str:
+    """A value as people read it: sizes in GiB or MiB, thousands apart."""
+    if value is None or value == "":
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, (int, float)) and "bytes" in name:
+        return f"{value / 2**30:.2f} GiB" if value >= 1 << 30 else f"{value / 2**20:.1f} MiB"
+    if isinstance(value, int) and not name.endswith(("port", "pid")):
+        return f"{value:,}"
+    return f"{value:.6g}" if isinstance(value, float) else json.dumps(value) if isinstance(value, list) else str(value)

@@ -1,0 +1,84 @@
+"""`lmcache`: finds the verb, runs it, and turns errors into one line and an exit code (2: a setting, 1: the rest)."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from lmcache import __version__
+from lmcache.cli import bench, clear, describe, ping, server, settings
+from lmcache.config.load import nearest
+from lmcache.errors import ConfigError, LMCacheError
+
+_DESCRIPTION = "A KV-cache layer for LLM engines: prefill a prefix once, reuse its KV everywhere."
+_EXAMPLES = """\
+examples:
+  lmcache server --l1-size-gb 20            start a cache of 20 GiB for the engines of this host
+  vllm serve MODEL --kv-transfer-config '{"kv_connector":"LMCacheMPConnector","kv_role":"kv_both"}'
+                                            an engine that uses it
+  lmcache ping                              is it serving?
+  lmcache describe status                   what is in it, who uses it, how well
+
+`lmcache VERB --help` explains each verb.
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, and exits with 2."""
+
+    def error(self, message: str) -> NoReturn:
+        """Called by argparse for anything that it cannot parse."""
+        self.exit(2, f"{self.prog}: error: {message} (try {self.prog} --help)\n")
+
+
+def build_parser() -> Parser:
+    """The whole command line. Each verb sets `run`, a function from the parsed arguments to an exit code."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser("lmcache", description=_DESCRIPTION, epilog=_EXAMPLES, formatter_class=raw, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"lmcache {__version__}")
+    verbs = parser.add_subparsers(title="verbs", dest="verb", metavar="VERB", required=True)
+    for module in (server, ping, describe, clear, settings, bench):
+        module.add_verb(verbs)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line; return its exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        parser = build_parser()
+        arguments, unknown = parser.parse_known_args(words)
+        if unknown and arguments.verb != "bench":
+            raise ConfigError(_unknown(arguments, unknown[0]))
+        arguments.rest = unknown
+        code: int = arguments.run(arguments)
+        sys.stdout.flush()
+        return code
+    except ConfigError as error:
+        return _fail(error, 2)
+    except LMCacheError as error:
+        return _fail(error, 1)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _unknown(arguments: argparse.Namespace, word: str) -> str:
+    flag = word.split("=", 1)[0]
+    if not flag.startswith("-"):
+        return f"{word}: not expected after `lmcache {arguments.verb}` (try lmcache {arguments.verb} --help)"
+    return f"{flag}: no such flag of `lmcache {arguments.verb}`: {nearest(flag, arguments.flags)}"
+
+
+def _fail(error: LMCacheError, code: int) -> int:
+    print("lmcache: error:", " ".join(str(error).split()), file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,48 @@
+"""`lmcache server`: read the settings, look at the machine, serve until told to stop."""
+
+from __future__ import annotations
+
+import argparse
+
+from lmcache.cli.verbs import Verbs, add
+from lmcache.config.load import add_flags, load
+from lmcache.config.server import OPTIONS
+from lmcache.observability.log import init_logger, set_level
+
+_TEXT = """
+Start the cache server of this host. It holds the KV of text that engines have prefilled, in one memory file
+that engines of this host read and write directly, and decides what stays. It needs no GPU. Stop it with Ctrl-C
+or SIGTERM.
+
+examples:
+  lmcache server --l1-size-gb 20 --eviction-policy LRU --chunk-size 16
+  lmcache server --l1-size-gb 60 --eviction-policy LRU --max-workers 4 --port 6555
+  LMCACHE_SERVER_L1_SIZE_GB=20 lmcache server --config /etc/lmcache.yaml
+  lmcache server --l1-size-gb 20 --host 0.0.0.0 --auth-key-file key.txt     engines on other hosts too
+
+Each setting has a flag, a variable (in brackets above) and a key in the file; a flag beats the variable, which
+beats the file. Exit code 2: a setting is wrong, and nothing was created.
+"""
+
+
+def add_verb(verbs: Verbs) -> None:
+    """Add `server` to the command line."""
+    parser = add(verbs, "server", run, "start the cache server of this host", _TEXT)
+    add_flags(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Serve; the exit code is the server's."""
+    settings = load({option.name: getattr(arguments, option.name) for option in OPTIONS})
+    logger = init_logger(__name__)
+    set_level(settings.config.log_level)
+    for warning in settings.warnings:
+        logger.warning("%s", warning)
+
+    from lmcache.server.preflight import check_machine
+
+    config = check_machine(settings.config)
+
+    from lmcache.server.main import serve
+
+    return serve(config)

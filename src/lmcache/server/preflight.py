@@ -1,0 +1,186 @@
+"""What the machine has, compared with what was asked for, before anything is created.
+
+Nothing here leaves a trace: ports are bound and let go, sizes are read, folders are looked at.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import os
+import socket
+import stat
+import time
+from pathlib import Path
+
+from lmcache.config.server import GIB, ServerConfig
+from lmcache.errors import ConfigError
+from lmcache.memory.arena import reclaim_stale
+from lmcache.observability.log import init_logger
+
+logger = init_logger(__name__)
+
+OWN_BYTES = 256 << 20
+"""Memory left for the server itself: twice what it weighs without the arena."""
+_MEMORY_FILE_SYSTEMS = ("tmpfs", "ramfs", "hugetlbfs", "devtmpfs")
+_FREED_WITHIN_SECONDS = 3.0
+"""How long the pages of a dead server's arena may take to come free: engines that mapped it let go first."""
+
+
+def check_machine(config: ServerConfig) -> ServerConfig:
+    """Compare with the machine; return the configuration with `--l1-size-gb auto` decided.
+
+    Raises:
+        ConfigError: a port is taken, a folder cannot be used, or the memory is not there; it says what to pass.
+    """
+    _check_port("--host", config.host, "--port", config.port)
+    _check_port("--http-host", config.http_host, "--http-port", config.http_port)
+    _check_arena_dir(config.arena_dir)
+    _check_socket_dir(config.socket_dir)
+    return _check_l1(config)
+
+
+def _check_port(host_flag: str, host: str, port_flag: str, port: int) -> None:
+    error = _bind_error(host, port)
+    if error is None:
+        return
+    if error.errno == errno.EADDRINUSE:
+        free = next((n for n in range(port + 1, min(port + 100, 65536)) if _bind_error(host, n) is None), None)
+        advice = f"pass another, such as {port_flag} {free}" if free else f"pass another {port_flag}"
+        raise ConfigError(f"{port_flag} {port}: taken by another process on {host}: stop that, or {advice}")
+    if error.errno == errno.EADDRNOTAVAIL:
+        raise ConfigError(f"{host_flag} {host}: not an address of this machine: pass 127.0.0.1, or 0.0.0.0 for all")
+    if error.errno == errno.EACCES:
+        raise ConfigError(f"{port_flag} {port}: ports below 1024 need root: pass one from 1024 to 65535")
+    raise ConfigError(f"{port_flag} {port}: cannot listen on {host}: {error.strerror}")
+
+
+def _bind_error(host: str, port: int) -> OSError | None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do: TIME_WAIT is not in the way
+            probe.bind((host, port))
+    except OSError as error:
+        return error
+    return None
+
+
+def _check_arena_dir(directory: Path) -> None:
+    if not directory.is_dir():
+        raise ConfigError(f"--arena-dir {directory}: is not a directory: pass one, such as /dev/shm")
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise ConfigError(f"--arena-dir {directory}: is not writable for uid {os.getuid()}: pass one that is")
+    kind = _file_system(directory)
+    if kind not in _MEMORY_FILE_SYSTEMS:
+        logger.warning("--arena-dir %s is on %s, not in memory: the kernel writes the cache to it", directory, kind)
+
+
+def _check_socket_dir(directory: Path) -> None:
+    try:
+        status = directory.lstat()
+    except FileNotFoundError:
+        existing = next(parent for parent in directory.parents if parent.exists())
+        if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+            raise ConfigError(f"--socket-dir {directory}: cannot be created in {existing}: pass another") from None
+        return
+    except OSError as error:
+        raise ConfigError(f"--socket-dir {directory}: {error.strerror}: pass another") from error
+    if not stat.S_ISDIR(status.st_mode):
+        raise ConfigError(f"--socket-dir {directory}: is not a directory: remove it, or pass another")
+    if status.st_uid != os.getuid():
+        raise ConfigError(f"--socket-dir {directory}: belongs to uid {status.st_uid}, not to you: pass another")
+    if status.st_mode & 0o022:
+        raise ConfigError(f"--socket-dir {directory}: others may write to it: chmod 700 {directory}")
+
+
+def _check_l1(config: ServerConfig) -> ServerConfig:
+    deadline = time.monotonic() + (_FREED_WITHIN_SECONDS if reclaim_stale(config.arena_dir) else 0)
+    while True:
+        free, memory = free_bytes(config.arena_dir), memory_available_bytes()
+        room = min(free, memory - OWN_BYTES) if _file_system(config.arena_dir) in _MEMORY_FILE_SYSTEMS else free
+        if not config.l1_size_gb:
+            return _decide_l1(config, room)
+        if config.l1_bytes <= room:
+            return config
+        if time.monotonic() >= deadline:
+            break
+        time.sleep(0.1)
+    has = f"{config.arena_dir} has {_in_gib(free)} GiB free, and {_in_gib(memory)} GiB of memory are available"
+    remedy = f"pass --l1-size-gb {_passable(room)} or less"
+    if free < memory - OWN_BYTES:
+        remedy += f", or enlarge {config.arena_dir} (containers: --shm-size)"
+    raise ConfigError(f"--l1-size-gb {config.l1_size_gb:g}: {has}: {remedy}")
+
+
+def _decide_l1(config: ServerConfig, room: int) -> ServerConfig:
+    size_gb = room // 4 * 1000 // GIB / 1000
+    if size_gb < 0.001:
+        raise ConfigError(f"--l1-size-gb auto: only {room >> 20} MiB are available in {config.arena_dir}: free some")
+    return dataclasses.replace(config, l1_size_gb=size_gb)
+
+
+def _in_gib(size_bytes: int) -> str:
+    return f"{max(size_bytes, 0) / GIB:.1f}"
+
+
+def _passable(room: int) -> str:
+    """The largest size worth typing that fits: whole GiB, below two GiB thousandths."""
+    return str(room // GIB) if room >= 2 * GIB else f"{max(room, 0) * 1000 // GIB / 1000:g}"
+
+
+def free_bytes(directory: Path) -> int:
+    """Bytes that this user may still put into the file system of `directory`."""
+    found = os.statvfs(directory)
+    return found.f_bavail * found.f_frsize
+
+
+def memory_available_bytes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Memory that can be had without swapping: the machine's, or what the tightest control group leaves."""
+    lines = (proc / "meminfo").read_text().splitlines()
+    machine = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
+    return min([machine, *_left_in_groups(proc, cgroups)])
+
+
+def _left_in_groups(proc: Path, cgroups: Path) -> list[int]:
+    """What each control group above this process leaves (v2: every level; v1: the memory controller's own)."""
+    left: list[int] = []
+    for line in _read(proc / "self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            base, limit, used = cgroups, "memory.max", "memory.current"
+        elif "memory" in controllers.split(","):
+            base, limit, used = cgroups / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+        else:
+            continue
+        here = base / path.lstrip("/")
+        for group in [here, *here.parents]:
+            if group.is_relative_to(base):
+                left += _left_in_group(group, limit, used)
+    return left
+
+
+def _left_in_group(group: Path, limit: str, used: str) -> list[int]:
+    most, now = _read(group / limit).strip(), _read(group / used).strip()
+    if not most.isdigit() or not now.isdigit():
+        return []  # "max", or no such file here
+    stats = dict(line.split(" ", 1) for line in _read(group / "memory.stat").splitlines() if " " in line)
+    return [int(most) - int(now) + int(stats.get("inactive_file", "0"))]  # the page cache gives way
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
+def _file_system(directory: Path) -> str:
+    """The kind of file system below `directory` ("tmpfs", "ext4"), from the longest mount point above it."""
+    resolved, best, kind = directory.resolve(), Path("/"), "unknown"
+    for line in _read(Path("/proc/self/mounts")).splitlines():
+        _, mount, found = line.split(" ")[:3]
+        point = Path(mount.replace("\\040", " "))
+        if resolved.is_relative_to(point) and len(point.parts) >= len(best.parts):
+            best, kind = point, found
+    return kind
