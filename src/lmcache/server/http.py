@@ -1,0 +1,324 @@
+"""The HTTP face: health, status and metrics for people and their tools, in one thread with its own asyncio loop.
+
+Reading is open to whoever can connect. Changing anything takes the API token, or a caller on this host that is no web
+page: a loopback peer that addressed a loopback name, through no proxy, without the headers that browsers add.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import html
+import ipaddress
+import json
+import re
+import socket
+import threading
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, TypeVar
+
+import anyio
+import anyio.to_thread
+import uvicorn
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, Response
+from starlette.routing import Route
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from lmcache import __version__
+from lmcache.config.server import ServerConfig
+from lmcache.errors import ConfigError
+from lmcache.observability.log import init_logger
+from lmcache.server.control import Control
+from lmcache.server.metrics import render
+
+logger = init_logger(__name__)
+
+_T = TypeVar("_T")
+
+_CONTROL_SECONDS = 2.0
+"""Control promises an answer within one second; this is for when it breaks the promise."""
+_CLEAR_SECONDS = 30.0
+"""The same for emptying L1, which visits every chunk."""
+_REQUEST_SECONDS = 10.0
+"""A connection carries one request, which must have arrived by then: nobody holds one open for nothing."""
+_CONNECTION_SECONDS = 40.0
+"""Nor does anybody by not reading the answer."""
+_MOST_CONNECTIONS = 128
+"""Of other hosts together, so that they cannot use up the process's descriptors; loopback is not counted."""
+_MOST_HEADER_BYTES = 16 << 10
+_MOST_BODY_BYTES = 64 << 10
+_START_SECONDS = 10.0
+_LOCAL_NAME = re.compile(r"(localhost|127(?:\.\d{1,3}){3}|\[::1\])(:\d{1,5})?", re.IGNORECASE)
+_WEB_PAGE_HEADERS = ("origin", "sec-fetch-site")
+_PROXY_HEADERS = ("forwarded", "via", "x-forwarded-for", "x-forwarded-host", "x-real-ip")
+_HEADERS = [("Connection", "close"), ("X-Content-Type-Options", "nosniff"), ("Cache-Control", "no-store")]
+
+
+class HttpFace:
+    """The face's life: `start` returns once it serves, `stop` once its thread has ended."""
+
+    def __init__(self, config: ServerConfig, control: Control) -> None:
+        self._config = config
+        self._control = control
+        self._started = threading.Event()
+        self._server: _Server | None = None
+        self._thread: threading.Thread | None = None
+        self.port = config.http_port
+        """The port it listens on; with `--http-port 0` known after `start`."""
+        self.failures = 0
+        """Requests that failed by a fault of ours; each is in the log."""
+
+    def start(self) -> None:
+        """Bind and serve.
+
+        Raises:
+            ConfigError: the address cannot be had.
+        """
+        listener = _listen(self._config.http_host, self._config.http_port)
+        self.port = listener.getsockname()[1]
+        self._server = _Server(self._uvicorn(), self._started)
+        self._thread = threading.Thread(target=self._run, args=(listener,), name="lmcache-http", daemon=True)
+        self._thread.start()
+        if not self._started.wait(_START_SECONDS) or not self.serving:
+            self.stop()
+            raise ConfigError(f"--http-port {self.port}: the HTTP face did not start; the log says why")
+
+    @property
+    def serving(self) -> bool:
+        """Whether its thread runs; the face is one of the things that health is about."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def stop(self) -> None:
+        """Stop listening, give running answers a second, end."""
+        if self._server is not None:
+            self._server.should_exit = True
+        if self._thread is not None:
+            self._thread.join(_START_SECONDS)
+
+    def _uvicorn(self) -> uvicorn.Config:
+        return uvicorn.Config(
+            self._app(),
+            http=_Protocol,
+            ws="none",
+            loop="asyncio",
+            lifespan="off",
+            interface="asgi3",
+            log_config=None,
+            log_level="critical",  # a stranger's garbage is no news; our own failures are logged here
+            access_log=False,
+            proxy_headers=False,  # a header must not change who the peer is
+            server_header=False,
+            date_header=False,
+            headers=_HEADERS,
+            backlog=128,
+            h11_max_incomplete_event_size=_MOST_HEADER_BYTES,
+            timeout_graceful_shutdown=1,
+        )
+
+    def _run(self, listener: socket.socket) -> None:
+        assert self._server is not None
+        try:
+            self._server.run(sockets=[listener])
+        except BaseException:  # the thread's edge: whoever waits for health sees that the face is gone
+            logger.exception("The HTTP face has died")
+        finally:
+            listener.close()
+            self._started.set()
+
+    # --- routes -------------------------------------------------------------------------------------------------------
+
+    def _app(self) -> Starlette:
+        routes = [
+            Route("/", self._edge(self._page)),
+            Route("/healthcheck", self._edge(self._healthcheck)),
+            Route("/status", self._edge(self._status)),
+            Route("/metrics", self._edge(self._metrics)),
+            Route("/clear-cache", self._edge(self._clear), methods=["POST"]),
+        ]
+        return Starlette(routes=routes, exception_handlers={HTTPException: _http_error})
+
+    def _edge(self, route: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
+        """Around every route: time-outs become 503, faults of ours 500 and a line in the log."""
+
+        async def answer(request: Request) -> Response:
+            try:
+                response = await route(request)
+            except TimeoutError:
+                response = _json({"status": "unhealthy", "reason": "the server's heart does not answer"}, 503)
+            except Exception as error:  # a request's edge
+                self.failures += 1
+                logger.exception("HTTP %s %s failed", request.method, request.url.path)
+                response = _json({"status": "error", "reason": f"internal error: {type(error).__name__}"}, 500)
+            peer = request.client.host if request.client else "?"
+            logger.debug("HTTP %s %s from %s: %d", request.method, request.url.path, peer, response.status_code)
+            return response
+
+        return answer
+
+    async def _healthcheck(self, request: Request) -> Response:
+        serving, reason = await _ask(self._control.health)
+        return _json({"status": "healthy"}) if serving else _json({"status": "unhealthy", "reason": reason}, 503)
+
+    async def _status(self, request: Request) -> Response:
+        return _json(await _ask(self._control.status))
+
+    async def _metrics(self, request: Request) -> Response:
+        counters = await _ask(self._control.counters)
+        body, content_type = render(counters, request.headers.get("accept", ""))
+        return Response(body, headers={"Content-Type": content_type})
+
+    async def _clear(self, request: Request) -> Response:
+        refusal = may_change(request.client.host if request.client else "", request.headers, self._config.api_token)
+        if refusal:
+            return _json({"status": "forbidden", "reason": refusal}, 403)
+        if _declared_length(request) > _MOST_BODY_BYTES:
+            return _json({"status": "error", "reason": f"the body is larger than {_MOST_BODY_BYTES} bytes"}, 413)
+        details = await _ask(self._control.clear, _CLEAR_SECONDS)
+        return _json({**details, "status": "ok"})
+
+    async def _page(self, request: Request) -> Response:
+        serving, reason = await _ask(self._control.health)
+        status = await _ask(self._control.status)
+        return HTMLResponse(
+            _html("healthy" if serving else f"unhealthy: {reason}", status),
+            headers={"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'"},
+        )
+
+
+def may_change(peer: str, headers: Mapping[str, str], token: str) -> str:
+    """Why this caller may not change anything, or "" when it may. `headers` have lower-case names."""
+    authorization = headers.get("authorization")
+    if authorization is not None:
+        return _token_refusal(authorization, token)
+    if not _is_loopback(peer):
+        return (
+            "changes from other hosts need the header `Authorization: Bearer TOKEN`"
+            if token
+            else "no API token is set, so only this host may change anything: start the server with --api-token-file"
+        )
+    if any(name in headers for name in _PROXY_HEADERS):
+        return "this came through a proxy, so it needs the header `Authorization: Bearer TOKEN`"
+    if any(name in headers for name in _WEB_PAGE_HEADERS):
+        return "this came from a web page, so it needs the header `Authorization: Bearer TOKEN`"
+    if not _LOCAL_NAME.fullmatch(headers.get("host", "")):
+        return "without a token, ask localhost or 127.0.0.1, not another name of this host"
+    return ""
+
+
+def _token_refusal(authorization: str, token: str) -> str:
+    scheme, _, given = authorization.partition(" ")
+    if not token:
+        return "a token was sent, but the server has none: start it with --api-token-file, or send none from this host"
+    if scheme.lower() != "bearer":
+        return "send the token as `Authorization: Bearer TOKEN`"
+    same = hmac.compare_digest(given.strip().encode("utf-8", "replace"), token.encode())
+    return "" if same else "the token is not the server's"
+
+
+def _is_loopback(peer: str) -> bool:
+    try:
+        address = ipaddress.ip_address(peer)
+    except ValueError:
+        return False
+    mapped = getattr(address, "ipv4_mapped", None)
+    return (mapped or address).is_loopback
+
+
+def _declared_length(request: Request) -> int:
+    text = request.headers.get("content-length", "0")
+    return int(text) if text.isdigit() and len(text) < 19 else _MOST_BODY_BYTES + 1
+
+
+async def _ask(call: Callable[[], _T], seconds: float = _CONTROL_SECONDS) -> _T:
+    """A blocking call to Control, in a thread; late answers are dropped.
+
+    Raises:
+        TimeoutError: no answer in time.
+    """
+    with anyio.fail_after(seconds):
+        return await anyio.to_thread.run_sync(call, abandon_on_cancel=True)
+
+
+def _json(content: dict[str, Any], status_code: int = 200) -> Response:
+    body = json.dumps(content, default=str, ensure_ascii=False, separators=(", ", ": "))
+    return Response(body + "\n", status_code, media_type="application/json")
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    reason = {404: "no such path", 405: f"not with {request.method}"}.get(error.status_code, error.detail)
+    known = "GET /healthcheck, /status, /metrics; POST /clear-cache"
+    response = _json({"status": "error", "reason": f"{reason}: there is {known}"}, error.status_code)
+    response.headers.update(error.headers or {})
+    return response
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+_STYLE = "body{font:15px system-ui,sans-serif;margin:2em}td{padding:.1em 1.5em .1em 0;vertical-align:top}"
+
+
+def _html(health: str, status: Mapping[str, object]) -> str:
+    """A status page for people: every part of /status as a table."""
+    parts = [f"<h1>LMCache {__version__}: {html.escape(health)}</h1>"]
+    plain = {key: value for key, value in status.items() if not isinstance(value, dict)}
+    for title, part in [("", plain), *((key, value) for key, value in status.items() if isinstance(value, dict))]:
+        rows = "".join(f"<tr><td>{html.escape(str(k))}<td>{html.escape(str(v))}" for k, v in part.items())
+        parts.append(f"<h2>{html.escape(title)}</h2><table>{rows}</table>" if rows else "")
+    links = "<p><a href=status>status</a> <a href=metrics>metrics</a> <a href=healthcheck>healthcheck</a>"
+    head = f"<!doctype html><meta charset=utf-8><title>LMCache</title><style>{_STYLE}</style>"
+    return head + "".join(parts) + links
+
+
+# --- sockets ----------------------------------------------------------------------------------------------------------
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(128)  # here, so that two servers cannot both believe that they have the port
+    except OSError as error:
+        listener.close()
+        raise ConfigError(f"--http-port {port}: cannot listen on {host}: {error.strerror}: pass another") from error
+    return listener
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, telling when it serves."""
+
+    def __init__(self, config: uvicorn.Config, started: threading.Event) -> None:
+        super().__init__(config)
+        self._serving = started
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._serving.set()
+
+
+class _Protocol(H11Protocol):
+    """One connection, bounded in time and, for other hosts, in number."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._ends = [
+            self.loop.call_later(_REQUEST_SECONDS, self._end_without_request),
+            self.loop.call_later(_CONNECTION_SECONDS, transport.abort),
+        ]
+        self.from_elsewhere = self.client is None or not _is_loopback(self.client[0])
+        others = sum(getattr(one, "from_elsewhere", False) for one in self.connections)
+        if self.from_elsewhere and others > _MOST_CONNECTIONS:
+            transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        for end in self._ends:
+            end.cancel()
+        super().connection_lost(exc)
+
+    def _end_without_request(self) -> None:
+        if self.cycle is None:
+            self.transport.abort()

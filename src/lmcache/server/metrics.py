@@ -1,0 +1,88 @@
+"""The server's counters as Prometheus text: `lmcache_` + name, with help from one table."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+
+from prometheus_client import ProcessCollector
+from prometheus_client.core import Metric
+from prometheus_client.exposition import choose_encoder
+
+HELP: dict[str, str] = {
+    "hit_chunks_total": "Chunks that lookups found, all shards present.",
+    "missed_chunks_total": "Chunks that lookups asked for and did not get.",
+    "stored_chunks_total": "Chunks that became readable.",
+    "evicted_chunks_total": "Chunks that made room for newer ones.",
+    "dropped_chunks_total": "Chunks that could not be stored; the reasons are in dropped_chunks_by_reason.",
+    "refused_chunks_total": "Chunks whose reservation was refused.",
+    "expired_chunks_total": "Reserved chunks that were never committed.",
+    "cleared_chunks_total": "Chunks removed on request.",
+    "missed_chunks_by_reason_total": "Chunks that lookups did not get, by reason.",
+    "dropped_chunks_by_reason_total": "Chunks that could not be stored, by reason.",
+    "engine_dropped_chunks_total": "Chunks that engines themselves did not offer, by reason.",
+    "stored_tokens_total": "Tokens whose KV engines stored.",
+    "retrieved_tokens_total": "Tokens whose KV engines loaded instead of computing it.",
+    "store_seconds_total": "Seconds that finished store copies took, summed over jobs.",
+    "retrieve_seconds_total": "Seconds that finished load copies took, summed over jobs.",
+    "failed_loads_total": "Loads that engines gave up; they computed instead.",
+    "malformed_messages_total": "Messages that could not be understood; each was answered or dropped, none stops anything.",
+    "turned_away_total": "Connections refused: too many, or not allowed.",
+    "refused_requests_total": "Requests understood and declined.",
+    "failed_requests_total": "Requests that failed with a known error.",
+    "internal_errors_total": "Faults of ours; each has a traceback in the log.",
+    "unsent_answers_total": "Answers that could not be sent because the engine had gone.",
+    "loop_errors_total": "Faults caught at the edge of the server's loop.",
+    "chunks": "Chunks in L1 now.",
+    "leases": "Open leases: sets of slots promised to readers.",
+    "reservations": "Open reservations: sets of slots being filled.",
+    "engine_processes": "Engine processes connected now.",
+    "arena_bytes": "Size of the L1 arena.",
+    "arena_backed_bytes": "Bytes of the arena that have memory behind them.",
+    "arena_used_bytes": "Bytes of the arena that hold chunks.",
+    "quarantined_bytes": "Bytes that wait until a gone or slow engine can no longer touch them.",
+    "index_bytes": "Memory of the index of chunks.",
+}
+"""Name without prefix -> what it counts, and its unit."""
+
+_NAME = re.compile(r'([a-z][a-z0-9_]*)(?:\{([a-z_]+)="(.*)"\})?', re.DOTALL)
+
+
+def render(counters: Mapping[str, float], accept: str) -> tuple[bytes, str]:
+    """The body of /metrics and its content type; `accept` is the scraper's header."""
+    encode, content_type = choose_encoder(accept)
+    return encode(_Snapshot(counters)), content_type
+
+
+class _Snapshot:
+    """What a Prometheus encoder reads: these counters, and the process's own CPU, memory and descriptors."""
+
+    def __init__(self, counters: Mapping[str, float]) -> None:
+        self._counters = counters
+
+    def collect(self) -> Iterator[Metric]:
+        yield from families(self._counters)
+        yield from _PROCESS.collect()
+
+
+def families(counters: Mapping[str, float]) -> Iterable[Metric]:
+    """One metric a name; `missed_chunks_total{reason="evicted"}` is a line of its name's metric.
+
+    Raises:
+        ValueError: a name that Prometheus does not take.
+    """
+    found: dict[str, Metric] = {}
+    for full_name, value in counters.items():
+        match = _NAME.fullmatch(full_name)
+        if match is None:
+            raise ValueError(f'counter {full_name!r}: use a_name or a_name{{label="value"}}')
+        name, label, label_value = match.groups()
+        if name not in found:
+            kind = "counter" if name.endswith("_total") else "gauge"
+            help_text = HELP.get(name, name.removesuffix("_total").replace("_", " ").capitalize())
+            found[name] = Metric(f"lmcache_{name.removesuffix('_total')}", help_text, kind)
+        found[name].add_sample(f"lmcache_{name}", {label: label_value} if label else {}, value)
+    return found.values()
+
+
+_PROCESS = ProcessCollector(registry=None)
