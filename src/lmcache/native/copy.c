@@ -12,18 +12,14 @@
  */
 #include "native.h"
 
-#include <stdint.h>
-#include <string.h>
-
+#include "kernels.h"
 #if defined(__x86_64__)
-#include <immintrin.h>
-#define LMCACHE_X86 1
+#include "kernels_x86.h"
 #elif defined(__aarch64__)
-#include <arm_neon.h>
-#define LMCACHE_NEON 1
+#include "kernels_neon.h"
 #endif
 
-enum { MAX_AXES = 5, LINE = 64, STREAM_BYTES = 128, PREFETCH_BYTES = 1024, CLAIM_BYTES = 256 << 10 };
+enum { MAX_AXES = 5, CLAIM_BYTES = 256 << 10 };
 
 /* A row of CpuCopier's packed planes, in that order. Strides and offsets are in bytes. */
 typedef struct {
@@ -50,57 +46,35 @@ typedef struct {
     int64_t item; /* bytes that are contiguous on both sides */
 } Pattern;
 
-/* ---- Kernels ------------------------------------------------------------------------------------------------------ */
-
-/* `count` rows of `bytes` bytes. `next` is what will be read after them: its first lines are fetched ahead. */
-typedef void (*RowsKernel)(char *to, int64_t to_stride, const char *from, int64_t from_stride, int64_t bytes,
-                           int64_t count, const char *next);
-
-/* to[c * to_stride + r * item] = from[r * from_stride + c * item] for r < rows, c < columns. */
-typedef void (*TransposeKernel)(char *to, int64_t to_stride, const char *from, int64_t from_stride, int64_t rows,
-                                int64_t columns);
-
-typedef struct {
-    const char *name;
-    RowsKernel rows;
-    TransposeKernel transpose_2, transpose_4;
-} Isa;
-
-#define SCALAR_TRANSPOSE(NAME, TYPE)                                                                                     \
-    static void NAME(char *to, int64_t to_stride, const char *from, int64_t from_stride, int64_t rows, int64_t columns)  \
-    {                                                                                                                    \
-        for (int64_t c = 0; c < columns; c++)                                                                            \
-            for (int64_t r = 0; r < rows; r++)                                                                           \
-                memcpy(to + c * to_stride + r * (int64_t)sizeof(TYPE),                                                   \
-                       from + r * from_stride + c * (int64_t)sizeof(TYPE), sizeof(TYPE));                                \
-    }
-SCALAR_TRANSPOSE(transpose_1_any, uint8_t)
-SCALAR_TRANSPOSE(transpose_2_any, uint16_t)
-SCALAR_TRANSPOSE(transpose_4_any, uint32_t)
-SCALAR_TRANSPOSE(transpose_8_any, uint64_t)
-
-static void rows_any(char *to, int64_t to_stride, const char *from, int64_t from_stride, int64_t bytes, int64_t count,
-                     const char *next)
-{
-    (void)next;
-    for (int64_t i = 0; i < count; i++)
-        memcpy(to + i * to_stride, from + i * from_stride, (size_t)bytes);
-}
-
+/* The best one last. */
 static const Isa isas[] = {
-    {"generic", rows_any, transpose_2_any, transpose_4_any},
+    {"plain", rows_plain, transpose_2_plain, transpose_4_plain},
+#if defined(__x86_64__)
+    {"avx2", rows_avx2, transpose_2_avx2, transpose_4_avx2},
+    {"avx512", rows_avx512, transpose_2_avx512, transpose_4_avx512},
+#elif defined(__aarch64__)
+    {"neon", rows_neon, transpose_2_neon, transpose_4_neon},
+#endif
 };
 
-static int isa_supported(int i)
+static int isa_supported(int64_t i)
 {
-    (void)i;
-    return 1;
+#if defined(__x86_64__)
+    if (i == 1)
+        return __builtin_cpu_supports("avx2");
+    if (i == 2)
+        return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+#endif
+    return i >= 0 && i < (int64_t)(sizeof isas / sizeof *isas);
 }
 
+/* Makes non-temporal stores visible to whoever is told, by whatever means, that the copy has ended. */
 static void finish_streams(void)
 {
-#if defined(LMCACHE_X86)
+#if defined(__x86_64__)
     _mm_sfence();
+#elif defined(__aarch64__)
+    __asm__ volatile("dmb ishst" ::: "memory");
 #endif
 }
 
@@ -192,8 +166,8 @@ static void run_inner(const Pattern *p, const Isa *isa, char *paged, char *slot,
         Axis s = p->axes[p->count - 2], d = p->axes[p->count - 1];
         TransposeKernel kernel = p->item == 4   ? isa->transpose_4
                                  : p->item == 2 ? isa->transpose_2
-                                 : p->item == 1 ? transpose_1_any
-                                                : transpose_8_any;
+                                 : p->item == 1 ? transpose_1_plain
+                                                : transpose_8_plain;
         if (scatter)
             kernel(to, s.paged, from, d.slot, d.count, s.count);
         else
@@ -349,7 +323,7 @@ static PyObject *copy(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
         if (n[i] == -1 && PyErr_Occurred())
             return NULL;
     }
-    if (n[1] >= ISA_COUNT || (n[1] >= 0 && !isa_supported((int)n[1]))) {
+    if (n[1] >= 0 && !isa_supported(n[1])) {
         PyErr_Format(PyExc_ValueError, "this CPU has no instruction set number %lld", (long long)n[1]);
         return NULL;
     }

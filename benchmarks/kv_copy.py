@@ -1,0 +1,178 @@
+"""How fast KV moves between paged memory and slots on this machine, beside what its memory can do at all.
+
+    python benchmarks/kv_copy.py [--seconds 0.5] [--threads 1 2] [--only big small ...]
+
+Every row copies 8 chunks a call between anonymous memory and a mapping of /dev/shm whose pages were touched, both far
+larger than the caches. GB/s counts the bytes of KV once (1 GB = 1e9 bytes). `memcpy` and `contiguous` are the limits: the C
+library's copy, and ours of one long run. Machines are noisy: compare rows of one run, and read the best beside the median.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import mmap
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from lmcache.transfer.cpu import CpuCopier
+from lmcache.transfer.paged import PagedKV, Plane
+
+CHUNKS = 8
+
+
+@dataclass(frozen=True)
+class Model:
+    """kind: NHD [2][block][token][head][dim], HND [2][block][head][token][dim], or vLLM's CPU layout
+    [block][head](K [dim][token], V [token][dim])."""
+
+    kind: str
+    layers: int
+    heads: int
+    dims: int
+    item_bytes: int
+    block_tokens: int
+    chunk_tokens: int = 256
+
+
+MODELS = {
+    "big": Model("NHD", 32, 8, 128, 2, 16),
+    "big HND": Model("HND", 32, 8, 128, 2, 16),
+    "small": Model("NHD", 4, 2, 64, 2, 16),
+    "vLLM-CPU fp32": Model("CPU", 8, 4, 64, 4, 128),
+    "vLLM-CPU bf16": Model("CPU", 8, 4, 64, 2, 128),
+    "vLLM-CPU bf16, AMX": Model("AMX", 8, 4, 64, 2, 128),
+}
+
+
+def touched(size: int, shared: bool) -> mmap.mmap:
+    if not shared:
+        area = mmap.mmap(-1, size)
+    else:
+        with tempfile.TemporaryFile(dir="/dev/shm") as file:
+            os.posix_fallocate(file.fileno(), 0, size)
+            area = mmap.mmap(file.fileno(), size)
+    np.frombuffer(area, dtype=np.uint8)[:] = 1
+    return area
+
+
+def address_of(area: mmap.mmap) -> int:
+    return int(np.frombuffer(area, dtype=np.uint8).ctypes.data)
+
+
+def paged_kv(model: Model, num_blocks: int) -> PagedKV:
+    item, tokens = model.item_bytes, model.block_tokens
+    head = model.dims * item
+    row = head * model.heads
+    layer_bytes = 2 * num_blocks * tokens * row
+    area = touched(model.layers * layer_bytes, shared=False)
+    planes = []
+    for layer in range(model.layers):
+        start = address_of(area) + layer * layer_bytes
+        for v in range(2):
+            if model.kind == "NHD":
+                at = start + v * layer_bytes // 2
+                plane = Plane.strided(at, tokens * row, row, model.heads, head, model.dims, item)
+            elif model.kind == "HND":
+                at = start + v * layer_bytes // 2
+                plane = Plane.strided(at, tokens * row, head, model.heads, tokens * head, model.dims, item)
+            else:
+                at, block, per_head = start + v * tokens * head, 2 * tokens * row, 2 * tokens * head
+                if model.kind == "AMX" and v:  # [dims / 16][token pairs][16 dims][2 tokens]
+                    dims = (model.dims, 16, tokens * 16 * item, 2 * item)
+                    plane = Plane(at, block, 2, 32 * item, item, model.heads, per_head, *dims)
+                elif model.kind == "AMX":  # [token / 16][dim pairs][16 tokens][2 dims]
+                    dims = (model.dims, 2, 32 * item, item)
+                    plane = Plane(at, block, 16, 16 * head, 2 * item, model.heads, per_head, *dims)
+                elif v:
+                    plane = Plane.strided(at, block, head, model.heads, per_head, model.dims, item)
+                else:
+                    plane = Plane.strided(at, block, item, model.heads, per_head, model.dims, tokens * item)
+            planes.append(plane)
+    return PagedKV(tuple(planes), tokens, num_blocks, item, area)
+
+
+def rate(call: Callable[[int], None], size: int, seconds: float) -> str:
+    """`call(i)` moves `size` bytes, i counts up."""
+    call(0)
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(times) < 5 or time.perf_counter() < end:
+        start = time.perf_counter()
+        call(len(times) + 1)
+        times.append(time.perf_counter() - start)
+    median, best = statistics.median(times), min(times)
+    return f"{size / median / 1e9:7.2f} {size / best / 1e9:7.2f} {median * 1e6:10.1f}"
+
+
+def limits(seconds: float, threads: list[int]) -> None:
+    size, count = 32 << 20, 16
+    here, there = touched(size * count, shared=False), touched(size * count, shared=True)
+    source, target = address_of(here), address_of(there)
+    print(f"{'memcpy':34} {1:3} {rate(lambda i: _move(target, source, i % count * size, size), size, seconds)}")
+    # One block as large as a chunk: a single run of bytes a plane.
+    planes = tuple(Plane.strided(source + i * size // 4, size, 8192, 1, 8192, 4096, 2) for i in range(4))
+    paged = PagedKV(planes, 1024, count - 1, 2, here)
+    for number in threads:
+        copier = CpuCopier(paged, 1024, number)
+        runs = [np.array([(i * size, i * 1024, 1024, 0)], dtype=np.int64) for i in range(count - 1)]
+        table = np.arange(count - 1, dtype=np.int32)
+        for name, copy in (("gather", copier.gather), ("scatter", copier.scatter)):
+            text = rate(lambda i, copy=copy: copy(target, table, runs[i % len(runs)]), size, seconds)
+            print(f"{'contiguous ' + name:34} {number:3} {text}")
+
+
+def _move(target: int, source: int, offset: int, size: int) -> None:
+    ctypes.memmove(target + offset, source + offset, size)
+
+
+def measure(name: str, model: Model, seconds: float, threads: list[int], isa: int) -> None:
+    """Eight chunks a call, and one; block tables are random and differ from call to call."""
+    chunk_blocks = -(-model.chunk_tokens // model.block_tokens)
+    slot = 2 * model.layers * model.heads * model.dims * model.item_bytes * model.chunk_tokens
+    sets = max(2, (256 << 20) // (CHUNKS * slot))  # enough that nothing is in the caches when its turn comes
+    paged = paged_kv(model, sets * CHUNKS * chunk_blocks)
+    arena = touched(sets * CHUNKS * slot, shared=True)
+    base = address_of(arena)
+    blocks = np.random.default_rng(7).permutation(paged.num_blocks).astype(np.int32).reshape(sets, -1)
+    for number in threads:
+        copier = CpuCopier(paged, model.chunk_tokens, number)
+        copier._isa = isa if copier._native is not None else -1
+        for chunks in (CHUNKS, 1):
+            tokens = model.chunk_tokens
+            total = sets * CHUNKS
+            rows = [(c * slot, c % CHUNKS * tokens, tokens, 0) for c in range(total)]
+            runs = np.array(rows, dtype=np.int64).reshape(total // chunks, chunks, 4)
+            tables = np.repeat(blocks, CHUNKS // chunks, axis=0)
+            for way, copy in (("gather", copier.gather), ("scatter", copier.scatter)):
+                text = rate(
+                    lambda i, copy=copy, runs=runs, tables=tables: copy(base, tables[i % len(runs)], runs[i % len(runs)]),
+                    chunks * slot,
+                    seconds,
+                )
+                print(f"{f'{name}, {chunks} x {slot / (1 << 20):g} MiB {way}':34} {number:3} {text}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=0.5, help="for each row (default 0.5)")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--only", nargs="+", choices=["limits", *MODELS], help="these rows only")
+    parser.add_argument("--isa", type=int, default=-1, help="number of the instruction set (default: the best)")
+    options = parser.parse_args()
+    print(f"{'what':34} {'thr':>3} {'GB/s':>7} {'best':>7} {'us':>10}")
+    if not options.only or "limits" in options.only:
+        limits(options.seconds, options.threads)
+    for name, model in MODELS.items():
+        if not options.only or name in options.only:
+            measure(name, model, options.seconds, options.threads, options.isa)
+
+
+if __name__ == "__main__":
+    main()
