@@ -1,12 +1,13 @@
-"""Which part of the arena belongs to which space: regions cut from free memory, slots cut from regions. Bookkeeping only.
+"""Which part of the arena belongs to which space: regions cut from free memory, slots cut from regions.
 
-All slots of a *space* have one size. It owns *regions*, each a whole number of slots laid end to end, and gives slots out
-lowest address first, so that memory which was touched (and faulted in) before is used before memory which never was.
-Everything is counted in pages of 4096 bytes and sized exactly: a region wastes nothing, and all that can be lost is holes
-between regions that are smaller than a slot. `window` names the regions to empty when another space needs room and free
-memory has no hole large enough.
+All slots of a *space* have one size. It owns *regions*, each a whole number of slots laid end to end, and gives slots
+out lowest address first, so that memory which was touched (and faulted in) before is used before memory which never
+was. Everything is counted in pages of 4096 bytes and sized exactly: a region wastes nothing, and all that can be lost
+is holes between regions that are smaller than a slot. `window` names the regions to empty when another space needs
+room and free memory has no hole large enough.
 
 There is no Python object a slot: a region keeps one byte for each slot it ever handed out, and a frontier behind them.
+This is bookkeeping only; nothing here touches the memory itself.
 """
 
 from __future__ import annotations
@@ -235,7 +236,7 @@ class Slabs:
         return []
 
     def _cheapest(self, need_pages: int, allowed: set[int]) -> list[Region] | None:
-        """Of all shortest runs of holes and allowed regions that have `need_pages`, the one with the fewest used pages."""
+        """Of all shortest runs of holes and allowed regions with `need_pages`: the one with the fewest used pages."""
         best: list[Region] | None = None
         best_cost: tuple[int, int] | None = None
         run: list[tuple[int, int, Region | None]] = []

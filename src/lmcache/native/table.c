@@ -1,8 +1,1096 @@
-/* The index table's native half. */
+/* The type `Table`: the index of one space. What every method means is said in lmcache/cache/table.py, whose PyTable does
+ * the same and is compared with this one in the tests. Here is how it is kept.
+ *
+ * Records lie in segments that never move, so the table grows without a pause: 64 bytes each, one cache line, and behind a
+ * segment's records their pages and states, 5 bytes a shard.
+ *
+ * The hash table is a linear one (Litwin 1980): buckets are heads of chains through the records, and while there are fewer
+ * than two buckets a record, each insert splits the next two. It is never rebuilt. Clients choose the hashes, so what picks
+ * the bucket is mixed with a secret.
+ *
+ * A victim is found in order of age by a cursor that walks from the old end of the LRU list and passes what cannot go now.
+ * What it has passed and can go later waits in a heap by age; everything there is older than the cursor. A record is passed
+ * once for each time it is touched, so finding a victim costs O(1) in ordinary use and O(log n) at worst, amortised.
+ */
 #include "native.h"
+
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define NONE UINT32_MAX /* no record; as a page: no slot */
+#define KEY_BYTES 16
+#define MAX_SHARDS 65535
+#define MAX_RECORDS UINT32_MAX
+#define SEGMENT_BYTES (1u << 20) /* about, at most */
+#define SEGMENT_SHIFT 12         /* records in a segment, at most, as a power of two */
+#define BUCKET_SHIFT 12          /* buckets in one piece, likewise */
+#define BUCKETS_A_RECORD 2
+#define BATCH 64
+
+enum { EMPTY, FILLING, DONE };
+enum { COMPLETED = 1, RELEASED = 2 };
+
+enum {
+    USED = 1,     /* not on the free list */
+    ATTACHED = 2, /* in the index */
+    PASSED = 4,   /* the cursor has gone by */
+    QUEUED = 8,   /* waits in the heap with its present stamp */
+};
+
+typedef struct {
+    uint8_t key[KEY_BYTES];
+    uint64_t stamp : 56; /* of the last touch; no two are equal */
+    uint64_t flags : 8;
+    uint32_t next; /* in the bucket, or on the free list */
+    uint32_t parent, first_child, next_sibling, previous_sibling;
+    uint32_t older, newer;
+    uint32_t pins;
+    uint32_t children;
+    uint16_t done, filling; /* shards */
+} record_t;
+
+_Static_assert(sizeof(record_t) == 64, "a record is one cache line");
+
+typedef struct {
+    uint64_t stamp;
+    uint32_t id;
+} waiting_t;
+
+typedef struct {
+    PyObject_HEAD
+    uint64_t seed[2];
+    uint64_t clock; /* the last stamp given */
+    uint32_t shards, shift;
+    uint8_t **segments;
+    size_t segment_count, segment_room;
+    uint32_t next_id, free_head;
+    uint32_t attached, detached;
+    uint32_t **pieces; /* of the array of buckets */
+    size_t piece_count, piece_room;
+    uint64_t buckets, low_mask; /* low_mask + 1 <= buckets < 2 * (low_mask + 1) */
+    uint32_t oldest, newest, cursor;
+    waiting_t *heap;
+    size_t heap_count, heap_room;
+} table_t;
+
+#if defined(__GNUC__)
+#define PREFETCH(address) __builtin_prefetch(address)
+#else
+#define PREFETCH(address) ((void)(address))
+#endif
+
+/* Little-endian u32 in bytes that Python holds. */
+
+static inline uint32_t read_u32(const uint8_t *from)
+{
+    return (uint32_t)from[0] | (uint32_t)from[1] << 8 | (uint32_t)from[2] << 16 | (uint32_t)from[3] << 24;
+}
+
+static inline void write_u32(uint8_t *to, uint32_t value)
+{
+    to[0] = (uint8_t)value;
+    to[1] = (uint8_t)(value >> 8);
+    to[2] = (uint8_t)(value >> 16);
+    to[3] = (uint8_t)(value >> 24);
+}
+
+/* Records */
+
+static inline size_t segment_records(const table_t *t)
+{
+    return (size_t)1 << t->shift;
+}
+
+static inline record_t *at(const table_t *t, uint32_t id)
+{
+    return (record_t *)t->segments[id >> t->shift] + (id & (segment_records(t) - 1));
+}
+
+static inline uint32_t *segment_pages(const table_t *t, size_t segment)
+{
+    return (uint32_t *)(t->segments[segment] + segment_records(t) * sizeof(record_t));
+}
+
+static inline uint8_t *segment_states(const table_t *t, size_t segment)
+{
+    return (uint8_t *)(segment_pages(t, segment) + segment_records(t) * t->shards);
+}
+
+static inline uint32_t *pages_of(const table_t *t, uint32_t id)
+{
+    return segment_pages(t, id >> t->shift) + (id & (segment_records(t) - 1)) * t->shards;
+}
+
+static inline uint8_t *states_of(const table_t *t, uint32_t id)
+{
+    return segment_states(t, id >> t->shift) + (id & (segment_records(t) - 1)) * t->shards;
+}
+
+static size_t segment_size(const table_t *t)
+{
+    size_t size = segment_records(t) * (sizeof(record_t) + (size_t)5 * t->shards);
+    return (size + 63) & ~(size_t)63;
+}
+
+/* Room for one more pointer in a growing array of them. */
+static int reserve_pointer(void **array, size_t count, size_t *room)
+{
+    if (count < *room)
+        return 0;
+    size_t wanted = *room ? 2 * *room : 16;
+    void *grown = realloc(*array, wanted * sizeof(void *));
+    if (!grown)
+        return -1;
+    *array = grown;
+    *room = wanted;
+    return 0;
+}
+
+/* An unused id, or NONE with an error set. The record is not initialised. */
+static uint32_t take_id(table_t *t)
+{
+    if (t->free_head != NONE) {
+        uint32_t id = t->free_head;
+        t->free_head = at(t, id)->next;
+        return id;
+    }
+    if (t->next_id == MAX_RECORDS) {
+        PyErr_Format(PyExc_ValueError, "the table is full: %u records; free some first", MAX_RECORDS);
+        return NONE;
+    }
+    size_t segment = t->next_id >> t->shift;
+    if (segment == t->segment_count) {
+        uint8_t *made = NULL;
+        if (reserve_pointer((void **)&t->segments, t->segment_count, &t->segment_room) == 0)
+            made = aligned_alloc(64, segment_size(t));
+        if (!made) {
+            PyErr_NoMemory();
+            return NONE;
+        }
+        t->segments[t->segment_count++] = made;
+        memset(segment_states(t, segment), EMPTY, segment_records(t) * t->shards);
+    }
+    return t->next_id++;
+}
+
+/* The hash table */
+
+static inline uint64_t mix(const table_t *t, const uint8_t *key)
+{
+    uint64_t a, b;
+    memcpy(&a, key, 8);
+    memcpy(&b, key + 8, 8);
+    a ^= t->seed[0];
+    b ^= t->seed[1];
+#if defined(__SIZEOF_INT128__)
+    unsigned __int128 product = (unsigned __int128)a * b;
+    return (uint64_t)product ^ (uint64_t)(product >> 64);
+#else
+    a *= 0x9e3779b97f4a7c15u;
+    a ^= a >> 32;
+    a = (a + b) * 0xd6e8feb86659fd93u;
+    return a ^ a >> 32;
+#endif
+}
+
+static inline uint32_t *bucket_at(const table_t *t, uint64_t bucket)
+{
+    return &t->pieces[bucket >> BUCKET_SHIFT][bucket & ((1u << BUCKET_SHIFT) - 1)];
+}
+
+static inline uint32_t *bucket_of(const table_t *t, const uint8_t *key)
+{
+    uint64_t hash = mix(t, key), bucket = hash & (2 * t->low_mask + 1);
+    return bucket_at(t, bucket < t->buckets ? bucket : hash & t->low_mask);
+}
+
+static inline uint32_t find_from(const table_t *t, uint32_t id, const uint8_t *key)
+{
+    while (id != NONE) {
+        const record_t *r = at(t, id);
+        if (memcmp(r->key, key, KEY_BYTES) == 0)
+            break;
+        id = r->next;
+    }
+    return id;
+}
+
+static int add_piece(table_t *t)
+{
+    if (reserve_pointer((void **)&t->pieces, t->piece_count, &t->piece_room) < 0)
+        return -1;
+    uint32_t *piece = malloc(sizeof(uint32_t) << BUCKET_SHIFT);
+    if (!piece)
+        return -1;
+    memset(piece, 0xff, sizeof(uint32_t) << BUCKET_SHIFT);
+    t->pieces[t->piece_count++] = piece;
+    return 0;
+}
+
+/* One bucket more: the next one in turn gives it half of its chain. Without memory the chains just get longer. */
+static void split_bucket(table_t *t)
+{
+    uint64_t made = t->buckets;
+    if (made >> BUCKET_SHIFT == t->piece_count && add_piece(t) < 0)
+        return;
+    uint32_t *low = bucket_at(t, made & t->low_mask), *high = bucket_at(t, made), id = *low;
+    uint64_t bit = t->low_mask + 1;
+    t->buckets++;
+    if (t->buckets == 2 * bit)
+        t->low_mask = 2 * t->low_mask + 1;
+    *low = NONE;
+    while (id != NONE) {
+        record_t *r = at(t, id);
+        uint32_t *head = mix(t, r->key) & bit ? high : low, next = r->next;
+        r->next = *head;
+        *head = id;
+        id = next;
+    }
+}
+
+static void remove_from_bucket(table_t *t, uint32_t id)
+{
+    uint32_t *link = bucket_of(t, at(t, id)->key);
+    while (*link != id)
+        link = &at(t, *link)->next;
+    *link = at(t, id)->next;
+}
+
+/* Age */
+
+static void unlink_age(table_t *t, record_t *r, uint32_t id)
+{
+    if (t->cursor == id)
+        t->cursor = r->newer;
+    if (r->older != NONE)
+        at(t, r->older)->newer = r->newer;
+    else
+        t->oldest = r->newer;
+    if (r->newer != NONE)
+        at(t, r->newer)->older = r->older;
+    else
+        t->newest = r->older;
+}
+
+static void append_age(table_t *t, record_t *r, uint32_t id)
+{
+    r->stamp = ++t->clock;
+    r->flags &= ~(uint64_t)(PASSED | QUEUED);
+    r->older = t->newest;
+    r->newer = NONE;
+    if (t->newest != NONE)
+        at(t, t->newest)->newer = id;
+    else
+        t->oldest = id;
+    t->newest = id;
+    if (t->cursor == NONE)
+        t->cursor = id;
+}
+
+static void touch_one(table_t *t, uint32_t id)
+{
+    record_t *r = at(t, id);
+    unlink_age(t, r, id);
+    append_age(t, r, id);
+}
+
+/* Victims */
+
+static inline int is_idle(const record_t *r)
+{
+    return r->pins == 0 && r->filling == 0;
+}
+
+static inline int is_evictable(const record_t *r)
+{
+    return (r->flags & ATTACHED) && is_idle(r) && r->children == 0;
+}
+
+/* Begin the walk anew: what is done where the heap cannot grow. */
+static void forget_passed(table_t *t)
+{
+    for (uint32_t id = t->oldest; id != t->cursor; id = at(t, id)->newer)
+        at(t, id)->flags &= ~(uint64_t)(PASSED | QUEUED);
+    t->cursor = t->oldest;
+    t->heap_count = 0;
+}
+
+/* Something that forbade evicting this record is gone: if the cursor has passed it, it must wait in the heap. */
+static void reconsider(table_t *t, uint32_t id)
+{
+    record_t *r = at(t, id);
+    if (!(r->flags & PASSED) || (r->flags & QUEUED) || !is_evictable(r))
+        return;
+    if (t->heap_count == t->heap_room) {
+        size_t room = t->heap_room ? 2 * t->heap_room : 64;
+        waiting_t *grown = realloc(t->heap, room * sizeof(waiting_t));
+        if (!grown) {
+            forget_passed(t);
+            return;
+        }
+        t->heap = grown;
+        t->heap_room = room;
+    }
+    r->flags |= QUEUED;
+    size_t place = t->heap_count++;
+    for (size_t above; place > 0 && t->heap[above = (place - 1) / 2].stamp > r->stamp; place = above)
+        t->heap[place] = t->heap[above];
+    t->heap[place].stamp = r->stamp;
+    t->heap[place].id = id;
+}
+
+static void pop_heap(table_t *t)
+{
+    waiting_t last = t->heap[--t->heap_count];
+    size_t place = 0, below;
+    while ((below = 2 * place + 1) < t->heap_count) {
+        if (below + 1 < t->heap_count && t->heap[below + 1].stamp < t->heap[below].stamp)
+            below++;
+        if (t->heap[below].stamp >= last.stamp)
+            break;
+        t->heap[place] = t->heap[below];
+        place = below;
+    }
+    t->heap[place] = last;
+}
+
+static uint32_t find_victim(table_t *t)
+{
+    while (t->heap_count) {
+        record_t *r = at(t, t->heap[0].id);
+        if (r->stamp == t->heap[0].stamp && (r->flags & QUEUED)) {
+            if (is_evictable(r))
+                return t->heap[0].id;
+            r->flags &= ~(uint64_t)QUEUED;
+        }
+        pop_heap(t);
+    }
+    while (t->cursor != NONE) {
+        record_t *r = at(t, t->cursor);
+        if (is_evictable(r))
+            return t->cursor;
+        r->flags |= PASSED;
+        t->cursor = r->newer;
+    }
+    return NONE;
+}
+
+/* Arguments. Each returns -1 with an error set when the argument will not do. */
+
+static int to_number(PyObject *value, long long *number)
+{
+    int overflow;
+    *number = PyLong_AsLongLongAndOverflow(value, &overflow);
+    if (overflow) {
+        PyErr_SetString(PyExc_ValueError, "a number beyond 64 bits; ids, shards and pages are small");
+        return -1;
+    }
+    return *number == -1 && PyErr_Occurred() ? -1 : 0;
+}
+
+static inline int is_used(const table_t *t, uint32_t id)
+{
+    return id < t->next_id && (at(t, id)->flags & USED);
+}
+
+static int no_record(long long id)
+{
+    PyErr_Format(PyExc_ValueError, "no record has the id %lld; it was freed or never made", id);
+    return -1;
+}
+
+static int to_id(const table_t *t, PyObject *value, uint32_t *id)
+{
+    long long number;
+    if (to_number(value, &number) < 0)
+        return -1;
+    if (number < 0 || number >= MAX_RECORDS || !is_used(t, (uint32_t)number))
+        return no_record(number);
+    *id = (uint32_t)number;
+    return 0;
+}
+
+static int to_shard(const table_t *t, PyObject *value, uint32_t *shard)
+{
+    long long number;
+    if (to_number(value, &number) < 0)
+        return -1;
+    if (number < 0 || number >= t->shards) {
+        PyErr_Format(PyExc_ValueError, "shard %lld is not one of the %u of this table", number, t->shards);
+        return -1;
+    }
+    *shard = (uint32_t)number;
+    return 0;
+}
+
+static int to_items(PyObject *value, size_t item, const char *what, const uint8_t **data, size_t *count)
+{
+    char *bytes;
+    Py_ssize_t size;
+    if (PyBytes_AsStringAndSize(value, &bytes, &size) < 0)
+        return -1;
+    if ((size_t)size % item) {
+        PyErr_Format(PyExc_ValueError, "%zd bytes of %s; each takes %zu", size, what, item);
+        return -1;
+    }
+    *data = (const uint8_t *)bytes;
+    *count = (size_t)size / item;
+    return 0;
+}
+
+/* Ids of existing records. */
+static int to_ids(const table_t *t, PyObject *value, const uint8_t **data, size_t *count)
+{
+    if (to_items(value, 4, "ids", data, count) < 0)
+        return -1;
+    for (size_t i = 0; i < *count; i++) {
+        if (i + 8 < *count) {
+            uint32_t ahead = read_u32(*data + 4 * (i + 8));
+            if (ahead < t->next_id)
+                PREFETCH(at(t, ahead));
+        }
+        uint32_t id = read_u32(*data + 4 * i);
+        if (!is_used(t, id))
+            return no_record(id);
+    }
+    return 0;
+}
+
+static int to_key(PyObject *value, const uint8_t **key)
+{
+    char *bytes;
+    Py_ssize_t size;
+    if (PyBytes_AsStringAndSize(value, &bytes, &size) < 0)
+        return -1;
+    if (size != KEY_BYTES) {
+        PyErr_Format(PyExc_ValueError, "a hash of %zd bytes; it takes %d", size, KEY_BYTES);
+        return -1;
+    }
+    *key = (const uint8_t *)bytes;
+    return 0;
+}
+
+static int has_arguments(Py_ssize_t given, Py_ssize_t wanted)
+{
+    if (given == wanted)
+        return 1;
+    PyErr_Format(PyExc_TypeError, "%zd arguments given, %zd wanted", given, wanted);
+    return 0;
+}
+
+static PyObject *id_or_none(uint32_t id)
+{
+    return PyLong_FromLongLong(id == NONE ? -1 : (long long)id);
+}
+
+/* Methods: the index */
+
+static PyObject *table_match(PyObject *self, PyObject *arg)
+{
+    const table_t *t = (const table_t *)self;
+    const uint8_t *keys;
+    size_t count, found = 0;
+    if (to_items(arg, KEY_BYTES, "hashes", &keys, &count) < 0)
+        return NULL;
+    PyObject *result = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)(4 * count));
+    if (!result)
+        return NULL;
+    uint8_t *out = (uint8_t *)PyBytes_AsString(result);
+    for (size_t first = 0; first == found && first < count; first += BATCH) {
+        /* Memory is slow and has much to do at once: ask for all buckets, then for all records, and only then look. */
+        const uint32_t *buckets[BATCH];
+        uint32_t heads[BATCH];
+        size_t batch = count - first < BATCH ? count - first : BATCH;
+        const uint8_t *batch_keys = keys + first * KEY_BYTES;
+        for (size_t i = 0; i < batch; i++) {
+            buckets[i] = bucket_of(t, batch_keys + i * KEY_BYTES);
+            PREFETCH(buckets[i]);
+        }
+        for (size_t i = 0; i < batch; i++) {
+            heads[i] = *buckets[i];
+            if (heads[i] != NONE)
+                PREFETCH(at(t, heads[i]));
+        }
+        for (size_t i = 0; i < batch; i++) {
+            uint32_t id = find_from(t, heads[i], batch_keys + i * KEY_BYTES);
+            if (id == NONE || at(t, id)->done != t->shards)
+                break;
+            write_u32(out + 4 * found++, id);
+        }
+    }
+    if (found == count)
+        return result;
+    PyObject *shorter = PyBytes_FromStringAndSize((const char *)out, (Py_ssize_t)(4 * found));
+    Py_DECREF(result);
+    return shorter;
+}
+
+static PyObject *table_get(PyObject *self, PyObject *arg)
+{
+    const table_t *t = (const table_t *)self;
+    const uint8_t *key;
+    if (to_key(arg, &key) < 0)
+        return NULL;
+    return id_or_none(find_from(t, *bucket_of(t, key), key));
+}
+
+static PyObject *table_insert(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
+{
+    table_t *t = (table_t *)self;
+    const uint8_t *key;
+    long long number;
+    if (!has_arguments(nargs, 2) || to_key(args[0], &key) < 0 || to_number(args[1], &number) < 0)
+        return NULL;
+    if (find_from(t, *bucket_of(t, key), key) != NONE) {
+        PyErr_SetString(PyExc_ValueError, "this hash is in the table already; get it instead");
+        return NULL;
+    }
+    uint32_t parent = NONE;
+    if (number != -1) {
+        if (to_id(t, args[1], &parent) < 0)
+            return NULL;
+        if (!(at(t, parent)->flags & ATTACHED)) {
+            PyErr_Format(PyExc_ValueError, "parent %u is detached; insert it anew first", parent);
+            return NULL;
+        }
+    }
+    uint32_t id = take_id(t);
+    if (id == NONE)
+        return NULL;
+    record_t *r = at(t, id);
+    memset(r, 0, sizeof *r);
+    memcpy(r->key, key, KEY_BYTES);
+    r->flags = USED | ATTACHED;
+    r->parent = parent;
+    r->first_child = r->next_sibling = r->previous_sibling = NONE;
+    t->attached++;
+    for (int i = 0; i < BUCKETS_A_RECORD && t->buckets < (uint64_t)BUCKETS_A_RECORD * t->attached; i++)
+        split_bucket(t);
+    uint32_t *bucket = bucket_of(t, key);
+    r->next = *bucket;
+    *bucket = id;
+    append_age(t, r, id);
+    if (parent != NONE) {
+        record_t *above = at(t, parent);
+        r->next_sibling = above->first_child;
+        if (above->first_child != NONE)
+            at(t, above->first_child)->previous_sibling = id;
+        above->first_child = id;
+        above->children++;
+    }
+    return id_or_none(id);
+}
+
+static void leave_parent(table_t *t, uint32_t id)
+{
+    record_t *r = at(t, id), *above;
+    if (r->parent == NONE)
+        return;
+    above = at(t, r->parent);
+    if (r->previous_sibling != NONE)
+        at(t, r->previous_sibling)->next_sibling = r->next_sibling;
+    else
+        above->first_child = r->next_sibling;
+    if (r->next_sibling != NONE)
+        at(t, r->next_sibling)->previous_sibling = r->previous_sibling;
+    above->children--;
+    reconsider(t, r->parent);
+}
+
+typedef struct {
+    uint32_t *ids;
+    size_t count, room;
+} list_t;
+
+static int append_id(list_t *list, uint32_t id)
+{
+    if (list->count == list->room) {
+        size_t room = list->room ? 2 * list->room : 256;
+        uint32_t *grown = realloc(list->ids, room * sizeof(uint32_t));
+        if (!grown) {
+            PyErr_NoMemory();
+            return -1;
+        }
+        list->ids = grown;
+        list->room = room;
+    }
+    list->ids[list->count++] = id;
+    return 0;
+}
+
+/* The record and all its descendants, ancestors first, the newest child first. */
+static int collect_family(const table_t *t, uint32_t id, list_t *family)
+{
+    if (append_id(family, id) < 0)
+        return -1;
+    for (size_t i = 0; i < family->count; i++) {
+        uint32_t child = at(t, family->ids[i])->first_child;
+        for (; child != NONE; child = at(t, child)->next_sibling)
+            if (append_id(family, child) < 0)
+                return -1;
+    }
+    return 0;
+}
+
+static PyObject *table_detach(PyObject *self, PyObject *arg)
+{
+    table_t *t = (table_t *)self;
+    uint32_t root;
+    if (to_id(t, arg, &root) < 0)
+        return NULL;
+    if (!(at(t, root)->flags & ATTACHED)) {
+        PyErr_Format(PyExc_ValueError, "record %u is detached already", root);
+        return NULL;
+    }
+    list_t family = {NULL, 0, 0};
+    PyObject *result = NULL;
+    if (collect_family(t, root, &family) == 0)
+        result = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)(4 * family.count));
+    if (result) {
+        uint8_t *out = (uint8_t *)PyBytes_AsString(result);
+        leave_parent(t, root);
+        for (size_t i = family.count; i-- > 0; out += 4) {
+            uint32_t id = family.ids[i];
+            record_t *r = at(t, id);
+            write_u32(out, id);
+            remove_from_bucket(t, id);
+            unlink_age(t, r, id);
+            r->flags = USED;
+            r->children = 0;
+            r->parent = r->first_child = r->next_sibling = r->previous_sibling = NONE;
+        }
+        t->attached -= (uint32_t)family.count;
+        t->detached += (uint32_t)family.count;
+    }
+    free(family.ids);
+    return result;
+}
+
+static PyObject *table_free(PyObject *self, PyObject *arg)
+{
+    table_t *t = (table_t *)self;
+    uint32_t id;
+    if (to_id(t, arg, &id) < 0)
+        return NULL;
+    record_t *r = at(t, id);
+    if ((r->flags & ATTACHED) || !is_idle(r)) {
+        PyErr_Format(PyExc_ValueError, "record %u cannot be freed yet: attached %d, pins %u, filling %d", id,
+                     (r->flags & ATTACHED) != 0, r->pins, (int)r->filling);
+        return NULL;
+    }
+    memset(states_of(t, id), EMPTY, t->shards);
+    r->flags = 0;
+    r->stamp = 0;
+    r->next = t->free_head;
+    t->free_head = id;
+    t->detached--;
+    Py_RETURN_NONE;
+}
+
+/* Methods: age */
+
+static PyObject *table_touch(PyObject *self, PyObject *arg)
+{
+    table_t *t = (table_t *)self;
+    const uint8_t *ids;
+    size_t count;
+    if (to_ids(t, arg, &ids, &count) < 0)
+        return NULL;
+    while (count-- > 0) {
+        if (count >= 8) { /* its neighbours in the list, which are about to be joined */
+            const record_t *ahead = at(t, read_u32(ids + 4 * (count - 8)));
+            if ((ahead->flags & ATTACHED) && ahead->older != NONE)
+                PREFETCH(at(t, ahead->older));
+            if ((ahead->flags & ATTACHED) && ahead->newer != NONE)
+                PREFETCH(at(t, ahead->newer));
+        }
+        uint32_t id = read_u32(ids + 4 * count);
+        if (at(t, id)->flags & ATTACHED)
+            touch_one(t, id);
+    }
+    Py_RETURN_NONE;
+}
+
+static PyObject *table_touch_path(PyObject *self, PyObject *arg)
+{
+    table_t *t = (table_t *)self;
+    uint32_t id;
+    if (to_id(t, arg, &id) < 0)
+        return NULL;
+    if (at(t, id)->flags & ATTACHED)
+        for (; id != NONE; id = at(t, id)->parent)
+            touch_one(t, id);
+    Py_RETURN_NONE;
+}
+
+static PyObject *table_victim(PyObject *self, PyObject *unused)
+{
+    (void)unused;
+    return id_or_none(find_victim((table_t *)self));
+}
+
+static PyObject *table_oldest(PyObject *self, PyObject *unused)
+{
+    (void)unused;
+    return id_or_none(((table_t *)self)->oldest);
+}
+
+/* Methods: readers and writers */
+
+static PyObject *table_pin(PyObject *self, PyObject *arg)
+{
+    table_t *t = (table_t *)self;
+    const uint8_t *ids;
+    size_t count;
+    if (to_ids(t, arg, &ids, &count) < 0)
+        return NULL;
+    for (size_t i = 0; i < count; i++) {
+        uint32_t id = read_u32(ids + 4 * i);
+        if (at(t, id)->pins + (uint64_t)count > UINT32_MAX) {
+            PyErr_Format(PyExc_ValueError, "record %u has %u pins, which is too many", id, at(t, id)->pins);
+            return NULL;
+        }
+    }
+    for (size_t i = 0; i < count; i++)
+        at(t, read_u32(ids + 4 * i))->pins++;
+    Py_RETURN_NONE;
+}
+
+static PyObject *table_unpin(PyObject *self, PyObject *arg)
+{
+    table_t *t = (table_t *)self;
+    const uint8_t *ids;
+    size_t count, done, released = 0;
+    if (to_ids(t, arg, &ids, &count) < 0)
+        return NULL;
+    for (done = 0; done < count && at(t, read_u32(ids + 4 * done))->pins; done++) {
+        record_t *r = at(t, read_u32(ids + 4 * done));
+        r->pins--;
+        released += !(r->flags & ATTACHED) && is_idle(r);
+    }
+    for (size_t i = 0; i < done; i++) /* that was a trial */
+        at(t, read_u32(ids + 4 * i))->pins++;
+    if (done < count) {
+        PyErr_Format(PyExc_ValueError, "record %u has no pin left to remove; unpin what was pinned, once",
+                     read_u32(ids + 4 * done));
+        return NULL;
+    }
+    PyObject *result = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)(4 * released));
+    if (!result)
+        return NULL;
+    uint8_t *out = (uint8_t *)PyBytes_AsString(result);
+    for (size_t i = 0; i < count; i++) {
+        uint32_t id = read_u32(ids + 4 * i);
+        record_t *r = at(t, id);
+        r->pins--;
+        if (r->flags & ATTACHED)
+            reconsider(t, id);
+        else if (is_idle(r)) {
+            write_u32(out, id);
+            out += 4;
+        }
+    }
+    return result;
+}
+
+static PyObject *table_begin_fill(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
+{
+    table_t *t = (table_t *)self;
+    uint32_t id, shard;
+    long long page;
+    if (!has_arguments(nargs, 3) || to_id(t, args[0], &id) < 0 || to_shard(t, args[1], &shard) < 0 ||
+        to_number(args[2], &page) < 0)
+        return NULL;
+    if (page < 0 || page >= NONE) {
+        PyErr_Format(PyExc_ValueError, "page %lld is no page of an arena; pages are 0 to %u", page, NONE - 1);
+        return NULL;
+    }
+    record_t *r = at(t, id);
+    uint8_t *state = states_of(t, id) + shard;
+    if (!(r->flags & ATTACHED) || *state != EMPTY) {
+        PyErr_Format(PyExc_ValueError, "shard %u of record %u cannot be filled: attached %d, state %d", shard, id,
+                     (r->flags & ATTACHED) != 0, (int)*state);
+        return NULL;
+    }
+    *state = FILLING;
+    pages_of(t, id)[shard] = (uint32_t)page;
+    r->filling++;
+    Py_RETURN_NONE;
+}
+
+static PyObject *table_end_fill(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
+{
+    table_t *t = (table_t *)self;
+    uint32_t id, shard;
+    if (!has_arguments(nargs, 3) || to_id(t, args[0], &id) < 0 || to_shard(t, args[1], &shard) < 0)
+        return NULL;
+    int ok = PyObject_IsTrue(args[2]);
+    if (ok < 0)
+        return NULL;
+    record_t *r = at(t, id);
+    uint8_t *state = states_of(t, id) + shard;
+    if (*state != FILLING) {
+        PyErr_Format(PyExc_ValueError, "shard %u of record %u is not being filled: state %d", shard, id, (int)*state);
+        return NULL;
+    }
+    *state = ok ? DONE : EMPTY;
+    r->done += (uint16_t)ok;
+    r->filling--;
+    if (r->flags & ATTACHED) {
+        reconsider(t, id);
+        return PyLong_FromLong(r->done == t->shards ? COMPLETED : 0);
+    }
+    return PyLong_FromLong(is_idle(r) ? RELEASED : 0);
+}
+
+/* Methods: reading */
+
+static PyObject *table_state(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
+{
+    const table_t *t = (const table_t *)self;
+    uint32_t id, shard;
+    if (!has_arguments(nargs, 2) || to_id(t, args[0], &id) < 0 || to_shard(t, args[1], &shard) < 0)
+        return NULL;
+    return PyLong_FromLong(states_of(t, id)[shard]);
+}
+
+static PyObject *table_slot(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
+{
+    const table_t *t = (const table_t *)self;
+    uint32_t id, shard;
+    if (!has_arguments(nargs, 2) || to_id(t, args[0], &id) < 0 || to_shard(t, args[1], &shard) < 0)
+        return NULL;
+    return id_or_none(states_of(t, id)[shard] == EMPTY ? NONE : pages_of(t, id)[shard]);
+}
+
+static PyObject *table_slots(PyObject *self, PyObject *arg)
+{
+    const table_t *t = (const table_t *)self;
+    const uint8_t *ids;
+    size_t count;
+    if (to_ids(t, arg, &ids, &count) < 0)
+        return NULL;
+    if (count > (size_t)PY_SSIZE_T_MAX / 4 / t->shards)
+        return PyErr_NoMemory();
+    PyObject *result = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)(4 * count * t->shards));
+    if (!result)
+        return NULL;
+    uint8_t *out = (uint8_t *)PyBytes_AsString(result);
+    for (size_t i = 0; i < count; i++) {
+        if (i + 8 < count) {
+            uint32_t ahead = read_u32(ids + 4 * (i + 8));
+            PREFETCH(pages_of(t, ahead));
+            PREFETCH(states_of(t, ahead));
+        }
+        uint32_t id = read_u32(ids + 4 * i);
+        const uint32_t *pages = pages_of(t, id);
+        const uint8_t *states = states_of(t, id);
+        for (uint32_t shard = 0; shard < t->shards; shard++, out += 4)
+            write_u32(out, states[shard] == EMPTY ? NONE : pages[shard]);
+    }
+    return result;
+}
+
+static int has_page_in(const table_t *t, const uint32_t *pages, const uint8_t *states, long long first, long long end)
+{
+    for (uint32_t shard = 0; shard < t->shards; shard++)
+        if (states[shard] != EMPTY && pages[shard] >= first && pages[shard] < end)
+            return 1;
+    return 0;
+}
+
+static PyObject *table_in_pages(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
+{
+    const table_t *t = (const table_t *)self;
+    long long first, end;
+    if (!has_arguments(nargs, 2) || to_number(args[0], &first) < 0 || to_number(args[1], &end) < 0)
+        return NULL;
+    list_t found = {NULL, 0, 0};
+    for (uint32_t id = 0; id < t->next_id; id++)
+        if (has_page_in(t, pages_of(t, id), states_of(t, id), first, end) && (at(t, id)->flags & ATTACHED) &&
+            append_id(&found, id) < 0) {
+            free(found.ids);
+            return NULL;
+        }
+    PyObject *result = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)(4 * found.count));
+    if (result) {
+        uint8_t *out = (uint8_t *)PyBytes_AsString(result);
+        for (size_t i = 0; i < found.count; i++)
+            write_u32(out + 4 * i, found.ids[i]);
+    }
+    free(found.ids);
+    return result;
+}
+
+static PyObject *table_key(PyObject *self, PyObject *arg)
+{
+    const table_t *t = (const table_t *)self;
+    uint32_t id;
+    if (to_id(t, arg, &id) < 0)
+        return NULL;
+    return PyBytes_FromStringAndSize((const char *)at(t, id)->key, KEY_BYTES);
+}
+
+static PyObject *table_parent(PyObject *self, PyObject *arg)
+{
+    const table_t *t = (const table_t *)self;
+    uint32_t id;
+    return to_id(t, arg, &id) < 0 ? NULL : id_or_none(at(t, id)->parent);
+}
+
+static PyObject *table_children(PyObject *self, PyObject *arg)
+{
+    const table_t *t = (const table_t *)self;
+    uint32_t id;
+    return to_id(t, arg, &id) < 0 ? NULL : PyLong_FromUnsignedLong(at(t, id)->children);
+}
+
+static PyObject *table_pins(PyObject *self, PyObject *arg)
+{
+    const table_t *t = (const table_t *)self;
+    uint32_t id;
+    return to_id(t, arg, &id) < 0 ? NULL : PyLong_FromUnsignedLong(at(t, id)->pins);
+}
+
+static PyObject *table_filling(PyObject *self, PyObject *arg)
+{
+    const table_t *t = (const table_t *)self;
+    uint32_t id;
+    return to_id(t, arg, &id) < 0 ? NULL : PyLong_FromUnsignedLong(at(t, id)->filling);
+}
+
+static PyObject *table_complete(PyObject *self, PyObject *arg)
+{
+    const table_t *t = (const table_t *)self;
+    uint32_t id;
+    return to_id(t, arg, &id) < 0 ? NULL : PyBool_FromLong(at(t, id)->done == t->shards);
+}
+
+static PyObject *table_attached(PyObject *self, PyObject *arg)
+{
+    const table_t *t = (const table_t *)self;
+    uint32_t id;
+    return to_id(t, arg, &id) < 0 ? NULL : PyBool_FromLong((at(t, id)->flags & ATTACHED) != 0);
+}
+
+static Py_ssize_t table_length(PyObject *self)
+{
+    return (Py_ssize_t)((table_t *)self)->attached;
+}
+
+static PyObject *table_detached(PyObject *self, PyObject *unused)
+{
+    (void)unused;
+    return PyLong_FromUnsignedLong(((table_t *)self)->detached);
+}
+
+static PyObject *table_memory_bytes(PyObject *self, PyObject *unused)
+{
+    const table_t *t = (const table_t *)self;
+    (void)unused;
+    return PyLong_FromSize_t(sizeof *t + t->segment_count * segment_size(t) + t->segment_room * sizeof(void *) +
+                             t->piece_count * (sizeof(uint32_t) << BUCKET_SHIFT) + t->piece_room * sizeof(void *) +
+                             t->heap_room * sizeof(waiting_t));
+}
+
+/* Life */
+
+static int draw_seed(table_t *t)
+{
+    PyObject *os = PyImport_ImportModule("os");
+    PyObject *random = os ? PyObject_CallMethod(os, "urandom", "i", (int)sizeof t->seed) : NULL;
+    char *bytes;
+    Py_ssize_t size;
+    int failed = !random || PyBytes_AsStringAndSize(random, &bytes, &size) < 0;
+    if (!failed)
+        memcpy(t->seed, bytes, sizeof t->seed);
+    Py_XDECREF(random);
+    Py_XDECREF(os);
+    return failed ? -1 : 0;
+}
+
+static PyObject *table_new(PyTypeObject *type, PyObject *args, PyObject *named)
+{
+    PyObject *value;
+    long long shards;
+    if (named && PyDict_Size(named) > 0) {
+        PyErr_SetString(PyExc_TypeError, "Table takes no keyword arguments");
+        return NULL;
+    }
+    if (!PyArg_ParseTuple(args, "O:Table", &value) || to_number(value, &shards) < 0)
+        return NULL;
+    if (shards < 1 || shards > MAX_SHARDS) {
+        PyErr_Format(PyExc_ValueError, "%lld shards a chunk; give 1 to %d", shards, MAX_SHARDS);
+        return NULL;
+    }
+    allocfunc allocate = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
+    table_t *t = (table_t *)allocate(type, 0); /* zeroed */
+    if (!t)
+        return NULL;
+    t->shards = (uint32_t)shards;
+    t->shift = SEGMENT_SHIFT;
+    while (t->shift > 0 && segment_size(t) > SEGMENT_BYTES)
+        t->shift--;
+    t->free_head = t->oldest = t->newest = t->cursor = NONE;
+    t->buckets = 1u << BUCKET_SHIFT;
+    t->low_mask = t->buckets - 1;
+    if (draw_seed(t) < 0 || (add_piece(t) < 0 && PyErr_NoMemory() == NULL)) {
+        Py_DECREF(t);
+        return NULL;
+    }
+    return (PyObject *)t;
+}
+
+static void table_dealloc(PyObject *self)
+{
+    table_t *t = (table_t *)self;
+    PyTypeObject *type = Py_TYPE(self);
+    for (size_t i = 0; i < t->segment_count; i++)
+        free(t->segments[i]);
+    for (size_t i = 0; i < t->piece_count; i++)
+        free(t->pieces[i]);
+    free(t->segments);
+    free(t->pieces);
+    free(t->heap);
+    ((freefunc)PyType_GetSlot(type, Py_tp_free))(self);
+    Py_DECREF(type);
+}
+
+#define ONE(name) {#name, table_##name, METH_O, NULL}
+#define NOTHING(name) {#name, table_##name, METH_NOARGS, NULL}
+#define SEVERAL(name) {#name, (PyCFunction)(void (*)(void))table_##name, METH_FASTCALL, NULL}
+
+static PyMethodDef methods[] = {
+    ONE(match),         ONE(get),           SEVERAL(insert),    ONE(detach),    ONE(free),       ONE(touch),
+    ONE(touch_path),    NOTHING(victim),    NOTHING(oldest),    ONE(pin),       ONE(unpin),      SEVERAL(begin_fill),
+    SEVERAL(end_fill),  SEVERAL(state),     SEVERAL(slot),      ONE(slots),     ONE(key),        SEVERAL(in_pages),
+    ONE(parent),        ONE(children),      ONE(pins),          ONE(filling),   ONE(complete),   ONE(attached),
+    NOTHING(detached),  NOTHING(memory_bytes), {NULL, NULL, 0, NULL},
+};
+
+static PyType_Slot type_slots[] = {
+    {Py_tp_doc, "Table(shards): the index of one space; see lmcache.cache.table.Table."},
+    {Py_tp_new, table_new},
+    {Py_tp_dealloc, table_dealloc},
+    {Py_tp_methods, methods},
+    {Py_sq_length, table_length},
+    {0, NULL},
+};
+
+static PyType_Spec type_spec = {
+    .name = "lmcache._native.Table",
+    .basicsize = sizeof(table_t),
+    .flags = Py_TPFLAGS_DEFAULT,
+    .slots = type_slots,
+};
 
 int lmcache_add_table(PyObject *module)
 {
-    (void)module;
-    return 0;
+    PyObject *type = PyType_FromSpec(&type_spec);
+    if (!type)
+        return -1;
+    int added = PyModule_AddType(module, (PyTypeObject *)type);
+    Py_DECREF(type);
+    return added;
 }
