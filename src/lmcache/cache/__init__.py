@@ -1,4 +1,10 @@
-"""Floor 4: the heart. What is where, who may touch it, and what may be dropped. Pure: no I/O, no threads, no clock.
+"""Floor 4: the heart. Which chunks are where, who may read or fill which slots, what goes when room is needed.
 
-May import: `lmcache.tiers`, `lmcache.memory`, `lmcache.chunks`, the ground floor, and `lmcache._native` (optional).
+Pure: no I/O, no threads, no clock of its own; every call brings `now`. One thread of the server owns it, so it needs no lock,
+and a test can run a million operations with made-up clocks and deaths. May import: `memory.slabs`, `chunks`, the ground
+floor, and `lmcache._native` (optional).
 """
+
+from lmcache.cache.heart import Event, Grant, Heart, Hit, Refusal
+
+__all__ = ["Event", "Grant", "Heart", "Hit", "Refusal"]

@@ -1,0 +1,50 @@
+"""What a rank is asked to copy, and what became of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Load:
+    """Slots -> paged KV: tokens [start_token, end_token) of a request.
+
+    slots: this shard's u32 pages of the chunks from `first_chunk` on. blocks: the request's block table from token 0 on.
+    lease_chunk: place of `first_chunk` among the lease's chunks (payload frames are asked for by that).
+    """
+
+    arena: bytes
+    lease: int
+    first_chunk: int
+    slots: bytes
+    start_token: int
+    end_token: int
+    blocks: list[int]
+    lease_chunk: int = 0
+
+
+@dataclass(frozen=True)
+class Store:
+    """Paged KV -> slots: the full chunks from `first_chunk` on, named by `hashes` (16 bytes each).
+
+    parent: hash of the chunk before, or the root's (then `first_chunk` is 0). chunk_tokens: that of the hashes; a server that
+    came back with another one gets none of them.
+    """
+
+    chunk_tokens: int
+    parent: bytes
+    hashes: bytes
+    first_chunk: int
+    blocks: list[int]
+
+
+@dataclass(frozen=True)
+class Done:
+    """A finished job. `ok` is False for a load whose blocks were not filled, or a store of which nothing was kept."""
+
+    job_id: str
+    kind: Literal["load", "store"]
+    ok: bool
+    tokens: int
+    seconds: float

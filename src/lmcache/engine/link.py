@@ -1,0 +1,242 @@
+"""A process's link to the server: found by host and port, kept up in the background, given up at the first missed deadline.
+
+While the link is down every call fails at once, so a dead server costs an engine one deadline and a missing one nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+
+from lmcache import __version__
+from lmcache.errors import LMCacheError, ServerRefused, ServerUnavailable
+from lmcache.observability.log import init_logger
+from lmcache.wire import auth
+from lmcache.wire import messages as m
+from lmcache.wire.carriers import Carrier, UnixCarrier, ZmqCarrier
+
+logger = init_logger(__name__)
+
+TRANSFER_MODES = ("auto", "engine_driven", "lmcache_driven", "payload")
+_BACKOFF_SECONDS = (0.2, 0.5, 1.0, 2.0)
+_CONNECT_SECONDS = 1.0
+
+
+def server_address(host: str = "tcp://localhost", port: int = 5555) -> str:
+    """tcp://host:port, whatever of it the host has already.
+
+    Raises:
+        ValueError: another scheme than tcp, or a port out of range.
+    """
+    scheme, _, bare = host.rpartition("://")
+    if scheme not in ("", "tcp"):
+        raise ValueError(f"host {host!r}: only tcp:// is spoken")
+    if not 0 < int(port) < 65536:
+        raise ValueError(f"port {port!r}: give one between 1 and 65535")
+    return f"tcp://{bare}:{port}"
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where the server is and who asks. `instance` is shared by an engine's scheduler and all its ranks."""
+
+    address: str
+    instance: str
+    role: str
+    rank: int = 0
+    deadline_seconds: float = 2.0
+    heartbeat_seconds: float = 10.0
+    transfer_mode: str = "auto"
+    auth_key_file: Path | None = field(
+        default_factory=lambda: Path(os.environ["LMCACHE_AUTH_KEY_FILE"]) if "LMCACHE_AUTH_KEY_FILE" in os.environ else None
+    )
+
+    def __post_init__(self) -> None:
+        if self.transfer_mode not in TRANSFER_MODES:
+            raise ValueError(f"transfer mode {self.transfer_mode!r}: give one of {', '.join(TRANSFER_MODES)}")
+        if not 0 < self.deadline_seconds < 3600:
+            raise ValueError(f"deadline of {self.deadline_seconds} seconds: give one between 0 and 3600")
+
+
+class Link:
+    """Owns the connection. `on_welcome` runs in the link's thread at every new one, before anybody else may use it: it
+    registers through the carrier it is given, and may raise LMCacheError to say that this server is of no use."""
+
+    def __init__(self, endpoint: Endpoint, on_welcome: Callable[[Carrier, m.Welcome, int], None]) -> None:
+        self.endpoint = endpoint
+        self.failures = 0
+        """Calls that a dead, slow or refusing server cost."""
+        self._on_welcome = on_welcome
+        self._carrier: Carrier | None = None
+        self._lock = threading.Lock()
+        self._closed = False
+        self._wake = threading.Event()
+        self._connected = threading.Event()
+        self._told = ""
+        self._payload = False
+        self._thread = threading.Thread(target=self._keep_up, name=f"lmcache-link-{endpoint.role}", daemon=True)
+        self._thread.start()
+
+    @property
+    def connected(self) -> bool:
+        return self._carrier is not None
+
+    def wait_connected(self, timeout_seconds: float) -> bool:
+        return self._connected.wait(timeout_seconds)
+
+    def call(
+        self, request: m.Message, expect: type[m.AnswerT], frames: Sequence[bytes | memoryview] = ()
+    ) -> tuple[m.AnswerT, list[bytes]]:
+        """One request and its answer.
+
+        Raises:
+            ServerUnavailable: no link, or no answer within the deadline (the link is then down until it is renewed).
+            ServerRefused: the server understood and declined.
+        """
+        with self._lock:
+            carrier = self._carrier
+            if carrier is None:
+                raise ServerUnavailable(f"no server at {self.endpoint.address}")
+            try:
+                answer, payload = carrier.exchange(request, self.endpoint.deadline_seconds, frames)
+            except ServerUnavailable as error:
+                self._give_up(str(error))
+                raise
+        if isinstance(answer, expect):
+            return answer, payload
+        self.failures += 1
+        raise ServerRefused(answer.text if isinstance(answer, m.Error) else f"unexpected answer {type(answer).__name__}")
+
+    def post(self, request: m.Message) -> None:
+        """Send and do not wait; lost where there is no link."""
+        with self._lock:
+            if self._carrier is None:
+                return
+            try:
+                self._carrier.post(request)
+            except ServerUnavailable as error:
+                self._give_up(str(error))
+
+    def close(self) -> None:
+        """Say goodbye, hang up and end the thread."""
+        self.post(m.Bye())
+        self._closed = True
+        self._wake.set()
+        with self._lock:
+            if self._carrier is not None:
+                self._carrier.close()
+                self._carrier = None
+        self._thread.join(5.0)
+
+    def _give_up(self, why: str) -> None:
+        """Called with the lock held."""
+        self.failures += 1
+        if self._carrier is not None:
+            self._carrier.close()
+            self._carrier = None
+            self._connected.clear()
+            logger.warning("Lost the LMCache server at %s (%s); the engine goes on without", self.endpoint.address, why)
+        self._wake.set()
+
+    # The link's own thread
+
+    def _keep_up(self) -> None:
+        attempt = 0
+        while not self._closed:
+            carrier = self._carrier
+            if carrier is None:
+                try:
+                    self._connect()
+                    attempt = 0
+                    continue
+                except (LMCacheError, OSError, ValueError) as error:
+                    self._tell_once(str(error))
+                    self._wake.wait(_BACKOFF_SECONDS[min(attempt, len(_BACKOFF_SECONDS) - 1)])
+                    self._wake.clear()
+                    attempt += 1
+            else:
+                self._watch(carrier)
+
+    def _watch(self, carrier: Carrier) -> None:
+        """Until the connection ends or a heartbeat is due."""
+        if self._payload:
+            self._wake.wait(self.endpoint.heartbeat_seconds)
+            self._wake.clear()
+            try:
+                if not self._closed:
+                    self.call(m.Ping(), m.Ok)
+            except LMCacheError as error:
+                logger.debug("heartbeat: %s", error)
+        elif carrier.wait_for_end(1.0) and not self._closed:
+            with self._lock:
+                if self._carrier is carrier:
+                    self._give_up("it has hung up")
+
+    def _connect(self) -> None:
+        endpoint = self.endpoint
+        hello = m.Hello(
+            m.PROTOCOL_VERSION, __version__, endpoint.instance, endpoint.role, endpoint.rank, os.getpid(), False
+        )
+        door = ZmqCarrier(endpoint.address, endpoint.auth_key_file)
+        carrier: Carrier = door
+        try:
+            welcome = _welcome(door.exchange(hello, _CONNECT_SECONDS)[0])
+            descriptor = -1
+            unix = self._unix(welcome, hello)
+            if unix is not None:
+                carrier, descriptor = unix, unix.descriptor
+                welcome = _welcome(unix.welcome)
+                door.close()
+            else:
+                cookie = auth.read_cookie(welcome.cookie_path)
+                token = auth.proof(cookie, welcome.server) if cookie else b""
+                welcome = _welcome(
+                    door.exchange(msgspec.structs.replace(hello, payload=True, proof=token), _CONNECT_SECONDS)[0]
+                )
+            self._payload = unix is None
+            self._on_welcome(carrier, welcome, descriptor)
+        except BaseException:
+            carrier.close()
+            door.close()
+            raise
+        with self._lock:
+            self._carrier = carrier
+        self._told = ""
+        self._connected.set()
+        how = "payload frames" if unix is None else "the mapped arena"
+        logger.info("Connected to the LMCache server at %s (%d-token chunks, %s)", endpoint.address, welcome.chunk_tokens, how)
+
+    def _unix(self, welcome: m.Welcome, hello: m.Hello) -> UnixCarrier | None:
+        if self.endpoint.transfer_mode == "payload" or not welcome.socket_path or not os.path.exists(welcome.socket_path):
+            return None
+        return UnixCarrier(welcome.socket_path, hello, _CONNECT_SECONDS)
+
+    def _tell_once(self, why: str) -> None:
+        if why != self._told:
+            self._told = why
+            logger.warning("No LMCache server at %s yet (%s); prompts are computed without it", self.endpoint.address, why)
+
+
+def ask(carrier: Carrier, request: m.Message, expect: type[m.AnswerT]) -> m.AnswerT:
+    """One request outside a link, while it is being made.
+
+    Raises:
+        ServerUnavailable, ServerRefused: as `Link.call`.
+    """
+    answer, _ = carrier.exchange(request, _CONNECT_SECONDS)
+    if isinstance(answer, expect):
+        return answer
+    raise ServerRefused(answer.text if isinstance(answer, m.Error) else f"unexpected answer {type(answer).__name__}")
+
+
+def _welcome(answer: m.Answer) -> m.Welcome:
+    if isinstance(answer, m.Welcome):
+        if answer.version != m.PROTOCOL_VERSION:
+            raise ServerRefused(m.version_error(m.PROTOCOL_VERSION, __version__))
+        return answer
+    raise ServerRefused(answer.text if isinstance(answer, m.Error) else f"unexpected answer {type(answer).__name__}")

@@ -1,0 +1,133 @@
+"""The scheduler's side of an engine: what is there, and until when may it be read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import NamedTuple
+
+from lmcache.chunks import Layout, TokenChain, chunk_root
+from lmcache.chunks.hashing import HASH_BYTES, Extras
+from lmcache.engine.link import Endpoint, Link, ask
+from lmcache.errors import LMCacheError
+from lmcache.observability.log import init_logger
+from lmcache.wire import messages as m
+from lmcache.wire.carriers import Carrier
+
+logger = init_logger(__name__)
+
+
+class Hit(NamedTuple):
+    """Chunks [0, chunks) are in L1; those from `first_chunk` on are leased, with `slots` (u32 pages, [chunk][shard]).
+
+    `arena` says whose pages these are: a rank that maps another arena must not load from them.
+    """
+
+    chunks: int
+    first_chunk: int
+    lease: int
+    slots: bytes
+    shards: int
+    arena: bytes
+
+    def shard_slots(self, shard: int) -> bytes:
+        """The pages of one shard, one u32 a leased chunk."""
+        if self.shards == 1:
+            return self.slots
+        step = 4 * self.shards
+        return b"".join(self.slots[at : at + 4] for at in range(4 * shard, len(self.slots), step))
+
+
+class SchedulerSession:
+    """One engine's scheduler. Nothing raises, and nothing takes longer than the deadline.
+
+    Args:
+        endpoint: where the server is; its `instance` is that of the workers.
+        layout_for: the model's layout for a chunk size in tokens, which is the server's and learned from it.
+        shards: parts of a chunk, as `Shard.count` says.
+    """
+
+    def __init__(self, endpoint: Endpoint, layout_for: Callable[[int], Layout], shards: int) -> None:
+        self._layout_for, self._shards = layout_for, shards
+        self._space, self._chunk_tokens, self._arena, self._fingerprint = 0, 0, b"", b""
+        self.misses = 0
+        """Lookups that got no answer and so count as misses."""
+        self._late: list[int] = []
+        self._link = Link(endpoint, self._register)
+
+    @property
+    def chunk_tokens(self) -> int | None:
+        """The server's chunk size; None while none was ever reached."""
+        return self._chunk_tokens or None
+
+    @property
+    def connected(self) -> bool:
+        return self._link.connected
+
+    @property
+    def epoch(self) -> bytes:
+        """Changes whenever the server does: hits of another epoch are void. b"" before the first one."""
+        return self._arena
+
+    def wait_connected(self, timeout_seconds: float) -> bool:
+        """Wait for the first connection, at engine start."""
+        return self._link.wait_connected(timeout_seconds)
+
+    def new_chain(
+        self, cache_salt: str = "", lora_name: str = "", lora_id: str = "", extras: Extras | None = None
+    ) -> TokenChain | None:
+        """The chunk hashes of one prompt, to be extended with its tokens; None while no server was ever reached."""
+        if not self._chunk_tokens:
+            return None
+        return TokenChain(chunk_root(self._fingerprint, cache_salt, lora_name, lora_id), self._chunk_tokens, extras)
+
+    def lookup(self, chain: TokenChain, skip_tokens: int = 0) -> Hit | None:
+        """Which leading chunks of the chain are in L1, and a lease on those past the first `skip_tokens` tokens.
+
+        None when nothing is there beyond them, or no answer came within the deadline.
+        """
+        if not chain.hashes or chain.chunk_tokens != self._chunk_tokens:
+            return None
+        first = skip_tokens // chain.chunk_tokens
+        if first * HASH_BYTES >= len(chain.hashes):
+            return None
+        arena = self._arena
+        try:
+            found, _ = self._link.call(m.Lookup(self._space, chain.hashes, first), m.Found)
+        except LMCacheError as error:
+            self.misses += 1
+            logger.debug("A lookup became a miss: %s", error)
+            return None
+        if not found.lease:
+            return None
+        hit = Hit(found.chunks, first, found.lease, found.slots, self._shards, arena)
+        if len(found.slots) != 4 * self._shards * (found.chunks - first) or arena != self._arena:
+            self.misses += 1
+            self.release(hit)
+            return None
+        return hit
+
+    def release(self, hit: Hit) -> None:
+        """No rank reads the hit's slots any more. Does not wait; kept for later while the link is down."""
+        if hit.arena != self._arena:
+            return
+        self._late.append(hit.lease)
+        if self._link.connected:
+            leases, self._late = self._late, []
+            self._link.post(m.Release(leases))
+
+    def close(self) -> None:
+        self._link.close()
+
+    def _register(self, carrier: Carrier, welcome: m.Welcome, descriptor: int) -> None:
+        if descriptor >= 0:
+            os.close(descriptor)  # the scheduler copies nothing
+        layout = self._layout_for(welcome.chunk_tokens)
+        registered = ask(carrier, m.Register(layout, self._shards, -1, 0), m.Registered)
+        if welcome.arena != self._arena:
+            self._late = []
+        self._space, self._chunk_tokens = registered.space, welcome.chunk_tokens
+        self._fingerprint, self._arena = layout.fingerprint, welcome.arena
+        if self._late:
+            carrier.post(m.Release(self._late))
+            self._late = []

@@ -1,0 +1,325 @@
+"""A rank's side of an engine: its threads copy between paged KV and slots, and never hold up the engine.
+
+One thread loads, one stores. The arena is mapped when the link comes up and let go when another server takes over, once no copy
+runs; so a load from the mapped arena succeeds even when the server has died meanwhile.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from lmcache.chunks import Layout, Shard
+from lmcache.chunks.hashing import HASH_BYTES
+from lmcache.engine.jobs import Done, Load, Store
+from lmcache.engine.link import Endpoint, Link, ask
+from lmcache.errors import LayoutError, LMCacheError, ServerUnavailable
+from lmcache.memory.arena import Mapping, populate_all
+from lmcache.observability.log import init_logger
+from lmcache.transfer.cpu import CpuCopier
+from lmcache.transfer.paged import PagedKV
+from lmcache.wire import messages as m
+from lmcache.wire.carriers import Carrier
+
+logger = init_logger(__name__)
+_BATCH_BYTES = 64 << 20
+"""A store's slots are reserved, filled and committed in steps of about this size, so that a preemption waits for one at most."""
+_MAX_QUEUED_STORES = 1024
+Runs = npt.NDArray[np.int64]
+
+
+class WorkerSession:
+    """One rank. `load` and `store` only enqueue; `finished` tells what has ended; nothing raises into the engine.
+
+    Args:
+        endpoint: where the server is; `instance` is the scheduler's, `rank` this rank's number.
+        layout_for: the model's layout for a chunk size in tokens.
+        shard: the part of every chunk that this rank holds.
+        paged: this rank's paged KV.
+        threads: copy threads of one job.
+    """
+
+    def __init__(
+        self, endpoint: Endpoint, layout_for: Callable[[int], Layout], shard: Shard, paged: PagedKV, threads: int = 1
+    ) -> None:
+        self.counters: Counter[str] = Counter()
+        """Jobs and chunks by what became of them; reasons after a colon."""
+        self._layout_for, self._shard, self._paged, self._threads = layout_for, shard, paged, threads
+        self._space, self._chunk_tokens, self._arena = 0, 0, b""
+        self._slot_bytes = 0
+        self._mapping: Mapping | None = None
+        self._copier: CpuCopier | None = None
+        self._stop_populating = threading.Event()
+        self._state = threading.Condition()
+        self._queues: dict[str, deque[tuple[str, Load | Store]]] = {"load": deque(), "store": deque()}
+        self._running: dict[str, str] = {}
+        """Kind -> id of the job whose copy may be touching memory now."""
+        self._cancelled: set[str] = set()
+        self._done: deque[Done] = deque()
+        self._closed = False
+        self._link = Link(endpoint, self._register)
+        self._threads_running = [
+            threading.Thread(target=self._work, args=(kind,), name=f"lmcache-{kind}", daemon=True)
+            for kind in ("load", "store")
+        ]
+        for thread in self._threads_running:
+            thread.start()
+
+    @property
+    def connected(self) -> bool:
+        return self._link.connected
+
+    def wait_connected(self, timeout_seconds: float) -> bool:
+        """Wait for the first connection, at engine start."""
+        return self._link.wait_connected(timeout_seconds)
+
+    def load(self, job_id: str, load: Load) -> None:
+        """Fill paged KV from slots; the scheduler's lease must hold until the job is reported."""
+        self._enqueue("load", job_id, load)
+
+    def store(self, job_id: str, store: Store) -> None:
+        """Copy full chunks into slots; the blocks must stay as they are until the job is reported."""
+        if len(self._queues["store"]) >= _MAX_QUEUED_STORES:
+            self._drop(len(store.hashes) // HASH_BYTES, "queue full")
+            self._done.append(Done(job_id, "store", False, 0, 0.0))
+            return
+        self._enqueue("store", job_id, store)
+
+    def finished(self) -> list[Done]:
+        """Jobs that ended since the last call; never waits."""
+        done = []
+        while self._done:
+            done.append(self._done.popleft())
+        return done
+
+    def wait_finished(self, timeout_seconds: float) -> bool:
+        """Until some job can be reported, or nothing is under way. True when `finished` has something to tell."""
+        with self._state:
+            self._state.wait_for(lambda: self._done or not self._busy(), timeout_seconds)
+        return bool(self._done)
+
+    def wait(self, job_ids: Iterable[str], timeout_seconds: float | None = None) -> set[str]:
+        """Until none of these jobs touches paged KV; those that have not started are cancelled (and reported as failed).
+
+        Returns those still running after the timeout.
+        """
+        wanted = set(job_ids)
+        with self._state:
+            self._cancelled |= {job for queue in self._queues.values() for job, _ in queue if job in wanted}
+            self._cancelled |= wanted & set(self._running.values())
+            self._state.wait_for(lambda: not wanted & set(self._running.values()), timeout_seconds)
+            return wanted & set(self._running.values())
+
+    def close(self) -> None:
+        """Finish the copy at hand, drop what waits, and let the arena go."""
+        with self._state:
+            self._closed = True
+            self._state.notify_all()
+        for thread in self._threads_running:
+            thread.join()
+        self._link.close()
+        with self._state:
+            self._let_go()
+
+    # The two threads
+
+    def _enqueue(self, kind: Literal["load", "store"], job_id: str, job: Load | Store) -> None:
+        with self._state:
+            self._queues[kind].append((job_id, job))
+            self._state.notify_all()
+
+    def _busy(self) -> bool:
+        return bool(self._running or any(self._queues.values()))
+
+    def _work(self, kind: Literal["load", "store"]) -> None:
+        queue = self._queues[kind]
+        while True:
+            with self._state:
+                self._state.wait_for(lambda: queue or self._closed)
+                if self._closed:
+                    return
+                job_id, job = queue.popleft()
+                cancelled = job_id in self._cancelled
+                if not cancelled:
+                    self._running[kind] = job_id
+            begin = time.perf_counter()
+            tokens = 0
+            try:
+                if not cancelled:
+                    tokens = self._load(job) if isinstance(job, Load) else self._store(job_id, job)
+            except LMCacheError as error:
+                self.counters[f"failed_{kind}s"] += 1
+                logger.debug("A %s failed: %s", kind, error)
+            except Exception:  # the edge of the thread: a bug must not end it, and costs this job only
+                self.counters[f"failed_{kind}s"] += 1
+                logger.exception("A %s failed", kind)
+            seconds = time.perf_counter() - begin
+            if isinstance(job, Load):
+                asked = job.end_token - job.start_token
+                self._link.post(m.Loaded(tokens or asked, seconds, self._shard.index, ok=bool(tokens)))
+            with self._state:
+                self._running.pop(kind, None)
+                self._cancelled.discard(job_id)
+                self._done.append(Done(job_id, kind, tokens > 0, tokens, seconds))
+                self._state.notify_all()
+
+    def _load(self, load: Load) -> int:
+        """Tokens loaded.
+
+        Raises:
+            LMCacheError: nothing may be used of these blocks.
+        """
+        copier, mapping = self._for_arena(load.arena)
+        runs = self._load_runs(load)
+        blocks = np.asarray(load.blocks, dtype=np.int32)
+        if mapping is not None:
+            copier.scatter(mapping.address, blocks, runs, arena_bytes=mapping.size_bytes)
+        else:
+            self._fetch(copier, load, blocks, runs)
+        return load.end_token - load.start_token
+
+    def _load_runs(self, load: Load) -> Runs:
+        pages = np.frombuffer(load.slots, dtype="<u4").astype(np.int64)
+        chunks = np.arange(load.first_chunk, load.first_chunk + len(pages))
+        first = np.maximum(chunks * self._chunk_tokens, load.start_token)
+        count = np.minimum((chunks + 1) * self._chunk_tokens, load.end_token) - first
+        runs = np.stack([pages * m.PAGE_BYTES, first, count, first - chunks * self._chunk_tokens], axis=1)
+        if len(pages) == 0 or first[0] != load.start_token or int(count.sum()) != load.end_token - load.start_token:
+            raise LayoutError(f"{len(pages)} slots do not cover tokens {load.start_token}..{load.end_token}")
+        return runs[count > 0]
+
+    def _fetch(self, copier: CpuCopier, load: Load, blocks: npt.NDArray[np.int32], runs: Runs) -> None:
+        """Payload frames: as many chunks a message as make up a batch."""
+        step = max(1, _BATCH_BYTES // self._slot_bytes)
+        for at in range(0, len(runs), step):
+            part = runs[at : at + step].copy()
+            request = m.Fetch(load.lease, self._shard.index, load.lease_chunk + at, len(part))
+            _, frames = self._link.call(request, m.Ok)
+            if len(frames) != len(part) or any(len(one) != self._slot_bytes for one in frames):
+                raise LayoutError(f"{len(frames)} payload frames for {len(part)} chunks")
+            part[:, 0] = 0
+            for run, one in zip(part, frames, strict=True):
+                copier.scatter(np.frombuffer(one, dtype=np.uint8).ctypes.data, blocks, run[None])
+
+    def _store(self, job_id: str, store: Store) -> int:
+        """Tokens that were copied and committed."""
+        if store.chunk_tokens != self._chunk_tokens:
+            self._drop(len(store.hashes) // HASH_BYTES, "another chunk size")
+            return 0
+        total, stored, parent = len(store.hashes) // HASH_BYTES, 0, store.parent
+        step = max(1, _BATCH_BYTES // self._slot_bytes)
+        for at in range(0, total, step):
+            if job_id in self._cancelled:
+                self._drop(total - at, "preempted")
+                break
+            hashes = store.hashes[at * HASH_BYTES : (at + step) * HASH_BYTES]
+            try:
+                stored += self._store_batch(store, parent, store.first_chunk + at, hashes)
+            except ServerUnavailable:
+                self.counters["dropped_chunks:no server"] += total - at
+                break
+            parent = hashes[-HASH_BYTES:]
+        return stored
+
+    def _store_batch(self, store: Store, parent: bytes, first_chunk: int, hashes: bytes) -> int:
+        copier, mapping = self._for_arena(self._arena)
+        size = self._chunk_tokens
+        request = m.Reserve(self._space, self._shard.index, parent, first_chunk == 0, hashes)
+        granted, _ = self._link.call(request, m.Reserved)
+        if granted.refused:
+            self.counters[f"dropped_chunks:{granted.reason}"] += granted.refused
+        pages = np.frombuffer(granted.slots, dtype="<u4")
+        wanted = np.flatnonzero(pages != m.NO_SLOT)
+        if not len(wanted):
+            return 0
+        first = (first_chunk + wanted) * size
+        runs = np.stack([pages[wanted].astype(np.int64) * m.PAGE_BYTES, first, np.full_like(first, size), 0 * first], axis=1)
+        blocks = np.asarray(store.blocks, dtype=np.int32)
+        tokens, begin, ok = len(wanted) * size, time.perf_counter(), False
+        try:
+            if mapping is not None:
+                copier.gather(mapping.address, blocks, runs, arena_bytes=mapping.size_bytes)
+            else:
+                self._fill(copier, granted.reservation, blocks, runs)
+            ok = True
+        finally:
+            seconds = time.perf_counter() - begin
+            self._link.call(m.Commit(granted.reservation, ok, tokens if ok else 0, seconds), m.Ok)
+        return tokens
+
+    def _fill(self, copier: CpuCopier, reservation: int, blocks: npt.NDArray[np.int32], runs: Runs) -> None:
+        buffer = np.empty((len(runs), self._slot_bytes), dtype=np.uint8)
+        runs[:, 0] = np.arange(len(runs)) * self._slot_bytes
+        copier.gather(buffer.ctypes.data, blocks, runs)
+        self._link.call(m.Fill(reservation, 0), m.Ok, [memoryview(row) for row in buffer])
+
+    def _drop(self, chunks: int, reason: str) -> None:
+        self.counters[f"dropped_chunks:{reason}"] += chunks
+        self._link.post(m.Dropped(chunks, reason))
+
+    def _for_arena(self, arena: bytes) -> tuple[CpuCopier, Mapping | None]:
+        """What copies to and from this arena; None for the mapping means payload frames.
+
+        Raises:
+            ServerUnavailable: this rank does not (or no longer) have that arena.
+        """
+        with self._state:
+            if arena != self._arena or not arena:
+                self._state.wait_for(lambda: arena == self._arena and arena, self._link.endpoint.deadline_seconds)
+            if arena != self._arena or self._copier is None:
+                raise ServerUnavailable("this rank has not got the arena of the hit's server")
+            return self._copier, self._mapping
+
+    # The link's thread
+
+    def _register(self, carrier: Carrier, welcome: m.Welcome, descriptor: int) -> None:
+        """Map the new arena once no copy runs in the old one, and register this rank's part of the layout."""
+        try:
+            layout = self._layout_for(welcome.chunk_tokens)
+            slot_bytes = self._shard.slot_bytes(layout)
+            if self._paged.slot_bytes(welcome.chunk_tokens) != slot_bytes:
+                raise LayoutError(
+                    f"the KV tensors make slots of {self._paged.slot_bytes(welcome.chunk_tokens)} bytes, the layout {slot_bytes}"
+                )
+            request = m.Register(layout, self._shard.count, self._shard.index, slot_bytes)
+            registered = ask(carrier, request, m.Registered)
+            copier = CpuCopier(self._paged, welcome.chunk_tokens, threads=self._threads)
+            with self._state:
+                self._state.wait_for(lambda: not self._queues["load"] and not self._running, timeout=30.0)
+                if self._running:
+                    raise ServerUnavailable("a copy in the old arena does not end")
+                if welcome.arena != self._arena:
+                    self._let_go()
+                if descriptor >= 0 and self._mapping is None:
+                    self._mapping = Mapping(descriptor, welcome.arena_bytes)
+                    self._populate(self._mapping)
+                self._space, self._chunk_tokens, self._slot_bytes = registered.space, welcome.chunk_tokens, slot_bytes
+                self._copier, self._arena = copier, welcome.arena
+                self._state.notify_all()
+        finally:
+            if descriptor >= 0:
+                os.close(descriptor)
+
+    def _populate(self, mapping: Mapping) -> None:
+        """Fill this process's page table ahead of use: a store into mapped pages runs at twice the speed."""
+        self._stop_populating = threading.Event()
+        self._populating = threading.Thread(
+            target=populate_all, args=(mapping, self._stop_populating), name="lmcache-map", daemon=True
+        )
+        self._populating.start()
+
+    def _let_go(self) -> None:
+        """Unmap. Called with the lock held, while no copy runs."""
+        if self._mapping is not None:
+            self._stop_populating.set()
+            self._populating.join()
+            self._mapping.close()
+            self._mapping = None
+        self._copier, self._arena = None, b""

@@ -1,0 +1,82 @@
+"""`lmcache server`: starts the daemon, says that it serves when it does, and ends it without leaving anything behind."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Protocol
+
+from lmcache.cache import Heart
+from lmcache.config.server import ServerConfig
+from lmcache.memory.arena import Arena, reclaim_stale
+from lmcache.observability.log import init_logger, set_level
+from lmcache.server.http import HttpFace
+from lmcache.server.loop import Loop
+from lmcache.server.report import Report
+from lmcache.server.service import Service
+from lmcache.server.unix_face import UnixFace
+from lmcache.server.zmq_face import ZmqFace
+
+logger = init_logger(__name__)
+
+
+class _Closes(Protocol):
+    def close(self) -> None: ...
+
+
+def serve(config: ServerConfig) -> int:
+    """Run until SIGINT or SIGTERM; return the exit code.
+
+    Raises:
+        ConfigError: something cannot be had (a port, memory, a folder); nothing is left behind.
+    """
+    set_level(config.log_level)
+    reclaim_stale(config.arena_dir)
+    started: list[Callable[[], None]] = []
+    try:
+        loop = _start(config, started)
+        logger.info("LMCache cache server is running...")
+        loop.run()
+    finally:
+        for stop in reversed(started):
+            stop()
+    logger.info("LMCache cache server has stopped")
+    return 0
+
+
+def _start(config: ServerConfig, started: list[Callable[[], None]]) -> Loop:
+    """Bring up every part; `started` collects what ends them, in order."""
+    begin = time.perf_counter()
+    loop = Loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: loop.stop())
+    started.append(loop.close)
+    arena = Arena(Path(config.arena_dir), config.l1_bytes)
+    started.append(arena.close)
+    workers = ThreadPoolExecutor(config.max_workers, thread_name_prefix="lmcache-io")
+    started.append(lambda: workers.shutdown(wait=True, cancel_futures=True))
+    heart = Heart(arena.size_bytes, config.lease_seconds)
+    service = Service(loop, heart, arena, config.chunk_size, workers)
+    started.append(UnixFace(loop, service, config.socket_dir).close)
+    zmq_face = ZmqFace(
+        loop, service, config.host, config.port, config.socket_dir, config.auth_key_file, config.insecure_no_auth
+    )
+    started.append(zmq_face.close)
+    http = HttpFace(config, Report(config, loop, service))
+    http.start()
+    started.append(http.stop)
+    arena.start_prefault()
+    logger.info(
+        "L1: %.2f GiB in %s, %s eviction, %d-token chunks; ready after %.2f s",
+        arena.size_bytes / 2**30,
+        arena.path,
+        config.eviction_policy,
+        config.chunk_size,
+        time.perf_counter() - begin,
+    )
+    logger.info("%s", config.reach)
+    logger.info("Health, status and metrics: %s", config.http_url)
+    return loop

@@ -1,0 +1,302 @@
+"""What the server answers: requests in, answers out. Faces bring the requests; the heart decides; this file joins them.
+
+Everything here runs in the loop's thread, but for the copies of payload frames, which I/O threads do.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+
+from lmcache import __version__
+from lmcache.cache import Heart, Refusal
+from lmcache.errors import LMCacheError
+from lmcache.memory.arena import Arena, ArenaFull
+from lmcache.observability.log import init_logger
+from lmcache.server.loop import Loop
+from lmcache.wire import messages as m
+
+logger = init_logger(__name__)
+MAX_PAYLOAD_BYTES = 256 << 20
+Reply = Callable[[m.Message, list[bytes]], None]
+
+
+@dataclass(slots=True, eq=False)
+class Peer:
+    """One connected engine process, as its face knows it. `process` is its number in the heart, 0 before its hello."""
+
+    face: str
+    process: int = 0
+    instance: str = ""
+    role: str = ""
+    rank: int = 0
+    pid: int = 0
+    payload: bool = False
+    busy: int = 0
+    """Payload copies under way on this peer's behalf."""
+    gone: bool = False
+    since: float = field(default_factory=time.time)
+    layout: dict[str, object] = field(default_factory=dict)
+
+
+class Service:
+    """Answers every request with exactly one answer; an error of ours becomes an `Error` answer, never silence."""
+
+    def __init__(self, loop: Loop, heart: Heart, arena: Arena, chunk_tokens: int, workers: Executor) -> None:
+        self.loop, self.heart, self.arena, self.chunk_tokens = loop, heart, arena, chunk_tokens
+        self.server_id = secrets.token_bytes(16)
+        self.socket_path = ""
+        self.cookie_path = ""
+        self.peers: set[Peer] = set()
+        self.counters: Counter[str] = Counter()
+        self.started = time.time()
+        self._workers = workers
+        self._busy_reservations: Counter[int] = Counter()
+        self._participants: dict[tuple[str, int, str, int], int] = {}
+        self._next_process = 1
+        self._answers: dict[type, Callable[[Peer, m.Request], m.Message]] = {
+            m.Ping: lambda peer, request: m.Ok(),
+            m.Register: self._register,
+            m.Lookup: self._lookup,
+            m.Release: self._release,
+            m.Reserve: self._reserve,
+            m.Commit: self._commit,
+            m.Loaded: self._loaded,
+            m.Clear: lambda peer, request: m.Ok(self.clear()),
+            m.Dropped: self._dropped,
+            m.Bye: self._bye,
+        }
+        loop.on_tick.append(self._tick)
+
+    # Requests
+
+    def handle(self, peer: Peer, request: m.Request, frames: list[bytes], reply: Reply) -> None:
+        """Answer through `reply`, at once or, for payload frames, when the copy has ended."""
+        try:
+            if isinstance(request, m.Hello):
+                reply(self.hello(peer, request), [])
+            elif not peer.process:
+                reply(m.Error("hello", "say hello first"), [])
+            elif isinstance(request, m.Fetch):
+                self._fetch(peer, request, reply)
+            elif isinstance(request, m.Fill):
+                self._fill(peer, request, frames, reply)
+            else:
+                reply(self._answers[type(request)](peer, request), [])
+        except Refusal as error:
+            self.counters["refused_requests"] += 1
+            reply(m.Error("refused", str(error)), [])
+        except LMCacheError as error:
+            self.counters["failed_requests"] += 1
+            reply(m.Error("failed", str(error)), [])
+        except Exception as error:  # a bug of ours must not leave the engine waiting for its deadline
+            self.counters["internal_errors"] += 1
+            logger.exception("A %s request failed", type(request).__name__)
+            reply(m.Error("internal", f"{type(error).__name__} in the server: see its log"), [])
+
+    def hello(self, peer: Peer, hello: m.Hello) -> m.Message:
+        """The faces have checked who it is; here only the version counts, and the process joins the heart."""
+        if hello.version != m.PROTOCOL_VERSION:
+            text = m.version_error(hello.version, hello.software[:40])
+            logger.error("An engine was turned away: %s", text)
+            return m.Error("version", text)
+        who = (hello.instance[:200], hello.pid, hello.role[:40], hello.rank)
+        process = self._participants.get(who)
+        if process is not None:
+            # The same process on a new connection says that no copy of it runs any more: what it was filling is free again.
+            self.heart.leave_reservations(process)
+        else:
+            process = self._next_process
+            self._next_process += 1
+            self._participants[who] = process
+            self.heart.join(process, who[0])
+        peer.process, peer.payload = process, hello.payload
+        peer.instance, peer.pid, peer.role, peer.rank = who
+        self.peers.add(peer)
+        logger.info("Engine process connected: %s rank %d, pid %d, over %s", peer.role, peer.rank, peer.pid, peer.face)
+        return self.welcome()
+
+    def welcome(self) -> m.Welcome:
+        return m.Welcome(
+            m.PROTOCOL_VERSION,
+            __version__,
+            self.server_id,
+            self.chunk_tokens,
+            self.socket_path,
+            self.arena.id,
+            self.arena.size_bytes,
+            self.cookie_path,
+        )
+
+    def gone(self, peer: Peer) -> None:
+        """The peer's process touches no slot any more. Its claims end, once no copy runs on its behalf."""
+        peer.gone = True
+        if peer.busy or peer not in self.peers:
+            return
+        self.peers.discard(peer)
+        if any(other.process == peer.process for other in self.peers):
+            return  # it has connected anew
+        self._participants = {who: number for who, number in self._participants.items() if number != peer.process}
+        self.heart.leave(peer.process)
+        logger.info("Engine process gone: %s rank %d, pid %d", peer.role, peer.rank, peer.pid)
+
+    def clear(self) -> int:
+        count = self.heart.clear()
+        logger.info("L1 cleared: %d chunks", count)
+        return count
+
+    def _register(self, peer: Peer, request: m.Request) -> m.Message:
+        assert isinstance(request, m.Register)
+        layout = request.layout
+        if layout.chunk_tokens != self.chunk_tokens:
+            raise Refusal(f"the layout has {layout.chunk_tokens}-token chunks, this server {self.chunk_tokens}")
+        space = self.heart.open_space(
+            peer.process, layout.fingerprint, request.shards, request.shard, request.slot_bytes
+        )
+        peer.layout = {
+            "model_id": layout.model_id,
+            "kv_dtype": layout.kv_dtype,
+            "num_layers": layout.num_layers,
+            "num_kv_heads": layout.num_kv_heads,
+            "head_size": layout.head_size,
+            "kind": layout.kind,
+            "fingerprint": layout.fingerprint.hex(),
+            "shard": f"{request.shard + 1} of {request.shards}" if request.shard >= 0 else f"all {request.shards}",
+            "slot_bytes": request.slot_bytes,
+        }
+        if request.shard >= 0:
+            logger.info("Registered KV cache for GPU ID %d with %d layers", peer.pid, layout.num_layers)
+        return m.Registered(space)
+
+    def _lookup(self, peer: Peer, request: m.Request) -> m.Message:
+        assert isinstance(request, m.Lookup)
+        hashes = request.hashes
+        if len(hashes) % 16:
+            raise Refusal(f"{len(hashes)} bytes are not whole 16-byte hashes")
+        return m.Found(
+            *self.heart.lookup(time.monotonic(), peer.process, request.space, hashes, max(0, request.first_wanted))
+        )
+
+    def _release(self, peer: Peer, request: m.Request) -> m.Message:
+        assert isinstance(request, m.Release)
+        for lease in request.leases:
+            self.heart.release(peer.process, lease)
+        return m.Ok(len(request.leases))
+
+    def _reserve(self, peer: Peer, request: m.Request) -> m.Message:
+        assert isinstance(request, m.Reserve)
+        if len(request.hashes) % 16 or (not request.root and len(request.parent) != 16):
+            raise Refusal("hashes must be whole 16-byte hashes")
+        now = time.monotonic()
+        grant = self.heart.reserve(
+            now, peer.process, request.space, request.shard, request.parent, request.root, request.hashes
+        )
+        try:
+            self.arena.back(grant.end_byte)
+        except ArenaFull as error:
+            self.heart.commit(now, peer.process, grant.reservation, ok=False)
+            raise Refusal(str(error)) from error
+        return m.Reserved(grant.reservation, grant.slots, grant.refused, grant.reason)
+
+    def _commit(self, peer: Peer, request: m.Request) -> m.Message:
+        assert isinstance(request, m.Commit)
+        if self._busy_reservations[request.reservation]:
+            raise Refusal(f"reservation {request.reservation} is still being filled")
+        stored = self.heart.commit(time.monotonic(), peer.process, request.reservation, request.ok)
+        if request.ok:
+            self.counters["stored_tokens"] += request.tokens
+            self.counters["store_microseconds"] += int(request.seconds * 1e6)
+            logger.info("Stored %d tokens in %.3f seconds", request.tokens, request.seconds)
+        return m.Ok(stored)
+
+    def _loaded(self, peer: Peer, request: m.Request) -> m.Message:
+        assert isinstance(request, m.Loaded)
+        if request.ok:
+            self.counters["retrieved_tokens"] += request.tokens
+            self.counters["retrieve_microseconds"] += int(request.seconds * 1e6)
+            logger.info("Retrieved %d tokens in %.3f seconds", request.tokens, request.seconds)
+        else:
+            self.counters["failed_loads"] += 1
+            logger.warning("Rank %d could not load %d tokens; the engine computes them", peer.rank, request.tokens)
+        return m.Ok()
+
+    def _dropped(self, peer: Peer, request: m.Request) -> m.Message:
+        assert isinstance(request, m.Dropped)
+        self.counters[f"engine_dropped:{request.reason[:40]}"] += max(0, request.chunks)
+        return m.Ok()
+
+    def _bye(self, peer: Peer, request: m.Request) -> m.Message:
+        self.gone(peer)
+        peer.process = 0
+        return m.Ok()
+
+    # Payload frames
+
+    def _fetch(self, peer: Peer, request: m.Fetch, reply: Reply) -> None:
+        pages = self.heart.leased_pages(peer.process, request.lease, request.shard, request.first, request.count)
+        size = self.heart.slot_bytes(lease=request.lease, shard=request.shard)
+        self._check_payload(size * len(pages))
+        view = self.arena.mapping.view
+
+        def copy() -> list[bytes]:
+            return [bytes(view(page * m.PAGE_BYTES, size)) for page in pages]
+
+        self._in_worker(peer, copy, lambda frames: reply(m.Ok(len(frames)), frames), reply)
+
+    def _fill(self, peer: Peer, request: m.Fill, frames: list[bytes], reply: Reply) -> None:
+        number = request.reservation
+        pages = self.heart.reserved_pages(peer.process, number, request.first, len(frames))
+        size = self.heart.slot_bytes(reservation=number)
+        if any(len(one) != size for one in frames):
+            raise Refusal(f"payload frames must have the slot's {size} bytes")
+        self._check_payload(size * len(pages))
+        view = self.arena.mapping.view
+
+        def copy() -> list[bytes]:
+            for page, one in zip(pages, frames, strict=True):
+                view(page * m.PAGE_BYTES, size)[:] = one
+            return []
+
+        def done(nothing: list[bytes]) -> None:
+            self._busy_reservations[number] -= 1
+            reply(m.Ok(len(pages)), nothing)
+
+        self._busy_reservations[number] += 1
+        self._in_worker(peer, copy, done, reply)
+
+    @staticmethod
+    def _check_payload(size: int) -> None:
+        if size > MAX_PAYLOAD_BYTES:
+            raise Refusal(f"{size} payload bytes in one message; at most {MAX_PAYLOAD_BYTES} are allowed")
+
+    def _in_worker(
+        self, peer: Peer, copy: Callable[[], list[bytes]], done: Callable[[list[bytes]], None], reply: Reply
+    ) -> None:
+        peer.busy += 1
+
+        def finish(frames: list[bytes]) -> None:
+            peer.busy -= 1
+            done(frames)
+            if peer.gone:
+                self.gone(peer)
+
+        def run() -> None:
+            frames = copy()
+            self.loop.call_soon(lambda: finish(frames))
+
+        self._workers.submit(run)
+
+    # Upkeep
+
+    def _tick(self) -> None:
+        self.heart.tick(time.monotonic())
+        self.counters["events"] += len(self.heart.events)
+        if logger.isEnabledFor(logging.DEBUG):
+            for event in self.heart.events:
+                logger.debug("%s %d chunks of space %d %s", event.kind, event.chunks, event.space, event.reason)
+        self.heart.events.clear()

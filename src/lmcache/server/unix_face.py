@@ -1,0 +1,207 @@
+"""The Unix socket: engines on this host, of this user. They get the arena's descriptor with the welcome.
+
+A process counts as gone when it says `Bye` or when the kernel says so (pidfd), not when a connection ends: it may still be
+copying. Where the kernel does not tell its pid (another pid namespace), the connection's end has to do.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import struct
+from collections import deque
+from pathlib import Path
+
+import msgspec
+
+from lmcache.errors import ConfigError, WireError
+from lmcache.observability.log import init_logger
+from lmcache.server.loop import Loop
+from lmcache.server.service import Peer, Service
+from lmcache.wire import messages as m
+from lmcache.wire.frames import FrameReader, frame
+
+logger = init_logger(__name__)
+_PEER_CREDENTIALS = struct.Struct("3i")
+MAX_CONNECTIONS = 1024
+MAX_UNSENT_BYTES = 16 << 20
+
+
+class UnixFace:
+    """Listens at `directory`/<server id>.sock, mode 0600.
+
+    Raises:
+        ConfigError: the directory cannot be made, is not ours alone, or its path is too long for a socket.
+    """
+
+    def __init__(self, loop: Loop, service: Service, directory: Path) -> None:
+        self.loop, self.service = loop, service
+        self.path = directory / f"{service.server_id.hex()[:16]}.sock"
+        self.connections: set[_Connection] = set()
+        try:
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            status = directory.stat()
+            if status.st_uid != os.getuid() or status.st_mode & 0o022:
+                raise ConfigError(f"--socket-dir {directory}: others may write there; chmod 700 it, or name another")
+            self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+            self._listener.bind(str(self.path))
+            os.chmod(self.path, 0o600)
+            self._listener.listen(128)
+        except OSError as error:
+            raise ConfigError(f"--socket-dir {directory}: cannot listen there: {error}") from error
+        service.socket_path = str(self.path)
+        loop.watch(self._listener.fileno(), self._accept)
+
+    def close(self) -> None:
+        self.loop.unwatch(self._listener.fileno())
+        self._listener.close()
+        self.path.unlink(missing_ok=True)
+        for connection in list(self.connections):
+            connection.close()
+
+    def _accept(self) -> None:
+        for _ in range(64):
+            try:
+                sock, _ = self._listener.accept()
+            except BlockingIOError:
+                return
+            sock.setblocking(False)
+            pid, uid, _ = _PEER_CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+            if uid != os.getuid():
+                self._turn_away(sock, f"user {uid} is not the server's user {os.getuid()}: run the engine as the same user")
+            elif len(self.connections) >= MAX_CONNECTIONS:
+                self._turn_away(sock, f"{MAX_CONNECTIONS} connections are open already")
+            else:
+                self.connections.add(_Connection(self, sock, pid))
+
+    def _turn_away(self, sock: socket.socket, why: str) -> None:
+        self.service.counters["turned_away"] += 1
+        logger.warning("Turned a connection away: %s", why)
+        try:
+            sock.send(frame(m.encode(0, m.Error("refused", why))))
+        except OSError:
+            pass
+        sock.close()
+
+
+class _Connection:
+    def __init__(self, face: UnixFace, sock: socket.socket, pid: int) -> None:
+        self.face, self.sock, self.pid = face, sock, pid
+        self.peer = Peer("unix socket")
+        self._reader = FrameReader()
+        self._unsent: deque[bytes] = deque()
+        self._unsent_bytes = 0
+        self._descriptor = sock.fileno()
+        self._pidfd = _open_pidfd(pid)
+        face.loop.watch(self._descriptor, self._ready)
+
+    def close(self) -> None:
+        if self.sock.fileno() < 0:
+            return
+        self.face.loop.unwatch(self._descriptor)
+        self.face.connections.discard(self)
+        self.sock.close()
+        if self._pidfd is None:
+            self.face.service.gone(self.peer)
+        elif not self.peer.process or _has_ended(self._pidfd):
+            self._process_ended()
+        else:
+            self.face.loop.watch(self._pidfd, self._process_ended)
+
+    def _process_ended(self) -> None:
+        if self._pidfd is not None:
+            self.face.loop.unwatch(self._pidfd)
+            os.close(self._pidfd)
+            self._pidfd = None
+        self.face.service.gone(self.peer)
+
+    def _ready(self) -> None:
+        if self._unsent and not self._flush():
+            return
+        try:
+            data = self.sock.recv(1 << 18)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self.close()
+            return
+        try:
+            for raw in self._reader.feed(data):
+                sequence, request = m.decode_request(raw)
+                self._serve(sequence, request)
+        except WireError as error:
+            self.face.service.counters["malformed_messages"] += 1
+            logger.warning("Closing a connection of pid %d: %s", self.pid, error)
+            self._send(frame(m.encode(0, m.Error("malformed", str(error)))))
+            self.close()
+
+    def _serve(self, sequence: int, request: m.Request) -> None:
+        if type(request) is m.Hello:
+            if self.pid > 0:  # the kernel's word: the engine's own pid may be of another namespace
+                request = msgspec.structs.replace(request, pid=self.pid)
+            descriptors = (self.face.service.arena.descriptor,) if not request.payload else ()
+            self._send(frame(m.encode(sequence, self.face.service.hello(self.peer, request))), descriptors)
+            return
+        self.face.service.handle(
+            self.peer, request, [], lambda answer, _: self._send(frame(m.encode(sequence, answer)))
+        )
+
+    def _send(self, data: bytes, descriptors: tuple[int, ...] = ()) -> None:
+        if self.sock.fileno() < 0:
+            return
+        if self._unsent:
+            self._keep(data)
+            return
+        try:
+            sent = socket.send_fds(self.sock, [data], descriptors) if descriptors else self.sock.send(data)
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            self.close()
+            return
+        if sent < len(data):
+            self._keep(data[sent:])
+
+    def _keep(self, data: bytes) -> None:
+        self._unsent.append(data)
+        self._unsent_bytes += len(data)
+        if self._unsent_bytes > MAX_UNSENT_BYTES:
+            logger.warning("Closing a connection of pid %d: it does not read its answers", self.pid)
+            self.close()
+            return
+        self.face.loop.watch(self._descriptor, self._ready, write=True)
+
+    def _flush(self) -> bool:
+        while self._unsent:
+            try:
+                sent = self.sock.send(self._unsent[0])
+            except BlockingIOError:
+                return True
+            except OSError:
+                self.close()
+                return False
+            self._unsent_bytes -= sent
+            if sent < len(self._unsent[0]):
+                self._unsent[0] = self._unsent[0][sent:]
+                return True
+            self._unsent.popleft()
+        self.face.loop.watch(self._descriptor, self._ready)
+        return True
+
+
+def _open_pidfd(pid: int) -> int | None:
+    if pid <= 0:
+        return None
+    try:
+        return os.pidfd_open(pid)
+    except OSError:
+        return None
+
+
+def _has_ended(pidfd: int) -> bool:
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(0))

@@ -1,0 +1,139 @@
+"""The ZMQ socket: the documented door, for any host. It tells engines of this host the way to the Unix socket; others get
+their KV as payload frames.
+
+A message is [msgpack, frame...]; anything else is answered with an `Error` and forgotten. Beyond loopback the socket starts only
+with a key (CURVE) or an explicit waiver; on loopback, payload engines show that they can read a 0600 cookie file.
+"""
+
+from __future__ import annotations
+
+import hmac
+import os
+import secrets
+import time
+from pathlib import Path
+
+import zmq
+
+from lmcache.errors import ConfigError, WireError
+from lmcache.observability.log import init_logger
+from lmcache.server.loop import Loop
+from lmcache.server.service import MAX_PAYLOAD_BYTES, Peer, Service
+from lmcache.wire import auth
+from lmcache.wire import messages as m
+
+logger = init_logger(__name__)
+SILENCE_SECONDS = 30.0
+"""A payload engine that says nothing for so long is gone. It pings three times as often."""
+MAX_PEERS = 1024
+
+
+class ZmqFace:
+    """A ROUTER socket in the server's loop.
+
+    Raises:
+        ConfigError: the port is taken, or the key file is no good.
+    """
+
+    def __init__(
+        self, loop: Loop, service: Service, host: str, port: int, cookie_dir: Path, key_file: Path | None, open_door: bool
+    ) -> None:
+        self.loop, self.service = loop, service
+        self._peers: dict[bytes, tuple[Peer, float]] = {}
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_PAYLOAD_BYTES)
+        self._socket.setsockopt(zmq.SNDTIMEO, 0)
+        if ":" in host:
+            self._socket.setsockopt(zmq.IPV6, 1)
+        self._authenticator = auth.protect_server(self._context, self._socket, key_file) if key_file else None
+        self._needs_proof = key_file is None and not open_door
+        self._cookie = secrets.token_bytes(auth.COOKIE_BYTES)
+        self._cookie_path = cookie_dir / f"{service.server_id.hex()[:16]}.cookie"
+        descriptor = os.open(self._cookie_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        with open(descriptor, "wb") as file:
+            file.write(self._cookie)
+        service.cookie_path = str(self._cookie_path)
+        try:
+            self._socket.bind(f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}")
+        except zmq.ZMQError as error:
+            self.close()
+            raise ConfigError(f"--port {port}: cannot listen on {host}: {error.strerror}; pass another port") from error
+        self._descriptor = self._socket.getsockopt(zmq.FD)
+        loop.watch(self._descriptor, lambda: None)
+        loop.after_events.append(self._receive_all)  # ZMQ's descriptor is edge-triggered: always look
+        loop.on_tick.append(self._forget_silent)
+
+    def close(self) -> None:
+        if hasattr(self, "_descriptor"):
+            self.loop.unwatch(self._descriptor)
+            self.loop.after_events.remove(self._receive_all)
+        self._cookie_path.unlink(missing_ok=True)
+        if self._authenticator is not None:
+            self._authenticator.stop()
+        self._socket.close()
+        self._context.term()
+
+    def _receive_all(self) -> None:
+        for _ in range(256):
+            if not self._socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:
+                return
+            identity, *frames = self._socket.recv_multipart(zmq.NOBLOCK)
+            self._serve(identity, frames)
+        self.loop.call_soon(lambda: None)  # more may wait: let others have their turn first
+
+    def _serve(self, identity: bytes, frames: list[bytes]) -> None:
+        try:
+            if not frames or len(frames[0]) > m.MAX_MESSAGE_BYTES:
+                raise WireError(f"{len(frames)} frames, the first of {len(frames[0]) if frames else 0} bytes")
+            sequence, request = m.decode_request(frames[0])
+        except WireError as error:
+            self.service.counters["malformed_messages"] += 1
+            logger.warning("A malformed ZMQ message: %s", error)
+            self._send(identity, 0, m.Error("malformed", str(error)), [])
+            return
+        if isinstance(request, m.Hello) and not request.payload:
+            # Not a session: the way to the Unix socket, or the version error.
+            if request.version != m.PROTOCOL_VERSION:
+                self._send(identity, sequence, m.Error("version", m.version_error(request.version, request.software[:40])), [])
+            else:
+                self._send(identity, sequence, self.service.welcome(), [])
+            return
+        peer = self._peer(identity, request)
+        if peer is None:
+            self._send(identity, sequence, m.Error("refused", self._why_not(request)), [])
+            return
+        self._peers[identity] = peer, time.monotonic()
+        self.service.handle(
+            peer, request, frames[1:], lambda answer, payload: self._send(identity, sequence, answer, payload)
+        )
+        if isinstance(request, m.Bye):
+            del self._peers[identity]
+
+    def _peer(self, identity: bytes, request: m.Request) -> Peer | None:
+        if identity in self._peers:
+            return self._peers[identity][0]
+        if not isinstance(request, m.Hello) or len(self._peers) >= MAX_PEERS:
+            return None
+        expected = auth.proof(self._cookie, self.service.server_id)
+        if self._needs_proof and not hmac.compare_digest(request.proof, expected):
+            return None
+        return Peer("ZMQ")
+
+    def _why_not(self, request: m.Request) -> str:
+        if not isinstance(request, m.Hello):
+            return "say hello first"
+        return f"payload frames need proof that the engine can read {self._cookie_path}, or a server with --auth-key-file"
+
+    def _send(self, identity: bytes, sequence: int, answer: m.Message, payload: list[bytes]) -> None:
+        try:
+            self._socket.send_multipart([identity, m.encode(sequence, answer), *payload], zmq.NOBLOCK, copy=not payload)
+        except zmq.Again:
+            self.service.counters["unsent_answers"] += 1
+
+    def _forget_silent(self) -> None:
+        limit = time.monotonic() - SILENCE_SECONDS
+        for identity in [one for one, (_, heard) in self._peers.items() if heard < limit]:
+            peer, _ = self._peers.pop(identity)
+            self.service.gone(peer)

@@ -1,0 +1,183 @@
+"""The engine's ends of the two carriers: one request, one answer, one deadline. Not thread-safe; `engine.link` holds the lock."""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import struct
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import zmq
+
+from lmcache.errors import ServerUnavailable, WireError
+from lmcache.wire import auth
+from lmcache.wire import messages as m
+from lmcache.wire.frames import FrameReader, frame
+
+_PEER_CREDENTIALS = struct.Struct("3i")
+
+
+class Carrier(Protocol):
+    """A connection to the server. Any failure raises ServerUnavailable, and the carrier must be closed then: what the
+    server did with the last request is unknown."""
+
+    def exchange(
+        self, request: m.Message, deadline_seconds: float, frames: Sequence[bytes | memoryview] = ()
+    ) -> tuple[m.Answer, list[bytes]]: ...
+
+    def post(self, request: m.Message) -> None:
+        """Send without waiting for the answer, which is skipped when it comes."""
+        ...
+
+    def wait_for_end(self, timeout_seconds: float) -> bool:
+        """True when the other side has hung up."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class UnixCarrier:
+    """The Unix socket of a server on this host; the welcome brings the arena's descriptor."""
+
+    def __init__(self, path: str, hello: m.Hello, deadline_seconds: float) -> None:
+        self._sequence = 0
+        self._reader = FrameReader()
+        self._arrived: list[bytes] = []
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._socket.settimeout(deadline_seconds)
+        try:
+            if os.stat(path).st_uid != os.getuid():
+                raise ServerUnavailable(f"{path} belongs to another user: run server and engine as the same user")
+            self._socket.connect(path)
+            uid = _PEER_CREDENTIALS.unpack(self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[1]
+            if uid != os.getuid():
+                raise ServerUnavailable(f"the server behind {path} runs as user {uid}, this engine as {os.getuid()}")
+            self._socket.sendall(frame(m.encode(0, hello)))
+            data, descriptors, _, _ = socket.recv_fds(self._socket, 1 << 16, 1)
+            self.descriptor = descriptors[0] if descriptors else -1
+            self._arrived = self._reader.feed(data)
+            _, self.welcome = self._next(time.monotonic() + deadline_seconds)
+        except (OSError, WireError) as error:
+            self._socket.close()
+            raise ServerUnavailable(f"{path}: {error}") from error
+        except ServerUnavailable:
+            self._socket.close()
+            raise
+
+    def exchange(
+        self, request: m.Message, deadline_seconds: float, frames: Sequence[bytes | memoryview] = ()
+    ) -> tuple[m.Answer, list[bytes]]:
+        assert not frames, "payload frames travel over ZMQ"
+        deadline = time.monotonic() + deadline_seconds
+        self._sequence += 1
+        try:
+            self._socket.settimeout(deadline_seconds)
+            self._socket.sendall(frame(m.encode(self._sequence, request)))
+            while True:
+                sequence, answer = self._next(deadline)
+                if sequence == self._sequence:
+                    return answer, []
+                if sequence > self._sequence or sequence == 0:
+                    raise WireError(f"answer {sequence} to request {self._sequence}: {answer}")
+        except (OSError, WireError) as error:
+            raise ServerUnavailable(str(error) or type(error).__name__) from error
+
+    def post(self, request: m.Message) -> None:
+        self._sequence += 1
+        try:
+            self._skip_arrived()
+            self._socket.settimeout(1.0)
+            self._socket.sendall(frame(m.encode(self._sequence, request)))
+        except (OSError, WireError) as error:
+            raise ServerUnavailable(str(error) or type(error).__name__) from error
+
+    def wait_for_end(self, timeout_seconds: float) -> bool:
+        poll = select.poll()
+        try:
+            poll.register(self._socket, select.POLLRDHUP)
+            return bool(poll.poll(timeout_seconds * 1000))
+        except (OSError, ValueError):
+            return True  # closed under us
+
+    def close(self) -> None:
+        try:
+            self._socket.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass
+        self._socket.close()
+
+    def _next(self, deadline: float) -> tuple[int, m.Answer]:
+        while not self._arrived:
+            remaining = deadline - time.monotonic()
+            if remaining <= 0:
+                raise ServerUnavailable("no answer within the deadline")
+            self._socket.settimeout(remaining)
+            data = self._socket.recv(1 << 18)
+            if not data:
+                raise ServerUnavailable("the server has hung up")
+            self._arrived = self._reader.feed(data)
+        return m.decode_answer(self._arrived.pop(0))
+
+    def _skip_arrived(self) -> None:
+        """Throw away answers to earlier posts, so that they do not fill the socket."""
+        self._arrived.clear()
+        self._socket.setblocking(False)
+        try:
+            while data := self._socket.recv(1 << 16):
+                self._reader.feed(data)
+        except BlockingIOError:
+            pass
+
+
+class ZmqCarrier:
+    """A ZMQ socket to a server anywhere. `address` is tcp://host:port; `key_file` switches CURVE on."""
+
+    def __init__(self, address: str, key_file: Path | None = None) -> None:
+        self._sequence = 0
+        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, 1 << 30)
+        if key_file is not None:
+            auth.protect_engine(self._socket, key_file)
+        try:
+            self._socket.connect(address)
+        except zmq.ZMQError as error:
+            self._socket.close()
+            raise ServerUnavailable(f"{address}: {error}") from error
+
+    def exchange(
+        self, request: m.Message, deadline_seconds: float, frames: Sequence[bytes | memoryview] = ()
+    ) -> tuple[m.Answer, list[bytes]]:
+        deadline = time.monotonic() + deadline_seconds
+        self.post(request, frames)
+        try:
+            while True:
+                remaining = deadline - time.monotonic()
+                if remaining <= 0 or not self._socket.poll(remaining * 1000, zmq.POLLIN):
+                    raise ServerUnavailable("no answer within the deadline")
+                head, *payload = self._socket.recv_multipart()
+                sequence, answer = m.decode_answer(head)
+                if sequence == self._sequence:
+                    return answer, payload
+                if sequence > self._sequence or (sequence == 0 and isinstance(answer, m.Error)):
+                    raise ServerUnavailable(f"answer {sequence} to request {self._sequence}: {answer}")
+        except (zmq.ZMQError, WireError) as error:
+            raise ServerUnavailable(str(error)) from error
+
+    def post(self, request: m.Message, frames: Sequence[bytes | memoryview] = ()) -> None:
+        self._sequence += 1
+        try:
+            self._socket.send_multipart([m.encode(self._sequence, request), *frames], zmq.NOBLOCK, copy=not frames)
+        except zmq.ZMQError as error:
+            raise ServerUnavailable(str(error)) from error
+
+    def wait_for_end(self, timeout_seconds: float) -> bool:
+        time.sleep(timeout_seconds)  # ZMQ does not tell; the heartbeat of `engine.link` finds out
+        return False
+
+    def close(self) -> None:
+        self._socket.close()

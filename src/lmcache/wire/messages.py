@@ -1,0 +1,218 @@
+"""The message set, version 1.
+
+A request travels as msgpack `[sequence, request]`, its answer as `[sequence, answer]`; every request has exactly one answer, an
+`Error` where it could not be served. Fields are positional: new ones are only ever appended, with defaults, and `Hello` keeps
+its first field for ever, so that any two versions can tell each other who has to upgrade.
+
+Hashes are 16-byte chunk hashes joined; slots are little-endian u32 page numbers (byte offset in the arena / 4096), `NO_SLOT`
+where there is none.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import msgspec
+
+from lmcache import __version__
+from lmcache.chunks import Layout
+from lmcache.errors import WireError
+
+PROTOCOL_VERSION = 1
+MAX_MESSAGE_BYTES = 4 << 20
+"""Bound of one message without payload: 100,000 chunk hashes and to spare."""
+NO_SLOT = 0xFFFFFFFF
+PAGE_BYTES = 4096
+
+
+class Message(msgspec.Struct, frozen=True, array_like=True):
+    """Root of all messages: positional fields, an integer tag in front."""
+
+
+# Requests
+
+
+class Hello(Message, frozen=True, tag=1):
+    """The first message of every connection. `instance` names the engine (its scheduler and all ranks share it)."""
+
+    version: int
+    software: str
+    instance: str
+    role: str
+    rank: int
+    pid: int
+    payload: bool = False
+    """The engine cannot map the arena, and wants payload frames."""
+    proof: bytes = b""
+    """Keyed BLAKE3 over the server's id: shows that a loopback engine can read the server's cookie file."""
+
+
+class Ping(Message, frozen=True, tag=2):
+    """Answered by `Ok`."""
+
+
+class Register(Message, frozen=True, tag=3):
+    """Open the space of `layout` split in `shards`. `slot_bytes` is the size of this rank's slots (0 from a scheduler)."""
+
+    layout: Layout
+    shards: int
+    shard: int
+    slot_bytes: int
+
+
+class Lookup(Message, frozen=True, tag=4):
+    """How many of these chunks, from the first on, are in L1? They are leased to the asking instance."""
+
+    space: int
+    hashes: bytes
+    first_wanted: int = 0
+    """Chunks before this one are touched but not leased: the engine has them already."""
+
+
+class Release(Message, frozen=True, tag=5):
+    leases: list[int]
+
+
+class Reserve(Message, frozen=True, tag=6):
+    """Room for this rank's shard of the chunks that follow `parent` (the root's hash before the first chunk)."""
+
+    space: int
+    shard: int
+    parent: bytes
+    root: bool
+    hashes: bytes
+
+
+class Commit(Message, frozen=True, tag=7):
+    """The reserved slots are filled (`ok`), or given back. `tokens` and `seconds` are those of the finished copy."""
+
+    reservation: int
+    ok: bool
+    tokens: int
+    seconds: float
+
+
+class Loaded(Message, frozen=True, tag=8):
+    """A rank has finished a load: how much, and how long the copy took."""
+
+    tokens: int
+    seconds: float
+    shard: int
+    ok: bool = True
+
+
+class Fetch(Message, frozen=True, tag=9):
+    """Payload mode: the bytes of this shard of leased chunks [first, first + count)."""
+
+    lease: int
+    shard: int
+    first: int
+    count: int
+
+
+class Fill(Message, frozen=True, tag=10):
+    """Payload mode: the bytes for reserved slots, one frame a chunk from number `first` of the reservation on."""
+
+    reservation: int
+    first: int
+
+
+class Clear(Message, frozen=True, tag=11):
+    """Empty L1."""
+
+
+class Dropped(Message, frozen=True, tag=12):
+    """The engine could not store some chunks, and says why: counted under that reason."""
+
+    chunks: int
+    reason: str
+
+
+class Bye(Message, frozen=True, tag=13):
+    """This process touches no slot any more and will send nothing else: its claims end now."""
+
+
+# Answers
+
+
+class Welcome(Message, frozen=True, tag=64):
+    version: int
+    software: str
+    server: bytes
+    """16 random bytes, new at every start."""
+    chunk_tokens: int
+    socket_path: str
+    """Where an engine on this host gets the arena; "" where the peer gets payload frames only."""
+    arena: bytes
+    arena_bytes: int
+    cookie_path: str = ""
+
+
+class Ok(Message, frozen=True, tag=65):
+    count: int = 0
+
+
+class Error(Message, frozen=True, tag=66):
+    """`code` is for programs (version, malformed, refused, unknown, full ...), `text` for people."""
+
+    code: str
+    text: str
+
+
+class Registered(Message, frozen=True, tag=67):
+    space: int
+
+
+class Found(Message, frozen=True, tag=68):
+    """`slots` holds `shards` pages a chunk, for the leased chunks; `chunks` counts from the prompt's start."""
+
+    chunks: int
+    lease: int
+    slots: bytes
+
+
+class Reserved(Message, frozen=True, tag=69):
+    """One page a chunk: `NO_SLOT` where the chunk is there already, or is being filled, or (`refused`) got no room."""
+
+    reservation: int
+    slots: bytes
+    refused: int
+    reason: str = ""
+
+
+Request = Hello | Ping | Register | Lookup | Release | Reserve | Commit | Loaded | Fetch | Fill | Clear | Dropped | Bye
+Answer = Welcome | Ok | Error | Registered | Found | Reserved
+AnswerT = TypeVar("AnswerT", bound=Message)
+
+_encoder = msgspec.msgpack.Encoder()
+_requests = msgspec.msgpack.Decoder(tuple[int, Request])
+_answers = msgspec.msgpack.Decoder(tuple[int, Answer])
+
+
+def encode(sequence: int, message: Message) -> bytes:
+    return _encoder.encode((sequence, message))
+
+
+def decode_request(raw: bytes | bytearray | memoryview) -> tuple[int, Request]:
+    """Raises WireError: not one of our requests."""
+    try:
+        return _requests.decode(raw)
+    except (msgspec.DecodeError, msgspec.ValidationError, RecursionError) as error:
+        raise WireError(f"malformed request of {len(raw)} bytes: {error}") from None
+
+
+def decode_answer(raw: bytes | bytearray | memoryview) -> tuple[int, Answer]:
+    """Raises WireError: not one of our answers."""
+    try:
+        return _answers.decode(raw)
+    except (msgspec.DecodeError, msgspec.ValidationError, RecursionError) as error:
+        raise WireError(f"malformed answer of {len(raw)} bytes: {error}") from None
+
+
+def version_error(theirs: int, their_software: str) -> str:
+    """One line for people when two protocol versions meet."""
+    older = "the engine's lmcache package" if theirs < PROTOCOL_VERSION else "the lmcache server"
+    return (
+        f"the engine speaks protocol {theirs} (lmcache {their_software}), the server {PROTOCOL_VERSION} "
+        f"(lmcache {__version__}): upgrade {older}"
+    )
