@@ -1,0 +1,159 @@
+"""Processes of the demo: started with a log of their own, awaited with a line that moves, ended by process id."""
+
+from __future__ import annotations
+
+import ctypes
+import http.client
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType
+
+CACHE = Path(__file__).resolve().parent.parent / ".cache" / "demo"
+_PR_SET_PDEATHSIG = 1
+
+
+class DemoFailed(Exception):
+    """Something that the demo started did not do its part; the message says what, and where to read on."""
+
+
+class Child:
+    """A process with its own process group, whose output goes to `.cache/demo/NAME.log`.
+
+    It ends with this object's `stop`, and with this process however that ends.
+    """
+
+    def __init__(
+        self, name: str, command: Sequence[str], environment: Mapping[str, str] | None = None, talk: bool = False
+    ) -> None:
+        self.name = name
+        CACHE.mkdir(parents=True, exist_ok=True)
+        self.log = CACHE / f"{name.replace(' ', '-')}.log"
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE if talk else subprocess.DEVNULL,
+                stdout=subprocess.PIPE if talk else log,
+                stderr=log,
+                env={**os.environ, **(environment or {})},
+                start_new_session=True,
+                preexec_fn=_die_with_parent,
+                text=True,
+            )
+
+    def await_http(self, port: int, path: str, seconds: float) -> float:
+        """Wait until GET 127.0.0.1:port/path answers 200; return the seconds it took."""
+        return self.wait_until(lambda: _answers(port, path), seconds)
+
+    def wait_until(self, ready: Callable[[], bool], seconds: float) -> float:
+        """Wait until `ready()`, with a line that moves on a terminal.
+
+        Raises:
+            DemoFailed: the process ended, or the time is over.
+        """
+        began = time.monotonic()
+        while not ready():
+            passed = time.monotonic() - began
+            if self.process.poll() is not None:
+                raise DemoFailed(f"{self.name} ended with code {self.process.returncode}\n{self.tail()}")
+            if passed > seconds:
+                raise DemoFailed(f"{self.name} was not ready after {seconds:.0f} s\n{self.tail()}")
+            _moving_line(f"  {self.name} is starting ... {passed:3.0f} s")
+            time.sleep(0.1)
+        _moving_line("")
+        return time.monotonic() - began
+
+    def tail(self, lines: int = 15) -> str:
+        """The end of its log, and where the rest is."""
+        text = self.log.read_text(errors="replace").splitlines()[-lines:]
+        return "\n".join([*(f"    {line}" for line in text), f"  the whole log: {self.log}"])
+
+    def stop(self, seconds: float = 15.0) -> None:
+        """Ask it to end, then kill its process group."""
+        with suppress(OSError):
+            if self.process.stdin is not None:
+                self.process.stdin.close()
+            self.process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(seconds)
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+class Server(Child):
+    """`lmcache server` on free ports of this host."""
+
+    def __init__(self, l1_size_gb: float) -> None:
+        self.port, self.http_port = free_ports(2)
+        command = [
+            *(str(Path(sys.executable).with_name("lmcache")), "server"),
+            *("--l1-size-gb", f"{l1_size_gb:g}", "--eviction-policy", "LRU"),
+            *("--host", "127.0.0.1", "--port", str(self.port)),
+            *("--http-host", "127.0.0.1", "--http-port", str(self.http_port)),
+            *_arena_options(l1_size_gb),
+        ]
+        super().__init__("lmcache server", command)
+
+    def await_healthy(self) -> float:
+        """Wait for GET /healthcheck; return the seconds it took."""
+        return self.await_http(self.http_port, "/healthcheck", 30.0)
+
+
+def free_ports(count: int) -> list[int]:
+    """TCP ports of 127.0.0.1 that nobody uses now, each another one."""
+    sockets = [socket.socket() for _ in range(count)]
+    for one in sockets:
+        one.bind(("127.0.0.1", 0))
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+def end_on_signals() -> None:
+    """Let SIGTERM and SIGHUP unwind as Ctrl-C does, so that what was started is ended."""
+
+    def leave(number: int, _frame: FrameType | None) -> None:
+        sys.exit(128 + number)
+
+    signal.signal(signal.SIGTERM, leave)
+    signal.signal(signal.SIGHUP, leave)
+
+
+def _arena_options(l1_size_gb: float) -> list[str]:
+    """A container's /dev/shm is often 64 MB; then the arena lies in a folder of ours."""
+    with suppress(OSError):
+        if shutil.disk_usage("/dev/shm").free > (l1_size_gb + 0.25) * 2**30:
+            return []
+    folder = CACHE / "arena"
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    print(f"  /dev/shm is too small for {l1_size_gb:g} GB of L1; the arena lies in {folder}")
+    return ["--arena-dir", str(folder)]
+
+
+def _answers(port: int, path: str) -> bool:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=2.0)
+    try:
+        connection.request("GET", path)
+        return connection.getresponse().status == 200
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
+
+
+def _moving_line(text: str) -> None:
+    if sys.stdout.isatty():
+        print(f"\r\033[K{text}", end="", flush=True)
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

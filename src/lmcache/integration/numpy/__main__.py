@@ -1,0 +1,52 @@
+"""Serve an engine over standard input and output: one JSON object a line in, one out.
+
+    python -m lmcache.integration.numpy --address 127.0.0.1:5555
+    {"tokens": [1, 2, 3], "max_tokens": 8}      -> {"tokens": [...], "ttft_seconds": 0.1, "hit_tokens": 0, ...}
+
+The first line out is {"ready": true}. At the end of the input everything is stored before the process ends.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from lmcache.integration.numpy.engine import Engine, EngineConfig
+from lmcache.integration.numpy.model import ModelConfig
+
+
+def main() -> None:
+    """Answer the lines of standard input until it ends."""
+    parser = argparse.ArgumentParser(prog="python -m lmcache.integration.numpy", description=__doc__)
+    parser.add_argument("--address", help="host:port of `lmcache server`; without it the engine runs alone")
+    parser.add_argument("--tiny", action="store_true", help="a model of 2 layers instead of 8")
+    parser.add_argument("--num-blocks", type=int, default=512, help="KV blocks of 16 tokens (default: %(default)s)")
+    options = parser.parse_args()
+    model = ModelConfig.tiny() if options.tiny else ModelConfig()
+    engine = Engine(EngineConfig(model=model, num_blocks=options.num_blocks), options.address)
+    try:
+        _say({"ready": True})
+        for line in sys.stdin:
+            request = json.loads(line)
+            result = engine.generate(request["tokens"], request.get("max_tokens", 8), request.get("cache_salt", ""))
+            engine.flush()
+            _say(
+                {
+                    "tokens": result.tokens,
+                    "ttft_seconds": result.ttft_seconds,
+                    "seconds": result.seconds,
+                    "hit_tokens": result.hit_tokens,
+                    "stored_tokens": engine.cache.stored_tokens if engine.cache else 0,
+                }
+            )
+    finally:
+        engine.close()
+
+
+def _say(answer: dict[str, object]) -> None:
+    print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main()
