@@ -149,41 +149,40 @@ class WorkerSession:
                 cancelled = job_id in self._cancelled
                 if not cancelled:
                     self._running[kind] = job_id
-            begin = time.perf_counter()
-            tokens = 0
+            tokens, seconds = 0, 0.0
             try:
                 if not cancelled:
-                    tokens = self._load(job) if isinstance(job, Load) else self._store(job_id, job)
+                    tokens, seconds = self._load(job) if isinstance(job, Load) else self._store(job_id, job)
             except LMCacheError as error:
                 self.counters[f"failed_{kind}s"] += 1
                 logger.debug("A %s failed: %s", kind, error)
             except Exception:  # the edge of the thread: a bug must not end it, and costs this job only
                 self.counters[f"failed_{kind}s"] += 1
                 logger.exception("A %s failed", kind)
-            seconds = time.perf_counter() - begin
-            if isinstance(job, Load):
-                asked = job.end_token - job.start_token
-                self._link.post(m.Loaded(tokens or asked, seconds, self._shard.index, ok=bool(tokens)))
+            if tokens:
+                self._link.post(m.Copied(kind, tokens, seconds, self._shard.index))
+            elif isinstance(job, Load):
+                self._link.post(m.Copied(kind, job.end_token - job.start_token, 0.0, self._shard.index, ok=False))
             with self._state:
                 self._running.pop(kind, None)
                 self._cancelled.discard(job_id)
                 self._done.append(Done(job_id, kind, tokens > 0, tokens, seconds))
                 self._state.notify_all()
 
-    def _load(self, load: Load) -> int:
-        """Tokens loaded.
+    def _load(self, load: Load) -> tuple[int, float]:
+        """Tokens loaded, and seconds of the copy.
 
         Raises:
             LMCacheError: nothing may be used of these blocks.
         """
         copier, mapping = self._for_arena(load.arena)
         runs = self._load_runs(load)
-        blocks = np.asarray(load.blocks, dtype=np.int32)
+        blocks, begin = np.asarray(load.blocks, dtype=np.int32), time.perf_counter()
         if mapping is not None:
             copier.scatter(mapping.address, blocks, runs, arena_bytes=mapping.size_bytes)
         else:
             self._fetch(copier, load, blocks, runs)
-        return load.end_token - load.start_token
+        return load.end_token - load.start_token, time.perf_counter() - begin
 
     def _load_runs(self, load: Load) -> Runs:
         pages = np.frombuffer(load.slots, dtype="<u4").astype(np.int64)
@@ -208,12 +207,12 @@ class WorkerSession:
             for run, one in zip(part, frames, strict=True):
                 copier.scatter(np.frombuffer(one, dtype=np.uint8).ctypes.data, blocks, run[None])
 
-    def _store(self, job_id: str, store: Store) -> int:
-        """Tokens that were copied and committed."""
+    def _store(self, job_id: str, store: Store) -> tuple[int, float]:
+        """Tokens that were copied and committed, and seconds of the copies."""
         if store.chunk_tokens != self._chunk_tokens:
             self._drop(len(store.hashes) // HASH_BYTES, "another chunk size")
-            return 0
-        total, stored, parent = len(store.hashes) // HASH_BYTES, 0, store.parent
+            return 0, 0.0
+        total, tokens, seconds, parent = len(store.hashes) // HASH_BYTES, 0, 0.0, store.parent
         step = max(1, _BATCH_BYTES // self._slot_bytes)
         for at in range(0, total, step):
             if job_id in self._cancelled:
@@ -221,14 +220,15 @@ class WorkerSession:
                 break
             hashes = store.hashes[at * HASH_BYTES : (at + step) * HASH_BYTES]
             try:
-                stored += self._store_batch(store, parent, store.first_chunk + at, hashes)
+                batch = self._store_batch(store, parent, store.first_chunk + at, hashes)
+                tokens, seconds = tokens + batch[0], seconds + batch[1]
             except ServerUnavailable:
                 self.counters["dropped_chunks:no server"] += total - at
                 break
             parent = hashes[-HASH_BYTES:]
-        return stored
+        return tokens, seconds
 
-    def _store_batch(self, store: Store, parent: bytes, first_chunk: int, hashes: bytes) -> int:
+    def _store_batch(self, store: Store, parent: bytes, first_chunk: int, hashes: bytes) -> tuple[int, float]:
         copier, mapping = self._for_arena(self._arena)
         size = self._chunk_tokens
         request = m.Reserve(self._space, self._shard.index, parent, first_chunk == 0, hashes)
@@ -238,11 +238,11 @@ class WorkerSession:
         pages = np.frombuffer(granted.slots, dtype="<u4")
         wanted = np.flatnonzero(pages != m.NO_SLOT)
         if not len(wanted):
-            return 0
+            return 0, 0.0
         first = (first_chunk + wanted) * size
         runs = np.stack([pages[wanted].astype(np.int64) * m.PAGE_BYTES, first, np.full_like(first, size), 0 * first], axis=1)
         blocks = np.asarray(store.blocks, dtype=np.int32)
-        tokens, begin, ok = len(wanted) * size, time.perf_counter(), False
+        begin, ok = time.perf_counter(), False
         try:
             if mapping is not None:
                 copier.gather(mapping.address, blocks, runs, arena_bytes=mapping.size_bytes)
@@ -251,8 +251,8 @@ class WorkerSession:
             ok = True
         finally:
             seconds = time.perf_counter() - begin
-            self._link.call(m.Commit(granted.reservation, ok, tokens if ok else 0, seconds), m.Ok)
-        return tokens
+            self._link.call(m.Commit(granted.reservation, ok), m.Ok)
+        return len(wanted) * size, seconds
 
     def _fill(self, copier: CpuCopier, reservation: int, blocks: npt.NDArray[np.int32], runs: Runs) -> None:
         buffer = np.empty((len(runs), self._slot_bytes), dtype=np.uint8)

@@ -177,7 +177,7 @@ class HttpFace:
         if _declared_length(request) > _MOST_BODY_BYTES:
             return _json({"status": "error", "reason": f"the body is larger than {_MOST_BODY_BYTES} bytes"}, 413)
         details = await _ask(self._control.clear, _CLEAR_SECONDS)
-        return _json({**details, "status": "ok"})
+        return _json({"status": "ok", **{key: value for key, value in details.items() if key != "status"}})
 
     async def _page(self, request: Request) -> Response:
         serving, reason = await _ask(self._control.health)
@@ -267,7 +267,8 @@ def _html(health: str, status: Mapping[str, object]) -> str:
     plain = {key: value for key, value in status.items() if not isinstance(value, dict)}
     for title, part in [("", plain), *((key, value) for key, value in status.items() if isinstance(value, dict))]:
         rows = "".join(f"<tr><td>{html.escape(str(k))}<td>{html.escape(str(v))}" for k, v in part.items())
-        parts.append(f"<h2>{html.escape(title)}</h2><table>{rows}</table>" if rows else "")
+        heading = f"<h2>{html.escape(title)}</h2>" if title else ""
+        parts.append(f"{heading}<table>{rows}</table>" if rows else "")
     links = "<p><a href=status>status</a> <a href=metrics>metrics</a> <a href=healthcheck>healthcheck</a>"
     head = f"<!doctype html><meta charset=utf-8><title>LMCache</title><style>{_STYLE}</style>"
     return head + "".join(parts) + links

@@ -26,7 +26,7 @@ HELP: dict[str, str] = {
     "store_seconds_total": "Seconds that finished store copies took, summed over jobs.",
     "retrieve_seconds_total": "Seconds that finished load copies took, summed over jobs.",
     "failed_loads_total": "Loads that engines gave up; they computed instead.",
-    "malformed_messages_total": "Messages that could not be understood; each was answered or dropped, none stops anything.",
+    "malformed_messages_total": "Messages that could not be understood; they were answered or dropped.",
     "turned_away_total": "Connections refused: too many, or not allowed.",
     "refused_requests_total": "Requests understood and declined.",
     "failed_requests_total": "Requests that failed with a known error.",

@@ -57,7 +57,12 @@ class Report:
                 "leases": heart.open_leases,
                 "reservations": heart.open_reservations,
                 "spaces": [
-                    {"space": space.number, "shards": space.shards, "chunks": len(space.table), "slot_bytes": space.slot_bytes}
+                    {
+                        "space": space.number,
+                        "shards": space.shards,
+                        "chunks": len(space.table),
+                        "slot_bytes": space.slot_bytes,
+                    }
                     for space in heart.spaces
                 ],
             },
@@ -86,11 +91,11 @@ class Report:
             kind, _, reason = name.partition(":")
             if reason:
                 out[f'{kind}_chunks_by_reason_total{{reason="{reason}"}}'] = value
-        for name in ("stored_tokens", "retrieved_tokens", "failed_loads", "malformed_messages", "turned_away",
+        for name in ("stored_tokens", "retrieved_tokens", "failed_loads", "failed_stores", "malformed_messages", "turned_away",
                      "refused_requests", "failed_requests", "internal_errors", "unsent_answers"):  # fmt: skip
             out[f"{name}_total"] = service.counters[name]
-        out["store_seconds_total"] = service.counters["store_microseconds"] / 1e6
-        out["retrieve_seconds_total"] = service.counters["retrieve_microseconds"] / 1e6
+        out["store_seconds_total"] = service.counters["stored_microseconds"] / 1e6
+        out["retrieve_seconds_total"] = service.counters["retrieved_microseconds"] / 1e6
         for name, value in service.counters.items():
             kind, _, reason = name.partition(":")
             if reason:

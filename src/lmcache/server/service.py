@@ -66,7 +66,7 @@ class Service:
             m.Release: self._release,
             m.Reserve: self._reserve,
             m.Commit: self._commit,
-            m.Loaded: self._loaded,
+            m.Copied: self._copied,
             m.Clear: lambda peer, request: m.Ok(self.clear()),
             m.Dropped: self._dropped,
             m.Bye: self._bye,
@@ -207,22 +207,18 @@ class Service:
         assert isinstance(request, m.Commit)
         if self._busy_reservations[request.reservation]:
             raise Refusal(f"reservation {request.reservation} is still being filled")
-        stored = self.heart.commit(time.monotonic(), peer.process, request.reservation, request.ok)
-        if request.ok:
-            self.counters["stored_tokens"] += request.tokens
-            self.counters["store_microseconds"] += int(request.seconds * 1e6)
-            logger.info("Stored %d tokens in %.3f seconds", request.tokens, request.seconds)
-        return m.Ok(stored)
+        return m.Ok(self.heart.commit(time.monotonic(), peer.process, request.reservation, request.ok))
 
-    def _loaded(self, peer: Peer, request: m.Request) -> m.Message:
-        assert isinstance(request, m.Loaded)
-        if request.ok:
-            self.counters["retrieved_tokens"] += request.tokens
-            self.counters["retrieve_microseconds"] += int(request.seconds * 1e6)
-            logger.info("Retrieved %d tokens in %.3f seconds", request.tokens, request.seconds)
-        else:
-            self.counters["failed_loads"] += 1
-            logger.warning("Rank %d could not load %d tokens; the engine computes them", peer.rank, request.tokens)
+    def _copied(self, peer: Peer, request: m.Request) -> m.Message:
+        assert isinstance(request, m.Copied)
+        if not request.ok:
+            self.counters[f"failed_{request.kind}s"] += 1
+            logger.warning("Rank %d could not %s %d tokens", peer.rank, request.kind, request.tokens)
+            return m.Ok()
+        past = "retrieved" if request.kind == "load" else "stored"
+        self.counters[f"{past}_tokens"] += request.tokens
+        self.counters[f"{past}_microseconds"] += int(request.seconds * 1e6)
+        logger.info("%s %d tokens in %.3f seconds", past.capitalize(), request.tokens, request.seconds)
         return m.Ok()
 
     def _dropped(self, peer: Peer, request: m.Request) -> m.Message:

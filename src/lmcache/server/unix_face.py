@@ -69,7 +69,9 @@ class UnixFace:
             sock.setblocking(False)
             pid, uid, _ = _PEER_CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
             if uid != os.getuid():
-                self._turn_away(sock, f"user {uid} is not the server's user {os.getuid()}: run the engine as the same user")
+                self._turn_away(
+                    sock, f"user {uid} is not the server's user {os.getuid()}: run the engine as the same user"
+                )
             elif len(self.connections) >= MAX_CONNECTIONS:
                 self._turn_away(sock, f"{MAX_CONNECTIONS} connections are open already")
             else:

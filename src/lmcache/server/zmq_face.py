@@ -36,7 +36,14 @@ class ZmqFace:
     """
 
     def __init__(
-        self, loop: Loop, service: Service, host: str, port: int, cookie_dir: Path, key_file: Path | None, open_door: bool
+        self,
+        loop: Loop,
+        service: Service,
+        host: str,
+        port: int,
+        cookie_dir: Path,
+        key_file: Path | None,
+        open_door: bool,
     ) -> None:
         self.loop, self.service = loop, service
         self._peers: dict[bytes, tuple[Peer, float]] = {}
@@ -96,7 +103,9 @@ class ZmqFace:
         if isinstance(request, m.Hello) and not request.payload:
             # Not a session: the way to the Unix socket, or the version error.
             if request.version != m.PROTOCOL_VERSION:
-                self._send(identity, sequence, m.Error("version", m.version_error(request.version, request.software[:40])), [])
+                self._send(
+                    identity, sequence, m.Error("version", m.version_error(request.version, request.software[:40])), []
+                )
             else:
                 self._send(identity, sequence, self.service.welcome(), [])
             return
@@ -124,7 +133,9 @@ class ZmqFace:
     def _why_not(self, request: m.Request) -> str:
         if not isinstance(request, m.Hello):
             return "say hello first"
-        return f"payload frames need proof that the engine can read {self._cookie_path}, or a server with --auth-key-file"
+        return (
+            f"payload frames need proof that the engine can read {self._cookie_path}, or a server with --auth-key-file"
+        )
 
     def _send(self, identity: bytes, sequence: int, answer: m.Message, payload: list[bytes]) -> None:
         try:

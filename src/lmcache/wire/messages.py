@@ -10,7 +10,7 @@ where there is none.
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import msgspec
 
@@ -84,17 +84,16 @@ class Reserve(Message, frozen=True, tag=6):
 
 
 class Commit(Message, frozen=True, tag=7):
-    """The reserved slots are filled (`ok`), or given back. `tokens` and `seconds` are those of the finished copy."""
+    """The reserved slots are filled (`ok`), or given back."""
 
     reservation: int
     ok: bool
-    tokens: int
-    seconds: float
 
 
-class Loaded(Message, frozen=True, tag=8):
-    """A rank has finished a load: how much, and how long the copy took."""
+class Copied(Message, frozen=True, tag=8):
+    """A rank's finished load or store: tokens really copied, and the seconds of the copies (not of their submission)."""
 
+    kind: Literal["load", "store"]
     tokens: int
     seconds: float
     shard: int
@@ -180,7 +179,7 @@ class Reserved(Message, frozen=True, tag=69):
     reason: str = ""
 
 
-Request = Hello | Ping | Register | Lookup | Release | Reserve | Commit | Loaded | Fetch | Fill | Clear | Dropped | Bye
+Request = Hello | Ping | Register | Lookup | Release | Reserve | Commit | Copied | Fetch | Fill | Clear | Dropped | Bye
 Answer = Welcome | Ok | Error | Registered | Found | Reserved
 AnswerT = TypeVar("AnswerT", bound=Message)
 
