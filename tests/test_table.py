@@ -1,0 +1,477 @@
+"""The two tables against each other, against a naive model of age, and against what they promise."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
+
+from lmcache.cache.table import COMPLETED, DONE, EMPTY, FILLING, NO_PAGE, RELEASED, PyTable, Table, pack, unpack
+
+try:
+    from lmcache._native import Table as NativeTable
+except ImportError:
+    NativeTable = None
+
+needs_native = pytest.mark.skipif(NativeTable is None, reason="the native module was not built")
+both = pytest.mark.parametrize("table_type", [PyTable, pytest.param(NativeTable, marks=needs_native, id="native")])
+NewTable = Callable[[int], Table]
+
+
+def key_of(number: int) -> bytes:
+    return number.to_bytes(16, "little")
+
+
+def filled(table: Table, key: int, parent: int = -1, page: int = 0) -> int:
+    """A complete record of a table with one shard."""
+    record = table.insert(key_of(key), parent)
+    table.begin_fill(record, 0, page)
+    assert table.end_fill(record, 0, True) == COMPLETED
+    return record
+
+
+def chain(table: Table, first_key: int, length: int) -> list[int]:
+    records: list[int] = []
+    for number in range(length):
+        records.append(filled(table, first_key + number, records[-1] if records else -1, number))
+    return records
+
+
+# Promises, one by one
+
+
+@both
+def test_match_ends_at_the_first_chunk_that_is_absent_or_incomplete(table_type: NewTable) -> None:
+    table = table_type(1)
+    records = chain(table, 0, 200)
+    keys = b"".join(map(key_of, range(200)))
+    assert unpack(table.match(keys)) == tuple(records)
+    assert unpack(table.match(keys[: 16 * 130] + key_of(999) + keys[16 * 131 :])) == tuple(records[:130])
+    assert unpack(table.match(b"")) == ()
+    table.detach(records[150])
+    assert unpack(table.match(keys)) == tuple(records[:150])
+    half = table.insert(key_of(150), records[149])
+    assert unpack(table.match(keys)) == tuple(records[:150])
+    table.begin_fill(half, 0, 7)
+    assert unpack(table.match(keys)) == tuple(records[:150])
+    table.end_fill(half, 0, True)
+    assert unpack(table.match(keys)) == (*records[:150], half)
+
+
+@both
+def test_a_chunk_is_complete_with_its_last_shard(table_type: NewTable) -> None:
+    table = table_type(3)
+    record = table.insert(key_of(1), -1)
+    for shard in range(3):
+        table.begin_fill(record, shard, 10 + shard)
+    assert table.filling(record) == 3
+    assert table.end_fill(record, 2, True) == 0
+    assert table.end_fill(record, 0, False) == 0
+    assert unpack(table.slots(pack([record]))) == (NO_PAGE, 11, 12)
+    assert [table.slot(record, shard) for shard in range(3)] == [-1, 11, 12]
+    assert [table.state(record, shard) for shard in range(3)] == [EMPTY, FILLING, DONE]
+    assert table.end_fill(record, 1, True) == 0
+    table.begin_fill(record, 0, 20)
+    assert not table.complete(record)
+    assert table.end_fill(record, 0, True) == COMPLETED
+    assert table.complete(record) and unpack(table.slots(pack([record]))) == (20, 11, 12)
+
+
+@both
+def test_detached_records_are_released_by_their_last_user(table_type: NewTable) -> None:
+    table = table_type(1)
+    root = filled(table, 1)
+    child = table.insert(key_of(2), root)
+    table.begin_fill(child, 0, 5)
+    table.pin(pack([root, root, child]))
+    assert unpack(table.detach(root)) == (child, root)
+    assert len(table) == 0 and table.detached() == 2 and table.parent(child) == -1
+    assert unpack(table.unpin(pack([child, root]))) == ()
+    with pytest.raises(ValueError):
+        table.free(child)
+    assert table.end_fill(child, 0, True) == RELEASED
+    assert table.slot(child, 0) == 5
+    assert unpack(table.unpin(pack([root]))) == (root,)
+    table.free(child)
+    table.free(root)
+    assert table.detached() == 0
+    assert {table.insert(key_of(3), -1), table.insert(key_of(4), -1)} == {root, child}
+
+
+@both
+def test_a_prefix_goes_tail_first(table_type: NewTable) -> None:
+    table = table_type(1)
+    records = chain(table, 0, 5)
+    other = chain(table, 100, 3)
+    table.touch(pack(records))
+    order = []
+    while (record := table.victim()) >= 0:
+        order.append(record)
+        assert unpack(table.detach(record)) == (record,)
+        table.free(record)
+    assert order == other[::-1] + records[::-1]
+
+
+@both
+def test_touch_path_makes_the_root_the_newest(table_type: NewTable) -> None:
+    table = table_type(1)
+    first, second = chain(table, 0, 3), chain(table, 10, 3)
+    table.touch_path(first[-1])
+    assert table.oldest() == second[0]
+    table.detach(second[0])
+    assert [table.oldest(), table.victim()] == [first[-1], first[-1]]
+    table.touch(pack([second[0]]))  # detached: it has no age
+    assert table.oldest() == first[-1]
+
+
+@both
+def test_pinned_ones_at_the_old_end_come_back_in_their_order(table_type: NewTable) -> None:
+    table = table_type(1)
+    records = [filled(table, number) for number in range(100)]
+    pinned = records[:50]
+    table.pin(pack(pinned))
+    assert table.victim() == records[50]
+    for record in random.Random(1).sample(pinned, 50):
+        table.unpin(pack([record]))
+    order = []
+    while (record := table.victim()) >= 0:
+        order.append(record)
+        table.detach(record)
+    assert order == records
+
+
+@both
+def test_victims_are_exact_under_heavy_pinning(table_type: NewTable) -> None:
+    """Few records, each pinned, unpinned and touched again and again: the oldest without a pin is always found."""
+    dice, table = random.Random(3), table_type(1)
+    age = dict.fromkeys(filled(table, number) for number in range(12))  # oldest first
+    pins = dict.fromkeys(age, 0)
+    for _ in range(20_000):
+        record, deed = dice.choice(list(age)), dice.random()
+        if deed < 0.1:
+            table.touch(pack([record]))
+            del age[record]
+            age[record] = None
+        elif deed < 0.55:
+            table.pin(pack([record]))
+            pins[record] += 1
+        elif pins[record]:
+            table.unpin(pack([record] * pins[record]))
+            pins[record] = 0
+        if dice.random() < 0.7:
+            assert table.victim() == next((one for one in age if not pins[one]), -1)
+
+
+@both
+def test_in_pages_names_attached_records_with_a_slot_there(table_type: NewTable) -> None:
+    table = table_type(2)
+    a, b, c = (table.insert(key_of(number), -1) for number in range(3))
+    table.begin_fill(a, 0, 10)
+    table.begin_fill(a, 1, 90)
+    table.begin_fill(b, 1, 20)
+    table.begin_fill(c, 0, 19)
+    table.end_fill(a, 0, True)
+    assert unpack(table.in_pages(10, 20)) == (a, c)
+    assert unpack(table.in_pages(0, 2**32)) == (a, b, c)
+    assert unpack(table.in_pages(91, 2**32)) == unpack(table.in_pages(20, 20)) == ()
+    table.end_fill(c, 0, False)
+    table.detach(a)
+    assert unpack(table.in_pages(0, 2**32)) == (b,)
+
+
+@both
+def test_a_refused_call_changes_nothing(table_type: NewTable) -> None:
+    table = table_type(2)
+    a, b, gone = (table.insert(key_of(number), -1) for number in range(3))
+    table.pin(pack([a]))
+    table.begin_fill(a, 0, 1)
+    table.begin_fill(b, 0, 2)
+    table.end_fill(b, 0, True)
+    table.detach(gone)
+    refused: list[Callable[[], object]] = [
+        lambda: table.match(b"x" * 17),
+        lambda: table.get(b"x"),
+        lambda: table.insert(key_of(0), -1),
+        lambda: table.insert(b"short", -1),
+        lambda: table.insert(key_of(9), gone),
+        lambda: table.insert(key_of(9), 77),
+        lambda: table.insert(key_of(9), -2),
+        lambda: table.touch(pack([a, 77])),
+        lambda: table.touch(b"123"),
+        lambda: table.touch_path(-1),
+        lambda: table.pin(pack([a, 77])),
+        lambda: table.unpin(pack([a, a])),
+        lambda: table.unpin(pack([a, b])),
+        lambda: table.unpin(pack([a, 2**32 - 1])),
+        lambda: table.begin_fill(a, 0, 3),
+        lambda: table.begin_fill(b, 0, 3),
+        lambda: table.begin_fill(b, 2, 3),
+        lambda: table.begin_fill(b, -1, 3),
+        lambda: table.begin_fill(b, 1, -1),
+        lambda: table.begin_fill(b, 1, NO_PAGE),
+        lambda: table.begin_fill(gone, 0, 3),
+        lambda: table.end_fill(a, 1, True),
+        lambda: table.end_fill(b, 0, True),
+        lambda: table.state(a, 2),
+        lambda: table.slot(2**70, 0),
+        lambda: table.slots(pack([a, 77])),
+        lambda: table.detach(gone),
+        lambda: table.free(a),
+        lambda: table.free(b),
+        lambda: table.key(77),
+    ]
+    before = snapshot(table, [a, b, gone])
+    for call in refused:
+        with pytest.raises(ValueError):
+            call()
+        assert snapshot(table, [a, b, gone]) == before
+    table.free(gone)
+    with pytest.raises(ValueError):
+        table.free(gone)
+    for shards in (0, -1, 65536):
+        with pytest.raises(ValueError):
+            table_type(shards)
+
+
+@both
+def test_many_shards(table_type: NewTable) -> None:
+    table = table_type(65535)
+    first, second = table.insert(key_of(1), -1), table.insert(key_of(2), -1)
+    table.begin_fill(first, 65534, 3)
+    table.begin_fill(second, 0, 4)
+    assert table.end_fill(first, 65534, True) == 0
+    assert [table.slot(first, 65534), table.slot(second, 0), table.slot(second, 65534)] == [3, 4, -1]
+
+
+def snapshot(table: Table, records: list[int]) -> object:
+    """All that can be asked of a table and of these of its records."""
+    described = [
+        (
+            record,
+            table.key(record),
+            table.parent(record),
+            table.children(record),
+            table.pins(record),
+            table.filling(record),
+            table.complete(record),
+            table.attached(record),
+            table.get(table.key(record)),
+            table.slots(pack([record])),
+            table.state(record, 0),
+            table.slot(record, 0),
+        )
+        for record in records
+    ]
+    keys = b"".join(map(table.key, records))
+    ends = table.match(keys), table.victim(), table.oldest(), table.in_pages(0, 2**32)
+    return described, len(table), table.detached(), ends
+
+
+# Both at once, against a model of age
+
+
+class Twins(RuleBasedStateMachine):
+    """Every call goes to both tables; after each step they must tell the same, and keep the promises."""
+
+    records: Bundle[int] = Bundle("records")
+
+    @initialize(shards=st.integers(1, 3))
+    def begin(self, shards: int) -> None:
+        self.shards = shards
+        self.tables: list[Table] = [PyTable(shards)] if NativeTable is None else [PyTable(shards), NativeTable(shards)]
+        self.live: set[int] = set()
+        self.age: dict[int, int] = {}  # attached records: when touched
+        self.clock = 0
+        self.next_key = 0
+
+    def ask(self, name: str, *arguments: object) -> object:
+        """The one answer of both, or ValueError from both."""
+        answers = []
+        for table in self.tables:
+            try:
+                answers.append(getattr(table, name)(*arguments))
+            except ValueError:
+                answers.append(ValueError)
+        assert all(answer == answers[0] for answer in answers), (name, arguments, answers)
+        return answers[0]
+
+    def stamp(self, record: int) -> None:
+        self.clock += 1
+        self.age[record] = self.clock
+
+    @rule(target=records, parent=st.none() | records)
+    def insert(self, parent: int | None) -> object:
+        self.next_key += 1
+        record = self.ask("insert", key_of(self.next_key), -1 if parent is None else parent)
+        if not isinstance(record, int):
+            return multiple()
+        self.live.add(record)
+        self.stamp(record)
+        return record
+
+    @rule(record=records)
+    def insert_again(self, record: int) -> None:
+        if record in self.age:
+            assert self.ask("insert", self.tables[0].key(record), -1) is ValueError
+
+    @rule(records=st.lists(records, max_size=5))
+    def touch(self, records: list[int]) -> None:
+        if self.ask("touch", pack(records)) is None:
+            for record in reversed(records):
+                if record in self.age:
+                    self.stamp(record)
+
+    @rule(record=records)
+    def touch_path(self, record: int) -> None:
+        if self.ask("touch_path", record) is None and record in self.age:
+            while record != -1:
+                self.stamp(record)
+                record = self.tables[0].parent(record)
+
+    @rule(records=st.lists(records, max_size=4))
+    def pin(self, records: list[int]) -> None:
+        self.ask("pin", pack(records))
+
+    @rule(records=st.lists(records, max_size=4))
+    def unpin(self, records: list[int]) -> None:
+        released = self.ask("unpin", pack(records))
+        if isinstance(released, bytes):
+            for record in unpack(released):
+                assert not self.tables[0].attached(record)
+                assert not self.tables[0].pins(record) and not self.tables[0].filling(record)
+
+    @rule(record=records, shard=st.integers(0, 2), page=st.integers(0, 50))
+    def begin_fill(self, record: int, shard: int, page: int) -> None:
+        self.ask("begin_fill", record, shard, page)
+
+    @rule(record=records, shard=st.integers(0, 2), ok=st.booleans())
+    def end_fill(self, record: int, shard: int, ok: bool) -> None:
+        outcome = self.ask("end_fill", record, shard, ok)
+        if outcome == COMPLETED:
+            assert record in self.age and self.tables[0].complete(record)
+        if outcome == RELEASED:
+            assert record not in self.age
+
+    @rule(record=records)
+    def detach(self, record: int) -> None:
+        parent_of = {one: self.tables[0].parent(one) for one in self.live}
+        gone = self.ask("detach", record)
+        if not isinstance(gone, bytes):
+            return
+        family = unpack(gone)
+        assert family[-1] == record and len(set(family)) == len(family)
+        for place, member in enumerate(family[:-1]):
+            assert parent_of[member] in family[place + 1 :]
+        for member in family:
+            del self.age[member]
+        assert not any(parent_of[one] in family for one in self.age)
+
+    @rule(record=consumes(records))
+    def free(self, record: int) -> object:
+        if self.ask("free", record) is None:
+            self.live.discard(record)
+
+    @rule()
+    def evict(self) -> None:
+        record = self.tables[0].victim()
+        if record >= 0:
+            assert self.ask("detach", record) == pack([record])
+            del self.age[record]
+            if self.ask("free", record) is None:
+                self.live.discard(record)
+
+    @rule(first=st.integers(0, 50), length=st.integers(0, 50))
+    def in_pages(self, first: int, length: int) -> None:
+        self.ask("in_pages", first, first + length)
+
+    @rule(records=st.lists(records, max_size=6))
+    def match(self, records: list[int]) -> None:
+        known = [record for record in records if record in self.live]
+        self.ask("match", b"".join(map(self.tables[0].key, known)))
+
+    @invariant()
+    def both_tell_the_same(self) -> None:
+        records = sorted(self.live)
+        told = [snapshot(table, records) for table in self.tables]
+        assert all(one == told[0] for one in told)
+
+    @invariant()
+    def the_victim_is_the_oldest_that_may_go(self) -> None:
+        table = self.tables[0]
+        may_go = [
+            record
+            for record in self.age
+            if not table.pins(record) and not table.filling(record) and not table.children(record)
+        ]
+        assert self.ask("victim") == min(may_go, key=self.age.__getitem__, default=-1)
+        assert self.ask("oldest") == min(self.age, key=self.age.__getitem__, default=-1)
+
+
+TestTwins = Twins.TestCase
+TestTwins.settings = settings(
+    max_examples=60, stateful_step_count=60, deadline=None, suppress_health_check=list(HealthCheck)
+)
+
+
+@needs_native
+def test_both_agree_over_a_long_random_life() -> None:
+    """What small examples do not reach: growth of the hash table, ids reused, the heap behind the victim's cursor."""
+    dice, tables = random.Random(7), [PyTable(1), NativeTable(1)]
+    python, native = tables
+    pinned: list[int] = []
+    recent: list[int] = []
+    for number in range(30_000):
+        parent = dice.choice(recent) if recent and dice.random() < 0.7 else -1
+        if parent >= 0 and not python.attached(parent):
+            parent = -1
+        record, same = (filled(table, number, parent, number) for table in tables)
+        assert record == same
+        recent = [*recent[-30:], record]
+        if dice.random() < 0.05:
+            pinned.append(record)
+            for table in tables:
+                table.pin(pack([record]))
+        if pinned and dice.random() < 0.05:
+            record = pinned.pop(dice.randrange(len(pinned)))
+            freed, same_freed = (table.unpin(pack([record])) for table in tables)
+            assert freed == same_freed
+            for one in unpack(freed):
+                for table in tables:
+                    table.free(one)
+        if dice.random() < 0.3:
+            path = recent[-dice.randrange(1, 9) :]
+            for table in tables:
+                table.touch(pack(path))
+        while len(python) > 9_000:
+            victim = native.victim()
+            assert victim == python.victim()
+            assert [table.detach(victim) for table in tables] == [pack([victim])] * 2
+            for table in tables:
+                table.free(victim)
+            recent = [one for one in recent if one != victim]
+    assert len(python) == len(native) and python.detached() == native.detached()
+
+
+@needs_native
+@pytest.mark.parametrize(("shards", "most"), [(1, 150), (2, 158), (8, 206)])
+def test_memory_a_record(shards: int, most: int) -> None:
+    table, count = NativeTable(shards), 40_000
+    for number in range(count):
+        table.insert(key_of(number), -1)
+    table.pin(pack(range(count)))
+    assert table.victim() == -1
+    for record in range(count):
+        table.unpin(pack([record]))  # the heap behind the victim's cursor is as large as it can be now
+    assert table.memory_bytes() / count <= most
+
+
+def test_no_native_on_request() -> None:
+    code = "from lmcache.cache.table import ChunkTable, PyTable; assert ChunkTable is PyTable"
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, "LMCACHE_NO_NATIVE": "1"}, check=True, timeout=60)
