@@ -62,7 +62,9 @@ class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 @functools.lru_cache(maxsize=256)
 def _fingerprint(layout: Layout) -> bytes:
-    return blake3(b"lmcache layout v1" + msgspec.msgpack.encode(layout, order="deterministic")).digest(FINGERPRINT_BYTES)
+    return blake3(b"lmcache layout v1" + msgspec.msgpack.encode(layout, order="deterministic")).digest(
+        FINGERPRINT_BYTES
+    )
 
 
 class Shard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

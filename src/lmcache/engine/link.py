@@ -53,7 +53,9 @@ class Endpoint:
     heartbeat_seconds: float = 10.0
     transfer_mode: str = "auto"
     auth_key_file: Path | None = field(
-        default_factory=lambda: Path(os.environ["LMCACHE_AUTH_KEY_FILE"]) if "LMCACHE_AUTH_KEY_FILE" in os.environ else None
+        default_factory=lambda: (
+            Path(os.environ["LMCACHE_AUTH_KEY_FILE"]) if "LMCACHE_AUTH_KEY_FILE" in os.environ else None
+        )
     )
 
     def __post_init__(self) -> None:
@@ -110,7 +112,9 @@ class Link:
         if isinstance(answer, expect):
             return answer, payload
         self.failures += 1
-        raise ServerRefused(answer.text if isinstance(answer, m.Error) else f"unexpected answer {type(answer).__name__}")
+        raise ServerRefused(
+            answer.text if isinstance(answer, m.Error) else f"unexpected answer {type(answer).__name__}"
+        )
 
     def post(self, request: m.Message) -> None:
         """Send and do not wait; lost where there is no link."""
@@ -209,17 +213,25 @@ class Link:
         self._told = ""
         self._connected.set()
         how = "payload frames" if unix is None else "the mapped arena"
-        logger.info("Connected to the LMCache server at %s (%d-token chunks, %s)", endpoint.address, welcome.chunk_tokens, how)
+        logger.info(
+            "Connected to the LMCache server at %s (%d-token chunks, %s)", endpoint.address, welcome.chunk_tokens, how
+        )
 
     def _unix(self, welcome: m.Welcome, hello: m.Hello) -> UnixCarrier | None:
-        if self.endpoint.transfer_mode == "payload" or not welcome.socket_path or not os.path.exists(welcome.socket_path):
+        if (
+            self.endpoint.transfer_mode == "payload"
+            or not welcome.socket_path
+            or not os.path.exists(welcome.socket_path)
+        ):
             return None
         return UnixCarrier(welcome.socket_path, hello, _CONNECT_SECONDS)
 
     def _tell_once(self, why: str) -> None:
         if why != self._told:
             self._told = why
-            logger.warning("No LMCache server at %s yet (%s); prompts are computed without it", self.endpoint.address, why)
+            logger.warning(
+                "No LMCache server at %s yet (%s); prompts are computed without it", self.endpoint.address, why
+            )
 
 
 def ask(carrier: Carrier, request: m.Message, expect: type[m.AnswerT]) -> m.AnswerT:

@@ -240,7 +240,9 @@ class WorkerSession:
         if not len(wanted):
             return 0, 0.0
         first = (first_chunk + wanted) * size
-        runs = np.stack([pages[wanted].astype(np.int64) * m.PAGE_BYTES, first, np.full_like(first, size), 0 * first], axis=1)
+        runs = np.stack(
+            [pages[wanted].astype(np.int64) * m.PAGE_BYTES, first, np.full_like(first, size), 0 * first], axis=1
+        )
         blocks = np.asarray(store.blocks, dtype=np.int32)
         begin, ok = time.perf_counter(), False
         try:
@@ -258,7 +260,7 @@ class WorkerSession:
         buffer = np.empty((len(runs), self._slot_bytes), dtype=np.uint8)
         runs[:, 0] = np.arange(len(runs)) * self._slot_bytes
         copier.gather(buffer.ctypes.data, blocks, runs)
-        self._link.call(m.Fill(reservation, 0), m.Ok, [memoryview(row) for row in buffer])
+        self._link.call(m.Fill(reservation, 0), m.Ok, [row.data for row in buffer])
 
     def _drop(self, chunks: int, reason: str) -> None:
         self.counters[f"dropped_chunks:{reason}"] += chunks

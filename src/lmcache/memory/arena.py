@@ -40,7 +40,9 @@ class Mapping:
         self._map = mmap.mmap(descriptor, size_bytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
         self._anchor = ctypes.c_char.from_buffer(self._map)
         self.address = ctypes.addressof(self._anchor)
-        _libc.madvise(ctypes.c_void_p(self.address), ctypes.c_size_t(size_bytes), _MADV_HUGEPAGE)  # a wish: may be refused
+        _libc.madvise(
+            ctypes.c_void_p(self.address), ctypes.c_size_t(size_bytes), _MADV_HUGEPAGE
+        )  # a wish: may be refused
 
     def populate(self, offset: int, length: int) -> None:
         """Touch pages ahead of use, so that copies into them do not fault. A kernel without it faults later, no more."""

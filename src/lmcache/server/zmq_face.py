@@ -67,7 +67,7 @@ class ZmqFace:
         except zmq.ZMQError as error:
             self.close()
             raise ConfigError(f"--port {port}: cannot listen on {host}: {error.strerror}; pass another port") from error
-        self._descriptor = self._socket.getsockopt(zmq.FD)
+        self._descriptor: int = self._socket.FD
         loop.watch(self._descriptor, lambda: None)
         loop.after_events.append(self._receive_all)  # ZMQ's descriptor is edge-triggered: always look
         loop.on_tick.append(self._forget_silent)
@@ -84,7 +84,7 @@ class ZmqFace:
 
     def _receive_all(self) -> None:
         for _ in range(256):
-            if not self._socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:
+            if not int(self._socket.EVENTS) & zmq.POLLIN:
                 return
             identity, *frames = self._socket.recv_multipart(zmq.NOBLOCK)
             self._serve(identity, frames)

@@ -1,7 +1,7 @@
 """Who may speak over ZMQ: CURVE with one shared key file, or a proof of reading the server's cookie on loopback.
 
-The key file holds one Z85 secret (40 characters). The server's CURVE key is that secret; the engines' key is derived from it, so one
-file, given to server and engines, is all there is to manage. Without it nobody gets past the handshake.
+The key file holds one Z85 secret (40 characters). The server's CURVE key is that secret; the engines' key is derived from it,
+so one file, given to server and engines, is all there is to manage. Without it nobody gets past the handshake.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ def read_cookie(path: str) -> bytes | None:
         return file.read()
 
 
-def protect_server(context: zmq.Context[zmq.Socket[bytes]], socket: zmq.Socket[bytes], key_file: Path) -> ThreadAuthenticator:
+def protect_server(
+    context: zmq.Context[zmq.Socket[bytes]], socket: zmq.Socket[bytes], key_file: Path
+) -> ThreadAuthenticator:
     """Make a server socket speak CURVE, and only with engines that hold the same key file.
 
     Raises:

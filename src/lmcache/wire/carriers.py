@@ -157,7 +157,7 @@ class ZmqCarrier:
         try:
             while True:
                 remaining = deadline - time.monotonic()
-                if remaining <= 0 or not self._socket.poll(remaining * 1000, zmq.POLLIN):
+                if remaining <= 0 or not self._socket.poll(int(remaining * 1000) + 1, zmq.POLLIN):
                     raise ServerUnavailable("no answer within the deadline")
                 head, *payload = self._socket.recv_multipart()
                 sequence, answer = m.decode_answer(head)
