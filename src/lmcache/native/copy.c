@@ -51,7 +51,7 @@ static const Isa isas[] = {
     {"plain", rows_plain, transpose_2_plain, transpose_4_plain},
 #if defined(__x86_64__)
     {"avx2", rows_avx2, transpose_2_avx2, transpose_4_avx2},
-    {"avx512", rows_avx512, transpose_2_avx512, transpose_4_avx512},
+    {"avx512", rows_avx2, transpose_2_avx512, transpose_4_avx512},
 #elif defined(__aarch64__)
     {"neon", rows_neon, transpose_2_neon, transpose_4_neon},
 #endif
@@ -108,7 +108,7 @@ static int fuse(Pattern *p)
     return 0;
 }
 
-/* Outermost the axis with the widest steps on the side that is to be walked in order. */
+/* Outermost the axis with the widest steps on the side that is to be walked in order: the slot, or paged memory. */
 static void sort_axes(Pattern *p, int by_slot)
 {
     for (int i = 1; i < p->count; i++)
@@ -150,11 +150,11 @@ static Pattern make_pattern(const Plane *plane, int64_t item, int64_t groups, in
     };
     while (fuse(&p))
         ;
-    sort_axes(&p, !scatter);
     if (p.count >= 2 && (p.item == 1 || p.item == 2 || p.item == 4 || p.item == 8))
         p.transpose = move_dense(&p, 0, p.count - 1) && move_dense(&p, 1, p.count - 2);
+    /* Whole lines may be written in any order, so read in order; parts of lines are better written in order. */
     if (!p.transpose)
-        sort_axes(&p, !scatter);
+        sort_axes(&p, p.item % LINE == 0 ? scatter : !scatter);
     return p;
 }
 

@@ -43,6 +43,41 @@ static void rows_plain(char *to, int64_t to_stride, const char *from, int64_t fr
         memcpy(to + i * to_stride, from + i * from_stride, (size_t)bytes);
 }
 
+/* Two rows of 2-byte items against one of pairs, as kernels for matrix units keep them. Inlined into functions for newer
+ * instruction sets, where the compiler turns the loops into vectors. */
+static inline __attribute__((always_inline)) void zip_2(char *to, const char *a, const char *b, int64_t count)
+{
+    for (int64_t i = 0; i < count; i++) {
+        uint16_t pair[2];
+        memcpy(&pair[0], a + 2 * i, 2);
+        memcpy(&pair[1], b + 2 * i, 2);
+        memcpy(to + 4 * i, pair, 4);
+    }
+}
+
+static inline __attribute__((always_inline)) void unzip_2(char *a, char *b, const char *from, int64_t count)
+{
+    for (int64_t i = 0; i < count; i++) {
+        uint16_t pair[2];
+        memcpy(pair, from + 4 * i, 4);
+        memcpy(a + 2 * i, &pair[0], 2);
+        memcpy(b + 2 * i, &pair[1], 2);
+    }
+}
+
+/* The transposes of 2-byte items that are no more than that; 0 for all others. */
+static inline __attribute__((always_inline)) int transpose_pairs(char *to, int64_t to_stride, const char *from,
+                                                                 int64_t from_stride, int64_t rows, int64_t columns)
+{
+    if (rows == 2 && to_stride == 4)
+        zip_2(to, from, from + from_stride, columns);
+    else if (columns == 2 && from_stride == 4)
+        unzip_2(to, to + to_stride, from, rows);
+    else
+        return 0;
+    return 1;
+}
+
 /* Every address that `stride` steps from `p` reach starts a line. */
 static inline int starts_lines(const char *p, int64_t stride)
 {

@@ -1,4 +1,5 @@
-/* x86-64: AVX2 and AVX-512, compiled for any x86-64 and chosen at run time.
+/* x86-64: AVX2 and AVX-512, compiled for any x86-64 and chosen at run time. AVX-512 has transposes only: rows are no faster
+ * with it.
  *
  * Transposes work on squares of 4-byte items in registers. Items of 2 bytes become 4-byte ones first: two rows are
  * interleaved into pairs, which is half of the transpose already.
@@ -23,7 +24,7 @@ AVX2 INLINE void line_avx2(char *to, const char *from)
     _mm256_stream_si256((__m256i *)(to + 32), b);
 }
 
-/* One long row; `ahead` follows `from` at PREFETCH_BYTES and jumps to `next` where the row ends. */
+/* One long row. What is fetched ahead runs PREFETCH_BYTES before it and jumps to `next` where the row ends. */
 AVX2 static void row_avx2(char *to, const char *from, int64_t bytes, const char *next)
 {
     int64_t edge = -(int64_t)(uintptr_t)to & (LINE - 1);
@@ -33,11 +34,11 @@ AVX2 static void row_avx2(char *to, const char *from, int64_t bytes, const char 
     }
     int64_t lines = bytes / LINE, within = lines - PREFETCH_BYTES / LINE, i = 0;
     for (; i < within; i++) {
-        _mm_prefetch(from + i * LINE + PREFETCH_BYTES, _MM_HINT_T0);
+        _mm_prefetch(from + i * LINE + PREFETCH_BYTES, _MM_HINT_NTA);
         line_avx2(to + i * LINE, from + i * LINE);
     }
-    for (const char *ahead = next; i < lines; i++, ahead += LINE) {
-        _mm_prefetch(ahead, _MM_HINT_T0);
+    for (const char *soon = next; i < lines; i++, soon += LINE) {
+        _mm_prefetch(soon, _MM_HINT_NTA);
         line_avx2(to + i * LINE, from + i * LINE);
     }
     if (bytes % LINE)
@@ -53,8 +54,10 @@ AVX2 static void rows_avx2(char *to, int64_t to_stride, const char *from, int64_
                      i + 1 < count ? from + (i + 1) * from_stride : next);
     } else if (bytes % LINE == 0 && starts_lines(to, to_stride)) {
         for (int64_t i = 0; i < count; i++)
-            for (int64_t at = 0; at < bytes; at += LINE)
+            for (int64_t at = 0; at < bytes; at += LINE) {
+                _mm_prefetch(from + i * from_stride + at + PREFETCH_BYTES, _MM_HINT_NTA);
                 line_avx2(to + i * to_stride + at, from + i * from_stride + at);
+            }
     } else if (bytes % 32 == 0) {
         for (int64_t i = 0; i < count; i++)
             for (int64_t at = 0; at < bytes; at += 32)
@@ -84,19 +87,26 @@ AVX2 INLINE void square_avx2(__m256i v[8])
     }
 }
 
+/* The same rows are read again for the next columns, a line or two further on, and no hardware sees that coming. */
+INLINE const char *ahead(const char *row)
+{
+    _mm_prefetch(row + 2 * LINE, _MM_HINT_T0);
+    return row;
+}
+
 /* Eight rows of eight 4-byte items. */
 AVX2 INLINE void load_4_avx2(__m256i v[8], const char *from, int64_t stride)
 {
     for (int i = 0; i < 8; i++)
-        v[i] = _mm256_loadu_si256((const __m256i *)(from + i * stride));
+        v[i] = _mm256_loadu_si256((const __m256i *)ahead(from + i * stride));
 }
 
 /* Sixteen rows of eight 2-byte items, two rows to a register as pairs. */
 AVX2 INLINE void load_2_avx2(__m256i v[8], const char *from, int64_t stride)
 {
     for (int i = 0; i < 8; i++) {
-        __m128i a = _mm_loadu_si128((const __m128i *)(from + 2 * i * stride));
-        __m128i b = _mm_loadu_si128((const __m128i *)(from + (2 * i + 1) * stride));
+        __m128i a = _mm_loadu_si128((const __m128i *)ahead(from + 2 * i * stride));
+        __m128i b = _mm_loadu_si128((const __m128i *)ahead(from + (2 * i + 1) * stride));
         v[i] = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_unpacklo_epi16(a, b)), _mm_unpackhi_epi16(a, b), 1);
     }
 }
@@ -106,6 +116,8 @@ AVX2 INLINE void load_2_avx2(__m256i v[8], const char *from, int64_t stride)
     AVX2 static void transpose_##ITEM##_avx2(char *to, int64_t to_stride, const char *from, int64_t from_stride,          \
                                              int64_t rows, int64_t columns)                                               \
     {                                                                                                                     \
+        if (ITEM == 2 && transpose_pairs(to, to_stride, from, from_stride, rows, columns))                                \
+            return;                                                                                                       \
         enum { HIGH = LINE / ITEM, WIDE = 8 };                                                                            \
         int64_t whole_rows = rows / HIGH * HIGH, whole_columns = columns / WIDE * WIDE;                                   \
         int stream = starts_lines(to, to_stride);                                                                         \
@@ -138,47 +150,6 @@ TRANSPOSE_AVX2(2)
 
 /* ---- AVX-512 ------------------------------------------------------------------------------------------------------ */
 
-AVX512 INLINE void line_avx512(char *to, const char *from)
-{
-    _mm512_stream_si512((__m512i *)to, _mm512_loadu_si512(from));
-}
-
-AVX512 static void row_avx512(char *to, const char *from, int64_t bytes, const char *next)
-{
-    int64_t edge = -(int64_t)(uintptr_t)to & (LINE - 1);
-    if (edge > 0) {
-        memcpy(to, from, (size_t)edge);
-        to += edge, from += edge, bytes -= edge;
-    }
-    int64_t lines = bytes / LINE, within = lines - PREFETCH_BYTES / LINE, i = 0;
-    for (; i < within; i++) {
-        _mm_prefetch(from + i * LINE + PREFETCH_BYTES, _MM_HINT_T0);
-        line_avx512(to + i * LINE, from + i * LINE);
-    }
-    for (const char *ahead = next; i < lines; i++, ahead += LINE) {
-        _mm_prefetch(ahead, _MM_HINT_T0);
-        line_avx512(to + i * LINE, from + i * LINE);
-    }
-    if (bytes % LINE)
-        memcpy(to + lines * LINE, from + lines * LINE, (size_t)(bytes % LINE));
-}
-
-AVX512 static void rows_avx512(char *to, int64_t to_stride, const char *from, int64_t from_stride, int64_t bytes,
-                               int64_t count, const char *next)
-{
-    if (bytes >= 4 * STREAM_BYTES) {
-        for (int64_t i = 0; i < count; i++)
-            row_avx512(to + i * to_stride, from + i * from_stride, bytes,
-                       i + 1 < count ? from + (i + 1) * from_stride : next);
-    } else if (bytes % LINE == 0 && starts_lines(to, to_stride)) {
-        for (int64_t i = 0; i < count; i++)
-            for (int64_t at = 0; at < bytes; at += LINE)
-                line_avx512(to + i * to_stride + at, from + i * from_stride + at);
-    } else {
-        rows_avx2(to, to_stride, from, from_stride, bytes, count, next);
-    }
-}
-
 /* Sixteen registers of sixteen 4-byte items: rows become columns. */
 AVX512 INLINE void square_avx512(__m512i v[16])
 {
@@ -210,15 +181,15 @@ AVX512 INLINE void square_avx512(__m512i v[16])
 AVX512 INLINE void load_4_avx512(__m512i v[16], const char *from, int64_t stride)
 {
     for (int i = 0; i < 16; i++)
-        v[i] = _mm512_loadu_si512(from + i * stride);
+        v[i] = _mm512_loadu_si512(ahead(from + i * stride));
 }
 
 /* 32 rows of sixteen 2-byte items, two rows to a register as pairs. */
 AVX512 INLINE void load_2_avx512(__m512i v[16], const char *from, int64_t stride)
 {
     for (int i = 0; i < 16; i++) {
-        __m256i a = _mm256_loadu_si256((const __m256i *)(from + 2 * i * stride));
-        __m256i b = _mm256_loadu_si256((const __m256i *)(from + (2 * i + 1) * stride));
+        __m256i a = _mm256_loadu_si256((const __m256i *)ahead(from + 2 * i * stride));
+        __m256i b = _mm256_loadu_si256((const __m256i *)ahead(from + (2 * i + 1) * stride));
         __m512i low = _mm512_cvtepu16_epi32(a), high = _mm512_cvtepu16_epi32(b);
         v[i] = _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
     }
@@ -228,6 +199,8 @@ AVX512 INLINE void load_2_avx512(__m512i v[16], const char *from, int64_t stride
     AVX512 static void transpose_##ITEM##_avx512(char *to, int64_t to_stride, const char *from, int64_t from_stride,      \
                                                  int64_t rows, int64_t columns)                                           \
     {                                                                                                                     \
+        if (ITEM == 2 && transpose_pairs(to, to_stride, from, from_stride, rows, columns))                                \
+            return;                                                                                                       \
         enum { HIGH = LINE / ITEM, WIDE = 16 };                                                                           \
         int64_t whole_rows = rows / HIGH * HIGH, whole_columns = columns / WIDE * WIDE;                                   \
         int stream = starts_lines(to, to_stride);                                                                         \
