@@ -61,7 +61,9 @@ def _write_weights(folder: Path, seed: int) -> None:
     rng = np.random.default_rng(seed)
 
     def matrix(outputs: int, inputs: int, gain: float = 1.0) -> np.ndarray:
-        return rng.standard_normal((outputs, inputs), dtype=np.float32) * np.float32(gain / inputs**0.5)
+        values = rng.standard_normal((outputs, inputs), dtype=np.float32)
+        values *= np.float32(gain / inputs**0.5)
+        return values
 
     def ones(size: int, value: float = 1.0) -> np.ndarray:
         return np.full(size, value, np.float32)

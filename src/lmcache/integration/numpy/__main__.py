@@ -3,7 +3,8 @@
     python -m lmcache.integration.numpy --address 127.0.0.1:5555
     {"tokens": [1, 2, 3], "max_tokens": 8}      -> {"tokens": [...], "ttft_seconds": 0.1, "hit_tokens": 0, ...}
 
-The first line out is {"ready": true}. At the end of the input everything is stored before the process ends.
+The first line out is {"ready": true, "connected": ...}: whether the server was reached, for which it waits two seconds.
+At the end of the input everything is stored before the process ends.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def main() -> None:
     model = ModelConfig.tiny() if options.tiny else ModelConfig()
     engine = Engine(EngineConfig(model=model, num_blocks=options.num_blocks), options.address)
     try:
-        _say({"ready": True})
+        _say({"ready": True, "connected": engine.wait_connected(2.0)})
         for line in sys.stdin:
             request = json.loads(line)
             result = engine.generate(request["tokens"], request.get("max_tokens", 8), request.get("cache_salt", ""))

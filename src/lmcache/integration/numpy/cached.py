@@ -7,17 +7,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-
-import numpy as np
+from dataclasses import dataclass, field, replace
 
 from lmcache.chunks import HASH_BYTES, Layout, TokenChain, shard_of_rank
 from lmcache.engine import Hit, Load, SchedulerSession, Store, WorkerSession
+from lmcache.engine.link import Endpoint, server_address
 from lmcache.integration.numpy.model import ModelConfig
 from lmcache.integration.numpy.paged import RankKV
-
-_POLL_SECONDS = 0.0002
-"""A worker tells of finished jobs only when asked, as engines ask once a step; a load takes some milliseconds."""
 
 
 @dataclass
@@ -26,7 +22,6 @@ class Prompt:
 
     request_id: str
     chain: TokenChain
-    epoch: int
     next_chunk: int = 0
     jobs: set[str] = field(default_factory=set)
 
@@ -54,31 +49,48 @@ class CacheLink:
         def layout_for(chunk_tokens: int) -> Layout:
             return layout_of(model, chunk_tokens)
 
-        count = len(ranks)
+        host, _, port = address.rpartition(":")
         self._deadline_seconds = deadline_seconds
-        self._scheduler = SchedulerSession(address, instance_id, layout_for, count, deadline_seconds)
-        shards = [shard_of_rank(layout_for(1), rank, count, 0, model.layers) for rank in range(count)]
+        scheduler = Endpoint(
+            server_address(host or "localhost", int(port)),
+            instance_id,
+            "scheduler",
+            deadline_seconds=deadline_seconds,
+            transfer_mode=transfer_mode,
+        )
+        count = len(ranks)
+        self._scheduler = SchedulerSession(scheduler, layout_for, count)
         self._workers = [
-            WorkerSession(address, instance_id, layout_for, shard, kv.describe(), deadline_seconds, transfer_mode)
-            for shard, kv in zip(shards, ranks, strict=True)
+            WorkerSession(
+                replace(scheduler, role="worker", rank=rank),
+                layout_for,
+                shard_of_rank(layout_for(1), rank, count, 0, model.layers),
+                kv.describe(),
+            )
+            for rank, kv in enumerate(ranks)
         ]
-        self._running: dict[str, int] = {}
-        """Job -> ranks that have not finished it."""
+        self._running: list[set[str]] = [set() for _ in ranks]
+        """Jobs that a rank has not finished."""
         self._failed: set[str] = set()
         self._job_number = 0
         self.stored_tokens = 0
-        """Tokens that every rank has stored so far."""
+        """Tokens that the first rank has stored so far."""
 
     @property
     def chunk_tokens(self) -> int | None:
         """The server's chunk size, None while no server has been reached."""
         return self._scheduler.chunk_tokens
 
+    def wait_connected(self, timeout_seconds: float) -> bool:
+        """Wait until the scheduler and every rank have reached the server; False after the timeout."""
+        deadline = time.monotonic() + timeout_seconds
+        waits = [self._scheduler.wait_connected, *(worker.wait_connected for worker in self._workers)]
+        return all(wait(max(0.0, deadline - time.monotonic())) for wait in waits)
+
     def open(self, request_id: str, cache_salt: str = "") -> Prompt | None:
         """Begin a request; None while there is no server, then nothing is looked up or stored for it."""
-        epoch = self._scheduler.epoch
         chain = self._scheduler.new_chain(cache_salt=cache_salt)
-        return Prompt(request_id, chain, epoch) if chain is not None else None
+        return Prompt(request_id, chain) if chain is not None else None
 
     def load(self, prompt: Prompt, token_ids: Sequence[int], blocks: Sequence[int], have: int) -> Loaded:
         """Fetch the KV of as many leading tokens as the cache holds; `have` of them are in the blocks already.
@@ -87,11 +99,11 @@ class CacheLink:
         """
         chain = prompt.chain
         chain.extend(token_ids)
-        hit = self._scheduler.lookup(chain, prompt.request_id) if len(chain) else None
+        hit = self._scheduler.lookup(chain, have)
         if hit is None:
             return Loaded(have)
         end = min(hit.chunks * chain.chunk_tokens, len(token_ids) - 1)
-        if hit.epoch != prompt.epoch or end <= have:
+        if end <= have:
             self._scheduler.release(hit)
             return Loaded(have)
         return self._copy_in(prompt, hit, blocks, have, end)
@@ -106,36 +118,36 @@ class CacheLink:
         hashes = chain.hashes[first * HASH_BYTES : end * HASH_BYTES]
         job = self._new_job(prompt)
         for worker in self._workers:
-            worker.store(job, Store(prompt.epoch, chain.parent(first), hashes, first, list(blocks)))
+            worker.store(job, Store(chain.chunk_tokens, chain.parent(first), hashes, first, list(blocks)))
         prompt.next_chunk = end
 
     def poll(self) -> None:
         """Take note of the jobs that have finished."""
-        for worker in self._workers:
+        for worker, running in zip(self._workers, self._running, strict=True):
             for done in worker.finished():
+                running.discard(done.job_id)
                 if not done.ok:
                     self._failed.add(done.job_id)
-                self._running[done.job_id] -= 1
-                if not self._running[done.job_id]:
-                    del self._running[done.job_id]
-                    if done.kind == "store" and done.job_id not in self._failed:
-                        self.stored_tokens += done.tokens
+                elif done.kind == "store" and worker is self._workers[0]:
+                    self.stored_tokens += done.tokens
 
     def busy(self, jobs: Iterable[str]) -> bool:
         """Whether one of the jobs may still touch paged KV, as of the last `poll`."""
-        return any(job in self._running for job in jobs)
+        wanted = set(jobs)
+        return any(wanted & running for running in self._running)
 
     def flush(self, jobs: Iterable[str] | None, timeout_seconds: float) -> bool:
         """Wait until the jobs (None: all) have finished; False when some are running after the timeout."""
-        wanted = None if jobs is None else list(jobs)
         deadline = time.monotonic() + timeout_seconds
-        while True:
+        wanted = None if jobs is None else set(jobs)
+        for worker, running in zip(self._workers, self._running, strict=True):
             self.poll()
-            if not self.busy(self._running if wanted is None else wanted):
-                return True
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(_POLL_SECONDS)
+            while running if wanted is None else running & wanted:
+                left = deadline - time.monotonic()
+                if left <= 0 or not worker.wait_finished(left):
+                    return False
+                self.poll()
+        return True
 
     def close(self) -> None:
         """End the sessions; whatever was not committed is dropped by the server."""
@@ -146,25 +158,23 @@ class CacheLink:
     def _new_job(self, prompt: Prompt) -> str:
         self._job_number += 1
         job = f"{prompt.request_id}/{self._job_number}"
-        self._running[job] = len(self._workers)
+        for running in self._running:
+            running.add(job)
         prompt.jobs.add(job)
         return job
 
     def _copy_in(self, prompt: Prompt, hit: Hit, blocks: Sequence[int], have: int, end: int) -> Loaded:
-        began, size = time.perf_counter(), prompt.chain.chunk_tokens
-        first = have // size
-        slots = np.frombuffer(hit.slots, dtype="<u4").reshape(hit.chunks, len(self._workers))[first:]
         job = self._new_job(prompt)
         for rank, worker in enumerate(self._workers):
-            pages = slots[:, rank].tobytes()
-            worker.load(job, Load(hit.arena, hit.lease, first, pages, have, end, list(blocks)))
+            slots = hit.shard_slots(rank)
+            worker.load(job, Load(hit.arena, hit.lease, hit.first_chunk, slots, have, end, list(blocks)))
         done = self.flush([job], self._deadline_seconds)
         if not done:
             for worker in self._workers:
                 worker.wait([job], 0.0)
             done = self.flush([job], 0.0)
         ok = done and job not in self._failed
-        self._scheduler.release(hit, end - have if ok else 0, time.perf_counter() - began)
+        self._scheduler.release(hit)
         if not ok:
             return Loaded(have, stuck=not done)
         prompt.next_chunk = hit.chunks

@@ -1,4 +1,4 @@
-"""The engine: one request at a time through paged KV, with chunked prefill, greedy decoding, and LMCache where it is told of one."""
+"""The engine: one request at a time, through paged KV, with chunked prefill, greedy decoding, and LMCache if there is one."""
 
 from __future__ import annotations
 
@@ -81,9 +81,7 @@ class Engine:
         self.instance_id = instance_id or f"numpy-{uuid4().hex}"
         self.cache: CacheLink | None = None
         if address is not None:
-            self.cache = CacheLink(
-                address, self.instance_id, config.model, self.ranks, deadline_seconds, transfer_mode
-            )
+            self.cache = CacheLink(address, self.instance_id, config.model, self.ranks, deadline_seconds, transfer_mode)
         self._requests = 0
         self._held: list[tuple[list[int], set[str]]] = []
         """Blocks of finished requests that jobs may still touch."""
@@ -119,6 +117,10 @@ class Engine:
         self._finish(prompt, tokens, blocks)
         return Result(answer, first, ttft, time.perf_counter() - began, ready - own, own)
 
+    def wait_connected(self, timeout_seconds: float) -> bool:
+        """Wait for the server (an engine need not: without one it computes). False after the timeout."""
+        return self.cache is not None and self.cache.wait_connected(timeout_seconds)
+
     def flush(self, timeout_seconds: float = 10.0) -> bool:
         """Wait until everything computed so far is stored (or has failed to be); False after the timeout."""
         done = self.cache is None or self.cache.flush(None, timeout_seconds)
@@ -142,7 +144,9 @@ class Engine:
         """Blocks for `length` tokens, and how many tokens the engine's own prefix cache has put in them."""
         size = self.config.block_tokens
         pairs = zip(tokens[:-1], self._kept_tokens, strict=False)
-        same = next((at for at, (new, old) in enumerate(pairs) if new != old), min(len(tokens) - 1, len(self._kept_tokens)))
+        same = next(
+            (at for at, (new, old) in enumerate(pairs) if new != old), min(len(tokens) - 1, len(self._kept_tokens))
+        )
         reused = same // size
         blocks, rest = self._kept_blocks[:reused], self._kept_blocks[reused:]
         self._kept_tokens, self._kept_blocks = [], []

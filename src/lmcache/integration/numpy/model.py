@@ -41,7 +41,15 @@ class ModelConfig:
     @classmethod
     def tiny(cls, **changes: int) -> ModelConfig:
         """A model for fast tests: 2 layers, prefills 1,000 tokens in some 20 ms."""
-        shape = {"vocab": 512, "hidden": 64, "intermediate": 128, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 16}
+        shape = {
+            "vocab": 512,
+            "hidden": 64,
+            "intermediate": 128,
+            "layers": 2,
+            "heads": 4,
+            "kv_heads": 2,
+            "head_dim": 16,
+        }
         return cls(**(shape | changes))
 
 
@@ -78,14 +86,17 @@ class Model:
         logits: Floats = _norm(x[-1]) @ self.lm_head
         return logits
 
-    def _attend(self, number: int, layer: LayerWeights, x: Floats, cos: Floats, sin: Floats, context: Context) -> Floats:
+    def _attend(
+        self, number: int, layer: LayerWeights, x: Floats, cos: Floats, sin: Floats, context: Context
+    ) -> Floats:
         config, tokens = self.config, len(x)
         rows = (x @ layer.qkv).reshape(tokens, -1, config.head_dim)
         queries = _rotate(_norm(rows[:, : config.heads]) * np.float32(QUERY_GAIN), cos, sin)
         keys = _rotate(_norm(rows[:, config.heads : config.heads + config.kv_heads]), cos, sin)
         all_keys, all_values = context(number, keys, rows[:, config.heads + config.kv_heads :])
         mixed = _attention(queries, all_keys, all_values)
-        return mixed @ layer.out
+        added: Floats = mixed @ layer.out
+        return added
 
 
 def _matrix(rng: np.random.Generator, rows: int, columns: int, gain: float = 1.0) -> Floats:
@@ -125,7 +136,9 @@ def _attention(queries: Floats, keys: Floats, values: Floats) -> Floats:
     """Causal attention: queries [token][head][dim] are the last tokens of the context [kv head][token][dim]."""
     tokens, heads, dims = queries.shape
     kv_heads, length, _ = keys.shape
-    grouped = queries.reshape(tokens, kv_heads, heads // kv_heads, dims).transpose(1, 2, 0, 3).reshape(kv_heads, -1, dims)
+    grouped = (
+        queries.reshape(tokens, kv_heads, heads // kv_heads, dims).transpose(1, 2, 0, 3).reshape(kv_heads, -1, dims)
+    )
     scores = grouped @ keys.transpose(0, 2, 1)
     scores *= np.float32(dims**-0.5)
     future = np.triu(np.full((tokens, tokens), -np.inf, np.float32), k=1)

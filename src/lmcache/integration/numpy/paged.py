@@ -42,7 +42,9 @@ class BlockPool:
             OutOfBlocks: fewer are free.
         """
         if count > len(self._free):
-            raise OutOfBlocks(f"{count} KV blocks needed, {len(self._free)} of {self.num_blocks} free; raise num_blocks")
+            raise OutOfBlocks(
+                f"{count} KV blocks needed, {len(self._free)} of {self.num_blocks} free; raise num_blocks"
+            )
         return [self._free.pop() for _ in range(count)]
 
     def give_back(self, blocks: Sequence[int]) -> None:

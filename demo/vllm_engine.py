@@ -1,0 +1,162 @@
+"""The demo: real vLLM on the CPU, with and without LMCache, and restarted half-way."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import subprocess
+import sysconfig
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from demo.processes import CACHE, Child, DemoFailed, Server, free_ports
+from demo.show import Row, report
+
+PROMPT_CHARACTERS = 15_000
+"""Some 4,000 tokens of Python source."""
+PROMPTS = 3
+ANSWER_TOKENS = 8
+MAX_MODEL_TOKENS = 8_192
+START_SECONDS = 300.0
+"""The longest start seen on two slow cores is 100 s."""
+
+
+class Vllm(Child):
+    """`vllm serve` with the demo's model; with a server, its KV goes to LMCache and its own prefix cache is off."""
+
+    def __init__(self, name: str, model: Path, server: Server | None) -> None:
+        self.port = free_ports(1)[0]
+        command = [
+            *(str(engine_folder() / "vllm"), "serve", str(model), "--served-model-name", "demo"),
+            *("--host", "127.0.0.1", "--port", str(self.port)),
+            *("--dtype", "float32", "--enforce-eager", "--max-model-len", str(MAX_MODEL_TOKENS)),
+            *("--max-num-seqs", "8", "--disable-uvicorn-access-log"),
+        ]
+        if server is not None:
+            transfer = {
+                "kv_connector": "LMCacheMPConnector",
+                "kv_role": "kv_both",
+                "kv_connector_extra_config": {"lmcache.mp.port": server.port},
+            }
+            command += ["--kv-transfer-config", json.dumps(transfer), "--no-enable-prefix-caching"]
+        super().__init__(name, command, _ENVIRONMENT)
+
+    def await_healthy(self) -> None:
+        """Wait for GET /health, then send a short prompt, so that what happens once is not timed."""
+        seconds = self.await_http(self.port, "/health", START_SECONDS)
+        print(f"  {self.name}: ready after {seconds:.0f} s", flush=True)
+        self.ask("def warm_up():\n    pass\n" * 40)
+
+    def ask(self, prompt: str) -> tuple[float, list[object], int]:
+        """Answer greedily: seconds to the first token, the answer's tokens, and how many tokens the prompt has."""
+        request = {
+            "model": "demo",
+            "prompt": prompt,
+            "max_tokens": ANSWER_TOKENS,
+            "temperature": 0,
+            "ignore_eos": True,
+            "logprobs": 0,
+            "return_tokens_as_token_ids": True,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        began, first = time.perf_counter(), 0.0
+        tokens: list[object] = []
+        prompt_tokens = 0
+        for event in self._events(json.dumps(request)):
+            first = first or time.perf_counter() - began
+            for choice in event.get("choices", []):
+                tokens += choice["logprobs"]["tokens"]
+            prompt_tokens = (event.get("usage") or {}).get("prompt_tokens", prompt_tokens)
+        if len(tokens) != ANSWER_TOKENS:
+            raise DemoFailed(f"{self.name} answered {len(tokens)} tokens instead of {ANSWER_TOKENS}\n{self.tail()}")
+        return first, tokens, prompt_tokens
+
+    def time(self, row: Row, prompts: list[str]) -> Row:
+        """Answer all prompts and note the times."""
+        for prompt in prompts:
+            seconds, answer, _ = self.ask(prompt)
+            row.ttft_seconds.append(seconds)
+            row.answers.append(answer)
+        print(f"  {row.title}: {row.median:.3f} s", flush=True)
+        return row
+
+    def _events(self, body: str) -> Iterator[dict]:  # type: ignore[type-arg]
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120.0)
+        try:
+            connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
+            response = connection.getresponse()
+            if response.status != 200:
+                raise DemoFailed(f"{self.name} answered {response.status}: {response.read(500)!r}\n{self.tail()}")
+            for line in response:
+                if line.startswith(b"data: ") and not line.startswith(b"data: [DONE]"):
+                    yield json.loads(line[6:])
+        except (OSError, http.client.HTTPException) as failure:
+            raise DemoFailed(f"{self.name} did not answer: {failure}\n{self.tail()}") from failure
+        finally:
+            connection.close()
+
+
+_ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+}
+
+
+def engine_folder() -> Path:
+    """The folder of the `vllm` program, which ./run tells."""
+    return Path(os.environ["LMCACHE_DEMO_VLLM"])
+
+
+def run(png: Path) -> bool:
+    """Run the demo; True when every answer was right."""
+    print("The vLLM demo takes about 90 seconds: vLLM starts three times, at 10 to 60 seconds each.", flush=True)
+    began = time.monotonic()
+    model, prompts = _model(), _prompts()
+    running: list[Child] = []
+    try:
+        running.append(server := Server(l1_size_gb=2))
+        running.append(alone := Vllm("vLLM alone", model, None))
+        print(f"  lmcache server: ready after {server.await_healthy():.1f} s", flush=True)
+        alone.await_healthy()
+        rows = [alone.time(Row("without LMCache", False), prompts)]
+        rows.append(alone.time(Row("vLLM's own prefix cache", False), prompts))
+        length = alone.ask(prompts[0])[2]
+        alone.stop()
+        running.append(first := Vllm("vLLM with LMCache", model, server))
+        first.await_healthy()
+        rows.append(first.time(Row("LMCache, cold", True), prompts))
+        rows.append(first.time(Row("LMCache, warm", True), prompts))
+        first.stop()
+        running.append(second := Vllm("vLLM with LMCache, restarted", model, server))
+        second.await_healthy()
+        rows.append(second.time(Row("LMCache, warm, vLLM restarted", True), prompts))
+    finally:
+        for child in reversed(running):
+            child.stop()
+    right = report("vLLM on this CPU", length, rows, png)
+    print(f"{time.monotonic() - began:.0f} s in all; logs: {CACHE}")
+    return right
+
+
+def _model() -> Path:
+    """The model's folder, written at the first run."""
+    folder = CACHE / "model"
+    if not (folder / "config.json").exists():
+        print("  writing a small random-weight model (134 MB)", flush=True)
+        command = [str(engine_folder() / "python"), "-m", "demo.model", str(folder)]
+        result = subprocess.run(command, capture_output=True, text=True)
+        if result.returncode:
+            raise DemoFailed(f"the model could not be written: {result.stderr[-1500:]}")
+    return folder
+
+
+def _prompts() -> list[str]:
+    """Long prompts with nothing in common: source of Python's standard library."""
+    files = ("argparse.py", "tarfile.py", "typing.py", "subprocess.py", "inspect.py")[:PROMPTS]
+    folder = Path(sysconfig.get_path("stdlib"))
+    return [f"# {name}\n" + (folder / name).read_text(encoding="utf-8")[:PROMPT_CHARACTERS] for name in files]
