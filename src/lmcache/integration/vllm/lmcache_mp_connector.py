@@ -1,0 +1,232 @@
+"""`LMCacheMPConnector`: vLLM's KV connector for an LMCache server. It only turns vLLM's calls into those of two halves.
+
+Loads are asynchronous: the request waits, unscheduled, while the ranks copy, so no forward pass ever waits for a load
+and `wait_for_layer_load`/`save_kv_layer` have nothing to do. What to copy travels in our own metadata; the forward
+context is never looked at (with CUDA graphs it says nothing).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1 import base
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorMetadata, KVConnectorRole
+
+from lmcache.engine import SchedulerSession, WorkerSession
+from lmcache.errors import LayoutError
+from lmcache.integration.vllm.caches import describe_caches, rank_of
+from lmcache.integration.vllm.model import ModelKV, describe_model, layer_range
+from lmcache.integration.vllm.plan import StepPlan, StepReport
+from lmcache.integration.vllm.scheduler import SchedulerHalf
+from lmcache.integration.vllm.settings import Settings, read_settings, recompute_failed_loads
+from lmcache.integration.vllm.worker import WorkerHalf, ended_stores, refuse_loads, stats_of
+from lmcache.observability.log import init_logger
+
+try:
+    from vllm.v1.metrics.cache_hit_source import CacheHitSource
+
+    _HIT_SOURCE: Any = CacheHitSource.HOST
+except ImportError:  # before vLLM 0.30
+    _HIT_SOURCE = None
+_SupportsHMA: Any = getattr(base, "SupportsHMA", object)
+_WorkerMetadata: Any = getattr(base, "KVConnectorWorkerMetadata", object)
+
+logger = init_logger(__name__)
+
+
+class LMCacheMetadata(KVConnectorMetadata):  # type: ignore[misc]
+    """One step's plan, from the scheduler to every rank."""
+
+    def __init__(self, plan: StepPlan) -> None:
+        super().__init__()
+        self.plan = plan
+
+
+class LMCacheWorkerMetadata(_WorkerMetadata):  # type: ignore[misc]
+    """A rank's report, back to the scheduler."""
+
+    def __init__(self, report: StepReport) -> None:
+        self.report = report
+
+    def aggregate(self, other: LMCacheWorkerMetadata) -> LMCacheWorkerMetadata:
+        self.report.merge(other.report)
+        return self
+
+
+class LMCacheMPConnector(KVConnectorBase_V1, _SupportsHMA):  # type: ignore[misc]
+    """Loads prompts' KV from, and stores it in, the LMCache server at `lmcache.mp.host`:`lmcache.mp.port`."""
+
+    if _HIT_SOURCE is not None:
+        _cache_hit_source = _HIT_SOURCE
+
+    def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any = None) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        self._settings = read_settings(vllm_config.kv_transfer_config)
+        self._scheduler: SchedulerHalf | None = None
+        self._worker: WorkerHalf | None = None
+        self._refusal = ""
+        self._kv: ModelKV | None = None
+        try:
+            self._kv = describe_model(vllm_config, kv_cache_config, self._settings.model_id)
+        except LayoutError as error:
+            self._refuse(str(error))
+        if role == KVConnectorRole.SCHEDULER:
+            recompute_failed_loads(vllm_config.kv_transfer_config)
+            if self._kv is not None:
+                self._scheduler = _scheduler_half(vllm_config, self._kv, self._settings)
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        """A cache: what is not stored is a later miss."""
+        return False
+
+    # Worker
+
+    def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
+        logger.info("Registering kv caches!")
+        if self._kv is None:
+            return
+        try:
+            self._worker = _worker_half(self._vllm_config, self._kv_cache_config, self._kv, kv_caches, self._settings)
+        except LayoutError as error:
+            self._refuse(str(error))
+
+    def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
+        if self._worker is not None and isinstance(kv_connector_metadata, LMCacheMetadata):
+            self._worker.settle(kv_connector_metadata.plan)
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        if self._worker is not None:
+            self._worker.start_loads(self._plan())
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        return
+
+    def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any) -> None:
+        return
+
+    def wait_for_save(self) -> None:
+        if self._worker is not None:
+            self._worker.start_stores(self._plan())
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        plan = self._plan()
+        if self._worker is not None:
+            sent, received = self._worker.finished(plan)
+        else:
+            sent, received = set(plan.closing), refuse_loads(plan)[0]
+        return sent or None, received or None
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        return self._worker.take_invalid_blocks() if self._worker is not None else refuse_loads(self._plan())[1]
+
+    def build_connector_worker_meta(self) -> LMCacheWorkerMetadata | None:
+        if self._worker is not None:
+            report = self._worker.take_report()
+        else:
+            report = StepReport(stored=ended_stores(self._plan()), refusal=self._refusal)
+            self._refusal = ""
+        return LMCacheWorkerMetadata(report) if report else None
+
+    def get_kv_connector_stats(self) -> Any:
+        if self._worker is None or not self._worker.reports_stats:
+            return None
+        from lmcache.integration.vllm.stats import LMCacheStats
+
+        stats = LMCacheStats(data=stats_of(self._worker))
+        return None if stats.is_empty() else stats
+
+    def shutdown(self) -> None:
+        for half in (self._scheduler, self._worker):
+            if half is not None:
+                half.close()
+
+    # Scheduler
+
+    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
+        tokens = self._scheduler.match(request, num_computed_tokens) if self._scheduler is not None else 0
+        return tokens, tokens > 0
+
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        if self._scheduler is not None:
+            self._scheduler.allocated(request, list(blocks.get_block_ids()[0]), num_external_tokens)
+
+    def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
+        if self._scheduler is None:
+            return LMCacheMetadata(StepPlan(forward=scheduler_output.total_num_scheduled_tokens > 0))
+        return LMCacheMetadata(self._scheduler.plan_step(scheduler_output))
+
+    def update_connector_output(self, connector_output: Any) -> None:
+        if self._scheduler is None:
+            return
+        meta = getattr(connector_output, "kv_connector_worker_meta", None)
+        report = meta.report if isinstance(meta, LMCacheWorkerMetadata) else None
+        invalid: Iterable[int] = getattr(connector_output, "invalid_block_ids", None) or ()
+        self._scheduler.transferred(connector_output.finished_recving or (), invalid, report)
+
+    def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        return (self._scheduler is not None and self._scheduler.finished(request)), None
+
+    def request_finished_all_groups(
+        self, request: Any, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        return self.request_finished(request, block_ids[0])
+
+    def reset_cache(self) -> bool:
+        """What was kept so far is not served to this engine any more; other engines' KV stays where it is."""
+        if self._scheduler is not None:
+            self._scheduler.reset()
+        return True
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> Any:
+        from lmcache.integration.vllm.stats import LMCacheStats
+
+        return LMCacheStats(data=data) if data is not None else LMCacheStats()
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: Any,
+        metric_types: dict[type[Any], type[Any]],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> Any:
+        from lmcache.integration.vllm.stats import LMCachePromMetrics
+
+        return LMCachePromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
+    def _plan(self) -> StepPlan:
+        metadata = self._connector_metadata
+        return metadata.plan if isinstance(metadata, LMCacheMetadata) else StepPlan()
+
+    def _refuse(self, reason: str) -> None:
+        self._refusal = reason
+        if self._role == KVConnectorRole.SCHEDULER or self._kv is not None:
+            logger.warning("LMCache serves nothing for this engine: %s", reason)
+
+
+def _scheduler_half(vllm_config: Any, kv: ModelKV, settings: Settings) -> SchedulerHalf:
+    transfer = vllm_config.kv_transfer_config
+    session = SchedulerSession(settings.endpoint(str(transfer.engine_id), "scheduler"), kv.layout, kv.shards)
+    return SchedulerHalf(
+        session, kv.block_tokens, kv.ranks, can_load=transfer.is_kv_consumer, can_store=transfer.is_kv_producer
+    )
+
+
+def _worker_half(
+    vllm_config: Any, kv_cache_config: Any, kv: ModelKV, kv_caches: dict[str, Any], settings: Settings
+) -> WorkerHalf:
+    tp_rank, pp_rank = rank_of()
+    shard = kv.shard(tp_rank, pp_rank, layer_range(vllm_config, kv))
+    registered = describe_caches(vllm_config, kv_cache_config.num_blocks, kv, kv_caches)
+    rank = pp_rank * kv.tp_size + tp_rank
+    endpoint = settings.endpoint(str(vllm_config.kv_transfer_config.engine_id), "worker", rank)
+    session = WorkerSession(endpoint, kv.layout, shard, registered.paged)
+    half = WorkerHalf(session, registered, shard.index, shard.count, stores=kv.stores(tp_rank))
+    half.reports_stats = tp_rank == 0 and pp_rank == 0
+    return half
+
+
+__all__ = ["LMCacheMPConnector"]

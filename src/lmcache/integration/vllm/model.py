@@ -1,0 +1,165 @@
+"""What the KV of the served model looks like, in our terms, and which engines we can do nothing for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from lmcache.chunks import Layout, Shard, shard_of_rank
+from lmcache.errors import LayoutError
+from lmcache.integration.vllm.identity import config_digest, model_identity
+
+_FULL_ATTENTION = ("FullAttentionSpec", "MLAAttentionSpec")
+_FP8_NAMES = {"fp8": "fp8_e4m3", "fp8_e4m3": "fp8_e4m3", "fp8_e5m2": "fp8_e5m2"}
+_PLAIN_DTYPES = ("float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class ModelKV:
+    """The KV of a model, whole, and how it is split.
+
+    layer_names: of this rank, in slot order. ranks: workers of this engine. tp_size, pp_size: how it is split.
+    """
+
+    model_id: str
+    config_digest: str
+    kv_dtype: str
+    kind: str
+    num_layers: int
+    num_kv_heads: int
+    head_size: int
+    block_tokens: int
+    layer_names: tuple[str, ...]
+    tp_size: int
+    pp_size: int
+
+    @property
+    def ranks(self) -> int:
+        return self.tp_size * self.pp_size
+
+    def layout(self, chunk_tokens: int) -> Layout:
+        return Layout(
+            model_id=self.model_id,
+            kv_dtype=self.kv_dtype,
+            num_layers=self.num_layers,
+            num_kv_heads=self.num_kv_heads,
+            head_size=self.head_size,
+            chunk_tokens=chunk_tokens,
+            kind="mla" if self.kind == "mla" else "mha",
+            config_digest=self.config_digest,
+        )
+
+    @property
+    def shards(self) -> int:
+        """Parts that a chunk is kept in."""
+        return self.shard(0, 0, (0, self.num_layers)).count
+
+    def shard(self, tp_rank: int, pp_rank: int, layers: tuple[int, int]) -> Shard:
+        """The part that one rank holds.
+
+        Raises:
+            LayoutError: the heads do not divide among the ranks.
+        """
+        return shard_of_rank(self.layout(1), tp_rank, self.tp_size, *layers, pp_rank=pp_rank, pp_size=self.pp_size)
+
+    def stores(self, tp_rank: int) -> bool:
+        """Whether this rank is the one of those sharing its part that stores it."""
+        if not tp_rank:
+            return True
+        layers = (0, self.num_layers)
+        return self.shard(tp_rank, 0, layers).index != self.shard(tp_rank - 1, 0, layers).index
+
+
+def describe_model(vllm_config: Any, kv_cache_config: Any, model_id: str = "") -> ModelKV:
+    """Describe the KV of the model that vLLM serves.
+
+    Raises:
+        LayoutError: this engine's KV cannot be cached; the message says why.
+    """
+    parallel, model = vllm_config.parallel_config, vllm_config.model_config
+    _refuse_unsupported(vllm_config)
+    group, spec = _only_group(kv_cache_config)
+    names = tuple(sorted(group.layer_names, key=_layer_order))
+    kind = "mla" if type(spec).__name__ == "MLAAttentionSpec" else "mha"
+    if kind == "mha" and getattr(spec, "head_size_v", None) not in (None, spec.head_size):
+        raise LayoutError(
+            f"keys of {spec.head_size} and values of {spec.head_size_v} elements a head are not supported yet"
+        )
+    pp_size = parallel.pipeline_parallel_size
+    layers = len(names) if pp_size == 1 else model.get_total_num_hidden_layers()
+    engine_id = str(vllm_config.kv_transfer_config.engine_id)
+    return ModelKV(
+        model_id=model_id or model_identity(model, str(vllm_config.load_config.load_format), engine_id),
+        config_digest=config_digest(vllm_config),
+        kv_dtype=_kv_dtype(str(spec.dtype), str(vllm_config.cache_config.cache_dtype)),
+        kind=kind,
+        num_layers=layers,
+        num_kv_heads=1 if kind == "mla" else model.get_total_num_kv_heads(),
+        head_size=spec.head_size,
+        block_tokens=spec.block_size,
+        layer_names=names,
+        tp_size=parallel.tensor_parallel_size,
+        pp_size=pp_size,
+    )
+
+
+def layer_range(vllm_config: Any, kv: ModelKV) -> tuple[int, int]:
+    """The half-open range of layers that this rank holds.
+
+    Raises:
+        LayoutError: the rank's layers are not the ones that its place in the pipeline says.
+    """
+    if kv.pp_size == 1:
+        return 0, kv.num_layers
+    start, end = vllm_config.model_config.get_layers_start_end_indices(vllm_config.parallel_config)
+    if end - start != len(kv.layer_names):
+        raise LayoutError(
+            f"{len(kv.layer_names)} layers with KV on a rank of {end - start} layers are not supported with pipelines"
+        )
+    return start, end
+
+
+def _refuse_unsupported(vllm_config: Any) -> None:
+    parallel, model, cache = vllm_config.parallel_config, vllm_config.model_config, vllm_config.cache_config
+    for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
+        if getattr(parallel, name, 1) > 1:
+            raise LayoutError(f"KV split by tokens over ranks ({name}={getattr(parallel, name)}) is not supported yet")
+    if getattr(model, "is_encoder_decoder", False):
+        raise LayoutError(
+            "encoder-decoder models are not supported: their KV does not depend on the prompt's tokens alone"
+        )
+    if getattr(cache, "calculate_kv_scales", False):
+        raise LayoutError("KV scales computed at run time (--calculate-kv-scales) differ between engines")
+    if getattr(cache, "kv_sharing_fast_prefill", False):
+        raise LayoutError("--kv-sharing-fast-prefill leaves KV of shared layers unwritten")
+
+
+def _only_group(kv_cache_config: Any) -> tuple[Any, Any]:
+    groups = kv_cache_config.kv_cache_groups
+    if len(groups) != 1:
+        kinds = ", ".join(sorted({type(group.kv_cache_spec).__name__ for group in groups})) or "none"
+        raise LayoutError(
+            f"{len(groups)} KV cache groups ({kinds}); only models with one group of full attention are supported yet"
+        )
+    spec = groups[0].kv_cache_spec
+    if type(spec).__name__ not in _FULL_ATTENTION:
+        raise LayoutError(f"KV of kind {type(spec).__name__}; only full attention is supported yet")
+    if getattr(spec, "tokens_per_state", 1) != 1 or getattr(spec, "non_causal", False):
+        raise LayoutError("KV that does not hold one causal state a token is not supported")
+    return groups[0], spec
+
+
+def _kv_dtype(dtype: str, cache_dtype: str) -> str:
+    """Our name of the KV's dtype, from torch's ("torch.bfloat16") and vLLM's ("auto", "fp8_e4m3" ...)."""
+    if cache_dtype in _FP8_NAMES:
+        return _FP8_NAMES[cache_dtype]
+    plain = dtype.removeprefix("torch.")
+    if plain not in _PLAIN_DTYPES or cache_dtype not in ("auto", plain, "half", "float"):
+        raise LayoutError(f"KV dtype {cache_dtype!r} ({plain}) is not supported; use auto, bfloat16, float16 or fp8")
+    return plain
+
+
+def _layer_order(name: str) -> tuple[int, str]:
+    """By the first number in the name, as vLLM numbers its layers."""
+    number = next((int(part) for part in name.split(".") if part.isdigit()), -1)
+    return number, name

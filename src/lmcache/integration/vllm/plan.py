@@ -1,0 +1,70 @@
+"""What the scheduler's half tells every rank for one step. Plain data: it is pickled by the engine on its way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class LoadPlan:
+    """Write tokens [start_token, end_token) of a request from leased slots into its blocks.
+
+    slots: little-endian u32 pages, [chunk][shard], from chunk `first_leased` of the request on, of
+    `chunk_tokens` tokens each.
+    blocks: the request's block table.
+    """
+
+    job_id: str
+    request_id: str
+    arena: bytes
+    lease: int
+    first_leased: int
+    slots: bytes
+    chunk_tokens: int
+    start_token: int
+    end_token: int
+    blocks: list[int]
+
+
+@dataclass(frozen=True)
+class StorePlan:
+    """Keep the full chunks from `first_chunk` on; `hashes` are theirs, joined, `parent` is the hash before them."""
+
+    job_id: str
+    request_id: str
+    chunk_tokens: int
+    parent: bytes
+    hashes: bytes
+    first_chunk: int
+    blocks: list[int]
+
+
+@dataclass
+class StepPlan:
+    """settle: store jobs whose blocks were taken away, to be settled before the step writes to any block.
+    closing: finished requests whose blocks the engine keeps until their stores are done.
+    forward: the step computes something, so nobody waits for transfers alone.
+    """
+
+    loads: list[LoadPlan] = field(default_factory=list)
+    stores: list[StorePlan] = field(default_factory=list)
+    settle: list[str] = field(default_factory=list)
+    closing: list[str] = field(default_factory=list)
+    forward: bool = False
+
+
+@dataclass
+class StepReport:
+    """What ranks tell the scheduler's half: by how many of them each store job was ended, and why one cannot serve."""
+
+    stored: dict[str, int] = field(default_factory=dict)
+    refusal: str = ""
+
+    def merge(self, other: StepReport) -> None:
+        """Add the report of another rank."""
+        for job_id, count in other.stored.items():
+            self.stored[job_id] = self.stored.get(job_id, 0) + count
+        self.refusal = self.refusal or other.refusal
+
+    def __bool__(self) -> bool:
+        return bool(self.stored or self.refusal)

@@ -1,0 +1,334 @@
+"""The scheduler's half of the connector: what to load before a request runs, and what to store after each step.
+
+Blocks and who owns them. A load writes into blocks that the engine has given to the request, and the engine waits for
+it. A store reads blocks while the engine goes on: so a request that ends keeps its blocks until its stores are done
+(`request_finished` -> True, then `StepPlan.closing`), and where the engine takes blocks away (preemption) the ranks
+settle the stores that read them before anything is computed (`StepPlan.settle`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from lmcache.chunks import HASH_BYTES, TokenChain
+from lmcache.chunks.hashing import Extras, encode_extra
+from lmcache.engine import Hit, SchedulerSession
+from lmcache.integration.vllm.identity import adapter_identity
+from lmcache.integration.vllm.plan import LoadPlan, StepPlan, StepReport, StorePlan
+from lmcache.observability.log import init_logger
+
+logger = init_logger(__name__)
+
+HIT_SECONDS = 5.0
+"""A hit that waits longer than this for free blocks is given back and asked for again: its lease keeps others out."""
+MISS_SECONDS = 0.25
+"""A request that waits is asked about at every step; so soon after a miss the answer is the same."""
+MIN_GAIN_TOKENS = 16
+"""Beyond a local hit, fewer tokens than this are computed sooner than fetched: a load costs a scheduler step."""
+
+
+@dataclass
+class Tracker:
+    """What we know of one request. `stored` counts the chunks that the server has, or was sent, from the first on."""
+
+    request: Any
+    preemptions: int
+    chain: TokenChain | None = None
+    epoch: bytes | None = None
+    generation: int = 0
+    cacheable: bool = True
+    may_load: bool = True
+    hit: Hit | None = None
+    asked_at: float = float("-inf")
+    asked_tokens: int = -1
+    local_tokens: int = 0
+    blocks: list[int] = field(default_factory=list)
+    stored: int = 0
+    jobs: set[str] = field(default_factory=set)
+
+
+@dataclass(frozen=True)
+class Loading:
+    """A load that the ranks are at."""
+
+    hit: Hit
+    blocks: frozenset[int]
+
+
+class SchedulerHalf:
+    """ranks: reports that complete a job. can_load, can_store: what the KV role allows."""
+
+    def __init__(
+        self,
+        session: SchedulerSession,
+        block_tokens: int,
+        ranks: int,
+        *,
+        can_load: bool = True,
+        can_store: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._session: SchedulerSession | None = session
+        self._block_tokens = block_tokens
+        self._ranks = ranks
+        self._can_load = can_load
+        self._can_store = can_store
+        self._clock = clock
+        self._trackers: dict[str, Tracker] = {}
+        self._loading: dict[str, Loading] = {}
+        self._storing: dict[str, tuple[Tracker, int]] = {}
+        """Store jobs in flight: whose, and how many ranks are still at it."""
+        self._plan = StepPlan()
+        self._jobs = 0
+        self._generation = 0
+        self._salt_prefix = ""
+
+    def match(self, request: Any, local_tokens: int) -> int:
+        """How many tokens beyond `local_tokens` can be loaded. Asked again for every step that the request waits."""
+        tracker = self._tracker(request)
+        tracker.local_tokens = local_tokens
+        if not (self._can_load and tracker.may_load and tracker.cacheable) or getattr(
+            request, "skip_reading_prefix_cache", False
+        ):
+            return 0
+        hit = self._current_hit(tracker)
+        if hit is None or tracker.chain is None:
+            return 0
+        tracker.stored = max(tracker.stored, hit.chunks)
+        gain = min(hit.chunks * tracker.chain.chunk_tokens, request.num_tokens) - local_tokens
+        return gain if gain >= (MIN_GAIN_TOKENS if local_tokens else 1) else 0
+
+    def allocated(self, request: Any, blocks: list[int], external_tokens: int) -> None:
+        """The request's block table, and how many tokens after the local hit it expects from us."""
+        tracker = self._tracker(request)
+        tracker.blocks = blocks
+        hit, tracker.hit = tracker.hit, None
+        if hit is None:
+            return
+        if external_tokens <= 0 or tracker.chain is None:
+            self._release(hit)
+            return
+        start, end = tracker.local_tokens, tracker.local_tokens + external_tokens
+        touched = blocks[start // self._block_tokens : -(-end // self._block_tokens)]
+        self._loading[request.request_id] = Loading(hit, frozenset(touched))
+        self._plan.loads.append(
+            LoadPlan(
+                job_id=self._job("load"),
+                request_id=request.request_id,
+                arena=hit.arena,
+                lease=hit.lease,
+                first_leased=hit.first_chunk,
+                slots=hit.slots,
+                chunk_tokens=tracker.chain.chunk_tokens,
+                start_token=start,
+                end_token=end,
+                blocks=list(blocks),
+            )
+        )
+
+    def plan_step(self, output: Any) -> StepPlan:
+        """What the ranks are to do in the step that `output` (a SchedulerOutput) describes."""
+        plan, self._plan = self._plan, StepPlan()
+        plan.forward = output.total_num_scheduled_tokens > 0
+        self._settle_preempted(plan)
+        self._grow_tables(output.scheduled_cached_reqs)
+        if self._can_store and self._session is not None:
+            drafts = output.scheduled_spec_decode_tokens
+            for request_id, scheduled in output.num_scheduled_tokens.items():
+                tracker = self._trackers.get(request_id)
+                if tracker is not None and tracker.cacheable:
+                    self._plan_store(plan, tracker, scheduled - len(drafts.get(request_id, ())))
+        return plan
+
+    def transferred(
+        self, finished_loads: Iterable[str], invalid_blocks: Iterable[int], report: StepReport | None
+    ) -> None:
+        """What the ranks have done: loads that every rank has ended, blocks that could not be filled, their reports."""
+        report = report or StepReport()
+        invalid = frozenset(invalid_blocks)
+        if invalid:
+            for request_id, loading in self._loading.items():
+                if invalid & loading.blocks and request_id in self._trackers:
+                    self._trackers[request_id].may_load = False
+        for request_id in finished_loads:
+            done = self._loading.pop(request_id, None)
+            if done is not None:
+                self._release(done.hit)
+        for job_id, count in report.stored.items():
+            self._count_stored(job_id, count)
+        if report.refusal:
+            self.stop(report.refusal)
+
+    def finished(self, request: Any) -> bool:
+        """The request has ended; whether the engine has to keep its blocks until we report it as sent."""
+        tracker = self._trackers.pop(request.request_id, None)
+        if tracker is None:
+            return False
+        if tracker.hit is not None:
+            self._release(tracker.hit)
+        if not tracker.jobs or request.request_id in self._loading:
+            return False
+        if request.num_preemptions != tracker.preemptions:
+            self._plan.settle.extend(tracker.jobs)
+            return False
+        self._plan.closing.append(request.request_id)
+        return True
+
+    def reset(self) -> None:
+        """Nothing kept so far is served to this engine again: its weights may have changed. Others keep what they have."""
+        self._generation += 1
+        self._salt_prefix = f"\0reset {time.time_ns()} {self._generation}\0"
+        for tracker in self._trackers.values():
+            # What is computed already may be of the old weights, so these requests store no more.
+            tracker.cacheable = False
+            if tracker.hit is not None:
+                self._release(tracker.hit)
+                tracker.hit = None
+
+    def stop(self, reason: str) -> None:
+        """A rank cannot serve: from now on this engine runs without us."""
+        if self._session is not None:
+            logger.warning("LMCache serves nothing for this engine: %s", reason)
+            self._session.close()
+            self._session = None
+
+    def close(self) -> None:
+        if self._session is not None:
+            self._session.close()
+            self._session = None
+
+    def _tracker(self, request: Any) -> Tracker:
+        """The request's tracker; a fresh one when the request was preempted since."""
+        tracker = self._trackers.get(request.request_id)
+        if tracker is not None and tracker.request is request and tracker.preemptions == request.num_preemptions:
+            return tracker
+        fresh = Tracker(request, request.num_preemptions, generation=self._generation)
+        fresh.cacheable = getattr(request, "prompt_embeds", None) is None and _adapter(request) is not None
+        if tracker is not None:
+            fresh.may_load, fresh.cacheable = tracker.may_load, fresh.cacheable and tracker.cacheable
+            if tracker.jobs:
+                # Not settled yet: preempted outside a step (a reset of the engine's own prefix cache).
+                self._plan.settle.extend(tracker.jobs)
+            if tracker.hit is not None:
+                self._release(tracker.hit)
+        self._trackers[request.request_id] = fresh
+        return fresh
+
+    def _current_hit(self, tracker: Tracker) -> Hit | None:
+        session, now, tokens = self._session, self._clock(), tracker.request.num_tokens
+        if session is None:
+            return None
+        age, same = now - tracker.asked_at, tokens == tracker.asked_tokens and tracker.epoch == session.epoch
+        if tracker.hit is not None:
+            leased_from = tracker.hit.first_chunk * (tracker.chain.chunk_tokens if tracker.chain else 0)
+            if same and age < HIT_SECONDS and leased_from <= tracker.local_tokens:
+                return tracker.hit
+            self._release(tracker.hit)
+            tracker.hit = None
+        elif same and age < MISS_SECONDS:
+            return None
+        chain = self._chain(tracker)
+        if chain is None:
+            return None
+        chain.extend(tracker.request.all_token_ids)
+        if len(chain):
+            tracker.hit = session.lookup(chain, tracker.local_tokens)
+        tracker.asked_at, tracker.asked_tokens = self._clock(), tokens
+        return tracker.hit
+
+    def _chain(self, tracker: Tracker) -> TokenChain | None:
+        """The request's chain under the server of now; a new one, with nothing stored, when the server is another."""
+        session = self._session
+        if session is None:
+            return None
+        if tracker.chain is None or tracker.epoch != session.epoch:
+            request, adapter = tracker.request, _adapter(tracker.request) or ("", "")
+            salt = self._salt_prefix + (request.cache_salt or "")
+            tracker.epoch, tracker.stored = session.epoch, 0
+            tracker.chain = session.new_chain(salt, adapter[0], adapter[1], _extras(request))
+        return tracker.chain
+
+    def _grow_tables(self, cached: Any) -> None:
+        for request_id, new_blocks in zip(cached.req_ids, cached.new_block_ids, strict=True):
+            tracker = self._trackers.get(request_id)
+            if tracker is None or not new_blocks:
+                continue
+            if request_id in cached.resumed_req_ids:
+                tracker.blocks = list(new_blocks[0])
+            else:
+                tracker.blocks.extend(new_blocks[0])
+
+    def _plan_store(self, plan: StepPlan, tracker: Tracker, scheduled: int) -> None:
+        """Store the chunks that are full once this step has run. Only known tokens count: drafts may be rejected."""
+        request = tracker.request
+        computed = min(request.num_computed_tokens + scheduled, request.num_tokens)
+        session, size = self._session, tracker.chain.chunk_tokens if tracker.chain is not None else 1
+        if session is None or (computed // size <= tracker.stored and tracker.epoch == session.epoch):
+            return
+        chain = self._chain(tracker)
+        if chain is None:
+            return
+        size, first = chain.chunk_tokens, tracker.stored
+        chunks = computed // size
+        needed = -(-chunks * size // self._block_tokens)
+        if chunks <= first or needed > len(tracker.blocks):
+            return
+        chain.extend(request.all_token_ids)
+        job_id = self._job("store")
+        hashes = chain.hashes[first * HASH_BYTES : chunks * HASH_BYTES]
+        plan.stores.append(
+            StorePlan(job_id, request.request_id, size, chain.parent(first), hashes, first, tracker.blocks[:needed])
+        )
+        tracker.stored = chunks
+        tracker.jobs.add(job_id)
+        self._storing[job_id] = (tracker, self._ranks)
+
+    def _settle_preempted(self, plan: StepPlan) -> None:
+        for job_id, (tracker, _) in self._storing.items():
+            if tracker.request.num_preemptions != tracker.preemptions:
+                plan.settle.append(job_id)
+
+    def _count_stored(self, job_id: str, count: int) -> None:
+        tracker, left = self._storing.get(job_id, (None, 0))
+        if tracker is None:
+            return
+        if left > count:
+            self._storing[job_id] = (tracker, left - count)
+            return
+        del self._storing[job_id]
+        tracker.jobs.discard(job_id)
+
+    def _release(self, hit: Hit) -> None:
+        if self._session is not None:
+            self._session.release(hit)
+
+    def _job(self, kind: str) -> str:
+        self._jobs += 1
+        return f"{kind}-{self._jobs}"
+
+
+def _adapter(request: Any) -> tuple[str, str] | None:
+    """Name and content of the request's LoRA adapter, ("", "") without one, None when the content is not known."""
+    lora = getattr(request, "lora_request", None)
+    if lora is None:
+        return "", ""
+    content = adapter_identity(lora.lora_path)
+    return (lora.lora_name, content) if content else None
+
+
+def _extras(request: Any) -> Extras | None:
+    """What besides the tokens decides the numbers: the images, sounds ... that lie in a chunk, with their places."""
+    items = [
+        (feature.mm_position.offset, feature.mm_position.offset + feature.mm_position.length, feature.identifier)
+        for feature in getattr(request, "mm_features", None) or ()
+    ]
+    if not items:
+        return None
+
+    def encode(start: int, end: int) -> bytes:
+        return b"".join(encode_extra(name, first) for first, last, name in items if first < end and last > start)
+
+    return encode

@@ -1,0 +1,106 @@
+"""What a user may set in `kv_connector_extra_config`, checked once."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from lmcache.engine.link import Endpoint
+from lmcache.errors import ConfigError
+from lmcache.observability.log import init_logger
+
+logger = init_logger(__name__)
+
+DEFAULT_DEADLINE_SECONDS = 2.0
+TRANSFER_MODES = ("auto", "engine_driven", "lmcache_driven")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """host: without a scheme. deadline_seconds: the most that a request may be delayed by the server's silence.
+    model_id: the model's identity where it cannot be found out, or is to be another one ("" = find out)."""
+
+    host: str = "localhost"
+    port: int = 5555
+    deadline_seconds: float = DEFAULT_DEADLINE_SECONDS
+    heartbeat_seconds: float = 10.0
+    transfer_mode: str = "auto"
+    model_id: str = ""
+
+    def endpoint(self, instance: str, role: str, rank: int = 0) -> Endpoint:
+        """How the engine `instance` reaches the server."""
+        return Endpoint(
+            address=f"tcp://{self.host}:{self.port}",
+            instance=instance,
+            role=role,
+            rank=rank,
+            deadline_seconds=self.deadline_seconds,
+            heartbeat_seconds=self.heartbeat_seconds,
+            transfer_mode=self.transfer_mode,
+        )
+
+
+def read_settings(kv_transfer_config: Any) -> Settings:
+    """The settings of a `KVTransferConfig`.
+
+    Raises:
+        ConfigError: a value cannot be used; the message names it and what to write in its place.
+    """
+    get = kv_transfer_config.get_from_extra_config
+    mode = str(get("lmcache.mp.mp_transfer_mode", "auto"))
+    if mode not in TRANSFER_MODES:
+        raise ConfigError(f"lmcache.mp.mp_transfer_mode is {mode!r}; use one of {', '.join(TRANSFER_MODES)}")
+    if mode == "lmcache_driven":
+        logger.info("lmcache.mp.mp_transfer_mode=lmcache_driven means auto here: the ranks copy, the server decides")
+        mode = "auto"
+    return Settings(
+        host=parse_host(get("lmcache.mp.host", "tcp://localhost")),
+        port=_port(get("lmcache.mp.port", 5555)),
+        deadline_seconds=_seconds("lmcache.mp.mq_timeout", get("lmcache.mp.mq_timeout", DEFAULT_DEADLINE_SECONDS)),
+        heartbeat_seconds=_seconds("lmcache.mp.heartbeat_interval", get("lmcache.mp.heartbeat_interval", 10.0)),
+        transfer_mode=mode,
+        model_id=str(get("lmcache.mp.model_id", "")),
+    )
+
+
+def recompute_failed_loads(kv_transfer_config: Any) -> None:
+    """A load that fails must cost time, not the request. vLLM reads the policy after it has made this connector."""
+    if getattr(kv_transfer_config, "kv_load_failure_policy", "recompute") == "fail":
+        kv_transfer_config.kv_load_failure_policy = "recompute"
+        logger.info('kv_load_failure_policy is now "recompute": KV that cannot be loaded is computed')
+
+
+def parse_host(value: object) -> str:
+    """ "tcp://localhost", "localhost", an address -> the bare host.
+
+    Raises:
+        ConfigError: another scheme, a port inside, or nothing at all.
+    """
+    host = str(value).strip().removeprefix("tcp://").rstrip("/")
+    bare_port = host.count(":") == 1 or "]:" in host
+    if not host or "://" in host or "/" in host or bare_port:
+        raise ConfigError(
+            f'lmcache.mp.host is {value!r}; write a host such as "localhost" or "tcp://10.0.0.5", the port in lmcache.mp.port'
+        )
+    return host
+
+
+def _port(value: object) -> int:
+    try:
+        port = int(str(value))
+    except ValueError:
+        port = 0
+    if not 1 <= port <= 65535:
+        raise ConfigError(f"lmcache.mp.port is {value!r}; it must be a number from 1 to 65535 (the server's --port)")
+    return port
+
+
+def _seconds(name: str, value: object) -> float:
+    try:
+        seconds = float(str(value))
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise ConfigError(f"{name} is {value!r}; it must be a number of seconds above 0")
+    return seconds

@@ -1,0 +1,170 @@
+"""The worker's half of the connector: one rank's loads and stores, and what the engine asks about them."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from lmcache.engine import Done, Load, Store, WorkerSession
+from lmcache.integration.vllm.paged import Registered
+from lmcache.integration.vllm.plan import LoadPlan, StepPlan, StepReport, StorePlan
+from lmcache.observability.log import init_logger
+
+logger = init_logger(__name__)
+
+LINGER_SECONDS = 0.002
+"""A step without a forward waits this long for transfers: they take milliseconds, and the engine would spin."""
+_SETTLE_SECONDS = 1.0
+_PAGE_NUMBER_BYTES = 4
+
+
+class WorkerHalf:
+    """shard, shards: which of how many parts of a chunk this rank holds. stores: False where another rank stores it."""
+
+    def __init__(
+        self, session: WorkerSession, registered: Registered, shard: int, shards: int, *, stores: bool = True
+    ) -> None:
+        self._session = session
+        self._registered = registered
+        self._block_tokens = registered.paged.block_tokens
+        self._shard = shard
+        self._shards = shards
+        self._stores = stores
+        self._loading: dict[str, LoadPlan] = {}
+        self._storing: dict[str, str] = {}
+        """Store jobs in flight, and whose they are."""
+        self._closing: set[str] = set()
+        self._sent: set[str] = set()
+        self._received: set[str] = set()
+        self._invalid: set[int] = set()
+        self._report = StepReport()
+        self.reports_stats = False
+        self.loaded_tokens = self.stored_tokens = self.failed_loads = 0
+
+    def settle(self, plan: StepPlan) -> None:
+        """Return when the stores whose blocks were taken away no longer read them."""
+        jobs = [job_id for job_id in plan.settle if job_id in self._storing]
+        started, warned = time.monotonic(), False
+        while jobs:
+            jobs = list(self._session.wait(jobs, _SETTLE_SECONDS))
+            if jobs and not warned:
+                logger.warning("waiting for %d stores to let go of preempted blocks", len(jobs))
+                warned = True
+        if warned:
+            logger.warning("preempted blocks were free after %.1f s", time.monotonic() - started)
+
+    def start_loads(self, plan: StepPlan) -> None:
+        """Start every load of the step. The copies run beside the engine, in the session's threads."""
+        for load in plan.loads:
+            chunk = load.chunk_tokens
+            first, leased = load.start_token // chunk, load.first_leased
+            self._loading[load.job_id] = load
+            self._session.load(
+                load.job_id,
+                Load(
+                    arena=load.arena,
+                    lease=load.lease,
+                    first_chunk=first,
+                    slots=pages_of_shard(
+                        load.slots, self._shard, self._shards, first - leased, -(-load.end_token // chunk) - leased
+                    ),
+                    start_token=load.start_token,
+                    end_token=load.end_token,
+                    blocks=self._registered.blocks(load.blocks),
+                    lease_chunk=first - leased,
+                ),
+            )
+
+    def start_stores(self, plan: StepPlan) -> None:
+        """Start every store of the step, whose forward has ended."""
+        for store in plan.stores:
+            if not self._stores:
+                self._report.stored[store.job_id] = 1
+                continue
+            self._storing[store.job_id] = store.request_id
+            self._session.store(store.job_id, self._store(store))
+
+    def finished(self, plan: StepPlan) -> tuple[set[str], set[str]]:
+        """(requests whose blocks we are done with, requests whose KV has arrived) since the last call."""
+        self._closing.update(plan.closing)
+        self._collect()
+        if not plan.forward and not (self._sent or self._received):
+            self._linger()
+        sent, self._sent = self._sent, set()
+        received, self._received = self._received, set()
+        return sent, received
+
+    def take_invalid_blocks(self) -> set[int]:
+        """Blocks that a load could not fill. To be asked after `finished`, in the same step."""
+        invalid, self._invalid = self._invalid, set()
+        return invalid
+
+    def take_report(self) -> StepReport:
+        report, self._report = self._report, StepReport()
+        return report
+
+    def close(self) -> None:
+        self._session.close()
+
+    def _linger(self) -> None:
+        if (self._loading or self._storing) and self._session.wait_finished(LINGER_SECONDS):
+            self._collect()
+
+    def _collect(self) -> None:
+        for done in self._session.finished():
+            if done.kind == "load":
+                self._loaded(done)
+            else:
+                self._storing.pop(done.job_id, None)
+                self._report.stored[done.job_id] = 1
+                self.stored_tokens += done.tokens if done.ok else 0
+        busy = set(self._storing.values())
+        ready = self._closing - busy
+        self._closing -= ready
+        self._sent |= ready
+
+    def _loaded(self, done: Done) -> None:
+        load = self._loading.pop(done.job_id, None)
+        if load is None:
+            return
+        self._received.add(load.request_id)
+        if done.ok:
+            self.loaded_tokens += load.end_token - load.start_token
+            return
+        self.failed_loads += 1
+        size = self._block_tokens * self._registered.blocks_per_block
+        self._invalid.update(load.blocks[load.start_token // size : -(-load.end_token // size)])
+
+    def _store(self, store: StorePlan) -> Store:
+        return Store(
+            chunk_tokens=store.chunk_tokens,
+            parent=store.parent,
+            hashes=store.hashes,
+            first_chunk=store.first_chunk,
+            blocks=self._registered.blocks(store.blocks),
+        )
+
+
+def pages_of_shard(slots: bytes, shard: int, shards: int, first: int, end: int) -> bytes:
+    """One shard's pages of rows [first, end) of [chunk][shard], little-endian u32."""
+    row, own = shards * _PAGE_NUMBER_BYTES, shard * _PAGE_NUMBER_BYTES
+    return b"".join(slots[chunk * row + own : chunk * row + own + _PAGE_NUMBER_BYTES] for chunk in range(first, end))
+
+
+def refuse_loads(plan: StepPlan) -> tuple[set[str], set[int]]:
+    """(requests, blocks) of the loads of a step that a rank without a session cannot do."""
+    blocks = {block for load in plan.loads for block in load.blocks}
+    return {load.request_id for load in plan.loads}, blocks
+
+
+def ended_stores(plan: StepPlan) -> dict[str, int]:
+    """What a rank without a session reports of the stores of a step."""
+    return {store.job_id: 1 for store in plan.stores}
+
+
+def stats_of(half: Any) -> dict[str, int]:
+    """Counters since the last call; they start again at 0."""
+    counters = {name: getattr(half, name) for name in ("loaded_tokens", "stored_tokens", "failed_loads")}
+    for name in counters:
+        setattr(half, name, 0)
+    return counters

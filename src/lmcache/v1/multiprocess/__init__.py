@@ -1,0 +1,1 @@
+"""Names that vLLM imports from `lmcache.v1.multiprocess`, and nothing else."""

@@ -1,0 +1,133 @@
+"""A vLLM engine that does what it is told on stdin: one JSON command a line, one JSON answer a line on its first stdout.
+
+Run by the tests in vLLM's own environment: `python drive.py '{"model": ..., ...}'` (keyword arguments of `vllm.LLM`).
+Commands: generate, reset, abort, metrics, kv, corrupt, exit.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from typing import Any
+
+answers = os.fdopen(os.dup(1), "w", buffering=1)
+os.dup2(2, 1)  # whatever the engine prints goes to stderr
+
+
+def main() -> None:
+    from vllm import LLM
+
+    llm = LLM(**json.loads(sys.argv[1]))
+    answer({"ready": True})
+    for line in sys.stdin:
+        command = json.loads(line)
+        name = command.pop("do")
+        if name == "exit":
+            break
+        answer(COMMANDS[name](llm, **command))
+    # The engine's own shutdown, as an orderly end of a server would do it.
+    llm.llm_engine.engine_core.shutdown()
+
+
+def answer(value: dict[str, Any]) -> None:
+    answers.write(json.dumps(value) + "\n")
+
+
+def generate(
+    llm: Any, prompts: list[list[int]], max_tokens: int = 8, salts: list[str] | None = None, prompt_logprobs: bool = False
+) -> dict[str, Any]:
+    """All prompts at once. Of each: tokens, their log probabilities, tokens that were cached; and the whole time."""
+    from vllm import SamplingParams
+
+    parameters = SamplingParams(
+        temperature=0.0, max_tokens=max_tokens, logprobs=1, ignore_eos=True, prompt_logprobs=1 if prompt_logprobs else None
+    )
+    inputs = [
+        {"prompt_token_ids": prompt} | ({"cache_salt": salts[at]} if salts and salts[at] else {})
+        for at, prompt in enumerate(prompts)
+    ]
+    begin = time.perf_counter()
+    outputs = llm.generate(inputs, parameters, use_tqdm=False)
+    return {"seconds": time.perf_counter() - begin, "outputs": [describe(output) for output in outputs]}
+
+
+def describe(output: Any) -> dict[str, Any]:
+    best = output.outputs[0]
+    values = [step[token].logprob for step, token in zip(best.logprobs, best.token_ids, strict=True)]
+    return {
+        "tokens": list(best.token_ids),
+        "logprobs": values,
+        "cached": output.num_cached_tokens,
+        "reason": best.finish_reason,
+    }
+
+
+def reset(llm: Any, connector: bool = False) -> dict[str, Any]:
+    """Forget the engine's own prefix cache (and, if told so, the connector's)."""
+    for _ in range(50):
+        if llm.llm_engine.reset_prefix_cache(reset_connector=connector):
+            return {"ok": True}
+        llm.llm_engine.step()
+    return {"ok": False}
+
+
+def abort(llm: Any, prompts: list[list[int]], after_steps: list[int]) -> dict[str, Any]:
+    """Start every prompt, and abort each after so many steps; then run until nothing is left."""
+    from vllm import SamplingParams
+
+    engine, names = llm.llm_engine, []
+    for at, prompt in enumerate(prompts):
+        names.append(f"aborted-{time.monotonic_ns()}-{at}")
+        engine.add_request(names[-1], {"prompt_token_ids": prompt}, SamplingParams(temperature=0.0, max_tokens=50))
+    for step in range(max(after_steps) + 1):
+        gone = [name for name, after in zip(names, after_steps, strict=True) if after == step]
+        if gone:
+            engine.abort_request(gone)
+        engine.step()
+    while engine.has_unfinished_requests():
+        engine.step()
+    return {"ok": True}
+
+
+def metrics(llm: Any) -> dict[str, Any]:
+    """The engine's counters by name."""
+    found: dict[str, float] = {}
+    for metric in llm.get_metrics():
+        value = getattr(metric, "value", None)
+        if isinstance(value, int | float):
+            found[metric.name] = found.get(metric.name, 0) + value
+    return found
+
+
+def kv(llm: Any, damage: list[int] | None = None) -> dict[str, Any]:
+    """A digest of each KV block's bytes (all layers); with `damage`, first double the bits of these blocks' first tokens."""
+    import hashlib
+
+    core = llm.llm_engine.engine_core.engine_core
+    runner = core.model_executor.driver_worker.worker.model_runner
+    caches = runner.kv_caches
+    for block in damage or ():
+        for cache in caches:
+            cache[block].mul_(2)
+    blocks = caches[0].shape[0]
+    digests = []
+    for block in range(min(blocks, 512)):
+        digest = hashlib.sha256()
+        for cache in caches:
+            digest.update(cache[block].contiguous().view(-1).view(dtype=_byte()).numpy().tobytes())
+        digests.append(digest.hexdigest()[:16])
+    return {"blocks": digests}
+
+
+def _byte() -> Any:
+    import torch
+
+    return torch.uint8
+
+
+COMMANDS = {"generate": generate, "reset": reset, "abort": abort, "metrics": metrics, "kv": kv}
+
+if __name__ == "__main__":
+    main()
