@@ -1,0 +1,100 @@
+"""`python -m benchmarks.run`: every figure of the project beside the machine's limit and, with --peer-python, LMCache 0.5.6.
+
+The table goes to standard output; --json FILE keeps every figure. A full run takes about ten minutes with the peer, and
+8 GiB of memory; numbers mean something only on a machine that does nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import shlex
+import sys
+import time
+from pathlib import Path
+
+from benchmarks.groups import GROUPS, Plan
+from benchmarks.rows import HEAD, Row, cells, markdown
+from benchmarks.sides import Side
+from lmcache import __version__
+from lmcache.bench.samples import align
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the chosen groups and print what came out; 1 when a group failed."""
+    options = parse(argv)
+    sides = [Side("ours", sys.executable)]
+    if options.peer_python:
+        sides.append(Side("peer", options.peer_python))
+    plan = Plan(tuple(sides), options.quick, random.Random(7))
+    rows: list[Row] = []
+    failed: list[str] = []
+    for name in options.only or GROUPS:
+        began = time.perf_counter()
+        print(f"{name} ... ", end="", file=sys.stderr, flush=True)
+        try:
+            rows += GROUPS[name](plan)
+            print(f"{time.perf_counter() - began:.0f} s", file=sys.stderr)
+        except (RuntimeError, OSError) as error:
+            failed.append(name)
+            print(f"FAILED: {error}", file=sys.stderr)
+    facts = about(sides, argv)
+    if options.json:
+        document = {**facts, "failed": failed, "rows": [row.as_json() for row in rows]}
+        options.json.write_text(json.dumps(document, indent=1) + "\n")
+    table = [HEAD, *(cells(row) for row in rows)]
+    print("\n".join(f"{name}: {value}" for name, value in facts.items()))
+    print()
+    print(markdown(table) if options.markdown else align(table))
+    return 1 if failed else 0
+
+
+def about(sides: list[Side], argv: list[str] | None) -> dict[str, object]:
+    """Where, when and what: the head of the report."""
+    words = sys.argv[1:] if argv is None else argv
+    facts: dict[str, object] = {
+        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        "machine": machine(),
+        "version": __version__,
+        "command": f"python -m benchmarks.run {shlex.join(words)}".strip(),
+        "load": " ".join(f"{one:.2f}" for one in os.getloadavg()),
+    }
+    for side in sides:
+        if side.name == "peer":
+            facts["peer"] = f"LMCache {side.version()}, engine-driven over shared memory"
+    return facts
+
+
+def machine() -> str:
+    """Processor, cores, memory, kernel and Python."""
+    model = next(
+        (line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "CPU"
+    )
+    kib = next((int(line.split()[1]) for line in _lines("/proc/meminfo") if line.startswith("MemTotal")), 0)
+    cores = len(os.sched_getaffinity(0))
+    python = platform.python_version()
+    return f"{cores} x {model}, {kib / 2**20:.0f} GiB, Linux {platform.release()}, Python {python}"
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--peer-python", metavar="PATH", help="Python of an environment with LMCache 0.5.6")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write every figure there")
+    parser.add_argument("--only", metavar="NAME", nargs="+", choices=list(GROUPS), help=f"groups: {', '.join(GROUPS)}")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds: does it work, not how fast is it")
+    parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,210 @@
+"""The two sides of a comparison: how to start each server, and each engine-side process."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks.scenarios import Shape
+
+PROJECT = Path(__file__).resolve().parents[1]
+START_SECONDS = 120.0
+PEER_ENVIRONMENT = {
+    "LMCACHE_TRACK_USAGE": "false",
+    "DO_NOT_TRACK": "1",
+    "LMCACHE_DISABLE_BANNER": "1",
+    "LMCACHE_LOG_LEVEL": "ERROR",
+}
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+class Server:
+    """A running `lmcache server` of either side. `ready_seconds`: from its start to its first healthy answer."""
+
+    def __init__(self, side: Side, l1_gb: float, chunk_tokens: int, directory: Path) -> None:
+        self._clear_path = "/cache/clear" if side.name == "peer" else "/clear-cache"
+        self.port, self.http_port = free_port(), free_port()
+        self.address = f"tcp://127.0.0.1:{self.port}"
+        self._log = directory / f"{side.name}-server.log"
+        command = [*side.server_command, "--l1-size-gb", str(l1_gb), "--eviction-policy", "LRU"]
+        command += ["--chunk-size", str(chunk_tokens), "--host", "127.0.0.1", "--port", str(self.port)]
+        command += ["--http-host", "127.0.0.1", "--http-port", str(self.http_port)]
+        if side.name == "peer":
+            command += ["--supported-transfer-mode", "engine_driven", "--shm-name", f"lmcache-bench-{os.getpid()}"]
+            command += ["--no-l1-use-lazy", "--prometheus-port", str(free_port())]
+        else:
+            command += ["--socket-dir", str(directory / "socket")]
+        start = time.perf_counter()
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(command, stdout=log, stderr=log, env=side.environment, cwd=directory)
+        try:
+            self._await_health()
+        except BaseException:
+            self.stop()
+            raise
+        self.ready_seconds = time.perf_counter() - start
+
+    def _await_health(self) -> None:
+        limit = time.monotonic() + START_SECONDS
+        while not self._healthy():
+            if self._process.poll() is not None or time.monotonic() > limit:
+                raise RuntimeError(f"the server does not answer:\n{self._log.read_text()[-3000:]}")
+            time.sleep(0.01)
+
+    def _healthy(self) -> bool:
+        try:
+            return self.request("GET", "/healthcheck") in (200, 404)  # the peer has answered 404 here
+        except OSError:
+            return False
+
+    def request(self, method: str, path: str) -> int:
+        """The HTTP status of a request."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.http_port, timeout=30)
+        try:
+            connection.request(method, path)
+            return connection.getresponse().status
+        finally:
+            connection.close()
+
+    def clear(self) -> None:
+        """Empty the cache."""
+        status = self.request("POST", self._clear_path)
+        if status != 200:
+            raise RuntimeError(f"POST {self._clear_path} was answered with {status}")
+
+    def memory_bytes(self) -> dict[str, int]:
+        """Resident bytes of the process: `private` (anonymous and files), `shared` (the arena)."""
+        fields = dict(line.split(":", 1) for line in Path(f"/proc/{self._process.pid}/status").read_text().splitlines())
+        kib = {name: int(fields[name].split()[0]) for name in ("RssAnon", "RssFile", "RssShmem")}
+        return {"private": (kib["RssAnon"] + kib["RssFile"]) * 1024, "shared": kib["RssShmem"] * 1024}
+
+    def cpu_seconds(self) -> float:
+        """CPU time so far, user and kernel, of all its threads."""
+        fields = Path(f"/proc/{self._process.pid}/stat").read_text().rsplit(")", 1)[1].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def stop(self) -> None:
+        self._process.send_signal(signal.SIGINT)
+        try:
+            self._process.wait(15)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+class Worker:
+    """An engine-side process of either side; `call` runs one of `Scenarios`' methods in it."""
+
+    def __init__(self, side: Side, server: Server, shape: Shape, directory: Path, seed: int, **arguments: Any) -> None:
+        self.name = side.name
+        command = [side.python, "-m", "benchmarks.worker", side.name]
+        with (directory / f"{side.name}-worker.log").open("a") as log:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env=side.environment,
+                cwd=PROJECT,
+            )
+        self.begin("open", address=server.address, shape=shape.name, seed=seed, **arguments)
+        self.end()
+
+    def call(self, name: str, **arguments: Any) -> Any:
+        self.begin(name, **arguments)
+        return self.end()
+
+    def begin(self, name: str, **arguments: Any) -> None:
+        """Start a call without waiting for it."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps({"call": name, **arguments}) + "\n")
+        self._process.stdin.flush()
+
+    def end(self) -> Any:
+        """The answer to the call that was begun."""
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        reply = json.loads(line) if line else {"error": "the process died; see its log"}
+        if "error" in reply:
+            raise RuntimeError(f"{self.name}: {reply['error']}")
+        return reply["answer"]
+
+    def stop(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(30)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class Side:
+    """`ours` or `peer`: which Python, which `lmcache`."""
+
+    name: str
+    python: str
+
+    @property
+    def server_command(self) -> list[str]:
+        if self.name == "peer":
+            return [str(Path(self.python).with_name("lmcache")), "server"]
+        return [self.python, "-m", "lmcache.cli.main", "server"]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        if self.name == "peer":
+            inherited = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+            return inherited | PEER_ENVIRONMENT
+        return dict(os.environ, LMCACHE_LOG_LEVEL="WARNING")
+
+    def version(self) -> str:
+        program = "import importlib.metadata as m; print(m.version('lmcache'))"
+        done = subprocess.run([self.python, "-c", program], capture_output=True, text=True, env=self.environment)
+        return done.stdout.strip() or "not installed"
+
+    @contextlib.contextmanager
+    def serve(self, l1_gb: float, chunk_tokens: int = 256) -> Iterator[Server]:
+        with tempfile.TemporaryDirectory(prefix="lmcache-bench-") as directory:
+            server = Server(self, l1_gb, chunk_tokens, Path(directory))
+            try:
+                yield server
+            finally:
+                server.stop()
+
+    @contextlib.contextmanager
+    def session(self, server: Server, shape: Shape, threads: int = 1, **arguments: Any) -> Iterator[Worker]:
+        """An engine-side process on that server. Its log is shown when it fails."""
+        with tempfile.TemporaryDirectory(prefix="lmcache-bench-") as directory:
+            try:
+                worker = Worker(
+                    self, server, shape, Path(directory), seed=hash(shape) & 0xFFFF, threads=threads, **arguments
+                )
+            except RuntimeError:
+                print((Path(directory) / f"{self.name}-worker.log").read_text()[-3000:], file=sys.stderr)
+                raise
+            try:
+                yield worker
+            finally:
+                worker.stop()
