@@ -5,13 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from lmcache.transfer.copier import Event
+
 
 @dataclass(frozen=True)
 class Load:
     """Slots -> paged KV: tokens [start_token, end_token) of a request.
 
     slots: this shard's u32 pages of the chunks from `first_chunk` on. blocks: the request's block table from token 0 on.
-    lease_chunk: place of `first_chunk` among the lease's chunks (payload frames are asked for by that).
+    lease_chunk: place of `first_chunk` among the lease's chunks (payload frames are asked for by that). after: on a GPU, the
+    point in the engine's stream that must have passed before the blocks may be written.
     """
 
     arena: bytes
@@ -22,6 +25,7 @@ class Load:
     end_token: int
     blocks: list[int]
     lease_chunk: int = 0
+    after: Event | None = None
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,8 @@ class Store:
     """Paged KV -> slots: the full chunks from `first_chunk` on, named by `hashes` (16 bytes each).
 
     parent: hash of the chunk before, or the root's (then `first_chunk` is 0). chunk_tokens: that of the hashes; a server that
-    came back with another one gets none of them.
+    came back with another one gets none of them. after: on a GPU, the point in the engine's stream behind which the blocks
+    are filled.
     """
 
     chunk_tokens: int
@@ -37,6 +42,7 @@ class Store:
     hashes: bytes
     first_chunk: int
     blocks: list[int]
+    after: Event | None = None
 
 
 @dataclass(frozen=True)

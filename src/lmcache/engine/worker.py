@@ -23,7 +23,7 @@ from lmcache.engine.link import Endpoint, Link, ask
 from lmcache.errors import LayoutError, LMCacheError, ServerUnavailable
 from lmcache.memory.arena import Mapping, populate_all
 from lmcache.observability.log import init_logger
-from lmcache.transfer.cpu import CpuCopier
+from lmcache.transfer.copier import Copier, Event, make_copier
 from lmcache.transfer.paged import PagedKV
 from lmcache.wire import messages as m
 from lmcache.wire.carriers import Carrier
@@ -55,7 +55,7 @@ class WorkerSession:
         self._space, self._chunk_tokens, self._arena = 0, 0, b""
         self._slot_bytes = 0
         self._mapping: Mapping | None = None
-        self._copier: CpuCopier | None = None
+        self._copier: Copier | None = None
         self._stop_populating = threading.Event()
         self._state = threading.Condition()
         self._queues: dict[str, deque[tuple[str, Load | Store]]] = {"load": deque(), "store": deque()}
@@ -179,7 +179,7 @@ class WorkerSession:
         runs = self._load_runs(load)
         blocks, begin = np.asarray(load.blocks, dtype=np.int32), time.perf_counter()
         if mapping is not None:
-            copier.scatter(mapping.address, blocks, runs, arena_bytes=mapping.size_bytes)
+            copier.scatter(mapping.address, blocks, runs, arena_bytes=mapping.size_bytes, after=load.after)
         else:
             self._fetch(copier, load, blocks, runs)
         return load.end_token - load.start_token, time.perf_counter() - begin
@@ -194,7 +194,7 @@ class WorkerSession:
             raise LayoutError(f"{len(pages)} slots do not cover tokens {load.start_token}..{load.end_token}")
         return runs[count > 0]
 
-    def _fetch(self, copier: CpuCopier, load: Load, blocks: npt.NDArray[np.int32], runs: Runs) -> None:
+    def _fetch(self, copier: Copier, load: Load, blocks: npt.NDArray[np.int32], runs: Runs) -> None:
         """Payload frames: as many chunks a message as make up a batch."""
         step = max(1, _BATCH_BYTES // self._slot_bytes)
         for at in range(0, len(runs), step):
@@ -205,7 +205,7 @@ class WorkerSession:
                 raise LayoutError(f"{len(frames)} payload frames for {len(part)} chunks")
             part[:, 0] = 0
             for run, one in zip(part, frames, strict=True):
-                copier.scatter(np.frombuffer(one, dtype=np.uint8).ctypes.data, blocks, run[None])
+                copier.scatter(np.frombuffer(one, dtype=np.uint8).ctypes.data, blocks, run[None], after=load.after)
 
     def _store(self, job_id: str, store: Store) -> tuple[int, float]:
         """Tokens that were copied and committed, and seconds of the copies."""
@@ -247,26 +247,28 @@ class WorkerSession:
         begin, ok = time.perf_counter(), False
         try:
             if mapping is not None:
-                copier.gather(mapping.address, blocks, runs, arena_bytes=mapping.size_bytes)
+                copier.gather(mapping.address, blocks, runs, arena_bytes=mapping.size_bytes, after=store.after)
             else:
-                self._fill(copier, granted.reservation, blocks, runs)
+                self._fill(copier, granted.reservation, blocks, runs, store.after)
             ok = True
         finally:
             seconds = time.perf_counter() - begin
             self._link.call(m.Commit(granted.reservation, ok), m.Ok)
         return len(wanted) * size, seconds
 
-    def _fill(self, copier: CpuCopier, reservation: int, blocks: npt.NDArray[np.int32], runs: Runs) -> None:
+    def _fill(
+        self, copier: Copier, reservation: int, blocks: npt.NDArray[np.int32], runs: Runs, after: Event | None
+    ) -> None:
         buffer = np.empty((len(runs), self._slot_bytes), dtype=np.uint8)
         runs[:, 0] = np.arange(len(runs)) * self._slot_bytes
-        copier.gather(buffer.ctypes.data, blocks, runs)
+        copier.gather(buffer.ctypes.data, blocks, runs, after=after)
         self._link.call(m.Fill(reservation, 0), m.Ok, [row.data for row in buffer])
 
     def _drop(self, chunks: int, reason: str) -> None:
         self.counters[f"dropped_chunks:{reason}"] += chunks
         self._link.post(m.Dropped(chunks, reason))
 
-    def _for_arena(self, arena: bytes) -> tuple[CpuCopier, Mapping | None]:
+    def _for_arena(self, arena: bytes) -> tuple[Copier, Mapping | None]:
         """What copies to and from this arena; None for the mapping means payload frames.
 
         Raises:
@@ -292,7 +294,7 @@ class WorkerSession:
                 )
             request = m.Register(layout, self._shard.count, self._shard.index, slot_bytes)
             registered = ask(carrier, request, m.Registered)
-            copier = CpuCopier(self._paged, welcome.chunk_tokens, threads=self._threads)
+            copier = make_copier(self._paged, welcome.chunk_tokens, self._threads)
             with self._state:
                 self._state.wait_for(lambda: not self._queues["load"] and not self._running, timeout=30.0)
                 if self._running:
@@ -302,6 +304,10 @@ class WorkerSession:
                 if descriptor >= 0 and self._mapping is None:
                     self._mapping = Mapping(descriptor, welcome.arena_bytes)
                     self._populate(self._mapping)
+                if self._copier is not None:
+                    self._copier.close()
+                if self._mapping is not None:
+                    copier.adopt(self._mapping.address, self._mapping.size_bytes)
                 self._space, self._chunk_tokens, self._slot_bytes = registered.space, welcome.chunk_tokens, slot_bytes
                 self._copier, self._arena = copier, welcome.arena
                 self._state.notify_all()
@@ -320,6 +326,8 @@ class WorkerSession:
     def _let_go(self) -> None:
         """Unmap. Called with the lock held, while no copy runs."""
         if self._mapping is not None:
+            if self._copier is not None:
+                self._copier.close()
             self._stop_populating.set()
             self._populating.join()
             self._mapping.close()

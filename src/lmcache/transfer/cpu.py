@@ -1,10 +1,11 @@
-"""Paged KV <-> slots on a CPU: one native call for all runs and planes, without the GIL; NumPy where native code is missing."""
+"""Paged KV <-> slots on a CPU: one native call for all runs and planes, without the GIL; NumPy where that is missing."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
 import importlib
+import math
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -22,9 +23,8 @@ logger = init_logger(__name__)
 Blocks: TypeAlias = npt.NDArray[np.int32]
 Runs: TypeAlias = npt.NDArray[np.int64]
 
-# Below this a copy ends before another thread has woken up (about 40 microseconds at 10 GB/s, and one wake-up costs 20).
-_SPLIT_BYTES = 512 << 10
-_INT32_MAX = (1 << 31) - 1
+# Below this a copy is over before another thread has woken up: waking one costs some 30 microseconds, 300 KB at 10 GB/s.
+_SPLIT_BYTES = 1 << 20
 
 
 class CpuCopier:
@@ -46,7 +46,6 @@ class CpuCopier:
         self.paged = paged
         self.chunk_tokens = chunk_tokens
         self._token_bytes = paged.token_bytes
-        self._slot_bytes = paged.slot_bytes(chunk_tokens)
         self._planes = _packed_planes(paged, chunk_tokens)
         self._planes_address = self._planes.ctypes.data
         self._native = None if os.environ.get("LMCACHE_NO_NATIVE") == "1" else _load_native()
@@ -58,66 +57,43 @@ class CpuCopier:
         self._pool = ThreadPoolExecutor(threads - 1, "lmcache-copy") if threads > 1 else None
         self._helpers = threads - 1
 
-    def gather(self, base: int, blocks: Blocks, runs: Runs, *, arena_bytes: int | None = None) -> None:
+    def gather(
+        self, base: int, blocks: Blocks, runs: Runs, *, arena_bytes: int | None = None, after: object = None
+    ) -> None:
         """Copy paged tokens into slots.
 
         base: address of the arena's mapping. blocks: int32 [blocks], the block table. runs: int64 [runs, 4], see the
-        class. arena_bytes: length of the mapping, so that a slot beyond it is refused instead of a crash.
+        class. arena_bytes: length of the mapping, so that a slot beyond it is refused instead of a crash. after: for copiers of
+        other devices; a CPU's engine has written what it was asked for when it returns.
 
         Raises:
             LayoutError: a block, token or slot out of bounds; nothing was touched.
         """
         self._copy(0, base, blocks, runs, arena_bytes)
 
-    def scatter(self, base: int, blocks: Blocks, runs: Runs, *, arena_bytes: int | None = None) -> None:
+    def scatter(
+        self, base: int, blocks: Blocks, runs: Runs, *, arena_bytes: int | None = None, after: object = None
+    ) -> None:
         """Copy slot tokens into paged memory; arguments and errors as in `gather`."""
         self._copy(1, base, blocks, runs, arena_bytes)
 
+    def adopt(self, address: int, size_bytes: int) -> None:
+        """Nothing to prepare: a CPU copies to any mapped memory."""
+
+    def close(self) -> None:
+        """End the helper threads."""
+        if self._pool is not None:
+            self._pool.shutdown()
+
     def _copy(self, scatter: int, base: int, blocks: Blocks, runs: Runs, arena_bytes: int | None) -> None:
-        blocks, runs = np.asarray(blocks), np.asarray(runs)
-        tokens = self._check(base, blocks, runs, arena_bytes)
+        blocks, runs = check_runs(self.paged, self.chunk_tokens, base, blocks, runs, arena_bytes)
+        tokens = int(runs[:, 2].sum())
         if tokens == 0:
             return
-        # Both are within int32 and int64 now, so these conversions lose nothing (and copy only what is not so already).
-        blocks = np.ascontiguousarray(blocks, dtype=np.int32)
-        runs = np.ascontiguousarray(runs, dtype=np.int64)
         if self._native is None:
             self._copy_numpy(scatter, base, blocks, runs)
         else:
             self._copy_native(self._native.copy, scatter, base, blocks, runs, tokens)
-
-    def _check(self, base: int, blocks: npt.NDArray[Any], runs: npt.NDArray[Any], arena_bytes: int | None) -> int:
-        """Refuse whatever would touch memory out of bounds; returns the tokens of all runs."""
-        if blocks.ndim != 1 or blocks.dtype.kind not in "iu":
-            raise LayoutError(f"blocks is {blocks.dtype}{list(blocks.shape)}; it must be a flat array of integers")
-        if runs.ndim != 2 or runs.shape[1] != 4 or runs.dtype != np.int64:
-            raise LayoutError(f"runs is {runs.dtype}{list(runs.shape)}; it must be int64 [runs, 4]")
-        if base < 1:
-            raise LayoutError(f"base is {base}; it must be the address of a mapping")
-        if not len(runs):
-            return 0
-        paged, table_tokens = self.paged, len(blocks) * self.paged.block_tokens
-        low = runs.min(axis=0)
-        if low.min() < 0:
-            raise LayoutError(f"runs has {low.min()}; every number in it must be at least 0")
-        # Each term is bounded before the terms are added, so that no sum can wrap round.
-        offset, first, count, in_slot = (int(value) for value in runs.max(axis=0))
-        if max(count, in_slot) > self.chunk_tokens or int((runs[:, 2] + runs[:, 3]).max()) > self.chunk_tokens:
-            raise LayoutError(
-                f"a run of up to {count} tokens from token {in_slot} of a slot passes its end, chunk_tokens={self.chunk_tokens}"
-            )
-        end = int((runs[:, 1] + runs[:, 2]).max()) if first <= table_tokens else first
-        if end > table_tokens:
-            raise LayoutError(f"a run ends at token {end}, but the block table holds {table_tokens}; pass all blocks")
-        if arena_bytes is not None and offset + self._slot_bytes > arena_bytes:
-            raise LayoutError(
-                f"a slot at {offset} of {self._slot_bytes} bytes passes the arena's end at {arena_bytes}; attach again"
-            )
-        used = blocks[int(low[1]) // paged.block_tokens : -(-end // paged.block_tokens)]
-        if len(used) and not (int(used.min()) >= 0 and int(used.max()) < paged.num_blocks):
-            bad = used[(used < 0) | (used >= paged.num_blocks)][0]
-            raise LayoutError(f"block {bad} is not one of the {paged.num_blocks} blocks of the paged KV")
-        return int(runs[:, 2].sum())
 
     def _copy_native(
         self, copy: Callable[..., None], scatter: int, base: int, blocks: Blocks, runs: Runs, tokens: int
@@ -140,7 +116,8 @@ class CpuCopier:
         if self._pool is None or tokens * self._token_bytes < _SPLIT_BYTES:
             copy(*arguments)
             return
-        others = [self._pool.submit(copy, *arguments) for _ in range(self._helpers)]
+        kept = (claimed, blocks, runs)  # the other threads have only their addresses
+        others = [self._pool.submit(_call, copy, arguments, kept) for _ in range(self._helpers)]
         try:
             copy(*arguments)
         finally:
@@ -164,8 +141,59 @@ class CpuCopier:
                     slot[...] = view[where]
 
 
+def check_runs(
+    paged: PagedKV,
+    chunk_tokens: int,
+    base: int,
+    blocks: npt.NDArray[Any],
+    runs: npt.NDArray[Any],
+    arena_bytes: int | None = None,
+) -> tuple[Blocks, Runs]:
+    """Refuse whatever would touch memory out of bounds; returns blocks and runs as contiguous int32 and int64.
+
+    Raises:
+        LayoutError: names what is out of bounds.
+    """
+    blocks, runs = np.asarray(blocks), np.asarray(runs)
+    if blocks.ndim != 1 or blocks.dtype.kind not in "iu":
+        raise LayoutError(f"blocks is {blocks.dtype}{list(blocks.shape)}; it must be a flat array of integers")
+    if runs.ndim != 2 or runs.shape[1] != 4 or runs.dtype != np.int64:
+        raise LayoutError(f"runs is {runs.dtype}{list(runs.shape)}; it must be int64 [runs, 4]")
+    if base < 1:
+        raise LayoutError(f"base is {base}; it must be the address of a mapping")
+    if not len(runs):
+        return np.zeros(0, np.int32), np.zeros((0, 4), np.int64)
+    table_tokens = len(blocks) * paged.block_tokens
+    low = runs.min(axis=0)
+    if low.min() < 0:
+        raise LayoutError(f"runs has {low.min()}; every number in it must be at least 0")
+    # Each term is bounded before the terms are added, so that no sum can wrap round.
+    offset, first, count, in_slot = (int(value) for value in runs.max(axis=0))
+    if max(count, in_slot) > chunk_tokens or int((runs[:, 2] + runs[:, 3]).max()) > chunk_tokens:
+        raise LayoutError(
+            f"a run of up to {count} tokens from token {in_slot} of a slot passes its end, chunk_tokens={chunk_tokens}"
+        )
+    end = int((runs[:, 1] + runs[:, 2]).max()) if first <= table_tokens else first
+    if end > table_tokens:
+        raise LayoutError(f"a run ends at token {end}, but the block table holds {table_tokens}; pass all blocks")
+    if arena_bytes is not None and offset + paged.slot_bytes(chunk_tokens) > arena_bytes:
+        raise LayoutError(
+            f"a slot at {offset} of {paged.slot_bytes(chunk_tokens)} bytes passes the arena's end at {arena_bytes}; attach again"
+        )
+    used = blocks[int(low[1]) // paged.block_tokens : -(-end // paged.block_tokens)]
+    if len(used) and not (int(used.min()) >= 0 and int(used.max()) < paged.num_blocks):
+        bad = used[(used < 0) | (used >= paged.num_blocks)][0]
+        raise LayoutError(f"block {bad} is not one of the {paged.num_blocks} blocks of the paged KV")
+    # Both are within int32 and int64 now, so these conversions lose nothing (and copy only what is not so already).
+    return np.ascontiguousarray(blocks, dtype=np.int32), np.ascontiguousarray(runs, dtype=np.int64)
+
+
+def _call(copy: Callable[..., None], arguments: tuple[int, ...], kept: object) -> None:
+    copy(*arguments)
+
+
 def _packed_planes(paged: PagedKV, chunk_tokens: int) -> npt.NDArray[np.int64]:
-    """What native code reads: a row a plane, `Plane`'s fields in their order and the plane's offset in the slot (bytes)."""
+    """What native code reads: a row a plane, of `Plane`'s fields in their order and the plane's offset in the slot."""
     rows, offset = [], 0
     for p in paged.planes:
         tokens = (p.token_group, p.group_stride, p.token_stride)
@@ -181,14 +209,20 @@ def _plane_view(paged: PagedKV, plane: Plane) -> npt.NDArray[Any]:
     shape = (paged.num_blocks, groups, plane.token_group, plane.heads, dim_groups, plane.dim_group)
     tokens = (plane.block_stride, plane.group_stride, plane.token_stride)
     strides = (*tokens, plane.head_stride, plane.dim_group_stride, plane.dim_stride)
-    buffer = (ctypes.c_char * plane_extent_bytes(paged, plane)).from_address(plane.address)
-    return np.ndarray(shape, dtype=f"u{paged.item_bytes}", buffer=buffer, strides=strides)
+    buffer = _buffer(plane.address, plane_extent_bytes(paged, plane))
+    view: npt.NDArray[Any] = np.ndarray(shape, np.dtype(f"u{paged.item_bytes}"), buffer, strides=strides)
+    return view
 
 
 def _memory(address: int, shape: tuple[int, ...], item_bytes: int) -> npt.NDArray[Any]:
     """A C-contiguous array over memory that somebody else owns."""
-    buffer = (ctypes.c_char * (int(np.prod(shape)) * item_bytes)).from_address(address)
-    return np.ndarray(shape, dtype=f"u{item_bytes}", buffer=buffer)
+    buffer = _buffer(address, math.prod(shape) * item_bytes)
+    array: npt.NDArray[Any] = np.ndarray(shape, np.dtype(f"u{item_bytes}"), buffer)
+    return array
+
+
+def _buffer(address: int, size: int) -> npt.NDArray[np.uint8]:
+    return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
 
 
 @functools.lru_cache(maxsize=1)
@@ -203,5 +237,5 @@ def _load_native() -> Any:
 @functools.lru_cache(maxsize=1)
 def _warn_no_native() -> None:
     logger.warning(
-        "No native code (lmcache._native): KV copies use NumPy and are several times slower; install a C compiler"
+        "No native code (lmcache._native): KV copies use NumPy, several times slower; install with a C compiler"
     )

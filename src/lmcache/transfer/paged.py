@@ -1,4 +1,4 @@
-"""Where an engine keeps its KV: planes of fixed-size blocks, described by addresses and strides, whatever their order."""
+"""Where an engine keeps its KV: planes of fixed-size blocks, by addresses and strides, whatever their order."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Plane:
         dims: int,
         dim_stride: int,
     ) -> Plane:
-        """A plane whose tokens and dims have one stride each: what a plain tensor's `stride()` says, times its item size."""
+        """A plane whose tokens and dims have one stride each: a plain tensor's `stride()` times its item size."""
         return cls(
             address, block_stride, 1, token_stride, token_stride, heads, head_stride, dims, 1, dim_stride, dim_stride
         )
@@ -56,7 +56,7 @@ class PagedKV:
     """One rank's paged KV: its planes in slot order ([layer][K, V]; MLA: [layer]), all with the same blocks.
 
     block_tokens: tokens a block. num_blocks: block ids are 0 .. num_blocks - 1. item_bytes: of one element.
-    keepalive: whatever owns the memory; held as long as this description is.
+    keepalive: whatever owns the memory; held as long as this description is. device: where it lies, as PyTorch names it.
 
     Raises:
         LayoutError: a number that cannot be, or elements that would overlap.
@@ -67,6 +67,7 @@ class PagedKV:
     num_blocks: int
     item_bytes: int
     keepalive: object = None
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         if not self.planes:
@@ -130,13 +131,13 @@ def _check_plane(paged: PagedKV, number: int, plane: Plane) -> None:
 
 
 def _check_no_overlap(paged: PagedKV, number: int, plane: Plane) -> None:
-    """Every axis must step over all that the axes with smaller strides cover; true of any permuted, padded or sliced tensor."""
+    """Every axis must step over all that those with smaller strides cover, as in any permuted, padded or sliced tensor."""
     covered = paged.item_bytes
     for name, count, stride in sorted(_axes(paged, plane), key=lambda axis: axis[2]):
         if count == 1:
             continue
         if stride < covered:
             raise LayoutError(
-                f"plane {number}: {name} is {stride} bytes, but one step must pass {covered} bytes, else elements overlap"
+                f"plane {number}: {name} is {stride} bytes, but one step must pass {covered}, else elements overlap"
             )
         covered += (count - 1) * stride

@@ -1,0 +1,62 @@
+"""What every copier can do, whatever the device of the paged KV; and the one place that chooses."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from lmcache.transfer.cpu import CpuCopier
+from lmcache.transfer.paged import PagedKV
+
+
+class Event(Protocol):
+    """A point in the engine's device stream (`torch.cuda.Event`): a copy must not start before it."""
+
+    def synchronize(self) -> None: ...
+
+
+class Copier(Protocol):
+    """Copies between one rank's paged KV and slots; returns when the copy has ended. Arguments as in `CpuCopier`."""
+
+    def gather(
+        self,
+        base: int,
+        blocks: npt.NDArray[np.int32],
+        runs: npt.NDArray[np.int64],
+        *,
+        arena_bytes: int | None = None,
+        after: Event | None = None,
+    ) -> None: ...
+
+    def scatter(
+        self,
+        base: int,
+        blocks: npt.NDArray[np.int32],
+        runs: npt.NDArray[np.int64],
+        *,
+        arena_bytes: int | None = None,
+        after: Event | None = None,
+    ) -> None: ...
+
+    def adopt(self, address: int, size_bytes: int) -> None:
+        """The arena is mapped here: get ready for fast copies to and from it, in the background."""
+        ...
+
+    def close(self) -> None:
+        """No copy runs any more: let go of the arena and of staging memory."""
+        ...
+
+
+def make_copier(paged: PagedKV, chunk_tokens: int, threads: int = 1) -> Copier:
+    """The copier for the device that `paged` lies on.
+
+    Raises:
+        LayoutError: paged KV that cannot be copied there.
+    """
+    if paged.device == "cpu":
+        return CpuCopier(paged, chunk_tokens, threads)
+    from lmcache.transfer.cuda import CudaCopier  # torch and Triton are the engine's, never needed elsewhere
+
+    return CudaCopier(paged, chunk_tokens)

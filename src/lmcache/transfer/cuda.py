@@ -1,0 +1,349 @@
+"""Paged KV in GPU memory <-> slots in the arena: a Triton kernel gathers into a small device ring, the copy engine does the rest.
+
+A copy is cut in *pieces*: a run of planes of one chunk, or several whole chunks where they are small. Each piece has its
+place in the ring; the kernel of one piece runs while the DMA of the piece before is on the wire, so PCIe never waits. The two
+directions have streams and rings of their own and so run at once. Host threads wait on blocking events and hold no GIL.
+
+The kernels know blocks, tokens, heads and strides, and nothing of CUDA alone: ROCm's Triton runs the same code (untested).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import triton
+import triton.language as tl
+
+from lmcache.errors import LayoutError
+from lmcache.observability.log import init_logger
+from lmcache.transfer.cpu import check_runs
+from lmcache.transfer.paged import PagedKV, Plane
+
+logger = init_logger(__name__)
+
+STAGING_BYTES = int(os.environ.get("LMCACHE_GPU_STAGING_MB", "128")) << 20
+_PIECES_IN_RING = 4
+_REGISTER_BYTES = 1 << 30
+_TILE_WORDS = 2048
+Runs = npt.NDArray[np.int64]
+Blocks = npt.NDArray[np.int32]
+
+
+@triton.jit
+def _copy_kernel(
+    bases,
+    blocks,
+    meta,
+    staging,
+    first_plane,
+    planes_here,
+    piece_words,
+    chunk_tokens,
+    block_tokens,
+    block_stride,
+    token_stride,
+    head_stride,
+    head_words,
+    row_words,
+    TO_STAGING: tl.constexpr,
+    WORD: tl.constexpr,
+    TOKENS: tl.constexpr,
+    WORDS: tl.constexpr,
+):
+    """Program (tile, plane, chunk): TOKENS rows of one plane of one chunk. Strides are in words of `WORD` type.
+
+    meta holds (first_token, token_count, token_in_slot) for each chunk; a row is one token's heads x dims of a plane.
+    """
+    row_tiles = tl.cdiv(row_words, WORDS)
+    tile = tl.program_id(0) // row_tiles
+    word = (tl.program_id(0) % row_tiles) * WORDS + tl.arange(0, WORDS)
+    plane = tl.program_id(1)
+    chunk = tl.program_id(2)
+    first = tl.load(meta + chunk * 3)
+    count = tl.load(meta + chunk * 3 + 1)
+    in_slot = tl.load(meta + chunk * 3 + 2)
+    token = tile * TOKENS + tl.arange(0, TOKENS)
+    live = token < count
+    position = first + token
+    block = tl.load(blocks + position // block_tokens, mask=live, other=0).to(tl.int64)
+    row = block * block_stride + (position % block_tokens).to(tl.int64) * token_stride
+    column = (word // head_words).to(tl.int64) * head_stride + word % head_words
+    paged = tl.load(bases + first_plane + plane).to(tl.pointer_type(WORD)) + row[:, None] + column[None, :]
+    slot_row = (plane * chunk_tokens + in_slot + token).to(tl.int64) * row_words
+    staged = staging + chunk.to(tl.int64) * piece_words + slot_row[:, None] + word[None, :]
+    mask = live[:, None] & (word < row_words)[None, :]
+    if TO_STAGING:
+        tl.store(staged, tl.load(paged, mask=mask), mask=mask)
+    else:
+        tl.store(paged, tl.load(staged, mask=mask), mask=mask)
+
+
+_WORDS: dict[int, tuple[torch.dtype, Any]] = {
+    8: (torch.int64, tl.int64),
+    4: (torch.int32, tl.int32),
+    2: (torch.int16, tl.int16),
+    1: (torch.int8, tl.int8),
+}
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """What all planes share, in words of `word_bytes`."""
+
+    word_bytes: int
+    block_stride: int
+    token_stride: int
+    head_stride: int
+    head_words: int
+    row_words: int
+
+
+class CudaCopier:
+    """As `CpuCopier`, for paged KV on a GPU. Safe to call from one loading and one storing thread at once.
+
+    Raises:
+        LayoutError: planes of different strides, tiled interiors, or no room for the staging ring.
+    """
+
+    def __init__(self, paged: PagedKV, chunk_tokens: int) -> None:
+        self._paged, self._chunk_tokens = paged, chunk_tokens
+        self._slot_bytes = paged.slot_bytes(chunk_tokens)
+        self._device = torch.device(paged.device)
+        self._shape = _shape_of(paged)
+        self._registered_bytes = 0
+        self._stop = threading.Event()
+        self._register_thread: threading.Thread | None = None
+        self._address = 0
+        with torch.cuda.device(self._device):
+            self._bases = torch.tensor(
+                [plane.address for plane in paged.planes], dtype=torch.int64, device=self._device
+            )
+            self._lanes = {True: _Lane(self, STAGING_BYTES // 2), False: _Lane(self, STAGING_BYTES // 2)}
+        logger.info("GPU staging: %d MiB on %s", STAGING_BYTES >> 20, self._device)
+
+    def gather(
+        self, base: int, blocks: Blocks, runs: Runs, *, arena_bytes: int | None = None, after: Any | None = None
+    ) -> None:
+        """Paged tokens -> slots, after the engine's stream has passed `after`."""
+        checked = check_runs(self._paged, self._chunk_tokens, base, blocks, runs, arena_bytes)
+        self._lanes[True].run(base, *checked, after)
+
+    def scatter(
+        self, base: int, blocks: Blocks, runs: Runs, *, arena_bytes: int | None = None, after: Any | None = None
+    ) -> None:
+        """Slots -> paged tokens, after the engine's stream has passed `after`."""
+        checked = check_runs(self._paged, self._chunk_tokens, base, blocks, runs, arena_bytes)
+        self._lanes[False].run(base, *checked, after)
+
+    def adopt(self, address: int, size_bytes: int) -> None:
+        """Register the mapping with the driver, 1 GiB at a time; what is not registered yet is copied by the driver's own,
+        slower staging."""
+        self._address = address
+        self._register_thread = threading.Thread(
+            target=self._register, args=(address, size_bytes), name="lmcache-register", daemon=True
+        )
+        self._register_thread.start()
+
+    def close(self) -> None:
+        self._stop.set()
+        if self._register_thread is not None:
+            self._register_thread.join()
+        for offset in range(0, self._registered_bytes, _REGISTER_BYTES):
+            torch.cuda.cudart().cudaHostUnregister(self._address + offset)
+        self._registered_bytes = 0
+        self._lanes = {}
+
+    def _register(self, address: int, size_bytes: int) -> None:
+        with torch.cuda.device(self._device):
+            for offset in range(0, size_bytes, _REGISTER_BYTES):
+                if self._stop.is_set():
+                    return
+                length = min(_REGISTER_BYTES, size_bytes - offset)
+                error = int(torch.cuda.cudart().cudaHostRegister(address + offset, length, 1))  # 1: portable
+                if error:
+                    logger.warning(
+                        "cudaHostRegister failed at %d MiB (error %d): copies are slower beyond", offset >> 20, error
+                    )
+                    return
+                self._registered_bytes = offset + length
+        logger.info("Registered %d MiB of the arena with the GPU driver", size_bytes >> 20)
+
+
+class _Lane:
+    """One direction: its ring, its two streams, one copy at a time."""
+
+    def __init__(self, copier: CudaCopier, ring_bytes: int) -> None:
+        self._copier = copier
+        slot, planes = copier._slot_bytes, len(copier._paged.planes)
+        self._plane_bytes = slot // planes
+        target = ring_bytes // _PIECES_IN_RING
+        self._planes_in_piece = max(1, min(planes, target // self._plane_bytes))
+        pieces = -(-planes // self._planes_in_piece)
+        self._planes_in_piece = -(-planes // pieces)  # even pieces: the last one is not a crumb
+        self._chunks_in_piece = max(1, target // slot) if pieces == 1 else 1
+        self._piece_bytes = self._planes_in_piece * self._plane_bytes * self._chunks_in_piece
+        self._count = max(2, ring_bytes // self._piece_bytes)
+        device, word = copier._device, _WORDS[copier._shape.word_bytes][0]
+        try:
+            self._ring = torch.empty((self._count, self._piece_bytes), dtype=torch.uint8, device=device)
+        except torch.OutOfMemoryError as error:
+            raise LayoutError(
+                f"no {ring_bytes >> 20} MiB of GPU memory for staging: lower LMCACHE_GPU_STAGING_MB"
+            ) from error
+        self._word = word
+        self._kernels, self._copies = torch.cuda.Stream(device), torch.cuda.Stream(device)
+        self._free = [torch.cuda.Event() for _ in range(self._count)]
+        self._lock = threading.Lock()
+
+    def run(self, base: int, blocks: Blocks, runs: Runs, after: Any | None) -> None:
+        """The whole copy, ended."""
+        if not len(runs):
+            return
+        copier = self._copier
+        to_host = self is copier._lanes[True]
+        with self._lock, torch.cuda.device(copier._device):
+            table = torch.from_numpy(blocks).to(copier._device)
+            meta = torch.from_numpy(np.ascontiguousarray(runs[:, 1:])).to(copier._device)
+            if after is not None:
+                self._kernels.wait_event(after)
+            number = 0
+            for at in range(0, len(runs), self._chunks_in_piece):
+                part = slice(at, at + self._chunks_in_piece)
+                for plane in range(0, len(copier._paged.planes), self._planes_in_piece):
+                    self._piece(number, base, table, meta[part], runs[part], plane, to_host)
+                    number += 1
+            last = torch.cuda.Event(blocking=True)
+            last.record(self._copies if to_host else self._kernels)
+            last.synchronize()
+
+    def _piece(
+        self, number: int, base: int, table: torch.Tensor, meta: torch.Tensor, runs: Runs, plane: int, to_host: bool
+    ) -> None:
+        place = number % self._count
+        ring = self._ring[place]
+        planes = min(self._planes_in_piece, len(self._copier._paged.planes) - plane)
+        done = torch.cuda.Event()
+        if to_host:
+            if number >= self._count:
+                self._kernels.wait_event(self._free[place])
+            self._launch(ring, table, meta, runs, plane, planes, to_host)
+            done.record(self._kernels)
+            self._copies.wait_event(done)
+            self._dma(ring, base, runs, plane, planes, to_host)
+            self._free[place].record(self._copies)
+        else:
+            if number >= self._count:
+                self._copies.wait_event(self._free[place])
+            self._dma(ring, base, runs, plane, planes, to_host)
+            done.record(self._copies)
+            self._kernels.wait_event(done)
+            self._launch(ring, table, meta, runs, plane, planes, to_host)
+            self._free[place].record(self._kernels)
+
+    def _launch(
+        self,
+        ring: torch.Tensor,
+        table: torch.Tensor,
+        meta: torch.Tensor,
+        runs: Runs,
+        plane: int,
+        planes: int,
+        to_host: bool,
+    ) -> None:
+        copier, shape = self._copier, self._copier._shape
+        words = min(triton.next_power_of_2(shape.row_words), 1024)
+        tokens = max(1, _TILE_WORDS // words)
+        tiles = triton.cdiv(int(runs[:, 2].max()), tokens) * triton.cdiv(shape.row_words, words)
+        with torch.cuda.stream(self._kernels):
+            _copy_kernel[(tiles, planes, len(runs))](
+                copier._bases,
+                table,
+                meta,
+                ring.view(self._word),
+                plane,
+                planes,
+                planes * self._plane_bytes // shape.word_bytes,
+                copier._chunk_tokens,
+                copier._paged.block_tokens,
+                shape.block_stride,
+                shape.token_stride,
+                shape.head_stride,
+                shape.head_words,
+                shape.row_words,
+                TO_STAGING=to_host,
+                WORD=_WORDS[shape.word_bytes][1],
+                TOKENS=tokens,
+                WORDS=words,
+                num_warps=8,
+            )
+
+    def _dma(self, ring: torch.Tensor, base: int, runs: Runs, plane: int, planes: int, to_host: bool) -> None:
+        """The piece's chunks, one copy each; neighbours in the arena go together."""
+        length = planes * self._plane_bytes
+        starts = runs[:, 0] + plane * self._plane_bytes
+        at = 0
+        with torch.cuda.stream(self._copies):
+            while at < len(starts):
+                end = at + 1
+                while end < len(starts) and starts[end] == starts[end - 1] + length:
+                    end += 1
+                staged = ring[at * length : end * length]
+                for host, device in self._split(base, int(starts[at]), staged):
+                    (host if to_host else device).copy_(device if to_host else host, non_blocking=True)
+                at = end
+
+    def _split(self, base: int, offset: int, staged: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Cut where registrations meet: the driver takes no copy across two of them."""
+        parts, done, length = [], 0, staged.numel()
+        while done < length:
+            room = (
+                _REGISTER_BYTES - (offset + done) % _REGISTER_BYTES if base == self._copier._address else length - done
+            )
+            size = min(room, length - done)
+            parts.append((_host_bytes(base + offset + done, size), staged[done : done + size]))
+            done += size
+        return parts
+
+
+def _host_bytes(address: int, length: int) -> torch.Tensor:
+    """Host memory as a tensor; whoever maps it keeps it alive."""
+    return torch.frombuffer((ctypes.c_uint8 * length).from_address(address), dtype=torch.uint8)
+
+
+def _shape_of(paged: PagedKV) -> _Shape:
+    """The strides that all planes share, in the widest words that fit them.
+
+    Raises:
+        LayoutError: planes that differ, or interiors tiled for a CPU's matrix units.
+    """
+    planes = [_plain(plane, paged.item_bytes) for plane in paged.planes]
+    if any(plane[1:] != planes[0][1:] for plane in planes):
+        raise LayoutError("the layers' KV tensors have different strides; this copier needs them alike")
+    _, block, token, heads, head, head_bytes = planes[0]
+    if head == head_bytes or heads == 1:  # heads side by side: one long row
+        head, head_bytes, heads = heads * head_bytes, heads * head_bytes, 1
+    for word in (8, 4, 2, 1):
+        if all(value % word == 0 for value in (block, token, head, head_bytes, *(plane[0] for plane in planes))):
+            break
+    return _Shape(word, block // word, token // word, head // word, head_bytes // word, heads * head_bytes // word)
+
+
+def _plain(plane: Plane, item: int) -> tuple[int, int, int, int, int, int]:
+    """(address, block, token and head stride, heads, bytes of a head), or LayoutError."""
+    tokens_plain = plane.token_group == 1 or plane.group_stride == plane.token_group * plane.token_stride
+    dims_plain = plane.dims == 1 or (
+        (plane.dim_stride == item or plane.dim_group == 1)
+        and (plane.dim_group in (1, plane.dims) or plane.dim_group_stride == plane.dim_group * item)
+        and (plane.dim_group != 1 or plane.dim_group_stride == item)
+    )
+    if not tokens_plain or not dims_plain:
+        raise LayoutError("a GPU KV tensor whose tokens or dims are tiled cannot be described")
+    token = plane.group_stride if plane.token_group == 1 else plane.token_stride
+    return plane.address, plane.block_stride, token, plane.heads, plane.head_stride, plane.dims * item
