@@ -1,0 +1,93 @@
+"""The GPU copier against a plain gather, bit for bit, over random layouts and block tables. Skips where there is no GPU."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("triton")
+if not torch.cuda.is_available():
+    pytest.skip("no GPU here", allow_module_level=True)
+
+from lmcache.transfer.cuda import CudaCopier  # noqa: E402
+from lmcache.transfer.paged import PagedKV, Plane  # noqa: E402
+
+LAYOUTS = ("NHD [2,nb,bs,H,D]", "NHD [nb,2,bs,H,D]", "HND [2,nb,H,bs,D]", "HND [nb,2,H,bs,D]", "MLA [nb,bs,D]")
+
+
+def paged_kv(layout: str, layers: int, heads: int, dims: int, block: int, count: int, dtype: torch.dtype):
+    """(PagedKV, one view [block][token][head][dim] a plane) of random KV on the GPU."""
+    planes, views, owners = [], [], []
+    for _ in range(layers):
+        if layout.startswith("MLA"):
+            shape, order = (count, block, dims), None
+        else:
+            inner = (block, heads, dims) if layout.startswith("NHD") else (heads, block, dims)
+            shape = (2, count, *inner) if "[2,nb" in layout else (count, 2, *inner)
+            order = layout
+        raw = torch.randint(-128, 127, (*shape, dtype.itemsize), dtype=torch.int8, device="cuda")
+        tensor = raw.view(dtype).squeeze(-1)
+        owners.append(tensor)
+        if order is None:
+            parts = [tensor.unsqueeze(2)]
+        else:
+            parts = [tensor[i] if "[2,nb" in layout else tensor[:, i] for i in (0, 1)]
+            if layout.startswith("HND"):
+                parts = [part.transpose(1, 2) for part in parts]
+        for part in parts:
+            size = part.element_size()
+            b, t, h, d = (stride * size for stride in part.stride())
+            planes.append(Plane.strided(part.data_ptr(), b, t, part.shape[2], h, part.shape[3], d))
+            views.append(part)
+    return PagedKV(tuple(planes), block, count, dtype.itemsize, owners, "cuda:0"), views
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.int8])
+@pytest.mark.parametrize(("chunk", "block"), [(256, 16), (16, 128), (48, 32), (1, 16), (250, 64)])
+def test_round_trip(layout: str, dtype: torch.dtype, chunk: int, block: int) -> None:
+    rng = random.Random(f"{layout}{dtype}{chunk}{block}")
+    layers, heads, dims = rng.choice([(4, 2, 64), (3, 1, 128), (5, 8, 80)])
+    count = 40 if block >= 64 else 200
+    paged, views = paged_kv(layout, layers, heads, dims, block, count, dtype)
+    copier = CudaCopier(paged, chunk)
+    tokens = min(block * count // 2, chunk * 40) // chunk * chunk or chunk
+    table = np.array(rng.sample(range(count), -(-tokens // block)), dtype=np.int32)
+    chunks, size = tokens // chunk, paged.slot_bytes(chunk)
+    stride = -(-size // 4096) * 4096
+    arena = np.random.default_rng(1).integers(0, 255, (chunks + 1) * stride, dtype=np.uint8)
+    order = rng.sample(range(chunks + 1), chunks)
+    full = np.array([(order[i] * stride, i * chunk, chunk, 0) for i in range(chunks)], dtype=np.int64)
+    poison = arena.copy()
+    copier.gather(arena.ctypes.data, table, full, arena_bytes=arena.nbytes)
+    index = torch.from_numpy(table.astype(np.int64)).cuda()
+    want = [view[index].reshape(-1, *view.shape[2:])[:tokens].contiguous().view(torch.uint8).cpu() for view in views]
+    for i, place in enumerate(order):
+        slot = torch.from_numpy(arena[place * stride : place * stride + size])
+        expected = torch.cat([plane[i * chunk : (i + 1) * chunk].reshape(-1) for plane in want])
+        assert torch.equal(slot, expected)
+        assert (arena[place * stride + size : (place + 1) * stride] == poison[place * stride + size : (place + 1) * stride]).all()
+    spare = ({*range(chunks + 1)} - {*order}).pop()
+    assert (arena[spare * stride : (spare + 1) * stride] == poison[spare * stride : (spare + 1) * stride]).all()
+
+    # Back into other blocks, a part only: what is not asked for stays as it was.
+    other = np.array(rng.sample(range(count), len(table)), dtype=np.int32)
+    before = [view.clone() for view in views]
+    start, end = sorted(rng.sample(range(tokens + 1), 2)) if tokens > 1 else (0, 1)
+    part = []
+    for i, place in enumerate(order):
+        first, last = max(start, i * chunk), min(end, (i + 1) * chunk)
+        if first < last:
+            part.append((place * stride, first, last - first, first - i * chunk))
+    copier.scatter(arena.ctypes.data, other, np.array(part, dtype=np.int64), arena_bytes=arena.nbytes)
+    position = np.arange(start, end)
+    block_of, inside = torch.from_numpy(other[position // block].astype(np.int64)).cuda(), torch.from_numpy(position % block).cuda()
+    for view, old, plane in zip(views, before, want, strict=True):
+        expected = old
+        filled = plane[start:end].cuda().contiguous().view(dtype).reshape(end - start, *view.shape[2:])
+        expected[block_of, inside] = filled
+        assert torch.equal(view.contiguous().view(torch.uint8), expected.contiguous().view(torch.uint8))
+    copier.close()
