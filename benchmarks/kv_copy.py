@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import functools
 import mmap
 import os
 import statistics
@@ -18,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -124,8 +126,12 @@ def limits(seconds: float, threads: list[int]) -> None:
         runs = [np.array([(i * size, i * 1024, 1024, 0)], dtype=np.int64) for i in range(count - 1)]
         table = np.arange(count - 1, dtype=np.int32)
         for name, copy in (("gather", copier.gather), ("scatter", copier.scatter)):
-            text = rate(lambda i, copy=copy: copy(target, table, runs[i % len(runs)]), size, seconds)
+            text = rate(functools.partial(_one, copy, target, [table] * len(runs), runs), size, seconds)
             print(f"{'contiguous ' + name:34} {number:3} {text}")
+
+
+def _one(copy: Callable[..., None], base: int, tables: list[Any], runs: list[Any], i: int) -> None:
+    copy(base, tables[i % len(tables)], runs[i % len(runs)])
 
 
 def _move(target: int, source: int, offset: int, size: int) -> None:
@@ -151,11 +157,8 @@ def measure(name: str, model: Model, seconds: float, threads: list[int], isa: in
             runs = np.array(rows, dtype=np.int64).reshape(total // chunks, chunks, 4)
             tables = np.repeat(blocks, CHUNKS // chunks, axis=0)
             for way, copy in (("gather", copier.gather), ("scatter", copier.scatter)):
-                text = rate(
-                    lambda i, copy=copy, runs=runs, tables=tables: copy(base, tables[i % len(runs)], runs[i % len(runs)]),
-                    chunks * slot,
-                    seconds,
-                )
+                call = functools.partial(_one, copy, base, list(tables), list(runs))
+                text = rate(call, chunks * slot, seconds)
                 print(f"{f'{name}, {chunks} x {slot / (1 << 20):g} MiB {way}':34} {number:3} {text}", flush=True)
 
 

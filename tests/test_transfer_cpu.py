@@ -384,7 +384,7 @@ def test_wide_and_strided_arrays_are_taken(monkeypatch: pytest.MonkeyPatch) -> N
         CpuCopier(paged, 100).gather(arena.ctypes.data, blocks, runs)  # type: ignore[arg-type]
         results.append(arena)
     assert results[0].any()
-    assert np.array_equal(*results)
+    assert np.array_equal(results[0], results[1])
 
 
 @pytest.mark.parametrize(("chunk_tokens", "threads"), [(0, 1), (-3, 1), (16, 0)])
@@ -405,7 +405,7 @@ def test_threads_share_one_call() -> None:
     arenas = [np.zeros(4 * slot, dtype=np.uint8) for _ in range(2)]
     for arena, threads in zip(arenas, (1, 3), strict=True):
         CpuCopier(paged, 256, threads).gather(arena.ctypes.data, blocks, runs)
-    assert np.array_equal(*arenas)
+    assert np.array_equal(arenas[0], arenas[1])
     memory[:] = 0
     CpuCopier(paged, 256, 3).scatter(arenas[0].ctypes.data, blocks, runs)
     first, plane_bytes = GUARD, (len(memory) - GUARD) // 4

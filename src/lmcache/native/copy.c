@@ -1,11 +1,12 @@
 /* Paged KV <-> slots, in one call without the GIL.
  *
- * A plane (K or V of one layer) is a set of axes: token group, token, head, dim group, dim. Each axis has a stride in paged
- * memory and one in the slot. Axes that step alike on both sides are fused, until what is left is one of two patterns:
+ * A plane (K or V of one layer) is a set of axes: token group, token, head, dim group, dim. Each axis has a stride in
+ * paged memory and one in the slot. Axes that step alike on both sides are fused, until what is left is one of two
+ * patterns:
  *   rows        runs of bytes that are contiguous on both sides: copied with non-temporal stores where they are long,
  *               because nobody reads the target soon and a normal store would read it from memory first;
- *   transpose   single items, one axis dense in paged memory and another one in the slot (K stored [dim][token], pairs of
- *               tokens or dims for matrix units): square tiles in registers.
+ *   transpose   single items, one axis dense in paged memory and another one in the slot (K stored [dim][token], pairs
+ *               of tokens or dims for matrix units): square tiles in registers.
  * So every layout is right by the same few lines, and the usual ones are fast.
  *
  * Bounds were checked by the caller (transfer/cpu.py); nothing is allocated here.
@@ -40,7 +41,7 @@ typedef struct {
 } Axis;
 
 typedef struct {
-    Axis axes[MAX_AXES]; /* outermost first; for a transpose the last two are (dense in the slot, dense in paged memory) */
+    Axis axes[MAX_AXES]; /* outermost first; of a transpose the last two: dense in the slot, dense in paged memory */
     int count;
     int transpose;
     int64_t item; /* bytes that are contiguous on both sides */
@@ -53,7 +54,7 @@ static const Isa isas[] = {
     {"avx2", rows_avx2, transpose_2_avx2, transpose_4_avx2},
     {"avx512", rows_avx2, transpose_2_avx512, transpose_4_avx512},
 #elif defined(__aarch64__)
-    {"neon", rows_neon, transpose_2_neon, transpose_4_neon},
+    {"neon", rows_plain, transpose_2_neon, transpose_4_neon},
 #endif
 };
 
@@ -78,7 +79,7 @@ static void finish_streams(void)
 #endif
 }
 
-/* ---- Patterns ----------------------------------------------------------------------------------------------------- */
+/* ---- Patterns ------------------------------------------------------------ */
 
 static void remove_axis(Pattern *p, int i)
 {
@@ -203,7 +204,7 @@ static void run_pattern(const Pattern *p, const Isa *isa, char *paged, char *slo
     }
 }
 
-/* ---- Runs --------------------------------------------------------------------------------------------------------- */
+/* ---- Runs ------------------------------------------------------------ */
 
 typedef struct {
     int scatter;
@@ -297,7 +298,7 @@ static void work(const Job *job)
     finish_streams();
 }
 
-/* ---- Python ------------------------------------------------------------------------------------------------------- */
+/* ---- Python ------------------------------------------------------------ */
 
 enum { ISA_COUNT = sizeof isas / sizeof *isas };
 
@@ -367,8 +368,9 @@ static PyObject *copy_isas(PyObject *module, PyObject *ignored)
 PyMethodDef lmcache_copy_methods[] = {
     {"copy", (PyCFunction)(void (*)(void))copy, METH_FASTCALL,
      "copy(scatter, isa, planes, plane_count, item_bytes, block_tokens, base, blocks, runs, run_count, claimed)\n\n"
-     "Copy paged tokens into slots (scatter=0) or slots into paged memory (1). planes, base, blocks, runs and claimed are\n"
-     "addresses; the caller keeps them alive and has checked every bound. isa: a value of copy_isas(), or -1 for the best."},
+     "Copy paged tokens into slots (scatter=0) or slots into paged memory (1). planes, base, blocks, runs and claimed\n"
+     "are addresses; the caller keeps them alive and has checked every bound. isa: a value of copy_isas(), or -1 for\n"
+     "the best one."},
     {"copy_isas", copy_isas, METH_NOARGS, "The instruction sets that this CPU has: {name: number}, the best one last."},
     {NULL, NULL, 0, NULL},
 };

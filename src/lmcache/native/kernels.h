@@ -22,13 +22,13 @@ typedef struct {
     TransposeKernel transpose_2, transpose_4; /* by item bytes */
 } Isa;
 
-#define PLAIN_TRANSPOSE(ITEM)                                                                                             \
-    static void transpose_##ITEM##_plain(char *to, int64_t to_stride, const char *from, int64_t from_stride,              \
-                                         int64_t rows, int64_t columns)                                                   \
-    {                                                                                                                     \
-        for (int64_t c = 0; c < columns; c++)                                                                             \
-            for (int64_t r = 0; r < rows; r++)                                                                            \
-                memcpy(to + c * to_stride + r * ITEM, from + r * from_stride + c * ITEM, ITEM);                           \
+#define PLAIN_TRANSPOSE(ITEM)                                                                                          \
+    static void transpose_##ITEM##_plain(char *to, int64_t to_stride, const char *from, int64_t from_stride,           \
+                                         int64_t rows, int64_t columns)                                                \
+    {                                                                                                                  \
+        for (int64_t c = 0; c < columns; c++)                                                                          \
+            for (int64_t r = 0; r < rows; r++)                                                                         \
+                memcpy(to + c * to_stride + r * ITEM, from + r * from_stride + c * ITEM, ITEM);                        \
     }
 PLAIN_TRANSPOSE(1)
 PLAIN_TRANSPOSE(2)
@@ -43,8 +43,8 @@ static void rows_plain(char *to, int64_t to_stride, const char *from, int64_t fr
         memcpy(to + i * to_stride, from + i * from_stride, (size_t)bytes);
 }
 
-/* Two rows of 2-byte items against one of pairs, as kernels for matrix units keep them. Inlined into functions for newer
- * instruction sets, where the compiler turns the loops into vectors. */
+/* Two rows of 2-byte items against one of pairs, as kernels for matrix units keep them. Inlined into functions for
+ * newer instruction sets, where the compiler turns the loops into vectors. */
 static inline __attribute__((always_inline)) void zip_2(char *to, const char *a, const char *b, int64_t count)
 {
     for (int64_t i = 0; i < count; i++) {

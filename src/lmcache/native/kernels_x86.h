@@ -1,5 +1,5 @@
-/* x86-64: AVX2 and AVX-512, compiled for any x86-64 and chosen at run time. AVX-512 has transposes only: rows are no faster
- * with it.
+/* x86-64: AVX2 and AVX-512, compiled for any x86-64 and chosen at run time. AVX-512 has transposes only: rows are no
+ * faster with it.
  *
  * Transposes work on squares of 4-byte items in registers. Items of 2 bytes become 4-byte ones first: two rows are
  * interleaved into pairs, which is half of the transpose already.
@@ -15,7 +15,7 @@
 #define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl")))
 #define INLINE static inline __attribute__((always_inline))
 
-/* ---- AVX2 --------------------------------------------------------------------------------------------------------- */
+/* ---- AVX2 ------------------------------------------------------------ */
 
 AVX2 INLINE void line_avx2(char *to, const char *from)
 {
@@ -112,43 +112,43 @@ AVX2 INLINE void load_2_avx2(__m256i v[8], const char *from, int64_t stride)
 }
 
 /* Two squares side by side fill whole lines of the target: 64 / item rows of the source, 8 columns. */
-#define TRANSPOSE_AVX2(ITEM)                                                                                              \
-    AVX2 static void transpose_##ITEM##_avx2(char *to, int64_t to_stride, const char *from, int64_t from_stride,          \
-                                             int64_t rows, int64_t columns)                                               \
-    {                                                                                                                     \
-        if (ITEM == 2 && transpose_pairs(to, to_stride, from, from_stride, rows, columns))                                \
-            return;                                                                                                       \
-        enum { HIGH = LINE / ITEM, WIDE = 8 };                                                                            \
-        int64_t whole_rows = rows / HIGH * HIGH, whole_columns = columns / WIDE * WIDE;                                   \
-        int stream = starts_lines(to, to_stride);                                                                         \
-        for (int64_t c = 0; c < whole_columns; c += WIDE)                                                                 \
-            for (int64_t r = 0; r < whole_rows; r += HIGH) {                                                              \
-                __m256i a[8], b[8];                                                                                       \
-                const char *source = from + r * from_stride + c * ITEM;                                                   \
-                char *target = to + c * to_stride + r * ITEM;                                                             \
-                load_##ITEM##_avx2(a, source, from_stride);                                                               \
-                square_avx2(a);                                                                                           \
-                load_##ITEM##_avx2(b, source + HIGH / 2 * from_stride, from_stride);                                      \
-                square_avx2(b);                                                                                           \
-                for (int i = 0; i < 8; i++, target += to_stride) {                                                        \
-                    if (stream) {                                                                                         \
-                        _mm256_stream_si256((__m256i *)target, a[i]);                                                     \
-                        _mm256_stream_si256((__m256i *)(target + 32), b[i]);                                              \
-                    } else {                                                                                              \
-                        _mm256_storeu_si256((__m256i *)target, a[i]);                                                     \
-                        _mm256_storeu_si256((__m256i *)(target + 32), b[i]);                                              \
-                    }                                                                                                     \
-                }                                                                                                         \
-            }                                                                                                             \
-        transpose_##ITEM##_plain(to + whole_rows * ITEM, to_stride, from + whole_rows * from_stride, from_stride,         \
-                                 rows - whole_rows, columns);                                                             \
-        transpose_##ITEM##_plain(to + whole_columns * to_stride, to_stride, from + whole_columns * ITEM, from_stride,     \
-                                 whole_rows, columns - whole_columns);                                                    \
+#define TRANSPOSE_AVX2(ITEM)                                                                                           \
+    AVX2 static void transpose_##ITEM##_avx2(char *to, int64_t to_stride, const char *from, int64_t from_stride,       \
+                                             int64_t rows, int64_t columns)                                            \
+    {                                                                                                                  \
+        if (ITEM == 2 && transpose_pairs(to, to_stride, from, from_stride, rows, columns))                             \
+            return;                                                                                                    \
+        enum { HIGH = LINE / ITEM, WIDE = 8 };                                                                         \
+        int64_t whole_rows = rows / HIGH * HIGH, whole_columns = columns / WIDE * WIDE;                                \
+        int stream = starts_lines(to, to_stride);                                                                      \
+        for (int64_t c = 0; c < whole_columns; c += WIDE)                                                              \
+            for (int64_t r = 0; r < whole_rows; r += HIGH) {                                                           \
+                __m256i a[8], b[8];                                                                                    \
+                const char *source = from + r * from_stride + c * ITEM;                                                \
+                char *target = to + c * to_stride + r * ITEM;                                                          \
+                load_##ITEM##_avx2(a, source, from_stride);                                                            \
+                square_avx2(a);                                                                                        \
+                load_##ITEM##_avx2(b, source + HIGH / 2 * from_stride, from_stride);                                   \
+                square_avx2(b);                                                                                        \
+                for (int i = 0; i < 8; i++, target += to_stride) {                                                     \
+                    if (stream) {                                                                                      \
+                        _mm256_stream_si256((__m256i *)target, a[i]);                                                  \
+                        _mm256_stream_si256((__m256i *)(target + 32), b[i]);                                           \
+                    } else {                                                                                           \
+                        _mm256_storeu_si256((__m256i *)target, a[i]);                                                  \
+                        _mm256_storeu_si256((__m256i *)(target + 32), b[i]);                                           \
+                    }                                                                                                  \
+                }                                                                                                      \
+            }                                                                                                          \
+        transpose_##ITEM##_plain(to + whole_rows * ITEM, to_stride, from + whole_rows * from_stride, from_stride,      \
+                                 rows - whole_rows, columns);                                                          \
+        transpose_##ITEM##_plain(to + whole_columns * to_stride, to_stride, from + whole_columns * ITEM, from_stride,  \
+                                 whole_rows, columns - whole_columns);                                                 \
     }
 TRANSPOSE_AVX2(4)
 TRANSPOSE_AVX2(2)
 
-/* ---- AVX-512 ------------------------------------------------------------------------------------------------------ */
+/* ---- AVX-512 ------------------------------------------------------------ */
 
 /* Sixteen registers of sixteen 4-byte items: rows become columns. */
 AVX512 INLINE void square_avx512(__m512i v[16])
@@ -195,32 +195,32 @@ AVX512 INLINE void load_2_avx512(__m512i v[16], const char *from, int64_t stride
     }
 }
 
-#define TRANSPOSE_AVX512(ITEM)                                                                                            \
-    AVX512 static void transpose_##ITEM##_avx512(char *to, int64_t to_stride, const char *from, int64_t from_stride,      \
-                                                 int64_t rows, int64_t columns)                                           \
-    {                                                                                                                     \
-        if (ITEM == 2 && transpose_pairs(to, to_stride, from, from_stride, rows, columns))                                \
-            return;                                                                                                       \
-        enum { HIGH = LINE / ITEM, WIDE = 16 };                                                                           \
-        int64_t whole_rows = rows / HIGH * HIGH, whole_columns = columns / WIDE * WIDE;                                   \
-        int stream = starts_lines(to, to_stride);                                                                         \
-        for (int64_t c = 0; c < whole_columns; c += WIDE)                                                                 \
-            for (int64_t r = 0; r < whole_rows; r += HIGH) {                                                              \
-                __m512i v[16];                                                                                            \
-                char *target = to + c * to_stride + r * ITEM;                                                             \
-                load_##ITEM##_avx512(v, from + r * from_stride + c * ITEM, from_stride);                                  \
-                square_avx512(v);                                                                                         \
-                for (int i = 0; i < 16; i++, target += to_stride) {                                                       \
-                    if (stream)                                                                                           \
-                        _mm512_stream_si512((__m512i *)target, v[i]);                                                     \
-                    else                                                                                                  \
-                        _mm512_storeu_si512(target, v[i]);                                                                \
-                }                                                                                                         \
-            }                                                                                                             \
-        transpose_##ITEM##_avx2(to + whole_rows * ITEM, to_stride, from + whole_rows * from_stride, from_stride,          \
-                                rows - whole_rows, columns);                                                              \
-        transpose_##ITEM##_avx2(to + whole_columns * to_stride, to_stride, from + whole_columns * ITEM, from_stride,      \
-                                whole_rows, columns - whole_columns);                                                     \
+#define TRANSPOSE_AVX512(ITEM)                                                                                         \
+    AVX512 static void transpose_##ITEM##_avx512(char *to, int64_t to_stride, const char *from, int64_t from_stride,   \
+                                                 int64_t rows, int64_t columns)                                        \
+    {                                                                                                                  \
+        if (ITEM == 2 && transpose_pairs(to, to_stride, from, from_stride, rows, columns))                             \
+            return;                                                                                                    \
+        enum { HIGH = LINE / ITEM, WIDE = 16 };                                                                        \
+        int64_t whole_rows = rows / HIGH * HIGH, whole_columns = columns / WIDE * WIDE;                                \
+        int stream = starts_lines(to, to_stride);                                                                      \
+        for (int64_t c = 0; c < whole_columns; c += WIDE)                                                              \
+            for (int64_t r = 0; r < whole_rows; r += HIGH) {                                                           \
+                __m512i v[16];                                                                                         \
+                char *target = to + c * to_stride + r * ITEM;                                                          \
+                load_##ITEM##_avx512(v, from + r * from_stride + c * ITEM, from_stride);                               \
+                square_avx512(v);                                                                                      \
+                for (int i = 0; i < 16; i++, target += to_stride) {                                                    \
+                    if (stream)                                                                                        \
+                        _mm512_stream_si512((__m512i *)target, v[i]);                                                  \
+                    else                                                                                               \
+                        _mm512_storeu_si512(target, v[i]);                                                             \
+                }                                                                                                      \
+            }                                                                                                          \
+        transpose_##ITEM##_avx2(to + whole_rows * ITEM, to_stride, from + whole_rows * from_stride, from_stride,       \
+                                rows - whole_rows, columns);                                                           \
+        transpose_##ITEM##_avx2(to + whole_columns * to_stride, to_stride, from + whole_columns * ITEM, from_stride,   \
+                                whole_rows, columns - whole_columns);                                                  \
     }
 TRANSPOSE_AVX512(4)
 TRANSPOSE_AVX512(2)
