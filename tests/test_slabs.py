@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Callable
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -69,7 +70,13 @@ def test_refusals_change_nothing() -> None:
     for wrong in (1, 256, 10_000_000, -1):
         with pytest.raises(ValueError):
             slabs.free(1, wrong)
-    for call in (lambda: slabs.take(region), lambda: slabs.close(1), lambda: slabs.alloc(9), lambda: slabs.free(9, 0)):
+    refused: list[Callable[[], object]] = [
+        lambda: slabs.take(region),
+        lambda: slabs.close(1),
+        lambda: slabs.alloc(9),
+        lambda: slabs.free(9, 0),
+    ]
+    for call in refused:
         with pytest.raises(ValueError):
             call()
     assert slabs.used_slots(1) == 1 and slabs.held_bytes(1) == region.bytes
@@ -98,7 +105,7 @@ def test_the_window_with_the_fewest_used_bytes_is_named() -> None:
     slabs = Slabs(1 << 30)
     for space, slot_bytes in ((1, 1 << 20), (2, 3 << 20), (3, 1 << 20)):
         slabs.open(space, slot_bytes)
-    regions = []
+    regions: list[Region] = []
     while (region := slabs.grow(1 if len(regions) % 2 else 3)) is not None:
         regions.append(region)
     fill(slabs, 1)

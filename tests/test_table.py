@@ -11,7 +11,16 @@ from collections.abc import Callable
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
+from hypothesis.stateful import (
+    Bundle,
+    MultipleResults,
+    RuleBasedStateMachine,
+    consumes,
+    initialize,
+    invariant,
+    multiple,
+    rule,
+)
 
 from lmcache.cache.table import COMPLETED, DONE, EMPTY, FILLING, NO_PAGE, RELEASED, PyTable, Table, pack, unpack
 
@@ -307,7 +316,7 @@ class Twins(RuleBasedStateMachine):
         self.age[record] = self.clock
 
     @rule(target=records, parent=st.none() | records)
-    def insert(self, parent: int | None) -> object:
+    def insert(self, parent: int | None) -> int | MultipleResults[int]:
         self.next_key += 1
         record = self.ask("insert", key_of(self.next_key), -1 if parent is None else parent)
         if not isinstance(record, int):
@@ -374,7 +383,7 @@ class Twins(RuleBasedStateMachine):
         assert not any(parent_of[one] in family for one in self.age)
 
     @rule(record=consumes(records))
-    def free(self, record: int) -> object:
+    def free(self, record: int) -> None:
         if self.ask("free", record) is None:
             self.live.discard(record)
 

@@ -76,7 +76,7 @@ class Table(Protocol):
         """Pages, [record][shard]; NO_PAGE where a shard is empty."""
 
     def detach(self, record: int, /) -> bytes:
-        """Detach the record and all its descendants; their ids, descendants before ancestors. ValueError when it is."""
+        """Detach the record and all its descendants; their ids, descendants first. ValueError when it is detached."""
 
     def free(self, record: int, /) -> None:
         """Forget a record that is detached, unpinned and not being filled; ValueError otherwise."""
@@ -164,7 +164,7 @@ class _Record:
 
 
 class PyTable:
-    """The specification, and what runs where no C compiler was."""
+    """The specification, and what runs where no C compiler was. `victim` walks over all that is older and may not go."""
 
     def __init__(self, shards: int, /) -> None:
         if not 1 <= shards <= MAX_SHARDS:
