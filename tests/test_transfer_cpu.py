@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import threading
 from dataclasses import dataclass
 
@@ -434,6 +435,44 @@ def test_one_copier_serves_many_threads() -> None:
         thread.join()
     assert arena.any()
     assert (arena.reshape(8, -1) == arena[:6400]).all()
+
+
+@pytest.mark.skipif(_load_native() is None, reason="no native code here")
+def test_the_gil_is_released() -> None:
+    """With so long a switch interval a second thread runs only when the first gives the GIL away, and only copies do."""
+    paged, _ = build(Shape("bgthDd", 1, 64, 64, 1, 4, 64, 1, 2))
+    arena = np.zeros(paged.slot_bytes(4096), dtype=np.uint8)
+    copier = CpuCopier(paged, 4096)
+    blocks = np.arange(64, dtype=np.int32)
+    runs = np.array([(0, 0, 4096, 0)] * 100, dtype=np.int64)  # 200 MiB
+    native, before = _load_native(), sys.getswitchinterval()
+
+    def ran_meanwhile() -> bool:
+        ready, start, ran = threading.Event(), threading.Lock(), []
+        start.acquire()
+
+        def other() -> None:
+            ready.set()
+            with start:
+                ran.append(True)
+
+        thread = threading.Thread(target=other)
+        thread.start()
+        ready.wait(timeout=60)
+        claimed = np.zeros(1, dtype=np.int64)
+        address, tables = copier._planes_address, (blocks.ctypes.data, runs.ctypes.data, len(runs), claimed.ctypes.data)
+        start.release()
+        native.copy(0, -1, address, 1, 2, 64, arena.ctypes.data, *tables)
+        seen = bool(ran)
+        thread.join()
+        return seen
+
+    sys.setswitchinterval(1000)
+    try:
+        # A busy machine may not wake the other thread in time; it never would while the GIL is held.
+        assert any(ran_meanwhile() for _ in range(20))
+    finally:
+        sys.setswitchinterval(before)
 
 
 def test_no_native_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:

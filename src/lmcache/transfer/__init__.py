@@ -1,6 +1,7 @@
 """Floor 6: moving KV between an engine's paged blocks and slots of the arena, one copy each way.
 
-`paged` describes where an engine keeps its KV, `cpu` copies on a CPU (native code, or NumPy where that is missing). A
-slot has one canonical order; bringing KV into it and out of it happens here and nowhere else. May import floors below
-(wire, cache, tiers, memory, chunks, errors and observability) and the optional `lmcache._native`.
+`paged` describes where an engine keeps its KV, `copier` is what every copier can do and chooses one: `cpu` (native code,
+or NumPy where that is missing) or `cuda`. A slot has one canonical order; bringing KV into it and out of it happens here
+and nowhere else. May import floors below (wire, cache, tiers, memory, chunks, errors and observability), the optional
+`lmcache._native`, and in `cuda` alone the engine's torch and Triton.
 """

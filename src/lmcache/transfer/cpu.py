@@ -237,5 +237,5 @@ def _load_native() -> Any:
 @functools.lru_cache(maxsize=1)
 def _warn_no_native() -> None:
     logger.warning(
-        "No native code (lmcache._native): KV copies use NumPy, several times slower; install with a C compiler"
+        "No native code (lmcache._native): KV copies use NumPy, at half the speed or less; install with a C compiler"
     )
