@@ -5,8 +5,8 @@ orders, `cached.py` the talk with LMCache, `engine.py` the request's way: look u
 decode. `python -m lmcache.integration.numpy` serves requests as JSON lines, for those who want to kill it.
 """
 
-from lmcache.integration.numpy.engine import Engine, EngineConfig, Result
+from lmcache.integration.numpy.engine import Engine, EngineConfig, Result, UnfilledKV
 from lmcache.integration.numpy.model import ModelConfig
 from lmcache.integration.numpy.paged import KV_ORDERS, OutOfBlocks
 
-__all__ = ["KV_ORDERS", "Engine", "EngineConfig", "ModelConfig", "OutOfBlocks", "Result"]
+__all__ = ["KV_ORDERS", "Engine", "EngineConfig", "ModelConfig", "OutOfBlocks", "Result", "UnfilledKV"]

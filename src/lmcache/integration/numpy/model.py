@@ -83,8 +83,7 @@ class Model:
         for number, layer in enumerate(self.layers):
             x = x + self._attend(number, layer, _norm(x), cos, sin, context)
             x = x + _swiglu(_norm(x), layer)
-        logits: Floats = _norm(x[-1]) @ self.lm_head
-        return logits
+        return np.asarray(_norm(x[-1]) @ self.lm_head)
 
     def _attend(
         self, number: int, layer: LayerWeights, x: Floats, cos: Floats, sin: Floats, context: Context
@@ -95,12 +94,11 @@ class Model:
         keys = _rotate(_norm(rows[:, config.heads : config.heads + config.kv_heads]), cos, sin)
         all_keys, all_values = context(number, keys, rows[:, config.heads + config.kv_heads :])
         mixed = _attention(queries, all_keys, all_values)
-        added: Floats = mixed @ layer.out
-        return added
+        return np.asarray(mixed @ layer.out)
 
 
 def _matrix(rng: np.random.Generator, rows: int, columns: int, gain: float = 1.0) -> Floats:
-    return rng.standard_normal((rows, columns), dtype=np.float32) * np.float32(gain / rows**0.5)
+    return np.asarray(rng.standard_normal((rows, columns), dtype=np.float32) * np.float32(gain / rows**0.5))
 
 
 def _random_layer(rng: np.random.Generator, config: ModelConfig) -> LayerWeights:
@@ -116,8 +114,7 @@ def _random_layer(rng: np.random.Generator, config: ModelConfig) -> LayerWeights
 def _norm(x: Floats) -> Floats:
     """RMSNorm over the last axis, with weights of one."""
     scale = np.sqrt(np.einsum("...d,...d->...", x, x) / np.float32(x.shape[-1]) + np.float32(1e-6))
-    normed: Floats = x / scale[..., None]
-    return normed
+    return np.asarray(x / scale[..., None])
 
 
 def _rotate(x: Floats, cos: Floats, sin: Floats) -> Floats:
@@ -128,8 +125,7 @@ def _rotate(x: Floats, cos: Floats, sin: Floats) -> Floats:
 
 def _swiglu(x: Floats, layer: LayerWeights) -> Floats:
     gate, up = np.split(x @ layer.gate_up, 2, axis=-1)
-    product: Floats = (gate / (1 + np.exp(-gate)) * up) @ layer.down
-    return product
+    return np.asarray((gate / (1 + np.exp(-gate)) * up) @ layer.down)
 
 
 def _attention(queries: Floats, keys: Floats, values: Floats) -> Floats:

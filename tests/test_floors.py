@@ -1,0 +1,116 @@
+"""The floors: a file imports only from floors below its own, or from its own folder (ARCHITECTURE.md draws them)."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import lmcache
+
+PACKAGE = Path(lmcache.__file__).parent
+FLOORS = {
+    "integration": 10,
+    "v1": 10,
+    "cli": 9,
+    "bench": 9,
+    "server": 8,
+    "engine": 7,
+    "transfer": 6,
+    "wire": 5,
+    "cache": 4,
+    "tiers": 3,
+    "memory": 2,
+    "chunks": 1,
+    "observability": 0,
+    "config": 0,
+    "errors": 0,
+    "utils": 10,
+    "__init__": 0,
+}
+"""`v1` and `utils` hold names that engines dictate, so they stand where integrations do."""
+BESIDE = {("cli", "bench"), ("config", "errors"), ("observability", "errors")}
+"""On the same floor, and allowed in this direction only."""
+NATIVE_USERS = {"transfer", "cache"}
+NAMES_WITHOUT_FLOOR = {"__version__", "_native"}
+
+
+def files() -> list[Path]:
+    return sorted(path for path in PACKAGE.rglob("*.py") if "__pycache__" not in path.parts)
+
+
+def home(path: Path) -> str:
+    """The first folder under the package, or the module's name."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> Iterator[tuple[int, str]]:
+    """(line, what of lmcache is imported: the folder or module right under the package)."""
+    package = ["lmcache", *path.relative_to(PACKAGE).parent.parts]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package[: len(package) - node.level + 1]) + "." if node.level else ""
+            module = (base + (node.module or "")).rstrip(".")
+            names = [f"{module}.{alias.name}" for alias in node.names] if module == "lmcache" else [module]
+        else:
+            continue
+        for name in names:
+            if name.startswith("lmcache."):
+                yield node.lineno, name.split(".")[1]
+
+
+def breaches(path: Path) -> list[str]:
+    own, found = home(path), []
+    for line, other in imports(path):
+        if other == "_native":
+            allowed = own in NATIVE_USERS
+        else:
+            beside = other == own or (own, other) in BESIDE
+            allowed = other in NAMES_WITHOUT_FLOOR or beside or FLOORS[other] < FLOORS[own]
+        if not allowed:
+            found.append(f"{path.relative_to(PACKAGE)}:{line} ({own}, floor {FLOORS[own]}) imports lmcache.{other}")
+    return found
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_go_down(path: Path) -> None:
+    assert home(path) in FLOORS, f"{home(path)} has no floor: give it one here and in ARCHITECTURE.md"
+    assert breaches(path) == []
+
+
+def test_the_heart_is_pure() -> None:
+    """cache/ does no I/O, starts no thread and has no clock; of `os` it may read the environment."""
+    banned = {"asyncio", "pathlib", "random", "select", "socket", "subprocess", "threading", "time", "zmq"}
+    for path in (PACKAGE / "cache").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names: list[str] = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                names = [node.module or ""]
+            elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "os":
+                assert node.attr == "environ", f"{path.name}:{node.lineno} uses os.{node.attr}"
+            assert not banned & {name.split(".")[0] for name in names}, f"{path.name}:{node.lineno} imports {names}"
+
+
+def test_every_folder_says_what_lives_there() -> None:
+    for path in PACKAGE.rglob("__init__.py"):
+        assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), f"{path} has no first paragraph"
+
+
+def test_a_breach_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "memory").mkdir()
+    file = tmp_path / "memory" / "upwards.py"
+    file.write_text(
+        "import lmcache.chunks\nfrom lmcache import server\nfrom lmcache._native import table\nfrom ..wire import x\n"
+    )
+    monkeypatch.setitem(globals(), "PACKAGE", tmp_path)
+    assert [line.split(" imports ")[1] for line in breaches(file)] == [
+        "lmcache.server",
+        "lmcache._native",
+        "lmcache.wire",
+    ]
