@@ -1,7 +1,7 @@
 """A vLLM engine that does what it is told on stdin: one JSON command a line, one JSON answer a line on its first stdout.
 
 Run by the tests in vLLM's own environment: `python drive.py '{"model": ..., ...}'` (keyword arguments of `vllm.LLM`).
-Commands: generate, reset, abort, metrics, kv, corrupt, exit.
+Commands: the functions in COMMANDS, and exit.
 """
 
 from __future__ import annotations
@@ -36,13 +36,21 @@ def answer(value: dict[str, Any]) -> None:
 
 
 def generate(
-    llm: Any, prompts: list[list[int]], max_tokens: int = 8, salts: list[str] | None = None, prompt_logprobs: bool = False
+    llm: Any,
+    prompts: list[list[int]],
+    max_tokens: int = 8,
+    salts: list[str] | None = None,
+    prompt_logprobs: bool = False,
 ) -> dict[str, Any]:
     """All prompts at once. Of each: tokens, their log probabilities, tokens that were cached; and the whole time."""
     from vllm import SamplingParams
 
     parameters = SamplingParams(
-        temperature=0.0, max_tokens=max_tokens, logprobs=1, ignore_eos=True, prompt_logprobs=1 if prompt_logprobs else None
+        temperature=0.0,
+        max_tokens=max_tokens,
+        logprobs=1,
+        ignore_eos=True,
+        prompt_logprobs=1 if prompt_logprobs else None,
     )
     inputs = [
         {"prompt_token_ids": prompt} | ({"cache_salt": salts[at]} if salts and salts[at] else {})
@@ -101,33 +109,53 @@ def metrics(llm: Any) -> dict[str, Any]:
     return found
 
 
-def kv(llm: Any, damage: list[int] | None = None) -> dict[str, Any]:
-    """A digest of each KV block's bytes (all layers); with `damage`, first double the bits of these blocks' first tokens."""
-    import hashlib
-
-    core = llm.llm_engine.engine_core.engine_core
-    runner = core.model_executor.driver_worker.worker.model_runner
-    caches = runner.kv_caches
-    for block in damage or ():
-        for cache in caches:
-            cache[block].mul_(2)
-    blocks = caches[0].shape[0]
-    digests = []
-    for block in range(min(blocks, 512)):
-        digest = hashlib.sha256()
-        for cache in caches:
-            digest.update(cache[block].contiguous().view(-1).view(dtype=_byte()).numpy().tobytes())
-        digests.append(digest.hexdigest()[:16])
-    return {"blocks": digests}
-
-
-def _byte() -> Any:
+def mix_up(llm: Any, prompts: list[list[int]]) -> dict[str, Any]:
+    """In the engine's cache, give tokens 16..31 of the first prompt's first block the KV of tokens 32..47, in one layer."""
     import torch
 
-    return torch.uint8
+    cache = caches_of(llm)[-1]
+    heads, tokens, width = cache.shape[1:]
+    for block in range(cache.shape[0]):
+        # vLLM-CPU: keys, [dim][token], then values, [token][dim], for each head of a block.
+        inside = cache[block].view(heads, 2, tokens * width // 2)
+        keys, values = inside[:, 0].view(heads, width // 2, tokens), inside[:, 1].view(heads, tokens, width // 2)
+        keys[:, :, 16:32] = torch.clone(keys[:, :, 32:48])
+        values[:, 16:32] = torch.clone(values[:, 32:48])
+    return {"ok": True}
 
 
-COMMANDS = {"generate": generate, "reset": reset, "abort": abort, "metrics": metrics, "kv": kv}
+def digests(llm: Any, wipe: bool = False) -> dict[str, Any]:
+    """A digest of each block's bytes over all layers; with `wipe`, then fill all of it with something else."""
+    import hashlib
+
+    import torch
+
+    caches, found = caches_of(llm), []
+    for block in range(caches[0].shape[0]):
+        digest = hashlib.sha256()
+        for cache in caches:
+            digest.update(cache[block].contiguous().view(torch.uint8).numpy().tobytes())
+        found.append(digest.hexdigest())
+    if wipe:
+        for cache in caches:
+            cache.fill_(3.0)
+    return {"blocks": found}
+
+
+def caches_of(llm: Any) -> list[Any]:
+    core = llm.llm_engine.engine_core.engine_core
+    caches: list[Any] = core.model_executor.driver_worker.worker.model_runner.kv_caches
+    return caches
+
+
+COMMANDS = {
+    "generate": generate,
+    "reset": reset,
+    "abort": abort,
+    "metrics": metrics,
+    "mix_up": mix_up,
+    "digests": digests,
+}
 
 if __name__ == "__main__":
     main()

@@ -1,0 +1,680 @@
+"""The parts of vLLM's connector that need no vLLM: planning, shapes, identity, settings."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lmcache.chunks import TokenChain, chunk_root
+from lmcache.chunks.hashing import Extras
+from lmcache.engine import Done, Hit, Load, Store
+from lmcache.errors import ConfigError, LayoutError
+from lmcache.integration.vllm.identity import config_digest, model_identity, path_identity
+from lmcache.integration.vllm.model import describe_model
+from lmcache.integration.vllm.paged import Registered, Shape, describe_tensors, fit_strides
+from lmcache.integration.vllm.plan import StepReport
+from lmcache.integration.vllm.scheduler import HIT_SECONDS, SchedulerHalf
+from lmcache.integration.vllm.settings import parse_host, read_settings, recompute_failed_loads
+from lmcache.integration.vllm.worker import WorkerHalf
+
+CHUNK, BLOCK = 16, 128
+
+
+class Session:
+    """A scheduler's session whose server has the first `present` chunks of every prompt."""
+
+    def __init__(self, present: int = 0) -> None:
+        self.present, self.epoch, self.chunk_tokens = present, b"server 1", CHUNK
+        self.lookups: list[int] = []
+        self.leased: set[int] = set()
+        self.closed = False
+
+    def new_chain(
+        self, cache_salt: str = "", lora_name: str = "", lora_id: str = "", extras: Extras | None = None
+    ) -> TokenChain | None:
+        return TokenChain(chunk_root(b"f" * 16, cache_salt, lora_name, lora_id), self.chunk_tokens, extras)
+
+    def lookup(self, chain: TokenChain, skip_tokens: int = 0) -> Hit | None:
+        self.lookups.append(len(chain))
+        first, chunks = skip_tokens // self.chunk_tokens, min(self.present, len(chain))
+        if chunks <= first:
+            return None
+        self.leased.add(len(self.lookups))
+        slots = struct.pack(f"<{chunks - first}I", *range(first, chunks))
+        return Hit(chunks, first, len(self.lookups), slots, 1, self.epoch)
+
+    def release(self, hit: Hit) -> None:
+        self.leased.remove(hit.lease)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@dataclass
+class Request:
+    """What we read of vLLM's request."""
+
+    request_id: str
+    all_token_ids: list[int]
+    num_computed_tokens: int = 0
+    num_preemptions: int = 0
+    cache_salt: str | None = None
+    lora_request: Any = None
+    mm_features: list[Any] = field(default_factory=list)
+    prompt_embeds: Any = None
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.all_token_ids)
+
+
+def step(
+    scheduled: dict[str, int] | None = None,
+    blocks: dict[str, list[int]] | None = None,
+    resumed: Sequence[str] = (),
+    drafts: dict[str, list[int]] | None = None,
+) -> Any:
+    """A SchedulerOutput."""
+    blocks = blocks or {}
+    cached = SimpleNamespace(
+        req_ids=list(blocks), new_block_ids=[(ids,) for ids in blocks.values()], resumed_req_ids=set(resumed)
+    )
+    return SimpleNamespace(
+        scheduled_cached_reqs=cached,
+        num_scheduled_tokens=scheduled or {},
+        total_num_scheduled_tokens=sum((scheduled or {}).values()),
+        scheduled_spec_decode_tokens=drafts or {},
+    )
+
+
+def half(session: Session, **options: Any) -> SchedulerHalf:
+    return SchedulerHalf(session, BLOCK, options.pop("ranks", 1), **options)  # type: ignore[arg-type]
+
+
+def test_a_hit_is_loaded_and_its_lease_released_when_all_ranks_are_done() -> None:
+    session = Session(present=40)
+    scheduler, request = half(session), Request("a", list(range(700)))
+    assert scheduler.match(request, 0) == 640
+    scheduler.allocated(request, list(range(10, 16)), 640)
+    plan = pickle.loads(pickle.dumps(scheduler.plan_step(step())))
+    (load,) = plan.loads
+    assert (load.start_token, load.end_token, load.blocks, load.first_leased) == (0, 640, list(range(10, 16)), 0)
+    assert not plan.forward and session.leased
+    scheduler.transferred(["a"], [], None)
+    assert not session.leased
+    request.num_computed_tokens = 640
+    plan = scheduler.plan_step(step({"a": 60}))
+    (store,) = plan.stores
+    assert (store.first_chunk, len(store.hashes)) == (40, 3 * 16), "what was a hit is not stored again"
+    assert store.blocks == list(range(10, 16))
+
+
+def test_only_what_lies_beyond_the_local_hit_is_leased_and_loaded() -> None:
+    session = Session(present=40)
+    scheduler, request = half(session), Request("a", list(range(700)))
+    assert scheduler.match(request, 256) == 384
+    scheduler.allocated(request, list(range(6)), 384)
+    (load,) = scheduler.plan_step(step()).loads
+    assert (load.first_leased, load.start_token, load.end_token) == (16, 256, 640)
+
+
+def test_a_gain_that_is_computed_sooner_than_loaded_is_left_alone() -> None:
+    session = Session(present=5)
+    session.chunk_tokens = 3
+    scheduler = half(session)
+    assert scheduler.match(Request("a", list(range(20))), 0) == 15, "any hit counts when there is nothing else"
+    assert scheduler.match(Request("b", list(range(20))), 12) == 0
+
+
+def test_a_waiting_request_is_looked_up_once_until_its_hit_is_old() -> None:
+    now = [100.0]
+    session = Session(present=4)
+    scheduler, request = half(session, clock=lambda: now[0]), Request("a", list(range(100)))
+    assert [scheduler.match(request, 0) for _ in range(5)] == [64] * 5
+    assert len(session.lookups) == 1
+    now[0] += HIT_SECONDS
+    assert scheduler.match(request, 0) == 64
+    assert len(session.lookups) == 2 and session.leased == {2}
+    session.epoch = b"server 2"
+    assert scheduler.match(request, 0) == 64
+    assert len(session.lookups) == 3
+    scheduler.finished(request)
+    assert not session.leased - {2}, "the old server's lease died with it; none of the new one's is left"
+
+
+def test_a_lease_that_starts_behind_a_shrunken_local_hit_is_not_used() -> None:
+    session = Session(present=40)
+    scheduler, request = half(session), Request("a", list(range(700)))
+    assert scheduler.match(request, 256) == 384
+    assert scheduler.match(request, 128) == 512
+    scheduler.allocated(request, list(range(6)), 512)
+    (load,) = scheduler.plan_step(step()).loads
+    assert load.first_leased * CHUNK <= load.start_token == 128
+
+
+def test_a_request_that_gets_no_external_tokens_gives_its_lease_back() -> None:
+    session = Session(present=4)
+    scheduler, request = half(session), Request("a", list(range(100)))
+    scheduler.match(request, 0)
+    scheduler.allocated(request, [1], 0)
+    assert not session.leased and not scheduler.plan_step(step()).loads
+
+
+def test_chunks_are_stored_as_they_fill_and_drafts_do_not_count() -> None:
+    session = Session()
+    scheduler, request = half(session), Request("a", list(range(200)))
+    scheduler.match(request, 0)
+    scheduler.allocated(request, [1, 2], 0)
+    (store,) = scheduler.plan_step(step({"a": 100})).stores
+    assert (store.first_chunk, len(store.hashes) // 16, store.blocks) == (0, 6, [1])
+    request.num_computed_tokens = 100
+    (store,) = scheduler.plan_step(step({"a": 100})).stores
+    assert (store.first_chunk, len(store.hashes) // 16, store.blocks) == (6, 6, [1, 2])
+    request.num_computed_tokens = 200
+    request.all_token_ids += range(7)
+    assert not scheduler.plan_step(step({"a": 8}, drafts={"a": [1] * 7})).stores, "207 known, but drafts are not"
+    request.num_computed_tokens = 207
+    request.all_token_ids += [5]
+    (store,) = scheduler.plan_step(step({"a": 1}, blocks={"a": [3]})).stores
+    assert (store.first_chunk, len(store.hashes) // 16) == (12, 1)
+
+
+def test_tokens_that_are_not_known_yet_are_not_stored() -> None:
+    """With asynchronous scheduling a step is planned before the last one's token is known."""
+    scheduler, request = half(Session()), Request("a", list(range(31)))
+    scheduler.match(request, 0)
+    scheduler.allocated(request, [1], 0)
+    assert len(scheduler.plan_step(step({"a": 31})).stores[0].hashes) == 16
+    request.num_computed_tokens = 31
+    assert not scheduler.plan_step(step({"a": 1})).stores
+
+
+def test_a_finished_request_keeps_its_blocks_while_a_rank_still_stores() -> None:
+    scheduler, request = half(Session(), ranks=2), Request("a", list(range(64)))
+    scheduler.match(request, 0)
+    scheduler.allocated(request, [1], 0)
+    (store,) = scheduler.plan_step(step({"a": 64})).stores
+    scheduler.transferred([], [], StepReport(stored={store.job_id: 1}))
+    assert scheduler.finished(request), "one of two ranks is done"
+    assert scheduler.plan_step(step()).closing == ["a"]
+    other = Request("b", list(range(64)))
+    scheduler.match(other, 0)
+    scheduler.allocated(other, [1], 0)
+    (store,) = scheduler.plan_step(step({"b": 64})).stores
+    scheduler.transferred([], [], StepReport(stored={store.job_id: 2}))
+    assert not scheduler.finished(other)
+
+
+def test_a_request_that_ends_while_it_loads_is_reported_by_its_load_alone() -> None:
+    session = Session(present=4)
+    scheduler, request = half(session), Request("a", list(range(100)))
+    scheduler.match(request, 0)
+    scheduler.allocated(request, [1], 64)
+    assert not scheduler.finished(request)
+    assert session.leased, "ranks may still read"
+    scheduler.transferred(["a"], [], None)
+    assert not session.leased
+
+
+def test_stores_of_a_preempted_request_are_settled_first() -> None:
+    session = Session()
+    scheduler, request = half(session), Request("a", list(range(64)))
+    scheduler.match(request, 0)
+    scheduler.allocated(request, [1], 0)
+    (store,) = scheduler.plan_step(step({"a": 64})).stores
+    request.num_preemptions, request.num_computed_tokens = 1, 0
+    assert scheduler.plan_step(step()).settle == [store.job_id]
+    session.present = 4
+    assert scheduler.match(request, 0) == 64, "and it comes back with what was stored"
+
+
+def test_stores_of_a_request_preempted_outside_a_step_and_then_aborted_are_settled() -> None:
+    scheduler, request = half(Session()), Request("a", list(range(64)))
+    scheduler.match(request, 0)
+    scheduler.allocated(request, [1], 0)
+    (store,) = scheduler.plan_step(step({"a": 64})).stores
+    request.num_preemptions = 1
+    assert not scheduler.finished(request)
+    assert store.job_id in scheduler.plan_step(step()).settle
+
+
+def test_a_failed_load_is_not_tried_again() -> None:
+    session = Session(present=4)
+    scheduler, request = half(session), Request("a", list(range(100)))
+    scheduler.match(request, 0)
+    scheduler.allocated(request, [7], 64)
+    scheduler.transferred(["a"], [7], None)
+    assert scheduler.match(request, 0) == 0 and not session.leased
+
+
+def test_a_new_server_is_sent_everything_from_the_first_chunk() -> None:
+    session = Session()
+    scheduler, request = half(session), Request("a", list(range(64)))
+    scheduler.match(request, 0)
+    scheduler.allocated(request, [1], 0)
+    scheduler.plan_step(step({"a": 64}))
+    session.epoch, session.chunk_tokens = b"server 2", 10
+    request.num_computed_tokens = 64
+    request.all_token_ids += [1]
+    (store,) = scheduler.plan_step(step({"a": 1})).stores
+    assert (store.first_chunk, len(store.hashes) // 16, store.chunk_tokens) == (0, 6, 10)
+
+
+def test_roles_embeddings_and_unknown_adapters() -> None:
+    session = Session(present=4)
+    assert half(session, can_load=False).match(Request("a", list(range(100))), 0) == 0
+    consumer, request = half(session, can_store=False), Request("a", list(range(100)))
+    assert consumer.match(request, 0) == 64
+    consumer.allocated(request, [1], 64)
+    assert not consumer.plan_step(step({"a": 100})).stores
+    scheduler = half(session)
+    lora = SimpleNamespace(lora_name="x", lora_path="/nowhere")
+    for other in (
+        Request("b", list(range(100)), prompt_embeds=object()),
+        Request("c", list(range(100)), lora_request=lora),
+    ):
+        assert scheduler.match(other, 0) == 0
+        scheduler.allocated(other, [1], 0)
+        assert not scheduler.plan_step(step({other.request_id: 100})).stores
+
+
+def test_images_salts_and_adapters_change_the_hashes_that_follow(tmp_path: Path) -> None:
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"weights")
+
+    def hashes(**more: Any) -> bytes:
+        scheduler, request = half(Session()), Request("a", list(range(64)), **more)
+        scheduler.match(request, 0)
+        scheduler.allocated(request, [1], 0)
+        return scheduler.plan_step(step({"a": 64})).stores[0].hashes
+
+    def image(name: str, offset: int) -> Any:
+        return SimpleNamespace(identifier=name, mm_position=SimpleNamespace(offset=offset, length=10))
+
+    plain = hashes()
+    assert hashes() == plain
+    assert hashes(cache_salt="s")[:16] != plain[:16]
+    lora = SimpleNamespace(lora_name="x", lora_path=str(tmp_path))
+    assert hashes(lora_request=lora)[:16] != plain[:16]
+    one, two = hashes(mm_features=[image("one", 30)]), hashes(mm_features=[image("two", 30)])
+    assert one[:16] == two[:16] == plain[:16], "the chunk before the image"
+    assert one[16:32] != two[16:32] and one[32:48] != two[32:48], "both chunks that it lies in"
+    assert hashes(mm_features=[image("one", 31)])[16:] != one[16:]
+
+
+def test_reset_serves_nothing_older() -> None:
+    session = Session()
+    scheduler, request = half(session), Request("a", list(range(64)))
+    scheduler.match(request, 0)
+    scheduler.allocated(request, [1], 0)
+    (before,) = scheduler.plan_step(step({"a": 64})).stores
+    scheduler.reset()
+    request.num_computed_tokens = 64
+    request.all_token_ids += range(32)
+    assert not scheduler.plan_step(step({"a": 32})).stores, "computed in part by the old weights"
+    fresh = Request("b", list(range(64)))
+    scheduler.match(fresh, 0)
+    scheduler.allocated(fresh, [1], 0)
+    (after,) = scheduler.plan_step(step({"b": 64})).stores
+    assert before.hashes != after.hashes
+
+
+def test_a_rank_that_cannot_serve_ends_the_service() -> None:
+    session = Session(present=4)
+    scheduler = half(session)
+    scheduler.transferred([], [], StepReport(refusal="unknown order"))
+    assert session.closed and scheduler.match(Request("a", list(range(100))), 0) == 0
+
+
+class Ranks:
+    """A worker's session that finishes what it is told to."""
+
+    def __init__(self) -> None:
+        self.loads: dict[str, Load] = {}
+        self.stores: dict[str, Store] = {}
+        self.done: list[Done] = []
+        self.waited: list[str] = []
+
+    def load(self, job_id: str, load: Load) -> None:
+        self.loads[job_id] = load
+
+    def store(self, job_id: str, store: Store) -> None:
+        self.stores[job_id] = store
+
+    def finished(self) -> list[Done]:
+        done, self.done = self.done, []
+        return done
+
+    def wait_finished(self, timeout_seconds: float) -> bool:
+        return bool(self.done)
+
+    def wait(self, job_ids: Any, timeout_seconds: float | None = None) -> set[str]:
+        self.waited += job_ids
+        return set()
+
+    def close(self) -> None: ...
+
+
+def rank(session: Ranks, shard: int = 0, shards: int = 1, **options: Any) -> WorkerHalf:
+    paged = SimpleNamespace(block_tokens=BLOCK, device="cpu")
+    return WorkerHalf(session, Registered(paged, 1), shard, shards, **options)  # type: ignore[arg-type]
+
+
+def test_each_rank_takes_its_own_slots_and_reports_its_blocks() -> None:
+    session, ranks = Session(present=40), Ranks()
+    scheduler, request = half(session), Request("a", list(range(700)))
+    scheduler.match(request, 256)
+    scheduler.allocated(request, list(range(20, 26)), 384)
+    plan = scheduler.plan_step(step())
+    (load,) = plan.loads
+    two = struct.pack("<48I", *range(48))
+    plan.loads[0] = type(load)(**{**vars(load), "slots": two})
+    worker = rank(ranks, shard=1, shards=2)
+    worker.start_loads(plan)
+    (sent,) = ranks.loads.values()
+    assert struct.unpack("<24I", sent.slots) == tuple(range(1, 48, 2))
+    assert (sent.first_chunk, sent.lease_chunk, sent.start_token, sent.end_token) == (16, 0, 256, 640)
+    ranks.done = [Done(load.job_id, "load", False, 0, 0.0)]
+    assert worker.finished(plan) == (set(), {"a"})
+    assert worker.take_invalid_blocks() == {22, 23, 24}
+
+
+def test_a_closing_request_is_reported_once_its_stores_are_done() -> None:
+    session, ranks = Session(), Ranks()
+    scheduler, request, worker = half(session), Request("a", list(range(64))), rank(ranks)
+    scheduler.match(request, 0)
+    scheduler.allocated(request, [1], 0)
+    plan = scheduler.plan_step(step({"a": 64}))
+    worker.start_stores(plan)
+    assert scheduler.finished(request)
+    closing = scheduler.plan_step(step())
+    assert worker.finished(closing) == (set(), set())
+    ranks.done = [Done(plan.stores[0].job_id, "store", True, 64, 0.001)]
+    assert worker.finished(scheduler.plan_step(step())) == ({"a"}, set())
+    assert worker.take_report().stored == {plan.stores[0].job_id: 1}
+
+
+def test_a_rank_that_shares_its_part_leaves_storing_to_the_first() -> None:
+    session, ranks = Session(), Ranks()
+    scheduler, request, worker = half(session), Request("a", list(range(64))), rank(ranks, stores=False)
+    scheduler.match(request, 0)
+    scheduler.allocated(request, [1], 0)
+    plan = scheduler.plan_step(step({"a": 64}))
+    worker.start_stores(plan)
+    assert not ranks.stores and worker.take_report().stored == {plan.stores[0].job_id: 1}
+
+
+def test_settling_waits_for_this_ranks_jobs_only() -> None:
+    session, ranks = Session(), Ranks()
+    scheduler, request, worker = half(session), Request("a", list(range(64))), rank(ranks)
+    scheduler.match(request, 0)
+    scheduler.allocated(request, [1], 0)
+    plan = scheduler.plan_step(step({"a": 64}))
+    worker.start_stores(plan)
+    plan.settle = [plan.stores[0].job_id, "store-of-another"]
+    worker.settle(plan)
+    assert ranks.waited == [plan.stores[0].job_id]
+
+
+class Tensor:
+    """An ndarray with the part of torch's face that we use."""
+
+    device = "cpu:0"
+
+    def __init__(self, array: np.ndarray[Any, Any], device: str = "cuda:0") -> None:
+        self.array, self.device, self.shape, self.dtype = array, device, array.shape, array.dtype
+
+    def stride(self, axis: int | None = None) -> Any:
+        steps = tuple(step // self.array.itemsize for step in self.array.strides)
+        return steps if axis is None else steps[axis]
+
+    def element_size(self) -> int:
+        return self.array.itemsize
+
+    def data_ptr(self) -> int:
+        return int(self.array.ctypes.data)
+
+
+def read(plane: Any, array: np.ndarray[Any, Any], block: int, token: int, head: int, dim: int) -> float:
+    at = plane.address + block * plane.block_stride + head * plane.head_stride
+    at += (token // plane.token_group) * plane.group_stride + (token % plane.token_group) * plane.token_stride
+    at += (dim // plane.dim_group) * plane.dim_group_stride + (dim % plane.dim_group) * plane.dim_stride
+    base = array.base if array.base is not None else array
+    flat = np.frombuffer(base.data, dtype=array.dtype) if base.flags.c_contiguous else base.reshape(-1)
+    return float(flat[(at - base.ctypes.data) // array.itemsize])
+
+
+@pytest.mark.parametrize("order", ["split first", "split second", "heads first", "keys before values", "mla"])
+def test_planes_of_plain_tensors(order: str) -> None:
+    blocks, tokens, heads, dims = 5, 4, 3, 8
+    if order == "split first":
+        array = np.arange(2 * blocks * tokens * heads * dims, dtype=np.float32).reshape(2, blocks, tokens, heads, dims)
+        expected = [lambda b, t, h, d, p=p: array[p, b, t, h, d] for p in (0, 1)]
+    elif order == "split second":
+        array = np.arange(2 * blocks * tokens * heads * dims, dtype=np.float32).reshape(blocks, 2, tokens, heads, dims)
+        expected = [lambda b, t, h, d, p=p: array[b, p, t, h, d] for p in (0, 1)]
+    elif order == "heads first":
+        whole = np.arange(2 * blocks * tokens * heads * dims, dtype=np.float32).reshape(2, blocks, heads, tokens, dims)
+        array = whole.transpose(0, 1, 3, 2, 4)
+        expected = [lambda b, t, h, d, p=p: array[p, b, t, h, d] for p in (0, 1)]
+    elif order == "keys before values":
+        array = np.arange(2 * blocks * tokens * heads * dims, dtype=np.float32).reshape(blocks, heads, tokens, 2 * dims)
+        expected = [lambda b, t, h, d, p=p: array[b, h, t, p * dims + d] for p in (0, 1)]
+    else:
+        heads = 1
+        array = np.arange(blocks * tokens * dims, dtype=np.float32).reshape(blocks, tokens, dims)
+        expected = [lambda b, t, h, d: array[b, t, d]]
+    shape = Shape(heads, dims, tokens, order == "mla")
+    registered = describe_tensors([Tensor(array)], shape, blocks)
+    assert registered.paged.block_tokens == tokens and len(registered.paged.planes) == len(expected)
+    for plane, value in zip(registered.paged.planes, expected, strict=True):
+        for index in np.ndindex(blocks, tokens, heads, dims):
+            assert read(plane, array, *index) == value(*index)
+
+
+def test_smaller_blocks_of_the_kernel() -> None:
+    array = np.zeros((10, 3, 4, 16), dtype=np.float16)
+    registered = describe_tensors([Tensor(array)], Shape(3, 8, 8, False), num_blocks=5)
+    assert registered.paged.block_tokens == 4 and registered.paged.num_blocks == 10
+    assert registered.blocks([0, 3]) == [0, 1, 6, 7]
+
+
+def test_unknown_orders_are_refused() -> None:
+    with pytest.raises(LayoutError, match="unknown order"):
+        describe_tensors([Tensor(np.zeros((5, 7, 4, 16), dtype=np.float32))], Shape(3, 8, 4, False), 5)
+    with pytest.raises(LayoutError, match="do not hold"):
+        describe_tensors([Tensor(np.zeros((5, 3, 4, 16), dtype=np.float32))], Shape(3, 8, 4, False), 4)
+    shared = Tensor(np.zeros((5, 3, 4, 16), dtype=np.float32))
+    with pytest.raises(LayoutError, match="share one"):
+        describe_tensors([shared, shared], Shape(3, 8, 4, False), 5)
+
+
+def test_strides_of_pairs_kept_together_are_found_and_others_refused() -> None:
+    tokens, heads, dims = 32, 2, 64
+    token, head, dim = np.meshgrid(np.arange(tokens), np.arange(heads), np.arange(dims), indexing="ij")
+    pairs_of_dims = head * tokens * dims + (dim // 2) * (tokens * 2) + token * 2 + dim % 2
+    fit = fit_strides(pairs_of_dims)
+    assert (fit.token_group, fit.group_stride, fit.dim_group, fit.dim_group_stride, fit.dim_stride) == (1, 2, 2, 64, 1)
+    pairs_of_tokens = head * tokens * dims + (token // 2) * (dims * 2) + dim * 2 + token % 2
+    fit = fit_strides(pairs_of_tokens)
+    assert (fit.token_group, fit.group_stride, fit.token_stride, fit.dim_group, fit.dim_group_stride) == (
+        2,
+        128,
+        1,
+        1,
+        2,
+    )
+    with pytest.raises(LayoutError, match="cannot describe"):
+        fit_strides(np.random.default_rng(0).permutation(tokens * heads * dims).reshape(tokens, heads, dims))
+
+
+def vllm_config(model: str, **more: Any) -> Any:
+    hf = SimpleNamespace(to_dict=lambda: {"rope_theta": 1e6, "layers": 2} | more.get("hf", {}), _commit_hash=None)
+    model_config = SimpleNamespace(
+        model=model,
+        dtype=more.get("dtype", "torch.float32"),
+        hf_config=hf,
+        model_weights="",
+        hf_overrides={},
+        quantization=None,
+        get_total_num_kv_heads=lambda: 4,
+        get_total_num_hidden_layers=lambda: 2,
+    )
+    return SimpleNamespace(
+        model_config=model_config,
+        cache_config=SimpleNamespace(cache_dtype=more.get("cache_dtype", "auto")),
+        parallel_config=SimpleNamespace(tensor_parallel_size=more.get("tp", 1), pipeline_parallel_size=1),
+        load_config=SimpleNamespace(load_format=more.get("load_format", "auto")),
+        kv_transfer_config=SimpleNamespace(engine_id="engine"),
+    )
+
+
+class FullAttentionSpec(SimpleNamespace): ...
+
+
+class SlidingWindowSpec(SimpleNamespace): ...
+
+
+def cache_config(*specs: Any) -> Any:
+    names = [f"model.layers.{number}.attn" for number in (10, 2)]
+    groups = [SimpleNamespace(layer_names=names, kv_cache_spec=spec) for spec in specs]
+    return SimpleNamespace(kv_cache_groups=groups, num_blocks=5)
+
+
+FULL = FullAttentionSpec(block_size=128, head_size=64, head_size_v=64, dtype="torch.float32")
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    (tmp_path / "config.json").write_text("{}")
+    write_weights(tmp_path / "model.safetensors", 1)
+    return tmp_path
+
+
+def write_weights(path: Path, value: int) -> None:
+    """Two tensors of 100 kB, the second one full of `value`."""
+    header = json.dumps(
+        {"a": {"dtype": "U8", "data_offsets": [0, 100_000]}, "b": {"dtype": "U8", "data_offsets": [100_000, 200_000]}}
+    ).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(100_000) + bytes([value]) * 100_000)
+
+
+def test_a_models_layout(weights: Path) -> None:
+    kv = describe_model(vllm_config(str(weights), tp=2), cache_config(FULL))
+    assert kv.layer_names == ("model.layers.2.attn", "model.layers.10.attn")
+    assert (kv.shards, kv.ranks) == (2, 2)
+    assert kv.layout(16).fingerprint != kv.layout(17).fingerprint
+    assert kv.shard(1, 0, (0, 2)).first_head == 2 and kv.stores(1)
+    shared = describe_model(vllm_config(str(weights), tp=8), cache_config(FULL))
+    assert shared.shards == 4 and [shared.stores(number) for number in range(4)] == [True, False, True, False]
+
+
+def test_whatever_changes_the_numbers_changes_the_layout(weights: Path, tmp_path: Path) -> None:
+    def fingerprint(**more: Any) -> bytes:
+        return describe_model(vllm_config(str(weights), **more), cache_config(FULL)).layout(16).fingerprint
+
+    plain = fingerprint()
+    assert fingerprint() == plain and fingerprint(tp=2) == plain
+    half = FullAttentionSpec(**{**vars(FULL), "dtype": "torch.bfloat16"})
+    others = [
+        fingerprint(dtype="torch.float16"),
+        fingerprint(hf={"rope_theta": 1e4}),
+        fingerprint(load_format="dummy"),
+        describe_model(vllm_config(str(weights)), cache_config(half)).layout(16).fingerprint,
+    ]
+    write_weights(weights / "model.safetensors", 2)
+    others.append(fingerprint())
+    assert len({plain, *others}) == 6
+
+
+def test_models_that_are_not_served_are_named(weights: Path) -> None:
+    config = vllm_config(str(weights))
+    window = SlidingWindowSpec(**vars(FULL))
+    with pytest.raises(LayoutError, match=r"2 KV cache groups .*SlidingWindowSpec"):
+        describe_model(config, cache_config(FULL, window))
+    with pytest.raises(LayoutError, match="SlidingWindowSpec"):
+        describe_model(config, cache_config(window))
+    with pytest.raises(LayoutError, match="nvfp4"):
+        describe_model(vllm_config(str(weights), cache_dtype="nvfp4"), cache_config(FULL))
+    with pytest.raises(LayoutError, match=r"lmcache\.mp\.model_id"):
+        describe_model(vllm_config("some/repository"), cache_config(FULL))
+    assert describe_model(vllm_config("some/repository"), cache_config(FULL), "mine").model_id == "mine"
+    config.parallel_config.decode_context_parallel_size = 2
+    with pytest.raises(LayoutError, match="decode_context_parallel_size=2"):
+        describe_model(config, cache_config(FULL))
+
+
+def test_identity_of_a_directory_is_its_content(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    copy = tmp_path_factory.mktemp("copy")
+    for file in weights.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    assert path_identity(str(copy)) == path_identity(str(weights)) != ""
+    (copy / "config.json").write_text('{"a": 1}')
+    assert path_identity(str(copy)) != path_identity(str(weights))
+    assert path_identity("no/such/directory") == ""
+
+
+def test_identity_of_a_snapshot_is_its_commit(tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--org--name" / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    assert path_identity(str(snapshot)) == "org/name@" + "a" * 40
+    config = SimpleNamespace(model="org/name", model_weights="", hf_config=SimpleNamespace(_commit_hash="a" * 40))
+    assert model_identity(config, "auto", "e") == "org/name@" + "a" * 40
+
+
+def test_digest_of_the_configuration_has_no_addresses(weights: Path) -> None:
+    one, two = (vllm_config(str(weights), hf={"object": object()}) for _ in range(2))
+    assert config_digest(one) == config_digest(two)
+
+
+def transfer(**extra: Any) -> Any:
+    return SimpleNamespace(
+        get_from_extra_config=lambda name, default: extra.get(name.removeprefix("lmcache.mp."), default)
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "host"),
+    [("tcp://localhost", "localhost"), ("localhost", "localhost"), ("10.0.0.5", "10.0.0.5"), ("tcp://[::1]", "[::1]")],
+)
+def test_hosts(value: str, host: str) -> None:
+    assert parse_host(value) == host
+
+
+def test_settings() -> None:
+    settings = read_settings(transfer(host="example", port="6555", mq_timeout="1.5", mp_transfer_mode="lmcache_driven"))
+    endpoint = settings.endpoint("engine", "worker", 3)
+    assert (endpoint.address, endpoint.deadline_seconds) == ("tcp://example:6555", 1.5)
+    assert settings.transfer_mode == "auto"
+    assert read_settings(transfer()).endpoint("e", "scheduler").address == "tcp://localhost:5555"
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"port": "x"},
+        {"port": 0},
+        {"host": "ipc:///x"},
+        {"host": "a:1"},
+        {"mq_timeout": -1},
+        {"mp_transfer_mode": "fast"},
+    ],
+)
+def test_settings_that_cannot_be_used_are_named(extra: dict[str, Any]) -> None:
+    (name, value), *_ = extra.items()
+    with pytest.raises(ConfigError, match=rf"lmcache\.mp\.{name} is .*{value}"):
+        read_settings(transfer(**extra))
+
+
+def test_failed_loads_are_recomputed() -> None:
+    config = SimpleNamespace(kv_load_failure_policy="fail")
+    recompute_failed_loads(config)
+    assert config.kv_load_failure_policy == "recompute"

@@ -1,0 +1,186 @@
+"""Reuse never changes an answer, and nothing that happens to the server hurts an engine."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Engine, Server
+from prompts import assert_same, differs, mixed, tokens
+
+DEADLINE_SECONDS = 2.0
+NOISE_SECONDS = 3.0
+"""A shared machine's: what a short request may take longer for no reason of ours."""
+LONG = [tokens(500, 100 + number) for number in range(8)]
+PROBE = tokens(300, 50)
+Outputs = list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def expected(folder: Path, model: Path) -> dict[str, Outputs]:
+    """What vLLM answers without LMCache."""
+    engine = Engine(folder, "reference", model)
+    try:
+        answers = {"mixed": engine.generate(mixed()), "long": engine.generate(LONG, max_tokens=30)}
+        answers["probe"] = engine.generate([PROBE])
+        engine.forget()
+        answers["cold"] = engine.generate([PROBE])
+        # The measure itself: one run of 16 tokens with the KV of another run, and the answer is not the same.
+        engine.ask("mix_up", prompts=[PROBE])
+        answers["mixed up"] = engine.generate([PROBE])
+        return answers
+    finally:
+        engine.end()
+
+
+@pytest.fixture(scope="module")
+def engine(folder: Path, model: Path, server: Server) -> Iterator[Engine]:
+    """Little KV space and few tokens a step, so that prompts are computed in parts and requests are preempted."""
+    made = Engine(
+        folder,
+        "engine",
+        model,
+        kv_transfer_config=server.config(),
+        num_gpu_blocks_override=34,
+        max_num_batched_tokens=256,
+        max_model_len=2048,
+    )
+    yield made
+    made.end()
+
+
+def test_one_wrong_run_of_sixteen_tokens_is_noticed(expected: dict[str, Outputs]) -> None:
+    assert_same(expected["cold"], expected["probe"])
+    assert differs(expected["mixed up"], expected["probe"])
+
+
+def test_cold_warm_and_hit_within_a_block(engine: Engine, server: Server, expected: dict[str, Outputs]) -> None:
+    assert_same(engine.generate(mixed()), expected["mixed"])
+    engine.forget()
+    warm = engine.generate(mixed())
+    assert_same(warm, expected["mixed"])
+    assert [output["cached"] for output in warm] == [len(prompt) // 16 * 16 for prompt in mixed()]
+    engine.forget()
+    alone = [engine.generate([prompt])[0] for prompt in mixed()]
+    assert_same(alone, expected["mixed"])
+    log = server.text()
+    assert "Stored " in log and "Retrieved " in log
+    assert "Registering kv caches!" in engine.text()
+    assert 'kv_load_failure_policy is now "recompute"' in engine.text()
+
+
+def test_local_and_external_hits_together(engine: Engine, expected: dict[str, Outputs]) -> None:
+    engine.forget()
+    engine.generate([mixed()[0][:400]], max_tokens=1)
+    assert_same(engine.generate(mixed()), expected["mixed"])
+
+
+def test_preemption_under_a_tiny_kv_space(engine: Engine, expected: dict[str, Outputs]) -> None:
+    before = engine.ask("metrics")["vllm:num_preemptions"]
+    for _ in range(2):
+        engine.forget()
+        assert_same(engine.generate(LONG, max_tokens=30), expected["long"])
+    assert engine.ask("metrics")["vllm:num_preemptions"] > before
+
+
+def test_aborted_requests(engine: Engine, expected: dict[str, Outputs]) -> None:
+    engine.forget()
+    prompts = [*mixed()[:5], tokens(700, 60), tokens(900, 61)]
+    for steps in ([0, 1, 1, 2, 2, 1, 3], [1, 0, 2, 1, 3, 0, 4]):
+        engine.ask("abort", prompts=prompts, after_steps=steps)
+        assert_same(engine.generate(mixed()), expected["mixed"])
+        engine.forget()
+    assert_same(engine.generate(mixed()), expected["mixed"])
+
+
+def test_another_salt_is_another_cache(engine: Engine, expected: dict[str, Outputs]) -> None:
+    engine.generate([PROBE])
+    engine.forget()
+    assert engine.generate([PROBE])[0]["cached"] == len(PROBE) // 16 * 16
+    engine.forget()
+    salted = engine.generate([PROBE], salts=["tenant"])
+    assert salted[0]["cached"] == 0
+    assert_same(salted, expected["probe"])
+    engine.forget()
+    assert engine.generate([PROBE], salts=["tenant"])[0]["cached"] == len(PROBE) // 16 * 16
+
+
+def test_prompt_log_probabilities_need_every_token_computed(engine: Engine, expected: dict[str, Outputs]) -> None:
+    engine.forget()
+    assert_same(engine.generate([PROBE], prompt_logprobs=True), expected["probe"])
+
+
+def test_reset_of_the_connector_serves_nothing_older(engine: Engine, expected: dict[str, Outputs]) -> None:
+    assert engine.ask("reset", connector=True)["ok"]
+    output = engine.generate([PROBE])
+    assert output[0]["cached"] == 0
+    assert_same(output, expected["probe"])
+    engine.forget()
+    assert engine.generate([PROBE])[0]["cached"] > 0
+
+
+@pytest.fixture(scope="module")
+def second(folder: Path, model: Path, server: Server, engine: Engine) -> Iterator[Engine]:
+    """Another engine on the same server, started while the first one lives; then the first one is killed."""
+    made = Engine(folder, "second", model, kv_transfer_config=server.config())
+    engine.end(signal.SIGKILL)
+    yield made
+    made.end()
+
+
+def test_a_second_engine_reuses_what_the_first_one_stored(second: Engine, expected: dict[str, Outputs]) -> None:
+    outputs = second.generate(mixed())
+    assert_same(outputs, expected["mixed"])
+    assert outputs[0]["cached"] == len(mixed()[0]) // 16 * 16
+
+
+def test_a_frozen_server_costs_one_deadline(second: Engine, server: Server, expected: dict[str, Outputs]) -> None:
+    normal = _timed(second, expected)
+    server.send(signal.SIGSTOP)
+    try:
+        assert _timed(second, expected) < normal + DEADLINE_SECONDS + NOISE_SECONDS
+        assert _timed(second, expected) < normal + NOISE_SECONDS
+    finally:
+        server.send(signal.SIGCONT)
+    _await_hit(second, expected)
+
+
+def test_a_killed_server_and_one_started_later(
+    second: Engine, server: Server, folder: Path, expected: dict[str, Outputs]
+) -> None:
+    normal = _timed(second, expected)
+    server.end(signal.SIGKILL)
+    assert _timed(second, expected) < normal + DEADLINE_SECONDS + NOISE_SECONDS
+    assert _timed(second, expected) < normal + NOISE_SECONDS
+    again = Server(folder, chunk_size=48, port=server.port, name="server-again")
+    try:
+        _await_hit(second, expected)
+        second.forget()
+        assert_same(second.generate(mixed()), expected["mixed"])
+        second.forget()
+        assert_same(second.generate(mixed()), expected["mixed"])
+    finally:
+        again.end()
+
+
+def _timed(engine: Engine, expected: dict[str, Outputs]) -> float:
+    engine.forget()
+    begin = time.monotonic()
+    assert_same(engine.generate([PROBE]), expected["probe"])
+    return time.monotonic() - begin
+
+
+def _await_hit(engine: Engine, expected: dict[str, Outputs], seconds: float = 60.0) -> None:
+    """Until the engine has found the server again and reuses what it stored there."""
+    end = time.monotonic() + seconds
+    while True:
+        engine.forget()
+        output = engine.generate([PROBE])
+        assert_same(output, expected["probe"])
+        if output[0]["cached"]:
+            return
+        assert time.monotonic() < end, engine.text()[-3000:]
