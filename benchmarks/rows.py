@@ -31,6 +31,11 @@ class Row:
         self.name, self.what, self.unit, self.goal, self.note = name, what, unit, goal, note
         self._rounds: dict[str, list[list[float]]] = {}
 
+    @property
+    def more_is_better(self) -> bool:
+        """As the goal says; without one, as the unit does."""
+        return self.goal.better == "more" if self.goal else self.unit == "GB/s"
+
     def add(self, side: str, samples: Sequence[float]) -> None:
         """One round's samples, in the row's unit."""
         self._rounds.setdefault(side, []).append(list(samples))
@@ -38,8 +43,7 @@ class Row:
     def figure(self, side: str) -> Figure | None:
         """All rounds of a side together; None where it was not measured."""
         rounds = self._rounds.get(side)
-        more = self.goal is not None and self.goal.better == "more"
-        return figure([one for samples in rounds for one in samples], more) if rounds else None
+        return figure([one for samples in rounds for one in samples], self.more_is_better) if rounds else None
 
     def ratio(self, other: str) -> float | None:
         """Ours over the other side, round by round; the median of that, since rounds of a side are neighbours in time."""
@@ -85,7 +89,7 @@ HEAD = ["what", "unit", "limit", "ours", "p99", "spread", "of limit", "peer", "x
 def cells(row: Row) -> list[str]:
     """The row as text, in the order of `HEAD`. `x peer` says how many times better ours is."""
     ours, peer, limit = row.figure("ours"), row.figure("peer"), row.figure("limit")
-    less = row.goal is None or row.goal.better == "less"
+    less = not row.more_is_better
     times = row.ratio("peer")
     if times is not None and less:
         times = 1 / times if times else None

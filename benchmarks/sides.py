@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import http.client
 import json
@@ -35,6 +36,11 @@ def free_port() -> int:
         return int(one.getsockname()[1])
 
 
+def end_with_parent() -> None:
+    """For `preexec_fn`: the kernel ends this process when the benchmark dies, however that happens."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
 class Server:
     """A running `lmcache server` of either side. `ready_seconds`: from its start to its first healthy answer."""
 
@@ -53,7 +59,9 @@ class Server:
             command += ["--socket-dir", str(directory / "socket")]
         start = time.perf_counter()
         with self._log.open("w") as log:
-            self._process = subprocess.Popen(command, stdout=log, stderr=log, env=side.environment, cwd=directory)
+            self._process = subprocess.Popen(
+                command, stdout=log, stderr=log, env=side.environment, cwd=directory, preexec_fn=end_with_parent
+            )
         try:
             self._await_health()
         except BaseException:
@@ -124,6 +132,7 @@ class Worker:
                 text=True,
                 env=side.environment,
                 cwd=PROJECT,
+                preexec_fn=end_with_parent,
             )
         self.begin("open", address=server.address, shape=shape.name, seed=seed, **arguments)
         self.end()

@@ -1,0 +1,226 @@
+"""Time to the first token on real vLLM (CPU): `python -m benchmarks.vllm_ttft --vllm-python PATH`.
+
+Two engines stand side by side, one plain and one with LMCache (a third with the peer, on request). Each round gives all the
+same new prompt, in turns; then asks again. So the cold runs are paired, and so are the three kinds of hits:
+    own    the plain engine's prefix cache
+    ours   LMCache's, after the engine has forgotten its own
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks.rows import HEAD, Goal, Row, cells, markdown
+from benchmarks.run import about
+from benchmarks.sides import PROJECT, Side, end_with_parent
+from lmcache.bench.samples import align
+
+PROMPT_TOKENS = 4096
+VOCABULARY = 8192
+PAUSE_SECONDS = 0.5
+"""Between calls: OpenMP threads of the engine that was asked last spin for a while."""
+SETTINGS = {"dtype": "float32", "enforce_eager": True, "max_model_len": 8192, "max_num_seqs": 8}
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "LMCACHE_TRACK_USAGE": "false",
+    "DO_NOT_TRACK": "1",
+}
+
+
+class Engine:
+    """`vllm_engine` in a process of its own."""
+
+    def __init__(self, name: str, python: str, model: Path, directory: Path, transfer: dict[str, Any] | None) -> None:
+        self.name = name
+        self._log = directory / f"{name}.log"
+        settings = {**SETTINGS, "model": str(model)} | ({"kv_transfer_config": transfer} if transfer else {})
+        inherited = {key: value for key, value in os.environ.items() if not key.startswith(("LMCACHE_", "VLLM_"))}
+        if name == "peer":
+            inherited.pop("PYTHONPATH", None)
+        script = Path(__file__).with_name("vllm_engine.py")
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(
+                [python, str(script), json.dumps(settings)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env=inherited | ENVIRONMENT,
+                cwd=directory,
+                preexec_fn=end_with_parent,
+            )
+
+    def call(self, name: str, **arguments: Any) -> dict[str, Any]:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(json.dumps({"call": name, **arguments}) + "\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the {self.name} engine ended:\n{self._log.read_text()[-4000:]}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def first_token(self, prompt: list[int]) -> tuple[float, int]:
+        """(seconds, tokens of the prompt that were not computed), after a pause."""
+        time.sleep(PAUSE_SECONDS)
+        answer = self.call("first_token", prompt=prompt)
+        return answer["seconds"], answer["cached"]
+
+    def forget(self) -> None:
+        if not self.call("forget")["done"]:
+            raise RuntimeError(f"the {self.name} engine does not let its prefix cache go")
+
+    def stop(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+def measure(engines: dict[str, Engine], rounds: int) -> list[Row]:
+    """The rows of the report. The first round only warms up."""
+    rng = random.Random()
+    cold = {name: Row(f"cold-{name}", f"cold, {_title(name)}", "s", None) for name in engines}
+    overhead = {
+        name: Row(
+            f"cold-overhead-{name}", f"cold, {_title(name)}: slower than plain vLLM by", "%", _overhead_goal(name)
+        )
+        for name in engines
+        if name != "plain"
+    }
+    own = Row("hit-own", "hit, vLLM's own prefix cache", "s", None)
+    hit = {name: Row(f"hit-{name}", f"hit, {_title(name)}", "s", None) for name in overhead}
+    ratio = {
+        name: Row(f"hit-ratio-{name}", f"hit, {_title(name)}, over vLLM's own", "x", _ratio_goal(name))
+        for name in overhead
+    }
+    for turn in range(-1, rounds):
+        prompt = rng.choices(range(1, VOCABULARY), k=PROMPT_TOKENS)
+        names = list(engines)
+        rng.shuffle(names)
+        times = {name: engines[name].first_token(prompt)[0] for name in names}
+        rng.shuffle(names)
+        again = {name: _hit(engines[name], prompt) for name in names}
+        print(f"  round {turn}: cold {times}, hit {again}", file=sys.stderr)
+        if turn < 0:
+            continue
+        own.add("ours", [again["plain"]])
+        for name in engines:
+            cold[name].add("ours", [times[name]])
+        for name in overhead:
+            overhead[name].add("ours", [100 * (times[name] / times["plain"] - 1)])
+            hit[name].add("ours", [again[name]])
+            ratio[name].add("ours", [again[name] / again["plain"]])
+    return [*cold.values(), *overhead.values(), own, *hit.values(), *ratio.values()]
+
+
+def _hit(engine: Engine, prompt: list[int]) -> float:
+    """Seconds of the same prompt again; for an engine with a cache beside it, after it has forgotten its own."""
+    if engine.name != "plain":
+        engine.forget()
+    seconds, cached = engine.first_token(prompt)
+    if cached < 0.9 * PROMPT_TOKENS:
+        raise RuntimeError(f"the {engine.name} engine computed {PROMPT_TOKENS - cached} tokens of a prompt it had seen")
+    return seconds
+
+
+def _title(name: str) -> str:
+    return {"plain": "plain vLLM", "ours": "with LMCache", "peer": "with LMCache 0.5.6"}[name]
+
+
+def _overhead_goal(name: str) -> Goal | None:
+    return Goal(1.0, "less") if name == "ours" else None
+
+
+def _ratio_goal(name: str) -> Goal | None:
+    return Goal(1.1, "less") if name == "ours" else None
+
+
+@contextlib.contextmanager
+def engines(options: argparse.Namespace, model: Path, directory: Path) -> Iterator[dict[str, Engine]]:
+    """All engines and their servers, started one after the other (each start takes both cores)."""
+    with contextlib.ExitStack() as stack:
+        started: dict[str, Engine] = {}
+
+        def start(name: str, python: str, transfer: dict[str, Any] | None) -> None:
+            engine = Engine(name, python, model, directory, transfer)
+            stack.callback(engine.stop)
+            engine.call("ready")
+            started[name] = engine
+
+        start("plain", options.vllm_python, None)
+        for name, python in (("ours", options.vllm_python), ("peer", options.peer_vllm_python)):
+            if python:
+                side = Side(name, sys.executable if name == "ours" else python)
+                # The peer stops vLLM unless its chunk is a multiple of the CPU's 128-token blocks.
+                server = stack.enter_context(side.serve(2, 256 if name == "ours" else 128))
+                start(name, python, _transfer(name, server.port))
+        yield started
+
+
+def _transfer(name: str, port: int) -> dict[str, Any]:
+    extra: dict[str, Any] = {"lmcache.mp.host": "tcp://127.0.0.1", "lmcache.mp.port": port}
+    if name == "peer":
+        extra["lmcache.mp.mp_transfer_mode"] = "engine_driven"
+    return {"kv_connector": "LMCacheMPConnector", "kv_role": "kv_both", "kv_connector_extra_config": extra}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure and print; 1 when an engine failed."""
+    options = parse(argv)
+    with tempfile.TemporaryDirectory(prefix="lmcache-ttft-") as name:
+        directory = Path(name)
+        model = options.model or write_model(options.vllm_python, directory / "model")
+        try:
+            with engines(options, model, directory) as started:
+                rows = measure(started, options.rounds)
+        except RuntimeError as error:
+            print(error, file=sys.stderr)
+            return 1
+    facts = about([Side("ours", sys.executable)], argv) | {"prompt": f"{PROMPT_TOKENS} tokens, float32"}
+    facts["command"] = str(facts["command"]).replace("benchmarks.run", "benchmarks.vllm_ttft")
+    if options.json:
+        options.json.write_text(json.dumps({**facts, "rows": [row.as_json() for row in rows]}, indent=1) + "\n")
+    table = [HEAD, *(cells(row) for row in rows)]
+    print("\n".join(f"{name}: {value}" for name, value in facts.items()) + "\n")
+    print(markdown(table) if options.markdown else align(table))
+    return 0
+
+
+def write_model(python: str, path: Path) -> Path:
+    """The demo's small random-weight model."""
+    subprocess.run([python, "-m", "demo.model", str(path)], check=True, cwd=PROJECT, capture_output=True)
+    return path
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.vllm_ttft", description=__doc__, allow_abbrev=False)
+    named = os.environ.get("LMCACHE_TEST_VLLM_PYTHON")
+    parser.add_argument(
+        "--vllm-python", metavar="PATH", default=named, required=not named, help="Python with vLLM and us"
+    )
+    parser.add_argument("--peer-vllm-python", metavar="PATH", help="Python with vLLM and LMCache 0.5.6")
+    parser.add_argument("--model", metavar="DIR", type=Path, help="a model directory; default: the demo's, made anew")
+    parser.add_argument(
+        "--rounds", metavar="N", type=int, default=8, help="paired rounds after one to warm up. Default: 8"
+    )
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write every figure there")
+    parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
