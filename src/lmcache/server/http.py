@@ -232,13 +232,13 @@ def _declared_length(request: Request) -> int:
     return int(text) if text.isdigit() and len(text) < 19 else _MOST_BODY_BYTES + 1
 
 
-async def _ask(call: Callable[[], _T], seconds: float = _CONTROL_SECONDS) -> _T:
+async def _ask(call: Callable[[], _T], seconds: float = 0.0) -> _T:
     """A blocking call to Control, in a thread; late answers are dropped.
 
     Raises:
         TimeoutError: no answer in time.
     """
-    with anyio.fail_after(seconds):
+    with anyio.fail_after(seconds or _CONTROL_SECONDS):
         return await anyio.to_thread.run_sync(call, abandon_on_cancel=True)
 
 

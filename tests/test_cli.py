@@ -1,0 +1,296 @@
+"""The command line, as processes: exit codes, the one line of each mistake, and that a mistake leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+import lmcache
+from lmcache.cli.describe import table
+from lmcache.cli.main import main
+from lmcache.config import ServerConfig
+from lmcache.server.http import HttpFace
+
+SOURCE = Path(lmcache.__file__).parents[1]
+TOKEN = "a-token-that-nobody-may-see"
+
+
+def environment(**more: str) -> dict[str, str]:
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("LMCACHE_")}
+    return {**inherited, "PYTHONPATH": str(SOURCE), **more}
+
+
+def lmcache_command(*words: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "lmcache.cli.main", *words]
+    return subprocess.run(command, env=environment(**environ), capture_output=True, text=True, timeout=60)
+
+
+class Server:
+    """Just enough of a server behind a real HTTP face."""
+
+    healthy = True
+    cleared = 0
+
+    def health(self) -> tuple[bool, str]:
+        return self.healthy, "" if self.healthy else "the heart has stopped"
+
+    def status(self) -> dict[str, object]:
+        return {
+            "version": "0.1",
+            "config": ServerConfig(api_token=TOKEN, port=6555).redacted(),
+            "arena": {"bytes": 3 << 30, "used_bytes": 5 << 20, "spaces": {"one": 1234567}},
+            "engines": [{"instance": "a", "pid": 12345, "face": None}, {"instance": "bb", "rank": 1}],
+            "sessions": [],
+        }
+
+    def clear(self) -> dict[str, object]:
+        self.cleared += 1
+        return {"cleared_chunks": 3}
+
+    def counters(self) -> dict[str, float]:
+        return {}
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    yield from _served("")
+
+
+@pytest.fixture
+def guarded() -> Iterator[Server]:
+    yield from _served(TOKEN)
+
+
+def _served(token: str) -> Iterator[Server]:
+    one = Server()
+    face = HttpFace(ServerConfig(http_port=0, api_token=token), one)
+    face.start()
+    one.url = f"http://127.0.0.1:{face.port}"  # type: ignore[attr-defined]
+    yield one
+    face.stop()
+
+
+def url_of(server: Server) -> str:
+    url: str = server.url  # type: ignore[attr-defined]
+    return url
+
+
+# --- lmcache server: mistakes -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> list[str]:
+    """Flags of a server that would start, on free ports and in folders that start out empty."""
+    arena = tmp_path / "arena"
+    arena.mkdir()
+    words = ["--l1-size-gb", "0.01", "--port", "0", "--http-port", "0", "--http-host", "127.0.0.1"]
+    return [*words, "--arena-dir", str(arena), "--socket-dir", str(tmp_path / "sockets")]
+
+
+def mistake(small: list[str], tmp_path: Path, *words: str, **environ: str) -> str:
+    """Start a server that must not start; return its one line."""
+    before = sorted(tmp_path.rglob("*"))
+    result = lmcache_command("server", *small, *words, **environ)
+    assert result.returncode == 2 and result.stdout == ""
+    lines = [line for line in result.stderr.splitlines() if "WARNING" not in line]
+    assert len(lines) == 1 and ": error: " in lines[0], result.stderr
+    assert sorted(tmp_path.rglob("*")) == before
+    return lines[0]
+
+
+@pytest.mark.parametrize("flag", ["--port", "--http-port"])
+def test_a_taken_port(small: list[str], tmp_path: Path, flag: str) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        taken = str(listener.getsockname()[1])
+        line = mistake(small, tmp_path, flag, taken)
+    assert f"{flag} {taken}: taken" in line and f"such as {flag} " in line
+
+
+def test_more_memory_than_there_is(small: list[str], tmp_path: Path) -> None:
+    """Passing what the message says to pass is accepted: the next mistake is reported instead."""
+    shm = [*small, "--arena-dir", "/dev/shm"]
+    line = mistake(shm, tmp_path, "--l1-size-gb", "100000")
+    assert "--l1-size-gb 100000: /dev/shm has " in line and " of memory are available: pass --l1-size-gb " in line
+    size = line.split("pass --l1-size-gb ")[1].split()[0]
+    assert float(size) > 0
+
+
+def test_other_mistakes(small: list[str], tmp_path: Path) -> None:
+    assert "--eviction-policy FIFO: unknown; known: LRU" in mistake(small, tmp_path, "--eviction-policy", "FIFO")
+    assert "did you mean --l1-size-gb?" in mistake(small, tmp_path, "--l1-sise-gb", "2")
+    assert "--chunk-size: expected one argument" in mistake(small, tmp_path, "--chunk-size")
+    assert "surplus: not expected after `lmcache server`" in mistake(small, tmp_path, "surplus")
+    assert "LMCACHE_SERVER_MAX_WORKERS=0: must" in mistake(small, tmp_path, LMCACHE_SERVER_MAX_WORKERS="0")
+    assert "--insecure-no-auth" in mistake(small, tmp_path, "--host", "0.0.0.0")
+    assert "is not a directory" in mistake(small, tmp_path, "--arena-dir", str(tmp_path / "none"))
+    path = tmp_path / "lmcache.yaml"
+    path.write_text("l1-size-gb: 1\nchunk-sise: 16\n")
+    assert f"{path}:2: unknown key 'chunk-sise': did you mean chunk-size?" in mistake(
+        small, tmp_path, "--config", str(path)
+    )
+
+
+# --- lmcache server: serving ------------------------------------------------------------------------------------------
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def test_a_server_from_start_to_end(small: list[str], tmp_path: Path) -> None:
+    """It says that it runs when it serves, answers every verb, and a SIGTERM leaves nothing behind."""
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    words = [*small, "--http-port", str(port), "--api-token", TOKEN, "--chunk-size", "16"]
+    log_path = tmp_path / "log"
+    with log_path.open("w") as log:
+        begin = time.monotonic()
+        process = subprocess.Popen(
+            [sys.executable, "-m", "lmcache.cli.main", "server", *words], env=environment(), stderr=log, stdout=log
+        )
+    try:
+        while "LMCache cache server is running..." not in log_path.read_text():
+            assert process.poll() is None and time.monotonic() - begin < 20, log_path.read_text()
+            time.sleep(0.02)
+        assert httpx.get(url + "/healthcheck", trust_env=False).json() == {"status": "healthy"}
+        assert lmcache_command("ping", "--url", url).returncode == 0
+        assert lmcache_command("clear", "--url", url).returncode == 0
+        described = json.loads(lmcache_command("describe", "status", "--json", "--url", url).stdout)
+        assert described["config"]["chunk-size"] == 16 and described["config"]["l1-size-gb"] == 0.01
+        metrics = httpx.get(url + "/metrics", trust_env=False).text
+        assert "lmcache_stored_chunks_total 0.0" in metrics
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+    log_text = log_path.read_text()
+    assert "--api-token-file" in log_text and TOKEN not in log_text and TOKEN not in metrics + json.dumps(described)
+    assert list((tmp_path / "arena").iterdir()) == []
+    with socket.socket() as again:
+        again.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        again.bind(("127.0.0.1", port))
+
+
+# --- the other verbs --------------------------------------------------------------------------------------------------
+
+
+def test_ping(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ping", "--url", url_of(server)]) == 0
+    assert "is healthy" in capsys.readouterr().out
+    server.healthy = False
+    assert main(["ping", "--url", url_of(server)]) == 1
+    assert "the heart has stopped" in capsys.readouterr().err
+
+
+def test_nobody_there_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    url = f"http://127.0.0.1:{free_port()}"
+    for words in (["ping"], ["clear"], ["describe", "status"]):
+        assert main([*words, "--url", url]) == 1
+        output = capsys.readouterr()
+        assert output.err.count("\n") == 1 and f"no server at {url}" in output.err and "lmcache server" in output.err
+    assert main(["ping", "--url", "ftp://x"]) == 2
+    assert "--url ftp://x" in capsys.readouterr().err
+
+
+def test_a_silent_peer_costs_the_deadline(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("lmcache.cli.verbs.DEADLINE_SECONDS", 0.2)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        assert main(["ping", "--url", f"127.0.0.1:{listener.getsockname()[1]}"]) == 1
+    assert "no answer within 0.2 s" in capsys.readouterr().err
+
+
+def test_clear(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["clear", "--url", url_of(server)]) == 0
+    assert "is empty now (cleared chunks 3)" in capsys.readouterr().out and server.cleared == 1
+
+
+def test_clear_with_a_token_file(guarded: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "token"
+    path.write_text("wrong-wrong-wrong-wrong")
+    path.chmod(0o600)
+    words = ["clear", "--url", url_of(guarded), "--api-token-file", str(path)]
+    assert main(words) == 1 and "the token is not the server's" in capsys.readouterr().err
+    path.write_text(TOKEN + "\n")
+    assert main(words) == 0 and guarded.cleared == 1
+    path.chmod(0o644)
+    assert main(words) == 2 and f"chmod 600 {path}" in capsys.readouterr().err
+
+
+def test_describe(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["describe", "server", "--url", url_of(server)]) == 0
+    text = capsys.readouterr().out
+    assert "6555" in text and "***" in text and TOKEN not in text and "ARENA" not in text
+    assert main(["describe", "status", "--url", url_of(server), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["arena"]["bytes"] == 3 << 30
+
+
+def test_the_table() -> None:
+    lines = [line.rstrip() for line in table(Server().status())]
+    assert "  version  0.1" in lines
+    assert any(line.split() == ["bytes", "3.00", "GiB"] for line in lines)
+    assert any(line.split() == ["used_bytes", "5.0", "MiB"] for line in lines)
+    assert any(line.split() == ["spaces.one", "1,234,567"] for line in lines)
+    at = lines.index("ENGINES (2)")
+    assert lines[at + 1].split() == ["instance", "pid", "face", "rank"]
+    assert lines[at + 2].split() == ["a", "12345", "-", "-"]
+    assert "SESSIONS (0)" in lines
+
+
+def test_config_check(tmp_path: Path) -> None:
+    path = tmp_path / "lmcache.yaml"
+    path.write_text("l1-size-gb: 20\nport: 6555\napi-token: ${MY_TOKEN}\n")
+    environ = {"MY_TOKEN": TOKEN, "LMCACHE_SERVER_PORT": "7555"}
+    result = lmcache_command("config", "check", str(path), **environ)
+    rows = [line.split() for line in result.stdout.splitlines()]
+    assert result.returncode == 0 and TOKEN not in result.stdout
+    assert ["l1-size-gb", "20.0", f"{path}:1"] in rows
+    assert ["port", "7555", "LMCACHE_SERVER_PORT"] in rows
+    assert ["api-token", "***", f"{path}:3"] in rows
+    assert ["chunk-size", "256", "default"] in rows
+    path.write_text("chunk-size: 0\n")
+    result = lmcache_command("config", "check", str(path))
+    assert result.returncode == 2 and f"{path}:1: chunk-size: 0" in result.stderr
+
+
+def test_version_and_help() -> None:
+    assert lmcache_command("--version").stdout == f"lmcache {lmcache.__version__}\n"
+    for verb in ("server", "ping", "describe", "clear", "config"):
+        text = lmcache_command(verb, "--help").stdout
+        assert "examples:" in text and f"lmcache {verb}" in text
+    assert "GiB (2^30 bytes)" in lmcache_command("server", "--help").stdout
+    nothing = lmcache_command()
+    assert nothing.returncode == 2 and nothing.stderr.count("\n") == 1
+    assert lmcache_command("sever").returncode == 2
+
+
+def test_bench_parses_its_own_flags() -> None:
+    result = lmcache_command("bench", "--help")
+    assert result.returncode == 0 and "bench" in result.stdout
+
+
+def test_starting_is_light() -> None:
+    """What a mistake or --help must not wait for is not imported before the settings are read."""
+    code = "import sys, lmcache.cli.main as m; m.build_parser(); print(*sys.modules)"
+    modules = subprocess.run(
+        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert not {"yaml", "zmq", "starlette", "uvicorn", "numpy", "prometheus_client"} & set(modules)

@@ -1,0 +1,349 @@
+"""The HTTP face: a real one on a free port, with a small Control behind it."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from lmcache.config import ServerConfig
+from lmcache.errors import ConfigError
+from lmcache.server import http
+from lmcache.server.http import HttpFace, may_change
+from lmcache.server.metrics import families
+
+TOKEN = "a-token-that-nobody-may-see"
+
+
+class Server:
+    """Control as the face sees it; tests swap what `health` and the rest do."""
+
+    def __init__(self) -> None:
+        self.cleared = 0
+        self.healthy: Callable[[], tuple[bool, str]] = lambda: (True, "")
+
+    def health(self) -> tuple[bool, str]:
+        return self.healthy()
+
+    def status(self) -> dict[str, object]:
+        config = ServerConfig(api_token=TOKEN).redacted()
+        return {"version": "1", "config": config, "engines": [{"instance": "<b>engine</b>", "layout": "x"}]}
+
+    def clear(self) -> dict[str, object]:
+        self.cleared += 1
+        return {"cleared_chunks": 3}
+
+    def counters(self) -> dict[str, float]:
+        return {"stored_chunks_total": 3, 'missed_chunks_total{reason="not\n"here"}': 4, "chunks": 2}
+
+
+class Served:
+    """A running face and how to ask it."""
+
+    def __init__(self, token: str = "") -> None:
+        self.server = Server()
+        self.face = HttpFace(ServerConfig(http_host="0.0.0.0", http_port=0, api_token=token), self.server)
+        self.face.start()
+        self.url = f"http://localhost:{self.face.port}"
+
+    def clear(self, url: str = "", **headers: str) -> httpx.Response:
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        return httpx.post((url or self.url) + "/clear-cache", headers=named, trust_env=False)
+
+
+@pytest.fixture
+def served() -> Iterator[Served]:
+    one = Served()
+    yield one
+    one.face.stop()
+
+
+@pytest.fixture
+def guarded() -> Iterator[Served]:
+    one = Served(TOKEN)
+    yield one
+    one.face.stop()
+
+
+@pytest.fixture
+def elsewhere() -> str:
+    """An address of this host that is not loopback: to the face, a caller from it is another host."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # sends nothing
+        except OSError:
+            pytest.skip("this machine has no address but loopback")
+        address: str = probe.getsockname()[0]
+    return address
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def test_healthcheck_is_the_documented_one(served: Served) -> None:
+    answer = httpx.get(served.url + "/healthcheck")
+    assert (answer.status_code, answer.json()) == (200, {"status": "healthy"})
+    assert answer.text.strip() == '{"status": "healthy"}'
+
+
+def test_an_unhealthy_server_says_why(served: Served) -> None:
+    served.server.healthy = lambda: (False, "the arena file is gone")
+    answer = httpx.get(served.url + "/healthcheck")
+    assert (answer.status_code, answer.json()) == (503, {"status": "unhealthy", "reason": "the arena file is gone"})
+
+
+def test_a_heart_that_times_out_is_unhealthy(served: Served) -> None:
+    def late() -> tuple[bool, str]:
+        raise TimeoutError("no answer within 1 s")
+
+    served.server.healthy = late
+    answer = httpx.get(served.url + "/healthcheck")
+    assert answer.status_code == 503 and "does not answer" in answer.json()["reason"]
+
+
+def test_a_heart_that_hangs_is_unhealthy_and_stops_nothing(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http, "_CONTROL_SECONDS", 0.2)
+    freed = threading.Event()
+    served.server.healthy = lambda: (freed.wait(20), "")
+    try:
+        begin = time.monotonic()
+        assert httpx.get(served.url + "/healthcheck").status_code == 503
+        assert httpx.get(served.url + "/status").status_code == 200
+        assert time.monotonic() - begin < 5
+    finally:
+        freed.set()
+
+
+def test_a_fault_of_ours_is_counted_and_stops_nothing(served: Served, caplog: pytest.LogCaptureFixture) -> None:
+    def broken() -> tuple[bool, str]:
+        raise ZeroDivisionError("secret detail")
+
+    served.server.healthy = broken
+    answer = httpx.get(served.url + "/healthcheck")
+    assert answer.status_code == 500 and "secret detail" not in answer.text
+    assert served.face.failures == 1
+    assert httpx.get(served.url + "/status").status_code == 200
+
+
+def test_status_shows_no_secret(guarded: Served, elsewhere: str) -> None:
+    for path in ("/status", "/", "/metrics"):
+        answer = httpx.get(f"http://{elsewhere}:{guarded.face.port}{path}")
+        assert answer.status_code == 200 and TOKEN not in answer.text
+    assert httpx.get(guarded.url + "/status").json()["config"]["api-token"] == "***"
+
+
+def test_the_page_is_plain_and_escaped(served: Served) -> None:
+    answer = httpx.get(served.url + "/")
+    assert "healthy" in answer.text and "<b>engine" not in answer.text and "<script" not in answer.text
+    assert answer.headers["content-type"].startswith("text/html")
+    assert answer.headers["content-security-policy"].startswith("default-src 'none'")
+
+
+def test_metrics_are_prometheus(served: Served) -> None:
+    answer = httpx.get(served.url + "/metrics")
+    assert answer.headers["content-type"].startswith("text/plain; version=")
+    found = {family.name: family for family in text_string_to_metric_families(answer.text)}
+    assert found["lmcache_stored_chunks"].type == "counter"
+    assert found["lmcache_stored_chunks"].documentation == "Chunks that became readable."
+    assert found["lmcache_chunks"].type == "gauge" and found["lmcache_chunks"].samples[0].value == 2
+    (missed,) = found["lmcache_missed_chunks"].samples
+    assert (missed.name, missed.labels, missed.value) == ("lmcache_missed_chunks_total", {"reason": 'not\n"here'}, 4)
+    assert "process_resident_memory_bytes" in found
+
+
+def test_openmetrics_when_asked_for(served: Served) -> None:
+    answer = httpx.get(served.url + "/metrics", headers={"Accept": "application/openmetrics-text; version=1.0.0"})
+    assert answer.headers["content-type"].startswith("application/openmetrics-text")
+    assert answer.text.endswith("# EOF\n")
+
+
+def test_a_counter_with_and_without_label_is_one_family() -> None:
+    (family,) = families({"x_total": 1, 'x_total{reason="a"}': 2})
+    assert [(sample.labels, sample.value) for sample in family.samples] == [({}, 1), ({"reason": "a"}, 2)]
+    with pytest.raises(ValueError):
+        list(families({"Not a name": 1}))
+
+
+def test_unknown_paths_and_methods_are_json(served: Served) -> None:
+    answer = httpx.get(served.url + "/nope")
+    assert answer.status_code == 404 and "/healthcheck" in answer.json()["reason"]
+    answer = httpx.get(served.url + "/clear-cache")
+    assert answer.status_code == 405 and answer.headers["allow"] == "POST" and answer.json()["status"] == "error"
+    assert httpx.post(served.url + "/status").status_code == 405
+    assert served.server.cleared == 0
+
+
+# --- doors ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_documented_curl_works_as_written(served: Served) -> None:
+    """`curl -X POST http://localhost:8080/clear-cache`: no body, no header but Host, User-Agent and Accept."""
+    answer = served.clear(user_agent="curl/8.5.0", accept="*/*")
+    assert answer.status_code == 200 and answer.json()["status"] == "ok"
+    assert served.server.cleared == 1
+
+
+def test_loopback_needs_no_token_even_when_there_is_one(guarded: Served) -> None:
+    assert guarded.clear(f"http://127.0.0.1:{guarded.face.port}").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("headers", "reason"),
+    [
+        ({"Origin": "http://localhost:8080"}, "web page"),
+        ({"Origin": "null"}, "web page"),
+        ({"Sec_Fetch_Site": "cross-site"}, "web page"),
+        ({"Host": "evil.example"}, "localhost"),
+        ({"Host": "localhost.evil.example:8080"}, "localhost"),
+        ({"Host": "127.0.0.1.evil.example"}, "localhost"),
+        ({"X_Forwarded_For": "127.0.0.1"}, "proxy"),
+        ({"Forwarded": "for=127.0.0.1"}, "proxy"),
+        ({"Via": "1.1 proxy"}, "proxy"),
+        ({"X_Real_IP": "10.0.0.9"}, "proxy"),
+        ({"Authorization": "Bearer anything"}, "the server has none"),
+    ],
+)
+def test_a_web_page_or_proxy_may_not_change_anything(served: Served, headers: dict[str, str], reason: str) -> None:
+    answer = served.clear(**headers)
+    assert answer.status_code == 403 and reason in answer.json()["reason"]
+    assert served.server.cleared == 0
+
+
+def test_another_host_needs_the_token(served: Served, guarded: Served, elsewhere: str) -> None:
+    answer = served.clear(f"http://{elsewhere}:{served.face.port}")
+    assert answer.status_code == 403 and "--api-token-file" in answer.json()["reason"]
+    url = f"http://{elsewhere}:{guarded.face.port}"
+    answer = guarded.clear(url)
+    assert answer.status_code == 403 and "Bearer" in answer.json()["reason"]
+    assert guarded.clear(url, x_forwarded_for="127.0.0.1", host="localhost").status_code == 403
+    assert guarded.clear(url, authorization="Bearer wrong").status_code == 403
+    assert guarded.clear(url, authorization=f"Basic {TOKEN}").status_code == 403
+    assert (served.server.cleared, guarded.server.cleared) == (0, 0)
+    assert guarded.clear(url, authorization=f"Bearer {TOKEN}").status_code == 200
+    assert guarded.clear(url, authorization=f"bearer {TOKEN}", origin="http://x").status_code == 200
+
+
+def test_a_wrong_token_is_refused_from_loopback_too(guarded: Served) -> None:
+    answer = guarded.clear(authorization="Bearer wrong")
+    assert answer.status_code == 403 and TOKEN not in answer.text
+
+
+@pytest.mark.parametrize(
+    ("peer", "host", "may"),
+    [
+        ("127.0.0.1", "localhost", True),
+        ("127.9.9.9", "LOCALHOST:8080", True),
+        ("::1", "[::1]:8080", True),
+        ("::ffff:127.0.0.1", "127.0.0.1:8080", True),
+        ("::ffff:10.0.0.1", "localhost", False),
+        ("10.0.0.1", "localhost", False),
+        ("", "localhost", False),
+        ("unix", "localhost", False),
+        ("127.0.0.1", "", False),
+        ("127.0.0.1", "localhost:8080:1", False),
+        ("127.0.0.1", "localhost@evil", False),
+        ("127.0.0.1", "1270.0.0.1", False),
+    ],
+)
+def test_who_is_local(peer: str, host: str, may: bool) -> None:
+    assert (may_change(peer, {"host": host}, "") == "") is may
+    assert (may_change(peer, {"host": host}, TOKEN) == "") is may
+
+
+# --- strangers --------------------------------------------------------------------------------------------------------
+
+
+def raw(served: Served, data: bytes) -> bytes:
+    """Send bytes, read until the other side closes."""
+    answer = b""
+    with socket.create_connection(("127.0.0.1", served.face.port), timeout=10) as peer:
+        try:
+            peer.sendall(data)
+            while part := peer.recv(65536):
+                answer += part
+        except ConnectionError:
+            pass
+    return answer
+
+
+def test_garbage_is_answered_or_dropped_and_stops_nothing(served: Served) -> None:
+    for data in (b"\x00\xff" * 100 + b"\r\n\r\n", b"GET\r\n\r\n", b"POST /clear-cache HTTP/1.1\r\nHost: \xff\r\n\r\n"):
+        assert re.match(rb"HTTP/1.1 40[03]|$", raw(served, data))
+    assert served.server.cleared == 0
+    assert httpx.get(served.url + "/healthcheck").status_code == 200
+
+
+def test_headers_and_bodies_are_bounded(served: Served) -> None:
+    endless = b"GET /healthcheck HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * (1 << 20)
+    assert not raw(served, endless).startswith(b"HTTP/1.1 200")
+    huge = b"POST /clear-cache HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999999999\r\n\r\nx"
+    assert raw(served, huge).startswith(b"HTTP/1.1 413")
+    assert served.server.cleared == 0
+
+
+def test_an_idle_connection_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http, "_REQUEST_SECONDS", 0.2)
+    served = Served()
+    try:
+        begin = time.monotonic()
+        assert raw(served, b"GET /healthcheck HTTP/1.1\r\nHost:") == b""
+        assert time.monotonic() - begin < 5
+    finally:
+        served.face.stop()
+
+
+def test_other_hosts_cannot_take_all_connections(monkeypatch: pytest.MonkeyPatch, elsewhere: str) -> None:
+    monkeypatch.setattr(http, "_MOST_CONNECTIONS", 4)
+    served = Served()
+    held: list[socket.socket] = []
+    try:
+        for _ in range(10):
+            held.append(socket.create_connection((elsewhere, served.face.port), timeout=5))
+        with pytest.raises(httpx.TransportError):
+            httpx.get(f"http://{elsewhere}:{served.face.port}/healthcheck")
+        assert httpx.get(served.url + "/healthcheck").status_code == 200
+    finally:
+        for one in held:
+            one.close()
+        served.face.stop()
+
+
+# --- life -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_taken_port_is_a_config_error(served: Served) -> None:
+    second = HttpFace(ServerConfig(http_host="0.0.0.0", http_port=served.face.port), served.server)
+    with pytest.raises(ConfigError, match=f"--http-port {served.face.port}"):
+        second.start()
+    second.stop()
+
+
+def test_stop_frees_the_port_and_the_thread() -> None:
+    served = Served()
+    thread = served.face._thread
+    assert thread is not None and served.face.serving
+    served.face.stop()
+    assert not thread.is_alive() and not served.face.serving
+    with socket.socket() as again:
+        again.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        again.bind(("0.0.0.0", served.face.port))
+
+
+def test_ipv6_loopback() -> None:
+    try:
+        face = HttpFace(ServerConfig(http_host="::1", http_port=0), Server())
+        face.start()
+    except ConfigError:
+        pytest.skip("no IPv6 here")
+    try:
+        answer = httpx.post(f"http://[::1]:{face.port}/clear-cache")
+        assert answer.status_code == 200 and json.loads(answer.text)["status"] == "ok"
+    finally:
+        face.stop()
