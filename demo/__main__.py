@@ -10,7 +10,7 @@ from demo.processes import CACHE, DemoFailed, end_on_signals
 
 
 def main() -> int:
-    """Run one demo; the exit code is 0 when every answer was right, 1 when one was not or something failed."""
+    """Run one demo; the exit code is 0 when every answer was right and came from where it should."""
     parser = argparse.ArgumentParser(prog="./run demo", description="Time to the first token with and without LMCache.")
     parser.add_argument(
         "--engine", choices=("vllm", "numpy"), default="vllm", help="real vLLM on the CPU, or the 10-second one"
@@ -31,8 +31,6 @@ def main() -> int:
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         return 130
-    if not right:
-        print("\nan answer differs: please report this, it must never happen", file=sys.stderr)
     return 0 if right else 1
 
 

@@ -18,6 +18,7 @@ from types import FrameType
 
 CACHE = Path(__file__).resolve().parent.parent / ".cache" / "demo"
 _PR_SET_PDEATHSIG = 1
+_RETRIEVED = "lmcache_retrieved_tokens_total"
 
 
 class DemoFailed(Exception):
@@ -105,6 +106,18 @@ class Server(Child):
     def await_healthy(self) -> float:
         """Wait for GET /healthcheck; return the seconds it took."""
         return self.await_http(self.http_port, "/healthcheck", 30.0)
+
+    def retrieved_tokens(self) -> int:
+        """Tokens whose KV engines have loaded so far, as the server's own metrics count them."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.http_port, timeout=5.0)
+        try:
+            connection.request("GET", "/metrics")
+            text = connection.getresponse().read().decode()
+        except (OSError, http.client.HTTPException) as failure:
+            raise DemoFailed(f"{self.name} gave no metrics: {failure}\n{self.tail()}") from failure
+        finally:
+            connection.close()
+        return int(sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith(_RETRIEVED)))
 
 
 def free_ports(count: int) -> list[int]:

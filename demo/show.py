@@ -13,10 +13,15 @@ from pathlib import Path
 
 @dataclass
 class Row:
-    """One way to answer the prompts: seconds to the first token and the answer, for each prompt."""
+    """One way to answer the prompts: seconds to the first token and the answer, for each prompt.
+
+    ours: with LMCache. warm: its KV should come from there. cached_tokens: how many did, all prompts together.
+    """
 
     title: str
     ours: bool
+    warm: bool = False
+    cached_tokens: int = 0
     ttft_seconds: list[float] = field(default_factory=list)
     answers: list[list[object]] = field(default_factory=list)
 
@@ -27,10 +32,10 @@ class Row:
 
 
 def report(engine: str, prompt_tokens: int, rows: Sequence[Row], png: Path) -> bool:
-    """Print everything and write the PNG; False when an answer differs from that without LMCache."""
+    """Print everything and write the PNG; False when an answer differs, or a warm row had nothing from the cache."""
     title = f"time to first token, {engine}, prompts of {prompt_tokens:,} tokens"
     print(f"\n{_bold(title)}\n")
-    _print_table(rows)
+    _print_table(rows, prompt_tokens)
     print()
     _print_bars(rows)
     same = sum(answer == right for row in rows for answer, right in zip(row.answers, rows[0].answers, strict=True))
@@ -39,16 +44,22 @@ def report(engine: str, prompt_tokens: int, rows: Sequence[Row], png: Path) -> b
     print(f"\nanswers equal to those without LMCache: {same} of {total} ({length} tokens each)")
     if _draw(title, rows, png):
         print(f"plot: {png}")
-    return same == total
+    if same != total:
+        print(_red("An answer differs. That must never happen: please report it."))
+    cold = [row.title for row in rows if row.warm and not row.cached_tokens]
+    if cold:
+        print(_red(f"Nothing came from the cache for: {', '.join(cold)}. The logs are in .cache/demo."))
+    return same == total and not cold
 
 
-def _print_table(rows: Sequence[Row]) -> None:
+def _print_table(rows: Sequence[Row], prompt_tokens: int) -> None:
     width = max(len(row.title) for row in rows)
     prompts = range(1, len(rows[0].ttft_seconds) + 1)
-    print(" " * width + "".join(f"  prompt {number}" for number in prompts) + "    median  speed-up")
+    print(" " * width + "".join(f"  prompt {number}" for number in prompts) + "    median  speed-up  from the cache")
     for row in rows:
         cells = "".join(f"{seconds:8.3f} s" for seconds in row.ttft_seconds)
-        print(f"{row.title:<{width}}{cells}{row.median:8.3f} s{rows[0].median / row.median:8.1f} x")
+        cached = f"{row.cached_tokens / prompt_tokens / len(row.answers):14.0%}" if row.ours else ""
+        print(f"{row.title:<{width}}{cells}{row.median:8.3f} s{rows[0].median / row.median:8.1f} x{cached}")
 
 
 def _print_bars(rows: Sequence[Row]) -> None:
@@ -91,6 +102,10 @@ def _bold(text: str) -> str:
 
 def _green(text: str) -> str:
     return f"\033[32m{text}\033[0m" if _colored() else text
+
+
+def _red(text: str) -> str:
+    return f"\033[31m{text}\033[0m" if _colored() else text
 
 
 def _colored() -> bool:

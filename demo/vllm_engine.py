@@ -14,8 +14,9 @@ from pathlib import Path
 from demo.processes import CACHE, Child, DemoFailed, Server, free_ports
 from demo.show import Row, report
 
-PROMPT_CHARACTERS = 15_000
-"""Some 4,000 tokens of Python source."""
+PROMPT_CHARACTERS = 24_000
+"""Enough Python source for `PROMPT_TOKENS` tokens, of some 3.5 characters each."""
+PROMPT_TOKENS = 4_160
 PROMPTS = 3
 ANSWER_TOKENS = 8
 MAX_MODEL_TOKENS = 8_192
@@ -27,7 +28,7 @@ class Vllm(Child):
     """`vllm serve` with the demo's model; with a server, its KV goes to LMCache and its own prefix cache is off."""
 
     def __init__(self, name: str, model: Path, server: Server | None) -> None:
-        self.port = free_ports(1)[0]
+        self.port, self.server = free_ports(1)[0], server
         command = [
             *(str(engine_folder() / "vllm"), "serve", str(model), "--served-model-name", "demo"),
             *("--host", "127.0.0.1", "--port", str(self.port)),
@@ -47,10 +48,18 @@ class Vllm(Child):
         """Wait for GET /health, then send a short prompt, so that what happens once is not timed."""
         seconds = self.await_http(self.port, "/health", START_SECONDS)
         print(f"  {self.name}: ready after {seconds:.0f} s", flush=True)
-        self.ask("def warm_up():\n    pass\n" * 40)
+        self.ask([1] * 300)
 
-    def ask(self, prompt: str) -> tuple[float, list[object], int]:
-        """Answer greedily: seconds to the first token, the answer's tokens, and how many tokens the prompt has."""
+    def tokens(self, text: str) -> list[int]:
+        """The first `PROMPT_TOKENS` tokens of a text."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30.0)
+        connection.request("POST", "/tokenize", json.dumps({"model": "demo", "prompt": text}), _JSON)
+        tokens: list[int] = json.loads(connection.getresponse().read())["tokens"]
+        connection.close()
+        return tokens[:PROMPT_TOKENS]
+
+    def ask(self, prompt: list[int]) -> tuple[float, list[object]]:
+        """Answer greedily: seconds to the first token, and the answer's tokens."""
         request = {
             "model": "demo",
             "prompt": prompt,
@@ -60,33 +69,32 @@ class Vllm(Child):
             "logprobs": 0,
             "return_tokens_as_token_ids": True,
             "stream": True,
-            "stream_options": {"include_usage": True},
         }
         began, first = time.perf_counter(), 0.0
         tokens: list[object] = []
-        prompt_tokens = 0
         for event in self._events(json.dumps(request)):
             first = first or time.perf_counter() - began
             for choice in event.get("choices", []):
                 tokens += choice["logprobs"]["tokens"]
-            prompt_tokens = (event.get("usage") or {}).get("prompt_tokens", prompt_tokens)
         if len(tokens) != ANSWER_TOKENS:
             raise DemoFailed(f"{self.name} answered {len(tokens)} tokens instead of {ANSWER_TOKENS}\n{self.tail()}")
-        return first, tokens, prompt_tokens
+        return first, tokens
 
-    def time(self, row: Row, prompts: list[str]) -> Row:
+    def time(self, row: Row, prompts: list[list[int]]) -> Row:
         """Answer all prompts and note the times."""
+        before = self.server.retrieved_tokens() if self.server else 0
         for prompt in prompts:
-            seconds, answer, _ = self.ask(prompt)
+            seconds, answer = self.ask(prompt)
             row.ttft_seconds.append(seconds)
             row.answers.append(answer)
+        row.cached_tokens = self.server.retrieved_tokens() - before if self.server else 0
         print(f"  {row.title}: {row.median:.3f} s", flush=True)
         return row
 
     def _events(self, body: str) -> Iterator[dict]:  # type: ignore[type-arg]
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120.0)
         try:
-            connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
+            connection.request("POST", "/v1/completions", body, _JSON)
             response = connection.getresponse()
             if response.status != 200:
                 raise DemoFailed(f"{self.name} answered {response.status}: {response.read(500)!r}\n{self.tail()}")
@@ -99,6 +107,7 @@ class Vllm(Child):
             connection.close()
 
 
+_JSON = {"Content-Type": "application/json"}
 _ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "HF_HUB_OFFLINE": "1",
@@ -116,29 +125,29 @@ def run(png: Path) -> bool:
     """Run the demo; True when every answer was right."""
     print("The vLLM demo takes about 90 seconds: vLLM starts three times, at 10 to 60 seconds each.", flush=True)
     began = time.monotonic()
-    model, prompts = _model(), _prompts()
+    model = _model()
     running: list[Child] = []
     try:
         running.append(server := Server(l1_size_gb=2))
         running.append(alone := Vllm("vLLM alone", model, None))
         print(f"  lmcache server: ready after {server.await_healthy():.1f} s", flush=True)
         alone.await_healthy()
+        prompts = [alone.tokens(text) for text in _texts()]
         rows = [alone.time(Row("without LMCache", False), prompts)]
         rows.append(alone.time(Row("vLLM's own prefix cache", False), prompts))
-        length = alone.ask(prompts[0])[2]
         alone.stop()
         running.append(first := Vllm("vLLM with LMCache", model, server))
         first.await_healthy()
         rows.append(first.time(Row("LMCache, cold", True), prompts))
-        rows.append(first.time(Row("LMCache, warm", True), prompts))
+        rows.append(first.time(Row("LMCache, warm", True, warm=True), prompts))
         first.stop()
         running.append(second := Vllm("vLLM with LMCache, restarted", model, server))
         second.await_healthy()
-        rows.append(second.time(Row("LMCache, warm, vLLM restarted", True), prompts))
+        rows.append(second.time(Row("LMCache, warm, vLLM restarted", True, warm=True), prompts))
     finally:
         for child in reversed(running):
             child.stop()
-    right = report("vLLM on this CPU", length, rows, png)
+    right = report("vLLM on this CPU", PROMPT_TOKENS, rows, png)
     print(f"{time.monotonic() - began:.0f} s in all; logs: {CACHE}")
     return right
 
@@ -155,8 +164,8 @@ def _model() -> Path:
     return folder
 
 
-def _prompts() -> list[str]:
-    """Long prompts with nothing in common: source of Python's standard library."""
+def _texts() -> list[str]:
+    """Long texts with nothing in common: source of Python's standard library."""
     files = ("argparse.py", "tarfile.py", "typing.py", "subprocess.py", "inspect.py")[:PROMPTS]
     folder = Path(sysconfig.get_path("stdlib"))
     return [f"# {name}\n" + (folder / name).read_text(encoding="utf-8")[:PROMPT_CHARACTERS] for name in files]
