@@ -29,7 +29,9 @@ from lmcache.transfer.paged import PagedKV, Plane
 logger = init_logger(__name__)
 
 STAGING_BYTES = int(os.environ.get("LMCACHE_GPU_STAGING_MB", "128")) << 20
-_PIECES_IN_RING = 4
+_PIECES_IN_RING = int(os.environ.get("LMCACHE_GPU_PIECES", "4"))
+_SPIN_BYTES = 64 << 20
+"""Below this a copy ends within a millisecond, and waking up from a blocking wait would be a tenth of it."""
 _REGISTER_BYTES = 1 << 30
 _TILE_WORDS = 2048
 Runs = npt.NDArray[np.int64]
@@ -43,15 +45,14 @@ def _copy_kernel(
     meta,
     staging,
     first_plane,
-    planes_here,
     piece_words,
-    chunk_tokens,
-    block_tokens,
-    block_stride,
-    token_stride,
-    head_stride,
-    head_words,
-    row_words,
+    CHUNK_TOKENS: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_STRIDE: tl.constexpr,
+    TOKEN_STRIDE: tl.constexpr,
+    HEAD_STRIDE: tl.constexpr,
+    HEAD_WORDS: tl.constexpr,
+    ROW_WORDS: tl.constexpr,
     TO_STAGING: tl.constexpr,
     WORD: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -59,9 +60,10 @@ def _copy_kernel(
 ):
     """Program (tile, plane, chunk): TOKENS rows of one plane of one chunk. Strides are in words of `WORD` type.
 
-    meta holds (first_token, token_count, token_in_slot) for each chunk; a row is one token's heads x dims of a plane.
+    meta holds (first_token, token_count, token_in_slot) for each chunk; a row is one token's heads x dims of a plane. What a
+    model fixes is constant: fewer arguments make a launch cheaper, and launches are what this code spends its time on.
     """
-    row_tiles = tl.cdiv(row_words, WORDS)
+    row_tiles: tl.constexpr = (ROW_WORDS + WORDS - 1) // WORDS
     tile = tl.program_id(0) // row_tiles
     word = (tl.program_id(0) % row_tiles) * WORDS + tl.arange(0, WORDS)
     plane = tl.program_id(1)
@@ -72,13 +74,13 @@ def _copy_kernel(
     token = tile * TOKENS + tl.arange(0, TOKENS)
     live = token < count
     position = first + token
-    block = tl.load(blocks + position // block_tokens, mask=live, other=0).to(tl.int64)
-    row = block * block_stride + (position % block_tokens).to(tl.int64) * token_stride
-    column = (word // head_words).to(tl.int64) * head_stride + word % head_words
+    block = tl.load(blocks + position // BLOCK_TOKENS, mask=live, other=0)
+    row = block * BLOCK_STRIDE + (position % BLOCK_TOKENS) * TOKEN_STRIDE
+    column = (word // HEAD_WORDS).to(tl.int64) * HEAD_STRIDE + word % HEAD_WORDS
     paged = tl.load(bases + first_plane + plane).to(tl.pointer_type(WORD)) + row[:, None] + column[None, :]
-    slot_row = (plane * chunk_tokens + in_slot + token).to(tl.int64) * row_words
+    slot_row = (plane * CHUNK_TOKENS + in_slot + token) * ROW_WORDS
     staged = staging + chunk.to(tl.int64) * piece_words + slot_row[:, None] + word[None, :]
-    mask = live[:, None] & (word < row_words)[None, :]
+    mask = live[:, None] & (word < ROW_WORDS)[None, :]
     if TO_STAGING:
         tl.store(staged, tl.load(paged, mask=mask), mask=mask)
     else:
@@ -121,11 +123,12 @@ class CudaCopier:
         self._stop = threading.Event()
         self._register_thread: threading.Thread | None = None
         self._address = 0
+        self._arena: torch.Tensor | None = None
         with torch.cuda.device(self._device):
             self._bases = torch.tensor(
                 [plane.address for plane in paged.planes], dtype=torch.int64, device=self._device
             )
-            self._lanes = {True: _Lane(self, STAGING_BYTES // 2), False: _Lane(self, STAGING_BYTES // 2)}
+            self._lanes = {to_host: _Lane(self, STAGING_BYTES // 2, to_host) for to_host in (True, False)}
         logger.info("GPU staging: %d MiB on %s", STAGING_BYTES >> 20, self._device)
 
     def gather(
@@ -146,6 +149,7 @@ class CudaCopier:
         """Register the mapping with the driver, 1 GiB at a time; what is not registered yet is copied by the driver's own,
         slower staging."""
         self._address = address
+        self._arena = _host_bytes(address, size_bytes)
         self._register_thread = threading.Thread(
             target=self._register, args=(address, size_bytes), name="lmcache-register", daemon=True
         )
@@ -158,7 +162,8 @@ class CudaCopier:
         for offset in range(0, self._registered_bytes, _REGISTER_BYTES):
             torch.cuda.cudart().cudaHostUnregister(self._address + offset)
         self._registered_bytes = 0
-        self._lanes = {}
+        self._lanes.clear()
+        self._arena = None
 
     def _register(self, address: int, size_bytes: int) -> None:
         with torch.cuda.device(self._device):
@@ -179,137 +184,145 @@ class CudaCopier:
 class _Lane:
     """One direction: its ring, its two streams, one copy at a time."""
 
-    def __init__(self, copier: CudaCopier, ring_bytes: int) -> None:
-        self._copier = copier
+    def __init__(self, copier: CudaCopier, ring_bytes: int, to_host: bool) -> None:
+        self._copier, self._to_host = copier, to_host
         slot, planes = copier._slot_bytes, len(copier._paged.planes)
         self._plane_bytes = slot // planes
         target = ring_bytes // _PIECES_IN_RING
-        self._planes_in_piece = max(1, min(planes, target // self._plane_bytes))
-        pieces = -(-planes // self._planes_in_piece)
-        self._planes_in_piece = -(-planes // pieces)  # even pieces: the last one is not a crumb
-        self._chunks_in_piece = max(1, target // slot) if pieces == 1 else 1
-        self._piece_bytes = self._planes_in_piece * self._plane_bytes * self._chunks_in_piece
-        self._count = max(2, ring_bytes // self._piece_bytes)
-        device, word = copier._device, _WORDS[copier._shape.word_bytes][0]
+        in_piece = max(1, min(planes, target // self._plane_bytes))
+        self._planes_in_piece = -(-planes // -(-planes // in_piece))  # even pieces: the last one is not a crumb
+        self._chunks_in_piece = max(1, target // slot) if in_piece == planes else 1
+        piece_bytes = self._planes_in_piece * self._plane_bytes * self._chunks_in_piece
+        count, device = max(2, ring_bytes // piece_bytes), copier._device
         try:
-            self._ring = torch.empty((self._count, self._piece_bytes), dtype=torch.uint8, device=device)
+            ring = torch.empty((count, piece_bytes), dtype=torch.uint8, device=device)
         except torch.OutOfMemoryError as error:
-            raise LayoutError(
-                f"no {ring_bytes >> 20} MiB of GPU memory for staging: lower LMCACHE_GPU_STAGING_MB"
-            ) from error
-        self._word = word
+            raise LayoutError(f"no {ring_bytes >> 20} MiB of GPU memory for staging: lower LMCACHE_GPU_STAGING_MB") from error
+        self._ring = [(piece, piece.view(_WORDS[copier._shape.word_bytes][0])) for piece in ring]
         self._kernels, self._copies = torch.cuda.Stream(device), torch.cuda.Stream(device)
-        self._free = [torch.cuda.Event() for _ in range(self._count)]
+        self._filled = [torch.cuda.Event() for _ in range(count)]
+        self._emptied = [torch.cuda.Event() for _ in range(count)]
+        self._host = torch.empty(1 << 12, dtype=torch.int64, pin_memory=True)
+        self._tables = torch.empty_like(self._host, device=device)
+        self._constants = _constants(copier, to_host)
         self._lock = threading.Lock()
 
     def run(self, base: int, blocks: Blocks, runs: Runs, after: Any | None) -> None:
         """The whole copy, ended."""
         if not len(runs):
             return
-        copier = self._copier
-        to_host = self is copier._lanes[True]
+        copier, number = self._copier, 0
         with self._lock, torch.cuda.device(copier._device):
-            table = torch.from_numpy(blocks).to(copier._device)
-            meta = torch.from_numpy(np.ascontiguousarray(runs[:, 1:])).to(copier._device)
-            if after is not None:
-                self._kernels.wait_event(after)
-            number = 0
-            for at in range(0, len(runs), self._chunks_in_piece):
-                part = slice(at, at + self._chunks_in_piece)
-                for plane in range(0, len(copier._paged.planes), self._planes_in_piece):
-                    self._piece(number, base, table, meta[part], runs[part], plane, to_host)
-                    number += 1
-            last = torch.cuda.Event(blocking=True)
-            last.record(self._copies if to_host else self._kernels)
+            before = torch.cuda.current_stream()
+            try:
+                torch.cuda.set_stream(self._kernels)
+                table, meta = self._upload(blocks, runs)
+                if after is not None:
+                    self._kernels.wait_event(after)
+                for at in range(0, len(runs), self._chunks_in_piece):
+                    part = slice(at, at + self._chunks_in_piece)
+                    for plane in range(0, len(copier._paged.planes), self._planes_in_piece):
+                        self._piece(number, base, table, meta[part], runs[part], plane)
+                        number += 1
+                last = torch.cuda.Event(blocking=len(runs) * copier._slot_bytes > _SPIN_BYTES)
+                last.record(self._copies if self._to_host else self._kernels)
+            finally:
+                torch.cuda.set_stream(before)
             last.synchronize()
 
-    def _piece(
-        self, number: int, base: int, table: torch.Tensor, meta: torch.Tensor, runs: Runs, plane: int, to_host: bool
-    ) -> None:
-        place = number % self._count
-        ring = self._ring[place]
+    def _upload(self, blocks: Blocks, runs: Runs) -> tuple[torch.Tensor, torch.Tensor]:
+        """The block table and (first token, count, token in slot) of each run, on the device, by one copy."""
+        words = len(blocks) + 3 * len(runs)
+        if words > self._host.numel():
+            self._host = torch.empty(2 * words, dtype=torch.int64, pin_memory=True)
+            self._tables = torch.empty_like(self._host, device=self._copier._device)
+        view = self._host.numpy()
+        view[: len(blocks)] = blocks
+        view[len(blocks) : words] = runs[:, 1:].reshape(-1)
+        self._tables[:words].copy_(self._host[:words], non_blocking=True)
+        return self._tables[: len(blocks)], self._tables[len(blocks) : words].view(-1, 3)
+
+    def _piece(self, number: int, base: int, table: torch.Tensor, meta: torch.Tensor, runs: Runs, plane: int) -> None:
+        place = number % len(self._ring)
+        ring, words = self._ring[place]
         planes = min(self._planes_in_piece, len(self._copier._paged.planes) - plane)
-        done = torch.cuda.Event()
-        if to_host:
-            if number >= self._count:
-                self._kernels.wait_event(self._free[place])
-            self._launch(ring, table, meta, runs, plane, planes, to_host)
-            done.record(self._kernels)
-            self._copies.wait_event(done)
-            self._dma(ring, base, runs, plane, planes, to_host)
-            self._free[place].record(self._copies)
+        filled, emptied = self._filled[place], self._emptied[place]
+        if self._to_host:
+            if number >= len(self._ring):
+                self._kernels.wait_event(emptied)
+            self._launch(words, table, meta, runs, plane, planes)
+            filled.record(self._kernels)
+            self._copies.wait_event(filled)
+            self._dma(ring, base, runs, plane, planes)
+            emptied.record(self._copies)
         else:
-            if number >= self._count:
-                self._copies.wait_event(self._free[place])
-            self._dma(ring, base, runs, plane, planes, to_host)
-            done.record(self._copies)
-            self._kernels.wait_event(done)
-            self._launch(ring, table, meta, runs, plane, planes, to_host)
-            self._free[place].record(self._kernels)
+            if number >= len(self._ring):
+                self._copies.wait_event(emptied)
+            self._dma(ring, base, runs, plane, planes)
+            filled.record(self._copies)
+            self._kernels.wait_event(filled)
+            self._launch(words, table, meta, runs, plane, planes)
+            emptied.record(self._kernels)
 
     def _launch(
-        self,
-        ring: torch.Tensor,
-        table: torch.Tensor,
-        meta: torch.Tensor,
-        runs: Runs,
-        plane: int,
-        planes: int,
-        to_host: bool,
+        self, words: torch.Tensor, table: torch.Tensor, meta: torch.Tensor, runs: Runs, plane: int, planes: int
     ) -> None:
-        copier, shape = self._copier, self._copier._shape
-        words = min(triton.next_power_of_2(shape.row_words), 1024)
-        tokens = max(1, _TILE_WORDS // words)
-        tiles = triton.cdiv(int(runs[:, 2].max()), tokens) * triton.cdiv(shape.row_words, words)
-        with torch.cuda.stream(self._kernels):
-            _copy_kernel[(tiles, planes, len(runs))](
-                copier._bases,
-                table,
-                meta,
-                ring.view(self._word),
-                plane,
-                planes,
-                planes * self._plane_bytes // shape.word_bytes,
-                copier._chunk_tokens,
-                copier._paged.block_tokens,
-                shape.block_stride,
-                shape.token_stride,
-                shape.head_stride,
-                shape.head_words,
-                shape.row_words,
-                TO_STAGING=to_host,
-                WORD=_WORDS[shape.word_bytes][1],
-                TOKENS=tokens,
-                WORDS=words,
-                num_warps=8,
-            )
+        """In the stream of kernels, which is the thread's current one."""
+        copier, constants = self._copier, self._constants
+        row_tiles = -(-constants["ROW_WORDS"] // constants["WORDS"])
+        tiles = -(-int(runs[:, 2].max()) // constants["TOKENS"]) * row_tiles
+        piece_words = planes * self._plane_bytes // copier._shape.word_bytes
+        _copy_kernel[(tiles, planes, len(runs))](
+            copier._bases, table, meta, words, plane, piece_words, **constants, num_warps=8
+        )
 
-    def _dma(self, ring: torch.Tensor, base: int, runs: Runs, plane: int, planes: int, to_host: bool) -> None:
+    def _dma(self, ring: torch.Tensor, base: int, runs: Runs, plane: int, planes: int) -> None:
         """The piece's chunks, one copy each; neighbours in the arena go together."""
         length = planes * self._plane_bytes
-        starts = runs[:, 0] + plane * self._plane_bytes
+        starts = (runs[:, 0] + plane * self._plane_bytes).tolist()
+        torch.cuda.set_stream(self._copies)
         at = 0
-        with torch.cuda.stream(self._copies):
-            while at < len(starts):
-                end = at + 1
-                while end < len(starts) and starts[end] == starts[end - 1] + length:
-                    end += 1
-                staged = ring[at * length : end * length]
-                for host, device in self._split(base, int(starts[at]), staged):
-                    (host if to_host else device).copy_(device if to_host else host, non_blocking=True)
-                at = end
+        while at < len(starts):
+            end = at + 1
+            while end < len(starts) and starts[end] == starts[end - 1] + length:
+                end += 1
+            self._copy(ring[at * length : end * length], base, starts[at])
+            at = end
+        torch.cuda.set_stream(self._kernels)
 
-    def _split(self, base: int, offset: int, staged: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Cut where registrations meet: the driver takes no copy across two of them."""
-        parts, done, length = [], 0, staged.numel()
+    def _copy(self, staged: torch.Tensor, base: int, offset: int) -> None:
+        """One DMA; two where registrations meet, since the driver takes no copy across them."""
+        copier, length, done = self._copier, staged.numel(), 0
+        known = copier._arena is not None and base == copier._address
         while done < length:
-            room = (
-                _REGISTER_BYTES - (offset + done) % _REGISTER_BYTES if base == self._copier._address else length - done
-            )
-            size = min(room, length - done)
-            parts.append((_host_bytes(base + offset + done, size), staged[done : done + size]))
+            start = offset + done
+            size = min(_REGISTER_BYTES - start % _REGISTER_BYTES, length - done) if known else length
+            host = copier._arena[start : start + size] if known else _host_bytes(base + start, size)
+            device = staged if size == length else staged[done : done + size]
+            if self._to_host:
+                host.copy_(device, non_blocking=True)
+            else:
+                device.copy_(host, non_blocking=True)
             done += size
-        return parts
+
+
+def _constants(copier: CudaCopier, to_host: bool) -> dict[str, Any]:
+    """What the kernel is compiled for."""
+    shape = copier._shape
+    words = min(triton.next_power_of_2(shape.row_words), 1024)
+    return dict(
+        CHUNK_TOKENS=copier._chunk_tokens,
+        BLOCK_TOKENS=copier._paged.block_tokens,
+        BLOCK_STRIDE=shape.block_stride,
+        TOKEN_STRIDE=shape.token_stride,
+        HEAD_STRIDE=shape.head_stride,
+        HEAD_WORDS=shape.head_words,
+        ROW_WORDS=shape.row_words,
+        TO_STAGING=to_host,
+        WORD=_WORDS[shape.word_bytes][1],
+        TOKENS=max(1, _TILE_WORDS // words),
+        WORDS=words,
+    )
 
 
 def _host_bytes(address: int, length: int) -> torch.Tensor:

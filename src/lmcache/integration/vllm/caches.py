@@ -21,9 +21,8 @@ def describe_caches(vllm_config: Any, num_blocks: int, kv: ModelKV, kv_caches: d
     tensors = [kv_caches[name] for name in kv.layer_names]
     heads = 1 if kv.kind == "mla" else max(1, kv.num_kv_heads // kv.tp_size)
     shape = Shape(heads, kv.head_size, kv.block_tokens, kv.kind == "mla")
-    if not str(tensors[0].device).startswith("cpu"):
-        raise LayoutError(f"KV on {tensors[0].device}; this release copies KV in host memory only")
-    isa = "" if shape.mla else cpu_isa(vllm_config, kv.layer_names[0], tensors[0].dtype, shape)
+    on_cpu = str(tensors[0].device).startswith("cpu")
+    isa = "" if shape.mla or not on_cpu else cpu_isa(vllm_config, kv.layer_names[0], tensors[0].dtype, shape)
     return describe_tensors(tensors, shape, num_blocks, isa)
 
 

@@ -68,7 +68,7 @@ def describe_tensors(tensors: Sequence[Any], shape: Shape, num_blocks: int, isa:
         planes = [plane for tensor in tensors for plane in _cpu_planes(tensor, inner, offsets, block_axis)]
     else:
         planes = [plane for tensor in tensors for plane in strided_planes(tensor, inner, block_axis)]
-    paged = PagedKV(tuple(planes), inner.block_tokens, total, first.element_size(), keepalive=tuple(tensors))
+    paged = PagedKV(tuple(planes), inner.block_tokens, total, first.element_size(), tuple(tensors), str(first.device))
     return Registered(paged, ratio)
 
 

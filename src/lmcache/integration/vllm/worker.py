@@ -38,6 +38,7 @@ class WorkerHalf:
         self._received: set[str] = set()
         self._invalid: set[int] = set()
         self._report = StepReport()
+        self._started: StepPlan | None = None
         self.reports_stats = False
         self.loaded_tokens = self.stored_tokens = self.failed_loads = 0
 
@@ -53,8 +54,17 @@ class WorkerHalf:
         if warned:
             logger.warning("preempted blocks were free after %.1f s", time.monotonic() - started)
 
+    @property
+    def may_load_before_forward(self) -> bool:
+        """On a CPU every earlier write to the blocks has ended when a step begins; a device has only been told of it."""
+        return self._registered.paged.device == "cpu"
+
     def start_loads(self, plan: StepPlan) -> None:
-        """Start every load of the step. The copies run beside the engine, in the session's threads."""
+        """Start every load of the step, once. The copies run beside the engine, in the session's threads."""
+        if plan is self._started:
+            return
+        self._started = plan
+        now = self._stream_point() if plan.loads else None
         for load in plan.loads:
             chunk = load.chunk_tokens
             first, leased = load.start_token // chunk, load.first_leased
@@ -72,17 +82,19 @@ class WorkerHalf:
                     end_token=load.end_token,
                     blocks=self._registered.blocks(load.blocks),
                     lease_chunk=first - leased,
+                    after=now,
                 ),
             )
 
     def start_stores(self, plan: StepPlan) -> None:
         """Start every store of the step, whose forward has ended."""
+        now = self._stream_point() if plan.stores else None
         for store in plan.stores:
             if not self._stores:
                 self._report.stored[store.job_id] = 1
                 continue
             self._storing[store.job_id] = store.request_id
-            self._session.store(store.job_id, self._store(store))
+            self._session.store(store.job_id, self._store(store, now))
 
     def finished(self, plan: StepPlan) -> tuple[set[str], set[str]]:
         """(requests whose blocks we are done with, requests whose KV has arrived) since the last call."""
@@ -135,14 +147,25 @@ class WorkerHalf:
         size = self._block_tokens * self._registered.blocks_per_block
         self._invalid.update(load.blocks[load.start_token // size : -(-load.end_token // size)])
 
-    def _store(self, store: StorePlan) -> Store:
+    def _store(self, store: StorePlan, after: Any) -> Store:
         return Store(
             chunk_tokens=store.chunk_tokens,
             parent=store.parent,
             hashes=store.hashes,
             first_chunk=store.first_chunk,
             blocks=self._registered.blocks(store.blocks),
+            after=after,
         )
+
+    def _stream_point(self) -> Any:
+        """Where the engine's device stream is now: what was launched before it comes before the copy. None on a CPU."""
+        if self._registered.paged.device == "cpu":
+            return None
+        import torch
+
+        point = torch.cuda.Event()
+        point.record()
+        return point
 
 
 def pages_of_shard(slots: bytes, shard: int, shards: int, first: int, end: int) -> bytes:

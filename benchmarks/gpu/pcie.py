@@ -1,6 +1,6 @@
 """Slot <-> paged KV on a GPU, against PCIe in the same run: store, load, both at once; large chunks, one chunk, small chunks.
 
-usage: python -m benchmarks.gpu.copy [--tokens 32768]      Qwen3-8B shape: 36 layers x 8 KV heads x 128, bf16, 16-token blocks
+usage: python -m benchmarks.gpu.pcie [--tokens 32768]      Qwen3-8B shape: 36 layers x 8 KV heads x 128, bf16, 16-token blocks
 """
 
 from __future__ import annotations
