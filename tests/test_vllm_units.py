@@ -109,7 +109,7 @@ def test_a_hit_is_loaded_and_its_lease_released_when_all_ranks_are_done() -> Non
     (load,) = plan.loads
     assert (load.start_token, load.end_token, load.blocks, load.first_leased) == (0, 640, list(range(10, 16)), 0)
     assert not plan.forward and session.leased
-    scheduler.transferred(["a"], [], None)
+    scheduler.transferred(["a"])
     assert not session.leased
     request.num_computed_tokens = 640
     plan = scheduler.plan_step(step({"a": 60}))
@@ -203,14 +203,14 @@ def test_a_finished_request_keeps_its_blocks_while_a_rank_still_stores() -> None
     scheduler.match(request, 0)
     scheduler.allocated(request, [1], 0)
     (store,) = scheduler.plan_step(step({"a": 64})).stores
-    scheduler.transferred([], [], StepReport(stored={store.job_id: 1}))
+    scheduler.transferred(report=StepReport(stored={store.job_id: 1}))
     assert scheduler.finished(request), "one of two ranks is done"
     assert scheduler.plan_step(step()).closing == ["a"]
     other = Request("b", list(range(64)))
     scheduler.match(other, 0)
     scheduler.allocated(other, [1], 0)
     (store,) = scheduler.plan_step(step({"b": 64})).stores
-    scheduler.transferred([], [], StepReport(stored={store.job_id: 2}))
+    scheduler.transferred(report=StepReport(stored={store.job_id: 2}))
     assert not scheduler.finished(other)
 
 
@@ -221,7 +221,7 @@ def test_a_request_that_ends_while_it_loads_is_reported_by_its_load_alone() -> N
     scheduler.allocated(request, [1], 64)
     assert not scheduler.finished(request)
     assert session.leased, "ranks may still read"
-    scheduler.transferred(["a"], [], None)
+    scheduler.transferred(["a"])
     assert not session.leased
 
 
@@ -252,7 +252,7 @@ def test_a_failed_load_is_not_tried_again() -> None:
     scheduler, request = half(session), Request("a", list(range(100)))
     scheduler.match(request, 0)
     scheduler.allocated(request, [7], 64)
-    scheduler.transferred(["a"], [7], None)
+    scheduler.transferred(["a"], invalid_blocks=[7])
     assert scheduler.match(request, 0) == 0 and not session.leased
 
 
@@ -330,7 +330,7 @@ def test_reset_serves_nothing_older() -> None:
 def test_a_rank_that_cannot_serve_ends_the_service() -> None:
     session = Session(present=4)
     scheduler = half(session)
-    scheduler.transferred([], [], StepReport(refusal="unknown order"))
+    scheduler.transferred(report=StepReport(refusal="unknown order"))
     assert session.closed and scheduler.match(Request("a", list(range(100))), 0) == 0
 
 

@@ -96,6 +96,12 @@ class LMCacheMPConnector(KVConnectorBase_V1, _SupportsHMA):  # type: ignore[misc
         if self._worker is not None and isinstance(kv_connector_metadata, LMCacheMetadata):
             self._worker.settle(kv_connector_metadata.plan)
 
+    def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
+        """vLLM starts asynchronous loads after the forward; on a CPU that takes seconds, and the loads need not wait."""
+        super().bind_connector_metadata(connector_metadata)
+        if self._worker is not None and self._worker.may_load_before_forward:
+            self._worker.start_loads(self._plan())
+
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         if self._worker is not None:
             self._worker.start_loads(self._plan())
@@ -163,7 +169,8 @@ class LMCacheMPConnector(KVConnectorBase_V1, _SupportsHMA):  # type: ignore[misc
         meta = getattr(connector_output, "kv_connector_worker_meta", None)
         report = meta.report if isinstance(meta, LMCacheWorkerMetadata) else None
         invalid: Iterable[int] = getattr(connector_output, "invalid_block_ids", None) or ()
-        self._scheduler.transferred(connector_output.finished_recving or (), invalid, report)
+        received, sent = connector_output.finished_recving or (), connector_output.finished_sending or ()
+        self._scheduler.transferred(received, sent, invalid, report)
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         return (self._scheduler is not None and self._scheduler.finished(request)), None

@@ -81,6 +81,7 @@ class SchedulerHalf:
         self._loading: dict[str, Loading] = {}
         self._storing: dict[str, tuple[Tracker, int]] = {}
         """Store jobs in flight: whose, and how many ranks are still at it."""
+        self._closing: dict[str, Tracker] = {}
         self._plan = StepPlan()
         self._jobs = 0
         self._generation = 0
@@ -144,9 +145,13 @@ class SchedulerHalf:
         return plan
 
     def transferred(
-        self, finished_loads: Iterable[str], invalid_blocks: Iterable[int], report: StepReport | None
+        self,
+        finished_loads: Iterable[str] = (),
+        closed: Iterable[str] = (),
+        invalid_blocks: Iterable[int] = (),
+        report: StepReport | None = None,
     ) -> None:
-        """What the ranks have done: loads that every rank has ended, blocks that could not be filled, their reports."""
+        """What all ranks have done: loads they ended, requests they closed, blocks they could not fill; their reports."""
         report = report or StepReport()
         invalid = frozenset(invalid_blocks)
         if invalid:
@@ -159,6 +164,10 @@ class SchedulerHalf:
                 self._release(done.hit)
         for job_id, count in report.stored.items():
             self._count_stored(job_id, count)
+        for request_id in closed:
+            # Releases of vLLM without worker metadata tell of stores in no other way.
+            for job_id in tuple(self._closing.pop(request_id).jobs if request_id in self._closing else ()):
+                self._count_stored(job_id, self._ranks)
         if report.refusal:
             self.stop(report.refusal)
 
@@ -175,6 +184,7 @@ class SchedulerHalf:
             self._plan.settle.extend(tracker.jobs)
             return False
         self._plan.closing.append(request.request_id)
+        self._closing[request.request_id] = tracker
         return True
 
     def reset(self) -> None:
@@ -266,7 +276,9 @@ class SchedulerHalf:
         request = tracker.request
         computed = min(request.num_computed_tokens + scheduled, request.num_tokens)
         session, size = self._session, tracker.chain.chunk_tokens if tracker.chain is not None else 1
-        if session is None or (computed // size <= tracker.stored and tracker.epoch == session.epoch):
+        if session is None or session.chunk_tokens is None:
+            return
+        if computed // size <= tracker.stored and tracker.epoch == session.epoch:
             return
         chain = self._chain(tracker)
         if chain is None:

@@ -1,0 +1,155 @@
+"""The ways to start vLLM that are documented: bfloat16, tensor parallel, vLLM's own class, `vllm serve`."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+
+from conftest import Api, Engine, Server
+from prompts import assert_same, tokens
+
+PROMPTS = [tokens(300, 70), tokens(300, 70)[:200] + tokens(90, 71)]
+"""Two whole blocks and a part; the second one leaves the first within a block."""
+
+
+def test_bfloat16_bytes_go_round_and_stay_apart(folder: Path, model: Path, server: Server) -> None:
+    """What comes back are the bytes that went in; and no KV of another dtype is served."""
+    driven = {"lmcache.mp.mp_transfer_mode": "engine_driven"}
+    engine = Engine(
+        folder,
+        "bfloat16",
+        model,
+        dtype="bfloat16",
+        disable_hybrid_kv_cache_manager=True,
+        enable_prefix_caching=False,
+        num_gpu_blocks_override=12,
+        max_model_len=1024,
+        kv_transfer_config=server.config(**driven),
+    )
+    try:
+        first = engine.generate(PROMPTS[:1], max_tokens=1)
+        assert first[0]["cached"] == 0, "float32's KV of this prompt, if it is there, is not ours"
+        stored = engine.ask("digests", wipe=True)["blocks"]
+        again = engine.generate(PROMPTS[:1], max_tokens=1)
+        assert again[0]["cached"] == 288
+        loaded = engine.ask("digests")["blocks"]
+        wiped = stored[-1]
+        whole = [digest for digest in loaded if digest in stored and digest != wiped]
+        assert len(whole) == 2, "the two whole blocks of the prompt are back, byte for byte"
+    finally:
+        engine.end()
+
+
+def test_other_weights_are_another_cache(folder: Path, model: Path, other_model: Path, server: Server) -> None:
+    """The same configuration, shapes and prompts; only the numbers in the weights differ. And vLLM's own class."""
+    upstream = {"LMCACHE_USE_UPSTREAM_MP": "1"}
+    long = [tokens(256, 80), tokens(256, 80)[:128] + tokens(140, 81)]
+    own = Engine(folder, "own-class", model, kv_transfer_config=server.config(), max_model_len=1024)
+    try:
+        expected = own.generate(long)
+        own.forget()
+        assert [output["cached"] for output in own.generate(long)] == [256, 256]
+    finally:
+        own.end()
+    engine = Engine(
+        folder, "other-weights", other_model, upstream, kv_transfer_config=server.config(), max_model_len=1024
+    )
+    try:
+        assert engine.generate(long)[0]["cached"] == 0
+    finally:
+        engine.end()
+    engine = Engine(folder, "upstream", model, upstream, kv_transfer_config=server.config(), max_model_len=1024)
+    try:
+        outputs = engine.generate(long)
+        assert_same(outputs, expected)
+        assert [output["cached"] for output in outputs] == [256, 256], "whole blocks of what our own class stored"
+        fresh = [tokens(300, 82)]
+        cold = engine.generate(fresh)
+        engine.forget()
+        warm = engine.generate(fresh)
+        assert_same(warm, cold)
+        assert (cold[0]["cached"], warm[0]["cached"]) == (0, 256)
+        engine.ask("abort", prompts=[*long, tokens(500, 83)], after_steps=[0, 1, 2])
+        engine.forget()
+        assert_same(engine.generate(long), expected)
+        assert "whole blocks only" in engine.text()
+        server.send(signal.SIGSTOP)
+        engine.forget()
+        begin = time.monotonic()
+        assert_same(engine.generate(long), expected)
+        assert time.monotonic() - begin < 10
+    finally:
+        server.send(signal.SIGCONT)
+        engine.end()
+
+
+def test_tensor_parallel_two(folder: Path, model: Path, server: Server) -> None:
+    """Each rank stores and loads its own heads; the answer is that of one rank."""
+    single = Engine(folder, "single", model, max_model_len=1024)
+    try:
+        expected = single.generate(PROMPTS, max_tokens=4)
+    finally:
+        single.end()
+    engine = Engine(
+        folder,
+        "tensor-parallel",
+        model,
+        {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
+        tensor_parallel_size=2,
+        max_model_len=1024,
+        kv_transfer_config=server.config(),
+    )
+    try:
+        assert_same(engine.generate(PROMPTS, max_tokens=4), expected)
+        engine.forget()
+        warm = engine.generate(PROMPTS, max_tokens=4)
+        assert_same(warm, expected)
+        assert [output["cached"] for output in warm] == [288, 288]
+    finally:
+        engine.end()
+
+
+def test_vllm_serve_started_before_its_server(folder: Path, model: Path) -> None:
+    """`kv_connector_module_path`, no server at first, and then one."""
+    server = Server(folder, name="late-server")
+    port, config = server.port, server.config()
+    server.end()
+    config["kv_connector_module_path"] = "lmcache.integration.vllm.lmcache_mp_connector"
+    import json
+
+    api = Api(folder, "serve", model, "--kv-transfer-config", json.dumps(config))
+    late = None
+    try:
+        prompt = tokens(300, 90)
+        cold = api.complete(prompt)
+        late = Server(folder, port=port, name="late-server")
+        end = time.monotonic() + 60
+        while "Retrieved " not in late.text():
+            assert time.monotonic() < end, api.text()[-3000:]
+            api.post("/reset_prefix_cache")
+            again = api.complete(prompt)
+            assert again["tokens"] == cold["tokens"]
+            assert max(abs(a - b) for a, b in zip(again["logprobs"], cold["logprobs"], strict=True)) < 1e-3
+    finally:
+        api.end()
+        if late is not None:
+            late.end()
+
+
+def test_a_model_that_cannot_be_cached_runs_on(folder: Path, model: Path, server: Server) -> None:
+    """Layers with a sliding window among others: nothing is served, and one line says so."""
+    layers = ["sliding_attention", "full_attention"] * 4
+    overrides = {"use_sliding_window": True, "sliding_window": 64, "layer_types": layers}
+    engine = Engine(
+        folder, "window", model, hf_overrides=overrides, max_model_len=1024, kv_transfer_config=server.config()
+    )
+    try:
+        first = engine.generate(PROMPTS)
+        engine.forget()
+        again = engine.generate(PROMPTS)
+        assert_same(again, first)
+        assert again[0]["cached"] == 0
+        assert engine.text().count("LMCache serves nothing for this engine: 2 KV cache groups") == 1
+    finally:
+        engine.end()
