@@ -20,6 +20,7 @@ from lmcache.cli.describe import table
 from lmcache.cli.main import main
 from lmcache.config import ServerConfig
 from lmcache.server.http import HttpFace
+from lmcache.server.metrics import HELP
 
 SOURCE = Path(lmcache.__file__).parents[1]
 TOKEN = "a-token-that-nobody-may-see"
@@ -173,6 +174,7 @@ def test_a_server_from_start_to_end(small: list[str], tmp_path: Path) -> None:
         described = json.loads(lmcache_command("describe", "status", "--json", "--url", url).stdout)
         assert described["config"]["chunk-size"] == 16 and described["config"]["l1-size-gb"] == 0.01
         metrics = httpx.get(url + "/metrics", trust_env=False).text
+        assert {name.split("{")[0] for name in described["counters"]} <= set(HELP)
         assert "lmcache_stored_chunks_total 0.0" in metrics
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0

@@ -26,6 +26,7 @@ HELP: dict[str, str] = {
     "store_seconds_total": "Seconds that finished store copies took, summed over jobs.",
     "retrieve_seconds_total": "Seconds that finished load copies took, summed over jobs.",
     "failed_loads_total": "Loads that engines gave up; they computed instead.",
+    "failed_stores_total": "Stores that engines gave up; nothing of them is readable.",
     "malformed_messages_total": "Messages that could not be understood; they were answered or dropped.",
     "turned_away_total": "Connections refused: too many, or not allowed.",
     "refused_requests_total": "Requests understood and declined.",
