@@ -6,6 +6,7 @@ While the link is down every call fails at once, so a dead server costs an engin
 from __future__ import annotations
 
 import os
+import secrets
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -67,10 +68,19 @@ class Endpoint:
 
 class Link:
     """Owns the connection. `on_welcome` runs in the link's thread at every new one, before anybody else may use it: it
-    registers through the carrier it is given, and may raise LMCacheError to say that this server is of no use."""
+    registers through the carrier it is given, and may raise LMCacheError to say that this server is of no use; the
+    descriptor of the arena, where it is not -1, is its to close. `before_hello` runs before that, while there is no link,
+    and returns once this process fills no slot any more: the hello says so."""
 
-    def __init__(self, endpoint: Endpoint, on_welcome: Callable[[Carrier, m.Welcome, int], None]) -> None:
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        on_welcome: Callable[[Carrier, m.Welcome, int], None],
+        before_hello: Callable[[], None] = lambda: None,
+    ) -> None:
         self.endpoint = endpoint
+        self._before_hello = before_hello
+        self._session = secrets.token_bytes(16)
         self.failures = 0
         """Calls that a dead, slow or refusing server cost."""
         self._on_welcome = on_welcome
@@ -109,6 +119,8 @@ class Link:
             except ServerUnavailable as error:
                 self._give_up(str(error))
                 raise
+            if isinstance(answer, m.Error) and answer.code == "hello":
+                self._give_up("it has been started anew")  # ZMQ reconnects by itself and does not tell
         if isinstance(answer, expect):
             return answer, payload
         self.failures += 1
@@ -128,13 +140,9 @@ class Link:
 
     def close(self) -> None:
         """Say goodbye, hang up and end the thread."""
-        self.post(m.Bye())
         self._closed = True
         self._wake.set()
-        with self._lock:
-            if self._carrier is not None:
-                self._carrier.close()
-                self._carrier = None
+        self._hang_up()
         self._thread.join(5.0)
 
     def _give_up(self, why: str) -> None:
@@ -158,13 +166,26 @@ class Link:
                     self._connect()
                     attempt = 0
                     continue
-                except (LMCacheError, OSError, ValueError) as error:
-                    self._tell_once(str(error))
+                except Exception as error:  # the edge of the thread: whatever a server sends, the next may be better
+                    self._tell_once(str(error) or type(error).__name__)
+                    if not isinstance(error, (LMCacheError, OSError)):
+                        logger.debug("while connecting", exc_info=True)
                     self._wake.wait(_BACKOFF_SECONDS[min(attempt, len(_BACKOFF_SECONDS) - 1)])
                     self._wake.clear()
                     attempt += 1
             else:
                 self._watch(carrier)
+        self._hang_up()
+
+    def _hang_up(self) -> None:
+        with self._lock:
+            if self._carrier is not None:
+                try:
+                    self._carrier.post(m.Bye())
+                except ServerUnavailable as error:
+                    logger.debug("goodbye: %s", error)
+                self._carrier.close()
+                self._carrier = None
 
     def _watch(self, carrier: Carrier) -> None:
         """Until the connection ends or a heartbeat is due."""
@@ -183,9 +204,9 @@ class Link:
 
     def _connect(self) -> None:
         endpoint = self.endpoint
-        hello = m.Hello(
-            m.PROTOCOL_VERSION, __version__, endpoint.instance, endpoint.role, endpoint.rank, os.getpid(), False
-        )
+        who = (endpoint.instance, endpoint.role, endpoint.rank, os.getpid())
+        hello = m.Hello(m.PROTOCOL_VERSION, __version__, *who, session=self._session)
+        self._before_hello()
         door = ZmqCarrier(endpoint.address, endpoint.auth_key_file)
         carrier: Carrier = door
         try:
@@ -194,8 +215,8 @@ class Link:
             unix = self._unix(welcome, hello)
             if unix is not None:
                 carrier, descriptor = unix, unix.descriptor
-                welcome = _welcome(unix.welcome)
                 door.close()
+                welcome = _welcome_with(unix)
             else:
                 cookie = auth.read_cookie(welcome.cookie_path)
                 token = auth.proof(cookie, welcome.server) if cookie else b""
@@ -218,11 +239,7 @@ class Link:
         )
 
     def _unix(self, welcome: m.Welcome, hello: m.Hello) -> UnixCarrier | None:
-        if (
-            self.endpoint.transfer_mode == "payload"
-            or not welcome.socket_path
-            or not os.path.exists(welcome.socket_path)
-        ):
+        if self.endpoint.transfer_mode == "payload" or not welcome.socket_path or not _is_mine(welcome.socket_path):
             return None
         return UnixCarrier(welcome.socket_path, hello, _CONNECT_SECONDS)
 
@@ -247,8 +264,29 @@ def ask(carrier: Carrier, request: m.Message, expect: type[m.AnswerT]) -> m.Answ
 
 
 def _welcome(answer: m.Answer) -> m.Welcome:
-    if isinstance(answer, m.Welcome):
-        if answer.version != m.PROTOCOL_VERSION:
-            raise ServerRefused(m.version_error(m.PROTOCOL_VERSION, __version__))
-        return answer
-    raise ServerRefused(answer.text if isinstance(answer, m.Error) else f"unexpected answer {type(answer).__name__}")
+    if not isinstance(answer, m.Welcome):
+        raise ServerRefused(
+            answer.text if isinstance(answer, m.Error) else f"unexpected answer {type(answer).__name__}"
+        )
+    if answer.version != m.PROTOCOL_VERSION:
+        raise ServerRefused(m.version_error(m.PROTOCOL_VERSION, __version__, answer.version, answer.software))
+    if answer.chunk_tokens < 1 or not answer.arena:
+        raise ServerRefused(f"a server with {answer.chunk_tokens}-token chunks and arena {answer.arena!r} cannot be")
+    return answer
+
+
+def _welcome_with(unix: UnixCarrier) -> m.Welcome:
+    try:
+        return _welcome(unix.welcome)
+    except ServerRefused:
+        if unix.descriptor >= 0:
+            os.close(unix.descriptor)
+        raise
+
+
+def _is_mine(path: str) -> bool:
+    """Whether the socket is there and this user's own; behind another user's there is no arena for us."""
+    try:
+        return os.stat(path).st_uid == os.getuid()
+    except OSError:
+        return False

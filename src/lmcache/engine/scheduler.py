@@ -52,7 +52,10 @@ class SchedulerSession:
         self._space, self._chunk_tokens, self._arena, self._fingerprint = 0, 0, b"", b""
         self.misses = 0
         """Lookups that got no answer and so count as misses."""
+        self._held: set[int] = set()
+        """Leases that no `release` has ended yet."""
         self._late: list[int] = []
+        """Leases to be ended with the next message."""
         self._link = Link(endpoint, self._register)
 
     @property
@@ -100,8 +103,10 @@ class SchedulerSession:
             return None
         if not found.lease:
             return None
+        self._held.add(found.lease)
         hit = Hit(found.chunks, first, found.lease, found.slots, self._shards, arena)
-        if len(found.slots) != 4 * self._shards * (found.chunks - first) or arena != self._arena:
+        plausible = first < found.chunks <= len(chain) and len(found.slots) == 4 * self._shards * (found.chunks - first)
+        if not plausible or arena != self._arena:
             self.misses += 1
             self.release(hit)
             return None
@@ -109,6 +114,7 @@ class SchedulerSession:
 
     def release(self, hit: Hit) -> None:
         """No rank reads the hit's slots any more. Does not wait; kept for later while the link is down."""
+        self._held.discard(hit.lease)
         if hit.arena != self._arena:
             return
         self._late.append(hit.lease)
@@ -125,9 +131,7 @@ class SchedulerSession:
         layout = self._layout_for(welcome.chunk_tokens)
         registered = ask(carrier, m.Register(layout, self._shards, -1, 0), m.Registered)
         if welcome.arena != self._arena:
-            self._late = []
+            self._late, self._held = [], set()
+        ask(carrier, m.Hold(list(self._held)), m.Ok)
         self._space, self._chunk_tokens = registered.space, welcome.chunk_tokens
         self._fingerprint, self._arena = layout.fingerprint, welcome.arena
-        if self._late:
-            carrier.post(m.Release(self._late))
-            self._late = []

@@ -10,7 +10,8 @@ import os
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import numpy as np
@@ -20,7 +21,7 @@ from lmcache.chunks import Layout, Shard
 from lmcache.chunks.hashing import HASH_BYTES
 from lmcache.engine.jobs import Done, Load, Store
 from lmcache.engine.link import Endpoint, Link, ask
-from lmcache.errors import LayoutError, LMCacheError, ServerUnavailable
+from lmcache.errors import LayoutError, LMCacheError, ServerRefused, ServerUnavailable
 from lmcache.memory.arena import Mapping, populate_all
 from lmcache.observability.log import init_logger
 from lmcache.transfer.copier import Copier, Event, make_copier
@@ -32,6 +33,8 @@ logger = init_logger(__name__)
 _BATCH_BYTES = 64 << 20
 """A store's slots are reserved, filled and committed in steps of about this size, so that a preemption waits for one at most."""
 _MAX_QUEUED_STORES = 1024
+_LAST_COPY_SECONDS = 30.0
+"""How long a connection to a new server waits for copies in the old one's arena."""
 Runs = npt.NDArray[np.int64]
 
 
@@ -64,7 +67,10 @@ class WorkerSession:
         self._cancelled: set[str] = set()
         self._done: deque[Done] = deque()
         self._closed = False
-        self._link = Link(endpoint, self._register)
+        self._loading: Load | None = None
+        self._copying: set[str] = set()
+        """Kinds of the jobs that may be touching the arena now."""
+        self._link = Link(endpoint, self._register, self._before_hello)
         self._threads_running = [
             threading.Thread(target=self._work, args=(kind,), name=f"lmcache-{kind}", daemon=True)
             for kind in ("load", "store")
@@ -147,8 +153,11 @@ class WorkerSession:
                     return
                 job_id, job = queue.popleft()
                 cancelled = job_id in self._cancelled
+                if cancelled and isinstance(job, Store):
+                    self.counters["dropped_chunks:preempted"] += len(job.hashes) // HASH_BYTES
                 if not cancelled:
                     self._running[kind] = job_id
+                    self._loading = job if isinstance(job, Load) else self._loading
             tokens, seconds = 0, 0.0
             try:
                 if not cancelled:
@@ -165,6 +174,7 @@ class WorkerSession:
                 self._link.post(m.Copied(kind, job.end_token - job.start_token, 0.0, self._shard.index, ok=False))
             with self._state:
                 self._running.pop(kind, None)
+                self._loading = None if isinstance(job, Load) else self._loading
                 self._cancelled.discard(job_id)
                 self._done.append(Done(job_id, kind, tokens > 0, tokens, seconds))
                 self._state.notify_all()
@@ -175,14 +185,14 @@ class WorkerSession:
         Raises:
             LMCacheError: nothing may be used of these blocks.
         """
-        copier, mapping = self._for_arena(load.arena)
-        runs = self._load_runs(load)
-        blocks, begin = np.asarray(load.blocks, dtype=np.int32), time.perf_counter()
-        if mapping is not None:
-            copier.scatter(mapping.address, blocks, runs, arena_bytes=mapping.size_bytes, after=load.after)
-        else:
-            self._fetch(copier, load, blocks, runs)
-        return load.end_token - load.start_token, time.perf_counter() - begin
+        with self._using("load", load.arena) as (copier, mapping):
+            runs = self._load_runs(load)
+            blocks, begin = np.asarray(load.blocks, dtype=np.int32), time.perf_counter()
+            if mapping is not None:
+                copier.scatter(mapping.address, blocks, runs, arena_bytes=mapping.size_bytes, after=load.after)
+            else:
+                self._fetch(copier, load, blocks, runs)
+            return load.end_token - load.start_token, time.perf_counter() - begin
 
     def _load_runs(self, load: Load) -> Runs:
         pages = np.frombuffer(load.slots, dtype="<u4").astype(np.int64)
@@ -213,23 +223,27 @@ class WorkerSession:
             self._drop(len(store.hashes) // HASH_BYTES, "another chunk size")
             return 0, 0.0
         total, tokens, seconds, parent = len(store.hashes) // HASH_BYTES, 0, 0.0, store.parent
-        step = max(1, _BATCH_BYTES // self._slot_bytes)
+        step = min(max(1, _BATCH_BYTES // self._slot_bytes), m.MAX_RESERVED_CHUNKS)
         for at in range(0, total, step):
             if job_id in self._cancelled:
                 self._drop(total - at, "preempted")
                 break
             hashes = store.hashes[at * HASH_BYTES : (at + step) * HASH_BYTES]
             try:
-                batch = self._store_batch(store, parent, store.first_chunk + at, hashes)
+                with self._using("store") as (copier, mapping):
+                    batch = self._store_batch(copier, mapping, store, parent, store.first_chunk + at, hashes)
                 tokens, seconds = tokens + batch[0], seconds + batch[1]
-            except ServerUnavailable:
-                self.counters["dropped_chunks:no server"] += total - at
+            except (ServerUnavailable, ServerRefused) as error:
+                reason = "no server" if isinstance(error, ServerUnavailable) else "refused"
+                self.counters[f"dropped_chunks:{reason}"] += total - at
+                logger.debug("%d chunks of a store were dropped: %s", total - at, error)
                 break
             parent = hashes[-HASH_BYTES:]
         return tokens, seconds
 
-    def _store_batch(self, store: Store, parent: bytes, first_chunk: int, hashes: bytes) -> tuple[int, float]:
-        copier, mapping = self._for_arena(self._arena)
+    def _store_batch(
+        self, copier: Copier, mapping: Mapping | None, store: Store, parent: bytes, first_chunk: int, hashes: bytes
+    ) -> tuple[int, float]:
         size = self._chunk_tokens
         request = m.Reserve(self._space, self._shard.index, parent, first_chunk == 0, hashes)
         granted, _ = self._link.call(request, m.Reserved)
@@ -237,6 +251,8 @@ class WorkerSession:
             self.counters[f"dropped_chunks:{granted.reason}"] += granted.refused
         pages = np.frombuffer(granted.slots, dtype="<u4")
         wanted = np.flatnonzero(pages != m.NO_SLOT)
+        if len(pages) != len(hashes) // HASH_BYTES:
+            raise LayoutError(f"{len(pages)} slots for {len(hashes) // HASH_BYTES} chunks")
         if not len(wanted):
             return 0, 0.0
         first = (first_chunk + wanted) * size
@@ -268,20 +284,40 @@ class WorkerSession:
         self.counters[f"dropped_chunks:{reason}"] += chunks
         self._link.post(m.Dropped(chunks, reason))
 
-    def _for_arena(self, arena: bytes) -> tuple[Copier, Mapping | None]:
-        """What copies to and from this arena; None for the mapping means payload frames.
+    @contextmanager
+    def _using(self, kind: str, arena: bytes | None = None) -> Iterator[tuple[Copier, Mapping | None]]:
+        """What copies to and from this arena (None: the present one), which stays mapped meanwhile. None for the mapping
+        means payload frames.
 
         Raises:
             ServerUnavailable: this rank does not (or no longer) have that arena.
         """
         with self._state:
-            if arena != self._arena or not arena:
-                self._state.wait_for(lambda: arena == self._arena and arena, self._link.endpoint.deadline_seconds)
-            if arena != self._arena or self._copier is None:
+            if arena is not None and arena != self._arena:  # the scheduler may have found a new server before this rank
+                self._state.wait_for(lambda: arena == self._arena, self._link.endpoint.deadline_seconds)
+            if arena not in (None, self._arena) or self._copier is None:
                 raise ServerUnavailable("this rank has not got the arena of the hit's server")
-            return self._copier, self._mapping
+            copier, mapping = self._copier, self._mapping
+            self._copying.add(kind)
+        try:
+            yield copier, mapping
+        finally:
+            with self._state:
+                self._copying.discard(kind)
+                self._state.notify_all()
 
     # The link's thread
+
+    def _before_hello(self) -> None:
+        """A hello says that this session fills no slot any more; the link being down, no new store can begin one."""
+        with self._state:
+            if not self._state.wait_for(lambda: "store" not in self._copying, _LAST_COPY_SECONDS):
+                raise ServerUnavailable("a copy into the arena does not end")
+
+    def _may_unmap(self) -> bool:
+        """No copy runs, and no load waits for the arena that is mapped now."""
+        loads = [job for _, job in self._queues["load"] if isinstance(job, Load)] + [self._loading]
+        return not self._copying and not any(load is not None and load.arena == self._arena for load in loads)
 
     def _register(self, carrier: Carrier, welcome: m.Welcome, descriptor: int) -> None:
         """Map the new arena once no copy runs in the old one, and register this rank's part of the layout."""
@@ -296,8 +332,7 @@ class WorkerSession:
             registered = ask(carrier, request, m.Registered)
             copier = make_copier(self._paged, welcome.chunk_tokens, self._threads)
             with self._state:
-                self._state.wait_for(lambda: not self._queues["load"] and not self._running, timeout=30.0)
-                if self._running:
+                if not self._state.wait_for(self._may_unmap, _LAST_COPY_SECONDS) and self._copying:
                     raise ServerUnavailable("a copy in the old arena does not end")
                 if welcome.arena != self._arena:
                     self._let_go()

@@ -14,6 +14,8 @@ import mmap
 import os
 import secrets
 import threading
+import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from lmcache.errors import ConfigError, LMCacheError
@@ -23,7 +25,10 @@ logger = init_logger(__name__)
 
 ARENA_ID_BYTES = 16
 _PREFIX, _SUFFIX = "lmcache-", ".arena"
-_STEP_BYTES = 64 << 20
+_STEP_BYTES = 16 << 20
+"""Pages are reserved and touched in steps of this size: 5 to 20 ms each where the memory is fresh."""
+_STARTING_SECONDS = 10.0
+"""An empty file younger than this belongs to a server that is about to lock it."""
 _MADV_HUGEPAGE, _MADV_POPULATE_WRITE = 14, 23  # uapi/asm-generic/mman-common.h; POPULATE needs Linux 5.14
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -33,10 +38,18 @@ class ArenaFull(LMCacheError):
 
 
 class Mapping:
-    """The arena mapped into this process. `address` is where byte 0 of it lies here."""
+    """The arena mapped into this process. `address` is where byte 0 of it lies here.
+
+    Raises:
+        OSError: the kernel refuses. ValueError: the file is shorter than `size_bytes`, so that touching its end would kill.
+    """
 
     def __init__(self, descriptor: int, size_bytes: int) -> None:
         self.size_bytes = size_bytes
+        if not 0 < size_bytes <= os.fstat(descriptor).st_size:
+            raise ValueError(
+                f"an arena of {size_bytes} bytes is announced, its file has {os.fstat(descriptor).st_size}"
+            )
         self._map = mmap.mmap(descriptor, size_bytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
         self._anchor = ctypes.c_char.from_buffer(self._map)
         self.address = ctypes.addressof(self._anchor)
@@ -60,10 +73,7 @@ class Mapping:
 
 def populate_all(mapping: Mapping, stop: threading.Event, step_bytes: int = _STEP_BYTES) -> None:
     """Touch the whole mapping, step by step and with the least priority; for a thread of its own."""
-    try:
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)  # on Linux: this thread only
-    except OSError as error:
-        logger.debug("pre-faulting runs at normal priority: %s", error)
+    _be_patient()
     for offset in range(0, mapping.size_bytes, step_bytes):
         if stop.is_set():
             return
@@ -82,45 +92,40 @@ class Arena:
         self.path = directory / f"{_PREFIX}{os.getuid()}-{self.id.hex()}{_SUFFIX}"
         self.size_bytes = size_bytes
         self.backed_bytes = 0
-        """Bytes from the start that have pages: slots below this may be handed out."""
+        """Bytes that have pages: only slots in these may be handed out."""
+        self._backed = bytearray(-(-size_bytes // _STEP_BYTES))  # one byte a step
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._prefault, name="lmcache-prefault", daemon=True)
         try:
             self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise ConfigError(f"--arena-dir {directory}: cannot create the arena there: {error.strerror}") from error
         try:
-            fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # tells the next server that this one is alive
+            self._claim = _claim(self.path, self.descriptor)
             os.ftruncate(self.descriptor, size_bytes)
             self.mapping = Mapping(self.descriptor, size_bytes)
         except (OSError, ValueError) as error:
-            os.unlink(self.path)
+            self.path.unlink(missing_ok=True)
+            os.close(self.descriptor)
             raise ConfigError(f"--l1-size-gb: cannot map {size_bytes} bytes in {directory}: {error}") from error
-        self._lock = threading.Lock()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._prefault, name="lmcache-prefault", daemon=True)
 
     def start_prefault(self) -> None:
         """Reserve and touch everything in the background, lowest addresses first."""
         self._thread.start()
 
-    def back(self, upto_bytes: int) -> None:
-        """Make sure that bytes [0, upto_bytes) have pages. 64 MiB take about 20 ms where nothing was reserved yet.
+    def back(self, offsets: Iterable[int], length: int) -> None:
+        """Make sure that the `length` bytes at each of these offsets have pages.
 
         Raises:
             ArenaFull: the file system is full; what was reserved before stays.
         """
-        if upto_bytes <= self.backed_bytes:
+        if self.backed_bytes == self.size_bytes:
             return
-        with self._lock:
-            while self.backed_bytes < min(upto_bytes, self.size_bytes):
-                step = min(_STEP_BYTES, self.size_bytes - self.backed_bytes)
-                try:
-                    os.posix_fallocate(self.descriptor, self.backed_bytes, step)
-                except OSError as error:
-                    if error.errno not in (errno.ENOSPC, errno.ENOMEM, errno.EFBIG):
-                        raise
-                    room = f"{self.path.parent} has no room beyond {self.backed_bytes >> 20} MiB of the arena"
-                    raise ArenaFull(f"{room}: free some, or start with a smaller --l1-size-gb") from error
-                self.backed_bytes += step
+        wanted = {step for at in offsets for step in range(at // _STEP_BYTES, (at + length - 1) // _STEP_BYTES + 1)}
+        for step in sorted(wanted):
+            if not self._backed[step]:
+                self._back_step(step)
 
     def close(self) -> None:
         """Remove the file; its pages are freed once the last engine has unmapped it."""
@@ -130,21 +135,65 @@ class Arena:
         self.path.unlink(missing_ok=True)
         self.mapping.close()
         os.close(self.descriptor)
+        os.close(self._claim)
 
-    def _prefault(self) -> None:
-        try:
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
-        except OSError as error:
-            logger.debug("pre-faulting runs at normal priority: %s", error)
-        for offset in range(0, self.size_bytes, _STEP_BYTES):
-            if self._stop.is_set():
+    def _back_step(self, step: int) -> None:
+        first = step * _STEP_BYTES
+        length = min(_STEP_BYTES, self.size_bytes - first)
+        with self._lock:
+            if self._backed[step]:
                 return
             try:
-                self.back(offset + _STEP_BYTES)
+                os.posix_fallocate(self.descriptor, first, length)
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.ENOMEM, errno.EFBIG, errno.EDQUOT):
+                    raise
+                room = f"{self.path.parent} has no room beyond {self.backed_bytes >> 20} MiB of the arena"
+                raise ArenaFull(f"{room}: free some, or start with a smaller --l1-size-gb") from error
+            self._backed[step] = 1
+            self.backed_bytes += length
+
+    def _prefault(self) -> None:
+        _be_patient()
+        for step in range(len(self._backed)):
+            if self._stop.is_set():
+                return
+            # Touched first and reserved then: reserving pages that are there is quick, and so the main thread, which may
+            # wait for the lock, is never held up by this thread's low priority.
+            first = step * _STEP_BYTES
+            self.mapping.populate(first, min(_STEP_BYTES, self.size_bytes - first))
+            try:
+                self._back_step(step)
             except ArenaFull as error:
                 logger.warning("L1 stops growing: %s", error)
                 return
-            self.mapping.populate(offset, min(_STEP_BYTES, self.size_bytes - offset))
+
+
+def _claim(path: Path, descriptor: int) -> int:
+    """Lock the file, which tells the next server that this one is alive; the lock lives and dies with what is returned.
+
+    Not through the arena's own descriptor: engines get that one, and what they map keeps it, and its locks, alive.
+
+    Raises:
+        OSError: a server that starts at the same moment took the file for a dead one's.
+    """
+    claim = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.path.samestat(os.stat(path), os.fstat(descriptor)):
+            raise FileNotFoundError(errno.ENOENT, "replaced while it was made; try again", str(path))
+    except OSError:
+        os.close(claim)
+        raise
+    return claim
+
+
+def _be_patient() -> None:
+    """The least priority for this thread."""
+    try:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)  # on Linux: this thread only
+    except OSError as error:
+        logger.debug("pre-faulting runs at normal priority: %s", error)
 
 
 def reclaim_stale(directory: Path) -> int:
@@ -161,7 +210,8 @@ def reclaim_stale(directory: Path) -> int:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             status = os.fstat(descriptor)
-            if status.st_uid == os.getuid():
+            just_made = not status.st_size and time.time() - status.st_mtime < _STARTING_SECONDS
+            if status.st_uid == os.getuid() and not just_made:
                 path.unlink(missing_ok=True)
                 freed += status.st_blocks * 512
                 logger.info("Reclaimed the arena of a dead server: %s (%d MiB)", path, status.st_blocks >> 11)

@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
 from typing import TypeVar
 
 from lmcache.observability.log import init_logger
@@ -76,7 +77,7 @@ class Loop:
         self.call_soon(run)
         try:
             return future.result(timeout_seconds)
-        except TimeoutError:
+        except FutureTimeout:  # before Python 3.11 not the built-in TimeoutError
             future.cancel()
             raise TimeoutError(f"the server's main loop did not answer within {timeout_seconds} s") from None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import signal
 import time
 from collections.abc import Callable
@@ -34,6 +35,7 @@ def serve(config: ServerConfig) -> int:
         ConfigError: something cannot be had (a port, memory, a folder); nothing is left behind.
     """
     set_level(config.log_level)
+    _allow_many_descriptors()
     reclaim_stale(config.arena_dir)
     started: list[Callable[[], None]] = []
     try:
@@ -45,6 +47,14 @@ def serve(config: ServerConfig) -> int:
             stop()
     logger.info("LMCache cache server has stopped")
     return 0
+
+
+def _allow_many_descriptors() -> None:
+    """Two for each engine process: the usual soft limit of 1024 is fewer than `unix_face` serves."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 1 << 16 if hard == resource.RLIM_INFINITY else min(hard, 1 << 16)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _start(config: ServerConfig, started: list[Callable[[], None]]) -> Loop:

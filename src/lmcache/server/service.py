@@ -6,6 +6,7 @@ Everything here runs in the loop's thread, but for the copies of payload frames,
 from __future__ import annotations
 
 import logging
+import math
 import secrets
 import time
 from collections import Counter
@@ -14,7 +15,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, field
 
 from lmcache import __version__
-from lmcache.cache import Heart, Refusal
+from lmcache.cache import Grant, Heart, Refusal
 from lmcache.errors import LMCacheError
 from lmcache.memory.arena import Arena, ArenaFull
 from lmcache.observability.log import init_logger
@@ -23,6 +24,10 @@ from lmcache.wire import messages as m
 
 logger = init_logger(__name__)
 MAX_PAYLOAD_BYTES = 256 << 20
+"""Of one message."""
+MAX_COPYING_BYTES = 1 << 30
+"""Of all payload copies under way."""
+MAX_DROP_REASONS = 32
 Reply = Callable[[m.Message, list[bytes]], None]
 
 
@@ -40,6 +45,8 @@ class Peer:
     busy: int = 0
     """Payload copies under way on this peer's behalf."""
     gone: bool = False
+    replaced: Callable[[], None] | None = None
+    """Called once when the same session has said hello on another connection."""
     since: float = field(default_factory=time.time)
     layout: dict[str, object] = field(default_factory=dict)
 
@@ -56,14 +63,18 @@ class Service:
         self.counters: Counter[str] = Counter()
         self.started = time.time()
         self._workers = workers
-        self._busy_reservations: Counter[int] = Counter()
-        self._participants: dict[tuple[str, int, str, int], int] = {}
+        self._copying_bytes = 0
+        self._filling: set[int] = set()
+        """Reservations that an I/O thread is writing to."""
+        self._participants: dict[tuple[str, int, str, int, bytes], int] = {}
+        self._drop_reasons: set[str] = set()
         self._next_process = 1
         self._answers: dict[type, Callable[[Peer, m.Request], m.Message]] = {
             m.Ping: lambda peer, request: m.Ok(),
             m.Register: self._register,
             m.Lookup: self._lookup,
             m.Release: self._release,
+            m.Hold: self._hold,
             m.Reserve: self._reserve,
             m.Commit: self._commit,
             m.Copied: self._copied,
@@ -102,24 +113,42 @@ class Service:
     def hello(self, peer: Peer, hello: m.Hello) -> m.Message:
         """The faces have checked who it is; here only the version counts, and the process joins the heart."""
         if hello.version != m.PROTOCOL_VERSION:
-            text = m.version_error(hello.version, hello.software[:40])
+            text = m.version_error(hello.version, hello.software, m.PROTOCOL_VERSION, __version__)
             logger.error("An engine was turned away: %s", text)
             return m.Error("version", text)
-        who = (hello.instance[:200], hello.pid, hello.role[:40], hello.rank)
-        process = self._participants.get(who)
-        if process is not None:
-            # The same process on a new connection says that no copy of it runs any more: what it was filling is free again.
-            self.heart.leave_reservations(process)
-        else:
-            process = self._next_process
-            self._next_process += 1
-            self._participants[who] = process
-            self.heart.join(process, who[0])
+        if peer.process:
+            return m.Error("refused", "hello was said on this connection before; open another one")
+        who = (_printable(hello.instance, 200), hello.pid, _printable(hello.role, 40), hello.rank, hello.session[:16])
+        process = self._return(who) or self._enter(who)
         peer.process, peer.payload = process, hello.payload
-        peer.instance, peer.pid, peer.role, peer.rank = who
+        peer.instance, peer.pid, peer.role, peer.rank, _ = who
         self.peers.add(peer)
         logger.info("Engine process connected: %s rank %d, pid %d, over %s", peer.role, peer.rank, peer.pid, peer.face)
         return self.welcome()
+
+    def _enter(self, who: tuple[str, int, str, int, bytes]) -> int:
+        process = self._participants[who] = self._next_process
+        self._next_process += 1
+        self.heart.join(process, who[0])
+        return process
+
+    def _return(self, who: tuple[str, int, str, int, bytes]) -> int:
+        """The number of a session that has lost its connection and come back; 0 where it has to start anew.
+
+        By its hello it says that no copy of it runs any more, so what it was filling is free again; and nothing that still
+        arrives on its former connection counts.
+        """
+        process = self._participants.get(who, 0)
+        former = [peer for peer in self.peers if peer.process == process]
+        if not process or any(peer.busy for peer in former):
+            return 0  # a payload copy of ours still runs on its behalf
+        for peer in former:
+            peer.process = 0
+            self.peers.discard(peer)
+            if peer.replaced is not None:
+                peer.replaced()
+        self.heart.leave_reservations(process)
+        return process
 
     def welcome(self) -> m.Welcome:
         return m.Welcome(
@@ -139,10 +168,9 @@ class Service:
         if peer.busy or peer not in self.peers:
             return
         self.peers.discard(peer)
-        if any(other.process == peer.process for other in self.peers):
-            return  # it has connected anew
         self._participants = {who: number for who, number in self._participants.items() if number != peer.process}
         self.heart.leave(peer.process)
+        peer.process = 0
         logger.info("Engine process gone: %s rank %d, pid %d", peer.role, peer.rank, peer.pid)
 
     def clear(self) -> int:
@@ -188,6 +216,10 @@ class Service:
             self.heart.release(peer.process, lease)
         return m.Ok(len(request.leases))
 
+    def _hold(self, peer: Peer, request: m.Request) -> m.Message:
+        assert isinstance(request, m.Hold)
+        return m.Ok(self.heart.keep_leases(peer.process, request.leases))
+
     def _reserve(self, peer: Peer, request: m.Request) -> m.Message:
         assert isinstance(request, m.Reserve)
         if len(request.hashes) % 16 or (not request.root and len(request.parent) != 16):
@@ -196,16 +228,21 @@ class Service:
         grant = self.heart.reserve(
             now, peer.process, request.space, request.shard, request.parent, request.root, request.hashes
         )
+        if grant.reservation and self.arena.backed_bytes < self.arena.size_bytes:
+            self._back(now, peer, grant)
+        return m.Reserved(grant.reservation, grant.slots, grant.refused, grant.reason)
+
+    def _back(self, now: float, peer: Peer, grant: Grant) -> None:
+        pages = self.heart.reserved_pages(peer.process, grant.reservation)
         try:
-            self.arena.back(grant.end_byte)
+            self.arena.back((page * m.PAGE_BYTES for page in pages), self.heart.slot_bytes(grant.reservation))
         except ArenaFull as error:
             self.heart.commit(now, peer.process, grant.reservation, ok=False)
             raise Refusal(str(error)) from error
-        return m.Reserved(grant.reservation, grant.slots, grant.refused, grant.reason)
 
     def _commit(self, peer: Peer, request: m.Request) -> m.Message:
         assert isinstance(request, m.Commit)
-        if self._busy_reservations[request.reservation]:
+        if request.reservation in self._filling:
             raise Refusal(f"reservation {request.reservation} is still being filled")
         return m.Ok(self.heart.commit(time.monotonic(), peer.process, request.reservation, request.ok))
 
@@ -215,6 +252,8 @@ class Service:
             self.counters[f"failed_{request.kind}s"] += 1
             logger.warning("Rank %d could not %s %d tokens", peer.rank, request.kind, request.tokens)
             return m.Ok()
+        if request.tokens < 0 or not 0 <= request.seconds < math.inf:
+            raise Refusal(f"{request.tokens} tokens in {request.seconds} seconds make no sense")
         past = "retrieved" if request.kind == "load" else "stored"
         self.counters[f"{past}_tokens"] += request.tokens
         self.counters[f"{past}_microseconds"] += int(request.seconds * 1e6)
@@ -223,12 +262,15 @@ class Service:
 
     def _dropped(self, peer: Peer, request: m.Request) -> m.Message:
         assert isinstance(request, m.Dropped)
-        self.counters[f"engine_dropped:{request.reason[:40]}"] += max(0, request.chunks)
+        reason = "".join(char if char.isalnum() else " " for char in request.reason[:40])
+        if reason not in self._drop_reasons and len(self._drop_reasons) >= MAX_DROP_REASONS:
+            reason = "other"
+        self._drop_reasons.add(reason)
+        self.counters[f"engine_dropped:{reason}"] += max(0, request.chunks)
         return m.Ok()
 
     def _bye(self, peer: Peer, request: m.Request) -> m.Message:
         self.gone(peer)
-        peer.process = 0
         return m.Ok()
 
     # Payload frames
@@ -236,21 +278,21 @@ class Service:
     def _fetch(self, peer: Peer, request: m.Fetch, reply: Reply) -> None:
         pages = self.heart.leased_pages(peer.process, request.lease, request.shard, request.first, request.count)
         size = self.heart.slot_bytes(lease=request.lease, shard=request.shard)
-        self._check_payload(size * len(pages))
         view = self.arena.mapping.view
 
         def copy() -> list[bytes]:
             return [bytes(view(page * m.PAGE_BYTES, size)) for page in pages]
 
-        self._in_worker(peer, copy, lambda frames: reply(m.Ok(len(frames)), frames), reply)
+        self._in_worker(peer, size * len(pages), copy, reply)
 
     def _fill(self, peer: Peer, request: m.Fill, frames: list[bytes], reply: Reply) -> None:
         number = request.reservation
-        pages = self.heart.reserved_pages(peer.process, number, request.first, len(frames))
+        pages = self.heart.reserved_pages(peer.process, number)[max(0, request.first) :][: len(frames)]
+        if request.first < 0 or len(pages) != len(frames):
+            raise Refusal(f"{len(frames)} frames from slot {request.first} on pass the end of reservation {number}")
         size = self.heart.slot_bytes(reservation=number)
         if any(len(one) != size for one in frames):
             raise Refusal(f"payload frames must have the slot's {size} bytes")
-        self._check_payload(size * len(pages))
         view = self.arena.mapping.view
 
         def copy() -> list[bytes]:
@@ -258,34 +300,41 @@ class Service:
                 view(page * m.PAGE_BYTES, size)[:] = one
             return []
 
-        def done(nothing: list[bytes]) -> None:
-            self._busy_reservations[number] -= 1
-            reply(m.Ok(len(pages)), nothing)
+        def answer(message: m.Message, nothing: list[bytes]) -> None:
+            self._filling.discard(number)
+            reply(message, nothing)
 
-        self._busy_reservations[number] += 1
-        self._in_worker(peer, copy, done, reply)
+        if number in self._filling:
+            raise Refusal(f"reservation {number} is being filled by an earlier message")
+        self._in_worker(peer, size * len(pages), copy, answer)
+        self._filling.add(number)
 
-    @staticmethod
-    def _check_payload(size: int) -> None:
+    def _in_worker(self, peer: Peer, size: int, copy: Callable[[], list[bytes]], reply: Reply) -> None:
+        """Run `copy` in an I/O thread and answer with the frames it returns. Raises Refusal when too much is under way."""
         if size > MAX_PAYLOAD_BYTES:
             raise Refusal(f"{size} payload bytes in one message; at most {MAX_PAYLOAD_BYTES} are allowed")
+        if self._copying_bytes + size > MAX_COPYING_BYTES:
+            raise Refusal(f"{self._copying_bytes} payload bytes are being copied already; try again")
 
-    def _in_worker(
-        self, peer: Peer, copy: Callable[[], list[bytes]], done: Callable[[list[bytes]], None], reply: Reply
-    ) -> None:
-        peer.busy += 1
-
-        def finish(frames: list[bytes]) -> None:
+        def finish(answer: m.Message, frames: list[bytes]) -> None:
             peer.busy -= 1
-            done(frames)
+            self._copying_bytes -= size
+            reply(answer, frames)
             if peer.gone:
                 self.gone(peer)
 
         def run() -> None:
-            frames = copy()
-            self.loop.call_soon(lambda: finish(frames))
+            try:
+                frames = copy()
+                answer: m.Message = m.Ok(len(frames))
+            except Exception as error:  # the edge of the thread: whoever asked must hear of it
+                logger.exception("A payload copy failed")
+                frames, answer = [], m.Error("internal", f"{type(error).__name__} in the server: see its log")
+            self.loop.call_soon(lambda: finish(answer, frames))
 
         self._workers.submit(run)
+        peer.busy += 1
+        self._copying_bytes += size
 
     # Upkeep
 
@@ -296,3 +345,9 @@ class Service:
             for event in self.heart.events:
                 logger.debug("%s %d chunks of space %d %s", event.kind, event.chunks, event.space, event.reason)
         self.heart.events.clear()
+        self.heart.effects.clear()  # until the arena can be adopted, nobody reads slot headers
+
+
+def _printable(text: str, most: int) -> str:
+    """What an engine says of itself, fit for a line of the log."""
+    return "".join(char if char.isprintable() else "?" for char in text[:most])

@@ -1,13 +1,13 @@
 """The Unix socket: engines on this host, of this user. They get the arena's descriptor with the welcome.
 
 A process counts as gone when it says `Bye` or when the kernel says so (pidfd), not when a connection ends: it may still be
-copying. Where the kernel does not tell its pid (another pid namespace), the connection's end has to do.
+copying. Nor does the connection's end tell of a death in time: a child of the process may hold it open. Where the kernel gives
+no pidfd (before Linux 6.5, for another pid namespace), the connection's end has to do.
 """
 
 from __future__ import annotations
 
 import os
-import select
 import socket
 import struct
 from collections import deque
@@ -24,6 +24,7 @@ from lmcache.wire.frames import FrameReader, frame
 
 logger = init_logger(__name__)
 _PEER_CREDENTIALS = struct.Struct("3i")
+_SO_PEERPIDFD = 77  # asm-generic/socket.h, Linux 6.5
 MAX_CONNECTIONS = 1024
 MAX_UNSENT_BYTES = 16 << 20
 
@@ -39,8 +40,10 @@ class UnixFace:
         self.loop, self.service = loop, service
         self.path = directory / f"{service.server_id.hex()[:16]}.sock"
         self.connections: set[_Connection] = set()
+        self._paused = False
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _sweep(directory)
             status = directory.stat()
             if status.st_uid != os.getuid() or status.st_mode & 0o022:
                 raise ConfigError(f"--socket-dir {directory}: others may write there; chmod 700 it, or name another")
@@ -52,8 +55,10 @@ class UnixFace:
             raise ConfigError(f"--socket-dir {directory}: cannot listen there: {error}") from error
         service.socket_path = str(self.path)
         loop.watch(self._listener.fileno(), self._accept)
+        loop.on_tick.append(self._accept_again)
 
     def close(self) -> None:
+        self.loop.on_tick.remove(self._accept_again)
         self.loop.unwatch(self._listener.fileno())
         self._listener.close()
         self.path.unlink(missing_ok=True)
@@ -66,6 +71,12 @@ class UnixFace:
                 sock, _ = self._listener.accept()
             except BlockingIOError:
                 return
+            except OSError as error:  # no descriptor left: a listener that stays readable must not keep the loop busy
+                self.service.counters["turned_away"] += 1
+                logger.error("Cannot accept a connection: %s; trying again", error)
+                self.loop.unwatch(self._listener.fileno())
+                self._paused = True
+                return
             sock.setblocking(False)
             pid, uid, _ = _PEER_CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
             if uid != os.getuid():
@@ -76,6 +87,11 @@ class UnixFace:
                 self._turn_away(sock, f"{MAX_CONNECTIONS} connections are open already")
             else:
                 self.connections.add(_Connection(self, sock, pid))
+
+    def _accept_again(self) -> None:
+        if self._paused:
+            self._paused = False
+            self.loop.watch(self._listener.fileno(), self._accept)
 
     def _turn_away(self, sock: socket.socket, why: str) -> None:
         self.service.counters["turned_away"] += 1
@@ -90,26 +106,24 @@ class UnixFace:
 class _Connection:
     def __init__(self, face: UnixFace, sock: socket.socket, pid: int) -> None:
         self.face, self.sock, self.pid = face, sock, pid
-        self.peer = Peer("unix socket")
+        self.peer = Peer("unix socket", replaced=self.close)
         self._reader = FrameReader()
         self._unsent: deque[bytes] = deque()
         self._unsent_bytes = 0
         self._descriptor = sock.fileno()
-        self._pidfd = _open_pidfd(pid)
+        self._pidfd = _open_pidfd(sock, pid)
         face.loop.watch(self._descriptor, self._ready)
+        if self._pidfd is not None:
+            face.loop.watch(self._pidfd, self._process_ended)
 
     def close(self) -> None:
-        if self.sock.fileno() < 0:
-            return
-        self.face.loop.unwatch(self._descriptor)
-        self.face.connections.discard(self)
-        self.sock.close()
-        if self._pidfd is None:
-            self.face.service.gone(self.peer)
-        elif not self.peer.process or _has_ended(self._pidfd):
+        """Hang up. The process stays known, unless it has said `Bye` or hello elsewhere, or the kernel cannot tell its end."""
+        if self.sock.fileno() >= 0:
+            self.face.loop.unwatch(self._descriptor)
+            self.face.connections.discard(self)
+            self.sock.close()
+        if self._pidfd is None or not self.peer.process:
             self._process_ended()
-        else:
-            self.face.loop.watch(self._pidfd, self._process_ended)
 
     def _process_ended(self) -> None:
         if self._pidfd is not None:
@@ -117,6 +131,8 @@ class _Connection:
             os.close(self._pidfd)
             self._pidfd = None
         self.face.service.gone(self.peer)
+        if self.sock.fileno() >= 0:
+            self.close()
 
     def _ready(self) -> None:
         if self._unsent and not self._flush():
@@ -131,21 +147,33 @@ class _Connection:
             self.close()
             return
         try:
-            for raw in self._reader.feed(data):
-                sequence, request = m.decode_request(raw)
-                self._serve(sequence, request)
-        except WireError as error:
-            self.face.service.counters["malformed_messages"] += 1
-            logger.warning("Closing a connection of pid %d: %s", self.pid, error)
-            self._send(frame(m.encode(0, m.Error("malformed", str(error)))))
+            frames = self._reader.feed(data)
+        except WireError as error:  # where the next frame begins is unknown now
+            self._complain(0, error)
             self.close()
+            return
+        for raw in frames:
+            try:
+                sequence, request = m.decode_request(raw)
+            except WireError as error:
+                self._complain(m.sequence_of(raw), error)
+            else:
+                self._serve(sequence, request)
+            if self.sock.fileno() < 0:
+                return
+
+    def _complain(self, sequence: int, error: WireError) -> None:
+        self.face.service.counters["malformed_messages"] += 1
+        logger.warning("A malformed message from pid %d: %s", self.pid, error)
+        self._send(frame(m.encode(sequence, m.Error("malformed", str(error)))))
 
     def _serve(self, sequence: int, request: m.Request) -> None:
         if type(request) is m.Hello:
             if self.pid > 0:  # the kernel's word: the engine's own pid may be of another namespace
                 request = msgspec.structs.replace(request, pid=self.pid)
-            descriptors = (self.face.service.arena.descriptor,) if not request.payload else ()
-            self._send(frame(m.encode(sequence, self.face.service.hello(self.peer, request))), descriptors)
+            answer = self.face.service.hello(self.peer, request)
+            descriptors = (self.face.service.arena.descriptor,) if type(answer) is m.Welcome else ()
+            self._send(frame(m.encode(sequence, answer)), descriptors)
             return
         self.face.service.handle(
             self.peer, request, [], lambda answer, _: self._send(frame(m.encode(sequence, answer)))
@@ -194,16 +222,26 @@ class _Connection:
         return True
 
 
-def _open_pidfd(pid: int) -> int | None:
-    if pid <= 0:
-        return None
+def _open_pidfd(sock: socket.socket, pid: int) -> int | None:
     try:
-        return os.pidfd_open(pid)
+        return sock.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)
+    except OSError:
+        pass
+    try:
+        return os.pidfd_open(pid) if pid > 0 else None
     except OSError:
         return None
 
 
-def _has_ended(pidfd: int) -> bool:
-    poll = select.poll()
-    poll.register(pidfd, select.POLLIN)
-    return bool(poll.poll(0))
+def _sweep(directory: Path) -> None:
+    """Remove the sockets and cookies of dead servers."""
+    for path in directory.glob("*.sock"):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            probe.settimeout(0.2)
+            try:
+                probe.connect(str(path))
+            except ConnectionRefusedError:
+                path.unlink(missing_ok=True)
+                path.with_suffix(".cookie").unlink(missing_ok=True)
+            except OSError:
+                pass  # frozen, not ours, or gone already

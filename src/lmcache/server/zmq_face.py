@@ -15,6 +15,7 @@ from pathlib import Path
 
 import zmq
 
+from lmcache import __version__
 from lmcache.errors import ConfigError, WireError
 from lmcache.observability.log import init_logger
 from lmcache.server.loop import Loop
@@ -26,6 +27,8 @@ logger = init_logger(__name__)
 SILENCE_SECONDS = 30.0
 """A payload engine that says nothing for so long is gone. It pings three times as often."""
 MAX_PEERS = 1024
+MAX_UNREAD_ANSWERS = 128
+"""For one engine; answers beyond are lost, and cost it its deadline."""
 
 
 class ZmqFace:
@@ -52,6 +55,7 @@ class ZmqFace:
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_PAYLOAD_BYTES)
         self._socket.setsockopt(zmq.SNDTIMEO, 0)
+        self._socket.setsockopt(zmq.SNDHWM, MAX_UNREAD_ANSWERS)
         if ":" in host:
             self._socket.setsockopt(zmq.IPV6, 1)
         self._authenticator = auth.protect_server(self._context, self._socket, key_file) if key_file else None
@@ -98,26 +102,26 @@ class ZmqFace:
         except WireError as error:
             self.service.counters["malformed_messages"] += 1
             logger.warning("A malformed ZMQ message: %s", error)
-            self._send(identity, 0, m.Error("malformed", str(error)), [])
+            sequence = m.sequence_of(frames[0]) if frames and len(frames[0]) <= m.MAX_MESSAGE_BYTES else 0
+            self._send(identity, sequence, m.Error("malformed", str(error)), [])
             return
         if isinstance(request, m.Hello) and not request.payload:
             # Not a session: the way to the Unix socket, or the version error.
             if request.version != m.PROTOCOL_VERSION:
-                self._send(
-                    identity, sequence, m.Error("version", m.version_error(request.version, request.software[:40])), []
-                )
+                text = m.version_error(request.version, request.software, m.PROTOCOL_VERSION, __version__)
+                self._send(identity, sequence, m.Error("version", text), [])
             else:
                 self._send(identity, sequence, self.service.welcome(), [])
             return
         peer = self._peer(identity, request)
         if peer is None:
-            self._send(identity, sequence, m.Error("refused", self._why_not(request)), [])
+            self._send(identity, sequence, self._why_not(request), [])
             return
         self._peers[identity] = peer, time.monotonic()
         self.service.handle(
             peer, request, frames[1:], lambda answer, payload: self._send(identity, sequence, answer, payload)
         )
-        if isinstance(request, m.Bye):
+        if not peer.process:  # it said `Bye`, or its hello was declined
             del self._peers[identity]
 
     def _peer(self, identity: bytes, request: m.Request) -> Peer | None:
@@ -130,12 +134,15 @@ class ZmqFace:
             return None
         return Peer("ZMQ")
 
-    def _why_not(self, request: m.Request) -> str:
+    def _why_not(self, request: m.Request) -> m.Error:
         if not isinstance(request, m.Hello):
-            return "say hello first"
-        return (
+            return m.Error("hello", "say hello first")
+        if len(self._peers) >= MAX_PEERS:
+            return m.Error("refused", f"{MAX_PEERS} engines use payload frames already")
+        need = (
             f"payload frames need proof that the engine can read {self._cookie_path}, or a server with --auth-key-file"
         )
+        return m.Error("refused", need)
 
     def _send(self, identity: bytes, sequence: int, answer: m.Message, payload: list[bytes]) -> None:
         try:

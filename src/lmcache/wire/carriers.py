@@ -18,6 +18,8 @@ from lmcache.wire import auth
 from lmcache.wire import messages as m
 from lmcache.wire.frames import FrameReader, frame
 
+_LINGER_MILLISECONDS = 300
+"""How long ZMQ's own thread tries to deliver what was posted last (a `Bye`) after the socket was closed."""
 _PEER_CREDENTIALS = struct.Struct("3i")
 
 
@@ -47,11 +49,11 @@ class UnixCarrier:
         self._sequence = 0
         self._reader = FrameReader()
         self._arrived: list[bytes] = []
+        self.descriptor = -1
+        """The arena's, for the caller to close."""
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket.settimeout(deadline_seconds)
         try:
-            if os.stat(path).st_uid != os.getuid():
-                raise ServerUnavailable(f"{path} belongs to another user: run server and engine as the same user")
             self._socket.connect(path)
             uid = _PEER_CREDENTIALS.unpack(self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[1]
             if uid != os.getuid():
@@ -61,12 +63,11 @@ class UnixCarrier:
             self.descriptor = descriptors[0] if descriptors else -1
             self._arrived = self._reader.feed(data)
             _, self.welcome = self._next(time.monotonic() + deadline_seconds)
-        except (OSError, WireError) as error:
+        except (OSError, WireError, ServerUnavailable) as error:
             self._socket.close()
+            if self.descriptor >= 0:
+                os.close(self.descriptor)
             raise ServerUnavailable(f"{path}: {error}") from error
-        except ServerUnavailable:
-            self._socket.close()
-            raise
 
     def exchange(
         self, request: m.Message, deadline_seconds: float, frames: Sequence[bytes | memoryview] = ()
@@ -139,7 +140,7 @@ class ZmqCarrier:
     def __init__(self, address: str, key_file: Path | None = None) -> None:
         self._sequence = 0
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
-        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.LINGER, _LINGER_MILLISECONDS)
         self._socket.setsockopt(zmq.MAXMSGSIZE, 1 << 30)
         if key_file is not None:
             auth.protect_engine(self._socket, key_file)
@@ -171,6 +172,8 @@ class ZmqCarrier:
     def post(self, request: m.Message, frames: Sequence[bytes | memoryview] = ()) -> None:
         self._sequence += 1
         try:
+            while self._socket.poll(0, zmq.POLLIN):
+                self._socket.recv_multipart(zmq.NOBLOCK)  # answers to earlier posts
             self._socket.send_multipart([m.encode(self._sequence, request), *frames], zmq.NOBLOCK, copy=not frames)
         except zmq.ZMQError as error:
             raise ServerUnavailable(str(error)) from error

@@ -10,19 +10,23 @@ where there is none.
 
 from __future__ import annotations
 
-from typing import Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import msgspec
 
-from lmcache import __version__
 from lmcache.chunks import Layout
-from lmcache.errors import WireError
+from lmcache.errors import LMCacheError, WireError
 
 PROTOCOL_VERSION = 1
 MAX_MESSAGE_BYTES = 4 << 20
 """Bound of one message without payload: 100,000 chunk hashes and to spare."""
 NO_SLOT = 0xFFFFFFFF
 PAGE_BYTES = 4096
+
+
+MAX_RESERVED_CHUNKS = 16384
+"""In one `Reserve`, which makes room for each: some ten milliseconds of the server's time."""
+Leases = Annotated[list[int], msgspec.Meta(max_length=65536)]
 
 
 class Message(msgspec.Struct, frozen=True, array_like=True):
@@ -45,6 +49,8 @@ class Hello(Message, frozen=True, tag=1):
     """The engine cannot map the arena, and wants payload frames."""
     proof: bytes = b""
     """Keyed BLAKE3 over the server's id: shows that a loopback engine can read the server's cookie file."""
+    session: bytes = b""
+    """Random and kept over reconnections: a session that says hello again has forgotten what it was filling."""
 
 
 class Ping(Message, frozen=True, tag=2):
@@ -70,7 +76,7 @@ class Lookup(Message, frozen=True, tag=4):
 
 
 class Release(Message, frozen=True, tag=5):
-    leases: list[int]
+    leases: Leases
 
 
 class Reserve(Message, frozen=True, tag=6):
@@ -80,7 +86,7 @@ class Reserve(Message, frozen=True, tag=6):
     shard: int
     parent: bytes
     root: bool
-    hashes: bytes
+    hashes: Annotated[bytes, msgspec.Meta(max_length=16 * MAX_RESERVED_CHUNKS)]
 
 
 class Commit(Message, frozen=True, tag=7):
@@ -131,6 +137,12 @@ class Bye(Message, frozen=True, tag=13):
     """This process touches no slot any more and will send nothing else: its claims end now."""
 
 
+class Hold(Message, frozen=True, tag=14):
+    """All the leases this session knows of. Others that it took are answers that got lost on their way: they end now."""
+
+    leases: Leases
+
+
 # Answers
 
 
@@ -179,12 +191,15 @@ class Reserved(Message, frozen=True, tag=69):
     reason: str = ""
 
 
-Request = Hello | Ping | Register | Lookup | Release | Reserve | Commit | Copied | Fetch | Fill | Clear | Dropped | Bye
+Request = (
+    Hello | Ping | Register | Lookup | Release | Reserve | Commit | Copied | Fetch | Fill | Clear | Dropped | Bye | Hold
+)
 Answer = Welcome | Ok | Error | Registered | Found | Reserved
 AnswerT = TypeVar("AnswerT", bound=Message)
 
 _encoder = msgspec.msgpack.Encoder()
 _requests = msgspec.msgpack.Decoder(tuple[int, Request])
+_envelopes = msgspec.msgpack.Decoder(tuple[int, msgspec.Raw])
 _answers = msgspec.msgpack.Decoder(tuple[int, Answer])
 
 
@@ -196,22 +211,30 @@ def decode_request(raw: bytes | bytearray | memoryview) -> tuple[int, Request]:
     """Raises WireError: not one of our requests."""
     try:
         return _requests.decode(raw)
-    except (msgspec.DecodeError, msgspec.ValidationError, RecursionError) as error:
-        raise WireError(f"malformed request of {len(raw)} bytes: {error}") from None
+    except (msgspec.DecodeError, LMCacheError, RecursionError) as error:  # ours: a layout that cannot be
+        raise WireError(f"malformed request of {len(raw)} bytes: {str(error)[:200]}") from None
+
+
+def sequence_of(raw: bytes | bytearray | memoryview) -> int:
+    """The sequence number of a message that cannot be decoded, so that its sender learns which; 0 where it has none."""
+    try:
+        return _envelopes.decode(raw)[0]
+    except (msgspec.DecodeError, RecursionError):
+        return 0
 
 
 def decode_answer(raw: bytes | bytearray | memoryview) -> tuple[int, Answer]:
     """Raises WireError: not one of our answers."""
     try:
         return _answers.decode(raw)
-    except (msgspec.DecodeError, msgspec.ValidationError, RecursionError) as error:
-        raise WireError(f"malformed answer of {len(raw)} bytes: {error}") from None
+    except (msgspec.DecodeError, LMCacheError, RecursionError) as error:
+        raise WireError(f"malformed answer of {len(raw)} bytes: {str(error)[:200]}") from None
 
 
-def version_error(theirs: int, their_software: str) -> str:
+def version_error(engine: int, engine_software: str, server: int, server_software: str) -> str:
     """One line for people when two protocol versions meet."""
-    older = "the engine's lmcache package" if theirs < PROTOCOL_VERSION else "the lmcache server"
+    older = "the engine's lmcache package" if engine < server else "the lmcache server"
     return (
-        f"the engine speaks protocol {theirs} (lmcache {their_software}), the server {PROTOCOL_VERSION} "
-        f"(lmcache {__version__}): upgrade {older}"
+        f"the engine speaks protocol {engine} (lmcache {engine_software[:40]}), the server {server} "
+        f"(lmcache {server_software[:40]}): upgrade {older}"
     )
