@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Set
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -23,6 +23,11 @@ def fill(slabs: Slabs, space: int) -> list[int]:
             pages.append(page)
         elif slabs.grow(space) is None:
             return pages
+
+
+def bytes_used(eligible: Set[int]) -> Callable[[Region], float | None]:
+    """What it costs to empty a region of these spaces."""
+    return lambda region: region.used_bytes if region.space in eligible else None
 
 
 def lost_bytes(slabs: Slabs, spaces: range) -> int:
@@ -98,7 +103,7 @@ def test_a_slot_larger_than_the_arena_finds_no_room() -> None:
     slabs.open(1, 2 << 20)
     slabs.open(2, 4096)
     fill(slabs, 2)
-    assert slabs.grow(1) is None and slabs.window(1, {2}) == []
+    assert slabs.grow(1) is None and slabs.window(1, bytes_used({2})) == []
 
 
 def test_the_window_with_the_fewest_used_bytes_is_named() -> None:
@@ -117,10 +122,10 @@ def test_the_window_with_the_fewest_used_bytes_is_named() -> None:
     for page in busy.pages_in_use():
         slabs.free(3, page)
     assert slabs.grow(2) is None
-    named = slabs.window(2, {1, 3})
+    named = slabs.window(2, bytes_used({1, 3}))
     assert sum(region.used for region in named) <= 1
-    assert all(region.space == 1 for region in slabs.window(2, {1}))
-    assert slabs.window(2, set()) == []
+    assert all(region.space == 1 for region in slabs.window(2, bytes_used({1})))
+    assert slabs.window(2, bytes_used(set())) == []
 
 
 @settings(deadline=None, max_examples=40)
@@ -136,7 +141,7 @@ def test_three_spaces_of_odd_sizes_lose_at_most_5_percent(seed: int, arena: int,
         slabs.open(space, int(arena / part))
 
     def take_from_the_others(space: int) -> None:
-        for region in slabs.window(space, set(spaces) - {space}):
+        for region in slabs.window(space, bytes_used(set(spaces) - {space})):
             slabs.take(region)
         assert slabs.grow(space) is not None
 
@@ -216,7 +221,7 @@ class Arena(RuleBasedStateMachine):
 
     @rule(space=st.integers(0, 2), eligible=st.sets(st.integers(0, 2)))
     def make_room(self, space: int, eligible: set[int]) -> None:
-        named = self.slabs.window(space, eligible)
+        named = self.slabs.window(space, bytes_used(eligible))
         assert all(region in self.regions and region.space in eligible for region in named)
         for region in named:
             for page in region.pages_in_use():

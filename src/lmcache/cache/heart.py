@@ -1,29 +1,34 @@
-"""The heart of the server: index, leases, reservations, eviction.
+"""The heart of the server: index, leases, reservations, and what becomes of them.
 
 The rules of this file:
-- A chunk is visible when all its shards are committed, and only then. A lookup answers with a prefix of visible chunks.
+- A chunk is *whole* when all its shards are committed, and only whole chunks are answered. A lookup answers with a prefix.
 - A *lease* (right to read) belongs to an engine instance; a *reservation* (right to fill) to one of its processes. Both end
   by release or commit, or when every process that may still touch the slots is known to be gone. A deadline ends the claim
   only: the slots stay out of use (quarantine) until then, are counted, and an instance with too many gets nothing new.
-- A slot is reused only when nobody may touch it: not pinned by a lease, not being filled.
-- A chunk is never evicted before the chunks that need it to be reachable; among those that may go, the least recently used goes.
+- A slot is reused only when nobody may touch it: its chunk is not leased, and it is not being filled.
+- A chunk that is leased or being filled is never evicted, nor is one that it needs to be reachable (`room` says what is).
+- A shard that could not be filled leaves a gap in its chunk, which whoever computes it next fills: what hangs on it stays.
 - New data is refused only when nothing may be evicted for it; every refusal has a reason and is counted.
+- Clearing changes the index for an empty one. Claims on the old one keep it, and their slots, until they end.
 """
 
 from __future__ import annotations
 
+import itertools
 from array import array
 from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from lmcache.cache.table import ChunkTable, Table
+from lmcache.cache.room import Room, Space
+from lmcache.cache.table import COMPLETED, EMPTY, NO_PAGE, RELEASED, ChunkTable, Table
 from lmcache.chunks import HASH_BYTES
 from lmcache.errors import LMCacheError
 from lmcache.memory.slabs import Slabs
 
-NO_SLOT = 0xFFFFFFFF
-PAGE_BYTES = 4096
+NO_SLOT = NO_PAGE
+MAX_SPACES = 1024
 QUARANTINE_SHARE = 4
 """An instance whose expired claims hold more than 1/4 of the arena gets no new slots."""
 
@@ -33,7 +38,15 @@ class Refusal(LMCacheError):
 
 
 class Event(NamedTuple):
-    """What happened to chunks, told once: stored, hit, missed, evicted, cleared, dropped, expired or refused."""
+    """What happened to chunks, told once.
+
+    hit, missed    of a lookup.
+    stored         they are whole now. evicted, cleared: they were whole and are gone. So stored - evicted - cleared are there.
+    reserved       a rank got slots for its shards of them. committed, dropped: it has filled them, or did not.
+    incomplete     they were evicted before all ranks had stored their shards, though some had.
+    refused        they got no slots.
+    expired        the claim on them has passed its deadline.
+    """
 
     kind: str
     space: int
@@ -56,27 +69,40 @@ class Grant(NamedTuple):
     slots: bytes
     refused: int
     reason: str
-    end_byte: int
-    """The arena must have pages up to here before the slots are handed out."""
 
 
-@dataclass(slots=True)
-class Space:
-    """One layout with one parallel split: its own index, LRU and memory."""
+class Committed(NamedTuple):
+    """Effect: these slots hold what their keys say from now on. `keys` and `parents` are 16 bytes each, zeros for no parent."""
 
-    number: int
+    fingerprint: bytes
     shards: int
-    table: Table
-    slabs: list[int]
-    """For each shard, the slab class its slots come from (-1 until a rank has told its slot size)."""
-    slot_bytes: list[int]
-    instances: set[str] = field(default_factory=set)
+    shard: int
+    slot_bytes: int
+    pages: list[int]
+    keys: bytes
+    parents: bytes
+
+
+class Freed(NamedTuple):
+    """Effect: these slots hold nothing of ours any more, and may be given away by the answer that follows."""
+
+    pages: list[int]
+
+
+class Cleared(NamedTuple):
+    """Effect: no slot at all holds anything of ours any more."""
+
+
+Effect = Committed | Freed | Cleared
 
 
 @dataclass(slots=True)
 class _Lease:
+    process: int
     instance: str
     space: Space
+    table: Table
+    """The space's, or the one that it had before it was cleared."""
     ids: bytes
     deadline: float
     expired: bool = False
@@ -87,6 +113,7 @@ class _Reservation:
     process: int
     instance: str
     space: Space
+    table: Table
     shard: int
     ids: list[int]
     pages: list[int]
@@ -98,6 +125,8 @@ class _Reservation:
 class _Instance:
     processes: set[int] = field(default_factory=set)
     leases: set[int] = field(default_factory=set)
+    expired: set[int] = field(default_factory=set)
+    """Leases and reservations in quarantine."""
     quarantined_bytes: int = 0
 
 
@@ -107,46 +136,54 @@ class Heart:
     Args:
         total_bytes: size of the arena.
         claim_seconds: how long a lease or reservation is a claim; afterwards its slots are in quarantine until given back.
+        new_table: makes the index of a space with so many shards.
     """
 
-    def __init__(self, total_bytes: int, claim_seconds: float = 30.0) -> None:
+    def __init__(
+        self, total_bytes: int, claim_seconds: float = 30.0, new_table: Callable[[int], Table] = ChunkTable
+    ) -> None:
         self.total_bytes = total_bytes
         self.claim_seconds = claim_seconds
-        self.slabs = Slabs(total_bytes)
-        self.spaces: list[Space] = []
         self.events: list[Event] = []
-        """Drained by the server; each event is appended once."""
+        self.effects: list[Effect] = []
+        """What to do to the slots' headers. Both lists are drained by the server: effects before the next answer goes out."""
         self.counters: Counter[str] = Counter()
+        self._new_table = new_table
+        self._room = Room(total_bytes, self._evict)
+        self._spaces: dict[int, Space] = {}
         self._space_of: dict[tuple[bytes, int], Space] = {}
-        self._slab_of: dict[tuple[int, int], int] = {}
-        self._slab_owner: list[Space] = []
         self._instances: dict[str, _Instance] = {}
         self._process_instance: dict[int, str] = {}
         self._leases: dict[int, _Lease] = {}
         self._reservations: dict[int, _Reservation] = {}
         self._next = 1
+        self._next_space = 0
 
     # Who is there
 
     def join(self, process: int, instance: str) -> None:
         """A process of an engine instance has connected (again)."""
+        if self._process_instance.get(process, instance) != instance:
+            self.leave(process)
         self._process_instance[process] = instance
         self._instances.setdefault(instance, _Instance()).processes.add(process)
 
     def leave(self, process: int) -> None:
         """A process is gone for good and touches no slot any more: its reservations end; with the last one, the leases."""
-        name = self._process_instance.pop(process, None)
+        name = self._process_instance.get(process)
         if name is None:
             return
         self._drop_reservations(process, "owner died")
+        del self._process_instance[process]
         instance = self._instances[name]
         instance.processes.discard(process)
         if not instance.processes:
             for number in list(instance.leases):
                 self._end_lease(number)
             del self._instances[name]
-            for space in self.spaces:
+            for space in self._spaces.values():
                 space.instances.discard(name)
+            self._room.stir(self._spaces.values())
 
     def leave_reservations(self, process: int) -> None:
         """A process says that it fills no slot any more, though it did not commit."""
@@ -160,38 +197,35 @@ class Heart:
         """The number of the space for this layout and split; a rank also tells its shard's slot size.
 
         Raises:
-            Refusal: the slot does not fit in the arena, or another rank told another size for this shard.
+            Refusal: the slot does not fit in the arena, another rank told another size for this shard, or too many layouts.
         """
         if not 1 <= shards <= 0xFFFF or not -1 <= shard < shards:
             raise Refusal(f"shard {shard} of {shards} makes no sense")
         if slot_bytes > self.total_bytes:
-            raise Refusal(f"one chunk's shard takes {slot_bytes} bytes, the whole L1 {self.total_bytes}: raise --l1-size-gb")
-        space = self._space_of.get((fingerprint, shards))
-        if space is None:
-            space = Space(len(self.spaces), shards, ChunkTable(shards), [-1] * shards, [0] * shards)
-            self._space_of[fingerprint, shards] = space
-            self.spaces.append(space)
+            raise Refusal(f"a chunk's shard takes {slot_bytes} bytes, all of L1 {self.total_bytes}: raise --l1-size-gb")
+        name, _ = self._instance(process)
+        space = self._space_of.get((fingerprint, shards)) or self._new_space(fingerprint, shards)
         if shard >= 0:
             self._open_shard(space, shard, slot_bytes)
-        instance = self._process_instance.get(process)
-        if instance is not None:
-            space.instances.add(instance)
+        space.instances.add(name)
+        self._room.stir(self._spaces.values())
         return space.number
+
+    def _new_space(self, fingerprint: bytes, shards: int) -> Space:
+        if len(self._spaces) >= MAX_SPACES:
+            raise Refusal(f"{MAX_SPACES} layouts are open already: close some engines, or clear the cache")
+        number, self._next_space = self._next_space, self._next_space + 1
+        space = Space(number, fingerprint, shards, self._new_table(shards), [-1] * shards, [0] * shards)
+        self._space_of[fingerprint, shards] = self._spaces[number] = space
+        return space
 
     def _open_shard(self, space: Space, shard: int, slot_bytes: int) -> None:
         if slot_bytes < 1:
             raise Refusal(f"slot size {slot_bytes} of shard {shard} makes no sense")
         if space.slot_bytes[shard] not in (0, slot_bytes):
             raise Refusal(f"shard {shard} has slots of {space.slot_bytes[shard]} bytes, not {slot_bytes}")
-        space.slot_bytes[shard] = slot_bytes
-        pages = -(-slot_bytes // PAGE_BYTES)
-        slab = self._slab_of.get((space.number, pages))
-        if slab is None:
-            slab = len(self._slab_owner)
-            self._slab_of[space.number, pages] = slab
-            self._slab_owner.append(space)
-            self.slabs.open(slab, pages * PAGE_BYTES)
-        space.slabs[shard] = slab
+        if not space.slot_bytes[shard]:
+            self._room.open(space, shard, slot_bytes)
 
     # Reading
 
@@ -201,8 +235,7 @@ class Heart:
         Raises:
             Refusal: unknown space or process, or the instance holds too much in quarantine.
         """
-        space = self._space(space_number)
-        name, instance = self._instance(process)
+        space, name, instance = self._admit(process, space_number)
         asked = len(hashes) // HASH_BYTES
         if self._over_quota(instance):
             self._tell("missed", space, asked, "quarantine")
@@ -219,7 +252,7 @@ class Heart:
             return Hit(chunks, 0, b"")
         space.table.pin(leased)
         number = self._number()
-        self._leases[number] = _Lease(name, space, leased, now + self.claim_seconds)
+        self._leases[number] = _Lease(process, name, space, space.table, leased, now + self.claim_seconds)
         instance.leases.add(number)
         return Hit(chunks, number, space.table.slots(leased))
 
@@ -228,6 +261,15 @@ class Heart:
         held = self._leases.get(lease)
         if held is not None and held.instance == self._process_instance.get(process):
             self._end_lease(lease)
+
+    def keep_leases(self, process: int, known: Iterable[int]) -> int:
+        """End the leases that this process took and does not know of: their answers never reached it. Returns how many."""
+        kept = set(known)
+        _, instance = self._instance(process)
+        lost = [n for n in instance.leases if n not in kept and self._leases[n].process == process]
+        for number in lost:
+            self._end_lease(number)
+        return len(lost)
 
     def leased_pages(self, process: int, lease: int, shard: int, first: int, count: int) -> list[int]:
         """Pages of a lease's chunks, for payload frames.
@@ -238,7 +280,7 @@ class Heart:
         held = self._leases.get(lease)
         if held is None or held.expired or held.instance != self._process_instance.get(process):
             raise Refusal(f"lease {lease} is unknown or has ended")
-        pages = array("I", held.space.table.slots(held.ids))[shard :: held.space.shards]
+        pages = array("I", held.table.slots(held.ids))[shard :: held.space.shards]
         if not 0 <= shard < held.space.shards or not 0 <= first <= first + count <= len(pages):
             raise Refusal(f"chunks {first}..{first + count} of shard {shard} are outside lease {lease}")
         return list(pages[first : first + count])
@@ -253,9 +295,8 @@ class Heart:
         Raises:
             Refusal: unknown space, process or shard.
         """
-        space = self._space(space_number)
-        name, instance = self._instance(process)
-        if not 0 <= shard < space.shards or space.slabs[shard] < 0:
+        space, name, instance = self._admit(process, space_number)
+        if not 0 <= shard < space.shards or space.classes[shard] < 0:
             raise Refusal(f"shard {shard} was not registered")
         table, asked = space.table, len(hashes) // HASH_BYTES
         parent_id = -1 if root else table.get(parent)
@@ -266,7 +307,7 @@ class Heart:
             reason = "no parent"
         if reason:
             self._tell("refused", space, asked, reason)
-            return Grant(0, _no_slots(asked), asked, reason, 0)
+            return Grant(0, _no_slots(asked), asked, reason)
         ids, pages = self._fill_chain(space, shard, parent_id, hashes)
         refused = asked - len(pages)
         if refused:
@@ -276,46 +317,56 @@ class Heart:
         if ids:
             number = self._number()
             filled = [page for page in pages if page != NO_SLOT]
-            self._reservations[number] = _Reservation(process, name, space, shard, ids, filled, now + self.claim_seconds)
+            deadline = now + self.claim_seconds
+            self._reservations[number] = _Reservation(process, name, space, table, shard, ids, filled, deadline)
+            self._tell("reserved", space, len(ids))
         slots = array("I", pages).tobytes() + _no_slots(refused)
-        end = max((page for page in pages if page != NO_SLOT), default=-1)
-        end_byte = end * PAGE_BYTES + space.slot_bytes[shard] if end >= 0 else 0
-        return Grant(number, slots, refused, reason, end_byte)
+        return Grant(number, slots, refused, reason)
 
     def _fill_chain(self, space: Space, shard: int, parent: int, hashes: bytes) -> tuple[list[int], list[int]]:
         """Ids that are now being filled, and one page a chunk until the memory ran out."""
-        table, ids, pages = space.table, [], []
+        table = space.table
+        keys = [hashes[at : at + HASH_BYTES] for at in range(0, len(hashes), HASH_BYTES)]
+        known = [number for number in map(table.get, keys) if number >= 0]
+        # First of all, so that what goes for the new ones is something else.
+        self._touch(table, known if parent < 0 else [parent, *known])
+        ids: list[int] = []
+        pages: list[int] = []
         path = [parent] if parent >= 0 else []
-        table.pin(_ids(path))  # making room must not evict what the new chunks hang on
-        for at in range(0, len(hashes), HASH_BYTES):
-            key = hashes[at : at + HASH_BYTES]
+        table.pin(_ids(path))
+        for key in keys:
             number = table.get(key)
             if number >= 0:
                 table.pin(_ids([number]))
                 path.append(number)
-                if table.state(number, shard):
-                    pages.append(NO_SLOT)  # there, or under way by somebody else
-                    parent = number
-                    continue
-            page = self._slot(space, shard)
-            if page is None:
-                break
+            page = NO_SLOT  # there, or under way by somebody else
+            if number < 0 or table.state(number, shard) == EMPTY:
+                found = self._room.find(space, shard)
+                if found is None:
+                    break
+                page = found
             if number < 0:
                 number = table.insert(key, parent)
                 table.pin(_ids([number]))
                 path.append(number)
-            table.begin_fill(number, shard, page)
-            ids.append(number)
+            if page != NO_SLOT:
+                table.begin_fill(number, shard, page)
+                ids.append(number)
             pages.append(page)
             parent = number
         table.unpin(_ids(path))
-        table.touch(_ids(path))
-        if path:
-            table.touch_path(path[0])
+        self._touch(table, path)
         return ids, pages
 
-    def commit(self, now: float, process: int, reservation: int, ok: bool) -> int:
-        """The slots are filled (`ok`) or given back. Returns how many chunks' shards count as stored.
+    @staticmethod
+    def _touch(table: Table, path: list[int]) -> None:
+        """Touch chunks that follow each other, and all before them."""
+        if path:
+            table.touch(_ids(path))
+            table.touch_path(path[0])
+
+    def commit(self, now: float, process: int, reservation: int, ok: bool, reason: str = "copy failed") -> int:
+        """The slots are filled (`ok`) or, for this reason, given back. Returns how many chunks' shards count as stored.
 
         Raises:
             Refusal: the reservation is unknown, or its claim had ended; the slots are free then, and nothing is stored.
@@ -326,20 +377,18 @@ class Heart:
         if held.expired or now > held.deadline:
             self._end_reservation(reservation, ok=False, reason="too late")
             raise Refusal(f"reservation {reservation} took longer than {self.claim_seconds} s")
-        return self._end_reservation(reservation, ok, reason="" if ok else "copy failed")
+        return self._end_reservation(reservation, ok, "cleared" if ok else reason)
 
-    def reserved_pages(self, process: int, reservation: int, first: int, count: int) -> list[int]:
+    def reserved_pages(self, process: int, reservation: int) -> list[int]:
         """Pages of a reservation's slots, for payload frames.
 
         Raises:
-            Refusal: not a live reservation of this process, or not inside it.
+            Refusal: not a live reservation of this process.
         """
         held = self._reservations.get(reservation)
         if held is None or held.expired or held.process != process:
             raise Refusal(f"reservation {reservation} is unknown or has ended")
-        if not 0 <= first <= first + count <= len(held.pages):
-            raise Refusal(f"slots {first}..{first + count} are outside reservation {reservation}")
-        return held.pages[first : first + count]
+        return held.pages
 
     def slot_bytes(self, reservation: int = 0, lease: int = 0, shard: int = 0) -> int:
         """Raw bytes of one slot of a reservation, or of a lease's shard."""
@@ -352,39 +401,64 @@ class Heart:
 
     def tick(self, now: float) -> None:
         """End claims whose deadline has passed. Their slots go to quarantine, not back into use."""
-        for lease in self._leases.values():
+        for number, lease in self._leases.items():
             if not lease.expired and now > lease.deadline:
-                lease.expired = True
-                self._quarantine(lease, 1)
+                self._expire(number, lease)
                 self._tell("expired", lease.space, len(lease.ids) // 4, "lease")
-        for reservation in self._reservations.values():
+        for number, reservation in self._reservations.items():
             if not reservation.expired and now > reservation.deadline:
-                reservation.expired = True
-                self._quarantine(reservation, 1)
+                self._expire(number, reservation)
                 self._tell("expired", reservation.space, len(reservation.ids), "reservation")
+        for space in [one for one in self._spaces.values() if not one.instances and not len(one.table)]:
+            if not self._room.used_by(space):
+                self._room.close(space)
+                del self._spaces[space.number], self._space_of[space.fingerprint, space.shards]
+        self._room.stir(self._spaces.values())
 
     def clear(self) -> int:
-        """Forget every chunk. Slots that somebody may still read or fill are freed when that has ended."""
+        """Forget every chunk; returns how many. Slots that somebody may still read or fill are freed when that has ended."""
         gone = 0
-        for space in self.spaces:
-            while (number := space.table.oldest()) >= 0:
-                gone += self._detach(space, number)
-            self._give_back_regions(space)
-        self.events.append(Event("cleared", -1, gone))
-        self.counters["cleared"] += gone
+        for space in self._spaces.values():
+            keep: set[int] = set()
+            for claim in self._claims():
+                if claim.space is space:
+                    keep.update(self._leave_index(claim))
+            self._room.vacate(space, keep)
+            self._tell("cleared", space, space.whole)
+            gone += space.whole
+            space.table, space.whole = self._new_table(space.shards), 0
+        self.effects.append(Cleared())
+        self._room.stir(self._spaces.values())
         return gone
+
+    def _leave_index(self, claim: _Lease | _Reservation) -> array[int]:
+        """Detach a claim's chunks from its index, which is about to go. Returns the pages of all their slots."""
+        ids = _claimed(claim)
+        for one in array("I", ids):
+            if claim.table.attached(one):
+                claim.table.detach(one)
+        return array("I", claim.table.slots(ids))
 
     # What there is
 
     @property
+    def spaces(self) -> list[Space]:
+        return list(self._spaces.values())
+
+    @property
+    def slabs(self) -> Slabs:
+        """The map of the arena; for looking only."""
+        return self._room.slabs
+
+    @property
     def chunks(self) -> int:
         """Chunks in the index, those being filled included."""
-        return sum(len(space.table) for space in self.spaces)
+        return sum(len(space.table) for space in self._spaces.values())
 
     @property
     def quarantined_bytes(self) -> int:
-        """Bytes in slots whose claim has ended and that somebody may still touch."""
-        return sum(instance.quarantined_bytes for instance in self._instances.values())
+        """Bytes of slots whose claim has ended and that somebody may still touch."""
+        return self._bytes_of(number for instance in self._instances.values() for number in instance.expired)
 
     @property
     def open_leases(self) -> int:
@@ -396,139 +470,116 @@ class Heart:
 
     def used_bytes(self) -> int:
         """Bytes of slots that hold something or are being filled."""
-        return sum(
-            self.slabs.used_slots(slab) * pages * PAGE_BYTES for (_, pages), slab in self._slab_of.items()
-        )
+        return self._room.used_bytes()
 
     def index_bytes(self) -> int:
-        return sum(space.table.memory_bytes() for space in self.spaces)
-
-    # Making room
-
-    def _slot(self, space: Space, shard: int) -> int | None:
-        """A free slot for this shard: from what the space holds, from free memory, from who has more than a fair share,
-        or from the space's own least recently used chunk. None: nothing may go."""
-        slab = space.slabs[shard]
-        while True:
-            page = self.slabs.alloc(slab)
-            if page is not None:
-                return page
-            if self.slabs.grow(slab) is not None:
-                continue
-            if self._held(space) < self._fair_share() and self._take_from_others(space, slab):
-                continue
-            victim = space.table.victim()
-            if victim >= 0:
-                self._evict(space, victim)
-                if not self.slabs.held_bytes(slab):  # uneven pipeline ranks: what went was in regions of another slot size
-                    self._give_back_regions(space)
-            elif not self._take_from_others(space, slab):
-                return None
-
-    def _evict(self, space: Space, number: int) -> None:
-        self._tell("evicted", space, self._detach(space, number), "room")
-
-    def _take_from_others(self, space: Space, slab: int) -> bool:
-        """Empty regions of spaces above their fair share until a slot of `slab` fits. False: they may not be emptied."""
-        fair = self._fair_share()
-        eligible = {
-            other
-            for other, owner in enumerate(self._slab_owner)
-            if owner is not space and self._held(owner) > (fair if owner.instances else 0)
-        }
-        if not eligible:
-            return False
-        regions = self.slabs.window(slab, eligible)
-        doomed = [(self._slab_owner[region.space], region) for region in regions]
-        listed = [(owner, owner.table.in_pages(region.first_page, region.end_page)) for owner, region in doomed]
-        if not regions or any(self.slabs.used_in(region) and not ids for (_, ids), region in zip(listed, regions)):
-            return False
-        if any(owner.table.pins(one) or owner.table.filling(one) for owner, ids in listed for one in array("I", ids)):
-            return False
-        for owner, ids in listed:
-            for number in array("I", ids):
-                if owner.table.attached(number):
-                    self._evict(owner, number)
-        if any(self.slabs.used_in(region) for region in regions):
-            return False  # detached chunks that a lease still holds
-        for region in regions:
-            self.slabs.take(region)
-        return True
-
-    def _fair_share(self) -> int:
-        return self.total_bytes // max(1, sum(bool(space.instances) for space in self.spaces))
-
-    def _held(self, space: Space) -> int:
-        return sum(self.slabs.held_bytes(slab) for slab in set(space.slabs) if slab >= 0)
-
-    def _detach(self, space: Space, number: int) -> int:
-        """Take a chunk and all that hang on it out of the index; free what nobody touches. Returns how many went."""
-        ids = array("I", space.table.detach(number))
-        for one in ids:
-            if not space.table.pins(one) and not space.table.filling(one):
-                self._free(space, one)
-        return len(ids)
-
-    def _free(self, space: Space, number: int) -> None:
-        for shard in range(space.shards):
-            page = space.table.slot(number, shard)
-            if page >= 0:
-                self.slabs.free(space.slabs[shard], page)
-        space.table.free(number)
-
-    def _give_back_regions(self, space: Space) -> None:
-        for slab in set(space.slabs):
-            if slab >= 0:
-                for region in self.slabs.regions(slab):
-                    if not self.slabs.used_in(region):
-                        self.slabs.take(region)
+        tables = {id(one.table): one.table for one in (*self._spaces.values(), *self._claims())}
+        return sum(table.memory_bytes() for table in tables.values())
 
     # Ends
 
+    def _evict(self, space: Space, record: int) -> array[int]:
+        """Take an idle chunk, and what hangs on it, out of the index and out of memory."""
+        table = space.table
+        ids = table.detach(record)
+        gone = array("I", ids)
+        whole = sum(map(table.complete, gone))
+        space.whole -= whole
+        self._tell("evicted", space, whole, "room")
+        if whole < len(gone):
+            begun = (_holds(table, one, space.shards) for one in gone)
+            self._tell("incomplete", space, sum(begun) - whole, "room")
+        self._free(space, table, ids)
+        return gone
+
+    def _free(self, space: Space, table: Table, ids: bytes) -> None:
+        """Free detached records that nobody touches, and their slots."""
+        pages = array("I", table.slots(ids))
+        self._room.free(space, pages)
+        self.effects.append(Freed([page for page in pages if page != NO_PAGE]))
+        for one in array("I", ids):
+            table.free(one)
+
     def _end_lease(self, number: int) -> None:
-        lease = self._leases.pop(number)
-        if lease.expired:
-            self._quarantine(lease, -1)
+        lease = self._leases[number]
+        self._end_quarantine(number, lease)
+        del self._leases[number]
         self._instances[lease.instance].leases.discard(number)
-        for one in array("I", lease.space.table.unpin(lease.ids)):
-            self._free(lease.space, one)
+        released = lease.table.unpin(lease.ids)
+        if released:
+            self._free(lease.space, lease.table, released)
 
     def _end_reservation(self, number: int, ok: bool, reason: str) -> int:
-        held = self._reservations.pop(number)
-        if held.expired:
-            self._quarantine(held, -1)
-        table, space, stored, dropped = held.space.table, held.space, 0, 0
-        for one, page in zip(held.ids, held.pages):
+        """Shards that are in the index now; `reason` is for the others."""
+        held = self._reservations[number]
+        self._end_quarantine(number, held)
+        del self._reservations[number]
+        table, space = held.table, held.space
+        kept, whole = [one for one in held.ids if ok and table.attached(one)], 0
+        for one, page in zip(reversed(held.ids), reversed(held.pages), strict=True):
             outcome = table.end_fill(one, held.shard, ok)
             if not ok:
-                self.slabs.free(space.slabs[held.shard], page)
-            stored += outcome == 1
-            if outcome == 2:  # was cleared or lost its parent meanwhile
-                self._free(space, one)
-            elif not ok and table.attached(one) and not table.filling(one) and not table.complete(one):
-                dropped += self._detach(space, one)
-        if stored:
-            self._tell("stored", space, stored)
-        if not ok:
-            self._tell("dropped", space, max(dropped, len(held.ids)), reason)
-        return len(held.ids) if ok else 0
+                self._room.free_one(space, held.shard, page)
+            if outcome == COMPLETED:
+                whole += 1
+            elif outcome == RELEASED:  # it was cleared meanwhile, and nobody reads it
+                self._free(space, table, _ids([one]))
+            elif not ok and self._is_bare(table, one, space.shards):
+                self._free(space, table, table.detach(one))
+        space.whole += whole
+        self._tell("stored", space, whole)
+        self._tell("committed", space, len(kept))
+        self._tell("dropped", space, len(held.ids) - len(kept), reason)
+        if kept:
+            self.effects.append(_committed(held, kept))
+        return len(kept)
 
-    def _quarantine(self, claim: _Lease | _Reservation, sign: int) -> None:
-        if isinstance(claim, _Lease):
-            size = len(claim.ids) // 4 * sum(claim.space.slot_bytes)
-        else:
-            size = len(claim.ids) * claim.space.slot_bytes[claim.shard]
-        self._instances[claim.instance].quarantined_bytes += sign * size
+    @staticmethod
+    def _is_bare(table: Table, record: int, shards: int) -> bool:
+        """Whether nothing would be lost with it."""
+        idle = table.attached(record) and not table.pins(record) and not table.children(record)
+        return idle and not _holds(table, record, shards)
+
+    def _expire(self, number: int, claim: _Lease | _Reservation) -> None:
+        claim.expired = True
+        instance = self._instances[claim.instance]
+        instance.expired.add(number)
+        instance.quarantined_bytes = self._bytes_of(instance.expired)
+
+    def _end_quarantine(self, number: int, claim: _Lease | _Reservation) -> None:
+        if claim.expired:
+            instance = self._instances[claim.instance]
+            instance.expired.discard(number)
+            instance.quarantined_bytes = self._bytes_of(instance.expired)
 
     def _over_quota(self, instance: _Instance) -> bool:
         return instance.quarantined_bytes > self.total_bytes // QUARANTINE_SHARE
 
+    def _claims(self) -> list[_Lease | _Reservation]:
+        return [*self._leases.values(), *self._reservations.values()]
+
+    def _bytes_of(self, numbers: Iterable[int]) -> int:
+        """Bytes of all slots that these claims touch; a slot counts once."""
+        slots: dict[int, int] = {}
+        for number in numbers:
+            reservation = self._reservations.get(number)
+            if reservation is not None:
+                size = reservation.space.slot_bytes[reservation.shard]
+                slots.update(dict.fromkeys(reservation.pages, size))
+            else:
+                lease = self._leases[number]
+                pages = array("I", lease.table.slots(lease.ids))
+                slots.update(zip(pages, itertools.cycle(lease.space.slot_bytes)))
+        return sum(slots.values())
+
     # Small things
 
-    def _space(self, number: int) -> Space:
-        if not 0 <= number < len(self.spaces):
-            raise Refusal(f"space {number} is unknown: register first")
-        return self.spaces[number]
+    def _admit(self, process: int, space_number: int) -> tuple[Space, str, _Instance]:
+        name, instance = self._instance(process)
+        space = self._spaces.get(space_number)
+        if space is None or name not in space.instances:
+            raise Refusal(f"space {space_number} is not one that this engine has registered")
+        return space, name, instance
 
     def _instance(self, process: int) -> tuple[str, _Instance]:
         name = self._process_instance.get(process)
@@ -537,14 +588,18 @@ class Heart:
         return name, self._instances[name]
 
     def _why_missed(self, space: Space, hashes: bytes, chunks: int) -> str:
-        first_missing = hashes[chunks * HASH_BYTES : (chunks + 1) * HASH_BYTES]
-        return "being filled" if space.table.get(first_missing) >= 0 else "absent"
+        missing = space.table.get(hashes[chunks * HASH_BYTES : (chunks + 1) * HASH_BYTES])
+        if missing < 0:
+            return "absent"
+        return "being filled" if space.table.filling(missing) else "incomplete"
 
     def _number(self) -> int:
         self._next += 1
         return self._next - 1
 
     def _tell(self, kind: str, space: Space, chunks: int, reason: str = "") -> None:
+        if not chunks:
+            return
         self.events.append(Event(kind, space.number, chunks, reason))
         self.counters[kind] += chunks
         if reason:
@@ -553,6 +608,29 @@ class Heart:
 
 def _ids(numbers: list[int]) -> bytes:
     return array("I", numbers).tobytes()
+
+
+def _holds(table: Table, record: int, shards: int) -> bool:
+    """Whether any of its shards is there or being filled."""
+    return any(table.state(record, shard) != EMPTY for shard in range(shards))
+
+
+def _claimed(claim: _Lease | _Reservation) -> bytes:
+    return claim.ids if isinstance(claim, _Lease) else _ids(claim.ids)
+
+
+def _committed(held: _Reservation, kept: list[int]) -> Committed:
+    table, space, key = held.table, held.space, held.table.key
+    parents = [table.parent(one) for one in kept]
+    return Committed(
+        space.fingerprint,
+        space.shards,
+        held.shard,
+        space.slot_bytes[held.shard],
+        held.pages,
+        b"".join(map(key, kept)),
+        b"".join(key(one) if one >= 0 else bytes(HASH_BYTES) for one in parents),
+    )
 
 
 def _no_slots(count: int) -> bytes:

@@ -17,6 +17,7 @@ tenth of the memory. `ChunkTable` is the native one where it was built, unless L
 
 from __future__ import annotations
 
+import bisect
 import os
 import struct
 from collections import OrderedDict
@@ -89,6 +90,14 @@ class Table(Protocol):
 
     def in_pages(self, first_page: int, end_page: int, /) -> bytes:
         """Ids, ascending, of attached records with a slot (filling or done) in first_page <= page < end_page."""
+
+    def survey(self, bounds: bytes, /) -> bytes:
+        """What would go with the slots in each range of pages; a u32 pair each.
+
+        `bounds` holds pages, ascending: ranges [0] <= page < [1], [2] <= page < [3], and so on. The pair's first: slots there
+        of attached records. Its second: how many attached records are no younger than the youngest one there; NO_PAGE where
+        one there, or one that hangs on one there, is pinned or being filled.
+        """
 
     def key(self, record: int, /) -> bytes:
         """Its hash."""
@@ -340,6 +349,25 @@ class PyTable:
             if any(first_page <= page < end_page for page in self._records[record].pages.values())
         )
         return pack(sorted(found))
+
+    def survey(self, bounds: bytes, /) -> bytes:
+        edges = unpack(bounds)
+        if len(edges) % 2 or list(edges) != sorted(edges):
+            raise ValueError(f"{len(edges)} bounds of ranges; give pairs, ascending")
+        held: set[int] = set()
+        for record in self._lru:
+            if not self._records[record].idle:
+                while record != -1 and record not in held:
+                    held.add(record)
+                    record = self._records[record].parent
+        found = [0] * len(edges)
+        for age, record in enumerate(self._lru, 1):
+            for page in self._records[record].pages.values():
+                edge = bisect.bisect_right(edges, page) - 1
+                if edge % 2 == 0:
+                    found[edge] += 1
+                    found[edge + 1] = NO_PAGE if record in held else max(age, found[edge + 1])
+        return pack(found)
 
     def key(self, record: int, /) -> bytes:
         return self._record(record).key

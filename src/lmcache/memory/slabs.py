@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Set
 
 PAGE_BYTES = 4096
 _MAX_PAGES = 1 << 32  # a page number travels as u32
@@ -77,6 +77,13 @@ class Region:
         self._taken[slot] = 0
         self._hint = min(self._hint, slot)
         self.used -= 1
+
+    def _vacate(self, keep: Set[int]) -> None:
+        kept = [page for page in self.pages_in_use() if page in keep] if keep else []
+        self._taken = bytearray(len(self._taken))
+        self._hint, self.used = 0, len(kept)
+        for page in kept:
+            self._taken[(page - self.first_page) // self.slot_pages] = 1
 
 
 class _Space:
@@ -141,6 +148,11 @@ class Slabs:
         """Bytes of all its regions, used or not."""
         return self._space(space).held * PAGE_BYTES
 
+    def region_bytes(self, space: int) -> int:
+        """What it gets at once, where free memory allows."""
+        slot_pages = self._space(space).slot_pages
+        return max(1, self._region_pages // slot_pages) * slot_pages * PAGE_BYTES
+
     def used_slots(self, space: int) -> int:
         return self._space(space).used
 
@@ -166,8 +178,8 @@ class Slabs:
             del own.room[0]
         return page
 
-    def free(self, space: int, page: int) -> None:
-        """Give a slot back; ValueError when `page` is not a slot in use of that space."""
+    def free(self, space: int, page: int) -> Region:
+        """Give a slot back; the region that it lies in. ValueError when `page` is not a slot in use of that space."""
         own = self._space(space)
         region = self.region_of(page)
         if region is None or region.space != space:
@@ -177,6 +189,17 @@ class Slabs:
         own.used -= 1
         if was_full:
             bisect.insort(own.room, region.first_page)
+        return region
+
+    def vacate(self, space: int, keep: Set[int]) -> None:
+        """Free all its slots but those at the pages in `keep`, in one go."""
+        own = self._space(space)
+        own.used, own.room = 0, []
+        for region in self.regions(space):
+            region._vacate(keep)
+            own.used += region.used
+            if region.used < region.slots:
+                own.room.append(region.first_page)
 
     # Regions
 
@@ -221,43 +244,37 @@ class Slabs:
         del own.room[bisect.bisect_left(own.room, region.first_page)]
         self._add_hole(region.first_page, region.end_page)
 
-    def window(self, space_needing: int, eligible: Iterable[int]) -> list[Region]:
-        """The regions to empty and take so that `grow(space_needing)` finds room: those with the fewest used bytes.
+    def window(self, space_needing: int, cost: Callable[[Region], float | None]) -> list[Region]:
+        """The regions to empty and take so that `grow(space_needing)` finds room: those whose dearest one costs least.
 
-        Only regions of the spaces in `eligible` are named. Room for a region of standard size is sought first, and room
-        for a single slot where that is impossible. [] when neither can be had, or when it is there already.
+        A region without a cost (None) is never named. Room for a region of standard size is sought first, and room for a
+        single slot where that is impossible. [] when neither can be had, or when it is there already.
         """
-        own = self._space(space_needing)
-        allowed = set(eligible)
-        for need in (max(1, self._region_pages // own.slot_pages) * own.slot_pages, own.slot_pages):
-            best = self._cheapest(need, allowed)
+        costs = {start: cost(region) for start, region in self._regions.items()}
+        for need in (self.region_bytes(space_needing) // PAGE_BYTES, self._space(space_needing).slot_pages):
+            best = self._cheapest(need, costs)
             if best is not None:
                 return best
         return []
 
-    def _cheapest(self, need_pages: int, allowed: set[int]) -> list[Region] | None:
-        """Of all shortest runs of holes and allowed regions with `need_pages`: the one with the fewest used pages."""
+    def _cheapest(self, need_pages: int, costs: Mapping[int, float | None]) -> list[Region] | None:
+        """Of all shortest runs of holes and regions with a cost, `need_pages` long: the one whose dearest is cheapest."""
         best: list[Region] | None = None
-        best_cost: tuple[int, int] | None = None
+        best_cost: tuple[float, int] | None = None
         run: list[tuple[int, int, Region | None]] = []
-        first, used, emptied = 0, 0, 0  # run[first:] is the window
+        first = 0  # run[first:] is the window
         for page, end, region in self._by_address():
-            if region is not None and region.space not in allowed:
-                run, first, used, emptied = [], 0, 0, 0
+            if region is not None and costs[page] is None:
+                run, first = [], 0
                 continue
             run.append((page, end, region))
-            if region is not None:
-                used += region.used * region.slot_pages
-                emptied += end - page
             while run and end - run[first][0] >= need_pages:
-                if best_cost is None or (used, emptied) < best_cost:
-                    best_cost = (used, emptied)
-                    best = [item[2] for item in run[first:] if item[2] is not None]
-                gone = run[first]
+                named = [item[2] for item in run[first:] if item[2] is not None]
+                dearest = max((costs[one.first_page] or 0.0 for one in named), default=0.0)
+                total = dearest, sum(one.end_page - one.first_page for one in named)
+                if best_cost is None or total < best_cost:
+                    best, best_cost = named, total
                 first += 1
-                if gone[2] is not None:
-                    used -= gone[2].used * gone[2].slot_pages
-                    emptied -= gone[1] - gone[0]
                 if first == len(run):
                     run, first = [], 0
         return best

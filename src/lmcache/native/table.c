@@ -36,6 +36,7 @@ enum {
     ATTACHED = 2, /* in the index */
     PASSED = 4,   /* the cursor has gone by */
     QUEUED = 8,   /* waits in the heap with its present stamp */
+    HELD = 16,    /* it, or one that hangs on it, is in use; set while `survey` runs */
 };
 
 typedef struct {
@@ -923,6 +924,70 @@ static PyObject *table_in_pages(PyObject *self, PyObject *const *args, Py_ssize_
     return result;
 }
 
+/* The range of pages bounds[i] <= page < bounds[i + 1], i even, that has this page, or -1. */
+static long long range_of(const uint8_t *bounds, size_t count, uint32_t page)
+{
+    size_t low = 0, high = count; /* bounds before low are <= page, those from high on are not */
+    while (low < high) {
+        size_t middle = (low + high) / 2;
+        if (read_u32(bounds + 4 * middle) <= page)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    return low % 2 ? (long long)(low - 1) : -1;
+}
+
+static void mark_held(const table_t *t)
+{
+    for (uint32_t id = t->oldest; id != NONE; id = at(t, id)->newer)
+        if (!is_idle(at(t, id)))
+            for (uint32_t up = id; up != NONE && !(at(t, up)->flags & HELD); up = at(t, up)->parent)
+                at(t, up)->flags |= HELD;
+}
+
+static PyObject *table_survey(PyObject *self, PyObject *arg)
+{
+    table_t *t = (table_t *)self;
+    const uint8_t *bounds;
+    size_t count;
+    if (to_items(arg, 4, "bounds", &bounds, &count) < 0)
+        return NULL;
+    int ascending = count % 2 == 0;
+    for (size_t i = 1; i < count; i++)
+        ascending &= read_u32(bounds + 4 * (i - 1)) <= read_u32(bounds + 4 * i);
+    if (!ascending) {
+        PyErr_Format(PyExc_ValueError, "%zu bounds of ranges; give pairs, ascending", count);
+        return NULL;
+    }
+    uint32_t *found = calloc(count + 1, sizeof(uint32_t)), age = 1;
+    PyObject *result = found ? PyBytes_FromStringAndSize(NULL, (Py_ssize_t)(4 * count)) : PyErr_NoMemory();
+    if (result) {
+        mark_held(t);
+        for (uint32_t id = t->oldest; id != NONE; id = at(t, id)->newer, age++) {
+            record_t *r = at(t, id);
+            uint8_t *states = states_of(t, id);
+            uint32_t newer = r->newer, depth = r->flags & HELD ? NONE : age;
+            if (newer != NONE)
+                PREFETCH(at(t, newer));
+            for (uint32_t shard = 0; shard < t->shards; shard++) {
+                long long range = states[shard] == EMPTY ? -1 : range_of(bounds, count, pages_of(t, id)[shard]);
+                if (range < 0)
+                    continue;
+                found[range]++;
+                found[range + 1] = found[range + 1] == NONE ? NONE : depth;
+            }
+        }
+        for (uint32_t id = t->oldest; id != NONE; id = at(t, id)->newer)
+            at(t, id)->flags &= ~(uint64_t)HELD;
+        uint8_t *out = (uint8_t *)PyBytes_AsString(result);
+        for (size_t i = 0; i < count; i++)
+            write_u32(out + 4 * i, found[i]);
+    }
+    free(found);
+    return result;
+}
+
 static PyObject *table_key(PyObject *self, PyObject *arg)
 {
     const table_t *t = (const table_t *)self;
@@ -1066,7 +1131,7 @@ static PyMethodDef methods[] = {
     ONE(touch_path),    NOTHING(victim),    NOTHING(oldest),    ONE(pin),       ONE(unpin),      SEVERAL(begin_fill),
     SEVERAL(end_fill),  SEVERAL(state),     SEVERAL(slot),      ONE(slots),     ONE(key),        SEVERAL(in_pages),
     ONE(parent),        ONE(children),      ONE(pins),          ONE(filling),   ONE(complete),   ONE(attached),
-    NOTHING(detached),  NOTHING(memory_bytes), {NULL, NULL, 0, NULL},
+    NOTHING(detached),  NOTHING(memory_bytes), ONE(survey),        {NULL, NULL, 0, NULL},
 };
 
 static PyType_Slot type_slots[] = {

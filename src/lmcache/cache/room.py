@@ -1,0 +1,182 @@
+"""Whose the memory is: slots for shards, and what goes when there are none left.
+
+All slots of one size in one space are a *class*; the slabs know it by its number. The rules of this file:
+- Free memory is anybody's, and a region without a slot in use is free memory. When there is none, a space replaces its own
+  least recently used chunks, exactly in that order.
+- A class's *share* is the arena divided by the spaces that engines use now, times the class's part of its space's chunks.
+  Nobody has a share in a space that no engine uses, so what it holds is taken first.
+- A class takes a region from another when that one, measured in shares, holds more than it will itself with the region. So
+  memory moves towards equal holdings and never back again. One that can evict nothing of its own takes from its equals too.
+- Of the regions that could be taken, the one goes whose youngest chunk is the oldest: what hangs on its chunks is older still.
+  A region is left alone while a chunk in it, or one that hangs on a chunk in it, is being read or filled.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from lmcache.cache.table import NO_PAGE, Table
+from lmcache.memory.slabs import PAGE_BYTES, Region, Slabs
+
+
+@dataclass(slots=True, eq=False)
+class Space:
+    """One layout with one parallel split: its own index, LRU and memory."""
+
+    number: int
+    fingerprint: bytes
+    shards: int
+    table: Table
+    classes: list[int]
+    """For each shard, the class its slots come from (-1 until a rank has told its slot size)."""
+    slot_bytes: list[int]
+    instances: set[str] = field(default_factory=set)
+    """Engine instances that use it now."""
+    whole: int = 0
+    """Chunks that have all their shards."""
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Of the arena, for all shards known so far."""
+        return sum(-(-size // PAGE_BYTES) * PAGE_BYTES for size in self.slot_bytes)
+
+
+class Room:
+    """The slots of an arena of `total_bytes`.
+
+    `evict(space, record)` is called to make room: it must free the slots of the chunk, and of all that hang on it. It
+    returns their records.
+    """
+
+    def __init__(self, total_bytes: int, evict: Callable[[Space, int], Iterable[int]]) -> None:
+        self.slabs = Slabs(total_bytes)
+        self._evict = evict
+        self._classes: dict[int, Space] = {}
+        self._next_class = 0
+        self._active = 1
+        self._settled: set[int] = set()
+        """Classes that looked in vain for something to take, since the last `stir`."""
+
+    def stir(self, spaces: Iterable[Space]) -> None:
+        """Who is active may have changed, or something may be idle that was not: fair shares are looked at again."""
+        self._active = max(1, sum(bool(space.instances) for space in spaces))
+        self._settled.clear()
+
+    def open(self, space: Space, shard: int, slot_bytes: int) -> None:
+        """From now on there are slots for this shard."""
+        pages = -(-slot_bytes // PAGE_BYTES)
+        space.slot_bytes[shard] = slot_bytes
+        for known in set(space.classes) - {-1}:
+            if self.slabs.slot_pages(known) == pages:
+                space.classes[shard] = known
+                return
+        space.classes[shard] = self._next_class
+        self._classes[self._next_class] = space
+        self.slabs.open(self._next_class, slot_bytes)
+        self._next_class += 1
+
+    def close(self, space: Space) -> None:
+        """Forget a space that has no slot in use."""
+        for own in set(space.classes) - {-1}:
+            self.slabs.close(own)
+            del self._classes[own]
+
+    def used_bytes(self) -> int:
+        """Bytes of all slots in use."""
+        return sum(self.slabs.used_slots(own) * self.slabs.slot_pages(own) for own in self._classes) * PAGE_BYTES
+
+    def used_by(self, space: Space) -> int:
+        """Slots in use."""
+        return sum(self.slabs.used_slots(own) for own in set(space.classes) - {-1})
+
+    def find(self, space: Space, shard: int) -> int | None:
+        """The page of a slot that is now in use, whatever has to go for it. None: nothing may go."""
+        own = space.classes[shard]
+        while True:
+            page = self.slabs.alloc(own)
+            if page is not None:
+                return page
+            if self.slabs.grow(own) is not None or self._take_fairly(own):
+                continue
+            victim = space.table.victim()
+            if victim >= 0:
+                self._evict(space, victim)
+            elif not self._take(own, self._holding(own)):
+                return None
+
+    def free(self, space: Space, pages: Iterable[int]) -> None:
+        """Give back slots of a record: [record][shard], NO_PAGE where there is none."""
+        shards = space.shards
+        for at, page in enumerate(pages):
+            if page != NO_PAGE:
+                self.free_one(space, at % shards, page)
+
+    def free_one(self, space: Space, shard: int, page: int) -> None:
+        """Give back one slot, and its region with the last one."""
+        region = self.slabs.free(space.classes[shard], page)
+        if not region.used:
+            self.slabs.take(region)
+
+    def vacate(self, space: Space, keep: set[int]) -> None:
+        """Free all slots of the space but those at these pages."""
+        for own in set(space.classes) - {-1}:
+            self.slabs.vacate(own, keep)
+            for region in self.slabs.regions(own):
+                if not region.used:
+                    self.slabs.take(region)
+
+    # Sharing
+
+    def _take_fairly(self, own: int) -> bool:
+        if own in self._settled:
+            return False
+        taken = self._take(own, self._holding(own, self.slabs.region_bytes(own)), more_than=True)
+        if not taken:
+            self._settled.add(own)
+        return taken
+
+    def _take(self, own: int, least: float, more_than: bool = False) -> bool:
+        """Empty regions of classes that hold `least` shares or more, until `own` can grow. False: there are none."""
+        givers = {}
+        for other, space in self._classes.items():
+            holding = self._holding(other)
+            if other != own and (holding > least or (holding == least and not more_than and holding > 0)):
+                givers[other] = space
+        if not givers:
+            return False
+        costs = self._costs(givers)
+        regions = self.slabs.window(own, lambda region: costs.get(region.first_page))
+        for region in regions:
+            space = self._classes[region.space]
+            gone: set[int] = set()
+            for record in array("I", space.table.in_pages(region.first_page, region.end_page)):
+                if record not in gone:
+                    gone.update(self._evict(space, record))
+        return bool(regions)
+
+    def _costs(self, givers: dict[int, Space]) -> dict[int, float]:
+        """For regions that may be emptied, by first page: which part of their space's LRU order that reaches into; less
+        than 0 where no engine uses the space."""
+        costs = {}
+        for space in set(givers.values()):
+            regions: list[Region] = []
+            for own in set(space.classes) & givers.keys():
+                regions += self.slabs.regions(own)
+            regions.sort(key=lambda region: region.first_page)
+            bounds = array("I", [page for region in regions for page in (region.first_page, region.end_page)])
+            found = array("I", space.table.survey(bounds.tobytes()))
+            for region, slots, depth in zip(regions, found[::2], found[1::2], strict=True):
+                if slots == region.used and depth != NO_PAGE:
+                    costs[region.first_page] = depth / max(1, len(space.table)) - (not space.instances)
+        return costs
+
+    def _holding(self, own: int, more_bytes: int = 0) -> float:
+        """Bytes of a class in shares."""
+        space, held = self._classes[own], self.slabs.held_bytes(own) + more_bytes
+        if not space.instances:
+            return float("inf") if held else 0.0
+        pages = self.slabs.slot_pages(own)
+        part = pages * PAGE_BYTES * space.classes.count(own) / space.chunk_bytes
+        return held * self._active / (self.slabs.total_bytes * part)

@@ -1,0 +1,599 @@
+"""The heart against a model that knows only what it was answered: after every step of a random life the promises hold."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import pytest
+
+from lmcache.cache import Grant, Heart, Hit, Refusal
+from lmcache.cache.heart import NO_SLOT
+from lmcache.cache.table import ChunkTable, PyTable, Table, unpack
+
+PAGE = 4096
+CLAIM_SECONDS = 10.0
+NewTable = Callable[[int], Table]
+
+
+# The model: chunks as objects, the arena as a dictionary of pages
+
+
+@dataclass(eq=False)
+class Chunk:
+    """One chunk of one space, from its first reservation until nobody touches its slots any more."""
+
+    key: bytes
+    parent: Chunk | None
+    shards: int
+    pages: dict[int, int] = field(default_factory=dict)
+    """First page of each shard's slot, filling or filled."""
+    filling: set[int] = field(default_factory=set)
+    readers: int = 0
+    attached: bool = True
+
+    @property
+    def whole(self) -> bool:
+        return self.attached and len(self.pages) == self.shards and not self.filling
+
+    @property
+    def idle(self) -> bool:
+        return not self.readers and not self.filling
+
+
+@dataclass(eq=False)
+class ModelSpace:
+    number: int
+    shards: int
+    slot_bytes: list[int]
+    chunks: OrderedDict[bytes, Chunk] = field(default_factory=OrderedDict)
+    """Attached, the oldest first."""
+    instances: set[str] = field(default_factory=set)
+
+    def touch(self, path: list[Chunk]) -> None:
+        """Tail first; then what comes before the first one."""
+        for chunk in reversed(path):
+            self.chunks.move_to_end(chunk.key)
+        above = path[0].parent if path else None
+        while above is not None:
+            self.chunks.move_to_end(above.key)
+            above = above.parent
+
+    def parents(self) -> set[Chunk | None]:
+        return {chunk.parent for chunk in self.chunks.values()}
+
+    def busy(self) -> set[Chunk | None]:
+        """Chunks that are read or filled, and those that they need."""
+        found: set[Chunk | None] = {None}
+        for chunk in self.chunks.values():
+            above: Chunk | None = None if chunk.idle else chunk
+            while above not in found:
+                found.add(above)
+                above = above.parent if above else None
+        return found
+
+
+@dataclass(eq=False)
+class Lease:
+    instance: str
+    space: ModelSpace
+    chunks: list[Chunk]
+    deadline: float
+    expired: bool = False
+
+
+@dataclass(eq=False)
+class Reservation:
+    process: int
+    instance: str
+    space: ModelSpace
+    shard: int
+    chunks: list[Chunk]
+    deadline: float
+    expired: bool = False
+
+
+class Life:
+    """Random operations on a heart, each foretold by the model or checked against it."""
+
+    def __init__(self, seed: int, new_table: NewTable) -> None:
+        self.dice = random.Random(seed)
+        self.exact = self.dice.random() < 0.4
+        """One space with one size of slots: then every eviction is foretold."""
+        self.pages_total = self.dice.choice([7, 40, 100, 250])
+        self.heart = Heart(self.pages_total * PAGE + self.dice.choice([0, 100]), CLAIM_SECONDS, new_table)
+        self.now = 0.0
+        self.spaces: list[ModelSpace] = []
+        self.processes: dict[int, str] = {}
+        self.next_process = 1
+        self.leases: dict[int, Lease] = {}
+        self.reservations: dict[int, Reservation] = {}
+        self.owner: dict[int, tuple[Chunk, int]] = {}
+        """Who has each page of the arena."""
+        self.ended: list[int] = [0, 999_999]
+        self.told: Counter[str] = Counter()
+        self.steps = 0
+        self.kinds = self.plans()
+
+    def plans(self) -> list[tuple[bytes, int, list[int]]]:
+        """(fingerprint, shards, slot sizes) of the layouts in this life."""
+        plans = []
+        for number in range(1 if self.exact else self.dice.randint(2, 4)):
+            shards = self.dice.choice([1, 1, 2, 3])
+            widest = max(1, min(5, self.pages_total // 8))
+            sizes = [self.dice.randint(1, widest * PAGE) for _ in range(shards)]
+            plans.append((bytes([number]) * 16, shards, sizes[:1] * shards if self.exact else sizes))
+        return plans
+
+    # One step, and what must hold after it
+
+    def step(self) -> None:
+        deeds: list[tuple[int, Callable[[], None]]] = [
+            (20, self.lookup),
+            (16, self.release),
+            (20, self.reserve),
+            (22, self.commit),
+            (2, self.join),
+            (1, self.leave),
+            (2, self.lose_connection),
+            (4, self.tick),
+        ]
+        if self.dice.random() < 0.004:
+            deeds = [(1, self.clear), (1, self.clear_when_nobody_is_there)]
+        if not self.processes or not self.spaces:
+            deeds = [(1, self.join)]
+        self.dice.choices([deed for _, deed in deeds], [weight for weight, _ in deeds])[0]()
+        self.steps += 1
+        self.check()
+
+    def check(self) -> None:
+        events: Counter[str] = Counter()
+        for event in self.heart.events:
+            assert event.chunks > 0
+            events[event.kind] += event.chunks
+            assert event.reason or event.kind in ("hit", "stored", "reserved", "committed", "cleared")
+        self.heart.events.clear()
+        self.heart.effects.clear()
+        assert events == +self.told
+        self.told.clear()
+        assert self.heart.used_bytes() == len(self.owner) * PAGE <= self.heart.total_bytes
+        assert self.heart.chunks == sum(len(space.chunks) for space in self.spaces)
+        assert (self.heart.open_leases, self.heart.open_reservations) == (len(self.leases), len(self.reservations))
+        assert self.heart.quarantined_bytes == self.quarantined(None)
+        if self.steps % 16 == 0:
+            self.check_all()
+
+    def check_all(self) -> None:
+        """Every chunk, as the heart's tables have it."""
+        known = {space.number: space for space in self.heart.spaces}
+        for space in self.spaces:
+            if space.number not in known:
+                assert not space.chunks and not space.instances
+                continue
+            table = known[space.number].table
+            for key, chunk in space.chunks.items():
+                record = table.get(key)
+                assert record >= 0
+                assert (table.pins(record), table.filling(record)) == (chunk.readers, len(chunk.filling))
+                assert list(unpack(table.slots(record.to_bytes(4, "little")))) == [
+                    chunk.pages.get(shard, NO_SLOT) for shard in range(space.shards)
+                ]
+        counters = self.heart.counters
+        whole = sum(chunk.whole for space in self.spaces for chunk in space.chunks.values())
+        assert counters["stored"] - counters["evicted"] - counters["cleared"] == whole
+        assert counters["reserved"] - counters["committed"] - counters["dropped"] == sum(
+            len(held.chunks) for held in self.reservations.values()
+        )
+        for kind in ("missed", "evicted", "dropped", "refused", "expired"):
+            reasons = sum(number for name, number in counters.items() if name.startswith(f"{kind}:"))
+            assert reasons == counters[kind]
+
+    # Who is there
+
+    def join(self) -> None:
+        if len(self.processes) < 6:
+            process, self.next_process = self.next_process, self.next_process + 1
+            self.processes[process] = self.dice.choice("abc")
+            self.heart.join(process, self.processes[process])
+        process = self.dice.choice(list(self.processes))
+        fingerprint, shards, sizes = self.dice.choice(self.kinds)
+        for shard in range(-1, shards):
+            number = self.heart.open_space(process, fingerprint, shards, shard, sizes[shard] if shard >= 0 else 0)
+        space = next((one for one in self.spaces if one.number == number), None)
+        if space is None:
+            space = ModelSpace(number, shards, sizes)
+            self.spaces.append(space)
+        space.instances.add(self.processes[process])
+        with pytest.raises(Refusal):
+            self.heart.open_space(process, fingerprint, shards, 0, sizes[0] + 1)
+        with pytest.raises(Refusal):
+            self.heart.open_space(process, bytes(16), 1, 0, self.pages_total * PAGE + PAGE)
+        with pytest.raises(Refusal):
+            self.heart.open_space(-1, fingerprint, shards)
+
+    def leave(self, process: int = 0) -> None:
+        process = process or self.dice.choice(list(self.processes))
+        instance = self.processes.pop(process)
+        for number in [one for one, held in self.reservations.items() if held.process == process]:
+            self.end_reservation(number, ok=False)
+        if instance not in self.processes.values():
+            for number in [one for one, lease in self.leases.items() if lease.instance == instance]:
+                self.end_lease(number)
+            for space in self.spaces:
+                space.instances.discard(instance)
+        self.heart.leave(process)
+        self.heart.leave(process)
+
+    def lose_connection(self) -> None:
+        process = self.dice.choice(list(self.processes))
+        for number in [one for one, held in self.reservations.items() if held.process == process]:
+            self.end_reservation(number, ok=False)
+        self.heart.leave_reservations(process)
+
+    # Reading
+
+    def pick(self) -> tuple[int, ModelSpace] | None:
+        """A process and a space that it may use; everything else is refused."""
+        process, space = self.dice.choice(list(self.processes)), self.dice.choice(self.spaces)
+        if self.processes[process] in space.instances:
+            return process, space
+        for call in (
+            lambda: self.heart.lookup(self.now, process, space.number, bytes(16)),
+            lambda: self.heart.reserve(self.now, process, space.number, 0, b"", True, bytes(16)),
+            lambda: self.heart.lookup(self.now, process, 4711, bytes(16)),
+        ):
+            with pytest.raises(Refusal):
+                call()
+        return None
+
+    def lookup(self) -> None:
+        picked = self.pick()
+        if picked is None:
+            return
+        process, space = picked
+        keys = self.prompt()
+        skip = self.dice.choice([0, 0, 0, 1, 3, 20])
+        hit = self.heart.lookup(self.now, process, space.number, b"".join(keys), skip)
+        if self.over_quota(self.processes[process]):
+            assert hit == Hit(0, 0, b"")
+            self.told["missed"] += len(keys)
+            return
+        found = leading_whole(space, keys)
+        assert hit.chunks == len(found)
+        space.touch(found)
+        if len(found) < len(keys):
+            missing = space.chunks.get(keys[len(found)])
+            reason = "absent" if missing is None else "being filled" if missing.filling else "incomplete"
+            assert self.heart.events[-1].reason == reason
+        self.told["hit"] += len(found)
+        self.told["missed"] += len(keys) - len(found)
+        leased = found[skip:]
+        assert bool(hit.lease) == bool(leased) and hit.lease not in self.leases
+        assert list(unpack(hit.slots)) == [chunk.pages[shard] for chunk in leased for shard in range(space.shards)]
+        if leased:
+            self.leases[hit.lease] = Lease(self.processes[process], space, leased, self.now + CLAIM_SECONDS)
+            for chunk in leased:
+                chunk.readers += 1
+            self.check_payload(process, hit.lease)
+
+    def check_payload(self, process: int, number: int) -> None:
+        lease = self.leases[number]
+        shard = self.dice.randrange(lease.space.shards)
+        pages = self.heart.leased_pages(process, number, shard, 0, len(lease.chunks))
+        assert pages == [chunk.pages[shard] for chunk in lease.chunks]
+        for first, count in ((0, len(pages) + 1), (-1, 1), (len(pages), 1)):
+            with pytest.raises(Refusal):
+                self.heart.leased_pages(process, number, shard, first, count)
+
+    def release(self) -> None:
+        number = self.some(self.leases)
+        process = self.dice.choice(list(self.processes))
+        lease = self.leases.get(number)
+        if lease is not None and lease.instance == self.processes[process]:
+            self.end_lease(number)
+        self.heart.release(process, number)
+        self.heart.release(process, number)
+
+    def end_lease(self, number: int) -> None:
+        lease = self.leases.pop(number)
+        self.ended.append(number)
+        for chunk in lease.chunks:
+            chunk.readers -= 1
+            self.free_if_nobody_cares(chunk)
+
+    # Filling
+
+    def reserve(self) -> None:
+        picked = self.pick()
+        if picked is None:
+            return
+        process, space = picked
+        keys = self.prompt()
+        first = self.dice.choice([0, 0, 1, 2, 5])
+        parent = keys[first - 1] if 0 < first < len(keys) else None
+        keys = keys[first:] if parent else keys
+        shard = self.dice.randrange(space.shards)
+        quota = self.over_quota(self.processes[process])
+        grant = self.heart.reserve(
+            self.now, process, space.number, shard, parent or b"", parent is None, b"".join(keys)
+        )
+        pages = list(unpack(grant.slots))
+        if quota or (parent is not None and parent not in space.chunks):
+            assert grant == Grant(0, b"\xff" * 4 * len(keys), len(keys), "quarantine" if quota else "no parent")
+            self.told["refused"] += len(keys)
+            return
+        above = space.chunks[parent] if parent else None
+        foretold = self.foretell(space, shard, above, keys) if self.exact else None
+        space.touch(([above] if above else []) + [space.chunks[key] for key in keys if key in space.chunks])
+        vanished = self.vanished(space, shard, keys, pages)
+        if foretold is not None:
+            assert (vanished, grant.refused) == foretold
+        self.evict(vanished)
+        granted = self.grant(space, shard, above, keys[: len(keys) - grant.refused], pages)
+        assert bool(grant.reservation) == bool(granted) and grant.reservation not in self.reservations
+        self.told["refused"] += grant.refused
+        if grant.refused:
+            assert grant.reason == "no room" and set(pages[len(keys) - grant.refused :]) == {NO_SLOT}
+            self.check_nothing_may_go(space, shard, above, keys[: len(keys) - grant.refused + 1])
+        if granted:
+            self.reservations[grant.reservation] = Reservation(
+                process, self.processes[process], space, shard, granted, self.now + CLAIM_SECONDS
+            )
+            assert self.heart.reserved_pages(process, grant.reservation) == [page for page in pages if page != NO_SLOT]
+
+    def grant(
+        self, space: ModelSpace, shard: int, above: Chunk | None, keys: list[bytes], pages: list[int]
+    ) -> list[Chunk]:
+        """Take note of a grant; its chunks that are to be filled."""
+        granted: list[Chunk] = []
+        path = [above] if above else []
+        parent = above
+        for key, page in zip(keys, pages, strict=False):
+            chunk = space.chunks.setdefault(key, Chunk(key, parent, space.shards))
+            assert (page == NO_SLOT) == (shard in chunk.pages)
+            if page != NO_SLOT:
+                self.own(chunk, shard, page, space.slot_bytes[shard])
+                chunk.filling.add(shard)
+                granted.append(chunk)
+            path.append(chunk)
+            parent = chunk
+        space.touch(path)
+        self.told["reserved"] += len(granted)
+        return granted
+
+    def own(self, chunk: Chunk, shard: int, page: int, size: int) -> None:
+        taken = range(page, page - (-size // PAGE))
+        assert taken[-1] < self.pages_total
+        for one in taken:
+            assert one not in self.owner, "a slot was given to two"
+            self.owner[one] = chunk, shard
+        chunk.pages[shard] = page
+
+    def disown(self, chunk: Chunk, shards: Iterable[int]) -> None:
+        for shard in shards:
+            page = chunk.pages.pop(shard)
+            while self.owner.get(page) == (chunk, shard):
+                del self.owner[page]
+                page += 1
+
+    def vanished(self, space: ModelSpace, shard: int, keys: list[bytes], pages: list[int]) -> set[Chunk]:
+        """Chunks that are gone, by what the heart's tables say, or that it gave new slots for."""
+        gone = set()
+        tables = {one.number: one.table for one in self.heart.spaces}
+        for one in self.spaces:
+            table = tables[one.number]
+            for key, chunk in one.chunks.items():
+                record = table.get(key)
+                if record < 0 or any(table.slot(record, other) != page for other, page in chunk.pages.items()):
+                    gone.add(chunk)
+        for key, page in zip(keys, pages, strict=True):
+            asked = space.chunks.get(key)
+            if asked is not None and page != NO_SLOT and shard in asked.pages:
+                gone.add(asked)
+        return gone
+
+    def evict(self, gone: set[Chunk]) -> None:
+        for space in self.spaces:
+            chunks = set(space.chunks.values())
+            lost = gone & chunks
+            assert not lost & space.busy(), "a chunk in use was evicted"
+            assert not any(chunk.parent in lost for chunk in chunks - lost), "a chunk went before one that needs it"
+            for chunk in lost:
+                self.told["evicted"] += chunk.whole
+                self.told["incomplete"] += bool(chunk.pages) and not chunk.whole
+                del space.chunks[chunk.key]
+                self.disown(chunk, list(chunk.pages))
+                chunk.attached = False
+
+    def foretell(
+        self, space: ModelSpace, shard: int, above: Chunk | None, keys: list[bytes]
+    ) -> tuple[set[Chunk], int] | None:
+        """Exact LRU: who must go, and how many chunks get no room. None where a chunk that goes is also asked for."""
+        order = list(space.chunks.values())
+        path = ([above] if above else []) + [space.chunks[key] for key in keys if key in space.chunks]
+        touched = [*path]
+        up = path[0].parent if path else None
+        while up is not None:
+            touched.insert(0, up)
+            up = up.parent
+        order = [chunk for chunk in order if chunk not in touched] + touched[::-1]
+        width = -(-space.slot_bytes[0] // PAGE)
+        free = self.pages_total // width - len(self.owner) // width
+        safe = {above}
+        gone: set[Chunk] = set()
+        for at, key in enumerate(keys):
+            chunk = space.chunks.get(key)
+            if chunk in gone:
+                return None
+            safe.add(chunk)
+            if chunk is not None and shard in chunk.pages:
+                continue
+            while not free:
+                needed = {one.parent for one in order if one not in gone} | safe
+                victim = next((one for one in order if one not in gone | needed and one.idle), None)
+                if victim is None:
+                    return gone, len(keys) - at
+                gone.add(victim)
+                free += len(victim.pages)
+            free -= 1
+        return gone, 0
+
+    def check_nothing_may_go(self, space: ModelSpace, shard: int, above: Chunk | None, keys: list[bytes]) -> None:
+        """What was refused had to be (the last of `keys`): nothing of its own space may go, nor enough that no engine uses."""
+        path = {above, *map(space.chunks.get, keys)}
+        busy = space.busy() | path
+        parents = space.parents()
+        assert all(chunk in busy or chunk in parents for chunk in space.chunks.values())
+        width = -(-space.slot_bytes[shard] // PAGE)
+        slabs = self.heart.slabs
+        free = [page for start, end in slabs.holes() for page in range(start, end)]
+        for heart_space in self.heart.spaces:
+            if not heart_space.instances:
+                model = next(one for one in self.spaces if one.number == heart_space.number)
+                busy = model.busy()
+                for own in set(heart_space.classes) - {-1}:
+                    for region in slabs.regions(own):
+                        pages = range(region.first_page, region.end_page)
+                        owners = {self.owner[page][0] for page in pages if page in self.owner}
+                        if not any(chunk in busy or not chunk.attached for chunk in owners):
+                            free += pages
+        longest = run = 0
+        for page in range(self.pages_total):
+            run = run + 1 if page in set(free) else 0
+            longest = max(longest, run)
+        assert longest < width
+
+    def commit(self) -> None:
+        number = self.some(self.reservations)
+        process = self.dice.choice(list(self.processes))
+        held = self.reservations.get(number)
+        if held is not None and self.dice.random() < 0.8:
+            process = held.process
+        ok = self.dice.random() < 0.85
+        if held is None or held.process != process:
+            with pytest.raises(Refusal):
+                self.heart.commit(self.now, process, number, ok)
+        elif self.now > held.deadline:
+            self.end_reservation(number, ok=False)
+            with pytest.raises(Refusal):
+                self.heart.commit(self.now, process, number, ok)
+        else:
+            kept = self.end_reservation(number, ok)
+            assert self.heart.commit(self.now, process, number, ok) == kept
+
+    def end_reservation(self, number: int, ok: bool) -> int:
+        held = self.reservations.pop(number)
+        self.ended.append(number)
+        kept = 0
+        for chunk in reversed(held.chunks):
+            chunk.filling.remove(held.shard)
+            if not ok:
+                self.disown(chunk, [held.shard])
+            kept += ok and chunk.attached
+            self.told["stored"] += chunk.whole
+            self.free_if_nobody_cares(chunk)
+            bare = chunk.attached and not chunk.pages and chunk not in held.space.parents()
+            if bare:
+                del held.space.chunks[chunk.key]
+        self.told["committed"] += kept
+        self.told["dropped"] += len(held.chunks) - kept
+        return kept
+
+    def free_if_nobody_cares(self, chunk: Chunk) -> None:
+        if not chunk.attached and chunk.idle:
+            self.disown(chunk, list(chunk.pages))
+
+    # Time, and emptying
+
+    def tick(self) -> None:
+        self.now += self.dice.choice([0.1, 1.0, 3.0, 11.0])
+        claims: list[Lease | Reservation] = [*self.leases.values(), *self.reservations.values()]
+        for claim in claims:
+            if not claim.expired and self.now > claim.deadline:
+                claim.expired = True
+                self.told["expired"] += len(claim.chunks)
+        self.heart.tick(self.now)
+        numbers = {space.number for space in self.heart.spaces}
+        self.spaces = [space for space in self.spaces if space.number in numbers or space.chunks]
+        assert len(self.spaces) == len(numbers)
+
+    def clear(self) -> None:
+        whole = 0
+        for space in self.spaces:
+            for chunk in space.chunks.values():
+                whole += chunk.whole
+                chunk.attached = False
+                self.free_if_nobody_cares(chunk)
+            space.chunks.clear()
+        self.told["cleared"] += whole
+        assert self.heart.clear() == whole
+
+    def clear_when_nobody_is_there(self) -> None:
+        for process in list(self.processes):
+            self.leave(process)
+        self.clear()
+        assert self.heart.used_bytes() == 0 and self.heart.slabs.free_bytes == self.heart.slabs.total_bytes
+        assert self.heart.quarantined_bytes == 0 and not self.owner
+
+    def quarantined(self, instance: str | None) -> int:
+        """Bytes of the slots of expired claims, of one instance or of all."""
+        slots: dict[int, int] = {}
+        for lease in self.leases.values():
+            if lease.expired and instance in (None, lease.instance):
+                for chunk in lease.chunks:
+                    slots |= {page: lease.space.slot_bytes[shard] for shard, page in chunk.pages.items()}
+        for held in self.reservations.values():
+            if held.expired and instance in (None, held.instance):
+                slots |= {chunk.pages[held.shard]: held.space.slot_bytes[held.shard] for chunk in held.chunks}
+        return sum(slots.values())
+
+    def over_quota(self, instance: str) -> bool:
+        return self.quarantined(instance) > self.heart.total_bytes // 4
+
+    # Dice
+
+    def prompt(self) -> list[bytes]:
+        """Keys of a prompt: few first chunks, many ways to go on; now and then longer than the arena."""
+        length = self.dice.randint(1, 6) if self.dice.random() < 0.97 else self.dice.randint(1, self.pages_total + 5)
+        keys, key = [], b""
+        for _ in range(length):
+            key = hashlib.blake2b(key + bytes([self.dice.choice([0, 0, 0, 1, 2])]), digest_size=16).digest()
+            keys.append(key)
+        return keys
+
+    def some(self, live: dict[int, Lease] | dict[int, Reservation]) -> int:
+        """A number of something live, mostly, or of something that has ended, or of nothing."""
+        if live and self.dice.random() < 0.9:
+            return self.dice.choice(list(live))
+        return self.dice.choice(self.ended)
+
+
+def leading_whole(space: ModelSpace, keys: list[bytes]) -> list[Chunk]:
+    found = []
+    for key in keys:
+        chunk = space.chunks.get(key)
+        if chunk is None or not chunk.whole:
+            break
+        found.append(chunk)
+    return found
+
+
+def live(seed: int, steps: int, new_table: NewTable) -> None:
+    life = Life(seed, new_table)
+    for _ in range(steps):
+        life.step()
+    life.clear_when_nobody_is_there()
+    life.check()
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_the_promises_hold_after_every_step(seed: int) -> None:
+    live(seed, 2_000, ChunkTable)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_they_hold_without_the_native_table(seed: int) -> None:
+    live(seed, 500, PyTable)
