@@ -18,6 +18,7 @@ from lmcache.chunks import TokenChain, chunk_root
 from lmcache.chunks.hashing import Extras
 from lmcache.engine import Done, Hit, Load, Store
 from lmcache.errors import ConfigError, LayoutError
+from lmcache.integration.vllm import vllm_multi_process_adapter as adapter
 from lmcache.integration.vllm.identity import config_digest, model_identity, path_identity
 from lmcache.integration.vllm.model import describe_model
 from lmcache.integration.vllm.paged import Registered, Shape, describe_tensors, fit_strides
@@ -422,6 +423,44 @@ def test_settling_waits_for_this_ranks_jobs_only() -> None:
     plan.settle = [plan.stores[0].job_id, "store-of-another"]
     worker.settle(plan)
     assert ranks.waited == [plan.stores[0].job_id]
+
+
+@pytest.fixture
+def adapters(monkeypatch: pytest.MonkeyPatch) -> tuple[Session, Any]:
+    """The adapter for vLLM's own class, and the session that it made."""
+    session = Session(present=40)
+    engine = SimpleNamespace(
+        kv=SimpleNamespace(block_tokens=BLOCK, layout=None, shards=1),
+        settings=SimpleNamespace(endpoint=lambda *_: None),
+        instance="engine",
+        vllm_config=SimpleNamespace(kv_transfer_config=SimpleNamespace()),
+    )
+    monkeypatch.setattr(adapter, "_engine_of_caller", lambda: engine)
+    monkeypatch.setattr(adapter, "SchedulerSession", lambda *_: session)
+    return session, adapter.LMCacheMPSchedulerAdapter("tcp://localhost:5555", None, "model", vllm_block_size=BLOCK)
+
+
+def test_vllms_own_class_is_told_whole_blocks_once(adapters: tuple[Session, Any]) -> None:
+    session, face = adapters
+    assert face.num_blocks_per_chunk() == 1, "eight chunks of 16 make a block"
+    face.maybe_submit_lookup_request("a", token_ids=list(range(700)), cache_salt="")
+    face.maybe_submit_lookup_request("a", token_ids=list(range(700)), cache_salt="")
+    assert len(session.lookups) == 1 and face.check_lookup_result("a") == 640
+    face.cleanup_lookup_result("a")
+    assert face.check_lookup_result("a") == 0, "after a failed load it is asked again, and would wait for ever"
+    assert session.leased, "the ranks have still to take their own"
+    face.end_session("a")
+    assert not session.leased
+    face.maybe_submit_lookup_request("b", token_ids=list(range(31)))
+    assert face.check_lookup_result("b") == 0, "31 tokens are no whole block"
+
+
+def test_vllms_own_class_keeps_its_unit_when_the_chunk_size_changes(adapters: tuple[Session, Any]) -> None:
+    session, face = adapters
+    assert face.num_blocks_per_chunk() == 1
+    session.chunk_tokens = 256
+    face.maybe_submit_lookup_request("a", token_ids=list(range(700)))
+    assert face.check_lookup_result("a") == 0 and face.num_blocks_per_chunk() == 1
 
 
 class Tensor:

@@ -66,6 +66,7 @@ class LMCacheMPConnector(KVConnectorBase_V1, _SupportsHMA):  # type: ignore[misc
         self._scheduler: SchedulerHalf | None = None
         self._worker: WorkerHalf | None = None
         self._refusal = ""
+        self._block_tokens = vllm_config.cache_config.block_size
         self._kv: ModelKV | None = None
         try:
             self._kv = describe_model(vllm_config, kv_cache_config, self._settings.model_id)
@@ -121,11 +122,13 @@ class LMCacheMPConnector(KVConnectorBase_V1, _SupportsHMA):  # type: ignore[misc
         if self._worker is not None:
             sent, received = self._worker.finished(plan)
         else:
-            sent, received = set(plan.closing), refuse_loads(plan)[0]
+            sent, received = set(plan.closing), refuse_loads(plan, self._block_tokens)[0]
         return sent or None, received or None
 
     def get_block_ids_with_load_errors(self) -> set[int]:
-        return self._worker.take_invalid_blocks() if self._worker is not None else refuse_loads(self._plan())[1]
+        if self._worker is not None:
+            return self._worker.take_invalid_blocks()
+        return refuse_loads(self._plan(), self._block_tokens)[1]
 
     def build_connector_worker_meta(self) -> LMCacheWorkerMetadata | None:
         if self._worker is not None:

@@ -127,7 +127,13 @@ class LMCacheMPSchedulerAdapter:
         return self._hits[request_id][0] if request_id in self._hits else 0
 
     def cleanup_lookup_result(self, request_id: str) -> None:
-        """The request has its blocks; the lease holds until the ranks have taken theirs."""
+        """The request has its blocks; the lease holds until the ranks have taken theirs.
+
+        From now on nothing is there for it: vLLM's class asks again when a load has failed, and would then wait for ever
+        for a second one, which it does not start.
+        """
+        if request_id in self._hits:
+            self._hits[request_id] = 0, *self._hits[request_id][1:]
 
     def free_lookup_locks(self, *_: Any, **__: Any) -> None:
         """Of parts of a lease: not needed, since all of it ends within seconds."""
@@ -171,7 +177,6 @@ class LMCacheMPWorkerAdapter:
         self._loading: dict[str, tuple[str, Hit, list[int]]] = {}
         self._storing: set[str] = set()
         self._received: set[str] = set()
-        self._ended: set[str] = set()
         self._invalid: set[int] = set()
         _stand_in_for_cuda()
 
@@ -208,7 +213,7 @@ class LMCacheMPWorkerAdapter:
         for request_id, op, salt in zip(request_ids, ops, salts, strict=True):
             if not self._start_load(request_id, op, salt or ""):
                 self._received.add(request_id)
-                self._invalid.update(op.block_ids)
+                self._invalid.update(self._blocks_to_fill(op))
 
     def batched_submit_store_requests(
         self,
@@ -268,8 +273,7 @@ class LMCacheMPWorkerAdapter:
         )
         self._jobs += 1
         job_id = f"load-{self._jobs}"
-        skipped = op.skip_first_n_tokens // self._manager_block_tokens()
-        self._loading[job_id] = request_id, hit, op.block_ids[skipped:]
+        self._loading[job_id] = request_id, hit, self._blocks_to_fill(op)
         blocks = registered.blocks(self._from_token_0(op))
         load = Load(hit.arena, hit.lease, first, slots, start, op.end, blocks, first - hit.first_chunk)
         session.load(job_id, load)
@@ -292,6 +296,9 @@ class LMCacheMPWorkerAdapter:
         blocks = registered.blocks(self._from_token_0(op))
         session.store(job_id, Store(size, chain.parent(first), hashes, first, blocks))
         return job_id
+
+    def _blocks_to_fill(self, op: LoadStoreOp) -> list[int]:
+        return op.block_ids[op.skip_first_n_tokens // self._manager_block_tokens() :]
 
     def _from_token_0(self, op: LoadStoreOp) -> list[int]:
         """A block table whose first entries, before `op.start`, are never looked at."""

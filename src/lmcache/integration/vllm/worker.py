@@ -145,7 +145,7 @@ class WorkerHalf:
             return
         self.failed_loads += 1
         size = self._block_tokens * self._registered.blocks_per_block
-        self._invalid.update(load.blocks[load.start_token // size : -(-load.end_token // size)])
+        self._invalid.update(_blocks_to_fill(load, size))
 
     def _store(self, store: StorePlan, after: Any) -> Store:
         return Store(
@@ -174,10 +174,14 @@ def pages_of_shard(slots: bytes, shard: int, shards: int, first: int, end: int) 
     return b"".join(slots[chunk * row + own : chunk * row + own + _PAGE_NUMBER_BYTES] for chunk in range(first, end))
 
 
-def refuse_loads(plan: StepPlan) -> tuple[set[str], set[int]]:
+def refuse_loads(plan: StepPlan, block_tokens: int) -> tuple[set[str], set[int]]:
     """(requests, blocks) of the loads of a step that a rank without a session cannot do."""
-    blocks = {block for load in plan.loads for block in load.blocks}
+    blocks = {block for load in plan.loads for block in _blocks_to_fill(load, block_tokens)}
     return {load.request_id for load in plan.loads}, blocks
+
+
+def _blocks_to_fill(load: LoadPlan, block_tokens: int) -> list[int]:
+    return load.blocks[load.start_token // block_tokens : -(-load.end_token // block_tokens)]
 
 
 def ended_stores(plan: StepPlan) -> dict[str, int]:
