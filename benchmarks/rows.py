@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from statistics import median
 from typing import Literal
 
-from lmcache.bench.samples import Figure, figure
+from lmcache.bench.samples import Figure, align, figure
 
 Better = Literal["more", "less"]
 
@@ -103,7 +104,7 @@ def cells(row: Row) -> list[str]:
         number(row.ratio("limit")),
         number(peer.median) if peer else "",
         number(times),
-        f"{'>=' if row.goal.better == 'more' else '<='} {row.goal.value:g}" if row.goal else "",
+        f"{'>=' if row.goal.better == 'more' else '<='} {number(row.goal.value)}" if row.goal else "",
         row.verdict(),
     ]
 
@@ -112,6 +113,28 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
     """The same cells as a Markdown table."""
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
+
+
+def replace_figures(page: Path, name: str, text: str) -> None:
+    """Put `text` between `<!-- begin NAME -->` and `<!-- end NAME -->` of a page.
+
+    Raises:
+        ValueError: the page has no such place.
+    """
+    begin, end = f"<!-- begin {name} -->\n", f"<!-- end {name} -->"
+    head, found, rest = page.read_text().partition(begin)
+    _, closed, tail = rest.partition(end)
+    if not found or not closed:
+        raise ValueError(f"{page} has no lines {begin.strip()} and {end}; add them where the figures belong")
+    page.write_text(f"{head}{begin}{text}\n{end}{tail}")
+
+
+def report(facts: dict[str, object], rows: Sequence[Row], as_markdown: bool) -> str:
+    """The facts of the run, and the table."""
+    table = [HEAD, *(cells(row) for row in rows)]
+    if as_markdown:
+        return "\n".join(f"- {name}: {value}" for name, value in facts.items()) + "\n\n" + markdown(table)
+    return "\n".join(f"{name}: {value}" for name, value in facts.items()) + "\n\n" + align(table)
 
 
 def number(value: float | None) -> str:

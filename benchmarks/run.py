@@ -17,10 +17,9 @@ import time
 from pathlib import Path
 
 from benchmarks.groups import GROUPS, Plan
-from benchmarks.rows import HEAD, Row, cells, markdown
+from benchmarks.rows import Row, replace_figures, report
 from benchmarks.sides import Side
 from lmcache import __version__
-from lmcache.bench.samples import align
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -45,21 +44,20 @@ def main(argv: list[str] | None = None) -> int:
     if options.json:
         document = {**facts, "failed": failed, "rows": [row.as_json() for row in rows]}
         options.json.write_text(json.dumps(document, indent=1) + "\n")
-    table = [HEAD, *(cells(row) for row in rows)]
-    print("\n".join(f"{name}: {value}" for name, value in facts.items()))
-    print()
-    print(markdown(table) if options.markdown else align(table))
+    print(report(facts, rows, as_markdown=False))
+    if options.update:
+        replace_figures(options.update, "run", report(facts, rows, as_markdown=True))
     return 1 if failed else 0
 
 
-def about(sides: list[Side], argv: list[str] | None) -> dict[str, object]:
+def about(sides: list[Side], argv: list[str] | None, module: str = "benchmarks.run") -> dict[str, object]:
     """Where, when and what: the head of the report."""
     words = sys.argv[1:] if argv is None else argv
     facts: dict[str, object] = {
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "machine": machine(),
         "version": __version__,
-        "command": f"python -m benchmarks.run {shlex.join(words)}".strip(),
+        "command": f"python -m {module} {shlex.join(words)}".strip(),
         "load": " ".join(f"{one:.2f}" for one in os.getloadavg()),
     }
     for side in sides:
@@ -92,7 +90,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", metavar="FILE", type=Path, help="write every figure there")
     parser.add_argument("--only", metavar="NAME", nargs="+", choices=list(GROUPS), help=f"groups: {', '.join(GROUPS)}")
     parser.add_argument("--quick", action="store_true", help="fewer rounds: does it work, not how fast is it")
-    parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
+    parser.add_argument(
+        "--update", metavar="FILE", type=Path, help="put the table into this page (benchmarks/README.md)"
+    )
     return parser.parse_args(argv)
 
 

@@ -177,7 +177,7 @@ class Scenarios:
     # Copies
 
     def stores(self, chunks: int, count: int) -> dict[str, Any]:
-        """Seconds of storing a new prompt of so many chunks, each; and how many of the chunks can be found afterwards."""
+        """Seconds of storing a new prompt of so many chunks, each; all of them must be found afterwards."""
         samples, found, prompts, before = [], 0, [], cpu_seconds()
         for turn in range(count):
             prompt = self.cache.prompt(self.tokens(chunks))
@@ -192,8 +192,10 @@ class Scenarios:
         for prompt in prompts:
             found += self.cache.lookup(prompt)
             self.cache.release(prompt)
+        if found < chunks * count:
+            raise RuntimeError(f"of {chunks * count} chunks that were stored, {found} can be found")
         self._kept[chunks] = [], prompts[-1]
-        return {"seconds": samples, "found": found, "asked": chunks * count, "cpu": cpu}
+        return {"seconds": samples, "cpu": cpu}
 
     def retrieves(self, chunks: int, count: int) -> dict[str, Any]:
         """Seconds of loading the prompt that `stores` left last, into other blocks each time."""

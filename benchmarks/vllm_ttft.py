@@ -21,10 +21,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.rows import HEAD, Goal, Row, cells, markdown
+from benchmarks.rows import Goal, Row, replace_figures, report
 from benchmarks.run import about
 from benchmarks.sides import PROJECT, Side, end_with_parent
-from lmcache.bench.samples import align
 
 PROMPT_TOKENS = 4096
 VOCABULARY = 8192
@@ -190,13 +189,13 @@ def main(argv: list[str] | None = None) -> int:
         except RuntimeError as error:
             print(error, file=sys.stderr)
             return 1
-    facts = about([Side("ours", sys.executable)], argv) | {"prompt": f"{PROMPT_TOKENS} tokens, float32"}
-    facts["command"] = str(facts["command"]).replace("benchmarks.run", "benchmarks.vllm_ttft")
+    facts = about([Side("ours", sys.executable)], argv, "benchmarks.vllm_ttft")
+    facts["prompt"] = f"{PROMPT_TOKENS} tokens, float32, the demo's model"
     if options.json:
         options.json.write_text(json.dumps({**facts, "rows": [row.as_json() for row in rows]}, indent=1) + "\n")
-    table = [HEAD, *(cells(row) for row in rows)]
-    print("\n".join(f"{name}: {value}" for name, value in facts.items()) + "\n")
-    print(markdown(table) if options.markdown else align(table))
+    print(report(facts, rows, as_markdown=False))
+    if options.update:
+        replace_figures(options.update, "vllm", report(facts, rows, as_markdown=True))
     return 0
 
 
@@ -218,7 +217,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--rounds", metavar="N", type=int, default=8, help="paired rounds after one to warm up. Default: 8"
     )
     parser.add_argument("--json", metavar="FILE", type=Path, help="write every figure there")
-    parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
+    parser.add_argument(
+        "--update", metavar="FILE", type=Path, help="put the table into this page (benchmarks/README.md)"
+    )
     return parser.parse_args(argv)
 
 
