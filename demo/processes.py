@@ -76,17 +76,31 @@ class Child:
         text = self.log.read_text(errors="replace").splitlines()[-lines:]
         return "\n".join([*(f"    {line}" for line in text), f"  the whole log: {self.log}"])
 
-    def stop(self, seconds: float = 15.0) -> None:
-        """Ask it to end, then kill its process group."""
-        with suppress(OSError):
-            if self.process.stdin is not None:
+    def stop(self) -> None:
+        """Ask it to end, then its whole process group, then kill what is left.
+
+        The group is asked before it is killed, since only processes that end by themselves remove their shared memory.
+        """
+        if self.process.stdin is not None:
+            with suppress(OSError):
                 self.process.stdin.close()
-            self.process.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            self.process.wait(seconds)
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        if self._gone(0.0):
+            return
+        steps = ((os.kill, signal.SIGTERM, 5.0), (os.killpg, signal.SIGTERM, 3.0), (os.killpg, signal.SIGKILL, 3.0))
+        for send, number, seconds in steps:
+            with suppress(ProcessLookupError):
+                send(self.process.pid, number)
+            if self._gone(seconds):
+                return
+
+    def _gone(self, seconds: float) -> bool:
+        """Whether the process and its group have ended, after waiting for at most so long."""
+        end = time.monotonic() + seconds
+        while self.process.poll() is None or _alive(self.process.pid):
+            if time.monotonic() > end:
+                return False
+            time.sleep(0.05)
+        return True
 
 
 class Server(Child):
@@ -150,6 +164,16 @@ def _arena_options(l1_size_gb: float) -> list[str]:
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     print(f"  /dev/shm is too small for {l1_size_gb:g} GB of L1; the arena lies in {folder}")
     return ["--arena-dir", str(folder)]
+
+
+def _alive(group: int) -> bool:
+    """Whether a process of this group lives; one that has ended and waits for its parent does not."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, _, process_group = stat.read_text().rpartition(")")[2].split()[:3]
+            if int(process_group) == group and state != "Z":
+                return True
+    return False
 
 
 def _answers(port: int, path: str) -> bool:
