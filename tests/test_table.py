@@ -196,6 +196,23 @@ def test_in_pages_names_attached_records_with_a_slot_there(table_type: NewTable)
 
 
 @both
+def test_a_survey_tells_what_goes_with_a_range_of_pages(table_type: NewTable) -> None:
+    table = table_type(1)
+    first = [filled(table, number, page=number) for number in range(4)]
+    tail = filled(table, 9, first[1], 50)
+    bounds = pack([0, 2, 2, 4, 10, 60])
+    assert unpack(table.survey(bounds)) == (2, 2, 2, 4, 1, 5)  # first[0] is the oldest of five, the tail the youngest
+    table.touch(pack([first[0]]))
+    assert unpack(table.survey(bounds)) == (2, 5, 2, 3, 1, 4)
+    table.pin(pack([tail]))
+    assert unpack(table.survey(bounds)) == (2, NO_PAGE, 2, 3, 1, NO_PAGE)  # the tail needs first[1], which is in 0..2
+    table.unpin(pack([tail]))
+    table.begin_fill(table.insert(key_of(10), first[3]), 0, 70)
+    assert unpack(table.survey(bounds)) == (2, 5, 2, NO_PAGE, 1, 4)
+    assert table.survey(b"") == b""
+
+
+@both
 def test_a_refused_call_changes_nothing(table_type: NewTable) -> None:
     table = table_type(2)
     a, b, gone = (table.insert(key_of(number), -1) for number in range(3))
@@ -235,6 +252,8 @@ def test_a_refused_call_changes_nothing(table_type: NewTable) -> None:
         lambda: table.free(a),
         lambda: table.free(b),
         lambda: table.key(77),
+        lambda: table.survey(pack([1, 2, 3])),
+        lambda: table.survey(pack([5, 4])),
     ]
     before = snapshot(table, [a, b, gone])
     for call in refused:
@@ -280,7 +299,7 @@ def snapshot(table: Table, records: list[int]) -> object:
     ]
     keys = b"".join(map(table.key, records))
     ends = table.match(keys), table.victim(), table.oldest(), table.in_pages(0, 2**32)
-    return described, len(table), table.detached(), ends
+    return described, len(table), table.detached(), ends, table.survey(pack([0, 10, 10, 35, 40, 60]))
 
 
 # Both at once, against a model of age

@@ -147,7 +147,9 @@ class Room:
         if not givers:
             return False
         costs = self._costs(givers)
-        regions = self.slabs.window(own, lambda region: costs.get(region.first_page))
+        spare = min(map(self._holding, givers)) - self._holding(own)  # shares that could change hands and not come back
+        most_bytes = int(min(spare * self._share(own), self.slabs.total_bytes // 8)) if more_than else 0
+        regions = self.slabs.window(own, lambda region: costs.get(region.first_page), most_bytes)
         for region in regions:
             space = self._classes[region.space]
             gone: set[int] = set()
@@ -174,9 +176,13 @@ class Room:
 
     def _holding(self, own: int, more_bytes: int = 0) -> float:
         """Bytes of a class in shares."""
-        space, held = self._classes[own], self.slabs.held_bytes(own) + more_bytes
+        held, share = self.slabs.held_bytes(own) + more_bytes, self._share(own)
+        return held / share if share else float("inf") if held else 0.0
+
+    def _share(self, own: int) -> float:
+        """Bytes that a class may hold when all want more than there is."""
+        space = self._classes[own]
         if not space.instances:
-            return float("inf") if held else 0.0
-        pages = self.slabs.slot_pages(own)
-        part = pages * PAGE_BYTES * space.classes.count(own) / space.chunk_bytes
-        return held * self._active / (self.slabs.total_bytes * part)
+            return 0.0
+        class_bytes = self.slabs.slot_pages(own) * PAGE_BYTES * space.classes.count(own)
+        return self.slabs.total_bytes / self._active * class_bytes / space.chunk_bytes

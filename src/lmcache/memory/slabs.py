@@ -23,6 +23,8 @@ _MAX_PAGES = 1 << 32  # a page number travels as u32
 _REGION_BYTES = 64 << 20
 _REGION_PART = 64
 _REGION_PART_SMALL_ARENA = 16
+_WASTE = 0.03
+"""Part of a run of pages that may be left over at its end when a window is chosen; the rest is lost between regions."""
 
 
 class Region:
@@ -244,39 +246,45 @@ class Slabs:
         del own.room[bisect.bisect_left(own.room, region.first_page)]
         self._add_hole(region.first_page, region.end_page)
 
-    def window(self, space_needing: int, cost: Callable[[Region], float | None]) -> list[Region]:
-        """The regions to empty and take so that `grow(space_needing)` finds room: those whose dearest one costs least.
+    def window(self, space_needing: int, cost: Callable[[Region], float | None], most_bytes: int = 0) -> list[Region]:
+        """The regions to empty and take so that `grow(space_needing)` finds room.
 
-        A region without a cost (None) is never named. Room for a region of standard size is sought first, and room for a
-        single slot where that is impossible. [] when neither can be had, or when it is there already.
+        Neighbours that leave little over for want of another slot come first, and among such those whose dearest one costs
+        least. A region without a cost (None) is never named. Room for a region of standard size is sought first, and room for
+        a single slot where that is impossible; `most_bytes` of regions may be named where that makes less waste. [] when
+        neither can be had, or when it is there already.
         """
         costs = {start: cost(region) for start, region in self._regions.items()}
-        for need in (self.region_bytes(space_needing) // PAGE_BYTES, self._space(space_needing).slot_pages):
-            best = self._cheapest(need, costs)
+        slot_pages = self._space(space_needing).slot_pages
+        for need in (self.region_bytes(space_needing) // PAGE_BYTES, slot_pages):
+            best = self._cheapest(need, slot_pages, most_bytes // PAGE_BYTES, costs)
             if best is not None:
                 return best
         return []
 
-    def _cheapest(self, need_pages: int, costs: Mapping[int, float | None]) -> list[Region] | None:
-        """Of all shortest runs of holes and regions with a cost, `need_pages` long: the one whose dearest is cheapest."""
+    def _cheapest(
+        self, need_pages: int, slot_pages: int, most_pages: int, costs: Mapping[int, float | None]
+    ) -> list[Region] | None:
+        """Of the runs of holes and regions with a cost that are `need_pages` long, or longer to waste less: the best."""
         best: list[Region] | None = None
-        best_cost: tuple[float, int] | None = None
-        run: list[tuple[int, int, Region | None]] = []
-        first = 0  # run[first:] is the window
-        for page, end, region in self._by_address():
-            if region is not None and costs[page] is None:
-                run, first = [], 0
-                continue
-            run.append((page, end, region))
-            while run and end - run[first][0] >= need_pages:
-                named = [item[2] for item in run[first:] if item[2] is not None]
-                dearest = max((costs[one.first_page] or 0.0 for one in named), default=0.0)
-                total = dearest, sum(one.end_page - one.first_page for one in named)
-                if best_cost is None or total < best_cost:
-                    best, best_cost = named, total
-                first += 1
-                if first == len(run):
-                    run, first = [], 0
+        best_cost: tuple[bool, float, int] | None = None
+        parts = list(self._by_address())
+        for first, (start, _, _) in enumerate(parts):
+            named: list[Region] = []
+            dearest, emptied = 0.0, 0
+            for _, end, region in itertools.islice(parts, first, None):
+                if region is not None:
+                    price = costs[region.first_page]
+                    enough = region.first_page - start >= need_pages
+                    if price is None or (enough and emptied + end - region.first_page > most_pages):
+                        break
+                    named.append(region)
+                    dearest, emptied = max(dearest, price) if emptied else price, emptied + end - region.first_page
+                length = end - start
+                if length >= need_pages:
+                    total = length % slot_pages > _WASTE * length, dearest, emptied
+                    if best_cost is None or total < best_cost:
+                        best, best_cost = list(named), total
         return best
 
     def _by_address(self) -> Iterator[tuple[int, int, Region | None]]:
