@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Engine, Server
-from prompts import assert_same, differs, mixed, tokens
+from vllm_processes import Engine, Server
+from vllm_prompts import assert_same, differs, mixed, tokens
 
 DEADLINE_SECONDS = 2.0
 NOISE_SECONDS = 3.0

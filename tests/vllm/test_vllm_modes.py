@@ -6,39 +6,11 @@ import signal
 import time
 from pathlib import Path
 
-from conftest import Api, Engine, Server
-from prompts import assert_same, tokens
+from vllm_processes import Api, Engine, Server
+from vllm_prompts import assert_same, tokens
 
 PROMPTS = [tokens(300, 70), tokens(300, 70)[:200] + tokens(90, 71)]
 """Two whole blocks and a part; the second one leaves the first within a block."""
-
-
-def test_bfloat16_bytes_go_round_and_stay_apart(folder: Path, model: Path, server: Server) -> None:
-    """What comes back are the bytes that went in; and no KV of another dtype is served."""
-    driven = {"lmcache.mp.mp_transfer_mode": "engine_driven"}
-    engine = Engine(
-        folder,
-        "bfloat16",
-        model,
-        dtype="bfloat16",
-        disable_hybrid_kv_cache_manager=True,
-        enable_prefix_caching=False,
-        num_gpu_blocks_override=12,
-        max_model_len=1024,
-        kv_transfer_config=server.config(**driven),
-    )
-    try:
-        first = engine.generate(PROMPTS[:1], max_tokens=1)
-        assert first[0]["cached"] == 0, "float32's KV of this prompt, if it is there, is not ours"
-        stored = engine.ask("digests", wipe=True)["blocks"]
-        again = engine.generate(PROMPTS[:1], max_tokens=1)
-        assert again[0]["cached"] == 288
-        loaded = engine.ask("digests")["blocks"]
-        wiped = stored[-1]
-        whole = [digest for digest in loaded if digest in stored and digest != wiped]
-        assert len(whole) == 2, "the two whole blocks of the prompt are back, byte for byte"
-    finally:
-        engine.end()
 
 
 def test_other_weights_are_another_cache(folder: Path, model: Path, other_model: Path, server: Server) -> None:
@@ -47,7 +19,7 @@ def test_other_weights_are_another_cache(folder: Path, model: Path, other_model:
     long = [tokens(256, 80), tokens(256, 80)[:128] + tokens(140, 81)]
     own = Engine(folder, "own-class", model, kv_transfer_config=server.config(), max_model_len=1024)
     try:
-        expected = own.generate(long)
+        expected = own.generate([*long, *PROMPTS])[:2]
         own.forget()
         assert [output["cached"] for output in own.generate(long)] == [256, 256]
     finally:
@@ -81,6 +53,34 @@ def test_other_weights_are_another_cache(folder: Path, model: Path, other_model:
         assert time.monotonic() - begin < 10
     finally:
         server.send(signal.SIGCONT)
+        engine.end()
+
+
+def test_bfloat16_bytes_go_round_and_stay_apart(folder: Path, model: Path, server: Server) -> None:
+    """What comes back are the bytes that went in; and no KV of another dtype is served."""
+    driven = {"lmcache.mp.mp_transfer_mode": "engine_driven"}
+    engine = Engine(
+        folder,
+        "bfloat16",
+        model,
+        dtype="bfloat16",
+        disable_hybrid_kv_cache_manager=True,
+        enable_prefix_caching=False,
+        num_gpu_blocks_override=12,
+        max_model_len=1024,
+        kv_transfer_config=server.config(**driven),
+    )
+    try:
+        first = engine.generate(PROMPTS[:1], max_tokens=1)
+        assert first[0]["cached"] == 0, "float32's KV of this prompt is there, and is not ours"
+        stored = engine.ask("digests", wipe=True)["blocks"]
+        again = engine.generate(PROMPTS[:1], max_tokens=1)
+        assert again[0]["cached"] == 288
+        loaded = engine.ask("digests")["blocks"]
+        wiped = stored[-1]
+        whole = [digest for digest in loaded if digest in stored and digest != wiped]
+        assert len(whole) == 2, "the two whole blocks of the prompt are back, byte for byte"
+    finally:
         engine.end()
 
 

@@ -1,0 +1,191 @@
+"""A real server and real vLLM engines, each in a process of its own. LMCACHE_TEST_VLLM_PYTHON names vLLM's interpreter."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PYTHON = os.environ.get("LMCACHE_TEST_VLLM_PYTHON", "")
+START_SECONDS = 240
+REPLY_SECONDS = 240
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def environment(**more: str) -> dict[str, str]:
+    fixed = {
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_SERVER_DEV_MODE": "1",
+    }
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("LMCACHE_", "VLLM_"))}
+    return {**kept, **fixed, **more}
+
+
+class Process:
+    """A child in a session of its own, its output in a file, gone when the test is."""
+
+    def __init__(self, command: list[str], log: Path, **environ: str) -> None:
+        self.log = log
+        with log.open("ab") as file:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=file,
+                env=environment(**environ),
+                cwd=log.parent,
+                start_new_session=True,
+                text=True,
+            )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def send(self, number: int) -> None:
+        """To the process and all that it started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, number)
+
+    def end(self, number: int = signal.SIGTERM) -> None:
+        self.send(signal.SIGCONT)
+        self.send(number)
+        try:
+            self._process.wait(30)
+        except subprocess.TimeoutExpired:
+            self.send(signal.SIGKILL)
+            self._process.wait(30)
+        self.send(signal.SIGKILL)
+
+    def text(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def wait_until(self, ready: Callable[[], bool], what: str, seconds: float) -> None:
+        """Fails, with the end of the log, when the process ends or the time is over."""
+        end = time.monotonic() + seconds
+        while not ready():
+            if self._process.poll() is not None or time.monotonic() > end:
+                pytest.fail(f"{what}: not within {seconds} s, or the process ended\n{self.text()[-4000:]}")
+            time.sleep(0.1)
+
+
+class Server(Process):
+    """`lmcache server` on ports of its own."""
+
+    def __init__(self, folder: Path, chunk_size: int = 16, port: int = 0, name: str = "server") -> None:
+        self.port, self.http_port = port or free_port(), free_port()
+        command = [PYTHON, "-m", "lmcache.cli.main", "server", "--l1-size-gb", "1", "--eviction-policy", "LRU"]
+        command += ["--chunk-size", str(chunk_size), "--port", str(self.port)]
+        command += ["--http-host", "127.0.0.1", "--http-port", str(self.http_port)]
+        super().__init__(command, folder / f"{name}.log")
+        self.wait_until(lambda: "LMCache cache server is running..." in self.text(), "server", 30)
+
+    def config(self, **more: Any) -> dict[str, Any]:
+        """The value of --kv-transfer-config for an engine that uses this server."""
+        extra = {"lmcache.mp.host": "tcp://127.0.0.1", "lmcache.mp.port": self.port, **more}
+        return {"kv_connector": "LMCacheMPConnector", "kv_role": "kv_both", "kv_connector_extra_config": extra}
+
+
+class Engine(Process):
+    """vLLM's engine, driven by `drive.py`."""
+
+    def __init__(
+        self, folder: Path, name: str, model: Path, environ: dict[str, str] | None = None, **arguments: Any
+    ) -> None:
+        options = {"model": str(model), "dtype": "float32", "enforce_eager": True, "max_model_len": 4096, **arguments}
+        inside = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", **(environ or {})}
+        command = [
+            PYTHON,
+            str(Path(__file__).with_name("drive.py")),
+            json.dumps({**options, "disable_log_stats": False}),
+        ]
+        super().__init__(command, folder / f"{name}.log", **inside)
+        self._answer(START_SECONDS)
+
+    def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
+        self._process.stdin.flush()
+        return self._answer(REPLY_SECONDS)
+
+    def generate(self, prompts: list[list[int]], **arguments: Any) -> list[dict[str, Any]]:
+        outputs: list[dict[str, Any]] = self.ask("generate", prompts=prompts, **arguments)["outputs"]
+        return outputs
+
+    def forget(self) -> None:
+        """Empty the engine's own prefix cache."""
+        assert self.ask("reset")["ok"]
+
+    def _answer(self, seconds: float) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._process.stdout, selectors.EVENT_READ)
+            line = self._process.stdout.readline() if selector.select(seconds) else ""
+        if not line:
+            pytest.fail(f"no answer from the engine within {seconds} s, or it ended\n{self.text()[-6000:]}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+
+class Api(Process):
+    """`vllm serve`, asked over HTTP."""
+
+    def __init__(self, folder: Path, name: str, model: Path, *options: str, **environ: str) -> None:
+        self.port = free_port()
+        command = [str(Path(PYTHON).with_name("vllm")), "serve", str(model), "--dtype", "float32", "--enforce-eager"]
+        command += ["--max-model-len", "4096", "--port", str(self.port), "--served-model-name", "m", *options]
+        super().__init__(command, folder / f"{name}.log", **environ)
+        self.wait_until(self._healthy, "vllm serve", START_SECONDS)
+
+    def complete(self, prompt: list[int], max_tokens: int = 4) -> dict[str, Any]:
+        """Text, log probabilities and seconds of one greedy completion."""
+        body = {
+            "model": "m",
+            "prompt": prompt,
+            "max_tokens": max_tokens,
+            "temperature": 0,
+            "logprobs": 1,
+            "ignore_eos": True,
+        }
+        begin = time.perf_counter()
+        answer = self.post("/v1/completions", body)
+        choice = answer["choices"][0]
+        return {
+            "tokens": choice["logprobs"]["tokens"],
+            "logprobs": choice["logprobs"]["token_logprobs"],
+            "seconds": time.perf_counter() - begin,
+        }
+
+    def post(self, path: str, body: dict[str, Any] | None = None) -> Any:
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}{path}", json.dumps(body or {}).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=REPLY_SECONDS) as answer:
+            text = answer.read()
+        return json.loads(text) if text else None
+
+    def _healthy(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=2):
+                return True
+        except (urllib.error.URLError, OSError):
+            return False
