@@ -52,6 +52,8 @@ def sessions(plan: Plan, l1_gb: float, shape: Shape, threads: int = 1) -> Iterat
         for side in plan.sides:
             server = stack.enter_context(side.serve(l1_gb, shape.chunk_tokens))
             pair[side.name] = server, stack.enter_context(side.session(server, shape, threads))
+        for server, _ in pair.values():
+            server.settle()
         yield pair
 
 
@@ -342,6 +344,7 @@ def clients(plan: Plan) -> list[Row]:
             kept = first.call("kept_tokens", chunks=1)
             for worker in others:
                 worker.call("expect", token_ids=kept)
+            server.settle()
             for worker in others:
                 worker.begin("lookups_for", seconds=seconds)
             answers = [worker.end() for worker in others]
@@ -360,6 +363,7 @@ def index(plan: Plan) -> list[Row]:
     ]
     shape = SHAPES["tiny"]
     with ours.serve(most * 4096 * 1.1 / 2**30, shape.chunk_tokens) as server, ours.session(server, shape) as worker:
+        server.settle()
         for row, prompts in zip(socket_rows, (2, most // 512 - 2), strict=True):
             worker.call("fill", prompts=prompts, chunks=512)
             for _ in range(plan.rounds):

@@ -45,7 +45,7 @@ class Server:
     """A running `lmcache server` of either side. `ready_seconds`: from its start to its first healthy answer."""
 
     def __init__(self, side: Side, l1_gb: float, chunk_tokens: int, directory: Path) -> None:
-        self._clear_path = "/cache/clear" if side.name == "peer" else "/clear-cache"
+        self._is_ours = side.name == "ours"
         self.port, self.http_port = free_port(), free_port()
         self.address = f"tcp://127.0.0.1:{self.port}"
         self._log = directory / f"{side.name}-server.log"
@@ -84,18 +84,33 @@ class Server:
 
     def request(self, method: str, path: str) -> int:
         """The HTTP status of a request."""
+        return self._ask(method, path)[0]
+
+    def settle(self) -> None:
+        """Wait until our server has pre-faulted its arena; the peer does that before it is ready."""
+        limit = time.monotonic() + START_SECONDS
+        while self._is_ours and time.monotonic() < limit:
+            arena = json.loads(self._ask("GET", "/status")[1])["arena"]
+            if arena["backed_bytes"] >= arena["bytes"]:
+                break
+            time.sleep(0.1)
+        time.sleep(0.5)  # engines that have just mapped the arena still touch it
+
+    def _ask(self, method: str, path: str) -> tuple[int, bytes]:
         connection = http.client.HTTPConnection("127.0.0.1", self.http_port, timeout=30)
         try:
             connection.request(method, path)
-            return connection.getresponse().status
+            answer = connection.getresponse()
+            return answer.status, answer.read()
         finally:
             connection.close()
 
     def clear(self) -> None:
         """Empty the cache."""
-        status = self.request("POST", self._clear_path)
+        path = "/clear-cache" if self._is_ours else "/cache/clear"
+        status = self.request("POST", path)
         if status != 200:
-            raise RuntimeError(f"POST {self._clear_path} was answered with {status}")
+            raise RuntimeError(f"POST {path} was answered with {status}")
 
     def memory_bytes(self) -> dict[str, int]:
         """Resident bytes of the process: `private` (anonymous and files), `shared` (the arena)."""

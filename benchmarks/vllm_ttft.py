@@ -167,6 +167,7 @@ def engines(options: argparse.Namespace, model: Path, directory: Path) -> Iterat
                 # The peer stops vLLM unless its chunk is a multiple of the CPU's 128-token blocks.
                 server = stack.enter_context(side.serve(2, 256 if name == "ours" else 128))
                 start(name, python, _transfer(name, server.port))
+                server.settle()
         yield started
 
 
