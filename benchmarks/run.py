@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def about(sides: list[Side], argv: list[str] | None, module: str = "benchmarks.run") -> dict[str, object]:
     """Where, when and what: the head of the report."""
-    words = sys.argv[1:] if argv is None else argv
+    words = [_short(word) for word in (sys.argv[1:] if argv is None else argv)]
     facts: dict[str, object] = {
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "machine": machine(),
@@ -64,6 +64,11 @@ def about(sides: list[Side], argv: list[str] | None, module: str = "benchmarks.r
         if side.name == "peer":
             facts["peer"] = f"LMCache {side.version()}, engine-driven over shared memory"
     return facts
+
+
+def _short(word: str) -> str:
+    """An absolute path's last two parts: where things lie on this machine is nobody's business."""
+    return str(Path(*Path(word).parts[-2:])) if word.startswith("/") else word
 
 
 def machine() -> str:
