@@ -197,6 +197,8 @@ Request = (
 Answer = Welcome | Ok | Error | Registered | Found | Reserved
 AnswerT = TypeVar("AnswerT", bound=Message)
 
+# What decoding raises: besides msgspec's own, text that is not UTF-8, nests too deep, and a layout that cannot be.
+_UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError, LMCacheError)
 _encoder = msgspec.msgpack.Encoder()
 _requests = msgspec.msgpack.Decoder(tuple[int, Request])
 _envelopes = msgspec.msgpack.Decoder(tuple[int, msgspec.Raw])
@@ -211,7 +213,7 @@ def decode_request(raw: bytes | bytearray | memoryview) -> tuple[int, Request]:
     """Raises WireError: not one of our requests."""
     try:
         return _requests.decode(raw)
-    except (msgspec.DecodeError, LMCacheError, RecursionError) as error:  # ours: a layout that cannot be
+    except _UNREADABLE as error:
         raise WireError(f"malformed request of {len(raw)} bytes: {str(error)[:200]}") from None
 
 
@@ -219,7 +221,7 @@ def sequence_of(raw: bytes | bytearray | memoryview) -> int:
     """The sequence number of a message that cannot be decoded, so that its sender learns which; 0 where it has none."""
     try:
         return _envelopes.decode(raw)[0]
-    except (msgspec.DecodeError, RecursionError):
+    except _UNREADABLE:
         return 0
 
 
@@ -227,7 +229,7 @@ def decode_answer(raw: bytes | bytearray | memoryview) -> tuple[int, Answer]:
     """Raises WireError: not one of our answers."""
     try:
         return _answers.decode(raw)
-    except (msgspec.DecodeError, LMCacheError, RecursionError) as error:
+    except _UNREADABLE as error:
         raise WireError(f"malformed answer of {len(raw)} bytes: {str(error)[:200]}") from None
 
 
