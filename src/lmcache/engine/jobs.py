@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
-from lmcache.transfer.copier import Event
+
+class Event(Protocol):
+    """A point in the engine's device stream (`torch.cuda.Event`) that a copy must not overtake."""
+
+    def synchronize(self) -> None: ...
 
 
 @dataclass(frozen=True)

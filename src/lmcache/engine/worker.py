@@ -24,7 +24,7 @@ from lmcache.engine.link import Endpoint, Link, ask
 from lmcache.errors import LayoutError, LMCacheError, ServerRefused, ServerUnavailable
 from lmcache.memory.arena import Mapping, populate_all
 from lmcache.observability.log import init_logger
-from lmcache.transfer.copier import Copier, Event, make_copier
+from lmcache.transfer.copier import Copier, make_copier
 from lmcache.transfer.paged import PagedKV
 from lmcache.wire import messages as m
 from lmcache.wire.carriers import Carrier
@@ -161,6 +161,8 @@ class WorkerSession:
             tokens, seconds = 0, 0.0
             try:
                 if not cancelled:
+                    if job.after is not None:
+                        job.after.synchronize()
                     tokens, seconds = self._load(job) if isinstance(job, Load) else self._store(job_id, job)
             except LMCacheError as error:
                 self.counters[f"failed_{kind}s"] += 1
@@ -189,7 +191,7 @@ class WorkerSession:
             runs = self._load_runs(load)
             blocks, begin = np.asarray(load.blocks, dtype=np.int32), time.perf_counter()
             if mapping is not None:
-                copier.scatter(mapping.address, blocks, runs, arena_bytes=mapping.size_bytes, after=load.after)
+                copier.scatter(mapping.address, blocks, runs, arena_bytes=mapping.size_bytes)
             else:
                 self._fetch(copier, load, blocks, runs)
             return load.end_token - load.start_token, time.perf_counter() - begin
@@ -215,7 +217,7 @@ class WorkerSession:
                 raise LayoutError(f"{len(frames)} payload frames for {len(part)} chunks")
             part[:, 0] = 0
             for run, one in zip(part, frames, strict=True):
-                copier.scatter(np.frombuffer(one, dtype=np.uint8).ctypes.data, blocks, run[None], after=load.after)
+                copier.scatter(np.frombuffer(one, dtype=np.uint8).ctypes.data, blocks, run[None])
 
     def _store(self, job_id: str, store: Store) -> tuple[int, float]:
         """Tokens that were copied and committed, and seconds of the copies."""
@@ -263,21 +265,19 @@ class WorkerSession:
         begin, ok = time.perf_counter(), False
         try:
             if mapping is not None:
-                copier.gather(mapping.address, blocks, runs, arena_bytes=mapping.size_bytes, after=store.after)
+                copier.gather(mapping.address, blocks, runs, arena_bytes=mapping.size_bytes)
             else:
-                self._fill(copier, granted.reservation, blocks, runs, store.after)
+                self._fill(copier, granted.reservation, blocks, runs)
             ok = True
         finally:
             seconds = time.perf_counter() - begin
             self._link.call(m.Commit(granted.reservation, ok), m.Ok)
         return len(wanted) * size, seconds
 
-    def _fill(
-        self, copier: Copier, reservation: int, blocks: npt.NDArray[np.int32], runs: Runs, after: Event | None
-    ) -> None:
+    def _fill(self, copier: Copier, reservation: int, blocks: npt.NDArray[np.int32], runs: Runs) -> None:
         buffer = np.empty((len(runs), self._slot_bytes), dtype=np.uint8)
         runs[:, 0] = np.arange(len(runs)) * self._slot_bytes
-        copier.gather(buffer.ctypes.data, blocks, runs, after=after)
+        copier.gather(buffer.ctypes.data, blocks, runs)
         self._link.call(m.Fill(reservation, 0), m.Ok, [row.data for row in buffer])
 
     def _drop(self, chunks: int, reason: str) -> None:

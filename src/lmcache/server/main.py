@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import resource
 import signal
 import time
@@ -79,6 +80,7 @@ def _start(config: ServerConfig, started: list[Callable[[], None]]) -> Loop:
     http.start()
     started.append(http.stop)
     arena.start_prefault()
+    config = dataclasses.replace(config, port=zmq_face.port, http_port=http.port)  # 0 was: any free one
     logger.info(
         "L1: %.2f GiB in %s, %s eviction, %d-token chunks; ready after %.2f s",
         arena.size_bytes / 2**30,

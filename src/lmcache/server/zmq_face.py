@@ -71,6 +71,7 @@ class ZmqFace:
         except zmq.ZMQError as error:
             self.close()
             raise ConfigError(f"--port {port}: cannot listen on {host}: {error.strerror}; pass another port") from error
+        self.port = int(self._socket.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2])
         self._descriptor: int = self._socket.FD
         loop.watch(self._descriptor, lambda: None)
         loop.after_events.append(self._receive_all)  # ZMQ's descriptor is edge-triggered: always look

@@ -11,12 +11,6 @@ from lmcache.transfer.cpu import CpuCopier
 from lmcache.transfer.paged import PagedKV
 
 
-class Event(Protocol):
-    """A point in the engine's device stream (`torch.cuda.Event`): a copy must not start before it."""
-
-    def synchronize(self) -> None: ...
-
-
 class Copier(Protocol):
     """Copies between one rank's paged KV and slots; returns when the copy has ended. Arguments as in `CpuCopier`."""
 
@@ -27,7 +21,6 @@ class Copier(Protocol):
         runs: npt.NDArray[np.int64],
         *,
         arena_bytes: int | None = None,
-        after: Event | None = None,
     ) -> None: ...
 
     def scatter(
@@ -37,7 +30,6 @@ class Copier(Protocol):
         runs: npt.NDArray[np.int64],
         *,
         arena_bytes: int | None = None,
-        after: Event | None = None,
     ) -> None: ...
 
     def adopt(self, address: int, size_bytes: int) -> None:

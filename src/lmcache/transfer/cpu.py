@@ -57,23 +57,18 @@ class CpuCopier:
         self._pool = ThreadPoolExecutor(threads - 1, "lmcache-copy") if threads > 1 else None
         self._helpers = threads - 1
 
-    def gather(
-        self, base: int, blocks: Blocks, runs: Runs, *, arena_bytes: int | None = None, after: object = None
-    ) -> None:
+    def gather(self, base: int, blocks: Blocks, runs: Runs, *, arena_bytes: int | None = None) -> None:
         """Copy paged tokens into slots.
 
         base: address of the arena's mapping. blocks: int32 [blocks], the block table. runs: int64 [runs, 4], see the
-        class. arena_bytes: length of the mapping, so that a slot beyond it is refused instead of a crash. after: for copiers of
-        other devices; a CPU's engine has written what it was asked for when it returns.
+        class. arena_bytes: length of the mapping, so that a slot beyond it is refused instead of a crash.
 
         Raises:
             LayoutError: a block, token or slot out of bounds; nothing was touched.
         """
         self._copy(0, base, blocks, runs, arena_bytes)
 
-    def scatter(
-        self, base: int, blocks: Blocks, runs: Runs, *, arena_bytes: int | None = None, after: object = None
-    ) -> None:
+    def scatter(self, base: int, blocks: Blocks, runs: Runs, *, arena_bytes: int | None = None) -> None:
         """Copy slot tokens into paged memory; arguments and errors as in `gather`."""
         self._copy(1, base, blocks, runs, arena_bytes)
 

@@ -131,19 +131,15 @@ class CudaCopier:
             self._lanes = {to_host: _Lane(self, STAGING_BYTES // 2, to_host) for to_host in (True, False)}
         logger.info("GPU staging: %d MiB on %s", STAGING_BYTES >> 20, self._device)
 
-    def gather(
-        self, base: int, blocks: Blocks, runs: Runs, *, arena_bytes: int | None = None, after: Any | None = None
-    ) -> None:
-        """Paged tokens -> slots, after the engine's stream has passed `after`."""
+    def gather(self, base: int, blocks: Blocks, runs: Runs, *, arena_bytes: int | None = None) -> None:
+        """Paged tokens, which the engine must have computed, -> slots."""
         checked = check_runs(self._paged, self._chunk_tokens, base, blocks, runs, arena_bytes)
-        self._lanes[True].run(base, *checked, after)
+        self._lanes[True].run(base, *checked)
 
-    def scatter(
-        self, base: int, blocks: Blocks, runs: Runs, *, arena_bytes: int | None = None, after: Any | None = None
-    ) -> None:
-        """Slots -> paged tokens, after the engine's stream has passed `after`."""
+    def scatter(self, base: int, blocks: Blocks, runs: Runs, *, arena_bytes: int | None = None) -> None:
+        """Slots -> paged tokens, in blocks that nothing in flight touches."""
         checked = check_runs(self._paged, self._chunk_tokens, base, blocks, runs, arena_bytes)
-        self._lanes[False].run(base, *checked, after)
+        self._lanes[False].run(base, *checked)
 
     def adopt(self, address: int, size_bytes: int) -> None:
         """Register the mapping with the driver, 1 GiB at a time; what is not registered yet is copied by the driver's own,
@@ -207,7 +203,7 @@ class _Lane:
         self._constants = _constants(copier, to_host)
         self._lock = threading.Lock()
 
-    def run(self, base: int, blocks: Blocks, runs: Runs, after: Any | None) -> None:
+    def run(self, base: int, blocks: Blocks, runs: Runs) -> None:
         """The whole copy, ended."""
         if not len(runs):
             return
@@ -217,8 +213,6 @@ class _Lane:
             try:
                 torch.cuda.set_stream(self._kernels)
                 table, meta = self._upload(blocks, runs)
-                if after is not None:
-                    self._kernels.wait_event(after)
                 for at in range(0, len(runs), self._chunks_in_piece):
                     part = slice(at, at + self._chunks_in_piece)
                     for plane in range(0, len(copier._paged.planes), self._planes_in_piece):

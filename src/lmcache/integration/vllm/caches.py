@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from lmcache.errors import LayoutError
@@ -9,7 +10,7 @@ from lmcache.integration.vllm.model import ModelKV
 from lmcache.integration.vllm.paged import Registered, Shape, cpu_isa, describe_tensors
 
 
-def describe_caches(vllm_config: Any, num_blocks: int, kv: ModelKV, kv_caches: dict[str, Any]) -> Registered:
+def describe_caches(vllm_config: Any, kv_cache_config: Any, kv: ModelKV, kv_caches: dict[str, Any]) -> Registered:
     """Where this rank's KV lies.
 
     Raises:
@@ -23,7 +24,17 @@ def describe_caches(vllm_config: Any, num_blocks: int, kv: ModelKV, kv_caches: d
     shape = Shape(heads, kv.head_size, kv.block_tokens, kv.kind == "mla")
     on_cpu = str(tensors[0].device).startswith("cpu")
     isa = "" if shape.mla or not on_cpu else cpu_isa(vllm_config, kv.layer_names[0], tensors[0].dtype, shape)
-    return describe_tensors(tensors, shape, num_blocks, isa)
+    registered = describe_tensors(tensors, shape, kv_cache_config.num_blocks, isa)
+    return registered if on_cpu else replace(registered, loads_need_fence=_blocks_may_be_in_flight(kv_cache_config))
+
+
+def _blocks_may_be_in_flight(kv_cache_config: Any) -> bool:
+    """False where the scheduler gives out a block only when no step in flight writes to it, and zeroes none either."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    return not hasattr(Scheduler, "_drain_deferred_frees") or bool(
+        getattr(kv_cache_config, "needs_kv_cache_zeroing", False)
+    )
 
 
 def rank_of() -> tuple[int, int]:

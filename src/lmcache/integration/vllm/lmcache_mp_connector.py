@@ -98,9 +98,9 @@ class LMCacheMPConnector(KVConnectorBase_V1, _SupportsHMA):  # type: ignore[misc
             self._worker.settle(kv_connector_metadata.plan)
 
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
-        """vLLM starts asynchronous loads after the forward; on a CPU that takes seconds, and the loads need not wait."""
+        """vLLM starts asynchronous loads after the forward; that may take seconds, and the loads need not wait for it."""
         super().bind_connector_metadata(connector_metadata)
-        if self._worker is not None and self._worker.may_load_before_forward:
+        if self._worker is not None:
             self._worker.start_loads(self._plan())
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
@@ -221,7 +221,12 @@ def _scheduler_half(vllm_config: Any, kv: ModelKV, settings: Settings) -> Schedu
     transfer = vllm_config.kv_transfer_config
     session = SchedulerSession(settings.endpoint(str(transfer.engine_id), "scheduler"), kv.layout, kv.shards)
     return SchedulerHalf(
-        session, kv.block_tokens, kv.ranks, can_load=transfer.is_kv_consumer, can_store=transfer.is_kv_producer
+        session,
+        kv.block_tokens,
+        kv.ranks,
+        can_load=transfer.is_kv_consumer,
+        can_store=transfer.is_kv_producer,
+        device=str(vllm_config.device_config.device_type),
     )
 
 
@@ -230,7 +235,7 @@ def _worker_half(
 ) -> WorkerHalf:
     tp_rank, pp_rank = rank_of()
     shard = kv.shard(tp_rank, pp_rank, layer_range(vllm_config, kv))
-    registered = describe_caches(vllm_config, kv_cache_config.num_blocks, kv, kv_caches)
+    registered = describe_caches(vllm_config, kv_cache_config, kv, kv_caches)
     rank = pp_rank * kv.tp_size + tp_rank
     endpoint = settings.endpoint(str(vllm_config.kv_transfer_config.engine_id), "worker", rank)
     session = WorkerSession(endpoint, kv.layout, shard, registered.paged)

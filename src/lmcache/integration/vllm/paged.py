@@ -32,10 +32,14 @@ class Shape:
 
 @dataclass(frozen=True)
 class Registered:
-    """The paged KV, and how many of its blocks make one block of the scheduler's."""
+    """The paged KV, and how many of its blocks make one block of the scheduler's.
+
+    loads_need_fence: work in flight on the device may still write to blocks that the scheduler gives to a load.
+    """
 
     paged: PagedKV
     blocks_per_block: int
+    loads_need_fence: bool = False
 
     def blocks(self, table: Sequence[int]) -> list[int]:
         """A block table of the scheduler's in blocks of the tensors."""

@@ -26,8 +26,10 @@ HIT_SECONDS = 5.0
 """A hit that waits longer than this for free blocks is given back and asked for again: its lease keeps others out."""
 MISS_SECONDS = 0.25
 """A request that waits is asked about at every step; so soon after a miss the answer is the same."""
-MIN_GAIN_TOKENS = 16
-"""Beyond a local hit, fewer tokens than this are computed sooner than fetched: a load costs a scheduler step."""
+MIN_GAIN_TOKENS = {"cpu": 16}
+MIN_GAIN_TOKENS_ON_A_DEVICE = 64
+"""Beyond a local hit, fewer tokens than this are computed sooner than fetched: a load costs a scheduler step, which is worth
+milliseconds of a CPU's prefill, and hundreds of tokens of a GPU's."""
 
 
 @dataclass
@@ -69,6 +71,7 @@ class SchedulerHalf:
         *,
         can_load: bool = True,
         can_store: bool = True,
+        device: str = "cpu",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._session: SchedulerSession | None = session
@@ -76,6 +79,7 @@ class SchedulerHalf:
         self._ranks = ranks
         self._can_load = can_load
         self._can_store = can_store
+        self._min_gain = MIN_GAIN_TOKENS.get(device, MIN_GAIN_TOKENS_ON_A_DEVICE)
         self._clock = clock
         self._trackers: dict[str, Tracker] = {}
         self._loading: dict[str, Loading] = {}
@@ -100,7 +104,7 @@ class SchedulerHalf:
             return 0
         tracker.stored = max(tracker.stored, hit.chunks)
         gain = min(hit.chunks * tracker.chain.chunk_tokens, request.num_tokens) - local_tokens
-        return gain if gain >= (MIN_GAIN_TOKENS if local_tokens else 1) else 0
+        return gain if gain >= (self._min_gain if local_tokens else 1) else 0
 
     def allocated(self, request: Any, blocks: list[int], external_tokens: int) -> None:
         """The request's block table, and how many tokens after the local hit it expects from us."""

@@ -188,7 +188,7 @@ class LMCacheMPWorkerAdapter:
         try:
             tp_rank, pp_rank = rank_of()
             shard = engine.kv.shard(tp_rank, pp_rank, layer_range(engine.vllm_config, engine.kv))
-            registered = describe_caches(engine.vllm_config, engine.kv_cache_config.num_blocks, engine.kv, kv_caches)
+            registered = describe_caches(engine.vllm_config, engine.kv_cache_config, engine.kv, kv_caches)
         except LayoutError as error:
             logger.warning("LMCache serves nothing for this engine: %s", error)
             return
@@ -211,7 +211,7 @@ class LMCacheMPWorkerAdapter:
         """Start the loads. What cannot be started is reported as failed, so its tokens are computed."""
         salts = cache_salts or [""] * len(ops)
         for request_id, op, salt in zip(request_ids, ops, salts, strict=True):
-            if not self._start_load(request_id, op, salt or ""):
+            if not self._start_load(request_id, op, salt or "", event):
                 self._received.add(request_id)
                 self._invalid.update(self._blocks_to_fill(op))
 
@@ -228,7 +228,7 @@ class LMCacheMPWorkerAdapter:
         if session is None or not self._stores:
             return
         salts = cache_salts or [""] * len(ops)
-        jobs = {job for op, salt in zip(ops, salts, strict=True) if (job := self._start_store(op, salt or ""))}
+        jobs = {job for op, salt in zip(ops, salts, strict=True) if (job := self._start_store(op, salt or "", event))}
         self._storing |= jobs
         end = time.monotonic() + session_deadline(self._engine)
         while jobs & self._storing and time.monotonic() < end:
@@ -254,7 +254,7 @@ class LMCacheMPWorkerAdapter:
             if session is not None:
                 session.close()
 
-    def _start_load(self, request_id: str, op: LoadStoreOp, salt: str) -> bool:
+    def _start_load(self, request_id: str, op: LoadStoreOp, salt: str, event: Any) -> bool:
         session, lookups, registered = self._session, self._lookups, self._registered
         chain = lookups.new_chain(salt) if lookups is not None else None
         if session is None or lookups is None or registered is None or chain is None:
@@ -275,11 +275,12 @@ class LMCacheMPWorkerAdapter:
         job_id = f"load-{self._jobs}"
         self._loading[job_id] = request_id, hit, self._blocks_to_fill(op)
         blocks = registered.blocks(self._from_token_0(op))
-        load = Load(hit.arena, hit.lease, first, slots, start, op.end, blocks, first - hit.first_chunk)
+        after = None if registered.paged.device == "cpu" else event
+        load = Load(hit.arena, hit.lease, first, slots, start, op.end, blocks, first - hit.first_chunk, after)
         session.load(job_id, load)
         return True
 
-    def _start_store(self, op: LoadStoreOp, salt: str) -> str:
+    def _start_store(self, op: LoadStoreOp, salt: str, event: Any) -> str:
         """The job's id, "" where there is nothing to store or nobody to store it."""
         session, lookups, registered = self._session, self._lookups, self._registered
         chain = lookups.new_chain(salt) if lookups is not None else None
@@ -294,7 +295,8 @@ class LMCacheMPWorkerAdapter:
         job_id = f"store-{self._jobs}"
         hashes = chain.hashes[first * HASH_BYTES : chunks * HASH_BYTES]
         blocks = registered.blocks(self._from_token_0(op))
-        session.store(job_id, Store(size, chain.parent(first), hashes, first, blocks))
+        after = None if registered.paged.device == "cpu" else event
+        session.store(job_id, Store(size, chain.parent(first), hashes, first, blocks, after))
         return job_id
 
     def _blocks_to_fill(self, op: LoadStoreOp) -> list[int]:

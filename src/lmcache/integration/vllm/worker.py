@@ -54,17 +54,12 @@ class WorkerHalf:
         if warned:
             logger.warning("preempted blocks were free after %.1f s", time.monotonic() - started)
 
-    @property
-    def may_load_before_forward(self) -> bool:
-        """On a CPU every earlier write to the blocks has ended when a step begins; a device has only been told of it."""
-        return self._registered.paged.device == "cpu"
-
     def start_loads(self, plan: StepPlan) -> None:
         """Start every load of the step, once. The copies run beside the engine, in the session's threads."""
         if plan is self._started:
             return
         self._started = plan
-        now = self._stream_point() if plan.loads else None
+        fence = self._stream_point() if plan.loads and self._registered.loads_need_fence else None
         for load in plan.loads:
             chunk = load.chunk_tokens
             first, leased = load.start_token // chunk, load.first_leased
@@ -82,7 +77,7 @@ class WorkerHalf:
                     end_token=load.end_token,
                     blocks=self._registered.blocks(load.blocks),
                     lease_chunk=first - leased,
-                    after=now,
+                    after=fence,
                 ),
             )
 
@@ -163,7 +158,7 @@ class WorkerHalf:
             return None
         import torch
 
-        point = torch.cuda.Event()
+        point = torch.cuda.Event(blocking=True)  # a waiting thread must not spin beside the engine's
         point.record()
         return point
 
