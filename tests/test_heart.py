@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from lmcache.cache import Grant, Heart, Hit, Refusal
+from lmcache.cache import Committed, Freed, Grant, Heart, Hit, Refusal
 from lmcache.cache.heart import NO_SLOT
 from lmcache.cache.table import ChunkTable, PyTable, Table, unpack
 
@@ -47,6 +47,7 @@ class Chunk:
 @dataclass(eq=False)
 class ModelSpace:
     number: int
+    fingerprint: bytes
     shards: int
     slot_bytes: list[int]
     chunks: OrderedDict[bytes, Chunk] = field(default_factory=OrderedDict)
@@ -114,6 +115,8 @@ class Life:
         self.owner: dict[int, tuple[Chunk, int]] = {}
         """Who has each page of the arena."""
         self.ended: list[int] = [0, 999_999]
+        self.headers: dict[int, tuple[bytes, int, bytes, bytes]] = {}
+        """By page, what the header of a slot says: fingerprint, shard, key, parent."""
         self.told: Counter[str] = Counter()
         self.steps = 0
         self.kinds = self.plans()
@@ -156,7 +159,7 @@ class Life:
             events[event.kind] += event.chunks
             assert event.reason or event.kind in ("hit", "stored", "reserved", "committed", "cleared")
         self.heart.events.clear()
-        self.heart.effects.clear()
+        self.carry_out()
         assert events == +self.told
         self.told.clear()
         assert self.heart.used_bytes() == len(self.owner) * PAGE <= self.heart.total_bytes
@@ -166,8 +169,31 @@ class Life:
         if self.steps % 16 == 0:
             self.check_all()
 
+    def carry_out(self) -> None:
+        """Keep the slots' headers as the heart's effects say."""
+        for effect in self.heart.effects:
+            if isinstance(effect, Committed):
+                assert len(effect.keys) == len(effect.parents) == 16 * len(effect.pages)
+                for number, page in enumerate(effect.pages):
+                    at = slice(16 * number, 16 * number + 16)
+                    self.headers[page] = effect.fingerprint, effect.shard, effect.keys[at], effect.parents[at]
+            elif isinstance(effect, Freed):
+                for page in effect.pages:
+                    self.headers.pop(page, None)
+            else:
+                self.headers.clear()
+        self.heart.effects.clear()
+
     def check_all(self) -> None:
-        """Every chunk, as the heart's tables have it."""
+        """Every chunk, as the heart's tables and the slots' headers have it."""
+        headers = {
+            page: (space.fingerprint, shard, chunk.key, chunk.parent.key if chunk.parent else bytes(16))
+            for space in self.spaces
+            for chunk in space.chunks.values()
+            for shard, page in chunk.pages.items()
+            if shard not in chunk.filling
+        }
+        assert self.headers == headers
         known = {space.number: space for space in self.heart.spaces}
         for space in self.spaces:
             if space.number not in known:
@@ -204,7 +230,7 @@ class Life:
             number = self.heart.open_space(process, fingerprint, shards, shard, sizes[shard] if shard >= 0 else 0)
         space = next((one for one in self.spaces if one.number == number), None)
         if space is None:
-            space = ModelSpace(number, shards, sizes)
+            space = ModelSpace(number, fingerprint, shards, sizes)
             self.spaces.append(space)
         space.instances.add(self.processes[process])
         with pytest.raises(Refusal):

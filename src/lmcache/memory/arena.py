@@ -19,6 +19,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from lmcache.errors import ConfigError, LMCacheError
+from lmcache.memory import headers
 from lmcache.observability.log import init_logger
 
 logger = init_logger(__name__)
@@ -109,6 +110,11 @@ class Arena:
             self.path.unlink(missing_ok=True)
             os.close(self.descriptor)
             raise ConfigError(f"--l1-size-gb: cannot map {size_bytes} bytes in {directory}: {error}") from error
+        try:
+            self.headers = headers.Headers(headers.beside(self.path), self.id, size_bytes)
+        except ConfigError:
+            self._remove()
+            raise
 
     def start_prefault(self) -> None:
         """Reserve and touch everything in the background, lowest addresses first."""
@@ -132,6 +138,10 @@ class Arena:
         self._stop.set()
         if self._thread.ident is not None:
             self._thread.join()
+        self.headers.close()
+        self._remove()
+
+    def _remove(self) -> None:
         self.path.unlink(missing_ok=True)
         self.mapping.close()
         os.close(self.descriptor)
@@ -197,7 +207,9 @@ def _be_patient() -> None:
 
 
 def reclaim_stale(directory: Path) -> int:
-    """Remove the arenas of this user's dead servers; return their bytes. A live server holds a lock on its own.
+    """Remove the arenas of this user's dead servers, and their slot headers; return the arenas' bytes.
+
+    A live server holds a lock on its arena, which is made before its headers and removed after them.
 
     Engines that still map one keep its pages until they let go; unlinking never takes memory from under them.
     """
@@ -212,6 +224,7 @@ def reclaim_stale(directory: Path) -> int:
             status = os.fstat(descriptor)
             just_made = not status.st_size and time.time() - status.st_mtime < _STARTING_SECONDS
             if status.st_uid == os.getuid() and not just_made:
+                headers.beside(path).unlink(missing_ok=True)
                 path.unlink(missing_ok=True)
                 freed += status.st_blocks * 512
                 logger.info("Reclaimed the arena of a dead server: %s (%d MiB)", path, status.st_blocks >> 11)
@@ -219,4 +232,7 @@ def reclaim_stale(directory: Path) -> int:
             pass
         finally:
             os.close(descriptor)
+    for path in directory.glob(f"{_PREFIX}{os.getuid()}-*{_SUFFIX}{headers.SUFFIX}"):
+        if not path.with_suffix("").exists():
+            path.unlink(missing_ok=True)
     return freed

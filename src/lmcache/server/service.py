@@ -15,7 +15,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, field
 
 from lmcache import __version__
-from lmcache.cache import Grant, Heart, Refusal
+from lmcache.cache import Committed, Freed, Grant, Heart, Refusal
 from lmcache.errors import LMCacheError
 from lmcache.memory.arena import Arena, ArenaFull
 from lmcache.observability.log import init_logger
@@ -98,7 +98,9 @@ class Service:
             elif isinstance(request, m.Fill):
                 self._fill(peer, request, frames, reply)
             else:
-                reply(self._answers[type(request)](peer, request), [])
+                answer = self._answers[type(request)](peer, request)
+                self._write_headers()  # before anybody hears of slots that have changed hands
+                reply(answer, [])
         except Refusal as error:
             self.counters["refused_requests"] += 1
             reply(m.Error("refused", str(error)), [])
@@ -175,6 +177,7 @@ class Service:
 
     def clear(self) -> int:
         count = self.heart.clear()
+        self._write_headers()
         logger.info("L1 cleared: %d chunks", count)
         return count
 
@@ -338,6 +341,18 @@ class Service:
 
     # Upkeep
 
+    def _write_headers(self) -> None:
+        """Carry out what the heart wants done to the slots' headers."""
+        headers = self.arena.headers
+        for effect in self.heart.effects:
+            if isinstance(effect, Committed):
+                headers.committed(*effect)
+            elif isinstance(effect, Freed):
+                headers.freed(effect.pages)
+            else:
+                headers.cleared()
+        self.heart.effects.clear()
+
     def _tick(self) -> None:
         self.heart.tick(time.monotonic())
         self.counters["events"] += len(self.heart.events)
@@ -345,7 +360,7 @@ class Service:
             for event in self.heart.events:
                 logger.debug("%s %d chunks of space %d %s", event.kind, event.chunks, event.space, event.reason)
         self.heart.events.clear()
-        self.heart.effects.clear()  # until the arena can be adopted, nobody reads slot headers
+        self._write_headers()
 
 
 def _printable(text: str, most: int) -> str:

@@ -1,0 +1,190 @@
+"""Slot headers: a file beside the arena that says which slots hold which committed shards, for the server after a crash.
+
+No engine gets this file, so what it says can be trusted as far as the user can. After the file's own header (one page) it has
+one fixed record for each page of the arena, that of a slot at the slot's first page; the file is sparse, so only slots take
+memory: 4 KiB for a slot of 170 KiB or more. Records are written, not mapped, since writing to a full memory file system gives
+an error where a mapping would kill. A record counts when its checksum is right and it is of the file's present generation
+and number of clears; so clearing costs one write. Little-endian:
+
+    file    magic 8, version u32, record bytes u32, generation 8, clears u64, arena id 16, arena bytes u64, crc32 u32
+    record  magic 4, version u16, state u16, generation 8, clears u32, page u32, stored bytes u64, shard u16, shards u16,
+            space fingerprint 16, chunk key 16, parent key 16 (zeros before the first chunk), crc32 u32
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import struct
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from lmcache.errors import ConfigError, LMCacheError
+from lmcache.observability.log import init_logger
+
+logger = init_logger(__name__)
+
+SUFFIX = ".headers"
+RECORD_BYTES = 96
+VERSION = 1
+COMMITTED = 1
+_MAGIC, _RECORD_MAGIC = b"lmcachHD", b"LMsl"
+_FIRST_RECORD = 4096
+_PAGE_BYTES = 4096
+_READ_BYTES = RECORD_BYTES << 15
+_FILE = struct.Struct("<8sII8sQ16sQ")
+_RECORD = struct.Struct("<4sHH8sIIQHH16s16s16s")
+_CRC = struct.Struct("<I")
+_NOTHING = bytes(8)
+
+
+def beside(arena: Path) -> Path:
+    """Where the headers of this arena are."""
+    return arena.with_name(arena.name + SUFFIX)
+
+
+class DamagedHeaders(LMCacheError):
+    """The file is not one of ours, or of another version, or its own header is damaged: nothing in it may be used."""
+
+
+class SlotHeader(NamedTuple):
+    """One committed shard: `stored_bytes` from `page` on are shard number `shard` of `shards` of the chunk `key`."""
+
+    page: int
+    stored_bytes: int
+    shard: int
+    shards: int
+    fingerprint: bytes
+    key: bytes
+    parent: bytes
+
+
+class Headers:
+    """The file of a running server.
+
+    Raises:
+        ConfigError: it cannot be created.
+    """
+
+    def __init__(self, path: Path, arena_id: bytes, arena_bytes: int) -> None:
+        self.path = path
+        self.unwritten = 0
+        """Slots whose header found no room; they are usable now, and lost to a server that adopts the arena."""
+        self._arena_id, self._arena_bytes = arena_id, arena_bytes
+        self._generation = secrets.token_bytes(8)
+        self._clears = 0
+        try:
+            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot create the slot headers there: {error.strerror}") from error
+        try:
+            self._write_own()
+        except OSError as error:
+            self.close()
+            raise ConfigError(f"{path}: cannot write the slot headers: {error.strerror}") from error
+
+    def committed(
+        self,
+        fingerprint: bytes,
+        shards: int,
+        shard: int,
+        stored_bytes: int,
+        pages: Iterable[int],
+        keys: bytes,
+        parents: bytes,
+    ) -> None:
+        """These slots hold what their keys say. `keys` and `parents` are 16 bytes a slot."""
+        for number, page in enumerate(pages):
+            key, parent = keys[16 * number : 16 * number + 16], parents[16 * number : 16 * number + 16]
+            record = _RECORD.pack(
+                _RECORD_MAGIC, VERSION, COMMITTED, self._generation, self._clears, page, stored_bytes, shard, shards,
+                fingerprint, key, parent,
+            )  # fmt: skip
+            try:
+                os.pwrite(self._descriptor, record + _CRC.pack(zlib.crc32(record)), _FIRST_RECORD + page * RECORD_BYTES)
+            except OSError as error:
+                self._tell_unwritten(error)
+
+    def freed(self, pages: Iterable[int]) -> None:
+        """These slots hold nothing that counts."""
+        for page in pages:
+            try:
+                os.pwrite(self._descriptor, _NOTHING, _FIRST_RECORD + page * RECORD_BYTES)
+            except OSError as error:  # it has never been written then, or the file is gone: nothing to erase
+                self._tell_unwritten(error)
+
+    def cleared(self) -> None:
+        """No slot holds anything that counts."""
+        self._clears += 1
+        self._write_own()
+
+    def close(self) -> None:
+        """Remove the file."""
+        self.path.unlink(missing_ok=True)
+        os.close(self._descriptor)
+
+    def _write_own(self) -> None:
+        header = _FILE.pack(
+            _MAGIC, VERSION, RECORD_BYTES, self._generation, self._clears, self._arena_id, self._arena_bytes
+        )
+        os.pwrite(self._descriptor, header + _CRC.pack(zlib.crc32(header)), 0)
+
+    def _tell_unwritten(self, error: OSError) -> None:
+        if not self.unwritten:
+            logger.warning("%s: slot headers find no room, so these slots end with this server: %s", self.path, error)
+        self.unwritten += 1
+
+
+def read_headers(path: Path) -> list[SlotHeader]:
+    """The committed slots of a server that is no more, by page.
+
+    Raises:
+        DamagedHeaders: nothing in the file may be used. OSError: it cannot be read.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        own = os.pread(descriptor, _FILE.size + _CRC.size, 0)
+        if len(own) < _FILE.size + _CRC.size or _CRC.pack(zlib.crc32(own[: _FILE.size])) != own[_FILE.size :]:
+            raise DamagedHeaders(f"{path} is damaged: delete it, the arena beside it is of no use")
+        magic, version, record_bytes, generation, clears, _, arena_bytes = _FILE.unpack_from(own)
+        if (magic, version, record_bytes) != (_MAGIC, VERSION, RECORD_BYTES):
+            raise DamagedHeaders(f"{path} has version {version}, this lmcache reads {VERSION}: delete it")
+        found = [
+            header
+            for offset, record in _records(descriptor)
+            if (header := _whole(record, generation, clears)) is not None
+            and header.page * RECORD_BYTES + _FIRST_RECORD == offset
+            and header.page * _PAGE_BYTES + header.stored_bytes <= arena_bytes
+        ]
+    finally:
+        os.close(descriptor)
+    return found
+
+
+def _whole(record: bytes, generation: bytes, clears: int) -> SlotHeader | None:
+    if _CRC.pack(zlib.crc32(record[: _RECORD.size])) != record[_RECORD.size : _RECORD.size + _CRC.size]:
+        return None
+    _, version, state, of, when, page, stored_bytes, shard, shards, *names = _RECORD.unpack_from(record)
+    if (version, state, of, when) != (VERSION, COMMITTED, generation, clears & 0xFFFFFFFF):
+        return None
+    return SlotHeader(page, stored_bytes, shard, shards, *names)
+
+
+def _records(descriptor: int) -> Iterator[tuple[int, bytes]]:
+    """What could be a record, with its offset; holes of the file are passed over."""
+    end, at = os.fstat(descriptor).st_size, _FIRST_RECORD
+    while at < end:
+        try:
+            at = max(at, os.lseek(descriptor, at, os.SEEK_DATA))
+        except OSError:  # only a hole remains
+            return
+        at -= (at - _FIRST_RECORD) % RECORD_BYTES
+        block = os.pread(descriptor, _READ_BYTES, at)
+        place = block.find(_RECORD_MAGIC)
+        while place >= 0:
+            if place % RECORD_BYTES == 0:
+                yield at + place, block[place : place + RECORD_BYTES]
+            place = block.find(_RECORD_MAGIC, place + 1)
+        at += _READ_BYTES
