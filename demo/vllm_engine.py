@@ -113,6 +113,7 @@ _ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
+    "TORCHDYNAMO_DISABLE": "1",  # else the first request compiles a few small functions, and needs a C++ compiler
 }
 
 
