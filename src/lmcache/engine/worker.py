@@ -30,8 +30,9 @@ from lmcache.wire import messages as m
 from lmcache.wire.carriers import Carrier
 
 logger = init_logger(__name__)
-_BATCH_BYTES = 64 << 20
-"""A store's slots are reserved, filled and committed in steps of about this size, so that a preemption waits for one at most."""
+_BATCH_SECONDS = 0.01
+"""A store's slots are reserved, filled and committed in steps that take about this long: a preemption waits for one at most."""
+_PAYLOAD_BYTES = 64 << 20
 _MAX_QUEUED_STORES = 1024
 _LAST_COPY_SECONDS = 30.0
 """How long a connection to a new server waits for copies in the old one's arena."""
@@ -60,7 +61,10 @@ class WorkerSession:
         self._mapping: Mapping | None = None
         self._copier: Copier | None = None
         self._stop_populating = threading.Event()
-        self._state = threading.Condition()
+        lock = threading.Lock()
+        self._state = threading.Condition(lock)
+        self._ready = {"load": threading.Condition(lock), "store": threading.Condition(lock)}
+        """One for each thread: waking the others as well would cost a small job more than its copy."""
         self._queues: dict[str, deque[tuple[str, Load | Store]]] = {"load": deque(), "store": deque()}
         self._running: dict[str, str] = {}
         """Kind -> id of the job whose copy may be touching memory now."""
@@ -127,7 +131,8 @@ class WorkerSession:
         """Finish the copy at hand, drop what waits, and let the arena go."""
         with self._state:
             self._closed = True
-            self._state.notify_all()
+            for ready in self._ready.values():
+                ready.notify_all()
         for thread in self._threads_running:
             thread.join()
         self._link.close()
@@ -139,7 +144,7 @@ class WorkerSession:
     def _enqueue(self, kind: Literal["load", "store"], job_id: str, job: Load | Store) -> None:
         with self._state:
             self._queues[kind].append((job_id, job))
-            self._state.notify_all()
+            self._ready[kind].notify()
 
     def _busy(self) -> bool:
         return bool(self._running or any(self._queues.values()))
@@ -148,7 +153,7 @@ class WorkerSession:
         queue = self._queues[kind]
         while True:
             with self._state:
-                self._state.wait_for(lambda: queue or self._closed)
+                self._ready[kind].wait_for(lambda: queue or self._closed)
                 if self._closed:
                     return
                 job_id, job = queue.popleft()
@@ -170,16 +175,16 @@ class WorkerSession:
             except Exception:  # the edge of the thread: a bug must not end it, and costs this job only
                 self.counters[f"failed_{kind}s"] += 1
                 logger.exception("A %s failed", kind)
-            if tokens:
-                self._link.post(m.Copied(kind, tokens, seconds, self._shard.index))
-            elif isinstance(job, Load):
-                self._link.post(m.Copied(kind, job.end_token - job.start_token, 0.0, self._shard.index, ok=False))
             with self._state:
                 self._running.pop(kind, None)
                 self._loading = None if isinstance(job, Load) else self._loading
                 self._cancelled.discard(job_id)
                 self._done.append(Done(job_id, kind, tokens > 0, tokens, seconds))
                 self._state.notify_all()
+            if tokens:
+                self._link.post(m.Copied(kind, tokens, seconds, self._shard.index))
+            elif isinstance(job, Load):
+                self._link.post(m.Copied(kind, job.end_token - job.start_token, 0.0, self._shard.index, ok=False))
 
     def _load(self, load: Load) -> tuple[int, float]:
         """Tokens loaded, and seconds of the copy.
@@ -208,7 +213,7 @@ class WorkerSession:
 
     def _fetch(self, copier: Copier, load: Load, blocks: npt.NDArray[np.int32], runs: Runs) -> None:
         """Payload frames: as many chunks a message as make up a batch."""
-        step = max(1, _BATCH_BYTES // self._slot_bytes)
+        step = max(1, _PAYLOAD_BYTES // self._slot_bytes)
         for at in range(0, len(runs), step):
             part = runs[at : at + step].copy()
             request = m.Fetch(load.lease, self._shard.index, load.lease_chunk + at, len(part))
@@ -225,7 +230,7 @@ class WorkerSession:
             self._drop(len(store.hashes) // HASH_BYTES, "another chunk size")
             return 0, 0.0
         total, tokens, seconds, parent = len(store.hashes) // HASH_BYTES, 0, 0.0, store.parent
-        step = min(max(1, _BATCH_BYTES // self._slot_bytes), m.MAX_RESERVED_CHUNKS)
+        step = min(max(1, self._batch_bytes() // self._slot_bytes), m.MAX_RESERVED_CHUNKS)
         for at in range(0, total, step):
             if job_id in self._cancelled:
                 self._drop(total - at, "preempted")
@@ -273,6 +278,10 @@ class WorkerSession:
             seconds = time.perf_counter() - begin
             self._link.call(m.Commit(granted.reservation, ok), m.Ok)
         return len(wanted) * size, seconds
+
+    def _batch_bytes(self) -> int:
+        copier, mapping = self._copier, self._mapping
+        return int(copier.bytes_per_second * _BATCH_SECONDS) if copier is not None and mapping is not None else _PAYLOAD_BYTES
 
     def _fill(self, copier: Copier, reservation: int, blocks: npt.NDArray[np.int32], runs: Runs) -> None:
         buffer = np.empty((len(runs), self._slot_bytes), dtype=np.uint8)

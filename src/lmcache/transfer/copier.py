@@ -14,6 +14,9 @@ from lmcache.transfer.paged import PagedKV
 class Copier(Protocol):
     """Copies between one rank's paged KV and slots; returns when the copy has ended. Arguments as in `CpuCopier`."""
 
+    bytes_per_second: float
+    """About what it reaches on today's machines: for cutting work into steps."""
+
     def gather(
         self,
         base: int,

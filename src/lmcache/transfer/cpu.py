@@ -38,6 +38,8 @@ class CpuCopier:
     threads: how many threads share one call's work; the calling thread is one of them.
     """
 
+    bytes_per_second = 6e9
+
     def __init__(self, paged: PagedKV, chunk_tokens: int, threads: int = 1) -> None:
         if chunk_tokens < 1:
             raise LayoutError(f"chunk_tokens is {chunk_tokens}; it must be at least 1")

@@ -114,6 +114,8 @@ class CudaCopier:
         LayoutError: planes of different strides, tiled interiors, or no room for the staging ring.
     """
 
+    bytes_per_second = 50e9
+
     def __init__(self, paged: PagedKV, chunk_tokens: int) -> None:
         self._paged, self._chunk_tokens = paged, chunk_tokens
         self._slot_bytes = paged.slot_bytes(chunk_tokens)
