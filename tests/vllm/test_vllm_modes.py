@@ -17,11 +17,14 @@ def test_other_weights_are_another_cache(folder: Path, model: Path, other_model:
     """The same configuration, shapes and prompts; only the numbers in the weights differ. And vLLM's own class."""
     upstream = {"LMCACHE_USE_UPSTREAM_MP": "1"}
     long = [tokens(256, 80), tokens(256, 80)[:128] + tokens(140, 81)]
-    own = Engine(folder, "own-class", model, kv_transfer_config=server.config(), max_model_len=1024)
+    frames = server.config(**{"lmcache.mp.mp_transfer_mode": "payload"})
+    own = Engine(folder, "own-class", model, kv_transfer_config=frames, max_model_len=1024)
     try:
         expected = own.generate([*long, *PROMPTS])[:2]
         own.forget()
-        assert [output["cached"] for output in own.generate(long)] == [256, 256]
+        warm = own.generate(long)
+        assert_same(warm, expected)
+        assert [output["cached"] for output in warm] == [256, 256], "through payload frames, as from another host"
     finally:
         own.end()
     engine = Engine(
@@ -140,10 +143,9 @@ def test_vllm_serve_started_before_its_server(folder: Path, model: Path) -> None
 def test_a_model_that_cannot_be_cached_runs_on(folder: Path, model: Path, server: Server) -> None:
     """Layers with a sliding window among others: nothing is served, and one line says so."""
     layers = ["sliding_attention", "full_attention"] * 4
-    overrides = {"use_sliding_window": True, "sliding_window": 64, "layer_types": layers}
-    engine = Engine(
-        folder, "window", model, hf_overrides=overrides, max_model_len=1024, kv_transfer_config=server.config()
-    )
+    overrides = {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 8, "layer_types": layers}
+    options = {"hf_overrides": overrides, "model_impl": "transformers", "disable_hybrid_kv_cache_manager": False}
+    engine = Engine(folder, "window", model, max_model_len=1024, kv_transfer_config=server.config(), **options)
     try:
         first = engine.generate(PROMPTS)
         engine.forget()

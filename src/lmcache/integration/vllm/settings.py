@@ -6,14 +6,13 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from lmcache.engine.link import Endpoint
+from lmcache.engine.link import TRANSFER_MODES, Endpoint
 from lmcache.errors import ConfigError
 from lmcache.observability.log import init_logger
 
 logger = init_logger(__name__)
 
 DEFAULT_DEADLINE_SECONDS = 2.0
-TRANSFER_MODES = ("auto", "engine_driven", "lmcache_driven")
 
 
 @dataclass(frozen=True)
