@@ -288,5 +288,5 @@ def _is_mine(path: str) -> bool:
     """Whether the socket is there and this user's own; behind another user's there is no arena for us."""
     try:
         return os.stat(path).st_uid == os.getuid()
-    except OSError:
+    except (OSError, ValueError):
         return False

@@ -6,7 +6,6 @@ Everything here runs in the loop's thread, but for the copies of payload frames,
 from __future__ import annotations
 
 import logging
-import math
 import secrets
 import time
 from collections import Counter
@@ -28,6 +27,7 @@ MAX_PAYLOAD_BYTES = 256 << 20
 MAX_COPYING_BYTES = 1 << 30
 """Of all payload copies under way."""
 MAX_DROP_REASONS = 32
+MAX_COPY_SECONDS = 86_400.0
 Reply = Callable[[m.Message, list[bytes]], None]
 
 
@@ -255,7 +255,7 @@ class Service:
             self.counters[f"failed_{request.kind}s"] += 1
             logger.warning("Rank %d could not %s %d tokens", peer.rank, request.kind, request.tokens)
             return m.Ok()
-        if request.tokens < 0 or not 0 <= request.seconds < math.inf:
+        if request.tokens < 0 or not 0 <= request.seconds < MAX_COPY_SECONDS:
             raise Refusal(f"{request.tokens} tokens in {request.seconds} seconds make no sense")
         past = "retrieved" if request.kind == "load" else "stored"
         self.counters[f"{past}_tokens"] += request.tokens

@@ -1,0 +1,91 @@
+"""What many tests share: real servers, engines, and folders for them that leave nothing behind."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine_process import Engine
+from servers import READY, EngineProcess, Raw, Server, free_port
+
+
+@pytest.fixture
+def folders() -> Iterator[Callable[[str], Path]]:
+    """Short-lived folders with short names: sockets' paths are limited to 107 characters, arenas belong in memory."""
+    made: list[Path] = []
+
+    def make(parent: str = "/tmp") -> Path:
+        made.append(Path(tempfile.mkdtemp(prefix="lmtest-", dir=parent)))
+        return made[-1]
+
+    yield make
+    for folder in made:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def server(folders: Callable[[str], Path]) -> Iterator[Callable[..., Server]]:
+    """Start servers: server(l1=64, chunk=16, port=..., flags=...). `l1` is MiB. Those of one test share their folders."""
+    running: list[Server] = []
+    socket_dir, arena_dir = folders("/tmp"), folders("/dev/shm")
+
+    def start(
+        l1: float = 64, chunk: int = 16, port: int = 0, flags: tuple[str, ...] = (), arena: Path | None = None
+    ) -> Server:
+        one = Server(socket_dir, arena or arena_dir, l1, chunk, port or free_port(), flags)
+        running.append(one)
+        one.line_with(READY)
+        return one
+
+    yield start
+    for one in running:
+        one.end()
+
+
+@pytest.fixture
+def engine() -> Iterator[Callable[..., Engine]]:
+    """Engines in the test's process: engine(server, ...) as `Engine` says, connected."""
+    made: list[Engine] = []
+
+    def make(server: Server, instance: str = "engine", *, connect: bool = True, **more: Any) -> Engine:
+        made.append(Engine(server.address, instance, **more))
+        return made[-1].connect() if connect else made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+@pytest.fixture
+def engine_process() -> Iterator[Callable[..., EngineProcess]]:
+    """Engines in processes of their own: engine_process(server, instance=..., ...), ready."""
+    made: list[EngineProcess] = []
+
+    def make(server: Server, instance: str = "other", prefix: tuple[str, ...] = (), **more: Any) -> EngineProcess:
+        config = {"address": server.address, "instance": instance} | more
+        made.append(EngineProcess(prefix, **config))
+        assert made[-1].hear() == "ready"
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.end()
+
+
+@pytest.fixture
+def raw() -> Iterator[Callable[..., Raw]]:
+    """Clients that speak the messages themselves: raw(server, instance, shards=...)."""
+    made: list[Raw] = []
+
+    def make(server: Server, instance: str = "raw", **more: Any) -> Raw:
+        made.append(Raw(server, instance, **more))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()

@@ -1,0 +1,221 @@
+"""Real servers and engine processes for tests, and how to stop, kill and question them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from lmcache.chunks import Layout
+from lmcache.wire import messages as m
+from lmcache.wire.carriers import UnixCarrier
+
+PATIENCE = 20.0  # for what should come soon, on a busy machine
+READY = "LMCache cache server is running..."
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def eventually(what: Callable[[], Any], seconds: float = PATIENCE) -> Any:
+    """The first true value of `what`; for what no event tells. Fails after so many seconds."""
+    deadline = time.monotonic() + seconds
+    while not (value := what()):
+        assert time.monotonic() < deadline, f"not so within {seconds} s; last: {value!r}"
+        time.sleep(0.01)
+    return value
+
+
+class Process:
+    """A child whose lines of output arrive in a queue. Ended by its own pid, and never left behind."""
+
+    def __init__(self, command: list[str], **more: Any) -> None:
+        self.child = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **more
+        )
+        self.pid = self.child.pid
+        self.lines: queue.Queue[str | None] = queue.Queue()
+        self.log: list[str] = []
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        assert self.child.stdout is not None
+        with contextlib.suppress(ValueError):
+            for line in self.child.stdout:
+                self.log.append(line)
+                self.lines.put(line)
+        self.lines.put(None)
+
+    def _next(self, deadline: float) -> str | None:
+        try:
+            return self.lines.get(timeout=max(0.0, deadline - time.monotonic()))
+        except queue.Empty:
+            raise AssertionError(f"nothing more was said in time:\n{''.join(self.log[-30:])}") from None
+
+    def line_with(self, word: str, seconds: float = PATIENCE) -> str:
+        """The next line that contains `word`."""
+        deadline = time.monotonic() + seconds
+        while (line := self._next(deadline)) is not None:
+            if word in line:
+                return line
+        raise AssertionError(f"ended with {self.child.wait()} before saying {word!r}:\n{''.join(self.log[-30:])}")
+
+    def signal(self, number: int) -> None:
+        self.child.send_signal(number)
+
+    def kill(self) -> None:
+        """kill -9, and wait until it is gone."""
+        self.child.kill()
+        self.child.wait()
+
+    def freeze(self) -> None:
+        """SIGSTOP, and wait until it stands still."""
+        self.signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WNOWAIT)
+
+    def thaw(self) -> None:
+        self.signal(signal.SIGCONT)
+
+    def end(self) -> int:
+        """SIGTERM (SIGKILL for one that does not listen); the exit code."""
+        if self.child.poll() is None:
+            self.thaw()
+            self.child.terminate()
+            try:
+                self.child.wait(PATIENCE)
+            except subprocess.TimeoutExpired:
+                self.kill()
+        for stream in (self.child.stdin, self.child.stdout):
+            if stream is not None:
+                with contextlib.suppress(OSError):
+                    stream.close()
+        return self.child.wait()
+
+
+class Server(Process):
+    """A real `lmcache server`. `l1` is its size in MiB."""
+
+    def __init__(self, folder: Path, arena_dir: Path, l1: float, chunk: int, port: int, flags: tuple[str, ...]) -> None:
+        self.port, self.http_port = port, free_port()
+        self.address, self.arena_dir, self.socket_dir = f"tcp://127.0.0.1:{port}", arena_dir, folder
+        super().__init__(
+            [
+                *(sys.executable, "-m", "lmcache.cli.main", "server", "--eviction-policy", "LRU"),
+                *("--l1-size-gb", str(l1 / 1024), "--chunk-size", str(chunk)),
+                *("--port", str(port), "--http-host", "127.0.0.1", "--http-port", str(self.http_port)),
+                *("--socket-dir", str(folder), "--arena-dir", str(arena_dir), *flags),
+            ]
+        )
+
+    def get(self, path: str) -> Any:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.http_port}{path}", timeout=PATIENCE) as answer:
+                return json.load(answer)
+        except urllib.error.HTTPError as error:
+            raise AssertionError(f"{path}: {error.code} {error.read()!r}\n{self.complaints()}") from None
+
+    def status(self) -> Any:
+        return self.get("/status")
+
+    def counters(self) -> dict[str, float]:
+        counters: dict[str, float] = self.status()["counters"]
+        return counters
+
+    def clear(self) -> None:
+        request = urllib.request.Request(f"http://127.0.0.1:{self.http_port}/clear-cache", method="POST")
+        with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
+            assert json.load(answer)["status"] == "ok"
+
+    def healthy(self) -> bool:
+        return bool(self.get("/healthcheck") == {"status": "healthy"})
+
+    def complaints(self) -> str:
+        """The tracebacks in the log."""
+        return "".join(line for line in self.log if "INFO" not in line and "WARNING" not in line)[-5000:]
+
+    def socket_path(self) -> str:
+        (path,) = self.socket_dir.glob("*.sock")
+        return str(path)
+
+
+class EngineProcess(Process):
+    """An `Engine` in a process of its own."""
+
+    def __init__(self, prefix: tuple[str, ...] = (), **config: Any) -> None:
+        script = Path(__file__).with_name("engine_process.py")
+        super().__init__([*prefix, sys.executable, str(script), json.dumps(config)])
+
+    def say(self, **command: Any) -> None:
+        assert self.child.stdin is not None
+        self.child.stdin.write(json.dumps(command) + "\n")
+        self.child.stdin.flush()
+
+    def hear(self, seconds: float = PATIENCE) -> Any:
+        """The next answer; lines of the log are passed over."""
+        deadline = time.monotonic() + seconds
+        while True:
+            line = self._next(deadline)
+            assert line is not None, f"the engine has ended:\n{''.join(self.log[-30:])}"
+            with contextlib.suppress(json.JSONDecodeError):
+                return json.loads(line)
+
+    def ask(self, do: str, **command: Any) -> Any:
+        self.say(do=do, **command)
+        return self.hear()
+
+
+class Raw:
+    """A client that speaks the messages themselves, as an engine process of `instance`, over the Unix socket."""
+
+    def __init__(self, server: Server, instance: str = "raw", shards: int = 1, slot_bytes: int = 4096) -> None:
+        hello = m.Hello(m.PROTOCOL_VERSION, "test", instance, "raw", 0, os.getpid(), session=os.urandom(16))
+        self.hello, self.path = hello, server.socket_path()
+        self.layout = Layout("raw", "bfloat16", 1, 1, slot_bytes // 2, 1, kind="mla")
+        self.connect(shards, slot_bytes)
+
+    def connect(self, shards: int = 1, slot_bytes: int = 4096) -> None:
+        self.carrier = UnixCarrier(self.path, self.hello, PATIENCE)
+        os.close(self.carrier.descriptor)
+        chunk_tokens = self.carrier.welcome.chunk_tokens
+        layout = msgspec.structs.replace(self.layout, chunk_tokens=chunk_tokens)
+        for shard in range(shards):
+            self.space = self.ask(m.Register(layout, shards, shard, slot_bytes)).space
+
+    def ask(self, request: m.Message) -> Any:
+        return self.carrier.exchange(request, PATIENCE)[0]
+
+    def reserve(self, hashes: bytes, parent: bytes = b"", shard: int = 0) -> Any:
+        return self.ask(m.Reserve(self.space, shard, parent, not parent, hashes))
+
+    def store(self, hashes: bytes, parent: bytes = b"") -> int:
+        """Reserve and commit, without a byte; how many chunks were to be stored."""
+        granted = self.reserve(hashes, parent)
+        if granted.reservation:
+            self.ask(m.Commit(granted.reservation, True))
+        return len(hashes) // 16 - granted.slots.count(b"\xff\xff\xff\xff")
+
+    def hits(self, hashes: bytes) -> int:
+        """Chunks that are there; leaves no lease, but touches them."""
+        found = self.ask(m.Lookup(self.space, hashes))
+        self.ask(m.Release([found.lease]))
+        return found.chunks
+
+    def close(self) -> None:
+        self.carrier.close()

@@ -1,0 +1,169 @@
+"""An engine's sessions with a real server: what goes in comes out, bit for bit, and only that."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+
+from lmcache.engine import Load
+from servers import free_port
+
+
+def prompt(seed: int, tokens: int) -> list[int]:
+    return [
+        random.Random(seed).randrange(150_000) if at == 0 else (seed * 7919 + at * 31) % 150_000 for at in range(tokens)
+    ]
+
+
+@pytest.mark.parametrize(("chunk", "tokens"), [(1, 70), (16, 1000), (256, 1300)])
+@pytest.mark.parametrize("mode", ["auto", "payload"])
+def test_a_round_trip_keeps_every_bit(server, engine, chunk, tokens, mode):
+    one = engine(server(chunk=chunk), mode=mode, num_blocks=90)
+    ids, whole = prompt(1, tokens), tokens // chunk * chunk
+    assert one.lookup(ids) is None
+    assert one.store(ids) == whole
+    assert one.load(ids) == whole
+    assert one.store(ids) == 0, "what is there is not copied again"
+
+
+@pytest.mark.parametrize("block_tokens", [16, 128])
+def test_token_ranges_inside_blocks_and_chunks(server, engine, block_tokens):
+    """Hits that end inside a block, loads that start behind what the engine has already."""
+    one = engine(server(chunk=16), block_tokens=block_tokens, num_blocks=80)
+    ids = prompt(2, 300)
+    one.store(ids)
+    for start, end in [(0, 31), (0, 5), (17, 33), (100, 288), (287, 288), (16, 16 * 18)]:
+        assert one.load(ids, start, end) == end - start
+    assert one.load(ids[:31]) == 16
+    assert one.load(ids[:15]) == 0
+    longer = ids[:200] + prompt(3, 100)  # a shared prefix of 12 chunks and a half
+    assert one.load(longer) == 192
+
+
+def test_layouts_never_mix(server, engine):
+    """Several layouts in one server, with the same tokens: each gets its own bytes back, or nothing."""
+    cache, ids = server(chunk=16, l1=128), prompt(4, 400)
+    shapes = [(2, 2, 16, "a"), (2, 2, 16, "b"), (1, 4, 16, "a"), (3, 1, 40, "a")]
+    engines = [
+        engine(cache, f"e{n}", layers=layers, heads=heads, dims=dims, model=model)
+        for n, (layers, heads, dims, model) in enumerate(shapes)
+    ]
+    for one in engines:
+        assert one.lookup(ids) is None
+        assert one.store(ids) == 400
+    for one in engines:
+        assert one.load(ids) == 400
+    assert len(cache.status()["index"]["spaces"]) == len(shapes)
+
+
+def test_salts_and_adapters_see_only_their_own(server, engine):
+    one, ids = engine(server()), prompt(5, 64)
+    chain = one.scheduler.new_chain(cache_salt="tenant")
+    chain.extend(ids)
+    one.store(ids, chain=chain)
+    assert one.lookup(ids) is None
+    other = one.scheduler.new_chain(cache_salt="tenant", lora_name="adapter")
+    other.extend(ids)
+    assert one.scheduler.lookup(other) is None
+    hit = one.scheduler.lookup(chain)
+    assert hit is not None and hit.chunks == 4
+
+
+@pytest.mark.parametrize("mode", ["auto", "payload"])
+def test_a_chunk_is_there_once_both_ranks_have_stored_it(server, engine, mode):
+    cache, ids = server(), prompt(6, 320)
+    first = engine(cache, shards=2, shard=0, mode=mode)
+    second = engine(cache, shards=2, shard=1, scheduler=False, mode=mode)
+    chain = first.chain(ids)
+    first.store(ids)
+    assert first.lookup(ids) is None, "half a chunk is no chunk"
+    half = first.chain(ids[:160])
+    second.store(ids[:160], chain=half)
+    assert first.hit_tokens(ids) == 160
+    second.store(ids, first_chunk=10, chain=chain)
+    hit = first.lookup(ids)
+    assert hit is not None and hit.chunks == 20
+    for rank in (first, second):
+        rank.poison()
+        assert rank.wait(rank.submit_load(hit, 16, 0, 320, ids)).ok
+        assert rank.right(ids, 0, 320)
+    first.scheduler.release(hit)
+
+
+def test_two_engine_processes_share(server, engine, engine_process):
+    cache, ids = server(), prompt(7, 500)
+    other = engine_process(cache)
+    assert other.ask("store", ids=ids) == 496
+    one = engine(cache)
+    assert one.load(ids) == 496
+    more = ids[:496] + prompt(8, 100)
+    one.store(more)
+    assert other.ask("load", ids=more) == 592
+    assert cache.status()["counters"]["engine_processes"] == 4
+
+
+def test_an_engine_may_start_before_its_server(server, engine, folders):
+    port = free_port()
+
+    class Later:
+        address = f"tcp://127.0.0.1:{port}"
+
+    one = engine(Later, connect=False)
+    assert one.scheduler.new_chain() is None
+    assert not one.scheduler.connected
+    server(port=port)
+    one.connect()
+    ids = prompt(9, 100)
+    assert one.store(ids) == 96
+    assert one.load(ids) == 96
+
+
+def test_a_load_that_makes_no_sense_is_refused_and_touches_nothing(server, engine):
+    one, ids = engine(server()), prompt(10, 160)
+    one.store(ids)
+    hit = one.lookup(ids)
+    assert hit is not None
+    one.poison()
+    table, good = one.table(160), hit.shard_slots(0)
+    beyond = np.full(10, (1 << 32) - 2, dtype="<u4").tobytes()
+    for name, load in {
+        "slots beyond the arena": Load(hit.arena, hit.lease, 0, beyond, 0, 160, table),
+        "fewer slots than tokens": Load(hit.arena, hit.lease, 0, good[:8], 0, 160, table),
+        "no slots": Load(hit.arena, hit.lease, 0, b"", 0, 160, table),
+        "a torn slot": Load(hit.arena, hit.lease, 0, good[:-1], 0, 160, table),
+        "a block that is not": Load(hit.arena, hit.lease, 0, good, 0, 160, [*table[:-1], 10_000]),
+        "a block table too short": Load(hit.arena, hit.lease, 0, good, 0, 160, table[:-1]),
+        "another arena": Load(bytes(16), hit.lease, 0, good, 0, 160, table),
+    }.items():
+        one.worker.load(name, load)
+        done = one.wait(name)
+        assert not done.ok and done.tokens == 0, name
+        assert one.right(ids, 0, 0), name
+
+
+def test_jobs_that_wait_can_be_cancelled(server, engine):
+    """Preemption: what has not begun never touches the blocks; what has begun is waited for."""
+    one = engine(server(l1=128))
+    ids = prompt(11, 2000)
+    jobs = [one.submit_store(ids[: 400 * n]) for n in range(1, 6)]
+    assert one.worker.wait(jobs, 10.0) == set()
+    one.poison()  # nobody reads these blocks any more
+    ended = {}
+    while len(ended) < len(jobs):
+        assert one.worker.wait_finished(10.0)
+        ended |= {done.job_id: done for done in one.worker.finished()}
+    kept = one.hit_tokens(ids)
+    assert kept == 0 or one.load(ids) == kept
+
+
+def test_what_is_skipped_is_not_leased(server, engine):
+    cache = server()
+    one, ids = engine(cache), prompt(12, 160)
+    one.store(ids)
+    hit = one.lookup(ids, skip_tokens=100)
+    assert (hit.chunks, hit.first_chunk, len(hit.slots)) == (10, 6, 16)
+    assert one.lookup(ids, skip_tokens=160) is None
+    one.scheduler.release(hit)
+    assert cache.counters()["leases"] == 0

@@ -1,0 +1,427 @@
+"""Death, frost and nonsense on either side: never wrong bytes, never more than the deadline, nothing left for good."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import msgspec
+import pytest
+import zmq
+
+from engine_process import pause_once
+from lmcache.wire import messages as m
+from lmcache.wire.frames import frame
+from servers import PATIENCE, eventually, free_port
+
+SLACK = 0.4  # seconds that a busy test machine may add to a deadline
+L1_CHUNKS = 2048  # of 4096 bytes in 8 MiB
+
+
+def prompt(seed: int, tokens: int) -> list[int]:
+    return [seed * 1_000_003 % 100_000, *range(seed, seed + tokens - 1)]
+
+
+def fill_l1(one, seed: int, prompts: int) -> list[list[int]]:
+    """Store so many prompts of 512 chunks each; 4 of them fill L1."""
+    fresh = [prompt(seed + n, 512 * 16) for n in range(prompts)]
+    for ids in fresh:
+        one.store(ids)
+    return fresh
+
+
+# Slots that may still be touched: decision 1
+
+
+def test_a_writer_frozen_past_its_deadline_writes_into_nobodys_slots(server, engine, engine_process):
+    cache = server(l1=8, flags=("--lease-seconds", "1"))
+    writer, ids = engine_process(cache, "writer", num_blocks=64), prompt(1, 640)
+    writer.ask("pause", what="gather")
+    writer.say(do="store", ids=ids)
+    assert writer.hear() == {"midway": True}
+    writer.freeze()
+    eventually(lambda: cache.counters()["quarantined_bytes"] == 40 * 4096)
+    other = engine(cache, "other", num_blocks=520)
+    kept = fill_l1(other, 100, 5)[-3:]
+    assert other.lookup(ids) is None
+    writer.thaw()
+    writer.say(go=True)
+    assert writer.hear() == 0, "too late: nothing was stored"
+    for one in kept:
+        assert other.load(one) == 512 * 16, "the late half was written over somebody's chunks"
+    assert other.lookup(ids) is None
+    counters = cache.counters()
+    assert counters["quarantined_bytes"] == 0 and counters["reservations"] == 0
+    assert counters["expired_chunks_total"] == 40
+    assert writer.ask("store", ids=ids) == 640 and other.load(ids) == 640, "and it is welcome again"
+
+
+def test_a_reader_frozen_past_its_deadline_still_reads_the_right_bytes(server, engine, engine_process):
+    cache = server(l1=8, flags=("--lease-seconds", "1"))
+    reader, ids = engine_process(cache, "reader", num_blocks=64), prompt(2, 640)
+    reader.ask("store", ids=ids)
+    reader.ask("pause", what="scatter")
+    reader.say(do="load", ids=ids)
+    assert reader.hear() == {"midway": True}
+    reader.freeze()
+    eventually(lambda: cache.counters()["quarantined_bytes"] == 40 * 4096)
+    other = engine(cache, "other", num_blocks=520)
+    kept = fill_l1(other, 200, 5)[-3:]
+    cache.clear()
+    kept += fill_l1(other, 300, 3)
+    reader.thaw()
+    reader.say(go=True)
+    assert reader.hear() == 640, "the slots under a reader were given away"
+    assert all(other.load(one) == 512 * 16 for one in kept[-3:])
+    assert cache.counters()["quarantined_bytes"] == 0
+    assert cache.counters()["leases"] == 0
+
+
+def test_the_slots_of_a_killed_writer_are_free_again(server, engine, engine_process):
+    """A frozen one that never wakes up: when it is known dead, its quarantine ends."""
+    cache = server(l1=8, flags=("--lease-seconds", "1"))
+    writer = engine_process(cache, "writer", num_blocks=64)
+    writer.ask("pause", what="gather")
+    writer.say(do="store", ids=prompt(3, 640))
+    writer.hear()
+    writer.freeze()
+    eventually(lambda: cache.counters()["quarantined_bytes"])
+    writer.kill()
+    eventually(lambda: cache.counters()["quarantined_bytes"] == 0)
+    other = engine(cache, "other", num_blocks=520)
+    kept = fill_l1(other, 400, 4)
+    assert sum(other.hit_tokens(one) for one in kept) == L1_CHUNKS * 16
+
+
+def test_quarantine_is_capped(server, raw):
+    """An instance whose expired claims hold more than a quarter of L1 gets nothing new, until it gives something back."""
+    cache = server(l1=8, flags=("--lease-seconds", "1"))
+    client, other = raw(cache, "frozen"), raw(cache, "other")
+    hashes = os.urandom(16 * 600)
+    client.store(hashes)
+    lease = client.ask(m.Lookup(client.space, hashes)).lease
+    eventually(lambda: cache.counters()["quarantined_bytes"] == 600 * 4096)
+    refused = client.reserve(os.urandom(160))
+    assert (refused.refused, refused.reason) == (10, "quarantine")
+    assert client.ask(m.Lookup(client.space, hashes)).chunks == 0
+    assert other.hits(hashes) == 600 and other.store(os.urandom(160)) == 10
+    client.ask(m.Release([lease]))
+    assert client.store(os.urandom(160)) == 10
+
+
+# The server dies, freezes, comes back
+
+
+@pytest.mark.parametrize("mode", ["auto", "payload"])
+def test_a_server_killed_under_load_costs_one_deadline(server, engine, mode):
+    cache = server(l1=64)
+    one, ids = engine(cache, deadline=1.0, mode=mode, num_blocks=520), prompt(4, 8000)
+    one.store(ids)
+    longest, stop = [0.0], threading.Event()
+
+    def ask() -> None:
+        while not stop.is_set():
+            begin = time.monotonic()
+            one.hit_tokens(ids)
+            longest[0] = max(longest[0], time.monotonic() - begin)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    jobs = [one.submit_store(prompt(5 + n, 8000)) for n in range(3)]
+    cache.kill()
+    killed = time.monotonic()
+    for job in jobs:
+        one.wait(job)
+    assert time.monotonic() - killed < 2 * 1.0 + SLACK
+    eventually(lambda: not one.scheduler.connected)
+    stop.set()
+    asking.join()
+    assert longest[0] < 1.0 + SLACK
+    chain, begin = one.chain(ids), time.monotonic()
+    for _ in range(100):
+        assert one.scheduler.lookup(chain) is None
+    assert one.store(ids[:160]) == 0
+    assert time.monotonic() - begin < SLACK, "without a server, everything is a miss at once"
+    again = server(l1=64, port=cache.port)
+    eventually(lambda: one.scheduler.connected and one.worker.connected)
+    assert one.lookup(ids) is None
+    assert one.store(ids) == 8000 and one.load(ids) == 8000
+    assert again.counters()["engine_processes"] == 2
+
+
+def test_a_restart_between_two_calls_is_noticed_by_a_remote_engine(server, engine):
+    """ZMQ reconnects by itself and says nothing: the engine must not go on with the number of a former server's lease."""
+    cache = server()
+    one, ids = engine(cache, mode="payload", deadline=2.0), prompt(6, 320)
+    one.store(ids)
+    hit = one.lookup(ids)
+    cache.kill()
+    server(port=cache.port)
+    assert one.load(ids, hit=hit) == -1, "another server's lease"
+    eventually(lambda: one.lookup(ids) is None and one.scheduler.connected and one.worker.connected)
+    assert one.store(ids) == 320
+    assert one.load(ids) == 320
+
+
+def test_loads_from_the_mapped_arena_outlive_the_server(server, engine):
+    cache = server()
+    one, ids = engine(cache), prompt(7, 1600)
+    one.store(ids)
+    hit = one.lookup(ids)
+    cache.kill()
+    eventually(lambda: not one.worker.connected)
+    assert one.load(ids, hit=hit) == 1600
+
+
+def test_a_new_server_is_used_at_once_though_the_rank_learns_of_it_later(server, engine):
+    """The scheduler's first hits of the new server wait for the rank's connection, not for their deadline."""
+    cache = server()
+    one, ids = engine(cache, deadline=5.0), prompt(8, 320)
+    cache.kill()
+    gate, register = threading.Event(), one.worker._register
+    one.worker._link._on_welcome = lambda *all: (gate.wait(PATIENCE), register(*all))
+    new = server(port=cache.port)
+    helper = engine(new, "helper")
+    helper.store(ids)
+    eventually(lambda: one.scheduler.connected)
+    hit = one.lookup(ids)
+    assert hit is not None and hit.chunks == 20
+    one.poison()
+    job = one.submit_load(hit, 16, 0, 320, ids)
+    assert not one.worker.wait_finished(0.1)
+    begin = time.monotonic()
+    gate.set()
+    assert one.wait(job).ok and one.right(ids, 0, 320)
+    assert time.monotonic() - begin < 2.0
+
+
+@pytest.mark.parametrize("mode", ["auto", "payload"])
+def test_a_frozen_server_costs_one_deadline_not_one_a_call(server, engine, mode):
+    cache = server()
+    one, ids = engine(cache, deadline=0.5, mode=mode), prompt(9, 640)
+    one.store(ids)
+    cache.freeze()
+    begin = time.monotonic()
+    job = one.submit_store(prompt(10, 640))
+    assert one.lookup(ids) is None
+    assert time.monotonic() - begin < 0.5 + SLACK
+    one.wait(job)
+    chain, begin = one.chain(ids), time.monotonic()
+    for _ in range(100):
+        assert one.scheduler.lookup(chain) is None
+    assert time.monotonic() - begin < 0.2, "it is known to be frozen"
+    cache.thaw()
+    eventually(lambda: one.scheduler.connected and one.worker.connected)
+    assert one.load(ids) == 640, "what it held is still there"
+    eventually(lambda: cache.counters()["leases"] == 0)  # that of the lookup whose answer came too late has ended too
+    assert cache.counters()["reservations"] == 0
+
+
+def test_no_slot_is_freed_under_a_copy_when_the_connection_is_lost(server, engine, engine_process):
+    """The link breaks while a store is half done: the session says hello again only when that copy has ended."""
+    cache = server(l1=8)
+    one, ids = engine(cache, num_blocks=64), prompt(11, 640)
+    midway, go = threading.Event(), threading.Event()
+    pause_once(one.worker._copier, "gather", lambda: (midway.set(), go.wait(PATIENCE)))
+    job = one.submit_store(ids)
+    assert midway.wait(PATIENCE)
+    one.worker._link._carrier._socket.shutdown(socket.SHUT_RDWR)  # as when the server hangs up
+    eventually(lambda: not one.worker.connected)
+    other = engine_process(cache, "other", num_blocks=520)
+    kept = [prompt(500 + n, 512 * 16) for n in range(5)]
+    for fresh in kept:
+        other.ask("store", ids=fresh)
+    assert not one.worker.connected, "it must not say hello yet"
+    go.set()
+    assert one.wait(job).tokens == 0
+    eventually(lambda: one.worker.connected)
+    for fresh in kept[-3:]:
+        assert other.ask("load", ids=fresh) == 512 * 16
+    assert one.lookup(ids) is None
+
+
+# Somebody else on the port
+
+
+class Nonsense:
+    """A raw TCP listener that does `what` with every connection."""
+
+    def __init__(self, what: Callable[[socket.socket], None]) -> None:
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.address = f"tcp://127.0.0.1:{self.listener.getsockname()[1]}"
+        self.open: list[socket.socket] = []
+        self._what = what
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                sock, _ = self.listener.accept()
+                self.open.append(sock)
+                with contextlib.suppress(OSError):
+                    self._what(sock)
+
+    def close(self) -> None:
+        self.listener.close()
+        for sock in self.open:
+            sock.close()
+
+
+@pytest.mark.parametrize("what", ["says nothing", "hangs up", "junk", "http"])
+def test_something_else_on_the_port_costs_nothing(engine, what):
+    acts = {
+        "says nothing": lambda sock: None,
+        "hangs up": lambda sock: sock.close(),
+        "junk": lambda sock: sock.sendall(os.urandom(100_000)),
+        "http": lambda sock: sock.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n"),
+    }
+    stranger = Nonsense(acts[what])
+    one = engine(stranger, connect=False)
+    eventually(lambda: stranger.open)
+    begin = time.monotonic()
+    assert not one.scheduler.connected and one.scheduler.new_chain() is None
+    assert time.monotonic() - begin < 0.1
+    begin = time.monotonic()
+    one.close()
+    assert time.monotonic() - begin < 3.0
+    stranger.close()
+
+
+WELCOME = m.Welcome(m.PROTOCOL_VERSION, "test", b"s" * 16, 16, "", b"a" * 16, 1 << 20)
+
+
+class Impostor:
+    """A ZMQ server that speaks our protocol up to a point: `answers` maps a request's type to what it says."""
+
+    def __init__(self, answers: Callable[[int, m.Message], list[bytes] | None], port: int = 0) -> None:
+        self.context = zmq.Context()
+        self.socket = self.context.socket(zmq.ROUTER)
+        self.socket.linger = 0
+        self.port = port or free_port()
+        self.address = f"tcp://127.0.0.1:{self.port}"
+        self.socket.bind(self.address)
+        self.answers, self.asked, self.stop = answers, 0, threading.Event()
+        self.thread = threading.Thread(target=self._serve, daemon=True)
+        self.thread.start()
+
+    def _serve(self) -> None:
+        while not self.stop.is_set():
+            if self.socket.poll(20):
+                identity, head, *_ = self.socket.recv_multipart()
+                self.asked += 1
+                frames = self.answers(*m.decode_request(head))
+                if frames is not None:
+                    self.socket.send_multipart([identity, *frames])
+
+    def close(self) -> None:
+        self.stop.set()
+        self.thread.join()
+        self.socket.close()
+        self.context.term()
+
+
+@pytest.fixture
+def impostor() -> Iterator[Callable[..., Impostor]]:
+    made: list[Impostor] = []
+
+    def make(answers: Callable[[int, m.Message], list[bytes] | None]) -> Impostor:
+        made.append(Impostor(answers))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+@pytest.mark.parametrize(
+    "says",
+    [
+        [b""],
+        [b"\xc1" * 50],
+        [b"\x91" * 100_000],
+        [msgspec.msgpack.encode([1, [2]])],
+        [m.encode(1, m.Found(1 << 62, 1, b""))],
+        [m.encode(9, WELCOME)],
+        [m.encode(1, msgspec.structs.replace(WELCOME, version=7))],
+        [m.encode(1, msgspec.structs.replace(WELCOME, chunk_tokens=-1))],
+        [m.encode(1, msgspec.structs.replace(WELCOME, socket_path="/dev/null"))],
+        [m.encode(1, msgspec.structs.replace(WELCOME, socket_path="/nowhere\0", cookie_path="\0.cookie"))],
+        [m.encode(1, m.Error("version", "too old"))],
+    ],
+)
+def test_a_fake_that_answers_nonsense_to_hello_is_not_a_server(engine, impostor, server, says):
+    fake = impostor(lambda sequence, request: says)
+    one = engine(fake, connect=False)
+    eventually(lambda: fake.asked >= 3)
+    assert not one.scheduler.connected and not one.worker.connected
+    fake.close()
+    cache = server(port=fake.port)
+    one.connect()
+    assert one.store(prompt(12, 160)) == 160, "a real one on the same port is found"
+    assert cache.healthy()
+
+
+def test_the_engine_names_both_versions(engine, impostor, caplog):
+    future = msgspec.structs.replace(WELCOME, version=7, software="9.9")
+    fake = impostor(lambda sequence, request: [m.encode(sequence, future)])
+    engine(fake, connect=False)
+    eventually(lambda: "protocol 1" in caplog.text)
+    assert "the server 7 (lmcache 9.9)" in caplog.text and "upgrade the engine's lmcache package" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        None,
+        b"",
+        b"\x92\x01\x02",
+        m.Ok(),
+        m.Error("refused", "no"),
+        m.Found(1 << 62, 1, b""),
+        m.Found(-1, 1, b"\0" * 16),
+        m.Found(4, 1, b"\0" * 15),
+        m.Found(400, 1, b"\0" * 1600),
+        m.Found(0, 1, b""),
+        m.Welcome(1, "", b"", 16, "", b"", 1),
+    ],
+)
+def test_nonsense_in_answer_to_a_lookup_is_a_miss(engine, impostor, found):
+    def answers(sequence: int, request: m.Message) -> list[bytes] | None:
+        if isinstance(request, m.Hello):
+            return [m.encode(sequence, WELCOME)]
+        if isinstance(request, m.Register):
+            return [m.encode(sequence, m.Registered(0))]
+        if isinstance(request, m.Lookup):
+            return None if found is None else [found if isinstance(found, bytes) else m.encode(sequence, found)]
+        if isinstance(request, m.Reserve):
+            return [m.encode(sequence, m.Reserved(1, b"\0" * 7, 0))]
+        return [m.encode(sequence, m.Ok())]
+
+    one = engine(impostor(answers), mode="payload", deadline=0.5)
+    ids, begin = prompt(13, 64), time.monotonic()
+    assert one.lookup(ids) is None
+    assert time.monotonic() - begin < 0.5 + SLACK
+    eventually(lambda: one.worker.connected)
+    assert one.store(ids) == 0
+
+
+def test_a_fake_behind_the_unix_socket_costs_at_most_the_deadline(engine, impostor, folders):
+    """The welcome leads to a Unix socket whose owner says junk, or nothing."""
+    folder = folders("/tmp")
+    for n, say in enumerate([b"", b"\xff" * 64, frame(b"junk"), frame(m.encode(0, m.Error("refused", "no")))]):
+        path = str(folder / f"{n}.sock")
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(path)
+            listener.listen(8)
+            welcome = msgspec.structs.replace(WELCOME, socket_path=path)
+            fake = impostor(lambda sequence, request, welcome=welcome: [m.encode(sequence, welcome)])
+            one = engine(fake, f"e{n}", connect=False)
+            sock, _ = listener.accept()
+            with sock:
+                sock.sendall(say)
+                assert not one.scheduler.connected
+            one.close()

@@ -1,0 +1,197 @@
+"""Engines that cannot map the arena: payload frames, and who may speak over the network."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from concurrent.futures import Future
+from pathlib import Path
+
+import pytest
+import zmq
+
+from lmcache.cache import Heart
+from lmcache.chunks import Layout
+from lmcache.server.loop import Loop
+from lmcache.server.service import Peer, Service
+from lmcache.wire import auth
+from lmcache.wire import messages as m
+from lmcache.wire.carriers import ZmqCarrier
+from servers import PATIENCE, eventually
+
+
+def key_file(folder: Path, name: str = "key", mode: int = 0o600) -> Path:
+    path = folder / name
+    path.write_bytes(zmq.curve_keypair()[1])
+    path.chmod(mode)
+    return path
+
+
+def payload_hello(proof: bytes = b"", session: bytes = b"x") -> m.Hello:
+    return m.Hello(m.PROTOCOL_VERSION, "test", "remote", "worker", 0, 1, payload=True, proof=proof, session=session)
+
+
+def test_payload_engines_and_mapped_ones_share(server, engine):
+    cache, ids = server(), list(range(1000))
+    near, far = engine(cache, "near"), engine(cache, "far", mode="payload")
+    near.store(ids[:512])
+    assert far.load(ids[:512], 100, 333) == 233
+    far.store(ids)
+    assert near.load(ids) == 992
+    faces = {one["instance"]: one["payload_frames"] for one in cache.status()["engines"]}
+    assert faces == {"near": False, "far": True}
+    far.close()
+    eventually(lambda: cache.counters()["engine_processes"] == 2, 5.0)
+
+
+def test_a_payload_load_may_begin_inside_a_lease(server, engine):
+    one, ids = engine(server(), mode="payload"), list(range(640))
+    one.store(ids)
+    hit = one.lookup(ids, skip_tokens=100)
+    assert hit is not None and hit.first_chunk == 6
+    assert one.load(ids, 200, 600, hit=hit) == 400
+
+
+def test_a_payload_engine_needs_the_cookie(server, engine):
+    cache = server()
+    (cookie,) = cache.socket_dir.glob("*.cookie")
+    assert cookie.stat().st_mode & 0o777 == 0o600
+    carrier = ZmqCarrier(cache.address)
+    for proof in (b"", b"guess" * 10, auth.proof(b"c" * 32, b"s" * 16)):
+        answer, _ = carrier.exchange(payload_hello(proof), PATIENCE)
+        assert isinstance(answer, m.Error) and answer.code == "refused" and "--auth-key-file" in answer.text
+    for request in (m.Lookup(0, bytes(16)), m.Clear(), m.Reserve(0, 0, b"", True, bytes(16)), m.Fetch(1, 0, 0, 1)):
+        answer, frames = carrier.exchange(request, PATIENCE)
+        assert isinstance(answer, m.Error) and answer.code == "hello" and not frames
+    right = auth.proof(cookie.read_bytes(), carrier.exchange(m.Hello(1, "", "", "", 0, 0), PATIENCE)[0].server)
+    assert isinstance(carrier.exchange(payload_hello(right), PATIENCE)[0], m.Welcome)
+    carrier.close()
+    cookie.chmod(0o644)  # no longer a secret: the engine does not trust it
+    one = engine(cache, "late", mode="payload", connect=False)
+    assert not one.scheduler.wait_connected(1.0)
+
+
+def test_payload_requests_that_do_not_fit_are_refused(server, engine):
+    """Wrong sizes, slots of others, a commit while the bytes are on their way, and more than a message may hold."""
+    cache = server()
+    (cookie,) = cache.socket_dir.glob("*.cookie")
+    carrier = ZmqCarrier(cache.address)
+    told = carrier.exchange(m.Hello(1, "", "", "", 0, 0), PATIENCE)[0]
+
+    def ask(request: m.Message, frames=()):
+        return carrier.exchange(request, PATIENCE, frames)
+
+    ask(payload_hello(auth.proof(cookie.read_bytes(), told.server)))
+    space = ask(m.Register(Layout("r", "bfloat16", 1, 1, 64, 16, kind="mla"), 1, 0, 2048))[0].space
+    granted = ask(m.Reserve(space, 0, b"", True, os.urandom(64)))[0]
+    fill = granted.reservation
+    bad = [
+        (m.Fill(fill, 0), [b"x" * 2047]),
+        (m.Fill(fill, 0), [b"x" * 2048] * 5),
+        (m.Fill(fill, 4), [b"x" * 2048]),
+        (m.Fill(fill, -1), [b"x" * 2048]),
+        (m.Fill(fill + 1, 0), [b"x" * 2048]),
+        (m.Fetch(fill, 0, 0, 1), []),
+    ]
+    for request, frames in bad:
+        assert ask(request, frames)[0].code == "refused", request
+    assert isinstance(ask(m.Fill(fill, 1), [b"a" * 2048, b"b" * 2048])[0], m.Ok)
+    assert ask(m.Commit(fill, False))[0] == m.Ok(0)
+    carrier.close()
+
+
+def test_a_session_back_while_its_bytes_are_copied_gets_a_new_number():
+    """An I/O thread still writes for the former connection: its slots must not be given away by the new hello."""
+
+    class Later:
+        def submit(self, run):
+            self.run = run
+            return Future()
+
+    class NoArena:
+        id, size_bytes, backed_bytes = b"a" * 16, 8 << 20, 8 << 20
+
+        class headers:
+            committed = freed = cleared = staticmethod(lambda *_: None)
+
+        class mapping:
+            view = staticmethod(lambda offset, size: bytearray(size))
+
+    workers, loop = Later(), Loop()
+    service, answers = Service(loop, Heart(8 << 20), NoArena(), 16, workers), []
+
+    def ask(peer, request, frames=()):
+        service.handle(peer, request, list(frames), lambda answer, payload: answers.append(answer))
+        return answers[-1]
+
+    first, second = Peer("ZMQ"), Peer("ZMQ")
+    ask(first, payload_hello())
+    space = ask(first, m.Register(Layout("r", "bfloat16", 1, 1, 64, 16, kind="mla"), 1, 0, 2048)).space
+    fill = ask(first, m.Reserve(space, 0, b"", True, os.urandom(32))).reservation
+    ask(first, m.Fill(fill, 0), [b"x" * 2048] * 2)
+    assert first.busy == 1
+    ask(second, payload_hello())
+    assert first.process != second.process and service.heart.open_reservations == 1
+    assert ask(first, m.Commit(fill, True)).code == "refused", "the bytes are still on their way"
+    service.gone(first)
+    assert service.heart.open_reservations == 1, "not before the copy has ended"
+    workers.run()
+    while loop._calls:
+        loop._calls.popleft()()
+    assert service.heart.open_reservations == 0 and len(service.peers) == 1
+    loop.close()
+
+
+def test_with_a_key_file_only_who_has_it_is_heard(server, engine, tmp_path):
+    right, wrong = key_file(tmp_path), key_file(tmp_path, "wrong")
+    cache, ids = server(flags=("--auth-key-file", str(right))), list(range(320))
+    for mode in ("auto", "payload"):
+        one = engine(cache, mode, key_file=str(right), mode=mode, model=mode)
+        assert one.store(ids) == 320 and one.load(ids) == 320
+    intruders = [engine(cache, f"i{n}", key_file=key, connect=False) for n, key in enumerate([str(wrong), None])]
+    assert not any(one.scheduler.wait_connected(1.5) for one in intruders)
+    carrier = ZmqCarrier(cache.address, wrong)
+    with pytest.raises(Exception, match="no answer"):
+        carrier.exchange(payload_hello(), 1.0)
+    carrier.close()
+    assert cache.counters()["engine_processes"] == 4
+
+
+def test_beyond_loopback_nothing_starts_without_a_key(server):
+    with pytest.raises(AssertionError, match="--auth-key-file"):
+        server(flags=("--host", "0.0.0.0"))
+
+
+@pytest.mark.skipif(os.getuid() != 0 or not shutil.which("ip"), reason="needs root and iproute2")
+def test_two_network_namespaces(server, engine_process, tmp_path):
+    """The engine sees neither the server's sockets nor its memory: only an address over a veth pair."""
+    name, net = f"lm{os.getpid()}"[:14], os.getpid() % 250
+    host, guest = f"10.213.{net}.1", f"10.213.{net}.2"
+
+    def ip(*words: str) -> None:
+        subprocess.run(["ip", *words], check=True, capture_output=True)
+
+    try:
+        ip("netns", "add", name)
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"no network namespaces here: {error.stderr!r}")
+    try:
+        ip("link", "add", f"{name}h", "type", "veth", "peer", "name", f"{name}g", "netns", name)
+        ip("addr", "add", f"{host}/30", "dev", f"{name}h")
+        ip("link", "set", f"{name}h", "up")
+        ip("-n", name, "addr", "add", f"{guest}/30", "dev", f"{name}g")
+        ip("-n", name, "link", "set", f"{name}g", "up")
+        key = key_file(tmp_path)
+        cache = server(flags=("--host", host, "--auth-key-file", str(key)))
+        assert any(f"every host with a way to {host}" in line for line in cache.log)
+        hide = f'mount -t tmpfs none {cache.socket_dir} && mount -t tmpfs none {cache.arena_dir} && exec "$@"'
+        prefix = ("ip", "netns", "exec", name, "unshare", "-m", "sh", "-c", hide, "sh")
+        far = engine_process(cache, prefix=prefix, address=f"tcp://{host}:{cache.port}", key_file=str(key))
+        ids = list(range(640))
+        assert far.ask("store", ids=ids) == 640
+        assert far.ask("load", ids=ids) == 640
+        assert all(one["payload_frames"] for one in cache.status()["engines"])
+    finally:
+        subprocess.run(["ip", "netns", "del", name], check=False)
+        subprocess.run(["ip", "link", "del", f"{name}h"], check=False, capture_output=True)

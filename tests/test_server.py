@@ -1,0 +1,371 @@
+"""The server as a whole, spoken to in its own messages: who is there, what is kept, what is given away and when."""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+import struct
+import subprocess
+import sys
+import time
+
+import msgspec
+import pytest
+import zmq
+
+from lmcache.wire import messages as m
+from lmcache.wire.carriers import UnixCarrier
+from lmcache.wire.frames import FrameReader, frame
+from servers import PATIENCE, eventually
+
+
+def chain(seed: int, chunks: int) -> bytes:
+    return random.Random(seed).randbytes(16 * chunks)
+
+
+# What is kept
+
+
+def test_a_burst_keeps_all_of_the_newest_and_the_order_is_exact(server, raw):
+    """Three times what fits is offered; a prompt that was asked for in between counts as new again."""
+    client = raw(server(l1=8))
+    prompts = [chain(n, 32) for n in range(192)]  # 64 of them fit
+    for n, one in enumerate(prompts):
+        assert client.store(one) == 32, "new data is never dropped while something older may go"
+        if n % 20 == 0:
+            assert client.hits(prompts[0]) == 32, "touched again and again, so never the oldest"
+    kept = [n for n, one in enumerate(prompts) if client.hits(one) == 32]
+    assert kept == [0, *range(192 - 63, 192)]
+    assert all(client.hits(one) == 0 for n, one in enumerate(prompts) if n not in kept)
+
+
+def test_the_tail_of_a_prompt_goes_first(server, raw):
+    client = raw(server(l1=8))
+    long = chain(1, 1500)
+    client.store(long)
+    assert client.store(chain(2, 1000)) == 1000
+    assert client.hits(long) == 2048 - 1000
+
+
+def test_what_was_never_committed_is_never_there(server, raw):
+    cache = server(l1=8)
+    client, other = raw(cache, "one"), raw(cache, "two")
+    hashes = chain(3, 8)
+    granted = client.reserve(hashes)
+    assert other.hits(hashes) == 0
+    assert other.reserve(hashes).reservation == 0, "one at a time fills a slot"
+    assert client.ask(m.Commit(granted.reservation, False)) == m.Ok(0)
+    assert other.hits(hashes) == 0
+    granted = client.reserve(hashes)
+    assert isinstance(other.ask(m.Commit(granted.reservation, True)), m.Error), "only who reserved commits"
+    assert other.hits(hashes) == 0
+    client.ask(m.Commit(granted.reservation, True))
+    assert other.hits(hashes) == 8
+    assert cache.counters()["reservations"] == 0
+
+
+def test_clear_empties_the_index_at_once_and_leased_slots_later(server, engine, raw):
+    """The reader's bytes stay as they were, though all of L1 is filled anew."""
+    cache = server(l1=8)
+    one, filler = engine(cache, num_blocks=64), raw(cache, "filler")
+    ids = [n * 3 for n in range(960)]
+    one.store(ids)
+    hit = one.lookup(ids)
+    cache.clear()
+    assert one.hit_tokens(ids) == 0
+    assert cache.counters()["chunks"] == 0
+    assert cache.status()["arena"]["used_bytes"] == 60 * 4096, "the reader's slots are not free yet"
+    other = engine(cache, "another", num_blocks=70)
+    for n in range(40):
+        other.store([n] * 1024)
+    assert one.load(ids, hit=hit) == 960
+    assert one.hit_tokens(ids) == 0
+    filler.store(chain(4, 2048))
+    assert cache.status()["arena"]["used_bytes"] > 7 << 20
+
+
+# Who is there
+
+
+def test_a_killed_engine_leaves_nothing_behind(server, engine_process, raw):
+    """kill -9 with leases and with a copy under way: both have ended within a second."""
+    cache = server(l1=8)
+    process, ids = engine_process(cache, num_blocks=64), list(range(320))
+    process.ask("store", ids=ids)
+    assert process.ask("hold", ids=ids) == 20
+    process.ask("pause", what="gather")
+    process.say(do="store", ids=list(range(1000, 1640)))
+    assert process.hear() == {"midway": True}
+    before = cache.counters()
+    assert (before["leases"], before["reservations"], before["engine_processes"]) == (1, 1, 2)
+    process.kill()
+    killed = time.monotonic()
+    eventually(lambda: cache.counters()["engine_processes"] == 0)
+    assert time.monotonic() - killed < 1.0
+    after = cache.counters()
+    assert (after["leases"], after["reservations"], after["chunks"]) == (0, 0, 20)
+    assert raw(cache).store(chain(5, 2048)) == 2048
+
+
+def test_a_child_that_holds_the_socket_does_not_hide_its_parents_death(server, engine_process):
+    cache = server(l1=8)
+    process = engine_process(cache)
+    child = process.ask("fork")
+    try:
+        process.kill()
+        eventually(lambda: cache.counters()["engine_processes"] == 0, 2.0)
+    finally:
+        os.kill(child, 9)
+
+
+def test_leases_hold_until_the_last_process_of_the_instance_is_gone(server, engine_process, raw):
+    """The scheduler is dead, but a rank may still be reading."""
+    cache = server(l1=8)
+    rank, scheduler = engine_process(cache, "tp", scheduler=False), engine_process(cache, "tp")
+    scheduler.ask("store", ids=list(range(320)))
+    scheduler.ask("hold", ids=list(range(320)))
+    scheduler.kill()
+    eventually(lambda: cache.counters()["engine_processes"] == 1)
+    assert cache.counters()["leases"] == 1
+    other = raw(cache)
+    assert other.store(chain(6, 2048)) < 2048, "the region of the leased slots is not to be had"
+    rank.kill()
+    eventually(lambda: cache.counters()["leases"] == 0)
+    assert other.store(chain(7, 2048)) == 2048
+
+
+def test_leases_whose_answers_got_lost_end_when_the_engine_is_back(server, raw):
+    cache = server(l1=8)
+    client, hashes = raw(cache), chain(7, 10)
+    client.store(hashes)
+    known = client.ask(m.Lookup(client.space, hashes)).lease
+    client.carrier.post(m.Lookup(client.space, hashes))  # nobody waits for this answer
+    eventually(lambda: cache.counters()["leases"] == 2)
+    client.close()
+    client.connect()
+    assert client.ask(m.Hold([known])) == m.Ok(1)
+    assert cache.counters()["leases"] == 1
+    assert client.ask(m.Release([known])) == m.Ok(1)
+    assert cache.counters()["leases"] == 0
+
+
+def test_a_session_that_comes_back_is_known_and_its_former_connection_counts_no_more(server, raw):
+    cache = server(l1=8)
+    client, hashes = raw(cache), chain(8, 4)
+    reservation = client.reserve(hashes).reservation
+    former = client.carrier
+    client.connect()
+    assert former.wait_for_end(PATIENCE)
+    assert cache.counters()["reservations"] == 0
+    assert isinstance(client.ask(m.Commit(reservation, True)), m.Error), "its claim has ended"
+    assert client.hits(hashes) == 0
+    assert len(cache.status()["engines"]) == 1
+    descriptors = len(os.listdir(f"/proc/{cache.pid}/fd"))
+    for _ in range(20):
+        client.connect()
+    assert len(os.listdir(f"/proc/{cache.pid}/fd")) <= descriptors + 1
+
+
+def test_one_connection_is_one_session(server, raw):
+    cache = server(l1=8)
+    client = raw(cache)
+    answer = client.ask(msgspec.structs.replace(client.hello, instance="another"))
+    assert isinstance(answer, m.Error) and "before" in answer.text
+    assert cache.counters()["engine_processes"] == 1
+
+
+def test_goodbye_ends_every_claim(server, raw):
+    cache = server(l1=8)
+    client, hashes = raw(cache), chain(9, 4)
+    client.store(hashes)
+    client.ask(m.Lookup(client.space, hashes))
+    client.reserve(chain(10, 4))
+    client.ask(m.Bye())
+    counters = cache.counters()
+    assert (counters["leases"], counters["reservations"], counters["engine_processes"]) == (0, 0, 0)
+    assert isinstance(client.ask(m.Lookup(client.space, hashes)), m.Error)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can be somebody else")
+def test_another_user_is_turned_away(server, folders):
+    cache = server(l1=8)
+    stranger = (
+        "import os, sys, socket; s = socket.socket(socket.AF_UNIX); s.settimeout(10); os.setgid(65534); os.setuid(65534)\n"
+        "try: s.connect(sys.argv[1]); print(s.recv(4096))\n"
+        "except PermissionError: print('no way in')"
+    )
+
+    def attempt() -> str:
+        command = [sys.executable, "-c", stranger, cache.socket_path()]
+        return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE).stdout
+
+    assert "no way in" in attempt()
+    os.chmod(cache.socket_dir, 0o755)
+    os.chmod(cache.socket_path(), 0o666)  # even if somebody opened the door
+    assert "user 65534" in attempt()
+    (arena,) = cache.arena_dir.glob("*.arena")
+    assert arena.stat().st_mode & 0o777 == 0o600
+    assert cache.counters()["turned_away_total"] == 1
+
+
+# What strangers send
+
+
+def absurd_messages(client_space: int) -> list[bytes]:
+    """Messages of the right form with numbers that make no sense."""
+    out = []
+    for number in (-1, 2**31, 2**32 - 1, 2**63 - 1, 2**64 - 1):
+        out += [
+            [4, number, bytes(16)],
+            [4, client_space, bytes(16), number],
+            [5, [number] * 3],
+            [6, client_space, number, b"", True, bytes(16)],
+            [6, number, 0, bytes(16), False, bytes(16)],
+            [7, number, True],
+            [8, "load", number, 1e308, number],
+            [8, "store", 1, float("inf"), 0],
+            [8, "store", 1, float("nan"), 0],
+            [9, number, number, number, number],
+            [10, number, number],
+            [12, number, 'odd"}\n{reason'],
+            [14, [number]],
+            [3, layout(), number, 0, 4096],
+            [3, layout(), 2, number, 4096],
+            [3, layout(), 1, 0, number],
+            [3, layout(num_layers=number), 1, 0, 4096],
+            [3, layout(chunk_tokens=number), 1, 0, 4096],
+        ]
+    out += [
+        [4, client_space, bytes(17)],
+        [6, client_space, 0, b"short", False, bytes(16)],
+        [5, []],
+        [4, client_space, b""],
+    ]
+    out += [
+        [6, client_space, 0, b"", True, bytes(15)],
+        [3, layout(num_layers=0), 1, 0, 1],
+        [3, layout(kv_dtype="int3"), 1, 0, 1],
+    ]
+    out += [[1, 99, "future", "i", "r", 0, 1], [1, -5, "past", "i", "r", 0, 1], [2, "more", "fields"], [99], [], [None]]
+    out += [[5, [1] * 70_000], [6, client_space, 0, b"", True, bytes(16 * 20_000)]]
+    return [msgspec.msgpack.encode([n + 1, body]) for n, body in enumerate(out)]
+
+
+def layout(**changes: object) -> dict[str, object]:
+    good = {
+        "model_id": "m",
+        "kv_dtype": "bfloat16",
+        "num_layers": 1,
+        "num_kv_heads": 1,
+        "head_size": 8,
+        "chunk_tokens": 16,
+    }
+    return good | changes
+
+
+def garbage(seed: int, count: int) -> list[bytes]:
+    """Random bytes, cut-off messages, huge announced lengths, deep nests, wrong types."""
+    dice, out = random.Random(seed), []
+    samples = absurd_messages(0)[:100]
+    for _ in range(count):
+        match dice.randrange(5):
+            case 0:
+                out.append(dice.randbytes(dice.randrange(60)))
+            case 1:
+                good = dice.choice(samples)
+                out.append(good[: dice.randrange(len(good))])
+            case 2:
+                out.append(dice.choice([b"\xdd", b"\xdf", b"\xc6", b"\xdb"]) + b"\xff\xff\xff\xfe" + dice.randbytes(8))
+            case 3:
+                out.append(dice.choice([b"\x91", b"\x81"]) * dice.choice([10, 5000, 200_000]))
+            case _:
+                flipped = bytearray(dice.choice(samples))
+                flipped[dice.randrange(len(flipped))] ^= 1 << dice.randrange(8)
+                out.append(bytes(flipped))
+    return out
+
+
+def test_malformed_messages_over_zmq_never_stop_anything(server, raw):
+    cache = server(l1=8)
+    client = raw(cache)
+    client.store(chain(11, 4))
+    with zmq.Context() as context, context.socket(zmq.DEALER) as door:
+        door.linger = 0
+        door.rcvhwm = door.sndhwm = 0
+        door.connect(cache.address)
+        messages = garbage(1, 1500) + absurd_messages(0)
+        for at in range(0, len(messages), 50):
+            for one in messages[at : at + 50]:
+                door.send(one)
+            for _ in messages[at : at + 50]:
+                assert door.poll(PATIENCE * 1000), "every message gets an answer"
+                m.decode_answer(door.recv())
+        for frames in ([b""], [b"", b""], [b"x"] * 100, [msgspec.msgpack.encode([7, [2]]), b"y" * 100_000]):
+            door.send_multipart(frames)
+            assert door.poll(PATIENCE * 1000)
+            m.decode_answer(door.recv())
+    with socket.create_connection(("127.0.0.1", cache.port)) as plain:
+        plain.sendall(b"GET / HTTP/1.1\r\n\r\n" + os.urandom(1000))
+    assert client.hits(chain(11, 4)) == 4
+    assert cache.healthy()
+    counters = cache.counters()
+    assert counters["internal_errors_total"] == 0 and counters["loop_errors_total"] == 0, cache.complaints()
+    assert counters["malformed_messages_total"] > 1000
+
+
+def test_malformed_messages_over_the_unix_socket_never_stop_anything(server, raw):
+    cache = server(l1=8)
+    client = raw(cache)
+    client.store(chain(12, 4))
+    mad = raw(cache, "mad")
+    messages = garbage(2, 1500) + absurd_messages(mad.space)
+    sock, reader, answers = mad.carrier._socket, FrameReader(), []
+    for at in range(0, len(messages), 20):
+        sock.sendall(b"".join(frame(one) for one in messages[at : at + 20]))
+        while len(answers) < min(at + 20, len(messages)):
+            sock.settimeout(PATIENCE)
+            data = sock.recv(1 << 18)
+            assert data, "well-framed nonsense must not end the connection"
+            answers += [m.decode_answer(raw_answer) for raw_answer in reader.feed(data)]
+    count = len(absurd_messages(0))
+    assert [sequence for sequence, _ in answers[-count:]] == list(range(1, count + 1)), "each answer names its request"
+    for announced in (m.MAX_MESSAGE_BYTES + 1, 2**32 - 1):
+        torn = raw(cache, "torn").carrier._socket
+        torn.sendall(struct.pack("<I", announced) + b"x" * 100)
+        reply = FrameReader().feed(torn.recv(4096))
+        assert isinstance(m.decode_answer(reply[0])[1], m.Error), (
+            "and then it hangs up: where the next begins is unknown"
+        )
+        assert torn.recv(1) == b""
+    half = raw(cache, "half").carrier._socket
+    half.sendall(struct.pack("<I", 100) + b"only half")
+    half.close()
+    assert client.hits(chain(12, 4)) == 4
+    assert cache.healthy()
+    counters = cache.counters()
+    assert counters["internal_errors_total"] == 0 and counters["loop_errors_total"] == 0, cache.complaints()
+    assert all(line.isprintable() for line in counters), "what engines say of themselves must not break the metrics"
+
+
+def test_a_client_that_never_reads_is_hung_up_and_costs_a_bounded_memory(server, raw):
+    cache = server(l1=8)
+    client, deaf = raw(cache), raw(cache, "deaf")
+    deaf.store(chain(13, 2000))
+    request = frame(m.encode(1, m.Lookup(deaf.space, chain(13, 2000), 0)))
+    deaf.carrier._socket.settimeout(PATIENCE)
+    with pytest.raises(OSError):
+        for _ in range(10_000):
+            deaf.carrier._socket.sendall(request)
+    assert client.hits(chain(14, 1)) == 0
+    assert cache.healthy()
+
+
+def test_both_sides_name_both_versions(server):
+    cache = server(l1=8)
+    hello = m.Hello(m.PROTOCOL_VERSION + 1, "9.9", "e", "worker", 0, os.getpid())
+    answer = UnixCarrier(cache.socket_path(), hello, PATIENCE).welcome
+    assert isinstance(answer, m.Error) and answer.code == "version"
+    for word in (str(m.PROTOCOL_VERSION), str(m.PROTOCOL_VERSION + 1), "9.9", "upgrade the lmcache server"):
+        assert word in answer.text
+    assert "upgrade the engine's lmcache package" in m.version_error(1, "0.1", 2, "0.2")

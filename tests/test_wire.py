@@ -1,0 +1,250 @@
+"""Messages, frames, carriers and proofs, without a server."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+
+import msgspec
+import pytest
+import zmq
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lmcache.chunks import Layout
+from lmcache.errors import ConfigError, ServerUnavailable, WireError
+from lmcache.wire import auth
+from lmcache.wire import messages as m
+from lmcache.wire.carriers import UnixCarrier, ZmqCarrier
+from lmcache.wire.frames import FrameReader, frame
+
+LAYOUT = Layout("m", "bfloat16", 2, 2, 16, 16)
+REQUESTS = [
+    m.Hello(1, "0.1", "i", "worker", 3, 77, True, b"p", b"s"),
+    m.Ping(),
+    m.Register(LAYOUT, 2, 1, 4096),
+    m.Lookup(1, bytes(32), 1),
+    m.Release([1, 2]),
+    m.Reserve(1, 0, bytes(16), False, bytes(16)),
+    m.Commit(4, True),
+    m.Copied("load", 16, 0.5, 0),
+    m.Fetch(1, 0, 0, 4),
+    m.Fill(1, 0),
+    m.Clear(),
+    m.Dropped(3, "why"),
+    m.Bye(),
+    m.Hold([1]),
+]
+ANSWERS = [
+    m.Welcome(1, "0.1", b"s", 16, "/p", b"a", 4096, "/c"),
+    m.Ok(3),
+    m.Error("refused", "why"),
+    m.Registered(2),
+    m.Found(2, 1, bytes(8)),
+    m.Reserved(1, bytes(8), 0, ""),
+]
+
+
+def test_every_message_comes_back_as_it_went():
+    assert {type(one) for one in REQUESTS} == set(m.Request.__args__)
+    assert {type(one) for one in ANSWERS} == set(m.Answer.__args__)
+    for one in REQUESTS:
+        assert m.decode_request(m.encode(7, one)) == (7, one)
+    for one in ANSWERS:
+        assert m.decode_answer(m.encode(7, one)) == (7, one)
+
+
+def test_requests_are_no_answers_nor_the_other_way_round():
+    for one in REQUESTS:
+        with pytest.raises(WireError):
+            m.decode_answer(m.encode(1, one))
+    for one in ANSWERS:
+        with pytest.raises(WireError):
+            m.decode_request(m.encode(1, one))
+
+
+def test_fields_that_a_later_version_appends_are_passed_over():
+    """So that its hello can be answered with both versions."""
+    raw = msgspec.msgpack.encode([1, [1, 2, "9.9", "i", "r", 0, 1, False, b"", b"", "new", {"er": 1}]])
+    assert m.decode_request(raw)[1].version == 2
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_are_a_message_or_a_wire_error(raw):
+    for decode in (m.decode_request, m.decode_answer):
+        try:
+            decode(raw)
+        except WireError as error:
+            assert len(str(error)) < 300
+    assert isinstance(m.sequence_of(raw), int)
+
+
+@given(st.sampled_from(REQUESTS + ANSWERS), st.data())
+def test_any_damage_is_a_message_or_a_wire_error(message, data):
+    raw = bytearray(m.encode(5, message))
+    for _ in range(data.draw(st.integers(1, 3))):
+        raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
+    test_any_bytes_are_a_message_or_a_wire_error.hypothesis.inner_test(bytes(raw))
+
+
+def test_bounds():
+    for huge in (m.Release([1] * 70_000), m.Reserve(0, 0, b"", True, bytes(16 * (m.MAX_RESERVED_CHUNKS + 1)))):
+        with pytest.raises(WireError):
+            m.decode_request(m.encode(9, huge))
+        assert m.sequence_of(m.encode(9, huge)) == 9
+    with pytest.raises(WireError):
+        m.decode_request(
+            m.encode(1, m.Register(msgspec.structs.replace(LAYOUT), 1, 0, 1)).replace(b"bfloat16", b"bfloat99")
+        )
+
+
+@given(st.lists(st.binary(max_size=50), max_size=8), st.lists(st.integers(1, 40)))
+def test_frames_come_out_whole_however_the_stream_is_cut(payloads, cuts):
+    stream, reader, out = b"".join(map(frame, payloads)), FrameReader(), []
+    for cut in [*cuts, len(stream)]:
+        out += reader.feed(stream[:cut])
+        stream = stream[cut:]
+    assert out == payloads
+
+
+@pytest.mark.parametrize("first", [b"", b"\x01"])
+def test_a_frame_beyond_the_bound_is_refused_before_it_is_awaited(first):
+    announced = (m.MAX_MESSAGE_BYTES + 1).to_bytes(4, "little")
+    reader = FrameReader()
+    reader.feed(frame(b"x")[: len(first)])
+    reader = FrameReader()
+    reader.feed(announced[:2])
+    with pytest.raises(WireError, match=str(m.MAX_MESSAGE_BYTES)):
+        reader.feed(announced[2:])
+
+
+# The carriers' ends
+
+
+@pytest.fixture
+def pair(folders):
+    """A Unix carrier and the other side of its socket, which has said welcome."""
+    path = str(folders("/tmp") / "s")
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(path)
+    listener.listen()
+    accepted = []
+
+    def welcome():
+        sock, _ = listener.accept()
+        sock.recv(4096)
+        sock.sendall(frame(m.encode(0, ANSWERS[0])))
+        accepted.append(sock)
+
+    thread = threading.Thread(target=welcome)
+    thread.start()
+    carrier = UnixCarrier(path, REQUESTS[0], 5.0)
+    thread.join()
+    yield carrier, accepted[0]
+    carrier.close()
+    accepted[0].close()
+    listener.close()
+
+
+def test_answers_to_posts_are_passed_over(pair):
+    carrier, other = pair
+    carrier.post(m.Ping())
+    carrier.post(m.Ping())
+    other.sendall(frame(m.encode(1, m.Ok(1))) + frame(m.encode(2, m.Ok(2)))[:3])
+    other.sendall(frame(m.encode(2, m.Ok(2)))[3:] + frame(m.encode(3, m.Found(1, 2, b"abcd"))))
+    assert carrier.exchange(m.Lookup(0, b""), 5.0) == (m.Found(1, 2, b"abcd"), [])
+
+
+@pytest.mark.parametrize(
+    "says", [b"", frame(b"junk"), b"\xff" * 9, frame(m.encode(8, m.Ok())), frame(m.encode(0, m.Ok()))]
+)
+def test_silence_and_nonsense_end_a_carrier_within_the_deadline(pair, says):
+    carrier, other = pair
+    other.sendall(says)
+    begin = time.monotonic()
+    with pytest.raises(ServerUnavailable):
+        carrier.exchange(m.Ping(), 0.3)
+    assert time.monotonic() - begin < 0.6
+
+
+def test_an_answer_in_drops_does_not_stretch_the_deadline(pair):
+    carrier, other = pair
+    stop = threading.Event()
+
+    def drip():
+        for byte in frame(m.encode(1, m.Found(1, 1, bytes(1000)))):
+            if stop.wait(0.02):
+                return
+            other.sendall(bytes([byte]))
+
+    thread = threading.Thread(target=drip)
+    thread.start()
+    begin = time.monotonic()
+    with pytest.raises(ServerUnavailable):
+        carrier.exchange(m.Ping(), 0.3)
+    assert time.monotonic() - begin < 0.6
+    stop.set()
+    thread.join()
+
+
+def test_a_server_that_does_not_read_cannot_block_a_post(pair):
+    carrier, _ = pair
+    begin = time.monotonic()
+    with pytest.raises(ServerUnavailable):
+        for _ in range(1000):
+            carrier.post(m.Lookup(0, bytes(64 << 10)))
+    assert time.monotonic() - begin < 3.0
+
+
+def test_a_hang_up_is_seen(pair):
+    carrier, other = pair
+    assert not carrier.wait_for_end(0.01)
+    other.close()
+    assert carrier.wait_for_end(5.0)
+    with pytest.raises(ServerUnavailable):
+        carrier.exchange(m.Ping(), 1.0)
+
+
+def test_nobody_at_a_zmq_address_costs_the_deadline():
+    carrier = ZmqCarrier("tcp://127.0.0.1:1")
+    begin = time.monotonic()
+    with pytest.raises(ServerUnavailable):
+        carrier.exchange(m.Ping(), 0.2)
+    assert time.monotonic() - begin < 0.6
+    carrier.close()
+
+
+# Proofs
+
+
+def test_only_ones_own_private_cookie_is_read(tmp_path):
+    path = tmp_path / "a.cookie"
+    path.write_bytes(os.urandom(32))
+    path.chmod(0o600)
+    cookie = auth.read_cookie(str(path))
+    assert cookie is not None
+    assert auth.proof(cookie, b"one") != auth.proof(cookie, b"two") != auth.proof(bytes(32), b"two")
+    (tmp_path / "b.cookie").symlink_to(path)
+    (tmp_path / "c").write_bytes(bytes(32))
+    (tmp_path / "d.cookie").write_bytes(bytes(31))
+    (tmp_path / "d.cookie").chmod(0o600)
+    path.chmod(0o640)
+    for name in ("a.cookie", "b.cookie", "c", "d.cookie", "nowhere.cookie", "\0.cookie"):
+        assert auth.read_cookie(str(tmp_path / name)) is None, name
+
+
+def test_a_key_file_that_is_no_good_is_named(tmp_path):
+    good = tmp_path / "good"
+    good.write_bytes(zmq.curve_keypair()[1] + b"\n")
+    good.chmod(0o600)
+    assert len(auth.read_key(good)) == 40
+    open_one, short = tmp_path / "open", tmp_path / "short"
+    open_one.write_bytes(good.read_bytes())
+    open_one.chmod(0o644)
+    short.write_bytes(b"too short")
+    short.chmod(0o600)
+    for path, word in ((open_one, "chmod 600"), (short, "40 characters"), (tmp_path / "none", "make one with")):
+        with pytest.raises(ConfigError, match=word):
+            auth.read_key(path)
