@@ -44,6 +44,10 @@ class Chunk:
         return not self.readers and not self.filling
 
 
+LOST = Chunk(b"", None, 0, attached=False)
+"""Owns what was given up."""
+
+
 @dataclass(eq=False)
 class ModelSpace:
     number: int
@@ -115,6 +119,8 @@ class Life:
         self.owner: dict[int, tuple[Chunk, int]] = {}
         """Who has each page of the arena."""
         self.ended: list[int] = [0, 999_999]
+        self.lost: set[int] = set()
+        """Pages of slots that were given up."""
         self.headers: dict[int, tuple[bytes, int, bytes, bytes]] = {}
         """By page, what the header of a slot says: fingerprint, shard, key, parent."""
         self.told: Counter[str] = Counter()
@@ -142,6 +148,7 @@ class Life:
             (2, self.join),
             (1, self.leave),
             (2, self.lose_connection),
+            (1, self.give_up),
             (4, self.tick),
         ]
         if self.dice.random() < 0.004:
@@ -400,10 +407,17 @@ class Life:
 
     def disown(self, chunk: Chunk, shards: Iterable[int]) -> None:
         for shard in shards:
-            page = chunk.pages.pop(shard)
-            while self.owner.get(page) == (chunk, shard):
-                del self.owner[page]
-                page += 1
+            for one in self.pages_of(chunk, shard):
+                del self.owner[one]
+            del chunk.pages[shard]
+
+    def pages_of(self, chunk: Chunk, shard: int) -> list[int]:
+        """Those of a slot that the chunk owns."""
+        found, page = [], chunk.pages[shard]
+        while self.owner.get(page) == (chunk, shard):
+            found.append(page)
+            page += 1
+        return found
 
     def vanished(self, space: ModelSpace, shard: int, keys: list[bytes], pages: list[int]) -> set[Chunk]:
         """Chunks that are gone, by what the heart's tables say, or that it gave new slots for."""
@@ -510,6 +524,22 @@ class Life:
             kept = self.end_reservation(number, ok)
             assert self.heart.commit(self.now, process, number, ok) == kept
 
+    def give_up(self) -> None:
+        """As when the memory file system is full: nobody gets these slots until the cache is cleared."""
+        number = self.some(self.reservations)
+        held = self.reservations.get(number)
+        if held is None or len(self.lost) > self.pages_total // 8:
+            return
+        for chunk in held.chunks:
+            for page in self.pages_of(chunk, held.shard):
+                self.lost.add(page)
+                self.owner[page] = LOST, 0
+        self.end_reservation(number, ok=False)
+        self.heart.give_up(held.process, number)
+        for process in (held.process, -1):
+            with pytest.raises(Refusal):
+                self.heart.give_up(process, number)
+
     def end_reservation(self, number: int, ok: bool) -> int:
         held = self.reservations.pop(number)
         self.ended.append(number)
@@ -554,6 +584,9 @@ class Life:
                 chunk.attached = False
                 self.free_if_nobody_cares(chunk)
             space.chunks.clear()
+        for page in self.lost:
+            del self.owner[page]
+        self.lost.clear()
         self.told["cleared"] += whole
         assert self.heart.clear() == whole
 

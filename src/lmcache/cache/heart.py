@@ -365,8 +365,8 @@ class Heart:
             table.touch(_ids(path))
             table.touch_path(path[0])
 
-    def commit(self, now: float, process: int, reservation: int, ok: bool, reason: str = "copy failed") -> int:
-        """The slots are filled (`ok`) or, for this reason, given back. Returns how many chunks' shards count as stored.
+    def commit(self, now: float, process: int, reservation: int, ok: bool) -> int:
+        """The slots are filled (`ok`) or given back. Returns how many chunks' shards count as stored.
 
         Raises:
             Refusal: the reservation is unknown, or its claim had ended; the slots are free then, and nothing is stored.
@@ -377,7 +377,19 @@ class Heart:
         if held.expired or now > held.deadline:
             self._end_reservation(reservation, ok=False, reason="too late")
             raise Refusal(f"reservation {reservation} took longer than {self.claim_seconds} s")
-        return self._end_reservation(reservation, ok, "cleared" if ok else reason)
+        return self._end_reservation(reservation, ok, "cleared" if ok else "copy failed")
+
+    def give_up(self, process: int, reservation: int) -> None:
+        """The memory behind these slots cannot be had. They stay out of use until the cache is cleared, so that the next
+        reservation gets others, in the end those of older chunks.
+
+        Raises:
+            Refusal: the reservation is unknown.
+        """
+        held = self._reservations.get(reservation)
+        if held is None or held.process != process:
+            raise Refusal(f"reservation {reservation} is unknown or has ended")
+        self._end_reservation(reservation, False, "no memory", keep_slots=True)
 
     def reserved_pages(self, process: int, reservation: int) -> list[int]:
         """Pages of a reservation's slots, for payload frames.
@@ -509,8 +521,8 @@ class Heart:
         if released:
             self._free(lease.space, lease.table, released)
 
-    def _end_reservation(self, number: int, ok: bool, reason: str) -> int:
-        """Shards that are in the index now; `reason` is for the others."""
+    def _end_reservation(self, number: int, ok: bool, reason: str, keep_slots: bool = False) -> int:
+        """Shards that are in the index now; `reason` is for the others. Slots that were not filled are freed unless kept."""
         held = self._reservations[number]
         self._end_quarantine(number, held)
         del self._reservations[number]
@@ -518,7 +530,7 @@ class Heart:
         kept, whole = [one for one in held.ids if ok and table.attached(one)], 0
         for one, page in zip(reversed(held.ids), reversed(held.pages), strict=True):
             outcome = table.end_fill(one, held.shard, ok)
-            if not ok:
+            if not ok and not keep_slots:
                 self._room.free_one(space, held.shard, page)
             if outcome == COMPLETED:
                 whole += 1
