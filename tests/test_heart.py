@@ -530,15 +530,16 @@ class Life:
         held = self.reservations.get(number)
         if held is None or len(self.lost) > self.pages_total // 8:
             return
+        lost = {chunk.pages[held.shard] for chunk in held.chunks if self.dice.random() < 0.5}
         for chunk in held.chunks:
-            for page in self.pages_of(chunk, held.shard):
+            for page in self.pages_of(chunk, held.shard) if chunk.pages[held.shard] in lost else []:
                 self.lost.add(page)
                 self.owner[page] = LOST, 0
         self.end_reservation(number, ok=False)
-        self.heart.give_up(held.process, number)
+        self.heart.give_up(held.process, number, lost)
         for process in (held.process, -1):
             with pytest.raises(Refusal):
-                self.heart.give_up(process, number)
+                self.heart.give_up(process, number, lost)
 
     def end_reservation(self, number: int, ok: bool) -> int:
         held = self.reservations.pop(number)

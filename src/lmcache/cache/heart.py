@@ -17,7 +17,7 @@ from __future__ import annotations
 import itertools
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -379,9 +379,9 @@ class Heart:
             raise Refusal(f"reservation {reservation} took longer than {self.claim_seconds} s")
         return self._end_reservation(reservation, ok, "cleared" if ok else "copy failed")
 
-    def give_up(self, process: int, reservation: int) -> None:
-        """The memory behind these slots cannot be had. They stay out of use until the cache is cleared, so that the next
-        reservation gets others, in the end those of older chunks.
+    def give_up(self, process: int, reservation: int, lost: Container[int]) -> None:
+        """Nothing will be filled: the memory behind the slots at the pages in `lost` cannot be had. These stay out of use until
+        the cache is cleared, so that the next reservation gets others, in the end those of older chunks.
 
         Raises:
             Refusal: the reservation is unknown.
@@ -389,7 +389,7 @@ class Heart:
         held = self._reservations.get(reservation)
         if held is None or held.process != process:
             raise Refusal(f"reservation {reservation} is unknown or has ended")
-        self._end_reservation(reservation, False, "no memory", keep_slots=True)
+        self._end_reservation(reservation, False, "no memory", lost)
 
     def reserved_pages(self, process: int, reservation: int) -> list[int]:
         """Pages of a reservation's slots, for payload frames.
@@ -521,8 +521,8 @@ class Heart:
         if released:
             self._free(lease.space, lease.table, released)
 
-    def _end_reservation(self, number: int, ok: bool, reason: str, keep_slots: bool = False) -> int:
-        """Shards that are in the index now; `reason` is for the others. Slots that were not filled are freed unless kept."""
+    def _end_reservation(self, number: int, ok: bool, reason: str, lost: Container[int] = ()) -> int:
+        """Shards that are in the index now; `reason` is for the others. Slots that were not filled are freed unless lost."""
         held = self._reservations[number]
         self._end_quarantine(number, held)
         del self._reservations[number]
@@ -530,7 +530,7 @@ class Heart:
         kept, whole = [one for one in held.ids if ok and table.attached(one)], 0
         for one, page in zip(reversed(held.ids), reversed(held.pages), strict=True):
             outcome = table.end_fill(one, held.shard, ok)
-            if not ok and not keep_slots:
+            if not ok and page not in lost:
                 self._room.free_one(space, held.shard, page)
             if outcome == COMPLETED:
                 whole += 1

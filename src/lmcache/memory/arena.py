@@ -133,6 +133,10 @@ class Arena:
             if not self._backed[step]:
                 self._back_step(step)
 
+    def has_pages(self, offset: int, length: int) -> bool:
+        """Whether `back` has succeeded for these bytes."""
+        return all(self._backed[offset // _STEP_BYTES : (offset + length - 1) // _STEP_BYTES + 1])
+
     def close(self) -> None:
         """Remove the file; its pages are freed once the last engine has unmapped it."""
         self._stop.set()

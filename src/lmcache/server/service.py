@@ -22,6 +22,8 @@ from lmcache.server.loop import Loop
 from lmcache.wire import messages as m
 
 logger = init_logger(__name__)
+MAX_GIVEN_UP = 16
+"""Reservations that are given up for want of memory before a request is refused."""
 MAX_PAYLOAD_BYTES = 256 << 20
 """Of one message."""
 MAX_COPYING_BYTES = 1 << 30
@@ -227,21 +229,33 @@ class Service:
         assert isinstance(request, m.Reserve)
         if len(request.hashes) % 16 or (not request.root and len(request.parent) != 16):
             raise Refusal("hashes must be whole 16-byte hashes")
-        now = time.monotonic()
-        grant = self.heart.reserve(
-            now, peer.process, request.space, request.shard, request.parent, request.root, request.hashes
-        )
-        if grant.reservation and self.arena.backed_bytes < self.arena.size_bytes:
-            self._back(now, peer, grant)
-        return m.Reserved(grant.reservation, grant.slots, grant.refused, grant.reason)
+        now, parent = time.monotonic(), request.parent
+        for _ in range(MAX_GIVEN_UP):
+            grant = self.heart.reserve(
+                now, peer.process, request.space, request.shard, parent, request.root, request.hashes
+            )
+            if not grant.reservation or self._back(peer, grant):
+                return m.Reserved(grant.reservation, grant.slots, grant.refused, grant.reason)
+        raise Refusal(f"{self.arena.path.parent} has no room for the arena: free some, or pass a smaller --l1-size-gb")
 
-    def _back(self, now: float, peer: Peer, grant: Grant) -> None:
-        pages = self.heart.reserved_pages(peer.process, grant.reservation)
+    def _back(self, peer: Peer, grant: Grant) -> bool:
+        """Whether there is memory behind the slots. If not they are given up, and the next ones may be those of older chunks."""
+        if self.arena.backed_bytes == self.arena.size_bytes:
+            return True
+        pages, size = (
+            self.heart.reserved_pages(peer.process, grant.reservation),
+            self.heart.slot_bytes(grant.reservation),
+        )
         try:
-            self.arena.back((page * m.PAGE_BYTES for page in pages), self.heart.slot_bytes(grant.reservation))
+            self.arena.back((page * m.PAGE_BYTES for page in pages), size)
         except ArenaFull as error:
-            self.heart.commit(now, peer.process, grant.reservation, ok=False)
-            raise Refusal(str(error)) from error
+            if not self.counters["given_up_slots"]:
+                logger.warning("L1 stays smaller than it was to be, until it is cleared: %s", error)
+            lost = {page for page in pages if not self.arena.has_pages(page * m.PAGE_BYTES, size)}
+            self.counters["given_up_slots"] += len(lost)
+            self.heart.give_up(peer.process, grant.reservation, lost)
+            return False
+        return True
 
     def _commit(self, peer: Peer, request: m.Request) -> m.Message:
         assert isinstance(request, m.Commit)
