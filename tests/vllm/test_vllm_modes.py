@@ -60,7 +60,10 @@ def test_other_weights_are_another_cache(folder: Path, model: Path, other_model:
 
 
 def test_bfloat16_bytes_go_round_and_stay_apart(folder: Path, model: Path, server: Server) -> None:
-    """What comes back are the bytes that went in; and no KV of another dtype is served."""
+    """What comes back are the bytes that went in, in their places; and no KV of another dtype is served.
+
+    Answers alone would not show two tokens that changed places: attention looks at a set.
+    """
     driven = {"lmcache.mp.mp_transfer_mode": "engine_driven"}
     engine = Engine(
         folder,
