@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import socket
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -18,8 +13,10 @@ import pytest
 
 from lmcache.integration.numpy import KV_ORDERS, Engine, EngineConfig, ModelConfig, OutOfBlocks, UnfilledKV
 from lmcache.integration.numpy.cached import CacheLink, Loaded, Prompt
+from servers import Process, Server, free_port
 
 TINY = ModelConfig.tiny()
+StartServer = Callable[..., Server]
 
 
 def prompt(seed: int, length: int = 300) -> list[int]:
@@ -33,62 +30,6 @@ def small(**changes: Any) -> EngineConfig:
 def assert_same(result: Any, right: Any) -> None:
     assert result.tokens == right.tokens
     np.testing.assert_allclose(result.logits_first, right.logits_first, atol=1e-3)
-
-
-class Server:
-    """`lmcache server` as a process, on ports and with a log of its own."""
-
-    def __init__(self, folder: Path, chunk_tokens: int, port: int = 0) -> None:
-        self.log = folder / f"server-{time.monotonic_ns()}.log"
-        self.port, http_port = port or free_port(), free_port()
-        self.address = f"127.0.0.1:{self.port}"
-        command = [
-            sys.executable,
-            "-m",
-            "lmcache.cli.main",
-            "server",
-            "--l1-size-gb",
-            "0.1",
-            "--eviction-policy",
-            "LRU",
-        ]
-        command += ["--chunk-size", str(chunk_tokens), "--port", str(self.port)]
-        command += ["--http-host", "127.0.0.1", "--http-port", str(http_port)]
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log)
-        self.await_log("LMCache cache server is running...")
-
-    def await_log(self, text: str, seconds: float = 30.0) -> None:
-        end = time.monotonic() + seconds
-        while text not in self.log.read_text():
-            assert self.process.poll() is None and time.monotonic() < end, self.log.read_text()
-            time.sleep(0.02)
-
-    def end(self, number: int = signal.SIGTERM) -> None:
-        self.process.send_signal(signal.SIGCONT)
-        self.process.send_signal(number)
-        self.process.wait(20)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-@pytest.fixture(scope="module", params=[16, 7, 1])
-def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    one = Server(tmp_path_factory.mktemp("server"), request.param)
-    one.chunk_tokens = request.param  # type: ignore[attr-defined]
-    yield one
-    one.end()
-
-
-@pytest.fixture
-def own_server(tmp_path: Path) -> Iterator[Server]:
-    one = Server(tmp_path, 16)
-    yield one
-    one.end()
 
 
 @pytest.fixture
@@ -149,44 +90,54 @@ def test_blocks_come_back_and_too_many_are_refused() -> None:
 # With a server
 
 
-@pytest.mark.parametrize("order", KV_ORDERS)
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_hits_change_no_answer_and_cross_memory_orders(server: Server, engines: Any, order: str, ranks: int) -> None:
+@pytest.mark.parametrize("chunk", [256, 16, 7, 1])
+def test_hits_change_no_answer_and_cross_memory_orders(
+    server: StartServer, engines: Any, chunk: int, ranks: int
+) -> None:
     """What one engine stores another loads, whatever its block size and memory order; hits end inside blocks."""
-    model = ModelConfig.tiny(seed=100 * ranks + KV_ORDERS.index(order))
-    size: int = server.chunk_tokens  # type: ignore[attr-defined]
-    tokens = prompt(7)
-    right = engines(small(model=model)).generate(tokens, 6)
-    first = engines(small(model=model, ranks=ranks, block_tokens=12), server.address)
+    address, tokens = server(chunk=chunk).address, prompt(7)
+    right = engines(small()).generate(tokens, 6)
+    first = engines(small(ranks=ranks, block_tokens=12), address)
     cold = first.generate(tokens, 6)
     assert first.flush()
     assert_same(cold, right)
     assert cold.hit_tokens == 0
-    second = engines(small(model=model, ranks=ranks, kv_order=order, block_tokens=32), server.address)
-    for _ in range(2):
+    for order in KV_ORDERS:
+        second = engines(small(ranks=ranks, kv_order=order, block_tokens=32), address)
         warm = second.generate(tokens, 6)
         assert_same(warm, right)
-        assert warm.hit_tokens == min(len(tokens) // size * size, len(tokens) - 1)
+        assert warm.hit_tokens == min(len(tokens) // chunk * chunk, len(tokens) - 1)
 
 
-def test_hits_begin_where_the_engines_own_prefix_ends(server: Server, engines: Any) -> None:
-    model = ModelConfig.tiny(seed=31)
-    alone, writer = engines(small(model=model)), engines(small(model=model), server.address)
+@pytest.mark.parametrize("order", KV_ORDERS)
+def test_every_memory_order_can_be_stored_from(server: StartServer, engines: Any, order: str) -> None:
+    address, tokens = server(chunk=16).address, prompt(8)
+    writer = engines(small(kv_order=order, ranks=2), address)
+    right = writer.generate(tokens, 6)
+    assert writer.flush()
+    warm = engines(small(ranks=2), address).generate(tokens, 6)
+    assert_same(warm, right)
+    assert warm.hit_tokens == 288
+
+
+def test_hits_begin_where_the_engines_own_prefix_ends(server: StartServer, engines: Any) -> None:
+    address = server(chunk=16).address
+    alone, writer = engines(small()), engines(small(), address)
     tokens = prompt(8)
     writer.generate(tokens, 1)
     assert writer.flush()
-    reader = engines(small(model=model, prefix_caching=True), server.address)
+    reader = engines(small(prefix_caching=True), address)
     reader.generate(tokens[:50], 1)
     warm = reader.generate(tokens, 6)
     assert_same(warm, alone.generate(tokens, 6))
     assert warm.own_tokens == 48
-    assert warm.hit_tokens >= 288 - 48
+    assert warm.hit_tokens == 288 - 48
 
 
-def test_shared_prefixes_under_block_reuse(server: Server, engines: Any) -> None:
+def test_shared_prefixes_under_block_reuse(server: StartServer, engines: Any) -> None:
     """Twenty requests through a pool for one and a half, with freed blocks full of NaN."""
-    model = ModelConfig.tiny(seed=32)
-    alone, engine = engines(small(model=model)), engines(small(model=model, num_blocks=30), server.address)
+    alone, engine = engines(small()), engines(small(num_blocks=30), server(chunk=7).address)
     rng, hits = np.random.default_rng(9), 0
     for number in range(20):
         tokens = prompt(40 + number % 3, int(rng.integers(20, 250))) + prompt(number, int(rng.integers(0, 60)))
@@ -196,24 +147,27 @@ def test_shared_prefixes_under_block_reuse(server: Server, engines: Any) -> None
     assert hits > 1000
 
 
-def test_other_salts_and_models_share_nothing(own_server: Server, engines: Any) -> None:
-    engine = engines(small(), own_server.address)
+def test_other_salts_and_models_share_nothing(server: StartServer, engines: Any) -> None:
+    address = server().address
+    engine = engines(small(), address)
     engine.generate(prompt(10), 1, cache_salt="a")
     assert engine.flush()
     assert engine.generate(prompt(10), 1, cache_salt="b").hit_tokens == 0
     assert engine.generate(prompt(10), 1, cache_salt="a").hit_tokens > 0
-    other = engines(small(model=ModelConfig.tiny(seed=99)), own_server.address)
+    other = engines(small(model=ModelConfig.tiny(seed=99)), address)
     assert other.generate(prompt(10), 1, cache_salt="a").hit_tokens == 0
 
 
 # Faults that must be noticed
 
 
-def test_kv_that_was_never_loaded_is_noticed(monkeypatch: pytest.MonkeyPatch, own_server: Server, engines: Any) -> None:
+def test_kv_that_was_never_loaded_is_noticed(
+    monkeypatch: pytest.MonkeyPatch, server: StartServer, engines: Any
+) -> None:
     def claim(self: CacheLink, request: Prompt, tokens: list[int], blocks: list[int], have: int) -> Loaded:
         return Loaded(160)
 
-    engine = engines(small(), own_server.address)
+    engine = engines(small(), server().address)
     monkeypatch.setattr(CacheLink, "load", claim)
     with pytest.raises(UnfilledKV, match="tokens 160 to 300"):
         engine.generate(prompt(11), 1)
@@ -221,9 +175,9 @@ def test_kv_that_was_never_loaded_is_noticed(monkeypatch: pytest.MonkeyPatch, ow
 
 @pytest.mark.parametrize("at", [0, 112, 272])
 def test_one_wrong_run_of_16_tokens_is_noticed(
-    monkeypatch: pytest.MonkeyPatch, own_server: Server, engines: Any, at: int
+    monkeypatch: pytest.MonkeyPatch, server: StartServer, engines: Any, at: int
 ) -> None:
-    engine = engines(small(), own_server.address)
+    engine = engines(small(), server().address)
     right = engine.generate(prompt(12), 1)
     assert engine.flush()
     load = CacheLink.load
@@ -255,47 +209,48 @@ def test_without_a_server_the_engine_answers_and_waits_for_nothing() -> None:
     assert result.seconds < alone_seconds + 0.5
 
 
-def test_a_killed_server_is_survived_and_found_again(tmp_path: Path, engines: Any) -> None:
-    server = Server(tmp_path, 16)
-    engine, right = engines(small(), server.address), Engine(small()).generate(prompt(14), 4)
+def test_a_killed_server_is_survived_and_found_again(server: StartServer, engines: Any) -> None:
+    first, right = server(), Engine(small()).generate(prompt(14), 4)
+    engine = engines(small(), first.address)
     assert_same(engine.generate(prompt(14), 4), right)
-    server.end(signal.SIGKILL)
+    assert engine.flush()
+    first.kill()
     for _ in range(3):
         assert_same(engine.generate(prompt(14), 4), right)
-    server = Server(tmp_path, 16, server.port)
-    try:
-        end = time.monotonic() + 20
-        while (result := engine.generate(prompt(14), 4)).hit_tokens == 0:
-            assert time.monotonic() < end, "the engine did not find the new server"
-            assert_same(result, right)
-            engine.flush()
-            time.sleep(0.05)
+    server(port=first.port)
+    end = time.monotonic() + 20
+    while (result := engine.generate(prompt(14), 4)).hit_tokens == 0:
+        assert time.monotonic() < end, "the engine did not find the new server"
         assert_same(result, right)
-    finally:
-        server.end()
+        engine.flush()
+        time.sleep(0.05)
+    assert_same(result, right)
 
 
-def test_a_frozen_server_costs_one_deadline(own_server: Server, engines: Any) -> None:
-    engine, right = engines(small(), own_server.address, deadline_seconds=0.5), Engine(small()).generate(prompt(15), 4)
+def test_a_frozen_server_costs_one_deadline(server: StartServer, engines: Any) -> None:
+    frozen, right = server(), Engine(small()).generate(prompt(15), 4)
+    engine = engines(small(), frozen.address, deadline_seconds=0.5)
     engine.generate(prompt(15), 4)
     assert engine.flush()
-    own_server.process.send_signal(signal.SIGSTOP)
+    frozen.freeze()
     for _ in range(2):
         result = engine.generate(prompt(15), 4)
         assert_same(result, right)
         assert result.ttft_seconds < 0.5 + 1.5, "one deadline, and the time to compute on a busy machine"
 
 
-def test_a_killed_engine_leaves_its_kv_to_the_next(own_server: Server, engines: Any) -> None:
-    command = [sys.executable, "-m", "lmcache.integration.numpy", "--tiny", "--address", own_server.address]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert process.stdin is not None and process.stdout is not None
-    assert json.loads(process.stdout.readline()) == {"ready": True, "connected": True}
-    process.stdin.write(json.dumps({"tokens": prompt(16), "max_tokens": 4}) + "\n")
-    process.stdin.flush()
-    answer = json.loads(process.stdout.readline())
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait(10)
-    result = engines(small(num_blocks=512), own_server.address).generate(prompt(16), 4)
+def test_a_killed_engine_leaves_its_kv_to_the_next(server: StartServer, engines: Any) -> None:
+    address = server().address
+    process = Process([sys.executable, "-m", "lmcache.integration.numpy", "--tiny", "--address", address])
+    try:
+        assert json.loads(process.line_with('{"ready"')) == {"ready": True, "connected": True}
+        assert process.child.stdin is not None
+        process.child.stdin.write(json.dumps({"tokens": prompt(16), "max_tokens": 4}) + "\n")
+        process.child.stdin.flush()
+        answer = json.loads(process.line_with('{"tokens"'))
+    finally:
+        process.kill()
+        process.end()
+    result = engines(small(), address).generate(prompt(16), 4)
     assert result.tokens == answer["tokens"]
-    assert result.hit_tokens == answer["stored_tokens"] // 16 * 16 == 288
+    assert result.hit_tokens == answer["stored_tokens"] == 288
