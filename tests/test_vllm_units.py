@@ -20,7 +20,7 @@ from lmcache.engine import Done, Hit, Load, Store
 from lmcache.errors import ConfigError, LayoutError
 from lmcache.integration.vllm import vllm_multi_process_adapter as adapter
 from lmcache.integration.vllm.identity import config_digest, model_identity, path_identity
-from lmcache.integration.vllm.model import describe_model
+from lmcache.integration.vllm.model import NOT_SERVED, describe_model, refusal_of
 from lmcache.integration.vllm.paged import Registered, Shape, describe_tensors, fit_strides
 from lmcache.integration.vllm.plan import StepReport
 from lmcache.integration.vllm.scheduler import HIT_SECONDS, SchedulerHalf
@@ -717,3 +717,11 @@ def test_failed_loads_are_recomputed() -> None:
     config = SimpleNamespace(kv_load_failure_policy="fail")
     recompute_failed_loads(config)
     assert config.kv_load_failure_policy == "recompute"
+
+
+def test_an_engine_that_is_not_understood_is_refused_with_a_reason() -> None:
+    try:
+        describe_model(SimpleNamespace(), cache_config(FULL))
+    except NOT_SERVED as error:
+        assert "not understood" in refusal_of(error)
+    assert refusal_of(LayoutError("so it is")) == "so it is"

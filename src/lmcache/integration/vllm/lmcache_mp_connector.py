@@ -14,9 +14,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1 import base
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorMetadata, KVConnectorRole
 
 from lmcache.engine import SchedulerSession, WorkerSession
-from lmcache.errors import LayoutError
 from lmcache.integration.vllm.caches import describe_caches, rank_of
-from lmcache.integration.vllm.model import ModelKV, describe_model, layer_range
+from lmcache.integration.vllm.model import NOT_SERVED, ModelKV, describe_model, layer_range, refusal_of
 from lmcache.integration.vllm.plan import StepPlan, StepReport
 from lmcache.integration.vllm.scheduler import SchedulerHalf
 from lmcache.integration.vllm.settings import Settings, read_settings, recompute_failed_loads
@@ -70,8 +69,8 @@ class LMCacheMPConnector(KVConnectorBase_V1, _SupportsHMA):  # type: ignore[misc
         self._kv: ModelKV | None = None
         try:
             self._kv = describe_model(vllm_config, kv_cache_config, self._settings.model_id)
-        except LayoutError as error:
-            self._refuse(str(error))
+        except NOT_SERVED as error:
+            self._refuse(refusal_of(error))
         if role == KVConnectorRole.SCHEDULER:
             recompute_failed_loads(vllm_config.kv_transfer_config)
             if self._kv is not None:
@@ -90,8 +89,8 @@ class LMCacheMPConnector(KVConnectorBase_V1, _SupportsHMA):  # type: ignore[misc
             return
         try:
             self._worker = _worker_half(self._vllm_config, self._kv_cache_config, self._kv, kv_caches, self._settings)
-        except LayoutError as error:
-            self._refuse(str(error))
+        except NOT_SERVED as error:
+            self._refuse(refusal_of(error))
 
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
         if self._worker is not None and isinstance(kv_connector_metadata, LMCacheMetadata):

@@ -9,6 +9,9 @@ from lmcache.chunks import Layout, Shard, shard_of_rank
 from lmcache.errors import LayoutError
 from lmcache.integration.vllm.identity import config_digest, model_identity
 
+NOT_SERVED = (LayoutError, AttributeError, ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError)
+"""Whatever a release of vLLM that we do not know may raise where we look into it: that engine must run on without us."""
+
 _FULL_ATTENTION = ("FullAttentionSpec", "MLAAttentionSpec")
 _FP8_NAMES = {"fp8": "fp8_e4m3", "fp8_e4m3": "fp8_e4m3", "fp8_e5m2": "fp8_e5m2"}
 _PLAIN_DTYPES = ("float32", "float16", "bfloat16")
@@ -101,6 +104,11 @@ def describe_model(vllm_config: Any, kv_cache_config: Any, model_id: str = "") -
         tp_size=parallel.tensor_parallel_size,
         pp_size=pp_size,
     )
+
+
+def refusal_of(error: Exception) -> str:
+    """One of `NOT_SERVED`, for people."""
+    return str(error) if isinstance(error, LayoutError) else f"this release of vLLM is not understood ({error!r})"
 
 
 def layer_range(vllm_config: Any, kv: ModelKV) -> tuple[int, int]:

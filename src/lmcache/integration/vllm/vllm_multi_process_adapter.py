@@ -21,7 +21,7 @@ from lmcache.chunks import HASH_BYTES
 from lmcache.engine import Hit, Load, SchedulerSession, Store, WorkerSession
 from lmcache.errors import LayoutError
 from lmcache.integration.vllm.caches import describe_caches, rank_of
-from lmcache.integration.vllm.model import ModelKV, describe_model, layer_range
+from lmcache.integration.vllm.model import NOT_SERVED, ModelKV, describe_model, layer_range, refusal_of
 from lmcache.integration.vllm.paged import Registered
 from lmcache.integration.vllm.settings import (
     DEFAULT_DEADLINE_SECONDS,
@@ -189,8 +189,8 @@ class LMCacheMPWorkerAdapter:
             tp_rank, pp_rank = rank_of()
             shard = engine.kv.shard(tp_rank, pp_rank, layer_range(engine.vllm_config, engine.kv))
             registered = describe_caches(engine.vllm_config, engine.kv_cache_config, engine.kv, kv_caches)
-        except LayoutError as error:
-            logger.warning("LMCache serves nothing for this engine: %s", error)
+        except NOT_SERVED as error:
+            logger.warning("LMCache serves nothing for this engine: %s", refusal_of(error))
             return
         rank = pp_rank * engine.kv.tp_size + tp_rank
         self._shard, self._stores, self._registered = shard.index, engine.kv.stores(tp_rank), registered
@@ -341,8 +341,8 @@ def _engine_of_caller() -> _Engine | None:
         return _Engine(
             vllm_config, kv_cache_config, describe_model(vllm_config, kv_cache_config, settings.model_id), settings
         )
-    except LayoutError as error:
-        logger.warning("LMCache serves nothing for this engine: %s", error)
+    except NOT_SERVED as error:
+        logger.warning("LMCache serves nothing for this engine: %s", refusal_of(error))
         return None
 
 
