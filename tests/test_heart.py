@@ -83,6 +83,7 @@ class ModelSpace:
 
 @dataclass(eq=False)
 class Lease:
+    process: int
     instance: str
     space: ModelSpace
     chunks: list[Chunk]
@@ -149,6 +150,7 @@ class Life:
             (1, self.leave),
             (2, self.lose_connection),
             (1, self.give_up),
+            (1, self.forget_leases),
             (4, self.tick),
         ]
         if self.dice.random() < 0.004:
@@ -307,7 +309,7 @@ class Life:
         assert bool(hit.lease) == bool(leased) and hit.lease not in self.leases
         assert list(unpack(hit.slots)) == [chunk.pages[shard] for chunk in leased for shard in range(space.shards)]
         if leased:
-            self.leases[hit.lease] = Lease(self.processes[process], space, leased, self.now + CLAIM_SECONDS)
+            self.leases[hit.lease] = Lease(process, self.processes[process], space, leased, self.now + CLAIM_SECONDS)
             for chunk in leased:
                 chunk.readers += 1
             self.check_payload(process, hit.lease)
@@ -329,6 +331,15 @@ class Life:
             self.end_lease(number)
         self.heart.release(process, number)
         self.heart.release(process, number)
+
+    def forget_leases(self) -> None:
+        """A process tells which leases it knows of; some of its answers got lost."""
+        process = self.dice.choice(list(self.processes))
+        known = [number for number in self.leases if self.dice.random() < 0.7]
+        lost = [one for one, lease in self.leases.items() if lease.process == process and one not in known]
+        for number in lost:
+            self.end_lease(number)
+        assert self.heart.keep_leases(process, known) == len(lost)
 
     def end_lease(self, number: int) -> None:
         lease = self.leases.pop(number)
