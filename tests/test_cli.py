@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
@@ -90,12 +90,12 @@ def url_of(server: Server) -> str:
 
 
 @pytest.fixture
-def small(tmp_path: Path) -> list[str]:
+def small(tmp_path: Path, folders: Callable[[str], Path]) -> list[str]:
     """Flags of a server that would start, on free ports and in folders that start out empty."""
     arena = tmp_path / "arena"
     arena.mkdir()
     words = ["--l1-size-gb", "0.01", "--port", "0", "--http-port", "0", "--http-host", "127.0.0.1"]
-    return [*words, "--arena-dir", str(arena), "--socket-dir", str(tmp_path / "sockets")]
+    return [*words, "--arena-dir", str(arena), "--socket-dir", str(folders("/tmp") / "sockets")]
 
 
 def mistake(small: list[str], tmp_path: Path, *words: str, **environ: str) -> str:

@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -170,7 +170,7 @@ def test_socket_dir_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         ({"host": "0.0.0.0"}, ["--host 0.0.0.0", "--auth-key-file", "--insecure-no-auth"]),
         ({"host": "*"}, ["--host 0.0.0.0", "--insecure-no-auth"]),
         ({"host": "::"}, ["--host ::", "--insecure-no-auth"]),
-        ({"socket_dir": "/" + "x" * 80}, ["--socket-dir", "70 bytes"]),
+        ({"socket_dir": "/" + "x" * 90}, ["--socket-dir", "80 bytes"]),
         ({"api_token": "two words"}, ["--api-token", "without spaces"]),
         ({"api_token_file": "/nonexistent/token"}, ["--api-token-file", "/nonexistent/token", "No such file"]),
         ({"auth_key_file": "/nonexistent/key"}, ["--auth-key-file", "No such file"]),
@@ -281,10 +281,10 @@ def test_wide_doors_need_a_key_or_a_word(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def config(tmp_path: Path) -> ServerConfig:
+def config(folders: Callable[[str], Path]) -> ServerConfig:
     """A small server that would start."""
     return ServerConfig(
-        l1_size_gb=0.01, host="127.0.0.1", port=0, http_host="127.0.0.1", http_port=0, socket_dir=tmp_path / "sockets"
+        l1_size_gb=0.01, host="127.0.0.1", port=0, http_host="127.0.0.1", http_port=0, socket_dir=folders("/tmp") / "sockets"
     )
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 ENV_PREFIX = "LMCACHE_SERVER_"
-_LONGEST_SOCKET_DIR = 70  # bytes: sun_path holds 108, and the socket's own name needs its share
+_LONGEST_SOCKET_DIR = 80  # bytes: sun_path holds 108, and the socket's own name needs its share
 
 
 @dataclasses.dataclass(frozen=True)

@@ -85,7 +85,8 @@ class Report:
     def _counters(self) -> dict[str, float]:
         service, heart, arena = self._service, self._service.heart, self._service.arena
         out: dict[str, float] = {}
-        for kind in ("hit", "missed", "stored", "evicted", "dropped", "refused", "expired", "cleared"):
+        for kind in ("hit", "missed", "stored", "evicted", "cleared", "incomplete", "reserved", "committed", "dropped",
+                     "refused", "expired"):  # fmt: skip
             out[f"{kind}_chunks_total"] = heart.counters[kind]
         for name, value in heart.counters.items():
             kind, _, reason = name.partition(":")
