@@ -29,7 +29,9 @@ from lmcache.transfer.paged import PagedKV, Plane
 logger = init_logger(__name__)
 
 STAGING_BYTES = int(os.environ.get("LMCACHE_GPU_STAGING_MB", "128")) << 20
-_PIECES_IN_RING = int(os.environ.get("LMCACHE_GPU_PIECES", "4"))
+"""Device memory of one copier, both directions together."""
+_PIECES_IN_RING = 4
+"""Measured on an H200: 8 pieces of half the size cost a quarter of the rate when both directions run, in launches."""
 _SPIN_BYTES = 64 << 20
 """Below this a copy ends within a millisecond, and waking up from a blocking wait would be a tenth of it."""
 _REGISTER_BYTES = 1 << 30
