@@ -155,6 +155,13 @@ def test_with_a_key_file_only_who_has_it_is_heard(server, engine, tmp_path):
     with pytest.raises(Exception, match="no answer"):
         carrier.exchange(payload_hello(), 1.0)
     carrier.close()
+    with zmq.Context() as context, context.socket(zmq.DEALER) as door:  # the server's public key alone is not enough
+        door.linger = 0
+        door.curve_serverkey = zmq.curve_public(right.read_bytes())
+        door.curve_publickey, door.curve_secretkey = zmq.curve_keypair()
+        door.connect(cache.address)
+        door.send(m.encode(1, m.Hello(m.PROTOCOL_VERSION, "", "", "", 0, 0)))
+        assert not door.poll(1000)
     assert cache.counters()["engine_processes"] == 4
 
 
