@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import selectors
@@ -40,6 +41,11 @@ def environment(**more: str) -> dict[str, str]:
     return {**kept, **fixed, **more}
 
 
+def _die_with_parent() -> None:
+    """A test run that is killed leaves no server and no engine behind (PR_SET_PDEATHSIG is 1)."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
 class Process:
     """A child in a session of its own, its output in a file, gone when the test is."""
 
@@ -54,6 +60,7 @@ class Process:
                 env=environment(**environ),
                 cwd=log.parent,
                 start_new_session=True,
+                preexec_fn=_die_with_parent,
                 text=True,
             )
 
