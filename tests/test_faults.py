@@ -452,8 +452,8 @@ def test_an_arena_shorter_than_announced_is_not_touched(engine, impostor, folder
         for thread in threads:
             thread.start()
         fake = impostor(lambda sequence, request: [m.encode(sequence, welcome)])
-        one = engine(fake, connect=False)
-        for _ in range(5):
+        one = engine(fake, connect=False, scheduler=False)
+        for _ in range(3):
             assert greeted.acquire(timeout=PATIENCE), "the link gave up for good"
         assert not one.worker.connected
         one.close()
