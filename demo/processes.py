@@ -35,6 +35,7 @@ class Child:
         self, name: str, command: Sequence[str], environment: Mapping[str, str] | None = None, talk: bool = False
     ) -> None:
         self.name = name
+        self.began = time.monotonic()
         CACHE.mkdir(parents=True, exist_ok=True)
         self.log = CACHE / f"{name.replace(' ', '-')}.log"
         with self.log.open("wb") as log:
@@ -50,7 +51,7 @@ class Child:
             )
 
     def await_http(self, port: int, path: str, seconds: float) -> float:
-        """Wait until GET 127.0.0.1:port/path answers 200; return the seconds it took."""
+        """Wait until GET 127.0.0.1:port/path answers 200; return the seconds since the process was started."""
         return self.wait_until(lambda: _answers(port, path), seconds)
 
     def wait_until(self, ready: Callable[[], bool], seconds: float) -> float:
@@ -59,9 +60,8 @@ class Child:
         Raises:
             DemoFailed: the process ended, or the time is over.
         """
-        began = time.monotonic()
         while not ready():
-            passed = time.monotonic() - began
+            passed = time.monotonic() - self.began
             if self.process.poll() is not None:
                 raise DemoFailed(f"{self.name} ended with code {self.process.returncode}\n{self.tail()}")
             if passed > seconds:
@@ -69,7 +69,7 @@ class Child:
             _moving_line(f"  {self.name} is starting ... {passed:3.0f} s")
             time.sleep(0.1)
         _moving_line("")
-        return time.monotonic() - began
+        return time.monotonic() - self.began
 
     def tail(self, lines: int = 15) -> str:
         """The end of its log, and where the rest is."""
@@ -118,7 +118,7 @@ class Server(Child):
         super().__init__("lmcache server", command)
 
     def await_healthy(self) -> float:
-        """Wait for GET /healthcheck; return the seconds it took."""
+        """Wait for GET /healthcheck; return the seconds since it was started."""
         return self.await_http(self.http_port, "/healthcheck", 30.0)
 
     def retrieved_tokens(self) -> int:
