@@ -284,7 +284,12 @@ def test_wide_doors_need_a_key_or_a_word(tmp_path: Path) -> None:
 def config(folders: Callable[[str], Path]) -> ServerConfig:
     """A small server that would start."""
     return ServerConfig(
-        l1_size_gb=0.01, host="127.0.0.1", port=0, http_host="127.0.0.1", http_port=0, socket_dir=folders("/tmp") / "sockets"
+        l1_size_gb=0.01,
+        host="127.0.0.1",
+        port=0,
+        http_host="127.0.0.1",
+        http_port=0,
+        socket_dir=folders("/tmp") / "sockets",
     )
 
 

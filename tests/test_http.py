@@ -151,7 +151,10 @@ def test_metrics_are_prometheus(served: Served) -> None:
     assert answer.headers["content-type"].startswith("text/plain; version=")
     found = {family.name: family for family in text_string_to_metric_families(answer.text)}
     assert found["lmcache_stored_chunks"].type == "counter"
-    assert found["lmcache_stored_chunks"].documentation == "Chunks that became whole, and readable: stored - evicted - cleared are there."
+    assert (
+        found["lmcache_stored_chunks"].documentation
+        == "Chunks that became whole, and readable: stored - evicted - cleared are there."
+    )
     assert found["lmcache_chunks"].type == "gauge" and found["lmcache_chunks"].samples[0].value == 2
     (missed,) = found["lmcache_missed_chunks"].samples
     assert (missed.name, missed.labels, missed.value) == ("lmcache_missed_chunks_total", {"reason": 'not\n"here'}, 4)

@@ -11,18 +11,21 @@ import os
 import statistics
 import threading
 import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 
 from lmcache.memory.arena import Mapping
-from lmcache.transfer.cuda import CudaCopier
+from lmcache.transfer.cuda import STAGING_BYTES, CudaCopier
 from lmcache.transfer.paged import PagedKV, Plane
 
 LAYERS, HEADS, DIMS, BLOCK = 36, 8, 128, 16
 
 
-def measured(call, rounds: int = 7) -> float:
+def measured(call: Callable[[], object], rounds: int = 7) -> float:
     """Median seconds of a call that ends with the copy."""
     call()
     times = []
@@ -33,79 +36,100 @@ def measured(call, rounds: int = 7) -> float:
     return statistics.median(times)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tokens", type=int, default=32768)
-    tokens = parser.parse_args().tokens
-    count = tokens // BLOCK + 64
-    kv = [torch.empty(2, count, BLOCK, HEADS, DIMS, dtype=torch.bfloat16, device="cuda").normal_() for _ in range(LAYERS)]
+def paged_kv(blocks: int) -> PagedKV:
+    """Random KV in FlashAttention's order, [2, blocks, tokens, heads, dims] a layer."""
+    kv = [
+        torch.empty(2, blocks, BLOCK, HEADS, DIMS, dtype=torch.bfloat16, device="cuda").normal_() for _ in range(LAYERS)
+    ]
     planes = []
-    for tensor in kv:
-        for part in tensor:
-            b, t, h, d = (stride * 2 for stride in part.stride())
-            planes.append(Plane.strided(part.data_ptr(), b, t, HEADS, h, DIMS, d))
-    paged = PagedKV(tuple(planes), BLOCK, count, 2, kv, "cuda:0")
-    size = paged.token_bytes * tokens
-    arena_bytes = 2 * size + (1 << 30)
-    descriptor = os.open("/dev/shm/lmcache-gpu-bench", os.O_CREAT | os.O_RDWR, 0o600)
-    os.unlink("/dev/shm/lmcache-gpu-bench")
-    os.ftruncate(descriptor, arena_bytes)
-    mapping = Mapping(descriptor, arena_bytes)
-    mapping.populate(0, arena_bytes)
-    table = np.random.default_rng(0).permutation(count)[: tokens // BLOCK].astype(np.int32)
-    out: dict[str, object] = {"gpu": torch.cuda.get_device_name(), "tokens": tokens, "bytes": size}
+    for part in (part for tensor in kv for part in tensor):
+        block, token, head, dim = (stride * 2 for stride in part.stride())
+        planes.append(Plane.strided(part.data_ptr(), block, token, HEADS, head, DIMS, dim))
+    return PagedKV(tuple(planes), BLOCK, blocks, 2, kv, "cuda:0")
 
-    pinned = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+
+def shared_memory(size: int) -> Mapping:
+    """Touched pages of a nameless file in /dev/shm, as an arena's are."""
+    name = f"/dev/shm/lmcache-gpu-bench-{os.getpid()}"
+    descriptor = os.open(name, os.O_CREAT | os.O_RDWR, 0o600)
+    os.unlink(name)
+    os.ftruncate(descriptor, size)
+    mapping = Mapping(descriptor, size)
+    mapping.populate(0, size)
+    return mapping
+
+
+def pcie(size: int) -> dict[str, float]:
+    """GB/s of plain copies of `size` bytes between pinned and device memory: each way, and both at once in sum."""
+    host = torch.empty(size, dtype=torch.uint8, pin_memory=True)
     device = torch.empty(size, dtype=torch.uint8, device="cuda")
     streams = torch.cuda.Stream(), torch.cuda.Stream()
 
-    def dma(to_host: bool, stream: torch.cuda.Stream) -> None:
-        with torch.cuda.stream(stream):
-            (pinned if to_host else device).copy_(device if to_host else pinned, non_blocking=True)
+    def run(*ways: bool) -> None:
+        for to_host, stream in zip(ways, streams, strict=False):
+            with torch.cuda.stream(stream):
+                (host if to_host else device).copy_(device if to_host else host, non_blocking=True)
+        torch.cuda.synchronize()
 
-    def limit(*ways: bool) -> float:
-        def call() -> None:
-            for way, stream in zip(ways, streams, strict=False):
-                dma(way, stream)
-            torch.cuda.synchronize()
+    ways = {"to_host": (True,), "to_device": (False,), "both": (True, False)}
+    return {name: len(way) * size / measured(partial(run, *way)) / 1e9 for name, way in ways.items()}
 
-        return len(ways) * size / measured(call) / 1e9
 
-    out["pcie_to_host"], out["pcie_to_device"], out["pcie_both"] = limit(True), limit(False), limit(True, False)
-    for chunk, label in ((256, "256"), (16, "16")):
-        copier = CudaCopier(paged, chunk)
-        copier.adopt(mapping.address, arena_bytes)
-        copier._register_thread.join()
-        slot = paged.slot_bytes(chunk)
-        chunks = tokens // chunk
-        runs = np.array([(i * slot, i * chunk, chunk, 0) for i in range(chunks)], dtype=np.int64)
-        shuffled = runs.copy()
-        shuffled[:, 0] = np.random.default_rng(1).permutation(chunks) * slot
-        far = runs + np.array([size, 0, 0, 0])
-        for name, these in ((label, runs), (label + "_scattered_slots", shuffled)):
-            cpu = time.process_time()
-            store = size / measured(lambda these=these: copier.gather(mapping.address, table, these)) / 1e9
-            load = size / measured(lambda these=these: copier.scatter(mapping.address, table, these)) / 1e9
-            spent = (time.process_time() - cpu) / (16 * size / 1e9)
-            out[f"chunk_{name}"] = dict(
-                store=round(store, 1), load=round(load, 1), cpu_seconds_per_gb=round(spent, 4),
-                store_of_pcie=round(store / out["pcie_to_host"], 3), load_of_pcie=round(load / out["pcie_to_device"], 3),
-            )  # fmt: skip
+def rates(paged: PagedKV, mapping: Mapping, tokens: int, chunk: int, limit: dict[str, float]) -> dict[str, Any]:
+    """What the copier reaches with chunks of `chunk` tokens, and how much of PCIe that is."""
+    copier = CudaCopier(paged, chunk)
+    copier.adopt(mapping.address, mapping.size_bytes)
+    copier.wait_adopted()
+    size, slot, chunks = paged.token_bytes * tokens, paged.slot_bytes(chunk), tokens // chunk
+    rng = np.random.default_rng(0)
+    table = rng.permutation(paged.num_blocks)[: tokens // BLOCK].astype(np.int32)
+    runs = np.array([(i * slot, i * chunk, chunk, 0) for i in range(chunks)], dtype=np.int64)
+    scattered, far = runs.copy(), runs + np.array([size, 0, 0, 0])
+    scattered[:, 0] = rng.permutation(chunks) * slot
+    store, load = partial(copier.gather, mapping.address, table), partial(copier.scatter, mapping.address, table)
 
-        def both(copier=copier, runs=runs, far=far) -> None:
-            other = threading.Thread(target=copier.gather, args=(mapping.address, table, far))
-            other.start()
-            copier.scatter(mapping.address, table, runs)
-            other.join()
+    def both() -> None:
+        other = threading.Thread(target=store, args=(far,))
+        other.start()
+        load(runs)
+        other.join()
 
-        both_rate = 2 * size / measured(both) / 1e9
-        one = runs[:1]
-        single = slot / measured(lambda: copier.gather(mapping.address, table, one), 30) / 1e9
-        single_load = slot / measured(lambda: copier.scatter(mapping.address, table, one), 30) / 1e9
-        out[f"chunk_{label}_both"] = dict(sum=round(both_rate, 1), of_pcie=round(both_rate / out["pcie_both"], 3))
-        out[f"chunk_{label}_one"] = dict(store=round(single, 1), load=round(single_load, 1))
-        copier.close()
-    out["staging_mib"] = int(os.environ.get("LMCACHE_GPU_STAGING_MB", "128"))
+    out: dict[str, Any] = {}
+    for name, these in (("in_order", runs), ("scattered", scattered)):
+        spent = time.process_time()
+        there, back = size / measured(partial(store, these)) / 1e9, size / measured(partial(load, these)) / 1e9
+        out[name] = {
+            "store": round(there, 1),
+            "load": round(back, 1),
+            "store_of_pcie": round(there / limit["to_host"], 3),
+            "load_of_pcie": round(back / limit["to_device"], 3),
+            "cpu_seconds_per_gb": round((time.process_time() - spent) / (16 * size / 1e9), 4),
+        }
+    rate = 2 * size / measured(both) / 1e9
+    out["both_at_once"] = {"sum": round(rate, 1), "of_pcie": round(rate / limit["both"], 3)}
+    one = {"store": partial(store, runs[:1]), "load": partial(load, runs[:1])}
+    out["one_chunk"] = {name: round(slot / measured(call, 30) / 1e9, 1) for name, call in one.items()}
+    copier.close()
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=32768)
+    tokens = parser.parse_args().tokens
+    paged = paged_kv(tokens // BLOCK + 64)
+    size = paged.token_bytes * tokens
+    mapping = shared_memory(2 * size + (1 << 30))
+    limit = pcie(size)
+    out: dict[str, Any] = {
+        "gpu": torch.cuda.get_device_name(),
+        "tokens": tokens,
+        "bytes": size,
+        "staging_bytes": STAGING_BYTES,
+    }
+    out["pcie"] = {name: round(rate, 1) for name, rate in limit.items()}
+    for chunk in (256, 16):
+        out[f"{chunk}_token_chunks"] = rates(paged, mapping, tokens, chunk, limit)
     print(json.dumps(out, indent=1))
 
 

@@ -69,7 +69,9 @@ def test_round_trip(layout: str, dtype: torch.dtype, chunk: int, block: int) -> 
         slot = torch.from_numpy(arena[place * stride : place * stride + size])
         expected = torch.cat([plane[i * chunk : (i + 1) * chunk].reshape(-1) for plane in want])
         assert torch.equal(slot, expected)
-        assert (arena[place * stride + size : (place + 1) * stride] == poison[place * stride + size : (place + 1) * stride]).all()
+        assert (
+            arena[place * stride + size : (place + 1) * stride] == poison[place * stride + size : (place + 1) * stride]
+        ).all()
     spare = ({*range(chunks + 1)} - {*order}).pop()
     assert (arena[spare * stride : (spare + 1) * stride] == poison[spare * stride : (spare + 1) * stride]).all()
 
@@ -84,7 +86,10 @@ def test_round_trip(layout: str, dtype: torch.dtype, chunk: int, block: int) -> 
             part.append((place * stride, first, last - first, first - i * chunk))
     copier.scatter(arena.ctypes.data, other, np.array(part, dtype=np.int64), arena_bytes=arena.nbytes)
     position = np.arange(start, end)
-    block_of, inside = torch.from_numpy(other[position // block].astype(np.int64)).cuda(), torch.from_numpy(position % block).cuda()
+    block_of, inside = (
+        torch.from_numpy(other[position // block].astype(np.int64)).cuda(),
+        torch.from_numpy(position % block).cuda(),
+    )
     for view, old, plane in zip(views, before, want, strict=True):
         expected = old
         filled = plane[start:end].cuda().contiguous().view(dtype).reshape(end - start, *view.shape[2:])

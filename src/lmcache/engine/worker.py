@@ -281,7 +281,11 @@ class WorkerSession:
 
     def _batch_bytes(self) -> int:
         copier, mapping = self._copier, self._mapping
-        return int(copier.bytes_per_second * _BATCH_SECONDS) if copier is not None and mapping is not None else _PAYLOAD_BYTES
+        return (
+            int(copier.bytes_per_second * _BATCH_SECONDS)
+            if copier is not None and mapping is not None
+            else _PAYLOAD_BYTES
+        )
 
     def _fill(self, copier: Copier, reservation: int, blocks: npt.NDArray[np.int32], runs: Runs) -> None:
         buffer = np.empty((len(runs), self._slot_bytes), dtype=np.uint8)

@@ -40,8 +40,8 @@ Runs = npt.NDArray[np.int64]
 Blocks = npt.NDArray[np.int32]
 
 
-@triton.jit
-def _copy_kernel(
+@triton.jit  # type: ignore[untyped-decorator]
+def _copy_kernel(  # type: ignore[no-untyped-def]
     bases,
     blocks,
     meta,
@@ -155,10 +155,14 @@ class CudaCopier:
         )
         self._register_thread.start()
 
-    def close(self) -> None:
-        self._stop.set()
+    def wait_adopted(self) -> None:
+        """Until registering has ended."""
         if self._register_thread is not None:
             self._register_thread.join()
+
+    def close(self) -> None:
+        self._stop.set()
+        self.wait_adopted()
         for offset in range(0, self._registered_bytes, _REGISTER_BYTES):
             torch.cuda.cudart().cudaHostUnregister(self._address + offset)
         self._registered_bytes = 0
@@ -197,7 +201,9 @@ class _Lane:
         try:
             ring = torch.empty((count, piece_bytes), dtype=torch.uint8, device=device)
         except torch.OutOfMemoryError as error:
-            raise LayoutError(f"no {ring_bytes >> 20} MiB of GPU memory for staging: lower LMCACHE_GPU_STAGING_MB") from error
+            raise LayoutError(
+                f"no {ring_bytes >> 20} MiB of GPU memory for staging: lower LMCACHE_GPU_STAGING_MB"
+            ) from error
         self._ring = [(piece, piece.view(_WORDS[copier._shape.word_bytes][0])) for piece in ring]
         self._kernels, self._copies = torch.cuda.Stream(device), torch.cuda.Stream(device)
         self._filled = [torch.cuda.Event() for _ in range(count)]
@@ -291,11 +297,11 @@ class _Lane:
     def _copy(self, staged: torch.Tensor, base: int, offset: int) -> None:
         """One DMA; two where registrations meet, since the driver takes no copy across them."""
         copier, length, done = self._copier, staged.numel(), 0
-        known = copier._arena is not None and base == copier._address
+        arena = copier._arena if base == copier._address else None
         while done < length:
             start = offset + done
-            size = min(_REGISTER_BYTES - start % _REGISTER_BYTES, length - done) if known else length
-            host = copier._arena[start : start + size] if known else _host_bytes(base + start, size)
+            size = min(_REGISTER_BYTES - start % _REGISTER_BYTES, length - done) if arena is not None else length
+            host = _host_bytes(base + start, size) if arena is None else arena[start : start + size]
             device = staged if size == length else staged[done : done + size]
             if self._to_host:
                 host.copy_(device, non_blocking=True)
@@ -308,19 +314,19 @@ def _constants(copier: CudaCopier, to_host: bool) -> dict[str, Any]:
     """What the kernel is compiled for."""
     shape = copier._shape
     words = min(triton.next_power_of_2(shape.row_words), 1024)
-    return dict(
-        CHUNK_TOKENS=copier._chunk_tokens,
-        BLOCK_TOKENS=copier._paged.block_tokens,
-        BLOCK_STRIDE=shape.block_stride,
-        TOKEN_STRIDE=shape.token_stride,
-        HEAD_STRIDE=shape.head_stride,
-        HEAD_WORDS=shape.head_words,
-        ROW_WORDS=shape.row_words,
-        TO_STAGING=to_host,
-        WORD=_WORDS[shape.word_bytes][1],
-        TOKENS=max(1, _TILE_WORDS // words),
-        WORDS=words,
-    )
+    return {
+        "CHUNK_TOKENS": copier._chunk_tokens,
+        "BLOCK_TOKENS": copier._paged.block_tokens,
+        "BLOCK_STRIDE": shape.block_stride,
+        "TOKEN_STRIDE": shape.token_stride,
+        "HEAD_STRIDE": shape.head_stride,
+        "HEAD_WORDS": shape.head_words,
+        "ROW_WORDS": shape.row_words,
+        "TO_STAGING": to_host,
+        "WORD": _WORDS[shape.word_bytes][1],
+        "TOKENS": max(1, _TILE_WORDS // words),
+        "WORDS": words,
+    }
 
 
 def _host_bytes(address: int, length: int) -> torch.Tensor:
