@@ -1,6 +1,7 @@
 """A vLLM engine in one process that answers prompts of token ids: `python vllm_engine.py '{"model": ..., ...}'`.
 
-Runs under vLLM's Python. One JSON object a line in, one out: `{"call": "first_token", "prompt": [ids]}`, `{"call": "forget"}`.
+Runs under vLLM's Python. One JSON object a line in, one out: `{"call": "first_token", "prompt": [ids]}`, `{"call": "forget"}`,
+`{"call": "switch", "on": false}`.
 """
 
 from __future__ import annotations
@@ -36,13 +37,23 @@ def forget(llm: Any) -> dict[str, bool]:
     return {"done": False}
 
 
+def switch(llm: Any, on: bool) -> dict[str, bool]:
+    """Take LMCache out of the engine's path, or put it back: two engines differ by more than what LMCache costs."""
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    for connector in (llm.llm_engine.engine_core.engine_core.scheduler.connector, get_kv_transfer_group()):
+        halves = vars(connector).setdefault("halves", (connector._scheduler, connector._worker))
+        connector._scheduler, connector._worker = halves if on else (None, None)
+    return {"on": on}
+
+
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what vLLM prints is not an answer
     from vllm import LLM
 
     llm = LLM(**json.loads(sys.argv[1]))
-    calls = {"first_token": first_token, "forget": forget, "ready": lambda _: {}}
+    calls = {"first_token": first_token, "forget": forget, "switch": switch, "ready": lambda _: {}}
     for line in sys.stdin:
         request = json.loads(line)
         answers.write(json.dumps(calls[request.pop("call")](llm, **request)) + "\n")
