@@ -145,7 +145,8 @@ class Scenarios:
         done, start = 0, time.perf_counter()
         while time.perf_counter() - start < seconds:
             prompt = self.cache.prompt(token_ids)
-            self.cache.lookup(prompt)
+            if self.cache.lookup(prompt) != 1:
+                raise RuntimeError("a chunk that is kept was not found")
             self.cache.release(prompt)
             done += 1
         return {"lookups": done, "seconds": time.perf_counter() - start}
