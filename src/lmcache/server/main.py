@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import resource
 import signal
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -60,7 +59,6 @@ def _allow_many_descriptors() -> None:
 
 def _start(config: ServerConfig, started: list[Callable[[], None]]) -> Loop:
     """Bring up every part; `started` collects what ends them, in order."""
-    begin = time.perf_counter()
     loop = Loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: loop.stop())
@@ -82,12 +80,11 @@ def _start(config: ServerConfig, started: list[Callable[[], None]]) -> Loop:
     arena.start_prefault()
     config = dataclasses.replace(config, port=zmq_face.port, http_port=http.port)  # 0 was: any free one
     logger.info(
-        "L1: %.2f GiB in %s, %s eviction, %d-token chunks; ready after %.2f s",
+        "L1: %.2f GiB in %s, %s eviction, %d-token chunks",
         arena.size_bytes / 2**30,
         arena.path,
         config.eviction_policy,
         config.chunk_size,
-        time.perf_counter() - begin,
     )
     logger.info("%s", config.reach)
     logger.info("Health, status and metrics: %s", config.http_url)
