@@ -211,7 +211,8 @@ def pause_once(copier: Any, what: str, midway: Callable[[], None]) -> None:
 
 def main() -> None:
     def say(answer: Any) -> None:
-        print(json.dumps(answer), flush=True)
+        sys.stdout.write(json.dumps(answer) + "\n")  # at once: the log goes to the same pipe
+        sys.stdout.flush()
 
     def midway() -> None:
         say({"midway": True})

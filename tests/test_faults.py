@@ -18,7 +18,7 @@ from lmcache.wire import messages as m
 from lmcache.wire.frames import frame
 from servers import PATIENCE, eventually, free_port
 
-SLACK = 0.8  # seconds that a busy test machine may add to a deadline
+SLACK = 4.0  # seconds that a busy test machine may add to a deadline; what is broken waits for ever, or 100 times
 L1_CHUNKS = 2048  # of 4096 bytes in 8 MiB
 
 
@@ -221,6 +221,24 @@ def test_a_frozen_server_costs_one_deadline_not_one_a_call(server, engine, mode)
     assert cache.counters()["reservations"] == 0
 
 
+def test_a_preemption_does_not_wait_for_a_silent_server(server, engine):
+    """A store that waits for its slots reads no block yet, and will not when it has them."""
+    cache = server()
+    one, ids = engine(cache, deadline=PATIENCE), prompt(12, 640)
+    cache.freeze()
+    job = one.submit_store(ids)
+    eventually(lambda: one.worker._running.get("store") == job)
+    begin = time.monotonic()
+    assert one.worker.wait([job], PATIENCE) == set()
+    assert time.monotonic() - begin < PATIENCE / 2
+    cache.thaw()
+    done = one.wait(job)
+    assert (done.ok, done.tokens) == (False, 0)
+    assert one.worker.counters["dropped_chunks:preempted"] == 40
+    eventually(lambda: cache.counters()["reservations"] == 0)
+    assert one.lookup(ids) is None
+
+
 def test_no_slot_is_freed_under_a_copy_when_the_connection_is_lost(server, engine, engine_process):
     """The link breaks while a store is half done: the session says hello again only when that copy has ended."""
     cache = server(l1=8)
@@ -284,7 +302,7 @@ def test_something_else_on_the_port_costs_nothing(engine, what):
     eventually(lambda: stranger.open)
     begin = time.monotonic()
     assert not one.scheduler.connected and one.scheduler.new_chain() is None
-    assert time.monotonic() - begin < 0.1
+    assert time.monotonic() - begin < 0.9, "not even the time of one attempt to connect"
     begin = time.monotonic()
     one.close()
     assert time.monotonic() - begin < 3.0

@@ -51,7 +51,7 @@ def test_it_is_private_and_sparse_and_gone_at_the_end(tmp_path: Path) -> None:
     assert status.st_mode & 0o777 == 0o600 and status.st_blocks * 512 <= 64 << 10
     begin = time.perf_counter()
     assert read_headers(headers.path) == written
-    assert time.perf_counter() - begin < 1.0
+    assert time.perf_counter() - begin < 5.0, "a terabyte of zeros would take minutes"
     headers.close()
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(ConfigError):

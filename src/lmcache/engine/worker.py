@@ -39,6 +39,10 @@ _LAST_COPY_SECONDS = 30.0
 Runs = npt.NDArray[np.int64]
 
 
+class _Cancelled(LMCacheError):
+    """The engine has taken away the blocks of a store that had not been copied yet."""
+
+
 class WorkerSession:
     """One rank. `load` and `store` only enqueue; `finished` tells what has ended; nothing raises into the engine.
 
@@ -68,6 +72,8 @@ class WorkerSession:
         self._queues: dict[str, deque[tuple[str, Load | Store]]] = {"load": deque(), "store": deque()}
         self._running: dict[str, str] = {}
         """Kind -> id of the job whose copy may be touching memory now."""
+        self._touching: dict[str, str] = {}
+        """Kind -> id of the job that reads or writes paged KV at this moment."""
         self._cancelled: set[str] = set()
         self._done: deque[Done] = deque()
         self._closed = False
@@ -116,16 +122,16 @@ class WorkerSession:
         return bool(self._done)
 
     def wait(self, job_ids: Iterable[str], timeout_seconds: float | None = None) -> set[str]:
-        """Until none of these jobs touches paged KV; those that have not started are cancelled (and reported as failed).
+        """Until none of these jobs touches paged KV, now or later; what has not been copied of them is cancelled.
 
-        Returns those still running after the timeout.
+        A job that waits for the server's answer touches nothing. Returns those still copying after the timeout.
         """
         wanted = set(job_ids)
         with self._state:
             self._cancelled |= {job for queue in self._queues.values() for job, _ in queue if job in wanted}
             self._cancelled |= wanted & set(self._running.values())
-            self._state.wait_for(lambda: not wanted & set(self._running.values()), timeout_seconds)
-            return wanted & set(self._running.values())
+            self._state.wait_for(lambda: not wanted & set(self._touching.values()), timeout_seconds)
+            return wanted & set(self._touching.values())
 
     def close(self) -> None:
         """Finish the copy at hand, drop what waits, and let the arena go."""
@@ -162,6 +168,8 @@ class WorkerSession:
                     self.counters["dropped_chunks:preempted"] += len(job.hashes) // HASH_BYTES
                 if not cancelled:
                     self._running[kind] = job_id
+                    if isinstance(job, Load):
+                        self._touching[kind] = job_id
                     self._loading = job if isinstance(job, Load) else self._loading
             tokens, seconds = 0, 0.0
             try:
@@ -177,6 +185,7 @@ class WorkerSession:
                 logger.exception("A %s failed", kind)
             with self._state:
                 self._running.pop(kind, None)
+                self._touching.pop(kind, None)
                 self._loading = None if isinstance(job, Load) else self._loading
                 self._cancelled.discard(job_id)
                 self._done.append(Done(job_id, kind, tokens > 0, tokens, seconds))
@@ -238,8 +247,11 @@ class WorkerSession:
             hashes = store.hashes[at * HASH_BYTES : (at + step) * HASH_BYTES]
             try:
                 with self._using("store") as (copier, mapping):
-                    batch = self._store_batch(copier, mapping, store, parent, store.first_chunk + at, hashes)
+                    batch = self._store_batch(job_id, copier, mapping, store, parent, store.first_chunk + at, hashes)
                 tokens, seconds = tokens + batch[0], seconds + batch[1]
+            except _Cancelled:
+                self._drop(total - at, "preempted")
+                break
             except (ServerUnavailable, ServerRefused) as error:
                 reason = "no server" if isinstance(error, ServerUnavailable) else "refused"
                 self.counters[f"dropped_chunks:{reason}"] += total - at
@@ -249,7 +261,14 @@ class WorkerSession:
         return tokens, seconds
 
     def _store_batch(
-        self, copier: Copier, mapping: Mapping | None, store: Store, parent: bytes, first_chunk: int, hashes: bytes
+        self,
+        job_id: str,
+        copier: Copier,
+        mapping: Mapping | None,
+        store: Store,
+        parent: bytes,
+        first_chunk: int,
+        hashes: bytes,
     ) -> tuple[int, float]:
         size = self._chunk_tokens
         request = m.Reserve(self._space, self._shard.index, parent, first_chunk == 0, hashes)
@@ -269,15 +288,39 @@ class WorkerSession:
         blocks = np.asarray(store.blocks, dtype=np.int32)
         begin, ok = time.perf_counter(), False
         try:
-            if mapping is not None:
-                copier.gather(mapping.address, blocks, runs, arena_bytes=mapping.size_bytes)
-            else:
-                self._fill(copier, granted.reservation, blocks, runs)
+            buffer = self._gather(job_id, copier, mapping, blocks, runs)
+            if buffer is not None:
+                self._link.call(m.Fill(granted.reservation, 0), m.Ok, [row.data for row in buffer])
             ok = True
         finally:
             seconds = time.perf_counter() - begin
             self._link.call(m.Commit(granted.reservation, ok), m.Ok)
         return len(wanted) * size, seconds
+
+    def _gather(
+        self, job_id: str, copier: Copier, mapping: Mapping | None, blocks: npt.NDArray[np.int32], runs: Runs
+    ) -> npt.NDArray[np.uint8] | None:
+        """Copy into the slots, or, without a mapping, into the buffer that is returned: the slots' bytes one after the other.
+
+        Raises:
+            _Cancelled: the blocks were taken away meanwhile.
+        """
+        with self._state:
+            if job_id in self._cancelled:
+                raise _Cancelled("the blocks were taken away")
+            self._touching["store"] = job_id
+        try:
+            if mapping is not None:
+                copier.gather(mapping.address, blocks, runs, arena_bytes=mapping.size_bytes)
+                return None
+            buffer = np.empty((len(runs), self._slot_bytes), dtype=np.uint8)
+            runs[:, 0] = np.arange(len(runs)) * self._slot_bytes
+            copier.gather(buffer.ctypes.data, blocks, runs)
+            return buffer
+        finally:
+            with self._state:
+                self._touching.pop("store", None)
+                self._state.notify_all()
 
     def _batch_bytes(self) -> int:
         copier, mapping = self._copier, self._mapping
@@ -286,12 +329,6 @@ class WorkerSession:
             if copier is not None and mapping is not None
             else _PAYLOAD_BYTES
         )
-
-    def _fill(self, copier: Copier, reservation: int, blocks: npt.NDArray[np.int32], runs: Runs) -> None:
-        buffer = np.empty((len(runs), self._slot_bytes), dtype=np.uint8)
-        runs[:, 0] = np.arange(len(runs)) * self._slot_bytes
-        copier.gather(buffer.ctypes.data, blocks, runs)
-        self._link.call(m.Fill(reservation, 0), m.Ok, [row.data for row in buffer])
 
     def _drop(self, chunks: int, reason: str) -> None:
         self.counters[f"dropped_chunks:{reason}"] += chunks

@@ -24,7 +24,6 @@ from lmcache.integration.vllm.caches import describe_caches, rank_of
 from lmcache.integration.vllm.model import NOT_SERVED, ModelKV, describe_model, layer_range, refusal_of
 from lmcache.integration.vllm.paged import Registered
 from lmcache.integration.vllm.settings import (
-    DEFAULT_DEADLINE_SECONDS,
     Settings,
     read_settings,
     recompute_failed_loads,
@@ -36,6 +35,8 @@ logger = init_logger(__name__)
 
 _UPSTREAM = "vllm.distributed.kv_transfer.kv_connector.v1.lmcache_mp_connector"
 _LEASE_SECONDS = 30.0
+STORE_SECONDS = 0.5
+"""A step waits this long for its stores; then those that still wait for the server are dropped, so a silent one costs no more."""
 """The scheduler is not told when a load has ended; by then the ranks have leases of their own."""
 _LIMITS = (
     "vLLM's own connector class caches whole blocks only, and no LoRA, multimodal or prompt-embedding requests; unset "
@@ -230,7 +231,7 @@ class LMCacheMPWorkerAdapter:
         salts = cache_salts or [""] * len(ops)
         jobs = {job for op, salt in zip(ops, salts, strict=True) if (job := self._start_store(op, salt or "", event))}
         self._storing |= jobs
-        end = time.monotonic() + session_deadline(self._engine)
+        end = time.monotonic() + STORE_SECONDS
         while jobs & self._storing and time.monotonic() < end:
             session.wait_finished(0.05)
             self._collect()
@@ -321,11 +322,6 @@ class LMCacheMPWorkerAdapter:
             self._received.add(request_id)
             if not done.ok:
                 self._invalid.update(blocks)
-
-
-def session_deadline(engine: _Engine | None) -> float:
-    """Seconds that a step may wait for its stores before those not yet begun are dropped."""
-    return engine.settings.deadline_seconds if engine is not None else DEFAULT_DEADLINE_SECONDS
 
 
 def _engine_of_caller() -> _Engine | None:
