@@ -87,6 +87,11 @@ class Row:
 HEAD = ["what", "unit", "limit", "ours", "p99", "spread", "of limit", "peer", "x peer", "goal", "met"]
 
 
+def _spread(row: Row, ours: Figure) -> str:
+    """A part of the median; for a percentage, which may be near 0, points."""
+    return f"{abs(ours.spread * ours.median):.1f} points" if row.unit == "%" else f"{ours.spread:.0%}"
+
+
 def cells(row: Row) -> list[str]:
     """The row as text, in the order of `HEAD`. `x peer` says how many times better ours is."""
     ours, peer, limit = row.figure("ours"), row.figure("peer"), row.figure("limit")
@@ -100,7 +105,7 @@ def cells(row: Row) -> list[str]:
         number(limit.median) if limit else "",
         number(ours.median) if ours else "",
         number(ours.p99) if ours and ours.samples > 1 else "",
-        f"{ours.spread:.0%}" if ours and ours.samples > 2 else "",
+        _spread(row, ours) if ours and ours.samples > 2 else "",
         number(row.ratio("limit")),
         number(peer.median) if peer else "",
         number(times),
