@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import dataclasses
-import random
 import statistics
 import subprocess
 import sys
@@ -18,27 +16,10 @@ from benchmarks import limits
 from benchmarks.index import index_in_process
 from benchmarks.rows import Goal, Row
 from benchmarks.scenarios import SHAPES, Shape
-from benchmarks.sides import Server, Side, Worker
+from benchmarks.sides import Plan, Server, Worker
 
 GB = 1e9
 SMALL_GOAL = Goal(0.3, "less", 0.15)
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """One run: who takes part, and how long it may take. `rounds` is how often sides alternate."""
-
-    sides: tuple[Side, ...]
-    quick: bool
-    rng: random.Random
-
-    @property
-    def rounds(self) -> int:
-        return 2 if self.quick else 5
-
-    def count(self, full: int) -> int:
-        """Samples a round, fewer in a quick run."""
-        return max(2, full // 5) if self.quick else full
 
 
 Pair = dict[str, tuple[Server, Worker]]

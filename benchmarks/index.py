@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import random
 import time
-from typing import TYPE_CHECKING
 
 from benchmarks.rows import Goal, Row
+from benchmarks.sides import Plan
 from lmcache.cache import Heart
-
-if TYPE_CHECKING:
-    from benchmarks.groups import Plan
 
 PROMPT_CHUNKS = 512
 SLOT_BYTES = 4096

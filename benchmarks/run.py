@@ -16,9 +16,9 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks.groups import GROUPS, Plan
+from benchmarks.groups import GROUPS
 from benchmarks.rows import Row, replace_figures, report
-from benchmarks.sides import Side
+from benchmarks.sides import Plan, Side
 from lmcache import __version__
 
 

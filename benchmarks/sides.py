@@ -8,6 +8,7 @@ import dataclasses
 import http.client
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -232,3 +233,20 @@ class Side:
                 yield worker
             finally:
                 worker.stop()
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """One run: who takes part, and how long it may take. `rounds` is how often sides alternate."""
+
+    sides: tuple[Side, ...]
+    quick: bool
+    rng: random.Random
+
+    @property
+    def rounds(self) -> int:
+        return 2 if self.quick else 5
+
+    def count(self, full: int) -> int:
+        """Samples a round, fewer in a quick run."""
+        return max(2, full // 5) if self.quick else full
