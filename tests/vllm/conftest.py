@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,8 @@ import pytest
 from vllm_processes import PYTHON, Server
 
 ROOT = Path(__file__).resolve().parents[2]
+SHARED_MEMORY = Path("/dev/shm")
+VLLM_LEAVES = ("psm_*", "sem.mp-*", "vllm_dist_*")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -25,8 +28,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("vllm")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where everything lies. A vLLM that is killed leaves its own shared memory behind, which goes with the folder."""
+    before = {path for pattern in VLLM_LEAVES for path in SHARED_MEMORY.glob(pattern)}
+    yield tmp_path_factory.mktemp("vllm")
+    left = {path for pattern in VLLM_LEAVES for path in SHARED_MEMORY.glob(pattern)} - before
+    for path in left - _mapped():
+        path.unlink(missing_ok=True)
+
+
+def _mapped() -> set[Path]:
+    """Files in shared memory that some process still uses."""
+    used = set()
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        with contextlib.suppress(OSError):
+            used |= {Path(line.split()[-1]) for line in maps.read_text().splitlines() if str(SHARED_MEMORY) in line}
+    return used
 
 
 @pytest.fixture(scope="session")
