@@ -81,8 +81,6 @@ class Link:
         self.endpoint = endpoint
         self._before_hello = before_hello
         self._session = secrets.token_bytes(16)
-        self.failures = 0
-        """Calls that a dead, slow or refusing server cost."""
         self._on_welcome = on_welcome
         self._carrier: Carrier | None = None
         self._lock = threading.Lock()
@@ -123,7 +121,6 @@ class Link:
                 self._give_up("it has been started anew")  # ZMQ reconnects by itself and does not tell
         if isinstance(answer, expect):
             return answer, payload
-        self.failures += 1
         raise ServerRefused(
             answer.text if isinstance(answer, m.Error) else f"unexpected answer {type(answer).__name__}"
         )
@@ -147,7 +144,6 @@ class Link:
 
     def _give_up(self, why: str) -> None:
         """Called with the lock held."""
-        self.failures += 1
         if self._carrier is not None:
             self._carrier.close()
             self._carrier = None

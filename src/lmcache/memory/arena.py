@@ -72,13 +72,13 @@ class Mapping:
         self._map.close()
 
 
-def populate_all(mapping: Mapping, stop: threading.Event, step_bytes: int = _STEP_BYTES) -> None:
+def populate_all(mapping: Mapping, stop: threading.Event) -> None:
     """Touch the whole mapping, step by step and with the least priority; for a thread of its own."""
     _be_patient()
-    for offset in range(0, mapping.size_bytes, step_bytes):
+    for offset in range(0, mapping.size_bytes, _STEP_BYTES):
         if stop.is_set():
             return
-        mapping.populate(offset, min(step_bytes, mapping.size_bytes - offset))
+        mapping.populate(offset, min(_STEP_BYTES, mapping.size_bytes - offset))
 
 
 class Arena:

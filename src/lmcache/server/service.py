@@ -369,7 +369,6 @@ class Service:
 
     def _tick(self) -> None:
         self.heart.tick(time.monotonic())
-        self.counters["events"] += len(self.heart.events)
         if logger.isEnabledFor(logging.DEBUG):
             for event in self.heart.events:
                 logger.debug("%s %d chunks of space %d %s", event.kind, event.chunks, event.space, event.reason)
