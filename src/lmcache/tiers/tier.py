@@ -1,0 +1,132 @@
+"""What a tier is asked, and what it answers."""
+
+from __future__ import annotations
+
+import struct
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar, NamedTuple
+
+from lmcache.errors import LMCacheError
+
+OK = ""
+"""Outcome of one shard: loaded, whole and checked; or stored."""
+KEPT = "kept"
+"""Outcome of a store: the tier has this very shard already, and keeps it."""
+ABSENT = "absent"
+"""Outcome of a load: the tier does not have it. Damage has other names (`frame` lists them)."""
+
+_KEY = struct.Struct("<16s16sHH")
+
+
+class TierError(LMCacheError):
+    """The tier itself is in trouble: it cannot be reached, or its medium fails. Nothing of the call may be relied on.
+
+    `reason` is one word for counters (unreachable, timeout, denied, full, io ...); the text is for people and names no secret.
+    """
+
+    def __init__(self, reason: str, text: str) -> None:
+        super().__init__(text)
+        self.reason = reason
+
+
+class ShardKey(NamedTuple):
+    """One rank's part of a chunk. `space` is 16 bytes that name layout and parallel split, `chunk` the 16-byte chunk hash."""
+
+    space: bytes
+    chunk: bytes
+    shard: int
+    shards: int
+
+    @property
+    def packed(self) -> bytes:
+        """36 bytes: space, chunk, u16 shard, u16 shards, little-endian."""
+        return _KEY.pack(*self)
+
+    @classmethod
+    def unpack(cls, packed: bytes) -> ShardKey:
+        return cls(*_KEY.unpack(packed))
+
+    @property
+    def text(self) -> str:
+        """For file, object and Redis names: `SPACE/CHUNK-SHARD-SHARDS`, numbers in hex."""
+        return f"{self.space.hex()}/{self.chunk.hex()}-{self.shard:x}-{self.shards:x}"
+
+
+class Shard(NamedTuple):
+    """What is to be stored. `parent` is the 16-byte hash of the chunk before (zeros for the first): what it is reachable by."""
+
+    key: ShardKey
+    parent: bytes
+    payload: memoryview
+
+
+class Usage(NamedTuple):
+    """`stored_bytes` as they count against `max_bytes` (None: no bound), frames, parts and index included."""
+
+    stored_bytes: int
+    shards: int
+    max_bytes: int | None
+
+
+class Tier(ABC):
+    """One store of shards.
+
+    All methods may be called from several threads at once, may block, and touch the memory they were handed only until
+    they return. One outcome a shard, in the order asked: a shard's damage is an outcome and never an exception, and a
+    damaged shard is removed. `TierError` is for the store as a whole. No method takes longer than the tier's own
+    time-outs, which its URL sets.
+    """
+
+    scheme: ClassVar[str]
+    """Of its URL: `disk`, `redis`, `s3` ..."""
+    concurrency: ClassVar[int] = 4
+    """Calls that may usefully be under way at once."""
+    batch_bytes: ClassVar[int] = 32 << 20
+    """Payload of one `load` or `store` call from which on larger calls gain nothing."""
+
+    @abstractmethod
+    def open(self) -> None:
+        """Connect or mount. May be called again after a TierError; does nothing when open.
+
+        Raises:
+            TierError: it cannot serve now; one clear line says why and what to do.
+        """
+
+    def known(self, keys: Sequence[ShardKey]) -> list[bool] | None:
+        """Which of these are there, told at once and without I/O; None where only the store itself can tell."""
+        return None
+
+    @abstractmethod
+    def contains(self, keys: Sequence[ShardKey]) -> list[bool]:
+        """Which of these are there, in one pipelined question. A yes is no promise: a load may still find it damaged."""
+
+    @abstractmethod
+    def load(self, keys: Sequence[ShardKey], into: Sequence[memoryview]) -> list[str]:
+        """Read whole, checked payloads of exactly the buffers' sizes; a loaded shard counts as used now.
+
+        After any outcome but OK the buffer's content is undefined, and the caller must not show it to anybody.
+        """
+
+    @abstractmethod
+    def store(self, shards: Sequence[Shard]) -> list[str]:
+        """Keep these: OK and KEPT are acknowledged as kept; other outcomes name why not (`full`, `too large` ...).
+
+        What must go to stay under the cap goes first. A crash at any moment leaves a shard whole or absent.
+        """
+
+    @abstractmethod
+    def remove(self, keys: Sequence[ShardKey]) -> None:
+        """Forget these, where they are there."""
+
+    @abstractmethod
+    def clear(self) -> None:
+        """Forget everything that is the cache's, and nothing else."""
+
+    @abstractmethod
+    def usage(self) -> Usage:
+        """What is there, as far as this process knows; no I/O."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Finish, flush what recovery needs, let everything go. The tier can be opened again."""
