@@ -53,7 +53,11 @@ DAMAGE = (NOT_A_FRAME, OTHER_VERSION, OTHER_SHARD, OTHER_SIZE, CHECKSUM, TRUNCAT
 
 def make_header(key: ShardKey, parent: bytes, payload: bytes | memoryview, secret: bytes = b"") -> bytes:
     """The 128 bytes in front of `payload`. `secret`: 32 bytes, for a keyed checksum."""
-    head = _head(key, parent, memoryview(payload).nbytes, secret)
+    flags = _KEYED if secret else 0
+    size = memoryview(payload).nbytes
+    head = _HEAD.pack(
+        _MAGIC, VERSION, flags, HEADER_BYTES, key.space, key.chunk, key.shard, key.shards, 0, size, parent
+    )
     return head + _checksum(head, payload, secret)
 
 
@@ -80,35 +84,6 @@ def check(header: bytes | memoryview, payload: bytes | memoryview, key: ShardKey
     return OK if _checksum(head, payload, secret) == bytes(header[_CHECKED_BYTES:HEADER_BYTES]) else CHECKSUM
 
 
-class Running:
-    """The checksum of a frame whose payload passes by in pieces, in order: summed while it is moved.
-
-    Made by `begin` for a frame to be stored, by `resume` for one whose header was read and checked.
-    """
-
-    def __init__(self, head: bytes, secret: bytes) -> None:
-        self._head = head
-        self._digest = blake3(head, key=secret) if secret else xxhash.xxh3_128(head)
-        self._size = {"length": _DIGEST_BYTES} if secret else {}
-
-    def add(self, piece: memoryview) -> None:
-        self._digest.update(piece)
-
-    def header(self) -> bytes:
-        """The whole header, when all of the payload has passed."""
-        return self._head + bytes(self._digest.digest(**self._size))
-
-
-def begin(key: ShardKey, parent: bytes, payload_bytes: int, secret: bytes = b"") -> Running:
-    """For a payload that is on its way out; `header` is then what `make_header` returns."""
-    return Running(_head(key, parent, payload_bytes, secret), secret)
-
-
-def resume(header: bytes | memoryview, secret: bytes = b"") -> Running:
-    """For a payload that is on its way in; it is whole when `header` returns the very header that was read."""
-    return Running(bytes(header[:_CHECKED_BYTES]), secret)
-
-
 def read_header(header: bytes | memoryview) -> tuple[ShardKey, bytes, int] | None:
     """(key, parent, payload bytes) of what looks like a frame's header, None for anything else. Unchecked: for indexes."""
     if len(header) < HEADER_BYTES:
@@ -117,11 +92,6 @@ def read_header(header: bytes | memoryview) -> tuple[ShardKey, bytes, int] | Non
     if (magic, version, size, zero) != (_MAGIC, VERSION, HEADER_BYTES, 0) or stored > MAX_PAYLOAD_BYTES:
         return None
     return ShardKey(*name), parent, stored
-
-
-def _head(key: ShardKey, parent: bytes, size: int, secret: bytes) -> bytes:
-    flags = _KEYED if secret else 0
-    return _HEAD.pack(_MAGIC, VERSION, flags, HEADER_BYTES, *key, 0, size, parent)
 
 
 def _checksum(head: bytes, payload: bytes | memoryview, secret: bytes) -> bytes:

@@ -191,17 +191,15 @@ class RedisTier(Tier):
             outcome = ABSENT
         else:
             outcome = self._no_value(connection, header)
-        running = frame.resume(header, self._secret) if isinstance(header, bytes) else None
+        checksum = frame.Checksum(self._secret)
         for start in range(0, len(memory), PART_BYTES):
             part = memory[start : start + PART_BYTES]
-            got = connection.value_into(part, running.add if running else _nobody)
+            got = connection.value_into(part, checksum.update)
             if isinstance(got, ReplyError):
                 outcome = outcome or self._no_value(connection, got)
             elif got != len(part):
                 outcome = outcome or (ABSENT if got is None else frame.TRUNCATED)
-        if outcome or running is None:
-            return outcome
-        return OK if running.header() == header else frame.CHECKSUM
+        return outcome or checksum.check(header, key) if isinstance(header, bytes) else outcome
 
     def _no_value(self, connection: Connection, reply: Reply) -> str:
         """What an error says about one shard. Raises TierError where it says something about the server."""
@@ -232,12 +230,12 @@ class RedisTier(Tier):
     def _write(self, connection: Connection, shard: Shard, token: str) -> None:
         """Parts, then the script that writes the header, all without waiting."""
         payload, name = shard.payload, self._name(shard.key)
-        running = frame.begin(shard.key, shard.parent, payload.nbytes, self._secret)
+        checksum = frame.Checksum(self._secret)
         for part, start in enumerate(range(0, payload.nbytes, PART_BYTES)):
             piece = payload[start : start + PART_BYTES]
-            connection.send_value(b"%b.%x" % (name, part), piece, running.add, b"PX", b"%d" % (self._lease_us // 1000))
+            connection.send_value(b"%b.%x" % (name, part), piece, checksum.update, b"PX", b"%d" % (self._lease_us // 1000))
         booking = _booking(shard.key, payload.nbytes)
-        self._script(connection, self._tag(shard.key), "commit", token, self._ttl_us, running.header(), *booking)
+        self._script(connection, self._tag(shard.key), "commit", token, self._ttl_us, checksum.header(shard.key, shard.parent), *booking)
 
     def _written(self, connection: Connection, shard: Shard) -> str:
         """The outcome of `_write`."""
@@ -382,10 +380,6 @@ def _unlink_all(connection: Connection, pattern: str) -> None:
                     return
             case other:
                 raise TierError("protocol", f"Redis at {connection.name}: unexpected answer {other!r:.80}")
-
-
-def _nobody(piece: memoryview) -> None:
-    """Sums nothing: the piece belongs to no frame."""
 
 
 def _prefix(text: str) -> str:
