@@ -169,6 +169,8 @@ class S3Tier(Tier):
                 self._books.end(shard.key)
 
         self._side_by_side([(write, (index,)) for index in range(len(shards))])
+        kept = [shard.key for shard, outcome in zip(shards, outcomes, strict=True) if outcome in (OK, KEPT)]
+        self._books.use(kept[::-1])  # in the order asked, whoever was faster
         return outcomes
 
     def remove(self, keys: Sequence[ShardKey]) -> None:
@@ -302,7 +304,7 @@ class S3Tier(Tier):
             TierError: one of them did; or the time was over before all had begun.
         """
         if not self._pool:
-            raise TierError("unreachable", f"{self._client.place.text}: the tier is not open")
+            raise TierError("closed", f"{self._client.place.text}: the tier is not open")
         deadline = time.monotonic() + self._timeout_seconds
 
         def run(call: Callable[..., None], *numbers: int) -> None:
