@@ -233,9 +233,19 @@ class RedisTier(Tier):
         checksum = frame.Checksum(self._secret)
         for part, start in enumerate(range(0, payload.nbytes, PART_BYTES)):
             piece = payload[start : start + PART_BYTES]
-            connection.send_value(b"%b.%x" % (name, part), piece, checksum.update, b"PX", b"%d" % (self._lease_us // 1000))
+            connection.send_value(
+                b"%b.%x" % (name, part), piece, checksum.update, b"PX", b"%d" % (self._lease_us // 1000)
+            )
         booking = _booking(shard.key, payload.nbytes)
-        self._script(connection, self._tag(shard.key), "commit", token, self._ttl_us, checksum.header(shard.key, shard.parent), *booking)
+        self._script(
+            connection,
+            self._tag(shard.key),
+            "commit",
+            token,
+            self._ttl_us,
+            checksum.header(shard.key, shard.parent),
+            *booking,
+        )
 
     def _written(self, connection: Connection, shard: Shard) -> str:
         """The outcome of `_write`."""
