@@ -9,7 +9,7 @@ import pytest
 from vllm_processes import Engine, Server
 from vllm_prompts import assert_same, tokens
 
-from stores import Valkey
+from stores import RedisServer, binary_of
 
 PROMPTS = {
     "redis": [tokens(300, 501), tokens(300, 501)[:200] + tokens(60, 502)],
@@ -19,8 +19,8 @@ PROMPTS = {
 @pytest.fixture(scope="module")
 def urls(folder: Path) -> Iterator[dict[str, str]]:
     """One tier of each kind, real ones."""
-    valkey = Valkey(folder)
-    yield {"redis": valkey.url}
+    valkey = RedisServer(binary_of("valkey"), folder)
+    yield {"redis": valkey.url()}
     valkey.end()
 
 
