@@ -44,6 +44,27 @@ class TestDiskBuffered(TestDisk):
         return f"disk://{place}/tier?io=buffered"
 
 
+class TestDirectory(ConformanceSuite):
+    least_recent_goes = False
+    """Times of use are a minute apart: test_directory.py has a test of its own."""
+
+    def url(self, place: Path) -> str:
+        return f"dir://{place}/tier"
+
+    def stored_frame(self, place: Path, tier: Tier, key: ShardKey) -> bytes:
+        return self.file(place, key).read_bytes()
+
+    def replace_frame(self, place: Path, tier: Tier, key: ShardKey, stored: bytes) -> None:
+        self.file(place, key).write_bytes(stored)
+
+    def medium_bytes(self, place: Path, tier: Tier) -> int:
+        return disk_files.medium_bytes(place / "tier")
+
+    def file(self, place: Path, key: ShardKey) -> Path:
+        space, name = key.text.split("/")
+        return place / "tier" / space / name[:2] / name
+
+
 class Unchecked(MemoryTier):
     """Serves what it finds."""
 

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from stores import RedisServer, load, shards_of, tier_of
 
 from lmcache.errors import ConfigError
 from lmcache.tiers import ABSENT, KEPT, OK, Shard, ShardKey, Tier, TierError, frame
@@ -22,6 +21,7 @@ from lmcache.tiers.redis import FULL, PART_BYTES, RedisTier, booked_bytes
 from lmcache.tiers.registry import make_tier, make_tiers
 from proxy import Proxy
 from servers import PATIENCE, eventually, free_port
+from stores import RedisServer, load, shards_of, tier_of
 
 pytestmark = pytest.mark.xdist_group("redis")
 MIB = 1 << 20

@@ -75,6 +75,10 @@ class Medium:
         """A descriptor; files that are created are for this user only."""
         return os.open(path, flags | os.O_CLOEXEC, 0o600)
 
+    def close(self, fd: int) -> None:
+        """Of a file that was written: network file systems say here that they could not."""
+        os.close(fd)
+
     def write(self, fd: int, buffers: Sequence[memoryview | bytes], offset: int) -> None:
         """All of the buffers, one after another."""
         left = [memoryview(one).cast("B") for one in buffers]

@@ -153,8 +153,9 @@ class LMCacheMPConnector(KVConnectorBase_V1, _SupportsHMA):  # type: ignore[misc
     # Scheduler
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
+        """None: a tier is loading, ask again at the next step."""
         tokens = self._scheduler.match(request, num_computed_tokens) if self._scheduler is not None else 0
-        return tokens, tokens > 0
+        return tokens, bool(tokens)
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         if self._scheduler is not None:
@@ -218,7 +219,7 @@ class LMCacheMPConnector(KVConnectorBase_V1, _SupportsHMA):  # type: ignore[misc
 
 def _scheduler_half(vllm_config: Any, kv: ModelKV, settings: Settings) -> SchedulerHalf:
     transfer = vllm_config.kv_transfer_config
-    session = SchedulerSession(settings.endpoint(str(transfer.engine_id), "scheduler"), kv.layout, kv.shards)
+    session = SchedulerSession(settings.endpoint(str(transfer.engine_id), "scheduler"), kv.layout, kv.shards, kv.stages)
     return SchedulerHalf(
         session,
         kv.block_tokens,
@@ -237,7 +238,7 @@ def _worker_half(
     registered = describe_caches(vllm_config, kv_cache_config, kv, kv_caches)
     rank = pp_rank * kv.tp_size + tp_rank
     endpoint = settings.endpoint(str(vllm_config.kv_transfer_config.engine_id), "worker", rank)
-    session = WorkerSession(endpoint, kv.layout, shard, registered.paged)
+    session = WorkerSession(endpoint, kv.layout, shard, registered.paged, stages=kv.stages)
     half = WorkerHalf(session, registered, shard.index, shard.count, stores=kv.stores(tp_rank))
     half.reports_stats = tp_rank == 0 and pp_rank == 0
     return half
