@@ -77,7 +77,7 @@ class RedisTier(Tier):
         if ca_file and not tls:
             raise ConfigError(f"{url.redacted}: ca_file is for rediss://")
         login = Login(url.username, url.take_password(), int(database), tls)
-        limit = url.take("connections", whole(1, 64), 4)
+        limit = url.take("connections", whole(1, 64), 8)
         kind = _TLSTier if tls else cls
         return kind(
             Nodes(url.host, url.port or 6379, login, limit, is_cluster),

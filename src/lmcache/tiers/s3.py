@@ -42,6 +42,8 @@ class S3Tier(Tier):
     """One bucket and prefix. `connections` requests are under way at once, whoever asked for them."""
 
     scheme = "s3"
+    concurrency = 8
+    batch_bytes = 64 << 20
 
     def __init__(
         self,
