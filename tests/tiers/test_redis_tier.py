@@ -181,7 +181,11 @@ def test_two_clients_share_one_cap_and_one_copy(empty: RedisServer) -> None:
 
     def watch() -> None:
         while not stop.is_set():
-            peak[0] = max(peak[0], int(empty.raw.hget("{lmcache}.index", "used") or 0))
+            see()
+        see()
+
+    def see() -> None:
+        peak[0] = max(peak[0], int(empty.raw.hget("{lmcache}.index", "used") or 0))
 
     def write(tier: RedisTier) -> None:
         for _ in range(15):
@@ -201,19 +205,20 @@ def test_two_clients_share_one_cap_and_one_copy(empty: RedisServer) -> None:
 
 
 def test_ttl_counts_from_the_last_use_and_frees_the_books(empty: RedisServer) -> None:
-    tier = opened(empty.url("?ttl=1"))
+    tier = opened(empty.url("?ttl=1000"))
     used, unused = shards_of(2, 5 * MIB)
     tier.store([used, unused])
-    began = time.monotonic()
-
-    def only_the_used_one_is_left() -> bool:
-        assert load(tier, [used]) == [OK]
-        return tier.contains([unused.key]) == [False]
-
-    eventually(only_the_used_one_is_left)
-    assert time.monotonic() - began > 0.5
-    tier.store(shards_of(1, 10))
-    assert tier.usage().shards == 2 and _books_agree(empty)
+    names = [f"{header_name(shard)}{end}" for shard in (used, unused) for end in ("", ".0", ".1")]
+    for name in names:
+        assert empty.raw.ttl(name) > 900 and empty.raw.expire(name, 500)
+    assert load(tier, [used]) == [OK]
+    assert [empty.raw.ttl(name) > 900 for name in names] == [True] * 3 + [False] * 3
+    empty.raw.flushall()
+    brief = opened(empty.url("?ttl=1"))
+    brief.store([used, unused])
+    eventually(lambda: not empty.raw.keys("{lmcache}/*"))
+    brief.store(shards_of(1, 10))
+    assert brief.usage().shards == 1 and _books_agree(empty)
 
 
 def test_a_full_server_is_an_outcome_and_is_left_behind_when_there_is_room(empty: RedisServer) -> None:
@@ -358,7 +363,7 @@ def test_a_writer_killed_in_the_middle_of_stores_leaves_whole_shards_only(empty:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")])}
     acknowledged = set()
     for stores in (1, 3, 2):
-        command = [sys.executable, "-c", WRITER, empty.url("?timeout=0.5&max_gb=0.5")]
+        command = [sys.executable, "-c", WRITER, empty.url("?timeout=2&max_gb=0.5")]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as child:
             assert child.stdout and child.stdout.readline() == "ready\n"
             for _ in range(stores):
@@ -366,7 +371,7 @@ def test_a_writer_killed_in_the_middle_of_stores_leaves_whole_shards_only(empty:
             child.send_signal(signal.SIGKILL)
             child.wait()
             acknowledged |= {line.strip() for line in child.stdout if line.endswith("\n")}
-    tier = opened(empty.url("?timeout=0.5&max_gb=0.5"))
+    tier = opened(empty.url("?timeout=2&max_gb=0.5"))
     headers = {name.decode().partition("/")[2] for name in empty.raw.keys("{lmcache}/*") if b"." not in name}
     assert len(headers) >= len(acknowledged) >= 6
 
@@ -432,7 +437,7 @@ def test_a_frozen_server_costs_one_timeout_and_a_restarted_one_nothing(
 ) -> None:
     server = start()
     through = proxy(server.port)
-    tier = opened(server.url("?timeout=0.5", port=through.port))
+    tier = opened(server.url("?timeout=1", port=through.port))
     (shard,) = shards_of(1, MIB)
     tier.store([shard])
     through.freeze()
@@ -445,7 +450,7 @@ def test_a_frozen_server_costs_one_timeout_and_a_restarted_one_nothing(
         with pytest.raises(TierError) as caught:
             call()
         assert caught.value.reason == "timeout"
-    assert 1.4 < time.monotonic() - began < PATIENCE
+    assert 2.9 < time.monotonic() - began < PATIENCE
     through.thaw()
     assert load(tier, [shard]) == [OK]
     through.cut()
@@ -472,7 +477,7 @@ def test_a_load_that_is_cut_raises_and_the_next_one_is_whole(empty: RedisServer,
     tier = opened(empty.url(port=through.port))
     shards = shards_of(3, 8 * MIB)
     tier.store(shards)
-    through.rate = 30e6
+    through.rate = 10e6
     cutter = threading.Timer(0.1, through.cut)
     cutter.start()
     with pytest.raises(TierError):

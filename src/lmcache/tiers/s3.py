@@ -251,6 +251,8 @@ class S3Tier(Tier):
         uses: dict[bytes, int] = {}
         others, other_bytes, recency_bytes = [_RECENCY], 0, 0
         for one in self._client.list():
+            if self._closing.is_set():
+                return
             written = int(one.modified.timestamp() * 1000)
             if key := _key_of(one.path):
                 listed[key.packed] = written, one.size
