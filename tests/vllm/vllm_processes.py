@@ -10,6 +10,7 @@ import selectors
 import signal
 import socket
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -96,11 +97,11 @@ class Process:
 
 
 class Server(Process):
-    """`lmcache server` on ports of its own."""
+    """`lmcache server` on ports of its own, in the environment of the tests: it needs nothing of vLLM's."""
 
     def __init__(self, folder: Path, chunk_size: int = 16, port: int = 0, name: str = "server", *flags: str) -> None:
         self.port, self.http_port = port or free_port(), free_port()
-        command = [PYTHON, "-m", "lmcache.cli.main", "server", "--l1-size-gb", "1", "--eviction-policy", "LRU"]
+        command = [sys.executable, "-m", "lmcache.cli.main", "server", "--l1-size-gb", "1", "--eviction-policy", "LRU"]
         command += ["--chunk-size", str(chunk_size), "--port", str(self.port)]
         command += ["--http-host", "127.0.0.1", "--http-port", str(self.http_port), *flags]
         super().__init__(command, folder / f"{name}.log")
