@@ -21,6 +21,7 @@ from lmcache.cli.main import main
 from lmcache.config import ServerConfig
 from lmcache.server.http import HttpFace
 from lmcache.server.metrics import HELP
+from ports import free_port
 
 SOURCE = Path(lmcache.__file__).parents[1]
 TOKEN = "a-token-that-nobody-may-see"
@@ -103,7 +104,9 @@ def mistake(small: list[str], tmp_path: Path, *words: str, **environ: str) -> st
     before = sorted(tmp_path.rglob("*"))
     result = lmcache_command("server", *small, *words, **environ)
     assert result.returncode == 2 and result.stdout == ""
-    lines = [line for line in result.stderr.splitlines() if "WARNING" not in line]
+    lines = [
+        line for line in result.stderr.splitlines() if " WARNING " not in line and " INFO " not in line
+    ]  # the log's
     assert len(lines) == 1 and ": error: " in lines[0], result.stderr
     assert sorted(tmp_path.rglob("*")) == before
     return lines[0]
@@ -144,13 +147,6 @@ def test_other_mistakes(small: list[str], tmp_path: Path) -> None:
 
 
 # --- lmcache server: serving ------------------------------------------------------------------------------------------
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
 
 
 def test_a_server_from_start_to_end(small: list[str], tmp_path: Path) -> None:

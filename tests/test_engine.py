@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lmcache.engine import Load
-from servers import free_port
+from ports import free_port
 
 
 def prompt(seed: int, tokens: int) -> list[int]:

