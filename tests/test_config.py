@@ -173,7 +173,7 @@ def test_socket_dir_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         ({"socket_dir": "/" + "x" * 90}, ["--socket-dir", "80 bytes"]),
         ({"api_token": "two words"}, ["--api-token", "without spaces"]),
         ({"api_token_file": "/nonexistent/token"}, ["--api-token-file", "/nonexistent/token", "No such file"]),
-        ({"auth_key_file": "/nonexistent/key"}, ["--auth-key-file", "No such file"]),
+        ({"auth_key_file": "/nonexistent/key"}, ["--auth-key-file", "No such file", "make one with", "curve_keypair"]),
         ({"auth_key_file": "/dev/null"}, ["--auth-key-file", "is not a file"]),
         ({"config": "/nonexistent.yaml"}, ["--config /nonexistent.yaml", "No such file"]),
     ],

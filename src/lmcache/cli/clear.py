@@ -29,11 +29,10 @@ def add_verb(verbs: Verbs) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print what was dropped."""
+    """Print that it is done."""
     token = load({"api_token_file": arguments.api_token_file and str(Path(arguments.api_token_file))}).config.api_token
     status, answer = ask(arguments.url, "/clear-cache", "POST", token)
     if status != 200:
         raise ServerRefused(f"{arguments.url} refused: {answer.get('reason', f'HTTP {status}')}")
-    details = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in answer.items() if key != "status")
-    print(f"{arguments.url} is empty now" + (f" ({details})" if details else ""))
+    print(f"{arguments.url} is empty now")
     return 0

@@ -16,8 +16,8 @@ class Control(Protocol):
         """Configuration (secrets redacted), arena, index, sessions, engines, counters. JSON types only."""
         ...
 
-    def clear(self) -> dict[str, object]:
-        """Empty L1, leased chunks too; what was dropped, for the answer."""
+    def clear(self) -> None:
+        """Empty L1, leased chunks too; the log and the counters say of how many."""
         ...
 
     def counters(self) -> dict[str, float]:

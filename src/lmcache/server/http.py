@@ -176,8 +176,8 @@ class HttpFace:
             return _json({"status": "forbidden", "reason": refusal}, 403)
         if _declared_length(request) > _MOST_BODY_BYTES:
             return _json({"status": "error", "reason": f"the body is larger than {_MOST_BODY_BYTES} bytes"}, 413)
-        details = await _ask(self._control.clear, _CLEAR_SECONDS)
-        return _json({"status": "ok", **{key: value for key, value in details.items() if key != "status"}})
+        await _ask(self._control.clear, _CLEAR_SECONDS)
+        return _json({"status": "ok"})
 
     async def _page(self, request: Request) -> Response:
         serving, reason = await _ask(self._control.health)

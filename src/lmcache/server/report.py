@@ -25,9 +25,9 @@ class Report:
             return False, f"the arena file {arena.path} has been removed"
         return True, ""
 
-    def clear(self) -> dict[str, object]:
+    def clear(self) -> None:
         """Empty L1; chunks that are leased vanish from the index at once and from memory when their readers are done."""
-        return {"cleared_chunks": self._loop.ask(self._service.clear, 30.0)}
+        self._loop.ask(self._service.clear, 30.0)
 
     def status(self) -> dict[str, object]:
         return self._loop.ask(self._status)
