@@ -55,8 +55,12 @@ class Server:
             "sessions": [],
         }
 
-    def clear(self) -> None:
+    def degraded(self) -> list[str]:
+        return []
+
+    def clear(self, tiers: str = "") -> dict[str, object]:
         self.cleared += 1
+        return {"cleared_chunks": 3}
 
     def counters(self) -> dict[str, float]:
         return {}

@@ -36,8 +36,12 @@ class Server:
         config = ServerConfig(api_token=TOKEN).redacted()
         return {"version": "1", "config": config, "engines": [{"instance": "<b>engine</b>", "layout": "x"}]}
 
-    def clear(self) -> None:
+    def degraded(self) -> list[str]:
+        return []
+
+    def clear(self, tiers: str = "") -> dict[str, object]:
         self.cleared += 1
+        return {"cleared_chunks": 3, "cleared_tiers": tiers.split(",")}
 
     def counters(self) -> dict[str, float]:
         return {"stored_chunks_total": 3, 'missed_chunks_total{reason="not\n"here"}': 4, "chunks": 2}
@@ -189,6 +193,8 @@ def test_the_documented_curl_works_as_written(served: Served) -> None:
     answer = served.clear(user_agent="curl/8.5.0", accept="*/*")
     assert (answer.status_code, answer.text.strip()) == (200, '{"status": "ok"}')
     assert served.server.cleared == 1
+    told = httpx.post(served.url + "/clear-cache?tiers=disk", trust_env=False).json()
+    assert told == {"status": "ok", "cleared_chunks": 3, "cleared_tiers": ["disk"]}
 
 
 def test_loopback_needs_no_token_even_when_there_is_one(guarded: Served) -> None:

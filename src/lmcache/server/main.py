@@ -10,16 +10,19 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
-from lmcache.cache import Heart
+from lmcache.cache import SERVER, Heart
 from lmcache.config.server import ServerConfig
+from lmcache.errors import ConfigError
 from lmcache.memory.arena import Arena, reclaim_stale
 from lmcache.observability.log import init_logger, set_level
 from lmcache.server.http import HttpFace
 from lmcache.server.loop import Loop
 from lmcache.server.report import Report
 from lmcache.server.service import Service
+from lmcache.server.tiering import Tiering
 from lmcache.server.unix_face import UnixFace
 from lmcache.server.zmq_face import ZmqFace
+from lmcache.tiers.registry import TierSpec, make_tiers, url_of_adapter
 
 logger = init_logger(__name__)
 
@@ -49,6 +52,40 @@ def serve(config: ServerConfig) -> int:
     return 0
 
 
+def _start_tiers(config: ServerConfig, loop: Loop, service: Service, specs: list[TierSpec]) -> Tiering:
+    """Open the tiers; from now on a signal to end lets them write first, and a second one does not wait."""
+    tiering = Tiering(
+        loop,
+        service.heart,
+        specs,
+        service.arena.mapping.view,
+        lambda reservation: service.back(SERVER, reservation),
+        service.settle,
+        chunk_tokens=config.chunk_size,
+        always=config.worth == "always",
+        patience_seconds=config.l2_patience_seconds,
+        queue_bytes=config.l2_queue_bytes,
+    )
+    try:
+        tiering.open(config.l2_required)
+    except ConfigError:
+        tiering.close()
+        raise
+    service.tiering = tiering
+    signals: list[int] = []
+
+    def end(number: int, frame: object) -> None:
+        signals.append(number)
+        if len(signals) > 1:
+            loop.stop()
+        else:
+            loop.call_soon(lambda: tiering.drain(config.drain_seconds, loop.stop))
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, end)
+    return tiering
+
+
 def _allow_many_descriptors() -> None:
     """Two for each engine process: the usual soft limit of 1024 is fewer than `unix_face` serves."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -59,6 +96,7 @@ def _allow_many_descriptors() -> None:
 
 def _start(config: ServerConfig, started: list[Callable[[], None]]) -> Loop:
     """Bring up every part; `started` collects what ends them, in order."""
+    specs = make_tiers([*config.l2, *map(url_of_adapter, config.l2_adapter)])  # before anything is created
     loop = Loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: loop.stop())
@@ -69,6 +107,8 @@ def _start(config: ServerConfig, started: list[Callable[[], None]]) -> Loop:
     started.append(lambda: workers.shutdown(wait=True, cancel_futures=True))
     heart = Heart(arena.size_bytes, config.lease_seconds)
     service = Service(loop, heart, arena, config.chunk_size, workers)
+    if specs:
+        started.append(_start_tiers(config, loop, service, specs).close)
     started.append(UnixFace(loop, service, config.socket_dir).close)
     zmq_face = ZmqFace(
         loop, service, config.host, config.port, config.socket_dir, config.auth_key_file, config.insecure_no_auth
