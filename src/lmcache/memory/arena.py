@@ -30,8 +30,8 @@ _STEP_BYTES = 2 << 20
 """Pages are reserved and touched in steps of this size. Touching holds the process's memory map: steps of 64 MiB were seen to
 stall its other threads for tens of milliseconds, these for one."""
 _HELD_UP_SECONDS, _PAUSE, _LONGEST_PAUSE_SECONDS = 0.0005, 20.0, 0.25
-"""A step that waited for so long, for a core or a lock, is followed by a pause of so many times that, up to the last one. Beside as
-many busy threads as there are cores it takes some 5 % of one core then."""
+"""A step that waited for so long, for a core or a lock, is followed by a pause of so many times that, up to the last one.
+Beside as many busy threads as there are cores it takes some 5 % of one core then."""
 _STARTING_SECONDS = 10.0
 """An empty file younger than this belongs to a server that is about to lock it."""
 _MADV_HUGEPAGE, _MADV_POPULATE_WRITE = 14, 23  # uapi/asm-generic/mman-common.h; POPULATE needs Linux 5.14
