@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 
@@ -147,6 +149,23 @@ def pair(folders):
     carrier.close()
     accepted[0].close()
     listener.close()
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can be somebody else")
+def test_a_server_of_another_user_is_not_spoken_to(folders):
+    """It could lie about everything: no hello is sent to it, however its socket came to be where ours should be."""
+    folder = folders("/tmp")
+    folder.chmod(0o777)
+    path = folder / "s"
+    stranger = (
+        "import os, socket, sys; os.setgid(65534); os.setuid(65534); one = socket.socket(socket.AF_UNIX)\n"
+        "one.bind(sys.argv[1]); one.listen(); print(flush=True); print(one.accept()[0].recv(4096))"
+    )
+    with subprocess.Popen([sys.executable, "-c", stranger, path], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "\n"
+        with pytest.raises(ServerUnavailable, match="runs as user 65534"):
+            UnixCarrier(str(path), REQUESTS[0], 5.0)
+        assert process.stdout.read() == "b''\n"
 
 
 def test_answers_to_posts_are_passed_over(pair):
