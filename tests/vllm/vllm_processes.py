@@ -101,9 +101,13 @@ class Server(Process):
         super().__init__(command, folder / f"{name}.log")
         self.wait_until(lambda: "LMCache cache server is running..." in self.text(), "server", 30)
 
-    def config(self, **more: Any) -> dict[str, Any]:
-        """The value of --kv-transfer-config for an engine that uses this server."""
-        extra = {"lmcache.mp.host": "tcp://127.0.0.1", "lmcache.mp.port": self.port, **more}
+    def config(self, deadline_seconds: float = 20.0, **more: Any) -> dict[str, Any]:
+        """The value of --kv-transfer-config for an engine that uses this server.
+
+        Where it is not the deadline that is tested, a long one: no store is given up because the machine was busy.
+        """
+        extra = {"lmcache.mp.host": "tcp://127.0.0.1", "lmcache.mp.port": self.port}
+        extra |= {"lmcache.mp.mq_timeout": deadline_seconds, **more}
         return {"kv_connector": "LMCacheMPConnector", "kv_role": "kv_both", "kv_connector_extra_config": extra}
 
 
