@@ -10,11 +10,19 @@ import subprocess
 import sys
 import time
 
+import httpx
 import msgspec
 import pytest
 import zmq
 
+from lmcache.cache import Heart
 from lmcache.chunks import Layout
+from lmcache.config import ServerConfig
+from lmcache.memory.arena import Arena
+from lmcache.server.http import HttpFace
+from lmcache.server.loop import Loop
+from lmcache.server.report import Report
+from lmcache.server.service import Service
 from lmcache.wire import messages as m
 from lmcache.wire.carriers import UnixCarrier
 from lmcache.wire.frames import FrameReader, frame
@@ -84,6 +92,33 @@ def test_clear_empties_the_index_at_once_and_leased_slots_later(server, engine, 
     assert one.hit_tokens(ids) == 0
     filler.store(chain(4, 2048))
     assert cache.status()["arena"]["used_bytes"] > 7 << 20
+
+
+# Whether it serves
+
+
+def test_a_server_whose_arena_was_removed_is_unhealthy(server):
+    cache = server(l1=8)
+    assert cache.healthy()
+    (arena,) = cache.arena_dir.glob("*.arena")
+    arena.unlink()
+    answer = httpx.get(f"http://127.0.0.1:{cache.http_port}/healthcheck", timeout=PATIENCE)
+    assert answer.status_code == 503 and str(arena) in answer.json()["reason"]
+
+
+def test_a_server_whose_heart_stands_still_is_unhealthy(folders):
+    """The faces of a loop that does not run."""
+    loop, arena = Loop(), Arena(folders("/dev/shm"), 1 << 20)
+    config = ServerConfig(http_host="127.0.0.1", http_port=0)
+    face = HttpFace(config, Report(config, loop, Service(loop, Heart(1 << 20), arena, 16, None)))
+    face.start()
+    try:
+        answer = httpx.get(f"http://127.0.0.1:{face.port}/healthcheck", timeout=PATIENCE)
+        assert answer.status_code == 503 and "heart does not answer" in answer.json()["reason"]
+    finally:
+        face.stop()
+        arena.close()
+        loop.close()
 
 
 # Who is there
