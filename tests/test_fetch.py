@@ -272,6 +272,16 @@ def test_a_tier_that_fails_is_not_waited_for() -> None:
     assert world.leading(other) == 4
 
 
+def test_what_came_and_was_evicted_is_fetched_again() -> None:
+    world, prompt = World((0.001, 1e9)), chain(4)
+    world.has[0].update(keys(prompt))
+    for number in range(1, 4):
+        world.wait_for(prompt)
+        assert world.leading(prompt) == 4 and world.fetches.counters["arrived"] == 4 * number
+        world.l1.clear()
+    assert world.fetches.open == 0
+
+
 def test_the_same_request_asked_again_is_not_fetched_again_at_once() -> None:
     world, prompt = World((0.001, 1e9)), chain(4)
     world.wait_for(prompt)

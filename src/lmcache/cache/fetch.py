@@ -26,7 +26,7 @@ from lmcache.chunks import HASH_BYTES
 ASK_SECONDS = 0.5
 """Tiers that have not answered by then are left out of a fetch."""
 ENDED_SECONDS = 1.0
-"""How long the same request, asked for again, is told what it was told before."""
+"""How long the same request, asked for again, is told once more that there is nothing to wait for."""
 MAX_FETCHES = 4096
 
 
@@ -129,10 +129,11 @@ class Fetches:
         in_l1: leading chunks that are there now. chunk_bytes: all shards of one. prefill_seconds: to compute one chunk, 0
         where unknown. known: for each tier, what it can tell of hashes at once, without I/O.
         """
+        fetch = self._by_request.get((space, hashes[-HASH_BYTES:]))
         if in_l1 * HASH_BYTES >= len(hashes):
+            if fetch is not None and fetch.ended is None:
+                self._settle(now, fetch, in_l1)
             return 0
-        name = space, hashes[-HASH_BYTES:]
-        fetch = self._by_request.get(name)
         if fetch is None:
             if len(self._fetches) >= MAX_FETCHES:
                 self.counters["too_many"] += 1
@@ -173,8 +174,7 @@ class Fetches:
             if fetch.ended is None and now - fetch.began > self._patience_seconds:
                 self._end(now, fetch, "patience")
             if fetch.ended is not None and now - fetch.ended > ENDED_SECONDS:
-                del self._fetches[fetch.number]
-                self._by_request.pop((fetch.space, fetch.hashes[-HASH_BYTES:]), None)
+                self._drop(fetch)
 
     # A fetch's life
 
@@ -287,9 +287,7 @@ class Fetches:
         arrived = max(0, in_l1 - fetch.first)
         fetch.waiting = {key for key in fetch.waiting if (fetch.space, key) in self._under_way}
         if arrived >= fetch.planned or not fetch.waiting:
-            self._end(now, fetch, "")
-            self.counters["arrived"] += min(arrived, fetch.planned)
-            self.counters["failed"] += max(0, fetch.planned - arrived)
+            self._settle(now, fetch, in_l1)
             return 0
         waited = now - fetch.began
         if waited > self._patience(fetch, arrived):
@@ -308,13 +306,26 @@ class Fetches:
             due = fetch.prefill_seconds * (arrived + 1) / 2
         return min(self._patience_seconds, due + slack)
 
+    def _settle(self, now: float, fetch: _Fetch, in_l1: int) -> None:
+        """Everything that was planned has come, or will not come."""
+        arrived = min(max(0, in_l1 - fetch.first), fetch.planned)
+        self.counters["arrived"] += arrived
+        self.counters["failed"] += fetch.planned - arrived
+        self._end(now, fetch, "")
+
     def _end(self, now: float, fetch: _Fetch, reason: str) -> None:
         fetch.ended = now
         self.counters["fetches"] += 1
-        if reason:
-            self.counters[f"fetches:{reason}"] += 1
+        if not reason:  # what came may be evicted again, and is then worth another
+            self._drop(fetch)
+            return
+        self.counters[f"fetches:{reason}"] += 1
         if reason in ("late", "patience"):
             self._drop_queued()
+
+    def _drop(self, fetch: _Fetch) -> None:
+        del self._fetches[fetch.number]
+        del self._by_request[fetch.space, fetch.hashes[-HASH_BYTES:]]
 
     def _drop_queued(self) -> None:
         """Take loads that have not begun, and that nobody waits for any more, out of the queues."""

@@ -105,8 +105,6 @@ class Tiering:
         """
         heart = self._heart
         in_l1 = heart.peek(process, space_number, hashes)
-        if in_l1 * HASH_BYTES >= len(hashes):
-            return 0
         space = heart.space(space_number)
         if space is None or not all(space.slot_bytes):
             return 0
