@@ -8,7 +8,6 @@ import json
 import os
 import selectors
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,15 +19,11 @@ from typing import Any
 
 import pytest
 
+from ports import free_port
+
 PYTHON = os.environ.get("LMCACHE_TEST_VLLM_PYTHON", "")
 START_SECONDS = 240
 REPLY_SECONDS = 240
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -113,9 +108,13 @@ class Server(Process):
             status: dict[str, Any] = json.load(answer)
         return status
 
-    def config(self, **more: Any) -> dict[str, Any]:
-        """The value of --kv-transfer-config for an engine that uses this server."""
-        extra = {"lmcache.mp.host": "tcp://127.0.0.1", "lmcache.mp.port": self.port, **more}
+    def config(self, deadline_seconds: float = 20.0, **more: Any) -> dict[str, Any]:
+        """The value of --kv-transfer-config for an engine that uses this server.
+
+        Where it is not the deadline that is tested, a long one: no store is given up because the machine was busy.
+        """
+        extra = {"lmcache.mp.host": "tcp://127.0.0.1", "lmcache.mp.port": self.port}
+        extra |= {"lmcache.mp.mq_timeout": deadline_seconds, **more}
         return {"kv_connector": "LMCacheMPConnector", "kv_role": "kv_both", "kv_connector_extra_config": extra}
 
 
