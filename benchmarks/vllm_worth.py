@@ -1,8 +1,8 @@
 """Is a load worth its wait, on real vLLM (CPU) with a throttled store: `python -m benchmarks.vllm_worth --vllm-python PATH`.
 
-One vLLM, one server over a real Valkey behind a proxy that lets through so many bytes a second that loading a prompt takes
-`slowness` times as long as computing it. Each prompt is computed once (cold), L1 and the engine's own cache are emptied, and it
-is asked for again. With `--worth auto` the server must notice and let the engine compute; with `always` it loads.
+One vLLM, one server over a real Valkey. It writes there directly and reads through a proxy, which lets through so many bytes a
+second that loading a prompt takes `slowness` times as long as computing it. Each prompt is computed once (cold), L1 and the
+engine's own cache are emptied, and it is asked for again. With `--worth auto` the server must notice and let the engine compute; with `always` it loads.
 """
 
 from __future__ import annotations
@@ -43,20 +43,11 @@ class Server:
         self.port, self.http_port, self._directory = free_port(), free_port(), directory
 
     @contextlib.contextmanager
-    def serving(self, url: str, worth: str) -> Iterator[None]:
-        command = [
-            sys.executable,
-            "-m",
-            "lmcache.cli.main",
-            "server",
-            "--l1-size-gb",
-            "1",
-            "--worth",
-            worth,
-            "--l2",
-            url,
-        ]
-        command += ["--port", str(self.port), "--http-port", str(self.http_port), "--l2-patience-seconds", "60"]
+    def serving(self, urls: tuple[str, str], worth: str) -> Iterator[None]:
+        """The first of the tiers is read, the second one written."""
+        command = [sys.executable, "-m", "lmcache.cli.main", "server", "--l1-size-gb", "1", "--worth", worth]
+        command += ["--l2", urls[0], "--l2", urls[1], "--l2-patience-seconds", "60"]
+        command += ["--port", str(self.port), "--http-port", str(self.http_port)]
         with (self._directory / "server.log").open("a") as log:
             process = subprocess.Popen(
                 [*command, "--socket-dir", str(self._directory / "socket")],
@@ -84,7 +75,7 @@ class Server:
         urllib.request.urlopen(request, timeout=30).close()
 
     def kept(self) -> int:
-        return int(self.status()["tiers"][0]["counters"].get("kept_shards", 0))
+        return int(self.status()["tiers"][1]["counters"].get("kept_shards", 0))
 
 
 def wait_until(what: Any, why: str) -> None:
@@ -95,7 +86,7 @@ def wait_until(what: Any, why: str) -> None:
         time.sleep(0.05)
 
 
-def measure(engine: Engine, server: Server, proxy: Proxy, url: str, rounds: int) -> list[Row]:
+def measure(engine: Engine, server: Server, proxy: Proxy, urls: tuple[str, str], rounds: int) -> list[Row]:
     rng = random.Random(11)
     rows: list[Row] = []
     for slowness in SLOWNESS:
@@ -103,7 +94,7 @@ def measure(engine: Engine, server: Server, proxy: Proxy, url: str, rounds: int)
             goal = Goal(1.05, "less") if worth == "auto" else None
             what = f"loading takes {slowness:g} x computing, --worth {worth}: TTFT over computing"
             row = Row(f"worth-{worth}-{slowness:g}", what, "x", goal)
-            with server.serving(url, worth):
+            with server.serving(urls, worth):
                 _rounds(engine, server, proxy, slowness, rounds, rng, row)
             rows.append(row)
     return rows
@@ -117,11 +108,10 @@ def _rounds(
     for turn in range(-2, rounds):
         prompt = rng.choices(range(1, VOCABULARY), k=PROMPT_TOKENS)
         before = server.kept()
-        proxy.rate = None
         cold.append(engine.first_token(prompt)[0])
         chunks = PROMPT_TOKENS // server.status()["config"]["chunk-size"]
         wait_until(lambda want=before + chunks: server.kept() >= want, "the store does not take it")
-        tier = server.status()["tiers"][0]
+        tier = server.status()["tiers"][1]
         size = tier["stored_bytes"] / tier["shards"] * chunks
         proxy.rate = size / (slowness * median(cold)) / CONNECTIONS
         server.clear()
@@ -157,8 +147,8 @@ def main(argv: list[str] | None = None) -> int:
                         _transfer("ours", server.port))  # fmt: skip
         try:
             engine.call("ready")
-            url = store.url(f"?connections={CONNECTIONS}", port=proxy.port)
-            rows = measure(engine, server, proxy, url, options.rounds)
+            slow = store.url(f"?connections={CONNECTIONS}&timeout=60&write=none", port=proxy.port)
+            rows = measure(engine, server, proxy, (slow, store.url("?read=no")), options.rounds)
         except RuntimeError as error:
             print(error, (directory / "server.log").read_text()[-2000:], file=sys.stderr)
             return 1
