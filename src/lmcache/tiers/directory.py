@@ -310,7 +310,7 @@ class DirectoryTier(Tier):
                 count = self._janitor.trim(count, max(0, below))
             self._janitor.publish(count)
         else:
-            if room and self._max_bytes is not None:
+            if self._max_bytes is not None and before.stored_bytes + room > self._max_bytes:
                 self._janitor.ask_for_room()
             published = self._janitor.published()
             if published is None or published[0] == self._published:
