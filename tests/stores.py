@@ -51,6 +51,7 @@ class RedisServer:
             *(("--requirepass", password) if password else ()),
             *options,
         ]
+        self.bus_port = int(options[options.index("--cluster-port") + 1]) if "--cluster-port" in options else 0
         self.raw = valkey.Valkey(port=self.port, password=password or None, socket_timeout=20)
         self.start()
 
