@@ -2,7 +2,8 @@
 
 One vLLM, one server over a real Valkey. It writes there directly and reads through a proxy, which lets through so many bytes a
 second that loading a prompt takes `slowness` times as long as computing it. Each prompt is computed once (cold), L1 and the
-engine's own cache are emptied, and it is asked for again. With `--worth auto` the server must notice and let the engine compute; with `always` it loads.
+engine's own cache are emptied, and it is asked for again. With `--worth auto` the server must notice and let the engine
+compute; with `always` it loads.
 """
 
 from __future__ import annotations
