@@ -8,6 +8,7 @@ import os
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -44,6 +45,23 @@ def test_defaults_are_the_documented_ones() -> None:
     assert config.arena_dir == Path("/dev/shm") and config.log_level == "INFO" and config.lease_seconds == 30
 
 
+@pytest.mark.parametrize(
+    ("words", "settings"),
+    [
+        ("--l1-size-gb 20 --eviction-policy LRU --chunk-size 16", {"l1_size_gb": 20.0, "chunk_size": 16}),
+        ("--l1-size-gb 2 --eviction-policy LRU --port 5555", {"l1_size_gb": 2.0}),
+        (
+            "--l1-size-gb 60 --eviction-policy LRU --max-workers 4 --port 6555",
+            {"l1_size_gb": 60.0, "max_workers": 4, "port": 6555},
+        ),
+    ],
+)
+def test_the_documented_starts_mean_what_they_say(words: str, settings: dict[str, Any]) -> None:
+    parser = argparse.ArgumentParser()
+    add_flags(parser)
+    assert load(vars(parser.parse_args(words.split())), {}).config == ServerConfig(**settings)
+
+
 def test_flag_beats_environment_beats_file_beats_default(tmp_path: Path) -> None:
     path = file_of(tmp_path, "port: 1001\nhttp-port: 1002\nchunk_size: 16\n")
     environ = {"LMCACHE_SERVER_PORT": "2001", "LMCACHE_SERVER_HTTP_PORT": "2002"}
@@ -76,6 +94,7 @@ SAMPLES = {
     "api_token": ("0123456789abcdef", "0123456789abcdef"),
     "arena_dir": ("/dev/hugepages", Path("/dev/hugepages")),
     "log_level": ("debug", "DEBUG"),
+    "numa": ("0,2-3", "0,2-3"),
     "l2": ("disk:///a?max_gb=1 dir:///b", ("disk:///a?max_gb=1", "dir:///b")),
     "l2_adapter": ("{'type': 'fs'}", ("{'type': 'fs'}",)),
     "l2_required": ("true", True),
@@ -206,7 +225,7 @@ def test_socket_dir_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         ({"socket_dir": "/" + "x" * 90}, ["--socket-dir", "80 bytes"]),
         ({"api_token": "two words"}, ["--api-token", "without spaces"]),
         ({"api_token_file": "/nonexistent/token"}, ["--api-token-file", "/nonexistent/token", "No such file"]),
-        ({"auth_key_file": "/nonexistent/key"}, ["--auth-key-file", "No such file"]),
+        ({"auth_key_file": "/nonexistent/key"}, ["--auth-key-file", "No such file", "make one with", "curve_keypair"]),
         ({"auth_key_file": "/dev/null"}, ["--auth-key-file", "is not a file"]),
         ({"config": "/nonexistent.yaml"}, ["--config /nonexistent.yaml", "No such file"]),
     ],

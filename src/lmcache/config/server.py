@@ -179,7 +179,8 @@ class ServerConfig:
         "FILE",
         read.path,
         None,
-        help="CURVE key file (0600) that engines on other hosts must prove to know; needed for --host beyond loopback.",
+        help="CURVE key file (0600) that engines on other hosts must prove to know; needed for --host beyond loopback. "
+        "Engines take theirs from LMCACHE_AUTH_KEY_FILE.",
     )
     insecure_no_auth: bool = _option(
         "security",
@@ -206,6 +207,14 @@ class ServerConfig:
         read.path,
         Path("/dev/shm"),
         help="Where the L1 memory file lives; a memory file system (tmpfs, hugetlbfs).",
+    )
+    numa: str = _option(
+        "machine",
+        "NODES",
+        read.numa,
+        "auto",
+        help="Memory nodes of L1. auto and spread: all of them by turns (auto leaves a machine with one alone); "
+        "0 or 0,2-3: these only, for engines whose GPUs hang on them.",
     )
     log_level: str = _option(
         "machine",

@@ -51,6 +51,7 @@ HELP: dict[str, str] = {
     "fetches_open": "Such lookups under way now.",
     "fetched_chunks_arrived_total": "Chunks that arrived from tiers while a lookup waited for them.",
     "fetched_chunks_failed_total": "Chunks that a tier said it had and did not give.",
+    "fetched_chunks_probes_total": "Loads that only looked whether a slow tier has become faster.",
     "fetched_chunks_late_answers_total": "Questions that tiers did not answer in time.",
     "last_fetch_expected_seconds": "Of the last decision whether a load is worth it: what the load was to take.",
     "last_fetch_recompute_seconds": "Of the same decision: what computing would have taken; 0 where it is not known.",
@@ -75,8 +76,7 @@ HELP: dict[str, str] = {
 """Name without prefix -> what it counts, and its unit."""
 
 _NAME = re.compile(r"([a-z][a-z0-9_]*)(?:\{(.*)\})?", re.DOTALL)
-_LABELS = re.compile(r'[a-z_]+="[^"]*"(?:,[a-z_]+="[^"]*")*', re.DOTALL)
-_LABEL = re.compile(r'([a-z_]+)="([^"]*)"', re.DOTALL)
+_LABEL = re.compile(r'([a-z_]+)="(.*?)"(?:,(?=[a-z_]+=")|\Z)', re.DOTALL)  # a value may hold quotes
 
 
 def render(counters: Mapping[str, float], accept: str) -> tuple[bytes, str]:
@@ -105,7 +105,7 @@ def families(counters: Mapping[str, float]) -> Iterable[Metric]:
     found: dict[str, Metric] = {}
     for full_name, value in counters.items():
         match = _NAME.fullmatch(full_name)
-        if match is None or (match[2] is not None and not _LABELS.fullmatch(match[2])):
+        if match is None or (match[2] is not None and _LABEL.sub("", match[2])) or match[2] == "":
             raise ValueError(f'counter {full_name!r}: use a_name or a_name{{label="value"}}')
         name, labels = match[1], dict(_LABEL.findall(match[2] or ""))
         if name not in found:

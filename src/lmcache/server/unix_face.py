@@ -52,7 +52,7 @@ class UnixFace:
             os.chmod(self.path, 0o600)
             self._listener.listen(128)
         except OSError as error:
-            raise ConfigError(f"--socket-dir {directory}: cannot listen there: {error}") from error
+            raise ConfigError(f"--socket-dir {directory}: cannot listen there: {error}: pass another") from error
         service.socket_path = str(self.path)
         loop.watch(self._listener.fileno(), self._accept)
         loop.on_tick.append(self._accept_again)
