@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import secrets
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,10 @@ logger = init_logger(__name__)
 TRANSFER_MODES = ("auto", "engine_driven", "lmcache_driven", "payload")
 _UNIX = "unix://"
 _BACKOFF_SECONDS = (0.2, 0.5, 1.0, 2.0)
+_SOCKET_SECONDS = 0.1
+"""Between looks at a path where a server is to come: a look costs microseconds, and the first prompt must not be missed."""
+_STARTING_SECONDS = 60.0
+"""For how long the socket of a server that is to come may be missing without a word: ranks are ready before schedulers are."""
 _CONNECT_SECONDS = 1.0
 
 
@@ -72,6 +77,10 @@ class Endpoint:
             raise ValueError(f"deadline of {self.deadline_seconds} seconds: give one between 0 and 3600")
 
 
+class _NotThereYet(ServerUnavailable):
+    """The path of a Unix socket leads to nothing of ours."""
+
+
 class Link:
     """Owns the connection. `on_welcome` runs in the link's thread at every new one, before anybody else may use it: it
     registers through the carrier it is given, and may raise LMCacheError to say that this server is of no use; the
@@ -94,6 +103,7 @@ class Link:
         self._wake = threading.Event()
         self._connected = threading.Event()
         self._told = ""
+        self._since = time.monotonic()
         self._payload = False
         self._thread = threading.Thread(target=self._keep_up, name=f"lmcache-link-{endpoint.role}", daemon=True)
         self._thread.start()
@@ -169,10 +179,12 @@ class Link:
                     attempt = 0
                     continue
                 except Exception as error:  # the edge of the thread: whatever a server sends, the next may be better
-                    self._tell_once(str(error) or type(error).__name__)
+                    if not isinstance(error, _NotThereYet) or time.monotonic() - self._since > _STARTING_SECONDS:
+                        self._tell_once(str(error) or type(error).__name__)
                     if not isinstance(error, (LMCacheError, OSError)):
                         logger.debug("while connecting", exc_info=True)
-                    self._wake.wait(_BACKOFF_SECONDS[min(attempt, len(_BACKOFF_SECONDS) - 1)])
+                    backoff = _BACKOFF_SECONDS[min(attempt, len(_BACKOFF_SECONDS) - 1)]
+                    self._wake.wait(_SOCKET_SECONDS if isinstance(error, _NotThereYet) else backoff)
                     self._wake.clear()
                     attempt += 1
             else:
@@ -229,7 +241,7 @@ class Link:
         """The connection, the welcome, and the arena's descriptor."""
         path = self.endpoint.address.removeprefix(_UNIX)
         if not _is_mine(path):
-            raise ServerUnavailable("there is no such socket of this user")
+            raise _NotThereYet("there is no such socket of this user")
         unix = UnixCarrier(path, hello, _CONNECT_SECONDS)
         try:
             return unix, _welcome_with(unix), unix.descriptor
@@ -268,6 +280,22 @@ class Link:
             logger.warning(
                 "No LMCache server at %s yet (%s); prompts are computed without it", self.endpoint.address, why
             )
+
+
+def answers(address: str, timeout_seconds: float) -> bool:
+    """Whether a server of ours is at tcp://host:port, whatever its version."""
+    hello = m.Hello(m.PROTOCOL_VERSION, __version__, "", "probe", 0, os.getpid())
+    try:
+        carrier = ZmqCarrier(address, Endpoint(address, "", "probe").auth_key_file)
+    except LMCacheError:
+        return False
+    try:
+        carrier.exchange(hello, timeout_seconds)
+    except ServerUnavailable:
+        return False
+    finally:
+        carrier.close()
+    return True
 
 
 def ask(carrier: Carrier, request: m.Message, expect: type[m.AnswerT]) -> m.AnswerT:

@@ -87,19 +87,21 @@ class SchedulerSession:
             return None
         return TokenChain(chunk_root(self._fingerprint, cache_salt, lora_name, lora_id), self._chunk_tokens, extras)
 
-    def lookup(self, chain: TokenChain, skip_tokens: int = 0) -> Hit | None:
+    def lookup(self, chain: TokenChain, skip_tokens: int = 0, tail: bytes = b"") -> Hit | None:
         """Which leading chunks of the chain are in L1, and a lease on those past the first `skip_tokens` tokens.
 
+        tail: hash of an unfull chunk behind them, which may be the last one of the hit.
         None when nothing is there beyond them, or no answer came within the deadline.
         """
-        if not chain.hashes or chain.chunk_tokens != self._chunk_tokens:
+        hashes = chain.hashes + tail
+        if not hashes or chain.chunk_tokens != self._chunk_tokens:
             return None
         first = skip_tokens // chain.chunk_tokens
-        if first * HASH_BYTES >= len(chain.hashes):
+        if first * HASH_BYTES >= len(hashes):
             return None
         arena = self._arena
         try:
-            found, _ = self._link.call(m.Lookup(self._space, chain.hashes, first), m.Found)
+            found, _ = self._link.call(m.Lookup(self._space, hashes, first), m.Found)
         except LMCacheError as error:
             self.misses += 1
             logger.debug("A lookup became a miss: %s", error)
@@ -108,7 +110,8 @@ class SchedulerSession:
             return None
         self._held.add(found.lease)
         hit = Hit(found.chunks, first, found.lease, found.slots, self._shards, arena)
-        plausible = first < found.chunks <= len(chain) and len(found.slots) == 4 * self._shards * (found.chunks - first)
+        most = len(hashes) // HASH_BYTES
+        plausible = first < found.chunks <= most and len(found.slots) == 4 * self._shards * (found.chunks - first)
         if not plausible or arena != self._arena:
             self.misses += 1
             self.release(hit)
