@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from engine_process import Engine
+from lmcache.engine import Store
 from lmcache.engine.embedded import EmbeddedServer, embedded_address
 from lmcache.engine.link import Endpoint
 from lmcache.errors import ConfigError
@@ -20,6 +21,7 @@ from servers import PATIENCE, READY, Process, Server, eventually
 
 OWNER = """
 import os, sys
+from lmcache.engine import Store
 from lmcache.engine.embedded import EmbeddedServer
 server = EmbeddedServer("owner", l1_size_gb=0.03125, chunk_size=16, flags=("--arena-dir", sys.argv[1]))
 print("server-pid", server.pid, flush=True)
@@ -188,6 +190,31 @@ def test_the_socket_of_a_daemon_will_do(server: Callable[..., Server]) -> None:
     try:
         engine.store(list(range(32)))
         assert engine.hit_tokens(list(range(32))) == 32
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize("mode", ["auto", "payload"])
+def test_the_unfull_end_of_a_prompt_comes_back(server: Callable[..., Server], mode: str) -> None:
+    """Stored and loaded by the number of its tokens; found by the same prompt only; and nobody's parent."""
+    engine = Engine(server(chunk=16).address, "engine", mode=mode).connect()
+    assert engine.scheduler is not None
+    ids = list(range(100, 160))
+    try:
+        chain = engine.chain(ids)
+        tail = chain.tail(ids)
+        engine.fill(ids)
+        job = Store(16, chain.root, chain.hashes + tail, 0, engine.table(60), end_token=60)
+        engine.worker.store("job", job)
+        assert engine.wait("job").tokens == 60
+        hit = engine.scheduler.lookup(chain, 0, tail)
+        assert hit is not None and hit.chunks == 4
+        assert engine.load(ids, 20, 59, engine.scheduler.lookup(chain, 20, tail)) == 39
+        engine.scheduler.release(hit)
+        longer = engine.chain([*ids, 1, 2, 3, 4])
+        assert longer.hashes[:48] == chain.hashes and longer.hashes[48:] != tail
+        assert engine.hit_tokens([*ids, 1, 2, 3, 4]) == 48
+        assert engine.store([*ids, 1, 2, 3, 4], 3) == 16, "the full chunk hangs on the full one before it"
     finally:
         engine.close()
 
