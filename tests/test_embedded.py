@@ -35,7 +35,7 @@ sys.stdin.read()
 
 @pytest.fixture
 def places(folders: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
-    """(the folder above that of the sockets, the arenas' folder)"""
+    """(the folder above that of sockets, the arenas' folder)"""
     sockets, arenas = folders("/tmp"), folders("/dev/shm")
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(sockets))
     return sockets, arenas
@@ -93,12 +93,9 @@ def test_nothing_has_a_name_while_it_runs_and_nothing_is_left(
     server = embedded()
     engine = Engine(server.address, "engine").connect()
     try:
-        assert list(places[1].iterdir()) == [], "the memory file is reached by descriptor only"
-        assert [path.name for path in left(places)] == [Path(server.address).name]
+        assert left(places) == [], "the memory file is reached by descriptor only, the socket by a name that is no file"
     finally:
         engine.close()
-        server.close()
-    assert left(places) == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
@@ -125,7 +122,7 @@ def test_a_forked_child_of_the_engine_does_not_hold_it_up(places: tuple[Path, Pa
 
 
 def test_killed_with_its_engine_it_leaves_no_memory(places: tuple[Path, Path]) -> None:
-    """Both at once, so that the server cannot tidy up: only the socket's name stays, and the next one removes it."""
+    """Both at once, so that the server cannot tidy up."""
     owner = Process([sys.executable, "-c", OWNER, str(places[1])])
     try:
         server = Ended(int(owner.line_with("server-pid").split()[1]))
@@ -134,8 +131,6 @@ def test_killed_with_its_engine_it_leaves_no_memory(places: tuple[Path, Path]) -
         owner.kill()
         os.kill(server.pid, signal.SIGKILL)
         server.wait()
-        assert [path.suffix for path in left(places)] == [".sock"]
-        EmbeddedServer("next", l1_size_gb=0.03125, flags=("--arena-dir", str(places[1]))).close()
         assert left(places) == []
     finally:
         owner.end()
@@ -171,7 +166,7 @@ def test_http_is_there_where_it_is_asked_for(
 
 def test_a_second_engine_of_the_same_name_is_told(embedded: Callable[..., EmbeddedServer]) -> None:
     embedded("twice")
-    with pytest.raises(ConfigError, match=r"another server listens at .*e-.*\.sock"):
+    with pytest.raises(ConfigError, match="another server listens at unix://@lmcache-"):
         embedded("twice")
 
 

@@ -21,11 +21,11 @@ from lmcache.observability.log import init_logger
 from lmcache.wire import auth
 from lmcache.wire import messages as m
 from lmcache.wire.carriers import Carrier, UnixCarrier, ZmqCarrier
+from lmcache.wire.sockets import UNIX, socket_place
 
 logger = init_logger(__name__)
 
 TRANSFER_MODES = ("auto", "engine_driven", "lmcache_driven", "payload")
-_UNIX = "unix://"
 _BACKOFF_SECONDS = (0.2, 0.5, 1.0, 2.0)
 _SOCKET_SECONDS = 0.1
 """Between looks at a path where a server is to come: a look costs microseconds, and the first prompt must not be missed."""
@@ -52,7 +52,7 @@ def server_address(host: str = "tcp://localhost", port: int = 5555) -> str:
 class Endpoint:
     """Where the server is and who asks. `instance` is shared by an engine's scheduler and all its ranks.
 
-    address: tcp://host:port, or unix:///path/of/a/socket of a server on this host.
+    address: tcp://host:port, or of a server on this host unix:///path/of/its/socket or unix://@name.
     """
 
     address: str
@@ -78,7 +78,7 @@ class Endpoint:
 
 
 class _NotThereYet(ServerUnavailable):
-    """The path of a Unix socket leads to nothing of ours."""
+    """Nothing listens at the address of a Unix socket."""
 
 
 class Link:
@@ -179,12 +179,13 @@ class Link:
                     attempt = 0
                     continue
                 except Exception as error:  # the edge of the thread: whatever a server sends, the next may be better
-                    if not isinstance(error, _NotThereYet) or time.monotonic() - self._since > _STARTING_SECONDS:
+                    coming = isinstance(error, _NotThereYet) and time.monotonic() - self._since < _STARTING_SECONDS
+                    if not coming:
                         self._tell_once(str(error) or type(error).__name__)
                     if not isinstance(error, (LMCacheError, OSError)):
                         logger.debug("while connecting", exc_info=True)
                     backoff = _BACKOFF_SECONDS[min(attempt, len(_BACKOFF_SECONDS) - 1)]
-                    self._wake.wait(_SOCKET_SECONDS if isinstance(error, _NotThereYet) else backoff)
+                    self._wake.wait(_SOCKET_SECONDS if coming else backoff)
                     self._wake.clear()
                     attempt += 1
             else:
@@ -239,10 +240,15 @@ class Link:
 
     def _through_socket(self, hello: m.Hello) -> tuple[Carrier, m.Welcome, int]:
         """The connection, the welcome, and the arena's descriptor."""
-        path = self.endpoint.address.removeprefix(_UNIX)
-        if not _is_mine(path):
+        place = socket_place(self.endpoint.address)
+        if not place.startswith("\0") and not _is_mine(place):
             raise _NotThereYet("there is no such socket of this user")
-        unix = UnixCarrier(path, hello, _CONNECT_SECONDS)
+        try:
+            unix = UnixCarrier(place, hello, _CONNECT_SECONDS)
+        except ServerUnavailable as error:
+            if isinstance(error.__cause__, ConnectionRefusedError):
+                raise _NotThereYet("nobody listens there") from error
+            raise
         try:
             return unix, _welcome_with(unix), unix.descriptor
         except LMCacheError:
@@ -332,7 +338,7 @@ def _welcome_with(unix: UnixCarrier) -> m.Welcome:
 
 
 def _is_unix(endpoint: Endpoint) -> bool:
-    return endpoint.address.startswith(_UNIX)
+    return endpoint.address.startswith(UNIX)
 
 
 def _is_mine(path: str) -> bool:

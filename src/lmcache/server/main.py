@@ -33,12 +33,11 @@ class Owner:
     """The engine that a server is started by and for: it serves at the engine's socket only, its memory file has no name, and
     it ends with the engine.
 
-    listener: listens at `path`. lifeline: a descriptor that becomes readable when the engine ends. http: whether the HTTP port
-    was asked for.
+    listener: where it is to be found. lifeline: a descriptor that becomes readable when the engine ends. http: whether the
+    HTTP port was asked for.
     """
 
     listener: socket.socket
-    path: Path
     lifeline: int
     http: bool
 
@@ -88,9 +87,11 @@ def _start(config: ServerConfig, owner: Owner | None, started: list[Callable[[],
     started.append(lambda: workers.shutdown(wait=True, cancel_futures=True))
     heart = Heart(arena.size_bytes, config.lease_seconds)
     service = Service(loop, heart, arena, config.chunk_size, workers)
-    path = owner.path if owner is not None else config.socket_dir / f"{service.server_id.hex()[:16]}.sock"
-    started.append(UnixFace(loop, service, owner.listener if owner is not None else listen_unix(path), path).close)
-    if owner is None:
+    if owner is not None:
+        started.append(UnixFace(loop, service, owner.listener, None).close)
+    else:
+        path = config.socket_dir / f"{service.server_id.hex()[:16]}.sock"
+        started.append(UnixFace(loop, service, listen_unix(path), path).close)
         config = dataclasses.replace(config, port=_open_port(config, loop, service, started))
     if owner is None or owner.http:
         config = dataclasses.replace(config, http_port=_open_http(config, Report(config, loop, service), started))
@@ -102,7 +103,7 @@ def _start(config: ServerConfig, owner: Owner | None, started: list[Callable[[],
         config.eviction_policy,
         config.chunk_size,
     )
-    logger.info("%s", config.reach if owner is None else f"Engines' socket {path}: no port")
+    logger.info("%s", config.reach if owner is None else "No port: reachable by the engine that started it only")
     if owner is None or owner.http:
         logger.info("Health, status and metrics: %s", config.http_url)
     return loop

@@ -83,8 +83,9 @@ class LMCacheMPConnector(KVConnectorBase_V1, _SupportsHMA):  # type: ignore[misc
                 if offloading_size_gb(vllm_config):
                     self._find_server(str(vllm_config.kv_transfer_config.engine_id))
                 self._scheduler = scheduler_half(vllm_config, self._kv, self._settings, self._address)
-                if self._server is not None:
-                    self._scheduler.wait_connected()
+                server = self._server
+                if server is not None:
+                    self._scheduler.wait_connected(lambda: server.running)
 
     @property
     def requires_kv_delivery(self) -> bool:

@@ -22,7 +22,8 @@ from lmcache.observability.log import init_logger
 
 logger = init_logger(__name__)
 
-_START_SECONDS = 5.0
+_START_SECONDS = 10.0
+_LOOK_SECONDS = 0.1
 HIT_SECONDS = 5.0
 """A hit that waits longer than this for free blocks is given back and asked for again: its lease keeps others out."""
 MISS_SECONDS = 0.25
@@ -224,10 +225,15 @@ class SchedulerHalf:
                 self._release(tracker.hit)
                 tracker.hit = None
 
-    def wait_connected(self) -> None:
-        """Give a server that is just starting the time to; without one the engine goes on."""
-        if self._session is not None and not self._session.wait_connected(_START_SECONDS):
-            logger.warning("This engine's LMCache server was not up within %.0f s; it may come yet", _START_SECONDS)
+    def wait_connected(self, starting: Callable[[], bool]) -> None:
+        """Give a server the time to start, as long as it is `starting`. Without one the engine goes on."""
+        deadline = time.monotonic() + _START_SECONDS
+        while self._session is not None and not self._session.wait_connected(_LOOK_SECONDS):
+            if not starting():
+                self.stop("its own server has not started, and has said why")
+            elif time.monotonic() > deadline:
+                logger.warning("This engine's LMCache server was not up within %.0f s; it may come yet", _START_SECONDS)
+                return
 
     def stop(self, reason: str) -> None:
         """A rank cannot serve: from now on this engine runs without us."""

@@ -74,21 +74,21 @@ class LMCacheConnectorV1Impl:
 
     def _start(self, found: Any) -> None:
         instance, config = str(self._vllm_config.kv_transfer_config.engine_id), self._config
-        self._server = start_server(instance, found)
-        if self._server is None or self._kv is None:
+        server = self._server = start_server(instance, found)
+        if server is None or self._kv is None:
             return
         self._scheduler = scheduler_half(
             self._vllm_config,
             self._kv,
             self._settings,
-            self._server.address,
+            server.address,
             synchronous=True,
             save_decode=config.save_decode_cache,
             save_tail=config.save_unfull_chunk,
             min_hit=config.min_retrieve_tokens,
             priority_limit=config.priority_limit,
         )
-        self._scheduler.wait_connected()
+        self._scheduler.wait_connected(lambda: server.running)
 
     # Worker
 
