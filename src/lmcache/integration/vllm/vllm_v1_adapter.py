@@ -116,15 +116,19 @@ class LMCacheConnectorV1Impl:
 
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         if self._worker is not None:
-            self._worker.wait_connected()
-            self._worker.settle(self._plan())  # for releases that do not tell of preemptions otherwise
-            self._worker.start_loads(self._plan())
+            self._begin(self._worker)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """What is computed next reads what is loaded here. The forward context is not looked at: it may say nothing."""
         if self._worker is not None:
-            self._worker.start_loads(self._plan())
+            self._begin(self._worker)  # once a step; releases before 0.32 do not tell of the binding
             self._worker.wait_loaded()
+
+    def _begin(self, worker: WorkerHalf) -> None:
+        plan = self._plan()
+        worker.wait_connected()
+        worker.settle(plan)
+        worker.start_loads(plan)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         return
