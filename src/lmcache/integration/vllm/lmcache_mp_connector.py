@@ -80,12 +80,19 @@ class LMCacheMPConnector(KVConnectorBase_V1, _SupportsHMA):  # type: ignore[misc
         if role == KVConnectorRole.SCHEDULER:
             recompute_failed_loads(vllm_config.kv_transfer_config)
             if self._kv is not None:
-                if offloading_size_gb(vllm_config):
-                    self._find_server(str(vllm_config.kv_transfer_config.engine_id))
-                self._scheduler = scheduler_half(vllm_config, self._kv, self._settings, self._address)
-                server = self._server
-                if server is not None:
-                    self._scheduler.wait_connected(lambda: server.running)
+                self._start(self._kv)
+
+    def _start(self, kv: ModelKV) -> None:
+        """Make the scheduler's half, and its server where it has to have one of its own."""
+        if offloading_size_gb(self._vllm_config):
+            instance = str(self._vllm_config.kv_transfer_config.engine_id)
+            self._server, self._address = server_for_offloading(instance, self._vllm_config, self._settings)
+            if not self._address:
+                return
+        self._scheduler = scheduler_half(self._vllm_config, kv, self._settings, self._address)
+        server = self._server
+        if server is not None:
+            self._scheduler.wait_connected(lambda: server.running)
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -111,10 +118,6 @@ class LMCacheMPConnector(KVConnectorBase_V1, _SupportsHMA):  # type: ignore[misc
             )
         except NOT_SERVED as error:
             self._refuse(refusal_of(error))
-
-    def _find_server(self, instance: str) -> None:
-        self._server = server_for_offloading(instance, self._vllm_config, self._settings)
-        self._address = self._server.address if self._server is not None else self._settings.address
 
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
         if self._worker is not None and isinstance(kv_connector_metadata, LMCacheMetadata):

@@ -49,10 +49,14 @@ def offloading_size_gb(vllm_config: Any) -> float:
     return float(getattr(cache, "kv_offloading_size", None) or 0.0)
 
 
-def server_for_offloading(instance: str, vllm_config: Any, settings: Settings) -> EmbeddedServer | None:
-    """The server of an engine that was started with `--kv-offloading-backend lmcache`; None where one is at host:port already.
+def server_for_offloading(instance: str, vllm_config: Any, settings: Settings) -> tuple[EmbeddedServer | None, str]:
+    """The server that an engine with `--kv-offloading-backend lmcache` has started for want of one at host:port, and the
+    address of the one to use: "" where its own does not start.
 
     Asked once: an engine never changes its server later.
+
+    Raises:
+        ConfigError: a setting of its own server is wrong.
     """
     size_gb = offloading_size_gb(vllm_config)
     if answers(settings.address, _PROBE_SECONDS):
@@ -61,6 +65,7 @@ def server_for_offloading(instance: str, vllm_config: Any, settings: Settings) -
             size_gb,
             settings.address,
         )
-        return None
+        return None, settings.address
     logger.info("No LMCache server at %s: starting one of %g GiB for this engine alone", settings.address, size_gb)
-    return start_server(instance, engine_settings(vllm_config), size_gb)
+    server = start_server(instance, engine_settings(vllm_config), size_gb)
+    return server, server.address if server is not None else ""
