@@ -202,9 +202,9 @@ def test_the_unfull_end_of_a_prompt_comes_back(server: Callable[..., Server], mo
         job = Store(16, chain.root, chain.hashes + tail, 0, engine.table(60), end_token=60)
         engine.worker.store("job", job)
         assert engine.wait("job").tokens == 60
-        hit = engine.scheduler.lookup(chain, 0, tail)
+        hit = engine.scheduler.lookup(chain, tail=tail)
         assert hit is not None and hit.chunks == 4
-        assert engine.load(ids, 20, 59, engine.scheduler.lookup(chain, 20, tail)) == 39
+        assert engine.load(ids, 20, 59, engine.scheduler.lookup(chain, 20, tail=tail)) == 39
         engine.scheduler.release(hit)
         longer = engine.chain([*ids, 1, 2, 3, 4])
         assert longer.hashes[:48] == chain.hashes and longer.hashes[48:] != tail

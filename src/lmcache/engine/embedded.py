@@ -23,7 +23,8 @@ from lmcache.wire.sockets import UNIX, listen_named
 logger = init_logger(__name__)
 _BOOT = "import runpy, sys; sys.path.append(sys.argv.pop(1)); runpy.run_module('lmcache.server.embedded', run_name='__main__')"
 """With this package's own place as the last one to look in: the engine may have found it by a path of its own."""
-_STOP_SECONDS = 5.0
+_STOP_SECONDS = 15.0
+"""More than `--drain-seconds`: what is still to be written to tiers."""
 
 
 def embedded_address(instance: str) -> str:

@@ -15,7 +15,8 @@ from typing import Any
 
 from lmcache.chunks import HASH_BYTES, TokenChain
 from lmcache.chunks.hashing import Extras, encode_extra
-from lmcache.engine import Hit, SchedulerSession
+from lmcache.engine import Hit, Loading, SchedulerSession
+from lmcache.engine.prefill import PrefillRate
 from lmcache.integration.vllm.identity import adapter_identity
 from lmcache.integration.vllm.plan import LoadPlan, StepPlan, StepReport, StorePlan
 from lmcache.observability.log import init_logger
@@ -28,6 +29,7 @@ HIT_SECONDS = 5.0
 """A hit that waits longer than this for free blocks is given back and asked for again: its lease keeps others out."""
 MISS_SECONDS = 0.25
 """A request that waits is asked about at every step; so soon after a miss the answer is the same."""
+TIER_PAUSE_SECONDS = 0.001
 MIN_GAIN_TOKENS = {"cpu": 16}
 MIN_GAIN_TOKENS_ON_A_DEVICE = 64
 """Beyond a local hit, fewer tokens than this are computed sooner than fetched: a load costs a scheduler step, which is worth
@@ -58,7 +60,7 @@ class Tracker:
 
 
 @dataclass(frozen=True)
-class Loading:
+class Copying:
     """A load that the ranks are at, and by how many of them it has not been ended."""
 
     request_id: str
@@ -107,7 +109,7 @@ class SchedulerHalf:
         self._trackers: dict[str, Tracker] = {}
         self._admitted: list[tuple[Tracker, Hit, int, int]] = []
         """Loads of the coming step: whose, from what, tokens [start, end)."""
-        self._loading: dict[str, Loading] = {}
+        self._loading: dict[str, Copying] = {}
         """By the request, whose end of loading vLLM tells; by the job where a forward waits for it and ranks tell."""
         self._storing: dict[str, tuple[Tracker, int]] = {}
         """Store jobs in flight: whose, and how many ranks are still at it."""
@@ -116,9 +118,15 @@ class SchedulerHalf:
         self._jobs = 0
         self._generation = 0
         self._salt_prefix = ""
+        self._prefill = PrefillRate()
+        self._tiers_load = False
+        """Some request waits for a tier, in the step that is being planned."""
 
-    def match(self, request: Any, local_tokens: int) -> int:
-        """How many tokens beyond `local_tokens` can be loaded. Asked again for every step that the request waits."""
+    def match(self, request: Any, local_tokens: int) -> int | None:
+        """How many tokens beyond `local_tokens` can be loaded. Asked again for every step that the request waits.
+
+        None: not known yet, since a tier is loading.
+        """
         tracker = self._tracker(request)
         tracker.local_tokens = local_tokens
         if not (self._can_load and tracker.may_load and tracker.cacheable) or getattr(
@@ -126,6 +134,9 @@ class SchedulerHalf:
         ):
             return 0
         hit = self._current_hit(tracker)
+        if isinstance(hit, Loading):
+            self._tiers_load = True
+            return None
         if hit is None or tracker.chain is None:
             if not local_tokens:
                 self._tell(tracker, 0, 0)
@@ -156,6 +167,10 @@ class SchedulerHalf:
         """What the ranks are to do in the step that `output` (a SchedulerOutput) describes."""
         plan, self._plan = self._plan, StepPlan()
         plan.forward = output.total_num_scheduled_tokens > 0
+        self._prefill.step(self._clock(), output.total_num_scheduled_tokens)
+        if self._tiers_load and not plan.forward:
+            time.sleep(TIER_PAUSE_SECONDS)  # nobody computes: leave the cores to those who load
+        self._tiers_load = False
         self._settle_preempted(plan)
         self._grow_tables(output)
         for admitted in self._admitted:
@@ -266,7 +281,7 @@ class SchedulerHalf:
         self._trackers[request.request_id] = fresh
         return fresh
 
-    def _current_hit(self, tracker: Tracker) -> Hit | None:
+    def _current_hit(self, tracker: Tracker) -> Hit | Loading | None:
         session, now, tokens = self._session, self._clock(), tracker.request.num_tokens
         if session is None:
             return None
@@ -285,7 +300,10 @@ class SchedulerHalf:
         chain.extend(tracker.request.all_token_ids)
         tail = chain.tail(tracker.request.all_token_ids) if self._save_tail else b""
         if len(chain) or tail:
-            tracker.hit = session.lookup(chain, tracker.local_tokens, tail)
+            found = session.poll(chain, tracker.local_tokens, self._prefill.tokens_per_second, tail)
+            if isinstance(found, Loading):
+                return found
+            tracker.hit = found
         tracker.asked_at, tracker.asked_tokens = self._clock(), tokens
         return tracker.hit
 
@@ -323,7 +341,7 @@ class SchedulerHalf:
         if len(touched) * self._block_tokens < end - start:
             raise RuntimeError(f"vLLM has not told the blocks of request {request_id}: this release cannot be served")
         key = job_id if self._synchronous else request_id
-        self._loading[key] = Loading(request_id, hit, frozenset(touched), self._ranks)
+        self._loading[key] = Copying(request_id, hit, frozenset(touched), self._ranks)
         return LoadPlan(
             job_id=job_id,
             request_id=request_id,
