@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -263,9 +262,6 @@ def _check_tiers(config: EngineConfig, found: Mapping[str, _Found]) -> None:
     if config.local_disk is not None and not config.max_local_disk_size:
         source = found["local_disk"].source
         raise ConfigError(f"{source}: local_disk: {config.local_disk}: say how much it may take: max_local_disk_size")
-    if config.tiers and not any(option.name == "l2" for option in OPTIONS):
-        name = "local_disk" if config.local_disk is not None else "remote_url"
-        raise ConfigError(f"{found[name].source}: {name}: {found[name].text}: tiers are not there yet: leave it out")
 
 
 def _from_environment(environ: Mapping[str, str], warnings: list[str]) -> dict[str, _Found]:
@@ -292,7 +288,7 @@ def _from_extra(extra: Mapping[str, Any]) -> dict[str, _Found]:
 
 
 def _redacted(value: Any) -> Any:
-    return re.sub(r"(://[^/@\s]*:)[^/@]*@", r"\1***@", value) if isinstance(value, str) else value
+    return read.redacted_url(value) if isinstance(value, str) else value
 
 
 def _read(path: Path) -> bytes:
