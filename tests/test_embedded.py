@@ -192,10 +192,13 @@ def test_the_socket_of_a_daemon_will_do(server: Callable[..., Server]) -> None:
 @pytest.mark.parametrize("mode", ["auto", "payload"])
 def test_the_unfull_end_of_a_prompt_comes_back(server: Callable[..., Server], mode: str) -> None:
     """Stored and loaded by the number of its tokens; found by the same prompt only; and nobody's parent."""
-    engine = Engine(server(chunk=16).address, "engine", mode=mode).connect()
+    daemon = server(chunk=16)
+    engine = Engine(daemon.address, "engine", mode=mode).connect()
     assert engine.scheduler is not None
     ids = list(range(100, 160))
     try:
+        engine.store(list(range(64)))
+        daemon.clear()
         chain = engine.chain(ids)
         tail = chain.tail(ids)
         engine.fill(ids)
@@ -205,6 +208,8 @@ def test_the_unfull_end_of_a_prompt_comes_back(server: Callable[..., Server], mo
         hit = engine.scheduler.lookup(chain, tail=tail)
         assert hit is not None and hit.chunks == 4
         assert engine.load(ids, 20, 59, engine.scheduler.lookup(chain, 20, tail=tail)) == 39
+        assert engine.wait(engine.submit_load(hit, 16, 0, 64, [*ids, 0, 0, 0, 0])).ok
+        assert not engine.tokens(64)[:, :, 60:].any(), "nothing of what lay in the slot before"
         engine.scheduler.release(hit)
         longer = engine.chain([*ids, 1, 2, 3, 4])
         assert longer.hashes[:48] == chain.hashes and longer.hashes[48:] != tail
