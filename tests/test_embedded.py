@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import select
 import signal
+import socket
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,9 @@ import pytest
 from engine_process import Engine
 from lmcache.engine import Store
 from lmcache.engine.embedded import EmbeddedServer, embedded_address
-from lmcache.engine.link import Endpoint
+from lmcache.engine.link import Endpoint, answers
 from lmcache.errors import ConfigError
-from servers import PATIENCE, READY, Process, Server, eventually
+from servers import PATIENCE, READY, Process, Server, eventually, free_port
 
 OWNER = """
 import os, sys
@@ -217,6 +219,16 @@ def test_the_unfull_end_of_a_prompt_comes_back(server: Callable[..., Server], mo
         assert engine.store([*ids, 1, 2, 3, 4], 3) == 16, "the full chunk hangs on the full one before it"
     finally:
         engine.close()
+
+
+def test_a_server_answers_where_it_is_and_nothing_where_it_is_not(server: Callable[..., Server]) -> None:
+    daemon = server()
+    assert answers(daemon.address, 5.0)
+    began = time.monotonic()
+    assert not answers(f"tcp://127.0.0.1:{free_port()}", 5.0)
+    assert time.monotonic() - began < 4.0, "a port that nobody has refuses at once"
+    with socket.create_server(("127.0.0.1", 0)) as stranger:
+        assert not answers(f"tcp://127.0.0.1:{stranger.getsockname()[1]}", 0.3)
 
 
 def test_payload_frames_need_a_port() -> None:
