@@ -19,7 +19,8 @@ from lmcache.engine import Store
 from lmcache.engine.embedded import EmbeddedServer, embedded_address
 from lmcache.engine.link import Endpoint, answers
 from lmcache.errors import ConfigError
-from servers import PATIENCE, READY, Process, Server, eventually, free_port
+from ports import free_port
+from servers import PATIENCE, READY, Process, Server, eventually
 
 OWNER = """
 import os, sys

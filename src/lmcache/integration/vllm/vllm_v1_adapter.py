@@ -126,7 +126,7 @@ class LMCacheConnectorV1Impl:
 
     def _begin(self, worker: WorkerHalf) -> None:
         plan = self._plan()
-        worker.wait_connected()
+        worker.wait_connected(plan)
         worker.settle(plan)
         worker.start_loads(plan)
 
