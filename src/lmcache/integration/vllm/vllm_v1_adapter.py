@@ -12,6 +12,7 @@ from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorRole
 
+from lmcache.config.engine import EngineSettings
 from lmcache.engine.embedded import EmbeddedServer, embedded_address
 from lmcache.integration.vllm.lmcache_mp_connector import (
     LMCacheMetadata,
@@ -58,7 +59,7 @@ class LMCacheConnectorV1Impl:
         self._server: EmbeddedServer | None = None
         self._refusal = ""
         self._kv: ModelKV | None = None
-        self._forward_to = {name: getattr(parent_connector, name, None) for name in _NOT_FORWARDED}
+        self._tell_parent = parent_connector.update_connector_output
         for name in _NOT_FORWARDED:
             setattr(parent_connector, name, getattr(self, name))
         try:
@@ -72,7 +73,8 @@ class LMCacheConnectorV1Impl:
             if self._kv is not None:
                 self._start(found)
 
-    def _start(self, found: Any) -> None:
+    def _start(self, found: EngineSettings) -> None:
+        """Start the server and make the scheduler's half; without the one there is not the other."""
         instance, config = str(self._vllm_config.kv_transfer_config.engine_id), self._config
         server = self._server = start_server(instance, found)
         if server is None or self._kv is None:
@@ -187,9 +189,7 @@ class LMCacheConnectorV1Impl:
         return LMCacheMetadata(self._scheduler.plan_step(scheduler_output))
 
     def update_connector_output(self, connector_output: Any) -> None:
-        original = self._forward_to["update_connector_output"]
-        if original is not None:
-            original(connector_output)
+        self._tell_parent(connector_output)
         if self._scheduler is None:
             return
         meta = getattr(connector_output, "kv_connector_worker_meta", None)
