@@ -21,7 +21,7 @@ from lmcache.integration.vllm.lmcache_mp_connector import (
     worker_half,
 )
 from lmcache.integration.vllm.model import NOT_SERVED, ModelKV, describe_model, refusal_of
-from lmcache.integration.vllm.own_server import engine_settings, start_server
+from lmcache.integration.vllm.own_server import engine_settings, offloading_size_gb, start_server
 from lmcache.integration.vllm.plan import StepPlan, StepReport
 from lmcache.integration.vllm.scheduler import SchedulerHalf
 from lmcache.integration.vllm.settings import Settings, recompute_failed_loads
@@ -76,7 +76,8 @@ class LMCacheConnectorV1Impl:
     def _start(self, found: EngineSettings) -> None:
         """Start the server and make the scheduler's half; without the one there is not the other."""
         instance, config = str(self._vllm_config.kv_transfer_config.engine_id), self._config
-        server = self._server = start_server(instance, found)
+        # Releases whose --kv-offloading-backend lmcache means this class give each rank its part of the size.
+        server = self._server = start_server(instance, found, offloading_size_gb(self._vllm_config))
         if server is None or self._kv is None:
             return
         self._scheduler = scheduler_half(
