@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from engine_process import Engine
 from lmcache.engine.embedded import EmbeddedServer, embedded_address
 from lmcache.engine.link import Endpoint
 from lmcache.errors import ConfigError
-from servers import READY, Process, Server, eventually
+from servers import PATIENCE, READY, Process, Server, eventually
 
 OWNER = """
 import os, sys
@@ -56,12 +57,17 @@ def left(places: tuple[Path, Path]) -> list[Path]:
     return [path for place in places for path in place.rglob("*") if path.is_file() or path.is_socket()]
 
 
-def gone(pid: int) -> bool:
-    """Whether the process has ended; one that nobody has waited for yet has."""
-    try:
-        return " Z " in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2][:3]
-    except OSError:
-        return True
+class Ended:
+    """Waits for the end of a process that is not ours to wait for; all of its threads, so that its files are closed."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid, self._pidfd = pid, os.pidfd_open(pid)
+
+    def wait(self) -> None:
+        try:
+            assert select.select([self._pidfd], [], [], PATIENCE)[0], f"process {self.pid} still runs"
+        finally:
+            os.close(self._pidfd)
 
 
 def test_an_engine_that_is_there_first_finds_its_server(embedded: Callable[..., EmbeddedServer]) -> None:
@@ -97,10 +103,10 @@ def test_nothing_has_a_name_while_it_runs_and_nothing_is_left(
 def test_it_ends_with_its_engine(places: tuple[Path, Path], number: int) -> None:
     owner = Process([sys.executable, "-c", OWNER, str(places[1])])
     try:
-        pid = int(owner.line_with("server-pid").split()[1])
+        server = Ended(int(owner.line_with("server-pid").split()[1]))
         eventually(lambda: any(READY in line for line in owner.log))
         owner.signal(number)
-        eventually(lambda: gone(pid))
+        server.wait()
         assert left(places) == []
     finally:
         owner.end()
@@ -109,9 +115,9 @@ def test_it_ends_with_its_engine(places: tuple[Path, Path], number: int) -> None
 def test_a_forked_child_of_the_engine_does_not_hold_it_up(places: tuple[Path, Path]) -> None:
     owner = Process([sys.executable, "-c", OWNER, str(places[1]), "fork"])
     try:
-        pid = int(owner.line_with("server-pid").split()[1])
+        server = Ended(int(owner.line_with("server-pid").split()[1]))
         owner.kill()
-        eventually(lambda: gone(pid))
+        server.wait()
     finally:
         owner.end()  # closes the pipe that the forked child reads
 
@@ -120,12 +126,12 @@ def test_killed_with_its_engine_it_leaves_no_memory(places: tuple[Path, Path]) -
     """Both at once, so that the server cannot tidy up: only the socket's name stays, and the next one removes it."""
     owner = Process([sys.executable, "-c", OWNER, str(places[1])])
     try:
-        pid = int(owner.line_with("server-pid").split()[1])
+        server = Ended(int(owner.line_with("server-pid").split()[1]))
         eventually(lambda: any(READY in line for line in owner.log))
-        os.kill(pid, signal.SIGSTOP)
+        os.kill(server.pid, signal.SIGSTOP)
         owner.kill()
-        os.kill(pid, signal.SIGKILL)
-        eventually(lambda: gone(pid))
+        os.kill(server.pid, signal.SIGKILL)
+        server.wait()
         assert [path.suffix for path in left(places)] == [".sock"]
         EmbeddedServer("next", l1_size_gb=0.03125, flags=("--arena-dir", str(places[1]))).close()
         assert left(places) == []
