@@ -234,6 +234,11 @@ def lora_enabled() -> bool:
     return bool(getattr(_server_args(), "enable_lora", False) or getattr(_server_args(), "lora_paths", None))
 
 
+def engine_page_size() -> int:
+    """The page size that this engine was started with, 1 where SGLang does not say."""
+    return int(getattr(_server_args(), "page_size", None) or 1)
+
+
 def _server_args() -> Any:
     """What this engine was started with; None where no SGLang runs in this process, as in tests."""
     try:

@@ -19,6 +19,7 @@ from lmcache.engine import Done, Hit, Load, SchedulerSession, Store, WorkerSessi
 from lmcache.engine.embedded import EmbeddedServer, embedded_address
 from lmcache.engine.jobs import Event
 from lmcache.engine.link import Endpoint
+from lmcache.errors import ConfigError
 from lmcache.integration.sglang.model import RankKV, Ranks
 from lmcache.integration.sglang.settings import Settings
 from lmcache.observability.log import init_logger
@@ -32,17 +33,21 @@ _START_SECONDS = 1.0
 
 
 class Agreement:
-    """What the ranks of one engine say together. groups: each a process group and its size; those of one rank are left out."""
+    """What the ranks of one engine say together.
 
-    def __init__(self, *groups: tuple[Any, int]) -> None:
+    groups: each a process group and its size; those of one rank are left out. device: of the tensors that the groups reduce.
+    """
+
+    def __init__(self, *groups: tuple[Any, int], device: str = "cpu") -> None:
         self._groups = [group for group, size in groups if size > 1]
+        self._device = device
 
     def reduce(self, tensor: Any, operation: Any) -> None:
-        """All-reduce a CPU tensor in place."""
+        """All-reduce a tensor in place."""
         import torch
 
         for group in self._groups:
-            torch.distributed.all_reduce(tensor, op=operation, group=getattr(group, "cpu_group", group))
+            torch.distributed.all_reduce(tensor, op=operation, group=group)
 
     def least(self, number: int) -> int:
         """The smallest of the numbers that the ranks have."""
@@ -50,7 +55,7 @@ class Agreement:
             return number
         import torch
 
-        tensor = torch.tensor([number], dtype=torch.int64)
+        tensor = torch.tensor([number], dtype=torch.int64, device=self._device)
         self.reduce(tensor, torch.distributed.ReduceOp.MIN)
         return int(tensor.item())
 
@@ -96,20 +101,14 @@ def no_copy() -> Copy:
 
 
 class SGLangRank:
-    """Lookups, loads and stores of one rank, in chunks and page numbers. Nothing raises but the constructor.
-
-    Raises:
-        ConfigError: the engine's own server cannot be started.
-    """
+    """Lookups, loads and stores of one rank, in chunks and page numbers. Nothing raises."""
 
     def __init__(self, settings: Settings, kv: RankKV, ranks: Ranks, name: str) -> None:
         self.kv = kv
         self._copies: dict[str, Copy] = {}
         self._jobs = 0
-        self._server: EmbeddedServer | None = None
         address = settings.address or embedded_address(name)
-        if not settings.address and ranks.number == 0:
-            self._server = EmbeddedServer(name, l1_size_gb=settings.max_local_cpu_size, chunk_size=settings.chunk_size)
+        self._server = None if settings.address or ranks.number else _own_server(settings, name)
         # Each rank leases and copies for itself, in one process, so each is an engine of its own to the server.
         instance = f"{name}-{ranks.number}"
 
@@ -217,6 +216,15 @@ class SGLangRank:
         return copy
 
 
+def _own_server(settings: Settings, name: str) -> EmbeddedServer | None:
+    """The server inside this engine; None, and a line in the log, where it cannot be started."""
+    try:
+        return EmbeddedServer(name, l1_size_gb=settings.max_local_cpu_size, chunk_size=settings.chunk_size)
+    except ConfigError as error:
+        logger.warning("LMCache serves nothing for this engine: %s", error)
+        return None
+
+
 def _is_first_of_its_shard(kv: RankKV, ranks: Ranks) -> bool:
     """Ranks that hold the same heads share a shard; one of them stores it."""
     return ranks.tp_rank * min(kv.model.num_kv_heads, ranks.tp_size) % ranks.tp_size == 0
@@ -232,3 +240,29 @@ def pages_of(indices: Any, page_size: int) -> Pages:
     slots = indices[::page_size]
     host = slots.cpu() if hasattr(slots, "cpu") else slots
     return (np.asarray(host, dtype=np.int64) // page_size).astype(np.int32)
+
+
+def text_of(tokens: Any, vocabulary: int) -> Tokens:
+    """The leading tokens that are text. SGLang writes numbers beyond the vocabulary for what is in an image."""
+    ids = numbers(tokens)
+    other = (ids < 0) | (ids >= vocabulary)
+    return ids[: int(other.argmax())] if other.any() else ids
+
+
+def cost(size_bytes: int, seconds: float) -> str:
+    """What a copy has cost, as the log tells it."""
+    rate = size_bytes / seconds / 1e9 if seconds else 0.0
+    return f"size: {size_bytes / 1e9:.4f} gb, cost {seconds * 1e3:.4f} ms, throughput: {rate:.4f} GB/s"
+
+
+class WholeDevice:
+    """Everything that was launched on a device, where it is not known on which stream the engine computes."""
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+
+    def synchronize(self) -> None:
+        """Wait until all of it is done."""
+        import torch
+
+        torch.cuda.synchronize(self._device)

@@ -22,9 +22,20 @@ from lmcache.chunks import TokenChain
 from lmcache.engine import Hit
 from lmcache.engine.jobs import Event
 from lmcache.errors import LayoutError
-from lmcache.integration.sglang.model import NOT_SERVED, RankKV, Ranks, describe_rank, lora_enabled, pool_buffers
-from lmcache.integration.sglang.ranks import Agreement, Copy, SGLangRank, Tokens, no_copy, numbers, pages_of
-from lmcache.integration.sglang.settings import Settings, read_settings
+from lmcache.integration.sglang.describe import describe_agreed
+from lmcache.integration.sglang.model import Buffers, Ranks, lora_enabled, pool_buffers
+from lmcache.integration.sglang.ranks import (
+    Agreement,
+    Copy,
+    SGLangRank,
+    Tokens,
+    WholeDevice,
+    cost,
+    no_copy,
+    pages_of,
+    text_of,
+)
+from lmcache.integration.sglang.settings import read_settings
 from lmcache.integration.sglang.weights import forget, on_new_weights
 from lmcache.observability.log import init_logger
 
@@ -121,9 +132,24 @@ class UnifiedLMCacheMPConnector:
         self._stream: Any = None
         self._lora = lora_enabled()
         self._rank: SGLangRank | None = None
-        kv = self._describe(settings, model_config, token_to_kv_pool_allocator, tree_components, mamba_component)
+        self._vocabulary = 0
+
+        def buffers() -> Buffers:
+            _refuse_components(tree_components, mamba_component, self._window)
+            return pool_buffers(token_to_kv_pool_allocator.get_kvcache())
+
+        kv = describe_agreed(
+            buffers,
+            model_config,
+            page_size,
+            self._ranks,
+            self._agreement,
+            model_id=settings.model_id,
+            engine_id=self._name,
+        )
         if kv is None:
             return
+        self._vocabulary = kv.vocabulary
         self._rank = SGLangRank(settings, kv, self._ranks, self._name)
         self._tell_chunks()
         on_new_weights(self._new_weights)
@@ -141,7 +167,7 @@ class UnifiedLMCacheMPConnector:
 
     def submit_lookup(self, request_id: str, tokens: Any, *, local_hit_tokens: int, cache_salt: str) -> Lookup:
         """Ask what there is of a prompt; `local_hit_tokens` are in the radix tree already."""
-        lookup = Lookup(request_id, self._text(tokens), cache_salt, local_hit_tokens)
+        lookup = Lookup(request_id, text_of(tokens, self._vocabulary), cache_salt, local_hit_tokens)
         former = self._lookups.pop(request_id, None)
         if former is not None:
             self._give_back(former)
@@ -224,7 +250,7 @@ class UnifiedLMCacheMPConnector:
             return None
         if request_id in self._stale:
             return StoreOperation(request_id, no_copy())
-        text = self._text(tokens)
+        text = text_of(tokens, self._vocabulary)
         tracker = self._tracker(request_id, text, cache_salt)
         if tracker is None:
             return StoreOperation(request_id, no_copy())
@@ -295,42 +321,12 @@ class UnifiedLMCacheMPConnector:
 
     # Within
 
-    def _describe(
-        self, settings: Settings, model_config: Any, allocator: Any, components: Sequence[Any], mamba: Any
-    ) -> RankKV | None:
-        """This rank's KV; None where some rank's cannot be cached, and then a line in the log says so."""
-        kv, refusal = None, ""
-        try:
-            _refuse_components(components, mamba, self._window)
-            kv = describe_rank(
-                pool_buffers(allocator.get_kvcache()),
-                model_config,
-                self._page_size,
-                self._ranks,
-                model_id=settings.model_id,
-                engine_id=self._name,
-            )
-        except NOT_SERVED as error:
-            refusal = refusal_of(error)
-        if self._agreement.least(int(kv is not None)):
-            return kv
-        logger.warning("LMCache serves nothing for this engine: %s", refusal or "another rank's KV cannot be cached")
-        return None
-
     def _tell_chunks(self) -> None:
         size = self._rank.chunk_tokens if self._rank is not None else None
         if size and size % self._page_size and self._page_size % size:
             logger.info(
                 "Chunks of %d tokens and pages of %d: hits end with the last page that is whole", size, self._page_size
             )
-
-    def _text(self, tokens: Any) -> Tokens:
-        """The leading tokens that are text. SGLang writes numbers beyond the vocabulary for what is in an image."""
-        ids = numbers(tokens)
-        if self._rank is None or not len(ids):
-            return ids
-        other = (ids < 0) | (ids >= self._rank.kv.vocabulary)
-        return ids[: int(other.argmax())] if other.any() else ids
 
     def _tracker(self, request_id: str, tokens: Tokens, salt: str) -> Tracker | None:
         """The request's tracker under the server of now, None while there is none; a fresh one if the text is another."""
@@ -410,7 +406,7 @@ class UnifiedLMCacheMPConnector:
         import torch
 
         if self._stream is None:
-            return _WholeDevice(self._rank.kv.paged.device)
+            return WholeDevice(self._rank.kv.paged.device)
         event: Any = torch.cuda.Event(blocking=True)  # a waiting thread must not spin beside the engine's
         event.record(self._stream)
         recorded: Event = event
@@ -425,7 +421,7 @@ class UnifiedLMCacheMPConnector:
             load.future.tokens,
             load.future.tokens,
             len(lookup.tokens) if lookup is not None else load.local_hit_tokens + load.future.tokens,
-            _cost(load.future.tokens * self._rank.kv.token_bytes, done.seconds),
+            cost(load.future.tokens * self._rank.kv.token_bytes, done.seconds),
         )
 
     def _log_stores(self, request_id: str, tracker: Tracker) -> None:
@@ -439,25 +435,8 @@ class UnifiedLMCacheMPConnector:
             len(tracker.tokens),
             len(tracker.chain) * tracker.chain.chunk_tokens - tokens,
             request_id,
-            _cost(tokens * self._rank.kv.token_bytes, sum(one.seconds for one in done)),
+            cost(tokens * self._rank.kv.token_bytes, sum(one.seconds for one in done)),
         )
-
-
-class _WholeDevice:
-    """Everything that was launched on a device, while it is not known on which stream the engine computes."""
-
-    def __init__(self, device: str) -> None:
-        self._device = device
-
-    def synchronize(self) -> None:
-        import torch
-
-        torch.cuda.synchronize(self._device)
-
-
-def refusal_of(error: Exception) -> str:
-    """One of `NOT_SERVED`, for people."""
-    return str(error) if isinstance(error, LayoutError) else f"this release of SGLang is not understood ({error!r})"
 
 
 def _refuse_components(components: Sequence[Any], mamba: Any, window: int) -> None:
@@ -465,8 +444,3 @@ def _refuse_components(components: Sequence[Any], mamba: Any, window: int) -> No
     names = [str(getattr(one, "name", one)).rpartition(".")[2].lower() for one in components]
     if mamba is not None or window or any(name != "full" for name in names):
         raise LayoutError(f"models with sliding windows or Mamba states are not supported yet ({', '.join(names)})")
-
-
-def _cost(size_bytes: int, seconds: float) -> str:
-    rate = size_bytes / seconds / 1e9 if seconds else 0.0
-    return f"size: {size_bytes / 1e9:.4f} gb, cost {seconds * 1e3:.4f} ms, throughput: {rate:.4f} GB/s"
