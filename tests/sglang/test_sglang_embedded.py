@@ -1,0 +1,55 @@
+"""Without mp_host and mp_port the server is inside the engine: it starts with it, and ends with it however that ends."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from sglang_processes import Engine
+from sglang_prompts import assert_same, tokens
+
+from servers import eventually
+
+DOCUMENTED = {"chunk_size": 8, "local_cpu": True, "use_layerwise": True, "max_local_cpu_size": 1}
+FIRST = tokens(100, 80)
+SECOND = FIRST[:24] + tokens(81, 81)
+
+
+@pytest.fixture(scope="module")
+def engine(folder: Path, model: Path) -> Iterator[Engine]:
+    made = Engine(folder, model, 1, DOCUMENTED)
+    yield made
+    made.kill()
+
+
+def test_the_documented_pair_of_prompts(engine: Engine) -> None:
+    """135 tokens have KV at the end of the first request: 100 of the prompt, and all of the answer but the last."""
+    engine.answer(FIRST, max_tokens=36)
+    eventually(lambda: "Stored 128 out of total 135 tokens (0 skipped)" in engine.text())
+    engine.flush()
+    second = engine.answer(SECOND, max_tokens=36)
+    assert second["cached"] == 24
+    eventually(lambda: "Stored 112 out of total 140 tokens (24 skipped)" in engine.text())
+    assert "Retrieved 24 out of 24 required tokens (from 104 total tokens)" in engine.text()
+    assert_same([engine.answer(SECOND, max_tokens=36, extra_key="cold")], [second])
+
+
+def test_its_server_ends_with_a_killed_engine(engine: Engine) -> None:
+    found = re.search(r"own LMCache server: pid (\d+), unix://(\S+)", engine.text())
+    assert found is not None
+    pid, socket = int(found[1]), Path(found[2])
+    assert socket.exists() and _lives(pid)
+    engine.kill()
+    eventually(lambda: not _lives(pid))
+    eventually(lambda: not socket.exists())
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return Path(f"/proc/{pid}/stat").read_text().split(")")[1].split()[0] != "Z"
