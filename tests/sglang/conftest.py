@@ -1,7 +1,8 @@
-"""What the tests with real SGLang share: a folder, and the model."""
+"""What the tests with real SGLang share: the model, the daemon, the first engine and what it answered without a daemon."""
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import subprocess
 import tempfile
@@ -9,11 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from sglang_processes import PYTHON, Daemons
+from sglang_processes import CHUNK, LONG, PYTHON, Daemons, Engine, World
+from sglang_prompts import mixed
 
-from servers import READY, Server, free_port
+from servers import READY, Server, eventually, free_port
 
 ROOT = Path(__file__).resolve().parents[2]
+SHARED_MEMORY = Path("/dev/shm")
+SGLANG_LEAVES = ("sglang_loads_*", "sem.mp-*")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -29,8 +33,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("sglang")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where everything lies. An SGLang that is killed leaves its own shared memory behind, which goes with the folder."""
+    before = {path for pattern in SGLANG_LEAVES for path in SHARED_MEMORY.glob(pattern)}
+    yield tmp_path_factory.mktemp("sglang")
+    left = {path for pattern in SGLANG_LEAVES for path in SHARED_MEMORY.glob(pattern)} - before
+    for path in left - _mapped():
+        path.unlink(missing_ok=True)
+
+
+def _mapped() -> set[Path]:
+    """Files in shared memory that some process still uses."""
+    used = set()
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        with contextlib.suppress(OSError):
+            used |= {Path(line.split()[-1]) for line in maps.read_text().splitlines() if str(SHARED_MEMORY) in line}
+    return used
 
 
 @pytest.fixture(scope="session")
@@ -41,7 +59,7 @@ def model(folder: Path) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def daemons() -> Iterator[Daemons]:
     """Start daemons: daemons(port, chunk=16). They share their folders, as the same user's on one machine do."""
     running: list[Server] = []
@@ -57,3 +75,20 @@ def daemons() -> Iterator[Daemons]:
         one.end()
     for folder in (sockets, arenas):
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def world(folder: Path, model: Path, daemons: Daemons) -> Iterator[World]:
+    """The engine starts before the daemon; until then it computes everything, and those answers are the measure."""
+    port = free_port()
+    first = Engine(folder, model, 1, {"mp_host": "127.0.0.1", "mp_port": port})
+    try:
+        expected = first.answers(mixed())
+        first.flush()
+        long = first.answer(LONG)
+        first.flush()
+        server = daemons(port, CHUNK)
+        eventually(lambda: first.text().count("Connected to the LMCache server") == 2)
+        yield World(server, first, expected, long)
+    finally:
+        first.end()

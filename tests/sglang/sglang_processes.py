@@ -12,8 +12,11 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from sglang_prompts import tokens
 
 from servers import Process, Server, eventually, free_port
 
@@ -22,6 +25,9 @@ START_SECONDS = 240.0
 REPLY_SECONDS = 120.0
 POOL_TOKENS = 4096
 PREFILL_TOKENS = 256
+CHUNK = 16
+LONG = tokens(1500, 20)
+"""More than SGLang computes in one step."""
 Output = dict[str, Any]
 Daemons = Callable[..., Server]
 _FLAGS = (
@@ -103,9 +109,9 @@ class Engine(Process):
         self.child.wait()
 
     def end(self) -> int:
-        code = super().end()
+        """At once: an orderly end takes SGLang many seconds."""
         self.kill()
-        return code
+        return super().end()
 
     def _flushed(self) -> bool:
         try:
@@ -121,3 +127,13 @@ class Engine(Process):
                 return True
         except OSError:
             return False
+
+
+@dataclass(frozen=True)
+class World:
+    """The daemon of all engines, the first of them, and what it answered before there was a daemon."""
+
+    server: Server
+    first: Engine
+    expected: list[Output]
+    long: Output

@@ -6,47 +6,13 @@ import contextlib
 import threading
 import urllib.error
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from sglang_processes import POOL_TOKENS, Daemons, Engine, Output
+from sglang_processes import CHUNK, LONG, POOL_TOKENS, Engine, World
 from sglang_prompts import assert_same, mixed, tokens
 
-from servers import eventually, free_port
-
-CHUNK = 16
-LONG = tokens(1500, 20)
-"""More than SGLang computes in one step."""
-CONNECTED = "Connected to the LMCache server"
-
-
-@dataclass
-class World:
-    """One daemon for all engines, and what the first engine answered before there was one."""
-
-    port: int
-    first: Engine
-    expected: list[Output]
-    long: Output
-    engines: list[Engine] = field(default_factory=list)
-
-
-@pytest.fixture(scope="module")
-def world(folder: Path, model: Path, daemons: Daemons) -> Iterator[World]:
-    """The engine starts before the daemon; until then it computes everything, and those answers are the measure."""
-    port = free_port()
-    first = Engine(folder, model, 1, {"mp_host": "127.0.0.1", "mp_port": port})
-    try:
-        expected = first.answers(mixed())
-        first.flush()
-        made = World(port, first, expected, first.answer(LONG))
-        first.flush()
-        daemons(port, CHUNK)
-        eventually(lambda: first.text().count(CONNECTED) == 2)
-        yield made
-    finally:
-        first.end()
+from servers import eventually
 
 
 @pytest.fixture(scope="module", params=[1, 16, 64])
@@ -54,7 +20,7 @@ def engine(request: pytest.FixtureRequest, world: World, folder: Path, model: Pa
     if request.param == 1:
         yield world.first
         return
-    made = Engine(folder, model, request.param, {"mp_host": "tcp://127.0.0.1", "mp_port": world.port})
+    made = Engine(folder, model, request.param, {"mp_host": "tcp://127.0.0.1", "mp_port": world.server.port})
     yield made
     made.end()
 

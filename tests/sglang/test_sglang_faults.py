@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from sglang_processes import Daemons, Engine, Output
+from sglang_processes import Daemons, Engine, Output, World
 from sglang_prompts import assert_same, tokens
 
 from servers import Server, eventually
@@ -20,20 +20,17 @@ PROBE = tokens(600, 70)
 
 
 @pytest.fixture(scope="module")
-def server(daemons: Daemons) -> Server:
-    return daemons()
+def server(world: World) -> Server:
+    return world.server
 
 
 @pytest.fixture(scope="module")
-def engine(folder: Path, model: Path, server: Server) -> Iterator[Engine]:
-    """Killed while it answers, and started anew."""
-    settings = {"mp_host": "127.0.0.1", "mp_port": server.port, "mp_timeout": DEADLINE_SECONDS}
-    killed = Engine(folder, model, PAGE_SIZE, settings)
-    try:
-        killed.answer(PROBE)
-        eventually(lambda: "Stored" in killed.text())
-    finally:
-        killed.kill()
+def engine(folder: Path, model: Path, world: World) -> Iterator[Engine]:
+    """Another one, after the first has been killed."""
+    world.first.answer(PROBE)
+    eventually(lambda: "out of total 607 tokens" in world.first.text())
+    world.first.kill()
+    settings = {"mp_host": "127.0.0.1", "mp_port": world.server.port, "mp_timeout": DEADLINE_SECONDS}
     made = Engine(folder, model, PAGE_SIZE, settings)
     yield made
     made.end()
