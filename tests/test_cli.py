@@ -54,7 +54,10 @@ class Server:
             "sessions": [],
         }
 
-    def clear(self) -> dict[str, object]:
+    def degraded(self) -> list[str]:
+        return []
+
+    def clear(self, tiers: str = "") -> dict[str, object]:
         self.cleared += 1
         return {"cleared_chunks": 3}
 

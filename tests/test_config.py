@@ -76,6 +76,13 @@ SAMPLES = {
     "api_token": ("0123456789abcdef", "0123456789abcdef"),
     "arena_dir": ("/dev/hugepages", Path("/dev/hugepages")),
     "log_level": ("debug", "DEBUG"),
+    "l2": ("disk:///a?max_gb=1 dir:///b", ("disk:///a?max_gb=1", "dir:///b")),
+    "l2_adapter": ("{'type': 'fs'}", ("{'type': 'fs'}",)),
+    "l2_required": ("true", True),
+    "l2_patience_seconds": ("3", 3.0),
+    "l2_queue_gb": ("0.5", 0.5),
+    "worth": ("ALWAYS", "always"),
+    "drain_seconds": ("2.5", 2.5),
 }
 
 
@@ -99,6 +106,32 @@ def test_every_setting_has_a_flag_a_variable_a_key_and_help(name: str, tmp_path:
         assert getattr(load({"config": path}, {}).config, name) == value
     written = " ".join(parser.format_help().split())
     assert option.env in written and len(option.help) > 20
+
+
+def test_tiers_may_be_given_several_times_everywhere(tmp_path: Path) -> None:
+    parser = argparse.ArgumentParser()
+    add_flags(parser)
+    found = load(vars(parser.parse_args(["--l2", "disk:///a", "--l2", "redis://h?name=x"])), {})
+    assert found.config.l2 == ("disk:///a", "redis://h?name=x")
+    path = file_of(tmp_path, 'l2:\n  - disk:///a\n  - "redis://:${PASSWORD}@h"\nl2-adapter: \'{"type": "fs"}\'\n')
+    config = load({"config": path}, {}).config
+    assert config.l2 == ("disk:///a", "redis://:${PASSWORD}@h") and config.l2_adapter == ('{"type": "fs"}',)
+    for wrong in ("l2: {a: b}\n", "l2: [[a]]\n"):
+        with pytest.raises(ConfigError, match="l2 must be a value or a list"):
+            load({"config": file_of(tmp_path, wrong)}, {})
+
+
+def test_a_password_in_a_tiers_url_is_never_shown(tmp_path: Path) -> None:
+    text = "redis://user:hunter2@host:6379/0?access_key=hunter3&key_file=/k"
+    config = load({"l2": [text]}, {}).config
+    assert "hunter" not in str(config.redacted()) and "user:***@host" in str(config.redacted())
+    path = file_of(tmp_path, f"l2: {text}\n")
+    Path(path).chmod(0o644)
+    with pytest.raises(ConfigError, match="chmod 600") as caught:
+        load({"config": path}, {})
+    assert "hunter" not in str(caught.value)
+    with pytest.raises(ConfigError, match=r"--l2: must be URLs; 'hello' is none"):
+        load({"l2": ["hello"]}, {})
 
 
 def test_log_level_has_its_old_variable_too() -> None:

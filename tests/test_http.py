@@ -36,7 +36,10 @@ class Server:
         config = ServerConfig(api_token=TOKEN).redacted()
         return {"version": "1", "config": config, "engines": [{"instance": "<b>engine</b>", "layout": "x"}]}
 
-    def clear(self) -> dict[str, object]:
+    def degraded(self) -> list[str]:
+        return []
+
+    def clear(self, tiers: str = "") -> dict[str, object]:
         self.cleared += 1
         return {"cleared_chunks": 3}
 

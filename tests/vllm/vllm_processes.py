@@ -190,6 +190,12 @@ class Api(Process):
             text = answer.read()
         return json.loads(text) if text else None
 
+    def metric(self, name: str) -> float:
+        """The value of a counter of the engine."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=REPLY_SECONDS) as answer:
+            lines = answer.read().decode().splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
+
     def _healthy(self) -> bool:
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=2):

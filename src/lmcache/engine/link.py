@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import secrets
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,12 +21,17 @@ from lmcache.observability.log import init_logger
 from lmcache.wire import auth
 from lmcache.wire import messages as m
 from lmcache.wire.carriers import Carrier, UnixCarrier, ZmqCarrier
+from lmcache.wire.sockets import UNIX, socket_place
 
 logger = init_logger(__name__)
 
 TRANSFER_MODES = ("auto", "engine_driven", "lmcache_driven", "payload")
 _UNIX = "unix://"
 _BACKOFF_SECONDS = (0.2, 0.5, 1.0, 2.0)
+_SOCKET_SECONDS = 0.1
+"""Between looks at a path where a server is to come: a look costs microseconds, and the first prompt must not be missed."""
+_STARTING_SECONDS = 60.0
+"""For how long the socket of a server that is to come may be missing without a word: ranks are ready before schedulers are."""
 _CONNECT_SECONDS = 1.0
 
 
@@ -47,7 +53,11 @@ def server_address(host: str = "tcp://localhost", port: int = 5555) -> str:
 class Endpoint:
     """Where the server is and who asks. `instance` is shared by an engine's scheduler and all its ranks.
 
+<<<<<<< HEAD
     address: tcp://host:port, or unix:///path/of/a/socket of a server on this host.
+=======
+    address: tcp://host:port, or of a server on this host unix:///path/of/its/socket or unix://@name.
+>>>>>>> inproc
     """
 
     address: str
@@ -72,6 +82,10 @@ class Endpoint:
             raise ValueError(f"deadline of {self.deadline_seconds} seconds: give one between 0 and 3600")
 
 
+class _NotThereYet(ServerUnavailable):
+    """Nothing listens at the address of a Unix socket."""
+
+
 class Link:
     """Owns the connection. `on_welcome` runs in the link's thread at every new one, before anybody else may use it: it
     registers through the carrier it is given, and may raise LMCacheError to say that this server is of no use; the
@@ -94,6 +108,7 @@ class Link:
         self._wake = threading.Event()
         self._connected = threading.Event()
         self._told = ""
+        self._since = time.monotonic()
         self._payload = False
         self._thread = threading.Thread(target=self._keep_up, name=f"lmcache-link-{endpoint.role}", daemon=True)
         self._thread.start()
@@ -169,10 +184,13 @@ class Link:
                     attempt = 0
                     continue
                 except Exception as error:  # the edge of the thread: whatever a server sends, the next may be better
-                    self._tell_once(str(error) or type(error).__name__)
+                    coming = isinstance(error, _NotThereYet) and time.monotonic() - self._since < _STARTING_SECONDS
+                    if not coming:
+                        self._tell_once(str(error) or type(error).__name__)
                     if not isinstance(error, (LMCacheError, OSError)):
                         logger.debug("while connecting", exc_info=True)
-                    self._wake.wait(_BACKOFF_SECONDS[min(attempt, len(_BACKOFF_SECONDS) - 1)])
+                    backoff = _BACKOFF_SECONDS[min(attempt, len(_BACKOFF_SECONDS) - 1)]
+                    self._wake.wait(_SOCKET_SECONDS if coming else backoff)
                     self._wake.clear()
                     attempt += 1
             else:
@@ -227,10 +245,22 @@ class Link:
 
     def _through_socket(self, hello: m.Hello) -> tuple[Carrier, m.Welcome, int]:
         """The connection, the welcome, and the arena's descriptor."""
+<<<<<<< HEAD
         path = self.endpoint.address.removeprefix(_UNIX)
         if not _is_mine(path):
             raise ServerUnavailable("there is no such socket of this user")
         unix = UnixCarrier(path, hello, _CONNECT_SECONDS)
+=======
+        place = socket_place(self.endpoint.address)
+        if not place.startswith("\0") and not _is_mine(place):
+            raise _NotThereYet("there is no such socket of this user")
+        try:
+            unix = UnixCarrier(place, hello, _CONNECT_SECONDS)
+        except ServerUnavailable as error:
+            if isinstance(error.__cause__, ConnectionRefusedError):
+                raise _NotThereYet("nobody listens there") from error
+            raise
+>>>>>>> inproc
         try:
             return unix, _welcome_with(unix), unix.descriptor
         except LMCacheError:
@@ -270,6 +300,22 @@ class Link:
             )
 
 
+def answers(address: str, timeout_seconds: float) -> bool:
+    """Whether a server of ours is at tcp://host:port, whatever its version."""
+    hello = m.Hello(m.PROTOCOL_VERSION, __version__, "", "probe", 0, os.getpid())
+    try:
+        carrier = ZmqCarrier(address, Endpoint(address, "", "probe").auth_key_file)
+    except LMCacheError:
+        return False
+    try:
+        carrier.exchange(hello, timeout_seconds)
+    except ServerUnavailable:
+        return False
+    finally:
+        carrier.close()
+    return True
+
+
 def ask(carrier: Carrier, request: m.Message, expect: type[m.AnswerT]) -> m.AnswerT:
     """One request outside a link, while it is being made.
 
@@ -304,7 +350,11 @@ def _welcome_with(unix: UnixCarrier) -> m.Welcome:
 
 
 def _is_unix(endpoint: Endpoint) -> bool:
+<<<<<<< HEAD
     return endpoint.address.startswith(_UNIX)
+=======
+    return endpoint.address.startswith(UNIX)
+>>>>>>> inproc
 
 
 def _is_mine(path: str) -> bool:

@@ -1,4 +1,12 @@
+<<<<<<< HEAD
 """A listening Unix socket at a path of its own, in a folder that belongs to this user alone."""
+=======
+"""Listening Unix sockets: at a path in a folder that belongs to this user alone, or under a name that is no file.
+
+An address is `unix:///path` or `unix://@name`. A name (Linux's abstract namespace) leaves nothing behind however its owner
+dies; anybody on the host may connect to it, so both ends look at the other's credentials, as they do anyway.
+"""
+>>>>>>> inproc
 
 from __future__ import annotations
 
@@ -8,9 +16,40 @@ from pathlib import Path
 
 from lmcache.errors import ConfigError
 
+<<<<<<< HEAD
 _BACKLOG = 128
 
 
+=======
+UNIX = "unix://"
+_BACKLOG = 128
+
+
+def socket_place(address: str) -> str:
+    """What to connect to for `unix:///path` or `unix://@name`."""
+    place = address.removeprefix(UNIX)
+    return "\0" + place[1:] if place.startswith("@") else place
+
+
+def listen_named(name: str) -> socket.socket:
+    """Listen at `unix://@name`.
+
+    Raises:
+        ConfigError: another process has that name.
+    """
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        listener.bind("\0" + name)
+        listener.listen(_BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise ConfigError(
+            f"another server listens at {UNIX}@{name} ({error.strerror}): give its engine another name"
+        ) from error
+    return listener
+
+
+>>>>>>> inproc
 def listen_unix(path: Path) -> socket.socket:
     """Listen at `path`, mode 0600; the folder is made (0700) where it is missing. Sockets of dead servers there are removed.
 
