@@ -26,7 +26,6 @@ from lmcache.wire.sockets import UNIX, socket_place
 logger = init_logger(__name__)
 
 TRANSFER_MODES = ("auto", "engine_driven", "lmcache_driven", "payload")
-_UNIX = "unix://"
 _BACKOFF_SECONDS = (0.2, 0.5, 1.0, 2.0)
 _SOCKET_SECONDS = 0.1
 """Between looks at a path where a server is to come: a look costs microseconds, and the first prompt must not be missed."""
@@ -53,11 +52,7 @@ def server_address(host: str = "tcp://localhost", port: int = 5555) -> str:
 class Endpoint:
     """Where the server is and who asks. `instance` is shared by an engine's scheduler and all its ranks.
 
-<<<<<<< HEAD
-    address: tcp://host:port, or unix:///path/of/a/socket of a server on this host.
-=======
     address: tcp://host:port, or of a server on this host unix:///path/of/its/socket or unix://@name.
->>>>>>> inproc
     """
 
     address: str
@@ -245,12 +240,6 @@ class Link:
 
     def _through_socket(self, hello: m.Hello) -> tuple[Carrier, m.Welcome, int]:
         """The connection, the welcome, and the arena's descriptor."""
-<<<<<<< HEAD
-        path = self.endpoint.address.removeprefix(_UNIX)
-        if not _is_mine(path):
-            raise ServerUnavailable("there is no such socket of this user")
-        unix = UnixCarrier(path, hello, _CONNECT_SECONDS)
-=======
         place = socket_place(self.endpoint.address)
         if not place.startswith("\0") and not _is_mine(place):
             raise _NotThereYet("there is no such socket of this user")
@@ -260,7 +249,6 @@ class Link:
             if isinstance(error.__cause__, ConnectionRefusedError):
                 raise _NotThereYet("nobody listens there") from error
             raise
->>>>>>> inproc
         try:
             return unix, _welcome_with(unix), unix.descriptor
         except LMCacheError:
@@ -350,11 +338,7 @@ def _welcome_with(unix: UnixCarrier) -> m.Welcome:
 
 
 def _is_unix(endpoint: Endpoint) -> bool:
-<<<<<<< HEAD
-    return endpoint.address.startswith(_UNIX)
-=======
     return endpoint.address.startswith(UNIX)
->>>>>>> inproc
 
 
 def _is_mine(path: str) -> bool:

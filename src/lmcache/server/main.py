@@ -21,10 +21,7 @@ from lmcache.server.report import Report
 from lmcache.server.service import Service
 from lmcache.server.tiering import Tiering
 from lmcache.server.unix_face import UnixFace
-<<<<<<< HEAD
-=======
 from lmcache.tiers.registry import TierSpec, make_tiers, url_of_adapter
->>>>>>> inproc
 from lmcache.wire.sockets import listen_unix
 
 logger = init_logger(__name__)
@@ -39,20 +36,11 @@ class Owner:
     """The engine that a server is started by and for: it serves at the engine's socket only, its memory file has no name, and
     it ends with the engine.
 
-<<<<<<< HEAD
-    listener: listens at `path`. lifeline: a descriptor that becomes readable when the engine ends. http: whether the HTTP port
-    was asked for.
-    """
-
-    listener: socket.socket
-    path: Path
-=======
     listener: where it is to be found. lifeline: a descriptor that becomes readable when the engine ends. http: whether the
     HTTP port was asked for.
     """
 
     listener: socket.socket
->>>>>>> inproc
     lifeline: int
     http: bool
 
@@ -128,11 +116,7 @@ def _start(config: ServerConfig, owner: Owner | None, started: list[Callable[[],
         signal.signal(number, lambda *_: loop.stop())
     started.append(loop.close)
     if owner is not None:
-<<<<<<< HEAD
-        loop.watch(owner.lifeline, loop.stop)
-=======
         _end_with(owner, loop)
->>>>>>> inproc
     arena = Arena(Path(config.arena_dir), config.l1_bytes)
     started.append(arena.close)
     if owner is not None:
@@ -141,18 +125,9 @@ def _start(config: ServerConfig, owner: Owner | None, started: list[Callable[[],
     started.append(lambda: workers.shutdown(wait=True, cancel_futures=True))
     heart = Heart(arena.size_bytes, config.lease_seconds)
     service = Service(loop, heart, arena, config.chunk_size, workers)
-<<<<<<< HEAD
-    path = owner.path if owner is not None else config.socket_dir / f"{service.server_id.hex()[:16]}.sock"
-    started.append(UnixFace(loop, service, owner.listener if owner is not None else listen_unix(path), path).close)
-    if owner is None:
-        config = dataclasses.replace(config, port=_open_port(config, loop, service, started))
-    if owner is None or owner.http:
-        config = dataclasses.replace(config, http_port=_open_http(config, Report(config, loop, service), started))
-=======
     if specs:
         started.append(_start_tiers(config, loop, service, specs).close)
     config = _open_doors(config, owner, loop, service, started)
->>>>>>> inproc
     arena.start_prefault()
     logger.info(
         "L1: %.2f GiB in %s, %s eviction, %d-token chunks",
@@ -161,18 +136,12 @@ def _start(config: ServerConfig, owner: Owner | None, started: list[Callable[[],
         config.eviction_policy,
         config.chunk_size,
     )
-<<<<<<< HEAD
-    logger.info("%s", config.reach if owner is None else f"Engines' socket {path}: no port")
-=======
     logger.info("%s", config.reach if owner is None else "No port: reachable by the engine that started it only")
->>>>>>> inproc
     if owner is None or owner.http:
         logger.info("Health, status and metrics: %s", config.http_url)
     return loop
 
 
-<<<<<<< HEAD
-=======
 def _end_with(owner: Owner, loop: Loop) -> None:
     """As a signal does it, and so after what is still to be written to tiers."""
 
@@ -198,7 +167,6 @@ def _open_doors(
     return config
 
 
->>>>>>> inproc
 def _open_port(config: ServerConfig, loop: Loop, service: Service, started: list[Callable[[], None]]) -> int:
     """The engines' port, in use from now on; a configured 0 was any free one."""
     from lmcache.server.zmq_face import ZmqFace

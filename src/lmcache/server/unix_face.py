@@ -30,24 +30,14 @@ MAX_UNSENT_BYTES = 16 << 20
 
 
 class UnixFace:
-<<<<<<< HEAD
-    """Serves whoever connects to `listener`, which listens at `path` and is the face's to close."""
-
-    def __init__(self, loop: Loop, service: Service, listener: socket.socket, path: Path) -> None:
-=======
     """Serves whoever connects to `listener`, which is the face's to close, as is the `path` at which it listens, if any."""
 
     def __init__(self, loop: Loop, service: Service, listener: socket.socket, path: Path | None) -> None:
->>>>>>> inproc
         self.loop, self.service, self.path = loop, service, path
         self.connections: set[_Connection] = set()
         self._listener = listener
         self._paused = False
-<<<<<<< HEAD
-        service.socket_path = str(path)
-=======
         service.socket_path = str(path) if path is not None else ""
->>>>>>> inproc
         loop.watch(listener.fileno(), self._accept)
         loop.on_tick.append(self._accept_again)
 

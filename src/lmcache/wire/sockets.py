@@ -1,12 +1,8 @@
-<<<<<<< HEAD
-"""A listening Unix socket at a path of its own, in a folder that belongs to this user alone."""
-=======
 """Listening Unix sockets: at a path in a folder that belongs to this user alone, or under a name that is no file.
 
 An address is `unix:///path` or `unix://@name`. A name (Linux's abstract namespace) leaves nothing behind however its owner
 dies; anybody on the host may connect to it, so both ends look at the other's credentials, as they do anyway.
 """
->>>>>>> inproc
 
 from __future__ import annotations
 
@@ -16,11 +12,6 @@ from pathlib import Path
 
 from lmcache.errors import ConfigError
 
-<<<<<<< HEAD
-_BACKLOG = 128
-
-
-=======
 UNIX = "unix://"
 _BACKLOG = 128
 
@@ -49,7 +40,6 @@ def listen_named(name: str) -> socket.socket:
     return listener
 
 
->>>>>>> inproc
 def listen_unix(path: Path) -> socket.socket:
     """Listen at `path`, mode 0600; the folder is made (0700) where it is missing. Sockets of dead servers there are removed.
 
