@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import random
 import threading
 from collections.abc import Callable, Iterator
@@ -13,12 +14,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lmcache.errors import ConfigError
+from lmcache.config.engine import FILE_VARIABLE
+from lmcache.engine import Loading
+from lmcache.errors import ConfigError, LayoutError
 from lmcache.integration.sglang import unified_lmcache_mp_connector as unified
 from lmcache.integration.sglang import weights
+from lmcache.integration.sglang.model import Ranks, describe_rank, pool_buffers
 from lmcache.integration.sglang.multi_process_adapter import LMCacheMPConnector
 from lmcache.integration.sglang.ranks import Agreement
-from lmcache.integration.sglang.settings import CONFIG_VARIABLE, parse_settings, read_settings
+from lmcache.integration.sglang.settings import read_settings
 from lmcache.integration.sglang.sglang_adapter import LMCacheLayerwiseConnector, LoadMetadata, StoreMetadata
 from lmcache.integration.sglang.utils import lmcache_get_config
 from servers import Server
@@ -147,7 +151,6 @@ def test_a_hit_that_waits_is_given_back_and_asked_for_again(
     assert np.array_equal(engine.pool.read(slots), engine.expected(text))
     daemon.clear()
     lookup = engine.connector.submit_lookup("c", text, local_hit_tokens=0, cache_salt="")
-    lookup.hit_tokens = 160
     load = engine.connector.submit_load(lookup, slots, local_hit_tokens=0, owned_device_indices=slots)
     assert not engine.connector.prepare_load_on_stream(load, None), "gone meanwhile: computed"
 
@@ -277,6 +280,12 @@ def test_pools_that_keep_something_else_are_refused(server: Servers, sglang: Eng
     assert sglang(server(), 16, pool=pool).connector._rank is None
 
 
+def test_pipelines_are_refused() -> None:
+    pool = MHATokenToKVPool(64)
+    with pytest.raises(LayoutError, match="pp_size=2"):
+        describe_rank(pool_buffers(pool), ModelConfig("none/such"), 1, Ranks(pp_size=2), model_id="mine")
+
+
 def test_mla_is_one_latent_a_token(server: Servers, sglang: Engines) -> None:
     engine = sglang(server(chunk=16), 16, pool=MLATokenToKVPool(64 * 64))
     rank = engine.connector._rank
@@ -332,6 +341,23 @@ def test_two_ranks_decide_together(server: Servers, sglang: Engines, monkeypatch
         assert results[number][3].first_head == number * HEADS // 2
 
 
+def test_what_a_tier_brings_is_waited_for(server: Servers, sglang: Engines, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, text = sglang(server(chunk=16), 16), tokens(160, 17)
+    engine.compute_and_store("a", text)
+    connector, rank = engine.connector, engine.connector._rank
+    assert rank is not None
+    really = rank.poll
+    monkeypatch.setattr(rank, "poll", lambda chain, have: Loading(0, 10))
+    lookup = connector.submit_lookup("b", text, local_hit_tokens=0, cache_salt="")
+    assert connector.poll_lookup(lookup) is None
+    monkeypatch.setattr(rank, "poll", really)
+    assert connector.poll_lookup(lookup) == 160
+    connector.finish_request("b")
+    monkeypatch.setattr(rank, "poll", lambda chain, have: Loading(0, 10))
+    connector.operation_timeout = 0.0
+    assert connector.poll_lookup(connector.submit_lookup("c", text, local_hit_tokens=0, cache_salt="")) == 0
+
+
 # The older radix caches
 
 
@@ -352,7 +378,7 @@ def test_the_layerwise_connector(
     server: Servers, tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch, chunk: int
 ) -> None:
     """As SGLang 0.5.10 calls it: it has `offset` tokens, and slots for all that follow."""
-    monkeypatch.setenv(CONFIG_VARIABLE, config(tmp_path, server(chunk=chunk)))
+    monkeypatch.setenv(FILE_VARIABLE, config(tmp_path, server(chunk=chunk)))
     arguments = older(model)
     pool = arguments.pop("pool")
     connector = LMCacheLayerwiseConnector(**arguments)
@@ -414,7 +440,7 @@ def test_older_releases_refuse_adapters(
     server: Servers, tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lmcache.integration.sglang.older.lora_enabled", lambda: True)
-    monkeypatch.setenv(CONFIG_VARIABLE, config(tmp_path, server()))
+    monkeypatch.setenv(FILE_VARIABLE, config(tmp_path, server()))
     arguments = older(model)
     arguments.pop("pool")
     assert LMCacheLayerwiseConnector(**arguments)._rank is None
@@ -423,39 +449,44 @@ def test_older_releases_refuse_adapters(
 # Settings
 
 
-def test_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(CONFIG_VARIABLE, raising=False)
+@pytest.fixture
+def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in [name for name in os.environ if name.startswith("LMCACHE_")]:
+        monkeypatch.delenv(name)
+    return tmp_path / "settings.yaml"
+
+
+def test_settings(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert read_settings(None).address == ""
-    file = tmp_path / "a.yaml"
     file.write_text("chunk_size: 8\nlocal_cpu: true\nuse_layerwise: true\nmax_local_cpu_size: 10\n")
-    monkeypatch.setenv(CONFIG_VARIABLE, str(file))
+    monkeypatch.setenv(FILE_VARIABLE, str(file))
     found = read_settings(None)
-    assert (found.chunk_size, found.max_local_cpu_size, found.address) == (8, 10, "")
-    assert parse_settings({"mp_port": 5556}, "f").address == "tcp://localhost:5556"
-    assert parse_settings({"mp_host": "tcp://10.0.0.5"}, "f").address == "tcp://10.0.0.5:5555"
+    assert (found.config.chunk_size, found.config.max_local_cpu_size, found.address) == (8, 10, "")
+    other = file.with_name("other.yaml")
+    other.write_text("mp_port: 5556\nmodel_id: mine\n")
+    found = read_settings(str(other))
+    assert (found.address, found.model_id, found.config.chunk_size) == ("tcp://localhost:5556", "mine", 256)
+    other.write_text("mp_host: tcp://10.0.0.5\n")
+    assert read_settings(str(other)).address == "tcp://10.0.0.5:5555"
 
 
 @pytest.mark.parametrize(
-    ("values", "word"),
+    ("text", "word"),
     [
-        ({"chunk_sise": 8}, "did you mean chunk_size"),
-        ({"quite": 8}, "known keys"),
-        ({"chunk_size": 0}, "chunk_size is 0"),
-        ({"chunk_size": True}, "chunk_size is True"),
-        ({"mp_port": "many"}, "mp_port 'many'"),
-        ({"mp_host": "udp://x"}, "only tcp"),
-        ({"local_cpu": False}, "local_cpu"),
-        ({"mp_timeout": 1e5}, "mp_timeout"),
+        ("chunk_sise: 8", "did you mean"),
+        ("chunk_size: 0", "chunk_size"),
+        ("mp_port: many", "mp_port 'many'"),
+        ("mp_host: udp://x", "only tcp"),
+        ("- a", "key: value"),
+        ("a: [", "not YAML"),
     ],
 )
-def test_wrong_settings(values: dict[str, Any], word: str) -> None:
+def test_wrong_settings(file: Path, text: str, word: str) -> None:
+    file.write_text(text + "\n")
     with pytest.raises(ConfigError, match=word):
-        parse_settings(values, "file.yaml")
+        read_settings(str(file))
 
 
-@pytest.mark.parametrize("text", ["- a\n", "a: [\n", None])
-def test_wrong_files(tmp_path: Path, text: str | None) -> None:
-    if text is not None:
-        (tmp_path / "b.yaml").write_text(text)
-    with pytest.raises(ConfigError):
-        read_settings(str(tmp_path / "b.yaml"))
+def test_no_file(file: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_settings(str(file))

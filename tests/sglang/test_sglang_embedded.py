@@ -38,13 +38,12 @@ def test_the_documented_pair_of_prompts(engine: Engine) -> None:
 
 
 def test_its_server_ends_with_a_killed_engine(engine: Engine) -> None:
-    found = re.search(r"own LMCache server: pid (\d+), unix://(\S+)", engine.text())
+    found = re.search(r"own LMCache server: pid (\d+)", engine.text())
     assert found is not None
-    pid, socket = int(found[1]), Path(found[2])
-    assert socket.exists() and _lives(pid)
+    pid = int(found[1])
+    assert _lives(pid)
     engine.kill()
     eventually(lambda: not _lives(pid))
-    eventually(lambda: not socket.exists())
 
 
 def _lives(pid: int) -> bool:

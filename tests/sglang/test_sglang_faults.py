@@ -30,7 +30,7 @@ def engine(folder: Path, model: Path, world: World) -> Iterator[Engine]:
     world.first.answer(PROBE)
     eventually(lambda: "out of total 607 tokens" in world.first.text())
     world.first.kill()
-    settings = {"mp_host": "127.0.0.1", "mp_port": world.server.port, "mp_timeout": DEADLINE_SECONDS}
+    settings = {"mp_host": "127.0.0.1", "mp_port": world.server.port, "blocking_timeout_secs": DEADLINE_SECONDS}
     made = Engine(folder, model, PAGE_SIZE, settings)
     yield made
     made.end()

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from stores import ACCESS, SECRET, RedisServer, Seaweed, binary_of
 
 from proxy import Proxy
+from stores import ACCESS, SECRET, RedisServer, Seaweed, binary_of
 
 
 @pytest.fixture(scope="session", params=["valkey", "redis"])

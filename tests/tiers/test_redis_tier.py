@@ -13,7 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from stores import RedisServer, load, shards_of, tier_of
 
 from lmcache.errors import ConfigError
 from lmcache.tiers import ABSENT, KEPT, OK, Shard, ShardKey, TierError, frame
@@ -21,6 +20,7 @@ from lmcache.tiers.redis import BUSY, FULL, PART_BYTES, RedisTier, booked_bytes
 from lmcache.tiers.registry import make_tier, make_tiers
 from proxy import Proxy
 from servers import PATIENCE, eventually
+from stores import RedisServer, load, shards_of, tier_of
 
 pytestmark = pytest.mark.xdist_group("redis")
 MIB = 1 << 20

@@ -92,12 +92,11 @@ class RankKV:
 
 @dataclass(frozen=True)
 class Buffers:
-    """The tensors of a KV pool. values: () with MLA. first_layer: of this rank's, in the whole model."""
+    """The tensors of a KV pool. values: () with MLA. dtype: our name of the KV's."""
 
     keys: tuple[Any, ...]
     values: tuple[Any, ...]
     dtype: str
-    first_layer: int
 
 
 def describe_rank(
@@ -112,22 +111,20 @@ def describe_rank(
         raise LayoutError(
             "encoder-decoder models are not supported: their KV does not depend on the prompt's tokens alone"
         )
+    if ranks.pp_size > 1:
+        raise LayoutError(f"pipelines (pp_size={ranks.pp_size}) are not supported with SGLang yet; use tensor parallel")
     mla = not buffers.values
-    layers = len(buffers.keys)
-    if ranks.pp_size > 1 and buffers.first_layer + layers > model_config.num_hidden_layers:
-        raise LayoutError(f"{layers} layers of KV from layer {buffers.first_layer} on are not supported with pipelines")
     layout = Layout(
         model_id=model_id or model_identity(model_config, load_format(), engine_id),
         kv_dtype=buffers.dtype,
-        num_layers=layers if ranks.pp_size == 1 else model_config.num_hidden_layers,
+        num_layers=len(buffers.keys),
         num_kv_heads=1 if mla else model_config.get_total_num_kv_heads(),
         head_size=buffers.keys[0].shape[-1],
         chunk_tokens=1,
         kind="mla" if mla else "mha",
         config_digest=config_digest(model_config),
     )
-    first = buffers.first_layer if ranks.pp_size > 1 else 0
-    shard = shard_of_rank(layout, ranks.tp_rank, ranks.tp_size, first, first + layers, ranks.pp_rank, ranks.pp_size)
+    shard = shard_of_rank(layout, ranks.tp_rank, ranks.tp_size, 0, layout.num_layers)
     paged = paged_kv(buffers, page_size)
     if shard.token_bytes(layout) != paged.token_bytes:
         raise LayoutError(f"the KV pool has {paged.token_bytes} bytes a token, the model {shard.token_bytes(layout)}")
@@ -154,7 +151,7 @@ def pool_buffers(pool: Any) -> Buffers:
         raise LayoutError(f"a KV pool in the order {pool.kv_cache_layout!r} is not supported; use the default, nhd")
     mla = kind.startswith("MLA")
     keys = tuple(pool.kv_buffer) if mla else tuple(pool.k_buffer)
-    return Buffers(keys, () if mla else tuple(pool.v_buffer), dtype_name(pool.dtype), int(pool.start_layer or 0))
+    return Buffers(keys, () if mla else tuple(pool.v_buffer), dtype_name(pool.dtype))
 
 
 def dtype_name(dtype: Any) -> str:

@@ -95,7 +95,7 @@ class OlderConnector:
         def buffers() -> Buffers:
             if lora_enabled():
                 raise LayoutError("this release of SGLang does not tell whose KV a LoRA adapter's is; 0.5.23 does")
-            return Buffers(tuple(k_pool), tuple(v_pool), dtype_name(k_pool[0].dtype), 0)
+            return Buffers(tuple(k_pool), tuple(v_pool), dtype_name(k_pool[0].dtype))
 
         kv = describe_agreed(
             buffers, sgl_config, page_size, ranks, self._agreement, model_id=settings.model_id, engine_id=self._name

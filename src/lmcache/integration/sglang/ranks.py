@@ -6,6 +6,7 @@ Every rank runs the same scheduler and must come to the same decisions, so whate
 
 from __future__ import annotations
 
+import os
 import secrets
 import time
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lmcache.chunks import HASH_BYTES, TokenChain
-from lmcache.engine import Done, Hit, Load, SchedulerSession, Store, WorkerSession
+from lmcache.engine import Done, Hit, Load, Loading, SchedulerSession, Store, WorkerSession
 from lmcache.engine.embedded import EmbeddedServer, embedded_address
 from lmcache.engine.jobs import Event
 from lmcache.engine.link import Endpoint
@@ -113,12 +114,14 @@ class SGLangRank:
         instance = f"{name}-{ranks.number}"
 
         def endpoint(role: str) -> Endpoint:
-            return Endpoint(address, instance, role, ranks.number, deadline_seconds=settings.timeout_seconds)
+            return Endpoint(
+                address, instance, role, ranks.number, deadline_seconds=settings.config.blocking_timeout_secs
+            )
 
         self._scheduler = SchedulerSession(endpoint("scheduler"), kv.layout, kv.shard.count)
         self._worker = WorkerSession(endpoint("worker"), kv.layout, kv.shard, kv.paged)
         self._stores = _is_first_of_its_shard(kv, ranks)
-        self._timeout_seconds = settings.timeout_seconds
+        self._timeout_seconds = settings.config.blocking_timeout_secs
         deadline = time.monotonic() + _START_SECONDS
         for session in (self._scheduler, self._worker):
             session.wait_connected(max(0.0, deadline - time.monotonic()))
@@ -137,9 +140,13 @@ class SGLangRank:
         """The chunk hashes of one prompt; None while no server was ever reached."""
         return self._scheduler.new_chain(cache_salt=salt)
 
-    def lookup(self, chain: TokenChain, have_tokens: int) -> Hit | None:
+    def poll(self, chain: TokenChain, have_tokens: int) -> Hit | Loading | None:
         """The leading chunks that are there, with a lease on those past the first `have_tokens` tokens. One deadline at most."""
-        return self._scheduler.lookup(chain, have_tokens)
+        return self._scheduler.poll(chain, have_tokens)
+
+    def lookup(self, chain: TokenChain, have_tokens: int, wait_seconds: float | None = None) -> Hit | None:
+        """As `poll`, and wait for what comes from tiers, for `wait_seconds` at most (None: a deadline)."""
+        return self._scheduler.lookup(chain, have_tokens, wait_seconds=wait_seconds)
 
     def release(self, hit: Hit) -> None:
         """Nothing reads the hit's slots any more."""
@@ -218,8 +225,15 @@ class SGLangRank:
 
 def _own_server(settings: Settings, name: str) -> EmbeddedServer | None:
     """The server inside this engine; None, and a line in the log, where it cannot be started."""
+    config = settings.config
+    quiet = () if "LMCACHE_LOG_LEVEL" in os.environ else ("--log-level", "WARNING")
     try:
-        return EmbeddedServer(name, l1_size_gb=settings.max_local_cpu_size, chunk_size=settings.chunk_size)
+        return EmbeddedServer(
+            name,
+            l1_size_gb=config.max_local_cpu_size,
+            chunk_size=config.chunk_size,
+            flags=(*quiet, *config.server_flags),
+        )
     except ConfigError as error:
         logger.warning("LMCache serves nothing for this engine: %s", error)
         return None

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from lmcache.chunks import TokenChain
-from lmcache.engine import Hit
+from lmcache.engine import Hit, Loading
 from lmcache.engine.jobs import Event
 from lmcache.errors import LayoutError
 from lmcache.integration.sglang.describe import describe_agreed
@@ -41,13 +41,18 @@ from lmcache.observability.log import init_logger
 
 logger = init_logger(__name__)
 
+FRESH_SECONDS = 0.25
+"""What `submit_lookup` was told is good for so long; a request that waits longer asks again when its turn comes."""
 HIT_SECONDS = 5.0
 """A hit that waits longer than this for its load is given back: its lease keeps others out. The load then asks again."""
+COMING = -1
+"""In place of a number of tokens: a tier loads, ask again. Less than any number, so that all ranks wait for the slowest."""
 
 
 @dataclass
 class Lookup:
-    """One request's question. lock_start: where the locks of SGLang's terms begin. hit_tokens: what all ranks have."""
+    """One request's question. lock_start: where the locks of SGLang's terms begin. mine: tokens that this rank can load, or
+    `COMING`; hit_tokens: that all can."""
 
     request_id: str
     tokens: Tokens
@@ -55,7 +60,9 @@ class Lookup:
     local_tokens: int
     lock_start: int = 0
     hit: Hit | None = None
+    mine: int = 0
     hit_tokens: int = 0
+    began: float = field(default_factory=time.monotonic)
     asked_at: float = 0.0
 
 
@@ -117,7 +124,8 @@ class UnifiedLMCacheMPConnector:
         settings = read_settings(config_file)
         self.chunk_size = page_size
         """The steps in which SGLang hands over tokens: whole pages. Chunks are cut by us, and may have any size."""
-        self.operation_timeout = settings.timeout_seconds
+        self.operation_timeout = settings.config.blocking_timeout_secs
+        self._min_tokens = settings.config.min_retrieve_tokens
         self._page_size = page_size
         self._window = sliding_window_size or 0
         self._ranks = Ranks(tp_size, tp_rank, pp_size, pp_rank)
@@ -166,24 +174,32 @@ class UnifiedLMCacheMPConnector:
         return json.dumps(parts) if any(parts) else ""
 
     def submit_lookup(self, request_id: str, tokens: Any, *, local_hit_tokens: int, cache_salt: str) -> Lookup:
-        """Ask what there is of a prompt; `local_hit_tokens` are in the radix tree already."""
+        """Ask what there is of a prompt; `local_hit_tokens` are in the radix tree already. Tiers begin to load."""
         lookup = Lookup(request_id, text_of(tokens, self._vocabulary), cache_salt, local_hit_tokens)
         former = self._lookups.pop(request_id, None)
         if former is not None:
             self._give_back(former)
         self._lookups[request_id] = lookup
+        self._ask(lookup)
         return lookup
 
     def poll_lookup(self, lookup: Lookup) -> int | None:
-        """Tokens from the prompt's start that can be loaded, whole pages of them, the same on every rank."""
-        mine = self._ask(lookup)
-        lookup.hit_tokens = self._agreement.least(mine)
-        if lookup.hit is not None and lookup.hit_tokens <= lookup.local_tokens:
+        """Tokens from the prompt's start that can be loaded, whole pages of them, the same on every rank. None: ask again."""
+        if lookup.mine == COMING or time.monotonic() - lookup.asked_at > FRESH_SECONDS:
+            self._give_back(lookup)
+            self._ask(lookup)
+        found = self._agreement.least(lookup.mine)
+        if found == COMING:
+            return None
+        if found - lookup.local_tokens < self._min_tokens:
+            found = 0
+        lookup.hit_tokens = found
+        if found <= lookup.local_tokens:
             self._give_back(lookup)
         tracker = self._trackers.get(lookup.request_id)
         if tracker is not None:
-            tracker.stored = max(tracker.stored, lookup.hit_tokens // tracker.chain.chunk_tokens)
-        return lookup.hit_tokens
+            tracker.stored = max(tracker.stored, found // tracker.chain.chunk_tokens)
+        return found
 
     def free_lookup_locks(self, request_id: str, *, start: int, end: int) -> None:
         """Tokens [start, end) of the hit will not be loaded. Our lease is one thing: it goes when nothing is left to load."""
@@ -345,25 +361,28 @@ class UnifiedLMCacheMPConnector:
         self._trackers[request_id] = Tracker(tokens, salt, epoch, chain)
         return self._trackers[request_id]
 
-    def _ask(self, lookup: Lookup) -> int:
-        """Look up, and return how many whole pages' tokens there are."""
+    def _ask(self, lookup: Lookup) -> None:
+        """Look up, and note how many whole pages' tokens there are, or that a tier brings more that is worth waiting for."""
+        lookup.mine, lookup.asked_at = 0, time.monotonic()
         tracker = self._tracker(lookup.request_id, lookup.tokens, lookup.salt)
         if tracker is None or self._rank is None:
-            return 0
+            return
         tracker.chain.extend(lookup.tokens)
-        lookup.asked_at = time.monotonic()
-        lookup.hit = self._rank.lookup(tracker.chain, lookup.local_tokens)
-        if lookup.hit is None:
-            return 0
-        tokens = lookup.hit.chunks * tracker.chain.chunk_tokens
-        return min(tokens, len(lookup.tokens)) // self._page_size * self._page_size
+        found = self._rank.poll(tracker.chain, lookup.local_tokens)
+        if isinstance(found, Loading):
+            waited = lookup.asked_at - lookup.began
+            lookup.mine = COMING if waited < self.operation_timeout else 0
+        elif found is not None:
+            lookup.hit = found
+            tokens = min(found.chunks * tracker.chain.chunk_tokens, len(lookup.tokens))
+            lookup.mine = tokens // self._page_size * self._page_size
 
     def _valid_hit(self, lookup: Lookup, start: int, end: int) -> Hit | None:
         """The lookup's hit if it still covers the tokens; asked for anew where it was given back meanwhile."""
         if self._rank is None:
             return None
-        if lookup.hit is None and self._ask(lookup) < end:
-            self._give_back(lookup)
+        if lookup.hit is None:
+            self._ask(lookup)
         hit, size = lookup.hit, self._rank.chunk_tokens or 1
         if hit is None or not hit.first_chunk * size <= start < end <= hit.chunks * size:
             return None
