@@ -113,6 +113,8 @@ def describe_rank(
         )
     if ranks.pp_size > 1:
         raise LayoutError(f"pipelines (pp_size={ranks.pp_size}) are not supported with SGLang yet; use tensor parallel")
+    if getattr(_server_args(), "quantization_param_path", None):
+        raise LayoutError("KV scales from a file (--quantization-param-path) are not supported")
     mla = not buffers.values
     layout = Layout(
         model_id=model_id or model_identity(model_config, load_format(), engine_id),

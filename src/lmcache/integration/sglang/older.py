@@ -24,6 +24,7 @@ from lmcache.integration.sglang.ranks import (
     WholeDevice,
     cost,
     pages_of,
+    stored_line,
     text_of,
 )
 from lmcache.integration.sglang.settings import Settings
@@ -121,14 +122,10 @@ class OlderConnector:
         pages = pages_of(store.kv_indices[: chunks * chain.chunk_tokens], self._page_size)
         copy = rank.store(chain, 0, chunks, 0, pages, self._fence())
         rank.settle(copy)
-        if copy.done is not None and copy.done.tokens:
-            logger.info(
-                "Stored %d out of total %d tokens (%d skipped). %s",
-                copy.done.tokens,
-                len(store.token_ids),
-                chunks * chain.chunk_tokens - copy.done.tokens,
-                cost(copy.done.tokens * rank.kv.token_bytes, copy.done.seconds),
-            )
+        done = [copy.done] if copy.done is not None else []
+        line = stored_line(done, len(store.token_ids), chunks * chain.chunk_tokens, rank.kv.token_bytes)
+        if line:
+            logger.info("%s", line)
 
     def reset(self) -> None:
         """SGLang has emptied its radix tree. What LMCache keeps stays good."""

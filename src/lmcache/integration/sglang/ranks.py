@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import secrets
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,7 @@ logger = init_logger(__name__)
 
 Tokens = npt.NDArray[np.int64]
 Pages = npt.NDArray[np.int32]
+GIB = 1 << 30
 _START_SECONDS = 1.0
 """What an engine's start may wait for its server, so that the first prompt is cached already."""
 
@@ -264,9 +266,24 @@ def text_of(tokens: Any, vocabulary: int) -> Tokens:
 
 
 def cost(size_bytes: int, seconds: float) -> str:
-    """What a copy has cost, as the log tells it."""
-    rate = size_bytes / seconds / 1e9 if seconds else 0.0
-    return f"size: {size_bytes / 1e9:.4f} gb, cost {seconds * 1e3:.4f} ms, throughput: {rate:.4f} GB/s"
+    """What a copy has cost, as the log tells it; GiB of this rank's part."""
+    size = size_bytes / GIB
+    return f"size: {size:.4f} gb, cost {seconds * 1e3:.2f} ms, throughput: {size / max(seconds, 1e-9):.2f} GB/s"
+
+
+def stored_line(done: Sequence[Done], total: int, chunked: int, token_bytes: int) -> str:
+    """What the stores of one request have come to: of `total` tokens `chunked` are in full chunks. "" where nothing was copied.
+
+    Those that are in full chunks and were not copied were there before, or got no room.
+    """
+    tokens = sum(one.tokens for one in done)
+    if not tokens:
+        return ""
+    copying, putting = sum(one.seconds for one in done), sum(one.put_seconds for one in done)
+    return (
+        f"Stored {tokens} out of total {total} tokens. {cost(tokens * token_bytes, copying + putting)}; "
+        f"offload_time: {copying * 1e3:.2f} ms, put_time: {putting * 1e3:.2f} ms; skipped: {chunked - tokens} tokens"
+    )
 
 
 class WholeDevice:

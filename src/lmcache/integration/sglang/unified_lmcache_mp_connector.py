@@ -33,6 +33,7 @@ from lmcache.integration.sglang.ranks import (
     cost,
     no_copy,
     pages_of,
+    stored_line,
     text_of,
 )
 from lmcache.integration.sglang.settings import read_settings
@@ -316,7 +317,7 @@ class UnifiedLMCacheMPConnector:
             self.finish_request(request_id)
 
     def clear(self) -> bool:
-        """Empty the server, for all its engines: SGLang's `/clear_hicache_storage_backend`."""
+        """Empty the server, for all its engines: SGLang's `/hicache/storage-backend/clear`."""
         self._trackers.clear()
         return self._rank is not None and self._rank.clear()
 
@@ -444,18 +445,13 @@ class UnifiedLMCacheMPConnector:
         )
 
     def _log_stores(self, request_id: str, tracker: Tracker) -> None:
-        done = [copy.done for copy in tracker.copies if copy.done is not None]
-        tokens = sum(one.tokens for one in done)
-        if not tokens or self._rank is None:
+        if self._rank is None:
             return
-        logger.info(
-            "Stored %d out of total %d tokens (%d skipped) of request %s. %s",
-            tokens,
-            len(tracker.tokens),
-            len(tracker.chain) * tracker.chain.chunk_tokens - tokens,
-            request_id,
-            cost(tokens * self._rank.kv.token_bytes, sum(one.seconds for one in done)),
-        )
+        done = [copy.done for copy in tracker.copies if copy.done is not None]
+        chunked = len(tracker.chain) * tracker.chain.chunk_tokens
+        line = stored_line(done, len(tracker.tokens), chunked, self._rank.kv.token_bytes)
+        if line:
+            logger.info("%s (request %s)", line, request_id)
 
 
 def _refuse_components(components: Sequence[Any], mamba: Any, window: int) -> None:
