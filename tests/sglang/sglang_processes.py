@@ -33,6 +33,7 @@ Daemons = Callable[..., Server]
 _FLAGS = (
     *("--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch"),
     *("--grammar-backend", "none", "--disable-cuda-graph", "--skip-tokenizer-init", "--skip-server-warmup"),
+    "--sleep-on-idle",  # else it takes a core from the others
     *("--dtype", "float32", "--random-seed", "0", "--context-length", "4000", "--host", "127.0.0.1"),
     *("--max-total-tokens", str(POOL_TOKENS), "--chunked-prefill-size", str(PREFILL_TOKENS)),
 )
