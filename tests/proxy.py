@@ -153,6 +153,8 @@ class Proxy:
 
     def _send_counted(self, sink: socket.socket, piece: bytes) -> None:
         with self._lock:
+            if sink.fileno() < 0:
+                raise OSError("the connection was cut before this piece")
             cut = self._allowed is not None and self._allowed <= len(piece)
             if cut:
                 piece, self._allowed = piece[: self._allowed], None

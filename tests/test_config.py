@@ -8,6 +8,7 @@ import os
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,6 +43,23 @@ def test_defaults_are_the_documented_ones() -> None:
     assert (config.host, config.port, config.http_host, config.http_port) == ("127.0.0.1", 5555, "0.0.0.0", 8080)
     assert (config.chunk_size, config.eviction_policy, config.max_workers) == (256, "LRU", 2)
     assert config.arena_dir == Path("/dev/shm") and config.log_level == "INFO" and config.lease_seconds == 30
+
+
+@pytest.mark.parametrize(
+    ("words", "settings"),
+    [
+        ("--l1-size-gb 20 --eviction-policy LRU --chunk-size 16", {"l1_size_gb": 20.0, "chunk_size": 16}),
+        ("--l1-size-gb 2 --eviction-policy LRU --port 5555", {"l1_size_gb": 2.0}),
+        (
+            "--l1-size-gb 60 --eviction-policy LRU --max-workers 4 --port 6555",
+            {"l1_size_gb": 60.0, "max_workers": 4, "port": 6555},
+        ),
+    ],
+)
+def test_the_documented_starts_mean_what_they_say(words: str, settings: dict[str, Any]) -> None:
+    parser = argparse.ArgumentParser()
+    add_flags(parser)
+    assert load(vars(parser.parse_args(words.split())), {}).config == ServerConfig(**settings)
 
 
 def test_flag_beats_environment_beats_file_beats_default(tmp_path: Path) -> None:
@@ -206,7 +224,7 @@ def test_socket_dir_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         ({"socket_dir": "/" + "x" * 90}, ["--socket-dir", "80 bytes"]),
         ({"api_token": "two words"}, ["--api-token", "without spaces"]),
         ({"api_token_file": "/nonexistent/token"}, ["--api-token-file", "/nonexistent/token", "No such file"]),
-        ({"auth_key_file": "/nonexistent/key"}, ["--auth-key-file", "No such file"]),
+        ({"auth_key_file": "/nonexistent/key"}, ["--auth-key-file", "No such file", "make one with", "curve_keypair"]),
         ({"auth_key_file": "/dev/null"}, ["--auth-key-file", "is not a file"]),
         ({"config": "/nonexistent.yaml"}, ["--config /nonexistent.yaml", "No such file"]),
     ],

@@ -13,13 +13,15 @@ import pytest
 from sglang_processes import CHUNK, LONG, PYTHON, Daemons, Engine, World
 from sglang_prompts import mixed
 
-from servers import READY, Server, eventually, free_port
+from ports import free_port
+from servers import READY, Server, eventually
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED_MEMORY = Path("/dev/shm")
 SGLANG_LEAVES = ("sglang_loads_*", "sem.mp-*")
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist looks at the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Everything here needs real SGLang; one worker runs it all, since engines starve each other on two cores."""
     skip = pytest.mark.skip(reason="LMCACHE_TEST_SGLANG_PYTHON is not set (./run test sets it)")

@@ -18,7 +18,8 @@ from typing import Any
 
 from sglang_prompts import tokens
 
-from servers import Process, Server, eventually, free_port
+from ports import free_port
+from servers import Process, Server, eventually
 
 PYTHON = os.environ.get("LMCACHE_TEST_SGLANG_PYTHON", "")
 START_SECONDS = 240.0

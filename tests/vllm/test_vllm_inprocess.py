@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from vllm_processes import Api, Engine, Process, Server, free_port
+from vllm_processes import Api, Engine, Process, Server
 from vllm_prompts import assert_same, mixed, tokens
+
+from ports import free_port
 
 IN_PROCESS = {"kv_connector": "LMCacheConnectorV1", "kv_role": "kv_both"}
 WALK = [tokens(63, 200), [*tokens(63, 200), 17]]
@@ -27,7 +29,16 @@ Outputs = list[dict[str, Any]]
 def start(folder: Path, name: str, model: Path, environ: dict[str, str] | None = None, **options: Any) -> Engine:
     small = {"LMCACHE_MAX_LOCAL_CPU_SIZE": "0.5", **(environ or {})}
     own = {"kv_transfer_config": IN_PROCESS, "max_model_len": 2048, **options}
-    return Engine(folder, name, model, small, **own)
+    engine = Engine(folder, name, model, small, **own)
+    if own["kv_transfer_config"] is IN_PROCESS:
+        wait_connected(engine, 1 + options.get("tensor_parallel_size", 1))
+    return engine
+
+
+def wait_connected(engine: Process, processes: int) -> None:
+    """The scheduler and its ranks; on a starved machine a rank may come later than its first prompt can wait."""
+    line = "Connected to the LMCache server"
+    engine.wait_until(lambda: engine.text().count(line) >= processes, f"{line}, {processes} times", 120)
 
 
 def find(log: str, *patterns: str) -> None:
@@ -226,6 +237,8 @@ def test_offloading_without_a_server_starts_one(folder: Path, model: Path) -> No
     api = Api(folder, "offloading", model, *options, "--kv-transfer-config", port, **environ)
     try:
         server = server_of(api)
+        api.complete(tokens(40, 239))  # ranks learn of the server with the first step
+        wait_connected(api, 2)
         prompt = tokens(300, 240)
         cold = api.complete(prompt)
         api.post("/reset_prefix_cache")
@@ -251,6 +264,8 @@ def test_offloading_with_a_server_uses_that_one(folder: Path, model: Path, serve
         disable_hybrid_kv_cache_manager=True,
     )
     try:
+        engine.generate([tokens(40, 249)])
+        wait_connected(engine, 2)
         prompt = [tokens(300, 250)]
         cold = engine.generate(prompt)
         engine.forget()

@@ -9,19 +9,33 @@ import pytest
 from vllm_processes import Engine, Server
 from vllm_prompts import assert_same, tokens
 
-from stores import Valkey
+from stores import ACCESS, SECRET, RedisServer, Seaweed, binary_of
 
+KINDS = ("redis", "disk", "dir", "s3")
 PROMPTS = {
-    "redis": [tokens(300, 501), tokens(300, 501)[:200] + tokens(60, 502)],
+    kind: [tokens(300, 501 + 2 * at), tokens(300, 501 + 2 * at)[:200] + tokens(60, 502 + 2 * at)]
+    for at, kind in enumerate(KINDS)
 }
 
 
 @pytest.fixture(scope="module")
 def urls(folder: Path) -> Iterator[dict[str, str]]:
     """One tier of each kind, real ones."""
-    valkey = Valkey(folder)
-    yield {"redis": valkey.url}
+    stores = folder / "valkey", folder / "seaweed"
+    for one in stores:
+        one.mkdir()
+    valkey, seaweed = RedisServer(binary_of("valkey"), stores[0]), Seaweed(stores[1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ACCESS_KEY_ID", ACCESS)
+        patch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+        yield {
+            "redis": valkey.url(),
+            "disk": f"disk://{folder}/disk?max_gb=1",
+            "dir": f"dir://{folder}/dir?max_gb=1",
+            "s3": seaweed.url("kv"),
+        }
     valkey.end()
+    seaweed.end()
 
 
 def kept(server: Server) -> int:
@@ -61,3 +75,20 @@ def _generate(engine: Engine, server: Server, name: str) -> list[dict[str, objec
     server.wait_until(lambda: len(server.status()["engines"]) == 2, "scheduler and worker connect", 60)
     engine.forget()
     return engine.generate(PROMPTS[name])
+
+
+def test_another_vllm_on_another_server_hits_what_they_share(folder: Path, model: Path, urls: dict[str, str]) -> None:
+    """Two servers, as on two machines, over one Valkey and one S3."""
+    tiers = ("--l2", urls["redis"] + "?name=near", "--l2", urls["s3"])
+    server = Server(folder, 16, 0, "second-server", *tiers)
+    engine = Engine(folder, "second-vllm", model, kv_transfer_config=server.config(), max_model_len=1024)
+    try:
+        for name in ("redis", "s3"):
+            outputs = _generate(engine, server, name)
+            assert [output["cached"] for output in outputs] == [288, 256], name
+        near, far = server.status()["tiers"]
+        assert near["counters"]["loaded_shards"] == far["counters"]["loaded_shards"] == 18 + 4
+        server.wait_until(lambda: server.status()["tiers"][0]["counters"].get("written_shards", 0) >= 22, "nearer", 60)
+    finally:
+        engine.end()
+        server.end()

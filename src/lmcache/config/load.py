@@ -21,6 +21,7 @@ _LONGEST_FILE_BYTES = 1 << 20
 _SHORT_TOKEN = 16  # characters: below this a token can be guessed over a fast network
 _KUBERNETES_LINK = re.compile(r"(tcp|udp|sctp)://")
 _KUBERNETES_NAME = re.compile(r"(_|^)(SERVICE_HOST|SERVICE_PORT(_.*)?|PORT_\d+_(TCP|UDP|SCTP)(_.*)?)$")
+KEY_REMEDY = 'make one with: (umask 077; python3 -c "import zmq; print(zmq.curve_keypair()[1].decode())" > FILE)'
 _REFERENCE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 _BY_KEY = {option.key: option for option in OPTIONS}
 _BY_NAME = {option.name: option for option in OPTIONS}
@@ -96,8 +97,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"did you mean {found[0]}?" if found else f"known: {', '.join(names)}"
 
 
-def check_secret_file(path: Path, said: str) -> None:
-    """A file with a secret in it must be readable, and by its owner only.
+def check_secret_file(path: Path, said: str, remedy: str = "") -> None:
+    """A file with a secret in it must be readable, and by its owner only; `remedy` is said where it cannot be read.
 
     Raises:
         ConfigError: it is not; the message names the chmod.
@@ -108,7 +109,7 @@ def check_secret_file(path: Path, said: str) -> None:
             raise ConfigError(f"{said}: {path} is not a file")
         path.open("rb").close()
     except OSError as error:
-        raise ConfigError(f"{said}: cannot read {path}: {error.strerror}") from error
+        raise ConfigError(f"{said}: cannot read {path}: {error.strerror}{remedy}") from error
     if mode & 0o077:
         raise ConfigError(f"{said}: {path} holds a secret and others may read it: chmod 600 {path}")
 
@@ -236,7 +237,7 @@ def _check_together(config: ServerConfig) -> None:
     if config.auth_key_file and config.insecure_no_auth:
         raise ConfigError("--auth-key-file and --insecure-no-auth contradict each other: keep one of the two")
     if config.auth_key_file:
-        check_secret_file(config.auth_key_file, f"--auth-key-file {config.auth_key_file}")
+        check_secret_file(config.auth_key_file, f"--auth-key-file {config.auth_key_file}", f": {KEY_REMEDY}")
     if config.beyond_loopback and not config.auth_key_file and not config.insecure_no_auth:
         raise ConfigError(
             f"--host {config.host} lets other hosts in: pass --auth-key-file FILE, "

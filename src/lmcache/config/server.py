@@ -179,7 +179,8 @@ class ServerConfig:
         "FILE",
         read.path,
         None,
-        help="CURVE key file (0600) that engines on other hosts must prove to know; needed for --host beyond loopback.",
+        help="CURVE key file (0600) that engines on other hosts must prove to know; needed for --host beyond loopback. "
+        "Engines take theirs from LMCACHE_AUTH_KEY_FILE.",
     )
     insecure_no_auth: bool = _option(
         "security",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -62,11 +63,7 @@ class Endpoint:
     deadline_seconds: float = 2.0
     heartbeat_seconds: float = 10.0
     transfer_mode: str = "auto"
-    auth_key_file: Path | None = field(
-        default_factory=lambda: (
-            Path(os.environ["LMCACHE_AUTH_KEY_FILE"]) if "LMCACHE_AUTH_KEY_FILE" in os.environ else None
-        )
-    )
+    auth_key_file: Path | None = field(default_factory=lambda: _key_file())
 
     def __post_init__(self) -> None:
         if self.transfer_mode not in TRANSFER_MODES:
@@ -290,13 +287,15 @@ class Link:
 
 def answers(address: str, timeout_seconds: float) -> bool:
     """Whether a server of ours is at tcp://host:port, whatever its version."""
-    hello = m.Hello(m.PROTOCOL_VERSION, __version__, "", "probe", 0, os.getpid())
+    host, _, port = address.removeprefix("tcp://").rpartition(":")
     try:
-        carrier = ZmqCarrier(address, Endpoint(address, "", "probe").auth_key_file)
-    except LMCacheError:
+        # ZMQ does not tell that nobody listens; TCP does, at once.
+        socket.create_connection((host.strip("[]"), int(port)), timeout_seconds).close()
+        carrier = ZmqCarrier(address, _key_file())
+    except (OSError, LMCacheError):
         return False
     try:
-        carrier.exchange(hello, timeout_seconds)
+        carrier.exchange(m.Hello(m.PROTOCOL_VERSION, __version__, "", "probe", 0, os.getpid()), timeout_seconds)
     except ServerUnavailable:
         return False
     finally:
@@ -335,6 +334,11 @@ def _welcome_with(unix: UnixCarrier) -> m.Welcome:
         if unix.descriptor >= 0:
             os.close(unix.descriptor)
         raise
+
+
+def _key_file() -> Path | None:
+    name = os.environ.get("LMCACHE_AUTH_KEY_FILE", "")
+    return Path(name) if name else None
 
 
 def _is_unix(endpoint: Endpoint) -> bool:

@@ -184,7 +184,7 @@ class HttpFace:
             details = await _ask(lambda: self._control.clear(tiers), _CLEAR_SECONDS)
         except ConfigError as error:
             return _json({"status": "error", "reason": str(error)}, 404)
-        return _json({"status": "ok", **{key: value for key, value in details.items() if key != "status"}})
+        return _json({"status": "ok", **details} if tiers else {"status": "ok"})  # to the letter what is documented
 
     async def _page(self, request: Request) -> Response:
         serving, reason = await _ask(self._control.health)

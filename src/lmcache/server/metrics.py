@@ -75,8 +75,7 @@ HELP: dict[str, str] = {
 """Name without prefix -> what it counts, and its unit."""
 
 _NAME = re.compile(r"([a-z][a-z0-9_]*)(?:\{(.*)\})?", re.DOTALL)
-_LABELS = re.compile(r'[a-z_]+="[^"]*"(?:,[a-z_]+="[^"]*")*', re.DOTALL)
-_LABEL = re.compile(r'([a-z_]+)="([^"]*)"', re.DOTALL)
+_LABEL = re.compile(r'([a-z_]+)="(.*?)"(?:,(?=[a-z_]+=")|\Z)', re.DOTALL)  # a value may hold quotes
 
 
 def render(counters: Mapping[str, float], accept: str) -> tuple[bytes, str]:
@@ -105,7 +104,7 @@ def families(counters: Mapping[str, float]) -> Iterable[Metric]:
     found: dict[str, Metric] = {}
     for full_name, value in counters.items():
         match = _NAME.fullmatch(full_name)
-        if match is None or (match[2] is not None and not _LABELS.fullmatch(match[2])):
+        if match is None or (match[2] is not None and _LABEL.sub("", match[2])) or match[2] == "":
             raise ValueError(f'counter {full_name!r}: use a_name or a_name{{label="value"}}')
         name, labels = match[1], dict(_LABEL.findall(match[2] or ""))
         if name not in found:

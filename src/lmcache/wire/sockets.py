@@ -70,7 +70,7 @@ def listen_unix(path: Path) -> socket.socket:
         raise ConfigError(f"another server listens at {path}: stop it, or give this one another name") from error
     except OSError as error:
         listener.close()
-        raise ConfigError(f"--socket-dir {directory}: cannot listen there: {error}") from error
+        raise ConfigError(f"--socket-dir {directory}: cannot listen there: {error}: pass another") from error
     except ConfigError:
         listener.close()
         raise

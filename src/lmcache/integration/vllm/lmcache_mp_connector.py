@@ -128,9 +128,9 @@ class LMCacheMPConnector(KVConnectorBase_V1, _SupportsHMA):  # type: ignore[misc
         super().bind_connector_metadata(connector_metadata)
         if self._kv_caches is not None and self._plan().address:
             self._attach(self._plan().address)
-            if self._worker is not None:
-                self._worker.wait_connected()
         if self._worker is not None:
+            if self._plan().address:
+                self._worker.wait_connected(self._plan())
             self._worker.start_loads(self._plan())
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:

@@ -23,7 +23,7 @@ from lmcache.observability.log import init_logger
 
 logger = init_logger(__name__)
 
-_START_SECONDS = 10.0
+_START_SECONDS = 30.0
 _LOOK_SECONDS = 0.1
 HIT_SECONDS = 5.0
 """A hit that waits longer than this for free blocks is given back and asked for again: its lease keeps others out."""

@@ -35,9 +35,9 @@ logger = init_logger(__name__)
 
 _UPSTREAM = "vllm.distributed.kv_transfer.kv_connector.v1.lmcache_mp_connector"
 _LEASE_SECONDS = 30.0
+"""The scheduler is not told when a load has ended; by then the ranks have leases of their own."""
 STORE_SECONDS = 0.5
 """A step waits this long for its stores; then those that still wait for the server are dropped, so a silent one costs no more."""
-"""The scheduler is not told when a load has ended; by then the ranks have leases of their own."""
 _LIMITS = (
     "vLLM's own connector class caches whole blocks only, and no LoRA, multimodal or prompt-embedding requests; unset "
     'LMCACHE_USE_UPSTREAM_MP for ours. kv_load_failure_policy is "recompute"'

@@ -12,6 +12,7 @@ from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorRole
 
+from lmcache.config.engine import EngineSettings
 from lmcache.engine.embedded import EmbeddedServer, embedded_address
 from lmcache.integration.vllm.lmcache_mp_connector import (
     LMCacheMetadata,
@@ -20,7 +21,7 @@ from lmcache.integration.vllm.lmcache_mp_connector import (
     worker_half,
 )
 from lmcache.integration.vllm.model import NOT_SERVED, ModelKV, describe_model, refusal_of
-from lmcache.integration.vllm.own_server import engine_settings, start_server
+from lmcache.integration.vllm.own_server import engine_settings, offloading_size_gb, start_server
 from lmcache.integration.vllm.plan import StepPlan, StepReport
 from lmcache.integration.vllm.scheduler import SchedulerHalf
 from lmcache.integration.vllm.settings import Settings, recompute_failed_loads
@@ -58,7 +59,7 @@ class LMCacheConnectorV1Impl:
         self._server: EmbeddedServer | None = None
         self._refusal = ""
         self._kv: ModelKV | None = None
-        self._forward_to = {name: getattr(parent_connector, name, None) for name in _NOT_FORWARDED}
+        self._tell_parent = parent_connector.update_connector_output
         for name in _NOT_FORWARDED:
             setattr(parent_connector, name, getattr(self, name))
         try:
@@ -72,9 +73,11 @@ class LMCacheConnectorV1Impl:
             if self._kv is not None:
                 self._start(found)
 
-    def _start(self, found: Any) -> None:
+    def _start(self, found: EngineSettings) -> None:
+        """Start the server and make the scheduler's half; without the one there is not the other."""
         instance, config = str(self._vllm_config.kv_transfer_config.engine_id), self._config
-        server = self._server = start_server(instance, found)
+        # Releases whose --kv-offloading-backend lmcache means this class give each rank its part of the size.
+        server = self._server = start_server(instance, found, offloading_size_gb(self._vllm_config))
         if server is None or self._kv is None:
             return
         self._scheduler = scheduler_half(
@@ -126,7 +129,7 @@ class LMCacheConnectorV1Impl:
 
     def _begin(self, worker: WorkerHalf) -> None:
         plan = self._plan()
-        worker.wait_connected()
+        worker.wait_connected(plan)
         worker.settle(plan)
         worker.start_loads(plan)
 
@@ -187,9 +190,7 @@ class LMCacheConnectorV1Impl:
         return LMCacheMetadata(self._scheduler.plan_step(scheduler_output))
 
     def update_connector_output(self, connector_output: Any) -> None:
-        original = self._forward_to["update_connector_output"]
-        if original is not None:
-            original(connector_output)
+        self._tell_parent(connector_output)
         if self._scheduler is None:
             return
         meta = getattr(connector_output, "kv_connector_worker_meta", None)

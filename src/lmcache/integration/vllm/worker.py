@@ -17,7 +17,7 @@ LINGER_SECONDS = 0.002
 """A step without a forward waits this long for transfers: they take milliseconds, and the engine would spin."""
 _SETTLE_SECONDS = 1.0
 _WAIT_SECONDS = 1.0
-_START_SECONDS = 2.0
+_START_SECONDS = 5.0
 _PAGE_NUMBER_BYTES = 4
 
 
@@ -102,9 +102,9 @@ class WorkerHalf:
             self._session.wait_finished(_WAIT_SECONDS)
             self._collect()
 
-    def wait_connected(self) -> None:
-        """At the first step, give a server that is just starting the time to: what is not stored now is a later miss."""
-        if not self._waited:
+    def wait_connected(self, plan: StepPlan) -> None:
+        """At the first step with something to copy, give the server the time to start: what is not stored is a later miss."""
+        if not self._waited and (plan.loads or plan.stores):
             self._waited = True
             self._session.wait_connected(_START_SECONDS)
 
