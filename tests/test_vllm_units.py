@@ -18,8 +18,9 @@ from lmcache.chunks import TokenChain, chunk_root
 from lmcache.chunks.hashing import Extras
 from lmcache.engine import Done, Hit, Load, Store
 from lmcache.errors import ConfigError, LayoutError
+from lmcache.integration.identity import path_identity
 from lmcache.integration.vllm import vllm_multi_process_adapter as adapter
-from lmcache.integration.vllm.identity import config_digest, model_identity, path_identity
+from lmcache.integration.vllm.identity import config_digest, model_identity
 from lmcache.integration.vllm.model import NOT_SERVED, describe_model, refusal_of
 from lmcache.integration.vllm.paged import Registered, Shape, describe_tensors, fit_strides
 from lmcache.integration.vllm.plan import StepReport
