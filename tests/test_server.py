@@ -14,6 +14,7 @@ import msgspec
 import pytest
 import zmq
 
+from lmcache.chunks import Layout
 from lmcache.wire import messages as m
 from lmcache.wire.carriers import UnixCarrier
 from lmcache.wire.frames import FrameReader, frame
@@ -369,3 +370,21 @@ def test_both_sides_name_both_versions(server):
     for word in (str(m.PROTOCOL_VERSION), str(m.PROTOCOL_VERSION + 1), "9.9", "upgrade the lmcache server"):
         assert word in answer.text
     assert "upgrade the engine's lmcache package" in m.version_error(1, "0.1", 2, "0.2")
+
+
+def test_another_pipeline_split_is_another_space(server, raw):
+    """The same layout in as many shards of the same size, split by layers instead of heads."""
+    cache = server(l1=8)
+    heads, stages = raw(cache, "heads"), raw(cache, "stages")
+    layout = Layout("split", "bfloat16", 2, 2, 64, 16)
+    size = 16 * 2 * 2 * 64 * 2
+    for client, split in ((heads, []), (stages, [1, 2])):
+        for shard in range(2):
+            client.space = client.ask(m.Register(layout, 2, shard, size, split)).space
+    hashes = chain(77, 4)
+    for shard in range(2):
+        granted = heads.reserve(hashes, shard=shard)
+        heads.ask(m.Commit(granted.reservation, True))
+    assert (heads.hits(hashes), stages.hits(hashes)) == (4, 0)
+    refused = stages.ask(m.Register(layout, 2, 0, size, [1, 3]))
+    assert isinstance(refused, m.Error) and "do not cover 2 layers" in refused.text

@@ -431,7 +431,7 @@ def adapters(monkeypatch: pytest.MonkeyPatch) -> tuple[Session, Any]:
     """The adapter for vLLM's own class, and the session that it made."""
     session = Session(present=40)
     engine = SimpleNamespace(
-        kv=SimpleNamespace(block_tokens=BLOCK, layout=None, shards=1),
+        kv=SimpleNamespace(block_tokens=BLOCK, layout=None, shards=1, stages=()),
         settings=SimpleNamespace(endpoint=lambda *_: None),
         instance="engine",
         vllm_config=SimpleNamespace(kv_transfer_config=SimpleNamespace()),

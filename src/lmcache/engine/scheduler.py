@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from lmcache.chunks import Layout, TokenChain, chunk_root
@@ -45,10 +45,13 @@ class SchedulerSession:
         endpoint: where the server is; its `instance` is that of the workers.
         layout_for: the model's layout for a chunk size in tokens, which is the server's and learned from it.
         shards: parts of a chunk, as `Shard.count` says.
+        stages: where each pipeline stage ends, where the model is split by layers; as the workers have it.
     """
 
-    def __init__(self, endpoint: Endpoint, layout_for: Callable[[int], Layout], shards: int) -> None:
-        self._layout_for, self._shards = layout_for, shards
+    def __init__(
+        self, endpoint: Endpoint, layout_for: Callable[[int], Layout], shards: int, stages: Sequence[int] = ()
+    ) -> None:
+        self._layout_for, self._shards, self._stages = layout_for, shards, list(stages)
         self._space, self._chunk_tokens, self._arena, self._fingerprint = 0, 0, b"", b""
         self.misses = 0
         """Lookups that got no answer and so count as misses."""
@@ -129,7 +132,7 @@ class SchedulerSession:
         if descriptor >= 0:
             os.close(descriptor)  # the scheduler copies nothing
         layout = self._layout_for(welcome.chunk_tokens)
-        registered = ask(carrier, m.Register(layout, self._shards, -1, 0), m.Registered)
+        registered = ask(carrier, m.Register(layout, self._shards, -1, 0, self._stages), m.Registered)
         if welcome.arena != self._arena:
             self._late, self._held = [], set()
         ask(carrier, m.Hold(list(self._held)), m.Ok)

@@ -10,7 +10,7 @@ import os
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
@@ -52,14 +52,22 @@ class WorkerSession:
         shard: the part of every chunk that this rank holds.
         paged: this rank's paged KV.
         threads: copy threads of one job.
+        stages: where each pipeline stage ends, where the model is split by layers; as the scheduler has it.
     """
 
     def __init__(
-        self, endpoint: Endpoint, layout_for: Callable[[int], Layout], shard: Shard, paged: PagedKV, threads: int = 1
+        self,
+        endpoint: Endpoint,
+        layout_for: Callable[[int], Layout],
+        shard: Shard,
+        paged: PagedKV,
+        threads: int = 1,
+        stages: Sequence[int] = (),
     ) -> None:
         self.counters: Counter[str] = Counter()
         """Jobs and chunks by what became of them; reasons after a colon."""
         self._layout_for, self._shard, self._paged, self._threads = layout_for, shard, paged, threads
+        self._stages = list(stages)
         self._space, self._chunk_tokens, self._arena = 0, 0, b""
         self._slot_bytes = 0
         self._mapping: Mapping | None = None
@@ -378,7 +386,7 @@ class WorkerSession:
                 raise LayoutError(
                     f"the KV tensors make slots of {self._paged.slot_bytes(welcome.chunk_tokens)} bytes, the layout {slot_bytes}"
                 )
-            request = m.Register(layout, self._shard.count, self._shard.index, slot_bytes)
+            request = m.Register(layout, self._shard.count, self._shard.index, slot_bytes, self._stages)
             registered = ask(carrier, request, m.Registered)
             copier = make_copier(self._paged, welcome.chunk_tokens, self._threads)
             with self._state:

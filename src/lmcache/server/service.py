@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 from lmcache import __version__
 from lmcache.cache import Committed, Freed, Grant, Heart, Refusal
+from lmcache.chunks import space_fingerprint
 from lmcache.errors import LMCacheError
 from lmcache.memory.arena import Arena, ArenaFull
 from lmcache.observability.log import init_logger
@@ -188,9 +189,8 @@ class Service:
         layout = request.layout
         if layout.chunk_tokens != self.chunk_tokens:
             raise Refusal(f"the layout has {layout.chunk_tokens}-token chunks, this server {self.chunk_tokens}")
-        space = self.heart.open_space(
-            peer.process, layout.fingerprint, request.shards, request.shard, request.slot_bytes
-        )
+        name = space_fingerprint(layout, request.stages)
+        space = self.heart.open_space(peer.process, name, request.shards, request.shard, request.slot_bytes)
         peer.layout = {
             "model_id": layout.model_id,
             "kv_dtype": layout.kv_dtype,

@@ -5,9 +5,12 @@ from __future__ import annotations
 import struct
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from lmcache.errors import LMCacheError
+
+if TYPE_CHECKING:
+    from lmcache.tiers.url import TierURL
 
 OK = ""
 """Outcome of one shard: loaded, whole and checked; or stored."""
@@ -84,6 +87,15 @@ class Tier(ABC):
     """Calls that may usefully be under way at once."""
     batch_bytes: ClassVar[int] = 32 << 20
     """Payload of one `load` or `store` call from which on larger calls gain nothing."""
+
+    @classmethod
+    @abstractmethod
+    def from_url(cls, url: TierURL) -> Tier:
+        """Made from its URL, not opened: no I/O beyond reading secret files. Takes its own options from `url`.
+
+        Raises:
+            ConfigError: a part or an option of the URL cannot be used.
+        """
 
     @abstractmethod
     def open(self) -> None:

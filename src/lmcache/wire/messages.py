@@ -64,6 +64,8 @@ class Register(Message, frozen=True, tag=3):
     shards: int
     shard: int
     slot_bytes: int
+    stages: Annotated[list[int], msgspec.Meta(max_length=4096)] = []
+    """Where each pipeline stage ends (`chunks.space_fingerprint`): equal counts of shards need not be equal splits."""
 
 
 class Lookup(Message, frozen=True, tag=4):

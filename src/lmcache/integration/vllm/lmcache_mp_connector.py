@@ -218,7 +218,7 @@ class LMCacheMPConnector(KVConnectorBase_V1, _SupportsHMA):  # type: ignore[misc
 
 def _scheduler_half(vllm_config: Any, kv: ModelKV, settings: Settings) -> SchedulerHalf:
     transfer = vllm_config.kv_transfer_config
-    session = SchedulerSession(settings.endpoint(str(transfer.engine_id), "scheduler"), kv.layout, kv.shards)
+    session = SchedulerSession(settings.endpoint(str(transfer.engine_id), "scheduler"), kv.layout, kv.shards, kv.stages)
     return SchedulerHalf(
         session,
         kv.block_tokens,
@@ -237,7 +237,7 @@ def _worker_half(
     registered = describe_caches(vllm_config, kv_cache_config, kv, kv_caches)
     rank = pp_rank * kv.tp_size + tp_rank
     endpoint = settings.endpoint(str(vllm_config.kv_transfer_config.engine_id), "worker", rank)
-    session = WorkerSession(endpoint, kv.layout, shard, registered.paged)
+    session = WorkerSession(endpoint, kv.layout, shard, registered.paged, stages=kv.stages)
     half = WorkerHalf(session, registered, shard.index, shard.count, stores=kv.stores(tp_rank))
     half.reports_stats = tp_rank == 0 and pp_rank == 0
     return half

@@ -99,7 +99,7 @@ class LMCacheMPSchedulerAdapter:
             recompute_failed_loads(engine.vllm_config.kv_transfer_config)
             logger.info(_LIMITS)
             endpoint = engine.settings.endpoint(engine.instance, "scheduler")
-            self._session = SchedulerSession(endpoint, engine.kv.layout, engine.kv.shards)
+            self._session = SchedulerSession(endpoint, engine.kv.layout, engine.kv.shards, engine.kv.stages)
 
     def num_blocks_per_chunk(self) -> int:
         """Blocks of that smallest run."""
@@ -196,10 +196,13 @@ class LMCacheMPWorkerAdapter:
         rank = pp_rank * engine.kv.tp_size + tp_rank
         self._shard, self._stores, self._registered = shard.index, engine.kv.stores(tp_rank), registered
         self._lookups = SchedulerSession(
-            engine.settings.endpoint(engine.instance, "scheduler", rank), engine.kv.layout, engine.kv.shards
+            engine.settings.endpoint(engine.instance, "scheduler", rank),
+            engine.kv.layout,
+            engine.kv.shards,
+            engine.kv.stages,
         )
         endpoint = engine.settings.endpoint(engine.instance, "worker", rank)
-        self._session = WorkerSession(endpoint, engine.kv.layout, shard, registered.paged)
+        self._session = WorkerSession(endpoint, engine.kv.layout, shard, registered.paged, stages=engine.kv.stages)
 
     def batched_submit_retrieve_requests(
         self,

@@ -1,0 +1,163 @@
+"""Which tiers there are, and how one is made from what a user wrote."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from urllib.parse import quote, urlencode
+
+from lmcache.errors import ConfigError
+from lmcache.tiers.tier import Tier
+from lmcache.tiers.url import TierURL, one_of, parse_url
+
+ENTRY_POINTS = "lmcache.tiers"
+"""Group of the entry points behind which third parties put a `Tier` class; the entry's name is the URL's scheme."""
+WRITE_MODES = ("through", "on-evict", "none")
+_OWN = {
+    "disk": ("lmcache.tiers.disk", "DiskTier", ""),
+    "dir": ("lmcache.tiers.directory", "DirectoryTier", ""),
+    "redis": ("lmcache.tiers.redis", "RedisTier", "redis"),
+    "rediss": ("lmcache.tiers.redis", "RedisTier", "redis"),
+    "s3": ("lmcache.tiers.s3", "S3Tier", "s3"),
+}
+"""scheme -> module, class, the extra that it needs."""
+
+
+@dataclass(frozen=True)
+class TierSpec:
+    """A tier and how the server uses it. `url` is redacted. write: when shards go there. read: whether lookups ask it."""
+
+    name: str
+    url: str
+    write: str
+    read: bool
+    tier: Tier
+    warning: str = ""
+
+
+def schemes() -> list[str]:
+    """All that can be written before `://`."""
+    return sorted({*_OWN, *(entry.name for entry in entry_points(group=ENTRY_POINTS))})
+
+
+def make_tier(text: str) -> TierSpec:
+    """The tier of one URL, not opened yet.
+
+    Raises:
+        ConfigError: an unknown scheme or option, a bad value, or the library that it needs is not installed.
+    """
+    url = parse_url(text)
+    write = url.take("write", one_of(*WRITE_MODES), "through")
+    read = url.take("read", one_of("yes", "no"), "yes") == "yes"
+    name = url.take("name", str, url.scheme)
+    tier = _class_of(url).from_url(url)
+    url.finish()
+    warning = (
+        f"{url.redacted}: a password in the URL can be read by every user of this machine; use ${{NAME}} or ?password_file="
+        if url.inline_secret
+        else ""
+    )
+    return TierSpec(name, url.redacted, write, read, tier, warning)
+
+
+def make_tiers(texts: list[str]) -> list[TierSpec]:
+    """As `make_tier`, in order; names are made unique by a number.
+
+    Raises:
+        ConfigError: see `make_tier`, or two tiers were given the same name.
+    """
+    specs: list[TierSpec] = []
+    for text in texts:
+        spec = make_tier(text)
+        taken = {one.name for one in specs}
+        if spec.name in taken:
+            if spec.name != spec.tier.scheme:
+                raise ConfigError(f"{spec.url}: name={spec.name} is taken by another tier")
+            number = next(n for n in range(2, len(taken) + 3) if f"{spec.name}{n}" not in taken)
+            spec = TierSpec(
+                f"{spec.name}{number}", *(getattr(spec, f) for f in ("url", "write", "read", "tier", "warning"))
+            )
+        specs.append(spec)
+    return specs
+
+
+def url_of_adapter(text: str) -> str:
+    """The URL of the JSON spelling `{"type": "fs", "base_path": "/data", ...}`.
+
+    Raises:
+        ConfigError: not such JSON, or a type or key that has no counterpart; the message says what to write.
+    """
+    try:
+        given = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"--l2-adapter: not JSON ({error}); write --l2 disk:///path?max_gb=200 instead") from None
+    if not isinstance(given, dict) or not isinstance(given.get("type"), str):
+        raise ConfigError('--l2-adapter: write {"type": "fs", "base_path": "/path"}, or --l2 disk:///path?max_gb=200')
+    kind = given.pop("type")
+    if kind not in _ADAPTERS:
+        raise ConfigError(f"--l2-adapter: type {kind!r} is not here; known: {', '.join(_ADAPTERS)}")
+    values = {key: str(value) for key, value in given.items()}
+    url = _ADAPTERS[kind](values)
+    if values:
+        raise ConfigError(
+            f"--l2-adapter: {kind} has no {sorted(values)[0]!r} here; write it as --l2 {url.partition('?')[0]}?..."
+        )
+    return url
+
+
+def _fs(values: dict[str, str]) -> str:
+    return _with_options(f"disk://{quote(_needed(values, 'fs', 'base_path'))}", values, {"max_capacity_gb": "max_gb"})
+
+
+def _redis(values: dict[str, str]) -> str:
+    host, port = _needed(values, "redis", "host"), values.pop("port", "6379")
+    user, password = quote(values.pop("username", ""), safe=""), quote(values.pop("password", ""), safe="${}")
+    who = f"{user}:{password}@" if user or password else ""
+    return _with_options(f"redis://{who}{host}:{port}/0", values, {"max_capacity_gb": "max_gb"})
+
+
+def _s3(values: dict[str, str]) -> str:
+    bucket = _needed(values, "s3", "bucket")
+    named = {"endpoint": "endpoint", "region": "region", "max_capacity_gb": "max_gb"}
+    return _with_options(f"s3://{bucket}/{values.pop('prefix', '')}", values, named)
+
+
+_ADAPTERS: dict[str, Callable[[dict[str, str]], str]] = {
+    "fs": _fs,
+    "fs_native": _fs,
+    "resp": _redis,
+    "redis": _redis,
+    "s3": _s3,
+}
+
+
+def _needed(values: dict[str, str], kind: str, name: str) -> str:
+    if not values.get(name):
+        raise ConfigError(f"--l2-adapter: {kind} needs {name!r}")
+    return values.pop(name)
+
+
+def _with_options(url: str, values: dict[str, str], named: dict[str, str]) -> str:
+    options = {ours: values.pop(theirs) for theirs, ours in named.items() if theirs in values}
+    return url + (f"?{urlencode(options)}" if options else "")
+
+
+def _class_of(url: TierURL) -> type[Tier]:
+    if url.scheme in _OWN:
+        module, name, extra = _OWN[url.scheme]
+        try:
+            found: type[Tier] = getattr(importlib.import_module(module), name)
+        except ImportError as error:
+            raise ConfigError(
+                f"{url.redacted}: {error.name} is not installed; pip install 'lmcache[{extra}]'"
+            ) from error
+        return found
+    for entry in entry_points(group=ENTRY_POINTS, name=url.scheme):
+        loaded = entry.load()
+        if not (isinstance(loaded, type) and issubclass(loaded, Tier)):
+            raise ConfigError(f"{url.redacted}: entry point {entry.value} is not a Tier class")
+        return loaded
+    raise ConfigError(f"{url.redacted}: unknown tier {url.scheme!r}; known: {', '.join(schemes())}")

@@ -1,0 +1,196 @@
+"""A tier as a URL: `disk:///var/lib/lmcache?max_gb=200`, `redis://user:${REDIS_PASSWORD}@host:6379/0?max_gb=50`.
+
+Every option of the query is taken by somebody or is an error that names the nearest one. Secrets come from `${NAME}`
+references or `?password_file=`; `redacted` is what people, logs and /status see.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+from lmcache.errors import ConfigError
+
+GIB = 1 << 30
+_REFERENCE = re.compile(r"\$\{(\w+)\}")
+_PUBLIC = frozenset(
+    {"max_gb", "read", "write", "name", "region", "endpoint", "timeout", "connections", "ttl", "prefix", "io"}
+)
+"""Options whose value may be shown; those of `*_file` are paths. Anything else is `***` to people."""
+T = TypeVar("T")
+
+
+@dataclass
+class TierURL:
+    """The parts of one tier's URL. `take` hands out options; `finish` says that nothing else is known."""
+
+    scheme: str
+    username: str = ""
+    password: str = field(default="", repr=False)
+    host: str = ""
+    port: int | None = None
+    path: str = ""
+    """As in the URL, with its leading slash; percent signs decoded."""
+    options: dict[str, str] = field(default_factory=dict, repr=False)
+    inline_secret: bool = False
+    """A password was written out in the URL itself, where every user of the machine can read it."""
+    _taken: set[str] = field(default_factory=set, repr=False)
+
+    @property
+    def redacted(self) -> str:
+        """The URL for people: no password, no option that could be one."""
+        who = f"{self.username}:***@" if self.password else f"{self.username}@" if self.username else ""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        shown = (
+            f"{key}={value if key in _PUBLIC or key.endswith('_file') else '***'}"
+            for key, value in self.options.items()
+        )
+        query = "&".join(shown)
+        port = f":{self.port}" if self.port is not None else ""
+        return f"{self.scheme}://{who}{host}{port}{self.path}" + (f"?{query}" if query else "")
+
+    def take(self, name: str, parse: Callable[[str], T], default: T) -> T:
+        """The value of an option, or the default.
+
+        Raises:
+            ConfigError: `parse` raised ValueError; its text says what the value must be.
+        """
+        self._taken.add(name)
+        if name not in self.options:
+            return default
+        try:
+            return parse(self.options[name])
+        except ValueError as error:
+            raise ConfigError(f"{self.redacted}: {name} {error}") from None
+
+    def take_max_bytes(self) -> int | None:
+        """`max_gb` in bytes, GiB of 2^30; None where it is not given."""
+        gigabytes = self.take("max_gb", number(0.001, 1e9), 0.0)
+        return int(gigabytes * GIB) if gigabytes else None
+
+    def take_frame_key(self) -> bytes:
+        """The 32 bytes of `key_file`, b"" without one: for keyed checksums.
+
+        Raises:
+            ConfigError: the file is not 0600, or has not 32 bytes (64 hexadecimal digits will do as well).
+        """
+        path = self.take("key_file", str, "")
+        return read_secret(path, self.redacted, 32) if path else b""
+
+    def take_password(self) -> str:
+        """The URL's password, or the content of `password_file`."""
+        path = self.take("password_file", str, "")
+        return read_secret(path, self.redacted).decode() if path else self.password
+
+    def finish(self) -> None:
+        """Raises ConfigError for an option that nobody took."""
+        for name in self.options:
+            if name not in self._taken:
+                near = difflib.get_close_matches(name, self._taken, 1)
+                hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(sorted(self._taken))}"
+                raise ConfigError(f"{self.redacted}: unknown option {name!r}; {hint}")
+
+
+def parse_url(text: str, environ: Mapping[str, str] = os.environ) -> TierURL:
+    """Raises ConfigError: not a URL, or a `${NAME}` that is not set. The message shows no secret."""
+    scheme = text.partition("://")[0]
+    if "://" not in text or not re.fullmatch(r"[a-z][a-z0-9+.-]*", scheme):
+        raise ConfigError(
+            f"tier {text.partition('@')[0][:40]!r}: write a URL such as disk:///var/lib/lmcache?max_gb=200"
+        )
+
+    def value_of(match: re.Match[str]) -> str:
+        if match[1] not in environ:
+            raise ConfigError(f"{scheme}://...: ${{{match[1]}}} is not set: export {match[1]}")
+        return environ[match[1]]
+
+    try:
+        parts = urlsplit(text)
+        port = parts.port
+    except ValueError as error:
+        raise ConfigError(f"{scheme}://...: {error}") from None
+    pairs = parse_qsl(parts.query, keep_blank_values=True)
+    options = {key: _REFERENCE.sub(value_of, value) for key, value in pairs}
+    if len(options) != len(pairs):
+        raise ConfigError(f"{scheme}://...: an option is given twice")
+    raw_password = unquote(parts.password or "")
+    return TierURL(
+        scheme=scheme,
+        username=_REFERENCE.sub(value_of, unquote(parts.username or "")),
+        password=_REFERENCE.sub(value_of, raw_password),
+        host=parts.hostname or "",
+        port=port,
+        path=unquote(parts.path),
+        options=options,
+        inline_secret=bool(raw_password) and not _REFERENCE.fullmatch(raw_password),
+    )
+
+
+def read_secret(path: str, said: str, binary_bytes: int = 0) -> bytes:
+    """The content of a file that only its owner may read; with `binary_bytes`, exactly so many, raw or in hexadecimal.
+
+    Raises:
+        ConfigError: it cannot be read, others may read it, or it has another size.
+    """
+    try:
+        mode = Path(path).stat().st_mode
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{said}: cannot read {path}: {error.strerror}") from None
+    if mode & 0o077:
+        raise ConfigError(f"{said}: others may read {path}; chmod 600 {path}")
+    if not binary_bytes:
+        return content.strip()
+    if len(content) == binary_bytes:
+        return content
+    try:
+        content = bytes.fromhex(content.decode("ascii").strip())
+    except ValueError:
+        content = b""
+    if len(content) != binary_bytes:
+        raise ConfigError(f"{said}: {path} must hold {binary_bytes} bytes, or {2 * binary_bytes} hexadecimal digits")
+    return content
+
+
+def number(low: float, high: float) -> Callable[[str], float]:
+    """A finite number in [low, high]."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            raise ValueError(f"{text!r} must be a number from {low:g} to {high:g}")
+        return value
+
+    return parse
+
+
+def whole(low: int, high: int) -> Callable[[str], int]:
+    """A whole number in [low, high]."""
+
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"-?\d{1,18}", text) or not low <= int(text) <= high:
+            raise ValueError(f"{text!r} must be a whole number from {low} to {high}")
+        return int(text)
+
+    return parse
+
+
+def one_of(*names: str) -> Callable[[str], str]:
+    """One of some lower-case words."""
+
+    def parse(text: str) -> str:
+        if text.lower() not in names:
+            raise ValueError(f"{text!r} must be one of {', '.join(names)}")
+        return text.lower()
+
+    return parse
