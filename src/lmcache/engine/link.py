@@ -24,6 +24,7 @@ from lmcache.wire.carriers import Carrier, UnixCarrier, ZmqCarrier
 logger = init_logger(__name__)
 
 TRANSFER_MODES = ("auto", "engine_driven", "lmcache_driven", "payload")
+_UNIX = "unix://"
 _BACKOFF_SECONDS = (0.2, 0.5, 1.0, 2.0)
 _CONNECT_SECONDS = 1.0
 
@@ -44,7 +45,10 @@ def server_address(host: str = "tcp://localhost", port: int = 5555) -> str:
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where the server is and who asks. `instance` is shared by an engine's scheduler and all its ranks."""
+    """Where the server is and who asks. `instance` is shared by an engine's scheduler and all its ranks.
+
+    address: tcp://host:port, or unix:///path/of/a/socket of a server on this host.
+    """
 
     address: str
     instance: str
@@ -62,6 +66,8 @@ class Endpoint:
     def __post_init__(self) -> None:
         if self.transfer_mode not in TRANSFER_MODES:
             raise ValueError(f"transfer mode {self.transfer_mode!r}: give one of {', '.join(TRANSFER_MODES)}")
+        if self.transfer_mode == "payload" and _is_unix(self):
+            raise ValueError(f"payload frames do not travel over {self.address}: leave the transfer mode at auto")
         if not 0 < self.deadline_seconds < 3600:
             raise ValueError(f"deadline of {self.deadline_seconds} seconds: give one between 0 and 3600")
 
@@ -203,36 +209,53 @@ class Link:
         who = (endpoint.instance, endpoint.role, endpoint.rank, os.getpid())
         hello = m.Hello(m.PROTOCOL_VERSION, __version__, *who, session=self._session)
         self._before_hello()
-        door = ZmqCarrier(endpoint.address, endpoint.auth_key_file)
-        carrier: Carrier = door
+        carrier, welcome, descriptor = self._through_socket(hello) if _is_unix(endpoint) else self._through_port(hello)
+        self._payload = not isinstance(carrier, UnixCarrier)
         try:
-            welcome = _welcome(door.exchange(hello, _CONNECT_SECONDS)[0])
-            descriptor = -1
-            unix = self._unix(welcome, hello)
-            if unix is not None:
-                carrier, descriptor = unix, unix.descriptor
-                door.close()
-                welcome = _welcome_with(unix)
-            else:
-                cookie = auth.read_cookie(welcome.cookie_path)
-                token = auth.proof(cookie, welcome.server) if cookie else b""
-                welcome = _welcome(
-                    door.exchange(msgspec.structs.replace(hello, payload=True, proof=token), _CONNECT_SECONDS)[0]
-                )
-            self._payload = unix is None
             self._on_welcome(carrier, welcome, descriptor)
         except BaseException:
             carrier.close()
-            door.close()
             raise
         with self._lock:
             self._carrier = carrier
         self._told = ""
         self._connected.set()
-        how = "payload frames" if unix is None else "the mapped arena"
+        how = "payload frames" if self._payload else "the mapped arena"
         logger.info(
             "Connected to the LMCache server at %s (%d-token chunks, %s)", endpoint.address, welcome.chunk_tokens, how
         )
+
+    def _through_socket(self, hello: m.Hello) -> tuple[Carrier, m.Welcome, int]:
+        """The connection, the welcome, and the arena's descriptor."""
+        path = self.endpoint.address.removeprefix(_UNIX)
+        if not _is_mine(path):
+            raise ServerUnavailable("there is no such socket of this user")
+        unix = UnixCarrier(path, hello, _CONNECT_SECONDS)
+        try:
+            return unix, _welcome_with(unix), unix.descriptor
+        except LMCacheError:
+            unix.close()
+            raise
+
+    def _through_port(self, hello: m.Hello) -> tuple[Carrier, m.Welcome, int]:
+        """As `_through_socket`; -1 where payload frames are to be used."""
+        door = ZmqCarrier(self.endpoint.address, self.endpoint.auth_key_file)
+        carrier: Carrier = door
+        try:
+            welcome = _welcome(door.exchange(hello, _CONNECT_SECONDS)[0])
+            unix = self._unix(welcome, hello)
+            if unix is not None:
+                carrier = unix
+                door.close()
+                return unix, _welcome_with(unix), unix.descriptor
+            cookie = auth.read_cookie(welcome.cookie_path)
+            token = auth.proof(cookie, welcome.server) if cookie else b""
+            hello = msgspec.structs.replace(hello, payload=True, proof=token)
+            return door, _welcome(door.exchange(hello, _CONNECT_SECONDS)[0]), -1
+        except BaseException:
+            carrier.close()
+            door.close()
+            raise
 
     def _unix(self, welcome: m.Welcome, hello: m.Hello) -> UnixCarrier | None:
         if self.endpoint.transfer_mode == "payload" or not welcome.socket_path or not _is_mine(welcome.socket_path):
@@ -278,6 +301,10 @@ def _welcome_with(unix: UnixCarrier) -> m.Welcome:
         if unix.descriptor >= 0:
             os.close(unix.descriptor)
         raise
+
+
+def _is_unix(endpoint: Endpoint) -> bool:
+    return endpoint.address.startswith(_UNIX)
 
 
 def _is_mine(path: str) -> bool:

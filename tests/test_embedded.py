@@ -1,0 +1,197 @@
+"""An engine's own server: started as a child, reached by the engine's name, and gone with the engine, however that ends."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine_process import Engine
+from lmcache.engine.embedded import EmbeddedServer, embedded_address
+from lmcache.engine.link import Endpoint
+from lmcache.errors import ConfigError
+from servers import PATIENCE, READY, Process, Server, eventually
+
+OWNER = """
+import os, sys
+from lmcache.engine.embedded import EmbeddedServer
+server = EmbeddedServer("owner", l1_size_gb=0.03125, chunk_size=16, flags=("--arena-dir", sys.argv[1]))
+print("server-pid", server.pid, flush=True)
+if sys.argv[2:] == ["fork"] and not os.fork():
+    os.read(0, 1)  # a child that outlives the engine, with all that it inherited
+    os._exit(0)
+sys.stdin.read()
+"""
+"""An engine that starts its server and waits to be ended."""
+
+
+@pytest.fixture
+def places(folders: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    """(the folder above that of the sockets, the arenas' folder)"""
+    sockets, arenas = folders("/tmp"), folders("/dev/shm")
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(sockets))
+    return sockets, arenas
+
+
+@pytest.fixture
+def embedded(places: tuple[Path, Path]) -> Iterator[Callable[..., EmbeddedServer]]:
+    made: list[EmbeddedServer] = []
+
+    def start(instance: str = "engine", l1: float = 64, chunk: int = 16, flags: tuple[str, ...] = ()) -> EmbeddedServer:
+        where = ("--arena-dir", str(places[1]))
+        made.append(EmbeddedServer(instance, l1_size_gb=l1 / 1024, chunk_size=chunk, flags=(*where, *flags)))
+        return made[-1]
+
+    yield start
+    for one in made:
+        one.close()
+
+
+def left(places: tuple[Path, Path]) -> list[Path]:
+    return [path for place in places for path in place.rglob("*") if path.is_file() or path.is_socket()]
+
+
+class Ended:
+    """Waits for the end of a process that is not ours to wait for; all of its threads, so that its files are closed."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid, self._pidfd = pid, os.pidfd_open(pid)
+
+    def wait(self) -> None:
+        try:
+            assert select.select([self._pidfd], [], [], PATIENCE)[0], f"process {self.pid} still runs"
+        finally:
+            os.close(self._pidfd)
+
+
+def test_an_engine_that_is_there_first_finds_its_server(embedded: Callable[..., EmbeddedServer]) -> None:
+    """Ranks are made before the scheduler, which starts the server; what one stores, the other loads."""
+    engine = Engine(embedded_address("engine"), "engine")
+    try:
+        assert not engine.worker.connected
+        server = embedded()
+        assert server.address == embedded_address("engine") != embedded_address("another")
+        engine.connect()
+        tokens = list(range(64))
+        engine.store(tokens)
+        assert engine.hit_tokens(tokens) == 64
+    finally:
+        engine.close()
+
+
+def test_nothing_has_a_name_while_it_runs_and_nothing_is_left(
+    embedded: Callable[..., EmbeddedServer], places: tuple[Path, Path]
+) -> None:
+    server = embedded()
+    engine = Engine(server.address, "engine").connect()
+    try:
+        assert list(places[1].iterdir()) == [], "the memory file is reached by descriptor only"
+        assert [path.name for path in left(places)] == [Path(server.address).name]
+    finally:
+        engine.close()
+        server.close()
+    assert left(places) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_it_ends_with_its_engine(places: tuple[Path, Path], number: int) -> None:
+    owner = Process([sys.executable, "-c", OWNER, str(places[1])])
+    try:
+        server = Ended(int(owner.line_with("server-pid").split()[1]))
+        eventually(lambda: any(READY in line for line in owner.log))
+        owner.signal(number)
+        server.wait()
+        assert left(places) == []
+    finally:
+        owner.end()
+
+
+def test_a_forked_child_of_the_engine_does_not_hold_it_up(places: tuple[Path, Path]) -> None:
+    owner = Process([sys.executable, "-c", OWNER, str(places[1]), "fork"])
+    try:
+        server = Ended(int(owner.line_with("server-pid").split()[1]))
+        owner.kill()
+        server.wait()
+    finally:
+        owner.end()  # closes the pipe that the forked child reads
+
+
+def test_killed_with_its_engine_it_leaves_no_memory(places: tuple[Path, Path]) -> None:
+    """Both at once, so that the server cannot tidy up: only the socket's name stays, and the next one removes it."""
+    owner = Process([sys.executable, "-c", OWNER, str(places[1])])
+    try:
+        server = Ended(int(owner.line_with("server-pid").split()[1]))
+        eventually(lambda: any(READY in line for line in owner.log))
+        os.kill(server.pid, signal.SIGSTOP)
+        owner.kill()
+        os.kill(server.pid, signal.SIGKILL)
+        server.wait()
+        assert [path.suffix for path in left(places)] == [".sock"]
+        EmbeddedServer("next", l1_size_gb=0.03125, flags=("--arena-dir", str(places[1]))).close()
+        assert left(places) == []
+    finally:
+        owner.end()
+
+
+def test_what_it_is_told_counts_and_a_daemons_settings_do_not(
+    embedded: Callable[..., EmbeddedServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LMCACHE_SERVER_CHUNK_SIZE", "7")
+    monkeypatch.setenv("LMCACHE_SERVER_AUTH_KEY_FILE", "/nowhere")
+    engine = Engine(embedded(chunk=8).address, "engine").connect()
+    try:
+        assert engine.chain([]).chunk_tokens == 8
+    finally:
+        engine.close()
+
+
+def test_http_is_there_where_it_is_asked_for(
+    embedded: Callable[..., EmbeddedServer], capfd: pytest.CaptureFixture[str]
+) -> None:
+    import httpx
+
+    embedded(flags=("--http-host", "127.0.0.1", "--http-port", "0"))
+    said: list[str] = []
+
+    def url() -> str:
+        said.append(capfd.readouterr().err)
+        return next((word for word in "".join(said).split() if word.startswith("http://")), "")
+
+    answer: Any = httpx.get(f"{eventually(url)}/healthcheck", timeout=20)
+    assert answer.json() == {"status": "healthy"}
+
+
+def test_a_second_engine_of_the_same_name_is_told(embedded: Callable[..., EmbeddedServer]) -> None:
+    embedded("twice")
+    with pytest.raises(ConfigError, match=r"another server listens at .*e-.*\.sock"):
+        embedded("twice")
+
+
+def test_too_little_memory_is_one_line_of_the_log(
+    embedded: Callable[..., EmbeddedServer], capfd: pytest.CaptureFixture[str], places: tuple[Path, Path]
+) -> None:
+    server = embedded(l1=1 << 30)
+    eventually(lambda: not server.running)
+    assert "--l1-size-gb" in capfd.readouterr().err
+    assert left(places) == []
+
+
+def test_the_socket_of_a_daemon_will_do(server: Callable[..., Server]) -> None:
+    daemon = server()
+    engine = Engine(f"unix://{daemon.socket_path()}", "engine").connect()
+    try:
+        engine.store(list(range(32)))
+        assert engine.hit_tokens(list(range(32))) == 32
+    finally:
+        engine.close()
+
+
+def test_payload_frames_need_a_port() -> None:
+    with pytest.raises(ValueError, match=r"payload frames do not travel over unix:///run/x\.sock"):
+        Endpoint("unix:///run/x.sock", "engine", "worker", transfer_mode="payload")
