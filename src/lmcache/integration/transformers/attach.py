@@ -12,6 +12,7 @@ import torch
 
 from lmcache.chunks import HASH_BYTES, Layout, Shard, TokenChain
 from lmcache.engine import Load, SchedulerSession, Store, WorkerSession
+from lmcache.engine.embedded import EmbeddedServer, embedded_address
 from lmcache.engine.link import Endpoint, server_address
 from lmcache.errors import LayoutError
 from lmcache.integration.transformers.model import kv_shape, layout_of, weights_identity, weights_stamp
@@ -35,27 +36,28 @@ def attach(
     model: Any,
     address: str = "tcp://localhost:5555",
     *,
+    embedded_gb: float = 0.0,
     model_id: str = "",
     cache_salt: str = "",
     deadline_seconds: float = 2.0,
 ) -> Attached:
     """Let `model.generate` use the LMCache server at `address`, until `close`.
 
-    model_id: a name for the weights that is yours to keep unique; without one every byte of them is hashed, once and again
-    whenever they have changed. cache_salt: only who gives the same one shares. deadline_seconds: the most that a silent
-    server may cost a call.
+    embedded_gb: where it is not 0, a server of this process's own with so many GiB takes the place of `address`; what it holds
+    ends with it. model_id: a name for the weights that is yours to keep unique; without one every byte of them is hashed, once
+    and again whenever they have changed. cache_salt: only who gives the same one shares. deadline_seconds: the most that a
+    silent server may cost a call.
 
     Raises:
         ValueError: an address that is not tcp://host:port, or a deadline out of range.
+        ConfigError: the server of one's own cannot be started.
     """
+    instance = f"transformers-{uuid.uuid4().hex}"
     host, _, port = address.rpartition(":")
-    endpoint = Endpoint(
-        server_address(host or "localhost", int(port)),
-        f"transformers-{uuid.uuid4().hex}",
-        "scheduler",
-        deadline_seconds=deadline_seconds,
-    )
-    return Attached(model, endpoint, model_id, cache_salt)
+    where = embedded_address(instance) if embedded_gb else server_address(host or "localhost", int(port))
+    endpoint = Endpoint(where, instance, "scheduler", deadline_seconds=deadline_seconds)
+    own = EmbeddedServer(instance, l1_size_gb=embedded_gb) if embedded_gb else None
+    return Attached(model, endpoint, model_id, cache_salt, own)
 
 
 @dataclass(frozen=True)
@@ -70,13 +72,20 @@ class _Begun:
 class Attached:
     """A model whose `generate` uses LMCache. A context manager: leaving it is `close`."""
 
-    def __init__(self, model: Any, endpoint: Endpoint, model_id: str, cache_salt: str) -> None:
+    def __init__(
+        self,
+        model: Any,
+        endpoint: Endpoint,
+        model_id: str = "",
+        cache_salt: str = "",
+        own: EmbeddedServer | None = None,
+    ) -> None:
         self.refusal = ""
         """Why this model is not cached; "" where it is."""
         self.hit_tokens = self.stored_tokens = 0
         """Tokens whose KV came from the cache, and that went there, so far."""
         self._model, self._generate, self._endpoint = model, model.generate, endpoint
-        self._model_id, self._salt = model_id, cache_salt
+        self._model_id, self._salt, self._own = model_id, cache_salt, own
         self._scheduler: SchedulerSession | None = None
         self._worker: WorkerSession | None = None
         self._pool: Pool | None = None
@@ -127,6 +136,7 @@ class Attached:
         self._model.__dict__.pop("generate", None)
         self.flush()
         self._hang_up()
+        self._end_own()
 
     def __enter__(self) -> Attached:
         return self
@@ -283,8 +293,14 @@ class Attached:
 
     def _refuse(self, error: Exception) -> None:
         self._hang_up()
+        self._end_own()
         self.refusal = str(error) or type(error).__name__
         logger.warning("LMCache serves nothing for this model: %s", self.refusal)
+
+    def _end_own(self) -> None:
+        own, self._own = self._own, None
+        if own is not None:
+            own.close()
 
     def _tell(self, why: str) -> None:
         if why not in self._told:
