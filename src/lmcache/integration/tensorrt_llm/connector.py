@@ -42,6 +42,7 @@ class Meeting:
         self.llm_args = llm_args
         self.instance = f"tensorrt-llm-{uuid.uuid4().hex}"
         self.half: SchedulerHalf | None = None
+        self.worker: WorkerHalf | None = None
 
 
 _meetings: weakref.WeakValueDictionary[int, Meeting] = weakref.WeakValueDictionary()
@@ -110,8 +111,8 @@ class Scheduler(KvCacheConnectorScheduler):  # type: ignore[misc]
     @_never_raises(lambda: None)
     def request_reset(self, request: Any) -> None:
         """Newer releases: the blocks of a request that will run again are gone."""
-        if self._meeting.half is not None:
-            self._meeting.half.reset(request)
+        if self._meeting.half is not None and self._meeting.worker is not None:
+            self._meeting.worker.settle(self._meeting.half.reset(request))  # other ranks do before their next forward
 
     @_never_raises(lambda: None)
     def cancel_load(self, request: Any, start: int, end: int) -> None:
@@ -143,10 +144,14 @@ class Worker(KvCacheConnectorWorker):  # type: ignore[misc]
     def register_kv_caches(self, kv_cache_tensor: Any) -> None:
         """Every rank calls this once, in its main thread."""
         instance = mpi_broadcast(self._meeting.instance if self._meeting is not None else None, 0)
+        arena = b""
         try:
-            self._open(describe_pool(self._args, kv_cache_tensor, self._rank), self.settings(), instance)
+            arena = self._open(describe_pool(self._args, kv_cache_tensor, self._rank), self.settings(), instance)
         except NOT_SERVED as error:
             self._refuse(refusal_of(error))
+        arenas = mpi_allgather(arena) if self._ranks > 1 else [arena]
+        if self._meeting is not None and self._meeting.half is not None:
+            self._meeting.half.watch.begin(arenas)
 
     def register_kv_cache_layout(self, layout: Any) -> None:
         """Newer releases, for caches of layer groups; one group is a pool like any other."""
@@ -206,8 +211,12 @@ class Worker(KvCacheConnectorWorker):  # type: ignore[misc]
             return list(finished_gen_req_ids), list(started_loading_req_ids)
         return self._half.finished(finished_gen_req_ids), list(started_loading_req_ids)
 
-    def _open(self, kv: PoolKV, settings: Settings, instance: str) -> None:
-        """Sessions of this rank and, on rank 0, of the scheduler. They end with this object, or with the process."""
+    def _open(self, kv: PoolKV, settings: Settings, instance: str) -> bytes:
+        """Sessions of this rank and, on rank 0, of the scheduler. They end with this object, or with the process.
+
+        Returns the arena that is mapped by now.
+        """
+        scheduler: SchedulerHalf | None = None
         with ExitStack() as opened:
             if self._meeting is not None and (own := settings.start_server(instance)) is not None:
                 opened.callback(own.close)
@@ -215,17 +224,20 @@ class Worker(KvCacheConnectorWorker):  # type: ignore[misc]
                 settings.address(instance), instance, "worker", self._rank, deadline_seconds=settings.deadline_seconds
             )
             if self._meeting is not None:
-                self._meeting.half = self._open_scheduler(kv, settings, endpoint)
-                opened.callback(self._meeting.half.close)
+                scheduler = self._open_scheduler(kv, settings, endpoint)
+                opened.callback(scheduler.close)
             session = WorkerSession(endpoint, kv.layout, kv.shard, kv.paged)
-            reporter = RankReporter(instance, self._rank)
-            half = WorkerHalf(session, reporter, kv.shard.index, kv.paged.device, stores=kv.stores)
-            opened.callback(half.close)
+            opened.callback(session.close)
             session.wait_connected(_CONNECT_SECONDS)
+            arena = session.mapped_arena
+            reporter = RankReporter(instance, self._rank, arena)
+            opened.callback(reporter.close)
+            self._half = half = WorkerHalf(session, reporter, kv.shard.index, kv.paged.device, stores=kv.stores)
             weakref.finalize(self, opened.pop_all().close)
-        half.report()
-        self._half = half
+        if self._meeting is not None:
+            self._meeting.half, self._meeting.worker = scheduler, half
         logger.info("Registering kv caches!")
+        return arena
 
     def _open_scheduler(self, kv: PoolKV, settings: Settings, endpoint: Endpoint) -> SchedulerHalf:
         where = Endpoint(endpoint.address, endpoint.instance, "scheduler", deadline_seconds=endpoint.deadline_seconds)

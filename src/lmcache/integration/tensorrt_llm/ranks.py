@@ -46,6 +46,10 @@ class RankWatch:
         self._thread = threading.Thread(target=self._listen, name="lmcache-ranks", daemon=True)
         self._thread.start()
 
+    def begin(self, arenas: list[bytes]) -> None:
+        """What the ranks had mapped, in their order, when the engine started."""
+        self._arenas = dict(enumerate(arenas)) | self._arenas
+
     def all_have(self, arena: bytes) -> bool:
         """Whether every rank has this arena mapped, as far as they have told."""
         arenas = dict(self._arenas)
@@ -73,12 +77,12 @@ class RankWatch:
 
 
 class RankReporter:
-    """A rank's end. Never waits and never raises: what cannot be told now is told with the next step."""
+    """A rank's end. Never waits and never raises: what cannot be told now is told with the next step. told: known already."""
 
-    def __init__(self, instance: str, rank: int) -> None:
+    def __init__(self, instance: str, rank: int, told: bytes) -> None:
         self._name, self._rank = _name(instance), rank
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
-        self._told: bytes | None = None
+        self._told = told
 
     def tell(self, arena: bytes) -> None:
         """Send it if it is another than before."""

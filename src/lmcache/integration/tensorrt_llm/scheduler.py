@@ -58,7 +58,7 @@ class SchedulerHalf:
         stores_answers: bool = True,
         least_gain: int = 1,
     ) -> None:
-        self._session, self._watch, self._block_tokens = session, watch, block_tokens
+        self._session, self.watch, self._block_tokens = session, watch, block_tokens
         self._stores_answers, self._least_gain = stores_answers, max(1, least_gain)
         self._trackers: dict[int, Tracker] = {}
         self._loading: dict[str, Hit] = {}
@@ -75,7 +75,7 @@ class SchedulerHalf:
         if chain is None:
             return 0
         chain.extend(tokens)
-        if not self._watch.all_have(self._session.epoch):
+        if not self.watch.all_have(self._session.epoch):
             return 0
         hit = self._session.lookup(chain, computed_tokens)
         if hit is None:
@@ -83,7 +83,7 @@ class SchedulerHalf:
         tracker.stored = hit.chunks
         # The last token is computed for its logits, and what is loaded ends with a block.
         end = min(hit.chunks * chain.chunk_tokens, len(tokens) - 1) // self._block_tokens * self._block_tokens
-        if end - computed_tokens < self._least_gain or not self._watch.all_have(hit.arena):
+        if end - computed_tokens < self._least_gain or not self.watch.all_have(hit.arena):
             self._release(hit)
             return 0
         tracker.hit, tracker.granted = hit, end - computed_tokens
@@ -150,15 +150,17 @@ class SchedulerHalf:
         self._drop_hit(tracker)
         return bool(tracker.jobs)
 
-    def reset(self, request: Any) -> None:
-        """The request's blocks are gone already, and it will begin anew."""
+    def reset(self, request: Any) -> list[str]:
+        """The request's blocks are gone already, and it will begin anew. Its store jobs, which the next step's plan settles."""
         tracker = self._trackers.pop(request.request_id, None)
-        if tracker is not None:
-            self._drop_hit(tracker)
-            self._settle.extend(tracker.jobs)
+        if tracker is None:
+            return []
+        self._drop_hit(tracker)
+        self._settle.extend(tracker.jobs)
+        return tracker.jobs
 
     def close(self) -> None:
-        self._watch.close()
+        self.watch.close()
         self._session.close()
 
     def _begin(self, request: Any) -> Tracker:

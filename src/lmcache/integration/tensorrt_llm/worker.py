@@ -41,7 +41,7 @@ class WorkerHalf:
 
     def load(self, plan: StepPlan, stream: Any) -> bool:
         """Let go of blocks that were taken away, then load whatever the step needs; whether all of it is there."""
-        self._settle(plan.settle)
+        self.settle(plan.settle)
         fence = self._stream_point(stream) if plan.loads else None
         self._loading = {load.job_id: None for load in plan.loads}
         for load in plan.loads:
@@ -62,6 +62,14 @@ class WorkerHalf:
             self._storing[store.job_id] = store.request_id
             self._session.store(store.job_id, _store(store, point))
 
+    def settle(self, jobs: Iterable[str]) -> None:
+        """Return when these stores no longer read their blocks, which others are about to write to."""
+        waiting = {job_id for job_id in jobs if job_id in self._storing}
+        while waiting:
+            waiting = self._session.wait(waiting, _SETTLE_SECONDS)
+            if waiting:
+                logger.warning("waiting for %d stores to let go of blocks that were taken away", len(waiting))
+
     def finished(self, ended: Iterable[int]) -> list[int]:
         """Of the requests that have ended (these and earlier ones), those whose blocks nothing of ours reads any more."""
         self._closing.update(ended)
@@ -75,10 +83,6 @@ class WorkerHalf:
     def report(self) -> None:
         """Tell the scheduler what has changed."""
         self._reporter.tell(self._session.mapped_arena)
-
-    def close(self) -> None:
-        self._session.close()
-        self._reporter.close()
 
     def _wait_loads(self) -> None:
         end = time.monotonic() + _LOAD_SECONDS
@@ -97,14 +101,6 @@ class WorkerHalf:
                 self._storing.pop(done.job_id, None)
             elif done.job_id in self._loading:
                 self._loading[done.job_id] = done.ok
-
-    def _settle(self, jobs: Iterable[str]) -> None:
-        """Return when these stores no longer read their blocks, which others are about to write to."""
-        waiting = {job_id for job_id in jobs if job_id in self._storing}
-        while waiting:
-            waiting = self._session.wait(waiting, _SETTLE_SECONDS)
-            if waiting:
-                logger.warning("waiting for %d stores to let go of blocks that were taken away", len(waiting))
 
     def _load(self, load: LoadPlan, fence: Any) -> Load:
         size, hit = load.chunk_tokens, load.hit
