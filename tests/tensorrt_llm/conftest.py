@@ -72,6 +72,28 @@ def engines() -> Iterator[Callable[..., Engines]]:
         one.end()
 
 
+@pytest.fixture(scope="module")
+def long_lived() -> Iterator[list[Engines]]:
+    made: list[Engines] = []
+    yield made
+    for one in made:
+        one.end()
+
+
+@pytest.fixture
+def process(long_lived: list[Engines]) -> Iterator[Engines]:
+    """A process of engines, without any yet; the next test has it too, where nothing went wrong in it."""
+    if not long_lived or long_lived[-1].child.poll() is not None:
+        long_lived.append(Engines())
+    one = long_lived[-1]
+    one.log.clear()
+    yield one
+    try:
+        one.ask("drop", "*")
+    except AssertionError:
+        one.kill()
+
+
 @pytest.fixture
 def model(tmp_path: Path) -> Callable[..., str]:
     """A folder with a configuration and weights: model(weights=b"...", **changes of the configuration)."""

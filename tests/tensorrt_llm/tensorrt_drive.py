@@ -49,8 +49,9 @@ def do_engine(
 
 
 def do_drop(name: str) -> dict[str, Any]:
-    """The engine is closed, as `del llm` does it."""
-    del engines[name]
+    """The engine is closed, as `del llm` does it; all of them for "*"."""
+    for one in list(engines) if name == "*" else [name]:
+        del engines[one]
     gc.collect()
     return {}
 

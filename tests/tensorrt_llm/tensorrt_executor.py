@@ -226,7 +226,7 @@ class Executor:
         batch = []
         for request in list(self.requests.values()):
             if request.state == "waiting":
-                if len(self.free) < -(-(len(request.tokens) + request.wanted) // self.block_tokens):
+                if self._available() < -(-(len(request.tokens) + request.wanted) // self.block_tokens):
                     continue
                 request.state = "running"
                 request.local = self._match_own(request)
@@ -277,11 +277,10 @@ class Executor:
             request.position += scheduled
             if request.position < len(request.tokens):
                 continue
+            self._remember(request)
+            request.tokens.append(_marks(request.tokens)[-1] % 1000)
             if len(request.tokens) - request.prompt == request.wanted:
-                self._remember(request)
                 self.terminate(request)
-            else:
-                request.tokens.append(_marks(request.tokens)[-1] % 1000)
 
     def _forward_on(self, rank: int, batch: list[tuple[Request, int]]) -> None:
         worker = self.workers[rank]
@@ -323,12 +322,21 @@ class Executor:
             request.blocks.append(block)
             self.users[block] = 1
 
+    def _available(self) -> int:
+        running = sum(
+            -(-(r.prompt + r.wanted) // self.block_tokens) for r in self.requests.values() if r.state == "running"
+        )
+        held = sum(len(r.blocks) for r in self.requests.values() if r.state == "running")
+        return len(self.free) + len(self._idle()) - (running - held)
+
+    def _idle(self) -> list[tuple[int, ...]]:
+        """What is kept for reuse and nobody uses."""
+        return [key for key, block in (self.cached or {}).items() if not self.users.get(block)]
+
     def _take(self) -> int:
-        if self.cached:
-            for key, block in list(self.cached.items()):
-                if len(self.free) <= 1 and not self.users.get(block):
-                    del self.cached[key]
-                    self.free.append(block)
+        if not self.free:
+            assert self.cached is not None
+            self.free.append(self.cached.pop(self._idle()[0]))
         return self.free.pop()
 
     def _match_own(self, request: Request) -> int:

@@ -18,13 +18,12 @@ def right(answers: list[dict[str, Any]]) -> bool:
     return all(answer["right"] and answer["state"] == "done" for answer in answers)
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
-@pytest.mark.parametrize("flat", [True, False])
+@pytest.mark.parametrize("ranks, flat", [(1, True), (2, True), (2, False), (4, True)])
 def test_stored_by_one_loaded_by_the_other(
-    server: Servers, engines: Starts, model: Models, ranks: int, flat: bool
+    server: Servers, process: Any, model: Models, ranks: int, flat: bool
 ) -> None:
     """Chunks of 12 tokens, blocks of 8: a hit ends with a block, in the middle of a chunk."""
-    one, process, folder = server(chunk=12), engines(), model()
+    one, folder = server(chunk=12), model()
     options = {"model": folder, "url": one.address, "ranks": ranks, "flat": flat}
     process.ask("engine", "first", **options)
     cold = process.ask("ask", "first", prompts=[[101, 1], [12, 2], [7, 3]], new=3)
@@ -35,12 +34,12 @@ def test_stored_by_one_loaded_by_the_other(
     assert [answer["answer"] for answer in warm] == [answer["answer"] for answer in cold]
     again = process.ask("ask", "first", prompts=[[101, 1], [12, 2], [7, 3]], new=3)
     assert right(again) and [answer["matched"] for answer in again] == [96, 8, 0]
-    assert one.counters()["leases"] == 0 if "leases" in one.counters() else True
+    assert eventually(lambda: one.status()["index"]["leases"] == 0)
 
 
-def test_heads_that_several_ranks_hold(server: Servers, engines: Starts, model: Models) -> None:
+def test_heads_that_several_ranks_hold(server: Servers, process: Any, model: Models) -> None:
     """Two KV heads on four ranks: two ranks hold the same part, and one of them stores it."""
-    one, process = server(chunk=16), engines()
+    one = server(chunk=16)
     folder = model(num_key_value_heads=2)
     process.ask("engine", model=folder, url=one.address, ranks=4, heads=2)
     assert right(process.ask("ask", prompts=[[90, 1]]))
@@ -48,9 +47,9 @@ def test_heads_that_several_ranks_hold(server: Servers, engines: Starts, model: 
     assert right(warm) and warm[0]["matched"] == 80
 
 
-def test_latent_attention(server: Servers, engines: Starts, model: Models) -> None:
+def test_latent_attention(server: Servers, process: Any, model: Models) -> None:
     """MLA: one latent instead of keys and values, the same on both ranks."""
-    one, process = server(chunk=16), engines()
+    one = server(chunk=16)
     folder = model(kv_lora_rank=6, qk_rope_head_dim=2)
     process.ask("engine", model=folder, url=one.address, ranks=2, parts=1, heads=1)
     assert right(process.ask("ask", prompts=[[90, 1]]))
@@ -74,10 +73,10 @@ def test_two_processes_with_different_hash_seeds(server: Servers, engines: Start
 @pytest.mark.parametrize("chunk_tokens", [8, 20, 56])
 @pytest.mark.parametrize("grouped", [False, True])
 def test_prompts_computed_in_parts(
-    server: Servers, engines: Starts, model: Models, chunk_tokens: int, grouped: bool
+    server: Servers, process: Any, model: Models, chunk_tokens: int, grouped: bool
 ) -> None:
     """Chunked prefill; with blocks given out for each part (KVCacheManagerV2) only what they cover of a hit is taken."""
-    one, process, folder = server(chunk=12), engines(), model()
+    one, folder = server(chunk=12), model()
     options = {"model": folder, "url": one.address, "chunk_tokens": chunk_tokens, "grouped": grouped, "ranks": 2}
     process.ask("engine", **options)
     prompts = [[150, 1, 60], [90, 2, 60], [61, 3, 60]]
@@ -88,9 +87,9 @@ def test_prompts_computed_in_parts(
     assert matched == [min(whole, most) for whole, most in zip([144, 80, 56], covered, strict=True)]
 
 
-def test_beside_the_engines_own_reuse(server: Servers, engines: Starts, model: Models) -> None:
+def test_beside_the_engines_own_reuse(server: Servers, process: Any, model: Models) -> None:
     """What the engine has itself is not loaded; what it has forgotten is. Little room, so that it forgets."""
-    one, process, folder = server(chunk=12), engines(), model()
+    one, folder = server(chunk=12), model()
     process.ask("engine", model=folder, url=one.address, reuse=True, blocks=40)
     first = process.ask("ask", prompts=[[100, 1, 50]])
     branch = process.ask("ask", prompts=[[100, 2, 50]])
@@ -102,28 +101,28 @@ def test_beside_the_engines_own_reuse(server: Servers, engines: Starts, model: M
     assert right(back) and back[0]["local"] + back[0]["matched"] == 96 and back[0]["matched"] >= 48
 
 
-def test_answers_are_stored_with_a_daemon(server: Servers, engines: Starts, model: Models) -> None:
-    one, process = server(chunk=16), engines()
+def test_answers_are_stored_with_a_daemon(server: Servers, process: Any, model: Models) -> None:
+    one = server(chunk=16)
     process.ask("engine", model=model(), url=one.address)
     assert right(process.ask("ask", prompts=[[30, 1]], new=50))
     assert eventually(lambda: one.status()["index"]["chunks"]) == 79 // 16
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2, 3])
-def test_requests_that_are_cancelled(server: Servers, engines: Starts, model: Models, steps: int) -> None:
+def test_requests_that_are_cancelled(server: Servers, process: Any, model: Models, steps: int) -> None:
     """Before they run, between the parts of their prompt, behind a load: what they have stored by then is right."""
-    one, process = server(chunk=12), engines()
+    one = server(chunk=12)
     process.ask("engine", model=model(), url=one.address, chunk_tokens=40, ranks=2)
     prompts = [[100, 1], [130, 2]]
     for _ in range(2):
         assert process.ask("abort", prompts=prompts, steps=steps) == {"right": True, "free": 64}
         assert right(process.ask("ask", prompts=prompts))
-    assert [answer["matched"] for answer in process.ask("ask", prompts=prompts)] == [96, 128]
+    assert [answer["matched"] for answer in process.ask("ask", prompts=prompts)] == [96, 120]
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])
-def test_requests_whose_blocks_are_taken_away(server: Servers, engines: Starts, model: Models, steps: int) -> None:
-    one, process = server(chunk=12), engines()
+def test_requests_whose_blocks_are_taken_away(server: Servers, process: Any, model: Models, steps: int) -> None:
+    one = server(chunk=12)
     process.ask("engine", model=model(), url=one.address, chunk_tokens=40, blocks=40)
     for seed in range(4):
         prompts = [[100, seed], [130, 50 + seed]]
@@ -131,8 +130,8 @@ def test_requests_whose_blocks_are_taken_away(server: Servers, engines: Starts, 
         assert right(process.ask("ask", prompts=prompts))
 
 
-def test_what_tokens_do_not_decide(server: Servers, engines: Starts, model: Models) -> None:
-    one, process = server(chunk=16), engines()
+def test_what_tokens_do_not_decide(server: Servers, process: Any, model: Models) -> None:
+    one = server(chunk=16)
     process.ask("engine", model=model(), url=one.address)
     assert right(process.ask("ask", prompts=[[100, 1]], cache_salt="a tenant"))
     for attributes, matched in (
@@ -148,8 +147,8 @@ def test_what_tokens_do_not_decide(server: Servers, engines: Starts, model: Mode
     assert process.said("LoRA adapters are not cached") and process.said("multimodal_hashes")
 
 
-def test_another_model_shares_nothing(server: Servers, engines: Starts, model: Models) -> None:
-    one, process = server(chunk=16), engines()
+def test_another_model_shares_nothing(server: Servers, process: Any, model: Models) -> None:
+    one = server(chunk=16)
     for name, changes in (("a", {}), ("b", {"weights": b"other weights"}), ("c", {"rope_theta": 5e5})):
         process.ask("engine", name, model=model(name, **changes), url=one.address)
         answer = process.ask("ask", name, prompts=[[100, 1]])
@@ -161,8 +160,8 @@ def test_another_model_shares_nothing(server: Servers, engines: Starts, model: M
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_the_server_is_killed_and_comes_back(server: Servers, engines: Starts, model: Models, ranks: int) -> None:
-    one, process = server(chunk=16), engines()
+def test_the_server_is_killed_and_comes_back(server: Servers, process: Any, model: Models, ranks: int) -> None:
+    one = server(chunk=16)
     process.ask("engine", model=model(), url=one.address, ranks=ranks)
     assert right(process.ask("ask", prompts=[[100, 1]]))
     one.kill()
@@ -174,8 +173,8 @@ def test_the_server_is_killed_and_comes_back(server: Servers, engines: Starts, m
     assert right(back) and back[0]["matched"] == 96
 
 
-def test_a_frozen_server_costs_a_deadline(server: Servers, engines: Starts, model: Models) -> None:
-    one, process = server(chunk=16), engines()
+def test_a_frozen_server_costs_a_deadline(server: Servers, process: Any, model: Models) -> None:
+    one = server(chunk=16)
     process.ask("engine", model=model(), url=one.address, ranks=2)
     assert right(process.ask("ask", prompts=[[100, 1]]))
     one.freeze()
@@ -183,18 +182,17 @@ def test_a_frozen_server_costs_a_deadline(server: Servers, engines: Starts, mode
     one.thaw()
 
 
-def test_no_server_at_all(engines: Starts, model: Models) -> None:
-    process = engines()
+def test_no_server_at_all(process: Any, model: Models) -> None:
     process.ask("engine", model=model(), url="tcp://127.0.0.1:1", ranks=2)
     assert right(process.ask("ask", prompts=[[100, 1], [100, 1]]))
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_load_that_fails_fails_its_step_on_all_ranks(
-    server: Servers, engines: Starts, model: Models, ranks: int
+    server: Servers, process: Any, model: Models, ranks: int
 ) -> None:
     """The engine was promised the KV and knows no way back: the request gets an error, never an answer out of nothing."""
-    one, process = server(chunk=16), engines()
+    one = server(chunk=16)
     process.ask("engine", model=model(), url=one.address, ranks=ranks)
     assert right(process.ask("ask", prompts=[[100, 1]]))
     process.ask("miss_arena")
@@ -204,18 +202,17 @@ def test_a_load_that_fails_fails_its_step_on_all_ranks(
     assert right(process.ask("ask", prompts=[[100, 2]]))
 
 
-@pytest.mark.parametrize("what", ["match", "allocated", "plan_step", "start_stores", "finished"])
-def test_a_bug_of_ours_costs_no_answer(server: Servers, engines: Starts, model: Models, what: str) -> None:
-    one, process = server(chunk=16), engines()
+@pytest.mark.parametrize("what", ["match", "allocated", "plan_step", "start_stores"])
+def test_a_bug_of_ours_costs_no_answer(server: Servers, process: Any, model: Models, what: str) -> None:
+    one = server(chunk=16)
     process.ask("engine", model=model(), url=one.address)
     process.ask("break", what=what)
-    if what != "finished":  # of a request: its blocks are kept until that is known
-        assert right(process.ask("ask", prompts=[[100, 1]]))
-    assert process.said("ZeroDivisionError") or what == "finished"
+    assert right(process.ask("ask", prompts=[[100, 1]]))
+    assert process.said("ZeroDivisionError")
 
 
-def test_a_promise_that_cannot_be_planned_fails_its_step(server: Servers, engines: Starts, model: Models) -> None:
-    one, process = server(chunk=16), engines()
+def test_a_promise_that_cannot_be_planned_fails_its_step(server: Servers, process: Any, model: Models) -> None:
+    one = server(chunk=16)
     process.ask("engine", model=model(), url=one.address, ranks=2)
     assert right(process.ask("ask", prompts=[[100, 1]]))
     process.ask("break", what="plan_step")
@@ -236,14 +233,14 @@ def test_a_promise_that_cannot_be_planned_fails_its_step(server: Servers, engine
     ],
 )
 def test_what_is_refused(
-    server: Servers, engines: Starts, model: Models, changes: dict[str, Any], args: dict[str, Any], why: str
+    server: Servers, process: Any, model: Models, changes: dict[str, Any], args: dict[str, Any], why: str
 ) -> None:
-    one, process = server(chunk=16), engines()
+    one = server(chunk=16)
     process.ask("engine", model=model(**changes), url=one.address, args=args)
     for _ in range(2):
         answer = process.ask("ask", prompts=[[100, 1]])
         assert right(answer) and answer[0]["matched"] == 0
-    assert process.said(f"LMCache serves nothing for this engine: {why}") or process.said(why)
+    assert process.said("LMCache serves nothing for this engine") and process.said(why)
 
 
 def test_in_process(engines: Starts, model: Models) -> None:

@@ -66,6 +66,23 @@ def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _write(tmp_path_factory.mktemp("transformers") / "other", "7")
 
 
+@pytest.fixture(scope="module")
+def long_lived() -> Iterator[list[Script]]:
+    made: list[Script] = []
+    yield made
+    for one in made:
+        one.end()
+
+
+@pytest.fixture
+def user(long_lived: list[Script], model: Path) -> Script:
+    """A script with the model, which many tests share; each attaches to a server of its own."""
+    if not long_lived or long_lived[-1].child.poll() is not None:
+        long_lived.append(Script(model))
+    long_lived[-1].log.clear()
+    return long_lived[-1]
+
+
 @pytest.fixture
 def script() -> Iterator[Callable[[Path], Script]]:
     made: list[Script] = []

@@ -22,8 +22,8 @@ def right(answer: dict[str, Any]) -> bool:
     return bool(answer["same"] and answer["difference"] < TOLERANCE and not answer["refusal"])
 
 
-def test_the_second_generate_loads_what_the_first_has_stored(server: Servers, script: Scripts, model: Path) -> None:
-    one, user = server(l1=256, chunk=16), script(model)
+def test_the_second_generate_loads_what_the_first_has_stored(server: Servers, user: Any) -> None:
+    one = server(l1=256, chunk=16)
     assert user.ask("attach", address=one.address)["refusal"] == ""
     first = user.ask("generate", ids=[300, 1])
     assert right(first) and first["hit"] == 0
@@ -34,9 +34,9 @@ def test_the_second_generate_loads_what_the_first_has_stored(server: Servers, sc
     assert second["tokens"] == first["tokens"]
 
 
-def test_hits_of_every_length(server: Servers, script: Scripts, model: Path) -> None:
+def test_hits_of_every_length(server: Servers, user: Any) -> None:
     """Prompts of 16 k - 1, 16 k and 16 k + 1 tokens; and prompts that share 100 tokens, which end inside a chunk."""
-    one, user = server(l1=256, chunk=16), script(model)
+    one = server(l1=256, chunk=16)
     user.ask("attach", address=one.address)
     for tokens, hit in ((1, 0), (15, 0), (16, 15), (17, 16), (31, 16), (64, 63)):  # the last token is always computed
         assert right(user.ask("generate", ids=[tokens, tokens], new=17))
@@ -47,8 +47,8 @@ def test_hits_of_every_length(server: Servers, script: Scripts, model: Path) -> 
     assert right(first) and right(branch) and branch["hit"] == 96
 
 
-def test_a_conversation_grows(server: Servers, script: Scripts, model: Path) -> None:
-    one, user = server(l1=512, chunk=16), script(model)
+def test_a_conversation_grows(server: Servers, user: Any) -> None:
+    one = server(l1=512, chunk=16)
     user.ask("attach", address=one.address)
     talk = user.ask("continue", ids=[1000, 4], turns=4)
     assert talk["same"]
@@ -56,9 +56,9 @@ def test_a_conversation_grows(server: Servers, script: Scripts, model: Path) -> 
     assert talk["hits"] == [0] + [(1000 + 33 * turn + 19) // 16 * 16 for turn in range(3)]
 
 
-def test_a_longer_answer_than_foreseen(server: Servers, script: Scripts, model: Path) -> None:
+def test_a_longer_answer_than_foreseen(server: Servers, user: Any) -> None:
     """Without a bound the room is for 2,048 tokens; a prompt and its answer that fill it exactly, and one token more."""
-    one, user = server(l1=512, chunk=16), script(model)
+    one = server(l1=512, chunk=16)
     user.ask("attach", address=one.address)
     for prompt, new in ((1016, 8), (1000, 25), (1023, 2), (1025, 5)):
         assert right(user.ask("generate", ids=[prompt, prompt], new=new))
@@ -93,9 +93,9 @@ def test_weights_that_change_and_salts(server: Servers, script: Scripts, model: 
     assert user.ask("generate", ids=[300, 6])["hit"] == 0
 
 
-def test_what_is_none_of_ours(server: Servers, script: Scripts, model: Path) -> None:
+def test_what_is_none_of_ours(server: Servers, user: Any) -> None:
     """Batches, padding, beams, a caller's own cache, training: generate goes on without us, and one line says why."""
-    one, user = server(l1=256, chunk=16), script(model)
+    one = server(l1=256, chunk=16)
     user.ask("attach", address=one.address)
     user.ask("generate", ids=[64, 7])
     for more, why in (
@@ -116,15 +116,15 @@ def test_what_is_none_of_ours(server: Servers, script: Scripts, model: Path) -> 
     assert user.ask("generate", ids=[64, 7])["hit"] == 63
 
 
-def test_a_cache_that_was_given_back_stays(server: Servers, script: Scripts, model: Path) -> None:
-    one, user = server(l1=256, chunk=16), script(model)
+def test_a_cache_that_was_given_back_stays(server: Servers, user: Any) -> None:
+    one = server(l1=256, chunk=16)
     user.ask("attach", address=one.address)
     for _ in range(2):  # computed, and loaded
         assert user.ask("keep", ids=[200, 8]) == {"kept": True, "same": True}
 
 
-def test_kinds_of_models(server: Servers, script: Scripts, model: Path) -> None:
-    one, user = server(l1=64, chunk=16), script(model)
+def test_kinds_of_models(server: Servers, user: Any) -> None:
+    one = server(l1=64, chunk=16)
     answers = user.ask("kinds", address=one.address)
     assert all(answer["same"] for answer in answers.values()), answers
     assert {name: answer["hit"] for name, answer in answers.items()} == {
@@ -139,8 +139,8 @@ def test_kinds_of_models(server: Servers, script: Scripts, model: Path) -> None:
     assert "'dynamic'" in answers["dynamic rope"]["refusal"]
 
 
-def test_the_server_is_killed_and_comes_back(server: Servers, script: Scripts, model: Path) -> None:
-    one, user = server(l1=256, chunk=16), script(model)
+def test_the_server_is_killed_and_comes_back(server: Servers, user: Any) -> None:
+    one = server(l1=256, chunk=16)
     user.ask("attach", address=one.address)
     assert right(user.ask("generate", ids=[300, 9]))
     one.kill()
@@ -153,8 +153,8 @@ def test_the_server_is_killed_and_comes_back(server: Servers, script: Scripts, m
     assert right(back) and back["hit"] == 288
 
 
-def test_a_frozen_server_costs_a_deadline(server: Servers, script: Scripts, model: Path) -> None:
-    one, user = server(l1=256, chunk=16), script(model)
+def test_a_frozen_server_costs_a_deadline(server: Servers, user: Any) -> None:
+    one = server(l1=256, chunk=16)
     user.ask("attach", address=one.address, deadline_seconds=0.5)
     assert right(user.ask("generate", ids=[300, 10]))
     one.freeze()
@@ -164,8 +164,7 @@ def test_a_frozen_server_costs_a_deadline(server: Servers, script: Scripts, mode
 
 
 @pytest.mark.parametrize("where", [{"address": "tcp://127.0.0.1:1"}, {"embedded_gb": 0.25}])
-def test_no_server_and_a_server_of_ones_own(script: Scripts, model: Path, where: dict[str, Any]) -> None:
-    user = script(model)
+def test_no_server_and_a_server_of_ones_own(user: Any, where: dict[str, Any]) -> None:
     assert user.ask("attach", **where)["refusal"] == ""
     assert right(user.ask("generate", ids=[600, 12]))
     again = user.ask("generate", ids=[600, 12])

@@ -12,11 +12,11 @@ from typing import Any
 from blake3 import blake3
 
 from lmcache.chunks import Layout, Shard, shard_of_rank
-from lmcache.errors import LayoutError
+from lmcache.errors import LayoutError, LMCacheError
 from lmcache.integration.identity import path_identity, plain
 from lmcache.transfer.paged import PagedKV, Plane
 
-NOT_SERVED = (AttributeError, ImportError, KeyError, LayoutError, OSError, RuntimeError, TypeError, ValueError)
+NOT_SERVED = (AttributeError, ImportError, KeyError, LMCacheError, OSError, RuntimeError, TypeError, ValueError)
 """Whatever a release of TensorRT-LLM that we do not know may raise where we look into it: that engine runs on without us."""
 MODEL_ID_VARIABLE = "LMCACHE_MODEL_ID"
 _DTYPES = {
@@ -102,7 +102,7 @@ def model_folder(llm_args: Any) -> Path:
 
 def refusal_of(error: Exception) -> str:
     """One of `NOT_SERVED`, for people."""
-    if isinstance(error, LayoutError):
+    if isinstance(error, LMCacheError):
         return str(error)
     return f"this release of TensorRT-LLM is not understood ({error!r}); docs/tensorrt-llm.md says what is"
 

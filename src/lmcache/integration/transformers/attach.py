@@ -14,14 +14,14 @@ from lmcache.chunks import HASH_BYTES, Layout, Shard, TokenChain
 from lmcache.engine import Load, SchedulerSession, Store, WorkerSession
 from lmcache.engine.embedded import EmbeddedServer, embedded_address
 from lmcache.engine.link import Endpoint, server_address
-from lmcache.errors import LayoutError
+from lmcache.errors import LMCacheError
 from lmcache.integration.transformers.model import kv_shape, layout_of, weights_identity, weights_stamp
 from lmcache.integration.transformers.pool import Pool
 from lmcache.observability.log import init_logger
 
 logger = init_logger(__name__)
 
-_NOT_OURS = (AttributeError, ImportError, KeyError, LayoutError, OSError, RuntimeError, TypeError, ValueError)
+_NOT_OURS = (AttributeError, ImportError, KeyError, LMCacheError, OSError, RuntimeError, TypeError, ValueError)
 """What a model, or a release of transformers that we do not know, may raise where we look into it: it runs on without us."""
 _ROOM_TOKENS = 1024
 _FORESEEN_TOKENS = 2048
