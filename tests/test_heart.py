@@ -344,6 +344,9 @@ class Life:
         for first, count in ((0, len(pages) + 1), (-1, 1), (len(pages), 1)):
             with pytest.raises(Refusal):
                 self.heart.leased_pages(process, number, shard, first, count)
+        for stranger in [one for one in self.processes if self.processes[one] != lease.instance]:
+            with pytest.raises(Refusal):
+                self.heart.leased_pages(stranger, number, shard, 0, 1)
 
     def release(self) -> None:
         number = self.some(self.leases)
@@ -635,6 +638,11 @@ class Life:
                 claim.expired = True
                 self.told["expired"] += len(claim.chunks)
         self.heart.tick(self.now)
+        for number, lease in self.leases.items():
+            reader = next((one for one in self.processes if self.processes[one] == lease.instance), None)
+            if lease.expired and reader is not None:
+                with pytest.raises(Refusal):
+                    self.heart.leased_pages(reader, number, 0, 0, 1)
         numbers = {space.number for space in self.heart.spaces}
         self.spaces = [space for space in self.spaces if space.number in numbers or space.chunks]
         assert len(self.spaces) == len(numbers)

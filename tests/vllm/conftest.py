@@ -15,6 +15,7 @@ SHARED_MEMORY = Path("/dev/shm")
 VLLM_LEAVES = ("psm_*", "sem.mp-*", "vllm_dist_*")
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist looks at the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Everything here needs real vLLM; one worker runs it all, since engines starve each other on two cores."""
     skip = pytest.mark.skip(reason="LMCACHE_TEST_VLLM_PYTHON is not set (./run test sets it)")
@@ -28,8 +29,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Where everything lies. A vLLM that is killed leaves its own shared memory behind, which goes with the folder."""
+    if request.config.getoption("dist", "no") == "loadgroup" and hasattr(request.config, "workerinput"):
+        assert all(item.nodeid.endswith("@vllm") for item in request.session.items if "/vllm/" in item.nodeid)
     before = {path for pattern in VLLM_LEAVES for path in SHARED_MEMORY.glob(pattern)}
     yield tmp_path_factory.mktemp("vllm")
     left = {path for pattern in VLLM_LEAVES for path in SHARED_MEMORY.glob(pattern)} - before

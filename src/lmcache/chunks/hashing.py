@@ -86,6 +86,17 @@ class TokenChain:
         """Full chunks hashed so far."""
         return len(self.hashes) // HASH_BYTES
 
+    def tail(self, token_ids: Sequence[int]) -> bytes:
+        """The hash of the unfull chunk at the end of `token_ids`, whose full chunks are in the chain; b"" where there is none.
+
+        It is nobody's parent: what follows once the chunk is full hangs on the full chunk before it.
+        """
+        first = len(token_ids) // self.chunk_tokens * self.chunk_tokens
+        if first == len(token_ids):
+            return b""
+        extras = self._extras(first, len(token_ids)) if self._extras else b""
+        return chunk_hash(self.parent(first // self.chunk_tokens), token_ids[first:], extras)
+
     def parent(self, chunk: int) -> bytes:
         """The hash before chunk number `chunk`: the root for the first one."""
         return self.hashes[(chunk - 1) * HASH_BYTES : chunk * HASH_BYTES] if chunk else self.root

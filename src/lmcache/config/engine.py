@@ -29,7 +29,7 @@ _LONGEST_FILE_BYTES = 1 << 20
 _OTHERS = ("CONFIG_FILE", "LOG_LEVEL", "AUTH_KEY_FILE", "USE_UPSTREAM_MP")
 """Variables with our prefix that are read elsewhere."""
 _OTHER_PREFIXES = ("SERVER_", "TEST_", "DEMO_", "MP_")
-_NOTHING = ("", "null", "none", "~")
+_NOTHING = ("", "null", "none", "~", "[]", "{}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,9 +202,10 @@ _BY_NAME = {row.name: row for row in ROWS}
 
 @dataclasses.dataclass(frozen=True)
 class EngineSettings:
-    """A filled configuration and how it came about. `given` has every setting that was found, with what it means here."""
+    """A filled configuration and how it came about. values: of all rows, for people: secrets in URLs are `***`."""
 
     config: EngineConfig
+    values: Mapping[str, Any]
     sources: Mapping[str, str]
     """Name -> where its value is from: a variable, FILE:LINE, `default`."""
     warnings: tuple[str, ...] = ()
@@ -239,7 +240,7 @@ def load_engine(
             raise ConfigError(f"{one.source}: {name}: {one.text}: {error}") from None
         if row.refusal and value != row.default:
             raise ConfigError(f"{one.source}: {name}: {one.text}: is not there: {row.refusal}")
-        if row.effect.startswith("no effect") and value != row.default:
+        if row.effect.startswith("no effect") and value and value != row.default:
             warnings.append(f"{one.source}: {name} has {row.effect}")
         values[name] = value
     config = EngineConfig(
@@ -247,21 +248,20 @@ def load_engine(
     )
     _check_tiers(config, found)
     sources = {row.name: found[row.name].source if row.name in found else "default" for row in ROWS}
-    return EngineSettings(config, sources, tuple(warnings))
+    shown = {row.name: _redacted(values.get(row.name, row.default)) for row in ROWS}
+    return EngineSettings(config, shown, sources, tuple(warnings))
 
 
-def knows(key: str) -> bool:
-    """Whether a file for engines may have this key."""
-    return key in _BY_NAME
+def is_for_engines(path: Path) -> bool:
+    """Whether the file has a key that only an engine's file can have, and so is not the daemon's."""
+    servers = {option.name for option in OPTIONS}
+    return any(key in _BY_NAME and key not in servers for key in _read_keys(path))
 
 
 def _check_tiers(config: EngineConfig, found: Mapping[str, _Found]) -> None:
     if config.local_disk is not None and not config.max_local_disk_size:
         source = found["local_disk"].source
         raise ConfigError(f"{source}: local_disk: {config.local_disk}: say how much it may take: max_local_disk_size")
-    if config.tiers and not any(option.name == "l2" for option in OPTIONS):
-        name = "local_disk" if config.local_disk is not None else "remote_url"
-        raise ConfigError(f"{found[name].source}: {name}: {found[name].text}: tiers are not there yet: leave it out")
 
 
 def _from_environment(environ: Mapping[str, str], warnings: list[str]) -> dict[str, _Found]:
@@ -287,9 +287,11 @@ def _from_extra(extra: Mapping[str, Any]) -> dict[str, _Found]:
     return found
 
 
-def _from_file(path: Path) -> dict[str, _Found]:
-    import yaml  # here: most starts have no file
+def _redacted(value: Any) -> Any:
+    return read.redacted_url(value) if isinstance(value, str) else value
 
+
+def _read(path: Path) -> bytes:
     try:
         with path.open("rb") as file:
             raw = file.read(_LONGEST_FILE_BYTES + 1)
@@ -297,7 +299,24 @@ def _from_file(path: Path) -> dict[str, _Found]:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}: {FILE_VARIABLE} must name a YAML file") from error
     if len(raw) > _LONGEST_FILE_BYTES:
         raise ConfigError(f"{path}: larger than {_LONGEST_FILE_BYTES >> 20} MiB; that is no configuration")
-    loader = None
+    return raw
+
+
+def _read_keys(path: Path) -> list[str]:
+    """The keys of a readable file; whoever reads it whole says what is wrong with another."""
+    import yaml
+
+    try:
+        root = yaml.compose(_read(path).decode(), Loader=yaml.SafeLoader)
+    except (ConfigError, UnicodeDecodeError, yaml.YAMLError):
+        return []
+    return [str(key.value) for key, _ in root.value] if isinstance(root, yaml.MappingNode) else []
+
+
+def _from_file(path: Path) -> dict[str, _Found]:
+    import yaml  # here: most starts have no file
+
+    raw, loader = _read(path), None
     try:
         loader = yaml.SafeLoader(raw.decode())
         root = loader.get_single_node()

@@ -78,6 +78,64 @@ class ServerConfig:
         help="I/O threads: for engines on other hosts and for tiers. Engines on this host copy by themselves.",
     )
 
+    l2: tuple[str, ...] = _option(
+        "tiers",
+        "URL",
+        read.urls,
+        (),
+        default_text="none",
+        repeat=True,
+        help="A tier behind L1, may be given several times, the nearest first: disk:///var/lib/lmcache?max_gb=200, "
+        "dir:///mnt/shared, redis://:${PASSWORD}@host:6379/0?max_gb=50, s3://bucket/prefix?region=... . For every tier: "
+        "write=through|on-evict|none, read=yes|no, name=NAME. docs/tiers has a page for each.",
+    )
+    l2_adapter: tuple[str, ...] = _option(
+        "tiers",
+        "JSON",
+        read.lines,
+        (),
+        default_text="none",
+        repeat=True,
+        help="""The same as JSON: '{"type": "fs", "base_path": "/data"}'. Types: fs, resp (Redis), s3.""",
+    )
+    l2_required: bool = _option(
+        "tiers",
+        "",
+        read.switch,
+        False,
+        default_text="off",
+        help="Do not start when a tier cannot be reached. Otherwise the server goes on without it and tries again.",
+    )
+    l2_patience_seconds: float = _option(
+        "tiers",
+        "SECONDS",
+        read.number(0.01, 600),
+        10.0,
+        help="The longest that a request waits for loads from tiers, where nothing shorter is known to be sensible.",
+    )
+    l2_queue_gb: float = _option(
+        "tiers",
+        "GB",
+        read.number(0, 1e6),
+        0.0,
+        default_text="half of L1",
+        help="Bytes of chunks that may wait to be written to a tier, in GiB; beyond it the newest are not written.",
+    )
+    worth: str = _option(
+        "tiers",
+        "WHEN",
+        read.word("auto", "always"),
+        "auto",
+        help="auto: do not load what the engine computes sooner, by both measured speeds. always: load whatever is there.",
+    )
+    drain_seconds: float = _option(
+        "tiers",
+        "SECONDS",
+        read.number(0, 3600),
+        10.0,
+        help="How long SIGTERM waits for what is still to be written to tiers.",
+    )
+
     host: str = _option(
         "network",
         "ADDRESS",
@@ -121,7 +179,8 @@ class ServerConfig:
         "FILE",
         read.path,
         None,
-        help="CURVE key file (0600) that engines on other hosts must prove to know; needed for --host beyond loopback.",
+        help="CURVE key file (0600) that engines on other hosts must prove to know; needed for --host beyond loopback. "
+        "Engines take theirs from LMCACHE_AUTH_KEY_FILE.",
     )
     insecure_no_auth: bool = _option(
         "security",
@@ -175,6 +234,11 @@ class ServerConfig:
         return int(self.l1_size_gb * GIB) // PAGE_BYTES * PAGE_BYTES
 
     @property
+    def l2_queue_bytes(self) -> int:
+        """Bytes of chunks that may wait to be written to one tier."""
+        return int(self.l2_queue_gb * GIB) or self.l1_bytes // 2
+
+    @property
     def endpoint(self) -> str:
         """Where ZMQ binds: `tcp://127.0.0.1:5555`."""
         return f"tcp://{_in_url(self.host)}:{self.port}"
@@ -212,6 +276,7 @@ def _row(field: dataclasses.Field[Any]) -> Option:
 OPTIONS: tuple[Option, ...] = tuple(_row(field) for field in dataclasses.fields(ServerConfig))
 GROUPS = {
     "cache": "the cache",
+    "tiers": "tiers behind it (L2)",
     "network": "network",
     "security": "who may do what",
     "machine": "the machine",
@@ -228,4 +293,6 @@ def shown(option: Option, value: object) -> object:
         return "***" if value else None
     if option.name == "l1_size_gb" and not value:
         return "auto"
+    if isinstance(value, tuple):
+        return [read.redacted_url(one) for one in value]
     return str(value) if isinstance(value, Path) else value

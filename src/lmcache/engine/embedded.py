@@ -15,20 +15,21 @@ from pathlib import Path
 from blake3 import blake3
 
 import lmcache
-from lmcache.config.options import ENV_PREFIX, default_socket_dir
+from lmcache.config.options import ENV_PREFIX
 from lmcache.errors import ConfigError
 from lmcache.observability.log import init_logger
-from lmcache.wire.sockets import listen_unix
+from lmcache.wire.sockets import UNIX, listen_named
 
 logger = init_logger(__name__)
 _BOOT = "import runpy, sys; sys.path.append(sys.argv.pop(1)); runpy.run_module('lmcache.server.embedded', run_name='__main__')"
 """With this package's own place as the last one to look in: the engine may have found it by a path of its own."""
-_STOP_SECONDS = 5.0
+_STOP_SECONDS = 15.0
+"""More than `--drain-seconds`: what is still to be written to tiers."""
 
 
 def embedded_address(instance: str) -> str:
     """Where the server of the engine `instance` is, or will be: an address for `Endpoint`, the same in all its processes."""
-    return f"unix://{_socket_path(instance)}"
+    return f"{UNIX}@{_name(instance)}"
 
 
 class EmbeddedServer:
@@ -43,7 +44,7 @@ class EmbeddedServer:
         flags: more flags of `lmcache server`, as they would be typed. With --http-port it serves HTTP too.
 
     Raises:
-        ConfigError: the socket cannot be made, or another engine of that name has one. What else is wrong (too little memory,
+        ConfigError: another engine of that name has a server. What else is wrong (too little memory,
             a bad flag) the server says in the log when it ends; the engine then runs without it.
     """
 
@@ -51,17 +52,16 @@ class EmbeddedServer:
         self, instance: str, *, l1_size_gb: float = 0.0, chunk_size: int = 256, flags: Sequence[str] = ()
     ) -> None:
         self.address = embedded_address(instance)
-        self._path = path = _socket_path(instance)
         size = ("--l1-size-gb", f"{l1_size_gb:.6f}") if l1_size_gb else ()
-        with listen_unix(path) as listener:
+        with listen_named(_name(instance)) as listener:
             lifeline, self._kept = _lifeline()
             try:
                 descriptors = (listener.fileno(), lifeline)
                 self._process = subprocess.Popen(
                     [
                         *(sys.executable, "-c", _BOOT, str(Path(lmcache.__file__).parent.parent)),
-                        *(str(descriptors[0]), str(path), str(descriptors[1])),
-                        *("--chunk-size", str(chunk_size), *size, "--socket-dir", str(path.parent), *flags),
+                        *map(str, descriptors),
+                        *("--chunk-size", str(chunk_size), *size, *flags),
                     ],
                     pass_fds=descriptors,
                     stdin=subprocess.DEVNULL,
@@ -71,7 +71,6 @@ class EmbeddedServer:
                     start_new_session=True,  # Ctrl-C is for the engine
                 )
             except (OSError, ValueError) as error:
-                path.unlink(missing_ok=True)
                 raise ConfigError(f"cannot start the engine's own server with {sys.executable}: {error}") from error
             finally:
                 os.close(lifeline)
@@ -94,15 +93,14 @@ class EmbeddedServer:
             logger.warning("This engine's LMCache server, pid %d, does not stop: it is killed", self._process.pid)
             self._process.kill()
             self._process.wait()
-        self._path.unlink(missing_ok=True)  # one that was ended while it started has not tidied up
         if self._kept >= 0:
             os.close(self._kept)
             self._kept = -1
 
 
-def _socket_path(instance: str) -> Path:
-    """Short: a socket's path has 107 bytes at most, an engine's name may have any number."""
-    return default_socket_dir() / f"e-{blake3(instance.encode()).hexdigest(8)}.sock"
+def _name(instance: str) -> str:
+    """Short: a socket's name has 107 bytes at most, an engine's may have any number."""
+    return f"lmcache-{os.getuid()}-{blake3(instance.encode()).hexdigest(16)}"
 
 
 def _lifeline() -> tuple[int, int]:

@@ -34,8 +34,9 @@ class Load:
 
 @dataclass(frozen=True)
 class Store:
-    """Paged KV -> slots: the full chunks from `first_chunk` on, named by `hashes` (16 bytes each).
+    """Paged KV -> slots: the chunks from `first_chunk` on, named by `hashes` (16 bytes each).
 
+    end_token: where the last of them is unfull, the token behind its last one; 0 where all are full.
     parent: hash of the chunk before, or the root's (then `first_chunk` is 0). chunk_tokens: that of the hashes; a server that
     came back with another one gets none of them. after: on a GPU, the point in the engine's stream behind which the blocks
     are filled.
@@ -47,14 +48,19 @@ class Store:
     first_chunk: int
     blocks: list[int]
     after: Event | None = None
+    end_token: int = 0
 
 
 @dataclass(frozen=True)
 class Done:
-    """A finished job. `ok` is False for a load whose blocks were not filled, or a store of which nothing was kept."""
+    """A finished job. `ok` is False for a load whose blocks were not filled, or a store of which nothing was kept.
+
+    seconds: of the copies. put_seconds: of a store, for getting slots from the server and committing them.
+    """
 
     job_id: str
     kind: Literal["load", "store"]
     ok: bool
     tokens: int
     seconds: float
+    put_seconds: float = 0.0

@@ -1,7 +1,7 @@
-"""The server as an engine's own child: `python -m lmcache.server.embedded SOCKET PATH LIFELINE [flags of lmcache server]`.
+"""The server as an engine's own child: `python -m lmcache.server.embedded SOCKET LIFELINE [flags of lmcache server]`.
 
-`lmcache.engine.embedded` starts it. SOCKET and LIFELINE are inherited descriptors: a Unix socket that listens at PATH, and one
-that becomes readable when the engine ends. There is no port for engines, and HTTP only where --http-port is given.
+`lmcache.engine.embedded` starts it. SOCKET and LIFELINE are inherited descriptors: a Unix socket that listens, and one that
+becomes readable when the engine ends. There is no port for engines, and HTTP only where --http-port is given.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import argparse
 import socket
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from lmcache.config.load import add_flags, load
 from lmcache.config.server import OPTIONS
@@ -26,7 +25,6 @@ def main(argv: Sequence[str]) -> int:
     """Serve until the engine ends; the exit code is 2 where a setting is wrong or the machine has too little."""
     parser = argparse.ArgumentParser("lmcache.server.embedded", allow_abbrev=False)
     parser.add_argument("socket", type=int)
-    parser.add_argument("path", type=Path)
     parser.add_argument("lifeline", type=int)
     add_flags(parser)
     arguments = parser.parse_args(argv)
@@ -37,9 +35,8 @@ def main(argv: Sequence[str]) -> int:
         config = load(flags).config
         set_level(config.log_level)
         config = check_machine(config, port=False, http=http)
-        return serve(config, Owner(listener, arguments.path, arguments.lifeline, http))
+        return serve(config, Owner(listener, arguments.lifeline, http))
     except ConfigError as error:
-        arguments.path.unlink(missing_ok=True)
         logger.error("The server of this engine does not start, and KV is not cached: %s", error)
         return 2
 

@@ -30,14 +30,14 @@ MAX_UNSENT_BYTES = 16 << 20
 
 
 class UnixFace:
-    """Serves whoever connects to `listener`, which listens at `path` and is the face's to close."""
+    """Serves whoever connects to `listener`, which is the face's to close, as is the `path` at which it listens, if any."""
 
-    def __init__(self, loop: Loop, service: Service, listener: socket.socket, path: Path) -> None:
+    def __init__(self, loop: Loop, service: Service, listener: socket.socket, path: Path | None) -> None:
         self.loop, self.service, self.path = loop, service, path
         self.connections: set[_Connection] = set()
         self._listener = listener
         self._paused = False
-        service.socket_path = str(path)
+        service.socket_path = str(path) if path is not None else ""
         loop.watch(listener.fileno(), self._accept)
         loop.on_tick.append(self._accept_again)
 
@@ -45,7 +45,8 @@ class UnixFace:
         self.loop.on_tick.remove(self._accept_again)
         self.loop.unwatch(self._listener.fileno())
         self._listener.close()
-        self.path.unlink(missing_ok=True)
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
         for connection in list(self.connections):
             connection.close()
 

@@ -20,16 +20,17 @@ class Breaker:
     reason: str = ""
     """Of the last failure, for people."""
 
-    def admits(self, now: float) -> bool:
-        """Whether a call may go now. After the pause the first one asked for becomes the probe."""
-        if self.state == "open" and now >= self.retry_at:
-            self.state = "half-open"
-            return True
+    @property
+    def closed(self) -> bool:
+        """Whether calls may go."""
         return self.state == "closed"
 
-    def usable(self, now: float) -> bool:
-        """As `admits`, without becoming the probe."""
-        return self.state == "closed" or (self.state == "open" and now >= self.retry_at)
+    def probe(self, now: float) -> bool:
+        """Whether the pause is over and this is the moment for one call, which decides."""
+        if self.state != "open" or now < self.retry_at:
+            return False
+        self.state = "half-open"
+        return True
 
     def succeeded(self) -> None:
         self.state, self.failures, self.pause_seconds, self.reason = "closed", 0, FIRST_PAUSE_SECONDS, ""

@@ -1,4 +1,8 @@
-"""A listening Unix socket at a path of its own, in a folder that belongs to this user alone."""
+"""Listening Unix sockets: at a path in a folder that belongs to this user alone, or under a name that is no file.
+
+An address is `unix:///path` or `unix://@name`. A name (Linux's abstract namespace) leaves nothing behind however its owner
+dies; anybody on the host may connect to it, so both ends look at the other's credentials, as they do anyway.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,32 @@ from pathlib import Path
 
 from lmcache.errors import ConfigError
 
+UNIX = "unix://"
 _BACKLOG = 128
+
+
+def socket_place(address: str) -> str:
+    """What to connect to for `unix:///path` or `unix://@name`."""
+    place = address.removeprefix(UNIX)
+    return "\0" + place[1:] if place.startswith("@") else place
+
+
+def listen_named(name: str) -> socket.socket:
+    """Listen at `unix://@name`.
+
+    Raises:
+        ConfigError: another process has that name.
+    """
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        listener.bind("\0" + name)
+        listener.listen(_BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise ConfigError(
+            f"another server listens at {UNIX}@{name} ({error.strerror}): give its engine another name"
+        ) from error
+    return listener
 
 
 def listen_unix(path: Path) -> socket.socket:
@@ -41,7 +70,7 @@ def listen_unix(path: Path) -> socket.socket:
         raise ConfigError(f"another server listens at {path}: stop it, or give this one another name") from error
     except OSError as error:
         listener.close()
-        raise ConfigError(f"--socket-dir {directory}: cannot listen there: {error}") from error
+        raise ConfigError(f"--socket-dir {directory}: cannot listen there: {error}: pass another") from error
     except ConfigError:
         listener.close()
         raise
