@@ -101,6 +101,12 @@ class WorkerSession:
     def connected(self) -> bool:
         return self._link.connected
 
+    @property
+    def mapped_arena(self) -> bytes:
+        """The arena that this process has mapped, from where a load needs no server; b"" for none (payload frames)."""
+        with self._state:
+            return self._arena if self._mapping is not None else b""
+
     def wait_connected(self, timeout_seconds: float) -> bool:
         """Wait for the first connection, at engine start."""
         return self._link.wait_connected(timeout_seconds)
