@@ -17,15 +17,15 @@ import pytest
 
 from proxy import Proxy
 from servers import PATIENCE, Server, eventually
-from stores import Valkey
+from stores import RedisServer, binary_of
 
 TOKENS = list(range(160))
 """Ten chunks."""
 
 
 @pytest.fixture
-def valkey(folders: Callable[[str], Path]) -> Iterator[Valkey]:
-    store = Valkey(folders("/tmp"))
+def valkey(folders: Callable[[str], Path]) -> Iterator[RedisServer]:
+    store = RedisServer(binary_of("valkey"), folders("/tmp"))
     yield store
     store.end()
 
@@ -50,9 +50,9 @@ def page(server: Server, path: str, method: str = "GET") -> tuple[int, str]:
 
 @pytest.mark.parametrize("shards", [1, 2])
 def test_a_restarted_server_finds_everything_in_its_tier(
-    server: Callable[..., Server], engine: Callable[..., Any], valkey: Valkey, shards: int
+    server: Callable[..., Server], engine: Callable[..., Any], valkey: RedisServer, shards: int
 ) -> None:
-    flags = ("--l2", valkey.url)
+    flags = ("--l2", valkey.url())
     first = server(flags=flags)
     for shard in range(shards):
         assert engine(first, shard=shard, shards=shards).store(TOKENS) == len(TOKENS)
@@ -67,20 +67,22 @@ def test_a_restarted_server_finds_everything_in_its_tier(
 
 
 def test_the_end_waits_for_what_is_to_be_written(
-    server: Callable[..., Server], engine: Callable[..., Any], valkey: Valkey
+    server: Callable[..., Server], engine: Callable[..., Any], valkey: RedisServer
 ) -> None:
-    first = server(flags=("--l2", f"{valkey.url}?write=on-evict"))
+    first = server(flags=("--l2", f"{valkey.url()}?write=on-evict"))
     one = engine(first)
     one.store(TOKENS)
     assert tiers_of(first)["redis"]["kept_back_chunks"] == 10 and tiers_of(first)["redis"]["shards"] == 0
     first.signal(signal.SIGTERM)
     first.line_with("has stopped")
-    second = server(flags=("--l2", valkey.url))
+    second = server(flags=("--l2", valkey.url()))
     assert engine(second, "other").load(TOKENS) == len(TOKENS)
 
 
-def test_two_servers_share_a_store(server: Callable[..., Server], engine: Callable[..., Any], valkey: Valkey) -> None:
-    here, there = server(flags=("--l2", valkey.url)), server(flags=("--l2", valkey.url))
+def test_two_servers_share_a_store(
+    server: Callable[..., Server], engine: Callable[..., Any], valkey: RedisServer
+) -> None:
+    here, there = server(flags=("--l2", valkey.url())), server(flags=("--l2", valkey.url()))
     writer, reader = engine(here, "writer"), engine(there, "reader")
     writer.store(TOKENS)
     written(here, 10)
@@ -88,11 +90,11 @@ def test_two_servers_share_a_store(server: Callable[..., Server], engine: Callab
 
 
 def test_a_stalled_tier_costs_a_full_hit_nothing(
-    server: Callable[..., Server], engine: Callable[..., Any], valkey: Valkey
+    server: Callable[..., Server], engine: Callable[..., Any], valkey: RedisServer
 ) -> None:
     proxy = Proxy(valkey.port)
     try:
-        cache = server(flags=("--l2", f"redis://127.0.0.1:{proxy.port}/0"))
+        cache = server(flags=("--l2", valkey.url(port=proxy.port)))
         one = engine(cache)
         one.store(TOKENS)
         written(cache, 10)
@@ -114,9 +116,9 @@ def test_a_stalled_tier_costs_a_full_hit_nothing(
 def test_a_store_that_comes_late_goes_and_comes_back(
     server: Callable[..., Server], engine: Callable[..., Any], folders: Callable[[str], Path]
 ) -> None:
-    store = Valkey(folders("/tmp"))
+    store = RedisServer(binary_of("valkey"), folders("/tmp"))
     store.end()
-    cache = server(flags=("--l2", store.url))
+    cache = server(flags=("--l2", store.url()))
     assert any("does not serve yet" in line for line in cache.log)
     (told,) = cache.get("/healthcheck")["degraded"]
     assert told.startswith("redis: ") and str(store.port) in told
@@ -151,9 +153,9 @@ def test_required_tiers_and_wrong_urls_end_the_start_with_one_line(folders: Call
 
 
 def test_clearing_reaches_the_tiers_that_are_named(
-    server: Callable[..., Server], engine: Callable[..., Any], valkey: Valkey
+    server: Callable[..., Server], engine: Callable[..., Any], valkey: RedisServer
 ) -> None:
-    cache = server(flags=("--l2", f"{valkey.url}?name=far"))
+    cache = server(flags=("--l2", f"{valkey.url()}?name=far"))
     one = engine(cache)
     one.store(TOKENS)
     written(cache, 10, "far")
@@ -167,9 +169,9 @@ def test_clearing_reaches_the_tiers_that_are_named(
 
 
 def test_tiers_are_shown_without_passwords(server: Callable[..., Server], folders: Callable[[str], Path]) -> None:
-    store = Valkey(folders("/tmp"), "--requirepass", "hunter2")
+    store = RedisServer(binary_of("valkey"), folders("/tmp"), password="hunter2")
     try:
-        cache = server(flags=("--l2", f"redis://:hunter2@127.0.0.1:{store.port}/0"))
+        cache = server(flags=("--l2", store.url()))
         assert any("can be read by every user" in line for line in cache.log)
         assert not any("hunter2" in line for line in cache.log)
         for path in ("/status", "/metrics", "/", "/healthcheck"):

@@ -9,6 +9,7 @@ import os
 import selectors
 import signal
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -91,15 +92,21 @@ class Process:
 
 
 class Server(Process):
-    """`lmcache server` on ports of its own."""
+    """`lmcache server` on ports of its own, in the environment of the tests: it needs nothing of vLLM's."""
 
-    def __init__(self, folder: Path, chunk_size: int = 16, port: int = 0, name: str = "server") -> None:
+    def __init__(self, folder: Path, chunk_size: int = 16, port: int = 0, name: str = "server", *flags: str) -> None:
         self.port, self.http_port = port or free_port(), free_port()
-        command = [PYTHON, "-m", "lmcache.cli.main", "server", "--l1-size-gb", "1", "--eviction-policy", "LRU"]
+        command = [sys.executable, "-m", "lmcache.cli.main", "server", "--l1-size-gb", "1", "--eviction-policy", "LRU"]
         command += ["--chunk-size", str(chunk_size), "--port", str(self.port)]
-        command += ["--http-host", "127.0.0.1", "--http-port", str(self.http_port)]
+        command += ["--http-host", "127.0.0.1", "--http-port", str(self.http_port), *flags]
         super().__init__(command, folder / f"{name}.log")
         self.wait_until(lambda: "LMCache cache server is running..." in self.text(), "server", 30)
+
+    def status(self) -> dict[str, Any]:
+        """What GET /status answers."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.http_port}/status", timeout=REPLY_SECONDS) as answer:
+            status: dict[str, Any] = json.load(answer)
+        return status
 
     def config(self, deadline_seconds: float = 20.0, **more: Any) -> dict[str, Any]:
         """The value of --kv-transfer-config for an engine that uses this server.

@@ -22,8 +22,8 @@ from lmcache.tiers.url import TierURL, number, one_of, whole
 
 PART_BYTES = (4 << 20) - 64
 """Values of 8 MiB and more run at a third of the speed; a little less than 4 MiB leaves the server room for its own header."""
-BOOKED_BYTES = 768
-"""What a shard is booked with beside header and payload: its key, its record and its place in the order of use."""
+BOOKED_BYTES = 1024
+"""What a shard is booked with beside its parts: its header, its keys' names, its record and its place in the order of use."""
 BOOKED_PART_BYTES = 256
 """What each part is booked with beside its bytes: its key."""
 MAX_PARTS = 4096
@@ -31,6 +31,8 @@ PARTITIONS = 64
 """A cluster has so many indexes, each for the chunks of one first byte modulo this, with its part of `max_gb`."""
 BUSY, LOST, TOO_LARGE, FULL = "busy", "lost", "too large", "full"
 """Outcomes of a store: another writer is at it; cleared while it was written; larger than the cap; no room."""
+_PARTLY = "partly there"
+"""Of a load, before it becomes ABSENT: what is left of the shard must go."""
 _WINDOW_BYTES = 64 << 20
 """Of a load, so much is asked for before it is read: the server holds what nobody has read yet."""
 
@@ -55,9 +57,10 @@ class RedisTier(Tier):
         self._ttl_us, self._lease_us = int(ttl_seconds * 1e6), int(timeout_seconds * 2e6)
         if nodes.is_cluster:
             self._tags = [f"{{{prefix}/{number:02x}}}".encode() for number in range(PARTITIONS)]
+            self._pattern = f"{{{prefix}/??}}*"
         else:
             self._tags = [f"{{{prefix}}}".encode()]
-        self._prefix = f"{{{prefix}"
+            self._pattern = f"{{{prefix}}}*"
         self._used: dict[bytes, tuple[int, int]] = {}
         """Tag -> bytes and shards, as the store said last."""
 
@@ -115,10 +118,11 @@ class RedisTier(Tier):
                     self._ask_for(connection, keys[which[asked]], len(into[which[asked]]))
                     ahead_bytes += len(into[which[asked]])
                     asked += 1
-                outcomes[index] = self._receive(connection, keys[index], into[index])
+                outcome = self._receive(connection, keys[index], into[index])
                 ahead_bytes -= len(into[index])
-                if known[place] != (outcomes[index] == OK) or outcomes[index] not in (OK, ABSENT):
+                if known[place] != (outcome == OK) or outcome not in (OK, ABSENT):
                     wrong.append(index)
+                outcomes[index] = ABSENT if outcome == _PARTLY else outcome
             self._mend(connection, [(keys[index], len(into[index]), outcomes[index]) for index in wrong])
 
         self._converse(keys, ask)
@@ -162,7 +166,7 @@ class RedisTier(Tier):
         deadline = self._deadline()
         for node in self._nodes.all():
             with node.connection(deadline) as connection:
-                _unlink_all(connection, f"{self._prefix}*")
+                _unlink_all(connection, self._pattern)
         self._everywhere("usage")
 
     def usage(self) -> Usage:
@@ -197,8 +201,12 @@ class RedisTier(Tier):
             got = connection.value_into(part, checksum.update)
             if isinstance(got, ReplyError):
                 outcome = outcome or self._no_value(connection, got)
+            elif got is None:
+                outcome = outcome or _PARTLY
+            elif outcome == ABSENT:
+                outcome = _PARTLY
             elif got != len(part):
-                outcome = outcome or (ABSENT if got is None else frame.TRUNCATED)
+                outcome = outcome or frame.TRUNCATED
         return outcome or checksum.check(header, key) if isinstance(header, bytes) else outcome
 
     def _no_value(self, connection: Connection, reply: Reply) -> str:
@@ -364,7 +372,16 @@ class _TLSTier(RedisTier):
 
 def booked_bytes(payload_bytes: int) -> int:
     """What a shard counts against `max_gb`; the memory that it takes in the server is not more (tests measure it)."""
-    return payload_bytes + frame.HEADER_BYTES + BOOKED_BYTES + BOOKED_PART_BYTES * _parts(payload_bytes)
+    full, rest = divmod(payload_bytes, PART_BYTES)
+    parts = full * _allocated(PART_BYTES) + (_allocated(rest) if rest else 0)
+    return BOOKED_BYTES + BOOKED_PART_BYTES * _parts(payload_bytes) + parts
+
+
+def _allocated(size: int) -> int:
+    """What jemalloc gives for a value of that size: a multiple of a quarter of the power of two below."""
+    size += 32
+    step = max(16, 1 << (size - 1).bit_length() - 3)
+    return -(-size // step) * step
 
 
 def _booking(key: ShardKey, payload_bytes: int) -> tuple[str, int, int]:

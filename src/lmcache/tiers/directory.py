@@ -1,0 +1,366 @@
+"""`dir:///mnt/shared?max_gb=200`: one file a shard in a directory that several machines may mount.
+
+A shard is written under a temporary name and renamed, so it is there whole or not at all. No index is kept, since another
+machine would make it wrong: the file system is asked. Each process counts what it writes on top of what the janitor counted
+(`janitor`) and stores nothing above the cap, so the whole is bounded by the cap and what others wrote since that count.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+from lmcache.errors import ConfigError
+from lmcache.observability.log import init_logger
+from lmcache.tiers import frame
+from lmcache.tiers.frame_io import UNREADABLE
+from lmcache.tiers.janitor import Count, Janitor
+from lmcache.tiers.medium import BLOCK_BYTES, FULL, Medium, blocks, tier_error
+from lmcache.tiers.tier import ABSENT, KEPT, OK, Shard, ShardKey, Tier, TierError, Usage
+from lmcache.tiers.url import TierURL, whole
+
+TOUCH_SECONDS = 60.0
+"""A file's time of use is brought up to date at most so often."""
+COUNT_SECONDS = 60.0
+"""How often the janitor counts, and the others read what it counted."""
+ASK_SECONDS = 5.0
+"""How often the janitor looks whether somebody wants room."""
+_COUNTING_SHARE = 0.05
+"""At most this part of the janitor's time goes into counting."""
+_PIECE_BYTES = 4 << 20
+_TRIM_SHARE = 20
+"""Trimming goes 1/20 of the cap below it, so that it is not done for every shard."""
+_TRIES = 3
+_GONE = frozenset({errno.ENOENT, errno.ESTALE, errno.ENOTDIR})
+log = init_logger(__name__)
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class DirectoryTier(Tier):
+    """Shards as files. Any number of processes and machines at a time."""
+
+    scheme = "dir"
+    concurrency = 8
+
+    def __init__(
+        self,
+        path: Path,
+        max_bytes: int | None,
+        secret: bytes = b"",
+        threads: int = 8,
+        medium: Medium | None = None,
+        touch_seconds: float = TOUCH_SECONDS,
+    ) -> None:
+        """max_bytes: None for no cap. threads: files that are read or written at once."""
+        self._path, self._max_bytes, self._secret, self._threads = path, max_bytes, secret, threads
+        self._touch_seconds = touch_seconds
+        self._where = f"dir://{path}"
+        self._medium = medium or Medium()
+        self._life = threading.Lock()
+        self._lock = threading.Lock()
+        self._counting = threading.Lock()
+        """Over the janitor."""
+        self._opened = False
+        self._count = Count(0, 0)
+        self._in_flight = 0
+        """Bytes that are counted and may not be there yet."""
+        self._published: Count | None = None
+        """By the janitor, when this process last took it over."""
+
+    @classmethod
+    def from_url(cls, url: TierURL) -> DirectoryTier:
+        if url.host or not url.path.strip("/"):
+            raise ConfigError(f"{url.redacted}: write an absolute path behind three slashes: dir:///mnt/shared")
+        return cls(
+            Path(os.path.normpath(url.path)),
+            url.take_max_bytes(),
+            url.take_frame_key(),
+            url.take("connections", whole(1, 256), 8),
+        )
+
+    # ---- the protocol
+
+    def open(self) -> None:
+        with self._life:
+            if self._opened:
+                return
+            with self._named_errors():
+                (self._path / "tmp").mkdir(mode=0o700, parents=True, exist_ok=True)
+                self._janitor = Janitor(self._medium, self._path)
+                elected, published = self._janitor.elected(), self._janitor.published()
+                if published and (published[1] or not elected):
+                    self._count = published[0]
+                else:
+                    self._count = self._janitor.count()
+                if elected:
+                    self._janitor.publish(self._count)
+            self._pool = ThreadPoolExecutor(self._threads, "lmcache-dir")
+            self._stop = threading.Event()
+            self._watch = threading.Thread(target=self._keep_counting, name="lmcache-dir-janitor", daemon=True)
+            self._opened = True
+            self._watch.start()
+
+    def contains(self, keys: Sequence[ShardKey]) -> list[bool]:
+        self._check_open()
+        return self._each(lambda key: os.path.exists(self._file(key)), keys)
+
+    def load(self, keys: Sequence[ShardKey], into: Sequence[memoryview]) -> list[str]:
+        self._check_open()
+        outcomes = self._each(self._load_one, list(zip(keys, into, strict=True)))
+        failed = [one for one in outcomes if isinstance(one, OSError)]
+        if failed and len(failed) == len(outcomes) - outcomes.count(ABSENT):
+            raise tier_error(self._where, failed[0]) from failed[0]
+        return [UNREADABLE if isinstance(one, OSError) else one for one in outcomes]
+
+    def store(self, shards: Sequence[Shard]) -> list[str]:
+        self._check_open()
+        seen: set[ShardKey] = set()
+        later = [shard.key in seen or bool(seen.add(shard.key)) for shard in shards]  # type: ignore[func-returns-value]
+        outcomes = self._each(self._store_one, [one for one, again in zip(shards, later, strict=True) if not again])
+        said = iter(outcomes)
+        outcomes = [KEPT if again else next(said) for again in later]
+        for one in outcomes:
+            if isinstance(one, OSError):
+                raise tier_error(self._where, one) from one
+        return [one for one in outcomes if isinstance(one, str)]
+
+    def remove(self, keys: Sequence[ShardKey]) -> None:
+        self._check_open()
+        with self._named_errors():
+            self._each(lambda key: self._unlink(self._file(key)), keys)
+
+    def clear(self) -> None:
+        self._check_open()
+        with self._counting, self._named_errors():
+            self._janitor.clear()
+            count = self._janitor.count()
+            with self._lock:
+                self._count = count
+            if self._janitor.elected():
+                self._janitor.publish(count)
+
+    def usage(self) -> Usage:
+        """As counted last by the janitor, and by this process since."""
+        return Usage(*self._count, self._max_bytes)
+
+    def close(self) -> None:
+        with self._life:
+            if not self._opened:
+                return
+            self._opened = False
+            self._stop.set()
+            self._watch.join()
+            self._pool.shutdown()
+            try:
+                self._janitor.leave(self._count)
+            except OSError as error:
+                log.warning("%s: the janitor's lease was not given back: %s", self._where, error.strerror)
+
+    # ---- one shard
+
+    def _file(self, key: ShardKey) -> Path:
+        space, name = key.text.split("/")
+        return self._path / space / name[:2] / name
+
+    def _load_one(self, asked: tuple[ShardKey, memoryview]) -> str | OSError:
+        key, into = asked
+        path = self._file(key)
+        try:
+            fd = self._medium.open(path, os.O_RDONLY)
+        except OSError as error:
+            return ABSENT if error.errno in _GONE else error
+        try:
+            status = os.fstat(fd)
+            outcome = self._read(fd, status.st_size, key, into.cast("B"))
+            if outcome != OK:
+                self._unlink(path, status.st_ino)
+            elif time.time() - status.st_mtime >= self._touch_seconds:
+                self._touch(path)
+            return outcome
+        except OSError as error:
+            return ABSENT if error.errno in _GONE else error
+        finally:
+            os.close(fd)
+
+    def _read(self, fd: int, size: int, key: ShardKey, into: memoryview) -> str:
+        header = memoryview(bytearray(frame.HEADER_BYTES))
+        checksum = frame.Checksum(self._secret)
+        got = self._medium.read(fd, [header, into[:_PIECE_BYTES]], 0)
+        wrong = frame.check_header(header[:got], key, into.nbytes, self._secret)
+        if wrong:
+            return wrong
+        if size != frame.HEADER_BYTES + into.nbytes:
+            return frame.TRUNCATED if size < frame.HEADER_BYTES + into.nbytes else frame.OTHER_SIZE
+        checksum.update(into[:_PIECE_BYTES])
+        for at in range(_PIECE_BYTES, into.nbytes, _PIECE_BYTES):
+            piece = into[at : at + _PIECE_BYTES]
+            if self._medium.read(fd, [piece], frame.HEADER_BYTES + at) < piece.nbytes:
+                return frame.TRUNCATED
+            checksum.update(piece)
+        return checksum.check(header, key)
+
+    def _store_one(self, shard: Shard) -> str | OSError:
+        path, payload = self._file(shard.key), shard.payload.cast("B")
+        size = frame.HEADER_BYTES + payload.nbytes
+        try:
+            before = _stat(path)
+            if before and before.st_size == size:
+                self._touch(path)
+                return KEPT
+            cost = blocks(size) + (0 if path.parent.exists() else 2 * BLOCK_BYTES)
+            refused = self._make_room(cost)
+            if refused:
+                return refused
+            try:
+                self._write(path, shard, payload)
+            except OSError as error:
+                self._add(-cost, 0)
+                if error.errno not in FULL:
+                    raise
+                return "full"
+            finally:
+                with self._lock:
+                    self._in_flight -= cost
+            self._add(-blocks(before.st_size) if before else 0, 0 if before else 1)
+            return OK
+        except OSError as error:
+            return error
+
+    def _write(self, path: Path, shard: Shard, payload: memoryview) -> None:
+        aside = self._path / "tmp" / uuid.uuid4().hex
+        header = frame.make_header(shard.key, shard.parent, payload, self._secret)
+        fd = self._medium.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        try:
+            try:
+                self._medium.write(fd, [header, payload], 0)
+            finally:
+                self._medium.close(fd)  # where NFS says that it could not
+            for attempt in (1, 2):
+                path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                try:
+                    self._medium.rename(aside, path)
+                    break
+                except FileNotFoundError:  # a clear took the folder away
+                    if attempt == 2:
+                        raise
+        except OSError:
+            try:
+                self._medium.unlink(aside)
+            except OSError:
+                pass  # the janitor sweeps it
+            raise
+
+    def _unlink(self, path: Path, inode: int | None = None) -> None:
+        """`inode`: only while it is that file, and not one that another machine stored meanwhile."""
+        status = _stat(path)
+        if status and inode in (None, status.st_ino):
+            self._medium.unlink(path)
+            self._add(-status.st_blocks * 512, -1)
+
+    def _touch(self, path: Path) -> None:
+        try:
+            self._medium.touch(path)
+        except OSError as error:
+            log.debug("%s: the time of use was not written down: %s", self._where, error.strerror)
+
+    # ---- room
+
+    def _add(self, stored_bytes: int, shards: int) -> None:
+        with self._lock:
+            self._count = Count(max(0, self._count.stored_bytes + stored_bytes), max(0, self._count.shards + shards))
+
+    def _make_room(self, cost: int) -> str:
+        """OK, and the bytes are counted as taken; or why not. Raises OSError."""
+        if self._max_bytes is not None and cost > self._max_bytes:
+            return "too large"
+        for _ in range(_TRIES):
+            if self._taken(cost):
+                return OK
+            with self._counting:
+                if self._taken(cost):  # somebody else has trimmed meanwhile
+                    return OK
+                self._tidy(cost)
+        return OK if self._taken(cost) else "full"
+
+    def _taken(self, cost: int) -> bool:
+        with self._lock:
+            if self._max_bytes is not None and self._count.stored_bytes + cost > self._max_bytes:
+                return False
+            self._count = self._count._replace(stored_bytes=self._count.stored_bytes + cost)
+            self._in_flight += cost
+            return True
+
+    def _tidy(self, room: int = 0) -> None:
+        """As janitor count and trim, else read what the janitor counted. Under `_counting`. Raises OSError."""
+        with self._lock:
+            before, flying = self._count, self._in_flight  # what flies is seen by the look that follows, or not
+        if self._janitor.elected():
+            count = self._janitor.count()
+            if self._max_bytes is not None and count.stored_bytes + flying + room > self._max_bytes:
+                below = self._max_bytes - flying - room - self._max_bytes // _TRIM_SHARE
+                count = self._janitor.trim(count, max(0, below))
+            self._janitor.publish(count)
+        else:
+            if room and self._max_bytes is not None:
+                self._janitor.ask_for_room()
+            published = self._janitor.published()
+            if published is None or published[0] == self._published:
+                return
+            count, flying = published[0], 0
+        self._published = count
+        with self._lock:
+            meanwhile = max(0, self._count.stored_bytes - before.stored_bytes)
+            self._count = Count(count.stored_bytes + flying + meanwhile, count.shards)
+
+    def _keep_counting(self) -> None:
+        """The janitor's thread. It leaves some room, since others who are not elected can make none."""
+        due = time.monotonic() + COUNT_SECONDS
+        spare = (self._max_bytes or 0) // _TRIM_SHARE
+        while not self._stop.wait(ASK_SECONDS):
+            began = time.monotonic()
+            try:
+                asked = self._janitor.asked_for_room() if self._janitor.holds() else False
+                if asked or began >= due:
+                    with self._counting:
+                        self._tidy(spare)
+                    due = time.monotonic() + max(COUNT_SECONDS, (time.monotonic() - began) / _COUNTING_SHARE)
+            except OSError as error:
+                log.warning("%s: could not count what is there, later again: %s", self._where, error.strerror)
+                due = began + COUNT_SECONDS
+
+    # ---- calls
+
+    def _each(self, call: Callable[[T], R], of: Sequence[T]) -> list[R]:
+        """Side by side, in order."""
+        if len(of) <= 1:
+            return [call(one) for one in of]
+        return list(self._pool.map(call, of))
+
+    def _check_open(self) -> None:
+        if not self._opened:
+            raise TierError("closed", f"{self._where}: it is not open")
+
+    @contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise tier_error(self._where, error) from error
+
+
+def _stat(path: Path) -> os.stat_result | None:
+    try:
+        return path.stat()
+    except OSError as error:
+        if error.errno in _GONE:
+            return None
+        raise

@@ -1,0 +1,588 @@
+"""`disk:///var/lib/lmcache?max_gb=200`: a directory on a local disk, of one server alone.
+
+Segments hold the frames (`segments`, `frame_io`), a journal says what is where (`journal`), and an index of it is in memory
+(`shard_index`). The order of things makes it safe to die anywhere: a frame is written before the journal speaks of it and
+acknowledged after; an eviction is in the journal before its blocks are given back. Space is counted before it is taken.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import itertools
+import mmap
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from lmcache.errors import ConfigError
+from lmcache.observability.log import init_logger
+from lmcache.tiers import frame
+from lmcache.tiers.frame_io import BOUNCE_BYTES, GROUP_BYTES, GROUP_FRAMES, UNREADABLE, Found, FrameIO
+from lmcache.tiers.journal import PUT, REMOVE, STEP_BYTES, USE, Journal, places
+from lmcache.tiers.medium import BLOCK_BYTES, FULL, Medium, blocks, tier_error
+from lmcache.tiers.segments import Segment, Segments, cost_of, frame_bytes, is_large, offset_of
+from lmcache.tiers.shard_index import MAX_PAYLOAD_BYTES, RECORD, ShardIndex, tag_of
+from lmcache.tiers.tier import ABSENT, KEPT, OK, Shard, ShardKey, Tier, TierError, Usage
+from lmcache.tiers.url import GIB, TierURL, one_of
+
+NO_ROOM, TOO_LARGE = "full", "too large"
+"""Outcomes of a store: no room could be made; it would not fit into an empty tier."""
+_FIXED_BYTES = 4 * BLOCK_BYTES
+"""The directory and the lock file."""
+_SEGMENT_BYTES = (1 << 20, 1 << 30)
+"""Bounds of a segment's size, which is 1/64 of the cap in between."""
+_PART_OF_FREE = 0.9
+_LANES = 4
+"""Threads that read for one call, and that take checksums."""
+_LANE_BYTES = 4 << 20
+"""A call of less is not spread over threads."""
+_ENTRY_RECORDS = 1024
+"""Removals and uses that go into one entry of the journal: it must fit into the room that is reserved ahead."""
+_PAUSE_SECONDS = 2.0
+"""After the file system was full although older shards had made way: so long nothing more is dropped for it."""
+_OWN_FILES = {"index", "index.new", "lock", "probe", "lost+found"}
+log = init_logger(__name__)
+
+
+class _Hit(NamedTuple):
+    number: int
+    found: Found
+    segment: Segment
+
+
+class DiskTier(Tier):
+    """Shards on a local disk. One process at a time (a lock says so); any number of its threads."""
+
+    scheme = "disk"
+
+    def __init__(
+        self, path: Path, max_bytes: int | None, io: str = "auto", secret: bytes = b"", medium: Medium | None = None
+    ) -> None:
+        """max_bytes: None for 90 % of what the file system has free. io: auto, direct or buffered."""
+        self._path, self._asked_bytes, self._mode, self._secret = path, max_bytes, io, secret
+        self._where = f"disk://{path}"
+        self._medium = medium or Medium()
+        self._life = threading.Lock()
+        self._lock = threading.Lock()
+        """Over the index, the journal and the segments' books. Nothing that may wait for the device is done under it,
+        but for the journal, which goes through the page cache."""
+        self._punching = threading.Lock()
+        self._idle = threading.Condition(self._lock)
+        self._calls = 0
+        self._opened = self._alone = False
+        self._closing = ExitStack()
+        self._index = ShardIndex()
+        self._max_bytes = max_bytes or 0
+        self._compact_above = 0
+        self._full_until = 0.0
+
+    @classmethod
+    def from_url(cls, url: TierURL) -> DiskTier:
+        if url.host or not url.path.strip("/"):
+            raise ConfigError(f"{url.redacted}: write an absolute path behind three slashes: disk:///var/lib/lmcache")
+        return cls(
+            Path(os.path.normpath(url.path)),
+            url.take_max_bytes(),
+            url.take("io", one_of("auto", "direct", "buffered"), "auto"),
+            url.take_frame_key(),
+        )
+
+    # ---- the protocol
+
+    def open(self) -> None:
+        with self._life:
+            if self._opened:
+                return
+            try:
+                with self._named_errors():
+                    self._mount()
+            except TierError:
+                self._closing.close()
+                raise
+            self._opened = True
+
+    def known(self, keys: Sequence[ShardKey]) -> list[bool]:
+        return [bool(self._index.find(key.packed)) for key in keys]
+
+    def contains(self, keys: Sequence[ShardKey]) -> list[bool]:
+        return self.known(keys)
+
+    def load(self, keys: Sequence[ShardKey], into: Sequence[memoryview]) -> list[str]:
+        with self._call():
+            outcomes = [ABSENT] * len(keys)
+            hits: list[_Hit] = []
+            with self._lock:
+                for number, (key, buffer) in enumerate(zip(keys, into, strict=True)):
+                    row = self._index.find(key.packed)
+                    if not row:
+                        continue
+                    place = self._index.place(row)
+                    hits.append(_Hit(number, Found(place, key, buffer), self._segments[place]))
+                    if self._index.payload(row) != buffer.nbytes:
+                        outcomes[number] = frame.OTHER_SIZE
+            failed: list[OSError] = []
+            for number, outcome in self._read([hit for hit in hits if outcomes[hit.number] != frame.OTHER_SIZE]):
+                if isinstance(outcome, OSError):
+                    failed.append(outcome)
+                    outcome = UNREADABLE
+                outcomes[number] = outcome
+            if failed and len(failed) == len(hits):
+                raise tier_error(self._where, failed[0]) from failed[0]  # the device, and not one of its blocks
+            self._after_load(hits, outcomes)
+            return outcomes
+
+    def store(self, shards: Sequence[Shard]) -> list[str]:
+        with self._call():
+            outcomes = [KEPT] * len(shards)
+            wanted: dict[bool, list[int]] = {True: [], False: []}
+            seen: set[ShardKey] = set()
+            again: list[int] = []
+            with self._lock:
+                kept: list[int] = []
+                for number, shard in enumerate(shards):
+                    size = shard.payload.nbytes
+                    row = self._index.find(shard.key.packed)
+                    if shard.key in seen:
+                        again.append(number)
+                    elif row and self._index.payload(row) == size:
+                        kept.append(row)
+                    elif size > MAX_PAYLOAD_BYTES or cost_of([size]) > self._room():
+                        outcomes[number] = TOO_LARGE
+                    else:
+                        seen.add(shard.key)
+                        wanted[is_large(size)].append(number)
+                self._use(kept)
+            for numbers in wanted.values():
+                for group in _groups(numbers, shards):
+                    said = self._store_group([shards[number] for number in group])
+                    for number, outcome in zip(group, said, strict=True):
+                        outcomes[number] = outcome
+            if self._segments.freed_bytes:
+                with self._named_errors():
+                    self._give_back()
+        if again:
+            for number, outcome in zip(again, self.store([shards[number] for number in again]), strict=True):
+                outcomes[number] = outcome
+        return outcomes
+
+    def remove(self, keys: Sequence[ShardKey]) -> None:
+        with self._call(), self._named_errors():
+            with self._lock:
+                self._drop({row for row in (self._index.find(key.packed) for key in keys) if row})
+            self._give_back()
+
+    def clear(self) -> None:
+        with self._call(alone=True), self._named_errors():
+            with self._lock:
+                self._journal.restart(ShardIndex().records(), self._segments.next_number)
+                self._index = ShardIndex()
+                self._compact_above = 0
+                dropped = self._segments.drop_all()
+            for segment in dropped:
+                self._delete(segment)
+
+    def usage(self) -> Usage:
+        """`stored_bytes`: blocks of frames, and what the index may take at most, even while it is being rewritten."""
+        return Usage(self._used() if self._opened else 0, len(self._index), self._max_bytes or None)
+
+    def index_memory_bytes(self) -> int:
+        """What the index takes in this process."""
+        return self._index.memory_bytes()
+
+    def close(self) -> None:
+        with self._life:
+            with self._lock:
+                if not self._opened:
+                    return
+                self._opened = False
+                while self._calls:
+                    self._idle.wait()
+            try:
+                self._compact()
+            except OSError as error:
+                log.warning("%s: the index could not be rewritten: %s", self._where, error.strerror)
+            self._index = ShardIndex()
+            self._closing.close()
+
+    # ---- coming and going
+
+    def _mount(self) -> None:
+        self._take_directory()
+        sums = ThreadPoolExecutor(_LANES, "lmcache-disk-sum")
+        self._closing.callback(sums.shutdown)
+        self._readers = ThreadPoolExecutor(_LANES, "lmcache-disk-read")
+        self._closing.callback(self._readers.shutdown)
+        direct = self._can_be_direct()
+        self._io = FrameIO(self._medium, self._secret, sums, direct)
+        self._max_bytes = self._asked_bytes or self._part_of_free()
+        low, high = _SEGMENT_BYTES
+        size = blocks(min(high, max(low, self._max_bytes // 64)))
+        self._segments = Segments(self._medium, self._path, size, os.O_RDWR | (os.O_DIRECT if direct else 0))
+        self._closing.callback(self._segments.close)
+        self._journal = Journal(self._medium, self._path)
+        self._closing.callback(self._journal.close)
+        records, next_segment = self._journal.open()
+        self._segments.mount(records, next_segment)
+        self._index = ShardIndex(records)
+        self._compact_above = 0
+        self._compact_when_due()
+        while self._used() > self._max_bytes and self._evict(self._used() - self._max_bytes):
+            self._give_back()  # max_gb is lower than it was
+        log.info(
+            "%s: %d shards, %.2f of %.2f GiB, %s I/O",
+            self._where,
+            len(self._index),
+            self._used() / GIB,
+            self._max_bytes / GIB,
+            "direct" if direct else "buffered",
+        )
+
+    def _take_directory(self) -> None:
+        self._path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = self._path.stat()
+        if status.st_uid != os.geteuid() or status.st_mode & 0o022:
+            raise TierError(
+                "denied",
+                f"{self._where}: others may write to it; give it to this user: chown, and chmod 700 {self._path}",
+            )
+        for path in self._path.iterdir():
+            if path.name not in _OWN_FILES and path.suffix not in (".large", ".packed"):
+                raise TierError(
+                    "denied", f"{self._where}: {path.name!r} is not the cache's; give it a directory of its own"
+                )
+        os.chmod(self._path, 0o700)
+        fd = self._medium.open(self._path / "lock", os.O_RDWR | os.O_CREAT)
+        self._closing.callback(os.close, fd)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.pread(fd, 20, 0).decode("ascii", "replace").strip() or "of unknown number"
+            raise TierError(
+                "locked", f"{self._where}: in use by process {owner}; end it, or give this one another directory"
+            ) from None
+        self._medium.write(fd, [f"{os.getpid():<20}".encode()], 0)
+
+    def _can_be_direct(self) -> bool:
+        """Tried out: some file systems refuse to open, others to write."""
+        if self._mode == "buffered":
+            return False
+        path = self._path / "probe"
+        try:
+            fd = self._medium.open(path, os.O_RDWR | os.O_CREAT | os.O_DIRECT)
+            try:
+                self._medium.write(fd, [memoryview(mmap.mmap(-1, BLOCK_BYTES))], 0)
+            finally:
+                os.close(fd)
+        except OSError as error:
+            if error.errno in FULL:
+                return True
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+                raise
+            if self._mode == "direct":
+                raise TierError(
+                    "direct", f"{self._where}: this file system has no O_DIRECT; use io=auto or io=buffered"
+                ) from None
+            log.warning("%s: this file system has no O_DIRECT: going through the page cache", self._where)
+            return False
+        finally:
+            self._medium.unlink(path)
+        return True
+
+    def _part_of_free(self) -> int:
+        status = os.statvfs(self._path)
+        own = sum(path.stat().st_blocks * 512 for path in self._path.iterdir() if path.is_file())
+        return int((status.f_bavail * status.f_frsize + own) * _PART_OF_FREE)
+
+    @contextmanager
+    def _call(self, alone: bool = False) -> Iterator[None]:
+        """Of a tier that is open, and stays so until the call returns; `alone` when no other call may run beside it."""
+        with self._lock:
+            while self._alone or (alone and self._calls and self._opened):
+                self._idle.wait()
+            if not self._opened:
+                raise TierError("closed", f"{self._where}: it is not open")
+            self._calls += 1
+            self._alone = alone
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._calls -= 1
+                self._alone = False
+                self._idle.notify_all()
+
+    @contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise tier_error(self._where, error) from error
+
+    # ---- room
+
+    def _used(self) -> int:
+        return self._segments.bytes + self._index_bytes(len(self._index)) + _FIXED_BYTES
+
+    def _room(self) -> int:
+        """For one shard in an empty tier."""
+        return self._max_bytes - _FIXED_BYTES - self._index_bytes(1)
+
+    def _index_bytes(self, shards: int) -> int:
+        """The most that the journal may take with so many, and the new one beside it while that is written."""
+        snapshot = shards * RECORD.itemsize + BLOCK_BYTES
+        return snapshot + max(self._journal_limit(shards), self._compact_above) + 2 * STEP_BYTES
+
+    def _journal_limit(self, shards: int) -> int:
+        snapshot = shards * RECORD.itemsize + BLOCK_BYTES
+        return snapshot + snapshot // 2 + self._slack()
+
+    def _slack(self) -> int:
+        return max(STEP_BYTES, min(1 << 20, self._max_bytes // 64))
+
+    def _compact_when_due(self) -> None:
+        if self._journal.end <= max(self._compact_above, self._journal_limit(len(self._index))):
+            return
+        try:
+            self._compact()
+        except OSError as error:
+            self._compact_above = self._journal.end + self._slack()
+            log.warning("%s: the index could not be rewritten, later again: %s", self._where, error.strerror)
+
+    def _compact(self) -> None:
+        self._journal.restart(self._index.records(), self._segments.next_number)
+        self._compact_above = 0
+
+    def _evict(self, wanted_bytes: int) -> bool:
+        """Drop what was used longest ago until so much can be given back; False when there is nothing to drop."""
+        rows: list[int] = []
+        freed, row = 0, self._index.oldest()
+        while row and freed < wanted_bytes and len(rows) < _ENTRY_RECORDS:
+            rows.append(row)
+            freed += frame_bytes(self._index.payload(row))
+            row = self._index.newer(row)
+        self._drop(rows)
+        return bool(rows)
+
+    def _drop(self, rows: Iterable[int]) -> None:
+        """Said in the journal first; the blocks go to those that `_give_back` gives back."""
+        for some in _parts(list(rows)):
+            self._journal.append((REMOVE, places([self._index.place(row) for row in some])))
+            for row in some:
+                self._segments.free(self._index.place(row), self._index.payload(row))
+                self._index.remove(row)
+            self._compact_when_due()
+
+    def _use(self, rows: Iterable[int]) -> None:
+        """Used now. That a restart forgets about it when the journal cannot be written is no reason to fail."""
+        for some in _parts(list(rows)):
+            for row in some:
+                self._index.touch(row)
+            try:
+                self._journal.append((USE, places([self._index.place(row) for row in some])))
+            except OSError as error:
+                log.debug("%s: the order of use was not written down: %s", self._where, error.strerror)
+            self._compact_when_due()
+
+    def _give_back(self) -> None:
+        """Blocks of what was dropped go back to the file system. Not to be called under the lock. Raises OSError."""
+        with self._punching:
+            with self._lock:
+                pending = self._segments.take_pending()
+            for number, extent in enumerate(pending):
+                try:
+                    self._segments.punch(extent)
+                except OSError:
+                    with self._lock:
+                        self._segments.put_back(pending[number:])
+                    raise
+                with self._lock:
+                    empty = self._segments.settle(extent)
+                if empty is not None:
+                    self._delete(empty)
+
+    def _delete(self, segment: Segment) -> None:
+        self._segments.delete(segment)
+        with self._lock:
+            self._segments.forget(segment)
+
+    # ---- storing
+
+    def _store_group(self, shards: list[Shard]) -> list[str]:
+        payloads = [shard.payload.nbytes for shard in shards]
+        for first in (True, False):
+            with self._named_errors():
+                reserved = self._reserve(payloads)
+            if reserved is None:
+                break
+            segment, found = reserved
+            try:
+                handle = self._segments.open_handle(segment, create=True)
+                write = self._io.write_large if is_large(payloads[0]) else self._io.write_packed
+                write(handle.fd, offset_of(found[0]), shards)
+                with self._lock:
+                    return self._commit(shards, found)
+            except OSError as error:
+                full = error.errno in FULL
+                with self._named_errors():
+                    self._undo(found, payloads, make_room=full and first)
+                if not full:
+                    raise tier_error(self._where, error) from error
+        else:
+            self._full_until = time.monotonic() + _PAUSE_SECONDS
+            return [NO_ROOM] * len(shards)
+        if len(shards) == 1 or time.monotonic() < self._full_until:
+            return [NO_ROOM] * len(shards)
+        half = len(shards) // 2
+        return self._store_group(shards[:half]) + self._store_group(shards[half:])
+
+    def _reserve(self, payloads: list[int]) -> tuple[Segment, list[int]] | None:
+        """Room is made, counted and taken; None where that cannot be. Raises OSError."""
+        cost = cost_of(payloads)
+        while True:
+            with self._lock:
+                if time.monotonic() < self._full_until:
+                    return None
+                count = len(self._index)
+                index = self._index_bytes(count + len(payloads)) - self._index_bytes(count)
+                over = self._used() + cost + index - self._max_bytes
+                if over <= 0:
+                    return self._segments.reserve(payloads)
+                more = over - self._segments.freed_bytes
+                if more > 0 and not self._evict(max(more, self._slack() // 4)) and not self._segments.freed_bytes:
+                    return None
+            self._give_back()
+
+    def _commit(self, shards: list[Shard], found: list[int]) -> list[str]:
+        """They are written: say so in the journal, and let them be found. Raises OSError, and nothing is changed."""
+        outcomes: list[str] = []
+        spare: list[tuple[bytes, int, int]] = []
+        puts: list[tuple[bytes, int, int]] = []
+        for shard, place in zip(shards, found, strict=True):
+            key, size = shard.key.packed, shard.payload.nbytes
+            row = self._index.find(key)
+            kept = bool(row) and self._index.payload(row) == size  # another call was faster
+            outcomes.append(KEPT if kept else OK)
+            (spare if kept else puts).append((key, size, place))
+        if puts:
+            records = np.zeros(len(puts), RECORD)
+            for number, (key, size, place) in enumerate(puts):
+                records[number] = (key, 0, size, place, tag_of(key))
+            self._journal.append((PUT, records.tobytes()))
+        for key, size, place in puts:
+            row = self._index.in_the_way(key)
+            if row:  # a later put with its tag takes its place when the journal is read, too
+                self._segments.free(self._index.place(row), self._index.payload(row))
+                self._index.remove(row)
+            self._index.insert(key, size, place)
+        for _, size, place in spare:
+            self._segments.free(place, size)
+        self._compact_when_due()
+        return outcomes
+
+    def _undo(self, found: list[int], payloads: list[int], make_room: bool) -> None:
+        """A write failed. `make_room`: the file system is full before max_gb is reached; older shards make way, once."""
+        with self._lock:
+            for place, size in zip(found, payloads, strict=True):
+                self._segments.free(place, size)
+            if make_room:
+                self._evict(cost_of(payloads))
+        self._give_back()
+
+    # ---- loading
+
+    def _read(self, hits: list[_Hit]) -> list[tuple[int, str | OSError]]:
+        """The outcome of each: in lanes, when there is much to read."""
+        hits = sorted(hits, key=lambda hit: hit.found.place)
+        total = sum(hit.found.into.nbytes for hit in hits)
+        lanes = min(_LANES, len(hits), 1 + total // _LANE_BYTES)
+        if lanes <= 1:
+            return self._read_lane(hits)
+        each, share = total / lanes, 0
+        parts: list[list[_Hit]] = [[] for _ in range(lanes)]
+        for hit in hits:
+            parts[min(lanes - 1, int(share / each))].append(hit)
+            share += hit.found.into.nbytes
+        return [one for lane in self._readers.map(self._read_lane, parts) for one in lane]
+
+    def _read_lane(self, hits: list[_Hit]) -> list[tuple[int, str | OSError]]:
+        """Large ones one after another, the checksum of one beside the reading of the next; packed ones file by file."""
+        outcomes: list[tuple[int, str | OSError]] = []
+        ends: list[tuple[int, Callable[[], str]]] = []
+        for hit in hits:
+            if is_large(hit.found.into.nbytes):
+                try:
+                    handle = self._segments.open_handle(hit.segment)
+                    ends.append((hit.number, self._io.read_large(handle.fd, hit.found)))
+                except OSError as error:
+                    outcomes.append((hit.number, _outcome_of(error)))
+        outcomes += [(number, end()) for number, end in ends]
+        packed = [hit for hit in hits if not is_large(hit.found.into.nbytes)]
+        for _, of_file in itertools.groupby(packed, key=lambda hit: hit.segment.number):
+            outcomes += self._read_packed(list(of_file))
+        return outcomes
+
+    def _read_packed(self, hits: list[_Hit]) -> list[tuple[int, str | OSError]]:
+        try:
+            handle = self._segments.open_handle(hits[0].segment)
+            said = self._io.read_packed(handle.fd, [hit.found for hit in hits])
+        except OSError as error:
+            if len(hits) == 1:
+                return [(hits[0].number, _outcome_of(error))]
+            return [one for hit in hits for one in self._read_packed([hit])]  # it may be one of them
+        return [(hit.number, outcome) for hit, outcome in zip(hits, said, strict=True)]
+
+    def _after_load(self, hits: list[_Hit], outcomes: list[str]) -> None:
+        """What was read was used; what is damaged goes, unless it had gone already, which is no damage but a miss."""
+        used, damaged = [], []
+        with self._lock:
+            for hit in hits:
+                row = self._index.find(hit.found.key.packed)
+                there = bool(row) and self._index.place(row) == hit.found.place
+                if outcomes[hit.number] == OK:
+                    used += [row] if there else []
+                elif there:
+                    damaged.append(row)
+                else:
+                    outcomes[hit.number] = ABSENT
+            self._use(used)
+        if damaged:
+            try:
+                with self._lock:
+                    self._drop(set(damaged))
+                self._give_back()
+            except OSError as error:
+                log.warning("%s: damaged shards could not be removed: %s", self._where, error.strerror)
+
+
+def _groups(numbers: list[int], shards: Sequence[Shard]) -> Iterator[list[int]]:
+    """What is written at once: all large or all packed, not more than the buffers hold."""
+    group: list[int] = []
+    size = 0
+    for number in numbers:
+        one = frame_bytes(shards[number].payload.nbytes)
+        limit = GROUP_BYTES if is_large(shards[number].payload.nbytes) else BOUNCE_BYTES
+        if group and (size + one > limit or len(group) == GROUP_FRAMES):
+            yield group
+            group, size = [], 0
+        group.append(number)
+        size += one
+    if group:
+        yield group
+
+
+def _parts(rows: list[int]) -> Iterator[list[int]]:
+    for at in range(0, len(rows), _ENTRY_RECORDS):
+        yield rows[at : at + _ENTRY_RECORDS]
+
+
+def _outcome_of(error: OSError) -> str | OSError:
+    """A file that is gone is damage; anything else may be the device's."""
+    return frame.TRUNCATED if error.errno == errno.ENOENT else error

@@ -1,0 +1,256 @@
+"""Frames between memory and a segment: in large pieces, direct where that can be, checksums taken meanwhile.
+
+While one piece is on its way to or from the device, the one before it is summed up, so a checksum costs processor time and
+hardly ever waiting time. Nothing here knows an index.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
+
+from lmcache.tiers import frame
+from lmcache.tiers.medium import BLOCK_BYTES, Bounces, Medium, blocks, is_aligned
+from lmcache.tiers.segments import frame_bytes, offset_of
+from lmcache.tiers.tier import Shard, ShardKey
+
+PIECE_BYTES = 8 << 20
+"""One request to the device: of 2, 8 and 32 MiB, 8 was the fastest or as fast as any."""
+BOUNCE_BYTES = 2 << 20
+GROUP_BYTES = 64 << 20
+GROUP_FRAMES = BOUNCE_BYTES // (2 * BLOCK_BYTES)
+"""How much one `write_large` is given at most: each frame takes two blocks of a bounce buffer, for the tail and the header."""
+_INLINE_BYTES = 256 << 10
+"""Summed up by whoever reads or writes: waking another thread would take longer."""
+_GAP_BYTES = 16 << 10
+"""Packed frames that lie no farther apart are read at once."""
+UNREADABLE = "unreadable"
+"""Outcome of a load: the device could not read it, though it could read others."""
+
+
+class Found(NamedTuple):
+    """A frame to be read: where the index says it is."""
+
+    place: int
+    key: ShardKey
+    into: memoryview
+
+
+class FrameIO:
+    """Reads and writes frames. `fd`s are opened for direct I/O when `direct` says so."""
+
+    def __init__(self, medium: Medium, secret: bytes, pool: ThreadPoolExecutor, direct: bool) -> None:
+        self._medium, self._secret, self._pool, self._direct = medium, secret, pool, direct
+        self._bounces = Bounces(BOUNCE_BYTES)
+
+    def write_large(self, fd: int, offset: int, shards: Sequence[Shard]) -> None:
+        """One after another from `offset` on. Raises OSError."""
+        sums = [self._begin_sum(shard.payload) for shard in shards]
+        total = sum(frame_bytes(shard.payload.nbytes) for shard in shards)
+        writer = _Pieces(self._medium, fd, offset, min(PIECE_BYTES, max(BOUNCE_BYTES, blocks(total // 4))))
+        bounce = self._bounces.take()
+        try:
+            ends = memoryview(bounce)
+            for number, (shard, checksum) in enumerate(zip(shards, sums, strict=True)):
+                end = ends[number * 2 * BLOCK_BYTES :][: 2 * BLOCK_BYTES]
+                payload = shard.payload.cast("B")
+                whole = payload.nbytes // BLOCK_BYTES * BLOCK_BYTES
+                if self._direct and not is_aligned(payload):
+                    self._write_copied(writer, payload[:whole])
+                else:
+                    writer.add(payload[:whole])
+                tail = payload[whole:]
+                end[:] = bytes(2 * BLOCK_BYTES)
+                end[: tail.nbytes] = tail
+                header_at = blocks(tail.nbytes)
+                header = end[header_at:][: frame.HEADER_BYTES]
+                writer.add(end[: header_at + BLOCK_BYTES], _fill(header, checksum, shard))
+            writer.flush()
+        finally:
+            self._settle(sums)
+            self._bounces.give(bounce)
+
+    def read_large(self, fd: int, found: Found) -> Callable[[], str]:
+        """Read it; the outcome is told by the call that is returned, when its checksum has been taken. Raises OSError."""
+        payload = found.into.cast("B")
+        offset, whole = offset_of(found.place), payload.nbytes // BLOCK_BYTES * BLOCK_BYTES
+        end_bytes = blocks(payload.nbytes - whole) + BLOCK_BYTES
+        in_place = not self._direct or is_aligned(payload)
+        step = PIECE_BYTES if in_place else BOUNCE_BYTES - 2 * BLOCK_BYTES
+        checksum, before, short = frame.Checksum(self._secret), None, False
+        bounce = self._bounces.take()
+        try:
+            memory = memoryview(bounce)
+            at = 0
+            while True:
+                size = min(step, whole - at)
+                last = at + size == whole
+                target = payload[at : at + size] if in_place else memory[2 * BLOCK_BYTES :][:size]
+                buffers = [target, memory[:end_bytes]] if last else [target]
+                got = self._medium.read(fd, [one for one in buffers if one.nbytes], offset + at)
+                if got < size + (end_bytes if last else 0):
+                    short = True
+                    break
+                if not in_place:
+                    payload[at : at + size] = target
+                before = self._sum_next(checksum, payload[at : at + size], before)
+                at += size
+                if last:
+                    break
+            payload[whole:] = memory[: payload.nbytes - whole]
+            header = bytes(memory[end_bytes - BLOCK_BYTES :][: frame.HEADER_BYTES])
+        except BaseException:
+            self._settle([before])
+            raise
+        finally:
+            self._bounces.give(bounce)
+
+        def outcome() -> str:
+            self._settle([before])
+            if short:
+                return frame.TRUNCATED
+            checksum.update(payload[whole:])
+            return checksum.check(header, found.key)
+
+        return outcome
+
+    def write_packed(self, fd: int, offset: int, shards: Sequence[Shard]) -> None:
+        """One after another from `offset` on, to the end of a block. Raises OSError."""
+        bounce = self._bounces.take()
+        try:
+            memory, at = memoryview(bounce), 0
+            for shard in shards:
+                payload = shard.payload.cast("B")
+                size = frame_bytes(payload.nbytes)
+                header = frame.make_header(shard.key, shard.parent, payload, self._secret)
+                used = frame.HEADER_BYTES + payload.nbytes
+                memory[at : at + frame.HEADER_BYTES] = header
+                memory[at + frame.HEADER_BYTES : at + used] = payload
+                memory[at + used : at + size] = bytes(size - used)
+                at += size
+            memory[at : blocks(at)] = bytes(blocks(at) - at)
+            self._medium.write(fd, [memory[: blocks(at)]], offset)
+        finally:
+            self._bounces.give(bounce)
+
+    def read_packed(self, fd: int, found: Sequence[Found]) -> list[str]:
+        """Of one file, in the order of their places; neighbours are read at once. Raises OSError."""
+        outcomes: list[str] = []
+        bounce = self._bounces.take()
+        try:
+            memory, first = memoryview(bounce), 0
+            while first < len(found):
+                begin, behind, end = _run(found, first)
+                got = self._medium.read(fd, [memory[: end - begin]], begin)
+                read = memory[: min(got, end - begin)]
+                for one in found[first:behind]:
+                    payload = one.into.cast("B")
+                    at = offset_of(one.place) - begin
+                    header, stored = read[at:][: frame.HEADER_BYTES], read[at + frame.HEADER_BYTES :][: payload.nbytes]
+                    if stored.nbytes < payload.nbytes:
+                        outcomes.append(frame.TRUNCATED)
+                        continue
+                    outcomes.append(frame.check(header, stored, one.key, self._secret))
+                    payload[:] = stored
+                first = behind
+        finally:
+            self._bounces.give(bounce)
+        return outcomes
+
+    def _begin_sum(self, payload: memoryview) -> Future[frame.Checksum] | frame.Checksum:
+        checksum = frame.Checksum(self._secret)
+        if payload.nbytes <= _INLINE_BYTES:
+            checksum.update(payload)
+            return checksum
+
+        def whole() -> frame.Checksum:
+            checksum.update(payload)
+            return checksum
+
+        return self._pool.submit(whole)
+
+    def _sum_next(
+        self, checksum: frame.Checksum, piece: memoryview, before: Future[None] | None
+    ) -> Future[None] | None:
+        """The piece is summed up after the one before. Workers take tasks in order, so that one is under way or done."""
+        if before is None and piece.nbytes <= _INLINE_BYTES:
+            checksum.update(piece)
+            return None
+
+        def one() -> None:
+            if before is not None:
+                before.result()
+            checksum.update(piece)
+
+        return self._pool.submit(one)
+
+    def _write_copied(self, writer: _Pieces, payload: memoryview) -> None:
+        bounce = self._bounces.take()
+        try:
+            for at in range(0, payload.nbytes, BOUNCE_BYTES):
+                piece = payload[at : at + BOUNCE_BYTES]
+                memory = memoryview(bounce)[: piece.nbytes]
+                memory[:] = piece
+                writer.add(memory)
+                writer.flush()
+        finally:
+            self._bounces.give(bounce)
+
+    @staticmethod
+    def _settle(sums: Sequence[object]) -> None:
+        """Nobody reads the caller's memory any more when this returns."""
+        for one in sums:
+            if isinstance(one, Future):
+                one.result()
+
+
+class _Pieces:
+    """Buffers that lie one after another in a file, written in pieces of about one size."""
+
+    def __init__(self, medium: Medium, fd: int, offset: int, piece_bytes: int) -> None:
+        self._medium, self._fd, self._offset, self._piece_bytes = medium, fd, offset, piece_bytes
+        self._buffers: list[memoryview] = []
+        self._fills: list[Callable[[], None]] = []
+        self._waiting = 0
+
+    def add(self, buffer: memoryview, fill: Callable[[], None] | None = None) -> None:
+        """The next bytes. `fill` completes them right before they are written."""
+        if fill is not None:
+            self._fills.append(fill)
+        while buffer.nbytes:
+            part = buffer if fill is not None else buffer[: self._piece_bytes - self._waiting]
+            self._buffers.append(part)
+            self._waiting += part.nbytes
+            buffer = buffer[part.nbytes :]
+            if self._waiting >= self._piece_bytes:
+                self.flush()
+
+    def flush(self) -> None:
+        for fill in self._fills:
+            fill()
+        if self._buffers:
+            self._medium.write(self._fd, self._buffers, self._offset)
+        self._offset += self._waiting
+        self._buffers, self._fills, self._waiting = [], [], 0
+
+
+def _fill(into: memoryview, checksum: Future[frame.Checksum] | frame.Checksum, shard: Shard) -> Callable[[], None]:
+    def fill() -> None:
+        done = checksum.result() if isinstance(checksum, Future) else checksum
+        into[:] = done.header(shard.key, shard.parent)
+
+    return fill
+
+
+def _run(found: Sequence[Found], first: int) -> tuple[int, int, int]:
+    """Frames that are read at once: (first byte, number behind the last frame, byte behind), whole blocks."""
+    begin = offset_of(found[first].place) // BLOCK_BYTES * BLOCK_BYTES
+    behind, end = first, begin
+    while behind < len(found):
+        at = offset_of(found[behind].place)
+        next_end = blocks(at + frame_bytes(found[behind].into.nbytes))
+        if behind > first and (at - end > _GAP_BYTES or next_end - begin > BOUNCE_BYTES):
+            break
+        behind, end = behind + 1, max(end, next_end)
+    return begin, behind, end

@@ -1,0 +1,245 @@
+"""Who trims a directory that several machines share, and how: one at a time, by a lease that ends by itself.
+
+    FOLDER/SPACE/XX/CHUNK-SHARD-SHARDS   the shards; XX are the first two digits of CHUNK
+    FOLDER/tmp/                          being written
+    FOLDER/janitor                       the lease: who has it; it ends when nobody has touched the file for a minute
+    FOLDER/wanted                        somebody who is not elected has no room
+    FOLDER/usage                         what the janitor counted last: bytes, shards, and whether it left in order
+
+Times are the file system's own, so clocks of machines may differ. Should a lease be taken by two in the same instant, both
+trim: too much goes, and nothing else happens.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import time
+import uuid
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from lmcache.tiers.medium import Medium
+
+LEASE_SECONDS = 60.0
+LEFTOVER_SECONDS = 3600.0
+"""A file in tmp/ that nobody has written to for so long is a crashed writer's."""
+_RENEW_SECONDS = 10.0
+_SPACE, _FAN, _SHARD = (re.compile(one) for one in ("[0-9a-f]{32}", "[0-9a-f]{2}", "[0-9a-f]{32}-[0-9a-f]+-[0-9a-f]+"))
+
+
+class Count(NamedTuple):
+    """What is there: blocks of files and folders, in bytes, and shards."""
+
+    stored_bytes: int
+    shards: int
+
+
+class Janitor:
+    """One process's candidacy. Not thread-safe: `DirectoryTier` calls it from one thread at a time."""
+
+    def __init__(self, medium: Medium, folder: Path) -> None:
+        self._medium, self._folder = medium, folder
+        self._lease, self._usage, self._wanted = folder / "janitor", folder / "usage", folder / "wanted"
+        self._name = f"{socket.gethostname()} {os.getpid()} {uuid.uuid4().hex}"
+        self._renewed = 0.0
+
+    def elected(self) -> bool:
+        """Whether this process has the lease: renewed, or taken, where it was free, expired, or of a process here that is gone.
+
+        Raises:
+            OSError
+        """
+        try:
+            self._write(self._lease, self._name, os.O_EXCL)
+            return True
+        except FileExistsError:
+            pass
+        holder, touched = self._holder()
+        if holder == self._name:
+            self._medium.touch(self._lease)
+            self._renewed = time.monotonic()
+            return True
+        if self._file_system_time() - touched < LEASE_SECONDS and not _is_gone(holder):
+            return False
+        aside = self._folder / "tmp" / uuid.uuid4().hex
+        try:
+            self._medium.rename(self._lease, aside)  # of several who try, one succeeds
+            self._medium.unlink(aside)
+            self._write(self._lease, self._name, os.O_EXCL)
+        except (FileNotFoundError, FileExistsError):
+            return False
+        return self.holds()
+
+    def holds(self) -> bool:
+        """Whether the lease is this process's now. Raises OSError."""
+        return self._holder()[0] == self._name
+
+    def leave(self, count: Count) -> None:
+        """Publish the count and let the lease go, where it is ours. Raises OSError."""
+        if self.holds():
+            self.publish(count, in_order=True)
+            self._medium.unlink(self._lease)
+
+    def publish(self, count: Count, in_order: bool = False) -> None:
+        """For those who are not elected, and the next who is. Raises OSError."""
+        aside = self._folder / "tmp" / uuid.uuid4().hex
+        self._write(aside, f"{count.stored_bytes} {count.shards} {int(in_order)}", os.O_EXCL)
+        self._medium.rename(aside, self._usage)
+
+    def published(self) -> tuple[Count, bool] | None:
+        """What was published last, and whether by one who left in order. None: nothing that can be read."""
+        try:
+            stored, shards, in_order = map(int, self._usage.read_bytes().split())
+        except (OSError, ValueError):
+            return None
+        return Count(stored, shards), bool(in_order)
+
+    def ask_for_room(self) -> None:
+        """Of whoever is elected. Raises OSError."""
+        self._write(self._wanted, "", 0)
+
+    def asked_for_room(self) -> bool:
+        """Whether anybody did, since this was asked last. Raises OSError."""
+        if not self._wanted.exists():
+            return False
+        self._medium.unlink(self._wanted)
+        return True
+
+    def count(self) -> Count:
+        """Look at everything; sweep what crashed writers left. Raises OSError."""
+        now = self._file_system_time()
+        total = shards = 0
+        for entry in _scan(self._folder / "tmp"):
+            status = _stat(entry)
+            if status and now - status.st_mtime > LEFTOVER_SECONDS:
+                self._medium.unlink(Path(entry.path))
+            elif status:
+                total += status.st_blocks * 512
+        for _, status in self._shards():
+            total += status.st_blocks * 512
+            shards += 1
+        for folder in (self._folder, self._folder / "tmp", *_folders(self._folder)):
+            try:
+                total += folder.stat().st_blocks * 512
+            except FileNotFoundError:
+                pass
+        return Count(total, shards)
+
+    def trim(self, count: Count, to_bytes: int) -> Count:
+        """Remove what was used longest ago until `to_bytes` are left; the new count. Raises OSError.
+
+        Two looks, so that no list of all names is needed: the first finds the time, the second removes what is older.
+        """
+        excess = count.stored_bytes - to_bytes
+        if excess <= 0:
+            return count
+        times, sizes = array("q"), array("q")
+        for _, status in self._shards():
+            times.append(status.st_mtime_ns)
+            sizes.append(status.st_blocks * 512)
+        order = np.argsort(np.frombuffer(times, np.int64), kind="stable") if times else np.empty(0, np.int64)
+        freed = np.cumsum(np.frombuffer(sizes, np.int64)[order]) if times else order
+        last = int(np.searchsorted(freed, excess))
+        until = times[int(order[min(last, len(order) - 1)])] if times else 0
+        stored, shards = count
+        for entry, status in self._shards():
+            if status.st_mtime_ns <= until and stored > to_bytes:
+                self._medium.unlink(Path(entry.path))
+                stored -= status.st_blocks * 512
+                shards -= 1
+        return Count(stored, shards)
+
+    def clear(self) -> None:
+        """Remove all shards, what is being written, and the folders that are empty then. Raises OSError."""
+        for entry, _ in self._shards():
+            self._medium.unlink(Path(entry.path))
+        for entry in _scan(self._folder / "tmp"):
+            self._medium.unlink(Path(entry.path))
+        for folder in sorted(_folders(self._folder), reverse=True):
+            try:
+                folder.rmdir()
+            except OSError:
+                pass  # somebody stores there at this moment, or keeps a file of another kind
+
+    def _shards(self) -> Iterator[tuple[os.DirEntry[str], os.stat_result]]:
+        for folder in _folders(self._folder):
+            if len(folder.name) == 2:
+                self._renew()
+                for entry in _scan(folder):
+                    status = _stat(entry) if _SHARD.fullmatch(entry.name) else None
+                    if status:
+                        yield entry, status
+
+    def _renew(self) -> None:
+        if time.monotonic() - self._renewed > _RENEW_SECONDS:
+            self._renewed = time.monotonic()
+            if self.holds():
+                self._medium.touch(self._lease)
+
+    def _holder(self) -> tuple[str, float]:
+        """Who has the lease, "" for nobody, and when it was touched last."""
+        try:
+            return self._lease.read_text(), self._lease.stat().st_mtime
+        except FileNotFoundError:
+            return "", 0.0
+
+    def _file_system_time(self) -> float:
+        path = self._folder / "tmp" / uuid.uuid4().hex
+        self._write(path, "", os.O_EXCL)
+        try:
+            return path.stat().st_mtime
+        finally:
+            self._medium.unlink(path)
+
+    def _write(self, path: Path, text: str, flags: int) -> None:
+        fd = self._medium.open(path, os.O_WRONLY | os.O_CREAT | flags)
+        try:
+            self._medium.write(fd, [text.encode()] if text else [], 0)
+        finally:
+            self._medium.close(fd)
+
+
+def _is_gone(holder: str) -> bool:
+    """A process of this very host that no longer runs."""
+    host, _, rest = holder.partition(" ")
+    number = rest.partition(" ")[0]
+    if host != socket.gethostname() or not number.isdigit():
+        return False
+    try:
+        os.kill(int(number), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return False
+
+
+def _folders(root: Path) -> Iterator[Path]:
+    """Folders of spaces, and those in them."""
+    for space in _scan(root):
+        if _SPACE.fullmatch(space.name) and space.is_dir(follow_symlinks=False):
+            yield Path(space.path)
+            for fan in _scan(Path(space.path)):
+                if _FAN.fullmatch(fan.name) and fan.is_dir(follow_symlinks=False):
+                    yield Path(fan.path)
+
+
+def _scan(folder: Path) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except FileNotFoundError:
+        return []
+
+
+def _stat(entry: os.DirEntry[str]) -> os.stat_result | None:
+    try:
+        return entry.stat(follow_symlinks=False)
+    except FileNotFoundError:
+        return None

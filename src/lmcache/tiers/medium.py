@@ -1,0 +1,153 @@
+"""Every touch of a file system by the tiers on local media: one method an operation, so that tests can fail, cut or end each.
+
+Nothing here decides anything. Errors are OSError; `tier_error` names them for people and counters.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from lmcache.tiers.tier import TierError
+
+BLOCK_BYTES = 4096
+"""Unit of direct I/O and of what a file system gives out. No device in use asks for more."""
+_IOV_MAX = 1024
+_KEEP_SIZE, _PUNCH_HOLE = 1, 2
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+_REASONS = {
+    errno.ENOSPC: ("full", "no space left; free some, or set a smaller max_gb"),
+    errno.EDQUOT: ("full", "the quota is used up; raise it, or set a smaller max_gb"),
+    errno.EROFS: ("read-only", "the file system is read-only; remount it writable"),
+    errno.EACCES: ("denied", "permission denied; give this user the directory"),
+    errno.EPERM: ("denied", "not permitted; give this user the directory"),
+    errno.EIO: ("io", "input/output error; look at the kernel's log and at the device"),
+    errno.ENOENT: ("gone", "a file or folder is gone; was it deleted or unmounted?"),
+}
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+
+
+def tier_error(where: str, error: OSError) -> TierError:
+    """What happened to the tier `where` (its redacted URL)."""
+    reason, text = _REASONS.get(error.errno or 0, ("io", error.strerror or str(error)))
+    return TierError(reason, f"{where}: {text}")
+
+
+def blocks(size: int) -> int:
+    """`size` bytes rounded up to whole blocks."""
+    return -(-size // BLOCK_BYTES) * BLOCK_BYTES
+
+
+def is_aligned(memory: memoryview) -> bool:
+    """Whether direct I/O may use this memory as it lies."""
+    address: int = np.frombuffer(memory, np.uint8).__array_interface__["data"][0]
+    return address % BLOCK_BYTES == 0
+
+
+class Bounces:
+    """Aligned buffers to go through where memory or size does not suit direct I/O. Grows to as many as are used at once."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._idle: list[mmap.mmap] = []
+
+    def take(self) -> mmap.mmap:
+        try:
+            return self._idle.pop()
+        except IndexError:
+            return mmap.mmap(-1, self.size)
+
+    def give(self, buffer: mmap.mmap) -> None:
+        self._idle.append(buffer)
+
+
+class Medium:
+    """The operations, each as small as a crash can make it. Raises OSError."""
+
+    def open(self, path: Path, flags: int) -> int:
+        """A descriptor; files that are created are for this user only."""
+        return os.open(path, flags | os.O_CLOEXEC, 0o600)
+
+    def close(self, fd: int) -> None:
+        """Of a file that was written: network file systems say here that they could not."""
+        os.close(fd)
+
+    def write(self, fd: int, buffers: Sequence[memoryview | bytes], offset: int) -> None:
+        """All of the buffers, one after another."""
+        left = [memoryview(one).cast("B") for one in buffers]
+        while left:
+            done = self.pwritev(fd, left[:_IOV_MAX], offset)
+            offset += done
+            left = _behind(left, done)
+
+    def pwritev(self, fd: int, buffers: list[memoryview], offset: int) -> int:
+        return os.pwritev(fd, buffers, offset)
+
+    def read(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+        """Bytes read; fewer than asked for where the file ends."""
+        left, total = [one.cast("B") for one in buffers], 0
+        while left:
+            done = self.preadv(fd, left[:_IOV_MAX], offset + total)
+            if not done:
+                break
+            total += done
+            left = _behind(left, done)
+        return total
+
+    def preadv(self, fd: int, buffers: list[memoryview], offset: int) -> int:
+        return os.preadv(fd, buffers, offset)
+
+    def allocate(self, fd: int, offset: int, size: int) -> None:
+        """Reserve room, the file's size unchanged. Does nothing where the file system cannot."""
+        try:
+            _fallocate(fd, _KEEP_SIZE, offset, size)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS):
+                raise
+
+    def punch(self, fd: int, offset: int, size: int) -> None:
+        """Give back the blocks of a range."""
+        _fallocate(fd, _KEEP_SIZE | _PUNCH_HOLE, offset, size)
+
+    def truncate(self, fd: int, size: int) -> None:
+        os.ftruncate(fd, size)
+
+    def sync(self, fd: int) -> None:
+        os.fdatasync(fd)
+
+    def rename(self, old: Path, new: Path) -> None:
+        """Replaces `new` at once."""
+        os.rename(old, new)
+
+    def unlink(self, path: Path) -> None:
+        path.unlink(missing_ok=True)
+
+    def touch(self, path: Path) -> None:
+        """Its time of last use becomes now."""
+        os.utime(path)
+
+
+def _fallocate(fd: int, mode: int, offset: int, size: int) -> None:
+    while _libc.fallocate(fd, mode, offset, size):
+        code = ctypes.get_errno()
+        if code != errno.EINTR:
+            raise OSError(code, os.strerror(code))
+
+
+def _behind(buffers: list[memoryview], done: int) -> list[memoryview]:
+    """What is left of the buffers after `done` bytes."""
+    first = 0
+    while first < len(buffers) and done >= buffers[first].nbytes:
+        done -= buffers[first].nbytes
+        first += 1
+    left = buffers[first:]
+    if left and done:
+        left[0] = left[0][done:]
+    return left

@@ -1,0 +1,273 @@
+"""The files of a disk tier that hold frames: written from start to end, emptied by punching holes, deleted when empty.
+
+A frame with a payload of 64 KiB or more is *large*: its payload from the start of a block, then its header in a block of its
+own, so that direct I/O needs no copy. Smaller ones are *packed*: header, payload, up to the next 64 bytes, one after another;
+what one call stores begins a new block. The two kinds have files of their own. A packed block is given back with its last frame.
+
+This is the book-keeping: which bytes of which file are in use. A place is given out once and never again.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from lmcache.tiers.frame import HEADER_BYTES
+from lmcache.tiers.medium import BLOCK_BYTES, Medium, blocks
+from lmcache.tiers.shard_index import UNIT_BYTES, Records
+
+LARGE_BYTES = 64 << 10
+_NAME = re.compile(r"([0-9a-f]{8})\.(large|packed)")
+_FILE_COST, _FRAME_COST = 2 * BLOCK_BYTES, 16
+"""What a file system may need beside the data, a file and a frame: an extent of ext4 takes 12 bytes of a block."""
+_OPEN_FILES = 128
+
+
+class Extent(NamedTuple):
+    """Bytes of one segment, whole blocks."""
+
+    segment: Segment
+    offset: int
+    size: int
+
+
+class Handle:
+    """A descriptor that is closed with the last one who uses it."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def __del__(self) -> None:
+        os.close(self.fd)
+
+
+class Segment:
+    """One file. `tail` is where the next frame goes, `used` the bytes of blocks in use, `frames` how many frames there are."""
+
+    def __init__(self, path: Path, number: int, packed: bool, size: int) -> None:
+        self.path, self.number, self.packed, self.size = path, number, packed, size
+        self.tail = self.used = self.frames = 0
+        self.sharers = bytearray()
+        """Frames in each block, of packed files."""
+        self.handle: Handle | None = None
+        self.made = False
+        """The file is there."""
+
+    @property
+    def cost(self) -> int:
+        return self.used + _FILE_COST + self.frames * _FRAME_COST
+
+
+def is_large(payload_bytes: int) -> bool:
+    return payload_bytes >= LARGE_BYTES
+
+
+def frame_bytes(payload_bytes: int) -> int:
+    """What a frame takes in its file, from its place on."""
+    if is_large(payload_bytes):
+        return blocks(payload_bytes) + BLOCK_BYTES
+    return -(-(HEADER_BYTES + payload_bytes) // UNIT_BYTES) * UNIT_BYTES
+
+
+def cost_of(payloads: Iterable[int]) -> int:
+    """What frames of these payloads, all large or all packed, may add to `Segments.bytes`, a new file included."""
+    sizes = [frame_bytes(one) for one in payloads]
+    return blocks(sum(sizes)) + _FRAME_COST * len(sizes) + _FILE_COST
+
+
+def offset_of(place: int) -> int:
+    return (place & 0xFFFFFFFF) * UNIT_BYTES
+
+
+class Segments:
+    """All files of one tier. Called under the tier's lock, but for those that do I/O: `open_handle`, `punch`, `delete`."""
+
+    def __init__(self, medium: Medium, folder: Path, segment_bytes: int, flags: int) -> None:
+        self._medium, self._folder, self._flags = medium, folder, flags
+        self._segment_bytes = segment_bytes
+        self._all: dict[int, Segment] = {}
+        self._tails: dict[bool, Segment] = {}
+        self._opened: list[Segment] = []
+        self._pending: list[Extent] = []
+        self.freed_bytes = 0
+        """What is yet to be given back, or just being so."""
+        self.next_number = 1
+        self.bytes = 0
+        """On the medium, what is reserved and what is yet to be given back included."""
+
+    def __getitem__(self, place: int) -> Segment:
+        return self._all[place >> 32]
+
+    def mount(self, records: Records, next_number: int) -> None:
+        """Take over the files of before; what no record speaks of is given back.
+
+        Raises:
+            OSError
+        """
+        self.next_number = next_number
+        files = {int(path.name[:8], 16): path for path in self._folder.iterdir() if _NAME.fullmatch(path.name)}
+        ordered = records[np.argsort(records["place"])]
+        numbers, firsts = np.unique(ordered["place"] >> np.uint64(32), return_index=True)
+        for number, mine in zip(numbers.tolist(), np.split(ordered, firsts[1:]), strict=False):
+            packed = not is_large(int(mine["payload"][0]))
+            path = files.pop(number, self._path(number, packed))
+            segment = Segment(path, number, packed, self._segment_bytes)
+            self._all[number] = segment
+            self._take_over(segment, mine)
+            self.bytes += segment.cost
+        for number, path in files.items():
+            self._medium.unlink(path)
+            self.next_number = max(self.next_number, number + 1)
+
+    def reserve(self, payloads: list[int]) -> tuple[Segment, list[int]]:
+        """Room for frames with these payloads, all large or all packed: the file, and the place of each."""
+        packed = not is_large(payloads[0])
+        sizes = [frame_bytes(one) for one in payloads]
+        size = blocks(sum(sizes))
+        segment = self._tails.get(packed)
+        if segment is None or segment.tail + size > segment.size:
+            if segment is not None:
+                self._pending.append(Extent(segment, 0, 0))  # to be deleted, should it be empty by now
+            number, self.next_number = self.next_number, self.next_number + 1
+            segment = Segment(self._path(number, packed), number, packed, max(size, self._segment_bytes))
+            self._tails[packed] = self._all[number] = segment
+            self.bytes += segment.cost
+        at, found = segment.tail, []
+        segment.tail += size
+        segment.used += size
+        segment.frames += len(sizes)
+        self.bytes += size + len(sizes) * _FRAME_COST
+        if packed:
+            segment.sharers += bytes(segment.tail // BLOCK_BYTES - len(segment.sharers))
+        for one in sizes:
+            found.append(segment.number << 32 | at // UNIT_BYTES)
+            if packed:
+                for block in range(at // BLOCK_BYTES, -(-(at + one) // BLOCK_BYTES)):
+                    segment.sharers[block] += 1
+            at += one
+        return segment, found
+
+    def free(self, place: int, payload_bytes: int) -> None:
+        """A frame is no more; its blocks are given back by `take_pending`, `punch` and `settle`."""
+        segment, at = self[place], offset_of(place)
+        size = frame_bytes(payload_bytes)
+        segment.frames -= 1
+        self.bytes -= _FRAME_COST
+        if not segment.packed:
+            self._pending.append(Extent(segment, at, size))
+            self.freed_bytes += size
+            return
+        for block in range(at // BLOCK_BYTES, -(-(at + size) // BLOCK_BYTES)):
+            segment.sharers[block] -= 1
+            if not segment.sharers[block]:
+                self._pending.append(Extent(segment, block * BLOCK_BYTES, BLOCK_BYTES))
+                self.freed_bytes += BLOCK_BYTES
+
+    def take_pending(self) -> list[Extent]:
+        """What is to be given back, neighbours together."""
+        pending, self._pending = sorted(self._pending, key=lambda one: (one.segment.number, one.offset)), []
+        merged: list[Extent] = []
+        for one in pending:
+            last = merged[-1] if merged else None
+            if last and last.segment is one.segment and last.offset + last.size == one.offset:
+                merged[-1] = last._replace(size=last.size + one.size)
+            else:
+                merged.append(one)
+        return merged
+
+    def put_back(self, extents: Iterable[Extent]) -> None:
+        """These could not be given back; next time."""
+        self._pending += extents
+
+    def settle(self, extent: Extent) -> Segment | None:
+        """The extent was given back. The file, when nothing is left in it: then `delete` and `forget`."""
+        segment = extent.segment
+        segment.used -= extent.size
+        self.bytes -= extent.size
+        self.freed_bytes -= extent.size
+        if segment.used or segment.frames or segment in self._tails.values():
+            return None
+        return segment if self._all.pop(segment.number, None) else None
+
+    def forget(self, segment: Segment) -> None:
+        """Its file was deleted."""
+        self.bytes -= segment.cost
+
+    def drop_all(self) -> list[Segment]:
+        """Forget all; the files to delete."""
+        dropped = list(self._all.values())
+        self._all.clear()
+        self._tails.clear()
+        self._pending.clear()
+        self.freed_bytes = 0
+        return dropped
+
+    def open_handle(self, segment: Segment, create: bool = False) -> Handle:
+        """Raises OSError."""
+        handle = segment.handle
+        if handle is None or (create and not segment.made):
+            handle = Handle(self._medium.open(segment.path, self._flags | (os.O_CREAT if create else 0)))
+            if create and not segment.made:
+                self._medium.truncate(handle.fd, segment.size)
+                segment.made = True
+            segment.handle = handle
+            self._opened.append(segment)
+            if len(self._opened) > _OPEN_FILES:
+                self._opened.pop(0).handle = None
+        return handle
+
+    def punch(self, extent: Extent) -> None:
+        """Give back the blocks. Raises OSError."""
+        if extent.size and extent.segment.made:
+            handle = self.open_handle(extent.segment)
+            self._medium.punch(handle.fd, extent.offset, extent.size)
+
+    def delete(self, segment: Segment) -> None:
+        """Raises OSError."""
+        segment.handle = None
+        self._medium.unlink(segment.path)
+
+    def close(self) -> None:
+        for segment in self._all.values():
+            segment.handle = None
+        self._opened.clear()
+
+    def _path(self, number: int, packed: bool) -> Path:
+        return self._folder / f"{number:08x}.{'packed' if packed else 'large'}"
+
+    def _take_over(self, segment: Segment, records: Records) -> None:
+        """`records` of this file, in the order of their places."""
+        segment.frames = len(records)
+        begins = (records["place"] & np.uint64(0xFFFFFFFF)).astype(np.int64) * UNIT_BYTES
+        payloads = records["payload"].astype(np.int64)
+        if segment.packed:
+            ends = begins + -(-(HEADER_BYTES + payloads) // UNIT_BYTES) * UNIT_BYTES
+        else:
+            ends = begins + -(-payloads // BLOCK_BYTES) * BLOCK_BYTES + BLOCK_BYTES
+        first, behind = begins // BLOCK_BYTES, -(-ends // BLOCK_BYTES)
+        steps = np.zeros(int(behind[-1]) + 1, np.int64)
+        np.add.at(steps, first, 1)
+        np.add.at(steps, behind, -1)
+        sharers = np.cumsum(steps)[:-1]
+        segment.tail = segment.size  # a new start begins new files
+        segment.used = int(np.count_nonzero(sharers)) * BLOCK_BYTES
+        if segment.packed:
+            segment.sharers = bytearray(sharers.astype(np.uint8).tobytes())
+        try:
+            status = segment.path.stat()
+        except FileNotFoundError:
+            return  # loads will find that its shards are gone
+        segment.made, segment.size = True, status.st_size
+        if status.st_blocks * 512 > segment.used:
+            fd = self.open_handle(segment).fd
+            edges = np.flatnonzero(np.diff(np.concatenate(([1], sharers > 0, [1]))))
+            for hole, end in edges.reshape(-1, 2).tolist():
+                self._medium.punch(fd, hole * BLOCK_BYTES, (end - hole) * BLOCK_BYTES)
+            beyond = len(sharers) * BLOCK_BYTES
+            if status.st_size > beyond:
+                self._medium.punch(fd, beyond, blocks(status.st_size) - beyond)

@@ -1,0 +1,140 @@
+"""Which shards a disk tier has, where, and in which order they were used: 56 bytes a shard in flat arrays and one dict.
+
+A shard is a *row*; row 0 is the end of the ring that holds the order of use. The dict maps a 60-bit hash of the key, which
+costs half of what the key itself would, to the row; the row holds the whole key, so a collision is seen.
+"""
+
+from __future__ import annotations
+
+import sys
+from array import array
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+KEY_BYTES = 36
+UNIT_BYTES = 64
+"""Places are counted in these: (segment << 32 | offset / 64) fits 64 bits and names a shard of one tier for good."""
+MAX_PAYLOAD_BYTES = (1 << 32) - 1
+RECORD = np.dtype(
+    [("key", f"V{KEY_BYTES}"), ("zero", "<u4"), ("payload", "<u8"), ("place", "<u8"), ("tag", "<u8")], align=False
+)
+"""A shard as the journal has it, 64 bytes."""
+Records = npt.NDArray[Any]
+
+
+def tag_of(key: bytes) -> int:
+    """60 bits of xxh3 over the packed key."""
+    return xxhash.xxh3_64_intdigest(key) >> 4
+
+
+class ShardIndex:
+    """Not thread-safe but for `find`, which any thread may call: at worst it misses what changes at this moment."""
+
+    def __init__(self, records: Records | None = None) -> None:
+        """`records`, oldest first, without duplicates."""
+        if records is None:
+            records = np.empty(0, RECORD)
+        count = len(records)
+        around = np.arange(count + 1, dtype=np.uint32)
+        self._rows: dict[int, int] = dict(zip(records["tag"].tolist(), range(1, count + 1), strict=True))
+        self._keys = bytearray(KEY_BYTES) + records["key"].tobytes()
+        self._payload = array("I", bytes(4)) + _array("I", records["payload"].astype(np.uint32))
+        self._place = array("Q", bytes(8)) + _array("Q", records["place"])
+        self._older = _array("I", np.roll(around, 1))
+        self._newer = _array("I", np.roll(around, -1))
+        self._free = array("I")
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def find(self, key: bytes) -> int:
+        """The row of a packed key, 0 when it is not there."""
+        row = self._rows.get(tag_of(key), 0)
+        return row if row and self.key(row) == key else 0
+
+    def key(self, row: int) -> bytes:
+        return bytes(self._keys[row * KEY_BYTES : (row + 1) * KEY_BYTES])
+
+    def payload(self, row: int) -> int:
+        """Bytes of the shard's payload."""
+        return self._payload[row]
+
+    def place(self, row: int) -> int:
+        return self._place[row]
+
+    def in_the_way(self, key: bytes) -> int:
+        """The row that must be removed before `key` can be inserted: of the key itself, or of one with the same tag; or 0."""
+        return self._rows.get(tag_of(key), 0)
+
+    def insert(self, key: bytes, payload: int, place: int) -> int:
+        """The row of a shard that is not there yet; it is the most recently used one."""
+        if self._free:
+            row = self._free.pop()
+            self._keys[row * KEY_BYTES : (row + 1) * KEY_BYTES] = key
+            self._payload[row], self._place[row] = payload, place
+        else:
+            row = len(self._place)
+            self._keys += key
+            for column, value in ((self._payload, payload), (self._place, place), (self._older, 0), (self._newer, 0)):
+                column.append(value)
+        self._link(row)
+        self._rows[tag_of(key)] = row
+        return row
+
+    def remove(self, row: int) -> None:
+        del self._rows[tag_of(self.key(row))]
+        self._unlink(row)
+        self._place[row] = 0
+        self._free.append(row)
+
+    def touch(self, row: int) -> None:
+        """Used now."""
+        self._unlink(row)
+        self._link(row)
+
+    def oldest(self) -> int:
+        """The row used longest ago, 0 when there is none."""
+        return self._newer[0]
+
+    def newer(self, row: int) -> int:
+        """The row used right after this one, 0 behind the last."""
+        return self._newer[row]
+
+    def records(self) -> Records:
+        """All of them, oldest first."""
+        order, row, newer = array("I"), self._newer[0], self._newer
+        while row:
+            order.append(row)
+            row = newer[row]
+        rows = np.frombuffer(order, np.uint32) if order else np.empty(0, np.uint32)
+        keys = np.frombuffer(self._keys, f"V{KEY_BYTES}")[rows]
+        made = np.zeros(len(rows), RECORD)
+        made["key"] = keys
+        made["payload"] = np.frombuffer(self._payload, np.uint32)[rows]
+        made["place"] = np.frombuffer(self._place, np.uint64)[rows]
+        packed = keys.tobytes()
+        made["tag"] = [tag_of(packed[at : at + KEY_BYTES]) for at in range(0, len(packed), KEY_BYTES)]
+        return made
+
+    def memory_bytes(self) -> int:
+        """All of it, Python's objects included: 32 bytes each for a tag and a row's number."""
+        flat = (self._keys, self._payload, self._place, self._older, self._newer, self._free, self._rows)
+        return sum(sys.getsizeof(one) for one in flat) + 64 * len(self._rows)
+
+    def _link(self, row: int) -> None:
+        newest = self._older[0]
+        self._older[row], self._newer[row] = newest, 0
+        self._newer[newest] = self._older[0] = row
+
+    def _unlink(self, row: int) -> None:
+        older, newer = self._older[row], self._newer[row]
+        self._newer[older], self._older[newer] = newer, older
+
+
+def _array(code: str, values: npt.NDArray[Any]) -> array[int]:
+    made: array[int] = array(code)
+    made.frombytes(np.ascontiguousarray(values).tobytes())
+    return made
