@@ -183,6 +183,7 @@ def test_a_server_from_start_to_end(small: list[str], tmp_path: Path) -> None:
             process.kill()
             process.wait()
     log_text = log_path.read_text()
+    assert "reachable from this host only" in log_text
     assert "--api-token-file" in log_text and TOKEN not in log_text and TOKEN not in metrics + json.dumps(described)
     assert list((tmp_path / "arena").iterdir()) == []
     with socket.socket() as again:
