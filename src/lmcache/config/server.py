@@ -209,6 +209,14 @@ class ServerConfig:
         Path("/dev/shm"),
         help="Where the L1 memory file lives; a memory file system (tmpfs, hugetlbfs).",
     )
+    numa: str = _option(
+        "machine",
+        "NODES",
+        read.numa,
+        "auto",
+        help="Memory nodes of L1. auto and spread: all of them by turns (auto leaves a machine with one alone); "
+        "0 or 0,2-3: these only, for engines whose GPUs hang on them.",
+    )
     log_level: str = _option(
         "machine",
         "LEVEL",

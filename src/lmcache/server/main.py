@@ -101,7 +101,7 @@ def _start(config: ServerConfig, started: list[Callable[[], None]]) -> Loop:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: loop.stop())
     started.append(loop.close)
-    arena = Arena(Path(config.arena_dir), config.l1_bytes)
+    arena = Arena(Path(config.arena_dir), config.l1_bytes, config.numa)
     started.append(arena.close)
     workers = ThreadPoolExecutor(config.max_workers, thread_name_prefix="lmcache-io")
     started.append(lambda: workers.shutdown(wait=True, cancel_futures=True))
