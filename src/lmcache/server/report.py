@@ -27,7 +27,7 @@ class Report:
     def health(self) -> tuple[bool, str]:
         """(True, "") when the heart answers; the faces live in the same thread as the heart."""
         arena = self._service.arena
-        if not self._loop.ask(arena.path.exists):
+        if self._loop.ask(lambda: arena.named and not arena.path.exists()):
             return False, f"the arena file {arena.path} has been removed"
         return True, ""
 
