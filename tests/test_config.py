@@ -94,6 +94,7 @@ SAMPLES = {
     "api_token": ("0123456789abcdef", "0123456789abcdef"),
     "arena_dir": ("/dev/hugepages", Path("/dev/hugepages")),
     "log_level": ("debug", "DEBUG"),
+    "numa": ("0,2-3", "0,2-3"),
     "l2": ("disk:///a?max_gb=1 dir:///b", ("disk:///a?max_gb=1", "dir:///b")),
     "l2_adapter": ("{'type': 'fs'}", ("{'type': 'fs'}",)),
     "l2_required": ("true", True),

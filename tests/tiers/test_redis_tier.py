@@ -15,11 +15,12 @@ from pathlib import Path
 import pytest
 
 from lmcache.errors import ConfigError
-from lmcache.tiers import ABSENT, KEPT, OK, Shard, ShardKey, TierError, frame
-from lmcache.tiers.redis import BUSY, FULL, PART_BYTES, RedisTier, booked_bytes
+from lmcache.tiers import ABSENT, KEPT, OK, Shard, ShardKey, Tier, TierError, frame
+from lmcache.tiers.conformance import ConformanceSuite
+from lmcache.tiers.redis import FULL, PART_BYTES, RedisTier, booked_bytes
 from lmcache.tiers.registry import make_tier, make_tiers
 from proxy import Proxy
-from servers import PATIENCE, eventually
+from servers import PATIENCE, eventually, free_port
 from stores import RedisServer, load, shards_of, tier_of
 
 pytestmark = pytest.mark.xdist_group("redis")
@@ -69,8 +70,8 @@ def test_the_keys_are_those_of_the_documentation(empty: RedisServer) -> None:
 
 def test_what_is_booked_is_no_less_than_what_the_server_uses(empty: RedisServer) -> None:
     """A little of Redis's own is allowed for: buffers and hash tables that grow in steps."""
-    tier = opened(empty.url())
     for count, size in ((300, 2000), (8, 5 * MIB)):
+        tier = opened(empty.url())
         empty.raw.flushall()
         before = empty.raw.info("memory")["used_memory"]
         assert set(tier.store(shards_of(count, size))) == {OK}
@@ -180,11 +181,15 @@ def test_two_clients_share_one_cap_and_one_copy(empty: RedisServer) -> None:
 
     def watch() -> None:
         while not stop.is_set():
-            peak[0] = max(peak[0], int(empty.raw.hget("{lmcache}.index", "used") or 0))
+            see()
+        see()
+
+    def see() -> None:
+        peak[0] = max(peak[0], int(empty.raw.hget("{lmcache}.index", "used") or 0))
 
     def write(tier: RedisTier) -> None:
         for _ in range(15):
-            assert set(tier.store([*shards_of(4, 500_000), *shared])) <= {OK, KEPT, BUSY, FULL}
+            assert set(tier.store([*shards_of(4, 500_000), *shared])) <= {OK, KEPT}
 
     watcher = threading.Thread(target=watch)
     writers = [threading.Thread(target=write, args=(tier,)) for tier in tiers]
@@ -200,19 +205,20 @@ def test_two_clients_share_one_cap_and_one_copy(empty: RedisServer) -> None:
 
 
 def test_ttl_counts_from_the_last_use_and_frees_the_books(empty: RedisServer) -> None:
-    tier = opened(empty.url("?ttl=1"))
+    tier = opened(empty.url("?ttl=1000"))
     used, unused = shards_of(2, 5 * MIB)
     tier.store([used, unused])
-    began = time.monotonic()
-
-    def only_the_used_one_is_left() -> bool:
-        assert load(tier, [used]) == [OK]
-        return tier.contains([unused.key]) == [False]
-
-    eventually(only_the_used_one_is_left)
-    assert time.monotonic() - began > 0.5
-    tier.store(shards_of(1, 10))
-    assert tier.usage().shards == 2 and _books_agree(empty)
+    names = [f"{header_name(shard)}{end}" for shard in (used, unused) for end in ("", ".0", ".1")]
+    for name in names:
+        assert empty.raw.ttl(name) > 900 and empty.raw.expire(name, 500)
+    assert load(tier, [used]) == [OK]
+    assert [empty.raw.ttl(name) > 900 for name in names] == [True] * 3 + [False] * 3
+    empty.raw.flushall()
+    brief = opened(empty.url("?ttl=1"))
+    brief.store([used, unused])
+    eventually(lambda: not empty.raw.keys("{lmcache}/*"))
+    brief.store(shards_of(1, 10))
+    assert brief.usage().shards == 1 and _books_agree(empty)
 
 
 def test_a_full_server_is_an_outcome_and_is_left_behind_when_there_is_room(empty: RedisServer) -> None:
@@ -240,7 +246,7 @@ def test_a_server_that_drops_keys_of_its_own_makes_misses_and_the_books_follow(e
     empty.raw.config_set("maxmemory", empty.raw.info("memory")["used_memory"] - 20 * MIB)
     more = shards_of(10, 2 * PART_BYTES)
     for shard in more:
-        assert tier.store([shard])[0] in (OK, "lost", FULL)
+        assert tier.store([shard])[0] in (OK, FULL)
     outcomes = load(tier, shards + more)
     assert set(outcomes) <= {OK, ABSENT}
     empty.raw.config_set("maxmemory", 0)
@@ -277,8 +283,8 @@ def _books_agree(store: RedisServer) -> bool:
     keys = {name.decode() for name in store.raw.keys("{lmcache}/*")}
     named = set()
     for name, record in index.items():
-        _, parts, token = record.split(" ")
-        assert not token, f"{name} is still being written"
+        _, parts, is_open = record.split(" ")
+        assert not is_open, f"{name} is still being written"
         named |= {f"{{lmcache}}/{name}", *(f"{{lmcache}}/{name}.{part:x}" for part in range(int(parts)))}
     assert keys <= named, f"not booked: {keys - named}"
     assert used == sum(int(record.split(" ")[0]) for record in index.values())
@@ -304,9 +310,7 @@ def test_clear_takes_what_is_ours_and_nothing_else(empty: RedisServer) -> None:
     assert other.usage().shards == 15
 
 
-def test_a_shard_that_is_cleared_while_it_is_written_is_not_acknowledged(
-    empty: RedisServer, proxy: Callable[..., Proxy]
-) -> None:
+def test_a_shard_that_is_cleared_while_it_is_written_is_gone(empty: RedisServer, proxy: Callable[..., Proxy]) -> None:
     slow = proxy(empty.port)
     tier, other = opened(empty.url("?timeout=20", port=slow.port)), opened(empty.url())
     (shard,) = shards_of(1, 2 * PART_BYTES)
@@ -318,7 +322,7 @@ def test_a_shard_that_is_cleared_while_it_is_written_is_not_acknowledged(
     other.clear()
     slow.rate = None
     writer.join()
-    assert outcomes == ["lost"] and other.contains([shard.key]) == [False]
+    assert outcomes == [OK] and other.contains([shard.key]) == [False]
     assert not empty.raw.keys("{lmcache}/*")
 
 
@@ -330,15 +334,14 @@ def test_a_connection_cut_in_a_store_leaves_a_miss_that_can_be_stored_again(
     empty: RedisServer, proxy: Callable[..., Proxy], cut_at: int
 ) -> None:
     through = proxy(empty.port)
-    tier, other = make_tier(empty.url("?timeout=0.3", port=through.port)).tier, opened(empty.url())
+    tier, other = opened(empty.url(port=through.port)), opened(empty.url())
     (shard,) = shards_of(1, 2 * PART_BYTES + 5000)
     through.cut_after(cut_at)
     with pytest.raises(TierError) as caught:
         tier.store([shard])
-    assert caught.value.reason in ("unreachable", "timeout")
+    assert caught.value.reason == "unreachable"
     assert other.contains([shard.key]) == [False] and load(other, [shard]) == [ABSENT]
-    # nobody else may write it until the lease of the writer that vanished is over
-    eventually(lambda: other.store([shard]) != [BUSY])
+    assert other.store([shard]) == [OK]
     assert load(tier, [shard]) == [OK]
     assert _books_agree(empty)
 
@@ -360,7 +363,7 @@ def test_a_writer_killed_in_the_middle_of_stores_leaves_whole_shards_only(empty:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")])}
     acknowledged = set()
     for stores in (1, 3, 2):
-        command = [sys.executable, "-c", WRITER, empty.url("?timeout=0.5&max_gb=0.5")]
+        command = [sys.executable, "-c", WRITER, empty.url("?timeout=2&max_gb=0.5")]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as child:
             assert child.stdout and child.stdout.readline() == "ready\n"
             for _ in range(stores):
@@ -368,7 +371,7 @@ def test_a_writer_killed_in_the_middle_of_stores_leaves_whole_shards_only(empty:
             child.send_signal(signal.SIGKILL)
             child.wait()
             acknowledged |= {line.strip() for line in child.stdout if line.endswith("\n")}
-    tier = opened(empty.url("?timeout=0.5&max_gb=0.5"))
+    tier = opened(empty.url("?timeout=2&max_gb=0.5"))
     headers = {name.decode().partition("/")[2] for name in empty.raw.keys("{lmcache}/*") if b"." not in name}
     assert len(headers) >= len(acknowledged) >= 6
 
@@ -434,7 +437,7 @@ def test_a_frozen_server_costs_one_timeout_and_a_restarted_one_nothing(
 ) -> None:
     server = start()
     through = proxy(server.port)
-    tier = opened(server.url("?timeout=0.5", port=through.port))
+    tier = opened(server.url("?timeout=1", port=through.port))
     (shard,) = shards_of(1, MIB)
     tier.store([shard])
     through.freeze()
@@ -447,7 +450,7 @@ def test_a_frozen_server_costs_one_timeout_and_a_restarted_one_nothing(
         with pytest.raises(TierError) as caught:
             call()
         assert caught.value.reason == "timeout"
-    assert 1.4 < time.monotonic() - began < PATIENCE
+    assert 2.9 < time.monotonic() - began < PATIENCE
     through.thaw()
     assert load(tier, [shard]) == [OK]
     through.cut()
@@ -474,7 +477,7 @@ def test_a_load_that_is_cut_raises_and_the_next_one_is_whole(empty: RedisServer,
     tier = opened(empty.url(port=through.port))
     shards = shards_of(3, 8 * MIB)
     tier.store(shards)
-    through.rate = 30e6
+    through.rate = 10e6
     cutter = threading.Timer(0.1, through.cut)
     cutter.start()
     with pytest.raises(TierError):
@@ -505,8 +508,6 @@ def test_connections_end_with_the_tier(empty: RedisServer) -> None:
     load(tier, shards_of(1, 10))
     tier.close()
     eventually(lambda: len(empty.raw.client_list()) <= before)
-    assert load(tier, shards_of(1, 10)) == [ABSENT]  # and can be used again
-    tier.close()
 
 
 # ---- TLS and clusters
@@ -537,11 +538,11 @@ def test_tls_with_a_ca_file_and_without(empty: RedisServer, proxy: Callable[...,
 
 
 def test_a_cluster_spreads_shards_and_a_moved_slot_is_followed(start: Callable[..., RedisServer]) -> None:
-    nodes = [start("--cluster-enabled", "yes", "--cluster-node-timeout", "2000") for _ in range(2)]
+    nodes = [start("--cluster-enabled", "yes", "--cluster-port", str(port)) for port in (free_port(), free_port())]
     one, two = nodes
     one.raw.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 8191)
     two.raw.execute_command("CLUSTER", "ADDSLOTSRANGE", 8192, 16383)
-    one.raw.execute_command("CLUSTER", "MEET", "127.0.0.1", two.port)
+    one.raw.execute_command("CLUSTER", "MEET", "127.0.0.1", two.port, two.bus_port)
     eventually(
         lambda: all(b"cluster_state:ok" in _info(node) and b"cluster_known_nodes:2" in _info(node) for node in nodes)
     )
@@ -575,6 +576,46 @@ def _info(node: RedisServer) -> bytes:
 def test_a_server_that_is_no_cluster_is_named(empty: RedisServer) -> None:
     with pytest.raises(TierError, match="cluster"):
         tier_of(empty.url("?cluster=yes"))
+
+
+# ---- what every tier must do
+
+
+class TestConformance(ConformanceSuite):
+    corruptions = 1000
+
+    @pytest.fixture(autouse=True)
+    def _store(self, empty: RedisServer) -> None:
+        self.store = empty
+
+    def tag(self, place: Path) -> str:
+        return f"{place.parent.name}.{place.name}"[-60:]
+
+    def url(self, place: Path) -> str:
+        return self.store.url(f"?prefix={self.tag(place)}")
+
+    def stored_frame(self, place: Path, tier: Tier, key: ShardKey) -> bytes:
+        name, part, stored = f"{{{self.tag(place)}}}/{key.text}", 0, b""
+        stored = self.store.raw.get(name)
+        while (value := self.store.raw.get(f"{name}.{part:x}")) is not None:
+            stored, part = stored + value, part + 1
+        return stored
+
+    def replace_frame(self, place: Path, tier: Tier, key: ShardKey, stored: bytes) -> None:
+        """Where the new bytes end, what was behind them is cut off: short values, and then none."""
+        name = f"{{{self.tag(place)}}}/{key.text}"
+        self.store.raw.set(name, stored[: frame.HEADER_BYTES])
+        parts, payload = len(self.store.raw.keys(f"{name}.*")), stored[frame.HEADER_BYTES :]
+        for part in range(parts):
+            self.store.raw.set(f"{name}.{part:x}", payload[part * PART_BYTES : (part + 1) * PART_BYTES])
+        if len(payload) > parts * PART_BYTES:
+            self.store.raw.append(f"{name}.{parts - 1:x}", payload[parts * PART_BYTES :])
+
+    def medium_bytes(self, place: Path, tier: Tier) -> int:
+        pipeline = self.store.raw.pipeline(transaction=False)
+        for name in self.store.raw.keys(f"{{{self.tag(place)}}}*"):
+            pipeline.memory_usage(name)
+        return sum(pipeline.execute())
 
 
 # ---- URLs

@@ -54,11 +54,11 @@ def test_a_hit_from_each_tier_answers_as_before(folder: Path, model: Path, urls:
     try:
         for name, url in urls.items():
             server.end()
-            server = Server(folder, 16, port, f"{name}-writes", "--l2", url)
+            server = Server(folder, 16, port, f"{name}-writes", "--l2", url, "--worth", "always")
             cold = _generate(engine, server, name)
             wait_until_kept(server, 18 + 4)
             server.end()
-            server = Server(folder, 16, port, f"{name}-reads", "--l2", url)
+            server = Server(folder, 16, port, f"{name}-reads", "--l2", url, "--worth", "always")
             warm = _generate(engine, server, name)
             assert_same(warm, cold)
             assert [output["cached"] for output in warm] == [288, 256], name
@@ -79,7 +79,7 @@ def _generate(engine: Engine, server: Server, name: str) -> list[dict[str, objec
 
 def test_another_vllm_on_another_server_hits_what_they_share(folder: Path, model: Path, urls: dict[str, str]) -> None:
     """Two servers, as on two machines, over one Valkey and one S3."""
-    tiers = ("--l2", urls["redis"] + "?name=near", "--l2", urls["s3"])
+    tiers = ("--l2", urls["redis"] + "?name=near", "--l2", urls["s3"], "--worth", "always")
     server = Server(folder, 16, 0, "second-server", *tiers)
     engine = Engine(folder, "second-vllm", model, kv_transfer_config=server.config(), max_model_len=1024)
     try:

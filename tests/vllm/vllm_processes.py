@@ -100,7 +100,7 @@ class Server(Process):
         command += ["--chunk-size", str(chunk_size), "--port", str(self.port)]
         command += ["--http-host", "127.0.0.1", "--http-port", str(self.http_port), *flags]
         super().__init__(command, folder / f"{name}.log")
-        self.wait_until(lambda: "LMCache cache server is running..." in self.text(), "server", 30)
+        self.wait_until(lambda: "LMCache cache server is running..." in self.text(), "server", 60)
 
     def status(self) -> dict[str, Any]:
         """What GET /status answers."""

@@ -28,6 +28,12 @@ ASK_SECONDS = 0.5
 ENDED_SECONDS = 1.0
 """How long the same request, asked for again, is told once more that there is nothing to wait for."""
 MAX_FETCHES = 4096
+PROBE_SECONDS = 15.0
+"""Between loads that only look whether a slow tier has become faster."""
+_BATCH_SECONDS = 0.03
+_FIRST_BATCH_BYTES = 4 << 20
+_FAIR_TRY = 0.25
+"""Of what computing everything would take: so long is waited for a tier whose pace was never seen."""
 
 
 class Ask(NamedTuple):
@@ -161,8 +167,8 @@ class Fetches:
         if not fetch.unanswered:
             self._plan(now, fetch)
 
-    def loaded(self, now: float, load: Load, size_bytes: int) -> None:
-        """A load has ended; so many bytes of it are in L1 now."""
+    def loaded(self, now: float, load: Load, size_bytes: int | None) -> None:
+        """A load has ended; so many bytes of it are in L1 now. None: the tier failed as a whole."""
         self._running[load.tier] -= 1
         self.paces[load.tier].ended(now, size_bytes)
         self._forget(load)
@@ -193,7 +199,7 @@ class Fetches:
         self._fetches[number] = self._by_request[space, hashes[-HASH_BYTES:]] = fetch
         missing = hashes[in_l1 * HASH_BYTES :]
         for tier, traits in enumerate(self._tiers):
-            if not traits.usable(now):
+            if not traits.usable(now) or self._too_slow_to_ask(tier, fetch):
                 continue
             answer = known[tier](missing)
             if answer is not None:
@@ -205,11 +211,22 @@ class Fetches:
             self._plan(now, fetch)
         return fetch
 
+    def _too_slow_to_ask(self, tier: int, fetch: _Fetch) -> bool:
+        """Whether the tier's answer alone is expected to take longer than computing everything."""
+        ask = self.paces[tier].ask_seconds
+        recompute = fetch.prefill_seconds * fetch.missing
+        return not self._always and bool(recompute) and ask is not None and ask > recompute
+
     def _ask_patience(self, fetch: _Fetch) -> float:
-        """A question that takes longer than computing everything could be exceeded by is not worth waiting for."""
-        if self._always or not fetch.prefill_seconds:
+        """Twice what the slowest tier was seen to take for an answer (a fair try where that is not known), and the slack."""
+        if self._always:
+            return self._patience_seconds
+        if not fetch.prefill_seconds:
             return ASK_SECONDS
-        return min(ASK_SECONDS, slack_seconds(fetch.prefill_seconds * fetch.missing))
+        recompute = fetch.prefill_seconds * fetch.missing
+        seen = [self.paces[tier].ask_seconds for tier in fetch.unanswered]
+        expected = max(recompute * _FAIR_TRY if ask is None else 2 * ask for ask in seen)
+        return min(ASK_SECONDS, expected + slack_seconds(recompute))
 
     def _plan(self, now: float, fetch: _Fetch) -> None:
         """Who loads what, and when it is expected."""
@@ -224,10 +241,20 @@ class Fetches:
             return
         due = self._due(now - fetch.began, fetch.chunk_bytes, sources)
         if not self._worth_it(fetch, due):
+            self._probe(now, fetch, sources)
             self._end(now, fetch, "not worth it")
             return
         fetch.planned, fetch.due = len(sources), due
         self._queue(now, fetch, sources)
+
+    def _probe(self, now: float, fetch: _Fetch, sources: list[int]) -> None:
+        """Nobody waits for a tier that was slow, so nobody would ever see that it has become fast: now and then one batch is
+        loaded all the same, for L1."""
+        tier = sources[0]
+        if now - self.paces[tier].measured_at > PROBE_SECONDS and not self._running[tier]:
+            batch = self._batch_chunks(tier, fetch.chunk_bytes)
+            self._queue(now, fetch, [one for one in sources[:batch] if one == tier])
+            self.counters["probes"] += 1
 
     def _due(self, asked: float, chunk_bytes: int, sources: list[int]) -> list[float | None]:
         """When each chunk is expected: a batch comes at once, and as many as run side by side may all come at the end."""
@@ -243,7 +270,10 @@ class Fetches:
         return due
 
     def _batch_chunks(self, tier: int, chunk_bytes: int) -> int:
-        return max(1, self._tiers[tier].batch_bytes // chunk_bytes)
+        """Chunks in one load: what comes within `_BATCH_SECONDS`, so that progress shows, and no more than gains anything."""
+        rate = self.paces[tier].bytes_per_second
+        most = _FIRST_BATCH_BYTES if rate is None else int(rate * _BATCH_SECONDS)
+        return max(1, min(self._tiers[tier].batch_bytes, most) // chunk_bytes)
 
     def _queued_bytes(self, tier: int, chunk_bytes: int) -> int:
         """What stands before a new load, as far as it matters."""
@@ -302,8 +332,8 @@ class Fetches:
             return self._patience_seconds
         due = fetch.due[arrived]
         slack = slack_seconds(fetch.prefill_seconds * fetch.planned)
-        if due is None:  # the first load of a tier: what computing this much would have taken is a fair try
-            due = fetch.prefill_seconds * (arrived + 1) / 2
+        if due is None:  # the first load of a tier
+            due = fetch.prefill_seconds * max(arrived + 1, _FAIR_TRY * fetch.planned)
         return min(self._patience_seconds, due + slack)
 
     def _settle(self, now: float, fetch: _Fetch, in_l1: int) -> None:

@@ -10,6 +10,8 @@ SLACK_SECONDS = 0.010
 """... or by this, where that is more: recomputing less than 200 ms is judged so."""
 _WINDOW_SECONDS = 4.0
 """Busy seconds after which older measurements count half."""
+_HALF_LIFE_SECONDS = 5.0
+"""After so much idle time, too."""
 _ASK_WEIGHT = 0.2
 
 
@@ -20,6 +22,8 @@ class Pace:
     bytes_moved: float = 0.0
     busy_seconds: float = 0.0
     ask_seconds: float | None = None
+    measured_at: float = float("-inf")
+    """When the last load ended."""
     _running: int = 0
     _since: float = 0.0
 
@@ -27,11 +31,18 @@ class Pace:
         """A load has begun."""
         if not self._running:
             self._since = now
+            faded = 0.5 ** ((now - self.measured_at) / _HALF_LIFE_SECONDS)
+            self.bytes_moved *= faded
+            self.busy_seconds *= faded
         self._running += 1
 
-    def ended(self, now: float, size_bytes: int) -> None:
-        """A load has ended; so many bytes of it were good."""
+    def ended(self, now: float, size_bytes: int | None) -> None:
+        """A load has ended; so many bytes of it were good. None: the tier failed, which says nothing of its pace."""
         self._running -= 1
+        if size_bytes is None:
+            self._since = now
+            return
+        self.measured_at = now
         self.bytes_moved += size_bytes
         self.busy_seconds += now - self._since
         self._since = now

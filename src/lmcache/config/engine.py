@@ -29,6 +29,8 @@ _LONGEST_FILE_BYTES = 1 << 20
 _OTHERS = ("CONFIG_FILE", "LOG_LEVEL", "AUTH_KEY_FILE", "USE_UPSTREAM_MP")
 """Variables with our prefix that are read elsewhere."""
 _OTHER_PREFIXES = ("SERVER_", "TEST_", "DEMO_", "MP_")
+SGLANG_KEYS = ("mp_host", "mp_port", "model_id")
+"""Keys of the file that only SGLang's connector reads: where the daemon is, and a name for the weights."""
 _NOTHING = ("", "null", "none", "~", "[]", "{}")
 
 
@@ -185,6 +187,7 @@ ROWS: tuple[Row, ...] = (
         "no effect: memory is always reserved in the background, step by step",
     ),
     *_ignored("reserve_local_cpu_size", "no effect: a size that the machine does not have is refused at the start"),
+    *_ignored(" ".join(SGLANG_KEYS), "no effect outside SGLang, which reads it in its file"),
     *_ignored("lmcache_instance_id", "no effect: the engine's id is the instance"),
     *_ignored(
         "blend_recompute_ratios blend_recompute_ratio blend_min_tokens blend_check_layers blend_special_str p2p_host"

@@ -157,6 +157,15 @@ def redacted_url(text: str) -> str:
     return re.sub(r"([?&][^=&]*(?:key|secret|token|password)(?<!_file)=)[^&]+", r"\1***", text, flags=re.IGNORECASE)
 
 
+def numa(text: str) -> str:
+    """`auto`, `spread`, or a list of node numbers; whether they exist is looked at when memory is placed."""
+    if text.lower() in ("auto", "spread"):
+        return text.lower()
+    if not re.fullmatch(r"\d{1,4}(-\d{1,4})?(,\d{1,4}(-\d{1,4})?)*", text):
+        raise ValueError("must be auto, spread, or nodes such as 0 or 0,2-3")
+    return text
+
+
 def token(text: str) -> str:
     """A bearer token."""
     if not re.fullmatch(r"[!-~]{1,512}", text):

@@ -68,7 +68,8 @@ class ServerConfig:
         "SECONDS",
         read.number(1, 3600),
         30.0,
-        help="How long an engine may take to fetch what a lookup promised it, before the chunks may be evicted again.",
+        help="How long an engine may take to fetch what a lookup promised it, or to store what it got room for. Later its slots "
+        "count as quarantined: out of use until it lets go of them or has ended.",
     )
     max_workers: int = _option(
         "cache",
@@ -207,6 +208,14 @@ class ServerConfig:
         read.path,
         Path("/dev/shm"),
         help="Where the L1 memory file lives; a memory file system (tmpfs, hugetlbfs).",
+    )
+    numa: str = _option(
+        "machine",
+        "NODES",
+        read.numa,
+        "auto",
+        help="Memory nodes of L1. auto and spread: all of them by turns (auto leaves a machine with one alone); "
+        "0 or 0,2-3: these only, for engines whose GPUs hang on them.",
     )
     log_level: str = _option(
         "machine",

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+Blocks: TypeAlias = Sequence[int] | npt.NDArray[np.int32]
+"""A block table: block numbers of a request, from token 0 on."""
 
 
 class Event(Protocol):
@@ -27,7 +34,7 @@ class Load:
     slots: bytes
     start_token: int
     end_token: int
-    blocks: list[int]
+    blocks: Blocks
     lease_chunk: int = 0
     after: Event | None = None
 
@@ -46,7 +53,7 @@ class Store:
     parent: bytes
     hashes: bytes
     first_chunk: int
-    blocks: list[int]
+    blocks: Blocks
     after: Event | None = None
     end_token: int = 0
 

@@ -164,6 +164,15 @@ class SchedulerSession:
             leases, self._late = self._late, []
             self._link.post(m.Release(leases))
 
+    def clear(self) -> bool:
+        """Empty the server's memory, for all its engines. False when no answer came within the deadline."""
+        try:
+            self._link.call(m.Clear(), m.Ok)
+        except LMCacheError as error:
+            logger.warning("The LMCache server was not cleared: %s", error)
+            return False
+        return True
+
     def close(self) -> None:
         self._link.close()
 

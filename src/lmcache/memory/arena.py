@@ -20,6 +20,7 @@ from pathlib import Path
 
 from lmcache.errors import ConfigError, LMCacheError
 from lmcache.memory import headers
+from lmcache.memory.numa import place
 from lmcache.observability.log import init_logger
 
 logger = init_logger(__name__)
@@ -98,13 +99,13 @@ def _patient_steps(size_bytes: int, stop: threading.Event) -> Iterator[tuple[int
 
 
 class Arena:
-    """The server's side: creates, reserves, touches and at last removes the file.
+    """The server's side: creates, reserves, touches and at last removes the file. `numa` is a policy of `memory.numa`.
 
     Raises:
-        ConfigError: the file cannot be created there.
+        ConfigError: the file cannot be created there, or the pages cannot be placed so.
     """
 
-    def __init__(self, directory: Path, size_bytes: int) -> None:
+    def __init__(self, directory: Path, size_bytes: int, numa: str = "auto") -> None:
         self.id = secrets.token_bytes(ARENA_ID_BYTES)
         self.path = directory / f"{_PREFIX}{os.getuid()}-{self.id.hex()}{_SUFFIX}"
         self.size_bytes = size_bytes
@@ -129,6 +130,8 @@ class Arena:
             os.close(self.descriptor)
             raise ConfigError(f"--l1-size-gb: cannot map {size_bytes} bytes in {directory}: {error}") from error
         try:
+            self.nodes = place(self.mapping.address, size_bytes, numa)
+            """Memory nodes that the pages were told to lie on; empty where the kernel decides."""
             self.headers = headers.Headers(headers.beside(self.path), self.id, size_bytes)
         except ConfigError:
             self._remove()

@@ -117,7 +117,7 @@ def _start(config: ServerConfig, owner: Owner | None, started: list[Callable[[],
     started.append(loop.close)
     if owner is not None:
         _end_with(owner, loop)
-    arena = Arena(Path(config.arena_dir), config.l1_bytes)
+    arena = Arena(Path(config.arena_dir), config.l1_bytes, config.numa)
     started.append(arena.close)
     if owner is not None:
         arena.unlink()

@@ -51,6 +51,7 @@ HELP: dict[str, str] = {
     "fetches_open": "Such lookups under way now.",
     "fetched_chunks_arrived_total": "Chunks that arrived from tiers while a lookup waited for them.",
     "fetched_chunks_failed_total": "Chunks that a tier said it had and did not give.",
+    "fetched_chunks_probes_total": "Loads that only looked whether a slow tier has become faster.",
     "fetched_chunks_late_answers_total": "Questions that tiers did not answer in time.",
     "last_fetch_expected_seconds": "Of the last decision whether a load is worth it: what the load was to take.",
     "last_fetch_recompute_seconds": "Of the same decision: what computing would have taken; 0 where it is not known.",

@@ -84,6 +84,7 @@ class Report:
             "arena": {
                 "path": str(arena.path),
                 "bytes": arena.size_bytes,
+                "numa_nodes": arena.nodes,
                 "backed_bytes": arena.backed_bytes,
                 "used_bytes": heart.used_bytes(),
                 "free_bytes": heart.slabs.free_bytes,

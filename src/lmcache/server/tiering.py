@@ -204,7 +204,7 @@ class Tiering:
         self._settle()
         for begin in range(0, len(load.hashes), HASH_BYTES):
             self._origin.pop(load.hashes[begin : begin + HASH_BYTES], None)
-        self.fetches.loaded(time.monotonic(), load, good_bytes)
+        self.fetches.loaded(time.monotonic(), load, None if outcomes is None and parts else good_bytes)
         self._carry_out()
 
     # Writing

@@ -73,8 +73,10 @@ class DirectoryTier(Tier):
         self._count = Count(0, 0)
         self._in_flight = 0
         """Bytes that are counted and may not be there yet."""
-        self._published: Count | None = None
-        """By the janitor, when this process last took it over."""
+        self._stamp = ""
+        """Of what the janitor published, when this process last took it over."""
+        self._since = 0
+        """Bytes that this process has added since."""
 
     @classmethod
     def from_url(cls, url: TierURL) -> DirectoryTier:
@@ -94,13 +96,14 @@ class DirectoryTier(Tier):
             if self._opened:
                 return
             with self._named_errors():
-                (self._path / "tmp").mkdir(mode=0o700, parents=True, exist_ok=True)
+                _make_folders(self._path / "tmp")
                 self._janitor = Janitor(self._medium, self._path)
                 elected, published = self._janitor.elected(), self._janitor.published()
-                if published and (published[1] or not elected):
-                    self._count = published[0]
+                if published and (published.in_order or not elected):
+                    self._count, self._stamp = published.counted, published.stamp
                 else:
                     self._count = self._janitor.count()
+                self._since = 0
                 if elected:
                     self._janitor.publish(self._count)
             self._pool = ThreadPoolExecutor(self._threads, "lmcache-dir")
@@ -245,7 +248,7 @@ class DirectoryTier(Tier):
             finally:
                 self._medium.close(fd)  # where NFS says that it could not
             for attempt in (1, 2):
-                path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                _make_folders(path.parent)
                 try:
                     self._medium.rename(aside, path)
                     break
@@ -277,6 +280,7 @@ class DirectoryTier(Tier):
     def _add(self, stored_bytes: int, shards: int) -> None:
         with self._lock:
             self._count = Count(max(0, self._count.stored_bytes + stored_bytes), max(0, self._count.shards + shards))
+            self._since += stored_bytes
 
     def _make_room(self, cost: int) -> str:
         """OK, and the bytes are counted as taken; or why not. Raises OSError."""
@@ -297,6 +301,7 @@ class DirectoryTier(Tier):
                 return False
             self._count = self._count._replace(stored_bytes=self._count.stored_bytes + cost)
             self._in_flight += cost
+            self._since += cost
             return True
 
     def _tidy(self, room: int = 0) -> None:
@@ -309,17 +314,20 @@ class DirectoryTier(Tier):
                 below = self._max_bytes - flying - room - self._max_bytes // _TRIM_SHARE
                 count = self._janitor.trim(count, max(0, below))
             self._janitor.publish(count)
+            with self._lock:
+                meanwhile = max(0, self._count.stored_bytes - before.stored_bytes)
+                self._count = Count(count.stored_bytes + flying + meanwhile, count.shards)
+                self._since = meanwhile
         else:
-            if room and self._max_bytes is not None:
-                self._janitor.ask_for_room()
+            if self._max_bytes is not None and before.stored_bytes + room > self._max_bytes:
+                self._janitor.ask_for_room(room)
             published = self._janitor.published()
-            if published is None or published[0] == self._published:
-                return
-            count, flying = published[0], 0
-        self._published = count
-        with self._lock:
-            meanwhile = max(0, self._count.stored_bytes - before.stored_bytes)
-            self._count = Count(count.stored_bytes + flying + meanwhile, count.shards)
+            if published is not None and published.stamp != self._stamp:
+                with self._lock:  # some of what was added since is in that count already: too much, until the next one
+                    self._count = published.counted._replace(
+                        stored_bytes=published.counted.stored_bytes + max(0, self._since)
+                    )
+                    self._since, self._stamp = 0, published.stamp
 
     def _keep_counting(self) -> None:
         """The janitor's thread. It leaves some room, since others who are not elected can make none."""
@@ -328,10 +336,10 @@ class DirectoryTier(Tier):
         while not self._stop.wait(ASK_SECONDS):
             began = time.monotonic()
             try:
-                asked = self._janitor.asked_for_room() if self._janitor.holds() else False
+                asked = self._janitor.asked_for_room() if self._janitor.holds() else 0
                 if asked or began >= due:
                     with self._counting:
-                        self._tidy(spare)
+                        self._tidy(asked + spare)
                     due = time.monotonic() + max(COUNT_SECONDS, (time.monotonic() - began) / _COUNTING_SHARE)
             except OSError as error:
                 log.warning("%s: could not count what is there, later again: %s", self._where, error.strerror)
@@ -364,3 +372,10 @@ def _stat(path: Path) -> os.stat_result | None:
         if error.errno in _GONE:
             return None
         raise
+
+
+def _make_folders(path: Path) -> None:
+    """With their parents, each for this user only."""
+    if not path.is_dir():
+        _make_folders(path.parent)
+        path.mkdir(mode=0o700, exist_ok=True)

@@ -338,7 +338,7 @@ class DiskTier(Tier):
     def _index_bytes(self, shards: int) -> int:
         """The most that the journal may take with so many, and the new one beside it while that is written."""
         snapshot = shards * RECORD.itemsize + BLOCK_BYTES
-        return snapshot + max(self._journal_limit(shards), self._compact_above) + 2 * STEP_BYTES
+        return snapshot + max(self._journal_limit(shards), self._compact_above) + 3 * STEP_BYTES
 
     def _journal_limit(self, shards: int) -> int:
         snapshot = shards * RECORD.itemsize + BLOCK_BYTES

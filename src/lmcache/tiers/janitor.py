@@ -40,6 +40,14 @@ class Count(NamedTuple):
     shards: int
 
 
+class Published(NamedTuple):
+    """What a janitor counted; `in_order`: nothing was stored after it, since this was its last act. `stamp` tells two apart."""
+
+    counted: Count
+    in_order: bool
+    stamp: str
+
+
 class Janitor:
     """One process's candidacy. Not thread-safe: `DirectoryTier` calls it from one thread at a time."""
 
@@ -88,28 +96,31 @@ class Janitor:
 
     def publish(self, count: Count, in_order: bool = False) -> None:
         """For those who are not elected, and the next who is. Raises OSError."""
-        aside = self._folder / "tmp" / uuid.uuid4().hex
-        self._write(aside, f"{count.stored_bytes} {count.shards} {int(in_order)}", os.O_EXCL)
+        stamp = uuid.uuid4().hex
+        aside = self._folder / "tmp" / stamp
+        self._write(aside, f"{count.stored_bytes} {count.shards} {int(in_order)} {stamp}", os.O_EXCL)
         self._medium.rename(aside, self._usage)
 
-    def published(self) -> tuple[Count, bool] | None:
-        """What was published last, and whether by one who left in order. None: nothing that can be read."""
+    def published(self) -> Published | None:
+        """What was published last. None: nothing that can be read."""
         try:
-            stored, shards, in_order = map(int, self._usage.read_bytes().split())
+            stored, shards, in_order, stamp = self._usage.read_text().split()
+            return Published(Count(int(stored), int(shards)), in_order == "1", stamp)
         except (OSError, ValueError):
             return None
-        return Count(stored, shards), bool(in_order)
 
-    def ask_for_room(self) -> None:
+    def ask_for_room(self, wanted_bytes: int) -> None:
         """Of whoever is elected. Raises OSError."""
-        self._write(self._wanted, "", 0)
+        self._write(self._wanted, str(wanted_bytes), os.O_TRUNC)
 
-    def asked_for_room(self) -> bool:
-        """Whether anybody did, since this was asked last. Raises OSError."""
-        if not self._wanted.exists():
-            return False
+    def asked_for_room(self) -> int:
+        """How many bytes somebody has wanted since this was asked last. Raises OSError."""
+        try:
+            text = self._wanted.read_text()
+        except FileNotFoundError:
+            return 0
         self._medium.unlink(self._wanted)
-        return True
+        return int(text) if text.isdigit() else 1
 
     def count(self) -> Count:
         """Look at everything; sweep what crashed writers left. Raises OSError."""

@@ -72,8 +72,8 @@ class Journal:
     def append(self, *entries: tuple[int, bytes]) -> None:
         """(kind, body) each. All of them or, after an OSError, none."""
         made = b"".join(_entry(kind, body, self._number + at) for at, (kind, body) in enumerate(entries))
-        wanted = self.end + len(made) + STEP_BYTES
-        if wanted > self._room:
+        if self.end + len(made) + STEP_BYTES > self._room:
+            wanted = self.end + len(made) + 2 * STEP_BYTES
             try:
                 self._medium.allocate(self._fd, self._room, wanted - self._room)
                 self._room = wanted

@@ -7,7 +7,6 @@ large it is and when it was last used is kept in the store: the cap holds for al
 
 from __future__ import annotations
 
-import os
 import re
 import ssl
 import time
@@ -29,8 +28,8 @@ BOOKED_PART_BYTES = 256
 MAX_PARTS = 4096
 PARTITIONS = 64
 """A cluster has so many indexes, each for the chunks of one first byte modulo this, with its part of `max_gb`."""
-BUSY, LOST, TOO_LARGE, FULL = "busy", "lost", "too large", "full"
-"""Outcomes of a store: another writer is at it; cleared while it was written; larger than the cap; no room."""
+TOO_LARGE, FULL = "too large", "full"
+"""Outcomes of a store: larger than the cap, or than what a shard may be; no room under it, or in the server."""
 _PARTLY = "partly there"
 """Of a load, before it becomes ABSENT: what is left of the shard must go."""
 _WINDOW_BYTES = 64 << 20
@@ -61,6 +60,7 @@ class RedisTier(Tier):
         else:
             self._tags = [f"{{{prefix}}}".encode()]
             self._pattern = f"{{{prefix}}}*"
+        self._is_open = False
         self._used: dict[bytes, tuple[int, int]] = {}
         """Tag -> bytes and shards, as the store said last."""
 
@@ -77,7 +77,7 @@ class RedisTier(Tier):
         if ca_file and not tls:
             raise ConfigError(f"{url.redacted}: ca_file is for rediss://")
         login = Login(url.username, url.take_password(), int(database), tls)
-        limit = url.take("connections", whole(1, 64), 4)
+        limit = url.take("connections", whole(1, 64), 8)
         kind = _TLSTier if tls else cls
         return kind(
             Nodes(url.host, url.port or 6379, login, limit, is_cluster),
@@ -89,10 +89,12 @@ class RedisTier(Tier):
         )
 
     def open(self) -> None:
-        deadline = self._deadline()
+        if self._is_open:
+            return
         if self._nodes.is_cluster:
-            self._nodes.refresh(deadline)
+            self._nodes.refresh(self._deadline())
         self._everywhere("usage")
+        self._is_open = True
 
     def contains(self, keys: Sequence[ShardKey]) -> list[bool]:
         found = [False] * len(keys)
@@ -132,16 +134,15 @@ class RedisTier(Tier):
         outcomes = [TOO_LARGE] * len(shards)
 
         def say(connection: Connection, which: list[int]) -> None:
-            token = os.urandom(8).hex()
             left = [index for index in which if _parts(shards[index].payload.nbytes) <= MAX_PARTS]
             while left:
                 for index in left:
-                    self._reserve(connection, shards[index], token)
+                    self._reserve(connection, shards[index])
                 for index in left:
                     outcomes[index] = self._admission(connection, shards[index].key)
                 granted = [index for index in left if outcomes[index] == ADMITTED]
                 for index in granted:
-                    self._write(connection, shards[index], token)
+                    self._write(connection, shards[index])
                 # what is being written cannot be evicted; once it is there, the rest of a call above the cap finds room
                 left = [index for index in left if outcomes[index] == FULL] if granted else []
                 for index in granted:
@@ -160,6 +161,7 @@ class RedisTier(Tier):
         self._converse(keys, say)
 
     def clear(self) -> None:
+        self._must_be_open()
         for tag in self._tags:
             while self._everywhere("clear", [tag]):
                 pass
@@ -174,6 +176,7 @@ class RedisTier(Tier):
         return Usage(sum(used for used, _ in known), sum(shards for _, shards in known), self._max_bytes)
 
     def close(self) -> None:
+        self._is_open = False
         self._nodes.close()
 
     # ---- one shard
@@ -215,7 +218,7 @@ class RedisTier(Tier):
             raise connection.refused(reply)
         return frame.NOT_A_FRAME
 
-    def _reserve(self, connection: Connection, shard: Shard, token: str) -> None:
+    def _reserve(self, connection: Connection, shard: Shard) -> None:
         size = shard.payload.nbytes
         most = (self._max_bytes or 0) // len(self._tags)
         self._script(
@@ -225,7 +228,6 @@ class RedisTier(Tier):
             most,
             self._lease_us,
             self._ttl_us,
-            token,
             *_booking(shard.key, size),
         )
 
@@ -235,7 +237,7 @@ class RedisTier(Tier):
             return FULL
         return self._said(connection, self._tag(key), reply)
 
-    def _write(self, connection: Connection, shard: Shard, token: str) -> None:
+    def _write(self, connection: Connection, shard: Shard) -> None:
         """Parts, then the script that writes the header, all without waiting."""
         payload, name = shard.payload, self._name(shard.key)
         checksum = frame.Checksum(self._secret)
@@ -249,7 +251,6 @@ class RedisTier(Tier):
             connection,
             self._tag(shard.key),
             "commit",
-            token,
             self._ttl_us,
             checksum.header(shard.key, shard.parent),
             *booking,
@@ -265,7 +266,7 @@ class RedisTier(Tier):
                     raise connection.refused(reply)
                 trouble = FULL
         outcome = self._said(connection, self._tag(shard.key), connection.reply())
-        return trouble if outcome == LOST and trouble else outcome
+        return outcome or trouble
 
     def _make_room(self, connection: Connection, shard: Shard) -> None:
         """The server's memory is full before `max_gb` is: the oldest go, so that the next store finds room."""
@@ -308,6 +309,7 @@ class RedisTier(Tier):
 
     def _converse(self, keys: Sequence[ShardKey], work: Callable[[Connection, list[int]], None]) -> None:
         """Do `work` for all keys, server by server; in a cluster once more for what has moved meanwhile."""
+        self._must_be_open()
         deadline, left = self._deadline(), list(range(len(keys)))
         for attempt in range(3):
             if self._nodes.stale:
@@ -355,6 +357,10 @@ class RedisTier(Tier):
         raise TierError("protocol", f"Redis at {connection.name}: unexpected answer {reply!r:.80}")
 
     # ---- names
+
+    def _must_be_open(self) -> None:
+        if not self._is_open:
+            raise TierError("closed", "the Redis tier is not open")
 
     def _deadline(self) -> float:
         return time.monotonic() + self._timeout_seconds

@@ -1,7 +1,7 @@
 """The books of the Redis tier, kept by the server itself: one Lua script (Redis 6 and later, Valkey), run with EVAL.
 
-KEYS[1] is the hash tag T. The books are two keys, `T.index`, a hash of shard name -> "booked bytes, parts, token" with the sum of
-the booked bytes as field `used`, and `T.uses`, a sorted set of shard name -> time of last use in microseconds. A token is there
+KEYS[1] is the hash tag T. The books are two keys, `T.index`, a hash of shard name -> "booked bytes, parts, o" with the sum of the
+booked bytes as field `used`, and `T.uses`, a sorted set of shard name -> time of last use in microseconds. The o (open) is there
 while the shard is being written; its time is then the end of the writer's lease plus 2^52, so that it sorts behind all others.
 Shard `name` has its header at `T/name` and its parts at `T/name.0`, `T/name.1` ... Each verb answers (what, used bytes, shards).
 """
@@ -19,8 +19,8 @@ local OPEN = 4503599627370496
 local UNKNOWN_PARTS = 64
 
 local function record(name)
-  local bytes, parts, token = string.match(redis.call('HGET', index, name) or '', '^(%d+) (%d+) (%w*)$')
-  return tonumber(bytes), tonumber(parts), token
+  local bytes, parts, open = string.match(redis.call('HGET', index, name) or '', '^(%d+) (%d+) (o?)$')
+  return tonumber(bytes), tonumber(parts), open == 'o'
 end
 
 local function part_names(name, parts)
@@ -67,8 +67,8 @@ local function evict(most, wanted)
   return true
 end
 
-local function book(name, bytes, parts, token, score)
-  redis.call('HSET', index, name, string.format('%d %d %s', bytes, parts, token))
+local function book(name, bytes, parts, open, score)
+  redis.call('HSET', index, name, string.format('%d %d %s', bytes, parts, open))
   redis.call('ZADD', uses, score, name)
 end
 
@@ -101,36 +101,39 @@ if math.max(records - 1, 0) ~= redis.call('ZCARD', uses) then
 end
 
 if verb == 'reserve' then
-  local most, lease, ttl, token = tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4]), ARGV[5]
-  local name, bytes, parts = ARGV[6], tonumber(ARGV[7]), tonumber(ARGV[8])
-  local had, had_parts, holder = record(name)
-  if had and holder ~= '' then
-    if redis.call('ZSCORE', uses, name) - OPEN > now then return answer('busy') end
-  elseif had == bytes and is_whole(name, parts) then
+  local most, lease, ttl = tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
+  local name, bytes, parts = ARGV[5], tonumber(ARGV[6]), tonumber(ARGV[7])
+  local had, _, is_open = record(name)
+  if had == bytes and not is_open and is_whole(name, parts) then
     redis.call('UNLINK', tag .. '.nothing')
     touch(name, parts, now, ttl)
     return answer('kept')
   end
   redis.call('HINCRBY', index, 'used', 0) -- fails where `maxmemory` is reached
+  if most > 0 and bytes > most then return answer('too large') end
+  if had == bytes and is_open and redis.call('ZSCORE', uses, name) - OPEN > now then
+    -- somebody else writes the very same parts: whoever is done first commits them
+    redis.call('ZADD', uses, OPEN + now + lease, name)
+    return answer('go')
+  end
   forget(name)
   unlink(name, parts)
-  if most > 0 and bytes > most then return answer('too large') end
   forget_all(redis.call('ZRANGEBYSCORE', uses, OPEN, OPEN + now, 'LIMIT', 0, 100))
   if ttl > 0 then forget_all(redis.call('ZRANGEBYSCORE', uses, '-inf', now - ttl, 'LIMIT', 0, 100)) end
   if most > 0 and not evict(most, bytes) then return answer('full') end
   redis.call('HINCRBY', index, 'used', bytes)
-  book(name, bytes, parts, token, OPEN + now + lease)
+  book(name, bytes, parts, 'o', OPEN + now + lease)
   return answer('go')
 elseif verb == 'commit' then
-  local token, ttl, header = ARGV[2], tonumber(ARGV[3]), ARGV[4]
-  local name, bytes, parts = ARGV[5], tonumber(ARGV[6]), tonumber(ARGV[7])
-  local had, _, holder = record(name)
+  local ttl, header = tonumber(ARGV[2]), ARGV[3]
+  local name, bytes, parts = ARGV[4], tonumber(ARGV[5]), tonumber(ARGV[6])
+  local had = record(name)
   if not had then unlink(name, parts) end
-  if holder ~= token then return answer('lost') end
+  if had ~= bytes then return answer('') end -- removed meanwhile, as if it had been right after
   local names = part_names(name, parts)
   if parts > 0 and redis.call('EXISTS', unpack(names)) ~= parts then
     forget(name)
-    return answer('lost')
+    return answer('full')
   end
   for _, key in ipairs(names) do redis.call('PERSIST', key) end
   redis.call('SET', tag .. '/' .. name, header)
@@ -142,14 +145,15 @@ elseif verb == 'shrink' then
 elseif verb == 'touch' then
   local ttl, known = tonumber(ARGV[2]), {}
   for i = 3, #ARGV do
-    local had, parts, holder = record(ARGV[i])
-    if holder == '' then touch(ARGV[i], parts, now - (i - 3), ttl) end
-    known[i - 2] = holder == '' and '1' or '0'
+    local had, parts, is_open = record(ARGV[i])
+    local is_there = had and not is_open
+    if is_there then touch(ARGV[i], parts, now - (i - 3), ttl) end
+    known[i - 2] = is_there and '1' or '0'
   end
   return answer(table.concat(known))
 elseif verb == 'mend' then
   local most, name, bytes, parts = tonumber(ARGV[2]), ARGV[3], tonumber(ARGV[4]), tonumber(ARGV[5])
-  local had, had_parts, holder = record(name)
+  local had, had_parts, is_open = record(name)
   if not had then
     if is_whole(name, parts) and (most == 0 or evict(most, bytes)) then
       redis.call('HINCRBY', index, 'used', bytes)
@@ -157,7 +161,7 @@ elseif verb == 'mend' then
     else
       unlink(name, parts)
     end
-  elseif holder == '' and not is_whole(name, had_parts) then
+  elseif not is_open and not is_whole(name, had_parts) then
     forget(name)
   end
 elseif verb == 'remove' then

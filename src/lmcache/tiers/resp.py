@@ -23,6 +23,8 @@ PIECE_BYTES = 256 << 10
 """A value is moved in such pieces, and summed while they are in the processor's cache."""
 _BUFFER_BYTES = 16 << 10
 """For short replies. What of a large value arrives with them is copied once more, so this stays small."""
+_MOST_BYTES, _MOST_ITEMS, _MOST_DEPTH = 1 << 20, 1 << 20, 4
+"""Of a reply that is not read into given memory."""
 _SLOTS = 16384
 
 Seen = Callable[[memoryview], object]
@@ -134,7 +136,7 @@ class Connection:
 
     # ---- what is answered
 
-    def reply(self) -> Reply:
+    def reply(self, depth: int = 0) -> Reply:
         """The next reply, errors included."""
         self.flush()
         kind, rest = self._line()
@@ -148,13 +150,15 @@ class Connection:
         count = self._number(rest)
         if count < 0:
             return None
+        if count > (_MOST_BYTES if kind == b"$" else _MOST_ITEMS) or depth > _MOST_DEPTH:
+            raise self._nonsense(kind + rest)
         if kind == b"$":
             value = bytearray(count)
             self._read(memoryview(value))
             self._skip(2)
             return bytes(value)
         if kind == b"*":
-            return [self.reply() for _ in range(count)]
+            return [self.reply(depth + 1) for _ in range(count)]
         raise self._nonsense(kind + rest)
 
     def answer(self) -> Reply:

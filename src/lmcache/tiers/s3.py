@@ -42,6 +42,8 @@ class S3Tier(Tier):
     """One bucket and prefix. `connections` requests are under way at once, whoever asked for them."""
 
     scheme = "s3"
+    concurrency = 8
+    batch_bytes = 64 << 20
 
     def __init__(
         self,
@@ -169,6 +171,8 @@ class S3Tier(Tier):
                 self._books.end(shard.key)
 
         self._side_by_side([(write, (index,)) for index in range(len(shards))])
+        kept = [shard.key for shard, outcome in zip(shards, outcomes, strict=True) if outcome in (OK, KEPT)]
+        self._books.use(kept[::-1])  # in the order asked, whoever was faster
         return outcomes
 
     def remove(self, keys: Sequence[ShardKey]) -> None:
@@ -247,6 +251,8 @@ class S3Tier(Tier):
         uses: dict[bytes, int] = {}
         others, other_bytes, recency_bytes = [_RECENCY], 0, 0
         for one in self._client.list():
+            if self._closing.is_set():
+                return
             written = int(one.modified.timestamp() * 1000)
             if key := _key_of(one.path):
                 listed[key.packed] = written, one.size
@@ -302,7 +308,7 @@ class S3Tier(Tier):
             TierError: one of them did; or the time was over before all had begun.
         """
         if not self._pool:
-            raise TierError("unreachable", f"{self._client.place.text}: the tier is not open")
+            raise TierError("closed", f"{self._client.place.text}: the tier is not open")
         deadline = time.monotonic() + self._timeout_seconds
 
         def run(call: Callable[..., None], *numbers: int) -> None:

@@ -1,0 +1,80 @@
+"""Media that fail, and media that end the process, at an operation that the test names by its number or its kind."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from lmcache.tiers.medium import Medium
+
+WRITES = ("open", "close", "pwritev", "allocate", "punch", "truncate", "sync", "rename", "unlink", "touch")
+"""All that changes something; each is a boundary at which a crash can come."""
+
+
+class FaultyMedium(Medium):
+    """`fail["pwritev"] = errno.EIO` and the like, by operation; `after` so many operations of that kind that still work."""
+
+    def __init__(self) -> None:
+        self.fail: dict[str, int] = {}
+        self.after: dict[str, int] = {}
+        self.seen: list[tuple[str, Any]] = []
+
+    def __getattribute__(self, name: str) -> Any:
+        method = super().__getattribute__(name)
+        if name not in (*WRITES, "preadv"):
+            return method
+
+        def call(*arguments: Any) -> Any:
+            code = self.fail.get(name)
+            if code and self.after.get(name, 0) > 0:
+                self.after[name] -= 1
+            elif code and self.applies(name, arguments):
+                self.seen.append((name, arguments))
+                if name == "close":
+                    method(*arguments)
+                raise OSError(code, os.strerror(code))
+            return method(*arguments)
+
+        return call
+
+    def applies(self, name: str, arguments: Sequence[Any]) -> bool:
+        """For tests that fail one file only."""
+        return True
+
+
+class EndingMedium(Medium):
+    """Kills this process before operation number `at`; with `torn`, when half of its bytes are written."""
+
+    def __init__(self, at: int, torn: bool, said: Callable[[str], None]) -> None:
+        self.at, self.torn, self.said = at, torn, said
+        self.count = 0
+        self.kinds: list[str] = []
+
+    def __getattribute__(self, name: str) -> Any:
+        method = super().__getattribute__(name)
+        if name not in WRITES:
+            return method
+
+        def call(*arguments: Any) -> Any:
+            if self.count == self.at:
+                if self.torn and name == "pwritev":
+                    self.tear(*arguments)
+                self.said(f"killed {name}")
+                os.kill(os.getpid(), signal.SIGKILL)
+            self.count += 1
+            self.kinds.append(name)
+            return method(*arguments)
+
+        return call
+
+    def tear(self, fd: int, buffers: list[memoryview], offset: int) -> None:
+        """Half of it, in blocks where it is as large as that, as a device would."""
+        data = b"".join(buffers)
+        half = len(data) // 2 // 4096 * 4096 or len(data) // 2
+        path = Path(f"/proc/self/fd/{fd}").resolve()
+        plain = os.open(path, os.O_WRONLY)  # not direct: the half may lie anywhere
+        os.pwrite(plain, data[:half], offset)
+        os.close(plain)

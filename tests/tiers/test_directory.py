@@ -1,0 +1,324 @@
+"""What is the shared directory's own: several processes at one store, the janitor, leftovers, times of use."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from disk_files import medium_bytes
+from media import FaultyMedium
+
+from lmcache.errors import ConfigError
+from lmcache.tiers import ABSENT, KEPT, OK, TierError, frame
+from lmcache.tiers import directory as directory_module
+from lmcache.tiers.conformance import load_one, payload_of, shard_key, shard_of
+from lmcache.tiers.directory import DirectoryTier
+from lmcache.tiers.frame_io import UNREADABLE
+from lmcache.tiers.janitor import LEASE_SECONDS, LEFTOVER_SECONDS, Count, Janitor
+from lmcache.tiers.medium import Medium
+from lmcache.tiers.registry import make_tier
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Iterator[Callable[..., DirectoryTier]]:
+    """Open tiers over one folder, as of several machines; closed at the end."""
+    made: list[DirectoryTier] = []
+
+    def make(max_bytes: int | None = None, medium: Medium | None = None, touch_seconds: float = 60.0) -> DirectoryTier:
+        made.append(DirectoryTier(tmp_path / "tier", max_bytes, medium=medium, touch_seconds=touch_seconds))
+        made[-1].open()
+        return made[-1]
+
+    yield make
+    for tier in made:
+        tier.close()
+
+
+def fill(tier: DirectoryTier, numbers: range, size: int) -> list[str]:
+    return tier.store([shard_of(shard_key(number), size) for number in numbers])
+
+
+def there(tier: DirectoryTier, numbers: range) -> list[int]:
+    return [number for number, yes in zip(numbers, tier.contains([*map(shard_key, numbers)]), strict=True) if yes]
+
+
+def file_of(tier: DirectoryTier, number: int) -> Path:
+    return tier._file(shard_key(number))
+
+
+def age(path: Path, seconds: float) -> None:
+    then = time.time() - seconds
+    os.utime(path, (then, then))
+
+
+def test_what_one_stores_the_other_finds_at_once(directory: Callable[..., DirectoryTier]) -> None:
+    one, two = directory(), directory()
+    assert two.known([shard_key(1)]) is None
+    assert fill(one, range(4), 70_000) == [OK] * 4
+    assert load_one(two, shard_key(1), 70_000) == (OK, payload_of(shard_key(1), 70_000))
+    assert fill(two, range(4), 70_000) == [KEPT] * 4
+    two.remove([shard_key(1)])
+    assert load_one(one, shard_key(1), 70_000)[0] == ABSENT
+    assert fill(one, range(1, 2), 70_000) == [OK]
+
+
+def test_files_are_this_users_and_lie_where_the_page_says(
+    directory: Callable[..., DirectoryTier], tmp_path: Path
+) -> None:
+    old = os.umask(0)
+    try:
+        fill(directory(), range(1, 2), 1000)
+    finally:
+        os.umask(old)
+    space, name = shard_key(1).text.split("/")
+    path = tmp_path / "tier" / space / name[:2] / name
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert all(folder.stat().st_mode & 0o777 == 0o700 for folder in path.parents[:2])
+    assert path.read_bytes()[128:] == payload_of(shard_key(1), 1000)
+
+
+def test_a_cut_or_lengthened_file_is_a_miss_and_goes(directory: Callable[..., DirectoryTier]) -> None:
+    tier = directory()
+    fill(tier, range(4), 9 * MIB)
+    for number, size in enumerate((0, 100, 5 * MIB, 9 * MIB + 129)):
+        os.truncate(file_of(tier, number), size)
+        assert load_one(tier, shard_key(number), 9 * MIB)[0] in frame.DAMAGE
+        assert not file_of(tier, number).exists()
+
+
+def test_a_damaged_file_that_was_replaced_meanwhile_stays(directory: Callable[..., DirectoryTier]) -> None:
+    other = directory()
+
+    class Slow(Medium):
+        """Another machine stores the shard anew while this one reads the damaged file."""
+
+        replaced = False
+
+        def preadv(self, fd: int, buffers: list[memoryview], offset: int) -> int:
+            got = super().preadv(fd, buffers, offset)
+            if not self.replaced:
+                self.replaced = True
+                other.remove([shard_key(1)])
+                assert fill(other, range(1, 2), 5000) == [OK]
+            return got
+
+    tier = directory(medium=Slow())
+    fill(tier, range(1, 2), 5000)
+    content = bytearray(file_of(tier, 1).read_bytes())
+    content[1000] ^= 1
+    file_of(tier, 1).write_bytes(content)
+    assert load_one(tier, shard_key(1), 5000)[0] == frame.CHECKSUM
+    assert load_one(tier, shard_key(1), 5000) == (OK, payload_of(shard_key(1), 5000))
+
+
+def test_the_time_of_use_is_brought_up_once_a_minute(directory: Callable[..., DirectoryTier]) -> None:
+    class Counting(Medium):
+        touched: list[Path] = []  # noqa: RUF012
+
+        def touch(self, path: Path) -> None:
+            self.touched.append(path)
+            super().touch(path)
+
+    tier = directory(medium=Counting())
+    fill(tier, range(2), 5000)
+    age(file_of(tier, 0), 30)
+    for _ in range(3):
+        load_one(tier, shard_key(0), 5000)
+    assert Counting.touched == []
+    age(file_of(tier, 0), 90)
+    for _ in range(3):
+        load_one(tier, shard_key(0), 5000)
+    assert Counting.touched == [file_of(tier, 0)]
+    assert time.time() - file_of(tier, 0).stat().st_mtime < 20
+
+
+def test_what_was_used_longest_ago_goes_first(directory: Callable[..., DirectoryTier]) -> None:
+    tier = directory(max_bytes=16 * MIB)
+    fill(tier, range(12), MIB)
+    order = [3, 1, 4, 11, 5, 9, 2, 6, 10, 8, 7, 0]
+    for place, number in enumerate(order):
+        age(file_of(tier, number), 1000 - place)
+    assert load_one(tier, shard_key(4), MIB)[0] == OK  # used now
+    order.remove(4)
+    assert fill(tier, range(20, 24), MIB) == [OK] * 4
+    left = there(tier, range(12))
+    assert 4 in left and 4 <= len(left) < 12
+    assert sorted(left) == sorted([4, *order[len(order) - len(left) + 1 :]])
+
+
+def test_one_is_elected_and_makes_room_for_the_others(
+    directory: Callable[..., DirectoryTier], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(directory_module, "ASK_SECONDS", 0.2)
+    cap = 16 * MIB
+    first, second = directory(cap), directory(cap)
+    assert first._janitor.elected() and not second._janitor.elected()
+    outcomes = [outcome for number in range(40) for outcome in fill(second, range(number, number + 1), MIB)]
+    assert outcomes.index("full") in (13, 14, 15) and "full" in outcomes[-1:]
+    assert medium_bytes(tmp_path / "tier") <= cap
+    deadline = time.monotonic() + 30
+    while fill(second, range(50, 51), MIB) == ["full"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert load_one(first, shard_key(50), MIB)[0] == OK
+    assert medium_bytes(tmp_path / "tier") <= cap
+
+
+def test_both_writing_stay_within_the_cap_and_what_one_wrote_unseen(
+    directory: Callable[..., DirectoryTier], tmp_path: Path
+) -> None:
+    cap = 16 * MIB
+    first, second = directory(cap), directory(cap)
+    fill(first, range(12), MIB)
+    fill(second, range(20, 32), MIB)  # it has not heard of the others yet
+    assert medium_bytes(tmp_path / "tier") <= 2 * cap
+    for _ in range(2):  # what the second wrote may be in the first count or not, so it counts on the safe side
+        with first._counting:
+            first._tidy(cap // 20)
+        assert medium_bytes(tmp_path / "tier") <= cap
+        with second._counting:
+            second._tidy()
+        assert second.usage().stored_bytes >= first.usage().stored_bytes
+    assert second.usage() == first.usage()
+
+
+def test_the_lease_of_the_dead_and_of_the_silent_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "tmp").mkdir()
+    one, two = Janitor(Medium(), tmp_path), Janitor(Medium(), tmp_path)
+    assert one.elected() and one.elected() and not two.elected()
+    age(tmp_path / "janitor", LEASE_SECONDS - 20)
+    assert not two.elected()
+    assert one.elected() and time.time() - (tmp_path / "janitor").stat().st_mtime < 20  # renewed
+    age(tmp_path / "janitor", LEASE_SECONDS + 5)
+    assert two.elected() and not one.elected()
+    two.leave(Count(5, 1))
+    assert not (tmp_path / "janitor").exists() and (one.published() or (None,))[:2] == (Count(5, 1), True)
+    script = (
+        "import sys; from pathlib import Path; from lmcache.tiers.janitor import Janitor;"
+        "from lmcache.tiers.medium import Medium; assert Janitor(Medium(), Path(sys.argv[1])).elected()"
+    )
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True)
+    assert one.elected()  # that process is gone, so nobody waits for its minute to end
+    assert list((tmp_path / "tmp").iterdir()) == []
+
+
+def test_leftovers_of_crashed_writers_are_swept_and_those_of_live_ones_are_not(
+    directory: Callable[..., DirectoryTier], tmp_path: Path
+) -> None:
+    tier = directory(64 * MIB)
+    old, new = tmp_path / "tier/tmp/old", tmp_path / "tier/tmp/new"
+    for path in (old, new):
+        path.write_bytes(bytes(MIB))
+    age(old, LEFTOVER_SECONDS + 60)
+    age(new, LEFTOVER_SECONDS - 600)
+    with tier._counting:
+        tier._tidy()
+    assert not old.exists() and new.exists()
+    assert tier.usage().stored_bytes >= MIB
+
+
+def test_after_a_crash_the_count_is_taken_anew(directory: Callable[..., DirectoryTier], tmp_path: Path) -> None:
+    script = (
+        "import os, signal, sys; from pathlib import Path; from lmcache.tiers.directory import DirectoryTier;"
+        "from lmcache.tiers.conformance import shard_key, shard_of;"
+        "t = DirectoryTier(Path(sys.argv[1]), 1 << 24); t.open();"
+        "t.store([shard_of(shard_key(n), 700_000) for n in range(9)]); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    subprocess.run([sys.executable, "-c", script, str(tmp_path / "tier")], check=False)
+    tier = directory(16 * MIB)
+    assert tier.usage().shards == 9 and tier.usage().stored_bytes >= 9 * 700_000
+    assert there(tier, range(9)) == list(range(9))
+
+
+def test_clear_leaves_what_is_not_the_caches(directory: Callable[..., DirectoryTier], tmp_path: Path) -> None:
+    tier = directory()
+    fill(tier, range(5), 3000)
+    space = file_of(tier, 0).parents[1]
+    strange = [tmp_path / "tier/notes.txt", space / "notes.txt", file_of(tier, 0).with_name("notes.txt")]
+    for path in strange:
+        path.write_text("mine")
+    tier.clear()
+    assert there(tier, range(5)) == [] and tier.usage().shards == 0
+    assert all(path.read_text() == "mine" for path in strange)
+    assert fill(tier, range(5), 3000) == [OK] * 5
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [(errno.EIO, "io"), (errno.EROFS, "read-only"), (errno.EACCES, "denied")],
+    ids=["EIO", "EROFS", "EACCES"],
+)
+@pytest.mark.parametrize("operation", ["pwritev", "close", "rename"])
+def test_a_store_that_fails_is_said_and_leaves_nothing(
+    directory: Callable[..., DirectoryTier], tmp_path: Path, operation: str, code: int, reason: str
+) -> None:
+    medium = FaultyMedium()
+    tier = directory(medium=medium)
+    fill(tier, range(3), 70_000)
+    medium.fail = {operation: code}
+    with pytest.raises(TierError) as caught:
+        fill(tier, range(3, 6), 70_000)
+    assert caught.value.reason == reason
+    medium.fail.clear()
+    assert there(tier, range(6)) == [0, 1, 2]
+    assert list((tmp_path / "tier/tmp").iterdir()) == []
+    assert fill(tier, range(3, 6), 70_000) == [OK] * 3
+
+
+def test_a_full_file_system_is_an_outcome(directory: Callable[..., DirectoryTier], tmp_path: Path) -> None:
+    medium = FaultyMedium()
+    tier = directory(medium=medium)
+    fill(tier, range(2), 5000)
+    before = tier.usage()
+    for code in (errno.ENOSPC, errno.EDQUOT):
+        medium.fail = {"pwritev": code}
+        assert fill(tier, range(2, 4), 5000) == ["full"] * 2
+        medium.fail = {"close": code}
+        assert fill(tier, range(2, 4), 5000) == ["full"] * 2
+    medium.fail.clear()
+    assert tier.usage() == before and list((tmp_path / "tier/tmp").iterdir()) == []
+    assert fill(tier, range(2, 4), 5000) == [OK] * 2
+
+
+def test_reads_that_fail(directory: Callable[..., DirectoryTier]) -> None:
+    medium = FaultyMedium()
+    tier = directory(medium=medium)
+    fill(tier, range(3), 5000)
+    medium.fail = {"preadv": errno.EIO}
+    keys, buffers = [*map(shard_key, range(3))], [memoryview(bytearray(5000)) for _ in range(3)]
+    with pytest.raises(TierError, match="look at the kernel's log"):
+        tier.load(keys, buffers)
+    medium.after = {"preadv": 1}
+    assert sorted(tier.load(keys, buffers)) == [OK, UNREADABLE, UNREADABLE]
+    medium.fail = {"preadv": errno.ESTALE}
+    assert tier.load(keys, buffers) == [ABSENT] * 3
+    medium.fail.clear()
+    assert tier.load(keys, buffers) == [OK] * 3
+
+
+@pytest.mark.parametrize(
+    ("url", "match"),
+    [
+        ("dir://mnt/x", "three slashes"),
+        ("dir:///x?connections=0", "whole number from 1"),
+        ("dir:///x?io=direct", "unknown"),
+    ],
+)
+def test_urls_that_cannot_be_used(url: str, match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        make_tier(url)
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    tier = make_tier(f"dir://{tmp_path}/file/tier").tier
+    with pytest.raises(TierError):
+        tier.open()
