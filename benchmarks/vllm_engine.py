@@ -42,8 +42,9 @@ def switch(llm: Any, on: bool) -> dict[str, bool]:
     from vllm.distributed.kv_transfer import get_kv_transfer_group
 
     for connector in (llm.llm_engine.engine_core.engine_core.scheduler.connector, get_kv_transfer_group()):
-        halves = vars(connector).setdefault("halves", (connector._scheduler, connector._worker))
-        connector._scheduler, connector._worker = halves if on else (None, None)
+        ours = getattr(connector, "_lmcache_engine", connector)  # in-process mode: vLLM's own class is in front of ours
+        halves = vars(ours).setdefault("halves", (ours._scheduler, ours._worker))
+        ours._scheduler, ours._worker = halves if on else (None, None)
     return {"on": on}
 
 

@@ -1,9 +1,10 @@
 """Time to the first token on real vLLM (CPU): `python -m benchmarks.vllm_ttft --vllm-python PATH`.
 
-Two engines stand side by side, one plain and one with LMCache (a third with the peer, on request). Each round gives all the
-same new prompt, in turns; then asks again. So the cold runs are paired, and so are the three kinds of hits:
-    own    the plain engine's prefix cache
-    ours   LMCache's, after the engine has forgotten its own
+Two engines stand side by side, one plain and one with LMCache (on request others with its in-process mode and with the peer).
+Each round gives all the same new prompt, in turns; then asks again. So the cold runs are paired, and so are the kinds of hits:
+    own      the plain engine's prefix cache
+    ours     LMCache's, from a daemon, after the engine has forgotten its own
+    inproc   the same from a server of the engine's own
 Two processes of the very same engine differ by several percent for as long as they live, so the cold overhead is also
 measured inside one engine, with LMCache taken out of its path and put back, prompt by prompt.
 """
@@ -40,6 +41,7 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
     "LMCACHE_TRACK_USAGE": "false",
+    "LMCACHE_MAX_LOCAL_CPU_SIZE": "2",
     "DO_NOT_TRACK": "1",
 }
 
@@ -125,14 +127,15 @@ def measure(engines: dict[str, Engine], rounds: int) -> list[Row]:
             hit[name].add("ours", [again[name]])
             ratio[name].add("ours", [again[name] / again["plain"]])
     rows = [*cold.values(), *overhead.values()]
-    if "ours" in engines:
-        rows.append(_overhead_in_one_engine(engines["ours"], rounds, rng))
+    rows += [_overhead_in_one_engine(engines[name], rounds, rng) for name in ("ours", "inproc") if name in engines]
     return [*rows, own, *hit.values(), *ratio.values()]
 
 
 def _overhead_in_one_engine(engine: Engine, rounds: int, rng: random.Random) -> Row:
     """Cold prompts with LMCache and without it, in turns; their ratio pair by pair."""
-    row = Row("cold-overhead-one-engine", "cold, LMCache on over off, in one engine: slower by", "%", Goal(1.0, "less"))
+    suffix, what = ("", "LMCache") if engine.name == "ours" else (f"-{engine.name}", _title(engine.name))
+    title = f"cold, {what} on over off, in one engine: slower by"
+    row = Row(f"cold-overhead-one-engine{suffix}", title, "%", Goal(1.0, "less"))
     for turn in range(5 * rounds):
         seconds = {}
         for on in rng.sample((True, False), 2):
@@ -156,11 +159,17 @@ def _hit(engine: Engine, prompt: list[int]) -> float:
 
 
 def _title(name: str) -> str:
-    return {"plain": "plain vLLM", "ours": "with LMCache", "peer": "with LMCache 0.5.6"}[name]
+    names = {
+        "plain": "plain vLLM",
+        "ours": "with LMCache",
+        "inproc": "LMCache in process",
+        "peer": "with LMCache 0.5.6",
+    }
+    return names[name]
 
 
 def _ratio_goal(name: str) -> Goal | None:
-    return Goal(1.1, "less") if name == "ours" else None
+    return Goal(1.1, "less") if name in ("ours", "inproc") else None
 
 
 @contextlib.contextmanager
@@ -176,6 +185,8 @@ def engines(options: argparse.Namespace, model: Path, directory: Path) -> Iterat
             started[name] = engine
 
         start("plain", options.vllm_python, None)
+        if options.in_process:
+            start("inproc", options.vllm_python, {"kv_connector": "LMCacheConnectorV1", "kv_role": "kv_both"})
         for name, python in (("ours", options.vllm_python), ("peer", options.peer_vllm_python)):
             if python:
                 side = Side(name, sys.executable if name == "ours" else python)
@@ -228,6 +239,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--vllm-python", metavar="PATH", default=named, required=not named, help="Python with vLLM and us"
     )
     parser.add_argument("--peer-vllm-python", metavar="PATH", help="Python with vLLM and LMCache 0.5.6")
+    parser.add_argument("--in-process", action="store_true", help="a third engine, with LMCacheConnectorV1")
     parser.add_argument("--model", metavar="DIR", type=Path, help="a model directory; default: the demo's, made anew")
     parser.add_argument(
         "--rounds", metavar="N", type=int, default=8, help="paired rounds after one to warm up. Default: 8"

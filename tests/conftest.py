@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 from engine_process import Engine
-from servers import READY, EngineProcess, Raw, Server, free_port
+from ports import free_port
+from servers import READY, EngineProcess, Raw, Server
+
+# The same examples in every run, however slow the machine: `pytest --hypothesis-profile=default` looks for new ones.
+hypothesis.settings.register_profile(
+    "same", derandomize=True, deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("same")
+
+for name in ("http_proxy", "https_proxy", "all_proxy"):  # nothing that tests ask is behind one
+    os.environ.pop(name, None)
+    os.environ.pop(name.upper(), None)
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from lmcache.engine.link import Endpoint
 from lmcache.transfer.paged import PagedKV, Plane
 
 POISON = 0xDEAD
-PATIENCE = 20.0  # of tests, for what should come soon
+PATIENCE = 60.0  # of tests, for what should come soon
 
 
 def kv_of(ids: Sequence[int], layers: int, heads: int, dims: int) -> npt.NDArray[np.uint16]:

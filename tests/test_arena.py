@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
 import subprocess
 import threading
 from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 
@@ -18,7 +21,7 @@ from lmcache.memory.arena import Arena, ArenaFull, Mapping, reclaim_stale
 from lmcache.server.loop import Loop
 from lmcache.server.service import Peer, Service
 from lmcache.wire import messages as m
-from servers import eventually
+from servers import PATIENCE, eventually
 
 STEP = arenas._STEP_BYTES
 
@@ -110,6 +113,31 @@ def test_only_what_is_handed_out_is_backed(memory):
     arena.close()
 
 
+def test_touching_stands_aside_where_others_need_the_cores(monkeypatch):
+    """After a step that took longer than it worked; and at normal priority, for whoever waits for it waits no longer then."""
+
+    class Stop:
+        pauses: ClassVar[list[float]] = []
+        is_set = staticmethod(lambda: False)
+        wait = pauses.append
+
+    wall, cpu = iter([0, 0.002, 1, 1.005, 2, 3]), iter([0, 0.0018, 1, 1.003, 2, 2.1])
+    monkeypatch.setattr(arenas, "time", SimpleNamespace(perf_counter=wall.__next__, thread_time=cpu.__next__))
+    steps = list(arenas._patient_steps(2 * STEP + 4096, Stop))
+    assert steps == [(0, STEP), (STEP, STEP), (2 * STEP, 4096)]
+    assert Stop.pauses == [pytest.approx(20 * 0.002), 0.25]
+
+
+def test_no_thread_of_a_server_has_less_priority(server):
+    """It could be kept from the cores while it holds the interpreter, and the server with it."""
+    cache = server(l1=256)
+    found = set()
+    for thread in Path(f"/proc/{cache.pid}/task").iterdir():
+        with contextlib.suppress(ProcessLookupError):  # it may have touched everything, and be gone
+            found.add(os.getpriority(os.PRIO_PROCESS, int(thread.name)))
+    assert found == {os.getpriority(os.PRIO_PROCESS, 0)}
+
+
 def test_a_file_shorter_than_announced_is_not_mapped(memory):
     """Touching what lies beyond a file's end kills a process."""
     path = memory / "short"
@@ -149,7 +177,7 @@ def test_a_full_tmpfs_is_a_clear_error(tiny):
     backed = arena.backed_bytes
     assert 20 << 20 <= backed <= 24 << 20
     arena.start_prefault()
-    arena._thread.join(20)
+    arena._thread.join(PATIENCE)
     assert not arena._thread.is_alive() and arena.backed_bytes == backed
     arena.mapping.view(0, backed)[:] = b"x" * backed
     arena.close()

@@ -11,10 +11,10 @@ import pytest
 from benchmarks.groups import lru_hit_rate
 from benchmarks.rows import Goal, Row, cells, replace_figures
 
-from conftest import free_port
 from lmcache.bench.main import main
 from lmcache.bench.samples import align, figure, quantile
 from lmcache.errors import ConfigError, ServerUnavailable
+from ports import free_port
 
 
 @pytest.fixture

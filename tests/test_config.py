@@ -8,6 +8,7 @@ import os
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -44,6 +45,23 @@ def test_defaults_are_the_documented_ones() -> None:
     assert config.arena_dir == Path("/dev/shm") and config.log_level == "INFO" and config.lease_seconds == 30
 
 
+@pytest.mark.parametrize(
+    ("words", "settings"),
+    [
+        ("--l1-size-gb 20 --eviction-policy LRU --chunk-size 16", {"l1_size_gb": 20.0, "chunk_size": 16}),
+        ("--l1-size-gb 2 --eviction-policy LRU --port 5555", {"l1_size_gb": 2.0}),
+        (
+            "--l1-size-gb 60 --eviction-policy LRU --max-workers 4 --port 6555",
+            {"l1_size_gb": 60.0, "max_workers": 4, "port": 6555},
+        ),
+    ],
+)
+def test_the_documented_starts_mean_what_they_say(words: str, settings: dict[str, Any]) -> None:
+    parser = argparse.ArgumentParser()
+    add_flags(parser)
+    assert load(vars(parser.parse_args(words.split())), {}).config == ServerConfig(**settings)
+
+
 def test_flag_beats_environment_beats_file_beats_default(tmp_path: Path) -> None:
     path = file_of(tmp_path, "port: 1001\nhttp-port: 1002\nchunk_size: 16\n")
     environ = {"LMCACHE_SERVER_PORT": "2001", "LMCACHE_SERVER_HTTP_PORT": "2002"}
@@ -76,6 +94,14 @@ SAMPLES = {
     "api_token": ("0123456789abcdef", "0123456789abcdef"),
     "arena_dir": ("/dev/hugepages", Path("/dev/hugepages")),
     "log_level": ("debug", "DEBUG"),
+    "numa": ("0,2-3", "0,2-3"),
+    "l2": ("disk:///a?max_gb=1 dir:///b", ("disk:///a?max_gb=1", "dir:///b")),
+    "l2_adapter": ("{'type': 'fs'}", ("{'type': 'fs'}",)),
+    "l2_required": ("true", True),
+    "l2_patience_seconds": ("3", 3.0),
+    "l2_queue_gb": ("0.5", 0.5),
+    "worth": ("ALWAYS", "always"),
+    "drain_seconds": ("2.5", 2.5),
 }
 
 
@@ -99,6 +125,32 @@ def test_every_setting_has_a_flag_a_variable_a_key_and_help(name: str, tmp_path:
         assert getattr(load({"config": path}, {}).config, name) == value
     written = " ".join(parser.format_help().split())
     assert option.env in written and len(option.help) > 20
+
+
+def test_tiers_may_be_given_several_times_everywhere(tmp_path: Path) -> None:
+    parser = argparse.ArgumentParser()
+    add_flags(parser)
+    found = load(vars(parser.parse_args(["--l2", "disk:///a", "--l2", "redis://h?name=x"])), {})
+    assert found.config.l2 == ("disk:///a", "redis://h?name=x")
+    path = file_of(tmp_path, 'l2:\n  - disk:///a\n  - "redis://:${PASSWORD}@h"\nl2-adapter: \'{"type": "fs"}\'\n')
+    config = load({"config": path}, {}).config
+    assert config.l2 == ("disk:///a", "redis://:${PASSWORD}@h") and config.l2_adapter == ('{"type": "fs"}',)
+    for wrong in ("l2: {a: b}\n", "l2: [[a]]\n"):
+        with pytest.raises(ConfigError, match="l2 must be a value or a list"):
+            load({"config": file_of(tmp_path, wrong)}, {})
+
+
+def test_a_password_in_a_tiers_url_is_never_shown(tmp_path: Path) -> None:
+    text = "redis://user:hunter2@host:6379/0?access_key=hunter3&key_file=/k"
+    config = load({"l2": [text]}, {}).config
+    assert "hunter" not in str(config.redacted()) and "user:***@host" in str(config.redacted())
+    path = file_of(tmp_path, f"l2: {text}\n")
+    Path(path).chmod(0o644)
+    with pytest.raises(ConfigError, match="chmod 600") as caught:
+        load({"config": path}, {})
+    assert "hunter" not in str(caught.value)
+    with pytest.raises(ConfigError, match=r"--l2: must be URLs; 'hello' is none"):
+        load({"l2": ["hello"]}, {})
 
 
 def test_log_level_has_its_old_variable_too() -> None:
@@ -173,7 +225,7 @@ def test_socket_dir_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         ({"socket_dir": "/" + "x" * 90}, ["--socket-dir", "80 bytes"]),
         ({"api_token": "two words"}, ["--api-token", "without spaces"]),
         ({"api_token_file": "/nonexistent/token"}, ["--api-token-file", "/nonexistent/token", "No such file"]),
-        ({"auth_key_file": "/nonexistent/key"}, ["--auth-key-file", "No such file"]),
+        ({"auth_key_file": "/nonexistent/key"}, ["--auth-key-file", "No such file", "make one with", "curve_keypair"]),
         ({"auth_key_file": "/dev/null"}, ["--auth-key-file", "is not a file"]),
         ({"config": "/nonexistent.yaml"}, ["--config /nonexistent.yaml", "No such file"]),
     ],

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import random
+import re
+import time
 
 import numpy as np
 import pytest
 
+from engine_process import pause_once
 from lmcache.engine import Load
-from servers import free_port
+from ports import free_port
 
 
 def prompt(seed: int, tokens: int) -> list[int]:
@@ -26,6 +30,19 @@ def test_a_round_trip_keeps_every_bit(server, engine, chunk, tokens, mode):
     assert one.store(ids) == whole
     assert one.load(ids) == whole
     assert one.store(ids) == 0, "what is there is not copied again"
+
+
+def test_the_log_lines_that_users_look_for(server, engine):
+    """And the seconds in them are those of the finished copy."""
+    cache, ids = server(), prompt(13, 320)
+    one = engine(cache)
+    cache.line_with(f"Registered KV cache for GPU ID {os.getpid()} with 2 layers")
+    for what, said in (("gather", "Stored"), ("scatter", "Retrieved")):
+        pause_once(one.worker._copier, what, lambda: time.sleep(0.2))
+        assert (one.store(ids) if what == "gather" else one.load(ids)) == 320
+        line = cache.line_with(f"{said} 320 tokens in ")
+        told = re.search(r"in (\d+\.\d{3}) seconds", line)
+        assert told is not None and float(told[1]) >= 0.2, line
 
 
 @pytest.mark.parametrize("block_tokens", [16, 128])

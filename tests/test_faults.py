@@ -16,7 +16,8 @@ import zmq
 from engine_process import pause_once
 from lmcache.wire import messages as m
 from lmcache.wire.frames import frame
-from servers import PATIENCE, eventually, free_port
+from ports import free_port
+from servers import PATIENCE, eventually
 
 SLACK = 4.0  # seconds that a busy test machine may add to a deadline; what is broken waits for ever, or 100 times
 L1_CHUNKS = 2048  # of 4096 bytes in 8 MiB
@@ -38,7 +39,7 @@ def fill_l1(one, seed: int, prompts: int) -> list[list[int]]:
 
 
 def test_a_writer_frozen_past_its_deadline_writes_into_nobodys_slots(server, engine, engine_process):
-    cache = server(l1=8, flags=("--lease-seconds", "1"))
+    cache = server(l1=8, flags=("--lease-seconds", "3"))
     writer, ids = engine_process(cache, "writer", num_blocks=64), prompt(1, 640)
     writer.ask("pause", what="gather")
     writer.say(do="store", ids=ids)
@@ -61,7 +62,7 @@ def test_a_writer_frozen_past_its_deadline_writes_into_nobodys_slots(server, eng
 
 
 def test_a_reader_frozen_past_its_deadline_still_reads_the_right_bytes(server, engine, engine_process):
-    cache = server(l1=8, flags=("--lease-seconds", "1"))
+    cache = server(l1=8, flags=("--lease-seconds", "3"))
     reader, ids = engine_process(cache, "reader", num_blocks=64), prompt(2, 640)
     reader.ask("store", ids=ids)
     reader.ask("pause", what="scatter")
@@ -83,7 +84,7 @@ def test_a_reader_frozen_past_its_deadline_still_reads_the_right_bytes(server, e
 
 def test_the_slots_of_a_killed_writer_are_free_again(server, engine, engine_process):
     """A frozen one that never wakes up: when it is known dead, its quarantine ends."""
-    cache = server(l1=8, flags=("--lease-seconds", "1"))
+    cache = server(l1=8, flags=("--lease-seconds", "3"))
     writer = engine_process(cache, "writer", num_blocks=64)
     writer.ask("pause", what="gather")
     writer.say(do="store", ids=prompt(3, 640))
@@ -99,7 +100,7 @@ def test_the_slots_of_a_killed_writer_are_free_again(server, engine, engine_proc
 
 def test_quarantine_is_capped(server, raw):
     """An instance whose expired claims hold more than a quarter of L1 gets nothing new, until it gives something back."""
-    cache = server(l1=8, flags=("--lease-seconds", "1"))
+    cache = server(l1=8, flags=("--lease-seconds", "3"))
     client, other = raw(cache, "frozen"), raw(cache, "other")
     hashes = os.urandom(16 * 600)
     client.store(hashes)
@@ -180,7 +181,7 @@ def test_loads_from_the_mapped_arena_outlive_the_server(server, engine):
 def test_a_new_server_is_used_at_once_though_the_rank_learns_of_it_later(server, engine):
     """The scheduler's first hits of the new server wait for the rank's connection, not for their deadline."""
     cache = server()
-    one, ids = engine(cache, deadline=5.0), prompt(8, 320)
+    one, ids = engine(cache, deadline=PATIENCE), prompt(8, 320)
     cache.kill()
     gate, register = threading.Event(), one.worker._register
     one.worker._link._on_welcome = lambda *all: (gate.wait(PATIENCE), register(*all))
@@ -196,24 +197,24 @@ def test_a_new_server_is_used_at_once_though_the_rank_learns_of_it_later(server,
     begin = time.monotonic()
     gate.set()
     assert one.wait(job).ok and one.right(ids, 0, 320)
-    assert time.monotonic() - begin < 2.0
+    assert time.monotonic() - begin < PATIENCE / 2
 
 
 @pytest.mark.parametrize("mode", ["auto", "payload"])
 def test_a_frozen_server_costs_one_deadline_not_one_a_call(server, engine, mode):
-    cache = server()
-    one, ids = engine(cache, deadline=0.5, mode=mode), prompt(9, 640)
+    cache, deadline = server(), 3.0
+    one, ids = engine(cache, deadline=deadline, mode=mode), prompt(9, 640)
     one.store(ids)
     cache.freeze()
     begin = time.monotonic()
     job = one.submit_store(prompt(10, 640))
     assert one.lookup(ids) is None
-    assert time.monotonic() - begin < 0.5 + SLACK
+    assert deadline <= time.monotonic() - begin < 2 * deadline
     one.wait(job)
     chain, begin = one.chain(ids), time.monotonic()
     for _ in range(100):
         assert one.scheduler.lookup(chain) is None
-    assert time.monotonic() - begin < SLACK, "it is known to be frozen"
+    assert time.monotonic() - begin < deadline, "it is known to be frozen"
     cache.thaw()
     eventually(lambda: one.scheduler.connected and one.worker.connected)
     assert one.load(ids) == 640, "what it held is still there"
@@ -305,7 +306,7 @@ def test_something_else_on_the_port_costs_nothing(engine, what):
     assert time.monotonic() - begin < 0.9, "not even the time of one attempt to connect"
     begin = time.monotonic()
     one.close()
-    assert time.monotonic() - begin < 3.0
+    assert time.monotonic() - begin < 2 * 1.0 + SLACK, "an attempt at hand of each session is waited for, and no more"
     stranger.close()
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, field
 
 import pytest
 
-from lmcache.cache import Committed, Freed, Grant, Heart, Hit, Refusal
+from lmcache.cache import SERVER, Cleared, Committed, Freed, Grant, Heart, Hit, Refusal, Whole
 from lmcache.cache.heart import NO_SLOT
 from lmcache.cache.table import ChunkTable, PyTable, Table, unpack
 
@@ -125,6 +126,8 @@ class Life:
         self.headers: dict[int, tuple[bytes, int, bytes, bytes]] = {}
         """By page, what the header of a slot says: fingerprint, shard, key, parent."""
         self.told: Counter[str] = Counter()
+        self.became_whole: set[tuple[int, Chunk]] = set()
+        """By whose commit, in this step."""
         self.steps = 0
         self.kinds = self.plans()
 
@@ -151,6 +154,7 @@ class Life:
             (2, self.lose_connection),
             (1, self.give_up),
             (1, self.forget_leases),
+            (4, self.hold),
             (4, self.tick),
         ]
         if self.dice.random() < 0.004:
@@ -189,9 +193,21 @@ class Life:
             elif isinstance(effect, Freed):
                 for page in effect.pages:
                     self.headers.pop(page, None)
+            elif isinstance(effect, Whole):
+                self.check_whole(effect)
             else:
+                assert isinstance(effect, Cleared)
                 self.headers.clear()
+        assert not self.became_whole, "the heart did not tell of them"
         self.heart.effects.clear()
+
+    def check_whole(self, effect: Whole) -> None:
+        """What the heart tells of chunks that can be read from now on is true, and said once."""
+        (space,) = [one for one in self.spaces if one.number == effect.space]
+        for at in range(0, len(effect.keys), 16):
+            chunk = space.chunks[effect.keys[at : at + 16]]
+            assert effect.parents[at : at + 16] == (chunk.parent.key if chunk.parent else bytes(16))
+            self.became_whole.remove((effect.process, chunk))
 
     def check_all(self) -> None:
         """Every chunk, as the heart's tables and the slots' headers have it."""
@@ -273,6 +289,8 @@ class Life:
     def pick(self) -> tuple[int, ModelSpace] | None:
         """A process and a space that it may use; everything else is refused."""
         process, space = self.dice.choice(list(self.processes)), self.dice.choice(self.spaces)
+        if self.dice.random() < 0.15:
+            return SERVER, space
         if self.processes[process] in space.instances:
             return process, space
         for call in (
@@ -290,9 +308,13 @@ class Life:
             return
         process, space = picked
         keys = self.prompt()
+        if self.dice.random() < 0.2:
+            found = leading_whole(space, keys)
+            assert self.heart.peek(process, space.number, b"".join(keys)) == len(found)
+            space.touch(found)
         skip = self.dice.choice([0, 0, 0, 1, 3, 20])
         hit = self.heart.lookup(self.now, process, space.number, b"".join(keys), skip)
-        if self.over_quota(self.processes[process]):
+        if self.over_quota(self.instance(process)):
             assert hit == Hit(0, 0, b"")
             self.told["missed"] += len(keys)
             return
@@ -309,7 +331,7 @@ class Life:
         assert bool(hit.lease) == bool(leased) and hit.lease not in self.leases
         assert list(unpack(hit.slots)) == [chunk.pages[shard] for chunk in leased for shard in range(space.shards)]
         if leased:
-            self.leases[hit.lease] = Lease(process, self.processes[process], space, leased, self.now + CLAIM_SECONDS)
+            self.leases[hit.lease] = Lease(process, self.instance(process), space, leased, self.deadline(process))
             for chunk in leased:
                 chunk.readers += 1
             self.check_payload(process, hit.lease)
@@ -322,15 +344,39 @@ class Life:
         for first, count in ((0, len(pages) + 1), (-1, 1), (len(pages), 1)):
             with pytest.raises(Refusal):
                 self.heart.leased_pages(process, number, shard, first, count)
+        for stranger in [one for one in self.processes if self.processes[one] != lease.instance]:
+            with pytest.raises(Refusal):
+                self.heart.leased_pages(stranger, number, shard, 0, 1)
 
     def release(self) -> None:
         number = self.some(self.leases)
-        process = self.dice.choice(list(self.processes))
         lease = self.leases.get(number)
-        if lease is not None and lease.instance == self.processes[process]:
+        process = self.dice.choice([SERVER if lease and lease.process == SERVER else 0, *self.processes])
+        if lease is not None and lease.instance == self.instance(process):
             self.end_lease(number)
         self.heart.release(process, number)
         self.heart.release(process, number)
+
+    def hold(self) -> None:
+        """The server reads chunks wherever they stand, for a tier."""
+        space = self.dice.choice(self.spaces)
+        keys = [key for key in {*self.prompt(), *self.prompt()} if self.dice.random() < 0.8]
+        whole = [key for key in keys if key in space.chunks and space.chunks[key].whole]
+        number, found, slots = self.heart.hold(space.number, b"".join(keys))
+        assert (bool(number), found) == (bool(whole), b"".join(whole))
+        chunks = [space.chunks[key] for key in whole]
+        assert list(unpack(slots)) == [chunk.pages[shard] for chunk in chunks for shard in range(space.shards)]
+        if number:
+            self.leases[number] = Lease(SERVER, self.instance(SERVER), space, chunks, math.inf)
+            for chunk in chunks:
+                chunk.readers += 1
+        assert self.heart.hold(4711, b"".join(keys)) == (0, b"", b"")
+
+    def instance(self, process: int) -> str:
+        return "the server" if process == SERVER else self.processes[process]
+
+    def deadline(self, process: int) -> float:
+        return math.inf if process == SERVER else self.now + CLAIM_SECONDS
 
     def forget_leases(self) -> None:
         """A process tells which leases it knows of; some of its answers got lost."""
@@ -360,13 +406,17 @@ class Life:
         parent = keys[first - 1] if 0 < first < len(keys) else None
         keys = keys[first:] if parent else keys
         shard = self.dice.randrange(space.shards)
-        quota = self.over_quota(self.processes[process])
+        quota = self.over_quota(self.instance(process))
         grant = self.heart.reserve(
             self.now, process, space.number, shard, parent or b"", parent is None, b"".join(keys)
         )
         pages = list(unpack(grant.slots))
         if quota or (parent is not None and parent not in space.chunks):
             assert grant == Grant(0, b"\xff" * 4 * len(keys), len(keys), "quarantine" if quota else "no parent")
+            self.told["refused"] += len(keys)
+            return
+        if process == SERVER and not space.instances:
+            assert grant == Grant(0, b"\xff" * 4 * len(keys), len(keys), "no engine")
             self.told["refused"] += len(keys)
             return
         above = space.chunks[parent] if parent else None
@@ -384,7 +434,7 @@ class Life:
             self.check_nothing_may_go(space, shard, above, keys[: len(keys) - grant.refused + 1])
         if granted:
             self.reservations[grant.reservation] = Reservation(
-                process, self.processes[process], space, shard, granted, self.now + CLAIM_SECONDS
+                process, self.instance(process), space, shard, granted, self.deadline(process)
             )
             assert self.heart.reserved_pages(process, grant.reservation) == [page for page in pages if page != NO_SLOT]
 
@@ -532,8 +582,9 @@ class Life:
             with pytest.raises(Refusal):
                 self.heart.commit(self.now, process, number, ok)
         else:
-            kept = self.end_reservation(number, ok)
-            assert self.heart.commit(self.now, process, number, ok) == kept
+            failed = {chunk.pages[held.shard] for chunk in held.chunks if self.dice.random() < 0.1}
+            kept = self.end_reservation(number, ok, failed)
+            assert self.heart.commit(self.now, process, number, ok, failed) == kept
 
     def give_up(self) -> None:
         """As when the memory file system is full: nobody gets these slots until the cache is cleared."""
@@ -552,16 +603,19 @@ class Life:
             with pytest.raises(Refusal):
                 self.heart.give_up(process, number, lost)
 
-    def end_reservation(self, number: int, ok: bool) -> int:
+    def end_reservation(self, number: int, ok: bool, failed: Container[int] = ()) -> int:
         held = self.reservations.pop(number)
         self.ended.append(number)
         kept = 0
         for chunk in reversed(held.chunks):
             chunk.filling.remove(held.shard)
-            if not ok:
+            good = ok and chunk.pages[held.shard] not in failed
+            if not good:
                 self.disown(chunk, [held.shard])
-            kept += ok and chunk.attached
+            kept += good and chunk.attached
             self.told["stored"] += chunk.whole
+            if chunk.whole:
+                self.became_whole.add((held.process, chunk))
             self.free_if_nobody_cares(chunk)
             bare = chunk.attached and not chunk.pages and chunk not in held.space.parents()
             if bare:
@@ -584,6 +638,11 @@ class Life:
                 claim.expired = True
                 self.told["expired"] += len(claim.chunks)
         self.heart.tick(self.now)
+        for number, lease in self.leases.items():
+            reader = next((one for one in self.processes if self.processes[one] == lease.instance), None)
+            if lease.expired and reader is not None:
+                with pytest.raises(Refusal):
+                    self.heart.leased_pages(reader, number, 0, 0, 1)
         numbers = {space.number for space in self.heart.spaces}
         self.spaces = [space for space in self.spaces if space.number in numbers or space.chunks]
         assert len(self.spaces) == len(numbers)
@@ -605,6 +664,12 @@ class Life:
     def clear_when_nobody_is_there(self) -> None:
         for process in list(self.processes):
             self.leave(process)
+        for number in [one for one, held in self.reservations.items() if held.process == SERVER]:
+            self.end_reservation(number, ok=False)
+            assert self.heart.commit(self.now, SERVER, number, ok=False) == 0
+        for number in [one for one, held in self.leases.items() if held.process == SERVER]:
+            self.end_lease(number)
+            self.heart.release(SERVER, number)
         self.clear()
         assert self.heart.used_bytes() == 0 and self.heart.slabs.free_bytes == self.heart.slabs.total_bytes
         assert self.heart.quarantined_bytes == 0 and not self.owner

@@ -96,6 +96,25 @@ def test_hits_are_those_of_exact_lru(favourites: float) -> None:
     assert 0.4 < hits / asked < 1.0 and heart.chunks == capacity
 
 
+@pytest.mark.parametrize("table", [PyTable, pytest.param(ChunkTable, marks=needs_native)])
+def test_what_a_prompt_grows_on_is_as_young_as_the_prompt(table) -> None:
+    """A store far down a prompt touches all that is above: it would be of no use without."""
+    heart = Heart(6 * 4096, new_table=table)
+    engine = Engine(heart, 1, [4096])
+    dice = random.Random(12)
+    other, long, late = prompt(dice, 1), prompt(dice, 4), prompt(dice, 2)
+    engine.store(long[:3])
+    engine.store(other)
+    reader = heart.lookup(0.0, 1, engine.space, b"".join(other))
+    grown = heart.reserve(0.0, 1, engine.space, 0, long[2], False, long[3])
+    heart.commit(0.0, 1, grown.reservation, True)
+    engine.store(late[:1])
+    engine.store(prompt(dice, 2))  # the prompt's end goes for it, since the other one is being read
+    heart.release(1, reader.lease)
+    engine.store(late[1:])
+    assert (engine.lookup(other), engine.lookup(long)) == (0, 2)
+
+
 def test_new_data_always_gets_in() -> None:
     """20 times the arena, offered without a pause: everything is stored, and what is newest is there."""
     dice, heart = random.Random(1), Heart(2048 * MIB)
@@ -251,9 +270,9 @@ def test_clearing_a_large_index_is_quick(leased: bool) -> None:
     hit = heart.lookup(0.0, 1, engine.space, keys)
     if not leased:
         heart.release(1, hit.lease)
-    begin = time.perf_counter()
+    begin = time.thread_time()
     assert heart.clear() == count
-    assert time.perf_counter() - begin < 0.2
+    assert time.thread_time() - begin < 0.2
     assert heart.used_bytes() == (500 * 4096 if leased else 0)
     heart.release(1, hit.lease)
     assert heart.used_bytes() == 0

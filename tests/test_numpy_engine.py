@@ -13,7 +13,8 @@ import pytest
 
 from lmcache.integration.numpy import KV_ORDERS, Engine, EngineConfig, ModelConfig, OutOfBlocks, UnfilledKV
 from lmcache.integration.numpy.cached import CacheLink, Loaded, Prompt
-from servers import Process, Server, free_port
+from ports import free_port
+from servers import PATIENCE, Process, Server
 
 TINY = ModelConfig.tiny()
 StartServer = Callable[..., Server]
@@ -39,7 +40,7 @@ def engines() -> Iterator[Any]:
 
     def make(config: EngineConfig, address: str | None = None, **more: Any) -> Engine:
         made.append(engine := Engine(config, address, **more))
-        assert address is None or engine.wait_connected(10.0)
+        assert address is None or engine.wait_connected(PATIENCE)
         return engine
 
     yield make
@@ -199,14 +200,14 @@ def test_one_wrong_run_of_16_tokens_is_noticed(
 
 
 def test_without_a_server_the_engine_answers_and_waits_for_nothing() -> None:
-    engine = Engine(small(), f"127.0.0.1:{free_port()}")
-    began = time.monotonic()
-    right = Engine(small()).generate(prompt(13), 2)
-    alone_seconds = time.monotonic() - began
-    result = engine.generate(prompt(13), 2)
+    """At most 100 ms slower, by the best of eight pairs: a busy test machine may add to any of them."""
+    alone, engine = Engine(small()), Engine(small(), f"127.0.0.1:{free_port()}")
+    pairs = [(alone.generate(prompt(13), 2), engine.generate(prompt(13), 2)) for _ in range(8)]
     engine.close()
-    assert_same(result, right)
-    assert result.seconds < alone_seconds + 0.5
+    for right, result in pairs:
+        assert_same(result, right)
+    fastest = min(right.seconds for right, _ in pairs)
+    assert min(result.seconds for _, result in pairs) < 1.5 * fastest + 0.1
 
 
 def test_a_killed_server_is_survived_and_found_again(server: StartServer, engines: Any) -> None:
@@ -218,7 +219,7 @@ def test_a_killed_server_is_survived_and_found_again(server: StartServer, engine
     for _ in range(3):
         assert_same(engine.generate(prompt(14), 4), right)
     server(port=first.port)
-    end = time.monotonic() + 20
+    end = time.monotonic() + PATIENCE
     while (result := engine.generate(prompt(14), 4)).hit_tokens == 0:
         assert time.monotonic() < end, "the engine did not find the new server"
         assert_same(result, right)
@@ -228,15 +229,16 @@ def test_a_killed_server_is_survived_and_found_again(server: StartServer, engine
 
 
 def test_a_frozen_server_costs_one_deadline(server: StartServer, engines: Any) -> None:
-    frozen, right = server(), Engine(small()).generate(prompt(15), 4)
-    engine = engines(small(), frozen.address, deadline_seconds=0.5)
+    frozen, right, deadline = server(), Engine(small()).generate(prompt(15), 4), 3.0
+    engine = engines(small(), frozen.address, deadline_seconds=deadline)
     engine.generate(prompt(15), 4)
     assert engine.flush()
     frozen.freeze()
-    for _ in range(2):
-        result = engine.generate(prompt(15), 4)
-        assert_same(result, right)
-        assert result.ttft_seconds < 0.5 + 1.5, "one deadline, and the time to compute on a busy machine"
+    first, second = engine.generate(prompt(15), 4), engine.generate(prompt(15), 4)
+    assert_same(first, right)
+    assert_same(second, right)
+    assert deadline <= first.ttft_seconds < 2 * deadline
+    assert second.ttft_seconds < deadline, "it is known to be frozen"
 
 
 def test_a_killed_engine_leaves_its_kv_to_the_next(server: StartServer, engines: Any) -> None:

@@ -13,6 +13,7 @@ import zmq
 
 from lmcache.cache import Heart
 from lmcache.chunks import Layout
+from lmcache.integration.vllm.settings import Settings
 from lmcache.server.loop import Loop
 from lmcache.server.service import Peer, Service
 from lmcache.wire import auth
@@ -42,7 +43,7 @@ def test_payload_engines_and_mapped_ones_share(server, engine):
     faces = {one["instance"]: one["payload_frames"] for one in cache.status()["engines"]}
     assert faces == {"near": False, "far": True}
     far.close()
-    eventually(lambda: cache.counters()["engine_processes"] == 2, 5.0)
+    eventually(lambda: cache.counters()["engine_processes"] == 2)
 
 
 def test_a_payload_load_may_begin_inside_a_lease(server, engine):
@@ -163,6 +164,12 @@ def test_with_a_key_file_only_who_has_it_is_heard(server, engine, tmp_path):
         door.send(m.encode(1, m.Hello(m.PROTOCOL_VERSION, "", "", "", 0, 0)))
         assert not door.poll(1000)
     assert cache.counters()["engine_processes"] == 4
+
+
+def test_engines_take_the_key_file_from_the_environment(monkeypatch):
+    assert Settings().endpoint("e", "worker").auth_key_file is None
+    monkeypatch.setenv("LMCACHE_AUTH_KEY_FILE", "/etc/lmcache.key")
+    assert Settings().endpoint("e", "worker").auth_key_file == Path("/etc/lmcache.key")
 
 
 def test_beyond_loopback_nothing_starts_without_a_key(server):

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from servers import PATIENCE
+
 SCRIPT = Path(__file__).resolve().parents[1] / "run"
 
 
@@ -44,14 +46,14 @@ def command(folder: Path, *words: str) -> subprocess.Popen[str]:
 
 def test_help_names_every_command(folder: Path) -> None:
     run = command(folder)
-    out, _ = run.communicate(timeout=20)
+    out, _ = run.communicate(timeout=PATIENCE)
     assert run.returncode == 0
     assert all(f"\n  {verb}" in out for verb in ("demo", "test", "lint", "bench", "setup", "help"))
 
 
 def test_an_unknown_command_is_named(folder: Path) -> None:
     run = command(folder, "dmeo")
-    _, err = run.communicate(timeout=20)
+    _, err = run.communicate(timeout=PATIENCE)
     assert run.returncode == 1
     assert "error: unknown command 'dmeo'" in err
 
@@ -59,7 +61,7 @@ def test_an_unknown_command_is_named(folder: Path) -> None:
 def test_a_missing_system_package_is_one_clear_line(folder: Path) -> None:
     program(folder, "python3", f'case "$*" in *ensurepip*) exit 1 ;; esac; exec {sys.executable} "$@"')
     run = command(folder, "demo", "--engine", "numpy")
-    _, err = run.communicate(timeout=20)
+    _, err = run.communicate(timeout=PATIENCE)
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     assert run.returncode == 1
     assert err.splitlines()[-1].startswith("error: missing system packages")
@@ -70,7 +72,7 @@ def test_a_missing_system_package_is_one_clear_line(folder: Path) -> None:
 def test_a_failed_step_says_what_and_where_to_read_on(folder: Path) -> None:
     program(folder, "python3", f'case "$*" in *"-m venv"*) echo "no room"; exit 3 ;; esac; exec {sys.executable} "$@"')
     run = command(folder, "demo", "--engine", "numpy")
-    _, err = run.communicate(timeout=20)
+    _, err = run.communicate(timeout=PATIENCE)
     assert run.returncode == 1
     assert "no room" in err
     assert ".cache/log/step" in err
@@ -81,12 +83,12 @@ def test_an_interrupted_step_is_ended(folder: Path, number: signal.Signals) -> N
     step = 'echo $$ > "$(dirname "$0")/pid.new"; mv "$(dirname "$0")/pid.new" "$(dirname "$0")/pid"; sleep 60; exit 0'
     program(folder, "python3", f'case "$*" in *"-m venv"*) {step} ;; esac; exec {sys.executable} "$@"')
     run = command(folder, "demo", "--engine", "numpy")
-    pid_file, end = folder / "bin" / "pid", time.monotonic() + 20
+    pid_file, end = folder / "bin" / "pid", time.monotonic() + PATIENCE
     while not pid_file.exists():
         assert time.monotonic() < end and run.poll() is None
         time.sleep(0.02)
     os.killpg(run.pid, number)
-    run.communicate(timeout=20)
+    run.communicate(timeout=PATIENCE)
     assert run.returncode == 128 + number
     while alive(int(pid_file.read_text())):
         assert time.monotonic() < end, "the step outlived the script"

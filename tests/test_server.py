@@ -10,10 +10,19 @@ import subprocess
 import sys
 import time
 
+import httpx
 import msgspec
 import pytest
 import zmq
 
+from lmcache.cache import Heart
+from lmcache.chunks import Layout
+from lmcache.config import ServerConfig
+from lmcache.memory.arena import Arena
+from lmcache.server.http import HttpFace
+from lmcache.server.loop import Loop
+from lmcache.server.report import Report
+from lmcache.server.service import Service
 from lmcache.wire import messages as m
 from lmcache.wire.carriers import UnixCarrier
 from lmcache.wire.frames import FrameReader, frame
@@ -85,11 +94,42 @@ def test_clear_empties_the_index_at_once_and_leased_slots_later(server, engine, 
     assert cache.status()["arena"]["used_bytes"] > 7 << 20
 
 
+# Whether it serves
+
+
+def test_a_server_whose_arena_was_removed_is_unhealthy(server):
+    cache = server(l1=8)
+
+    def health() -> httpx.Response:
+        return httpx.get(f"http://127.0.0.1:{cache.http_port}/healthcheck", timeout=PATIENCE)
+
+    eventually(lambda: health().json() == {"status": "healthy"})
+    (arena,) = cache.arena_dir.glob("*.arena")
+    arena.unlink()
+    answer = eventually(lambda: (one := health()).status_code == 503 and "heart" not in one.text and one)
+    assert str(arena) in answer.json()["reason"]
+
+
+def test_a_server_whose_heart_stands_still_is_unhealthy(folders):
+    """The faces of a loop that does not run."""
+    loop, arena = Loop(), Arena(folders("/dev/shm"), 1 << 20)
+    config = ServerConfig(http_host="127.0.0.1", http_port=0)
+    face = HttpFace(config, Report(config, loop, Service(loop, Heart(1 << 20), arena, 16, None)))
+    face.start()
+    try:
+        answer = httpx.get(f"http://127.0.0.1:{face.port}/healthcheck", timeout=PATIENCE)
+        assert answer.status_code == 503 and "heart does not answer" in answer.json()["reason"]
+    finally:
+        face.stop()
+        arena.close()
+        loop.close()
+
+
 # Who is there
 
 
 def test_a_killed_engine_leaves_nothing_behind(server, engine_process, raw):
-    """kill -9 with leases and with a copy under way: both have ended within a second."""
+    """kill -9 with leases and with a copy under way: both end."""
     cache = server(l1=8)
     process, ids = engine_process(cache, num_blocks=64), list(range(320))
     process.ask("store", ids=ids)
@@ -100,12 +140,22 @@ def test_a_killed_engine_leaves_nothing_behind(server, engine_process, raw):
     before = cache.counters()
     assert (before["leases"], before["reservations"], before["engine_processes"]) == (1, 1, 2)
     process.kill()
-    killed = time.monotonic()
     eventually(lambda: cache.counters()["engine_processes"] == 0)
-    assert time.monotonic() - killed < 3.0, "a second, and what a busy test machine adds"
     after = cache.counters()
     assert (after["leases"], after["reservations"], after["chunks"]) == (0, 0, 20)
     assert raw(cache).store(chain(5, 2048)) == 2048
+
+
+def test_a_death_is_noticed_within_a_second(server, engine_process):
+    """The best of three: a busy test machine may add to any of them."""
+    cache, seconds = server(l1=8), []
+    for number in range(3):
+        process = engine_process(cache, f"engine-{number}")
+        process.kill()
+        killed = time.monotonic()
+        eventually(lambda: cache.counters()["engine_processes"] == 0)
+        seconds.append(time.monotonic() - killed)
+    assert min(seconds) < 1.0
 
 
 def test_a_child_that_holds_the_socket_does_not_hide_its_parents_death(server, engine_process):
@@ -114,7 +164,7 @@ def test_a_child_that_holds_the_socket_does_not_hide_its_parents_death(server, e
     child = process.ask("fork")
     try:
         process.kill()
-        eventually(lambda: cache.counters()["engine_processes"] == 0, 2.0)
+        eventually(lambda: cache.counters()["engine_processes"] == 0)
     finally:
         os.kill(child, 9)
 
@@ -369,3 +419,21 @@ def test_both_sides_name_both_versions(server):
     for word in (str(m.PROTOCOL_VERSION), str(m.PROTOCOL_VERSION + 1), "9.9", "upgrade the lmcache server"):
         assert word in answer.text
     assert "upgrade the engine's lmcache package" in m.version_error(1, "0.1", 2, "0.2")
+
+
+def test_another_pipeline_split_is_another_space(server, raw):
+    """The same layout in as many shards of the same size, split by layers instead of heads."""
+    cache = server(l1=8)
+    heads, stages = raw(cache, "heads"), raw(cache, "stages")
+    layout = Layout("split", "bfloat16", 2, 2, 64, 16)
+    size = 16 * 2 * 2 * 64 * 2
+    for client, split in ((heads, []), (stages, [1, 2])):
+        for shard in range(2):
+            client.space = client.ask(m.Register(layout, 2, shard, size, split)).space
+    hashes = chain(77, 4)
+    for shard in range(2):
+        granted = heads.reserve(hashes, shard=shard)
+        heads.ask(m.Commit(granted.reservation, True))
+    assert (heads.hits(hashes), stages.hits(hashes)) == (4, 0)
+    refused = stages.ask(m.Register(layout, 2, 0, size, [1, 3]))
+    assert isinstance(refused, m.Error) and "do not cover 2 layers" in refused.text

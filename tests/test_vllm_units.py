@@ -16,10 +16,11 @@ import pytest
 
 from lmcache.chunks import TokenChain, chunk_root
 from lmcache.chunks.hashing import Extras
-from lmcache.engine import Done, Hit, Load, Store
+from lmcache.engine import Done, Hit, Load, Loading, Store
 from lmcache.errors import ConfigError, LayoutError
+from lmcache.integration.identity import path_identity
 from lmcache.integration.vllm import vllm_multi_process_adapter as adapter
-from lmcache.integration.vllm.identity import config_digest, model_identity, path_identity
+from lmcache.integration.vllm.identity import config_digest, model_identity
 from lmcache.integration.vllm.model import NOT_SERVED, describe_model, refusal_of
 from lmcache.integration.vllm.paged import Registered, Shape, describe_tensors, fit_strides
 from lmcache.integration.vllm.plan import StepReport
@@ -35,7 +36,10 @@ class Session:
 
     def __init__(self, present: int = 0) -> None:
         self.present, self.epoch, self.chunk_tokens = present, b"server 1", CHUNK
+        self.coming = 0
+        """Chunks that a tier is bringing."""
         self.lookups: list[int] = []
+        self.rates: list[float] = []
         self.leased: set[int] = set()
         self.closed = False
 
@@ -44,9 +48,14 @@ class Session:
     ) -> TokenChain | None:
         return TokenChain(chunk_root(b"f" * 16, cache_salt, lora_name, lora_id), self.chunk_tokens, extras)
 
-    def lookup(self, chain: TokenChain, skip_tokens: int = 0) -> Hit | None:
+    def poll(
+        self, chain: TokenChain, skip_tokens: int = 0, prefill_rate: float = 0.0, tail: bytes = b""
+    ) -> Hit | Loading | None:
         self.lookups.append(len(chain))
-        first, chunks = skip_tokens // self.chunk_tokens, min(self.present, len(chain))
+        self.rates.append(prefill_rate)
+        if self.coming:
+            return Loading(self.present, self.coming)
+        first, chunks = skip_tokens // self.chunk_tokens, min(self.present, len(chain) + bool(tail))
         if chunks <= first:
             return None
         self.leased.add(len(self.lookups))
@@ -72,6 +81,11 @@ class Request:
     lora_request: Any = None
     mm_features: list[Any] = field(default_factory=list)
     prompt_embeds: Any = None
+    priority: int = 0
+    num_prompt_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        self.num_prompt_tokens = len(self.all_token_ids)
 
     @property
     def num_tokens(self) -> int:
@@ -83,13 +97,15 @@ def step(
     blocks: dict[str, list[int]] | None = None,
     resumed: Sequence[str] = (),
     drafts: dict[str, list[int]] | None = None,
+    new: dict[str, list[int]] | None = None,
 ) -> Any:
-    """A SchedulerOutput."""
+    """A SchedulerOutput. new, blocks: block tables of new requests, and what known ones have got in addition."""
     blocks = blocks or {}
     cached = SimpleNamespace(
         req_ids=list(blocks), new_block_ids=[(ids,) for ids in blocks.values()], resumed_req_ids=set(resumed)
     )
     return SimpleNamespace(
+        scheduled_new_reqs=[SimpleNamespace(req_id=name, block_ids=(ids,)) for name, ids in (new or {}).items()],
         scheduled_cached_reqs=cached,
         num_scheduled_tokens=scheduled or {},
         total_num_scheduled_tokens=sum((scheduled or {}).values()),
@@ -150,6 +166,29 @@ def test_a_waiting_request_is_looked_up_once_until_its_hit_is_old() -> None:
     assert len(session.lookups) == 3
     scheduler.finished(request)
     assert not session.leased - {2}, "the old server's lease died with it; none of the new one's is left"
+
+
+def test_a_request_waits_for_a_tier_and_then_gets_what_came() -> None:
+    session = Session(present=2)
+    scheduler, request = half(session), Request("a", list(range(100)))
+    session.coming = 3
+    assert scheduler.match(request, 0) is None
+    assert scheduler.match(request, 0) is None and len(session.lookups) == 2, "asked at every step, until it is there"
+    scheduler.plan_step(step())
+    session.coming, session.present = 0, 5
+    assert scheduler.match(request, 0) == 80
+    assert scheduler.finished(request) is False and not session.leased
+
+
+def test_the_prefill_rate_that_was_seen_is_told() -> None:
+    session, now = Session(), [0.0]
+    scheduler = half(session, clock=lambda: now[0])
+    scheduler.match(Request("a", list(range(100))), 0)
+    for seconds, scheduled in ((0.0, 1000), (0.5, 8), (9.0, 400), (0.8, 1)):
+        now[0] += seconds
+        scheduler.plan_step(step({"other": scheduled}))
+    scheduler.match(Request("b", list(range(100))), 0)
+    assert session.rates == [0.0, pytest.approx(2000 - 0.05 * (2000 - 500))], "decodes and pauses count little"
 
 
 def test_a_lease_that_starts_behind_a_shrunken_local_hit_is_not_used() -> None:
@@ -220,6 +259,7 @@ def test_a_request_that_ends_while_it_loads_is_reported_by_its_load_alone() -> N
     scheduler, request = half(session), Request("a", list(range(100)))
     scheduler.match(request, 0)
     scheduler.allocated(request, [1], 64)
+    scheduler.plan_step(step())
     assert not scheduler.finished(request)
     assert session.leased, "ranks may still read"
     scheduler.transferred(["a"])
@@ -253,6 +293,7 @@ def test_a_failed_load_is_not_tried_again() -> None:
     scheduler, request = half(session), Request("a", list(range(100)))
     scheduler.match(request, 0)
     scheduler.allocated(request, [7], 64)
+    scheduler.plan_step(step())
     scheduler.transferred(["a"], invalid_blocks=[7])
     assert scheduler.match(request, 0) == 0 and not session.leased
 
@@ -430,7 +471,7 @@ def adapters(monkeypatch: pytest.MonkeyPatch) -> tuple[Session, Any]:
     """The adapter for vLLM's own class, and the session that it made."""
     session = Session(present=40)
     engine = SimpleNamespace(
-        kv=SimpleNamespace(block_tokens=BLOCK, layout=None, shards=1),
+        kv=SimpleNamespace(block_tokens=BLOCK, layout=None, shards=1, stages=()),
         settings=SimpleNamespace(endpoint=lambda *_: None),
         instance="engine",
         vllm_config=SimpleNamespace(kv_transfer_config=SimpleNamespace()),
@@ -461,6 +502,21 @@ def test_vllms_own_class_keeps_its_unit_when_the_chunk_size_changes(adapters: tu
     session.chunk_tokens = 256
     face.maybe_submit_lookup_request("a", token_ids=list(range(700)))
     assert face.check_lookup_result("a") == 0 and face.num_blocks_per_chunk() == 1
+
+
+def test_vllms_own_class_asks_later_while_a_tier_loads(adapters: tuple[Session, Any]) -> None:
+    session, face = adapters
+    session.coming = 4
+    for _ in range(2):
+        face.maybe_submit_lookup_request("a", token_ids=list(range(700)))
+        assert face.check_lookup_result("a") is None
+    session.coming = 0
+    face.maybe_submit_lookup_request("a", token_ids=list(range(700)))
+    assert face.check_lookup_result("a") == 640
+    session.coming = 4
+    face.maybe_submit_lookup_request("b", token_ids=list(range(700)))
+    face.end_session("b")
+    assert face.check_lookup_result("b") == 0
 
 
 class Tensor:

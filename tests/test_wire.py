@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 
@@ -20,6 +22,7 @@ from lmcache.wire import messages as m
 from lmcache.wire.carriers import UnixCarrier, ZmqCarrier
 from lmcache.wire.frames import FrameReader, frame
 
+SLACK = 5.0  # seconds within which a short deadline has passed, on a busy machine too; what is broken waits for 20, or for ever
 LAYOUT = Layout("m", "bfloat16", 2, 2, 16, 16)
 REQUESTS = [
     m.Hello(1, "0.1", "i", "worker", 3, 77, True, b"p", b"s"),
@@ -148,6 +151,23 @@ def pair(folders):
     listener.close()
 
 
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can be somebody else")
+def test_a_server_of_another_user_is_not_spoken_to(folders):
+    """It could lie about everything: no hello is sent to it, however its socket came to be where ours should be."""
+    folder = folders("/tmp")
+    folder.chmod(0o777)
+    path = folder / "s"
+    stranger = (
+        "import os, socket, sys; os.setgid(65534); os.setuid(65534); one = socket.socket(socket.AF_UNIX)\n"
+        "one.bind(sys.argv[1]); one.listen(); print(flush=True); print(one.accept()[0].recv(4096))"
+    )
+    with subprocess.Popen([sys.executable, "-c", stranger, path], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "\n"
+        with pytest.raises(ServerUnavailable, match="runs as user 65534"):
+            UnixCarrier(str(path), REQUESTS[0], 5.0)
+        assert process.stdout.read() == "b''\n"
+
+
 def test_answers_to_posts_are_passed_over(pair):
     carrier, other = pair
     carrier.post(m.Ping())
@@ -166,7 +186,7 @@ def test_silence_and_nonsense_end_a_carrier_within_the_deadline(pair, says):
     begin = time.monotonic()
     with pytest.raises(ServerUnavailable):
         carrier.exchange(m.Ping(), 0.3)
-    assert time.monotonic() - begin < 2.5
+    assert time.monotonic() - begin < SLACK
 
 
 def test_an_answer_in_drops_does_not_stretch_the_deadline(pair):
@@ -174,7 +194,7 @@ def test_an_answer_in_drops_does_not_stretch_the_deadline(pair):
     stop = threading.Event()
 
     def drip():
-        for byte in frame(m.encode(1, m.Found(1, 1, bytes(1000)))):
+        for byte in frame(m.encode(1, m.Found(1, 1, bytes(1000)))):  # 20 seconds of it
             if stop.wait(0.02):
                 return
             other.sendall(bytes([byte]))
@@ -184,7 +204,7 @@ def test_an_answer_in_drops_does_not_stretch_the_deadline(pair):
     begin = time.monotonic()
     with pytest.raises(ServerUnavailable):
         carrier.exchange(m.Ping(), 0.3)
-    assert time.monotonic() - begin < 2.5
+    assert time.monotonic() - begin < SLACK
     stop.set()
     thread.join()
 
@@ -195,7 +215,7 @@ def test_a_server_that_does_not_read_cannot_block_a_post(pair):
     with pytest.raises(ServerUnavailable):
         for _ in range(1000):
             carrier.post(m.Lookup(0, bytes(64 << 10)))
-    assert time.monotonic() - begin < 3.0
+    assert time.monotonic() - begin < 1.0 + SLACK
 
 
 def test_a_hang_up_is_seen(pair):
@@ -212,7 +232,7 @@ def test_nobody_at_a_zmq_address_costs_the_deadline():
     begin = time.monotonic()
     with pytest.raises(ServerUnavailable):
         carrier.exchange(m.Ping(), 0.2)
-    assert time.monotonic() - begin < 2.5
+    assert time.monotonic() - begin < SLACK
     carrier.close()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,7 @@ SHARED_MEMORY = Path("/dev/shm")
 VLLM_LEAVES = ("psm_*", "sem.mp-*", "vllm_dist_*")
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist looks at the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Everything here needs real vLLM; one worker runs it all, since engines starve each other on two cores."""
     skip = pytest.mark.skip(reason="LMCACHE_TEST_VLLM_PYTHON is not set (./run test sets it)")
@@ -28,10 +30,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Where everything lies. A vLLM that is killed leaves its own shared memory behind, which goes with the folder."""
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where everything lies. What a vLLM that is killed leaves behind, in shared memory and in /tmp, goes with the folder."""
+    if getattr(request.config.option, "loadgroup", False):  # a worker of xdist
+        assert all("@vllm" in item.nodeid for item in request.session.items if item.get_closest_marker("vllm"))
     before = {path for pattern in VLLM_LEAVES for path in SHARED_MEMORY.glob(pattern)}
-    yield tmp_path_factory.mktemp("vllm")
+    with (
+        tempfile.TemporaryDirectory(prefix="lmvllm-", ignore_cleanup_errors=True) as scratch,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setenv("TMPDIR", scratch)  # sockets and the like
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(ROOT / ".cache" / "torchinductor"))  # used again
+        yield tmp_path_factory.mktemp("vllm")
     left = {path for pattern in VLLM_LEAVES for path in SHARED_MEMORY.glob(pattern)} - before
     for path in left - _mapped():
         path.unlink(missing_ok=True)

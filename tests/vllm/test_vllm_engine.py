@@ -67,8 +67,8 @@ def test_cold_warm_and_hit_within_a_block(engine: Engine, server: Server, expect
     engine.forget()
     alone = [engine.generate([prompt])[0] for prompt in mixed()]
     assert_same(alone, expected["mixed"])
-    log = server.text()
-    assert "Stored " in log and "Retrieved " in log
+    for line in ("Stored ", "Retrieved "):
+        server.wait_until(lambda line=line: line in server.text(), f"no line with {line!r}", 30)
     assert "Registering kv caches!" in engine.text()
     assert 'kv_load_failure_policy is now "recompute"' in engine.text()
 
@@ -126,7 +126,7 @@ def test_reset_of_the_connector_serves_nothing_older(engine: Engine, expected: d
 @pytest.fixture(scope="module")
 def second(folder: Path, model: Path, server: Server, engine: Engine) -> Iterator[Engine]:
     """Another engine on the same server, started while the first one lives; then the first one is killed."""
-    made = Engine(folder, "second", model, kv_transfer_config=server.config())
+    made = Engine(folder, "second", model, kv_transfer_config=server.config(DEADLINE_SECONDS))
     engine.end(signal.SIGKILL)
     yield made
     made.end()

@@ -34,17 +34,21 @@ def test_other_weights_are_another_cache(folder: Path, model: Path, other_model:
         assert engine.generate(long)[0]["cached"] == 0
     finally:
         engine.end()
-    engine = Engine(folder, "upstream", model, upstream, kv_transfer_config=server.config(), max_model_len=1024)
+    engine = Engine(folder, "upstream", model, upstream, kv_transfer_config=server.config(2.0), max_model_len=1024)
     try:
         outputs = engine.generate(long)
         assert_same(outputs, expected)
         assert [output["cached"] for output in outputs] == [256, 256], "whole blocks of what our own class stored"
         fresh = [tokens(300, 82)]
         cold = engine.generate(fresh)
-        engine.forget()
-        warm = engine.generate(fresh)
-        assert_same(warm, cold)
-        assert (cold[0]["cached"], warm[0]["cached"]) == (0, 256)
+        assert cold[0]["cached"] == 0
+        for _ in range(5):  # it waits for a store for half a second only, and then goes without
+            engine.forget()
+            warm = engine.generate(fresh)
+            assert_same(warm, cold)
+            if warm[0]["cached"]:
+                break
+        assert warm[0]["cached"] == 256
         engine.ask("abort", prompts=[*long, tokens(500, 83)], after_steps=[0, 1, 2])
         engine.forget()
         assert_same(engine.generate(long), expected)

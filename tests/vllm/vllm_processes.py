@@ -8,8 +8,8 @@ import json
 import os
 import selectors
 import signal
-import socket
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -19,15 +19,11 @@ from typing import Any
 
 import pytest
 
+from ports import free_port
+
 PYTHON = os.environ.get("LMCACHE_TEST_VLLM_PYTHON", "")
 START_SECONDS = 240
 REPLY_SECONDS = 240
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -96,19 +92,29 @@ class Process:
 
 
 class Server(Process):
-    """`lmcache server` on ports of its own."""
+    """`lmcache server` on ports of its own, in the environment of the tests: it needs nothing of vLLM's."""
 
-    def __init__(self, folder: Path, chunk_size: int = 16, port: int = 0, name: str = "server") -> None:
+    def __init__(self, folder: Path, chunk_size: int = 16, port: int = 0, name: str = "server", *flags: str) -> None:
         self.port, self.http_port = port or free_port(), free_port()
-        command = [PYTHON, "-m", "lmcache.cli.main", "server", "--l1-size-gb", "1", "--eviction-policy", "LRU"]
+        command = [sys.executable, "-m", "lmcache.cli.main", "server", "--l1-size-gb", "1", "--eviction-policy", "LRU"]
         command += ["--chunk-size", str(chunk_size), "--port", str(self.port)]
-        command += ["--http-host", "127.0.0.1", "--http-port", str(self.http_port)]
+        command += ["--http-host", "127.0.0.1", "--http-port", str(self.http_port), *flags]
         super().__init__(command, folder / f"{name}.log")
-        self.wait_until(lambda: "LMCache cache server is running..." in self.text(), "server", 30)
+        self.wait_until(lambda: "LMCache cache server is running..." in self.text(), "server", 60)
 
-    def config(self, **more: Any) -> dict[str, Any]:
-        """The value of --kv-transfer-config for an engine that uses this server."""
-        extra = {"lmcache.mp.host": "tcp://127.0.0.1", "lmcache.mp.port": self.port, **more}
+    def status(self) -> dict[str, Any]:
+        """What GET /status answers."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.http_port}/status", timeout=REPLY_SECONDS) as answer:
+            status: dict[str, Any] = json.load(answer)
+        return status
+
+    def config(self, deadline_seconds: float = 20.0, **more: Any) -> dict[str, Any]:
+        """The value of --kv-transfer-config for an engine that uses this server.
+
+        Where it is not the deadline that is tested, a long one: no store is given up because the machine was busy.
+        """
+        extra = {"lmcache.mp.host": "tcp://127.0.0.1", "lmcache.mp.port": self.port}
+        extra |= {"lmcache.mp.mq_timeout": deadline_seconds, **more}
         return {"kv_connector": "LMCacheMPConnector", "kv_role": "kv_both", "kv_connector_extra_config": extra}
 
 
@@ -189,6 +195,12 @@ class Api(Process):
         with urllib.request.urlopen(request, timeout=REPLY_SECONDS) as answer:
             text = answer.read()
         return json.loads(text) if text else None
+
+    def metric(self, name: str) -> float:
+        """The value of a counter of the engine."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=REPLY_SECONDS) as answer:
+            lines = answer.read().decode().splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
 
     def _healthy(self) -> bool:
         try:

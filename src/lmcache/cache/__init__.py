@@ -5,6 +5,6 @@ and a test can run a million operations with made-up clocks and deaths. May impo
 floor, and `lmcache._native` (optional).
 """
 
-from lmcache.cache.heart import Cleared, Committed, Event, Freed, Grant, Heart, Hit, Refusal
+from lmcache.cache.heart import SERVER, Cleared, Committed, Event, Freed, Grant, Heart, Hit, Refusal, Whole
 
-__all__ = ["Cleared", "Committed", "Event", "Freed", "Grant", "Heart", "Hit", "Refusal"]
+__all__ = ["SERVER", "Cleared", "Committed", "Event", "Freed", "Grant", "Heart", "Hit", "Refusal", "Whole"]

@@ -10,11 +10,14 @@ The rules of this file:
 - A shard that could not be filled leaves a gap in its chunk, which whoever computes it next fills: what hangs on it stays.
 - New data is refused only when nothing may be evicted for it; every refusal has a reason and is counted.
 - Clearing changes the index for an empty one. Claims on the old one keep it, and their slots, until they end.
+- The server itself reads and fills slots on behalf of the tiers, as the process `SERVER`. It is always there, counts as no
+  user of a space, and its claims have no deadline: tiers have time-outs of their own, and no slot is freed under an I/O thread.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from array import array
 from collections import Counter
 from collections.abc import Callable, Container, Iterable
@@ -28,6 +31,10 @@ from lmcache.errors import LMCacheError
 from lmcache.memory.slabs import Slabs
 
 NO_SLOT = NO_PAGE
+SERVER = 0
+"""The process that is the server itself. Engines' processes have numbers above."""
+_OWN_INSTANCE = "\0server"
+"""No engine is called so: what engines say of themselves is printable."""
 MAX_SPACES = 1024
 QUARANTINE_SHARE = 4
 """An instance whose expired claims hold more than 1/4 of the arena gets no new slots."""
@@ -93,7 +100,16 @@ class Cleared(NamedTuple):
     """Effect: no slot at all holds anything of ours any more."""
 
 
-Effect = Committed | Freed | Cleared
+class Whole(NamedTuple):
+    """Effect: these chunks can be read from now on, by the last commit of `process`. `keys` and `parents` as in `Committed`."""
+
+    space: int
+    process: int
+    keys: bytes
+    parents: bytes
+
+
+Effect = Committed | Freed | Cleared | Whole
 
 
 @dataclass(slots=True)
@@ -152,8 +168,8 @@ class Heart:
         self._room = Room(total_bytes, self._evict)
         self._spaces: dict[int, Space] = {}
         self._space_of: dict[tuple[bytes, int], Space] = {}
-        self._instances: dict[str, _Instance] = {}
-        self._process_instance: dict[int, str] = {}
+        self._instances: dict[str, _Instance] = {_OWN_INSTANCE: _Instance({SERVER})}
+        self._process_instance: dict[int, str] = {SERVER: _OWN_INSTANCE}
         self._leases: dict[int, _Lease] = {}
         self._reservations: dict[int, _Reservation] = {}
         self._next = 1
@@ -252,9 +268,40 @@ class Heart:
             return Hit(chunks, 0, b"")
         space.table.pin(leased)
         number = self._number()
-        self._leases[number] = _Lease(process, name, space, space.table, leased, now + self.claim_seconds)
+        self._leases[number] = _Lease(process, name, space, space.table, leased, self._deadline(now, process))
         instance.leases.add(number)
         return Hit(chunks, number, space.table.slots(leased))
+
+    def peek(self, process: int, space_number: int, hashes: bytes) -> int:
+        """How many of these chunks are there from the first on. Touched, but neither leased nor counted: more are on their way.
+
+        Raises:
+            Refusal: unknown space or process.
+        """
+        space, _, _ = self._admit(process, space_number)
+        ids = space.table.match(hashes)
+        if ids:
+            space.table.touch(ids)
+        return len(ids) // 4
+
+    def hold(self, space_number: int, hashes: bytes) -> tuple[int, bytes, bytes]:
+        """For the server: lease those of these chunks that are whole, wherever they stand, and neither touch nor count them.
+
+        Returns (lease, their hashes, their slots as u32 pages [chunk][shard]); lease 0 when none is there.
+        """
+        space = self._spaces.get(space_number)
+        if space is None:
+            return 0, b"", b""
+        table, keys = space.table, [hashes[at : at + HASH_BYTES] for at in range(0, len(hashes), HASH_BYTES)]
+        found = [(key, one) for key in keys if (one := table.get(key)) >= 0 and table.complete(one)]
+        if not found:
+            return 0, b"", b""
+        ids = _ids([one for _, one in found])
+        table.pin(ids)
+        number = self._number()
+        self._leases[number] = _Lease(SERVER, _OWN_INSTANCE, space, table, ids, math.inf)
+        self._instances[_OWN_INSTANCE].leases.add(number)
+        return number, b"".join(key for key, _ in found), table.slots(ids)
 
     def release(self, process: int, lease: int) -> None:
         """The instance reads these slots no more. An unknown lease is nothing to worry about: it has ended already."""
@@ -305,6 +352,8 @@ class Heart:
             reason = "quarantine"
         elif parent_id < 0 and not root:
             reason = "no parent"
+        elif process == SERVER and not space.instances:
+            reason = "no engine"  # a tier's load for one that has gone: nothing in use makes room for it
         if reason:
             self._tell("refused", space, asked, reason)
             return Grant(0, _no_slots(asked), asked, reason)
@@ -317,7 +366,7 @@ class Heart:
         if ids:
             number = self._number()
             filled = [page for page in pages if page != NO_SLOT]
-            deadline = now + self.claim_seconds
+            deadline = self._deadline(now, process)
             self._reservations[number] = _Reservation(process, name, space, table, shard, ids, filled, deadline)
             self._tell("reserved", space, len(ids))
         slots = array("I", pages).tobytes() + _no_slots(refused)
@@ -365,8 +414,9 @@ class Heart:
             table.touch(_ids(path))
             table.touch_path(path[0])
 
-    def commit(self, now: float, process: int, reservation: int, ok: bool) -> int:
-        """The slots are filled (`ok`) or given back. Returns how many chunks' shards count as stored.
+    def commit(self, now: float, process: int, reservation: int, ok: bool, failed: Container[int] = ()) -> int:
+        """The slots are filled (`ok`), but those at the pages in `failed`, or given back. Returns how many chunks' shards
+        count as stored.
 
         Raises:
             Refusal: the reservation is unknown, or its claim had ended; the slots are free then, and nothing is stored.
@@ -377,7 +427,8 @@ class Heart:
         if held.expired or now > held.deadline:
             self._end_reservation(reservation, ok=False, reason="too late")
             raise Refusal(f"reservation {reservation} took longer than {self.claim_seconds} s")
-        return self._end_reservation(reservation, ok, "cleared" if ok else "copy failed")
+        reason = "copy failed" if failed or not ok else "cleared"
+        return self._end_reservation(reservation, ok, reason, failed=failed)
 
     def give_up(self, process: int, reservation: int, lost: Container[int]) -> None:
         """Nothing will be filled: the memory behind the slots at the pages in `lost` cannot be had. These stay out of use until
@@ -457,6 +508,9 @@ class Heart:
     def spaces(self) -> list[Space]:
         return list(self._spaces.values())
 
+    def space(self, number: int) -> Space | None:
+        return self._spaces.get(number)
+
     @property
     def slabs(self) -> Slabs:
         """The map of the arena; for looking only."""
@@ -521,30 +575,37 @@ class Heart:
         if released:
             self._free(lease.space, lease.table, released)
 
-    def _end_reservation(self, number: int, ok: bool, reason: str, lost: Container[int] = ()) -> int:
+    def _end_reservation(
+        self, number: int, ok: bool, reason: str, lost: Container[int] = (), failed: Container[int] = ()
+    ) -> int:
         """Shards that are in the index now; `reason` is for the others. Slots that were not filled are freed unless lost."""
         held = self._reservations[number]
         self._end_quarantine(number, held)
         del self._reservations[number]
         table, space = held.table, held.space
-        kept, whole = [one for one in held.ids if ok and table.attached(one)], 0
-        for one, page in zip(reversed(held.ids), reversed(held.pages), strict=True):
-            outcome = table.end_fill(one, held.shard, ok)
-            if not ok and page not in lost:
+        pairs = list(zip(held.ids, held.pages, strict=True))
+        filled = [(one, page) for one, page in pairs if ok and page not in failed and table.attached(one)]
+        whole: list[int] = []
+        for one, page in reversed(pairs):
+            good = ok and page not in failed
+            outcome = table.end_fill(one, held.shard, good)
+            if not good and page not in lost:
                 self._room.free_one(space, held.shard, page)
             if outcome == COMPLETED:
-                whole += 1
+                whole.append(one)
             elif outcome == RELEASED:  # it was cleared meanwhile, and nobody reads it
                 self._free(space, table, _ids([one]))
-            elif not ok and self._is_bare(table, one, space.shards):
+            elif not good and self._is_bare(table, one, space.shards):
                 self._free(space, table, table.detach(one))
-        space.whole += whole
-        self._tell("stored", space, whole)
-        self._tell("committed", space, len(kept))
-        self._tell("dropped", space, len(held.ids) - len(kept), reason)
-        if kept:
-            self.effects.append(_committed(held, kept))
-        return len(kept)
+        space.whole += len(whole)
+        self._tell("stored", space, len(whole))
+        self._tell("committed", space, len(filled))
+        self._tell("dropped", space, len(pairs) - len(filled), reason)
+        if filled:
+            self.effects.append(_committed(held, filled))
+        if whole:
+            self.effects.append(Whole(space.number, held.process, *_names(table, whole[::-1])))
+        return len(filled)
 
     @staticmethod
     def _is_bare(table: Table, record: int, shards: int) -> bool:
@@ -589,7 +650,7 @@ class Heart:
     def _admit(self, process: int, space_number: int) -> tuple[Space, str, _Instance]:
         name, instance = self._instance(process)
         space = self._spaces.get(space_number)
-        if space is None or name not in space.instances:
+        if space is None or (process != SERVER and name not in space.instances):
             raise Refusal(f"space {space_number} is not one that this engine has registered")
         return space, name, instance
 
@@ -604,6 +665,9 @@ class Heart:
         if missing < 0:
             return "absent"
         return "being filled" if space.table.filling(missing) else "incomplete"
+
+    def _deadline(self, now: float, process: int) -> float:
+        return math.inf if process == SERVER else now + self.claim_seconds
 
     def _number(self) -> int:
         self._next += 1
@@ -631,17 +695,18 @@ def _claimed(claim: _Lease | _Reservation) -> bytes:
     return claim.ids if isinstance(claim, _Lease) else _ids(claim.ids)
 
 
-def _committed(held: _Reservation, kept: list[int]) -> Committed:
-    table, space, key = held.table, held.space, held.table.key
-    parents = [table.parent(one) for one in kept]
-    return Committed(
-        space.fingerprint,
-        space.shards,
-        held.shard,
-        space.slot_bytes[held.shard],
-        held.pages,
-        b"".join(map(key, kept)),
-        b"".join(key(one) if one >= 0 else bytes(HASH_BYTES) for one in parents),
+def _committed(held: _Reservation, filled: list[tuple[int, int]]) -> Committed:
+    space, names = held.space, _names(held.table, [one for one, _ in filled])
+    size = space.slot_bytes[held.shard]
+    return Committed(space.fingerprint, space.shards, held.shard, size, [page for _, page in filled], *names)
+
+
+def _names(table: Table, records: list[int]) -> tuple[bytes, bytes]:
+    """(hashes, hashes of the parents) of attached records, 16 bytes each; zeros where there is no parent."""
+    parents = [table.parent(one) for one in records]
+    return (
+        b"".join(map(table.key, records)),
+        b"".join(table.key(one) if one >= 0 else bytes(HASH_BYTES) for one in parents),
     )
 
 

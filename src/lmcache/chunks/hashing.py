@@ -14,7 +14,10 @@ import struct
 import sys
 from array import array
 from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 from blake3 import blake3
 
 HASH_BYTES = 16
@@ -22,6 +25,7 @@ _ROOT_CONTEXT = "lmcache chunk v1"
 _U32 = struct.Struct("<I")
 _TYPECODE = "I" if array("I").itemsize == 4 else "L"
 
+Tokens: TypeAlias = Sequence[int] | npt.NDArray[np.int64]
 Extras = Callable[[int, int], bytes]
 """Given a half-open token range, the encoded extras inside it (b"" where there are none)."""
 
@@ -33,7 +37,7 @@ def chunk_root(fingerprint: bytes, cache_salt: str = "", lora_name: str = "", lo
     return blake3(material, derive_key_context=_ROOT_CONTEXT).digest(HASH_BYTES)
 
 
-def chunk_hash(parent: bytes, token_ids: Sequence[int], extras: bytes = b"") -> bytes:
+def chunk_hash(parent: bytes, token_ids: Tokens, extras: bytes = b"") -> bytes:
     """The 16-byte hash of one chunk, full or not.
 
     Raises:
@@ -48,8 +52,16 @@ def encode_extra(identifier: str | bytes, offset: int) -> bytes:
     return _U32.pack(len(raw)) + raw + struct.pack("<q", offset)
 
 
-def token_bytes(token_ids: Sequence[int]) -> bytes:
-    """Token ids as little-endian uint32."""
+def token_bytes(token_ids: Tokens) -> bytes:
+    """Token ids as little-endian uint32.
+
+    Raises:
+        OverflowError: a token id is negative or does not fit in 32 bits.
+    """
+    if isinstance(token_ids, np.ndarray):
+        if len(token_ids) and not (token_ids.min() >= 0 and token_ids.max() <= 0xFFFFFFFF):
+            raise OverflowError("token ids must be from 0 to 4294967295")
+        return token_ids.astype("<u4").tobytes()
     ids = array(_TYPECODE, token_ids)
     if sys.byteorder == "big":
         ids.byteswap()
@@ -86,11 +98,22 @@ class TokenChain:
         """Full chunks hashed so far."""
         return len(self.hashes) // HASH_BYTES
 
+    def tail(self, token_ids: Sequence[int]) -> bytes:
+        """The hash of the unfull chunk at the end of `token_ids`, whose full chunks are in the chain; b"" where there is none.
+
+        It is nobody's parent: what follows once the chunk is full hangs on the full chunk before it.
+        """
+        first = len(token_ids) // self.chunk_tokens * self.chunk_tokens
+        if first == len(token_ids):
+            return b""
+        extras = self._extras(first, len(token_ids)) if self._extras else b""
+        return chunk_hash(self.parent(first // self.chunk_tokens), token_ids[first:], extras)
+
     def parent(self, chunk: int) -> bytes:
         """The hash before chunk number `chunk`: the root for the first one."""
         return self.hashes[(chunk - 1) * HASH_BYTES : chunk * HASH_BYTES] if chunk else self.root
 
-    def extend(self, token_ids: Sequence[int]) -> int:
+    def extend(self, token_ids: Tokens) -> int:
         """Hash the full chunks of `token_ids` (the whole prompt so far) that are new; return how many chunks there are.
 
         Raises:

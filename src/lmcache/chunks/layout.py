@@ -7,6 +7,8 @@ The engine's block size, strides and attention backend are not here: a slot has 
 from __future__ import annotations
 
 import functools
+import struct
+from collections.abc import Sequence
 from typing import Literal
 
 import msgspec
@@ -58,6 +60,26 @@ class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def fingerprint(self) -> bytes:
         """16 bytes that are equal exactly when KV may be exchanged."""
         return _fingerprint(self)
+
+
+def space_fingerprint(layout: Layout, stages: Sequence[int] = ()) -> bytes:
+    """16 bytes that name a layout together with its pipeline split.
+
+    stages: for each pipeline stage the layer before which it ends; empty or one entry for a model that is not split by
+    layers. Shards are numbered by stage and head group, so 4 shards can be 4 head groups, or 2 stages of 2: with equal
+    numbers of bytes, and not the same bytes. With the split in their name these are kept apart.
+
+    Raises:
+        LayoutError: the stages do not cover the layers in order.
+    """
+    if len(stages) < 2:
+        return layout.fingerprint
+    ends = [0, *stages]
+    if stages[-1] != layout.num_layers or any(end <= start for start, end in zip(ends, stages, strict=False)):
+        raise LayoutError(
+            f"pipeline stages that end before layers {list(stages)} do not cover {layout.num_layers} layers"
+        )
+    return blake3(layout.fingerprint + struct.pack(f"<{len(stages)}I", *stages)).digest(FINGERPRINT_BYTES)
 
 
 @functools.lru_cache(maxsize=256)

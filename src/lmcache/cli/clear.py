@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from urllib.parse import quote
 
 from lmcache.cli.verbs import Verbs, add, add_url, ask
 from lmcache.config.load import load
 from lmcache.errors import ServerRefused
 
 _TEXT = """
-Empty L1. Engines go on: what they look up next is a miss, and what they are reading now stays right.
+Empty L1, and tiers where told. Engines go on: what they look up next is a miss, and what they are reading now stays right.
 From another host than the server's it needs the server's token.
 
 examples:
   lmcache clear
+  lmcache clear --tiers all
   lmcache clear --url http://10.0.0.7:8080 --api-token-file token.txt
 """
 
@@ -24,6 +26,9 @@ def add_verb(verbs: Verbs) -> None:
     parser = add(verbs, "clear", run, "empty the cache", _TEXT)
     add_url(parser)
     parser.add_argument(
+        "--tiers", metavar="NAMES", default="", help="Tiers to empty as well: all, or names with commas."
+    )
+    parser.add_argument(
         "--api-token-file", metavar="FILE", help="File (0600) with the server's token [LMCACHE_SERVER_API_TOKEN_FILE]."
     )
 
@@ -31,7 +36,8 @@ def add_verb(verbs: Verbs) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Print what was dropped."""
     token = load({"api_token_file": arguments.api_token_file and str(Path(arguments.api_token_file))}).config.api_token
-    status, answer = ask(arguments.url, "/clear-cache", "POST", token)
+    path = "/clear-cache" + (f"?tiers={quote(arguments.tiers)}" if arguments.tiers else "")
+    status, answer = ask(arguments.url, path, "POST", token)
     if status != 200:
         raise ServerRefused(f"{arguments.url} refused: {answer.get('reason', f'HTTP {status}')}")
     details = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in answer.items() if key != "status")

@@ -12,6 +12,7 @@ from lmcache.errors import ServerUnavailable
 
 _TEXT = """
 Show a running server. `server`: its settings. `status`: everything, with arena, index, sessions, engines and counters.
+`tiers`: what is behind L1, and how it does.
 
 examples:
   lmcache describe server
@@ -22,7 +23,7 @@ examples:
 def add_verb(verbs: Verbs) -> None:
     """Add `describe` to the command line."""
     parser = add(verbs, "describe", run, "show a running server's settings or state", _TEXT)
-    parser.add_argument("what", choices=("server", "status"), help="The settings, or everything.")
+    parser.add_argument("what", choices=("server", "status", "tiers"), help="The settings, everything, or the tiers.")
     parser.add_argument("--json", action="store_true", help="JSON instead of a table.")
     add_url(parser)
 
@@ -32,7 +33,8 @@ def run(arguments: argparse.Namespace) -> int:
     status, answer = ask(arguments.url, "/status")
     if status != 200:
         raise ServerUnavailable(f"{arguments.url}: {answer.get('reason', f'HTTP {status}')}")
-    chosen = answer if arguments.what == "status" else {"config": answer.get("config", {})}
+    part = {"server": "config", "tiers": "tiers"}.get(arguments.what)
+    chosen = answer if part is None else {part: answer.get(part)}
     print(json.dumps(chosen, indent=2) if arguments.json else "\n".join(table(chosen)))
     return 0
 

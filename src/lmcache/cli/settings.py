@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from lmcache.cli.verbs import Verbs, add
+from lmcache.config.engine import ROWS, is_for_engines, load_engine
 from lmcache.config.load import load
 from lmcache.config.server import OPTIONS, shown
 
 _TEXT = """
-Read a configuration file as `lmcache server --config FILE` would, environment included, and print every setting
-with its source. Secrets are not printed. Exit code 2 when something is wrong with it.
+Read a configuration file, environment included, as the one who is to use it would, and print every setting with its
+source: `lmcache server --config FILE`, or an engine with a server of its own (LMCACHE_CONFIG_FILE=FILE; in-process
+mode), which a file with names such as max_local_cpu_size is for. Secrets are not printed. Exit code 2 when something
+is wrong with it.
 
 examples:
   lmcache config check /etc/lmcache.yaml
+  lmcache config check --in-process lmcache.yaml
 """
 
 
@@ -22,18 +28,44 @@ def add_verb(verbs: Verbs) -> None:
     parser = add(verbs, "config", run, "check a configuration file", _TEXT)
     parser.add_argument("action", choices=("check",), help="Read it and print the outcome.")
     parser.add_argument("file", metavar="FILE", help="YAML file with settings, one `key: value` a line.")
+    parser.add_argument("--in-process", action="store_true", help="It is for an engine, whatever its keys look like.")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print setting, value, source."""
+    if arguments.in_process or is_for_engines(Path(arguments.file)):
+        return _check_engine(Path(arguments.file))
     settings = load({"config": arguments.file})
     rows = [("setting", "value", "from")]
     for option in OPTIONS:
         value = shown(option, getattr(settings.config, option.name))
         rows.append((option.key, "-" if value in (None, "") else str(value), settings.sources[option.name]))
-    widths = [max(len(row[column]) for row in rows) for column in range(2)]
-    for key, value_text, source in rows:
-        print(f"{key:<{widths[0]}}  {value_text:<{widths[1]}}  {source}")
-    for warning in settings.warnings:
-        print(f"warning: {warning}")
+    _print_table(rows)
+    _print_warnings(settings.warnings)
     return 0
+
+
+def _check_engine(path: Path) -> int:
+    """Settings that do something, and those that were given; with what they do in place of what they say."""
+    settings = load_engine(file=path)
+    rows = [("setting", "value", "from", "")]
+    for row in ROWS:
+        source, value = settings.sources[row.name], settings.values[row.name]
+        if source != "default" or hasattr(settings.config, row.name):
+            text = str(value).lower() if isinstance(value, bool) else "-" if value in (None, "") else str(value)
+            rows.append((row.name, text, source, row.effect if source != "default" else ""))
+    _print_table(rows)
+    _print_warnings(settings.warnings)
+    return 0
+
+
+def _print_table(rows: Sequence[tuple[str, ...]]) -> None:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
+    for *cells, last in rows:
+        line = "".join(f"{cell:<{width}}  " for cell, width in zip(cells, widths, strict=True)) + last
+        print(line.rstrip())
+
+
+def _print_warnings(warnings: Iterable[str]) -> None:
+    for warning in warnings:
+        print(f"warning: {warning}")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lmcache.config import options
-from lmcache.config.options import ENV_PREFIX
+from lmcache.config.options import ENV_PREFIX, redacted_url
 from lmcache.config.server import GROUPS, OPTIONS, ServerConfig
 from lmcache.errors import ConfigError
 
@@ -21,6 +21,7 @@ _LONGEST_FILE_BYTES = 1 << 20
 _SHORT_TOKEN = 16  # characters: below this a token can be guessed over a fast network
 _KUBERNETES_LINK = re.compile(r"(tcp|udp|sctp)://")
 _KUBERNETES_NAME = re.compile(r"(_|^)(SERVICE_HOST|SERVICE_PORT(_.*)?|PORT_\d+_(TCP|UDP|SCTP)(_.*)?)$")
+KEY_REMEDY = 'make one with: (umask 077; python3 -c "import zmq; print(zmq.curve_keypair()[1].decode())" > FILE)'
 _REFERENCE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 _BY_KEY = {option.key: option for option in OPTIONS}
 _BY_NAME = {option.name: option for option in OPTIONS}
@@ -57,11 +58,15 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
                 option.flag, dest=option.name, action="store_const", const="true", help=text
             )
         else:
-            groups[option.group].add_argument(option.flag, dest=option.name, metavar=option.metavar, help=text)
+            action = "append" if option.repeat else "store"
+            groups[option.group].add_argument(
+                option.flag, dest=option.name, metavar=option.metavar, help=text, action=action
+            )
 
 
-def load(flags: Mapping[str, str | None], environ: Mapping[str, str] | None = None) -> Settings:
-    """Fill a ServerConfig. `flags`: field name -> text, None where not given; `environ`: os.environ unless told.
+def load(flags: Mapping[str, str | list[str] | None], environ: Mapping[str, str] | None = None) -> Settings:
+    """Fill a ServerConfig. `flags`: field name -> text (a list of them for a repeated flag), None where not given;
+    `environ`: os.environ unless told.
 
     Raises:
         ConfigError: one line that names the setting, its value, where it came from and what to do.
@@ -92,8 +97,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"did you mean {found[0]}?" if found else f"known: {', '.join(names)}"
 
 
-def check_secret_file(path: Path, said: str) -> None:
-    """A file with a secret in it must be readable, and by its owner only.
+def check_secret_file(path: Path, said: str, remedy: str = "") -> None:
+    """A file with a secret in it must be readable, and by its owner only; `remedy` is said where it cannot be read.
 
     Raises:
         ConfigError: it is not; the message names the chmod.
@@ -104,13 +109,15 @@ def check_secret_file(path: Path, said: str) -> None:
             raise ConfigError(f"{said}: {path} is not a file")
         path.open("rb").close()
     except OSError as error:
-        raise ConfigError(f"{said}: cannot read {path}: {error.strerror}") from error
+        raise ConfigError(f"{said}: cannot read {path}: {error.strerror}{remedy}") from error
     if mode & 0o077:
         raise ConfigError(f"{said}: {path} holds a secret and others may read it: chmod 600 {path}")
 
 
-def _from_flag(name: str, text: str) -> _Given:
+def _from_flag(name: str, text: str | list[str]) -> _Given:
     option = _BY_NAME[name]
+    if isinstance(text, list):
+        return _Given("\n".join(text), option.flag, option.flag)
     return _Given(text, option.flag, option.flag if option.secret or option.is_switch else f"{option.flag} {text}")
 
 
@@ -131,7 +138,8 @@ def _from_environment(environ: Mapping[str, str], warnings: list[str]) -> dict[s
             if option.name in ("port", "http_port") and _KUBERNETES_LINK.match(text):
                 warnings.append(f"{variable}={text} is Kubernetes' link to a service, not a port: ignored")
             elif text:
-                found[option.name] = _Given(text, variable, variable if option.secret else f"{variable}={text}")
+                plain = not option.secret and not option.repeat
+                found[option.name] = _Given(text, variable, f"{variable}={text}" if plain else variable)
     names = [option.env for option in OPTIONS]
     for variable in sorted(environ):
         if variable.startswith(ENV_PREFIX) and variable not in names and not _KUBERNETES_NAME.search(variable):
@@ -179,6 +187,9 @@ def _read_entry(
         raise ConfigError(f"{where}: unknown key {str(key_node.value)!r}: {nearest(key, known)}")
     if option.name in found:
         raise ConfigError(f"{where}: {key} is given twice (first at {found[option.name].source}): remove one")
+    if option.repeat:
+        found[option.name] = _Given(_listed(path, where, key, value_node), where, f"{where}: {key}")
+        return
     if not isinstance(value_node.value, str):
         raise ConfigError(f"{where}: {key} must be one value, not a list or a mapping")
     if value_node.tag.endswith(":null"):
@@ -187,6 +198,17 @@ def _read_entry(
     if option.secret and text == value_node.value:
         check_secret_file(path, f"{where}: {key}")
     found[option.name] = _Given(text, where, f"{where}: {key}" if option.secret else f"{where}: {key}: {text}")
+
+
+def _listed(path: Path, where: str, key: str, value_node: Any) -> str:
+    """One value or a list of them, one a line. `${NAME}` stays as it is: a URL's parts are told apart first."""
+    items = [value_node] if isinstance(value_node.value, str) else value_node.value
+    texts = [str(item.value) for item in items if isinstance(getattr(item, "value", None), str)]
+    if len(texts) != len(items) or any("\n" in text for text in texts):
+        raise ConfigError(f"{where}: {key} must be a value or a list of values, one line each")
+    if any(redacted_url(text) != text and "${" not in text for text in texts):
+        check_secret_file(path, f"{where}: {key}")
+    return "\n".join(texts)
 
 
 def _referenced(name: str, said: str, environ: Mapping[str, str]) -> str:
@@ -215,7 +237,7 @@ def _check_together(config: ServerConfig) -> None:
     if config.auth_key_file and config.insecure_no_auth:
         raise ConfigError("--auth-key-file and --insecure-no-auth contradict each other: keep one of the two")
     if config.auth_key_file:
-        check_secret_file(config.auth_key_file, f"--auth-key-file {config.auth_key_file}")
+        check_secret_file(config.auth_key_file, f"--auth-key-file {config.auth_key_file}", f": {KEY_REMEDY}")
     if config.beyond_loopback and not config.auth_key_file and not config.insecure_no_auth:
         raise ConfigError(
             f"--host {config.host} lets other hosts in: pass --auth-key-file FILE, "

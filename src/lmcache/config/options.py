@@ -29,6 +29,8 @@ class Option:
     secret: bool = False
     in_file: bool = True
     extra_env: str = ""
+    repeat: bool = False
+    """May be given several times; the values come one a line, and `parse` gives a tuple."""
 
     @property
     def flag(self) -> str:
@@ -122,6 +124,46 @@ def switch(text: str) -> bool:
     if text.lower() not in ("1", "true", "yes", "on", "0", "false", "no", "off"):
         raise ValueError("must be true or false")
     return text.lower() in ("1", "true", "yes", "on")
+
+
+def word(*names: str) -> Callable[[str], str]:
+    """One of some lower-case words, typed in any case."""
+
+    def parse(text: str) -> str:
+        if text.lower() not in names:
+            raise ValueError(f"unknown; known: {', '.join(names)}")
+        return text.lower()
+
+    return parse
+
+
+def urls(text: str) -> tuple[str, ...]:
+    """URLs, one a line or separated by blanks. What they mean is looked at by whoever uses them."""
+    found = tuple(text.split())
+    for one in found:
+        if "://" not in one:
+            raise ValueError(f"must be URLs; {redacted_url(one)!r} is none")
+    return found
+
+
+def lines(text: str) -> tuple[str, ...]:
+    """One value a line."""
+    return tuple(line.strip() for line in text.splitlines() if line.strip())
+
+
+def redacted_url(text: str) -> str:
+    """The text with everything that could be a password in a URL as `***`."""
+    text = re.sub(r"(://[^:/?#@]*):[^/?#]*@", r"\1:***@", text)
+    return re.sub(r"([?&][^=&]*(?:key|secret|token|password)(?<!_file)=)[^&]+", r"\1***", text, flags=re.IGNORECASE)
+
+
+def numa(text: str) -> str:
+    """`auto`, `spread`, or a list of node numbers; whether they exist is looked at when memory is placed."""
+    if text.lower() in ("auto", "spread"):
+        return text.lower()
+    if not re.fullmatch(r"\d{1,4}(-\d{1,4})?(,\d{1,4}(-\d{1,4})?)*", text):
+        raise ValueError("must be auto, spread, or nodes such as 0 or 0,2-3")
+    return text
 
 
 def token(text: str) -> str:

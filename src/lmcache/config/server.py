@@ -68,7 +68,8 @@ class ServerConfig:
         "SECONDS",
         read.number(1, 3600),
         30.0,
-        help="How long an engine may take to fetch what a lookup promised it, before the chunks may be evicted again.",
+        help="How long an engine may take to fetch what a lookup promised it, or to store what it got room for. Later its slots "
+        "count as quarantined: out of use until it lets go of them or has ended.",
     )
     max_workers: int = _option(
         "cache",
@@ -76,6 +77,64 @@ class ServerConfig:
         read.integer(1, 256),
         2,
         help="I/O threads: for engines on other hosts and for tiers. Engines on this host copy by themselves.",
+    )
+
+    l2: tuple[str, ...] = _option(
+        "tiers",
+        "URL",
+        read.urls,
+        (),
+        default_text="none",
+        repeat=True,
+        help="A tier behind L1, may be given several times, the nearest first: disk:///var/lib/lmcache?max_gb=200, "
+        "dir:///mnt/shared, redis://:${PASSWORD}@host:6379/0?max_gb=50, s3://bucket/prefix?region=... . For every tier: "
+        "write=through|on-evict|none, read=yes|no, name=NAME. docs/tiers has a page for each.",
+    )
+    l2_adapter: tuple[str, ...] = _option(
+        "tiers",
+        "JSON",
+        read.lines,
+        (),
+        default_text="none",
+        repeat=True,
+        help="""The same as JSON: '{"type": "fs", "base_path": "/data"}'. Types: fs, resp (Redis), s3.""",
+    )
+    l2_required: bool = _option(
+        "tiers",
+        "",
+        read.switch,
+        False,
+        default_text="off",
+        help="Do not start when a tier cannot be reached. Otherwise the server goes on without it and tries again.",
+    )
+    l2_patience_seconds: float = _option(
+        "tiers",
+        "SECONDS",
+        read.number(0.01, 600),
+        10.0,
+        help="The longest that a request waits for loads from tiers, where nothing shorter is known to be sensible.",
+    )
+    l2_queue_gb: float = _option(
+        "tiers",
+        "GB",
+        read.number(0, 1e6),
+        0.0,
+        default_text="half of L1",
+        help="Bytes of chunks that may wait to be written to a tier, in GiB; beyond it the newest are not written.",
+    )
+    worth: str = _option(
+        "tiers",
+        "WHEN",
+        read.word("auto", "always"),
+        "auto",
+        help="auto: do not load what the engine computes sooner, by both measured speeds. always: load whatever is there.",
+    )
+    drain_seconds: float = _option(
+        "tiers",
+        "SECONDS",
+        read.number(0, 3600),
+        10.0,
+        help="How long SIGTERM waits for what is still to be written to tiers.",
     )
 
     host: str = _option(
@@ -121,7 +180,8 @@ class ServerConfig:
         "FILE",
         read.path,
         None,
-        help="CURVE key file (0600) that engines on other hosts must prove to know; needed for --host beyond loopback.",
+        help="CURVE key file (0600) that engines on other hosts must prove to know; needed for --host beyond loopback. "
+        "Engines take theirs from LMCACHE_AUTH_KEY_FILE.",
     )
     insecure_no_auth: bool = _option(
         "security",
@@ -149,6 +209,14 @@ class ServerConfig:
         Path("/dev/shm"),
         help="Where the L1 memory file lives; a memory file system (tmpfs, hugetlbfs).",
     )
+    numa: str = _option(
+        "machine",
+        "NODES",
+        read.numa,
+        "auto",
+        help="Memory nodes of L1. auto and spread: all of them by turns (auto leaves a machine with one alone); "
+        "0 or 0,2-3: these only, for engines whose GPUs hang on them.",
+    )
     log_level: str = _option(
         "machine",
         "LEVEL",
@@ -173,6 +241,11 @@ class ServerConfig:
         if not self.l1_size_gb:
             raise ConfigError("--l1-size-gb auto: not decided yet; pass a size in GiB")
         return int(self.l1_size_gb * GIB) // PAGE_BYTES * PAGE_BYTES
+
+    @property
+    def l2_queue_bytes(self) -> int:
+        """Bytes of chunks that may wait to be written to one tier."""
+        return int(self.l2_queue_gb * GIB) or self.l1_bytes // 2
 
     @property
     def endpoint(self) -> str:
@@ -212,6 +285,7 @@ def _row(field: dataclasses.Field[Any]) -> Option:
 OPTIONS: tuple[Option, ...] = tuple(_row(field) for field in dataclasses.fields(ServerConfig))
 GROUPS = {
     "cache": "the cache",
+    "tiers": "tiers behind it (L2)",
     "network": "network",
     "security": "who may do what",
     "machine": "the machine",
@@ -228,4 +302,6 @@ def shown(option: Option, value: object) -> object:
         return "***" if value else None
     if option.name == "l1_size_gb" and not value:
         return "auto"
+    if isinstance(value, tuple):
+        return [read.redacted_url(one) for one in value]
     return str(value) if isinstance(value, Path) else value

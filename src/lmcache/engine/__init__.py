@@ -5,7 +5,7 @@ once. May import every floor below.
 """
 
 from lmcache.engine.jobs import Done, Load, Store
-from lmcache.engine.scheduler import Hit, SchedulerSession
+from lmcache.engine.scheduler import Hit, Loading, SchedulerSession
 from lmcache.engine.worker import WorkerSession
 
-__all__ = ["Done", "Hit", "Load", "SchedulerSession", "Store", "WorkerSession"]
+__all__ = ["Done", "Hit", "Load", "Loading", "SchedulerSession", "Store", "WorkerSession"]

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+Blocks: TypeAlias = Sequence[int] | npt.NDArray[np.int32]
+"""A block table: block numbers of a request, from token 0 on."""
 
 
 class Event(Protocol):
@@ -27,15 +34,16 @@ class Load:
     slots: bytes
     start_token: int
     end_token: int
-    blocks: list[int]
+    blocks: Blocks
     lease_chunk: int = 0
     after: Event | None = None
 
 
 @dataclass(frozen=True)
 class Store:
-    """Paged KV -> slots: the full chunks from `first_chunk` on, named by `hashes` (16 bytes each).
+    """Paged KV -> slots: the chunks from `first_chunk` on, named by `hashes` (16 bytes each).
 
+    end_token: where the last of them is unfull, the token behind its last one; 0 where all are full.
     parent: hash of the chunk before, or the root's (then `first_chunk` is 0). chunk_tokens: that of the hashes; a server that
     came back with another one gets none of them. after: on a GPU, the point in the engine's stream behind which the blocks
     are filled.
@@ -45,16 +53,21 @@ class Store:
     parent: bytes
     hashes: bytes
     first_chunk: int
-    blocks: list[int]
+    blocks: Blocks
     after: Event | None = None
+    end_token: int = 0
 
 
 @dataclass(frozen=True)
 class Done:
-    """A finished job. `ok` is False for a load whose blocks were not filled, or a store of which nothing was kept."""
+    """A finished job. `ok` is False for a load whose blocks were not filled, or a store of which nothing was kept.
+
+    seconds: of the copies. put_seconds: of a store, for getting slots from the server and committing them.
+    """
 
     job_id: str
     kind: Literal["load", "store"]
     ok: bool
     tokens: int
     seconds: float
+    put_seconds: float = 0.0

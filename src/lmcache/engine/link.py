@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import os
 import secrets
+import socket
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,11 +22,16 @@ from lmcache.observability.log import init_logger
 from lmcache.wire import auth
 from lmcache.wire import messages as m
 from lmcache.wire.carriers import Carrier, UnixCarrier, ZmqCarrier
+from lmcache.wire.sockets import UNIX, socket_place
 
 logger = init_logger(__name__)
 
 TRANSFER_MODES = ("auto", "engine_driven", "lmcache_driven", "payload")
 _BACKOFF_SECONDS = (0.2, 0.5, 1.0, 2.0)
+_SOCKET_SECONDS = 0.1
+"""Between looks at a path where a server is to come: a look costs microseconds, and the first prompt must not be missed."""
+_STARTING_SECONDS = 60.0
+"""For how long the socket of a server that is to come may be missing without a word: ranks are ready before schedulers are."""
 _CONNECT_SECONDS = 1.0
 
 
@@ -44,7 +51,10 @@ def server_address(host: str = "tcp://localhost", port: int = 5555) -> str:
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where the server is and who asks. `instance` is shared by an engine's scheduler and all its ranks."""
+    """Where the server is and who asks. `instance` is shared by an engine's scheduler and all its ranks.
+
+    address: tcp://host:port, or of a server on this host unix:///path/of/its/socket or unix://@name.
+    """
 
     address: str
     instance: str
@@ -53,17 +63,19 @@ class Endpoint:
     deadline_seconds: float = 2.0
     heartbeat_seconds: float = 10.0
     transfer_mode: str = "auto"
-    auth_key_file: Path | None = field(
-        default_factory=lambda: (
-            Path(os.environ["LMCACHE_AUTH_KEY_FILE"]) if "LMCACHE_AUTH_KEY_FILE" in os.environ else None
-        )
-    )
+    auth_key_file: Path | None = field(default_factory=lambda: _key_file())
 
     def __post_init__(self) -> None:
         if self.transfer_mode not in TRANSFER_MODES:
             raise ValueError(f"transfer mode {self.transfer_mode!r}: give one of {', '.join(TRANSFER_MODES)}")
+        if self.transfer_mode == "payload" and _is_unix(self):
+            raise ValueError(f"payload frames do not travel over {self.address}: leave the transfer mode at auto")
         if not 0 < self.deadline_seconds < 3600:
             raise ValueError(f"deadline of {self.deadline_seconds} seconds: give one between 0 and 3600")
+
+
+class _NotThereYet(ServerUnavailable):
+    """Nothing listens at the address of a Unix socket."""
 
 
 class Link:
@@ -88,6 +100,7 @@ class Link:
         self._wake = threading.Event()
         self._connected = threading.Event()
         self._told = ""
+        self._since = time.monotonic()
         self._payload = False
         self._thread = threading.Thread(target=self._keep_up, name=f"lmcache-link-{endpoint.role}", daemon=True)
         self._thread.start()
@@ -163,10 +176,13 @@ class Link:
                     attempt = 0
                     continue
                 except Exception as error:  # the edge of the thread: whatever a server sends, the next may be better
-                    self._tell_once(str(error) or type(error).__name__)
+                    coming = isinstance(error, _NotThereYet) and time.monotonic() - self._since < _STARTING_SECONDS
+                    if not coming:
+                        self._tell_once(str(error) or type(error).__name__)
                     if not isinstance(error, (LMCacheError, OSError)):
                         logger.debug("while connecting", exc_info=True)
-                    self._wake.wait(_BACKOFF_SECONDS[min(attempt, len(_BACKOFF_SECONDS) - 1)])
+                    backoff = _BACKOFF_SECONDS[min(attempt, len(_BACKOFF_SECONDS) - 1)]
+                    self._wake.wait(_SOCKET_SECONDS if coming else backoff)
                     self._wake.clear()
                     attempt += 1
             else:
@@ -203,36 +219,58 @@ class Link:
         who = (endpoint.instance, endpoint.role, endpoint.rank, os.getpid())
         hello = m.Hello(m.PROTOCOL_VERSION, __version__, *who, session=self._session)
         self._before_hello()
-        door = ZmqCarrier(endpoint.address, endpoint.auth_key_file)
-        carrier: Carrier = door
+        carrier, welcome, descriptor = self._through_socket(hello) if _is_unix(endpoint) else self._through_port(hello)
+        self._payload = not isinstance(carrier, UnixCarrier)
         try:
-            welcome = _welcome(door.exchange(hello, _CONNECT_SECONDS)[0])
-            descriptor = -1
-            unix = self._unix(welcome, hello)
-            if unix is not None:
-                carrier, descriptor = unix, unix.descriptor
-                door.close()
-                welcome = _welcome_with(unix)
-            else:
-                cookie = auth.read_cookie(welcome.cookie_path)
-                token = auth.proof(cookie, welcome.server) if cookie else b""
-                welcome = _welcome(
-                    door.exchange(msgspec.structs.replace(hello, payload=True, proof=token), _CONNECT_SECONDS)[0]
-                )
-            self._payload = unix is None
             self._on_welcome(carrier, welcome, descriptor)
         except BaseException:
             carrier.close()
-            door.close()
             raise
         with self._lock:
             self._carrier = carrier
         self._told = ""
         self._connected.set()
-        how = "payload frames" if unix is None else "the mapped arena"
+        how = "payload frames" if self._payload else "the mapped arena"
         logger.info(
             "Connected to the LMCache server at %s (%d-token chunks, %s)", endpoint.address, welcome.chunk_tokens, how
         )
+
+    def _through_socket(self, hello: m.Hello) -> tuple[Carrier, m.Welcome, int]:
+        """The connection, the welcome, and the arena's descriptor."""
+        place = socket_place(self.endpoint.address)
+        if not place.startswith("\0") and not _is_mine(place):
+            raise _NotThereYet("there is no such socket of this user")
+        try:
+            unix = UnixCarrier(place, hello, _CONNECT_SECONDS)
+        except ServerUnavailable as error:
+            if isinstance(error.__cause__, ConnectionRefusedError):
+                raise _NotThereYet("nobody listens there") from error
+            raise
+        try:
+            return unix, _welcome_with(unix), unix.descriptor
+        except LMCacheError:
+            unix.close()
+            raise
+
+    def _through_port(self, hello: m.Hello) -> tuple[Carrier, m.Welcome, int]:
+        """As `_through_socket`; -1 where payload frames are to be used."""
+        door = ZmqCarrier(self.endpoint.address, self.endpoint.auth_key_file)
+        carrier: Carrier = door
+        try:
+            welcome = _welcome(door.exchange(hello, _CONNECT_SECONDS)[0])
+            unix = self._unix(welcome, hello)
+            if unix is not None:
+                carrier = unix
+                door.close()
+                return unix, _welcome_with(unix), unix.descriptor
+            cookie = auth.read_cookie(welcome.cookie_path)
+            token = auth.proof(cookie, welcome.server) if cookie else b""
+            hello = msgspec.structs.replace(hello, payload=True, proof=token)
+            return door, _welcome(door.exchange(hello, _CONNECT_SECONDS)[0]), -1
+        except BaseException:
+            carrier.close()
+            door.close()
+            raise
 
     def _unix(self, welcome: m.Welcome, hello: m.Hello) -> UnixCarrier | None:
         if self.endpoint.transfer_mode == "payload" or not welcome.socket_path or not _is_mine(welcome.socket_path):
@@ -245,6 +283,24 @@ class Link:
             logger.warning(
                 "No LMCache server at %s yet (%s); prompts are computed without it", self.endpoint.address, why
             )
+
+
+def answers(address: str, timeout_seconds: float) -> bool:
+    """Whether a server of ours is at tcp://host:port, whatever its version."""
+    host, _, port = address.removeprefix("tcp://").rpartition(":")
+    try:
+        # ZMQ does not tell that nobody listens; TCP does, at once.
+        socket.create_connection((host.strip("[]"), int(port)), timeout_seconds).close()
+        carrier = ZmqCarrier(address, _key_file())
+    except (OSError, LMCacheError):
+        return False
+    try:
+        carrier.exchange(m.Hello(m.PROTOCOL_VERSION, __version__, "", "probe", 0, os.getpid()), timeout_seconds)
+    except ServerUnavailable:
+        return False
+    finally:
+        carrier.close()
+    return True
 
 
 def ask(carrier: Carrier, request: m.Message, expect: type[m.AnswerT]) -> m.AnswerT:
@@ -278,6 +334,15 @@ def _welcome_with(unix: UnixCarrier) -> m.Welcome:
         if unix.descriptor >= 0:
             os.close(unix.descriptor)
         raise
+
+
+def _key_file() -> Path | None:
+    name = os.environ.get("LMCACHE_AUTH_KEY_FILE", "")
+    return Path(name) if name else None
+
+
+def _is_unix(endpoint: Endpoint) -> bool:
+    return endpoint.address.startswith(UNIX)
 
 
 def _is_mine(path: str) -> bool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from lmcache.chunks import Layout, TokenChain, chunk_root
@@ -15,6 +16,8 @@ from lmcache.wire import messages as m
 from lmcache.wire.carriers import Carrier
 
 logger = init_logger(__name__)
+_SHORTEST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.0005, 0.008
+"""Between two questions of `lookup` while a tier loads."""
 
 
 class Hit(NamedTuple):
@@ -38,6 +41,13 @@ class Hit(NamedTuple):
         return b"".join(self.slots[at : at + 4] for at in range(4 * shard, len(self.slots), step))
 
 
+class Loading(NamedTuple):
+    """`chunks` are in L1, `coming` more are on their way from a tier: ask again soon."""
+
+    chunks: int
+    coming: int
+
+
 class SchedulerSession:
     """One engine's scheduler. Nothing raises, and nothing takes longer than the deadline.
 
@@ -45,10 +55,13 @@ class SchedulerSession:
         endpoint: where the server is; its `instance` is that of the workers.
         layout_for: the model's layout for a chunk size in tokens, which is the server's and learned from it.
         shards: parts of a chunk, as `Shard.count` says.
+        stages: where each pipeline stage ends, where the model is split by layers; as the workers have it.
     """
 
-    def __init__(self, endpoint: Endpoint, layout_for: Callable[[int], Layout], shards: int) -> None:
-        self._layout_for, self._shards = layout_for, shards
+    def __init__(
+        self, endpoint: Endpoint, layout_for: Callable[[int], Layout], shards: int, stages: Sequence[int] = ()
+    ) -> None:
+        self._layout_for, self._shards, self._stages = layout_for, shards, list(stages)
         self._space, self._chunk_tokens, self._arena, self._fingerprint = 0, 0, b"", b""
         self.misses = 0
         """Lookups that got no answer and so count as misses."""
@@ -84,28 +97,57 @@ class SchedulerSession:
             return None
         return TokenChain(chunk_root(self._fingerprint, cache_salt, lora_name, lora_id), self._chunk_tokens, extras)
 
-    def lookup(self, chain: TokenChain, skip_tokens: int = 0) -> Hit | None:
+    def lookup(
+        self,
+        chain: TokenChain,
+        skip_tokens: int = 0,
+        prefill_rate: float = 0.0,
+        wait_seconds: float | None = None,
+        tail: bytes = b"",
+    ) -> Hit | None:
+        """As `poll`, and wait for what comes from tiers: for as long as the server finds worth it, and at most so long (None:
+        the deadline of a call)."""
+        end = time.monotonic() + (self._link.endpoint.deadline_seconds if wait_seconds is None else wait_seconds)
+        pause = _SHORTEST_PAUSE_SECONDS
+        while True:
+            found = self.poll(chain, skip_tokens, prefill_rate, tail)
+            if not isinstance(found, Loading):
+                return found
+            if time.monotonic() > end:
+                return None
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+
+    def poll(
+        self, chain: TokenChain, skip_tokens: int = 0, prefill_rate: float = 0.0, tail: bytes = b""
+    ) -> Hit | Loading | None:
         """Which leading chunks of the chain are in L1, and a lease on those past the first `skip_tokens` tokens.
 
-        None when nothing is there beyond them, or no answer came within the deadline.
+        None when nothing is there beyond them, or no answer came within the deadline. `Loading` while a tier brings more that
+        is worth waiting for, by the engine's `prefill_rate` (tokens a second, 0: not known). tail: hash of an unfull chunk
+        behind the chain, which may be the last one of the hit.
         """
-        if not chain.hashes or chain.chunk_tokens != self._chunk_tokens:
+        hashes = chain.hashes + tail
+        if not hashes or chain.chunk_tokens != self._chunk_tokens:
             return None
         first = skip_tokens // chain.chunk_tokens
-        if first * HASH_BYTES >= len(chain.hashes):
+        if first * HASH_BYTES >= len(hashes):
             return None
         arena = self._arena
         try:
-            found, _ = self._link.call(m.Lookup(self._space, chain.hashes, first), m.Found)
+            found, _ = self._link.call(m.Lookup(self._space, hashes, first, prefill_rate), m.Found)
         except LMCacheError as error:
             self.misses += 1
             logger.debug("A lookup became a miss: %s", error)
             return None
+        if found.loading > 0:
+            return Loading(found.chunks, found.loading)
         if not found.lease:
             return None
         self._held.add(found.lease)
         hit = Hit(found.chunks, first, found.lease, found.slots, self._shards, arena)
-        plausible = first < found.chunks <= len(chain) and len(found.slots) == 4 * self._shards * (found.chunks - first)
+        most = len(hashes) // HASH_BYTES
+        plausible = first < found.chunks <= most and len(found.slots) == 4 * self._shards * (found.chunks - first)
         if not plausible or arena != self._arena:
             self.misses += 1
             self.release(hit)
@@ -122,6 +164,15 @@ class SchedulerSession:
             leases, self._late = self._late, []
             self._link.post(m.Release(leases))
 
+    def clear(self) -> bool:
+        """Empty the server's memory, for all its engines. False when no answer came within the deadline."""
+        try:
+            self._link.call(m.Clear(), m.Ok)
+        except LMCacheError as error:
+            logger.warning("The LMCache server was not cleared: %s", error)
+            return False
+        return True
+
     def close(self) -> None:
         self._link.close()
 
@@ -129,7 +180,7 @@ class SchedulerSession:
         if descriptor >= 0:
             os.close(descriptor)  # the scheduler copies nothing
         layout = self._layout_for(welcome.chunk_tokens)
-        registered = ask(carrier, m.Register(layout, self._shards, -1, 0), m.Registered)
+        registered = ask(carrier, m.Register(layout, self._shards, -1, 0, self._stages), m.Registered)
         if welcome.arena != self._arena:
             self._late, self._held = [], set()
         ask(carrier, m.Hold(list(self._held)), m.Ok)

@@ -6,11 +6,12 @@ runs; so a load from the mapped arena succeeds even when the server has died mea
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
@@ -52,14 +53,22 @@ class WorkerSession:
         shard: the part of every chunk that this rank holds.
         paged: this rank's paged KV.
         threads: copy threads of one job.
+        stages: where each pipeline stage ends, where the model is split by layers; as the scheduler has it.
     """
 
     def __init__(
-        self, endpoint: Endpoint, layout_for: Callable[[int], Layout], shard: Shard, paged: PagedKV, threads: int = 1
+        self,
+        endpoint: Endpoint,
+        layout_for: Callable[[int], Layout],
+        shard: Shard,
+        paged: PagedKV,
+        threads: int = 1,
+        stages: Sequence[int] = (),
     ) -> None:
         self.counters: Counter[str] = Counter()
         """Jobs and chunks by what became of them; reasons after a colon."""
         self._layout_for, self._shard, self._paged, self._threads = layout_for, shard, paged, threads
+        self._stages = list(stages)
         self._space, self._chunk_tokens, self._arena = 0, 0, b""
         self._slot_bytes = 0
         self._mapping: Mapping | None = None
@@ -92,6 +101,12 @@ class WorkerSession:
     def connected(self) -> bool:
         return self._link.connected
 
+    @property
+    def mapped_arena(self) -> bytes:
+        """The arena that this process has mapped, from where a load needs no server; b"" for none (payload frames)."""
+        with self._state:
+            return self._arena if self._mapping is not None else b""
+
     def wait_connected(self, timeout_seconds: float) -> bool:
         """Wait for the first connection, at engine start."""
         return self._link.wait_connected(timeout_seconds)
@@ -101,7 +116,7 @@ class WorkerSession:
         self._enqueue("load", job_id, load)
 
     def store(self, job_id: str, store: Store) -> None:
-        """Copy full chunks into slots; the blocks must stay as they are until the job is reported."""
+        """Copy chunks into slots; the blocks must stay as they are until the job is reported."""
         if len(self._queues["store"]) >= _MAX_QUEUED_STORES:
             self._drop(len(store.hashes) // HASH_BYTES, "queue full")
             self._done.append(Done(job_id, "store", False, 0, 0.0))
@@ -171,12 +186,15 @@ class WorkerSession:
                     if isinstance(job, Load):
                         self._touching[kind] = job_id
                     self._loading = job if isinstance(job, Load) else self._loading
-            tokens, seconds = 0, 0.0
+            tokens, seconds, put_seconds = 0, 0.0, 0.0
             try:
                 if not cancelled:
                     if job.after is not None:
                         job.after.synchronize()
-                    tokens, seconds = self._load(job) if isinstance(job, Load) else self._store(job_id, job)
+                    if isinstance(job, Load):
+                        tokens, seconds = self._load(job)
+                    else:
+                        tokens, seconds, put_seconds = self._store(job_id, job)
             except LMCacheError as error:
                 self.counters[f"failed_{kind}s"] += 1
                 logger.debug("A %s failed: %s", kind, error)
@@ -188,7 +206,7 @@ class WorkerSession:
                 self._touching.pop(kind, None)
                 self._loading = None if isinstance(job, Load) else self._loading
                 self._cancelled.discard(job_id)
-                self._done.append(Done(job_id, kind, tokens > 0, tokens, seconds))
+                self._done.append(Done(job_id, kind, tokens > 0, tokens, seconds, put_seconds))
                 self._state.notify_all()
             if tokens:
                 self._link.post(m.Copied(kind, tokens, seconds, self._shard.index))
@@ -233,12 +251,13 @@ class WorkerSession:
             for run, one in zip(part, frames, strict=True):
                 copier.scatter(np.frombuffer(one, dtype=np.uint8).ctypes.data, blocks, run[None])
 
-    def _store(self, job_id: str, store: Store) -> tuple[int, float]:
-        """Tokens that were copied and committed, and seconds of the copies."""
+    def _store(self, job_id: str, store: Store) -> tuple[int, float, float]:
+        """Tokens that were copied and committed, seconds of the copies, and of asking for and committing the slots."""
         if store.chunk_tokens != self._chunk_tokens:
             self._drop(len(store.hashes) // HASH_BYTES, "another chunk size")
-            return 0, 0.0
+            return 0, 0.0, 0.0
         total, tokens, seconds, parent = len(store.hashes) // HASH_BYTES, 0, 0.0, store.parent
+        begin = time.perf_counter()
         step = min(max(1, self._batch_bytes() // self._slot_bytes), m.MAX_RESERVED_CHUNKS)
         for at in range(0, total, step):
             if job_id in self._cancelled:
@@ -258,7 +277,7 @@ class WorkerSession:
                 logger.debug("%d chunks of a store were dropped: %s", total - at, error)
                 break
             parent = hashes[-HASH_BYTES:]
-        return tokens, seconds
+        return tokens, seconds, time.perf_counter() - begin - seconds
 
     def _store_batch(
         self,
@@ -282,10 +301,12 @@ class WorkerSession:
         if not len(wanted):
             return 0, 0.0
         first = (first_chunk + wanted) * size
-        runs = np.stack(
-            [pages[wanted].astype(np.int64) * m.PAGE_BYTES, first, np.full_like(first, size), 0 * first], axis=1
-        )
+        count = np.minimum(first + size, store.end_token or first[-1] + size) - first
+        runs = np.stack([pages[wanted].astype(np.int64) * m.PAGE_BYTES, first, count, 0 * first], axis=1)
         blocks = np.asarray(store.blocks, dtype=np.int32)
+        if mapping is not None and count[-1] < size:
+            # What is behind an unfull chunk goes to tiers with it: not what lay there before.
+            ctypes.memset(mapping.address + int(runs[-1, 0]), 0, self._slot_bytes)
         begin, ok = time.perf_counter(), False
         try:
             buffer = self._gather(job_id, copier, mapping, blocks, runs)
@@ -295,7 +316,7 @@ class WorkerSession:
         finally:
             seconds = time.perf_counter() - begin
             self._link.call(m.Commit(granted.reservation, ok), m.Ok)
-        return len(wanted) * size, seconds
+        return int(count.sum()), seconds
 
     def _gather(
         self, job_id: str, copier: Copier, mapping: Mapping | None, blocks: npt.NDArray[np.int32], runs: Runs
@@ -313,7 +334,9 @@ class WorkerSession:
             if mapping is not None:
                 copier.gather(mapping.address, blocks, runs, arena_bytes=mapping.size_bytes)
                 return None
-            buffer = np.empty((len(runs), self._slot_bytes), dtype=np.uint8)
+            # Behind an unfull chunk a buffer would tell the server of this process's memory.
+            whole = bool((runs[:, 2] == self._chunk_tokens).all())
+            buffer = (np.empty if whole else np.zeros)((len(runs), self._slot_bytes), dtype=np.uint8)
             runs[:, 0] = np.arange(len(runs)) * self._slot_bytes
             copier.gather(buffer.ctypes.data, blocks, runs)
             return buffer
@@ -378,7 +401,7 @@ class WorkerSession:
                 raise LayoutError(
                     f"the KV tensors make slots of {self._paged.slot_bytes(welcome.chunk_tokens)} bytes, the layout {slot_bytes}"
                 )
-            request = m.Register(layout, self._shard.count, self._shard.index, slot_bytes)
+            request = m.Register(layout, self._shard.count, self._shard.index, slot_bytes, self._stages)
             registered = ask(carrier, request, m.Registered)
             copier = make_copier(self._paged, welcome.chunk_tokens, self._threads)
             with self._state:

@@ -15,11 +15,12 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from lmcache.errors import ConfigError, LMCacheError
 from lmcache.memory import headers
+from lmcache.memory.numa import place
 from lmcache.observability.log import init_logger
 
 logger = init_logger(__name__)
@@ -29,6 +30,9 @@ _PREFIX, _SUFFIX = "lmcache-", ".arena"
 _STEP_BYTES = 2 << 20
 """Pages are reserved and touched in steps of this size. Touching holds the process's memory map: steps of 64 MiB were seen to
 stall its other threads for tens of milliseconds, these for one."""
+_HELD_UP_SECONDS, _PAUSE, _LONGEST_PAUSE_SECONDS = 0.0005, 20.0, 0.25
+"""A step that waited for so long, for a core or a lock, is followed by a pause of so many times that, up to the last one.
+Beside as many busy threads as there are cores it takes some 5 % of one core then."""
 _STARTING_SECONDS = 10.0
 """An empty file younger than this belongs to a server that is about to lock it."""
 _MADV_HUGEPAGE, _MADV_POPULATE_WRITE = 14, 23  # uapi/asm-generic/mman-common.h; POPULATE needs Linux 5.14
@@ -73,27 +77,42 @@ class Mapping:
 
 
 def populate_all(mapping: Mapping, stop: threading.Event) -> None:
-    """Touch the whole mapping, step by step and with the least priority; for a thread of its own."""
-    _be_patient()
-    for offset in range(0, mapping.size_bytes, _STEP_BYTES):
+    """Touch the whole mapping, step by step; for a thread of its own."""
+    for offset, length in _patient_steps(mapping.size_bytes, stop):
+        mapping.populate(offset, length)
+
+
+def _patient_steps(size_bytes: int, stop: threading.Event) -> Iterator[tuple[int, int]]:
+    """(offset, length) of each step. A step that others held up is followed by a pause, so that a busy machine keeps its cores.
+
+    Less priority would not do: a thread that hardly ever runs may be preempted while it holds the interpreter or the process's
+    memory map, and the whole process then waits for it; 0.9 s were seen on two busy cores, 0.03 s in this way.
+    """
+    for offset in range(0, size_bytes, _STEP_BYTES):
         if stop.is_set():
             return
-        mapping.populate(offset, min(_STEP_BYTES, mapping.size_bytes - offset))
+        began, worked = time.perf_counter(), time.thread_time()
+        yield offset, min(_STEP_BYTES, size_bytes - offset)
+        held_up = (time.perf_counter() - began) - (time.thread_time() - worked)
+        if held_up > _HELD_UP_SECONDS:
+            stop.wait(min(_PAUSE * held_up, _LONGEST_PAUSE_SECONDS))
 
 
 class Arena:
-    """The server's side: creates, reserves, touches and at last removes the file.
+    """The server's side: creates, reserves, touches and at last removes the file. `numa` is a policy of `memory.numa`.
 
     Raises:
-        ConfigError: the file cannot be created there.
+        ConfigError: the file cannot be created there, or the pages cannot be placed so.
     """
 
-    def __init__(self, directory: Path, size_bytes: int) -> None:
+    def __init__(self, directory: Path, size_bytes: int, numa: str = "auto") -> None:
         self.id = secrets.token_bytes(ARENA_ID_BYTES)
         self.path = directory / f"{_PREFIX}{os.getuid()}-{self.id.hex()}{_SUFFIX}"
         self.size_bytes = size_bytes
         self.backed_bytes = 0
         """Bytes that have pages: only slots in these may be handed out."""
+        self.named = True
+        """Whether the file is to be found at `path`."""
         self._backed = bytearray(-(-size_bytes // _STEP_BYTES))  # one byte a step
         self._lock = threading.Lock()
         self._stop = threading.Event()
@@ -111,10 +130,20 @@ class Arena:
             os.close(self.descriptor)
             raise ConfigError(f"--l1-size-gb: cannot map {size_bytes} bytes in {directory}: {error}") from error
         try:
+            self.nodes = place(self.mapping.address, size_bytes, numa)
+            """Memory nodes that the pages were told to lie on; empty where the kernel decides."""
             self.headers = headers.Headers(headers.beside(self.path), self.id, size_bytes)
         except ConfigError:
             self._remove()
             raise
+
+    def unlink(self) -> None:
+        """Take the names of both files away: they are reached by descriptor only, and go with the last process that has one.
+
+        For an arena that no later server is to adopt."""
+        self.named = False
+        self.path.unlink(missing_ok=True)
+        self.headers.path.unlink(missing_ok=True)
 
     def start_prefault(self) -> None:
         """Reserve and touch everything in the background, lowest addresses first."""
@@ -168,16 +197,12 @@ class Arena:
             self.backed_bytes += length
 
     def _prefault(self) -> None:
-        _be_patient()
-        for step in range(len(self._backed)):
-            if self._stop.is_set():
-                return
-            # Touched first and reserved then: reserving pages that are there is quick, and so the main thread, which may
-            # wait for the lock, is never held up by this thread's low priority.
-            first = step * _STEP_BYTES
-            self.mapping.populate(first, min(_STEP_BYTES, self.size_bytes - first))
+        for first, length in _patient_steps(self.size_bytes, self._stop):
+            # Touched first and reserved then: reserving pages that are there is quick, and so the main thread hardly ever
+            # waits for the lock.
+            self.mapping.populate(first, length)
             try:
-                self._back_step(step)
+                self._back_step(first // _STEP_BYTES)
             except ArenaFull as error:
                 logger.warning("L1 stops growing: %s", error)
                 return
@@ -200,14 +225,6 @@ def _claim(path: Path, descriptor: int) -> int:
         os.close(claim)
         raise
     return claim
-
-
-def _be_patient() -> None:
-    """The least priority for this thread."""
-    try:
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)  # on Linux: this thread only
-    except OSError as error:
-        logger.debug("pre-faulting runs at normal priority: %s", error)
 
 
 def reclaim_stale(directory: Path) -> int:

@@ -16,8 +16,16 @@ class Control(Protocol):
         """Configuration (secrets redacted), arena, index, sessions, engines, counters. JSON types only."""
         ...
 
-    def clear(self) -> dict[str, object]:
-        """Empty L1, leased chunks too; what was dropped, for the answer."""
+    def degraded(self) -> list[str]:
+        """Tiers that do not serve now, and why; the server is healthy without them."""
+        ...
+
+    def clear(self, tiers: str = "") -> dict[str, object]:
+        """Empty L1, leased chunks too, and these tiers (`all`, or names with commas); what was dropped, for the answer.
+
+        Raises:
+            ConfigError: no such tier.
+        """
         ...
 
     def counters(self) -> dict[str, float]:

@@ -160,7 +160,10 @@ class HttpFace:
 
     async def _healthcheck(self, request: Request) -> Response:
         serving, reason = await _ask(self._control.health)
-        return _json({"status": "healthy"}) if serving else _json({"status": "unhealthy", "reason": reason}, 503)
+        if not serving:
+            return _json({"status": "unhealthy", "reason": reason}, 503)
+        degraded = await _ask(self._control.degraded)
+        return _json({"status": "healthy", **({"degraded": degraded} if degraded else {})})
 
     async def _status(self, request: Request) -> Response:
         return _json(await _ask(self._control.status))
@@ -176,8 +179,12 @@ class HttpFace:
             return _json({"status": "forbidden", "reason": refusal}, 403)
         if _declared_length(request) > _MOST_BODY_BYTES:
             return _json({"status": "error", "reason": f"the body is larger than {_MOST_BODY_BYTES} bytes"}, 413)
-        details = await _ask(self._control.clear, _CLEAR_SECONDS)
-        return _json({"status": "ok", **{key: value for key, value in details.items() if key != "status"}})
+        tiers = request.query_params.get("tiers", "")
+        try:
+            details = await _ask(lambda: self._control.clear(tiers), _CLEAR_SECONDS)
+        except ConfigError as error:
+            return _json({"status": "error", "reason": str(error)}, 404)
+        return _json({"status": "ok", **details} if tiers else {"status": "ok"})  # to the letter what is documented
 
     async def _page(self, request: Request) -> Response:
         serving, reason = await _ask(self._control.health)

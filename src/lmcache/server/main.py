@@ -5,21 +5,24 @@ from __future__ import annotations
 import dataclasses
 import resource
 import signal
+import socket
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
-from lmcache.cache import Heart
+from lmcache.cache import SERVER, Heart
 from lmcache.config.server import ServerConfig
+from lmcache.errors import ConfigError
 from lmcache.memory.arena import Arena, reclaim_stale
 from lmcache.observability.log import init_logger, set_level
-from lmcache.server.http import HttpFace
 from lmcache.server.loop import Loop
 from lmcache.server.report import Report
 from lmcache.server.service import Service
+from lmcache.server.tiering import Tiering
 from lmcache.server.unix_face import UnixFace
-from lmcache.server.zmq_face import ZmqFace
+from lmcache.tiers.registry import TierSpec, make_tiers, url_of_adapter
+from lmcache.wire.sockets import listen_unix
 
 logger = init_logger(__name__)
 
@@ -28,8 +31,22 @@ class _Closes(Protocol):
     def close(self) -> None: ...
 
 
-def serve(config: ServerConfig) -> int:
-    """Run until SIGINT or SIGTERM; return the exit code.
+@dataclasses.dataclass(frozen=True)
+class Owner:
+    """The engine that a server is started by and for: it serves at the engine's socket only, its memory file has no name, and
+    it ends with the engine.
+
+    listener: where it is to be found. lifeline: a descriptor that becomes readable when the engine ends. http: whether the
+    HTTP port was asked for.
+    """
+
+    listener: socket.socket
+    lifeline: int
+    http: bool
+
+
+def serve(config: ServerConfig, owner: Owner | None = None) -> int:
+    """Run until SIGINT or SIGTERM, or until the owner ends; return the exit code.
 
     Raises:
         ConfigError: something cannot be had (a port, memory, a folder); nothing is left behind.
@@ -39,7 +56,7 @@ def serve(config: ServerConfig) -> int:
     reclaim_stale(config.arena_dir)
     started: list[Callable[[], None]] = []
     try:
-        loop = _start(config, started)
+        loop = _start(config, owner, started)
         logger.info("LMCache cache server is running...")
         loop.run()
     finally:
@@ -47,6 +64,40 @@ def serve(config: ServerConfig) -> int:
             stop()
     logger.info("LMCache cache server has stopped")
     return 0
+
+
+def _start_tiers(config: ServerConfig, loop: Loop, service: Service, specs: list[TierSpec]) -> Tiering:
+    """Open the tiers; from now on a signal to end lets them write first, and a second one does not wait."""
+    tiering = Tiering(
+        loop,
+        service.heart,
+        specs,
+        service.arena.mapping.view,
+        lambda reservation: service.back(SERVER, reservation),
+        service.settle,
+        chunk_tokens=config.chunk_size,
+        always=config.worth == "always",
+        patience_seconds=config.l2_patience_seconds,
+        queue_bytes=config.l2_queue_bytes,
+    )
+    try:
+        tiering.open(config.l2_required)
+    except ConfigError:
+        tiering.close()
+        raise
+    service.tiering = tiering
+    signals: list[int] = []
+
+    def end(number: int, frame: object) -> None:
+        signals.append(number)
+        if len(signals) > 1:
+            loop.stop()
+        else:
+            loop.call_soon(lambda: tiering.drain(config.drain_seconds, loop.stop))
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, end)
+    return tiering
 
 
 def _allow_many_descriptors() -> None:
@@ -57,35 +108,81 @@ def _allow_many_descriptors() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def _start(config: ServerConfig, started: list[Callable[[], None]]) -> Loop:
+def _start(config: ServerConfig, owner: Owner | None, started: list[Callable[[], None]]) -> Loop:
     """Bring up every part; `started` collects what ends them, in order."""
+    specs = make_tiers([*config.l2, *map(url_of_adapter, config.l2_adapter)])  # before anything is created
     loop = Loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: loop.stop())
     started.append(loop.close)
-    arena = Arena(Path(config.arena_dir), config.l1_bytes)
+    if owner is not None:
+        _end_with(owner, loop)
+    arena = Arena(Path(config.arena_dir), config.l1_bytes, config.numa)
     started.append(arena.close)
+    if owner is not None:
+        arena.unlink()
     workers = ThreadPoolExecutor(config.max_workers, thread_name_prefix="lmcache-io")
     started.append(lambda: workers.shutdown(wait=True, cancel_futures=True))
     heart = Heart(arena.size_bytes, config.lease_seconds)
     service = Service(loop, heart, arena, config.chunk_size, workers)
-    started.append(UnixFace(loop, service, config.socket_dir).close)
-    zmq_face = ZmqFace(
-        loop, service, config.host, config.port, config.socket_dir, config.auth_key_file, config.insecure_no_auth
-    )
-    started.append(zmq_face.close)
-    http = HttpFace(config, Report(config, loop, service))
-    http.start()
-    started.append(http.stop)
+    if specs:
+        started.append(_start_tiers(config, loop, service, specs).close)
+    config = _open_doors(config, owner, loop, service, started)
     arena.start_prefault()
-    config = dataclasses.replace(config, port=zmq_face.port, http_port=http.port)  # 0 was: any free one
     logger.info(
         "L1: %.2f GiB in %s, %s eviction, %d-token chunks",
         arena.size_bytes / 2**30,
-        arena.path,
+        arena.path if arena.named else arena.path.parent,
         config.eviction_policy,
         config.chunk_size,
     )
-    logger.info("%s", config.reach)
-    logger.info("Health, status and metrics: %s", config.http_url)
+    logger.info("%s", config.reach if owner is None else "No port: reachable by the engine that started it only")
+    if owner is None or owner.http:
+        logger.info("Health, status and metrics: %s", config.http_url)
     return loop
+
+
+def _end_with(owner: Owner, loop: Loop) -> None:
+    """As a signal does it, and so after what is still to be written to tiers."""
+
+    def end() -> None:
+        loop.unwatch(owner.lifeline)
+        signal.raise_signal(signal.SIGTERM)
+
+    loop.watch(owner.lifeline, end)
+
+
+def _open_doors(
+    config: ServerConfig, owner: Owner | None, loop: Loop, service: Service, started: list[Callable[[], None]]
+) -> ServerConfig:
+    """From now on engines are served; the configuration with the ports that were taken where any free one would do."""
+    if owner is not None:
+        started.append(UnixFace(loop, service, owner.listener, None).close)
+    else:
+        path = config.socket_dir / f"{service.server_id.hex()[:16]}.sock"
+        started.append(UnixFace(loop, service, listen_unix(path), path).close)
+        config = dataclasses.replace(config, port=_open_port(config, loop, service, started))
+    if owner is None or owner.http:
+        config = dataclasses.replace(config, http_port=_open_http(config, Report(config, loop, service), started))
+    return config
+
+
+def _open_port(config: ServerConfig, loop: Loop, service: Service, started: list[Callable[[], None]]) -> int:
+    """The engines' port, in use from now on; a configured 0 was any free one."""
+    from lmcache.server.zmq_face import ZmqFace
+
+    face = ZmqFace(
+        loop, service, config.host, config.port, config.socket_dir, config.auth_key_file, config.insecure_no_auth
+    )
+    started.append(face.close)
+    return face.port
+
+
+def _open_http(config: ServerConfig, report: Report, started: list[Callable[[], None]]) -> int:
+    """The port of health, status and metrics, serving from now on; a configured 0 was any free one."""
+    from lmcache.server.http import HttpFace  # a third of a second, which an engine's own server is spared
+
+    face = HttpFace(config, report)
+    face.start()
+    started.append(face.stop)
+    return face.port

@@ -46,10 +46,37 @@ HELP: dict[str, str] = {
     "arena_used_bytes": "Bytes of the arena that hold chunks.",
     "quarantined_bytes": "Bytes that wait until a gone or slow engine can no longer touch them.",
     "index_bytes": "Memory of the index of chunks.",
+    "fetches_total": "Lookups whose missing part was looked for in the tiers.",
+    "fetches_by_end_total": "Of these, by how they ended: absent, not worth it, late, patience.",
+    "fetches_open": "Such lookups under way now.",
+    "fetched_chunks_arrived_total": "Chunks that arrived from tiers while a lookup waited for them.",
+    "fetched_chunks_failed_total": "Chunks that a tier said it had and did not give.",
+    "fetched_chunks_probes_total": "Loads that only looked whether a slow tier has become faster.",
+    "fetched_chunks_late_answers_total": "Questions that tiers did not answer in time.",
+    "last_fetch_expected_seconds": "Of the last decision whether a load is worth it: what the load was to take.",
+    "last_fetch_recompute_seconds": "Of the same decision: what computing would have taken; 0 where it is not known.",
+    "last_fetch_loaded": "Of the same decision: 1 where it was loaded.",
+    "tier_serving": "Whether the tier's circuit breaker is closed.",
+    "tier_stored_bytes": "Bytes that the tier holds, as far as this server knows.",
+    "tier_shards": "Shards that the tier holds, as far as this server knows.",
+    "tier_queued_bytes": "Bytes of chunks that wait to be written to the tier.",
+    "tier_load_bytes_per_second": "Measured rate of loads from the tier.",
+    "tier_ask_seconds": "Measured time until the tier answers what it has.",
+    "tier_loaded_shards_total": "Shards loaded from the tier, whole and checked.",
+    "tier_loaded_bytes_total": "Their bytes.",
+    "tier_missed_total": "Shards that the tier did not give, by reason; damage has its name here.",
+    "tier_kept_shards_total": "Shards that the tier acknowledged as kept.",
+    "tier_written_shards_total": "Of these, those that it did not have before.",
+    "tier_unwritten_total": "Shards that the tier did not take, by reason.",
+    "tier_queued_total": "Chunks that were queued to be written to the tier.",
+    "tier_lost_total": "Chunks that were not written to the tier, by reason.",
+    "tier_failed_total": "Calls of the tier that failed as a whole, by reason.",
+    "tier_opened_breaker_total": "How often the tier's circuit breaker opened.",
 }
 """Name without prefix -> what it counts, and its unit."""
 
-_NAME = re.compile(r'([a-z][a-z0-9_]*)(?:\{([a-z_]+)="(.*)"\})?', re.DOTALL)
+_NAME = re.compile(r"([a-z][a-z0-9_]*)(?:\{(.*)\})?", re.DOTALL)
+_LABEL = re.compile(r'([a-z_]+)="(.*?)"(?:,(?=[a-z_]+=")|\Z)', re.DOTALL)  # a value may hold quotes
 
 
 def render(counters: Mapping[str, float], accept: str) -> tuple[bytes, str]:
@@ -78,14 +105,14 @@ def families(counters: Mapping[str, float]) -> Iterable[Metric]:
     found: dict[str, Metric] = {}
     for full_name, value in counters.items():
         match = _NAME.fullmatch(full_name)
-        if match is None:
+        if match is None or (match[2] is not None and _LABEL.sub("", match[2])) or match[2] == "":
             raise ValueError(f'counter {full_name!r}: use a_name or a_name{{label="value"}}')
-        name, label, label_value = match.groups()
+        name, labels = match[1], dict(_LABEL.findall(match[2] or ""))
         if name not in found:
             kind = "counter" if name.endswith("_total") else "gauge"
             help_text = HELP.get(name, name.removesuffix("_total").replace("_", " ").capitalize())
             found[name] = Metric(f"lmcache_{name.removesuffix('_total')}", help_text, kind)
-        found[name].add_sample(f"lmcache_{name}", {label: label_value} if label else {}, value)
+        found[name].add_sample(f"lmcache_{name}", labels, value)
     return found.values()
 
 

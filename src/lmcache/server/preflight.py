@@ -27,14 +27,18 @@ _FREED_WITHIN_SECONDS = 3.0
 """How long the pages of a dead server's arena may take to come free: engines that mapped it let go first."""
 
 
-def check_machine(config: ServerConfig) -> ServerConfig:
+def check_machine(config: ServerConfig, *, port: bool = True, http: bool = True) -> ServerConfig:
     """Compare with the machine; return the configuration with `--l1-size-gb auto` decided.
+
+    port, http: whether these ports will be opened.
 
     Raises:
         ConfigError: a port is taken, a folder cannot be used, or the memory is not there; it says what to pass.
     """
-    _check_port("--host", config.host, "--port", config.port)
-    _check_port("--http-host", config.http_host, "--http-port", config.http_port)
+    if port:
+        _check_port("--host", config.host, "--port", config.port)
+    if http:
+        _check_port("--http-host", config.http_host, "--http-port", config.http_port)
     _check_arena_dir(config.arena_dir)
     _check_socket_dir(config.socket_dir)
     return _check_l1(config)

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import os
 import time
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
 
 from lmcache import __version__
 from lmcache.config.server import ServerConfig
+from lmcache.errors import ConfigError
 from lmcache.server.loop import Loop
 from lmcache.server.service import Service
+
+_CLEAR_TIERS_SECONDS = 25.0
+"""Below what the HTTP face waits."""
 
 
 class Report:
@@ -21,13 +27,45 @@ class Report:
     def health(self) -> tuple[bool, str]:
         """(True, "") when the heart answers; the faces live in the same thread as the heart."""
         arena = self._service.arena
-        if not self._loop.ask(arena.path.exists):
+        if self._loop.ask(lambda: arena.named and not arena.path.exists()):
             return False, f"the arena file {arena.path} has been removed"
         return True, ""
 
-    def clear(self) -> dict[str, object]:
-        """Empty L1; chunks that are leased vanish from the index at once and from memory when their readers are done."""
-        return {"cleared_chunks": self._loop.ask(self._service.clear, 30.0)}
+    def clear(self, tiers: str = "") -> dict[str, object]:
+        """Empty L1; chunks that are leased vanish from the index at once and from memory when their readers are done.
+
+        tiers: empty these too, `all` or names separated by commas.
+
+        Raises:
+            ConfigError: there is no tier of such a name.
+        """
+        names = {name.strip() for name in tiers.split(",") if name.strip()}
+        known = [lane.name for lane in self._service.tiering.lanes] if self._service.tiering is not None else []
+        for name in names - {"all", *known}:
+            raise ConfigError(f"tiers={name}: there is no such tier; known: {', '.join(['all', *known])}")
+        cleared: dict[str, object] = {"cleared_chunks": self._loop.ask(self._service.clear, 30.0)}
+        if names and known:
+            wrong = self._clear_tiers(None if "all" in names else names)
+            cleared["cleared_tiers"] = [
+                name for name in known if ("all" in names or name in names) and name not in wrong
+            ]
+            if wrong:
+                cleared["failed_tiers"] = wrong
+        return cleared
+
+    def _clear_tiers(self, names: set[str] | None) -> dict[str, str]:
+        tiering, answer = self._service.tiering, Future[dict[str, str]]()
+        assert tiering is not None
+        self._loop.ask(lambda: tiering.clear(names, answer.set_result))
+        try:
+            return answer.result(_CLEAR_TIERS_SECONDS)
+        except FutureTimeout:
+            raise TimeoutError("a tier is still being emptied") from None
+
+    def degraded(self) -> list[str]:
+        """Tiers that do not serve now, and why."""
+        tiering = self._service.tiering
+        return [] if tiering is None else self._loop.ask(tiering.degraded)
 
     def status(self) -> dict[str, object]:
         return self._loop.ask(self._status)
@@ -46,6 +84,7 @@ class Report:
             "arena": {
                 "path": str(arena.path),
                 "bytes": arena.size_bytes,
+                "numa_nodes": arena.nodes,
                 "backed_bytes": arena.backed_bytes,
                 "used_bytes": heart.used_bytes(),
                 "free_bytes": heart.slabs.free_bytes,
@@ -79,6 +118,7 @@ class Report:
                 }
                 for peer in service.peers
             ],
+            "tiers": service.tiering.status() if service.tiering is not None else [],
             "counters": self._counters(),
         }
 
@@ -101,6 +141,8 @@ class Report:
             kind, _, reason = name.partition(":")
             if reason:
                 out[f'{kind}_chunks_total{{reason="{reason}"}}'] = value
+        if service.tiering is not None:
+            out |= service.tiering.counters()
         out["loop_errors_total"] = self._loop.errors
         out |= {
             "chunks": heart.chunks,

@@ -14,11 +14,13 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, field
 
 from lmcache import __version__
-from lmcache.cache import Committed, Freed, Grant, Heart, Refusal
+from lmcache.cache import Cleared, Committed, Freed, Heart, Refusal, Whole
+from lmcache.chunks import space_fingerprint
 from lmcache.errors import LMCacheError
 from lmcache.memory.arena import Arena, ArenaFull
 from lmcache.observability.log import init_logger
 from lmcache.server.loop import Loop
+from lmcache.server.tiering import Tiering
 from lmcache.wire import messages as m
 
 logger = init_logger(__name__)
@@ -64,6 +66,7 @@ class Service:
         self.peers: set[Peer] = set()
         self.counters: Counter[str] = Counter()
         self.started = time.time()
+        self.tiering: Tiering | None = None
         self._workers = workers
         self._copying_bytes = 0
         self._filling: set[int] = set()
@@ -101,7 +104,7 @@ class Service:
                 self._fill(peer, request, frames, reply)
             else:
                 answer = self._answers[type(request)](peer, request)
-                self._write_headers()  # before anybody hears of slots that have changed hands
+                self.settle()  # before anybody hears of slots that have changed hands
                 reply(answer, [])
         except Refusal as error:
             self.counters["refused_requests"] += 1
@@ -179,7 +182,7 @@ class Service:
 
     def clear(self) -> int:
         count = self.heart.clear()
-        self._write_headers()
+        self.settle()
         logger.info("L1 cleared: %d chunks", count)
         return count
 
@@ -188,9 +191,8 @@ class Service:
         layout = request.layout
         if layout.chunk_tokens != self.chunk_tokens:
             raise Refusal(f"the layout has {layout.chunk_tokens}-token chunks, this server {self.chunk_tokens}")
-        space = self.heart.open_space(
-            peer.process, layout.fingerprint, request.shards, request.shard, request.slot_bytes
-        )
+        name = space_fingerprint(layout, request.stages)
+        space = self.heart.open_space(peer.process, name, request.shards, request.shard, request.slot_bytes)
         peer.layout = {
             "model_id": layout.model_id,
             "kv_dtype": layout.kv_dtype,
@@ -211,6 +213,10 @@ class Service:
         hashes = request.hashes
         if len(hashes) % 16:
             raise Refusal(f"{len(hashes)} bytes are not whole 16-byte hashes")
+        if self.tiering is not None:
+            loading = self.tiering.wait_for(peer.process, request.space, hashes, request.prefill_rate)
+            if loading:
+                return m.Found(self.heart.peek(peer.process, request.space, hashes), 0, b"", loading)
         return m.Found(
             *self.heart.lookup(time.monotonic(), peer.process, request.space, hashes, max(0, request.first_wanted))
         )
@@ -234,18 +240,15 @@ class Service:
             grant = self.heart.reserve(
                 now, peer.process, request.space, request.shard, parent, request.root, request.hashes
             )
-            if not grant.reservation or self._back(peer, grant):
+            if not grant.reservation or self.back(peer.process, grant.reservation):
                 return m.Reserved(grant.reservation, grant.slots, grant.refused, grant.reason)
         raise Refusal(f"{self.arena.path.parent} has no room for the arena: free some, or pass a smaller --l1-size-gb")
 
-    def _back(self, peer: Peer, grant: Grant) -> bool:
+    def back(self, process: int, reservation: int) -> bool:
         """Whether there is memory behind the slots. If not they are given up, and the next ones may be those of older chunks."""
         if self.arena.backed_bytes == self.arena.size_bytes:
             return True
-        pages, size = (
-            self.heart.reserved_pages(peer.process, grant.reservation),
-            self.heart.slot_bytes(grant.reservation),
-        )
+        pages, size = self.heart.reserved_pages(process, reservation), self.heart.slot_bytes(reservation)
         try:
             self.arena.back((page * m.PAGE_BYTES for page in pages), size)
         except ArenaFull as error:
@@ -253,7 +256,7 @@ class Service:
                 logger.warning("L1 stays smaller than it was to be, until it is cleared: %s", error)
             lost = {page for page in pages if not self.arena.has_pages(page * m.PAGE_BYTES, size)}
             self.counters["given_up_slots"] += len(lost)
-            self.heart.give_up(peer.process, grant.reservation, lost)
+            self.heart.give_up(process, reservation, lost)
             return False
         return True
 
@@ -355,16 +358,18 @@ class Service:
 
     # Upkeep
 
-    def _write_headers(self) -> None:
-        """Carry out what the heart wants done to the slots' headers."""
+    def settle(self) -> None:
+        """Carry out what the heart wants done: to the slots' headers, and with chunks that have become whole."""
         headers = self.arena.headers
         for effect in self.heart.effects:
             if isinstance(effect, Committed):
                 headers.committed(*effect)
             elif isinstance(effect, Freed):
                 headers.freed(effect.pages)
-            else:
+            elif isinstance(effect, Cleared):
                 headers.cleared()
+            elif isinstance(effect, Whole) and self.tiering is not None:
+                self.tiering.whole(effect)
         self.heart.effects.clear()
 
     def _tick(self) -> None:
@@ -373,7 +378,7 @@ class Service:
             for event in self.heart.events:
                 logger.debug("%s %d chunks of space %d %s", event.kind, event.chunks, event.space, event.reason)
         self.heart.events.clear()
-        self._write_headers()
+        self.settle()
 
 
 def _printable(text: str, most: int) -> str:

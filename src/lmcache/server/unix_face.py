@@ -15,7 +15,7 @@ from pathlib import Path
 
 import msgspec
 
-from lmcache.errors import ConfigError, WireError
+from lmcache.errors import WireError
 from lmcache.observability.log import init_logger
 from lmcache.server.loop import Loop
 from lmcache.server.service import Peer, Service
@@ -30,38 +30,23 @@ MAX_UNSENT_BYTES = 16 << 20
 
 
 class UnixFace:
-    """Listens at `directory`/<server id>.sock, mode 0600.
+    """Serves whoever connects to `listener`, which is the face's to close, as is the `path` at which it listens, if any."""
 
-    Raises:
-        ConfigError: the directory cannot be made, is not ours alone, or its path is too long for a socket.
-    """
-
-    def __init__(self, loop: Loop, service: Service, directory: Path) -> None:
-        self.loop, self.service = loop, service
-        self.path = directory / f"{service.server_id.hex()[:16]}.sock"
+    def __init__(self, loop: Loop, service: Service, listener: socket.socket, path: Path | None) -> None:
+        self.loop, self.service, self.path = loop, service, path
         self.connections: set[_Connection] = set()
+        self._listener = listener
         self._paused = False
-        try:
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            _sweep(directory)
-            status = directory.stat()
-            if status.st_uid != os.getuid() or status.st_mode & 0o022:
-                raise ConfigError(f"--socket-dir {directory}: others may write there; chmod 700 it, or name another")
-            self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-            self._listener.bind(str(self.path))
-            os.chmod(self.path, 0o600)
-            self._listener.listen(128)
-        except OSError as error:
-            raise ConfigError(f"--socket-dir {directory}: cannot listen there: {error}") from error
-        service.socket_path = str(self.path)
-        loop.watch(self._listener.fileno(), self._accept)
+        service.socket_path = str(path) if path is not None else ""
+        loop.watch(listener.fileno(), self._accept)
         loop.on_tick.append(self._accept_again)
 
     def close(self) -> None:
         self.loop.on_tick.remove(self._accept_again)
         self.loop.unwatch(self._listener.fileno())
         self._listener.close()
-        self.path.unlink(missing_ok=True)
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
         for connection in list(self.connections):
             connection.close()
 
@@ -231,17 +216,3 @@ def _open_pidfd(sock: socket.socket, pid: int) -> int | None:
         return os.pidfd_open(pid) if pid > 0 else None
     except OSError:
         return None
-
-
-def _sweep(directory: Path) -> None:
-    """Remove the sockets and cookies of dead servers."""
-    for path in directory.glob("*.sock"):
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-            probe.settimeout(0.2)
-            try:
-                probe.connect(str(path))
-            except ConnectionRefusedError:
-                path.unlink(missing_ok=True)
-                path.with_suffix(".cookie").unlink(missing_ok=True)
-            except OSError:
-                pass  # frozen, not ours, or gone already

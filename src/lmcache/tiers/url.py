@@ -21,7 +21,20 @@ from lmcache.errors import ConfigError
 GIB = 1 << 30
 _REFERENCE = re.compile(r"\$\{(\w+)\}")
 _PUBLIC = frozenset(
-    {"max_gb", "read", "write", "name", "region", "endpoint", "timeout", "connections", "ttl", "prefix", "io"}
+    {
+        "max_gb",
+        "read",
+        "write",
+        "name",
+        "region",
+        "endpoint",
+        "timeout",
+        "connections",
+        "ttl",
+        "prefix",
+        "io",
+        "cluster",
+    }
 )
 """Options whose value may be shown; those of `*_file` are paths. Anything else is `***` to people."""
 T = TypeVar("T")

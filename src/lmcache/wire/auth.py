@@ -17,6 +17,7 @@ from blake3 import blake3
 from zmq.auth.thread import ThreadAuthenticator
 from zmq.utils import z85
 
+from lmcache.config.load import KEY_REMEDY
 from lmcache.errors import ConfigError
 
 COOKIE_BYTES = 32
@@ -81,16 +82,15 @@ def read_key(key_file: Path) -> bytes:
     Raises:
         ConfigError: the file is missing, readable by others, or not a Z85 key.
     """
-    make = 'make one with: (umask 077; python3 -c "import zmq; print(zmq.curve_keypair()[1].decode())" > FILE)'
     try:
         if stat.S_IMODE(key_file.stat().st_mode) & 0o077:
             raise ConfigError(f"--auth-key-file {key_file}: others may read it; chmod 600 it")
         secret = key_file.read_bytes().strip()
         zmq.curve_public(secret)
     except OSError as error:
-        raise ConfigError(f"--auth-key-file {key_file}: {error.strerror}; {make}") from error
+        raise ConfigError(f"--auth-key-file {key_file}: {error.strerror}; {KEY_REMEDY}") from error
     except (ValueError, zmq.ZMQError) as error:
-        raise ConfigError(f"--auth-key-file {key_file}: not one Z85 secret of 40 characters; {make}") from error
+        raise ConfigError(f"--auth-key-file {key_file}: not one Z85 secret of 40 characters; {KEY_REMEDY}") from error
     return secret
 
 

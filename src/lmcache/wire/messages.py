@@ -64,6 +64,8 @@ class Register(Message, frozen=True, tag=3):
     shards: int
     shard: int
     slot_bytes: int
+    stages: Annotated[list[int], msgspec.Meta(max_length=4096)] = []
+    """Where each pipeline stage ends (`chunks.space_fingerprint`): equal counts of shards need not be equal splits."""
 
 
 class Lookup(Message, frozen=True, tag=4):
@@ -73,6 +75,8 @@ class Lookup(Message, frozen=True, tag=4):
     hashes: bytes
     first_wanted: int = 0
     """Chunks before this one are touched but not leased: the engine has them already."""
+    prefill_rate: float = 0.0
+    """Tokens a second that the engine was seen to compute, 0 where it does not know: is a load from a tier worth its wait?"""
 
 
 class Release(Message, frozen=True, tag=5):
@@ -175,11 +179,15 @@ class Registered(Message, frozen=True, tag=67):
 
 
 class Found(Message, frozen=True, tag=68):
-    """`slots` holds `shards` pages a chunk, for the leased chunks; `chunks` counts from the prompt's start."""
+    """`slots` holds `shards` pages a chunk, for the leased chunks; `chunks` counts from the prompt's start.
+
+    `loading` chunks more are on their way from a tier: ask again, the same, soon. Nothing is leased meanwhile.
+    """
 
     chunks: int
     lease: int
     slots: bytes
+    loading: int = 0
 
 
 class Reserved(Message, frozen=True, tag=69):

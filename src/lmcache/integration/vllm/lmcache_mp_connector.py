@@ -14,8 +14,10 @@ from vllm.distributed.kv_transfer.kv_connector.v1 import base
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorMetadata, KVConnectorRole
 
 from lmcache.engine import SchedulerSession, WorkerSession
+from lmcache.engine.embedded import EmbeddedServer
 from lmcache.integration.vllm.caches import describe_caches, rank_of
 from lmcache.integration.vllm.model import NOT_SERVED, ModelKV, describe_model, layer_range, refusal_of
+from lmcache.integration.vllm.own_server import offloading_size_gb, server_for_offloading
 from lmcache.integration.vllm.plan import StepPlan, StepReport
 from lmcache.integration.vllm.scheduler import SchedulerHalf
 from lmcache.integration.vllm.settings import Settings, read_settings, recompute_failed_loads
@@ -67,6 +69,10 @@ class LMCacheMPConnector(KVConnectorBase_V1, _SupportsHMA):  # type: ignore[misc
         self._refusal = ""
         self._block_tokens = vllm_config.cache_config.block_size
         self._kv: ModelKV | None = None
+        self._kv_caches: dict[str, Any] | None = None
+        """Registered, while the scheduler has not told where the server is."""
+        self._server: EmbeddedServer | None = None
+        self._address = ""
         try:
             self._kv = describe_model(vllm_config, kv_cache_config, self._settings.model_id)
         except NOT_SERVED as error:
@@ -74,7 +80,19 @@ class LMCacheMPConnector(KVConnectorBase_V1, _SupportsHMA):  # type: ignore[misc
         if role == KVConnectorRole.SCHEDULER:
             recompute_failed_loads(vllm_config.kv_transfer_config)
             if self._kv is not None:
-                self._scheduler = _scheduler_half(vllm_config, self._kv, self._settings)
+                self._start(self._kv)
+
+    def _start(self, kv: ModelKV) -> None:
+        """Make the scheduler's half, and its server where it has to have one of its own."""
+        if offloading_size_gb(self._vllm_config):
+            instance = str(self._vllm_config.kv_transfer_config.engine_id)
+            self._server, self._address = server_for_offloading(instance, self._vllm_config, self._settings)
+            if not self._address:
+                return
+        self._scheduler = scheduler_half(self._vllm_config, kv, self._settings, self._address)
+        server = self._server
+        if server is not None:
+            self._scheduler.wait_connected(lambda: server.running)
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -85,10 +103,19 @@ class LMCacheMPConnector(KVConnectorBase_V1, _SupportsHMA):  # type: ignore[misc
 
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
         logger.info("Registering kv caches!")
-        if self._kv is None:
+        self._kv_caches = kv_caches
+        if not offloading_size_gb(self._vllm_config):
+            self._attach("")
+
+    def _attach(self, address: str) -> None:
+        """Make this rank's half; `address` is that of the server where it is not the configured one."""
+        kv_caches, self._kv_caches = self._kv_caches, None
+        if self._kv is None or kv_caches is None:
             return
         try:
-            self._worker = _worker_half(self._vllm_config, self._kv_cache_config, self._kv, kv_caches, self._settings)
+            self._worker = worker_half(
+                self._vllm_config, self._kv_cache_config, self._kv, kv_caches, self._settings, address
+            )
         except NOT_SERVED as error:
             self._refuse(refusal_of(error))
 
@@ -99,7 +126,11 @@ class LMCacheMPConnector(KVConnectorBase_V1, _SupportsHMA):  # type: ignore[misc
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         """vLLM starts asynchronous loads after the forward; that may take seconds, and the loads need not wait for it."""
         super().bind_connector_metadata(connector_metadata)
+        if self._kv_caches is not None and self._plan().address:
+            self._attach(self._plan().address)
         if self._worker is not None:
+            if self._plan().address:
+                self._worker.wait_connected(self._plan())
             self._worker.start_loads(self._plan())
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
@@ -149,12 +180,16 @@ class LMCacheMPConnector(KVConnectorBase_V1, _SupportsHMA):  # type: ignore[misc
         for half in (self._scheduler, self._worker):
             if half is not None:
                 half.close()
+        if self._server is not None:
+            self._server.close()
+            self._server = None
 
     # Scheduler
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
+        """None: a tier is loading, ask again at the next step."""
         tokens = self._scheduler.match(request, num_computed_tokens) if self._scheduler is not None else 0
-        return tokens, tokens > 0
+        return tokens, bool(tokens)
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         if self._scheduler is not None:
@@ -163,7 +198,9 @@ class LMCacheMPConnector(KVConnectorBase_V1, _SupportsHMA):  # type: ignore[misc
     def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
         if self._scheduler is None:
             return LMCacheMetadata(StepPlan(forward=scheduler_output.total_num_scheduled_tokens > 0))
-        return LMCacheMetadata(self._scheduler.plan_step(scheduler_output))
+        plan = self._scheduler.plan_step(scheduler_output)
+        plan.address = self._address
+        return LMCacheMetadata(plan)
 
     def update_connector_output(self, connector_output: Any) -> None:
         if self._scheduler is None:
@@ -216,29 +253,43 @@ class LMCacheMPConnector(KVConnectorBase_V1, _SupportsHMA):  # type: ignore[misc
             logger.warning("LMCache serves nothing for this engine: %s", reason)
 
 
-def _scheduler_half(vllm_config: Any, kv: ModelKV, settings: Settings) -> SchedulerHalf:
+def scheduler_half(vllm_config: Any, kv: ModelKV, settings: Settings, address: str = "", **rules: Any) -> SchedulerHalf:
+    """The scheduler's half for this engine. rules: keyword arguments of `SchedulerHalf`."""
     transfer = vllm_config.kv_transfer_config
-    session = SchedulerSession(settings.endpoint(str(transfer.engine_id), "scheduler"), kv.layout, kv.shards)
+    endpoint = settings.endpoint(str(transfer.engine_id), "scheduler", address=address)
     return SchedulerHalf(
-        session,
+        SchedulerSession(endpoint, kv.layout, kv.shards, kv.stages),
         kv.block_tokens,
         kv.ranks,
         can_load=transfer.is_kv_consumer,
         can_store=transfer.is_kv_producer,
         device=str(vllm_config.device_config.device_type),
+        **rules,
     )
 
 
-def _worker_half(
-    vllm_config: Any, kv_cache_config: Any, kv: ModelKV, kv_caches: dict[str, Any], settings: Settings
+def worker_half(
+    vllm_config: Any,
+    kv_cache_config: Any,
+    kv: ModelKV,
+    kv_caches: dict[str, Any],
+    settings: Settings,
+    address: str = "",
+    *,
+    synchronous: bool = False,
 ) -> WorkerHalf:
+    """This rank's half.
+
+    Raises:
+        NOT_SERVED: its KV cannot be described.
+    """
     tp_rank, pp_rank = rank_of()
     shard = kv.shard(tp_rank, pp_rank, layer_range(vllm_config, kv))
     registered = describe_caches(vllm_config, kv_cache_config, kv, kv_caches)
     rank = pp_rank * kv.tp_size + tp_rank
-    endpoint = settings.endpoint(str(vllm_config.kv_transfer_config.engine_id), "worker", rank)
-    session = WorkerSession(endpoint, kv.layout, shard, registered.paged)
-    half = WorkerHalf(session, registered, shard.index, shard.count, stores=kv.stores(tp_rank))
+    endpoint = settings.endpoint(str(vllm_config.kv_transfer_config.engine_id), "worker", rank, address)
+    session = WorkerSession(endpoint, kv.layout, shard, registered.paged, stages=kv.stages)
+    half = WorkerHalf(session, registered, shard.index, shard.count, stores=kv.stores(tp_rank), synchronous=synchronous)
     half.reports_stats = tp_rank == 0 and pp_rank == 0
     return half
 

@@ -20,6 +20,7 @@ _PLAIN_DTYPES = ("float32", "float16", "bfloat16")
 @dataclass(frozen=True)
 class ModelKV:
     """The KV of a model, whole, and how it is split.
+    stages: the layer before which each pipeline stage ends (empty without a pipeline).
 
     layer_names: of this rank, in slot order. ranks: workers of this engine. tp_size, pp_size: how it is split.
     """
@@ -35,6 +36,7 @@ class ModelKV:
     layer_names: tuple[str, ...]
     tp_size: int
     pp_size: int
+    stages: tuple[int, ...] = ()
 
     @property
     def ranks(self) -> int:
@@ -103,7 +105,16 @@ def describe_model(vllm_config: Any, kv_cache_config: Any, model_id: str = "") -
         layer_names=names,
         tp_size=parallel.tensor_parallel_size,
         pp_size=pp_size,
+        stages=_stages(layers, pp_size),
     )
+
+
+def _stages(layers: int, pp_size: int) -> tuple[int, ...]:
+    if pp_size == 1:
+        return ()
+    from vllm.distributed.utils import get_pp_indices
+
+    return tuple(int(get_pp_indices(layers, rank, pp_size)[1]) for rank in range(pp_size))
 
 
 def refusal_of(error: Exception) -> str:
@@ -120,7 +131,7 @@ def layer_range(vllm_config: Any, kv: ModelKV) -> tuple[int, int]:
     if kv.pp_size == 1:
         return 0, kv.num_layers
     start, end = vllm_config.model_config.get_layers_start_end_indices(vllm_config.parallel_config)
-    if end - start != len(kv.layer_names):
+    if end not in kv.stages or end - start != len(kv.layer_names):
         raise LayoutError(
             f"{len(kv.layer_names)} layers with KV on a rank of {end - start} layers are not supported with pipelines"
         )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from lmcache.chunks import HASH_BYTES
+
 
 @dataclass(frozen=True)
 class LoadPlan:
@@ -11,7 +13,7 @@ class LoadPlan:
 
     slots: little-endian u32 pages, [chunk][shard], from chunk `first_leased` of the request on, of
     `chunk_tokens` tokens each.
-    blocks: the request's block table.
+    blocks: the request's block table. request_tokens: of the whole request, for the log.
     """
 
     job_id: str
@@ -24,11 +26,15 @@ class LoadPlan:
     start_token: int
     end_token: int
     blocks: list[int]
+    request_tokens: int = 0
 
 
 @dataclass(frozen=True)
 class StorePlan:
-    """Keep the full chunks from `first_chunk` on; `hashes` are theirs, joined, `parent` is the hash before them."""
+    """Keep the chunks from `first_chunk` on; `hashes` are theirs, joined, `parent` is the hash before them.
+
+    end_token: where the last one is unfull, the token behind its last one; 0 where all are full.
+    """
 
     job_id: str
     request_id: str
@@ -37,6 +43,13 @@ class StorePlan:
     hashes: bytes
     first_chunk: int
     blocks: list[int]
+    end_token: int = 0
+
+    @property
+    def tokens(self) -> tuple[int, int]:
+        """The first token that is kept, and the one behind the last."""
+        start = self.first_chunk * self.chunk_tokens
+        return start, self.end_token or start + len(self.hashes) // HASH_BYTES * self.chunk_tokens
 
 
 @dataclass
@@ -44,6 +57,7 @@ class StepPlan:
     """settle: store jobs whose blocks were taken away, to be settled before the step writes to any block.
     closing: finished requests whose blocks the engine keeps until their stores are done.
     forward: the step computes something, so nobody waits for transfers alone.
+    address: of the server, where the ranks cannot know it by themselves.
     """
 
     loads: list[LoadPlan] = field(default_factory=list)
@@ -51,20 +65,26 @@ class StepPlan:
     settle: list[str] = field(default_factory=list)
     closing: list[str] = field(default_factory=list)
     forward: bool = False
+    address: str = ""
 
 
 @dataclass
 class StepReport:
-    """What ranks tell the scheduler's half: by how many of them each store job was ended, and why one cannot serve."""
+    """What ranks tell the scheduler's half: by how many of them each job was ended, and why one cannot serve.
+
+    loaded: only loads that a forward waited for; vLLM itself tells of the others.
+    """
 
     stored: dict[str, int] = field(default_factory=dict)
+    loaded: dict[str, int] = field(default_factory=dict)
     refusal: str = ""
 
     def merge(self, other: StepReport) -> None:
         """Add the report of another rank."""
-        for job_id, count in other.stored.items():
-            self.stored[job_id] = self.stored.get(job_id, 0) + count
+        for mine, theirs in ((self.stored, other.stored), (self.loaded, other.loaded)):
+            for job_id, count in theirs.items():
+                mine[job_id] = mine.get(job_id, 0) + count
         self.refusal = self.refusal or other.refusal
 
     def __bool__(self) -> bool:
-        return bool(self.stored or self.refusal)
+        return bool(self.stored or self.loaded or self.refusal)

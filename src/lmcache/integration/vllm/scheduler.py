@@ -10,22 +10,26 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lmcache.chunks import HASH_BYTES, TokenChain
 from lmcache.chunks.hashing import Extras, encode_extra
-from lmcache.engine import Hit, SchedulerSession
+from lmcache.engine import Hit, Loading, SchedulerSession
+from lmcache.engine.prefill import PrefillRate
 from lmcache.integration.vllm.identity import adapter_identity
 from lmcache.integration.vllm.plan import LoadPlan, StepPlan, StepReport, StorePlan
 from lmcache.observability.log import init_logger
 
 logger = init_logger(__name__)
 
+_START_SECONDS = 30.0
+_LOOK_SECONDS = 0.1
 HIT_SECONDS = 5.0
 """A hit that waits longer than this for free blocks is given back and asked for again: its lease keeps others out."""
 MISS_SECONDS = 0.25
 """A request that waits is asked about at every step; so soon after a miss the answer is the same."""
+TIER_PAUSE_SECONDS = 0.001
 MIN_GAIN_TOKENS = {"cpu": 16}
 MIN_GAIN_TOKENS_ON_A_DEVICE = 64
 """Beyond a local hit, fewer tokens than this are computed sooner than fetched: a load costs a scheduler step, which is worth
@@ -34,7 +38,8 @@ milliseconds of a CPU's prefill, and hundreds of tokens of a GPU's."""
 
 @dataclass
 class Tracker:
-    """What we know of one request. `stored` counts the chunks that the server has, or was sent, from the first on."""
+    """What we know of one request. `stored` counts the chunks that the server has, or was sent, from the first on; `tail` is
+    the hash of an unfull chunk that it has or was sent."""
 
     request: Any
     preemptions: int
@@ -49,19 +54,29 @@ class Tracker:
     local_tokens: int = 0
     blocks: list[int] = field(default_factory=list)
     stored: int = 0
+    tail: bytes = b""
     jobs: set[str] = field(default_factory=set)
+    told: tuple[int, int] = (-1, -1)
 
 
 @dataclass(frozen=True)
-class Loading:
-    """A load that the ranks are at."""
+class Copying:
+    """A load that the ranks are at, and by how many of them it has not been ended."""
 
+    request_id: str
     hit: Hit
     blocks: frozenset[int]
+    ranks: int
 
 
 class SchedulerHalf:
-    """ranks: reports that complete a job. can_load, can_store: what the KV role allows."""
+    """ranks: reports that complete a job. can_load, can_store: what the KV role allows.
+
+    synchronous: a load is part of the request's first step, whose forward waits for it; so the last token is always computed,
+    and nothing is too little to be loaded. Otherwise the request waits, unscheduled. save_decode: whether generated tokens
+    are stored. save_tail: whether the last, unfull chunk of a prompt is. min_hit: smaller hits are not loaded.
+    priority_limit: requests with a larger priority number are left alone.
+    """
 
     def __init__(
         self,
@@ -71,6 +86,11 @@ class SchedulerHalf:
         *,
         can_load: bool = True,
         can_store: bool = True,
+        synchronous: bool = False,
+        save_decode: bool = True,
+        save_tail: bool = False,
+        min_hit: int = 0,
+        priority_limit: int | None = None,
         device: str = "cpu",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -79,10 +99,18 @@ class SchedulerHalf:
         self._ranks = ranks
         self._can_load = can_load
         self._can_store = can_store
-        self._min_gain = MIN_GAIN_TOKENS.get(device, MIN_GAIN_TOKENS_ON_A_DEVICE)
+        self._synchronous = synchronous
+        self._save_decode = save_decode
+        self._save_tail = save_tail
+        self._min_hit = min_hit
+        self._priority_limit = priority_limit
+        self._min_gain = 1 if synchronous else MIN_GAIN_TOKENS.get(device, MIN_GAIN_TOKENS_ON_A_DEVICE)
         self._clock = clock
         self._trackers: dict[str, Tracker] = {}
-        self._loading: dict[str, Loading] = {}
+        self._admitted: list[tuple[Tracker, Hit, int, int]] = []
+        """Loads of the coming step: whose, from what, tokens [start, end)."""
+        self._loading: dict[str, Copying] = {}
+        """By the request, whose end of loading vLLM tells; by the job where a forward waits for it and ranks tell."""
         self._storing: dict[str, tuple[Tracker, int]] = {}
         """Store jobs in flight: whose, and how many ranks are still at it."""
         self._closing: dict[str, Tracker] = {}
@@ -90,9 +118,15 @@ class SchedulerHalf:
         self._jobs = 0
         self._generation = 0
         self._salt_prefix = ""
+        self._prefill = PrefillRate()
+        self._tiers_load = False
+        """Some request waits for a tier, in the step that is being planned."""
 
-    def match(self, request: Any, local_tokens: int) -> int:
-        """How many tokens beyond `local_tokens` can be loaded. Asked again for every step that the request waits."""
+    def match(self, request: Any, local_tokens: int) -> int | None:
+        """How many tokens beyond `local_tokens` can be loaded. Asked again for every step that the request waits.
+
+        None: not known yet, since a tier is loading.
+        """
         tracker = self._tracker(request)
         tracker.local_tokens = local_tokens
         if not (self._can_load and tracker.may_load and tracker.cacheable) or getattr(
@@ -100,14 +134,25 @@ class SchedulerHalf:
         ):
             return 0
         hit = self._current_hit(tracker)
+        if isinstance(hit, Loading):
+            self._tiers_load = True
+            return None
         if hit is None or tracker.chain is None:
+            if not local_tokens:
+                self._tell(tracker, 0, 0)
             return 0
-        tracker.stored = max(tracker.stored, hit.chunks)
-        gain = min(hit.chunks * tracker.chain.chunk_tokens, request.num_tokens) - local_tokens
-        return gain if gain >= (self._min_gain if local_tokens else 1) else 0
+        found = min(hit.chunks * tracker.chain.chunk_tokens, request.num_tokens)
+        tracker.stored = max(tracker.stored, min(hit.chunks, len(tracker.chain)))
+        if hit.chunks > len(tracker.chain):
+            tracker.tail = tracker.chain.tail(request.all_token_ids)
+        gain = min(found, request.num_tokens - self._synchronous) - local_tokens
+        gain = gain if gain >= (self._min_gain if local_tokens else 1) and found >= self._min_hit else 0
+        self._tell(tracker, found, gain)
+        return gain
 
     def allocated(self, request: Any, blocks: list[int], external_tokens: int) -> None:
-        """The request's block table, and how many tokens after the local hit it expects from us."""
+        """The request's block table (empty where the step's output will tell), and how many tokens after the local hit it
+        expects from us."""
         tracker = self._tracker(request)
         tracker.blocks = blocks
         hit, tracker.hit = tracker.hit, None
@@ -116,30 +161,21 @@ class SchedulerHalf:
         if external_tokens <= 0 or tracker.chain is None:
             self._release(hit)
             return
-        start, end = tracker.local_tokens, tracker.local_tokens + external_tokens
-        touched = blocks[start // self._block_tokens : -(-end // self._block_tokens)]
-        self._loading[request.request_id] = Loading(hit, frozenset(touched))
-        self._plan.loads.append(
-            LoadPlan(
-                job_id=self._job("load"),
-                request_id=request.request_id,
-                arena=hit.arena,
-                lease=hit.lease,
-                first_leased=hit.first_chunk,
-                slots=hit.slots,
-                chunk_tokens=tracker.chain.chunk_tokens,
-                start_token=start,
-                end_token=end,
-                blocks=list(blocks),
-            )
-        )
+        self._admitted.append((tracker, hit, tracker.local_tokens, tracker.local_tokens + external_tokens))
 
     def plan_step(self, output: Any) -> StepPlan:
         """What the ranks are to do in the step that `output` (a SchedulerOutput) describes."""
         plan, self._plan = self._plan, StepPlan()
         plan.forward = output.total_num_scheduled_tokens > 0
+        self._prefill.step(self._clock(), output.total_num_scheduled_tokens)
+        if self._tiers_load and not plan.forward:
+            time.sleep(TIER_PAUSE_SECONDS)  # nobody computes: leave the cores to those who load
+        self._tiers_load = False
         self._settle_preempted(plan)
-        self._grow_tables(output.scheduled_cached_reqs)
+        self._grow_tables(output)
+        for admitted in self._admitted:
+            plan.loads.append(self._plan_load(*admitted))
+        self._admitted.clear()
         if self._can_store and self._session is not None:
             drafts = output.scheduled_spec_decode_tokens
             for request_id, scheduled in output.num_scheduled_tokens.items():
@@ -159,13 +195,15 @@ class SchedulerHalf:
         report = report or StepReport()
         invalid = frozenset(invalid_blocks)
         if invalid:
-            for request_id, loading in self._loading.items():
-                if invalid & loading.blocks and request_id in self._trackers:
-                    self._trackers[request_id].may_load = False
+            for loading in self._loading.values():
+                if invalid & loading.blocks and loading.request_id in self._trackers:
+                    self._trackers[loading.request_id].may_load = False
         for request_id in finished_loads:
             done = self._loading.pop(request_id, None)
             if done is not None:
                 self._release(done.hit)
+        for job_id, count in report.loaded.items():
+            self._count_loaded(job_id, count)
         for job_id, count in report.stored.items():
             self._count_stored(job_id, count)
         for request_id in closed:
@@ -182,7 +220,7 @@ class SchedulerHalf:
             return False
         if tracker.hit is not None:
             self._release(tracker.hit)
-        if not tracker.jobs or request.request_id in self._loading:
+        if not tracker.jobs or request.request_id in self._loading:  # vLLM frees the blocks when the load has ended
             return False
         if request.num_preemptions != tracker.preemptions:
             self._plan.settle.extend(tracker.jobs)
@@ -201,6 +239,16 @@ class SchedulerHalf:
             if tracker.hit is not None:
                 self._release(tracker.hit)
                 tracker.hit = None
+
+    def wait_connected(self, starting: Callable[[], bool]) -> None:
+        """Give a server the time to start, as long as it is `starting`. Without one the engine goes on."""
+        deadline = time.monotonic() + _START_SECONDS
+        while self._session is not None and not self._session.wait_connected(_LOOK_SECONDS):
+            if not starting():
+                self.stop("its own server has not started, and has said why")
+            elif time.monotonic() > deadline:
+                logger.warning("This engine's LMCache server was not up within %.0f s; it may come yet", _START_SECONDS)
+                return
 
     def stop(self, reason: str) -> None:
         """A rank cannot serve: from now on this engine runs without us."""
@@ -221,6 +269,8 @@ class SchedulerHalf:
             return tracker
         fresh = Tracker(request, request.num_preemptions, generation=self._generation)
         fresh.cacheable = getattr(request, "prompt_embeds", None) is None and _adapter(request) is not None
+        if self._priority_limit is not None and request.priority > self._priority_limit:
+            fresh.cacheable = False
         if tracker is not None:
             fresh.may_load, fresh.cacheable = tracker.may_load, fresh.cacheable and tracker.cacheable
             if tracker.jobs:
@@ -231,7 +281,7 @@ class SchedulerHalf:
         self._trackers[request.request_id] = fresh
         return fresh
 
-    def _current_hit(self, tracker: Tracker) -> Hit | None:
+    def _current_hit(self, tracker: Tracker) -> Hit | Loading | None:
         session, now, tokens = self._session, self._clock(), tracker.request.num_tokens
         if session is None:
             return None
@@ -248,8 +298,12 @@ class SchedulerHalf:
         if chain is None:
             return None
         chain.extend(tracker.request.all_token_ids)
-        if len(chain):
-            tracker.hit = session.lookup(chain, tracker.local_tokens)
+        tail = chain.tail(tracker.request.all_token_ids) if self._save_tail else b""
+        if len(chain) or tail:
+            found = session.poll(chain, tracker.local_tokens, self._prefill.tokens_per_second, tail)
+            if isinstance(found, Loading):
+                return found
+            tracker.hit = found
         tracker.asked_at, tracker.asked_tokens = self._clock(), tokens
         return tracker.hit
 
@@ -261,11 +315,15 @@ class SchedulerHalf:
         if tracker.chain is None or tracker.epoch != session.epoch:
             request, adapter = tracker.request, _adapter(tracker.request) or ("", "")
             salt = self._salt_prefix + (request.cache_salt or "")
-            tracker.epoch, tracker.stored = session.epoch, 0
+            tracker.epoch, tracker.stored, tracker.tail = session.epoch, 0, b""
             tracker.chain = session.new_chain(salt, adapter[0], adapter[1], _extras(request))
         return tracker.chain
 
-    def _grow_tables(self, cached: Any) -> None:
+    def _grow_tables(self, output: Any) -> None:
+        cached = output.scheduled_cached_reqs
+        for new in output.scheduled_new_reqs:
+            if new.req_id in self._trackers:
+                self._trackers[new.req_id].blocks = list(new.block_ids[0])
         for request_id, new_blocks in zip(cached.req_ids, cached.new_block_ids, strict=True):
             tracker = self._trackers.get(request_id)
             if tracker is None or not new_blocks:
@@ -275,30 +333,60 @@ class SchedulerHalf:
             else:
                 tracker.blocks.extend(new_blocks[0])
 
+    def _plan_load(self, tracker: Tracker, hit: Hit, start: int, end: int) -> LoadPlan:
+        """Raises RuntimeError where this release of vLLM does not say which blocks to fill: it takes them for filled."""
+        assert tracker.chain is not None
+        request_id, job_id = tracker.request.request_id, self._job("load")
+        touched = tracker.blocks[start // self._block_tokens : -(-end // self._block_tokens)]
+        if len(touched) * self._block_tokens < end - start:
+            raise RuntimeError(f"vLLM has not told the blocks of request {request_id}: this release cannot be served")
+        key = job_id if self._synchronous else request_id
+        self._loading[key] = Copying(request_id, hit, frozenset(touched), self._ranks)
+        return LoadPlan(
+            job_id=job_id,
+            request_id=request_id,
+            arena=hit.arena,
+            lease=hit.lease,
+            first_leased=hit.first_chunk,
+            slots=hit.slots,
+            chunk_tokens=tracker.chain.chunk_tokens,
+            start_token=start,
+            end_token=end,
+            blocks=list(tracker.blocks),
+            request_tokens=tracker.request.num_tokens,
+        )
+
     def _plan_store(self, plan: StepPlan, tracker: Tracker, scheduled: int) -> None:
-        """Store the chunks that are full once this step has run. Only known tokens count: drafts may be rejected."""
+        """Store the chunks that are full once this step has run, and the tail of a prompt that ends with it. Only known tokens
+        count: drafts may be rejected."""
         request = tracker.request
         computed = min(request.num_computed_tokens + scheduled, request.num_tokens)
+        if not self._save_decode:
+            computed = min(computed, request.num_prompt_tokens)
         session, size = self._session, tracker.chain.chunk_tokens if tracker.chain is not None else 1
         if session is None or session.chunk_tokens is None:
             return
-        if computed // size <= tracker.stored and tracker.epoch == session.epoch:
+        ends = self._save_tail and computed == request.num_prompt_tokens and computed % size > 0 and not tracker.tail
+        if computed // size <= tracker.stored and not ends and tracker.epoch == session.epoch:
             return
         chain = self._chain(tracker)
         if chain is None:
             return
         size, first = chain.chunk_tokens, tracker.stored
         chunks = computed // size
-        needed = -(-chunks * size // self._block_tokens)
-        if chunks <= first or needed > len(tracker.blocks):
-            return
         chain.extend(request.all_token_ids)
+        tail = chain.tail(request.all_token_ids[:computed]) if ends else b""
+        end = computed if tail else chunks * size
+        needed = -(-end // self._block_tokens)
+        if end <= first * size or needed > len(tracker.blocks):
+            return
         job_id = self._job("store")
-        hashes = chain.hashes[first * HASH_BYTES : chunks * HASH_BYTES]
+        hashes = chain.hashes[first * HASH_BYTES : chunks * HASH_BYTES] + tail
+        blocks, whose = tracker.blocks[:needed], request.request_id
         plan.stores.append(
-            StorePlan(job_id, request.request_id, size, chain.parent(first), hashes, first, tracker.blocks[:needed])
+            StorePlan(job_id, whose, size, chain.parent(first), hashes, first, blocks, end if tail else 0)
         )
-        tracker.stored = chunks
+        tracker.stored, tracker.tail = chunks, tail or tracker.tail
         tracker.jobs.add(job_id)
         self._storing[job_id] = (tracker, self._ranks)
 
@@ -316,6 +404,23 @@ class SchedulerHalf:
             return
         del self._storing[job_id]
         tracker.jobs.discard(job_id)
+
+    def _count_loaded(self, job_id: str, count: int) -> None:
+        loading = self._loading.pop(job_id, None)
+        if loading is None:
+            return
+        if loading.ranks > count:
+            self._loading[job_id] = replace(loading, ranks=loading.ranks - count)
+        else:
+            self._release(loading.hit)
+
+    def _tell(self, tracker: Tracker, found: int, gain: int) -> None:
+        """The line that users of in-process mode look for, once for each answer."""
+        if self._synchronous and tracker.told != (found, gain):
+            tracker.told = found, gain
+            request = tracker.request
+            text = "Reqid: %s, Total tokens %d, LMCache hit tokens: %d, need to load: %d"
+            logger.info(text, request.request_id, request.num_tokens, found, gain)
 
     def _release(self, hit: Hit) -> None:
         if self._session is not None:

@@ -27,10 +27,14 @@ class Settings:
     transfer_mode: str = "auto"
     model_id: str = ""
 
-    def endpoint(self, instance: str, role: str, rank: int = 0) -> Endpoint:
-        """How the engine `instance` reaches the server."""
+    @property
+    def address(self) -> str:
+        return f"tcp://{self.host}:{self.port}"
+
+    def endpoint(self, instance: str, role: str, rank: int = 0, address: str = "") -> Endpoint:
+        """How the engine `instance` reaches the server, at another `address` than the configured one where that is given."""
         return Endpoint(
-            address=f"tcp://{self.host}:{self.port}",
+            address=address or self.address,
             instance=instance,
             role=role,
             rank=rank,

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lmcache.chunks import HASH_BYTES
-from lmcache.engine import Hit, Load, SchedulerSession, Store, WorkerSession
+from lmcache.engine import Hit, Load, Loading, SchedulerSession, Store, WorkerSession
 from lmcache.errors import LayoutError
 from lmcache.integration.vllm.caches import describe_caches, rank_of
 from lmcache.integration.vllm.model import NOT_SERVED, ModelKV, describe_model, layer_range, refusal_of
@@ -35,9 +35,9 @@ logger = init_logger(__name__)
 
 _UPSTREAM = "vllm.distributed.kv_transfer.kv_connector.v1.lmcache_mp_connector"
 _LEASE_SECONDS = 30.0
+"""The scheduler is not told when a load has ended; by then the ranks have leases of their own."""
 STORE_SECONDS = 0.5
 """A step waits this long for its stores; then those that still wait for the server are dropped, so a silent one costs no more."""
-"""The scheduler is not told when a load has ended; by then the ranks have leases of their own."""
 _LIMITS = (
     "vLLM's own connector class caches whole blocks only, and no LoRA, multimodal or prompt-embedding requests; unset "
     'LMCACHE_USE_UPSTREAM_MP for ours. kv_load_failure_policy is "recompute"'
@@ -91,6 +91,8 @@ class LMCacheMPSchedulerAdapter:
     def __init__(self, server_url: str, *_: Any, **__: Any) -> None:
         self._session: SchedulerSession | None = None
         self._hits: dict[str, tuple[int, Hit | None, float]] = {}
+        self._waiting: set[str] = set()
+        """Requests for which a tier is loading."""
         self._unit_tokens = 0
         """Tokens of the smallest run that is both whole chunks and whole blocks; settled with the first server."""
         engine = _engine_of_caller()
@@ -99,7 +101,7 @@ class LMCacheMPSchedulerAdapter:
             recompute_failed_loads(engine.vllm_config.kv_transfer_config)
             logger.info(_LIMITS)
             endpoint = engine.settings.endpoint(engine.instance, "scheduler")
-            self._session = SchedulerSession(endpoint, engine.kv.layout, engine.kv.shards)
+            self._session = SchedulerSession(endpoint, engine.kv.layout, engine.kv.shards, engine.kv.stages)
 
     def num_blocks_per_chunk(self) -> int:
         """Blocks of that smallest run."""
@@ -110,7 +112,7 @@ class LMCacheMPSchedulerAdapter:
         return max(1, self._unit_tokens // self._block_tokens)
 
     def maybe_submit_lookup_request(self, request_id: str, token_ids: Sequence[int], cache_salt: str = "") -> None:
-        """Ask the server, once for each request; takes at most the deadline."""
+        """Ask the server, once for each request and again while a tier loads for it; takes at most the deadline."""
         if self._session is None or request_id in self._hits:
             return
         self._drop_old_leases()
@@ -119,12 +121,19 @@ class LMCacheMPSchedulerAdapter:
         hit = None
         if chain is not None and math.lcm(chain.chunk_tokens, self._block_tokens) == self._unit_tokens:
             chain.extend(token_ids)
-            hit = self._session.lookup(chain)
+            found = self._session.poll(chain)
+            if isinstance(found, Loading):
+                self._waiting.add(request_id)
+                return
+            hit = found
+        self._waiting.discard(request_id)
         tokens = hit.chunks * chain.chunk_tokens // self._unit_tokens * self._unit_tokens if hit and chain else 0
         self._hits[request_id] = tokens, hit, time.monotonic()
 
     def check_lookup_result(self, request_id: str) -> int | None:
-        """Tokens that are there, from the prompt's start; never None, which would mean "ask later"."""
+        """Tokens that are there, from the prompt's start. None, which means "ask later", only while a tier loads."""
+        if request_id in self._waiting:
+            return None
         return self._hits[request_id][0] if request_id in self._hits else 0
 
     def cleanup_lookup_result(self, request_id: str) -> None:
@@ -141,6 +150,7 @@ class LMCacheMPSchedulerAdapter:
 
     def end_session(self, request_id: str) -> None:
         """The request has ended."""
+        self._waiting.discard(request_id)
         _, hit, _ = self._hits.pop(request_id, (0, None, 0.0))
         if hit is not None and self._session is not None:
             self._session.release(hit)
@@ -196,10 +206,13 @@ class LMCacheMPWorkerAdapter:
         rank = pp_rank * engine.kv.tp_size + tp_rank
         self._shard, self._stores, self._registered = shard.index, engine.kv.stores(tp_rank), registered
         self._lookups = SchedulerSession(
-            engine.settings.endpoint(engine.instance, "scheduler", rank), engine.kv.layout, engine.kv.shards
+            engine.settings.endpoint(engine.instance, "scheduler", rank),
+            engine.kv.layout,
+            engine.kv.shards,
+            engine.kv.stages,
         )
         endpoint = engine.settings.endpoint(engine.instance, "worker", rank)
-        self._session = WorkerSession(endpoint, engine.kv.layout, shard, registered.paged)
+        self._session = WorkerSession(endpoint, engine.kv.layout, shard, registered.paged, stages=engine.kv.stages)
 
     def batched_submit_retrieve_requests(
         self,

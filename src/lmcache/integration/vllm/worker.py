@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from lmcache.config.server import GIB
 from lmcache.engine import Done, Load, Store, WorkerSession
 from lmcache.integration.vllm.paged import Registered
 from lmcache.integration.vllm.plan import LoadPlan, StepPlan, StepReport, StorePlan
@@ -15,14 +16,26 @@ logger = init_logger(__name__)
 LINGER_SECONDS = 0.002
 """A step without a forward waits this long for transfers: they take milliseconds, and the engine would spin."""
 _SETTLE_SECONDS = 1.0
+_WAIT_SECONDS = 1.0
+_START_SECONDS = 5.0
 _PAGE_NUMBER_BYTES = 4
 
 
 class WorkerHalf:
-    """shard, shards: which of how many parts of a chunk this rank holds. stores: False where another rank stores it."""
+    """shard, shards: which of how many parts of a chunk this rank holds. stores: False where another rank stores it.
+
+    synchronous: forwards wait for loads (`wait_loaded`), and the log tells of every copy, as users of in-process mode expect.
+    """
 
     def __init__(
-        self, session: WorkerSession, registered: Registered, shard: int, shards: int, *, stores: bool = True
+        self,
+        session: WorkerSession,
+        registered: Registered,
+        shard: int,
+        shards: int,
+        *,
+        stores: bool = True,
+        synchronous: bool = False,
     ) -> None:
         self._session = session
         self._registered = registered
@@ -30,9 +43,11 @@ class WorkerHalf:
         self._shard = shard
         self._shards = shards
         self._stores = stores
+        self._synchronous = synchronous
+        self._waited = False
         self._loading: dict[str, LoadPlan] = {}
-        self._storing: dict[str, str] = {}
-        """Store jobs in flight, and whose they are."""
+        self._storing: dict[str, StorePlan] = {}
+        """Store jobs in flight."""
         self._closing: set[str] = set()
         self._sent: set[str] = set()
         self._received: set[str] = set()
@@ -81,6 +96,18 @@ class WorkerHalf:
                 ),
             )
 
+    def wait_loaded(self) -> None:
+        """Return when no load is under way: those of the step are part of it."""
+        while self._loading:
+            self._session.wait_finished(_WAIT_SECONDS)
+            self._collect()
+
+    def wait_connected(self, plan: StepPlan) -> None:
+        """At the first step with something to copy, give the server the time to start: what is not stored is a later miss."""
+        if not self._waited and (plan.loads or plan.stores):
+            self._waited = True
+            self._session.wait_connected(_START_SECONDS)
+
     def start_stores(self, plan: StepPlan) -> None:
         """Start every store of the step, whose forward has ended."""
         now = self._stream_point() if plan.stores else None
@@ -88,7 +115,11 @@ class WorkerHalf:
             if not self._stores:
                 self._report.stored[store.job_id] = 1
                 continue
-            self._storing[store.job_id] = store.request_id
+            self._storing[store.job_id] = store
+            if self._synchronous:
+                start, end = store.tokens
+                text = "Storing KV cache for %d out of %d tokens (skip_leading_tokens=%d) for request %s"
+                logger.info(text, end - start, end, start, store.request_id)
             self._session.store(store.job_id, self._store(store, now))
 
     def finished(self, plan: StepPlan) -> tuple[set[str], set[str]]:
@@ -122,21 +153,41 @@ class WorkerHalf:
             if done.kind == "load":
                 self._loaded(done)
             else:
-                self._storing.pop(done.job_id, None)
-                self._report.stored[done.job_id] = 1
-                self.stored_tokens += done.tokens if done.ok else 0
-        busy = set(self._storing.values())
+                self._stored(done)
+        busy = {store.request_id for store in self._storing.values()}
         ready = self._closing - busy
         self._closing -= ready
         self._sent |= ready
+
+    def _stored(self, done: Done) -> None:
+        store = self._storing.pop(done.job_id, None)
+        self._report.stored[done.job_id] = 1
+        self.stored_tokens += done.tokens if done.ok else 0
+        if store is not None and done.ok and self._synchronous:
+            start, end = store.tokens
+            copied = f"offload_time: {done.seconds * 1e3:.2f} ms, put_time: {done.put_seconds * 1e3:.2f} ms"
+            cost = self._cost(done.tokens, done.seconds + done.put_seconds)
+            logger.info("Stored %d out of total %d tokens. %s; %s", done.tokens, end - start, cost, copied)
+
+    def _cost(self, tokens: int, seconds: float) -> str:
+        """How much was copied, how fast; GiB of this rank's part."""
+        size = tokens * self._registered.paged.slot_bytes(1) / GIB
+        return f"size: {size:.4f} gb, cost {seconds * 1e3:.2f} ms, throughput: {size / max(seconds, 1e-9):.2f} GB/s"
 
     def _loaded(self, done: Done) -> None:
         load = self._loading.pop(done.job_id, None)
         if load is None:
             return
-        self._received.add(load.request_id)
+        if self._synchronous:
+            self._report.loaded[load.job_id] = 1
+        else:
+            self._received.add(load.request_id)
         if done.ok:
             self.loaded_tokens += load.end_token - load.start_token
+            if self._synchronous:
+                counts = done.tokens, load.end_token, load.request_tokens
+                cost = self._cost(done.tokens, done.seconds)
+                logger.info("Retrieved %d out of %d required tokens (from %d total tokens). %s", *counts, cost)
             return
         self.failed_loads += 1
         size = self._block_tokens * self._registered.blocks_per_block
@@ -150,6 +201,7 @@ class WorkerHalf:
             first_chunk=store.first_chunk,
             blocks=self._registered.blocks(store.blocks),
             after=after,
+            end_token=store.end_token,
         )
 
     def _stream_point(self) -> Any:

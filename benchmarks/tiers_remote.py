@@ -1,0 +1,264 @@
+"""`python -m benchmarks.tiers_remote`: the Redis tier on a real Valkey and the S3 tier on a real SeaweedFS, both on this machine.
+
+Each figure stands beside the plainest client that could do the same, in turns: for Valkey a socket with SET and GET of 4 MiB
+values (sendall, recv_into), for S3 obstore's put and get alone with the same number of threads. It needs the test extra:
+pip install -e '.[test]'. A full run takes about two minutes and 2 GiB of memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from unittest import mock
+
+from benchmarks.rows import Goal, Row, replace_figures, report
+from benchmarks.run import about
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+try:
+    import obstore
+
+    from stores import ACCESS, SECRET, RedisServer, Seaweed, binary_of
+except ImportError as missing:
+    sys.exit(f"{missing.name} is not installed: pip install -e '.[test]'")
+
+from lmcache.tiers import OK, Shard, ShardKey, Tier, frame
+from lmcache.tiers.registry import make_tier
+
+MIB = 1 << 20
+LARGE, SMALL, VALUE = 32 * MIB, MIB // 2, 4 * MIB
+BATCH = 8
+
+
+class PlainClient:
+    """SET and GET over one socket, pipelined, and nothing else."""
+
+    def __init__(self, port: int) -> None:
+        self._socket = socket.create_connection(("127.0.0.1", port))
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def set(self, payload: memoryview, value_bytes: int) -> None:
+        count = -(-len(payload) // value_bytes)
+        for number in range(count):
+            value = payload[number * value_bytes : (number + 1) * value_bytes]
+            self._socket.sendall(b"*3\r\n$3\r\nSET\r\n$4\r\nk%03d\r\n$%d\r\n" % (number, len(value)))
+            self._socket.sendall(value)
+            self._socket.sendall(b"\r\n")
+        assert self._exactly(5 * count) == b"+OK\r\n" * count
+
+    def get(self, memory: memoryview, value_bytes: int) -> None:
+        count = -(-len(memory) // value_bytes)
+        self._socket.sendall(b"".join(b"*2\r\n$3\r\nGET\r\n$4\r\nk%03d\r\n" % number for number in range(count)))
+        for number in range(count):
+            value = memory[number * value_bytes : (number + 1) * value_bytes]
+            self._exactly(len(b"$%d\r\n" % len(value)))
+            got = 0
+            while got < len(value):
+                got += self._socket.recv_into(value[got:])
+            self._exactly(2)
+
+    def _exactly(self, count: int) -> bytes:
+        got = b""
+        while len(got) < count:
+            got += self._socket.recv(count - len(got))
+        return got
+
+
+class NoSum(frame.Checksum):
+    """The frame without its checksum's cost: all sums are zero."""
+
+    def update(self, piece: bytes | memoryview) -> None:
+        self._payload_bytes += len(piece)
+
+    def _digest(self, head: bytes) -> bytes:
+        return bytes(16)
+
+
+def new_shards(payloads: list[memoryview]) -> list[Shard]:
+    return [Shard(ShardKey(bytes(16), os.urandom(16), 0, 1), bytes(16), payload) for payload in payloads]
+
+
+def seconds_of(call: Callable[[], object]) -> tuple[float, float]:
+    """Seconds of wall and of this process's CPU."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    call()
+    return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def must(outcomes: list[str]) -> None:
+    if set(outcomes) != {OK}:
+        raise RuntimeError(f"the tier answered {outcomes}")
+
+
+def valkey(quick: bool) -> list[Row]:
+    rows = {
+        "store": Row("valkey_store", "Valkey: store, 32 MiB shards, 1 caller", "GB/s", Goal(3.5, "more", 4.5)),
+        "load": Row("valkey_load", "Valkey: load, 32 MiB shards, 1 caller", "GB/s", Goal(3.5, "more", 4.5)),
+        "small": Row("valkey_small", "Valkey: load, one shard of 0.5 MiB", "ms", Goal(1.5, "less")),
+        "contains": Row("valkey_contains", "Valkey: which of 512 are there", "ms", None),
+        "sum_store": Row("valkey_sum_store", "Valkey: wall time of the checksum, store", "%", Goal(10, "less")),
+        "sum_load": Row("valkey_sum_load", "Valkey: wall time of the checksum, load", "%", Goal(10, "less")),
+        "cpu_store": Row("valkey_cpu_store", "Valkey: CPU seconds a GB, store", "s/GB", None),
+        "cpu_load": Row("valkey_cpu_load", "Valkey: CPU seconds a GB, load", "s/GB", None),
+    }
+    payloads = [memoryview(bytearray(os.urandom(LARGE))) for _ in range(BATCH)]
+    memory = memoryview(bytearray(LARGE))
+    with tempfile.TemporaryDirectory(prefix="lmbench-") as folder:
+        server = RedisServer(binary_of("valkey"), Path(folder))
+        tier = make_tier(server.url("?max_gb=0.25")).tier
+        try:
+            tier.open()
+            plain = PlainClient(server.port)
+            for round_ in range(4 if quick else 16):
+                _valkey_round(rows, tier, plain, payloads, memory, warm_up=round_ == 0)
+            _small_loads(rows, tier, plain, 50 if quick else 400)
+        finally:
+            tier.close()
+            server.end()
+    return list(rows.values())
+
+
+def _valkey_round(
+    rows: dict[str, Row], tier: Tier, plain: PlainClient, payloads: list[memoryview], memory: memoryview, warm_up: bool
+) -> None:
+    """Some shards each way through the plain client, with and without checksums, one after another."""
+    walls: dict[str, list[float]] = {name: [] for name in ("set", "get", "store", "load", "bare_store", "bare_load")}
+    cpus: dict[str, list[float]] = {"store": [], "load": []}
+    for payload in payloads:
+        walls["set"].append(seconds_of(lambda: plain.set(payload, VALUE))[0])  # noqa: B023
+        walls["get"].append(seconds_of(lambda: plain.get(memory, VALUE))[0])
+        for prefix in ("", "bare_"):
+            shards = new_shards([payload])
+            with mock.patch.object(frame, "Checksum", NoSum) if prefix else mock.MagicMock():
+                store = seconds_of(lambda: must(tier.store(shards)))  # noqa: B023
+                load = seconds_of(lambda: must(tier.load([shards[0].key], [memory])))  # noqa: B023
+            if memory != payload:
+                raise RuntimeError("wrong bytes came back")
+            walls[f"{prefix}store"].append(store[0])
+            walls[f"{prefix}load"].append(load[0])
+            if not prefix:
+                cpus["store"].append(store[1])
+                cpus["load"].append(load[1])
+    if warm_up:  # the server's memory is touched for the first time
+        return
+    for name, limit in (("store", "set"), ("load", "get")):
+        rows[name].add("limit", [LARGE / wall / 1e9 for wall in walls[limit]])
+        rows[name].add("ours", [LARGE / wall / 1e9 for wall in walls[name]])
+        bare = sorted(walls[f"bare_{name}"])[len(payloads) // 2]
+        rows[f"sum_{name}"].add("ours", [(sorted(walls[name])[len(payloads) // 2] / bare - 1) * 100])
+        rows[f"cpu_{name}"].add("ours", [cpu / LARGE * 1e9 for cpu in cpus[name]])
+
+
+def _small_loads(rows: dict[str, Row], tier: Tier, plain: PlainClient, count: int) -> None:
+    payload, memory = memoryview(os.urandom(SMALL)), memoryview(bytearray(SMALL))
+    shards = new_shards([payload] * 8)
+    must(tier.store(shards))
+    plain.set(payload, VALUE)
+    for _ in range(4):
+        rows["small"].add("limit", [seconds_of(lambda: plain.get(memory, VALUE))[0] * 1e3 for _ in range(count // 4)])
+        rows["small"].add(
+            "ours",
+            [
+                seconds_of(lambda key=shards[number % 8].key: must(tier.load([key], [memory])))[0] * 1e3  # type: ignore[misc]
+                for number in range(count // 4)
+            ],
+        )
+        keys = [shard.key for shard in new_shards([payload] * 504)] + [shard.key for shard in shards]
+        rows["contains"].add("ours", [seconds_of(lambda: tier.contains(keys))[0] * 1e3 for _ in range(count // 16)])  # noqa: B023
+
+
+def s3(quick: bool) -> list[Row]:
+    threads = 4
+    rows = {
+        "store": Row("s3_store", f"S3: store, 32 MiB shards, {threads} at once", "GB/s", None),
+        "load": Row("s3_load", f"S3: load, 32 MiB shards, {threads} at once", "GB/s", None),
+        "of_store": Row("s3_of_store", "S3: store, part of obstore alone", "%", Goal(85, "more")),
+        "of_load": Row("s3_of_load", "S3: load, part of obstore alone", "%", Goal(85, "more")),
+        "sum_load": Row("s3_sum_load", "S3: wall time of the checksum, load", "%", Goal(3, "less")),
+        "small": Row("s3_small", "S3: load, one shard of 0.5 MiB", "ms", None),
+    }
+    payloads = [memoryview(bytearray(os.urandom(LARGE))) for _ in range(threads)]
+    memories = [memoryview(bytearray(LARGE)) for _ in range(threads)]
+    os.environ |= {"AWS_ACCESS_KEY_ID": ACCESS, "AWS_SECRET_ACCESS_KEY": SECRET}
+    with tempfile.TemporaryDirectory(prefix="lmbench-") as folder, ThreadPoolExecutor(threads) as pool:
+        seaweed = Seaweed(Path(folder))
+        tier = make_tier(seaweed.url("bench", f"&connections={threads}&timeout=60")).tier
+        try:
+            tier.open()
+            plain = seaweed.store()
+
+            def put(number: int) -> None:
+                obstore.put(plain, f"plain/{number}", payloads[number], use_multipart=False)
+
+            def get(number: int) -> None:
+                """Into memory of the caller, as everybody who wants KV must."""
+                data = obstore.get(plain, f"plain/{number}").bytes()
+                memories[number][:] = memoryview(data)
+
+            for round_ in range(2 if quick else 8):
+                walls = {"put": seconds_of(lambda: list(pool.map(put, range(threads))))[0]}
+                shards = new_shards(payloads)
+                walls["store"] = seconds_of(lambda: must(tier.store(shards)))[0]  # noqa: B023
+                keys = [shard.key for shard in shards]
+                walls["get"] = seconds_of(lambda: list(pool.map(get, range(threads))))[0]
+                walls["load"] = seconds_of(lambda: must(tier.load(keys, memories)))[0]  # noqa: B023
+                if memories != payloads:
+                    raise RuntimeError("wrong bytes came back")
+                with mock.patch.object(frame, "check", lambda *_: OK):
+                    walls["bare"] = seconds_of(lambda: must(tier.load(keys, memories)))[0]  # noqa: B023
+                tier.remove(keys)
+                if round_ == 0:
+                    continue
+                for name, limit in (("store", "put"), ("load", "get")):
+                    rows[name].add("limit", [threads * LARGE / walls[limit] / 1e9])
+                    rows[name].add("ours", [threads * LARGE / walls[name] / 1e9])
+                    rows[f"of_{name}"].add("ours", [walls[limit] / walls[name] * 100])
+                rows["sum_load"].add("ours", [(walls["load"] / walls["bare"] - 1) * 100])
+            small = new_shards([memoryview(os.urandom(SMALL))])
+            must(tier.store(small))
+            memory = memoryview(bytearray(SMALL))
+            obstore.put(plain, "plain/small", small[0].payload)
+            for _ in range(4):
+                each = range(10 if quick else 50)
+                rows["small"].add(
+                    "limit", [seconds_of(lambda: obstore.get(plain, "plain/small").bytes())[0] * 1e3 for _ in each]
+                )
+                rows["small"].add(
+                    "ours", [seconds_of(lambda: must(tier.load([small[0].key], [memory])))[0] * 1e3 for _ in each]
+                )
+        finally:
+            tier.close()
+            seaweed.end()
+    return list(rows.values())
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tiers_remote", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write every figure there")
+    parser.add_argument("--only", nargs="+", choices=["valkey", "s3"], default=["valkey", "s3"], help="some of them")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds: does it work, not how fast is it")
+    parser.add_argument(
+        "--update", metavar="FILE", type=Path, help="put the table into this page (benchmarks/README.md)"
+    )
+    options = parser.parse_args(argv)
+    groups = {"valkey": valkey, "s3": s3}
+    rows = [row for name in options.only for row in groups[name](options.quick)]
+    facts = about([], argv, "benchmarks.tiers_remote")
+    if options.json:
+        options.json.write_text(json.dumps({**facts, "rows": [row.as_json() for row in rows]}, indent=1) + "\n")
+    print(report(facts, rows, as_markdown=False))
+    if options.update:
+        replace_figures(options.update, "tiers_remote", report(facts, rows, as_markdown=True))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

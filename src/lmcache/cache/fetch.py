@@ -1,0 +1,384 @@
+"""Fetching from tiers: what is asked, what is loaded, and how long anybody waits for it. Pure: `now` is an argument.
+
+A *fetch* is the part of a prompt that L1 lacks, looked for in the tiers. Its life:
+
+    asking   every usable tier is asked side by side which of the chunks it has
+    loading  chunks up to the first that nobody has are loaded, each from the nearest tier that has it, first ones first
+    ended    what has arrived is used; the engine computes the rest
+
+The engine asks again and again (`poll`) and is told to wait or to go. It goes when everything planned has arrived or
+failed, when loading is not worth it, or when the next chunk is later than planned by more than `worth.slack_seconds`: so a
+slow or stalled tier costs a small share of what computing would take. Loads that run go on and fill L1; those that have not
+begun are dropped unless another fetch wants them. A chunk that is under way is loaded once, whoever wants it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from lmcache.cache.worth import Pace, slack_seconds
+from lmcache.chunks import HASH_BYTES
+
+ASK_SECONDS = 0.5
+"""Tiers that have not answered by then are left out of a fetch."""
+ENDED_SECONDS = 1.0
+"""How long the same request, asked for again, is told once more that there is nothing to wait for."""
+MAX_FETCHES = 4096
+PROBE_SECONDS = 15.0
+"""Between loads that only look whether a slow tier has become faster."""
+_BATCH_SECONDS = 0.03
+_FIRST_BATCH_BYTES = 4 << 20
+_FAIR_TRY = 0.25
+"""Of what computing everything would take: so long is waited for a tier whose pace was never seen."""
+
+
+class Ask(NamedTuple):
+    """Effect: which of these chunks has the tier? Tell `answered`."""
+
+    fetch: int
+    tier: int
+    space: int
+    hashes: bytes
+
+
+class Load(NamedTuple):
+    """Effect: load these chunks, which follow `parent` (the root where `root`), from the tier into L1. Tell `loaded`."""
+
+    tier: int
+    space: int
+    parent: bytes
+    root: bool
+    hashes: bytes
+
+
+class TierTraits(NamedTuple):
+    """What the planning needs to know of a tier. usable(now): whether it may be asked now."""
+
+    batch_bytes: int
+    concurrency: int
+    usable: Callable[[float], bool]
+
+
+@dataclass(eq=False)
+class _Fetch:
+    number: int
+    space: int
+    hashes: bytes
+    first: int
+    """Chunks before this one were in L1 when it began."""
+    began: float
+    prefill_seconds: float
+    """To compute one chunk; 0 where unknown."""
+    chunk_bytes: int
+    unanswered: set[int]
+    has: dict[int, Sequence[bool]] = field(default_factory=dict)
+    """Tier -> which of the missing chunks it has."""
+    planned: int = 0
+    """Chunks that are to arrive, from `first` on."""
+    due: list[float | None] = field(default_factory=list)
+    """When each of them is expected, in seconds after `began`; None while a tier's pace is unknown."""
+    waiting: set[bytes] = field(default_factory=set)
+    ended: float | None = None
+
+    def hash_of(self, chunk: int) -> bytes:
+        return self.hashes[chunk * HASH_BYTES : (chunk + 1) * HASH_BYTES]
+
+    @property
+    def missing(self) -> int:
+        return len(self.hashes) // HASH_BYTES - self.first
+
+
+class Fetches:
+    """All fetches over these tiers, nearest first.
+
+    always: load whatever is there, and wait `patience_seconds` at most. Without it the worth of a load is judged.
+    """
+
+    def __init__(self, tiers: Sequence[TierTraits], always: bool = False, patience_seconds: float = 10.0) -> None:
+        self.effects: list[Ask | Load] = []
+        """Drained by the server after every call."""
+        self.counters: Counter[str] = Counter()
+        self.paces = [Pace() for _ in tiers]
+        self.last: dict[str, float] = {}
+        """Of the last decision: expected and recompute seconds, and whether it was to load."""
+        self._tiers = tiers
+        self._always = always
+        self._patience_seconds = patience_seconds
+        self._numbers = itertools.count(1)
+        self._fetches: dict[int, _Fetch] = {}
+        self._by_request: dict[tuple[int, bytes], _Fetch] = {}
+        self._queues: list[deque[Load]] = [deque() for _ in tiers]
+        self._running = [0] * len(tiers)
+        self._under_way: set[tuple[int, bytes]] = set()
+
+    @property
+    def open(self) -> int:
+        """Fetches that somebody may be waiting for."""
+        return sum(fetch.ended is None for fetch in self._fetches.values())
+
+    def poll(
+        self,
+        now: float,
+        space: int,
+        hashes: bytes,
+        in_l1: int,
+        chunk_bytes: int,
+        prefill_seconds: float,
+        known: Sequence[Callable[[bytes], Sequence[bool] | None]],
+    ) -> int:
+        """How many more chunks the asker should wait for; 0: go on with what is in L1.
+
+        in_l1: leading chunks that are there now. chunk_bytes: all shards of one. prefill_seconds: to compute one chunk, 0
+        where unknown. known: for each tier, what it can tell of hashes at once, without I/O.
+        """
+        fetch = self._by_request.get((space, hashes[-HASH_BYTES:]))
+        if in_l1 * HASH_BYTES >= len(hashes):
+            if fetch is not None and fetch.ended is None:
+                self._settle(now, fetch, in_l1)
+            return 0
+        if fetch is None:
+            if len(self._fetches) >= MAX_FETCHES:
+                self.counters["too_many"] += 1
+                return 0
+            fetch = self._begin(now, space, hashes, in_l1, chunk_bytes, prefill_seconds, known)
+        if fetch.ended is None and fetch.unanswered:
+            if now - fetch.began <= self._ask_patience(fetch):
+                return fetch.missing
+            for tier in fetch.unanswered:
+                self.counters[f"late_answers:{tier}"] += 1
+            fetch.unanswered.clear()
+            self._plan(now, fetch)
+        return self._judge(now, fetch, in_l1)
+
+    def answered(self, now: float, number: int, tier: int, present: Sequence[bool] | None, seconds: float) -> None:
+        """A tier's answer to an `Ask`; None: it failed."""
+        if present is not None:
+            self.paces[tier].answered(seconds)
+        fetch = self._fetches.get(number)
+        if fetch is None or tier not in fetch.unanswered:
+            return
+        fetch.unanswered.discard(tier)
+        if present is not None:
+            fetch.has[tier] = present
+        if not fetch.unanswered:
+            self._plan(now, fetch)
+
+    def loaded(self, now: float, load: Load, size_bytes: int | None) -> None:
+        """A load has ended; so many bytes of it are in L1 now. None: the tier failed as a whole."""
+        self._running[load.tier] -= 1
+        self.paces[load.tier].ended(now, size_bytes)
+        self._forget(load)
+        self._pump(now, load.tier)
+
+    def tick(self, now: float) -> None:
+        """Forget fetches that are over, and those that nobody asks about any more."""
+        for fetch in list(self._fetches.values()):
+            if fetch.ended is None and now - fetch.began > self._patience_seconds:
+                self._end(now, fetch, "patience")
+            if fetch.ended is not None and now - fetch.ended > ENDED_SECONDS:
+                self._drop(fetch)
+
+    # A fetch's life
+
+    def _begin(
+        self,
+        now: float,
+        space: int,
+        hashes: bytes,
+        in_l1: int,
+        chunk_bytes: int,
+        prefill_seconds: float,
+        known: Sequence[Callable[[bytes], Sequence[bool] | None]],
+    ) -> _Fetch:
+        number = next(self._numbers)
+        fetch = _Fetch(number, space, hashes, in_l1, now, prefill_seconds, chunk_bytes, set())
+        self._fetches[number] = self._by_request[space, hashes[-HASH_BYTES:]] = fetch
+        missing = hashes[in_l1 * HASH_BYTES :]
+        for tier, traits in enumerate(self._tiers):
+            if not traits.usable(now) or self._too_slow_to_ask(tier, fetch):
+                continue
+            answer = known[tier](missing)
+            if answer is not None:
+                fetch.has[tier] = answer
+            else:
+                fetch.unanswered.add(tier)
+                self.effects.append(Ask(number, tier, space, missing))
+        if not fetch.unanswered:
+            self._plan(now, fetch)
+        return fetch
+
+    def _too_slow_to_ask(self, tier: int, fetch: _Fetch) -> bool:
+        """Whether the tier's answer alone is expected to take longer than computing everything."""
+        ask = self.paces[tier].ask_seconds
+        recompute = fetch.prefill_seconds * fetch.missing
+        return not self._always and bool(recompute) and ask is not None and ask > recompute
+
+    def _ask_patience(self, fetch: _Fetch) -> float:
+        """Twice what the slowest tier was seen to take for an answer (a fair try where that is not known), and the slack."""
+        if self._always:
+            return self._patience_seconds
+        if not fetch.prefill_seconds:
+            return ASK_SECONDS
+        recompute = fetch.prefill_seconds * fetch.missing
+        seen = [self.paces[tier].ask_seconds for tier in fetch.unanswered]
+        expected = max(recompute * _FAIR_TRY if ask is None else 2 * ask for ask in seen)
+        return min(ASK_SECONDS, expected + slack_seconds(recompute))
+
+    def _plan(self, now: float, fetch: _Fetch) -> None:
+        """Who loads what, and when it is expected."""
+        sources: list[int] = []
+        for at in range(fetch.missing):
+            source = next((tier for tier in sorted(fetch.has) if fetch.has[tier][at]), None)
+            if source is None:
+                break
+            sources.append(source)
+        if not sources:
+            self._end(now, fetch, "absent")
+            return
+        due = self._due(now - fetch.began, fetch.chunk_bytes, sources)
+        if not self._worth_it(fetch, due):
+            self._probe(now, fetch, sources)
+            self._end(now, fetch, "not worth it")
+            return
+        fetch.planned, fetch.due = len(sources), due
+        self._queue(now, fetch, sources)
+
+    def _probe(self, now: float, fetch: _Fetch, sources: list[int]) -> None:
+        """Nobody waits for a tier that was slow, so nobody would ever see that it has become fast: now and then one batch is
+        loaded all the same, for L1."""
+        tier = sources[0]
+        if now - self.paces[tier].measured_at > PROBE_SECONDS and not self._running[tier]:
+            batch = self._batch_chunks(tier, fetch.chunk_bytes)
+            self._queue(now, fetch, [one for one in sources[:batch] if one == tier])
+            self.counters["probes"] += 1
+
+    def _due(self, asked: float, chunk_bytes: int, sources: list[int]) -> list[float | None]:
+        """When each chunk is expected: a batch comes at once, and as many as run side by side may all come at the end."""
+        total, ahead = Counter(sources), Counter[int]()
+        due: list[float | None] = []
+        for tier in sources:
+            batch = self._batch_chunks(tier, chunk_bytes)
+            last = (ahead[tier] // batch + self._tiers[tier].concurrency) * batch
+            size = min(last, total[tier]) * chunk_bytes + self._queued_bytes(tier, chunk_bytes)
+            ahead[tier] += 1
+            seconds = self.paces[tier].expected_seconds(size)
+            due.append(None if seconds is None else asked + seconds)
+        return due
+
+    def _batch_chunks(self, tier: int, chunk_bytes: int) -> int:
+        """Chunks in one load: what comes within `_BATCH_SECONDS`, so that progress shows, and no more than gains anything."""
+        rate = self.paces[tier].bytes_per_second
+        most = _FIRST_BATCH_BYTES if rate is None else int(rate * _BATCH_SECONDS)
+        return max(1, min(self._tiers[tier].batch_bytes, most) // chunk_bytes)
+
+    def _queued_bytes(self, tier: int, chunk_bytes: int) -> int:
+        """What stands before a new load, as far as it matters."""
+        return sum(len(load.hashes) // HASH_BYTES for load in self._queues[tier]) * chunk_bytes
+
+    def _worth_it(self, fetch: _Fetch, due: list[float | None]) -> bool:
+        recompute = fetch.prefill_seconds * len(due)
+        known = [one for one in due if one is not None]
+        expected = max(known) if len(known) == len(due) else None
+        good = self._always or not recompute or expected is None or expected < recompute
+        self.last = {"expected_seconds": expected or 0.0, "recompute_seconds": recompute, "loaded": float(good)}
+        return good
+
+    def _queue(self, now: float, fetch: _Fetch, sources: list[int]) -> None:
+        """Cut into batches of chunks that follow each other in one tier; those under way are waited for only."""
+        at = 0
+        while at < len(sources):
+            tier, first = sources[at], at
+            most = self._batch_chunks(tier, fetch.chunk_bytes)
+            hashes: list[bytes] = []
+            while at < len(sources) and sources[at] == tier and len(hashes) < most:
+                key = fetch.hash_of(fetch.first + at)
+                fetch.waiting.add(key)
+                at += 1
+                if (fetch.space, key) in self._under_way:
+                    break
+                hashes.append(key)
+            if hashes:
+                chunk = fetch.first + first
+                parent = fetch.hash_of(chunk - 1) if chunk else b""
+                load = Load(tier, fetch.space, parent, not chunk, b"".join(hashes))
+                self._under_way.update((fetch.space, key) for key in hashes)
+                self._queues[tier].append(load)
+        for tier in set(sources):
+            self._pump(now, tier)
+
+    def _judge(self, now: float, fetch: _Fetch, in_l1: int) -> int:
+        """Chunks to wait for, or 0 when it is over."""
+        if fetch.ended is not None:
+            return 0
+        arrived = max(0, in_l1 - fetch.first)
+        fetch.waiting = {key for key in fetch.waiting if (fetch.space, key) in self._under_way}
+        if arrived >= fetch.planned or not fetch.waiting:
+            self._settle(now, fetch, in_l1)
+            return 0
+        waited = now - fetch.began
+        if waited > self._patience(fetch, arrived):
+            self._end(now, fetch, "late")
+            self.counters["arrived"] += arrived
+            return 0
+        return fetch.planned - arrived
+
+    def _patience(self, fetch: _Fetch, arrived: int) -> float:
+        """Seconds after the beginning until which the next chunk is waited for."""
+        if self._always or not fetch.prefill_seconds:
+            return self._patience_seconds
+        due = fetch.due[arrived]
+        slack = slack_seconds(fetch.prefill_seconds * fetch.planned)
+        if due is None:  # the first load of a tier
+            due = fetch.prefill_seconds * max(arrived + 1, _FAIR_TRY * fetch.planned)
+        return min(self._patience_seconds, due + slack)
+
+    def _settle(self, now: float, fetch: _Fetch, in_l1: int) -> None:
+        """Everything that was planned has come, or will not come."""
+        arrived = min(max(0, in_l1 - fetch.first), fetch.planned)
+        self.counters["arrived"] += arrived
+        self.counters["failed"] += fetch.planned - arrived
+        self._end(now, fetch, "")
+
+    def _end(self, now: float, fetch: _Fetch, reason: str) -> None:
+        fetch.ended = now
+        self.counters["fetches"] += 1
+        if not reason:  # what came may be evicted again, and is then worth another
+            self._drop(fetch)
+            return
+        self.counters[f"fetches:{reason}"] += 1
+        if reason in ("late", "patience"):
+            self._drop_queued()
+
+    def _drop(self, fetch: _Fetch) -> None:
+        del self._fetches[fetch.number]
+        del self._by_request[fetch.space, fetch.hashes[-HASH_BYTES:]]
+
+    def _drop_queued(self) -> None:
+        """Take loads that have not begun, and that nobody waits for any more, out of the queues."""
+        wanted = {(one.space, key) for one in self._fetches.values() if one.ended is None for key in one.waiting}
+        for tier, queue in enumerate(self._queues):
+            kept: deque[Load] = deque()
+            for load in queue:
+                if any((load.space, key) in wanted for key in _keys(load.hashes)):
+                    kept.append(load)
+                else:
+                    self._forget(load)
+            self._queues[tier] = kept
+
+    def _forget(self, load: Load) -> None:
+        self._under_way.difference_update((load.space, key) for key in _keys(load.hashes))
+
+    def _pump(self, now: float, tier: int) -> None:
+        queue = self._queues[tier]
+        while queue and self._running[tier] < self._tiers[tier].concurrency:
+            self._running[tier] += 1
+            self.paces[tier].began(now)
+            self.effects.append(queue.popleft())
+
+
+def _keys(hashes: bytes) -> list[bytes]:
+    return [hashes[at : at + HASH_BYTES] for at in range(0, len(hashes), HASH_BYTES)]

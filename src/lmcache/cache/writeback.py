@@ -1,0 +1,120 @@
+"""Write-back: which chunks are still to be written to one tier, and in which order. Pure.
+
+Chunks stand in the order in which they became whole, so a chunk never stands before one that it needs to be reachable,
+and what is written in time is a set of prefixes. The queue is bounded in bytes; beyond it the newest are not taken, which
+are the ends of prompts. The chunks themselves stay in L1, unpinned: one that is evicted before its turn is counted as lost.
+
+Mode `on-evict` keeps chunks back until L1 runs full: then the longest stored go, before eviction can take them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from typing import NamedTuple
+
+from lmcache.chunks import HASH_BYTES
+
+KEEP_BACK_SHARE = 0.7
+"""`on-evict`: above this share of L1 in use, chunks are written ahead of eviction."""
+_WRITE_AHEAD_SHARE = 0.1
+"""... as many as take this share of L1, so that the next ones are written when it is full again."""
+
+
+class Batch(NamedTuple):
+    """Chunks of one space to write in one call: their hashes, and those of their parents, 16 bytes each."""
+
+    space: int
+    hashes: bytes
+    parents: bytes
+    size_bytes: int
+
+
+class WriteQueue:
+    """Of one tier. max_bytes: of chunks that wait. batch_bytes: of one write. l1_bytes: what can be kept back at most."""
+
+    def __init__(self, max_bytes: int, batch_bytes: int, l1_bytes: int, on_evict: bool = False) -> None:
+        self.counters: Counter[str] = Counter()
+        """Chunks: queued, and lost by reason: `queue full`, `evicted` ..."""
+        self.queued_bytes = 0
+        self._max_bytes, self._batch_bytes = max_bytes, batch_bytes
+        self._l1_bytes, self._kept_bytes = l1_bytes, 0
+        self._on_evict = on_evict
+        self._ready: deque[tuple[int, bytes, bytes, int]] = deque()
+        """(space, hash, parent's hash, bytes)"""
+        self._kept_back: deque[tuple[int, bytes, bytes, int]] = deque()
+
+    def __len__(self) -> int:
+        """Chunks to write now."""
+        return len(self._ready)
+
+    @property
+    def kept_back(self) -> int:
+        return len(self._kept_back)
+
+    def add(self, space: int, hashes: bytes, parents: bytes, chunk_bytes: int) -> None:
+        """These chunks have become whole."""
+        for at in range(0, len(hashes), HASH_BYTES):
+            if self.queued_bytes + chunk_bytes > self._max_bytes and not self._on_evict:
+                self.counters["lost:queue full"] += (len(hashes) - at) // HASH_BYTES
+                return
+            one = (space, hashes[at : at + HASH_BYTES], parents[at : at + HASH_BYTES], chunk_bytes)
+            if not self._on_evict:
+                self._push(one)
+                continue
+            self._kept_back.append(one)
+            self._kept_bytes += chunk_bytes
+            while self._kept_bytes > self._l1_bytes:  # L1 does not hold so much: the first ones have been evicted
+                self._keep_no_longer()
+                self.counters["lost:evicted"] += 1
+
+    def make_ready(self, used_bytes: int) -> None:
+        """`on-evict`: let go of the longest kept chunks when L1 is that full."""
+        ahead = self._l1_bytes * _WRITE_AHEAD_SHARE
+        while self._kept_back and used_bytes > self._l1_bytes * KEEP_BACK_SHARE and self.queued_bytes < ahead:
+            self._push(self._keep_no_longer())
+
+    def make_all_ready(self) -> None:
+        """Before the end: everything that was kept back."""
+        while self._kept_back:
+            self._push(self._keep_no_longer())
+
+    def take(self) -> Batch | None:
+        """The next batch: the longest waiting chunks of one space."""
+        if not self._ready:
+            return None
+        space, size = self._ready[0][0], 0
+        taken: list[tuple[int, bytes, bytes, int]] = []
+        while (
+            self._ready and self._ready[0][0] == space and (not taken or size + self._ready[0][3] <= self._batch_bytes)
+        ):
+            taken.append(self._ready.popleft())
+            size += taken[-1][3]
+        self.queued_bytes -= size
+        return Batch(space, b"".join(one[1] for one in taken), b"".join(one[2] for one in taken), size)
+
+    def put_back(self, batch: Batch) -> None:
+        """The tier could not take it now: it is first in line again."""
+        count = len(batch.hashes) // HASH_BYTES
+        for at in reversed(range(0, len(batch.hashes), HASH_BYTES)):
+            cut = slice(at, at + HASH_BYTES)
+            self._ready.appendleft((batch.space, batch.hashes[cut], batch.parents[cut], batch.size_bytes // count))
+        self.queued_bytes += batch.size_bytes
+        while self.queued_bytes > self._max_bytes and self._ready:
+            self.queued_bytes -= self._ready.pop()[3]
+            self.counters["lost:queue full"] += 1
+
+    def clear(self) -> None:
+        """Forget what waits: it is not to be kept any more."""
+        self._ready.clear()
+        self._kept_back.clear()
+        self.queued_bytes = self._kept_bytes = 0
+
+    def _keep_no_longer(self) -> tuple[int, bytes, bytes, int]:
+        one = self._kept_back.popleft()
+        self._kept_bytes -= one[3]
+        return one
+
+    def _push(self, one: tuple[int, bytes, bytes, int]) -> None:
+        self._ready.append(one)
+        self.queued_bytes += one[3]
+        self.counters["queued"] += 1

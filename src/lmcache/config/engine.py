@@ -1,0 +1,354 @@
+"""The settings of an engine's own server (in-process mode): LMCACHE_CONFIG_FILE and LMCACHE_* variables.
+
+The names are those of the public LMCache project. The table says of each what it does here: `Row.effect` is "" where it does what
+its name says, else what happens in its place; a row with a `refusal` cannot be switched on. What is not in the table is an
+error in the file, and a warning in the environment, where names may be somebody else's.
+A value in `kv_connector_extra_config` (`lmcache.chunk_size`) beats the variable, which beats the file, which beats the default.
+"""
+# ruff: noqa: RUF009 - fields get their defaults and their row of the table from one call
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, urlsplit
+
+from lmcache.config import options as read
+from lmcache.config.load import nearest
+from lmcache.config.server import OPTIONS, POLICIES
+from lmcache.errors import ConfigError
+
+ENV_PREFIX = "LMCACHE_"
+FILE_VARIABLE = "LMCACHE_CONFIG_FILE"
+PREFIX_OF_EXTRA = "lmcache."
+_LONGEST_FILE_BYTES = 1 << 20
+_OTHERS = ("CONFIG_FILE", "LOG_LEVEL", "AUTH_KEY_FILE", "USE_UPSTREAM_MP")
+"""Variables with our prefix that are read elsewhere."""
+_OTHER_PREFIXES = ("SERVER_", "TEST_", "DEMO_", "MP_")
+SGLANG_KEYS = ("mp_host", "mp_port", "model_id")
+"""Keys of the file that only SGLang's connector reads: where the daemon is, and a name for the weights."""
+_NOTHING = ("", "null", "none", "~", "[]", "{}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A setting: how its text is read, and what it does here."""
+
+    name: str
+    parse: Callable[[str], Any]
+    default: Any
+    effect: str = ""
+    refusal: str = ""
+
+    @property
+    def variable(self) -> str:
+        return ENV_PREFIX + self.name.upper()
+
+
+def _optional(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    return lambda text: None if text.lower() in _NOTHING else parse(text)
+
+
+def _mapping(text: str) -> dict[str, Any]:
+    if text.lower() in _NOTHING:
+        return {}
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise ValueError('must be a mapping, such as {"key": 1}')
+    return value
+
+
+def _serde(text: str) -> str:
+    if text.lower() not in (*_NOTHING, "naive"):
+        raise ValueError("KV is stored as it is (no lossy codec): write naive, or leave it out")
+    return "naive"
+
+
+def _disk(text: str) -> str | None:
+    """An absolute path; file:///path is one too."""
+    if text.lower() in (*_NOTHING, "false"):
+        return None
+    parts = urlsplit(text)
+    path = parts.path if parts.scheme == "file" and not parts.netloc else text
+    if not path.startswith("/"):
+        raise ValueError("must be an absolute path, or file:///path")
+    return path
+
+
+def _remote(text: str) -> str | None:
+    if text.lower() in _NOTHING:
+        return None
+    scheme = urlsplit(text).scheme
+    if not scheme or "://" not in text:
+        raise ValueError("must be a URL, such as redis://host:6379")
+    if scheme == "lm":
+        raise ValueError("lm:// servers are not spoken to: start `lmcache server` and use LMCacheMPConnector with it")
+    return text
+
+
+def _row(parse: Callable[[str], Any], default: Any, effect: str = "") -> Any:
+    return dataclasses.field(default=default, metadata={"parse": parse, "effect": effect})
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineConfig:
+    """What an engine with a server of its own was told. `load_engine` fills it."""
+
+    chunk_size: int = _row(read.integer(1, 1 << 20), 256)
+    local_cpu: bool = _row(
+        read.switch, True, "false: memory of max_local_cpu_size is used all the same, all KV passes through it"
+    )
+    max_local_cpu_size: float = _row(read.number(0.001, 1e6), 5.0)
+    local_disk: str | None = _row(_disk, None)
+    max_local_disk_size: float = _row(read.number(0, 1e6), 0.0)
+    remote_url: str | None = _row(_remote, None)
+    remote_serde: str = _row(_serde, "naive")
+    save_decode_cache: bool = _row(read.switch, False)
+    save_unfull_chunk: bool = _row(read.switch, True)
+    cache_policy: str = _row(read.choice(POLICIES), "LRU")
+    blocking_timeout_secs: float = _row(
+        read.number(0.001, 3599), 2.0, "how long a server that does not answer may hold up a request, once"
+    )
+    priority_limit: int | None = _row(_optional(read.integer(-(1 << 31), 1 << 31)), None)
+    min_retrieve_tokens: int = _row(read.integer(0, 1 << 31), 0)
+    use_layerwise: bool = _row(
+        read.switch, False, "no effect: a request's KV is loaded in one copy before its forward pass"
+    )
+    extra_config: dict[str, Any] | None = _row(_mapping, None, "no effect: nothing in it is read")
+    internal_api_server_enabled: bool = _row(
+        read.switch, False, "true: health, status and metrics over HTTP, one port for the engine, not one a worker"
+    )
+    internal_api_server_host: str = _row(read.address, "127.0.0.1")
+    internal_api_server_port_start: int = _row(read.integer(0, 65535), 6999)
+
+    @property
+    def server_flags(self) -> tuple[str, ...]:
+        """For `lmcache server`, but for sizes and chunk size."""
+        flags = ["--eviction-policy", self.cache_policy]
+        if self.internal_api_server_enabled:
+            flags += ["--http-host", self.internal_api_server_host]
+            flags += ["--http-port", str(self.internal_api_server_port_start)]
+        for url in self.tiers:
+            flags += ["--l2", url]
+        return tuple(flags)
+
+    @property
+    def tiers(self) -> tuple[str, ...]:
+        """URLs of the tiers behind memory, nearest first."""
+        urls = []
+        if self.local_disk is not None:
+            urls.append(f"disk://{quote(self.local_disk)}?max_gb={self.max_local_disk_size:g}")
+        if self.remote_url is not None:
+            urls.append(self.remote_url)
+        return tuple(urls)
+
+
+def _refused(name: str, remedy: str, parse: Callable[[str], Any] = read.switch, default: Any = False) -> Row:
+    return Row(name, parse, default, refusal=remedy)
+
+
+def _ignored(names: str, effect: str) -> tuple[Row, ...]:
+    return tuple(Row(name, str, None, effect=effect) for name in names.split())
+
+
+_ONE_DAEMON = "let the engines share one `lmcache server` through LMCacheMPConnector"
+_OFF = "no effect: it belongs to something that is not on"
+ROWS: tuple[Row, ...] = (
+    *(
+        Row(field.name, field.metadata["parse"], field.default, field.metadata["effect"])
+        for field in dataclasses.fields(EngineConfig)
+    ),
+    _refused("enable_blending", "only prefixes are reused: leave it out"),
+    _refused("enable_p2p", _ONE_DAEMON),
+    _refused("enable_pd", f"for disaggregated prefill {_ONE_DAEMON}"),
+    _refused("enable_nixl", f"for disaggregated prefill {_ONE_DAEMON}"),
+    _refused("enable_controller", "GET /status of the server tells what is cached; leave it out"),
+    _refused("external_lookup_client", "lookups go to the engine's own server; leave it out", _optional(str), None),
+    _refused("gds_path", "use local_disk", _optional(str), None),
+    _refused("weka_path", "use local_disk", _optional(str), None),
+    _refused("storage_plugins", "use local_disk or remote_url", _optional(str), None),
+    _refused("remote_storage_plugins", "use remote_url", _optional(str), None),
+    _refused("runtime_plugin_locations", "no code but lmcache's own is run; leave it out", _optional(str), None),
+    *_ignored("pre_caching_hash_algorithm", "no effect: chunks are named by BLAKE3, the same in every process"),
+    *_ignored("py_enable_gc error_handling", "no effect"),
+    *_ignored("numa_mode", "no effect: the kernel places the pages"),
+    *_ignored("enable_async_loading", "no effect: loads are short, and tiers are read ahead of them"),
+    *_ignored("enable_kv_events", "no effect: no KV events are sent"),
+    *_ignored(
+        "enable_lazy_memory_allocator lazy_memory_initial_ratio lazy_memory_expand_trigger_ratio lazy_memory_step_ratio"
+        " lazy_memory_safe_size",
+        "no effect: memory is always reserved in the background, step by step",
+    ),
+    *_ignored("reserve_local_cpu_size", "no effect: a size that the machine does not have is refused at the start"),
+    *_ignored(" ".join(SGLANG_KEYS), "no effect outside SGLang, which reads it in its file"),
+    *_ignored("lmcache_instance_id", "no effect: the engine's id is the instance"),
+    *_ignored(
+        "blend_recompute_ratios blend_recompute_ratio blend_min_tokens blend_check_layers blend_special_str p2p_host"
+        " p2p_init_ports p2p_lookup_ports peer_init_ports peer_lookup_ports transfer_channel controller_url"
+        " controller_pull_url controller_reply_url lmcache_worker_port lmcache_worker_ports pd_role pd_buffer_size"
+        " pd_buffer_device pd_peer_host pd_peer_init_port pd_peer_alloc_port pd_proxy_host pd_proxy_port nixl_role"
+        " nixl_receiver_host nixl_receiver_port nixl_buffer_size nixl_buffer_device nixl_backends nixl_enable_gc"
+        " cufile_buffer_size internal_api_server_include_index_list internal_api_server_socket_path_prefix"
+        " lookup_timeout_ms lookup_server_worker_ids distributed_url",
+        _OFF,
+    ),
+)
+_BY_NAME = {row.name: row for row in ROWS}
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineSettings:
+    """A filled configuration and how it came about. values: of all rows, for people: secrets in URLs are `***`."""
+
+    config: EngineConfig
+    values: Mapping[str, Any]
+    sources: Mapping[str, str]
+    """Name -> where its value is from: a variable, FILE:LINE, `default`."""
+    warnings: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Found:
+    text: str
+    source: str
+
+
+def load_engine(
+    environ: Mapping[str, str] | None = None, extra: Mapping[str, Any] | None = None, file: Path | None = None
+) -> EngineSettings:
+    """Fill an EngineConfig. environ: os.environ unless told. extra: `kv_connector_extra_config`. file: beats the variable.
+
+    Raises:
+        ConfigError: one line that names the setting, its value, where it came from and what to do.
+    """
+    environ = os.environ if environ is None else environ
+    path = file or (Path(environ[FILE_VARIABLE]) if environ.get(FILE_VARIABLE) else None)
+    warnings: list[str] = []
+    found = _from_file(path) if path is not None else {}
+    found |= _from_environment(environ, warnings)
+    found |= _from_extra(extra or {})
+    values: dict[str, Any] = {}
+    for name, one in found.items():
+        row = _BY_NAME[name]
+        try:
+            value = row.parse(one.text)
+        except ValueError as error:
+            raise ConfigError(f"{one.source}: {name}: {one.text}: {error}") from None
+        if row.refusal and value != row.default:
+            raise ConfigError(f"{one.source}: {name}: {one.text}: is not there: {row.refusal}")
+        if row.effect.startswith("no effect") and value and value != row.default:
+            warnings.append(f"{one.source}: {name} has {row.effect}")
+        values[name] = value
+    config = EngineConfig(
+        **{field.name: values[field.name] for field in dataclasses.fields(EngineConfig) if field.name in values}
+    )
+    _check_tiers(config, found)
+    sources = {row.name: found[row.name].source if row.name in found else "default" for row in ROWS}
+    shown = {row.name: _redacted(values.get(row.name, row.default)) for row in ROWS}
+    return EngineSettings(config, shown, sources, tuple(warnings))
+
+
+def is_for_engines(path: Path) -> bool:
+    """Whether the file has a key that only an engine's file can have, and so is not the daemon's."""
+    servers = {option.name for option in OPTIONS}
+    return any(key in _BY_NAME and key not in servers for key in _read_keys(path))
+
+
+def _check_tiers(config: EngineConfig, found: Mapping[str, _Found]) -> None:
+    if config.local_disk is not None and not config.max_local_disk_size:
+        source = found["local_disk"].source
+        raise ConfigError(f"{source}: local_disk: {config.local_disk}: say how much it may take: max_local_disk_size")
+
+
+def _from_environment(environ: Mapping[str, str], warnings: list[str]) -> dict[str, _Found]:
+    found = {}
+    for variable in sorted(environ):
+        if not variable.startswith(ENV_PREFIX) or not environ[variable]:
+            continue
+        name = variable.removeprefix(ENV_PREFIX)
+        if name.lower() in _BY_NAME:
+            found[name.lower()] = _Found(environ[variable], variable)
+        elif name not in _OTHERS and not name.startswith(_OTHER_PREFIXES):
+            near = nearest(variable, [row.variable for row in ROWS])
+            warnings.append(f"{variable} is not a setting and is ignored{': ' + near if 'did' in near else ''}")
+    return found
+
+
+def _from_extra(extra: Mapping[str, Any]) -> dict[str, _Found]:
+    found = {}
+    for key, value in extra.items():
+        name = key.removeprefix(PREFIX_OF_EXTRA)
+        if key.startswith(PREFIX_OF_EXTRA) and name in _BY_NAME:
+            found[name] = _Found(_as_text(value), f"kv_connector_extra_config {key}")
+    return found
+
+
+def _redacted(value: Any) -> Any:
+    return read.redacted_url(value) if isinstance(value, str) else value
+
+
+def _read(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            raw = file.read(_LONGEST_FILE_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}: {FILE_VARIABLE} must name a YAML file") from error
+    if len(raw) > _LONGEST_FILE_BYTES:
+        raise ConfigError(f"{path}: larger than {_LONGEST_FILE_BYTES >> 20} MiB; that is no configuration")
+    return raw
+
+
+def _read_keys(path: Path) -> list[str]:
+    """The keys of a readable file; whoever reads it whole says what is wrong with another."""
+    import yaml
+
+    try:
+        root = yaml.compose(_read(path).decode(), Loader=yaml.SafeLoader)
+    except (ConfigError, UnicodeDecodeError, yaml.YAMLError):
+        return []
+    return [str(key.value) for key, _ in root.value] if isinstance(root, yaml.MappingNode) else []
+
+
+def _from_file(path: Path) -> dict[str, _Found]:
+    import yaml  # here: most starts have no file
+
+    raw, loader = _read(path), None
+    try:
+        loader = yaml.SafeLoader(raw.decode())
+        root = loader.get_single_node()
+        if root is None:
+            return {}
+        if not isinstance(root, yaml.MappingNode):
+            raise ConfigError(f"{path}: must be lines of `key: value`, such as `chunk_size: 256`")
+        found: dict[str, _Found] = {}
+        for key_node, value_node in root.value:
+            key, where = str(key_node.value), f"{path}:{key_node.start_mark.line + 1}"
+            if key not in _BY_NAME:
+                raise ConfigError(f"{where}: unknown key {key!r}: {nearest(key, _BY_NAME)}")
+            if key in found:
+                raise ConfigError(f"{where}: {key} is given twice (first at {found[key].source}): remove one")
+            scalar = isinstance(value_node, yaml.ScalarNode)
+            text = value_node.value if scalar else _as_text(loader.construct_object(value_node, deep=True))
+            found[key] = _Found("" if value_node.tag.endswith(":null") else str(text), where)
+        return {key: one for key, one in found.items() if one.text}
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: is not UTF-8 text (byte {error.start})") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        raise ConfigError(
+            f"{path}:{mark.line + 1 if mark else 1}: is not YAML: {getattr(error, 'problem', '')}"
+        ) from None
+    finally:
+        if loader is not None:
+            loader.dispose()
+
+
+def _as_text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, default=str)

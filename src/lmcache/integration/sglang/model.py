@@ -1,0 +1,253 @@
+"""What SGLang's KV pool holds, in our terms: whose KV it is, and where each token's lies.
+
+The pool has a K and a V tensor [slot, head, dim] a layer (MLA: one latent [slot, 1, dim]). A page is `page_size` slots
+in a row, so pages are the blocks of our copies; with page size 1 every slot is one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from blake3 import blake3
+
+from lmcache.chunks import Layout, Shard, shard_of_rank
+from lmcache.errors import LayoutError
+from lmcache.integration.identity import path_identity, plain, repository_identity
+from lmcache.transfer.paged import PagedKV, Plane
+
+NOT_SERVED = (
+    LayoutError,
+    AttributeError,
+    ImportError,
+    IndexError,
+    KeyError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""Whatever a release of SGLang that we do not know may raise where we look into it: that engine must run on without us."""
+
+ENGINE = "sglang"
+"""Part of every layout's digest: engines round differently, and each reads a model's configuration in its own way."""
+
+_DTYPES = {"float32": "float32", "float16": "float16", "bfloat16": "bfloat16"} | {
+    "float8_e4m3fn": "fp8_e4m3",
+    "float8_e5m2": "fp8_e5m2",
+}
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """How the model is split, and this process's place in it."""
+
+    tp_size: int = 1
+    tp_rank: int = 0
+    pp_size: int = 1
+    pp_rank: int = 0
+
+    @property
+    def count(self) -> int:
+        return self.tp_size * self.pp_size
+
+    @property
+    def number(self) -> int:
+        return self.pp_rank * self.tp_size + self.tp_rank
+
+
+@dataclass(frozen=True)
+class RankKV:
+    """One rank's KV: the whole model's layout, this rank's shard of it, and where that lies.
+
+    vocabulary: token ids from this one on stand for something else than text.
+    """
+
+    model: Layout
+    shard: Shard
+    paged: PagedKV
+    vocabulary: int
+
+    def layout(self, chunk_tokens: int) -> Layout:
+        """The model's layout for chunks of so many tokens."""
+        model = self.model
+        return Layout(
+            model_id=model.model_id,
+            kv_dtype=model.kv_dtype,
+            num_layers=model.num_layers,
+            num_kv_heads=model.num_kv_heads,
+            head_size=model.head_size,
+            chunk_tokens=chunk_tokens,
+            kind=model.kind,
+            config_digest=model.config_digest,
+        )
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token's KV on this rank."""
+        return self.paged.token_bytes
+
+
+@dataclass(frozen=True)
+class Buffers:
+    """The tensors of a KV pool. values: () with MLA. dtype: our name of the KV's."""
+
+    keys: tuple[Any, ...]
+    values: tuple[Any, ...]
+    dtype: str
+
+
+def describe_rank(
+    buffers: Buffers, model_config: Any, page_size: int, ranks: Ranks, *, model_id: str = "", engine_id: str = ""
+) -> RankKV:
+    """Describe one rank's KV. model_id: the user's name for the weights. engine_id: the same in all ranks of this engine only.
+
+    Raises:
+        LayoutError: this KV cannot be cached; the message says why.
+    """
+    if getattr(model_config, "is_encoder_decoder", False):
+        raise LayoutError(
+            "encoder-decoder models are not supported: their KV does not depend on the prompt's tokens alone"
+        )
+    if ranks.pp_size > 1:
+        raise LayoutError(f"pipelines (pp_size={ranks.pp_size}) are not supported with SGLang yet; use tensor parallel")
+    if getattr(_server_args(), "quantization_param_path", None):
+        raise LayoutError("KV scales from a file (--quantization-param-path) are not supported")
+    mla = not buffers.values
+    layout = Layout(
+        model_id=model_id or model_identity(model_config, load_format(), engine_id),
+        kv_dtype=buffers.dtype,
+        num_layers=len(buffers.keys),
+        num_kv_heads=1 if mla else model_config.get_total_num_kv_heads(),
+        head_size=buffers.keys[0].shape[-1],
+        chunk_tokens=1,
+        kind="mla" if mla else "mha",
+        config_digest=config_digest(model_config),
+    )
+    shard = shard_of_rank(layout, ranks.tp_rank, ranks.tp_size, 0, layout.num_layers)
+    paged = paged_kv(buffers, page_size)
+    if shard.token_bytes(layout) != paged.token_bytes:
+        raise LayoutError(f"the KV pool has {paged.token_bytes} bytes a token, the model {shard.token_bytes(layout)}")
+    return RankKV(layout, shard, paged, int(model_config.vocab_size))
+
+
+def pool_buffers(pool: Any) -> Buffers:
+    """The tensors of SGLang's KV pool.
+
+    Raises:
+        LayoutError: it is not one of the two plain pools, or keeps more than plain K and V.
+    """
+    kind = type(pool).__name__
+    if kind not in ("MHATokenToKVPool", "MLATokenToKVPool"):
+        raise LayoutError(
+            f"a KV pool of kind {kind} is not supported; only models of full attention in a plain pool are"
+        )
+    for name in ("k_scale_buffer", "v_scale_buffer", "kv_scale_buffer"):
+        if getattr(pool, name, None) is not None:
+            raise LayoutError(
+                "KV with scales of its own is not supported; use --kv-cache-dtype auto, fp8_e4m3 or fp8_e5m2"
+            )
+    if getattr(pool, "kv_cache_layout", "nhd") != "nhd":
+        raise LayoutError(f"a KV pool in the order {pool.kv_cache_layout!r} is not supported; use the default, nhd")
+    mla = kind.startswith("MLA")
+    keys = tuple(pool.kv_buffer) if mla else tuple(pool.k_buffer)
+    return Buffers(keys, () if mla else tuple(pool.v_buffer), dtype_name(pool.dtype))
+
+
+def dtype_name(dtype: Any) -> str:
+    """Our name of a torch dtype.
+
+    Raises:
+        LayoutError: KV of that dtype is not supported.
+    """
+    name = str(dtype).removeprefix("torch.")
+    if name not in _DTYPES:
+        raise LayoutError(f"KV of dtype {name} is not supported; use --kv-cache-dtype auto, fp8_e4m3 or fp8_e5m2")
+    return _DTYPES[name]
+
+
+def paged_kv(buffers: Buffers, page_size: int) -> PagedKV:
+    """Where the tokens lie, with pages of `page_size` slots as blocks.
+
+    Raises:
+        LayoutError: tensors of different or unknown shapes.
+    """
+    first = buffers.keys[0]
+    tensors: Sequence[Any] = buffers.keys
+    if buffers.values:
+        tensors = [tensor for pair in zip(buffers.keys, buffers.values, strict=True) for tensor in pair]
+    if len(first.shape) != 3 or len({(tuple(t.shape), str(t.dtype), str(t.device)) for t in tensors}) != 1:
+        shapes = ", ".join(sorted({str(tuple(t.shape)) for t in tensors}))
+        raise LayoutError(f"KV tensors of shapes {shapes} are not supported; expected [slots, heads, dims], all alike")
+    planes = tuple(_plane(tensor, page_size) for tensor in tensors)
+    blocks = first.shape[0] // page_size
+    return PagedKV(planes, page_size, blocks, first.element_size(), tuple(tensors), str(first.device))
+
+
+def _plane(tensor: Any, page_size: int) -> Plane:
+    item = tensor.element_size()
+    slot, head, dim = (step * item for step in tensor.stride())
+    _, heads, dims = tensor.shape
+    return Plane.strided(tensor.data_ptr(), slot * page_size, slot, heads, head, dims, dim)
+
+
+def model_identity(model_config: Any, load_format: str, engine_id: str) -> str:
+    """The identity of the served weights; dummy ones are shared with nobody.
+
+    Raises:
+        LayoutError: it cannot be found out; the message says what to set.
+    """
+    if load_format == "dummy":
+        return f"dummy:{engine_id}"
+    name = str(model_config.model_path)
+    try:
+        return path_identity(name) or repository_identity(name, model_config)
+    except LayoutError as error:
+        raise LayoutError(str(error).replace("lmcache.mp.model_id", "model_id in the LMCache config file")) from None
+
+
+def config_digest(model_config: Any) -> str:
+    """A digest of whatever else changes the numbers, and of the engine's name.
+
+    It takes in the whole configuration, so a harmless difference costs a miss, and no harmful one a wrong answer.
+    """
+    material = {
+        "engine": ENGINE,
+        "hf": plain(getattr(model_config, "hf_config", None)),
+        "overrides": plain(getattr(model_config, "model_override_args", None)),
+        "dtype": str(model_config.dtype),
+        "quantization": plain(getattr(model_config, "quantization", None)),
+    }
+    return blake3(json.dumps(material, sort_keys=True).encode()).hexdigest(16)
+
+
+def load_format() -> str:
+    """How this process has loaded its weights, "" where SGLang does not say."""
+    return str(getattr(_server_args(), "load_format", ""))
+
+
+def lora_enabled() -> bool:
+    """Whether this engine may serve LoRA adapters."""
+    return bool(getattr(_server_args(), "enable_lora", False) or getattr(_server_args(), "lora_paths", None))
+
+
+def engine_page_size() -> int:
+    """The page size that this engine was started with, 1 where SGLang does not say."""
+    return int(getattr(_server_args(), "page_size", None) or 1)
+
+
+def _server_args() -> Any:
+    """What this engine was started with; None where no SGLang runs in this process, as in tests."""
+    try:
+        from sglang.srt.runtime_context import get_server_args
+    except ImportError:  # SGLang 0.5.13 and older
+        try:
+            from sglang.srt.server_args import get_global_server_args as get_server_args
+        except ImportError:
+            return None
+    try:
+        return get_server_args()
+    except (AttributeError, RuntimeError, ValueError):
+        return None

@@ -1,0 +1,76 @@
+"""`LMCacheMPConnector`: for `LMCRadixCache` of SGLang 0.5.13 to 0.5.19, which looks up first and loads when it has the slots."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from lmcache.engine.link import server_address
+from lmcache.errors import ConfigError
+from lmcache.integration.sglang.older import Found, LoadMetadata, OlderConnector, StoreMetadata, tokens_had
+from lmcache.integration.sglang.settings import Settings
+
+
+class LMCacheMPConnector(OlderConnector):
+    """host, port: of the daemon. The rest as in `sglang_adapter.LMCacheLayerwiseConnector`."""
+
+    def __init__(
+        self,
+        *,
+        page_size: int,
+        host: str,
+        port: int,
+        sgl_config: Any,
+        tp_size: int,
+        rank: int,
+        k_pool: Any,
+        v_pool: Any,
+        tp_group: Any = None,
+    ) -> None:
+        try:
+            address = server_address(str(host), int(port))
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"mp_host {host!r} with mp_port {port!r} is no address: {error}") from error
+        super().__init__(
+            replace(Settings(), address=address),
+            sgl_config=sgl_config,
+            tp_size=tp_size,
+            rank=rank,
+            k_pool=k_pool,
+            v_pool=v_pool,
+            tp_group=tp_group,
+            page_size=page_size,
+        )
+        self._found: dict[str, Found] = {}
+
+    def lookup_kv(self, token_ids: Any, request_id: str) -> int:
+        """Tokens of the prompt, from its start on, that can be loaded; they stay until `release_pending` or `end_session`."""
+        self.release_pending(request_id)
+        found = self._find(token_ids, 0)
+        if found is None:
+            return 0
+        self._found[request_id] = found
+        return found.tokens
+
+    def retrieve_kv(self, load: LoadMetadata) -> int:
+        """Fill the slots of what was found; tokens from `load.offset` on that are there now, 0 for none."""
+        found = self._found.pop(load.request_id, None)
+        if found is None:
+            return 0
+        have = tokens_had(load.slot_mapping)
+        end = min(found.tokens, len(load.slot_mapping))
+        filled = self._fill(replace(found, tokens=end), have, load.slot_mapping, len(load.token_ids))
+        return have + filled - load.offset if filled else 0
+
+    def release_pending(self, request_id: str) -> None:
+        """What was found for the request will not be loaded."""
+        found = self._found.pop(request_id, None)
+        if found is not None and self._rank is not None:
+            self._rank.release(found.hit)
+
+    def end_session(self, request_id: str) -> None:
+        """The request has ended."""
+        self.release_pending(request_id)
+
+
+__all__ = ["LMCacheMPConnector", "LoadMetadata", "StoreMetadata"]

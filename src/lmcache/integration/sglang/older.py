@@ -1,0 +1,192 @@
+"""What the radix cache of SGLang before 0.5.20 asks of LMCache, in either of its two modes.
+
+It hands over whole sequences of tokens: a prompt to be found and loaded, and what a finished request has computed. Loads and
+stores end before the call does, since it says nothing of when it overwrites slots. It does not tell one request's `extra_key`
+from another's when it looks up, so KV of requests with such a key is never kept, and engines with LoRA adapters are refused.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lmcache.chunks import TokenChain
+from lmcache.engine import Hit
+from lmcache.errors import LayoutError
+from lmcache.integration.sglang.describe import describe_agreed
+from lmcache.integration.sglang.model import Buffers, Ranks, dtype_name, lora_enabled
+from lmcache.integration.sglang.ranks import (
+    Agreement,
+    SGLangRank,
+    Tokens,
+    WholeDevice,
+    cost,
+    pages_of,
+    stored_line,
+    text_of,
+)
+from lmcache.integration.sglang.settings import Settings
+from lmcache.integration.sglang.weights import forget, on_new_weights
+from lmcache.observability.log import init_logger
+
+logger = init_logger(__name__)
+
+
+@dataclass
+class LoadMetadata:
+    """token_ids: the prompt. slot_mapping: of each token [tokens], -1 for those that the radix tree has. offset: the token from
+    which on the answer counts, the last multiple of `chunk_size()` that the radix tree has."""
+
+    token_ids: Any
+    slot_mapping: Any
+    offset: int
+    prefix_pad: int = 0
+    request_id: str = ""
+
+
+@dataclass
+class StoreMetadata:
+    """token_ids, kv_indices: a finished request's tokens and their slots [tokens], from token `offset` (0) on."""
+
+    last_node: Any
+    token_ids: Any
+    kv_indices: Any
+    offset: int
+    request_id: str = ""
+
+
+@dataclass(frozen=True)
+class Found:
+    """tokens: that can be loaded, from the prompt's start on, in whole pages."""
+
+    tokens: int
+    chain: TokenChain
+    hit: Hit
+
+
+class OlderConnector:
+    """What both modes share. Nothing raises but the constructor.
+
+    Raises:
+        ConfigError: a setting cannot be used. Whatever else is wrong, SGLang runs on without LMCache, and one line says why.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        sgl_config: Any,
+        tp_size: int,
+        rank: int,
+        k_pool: Any,
+        v_pool: Any,
+        tp_group: Any = None,
+        page_size: int = 1,
+    ) -> None:
+        self._page_size = page_size
+        ranks = Ranks(tp_size, rank)
+        self._agreement = Agreement((tp_group, tp_size), device=str(k_pool[0].device))
+        self._salt = ""
+        self._generation = 0
+        self._rank: SGLangRank | None = None
+        self._name = self._agreement.name()
+
+        def buffers() -> Buffers:
+            if lora_enabled():
+                raise LayoutError("this release of SGLang does not tell whose KV a LoRA adapter's is; 0.5.23 does")
+            return Buffers(tuple(k_pool), tuple(v_pool), dtype_name(k_pool[0].dtype))
+
+        kv = describe_agreed(
+            buffers, sgl_config, page_size, ranks, self._agreement, model_id=settings.model_id, engine_id=self._name
+        )
+        if kv is not None:
+            self._rank = SGLangRank(settings, kv, ranks, self._name)
+            on_new_weights(self._new_weights)
+
+    def chunk_size(self) -> int:
+        """The steps in which tokens are loaded: whole pages. Chunks are cut by us, and may have any size."""
+        return self._page_size
+
+    def store_kv(self, store: StoreMetadata) -> None:
+        """Keep the full chunks that are not there yet; returns when SGLang may reuse the slots."""
+        rank = self._rank
+        if rank is None or store.offset or getattr(getattr(store.last_node, "key", None), "extra_key", None):
+            return
+        chain = rank.new_chain(self._salt)
+        if chain is None:
+            return
+        tokens = text_of(store.token_ids, rank.kv.vocabulary)
+        chunks = chain.extend(tokens)
+        pages = pages_of(store.kv_indices[: chunks * chain.chunk_tokens], self._page_size)
+        copy = rank.store(chain, 0, chunks, 0, pages, self._fence())
+        rank.settle(copy)
+        done = [copy.done] if copy.done is not None else []
+        line = stored_line(done, len(store.token_ids), chunks * chain.chunk_tokens, rank.kv.token_bytes)
+        if line:
+            logger.info("%s", line)
+
+    def reset(self) -> None:
+        """SGLang has emptied its radix tree. What LMCache keeps stays good."""
+
+    def close(self) -> None:
+        forget(self._new_weights)
+        if self._rank is not None:
+            self._rank.close()
+            self._rank = None
+
+    def _find(self, token_ids: Any, have: int) -> Found | None:
+        """What all ranks can load of a prompt of which the radix tree has `have` tokens; None if that is no more."""
+        rank = self._rank
+        if rank is None:
+            return None
+        tokens, chain, hit, count = text_of(token_ids, rank.kv.vocabulary), rank.new_chain(self._salt), None, 0
+        if chain is not None:
+            chain.extend(tokens)
+            hit = rank.lookup(chain, have)
+        if hit is not None and chain is not None:
+            count = min(hit.chunks * chain.chunk_tokens, len(tokens)) // self._page_size * self._page_size
+        count = self._agreement.least(count)
+        if hit is not None and chain is not None and count > have:
+            return Found(count, chain, hit)
+        if hit is not None:
+            rank.release(hit)
+        return None
+
+    def _fill(self, found: Found, have: int, slots: Any, total: int) -> int:
+        """Fill the slots of tokens [have, found.tokens), the first of them at slots[have]; how many were filled on all ranks."""
+        rank = self._rank
+        if rank is None:
+            return 0
+        pages = pages_of(slots[have : found.tokens], self._page_size)
+        copy = rank.load(found.hit, have, found.tokens, pages, self._fence())
+        ok = self._agreement.least(int(rank.settle(copy)))
+        rank.release(found.hit)
+        if not ok or copy.done is None:
+            return 0
+        logger.info(
+            "Retrieved %d out of %d required tokens (from %d total tokens). %s",
+            found.tokens - have,
+            found.tokens,
+            total,
+            cost((found.tokens - have) * rank.kv.token_bytes, copy.done.seconds),
+        )
+        return found.tokens - have
+
+    def _fence(self) -> WholeDevice | None:
+        """Whatever SGLang has launched may still write to these slots, and it does not say on which stream."""
+        device = self._rank.kv.paged.device if self._rank is not None else "cpu"
+        return None if device == "cpu" else WholeDevice(device)
+
+    def _new_weights(self) -> None:
+        self._generation += 1
+        self._salt = f"{self._name} {self._generation}"
+        logger.info("The weights of this engine change: what LMCache holds of it so far is not used any more")
+
+
+def tokens_had(slot_mapping: Any) -> int:
+    """How many leading tokens have no slot of their own, because the radix tree has them."""
+    host = slot_mapping.cpu() if hasattr(slot_mapping, "cpu") else slot_mapping
+    slots: Tokens = np.asarray(host, dtype=np.int64)
+    return int((slots < 0).sum())

@@ -1,0 +1,77 @@
+"""When SGLang loads new weights into a running engine, it tells its radix cache nothing but to forget. A cache that outlives
+the radix tree has to know: KV of the old weights must not be served, and that of the new ones is not what the model's name says.
+
+So the four methods that change weights are wrapped, in this process, to call back first.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from lmcache.observability.log import init_logger
+
+logger = init_logger(__name__)
+
+UPDATES = (
+    "update_weights_from_disk",
+    "update_weights_from_distributed",
+    "update_weights_from_tensor",
+    "update_weights_from_ipc",
+    "begin_weight_update",
+)
+_listeners: list[Callable[[], None]] = []
+
+
+def on_new_weights(listener: Callable[[], None]) -> None:
+    """Call `listener` whenever this process is about to change its weights."""
+    if not _listeners and not _wrap(_owner()):
+        logger.warning(
+            "This release of SGLang updates weights in a way that LMCache does not see: start it anew after an update of weights"
+        )
+    _listeners.append(listener)
+
+
+def forget(listener: Callable[[], None]) -> None:
+    """Call it no more."""
+    if listener in _listeners:
+        _listeners.remove(listener)
+
+
+def _owner() -> Any:
+    """The class whose methods change weights; None where there is no such class."""
+    try:
+        from sglang.srt.managers.scheduler_components.weight_updater import SchedulerWeightUpdaterManager
+
+        return SchedulerWeightUpdaterManager
+    except ImportError:
+        pass
+    try:  # SGLang 0.5.10 and older
+        from sglang.srt.managers.scheduler_update_weights_mixin import SchedulerUpdateWeightsMixin
+
+        return SchedulerUpdateWeightsMixin
+    except ImportError:
+        return None
+
+
+def _wrap(owner: Any) -> bool:
+    """Whether there was something to wrap."""
+    names = [name for name in UPDATES if hasattr(owner, name)]
+    for name in names:
+        setattr(owner, name, _telling(getattr(owner, name)))
+    return bool(names)
+
+
+def _telling(update: Callable[..., Any]) -> Callable[..., Any]:
+    if getattr(update, "tells_lmcache", False):
+        return update
+
+    @functools.wraps(update)
+    def tell(*args: Any, **kwargs: Any) -> Any:
+        for listener in tuple(_listeners):
+            listener()
+        return update(*args, **kwargs)
+
+    tell.tells_lmcache = True  # type: ignore[attr-defined]
+    return tell

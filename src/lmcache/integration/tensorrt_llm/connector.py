@@ -1,0 +1,255 @@
+"""What both presets share: the engine's two base classes, filled in. Nothing here raises, but for a load that has failed."""
+
+from __future__ import annotations
+
+import functools
+import threading
+import uuid
+import weakref
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+from tensorrt_llm._utils import mpi_allgather, mpi_broadcast, mpi_rank
+
+from lmcache.engine import SchedulerSession, WorkerSession
+from lmcache.engine.link import Endpoint
+from lmcache.integration.tensorrt_llm.model import NOT_SERVED, PoolKV, describe_pool, refusal_of
+from lmcache.integration.tensorrt_llm.plan import StepPlan
+from lmcache.integration.tensorrt_llm.ranks import RankReporter, RankWatch
+from lmcache.integration.tensorrt_llm.scheduler import SchedulerHalf
+from lmcache.integration.tensorrt_llm.settings import Settings
+from lmcache.integration.tensorrt_llm.worker import LoadFailed, WorkerHalf
+from lmcache.observability.log import init_logger
+
+try:
+    from tensorrt_llm._torch.pyexecutor.connectors.kv_cache_connector import (
+        KvCacheConnectorScheduler,
+        KvCacheConnectorWorker,
+    )
+except ImportError:  # releases before 1.2
+    from tensorrt_llm._torch.pyexecutor.kv_cache_connector import KvCacheConnectorScheduler, KvCacheConnectorWorker
+
+logger = init_logger(__name__)
+_CONNECT_SECONDS = 2.0
+
+
+class Meeting:
+    """What the scheduler and the worker of rank 0, which live in one process, have in common. The worker knows the KV's layout
+    when it gets the pool; the scheduler begins its work then."""
+
+    def __init__(self, llm_args: Any) -> None:
+        self.llm_args = llm_args
+        self.instance = f"tensorrt-llm-{uuid.uuid4().hex}"
+        self.half: SchedulerHalf | None = None
+        self.worker: WorkerHalf | None = None
+
+
+_meetings: weakref.WeakValueDictionary[int, Meeting] = weakref.WeakValueDictionary()
+_meetings_lock = threading.Lock()
+
+
+def meet(llm_args: Any) -> Meeting:
+    """The meeting of those who were made with this very object; the engine makes both at once, in two threads."""
+    with _meetings_lock:
+        meeting = _meetings.get(id(llm_args))
+        if meeting is None:
+            meeting = _meetings[id(llm_args)] = Meeting(llm_args)
+        return meeting
+
+
+def _never_raises(otherwise: Callable[[], Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """The edge towards the engine: what goes wrong in us is logged and is nothing cached."""
+
+    def around(method: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return method(self, *args, **kwargs)
+            except LoadFailed:
+                raise
+            except Exception:
+                logger.exception("%s went wrong; the engine goes on without", method.__name__)
+                return otherwise()
+
+        return call
+
+    return around
+
+
+class Scheduler(KvCacheConnectorScheduler):  # type: ignore[misc]
+    """Rank 0's, once for an engine."""
+
+    def __init__(self, llm_args: Any) -> None:
+        super().__init__(llm_args)
+        self._meeting = meet(llm_args)
+
+    @_never_raises(lambda: (0, False))
+    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int, bool]:
+        half = self._meeting.half
+        return (half.match(request, num_computed_tokens) if half is not None else 0), False
+
+    @_never_raises(lambda: None)
+    def update_state_after_alloc(self, request: Any, block_ids: list[int]) -> None:
+        if self._meeting.half is not None:
+            self._meeting.half.allocated(request, block_ids)
+
+    def build_connector_meta(self, scheduler_output: Any) -> StepPlan:
+        half = self._meeting.half
+        if half is None:
+            return StepPlan()
+        try:
+            return half.plan_step(scheduler_output)
+        except Exception:  # the edge towards the engine; what it was promised must not be forgotten with it
+            logger.exception("build_connector_meta went wrong; the engine goes on without")
+            return StepPlan(broken=half.owes)
+
+    @_never_raises(lambda: False)
+    def request_finished(self, request: Any, cache_block_ids: list[int]) -> bool:
+        return self._meeting.half is not None and self._meeting.half.finished(request)
+
+    @_never_raises(lambda: None)
+    def request_reset(self, request: Any) -> None:
+        """Newer releases: the blocks of a request that will run again are gone."""
+        if self._meeting.half is not None and self._meeting.worker is not None:
+            self._meeting.worker.settle(self._meeting.half.reset(request))  # other ranks do before their next forward
+
+    @_never_raises(lambda: None)
+    def cancel_load(self, request: Any, start: int, end: int) -> None:
+        """Newer releases: tokens [start, end) that were offered are not taken."""
+        if self._meeting.half is not None:
+            self._meeting.half.cancelled(request, start)
+
+
+class Worker(KvCacheConnectorWorker):  # type: ignore[misc]
+    """One a rank."""
+
+    def __init__(self, llm_args: Any) -> None:
+        super().__init__(llm_args)
+        self._args, self._rank = llm_args, int(mpi_rank())
+        self._ranks = int(getattr(llm_args, "tensor_parallel_size", 1) or 1)
+        self._started: StepPlan | None = None
+        self._load_failed = False
+        self._meeting = meet(llm_args) if self._rank == 0 else None
+        self._half: WorkerHalf | None = None
+
+    def settings(self) -> Settings:
+        """Where the server is, and what it is asked for.
+
+        Raises:
+            ConfigError: a setting that cannot be used.
+        """
+        raise NotImplementedError
+
+    def register_kv_caches(self, kv_cache_tensor: Any) -> None:
+        """Every rank calls this once, in its main thread."""
+        instance = mpi_broadcast(self._meeting.instance if self._meeting is not None else None, 0)
+        arena = b""
+        try:
+            arena = self._open(describe_pool(self._args, kv_cache_tensor, self._rank), self.settings(), instance)
+        except NOT_SERVED as error:
+            self._refuse(refusal_of(error))
+        arenas = mpi_allgather(arena) if self._ranks > 1 else [arena]
+        if self._meeting is not None and self._meeting.half is not None:
+            self._meeting.half.watch.begin(arenas)
+
+    def register_kv_cache_layout(self, layout: Any) -> None:
+        """Newer releases, for caches of layer groups; one group is a pool like any other."""
+        single = getattr(layout, "as_single_pool_tensor", None)
+        pool = single() if single is not None else None
+        if pool is not None:
+            self.register_kv_caches(pool)
+        else:
+            self._refuse("this KV cache is not one pool; set kv_cache_config.use_kv_cache_manager_v2=False")
+
+    def start_load_kv(self, stream: Any) -> None:
+        """Load what the step needs, and return when it is there, on this rank and on all others."""
+        plan = self._metadata
+        if not isinstance(plan, StepPlan) or plan is self._started:
+            return
+        self._started = plan
+        try:
+            ok = not plan.broken and (self._half is not None or not plan.loads)
+            ok = ok and (self._half is None or self._half.load(plan, stream))
+        except Exception:  # the edge towards the engine
+            logger.exception("start_load_kv went wrong")
+            ok = not plan.loads
+        if plan.loads and self._ranks > 1:  # the plan is the same on all ranks, so all come here
+            ok = all(mpi_allgather(ok))
+        if self._meeting is not None and self._meeting.half is not None:
+            self._meeting.half.loaded(plan)
+        self._load_failed = not ok
+
+    def wait_for_layer_load(self, layer_idx: int, stream: Any) -> None:
+        """Everything was loaded when `start_load_kv` returned; a failure is told here, inside the step.
+
+        Raises:
+            LoadFailed: the engine counts on KV that is not there.
+        """
+        if self._load_failed:
+            self._load_failed = False
+            raise LoadFailed(
+                "LMCache could not load KV that it had promised; the requests of this step have to be asked again"
+            )
+
+    def save_kv_layer(self, layer_idx: int, stream: Any) -> None:
+        """All layers are stored together, behind the forward."""
+
+    @_never_raises(lambda: None)
+    def wait_for_save(self, stream: Any) -> None:
+        """Start the stores: they run behind the forward, and the blocks stay until `get_finished` has told their request."""
+        plan = self._metadata
+        self.wait_for_layer_load(0, stream)  # where no layer has called it
+        if self._half is not None and isinstance(plan, StepPlan):
+            self._half.start_stores(plan, stream)
+
+    @_never_raises(lambda: ([], []))
+    def get_finished(
+        self, finished_gen_req_ids: list[int], started_loading_req_ids: list[int]
+    ) -> tuple[list[int], list[int]]:
+        if self._half is None:
+            return list(finished_gen_req_ids), list(started_loading_req_ids)
+        return self._half.finished(finished_gen_req_ids), list(started_loading_req_ids)
+
+    def _open(self, kv: PoolKV, settings: Settings, instance: str) -> bytes:
+        """Sessions of this rank and, on rank 0, of the scheduler. They end with this object, or with the process.
+
+        Returns the arena that is mapped by now.
+        """
+        scheduler: SchedulerHalf | None = None
+        with ExitStack() as opened:
+            if self._meeting is not None and (own := settings.start_server(instance)) is not None:
+                opened.callback(own.close)
+            endpoint = Endpoint(
+                settings.address(instance), instance, "worker", self._rank, deadline_seconds=settings.deadline_seconds
+            )
+            if self._meeting is not None:
+                scheduler = self._open_scheduler(kv, settings, endpoint)
+                opened.callback(scheduler.close)
+            session = WorkerSession(endpoint, kv.layout, kv.shard, kv.paged)
+            opened.callback(session.close)
+            session.wait_connected(_CONNECT_SECONDS)
+            arena = session.mapped_arena
+            reporter = RankReporter(instance, self._rank, arena)
+            opened.callback(reporter.close)
+            self._half = half = WorkerHalf(session, reporter, kv.shard.index, kv.paged.device, stores=kv.stores)
+            weakref.finalize(self, opened.pop_all().close)
+        if self._meeting is not None:
+            self._meeting.half, self._meeting.worker = scheduler, half
+        logger.info("Registering kv caches!")
+        return arena
+
+    def _open_scheduler(self, kv: PoolKV, settings: Settings, endpoint: Endpoint) -> SchedulerHalf:
+        where = Endpoint(endpoint.address, endpoint.instance, "scheduler", deadline_seconds=endpoint.deadline_seconds)
+        session = SchedulerSession(where, kv.layout, kv.shard.count)
+        session.wait_connected(_CONNECT_SECONDS)
+        return SchedulerHalf(
+            session,
+            RankWatch(endpoint.instance, self._ranks),
+            kv.paged.block_tokens,
+            stores_answers=settings.stores_answers,
+            least_gain=settings.least_gain,
+        )
+
+    def _refuse(self, why: str) -> None:
+        logger.warning("LMCache serves nothing for this engine: %s", why)

@@ -1,0 +1,207 @@
+"""What the KV of the served model looks like in the engine's pool, and which engines we can do nothing for."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from blake3 import blake3
+
+from lmcache.chunks import Layout, Shard, shard_of_rank
+from lmcache.errors import LayoutError, LMCacheError
+from lmcache.integration.identity import path_identity, plain
+from lmcache.transfer.paged import PagedKV, Plane
+
+NOT_SERVED = (AttributeError, ImportError, KeyError, LMCacheError, OSError, RuntimeError, TypeError, ValueError)
+"""Whatever a release of TensorRT-LLM that we do not know may raise where we look into it: that engine runs on without us."""
+MODEL_ID_VARIABLE = "LMCACHE_MODEL_ID"
+_DTYPES = {
+    "torch.float32": "float32",
+    "torch.float16": "float16",
+    "torch.bfloat16": "bfloat16",
+    "torch.float8_e4m3fn": "fp8_e4m3",
+}
+_FP8_NAMES = ("fp8", "fp8_e4m3")
+_HEADS_OUTSIDE_TOKENS = "TRTLLM"
+"""The attention backend whose blocks are [head][token][dim]. Others order them in ways that the pool's shape does not tell."""
+
+
+@dataclass(frozen=True)
+class PoolKV:
+    """The KV of a model, and the part of it in this rank's pool. stores: whether this rank stores its part."""
+
+    layout_of_one: Layout
+    paged: PagedKV
+    shard: Shard
+    stores: bool
+
+    def layout(self, chunk_tokens: int) -> Layout:
+        one = self.layout_of_one
+        return Layout(
+            one.model_id,
+            one.kv_dtype,
+            one.num_layers,
+            one.num_kv_heads,
+            one.head_size,
+            chunk_tokens,
+            one.kind,
+            config_digest=one.config_digest,
+        )
+
+
+def describe_pool(llm_args: Any, pool: Any, rank: int) -> PoolKV:
+    """Describe the pool [blocks, layers, 2 (1 for MLA), elements of a block] of a tensor-parallel rank.
+
+    Raises:
+        LayoutError: this engine's KV cannot be cached; the message says why.
+    """
+    _refuse_unsupported(llm_args)
+    folder = model_folder(llm_args)
+    config = json.loads((folder / "config.json").read_text())
+    text = config.get("text_config", config)
+    _refuse_windows(text)
+    mla = "kv_lora_rank" in text and text["kv_lora_rank"] is not None
+    heads, head_size = _heads(text, mla)
+    tp_size = int(getattr(llm_args, "tensor_parallel_size", 1) or 1)
+    layout = Layout(
+        model_id=os.environ.get(MODEL_ID_VARIABLE, "") or _identity(folder),
+        kv_dtype=_kv_dtype(llm_args, pool),
+        num_layers=pool.shape[1],
+        num_kv_heads=heads,
+        head_size=head_size,
+        chunk_tokens=1,
+        kind="mla" if mla else "mha",
+        config_digest=_config_digest(llm_args, config),
+    )
+    shard = shard_of_rank(layout, rank, tp_size, 0, layout.num_layers)
+    before = shard_of_rank(layout, rank - 1, tp_size, 0, layout.num_layers) if rank else None
+    paged = _paged(pool, shard.end_head - shard.first_head, layout, _tokens_per_block(llm_args))
+    return PoolKV(layout, paged, shard, stores=before is None or before.index != shard.index)
+
+
+def model_folder(llm_args: Any) -> Path:
+    """Where the model's files are: its folder, or for a name of a repository the snapshot that was downloaded.
+
+    Raises:
+        LayoutError: they are not on this machine.
+    """
+    name = str(llm_args.model)
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, revision=getattr(llm_args, "revision", None), local_files_only=True))
+    except (OSError, ValueError) as error:
+        raise LayoutError(f"the files of model {name!r} are not on this machine: {error}") from None
+
+
+def refusal_of(error: Exception) -> str:
+    """One of `NOT_SERVED`, for people."""
+    if isinstance(error, LMCacheError):
+        return str(error)
+    return f"this release of TensorRT-LLM is not understood ({error!r}); docs/tensorrt-llm.md says what is"
+
+
+def _identity(folder: Path) -> str:
+    try:
+        return path_identity(str(folder))
+    except LayoutError as error:
+        raise LayoutError(f"{str(error).partition(';')[0]}; set {MODEL_ID_VARIABLE} to a name of yours") from None
+
+
+def _refuse_unsupported(llm_args: Any) -> None:
+    for name in ("pipeline_parallel_size", "context_parallel_size"):
+        if int(getattr(llm_args, name, 1) or 1) > 1:
+            raise LayoutError(f"{name}={getattr(llm_args, name)} is not supported")
+    if getattr(llm_args, "enable_attention_dp", False):
+        raise LayoutError("enable_attention_dp is not supported: its ranks hold KV of different requests")
+    if int(getattr(llm_args, "max_beam_width", 1) or 1) > 1:
+        raise LayoutError("beam search is not supported: beams share blocks")
+    backend = str(getattr(llm_args, "attn_backend", _HEADS_OUTSIDE_TOKENS))
+    if backend != _HEADS_OUTSIDE_TOKENS:
+        raise LayoutError(f"attn_backend {backend} is not supported; leave it at {_HEADS_OUTSIDE_TOKENS}")
+    if getattr(getattr(llm_args, "kv_cache_config", None), "max_attention_window", None):
+        raise LayoutError("max_attention_window is not supported; only full attention is")
+
+
+def _refuse_windows(text: Mapping[str, Any]) -> None:
+    kinds = set(text.get("layer_types") or ()) - {"full_attention"}
+    if kinds:
+        raise LayoutError(f"layers of kind {', '.join(sorted(kinds))} are not supported; only full attention is")
+    if text.get("sliding_window") and text.get("use_sliding_window", True):
+        raise LayoutError(
+            f"a sliding window of {text['sliding_window']} tokens is not supported; only full attention is"
+        )
+    scaling = text.get("rope_scaling") or text.get("rope_parameters") or {}
+    kind = scaling.get("rope_type", scaling.get("type"))
+    if kind in ("dynamic", "longrope", "su"):
+        raise LayoutError(f"RoPE of type {kind!r} makes KV depend on what follows it; not supported")
+
+
+def _heads(text: Mapping[str, Any], mla: bool) -> tuple[int, int]:
+    """(KV heads of the whole model, elements of one)."""
+    if mla:
+        return 1, int(text["kv_lora_rank"]) + int(text["qk_rope_head_dim"])
+    queries = int(text["num_attention_heads"])
+    size = text.get("head_dim") or int(text["hidden_size"]) // queries
+    return int(text.get("num_key_value_heads") or queries), int(size)
+
+
+def _kv_dtype(llm_args: Any, pool: Any) -> str:
+    told = str(getattr(getattr(llm_args, "kv_cache_config", None), "dtype", "auto") or "auto").lower()
+    found = _DTYPES.get(str(pool.dtype))
+    if found is None and told in _FP8_NAMES and pool.element_size() == 1:
+        return "fp8_e4m3"
+    if found is None or told not in ("auto", found, *(_FP8_NAMES if found == "fp8_e4m3" else ())):
+        raise LayoutError(f"KV of dtype {told!r} in a pool of {pool.dtype} is not supported; use auto or fp8")
+    return found
+
+
+def _config_digest(llm_args: Any, config: Any) -> str:
+    """A digest of what changes the numbers: the model's configuration, and how this engine computes it."""
+    names = ("dtype", "quant_config", "model_kwargs", "speculative_config", "sparse_attention_config")
+    material = {name: plain(getattr(llm_args, name, None)) for name in names}
+    scales = plain(getattr(getattr(llm_args, "kv_cache_config", None), "dtype", None))
+    text = json.dumps(["tensorrt_llm", plain(config), material, scales], sort_keys=True)
+    return blake3(text.encode()).hexdigest(16)
+
+
+def _tokens_per_block(llm_args: Any) -> int | None:
+    told = getattr(getattr(llm_args, "kv_cache_config", None), "tokens_per_block", None)
+    return int(told) if told else None
+
+
+def _paged(pool: Any, heads: int, layout: Layout, told_tokens: int | None) -> PagedKV:
+    """Planes of a pool whose blocks are [layer][K, V][head][token][dim]; the last three may be one axis."""
+    sizes, item = tuple(pool.shape), pool.element_size()
+    row = heads * layout.head_size
+    if len(sizes) not in (4, 6) or sizes[2] != layout.planes_per_layer:
+        raise LayoutError(f"a KV pool of shape {sizes} with {heads} heads of {layout.head_size} is not understood")
+    elements = sizes[3] if len(sizes) == 4 else sizes[3] * sizes[4] * sizes[5]
+    tokens = elements // row
+    if elements % row or told_tokens not in (None, tokens):
+        raise LayoutError(
+            f"a KV pool of shape {sizes} does not hold blocks of {told_tokens} tokens of {heads} heads of {layout.head_size}"
+        )
+    stride = [step * item for step in pool.stride()]
+    if len(sizes) == 6:
+        if sizes[3:] != (heads, tokens, layout.head_size):
+            raise LayoutError(f"a KV pool of shape {sizes} is not [blocks, layers, K and V, heads, tokens, dims]")
+        head, token, dim = stride[3:]
+    else:
+        dim = stride[3]
+        token = dim * layout.head_size
+        head = token * tokens
+    planes = tuple(
+        Plane.strided(
+            pool.data_ptr() + layer * stride[1] + part * stride[2], stride[0], token, heads, head, layout.head_size, dim
+        )
+        for layer in range(sizes[1])
+        for part in range(sizes[2])
+    )
+    return PagedKV(planes, tokens, sizes[0], item, pool, str(pool.device))

@@ -1,0 +1,107 @@
+"""What ranks tell the scheduler: which arena they have mapped.
+
+The engine takes a hit as a promise: it has no way to hear that a load failed, but to fail the step. So a hit is only offered when
+every rank has the arena mapped, from where a load succeeds even when the server dies. The engine's own messages go one way,
+from the scheduler to the ranks; these go the other way, as datagrams to a socket in Linux's abstract namespace, which leaves no
+file behind.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+import threading
+
+import msgspec
+
+from lmcache.observability.log import init_logger
+
+logger = init_logger(__name__)
+_CREDENTIALS = struct.Struct("3i")
+_MAX_BYTES = 4096
+
+
+class Report(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A rank's: arena is b"" where it has none mapped."""
+
+    rank: int
+    arena: bytes
+
+
+class RankWatch:
+    """The scheduler's end.
+
+    Raises:
+        OSError: there is such a socket already.
+    """
+
+    def __init__(self, instance: str, ranks: int) -> None:
+        self._name, self._ranks = _name(instance), ranks
+        self._arenas: dict[int, bytes] = {}
+        self._closed = False
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+        self._socket.bind(self._name)
+        self._thread = threading.Thread(target=self._listen, name="lmcache-ranks", daemon=True)
+        self._thread.start()
+
+    def begin(self, arenas: list[bytes]) -> None:
+        """What the ranks had mapped, in their order, when the engine started."""
+        self._arenas = dict(enumerate(arenas)) | self._arenas
+
+    def all_have(self, arena: bytes) -> bool:
+        """Whether every rank has this arena mapped, as far as they have told."""
+        arenas = dict(self._arenas)
+        return bool(arena) and len(arenas) == self._ranks and all(other == arena for other in arenas.values())
+
+    def close(self) -> None:
+        self._closed = True
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as waker:
+            waker.sendto(b"", self._name)
+        self._thread.join()
+        self._socket.close()
+
+    def _listen(self) -> None:
+        while not self._closed:
+            raw, ancillary, _, _ = self._socket.recvmsg(_MAX_BYTES, socket.CMSG_SPACE(_CREDENTIALS.size))
+            if not any(_is_own(data) for _, _, data in ancillary) or not raw:
+                continue
+            try:
+                report = msgspec.msgpack.decode(raw, type=Report)
+            except msgspec.DecodeError as error:
+                logger.warning("A rank's report cannot be read: %s", error)
+                continue
+            if 0 <= report.rank < self._ranks:
+                self._arenas[report.rank] = report.arena
+
+
+class RankReporter:
+    """A rank's end. Never waits and never raises: what cannot be told now is told with the next step. told: known already."""
+
+    def __init__(self, instance: str, rank: int, told: bytes) -> None:
+        self._name, self._rank = _name(instance), rank
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+        self._told = told
+
+    def tell(self, arena: bytes) -> None:
+        """Send it if it is another than before."""
+        if arena == self._told:
+            return
+        try:
+            self._socket.sendto(msgspec.msgpack.encode(Report(self._rank, arena)), self._name)
+            self._told = arena
+        except OSError as error:
+            logger.debug("not told yet: %s", error)
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+def _name(instance: str) -> str:
+    return f"\0lmcache-ranks-{os.getuid()}-{instance}"
+
+
+def _is_own(data: bytes) -> bool:
+    """Whether these are the credentials of a process of this user."""
+    return len(data) >= _CREDENTIALS.size and _CREDENTIALS.unpack_from(data)[1] == os.getuid()

@@ -1,0 +1,19 @@
+"""The names that TensorRT-LLM's preset `lmcache-mp` looks for: with the daemon at `server_url`."""
+
+from __future__ import annotations
+
+from lmcache.integration.tensorrt_llm.connector import Scheduler, Worker
+from lmcache.integration.tensorrt_llm.settings import Settings, daemon_settings
+
+__all__ = ["LMCacheMPKvConnectorScheduler", "LMCacheMPKvConnectorWorker"]
+
+
+class LMCacheMPKvConnectorScheduler(Scheduler):
+    """Rank 0's."""
+
+
+class LMCacheMPKvConnectorWorker(Worker):
+    """One a rank."""
+
+    def settings(self) -> Settings:
+        return daemon_settings(self._args)

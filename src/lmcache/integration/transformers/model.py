@@ -1,0 +1,118 @@
+"""What the KV of a Transformers model looks like and which weights made it, and which models are refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from blake3 import blake3
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from lmcache.chunks import Layout
+from lmcache.errors import LayoutError
+from lmcache.integration.identity import plain
+from lmcache.integration.transformers.pool import Shape
+
+_LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope", "su", "yarn-dynamic")
+"""Kinds of RoPE that turn keys by angles that depend on how long the whole prompt is, not on the tokens before alone."""
+
+
+def kv_shape(model: Any) -> Shape:
+    """The shape of the model's KV, as one token's forward makes it.
+
+    Raises:
+        LayoutError: this model's KV cannot be cached; the message says why.
+    """
+    _refuse_unsupported(model)
+    try:
+        cache = DynamicCache(config=model.config)
+    except TypeError:
+        raise LayoutError("this release of transformers is too old; install transformers>=4.56") from None
+    with torch.no_grad():
+        one = torch.zeros((1, 1), dtype=torch.long, device=model.device)
+        model(input_ids=one, past_key_values=cache, use_cache=True)
+    kinds = sorted({type(layer).__name__ for layer in cache.layers if type(layer) is not DynamicLayer})
+    if kinds:
+        raise LayoutError(f"cache layers of kind {', '.join(kinds)}; only full attention is supported")
+    tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    found = {(tuple(tensor.shape), tensor.dtype, tensor.device) for tensor in tensors if tensor is not None}
+    if len(found) != 1 or any(tensor is None for tensor in tensors):
+        raise LayoutError(
+            f"layers with KV of different shapes, dtypes or devices ({len(found)} kinds) are not supported"
+        )
+    ((batch, heads, tokens, head_size), dtype, device) = found.pop()
+    if (batch, tokens) != (1, 1):
+        raise LayoutError(f"KV of shape {(batch, heads, tokens, head_size)} for one token is not supported")
+    return Shape(len(cache.layers), heads, head_size, dtype, device)
+
+
+def layout_of(model: Any, shape: Shape, model_id: str, chunk_tokens: int) -> Layout:
+    """The layout of the model's KV.
+
+    Raises:
+        LayoutError: KV of a dtype that no slot can hold.
+    """
+    config = json.dumps(["transformers", plain(model.config)], sort_keys=True)
+    return Layout(
+        model_id=model_id,
+        kv_dtype=str(shape.dtype).removeprefix("torch."),
+        num_layers=shape.layers,
+        num_kv_heads=shape.heads,
+        head_size=shape.head_size,
+        chunk_tokens=chunk_tokens,
+        config_digest=blake3(config.encode()).hexdigest(16),
+    )
+
+
+def weights_identity(model: Any) -> str:
+    """A digest of every byte of the weights as they are in memory: trained, merged and quantized ones are what they are.
+
+    Raises:
+        LayoutError: weights that are not in memory, or not plain tensors.
+    """
+    digest = blake3(max_threads=blake3.AUTO)
+    for name, tensor in _tensors(model):
+        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        try:
+            digest.update(tensor.detach().reshape(-1).contiguous().view(torch.uint8).cpu().numpy())
+        except (NotImplementedError, RuntimeError, TypeError) as error:
+            raise LayoutError(f"the bytes of weight {name} cannot be read ({error}); pass model_id=") from None
+    return f"weights:{digest.hexdigest(16)}"
+
+
+def weights_stamp(model: Any) -> int:
+    """Another number whenever a weight was replaced or changed in place; takes microseconds.
+
+    Raises:
+        LayoutError: weights that do not tell.
+    """
+    try:
+        return hash(tuple((tensor.data_ptr(), tensor._version) for _, tensor in _tensors(model)))
+    except (NotImplementedError, RuntimeError) as error:
+        raise LayoutError(f"the weights do not tell when they change ({error}); pass model_id=") from None
+
+
+def _tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def _refuse_unsupported(model: Any) -> None:
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise LayoutError("encoder-decoder models are not supported: their KV depends on more than the tokens before")
+    if getattr(model, "peft_config", None) or getattr(model, "_hf_peft_config_loaded", False):
+        raise LayoutError("adapters can be switched without a trace in the weights; call merge_and_unload() first")
+    kinds = set(_values_of(plain(model.config), ("rope_type", "type"))) & set(_LENGTH_DEPENDENT_ROPE)
+    if kinds:
+        raise LayoutError(f"RoPE of type {kinds.pop()!r} makes KV depend on what follows it; not supported")
+
+
+def _values_of(config: Any, names: tuple[str, ...]) -> Iterator[str]:
+    """Every string at one of these keys, however deep."""
+    if isinstance(config, dict):
+        for key, value in config.items():
+            if key in names and isinstance(value, str):
+                yield value
+            yield from _values_of(value, names)

@@ -1,0 +1,114 @@
+"""The memory of one sequence's KV: LMCache copies into it and out of it, and the model's attention reads it where it lies.
+
+So a hit costs one copy, from the slots. A token that is computed is written behind the others, where a plain `DynamicLayer`
+makes a new tensor and copies all before it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from lmcache.transfer.paged import PagedKV, Plane
+
+BLOCK_TOKENS = 64
+"""The pool is one run of tokens; blocks only say how it is counted, the same for a pool of every size."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What each layer of a model keeps of a token: `heads` keys and values of `head_size` elements."""
+
+    layers: int
+    heads: int
+    head_size: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+class PoolLayer(DynamicLayer):  # type: ignore[misc]
+    """One layer's keys and values in the pool, [1, heads, tokens, head size] as every DynamicLayer's.
+
+    What does not fit or is no longer one sequence (beams, a longer answer than was foreseen) goes on as a DynamicLayer.
+    """
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, tokens: int) -> None:
+        """keys, values: [1, heads, room, head size], of which the first `tokens` tokens are filled."""
+        super().__init__()
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+        self._room_keys, self._room_values = keys, values
+        self.keys, self.values = keys[:, :, :tokens], values[:, :, :tokens]
+
+    @property
+    def tokens_in_pool(self) -> int:
+        """Tokens whose KV lies in the pool: all of them, or none."""
+        own = self.keys is not None and _storage(self.keys) == _storage(self._room_keys)
+        return int(self.keys.shape[-2]) if own else 0
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append [1, heads, new tokens, head size]; returns all keys and values so far."""
+        start = int(self.keys.shape[-2]) if self.keys is not None else 0
+        end = start + key_states.shape[-2]
+        fits = key_states.shape[0] == 1 and end <= self._room_keys.shape[-2] and start == self.tokens_in_pool
+        if not fits:
+            grown: tuple[torch.Tensor, torch.Tensor] = super().update(key_states, value_states, *args, **kwargs)
+            return grown
+        self._room_keys[:, :, start:end] = key_states
+        self._room_values[:, :, start:end] = value_states
+        self.keys, self.values = self._room_keys[:, :, :end], self._room_values[:, :, :end]
+        return self.keys, self.values
+
+    def leave(self) -> None:
+        """Take the KV along: whoever keeps this layer keeps it when the pool has gone on to another prompt."""
+        if self.tokens_in_pool:
+            self.keys, self.values = self.keys.clone(), self.values.clone()
+
+
+class Pool:
+    """Room for the KV of `tokens` tokens (rounded up to whole blocks), [layer][K, V][head][token][head size].
+
+    That is the order which attention reads fastest: on a CPU the step of one token at 4,096 takes 21 ms, with tokens outside
+    heads 25.
+    """
+
+    def __init__(self, shape: Shape, tokens: int) -> None:
+        self.blocks = list(range(-(-tokens // BLOCK_TOKENS)))
+        self.tokens = len(self.blocks) * BLOCK_TOKENS
+        size = (shape.layers, 2, shape.heads, self.tokens, shape.head_size)
+        self._memory = torch.empty(size, dtype=shape.dtype, device=shape.device)
+        self._planes = [plane for layer in self._memory for plane in layer]
+
+    def describe(self) -> PagedKV:
+        """Where the KV lies, for LMCache's copier."""
+        return PagedKV(
+            tuple(_plane(plane) for plane in self._planes),
+            BLOCK_TOKENS,
+            len(self.blocks),
+            self._memory.element_size(),
+            self._memory,
+            str(self._memory.device),
+        )
+
+    def cache(self, tokens: int) -> DynamicCache:
+        """A cache for `generate` whose first `tokens` tokens are those in the pool."""
+        views = [plane.unsqueeze(0) for plane in self._planes]
+        cache = DynamicCache()
+        cache.layers = [PoolLayer(keys, values, tokens) for keys, values in zip(views[::2], views[1::2], strict=True)]
+        return cache
+
+
+def _plane(plane: torch.Tensor) -> Plane:
+    """One layer's K or V, [head][token][dim]."""
+    item = plane.element_size()
+    head, token, dim = (step * item for step in plane.stride())
+    heads, _, dims = plane.shape
+    return Plane.strided(plane.data_ptr(), token * BLOCK_TOKENS, token, heads, head, dims, dim)
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return int(tensor.untyped_storage().data_ptr())

@@ -1,0 +1,412 @@
+"""The tiers behind L1, as the server drives them: loads for lookups, writes of what has become whole.
+
+`cache.fetch` and `cache.writeback` decide; here their effects are carried out: slots are reserved and leased in the heart
+as the process SERVER, lanes move the bytes, and what came of it goes back. Everything runs in the loop's thread.
+"""
+
+from __future__ import annotations
+
+import time
+from array import array
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
+from dataclasses import dataclass
+
+from lmcache.cache import SERVER, Heart, Whole
+from lmcache.cache.fetch import Ask, Fetches, Load, TierTraits
+from lmcache.cache.room import Space
+from lmcache.cache.writeback import Batch
+from lmcache.chunks import HASH_BYTES
+from lmcache.errors import ConfigError
+from lmcache.memory.slabs import PAGE_BYTES
+from lmcache.observability.log import init_logger
+from lmcache.server.lane import Lane
+from lmcache.server.loop import Loop
+from lmcache.tiers import KEPT, OK, Shard, ShardKey
+from lmcache.tiers.registry import TierSpec
+
+logger = init_logger(__name__)
+OPEN_SECONDS = 15.0
+"""How long start-up waits for tiers; those that take longer serve later."""
+_NO_SLOT = 0xFFFFFFFF
+View = Callable[[int, int], memoryview]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One rank's share of a load: reserved slots at `pages`, for the shards `keys`."""
+
+    reservation: int
+    keys: list[ShardKey]
+    pages: list[int]
+    slot_bytes: int
+
+
+class Tiering:
+    """All tiers of one server, nearest first.
+
+    view: bytes of the arena. back: makes sure that there is memory behind the slots of a reservation, or gives it up.
+    settle: carries out the heart's effects.
+    always, patience_seconds: as `Fetches` says. queue_bytes: of chunks that wait to be written, for each tier.
+    """
+
+    def __init__(
+        self,
+        loop: Loop,
+        heart: Heart,
+        specs: Sequence[TierSpec],
+        view: View,
+        back: Callable[[int], bool],
+        settle: Callable[[], None],
+        *,
+        chunk_tokens: int,
+        always: bool,
+        patience_seconds: float,
+        queue_bytes: int,
+    ) -> None:
+        self._loop, self._heart, self._view, self._back, self._settle = loop, heart, view, back, settle
+        self._chunk_tokens = chunk_tokens
+        self.lanes = [Lane(loop, spec, queue_bytes, heart.total_bytes) for spec in specs]
+        traits = [TierTraits(lane.tier.batch_bytes, lane.tier.concurrency, lane.usable) for lane in self.lanes]
+        self.fetches = Fetches(traits, always, patience_seconds)
+        self._origin: dict[bytes, int] = {}
+        """Chunk -> the tier that it is being loaded from: it is not written back there."""
+        self._drained: Callable[[], None] | None = None
+        self._drain_until = 0.0
+        loop.on_tick.append(self._tick)
+
+    def open(self, required: bool) -> None:
+        """Open all, side by side.
+
+        Raises:
+            ConfigError: `required`, and one does not serve.
+        """
+        for lane in self.lanes:
+            if lane.spec.warning:
+                logger.warning("%s", lane.spec.warning)
+        futures: dict[Future[None], Lane] = {lane.open(): lane for lane in self.lanes}
+        wait(futures, OPEN_SECONDS)
+        for future, lane in futures.items():
+            late = TimeoutError(f"not open after {OPEN_SECONDS:.0f} s")
+            error = future.exception() if future.done() else late
+            if error is not None and required:
+                raise ConfigError(f"--l2 {lane.spec.url}: {error} (--l2-required is set)")
+            lane.opened(error)
+            if error is None:
+                logger.info("Tier %s: %s, write=%s", lane.name, lane.spec.url, lane.spec.write)
+
+    # Reading
+
+    def wait_for(self, process: int, space_number: int, hashes: bytes, prefill_tokens_per_second: float) -> int:
+        """How many chunks beyond those in L1 are on their way and worth waiting for.
+
+        Raises:
+            Refusal: unknown space or process.
+        """
+        heart = self._heart
+        in_l1 = heart.peek(process, space_number, hashes)
+        space = heart.space(space_number)
+        if space is None or not all(space.slot_bytes):
+            return 0
+        seconds = self._chunk_tokens / prefill_tokens_per_second if prefill_tokens_per_second > 0 else 0.0
+        known = [self._knower(lane, space) for lane in self.lanes]
+        now = time.monotonic()
+        chunk_bytes = sum(space.slot_bytes)
+        count = self.fetches.poll(now, space_number, hashes, in_l1, chunk_bytes, seconds, known)
+        self._carry_out()
+        return count
+
+    @staticmethod
+    def _knower(lane: Lane, space: Space) -> Callable[[bytes], Sequence[bool] | None]:
+        def known(hashes: bytes) -> Sequence[bool] | None:
+            present = lane.known(_keys(space, hashes))
+            return None if present is None else _whole(present, space.shards)
+
+        return known
+
+    def _carry_out(self) -> None:
+        while self.fetches.effects:
+            effects, self.fetches.effects = self.fetches.effects, []
+            for effect in effects:
+                if isinstance(effect, Ask):
+                    self._ask(effect)
+                else:
+                    self._load(effect)
+
+    def _ask(self, ask: Ask) -> None:
+        lane, space = self.lanes[ask.tier], self._heart.space(ask.space)
+        if space is None:
+            self.fetches.answered(time.monotonic(), ask.fetch, ask.tier, None, 0.0)
+            return
+        keys, shards = _keys(space, ask.hashes), space.shards
+
+        def done(present: list[bool] | None, seconds: float) -> None:
+            whole = None if present is None else _whole(present, shards)
+            self.fetches.answered(time.monotonic(), ask.fetch, ask.tier, whole, seconds)
+            self._carry_out()
+
+        lane.read(lambda: lane.tier.contains(keys), done)
+
+    def _load(self, load: Load) -> None:
+        lane, parts = self.lanes[load.tier], self._reserve(load)
+        self._settle()
+        if not parts:
+            self._loop.call_soon(lambda: self._loaded(load, [], None))
+            return
+        for at in range(0, len(load.hashes), HASH_BYTES):
+            self._origin[load.hashes[at : at + HASH_BYTES]] = load.tier
+        keys = [key for part in parts for key in part.keys]
+        into = [self._view(page * PAGE_BYTES, part.slot_bytes) for part in parts for page in part.pages]
+
+        def done(outcomes: list[str] | None, seconds: float) -> None:
+            for one in into:
+                one.release()
+            self._loaded(load, parts, outcomes)
+
+        lane.read(lambda: lane.tier.load(keys, into), done)
+
+    def _reserve(self, load: Load) -> list[_Part]:
+        """Slots for what the load brings; what is in L1 or under way by somebody else is left out."""
+        space, parts = self._heart.space(load.space), []
+        if space is None:
+            return []
+        for shard in range(space.shards):
+            grant = self._heart.reserve(
+                time.monotonic(), SERVER, load.space, shard, load.parent, load.root, load.hashes
+            )
+            if not grant.reservation or not self._back(grant.reservation):
+                continue
+            pages = array("I", grant.slots)
+            keys = [
+                ShardKey(space.fingerprint, load.hashes[at * HASH_BYTES : (at + 1) * HASH_BYTES], shard, space.shards)
+                for at, page in enumerate(pages)
+                if page != _NO_SLOT
+            ]
+            slots = [page for page in pages if page != _NO_SLOT]
+            parts.append(_Part(grant.reservation, keys, slots, space.slot_bytes[shard]))
+        return parts
+
+    def _loaded(self, load: Load, parts: list[_Part], outcomes: list[str] | None) -> None:
+        """Commit what has come. None: the tier failed, and nothing has."""
+        lane, at, good_bytes = self.lanes[load.tier], 0, 0
+        for part in parts:
+            own = outcomes[at : at + len(part.pages)] if outcomes is not None else ["tier failed"] * len(part.pages)
+            at += len(part.pages)
+            failed = {page for page, outcome in zip(part.pages, own, strict=True) if outcome != OK}
+            self._heart.commit(time.monotonic(), SERVER, part.reservation, len(failed) < len(own), failed)
+            good = len(own) - len(failed)
+            good_bytes += good * part.slot_bytes
+            lane.counters["loaded_shards"] += good
+            for outcome in own:
+                if outcome != OK:
+                    lane.counters[f"missed:{outcome}"] += 1
+        lane.counters["loaded_bytes"] += good_bytes
+        self._settle()
+        for begin in range(0, len(load.hashes), HASH_BYTES):
+            self._origin.pop(load.hashes[begin : begin + HASH_BYTES], None)
+        self.fetches.loaded(time.monotonic(), load, None if outcomes is None and parts else good_bytes)
+        self._carry_out()
+
+    # Writing
+
+    def whole(self, effect: Whole) -> None:
+        """Chunks that have become readable are written to every tier that wants them; loaded ones to nearer tiers only."""
+        space = self._heart.space(effect.space)
+        if space is None:
+            return
+        chunk_bytes = sum(space.slot_bytes)
+        for number, lane in enumerate(self.lanes):
+            if lane.spec.write == "none":
+                continue
+            if effect.process != SERVER:
+                lane.queue.add(effect.space, effect.keys, effect.parents, chunk_bytes)
+                continue
+            for at in range(0, len(effect.keys), HASH_BYTES):
+                cut = slice(at, at + HASH_BYTES)
+                if number < self._origin.get(effect.keys[cut], 0):
+                    lane.queue.add(effect.space, effect.keys[cut], effect.parents[cut], chunk_bytes)
+        self._loop.call_soon(self._pump)  # not now: this is called while the heart's effects are carried out
+
+    def _pump(self) -> None:
+        for lane in self.lanes:
+            lane.queue.make_ready(self._heart.used_bytes())
+            while lane.breaker.closed and lane.writing < lane.write_concurrency:
+                batch = lane.queue.take()
+                if batch is None:
+                    break
+                self._write(lane, batch)
+        if self._drained is not None and (self.idle or time.monotonic() > self._drain_until):
+            drained, self._drained = self._drained, None
+            self._tell_unwritten()
+            drained()
+
+    def _write(self, lane: Lane, batch: Batch) -> None:
+        lease, found, slots = self._heart.hold(batch.space, batch.hashes)
+        lane.queue.counters["lost:evicted"] += (len(batch.hashes) - len(found)) // HASH_BYTES
+        space = self._heart.space(batch.space)
+        if not lease or space is None:
+            return
+        shards = self._shards(space, batch, found, array("I", slots))
+        generation = lane.generation
+
+        def done(outcomes: list[str] | None, seconds: float) -> None:
+            for one in shards:
+                one.payload.release()
+            self._heart.release(SERVER, lease)
+            self._settle()
+            self._written(lane, batch, shards, outcomes, generation)
+            self._pump()
+
+        lane.write(lambda: lane.tier.store(shards), done)
+
+    def _shards(self, space: Space, batch: Batch, found: bytes, pages: array[int]) -> list[Shard]:
+        parents = {
+            batch.hashes[at : at + HASH_BYTES]: batch.parents[at : at + HASH_BYTES]
+            for at in range(0, len(batch.hashes), HASH_BYTES)
+        }
+        shards = []
+        for at in range(len(pages)):
+            chunk, shard = divmod(at, space.shards)
+            key = found[chunk * HASH_BYTES : (chunk + 1) * HASH_BYTES]
+            payload = self._view(pages[at] * PAGE_BYTES, space.slot_bytes[shard])
+            shards.append(
+                Shard(ShardKey(space.fingerprint, key, shard, space.shards), parents[key], payload.toreadonly())
+            )
+        return shards
+
+    def _written(
+        self, lane: Lane, batch: Batch, shards: list[Shard], outcomes: list[str] | None, generation: int
+    ) -> None:
+        if outcomes is None:
+            lane.queue.put_back(batch)
+            return
+        for outcome in outcomes:
+            lane.counters["kept_shards" if outcome in (OK, KEPT) else f"unwritten:{outcome}"] += 1
+            lane.counters["written_shards"] += outcome == OK
+        if generation != lane.generation:  # the tier was cleared meanwhile
+            keys = [one.key for one in shards]
+            lane.write(lambda: lane.tier.remove(keys), lambda result, seconds: None)
+
+    # Upkeep
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing waits to be written or is being written, where that is possible now."""
+        return all(not lane.writing and (not len(lane.queue) or not lane.breaker.closed) for lane in self.lanes)
+
+    def drain(self, seconds: float, then: Callable[[], None]) -> None:
+        """Write what waits, for so many seconds at most; then call."""
+        for lane in self.lanes:
+            lane.queue.make_all_ready()
+        self._drained, self._drain_until = then, time.monotonic() + seconds
+        self._pump()
+
+    def _tell_unwritten(self) -> None:
+        for lane in self.lanes:
+            if len(lane.queue):
+                logger.warning("Tier %s: %d chunks could not be written before the end", lane.name, len(lane.queue))
+
+    def clear(self, names: set[str] | None, done: Callable[[dict[str, str]], None]) -> None:
+        """Empty these tiers (None: all); `done` gets what went wrong, by name.
+
+        What waits to be written goes as well, and what is being written is removed again.
+        """
+        chosen = [lane for lane in self.lanes if names is None or lane.name in names]
+        left = {lane.name for lane in chosen}
+        wrong: dict[str, str] = {}
+        if not chosen:
+            done(wrong)
+            return
+
+        def cleared(lane: Lane, result: bool | None) -> None:
+            left.discard(lane.name)
+            if result is None:
+                wrong[lane.name] = lane.breaker.reason or "it does not serve"
+            if not left:
+                done(wrong)
+
+        for lane in chosen:
+            lane.queue.clear()
+            lane.generation += 1
+            self._clear_one(lane, cleared)
+
+    @staticmethod
+    def _clear_one(lane: Lane, cleared: Callable[[Lane, bool | None], None]) -> None:
+        def clear() -> bool:
+            lane.tier.clear()
+            return True
+
+        lane.write(clear, lambda result, seconds: cleared(lane, result))
+
+    def degraded(self) -> list[str]:
+        """Tiers that do not serve now, and why."""
+        return [f"{lane.name}: {lane.breaker.reason}" for lane in self.lanes if not lane.breaker.closed]
+
+    def status(self) -> list[dict[str, object]]:
+        """For /status, nearest first."""
+        found = []
+        for lane, pace in zip(self.lanes, self.fetches.paces, strict=True):
+            rate, ask = pace.bytes_per_second, pace.ask_seconds
+            found.append(
+                lane.status()
+                | {
+                    "load_bytes_per_second": None if rate is None else round(rate),
+                    "ask_seconds": None if ask is None else round(ask, 6),
+                    "counters": dict(lane.counters) | dict(lane.queue.counters),
+                }
+            )
+        return found
+
+    def counters(self) -> dict[str, float]:
+        """For /metrics, labelled by tier."""
+        out: dict[str, float] = {"fetches_open": self.fetches.open}
+        for name, value in self.fetches.counters.items():
+            kind, _, reason = name.partition(":")
+            if kind == "fetches" and reason:
+                out[f'fetches_by_end_total{{reason="{reason}"}}'] = value
+            elif not reason:
+                out[f"{'fetches' if kind == 'fetches' else f'fetched_chunks_{kind}'}_total"] = value
+        out |= {f"last_fetch_{name}": seconds for name, seconds in self.fetches.last.items()}
+        for lane, pace in zip(self.lanes, self.fetches.paces, strict=True):
+            label, usage = f'{{tier="{lane.name}"}}', lane.tier.usage()
+            out |= {
+                f"tier_serving{label}": lane.breaker.closed,
+                f"tier_stored_bytes{label}": usage.stored_bytes,
+                f"tier_shards{label}": usage.shards,
+                f"tier_queued_bytes{label}": lane.queue.queued_bytes,
+                f"tier_load_bytes_per_second{label}": pace.bytes_per_second or 0.0,
+                f"tier_ask_seconds{label}": pace.ask_seconds or 0.0,
+            }
+            for name, value in (*lane.counters.items(), *lane.queue.counters.items()):
+                kind, _, reason = name.partition(":")
+                labels = f'{{tier="{lane.name}",reason="{reason}"}}' if reason else label
+                out[f"tier_{kind}_total{labels}"] = value
+        return out
+
+    def close(self) -> None:
+        for lane in self.lanes:
+            lane.close()
+
+    def _tick(self) -> None:
+        now = time.monotonic()
+        self.fetches.tick(now)
+        for lane in self.lanes:
+            lane.tick(now)
+        self._carry_out()
+        self._pump()
+
+
+def _keys(space: Space, hashes: bytes) -> list[ShardKey]:
+    """All shards of these chunks, [chunk][shard]."""
+    return [
+        ShardKey(space.fingerprint, hashes[at : at + HASH_BYTES], shard, space.shards)
+        for at in range(0, len(hashes), HASH_BYTES)
+        for shard in range(space.shards)
+    ]
+
+
+def _whole(present: Sequence[bool], shards: int) -> Sequence[bool]:
+    """Which chunks are there with all their shards."""
+    if shards == 1:
+        return present
+    return [all(present[at : at + shards]) for at in range(0, len(present), shards)]

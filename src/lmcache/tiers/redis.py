@@ -1,0 +1,428 @@
+"""Shards in Redis or Valkey, shared by all servers that name the same store; docs/tiers/redis.md gives the exact keys.
+
+A shard is its frame header under one key and its payload in parts of nearly 4 MiB under others. Parts are written first and
+the header last, by the same script that books the bytes, so what is half written or half evicted is a miss. Who is there, how
+large it is and when it was last used is kept in the store: the cap holds for all servers together and outlives them.
+"""
+
+from __future__ import annotations
+
+import re
+import ssl
+import time
+from collections.abc import Callable, Sequence
+
+from lmcache.errors import ConfigError
+from lmcache.tiers import frame
+from lmcache.tiers.redis_script import ADMITTED, SCRIPT
+from lmcache.tiers.resp import Connection, Login, Moved, Node, Nodes, Reply, ReplyError
+from lmcache.tiers.tier import ABSENT, OK, Shard, ShardKey, Tier, TierError, Usage
+from lmcache.tiers.url import TierURL, number, one_of, whole
+
+PART_BYTES = (4 << 20) - 64
+"""Values of 8 MiB and more run at a third of the speed; a little less than 4 MiB leaves the server room for its own header."""
+BOOKED_BYTES = 1024
+"""What a shard is booked with beside its parts: its header, its keys' names, its record and its place in the order of use."""
+BOOKED_PART_BYTES = 256
+"""What each part is booked with beside its bytes: its key."""
+MAX_PARTS = 4096
+PARTITIONS = 64
+"""A cluster has so many indexes, each for the chunks of one first byte modulo this, with its part of `max_gb`."""
+TOO_LARGE, FULL = "too large", "full"
+"""Outcomes of a store: larger than the cap, or than what a shard may be; no room under it, or in the server."""
+_PARTLY = "partly there"
+"""Of a load, before it becomes ABSENT: what is left of the shard must go."""
+_WINDOW_BYTES = 64 << 20
+"""Of a load, so much is asked for before it is read: the server holds what nobody has read yet."""
+
+
+class RedisTier(Tier):
+    """One store, a server or a cluster. A call has one connection to each server that it needs."""
+
+    scheme = "redis"
+
+    def __init__(
+        self,
+        nodes: Nodes,
+        *,
+        prefix: str = "lmcache",
+        max_bytes: int | None = None,
+        ttl_seconds: float = 0.0,
+        timeout_seconds: float = 5.0,
+        secret: bytes = b"",
+    ) -> None:
+        self._nodes, self._max_bytes, self._secret = nodes, max_bytes, secret
+        self._timeout_seconds = timeout_seconds
+        self._ttl_us, self._lease_us = int(ttl_seconds * 1e6), int(timeout_seconds * 2e6)
+        if nodes.is_cluster:
+            self._tags = [f"{{{prefix}/{number:02x}}}".encode() for number in range(PARTITIONS)]
+            self._pattern = f"{{{prefix}/??}}*"
+        else:
+            self._tags = [f"{{{prefix}}}".encode()]
+            self._pattern = f"{{{prefix}}}*"
+        self._is_open = False
+        self._used: dict[bytes, tuple[int, int]] = {}
+        """Tag -> bytes and shards, as the store said last."""
+
+    @classmethod
+    def from_url(cls, url: TierURL) -> Tier:
+        is_cluster = url.take("cluster", one_of("yes", "no"), "no") == "yes"
+        database = url.path.strip("/") or "0"
+        if not url.host or not database.isdecimal() or (is_cluster and int(database)):
+            raise ConfigError(
+                f"{url.redacted}: write redis://host:6379/0, with the number of a database (0 in a cluster)"
+            )
+        ca_file = url.take("ca_file", str, "")
+        tls = _tls(url, ca_file) if url.scheme == "rediss" else None
+        if ca_file and not tls:
+            raise ConfigError(f"{url.redacted}: ca_file is for rediss://")
+        login = Login(url.username, url.take_password(), int(database), tls)
+        limit = url.take("connections", whole(1, 64), 8)
+        kind = _TLSTier if tls else cls
+        return kind(
+            Nodes(url.host, url.port or 6379, login, limit, is_cluster),
+            prefix=url.take("prefix", _prefix, "lmcache"),
+            max_bytes=url.take_max_bytes(),
+            ttl_seconds=url.take("ttl", number(1, 1e9), 0.0),
+            timeout_seconds=url.take("timeout", number(0.05, 3600), 5.0),
+            secret=url.take_frame_key(),
+        )
+
+    def open(self) -> None:
+        if self._is_open:
+            return
+        if self._nodes.is_cluster:
+            self._nodes.refresh(self._deadline())
+        self._everywhere("usage")
+        self._is_open = True
+
+    def contains(self, keys: Sequence[ShardKey]) -> list[bool]:
+        found = [False] * len(keys)
+
+        def ask(connection: Connection, which: list[int]) -> None:
+            for index in which:
+                connection.queue(b"EXISTS", self._name(keys[index]))
+            for index in which:
+                found[index] = connection.answer() == 1
+
+        self._converse(keys, ask)
+        return found
+
+    def load(self, keys: Sequence[ShardKey], into: Sequence[memoryview]) -> list[str]:
+        outcomes = [ABSENT] * len(keys)
+
+        def ask(connection: Connection, which: list[int]) -> None:
+            known = self._touch(connection, [keys[index] for index in which])
+            asked, ahead_bytes = 0, 0
+            wrong: list[int] = []
+            for place, index in enumerate(which):
+                while asked < len(which) and (ahead_bytes < _WINDOW_BYTES or asked <= place):
+                    self._ask_for(connection, keys[which[asked]], len(into[which[asked]]))
+                    ahead_bytes += len(into[which[asked]])
+                    asked += 1
+                outcome = self._receive(connection, keys[index], into[index])
+                ahead_bytes -= len(into[index])
+                if known[place] != (outcome == OK) or outcome not in (OK, ABSENT):
+                    wrong.append(index)
+                outcomes[index] = ABSENT if outcome == _PARTLY else outcome
+            self._mend(connection, [(keys[index], len(into[index]), outcomes[index]) for index in wrong])
+
+        self._converse(keys, ask)
+        return outcomes
+
+    def store(self, shards: Sequence[Shard]) -> list[str]:
+        outcomes = [TOO_LARGE] * len(shards)
+
+        def say(connection: Connection, which: list[int]) -> None:
+            left = [index for index in which if _parts(shards[index].payload.nbytes) <= MAX_PARTS]
+            while left:
+                for index in left:
+                    self._reserve(connection, shards[index])
+                for index in left:
+                    outcomes[index] = self._admission(connection, shards[index].key)
+                granted = [index for index in left if outcomes[index] == ADMITTED]
+                for index in granted:
+                    self._write(connection, shards[index])
+                # what is being written cannot be evicted; once it is there, the rest of a call above the cap finds room
+                left = [index for index in left if outcomes[index] == FULL] if granted else []
+                for index in granted:
+                    outcomes[index] = self._written(connection, shards[index])
+                for index in granted:
+                    if outcomes[index] == FULL:
+                        self._make_room(connection, shards[index])
+
+        self._converse([shard.key for shard in shards], say)
+        return outcomes
+
+    def remove(self, keys: Sequence[ShardKey]) -> None:
+        def say(connection: Connection, which: list[int]) -> None:
+            self._remove(connection, [keys[index] for index in which])
+
+        self._converse(keys, say)
+
+    def clear(self) -> None:
+        self._must_be_open()
+        for tag in self._tags:
+            while self._everywhere("clear", [tag]):
+                pass
+        deadline = self._deadline()
+        for node in self._nodes.all():
+            with node.connection(deadline) as connection:
+                _unlink_all(connection, self._pattern)
+        self._everywhere("usage")
+
+    def usage(self) -> Usage:
+        known = list(self._used.values())
+        return Usage(sum(used for used, _ in known), sum(shards for _, shards in known), self._max_bytes)
+
+    def close(self) -> None:
+        self._is_open = False
+        self._nodes.close()
+
+    # ---- one shard
+
+    def _ask_for(self, connection: Connection, key: ShardKey, payload_bytes: int) -> None:
+        name = self._name(key)
+        connection.queue(b"GET", name)
+        for part in range(_parts(payload_bytes)):
+            connection.queue(b"GET", b"%b.%x" % (name, part))
+
+    def _receive(self, connection: Connection, key: ShardKey, memory: memoryview) -> str:
+        """The outcome; all replies to `_ask_for` are read in any case."""
+        header = connection.reply()
+        if isinstance(header, bytes):
+            outcome = frame.check_header(header, key, len(memory), self._secret)
+            if not outcome and len(header) != frame.HEADER_BYTES:
+                outcome = frame.NOT_A_FRAME
+        elif header is None:
+            outcome = ABSENT
+        else:
+            outcome = self._no_value(connection, header)
+        checksum = frame.Checksum(self._secret)
+        for start in range(0, len(memory), PART_BYTES):
+            part = memory[start : start + PART_BYTES]
+            got = connection.value_into(part, checksum.update)
+            if isinstance(got, ReplyError):
+                outcome = outcome or self._no_value(connection, got)
+            elif got is None:
+                outcome = outcome or _PARTLY
+            elif outcome == ABSENT:
+                outcome = _PARTLY
+            elif got != len(part):
+                outcome = outcome or frame.TRUNCATED
+        return outcome or checksum.check(header, key) if isinstance(header, bytes) else outcome
+
+    def _no_value(self, connection: Connection, reply: Reply) -> str:
+        """What an error says about one shard. Raises TierError where it says something about the server."""
+        if isinstance(reply, ReplyError) and reply.code != "WRONGTYPE":
+            raise connection.refused(reply)
+        return frame.NOT_A_FRAME
+
+    def _reserve(self, connection: Connection, shard: Shard) -> None:
+        size = shard.payload.nbytes
+        most = (self._max_bytes or 0) // len(self._tags)
+        self._script(
+            connection,
+            self._tag(shard.key),
+            "reserve",
+            most,
+            self._lease_us,
+            self._ttl_us,
+            *_booking(shard.key, size),
+        )
+
+    def _admission(self, connection: Connection, key: ShardKey) -> str:
+        reply = connection.reply()
+        if isinstance(reply, ReplyError) and reply.code == "OOM":
+            return FULL
+        return self._said(connection, self._tag(key), reply)
+
+    def _write(self, connection: Connection, shard: Shard) -> None:
+        """Parts, then the script that writes the header, all without waiting."""
+        payload, name = shard.payload, self._name(shard.key)
+        checksum = frame.Checksum(self._secret)
+        for part, start in enumerate(range(0, payload.nbytes, PART_BYTES)):
+            piece = payload[start : start + PART_BYTES]
+            connection.send_value(
+                b"%b.%x" % (name, part), piece, checksum.update, b"PX", b"%d" % (self._lease_us // 1000)
+            )
+        booking = _booking(shard.key, payload.nbytes)
+        self._script(
+            connection,
+            self._tag(shard.key),
+            "commit",
+            self._ttl_us,
+            checksum.header(shard.key, shard.parent),
+            *booking,
+        )
+
+    def _written(self, connection: Connection, shard: Shard) -> str:
+        """The outcome of `_write`."""
+        trouble = ""
+        for _ in range(_parts(shard.payload.nbytes)):
+            reply = connection.reply()
+            if isinstance(reply, ReplyError):
+                if reply.code != "OOM":
+                    raise connection.refused(reply)
+                trouble = FULL
+        outcome = self._said(connection, self._tag(shard.key), connection.reply())
+        return outcome or trouble
+
+    def _make_room(self, connection: Connection, shard: Shard) -> None:
+        """The server's memory is full before `max_gb` is: the oldest go, so that the next store finds room."""
+        self._script(connection, self._tag(shard.key), "shrink", *_booking(shard.key, shard.payload.nbytes))
+        self._said(connection, self._tag(shard.key), connection.reply())
+
+    # ---- several shards on one connection
+
+    def _touch(self, connection: Connection, keys: list[ShardKey]) -> list[bool]:
+        """They are used now; which of them are booked. The first of a call counts as used last: what follows hangs on it."""
+        by_tag: dict[bytes, list[int]] = {}
+        for place, key in enumerate(keys):
+            by_tag.setdefault(self._tag(key), []).append(place)
+        for tag, places in by_tag.items():
+            self._script(connection, tag, "touch", self._ttl_us, *(keys[place].text for place in places))
+        known = [False] * len(keys)
+        for tag, places in by_tag.items():
+            flags = self._said(connection, tag, connection.reply())
+            for place, flag in zip(places, flags, strict=True):
+                known[place] = flag == "1"
+        return known
+
+    def _mend(self, connection: Connection, wrong: list[tuple[ShardKey, int, str]]) -> None:
+        """Damaged shards go; where books and shards differ, the server looks again and puts the books right."""
+        self._remove(connection, [key for key, _, outcome in wrong if outcome not in (OK, ABSENT)])
+        differing = [(key, size) for key, size, outcome in wrong if outcome in (OK, ABSENT)]
+        most = (self._max_bytes or 0) // len(self._tags)
+        for key, size in differing:
+            self._script(connection, self._tag(key), "mend", most, *_booking(key, size))
+        for key, _ in differing:
+            self._said(connection, self._tag(key), connection.reply())
+
+    def _remove(self, connection: Connection, keys: list[ShardKey]) -> None:
+        for key in keys:
+            self._script(connection, self._tag(key), "remove", key.text)
+        for key in keys:
+            self._said(connection, self._tag(key), connection.reply())
+
+    # ---- conversations
+
+    def _converse(self, keys: Sequence[ShardKey], work: Callable[[Connection, list[int]], None]) -> None:
+        """Do `work` for all keys, server by server; in a cluster once more for what has moved meanwhile."""
+        self._must_be_open()
+        deadline, left = self._deadline(), list(range(len(keys)))
+        for attempt in range(3):
+            if self._nodes.stale:
+                self._nodes.refresh(deadline)
+            groups: dict[Node, list[int]] = {}
+            for index in left:
+                groups.setdefault(self._nodes.of(self._tag(keys[index])), []).append(index)
+            left = []
+            for node, which in groups.items():
+                try:
+                    with node.connection(deadline) as connection:
+                        work(connection, which)
+                except Moved:
+                    if not self._nodes.is_cluster or attempt == 2:
+                        raise
+                    self._nodes.stale = True
+                    left += which
+                except TierError:
+                    self._nodes.stale = self._nodes.is_cluster
+                    raise
+            if not left:
+                return
+
+    def _everywhere(self, verb: str, tags: list[bytes] | None = None) -> str:
+        """Run one verb of the script for each tag; the last answer."""
+        deadline, said = self._deadline(), ""
+        for tag in tags or self._tags:
+            with self._nodes.of(tag).connection(deadline) as connection:
+                self._script(connection, tag, verb)
+                said = self._said(connection, tag, connection.reply())
+        return said
+
+    def _script(self, connection: Connection, tag: bytes, verb: str, *arguments: bytes | str | int) -> None:
+        connection.queue(b"EVAL", SCRIPT, 1, tag, verb, *arguments)
+
+    def _said(self, connection: Connection, tag: bytes, reply: Reply) -> str:
+        """The script's answer; with each it tells what is there now."""
+        if isinstance(reply, ReplyError):
+            raise connection.refused(reply)
+        match reply:
+            case [bytes(said), int(used), int(shards)]:
+                self._used[tag] = used, shards
+                return said.decode()
+        connection.close()
+        raise TierError("protocol", f"Redis at {connection.name}: unexpected answer {reply!r:.80}")
+
+    # ---- names
+
+    def _must_be_open(self) -> None:
+        if not self._is_open:
+            raise TierError("closed", "the Redis tier is not open")
+
+    def _deadline(self) -> float:
+        return time.monotonic() + self._timeout_seconds
+
+    def _tag(self, key: ShardKey) -> bytes:
+        return self._tags[key.chunk[0] % len(self._tags)]
+
+    def _name(self, key: ShardKey) -> bytes:
+        return self._tag(key) + b"/" + key.text.encode()
+
+
+class _TLSTier(RedisTier):
+    scheme = "rediss"
+
+
+def booked_bytes(payload_bytes: int) -> int:
+    """What a shard counts against `max_gb`; the memory that it takes in the server is not more (tests measure it)."""
+    full, rest = divmod(payload_bytes, PART_BYTES)
+    parts = full * _allocated(PART_BYTES) + (_allocated(rest) if rest else 0)
+    return BOOKED_BYTES + BOOKED_PART_BYTES * _parts(payload_bytes) + parts
+
+
+def _allocated(size: int) -> int:
+    """What jemalloc gives for a value of that size: a multiple of a quarter of the power of two below."""
+    size += 32
+    step = max(16, 1 << (size - 1).bit_length() - 3)
+    return -(-size // step) * step
+
+
+def _booking(key: ShardKey, payload_bytes: int) -> tuple[str, int, int]:
+    return key.text, booked_bytes(payload_bytes), _parts(payload_bytes)
+
+
+def _parts(payload_bytes: int) -> int:
+    return -(-payload_bytes // PART_BYTES)
+
+
+def _unlink_all(connection: Connection, pattern: str) -> None:
+    cursor = b"0"
+    while True:
+        connection.queue(b"SCAN", cursor, b"MATCH", pattern, b"COUNT", 1000)
+        match connection.answer():
+            case [bytes(cursor), [*found]]:
+                names = [name for name in found if isinstance(name, bytes)]
+                for name in names:
+                    connection.queue(b"UNLINK", name)
+                for _ in names:
+                    connection.answer()
+                if cursor == b"0":
+                    return
+            case other:
+                raise TierError("protocol", f"Redis at {connection.name}: unexpected answer {other!r:.80}")
+
+
+def _prefix(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9_.:-]{1,64}", text):
+        raise ValueError(f"{text!r} must be 1 to 64 letters, digits and _ . : -")
+    return text
+
+
+def _tls(url: TierURL, ca_file: str) -> ssl.SSLContext:
+    try:
+        return ssl.create_default_context(cafile=ca_file or None)
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigError(f"{url.redacted}: cannot use ca_file {ca_file}: {error}") from None

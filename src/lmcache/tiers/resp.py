@@ -1,0 +1,394 @@
+"""The Redis protocol (RESP2) over plain sockets: pipelines whose large values come from and go to the caller's memory.
+
+Why not redis-py: a value there is copied out of small pieces, joined, and copied again by whoever wanted it in a slot, which
+takes three times as long as `recv_into` that slot. Here also every wait ends at the caller's deadline.
+"""
+
+from __future__ import annotations
+
+import binascii
+import contextlib
+import select
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from lmcache.tiers.tier import TierError
+
+PIECE_BYTES = 256 << 10
+"""A value is moved in such pieces, and summed while they are in the processor's cache."""
+_BUFFER_BYTES = 16 << 10
+"""For short replies. What of a large value arrives with them is copied once more, so this stays small."""
+_MOST_BYTES, _MOST_ITEMS, _MOST_DEPTH = 1 << 20, 1 << 20, 4
+"""Of a reply that is not read into given memory."""
+_SLOTS = 16384
+
+Seen = Callable[[memoryview], object]
+"""Told of each piece of a value, in order, while it is moved."""
+
+
+@dataclass(frozen=True)
+class ReplyError:
+    """An error that the server answered with; `code` is its first word."""
+
+    code: str
+    text: str
+
+
+Reply: TypeAlias = "bytes | int | ReplyError | list[Reply] | None"
+"""Simple and bulk strings are both bytes."""
+
+
+class Moved(TierError):
+    """The key is on another node of the cluster: the map of nodes is out of date."""
+
+
+@dataclass(frozen=True)
+class Login:
+    """How to come in. Empty username: the password alone; empty password: neither."""
+
+    username: str = ""
+    password: str = field(default="", repr=False)
+    database: int = 0
+    tls: ssl.SSLContext | None = None
+
+
+class Connection:
+    """One connection to one server. Anything that goes wrong on it is a TierError, after which it is closed.
+
+    `deadline` is in `time.monotonic` seconds, and whoever uses the connection sets it first.
+    """
+
+    def __init__(self, host: str, port: int, login: Login, deadline: float) -> None:
+        self.name, self.deadline = f"{host}:{port}", deadline
+        self._out = bytearray()
+        self._buffer = bytearray(_BUFFER_BYTES)
+        self._view, self._from, self._to = memoryview(self._buffer), 0, 0
+        try:
+            self._socket = socket.create_connection((host, port), timeout=self._left())
+        except OSError as error:
+            raise self._failed(error) from None
+        try:
+            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if login.tls:
+                self._socket = login.tls.wrap_socket(self._socket, server_hostname=host)
+            self._enter(login)
+        except OSError as error:
+            raise self._failed(error) from None
+        except TierError:
+            self.close()
+            raise
+
+    def _enter(self, login: Login) -> None:
+        if login.password:
+            self.queue(b"AUTH", *filter(None, (login.username, login.password)))
+        if login.database:
+            self.queue(b"SELECT", login.database)
+        self.queue(b"PING")
+        for _ in range(1 + bool(login.password) + bool(login.database)):
+            self.answer()
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._socket.close()
+
+    def is_quiet(self) -> bool:
+        """Nothing has arrived: what an idle connection must be. One that the server has closed is not."""
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN)
+        return self._from == self._to and not self._out and not poll.poll(0)
+
+    # ---- what is said
+
+    def queue(self, *words: bytes | str | int) -> None:
+        """A command, sent with the next `flush`, `send_value` or reading of a reply."""
+        self._out += b"*%d\r\n" % len(words)
+        for word in words:
+            said = word if isinstance(word, bytes) else str(word).encode()
+            self._out += b"$%d\r\n%b\r\n" % (len(said), said)
+
+    def send_value(self, key: bytes, value: memoryview, seen: Seen, *options: bytes) -> None:
+        """`SET key value options`, now; the value is copied nowhere but into the socket."""
+        self._out += b"*%d\r\n$3\r\nSET\r\n$%d\r\n%b\r\n$%d\r\n" % (3 + len(options), len(key), key, len(value))
+        self.flush()
+        try:
+            for start in range(0, len(value), PIECE_BYTES):
+                piece = value[start : start + PIECE_BYTES]
+                seen(piece)
+                self._socket.settimeout(self._left())
+                self._socket.sendall(piece)
+        except OSError as error:
+            raise self._failed(error) from None
+        self._out += b"\r\n" + b"".join(b"$%d\r\n%b\r\n" % (len(option), option) for option in options)
+
+    def flush(self) -> None:
+        if self._out:
+            try:
+                self._socket.settimeout(self._left())
+                self._socket.sendall(self._out)
+            except OSError as error:
+                raise self._failed(error) from None
+            self._out.clear()
+
+    # ---- what is answered
+
+    def reply(self, depth: int = 0) -> Reply:
+        """The next reply, errors included."""
+        self.flush()
+        kind, rest = self._line()
+        if kind == b"+":
+            return rest
+        if kind == b":":
+            return self._number(rest)
+        if kind == b"-":
+            text = rest.decode("utf-8", "replace")
+            return ReplyError(text.partition(" ")[0], text)
+        count = self._number(rest)
+        if count < 0:
+            return None
+        if count > (_MOST_BYTES if kind == b"$" else _MOST_ITEMS) or depth > _MOST_DEPTH:
+            raise self._nonsense(kind + rest)
+        if kind == b"$":
+            value = bytearray(count)
+            self._read(memoryview(value))
+            self._skip(2)
+            return bytes(value)
+        if kind == b"*":
+            return [self.reply(depth + 1) for _ in range(count)]
+        raise self._nonsense(kind + rest)
+
+    def answer(self) -> Reply:
+        """The next reply, which is no error. Raises TierError for one; what is under way on the connection is lost then."""
+        reply = self.reply()
+        if isinstance(reply, ReplyError):
+            raise self.refused(reply)
+        return reply
+
+    def value_into(self, memory: memoryview, seen: Seen) -> int | ReplyError | None:
+        """The next reply, a value, straight into `memory`: its length (of another one nothing is kept), None for no value."""
+        self.flush()
+        kind, rest = self._line()
+        if kind == b"-":
+            text = rest.decode("utf-8", "replace")
+            return ReplyError(text.partition(" ")[0], text)
+        if kind != b"$":
+            raise self._nonsense(kind + rest)
+        count = self._number(rest)
+        if count < 0:
+            return None
+        if count == len(memory):
+            self._read(memory, seen)
+            self._skip(2)
+        else:
+            self._skip(count + 2)
+        return count
+
+    # ---- bytes
+
+    def _line(self) -> tuple[bytes, bytes]:
+        """Kind and rest of the next line of a reply."""
+        while (end := self._buffer.find(b"\r\n", self._from, self._to)) < 0:
+            if self._from:
+                left = self._to - self._from
+                self._view[:left] = bytes(self._view[self._from : self._to])
+                self._from, self._to = 0, left
+            if self._to == len(self._buffer):
+                raise self._nonsense(bytes(self._buffer[:40]))
+            self._to += self._receive(self._view[self._to :])
+        line = bytes(self._view[self._from : end])
+        self._from = end + 2
+        return line[:1], line[1:]
+
+    def _read(self, memory: memoryview, seen: Seen | None = None) -> None:
+        """Fill the memory."""
+        got = min(len(memory), self._to - self._from)
+        memory[:got] = self._view[self._from : self._from + got]
+        self._from += got
+        told = 0
+        while got < len(memory):
+            got += self._receive(memory[got:])
+            if seen and got - told >= PIECE_BYTES:
+                seen(memory[told:got])
+                told = got
+        if seen and told < got:
+            seen(memory[told:got])
+
+    def _skip(self, count: int) -> None:
+        while count:
+            if self._from == self._to:
+                self._from, self._to = 0, self._receive(self._view)
+            step = min(count, self._to - self._from)
+            self._from += step
+            count -= step
+
+    def _receive(self, memory: memoryview) -> int:
+        try:
+            self._socket.settimeout(self._left())
+            if count := self._socket.recv_into(memory):
+                return count
+        except OSError as error:
+            raise self._failed(error) from None
+        raise self._failed(ConnectionResetError("the server has closed the connection"))
+
+    def _left(self) -> float:
+        left = self.deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        return left
+
+    # ---- what goes wrong
+
+    def _number(self, text: bytes) -> int:
+        try:
+            return int(text)
+        except ValueError:
+            raise self._nonsense(text) from None
+
+    def _nonsense(self, line: bytes) -> TierError:
+        self.close()
+        return TierError("protocol", f"{self.name} does not speak Redis: it answered {line[:40]!r}")
+
+    def _failed(self, error: OSError) -> TierError:
+        """The connection's end, as a TierError."""
+        if hasattr(self, "_socket"):
+            self.close()
+        if isinstance(error, TimeoutError):
+            return TierError("timeout", f"Redis at {self.name} did not answer in time; ?timeout= sets the seconds")
+        if isinstance(error, ssl.SSLCertVerificationError):
+            return TierError("denied", f"Redis at {self.name}: {error.verify_message}; ?ca_file= names who signed it")
+        return TierError("unreachable", f"Redis at {self.name}: {error.strerror or error}")
+
+    def refused(self, error: ReplyError) -> TierError:
+        """An error reply that ends the conversation, as a TierError."""
+        self.close()
+        if error.code == "MOVED":
+            return Moved("moved", f"Redis at {self.name} is a node of a cluster: add ?cluster=yes")
+        reason, remedy = _REMEDIES.get(error.code, ("refused", ""))
+        if "AUTH" in error.text and reason == "refused":
+            reason, remedy = _REMEDIES["WRONGPASS"]
+        return TierError(reason, f"Redis at {self.name}: {error.text}" + (f"; {remedy}" if remedy else ""))
+
+
+_REMEDIES = {
+    "NOAUTH": ("denied", "write redis://:${NAME}@host, or ?password_file="),
+    "WRONGPASS": ("denied", "check user and password"),
+    "NOPERM": ("denied", "docs/tiers/redis.md lists what the user must be allowed"),
+    "READONLY": ("denied", "it is a replica: name the primary"),
+    "OOM": ("full", "its maxmemory is reached"),
+    "MISCONF": ("io", ""),
+    "LOADING": ("not ready", ""),
+    "MASTERDOWN": ("not ready", ""),
+    "CLUSTERDOWN": ("not ready", ""),
+    "TRYAGAIN": ("not ready", ""),
+    "ASK": ("not ready", ""),
+    "BUSY": ("not ready", ""),
+}
+"""First word of an error -> reason, what to do."""
+
+
+class Node:
+    """The connections to one server; at most `limit` are in use at once."""
+
+    def __init__(self, host: str, port: int, login: Login, limit: int) -> None:
+        self.host, self.port, self._login = host, port, login
+        self._free = threading.BoundedSemaphore(limit)
+        self._idle: list[Connection] = []
+
+    @contextlib.contextmanager
+    def connection(self, deadline: float) -> Iterator[Connection]:
+        """For one conversation; used again after it unless an exception came out."""
+        if not self._free.acquire(timeout=max(0.0, deadline - time.monotonic())):
+            raise TierError(
+                "timeout", f"Redis at {self.host}:{self.port}: all connections were busy; ?connections= sets how many"
+            )
+        try:
+            found = self._take(deadline)
+            try:
+                yield found
+            except BaseException:
+                found.close()
+                raise
+            self._idle.append(found)
+        finally:
+            self._free.release()
+
+    def _take(self, deadline: float) -> Connection:
+        while self._idle:
+            with contextlib.suppress(IndexError):  # another thread was faster
+                found = self._idle.pop()
+                if found.is_quiet():
+                    found.deadline = deadline
+                    return found
+                found.close()
+        return Connection(self.host, self.port, self._login, deadline)
+
+    def close(self) -> None:
+        while self._idle:
+            with contextlib.suppress(IndexError):
+                self._idle.pop().close()
+
+
+class Nodes:
+    """One server, or the primaries of a cluster and which hash slots each of them has."""
+
+    def __init__(self, host: str, port: int, login: Login, limit: int, is_cluster: bool) -> None:
+        self._login, self._limit, self.is_cluster = login, limit, is_cluster
+        self._lock = threading.Lock()
+        self._seed = Node(host, port, login, limit)
+        self._nodes = {(host, port): self._seed}
+        self._ranges: list[tuple[int, int, Node]] = []
+        self.stale = is_cluster
+
+    def all(self) -> list[Node]:
+        """The servers that hold keys."""
+        return list({id(node): node for _, _, node in self._ranges}.values()) if self.is_cluster else [self._seed]
+
+    def of(self, tag: bytes) -> Node:
+        """Who has the keys with this hash tag, given with its braces."""
+        if not self.is_cluster:
+            return self._seed
+        slot = binascii.crc_hqx(tag[1:-1], 0) % _SLOTS
+        for first, last, node in self._ranges:
+            if first <= slot <= last:
+                return node
+        raise TierError("not ready", f"Redis Cluster at {self._seed.host}:{self._seed.port}: nobody has slot {slot}")
+
+    def refresh(self, deadline: float) -> None:
+        """Ask anybody of the cluster who has what. Raises TierError when nobody answers."""
+        with self._lock:
+            trouble: TierError | None = None
+            for node in [self._seed, *(node for node in self._nodes.values() if node is not self._seed)]:
+                try:
+                    with node.connection(deadline) as connection:
+                        connection.queue(b"CLUSTER", b"SLOTS")
+                        self._ranges = self._parse(node, connection.answer())
+                except TierError as error:
+                    trouble = trouble or error
+                else:
+                    self.stale = False
+                    return
+            assert trouble
+            raise trouble
+
+    def _parse(self, asked: Node, slots: Reply) -> list[tuple[int, int, Node]]:
+        ranges = []
+        for entry in slots if isinstance(slots, list) else [slots]:
+            match entry:
+                case [int(first), int(last), [host, int(port), *_], *_]:
+                    address = (host.decode() if isinstance(host, bytes) and host else asked.host, port)
+                    if address not in self._nodes:
+                        self._nodes[address] = Node(*address, self._login, self._limit)
+                    ranges.append((first, last, self._nodes[address]))
+                case _:
+                    raise TierError(
+                        "protocol", f"{asked.host}:{asked.port} does not describe its cluster: {entry!r:.80}"
+                    )
+        return ranges
+
+    def close(self) -> None:
+        for node in self._nodes.values():
+            node.close()

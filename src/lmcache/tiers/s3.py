@@ -1,0 +1,345 @@
+"""Shards in S3 or what speaks like it, shared by all servers that name the same bucket and prefix: one object a shard.
+
+An object is a frame: header, then payload (docs/tiers/s3.md). Nothing is listed when shards are looked for, loaded or stored;
+the listing that the cap needs is made by a sweep in the background, and not at all without `max_gb`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from lmcache.errors import ConfigError
+from lmcache.observability.log import init_logger
+from lmcache.tiers import frame
+from lmcache.tiers.s3_books import Books, now_ms, pack_uses, unpack_uses
+from lmcache.tiers.s3_client import Client, Place
+from lmcache.tiers.tier import ABSENT, KEPT, OK, Shard, ShardKey, Tier, TierError, Usage
+from lmcache.tiers.url import TierURL, number, whole
+
+RANGE_BYTES = 8 << 20
+"""A large shard is read in such ranges side by side: one connection to S3 gives some 100 MB/s."""
+FULL, TOO_LARGE, NOT_READY = "full", "too large", "not ready"
+"""Outcomes of a store: no room; larger than the cap; what is in the store already is still being listed."""
+OWN = "_lmcache/"
+"""Under this are the objects that are no shards."""
+_JANITOR, _RECENCY, _USES = f"{OWN}janitor", f"{OWN}recency", f"{OWN}uses/"
+_ROOM_PART = 64
+"""What makes room deletes at least this part of the cap, so that it is seldom done."""
+_FORGOTTEN_MS = 86_400_000
+"""The uses of a server that wrote none for so long are in `recency` by then."""
+
+log = init_logger(__name__)
+
+
+class S3Tier(Tier):
+    """One bucket and prefix. `connections` requests are under way at once, whoever asked for them."""
+
+    scheme = "s3"
+    concurrency = 8
+    batch_bytes = 64 << 20
+
+    def __init__(
+        self,
+        client: Client,
+        *,
+        max_bytes: int | None = None,
+        timeout_seconds: float = 10.0,
+        connections: int = 16,
+        sweep_seconds: float = 600.0,
+        secret: bytes = b"",
+    ) -> None:
+        self._client, self._max_bytes, self._secret = client, max_bytes, secret
+        self._timeout_seconds, self._sweep_seconds = timeout_seconds, sweep_seconds
+        self._connections = connections
+        self._books = Books()
+        self._room = threading.Lock()
+        self._identity = os.urandom(8).hex()
+        self._pool: ThreadPoolExecutor | None = None
+        self._sweeper: threading.Thread | None = None
+        self._closing = threading.Event()
+        self._swept = threading.Event()
+        """A sweep has ended well: the books are complete."""
+
+    @classmethod
+    def from_url(cls, url: TierURL) -> Tier:
+        if not re.fullmatch(r"[a-z0-9][a-z0-9.-]{2,62}", url.host) or url.port:
+            raise ConfigError(
+                f"{url.redacted}: write s3://bucket/prefix; ?endpoint=http://host:port for what is not AWS"
+            )
+        if url.username or url.password:
+            raise ConfigError(
+                f"{url.redacted}: credentials come from environment, profile or instance role, not the URL"
+            )
+        place = Place(url.host, url.path.strip("/"), url.take("endpoint", _endpoint, ""), url.take("region", str, ""))
+        timeout_seconds = url.take("timeout", number(0.05, 3600), 10.0)
+        return cls(
+            Client(place, timeout_seconds),
+            max_bytes=url.take_max_bytes(),
+            timeout_seconds=timeout_seconds,
+            connections=url.take("connections", whole(1, 256), 16),
+            sweep_seconds=url.take("sweep", number(0.1, 1e6), 600.0),
+            secret=url.take_frame_key(),
+        )
+
+    def open(self) -> None:
+        if self._pool:
+            return
+        self._client.read_all(_JANITOR)  # raises where bucket, credentials or network will not do
+        self._pool = ThreadPoolExecutor(self._connections, "lmcache-s3")
+        if self._max_bytes is not None:
+            self._closing.clear()
+            self._sweeper = threading.Thread(target=self._sweep_again_and_again, name="lmcache-s3-sweep", daemon=True)
+            self._sweeper.start()
+            self._swept.wait(self._timeout_seconds)
+
+    def contains(self, keys: Sequence[ShardKey]) -> list[bool]:
+        found = [False] * len(keys)
+
+        def ask(index: int) -> None:
+            found[index] = self._client.size(keys[index].text) is not None
+
+        self._side_by_side([(ask, (index,)) for index in range(len(keys))])
+        return found
+
+    def load(self, keys: Sequence[ShardKey], into: Sequence[memoryview]) -> list[str]:
+        headers = [bytearray(frame.HEADER_BYTES) for _ in keys]
+        sizes: list[int | None] = [None] * len(keys)
+
+        def read(index: int, start: int) -> None:
+            memory = into[index][start : start + RANGE_BYTES]
+            if start:
+                self._client.read(keys[index].text, frame.HEADER_BYTES + start, [memory])
+            else:
+                sizes[index] = self._client.read(keys[index].text, 0, [memoryview(headers[index]), memory])
+
+        work = [
+            (read, (index, start))
+            for index, memory in enumerate(into)
+            for start in range(0, max(1, len(memory)), RANGE_BYTES)
+        ]
+        waiting = [0] * len(keys)
+        for _, (index, _) in work:
+            waiting[index] += 1
+        outcomes = [ABSENT] * len(keys)
+
+        def done(index: int, *_: int) -> None:
+            """Sums and checks in this thread, while others read on."""
+            waiting[index] -= 1
+            size = sizes[index]
+            if waiting[index] == 0 and size is not None:
+                outcome = frame.check(bytes(headers[index]), into[index], keys[index], self._secret)
+                if outcome == frame.CHECKSUM and size < frame.HEADER_BYTES + len(into[index]):
+                    outcome = frame.TRUNCATED
+                outcomes[index] = frame.TRUNCATED if size < frame.HEADER_BYTES else outcome
+
+        self._side_by_side(work, done)
+        self._books.use([key for key, outcome in zip(keys, outcomes, strict=True) if outcome == OK])
+        absent = [key for key, outcome in zip(keys, outcomes, strict=True) if outcome == ABSENT]
+        self._books.drop(absent)
+        self.remove([key for key, outcome in zip(keys, outcomes, strict=True) if outcome not in (OK, ABSENT)])
+        return outcomes
+
+    def store(self, shards: Sequence[Shard]) -> list[str]:
+        outcomes = [FULL] * len(shards)
+
+        def write(index: int) -> None:
+            shard = shards[index]
+            size = frame.HEADER_BYTES + shard.payload.nbytes
+            if self._client.size(shard.key.text) == size:
+                self._books.seen(shard.key, size)
+                outcomes[index] = KEPT
+                return
+            outcomes[index] = self._admit(shard.key, size)
+            if outcomes[index] != OK:
+                return
+            try:
+                header = frame.make_header(shard.key, shard.parent, shard.payload, self._secret)
+                self._client.write(shard.key.text, [header, shard.payload])
+            except TierError as error:
+                if error.reason != "full":
+                    raise  # it stays booked, since it may have arrived; the next sweep knows
+                self._books.drop([shard.key])
+                outcomes[index] = FULL
+            finally:
+                self._books.end(shard.key)
+
+        self._side_by_side([(write, (index,)) for index in range(len(shards))])
+        kept = [shard.key for shard, outcome in zip(shards, outcomes, strict=True) if outcome in (OK, KEPT)]
+        self._books.use(kept[::-1])  # in the order asked, whoever was faster
+        return outcomes
+
+    def remove(self, keys: Sequence[ShardKey]) -> None:
+        if keys:
+            self._client.delete([key.text for key in keys])
+            self._books.drop(keys)
+
+    def clear(self) -> None:
+        with self._room:
+            batch: list[str] = []
+            for listed in self._client.list():
+                if _key_of(listed.path) or listed.path in (_RECENCY, _JANITOR) or listed.path.startswith(_USES):
+                    batch.append(listed.path)
+                if len(batch) == 1000:
+                    self._client.delete(batch)
+                    batch.clear()
+            self._client.delete(batch)
+            self._books.begin_census()
+            self._books.end_census({}, {}, 0)
+
+    def usage(self) -> Usage:
+        return Usage(self._books.stored_bytes + self._books.other_bytes, len(self._books), self._max_bytes)
+
+    def close(self) -> None:
+        self._closing.set()
+        if self._sweeper:
+            self._sweeper.join()
+            self._sweeper = None
+            with contextlib.suppress(TierError):
+                self._write_uses()
+                self._release_lease()
+        if self._pool:
+            self._pool.shutdown()
+            self._pool = None
+        self._swept.clear()
+
+    # ---- the cap
+
+    def _admit(self, key: ShardKey, size: int) -> str:
+        """OK when there is room, made by deleting what was used longest ago; the bytes are booked then."""
+        if self._max_bytes is None:
+            self._books.begin(key, size)
+            return OK
+        if size + self._books.other_bytes > self._max_bytes:
+            return TOO_LARGE
+        if not self._swept.is_set():
+            return NOT_READY
+        with self._room:
+            self._trim(size, self._max_bytes // _ROOM_PART)
+            if self._books.stored_bytes + self._books.other_bytes + size > self._max_bytes:
+                return FULL
+            self._books.begin(key, size)
+        return OK
+
+    def _trim(self, wanted_bytes: int, at_least: int) -> None:
+        """Delete the oldest until so many bytes fit under the cap. Call with `_room` held."""
+        assert self._max_bytes is not None
+        above = self._books.stored_bytes + self._books.other_bytes + wanted_bytes - self._max_bytes
+        if above > 0:
+            self.remove(self._books.oldest(max(above, at_least)))
+
+    def _sweep_again_and_again(self) -> None:
+        while not self._closing.is_set():
+            try:
+                self._sweep()
+            except TierError as error:
+                log.warning("the S3 tier cannot be swept: %s", error)
+            self._closing.wait(self._sweep_seconds if self._swept.is_set() else min(5.0, self._sweep_seconds))
+
+    def _sweep(self) -> None:
+        """Write own uses, take stock of what is there; as the janitor, merge all uses and trim."""
+        self._write_uses()
+        is_janitor = self._be_janitor()
+        self._books.begin_census()
+        listed: dict[bytes, tuple[int, int]] = {}
+        uses: dict[bytes, int] = {}
+        others, other_bytes, recency_bytes = [_RECENCY], 0, 0
+        for one in self._client.list():
+            if self._closing.is_set():
+                return
+            written = int(one.modified.timestamp() * 1000)
+            if key := _key_of(one.path):
+                listed[key.packed] = written, one.size
+            else:
+                other_bytes += one.size
+                recency_bytes += one.size if one.path == _RECENCY else 0
+            if one.path.startswith(_USES) and (is_janitor or not self._swept.is_set()):
+                others.append(one.path)
+                if is_janitor and written < now_ms() - _FORGOTTEN_MS:
+                    self._client.delete([one.path])
+        for path in others:
+            if read := self._client.read_all(path):
+                for packed, when in unpack_uses(read[0], now_ms()).items():
+                    uses[packed] = max(when, uses.get(packed, 0))
+        self._books.end_census(listed, uses, other_bytes)
+        self._swept.set()
+        if is_janitor:
+            recency = pack_uses(self._books.uses())
+            with self._room:
+                self._books.other_bytes += max(0, len(recency) - recency_bytes)
+                self._trim(0, 0)
+            self._client.write(_RECENCY, [recency])
+
+    def _write_uses(self) -> None:
+        """Those of some sweeps: the janitor may have missed the last object."""
+        if fresh := self._books.new_uses(now_ms() - int(4000 * self._sweep_seconds) - 1000):
+            self._client.write(f"{_USES}{self._identity}", [pack_uses(fresh)])
+
+    def _be_janitor(self) -> bool:
+        """Take or renew the lease, by a write that only one server can win."""
+        read, now = self._client.read_all(_JANITOR), time.time()
+        if read:
+            with contextlib.suppress(ValueError, TypeError, KeyError):
+                lease = json.loads(read[0])
+                if lease["holder"] != self._identity and now < float(lease["until"]) < now + 4 * self._sweep_seconds:
+                    return False
+        lease = {"holder": self._identity, "until": now + 3 * self._sweep_seconds}
+        return self._client.write(_JANITOR, [json.dumps(lease).encode()], if_etag=read[1] if read else "")
+
+    def _release_lease(self) -> None:
+        read = self._client.read_all(_JANITOR)
+        if read and self._identity.encode() in read[0]:
+            self._client.write(_JANITOR, [b"{}"], if_etag=read[1])
+
+    # ---- requests side by side
+
+    def _side_by_side(
+        self, work: Sequence[tuple[Callable[..., None], tuple[int, ...]]], done: Callable[..., None] | None = None
+    ) -> None:
+        """Do all of it in the pool; `done` is called here, in order, with the same numbers. All has ended on return.
+
+        Raises:
+            TierError: one of them did; or the time was over before all had begun.
+        """
+        if not self._pool:
+            raise TierError("closed", f"{self._client.place.text}: the tier is not open")
+        deadline = time.monotonic() + self._timeout_seconds
+
+        def run(call: Callable[..., None], *numbers: int) -> None:
+            if time.monotonic() > deadline:
+                raise TierError(
+                    "timeout", f"{self._client.place.text}: not all could begin in time; ?timeout=, ?connections="
+                )
+            call(*numbers)
+
+        futures: list[Future[None]] = [self._pool.submit(run, call, *numbers) for call, numbers in work]
+        trouble: TierError | None = None
+        for future, (_, numbers) in zip(futures, work, strict=True):
+            try:
+                future.result()
+                if done and not trouble:
+                    done(*numbers)
+            except TierError as error:
+                trouble = trouble or error
+        if trouble:
+            raise trouble
+
+
+def _key_of(path: str) -> ShardKey | None:
+    """The shard that an object is named after, None for another object."""
+    found = re.fullmatch(r"([0-9a-f]{32})/([0-9a-f]{32})-([0-9a-f]{1,4})-([0-9a-f]{1,4})", path)
+    if not found:
+        return None
+    return ShardKey(bytes.fromhex(found[1]), bytes.fromhex(found[2]), int(found[3], 16), int(found[4], 16))
+
+
+def _endpoint(text: str) -> str:
+    if not re.fullmatch(r"https?://[^/?#@\s]+/?", text):
+        raise ValueError(f"{text!r} must be http://host:port or https://host")
+    return text.rstrip("/")

@@ -1,0 +1,164 @@
+"""What one server knows of the S3 store: which shards are there, how large they are, when they were used last.
+
+S3 knows when an object was written and not when it was read, and a write for every read would cost more than the read. So each
+server notes uses in memory, writes them as one small object a sweep, and a janitor, elected by a lease, merges all of them into
+the object `recency` that every server and every restart reads.
+"""
+
+from __future__ import annotations
+
+import heapq
+import struct
+import threading
+import time
+from collections.abc import Iterable, Sequence
+
+from lmcache.tiers.tier import ShardKey
+
+_SIZE_BITS = 41
+_RECORD = struct.Struct("<36sQ")
+_MAGIC = b"LMCuses1"
+MOST_USES = 200_000
+"""Uses in one object, the latest ones: 8.8 MB."""
+
+
+class Books:
+    """Thread-safe. Times are Unix time in milliseconds, made unique; a shard is an entry of one dict, about 190 bytes."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._entries: dict[bytes, int] = {}
+        """Packed key -> last use << 41 | bytes."""
+        self._fresh: dict[bytes, int] = {}
+        """What was used here of late, and when."""
+        self._has_new = False
+        self._latest = 0
+        self._under_way: set[bytes] = set()
+        """Being written: a listing may not show them."""
+        self._came: set[bytes] = set()
+        self._went: set[bytes] = set()
+        """Since `begin_census`: the listing may not know of these either."""
+        self.stored_bytes = 0
+        self.other_bytes = 0
+        """Of the objects that hold no shards."""
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def begin(self, key: ShardKey, size: int) -> None:
+        """It will be written now, until `end`."""
+        with self._lock:
+            packed = key.packed
+            self._under_way.add(packed)
+            self._add(packed, size)
+
+    def end(self, key: ShardKey) -> None:
+        with self._lock:
+            self._under_way.discard(key.packed)
+
+    def seen(self, key: ShardKey, size: int) -> None:
+        """It is there, and counts as used now."""
+        with self._lock:
+            self._add(key.packed, size)
+
+    def use(self, keys: Sequence[ShardKey]) -> None:
+        """Used now, the first of them last: what follows in a prompt hangs on it."""
+        with self._lock:
+            for key in reversed(keys):
+                entry = self._entries.get(key.packed)
+                if entry is not None:
+                    self._entries[key.packed] = self._tick(key.packed) << _SIZE_BITS | entry & _SIZE_MASK
+
+    def drop(self, keys: Iterable[ShardKey]) -> None:
+        with self._lock:
+            for key in keys:
+                self._drop(key.packed)
+                self._went.add(key.packed)
+
+    def oldest(self, wanted_bytes: int) -> list[ShardKey]:
+        """Those used longest ago that hold so many bytes together, or all."""
+        with self._lock:
+            if wanted_bytes <= 0:
+                return []
+            average = max(1, self.stored_bytes // max(1, len(self._entries)))
+            for count in (2 * wanted_bytes // average + 16, len(self._entries)):
+                found, freed = [], 0
+                for entry, packed in heapq.nsmallest(
+                    count, ((entry, packed) for packed, entry in self._entries.items())
+                ):
+                    found.append(ShardKey.unpack(packed))
+                    freed += entry & _SIZE_MASK
+                    if freed >= wanted_bytes:
+                        return found
+            return found
+
+    # ---- what all servers know together
+
+    def begin_census(self) -> None:
+        """A listing begins."""
+        with self._lock:
+            self._came, self._went = set(self._under_way), set()
+
+    def end_census(self, listed: dict[bytes, tuple[int, int]], uses: dict[bytes, int], other_bytes: int) -> None:
+        """`listed`: packed key -> time written, bytes. What is not listed is gone, unless it came while the listing was made."""
+        with self._lock:
+            entries = {packed: self._entries[packed] for packed in self._came if packed in self._entries}
+            for packed, (written, size) in listed.items():
+                if packed not in entries and packed not in self._went:
+                    known = self._entries.get(packed, 0) >> _SIZE_BITS
+                    entries[packed] = max(written, known, uses.get(packed, 0)) << _SIZE_BITS | size
+            self._entries, self.other_bytes = entries, other_bytes
+            self.stored_bytes = sum(entry & _SIZE_MASK for entry in entries.values())
+
+    def new_uses(self, since: int) -> dict[bytes, int]:
+        """What was used here since then; nothing when nothing was used since this was asked last."""
+        with self._lock:
+            if not self._has_new:
+                return {}
+            self._has_new = False
+            self._fresh = {packed: when for packed, when in self._fresh.items() if when >= since}
+            return dict(self._fresh)
+
+    def uses(self) -> dict[bytes, int]:
+        """All last uses."""
+        with self._lock:
+            return {packed: entry >> _SIZE_BITS for packed, entry in self._entries.items()}
+
+    def _add(self, packed: bytes, size: int) -> None:
+        self._drop(packed)
+        self._entries[packed] = self._tick(packed) << _SIZE_BITS | size
+        self.stored_bytes += size
+        self._came.add(packed)
+        self._went.discard(packed)
+
+    def _drop(self, packed: bytes) -> None:
+        entry = self._entries.pop(packed, None)
+        self._came.discard(packed)
+        if entry is not None:
+            self.stored_bytes -= entry & _SIZE_MASK
+
+    def _tick(self, packed: bytes) -> int:
+        """Now, later than ever before."""
+        self._latest = self._fresh[packed] = max(now_ms(), self._latest + 1)
+        self._has_new = True
+        return self._latest
+
+
+def now_ms() -> int:
+    return time.time_ns() // 1_000_000
+
+
+_SIZE_MASK = (1 << _SIZE_BITS) - 1
+
+
+def pack_uses(uses: dict[bytes, int]) -> bytes:
+    """An object of uses: 8 bytes of magic, then 36 bytes of key and u64 milliseconds for each."""
+    latest = heapq.nlargest(MOST_USES, uses.items(), key=lambda use: use[1])
+    return _MAGIC + b"".join(_RECORD.pack(packed, when) for packed, when in latest)
+
+
+def unpack_uses(data: bytes, now: int) -> dict[bytes, int]:
+    """What such an object says; nothing for one that is not of this kind, and no use lies in the future."""
+    if data[:8] != _MAGIC or (len(data) - 8) % _RECORD.size:
+        return {}
+    return {packed: min(when, now) for packed, when in _RECORD.iter_unpack(data[8:])}

@@ -1,0 +1,242 @@
+"""The requests that the S3 tier makes, through obstore, and what their errors mean. No text of a server or library is passed on:
+what people see is the place, the operation, the status and S3's own code, so that no credential can be among it.
+"""
+
+from __future__ import annotations
+
+import configparser
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import obstore
+from obstore.exceptions import (
+    AlreadyExistsError,
+    BaseError,
+    PermissionDeniedError,
+    PreconditionError,
+    UnauthenticatedError,
+)
+from obstore.store import S3Store
+
+from lmcache.tiers.tier import TierError
+
+STREAM_BYTES = 1 << 20
+"""An object arrives in pieces of at least this, each copied to its place while the next is under way."""
+MULTIPART_FROM_BYTES = 64 << 20
+"""Smaller objects are one PUT: it is there or not, where a multipart upload that is cut off leaves hidden parts behind."""
+MULTIPART_BYTES = 16 << 20
+LIST_BYTES_LIMIT = 64 << 20
+"""Books of other servers that are larger are not read."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the objects are. `endpoint`: empty for AWS itself."""
+
+    bucket: str
+    prefix: str = ""
+    endpoint: str = ""
+    region: str = ""
+
+    @property
+    def text(self) -> str:
+        """For people."""
+        at = f" at {self.endpoint}" if self.endpoint else ""
+        return f"S3 bucket {self.bucket}{at}"
+
+
+@dataclass(frozen=True)
+class Listed:
+    """An object of a listing; `path` is relative to the prefix."""
+
+    path: str
+    size: int
+    modified: datetime
+
+
+class Client:
+    """Requests for objects under the prefix. Each ends within `timeout_seconds`, one retry included where that is allowed."""
+
+    def __init__(self, place: Place, timeout_seconds: float) -> None:
+        self.place = place
+        limit = timedelta(seconds=timeout_seconds)
+        config: dict[str, Any] = {"unsigned_payload": True}  # the frame has its own checksum
+        if place.endpoint:
+            config["endpoint"] = place.endpoint
+        profile = profile_of(os.environ)
+        region = place.region or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+        config["region"] = region or profile.pop("region", "us-east-1")
+        profile.pop("region", None)
+        config |= profile
+        self._store = S3Store(
+            place.bucket,
+            prefix=place.prefix or None,
+            config=config,
+            client_options={
+                "allow_http": place.endpoint.startswith("http://"),
+                "timeout": limit,
+                "connect_timeout": limit,
+            },
+            retry_config={"max_retries": 1, "retry_timeout": limit / 2},
+        )
+
+    def size(self, path: str) -> int | None:
+        """HEAD: bytes of the object, None where there is none."""
+        try:
+            return int(obstore.head(self._store, path)["size"])
+        except FileNotFoundError:
+            return None
+        except (BaseError, OSError) as error:
+            raise self._failed("HEAD", error) from None
+
+    def read(self, path: str, start: int, memories: Sequence[memoryview]) -> int | None:
+        """GET of a range, into these one after another. Bytes of the whole object, None where there is none.
+
+        Where the object ends before the range does, what is missing is not written.
+        """
+        wanted = sum(len(memory) for memory in memories)
+        try:
+            answer = obstore.get(self._store, path, options={"range": (start, start + wanted)})
+            targets = iter(memories)
+            target, at = next(targets), 0
+            for chunk in answer.stream(min_chunk_size=STREAM_BYTES):
+                piece = memoryview(chunk)
+                while len(piece):
+                    if at == len(target):
+                        target, at = next(targets), 0
+                    step = min(len(piece), len(target) - at)
+                    target[at : at + step] = piece[:step]
+                    piece, at = piece[step:], at + step
+            return int(answer.meta["size"])
+        except FileNotFoundError as error:
+            self._must_exist("GET", error)
+            return None
+        except StopIteration:
+            raise TierError("protocol", f"{self.place.text}: GET answered with more than was asked for") from None
+        except (BaseError, OSError) as error:
+            if _status(error) == 416:  # it ends before the range begins
+                return self.size(path)
+            raise self._failed("GET", error) from None
+
+    def read_all(self, path: str) -> tuple[bytes, str] | None:
+        """A small object and its ETag; None where there is none, or it is larger than `LIST_BYTES_LIMIT`."""
+        try:
+            answer = obstore.get(self._store, path)
+            if answer.meta["size"] > LIST_BYTES_LIMIT:
+                return None
+            return bytes(answer.bytes()), answer.meta["e_tag"] or ""
+        except FileNotFoundError as error:
+            self._must_exist("GET", error)
+            return None
+        except (BaseError, OSError) as error:
+            raise self._failed("GET", error) from None
+
+    def write(self, path: str, pieces: Sequence[bytes | memoryview], if_etag: str | None = None) -> bool:
+        """PUT of one object, whole or not at all. if_etag: only over this version, "": only where none is; else False."""
+        size = sum(memoryview(piece).nbytes for piece in pieces)
+        mode: Any = None if if_etag is None else {"e_tag": if_etag} if if_etag else "create"
+        try:
+            obstore.put(
+                self._store,
+                path,
+                iter(pieces),
+                mode=mode,
+                use_multipart=size >= MULTIPART_FROM_BYTES,
+                chunk_size=MULTIPART_BYTES,
+            )
+        except (AlreadyExistsError, PreconditionError):
+            return False
+        except (BaseError, OSError) as error:
+            raise self._failed("PUT", error) from None
+        return True
+
+    def delete(self, paths: Sequence[str]) -> None:
+        """Those that are there, a thousand a request."""
+        try:
+            if paths:
+                obstore.delete(self._store, list(paths))
+        except FileNotFoundError as error:
+            self._must_exist("DELETE", error)
+        except (BaseError, OSError) as error:
+            raise self._failed("DELETE", error) from None
+
+    def list(self) -> Iterator[Listed]:
+        """All objects under the prefix, a thousand a request."""
+        try:
+            for batch in obstore.list(self._store, chunk_size=1000):
+                for meta in batch:
+                    yield Listed(meta["path"], meta["size"], meta["last_modified"])
+        except (BaseError, OSError) as error:
+            raise self._failed("LIST", error) from None
+
+    def _must_exist(self, verb: str, error: Exception) -> None:
+        """A 404 may mean the bucket."""
+        if _code(error) == "NoSuchBucket":
+            raise self._failed(verb, error)
+
+    def _failed(self, verb: str, error: Exception) -> TierError:
+        status, code = _status(error), _code(error)
+        said = " ".join(filter(None, (str(status or ""), code))) or type(error).__name__
+        text = str(error)
+        if code == "NoSuchBucket" or (status == 404 and verb == "LIST"):
+            return TierError("no bucket", f"{self.place.text}: there is no such bucket; create it")
+        if isinstance(error, PermissionDeniedError | UnauthenticatedError) or status in (401, 403):
+            remedy = "check the credentials (environment, profile, instance role) and docs/tiers/s3.md for what they must allow"
+            return TierError("denied", f"{self.place.text}: {verb} was denied ({said}); {remedy}")
+        if status in (429, 503) or code == "SlowDown":
+            return TierError("slow down", f"{self.place.text}: {verb} was answered with {said}")
+        if status == 507 or "quota" in code.lower() or "StorageFull" in code:
+            return TierError("full", f"{self.place.text}: {verb} was answered with {said}")
+        if status:
+            return TierError("refused", f"{self.place.text}: {verb} was answered with {said}")
+        if "169.254.169.254" in text or "credential" in text.lower():
+            return TierError("denied", f"{self.place.text}: no credentials in environment, profile or instance role")
+        if "Timeout" in text or "timed out" in text:
+            return TierError("timeout", f"{self.place.text}: {verb} did not end in time; ?timeout= sets the seconds")
+        return TierError("unreachable", f"{self.place.text}: {verb} got no answer; check the endpoint and the network")
+
+
+def profile_of(environ: Mapping[str, str]) -> dict[str, str]:
+    """Credentials and region of the shared files, as obstore's settings, where the environment has no keys of its own."""
+    home = Path(environ.get("HOME", "/"))
+    name = environ.get("AWS_PROFILE", "default")
+    found: dict[str, str] = {}
+    for variable, default, section in (
+        ("AWS_SHARED_CREDENTIALS_FILE", home / ".aws/credentials", name),
+        ("AWS_CONFIG_FILE", home / ".aws/config", name if name == "default" else f"profile {name}"),
+    ):
+        parser = configparser.ConfigParser(interpolation=None, strict=False)
+        try:
+            parser.read(environ.get(variable, default), encoding="utf-8")
+        except (OSError, ValueError, configparser.Error):
+            continue  # the next of the chain may do; without any the first request says that there are none
+        if parser.has_section(section):
+            for theirs, ours in _PROFILE.items():
+                if value := parser.get(section, theirs, fallback=""):
+                    found.setdefault(ours, value)
+    if environ.get("AWS_ACCESS_KEY_ID") or "secret_access_key" not in found:
+        return {key: value for key, value in found.items() if key == "region"}
+    return found
+
+
+_PROFILE = {
+    "aws_access_key_id": "access_key_id",
+    "aws_secret_access_key": "secret_access_key",
+    "aws_session_token": "session_token",
+    "region": "region",
+}
+
+
+def _status(error: Exception) -> int:
+    found = re.search(r"non-2xx status code: (\d{3})", str(error))
+    return int(found[1]) if found else 0
+
+
+def _code(error: Exception) -> str:
+    found = re.search(r"<Code>(\w{1,64})</Code>", str(error))
+    return found[1] if found else ""

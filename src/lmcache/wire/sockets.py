@@ -1,0 +1,91 @@
+"""Listening Unix sockets: at a path in a folder that belongs to this user alone, or under a name that is no file.
+
+An address is `unix:///path` or `unix://@name`. A name (Linux's abstract namespace) leaves nothing behind however its owner
+dies; anybody on the host may connect to it, so both ends look at the other's credentials, as they do anyway.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+from lmcache.errors import ConfigError
+
+UNIX = "unix://"
+_BACKLOG = 128
+
+
+def socket_place(address: str) -> str:
+    """What to connect to for `unix:///path` or `unix://@name`."""
+    place = address.removeprefix(UNIX)
+    return "\0" + place[1:] if place.startswith("@") else place
+
+
+def listen_named(name: str) -> socket.socket:
+    """Listen at `unix://@name`.
+
+    Raises:
+        ConfigError: another process has that name.
+    """
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        listener.bind("\0" + name)
+        listener.listen(_BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise ConfigError(
+            f"another server listens at {UNIX}@{name} ({error.strerror}): give its engine another name"
+        ) from error
+    return listener
+
+
+def listen_unix(path: Path) -> socket.socket:
+    """Listen at `path`, mode 0600; the folder is made (0700) where it is missing. Sockets of dead servers there are removed.
+
+    The name appears once the socket listens, so nobody who finds it is refused.
+
+    Raises:
+        ConfigError: the folder cannot be made or others may write to it, the path is too long for a socket, or another
+            server listens there.
+    """
+    directory, made = path.parent, path.with_suffix(".new")
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _sweep(directory)
+        status = directory.stat()
+        if status.st_uid != os.getuid() or status.st_mode & 0o022:
+            raise ConfigError(f"--socket-dir {directory}: others may write there; chmod 700 it, or name another")
+        made.unlink(missing_ok=True)
+        listener.bind(str(made))
+        os.chmod(made, 0o600)
+        listener.listen(_BACKLOG)
+        try:
+            os.link(made, path)
+        finally:
+            made.unlink()
+    except FileExistsError as error:
+        listener.close()
+        raise ConfigError(f"another server listens at {path}: stop it, or give this one another name") from error
+    except OSError as error:
+        listener.close()
+        raise ConfigError(f"--socket-dir {directory}: cannot listen there: {error}: pass another") from error
+    except ConfigError:
+        listener.close()
+        raise
+    return listener
+
+
+def _sweep(directory: Path) -> None:
+    """Remove the sockets and cookies of dead servers."""
+    for path in directory.glob("*.sock"):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            probe.settimeout(0.2)
+            try:
+                probe.connect(str(path))
+            except ConnectionRefusedError:
+                path.unlink(missing_ok=True)
+                path.with_suffix(".cookie").unlink(missing_ok=True)
+            except OSError:
+                pass  # frozen, not ours, or gone already

@@ -1,0 +1,141 @@
+"""Real SGLang servers on the CPU, asked over HTTP. LMCACHE_TEST_SGLANG_PYTHON names SGLang's interpreter."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sglang_prompts import tokens
+
+from ports import free_port
+from servers import Process, Server, eventually
+
+PYTHON = os.environ.get("LMCACHE_TEST_SGLANG_PYTHON", "")
+START_SECONDS = 240.0
+REPLY_SECONDS = 120.0
+POOL_TOKENS = 4096
+PREFILL_TOKENS = 256
+CHUNK = 16
+LONG = tokens(1500, 20)
+"""More than SGLang computes in one step."""
+Output = dict[str, Any]
+Daemons = Callable[..., Server]
+_FLAGS = (
+    *("--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch"),
+    *("--grammar-backend", "none", "--disable-cuda-graph", "--skip-tokenizer-init", "--skip-server-warmup"),
+    "--sleep-on-idle",  # else it takes a core from the others
+    *("--dtype", "float32", "--random-seed", "0", "--context-length", "4000", "--host", "127.0.0.1"),
+    *("--max-total-tokens", str(POOL_TOKENS), "--chunked-prefill-size", str(PREFILL_TOKENS)),
+)
+
+
+def environment() -> dict[str, str]:
+    fixed = {"SGLANG_USE_CPU_ENGINE": "1", "OMP_WAIT_POLICY": "passive", "HF_HUB_OFFLINE": "1"}
+    return {name: value for name, value in os.environ.items() if not name.startswith("LMCACHE_")} | fixed
+
+
+def _die_with_parent() -> None:
+    """A test run that is killed leaves no engine behind (PR_SET_PDEATHSIG is 1)."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
+class Engine(Process):
+    """`python -m sglang.launch_server --enable-lmcache` with these settings in its config file; ready."""
+
+    def __init__(self, folder: Path, model: Path, page_size: int, settings: dict[str, Any]) -> None:
+        self.port = free_port()
+        file = folder / f"lmcache-{self.port}.yaml"
+        file.write_text("".join(f"{key}: {json.dumps(value)}\n" for key, value in settings.items()))
+        command = [PYTHON, "-m", "sglang.launch_server", "--model-path", str(model), "--port", str(self.port), *_FLAGS]
+        command += ["--page-size", str(page_size), "--enable-lmcache", "--lmcache-config-file", str(file)]
+        super().__init__(command, cwd=folder, env=environment(), start_new_session=True, preexec_fn=_die_with_parent)
+        self.page_size = page_size
+        try:
+            eventually(self._healthy, START_SECONDS)
+        except BaseException:
+            self.kill()
+            raise
+
+    def answer(self, prompt: list[int], max_tokens: int = 8, **more: Any) -> Output:
+        """Greedy tokens of one prompt, their log probabilities, the prompt's tokens that were cached, seconds."""
+        begin = time.monotonic()
+        found = self.ask(prompt, max_tokens, return_logprob=True, **more)
+        return {
+            "tokens": found["output_ids"],
+            "logprobs": [entry[0] for entry in found["meta_info"]["output_token_logprobs"]],
+            "cached": found["meta_info"]["cached_tokens"],
+            "seconds": time.monotonic() - begin,
+        }
+
+    def ask(self, prompt: list[int], max_tokens: int, **more: Any) -> Any:
+        """SGLang's own words."""
+        sampling = {"temperature": 0, "max_new_tokens": max_tokens, "ignore_eos": True}
+        return json.loads(self.post("/generate", {"input_ids": prompt, "sampling_params": sampling, **more}))
+
+    def answers(self, prompts: list[list[int]], max_tokens: int = 8, **more: Any) -> list[Output]:
+        """All prompts at once."""
+        with ThreadPoolExecutor(len(prompts)) as pool:
+            return list(pool.map(lambda prompt: self.answer(prompt, max_tokens, **more), prompts))
+
+    def post(self, path: str, body: Any = None) -> str:
+        data = json.dumps(body or {}).encode()
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}{path}", data, {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=REPLY_SECONDS) as answer:
+            text: str = answer.read().decode()
+            return text
+
+    def flush(self) -> None:
+        """Empty the radix tree; SGLang refuses while a request or a copy is under way."""
+        eventually(self._flushed)
+
+    def text(self) -> str:
+        return "".join(self.log)
+
+    def kill(self) -> None:
+        """kill -9 of all its processes."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        self.child.wait()
+
+    def end(self) -> int:
+        """At once: an orderly end takes SGLang many seconds."""
+        self.kill()
+        return super().end()
+
+    def _flushed(self) -> bool:
+        try:
+            self.post("/flush_cache")
+        except urllib.error.HTTPError:
+            return False
+        return True
+
+    def _healthy(self) -> bool:
+        assert self.child.poll() is None, f"SGLang has ended:\n{self.text()[-4000:]}"
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=2):
+                return True
+        except OSError:
+            return False
+
+
+@dataclass(frozen=True)
+class World:
+    """The daemon of all engines, the first of them, and what it answered before there was a daemon."""
+
+    server: Server
+    first: Engine
+    expected: list[Output]
+    long: Output

@@ -1,0 +1,39 @@
+"""The connectors of older releases, and the agreement of ranks, on PyTorch's own tensors and process groups."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sglang_processes import PYTHON, Daemons, environment
+
+SCRIPT = Path(__file__).with_name("tensors.py")
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen([PYTHON, str(SCRIPT), *arguments], env=environment(), stdout=subprocess.PIPE, text=True)
+
+
+def answer_of(process: subprocess.Popen[str]) -> Any:
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 0
+    return json.loads(said)
+
+
+@pytest.mark.parametrize("calls", ["layerwise", "multi_process"])
+def test_older_calls(folder: Path, daemons: Daemons, calls: str) -> None:
+    config, model = folder / f"{calls}.yaml", folder / f"{calls}-model"
+    config.write_text(f"mp_host: 127.0.0.1\nmp_port: {daemons(chunk=8).port}\n")
+    model.mkdir()
+    (model / "model.safetensors").write_bytes(b"weights")
+    assert answer_of(start(calls, str(config), str(model))) == {"loaded": 128 - 32, "same": True}
+
+
+def test_two_ranks_agree(folder: Path) -> None:
+    one, other = [start("agreement", str(folder / "store"), rank) for rank in ("0", "1")]
+    answers = answer_of(one), answer_of(other)
+    assert answers[0] == answers[1]
+    assert answers[0]["least"] == 6

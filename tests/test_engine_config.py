@@ -1,0 +1,164 @@
+"""Settings of an engine's own server: the public names, where each comes from, and what is said of those that do not work."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from lmcache.cli.main import main
+from lmcache.config.engine import ROWS, EngineConfig, load_engine
+from lmcache.errors import ConfigError
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "lmcache.yaml"
+
+
+def error_of(environ: dict[str, str] | None = None, file: Path | None = None) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_engine(environ or {}, file=file)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_defaults() -> None:
+    settings = load_engine({})
+    assert settings.config == EngineConfig()
+    config = settings.config
+    assert (config.chunk_size, config.max_local_cpu_size, config.cache_policy) == (256, 5.0, "LRU")
+    assert config.save_unfull_chunk and not config.save_decode_cache
+    assert set(settings.sources.values()) == {"default"} and not settings.warnings
+    assert config.server_flags == ("--eviction-policy", "LRU")
+
+
+def test_what_vllm_was_told_beats_the_environment_which_beats_the_file(file: Path) -> None:
+    file.write_text("# a comment\nchunk_size: 8\nmax_local_cpu_size: 1.5\nsave_decode_cache: true\n")
+    environ = {"LMCACHE_CONFIG_FILE": str(file), "LMCACHE_CHUNK_SIZE": "16", "LMCACHE_MAX_LOCAL_CPU_SIZE": "2"}
+    settings = load_engine(environ, {"lmcache.chunk_size": 32, "lmcache.mp.port": 5555})
+    assert settings.config == EngineConfig(chunk_size=32, max_local_cpu_size=2.0, save_decode_cache=True)
+    assert settings.sources["chunk_size"] == "kv_connector_extra_config lmcache.chunk_size"
+    assert settings.sources["max_local_cpu_size"] == "LMCACHE_MAX_LOCAL_CPU_SIZE"
+    assert settings.sources["save_decode_cache"] == f"{file}:4"
+
+
+def test_json_is_a_file_too(file: Path) -> None:
+    file.write_text('{"chunk_size": 8, "local_cpu": true, "extra_config": {"a": [1]}}')
+    config = load_engine({}, file=file).config
+    assert config.chunk_size == 8 and config.extra_config == {"a": [1]}
+
+
+def test_nothing_is_nothing(file: Path) -> None:
+    file.write_text("local_disk: null\nremote_url:\nremote_storage_plugins: []\nenable_p2p: False\nextra_config: {}\n")
+    settings = load_engine({}, file=file)
+    assert settings.config.tiers == () and not settings.warnings
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("chunk_size: 8\nlocal_dsk: /x\n", [":2: unknown key 'local_dsk'", "did you mean local_disk?"]),
+        ("chunk_size: none\n", [":1: chunk_size: none", "whole number from 1"]),
+        ("chunk_size: 8\nchunk_size: 9\n", [":2: chunk_size is given twice", ":1"]),
+        ("cache_policy: MRU\n", ["cache_policy: MRU", "known: LRU"]),
+        ("enable_blending: true\n", [":1: enable_blending: true", "only prefixes are reused"]),
+        ("enable_p2p: true\n", ["enable_p2p: true", "`lmcache server`"]),
+        ("enable_pd: true\n", ["enable_pd", "disaggregated prefill"]),
+        ("remote_serde: cachegen\n", ["remote_serde: cachegen", "write naive"]),
+        ("remote_url: lm://localhost:65432\n", ["lm://localhost:65432", "LMCacheMPConnector"]),
+        ("remote_url: localhost\n", ["must be a URL"]),
+        ("local_disk: relative\n", ["local_disk: relative", "absolute path"]),
+        ("local_disk: file:///x\n", ["local_disk: /x", "max_local_disk_size"]),
+        ("gds_path: /x\n", ["gds_path: /x", "use local_disk"]),
+        ("extra_config: [1]\n", ["extra_config", "must be a mapping"]),
+        ("- a\n", ["key: value"]),
+        ("a: [\n", ["is not YAML", ":2"]),
+    ],
+)
+def test_mistakes_are_one_line_with_the_place_the_value_and_the_remedy(file: Path, text: str, words: list[str]) -> None:
+    file.write_text(text)
+    message = error_of(file=file)
+    assert str(file) in message
+    for word in words:
+        assert word in message, message
+
+
+def test_a_file_that_is_not_there(file: Path) -> None:
+    assert f"{file}: cannot be read" in error_of({"LMCACHE_CONFIG_FILE": str(file)})
+
+
+def test_names_of_others_in_the_environment_are_warned_about_or_left_alone() -> None:
+    environ = {
+        "LMCACHE_CHUNK_SISE": "8",
+        "LMCACHE_LOG_LEVEL": "DEBUG",
+        "LMCACHE_SERVER_PORT": "1",
+        "LMCACHE_USE_LAYERWISE": "true",
+        "LMCACHE_LOCAL_DISK": "",
+    }
+    settings = load_engine(environ)
+    assert settings.config == EngineConfig(use_layerwise=True)
+    first, second = settings.warnings
+    assert "LMCACHE_CHUNK_SISE" in first and "LMCACHE_CHUNK_SIZE" in first
+    assert "LMCACHE_USE_LAYERWISE: use_layerwise has no effect" in second
+
+
+def test_tiers_are_flags_of_the_server(file: Path) -> None:
+    config = EngineConfig(local_disk="/var/lib/a b", max_local_disk_size=20.0, remote_url="redis://host:6379")
+    assert config.tiers == ("disk:///var/lib/a%20b?max_gb=20", "redis://host:6379")
+    assert config.server_flags[2:] == ("--l2", config.tiers[0], "--l2", config.tiers[1])
+    file.write_text("local_disk: file:///var/lib/x\nmax_local_disk_size: 1\n")
+    assert load_engine({}, file=file).config.tiers == ("disk:///var/lib/x?max_gb=1",)
+
+
+def test_passwords_are_not_shown(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file.write_text("remote_url: redis://user:geheim@host:6379\n")
+    assert main(["config", "check", str(file)]) == 0
+    out = capsys.readouterr().out
+    assert "redis://user:***@host:6379" in out and "geheim" not in out
+
+
+def test_http_is_off_unless_the_api_server_is_on() -> None:
+    on = {"LMCACHE_INTERNAL_API_SERVER_ENABLED": "true", "LMCACHE_INTERNAL_API_SERVER_PORT_START": "7000"}
+    flags = load_engine(on).config.server_flags
+    assert flags[2:] == ("--http-host", "127.0.0.1", "--http-port", "7000")
+
+
+def test_every_row_is_reachable_and_says_what_it_does() -> None:
+    names = [row.name for row in ROWS]
+    assert len(names) == len(set(names)) > 60
+    for row in ROWS:
+        known = hasattr(EngineConfig(), row.name)
+        assert known or row.effect or row.refusal, f"{row.name} does nothing and does not say so"
+        if not row.refusal and not known:
+            assert load_engine({row.variable: "1"}).warnings, row.name
+
+
+def test_config_check_tells_an_engines_file_from_the_daemons(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file.write_text("chunk_size: 8\nuse_layerwise: true\nmax_local_cpu_size: 10\n")
+    assert main(["config", "check", str(file)]) == 0
+    out = capsys.readouterr().out
+    assert ["max_local_cpu_size", "10.0", f"{file}:3"] in [line.split() for line in out.splitlines()]
+    assert "warning:" in out and "no effect" in out
+    file.write_text("chunk_size: 8\n")
+    assert main(["config", "check", str(file)]) == 0
+    assert "l1-size-gb" in capsys.readouterr().out
+    assert main(["config", "check", "--in-process", str(file)]) == 0
+    assert "max_local_cpu_size" in capsys.readouterr().out
+    file.write_text("chunk_size: 8\nmax_local_cpu_siz: 10\n")
+    assert main(["config", "check", "--in-process", str(file)]) == 2
+    assert "did you mean max_local_cpu_size?" in capsys.readouterr().err
+
+
+def test_the_page_for_users_has_every_setting_and_the_right_defaults() -> None:
+    page = (Path(__file__).parents[1] / "docs/in-process.md").read_text()
+    lines = [line for line in page.splitlines() if line.startswith("| `")]
+    said = set(re.findall(r"`([a-z0-9_*]+)`", " ".join(line.split("|")[1] for line in lines)))
+    wild = tuple(name[:-1] for name in said if name.endswith("*"))
+    for row in ROWS:
+        others = "other settings of what is off" in page and row.effect.startswith("no effect: it belongs")
+        assert row.name in said or row.name.startswith(wild) or others, row.name
+        if row.refusal:
+            assert any(f"`{row.name}`" in line and "refused" in line for line in lines), row.name
+    assert "| `chunk_size` | 256 |" in page and "| `max_local_cpu_size` | 5.0 |" in page

@@ -1,0 +1,432 @@
+"""What is fetched from tiers, and how long anybody waits: on a made-up clock, with made-up tiers."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+
+import pytest
+
+from lmcache.cache.fetch import ASK_SECONDS, Ask, Fetches, Load, TierTraits
+from lmcache.cache.worth import SLACK_SECONDS, Pace, slack_seconds
+from lmcache.cache.writeback import WriteQueue
+from lmcache.tiers.breaker import FAILURES_TO_OPEN, FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS, Breaker
+
+CHUNK_BYTES = 1 << 20
+SPACE = 3
+
+
+def chain(chunks: int, seed: int = 1) -> bytes:
+    return random.Random(seed).randbytes(16 * chunks)
+
+
+def keys(hashes: bytes) -> list[bytes]:
+    return [hashes[at : at + 16] for at in range(0, len(hashes), 16)]
+
+
+class World:
+    """Tiers with a latency and a rate, an L1, and a clock that a test moves.
+
+    ask_seconds None: the tier tells at once what it has. rate: bytes a second of one call at a time; 0: nothing ever comes.
+    """
+
+    def __init__(self, *tiers: tuple[float | None, float], always: bool = False, batch_chunks: int = 2) -> None:
+        self.now = 100.0
+        self.tiers = tiers
+        self.has: list[set[bytes]] = [set() for _ in tiers]
+        self.serving = [True] * len(tiers)
+        self.l1: set[bytes] = set()
+        self.happens: list[tuple[float, int, Callable[[], None]]] = []
+        self.loads: list[Load] = []
+        self.asks: list[Ask] = []
+        self.free_at = [0.0] * len(tiers)
+        self.order = 0
+        traits = [
+            TierTraits(batch_chunks * CHUNK_BYTES, 2, lambda now, tier=tier: self.serving[tier])
+            for tier in range(len(tiers))
+        ]
+        self.fetches = Fetches(traits, always)
+
+    def knower(self, tier: int) -> Callable[[bytes], Sequence[bool] | None]:
+        def known(hashes: bytes) -> Sequence[bool] | None:
+            if self.tiers[tier][0] is not None:
+                return None
+            return [key in self.has[tier] for key in keys(hashes)]
+
+        return known
+
+    def poll(self, hashes: bytes, prefill_seconds: float = 0.0) -> int:
+        wait = self.fetches.poll(
+            self.now,
+            SPACE,
+            hashes,
+            self.leading(hashes),
+            CHUNK_BYTES,
+            prefill_seconds,
+            [self.knower(tier) for tier in range(len(self.tiers))],
+        )
+        self.carry_out()
+        return wait
+
+    def leading(self, hashes: bytes) -> int:
+        return next((at for at, key in enumerate(keys(hashes)) if key not in self.l1), len(hashes) // 16)
+
+    def carry_out(self) -> None:
+        effects, self.fetches.effects = self.fetches.effects, []
+        for effect in effects:
+            latency, rate = self.tiers[effect.tier]
+            if isinstance(effect, Ask):
+                self.asks.append(effect)
+                self.later(latency or 0.0, lambda effect=effect, took=latency or 0.0: self.answer(effect, took))
+                continue
+            self.loads.append(effect)
+            if rate:
+                size = len(effect.hashes) // 16 * CHUNK_BYTES
+                self.free_at[effect.tier] = max(self.now, self.free_at[effect.tier]) + size / rate
+                self.later(
+                    self.free_at[effect.tier] - self.now, lambda effect=effect, size=size: self.end(effect, size)
+                )
+
+    def later(self, seconds: float, what: Callable[[], None]) -> None:
+        self.order += 1
+        self.happens.append((self.now + seconds, self.order, what))
+
+    def answer(self, ask: Ask, seconds: float) -> None:
+        present = [key in self.has[ask.tier] for key in keys(ask.hashes)] if self.serving[ask.tier] else None
+        self.fetches.answered(self.now, ask.fetch, ask.tier, present, seconds)
+
+    def end(self, load: Load, size: int) -> None:
+        good = [key for key in keys(load.hashes) if key in self.has[load.tier]]
+        self.l1.update(good)
+        self.fetches.loaded(self.now, load, len(good) * CHUNK_BYTES)
+
+    def pass_time(self, seconds: float) -> None:
+        end = self.now + seconds
+        while True:
+            due = min((one for one in self.happens if one[0] <= end), default=None)
+            if due is None:
+                break
+            self.happens.remove(due)
+            self.now = max(self.now, due[0])
+            due[2]()
+            self.carry_out()
+        self.now = end
+
+    def wait_for(self, hashes: bytes, prefill_seconds: float = 0.0, most: float = 60.0) -> float:
+        """As an engine does: ask again until told to go; seconds waited."""
+        begin = self.now
+        while self.poll(hashes, prefill_seconds):
+            assert self.now - begin < most, "an engine would hang"
+            self.pass_time(0.001)
+        return self.now - begin
+
+
+def test_a_full_hit_asks_nobody() -> None:
+    world, prompt = World((0.01, 1e9)), chain(4)
+    world.l1.update(keys(prompt))
+    assert world.poll(prompt) == 0 and not world.asks and not world.loads
+
+
+def test_what_no_tier_has_is_not_waited_for() -> None:
+    world, prompt = World((None, 1e9), (0.02, 1e9)), chain(4)
+    assert world.wait_for(prompt) == pytest.approx(0.02, abs=0.002)
+    local, other = World((None, 1e9)), chain(4)
+    assert local.poll(other) == 0, "a tier that knows at once costs nothing"
+
+
+def test_chunks_come_from_the_nearest_tier_that_has_them_in_order() -> None:
+    world, prompt = World((None, 1e9), (0.01, 1e9)), chain(7)
+    names = keys(prompt)
+    world.l1.update(names[:1])
+    world.has[0].update(names[1:3])
+    world.has[1].update([*names[1:5], names[6]])
+    world.wait_for(prompt)
+    assert [(load.tier, keys(load.hashes)) for load in world.loads] == [(0, names[1:3]), (1, names[3:5])]
+    assert [(load.parent, load.root) for load in world.loads] == [(names[0], False), (names[2], False)]
+    assert world.leading(prompt) == 5, "after the first gap nothing is reachable"
+    fresh = World((None, 1e9))
+    fresh.has[0].update(names)
+    fresh.wait_for(prompt)
+    assert fresh.loads[0].root and fresh.loads[0].parent == b""
+
+
+def test_a_chunk_is_loaded_once_whoever_wants_it() -> None:
+    world = World((None, 100e6))
+    stem, ends = chain(6, 1), [chain(2, 2), chain(2, 3)]
+    prompts = [stem + end for end in ends]
+    world.has[0].update(keys(b"".join([stem, *ends])))
+    assert world.poll(prompts[0]) == 8 and world.poll(prompts[1]) == 8
+    while sum(world.poll(one) for one in prompts):
+        world.pass_time(0.001)
+    loaded = [key for load in world.loads for key in keys(load.hashes)]
+    assert sorted(loaded) == sorted(set(loaded)) and len(loaded) == 10
+    assert [world.leading(one) for one in prompts] == [8, 8]
+
+
+def test_a_load_that_is_slower_than_computing_is_not_started() -> None:
+    world, first, second = World((None, 10e6)), chain(4, 1), chain(4, 2)
+    world.has[0].update(keys(first + second))
+    world.wait_for(first)  # 0.42 s for 4 MiB: now the tier's pace is known
+    loads = len(world.loads)
+    assert world.wait_for(second, prefill_seconds=0.05) == 0.0 and len(world.loads) == loads
+    assert world.fetches.counters["fetches:not worth it"] == 1
+    assert world.fetches.last == {
+        "expected_seconds": pytest.approx(0.419, abs=0.01), "recompute_seconds": 0.2, "loaded": 0.0
+    }  # fmt: skip
+    third = chain(4, 3)
+    world.has[0].update(keys(third))
+    assert world.wait_for(third, prefill_seconds=0.5) == pytest.approx(0.42, abs=0.01), "computing takes 2 s"
+
+
+def test_a_slow_tier_that_becomes_fast_is_noticed() -> None:
+    world = World((None, 1e6))
+    slow = chain(4, 1)
+    world.has[0].update(keys(slow))
+    world.wait_for(slow)
+    world.tiers = ((None, 1e9),)
+    for number in range(2, 30):
+        prompt = chain(4, number)
+        world.has[0].update(keys(prompt))
+        assert world.wait_for(prompt, prefill_seconds=0.1) < 0.1, "nobody waits for a probe"
+        world.pass_time(2.0)
+        world.fetches.tick(world.now)
+    assert 1 <= world.fetches.counters["probes"] < 10
+    assert world.leading(prompt) == 4, "in the end it is worth loading again"
+
+
+def test_a_tier_that_fails_says_nothing_of_its_pace() -> None:
+    world = World((None, 1e6))
+    prompt = chain(4, 1)
+    world.has[0].update(keys(prompt))
+    world.poll(prompt)
+    for load in world.loads:
+        world.fetches.loaded(world.now + 5, load, None)
+    assert world.fetches.paces[0].bytes_per_second is None
+
+
+def test_always_loads_whatever_is_there() -> None:
+    world, first, second = World((None, 10e6), always=True), chain(4, 1), chain(4, 2)
+    world.has[0].update(keys(first + second))
+    world.wait_for(first)
+    assert world.wait_for(second, prefill_seconds=0.01) == pytest.approx(0.42, abs=0.01)
+    assert world.leading(second) == 4
+
+
+@pytest.mark.parametrize("prefill_seconds", [0.002, 0.02, 0.2, 1.0])
+@pytest.mark.parametrize("seed", range(12))
+def test_no_request_is_slower_than_computing_by_more_than_the_slack(seed: int, prefill_seconds: float) -> None:
+    """Tiers that are fast, slow, stalled or lying, measured before: waiting and then computing the rest costs at most 5 % (or
+    10 ms) more than computing everything, and what the loads that run side by side were to take."""
+    dice = random.Random(seed)
+    rate = CHUNK_BYTES / prefill_seconds * dice.choice([0.3, 0.9, 1.5, 5, 50])
+    world = World((dice.choice([None, 0.001]), rate))
+    warm = chain(8, 1000 + seed)
+    world.has[0].update(keys(warm))
+    world.wait_for(warm)
+    for number in range(20):
+        prompt = chain(dice.randint(1, 32), 7 * seed + 1 + number * 1000)
+        world.has[0].update(keys(prompt)[: dice.randint(0, 32)])
+        turn = dice.choice(["as before", "stalled", "slower", "lies"])
+        latency, before = world.tiers[0]
+        if turn != "as before":
+            world.tiers = ((latency, {"stalled": 0.0, "slower": before / 10, "lies": before}[turn]),)
+        if turn == "lies":
+            gone = dice.sample(keys(prompt), 1)
+            known = world.knower(0)(prompt)
+            world.has[0].difference_update(gone if known is None else [])
+        chunks = len(prompt) // 16
+        planned = world.fetches.paces[0].expected_seconds(min(4, chunks) * CHUNK_BYTES)
+        waited = world.wait_for(prompt, prefill_seconds)
+        computed = (chunks - world.leading(prompt)) * prefill_seconds
+        alone = chunks * prefill_seconds
+        assert planned is not None
+        assert waited + computed <= alone + slack_seconds(alone) + planned + 0.003
+        world.tiers = ((latency, before),)
+        world = _again(world)
+
+
+def _again(world: World) -> World:
+    """The same tiers with the same pace, nothing under way."""
+    fresh = World(*world.tiers)
+    fresh.fetches.paces = world.fetches.paces
+    for pace in fresh.fetches.paces:
+        pace._running = 0
+    fresh.has = world.has
+    return fresh
+
+
+def test_a_stalled_tier_is_left_out_and_its_late_chunks_still_come() -> None:
+    world, prompt = World((0.001, 1e9), (10.0, 1e9)), chain(6)
+    world.has[0].update(keys(prompt)[:4])
+    world.has[1].update(keys(prompt))
+    assert world.wait_for(prompt) == pytest.approx(ASK_SECONDS, abs=0.02), "nobody knows what computing costs"
+    fresh = World((0.001, 1e9), (10.0, 1e9))
+    fresh.has[0].update(keys(prompt)[:4])
+    assert fresh.wait_for(prompt, prefill_seconds=0.02) <= 0.25 * 0.12 + SLACK_SECONDS + 0.01, "120 ms of computing"
+    fresh.pass_time(10.0)
+    other = chain(6, 99)
+    fresh.has[0].update(keys(other)[:4])
+    assert fresh.wait_for(other, prefill_seconds=0.02) < 0.015, "it takes 10 s to answer: it is not asked again"
+    assert fresh.leading(other) == 4
+    slow = World((None, 5e6))
+    slow.has[0].update(keys(prompt))
+    slow.wait_for(prompt, prefill_seconds=0.05)
+    assert slow.leading(prompt) < 6
+    slow.pass_time(2.0)
+    assert slow.leading(prompt) == 4, "what had begun (two calls of two chunks) has come; what had not was dropped"
+    assert slow.fetches.counters["fetches:late"] == 1
+
+
+def test_damage_ends_a_fetch_with_what_came_before_it() -> None:
+    world, prompt = World((0.001, 1e9)), chain(6)
+    names = keys(prompt)
+    world.has[0].update(names)
+    assert world.poll(prompt) == 6
+    world.pass_time(0.0015)
+    world.has[0].remove(names[3])
+    world.wait_for(prompt)
+    assert world.leading(prompt) == 3 and world.fetches.counters["failed"] == 3
+
+
+def test_a_tier_that_fails_is_not_waited_for() -> None:
+    world, prompt = World((0.001, 1e9), (0.002, 1e9)), chain(4)
+    world.has[1].update(keys(prompt))
+    world.serving[0] = False
+    world.poll(prompt)
+    assert [ask.tier for ask in world.asks] == [1], "a tier in trouble is not asked"
+    world.serving[0] = True
+    other = chain(4, 9)
+    world.has[1].update(keys(other))
+    world.poll(other)
+    world.serving[0] = False
+    world.wait_for(other)
+    assert world.leading(other) == 4
+
+
+def test_what_came_and_was_evicted_is_fetched_again() -> None:
+    world, prompt = World((0.001, 1e9)), chain(4)
+    world.has[0].update(keys(prompt))
+    for number in range(1, 4):
+        world.wait_for(prompt)
+        assert world.leading(prompt) == 4 and world.fetches.counters["arrived"] == 4 * number
+        world.l1.clear()
+    assert world.fetches.open == 0
+
+
+def test_the_same_request_asked_again_is_not_fetched_again_at_once() -> None:
+    world, prompt = World((0.001, 1e9)), chain(4)
+    world.wait_for(prompt)
+    assert len(world.asks) == 1
+    for _ in range(20):
+        assert world.poll(prompt) == 0
+    assert len(world.asks) == 1
+    world.pass_time(2.0)
+    world.fetches.tick(world.now)
+    world.poll(prompt)
+    assert len(world.asks) == 2
+
+
+def test_fetches_that_nobody_asks_about_end() -> None:
+    world, prompt = World((None, 0.0)), chain(4)
+    world.has[0].update(keys(prompt))
+    assert world.poll(prompt) == 4 and world.fetches.open == 1
+    world.pass_time(11.0)
+    world.fetches.tick(world.now)
+    assert world.fetches.open == 0
+    world.pass_time(2.0)
+    world.fetches.tick(world.now)
+    assert not world.fetches._fetches and not world.fetches._by_request
+
+
+def test_pace_is_bytes_over_busy_time_and_old_measurements_fade() -> None:
+    pace = Pace()
+    assert pace.expected_seconds(100) is None
+    pace.began(0.0)
+    pace.began(0.0)
+    pace.ended(1.0, 100)
+    pace.ended(2.0, 100)
+    assert pace.bytes_per_second == 100.0
+    pace.began(50.0)
+    pace.ended(51.0, 100)
+    assert pace.bytes_per_second == pytest.approx(100.0), "idle time does not count"
+    pace.answered(0.5)
+    assert pace.expected_seconds(1000) == pytest.approx(10.5)
+    for at in range(60, 100):
+        pace.began(float(at))
+        pace.ended(at + 1.0, 1000)
+    assert pace.bytes_per_second > 950
+    broken = Pace()
+    broken.began(0.0)
+    broken.ended(1.0, 0)
+    assert broken.expected_seconds(1) == float("inf")
+
+
+# Write-back
+
+
+def test_chunks_are_written_in_the_order_in_which_they_became_whole() -> None:
+    queue = WriteQueue(100, 25, 1000)
+    first, second = chain(3, 1), chain(2, 2)
+    queue.add(1, first, chain(3, 3), 10)
+    queue.add(2, second, chain(2, 4), 10)
+    assert len(queue) == 5 and queue.queued_bytes == 50
+    batches = [queue.take() for _ in range(4)]
+    assert [batch and (batch.space, batch.hashes) for batch in batches] == [
+        (1, first[:32]), (1, first[32:]), (2, second), None
+    ]  # fmt: skip
+    assert batches[0] and batches[0].parents == chain(3, 3)[:32] and queue.queued_bytes == 0
+
+
+def test_a_full_queue_keeps_the_beginnings_of_prompts() -> None:
+    queue = WriteQueue(30, 100, 1000)
+    prompt = chain(5)
+    queue.add(1, prompt, prompt, 10)
+    assert queue.counters["lost:queue full"] == 2 and len(queue) == 3
+    batch = queue.take()
+    assert batch and batch.hashes == prompt[:48]
+    queue.add(1, chain(2, 2), chain(2, 2), 10)
+    queue.put_back(batch)
+    assert len(queue) == 3 and queue.counters["lost:queue full"] == 4, "what waits longest stays"
+    again = queue.take()
+    assert again and again.hashes == prompt[:48]
+
+
+def test_on_evict_writes_ahead_of_eviction_and_everything_at_the_end() -> None:
+    queue = WriteQueue(1000, 10, 100, on_evict=True)
+    prompt = chain(9)
+    queue.add(1, prompt, prompt, 10)
+    queue.make_ready(60)
+    assert len(queue) == 0 and queue.kept_back == 9
+    queue.make_ready(90)
+    assert len(queue) == 1 and (queue.take() or pytest.fail()).hashes == prompt[:16]
+    queue.add(1, chain(4, 2), chain(4, 2), 10)
+    assert queue.kept_back == 10 and queue.counters["lost:evicted"] == 2, "L1 does not hold more"
+    queue.make_all_ready()
+    assert len(queue) == 10 and queue.kept_back == 0
+    queue.clear()
+    assert queue.take() is None and queue.queued_bytes == 0
+
+
+# The breaker
+
+
+def test_a_breaker_opens_tries_and_closes() -> None:
+    breaker = Breaker()
+    for _ in range(FAILURES_TO_OPEN - 1):
+        assert not breaker.failed(0.0, "timeout") and breaker.closed
+    breaker.succeeded()
+    opened = [breaker.failed(0.0, "timeout") for _ in range(FAILURES_TO_OPEN)]
+    assert opened == [False] * (FAILURES_TO_OPEN - 1) + [True] and not breaker.closed
+    assert not breaker.probe(FIRST_PAUSE_SECONDS - 0.01)
+    pauses, now = [], 0.0
+    for _ in range(8):
+        now = breaker.retry_at
+        assert breaker.probe(now) and not breaker.probe(now), "one probe at a time"
+        assert breaker.failed(now, "still")
+        pauses.append(breaker.retry_at - now)
+    assert pauses == [2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0, 60.0] and pauses[-1] == LONGEST_PAUSE_SECONDS
+    assert breaker.probe(breaker.retry_at)
+    breaker.succeeded()
+    assert breaker.closed and breaker.reason == ""
+    assert breaker.failed(0.0, "denied", at_once=True) and breaker.retry_at == FIRST_PAUSE_SECONDS
+    assert not breaker.failed(0.5, "late") and breaker.retry_at == FIRST_PAUSE_SECONDS, "it had begun before"

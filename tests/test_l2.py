@@ -1,0 +1,182 @@
+"""A real server, real engines and a real store behind it: restarts, stalls, and what is told of them."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from proxy import Proxy
+from servers import PATIENCE, Server, eventually
+from stores import RedisServer, binary_of
+
+TOKENS = list(range(160))
+"""Ten chunks."""
+
+
+@pytest.fixture
+def valkey(folders: Callable[[str], Path]) -> Iterator[RedisServer]:
+    store = RedisServer(binary_of("valkey"), folders("/tmp"))
+    yield store
+    store.end()
+
+
+def tiers_of(server: Server) -> dict[str, dict[str, Any]]:
+    return {tier["name"]: tier for tier in server.status()["tiers"]}
+
+
+def written(server: Server, shards: int, name: str = "redis") -> None:
+    """Until the tier has acknowledged so many shards."""
+    eventually(lambda: tiers_of(server)[name]["counters"].get("kept_shards", 0) >= shards)
+
+
+def page(server: Server, path: str, method: str = "GET") -> tuple[int, str]:
+    request = urllib.request.Request(f"http://127.0.0.1:{server.http_port}{path}", method=method)
+    try:
+        with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_restarted_server_finds_everything_in_its_tier(
+    server: Callable[..., Server], engine: Callable[..., Any], valkey: RedisServer, shards: int
+) -> None:
+    flags = ("--l2", valkey.url())
+    first = server(flags=flags)
+    for shard in range(shards):
+        assert engine(first, shard=shard, shards=shards).store(TOKENS) == len(TOKENS)
+    written(first, 10 * shards)
+    first.end()
+    second = server(flags=flags)
+    ranks = [engine(second, "again", shard=shard, shards=shards) for shard in range(shards)]
+    for rank in ranks:
+        assert rank.load(TOKENS) == len(TOKENS)
+    stored = tiers_of(second)["redis"]["counters"]
+    assert stored["loaded_shards"] == 10 * shards and "written_shards" not in stored, "it is not written back"
+
+
+def test_the_end_waits_for_what_is_to_be_written(
+    server: Callable[..., Server], engine: Callable[..., Any], valkey: RedisServer
+) -> None:
+    first = server(flags=("--l2", f"{valkey.url()}?write=on-evict"))
+    one = engine(first)
+    one.store(TOKENS)
+    assert tiers_of(first)["redis"]["kept_back_chunks"] == 10 and tiers_of(first)["redis"]["shards"] == 0
+    first.signal(signal.SIGTERM)
+    first.line_with("has stopped")
+    second = server(flags=("--l2", valkey.url()))
+    assert engine(second, "other").load(TOKENS) == len(TOKENS)
+
+
+def test_two_servers_share_a_store(
+    server: Callable[..., Server], engine: Callable[..., Any], valkey: RedisServer
+) -> None:
+    here, there = server(flags=("--l2", valkey.url())), server(flags=("--l2", valkey.url()))
+    writer, reader = engine(here, "writer"), engine(there, "reader")
+    writer.store(TOKENS)
+    written(here, 10)
+    assert reader.load(TOKENS) == len(TOKENS)
+
+
+def test_a_stalled_tier_costs_a_full_hit_nothing(
+    server: Callable[..., Server], engine: Callable[..., Any], valkey: RedisServer
+) -> None:
+    proxy = Proxy(valkey.port)
+    try:
+        cache = server(flags=("--l2", valkey.url(port=proxy.port)))
+        one = engine(cache)
+        one.store(TOKENS)
+        written(cache, 10)
+        proxy.freeze()
+        begin = time.monotonic()
+        for _ in range(50):
+            assert one.hit_tokens(TOKENS) == len(TOKENS)
+        full = time.monotonic() - begin
+        begin = time.monotonic()
+        one.lookup([7, *TOKENS])  # asks the tier, which does not answer
+        assert time.monotonic() - begin < PATIENCE and full < PATIENCE
+        # What the tier cannot answer is a miss; and while it hangs nobody waits for it again.
+        eventually(lambda: one.lookup([8, *TOKENS]) is None)
+        assert one.hit_tokens(TOKENS) == len(TOKENS)
+    finally:
+        proxy.close()
+
+
+def test_a_store_that_comes_late_goes_and_comes_back(
+    server: Callable[..., Server], engine: Callable[..., Any], folders: Callable[[str], Path]
+) -> None:
+    store = RedisServer(binary_of("valkey"), folders("/tmp"))
+    store.end()
+    cache = server(flags=("--l2", store.url()))
+    assert any("does not serve yet" in line for line in cache.log)
+    (told,) = cache.get("/healthcheck")["degraded"]
+    assert told.startswith("redis: ") and str(store.port) in told
+    one = engine(cache)
+    assert one.store(TOKENS) == len(TOKENS) == one.hit_tokens(TOKENS)
+    store.start()
+    try:
+        written(cache, 10)
+        assert cache.get("/healthcheck") == {"status": "healthy"}
+        metrics = page(cache, "/metrics")[1]
+        assert 'lmcache_tier_serving{tier="redis"} 1.0' in metrics and "lmcache_tier_failed_total{" in metrics
+    finally:
+        store.end()
+
+
+def test_required_tiers_and_wrong_urls_end_the_start_with_one_line(folders: Callable[[str], Path]) -> None:
+    def start_fails(*flags: str) -> str:
+        failed = subprocess.run(
+            [sys.executable, "-m", "lmcache.cli.main", "server", "--l1-size-gb", "0.01", "--port", "0", "--http-port", "0",
+             "--socket-dir", str(folders("/tmp")), "--arena-dir", str(folders("/dev/shm")), *flags],
+            capture_output=True, text=True, timeout=PATIENCE, check=False,
+        )  # fmt: skip
+        assert failed.returncode == 2 and "Traceback" not in failed.stderr
+        return failed.stderr.splitlines()[-1]
+
+    nowhere = "redis://127.0.0.1:1/0"
+    assert "--l2-required is set" in start_fails("--l2", nowhere, "--l2-required")
+    assert "unknown tier 'rediss2'" in start_fails("--l2", "rediss2://host")
+    assert "unknown option 'max_bg'; did you mean max_gb?" in start_fails("--l2", "redis://h?max_bg=3")
+    assert "${NOT_SET_ANYWHERE} is not set" in start_fails("--l2", "redis://:${NOT_SET_ANYWHERE}@h")
+    assert "type 'tape' is not here" in start_fails("--l2-adapter", '{"type": "tape"}')
+
+
+def test_clearing_reaches_the_tiers_that_are_named(
+    server: Callable[..., Server], engine: Callable[..., Any], valkey: RedisServer
+) -> None:
+    cache = server(flags=("--l2", f"{valkey.url()}?name=far"))
+    one = engine(cache)
+    one.store(TOKENS)
+    written(cache, 10, "far")
+    assert page(cache, "/clear-cache", "POST")[0] == 200
+    assert one.hit_tokens(TOKENS) == len(TOKENS), "L1 alone was emptied"
+    status, answer = page(cache, "/clear-cache?tiers=nowhere", "POST")
+    assert status == 404 and "there is no such tier; known: all, far" in answer
+    status, answer = page(cache, "/clear-cache?tiers=far", "POST")
+    assert status == 200 and json.loads(answer)["cleared_tiers"] == ["far"]
+    assert tiers_of(cache)["far"]["shards"] == 0 and one.hit_tokens(TOKENS) == 0
+
+
+def test_tiers_are_shown_without_passwords(server: Callable[..., Server], folders: Callable[[str], Path]) -> None:
+    store = RedisServer(binary_of("valkey"), folders("/tmp"), password="hunter2")
+    try:
+        cache = server(flags=("--l2", store.url()))
+        assert any("can be read by every user" in line for line in cache.log)
+        assert not any("hunter2" in line for line in cache.log)
+        for path in ("/status", "/metrics", "/", "/healthcheck"):
+            assert "hunter2" not in page(cache, path)[1]
+        assert tiers_of(cache)["redis"]["url"] == f"redis://:***@127.0.0.1:{store.port}/0"
+        assert tiers_of(cache)["redis"]["state"] == "serving"
+    finally:
+        store.end()

@@ -1,0 +1,494 @@
+"""The connectors for SGLang without SGLang: the calls that its radix caches make, on arrays in place of tensors."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lmcache.config.engine import FILE_VARIABLE
+from lmcache.engine import Loading
+from lmcache.errors import ConfigError, LayoutError
+from lmcache.integration.sglang import unified_lmcache_mp_connector as unified
+from lmcache.integration.sglang import weights
+from lmcache.integration.sglang.model import Ranks, describe_rank, pool_buffers
+from lmcache.integration.sglang.multi_process_adapter import LMCacheMPConnector
+from lmcache.integration.sglang.ranks import Agreement
+from lmcache.integration.sglang.settings import read_settings
+from lmcache.integration.sglang.sglang_adapter import LMCacheLayerwiseConnector, LoadMetadata, StoreMetadata
+from lmcache.integration.sglang.utils import lmcache_get_config
+from servers import Server
+from sglang_pool import HEADS, VOCABULARY, MHATokenToKVPool, MLATokenToKVPool, ModelConfig, SGLang
+
+Servers = Callable[..., Server]
+Engines = Callable[..., SGLang]
+
+
+def tokens(count: int, seed: int) -> list[int]:
+    return [random.Random(seed * 7919 + at).randrange(1, VOCABULARY) for at in range(count)]
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"weights")
+    return str(tmp_path / "model")
+
+
+def config(folder: Path, server: Server, **more: Any) -> str:
+    settings = {"mp_host": "127.0.0.1", "mp_port": server.port, **more}
+    path = folder / f"lmcache-{server.port}.yaml"
+    path.write_text("".join(f"{key}: {value}\n" for key, value in settings.items()))
+    return str(path)
+
+
+@pytest.fixture
+def sglang(tmp_path: Path, model: str) -> Iterator[Engines]:
+    """Engines: sglang(server, page_size, ...), connected."""
+    made: list[SGLang] = []
+
+    def make(server: Server, page_size: int, settings: dict[str, Any] | None = None, **more: Any) -> SGLang:
+        made.append(SGLang(config(tmp_path, server, **(settings or {})), model, page_size, **more))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.connector.close()
+
+
+# The unified radix cache
+
+
+@pytest.mark.parametrize("page_size", [1, 16, 64])
+@pytest.mark.parametrize("chunk", [8, 24, 256])
+def test_what_one_engine_stored_another_one_loads(server: Servers, sglang: Engines, page_size: int, chunk: int) -> None:
+    daemon = server(chunk=chunk)
+    first, second = sglang(daemon, page_size), sglang(daemon, page_size)
+    text = tokens(700, 1)
+    first.compute_and_store("a", text)
+    handed = len(text) // page_size * page_size // chunk * chunk
+    found, slots = second.load("b", text)
+    assert found == handed // page_size * page_size > 0
+    assert np.array_equal(second.pool.read(slots), second.expected(text)[:, :, :found])
+    have = found // 2 // page_size * page_size
+    again, slots = second.load("c", text, have=have, seed=2)
+    assert again == found
+    assert np.array_equal(second.pool.read(slots), second.expected(text)[:, :, have:found])
+    assert second.load("d", text, have=found)[0] <= found
+    different = [*text[:300], *tokens(400, 2)]
+    assert second.load("e", different)[0] == 300 // chunk * chunk // page_size * page_size
+
+
+def test_a_request_is_stored_piece_by_piece(server: Servers, sglang: Engines) -> None:
+    """After each prefill and at the end; each time only what is new is handed over."""
+    engine = sglang(server(chunk=24), 16)
+    text = tokens(500, 3)
+    for length in (100, 230, 231, 500):
+        engine.compute_and_store("a", text[:length])
+    assert engine.connector.get_store_start("a", 496) == 496 // 24 * 24 // 16 * 16
+    engine.connector.finish_request("a")
+    assert engine.connector.get_store_start("a", 496) == 0
+    found, slots = engine.load("b", text)
+    assert found == 480
+    assert np.array_equal(engine.pool.read(slots), engine.expected(text)[:, :, :found])
+
+
+def test_pages_of_other_engines_make_no_difference(server: Servers, sglang: Engines) -> None:
+    daemon, text = server(chunk=16), tokens(320, 4)
+    sglang(daemon, 64).compute_and_store("a", text)
+    other = sglang(daemon, 1)
+    found, slots = other.load("b", text)
+    assert found == 320
+    assert np.array_equal(other.pool.read(slots), other.expected(text))
+
+
+def test_salts_and_keys_are_told_apart(server: Servers, sglang: Engines, monkeypatch: pytest.MonkeyPatch) -> None:
+    daemon, text = server(chunk=16), tokens(64, 5)
+    engine = sglang(daemon, 1)
+    salt = engine.connector.build_cache_salt
+    engine.compute_and_store("a", text, salt=salt("one", None))
+    assert engine.load("b", text, salt=salt("one", None))[0] == 64
+    others = [salt(None, None), salt("two", None), salt(None, "one"), salt("one", "x"), salt('["one", ""]', None)]
+    assert [engine.load(f"c{at}", text, salt=other)[0] for at, other in enumerate(others)] == [0] * len(others)
+    monkeypatch.setattr(unified, "lora_enabled", lambda: True)
+    adapters = [sglang(daemon, 1), sglang(daemon, 1)]
+    keys = [one.connector.build_cache_salt(None, "adapter") for one in adapters]
+    assert keys[0] != keys[1], "an adapter's name does not say what is in it"
+    assert adapters[0].connector.build_cache_salt("one", None) == salt("one", None)
+
+
+def test_only_text_is_kept(server: Servers, sglang: Engines) -> None:
+    """Behind the vocabulary are SGLang's numbers for images: 30 bits of a hash, which may be another image's too."""
+    engine = sglang(server(chunk=16), 1)
+    text = [*tokens(40, 6), VOCABULARY + 123456, *tokens(60, 7)]
+    engine.compute_and_store("a", text)
+    assert engine.load("b", text)[0] == 32
+
+
+def test_a_hit_that_waits_is_given_back_and_asked_for_again(
+    server: Servers, sglang: Engines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(unified, "HIT_SECONDS", 0.0)
+    daemon, text = server(chunk=16), tokens(160, 8)
+    engine = sglang(daemon, 16)
+    engine.compute_and_store("a", text)
+    lookup = engine.connector.submit_lookup("b", text, local_hit_tokens=0, cache_salt="")
+    assert engine.connector.poll_lookup(lookup) == 160 and lookup.hit is not None
+    engine.connector._swept = 0.0
+    engine.connector.ready_prefix_count([])
+    assert lookup.hit is None
+    slots = engine.slots(160, 9)
+    load = engine.connector.submit_load(lookup, slots, local_hit_tokens=0, owned_device_indices=slots)
+    assert engine.connector.prepare_load_on_stream(load, None)
+    assert np.array_equal(engine.pool.read(slots), engine.expected(text))
+    daemon.clear()
+    lookup = engine.connector.submit_lookup("c", text, local_hit_tokens=0, cache_salt="")
+    load = engine.connector.submit_load(lookup, slots, local_hit_tokens=0, owned_device_indices=slots)
+    assert not engine.connector.prepare_load_on_stream(load, None), "gone meanwhile: computed"
+
+
+def test_no_lease_is_left_behind(server: Servers, sglang: Engines) -> None:
+    daemon, text = server(chunk=16), tokens(160, 10)
+    engine = sglang(daemon, 16)
+    engine.compute_and_store("a", text)
+    connector = engine.connector
+    for request, end in (("loaded", None), ("not loaded", 160), ("aborted", None), ("asked twice", None)):
+        if request == "loaded":
+            engine.load(request, text)
+            continue
+        lookup = connector.submit_lookup(request, text, local_hit_tokens=0, cache_salt="")
+        connector.poll_lookup(lookup)
+        if request == "asked twice":
+            connector.poll_lookup(connector.submit_lookup(request, text, local_hit_tokens=0, cache_salt=""))
+        if end is not None:
+            connector.free_lookup_locks(request, start=0, end=end)
+        connector.finish_request(request)
+    lookup = connector.submit_lookup("at the end of all", text, local_hit_tokens=0, cache_salt="")
+    connector.poll_lookup(lookup)
+    connector.end_all_sessions()
+    assert connector._rank is not None and not connector._rank._scheduler._held
+
+
+def test_new_weights(server: Servers, sglang: Engines, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Updater:
+        def update_weights_from_disk(self, path: str) -> str:
+            return f"loaded {path}"
+
+    monkeypatch.setattr(weights, "_owner", lambda: Updater)
+    monkeypatch.setattr(weights, "_listeners", [])
+    daemon, text = server(chunk=16), tokens(160, 11)
+    engine, other = sglang(daemon, 16), sglang(daemon, 16)
+    salt = engine.connector.build_cache_salt(None, None)
+    engine.compute_and_store("a", text, salt=salt)
+    asked = engine.connector.submit_lookup("asked before", text, local_hit_tokens=0, cache_salt=salt)
+    assert engine.connector.poll_lookup(asked) == 160
+    weights.forget(other.connector._new_weights)  # another process, really
+    assert Updater().update_weights_from_disk("x") == "loaded x"
+    slots = engine.slots(160, 12)
+    load = engine.connector.submit_load(asked, slots, local_hit_tokens=0, owned_device_indices=slots)
+    assert not engine.connector.prepare_load_on_stream(load, None)
+    fresh = engine.connector.build_cache_salt(None, None)
+    assert engine.load("b", text, salt=fresh)[0] == 0
+    engine.compute_and_store("asked before", text, salt=fresh)
+    assert engine.load("c", text, salt=fresh)[0] == 0, "half of it may be of the old weights"
+    engine.compute_and_store("d", text, salt=fresh)
+    assert engine.load("e", text, salt=fresh)[0] == 160
+    assert other.load("f", text, salt=salt)[0] == 160, "the other engine has the old weights"
+
+
+def test_clear_and_close(server: Servers, sglang: Engines) -> None:
+    daemon, text = server(chunk=16), tokens(160, 13)
+    engine = sglang(daemon, 16)
+    engine.compute_and_store("a", text)
+    assert engine.connector.clear()
+    assert engine.load("b", text)[0] == 0
+    daemon.kill()
+    assert not engine.connector.clear()
+    engine.compute_and_store("c", text)
+    assert engine.load("d", text)[0] == 0
+    engine.connector.close()
+    assert engine.compute_and_store("e", text) is None
+    assert engine.load("f", text)[0] == 0
+
+
+def test_the_log_says_what_happened(
+    server: Servers, sglang: Engines, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The numbers of the documentation's pair of prompts."""
+    monkeypatch.setattr(logging.getLogger("lmcache"), "propagate", True)
+    engine = sglang(server(chunk=8), 1)
+    first = tokens(135, 14)
+    second = [*first[:24], *tokens(116, 15)]
+    with caplog.at_level(logging.INFO, "lmcache"):
+        engine.compute_and_store("a", first[:100])
+        engine.compute_and_store("a", first)
+        engine.connector.finish_request("a")
+        assert engine.load("b", second[:104])[0] == 24
+        engine.compute_and_store("b", second[:105])
+        engine.compute_and_store("b", second)
+        engine.connector.finish_request("b")
+    said = caplog.text
+    stored = [line for line in said.splitlines() if "Stored" in line]
+    assert "Stored 128 out of total 135 tokens. size: 0.0001 gb" in stored[0]
+    assert "put_time" in stored[0] and "skipped: 0 tokens (request a)" in stored[0]
+    assert "Retrieved 24 out of 24 required tokens (from 104 total tokens)" in said
+    assert any("Stored 112 out of total 140 tokens. " in line and "skipped: 24 tokens" in line for line in stored)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"mamba_component": object()}, "sliding windows or Mamba"),
+        ({"tree_components": (SimpleNamespace(name="FULL"), SimpleNamespace(name="SWA"))}, "sliding windows or Mamba"),
+        ({"sliding_window_size": 100}, "sliding windows or Mamba"),
+        ({"pool": SimpleNamespace(k_buffer=[])}, "KV pool of kind SimpleNamespace"),
+        ({"model_config": SimpleNamespace(model_path="none/such")}, "set model_id in the LMCache config file"),
+        ({"model_config": None}, "release of SGLang is not understood"),
+    ],
+)
+def test_other_models_run_without(
+    server: Servers,
+    sglang: Engines,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    change: dict[str, Any],
+    reason: str,
+) -> None:
+    monkeypatch.setattr(logging.getLogger("lmcache"), "propagate", True)
+    engine = sglang(server(), 16, **change)
+    lines = {line for line in caplog.messages if "serves nothing for this engine" in line}
+    assert len(lines) == 1 and reason in lines.pop()
+    engine.pool = MHATokenToKVPool(64 * 64)
+    assert engine.compute_and_store("a", tokens(64, 1)) is None
+    assert engine.load("b", tokens(64, 1))[0] == 0
+    assert engine.connector.aligned_swa_window_size() == (112 if "sliding_window_size" in change else 0)
+    engine.connector.reset_mamba_checkpoint_metadata(None)
+    engine.connector.finish_request("a")
+    engine.connector.end_all_sessions()
+
+
+@pytest.mark.parametrize("attribute", ["k_scale_buffer", "kv_cache_layout", "dtype"])
+def test_pools_that_keep_something_else_are_refused(server: Servers, sglang: Engines, attribute: str) -> None:
+    pool = MHATokenToKVPool(64 * 64)
+    setattr(pool, attribute, "torch.int4")
+    assert sglang(server(), 16, pool=pool).connector._rank is None
+
+
+def test_pipelines_are_refused() -> None:
+    pool = MHATokenToKVPool(64)
+    with pytest.raises(LayoutError, match="pp_size=2"):
+        describe_rank(pool_buffers(pool), ModelConfig("none/such"), 1, Ranks(pp_size=2), model_id="mine")
+
+
+def test_mla_is_one_latent_a_token(server: Servers, sglang: Engines) -> None:
+    engine = sglang(server(chunk=16), 16, pool=MLATokenToKVPool(64 * 64))
+    rank = engine.connector._rank
+    assert rank is not None and rank.kv.model.kind == "mla" and rank.kv.shard.count == 1
+
+
+class Together(Agreement):
+    """The agreement of two ranks that are threads here."""
+
+    def __init__(self, *groups: tuple[Any, int], device: str = "cpu") -> None:
+        super().__init__()
+        self.alone = all(size == 1 for _, size in groups)
+
+    barrier = threading.Barrier(2, timeout=30)
+    said: tuple[list[int], list[int]] = ([], [])
+
+    def least(self, number: int) -> int:
+        if self.alone:
+            return number
+        place = self.barrier.wait()
+        self.said[place].append(number)
+        self.barrier.wait()
+        answer = min(self.said[0][-1], self.said[1][-1])
+        self.barrier.wait()
+        return answer
+
+
+def test_two_ranks_decide_together(server: Servers, sglang: Engines, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has half of the heads. What one of them cannot load, neither does; a whole engine finds what both have stored."""
+    monkeypatch.setattr(unified, "Agreement", Together)
+    daemon, text = server(chunk=16), tokens(160, 16)
+    results: dict[int, list[Any]] = {0: [], 1: []}
+
+    def rank(number: int) -> None:
+        said = results[number]
+        engine = sglang(daemon, 16, tp=(2, number))
+        engine.compute_and_store("a", text)
+        found, slots = engine.load("b", text)
+        said += [found, np.array_equal(engine.pool.read(slots), engine.expected(text)[:, :, :found])]
+        if number == 1:
+            monkeypatch.setattr(engine.connector._rank, "settle", lambda copy: False)
+        said.append(engine.load("c", text)[0])
+        assert engine.connector._rank is not None
+        said.append(engine.connector._rank.kv.shard)
+
+    threads = [threading.Thread(target=rank, args=(number,)) for number in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for number in (0, 1):
+        assert results[number][:3] == [160, True, 0]
+        assert results[number][3].first_head == number * HEADS // 2
+
+
+def test_what_a_tier_brings_is_waited_for(server: Servers, sglang: Engines, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, text = sglang(server(chunk=16), 16), tokens(160, 17)
+    engine.compute_and_store("a", text)
+    connector, rank = engine.connector, engine.connector._rank
+    assert rank is not None
+    really = rank.poll
+    monkeypatch.setattr(rank, "poll", lambda chain, have: Loading(0, 10))
+    lookup = connector.submit_lookup("b", text, local_hit_tokens=0, cache_salt="")
+    assert connector.poll_lookup(lookup) is None
+    monkeypatch.setattr(rank, "poll", really)
+    assert connector.poll_lookup(lookup) == 160
+    connector.finish_request("b")
+    monkeypatch.setattr(rank, "poll", lambda chain, have: Loading(0, 10))
+    connector.operation_timeout = 0.0
+    assert connector.poll_lookup(connector.submit_lookup("c", text, local_hit_tokens=0, cache_salt="")) == 0
+
+
+# The older radix caches
+
+
+def older(model: str, page_size: int = 1) -> dict[str, Any]:
+    pool = MHATokenToKVPool(4096)
+    return {
+        "sgl_config": ModelConfig(model),
+        "tp_size": 1,
+        "rank": 0,
+        "k_pool": pool.k_buffer,
+        "v_pool": pool.v_buffer,
+        "tp_group": None,
+    } | {"pool": pool}
+
+
+@pytest.mark.parametrize("chunk", [8, 24])
+def test_the_layerwise_connector(
+    server: Servers, tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    """As SGLang 0.5.10 calls it: it has `offset` tokens, and slots for all that follow."""
+    monkeypatch.setenv(FILE_VARIABLE, config(tmp_path, server(chunk=chunk)))
+    arguments = older(model)
+    pool = arguments.pop("pool")
+    connector = LMCacheLayerwiseConnector(**arguments)
+    text, slots = tokens(135, 20), np.random.default_rng(0).permutation(4096)[:300].astype(np.int64)
+    pool.fill(slots[:135], text)
+    node = SimpleNamespace(key=SimpleNamespace(extra_key=None))
+    connector.store_kv(StoreMetadata(last_node=node, token_ids=text, kv_indices=slots[:135], offset=0))
+    whole = 135 // chunk * chunk
+    for have in (0, 50):
+        target = np.full(135, -1, np.int64)
+        target[have:] = slots[140 : 275 - have]
+        pad = have % connector.chunk_size()
+        count = connector.start_load_kv(LoadMetadata(token_ids=text, slot_mapping=target, offset=have - pad))
+        assert count - pad == whole - have
+        for layer in range(3):
+            connector.load_kv_layerwise(layer)
+        filled = pool.read(target[have:whole])
+        assert np.array_equal(filled, pool.read(slots[have:whole]))
+    target = np.concatenate((np.full(whole, -1, np.int64), slots[140 : 275 - whole]))
+    assert connector.start_load_kv(LoadMetadata(text, target, whole)) == 0, "nothing beyond what the tree has"
+    secret = tokens(64, 21)
+    tenant = SimpleNamespace(key=SimpleNamespace(extra_key="tenant"))
+    connector.store_kv(StoreMetadata(tenant, secret, slots[:64], 0))
+    assert connector.start_load_kv(LoadMetadata(secret, slots[:64], 0)) == 0
+    connector.reset()
+    connector.close()
+    connector.store_kv(StoreMetadata(node, text, slots[:135], 0))
+    assert connector.start_load_kv(LoadMetadata(text, slots[:135], 0)) == 0
+
+
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_the_multi_process_connector(server: Servers, tmp_path: Path, model: str, page_size: int) -> None:
+    """As SGLang 0.5.17 calls it: look up, take slots, retrieve; and let go of what is not retrieved."""
+    found = lmcache_get_config(config(tmp_path, server(chunk=8)))
+    arguments = older(model)
+    pool = arguments.pop("pool")
+    connector = LMCacheMPConnector(page_size=page_size, host=found.mp_host, port=found.mp_port, **arguments)
+    text, slots = tokens(135, 22), np.arange(16, 416, dtype=np.int64)
+    pool.fill(slots[:135], text)
+    assert connector.lookup_kv(text, "r") == 0
+    connector.store_kv(StoreMetadata(None, text, slots[:135], 0, request_id="r"))
+    connector.end_session("r")
+    matched = connector.lookup_kv(text[:130], "s")
+    assert matched == 128
+    have = 32
+    target = np.concatenate((np.full(have, -1, np.int64), slots[160 : 160 + matched - have]))
+    load = LoadMetadata(text[:130], target, offset=have, prefix_pad=0, request_id="s")
+    assert connector.retrieve_kv(load) == matched - have
+    assert np.array_equal(pool.read(target[have:]), pool.read(slots[have:matched]))
+    assert connector.retrieve_kv(load) == 0, "it was retrieved before"
+    assert connector.lookup_kv(text, "t") == connector.lookup_kv(text, "t") == 128
+    connector.release_pending("t")
+    connector.release_pending("t")
+    assert connector._rank is not None and not connector._rank._scheduler._held
+    connector.close()
+
+
+def test_older_releases_refuse_adapters(
+    server: Servers, tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lmcache.integration.sglang.older.lora_enabled", lambda: True)
+    monkeypatch.setenv(FILE_VARIABLE, config(tmp_path, server()))
+    arguments = older(model)
+    arguments.pop("pool")
+    assert LMCacheLayerwiseConnector(**arguments)._rank is None
+
+
+# Settings
+
+
+@pytest.fixture
+def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in [name for name in os.environ if name.startswith("LMCACHE_")]:
+        monkeypatch.delenv(name)
+    return tmp_path / "settings.yaml"
+
+
+def test_settings(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert read_settings(None).address == ""
+    file.write_text("chunk_size: 8\nlocal_cpu: true\nuse_layerwise: true\nmax_local_cpu_size: 10\n")
+    monkeypatch.setenv(FILE_VARIABLE, str(file))
+    found = read_settings(None)
+    assert (found.config.chunk_size, found.config.max_local_cpu_size, found.address) == (8, 10, "")
+    other = file.with_name("other.yaml")
+    other.write_text("mp_port: 5556\nmodel_id: mine\n")
+    found = read_settings(str(other))
+    assert (found.address, found.model_id, found.config.chunk_size) == ("tcp://localhost:5556", "mine", 256)
+    other.write_text("mp_host: tcp://10.0.0.5\n")
+    assert read_settings(str(other)).address == "tcp://10.0.0.5:5555"
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("chunk_sise: 8", "did you mean"),
+        ("chunk_size: 0", "chunk_size"),
+        ("mp_port: many", "mp_port 'many'"),
+        ("mp_host: udp://x", "only tcp"),
+        ("- a", "key: value"),
+        ("a: [", "not YAML"),
+    ],
+)
+def test_wrong_settings(file: Path, text: str, word: str) -> None:
+    file.write_text(text + "\n")
+    with pytest.raises(ConfigError, match=word):
+        read_settings(str(file))
+
+
+def test_no_file(file: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_settings(str(file))

@@ -1,0 +1,414 @@
+"""The server's side of tiers, with tiers that a test holds in its hand: real loop, heart and threads, no sockets."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+
+from lmcache.cache import Heart
+from lmcache.cache.heart import NO_SLOT, SERVER
+from lmcache.errors import ConfigError
+from lmcache.server.loop import Loop
+from lmcache.server.tiering import Tiering
+from lmcache.tiers import ABSENT, KEPT, OK, Shard, ShardKey, Tier, TierError, Usage
+from lmcache.tiers.registry import TierSpec
+from lmcache.tiers.url import TierURL
+from servers import PATIENCE, eventually
+
+PAGE = 4096
+ENGINE = 1
+
+
+class HandTier(Tier):
+    """A dictionary, with gates: `hold(what)` makes calls wait, `trouble` makes them fail."""
+
+    scheme = "hand"
+    concurrency = 2
+    batch_bytes = 4 * PAGE
+
+    def __init__(self, knows: bool = False) -> None:
+        self.kept: dict[ShardKey, bytes] = {}
+        self.trouble = ""
+        self.knows = knows
+        self.calls: list[str] = []
+        self.gates = {name: threading.Event() for name in ("contains", "load", "store")}
+        for gate in self.gates.values():
+            gate.set()
+
+    @classmethod
+    def from_url(cls, url: TierURL) -> HandTier:
+        return cls()
+
+    def hold(self, what: str) -> None:
+        self.gates[what].clear()
+
+    def let_go(self) -> None:
+        for gate in self.gates.values():
+            gate.set()
+
+    def _called(self, name: str) -> None:
+        self.calls.append(name)
+        if name in self.gates:
+            assert self.gates[name].wait(PATIENCE)
+        if self.trouble:
+            raise TierError("trouble", f"the tier is {self.trouble}")
+
+    def open(self) -> None:
+        self._called("open")
+
+    def known(self, keys: Sequence[ShardKey]) -> list[bool] | None:
+        return [key in self.kept for key in keys] if self.knows else None
+
+    def contains(self, keys: Sequence[ShardKey]) -> list[bool]:
+        self._called("contains")
+        return [key in self.kept for key in keys]
+
+    def load(self, keys: Sequence[ShardKey], into: Sequence[memoryview]) -> list[str]:
+        self._called("load")
+        for key, one in zip(keys, into, strict=True):
+            one[:] = self.kept.get(key, b"\xee" * len(one))[: len(one)].ljust(len(one), b"\xdd")
+        return [OK if key in self.kept else ABSENT for key in keys]
+
+    def store(self, shards: Sequence[Shard]) -> list[str]:
+        self._called("store")
+        outcomes = [KEPT if one.key in self.kept else OK for one in shards]
+        self.kept |= {one.key: bytes(one.payload) for one in shards}
+        return outcomes
+
+    def remove(self, keys: Sequence[ShardKey]) -> None:
+        for key in keys:
+            self.kept.pop(key, None)
+
+    def clear(self) -> None:
+        self._called("clear")
+        self.kept.clear()
+
+    def usage(self) -> Usage:
+        return Usage(sum(map(len, self.kept.values())), len(self.kept), None)
+
+    def close(self) -> None:
+        self.calls.append("close")
+
+
+class Rig:
+    """A heart of `pages` pages with these tiers, in a running loop; everything is asked for in the loop's thread."""
+
+    def __init__(self, *specs: TierSpec, pages: int = 64, shards: int = 1, **more: Any) -> None:
+        self.loop, self.memory = Loop(), bytearray(pages * PAGE)
+        self.heart = Heart(pages * PAGE)
+        view = memoryview(self.memory)
+        options = {"chunk_tokens": 16, "always": False, "patience_seconds": 5.0, "queue_bytes": pages * PAGE, **more}
+        self.tiering = Tiering(
+            self.loop, self.heart, specs, lambda at, size: view[at : at + size], lambda reservation: True,
+            self.settle, **options,
+        )  # fmt: skip
+        self.shards = shards
+        self.thread = threading.Thread(target=self.loop.run, daemon=True)
+        self.tiering.open(required=False)
+        self.thread.start()
+        self.space = self.ask(self._join)
+
+    def _join(self) -> int:
+        self.heart.join(ENGINE, "engine")
+        for shard in range(self.shards):
+            space = self.heart.open_space(ENGINE, b"f" * 16, self.shards, shard, PAGE)
+        return space
+
+    def settle(self) -> None:
+        effects, self.heart.effects = self.heart.effects[:], []
+        self.heart.events.clear()
+        for effect in effects:
+            if type(effect).__name__ == "Whole":
+                self.tiering.whole(effect)  # type: ignore[arg-type]
+
+    def ask(self, call: Callable[[], Any]) -> Any:
+        return self.loop.ask(call, PATIENCE)
+
+    def store(self, hashes: bytes) -> None:
+        """As an engine's ranks do: each page is filled with bytes that its chunk and shard decide."""
+
+        def fill() -> None:
+            for shard in range(self.shards):
+                grant = self.heart.reserve(time.monotonic(), ENGINE, self.space, shard, b"", True, hashes)
+                for at, page in enumerate(memoryview(grant.slots).cast("I")):
+                    if page != NO_SLOT:
+                        self.memory[page * PAGE : (page + 1) * PAGE] = content(hashes[16 * at : 16 * at + 16], shard)
+                if grant.reservation:
+                    self.heart.commit(time.monotonic(), ENGINE, grant.reservation, True)
+                self.settle()
+
+        self.ask(fill)
+
+    def wait_for(self, hashes: bytes, rate: float = 0.0) -> int:
+        return self.ask(lambda: self.tiering.wait_for(ENGINE, self.space, hashes, rate))
+
+    def fetch(self, hashes: bytes, rate: float = 0.0) -> int:
+        """Wait as an engine does; then how many chunks are there, checked byte by byte."""
+        eventually(lambda: not self.wait_for(hashes, rate))
+        return self.there(hashes)
+
+    def there(self, hashes: bytes) -> int:
+        def look() -> int:
+            hit = self.heart.lookup(time.monotonic(), ENGINE, self.space, hashes)
+            for at, page in enumerate(memoryview(hit.slots).cast("I")):
+                chunk, shard = divmod(at, self.shards)
+                expected = content(hashes[16 * chunk : 16 * chunk + 16], shard)
+                assert self.memory[page * PAGE : (page + 1) * PAGE] == expected, "wrong bytes were served"
+            self.heart.release(ENGINE, hit.lease)
+            return hit.chunks
+
+        return self.ask(look)
+
+    def forget_l1(self) -> None:
+        self.ask(self.heart.clear)
+        self.ask(self.settle)
+
+    def written(self) -> None:
+        """Until nothing waits to be written."""
+        eventually(lambda: self.ask(lambda: self.tiering.idle))
+
+    def close(self) -> None:
+        for lane in self.tiering.lanes:
+            lane.tier.let_go()  # type: ignore[attr-defined]
+        self.loop.stop()
+        self.thread.join(PATIENCE)
+        self.tiering.close()
+        self.loop.close()
+
+
+def content(key: bytes, shard: int) -> bytes:
+    return random.Random(key + bytes([shard])).randbytes(PAGE)
+
+
+def chain(seed: int, chunks: int) -> bytes:
+    return random.Random(seed).randbytes(16 * chunks)
+
+
+def spec(tier: Tier, name: str = "hand", write: str = "through", read: bool = True) -> TierSpec:
+    return TierSpec(name, f"{name}://", write, read, tier)
+
+
+@pytest.fixture
+def rig() -> Iterator[Callable[..., Rig]]:
+    made: list[Rig] = []
+
+    def make(*specs: TierSpec, **more: Any) -> Rig:
+        made.append(Rig(*specs, **more))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("knows", [True, False])
+def test_what_is_stored_comes_back_from_the_tier(rig: Callable[..., Rig], knows: bool, shards: int) -> None:
+    tier = HandTier(knows)
+    one = rig(spec(tier), shards=shards)
+    prompt = chain(1, 9)
+    one.store(prompt)
+    one.written()
+    assert len(tier.kept) == 9 * shards
+    one.forget_l1()
+    assert one.there(prompt) == 0
+    assert one.fetch(prompt + chain(2, 3)) == 9
+    one.written()
+    assert len(tier.kept) == 9 * shards and tier.calls.count("store") <= 9 * shards, (
+        "not written back where it came from"
+    )
+    assert one.ask(lambda: one.heart.open_leases) == one.ask(lambda: one.heart.open_reservations) == 0
+
+
+def test_a_full_hit_asks_no_tier_and_a_stalled_one_holds_up_nobody(rig: Callable[..., Rig]) -> None:
+    near, far = HandTier(), HandTier()
+    one = rig(spec(near, "near"), spec(far, "far", write="none"))
+    prompt = chain(1, 4)
+    one.store(prompt)
+    one.written()
+    far.hold("contains")
+    assert one.wait_for(prompt) == 0 and "contains" not in far.calls
+    one.forget_l1()
+    assert one.fetch(prompt) == 4
+    assert "load" in near.calls and "load" not in far.calls
+    eventually(lambda: not one.tiering.lanes[1].usable(time.monotonic() + 2)), "a call that hangs: not asked again"
+    asked = far.calls.count("contains")
+    one.forget_l1()
+    stalled = one.tiering.lanes[1]
+    stalled._calls = dict.fromkeys(stalled._calls, time.monotonic() - 5)
+    assert one.fetch(prompt) == 4 and far.calls.count("contains") == asked
+
+
+def test_damaged_and_lost_shards_are_misses_with_a_name(rig: Callable[..., Rig]) -> None:
+    tier = HandTier()
+    one = rig(spec(tier))
+    prompt = chain(1, 6)
+    one.store(prompt)
+    one.written()
+    one.forget_l1()
+    tier.hold("load")
+    assert one.wait_for(prompt) == 6
+    eventually(lambda: "load" in tier.calls)
+    del tier.kept[next(key for key in tier.kept if key.chunk == prompt[32:48])]
+    tier.let_go()
+    assert one.fetch(prompt) == 2
+    assert one.tiering.lanes[0].counters["missed:absent"] == 1
+
+
+def test_a_tier_that_fails_is_left_alone_tried_again_and_then_gets_what_waited(rig: Callable[..., Rig]) -> None:
+    tier = HandTier()
+    one = rig(spec(tier))
+    tier.trouble = "on fire"
+    for seed in range(4):
+        one.store(chain(seed, 2))
+    lane = one.tiering.lanes[0]
+    eventually(lambda: not lane.breaker.closed)
+    assert one.ask(one.tiering.degraded) == ["hand: the tier is on fire"]
+    assert one.fetch(chain(9, 3)) == 0
+    calls = len(tier.calls)
+    assert one.fetch(chain(10, 3)) == 0 and len(tier.calls) == calls, "an open breaker lets nothing through"
+    tier.trouble = ""
+    eventually(lambda: lane.breaker.closed)
+    one.written()
+    assert len(tier.kept) == 8, "nothing that waited was lost"
+    assert one.ask(one.tiering.degraded) == []
+
+
+def test_loaded_chunks_go_to_nearer_tiers_only(rig: Callable[..., Rig]) -> None:
+    near, middle, far = HandTier(True), HandTier(True), HandTier(True)
+    one = rig(spec(near, "near"), spec(middle, "middle"), spec(far, "far"))
+    prompt = chain(1, 3)
+    for at in range(3):
+        key = ShardKey(b"f" * 16, prompt[16 * at : 16 * at + 16], 0, 1)
+        middle.kept[key] = content(key.chunk, 0)
+    assert one.fetch(prompt) == 3
+    one.written()
+    assert (len(near.kept), len(middle.kept), len(far.kept)) == (3, 3, 0)
+
+
+def test_read_and_write_of_a_tier_can_be_switched_off(rig: Callable[..., Rig]) -> None:
+    only_read, only_write = HandTier(True), HandTier(True)
+    one = rig(spec(only_read, "r", write="none"), spec(only_write, "w", read=False))
+    prompt = chain(1, 3)
+    one.store(prompt)
+    one.written()
+    assert not only_read.kept and len(only_write.kept) == 3
+    one.forget_l1()
+    assert one.fetch(prompt) == 0
+    only_read.kept = dict(only_write.kept)
+    assert one.fetch(prompt + chain(5, 1)) == 3
+
+
+def test_on_evict_writes_when_l1_runs_full_and_before_the_end(rig: Callable[..., Rig]) -> None:
+    tier = HandTier()
+    one = rig(spec(tier, write="on-evict"), pages=40)
+    one.store(chain(1, 20))
+    one.written()
+    assert not tier.kept, "half of L1 is empty"
+    for seed in range(2, 30):
+        one.store(chain(seed, 4))
+        one.written()
+    lost = one.tiering.lanes[0].queue.counters["lost:evicted"]
+    assert len(tier.kept) >= 20 + 28 * 4 - 40 and lost == 0, "all that was evicted had been written"
+    drained = threading.Event()
+    one.ask(lambda: one.tiering.drain(PATIENCE, drained.set))
+    assert drained.wait(PATIENCE) and len(tier.kept) == 20 + 28 * 4
+
+
+def test_what_is_evicted_before_it_was_written_is_counted(rig: Callable[..., Rig]) -> None:
+    tier = HandTier()
+    one = rig(spec(tier), pages=16, queue_bytes=1 << 30)
+    tier.hold("store")
+    for seed in range(10):
+        one.store(chain(seed, 4))
+    tier.let_go()
+    one.written()
+    lost = one.tiering.lanes[0].queue.counters["lost:evicted"]
+    assert lost > 0 and len(tier.kept) + lost == 40
+
+
+def test_draining_has_an_end_though_the_tier_has_none(rig: Callable[..., Rig]) -> None:
+    tier = HandTier()
+    one = rig(spec(tier))
+    tier.hold("store")
+    one.store(chain(1, 30))
+    drained = threading.Event()
+    one.ask(lambda: one.tiering.drain(0.1, drained.set))
+    assert drained.wait(PATIENCE) and not tier.kept
+
+
+def test_clearing_a_tier_takes_what_waits_and_what_is_being_written(rig: Callable[..., Rig]) -> None:
+    first, second = HandTier(), HandTier()
+    one = rig(spec(first, "first"), spec(second, "second"))
+    one.store(chain(1, 3))
+    one.written()
+    first.hold("store")
+    one.store(chain(2, 30))
+    eventually(lambda: one.ask(lambda: one.tiering.lanes[0].writing))
+    done: list[dict[str, str]] = []
+    one.ask(lambda: one.tiering.clear({"first"}, done.append))
+    first.let_go()
+    assert eventually(lambda: done) == [{}]
+    one.written()
+    assert not first.kept and len(second.kept) == 33
+    second.trouble = "gone"
+    done.clear()
+    one.ask(lambda: one.tiering.clear(None, done.append))
+    assert eventually(lambda: done) == [{"second": "the tier is gone"}]
+
+
+def test_a_load_for_an_engine_that_has_gone_is_no_harm(rig: Callable[..., Rig]) -> None:
+    tier = HandTier()
+    one = rig(spec(tier))
+    prompt = chain(1, 8)
+    one.store(prompt)
+    one.written()
+    one.forget_l1()
+    tier.hold("load")
+    one.wait_for(prompt)
+    eventually(lambda: "load" in tier.calls)
+    one.ask(lambda: one.heart.leave(ENGINE))
+    tier.let_go()
+    eventually(lambda: one.ask(lambda: not one.heart.open_reservations))
+    one.ask(one._join)
+    one.forget_l1()
+    assert one.ask(lambda: one.heart.used_bytes()) == 0
+    eventually(lambda: one.fetch(prompt) == 8)
+
+
+def test_l1_is_cleared_in_the_middle_of_a_load(rig: Callable[..., Rig]) -> None:
+    tier = HandTier()
+    one = rig(spec(tier))
+    prompt = chain(1, 8)
+    one.store(prompt)
+    one.written()
+    one.forget_l1()
+    tier.hold("load")
+    one.wait_for(prompt)
+    eventually(lambda: "load" in tier.calls)
+    one.forget_l1()
+    tier.let_go()
+    eventually(lambda: one.ask(lambda: not one.heart.open_reservations))
+    assert one.ask(lambda: one.heart.leave_reservations(SERVER)) is None
+    eventually(lambda: one.fetch(prompt) == 8)
+
+
+def test_tiers_that_are_required_must_serve() -> None:
+    tier = HandTier()
+    tier.trouble = "not there"
+    loop = Loop()
+    tiering = Tiering(
+        loop, Heart(PAGE), [spec(tier)], lambda at, size: memoryview(b""), lambda reservation: True, lambda: None,
+        chunk_tokens=16, always=False, patience_seconds=1.0, queue_bytes=1,
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match=r"--l2 hand://: the tier is not there"):
+        tiering.open(required=True)
+    tiering.open(required=False)
+    assert tiering.degraded() == ["hand: the tier is not there"]
+    tiering.close()
+    loop.close()

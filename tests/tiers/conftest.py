@@ -1,0 +1,76 @@
+"""Stores that the tests of a process share: started once, ended by pid."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from proxy import Proxy
+from stores import ACCESS, SECRET, RedisServer, Seaweed, binary_of
+
+
+@pytest.fixture(scope="session", params=["valkey", "redis"])
+def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    """A server with a password that all tests of one kind share; each cleans up by `FLUSHALL` (see `empty`)."""
+    one = RedisServer(binary_of(request.param), tmp_path_factory.mktemp(request.param), password="geheim")
+    yield one
+    one.end()
+
+
+@pytest.fixture
+def empty(store: RedisServer) -> RedisServer:
+    """The shared server, with nothing in it and default limits."""
+    store.raw.config_set("maxmemory", 0)
+    store.raw.config_set("maxmemory-policy", "noeviction")
+    store.raw.flushall()
+    return store
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., RedisServer]]:
+    """Valkey servers of a test's own: start(*options, port=, password=)."""
+    running: list[RedisServer] = []
+
+    def make(*options: str, **more: Any) -> RedisServer:
+        folder = tmp_path / f"valkey{len(running)}"
+        folder.mkdir()
+        running.append(RedisServer(binary_of("valkey"), folder, *options, **more))
+        return running[-1]
+
+    yield make
+    for one in running:
+        one.end()
+
+
+@pytest.fixture
+def proxy() -> Iterator[Callable[..., Proxy]]:
+    """Proxies: proxy(port, tls=...)."""
+    running: list[Proxy] = []
+
+    def make(port: int, **more: Any) -> Proxy:
+        running.append(Proxy(port, **more))
+        return running[-1]
+
+    yield make
+    for one in running:
+        one.close()
+
+
+@pytest.fixture(scope="session")
+def seaweed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seaweed]:
+    one = Seaweed(tmp_path_factory.mktemp("seaweed"))
+    yield one
+    one.end()
+
+
+@pytest.fixture
+def credentials(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Those of SeaweedFS, in the environment, and no files of the user's."""
+    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", ACCESS)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)

@@ -1,0 +1,433 @@
+"""The S3 tier on a real SeaweedFS: objects, credentials, the cap and its janitor, and stores that let it down."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import obstore
+import pytest
+
+from lmcache.errors import ConfigError
+from lmcache.tiers import ABSENT, KEPT, OK, ShardKey, Tier, TierError, frame
+from lmcache.tiers.conformance import ConformanceSuite
+from lmcache.tiers.registry import make_tier
+from lmcache.tiers.s3 import RANGE_BYTES, S3Tier
+from lmcache.tiers.s3_books import Books, pack_uses, unpack_uses
+from lmcache.tiers.s3_client import MULTIPART_FROM_BYTES
+from proxy import Proxy
+from servers import PATIENCE, eventually
+from stores import ACCESS, READER, READER_SECRET, SECRET, Seaweed, load, shards_of, tier_of
+
+pytestmark = [pytest.mark.xdist_group("s3"), pytest.mark.usefixtures("credentials")]
+MIB = 1 << 20
+GIB = 1 << 30
+
+
+@pytest.fixture
+def opened(seaweed: Seaweed) -> Iterator[Callable[..., S3Tier]]:
+    """Tiers: opened(prefix, options, port=, bucket=), closed at the end."""
+    made: list[S3Tier] = []
+
+    def make(prefix: str, options: str = "", **more: object) -> S3Tier:
+        tier = tier_of(seaweed.url(prefix, options, **more))  # type: ignore[arg-type]
+        assert isinstance(tier, S3Tier)
+        made.append(tier)
+        return tier
+
+    yield make
+    for tier in made:
+        tier.close()
+
+
+def listing(seaweed: Seaweed, prefix: str) -> dict[str, int]:
+    """Name behind the prefix -> bytes, as S3 lists it."""
+    found = obstore.list(seaweed.store(), prefix + "/").collect()
+    return {one["path"].removeprefix(prefix + "/"): one["size"] for one in found}
+
+
+# ---- objects
+
+
+def test_an_object_is_one_frame_and_nothing_else_is_written(seaweed: Seaweed, opened: Callable[..., S3Tier]) -> None:
+    tier = opened("plain/deep")
+    sizes = [0, 1, 5000, RANGE_BYTES, RANGE_BYTES + 1, 2 * RANGE_BYTES + 77]
+    shards = [shards_of(1, size)[0] for size in sizes]
+    assert load(tier, shards) == [ABSENT] * len(sizes)
+    assert tier.store(shards) == [OK] * len(sizes)
+    assert tier.store(shards) == [KEPT] * len(sizes)
+    assert tier.contains([shard.key for shard in shards] + [shards_of(1, 1)[0].key]) == [True] * len(sizes) + [False]
+    assert load(tier, shards) == [OK] * len(sizes)
+    assert listing(seaweed, "plain/deep") == {
+        shard.key.text: frame.HEADER_BYTES + size for shard, size in zip(shards, sizes, strict=True)
+    }
+    stored = bytes(obstore.get(seaweed.store(), f"plain/deep/{shards[2].key.text}").bytes())
+    assert frame.check(stored[:128], memoryview(stored)[128:], shards[2].key) == OK
+
+
+def test_a_shard_large_enough_for_parts_comes_back(opened: Callable[..., S3Tier]) -> None:
+    tier, shards = opened("parts"), shards_of(1, MULTIPART_FROM_BYTES + 12345)
+    assert tier.store(shards) == [OK] and load(tier, shards) == [OK]
+    tier.clear()
+
+
+def test_clear_leaves_the_objects_of_others(seaweed: Seaweed, opened: Callable[..., S3Tier]) -> None:
+    tier, beside = opened("clear", "&max_gb=1"), opened("clear/other")
+    shards = shards_of(4, 1000)
+    tier.store(shards)
+    beside.store(shards)
+    obstore.put(seaweed.store(), "clear/notes.txt", b"not ours")
+    tier.clear()
+    assert tier.contains([shard.key for shard in shards]) == [False] * 4 and tier.usage().stored_bytes == 0
+    assert set(listing(seaweed, "clear")) == {"notes.txt", *(f"other/{shard.key.text}" for shard in shards)}
+
+
+# ---- the cap
+
+
+def test_recency_and_size_outlive_a_server_that_was_killed(seaweed: Seaweed, opened: Callable[..., S3Tier]) -> None:
+    """What a sweep has written is enough; nothing is said goodbye to."""
+    options = "&max_gb=0.01&sweep=0.2"
+    first = opened("restart", options)
+    shards = shards_of(9, MIB)
+    assert first.store(shards) == [OK] * 9
+    load(first, shards[:2])
+    eventually(lambda: _has_uses(seaweed, "restart", 9))
+    first._closing.set()  # as after a kill: no more sweeps, no farewell
+    second = opened("restart", options)
+    assert second.usage().shards == 9
+    assert second.store(shards_of(3, MIB)) == [OK] * 3
+    assert second.contains([shard.key for shard in shards[:5]]) == [True, True, False, False, True]
+
+
+def _has_uses(seaweed: Seaweed, prefix: str, count: int) -> bool:
+    uses: dict[bytes, int] = {}
+    for name in listing(seaweed, prefix):
+        if name.startswith("_lmcache/uses/"):
+            uses |= unpack_uses(bytes(obstore.get(seaweed.store(), f"{prefix}/{name}").bytes()), 1 << 60)
+    return len(uses) >= count
+
+
+def test_two_servers_above_the_cap_are_trimmed_by_one_janitor(seaweed: Seaweed, opened: Callable[..., S3Tier]) -> None:
+    """Each writes by its own count; bound = max_gb + what others wrote since the last sweep."""
+    cap = int(0.01 * GIB)
+    tiers = [opened("shared", "&max_gb=0.01&sweep=0.3") for _ in range(2)]
+    for _ in range(8):
+        for tier in tiers:
+            assert tier.store(shards_of(1, MIB)) == [OK]
+    eventually(lambda: sum(listing(seaweed, "shared").values()) <= cap)
+    lease = bytes(obstore.get(seaweed.store(), "shared/_lmcache/janitor").bytes()).decode()
+    assert sum(tier._identity in lease for tier in tiers) == 1
+    eventually(lambda: all(tier.usage().stored_bytes <= cap and tier.usage().shards <= 10 for tier in tiers))
+    # the janitor goes, and the other one takes over
+    janitor = next(tier for tier in tiers if tier._identity in lease)
+    other = next(tier for tier in tiers if tier is not janitor)
+    janitor.close()
+    eventually(
+        lambda: other._identity.encode() in bytes(obstore.get(seaweed.store(), "shared/_lmcache/janitor").bytes())
+    )
+
+
+def test_a_use_elsewhere_keeps_a_shard_here(seaweed: Seaweed, opened: Callable[..., S3Tier]) -> None:
+    options = "&max_gb=0.01&sweep=0.2"
+    writer, reader = opened("elsewhere", options), opened("elsewhere", options)
+    shards = shards_of(9, MIB)
+    writer.store(shards)
+    eventually(lambda: reader.usage().shards == 9)
+    load(reader, shards[:1])
+    used = reader._books.uses()[shards[0].key.packed]
+    eventually(lambda: writer._books.uses()[shards[0].key.packed] == used)
+    assert writer.store(shards_of(3, MIB)) == [OK] * 3
+    assert writer.contains([shard.key for shard in shards[:3]]) == [True, False, False]
+
+
+def test_what_is_being_written_while_the_store_is_listed_stays_in_the_books() -> None:
+    books, (one, two, gone) = Books(), [shard.key for shard in shards_of(3, 1)]
+    books.begin(one, 10)
+    books.seen(gone, 5)
+    books.begin_census()
+    books.begin(two, 20)
+    books.drop([gone])
+    books.end_census({gone.packed: (7, 5)}, {}, 0)
+    assert (books.stored_bytes, len(books)) == (30, 2)
+    books.end(one)
+    books.begin_census()
+    books.end_census({}, {}, 0)
+    assert (books.stored_bytes, len(books)) == (20, 1)
+
+
+def test_books_forget_the_oldest_first_and_cost_little() -> None:
+    books, keys = Books(), [shard.key for shard in shards_of(500, 1)]
+    for key in keys:
+        books.seen(key, 100)
+    books.use(keys[:3])
+    assert books.oldest(250) == keys[3:6]
+    assert books.oldest(10**6) == keys[3:] + keys[2::-1]
+    assert books.oldest(0) == []
+    uses = books.uses()
+    assert unpack_uses(pack_uses(uses), 1 << 60) == uses
+    assert unpack_uses(pack_uses(uses)[:-1], 1 << 60) == unpack_uses(b"something else", 1 << 60) == {}
+    assert set(unpack_uses(pack_uses(uses), 5).values()) == {5}
+
+
+# ---- writers that are killed
+
+WRITER = """
+import sys
+from stores import shards_of, tier_of
+tier = tier_of(sys.argv[1])
+print("ready", flush=True)
+while True:
+    for shard in shards_of(4, 9_000_000):
+        if tier.store([shard]) == [""]:
+            print(shard.key.packed.hex(), flush=True)
+"""
+
+
+def test_a_writer_killed_in_the_middle_of_stores_leaves_whole_shards_only(
+    seaweed: Seaweed, opened: Callable[..., S3Tier]
+) -> None:
+    paths = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "-c", WRITER, seaweed.url("killed")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as child:
+        assert child.stdout and child.stdout.readline() == "ready\n"
+        acknowledged = {child.stdout.readline().strip() for _ in range(3)}
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+    tier, memory = opened("killed"), memoryview(bytearray(9_000_000))
+    names = listing(seaweed, "killed")
+    assert all(size == 9_000_128 for size in names.values())
+    for line in acknowledged:
+        assert tier.load([ShardKey.unpack(bytes.fromhex(line))], [memory]) == [OK]
+    tier.clear()
+
+
+# ---- stores that let us down
+
+
+def test_a_bucket_that_is_not_there(seaweed: Seaweed) -> None:
+    with pytest.raises(TierError, match="there is no such bucket; create it") as caught:
+        tier_of(seaweed.url("x", bucket="nosuchbucket"))
+    assert caught.value.reason == "no bucket"
+
+
+def test_wrong_credentials_and_none_are_said_without_them(seaweed: Seaweed, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "WRONGSECRET")
+    with pytest.raises(TierError, match=r"denied .403 SignatureDoesNotMatch.; check the credentials") as caught:
+        tier_of(seaweed.url("x"))
+    said = str(caught.value)
+    assert caught.value.reason == "denied" and "WRONGSECRET" not in said and ACCESS not in said
+    with pytest.raises(ConfigError, match="not the URL"):
+        make_tier(f"s3://{ACCESS}:{SECRET}@kvbucket/x")
+
+
+def test_credentials_come_from_a_profile(seaweed: Seaweed, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    (tmp_path / ".aws").mkdir()
+    (tmp_path / ".aws/credentials").write_text(
+        f"[default]\naws_access_key_id = {ACCESS}\naws_secret_access_key = WRONG\n"
+        f"[other]\naws_access_key_id = {ACCESS}\naws_secret_access_key = {SECRET}\n"
+    )
+    with pytest.raises(TierError, match="SignatureDoesNotMatch"):
+        tier_of(seaweed.url("profile"))
+    monkeypatch.setenv("AWS_PROFILE", "other")
+    tier = tier_of(seaweed.url("profile"))
+    assert tier.store(shards_of(1, 10)) == [OK]
+    tier.close()
+
+
+def test_who_may_only_read_reads_and_is_told_so_when_storing(
+    seaweed: Seaweed, opened: Callable[..., S3Tier], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards = shards_of(2, 1000)
+    opened("readonly").store(shards)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", READER)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", READER_SECRET)
+    reader = opened("readonly")
+    assert load(reader, shards) == [OK, OK]
+    with pytest.raises(TierError, match=r"PUT was denied .403 AccessDenied.") as caught:
+        reader.store(shards_of(1, 1000))
+    assert caught.value.reason == "denied" and READER_SECRET not in str(caught.value)
+
+
+def test_nobody_there_and_a_silent_server(
+    seaweed: Seaweed, opened: Callable[..., S3Tier], proxy: Callable[..., Proxy]
+) -> None:
+    gone = proxy(seaweed.port)
+    gone.close()
+    with pytest.raises(TierError) as caught:
+        tier_of(seaweed.url("x", port=gone.port))
+    assert caught.value.reason == "unreachable"
+    through = proxy(seaweed.port)
+    tier = opened("silent", "&timeout=1.5", port=through.port)
+    shards = shards_of(2, 1000)
+    assert tier.store(shards) == [OK, OK]
+    through.freeze()
+    calls: list[Callable[[], object]] = [
+        lambda: load(tier, shards),
+        lambda: tier.contains([shard.key for shard in shards]),
+        lambda: tier.store(shards_of(1, 10)),
+    ]
+    for call in calls:
+        began = time.monotonic()
+        with pytest.raises(TierError) as caught:
+            call()
+        assert caught.value.reason == "timeout" and 1.4 < time.monotonic() - began < PATIENCE
+    through.thaw()
+    assert load(tier, shards) == [OK, OK]
+    through.cut()
+    assert eventually(lambda: _tries(lambda: load(tier, shards))) == [OK, OK]
+
+
+def test_a_store_that_is_cut_leaves_a_miss(
+    seaweed: Seaweed, opened: Callable[..., S3Tier], proxy: Callable[..., Proxy]
+) -> None:
+    through = proxy(seaweed.port)
+    tier, other = opened("cut", port=through.port), opened("cut")
+    (shard,) = shards_of(1, 5 * MIB)
+    through.rate = 2e6
+    for delay in (0.02, 0.15):
+        cutter = threading.Timer(delay, _cut_for_good, (through,))
+        cutter.start()
+        with pytest.raises(TierError):
+            tier.store([shard])
+        cutter.join()
+        assert load(other, [shard]) == [ABSENT]
+        through.refuse = False
+    through.rate = None
+    assert eventually(lambda: _tries(lambda: tier.store([shard]))) == [OK]
+    assert load(other, [shard]) == [OK]
+
+
+def _cut_for_good(through: Proxy) -> None:
+    through.refuse = True
+    through.cut()
+
+
+def _tries(call: Callable[[], list[str]]) -> list[str]:
+    with contextlib.suppress(TierError):
+        return call()
+    return []
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "reason"),
+    [
+        (503, "SlowDown", "slow down"),
+        (429, "TooManyRequests", "slow down"),
+        (403, "AccessDenied", "denied"),
+        (500, "InternalError", "refused"),
+    ],
+)
+def test_what_s3_answers_has_a_name(status: int, code: str, reason: str) -> None:
+    with _answering(status, code) as port:
+        with pytest.raises(TierError) as caught:
+            tier_of(f"s3://kvbucket/x?endpoint=http://127.0.0.1:{port}&timeout=2")
+        assert caught.value.reason == reason and code in str(caught.value)
+
+
+def test_a_store_that_is_full_is_an_outcome() -> None:
+    with _answering(507, "XMinioStorageFull", lambda head: head.startswith(b"PUT")) as port:
+        tier = tier_of(f"s3://kvbucket/x?endpoint=http://127.0.0.1:{port}&timeout=2")
+        assert tier.store(shards_of(2, 100)) == ["full", "full"]
+        tier.close()
+
+
+@contextlib.contextmanager
+def _answering(status: int, code: str, when: Callable[[bytes], bool] = lambda head: True) -> Iterator[int]:
+    """An S3 that answers all requests of a kind with one error and has nothing; its port."""
+    body = f"<Error><Code>{code}</Code></Error>".encode()
+    error = b"HTTP/1.1 %d Nope\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%b" % (status, len(body), body)
+    absent = b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+
+    def serve() -> None:
+        while True:
+            try:
+                client, _ = listener.accept()
+            except OSError:
+                return
+            with client, contextlib.suppress(OSError):
+                client.settimeout(5)
+                request = b""
+                while b"\r\n\r\n" not in request and (more := client.recv(65536)):
+                    request += more
+                head, _, rest = request.partition(b"\r\n\r\n")
+                length = next(
+                    (
+                        int(line.split(b":")[1])
+                        for line in head.lower().split(b"\r\n")
+                        if line.startswith(b"content-length")
+                    ),
+                    0,
+                )
+                while len(rest) < length and (more := client.recv(65536)):
+                    rest += more
+                client.sendall(error if when(head) else absent)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield listener.getsockname()[1]
+        listener.shutdown(socket.SHUT_RDWR)
+        thread.join()
+
+
+# ---- URLs
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("s3://ab/x", "write s3://bucket"),
+        ("s3:///x", "write s3://bucket"),
+        ("s3://bucket:9000/x", "endpoint="),
+        ("s3://bucket/x?endpoint=host:9000", "endpoint .* must be http"),
+        ("s3://bucket/x?endpoint=http://key:secret@host", "endpoint .* must be http"),
+        ("s3://bucket/x?regoin=eu", "did you mean region"),
+    ],
+)
+def test_a_url_that_cannot_be_used_is_a_configuration_error(url: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_tier(url)
+
+
+# ---- what every tier must do
+
+
+class TestConformance(ConformanceSuite):
+    corruptions = 300
+    largest_bytes = 20 * MIB
+
+    @pytest.fixture(autouse=True)
+    def _store(self, seaweed: Seaweed) -> Iterator[None]:
+        self.seaweed = seaweed
+        yield
+
+    def prefix(self, place: Path) -> str:
+        return f"conformance/{place.parent.name}/{place.name}"
+
+    def url(self, place: Path) -> str:
+        return self.seaweed.url(self.prefix(place))
+
+    def make(self, place: Path, max_bytes: int | None = None, key_file: Path | None = None) -> Tier:
+        """With a cap in every case: without one nothing is listed, so a restart knows no numbers."""
+        return super().make(place, max_bytes or GIB, key_file)
+
+    def stored_frame(self, place: Path, tier: Tier, key: ShardKey) -> bytes:
+        return bytes(obstore.get(self.seaweed.store(), f"{self.prefix(place)}/{key.text}").bytes())
+
+    def replace_frame(self, place: Path, tier: Tier, key: ShardKey, stored: bytes) -> None:
+        obstore.put(self.seaweed.store(), f"{self.prefix(place)}/{key.text}", stored)
+
+    def medium_bytes(self, place: Path, tier: Tier) -> int:
+        return sum(listing(self.seaweed, self.prefix(place)).values())

@@ -1,0 +1,185 @@
+"""A user's script for Transformers that does what it is told on stdin: one JSON command a line, one line "ANSWER json" each.
+
+Run by the tests: `python models.py FOLDER`. Commands: the functions in COMMANDS. Prompts are named by (tokens, seed).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lmcache.integration.transformers import Attached, attach
+from transformers import AutoModelForCausalLM, DynamicCache
+
+VOCABULARY = 8192
+
+
+class State:
+    """The model as it came, and what LMCache is attached to."""
+
+    def __init__(self, folder: str) -> None:
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        self.plain = self.model.generate
+        self.attached: Attached | None = None
+        self.kept: Any = None
+
+
+def prompt(tokens: int, seed: int, shared: int = 0) -> torch.Tensor:
+    """[1, tokens] token ids; the first `shared` are the same for all seeds."""
+    first = torch.randint(1, VOCABULARY, (1, shared), generator=torch.Generator().manual_seed(1))
+    rest = torch.randint(1, VOCABULARY, (1, tokens - shared), generator=torch.Generator().manual_seed(1000 + seed))
+    return torch.cat([first, rest], dim=1)
+
+
+def do_attach(state: State, **options: Any) -> dict[str, Any]:
+    if state.attached is not None:
+        state.attached.close()
+    state.attached = attach(state.model, **options)
+    return {"refusal": state.attached.refusal}
+
+
+def do_close(state: State) -> dict[str, Any]:
+    assert state.attached is not None
+    state.attached.close()
+    state.attached = None
+    return {"own generate": state.model.generate.__func__ is type(state.model).generate}
+
+
+def do_generate(state: State, ids: list[int], new: int = 8, **more: Any) -> dict[str, Any]:
+    """With LMCache and without, greedily: whether tokens and logits are the same, and what came from the cache."""
+    assert state.attached is not None
+    tokens = torch.tensor(prompt(*ids).tolist() * more.pop("batch", 1))
+    if more.pop("padded", False):
+        mask = torch.ones_like(tokens)
+        mask[:, :3] = 0
+    else:
+        mask = torch.ones_like(tokens)
+    options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "attention_mask": mask, **more}
+    options |= {"return_dict_in_generate": True, "output_logits": True}
+    expected = state.plain(tokens, **options)
+    before = state.attached.hit_tokens, state.attached.stored_tokens
+    answer = state.model.generate(tokens, **options)
+    flushed = state.attached.flush()
+    return {
+        "same": torch.equal(answer.sequences, expected.sequences),
+        "difference": max(
+            float((ours - theirs).abs().max()) for ours, theirs in zip(answer.logits, expected.logits, strict=True)
+        ),
+        "tokens": answer.sequences[0].tolist(),
+        "hit": state.attached.hit_tokens - before[0],
+        "stored": state.attached.stored_tokens - before[1],
+        "flushed": flushed,
+        "refusal": state.attached.refusal,
+    }
+
+
+def do_continue(state: State, ids: list[int], turns: int) -> dict[str, Any]:
+    """A conversation: each prompt is the one before, with its answer and more. Hits of each turn."""
+    assert state.attached is not None
+    tokens, hits, same = prompt(*ids), [], True
+    for turn in range(turns):
+        expected = state.plain(tokens, max_new_tokens=20, min_new_tokens=20, do_sample=False)
+        before = state.attached.hit_tokens
+        answer = state.model.generate(tokens, max_new_tokens=20, min_new_tokens=20, do_sample=False)
+        same &= torch.equal(answer, expected)
+        hits.append(state.attached.hit_tokens - before)
+        tokens = torch.cat([answer, prompt(13, 500 + turn)], dim=1)
+    return {"same": same, "hits": hits}
+
+
+def do_keep(state: State, ids: list[int]) -> dict[str, Any]:
+    """A cache that generate gave back is the caller's: other prompts leave it alone, and it can be gone on with."""
+    tokens = prompt(*ids)
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True}
+    expected, answer = state.plain(tokens, **options), state.model.generate(tokens, **options)
+    for seed in range(3):
+        state.model.generate(prompt(len(tokens[0]), 300 + seed), max_new_tokens=4, do_sample=False)
+    pairs = list(zip(answer.past_key_values.layers, expected.past_key_values.layers, strict=True))
+    kept = all(
+        torch.allclose(a.keys, b.keys, atol=1e-4) and torch.allclose(a.values, b.values, atol=1e-4) for a, b in pairs
+    )
+    more = [
+        state.plain(given.sequences, past_key_values=given.past_key_values, max_new_tokens=4, do_sample=False)
+        for given in (answer, expected)
+    ]
+    return {"kept": kept, "same": torch.equal(*more)}
+
+
+def do_train(state: State, layer: int, scale: float) -> dict[str, Any]:
+    """Change one weight in place, as an optimizer does."""
+    with torch.no_grad():
+        state.model.model.layers[layer].self_attn.v_proj.weight.mul_(scale)
+    return {}
+
+
+def do_mode(state: State, training: bool) -> dict[str, Any]:
+    state.model.train(training)
+    return {}
+
+
+def do_kinds(state: State, address: str) -> dict[str, Any]:
+    """What attach says of small models of other kinds: name -> refusal, and whether generate works."""
+    from transformers import GPT2Config, LlamaConfig, MistralConfig, Qwen2Config
+
+    small = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 128}
+    heads = {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "pad_token_id": 0,
+        "eos_token_id": 0,
+        "bos_token_id": 0,
+    }
+    configs = {
+        "llama": LlamaConfig(**small, **heads),
+        "gpt2": GPT2Config(vocab_size=128, n_embd=64, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0),
+        "sliding": MistralConfig(**small, **heads, sliding_window=16),
+        "mixed": Qwen2Config(**small, **heads, use_sliding_window=True, sliding_window=16, max_window_layers=1),
+        "dynamic rope": LlamaConfig(
+            **small, **heads, rope_scaling={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+        ),
+    }
+    answers = {}
+    for name, config in configs.items():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config).eval()
+        tokens = torch.randint(1, 128, (1, 50), generator=torch.Generator().manual_seed(3))
+        options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+        expected = model.generate(tokens, **options)
+        with attach(model, address) as attached:
+            first = model.generate(tokens, **options)
+            attached.flush()
+            second = model.generate(tokens, **options)
+            answers[name] = {
+                "refusal": attached.refusal,
+                "same": torch.equal(first, expected) and torch.equal(second, expected),
+                "hit": attached.hit_tokens,
+            }
+    return answers
+
+
+def do_own_cache(state: State, ids: list[int]) -> dict[str, Any]:
+    """A caller with a cache of their own is left alone."""
+    tokens, cache = prompt(*ids), DynamicCache(config=state.model.config)
+    answer = state.model.generate(tokens, past_key_values=cache, max_new_tokens=2, do_sample=False)
+    return {"filled": cache.get_seq_length() >= tokens.shape[1], "tokens": answer.shape[1]}
+
+
+COMMANDS = {name.removeprefix("do_"): call for name, call in globals().items() if name.startswith("do_")}
+
+
+def main() -> None:
+    state = State(sys.argv[1])
+    print("ANSWER", json.dumps("ready"), flush=True)
+    for line in sys.stdin:
+        command = json.loads(line)
+        answer = COMMANDS[command.pop("do")](state, **command)
+        print("ANSWER", json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    assert Path(sys.argv[1]).is_dir()
+    main()

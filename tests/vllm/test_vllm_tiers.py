@@ -1,0 +1,94 @@
+"""KV that went through a tier gives the same answers: stored, the server ended, L1 gone, started again, hit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from vllm_processes import Engine, Server
+from vllm_prompts import assert_same, tokens
+
+from stores import ACCESS, SECRET, RedisServer, Seaweed, binary_of
+
+KINDS = ("redis", "disk", "dir", "s3")
+PROMPTS = {
+    kind: [tokens(300, 501 + 2 * at), tokens(300, 501 + 2 * at)[:200] + tokens(60, 502 + 2 * at)]
+    for at, kind in enumerate(KINDS)
+}
+
+
+@pytest.fixture(scope="module")
+def urls(folder: Path) -> Iterator[dict[str, str]]:
+    """One tier of each kind, real ones."""
+    stores = folder / "valkey", folder / "seaweed"
+    for one in stores:
+        one.mkdir()
+    valkey, seaweed = RedisServer(binary_of("valkey"), stores[0]), Seaweed(stores[1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ACCESS_KEY_ID", ACCESS)
+        patch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+        yield {
+            "redis": valkey.url(),
+            "disk": f"disk://{folder}/disk?max_gb=1",
+            "dir": f"dir://{folder}/dir?max_gb=1",
+            "s3": seaweed.url("kv"),
+        }
+    valkey.end()
+    seaweed.end()
+
+
+def kept(server: Server) -> int:
+    (tier,) = server.status()["tiers"]
+    return int(tier["counters"].get("kept_shards", 0))
+
+
+def wait_until_kept(server: Server, shards: int) -> None:
+    server.wait_until(lambda: kept(server) >= shards, f"{shards} shards in the tier", 60)
+
+
+def test_a_hit_from_each_tier_answers_as_before(folder: Path, model: Path, urls: dict[str, str]) -> None:
+    first = Server(folder, 16, 0, "l1-only")
+    engine = Engine(folder, "tiers", model, kv_transfer_config=first.config(), max_model_len=1024)
+    port, server = first.port, first
+    try:
+        for name, url in urls.items():
+            server.end()
+            server = Server(folder, 16, port, f"{name}-writes", "--l2", url, "--worth", "always")
+            cold = _generate(engine, server, name)
+            wait_until_kept(server, 18 + 4)
+            server.end()
+            server = Server(folder, 16, port, f"{name}-reads", "--l2", url, "--worth", "always")
+            warm = _generate(engine, server, name)
+            assert_same(warm, cold)
+            assert [output["cached"] for output in warm] == [288, 256], name
+            (tier,) = server.status()["tiers"]
+            assert tier["counters"]["loaded_shards"] == 18 + 4 and not tier["counters"].get("written_shards")
+        assert engine.text().count("Traceback") == 0
+    finally:
+        engine.end()
+        server.end()
+
+
+def _generate(engine: Engine, server: Server, name: str) -> list[dict[str, object]]:
+    """Once the engine has found this server by itself."""
+    server.wait_until(lambda: len(server.status()["engines"]) == 2, "scheduler and worker connect", 60)
+    engine.forget()
+    return engine.generate(PROMPTS[name])
+
+
+def test_another_vllm_on_another_server_hits_what_they_share(folder: Path, model: Path, urls: dict[str, str]) -> None:
+    """Two servers, as on two machines, over one Valkey and one S3."""
+    tiers = ("--l2", urls["redis"] + "?name=near", "--l2", urls["s3"], "--worth", "always")
+    server = Server(folder, 16, 0, "second-server", *tiers)
+    engine = Engine(folder, "second-vllm", model, kv_transfer_config=server.config(), max_model_len=1024)
+    try:
+        for name in ("redis", "s3"):
+            outputs = _generate(engine, server, name)
+            assert [output["cached"] for output in outputs] == [288, 256], name
+        near, far = server.status()["tiers"]
+        assert near["counters"]["loaded_shards"] == far["counters"]["loaded_shards"] == 18 + 4
+        server.wait_until(lambda: server.status()["tiers"][0]["counters"].get("written_shards", 0) >= 22, "nearer", 60)
+    finally:
+        engine.end()
+        server.end()
