@@ -117,7 +117,7 @@ def parse_url(text: str, environ: Mapping[str, str] = os.environ) -> TierURL:
     scheme = text.partition("://")[0]
     if "://" not in text or not re.fullmatch(r"[a-z][a-z0-9+.-]*", scheme):
         raise ConfigError(
-            f"tier {text.partition('@')[0][:40]!r}: write a URL such as disk:///var/lib/lmcache?max_gb=200"
+            f"tier {text.partition(':')[0][:40]!r}: write a URL such as disk:///var/lib/lmcache?max_gb=200"
         )
 
     def value_of(match: re.Match[str]) -> str:

@@ -1,0 +1,188 @@
+"""What users write for a tier: URLs, the JSON spelling, tiers of third parties; and what nobody may see of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from lmcache.errors import ConfigError
+from lmcache.tiers import Shard, ShardKey, Tier, Usage
+from lmcache.tiers.registry import make_tier, make_tiers, schemes, url_of_adapter
+from lmcache.tiers.url import number, one_of, parse_url, read_secret, whole
+
+GIB = 1 << 30
+
+
+class Tape(Tier):
+    """A third party's tier, which keeps nothing."""
+
+    scheme = "tape"
+
+    def __init__(self, reels: int) -> None:
+        self.reels = reels
+
+    @classmethod
+    def from_url(cls, url: object) -> Tape:
+        return cls(url.take("reels", whole(1, 9), 1))  # type: ignore[attr-defined]
+
+    def open(self) -> None: ...
+
+    def contains(self, keys: Sequence[ShardKey]) -> list[bool]:
+        return [False] * len(keys)
+
+    def load(self, keys: Sequence[ShardKey], into: Sequence[memoryview]) -> list[str]:
+        return ["absent"] * len(keys)
+
+    def store(self, shards: Sequence[Shard]) -> list[str]:
+        return ["full"] * len(shards)
+
+    def remove(self, keys: Sequence[ShardKey]) -> None: ...
+
+    def clear(self) -> None: ...
+
+    def usage(self) -> Usage:
+        return Usage(0, 0, None)
+
+    def close(self) -> None: ...
+
+
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if two packages were installed that bring tiers, one of which is none."""
+    for name, scheme, value in (("tape", "tape", f"{__name__}:Tape"), ("rope", "rope", f"{__name__}:GIB")):
+        folder = tmp_path / f"{name}-1.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n")
+        (folder / "entry_points.txt").write_text(f"[lmcache.tiers]\n{scheme} = {value}\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+
+def test_a_url_and_its_parts() -> None:
+    url = parse_url("redis://us%65r:${PASS}@host:6379/0?max_gb=1.5&name=a", {"PASS": "p@ss/word"})
+    assert (url.scheme, url.username, url.password, url.host, url.port, url.path) == (
+        "redis", "user", "p@ss/word", "host", 6379, "/0"
+    )  # fmt: skip
+    assert not url.inline_secret and url.take_max_bytes() == int(1.5 * GIB)
+    assert parse_url("disk:///a%20b/c").path == "/a b/c" and parse_url("disk:///a").take_max_bytes() is None
+    assert parse_url("redis://[::1]:7/0").redacted == "redis://[::1]:7/0"
+
+
+def test_nobody_sees_a_secret() -> None:
+    url = parse_url("redis://user:hunter2@host/0?token=hunter3&key_file=/etc/key&max_gb=3")
+    assert url.inline_secret
+    for shown in (url.redacted, repr(url), str(url)):
+        assert "hunter" not in shown
+    assert url.redacted == "redis://user:***@host/0?token=***&key_file=/etc/key&max_gb=3"
+    with pytest.raises(ConfigError) as caught:
+        make_tier("redis://user:hunter2@host/0?tokn=hunter3")
+    assert "hunter" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("no url", "write a URL such as disk:"),
+        ("user:hunter2@host", "write a URL such as disk:"),
+        ("Disk:///a", "write a URL such as disk:"),
+        ("redis://h:port/0", "[Pp]ort"),
+        ("disk:///a?max_gb=1&max_gb=2", "given twice"),
+        ("redis://:${NOPE_NOT_SET}@h", r"\$\{NOPE_NOT_SET\} is not set: export NOPE_NOT_SET"),
+        ("disk:///a?max_gb=many", "max_gb 'many' must be a number from 0.001"),
+        ("disk:///a?write=never", "write 'never' must be one of through, on-evict, none"),
+        ("disk:///a?read=perhaps", "read 'perhaps' must be one of yes, no"),
+        ("disk:///a?max_bg=1", "unknown option 'max_bg'; did you mean max_gb?"),
+        ("tape://reel", "unknown tier 'tape'; known: dir, disk, redis, rediss, s3"),
+    ],
+)
+def test_what_cannot_be_is_named(text: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said) as caught:
+        make_tier(text)
+    assert "hunter" not in str(caught.value)
+
+
+def test_how_the_server_uses_a_tier_is_in_its_url() -> None:
+    plain = make_tier("dir:///a")
+    assert (plain.name, plain.write, plain.read, plain.warning) == ("dir", "through", True, "")
+    told = make_tier("disk:///a?write=on-evict&read=no&name=ssd&max_gb=1")
+    assert (told.name, told.write, told.read) == ("ssd", "on-evict", False)
+    assert "can be read by every user" in make_tier("redis://:pass@h").warning
+
+
+def test_names_are_unique() -> None:
+    made = make_tiers(["dir:///a", "dir:///b", "dir:///c?name=far", "dir:///d"])
+    assert [one.name for one in made] == ["dir", "dir2", "far", "dir3"]
+    with pytest.raises(ConfigError, match="name=far is taken by another tier"):
+        make_tiers(["dir:///a?name=far", "dir:///b?name=far"])
+
+
+def test_a_third_partys_tier(installed: None) -> None:
+    assert {"tape", "rope", "disk"} <= set(schemes())
+    made = make_tier("tape://?reels=3&write=none")
+    assert made.tier.reels == 3 and made.write == "none"  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match=r"unknown option 'reel'; did you mean reels\?"):
+        make_tier("tape://?reel=3")
+    with pytest.raises(ConfigError, match="is not a Tier class"):
+        make_tier("rope://")
+
+
+@pytest.mark.parametrize(
+    ("text", "url"),
+    [
+        ('{"type": "fs", "base_path": "/data/kv"}', "disk:///data/kv"),
+        ('{"type": "fs_native", "base_path": "/d", "max_capacity_gb": 20}', "disk:///d?max_gb=20"),
+        ('{"type": "resp", "host": "h"}', "redis://h:6379/0"),
+        (
+            '{"type": "redis", "host": "h", "port": 7, "username": "u", "password": "${PW}", "max_capacity_gb": 2}',
+            "redis://u:${PW}@h:7/0?max_gb=2",
+        ),
+        (
+            '{"type": "s3", "bucket": "kvs", "prefix": "p", "endpoint": "http://h:1", "region": "r"}',
+            "s3://kvs/p?endpoint=http%3A%2F%2Fh%3A1&region=r",
+        ),
+    ],
+)
+def test_the_json_spelling(text: str, url: str) -> None:
+    assert url_of_adapter(text) == url
+    parse_url(url, {"PW": "x"})
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{", "not JSON"),
+        ("[]", 'write {"type": "fs"'),
+        ('{"type": "tape"}', "type 'tape' is not here; known: fs, fs_native, resp, redis, s3"),
+        ('{"type": "fs"}', "fs needs 'base_path'"),
+        ('{"type": "fs", "base_path": "/d", "shards": 3}', r"fs has no 'shards' here; write it as --l2 disk:///d\?"),
+    ],
+)
+def test_json_that_cannot_be_understood(text: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        url_of_adapter(text)
+
+
+def test_secrets_in_files(tmp_path: Path) -> None:
+    path = tmp_path / "secret"
+    path.write_bytes(b"geheim\n")
+    path.chmod(0o644)
+    with pytest.raises(ConfigError, match=f"others may read {path}; chmod 600"):
+        read_secret(str(path), "tier")
+    path.chmod(0o600)
+    assert parse_url(f"redis://h?password_file={path}").take_password() == "geheim"
+    with pytest.raises(ConfigError, match="must hold 32 bytes, or 64 hexadecimal digits"):
+        parse_url(f"disk:///a?key_file={path}").take_frame_key()
+    path.write_text("ab" * 32)
+    assert parse_url(f"disk:///a?key_file={path}").take_frame_key() == b"\xab" * 32
+    path.write_bytes(bytes(range(32)))
+    assert parse_url(f"disk:///a?key_file={path}").take_frame_key() == bytes(range(32))
+    with pytest.raises(ConfigError, match="cannot read"):
+        read_secret(str(tmp_path / "nowhere"), "tier")
+
+
+def test_parsers_of_options() -> None:
+    assert number(0, 2)("1.5") == 1.5 and whole(1, 5)("5") == 5 and one_of("a", "b")("B") == "b"
+    for parse, text in ((number(0, 2), "nan"), (number(0, 2), "3"), (whole(1, 5), "1.0"), (whole(1, 5), "6")):
+        with pytest.raises(ValueError, match="must be"):
+            parse(text)
