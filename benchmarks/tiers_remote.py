@@ -2,7 +2,7 @@
 
 Each figure stands beside the plainest client that could do the same, in turns: for Valkey a socket with SET and GET of 4 MiB
 values (sendall, recv_into), for S3 obstore's put and get alone with the same number of threads. It needs the test extra:
-pip install -e '.[test]'. A full run takes about two minutes and 2 GiB of memory.
+pip install -e '.[test]'. A full run takes about two minutes and 4 GiB of memory.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import socket
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -26,10 +27,14 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 try:
     import obstore
 
+    from ports import free_port
+    from proxy import Proxy
+    from servers import READY, Server
     from stores import ACCESS, SECRET, RedisServer, Seaweed, binary_of
 except ImportError as missing:
     sys.exit(f"{missing.name} is not installed: pip install -e '.[test]'")
 
+from lmcache.bench.engine import BenchEngine, Model, Prompt
 from lmcache.tiers import OK, Shard, ShardKey, Tier, frame
 from lmcache.tiers.registry import make_tier
 
@@ -188,7 +193,8 @@ def s3(quick: bool) -> list[Row]:
     payloads = [memoryview(bytearray(os.urandom(LARGE))) for _ in range(threads)]
     memories = [memoryview(bytearray(LARGE)) for _ in range(threads)]
     os.environ |= {"AWS_ACCESS_KEY_ID": ACCESS, "AWS_SECRET_ACCESS_KEY": SECRET}
-    with tempfile.TemporaryDirectory(prefix="lmbench-") as folder, ThreadPoolExecutor(threads) as pool:
+    # in memory: the disk of this machine is not what is measured
+    with tempfile.TemporaryDirectory(prefix="lmbench-", dir="/dev/shm") as folder, ThreadPoolExecutor(threads) as pool:
         seaweed = Seaweed(Path(folder))
         tier = make_tier(seaweed.url("bench", f"&connections={threads}&timeout=60")).tier
         try:
@@ -203,7 +209,7 @@ def s3(quick: bool) -> list[Row]:
                 data = obstore.get(plain, f"plain/{number}").bytes()
                 memories[number][:] = memoryview(data)
 
-            for round_ in range(2 if quick else 8):
+            for round_ in range(2 if quick else 7):
                 walls = {"put": seconds_of(lambda: list(pool.map(put, range(threads))))[0]}
                 shards = new_shards(payloads)
                 walls["store"] = seconds_of(lambda: must(tier.store(shards)))[0]  # noqa: B023
@@ -240,17 +246,86 @@ def s3(quick: bool) -> list[Row]:
     return list(rows.values())
 
 
+def stall(quick: bool) -> list[Row]:
+    """Lookups that L1 answers in full, while the tier of the same server hangs and other lookups run into it; beside a server
+    without a tier, in turns."""
+    prompts, lookups = 16, 200 if quick else 2000
+    rows = [
+        Row("l1_hit", "L1 full hit of 8 chunks, beside a tier that hangs (limit: no tier)", "ms", None),
+        Row("l1_hit_p99", "the same: p99 over p99 without a tier", "x", Goal(1.1, "less")),
+    ]
+    with tempfile.TemporaryDirectory() as name, tempfile.TemporaryDirectory(dir="/dev/shm") as arenas:
+        store = RedisServer(binary_of("valkey"), Path(name))
+        proxy = Proxy(store.port)
+        servers, engines = [], []
+        stopped = threading.Event()
+        try:
+            for flags in ((), ("--l2", f"redis://127.0.0.1:{proxy.port}/0")):
+                servers.append(Server(Path(name), Path(arenas), 64, 256, free_port(), flags))
+                servers[-1].line_with(READY)
+                engines.append(BenchEngine(Model("tiny", 1, 1, 64, 256), servers[-1].address))
+            stored = []
+            for engine in engines:
+                mine = [engine.prompt(list(range(seed, seed + 2048))) for seed in range(prompts)]
+                for prompt in mine:
+                    if not engine.store(prompt, 0, 8, list(range(128))):
+                        raise RuntimeError("a prompt was not kept")
+                stored.append(mine)
+            proxy.freeze()
+            engines.append(BenchEngine(Model("tiny", 1, 1, 64, 256), servers[1].address, scheduler_only=True))
+            cold = threading.Thread(target=_run_into, args=(engines[-1], stopped))
+            cold.start()
+            for _ in range(4 if quick else 12):
+                p99 = []
+                for side, engine, mine in zip(("limit", "ours"), engines, stored, strict=False):
+                    samples = [_lookup_ms(engine, mine[number % prompts]) for number in range(lookups)]
+                    rows[0].add(side, samples)
+                    p99.append(sorted(samples)[lookups * 99 // 100])
+                rows[1].add("ours", [p99[1] / p99[0]])
+            stopped.set()
+            cold.join()
+        finally:
+            stopped.set()
+            for engine in engines:
+                engine.close()
+            for server in servers:
+                server.end()
+            proxy.close()
+            store.end()
+    return rows
+
+
+def _lookup_ms(engine: BenchEngine, prompt: Prompt) -> float:
+    begin = time.perf_counter()
+    found = engine.lookup(prompt)
+    seconds = time.perf_counter() - begin
+    engine.release(prompt)
+    if found != 8:
+        raise RuntimeError(f"{found} of 8 chunks were found")
+    return seconds * 1e3
+
+
+def _run_into(engine: BenchEngine, stopped: threading.Event) -> None:
+    """Another engine's prompts, which L1 does not have: they ask the tier that hangs, ten a second."""
+    seed = 1_000_000
+    while not stopped.wait(0.1):
+        engine.lookup(engine.prompt(list(range(seed, seed + 2048))))
+        seed += 2048
+
+
+GROUPS = {"valkey": valkey, "s3": s3, "stall": stall}
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tiers_remote", description=__doc__, allow_abbrev=False)
     parser.add_argument("--json", metavar="FILE", type=Path, help="write every figure there")
-    parser.add_argument("--only", nargs="+", choices=["valkey", "s3"], default=["valkey", "s3"], help="some of them")
+    parser.add_argument("--only", nargs="+", choices=list(GROUPS), default=list(GROUPS), help="some of them")
     parser.add_argument("--quick", action="store_true", help="fewer rounds: does it work, not how fast is it")
     parser.add_argument(
         "--update", metavar="FILE", type=Path, help="put the table into this page (benchmarks/README.md)"
     )
     options = parser.parse_args(argv)
-    groups = {"valkey": valkey, "s3": s3}
-    rows = [row for name in options.only for row in groups[name](options.quick)]
+    rows = [row for name in options.only for row in GROUPS[name](options.quick)]
     facts = about([], argv, "benchmarks.tiers_remote")
     if options.json:
         options.json.write_text(json.dumps({**facts, "rows": [row.as_json() for row in rows]}, indent=1) + "\n")

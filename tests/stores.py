@@ -94,11 +94,17 @@ class Seaweed:
         )
         roles = ("master.port", "volume.port", "filer.port", "s3.port")
         ports = {role + kind: free_port() for role in roles for kind in ("", ".grpc")}
-        self.port = ports["s3.port"]
+        self.port, self._ports = ports["s3.port"], list(ports.values())
         command = [
             *(str(Path(sys.executable).with_name("weed")), "server", f"-dir={folder}", "-s3", "-filer"),
             *("-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-s3.config={config}", "-s3.autoCreateBucket=false"),
-            *("-s3.port.iceberg=0", "-master.telemetry=false", "-volume.max=50", "-master.volumeSizeLimitMB=128"),
+            *(
+                "-s3.port.iceberg=0",
+                "-s3.port.lance=0",
+                "-master.telemetry=false",
+                "-volume.max=50",
+                "-master.volumeSizeLimitMB=128",
+            ),
             *(f"-{role}={port}" for role, port in ports.items()),
         ]
         self.log = folder / "log"
@@ -150,6 +156,9 @@ class Seaweed:
     def end(self) -> None:
         self.child.kill()
         self.child.wait()
+        for port in self._ports:  # it puts its sockets there whatever it is told
+            for left in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
+                left.unlink(missing_ok=True)
 
 
 def _identity(name: str, access: str, secret: str, *actions: str) -> dict[str, Any]:

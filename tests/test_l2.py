@@ -79,6 +79,21 @@ def test_the_end_waits_for_what_is_to_be_written(
     assert engine(second, "other").load(TOKENS) == len(TOKENS)
 
 
+def test_the_decision_to_load_and_both_its_numbers_are_told(
+    server: Callable[..., Server], engine: Callable[..., Any], valkey: RedisServer
+) -> None:
+    cache = server(flags=("--l2", valkey.url(), "--log-level", "DEBUG"))
+    one = engine(cache)
+    one.store(TOKENS)
+    written(cache, 10)
+    page(cache, "/clear-cache", "POST")
+    assert one.hit_tokens(TOKENS) == len(TOKENS)
+    cache.line_with("loading is expected to take 0.000 s, computing 0.000 s: loading")
+    metrics = page(cache, "/metrics")[1]
+    for name in ("expected_seconds", "recompute_seconds", "loaded"):
+        assert f"lmcache_last_fetch_{name} " in metrics
+
+
 def test_two_servers_share_a_store(
     server: Callable[..., Server], engine: Callable[..., Any], valkey: RedisServer
 ) -> None:

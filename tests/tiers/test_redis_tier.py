@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import signal
+import socket
 import ssl
 import subprocess
 import sys
@@ -229,6 +232,9 @@ def test_a_full_server_is_an_outcome_and_is_left_behind_when_there_is_room(empty
     outcomes = [tier.store([shard])[0] for shard in shards[4:]]
     assert FULL in outcomes and OK in outcomes  # it degrades to what the server has room for
     assert set(load(tier, shards)) == {OK, ABSENT}
+    empty.raw.config_set("maxmemory", empty.raw.info("memory")["used_memory"] - 1)
+    assert tier.store(shards_of(1, MIB)) == [FULL]  # and the oldest goes, so that
+    eventually(lambda: tier.store(shards_of(1, MIB)) == [OK])
     empty.raw.config_set("maxmemory", 1000)
     assert tier.store(shards_of(1, MIB)) == [FULL]
     assert set(load(tier, shards)) <= {OK, ABSENT}
@@ -508,6 +514,41 @@ def test_connections_end_with_the_tier(empty: RedisServer) -> None:
     load(tier, shards_of(1, 10))
     tier.close()
     eventually(lambda: len(empty.raw.client_list()) <= before)
+
+
+GARBAGE = [
+    b"",
+    b"HTTP/1.1 400 Bad Request\r\n\r\n",
+    b"+PONG\r\n:12\r\n",
+    b"+PONG\r\n*3\r\n$2\r\nok\r\n:x\r\n:1\r\n",
+    b"+PONG\r\n$99999999999\r\n",
+    b"+PONG\r\n$-x\r\n",
+    b"+PONG\r\n*99999999\r\n",
+    b"+PONG\r\n" + b"*1\r\n" * 2000,
+    b"+PONG\r\n-ERR what is that\r\n",
+    b"+PONG\r\n+" + b"x" * 70_000,
+    b"-WRONGPASS \xff\xfe\r\n",
+    *(b"+PONG\r\n" + random.Random(seed).randbytes(200).replace(b"\x00", b"\r\n") for seed in range(30)),
+]
+
+
+@pytest.mark.parametrize("said", GARBAGE, ids=range(len(GARBAGE)))
+def test_whatever_is_answered_there_is_one_kind_of_error(said: bytes) -> None:
+    def serve() -> None:
+        client, _ = listener.accept()
+        with client, contextlib.suppress(ConnectionError):
+            client.recv(100)
+            client.sendall(said)
+            client.shutdown(socket.SHUT_WR)
+            while client.recv(65536):
+                pass
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve)
+        thread.start()
+        with pytest.raises(TierError):
+            tier_of(f"redis://127.0.0.1:{listener.getsockname()[1]}/0")
+        thread.join()
 
 
 # ---- TLS and clusters

@@ -103,6 +103,8 @@ class Fetches:
         """Drained by the server after every call."""
         self.counters: Counter[str] = Counter()
         self.paces = [Pace() for _ in tiers]
+        self.decided = 0
+        """Decisions so far whether a load is worth it."""
         self.last: dict[str, float] = {}
         """Of the last decision: expected and recompute seconds, and whether it was to load."""
         self._tiers = tiers
@@ -284,6 +286,7 @@ class Fetches:
         known = [one for one in due if one is not None]
         expected = max(known) if len(known) == len(due) else None
         good = self._always or not recompute or expected is None or expected < recompute
+        self.decided += 1
         self.last = {"expected_seconds": expected or 0.0, "recompute_seconds": recompute, "loaded": float(good)}
         return good
 

@@ -6,6 +6,7 @@ as the process SERVER, lanes move the bytes, and what came of it goes back. Ever
 
 from __future__ import annotations
 
+import logging
 import time
 from array import array
 from collections.abc import Callable, Sequence
@@ -109,12 +110,26 @@ class Tiering:
         if space is None or not all(space.slot_bytes):
             return 0
         seconds = self._chunk_tokens / prefill_tokens_per_second if prefill_tokens_per_second > 0 else 0.0
-        known = [self._knower(lane, space) for lane in self.lanes]
+        full = in_l1 * HASH_BYTES >= len(hashes)
+        known = [] if full else [self._knower(lane, space) for lane in self.lanes]
         now = time.monotonic()
         chunk_bytes = sum(space.slot_bytes)
+        decided = self.fetches.decided
         count = self.fetches.poll(now, space_number, hashes, in_l1, chunk_bytes, seconds, known)
+        if self.fetches.decided != decided and logger.isEnabledFor(logging.DEBUG):
+            self._tell_decision(hashes)
         self._carry_out()
         return count
+
+    def _tell_decision(self, hashes: bytes) -> None:
+        last = self.fetches.last
+        logger.debug(
+            "Prompt %s: loading is expected to take %.3f s, computing %.3f s: %s",
+            hashes[-4:].hex(),
+            last["expected_seconds"],
+            last["recompute_seconds"],
+            "loading" if last["loaded"] else "not worth it",
+        )
 
     @staticmethod
     def _knower(lane: Lane, space: Space) -> Callable[[bytes], Sequence[bool] | None]:
@@ -142,7 +157,10 @@ class Tiering:
 
         def done(present: list[bool] | None, seconds: float) -> None:
             whole = None if present is None else _whole(present, shards)
+            decided = self.fetches.decided
             self.fetches.answered(time.monotonic(), ask.fetch, ask.tier, whole, seconds)
+            if self.fetches.decided != decided and logger.isEnabledFor(logging.DEBUG):
+                self._tell_decision(ask.hashes)
             self._carry_out()
 
         lane.read(lambda: lane.tier.contains(keys), done)

@@ -30,6 +30,8 @@ PARTITIONS = 64
 """A cluster has so many indexes, each for the chunks of one first byte modulo this, with its part of `max_gb`."""
 TOO_LARGE, FULL = "too large", "full"
 """Outcomes of a store: larger than the cap, or than what a shard may be; no room under it, or in the server."""
+_NO_MEMORY = "no memory"
+"""Of a store, before it becomes FULL: `maxmemory` is reached, so the oldest must go although the cap is not."""
 _PARTLY = "partly there"
 """Of a load, before it becomes ABSENT: what is left of the shard must go."""
 _WINDOW_BYTES = 64 << 20
@@ -112,14 +114,16 @@ class RedisTier(Tier):
         outcomes = [ABSENT] * len(keys)
 
         def ask(connection: Connection, which: list[int]) -> None:
-            known = self._touch(connection, [keys[index] for index in which])
-            asked, ahead_bytes = 0, 0
+            touched = self._ask_to_touch(connection, [keys[index] for index in which])
+            known: list[bool] = []
             wrong: list[int] = []
+            asked, ahead_bytes = 0, 0
             for place, index in enumerate(which):
                 while asked < len(which) and (ahead_bytes < _WINDOW_BYTES or asked <= place):
                     self._ask_for(connection, keys[which[asked]], len(into[which[asked]]))
                     ahead_bytes += len(into[which[asked]])
                     asked += 1
+                known = known or self._touched(connection, touched, len(which))
                 outcome = self._receive(connection, keys[index], into[index])
                 ahead_bytes -= len(into[index])
                 if known[place] != (outcome == OK) or outcome not in (OK, ABSENT):
@@ -147,9 +151,10 @@ class RedisTier(Tier):
                 left = [index for index in left if outcomes[index] == FULL] if granted else []
                 for index in granted:
                     outcomes[index] = self._written(connection, shards[index])
-                for index in granted:
-                    if outcomes[index] == FULL:
-                        self._make_room(connection, shards[index])
+            for index in which:
+                if outcomes[index] == _NO_MEMORY:
+                    self._make_room(connection, shards[index])
+                    outcomes[index] = FULL
 
         self._converse([shard.key for shard in shards], say)
         return outcomes
@@ -234,7 +239,7 @@ class RedisTier(Tier):
     def _admission(self, connection: Connection, key: ShardKey) -> str:
         reply = connection.reply()
         if isinstance(reply, ReplyError) and reply.code == "OOM":
-            return FULL
+            return _NO_MEMORY
         return self._said(connection, self._tag(key), reply)
 
     def _write(self, connection: Connection, shard: Shard) -> None:
@@ -264,9 +269,9 @@ class RedisTier(Tier):
             if isinstance(reply, ReplyError):
                 if reply.code != "OOM":
                     raise connection.refused(reply)
-                trouble = FULL
+                trouble = _NO_MEMORY
         outcome = self._said(connection, self._tag(shard.key), connection.reply())
-        return outcome or trouble
+        return trouble or outcome
 
     def _make_room(self, connection: Connection, shard: Shard) -> None:
         """The server's memory is full before `max_gb` is: the oldest go, so that the next store finds room."""
@@ -275,17 +280,21 @@ class RedisTier(Tier):
 
     # ---- several shards on one connection
 
-    def _touch(self, connection: Connection, keys: list[ShardKey]) -> list[bool]:
-        """They are used now; which of them are booked. The first of a call counts as used last: what follows hangs on it."""
+    def _ask_to_touch(self, connection: Connection, keys: list[ShardKey]) -> dict[bytes, list[int]]:
+        """They are used now, the first of a call last: what follows in a prompt hangs on it. Their places by tag."""
         by_tag: dict[bytes, list[int]] = {}
         for place, key in enumerate(keys):
             by_tag.setdefault(self._tag(key), []).append(place)
         for tag, places in by_tag.items():
             self._script(connection, tag, "touch", self._ttl_us, *(keys[place].text for place in places))
-        known = [False] * len(keys)
+        return by_tag
+
+    def _touched(self, connection: Connection, by_tag: dict[bytes, list[int]], count: int) -> list[bool]:
+        """Which of those are booked."""
+        known = [False] * count
         for tag, places in by_tag.items():
             flags = self._said(connection, tag, connection.reply())
-            for place, flag in zip(places, flags, strict=True):
+            for place, flag in zip(places, flags, strict=False):
                 known[place] = flag == "1"
         return known
 

@@ -32,6 +32,8 @@ OWN = "_lmcache/"
 _JANITOR, _RECENCY, _USES = f"{OWN}janitor", f"{OWN}recency", f"{OWN}uses/"
 _ROOM_PART = 64
 """What makes room deletes at least this part of the cap, so that it is seldom done."""
+_BULK = 1000
+"""Objects that S3 deletes in one request; nobody waits for more than one."""
 _FORGOTTEN_MS = 86_400_000
 """The uses of a server that wrote none for so long are in `recency` by then."""
 
@@ -181,17 +183,16 @@ class S3Tier(Tier):
             self._books.drop(keys)
 
     def clear(self) -> None:
-        with self._room:
-            batch: list[str] = []
-            for listed in self._client.list():
-                if _key_of(listed.path) or listed.path in (_RECENCY, _JANITOR) or listed.path.startswith(_USES):
-                    batch.append(listed.path)
-                if len(batch) == 1000:
-                    self._client.delete(batch)
-                    batch.clear()
-            self._client.delete(batch)
-            self._books.begin_census()
-            self._books.end_census({}, {}, 0)
+        self._books.begin_census()
+        batch: list[str] = []
+        for listed in self._client.list():
+            if _key_of(listed.path) or listed.path in (_RECENCY, _JANITOR) or listed.path.startswith(_USES):
+                batch.append(listed.path)
+            if len(batch) == _BULK:
+                self._client.delete(batch)
+                batch.clear()
+        self._client.delete(batch)
+        self._books.end_census({}, {}, 0)
 
     def usage(self) -> Usage:
         return Usage(self._books.stored_bytes + self._books.other_bytes, len(self._books), self._max_bytes)
@@ -227,12 +228,16 @@ class S3Tier(Tier):
             self._books.begin(key, size)
         return OK
 
-    def _trim(self, wanted_bytes: int, at_least: int) -> None:
-        """Delete the oldest until so many bytes fit under the cap. Call with `_room` held."""
+    def _trim(self, wanted_bytes: int, at_least: int) -> bool:
+        """Delete the oldest, one request's worth, so that so many bytes fit under the cap. Call with `_room` held.
+
+        Whether there was anything to delete.
+        """
         assert self._max_bytes is not None
         above = self._books.stored_bytes + self._books.other_bytes + wanted_bytes - self._max_bytes
-        if above > 0:
-            self.remove(self._books.oldest(max(above, at_least)))
+        going = self._books.oldest(max(above, at_least))[:_BULK] if above > 0 else []
+        self.remove(going)
+        return bool(going)
 
     def _sweep_again_and_again(self) -> None:
         while not self._closing.is_set():
@@ -271,9 +276,11 @@ class S3Tier(Tier):
         self._swept.set()
         if is_janitor:
             recency = pack_uses(self._books.uses())
-            with self._room:
-                self._books.other_bytes += max(0, len(recency) - recency_bytes)
-                self._trim(0, 0)
+            self._books.other_bytes += max(0, len(recency) - recency_bytes)
+            above = True
+            while above and not self._closing.is_set():
+                with self._room:
+                    above = self._trim(0, 0)
             self._client.write(_RECENCY, [recency])
 
     def _write_uses(self) -> None:

@@ -34,6 +34,7 @@ _PUBLIC = frozenset(
         "prefix",
         "io",
         "cluster",
+        "sweep",
     }
 )
 """Options whose value may be shown; those of `*_file` are paths. Anything else is `***` to people."""
