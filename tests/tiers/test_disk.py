@@ -19,7 +19,7 @@ from disk_files import medium_bytes, where
 from media import FaultyMedium
 
 from lmcache.errors import ConfigError
-from lmcache.tiers import ABSENT, KEPT, OK, Shard, ShardKey, TierError, frame
+from lmcache.tiers import ABSENT, KEPT, OK, Shard, ShardKey, TierError, disk_folder, frame
 from lmcache.tiers import disk as disk_module
 from lmcache.tiers.conformance import load_one, payload_of, shard_key, shard_of
 from lmcache.tiers.disk import DiskTier
@@ -356,11 +356,11 @@ def test_no_direct_io_is_said_once(disk: Callable[..., DiskTier]) -> None:
                 raise OSError(errno.EINVAL, "Invalid argument")
             return super().open(path, flags)
 
-    disk_module.log.addHandler(listener)
+    disk_folder.log.addHandler(listener)
     try:
         tier = disk(medium=NoDirect())
     finally:
-        disk_module.log.removeHandler(listener)
+        disk_folder.log.removeHandler(listener)
     for size in (1000, 300_001):
         assert fill(tier, range(size, size + 3), size) == [OK] * 3
         assert load_one(tier, shard_key(size), size) == (OK, payload_of(shard_key(size), size))
@@ -437,6 +437,23 @@ def test_blocks_that_could_not_be_given_back_are_given_back_later(
     medium.fail.clear()
     tier.remove([shard_key(5)])
     assert medium_bytes(tmp_path / "tier") <= tier.usage().stored_bytes < 7 * MIB
+
+
+def test_a_clear_that_fails_is_ended_by_the_next(disk: Callable[..., DiskTier], tmp_path: Path) -> None:
+    medium = FaultyMedium()
+    tier = disk(medium=medium)
+    empty = tier.usage()
+    for number in range(12):
+        fill(tier, range(number, number + 1), MIB)
+    medium.fail, medium.after = {"unlink": errno.EIO}, {"unlink": 2}
+    with pytest.raises(TierError):
+        tier.clear()
+    assert there(tier, range(12)) == [] and tier.usage().stored_bytes > 8 * MIB
+    medium.fail.clear()
+    assert fill(tier, range(20, 34), MIB) == [OK] * 14  # what was not given back is, to make room
+    assert medium_bytes(tmp_path / "tier") <= tier.usage().stored_bytes <= CAP
+    tier.clear()
+    assert tier.usage() == empty and medium_bytes(tmp_path / "tier") < 40_000
 
 
 @pytest.mark.parametrize("size", [2000, 200_000])

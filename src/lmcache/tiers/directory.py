@@ -351,7 +351,11 @@ class DirectoryTier(Tier):
         """Side by side, in order."""
         if len(of) <= 1:
             return [call(one) for one in of]
-        return list(self._pool.map(call, of))
+        try:
+            results = self._pool.map(call, of)
+        except RuntimeError:  # the pool takes nothing more
+            raise TierError("closed", f"{self._where}: it was closed meanwhile") from None
+        return list(results)
 
     def _check_open(self) -> None:
         if not self._opened:

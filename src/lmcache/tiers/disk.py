@@ -8,9 +8,7 @@ acknowledged after; an eviction is in the journal before its blocks are given ba
 from __future__ import annotations
 
 import errno
-import fcntl
 import itertools
-import mmap
 import os
 import threading
 import time
@@ -25,6 +23,7 @@ import numpy as np
 from lmcache.errors import ConfigError
 from lmcache.observability.log import init_logger
 from lmcache.tiers import frame
+from lmcache.tiers.disk_folder import can_be_direct, part_of_free, take_folder
 from lmcache.tiers.frame_io import BOUNCE_BYTES, GROUP_BYTES, GROUP_FRAMES, UNREADABLE, Found, FrameIO
 from lmcache.tiers.journal import PUT, REMOVE, STEP_BYTES, USE, Journal, places
 from lmcache.tiers.medium import BLOCK_BYTES, FULL, Medium, blocks, tier_error
@@ -39,7 +38,6 @@ _FIXED_BYTES = 4 * BLOCK_BYTES
 """The directory and the lock file."""
 _SEGMENT_BYTES = (1 << 20, 1 << 30)
 """Bounds of a segment's size, which is 1/64 of the cap in between."""
-_PART_OF_FREE = 0.9
 _LANES = 4
 """Threads that read for one call, and that take checksums."""
 _LANE_BYTES = 4 << 20
@@ -48,8 +46,6 @@ _ENTRY_RECORDS = 1024
 """Removals and uses that go into one entry of the journal: it must fit into the room that is reserved ahead."""
 _PAUSE_SECONDS = 2.0
 """After the file system was full although older shards had made way: so long nothing more is dropped for it."""
-_UNSUPPORTED = frozenset({errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS})
-_OWN_FILES = {"index", "index.new", "lock", "probe", "lost+found"}
 log = init_logger(__name__)
 
 
@@ -186,9 +182,8 @@ class DiskTier(Tier):
                 self._journal.restart(ShardIndex().records(), self._segments.next_number)
                 self._index = ShardIndex()
                 self._compact_above = 0
-                dropped = self._segments.drop_all()
-            for segment in dropped:
-                self._delete(segment)
+                self._segments.drop_all()
+            self._give_back()
 
     def usage(self) -> Usage:
         """`stored_bytes`: blocks of frames, and what the index may take at most, even while it is being rewritten."""
@@ -216,14 +211,14 @@ class DiskTier(Tier):
     # ---- coming and going
 
     def _mount(self) -> None:
-        self._take_directory()
+        self._closing.callback(os.close, take_folder(self._medium, self._path, self._where))
         sums = ThreadPoolExecutor(_LANES, "lmcache-disk-sum")
         self._closing.callback(sums.shutdown)
         self._readers = ThreadPoolExecutor(_LANES, "lmcache-disk-read")
         self._closing.callback(self._readers.shutdown)
-        direct = self._can_be_direct()
+        direct = can_be_direct(self._medium, self._path, self._where, self._mode)
         self._io = FrameIO(self._medium, self._secret, sums, direct)
-        self._max_bytes = self._asked_bytes or self._part_of_free()
+        self._max_bytes = self._asked_bytes or part_of_free(self._path)
         low, high = _SEGMENT_BYTES
         size = blocks(min(high, max(low, self._max_bytes // 64)))
         self._segments = Segments(self._medium, self._path, size, os.O_RDWR | (os.O_DIRECT if direct else 0))
@@ -245,78 +240,6 @@ class DiskTier(Tier):
             self._max_bytes / GIB,
             "direct" if direct else "buffered",
         )
-
-    def _take_directory(self) -> None:
-        self._path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = self._path.stat()
-        if status.st_uid != os.geteuid() or status.st_mode & 0o022:
-            raise TierError(
-                "denied",
-                f"{self._where}: others may write to it; give it to this user: chown, and chmod 700 {self._path}",
-            )
-        for path in self._path.iterdir():
-            if path.name not in _OWN_FILES and path.suffix not in (".large", ".packed"):
-                raise TierError(
-                    "denied", f"{self._where}: {path.name!r} is not the cache's; give it a directory of its own"
-                )
-        os.chmod(self._path, 0o700)
-        fd = self._medium.open(self._path / "lock", os.O_RDWR | os.O_CREAT)
-        self._closing.callback(os.close, fd)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            owner = os.pread(fd, 20, 0).decode("ascii", "replace").strip() or "of unknown number"
-            raise TierError(
-                "locked", f"{self._where}: in use by process {owner}; end it, or give this one another directory"
-            ) from None
-        self._medium.write(fd, [f"{os.getpid():<20}".encode()], 0)
-
-    def _can_be_direct(self) -> bool:
-        """Tried out, as holes are: some file systems refuse to open, others to write."""
-        block = memoryview(mmap.mmap(-1, BLOCK_BYTES))
-        path = self._path / "probe"
-        try:
-            self._try(path, 0, block)
-            if self._mode == "buffered":
-                return False
-            try:
-                self._try(path, os.O_DIRECT, block)
-            except OSError as error:
-                if error.errno not in _UNSUPPORTED:
-                    raise
-                if self._mode == "direct":
-                    raise TierError(
-                        "direct", f"{self._where}: this file system has no O_DIRECT; use io=auto or io=buffered"
-                    ) from None
-                log.warning("%s: this file system has no O_DIRECT: going through the page cache", self._where)
-                return False
-        except OSError as error:
-            if error.errno not in FULL:
-                raise
-        finally:
-            self._medium.unlink(path)
-        return self._mode != "buffered"
-
-    def _try(self, path: Path, flags: int, block: memoryview) -> None:
-        fd = self._medium.open(path, os.O_RDWR | os.O_CREAT | flags)
-        try:
-            self._medium.write(fd, [block], 0)
-            if not flags:
-                self._medium.punch(fd, 0, BLOCK_BYTES)
-        except OSError as error:
-            if error.errno in _UNSUPPORTED and not flags:
-                raise TierError(
-                    "holes",
-                    f"{self._where}: this file system cannot punch holes; use another one, or dir://{self._path}",
-                ) from None
-            raise
-        finally:
-            os.close(fd)
-
-    def _part_of_free(self) -> int:
-        status = os.statvfs(self._path)
-        own = sum(path.stat().st_blocks * 512 for path in self._path.iterdir() if path.is_file())
-        return int((status.f_bavail * status.f_frsize + own) * _PART_OF_FREE)
 
     @contextmanager
     def _call(self, alone: bool = False) -> Iterator[None]:
@@ -414,16 +337,22 @@ class DiskTier(Tier):
             with self._lock:
                 pending = self._segments.take_pending()
             for number, extent in enumerate(pending):
+                segment = extent.segment
+                with self._lock:
+                    last = self._segments.retire(segment)
                 try:
-                    self._segments.punch(extent)
+                    if last:
+                        self._delete(segment)
+                    elif not segment.gone:
+                        self._segments.punch(extent)
+                        with self._lock:
+                            self._segments.settle(extent)
                 except OSError:
                     with self._lock:
+                        if last:
+                            self._segments.take_back(segment)
                         self._segments.put_back(pending[number:])
                     raise
-                with self._lock:
-                    empty = self._segments.settle(extent)
-                if empty is not None:
-                    self._delete(empty)
 
     def _delete(self, segment: Segment) -> None:
         self._segments.delete(segment)

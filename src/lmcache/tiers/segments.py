@@ -55,8 +55,8 @@ class Segment:
         self.sharers = bytearray()
         """Frames in each block, of packed files."""
         self.handle: Handle | None = None
-        self.made = False
-        """The file is there."""
+        self.made = self.gone = False
+        """The file is there; it was deleted, or just is."""
 
     @property
     def cost(self) -> int:
@@ -153,7 +153,7 @@ class Segments:
         return segment, found
 
     def free(self, place: int, payload_bytes: int) -> None:
-        """A frame is no more; its blocks are given back by `take_pending`, `punch` and `settle`."""
+        """A frame is no more; its blocks wait to be given back: `take_pending`, `punch` and `settle`, or `retire` for a file."""
         segment, at = self[place], offset_of(place)
         size = frame_bytes(payload_bytes)
         segment.frames -= 1
@@ -184,28 +184,38 @@ class Segments:
         """These could not be given back; next time."""
         self._pending += extents
 
-    def settle(self, extent: Extent) -> Segment | None:
-        """The extent was given back. The file, when nothing is left in it: then `delete` and `forget`."""
-        segment = extent.segment
-        segment.used -= extent.size
+    def settle(self, extent: Extent) -> None:
+        """The extent was given back."""
+        extent.segment.used -= extent.size
         self.bytes -= extent.size
         self.freed_bytes -= extent.size
-        if segment.used or segment.frames or segment in self._tails.values():
-            return None
-        return segment if self._all.pop(segment.number, None) else None
+
+    def retire(self, segment: Segment) -> bool:
+        """Whether no frame is left in it, and none will come: then `delete` it and `forget` it, which gives back all at once."""
+        if segment.gone or segment.frames or segment in self._tails.values():
+            return False
+        segment.gone = True
+        del self._all[segment.number]
+        return True
+
+    def take_back(self, segment: Segment) -> None:
+        """It could not be deleted; next time."""
+        segment.gone = False
+        self._all[segment.number] = segment
 
     def forget(self, segment: Segment) -> None:
         """Its file was deleted."""
         self.bytes -= segment.cost
+        self.freed_bytes -= segment.used
 
-    def drop_all(self) -> list[Segment]:
-        """Forget all; the files to delete."""
-        dropped = list(self._all.values())
-        self._all.clear()
+    def drop_all(self) -> None:
+        """All frames are no more."""
         self._tails.clear()
-        self._pending.clear()
-        self.freed_bytes = 0
-        return dropped
+        self._pending = [Extent(segment, 0, 0) for segment in self._all.values()]
+        for segment in self._all.values():
+            self.bytes -= segment.frames * _FRAME_COST
+            segment.frames = 0
+        self.freed_bytes = sum(segment.used for segment in self._all.values())
 
     def open_handle(self, segment: Segment, create: bool = False) -> Handle:
         """Raises OSError."""
@@ -223,7 +233,7 @@ class Segments:
 
     def punch(self, extent: Extent) -> None:
         """Give back the blocks. Raises OSError."""
-        if extent.size and extent.segment.made:
+        if extent.size and extent.segment.made and not extent.segment.gone:
             handle = self.open_handle(extent.segment)
             self._medium.punch(handle.fd, extent.offset, extent.size)
 

@@ -1,0 +1,101 @@
+"""The directory of a disk tier before anything in it is used: whose it is, that nobody else has it, what its file system can."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import mmap
+import os
+from pathlib import Path
+
+from lmcache.observability.log import init_logger
+from lmcache.tiers.medium import BLOCK_BYTES, FULL, Medium
+from lmcache.tiers.tier import TierError
+
+_OWN_FILES = {"index", "index.new", "lock", "probe", "lost+found"}
+_UNSUPPORTED = frozenset({errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS})
+_PART_OF_FREE = 0.9
+log = init_logger(__name__)
+
+
+def take_folder(medium: Medium, path: Path, where: str) -> int:
+    """Make it or look at it, and lock it: the descriptor that holds the lock until it is closed.
+
+    Raises:
+        TierError: it is not ours alone, or another process has it.
+        OSError
+    """
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = path.stat()
+    if status.st_uid != os.geteuid() or status.st_mode & 0o022:
+        raise TierError("denied", f"{where}: others may write to it; give it to this user: chown, and chmod 700 {path}")
+    for file in path.iterdir():
+        if file.name not in _OWN_FILES and file.suffix not in (".large", ".packed"):
+            raise TierError("denied", f"{where}: {file.name!r} is not the cache's; give it a directory of its own")
+    os.chmod(path, 0o700)
+    fd = medium.open(path / "lock", os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        medium.write(fd, [f"{os.getpid():<20}".encode()], 0)
+    except BlockingIOError:
+        owner = os.pread(fd, 20, 0).decode("ascii", "replace").strip() or "of unknown number"
+        os.close(fd)
+        raise TierError(
+            "locked", f"{where}: in use by process {owner}; end it, or give this one another directory"
+        ) from None
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
+def can_be_direct(medium: Medium, path: Path, where: str, mode: str) -> bool:
+    """Whether to go past the page cache. Tried out, as holes are: some file systems refuse to open, others to write.
+
+    Raises:
+        TierError: holes cannot be punched there, or `mode` is "direct" and there is no O_DIRECT.
+        OSError
+    """
+    probe = path / "probe"
+    try:
+        _try(medium, probe, 0)
+        if mode == "buffered":
+            return False
+        try:
+            _try(medium, probe, os.O_DIRECT)
+        except OSError as error:
+            if error.errno not in _UNSUPPORTED:
+                raise
+            if mode == "direct":
+                raise TierError(
+                    "direct", f"{where}: this file system has no O_DIRECT; use io=auto or io=buffered"
+                ) from None
+            log.warning("%s: this file system has no O_DIRECT: going through the page cache", where)
+            return False
+    except OSError as error:
+        if error.errno in _UNSUPPORTED:
+            raise TierError(
+                "holes", f"{where}: this file system cannot punch holes; use another one, or dir://{path}"
+            ) from None
+        if error.errno not in FULL:
+            raise
+    finally:
+        medium.unlink(probe)
+    return mode != "buffered"
+
+
+def part_of_free(path: Path) -> int:
+    """The cap where none is given: 90 % of what is free, and of what is ours already."""
+    status = os.statvfs(path)
+    own = sum(file.stat().st_blocks * 512 for file in path.iterdir() if file.is_file())
+    return int((status.f_bavail * status.f_frsize + own) * _PART_OF_FREE)
+
+
+def _try(medium: Medium, probe: Path, flags: int) -> None:
+    fd = medium.open(probe, os.O_RDWR | os.O_CREAT | flags)
+    try:
+        medium.write(fd, [memoryview(mmap.mmap(-1, BLOCK_BYTES))], 0)
+        if not flags:
+            medium.punch(fd, 0, BLOCK_BYTES)
+    finally:
+        os.close(fd)
