@@ -155,6 +155,20 @@ def test_a_hit_that_waits_is_given_back_and_asked_for_again(
     assert not engine.connector.prepare_load_on_stream(load, None), "gone meanwhile: computed"
 
 
+def test_the_tree_may_lose_its_part_before_the_load(server: Servers, sglang: Engines) -> None:
+    """SGLang evicts between lookup and load: then more has to be loaded than was asked about."""
+    engine, text = sglang(server(chunk=16), 16), tokens(160, 18)
+    engine.compute_and_store("a", text)
+    lookup = engine.connector.submit_lookup("b", text, local_hit_tokens=96, cache_salt="")
+    assert engine.connector.poll_lookup(lookup) == 160
+    slots = engine.slots(128, 19)
+    load = engine.connector.submit_load(lookup, slots, local_hit_tokens=32, owned_device_indices=slots)
+    assert engine.connector.prepare_load_on_stream(load, None)
+    assert np.array_equal(engine.pool.read(slots), engine.expected(text)[:, :, 32:])
+    engine.connector.finish_request("b")
+    assert engine.connector._rank is not None and not engine.connector._rank._scheduler._held
+
+
 def test_no_lease_is_left_behind(server: Servers, sglang: Engines) -> None:
     daemon, text = server(chunk=16), tokens(160, 10)
     engine = sglang(daemon, 16)

@@ -56,6 +56,10 @@ class _Base:
         return None
 
 
+class RanksDisagree(BaseException):
+    """What would hang a real engine; no `except Exception` of the executor's takes it for a failed step."""
+
+
 class Ranks:
     """MPI's collectives for ranks that are threads: each runs what it is given, and they meet."""
 
@@ -75,7 +79,8 @@ class Ranks:
         futures = [self._pool.submit(on, rank) for rank in range(self.count)]
         errors = [error for future in futures if (error := future.exception()) is not None]
         if errors:
-            assert len(errors) == self.count, f"some ranks alone went wrong, the others would wait for ever: {errors}"
+            if len(errors) < self.count:
+                raise RanksDisagree(f"some ranks went wrong alone, the others would wait for them for ever: {errors}")
             raise errors[0]
         return [future.result() for future in futures]
 
@@ -128,7 +133,8 @@ class Request:
 class Executor:
     """An engine with `ranks` tensor-parallel ranks in threads of this process.
 
-    grouped: as with KVCacheManagerV2: blocks are given out chunk by chunk, and only what they cover of a hit is taken.
+    grouped: as with KVCacheManagerV2: blocks are given out chunk by chunk, and only what they cover of a hit is taken. tells:
+    by `cancel_load`, as newer releases do.
     """
 
     def __init__(
@@ -146,10 +152,12 @@ class Executor:
         chunk_tokens: int = 1 << 20,
         reuse: bool = False,
         grouped: bool = False,
+        tells: bool = True,
         flat: bool = True,
     ) -> None:
         self.ranks = Ranks(llm_args.tensor_parallel_size)
-        self.block_tokens, self.chunk_tokens, self.grouped = block_tokens, chunk_tokens, grouped
+        self.block_tokens, self.chunk_tokens = block_tokens, chunk_tokens
+        self.grouped, self.tells = grouped, tells
         self.layers, self.parts = layers, parts
         own = max(1, heads // self.ranks.count)
         self.heads = [(rank * heads // self.ranks.count, own) for rank in range(self.ranks.count)]
@@ -235,7 +243,7 @@ class Executor:
                 if self.grouped:
                     covered = -(-min(len(request.tokens), request.local + self.chunk_tokens) // self.block_tokens)
                     taken = max(0, min(matched, covered * self.block_tokens - request.local))
-                    if taken < matched:
+                    if taken < matched and self.tells:
                         end = request.local + matched
                         self.scheduler.cancel_load(request, request.local + taken, end)
                     matched = taken

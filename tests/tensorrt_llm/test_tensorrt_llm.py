@@ -71,13 +71,14 @@ def test_two_processes_with_different_hash_seeds(server: Servers, engines: Start
 
 
 @pytest.mark.parametrize("chunk_tokens", [8, 20, 56])
-@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("grouped, tells", [(False, True), (True, True), (True, False)])
 def test_prompts_computed_in_parts(
-    server: Servers, process: Any, model: Models, chunk_tokens: int, grouped: bool
+    server: Servers, process: Any, model: Models, chunk_tokens: int, grouped: bool, tells: bool
 ) -> None:
     """Chunked prefill; with blocks given out for each part (KVCacheManagerV2) only what they cover of a hit is taken."""
     one, folder = server(chunk=12), model()
     options = {"model": folder, "url": one.address, "chunk_tokens": chunk_tokens, "grouped": grouped, "ranks": 2}
+    options["tells"] = tells
     process.ask("engine", **options)
     prompts = [[150, 1, 60], [90, 2, 60], [61, 3, 60]]
     for _ in range(3):

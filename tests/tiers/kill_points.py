@@ -29,7 +29,7 @@ from lmcache.tiers.segments import is_large
 
 CAP_BYTES = 2 << 20
 SIZES = (1000, 2000, 70_000, 131_072, 400_001)
-STEPS = {"disk": 17, "dir": 10}
+STEPS = {"disk": 14, "dir": 8}
 
 
 def make(kind: str, folder: Path, medium: Medium) -> Tier:

@@ -370,6 +370,16 @@ def test_no_direct_io_is_said_once(disk: Callable[..., DiskTier]) -> None:
         disk(io="direct", medium=NoDirect())
 
 
+def test_no_holes_no_tier(disk: Callable[..., DiskTier], tmp_path: Path) -> None:
+    medium = FaultyMedium()
+    medium.fail = {"punch": errno.EOPNOTSUPP}
+    with pytest.raises(TierError, match="cannot punch holes; use another one, or dir://"):
+        disk(medium=medium)
+    assert sorted(path.name for path in (tmp_path / "tier").iterdir()) == ["lock"]
+    medium.fail.clear()
+    disk(medium=medium)
+
+
 @pytest.mark.parametrize("size", [2000, 200_000])
 @pytest.mark.parametrize(
     ("code", "reason"),

@@ -19,6 +19,7 @@ START_SECONDS = 120.0
 ANSWER_SECONDS = 120.0
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist looks at the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """They run beside those with real vLLM, one at a time: torch takes both cores."""
     skip = pytest.mark.skip(reason="LMCACHE_TEST_VLLM_PYTHON is not set (./run test sets it)")

@@ -42,6 +42,14 @@ def do_attach(state: State, **options: Any) -> dict[str, Any]:
     return {"refusal": state.attached.refusal}
 
 
+def do_foresee(state: State, tokens: int) -> dict[str, Any]:
+    """How much room there is for an answer, whatever was asked for."""
+    from lmcache.integration.transformers import attach as module
+
+    sys.modules[module.__module__]._FORESEEN_TOKENS = tokens  # type: ignore[attr-defined]
+    return {}
+
+
 def do_close(state: State) -> dict[str, Any]:
     assert state.attached is not None
     state.attached.close()

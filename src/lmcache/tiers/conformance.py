@@ -57,8 +57,10 @@ def shard_key(number: int, space: int = 1, shard: int = 0, shards: int = 1) -> S
 
 
 def payload_of(key: ShardKey, size: int) -> bytes:
-    """The only right content of this shard at this size."""
-    return random.Random(key.packed + size.to_bytes(8, "little")).randbytes(size)
+    """The only right content of this shard at this size. It repeats at a distance at which nothing is cut or aligned."""
+    period = 65_521
+    block = random.Random(key.packed + size.to_bytes(8, "little")).randbytes(min(size, period))
+    return (block * (size // period + 1))[:size]
 
 
 def shard_of(key: ShardKey, size: int) -> Shard:

@@ -48,6 +48,7 @@ _ENTRY_RECORDS = 1024
 """Removals and uses that go into one entry of the journal: it must fit into the room that is reserved ahead."""
 _PAUSE_SECONDS = 2.0
 """After the file system was full although older shards had made way: so long nothing more is dropped for it."""
+_UNSUPPORTED = frozenset({errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS})
 _OWN_FILES = {"index", "index.new", "lock", "probe", "lost+found"}
 log = init_logger(__name__)
 
@@ -271,30 +272,46 @@ class DiskTier(Tier):
         self._medium.write(fd, [f"{os.getpid():<20}".encode()], 0)
 
     def _can_be_direct(self) -> bool:
-        """Tried out: some file systems refuse to open, others to write."""
-        if self._mode == "buffered":
-            return False
+        """Tried out, as holes are: some file systems refuse to open, others to write."""
+        block = memoryview(mmap.mmap(-1, BLOCK_BYTES))
         path = self._path / "probe"
         try:
-            fd = self._medium.open(path, os.O_RDWR | os.O_CREAT | os.O_DIRECT)
+            self._try(path, 0, block)
+            if self._mode == "buffered":
+                return False
             try:
-                self._medium.write(fd, [memoryview(mmap.mmap(-1, BLOCK_BYTES))], 0)
-            finally:
-                os.close(fd)
+                self._try(path, os.O_DIRECT, block)
+            except OSError as error:
+                if error.errno not in _UNSUPPORTED:
+                    raise
+                if self._mode == "direct":
+                    raise TierError(
+                        "direct", f"{self._where}: this file system has no O_DIRECT; use io=auto or io=buffered"
+                    ) from None
+                log.warning("%s: this file system has no O_DIRECT: going through the page cache", self._where)
+                return False
         except OSError as error:
-            if error.errno in FULL:
-                return True
-            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+            if error.errno not in FULL:
                 raise
-            if self._mode == "direct":
-                raise TierError(
-                    "direct", f"{self._where}: this file system has no O_DIRECT; use io=auto or io=buffered"
-                ) from None
-            log.warning("%s: this file system has no O_DIRECT: going through the page cache", self._where)
-            return False
         finally:
             self._medium.unlink(path)
-        return True
+        return self._mode != "buffered"
+
+    def _try(self, path: Path, flags: int, block: memoryview) -> None:
+        fd = self._medium.open(path, os.O_RDWR | os.O_CREAT | flags)
+        try:
+            self._medium.write(fd, [block], 0)
+            if not flags:
+                self._medium.punch(fd, 0, BLOCK_BYTES)
+        except OSError as error:
+            if error.errno in _UNSUPPORTED and not flags:
+                raise TierError(
+                    "holes",
+                    f"{self._where}: this file system cannot punch holes; use another one, or dir://{self._path}",
+                ) from None
+            raise
+        finally:
+            os.close(fd)
 
     def _part_of_free(self) -> int:
         status = os.statvfs(self._path)

@@ -379,15 +379,16 @@ class UnifiedLMCacheMPConnector:
             lookup.mine = tokens // self._page_size * self._page_size
 
     def _valid_hit(self, lookup: Lookup, start: int, end: int) -> Hit | None:
-        """The lookup's hit if it still covers the tokens; asked for anew where it was given back meanwhile."""
+        """The hit if it covers the tokens; asked for anew where it was given back, or the tree has lost some of its own."""
         if self._rank is None:
             return None
-        if lookup.hit is None:
+        size = self._rank.chunk_tokens or 1
+        if lookup.hit is None or lookup.hit.first_chunk * size > start:
+            self._give_back(lookup)
+            lookup.local_tokens = start
             self._ask(lookup)
-        hit, size = lookup.hit, self._rank.chunk_tokens or 1
-        if hit is None or not hit.first_chunk * size <= start < end <= hit.chunks * size:
-            return None
-        return hit
+        hit = lookup.hit
+        return hit if hit is not None and hit.first_chunk * size <= start < end <= hit.chunks * size else None
 
     def _give_back(self, lookup: Lookup) -> None:
         hit, lookup.hit = lookup.hit, None

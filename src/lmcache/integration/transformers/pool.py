@@ -40,13 +40,13 @@ class PoolLayer(DynamicLayer):  # type: ignore[misc]
         super().__init__()
         self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
         self._room_keys, self._room_values = keys, values
+        self._left_at = 0
         self.keys, self.values = keys[:, :, :tokens], values[:, :, :tokens]
 
     @property
     def tokens_in_pool(self) -> int:
-        """Tokens whose KV lies in the pool: all of them, or none."""
-        own = self.keys is not None and _storage(self.keys) == _storage(self._room_keys)
-        return int(self.keys.shape[-2]) if own else 0
+        """Tokens from the first on whose KV lies in the pool."""
+        return int(self.keys.shape[-2]) if self._in_pool() else self._left_at
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -54,8 +54,9 @@ class PoolLayer(DynamicLayer):  # type: ignore[misc]
         """Append [1, heads, new tokens, head size]; returns all keys and values so far."""
         start = int(self.keys.shape[-2]) if self.keys is not None else 0
         end = start + key_states.shape[-2]
-        fits = key_states.shape[0] == 1 and end <= self._room_keys.shape[-2] and start == self.tokens_in_pool
+        fits = key_states.shape[0] == 1 and end <= self._room_keys.shape[-2] and self._in_pool()
         if not fits:
+            self._left_at = start if self._in_pool() else self._left_at
             grown: tuple[torch.Tensor, torch.Tensor] = super().update(key_states, value_states, *args, **kwargs)
             return grown
         self._room_keys[:, :, start:end] = key_states
@@ -65,8 +66,12 @@ class PoolLayer(DynamicLayer):  # type: ignore[misc]
 
     def leave(self) -> None:
         """Take the KV along: whoever keeps this layer keeps it when the pool has gone on to another prompt."""
-        if self.tokens_in_pool:
+        if self._in_pool():
+            self._left_at = self.tokens_in_pool
             self.keys, self.values = self.keys.clone(), self.values.clone()
+
+    def _in_pool(self) -> bool:
+        return self.keys is not None and _storage(self.keys) == _storage(self._room_keys)
 
 
 class Pool:

@@ -1,0 +1,92 @@
+"""The frame against its page: a reader written from docs/tiers/frame.md alone must agree."""
+
+from __future__ import annotations
+
+import re
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xxhash
+from blake3 import blake3
+
+from lmcache.tiers import OK, ShardKey, frame
+from lmcache.tiers.conformance import payload_of, shard_key, shard_of
+from lmcache.tiers.disk import DiskTier
+from lmcache.tiers.shard_index import RECORD
+
+PAGE = Path(__file__).resolve().parents[2] / "docs/tiers/frame.md"
+KEY = ShardKey(bytes(range(16)), bytes(range(16, 32)), 1, 2)
+
+
+def test_the_page_s_vector() -> None:
+    found = re.search(r"`hello`:\n\n((?:    .*\n)+)", PAGE.read_text())
+    assert found
+    header = bytes.fromhex(re.sub(r"\s", "", found[1]))
+    assert header == frame.make_header(KEY, bytes(range(32, 48)), b"hello")
+    assert frame.check(header, b"hello", KEY) == OK
+
+
+@pytest.mark.parametrize("secret", [b"", bytes(range(32))], ids=["plain", "keyed"])
+def test_a_checksum_in_pieces_is_the_same(secret: bytes) -> None:
+    payload = payload_of(KEY, 100_000)
+    pieces = frame.Checksum(secret)
+    for at in range(0, len(payload), 33_333):
+        pieces.update(payload[at : at + 33_333])
+    header = pieces.header(KEY, bytes(16))
+    assert header == frame.make_header(KEY, bytes(16), payload, secret)
+    head = header[:112]
+    digest = blake3(payload + head, key=secret).digest(16) if secret else xxhash.xxh3_128_digest(payload + head)
+    assert header[112:] == digest and frame.read_header(header) == (KEY, bytes(16), 100_000)
+    assert frame.check(header, payload, KEY, bytes(32)) in (frame.OTHER_VERSION, frame.CHECKSUM)
+
+
+def test_a_reader_written_from_the_page_reads_a_disk_tier(tmp_path: Path) -> None:
+    tier = DiskTier(tmp_path / "tier", 32 << 20)
+    tier.open()
+    sizes = {number: (1000, 65_535, 65_536, 300_001)[number % 4] for number in range(12)}
+    for number, size in sizes.items():
+        tier.store([shard_of(shard_key(number), size)])
+    tier.remove([shard_key(5)])
+    content = (tmp_path / "tier" / "index").read_bytes()
+    tier.close()  # rewrites it
+    for index in (content, (tmp_path / "tier" / "index").read_bytes()):
+        assert read_disk(tmp_path / "tier", index) == {
+            shard_key(number).packed: payload_of(shard_key(number), size)
+            for number, size in sizes.items()
+            if number != 5
+        }
+
+
+def read_disk(folder: Path, index: bytes) -> dict[bytes, bytes]:
+    assert index[:8] == b"LMCindex" and struct.unpack_from("<HHI", index, 8) == (1, 0, 64)
+    assert struct.unpack_from("<Q", index, 56)[0] == xxhash.xxh3_64_intdigest(index[:56])
+    there: dict[int, tuple[bytes, int]] = {}
+    at, number = 64, 1
+    while index[at : at + 4] == b"LMCe":
+        kind, records, entry = struct.unpack_from("<B3xI4xQ", index, at + 4)
+        body = index[at + 32 :][: records * (64 if kind == 1 else 8)]
+        if entry != number or struct.unpack_from("<Q", index, at + 24)[0] != xxhash.xxh3_64_intdigest(
+            index[at:][:24] + body
+        ):
+            break
+        if kind == 1:
+            for record in np.frombuffer(body, RECORD):
+                key = record["key"].tobytes()
+                assert record["tag"] == xxhash.xxh3_64_intdigest(key) >> 4
+                there[int(record["place"])] = (key, int(record["payload"]))
+        for place in struct.unpack(f"<{records}Q", body) if kind == 2 else ():
+            del there[place]
+        at, number = at + 32 + len(body), number + 1
+    found = {}
+    for place, (key, size) in there.items():
+        offset = (place & 0xFFFFFFFF) * 64
+        large = size >= 65_536
+        data = (folder / f"{place >> 32:08x}.{'large' if large else 'packed'}").read_bytes()
+        header_at, payload_at = (offset + -(-size // 4096) * 4096, offset) if large else (offset, offset + 128)
+        header, payload = data[header_at:][:128], data[payload_at:][:size]
+        assert header[:8] == b"LMCframe" and header[16:52] == key
+        assert header[112:] == xxhash.xxh3_128_digest(payload + header[:112])
+        found[key] = payload
+    return found
