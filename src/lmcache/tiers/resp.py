@@ -19,7 +19,7 @@ from typing import TypeAlias
 
 from lmcache.tiers.tier import TierError
 
-PIECE_BYTES = 256 << 10
+PIECE_BYTES = 512 << 10
 """A value is moved in such pieces, and summed while they are in the processor's cache."""
 _BUFFER_BYTES = 16 << 10
 """For short replies. What of a large value arrives with them is copied once more, so this stays small."""
