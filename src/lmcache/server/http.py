@@ -189,8 +189,10 @@ class HttpFace:
     async def _page(self, request: Request) -> Response:
         serving, reason = await _ask(self._control.health)
         status = await _ask(self._control.status)
+        degraded = await _ask(self._control.degraded)
+        health = "healthy" if serving else f"unhealthy: {reason}"
         return HTMLResponse(
-            _html("healthy" if serving else f"unhealthy: {reason}", status),
+            _html("; ".join([health, *degraded]), status),
             headers={"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'"},
         )
 
@@ -271,14 +273,25 @@ _STYLE = "body{font:15px system-ui,sans-serif;margin:2em}td{padding:.1em 1.5em .
 def _html(health: str, status: Mapping[str, object]) -> str:
     """A status page for people: every part of /status as a table."""
     parts = [f"<h1>LMCache {__version__}: {html.escape(health)}</h1>"]
-    plain = {key: value for key, value in status.items() if not isinstance(value, dict)}
-    for title, part in [("", plain), *((key, value) for key, value in status.items() if isinstance(value, dict))]:
+    plain = {key: value for key, value in status.items() if not isinstance(value, dict | list)}
+    lists = [(f"{key} {number}", one) for key, value in status.items() for number, one in _numbered(value)]
+    sections = [("", plain), *lists, *((key, value) for key, value in status.items() if isinstance(value, dict))]
+    for title, part in sections:
         rows = "".join(f"<tr><td>{html.escape(str(k))}<td>{html.escape(str(v))}" for k, v in part.items())
         heading = f"<h2>{html.escape(title)}</h2>" if title else ""
         parts.append(f"{heading}<table>{rows}</table>" if rows else "")
     links = "<p><a href=status>status</a> <a href=metrics>metrics</a> <a href=healthcheck>healthcheck</a>"
     head = f"<!doctype html><meta charset=utf-8><title>LMCache</title><style>{_STYLE}</style>"
     return head + "".join(parts) + links
+
+
+def _numbered(value: object) -> list[tuple[int, Mapping[str, object]]]:
+    """The parts of a list such as that of engines or of tiers, counted from 1."""
+    return (
+        [(number, one) for number, one in enumerate(value, 1) if isinstance(one, dict)]
+        if isinstance(value, list)
+        else []
+    )
 
 
 # --- sockets ----------------------------------------------------------------------------------------------------------

@@ -346,7 +346,10 @@ class Tiering:
         for lane in chosen:
             lane.queue.clear()
             lane.generation += 1
-            self._clear_one(lane, cleared)
+            if lane.breaker.closed:
+                self._clear_one(lane, cleared)
+            else:  # and its reason stays the one for which it does not serve
+                cleared(lane, None)
 
     @staticmethod
     def _clear_one(lane: Lane, cleared: Callable[[Lane, bool | None], None]) -> None:
