@@ -128,6 +128,23 @@ def test_a_stalled_tier_costs_a_full_hit_nothing(
         proxy.close()
 
 
+def test_the_end_does_not_wait_for_a_tier_that_hangs(
+    server: Callable[..., Server], engine: Callable[..., Any], valkey: RedisServer
+) -> None:
+    proxy = Proxy(valkey.port)
+    try:
+        cache = server(flags=("--l2", valkey.url("?timeout=1", port=proxy.port), "--drain-seconds", "0.1"))
+        one, other = engine(cache), engine(cache, "other")
+        proxy.freeze()
+        one.store(TOKENS)
+        other.lookup([7, *TOKENS])
+        eventually(lambda: not tiers_of(cache)["redis"]["queued_chunks"])  # the write is under way
+        assert cache.end() == 0
+        assert not list(cache.arena_dir.glob("*.arena*")) and "Traceback" not in "".join(cache.log)
+    finally:
+        proxy.close()
+
+
 def test_a_store_that_comes_late_goes_and_comes_back(
     server: Callable[..., Server], engine: Callable[..., Any], folders: Callable[[str], Path]
 ) -> None:

@@ -116,7 +116,7 @@ class Lane:
         }
 
     def close(self) -> None:
-        """End the threads and close the tier. A call that hangs is left behind: it holds no slot that lives on."""
+        """End the threads, once calls under way have ended (the tier's time-outs bound them), and close the tier."""
         self._readers.shutdown(wait=True, cancel_futures=True)
         self._writers.shutdown(wait=True, cancel_futures=True)
         self.tier.close()

@@ -88,14 +88,18 @@ class Loop:
         while not self._stopping:
             for key, _ in self._selector.select(max(0.0, next_tick - time.monotonic())):
                 self._guarded(key.data)
-            while self._calls:
-                self._guarded(self._calls.popleft())
+            self.run_calls()
             for call in self.after_events:
                 self._guarded(call)
             if time.monotonic() >= next_tick:
                 next_tick = time.monotonic() + TICK_SECONDS
                 for call in self.on_tick:
                     self._guarded(call)
+
+    def run_calls(self) -> None:
+        """Run what other threads have handed in so far; `run` does, and whoever ends threads after it."""
+        while self._calls:
+            self._guarded(self._calls.popleft())
 
     def stop(self) -> None:
         """End `run` soon. Safe from any thread and from signal handlers."""

@@ -74,6 +74,7 @@ class Tiering:
         """Chunk -> the tier that it is being loaded from: it is not written back there."""
         self._drained: Callable[[], None] | None = None
         self._drain_until = 0.0
+        self._closed = False
         loop.on_tick.append(self._tick)
 
     def open(self, required: bool) -> None:
@@ -140,7 +141,7 @@ class Tiering:
         return known
 
     def _carry_out(self) -> None:
-        while self.fetches.effects:
+        while self.fetches.effects and not self._closed:
             effects, self.fetches.effects = self.fetches.effects, []
             for effect in effects:
                 if isinstance(effect, Ask):
@@ -246,6 +247,8 @@ class Tiering:
         self._loop.call_soon(self._pump)  # not now: this is called while the heart's effects are carried out
 
     def _pump(self) -> None:
+        if self._closed:
+            return
         for lane in self.lanes:
             lane.queue.make_ready(self._heart.used_bytes())
             while lane.breaker.closed and lane.writing < lane.write_concurrency:
@@ -301,7 +304,7 @@ class Tiering:
         for outcome in outcomes:
             lane.counters["kept_shards" if outcome in (OK, KEPT) else f"unwritten:{outcome}"] += 1
             lane.counters["written_shards"] += outcome == OK
-        if generation != lane.generation:  # the tier was cleared meanwhile
+        if generation != lane.generation and not self._closed:  # the tier was cleared meanwhile
             keys = [one.key for one in shards]
             lane.write(lambda: lane.tier.remove(keys), lambda result, seconds: None)
 
@@ -405,8 +408,11 @@ class Tiering:
         return out
 
     def close(self) -> None:
+        """After the loop has ended. Nothing holds a view of the arena afterwards."""
+        self._closed = True
         for lane in self.lanes:
             lane.close()
+        self._loop.run_calls()  # what the lanes' last calls have to say
 
     def _tick(self) -> None:
         now = time.monotonic()
