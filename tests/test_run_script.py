@@ -40,8 +40,14 @@ def command(folder: Path, *words: str) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         start_new_session=True,
+        preexec_fn=_hear_interrupts,
         text=True,
     )
+
+
+def _hear_interrupts() -> None:
+    """Tests that run in the background of a shell inherit that SIGINT is ignored, and no script could trap it then."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def test_help_names_every_command(folder: Path) -> None:
