@@ -14,18 +14,21 @@ import struct
 import sys
 from array import array
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias, cast
 
-import numpy as np
-import numpy.typing as npt
 from blake3 import blake3
+
+if TYPE_CHECKING:  # the server hashes nothing, and does without NumPy
+    import numpy as np
+    import numpy.typing as npt
+
+    Tokens: TypeAlias = Sequence[int] | npt.NDArray[np.int64]
 
 HASH_BYTES = 16
 _ROOT_CONTEXT = "lmcache chunk v1"
 _U32 = struct.Struct("<I")
 _TYPECODE = "I" if array("I").itemsize == 4 else "L"
 
-Tokens: TypeAlias = Sequence[int] | npt.NDArray[np.int64]
 Extras = Callable[[int, int], bytes]
 """Given a half-open token range, the encoded extras inside it (b"" where there are none)."""
 
@@ -58,10 +61,11 @@ def token_bytes(token_ids: Tokens) -> bytes:
     Raises:
         OverflowError: a token id is negative or does not fit in 32 bits.
     """
-    if isinstance(token_ids, np.ndarray):
-        if len(token_ids) and not (token_ids.min() >= 0 and token_ids.max() <= 0xFFFFFFFF):
+    if hasattr(token_ids, "astype"):
+        ndarray = cast("npt.NDArray[np.int64]", token_ids)
+        if len(ndarray) and not (ndarray.min() >= 0 and ndarray.max() <= 0xFFFFFFFF):
             raise OverflowError("token ids must be from 0 to 4294967295")
-        return token_ids.astype("<u4").tobytes()
+        return ndarray.astype("<u4").tobytes()
     ids = array(_TYPECODE, token_ids)
     if sys.byteorder == "big":
         ids.byteswap()

@@ -9,7 +9,7 @@ import socket
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from lmcache.cache import SERVER, Heart
 from lmcache.config.server import ServerConfig
@@ -19,10 +19,12 @@ from lmcache.observability.log import init_logger, set_level
 from lmcache.server.loop import Loop
 from lmcache.server.report import Report
 from lmcache.server.service import Service
-from lmcache.server.tiering import Tiering
 from lmcache.server.unix_face import UnixFace
-from lmcache.tiers.registry import TierSpec, make_tiers, url_of_adapter
 from lmcache.wire.sockets import listen_unix
+
+if TYPE_CHECKING:
+    from lmcache.server.tiering import Tiering
+    from lmcache.tiers.registry import TierSpec
 
 logger = init_logger(__name__)
 
@@ -66,8 +68,19 @@ def serve(config: ServerConfig, owner: Owner | None = None) -> int:
     return 0
 
 
+def _tiers_of(config: ServerConfig) -> list[TierSpec]:
+    """The tiers that were asked for, not opened yet."""
+    if not config.l2 and not config.l2_adapter:
+        return []
+    from lmcache.tiers.registry import make_tiers, url_of_adapter  # a server without tiers is spared them
+
+    return make_tiers([*config.l2, *map(url_of_adapter, config.l2_adapter)])
+
+
 def _start_tiers(config: ServerConfig, loop: Loop, service: Service, specs: list[TierSpec]) -> Tiering:
     """Open the tiers; from now on a signal to end lets them write first, and a second one does not wait."""
+    from lmcache.server.tiering import Tiering
+
     tiering = Tiering(
         loop,
         service.heart,
@@ -110,7 +123,7 @@ def _allow_many_descriptors() -> None:
 
 def _start(config: ServerConfig, owner: Owner | None, started: list[Callable[[], None]]) -> Loop:
     """Bring up every part; `started` collects what ends them, in order."""
-    specs = make_tiers([*config.l2, *map(url_of_adapter, config.l2_adapter)])  # before anything is created
+    specs = _tiers_of(config)  # before anything is created
     loop = Loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: loop.stop())

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from lmcache import __version__
 from lmcache.cache import Cleared, Committed, Freed, Heart, Refusal, Whole
@@ -20,8 +21,10 @@ from lmcache.errors import LMCacheError
 from lmcache.memory.arena import Arena, ArenaFull
 from lmcache.observability.log import init_logger
 from lmcache.server.loop import Loop
-from lmcache.server.tiering import Tiering
 from lmcache.wire import messages as m
+
+if TYPE_CHECKING:
+    from lmcache.server.tiering import Tiering
 
 logger = init_logger(__name__)
 MAX_GIVEN_UP = 16
