@@ -23,7 +23,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.rows import Goal, Row, replace_figures, report
+from benchmarks.rows import Goal, Row, report
 from benchmarks.run import about
 from benchmarks.sides import PROJECT, Side, end_with_parent, free_port
 from benchmarks.vllm_ttft import PROMPT_TOKENS, VOCABULARY, Engine, _transfer, write_model
@@ -137,7 +137,6 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--rounds", metavar="N", type=int, default=6, help="rounds after two to learn. Default: 6")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write every figure there")
-    parser.add_argument("--update", metavar="FILE", type=Path, help="put the table into this page")
     options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="lmcache-worth-") as name:
         directory = Path(name)
@@ -162,8 +161,6 @@ def main(argv: list[str] | None = None) -> int:
     if options.json:
         options.json.write_text(json.dumps({**facts, "rows": [row.as_json() for row in rows]}, indent=1) + "\n")
     print(report(facts, rows, as_markdown=False))
-    if options.update:
-        replace_figures(options.update, "worth", report(facts, rows, as_markdown=True))
     return 0
 
 
