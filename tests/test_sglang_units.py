@@ -25,7 +25,7 @@ from lmcache.integration.sglang.ranks import Agreement
 from lmcache.integration.sglang.settings import read_settings
 from lmcache.integration.sglang.sglang_adapter import LMCacheLayerwiseConnector, LoadMetadata, StoreMetadata
 from lmcache.integration.sglang.utils import lmcache_get_config
-from servers import Server
+from servers import PATIENCE, Server
 from sglang_pool import HEADS, VOCABULARY, MHATokenToKVPool, MLATokenToKVPool, ModelConfig, SGLang
 
 Servers = Callable[..., Server]
@@ -334,11 +334,13 @@ def test_two_ranks_decide_together(server: Servers, sglang: Engines, monkeypatch
     monkeypatch.setattr(unified, "Agreement", Together)
     daemon, text = server(chunk=16), tokens(160, 16)
     results: dict[int, list[Any]] = {0: [], 1: []}
+    stored = threading.Barrier(2, timeout=PATIENCE)  # there is nothing to find before both have
 
     def rank(number: int) -> None:
         said = results[number]
         engine = sglang(daemon, 16, tp=(2, number))
         engine.compute_and_store("a", text)
+        stored.wait()
         found, slots = engine.load("b", text)
         said += [found, np.array_equal(engine.pool.read(slots), engine.expected(text)[:, :, :found])]
         if number == 1:

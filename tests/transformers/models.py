@@ -42,6 +42,11 @@ def do_attach(state: State, **options: Any) -> dict[str, Any]:
     return {"refusal": state.attached.refusal}
 
 
+def do_wait_connected(state: State, seconds: float) -> bool:
+    assert state.attached is not None
+    return state.attached.wait_connected(seconds)
+
+
 def do_foresee(state: State, tokens: int) -> dict[str, Any]:
     """How much room there is for an answer, whatever was asked for."""
     from lmcache.integration.transformers import attach as module

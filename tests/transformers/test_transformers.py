@@ -150,7 +150,8 @@ def test_the_server_is_killed_and_comes_back(server: Servers, user: Any) -> None
     alone = user.ask("generate", ids=[300, 9])
     assert right(alone) and alone["stored"] == 0
     other = server(l1=256, chunk=32, port=one.port)
-    other.line_with("Registered", PATIENCE)
+    other.line_with("Registered")
+    assert user.ask("wait_connected", seconds=PATIENCE)
     assert right(user.ask("generate", ids=[300, 9]))
     back = user.ask("generate", ids=[300, 9])
     assert right(back) and back["hit"] == 288

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import threading
+import time
 import uuid
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,6 +28,8 @@ _ROOM_TOKENS = 1024
 _FORESEEN_TOKENS = 2048
 """Room for an answer; a longer one goes on outside the pool, and its tail is not stored."""
 _CONNECT_SECONDS = 2.0
+_START_SECONDS = 30.0
+"""For a server of one's own to start, on a machine that is busy; it is waited for as long as it runs."""
 _COPY_THREADS = 8
 _PLAIN_OPTIONS = ("assistant_model", "prompt_lookup_num_tokens", "custom_generate", "cache_implementation")
 _PLAIN_TENSORS = ("inputs", "input_ids", "attention_mask")
@@ -120,6 +123,18 @@ class Attached:
             return answer
         finally:
             self._lock.release()
+
+    def wait_connected(self, timeout_seconds: float) -> bool:
+        """Wait until the server has taken this model; False when it has not after the timeout, or when its own has ended."""
+        deadline = time.monotonic() + timeout_seconds
+        while not self._connected():
+            remaining, own = deadline - time.monotonic(), self._own
+            if remaining <= 0 or self._scheduler is None or (own is not None and not own.running):
+                return False
+            for session in (self._scheduler, self._worker):
+                if session is not None:
+                    session.wait_connected(min(remaining, 0.1))
+        return True
 
     def flush(self, timeout_seconds: float = 30.0) -> bool:
         """Wait until all KV so far has been stored; False when some is not after the timeout."""
@@ -281,8 +296,8 @@ class Attached:
         threads = min(_COPY_THREADS, torch.get_num_threads()) if shape.device.type == "cpu" else 1
         whole, rank = Shard(0, 1, 0, shape.layers, 0, shape.heads), replace(self._endpoint, role="worker")
         self._worker = WorkerSession(rank, layout_for, whole, self._pool.describe(), threads)
-        if wait and self._scheduler.wait_connected(_CONNECT_SECONDS):
-            self._worker.wait_connected(_CONNECT_SECONDS)
+        if wait:
+            self.wait_connected(_START_SECONDS if self._own is not None else _CONNECT_SECONDS)
 
     def _hang_up(self) -> None:
         for session in (self._worker, self._scheduler):
