@@ -131,12 +131,18 @@ def _describe(request: double.Request) -> dict[str, Any]:
 COMMANDS = {name.removeprefix("do_"): call for name, call in globals().items() if name.startswith("do_")}
 
 
+def say(answer: Any) -> None:
+    """In one write, so that no line of a log comes between: `print` makes several where output is not buffered."""
+    sys.stdout.write(f"ANSWER {json.dumps(answer)}\n")
+    sys.stdout.flush()
+
+
 def main() -> None:
     double.install(old="old" in sys.argv[1:])
-    print("ANSWER", json.dumps("ready"), flush=True)
+    say("ready")
     for line in sys.stdin:
         command = json.loads(line)
-        print("ANSWER", json.dumps(COMMANDS[command.pop("do")](**command)), flush=True)
+        say(COMMANDS[command.pop("do")](**command))
 
 
 if __name__ == "__main__":

@@ -184,13 +184,19 @@ def do_own_cache(state: State, ids: list[int]) -> dict[str, Any]:
 COMMANDS = {name.removeprefix("do_"): call for name, call in globals().items() if name.startswith("do_")}
 
 
+def say(answer: Any) -> None:
+    """In one write, so that no line of a log comes between: `print` makes several where output is not buffered."""
+    sys.stdout.write(f"ANSWER {json.dumps(answer)}\n")
+    sys.stdout.flush()
+
+
 def main() -> None:
     state = State(sys.argv[1])
-    print("ANSWER", json.dumps("ready"), flush=True)
+    say("ready")
     for line in sys.stdin:
         command = json.loads(line)
         answer = COMMANDS[command.pop("do")](state, **command)
-        print("ANSWER", json.dumps(answer), flush=True)
+        say(answer)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ _FORESEEN_TOKENS = 2048
 """Room for an answer; a longer one goes on outside the pool, and its tail is not stored."""
 _CONNECT_SECONDS = 2.0
 _START_SECONDS = 30.0
-"""For a server of one's own to start, on a machine that is busy; it is waited for as long as it runs."""
+"""For a server of one's own to start, on a machine that is busy; `attach` waits for it as long as it runs."""
 _COPY_THREADS = 8
 _PLAIN_OPTIONS = ("assistant_model", "prompt_lookup_num_tokens", "custom_generate", "cache_implementation")
 _PLAIN_TENSORS = ("inputs", "input_ids", "attention_mask")
@@ -100,7 +100,7 @@ class Attached:
         self._lock = threading.Lock()
         try:
             self._shape = kv_shape(model)
-            self._open(_ROOM_TOKENS)
+            self._open(_ROOM_TOKENS, _CONNECT_SECONDS if own is None else _START_SECONDS)
         except _NOT_OURS as error:
             self._refuse(error)
             return
@@ -230,7 +230,7 @@ class Attached:
         if pool is None or pool.tokens < room or stamp != self._stamp:
             reached = self._connected()
             self._hang_up()
-            self._open(room, wait=reached)
+            self._open(room, _CONNECT_SECONDS if reached else 0.0)
         return self._connected()
 
     def _connected(self) -> bool:
@@ -275,8 +275,8 @@ class Attached:
 
     # Sessions
 
-    def _open(self, room: int, wait: bool = True) -> None:
-        """A pool for at least `room` tokens, and sessions for the weights as they are now.
+    def _open(self, room: int, wait_seconds: float) -> None:
+        """A pool for at least `room` tokens, and sessions for the weights as they are now, which are waited for so long.
 
         Raises:
             LayoutError: this model's KV cannot be cached.
@@ -296,8 +296,7 @@ class Attached:
         threads = min(_COPY_THREADS, torch.get_num_threads()) if shape.device.type == "cpu" else 1
         whole, rank = Shard(0, 1, 0, shape.layers, 0, shape.heads), replace(self._endpoint, role="worker")
         self._worker = WorkerSession(rank, layout_for, whole, self._pool.describe(), threads)
-        if wait:
-            self.wait_connected(_START_SECONDS if self._own is not None else _CONNECT_SECONDS)
+        self.wait_connected(wait_seconds)
 
     def _hang_up(self) -> None:
         for session in (self._worker, self._scheduler):
