@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from lmcache.chunks import Layout
 from lmcache.errors import ConfigError, ServerUnavailable, WireError
-from lmcache.wire import auth
+from lmcache.wire import auth, carriers
 from lmcache.wire import messages as m
 from lmcache.wire.carriers import UnixCarrier, ZmqCarrier
 from lmcache.wire.frames import FrameReader, frame
@@ -126,8 +126,19 @@ def test_a_frame_beyond_the_bound_is_refused_before_it_is_awaited(first):
 # The carriers' ends
 
 
+@pytest.fixture(params=["native", "python"])
+def exchange(request, monkeypatch):
+    """Both ways to make a round trip, each in the place of the other."""
+    if request.param == "native":
+        pytest.importorskip("lmcache._native")
+        assert carriers.exchange is not carriers.exchange_in_python
+    else:
+        monkeypatch.setattr(carriers, "exchange", carriers.exchange_in_python)
+    return carriers.exchange
+
+
 @pytest.fixture
-def pair(folders):
+def pair(folders, exchange):
     """A Unix carrier and the other side of its socket, which has said welcome."""
     path = str(folders("/tmp") / "s")
     listener = socket.socket(socket.AF_UNIX)
@@ -187,6 +198,41 @@ def test_silence_and_nonsense_end_a_carrier_within_the_deadline(pair, says):
     with pytest.raises(ServerUnavailable):
         carrier.exchange(m.Ping(), 0.3)
     assert time.monotonic() - begin < SLACK
+
+
+def test_a_round_trip_sends_all_of_a_request_and_returns_what_arrives_first(exchange):
+    mine, other = socket.socketpair()
+    with mine, other:
+        big = os.urandom(4 << 20)  # more than the socket holds: the rest is sent while the other side reads
+        read = bytearray()
+
+        def answer():
+            while len(read) < len(big):
+                read.extend(other.recv(1 << 16))
+            other.sendall(b"whole")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        assert exchange(mine, big, 30.0) == b"whole"
+        thread.join()
+        assert read == big
+        other.sendall(b"late")
+        assert exchange(mine, b"", 30.0) == b"late"
+        other.close()
+        assert exchange(mine, b"", 30.0) == b""
+        with pytest.raises(OSError, match="Broken pipe"):
+            exchange(mine, b"nobody reads this", 30.0)
+
+
+def test_a_round_trip_ends_at_its_deadline_and_keeps_no_thread_from_running(exchange):
+    mine, other = socket.socketpair()
+    with mine, other:
+        with pytest.raises(TimeoutError):
+            exchange(mine, b"x", 0.05)
+        thread = threading.Thread(target=lambda: (other.recv(1), other.recv(1), other.sendall(b"y")))
+        thread.start()
+        assert exchange(mine, b"x", 30.0) == b"y"  # the thread needed the GIL to say so
+        thread.join()
 
 
 def test_an_answer_in_drops_does_not_stretch_the_deadline(pair):

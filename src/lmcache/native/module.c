@@ -5,6 +5,8 @@ static int execute(PyObject *module)
 {
     if (PyModule_AddFunctions(module, lmcache_copy_methods) < 0)
         return -1;
+    if (PyModule_AddFunctions(module, lmcache_exchange_methods) < 0)
+        return -1;
     return lmcache_add_table(module);
 }
 
@@ -16,7 +18,7 @@ static PyModuleDef_Slot slots[] = {
 static struct PyModuleDef definition = {
     PyModuleDef_HEAD_INIT,
     .m_name = "lmcache._native",
-    .m_doc = "Plain C under LMCache: copies between paged KV and slots, and the index table.",
+    .m_doc = "Plain C under LMCache: copies between paged KV and slots, the index table, and a round trip.",
     .m_size = 0,
     .m_slots = slots,
 };

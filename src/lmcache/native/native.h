@@ -15,6 +15,9 @@
 /* copy.c: paged KV <-> slots. Ends with a zero entry. */
 extern PyMethodDef lmcache_copy_methods[];
 
+/* exchange.c: one round trip on a Unix socket. Ends with a zero entry. */
+extern PyMethodDef lmcache_exchange_methods[];
+
 /* table.c: adds the `Table` type to the module. 0, or -1 with a Python error set. */
 int lmcache_add_table(PyObject *module);
 
