@@ -45,17 +45,21 @@ def end_with_parent() -> None:
 class Server:
     """A running `lmcache server` of either side. `ready_seconds`: from its start to its first healthy answer."""
 
-    def __init__(self, side: Side, l1_gb: float, chunk_tokens: int, directory: Path) -> None:
+    def __init__(
+        self, side: Side, l1_gb: float, chunk_tokens: int, directory: Path, ports: tuple[int, int] | None = None
+    ) -> None:
         self._is_ours = side.name == "ours"
-        self.port, self.http_port = free_port(), free_port()
+        self.ports = self.port, self.http_port = ports or (free_port(), free_port())
         self.address = f"tcp://127.0.0.1:{self.port}"
         self._log = directory / f"{side.name}-server.log"
         command = [*side.server_command, "--l1-size-gb", str(l1_gb), "--eviction-policy", "LRU"]
         command += ["--chunk-size", str(chunk_tokens), "--host", "127.0.0.1", "--port", str(self.port)]
         command += ["--http-host", "127.0.0.1", "--http-port", str(self.http_port)]
-        if side.name == "peer":
+        if side.name == "peer" and side.device == "cpu":
             command += ["--supported-transfer-mode", "engine_driven", "--shm-name", f"lmcache-bench-{os.getpid()}"]
             command += ["--no-l1-use-lazy", "--prometheus-port", str(free_port())]
+        elif side.name == "peer":
+            command += ["--prometheus-port", str(free_port())]
         else:
             command += ["--socket-dir", str(directory / "socket")]
         start = time.perf_counter()
@@ -124,6 +128,11 @@ class Server:
         fields = Path(f"/proc/{self._process.pid}/stat").read_text().rsplit(")", 1)[1].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
+    def kill(self) -> None:
+        """With SIGKILL, as a crash ends it."""
+        self._process.kill()
+        self._process.wait()
+
     def stop(self) -> None:
         self._process.send_signal(signal.SIGINT)
         try:
@@ -186,14 +195,16 @@ class Worker:
 
 @dataclasses.dataclass(frozen=True)
 class Side:
-    """`ours` or `peer`: which Python, which `lmcache`."""
+    """`ours` or `peer`: which Python, which `lmcache`. path: first on PYTHONPATH. device: the engines'."""
 
     name: str
     python: str
+    path: str = ""
+    device: str = "cpu"
 
     @property
     def server_command(self) -> list[str]:
-        if self.name == "peer":
+        if self.name == "peer" and not self.path:
             return [str(Path(self.python).with_name("lmcache")), "server"]
         return [self.python, "-m", "lmcache.cli.main", "server"]
 
@@ -201,7 +212,7 @@ class Side:
     def environment(self) -> dict[str, str]:
         if self.name == "peer":
             inherited = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-            return inherited | PEER_ENVIRONMENT
+            return inherited | PEER_ENVIRONMENT | ({"PYTHONPATH": self.path} if self.path else {})
         return dict(os.environ, LMCACHE_LOG_LEVEL="WARNING")
 
     def version(self) -> str:

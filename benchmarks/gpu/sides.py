@@ -1,0 +1,185 @@
+"""Which engines are compared on a GPU, and how each is started: vLLM alone, its own offloading, LMCache 0.5.3, ours.
+
+`--python` has vLLM and what our package needs; ours is on PYTHONPATH or installed. `--peer-path` is a folder that holds LMCache
+0.5.3 and goes first on PYTHONPATH of its server and engine. With `--model` a real checkpoint is served, on whatever device
+vLLM finds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu.model import TOKEN_BYTES, VOCABULARY, write_shape
+from benchmarks.sides import PROJECT, Side, end_with_parent
+
+ENVIRONMENT = {
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",
+    "VLLM_USE_DEEP_GEMM": "0",
+    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # `redraw` travels to the worker
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "INFO",
+    "HF_HUB_OFFLINE": "1",
+    "LMCACHE_TRACK_USAGE": "false",
+    "DO_NOT_TRACK": "1",
+}
+TITLES = {
+    "alone": "vLLM alone",
+    "native": "vLLM's own offloading",
+    "peer": "LMCache 0.5.3",
+    "peer-in-process": "LMCache 0.5.3 in process",
+    "ours": "ours",
+    "in-process": "ours in process",
+}
+
+
+class Engine:
+    """`benchmarks.gpu.engine` in a process of its own; `call` runs one of its methods there."""
+
+    def __init__(self, name: str, side: Side, settings: dict[str, Any], log: Path, environment: dict[str, str]) -> None:
+        self.name, self._log = name, log
+        path = [side.path, str(PROJECT)] if side.path else [str(PROJECT), os.environ.get("PYTHONPATH", "")]
+        with log.open("w") as out:
+            self._process = subprocess.Popen(
+                [side.python, "-m", "benchmarks.gpu.engine", json.dumps(settings)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=out,
+                text=True,
+                env=os.environ | ENVIRONMENT | environment | {"PYTHONPATH": ":".join(filter(None, path))},
+                cwd=log.parent,
+                preexec_fn=end_with_parent,
+            )
+
+    def call(self, name: str, **arguments: Any) -> Any:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(json.dumps({"call": name, **arguments}) + "\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{TITLES[self.name]} ended:\n{self._log.read_text()[-6000:]}")
+        return json.loads(line)
+
+    def first_token(self, prompt: list[int]) -> dict[str, Any]:
+        answer: dict[str, Any] = self.call("first_tokens", prompts=[prompt])[0]
+        return answer
+
+    def forget(self) -> None:
+        if not self.call("forget")["done"]:
+            raise RuntimeError(f"{TITLES[self.name]} does not let its prefix cache go")
+
+    def stop(self) -> None:
+        """Returns when its GPU memory is free: vLLM's own processes end with it."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(60)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+@dataclass(frozen=True)
+class Hosts:
+    """What all sides of a run share. `settings` are vLLM's own."""
+
+    python: str
+    peer_path: str
+    settings: dict[str, Any]
+    cache_gb: float
+    directory: Path
+
+    @contextlib.contextmanager
+    def engine(self, name: str, **more: Any) -> Iterator[Engine]:
+        """The engine `name` of `TITLES`, ready, with its server where it needs one. more: settings of vLLM."""
+        peer = name.startswith("peer")
+        side = Side("peer" if peer else "ours", self.python, self.peer_path if peer else "", "gpu")
+        settings, environment = self.settings | more, {}
+        with contextlib.ExitStack() as stack:
+            if name == "native":
+                settings |= {"kv_offloading_size": self.cache_gb, "kv_offloading_backend": "native"}
+            elif name.endswith("in-process"):
+                settings["kv_transfer_config"] = {"kv_connector": "LMCacheConnectorV1", "kv_role": "kv_both"}
+                environment["LMCACHE_MAX_LOCAL_CPU_SIZE"] = str(self.cache_gb)
+            elif name != "alone":
+                server = stack.enter_context(side.serve(self.cache_gb))
+                settings["kv_transfer_config"] = transfer_config(server.port)
+            engine = Engine(name, side, settings, self.directory / f"{name}.log", environment)
+            stack.callback(engine.stop)
+            engine.call("ready")
+            if name == "ours":
+                server.settle()
+            yield engine
+
+
+def transfer_config(port: int) -> dict[str, Any]:
+    """vLLM's `kv_transfer_config` for a server on this host."""
+    return {
+        "kv_connector": "LMCacheMPConnector",
+        "kv_connector_module_path": "lmcache.integration.vllm.lmcache_mp_connector",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": {"lmcache.mp.host": "tcp://127.0.0.1", "lmcache.mp.port": port},
+    }
+
+
+def parser(program: str, about: str | None) -> argparse.ArgumentParser:
+    """The arguments that all GPU benchmarks have."""
+    made = argparse.ArgumentParser(
+        prog=f"python -m benchmarks.gpu.{program}",
+        description=about,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument(
+        "--python", metavar="PATH", default=sys.executable, help="Python with vLLM and us; default: this one"
+    )
+    made.add_argument("--peer-path", metavar="DIR", default="", help="folder with LMCache 0.5.3, for its rows")
+    made.add_argument(
+        "--model", metavar="DIR", type=Path, help="a checkpoint; default: random weights of Qwen3-8B's shape"
+    )
+    made.add_argument("--set", metavar="JSON", type=json.loads, default={}, help="further settings of vLLM")
+    made.add_argument("--cache-gb", metavar="N", type=float, default=40, help="memory of each cache. Default: 40")
+    made.add_argument("--rounds", metavar="N", type=int, default=10, help="after one to warm up. Default: 10")
+    made.add_argument("--json", metavar="FILE", type=Path, help="write every sample there")
+    return made
+
+
+@contextlib.contextmanager
+def hosts(options: argparse.Namespace, **settings: Any) -> Iterator[Hosts]:
+    """What the arguments say."""
+    with tempfile.TemporaryDirectory(prefix="lmcache-gpu-bench-") as name:
+        directory = Path(name)
+        shared: dict[str, Any] = {
+            "skip_tokenizer_init": True,
+            "max_model_len": 40000,
+            "max_num_batched_tokens": 8192,
+            "enable_prefix_caching": True,
+            "disable_hybrid_kv_cache_manager": True,
+            "seed": 0,
+            "redraw": options.model is None,
+            "vocabulary": VOCABULARY,
+        }
+        if options.model is None:
+            shared |= {"model": str(write_shape(directory / "qwen3-8b-shape")), "load_format": "dummy"}
+        else:
+            config = json.loads((options.model / "config.json").read_text())
+            shared |= {"model": str(options.model.resolve()), "vocabulary": config["vocab_size"]}
+        yield Hosts(options.python, options.peer_path, shared | settings | options.set, options.cache_gb, directory)
+
+
+def prompt_bytes(model: Path | None, tokens: int) -> int:
+    """KV of a prompt. For a checkpoint from its `config.json`, at the width of its `torch_dtype`."""
+    if model is None:
+        return tokens * TOKEN_BYTES
+    config = json.loads((model / "config.json").read_text())
+    width = 4 if config["torch_dtype"] == "float32" else 2
+    return int(tokens * config["num_hidden_layers"] * 2 * config["num_key_value_heads"] * config["head_dim"] * width)
