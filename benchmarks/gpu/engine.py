@@ -1,6 +1,6 @@
 """A vLLM engine that answers many prompts at once: `python -m benchmarks.gpu.engine '{"model": ..., ...}'`.
 
-Runs under vLLM's Python. One JSON object a line in, one out: `{"call": "first_tokens", "prompts": [[ids]]}`, and so on for `Engine`.
+Runs under vLLM's Python. One JSON object a line in, one out: `{"call": "first_tokens", "prompts": [[ids]]}`; see `Engine`.
 The setting "redraw" is ours: give the weights of `benchmarks.gpu.model` after loading.
 """
 
@@ -44,6 +44,7 @@ class Engine:
         """Ask for all at once, behind a short prompt that wakes the engine: seconds until each one's first token, tokens
         that were not computed, the first token's logprobs, and the answer's token ids."""
         await self._answer(self._random(SHORT), 1)
+        await asyncio.sleep(0.05)
         return list(await asyncio.gather(*(self._answer(prompt, tokens) for prompt in prompts)))
 
     async def forget(self) -> dict[str, bool]:

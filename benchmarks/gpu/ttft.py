@@ -71,7 +71,7 @@ def one_round(alone: Engine, other: Engine, prompt: list[int], begin: list[int],
     pair = rng.sample([alone, other], 2)
     cold = {engine.name: engine.first_token(prompt) for engine in pair}
     spent = other.call("cpu_seconds")
-    time.sleep(0.2 + len(prompt) / 32768)  # stores of every cache end
+    time.sleep(0.2 + len(prompt) / 65536)  # stores of every cache end
     prefix = {engine.name: engine.first_token(prompt) for engine in pair}
     other.forget()
     overwritten = other.first_token(begin + prompt[-END_TOKENS:])
