@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from lmcache.cache.fetch import ASK_SECONDS, Ask, Fetches, Load, TierTraits
+from lmcache.cache.fetch import ASK_SECONDS, KEPT_RECORDS, Ask, Decided, Fetches, Load, TierTraits
 from lmcache.cache.worth import SLACK_SECONDS, Pace, slack_seconds
 from lmcache.cache.writeback import WriteQueue
 from lmcache.tiers.breaker import FAILURES_TO_OPEN, FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS, Breaker
@@ -55,7 +55,7 @@ class World:
 
         return known
 
-    def poll(self, hashes: bytes, prefill_seconds: float = 0.0) -> int:
+    def poll(self, hashes: bytes, prefill_seconds: float = 0.0, request: str = "") -> int:
         wait = self.fetches.poll(
             self.now,
             SPACE,
@@ -64,6 +64,7 @@ class World:
             CHUNK_BYTES,
             prefill_seconds,
             [self.knower(tier) for tier in range(len(self.tiers))],
+            request,
         )
         self.carry_out()
         return wait
@@ -74,6 +75,8 @@ class World:
     def carry_out(self) -> None:
         effects, self.fetches.effects = self.fetches.effects, []
         for effect in effects:
+            if isinstance(effect, Decided):
+                continue
             latency, rate = self.tiers[effect.tier]
             if isinstance(effect, Ask):
                 self.asks.append(effect)
@@ -112,10 +115,10 @@ class World:
             self.carry_out()
         self.now = end
 
-    def wait_for(self, hashes: bytes, prefill_seconds: float = 0.0, most: float = 60.0) -> float:
+    def wait_for(self, hashes: bytes, prefill_seconds: float = 0.0, most: float = 60.0, request: str = "") -> float:
         """As an engine does: ask again until told to go; seconds waited."""
         begin = self.now
-        while self.poll(hashes, prefill_seconds):
+        while self.poll(hashes, prefill_seconds, request):
             assert self.now - begin < most, "an engine would hang"
             self.pass_time(0.001)
         return self.now - begin
@@ -170,9 +173,7 @@ def test_a_load_that_is_slower_than_computing_is_not_started() -> None:
     loads = len(world.loads)
     assert world.wait_for(second, prefill_seconds=0.05) == 0.0 and len(world.loads) == loads
     assert world.fetches.counters["fetches:not worth it"] == 1
-    assert world.fetches.last == {
-        "expected_seconds": pytest.approx(0.419, abs=0.01), "recompute_seconds": 0.2, "loaded": 0.0
-    }  # fmt: skip
+    assert world.fetches.last == Decided((), second[-16:], pytest.approx(0.419, abs=0.01), 0.2, False)
     third = chain(4, 3)
     world.has[0].update(keys(third))
     assert world.wait_for(third, prefill_seconds=0.5) == pytest.approx(0.42, abs=0.01), "computing takes 2 s"
@@ -336,6 +337,76 @@ def test_fetches_that_nobody_asks_about_end() -> None:
     world.pass_time(2.0)
     world.fetches.tick(world.now)
     assert not world.fetches._fetches and not world.fetches._by_request
+
+
+def test_a_fetch_leaves_a_record_with_the_decision_and_both_its_numbers() -> None:
+    world, first, second, third = World((None, 10e6), (0.002, 1e9)), chain(4, 1), chain(4, 2), chain(4, 3)
+    world.l1.update(keys(first)[:1])
+    world.has[0].update(keys(first + second))
+    world.wait_for(first, request="one")
+    (record,) = world.fetches.records
+    assert (record.requests, record.prompt, record.space) == (("one",), first[-16:], SPACE)
+    assert (record.asked_chunks, record.l1_chunks, record.planned, record.left_out) == (4, 1, {0: 3}, {})
+    assert (record.decision, record.outcome, record.arrived_chunks) == ("load", "arrived", 3)
+    assert record.expected_seconds is None and record.recompute_seconds is None, "both paces are unknown so far"
+    assert record.waited_seconds == pytest.approx(3 * CHUNK_BYTES / 10e6, abs=0.01) and record.ended == world.now
+    world.wait_for(second, prefill_seconds=0.05, request="two")
+    record = world.fetches.records[-1]
+    assert (record.decision, record.outcome, record.planned) == ("not worth it", "not worth it", {0: 4})
+    assert (record.expected_seconds, record.recompute_seconds) == (pytest.approx(0.42, abs=0.01), 0.2)
+    assert record.arrived_chunks == 0 and record.waited_seconds == pytest.approx(0.002, abs=0.002), "the other's answer"
+    world.serving[0] = False
+    world.wait_for(third, prefill_seconds=0.05)
+    record = world.fetches.records[-1]
+    assert (record.requests, record.decision, record.outcome) == ((), "", "absent")
+    assert record.left_out == {0: "not serving"} and record.expected_seconds is None
+    world.l1.update(keys(third))
+    world.poll(third)
+    assert len(world.fetches.records) == 3, "what L1 answers in full is no fetch"
+
+
+def test_a_record_says_why_a_tier_had_no_say_and_a_wait_ended() -> None:
+    world, prompt = World((10.0, 1e9)), chain(4)
+    world.wait_for(prompt, prefill_seconds=0.02)
+    assert world.fetches.records[-1].left_out == {0: "late answer"}
+    world.pass_time(10.0)
+    world.wait_for(chain(4, 2), prefill_seconds=0.02)
+    record = world.fetches.records[-1]
+    assert (record.left_out, record.outcome) == ({0: "too slow to ask"}, "not worth it")
+    assert (record.expected_seconds, record.recompute_seconds) == (10.0, 0.08)
+    stalled, prompt = World((None, 0.0), (0.001, 1e9)), chain(6)
+    stalled.has[0].update(keys(prompt)[2:])
+    stalled.has[1].update(keys(prompt)[:2])
+    stalled.wait_for(prompt, prefill_seconds=0.02, request="waits")
+    record = stalled.fetches.records[-1]
+    assert (record.outcome, record.planned, record.arrived_chunks) == ("late", {0: 4, 1: 2}, 2)
+    gone, prompt = World((0.001, 1e9)), chain(6)
+    gone.has[0].update(keys(prompt))
+    gone.poll(prompt)
+    gone.pass_time(0.0015)
+    gone.has[0].remove(keys(prompt)[3])
+    gone.wait_for(prompt)
+    assert (gone.fetches.records[-1].outcome, gone.fetches.records[-1].arrived_chunks) == ("failed", 3)
+
+
+def test_requests_for_the_same_prompt_share_a_record_and_one_that_asks_no_more_is_told_of() -> None:
+    world, prompt = World((None, 0.0)), chain(4)
+    world.has[0].update(keys(prompt))
+    for request in ("a", "b", "a"):
+        world.poll(prompt, request=request)
+        world.pass_time(0.5)
+    world.pass_time(10.0)
+    world.fetches.tick(world.now)
+    (record,) = world.fetches.records
+    assert (record.requests, record.outcome) == (("a", "b"), "patience")
+    assert record.waited_seconds == 1.0, "until it was asked last"
+
+
+def test_only_so_many_records_are_kept() -> None:
+    world = World((None, 1e9))
+    for number in range(KEPT_RECORDS + 5):
+        world.poll(chain(1, number), request=str(number))
+    assert [world.fetches.records[at].requests for at in (0, -1)] == [("5",), (str(KEPT_RECORDS + 4),)]
 
 
 def test_pace_is_bytes_over_busy_time_and_old_measurements_fade() -> None:

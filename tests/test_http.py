@@ -36,6 +36,9 @@ class Server:
         config = ServerConfig(api_token=TOKEN).redacted()
         return {"version": "1", "config": config, "engines": [{"instance": "<b>engine</b>", "layout": "x"}]}
 
+    def fetches(self) -> list[dict[str, object]]:
+        return [{"request": "r1", "outcome": "late"}]
+
     def degraded(self) -> list[str]:
         return []
 
@@ -135,7 +138,7 @@ def test_a_fault_of_ours_is_counted_and_stops_nothing(served: Served, caplog: py
 
 
 def test_status_shows_no_secret(guarded: Served, elsewhere: str) -> None:
-    for path in ("/status", "/", "/metrics"):
+    for path in ("/status", "/", "/metrics", "/fetches"):
         answer = httpx.get(f"http://{elsewhere}:{guarded.face.port}{path}")
         assert answer.status_code == 200 and TOKEN not in answer.text
     assert httpx.get(guarded.url + "/status").json()["config"]["api-token"] == "***"

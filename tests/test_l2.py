@@ -94,6 +94,30 @@ def test_the_decision_to_load_and_both_its_numbers_are_told(
         assert f"lmcache_last_fetch_{name} " in metrics
 
 
+def test_a_user_finds_what_tiers_did_for_his_request(
+    server: Callable[..., Server], engine: Callable[..., Any], valkey: RedisServer
+) -> None:
+    cache = server(flags=("--l2", valkey.url()))
+    one = engine(cache)
+    one.store(TOKENS)
+    written(cache, 10)
+    page(cache, "/clear-cache", "POST")
+    for request, tokens in (("request-1", TOKENS), ("request-\n2", [7, *TOKENS])):
+        hit = one.scheduler.lookup(one.chain(tokens), prefill_rate=1000.0, request_id=request)
+        assert (hit.chunks if hit else 0) == (10 if tokens is TOKENS else 0)
+    absent, loaded = json.loads(page(cache, "/fetches")[1])["fetches"]
+    assert (absent["request"], absent["outcome"], absent["decision"]) == ("request-?2", "absent", "")
+    assert (loaded["request"], loaded["outcome"], loaded["from"]) == ("request-1", "arrived", {"redis": 10})
+    assert (loaded["asked_chunks"], loaded["l1_chunks"], loaded["arrived_chunks"]) == (10, 0, 10)
+    assert loaded["decision"] == "load" and loaded["recompute_seconds"] == 0.16 and loaded["waited_seconds"] > 0
+    assert [one["request"] for one in cache.status()["fetches"]] == ["request-?2", "request-1"]
+    command = [sys.executable, "-m", "lmcache.cli.main", "describe", "fetches"]
+    url = f"http://127.0.0.1:{cache.http_port}"
+    said = subprocess.run([*command, "--url", url], capture_output=True, text=True, timeout=PATIENCE, check=True).stdout
+    (line,) = [line for line in said.splitlines() if "request-1" in line]
+    assert line.split()[6] == "-" and "0.16" in line and "arrived" in line, said
+
+
 def test_two_servers_share_a_store(
     server: Callable[..., Server], engine: Callable[..., Any], valkey: RedisServer
 ) -> None:

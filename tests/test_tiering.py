@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import threading
 import time
@@ -145,7 +146,7 @@ class Rig:
         self.ask(fill)
 
     def wait_for(self, hashes: bytes, rate: float = 0.0) -> int:
-        return self.ask(lambda: self.tiering.wait_for(ENGINE, self.space, hashes, rate))
+        return self.ask(lambda: self.tiering.wait_for(ENGINE, self.space, hashes, rate)[1])
 
     def fetch(self, hashes: bytes, rate: float = 0.0) -> int:
         """Wait as an engine does; then how many chunks are there, checked byte by byte."""
@@ -223,6 +224,22 @@ def test_what_is_stored_comes_back_from_the_tier(rig: Callable[..., Rig], knows:
         "not written back where it came from"
     )
     assert one.ask(lambda: one.heart.open_leases) == one.ask(lambda: one.heart.open_reservations) == 0
+
+
+def test_a_record_names_the_tiers_and_fits_json(rig: Callable[..., Rig]) -> None:
+    near, far = HandTier(True), HandTier(True)
+    one = rig(spec(near, "near"), spec(far, "far", read=False))
+    prompt = chain(1, 4)
+    one.store(prompt)
+    one.written()
+    one.forget_l1()
+    assert one.fetch(prompt, rate=1e9) == 4
+    (record,) = one.ask(lambda: list(one.tiering.fetches.records))
+    told = one.tiering.told(record)
+    assert told["from"] == {"near": 4} and told["left_out"] == {"far": "not serving"}
+    assert told["recompute_seconds"] == pytest.approx(4 * 16 / 1e9, abs=1e-6) and told["expected_seconds"] is None
+    endless = one.tiering.told(record._replace(expected_seconds=float("inf")))
+    assert json.loads(json.dumps(endless, allow_nan=False))["expected_seconds"] is None
 
 
 def test_a_full_hit_asks_no_tier_and_a_stalled_one_holds_up_nobody(rig: Callable[..., Rig]) -> None:

@@ -40,6 +40,7 @@ class Session:
         """Chunks that a tier is bringing."""
         self.lookups: list[int] = []
         self.rates: list[float] = []
+        self.requests: list[str] = []
         self.leased: set[int] = set()
         self.closed = False
 
@@ -49,8 +50,14 @@ class Session:
         return TokenChain(chunk_root(b"f" * 16, cache_salt, lora_name, lora_id), self.chunk_tokens, extras)
 
     def poll(
-        self, chain: TokenChain, skip_tokens: int = 0, prefill_rate: float = 0.0, tail: bytes = b""
+        self,
+        chain: TokenChain,
+        skip_tokens: int = 0,
+        prefill_rate: float = 0.0,
+        tail: bytes = b"",
+        request_id: str = "",
     ) -> Hit | Loading | None:
+        self.requests.append(request_id)
         self.lookups.append(len(chain))
         self.rates.append(prefill_rate)
         if self.coming:
@@ -180,7 +187,7 @@ def test_a_request_waits_for_a_tier_and_then_gets_what_came() -> None:
     assert scheduler.finished(request) is False and not session.leased
 
 
-def test_the_prefill_rate_that_was_seen_is_told() -> None:
+def test_the_prefill_rate_that_was_seen_is_told_and_whose_lookup_it_is() -> None:
     session, now = Session(), [0.0]
     scheduler = half(session, clock=lambda: now[0])
     scheduler.match(Request("a", list(range(100))), 0)
@@ -189,6 +196,7 @@ def test_the_prefill_rate_that_was_seen_is_told() -> None:
         scheduler.plan_step(step({"other": scheduled}))
     scheduler.match(Request("b", list(range(100))), 0)
     assert session.rates == [0.0, pytest.approx(2000 - 0.05 * (2000 - 500))], "decodes and pauses count little"
+    assert session.requests == ["a", "b"]
 
 
 def test_a_lease_that_starts_behind_a_shrunken_local_hit_is_not_used() -> None:
@@ -494,6 +502,7 @@ def test_vllms_own_class_is_told_whole_blocks_once(adapters: tuple[Session, Any]
     assert not session.leased
     face.maybe_submit_lookup_request("b", token_ids=list(range(31)))
     assert face.check_lookup_result("b") == 0, "31 tokens are no whole block"
+    assert session.requests[0] == "a"
 
 
 def test_vllms_own_class_keeps_its_unit_when_the_chunk_size_changes(adapters: tuple[Session, Any]) -> None:

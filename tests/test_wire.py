@@ -28,7 +28,7 @@ REQUESTS = [
     m.Hello(1, "0.1", "i", "worker", 3, 77, True, b"p", b"s"),
     m.Ping(),
     m.Register(LAYOUT, 2, 1, 4096),
-    m.Lookup(1, bytes(32), 1),
+    m.Lookup(1, bytes(32), 1, 100.0, "request-1"),
     m.Release([1, 2]),
     m.Reserve(1, 0, bytes(16), False, bytes(16)),
     m.Commit(4, True),

@@ -9,7 +9,8 @@ A *fetch* is the part of a prompt that L1 lacks, looked for in the tiers. Its li
 The engine asks again and again (`poll`) and is told to wait or to go. It goes when everything planned has arrived or
 failed, when loading is not worth it, or when the next chunk is later than planned by more than `worth.slack_seconds`: so a
 slow or stalled tier costs a small share of what computing would take. Loads that run go on and fill L1; those that have not
-begun are dropped unless another fetch wants them. A chunk that is under way is loaded once, whoever wants it.
+begun are dropped unless another fetch wants them. A chunk that is under way is loaded once, whoever wants it. What became of
+a fetch, and why, is its `FetchRecord`.
 """
 
 from __future__ import annotations
@@ -28,10 +29,15 @@ ASK_SECONDS = 0.5
 ENDED_SECONDS = 1.0
 """How long the same request, asked for again, is told once more that there is nothing to wait for."""
 MAX_FETCHES = 4096
+KEPT_RECORDS = 1000
+"""Of the fetches that ended last."""
+MAX_REQUESTS = 8
+"""Named in a record, of those that wanted the same."""
 PROBE_SECONDS = 15.0
 """Between loads that only look whether a slow tier has become faster."""
 _BATCH_SECONDS = 0.03
 _FIRST_BATCH_BYTES = 4 << 20
+_NOT_WORTH_IT, _TOO_SLOW = "not worth it", "too slow to ask"
 _FAIR_TRY = 0.25
 """Of what computing everything would take: so long is waited for a tier whose pace was never seen."""
 
@@ -55,6 +61,45 @@ class Load(NamedTuple):
     hashes: bytes
 
 
+class Decided(NamedTuple):
+    """Effect: for the log. Whether a fetch is worth its load was decided."""
+
+    requests: tuple[str, ...]
+    prompt: bytes
+    expected_seconds: float | None
+    recompute_seconds: float | None
+    loads: bool
+
+
+class FetchRecord(NamedTuple):
+    """A fetch that has ended: what was asked for, what was decided by which numbers, and what came of it."""
+
+    requests: tuple[str, ...]
+    """The engines' own ids of those who asked, as far as they told."""
+    prompt: bytes
+    """Hash of the last chunk asked for."""
+    space: int
+    asked_chunks: int
+    l1_chunks: int
+    """Of these, from the start on, in L1 when it began."""
+    planned: dict[int, int]
+    """Tier -> chunks that it was to bring."""
+    left_out: dict[int, str]
+    """Tier -> why it had no say."""
+    expected_seconds: float | None
+    """What loading was to take; None where a tier's pace was unknown, or nothing was there."""
+    recompute_seconds: float | None
+    """What computing the same chunks would take; None where the engine's pace was unknown."""
+    decision: str
+    """load, not worth it, or "" where there was nothing to decide."""
+    waited_seconds: float
+    outcome: str
+    """arrived, failed (planned chunks did not come), absent, not worth it, late, patience, too many."""
+    arrived_chunks: int
+    """Beyond those in L1 when it began, at its end."""
+    ended: float
+
+
 class TierTraits(NamedTuple):
     """What the planning needs to know of a tier. usable(now): whether it may be asked now."""
 
@@ -74,11 +119,22 @@ class _Fetch:
     prefill_seconds: float
     """To compute one chunk; 0 where unknown."""
     chunk_bytes: int
-    unanswered: set[int]
+    requests: list[str]
+    unanswered: set[int] = field(default_factory=set)
+    left_out: dict[int, str] = field(default_factory=dict)
+    """Tier -> why."""
     has: dict[int, Sequence[bool]] = field(default_factory=dict)
     """Tier -> which of the missing chunks it has."""
     planned: int = 0
     """Chunks that are to arrive, from `first` on."""
+    sources: Counter[int] = field(default_factory=Counter)
+    """How many of them each tier is to bring."""
+    in_l1: int = 0
+    """Leading chunks in L1 when somebody asked last."""
+    asked_at: float = 0.0
+    """When that was."""
+    expected_seconds: float | None = None
+    decision: str = ""
     due: list[float | None] = field(default_factory=list)
     """When each of them is expected, in seconds after `began`; None while a tier's pace is unknown."""
     waiting: set[bytes] = field(default_factory=set)
@@ -91,6 +147,38 @@ class _Fetch:
     def missing(self) -> int:
         return len(self.hashes) // HASH_BYTES - self.first
 
+    @property
+    def arrived(self) -> int:
+        """Planned chunks that were there when somebody asked last."""
+        return min(max(0, self.in_l1 - self.first), self.planned)
+
+    def recompute_seconds(self, chunks: int) -> float | None:
+        """To compute so many; None where unknown."""
+        return self.prefill_seconds * chunks or None
+
+    def asked_again(self, now: float, in_l1: int, request: str) -> None:
+        self.asked_at, self.in_l1 = now, in_l1
+        if request and request not in self.requests and len(self.requests) < MAX_REQUESTS:
+            self.requests.append(request)
+
+    def record(self, now: float, outcome: str) -> FetchRecord:
+        return FetchRecord(
+            tuple(self.requests),
+            self.hashes[-HASH_BYTES:],
+            self.space,
+            len(self.hashes) // HASH_BYTES,
+            self.first,
+            dict(self.sources),
+            self.left_out,
+            self.expected_seconds,
+            self.recompute_seconds(self.planned or self.missing),
+            self.decision,
+            (self.asked_at if outcome == "patience" else now) - self.began,
+            outcome,
+            self.arrived,
+            now,
+        )
+
 
 class Fetches:
     """All fetches over these tiers, nearest first.
@@ -99,14 +187,13 @@ class Fetches:
     """
 
     def __init__(self, tiers: Sequence[TierTraits], always: bool = False, patience_seconds: float = 10.0) -> None:
-        self.effects: list[Ask | Load] = []
+        self.effects: list[Ask | Load | Decided] = []
         """Drained by the server after every call."""
         self.counters: Counter[str] = Counter()
         self.paces = [Pace() for _ in tiers]
-        self.decided = 0
-        """Decisions so far whether a load is worth it."""
-        self.last: dict[str, float] = {}
-        """Of the last decision: expected and recompute seconds, and whether it was to load."""
+        self.records: deque[FetchRecord] = deque(maxlen=KEPT_RECORDS)
+        """Of fetches that have ended, the latest one last."""
+        self.last: Decided | None = None
         self._tiers = tiers
         self._always = always
         self._patience_seconds = patience_seconds
@@ -131,30 +218,45 @@ class Fetches:
         chunk_bytes: int,
         prefill_seconds: float,
         known: Sequence[Callable[[bytes], Sequence[bool] | None]],
+        request: str = "",
     ) -> int:
         """How many more chunks the asker should wait for; 0: go on with what is in L1.
 
         in_l1: leading chunks that are there now. chunk_bytes: all shards of one. prefill_seconds: to compute one chunk, 0
-        where unknown. known: for each tier, what it can tell of hashes at once, without I/O.
+        where unknown. known: for each tier, what it can tell of hashes at once, without I/O. request: how the asker calls it.
         """
         fetch = self._by_request.get((space, hashes[-HASH_BYTES:]))
+        if fetch is not None and fetch.ended is None:
+            fetch.asked_again(now, in_l1, request)
         if in_l1 * HASH_BYTES >= len(hashes):
             if fetch is not None and fetch.ended is None:
-                self._settle(now, fetch, in_l1)
+                self._settle(now, fetch)
             return 0
         if fetch is None:
+            fetch = _Fetch(
+                next(self._numbers),
+                space,
+                hashes,
+                in_l1,
+                now,
+                prefill_seconds,
+                chunk_bytes,
+                [request] if request else [],
+            )
             if len(self._fetches) >= MAX_FETCHES:
                 self.counters["too_many"] += 1
+                self.records.append(fetch.record(now, "too many"))
                 return 0
-            fetch = self._begin(now, space, hashes, in_l1, chunk_bytes, prefill_seconds, known)
+            self._begin(now, fetch, known)
         if fetch.ended is None and fetch.unanswered:
             if now - fetch.began <= self._ask_patience(fetch):
                 return fetch.missing
             for tier in fetch.unanswered:
                 self.counters[f"late_answers:{tier}"] += 1
+                fetch.left_out[tier] = "late answer"
             fetch.unanswered.clear()
             self._plan(now, fetch)
-        return self._judge(now, fetch, in_l1)
+        return self._judge(now, fetch)
 
     def answered(self, now: float, number: int, tier: int, present: Sequence[bool] | None, seconds: float) -> None:
         """A tier's answer to an `Ask`; None: it failed."""
@@ -166,6 +268,8 @@ class Fetches:
         fetch.unanswered.discard(tier)
         if present is not None:
             fetch.has[tier] = present
+        else:
+            fetch.left_out[tier] = "failed"
         if not fetch.unanswered:
             self._plan(now, fetch)
 
@@ -186,32 +290,21 @@ class Fetches:
 
     # A fetch's life
 
-    def _begin(
-        self,
-        now: float,
-        space: int,
-        hashes: bytes,
-        in_l1: int,
-        chunk_bytes: int,
-        prefill_seconds: float,
-        known: Sequence[Callable[[bytes], Sequence[bool] | None]],
-    ) -> _Fetch:
-        number = next(self._numbers)
-        fetch = _Fetch(number, space, hashes, in_l1, now, prefill_seconds, chunk_bytes, set())
-        self._fetches[number] = self._by_request[space, hashes[-HASH_BYTES:]] = fetch
-        missing = hashes[in_l1 * HASH_BYTES :]
+    def _begin(self, now: float, fetch: _Fetch, known: Sequence[Callable[[bytes], Sequence[bool] | None]]) -> None:
+        self._fetches[fetch.number] = self._by_request[fetch.space, fetch.hashes[-HASH_BYTES:]] = fetch
+        missing = fetch.hashes[fetch.first * HASH_BYTES :]
         for tier, traits in enumerate(self._tiers):
-            if not traits.usable(now) or self._too_slow_to_ask(tier, fetch):
-                continue
-            answer = known[tier](missing)
-            if answer is not None:
+            if not traits.usable(now):
+                fetch.left_out[tier] = "not serving"
+            elif self._too_slow_to_ask(tier, fetch):
+                fetch.left_out[tier] = _TOO_SLOW
+            elif (answer := known[tier](missing)) is not None:
                 fetch.has[tier] = answer
             else:
                 fetch.unanswered.add(tier)
-                self.effects.append(Ask(number, tier, space, missing))
+                self.effects.append(Ask(fetch.number, tier, fetch.space, missing))
         if not fetch.unanswered:
             self._plan(now, fetch)
-        return fetch
 
     def _too_slow_to_ask(self, tier: int, fetch: _Fetch) -> bool:
         """Whether the tier's answer alone is expected to take longer than computing everything."""
@@ -239,12 +332,16 @@ class Fetches:
                 break
             sources.append(source)
         if not sources:
-            self._end(now, fetch, "absent")
+            asks = [self.paces[tier].ask_seconds for tier, why in fetch.left_out.items() if why == _TOO_SLOW]
+            if asks:
+                self._decide(fetch, min(one or 0.0 for one in asks), fetch.missing, loads=False)
+            self._end(now, fetch, _NOT_WORTH_IT if asks else "absent")
             return
+        fetch.sources = Counter(sources)
         due = self._due(now - fetch.began, fetch.chunk_bytes, sources)
         if not self._worth_it(fetch, due):
             self._probe(now, fetch, sources)
-            self._end(now, fetch, "not worth it")
+            self._end(now, fetch, _NOT_WORTH_IT)
             return
         fetch.planned, fetch.due = len(sources), due
         self._queue(now, fetch, sources)
@@ -282,13 +379,18 @@ class Fetches:
         return sum(len(load.hashes) // HASH_BYTES for load in self._queues[tier]) * chunk_bytes
 
     def _worth_it(self, fetch: _Fetch, due: list[float | None]) -> bool:
-        recompute = fetch.prefill_seconds * len(due)
+        recompute = fetch.recompute_seconds(len(due))
         known = [one for one in due if one is not None]
         expected = max(known) if len(known) == len(due) else None
-        good = self._always or not recompute or expected is None or expected < recompute
-        self.decided += 1
-        self.last = {"expected_seconds": expected or 0.0, "recompute_seconds": recompute, "loaded": float(good)}
+        good = self._always or recompute is None or expected is None or expected < recompute
+        self._decide(fetch, expected, len(due), good)
         return good
+
+    def _decide(self, fetch: _Fetch, expected: float | None, chunks: int, loads: bool) -> None:
+        fetch.expected_seconds, fetch.decision = expected, "load" if loads else _NOT_WORTH_IT
+        recompute = fetch.recompute_seconds(chunks)
+        self.last = Decided(tuple(fetch.requests), fetch.hashes[-HASH_BYTES:], expected, recompute, loads)
+        self.effects.append(self.last)
 
     def _queue(self, now: float, fetch: _Fetch, sources: list[int]) -> None:
         """Cut into batches of chunks that follow each other in one tier; those under way are waited for only."""
@@ -313,42 +415,41 @@ class Fetches:
         for tier in set(sources):
             self._pump(now, tier)
 
-    def _judge(self, now: float, fetch: _Fetch, in_l1: int) -> int:
+    def _judge(self, now: float, fetch: _Fetch) -> int:
         """Chunks to wait for, or 0 when it is over."""
         if fetch.ended is not None:
             return 0
-        arrived = max(0, in_l1 - fetch.first)
         fetch.waiting = {key for key in fetch.waiting if (fetch.space, key) in self._under_way}
-        if arrived >= fetch.planned or not fetch.waiting:
-            self._settle(now, fetch, in_l1)
+        if fetch.arrived >= fetch.planned or not fetch.waiting:
+            self._settle(now, fetch)
             return 0
-        waited = now - fetch.began
-        if waited > self._patience(fetch, arrived):
+        if now - fetch.began > self._patience(fetch):
             self._end(now, fetch, "late")
-            self.counters["arrived"] += arrived
+            self.counters["arrived"] += fetch.arrived
             return 0
-        return fetch.planned - arrived
+        return fetch.planned - fetch.arrived
 
-    def _patience(self, fetch: _Fetch, arrived: int) -> float:
+    def _patience(self, fetch: _Fetch) -> float:
         """Seconds after the beginning until which the next chunk is waited for."""
         if self._always or not fetch.prefill_seconds:
             return self._patience_seconds
-        due = fetch.due[arrived]
+        due = fetch.due[fetch.arrived]
         slack = slack_seconds(fetch.prefill_seconds * fetch.planned)
         if due is None:  # the first load of a tier
-            due = fetch.prefill_seconds * max(arrived + 1, _FAIR_TRY * fetch.planned)
+            due = fetch.prefill_seconds * max(fetch.arrived + 1, _FAIR_TRY * fetch.planned)
         return min(self._patience_seconds, due + slack)
 
-    def _settle(self, now: float, fetch: _Fetch, in_l1: int) -> None:
+    def _settle(self, now: float, fetch: _Fetch) -> None:
         """Everything that was planned has come, or will not come."""
-        arrived = min(max(0, in_l1 - fetch.first), fetch.planned)
-        self.counters["arrived"] += arrived
-        self.counters["failed"] += fetch.planned - arrived
+        self.counters["arrived"] += fetch.arrived
+        self.counters["failed"] += fetch.planned - fetch.arrived
         self._end(now, fetch, "")
 
     def _end(self, now: float, fetch: _Fetch, reason: str) -> None:
+        """`reason`: why nobody waits any more; "" where nothing is left to wait for."""
         fetch.ended = now
         self.counters["fetches"] += 1
+        self.records.append(fetch.record(now, reason or ("arrived" if fetch.arrived == fetch.planned else "failed")))
         if not reason:  # what came may be evicted again, and is then worth another
             self._drop(fetch)
             return

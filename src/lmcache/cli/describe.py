@@ -12,25 +12,27 @@ from lmcache.errors import ServerUnavailable
 
 _TEXT = """
 Show a running server. `server`: its settings. `status`: everything, with arena, index, sessions, engines and counters.
-`tiers`: what is behind L1, and how it does.
+`tiers`: what is behind L1, and how it does. `fetches`: the lookups that tiers were asked about, the latest first: what
+loading was to take and what computing, which was chosen, how long was waited, and what came.
 
 examples:
   lmcache describe server
   lmcache describe status --json | jq .counters
+  lmcache describe fetches | grep REQUEST-ID
 """
 
 
 def add_verb(verbs: Verbs) -> None:
     """Add `describe` to the command line."""
     parser = add(verbs, "describe", run, "show a running server's settings or state", _TEXT)
-    parser.add_argument("what", choices=("server", "status", "tiers"), help="The settings, everything, or the tiers.")
+    parser.add_argument("what", choices=("server", "status", "tiers", "fetches"), help="What to show.")
     parser.add_argument("--json", action="store_true", help="JSON instead of a table.")
     add_url(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print it."""
-    status, answer = ask(arguments.url, "/status")
+    status, answer = ask(arguments.url, "/fetches" if arguments.what == "fetches" else "/status")
     if status != 200:
         raise ServerUnavailable(f"{arguments.url}: {answer.get('reason', f'HTTP {status}')}")
     part = {"server": "config", "tiers": "tiers"}.get(arguments.what)

@@ -104,13 +104,14 @@ class SchedulerSession:
         prefill_rate: float = 0.0,
         wait_seconds: float | None = None,
         tail: bytes = b"",
+        request_id: str = "",
     ) -> Hit | None:
         """As `poll`, and wait for what comes from tiers: for as long as the server finds worth it, and at most so long (None:
         the deadline of a call)."""
         end = time.monotonic() + (self._link.endpoint.deadline_seconds if wait_seconds is None else wait_seconds)
         pause = _SHORTEST_PAUSE_SECONDS
         while True:
-            found = self.poll(chain, skip_tokens, prefill_rate, tail)
+            found = self.poll(chain, skip_tokens, prefill_rate, tail, request_id)
             if not isinstance(found, Loading):
                 return found
             if time.monotonic() > end:
@@ -119,13 +120,18 @@ class SchedulerSession:
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
 
     def poll(
-        self, chain: TokenChain, skip_tokens: int = 0, prefill_rate: float = 0.0, tail: bytes = b""
+        self,
+        chain: TokenChain,
+        skip_tokens: int = 0,
+        prefill_rate: float = 0.0,
+        tail: bytes = b"",
+        request_id: str = "",
     ) -> Hit | Loading | None:
         """Which leading chunks of the chain are in L1, and a lease on those past the first `skip_tokens` tokens.
 
         None when nothing is there beyond them, or no answer came within the deadline. `Loading` while a tier brings more that
         is worth waiting for, by the engine's `prefill_rate` (tokens a second, 0: not known). tail: hash of an unfull chunk
-        behind the chain, which may be the last one of the hit.
+        behind the chain, which may be the last one of the hit. request_id: under which the server records what tiers did.
         """
         hashes = chain.hashes + tail
         if not hashes or chain.chunk_tokens != self._chunk_tokens:
@@ -135,7 +141,7 @@ class SchedulerSession:
             return None
         arena = self._arena
         try:
-            found, _ = self._link.call(m.Lookup(self._space, hashes, first, prefill_rate), m.Found)
+            found, _ = self._link.call(m.Lookup(self._space, hashes, first, prefill_rate, request_id), m.Found)
         except LMCacheError as error:
             self.misses += 1
             logger.debug("A lookup became a miss: %s", error)

@@ -16,6 +16,10 @@ class Control(Protocol):
         """Configuration (secrets redacted), arena, index, sessions, engines, counters. JSON types only."""
         ...
 
+    def fetches(self) -> list[dict[str, object]]:
+        """Lookups that ended last of those that were looked for in the tiers, the latest first. JSON types only."""
+        ...
+
     def degraded(self) -> list[str]:
         """Tiers that do not serve now, and why; the server is healthy without them."""
         ...

@@ -135,6 +135,7 @@ class HttpFace:
             Route("/", self._edge(self._page)),
             Route("/healthcheck", self._edge(self._healthcheck)),
             Route("/status", self._edge(self._status)),
+            Route("/fetches", self._edge(self._fetches)),
             Route("/metrics", self._edge(self._metrics)),
             Route("/clear-cache", self._edge(self._clear), methods=["POST"]),
         ]
@@ -167,6 +168,9 @@ class HttpFace:
 
     async def _status(self, request: Request) -> Response:
         return _json(await _ask(self._control.status))
+
+    async def _fetches(self, request: Request) -> Response:
+        return _json({"fetches": await _ask(self._control.fetches)})
 
     async def _metrics(self, request: Request) -> Response:
         counters = await _ask(self._control.counters)
@@ -259,7 +263,7 @@ def _json(content: dict[str, Any], status_code: int = 200) -> Response:
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     reason = {404: "no such path", 405: f"not with {request.method}"}.get(error.status_code, error.detail)
-    known = "GET /healthcheck, /status, /metrics; POST /clear-cache"
+    known = "GET /healthcheck, /status, /fetches, /metrics; POST /clear-cache"
     response = _json({"status": "error", "reason": f"{reason}: there is {known}"}, error.status_code)
     response.headers.update(error.headers or {})
     return response

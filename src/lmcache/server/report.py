@@ -6,6 +6,7 @@ import os
 import time
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
+from itertools import islice
 
 from lmcache import __version__
 from lmcache.config.server import ServerConfig
@@ -13,6 +14,8 @@ from lmcache.errors import ConfigError
 from lmcache.server.loop import Loop
 from lmcache.server.service import Service
 
+TOLD_FETCHES = 16
+"""In /status; /fetches tells all that are kept."""
 _CLEAR_TIERS_SECONDS = 25.0
 """Below what the HTTP face waits."""
 
@@ -67,6 +70,14 @@ class Report:
         tiering = self._service.tiering
         return [] if tiering is None else self._loop.ask(tiering.degraded)
 
+    def fetches(self) -> list[dict[str, object]]:
+        """Records of the fetches that ended last, the latest first (`cache.fetch.FetchRecord`)."""
+        tiering = self._service.tiering
+        if tiering is None:
+            return []
+        records = self._loop.ask(lambda: list(tiering.fetches.records))  # told here: a thousand would hold up the loop
+        return [tiering.told(one) for one in reversed(records)]
+
     def status(self) -> dict[str, object]:
         return self._loop.ask(self._status)
 
@@ -119,8 +130,15 @@ class Report:
                 for peer in service.peers
             ],
             "tiers": service.tiering.status() if service.tiering is not None else [],
+            "fetches": self._last_fetches(),
             "counters": self._counters(),
         }
+
+    def _last_fetches(self) -> list[dict[str, object]]:
+        tiering = self._service.tiering
+        if tiering is None:
+            return []
+        return [tiering.told(one) for one in islice(reversed(tiering.fetches.records), TOLD_FETCHES)]
 
     def _counters(self) -> dict[str, float]:
         service, heart, arena = self._service, self._service.heart, self._service.arena

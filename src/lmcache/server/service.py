@@ -217,9 +217,10 @@ class Service:
         if len(hashes) % 16:
             raise Refusal(f"{len(hashes)} bytes are not whole 16-byte hashes")
         if self.tiering is not None:
-            loading = self.tiering.wait_for(peer.process, request.space, hashes, request.prefill_rate)
-            if loading:
-                return m.Found(self.heart.peek(peer.process, request.space, hashes), 0, b"", loading)
+            name = _printable(request.request, 200)
+            in_l1, coming = self.tiering.wait_for(peer.process, request.space, hashes, request.prefill_rate, name)
+            if coming:
+                return m.Found(in_l1, 0, b"", coming)
         return m.Found(
             *self.heart.lookup(time.monotonic(), peer.process, request.space, hashes, max(0, request.first_wanted))
         )

@@ -7,6 +7,7 @@ as the process SERVER, lanes move the bytes, and what came of it goes back. Ever
 from __future__ import annotations
 
 import logging
+import math
 import time
 from array import array
 from collections.abc import Callable, Sequence
@@ -14,7 +15,7 @@ from concurrent.futures import Future, wait
 from dataclasses import dataclass
 
 from lmcache.cache import SERVER, Heart, Whole
-from lmcache.cache.fetch import Ask, Fetches, Load, TierTraits
+from lmcache.cache.fetch import Ask, Decided, Fetches, FetchRecord, Load, TierTraits
 from lmcache.cache.room import Space
 from lmcache.cache.writeback import Batch
 from lmcache.chunks import HASH_BYTES
@@ -99,8 +100,12 @@ class Tiering:
 
     # Reading
 
-    def wait_for(self, process: int, space_number: int, hashes: bytes, prefill_tokens_per_second: float) -> int:
-        """How many chunks beyond those in L1 are on their way and worth waiting for.
+    def wait_for(
+        self, process: int, space_number: int, hashes: bytes, prefill_tokens_per_second: float, request: str = ""
+    ) -> tuple[int, int]:
+        """How many of these chunks are in L1 from the first on, and how many more are on their way and worth waiting for.
+
+        request: how the engine calls it, for the fetch's record.
 
         Raises:
             Refusal: unknown space or process.
@@ -109,28 +114,15 @@ class Tiering:
         in_l1 = heart.peek(process, space_number, hashes)
         space = heart.space(space_number)
         if space is None or not all(space.slot_bytes):
-            return 0
+            return in_l1, 0
         seconds = self._chunk_tokens / prefill_tokens_per_second if prefill_tokens_per_second > 0 else 0.0
         full = in_l1 * HASH_BYTES >= len(hashes)
         known = [] if full else [self._knower(lane, space) for lane in self.lanes]
         now = time.monotonic()
         chunk_bytes = sum(space.slot_bytes)
-        decided = self.fetches.decided
-        count = self.fetches.poll(now, space_number, hashes, in_l1, chunk_bytes, seconds, known)
-        if self.fetches.decided != decided and logger.isEnabledFor(logging.DEBUG):
-            self._tell_decision(hashes)
+        coming = self.fetches.poll(now, space_number, hashes, in_l1, chunk_bytes, seconds, known, request)
         self._carry_out()
-        return count
-
-    def _tell_decision(self, hashes: bytes) -> None:
-        last = self.fetches.last
-        logger.debug(
-            "Prompt %s: loading is expected to take %.3f s, computing %.3f s: %s",
-            hashes[-4:].hex(),
-            last["expected_seconds"],
-            last["recompute_seconds"],
-            "loading" if last["loaded"] else "not worth it",
-        )
+        return in_l1, coming
 
     @staticmethod
     def _knower(lane: Lane, space: Space) -> Callable[[bytes], Sequence[bool] | None]:
@@ -146,8 +138,10 @@ class Tiering:
             for effect in effects:
                 if isinstance(effect, Ask):
                     self._ask(effect)
-                else:
+                elif isinstance(effect, Load):
                     self._load(effect)
+                else:
+                    _tell(effect)
 
     def _ask(self, ask: Ask) -> None:
         lane, space = self.lanes[ask.tier], self._heart.space(ask.space)
@@ -158,10 +152,7 @@ class Tiering:
 
         def done(present: list[bool] | None, seconds: float) -> None:
             whole = None if present is None else _whole(present, shards)
-            decided = self.fetches.decided
             self.fetches.answered(time.monotonic(), ask.fetch, ask.tier, whole, seconds)
-            if self.fetches.decided != decided and logger.isEnabledFor(logging.DEBUG):
-                self._tell_decision(ask.hashes)
             self._carry_out()
 
         lane.read(lambda: lane.tier.contains(keys), done)
@@ -381,6 +372,27 @@ class Tiering:
             )
         return found
 
+    def told(self, record: FetchRecord) -> dict[str, object]:
+        """A fetch's record with the tiers' names; JSON types only."""
+        expected = record.expected_seconds
+        names = [lane.name for lane in self.lanes]
+        return {
+            "request": " ".join(record.requests),
+            "prompt": record.prompt[-4:].hex(),
+            "space": record.space,
+            "ended_seconds_ago": round(time.monotonic() - record.ended, 1),
+            "asked_chunks": record.asked_chunks,
+            "l1_chunks": record.l1_chunks,
+            "expected_seconds": None if expected is None or math.isinf(expected) else round(expected, 6),
+            "recompute_seconds": None if record.recompute_seconds is None else round(record.recompute_seconds, 6),
+            "decision": record.decision,
+            "waited_seconds": round(record.waited_seconds, 6),
+            "outcome": record.outcome,
+            "arrived_chunks": record.arrived_chunks,
+            "from": {names[tier]: chunks for tier, chunks in record.planned.items()},
+            "left_out": {names[tier]: why for tier, why in record.left_out.items()},
+        }
+
     def counters(self) -> dict[str, float]:
         """For /metrics, labelled by tier."""
         out: dict[str, float] = {"fetches_open": self.fetches.open}
@@ -390,7 +402,11 @@ class Tiering:
                 out[f'fetches_by_end_total{{reason="{reason}"}}'] = value
             elif not reason:
                 out[f"{'fetches' if kind == 'fetches' else f'fetched_chunks_{kind}'}_total"] = value
-        out |= {f"last_fetch_{name}": seconds for name, seconds in self.fetches.last.items()}
+        last = self.fetches.last
+        if last is not None:
+            out["last_fetch_expected_seconds"] = last.expected_seconds or 0.0
+            out["last_fetch_recompute_seconds"] = last.recompute_seconds or 0.0
+            out["last_fetch_loaded"] = last.loads
         for lane, pace in zip(self.lanes, self.fetches.paces, strict=True):
             label, usage = f'{{tier="{lane.name}"}}', lane.tier.usage()
             out |= {
@@ -421,6 +437,18 @@ class Tiering:
             lane.tick(now)
         self._carry_out()
         self._pump()
+
+
+def _tell(decided: Decided) -> None:
+    if logger.isEnabledFor(logging.DEBUG):
+        logger.debug(
+            "Prompt %s (%s): loading is expected to take %.3f s, computing %.3f s: %s",
+            decided.prompt[-4:].hex(),
+            " ".join(decided.requests) or "no request id told",
+            decided.expected_seconds or 0.0,
+            decided.recompute_seconds or 0.0,
+            "loading" if decided.loads else "not worth it",
+        )
 
 
 def _keys(space: Space, hashes: bytes) -> list[ShardKey]:

@@ -77,6 +77,8 @@ class Lookup(Message, frozen=True, tag=4):
     """Chunks before this one are touched but not leased: the engine has them already."""
     prefill_rate: float = 0.0
     """Tokens a second that the engine was seen to compute, 0 where it does not know: is a load from a tier worth its wait?"""
+    request: str = ""
+    """The engine's own id of the request, for the record of what tiers did for it."""
 
 
 class Release(Message, frozen=True, tag=5):

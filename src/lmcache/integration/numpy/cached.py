@@ -99,7 +99,7 @@ class CacheLink:
         """
         chain = prompt.chain
         chain.extend(token_ids)
-        hit = self._scheduler.lookup(chain, have)
+        hit = self._scheduler.lookup(chain, have, request_id=prompt.request_id)
         if hit is None:
             return Loaded(have)
         end = min(hit.chunks * chain.chunk_tokens, len(token_ids) - 1)

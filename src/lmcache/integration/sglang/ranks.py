@@ -142,9 +142,9 @@ class SGLangRank:
         """The chunk hashes of one prompt; None while no server was ever reached."""
         return self._scheduler.new_chain(cache_salt=salt)
 
-    def poll(self, chain: TokenChain, have_tokens: int) -> Hit | Loading | None:
+    def poll(self, chain: TokenChain, have_tokens: int, request_id: str) -> Hit | Loading | None:
         """The leading chunks that are there, with a lease on those past the first `have_tokens` tokens. One deadline at most."""
-        return self._scheduler.poll(chain, have_tokens)
+        return self._scheduler.poll(chain, have_tokens, request_id=request_id)
 
     def lookup(self, chain: TokenChain, have_tokens: int, wait_seconds: float | None = None) -> Hit | None:
         """As `poll`, and wait for what comes from tiers, for `wait_seconds` at most (None: a deadline)."""

@@ -369,7 +369,7 @@ class UnifiedLMCacheMPConnector:
         if tracker is None or self._rank is None:
             return
         tracker.chain.extend(lookup.tokens)
-        found = self._rank.poll(tracker.chain, lookup.local_tokens)
+        found = self._rank.poll(tracker.chain, lookup.local_tokens, lookup.request_id)
         if isinstance(found, Loading):
             waited = lookup.asked_at - lookup.began
             lookup.mine = COMING if waited < self.operation_timeout else 0

@@ -77,7 +77,7 @@ class SchedulerHalf:
         chain.extend(tokens)
         if not self.watch.all_have(self._session.epoch):
             return 0
-        hit = self._session.lookup(chain, computed_tokens)
+        hit = self._session.lookup(chain, computed_tokens, request_id=str(request.request_id))
         if hit is None:
             return 0
         tracker.stored = hit.chunks

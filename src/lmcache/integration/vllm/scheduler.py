@@ -300,7 +300,8 @@ class SchedulerHalf:
         chain.extend(tracker.request.all_token_ids)
         tail = chain.tail(tracker.request.all_token_ids) if self._save_tail else b""
         if len(chain) or tail:
-            found = session.poll(chain, tracker.local_tokens, self._prefill.tokens_per_second, tail)
+            rate, request_id = self._prefill.tokens_per_second, tracker.request.request_id
+            found = session.poll(chain, tracker.local_tokens, rate, tail, request_id)
             if isinstance(found, Loading):
                 return found
             tracker.hit = found

@@ -121,7 +121,7 @@ class LMCacheMPSchedulerAdapter:
         hit = None
         if chain is not None and math.lcm(chain.chunk_tokens, self._block_tokens) == self._unit_tokens:
             chain.extend(token_ids)
-            found = self._session.poll(chain)
+            found = self._session.poll(chain, request_id=request_id)
             if isinstance(found, Loading):
                 self._waiting.add(request_id)
                 return
@@ -275,7 +275,7 @@ class LMCacheMPWorkerAdapter:
             return False
         chain.extend(op.token_ids[: op.end])
         start = op.start + op.skip_first_n_tokens
-        hit = lookups.lookup(chain, start)
+        hit = lookups.lookup(chain, start, request_id=request_id)
         size = chain.chunk_tokens
         if hit is None or hit.chunks * size < op.end:
             if hit is not None:
