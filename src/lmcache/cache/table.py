@@ -20,9 +20,10 @@ from __future__ import annotations
 import bisect
 import os
 import struct
-from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from typing import Protocol
+
+from lmcache.memory.order import OrderOfUse
 
 EMPTY, FILLING, DONE = 0, 1, 2
 COMPLETED, RELEASED = 1, 2  # what `end_fill` can return beside 0
@@ -181,7 +182,7 @@ class PyTable:
         self._shards = shards
         self._records: dict[int, _Record] = {}
         self._by_key: dict[bytes, int] = {}
-        self._lru: OrderedDict[int, None] = OrderedDict()  # attached ids, oldest first
+        self._order = OrderOfUse()  # of attached records; a record's row is its id + 1
         self._free: list[int] = []  # ids to reuse, the last one first
         self._next_id = 0
 
@@ -228,7 +229,7 @@ class PyTable:
             record, self._next_id = self._next_id, self._next_id + 1
         self._records[record] = _Record(key, parent, self._shards)
         self._by_key[key] = record
-        self._lru[record] = None
+        self._order.insert(record + 1)
         if parent != -1:
             self._records[parent].children[record] = None
         return record
@@ -244,7 +245,8 @@ class PyTable:
             found = self._records[member]
             found.attached, found.parent = False, -1
             found.children.clear()
-            del self._by_key[found.key], self._lru[member]
+            del self._by_key[found.key]
+            self._order.remove(member + 1)
         return pack(reversed(family))
 
     def free(self, record: int, /) -> None:
@@ -264,21 +266,21 @@ class PyTable:
         for record in records:
             self._record(record)
         for record in reversed(records):
-            if record in self._lru:
-                self._lru.move_to_end(record)
+            if self._records[record].attached:
+                self._order.touch(record + 1)
 
     def touch_path(self, record: int, /) -> None:
         if not self._record(record).attached:
             return
         while record != -1:
-            self._lru.move_to_end(record)
+            self._order.touch(record + 1)
             record = self._records[record].parent
 
     def victim(self) -> int:
-        return next((record for record in self._lru if self._records[record].evictable), -1)
+        return next((row - 1 for row in self._order if self._records[row - 1].evictable), -1)
 
     def oldest(self) -> int:
-        return next(iter(self._lru), -1)
+        return self._order.oldest() - 1
 
     # Readers and writers
 
@@ -345,7 +347,7 @@ class PyTable:
     def in_pages(self, first_page: int, end_page: int, /) -> bytes:
         found = (
             record
-            for record in self._lru
+            for record in self._by_key.values()
             if any(first_page <= page < end_page for page in self._records[record].pages.values())
         )
         return pack(sorted(found))
@@ -355,18 +357,18 @@ class PyTable:
         if len(edges) % 2 or list(edges) != sorted(edges):
             raise ValueError(f"{len(edges)} bounds of ranges; give pairs, ascending")
         held: set[int] = set()
-        for record in self._lru:
+        for record in self._by_key.values():
             if not self._records[record].idle:
                 while record != -1 and record not in held:
                     held.add(record)
                     record = self._records[record].parent
         found = [0] * len(edges)
-        for age, record in enumerate(self._lru, 1):
-            for page in self._records[record].pages.values():
+        for age, row in enumerate(self._order, 1):
+            for page in self._records[row - 1].pages.values():
                 edge = bisect.bisect_right(edges, page) - 1
                 if edge % 2 == 0:
                     found[edge] += 1
-                    found[edge + 1] = NO_PAGE if record in held else max(age, found[edge + 1])
+                    found[edge + 1] = NO_PAGE if row - 1 in held else max(age, found[edge + 1])
         return pack(found)
 
     def key(self, record: int, /) -> bytes:
@@ -391,14 +393,14 @@ class PyTable:
         return self._record(record).attached
 
     def __len__(self) -> int:
-        return len(self._lru)
+        return len(self._by_key)
 
     def detached(self) -> int:
-        return len(self._records) - len(self._lru)
+        return len(self._records) - len(self._by_key)
 
     def memory_bytes(self) -> int:
-        """An estimate: about 900 bytes a record with one shard in CPython 3.11, and 100 for each further shard."""
-        return len(self._records) * (800 + 100 * self._shards) + 4 * len(self._free)
+        """An estimate: about 800 bytes a record with one shard in CPython 3.11, and 100 for each further shard."""
+        return len(self._records) * (700 + 100 * self._shards) + 4 * len(self._free)
 
 
 def _check_key(key: bytes) -> None:

@@ -303,11 +303,11 @@ class DiskTier(Tier):
     def _evict(self, wanted_bytes: int) -> bool:
         """Drop what was used longest ago until so much can be given back; False when there is nothing to drop."""
         rows: list[int] = []
-        freed, row = 0, self._index.oldest()
+        freed, row = 0, self._index.order.oldest()
         while row and freed < wanted_bytes and len(rows) < _ENTRY_RECORDS:
             rows.append(row)
             freed += frame_bytes(self._index.payload(row))
-            row = self._index.newer(row)
+            row = self._index.order.newer(row)
         self._drop(rows)
         return bool(rows)
 
@@ -324,7 +324,7 @@ class DiskTier(Tier):
         """Used now. That a restart forgets about it when the journal cannot be written is no reason to fail."""
         for some in _parts(list(rows)):
             for row in some:
-                self._index.touch(row)
+                self._index.order.touch(row)
             try:
                 self._journal.append((USE, places([self._index.place(row) for row in some])))
             except OSError as error:

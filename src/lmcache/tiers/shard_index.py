@@ -1,7 +1,7 @@
 """Which shards a disk tier has, where, and in which order they were used: 56 bytes a shard in flat arrays and one dict.
 
-A shard is a *row*; row 0 is the end of the ring that holds the order of use. The dict maps a 60-bit hash of the key, which
-costs half of what the key itself would, to the row; the row holds the whole key, so a collision is seen.
+A shard is a *row* from 1 on. The dict maps a 60-bit hash of the key, which costs half of what the key itself would, to the
+row; the row holds the whole key, so a collision is seen.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import xxhash
+
+from lmcache.memory.order import OrderOfUse
 
 KEY_BYTES = 36
 UNIT_BYTES = 64
@@ -38,13 +40,12 @@ class ShardIndex:
         if records is None:
             records = np.empty(0, RECORD)
         count = len(records)
-        around = np.arange(count + 1, dtype=np.uint32)
         self._rows: dict[int, int] = dict(zip(records["tag"].tolist(), range(1, count + 1), strict=True))
         self._keys = bytearray(KEY_BYTES) + records["key"].tobytes()
         self._payload = array("I", bytes(4)) + _array("I", records["payload"].astype(np.uint32))
         self._place = array("Q", bytes(8)) + _array("Q", records["place"])
-        self._older = _array("I", np.roll(around, 1))
-        self._newer = _array("I", np.roll(around, -1))
+        self.order = OrderOfUse(count)
+        """Of the rows that are there."""
         self._free = array("I")
 
     def __len__(self) -> int:
@@ -78,38 +79,21 @@ class ShardIndex:
         else:
             row = len(self._place)
             self._keys += key
-            for column, value in ((self._payload, payload), (self._place, place), (self._older, 0), (self._newer, 0)):
-                column.append(value)
-        self._link(row)
+            self._payload.append(payload)
+            self._place.append(place)
+        self.order.insert(row)
         self._rows[tag_of(key)] = row
         return row
 
     def remove(self, row: int) -> None:
         del self._rows[tag_of(self.key(row))]
-        self._unlink(row)
+        self.order.remove(row)
         self._place[row] = 0
         self._free.append(row)
 
-    def touch(self, row: int) -> None:
-        """Used now."""
-        self._unlink(row)
-        self._link(row)
-
-    def oldest(self) -> int:
-        """The row used longest ago, 0 when there is none."""
-        return self._newer[0]
-
-    def newer(self, row: int) -> int:
-        """The row used right after this one, 0 behind the last."""
-        return self._newer[row]
-
     def records(self) -> Records:
         """All of them, oldest first."""
-        order, row, newer = array("I"), self._newer[0], self._newer
-        while row:
-            order.append(row)
-            row = newer[row]
-        rows = np.frombuffer(order, np.uint32) if order else np.empty(0, np.uint32)
+        rows = np.fromiter(self.order, np.uint32, len(self))
         keys = np.frombuffer(self._keys, f"V{KEY_BYTES}")[rows]
         made = np.zeros(len(rows), RECORD)
         made["key"] = keys
@@ -121,17 +105,8 @@ class ShardIndex:
 
     def memory_bytes(self) -> int:
         """All of it, Python's objects included: 32 bytes each for a tag and a row's number."""
-        flat = (self._keys, self._payload, self._place, self._older, self._newer, self._free, self._rows)
-        return sum(sys.getsizeof(one) for one in flat) + 64 * len(self._rows)
-
-    def _link(self, row: int) -> None:
-        newest = self._older[0]
-        self._older[row], self._newer[row] = newest, 0
-        self._newer[newest] = self._older[0] = row
-
-    def _unlink(self, row: int) -> None:
-        older, newer = self._older[row], self._newer[row]
-        self._newer[older], self._older[newer] = newer, older
+        flat = (self._keys, self._payload, self._place, self._free, self._rows)
+        return sum(sys.getsizeof(one) for one in flat) + self.order.memory_bytes() + 64 * len(self._rows)
 
 
 def _array(code: str, values: npt.NDArray[Any]) -> array[int]:
