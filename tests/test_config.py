@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from lmcache.config.load import add_flags, load
+from lmcache.config.options import integer, number, word
 from lmcache.config.server import GIB, OPTIONS, ServerConfig
 from lmcache.errors import ConfigError
 from lmcache.server import preflight
@@ -435,3 +436,10 @@ def test_folders(config: ServerConfig, tmp_path: Path, monkeypatch: pytest.Monke
     assert "belongs to uid" in refused(dataclasses.replace(config, socket_dir=loose))
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     assert "is not writable" in refused(dataclasses.replace(config, arena_dir=loose))
+
+
+def test_parsers_refuse_what_is_out_of_bounds() -> None:
+    assert number(0, 2)("1.5") == 1.5 and integer(1, 5)("5") == 5 and word("a", "b")("B") == "b"
+    for parse, text in ((number(0, 2), "nan"), (number(0, 2), "3"), (integer(1, 5), "1.0"), (integer(1, 5), "6")):
+        with pytest.raises(ValueError, match="must be"):
+            parse(text)

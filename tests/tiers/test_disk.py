@@ -128,7 +128,7 @@ def test_an_index_of_another_kind_or_version_is_left_alone(disk: Callable[..., D
     [
         ("disk://var/lib", "three slashes"),
         ("disk:///", "three slashes"),
-        ("disk:///x?io=fast", "must be one of auto, direct, buffered"),
+        ("disk:///x?io=fast", "io: unknown; known: auto, direct, buffered"),
         ("disk:///x?maxgb=3", "did you mean max_gb"),
     ],
 )

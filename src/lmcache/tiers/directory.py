@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
+from lmcache.config.options import integer
 from lmcache.errors import ConfigError
 from lmcache.observability.log import init_logger
 from lmcache.tiers import frame
@@ -25,7 +26,7 @@ from lmcache.tiers.frame_io import UNREADABLE
 from lmcache.tiers.janitor import Count, Janitor
 from lmcache.tiers.medium import BLOCK_BYTES, FULL, Medium, blocks, tier_error
 from lmcache.tiers.tier import ABSENT, KEPT, OK, Shard, ShardKey, Tier, TierError, Usage
-from lmcache.tiers.url import TierURL, whole
+from lmcache.tiers.url import TierURL
 
 TOUCH_SECONDS = 60.0
 """A file's time of use is brought up to date at most so often."""
@@ -86,7 +87,7 @@ class DirectoryTier(Tier):
             Path(os.path.normpath(url.path)),
             url.take_max_bytes(),
             url.take_frame_key(),
-            url.take("connections", whole(1, 256), 8),
+            url.take("connections", integer(1, 256), 8),
         )
 
     # ---- the protocol

@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lmcache.config.options import word
 from lmcache.errors import ConfigError
 from lmcache.observability.log import init_logger
 from lmcache.tiers import frame
@@ -30,7 +31,7 @@ from lmcache.tiers.medium import BLOCK_BYTES, FULL, Medium, blocks, tier_error
 from lmcache.tiers.segments import Segment, Segments, cost_of, frame_bytes, is_large, offset_of
 from lmcache.tiers.shard_index import MAX_PAYLOAD_BYTES, RECORD, ShardIndex, tag_of
 from lmcache.tiers.tier import ABSENT, KEPT, OK, Shard, ShardKey, Tier, TierError, Usage
-from lmcache.tiers.url import GIB, TierURL, one_of
+from lmcache.tiers.url import GIB, TierURL
 
 NO_ROOM, TOO_LARGE = "full", "too large"
 """Outcomes of a store: no room could be made; it would not fit into an empty tier."""
@@ -88,7 +89,7 @@ class DiskTier(Tier):
         return cls(
             Path(os.path.normpath(url.path)),
             url.take_max_bytes(),
-            url.take("io", one_of("auto", "direct", "buffered"), "auto"),
+            url.take("io", word("auto", "direct", "buffered"), "auto"),
             url.take_frame_key(),
         )
 

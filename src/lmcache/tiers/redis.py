@@ -12,12 +12,13 @@ import ssl
 import time
 from collections.abc import Callable, Sequence
 
+from lmcache.config.options import integer, number, word
 from lmcache.errors import ConfigError
 from lmcache.tiers import frame
 from lmcache.tiers.redis_script import ADMITTED, SCRIPT
 from lmcache.tiers.resp import Connection, Login, Moved, Node, Nodes, Reply, ReplyError
 from lmcache.tiers.tier import ABSENT, OK, Shard, ShardKey, Tier, TierError, Usage
-from lmcache.tiers.url import TierURL, number, one_of, whole
+from lmcache.tiers.url import TierURL
 
 PART_BYTES = (4 << 20) - 64
 """Values of 8 MiB and more run at a third of the speed; a little less than 4 MiB leaves the server room for its own header."""
@@ -68,7 +69,7 @@ class RedisTier(Tier):
 
     @classmethod
     def from_url(cls, url: TierURL) -> Tier:
-        is_cluster = url.take("cluster", one_of("yes", "no"), "no") == "yes"
+        is_cluster = url.take("cluster", word("yes", "no"), "no") == "yes"
         database = url.path.strip("/") or "0"
         if not url.host or not database.isdecimal() or (is_cluster and int(database)):
             raise ConfigError(
@@ -79,7 +80,7 @@ class RedisTier(Tier):
         if ca_file and not tls:
             raise ConfigError(f"{url.redacted}: ca_file is for rediss://")
         login = Login(url.username, url.take_password(), int(database), tls)
-        limit = url.take("connections", whole(1, 64), 8)
+        limit = url.take("connections", integer(1, 64), 8)
         kind = _TLSTier if tls else cls
         return kind(
             Nodes(url.host, url.port or 6379, login, limit, is_cluster),
@@ -426,7 +427,7 @@ def _unlink_all(connection: Connection, pattern: str) -> None:
 
 def _prefix(text: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9_.:-]{1,64}", text):
-        raise ValueError(f"{text!r} must be 1 to 64 letters, digits and _ . : -")
+        raise ValueError("must be 1 to 64 letters, digits and _ . : -")
     return text
 
 

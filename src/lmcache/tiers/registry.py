@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from importlib.metadata import entry_points
 from urllib.parse import quote, urlencode
 
+from lmcache.config.options import word
 from lmcache.errors import ConfigError
 from lmcache.tiers.tier import Tier
-from lmcache.tiers.url import TierURL, one_of, parse_url
+from lmcache.tiers.url import TierURL, parse_url
 
 ENTRY_POINTS = "lmcache.tiers"
 """Group of the entry points behind which third parties put a `Tier` class; the entry's name is the URL's scheme."""
@@ -50,8 +51,8 @@ def make_tier(text: str) -> TierSpec:
         ConfigError: an unknown scheme or option, a bad value, or the library that it needs is not installed.
     """
     url = parse_url(text)
-    write = url.take("write", one_of(*WRITE_MODES), "through")
-    read = url.take("read", one_of("yes", "no"), "yes") == "yes"
+    write = url.take("write", word(*WRITE_MODES), "through")
+    read = url.take("read", word("yes", "no"), "yes") == "yes"
     name = url.take("name", str, url.scheme)
     tier = _class_of(url).from_url(url)
     url.finish()

@@ -15,13 +15,14 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
+from lmcache.config.options import integer, number
 from lmcache.errors import ConfigError
 from lmcache.observability.log import init_logger
 from lmcache.tiers import frame
 from lmcache.tiers.s3_books import Books, now_ms, pack_uses, unpack_uses
 from lmcache.tiers.s3_client import Client, Place
 from lmcache.tiers.tier import ABSENT, KEPT, OK, Shard, ShardKey, Tier, TierError, Usage
-from lmcache.tiers.url import TierURL, number, whole
+from lmcache.tiers.url import TierURL
 
 RANGE_BYTES = 8 << 20
 """A large shard is read in such ranges side by side: one connection to S3 gives some 100 MB/s."""
@@ -85,7 +86,7 @@ class S3Tier(Tier):
             Client(place, timeout_seconds),
             max_bytes=url.take_max_bytes(),
             timeout_seconds=timeout_seconds,
-            connections=url.take("connections", whole(1, 256), 16),
+            connections=url.take("connections", integer(1, 256), 16),
             sweep_seconds=url.take("sweep", number(0.1, 1e6), 600.0),
             secret=url.take_frame_key(),
         )
@@ -348,5 +349,5 @@ def _key_of(path: str) -> ShardKey | None:
 
 def _endpoint(text: str) -> str:
     if not re.fullmatch(r"https?://[^/?#@\s]+/?", text):
-        raise ValueError(f"{text!r} must be http://host:port or https://host")
+        raise ValueError("must be http://host:port or https://host")
     return text.rstrip("/")

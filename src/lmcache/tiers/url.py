@@ -7,7 +7,6 @@ references or `?password_file=`; `redacted` is what people, logs and /status see
 from __future__ import annotations
 
 import difflib
-import math
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import TypeVar
 from urllib.parse import parse_qsl, unquote, urlsplit
 
+from lmcache.config.options import number, redacted_url
 from lmcache.errors import ConfigError
 
 GIB = 1 << 30
@@ -63,7 +63,7 @@ class TierURL:
         who = f"{self.username}:***@" if self.password else f"{self.username}@" if self.username else ""
         host = f"[{self.host}]" if ":" in self.host else self.host
         shown = (
-            f"{key}={value if key in _PUBLIC or key.endswith('_file') else '***'}"
+            f"{key}={redacted_url(value) if key in _PUBLIC or key.endswith('_file') else '***'}"
             for key, value in self.options.items()
         )
         query = "&".join(shown)
@@ -74,7 +74,7 @@ class TierURL:
         """The value of an option, or the default.
 
         Raises:
-            ConfigError: `parse` raised ValueError; its text says what the value must be.
+            ConfigError: `parse` (of `config.options`, or another) raised ValueError; its text says what the value must be.
         """
         self._taken.add(name)
         if name not in self.options:
@@ -82,7 +82,7 @@ class TierURL:
         try:
             return parse(self.options[name])
         except ValueError as error:
-            raise ConfigError(f"{self.redacted}: {name} {error}") from None
+            raise ConfigError(f"{self.redacted}: {name}: {error}") from None
 
     def take_max_bytes(self) -> int | None:
         """`max_gb` in bytes, GiB of 2^30; None where it is not given."""
@@ -171,40 +171,3 @@ def read_secret(path: str, said: str, binary_bytes: int = 0) -> bytes:
     if len(content) != binary_bytes:
         raise ConfigError(f"{said}: {path} must hold {binary_bytes} bytes, or {2 * binary_bytes} hexadecimal digits")
     return content
-
-
-def number(low: float, high: float) -> Callable[[str], float]:
-    """A finite number in [low, high]."""
-
-    def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high:
-            raise ValueError(f"{text!r} must be a number from {low:g} to {high:g}")
-        return value
-
-    return parse
-
-
-def whole(low: int, high: int) -> Callable[[str], int]:
-    """A whole number in [low, high]."""
-
-    def parse(text: str) -> int:
-        if not re.fullmatch(r"-?\d{1,18}", text) or not low <= int(text) <= high:
-            raise ValueError(f"{text!r} must be a whole number from {low} to {high}")
-        return int(text)
-
-    return parse
-
-
-def one_of(*names: str) -> Callable[[str], str]:
-    """One of some lower-case words."""
-
-    def parse(text: str) -> str:
-        if text.lower() not in names:
-            raise ValueError(f"{text!r} must be one of {', '.join(names)}")
-        return text.lower()
-
-    return parse
