@@ -2,63 +2,36 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
-import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from sglang_processes import CHUNK, LONG, PYTHON, Daemons, Engine, World
-from sglang_prompts import mixed
 
 from ports import free_port
+from prompts import mixed
+from real_engines import make_model, mark, swept
 from servers import READY, Server, eventually
 
-ROOT = Path(__file__).resolve().parents[2]
-SHARED_MEMORY = Path("/dev/shm")
-SGLANG_LEAVES = ("sglang_loads_*", "sem.mp-*")
 
-
-@pytest.hookimpl(tryfirst=True)  # xdist looks at the groups in the same hook
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Everything here needs real SGLang; one worker runs it all, since engines starve each other on two cores."""
-    skip = pytest.mark.skip(reason="LMCACHE_TEST_SGLANG_PYTHON is not set (./run test sets it)")
-    for item in items:
-        if Path(__file__).parent in item.path.parents:
-            item.add_marker(pytest.mark.sglang)
-            item.add_marker(pytest.mark.xdist_group("sglang"))
-            item.add_marker(pytest.mark.timeout(600))
-            if not PYTHON:
-                item.add_marker(skip)
+    mark(items, Path(__file__).parent, "sglang", timeout=600)
 
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Where everything lies. An SGLang that is killed leaves its own shared memory behind, which goes with the folder."""
-    before = {path for pattern in SGLANG_LEAVES for path in SHARED_MEMORY.glob(pattern)}
-    yield tmp_path_factory.mktemp("sglang")
-    left = {path for pattern in SGLANG_LEAVES for path in SHARED_MEMORY.glob(pattern)} - before
-    for path in left - _mapped():
-        path.unlink(missing_ok=True)
-
-
-def _mapped() -> set[Path]:
-    """Files in shared memory that some process still uses."""
-    used = set()
-    for maps in Path("/proc").glob("[0-9]*/maps"):
-        with contextlib.suppress(OSError):
-            used |= {Path(line.split()[-1]) for line in maps.read_text().splitlines() if str(SHARED_MEMORY) in line}
-    return used
+    with swept("sglang_loads_*", "sem.mp-*"):
+        yield tmp_path_factory.mktemp("sglang")
 
 
 @pytest.fixture(scope="session")
 def model(folder: Path) -> Path:
     """A model whose answer depends on the whole prompt."""
-    path = folder / "model"
-    subprocess.run([PYTHON, "-m", "demo.model", str(path)], check=True, cwd=ROOT, timeout=120)
-    return path
+    return make_model(PYTHON, folder / "model")
 
 
 @pytest.fixture(scope="session")

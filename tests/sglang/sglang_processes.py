@@ -16,9 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sglang_prompts import tokens
-
 from ports import free_port
+from prompts import tokens
 from servers import Process, Server, eventually
 
 PYTHON = os.environ.get("LMCACHE_TEST_SGLANG_PYTHON", "")

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 from sglang_processes import Engine
-from sglang_prompts import assert_same, tokens
 
+from prompts import assert_same, tokens
 from servers import eventually
 
 DOCUMENTED = {"chunk_size": 8, "local_cpu": True, "use_layerwise": True, "max_local_cpu_size": 1}

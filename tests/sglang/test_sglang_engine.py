@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 from sglang_processes import CHUNK, LONG, POOL_TOKENS, Engine, World
-from sglang_prompts import assert_same, mixed, tokens
 
+from prompts import assert_same, mixed, tokens
 from servers import eventually
 
 
@@ -52,7 +52,7 @@ def test_cold_and_then_a_hit(engine: Engine, world: World) -> None:
     assert other["cached"] == 0
 
 
-def test_eight_at_once(engine: Engine, world: World) -> None:
+def test_many_at_once(engine: Engine, world: World) -> None:
     engine.answers(mixed())
     engine.flush()
     hits = engine.answers(mixed())

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 from sglang_processes import Daemons, Engine, Output, World
-from sglang_prompts import assert_same, tokens
 
+from prompts import assert_same, tokens
 from servers import Server, eventually
 
 PAGE_SIZE = 16

@@ -10,12 +10,9 @@ from typing import Any
 
 import pytest
 
-from servers import Process
+from real_engines import Script, mark
 
 PYTHON = os.environ.get("LMCACHE_TEST_VLLM_PYTHON", "")
-ROOT = Path(__file__).resolve().parents[2]
-START_SECONDS = 60.0
-ANSWER_SECONDS = 60.0
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "num_hidden_layers": 2,
@@ -26,38 +23,21 @@ CONFIG: dict[str, Any] = {
 }
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist looks at the groups in the same hook
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    skip = pytest.mark.skip(reason="LMCACHE_TEST_VLLM_PYTHON is not set (./run test sets it)")
-    for item in items:
-        if Path(__file__).parent in item.path.parents:
-            item.add_marker(pytest.mark.vllm)
-            item.add_marker(pytest.mark.xdist_group("vllm"))
-            if not PYTHON:
-                item.add_marker(skip)
+    mark(items, Path(__file__).parent, "vllm")
 
 
-class Engines(Process):
+class Engines(Script):
     """`tensorrt_drive.py` in a process of its own; its calls are its commands."""
 
     def __init__(self, *arguments: str, **environment: str) -> None:
         kept = {name: value for name, value in os.environ.items() if not name.startswith("LMCACHE_")}
-        path = os.pathsep.join([str(ROOT / "src"), kept.pop("PYTHONPATH", "")])
         script = Path(__file__).with_name("tensorrt_drive.py")
-        super().__init__([PYTHON, str(script), *arguments], env={**kept, "PYTHONPATH": path, **environment}, cwd=ROOT)
-        assert self.hear(START_SECONDS) == "ready"
+        super().__init__(PYTHON, script, *arguments, seconds=60.0, **(kept | environment))
 
     def ask(self, do: str, name: str = "engine", **arguments: Any) -> Any:
-        assert self.child.stdin is not None
-        self.child.stdin.write(json.dumps({"do": do, "name": name, **arguments}) + "\n")
-        self.child.stdin.flush()
-        return self.hear(ANSWER_SECONDS)
-
-    def hear(self, seconds: float) -> Any:
-        return json.loads(self.line_with("ANSWER ", seconds).partition("ANSWER ")[2])
-
-    def said(self, words: str) -> bool:
-        return any(words in line for line in self.log)
+        return super().ask(do, name=name, **arguments)
 
 
 @pytest.fixture

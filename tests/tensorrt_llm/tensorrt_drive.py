@@ -1,19 +1,19 @@
-"""Engines of `tensorrt_executor.py` that do what they are told on stdin: one JSON command a line, one line "ANSWER json" each.
+"""Engines of `tensorrt_executor.py` that do what they are told on stdin, as `commands.serve` says.
 
-`python tensorrt_drive.py [old]`, where there is torch. Commands: the functions in COMMANDS.
+`python tensorrt_drive.py [old]`, where there is torch. Commands: the functions `do_*`.
 """
 
 from __future__ import annotations
 
 import gc
 import importlib
-import json
 import random
 import sys
 from types import SimpleNamespace
 from typing import Any
 
 import tensorrt_executor as double
+from commands import serve
 
 PRESETS = {
     "lmcache": ("lmcache.integration.tensorrt_llm.tensorrt_adapter", "LMCache"),
@@ -128,22 +128,6 @@ def _describe(request: double.Request) -> dict[str, Any]:
     }
 
 
-COMMANDS = {name.removeprefix("do_"): call for name, call in globals().items() if name.startswith("do_")}
-
-
-def say(answer: Any) -> None:
-    """In one write, so that no line of a log comes between: `print` makes several where output is not buffered."""
-    sys.stdout.write(f"ANSWER {json.dumps(answer)}\n")
-    sys.stdout.flush()
-
-
-def main() -> None:
-    double.install(old="old" in sys.argv[1:])
-    say("ready")
-    for line in sys.stdin:
-        command = json.loads(line)
-        say(COMMANDS[command.pop("do")](**command))
-
-
 if __name__ == "__main__":
-    main()
+    double.install(old="old" in sys.argv[1:])
+    serve(globals())

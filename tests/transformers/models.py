@@ -1,16 +1,16 @@
-"""A user's script for Transformers that does what it is told on stdin: one JSON command a line, one line "ANSWER json" each.
+"""A user's script for Transformers that does what it is told on stdin, as `commands.serve` says.
 
-Run by the tests: `python models.py FOLDER`. Commands: the functions in COMMANDS. Prompts are named by (tokens, seed).
+Run by the tests: `python models.py FOLDER`. Commands: the functions `do_*`. Prompts are named by (tokens, seed).
 """
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from commands import serve
 
 from lmcache.integration.transformers import Attached, attach
 from transformers import AutoModelForCausalLM, DynamicCache
@@ -181,24 +181,6 @@ def do_own_cache(state: State, ids: list[int]) -> dict[str, Any]:
     return {"filled": cache.get_seq_length() >= tokens.shape[1], "tokens": answer.shape[1]}
 
 
-COMMANDS = {name.removeprefix("do_"): call for name, call in globals().items() if name.startswith("do_")}
-
-
-def say(answer: Any) -> None:
-    """In one write, so that no line of a log comes between: `print` makes several where output is not buffered."""
-    sys.stdout.write(f"ANSWER {json.dumps(answer)}\n")
-    sys.stdout.flush()
-
-
-def main() -> None:
-    state = State(sys.argv[1])
-    say("ready")
-    for line in sys.stdin:
-        command = json.loads(line)
-        answer = COMMANDS[command.pop("do")](state, **command)
-        say(answer)
-
-
 if __name__ == "__main__":
     assert Path(sys.argv[1]).is_dir()
-    main()
+    serve(globals(), State(sys.argv[1]))

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 from vllm_processes import Engine, Server
-from vllm_prompts import assert_same, differs, mixed, tokens
+
+from prompts import assert_same, differs, mixed, tokens
 
 DEADLINE_SECONDS = 2.0
 NOISE_SECONDS = 3.0

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 from vllm_processes import Api, Engine, Process, Server
-from vllm_prompts import assert_same, mixed, tokens
 
 from ports import free_port
+from prompts import assert_same, mixed, tokens
 
 IN_PROCESS = {"kv_connector": "LMCacheConnectorV1", "kv_role": "kv_both"}
 WALK = [tokens(63, 200), [*tokens(63, 200), 17]]

@@ -7,7 +7,8 @@ import time
 from pathlib import Path
 
 from vllm_processes import Api, Engine, Server
-from vllm_prompts import assert_same, tokens
+
+from prompts import assert_same, tokens
 
 PROMPTS = [tokens(300, 70), tokens(300, 70)[:200] + tokens(90, 71)]
 """Two whole blocks and a part; the second one leaves the first within a block."""

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 from vllm_processes import Engine, Server
-from vllm_prompts import assert_same, tokens
 
+from prompts import assert_same, tokens
 from stores import ACCESS, SECRET, RedisServer, Seaweed, binary_of
 
 KINDS = ("redis", "disk", "dir", "s3")

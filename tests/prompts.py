@@ -15,7 +15,7 @@ def tokens(count: int, seed: int) -> list[int]:
 
 
 def mixed() -> list[list[int]]:
-    """Shared prefixes that end inside blocks of 128 and chunks of 16, whole blocks, and prompts shorter than a block."""
+    """Shared prefixes that end inside blocks (of 64 or 128) and chunks of 16, whole blocks, and prompts shorter than a block."""
     stem = tokens(600, 1)
     return [
         stem + tokens(90, 2),

@@ -1,0 +1,84 @@
+"""What tests with real engines share: when they run, the models they serve, and scripts in the engines' environments."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from servers import Process
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED_MEMORY = Path("/dev/shm")
+
+
+def mark(items: Iterable[pytest.Item], folder: Path, engine: str, timeout: float | None = None) -> None:
+    """Tests of the folder need this engine's environment. One worker runs them all: engines starve each other on two cores.
+
+    To be called from a hook that comes before xdist's, which looks at the groups.
+    """
+    variable = f"LMCACHE_TEST_{engine.upper()}_PYTHON"
+    skip = pytest.mark.skip(reason=f"{variable} is not set (./run test sets it)")
+    for item in items:
+        if folder in item.path.parents:
+            item.add_marker(getattr(pytest.mark, engine))
+            item.add_marker(pytest.mark.xdist_group(engine))
+            if timeout is not None:
+                item.add_marker(pytest.mark.timeout(timeout))
+            if not os.environ.get(variable):
+                item.add_marker(skip)
+
+
+def make_model(python: str, path: Path, seed: int = 0) -> Path:
+    """A model whose answer depends on the whole prompt; those of other seeds have other weights and are alike otherwise."""
+    subprocess.run([python, "-m", "demo.model", str(path), "--seed", str(seed)], check=True, cwd=ROOT, timeout=120)
+    return path
+
+
+@contextlib.contextmanager
+def swept(*patterns: str) -> Iterator[None]:
+    """What engines that are killed leave of these in shared memory goes at the end."""
+    before = {path for pattern in patterns for path in SHARED_MEMORY.glob(pattern)}
+    yield
+    left = {path for pattern in patterns for path in SHARED_MEMORY.glob(pattern)} - before
+    for path in left - _mapped():
+        path.unlink(missing_ok=True)
+
+
+def _mapped() -> set[Path]:
+    """Files in shared memory that some process still uses."""
+    used = set()
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        with contextlib.suppress(OSError):
+            used |= {Path(line.split()[-1]) for line in maps.read_text().splitlines() if str(SHARED_MEMORY) in line}
+    return used
+
+
+class Script(Process):
+    """A script in an engine's environment that takes commands and says answers, as `scripts/commands.py` has it."""
+
+    def __init__(self, python: str, script: Path, *arguments: str, seconds: float, **environment: str) -> None:
+        """seconds: for its start, and for each answer."""
+        self._seconds = seconds
+        path = os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests" / "scripts"), environment.pop("PYTHONPATH", "")])
+        super().__init__([python, str(script), *arguments], env={**environment, "PYTHONPATH": path}, cwd=ROOT)
+        assert self.hear() == "ready"
+
+    def ask(self, do: str, **arguments: Any) -> Any:
+        assert self.child.stdin is not None
+        self.child.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
+        self.child.stdin.flush()
+        return self.hear()
+
+    def hear(self) -> Any:
+        """The next answer; lines of logs are passed over."""
+        return json.loads(self.line_with("ANSWER ", self._seconds).partition("ANSWER ")[2])
+
+    def said(self, words: str) -> bool:
+        return any(words in line for line in self.log)
