@@ -1,0 +1,156 @@
+"""The code of docs/write-your-own-integration.md as it stands there, in a small engine on NumPy with a real server."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from servers import PATIENCE, Server
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "write-your-own-integration.md"
+PROMPT = "What you do for a prompt"
+"""The section of what is done again and again; before it stands what is done once."""
+BLOCK_TOKENS, BLOCKS, LAYERS, KV_HEADS, HEAD_SIZE, CHUNK = 8, 20, 2, 3, 4, 16
+
+
+def snippets() -> Iterator[tuple[str, str]]:
+    """(its section, code) of each indented block."""
+    for section in PAGE.read_text().split("\n## "):
+        for found in re.finditer(r"(?:^    .*\n|^\n(?=    ))+", section, re.MULTILINE):
+            yield section.partition("\n")[0], re.sub(r"^    ", "", found[0], flags=re.MULTILINE)
+
+
+class Tensor:
+    """An ndarray with the part of a tensor's face that the page uses."""
+
+    def __init__(self, array: np.ndarray[Any, Any]) -> None:
+        self.array, self.shape = array, array.shape
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (Tensor(one) for one in self.array)
+
+    def element_size(self) -> int:
+        return self.array.itemsize
+
+    def stride(self) -> tuple[int, ...]:
+        return tuple(step // self.array.itemsize for step in self.array.strides)
+
+    def data_ptr(self) -> int:
+        return self.array.ctypes.data
+
+
+def kv_of(ids: list[int]) -> np.ndarray[Any, Any]:
+    """[layer][K, V][head][token][dim]; what a token has depends on all before it."""
+    sums = np.cumsum(ids).astype(np.uint16)
+    rest = np.arange(LAYERS * 2 * KV_HEADS * HEAD_SIZE, dtype=np.uint16).reshape(LAYERS, 2, KV_HEADS, 1, HEAD_SIZE)
+    return sums[None, None, None, :, None] * np.uint16(7) + rest
+
+
+class Reader:
+    """Who has copied the page: what it leaves to the engine, and its code one snippet after the other."""
+
+    def __init__(self, address: str) -> None:
+        self.kv = np.zeros((LAYERS, 2, KV_HEADS, BLOCKS * BLOCK_TOKENS, HEAD_SIZE), np.uint16)
+        self.names: dict[str, Any] = {
+            "memory": Tensor(self.kv),
+            "BLOCK_TOKENS": BLOCK_TOKENS,
+            "num_blocks": BLOCKS,
+            "blocks": list(range(BLOCKS)),
+            "model_id": "a model",
+            "layers": LAYERS,
+            "kv_heads": KV_HEADS,
+            "head_size": HEAD_SIZE,
+            "digest": "d",
+            "salt": "",
+            "have": 0,
+            "shard": 0,
+            "event": None,
+            "name": "request 1",
+        }
+        code = list(snippets())
+        said = [one.replace("tcp://localhost:5555", address) for section, one in code if section != PROMPT]
+        assert sum(address in one for one in said) == 1
+        for one in said:
+            exec(one, self.names)
+        self.look_up, self.load, self.store = (one for section, one in code if section == PROMPT)
+        assert self.scheduler.wait_connected(PATIENCE) and self.worker.wait_connected(PATIENCE)
+
+    def __getattr__(self, name: str) -> Any:
+        return self.names[name]
+
+    def run(self, code: str, **changes: Any) -> None:
+        self.names |= changes
+        exec(code, self.names)
+
+    def done(self) -> Any:
+        assert self.worker.wait_finished(PATIENCE)
+        (job,) = self.worker.finished()
+        return job
+
+    def close(self) -> None:
+        self.worker.close()
+        self.scheduler.close()
+
+
+@pytest.fixture
+def reader() -> Iterator[Callable[[Server], Reader]]:
+    made: list[Reader] = []
+
+    def make(server: Server) -> Reader:
+        made.append(Reader(server.address))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+def test_the_page_is_an_integration(server: Callable[..., Server], reader: Callable[[Server], Reader]) -> None:
+    cache, ids = server(chunk=CHUNK), list(range(1, 101))
+    first = reader(cache)
+    first.run(first.look_up, token_ids=ids)
+    assert first.hit is None
+    first.kv[..., :100, :] = kv_of(ids)
+    first.run(first.store)
+    job = first.done()
+    assert (job.job_id, job.ok, job.tokens) == ("job 2", True, 96)
+
+    longer = [*ids, *range(500, 530)]
+    for have in (0, 40):  # the second one finds what the first has stored as well
+        other = reader(cache)
+        other.kv[..., :have, :] = kv_of(longer)[..., :have, :]
+        other.run(other.look_up, token_ids=longer, have=have)
+        end = 96 if not have else 128
+        assert other.hit.chunks * CHUNK == end
+        other.run(other.load)
+        job = other.done()
+        assert (job.job_id, job.ok) == ("job 1", True) and other.end == end
+        assert np.array_equal(other.kv[..., :end, :], kv_of(longer)[..., :end, :]), "wrong bytes"
+        assert not other.kv[..., end:, :].any(), "what was not there stays as it was"
+        other.scheduler.release(other.hit)
+        other.kv[..., :130, :] = kv_of(longer)
+        other.run(other.store, token_ids=longer)
+        if have:
+            assert not other.worker.wait_finished(PATIENCE), "all was there: nothing is stored"
+        else:
+            assert other.done().tokens == 32
+    assert cache.counters()["leases"] == 0
+
+
+def test_a_prompt_that_is_there_in_full_leaves_its_last_token(
+    server: Callable[..., Server], reader: Callable[[Server], Reader]
+) -> None:
+    cache, ids = server(chunk=CHUNK), list(range(1, 65))
+    first, second = reader(cache), reader(cache)
+    first.kv[..., :64, :] = kv_of(ids)
+    first.run(first.look_up + first.store, token_ids=ids)
+    assert first.done().tokens == 64
+    second.run(second.look_up + second.load, token_ids=ids)
+    assert second.done().ok and second.end == 63
+    assert np.array_equal(second.kv[..., :63, :], kv_of(ids)[..., :63, :]) and not second.kv[..., 63:, :].any()
+    second.scheduler.release(second.hit)
