@@ -379,7 +379,8 @@ def test_clearing_a_tier_takes_what_waits_and_what_is_being_written(rig: Callabl
     assert eventually(lambda: done) == [{"second": "the tier is gone"}]
 
 
-def test_a_load_for_an_engine_that_has_gone_is_no_harm(rig: Callable[..., Rig]) -> None:
+def amid_a_load(rig: Callable[..., Rig]) -> tuple[HandTier, Rig, bytes]:
+    """A tier that holds up the load of a prompt until it is let go."""
     tier = HandTier()
     one = rig(spec(tier))
     prompt = chain(1, 8)
@@ -387,8 +388,13 @@ def test_a_load_for_an_engine_that_has_gone_is_no_harm(rig: Callable[..., Rig]) 
     one.written()
     one.forget_l1()
     tier.hold("load")
-    one.wait_for(prompt)
+    assert one.wait_for(prompt) == 8
     eventually(lambda: "load" in tier.calls)
+    return tier, one, prompt
+
+
+def test_a_load_for_an_engine_that_has_gone_is_no_harm(rig: Callable[..., Rig]) -> None:
+    tier, one, prompt = amid_a_load(rig)
     one.ask(lambda: one.heart.leave(ENGINE))
     tier.let_go()
     eventually(lambda: one.ask(lambda: not one.heart.open_reservations))
@@ -399,15 +405,7 @@ def test_a_load_for_an_engine_that_has_gone_is_no_harm(rig: Callable[..., Rig]) 
 
 
 def test_l1_is_cleared_in_the_middle_of_a_load(rig: Callable[..., Rig]) -> None:
-    tier = HandTier()
-    one = rig(spec(tier))
-    prompt = chain(1, 8)
-    one.store(prompt)
-    one.written()
-    one.forget_l1()
-    tier.hold("load")
-    one.wait_for(prompt)
-    eventually(lambda: "load" in tier.calls)
+    tier, one, prompt = amid_a_load(rig)
     one.forget_l1()
     tier.let_go()
     eventually(lambda: one.ask(lambda: not one.heart.open_reservations))

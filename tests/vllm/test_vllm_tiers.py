@@ -64,6 +64,8 @@ def test_a_hit_from_each_tier_answers_as_before(folder: Path, model: Path, urls:
             assert [output["cached"] for output in warm] == [288, 256], name
             (tier,) = server.status()["tiers"]
             assert tier["counters"]["loaded_shards"] == 18 + 4 and not tier["counters"].get("written_shards")
+            records = [one for one in server.status()["fetches"] if one["outcome"] == "arrived"]
+            assert len({one["request"] for one in records} - {""}) == 2, "each under vLLM's id of the request"
         assert engine.text().count("Traceback") == 0
     finally:
         engine.end()
