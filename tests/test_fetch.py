@@ -342,7 +342,7 @@ def test_fetches_that_nobody_asks_about_end() -> None:
 def test_a_fetch_leaves_a_record_with_the_decision_and_both_its_numbers() -> None:
     world, first, second, third = World((None, 10e6), (0.002, 1e9)), chain(4, 1), chain(4, 2), chain(4, 3)
     world.l1.update(keys(first)[:1])
-    world.has[0].update(keys(first + second))
+    world.has[0].update(keys(first + second)[:7])
     world.wait_for(first, request="one")
     (record,) = world.fetches.records
     assert (record.requests, record.prompt, record.space) == (("one",), first[-16:], SPACE)
@@ -352,8 +352,8 @@ def test_a_fetch_leaves_a_record_with_the_decision_and_both_its_numbers() -> Non
     assert record.waited_seconds == pytest.approx(3 * CHUNK_BYTES / 10e6, abs=0.01) and record.ended == world.now
     world.wait_for(second, prefill_seconds=0.05, request="two")
     record = world.fetches.records[-1]
-    assert (record.decision, record.outcome, record.planned) == ("not worth it", "not worth it", {0: 4})
-    assert (record.expected_seconds, record.recompute_seconds) == (pytest.approx(0.42, abs=0.01), 0.2)
+    assert (record.decision, record.outcome, record.planned) == ("not worth it", "not worth it", {0: 3})
+    assert (record.expected_seconds, record.recompute_seconds) == (pytest.approx(0.32, abs=0.01), pytest.approx(0.15))
     assert record.arrived_chunks == 0 and record.waited_seconds == pytest.approx(0.002, abs=0.002), "the other's answer"
     world.serving[0] = False
     world.wait_for(third, prefill_seconds=0.05)
@@ -400,6 +400,21 @@ def test_requests_for_the_same_prompt_share_a_record_and_one_that_asks_no_more_i
     (record,) = world.fetches.records
     assert (record.requests, record.outcome) == (("a", "b"), "patience")
     assert record.waited_seconds == 1.0, "until it was asked last"
+    once = chain(4, 2)
+    world.has[0].update(keys(once))
+    world.poll(once, prefill_seconds=0.5)
+    world.pass_time(11.0)
+    world.fetches.tick(world.now)
+    assert world.fetches.records[-1].waited_seconds == 0.0
+
+
+def test_a_lookup_beyond_the_most_that_may_be_open_is_told_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lmcache.cache.fetch.MAX_FETCHES", 1)
+    world = World((0.001, 1e9))
+    world.poll(chain(4, 1), request="first")
+    assert world.poll(chain(4, 2), request="second") == 0 and len(world.asks) == 1
+    assert (world.fetches.records[-1].requests, world.fetches.records[-1].outcome) == (("second",), "too many")
+    assert world.fetches.counters["too_many"] == 1
 
 
 def test_only_so_many_records_are_kept() -> None:

@@ -89,7 +89,8 @@ class FetchRecord(NamedTuple):
     expected_seconds: float | None
     """What loading was to take; None where a tier's pace was unknown, or nothing was there."""
     recompute_seconds: float | None
-    """What computing the same chunks would take; None where the engine's pace was unknown."""
+    """What computing the same chunks (all that were missing, where no tier had any) would take; None where the engine's
+    pace was unknown."""
     decision: str
     """load, not worth it, or "" where there was nothing to decide."""
     waited_seconds: float
@@ -119,7 +120,8 @@ class _Fetch:
     prefill_seconds: float
     """To compute one chunk; 0 where unknown."""
     chunk_bytes: int
-    requests: list[str]
+    requests: list[str] = field(default_factory=list)
+    """Who asked, as far as that was told."""
     unanswered: set[int] = field(default_factory=set)
     left_out: dict[int, str] = field(default_factory=dict)
     """Tier -> why."""
@@ -134,6 +136,8 @@ class _Fetch:
     asked_at: float = 0.0
     """When that was."""
     expected_seconds: float | None = None
+    recompute_seconds: float | None = None
+    """Of the decision."""
     decision: str = ""
     due: list[float | None] = field(default_factory=list)
     """When each of them is expected, in seconds after `began`; None while a tier's pace is unknown."""
@@ -152,11 +156,7 @@ class _Fetch:
         """Planned chunks that were there when somebody asked last."""
         return min(max(0, self.in_l1 - self.first), self.planned)
 
-    def recompute_seconds(self, chunks: int) -> float | None:
-        """To compute so many; None where unknown."""
-        return self.prefill_seconds * chunks or None
-
-    def asked_again(self, now: float, in_l1: int, request: str) -> None:
+    def asked(self, now: float, in_l1: int, request: str) -> None:
         self.asked_at, self.in_l1 = now, in_l1
         if request and request not in self.requests and len(self.requests) < MAX_REQUESTS:
             self.requests.append(request)
@@ -171,7 +171,7 @@ class _Fetch:
             dict(self.sources),
             self.left_out,
             self.expected_seconds,
-            self.recompute_seconds(self.planned or self.missing),
+            self.recompute_seconds if self.decision else self.prefill_seconds * self.missing or None,
             self.decision,
             (self.asked_at if outcome == "patience" else now) - self.began,
             outcome,
@@ -225,24 +225,19 @@ class Fetches:
         in_l1: leading chunks that are there now. chunk_bytes: all shards of one. prefill_seconds: to compute one chunk, 0
         where unknown. known: for each tier, what it can tell of hashes at once, without I/O. request: how the asker calls it.
         """
-        fetch = self._by_request.get((space, hashes[-HASH_BYTES:]))
-        if fetch is not None and fetch.ended is None:
-            fetch.asked_again(now, in_l1, request)
-        if in_l1 * HASH_BYTES >= len(hashes):
-            if fetch is not None and fetch.ended is None:
+        fetch, full = self._by_request.get((space, hashes[-HASH_BYTES:])), in_l1 * HASH_BYTES >= len(hashes)
+        is_new = fetch is None
+        if fetch is None:
+            if full:
+                return 0
+            fetch = _Fetch(next(self._numbers), space, hashes, in_l1, now, prefill_seconds, chunk_bytes)
+        if fetch.ended is None:
+            fetch.asked(now, in_l1, request)
+        if full:
+            if fetch.ended is None:
                 self._settle(now, fetch)
             return 0
-        if fetch is None:
-            fetch = _Fetch(
-                next(self._numbers),
-                space,
-                hashes,
-                in_l1,
-                now,
-                prefill_seconds,
-                chunk_bytes,
-                [request] if request else [],
-            )
+        if is_new:
             if len(self._fetches) >= MAX_FETCHES:
                 self.counters["too_many"] += 1
                 self.records.append(fetch.record(now, "too many"))
@@ -334,7 +329,8 @@ class Fetches:
         if not sources:
             asks = [self.paces[tier].ask_seconds for tier, why in fetch.left_out.items() if why == _TOO_SLOW]
             if asks:
-                self._decide(fetch, min(one or 0.0 for one in asks), fetch.missing, loads=False)
+                recompute = fetch.prefill_seconds * fetch.missing
+                self._decide(fetch, min(one or 0.0 for one in asks), recompute, loads=False)
             self._end(now, fetch, _NOT_WORTH_IT if asks else "absent")
             return
         fetch.sources = Counter(sources)
@@ -379,16 +375,16 @@ class Fetches:
         return sum(len(load.hashes) // HASH_BYTES for load in self._queues[tier]) * chunk_bytes
 
     def _worth_it(self, fetch: _Fetch, due: list[float | None]) -> bool:
-        recompute = fetch.recompute_seconds(len(due))
+        recompute = fetch.prefill_seconds * len(due) or None
         known = [one for one in due if one is not None]
         expected = max(known) if len(known) == len(due) else None
         good = self._always or recompute is None or expected is None or expected < recompute
-        self._decide(fetch, expected, len(due), good)
+        self._decide(fetch, expected, recompute, good)
         return good
 
-    def _decide(self, fetch: _Fetch, expected: float | None, chunks: int, loads: bool) -> None:
-        fetch.expected_seconds, fetch.decision = expected, "load" if loads else _NOT_WORTH_IT
-        recompute = fetch.recompute_seconds(chunks)
+    def _decide(self, fetch: _Fetch, expected: float | None, recompute: float | None, loads: bool) -> None:
+        fetch.expected_seconds, fetch.recompute_seconds = expected, recompute
+        fetch.decision = "load" if loads else _NOT_WORTH_IT
         self.last = Decided(tuple(fetch.requests), fetch.hashes[-HASH_BYTES:], expected, recompute, loads)
         self.effects.append(self.last)
 
