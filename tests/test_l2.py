@@ -97,7 +97,7 @@ def test_the_decision_to_load_and_both_its_numbers_are_told(
 def test_a_user_finds_what_tiers_did_for_his_request(
     server: Callable[..., Server], engine: Callable[..., Any], valkey: RedisServer
 ) -> None:
-    cache = server(flags=("--l2", valkey.url()))
+    cache = server(flags=("--l2", valkey.url(), "--worth", "always"))
     one = engine(cache)
     one.store(TOKENS)
     written(cache, 10)
