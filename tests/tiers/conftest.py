@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from proxy import Proxy
-from stores import ACCESS, SECRET, RedisServer, Seaweed, binary_of
+from stores import ACCESS, SECRET, RedisServer, Seaweed, binary_of, version_of
 
 
 @pytest.fixture(scope="session", params=["valkey", "redis"])
@@ -29,15 +29,18 @@ def empty(store: RedisServer) -> RedisServer:
     return store
 
 
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[..., RedisServer]]:
-    """Valkey servers of a test's own: start(*options, port=, password=)."""
+@pytest.fixture(params=["valkey", "redis"])
+def start(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[..., RedisServer]]:
+    """Servers of a test's own: start(*options, port=, password=)."""
     running: list[RedisServer] = []
+    binary = binary_of(request.param)
 
     def make(*options: str, **more: Any) -> RedisServer:
-        folder = tmp_path / f"valkey{len(running)}"
+        if "--cluster-port" in options and version_of(binary) < 7:
+            pytest.skip(f"{binary} is older than 7: its clusters need ports above those that are free")
+        folder = tmp_path / f"store{len(running)}"
         folder.mkdir()
-        running.append(RedisServer(binary_of("valkey"), folder, *options, **more))
+        running.append(RedisServer(binary, folder, *options, **more))
         return running[-1]
 
     yield make
