@@ -22,6 +22,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from unittest import SkipTest
 
+import xxhash
+
 from lmcache.chunks.hashing import chunk_hash, chunk_root
 from lmcache.tiers import frame
 from lmcache.tiers.registry import make_tier
@@ -78,7 +80,7 @@ def corrupted(stored: bytes, other: bytes, dice: random.Random) -> bytes:
     """`stored` with some damage that a medium, a crash or a bug could do; never equal to it. `other`: another stored frame."""
     while True:
         made = bytearray(stored)
-        kind = dice.randrange(8)
+        kind = dice.randrange(9)
         at = dice.randrange(len(made))
         size = dice.randint(1, max(1, len(made) - at))
         if kind == 0:  # bits flip
@@ -96,6 +98,9 @@ def corrupted(stored: bytes, other: bytes, dice: random.Random) -> bytes:
             made = made[:at] + other[at:] if dice.random() < 0.5 else bytearray(other[:at]) + made[at:]
         elif kind == 6:  # moved
             made = made[at:] + made[:at]
+        elif kind == 7:  # whole, and of another version
+            made[8] += dice.randint(1, 9)
+            made[112:128] = xxhash.xxh3_128_digest(bytes(made[128:] + made[:112]))
         else:  # all of the other frame
             made = bytearray(other)
         if made != stored:
