@@ -11,8 +11,11 @@ import pytest
 from proxy import Proxy
 from stores import ACCESS, SECRET, RedisServer, Seaweed, binary_of, version_of
 
+VALKEY_AND_REDIS = ["valkey", pytest.param("redis", marks=pytest.mark.xdist_group("debian"))]
+"""The tests of one kind run one after another, and those of the other kind beside them."""
 
-@pytest.fixture(scope="session", params=["valkey", "redis"])
+
+@pytest.fixture(scope="session", params=VALKEY_AND_REDIS)
 def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
     """A server with a password that all tests of one kind share; each cleans up by `FLUSHALL` (see `empty`)."""
     one = RedisServer(binary_of(request.param), tmp_path_factory.mktemp(request.param), password="geheim")
@@ -29,7 +32,7 @@ def empty(store: RedisServer) -> RedisServer:
     return store
 
 
-@pytest.fixture(params=["valkey", "redis"])
+@pytest.fixture(params=VALKEY_AND_REDIS)
 def start(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[..., RedisServer]]:
     """Servers of a test's own: start(*options, port=, password=)."""
     running: list[RedisServer] = []

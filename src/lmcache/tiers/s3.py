@@ -127,20 +127,17 @@ class S3Tier(Tier):
             for index, memory in enumerate(into)
             for start in range(0, max(1, len(memory)), RANGE_BYTES)
         ]
-        waiting = [0] * len(keys)
-        for _, (index, _) in work:
-            waiting[index] += 1
         outcomes = [ABSENT] * len(keys)
+        sums = [frame.Checksum(self._secret) for _ in keys]
 
-        def done(index: int, *_: int) -> None:
-            """Sums and checks in this thread, while others read on."""
-            waiting[index] -= 1
-            size = sizes[index]
-            if waiting[index] == 0 and size is not None:
-                outcome = frame.check(bytes(headers[index]), into[index], keys[index], self._secret)
-                if outcome == frame.CHECKSUM and size < frame.HEADER_BYTES + len(into[index]):
-                    outcome = frame.TRUNCATED
-                outcomes[index] = frame.TRUNCATED if size < frame.HEADER_BYTES else outcome
+        def done(index: int, start: int) -> None:
+            """Sums up in this thread, one range after another, while others read on."""
+            size, memory = sizes[index], into[index]
+            if size is None:
+                return
+            sums[index].update(memory[start : start + RANGE_BYTES])
+            if start + RANGE_BYTES >= len(memory):
+                outcomes[index] = self._check(bytes(headers[index]), size, sums[index], keys[index], len(memory))
 
         self._side_by_side(work, done)
         self._books.use([key for key, outcome in zip(keys, outcomes, strict=True) if outcome == OK])
@@ -148,6 +145,17 @@ class S3Tier(Tier):
         self._books.drop(absent)
         self.remove([key for key, outcome in zip(keys, outcomes, strict=True) if outcome not in (OK, ABSENT)])
         return outcomes
+
+    def _check(self, header: bytes, size: int, checksum: frame.Checksum, key: ShardKey, payload_bytes: int) -> str:
+        """`size` of the object. What it lacks was not read, so it tells, not the memory: that may hold it from before."""
+        if size < frame.HEADER_BYTES:
+            return frame.TRUNCATED
+        wrong = frame.check_header(header, key, payload_bytes, self._secret)
+        if wrong:
+            return wrong
+        if size != frame.HEADER_BYTES + payload_bytes:
+            return frame.TRUNCATED if size < frame.HEADER_BYTES + payload_bytes else frame.OTHER_SIZE
+        return checksum.check(header, key)
 
     def store(self, shards: Sequence[Shard]) -> list[str]:
         outcomes = [FULL] * len(shards)
