@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from math import sqrt
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 from typing import Literal
 
 from lmcache.bench.samples import Figure, align, figure
@@ -82,6 +83,20 @@ class Row:
             "met": self.verdict(),
             "note": self.note,
         }
+
+
+def share(what: str, goal: Goal, with_it: Sequence[float], without: Sequence[float]) -> list[Row]:
+    """How much longer the first of each pair of neighbours in time took, in percent, and the standard error of that median.
+
+    The error is that of a normal distribution with the same quartiles: single slow rounds hardly move either.
+    """
+    percent = [100 * (slow / fast - 1) for slow, fast in zip(with_it, without, strict=True)]
+    low, _, high = quantiles(percent, n=4)
+    rows = [Row("", what, "%", goal), Row("", f"the same: standard error, {len(percent)} pairs", "points", None)]
+    for one in percent:
+        rows[0].add("ours", [one])
+    rows[1].add("ours", [1.2533 * (high - low) / 1.349 / sqrt(len(percent))])
+    return rows
 
 
 HEAD = ["what", "unit", "limit", "ours", "p99", "spread", "of limit", "peer", "x peer", "goal", "met"]

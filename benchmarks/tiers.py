@@ -1,4 +1,4 @@
-"""The disk tier beside its device, in one run: direct I/O, the page cache, checksums, the index, damage.
+"""The disk tier beside its device, in one run: direct I/O, the page cache, checksums, the index.
 
     python -m benchmarks.tiers --folder /mnt/nvme/bench [--quick] [--json FILE] [--update benchmarks/README.md]
 
@@ -24,26 +24,28 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import median
 from unittest import mock
 
 import numpy as np
 import xxhash
 
-from benchmarks.rows import Goal, Row, replace_figures, report
+from benchmarks.rows import Goal, Row, replace_figures, report, share
 from benchmarks.run import about
 from benchmarks.sides import Side
 from lmcache.tiers import OK, Shard, ShardKey, frame
-from lmcache.tiers.conformance import corrupted, shard_key
+from lmcache.tiers.conformance import shard_key
 from lmcache.tiers.disk import DiskTier
 from lmcache.tiers.journal import PUT, Journal
 from lmcache.tiers.medium import Medium
-from lmcache.tiers.segments import offset_of
 from lmcache.tiers.shard_index import RECORD, tag_of
 
 MIB, GB = 1 << 20, 1e9
 CALLS = 4
 """Calls under way at once, as the tier says of itself."""
 ROUND_BYTES = 512 * MIB
+SUM_SHARDS, SUM_PAIRS = 8, 60
+"""Of what checksums cost: shards of 32 MiB a turn, turns with and without."""
 
 
 class Bench:
@@ -216,20 +218,25 @@ def _ok(outcomes: list[str]) -> None:
 
 
 def checksums(bench: Bench) -> list[Row]:
-    """How much longer it takes than with a checksum that looks at nothing."""
-    rows = [
-        Row("", f"disk: checksums' share of the time, {one}, 32 MiB", "%", Goal(3, "less")) for one in ("store", "load")
-    ]
-    parts = bench.parts(32 * MIB)
+    """How much longer it takes than with a checksum that looks at nothing, in short turns: the device's speed wanders."""
+    parts = bench.parts(32 * MIB)[:SUM_SHARDS]
+    sides: dict[bool, list[tuple[float, float, float, float]]] = {False: [], True: []}
     with bench.tier("direct") as tier:
-        for number in range(2 * bench.rounds):
-            figures = {}
+        for number in range(1 + (4 if bench.quick else SUM_PAIRS)):
             for blind in (False, True) if number % 2 else (True, False):
                 with mock.patch.object(frame.Checksum, "update", _count_only) if blind else mock.MagicMock():
-                    figures[blind] = ours(tier, parts, 1, 0)
+                    figures = ours(tier, parts, 1, 0)
                 tier.clear()
-            for at, row in enumerate(rows):
-                row.add("ours", [100 * (figures[True][at] / figures[False][at] - 1)])
+                sides[blind] += [figures] if number else []  # the first to warm up
+    rows: list[Row] = []
+    for at, one in enumerate(("store", "load")):
+        seconds = {blind: [1 / figures[at] for figures in side] for blind, side in sides.items()}
+        rows += share(
+            f"disk: checksums' share of the time, {one}, 32 MiB", Goal(3, "less"), seconds[False], seconds[True]
+        )
+        cpu = Row("", f"disk: checksums' CPU seconds a GB, {one}, 32 MiB", "s/GB", None)
+        cpu.add("ours", [median(side[2 + at] for side in sides[False]) - median(side[2 + at] for side in sides[True])])
+        rows.append(cpu)
     return rows
 
 
@@ -293,49 +300,12 @@ def _rss() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
 
 
-def damage(bench: Bench) -> list[Row]:
-    """Random corruptions of stored frames: none may be served. A file at a time is changed and written back."""
-    wanted = 20_000 if bench.quick else 1_000_000
-    row = Row("", f"disk: random corruptions served, of {wanted:,}", "", Goal(0, "less"))
-    dice, size, batch, served, done = random.Random(5), 200, 2000, 0, 0
-    frame_size = 384  # 128 + 200, to the next 64
-    buffers = [memoryview(bytearray(size)) for _ in range(batch)]
-    with bench.tier("buffered", 64 * MIB) as tier:
-        while done < wanted:
-            keys = [shard_key(done + number) for number in range(batch)]
-            shards = [Shard(key, bytes(16), memoryview(dice.randbytes(size))) for key in keys]
-            assert tier.store(shards) == [OK] * batch
-            places = [tier._index.place(tier._index.find(key.packed)) for key in keys]
-            by_file: dict[Path, list[int]] = {}
-            for place in places:
-                by_file.setdefault(tier._segments[place].path, []).append(offset_of(place))
-            for path, offsets in by_file.items():
-                first, behind = min(offsets), max(offsets) + frame_size
-                fd = os.open(path, os.O_RDWR)
-                image = bytearray(os.pread(fd, behind - first, first))
-                stored = [bytes(image[at - first :][: 128 + size]) for at in offsets]
-                for number, at in enumerate(offsets):
-                    changed = corrupted(stored[number], stored[number - 1], dice)[: 128 + size]
-                    if changed == stored[number]:  # only what was appended differed
-                        changed = bytes([changed[0] ^ 1]) + changed[1:]
-                    image[at - first : at - first + 128 + size] = changed.ljust(128 + size, b"\0")
-                    if image[at - first : at - first + 128 + size] == stored[number]:  # zeros cut off, and back again
-                        image[at - first + 127] ^= 1
-                os.pwrite(fd, image, first)
-                os.close(fd)
-            served += tier.load(keys, buffers).count(OK)
-            done += batch
-    row.add("ours", [served])
-    return [row]
-
-
 GROUPS: dict[str, Callable[[Bench], list[Row]]] = {
     "device": device,
     "evicting": evicting,
     "warm": warm,
     "checksums": checksums,
     "index": index,
-    "damage": damage,
 }
 
 

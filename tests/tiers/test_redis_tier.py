@@ -623,7 +623,7 @@ def test_a_server_that_is_no_cluster_is_named(empty: RedisServer) -> None:
 
 
 class TestConformance(ConformanceSuite):
-    corruptions = 1000
+    corruptions = 500
 
     @pytest.fixture(autouse=True)
     def _store(self, empty: RedisServer) -> None:

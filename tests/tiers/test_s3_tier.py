@@ -73,6 +73,28 @@ def test_an_object_is_one_frame_and_nothing_else_is_written(seaweed: Seaweed, op
     assert frame.check(stored[:128], memoryview(stored)[128:], shards[2].key) == OK
 
 
+@pytest.mark.parametrize("connections", [1, 6], ids=["ranges one by one", "ranges side by side"])
+def test_damage_in_any_range_is_found(seaweed: Seaweed, opened: Callable[..., S3Tier], connections: int) -> None:
+    """The checksum is taken of each range as it arrives, or when those before it are there."""
+    tier, shards = opened(f"ranges{connections}", f"&connections={connections}"), shards_of(4, 2 * RANGE_BYTES + 77)
+    assert tier.store(shards) == [OK] * 4
+    name = f"ranges{connections}/{{}}".format
+    for shard, at in zip(shards, (1000, RANGE_BYTES + 1000, 2 * RANGE_BYTES + 70), strict=False):
+        stored = bytearray(obstore.get(seaweed.store(), name(shard.key.text)).bytes())
+        stored[frame.HEADER_BYTES + at] ^= 1
+        obstore.put(seaweed.store(), name(shard.key.text), bytes(stored))
+    assert load(tier, shards) == [frame.CHECKSUM] * 3 + [OK]
+    assert load(tier, shards) == [ABSENT] * 3 + [OK]
+
+
+def test_what_was_appended_to_an_object_is_damage(seaweed: Seaweed, opened: Callable[..., S3Tier]) -> None:
+    tier, (shard,) = opened("longer"), shards_of(1, 5000)
+    assert tier.store([shard]) == [OK]
+    stored = bytes(obstore.get(seaweed.store(), f"longer/{shard.key.text}").bytes())
+    obstore.put(seaweed.store(), f"longer/{shard.key.text}", stored + b"more")
+    assert load(tier, [shard]) == [frame.OTHER_SIZE] and load(tier, [shard]) == [ABSENT]
+
+
 def test_a_shard_large_enough_for_parts_comes_back(opened: Callable[..., S3Tier]) -> None:
     tier, shards = opened("parts"), shards_of(1, MULTIPART_FROM_BYTES + 12345)
     assert tier.store(shards) == [OK] and load(tier, shards) == [OK]

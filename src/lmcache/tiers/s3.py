@@ -114,31 +114,41 @@ class S3Tier(Tier):
     def load(self, keys: Sequence[ShardKey], into: Sequence[memoryview]) -> list[str]:
         headers = [bytearray(frame.HEADER_BYTES) for _ in keys]
         sizes: list[int | None] = [None] * len(keys)
+        outcomes = [ABSENT] * len(keys)
+        sums = [frame.Checksum(self._secret) for _ in keys]
+        summed = [0] * len(keys)
+        """Payload bytes whose checksum has been taken, in the shard's order: of a range as it arrives, where it is its turn."""
 
         def read(index: int, start: int) -> None:
             memory = into[index][start : start + RANGE_BYTES]
+            sum_up = sums[index].update if summed[index] == start else None
             if start:
-                self._client.read(keys[index].text, frame.HEADER_BYTES + start, [memory])
+                self._client.read(keys[index].text, frame.HEADER_BYTES + start, [memory], sum_up)
             else:
-                sizes[index] = self._client.read(keys[index].text, 0, [memoryview(headers[index]), memory])
-
-        work = [
-            (read, (index, start))
-            for index, memory in enumerate(into)
-            for start in range(0, max(1, len(memory)), RANGE_BYTES)
-        ]
-        outcomes = [ABSENT] * len(keys)
-        sums = [frame.Checksum(self._secret) for _ in keys]
+                head = memoryview(headers[index])
+                sizes[index] = self._client.read(keys[index].text, 0, [head, memory], sum_up)
+            if sum_up:
+                summed[index] += len(memory)
 
         def done(index: int, start: int) -> None:
-            """Sums up in this thread, one range after another, while others read on."""
+            """In this thread, in order, while others read on."""
             size, memory = sizes[index], into[index]
+            behind = min(start + RANGE_BYTES, len(memory))
             if size is None:
                 return
-            sums[index].update(memory[start : start + RANGE_BYTES])
-            if start + RANGE_BYTES >= len(memory):
+            if summed[index] < behind:
+                sums[index].update(memory[start:behind])
+                summed[index] = behind
+            if behind == len(memory):
                 outcomes[index] = self._check(bytes(headers[index]), size, sums[index], keys[index], len(memory))
 
+        longest = max(map(len, into), default=0)
+        work = [
+            (read, (index, start))
+            for start in range(0, max(1, longest), RANGE_BYTES)
+            for index, memory in enumerate(into)
+            if start < max(1, len(memory))
+        ]
         self._side_by_side(work, done)
         self._books.use([key for key, outcome in zip(keys, outcomes, strict=True) if outcome == OK])
         absent = [key for key, outcome in zip(keys, outcomes, strict=True) if outcome == ABSENT]

@@ -7,7 +7,7 @@ from __future__ import annotations
 import configparser
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -94,10 +94,13 @@ class Client:
         except (BaseError, OSError) as error:
             raise self._failed("HEAD", error) from None
 
-    def read(self, path: str, start: int, memories: Sequence[memoryview]) -> int | None:
+    def read(
+        self, path: str, start: int, memories: Sequence[memoryview], arrived: Callable[[memoryview], None] | None = None
+    ) -> int | None:
         """GET of a range, into these one after another. Bytes of the whole object, None where there is none.
 
-        Where the object ends before the range does, what is missing is not written.
+        Where the object ends before the range does, what is missing is not written. `arrived` is told each piece of the last
+        memory, in order, while it is still in the processor's cache.
         """
         wanted = sum(len(memory) for memory in memories)
         try:
@@ -111,6 +114,8 @@ class Client:
                         target, at = next(targets), 0
                     step = min(len(piece), len(target) - at)
                     target[at : at + step] = piece[:step]
+                    if arrived and target is memories[-1]:
+                        arrived(target[at : at + step])
                     piece, at = piece[step:], at + step
             return int(answer.meta["size"])
         except FileNotFoundError as error:
