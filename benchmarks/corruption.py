@@ -227,6 +227,8 @@ def main(argv: list[str] | None = None) -> int:
     for name in options.only:
         before = kept.get(name, {"outcomes": {}, "seconds": 0.0})
         had = sum(before["outcomes"].values())
+        if had >= options.count:
+            continue
         began = time.monotonic()
 
         def said(count: int, name: str = name, had: int = had) -> None:
