@@ -231,7 +231,7 @@ def s3(quick: bool) -> list[Row]:
                     rows[name].add("limit", [threads * LARGE / walls[limit] / 1e9])
                     rows[name].add("ours", [threads * LARGE / walls[name] / 1e9])
                     rows[f"of_{name}"].add("ours", [walls[limit] / walls[name] * 100])
-            sums = _s3_sums(tier, payloads, memories, 3 if quick else 16, 1 if quick else 5)
+            sums = _s3_sums(tier, payloads, memories, 3 if quick else 6, 1 if quick else 12)
             small = new_shards([memoryview(os.urandom(SMALL))])
             must(tier.store(small))
             memory = memoryview(bytearray(SMALL))
