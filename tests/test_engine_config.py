@@ -94,6 +94,7 @@ def test_names_of_others_in_the_environment_are_warned_about_or_left_alone() -> 
         "LMCACHE_CHUNK_SISE": "8",
         "LMCACHE_LOG_LEVEL": "DEBUG",
         "LMCACHE_SERVER_PORT": "1",
+        "LMCACHE_ENABLE_KV_EVENTS": "true",
         "LMCACHE_USE_LAYERWISE": "true",
         "LMCACHE_LOCAL_DISK": "",
     }
@@ -101,7 +102,7 @@ def test_names_of_others_in_the_environment_are_warned_about_or_left_alone() -> 
     assert settings.config == EngineConfig(use_layerwise=True)
     first, second = settings.warnings
     assert "LMCACHE_CHUNK_SISE" in first and "LMCACHE_CHUNK_SIZE" in first
-    assert "LMCACHE_USE_LAYERWISE: use_layerwise has no effect" in second
+    assert "LMCACHE_ENABLE_KV_EVENTS: enable_kv_events has no effect" in second
 
 
 def test_tiers_are_flags_of_the_server(file: Path) -> None:
@@ -136,7 +137,7 @@ def test_every_row_is_reachable_and_says_what_it_does() -> None:
 
 
 def test_config_check_tells_an_engines_file_from_the_daemons(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file.write_text("chunk_size: 8\nuse_layerwise: true\nmax_local_cpu_size: 10\n")
+    file.write_text("chunk_size: 8\nenable_kv_events: true\nmax_local_cpu_size: 10\n")
     assert main(["config", "check", str(file)]) == 0
     out = capsys.readouterr().out
     assert ["max_local_cpu_size", "10.0", f"{file}:3"] in [line.split() for line in out.splitlines()]

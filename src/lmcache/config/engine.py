@@ -118,9 +118,7 @@ class EngineConfig:
     )
     priority_limit: int | None = _row(_optional(read.integer(-(1 << 31), 1 << 31)), None)
     min_retrieve_tokens: int = _row(read.integer(0, 1 << 31), 0)
-    use_layerwise: bool = _row(
-        read.switch, False, "no effect: a request's KV is loaded in one copy before its forward pass"
-    )
+    use_layerwise: bool | None = _row(_optional(read.switch), None, "unset: on where KV is in GPU memory")
     extra_config: dict[str, Any] | None = _row(_mapping, None, "no effect: nothing in it is read")
     internal_api_server_enabled: bool = _row(
         read.switch, False, "true: health, status and metrics over HTTP, one port for the engine, not one a worker"

@@ -9,6 +9,8 @@ from typing import Literal, Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from lmcache.transfer.progress import Progress
+
 Blocks: TypeAlias = Sequence[int] | npt.NDArray[np.int32]
 """A block table: block numbers of a request, from token 0 on."""
 
@@ -25,7 +27,8 @@ class Load:
 
     slots: this shard's u32 pages of the chunks from `first_chunk` on. blocks: the request's block table from token 0 on.
     lease_chunk: place of `first_chunk` among the lease's chunks (payload frames are asked for by that). after: on a GPU, the
-    point in the engine's stream that must have passed before the blocks may be written.
+    point in the engine's stream that must have passed before the blocks may be written. progress: is told of layers as they
+    arrive, where the engine waits for them one by one.
     """
 
     arena: bytes
@@ -37,6 +40,7 @@ class Load:
     blocks: Blocks
     lease_chunk: int = 0
     after: Event | None = None
+    progress: Progress | None = None
 
 
 @dataclass(frozen=True)

@@ -118,10 +118,15 @@ class WorkerSession:
     def store(self, job_id: str, store: Store) -> None:
         """Copy chunks into slots; the blocks must stay as they are until the job is reported."""
         if len(self._queues["store"]) >= _MAX_QUEUED_STORES:
-            self._drop(len(store.hashes) // HASH_BYTES, "queue full")
+            self.drop(len(store.hashes) // HASH_BYTES, "queue full")
             self._done.append(Done(job_id, "store", False, 0, 0.0))
             return
         self._enqueue("store", job_id, store)
+
+    def drop(self, chunks: int, reason: str) -> None:
+        """Count chunks that are not stored, here and at the server."""
+        self.counters[f"dropped_chunks:{reason}"] += chunks
+        self._link.post(m.Dropped(chunks, reason))
 
     def finished(self) -> list[Done]:
         """Jobs that ended since the last call; never waits."""
@@ -201,6 +206,8 @@ class WorkerSession:
             except Exception:  # the edge of the thread: a bug must not end it, and costs this job only
                 self.counters[f"failed_{kind}s"] += 1
                 logger.exception("A %s failed", kind)
+            if isinstance(job, Load) and job.progress is not None:
+                job.progress.end()
             with self._state:
                 self._running.pop(kind, None)
                 self._touching.pop(kind, None)
@@ -223,7 +230,7 @@ class WorkerSession:
             runs = self._load_runs(load)
             blocks, begin = np.asarray(load.blocks, dtype=np.int32), time.perf_counter()
             if mapping is not None:
-                copier.scatter(mapping.address, blocks, runs, arena_bytes=mapping.size_bytes)
+                copier.scatter(mapping.address, blocks, runs, arena_bytes=mapping.size_bytes, progress=load.progress)
             else:
                 self._fetch(copier, load, blocks, runs)
             return load.end_token - load.start_token, time.perf_counter() - begin
@@ -254,14 +261,14 @@ class WorkerSession:
     def _store(self, job_id: str, store: Store) -> tuple[int, float, float]:
         """Tokens that were copied and committed, seconds of the copies, and of asking for and committing the slots."""
         if store.chunk_tokens != self._chunk_tokens:
-            self._drop(len(store.hashes) // HASH_BYTES, "another chunk size")
+            self.drop(len(store.hashes) // HASH_BYTES, "another chunk size")
             return 0, 0.0, 0.0
         total, tokens, seconds, parent = len(store.hashes) // HASH_BYTES, 0, 0.0, store.parent
         begin = time.perf_counter()
         step = min(max(1, self._batch_bytes() // self._slot_bytes), m.MAX_RESERVED_CHUNKS)
         for at in range(0, total, step):
             if job_id in self._cancelled:
-                self._drop(total - at, "preempted")
+                self.drop(total - at, "preempted")
                 break
             hashes = store.hashes[at * HASH_BYTES : (at + step) * HASH_BYTES]
             try:
@@ -269,7 +276,7 @@ class WorkerSession:
                     batch = self._store_batch(job_id, copier, mapping, store, parent, store.first_chunk + at, hashes)
                 tokens, seconds = tokens + batch[0], seconds + batch[1]
             except _Cancelled:
-                self._drop(total - at, "preempted")
+                self.drop(total - at, "preempted")
                 break
             except (ServerUnavailable, ServerRefused) as error:
                 reason = "no server" if isinstance(error, ServerUnavailable) else "refused"
@@ -352,10 +359,6 @@ class WorkerSession:
             if copier is not None and mapping is not None
             else _PAYLOAD_BYTES
         )
-
-    def _drop(self, chunks: int, reason: str) -> None:
-        self.counters[f"dropped_chunks:{reason}"] += chunks
-        self._link.post(m.Dropped(chunks, reason))
 
     @contextmanager
     def _using(self, kind: str, arena: bytes | None = None) -> Iterator[tuple[Copier, Mapping | None]]:

@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from lmcache.transfer.cpu import CpuCopier
 from lmcache.transfer.paged import PagedKV
+from lmcache.transfer.progress import Progress
 
 
 class Copier(Protocol):
@@ -33,6 +34,7 @@ class Copier(Protocol):
         runs: npt.NDArray[np.int64],
         *,
         arena_bytes: int | None = None,
+        progress: Progress | None = None,
     ) -> None: ...
 
     def adopt(self, address: int, size_bytes: int) -> None:

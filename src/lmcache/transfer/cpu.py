@@ -17,6 +17,7 @@ import numpy.typing as npt
 from lmcache.errors import LayoutError
 from lmcache.observability.log import init_logger
 from lmcache.transfer.paged import PagedKV, Plane, plane_extent_bytes
+from lmcache.transfer.progress import Progress, planes_in_group
 
 logger = init_logger(__name__)
 
@@ -25,6 +26,8 @@ Runs: TypeAlias = npt.NDArray[np.int64]
 
 # Below this a copy is over before another thread has woken up: waking one costs some 30 microseconds, 300 KB at 10 GB/s.
 _SPLIT_BYTES = 1 << 20
+# Smaller groups of planes than this cost more to be told of than is won by their coming sooner.
+_GROUP_BYTES = 4 << 20
 
 
 class CpuCopier:
@@ -70,9 +73,18 @@ class CpuCopier:
         """
         self._copy(0, base, blocks, runs, arena_bytes)
 
-    def scatter(self, base: int, blocks: Blocks, runs: Runs, *, arena_bytes: int | None = None) -> None:
-        """Copy slot tokens into paged memory; arguments and errors as in `gather`."""
-        self._copy(1, base, blocks, runs, arena_bytes)
+    def scatter(
+        self,
+        base: int,
+        blocks: Blocks,
+        runs: Runs,
+        *,
+        arena_bytes: int | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        """Copy slot tokens into paged memory; arguments and errors as in `gather`. progress: is told of planes as they arrive,
+        and then they come in order."""
+        self._copy(1, base, blocks, runs, arena_bytes, progress)
 
     def adopt(self, address: int, size_bytes: int) -> None:
         """Nothing to prepare: a CPU copies to any mapped memory."""
@@ -82,26 +94,47 @@ class CpuCopier:
         if self._pool is not None:
             self._pool.shutdown()
 
-    def _copy(self, scatter: int, base: int, blocks: Blocks, runs: Runs, arena_bytes: int | None) -> None:
+    def _copy(
+        self,
+        scatter: int,
+        base: int,
+        blocks: Blocks,
+        runs: Runs,
+        arena_bytes: int | None,
+        progress: Progress | None = None,
+    ) -> None:
         blocks, runs = check_runs(self.paged, self.chunk_tokens, base, blocks, runs, arena_bytes)
-        tokens = int(runs[:, 2].sum())
-        if tokens == 0:
+        size, planes = int(runs[:, 2].sum()) * self._token_bytes, len(self.paged.planes)
+        if size == 0:
             return
-        if self._native is None:
-            self._copy_numpy(scatter, base, blocks, runs)
-        else:
-            self._copy_native(self._native.copy, scatter, base, blocks, runs, tokens)
+        step = planes if progress is None else planes_in_group(size // planes, _GROUP_BYTES, planes)
+        for first in range(0, planes, step):
+            group = range(first, min(first + step, planes))
+            if self._native is None:
+                self._copy_numpy(scatter, base, blocks, runs, group)
+            else:
+                self._copy_native(self._native.copy, scatter, base, blocks, runs, group, size * len(group) // planes)
+            if progress is not None:
+                progress.arrived(group.stop)
 
     def _copy_native(
-        self, copy: Callable[..., None], scatter: int, base: int, blocks: Blocks, runs: Runs, tokens: int
+        self,
+        copy: Callable[..., None],
+        scatter: int,
+        base: int,
+        blocks: Blocks,
+        runs: Runs,
+        group: range,
+        size: int,
     ) -> None:
+        """Copy these planes of all runs: `size` bytes."""
         paged = self.paged
         claimed = np.zeros(1, dtype=np.int64)  # the next piece of work; all threads of this call draw from it
         arguments = (
             scatter,
             self._isa,
-            self._planes_address,
-            len(paged.planes),
+            self._planes_address + group.start * self._planes.strides[0],
+            len(group),
             paged.item_bytes,
             paged.block_tokens,
             base,
@@ -110,7 +143,7 @@ class CpuCopier:
             len(runs),
             claimed.ctypes.data,
         )
-        if self._pool is None or tokens * self._token_bytes < _SPLIT_BYTES:
+        if self._pool is None or size < _SPLIT_BYTES:
             copy(*arguments)
             return
         kept = (claimed, blocks, runs)  # the other threads have only their addresses
@@ -123,12 +156,13 @@ class CpuCopier:
                 if not other.cancel():
                     other.result()
 
-    def _copy_numpy(self, scatter: int, base: int, blocks: Blocks, runs: Runs) -> None:
+    def _copy_numpy(self, scatter: int, base: int, blocks: Blocks, runs: Runs, group: range) -> None:
         paged = self.paged
         for offset, first, count, in_slot in runs.tolist():
             tokens = np.arange(first, first + count)
             block, token = blocks[tokens // paged.block_tokens], tokens % paged.block_tokens
-            for plane, view, packed in zip(paged.planes, self._views, self._planes, strict=True):
+            for number in group:
+                plane, view, packed = paged.planes[number], self._views[number], self._planes[number]
                 where = (block, token // plane.token_group, token % plane.token_group)
                 shape = (self.chunk_tokens, *view.shape[3:])
                 slot = _memory(base + offset + int(packed[-1]), shape, paged.item_bytes)[in_slot : in_slot + count]

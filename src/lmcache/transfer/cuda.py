@@ -25,6 +25,7 @@ from lmcache.errors import LayoutError
 from lmcache.observability.log import init_logger
 from lmcache.transfer.cpu import check_runs
 from lmcache.transfer.paged import PagedKV, Plane
+from lmcache.transfer.progress import Progress, planes_in_group
 
 logger = init_logger(__name__)
 
@@ -34,6 +35,8 @@ _PIECES_IN_RING = 4
 """Measured on an H200: 8 pieces of half the size cost a quarter of the rate when both directions run, in launches."""
 _SPIN_BYTES = 64 << 20
 """Below this a copy ends within a millisecond, and waking up from a blocking wait would be a tenth of it."""
+_GROUP_BYTES = 4 << 20
+"""Where layers are waited for one by one, a copy of the copy engine is of so many of a chunk's bytes: smaller ones cost rate."""
 _REGISTER_BYTES = 1 << 30
 _TILE_WORDS = 2048
 Runs = npt.NDArray[np.int64]
@@ -140,10 +143,19 @@ class CudaCopier:
         checked = check_runs(self._paged, self._chunk_tokens, base, blocks, runs, arena_bytes)
         self._lanes[True].run(base, *checked)
 
-    def scatter(self, base: int, blocks: Blocks, runs: Runs, *, arena_bytes: int | None = None) -> None:
-        """Slots -> paged tokens, in blocks that nothing in flight touches."""
+    def scatter(
+        self,
+        base: int,
+        blocks: Blocks,
+        runs: Runs,
+        *,
+        arena_bytes: int | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        """Slots -> paged tokens, in blocks that nothing in flight touches. progress: gets a point in the stream of kernels for
+        each group of planes, and then they come in order."""
         checked = check_runs(self._paged, self._chunk_tokens, base, blocks, runs, arena_bytes)
-        self._lanes[False].run(base, *checked)
+        self._lanes[False].run(base, *checked, progress)
 
     def adopt(self, address: int, size_bytes: int) -> None:
         """Register the mapping with the driver, 1 GiB at a time; what is not registered yet is copied by the driver's own,
@@ -197,6 +209,8 @@ class _Lane:
         self._planes_in_piece = -(-planes // -(-planes // in_piece))  # even pieces: the last one is not a crumb
         self._chunks_in_piece = max(1, target // slot) if in_piece == planes else 1
         piece_bytes = self._planes_in_piece * self._plane_bytes * self._chunks_in_piece
+        self._planes_in_group = planes_in_group(self._plane_bytes, _GROUP_BYTES, self._planes_in_piece)
+        self._chunks_of_group = piece_bytes // (self._planes_in_group * self._plane_bytes)
         count, device = max(2, ring_bytes // piece_bytes), copier._device
         try:
             ring = torch.empty((count, piece_bytes), dtype=torch.uint8, device=device)
@@ -213,26 +227,48 @@ class _Lane:
         self._constants = _constants(copier, to_host)
         self._lock = threading.Lock()
 
-    def run(self, base: int, blocks: Blocks, runs: Runs) -> None:
+    def run(self, base: int, blocks: Blocks, runs: Runs, progress: Progress | None = None) -> None:
         """The whole copy, ended."""
         if not len(runs):
             return
-        copier, number = self._copier, 0
+        copier = self._copier
         with self._lock, torch.cuda.device(copier._device):
             before = torch.cuda.current_stream()
             try:
                 torch.cuda.set_stream(self._kernels)
                 table, meta = self._upload(blocks, runs)
-                for at in range(0, len(runs), self._chunks_in_piece):
-                    part = slice(at, at + self._chunks_in_piece)
-                    for plane in range(0, len(copier._paged.planes), self._planes_in_piece):
-                        self._piece(number, base, table, meta[part], runs[part], plane)
-                        number += 1
+                if progress is None:
+                    self._by_chunks(base, table, meta, runs)
+                else:
+                    self._by_planes(base, table, meta, runs, progress)
                 last = torch.cuda.Event(blocking=len(runs) * copier._slot_bytes > _SPIN_BYTES)
                 last.record(self._copies if self._to_host else self._kernels)
+            except Exception:  # whoever is told of the failure may use the blocks and the slots for something else
+                self._copies.synchronize()
+                self._kernels.synchronize()
+                raise
             finally:
                 torch.cuda.set_stream(before)
             last.synchronize()
+
+    def _by_chunks(self, base: int, table: torch.Tensor, meta: torch.Tensor, runs: Runs) -> None:
+        number, step = 0, self._planes_in_piece
+        for at in range(0, len(runs), self._chunks_in_piece):
+            part = slice(at, at + self._chunks_in_piece)
+            for plane in range(0, len(self._copier._paged.planes), step):
+                self._piece(number, base, table, meta[part], runs[part], plane, step)
+                number += 1
+
+    def _by_planes(self, base: int, table: torch.Tensor, meta: torch.Tensor, runs: Runs, progress: Progress) -> None:
+        number, step, planes = 0, self._planes_in_group, len(self._copier._paged.planes)
+        for plane in range(0, planes, step):
+            for at in range(0, len(runs), self._chunks_of_group):
+                part = slice(at, at + self._chunks_of_group)
+                self._piece(number, base, table, meta[part], runs[part], plane, step)
+                number += 1
+            point = torch.cuda.Event()
+            point.record(self._kernels)
+            progress.arrived(min(plane + step, planes), point)
 
     def _upload(self, blocks: Blocks, runs: Runs) -> tuple[torch.Tensor, torch.Tensor]:
         """The block table and (first token, count, token in slot) of each run, on the device, by one copy."""
@@ -246,10 +282,12 @@ class _Lane:
         self._tables[:words].copy_(self._host[:words], non_blocking=True)
         return self._tables[: len(blocks)], self._tables[len(blocks) : words].view(-1, 3)
 
-    def _piece(self, number: int, base: int, table: torch.Tensor, meta: torch.Tensor, runs: Runs, plane: int) -> None:
+    def _piece(
+        self, number: int, base: int, table: torch.Tensor, meta: torch.Tensor, runs: Runs, plane: int, planes: int
+    ) -> None:
         place = number % len(self._ring)
         ring, words = self._ring[place]
-        planes = min(self._planes_in_piece, len(self._copier._paged.planes) - plane)
+        planes = min(planes, len(self._copier._paged.planes) - plane)
         filled, emptied = self._filled[place], self._emptied[place]
         if self._to_host:
             if number >= len(self._ring):

@@ -16,6 +16,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 from lmcache.engine import SchedulerSession, WorkerSession
 from lmcache.engine.embedded import EmbeddedServer
 from lmcache.integration.vllm.caches import describe_caches, rank_of
+from lmcache.integration.vllm.layers import Layers
 from lmcache.integration.vllm.model import NOT_SERVED, ModelKV, describe_model, layer_range, refusal_of
 from lmcache.integration.vllm.own_server import offloading_size_gb, server_for_offloading
 from lmcache.integration.vllm.plan import StepPlan, StepReport
@@ -277,8 +278,9 @@ def worker_half(
     address: str = "",
     *,
     synchronous: bool = False,
+    layerwise: bool | None = False,
 ) -> WorkerHalf:
-    """This rank's half.
+    """This rank's half. layerwise: whether forwards wait for loads layer by layer; None: where that is known to win.
 
     Raises:
         NOT_SERVED: its KV cannot be described.
@@ -289,7 +291,12 @@ def worker_half(
     rank = pp_rank * kv.tp_size + tp_rank
     endpoint = settings.endpoint(str(vllm_config.kv_transfer_config.engine_id), "worker", rank, address)
     session = WorkerSession(endpoint, kv.layout, shard, registered.paged, stages=kv.stages)
-    half = WorkerHalf(session, registered, shard.index, shard.count, stores=kv.stores(tp_rank), synchronous=synchronous)
+    layerwise = registered.paged.device != "cpu" if layerwise is None else layerwise
+    layers = Layers(kv.layer_names, len(registered.paged.planes)) if layerwise else None
+    stores = kv.stores(tp_rank)
+    half = WorkerHalf(
+        session, registered, shard.index, shard.count, stores=stores, synchronous=synchronous, layers=layers
+    )
     half.reports_stats = tp_rank == 0 and pp_rank == 0
     return half
 

@@ -57,7 +57,8 @@ class StepPlan:
     """settle: store jobs whose blocks were taken away, to be settled before the step writes to any block.
     closing: finished requests whose blocks the engine keeps until their stores are done.
     forward: the step computes something, so nobody waits for transfers alone.
-    address: of the server, where the ranks cannot know it by themselves.
+    address: of the server, where the ranks cannot know it by themselves. known_failures: failed loads within a forward that the
+    scheduler has come to know of, so that this step computes nothing from them any more.
     """
 
     loads: list[LoadPlan] = field(default_factory=list)
@@ -66,6 +67,7 @@ class StepPlan:
     closing: list[str] = field(default_factory=list)
     forward: bool = False
     address: str = ""
+    known_failures: list[str] = field(default_factory=list)
 
 
 @dataclass

@@ -195,8 +195,12 @@ class SchedulerHalf:
         report = report or StepReport()
         invalid = frozenset(invalid_blocks)
         if invalid:
-            for loading in self._loading.values():
-                if invalid & loading.blocks and loading.request_id in self._trackers:
+            for key, loading in self._loading.items():
+                if not invalid & loading.blocks:
+                    continue
+                if self._synchronous:
+                    self._plan.known_failures.append(key)
+                if loading.request_id in self._trackers:
                     self._trackers[loading.request_id].may_load = False
         for request_id in finished_loads:
             done = self._loading.pop(request_id, None)

@@ -109,6 +109,7 @@ class LMCacheConnectorV1Impl:
                 self._settings,
                 address,
                 synchronous=True,
+                layerwise=self._config.use_layerwise,
             )
         except NOT_SERVED as error:
             self._refuse(refusal_of(error))
@@ -122,10 +123,10 @@ class LMCacheConnectorV1Impl:
             self._begin(self._worker)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        """What is computed next reads what is loaded here. The forward context is not looked at: it may say nothing."""
+        """What is computed next reads what is loaded here; releases from 0.32 on come here first where there are loads."""
         if self._worker is not None:
             self._begin(self._worker)  # once a step; releases before 0.32 do not tell of the binding
-            self._worker.wait_loaded()
+            self._worker.wait_before_forward(forward_context)
 
     def _begin(self, worker: WorkerHalf) -> None:
         plan = self._plan()
@@ -134,7 +135,8 @@ class LMCacheConnectorV1Impl:
         worker.start_loads(plan)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        return
+        if self._worker is not None:
+            self._worker.wait_layer(layer_name)
 
     def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any) -> None:
         return
@@ -142,12 +144,15 @@ class LMCacheConnectorV1Impl:
     def wait_for_save(self) -> None:
         """Stores go on behind the engine; it keeps the blocks until they have ended."""
         if self._worker is not None:
+            self._worker.wait_after_forward()
             self._worker.start_stores(self._plan())
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         plan = self._plan()
-        sent = self._worker.finished(plan)[0] if self._worker is not None else set(plan.closing)
-        return sent or None, None
+        if self._worker is None:
+            return set(plan.closing) or None, None
+        self._worker.wait_after_forward()  # here too: with a drafter, vLLM asks this before it waits for stores
+        return self._worker.finished(plan)[0] or None, None
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         if self._worker is not None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from lmcache.chunks import HASH_BYTES
 from lmcache.config.server import GIB
 from lmcache.engine import Done, Load, Store, WorkerSession
+from lmcache.integration.vllm.layers import Layers
 from lmcache.integration.vllm.paged import Registered
 from lmcache.integration.vllm.plan import LoadPlan, StepPlan, StepReport, StorePlan
 from lmcache.observability.log import init_logger
+from lmcache.transfer.progress import Progress
 
 logger = init_logger(__name__)
 
@@ -25,6 +28,7 @@ class WorkerHalf:
     """shard, shards: which of how many parts of a chunk this rank holds. stores: False where another rank stores it.
 
     synchronous: forwards wait for loads (`wait_loaded`), and the log tells of every copy, as users of in-process mode expect.
+    layers: where they wait layer by layer, as far as that can be relied on.
     """
 
     def __init__(
@@ -36,6 +40,7 @@ class WorkerHalf:
         *,
         stores: bool = True,
         synchronous: bool = False,
+        layers: Layers | None = None,
     ) -> None:
         self._session = session
         self._registered = registered
@@ -44,6 +49,13 @@ class WorkerHalf:
         self._shards = shards
         self._stores = stores
         self._synchronous = synchronous
+        self._layers = layers
+        self._arriving: list[Progress] = []
+        """Of the loads of a step whose forward waits for each layer."""
+        self._unread: set[str] = set()
+        """Loads whose KV a forward may have read before it had arrived."""
+        self._spoiled: dict[str, set[int]] = {}
+        """Failed loads and their blocks, until the scheduler plans by it: what steps compute from them till then is wrong."""
         self._waited = False
         self._loading: dict[str, LoadPlan] = {}
         self._storing: dict[str, StorePlan] = {}
@@ -74,11 +86,18 @@ class WorkerHalf:
         if plan is self._started:
             return
         self._started = plan
+        for job_id in plan.known_failures:
+            self._spoiled.pop(job_id, None)
+        if self._layers is not None:
+            self._layers.begin()
         fence = self._stream_point() if plan.loads and self._registered.loads_need_fence else None
         for load in plan.loads:
             chunk = load.chunk_tokens
             first, leased = load.start_token // chunk, load.first_leased
             self._loading[load.job_id] = load
+            progress = Progress() if self._layers is not None else None
+            if progress is not None:
+                self._arriving.append(progress)
             self._session.load(
                 load.job_id,
                 Load(
@@ -93,14 +112,39 @@ class WorkerHalf:
                     blocks=self._registered.blocks(load.blocks),
                     lease_chunk=first - leased,
                     after=fence,
+                    progress=progress,
                 ),
             )
+
+    def wait_before_forward(self, forward_context: Any) -> None:
+        """Return when the forward may begin: its loads have ended, or it will wait for each layer by itself."""
+        if self._layers is None or not self._layers.will_wait(forward_context):
+            self.wait_loaded()
+
+    def wait_layer(self, name: str) -> None:
+        """Return when work that reads this layer's KV may be launched."""
+        if self._layers is not None:
+            self._layers.wait(name, self._arriving)
+
+    def wait_after_forward(self) -> None:
+        """Return when no load of the step is under way. What the forward read before it had arrived counts as failed."""
+        if self._layers is None:
+            return
+        complete = self._layers.end()
+        if self._arriving and not complete:
+            logger.warning(
+                "vLLM did not wait for the layers of %d loads: their tokens are computed", len(self._loading)
+            )
+            self._unread.update(self._loading)
+        self.wait_loaded()
 
     def wait_loaded(self) -> None:
         """Return when no load is under way: those of the step are part of it."""
         while self._loading:
             self._session.wait_finished(_WAIT_SECONDS)
             self._collect()
+        self._arriving.clear()
+        self._unread.clear()
 
     def wait_connected(self, plan: StepPlan) -> None:
         """At the first step with something to copy, give the server the time to start: what is not stored is a later miss."""
@@ -113,6 +157,10 @@ class WorkerHalf:
         now = self._stream_point() if plan.stores else None
         for store in plan.stores:
             if not self._stores:
+                self._report.stored[store.job_id] = 1
+                continue
+            if any(not blocks.isdisjoint(store.blocks) for blocks in self._spoiled.values()):
+                self._session.drop(len(store.hashes) // HASH_BYTES, "computed from a failed load")
                 self._report.stored[store.job_id] = 1
                 continue
             self._storing[store.job_id] = store
@@ -182,7 +230,7 @@ class WorkerHalf:
             self._report.loaded[load.job_id] = 1
         else:
             self._received.add(load.request_id)
-        if done.ok:
+        if done.ok and done.job_id not in self._unread:
             self.loaded_tokens += load.end_token - load.start_token
             if self._synchronous:
                 counts = done.tokens, load.end_token, load.request_tokens
@@ -191,7 +239,10 @@ class WorkerHalf:
             return
         self.failed_loads += 1
         size = self._block_tokens * self._registered.blocks_per_block
-        self._invalid.update(_blocks_to_fill(load, size))
+        blocks = _blocks_to_fill(load, size)
+        self._invalid.update(blocks)
+        if self._synchronous:
+            self._spoiled[load.job_id] = set(blocks)
 
     def _store(self, store: StorePlan, after: Any) -> Store:
         return Store(
