@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import mmap
 import random
+import threading
 
 import numpy as np
 import pytest
@@ -12,8 +14,10 @@ pytest.importorskip("triton")
 if not torch.cuda.is_available():
     pytest.skip("no GPU here", allow_module_level=True)
 
+from lmcache.transfer import cuda  # noqa: E402
 from lmcache.transfer.cuda import CudaCopier  # noqa: E402
 from lmcache.transfer.paged import PagedKV, Plane  # noqa: E402
+from lmcache.transfer.progress import Progress  # noqa: E402
 
 LAYOUTS = ("NHD [2,nb,bs,H,D]", "NHD [nb,2,bs,H,D]", "HND [2,nb,H,bs,D]", "HND [nb,2,H,bs,D]", "MLA [nb,bs,D]")
 
@@ -95,4 +99,64 @@ def test_round_trip(layout: str, dtype: torch.dtype, chunk: int, block: int) -> 
         filled = plane[start:end].cuda().contiguous().view(dtype).reshape(end - start, *view.shape[2:])
         expected[block_of, inside] = filled
         assert torch.equal(view.contiguous().view(torch.uint8), expected.contiguous().view(torch.uint8))
+    copier.close()
+
+
+class Points(Progress):
+    """Keeps what it is told, and the points in time of the copying stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: list[tuple[int, torch.cuda.Event]] = []
+
+    def arrived(self, planes: int, point: torch.cuda.Event) -> None:
+        self.told.append((planes, point))
+        super().arrived(planes, point)
+
+
+@pytest.mark.parametrize("layout", ["NHD [2,nb,bs,H,D]", "MLA [nb,bs,D]"])
+@pytest.mark.parametrize("chunk", [256, 48])
+def test_layers_can_be_read_as_they_arrive(layout: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a stream reads behind `wait` is there, bit for bit, while the copy of later layers is under way."""
+    monkeypatch.setattr(cuda, "_GROUP_BYTES", 1)
+    layers, block, count = 12, 16, 2048
+    paged, views = paged_kv(layout, layers, 8, 128, block, count, torch.bfloat16)
+    copier, total = CudaCopier(paged, chunk), len(views)
+    tokens = block * count // 2 // chunk * chunk
+    table = np.random.default_rng(2).permutation(count)[: -(-tokens // block)].astype(np.int32)
+    size = paged.slot_bytes(chunk)
+    arena = np.frombuffer(mmap.mmap(-1, tokens // chunk * size), dtype=np.uint8)
+    arena[:] = np.random.default_rng(1).integers(0, 255, arena.nbytes, dtype=np.uint8)
+    copier.adopt(arena.ctypes.data, arena.nbytes)
+    copier.wait_adopted()
+    runs = np.array([(i * size, i * chunk, chunk, 0) for i in range(tokens // chunk)], dtype=np.int64)
+
+    copier.scatter(arena.ctypes.data, table, runs)
+    wanted = [view.clone() for view in views]
+    for view in views:
+        view.fill_(7)
+    torch.cuda.synchronize()
+
+    progress, read = Points(), []
+
+    def copy() -> None:
+        copier.scatter(arena.ctypes.data, table, runs, arena_bytes=arena.nbytes, progress=progress)
+        progress.end()
+
+    thread = threading.Thread(target=copy)
+    thread.start()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        for plane in range(total):
+            progress.wait(plane + 1)
+            read.append(views[plane].clone())
+    thread.join()
+    torch.cuda.synchronize()
+    used = torch.from_numpy(table.astype(np.int64)).cuda()
+    for have, want in zip(read, wanted, strict=True):
+        assert torch.equal(have[used].view(torch.uint8), want[used].view(torch.uint8))
+    for view, want in zip(views, wanted, strict=True):
+        assert torch.equal(view[used].view(torch.uint8), want[used].view(torch.uint8))
+    groups = [planes for planes, _ in progress.told]
+    assert groups == [*range(2, total, 2), total]
+    assert len({id(point) for _, point in progress.told}) == len(groups), "a point a group"
     copier.close()

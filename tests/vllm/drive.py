@@ -145,6 +145,50 @@ def digests(llm: Any, wipe: bool = False) -> dict[str, Any]:
     return {"blocks": found}
 
 
+def slow_layers(llm: Any, seconds: float, forget: str = "") -> dict[str, Any]:
+    """From now on each layer of a load but the first comes so much later, and vLLM does not call for the layer `forget`.
+
+    Answers which planes forwards have waited for, while loads were under way, since the last call.
+    """
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    from lmcache.transfer import cpu
+    from lmcache.transfer.progress import Progress
+
+    waits, undo = changed.pop("waits", []), changed.pop("undo", None)
+    if undo is not None:
+        undo()
+    group_bytes, copy, wait = cpu._GROUP_BYTES, cpu.CpuCopier._copy_native, Progress.wait
+    engine = get_kv_transfer_group()._lmcache_engine
+    call, waited = engine.wait_for_layer_load, changed.setdefault("waits", [])
+
+    def slow_copy(
+        self: Any, copy_native: Any, scatter: int, base: int, blocks: Any, runs: Any, group: range, *more: Any
+    ):
+        time.sleep(seconds if scatter and group.start else 0)
+        copy(self, copy_native, scatter, base, blocks, runs, group, *more)
+
+    def watched_wait(self: Any, planes: int) -> None:
+        waited.append(planes)
+        wait(self, planes)
+
+    def forgetful(name: str) -> None:
+        if name != forget:
+            call(name)
+
+    def put_back() -> None:
+        cpu._GROUP_BYTES, cpu.CpuCopier._copy_native, Progress.wait = group_bytes, copy, wait
+        engine.wait_for_layer_load = call
+
+    cpu._GROUP_BYTES, cpu.CpuCopier._copy_native, Progress.wait = 1, slow_copy, watched_wait
+    engine.wait_for_layer_load = forgetful
+    changed["undo"] = put_back
+    return {"waits": waits}
+
+
+changed: dict[str, Any] = {}
+
+
 def caches_of(llm: Any) -> list[Any]:
     core = llm.llm_engine.engine_core.engine_core
     caches: list[Any] = core.model_executor.driver_worker.worker.model_runner.kv_caches
@@ -158,6 +202,7 @@ COMMANDS = {
     "metrics": metrics,
     "mix_up": mix_up,
     "digests": digests,
+    "slow_layers": slow_layers,
 }
 
 if __name__ == "__main__":

@@ -83,12 +83,13 @@ def expected(folder: Path, model: Path) -> dict[str, Outputs]:
 
 @pytest.fixture(scope="module")
 def engine(folder: Path, model: Path) -> Iterator[Engine]:
-    """Little KV space and few tokens a step, so that prompts are computed in parts and requests are preempted."""
+    """Little KV space and few tokens a step, so that prompts are computed in parts and requests are preempted. Loads are waited
+    for layer by layer."""
     made = start(
         folder,
         "in-process",
         model,
-        {"LMCACHE_CHUNK_SIZE": "8"},
+        {"LMCACHE_CHUNK_SIZE": "8", "LMCACHE_USE_LAYERWISE": "true"},
         block_size=32,
         num_gpu_blocks_override=136,
         max_num_batched_tokens=256,
@@ -149,6 +150,37 @@ def test_aborted_requests(engine: Engine, expected: dict[str, Outputs]) -> None:
     engine.ask("abort", prompts=[*mixed()[:5], tokens(700, 60)], after_steps=[0, 1, 1, 2, 2, 3])
     assert_same(engine.generate(mixed()), expected["mixed"])
     engine.forget()
+    assert_same(engine.generate(mixed()), expected["mixed"])
+
+
+def test_each_layer_is_waited_for_and_no_more_than_that(engine: Engine, expected: dict[str, Outputs]) -> None:
+    """Every layer comes late, into blocks that held something else; and one prompt alone, so that its waits can be told."""
+    assert_same(engine.generate(mixed()), expected["mixed"])
+    for prompt, wanted in (([mixed()[0]], expected["mixed"][:1]), (mixed(), expected["mixed"])):
+        engine.forget()
+        engine.ask("digests", wipe=True)
+        engine.ask("slow_layers", seconds=0.02)
+        assert_same(engine.generate(prompt), wanted)
+        waits = engine.ask("slow_layers", seconds=0)["waits"]
+        assert [planes for planes in range(2, 18, 2) if planes not in waits] == [], "8 layers of two planes"
+        if len(prompt) == 1:
+            assert waits == list(range(2, 18, 2)), "the forward has begun before the load had ended"
+
+
+def test_a_layer_that_vllm_does_not_call_for_is_a_failed_load_and_computed(
+    engine: Engine, expected: dict[str, Outputs]
+) -> None:
+    engine.forget()
+    engine.ask("digests", wipe=True)
+    engine.ask("slow_layers", seconds=0.02, forget="model.layers.5.self_attn.attn")
+    for turn in range(2):
+        assert_same(engine.generate([mixed()[0]]), expected["mixed"][:1])
+        assert bool(engine.ask("slow_layers", seconds=0, forget="model.layers.5.self_attn.attn")["waits"]) == (not turn)
+        engine.forget()
+        engine.ask("digests", wipe=True)
+    assert engine.text().count("vLLM did not wait for the layers of 1 loads") == 1, "loads end before such forwards now"
+    assert engine.text().count("Recovered from KV load failure") == 1
+    engine.ask("slow_layers", seconds=0)
     assert_same(engine.generate(mixed()), expected["mixed"])
 
 

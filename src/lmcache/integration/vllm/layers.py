@@ -53,5 +53,4 @@ class Layers:
         whole = self._called >= self._planes.keys()
         if self._kind:
             self._reliable[self._kind] = whole and self._reliable.get(self._kind, True)
-            self._kind = ""  # what follows in this step (a drafter's forward) is not judged by
         return whole

@@ -131,7 +131,7 @@ class WorkerHalf:
         if self._layers is None:
             return
         complete = self._layers.end()
-        if self._arriving and not complete:
+        if self._loading and not complete:
             logger.warning(
                 "vLLM did not wait for the layers of %d loads: their tokens are computed", len(self._loading)
             )
