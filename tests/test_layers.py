@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from engine_process import POISON, kv_of
 from lmcache.engine import Done, Load
 from lmcache.integration.vllm.layers import Layers
+from lmcache.integration.vllm.plan import StepReport
 from lmcache.integration.vllm.worker import WorkerHalf
 from lmcache.transfer import cpu
 from lmcache.transfer.progress import Progress, planes_in_group
@@ -309,6 +310,20 @@ def test_what_is_computed_from_a_failed_load_is_not_stored_until_the_scheduler_k
     worker.start_loads(after)
     worker.start_stores(after)
     assert [one.blocks for one in copies.stores.values()] == [[8], [7]]
+
+
+def test_several_ranks_store_what_follows_a_load_once_all_have_loaded() -> None:
+    """One of them may fail, and a chunk of its right shard and of another rank's wrong one would be wrong."""
+    scheduler, request = in_process(Session(present=2), ranks=2), Request("a", list(range(100)))
+    scheduler.match(request, 0)
+    scheduler.allocated(request, [], 32)
+    request.num_computed_tokens = 32
+    plan = scheduler.plan_step(step({"a": 40}, new={"a": [7]}))
+    request.num_computed_tokens = 72
+    assert not plan.stores
+    for stored in ([], [(32, 64)]):
+        scheduler.transferred(report=StepReport(loaded={plan.loads[0].job_id: 1}))
+        assert [store.tokens for store in scheduler.plan_step(step({"a": 0})).stores] == stored
 
 
 def test_reports_without_failures_carry_none() -> None:

@@ -369,7 +369,7 @@ class SchedulerHalf:
         if not self._save_decode:
             computed = min(computed, request.num_prompt_tokens)
         session, size = self._session, tracker.chain.chunk_tokens if tracker.chain is not None else 1
-        if session is None or session.chunk_tokens is None:
+        if session is None or session.chunk_tokens is None or self._awaits_ranks(tracker):
             return
         ends = self._save_tail and computed == request.num_prompt_tokens and computed % size > 0 and not tracker.tail
         if computed // size <= tracker.stored and not ends and tracker.epoch == session.epoch:
@@ -394,6 +394,12 @@ class SchedulerHalf:
         tracker.stored, tracker.tail = chunks, tail or tracker.tail
         tracker.jobs.add(job_id)
         self._storing[job_id] = (tracker, self._ranks)
+
+    def _awaits_ranks(self, tracker: Tracker) -> bool:
+        """Its tokens are computed from a load that some rank may still fail, and other ranks would keep what comes of it."""
+        if not self._synchronous or self._ranks == 1:
+            return False
+        return any(not load.blocks.isdisjoint(tracker.blocks) for load in self._loading.values())
 
     def _settle_preempted(self, plan: StepPlan) -> None:
         for job_id, (tracker, _) in self._storing.items():
