@@ -163,14 +163,14 @@ def _title(name: str) -> str:
         "plain": "plain vLLM",
         "ours": "with LMCache",
         "inproc": "LMCache in process",
-        "layers": "LMCache in process, layer by layer",
+        "whole": "LMCache in process, use_layerwise off",
         "peer": "with LMCache 0.5.6",
     }
     return names[name]
 
 
 def _ratio_goal(name: str) -> Goal | None:
-    return Goal(1.1, "less") if name in ("ours", "inproc", "layers") else None
+    return Goal(1.1, "less") if name in ("ours", "inproc") else None
 
 
 @contextlib.contextmanager
@@ -187,9 +187,9 @@ def engines(options: argparse.Namespace, model: Path, directory: Path) -> Iterat
 
         start("plain", options.vllm_python, None)
         if options.in_process:
-            start("inproc", options.vllm_python, _in_process(layerwise=False))
-        if options.layerwise:
-            start("layers", options.vllm_python, _in_process(layerwise=True))
+            start("inproc", options.vllm_python, _in_process(layerwise=True))
+        if options.whole_loads:
+            start("whole", options.vllm_python, _in_process(layerwise=False))
         for name, python in (("ours", options.vllm_python), ("peer", options.peer_vllm_python)):
             if python:
                 side = Side(name, sys.executable if name == "ours" else python)
@@ -248,7 +248,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--peer-vllm-python", metavar="PATH", help="Python with vLLM and LMCache 0.5.6")
     parser.add_argument("--in-process", action="store_true", help="a third engine, with LMCacheConnectorV1")
-    parser.add_argument("--layerwise", action="store_true", help="one more, that waits for loads layer by layer")
+    parser.add_argument("--whole-loads", action="store_true", help="one more, with use_layerwise off")
     parser.add_argument("--model", metavar="DIR", type=Path, help="a model directory; default: the demo's, made anew")
     parser.add_argument(
         "--rounds", metavar="N", type=int, default=8, help="paired rounds after one to warm up. Default: 8"

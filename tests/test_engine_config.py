@@ -95,11 +95,11 @@ def test_names_of_others_in_the_environment_are_warned_about_or_left_alone() -> 
         "LMCACHE_LOG_LEVEL": "DEBUG",
         "LMCACHE_SERVER_PORT": "1",
         "LMCACHE_ENABLE_KV_EVENTS": "true",
-        "LMCACHE_USE_LAYERWISE": "true",
+        "LMCACHE_USE_LAYERWISE": "false",
         "LMCACHE_LOCAL_DISK": "",
     }
     settings = load_engine(environ)
-    assert settings.config == EngineConfig(use_layerwise=True)
+    assert settings.config == EngineConfig(use_layerwise=False)
     first, second = settings.warnings
     assert "LMCACHE_CHUNK_SISE" in first and "LMCACHE_CHUNK_SIZE" in first
     assert "LMCACHE_ENABLE_KV_EVENTS: enable_kv_events has no effect" in second

@@ -83,13 +83,12 @@ def expected(folder: Path, model: Path) -> dict[str, Outputs]:
 
 @pytest.fixture(scope="module")
 def engine(folder: Path, model: Path) -> Iterator[Engine]:
-    """Little KV space and few tokens a step, so that prompts are computed in parts and requests are preempted. Loads are waited
-    for layer by layer."""
+    """Little KV space and few tokens a step, so that prompts are computed in parts and requests are preempted."""
     made = start(
         folder,
         "in-process",
         model,
-        {"LMCACHE_CHUNK_SIZE": "8", "LMCACHE_USE_LAYERWISE": "true"},
+        {"LMCACHE_CHUNK_SIZE": "8"},
         block_size=32,
         num_gpu_blocks_override=136,
         max_num_batched_tokens=256,
@@ -192,10 +191,15 @@ def test_a_killed_engine_leaves_nothing(engine: Engine) -> None:
     assert arena not in {where for _, where in mappings()}, "and its file had no name"
 
 
-def test_a_file_odd_chunks_and_no_prefix_caching(folder: Path, model: Path, expected: dict[str, Outputs]) -> None:
+def test_a_file_odd_chunks_whole_loads_and_no_prefix_caching(
+    folder: Path, model: Path, expected: dict[str, Outputs]
+) -> None:
     """And then the server is killed: the engine goes on without."""
     file = folder / "lmcache.yaml"
-    file.write_text("chunk_size: 100\nmax_local_cpu_size: 0.25\nsave_unfull_chunk: false\nsave_decode_cache: true\n")
+    file.write_text(
+        "chunk_size: 100\nmax_local_cpu_size: 0.25\nsave_unfull_chunk: false\nsave_decode_cache: true\n"
+        "use_layerwise: false\n"
+    )
     environ = {"LMCACHE_CONFIG_FILE": str(file)}
     engine = start(
         folder, "odd", model, environ, block_size=32, enable_prefix_caching=False, max_num_batched_tokens=256

@@ -278,9 +278,9 @@ def worker_half(
     address: str = "",
     *,
     synchronous: bool = False,
-    layerwise: bool | None = False,
+    layerwise: bool = False,
 ) -> WorkerHalf:
-    """This rank's half. layerwise: whether forwards wait for loads layer by layer; None: where that is known to win.
+    """This rank's half. layerwise: whether forwards wait for loads layer by layer, where they wait at all.
 
     Raises:
         NOT_SERVED: its KV cannot be described.
@@ -291,7 +291,6 @@ def worker_half(
     rank = pp_rank * kv.tp_size + tp_rank
     endpoint = settings.endpoint(str(vllm_config.kv_transfer_config.engine_id), "worker", rank, address)
     session = WorkerSession(endpoint, kv.layout, shard, registered.paged, stages=kv.stages)
-    layerwise = registered.paged.device != "cpu" if layerwise is None else layerwise
     layers = Layers(kv.layer_names, len(registered.paged.planes)) if layerwise else None
     stores = kv.stores(tp_rank)
     half = WorkerHalf(
