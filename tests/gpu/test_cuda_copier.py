@@ -7,6 +7,7 @@ import random
 import threading
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -159,4 +160,53 @@ def test_layers_can_be_read_as_they_arrive(layout: str, chunk: int, monkeypatch:
     groups = [planes for planes, _ in progress.told]
     assert groups == [*range(2, total, 2), total]
     assert len({id(point) for _, point in progress.told}) == len(groups), "a point a group"
+    copier.close()
+
+
+def test_two_threads_load_while_one_stores() -> None:
+    """Copies that were launched behind each other, of tables of any size, land where each of them belongs."""
+    layers, block, count, chunk = 12, 16, 4096, 64
+    paged, views = paged_kv("NHD [2,nb,bs,H,D]", layers, 8, 128, block, count, torch.bfloat16)
+    copier, size = CudaCopier(paged, chunk), paged.slot_bytes(chunk)
+    slots = 256
+    arena = np.frombuffer(mmap.mmap(-1, 2 * slots * size), dtype=np.uint8)
+    arena[: slots * size] = np.random.default_rng(1).integers(0, 255, slots * size, dtype=np.uint8)
+    copier.adopt(arena.ctypes.data, arena.nbytes)
+    copier.wait_adopted()
+    rng = np.random.default_rng(3)
+    in_chunk = chunk // block
+    blocks = rng.permutation(count).astype(np.int32)
+    mine = {thread: blocks[thread * 1024 : (thread + 1) * 1024] for thread in range(3)}
+    places: dict[int, list[tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]]] = {0: [], 1: []}
+    last: dict[int, int] = {}
+    """Chunk of blocks of both loading threads -> the slot that was loaded there last."""
+    for thread in (0, 1):
+        for _ in range(60):
+            chunks = int(rng.integers(1, 250))
+            chosen = rng.integers(0, slots, chunks)
+            runs = np.stack([chosen * size, np.arange(chunks) * chunk, chunk + 0 * chosen, 0 * chosen], axis=1)
+            places[thread].append((mine[thread], runs.astype(np.int64)))
+            last.update({thread * 256 + at: int(slot) for at, slot in enumerate(chosen)})
+    kept = [view[torch.from_numpy(mine[2].astype(np.int64)).cuda()].clone() for view in views]
+    store = np.array([((slots + i) * size, i * chunk, chunk, 0) for i in range(slots)], dtype=np.int64)
+
+    def load(thread: int) -> None:
+        for table, runs in places[thread]:
+            copier.scatter(arena.ctypes.data, table, runs)
+
+    threads = [threading.Thread(target=load, args=(thread,)) for thread in (0, 1)]
+    threads.append(threading.Thread(target=copier.gather, args=(arena.ctypes.data, mine[2], store)))
+    for one in threads:
+        one.start()
+    for one in threads:
+        one.join()
+    for chunk_of_blocks, slot in last.items():
+        thread, at = divmod(chunk_of_blocks, 256)
+        where = torch.from_numpy(mine[thread][at * in_chunk : (at + 1) * in_chunk].astype(np.int64)).cuda()
+        got = torch.cat([view[where].contiguous().view(torch.uint8).flatten() for view in views]).cpu()
+        assert torch.equal(got, torch.from_numpy(arena[slot * size : (slot + 1) * size]))
+    for i in range(slots):
+        stored = torch.from_numpy(arena[(slots + i) * size : (slots + i + 1) * size])
+        parts = [part[i * in_chunk : (i + 1) * in_chunk].contiguous().view(torch.uint8).flatten() for part in kept]
+        assert torch.equal(stored, torch.cat(parts).cpu())
     copier.close()

@@ -1,7 +1,8 @@
 """A rank's side of an engine: its threads copy between paged KV and slots, and never hold up the engine.
 
-One thread loads, one stores. The arena is mapped when the link comes up and let go when another server takes over, once no copy
-runs; so a load from the mapped arena succeeds even when the server has died meanwhile.
+One thread loads, one stores; for a GPU a second one loads, too: it launches its copy while the one before it runs. The arena is
+mapped when the link comes up and let go when another server takes over, once no copy runs; so a load from the mapped arena
+succeeds even when the server has died meanwhile.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ _BATCH_SECONDS = 0.01
 """A store's slots are reserved, filled and committed in steps that take about this long: a preemption waits for one at most."""
 _PAYLOAD_BYTES = 64 << 20
 _MAX_QUEUED_STORES = 1024
+_STORING = "store"
 _LAST_COPY_SECONDS = 30.0
 """How long a connection to a new server waits for copies in the old one's arena."""
 Runs = npt.NDArray[np.int64]
@@ -80,19 +82,23 @@ class WorkerSession:
         """One for each thread: waking the others as well would cost a small job more than its copy."""
         self._queues: dict[str, deque[tuple[str, Load | Store]]] = {"load": deque(), "store": deque()}
         self._running: dict[str, str] = {}
-        """Kind -> id of the job whose copy may be touching memory now."""
+        """Thread -> id of the job whose copy may be touching memory now."""
         self._touching: dict[str, str] = {}
-        """Kind -> id of the job that reads or writes paged KV at this moment."""
+        """Thread -> id of the job that reads or writes paged KV at this moment."""
         self._cancelled: set[str] = set()
         self._done: deque[Done] = deque()
         self._closed = False
-        self._loading: Load | None = None
+        self._loading: dict[str, Load] = {}
+        """Thread -> its load."""
+        self._load_ended = 0.0
         self._copying: set[str] = set()
-        """Kinds of the jobs that may be touching the arena now."""
+        """Threads that may be touching the arena now."""
         self._link = Link(endpoint, self._register, self._before_hello)
+        works: list[tuple[Literal["load", "store"], str]] = [("load", "load"), ("store", _STORING)]
+        if paged.device != "cpu":
+            works.append(("load", "load-2"))
         self._threads_running = [
-            threading.Thread(target=self._work, args=(kind,), name=f"lmcache-{kind}", daemon=True)
-            for kind in ("load", "store")
+            threading.Thread(target=self._work, args=work, name=f"lmcache-{work[1]}", daemon=True) for work in works
         ]
         for thread in self._threads_running:
             thread.start()
@@ -165,7 +171,7 @@ class WorkerSession:
         with self._state:
             self._let_go()
 
-    # The two threads
+    # The threads that copy
 
     def _enqueue(self, kind: Literal["load", "store"], job_id: str, job: Load | Store) -> None:
         with self._state:
@@ -175,7 +181,7 @@ class WorkerSession:
     def _busy(self) -> bool:
         return bool(self._running or any(self._queues.values()))
 
-    def _work(self, kind: Literal["load", "store"]) -> None:
+    def _work(self, kind: Literal["load", "store"], thread: str) -> None:
         queue = self._queues[kind]
         while True:
             with self._state:
@@ -187,31 +193,33 @@ class WorkerSession:
                 if cancelled and isinstance(job, Store):
                     self.counters["dropped_chunks:preempted"] += len(job.hashes) // HASH_BYTES
                 if not cancelled:
-                    self._running[kind] = job_id
+                    self._running[thread] = job_id
                     if isinstance(job, Load):
-                        self._touching[kind] = job_id
-                    self._loading = job if isinstance(job, Load) else self._loading
+                        self._touching[thread] = job_id
+                        self._loading[thread] = job
             tokens, seconds, put_seconds = 0, 0.0, 0.0
             try:
                 if not cancelled:
                     if job.after is not None:
                         job.after.synchronize()
                     if isinstance(job, Load):
-                        tokens, seconds = self._load(job)
+                        tokens, seconds = self._load(thread, job)
                     else:
                         tokens, seconds, put_seconds = self._store(job_id, job)
+                failed = 0
             except LMCacheError as error:
-                self.counters[f"failed_{kind}s"] += 1
                 logger.debug("A %s failed: %s", kind, error)
+                failed = 1
             except Exception:  # the edge of the thread: a bug must not end it, and costs this job only
-                self.counters[f"failed_{kind}s"] += 1
                 logger.exception("A %s failed", kind)
+                failed = 1
             if isinstance(job, Load) and job.progress is not None:
                 job.progress.end()
             with self._state:
-                self._running.pop(kind, None)
-                self._touching.pop(kind, None)
-                self._loading = None if isinstance(job, Load) else self._loading
+                self.counters[f"failed_{kind}s"] += failed
+                self._running.pop(thread, None)
+                self._touching.pop(thread, None)
+                self._loading.pop(thread, None)
                 self._cancelled.discard(job_id)
                 self._done.append(Done(job_id, kind, tokens > 0, tokens, seconds, put_seconds))
                 self._state.notify_all()
@@ -220,20 +228,22 @@ class WorkerSession:
             elif isinstance(job, Load):
                 self._link.post(m.Copied(kind, job.end_token - job.start_token, 0.0, self._shard.index, ok=False))
 
-    def _load(self, load: Load) -> tuple[int, float]:
-        """Tokens loaded, and seconds of the copy.
+    def _load(self, thread: str, load: Load) -> tuple[int, float]:
+        """Tokens loaded, and seconds of the copy, without those that it waited for the one before it.
 
         Raises:
             LMCacheError: nothing may be used of these blocks.
         """
-        with self._using("load", load.arena) as (copier, mapping):
+        with self._using(thread, load.arena) as (copier, mapping):
             runs = self._load_runs(load)
             blocks, begin = np.asarray(load.blocks, dtype=np.int32), time.perf_counter()
             if mapping is not None:
                 copier.scatter(mapping.address, blocks, runs, arena_bytes=mapping.size_bytes, progress=load.progress)
             else:
                 self._fetch(copier, load, blocks, runs)
-            return load.end_token - load.start_token, time.perf_counter() - begin
+            end = time.perf_counter()
+            begin, self._load_ended = max(begin, self._load_ended), end
+            return load.end_token - load.start_token, end - begin
 
     def _load_runs(self, load: Load) -> Runs:
         pages = np.frombuffer(load.slots, dtype="<u4").astype(np.int64)
@@ -272,7 +282,7 @@ class WorkerSession:
                 break
             hashes = store.hashes[at * HASH_BYTES : (at + step) * HASH_BYTES]
             try:
-                with self._using("store") as (copier, mapping):
+                with self._using(_STORING) as (copier, mapping):
                     batch = self._store_batch(job_id, copier, mapping, store, parent, store.first_chunk + at, hashes)
                 tokens, seconds = tokens + batch[0], seconds + batch[1]
             except _Cancelled:
@@ -336,7 +346,7 @@ class WorkerSession:
         with self._state:
             if job_id in self._cancelled:
                 raise _Cancelled("the blocks were taken away")
-            self._touching["store"] = job_id
+            self._touching[_STORING] = job_id
         try:
             if mapping is not None:
                 copier.gather(mapping.address, blocks, runs, arena_bytes=mapping.size_bytes)
@@ -349,7 +359,7 @@ class WorkerSession:
             return buffer
         finally:
             with self._state:
-                self._touching.pop("store", None)
+                self._touching.pop(_STORING, None)
                 self._state.notify_all()
 
     def _batch_bytes(self) -> int:
@@ -361,7 +371,7 @@ class WorkerSession:
         )
 
     @contextmanager
-    def _using(self, kind: str, arena: bytes | None = None) -> Iterator[tuple[Copier, Mapping | None]]:
+    def _using(self, thread: str, arena: bytes | None = None) -> Iterator[tuple[Copier, Mapping | None]]:
         """What copies to and from this arena (None: the present one), which stays mapped meanwhile. None for the mapping
         means payload frames.
 
@@ -374,12 +384,12 @@ class WorkerSession:
             if arena not in (None, self._arena) or self._copier is None:
                 raise ServerUnavailable("this rank has not got the arena of the hit's server")
             copier, mapping = self._copier, self._mapping
-            self._copying.add(kind)
+            self._copying.add(thread)
         try:
             yield copier, mapping
         finally:
             with self._state:
-                self._copying.discard(kind)
+                self._copying.discard(thread)
                 self._state.notify_all()
 
     # The link's thread
@@ -387,13 +397,14 @@ class WorkerSession:
     def _before_hello(self) -> None:
         """A hello says that this session fills no slot any more; the link being down, no new store can begin one."""
         with self._state:
-            if not self._state.wait_for(lambda: "store" not in self._copying, _LAST_COPY_SECONDS):
+            if not self._state.wait_for(lambda: _STORING not in self._copying, _LAST_COPY_SECONDS):
                 raise ServerUnavailable("a copy into the arena does not end")
 
     def _may_unmap(self) -> bool:
         """No copy runs, and no load waits for the arena that is mapped now."""
-        loads = [job for _, job in self._queues["load"] if isinstance(job, Load)] + [self._loading]
-        return not self._copying and not any(load is not None and load.arena == self._arena for load in loads)
+        loads = [job for _, job in self._queues["load"] if isinstance(job, Load)]
+        loads += self._loading.values()
+        return not self._copying and not any(load.arena == self._arena for load in loads)
 
     def _register(self, carrier: Carrier, welcome: m.Welcome, descriptor: int) -> None:
         """Map the new arena once no copy runs in the old one, and register this rank's part of the layout."""

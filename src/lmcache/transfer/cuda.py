@@ -37,6 +37,8 @@ _SPIN_BYTES = 64 << 20
 """Below this a copy ends within a millisecond, and waking up from a blocking wait would be a tenth of it."""
 _GROUP_BYTES = 4 << 20
 """Where layers are waited for one by one, a copy of the copy engine is of so many of a chunk's bytes: smaller ones cost rate."""
+_COPIES_LAUNCHED = 2
+"""Of one direction: while a copy runs, the next one is launched behind it."""
 _REGISTER_BYTES = 1 << 30
 _TILE_WORDS = 2048
 Runs = npt.NDArray[np.int64]
@@ -197,8 +199,40 @@ class CudaCopier:
         logger.info("Registered %d MiB of the arena with the GPU driver", size_bytes >> 20)
 
 
+class _Tables:
+    """The block table of a copy, and (first token, count, token in slot) of each run, on their way to the device."""
+
+    def __init__(self, words: int, device: torch.device) -> None:
+        self.used = torch.cuda.Event()
+        """Behind the last kernel that reads them."""
+        self._make(words, device)
+
+    def _make(self, words: int, device: torch.device) -> None:
+        self._host = torch.empty(words, dtype=torch.int64, pin_memory=True)
+        self._device = torch.empty_like(self._host, device=device)
+
+    def fill(self, blocks: Blocks, runs: Runs) -> None:
+        """With those of the next copy, once the device is done with the last one's."""
+        self.used.synchronize()
+        words = len(blocks) + 3 * len(runs)
+        if words > self._host.numel():
+            self._make(2 * words, self._device.device)
+        view = self._host.numpy()
+        view[: len(blocks)] = blocks
+        view[len(blocks) : words] = runs[:, 1:].reshape(-1)
+        self._table, self._meta = self._device[: len(blocks)], self._device[len(blocks) : words].view(-1, 3)
+        self._unsent = words
+
+    def sent(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """On the device, for kernels of the current stream. They go at the first call: a load's first copy is on its way then."""
+        if self._unsent:
+            words, self._unsent = self._unsent, 0
+            self._device[:words].copy_(self._host[:words], non_blocking=True)
+        return self._table, self._meta
+
+
 class _Lane:
-    """One direction: its ring, its two streams, one copy at a time."""
+    """One direction: its ring, its two streams, one copy launched at a time."""
 
     def __init__(self, copier: CudaCopier, ring_bytes: int, to_host: bool) -> None:
         self._copier, self._to_host = copier, to_host
@@ -222,13 +256,13 @@ class _Lane:
         self._kernels, self._copies = torch.cuda.Stream(device), torch.cuda.Stream(device)
         self._filled = [torch.cuda.Event() for _ in range(count)]
         self._emptied = [torch.cuda.Event() for _ in range(count)]
-        self._host = torch.empty(1 << 12, dtype=torch.int64, pin_memory=True)
-        self._tables = torch.empty_like(self._host, device=device)
+        self._tables = [_Tables(1 << 12, device) for _ in range(_COPIES_LAUNCHED)]
+        self._copies_begun = self._pieces_begun = 0
         self._constants = _constants(copier, to_host)
         self._lock = threading.Lock()
 
     def run(self, base: int, blocks: Blocks, runs: Runs, progress: Progress | None = None) -> None:
-        """The whole copy, ended."""
+        """The whole copy, ended. Another thread may launch the next one meanwhile, and the device goes on without a pause."""
         if not len(runs):
             return
         copier = self._copier
@@ -236,11 +270,14 @@ class _Lane:
             before = torch.cuda.current_stream()
             try:
                 torch.cuda.set_stream(self._kernels)
-                table, meta = self._upload(blocks, runs)
+                tables = self._tables[self._copies_begun % len(self._tables)]
+                self._copies_begun += 1
+                tables.fill(blocks, runs)
                 if progress is None:
-                    self._by_chunks(base, table, meta, runs)
+                    self._by_chunks(base, tables, runs)
                 else:
-                    self._by_planes(base, table, meta, runs, progress)
+                    self._by_planes(base, tables, runs, progress)
+                tables.used.record(self._kernels)
                 last = torch.cuda.Event(blocking=len(runs) * copier._slot_bytes > _SPIN_BYTES)
                 last.record(self._copies if self._to_host else self._kernels)
             except Exception:  # whoever is told of the failure may use the blocks and the slots for something else
@@ -249,68 +286,51 @@ class _Lane:
                 raise
             finally:
                 torch.cuda.set_stream(before)
-            last.synchronize()
+        last.synchronize()
 
-    def _by_chunks(self, base: int, table: torch.Tensor, meta: torch.Tensor, runs: Runs) -> None:
-        number, step = 0, self._planes_in_piece
+    def _by_chunks(self, base: int, tables: _Tables, runs: Runs) -> None:
+        step = self._planes_in_piece
         for at in range(0, len(runs), self._chunks_in_piece):
             part = slice(at, at + self._chunks_in_piece)
             for plane in range(0, len(self._copier._paged.planes), step):
-                self._piece(number, base, table, meta[part], runs[part], plane, step)
-                number += 1
+                self._piece(base, tables, runs, part, plane, step)
 
-    def _by_planes(self, base: int, table: torch.Tensor, meta: torch.Tensor, runs: Runs, progress: Progress) -> None:
-        number, step, planes = 0, self._planes_in_group, len(self._copier._paged.planes)
+    def _by_planes(self, base: int, tables: _Tables, runs: Runs, progress: Progress) -> None:
+        step, planes = self._planes_in_group, len(self._copier._paged.planes)
         for plane in range(0, planes, step):
             for at in range(0, len(runs), self._chunks_of_group):
-                part = slice(at, at + self._chunks_of_group)
-                self._piece(number, base, table, meta[part], runs[part], plane, step)
-                number += 1
+                self._piece(base, tables, runs, slice(at, at + self._chunks_of_group), plane, step)
             point = torch.cuda.Event()
             point.record(self._kernels)
             progress.arrived(min(plane + step, planes), point)
 
-    def _upload(self, blocks: Blocks, runs: Runs) -> tuple[torch.Tensor, torch.Tensor]:
-        """The block table and (first token, count, token in slot) of each run, on the device, by one copy."""
-        words = len(blocks) + 3 * len(runs)
-        if words > self._host.numel():
-            self._host = torch.empty(2 * words, dtype=torch.int64, pin_memory=True)
-            self._tables = torch.empty_like(self._host, device=self._copier._device)
-        view = self._host.numpy()
-        view[: len(blocks)] = blocks
-        view[len(blocks) : words] = runs[:, 1:].reshape(-1)
-        self._tables[:words].copy_(self._host[:words], non_blocking=True)
-        return self._tables[: len(blocks)], self._tables[len(blocks) : words].view(-1, 3)
-
-    def _piece(
-        self, number: int, base: int, table: torch.Tensor, meta: torch.Tensor, runs: Runs, plane: int, planes: int
-    ) -> None:
-        place = number % len(self._ring)
+    def _piece(self, base: int, tables: _Tables, runs: Runs, part: slice, plane: int, planes: int) -> None:
+        """Planes [plane, plane + planes) of some of the runs through the next place of the ring, once that is empty."""
+        place = self._pieces_begun % len(self._ring)
+        self._pieces_begun += 1
         ring, words = self._ring[place]
         planes = min(planes, len(self._copier._paged.planes) - plane)
         filled, emptied = self._filled[place], self._emptied[place]
         if self._to_host:
-            if number >= len(self._ring):
-                self._kernels.wait_event(emptied)
-            self._launch(words, table, meta, runs, plane, planes)
+            self._kernels.wait_event(emptied)
+            self._launch(words, tables, runs, part, plane, planes)
             filled.record(self._kernels)
             self._copies.wait_event(filled)
-            self._dma(ring, base, runs, plane, planes)
+            self._dma(ring, base, runs[part], plane, planes)
             emptied.record(self._copies)
         else:
-            if number >= len(self._ring):
-                self._copies.wait_event(emptied)
-            self._dma(ring, base, runs, plane, planes)
+            self._copies.wait_event(emptied)
+            self._dma(ring, base, runs[part], plane, planes)
             filled.record(self._copies)
             self._kernels.wait_event(filled)
-            self._launch(words, table, meta, runs, plane, planes)
+            self._launch(words, tables, runs, part, plane, planes)
             emptied.record(self._kernels)
 
-    def _launch(
-        self, words: torch.Tensor, table: torch.Tensor, meta: torch.Tensor, runs: Runs, plane: int, planes: int
-    ) -> None:
+    def _launch(self, words: torch.Tensor, tables: _Tables, runs: Runs, part: slice, plane: int, planes: int) -> None:
         """In the stream of kernels, which is the thread's current one."""
         copier, constants = self._copier, self._constants
+        table, meta = tables.sent()
+        meta, runs = meta[part], runs[part]
         row_tiles = -(-constants["ROW_WORDS"] // constants["WORDS"])
         tiles = -(-int(runs[:, 2].max()) // constants["TOKENS"]) * row_tiles
         piece_words = planes * self._plane_bytes // copier._shape.word_bytes
