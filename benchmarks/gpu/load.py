@@ -14,6 +14,8 @@ import random
 import statistics
 import sys
 import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.model import difference
@@ -38,29 +40,37 @@ def main(argv: list[str] | None = None) -> int:
     options = made.parse_args(argv)
     rate = options.pcie or measured_pcie()
     found: dict[str, Sample] = {}
+    failed = False
     with hosts(options, gpu_memory_utilization=options.memory_part) as started:
         for name in options.engines:
             try:
                 with started.engine(name) as engine:
-                    draw = Draw(started.settings["vocabulary"])
-                    found[name] = {
-                        "at_once": [at_once(engine, draw, options) for _ in range(options.rounds + 1)],
-                        "beside": beside(engine, draw, options),
-                    }
-                    print(json.dumps({name: found[name]}), file=sys.stderr, flush=True)
+                    draw, found[name] = Draw(started.settings["vocabulary"]), {"at_once": [], "beside": {}}
+                    for _ in range(options.rounds + 1):
+                        found[name]["at_once"].append(at_once(engine, draw, options))
+                        keep(options.json, found, rate)
+                    for kind, gaps in beside(engine, draw, options):
+                        found[name]["beside"][kind] = gaps
+                        keep(options.json, found, rate)
             except RuntimeError as error:
+                failed = True
                 print(f"{TITLES[name]}: {error}", file=sys.stderr)
-            if options.json:
-                options.json.write_text(
-                    json.dumps({"machine": machine(), "gpu": gpu_name(), "pcie": rate, **found}) + "\n"
-                )
     size = prompt_bytes(options.model, options.prompts * options.tokens)
     print(
         f"{machine()}, {gpu_name()}, PCIe to the device {rate:.1f} GB/s: {size / rate / 1e9:.3f} s for {size / 1e9:.2f} GB\n"
     )
     print(align(table_at_once(found)) + "\n")
     print(align(table_beside(found)))
-    return int(len(found) < len(options.engines))
+    return int(failed)
+
+
+def keep(path: Path | None, found: dict[str, Sample], rate: float) -> None:
+    """Say that something came, and keep what there is so far: a run may be cut."""
+    print(
+        json.dumps({name: {kind: len(of) for kind, of in one.items()} for name, one in found.items()}), file=sys.stderr
+    )
+    if path:
+        path.write_text(json.dumps({"machine": machine(), "gpu": gpu_name(), "pcie": rate, **found}) + "\n")
 
 
 class Draw:
@@ -100,17 +110,16 @@ def last(answers: list[Sample]) -> float:
     return max(one["seconds"] for one in answers)
 
 
-def beside(engine: Engine, draw: Draw, options: Any) -> dict[str, list[float]]:
-    """Gaps in ms by what ran beside the decodes."""
+def beside(engine: Engine, draw: Draw, options: Any) -> Iterator[tuple[str, list[float]]]:
+    """(what ran beside the decodes, gaps in ms), one kind after the other."""
     prompts = [draw(options.long) for _ in range(6)]
-    gaps = {"nothing": engine.call("beside", prompts=[], decodes=16, seconds=3)}
-    gaps["cold"] = engine.call("beside", prompts=prompts, decodes=16, seconds=0)
-    time.sleep(3)
-    gaps["prefix"] = engine.call("beside", prompts=prompts, decodes=16, seconds=0)
+    yield "nothing", engine.call("beside", prompts=[], decodes=16, seconds=3)
+    yield "cold", engine.call("beside", prompts=prompts, decodes=16, seconds=0)
+    time.sleep(2)  # stores of every cache end
+    yield "prefix", engine.call("beside", prompts=prompts, decodes=16, seconds=0)
     engine.forget()
     if engine.name != "alone":
-        gaps["hit"] = engine.call("beside", prompts=prompts, decodes=16, seconds=0)
-    return gaps
+        yield "hit", engine.call("beside", prompts=prompts, decodes=16, seconds=0)
 
 
 def table_at_once(found: dict[str, Sample]) -> list[list[str]]:
