@@ -12,9 +12,9 @@ import json
 import random
 import sys
 import tempfile
-import threading
 import time
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +49,9 @@ def main(argv: list[str] | None = None) -> int:
                 thirds = [len(prompts) // 3, 2 * len(prompts) // 3]
                 ours = run(engine, prompts, options.at_once, dict.fromkeys(thirds, server.kill_and_restart))
                 log = (started.directory / "ours.log").read_text()
+                copied = server.copied()
             finally:
                 engine.stop()
-            copied = server.copied()
     control, mine = differing(alone, again), differing(alone, ours)
     loaded = sum(one["cached"] for one in ours)
     print(
@@ -114,16 +114,15 @@ def conversations(count: int, longest: int, vocabulary: int) -> list[list[int]]:
 
 
 def run(engine: Engine, prompts: list[list[int]], at_once: int, at: dict[int, Any] | None = None) -> Answers:
-    """All answers, `at_once` requests at a time; before those behind a number of `at` its function runs beside them."""
+    """All answers, `at_once` requests at a time; the function of a number in `at` runs beside that request."""
     answers: Answers = []
-    for first in range(0, len(prompts), at_once):
-        due = [call for number, call in (at or {}).items() if first <= number < first + at_once]
-        beside = [threading.Thread(target=call) for call in due]
-        for one in beside:
-            one.start()
-        answers += engine.call("first_tokens", prompts=prompts[first : first + at_once], tokens=8)
-        for one in beside:
-            one.join()
+    with ThreadPoolExecutor(1) as pool:
+        for first in range(0, len(prompts), at_once):
+            asked = pool.submit(engine.call, "first_tokens", prompts=prompts[first : first + at_once], tokens=8)
+            for number, beside in (at or {}).items():
+                if first <= number < first + at_once:
+                    beside()  # in this thread: what it starts ends with the thread that started it
+            answers += asked.result()
     return answers
 
 
