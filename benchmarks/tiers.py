@@ -339,7 +339,7 @@ def main(argv: list[str] | None = None) -> int:
     rows: list[Row] = []
     sides = sides_of(options.peer_python)
     with tempfile.TemporaryDirectory(prefix="lmcache-tiers-", dir=options.folder) as name:
-        bench = Bench(Path(name), options.quick, sides)
+        bench = Bench(Path(name).resolve(), options.quick, sides)
         for group in options.only or GROUPS:
             began = time.perf_counter()
             print(f"{group} ... ", end="", file=sys.stderr, flush=True)
