@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import time
+
 from benchmarks.scenarios import Shape
-from lmcache.bench.engine import BenchEngine, Model
+from lmcache.bench.engine import BenchEngine, Model, Prompt
+from lmcache.engine.scheduler import Loading
 
 
 class OurCache(BenchEngine):
@@ -17,3 +20,10 @@ class OurCache(BenchEngine):
             raise RuntimeError(
                 f"the server has chunks of {self.chunk_tokens} tokens, the benchmark wants {shape.chunk_tokens}"
             )
+
+    def lookup(self, prompt: Prompt, pause_seconds: float = 0.0) -> int:
+        chain = self._chain(prompt)
+        while isinstance(found := self._scheduler.poll(chain), Loading):
+            time.sleep(pause_seconds)
+        prompt.hit = found
+        return found.chunks if found else 0

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import time
 from typing import Any
 
 import torch
@@ -74,7 +75,7 @@ class PeerCache:
     def prompt(self, token_ids: list[int]) -> PeerPrompt:
         return PeerPrompt(tuple(token_ids))
 
-    def lookup(self, prompt: PeerPrompt) -> int:
+    def lookup(self, prompt: PeerPrompt, pause_seconds: float = 0.0) -> int:
         prompt.request_id = f"{os.getpid()}-{next(self._requests)}"
         chunks = len(prompt.token_ids) // self.shape.chunk_tokens
         self._client.lookup(self._key(prompt, 0, chunks, None), 1).result(timeout=DEADLINE_SECONDS)
@@ -83,6 +84,8 @@ class PeerCache:
             if found is not None:
                 prompt.locked = int(found)
                 return prompt.locked
+            if pause_seconds:
+                time.sleep(pause_seconds)
 
     def release(self, prompt: PeerPrompt) -> None:
         if prompt.locked:

@@ -14,6 +14,7 @@ import random
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.groups import GROUPS
@@ -50,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if failed else 0
 
 
-def about(sides: list[Side], argv: list[str] | None, module: str = "benchmarks.run") -> dict[str, object]:
+def about(sides: Sequence[Side], argv: list[str] | None, module: str = "benchmarks.run") -> dict[str, object]:
     """Where, when and what: the head of the report."""
     words = [_short(word) for word in (sys.argv[1:] if argv is None else argv)]
     facts: dict[str, object] = {

@@ -60,8 +60,8 @@ class Cache(Protocol):
     def prompt(self, token_ids: list[int]) -> Any:
         """A request for these tokens of which nothing was computed yet."""
 
-    def lookup(self, prompt: Any) -> int:
-        """Chunks present, from the first on; they stay until `release`."""
+    def lookup(self, prompt: Any, pause_seconds: float = 0.0) -> int:
+        """Chunks present, from the first on; they stay until `release`. pause_seconds: between questions while a tier loads."""
 
     def release(self, prompt: Any) -> None:
         """Give back what `lookup` held, and end the request."""
@@ -85,6 +85,7 @@ class Scenarios:
         self._random = random.Random(seed)
         self._kept: dict[int, tuple[list[int], Any]] = {}
         self._filled: list[Any] = []
+        self._drawn: list[int] = []
         self._order = list(range(self.shape.blocks))
         self._random.shuffle(self._order)
 
@@ -211,6 +212,38 @@ class Scenarios:
             if not done:
                 raise RuntimeError(f"a retrieve of {chunks} chunks failed; the lookup found {found}")
         return {"seconds": samples, "cpu": cpu_seconds() - before}
+
+    # Tiers
+
+    def draw(self, chunks: int) -> None:
+        """A new prompt for `put` and `fetch`."""
+        self._drawn = self.tokens(chunks)
+
+    def put(self) -> float:
+        """Seconds of storing the drawn prompt, until L1 has it. Nobody has looked for it: our server remembers for a second that
+        no tier had a prompt, and `fetch` may come sooner."""
+        chunks = len(self._drawn) // self.shape.chunk_tokens
+        blocks, start = self.blocks(chunks), time.perf_counter()
+        prompt = self.cache.prompt(self._drawn)
+        stored = self.cache.store(prompt, 0, chunks, blocks)
+        seconds = time.perf_counter() - start
+        self.cache.release(prompt)
+        if not stored:
+            raise RuntimeError(f"a prompt of {chunks} chunks was not stored")
+        return seconds
+
+    def fetch(self, pause_seconds: float) -> float:
+        """Seconds from the lookup of the drawn prompt until L1 has all of it, ready to be retrieved; then retrieve it."""
+        chunks = len(self._drawn) // self.shape.chunk_tokens
+        start = time.perf_counter()
+        prompt = self.cache.prompt(self._drawn)
+        found = self.cache.lookup(prompt, pause_seconds)
+        seconds = time.perf_counter() - start
+        done = found == chunks and self.cache.retrieve(prompt, chunks, self.blocks(chunks))
+        self.cache.release(prompt)
+        if not done:
+            raise RuntimeError(f"of {chunks} chunks that a tier had, {found} came and could not be retrieved whole")
+        return seconds
 
     # Full caches
 

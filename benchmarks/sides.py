@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,13 @@ class Server:
     """A running `lmcache server` of either side. `ready_seconds`: from its start to its first healthy answer."""
 
     def __init__(
-        self, side: Side, l1_gb: float, chunk_tokens: int, directory: Path, ports: tuple[int, int] | None = None
+        self,
+        side: Side,
+        l1_gb: float,
+        chunk_tokens: int,
+        directory: Path,
+        ports: tuple[int, int] | None = None,
+        flags: Sequence[str] = (),
     ) -> None:
         self._is_ours = side.name == "ours"
         self.ports = self.port, self.http_port = ports or (free_port(), free_port())
@@ -62,6 +68,7 @@ class Server:
             command += ["--prometheus-port", str(free_port())]
         else:
             command += ["--socket-dir", str(directory / "socket")]
+        command += flags
         start = time.perf_counter()
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
@@ -95,11 +102,15 @@ class Server:
         """Wait until our server has pre-faulted its arena; the peer does that before it is ready."""
         limit = time.monotonic() + START_SECONDS
         while self._is_ours and time.monotonic() < limit:
-            arena = json.loads(self._ask("GET", "/status")[1])["arena"]
+            arena = self.status()["arena"]
             if arena["backed_bytes"] >= arena["bytes"]:
                 break
             time.sleep(0.1)
         time.sleep(0.5)  # engines that have just mapped the arena still touch it
+
+    def status(self) -> Any:
+        """What `/status` answers."""
+        return json.loads(self._ask("GET", "/status")[1])
 
     def _ask(self, method: str, path: str) -> tuple[int, bytes]:
         connection = http.client.HTTPConnection("127.0.0.1", self.http_port, timeout=30)
@@ -111,11 +122,31 @@ class Server:
             connection.close()
 
     def clear(self) -> None:
-        """Empty the cache."""
-        path = "/clear-cache" if self._is_ours else "/cache/clear"
+        """Empty L1."""
+        self.post("/clear-cache" if self._is_ours else "/cache/clear")
+
+    def post(self, path: str) -> None:
         status = self.request("POST", path)
         if status != 200:
             raise RuntimeError(f"POST {path} was answered with {status}")
+
+    def drop_l1(self) -> None:
+        """Empty L1 until nothing is left in it: what is still being written to a tier stays for a while."""
+        limit = time.monotonic() + START_SECONDS
+        while True:
+            self.clear()
+            left = self._l1_chunks()
+            if not left:
+                return
+            if time.monotonic() > limit:
+                raise RuntimeError(f"L1 still has {left} chunks {START_SECONDS:.0f} s after it was to be emptied")
+            time.sleep(0.01)
+
+    def _l1_chunks(self) -> int:
+        status = self.status()
+        if self._is_ours:
+            return int(status["index"]["chunks"])
+        return sum(int(one["total_object_count"]) for one in status["storage_manager"]["l1_managers"].values())
 
     def memory_bytes(self) -> dict[str, int]:
         """Resident bytes of the process: `private` (anonymous and files), `shared` (the arena)."""
@@ -221,9 +252,9 @@ class Side:
         return done.stdout.strip() or "not installed"
 
     @contextlib.contextmanager
-    def serve(self, l1_gb: float, chunk_tokens: int = 256) -> Iterator[Server]:
+    def serve(self, l1_gb: float, chunk_tokens: int = 256, flags: Sequence[str] = ()) -> Iterator[Server]:
         with tempfile.TemporaryDirectory(prefix="lmcache-bench-") as directory:
-            server = Server(self, l1_gb, chunk_tokens, Path(directory))
+            server = Server(self, l1_gb, chunk_tokens, Path(directory), flags=flags)
             try:
                 yield server
             finally:

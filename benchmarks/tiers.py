@@ -4,7 +4,8 @@
 
 *limit* is plain `pwrite` and `preadv` with O_DIRECT, of the same sizes, by as many threads, in a new file of the same folder,
 in turns with ours; of warm loads, a buffered read that takes the same checksum; of the index, a plain dictionary of the
-same keys. The folder needs 4 GiB, the machine 3 GiB of memory.
+same keys. *peer* (`served`, with --peer-python): LMCache 0.5.6's server with its `fs_native`, in turns with ours. The folder
+needs 4 GiB, the machine 3 GiB of memory, 6 GiB with the peer.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ import xxhash
 from benchmarks.rows import Goal, Row, replace_figures, report, share
 from benchmarks.run import about
 from benchmarks.sides import Side
+from benchmarks.tiers_served import Tier, last_written, ours_of, served, sides_of
 from lmcache.tiers import OK, Shard, ShardKey, frame
 from lmcache.tiers.conformance import shard_key
 from lmcache.tiers.disk import DiskTier
@@ -51,8 +53,8 @@ SUM_SHARDS, SUM_PAIRS = 8, 60
 class Bench:
     """One folder, and memory as the arena's: shared, aligned, touched."""
 
-    def __init__(self, folder: Path, quick: bool) -> None:
-        self.folder, self.rounds = folder, 2 if quick else 7
+    def __init__(self, folder: Path, quick: bool, sides: tuple[Side, ...]) -> None:
+        self.folder, self.rounds, self.sides = folder, 2 if quick else 7, sides
         self.quick = quick
         self.memory = memoryview(mmap.mmap(-1, ROUND_BYTES))
         block = random.Random(1).randbytes(MIB)
@@ -300,12 +302,34 @@ def _rss() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
 
 
+def behind_servers(bench: Bench) -> list[Row]:
+    """Ours beside the peer's `fs_native`, the faster of its two for files, each in its server. What was just written is in the
+    page cache unless I/O is direct."""
+    rows: list[Row] = []
+    for io in ("buffered", "direct"):
+        mine, theirs = bench.folder / f"served-{io}", bench.folder / f"peer-{io}"
+        theirs.mkdir()
+        adapter = {"type": "fs_native", "base_path": str(theirs), "use_odirect": io == "direct"}
+        tiers = {
+            "ours": ours_of(f"disk://{mine}?io={io}&max_gb=2", last_written(mine)),
+            "peer": Tier(("--l2-adapter", json.dumps(adapter)), last_written(theirs), lambda _: _unlink(theirs)),  # noqa: B023
+        }
+        rows += served(f"disk, io={io}", tiers, bench.sides, bench.quick)
+    return rows
+
+
+def _unlink(folder: Path) -> None:
+    for file in folder.iterdir():
+        file.unlink()
+
+
 GROUPS: dict[str, Callable[[Bench], list[Row]]] = {
     "device": device,
     "evicting": evicting,
     "warm": warm,
     "checksums": checksums,
     "index": index,
+    "served": behind_servers,
 }
 
 
@@ -313,14 +337,15 @@ def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
     os.environ.setdefault("LMCACHE_LOG_LEVEL", "ERROR")
     rows: list[Row] = []
+    sides = sides_of(options.peer_python)
     with tempfile.TemporaryDirectory(prefix="lmcache-tiers-", dir=options.folder) as name:
-        bench = Bench(Path(name), options.quick)
+        bench = Bench(Path(name).resolve(), options.quick, sides)
         for group in options.only or GROUPS:
             began = time.perf_counter()
             print(f"{group} ... ", end="", file=sys.stderr, flush=True)
             rows += GROUPS[group](bench)
             print(f"{time.perf_counter() - began:.0f} s", file=sys.stderr)
-    facts = about([Side("ours", sys.executable)], argv, "benchmarks.tiers")
+    facts = about(sides, argv, "benchmarks.tiers")
     if options.json:
         options.json.write_text(json.dumps({**facts, "rows": [row.as_json() for row in rows]}, indent=1) + "\n")
     print(report(facts, rows, as_markdown=False))
@@ -334,6 +359,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--folder", metavar="DIR", default=".", help="on the device to measure. Default: the working one"
     )
+    parser.add_argument("--peer-python", metavar="PATH", help="Python of an environment with LMCache 0.5.6")
     parser.add_argument("--only", metavar="NAME", nargs="+", choices=list(GROUPS), help=f"groups: {', '.join(GROUPS)}")
     parser.add_argument("--quick", action="store_true", help="fewer rounds: does it work, not how fast is it")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write every figure there")

@@ -1,8 +1,9 @@
 """`python -m benchmarks.tiers_remote`: the Redis tier on a real Valkey and the S3 tier on a real SeaweedFS, both on this machine.
 
 Each figure stands beside the plainest client that could do the same, in turns: for Valkey a socket with SET and GET of 4 MiB
-values (sendall, recv_into), for S3 obstore's put and get alone with the same number of threads. It needs the test extra:
-pip install -e '.[test]'. A full run takes about two minutes and 4 GiB of memory.
+values (sendall, recv_into), for S3 obstore's put and get alone with the same number of threads. *peer* (`served`, with
+--peer-python): LMCache 0.5.6's server with its `resp` on the same Valkey, in turns with ours. It needs the test extra:
+pip install -e '.[test]'. A full run takes about two minutes and 4 GiB of memory, with the peer three and 6 GiB.
 """
 
 from __future__ import annotations
@@ -18,14 +19,19 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 from benchmarks.rows import Goal, Row, replace_figures, report, share
 from benchmarks.run import about
+from benchmarks.sides import Side
+from benchmarks.tiers_served import Ended, ours_of, served, sides_of
+from benchmarks.tiers_served import Tier as ServedTier
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 try:
     import obstore
+    from valkey import Valkey
 
     from ports import free_port
     from proxy import Proxy
@@ -349,20 +355,60 @@ def _run_into(engine: BenchEngine, stopped: threading.Event) -> None:
         seed += 2048
 
 
-GROUPS = {"valkey": valkey, "s3": s3, "stall": stall}
+def valkey_served(quick: bool, sides: tuple[Side, ...]) -> list[Row]:
+    """Ours beside the peer's `resp`, each in its server, in two databases of one Valkey."""
+    with tempfile.TemporaryDirectory(prefix="lmbench-") as folder:
+        store = RedisServer(binary_of("valkey"), Path(folder))
+        first, second = (Valkey(port=store.port, db=database) for database in (0, 1))
+        adapter = json.dumps({"type": "resp", "host": "127.0.0.1", "port": store.port})
+        try:
+            tiers = {
+                "ours": ours_of(f"redis://127.0.0.1:{store.port}/1?max_gb=2", _keys_of(second, _our_keys), 0.001),
+                "peer": ServedTier(
+                    ("--l2-adapter", adapter),
+                    _keys_of(first, lambda chunks, _: chunks),
+                    lambda _: first.flushdb(),
+                    0.001,
+                ),
+            }
+            return served("Valkey", tiers, sides, quick)
+        finally:
+            store.end()
+
+
+def _our_keys(chunks: int, chunk_bytes: int) -> int:
+    """As docs/tiers/redis.md says: a header and parts of 4 MiB - 64 for a chunk, and two keys of books."""
+    return 2 + chunks * (1 + -(-chunk_bytes // (VALUE - 64)))
+
+
+def _keys_of(database: Any, keys: Callable[[int, int], int]) -> Ended:
+    def ended(chunks: int, chunk_bytes: int) -> float | None:
+        return time.time() if database.dbsize() >= keys(chunks, chunk_bytes) else None
+
+    return ended
+
+
+GROUPS: dict[str, Callable[[bool, tuple[Side, ...]], list[Row]]] = {
+    "valkey": lambda quick, _: valkey(quick),
+    "s3": lambda quick, _: s3(quick),
+    "stall": lambda quick, _: stall(quick),
+    "served": valkey_served,
+}
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tiers_remote", description=__doc__, allow_abbrev=False)
     parser.add_argument("--json", metavar="FILE", type=Path, help="write every figure there")
+    parser.add_argument("--peer-python", metavar="PATH", help="Python of an environment with LMCache 0.5.6")
     parser.add_argument("--only", nargs="+", choices=list(GROUPS), default=list(GROUPS), help="some of them")
     parser.add_argument("--quick", action="store_true", help="fewer rounds: does it work, not how fast is it")
     parser.add_argument(
         "--update", metavar="FILE", type=Path, help="put the table into this page (benchmarks/README.md)"
     )
     options = parser.parse_args(argv)
-    rows = [row for name in options.only for row in GROUPS[name](options.quick)]
-    facts = about([], argv, "benchmarks.tiers_remote")
+    sides = sides_of(options.peer_python)
+    rows = [row for name in options.only for row in GROUPS[name](options.quick, sides)]
+    facts = about(sides, argv, "benchmarks.tiers_remote")
     if options.json:
         options.json.write_text(json.dumps({**facts, "rows": [row.as_json() for row in rows]}, indent=1) + "\n")
     print(report(facts, rows, as_markdown=False))

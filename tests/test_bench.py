@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,9 @@ from typing import Any
 import pytest
 from benchmarks.groups import lru_hit_rate
 from benchmarks.rows import Goal, Row, cells, replace_figures
+from benchmarks.scenarios import SHAPES
+from benchmarks.sides import Side
+from benchmarks.tiers_served import Turns, last_written, ours_of
 
 from lmcache.bench.main import main
 from lmcache.bench.samples import align, figure, quantile
@@ -87,6 +92,20 @@ def test_ratios_compare_neighbours_in_time() -> None:
         row.add("peer", [4 * slowness])
     assert row.ratio("peer") == 0.25
     assert cells(row)[8] == "4"
+
+
+def test_what_is_loaded_behind_a_server_comes_from_its_tier(tmp_path: Path) -> None:
+    """The first load finds an empty L1, and the last one a tier that was emptied."""
+    folder = tmp_path / "tier"
+    with contextlib.ExitStack() as stack:
+        tier = ours_of(f"disk://{folder}?io=buffered&max_gb=1", last_written(folder))
+        turns = Turns(Side("ours", sys.executable), tier, stack, SHAPES["small"], l1_gb=0.1)
+        into_l1, into_tier, _ = turns.store(4)
+        assert 0 < into_l1 < into_tier
+        assert turns.load(0.001)[0] > 0
+        turns.wipe()
+        with pytest.raises(RuntimeError, match="of 4 chunks that a tier had, 0 came"):
+            turns.load(0.001)
 
 
 def test_exact_lru() -> None:
