@@ -19,17 +19,15 @@ from pathlib import Path
 
 from benchmarks.groups import GROUPS
 from benchmarks.rows import Row, replace_figures, report
-from benchmarks.sides import Plan, Side
+from benchmarks.sides import Plan, Side, sides_of
 from lmcache import __version__
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the chosen groups and print what came out; 1 when a group failed."""
     options = parse(argv)
-    sides = [Side("ours", sys.executable)]
-    if options.peer_python:
-        sides.append(Side("peer", options.peer_python))
-    plan = Plan(tuple(sides), options.quick, random.Random(7))
+    sides = sides_of(options.peer_python)
+    plan = Plan(sides, options.quick, random.Random(7))
     rows: list[Row] = []
     failed: list[str] = []
     for name in options.only or GROUPS:

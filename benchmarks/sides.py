@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import dataclasses
 import http.client
 import json
@@ -19,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.child import Child, end_with_parent
 from benchmarks.scenarios import Shape
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -35,11 +35,6 @@ def free_port() -> int:
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         return int(one.getsockname()[1])
-
-
-def end_with_parent() -> None:
-    """For `preexec_fn`: the kernel ends this process when the benchmark dies, however that happens."""
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 class Server:
@@ -173,55 +168,19 @@ class Server:
             self._process.wait()
 
 
-class Worker:
+class Worker(Child):
     """An engine-side process of either side; `call` runs one of `Scenarios`' methods in it."""
 
     def __init__(self, side: Side, server: Server, shape: Shape, directory: Path, seed: int, **arguments: Any) -> None:
-        self.name = side.name
         command = [side.python, "-m", "benchmarks.worker", side.name]
-        with (directory / f"{side.name}-worker.log").open("a") as log:
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-                env=side.environment,
-                cwd=PROJECT,
-                preexec_fn=end_with_parent,
-            )
-        self.begin("open", address=server.address, shape=shape.name, seed=seed, **arguments)
-        self.end()
-
-    def call(self, name: str, **arguments: Any) -> Any:
-        self.begin(name, **arguments)
-        return self.end()
-
-    def begin(self, name: str, **arguments: Any) -> None:
-        """Start a call without waiting for it."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"call": name, **arguments}) + "\n")
-        self._process.stdin.flush()
+        super().__init__(side.name, command, directory / f"{side.name}-worker.log", side.environment, PROJECT)
+        self.call("open", address=server.address, shape=shape.name, seed=seed, **arguments)
 
     def end(self) -> Any:
-        """The answer to the call that was begun."""
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        reply = json.loads(line) if line else {"error": "the process died; see its log"}
+        reply = super().end()
         if "error" in reply:
             raise RuntimeError(f"{self.name}: {reply['error']}")
         return reply["answer"]
-
-    def stop(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        try:
-            self._process.wait(30)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        assert self._process.stdout is not None
-        self._process.stdout.close()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,6 +234,12 @@ class Side:
                 yield worker
             finally:
                 worker.stop()
+
+
+def sides_of(peer_python: str | None) -> tuple[Side, ...]:
+    """Ours, and the peer where there is one."""
+    ours = Side("ours", sys.executable)
+    return (ours, Side("peer", peer_python)) if peer_python else (ours,)
 
 
 @dataclasses.dataclass(frozen=True)

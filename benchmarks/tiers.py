@@ -33,8 +33,8 @@ import xxhash
 
 from benchmarks.rows import Goal, Row, replace_figures, report, share
 from benchmarks.run import about
-from benchmarks.sides import Side
-from benchmarks.tiers_served import Tier, last_written, ours_of, served, sides_of
+from benchmarks.sides import Side, sides_of
+from benchmarks.tiers_served import Tier, last_written, ours_of, served
 from lmcache.tiers import OK, Shard, ShardKey, frame
 from lmcache.tiers.conformance import shard_key
 from lmcache.tiers.disk import DiskTier

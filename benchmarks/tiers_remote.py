@@ -24,8 +24,8 @@ from unittest import mock
 
 from benchmarks.rows import Goal, Row, replace_figures, report, share
 from benchmarks.run import about
-from benchmarks.sides import Side
-from benchmarks.tiers_served import Ended, ours_of, served, sides_of
+from benchmarks.sides import Side, sides_of
+from benchmarks.tiers_served import Ended, ours_of, served
 from benchmarks.tiers_served import Tier as ServedTier
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))

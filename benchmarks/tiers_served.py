@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -136,8 +135,3 @@ def _of_shape(what: str, tiers: dict[str, Tier], sides: tuple[Side, ...], shape:
         for row, cpu in zip((cpu_store, cpu_load), both, strict=True):
             row.add(name, [cpu / (rounds * ROUND_BYTES / GB)])  # of all rounds: the kernel counts in 10 ms
     return [store, into_l1, load, cpu_store, cpu_load, one]
-
-
-def sides_of(peer_python: str | None) -> tuple[Side, ...]:
-    ours = Side("ours", sys.executable)
-    return (ours, Side("peer", peer_python)) if peer_python else (ours,)

@@ -24,9 +24,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks.child import Child
 from benchmarks.rows import Goal, Row, replace_figures, report
 from benchmarks.run import about
-from benchmarks.sides import PROJECT, Side, end_with_parent
+from benchmarks.sides import PROJECT, Side
 
 PROMPT_TOKENS = 4096
 VOCABULARY = 8192
@@ -46,38 +47,16 @@ ENVIRONMENT = {
 }
 
 
-class Engine:
+class Engine(Child):
     """`vllm_engine` in a process of its own."""
 
     def __init__(self, name: str, python: str, model: Path, directory: Path, transfer: dict[str, Any] | None) -> None:
-        self.name = name
-        self._log = directory / f"{name}.log"
         settings = {**SETTINGS, "model": str(model)} | ({"kv_transfer_config": transfer} if transfer else {})
         inherited = {key: value for key, value in os.environ.items() if not key.startswith(("LMCACHE_", "VLLM_"))}
         if name == "peer":
             inherited.pop("PYTHONPATH", None)
-        script = Path(__file__).with_name("vllm_engine.py")
-        with self._log.open("w") as log:
-            self._process = subprocess.Popen(
-                [python, str(script), json.dumps(settings)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-                env=inherited | ENVIRONMENT,
-                cwd=directory,
-                preexec_fn=end_with_parent,
-            )
-
-    def call(self, name: str, **arguments: Any) -> dict[str, Any]:
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(json.dumps({"call": name, **arguments}) + "\n")
-        self._process.stdin.flush()
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"the {self.name} engine ended:\n{self._log.read_text()[-4000:]}")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
+        command = [python, str(Path(__file__).with_name("vllm_engine.py")), json.dumps(settings)]
+        super().__init__(name, command, directory / f"{name}.log", inherited | ENVIRONMENT, directory)
 
     def first_token(self, prompt: list[int]) -> tuple[float, int]:
         """(seconds, tokens of the prompt that were not computed), after a pause."""
@@ -88,10 +67,6 @@ class Engine:
     def forget(self) -> None:
         if not self.call("forget")["done"]:
             raise RuntimeError(f"the {self.name} engine does not let its prefix cache go")
-
-    def stop(self) -> None:
-        self._process.kill()
-        self._process.wait()
 
 
 def measure(engines: dict[str, Engine], rounds: int) -> list[Row]:
@@ -181,7 +156,7 @@ def engines(options: argparse.Namespace, model: Path, directory: Path) -> Iterat
 
         def start(name: str, python: str, transfer: dict[str, Any] | None) -> None:
             engine = Engine(name, python, model, directory, transfer)
-            stack.callback(engine.stop)
+            stack.callback(engine.kill)
             engine.call("ready")
             started[name] = engine
 

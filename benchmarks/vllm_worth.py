@@ -23,9 +23,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.child import end_with_parent
 from benchmarks.rows import Goal, Row, report
 from benchmarks.run import about
-from benchmarks.sides import PROJECT, Side, end_with_parent, free_port
+from benchmarks.sides import PROJECT, Side, free_port
 from benchmarks.vllm_ttft import PROMPT_TOKENS, VOCABULARY, Engine, _transfer, write_model
 
 sys.path.insert(0, str(PROJECT / "tests"))  # the proxy and the store are the tests' own
@@ -153,7 +154,7 @@ def main(argv: list[str] | None = None) -> int:
             print(error, (directory / "server.log").read_text()[-2000:], file=sys.stderr)
             return 1
         finally:
-            engine.stop()
+            engine.kill()
             proxy.close()
             store.end()
     facts = about([Side("ours", sys.executable)], argv, "benchmarks.vllm_worth")

@@ -29,10 +29,11 @@ def write_model(folder: Path, seed: int = 0) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     _write_weights(folder, seed)
     _write_tokenizer(folder)
-    (folder / "config.json").write_text(json.dumps(_config(), indent=1))
+    (folder / "config.json").write_text(json.dumps(qwen3_config(), indent=1))
 
 
-def _config() -> dict[str, object]:
+def qwen3_config(**shape: object) -> dict[str, object]:
+    """`config.json` of this model, or with other sizes (and `torch_dtype`) under the file's own names."""
     return {
         "architectures": ["Qwen3ForCausalLM"],
         "model_type": "qwen3",
@@ -52,7 +53,7 @@ def _config() -> dict[str, object]:
         "torch_dtype": "float32",
         "bos_token_id": 0,
         "eos_token_id": 0,
-    }
+    } | shape
 
 
 def _write_weights(folder: Path, seed: int) -> None:

@@ -9,7 +9,6 @@ CUDA graphs are on. One engine after the other, since each needs most of the GPU
 
 from __future__ import annotations
 
-import json
 import random
 import statistics
 import sys
@@ -19,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.model import difference
-from benchmarks.gpu.sides import TITLES, Engine, hosts, parser, prompt_bytes
-from benchmarks.gpu.ttft import END_TOKENS, gpu_name, measured_pcie
+from benchmarks.gpu.sides import TITLES, Engine, gpu_name, hosts, keep, measured_pcie, parser, prompt_bytes
+from benchmarks.gpu.ttft import END_TOKENS
 from benchmarks.run import machine
 from lmcache.bench.samples import align, quantile
 
@@ -48,10 +47,10 @@ def main(argv: list[str] | None = None) -> int:
                     draw, found[name] = Draw(started.settings["vocabulary"]), {"at_once": [], "beside": {}}
                     for _ in range(options.rounds + 1):
                         found[name]["at_once"].append(at_once(engine, draw, options))
-                        keep(options.json, found, rate)
+                        told(options.json, found, rate)
                     for kind, gaps in beside(engine, draw, options):
                         found[name]["beside"][kind] = gaps
-                        keep(options.json, found, rate)
+                        told(options.json, found, rate)
             except RuntimeError as error:
                 failed = True
                 print(f"{TITLES[name]}: {error}", file=sys.stderr)
@@ -64,13 +63,10 @@ def main(argv: list[str] | None = None) -> int:
     return int(failed)
 
 
-def keep(path: Path | None, found: dict[str, Sample], rate: float) -> None:
-    """Say that something came, and keep what there is so far: a run may be cut."""
-    print(
-        json.dumps({name: {kind: len(of) for kind, of in one.items()} for name, one in found.items()}), file=sys.stderr
-    )
-    if path:
-        path.write_text(json.dumps({"machine": machine(), "gpu": gpu_name(), "pcie": rate, **found}) + "\n")
+def told(path: Path | None, found: dict[str, Sample], rate: float) -> None:
+    """Say that something came, and keep it."""
+    print({name: {kind: len(of) for kind, of in one.items()} for name, one in found.items()}, file=sys.stderr)
+    keep(path, rate, **found)
 
 
 class Draw:

@@ -11,6 +11,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from demo.model import qwen3_config
+
 LAYERS, HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, HEAD_DIM, VOCABULARY = 36, 4096, 12288, 32, 8, 128, 151936
 CONTEXT_TOKENS = 40960
 TOKEN_BYTES = LAYERS * 2 * KV_HEADS * HEAD_DIM * 2
@@ -20,26 +22,17 @@ TOKEN_BYTES = LAYERS * 2 * KV_HEADS * HEAD_DIM * 2
 def write_shape(folder: Path) -> Path:
     """A folder with `config.json` alone: for `load_format="dummy"`."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = {
-        "architectures": ["Qwen3ForCausalLM"],
-        "model_type": "qwen3",
-        "num_hidden_layers": LAYERS,
-        "hidden_size": HIDDEN,
-        "intermediate_size": INTERMEDIATE,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": KV_HEADS,
-        "head_dim": HEAD_DIM,
-        "vocab_size": VOCABULARY,
-        "max_position_embeddings": CONTEXT_TOKENS,
-        "rope_theta": 1_000_000,
-        "rms_norm_eps": 1e-6,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
-        "bos_token_id": 0,
-        "eos_token_id": 0,
-    }
+    config = qwen3_config(
+        num_hidden_layers=LAYERS,
+        hidden_size=HIDDEN,
+        intermediate_size=INTERMEDIATE,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        head_dim=HEAD_DIM,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=CONTEXT_TOKENS,
+        torch_dtype="bfloat16",
+    )
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     return folder
 

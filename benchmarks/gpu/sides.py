@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -19,8 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.child import Child
 from benchmarks.gpu.model import TOKEN_BYTES, VOCABULARY, write_shape
-from benchmarks.sides import PROJECT, Side, end_with_parent
+from benchmarks.run import machine
+from benchmarks.sides import PROJECT, Side
 
 ENVIRONMENT = {
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
@@ -32,6 +33,8 @@ ENVIRONMENT = {
     "LMCACHE_TRACK_USAGE": "false",
     "DO_NOT_TRACK": "1",
 }
+END_SECONDS = 60
+"""For vLLM's own processes to end with it, and their GPU memory to be free."""
 TITLES = {
     "alone": "vLLM alone",
     "native": "vLLM's own offloading",
@@ -42,32 +45,14 @@ TITLES = {
 }
 
 
-class Engine:
+class Engine(Child):
     """`benchmarks.gpu.engine` in a process of its own; `call` runs one of its methods there."""
 
     def __init__(self, name: str, side: Side, settings: dict[str, Any], log: Path, environment: dict[str, str]) -> None:
-        self.name, self._log = name, log
         path = [side.path, str(PROJECT)] if side.path else [str(PROJECT), os.environ.get("PYTHONPATH", "")]
-        with log.open("w") as out:
-            self._process = subprocess.Popen(
-                [side.python, "-m", "benchmarks.gpu.engine", json.dumps(settings)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=out,
-                text=True,
-                env=os.environ | ENVIRONMENT | environment | {"PYTHONPATH": ":".join(filter(None, path))},
-                cwd=log.parent,
-                preexec_fn=end_with_parent,
-            )
-
-    def call(self, name: str, **arguments: Any) -> Any:
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(json.dumps({"call": name, **arguments}) + "\n")
-        self._process.stdin.flush()
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"{TITLES[self.name]} ended:\n{self._log.read_text()[-6000:]}")
-        return json.loads(line)
+        environment = os.environ | ENVIRONMENT | environment | {"PYTHONPATH": ":".join(filter(None, path))}
+        command = [side.python, "-m", "benchmarks.gpu.engine", json.dumps(settings)]
+        super().__init__(name, command, log, environment, log.parent)
 
     def first_token(self, prompt: list[int]) -> dict[str, Any]:
         answer: dict[str, Any] = self.call("first_tokens", prompts=[prompt])[0]
@@ -76,16 +61,6 @@ class Engine:
     def forget(self) -> None:
         if not self.call("forget")["done"]:
             raise RuntimeError(f"{TITLES[self.name]} does not let its prefix cache go")
-
-    def stop(self) -> None:
-        """Returns when its GPU memory is free: vLLM's own processes end with it."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        try:
-            self._process.wait(60)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
 
 
 @dataclass(frozen=True)
@@ -114,7 +89,7 @@ class Hosts:
                 server = stack.enter_context(side.serve(self.cache_gb))
                 settings["kv_transfer_config"] = transfer_config(server.port)
             engine = Engine(name, side, settings, self.directory / f"{name}.log", environment)
-            stack.callback(engine.stop)
+            stack.callback(engine.stop, END_SECONDS)
             engine.call("ready")
             if name == "ours":
                 server.settle()
@@ -183,3 +158,25 @@ def prompt_bytes(model: Path | None, tokens: int) -> int:
     config = json.loads((model / "config.json").read_text())
     width = 4 if config["torch_dtype"] == "float32" else 2
     return int(tokens * config["num_hidden_layers"] * 2 * config["num_key_value_heads"] * config["head_dim"] * width)
+
+
+def keep(path: Path | None, pcie: float, **found: Any) -> None:
+    """What there is so far, as JSON: a run may be cut."""
+    if path:
+        path.write_text(json.dumps({"machine": machine(), "gpu": gpu_name(), "pcie": pcie, **found}) + "\n")
+
+
+def measured_pcie() -> float:
+    """GB/s to the device, in this process."""
+    from benchmarks.gpu.pcie import pcie
+
+    return pcie(1 << 30)["to_device"]
+
+
+def gpu_name() -> str:
+    try:
+        import torch
+
+        return str(torch.cuda.get_device_name())
+    except (ImportError, RuntimeError, AssertionError):
+        return "no GPU"

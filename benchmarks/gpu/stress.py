@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.sides import Engine, hosts, parser, transfer_config
+from benchmarks.gpu.sides import END_SECONDS, Engine, hosts, parser, transfer_config
 from benchmarks.sides import Server, Side
 
 Answers = list[dict[str, Any]]
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
                 log = (started.directory / "ours.log").read_text()
                 copied = server.copied()
             finally:
-                engine.stop()
+                engine.stop(END_SECONDS)
     control, mine = differing(alone, again), differing(alone, ours)
     loaded = sum(one["cached"] for one in ours)
     print(

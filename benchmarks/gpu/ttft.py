@@ -13,11 +13,10 @@ import random
 import statistics
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.model import difference
-from benchmarks.gpu.sides import TITLES, Engine, hosts, parser, prompt_bytes
+from benchmarks.gpu.sides import TITLES, Engine, gpu_name, hosts, keep, measured_pcie, parser, prompt_bytes
 from benchmarks.run import machine
 from lmcache.bench.samples import align
 
@@ -48,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
             except RuntimeError as error:
                 failed = True
                 print(f"{TITLES[name]}: {error}", file=sys.stderr)
-            keep(options.json, samples, rate)
+            keep(options.json, rate, samples=samples)
     print(f"{machine()}, {gpu_name()}, PCIe to the device {rate:.1f} GB/s\n")
     print(align(table(samples, rate, lambda tokens: prompt_bytes(options.model, tokens))))
     return int(failed)
@@ -144,28 +143,6 @@ def table(samples: list[Sample], rate: float, size: Any) -> list[list[str]]:
             ]
         )
     return rows
-
-
-def measured_pcie() -> float:
-    """GB/s to the device, in this process."""
-    from benchmarks.gpu.pcie import pcie
-
-    return pcie(1 << 30)["to_device"]
-
-
-def gpu_name() -> str:
-    try:
-        import torch
-
-        return str(torch.cuda.get_device_name())
-    except (ImportError, RuntimeError, AssertionError):
-        return "no GPU"
-
-
-def keep(path: Path | None, samples: list[Sample], rate: float) -> None:
-    """What there is so far: a run may be cut."""
-    if path:
-        path.write_text(json.dumps({"machine": machine(), "gpu": gpu_name(), "pcie": rate, "samples": samples}) + "\n")
 
 
 if __name__ == "__main__":
