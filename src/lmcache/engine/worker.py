@@ -197,7 +197,7 @@ class WorkerSession:
                     if isinstance(job, Load):
                         self._touching[thread] = job_id
                         self._loading[thread] = job
-            tokens, seconds, put_seconds = 0, 0.0, 0.0
+            tokens, seconds, put_seconds, failed = 0, 0.0, 0.0, True
             try:
                 if not cancelled:
                     if job.after is not None:
@@ -206,17 +206,16 @@ class WorkerSession:
                         tokens, seconds = self._load(thread, job)
                     else:
                         tokens, seconds, put_seconds = self._store(job_id, job)
-                failed = 0
+                failed = False
             except LMCacheError as error:
                 logger.debug("A %s failed: %s", kind, error)
-                failed = 1
             except Exception:  # the edge of the thread: a bug must not end it, and costs this job only
                 logger.exception("A %s failed", kind)
-                failed = 1
             if isinstance(job, Load) and job.progress is not None:
                 job.progress.end()
             with self._state:
-                self.counters[f"failed_{kind}s"] += failed
+                if failed:
+                    self.counters[f"failed_{kind}s"] += 1
                 self._running.pop(thread, None)
                 self._touching.pop(thread, None)
                 self._loading.pop(thread, None)
