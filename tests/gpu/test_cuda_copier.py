@@ -15,50 +15,31 @@ pytest.importorskip("triton")
 if not torch.cuda.is_available():
     pytest.skip("no GPU here", allow_module_level=True)
 
+from gpu_kv import LAYOUTS, paged_kv  # noqa: E402
+
 from lmcache.transfer import cuda  # noqa: E402
 from lmcache.transfer.cuda import CudaCopier  # noqa: E402
-from lmcache.transfer.paged import PagedKV, Plane  # noqa: E402
 from lmcache.transfer.progress import Progress  # noqa: E402
 
-LAYOUTS = ("NHD [2,nb,bs,H,D]", "NHD [nb,2,bs,H,D]", "HND [2,nb,H,bs,D]", "HND [nb,2,H,bs,D]", "MLA [nb,bs,D]")
 
-
-def paged_kv(layout: str, layers: int, heads: int, dims: int, block: int, count: int, dtype: torch.dtype):
-    """(PagedKV, one view [block][token][head][dim] a plane) of random KV on the GPU."""
-    planes, views, owners = [], [], []
-    for _ in range(layers):
-        if layout.startswith("MLA"):
-            shape, order = (count, block, dims), None
-        else:
-            inner = (block, heads, dims) if layout.startswith("NHD") else (heads, block, dims)
-            shape = (2, count, *inner) if "[2,nb" in layout else (count, 2, *inner)
-            order = layout
-        raw = torch.randint(-128, 127, (*shape, dtype.itemsize), dtype=torch.int8, device="cuda")
-        tensor = raw.view(dtype).squeeze(-1)
-        owners.append(tensor)
-        if order is None:
-            parts = [tensor.unsqueeze(2)]
-        else:
-            parts = [tensor[i] if "[2,nb" in layout else tensor[:, i] for i in (0, 1)]
-            if layout.startswith("HND"):
-                parts = [part.transpose(1, 2) for part in parts]
-        for part in parts:
-            size = part.element_size()
-            b, t, h, d = (stride * size for stride in part.stride())
-            planes.append(Plane.strided(part.data_ptr(), b, t, part.shape[2], h, part.shape[3], d))
-            views.append(part)
-    return PagedKV(tuple(planes), block, count, dtype.itemsize, owners, "cuda:0"), views
+@pytest.fixture(params=["C", "Python"], autouse=True)
+def launched_from(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Pieces are launched from C, and where that cannot be, from Python: every test holds for both."""
+    monkeypatch.setenv("LMCACHE_NO_NATIVE", str(int(request.param == "Python")))
+    return str(request.param)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.int8])
 @pytest.mark.parametrize(("chunk", "block"), [(256, 16), (16, 128), (48, 32), (1, 16), (250, 64)])
-def test_round_trip(layout: str, dtype: torch.dtype, chunk: int, block: int) -> None:
+def test_round_trip(layout: str, dtype: torch.dtype, chunk: int, block: int, launched_from: str) -> None:
     rng = random.Random(f"{layout}{dtype}{chunk}{block}")
     layers, heads, dims = rng.choice([(4, 2, 64), (3, 1, 128), (5, 8, 80)])
     count = 40 if block >= 64 else 200
     paged, views = paged_kv(layout, layers, heads, dims, block, count, dtype)
     copier = CudaCopier(paged, chunk)
+    if paged.slot_bytes(chunk) // len(paged.planes) > 8:
+        assert all((lane._launcher is not None) == (launched_from == "C") for lane in copier._lanes.values())
     tokens = min(block * count // 2, chunk * 40) // chunk * chunk or chunk
     table = np.array(rng.sample(range(count), -(-tokens // block)), dtype=np.int32)
     chunks, size = tokens // chunk, paged.slot_bytes(chunk)

@@ -18,6 +18,10 @@ Blocks: TypeAlias = Sequence[int] | npt.NDArray[np.int32]
 class Event(Protocol):
     """A point in the engine's device stream (`torch.cuda.Event`) that a copy must not overtake."""
 
+    def query(self) -> bool:
+        """Whether the device has passed it."""
+        ...
+
     def synchronize(self) -> None: ...
 
 

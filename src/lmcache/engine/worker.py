@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from lmcache.chunks import Layout, Shard
 from lmcache.chunks.hashing import HASH_BYTES
-from lmcache.engine.jobs import Done, Load, Store
+from lmcache.engine.jobs import Done, Event, Load, Store
 from lmcache.engine.link import Endpoint, Link, ask
 from lmcache.errors import LayoutError, LMCacheError, ServerRefused, ServerUnavailable
 from lmcache.memory.arena import Mapping, populate_all
@@ -34,6 +34,9 @@ from lmcache.wire.carriers import Carrier
 logger = init_logger(__name__)
 _BATCH_SECONDS = 0.01
 """A store's slots are reserved, filled and committed in steps that take about this long: a preemption waits for one at most."""
+_STEP_END_SECONDS = 0.002
+"""After a forward the engine samples, fetches the token and tells of it. A store that begins at once is in the way of the
+token's copy and of the threads that tell: 0.6 ms of 51 on an H200."""
 _PAYLOAD_BYTES = 64 << 20
 _MAX_QUEUED_STORES = 1024
 _STORING = "store"
@@ -201,7 +204,7 @@ class WorkerSession:
             try:
                 if not cancelled:
                     if job.after is not None:
-                        job.after.synchronize()
+                        _wait_for_step(job.after, leave_end=isinstance(job, Store))
                     if isinstance(job, Load):
                         tokens, seconds = self._load(thread, job)
                     else:
@@ -454,3 +457,11 @@ class WorkerSession:
             self._mapping.close()
             self._mapping = None
         self._copier, self._arena = None, b""
+
+
+def _wait_for_step(point: Event, leave_end: bool) -> None:
+    """Until the device has passed it. leave_end: if that was only now, give the rest of the engine's step its time, too."""
+    passed = point.query()
+    point.synchronize()
+    if leave_end and not passed:
+        time.sleep(_STEP_END_SECONDS)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,7 @@ import triton.language as tl
 from lmcache.errors import LayoutError
 from lmcache.observability.log import init_logger
 from lmcache.transfer.cpu import check_runs
+from lmcache.transfer.launch import MAX_PLACES, Launcher, Shape, Tables, driver_functions
 from lmcache.transfer.paged import PagedKV, Plane
 from lmcache.transfer.progress import Progress, planes_in_group
 
@@ -45,11 +45,12 @@ _COPIES_LAUNCHED = 2
 """Of one direction: while a copy runs, the next one is launched behind it."""
 _REGISTER_BYTES = 1 << 30
 _TILE_WORDS = 2048
+_WARPS = 8
 Runs = npt.NDArray[np.int64]
 Blocks = npt.NDArray[np.int32]
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["blocks", "meta", "first_plane"])  # type: ignore[untyped-decorator]
 def _copy_kernel(  # type: ignore[no-untyped-def]
     bases,
     blocks,
@@ -104,18 +105,6 @@ _WORDS: dict[int, tuple[torch.dtype, Any]] = {
     2: (torch.int16, tl.int16),
     1: (torch.int8, tl.int8),
 }
-
-
-@dataclass(frozen=True)
-class _Shape:
-    """What all planes share, in words of `word_bytes`."""
-
-    word_bytes: int
-    block_stride: int
-    token_stride: int
-    head_stride: int
-    head_words: int
-    row_words: int
 
 
 class CudaCopier:
@@ -227,6 +216,11 @@ class _Tables:
         self._table, self._meta = self._device[: len(blocks)], self._device[len(blocks) : words].view(-1, 3)
         self._unsent = words
 
+    def addresses(self) -> Tables:
+        """For whoever sends them at the first kernel, which this is to be called for."""
+        words, self._unsent = self._unsent, 0
+        return Tables(self._host.data_ptr(), self._table.data_ptr(), self._meta.data_ptr(), 8 * words)
+
     def sent(self) -> tuple[torch.Tensor, torch.Tensor]:
         """On the device, for kernels of the current stream. They go at the first call: a load's first copy is on its way then."""
         if self._unsent:
@@ -264,6 +258,7 @@ class _Lane:
         self._copies_begun = self._pieces_begun = self._unyielded_bytes = 0
         self._constants = _constants(copier, to_host)
         self._lock = threading.Lock()
+        self._launcher = self._make_launcher()
 
     def run(self, base: int, blocks: Blocks, runs: Runs, progress: Progress | None = None) -> None:
         """The whole copy, ended. Another thread may launch the next one meanwhile, and the device goes on without a pause."""
@@ -293,57 +288,119 @@ class _Lane:
         last.synchronize()
 
     def _by_chunks(self, base: int, tables: _Tables, runs: Runs) -> None:
-        step = self._planes_in_piece
-        for at in range(0, len(runs), self._chunks_in_piece):
-            part = slice(at, at + self._chunks_in_piece)
-            for plane in range(0, len(self._copier._paged.planes), step):
-                self._piece(base, tables, runs, part, plane, step)
+        planes = range(0, len(self._copier._paged.planes), self._planes_in_piece)
+        self._pieces(base, tables, runs, planes, self._chunks_in_piece)
 
     def _by_planes(self, base: int, tables: _Tables, runs: Runs, progress: Progress) -> None:
         step, planes = self._planes_in_group, len(self._copier._paged.planes)
         for plane in range(0, planes, step):
-            for at in range(0, len(runs), self._chunks_of_group):
-                self._piece(base, tables, runs, slice(at, at + self._chunks_of_group), plane, step)
+            end = min(plane + step, planes)
+            self._pieces(base, tables, runs, range(plane, end, step), self._chunks_of_group)
             point = torch.cuda.Event()
             point.record(self._kernels)
-            progress.arrived(min(plane + step, planes), point)
+            progress.arrived(end, point)
 
-    def _piece(self, base: int, tables: _Tables, runs: Runs, part: slice, plane: int, planes: int) -> None:
-        """Planes [plane, plane + planes) of some of the runs through the next place of the ring, once that is empty."""
+    def _pieces(self, base: int, tables: _Tables, runs: Runs, planes: range, chunks: int) -> None:
+        """All of these planes, `planes.step` of `chunks` chunks a piece."""
+        if self._launcher is not None:
+            slabs_from = self._copier._address if base == self._copier._address else 0
+            self._launcher.launch(base, slabs_from, tables.addresses(), runs, planes, chunks)
+            return
+        for at in range(0, len(runs), chunks):
+            for plane in planes:
+                self._piece(base, tables, runs[at : at + chunks], at, plane, min(planes.step, planes.stop - plane))
+
+    def _make_launcher(self) -> Launcher | None:
+        """What launches pieces from C; None where they have to be launched from Python."""
+        copier, constants, plane_words = (
+            self._copier,
+            self._constants,
+            self._plane_bytes // self._copier._shape.word_bytes,
+        )
+        if len(self._ring) > MAX_PLACES or plane_words == 1 or os.environ.get("LMCACHE_NO_NATIVE") == "1":
+            return None
+        planes = range(0, len(copier._paged.planes), self._planes_in_piece)
+        try:
+            with torch.cuda.stream(self._kernels):
+                nothing = torch.zeros(4, dtype=torch.int64, device=copier._device)
+                # Compiled for what holds of every piece: the alignment of the ring's places, and of planes in them.
+                kernel = _copy_kernel[(1, 1, 1)](
+                    copier._bases, nothing, nothing, self._ring[1][1], 0, plane_words, **constants, num_warps=_WARPS
+                )
+                for event in self._filled + self._emptied:
+                    event.record(self._kernels)  # the driver has an event from its first use on
+                launcher = Launcher(
+                    driver_functions(torch.version.hip is not None),
+                    [event.cuda_event for event in self._filled],
+                    [event.cuda_event for event in self._emptied],
+                    kernel=kernel.function,
+                    threads=_WARPS * triton.runtime.driver.active.get_current_target().warp_size,
+                    shared_bytes=kernel.metadata.shared,
+                    kernels=self._kernels.cuda_stream,
+                    copies=self._copies.cuda_stream,
+                    to_host=self._to_host,
+                    bases=copier._bases.data_ptr(),
+                    ring=self._ring[0][0].data_ptr(),
+                    places=len(self._ring),
+                    place_bytes=self._ring[0][0].numel(),
+                    plane_bytes=self._plane_bytes,
+                    word_bytes=copier._shape.word_bytes,
+                    tile_tokens=constants["TOKENS"],
+                    row_tiles=-(-constants["ROW_WORDS"] // constants["WORDS"]),
+                    yield_bytes=_YIELD_BYTES,
+                    slab_bytes=_REGISTER_BYTES,
+                )
+                last = self._copies if self._to_host else self._kernels
+                if launcher.copies_right(copier._shape, copier._chunk_tokens, self._chunks_in_piece, planes, last):
+                    return launcher
+            why: object = "the kernel was not seen to copy right"
+        except (OSError, AttributeError, ImportError, RuntimeError) as error:
+            why = error
+        logger.warning("GPU copies are launched from Python, at several times the CPU time: %s", why)
+        return None
+
+    def _piece(self, base: int, tables: _Tables, runs: Runs, first: int, plane: int, planes: int) -> None:
+        """Planes [plane, plane + planes) of these runs, which are the copy's from `first` on, through the next place of the
+        ring, once that is empty."""
         place = self._pieces_begun % len(self._ring)
         self._pieces_begun += 1
         ring, words = self._ring[place]
-        planes = min(planes, len(self._copier._paged.planes) - plane)
         filled, emptied = self._filled[place], self._emptied[place]
-        self._unyielded_bytes += planes * self._plane_bytes * len(runs[part])
+        self._unyielded_bytes += planes * self._plane_bytes * len(runs)
         if self._unyielded_bytes > _YIELD_BYTES:
             self._unyielded_bytes = 0
             (self._kernels if self._to_host else self._copies).wait_event(self._emptied[place - 1])
         if self._to_host:
             self._kernels.wait_event(emptied)
-            self._launch(words, tables, runs, part, plane, planes)
+            self._launch(words, tables, runs, first, plane, planes)
             filled.record(self._kernels)
             self._copies.wait_event(filled)
-            self._dma(ring, base, runs[part], plane, planes)
+            self._dma(ring, base, runs, plane, planes)
             emptied.record(self._copies)
         else:
             self._copies.wait_event(emptied)
-            self._dma(ring, base, runs[part], plane, planes)
+            self._dma(ring, base, runs, plane, planes)
             filled.record(self._copies)
             self._kernels.wait_event(filled)
-            self._launch(words, tables, runs, part, plane, planes)
+            self._launch(words, tables, runs, first, plane, planes)
             emptied.record(self._kernels)
 
-    def _launch(self, words: torch.Tensor, tables: _Tables, runs: Runs, part: slice, plane: int, planes: int) -> None:
+    def _launch(self, words: torch.Tensor, tables: _Tables, runs: Runs, first: int, plane: int, planes: int) -> None:
         """In the stream of kernels, which is the thread's current one."""
         copier, constants = self._copier, self._constants
         table, meta = tables.sent()
-        meta, runs = meta[part], runs[part]
         row_tiles = -(-constants["ROW_WORDS"] // constants["WORDS"])
         tiles = -(-int(runs[:, 2].max()) // constants["TOKENS"]) * row_tiles
         piece_words = planes * self._plane_bytes // copier._shape.word_bytes
         _copy_kernel[(tiles, planes, len(runs))](
-            copier._bases, table, meta, words, plane, piece_words, **constants, num_warps=8
+            copier._bases,
+            table,
+            meta[first : first + len(runs)],
+            words,
+            plane,
+            piece_words,
+            **constants,
+            num_warps=_WARPS,
         )
 
     def _dma(self, ring: torch.Tensor, base: int, runs: Runs, plane: int, planes: int) -> None:
@@ -400,7 +457,7 @@ def _host_bytes(address: int, length: int) -> torch.Tensor:
     return torch.frombuffer((ctypes.c_uint8 * length).from_address(address), dtype=torch.uint8)
 
 
-def _shape_of(paged: PagedKV) -> _Shape:
+def _shape_of(paged: PagedKV) -> Shape:
     """The strides that all planes share, in the widest words that fit them.
 
     Raises:
@@ -415,7 +472,7 @@ def _shape_of(paged: PagedKV) -> _Shape:
     for word in (8, 4, 2, 1):
         if all(value % word == 0 for value in (block, token, head, head_bytes, *(plane[0] for plane in planes))):
             break
-    return _Shape(word, block // word, token // word, head // word, head_bytes // word, heads * head_bytes // word)
+    return Shape(word, block // word, token // word, head // word, head_bytes // word, heads * head_bytes // word)
 
 
 def _plain(plane: Plane, item: int) -> tuple[int, int, int, int, int, int]:

@@ -1,0 +1,172 @@
+"""The pieces of a GPU copy launched from C, straight to the driver (`native/device.c`); where that cannot be, from Python.
+
+How Triton lays out a kernel's parameters is not promised by any release, so nothing here is relied on before it was seen to
+copy right: `Launcher.copies_right` sends random bytes through the ring.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    import torch
+
+MAX_PLACES = 64
+_MOST_TRIAL_BYTES = 64 << 20
+_DRIVER = ("launch", "upload", "download", "record", "wait")
+_LANE = np.dtype(
+    [
+        (name, "<i8")
+        for name in (
+            *_DRIVER,
+            *("kernel", "threads", "shared_bytes"),
+            *("kernels", "copies"),
+            "to_host",
+            *("bases", "ring", "places", "place_bytes"),
+            *("plane_bytes", "word_bytes"),
+            *("tile_tokens", "row_tiles"),
+            *("yield_bytes", "slab_bytes"),
+            *("pieces_begun", "unyielded_bytes"),
+        )
+    ]
+    + [("filled", "<i8", (MAX_PLACES,)), ("emptied", "<i8", (MAX_PLACES,))]
+)
+"""As `Lane` in native/device.c."""
+_COPY = np.dtype(
+    [
+        (name, "<i8")
+        for name in (
+            *("runs", "run_count", "base", "slabs_from"),
+            *("blocks", "meta"),
+            *("table_host", "table_device", "table_bytes"),
+            *("first_plane", "end_plane", "planes_in_piece", "runs_in_piece"),
+        )
+    ]
+)
+"""As `Copy` there."""
+_CUDA = (
+    "libcuda.so.1",
+    "cuLaunchKernel",
+    "cuMemcpyHtoDAsync_v2",
+    "cuMemcpyDtoHAsync_v2",
+    "cuEventRecord",
+    "cuStreamWaitEvent",
+)
+_HIP = (
+    "libamdhip64.so",
+    *("hipModuleLaunchKernel", "hipMemcpyHtoDAsync", "hipMemcpyDtoHAsync", "hipEventRecord", "hipStreamWaitEvent"),
+)
+Runs = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What all planes of paged KV share, in words of `word_bytes`."""
+
+    word_bytes: int
+    block_stride: int
+    token_stride: int
+    head_stride: int
+    head_words: int
+    row_words: int
+
+
+@dataclass(frozen=True)
+class Tables:
+    """Where a copy's block table and its runs' (first token, count, token in slot) are: addresses.
+
+    upload_bytes: what has to go from `host` to the device first; `blocks` and `meta` lie in it.
+    """
+
+    host: int
+    blocks: int
+    meta: int
+    upload_bytes: int
+
+
+def driver_functions(hip: bool) -> tuple[int, ...]:
+    """Addresses of those that `Launcher` needs, in CUDA's driver or in HIP's.
+
+    Raises:
+        OSError, AttributeError: no such library, no such function in it.
+    """
+    name, *functions = _HIP if hip else _CUDA
+    library = ctypes.CDLL(name)  # for good: libraries are never unloaded
+    return tuple(ctypes.cast(getattr(library, one), ctypes.c_void_p).value or 0 for one in functions)
+
+
+class Launcher:
+    """One lane's. driver: addresses of `driver_functions`. filled, emptied: events of its ring's places, as the driver knows
+    them. fields: the rest of `_LANE`.
+
+    Raises:
+        ImportError: no native code of ours.
+    """
+
+    def __init__(self, driver: Sequence[int], filled: Sequence[int], emptied: Sequence[int], **fields: int) -> None:
+        from lmcache._native import launch_copy
+
+        self._launch_copy = launch_copy
+        self._lane, self._copy = np.zeros(1, _LANE), np.zeros(1, _COPY)
+        lane = self._lane[0]
+        for field, value in (*zip(_DRIVER, driver, strict=True), *fields.items()):
+            lane[field] = value
+        lane["filled"][: len(filled)], lane["emptied"][: len(emptied)] = filled, emptied
+        self._arguments = (self._lane.ctypes.data, self._lane.nbytes, self._copy.ctypes.data, self._copy.nbytes)
+
+    def launch(self, base: int, slabs_from: int, tables: Tables, runs: Runs, planes: range, runs_in_piece: int) -> None:
+        """Everything of these planes (`planes.step` a piece) and runs. slabs_from: 0, or where registrations begin.
+
+        Raises:
+            RuntimeError: the driver's; what was launched before is under way.
+        """
+        runs = np.ascontiguousarray(runs)
+        self._copy[0] = (
+            *(runs.ctypes.data, len(runs), base, slabs_from),
+            *(tables.blocks, tables.meta, tables.host, tables.blocks, tables.upload_bytes),
+            *(planes.start, planes.stop, planes.step, runs_in_piece),
+        )
+        error = self._launch_copy(*self._arguments)
+        if error:
+            raise RuntimeError(f"the GPU's driver refused a copy: error {error}")
+
+    def copies_right(
+        self, shape: Shape, chunk_tokens: int, runs_in_piece: int, planes: range, last: torch.cuda.Stream
+    ) -> bool:
+        """Whether a row of random bytes goes through each plane to where it belongs. last: the stream of a piece's last step.
+        The engine's KV is not touched."""
+        import torch
+
+        lane, device, count = self._lane[0], last.device, planes.stop
+        words = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[shape.word_bytes]
+        heads = shape.row_words // shape.head_words
+        span = (heads - 1) * shape.head_stride + shape.head_words
+        if count * span * shape.word_bytes > _MOST_TRIAL_BYTES:
+            return False
+        paged = torch.randint(-128, 128, (count, span * shape.word_bytes), dtype=torch.int8, device=device).view(words)
+        rows = torch.as_strided(paged, (count, heads, shape.head_words), (span, shape.head_stride, 1))
+        expected = rows.cpu().reshape(count, -1)
+        bases = torch.tensor([plane.data_ptr() for plane in paged], device=device)
+        slot = torch.full((int(lane["plane_bytes"]) * count,), 90, dtype=torch.int8)
+        in_slot = slot.view(words).view(count, chunk_tokens, -1)[:, -1]
+        if not lane["to_host"]:
+            in_slot.copy_(expected)
+            paged.fill_(-1)
+        host = torch.tensor([0, 0, 1, chunk_tokens - 1])  # the block table, and the run's meta
+        on_device = torch.zeros_like(host, device=device)
+        tables = Tables(host.data_ptr(), on_device.data_ptr(), on_device.data_ptr() + 8, 8 * len(host))
+        run = np.array([[0, *host[1:]]], dtype=np.int64)
+        torch.cuda.current_stream().synchronize()
+        real, lane["bases"] = int(lane["bases"]), bases.data_ptr()
+        try:
+            self.launch(slot.data_ptr(), 0, tables, run, planes, runs_in_piece)
+            last.synchronize()
+        finally:
+            lane["bases"] = real
+        return bool(torch.equal(in_slot if lane["to_host"] else rows.cpu().reshape(count, -1), expected))

@@ -1,0 +1,117 @@
+"""What a GPU or its driver refuses: a clear line or error, the engine's KV untouched, copies right as far as there are any.
+
+Skips where there is no GPU.
+"""
+
+from __future__ import annotations
+
+import logging
+import mmap
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("triton")
+if not torch.cuda.is_available():
+    pytest.skip("no GPU here", allow_module_level=True)
+
+from gpu_kv import paged_kv  # noqa: E402
+
+from lmcache.errors import LayoutError  # noqa: E402
+from lmcache.transfer import cuda  # noqa: E402
+from lmcache.transfer.cuda import CudaCopier  # noqa: E402
+from lmcache.transfer.launch import Launcher  # noqa: E402
+
+BLOCK, COUNT, CHUNK = 16, 512, 64
+
+
+def small():
+    return paged_kv("NHD [2,nb,bs,H,D]", 4, 8, 128, BLOCK, COUNT, torch.bfloat16)
+
+
+def same(these: list[torch.Tensor], those: list[torch.Tensor]) -> bool:
+    """Bit for bit: random bits are not numbers now and then."""
+    return all(
+        torch.equal(one.view(torch.int16), other.view(torch.int16)) for one, other in zip(these, those, strict=True)
+    )
+
+
+def lines(caplog: pytest.LogCaptureFixture) -> str:
+    return "\n".join(record.getMessage() for record in caplog.records)
+
+
+@pytest.fixture(autouse=True)
+def listening(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda.logger, "propagate", True)
+    caplog.set_level(logging.INFO)
+
+
+def test_no_memory_for_staging_is_a_layout_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    paged, _ = small()
+    monkeypatch.setattr(cuda, "STAGING_BYTES", 1 << 50)
+    with pytest.raises(LayoutError, match="LMCACHE_GPU_STAGING_MB"):
+        CudaCopier(paged, CHUNK)
+
+
+def test_an_arena_that_cannot_be_registered_is_copied_all_the_same(caplog: pytest.LogCaptureFixture) -> None:
+    paged, views = small()
+    size, slots = paged.slot_bytes(CHUNK), COUNT * BLOCK // CHUNK
+    arena = np.frombuffer(mmap.mmap(-1, slots * size), dtype=np.uint8)
+    other, copier = CudaCopier(paged, CHUNK), CudaCopier(paged, CHUNK)
+    for one in (other, copier):  # pages that are registered already cannot be registered again
+        one.adopt(arena.ctypes.data, arena.nbytes)
+        one.wait_adopted()
+    assert "cudaHostRegister failed at 0 MiB" in lines(caplog)
+    other.close()
+    table = np.random.default_rng(1).permutation(COUNT).astype(np.int32)
+    runs = np.array([(i * size, i * CHUNK, CHUNK, 0) for i in range(slots)], dtype=np.int64)
+    wanted = [view.clone() for view in views]
+    copier.gather(arena.ctypes.data, table, runs, arena_bytes=arena.nbytes)
+    for view in views:
+        view.fill_(7)
+    copier.scatter(arena.ctypes.data, table, runs, arena_bytes=arena.nbytes)
+    assert same(views, wanted)
+    copier.close()
+
+
+def test_a_kernel_that_does_not_copy_right_is_not_launched_from_c(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As after a release of Triton that lays parameters out otherwise."""
+    paged, views = small()
+    launch = Launcher.launch
+
+    def wrong(
+        self: Launcher, base: int, slabs_from: int, tables: object, runs: object, planes: range, at_once: int
+    ) -> None:
+        launch(self, base, slabs_from, tables, runs, range(0, planes.stop - 1, planes.step), at_once)
+
+    monkeypatch.setattr(Launcher, "launch", wrong)
+    kept = [view.clone() for view in views]
+    copier = CudaCopier(paged, CHUNK)
+    assert all(lane._launcher is None for lane in copier._lanes.values())
+    assert "launched from Python" in lines(caplog)
+    assert same(views, kept), "tried on memory of its own"
+    arena = np.zeros(paged.slot_bytes(CHUNK), dtype=np.uint8)
+    copier.gather(arena.ctypes.data, np.arange(4, dtype=np.int32), np.array([(0, 0, CHUNK, 0)]))
+    assert (
+        arena[: paged.slot_bytes(CHUNK) // 8] == views[0][:4].contiguous().view(torch.uint8).cpu().numpy().ravel()
+    ).all()
+    copier.close()
+
+
+def test_an_error_of_the_driver_reaches_the_caller_and_the_next_copy_is_right() -> None:
+    paged, views = small()
+    copier, size = CudaCopier(paged, CHUNK), paged.slot_bytes(CHUNK)
+    launcher = copier._lanes[True]._launcher
+    assert launcher is not None
+    arena, runs = np.zeros(size, dtype=np.uint8), np.array([(0, 0, CHUNK, 0)])
+    table = np.arange(4, dtype=np.int32)
+    threads, launcher._lane["threads"] = launcher._lane["threads"].copy(), 1 << 20  # no GPU has such blocks
+    with pytest.raises(RuntimeError, match="driver refused a copy: error 1"):
+        copier.gather(arena.ctypes.data, table, runs)
+    launcher._lane["threads"] = threads
+    copier.gather(arena.ctypes.data, table, runs)
+    assert (arena[: size // 8] == views[0][:4].contiguous().view(torch.uint8).cpu().numpy().ravel()).all()
+    copier.close()
