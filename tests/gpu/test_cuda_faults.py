@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import mmap
+import threading
 
 import numpy as np
 import pytest
@@ -115,3 +116,46 @@ def test_an_error_of_the_driver_reaches_the_caller_and_the_next_copy_is_right() 
     copier.gather(arena.ctypes.data, table, runs)
     assert (arena[: size // 8] == views[0][:4].contiguous().view(torch.uint8).cpu().numpy().ravel()).all()
     copier.close()
+
+
+@pytest.mark.parametrize("launched_from", ["C", "Python"])
+def test_an_engine_captures_cuda_graphs_meanwhile(launched_from: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines do so while they start, and a server may come, or come back, at any moment: it all happens in other threads."""
+    monkeypatch.setenv("LMCACHE_NO_NATIVE", str(int(launched_from == "Python")))
+    paged, views = small()
+    size, slots = paged.slot_bytes(CHUNK), COUNT * BLOCK // CHUNK
+    runs = np.array([(i * size, i * CHUNK, CHUNK, 0) for i in range(slots)], dtype=np.int64)
+    table = np.random.default_rng(1).permutation(COUNT).astype(np.int32)
+    wanted, ended, found = [view.clone() for view in views], threading.Event(), list[bool]()
+    torch.cuda.synchronize()
+
+    def another_server() -> None:
+        try:
+            for _ in range(3):
+                arena = np.frombuffer(mmap.mmap(-1, slots * size), dtype=np.uint8)
+                copier = CudaCopier(paged, CHUNK)
+                copier.adopt(arena.ctypes.data, arena.nbytes)
+                copier.gather(arena.ctypes.data, table, runs, arena_bytes=arena.nbytes)
+                copier.wait_adopted()
+                copier.scatter(arena.ctypes.data, table, runs, arena_bytes=arena.nbytes)
+                copier.close()
+                found.append(True)
+        finally:
+            ended.set()
+
+    thread, captured = threading.Thread(target=another_server), 0
+    numbers = torch.zeros(1 << 16, device="cuda")
+    thread.start()
+    while not ended.is_set():
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(50):
+                numbers += 1
+        captured += 1
+        graph.replay()
+    thread.join()
+    torch.cuda.synchronize()
+    assert len(found) == 3
+    assert captured > 1
+    assert (numbers == 50 * captured).all()
+    assert same(views, wanted)

@@ -12,6 +12,8 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -23,7 +25,7 @@ import triton.language as tl
 from lmcache.errors import LayoutError
 from lmcache.observability.log import init_logger
 from lmcache.transfer.cpu import check_runs
-from lmcache.transfer.launch import MAX_PLACES, Launcher, Shape, Tables, driver_functions
+from lmcache.transfer.launch import MAX_PLACES, Driver, Launcher, Shape, Tables
 from lmcache.transfer.paged import PagedKV, Plane
 from lmcache.transfer.progress import Progress, planes_in_group
 
@@ -126,7 +128,8 @@ class CudaCopier:
         self._register_thread: threading.Thread | None = None
         self._address = 0
         self._arena: torch.Tensor | None = None
-        with torch.cuda.device(self._device):
+        self._driver = Driver(torch.version.hip is not None)
+        with self._using_device():
             self._bases = torch.tensor(
                 [plane.address for plane in paged.planes], dtype=torch.int64, device=self._device
             )
@@ -170,14 +173,21 @@ class CudaCopier:
     def close(self) -> None:
         self._stop.set()
         self.wait_adopted()
-        for offset in range(0, self._registered_bytes, _REGISTER_BYTES):
-            torch.cuda.cudart().cudaHostUnregister(self._address + offset)
+        with self._using_device():
+            for offset in range(0, self._registered_bytes, _REGISTER_BYTES):
+                torch.cuda.cudart().cudaHostUnregister(self._address + offset)
+            self._lanes.clear()
         self._registered_bytes = 0
-        self._lanes.clear()
         self._arena = None
 
+    @contextmanager
+    def _using_device(self) -> Iterator[None]:
+        """For this thread, which may be any: the engine may be capturing CUDA graphs in another one."""
+        with self._driver.beside_captures(), torch.cuda.device(self._device):
+            yield
+
     def _register(self, address: int, size_bytes: int) -> None:
-        with torch.cuda.device(self._device):
+        with self._using_device():
             for offset in range(0, size_bytes, _REGISTER_BYTES):
                 if self._stop.is_set():
                     return
@@ -202,31 +212,32 @@ class _Tables:
 
     def _make(self, words: int, device: torch.device) -> None:
         self._host = torch.empty(words, dtype=torch.int64, pin_memory=True)
+        self._words = self._host.numpy()
         self._device = torch.empty_like(self._host, device=device)
+        self._addresses = self._host.data_ptr(), self._device.data_ptr()
 
     def fill(self, blocks: Blocks, runs: Runs) -> None:
         """With those of the next copy, once the device is done with the last one's."""
         self.used.synchronize()
-        words = len(blocks) + 3 * len(runs)
-        if words > self._host.numel():
+        self._blocks, words = len(blocks), len(blocks) + 3 * len(runs)
+        if words > len(self._words):
             self._make(2 * words, self._device.device)
-        view = self._host.numpy()
-        view[: len(blocks)] = blocks
-        view[len(blocks) : words] = runs[:, 1:].reshape(-1)
-        self._table, self._meta = self._device[: len(blocks)], self._device[len(blocks) : words].view(-1, 3)
-        self._unsent = words
+        self._words[: self._blocks] = blocks
+        self._words[self._blocks : words].reshape(-1, 3)[:] = runs[:, 1:]
+        self._filled = self._unsent = words
 
     def addresses(self) -> Tables:
-        """For whoever sends them at the first kernel, which this is to be called for."""
+        """For whoever sends them before the first kernel, which this is to be called for."""
         words, self._unsent = self._unsent, 0
-        return Tables(self._host.data_ptr(), self._table.data_ptr(), self._meta.data_ptr(), 8 * words)
+        host, device = self._addresses
+        return Tables(host, device, device + 8 * self._blocks, 8 * words)
 
     def sent(self) -> tuple[torch.Tensor, torch.Tensor]:
         """On the device, for kernels of the current stream. They go at the first call: a load's first copy is on its way then."""
         if self._unsent:
             words, self._unsent = self._unsent, 0
             self._device[:words].copy_(self._host[:words], non_blocking=True)
-        return self._table, self._meta
+        return self._device[: self._blocks], self._device[self._blocks : self._filled].view(-1, 3)
 
 
 class _Lane:
@@ -265,7 +276,7 @@ class _Lane:
         if not len(runs):
             return
         copier = self._copier
-        with self._lock, torch.cuda.device(copier._device):
+        with self._lock, copier._using_device():
             before = torch.cuda.current_stream()
             try:
                 torch.cuda.set_stream(self._kernels)
@@ -330,7 +341,7 @@ class _Lane:
                 for event in self._filled + self._emptied:
                     event.record(self._kernels)  # the driver has an event from its first use on
                 launcher = Launcher(
-                    driver_functions(torch.version.hip is not None),
+                    copier._driver.functions,
                     [event.cuda_event for event in self._filled],
                     [event.cuda_event for event in self._emptied],
                     kernel=kernel.function,

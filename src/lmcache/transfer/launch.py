@@ -7,7 +7,8 @@ copy right: `Launcher.copies_right` sends random bytes through the ring.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -57,11 +58,14 @@ _CUDA = (
     "cuMemcpyDtoHAsync_v2",
     "cuEventRecord",
     "cuStreamWaitEvent",
+    "cuThreadExchangeStreamCaptureMode",
 )
 _HIP = (
     "libamdhip64.so",
     *("hipModuleLaunchKernel", "hipMemcpyHtoDAsync", "hipMemcpyDtoHAsync", "hipEventRecord", "hipStreamWaitEvent"),
+    "hipThreadExchangeStreamCaptureMode",
 )
+_THREAD_LOCAL = 1
 Runs = npt.NDArray[np.int64]
 
 
@@ -90,19 +94,35 @@ class Tables:
     upload_bytes: int
 
 
-def driver_functions(hip: bool) -> tuple[int, ...]:
-    """Addresses of those that `Launcher` needs, in CUDA's driver or in HIP's.
+class Driver:
+    """The GPU's driver: CUDA's, or HIP's.
+
+    functions: addresses of those that `Launcher` needs.
 
     Raises:
         OSError, AttributeError: no such library, no such function in it.
     """
-    name, *functions = _HIP if hip else _CUDA
-    library = ctypes.CDLL(name)  # for good: libraries are never unloaded
-    return tuple(ctypes.cast(getattr(library, one), ctypes.c_void_p).value or 0 for one in functions)
+
+    def __init__(self, hip: bool) -> None:
+        name, *functions, exchange = _HIP if hip else _CUDA
+        library = ctypes.CDLL(name)  # for good: libraries are never unloaded
+        self._exchange = getattr(library, exchange)
+        self.functions = tuple(ctypes.cast(getattr(library, one), ctypes.c_void_p).value or 0 for one in functions)
+
+    @contextmanager
+    def beside_captures(self) -> Iterator[None]:
+        """What this thread does inside is no part of CUDA graphs that other threads capture meanwhile. By default, memory that
+        is allocated or registered, or a kernel that is loaded, anywhere in the process makes such a capture fail."""
+        mode = ctypes.c_int(_THREAD_LOCAL)
+        self._exchange(ctypes.byref(mode))
+        try:
+            yield
+        finally:
+            self._exchange(ctypes.byref(mode))
 
 
 class Launcher:
-    """One lane's. driver: addresses of `driver_functions`. filled, emptied: events of its ring's places, as the driver knows
+    """One lane's. driver: `Driver.functions`. filled, emptied: events of its ring's places, as the driver knows
     them. fields: the rest of `_LANE`.
 
     Raises:
