@@ -26,7 +26,7 @@ from lmcache.engine.link import Endpoint, Link, ask
 from lmcache.errors import LayoutError, LMCacheError, ServerRefused, ServerUnavailable
 from lmcache.memory.arena import Mapping, populate_all
 from lmcache.observability.log import init_logger
-from lmcache.transfer.copier import Copier, make_copier
+from lmcache.transfer.copier import Copier, beside_captures, make_copier
 from lmcache.transfer.paged import PagedKV
 from lmcache.wire import messages as m
 from lmcache.wire.carriers import Carrier
@@ -101,7 +101,7 @@ class WorkerSession:
         if paged.device != "cpu":
             works.append(("load", "load-2"))
         self._threads_running = [
-            threading.Thread(target=self._work, args=work, name=f"lmcache-{work[1]}", daemon=True) for work in works
+            threading.Thread(target=self._run, args=work, name=f"lmcache-{work[1]}", daemon=True) for work in works
         ]
         for thread in self._threads_running:
             thread.start()
@@ -183,6 +183,10 @@ class WorkerSession:
 
     def _busy(self) -> bool:
         return bool(self._running or any(self._queues.values()))
+
+    def _run(self, kind: Literal["load", "store"], thread: str) -> None:
+        with beside_captures(self._paged.device):
+            self._work(kind, thread)
 
     def _work(self, kind: Literal["load", "store"], thread: str) -> None:
         queue = self._queues[kind]

@@ -275,8 +275,12 @@ class _Lane:
         """The whole copy, ended. Another thread may launch the next one meanwhile, and the device goes on without a pause."""
         if not len(runs):
             return
-        copier = self._copier
-        with self._lock, copier._using_device():
+        with self._copier._using_device():
+            self._launch_all(base, blocks, runs, progress).synchronize()
+
+    def _launch_all(self, base: int, blocks: Blocks, runs: Runs, progress: Progress | None) -> torch.cuda.Event:
+        """The event behind the last piece."""
+        with self._lock:
             before = torch.cuda.current_stream()
             try:
                 torch.cuda.set_stream(self._kernels)
@@ -288,15 +292,15 @@ class _Lane:
                 else:
                     self._by_planes(base, tables, runs, progress)
                 tables.used.record(self._kernels)
-                last = torch.cuda.Event(blocking=len(runs) * copier._slot_bytes > _SPIN_BYTES)
+                last = torch.cuda.Event(blocking=len(runs) * self._copier._slot_bytes > _SPIN_BYTES)
                 last.record(self._copies if self._to_host else self._kernels)
+                return last
             except Exception:  # whoever is told of the failure may use the blocks and the slots for something else
                 self._copies.synchronize()
                 self._kernels.synchronize()
                 raise
             finally:
                 torch.cuda.set_stream(before)
-        last.synchronize()
 
     def _by_chunks(self, base: int, tables: _Tables, runs: Runs) -> None:
         planes = range(0, len(self._copier._paged.planes), self._planes_in_piece)
