@@ -33,7 +33,7 @@ FLOORS = {
 """`v1` and `utils` hold names that engines dictate, so they stand where integrations do."""
 BESIDE = {("cli", "bench"), ("config", "errors"), ("observability", "errors")}
 """On the same floor, and allowed in this direction only."""
-NATIVE_USERS = {"transfer", "cache", "wire"}
+NATIVE_USERS = {"transfer", "cache", "tiers", "wire"}
 NAMES_WITHOUT_FLOOR = {"__version__", "_native"}
 
 

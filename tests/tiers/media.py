@@ -40,6 +40,9 @@ class FaultyMedium(Medium):
 
         return call
 
+    def read_frames(self, *arguments: Any) -> None:
+        """No native code, so that each read is a `preadv`."""
+
     def applies(self, name: str, arguments: Sequence[Any]) -> bool:
         """For tests that fail one file only."""
         return True

@@ -11,7 +11,7 @@ import pytest
 import xxhash
 from memory_tier import STORES, MemoryTier
 
-from lmcache.tiers import OK, Shard, ShardKey, Tier, frame
+from lmcache.tiers import OK, Shard, ShardKey, Tier, frame, medium
 from lmcache.tiers.conformance import ConformanceSuite, corrupted, payload_of, shard_key, shard_of
 
 
@@ -43,6 +43,12 @@ class TestDisk(ConformanceSuite):
 class TestDiskBuffered(TestDisk):
     def url(self, place: Path) -> str:
         return f"disk://{place}/tier?io=buffered"
+
+
+class TestDiskInPython(TestDiskBuffered):
+    @pytest.fixture(autouse=True)
+    def without_native_code(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(medium, "_read_frames", None)
 
 
 class TestDirectory(ConformanceSuite):

@@ -9,6 +9,8 @@ static int execute(PyObject *module)
         return -1;
     if (PyModule_AddFunctions(module, lmcache_device_methods) < 0)
         return -1;
+    if (PyModule_AddFunctions(module, lmcache_frames_methods) < 0)
+        return -1;
     return lmcache_add_table(module);
 }
 
@@ -21,7 +23,7 @@ static struct PyModuleDef definition = {
     PyModuleDef_HEAD_INIT,
     .m_name = "lmcache._native",
     .m_doc = "Plain C under LMCache: copies between paged KV and slots, launches of copies on a device, the index table, a round\n"
-             "trip.",
+             "trip, and reads of frames.",
     .m_size = 0,
     .m_slots = slots,
 };

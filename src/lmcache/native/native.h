@@ -21,6 +21,9 @@ extern PyMethodDef lmcache_exchange_methods[];
 /* device.c: pieces of a copy, handed to a device's driver. Ends with a zero entry. */
 extern PyMethodDef lmcache_device_methods[];
 
+/* frames.c: what a disk tier has stored. Ends with a zero entry. */
+extern PyMethodDef lmcache_frames_methods[];
+
 /* table.c: adds the `Table` type to the module. 0, or -1 with a Python error set. */
 int lmcache_add_table(PyObject *module);
 

@@ -460,17 +460,20 @@ class DiskTier(Tier):
         return [one for lane in self._readers.map(self._read_lane, parts) for one in lane]
 
     def _read_lane(self, hits: list[_Hit]) -> list[tuple[int, str | OSError]]:
-        """Large ones one after another, the checksum of one beside the reading of the next; packed ones file by file."""
+        """Large ones file by file, the checksum of one beside the reading of the next; packed ones file by file."""
         outcomes: list[tuple[int, str | OSError]] = []
-        ends: list[tuple[int, Callable[[], str]]] = []
-        for hit in hits:
-            if is_large(hit.found.into.nbytes):
-                try:
-                    handle = self._segments.open_handle(hit.segment)
-                    ends.append((hit.number, self._io.read_large(handle.fd, hit.found)))
-                except OSError as error:
-                    outcomes.append((hit.number, _outcome_of(error)))
-        outcomes += [(number, end()) for number, end in ends]
+        ends: list[tuple[list[_Hit], Callable[[], list[str | OSError]]]] = []
+        large = [hit for hit in hits if is_large(hit.found.into.nbytes)]
+        for _, of_file in itertools.groupby(large, key=lambda hit: hit.segment.number):
+            some = list(of_file)
+            try:
+                handle = self._segments.open_handle(some[0].segment)
+                ends.append((some, self._io.read_large(handle.fd, [hit.found for hit in some])))
+            except OSError as error:
+                outcomes += [(hit.number, _outcome_of(error)) for hit in some]
+        for some, end in ends:
+            for hit, said in zip(some, end(), strict=True):
+                outcomes.append((hit.number, _outcome_of(said) if isinstance(said, OSError) else said))
         packed = [hit for hit in hits if not is_large(hit.found.into.nbytes)]
         for _, of_file in itertools.groupby(packed, key=lambda hit: hit.segment.number):
             outcomes += self._read_packed(list(of_file))

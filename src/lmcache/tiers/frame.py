@@ -129,6 +129,14 @@ def check(header: bytes | memoryview, payload: bytes | memoryview, key: ShardKey
     return checksum.check(header, key)
 
 
+def check_digest(header: bytes, payload_bytes: int, digest: bytes, key: ShardKey) -> str:
+    """As `check`, with the checksum taken by somebody else: 16 bytes, not keyed, over the payload and the header before it."""
+    wrong = check_header(header, key, payload_bytes)
+    if wrong:
+        return wrong
+    return OK if digest == header[_CHECKED_BYTES:] else CHECKSUM
+
+
 def read_header(header: bytes | memoryview) -> tuple[ShardKey, bytes, int] | None:
     """(key, parent, payload bytes) of what looks like a frame's header, None for anything else. Unchecked: for indexes."""
     if len(header) < HEADER_BYTES:

@@ -9,7 +9,8 @@ import ctypes
 import errno
 import mmap
 import os
-from collections.abc import Sequence
+import struct
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,8 @@ _IOV_MAX = 1024
 _KEEP_SIZE, _PUNCH_HOLE = 1, 2
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+_FRAME, _READ = struct.Struct("=qqQ"), struct.Struct("=q128s16s")
+"""What `native/frames.c` is told of a frame, and what it tells."""
 _REASONS = {
     errno.ENOSPC: ("full", "no space left; free some, or set a smaller max_gb"),
     errno.EDQUOT: ("full", "the quota is used up; raise it, or set a smaller max_gb"),
@@ -47,8 +50,13 @@ def blocks(size: int) -> int:
 
 def is_aligned(memory: memoryview) -> bool:
     """Whether direct I/O may use this memory as it lies."""
+    return address_of(memory) % BLOCK_BYTES == 0
+
+
+def address_of(memory: memoryview) -> int:
+    """Where its first byte is. What is done with it must end before the memory goes."""
     address: int = np.frombuffer(memory, np.uint8).__array_interface__["data"][0]
-    return address % BLOCK_BYTES == 0
+    return address
 
 
 class Bounces:
@@ -104,6 +112,17 @@ class Medium:
     def preadv(self, fd: int, buffers: list[memoryview], offset: int) -> int:
         return os.preadv(fd, buffers, offset)
 
+    def read_frames(
+        self, fd: int, frames: Sequence[tuple[int, int, int]], piece_bytes: int
+    ) -> list[tuple[int, bytes, bytes]] | None:
+        """Whole large frames (offset, payload bytes, address for the payload) by native code, so many bytes at once.
+
+        For each 0, -1 where the file ends too early, or errno; its header; its unkeyed checksum. None: there is no native code.
+        """
+        if _read_frames is None:
+            return None
+        return list(_READ.iter_unpack(_read_frames(fd, b"".join(_FRAME.pack(*one) for one in frames), piece_bytes)))
+
     def allocate(self, fd: int, offset: int, size: int) -> None:
         """Reserve room, the file's size unchanged. Does nothing where the file system cannot."""
         try:
@@ -132,6 +151,20 @@ class Medium:
     def touch(self, path: Path) -> None:
         """Its time of last use becomes now."""
         os.utime(path)
+
+
+def _choose_read_frames() -> Callable[[int, bytes, int], bytes] | None:
+    if os.environ.get("LMCACHE_NO_NATIVE"):
+        return None
+    try:
+        from lmcache._native import read_frames
+    except ImportError:
+        return None
+    native: Callable[[int, bytes, int], bytes] = read_frames
+    return native
+
+
+_read_frames = _choose_read_frames()
 
 
 def _fallocate(fd: int, mode: int, offset: int, size: int) -> None:

@@ -1,0 +1,175 @@
+"""Large frames read by native code: the same checksums and outcomes as from Python, aligned or not, one by one or together."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import xxhash
+from disk_files import replace_frame, stored_frame, where
+
+from lmcache.tiers import ABSENT, OK, Shard, ShardKey, frame
+from lmcache.tiers import medium as medium_module
+from lmcache.tiers.conformance import corrupted, payload_of, shard_key
+from lmcache.tiers.disk import DiskTier
+from lmcache.tiers.medium import BLOCK_BYTES, Medium, address_of, blocks
+
+pytest.importorskip("lmcache._native")
+MIB = 1 << 20
+SIZES = (65_536, 65_537, 69_631, 69_632, 200_000, 524_288, MIB, 3 * MIB + 1000)
+
+
+@pytest.fixture
+def memory() -> Iterator[memoryview]:
+    """Aligned, as the arena's slots are."""
+    with mmap.mmap(-1, 32 * MIB) as mapped:
+        view = memoryview(mapped)
+        yield view
+        view.release()
+
+
+def layout(sizes: Sequence[int]) -> list[int]:
+    """Where frames of these payloads begin in a file, and where the last one ends."""
+    at = [0]
+    for size in sizes:
+        at.append(at[-1] + blocks(size) + BLOCK_BYTES)
+    return at
+
+
+def write(path: Path, sizes: Sequence[int]) -> list[bytes]:
+    """Frames as a segment has them; their payloads."""
+    payloads = [random.Random(number).randbytes(size) for number, size in enumerate(sizes)]
+    with path.open("wb") as file:
+        for number, (at, payload) in enumerate(zip(layout(sizes), payloads, strict=False)):
+            file.seek(at)
+            file.write(payload)
+            file.seek(at + blocks(len(payload)))
+            file.write(frame.make_header(shard_key(number), bytes(16), payload).ljust(BLOCK_BYTES, b"\0"))
+    return payloads
+
+
+def read(
+    path: Path, sizes: Sequence[int], memory: memoryview, piece: int, flags: int = 0
+) -> list[tuple[int, bytes, bytes]]:
+    starts, address = layout(sizes), address_of(memory)
+    asked = [(starts[number], size, address + starts[number]) for number, size in enumerate(sizes)]
+    fd = os.open(path, os.O_RDONLY | flags)
+    try:
+        told = Medium().read_frames(fd, asked, piece)
+    finally:
+        os.close(fd)
+    assert told is not None
+    return told
+
+
+@pytest.mark.parametrize("piece", [BLOCK_BYTES, 64 << 10, 512 << 10, 8 * MIB])
+def test_the_library_says_the_same(tmp_path: Path, memory: memoryview, piece: int) -> None:
+    dice = random.Random(piece)
+    sizes = [*SIZES, *(dice.randrange(BLOCK_BYTES, 300_000) for _ in range(40))]
+    payloads = write(tmp_path / "frames", sizes)
+    for at, payload, (error, header, digest) in zip(
+        layout(sizes), payloads, read(tmp_path / "frames", sizes, memory, piece), strict=False
+    ):
+        assert error == 0
+        assert memory[at : at + len(payload)] == payload
+        assert digest == xxhash.xxh3_128_digest(payload + header[:112]) == header[112:]
+
+
+def test_a_short_file_costs_what_lies_behind_its_end(tmp_path: Path, memory: memoryview) -> None:
+    sizes = [100_000] * 8
+    write(tmp_path / "frames", sizes)
+    os.truncate(tmp_path / "frames", layout(sizes)[5] - 100)  # in the fifth one's last block, behind its header
+    told = read(tmp_path / "frames", sizes, memory, 8 * MIB)
+    assert [error for error, _, _ in told] == [0] * 4 + [-1] * 4
+    assert all(digest == header[112:] for _, header, digest in told[:4])
+
+
+def test_an_error_is_told_by_its_number(tmp_path: Path, memory: memoryview) -> None:
+    write(tmp_path / "frames", SIZES)
+    told = read(tmp_path / "frames", SIZES, memory, MIB, os.O_PATH)
+    assert [error for error, _, _ in told] == [errno.EBADF] * len(SIZES)
+
+
+def test_what_makes_no_sense_is_refused() -> None:
+    from lmcache._native import read_frames
+
+    assert read_frames(0, b"", BLOCK_BYTES) == b""
+    one = (0).to_bytes(8, "little") + (4095).to_bytes(8, "little") + bytes(8)
+    for frames, piece in ((one[:-1], BLOCK_BYTES), (one, BLOCK_BYTES), (b"", 0), (b"", 5000)):
+        with pytest.raises(ValueError, match="read_frames"):
+            read_frames(0, frames, piece)
+
+
+@pytest.mark.parametrize("io", ["buffered", "auto"])
+def test_damage_has_the_same_names(
+    tmp_path: Path, memory: memoryview, monkeypatch: pytest.MonkeyPatch, io: str
+) -> None:
+    calls: list[int] = []
+    native = medium_module._read_frames
+    assert native is not None
+
+    def counted(fd: int, frames: bytes, piece_bytes: int) -> bytes:
+        calls.append(len(frames))
+        return native(fd, frames, piece_bytes)
+
+    outcomes = []
+    for reader in (counted, None):
+        monkeypatch.setattr(medium_module, "_read_frames", reader)
+        outcomes.append(list(damaged_loads(tmp_path / str(reader is None), memory, io)))
+    assert outcomes[0] == outcomes[1]
+    assert calls, "native code was not used"
+    seen = {one for some in outcomes[0] for one in some}
+    assert {OK, frame.CHECKSUM, frame.OTHER_SHARD, frame.TRUNCATED} <= seen
+
+
+def damaged_loads(folder: Path, memory: memoryview, io: str) -> Iterator[list[str]]:
+    """What loads of a few shards say, of which one is damaged."""
+    dice = random.Random(1)
+    tier = DiskTier(folder, 64 * MIB, io)
+    tier.open()
+    try:
+        for turn in range(60):
+            keys = [shard_key(4 * turn + number) for number in range(4)]
+            sizes = [dice.choice((65_536, 70_000, 131_072)) for _ in keys]
+            store(tier, keys, sizes)
+            bad, other = dice.sample(keys, 2)
+            if turn == 59:
+                path, header, _, _ = where(tier, keys[3])
+                os.truncate(path, header)
+            else:
+                replace_frame(tier, bad, corrupted(stored_frame(tier, bad), stored_frame(tier, other), dice))
+            into = [memory[number * MIB :][:size] for number, size in enumerate(sizes)]
+            said = tier.load(keys, into)
+            for key, buffer, outcome in zip(keys, into, said, strict=True):
+                assert outcome != OK or buffer == payload_of(key, buffer.nbytes)
+                assert outcome == OK or tier.load([key], [memory[:65_536]]) == [ABSENT]
+            yield said
+    finally:
+        tier.close()
+
+
+def store(tier: DiskTier, keys: Sequence[ShardKey], sizes: Sequence[int]) -> None:
+    shards = [Shard(key, bytes(16), memoryview(payload_of(key, size))) for key, size in zip(keys, sizes, strict=True)]
+    assert tier.store(shards) == [OK] * len(keys)
+
+
+def test_a_keyed_checksum_is_not_its_business(
+    tmp_path: Path, memory: memoryview, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(fd: int, frames: bytes, piece_bytes: int) -> bytes:
+        raise AssertionError("read without the key")
+
+    monkeypatch.setattr(medium_module, "_read_frames", never)
+    tier = DiskTier(tmp_path / "tier", 64 * MIB, "buffered", bytes(32))
+    tier.open()
+    try:
+        store(tier, [shard_key(1)], [200_000])
+        assert tier.load([shard_key(1)], [memory[:200_000]]) == [OK]
+        assert memory[:200_000] == payload_of(shard_key(1), 200_000)
+    finally:
+        tier.close()
