@@ -10,6 +10,7 @@ import errno
 import mmap
 import os
 import struct
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -154,7 +155,7 @@ class Medium:
 
 
 def _choose_read_frames() -> Callable[[int, bytes, int], bytes] | None:
-    if os.environ.get("LMCACHE_NO_NATIVE"):
+    if os.environ.get("LMCACHE_NO_NATIVE") or sys.byteorder != "little":
         return None
     try:
         from lmcache._native import read_frames
