@@ -1,8 +1,7 @@
 """Frames between memory and a segment: in large pieces, direct where that can be, checksums taken meanwhile.
 
-While one piece is on its way to or from the device, the one before it is summed up, so a checksum costs processor time and
-hardly ever waiting time. Most large frames are read by native code, which pays for Python and its lock once a call. Nothing
-here knows an index.
+Large frames are read by native code, which pays for Python and its lock once a call. Where there is none, and when writing, one
+piece is summed up while the next one is on its way to or from the device. Nothing here knows an index.
 """
 
 from __future__ import annotations
@@ -90,9 +89,9 @@ class FrameIO:
         return lambda: [end if isinstance(end, OSError) else end() for end in ends]
 
     def _read_at_once(self, fd: int, found: Sequence[Found]) -> list[str | OSError] | None:
-        """By native code, which sums up a piece while it is in the cache of the core that read it; None where it cannot. Direct
-        I/O of payloads larger than a piece is left to Python, which reads on while it sums up."""
-        if self._secret or (self._direct and any(one.into.nbytes > PIECE_BYTES for one in found)):
+        """By native code, a call at a time; None where it cannot. A buffered piece is summed up while it is in the cache of the
+        core that copied it; the device is kept busy by other calls meanwhile, or other lanes."""
+        if self._secret:
             return None
         asked = [(offset_of(one.place), one.into.nbytes, address_of(one.into)) for one in found]
         if self._direct and any(address % BLOCK_BYTES for _, _, address in asked):
