@@ -13,6 +13,7 @@ import json
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,8 @@ ENVIRONMENT = {
     "LMCACHE_TRACK_USAGE": "false",
     "DO_NOT_TRACK": "1",
 }
+NO_GPU = "no GPU"
+SETTLE_SECONDS = 90
 END_SECONDS = 60
 """For vLLM's own processes to end with it, and their GPU memory to be free."""
 TITLES = {
@@ -57,6 +60,14 @@ class Engine(Child):
     def first_token(self, prompt: list[int]) -> dict[str, Any]:
         answer: dict[str, Any] = self.call("first_tokens", prompts=[prompt])[0]
         return answer
+
+    def settle(self) -> None:
+        """Wait until the arena is registered with the GPU's driver, where there is one: copies are slower before."""
+        limit = time.monotonic() + SETTLE_SECONDS
+        while gpu_name() != NO_GPU and "of the arena with the GPU driver" not in self._log.read_text():
+            if time.monotonic() > limit:
+                raise RuntimeError(f"{TITLES[self.name]}: the arena is not registered after {SETTLE_SECONDS} s")
+            time.sleep(0.1)
 
     def forget(self) -> None:
         if not self.call("forget")["done"]:
@@ -93,6 +104,8 @@ class Hosts:
             engine.call("ready")
             if name == "ours":
                 server.settle()
+            if name in ("ours", "in-process"):
+                engine.settle()
             yield engine
 
 
@@ -179,4 +192,4 @@ def gpu_name() -> str:
 
         return str(torch.cuda.get_device_name())
     except (ImportError, RuntimeError, AssertionError):
-        return "no GPU"
+        return NO_GPU
