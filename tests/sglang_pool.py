@@ -36,6 +36,7 @@ class MHATokenToKVPool:
     kv_cache_layout = "nhd"
     dtype = "torch.float32"
     start_layer = 0
+    layer_transfer_counter: Any = None
 
     def __init__(self, slots: int, heads: int = HEADS) -> None:
         self.layers = [np.zeros((2, slots, heads, DIMS), np.float32) for _ in range(LAYERS)]
@@ -50,6 +51,15 @@ class MHATokenToKVPool:
             inner = (np.arange(first_head, first_head + heads)[:, None] * dims + np.arange(dims)) / 64
             for side in (0, 1):
                 layer[side, slots] = prefix[:, None, None] + inner + 10 * number + 5 * side
+
+    def register_layer_transfer_counter(self, counter: Any) -> None:
+        self.layer_transfer_counter = counter
+
+    def get_layer(self, number: int) -> np.ndarray:
+        """[K, V][slot][head][dim], as a forward gets it."""
+        if self.layer_transfer_counter is not None:
+            self.layer_transfer_counter.wait_until(number - self.start_layer)
+        return self.layers[number]
 
     def read(self, slots: np.ndarray) -> np.ndarray:
         return np.stack([layer[:, slots] for layer in self.layers])
@@ -158,6 +168,7 @@ class SGLang:
         if not connector.prepare_load_on_stream(load, STREAM):
             connector.free_lookup_locks(request, start=lookup.lock_start, end=found)
             return have, np.zeros(0, np.int64)
+        load.future.result(timeout=20)
         assert connector.ready_prefix_count([load]) == 1
         assert connector.complete_load(load) and load.result
         return found, slots

@@ -19,13 +19,14 @@ from lmcache.engine import Loading
 from lmcache.errors import ConfigError, LayoutError
 from lmcache.integration.sglang import unified_lmcache_mp_connector as unified
 from lmcache.integration.sglang import weights
+from lmcache.integration.sglang.layers import layer_loads
 from lmcache.integration.sglang.model import Ranks, describe_rank, pool_buffers
 from lmcache.integration.sglang.multi_process_adapter import LMCacheMPConnector
 from lmcache.integration.sglang.ranks import Agreement
 from lmcache.integration.sglang.settings import read_settings
 from lmcache.integration.sglang.sglang_adapter import LMCacheLayerwiseConnector, LoadMetadata, StoreMetadata
 from lmcache.integration.sglang.utils import lmcache_get_config
-from servers import PATIENCE, Server
+from servers import PATIENCE, Server, eventually
 from sglang_pool import HEADS, VOCABULARY, MHATokenToKVPool, MLATokenToKVPool, ModelConfig, SGLang
 
 Servers = Callable[..., Server]
@@ -329,6 +330,115 @@ class Together(Agreement):
         return answer
 
 
+class Held:
+    """In place of a rank's copier: copies nothing, tells of layers at once, as a GPU's does, and ends when it may."""
+
+    bytes_per_second = 1e9
+
+    def __init__(self, planes: int, points: bool) -> None:
+        self.planes, self.may_end, self.waited = planes, threading.Event(), list[int]()
+        self._points = points
+
+    def scatter(self, base: int, blocks: Any, runs: Any, *, arena_bytes: Any = None, progress: Any = None) -> None:
+        for planes in range(2, self.planes + 1, 2):
+            if not self._points:
+                break
+            progress.arrived(planes, SimpleNamespace(wait=lambda planes=planes: self.waited.append(planes)))
+        assert self.may_end.wait(PATIENCE)
+        if not self._points:
+            raise LayoutError("it cannot be copied")
+
+    def close(self) -> None:
+        self.may_end.set()
+
+
+def begin_load(engine: SGLang, request: str, text: list[int]) -> tuple[Any, int]:
+    """(load under way, tokens)."""
+    lookup = engine.connector.submit_lookup(request, text, local_hit_tokens=0, cache_salt="")
+    found = engine.connector.poll_lookup(lookup)
+    slots = engine.slots(found, 3)
+    load = engine.connector.submit_load(
+        lookup, slots, local_hit_tokens=0, owned_device_indices=slots, producer_stream=None
+    )
+    return load, found
+
+
+def test_a_forward_waits_for_each_layer_of_the_loads_under_way(
+    server: Servers, sglang: Engines, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("lmcache"), "propagate", True)
+    daemon, text = server(chunk=16), tokens(160, 30)
+    engine = sglang(daemon, 1)
+    engine.compute_and_store("a", text)
+    counter = engine.pool.layer_transfer_counter
+    assert (counter.num_layers, counter.consumer_index) == (3, -1)
+    worker = engine.connector._rank._worker
+    real, held = worker._copier, Held(6, points=True)
+    worker._copier = held
+    try:
+        load, found = begin_load(engine, "b", text)
+        assert found == 160
+        assert engine.connector.prepare_load_on_stream(load, None)
+        assert not load.future.ended()
+        assert engine.connector.ready_prefix_count([load]) == 0
+        assert counter.consumer_index == 0
+        assert daemon.status()["index"]["leases"] == 1, "what is read is not given away"
+        for layer in (0, 1, 2):
+            engine.pool.get_layer(layer)
+        assert held.waited == [2, 4, 6]
+        held.may_end.set()
+        assert load.future.result(PATIENCE)
+        engine.pool.get_layer(0)
+        assert held.waited == [2, 4, 6], "nothing to wait for"
+        assert counter.consumer_index == -1
+        with caplog.at_level(logging.INFO, "lmcache"):
+            assert engine.connector.ready_prefix_count([load]) == 1
+            assert engine.connector.complete_load(load)
+            said = caplog.text.count("Retrieved 160 out of 160 required tokens")
+            assert engine.connector.complete_load(load)
+            engine.connector.finish_request("b")
+        assert caplog.text.count("Retrieved 160 out of 160 required tokens") == said > 0
+        eventually(lambda: daemon.status()["index"]["leases"] == 0)
+    finally:
+        worker._copier = real
+
+
+def test_a_load_that_fails_before_it_is_certain_is_no_load(server: Servers, sglang: Engines) -> None:
+    daemon, text = server(chunk=16), tokens(160, 31)
+    engine = sglang(daemon, 1)
+    engine.compute_and_store("a", text)
+    worker = engine.connector._rank._worker
+    real, held = worker._copier, Held(6, points=False)
+    worker._copier = held
+    held.may_end.set()
+    try:
+        load, _ = begin_load(engine, "b", text)
+        assert not engine.connector.prepare_load_on_stream(load, None)
+        assert engine.pool.layer_transfer_counter.consumer_index == -1
+    finally:
+        worker._copier = real
+    assert engine.load("c", text)[0] == 160
+
+
+@pytest.mark.parametrize("why", ["switched off", "another counter", "a GPU"])
+def test_where_layers_cannot_wait_loads_end_before_the_forward(
+    server: Servers, sglang: Engines, monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    pool, settings = MHATokenToKVPool(64 * 64), {}
+    theirs = object() if why == "another counter" else None
+    pool.layer_transfer_counter = theirs
+    if why == "switched off":
+        settings["use_layerwise"] = False
+    if why == "a GPU":
+        monkeypatch.setattr(unified, "layer_loads", lambda pool, device, *rest: layer_loads(pool, "cuda:0", *rest))
+    engine = sglang(server(chunk=16), 1, settings, pool=pool)
+    text = tokens(160, 32)
+    engine.compute_and_store("a", text)
+    assert pool.layer_transfer_counter is theirs
+    found, slots = engine.load("b", text)
+    assert np.array_equal(engine.pool.read(slots), engine.expected(text)[:, :, :found])
+
+
 def test_two_ranks_decide_together(server: Servers, sglang: Engines, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each has half of the heads. What one of them cannot load, neither does; a whole engine finds what both have stored."""
     monkeypatch.setattr(unified, "Agreement", Together)
@@ -344,6 +454,7 @@ def test_two_ranks_decide_together(server: Servers, sglang: Engines, monkeypatch
         found, slots = engine.load("b", text)
         said += [found, np.array_equal(engine.pool.read(slots), engine.expected(text)[:, :, :found])]
         if number == 1:
+            monkeypatch.setattr(engine.connector._rank, "is_certain", lambda progress: False)
             monkeypatch.setattr(engine.connector._rank, "settle", lambda copy: False)
         said.append(engine.load("c", text)[0])
         assert engine.connector._rank is not None

@@ -34,6 +34,16 @@ class Progress:
             self._ended = True
             self._changed.notify_all()
 
+    @property
+    def ended(self) -> bool:
+        return self._ended
+
+    def wait_told(self, planes: int, timeout_seconds: float) -> bool:
+        """Until the first `planes` planes were told of, or the load has ended, or the time is over; whether they were."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._ended or self._reached(planes) is not None, timeout_seconds)
+            return self._reached(planes) is not None
+
     def wait(self, planes: int) -> None:
         """Return when work that reads the first `planes` planes may begin, or the load has ended; whether well, its job tells.
 

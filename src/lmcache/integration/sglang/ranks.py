@@ -25,6 +25,7 @@ from lmcache.errors import ConfigError
 from lmcache.integration.sglang.model import RankKV, Ranks
 from lmcache.integration.sglang.settings import Settings
 from lmcache.observability.log import init_logger
+from lmcache.transfer.progress import Progress
 
 logger = init_logger(__name__)
 
@@ -154,14 +155,25 @@ class SGLangRank:
         """Nothing reads the hit's slots any more."""
         self._scheduler.release(hit)
 
-    def load(self, hit: Hit, start: int, end: int, pages: Pages, after: Event | None = None) -> Copy:
-        """Fill tokens [start, end), which lie in `pages`; the first of these is the one that token `start` begins."""
+    def load(
+        self,
+        hit: Hit,
+        start: int,
+        end: int,
+        pages: Pages,
+        after: Event | None = None,
+        progress: Progress | None = None,
+    ) -> Copy:
+        """Fill tokens [start, end), which lie in `pages`; the first of these is the one that token `start` begins. progress:
+        is told of layers as they arrive."""
         shard, chunk = self.kv.shard.index, self._scheduler.chunk_tokens or 1
         first, last = start // chunk, -(-end // chunk)
         skipped = first - hit.first_chunk
         slots = hit.shard_slots(shard)[4 * skipped : 4 * (last - hit.first_chunk)]
         blocks = self._table(start, pages)
-        job = Load(hit.arena, hit.lease, first, slots, start, end, blocks, lease_chunk=skipped, after=after)
+        job = Load(
+            hit.arena, hit.lease, first, slots, start, end, blocks, lease_chunk=skipped, after=after, progress=progress
+        )
         copy = self._copy("load", end - start)
         self._worker.load(copy.job_id, job)
         return copy
@@ -188,6 +200,11 @@ class SGLangRank:
                 return False
             self._worker.wait_finished(60.0 if left is None else left)
         return True
+
+    def is_certain(self, progress: Progress) -> bool:
+        """Wait until all of a load has been handed to the device, a deadline at most: from then on it cannot fail, short of the
+        device itself. False where it has ended before, or does not get there."""
+        return progress.wait_told(len(self.kv.paged.planes), self._timeout_seconds)
 
     def settle(self, copy: Copy) -> bool:
         """Wait for a load, a deadline at most: then it is called off. It touches paged KV no more. True when it succeeded."""

@@ -5,7 +5,8 @@ and has them filled before the request is computed (`submit_load`, `prepare_load
 end it hands over what has been computed (`submit_store`), and holds those slots until the copy has ended. It unlocks and frees by
 what `ready_prefix_count` says. All calls come from the scheduler's thread, on every rank in the same order.
 
-A load ends before `prepare_load_on_stream` returns: once the request is admitted, SGLang computes with the slots, filled or not.
+Once `prepare_load_on_stream` has returned, SGLang computes with the slots, filled or not. So a load has ended by then, or cannot
+fail any more and the forward waits for each of its layers (`layers.py`).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from lmcache.engine import Hit, Loading
 from lmcache.engine.jobs import Event
 from lmcache.errors import LayoutError
 from lmcache.integration.sglang.describe import describe_agreed
+from lmcache.integration.sglang.layers import LayerLoads, layer_loads
 from lmcache.integration.sglang.model import Buffers, Ranks, lora_enabled, pool_buffers
 from lmcache.integration.sglang.ranks import (
     Agreement,
@@ -39,6 +41,7 @@ from lmcache.integration.sglang.ranks import (
 from lmcache.integration.sglang.settings import read_settings
 from lmcache.integration.sglang.weights import forget, on_new_weights
 from lmcache.observability.log import init_logger
+from lmcache.transfer.progress import Progress
 
 logger = init_logger(__name__)
 
@@ -69,13 +72,16 @@ class Lookup:
 
 @dataclass
 class LoadOperation:
-    """device_indices: the slots to be filled, the token after `local_hit_tokens` first. result: None until it is complete."""
+    """device_indices: the slots to be filled, the token after `local_hit_tokens` first. result: None until it is complete.
+    progress: where a forward can wait for it layer by layer."""
 
     request_id: str
     device_indices: Any
     local_hit_tokens: int
     future: Copy
     result: bool | None = None
+    progress: Progress | None = None
+    told: bool = False
 
 
 @dataclass
@@ -141,6 +147,7 @@ class UnifiedLMCacheMPConnector:
         self._stream: Any = None
         self._lora = lora_enabled()
         self._rank: SGLangRank | None = None
+        self._layers: LayerLoads | None = None
         self._vocabulary = 0
 
         def buffers() -> Buffers:
@@ -159,6 +166,13 @@ class UnifiedLMCacheMPConnector:
         if kv is None:
             return
         self._vocabulary = kv.vocabulary
+        self._layers = layer_loads(
+            token_to_kv_pool_allocator.get_kvcache(),
+            kv.paged.device,
+            kv.model.num_layers,
+            len(kv.paged.planes),
+            settings.config.use_layerwise,
+        )
         self._rank = SGLangRank(settings, kv, self._ranks, self._name)
         self._tell_chunks()
         on_new_weights(self._new_weights)
@@ -229,23 +243,32 @@ class UnifiedLMCacheMPConnector:
         self._stream = producer_stream
         start, end = local_hit_tokens, local_hit_tokens + len(indices)
         rank, hit = self._rank, self._valid_hit(lookup, start, end)
-        copy = no_copy()
+        copy, progress = no_copy(), Progress() if self._layers is not None else None
         if rank is not None and hit is not None:
-            copy = rank.load(hit, start, end, pages_of(indices, self._page_size), self._device_event())
-        return LoadOperation(lookup.request_id, owned_device_indices, start, copy)
+            copy = rank.load(hit, start, end, pages_of(indices, self._page_size), self._device_event(), progress)
+        return LoadOperation(lookup.request_id, owned_device_indices, start, copy, progress=progress)
 
     def prepare_load_on_stream(self, load: LoadOperation, stream: Any) -> bool:
-        """Return when the slots are filled, or will not be: then False, and SGLang computes these tokens."""
-        ok = load.future.tokens > 0 and self._rank is not None and self._rank.settle(load.future)
+        """Return when the slots are filled, or certainly will be while the forward waits for them, or will not be: then False,
+        and SGLang computes these tokens."""
+        rank, under_way = self._rank, False
+        ok = rank is not None and load.future.tokens > 0
+        if ok and rank is not None:
+            under_way = load.progress is not None and rank.is_certain(load.progress)
+            ok = under_way or rank.settle(load.future)
         ok = bool(self._agreement.least(int(ok)))
-        self._log_load(load, ok)
-        self._done_with(load.request_id)
+        if ok and under_way and self._layers is not None and load.progress is not None:
+            self._layers.begin(load.progress)
+            return True
+        if rank is not None:
+            rank.settle(load.future)  # another rank's has failed: SGLang frees the slots
+        self._end_load(load, ok)
         return ok
 
     def complete_load(self, load: LoadOperation, synchronize: bool = True) -> bool:
         """Its slots belong to the request now. Loads that did not work never come here."""
         load.result = load.future.ended() and load.future.ok
-        self._done_with(load.request_id)
+        self._end_load(load, load.result)
         return load.result
 
     # Store
@@ -433,10 +456,13 @@ class UnifiedLMCacheMPConnector:
         recorded: Event = event
         return recorded
 
-    def _log_load(self, load: LoadOperation, ok: bool) -> None:
+    def _end_load(self, load: LoadOperation, ok: bool) -> None:
+        """Say what it did, once, and give back its lease."""
         lookup, done = self._lookups.get(load.request_id), load.future.done
-        if not ok or self._rank is None or done is None:
+        self._done_with(load.request_id)
+        if load.told or not ok or self._rank is None or done is None:
             return
+        load.told = True
         logger.info(
             "Retrieved %d out of %d required tokens (from %d total tokens). %s",
             load.future.tokens,

@@ -1,0 +1,56 @@
+"""Loads that a forward of SGLang waits for layer by layer.
+
+SGLang's KV pools hold a counter for its own host cache, and ask it before they hand out a layer's KV; where a CUDA graph of a
+whole prefill is replayed, SGLang asks it for the last layer first. An object of the same calls (`LayerDoneCounter` in
+`managers/cache_controller.py` of SGLang 0.5.23) in its place makes them wait for ours.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from lmcache.observability.log import init_logger
+from lmcache.transfer.progress import Progress
+
+logger = init_logger(__name__)
+
+SWITCH = "LMCACHE_SGLANG_LAYERWISE"
+"""On a GPU the forward waits layer by layer only where this variable is 1: it has not been run there yet."""
+
+
+class LayerLoads:
+    """The loads that are under way. planes: of all layers together."""
+
+    def __init__(self, num_layers: int, planes: int) -> None:
+        self.num_layers = num_layers
+        self._planes = planes
+        self._loads: list[Progress] = []
+
+    @property
+    def consumer_index(self) -> int:
+        """0 while there is a load to wait for, else -1, as SGLang's."""
+        self._loads = [load for load in self._loads if not load.ended]
+        return 0 if self._loads else -1
+
+    def begin(self, load: Progress) -> None:
+        """Forwards that are launched from now on wait for it."""
+        self._loads.append(load)
+
+    def wait_until(self, layer: int) -> None:
+        """Return when work that reads this layer (counted from the pool's first) may be launched in the current stream."""
+        if self.consumer_index < 0:
+            return
+        for load in self._loads:
+            load.wait((layer + 1) * self._planes // self.num_layers)
+
+
+def layer_loads(pool: Any, device: str, num_layers: int, planes: int, wanted: bool) -> LayerLoads | None:
+    """What `pool` asks from now on; None where forwards cannot wait, or shall not: loads end before them then."""
+    free = getattr(pool, "layer_transfer_counter", pool) is None
+    if not wanted or not free or (device != "cpu" and os.environ.get(SWITCH) != "1"):
+        return None
+    loads = LayerLoads(num_layers, planes)
+    pool.register_layer_transfer_counter(loads)
+    logger.debug("Forwards wait for loads layer by layer")
+    return loads
