@@ -26,7 +26,8 @@ from lmcache.engine.link import Endpoint, Link, ask
 from lmcache.errors import LayoutError, LMCacheError, ServerRefused, ServerUnavailable
 from lmcache.memory.arena import Mapping, populate_all
 from lmcache.observability.log import init_logger
-from lmcache.transfer.copier import Copier, beside_captures, make_copier
+from lmcache.transfer.copier import Copier, make_copier
+from lmcache.transfer.launch import beside_captures
 from lmcache.transfer.paged import PagedKV
 from lmcache.wire import messages as m
 from lmcache.wire.carriers import Carrier

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import numpy as np
@@ -58,14 +57,3 @@ def make_copier(paged: PagedKV, chunk_tokens: int, threads: int = 1) -> Copier:
     from lmcache.transfer.cuda import CudaCopier  # torch and Triton are the engine's, never needed elsewhere
 
     return CudaCopier(paged, chunk_tokens)
-
-
-def beside_captures(device: str) -> AbstractContextManager[None]:
-    """For a thread that waits for points in the device's streams while the engine may be capturing CUDA graphs in another."""
-    if device == "cpu":
-        return nullcontext()
-    import torch
-
-    from lmcache.transfer.launch import Driver
-
-    return Driver(torch.version.hip is not None).beside_captures()

@@ -25,7 +25,7 @@ import triton.language as tl
 from lmcache.errors import LayoutError
 from lmcache.observability.log import init_logger
 from lmcache.transfer.cpu import check_runs
-from lmcache.transfer.launch import MAX_PLACES, Driver, Launcher, Shape, Tables
+from lmcache.transfer.launch import MAX_PLACES, Launcher, Shape, Tables, beside_captures, find_driver
 from lmcache.transfer.paged import PagedKV, Plane
 from lmcache.transfer.progress import Progress, planes_in_group
 
@@ -128,7 +128,6 @@ class CudaCopier:
         self._register_thread: threading.Thread | None = None
         self._address = 0
         self._arena: torch.Tensor | None = None
-        self._driver = Driver(torch.version.hip is not None)
         with self._using_device():
             self._bases = torch.tensor(
                 [plane.address for plane in paged.planes], dtype=torch.int64, device=self._device
@@ -183,7 +182,7 @@ class CudaCopier:
     @contextmanager
     def _using_device(self) -> Iterator[None]:
         """For this thread, which may be any: the engine may be capturing CUDA graphs in another one."""
-        with self._driver.beside_captures(), torch.cuda.device(self._device):
+        with beside_captures(self._device.type), torch.cuda.device(self._device):
             yield
 
     def _register(self, address: int, size_bytes: int) -> None:
@@ -332,7 +331,10 @@ class _Lane:
             self._constants,
             self._plane_bytes // self._copier._shape.word_bytes,
         )
-        if len(self._ring) > MAX_PLACES or plane_words == 1 or os.environ.get("LMCACHE_NO_NATIVE") == "1":
+        driver = find_driver(torch.version.hip is not None)
+        if driver is None or len(self._ring) > MAX_PLACES or plane_words == 1:
+            return None
+        if os.environ.get("LMCACHE_NO_NATIVE") == "1":
             return None
         planes = range(0, len(copier._paged.planes), self._planes_in_piece)
         try:
@@ -345,7 +347,7 @@ class _Lane:
                 for event in self._filled + self._emptied:
                     event.record(self._kernels)  # the driver has an event from its first use on
                 launcher = Launcher(
-                    copier._driver.functions,
+                    driver.functions,
                     [event.cuda_event for event in self._filled],
                     [event.cuda_event for event in self._emptied],
                     kernel=kernel.function,
@@ -369,7 +371,7 @@ class _Lane:
                 if launcher.copies_right(copier._shape, copier._chunk_tokens, self._chunks_in_piece, planes, last):
                     return launcher
             why: object = "the kernel was not seen to copy right"
-        except (OSError, AttributeError, ImportError, RuntimeError) as error:
+        except (AttributeError, ImportError, RuntimeError) as error:
             why = error
         logger.warning("GPU copies are launched from Python, at several times the CPU time: %s", why)
         return None

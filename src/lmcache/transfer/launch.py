@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
+from lmcache.observability.log import init_logger
+
 if TYPE_CHECKING:
     import torch
+
+logger = init_logger(__name__)
 
 MAX_PLACES = 64
 _MOST_TRIAL_BYTES = 64 << 20
@@ -51,20 +56,19 @@ _COPY = np.dtype(
     ]
 )
 """As `Copy` there."""
-_CUDA = (
-    "libcuda.so.1",
-    "cuLaunchKernel",
-    "cuMemcpyHtoDAsync_v2",
-    "cuMemcpyDtoHAsync_v2",
-    "cuEventRecord",
-    "cuStreamWaitEvent",
-    "cuThreadExchangeStreamCaptureMode",
-)
-_HIP = (
-    "libamdhip64.so",
-    *("hipModuleLaunchKernel", "hipMemcpyHtoDAsync", "hipMemcpyDtoHAsync", "hipEventRecord", "hipStreamWaitEvent"),
-    "hipThreadExchangeStreamCaptureMode",
-)
+_NAMES = {
+    False: (
+        ("libcuda.so.1",),
+        *("cuLaunchKernel", "cuMemcpyHtoDAsync_v2", "cuMemcpyDtoHAsync_v2", "cuEventRecord", "cuStreamWaitEvent"),
+        "cuThreadExchangeStreamCaptureMode",
+    ),
+    True: (
+        ("libamdhip64.so", "libamdhip64.so.7", "libamdhip64.so.6"),
+        *("hipModuleLaunchKernel", "hipMemcpyHtoDAsync", "hipMemcpyDtoHAsync", "hipEventRecord", "hipStreamWaitEvent"),
+        "hipThreadExchangeStreamCaptureMode",
+    ),
+}
+"""Whether it is HIP -> names of the library, of what `_DRIVER` stands for, and of what sets a thread's capture mode."""
 _THREAD_LOCAL = 1
 Runs = npt.NDArray[np.int64]
 
@@ -104,21 +108,53 @@ class Driver:
     """
 
     def __init__(self, hip: bool) -> None:
-        name, *functions, exchange = _HIP if hip else _CUDA
-        library = ctypes.CDLL(name)  # for good: libraries are never unloaded
+        names, *functions, exchange = _NAMES[hip]
+        library = _library(names)  # for good: libraries are never unloaded
         self._exchange = getattr(library, exchange)
         self.functions = tuple(ctypes.cast(getattr(library, one), ctypes.c_void_p).value or 0 for one in functions)
 
     @contextmanager
     def beside_captures(self) -> Iterator[None]:
-        """What this thread does inside is no part of CUDA graphs that other threads capture meanwhile. By default, memory that
-        is allocated or registered, or a kernel that is loaded, anywhere in the process makes such a capture fail."""
+        """See the function of that name."""
         mode = ctypes.c_int(_THREAD_LOCAL)
         self._exchange(ctypes.byref(mode))
         try:
             yield
         finally:
             self._exchange(ctypes.byref(mode))
+
+
+def _library(names: Sequence[str]) -> ctypes.CDLL:
+    for name in names[:-1]:
+        with suppress(OSError):
+            return ctypes.CDLL(name)
+    return ctypes.CDLL(names[-1])
+
+
+@cache
+def find_driver(hip: bool) -> Driver | None:
+    """The driver; None, and a line in the log, where it cannot be reached past PyTorch."""
+    try:
+        return Driver(hip)
+    except (OSError, AttributeError) as error:
+        logger.warning(
+            "The GPU's driver is not reached: copies take more CPU time, and must not meet a capture: %s", error
+        )
+        return None
+
+
+def beside_captures(device: str) -> AbstractContextManager[None]:
+    """For a thread that uses a GPU while the engine may be capturing CUDA graphs in another one; nothing for a CPU.
+
+    What the thread does inside is no part of such captures. By default memory that is allocated or registered, a kernel that is
+    loaded or an event that is waited for, anywhere in the process, makes them fail.
+    """
+    if device == "cpu":
+        return nullcontext()
+    import torch
+
+    driver = find_driver(torch.version.hip is not None)
+    return nullcontext() if driver is None else driver.beside_captures()
 
 
 class Launcher:
