@@ -114,7 +114,7 @@ class Valkey(Store):
 
 
 class S3(Store):
-    batch, rounds = 500, 10
+    rounds = 10
 
     def __init__(self, tier: Tier, seaweed: Seaweed, pool: ThreadPoolExecutor) -> None:
         super().__init__(tier)
