@@ -508,6 +508,24 @@ def test_more_callers_than_connections_wait_their_turn(empty: RedisServer) -> No
     assert len(empty.raw.client_list()) <= before + 2
 
 
+def test_a_call_is_a_few_round_trips_however_many_shards(empty: RedisServer, proxy: Callable[..., Proxy]) -> None:
+    """Of 0.2 s each: what is said does not wait for what is answered. A store books, then writes."""
+    through = proxy(empty.port)
+    tier = opened(empty.url("?timeout=60", port=through.port))
+    tier.contains([])
+    through.delay = 0.1
+    shards = shards_of(40, 30_000)
+    for call, trips in (
+        (lambda: tier.store(shards), 2),
+        (lambda: load(tier, shards), 1),
+        (lambda: tier.contains([shard.key for shard in shards]), 1),
+        (lambda: tier.remove([shard.key for shard in shards]), 1),
+    ):
+        began = time.monotonic()
+        call()
+        assert 0.2 * trips <= time.monotonic() - began < 0.2 * 20, "40 would be one a shard"
+
+
 def test_connections_end_with_the_tier(empty: RedisServer) -> None:
     before = len(empty.raw.client_list())
     tier = opened(empty.url())
