@@ -80,6 +80,30 @@ def test_the_end_waits_for_what_is_to_be_written(
     assert engine(second, "other").load(TOKENS) == len(TOKENS)
 
 
+@pytest.mark.parametrize(("drain", "signals"), [("60", 1), ("0.1", 1), ("60", 2)])
+def test_the_end_waits_as_long_as_it_was_told(
+    server: Callable[..., Server], engine: Callable[..., Any], valkey: RedisServer, drain: str, signals: int
+) -> None:
+    """Six spaces are six writes, two at once, of 0.8 s and more each; a second signal does not wait."""
+    proxy = Proxy(valkey.port)
+    try:
+        url = valkey.url("?write=on-evict&timeout=30", port=proxy.port)
+        cache = server(flags=("--l2", url, "--drain-seconds", drain))
+        for number in range(6):
+            engine(cache, f"engine{number}", model=f"model{number}").store(TOKENS)
+        proxy.delay = 0.2
+        for _ in range(signals):
+            cache.signal(signal.SIGTERM)
+            time.sleep(0.2)
+        cache.line_with("has stopped")
+        kept = [name for name in valkey.raw.keys("{lmcache}/*") if b"." not in name.partition(b"/")[2]]
+        everything = drain == "60" and signals == 1
+        assert (len(kept) == 6 * 10) == everything, len(kept)
+        assert any("could not be written before the end" in line for line in cache.log) == (drain == "0.1")
+    finally:
+        proxy.close()
+
+
 def test_the_decision_to_load_and_both_its_numbers_are_told(
     server: Callable[..., Server], engine: Callable[..., Any], valkey: RedisServer
 ) -> None:
@@ -206,6 +230,33 @@ def test_the_end_does_not_wait_for_a_tier_that_hangs(
         eventually(lambda: not tiers_of(cache)["redis"]["queued_chunks"])  # the write is under way
         assert cache.end() == 0
         assert not list(cache.arena_dir.glob("*.arena*")) and "Traceback" not in "".join(cache.log)
+    finally:
+        proxy.close()
+
+
+def test_how_long_and_how_much_may_wait_is_what_was_told(
+    server: Callable[..., Server], engine: Callable[..., Any], valkey: RedisServer
+) -> None:
+    """Two chunks of 4 KiB may wait to be written, and a lookup for 0.3 s; the store does not answer at all."""
+    proxy = Proxy(valkey.port)
+    try:
+        cache = server(
+            flags=(
+                *("--l2", valkey.url("?timeout=20", port=proxy.port), "--l2-queue-gb", str(8192 / 2**30)),
+                *("--worth", "always", "--l2-patience-seconds", "0.3"),
+            )
+        )
+        one = engine(cache)
+        proxy.freeze()
+        begin = time.monotonic()
+        one.lookup([7, *TOKENS])
+        eventually(lambda: cache.status()["fetches"])
+        assert 0.3 <= time.monotonic() - begin < 8, "ten seconds are the default"
+        one.store(TOKENS)
+        lost = 'lmcache_tier_lost_total{reason="queue full",tier="redis"} 8.0'
+        eventually(lambda: lost in page(cache, "/metrics")[1])
+        proxy.refuse = True  # so that the end need not wait for the calls under way
+        proxy.cut()
     finally:
         proxy.close()
 

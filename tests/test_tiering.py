@@ -458,6 +458,23 @@ def test_what_comes_too_late_is_there_for_the_next(rig: Callable[..., Rig]) -> N
     eventually(lambda: one.there(prompt) == 4)
 
 
+def test_a_frame_names_the_chunk_before(rig: Callable[..., Rig]) -> None:
+    tier, parents = HandTier(), dict[bytes, bytes]()
+    store = tier.store
+
+    def noted(shards: Sequence[Shard]) -> list[str]:
+        parents.update((one.key.chunk, one.parent) for one in shards)
+        return store(shards)
+
+    tier.store = noted  # type: ignore[method-assign]
+    one = rig(spec(tier))
+    prompt = chain(1, 9)
+    one.store(prompt)
+    one.written()
+    chunks = [prompt[at : at + 16] for at in range(0, len(prompt), 16)]
+    assert parents == dict(zip(chunks, [bytes(16), *chunks], strict=False))
+
+
 def test_the_state_of_a_breaker_is_shown(rig: Callable[..., Rig]) -> None:
     tier = HandTier()
     one = rig(spec(tier))
