@@ -352,6 +352,16 @@ def test_a_connection_cut_in_a_store_leaves_a_miss_that_can_be_stored_again(
     assert _books_agree(empty)
 
 
+def test_parts_without_a_header_go_by_themselves(empty: RedisServer, proxy: Callable[..., Proxy]) -> None:
+    through = proxy(empty.port)
+    tier, (shard,) = opened(empty.url("?timeout=3", port=through.port)), shards_of(1, 2 * PART_BYTES)
+    through.cut_after(PART_BYTES + 100_000)
+    with pytest.raises(TierError):
+        tier.store([shard])
+    left = eventually(lambda: empty.raw.keys("{lmcache}/*"))
+    assert left == [f"{header_name(shard)}.0".encode()] and 0 < empty.raw.pttl(left[0]) <= 2 * 3000
+
+
 WRITER = """
 import os, sys
 from stores import shards_of, tier_of
