@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -79,6 +80,30 @@ def test_the_end_waits_for_what_is_to_be_written(
     assert engine(second, "other").load(TOKENS) == len(TOKENS)
 
 
+@pytest.mark.parametrize(("drain", "signals"), [("60", 1), ("0.1", 1), ("60", 2)])
+def test_the_end_waits_as_long_as_it_was_told(
+    server: Callable[..., Server], engine: Callable[..., Any], valkey: RedisServer, drain: str, signals: int
+) -> None:
+    """Six spaces are six writes, two at once, of 0.8 s and more each; a second signal does not wait."""
+    proxy = Proxy(valkey.port)
+    try:
+        url = valkey.url("?write=on-evict&timeout=30", port=proxy.port)
+        cache = server(flags=("--l2", url, "--drain-seconds", drain))
+        for number in range(6):
+            engine(cache, f"engine{number}", model=f"model{number}").store(TOKENS)
+        proxy.delay = 0.2
+        for _ in range(signals):
+            cache.signal(signal.SIGTERM)
+            time.sleep(0.2)
+        cache.line_with("has stopped")
+        kept = [name for name in valkey.raw.keys("{lmcache}/*") if b"." not in name.partition(b"/")[2]]
+        everything = drain == "60" and signals == 1
+        assert (len(kept) == 6 * 10) == everything, len(kept)
+        assert any("could not be written before the end" in line for line in cache.log) == (drain == "0.1")
+    finally:
+        proxy.close()
+
+
 def test_the_decision_to_load_and_both_its_numbers_are_told(
     server: Callable[..., Server], engine: Callable[..., Any], valkey: RedisServer
 ) -> None:
@@ -137,6 +162,11 @@ def test_a_stalled_tier_costs_a_full_hit_nothing(
         one = engine(cache)
         one.store(TOKENS)
         written(cache, 10)
+        asked = proxy.sent
+        for _ in range(3):
+            assert one.hit_tokens(TOKENS) == len(TOKENS)
+        time.sleep(0.1)
+        assert proxy.sent == asked, "a full hit asks nobody"
         proxy.freeze()
         begin = time.monotonic()
         for _ in range(50):
@@ -148,6 +178,41 @@ def test_a_stalled_tier_costs_a_full_hit_nothing(
         # What the tier cannot answer is a miss; and while it hangs nobody waits for it again.
         eventually(lambda: one.lookup([8, *TOKENS]) is None)
         assert one.hit_tokens(TOKENS) == len(TOKENS)
+    finally:
+        proxy.close()
+
+
+def test_what_takes_longer_than_computing_is_loaded_only_on_request(
+    server: Callable[..., Server], engine: Callable[..., Any], valkey: RedisServer
+) -> None:
+    """A real store behind a slow network: 40 KiB take 0.4 s, computing them 0.16 s."""
+    proxy = Proxy(valkey.port)
+    try:
+        flags = ("--l2", valkey.url(port=proxy.port))
+        prompts = [[seed, *TOKENS[1:]] for seed in range(1000, 1005)]
+        told = dict[str, dict[str, Any]]()
+        for worth in ("auto", "always"):
+            cache = server(flags=(*flags, "--worth", worth))
+            one = engine(cache, worth)
+            proxy.rate = None
+            for prompt in prompts:
+                one.store(prompt)
+            written(cache, 50)
+            page(cache, "/clear-cache", "POST")
+            proxy.rate = 100e3
+            one.lookup(prompts[0])  # now the server has seen how slow it is
+            eventually(lambda: one.hit_tokens(prompts[0]) == len(TOKENS))  # noqa: B023
+            for number, prompt in enumerate(prompts[1:]):  # on a busy machine the store's answer may come too late
+                name = f"{worth} {number}"
+                hit = one.scheduler.lookup(one.chain(prompt), prefill_rate=1000.0, request_id=name)
+                told[worth] = next(record for record in cache.status()["fetches"] if record["request"] == name)
+                if told[worth]["decision"]:
+                    break
+            assert (hit.chunks if hit else 0) == (10 if worth == "always" else 0)
+        assert (told["auto"]["decision"], told["auto"]["outcome"]) == ("not worth it", "not worth it")
+        assert told["auto"]["expected_seconds"] > told["auto"]["recompute_seconds"] == 0.16
+        assert (told["always"]["decision"], told["always"]["outcome"]) == ("load", "arrived")
+        assert told["always"]["waited_seconds"] > max(0.16, told["auto"]["waited_seconds"])
     finally:
         proxy.close()
 
@@ -169,6 +234,33 @@ def test_the_end_does_not_wait_for_a_tier_that_hangs(
         proxy.close()
 
 
+def test_how_long_and_how_much_may_wait_is_what_was_told(
+    server: Callable[..., Server], engine: Callable[..., Any], valkey: RedisServer
+) -> None:
+    """Two chunks of 4 KiB may wait to be written, and a lookup for 0.3 s; the store does not answer at all."""
+    proxy = Proxy(valkey.port)
+    try:
+        cache = server(
+            flags=(
+                *("--l2", valkey.url("?timeout=20", port=proxy.port), "--l2-queue-gb", str(8192 / 2**30)),
+                *("--worth", "always", "--l2-patience-seconds", "0.3"),
+            )
+        )
+        one = engine(cache)
+        proxy.freeze()
+        begin = time.monotonic()
+        one.lookup([7, *TOKENS])
+        eventually(lambda: cache.status()["fetches"])
+        assert 0.3 <= time.monotonic() - begin < 8, "ten seconds are the default"
+        one.store(TOKENS)
+        lost = 'lmcache_tier_lost_total{reason="queue full",tier="redis"} 8.0'
+        eventually(lambda: lost in page(cache, "/metrics")[1])
+        proxy.refuse = True  # so that the end need not wait for the calls under way
+        proxy.cut()
+    finally:
+        proxy.close()
+
+
 def test_a_store_that_comes_late_goes_and_comes_back(
     server: Callable[..., Server], engine: Callable[..., Any], folders: Callable[[str], Path]
 ) -> None:
@@ -186,6 +278,32 @@ def test_a_store_that_comes_late_goes_and_comes_back(
         assert cache.get("/healthcheck") == {"status": "healthy"}
         metrics = page(cache, "/metrics")[1]
         assert 'lmcache_tier_serving{tier="redis"} 1.0' in metrics and "lmcache_tier_failed_total{" in metrics
+    finally:
+        store.end()
+
+
+def test_each_tier_that_cannot_be_used_is_one_line_and_the_server_serves(
+    server: Callable[..., Server], engine: Callable[..., Any], folders: Callable[[str], Path]
+) -> None:
+    store, file = RedisServer(binary_of("valkey"), folders("/tmp"), password="right"), folders("/tmp") / "file"
+    file.touch()
+    tiers = {
+        "locked": (store.url("?name=locked").replace("right", "wrong"), "WRONGPASS"),
+        "gone": ("redis://127.0.0.1:1/0?name=gone", "127.0.0.1:1"),
+        "file": (f"disk://{file}/tier?name=file", str(file)),
+        "shared": (f"dir://{file}/tier?name=shared", str(file)),
+    }
+    try:
+        cache = server(flags=tuple(word for url, _ in tiers.values() for word in ("--l2", url)))
+        degraded = cache.get("/healthcheck")["degraded"]
+        for name, (_, said) in tiers.items():
+            (line,) = [line for line in cache.log if f"Tier {name} does not serve yet" in line]
+            assert said in line and "wrong@" not in line
+            assert any(one.startswith(f"{name}: ") and said in one for one in degraded), degraded
+            assert tiers_of(cache)[name]["state"] != "serving" and said in tiers_of(cache)[name]["reason"]
+        one = engine(cache)
+        assert one.store(TOKENS) == len(TOKENS) == one.hit_tokens(TOKENS)
+        assert "Traceback" not in "".join(cache.log)
     finally:
         store.end()
 
@@ -222,6 +340,32 @@ def test_clearing_reaches_the_tiers_that_are_named(
     status, answer = page(cache, "/clear-cache?tiers=far", "POST")
     assert status == 200 and json.loads(answer)["cleared_tiers"] == ["far"]
     assert tiers_of(cache)["far"]["shards"] == 0 and one.hit_tokens(TOKENS) == 0
+
+
+def test_all_tiers_however_they_were_spelled_are_described_and_emptied(
+    server: Callable[..., Server], engine: Callable[..., Any], folders: Callable[[str], Path]
+) -> None:
+    def say(*words: str) -> str:
+        command = [sys.executable, "-m", "lmcache.cli.main", *words, "--url", f"http://127.0.0.1:{cache.http_port}"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=True).stdout
+
+    paths = [folders("/tmp") / "tier" for _ in range(3)]
+    peers = [json.dumps({"type": "fs", "base_path": str(path), "max_capacity_gb": 1}) for path in paths[:2]]
+    flags = ("--l2", f"dir://{paths[2]}", "--l2-adapter", peers[0], "--l2-adapter", peers[1])
+    cache = server(flags=flags)
+    assert list(tiers_of(cache)) == ["dir", "disk", "disk2"]
+    one = engine(cache)
+    one.store(TOKENS)
+    for name in tiers_of(cache):
+        written(cache, 10, name)
+    rows = {
+        line[0]: line for line in (re.split(r" {2,}", one.strip()) for one in say("describe", "tiers").splitlines())
+    }
+    for name, path in zip(("disk", "disk2", "dir"), paths, strict=True):
+        assert str(path) in rows[name][1] and rows[name][2] == "serving"
+        assert rows[name][rows["name"].index("shards")] == "10"
+    assert "cleared tiers ['dir', 'disk', 'disk2']" in say("clear", "--tiers", "all")
+    assert [tier["shards"] for tier in tiers_of(cache).values()] == [0, 0, 0] and one.hit_tokens(TOKENS) == 0
 
 
 def test_tiers_are_shown_without_passwords(server: Callable[..., Server], folders: Callable[[str], Path]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -126,6 +128,42 @@ def test_a_third_partys_tier(installed: None) -> None:
         make_tier("tape://?reel=3")
     with pytest.raises(ConfigError, match="is not a Tier class"):
         make_tier("rope://")
+
+
+def test_a_library_that_is_missing_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.startswith("lmcache.tiers.s3")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "obstore", None)
+    with pytest.raises(ConfigError, match=r"^s3://bucket/x: obstore is not installed; pip install 'lmcache\[s3\]'$"):
+        make_tier("s3://bucket/x")
+    make_tiers(["disk:///a", "dir:///a", "redis://h"])  # the others do without
+
+
+@pytest.mark.parametrize(
+    ("url", "page"),
+    [
+        ("disk:///a", "disk"),
+        ("dir:///a", "dir"),
+        ("redis://h", "redis"),
+        ("rediss://h", "redis"),
+        ("s3://bucket/x", "s3"),
+        ("disk:///a", "README"),
+    ],
+)
+def test_the_pages_have_every_option_and_no_other(url: str, page: str) -> None:
+    pages = Path(__file__).resolve().parents[1] / "docs" / "tiers"
+    told, everywhere = (options_on(pages / f"{name}.md") for name in (page, "README"))
+    with pytest.raises(ConfigError) as caught:
+        make_tier(f"{url}?zzzzzz=1")
+    known = set(str(caught.value).partition("known: ")[2].split(", "))
+    assert {"max_gb", "read", "write", "name"} <= known
+    assert known == told | everywhere if page != "README" else known >= told
+
+
+def options_on(page: Path) -> set[str]:
+    """The first cells of the table that begins with `| option |`."""
+    table = page.read_text().partition("\n| option |")[2].partition("\n\n")[0]
+    return {name for line in table.splitlines() for name in re.findall(r"`(\w+)`", line.split("|")[1])}
 
 
 @pytest.mark.parametrize(

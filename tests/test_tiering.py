@@ -427,3 +427,96 @@ def test_tiers_that_are_required_must_serve() -> None:
     assert tiering.degraded() == ["hand: the tier is not there"]
     tiering.close()
     loop.close()
+
+
+def test_a_tier_that_opens_late_serves_later(rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The start does not wait for it, and nobody has to tell the server when it is there."""
+    monkeypatch.setattr("lmcache.server.tiering.OPEN_SECONDS", 0.05)
+    tier = HandTier(True)
+    tier.gates["open"] = threading.Event()
+    one = rig(spec(tier))
+    assert one.ask(one.tiering.degraded) == ["hand: not open after 0 s"]
+    one.store(chain(1, 3))
+    tier.let_go()
+    eventually(lambda: one.ask(lambda: one.tiering.degraded() == []))
+    one.written()
+    assert len(tier.kept) == 3
+
+
+def test_what_comes_too_late_is_there_for_the_next(rig: Callable[..., Rig]) -> None:
+    tier = HandTier()
+    one = rig(spec(tier))
+    prompt = chain(1, 4)
+    one.store(prompt)
+    one.written()
+    one.forget_l1()
+    tier.hold("load")
+    assert one.wait_for(prompt, rate=1000.0) == 4
+    assert one.fetch(prompt, rate=1000.0) == 0, "it was given up"
+    assert one.ask(lambda: one.tiering.fetches.records[-1].outcome) == "late"
+    tier.let_go()
+    eventually(lambda: one.there(prompt) == 4)
+
+
+def test_a_frame_names_the_chunk_before(rig: Callable[..., Rig]) -> None:
+    tier, parents = HandTier(), dict[bytes, bytes]()
+    store = tier.store
+
+    def noted(shards: Sequence[Shard]) -> list[str]:
+        parents.update((one.key.chunk, one.parent) for one in shards)
+        return store(shards)
+
+    tier.store = noted  # type: ignore[method-assign]
+    one = rig(spec(tier))
+    prompt = chain(1, 9)
+    one.store(prompt)
+    one.written()
+    chunks = [prompt[at : at + 16] for at in range(0, len(prompt), 16)]
+    assert parents == dict(zip(chunks, [bytes(16), *chunks], strict=False))
+
+
+def test_the_state_of_a_breaker_is_shown(rig: Callable[..., Rig]) -> None:
+    tier = HandTier()
+    one = rig(spec(tier))
+    lane = one.tiering.lanes[0]
+
+    def shown() -> tuple[object, object, object]:
+        (status,), metrics = one.ask(one.tiering.status), one.ask(one.tiering.counters)
+        return status["state"], status["reason"], metrics['tier_serving{tier="hand"}']
+
+    assert shown() == ("serving", "", True)
+    tier.trouble = "on fire"
+    one.store(chain(1, 2))
+    eventually(lambda: not lane.breaker.closed)
+    assert shown() == ("failing", "the tier is on fire", False)
+    tier.hold("contains")
+    tier.trouble = ""
+    eventually(lambda: shown() == ("being tried", "the tier is on fire", False))
+    tier.let_go()
+    eventually(lambda: shown() == ("serving", "", True))
+    assert one.ask(one.tiering.counters)['tier_opened_breaker_total{tier="hand"}'] == 1
+
+
+def test_what_was_lost_or_missed_is_counted_with_its_reason(
+    rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tier, said, drained = HandTier(True), list[str](), threading.Event()
+    monkeypatch.setattr(
+        "lmcache.server.tiering.logger.warning", lambda text, *parts: said.append(text % parts if parts else text)
+    )
+    one = rig(spec(tier), queue_bytes=3 * PAGE)
+    tier.hold("store")
+    one.store(chain(1, 1))
+    eventually(lambda: tier.calls.count("store") == 1)
+    for seed in range(2, 7):
+        one.store(chain(seed, 1))
+    metrics = one.ask(one.tiering.counters)
+    assert metrics['tier_lost_total{tier="hand",reason="queue full"}'] == 2
+    one.ask(lambda: one.tiering.drain(0.05, drained.set))
+    assert drained.wait(PATIENCE) and "Tier hand: 3 chunks could not be written before the end" in said
+    tier.let_go()
+    one.written()
+    one.forget_l1()
+    monkeypatch.setattr(tier, "load", lambda keys, into: ["checksum"] * len(keys))
+    assert one.fetch(chain(1, 1)) == 0
+    assert one.ask(one.tiering.counters)['tier_missed_total{tier="hand",reason="checksum"}'] == 1

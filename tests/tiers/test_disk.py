@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -296,7 +297,9 @@ def test_many_records_open_fast_and_take_little(tmp_path: Path) -> None:
         journal.append((PUT, records[at : at + 100].tobytes()))
     journal.close()
     tier = DiskTier(tmp_path / "tier", 1 << 40)
+    began = time.process_time()
     tier.open()
+    assert time.process_time() - began < 0.4, "twice a tenth of the two seconds that a million may take; 0.06 was seen"
     assert tier.usage().shards == count
     assert tier.index_memory_bytes() <= 200 * count
     assert all(tier.known([ShardKey.unpack(key.tobytes()) for key in keys[::9973]]))
@@ -343,6 +346,40 @@ def test_equal_tags_of_different_keys_do_no_harm(
 
 
 # ---- media that fail
+
+
+@pytest.mark.parametrize("io", ["auto", "direct", "buffered"])
+def test_what_is_asked_for_is_how_segments_are_opened(disk: Callable[..., DiskTier], tmp_path: Path, io: str) -> None:
+    class Noting(Medium):
+        flags: dict[str, int] = {}  # noqa: RUF012
+
+        def open(self, path: Path, flags: int) -> int:
+            self.flags[path.suffix] = flags
+            return super().open(path, flags)
+
+    try:
+        os.close(os.open(tmp_path / "plain", os.O_CREAT | os.O_RDWR | os.O_DIRECT))
+    except OSError:
+        pytest.skip("no O_DIRECT here")
+    tier = disk(io=io, medium=Noting())
+    for size in (1000, 300_001):
+        assert fill(tier, range(size, size + 2), size) == [OK] * 2
+        assert load_one(tier, shard_key(size), size) == (OK, payload_of(shard_key(size), size))
+    for kind in (".large", ".packed"):
+        assert bool(Noting.flags[kind] & os.O_DIRECT) == (io != "buffered")
+
+
+@pytest.mark.parametrize(("code", "reason"), [(errno.EACCES, "denied"), (errno.EROFS, "read-only")])
+def test_a_directory_that_cannot_be_written_to_is_named(
+    disk: Callable[..., DiskTier], tmp_path: Path, code: int, reason: str
+) -> None:
+    medium = FaultyMedium()
+    medium.fail = {"open": code}
+    with pytest.raises(TierError, match=f"^disk://{tmp_path}/tier: ") as caught:
+        disk(medium=medium)
+    assert caught.value.reason == reason and "\n" not in str(caught.value)
+    medium.fail.clear()
+    assert fill(disk(medium=medium), range(3), 1000) == [OK] * 3
 
 
 def test_no_direct_io_is_said_once(disk: Callable[..., DiskTier]) -> None:

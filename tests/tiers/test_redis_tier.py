@@ -352,6 +352,16 @@ def test_a_connection_cut_in_a_store_leaves_a_miss_that_can_be_stored_again(
     assert _books_agree(empty)
 
 
+def test_parts_without_a_header_go_by_themselves(empty: RedisServer, proxy: Callable[..., Proxy]) -> None:
+    through = proxy(empty.port)
+    tier, (shard,) = opened(empty.url("?timeout=3", port=through.port)), shards_of(1, 2 * PART_BYTES)
+    through.cut_after(PART_BYTES + 100_000)
+    with pytest.raises(TierError):
+        tier.store([shard])
+    left = eventually(lambda: empty.raw.keys("{lmcache}/*"))
+    assert left == [f"{header_name(shard)}.0".encode()] and 0 < empty.raw.pttl(left[0]) <= 2 * 3000
+
+
 WRITER = """
 import os, sys
 from stores import shards_of, tier_of
@@ -506,6 +516,24 @@ def test_more_callers_than_connections_wait_their_turn(empty: RedisServer) -> No
         caller.join()
     assert outcomes == [[OK] * 4] * 10
     assert len(empty.raw.client_list()) <= before + 2
+
+
+def test_a_call_is_a_few_round_trips_however_many_shards(empty: RedisServer, proxy: Callable[..., Proxy]) -> None:
+    """Of 0.2 s each: what is said does not wait for what is answered. A store books, then writes."""
+    through = proxy(empty.port)
+    tier = opened(empty.url("?timeout=60", port=through.port))
+    tier.contains([])
+    through.delay = 0.1
+    shards = shards_of(40, 30_000)
+    for call, trips in (
+        (lambda: tier.store(shards), 2),
+        (lambda: load(tier, shards), 1),
+        (lambda: tier.contains([shard.key for shard in shards]), 1),
+        (lambda: tier.remove([shard.key for shard in shards]), 1),
+    ):
+        began = time.monotonic()
+        call()
+        assert 0.2 * trips <= time.monotonic() - began < 0.2 * 20, "40 would be one a shard"
 
 
 def test_connections_end_with_the_tier(empty: RedisServer) -> None:

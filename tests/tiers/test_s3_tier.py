@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -10,7 +11,9 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import obstore
@@ -22,7 +25,7 @@ from lmcache.tiers.conformance import ConformanceSuite
 from lmcache.tiers.registry import make_tier
 from lmcache.tiers.s3 import RANGE_BYTES, S3Tier
 from lmcache.tiers.s3_books import Books, pack_uses, unpack_uses
-from lmcache.tiers.s3_client import MULTIPART_FROM_BYTES
+from lmcache.tiers.s3_client import MULTIPART_BYTES, MULTIPART_FROM_BYTES
 from proxy import Proxy
 from servers import PATIENCE, eventually
 from stores import ACCESS, READER, READER_SECRET, SECRET, Seaweed, load, shards_of, tier_of
@@ -95,10 +98,40 @@ def test_what_was_appended_to_an_object_is_damage(seaweed: Seaweed, opened: Call
     assert load(tier, [shard]) == [frame.OTHER_SIZE] and load(tier, [shard]) == [ABSENT]
 
 
-def test_a_shard_large_enough_for_parts_comes_back(opened: Callable[..., S3Tier]) -> None:
-    tier, shards = opened("parts"), shards_of(1, MULTIPART_FROM_BYTES + 12345)
-    assert tier.store(shards) == [OK] and load(tier, shards) == [OK]
+def test_a_large_shard_goes_in_parts_and_comes_in_ranges(
+    seaweed: Seaweed, opened: Callable[..., S3Tier], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tier, ranges = opened("parts"), list[int]()
+    sizes = (RANGE_BYTES, MULTIPART_FROM_BYTES + 12345)
+    shards = [shards_of(1, size)[0] for size in sizes]
+    read = tier._client.read
+
+    def counted(
+        path: str, start: int, memories: list[memoryview], arrived: Callable[[memoryview], None] | None
+    ) -> object:
+        ranges.append(sum(map(len, memories)))
+        return read(path, start, memories, arrived)
+
+    monkeypatch.setattr(tier._client, "read", counted)
+    assert tier.store(shards) == [OK, OK] and load(tier, shards) == [OK, OK]
+    assert len(ranges) == 1 + 9 and max(ranges) == frame.HEADER_BYTES + RANGE_BYTES
+    tags = [str(obstore.head(seaweed.store(), f"parts/{shard.key.text}")["e_tag"]) for shard in shards]
+    parts = -(-(sizes[1] + frame.HEADER_BYTES) // MULTIPART_BYTES)
+    assert "-" not in tags[0] and tags[1].endswith(f'-{parts}"'), "S3 names the parts of an upload in its tag"
     tier.clear()
+
+
+def test_nothing_is_listed_where_somebody_waits(opened: Callable[..., S3Tier], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a cap too, once the start has taken stock; and room is made without it."""
+    tier, listed = opened("unlisted", "&max_gb=0.01&sweep=1000000"), list[str]()
+    monkeypatch.setattr(obstore, "list", lambda *arguments, **more: listed.append("again") or [])
+    shards = shards_of(14, MIB)
+    for shard in shards:
+        assert tier.store([shard]) == [OK]
+    assert tier.contains([shard.key for shard in shards]) == [False] * 4 + [True] * 10
+    assert load(tier, shards[-10:] + shards_of(2, 100)) == [OK] * 10 + [ABSENT] * 2
+    tier.remove([shards[-1].key])
+    assert tier.usage().shards >= 8 and not listed
 
 
 def test_clear_leaves_the_objects_of_others(seaweed: Seaweed, opened: Callable[..., S3Tier]) -> None:
@@ -201,6 +234,20 @@ def test_books_forget_the_oldest_first_and_cost_little() -> None:
     assert set(unpack_uses(pack_uses(uses), 5).values()) == {5}
 
 
+def test_a_shard_in_the_books_takes_at_most_200_bytes() -> None:
+    """Without what has been used of late, which is forgotten after some sweeps."""
+    count, books = 50_000, Books()
+    keys = [ShardKey.unpack(os.urandom(36)) for _ in range(count)]
+    tracemalloc.start()
+    try:
+        books.begin_census()
+        books.end_census({key.packed: (number, 1 << 20) for number, key in enumerate(keys)}, {}, 0)
+        size, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(books) == count and size <= 200 * count
+
+
 # ---- writers that are killed
 
 WRITER = """
@@ -267,6 +314,39 @@ def test_credentials_come_from_a_profile(seaweed: Seaweed, monkeypatch: pytest.M
     tier = tier_of(seaweed.url("profile"))
     assert tier.store(shards_of(1, 10)) == [OK]
     tier.close()
+
+
+class InstanceRole(BaseHTTPRequestHandler):
+    """What a machine in the cloud is told of its role, by the second version of the protocol."""
+
+    def do_PUT(self) -> None:
+        assert self.path == "/latest/api/token"
+        self.say("a token")
+
+    def do_GET(self) -> None:
+        role = "/latest/meta-data/iam/security-credentials/"
+        keys = {"AccessKeyId": ACCESS, "SecretAccessKey": SECRET, "Token": "", "Expiration": "2199-01-01T00:00:00Z"}
+        self.say("kv" if self.path == role else json.dumps(keys | {"Code": "Success"}))
+
+    def say(self, text: str) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def log_message(self, *words: object) -> None: ...
+
+
+def test_credentials_come_from_the_role_of_the_instance(seaweed: Seaweed, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    with ThreadingHTTPServer(("127.0.0.1", 0), InstanceRole) as metadata:
+        threading.Thread(target=metadata.serve_forever, daemon=True).start()
+        monkeypatch.setenv("AWS_METADATA_ENDPOINT", f"http://127.0.0.1:{metadata.server_port}")
+        tier = tier_of(seaweed.url("role"))
+        assert tier.store(shards_of(1, 10)) == [OK]
+        tier.close()
+        metadata.shutdown()
 
 
 def test_who_may_only_read_reads_and_is_told_so_when_storing(
