@@ -108,7 +108,7 @@ class Rig:
             self.loop, self.heart, specs, lambda at, size: view[at : at + size], lambda reservation: True,
             self.settle, **options,
         )  # fmt: skip
-        self.shards = shards
+        self.shards, self.closed = shards, False
         self.thread = threading.Thread(target=self.loop.run, daemon=True)
         self.tiering.open(required=False)
         self.thread.start()
@@ -174,6 +174,9 @@ class Rig:
         eventually(lambda: self.ask(lambda: self.tiering.idle))
 
     def close(self) -> None:
+        if self.closed:
+            return
+        self.closed = True
         for lane in self.tiering.lanes:
             lane.tier.let_go()  # type: ignore[attr-defined]
         self.loop.stop()
@@ -520,3 +523,23 @@ def test_what_was_lost_or_missed_is_counted_with_its_reason(
     monkeypatch.setattr(tier, "load", lambda keys, into: ["checksum"] * len(keys))
     assert one.fetch(chain(1, 1)) == 0
     assert one.ask(one.tiering.counters)['tier_missed_total{tier="hand",reason="checksum"}'] == 1
+
+
+def test_a_last_write_that_fails_is_told_of_as_well(rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is under way when the time is over, and what it could not write is put back."""
+    tier, said, drained = HandTier(True), list[str](), threading.Event()
+    monkeypatch.setattr(
+        "lmcache.server.tiering.logger.warning", lambda text, *parts: said.append(text % parts if parts else text)
+    )
+    one = rig(spec(tier))
+    tier.hold("store")
+    one.store(chain(1, 4))
+    eventually(lambda: tier.calls.count("store") == 1)
+    one.ask(lambda: one.tiering.drain(0.05, drained.set))
+    assert drained.wait(PATIENCE) and not said
+    tier.trouble = "on fire"
+    tier.let_go()
+    one.close()
+    assert [line for line in said if "before the end" in line] == [
+        "Tier hand: 4 chunks could not be written before the end"
+    ]

@@ -319,6 +319,8 @@ def test_credentials_come_from_a_profile(seaweed: Seaweed, monkeypatch: pytest.M
 class InstanceRole(BaseHTTPRequestHandler):
     """What a machine in the cloud is told of its role, by the second version of the protocol."""
 
+    has_role = True
+
     def do_PUT(self) -> None:
         assert self.path == "/latest/api/token"
         self.say("a token")
@@ -329,7 +331,7 @@ class InstanceRole(BaseHTTPRequestHandler):
         self.say("kv" if self.path == role else json.dumps(keys | {"Code": "Success"}))
 
     def say(self, text: str) -> None:
-        self.send_response(200)
+        self.send_response(200 if self.has_role else 404)
         self.send_header("Content-Length", str(len(text)))
         self.end_headers()
         self.wfile.write(text.encode())
@@ -347,6 +349,19 @@ def test_credentials_come_from_the_role_of_the_instance(seaweed: Seaweed, monkey
         assert tier.store(shards_of(1, 10)) == [OK]
         tier.close()
         metadata.shutdown()
+
+
+def test_an_instance_without_a_role_is_told_what_is_missing(seaweed: Seaweed, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(InstanceRole, "has_role", False)
+    with ThreadingHTTPServer(("127.0.0.1", 0), InstanceRole) as metadata:
+        threading.Thread(target=metadata.serve_forever, daemon=True).start()
+        monkeypatch.setenv("AWS_METADATA_ENDPOINT", f"http://127.0.0.1:{metadata.server_port}")
+        with pytest.raises(TierError, match="no credentials in environment, profile or instance role") as caught:
+            tier_of(seaweed.url("none"))
+        metadata.shutdown()
+    assert caught.value.reason == "denied"
 
 
 def test_who_may_only_read_reads_and_is_told_so_when_storing(

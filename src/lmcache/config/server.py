@@ -76,7 +76,7 @@ class ServerConfig:
         "N",
         read.integer(1, 256),
         2,
-        help="I/O threads: for engines on other hosts and for tiers. Engines on this host copy by themselves.",
+        help="I/O threads for engines on other hosts. Engines on this host copy by themselves; tiers have threads of their own.",
     )
 
     l2: tuple[str, ...] = _option(

@@ -10,6 +10,7 @@ import logging
 import math
 import time
 from array import array
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
@@ -74,6 +75,7 @@ class Tiering:
         self._origin: dict[bytes, int] = {}
         """Chunk -> the tier that it is being loaded from: it is not written back there."""
         self._drained: Callable[[], None] | None = None
+        self._told_unwritten: Counter[str] = Counter()
         self._drain_until = 0.0
         self._closed = False
         loop.on_tick.append(self._tick)
@@ -315,8 +317,9 @@ class Tiering:
 
     def _tell_unwritten(self) -> None:
         for lane in self.lanes:
-            if len(lane.queue):
+            if len(lane.queue) > self._told_unwritten[lane.name]:
                 logger.warning("Tier %s: %d chunks could not be written before the end", lane.name, len(lane.queue))
+                self._told_unwritten[lane.name] = len(lane.queue)
 
     def clear(self, names: set[str] | None, done: Callable[[dict[str, str]], None]) -> None:
         """Empty these tiers (None: all); `done` gets what went wrong, by name.
@@ -429,6 +432,7 @@ class Tiering:
         for lane in self.lanes:
             lane.close()
         self._loop.run_calls()  # what the lanes' last calls have to say
+        self._tell_unwritten()  # again where the last writes have failed, too
 
     def _tick(self) -> None:
         now = time.monotonic()

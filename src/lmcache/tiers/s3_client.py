@@ -30,6 +30,8 @@ STREAM_BYTES = 1 << 20
 MULTIPART_FROM_BYTES = 64 << 20
 """Smaller objects are one PUT: it is there or not, where a multipart upload that is cut off leaves hidden parts behind."""
 MULTIPART_BYTES = 16 << 20
+_METADATA = re.compile(r"/meta-data/iam/|/latest/api/token|//169\.254\.")
+"""Where instances and containers are told of their role: an error there is about credentials, not about the bucket."""
 LIST_BYTES_LIMIT = 64 << 20
 """Books of other servers that are larger are not read."""
 
@@ -188,6 +190,8 @@ class Client:
         status, code = _status(error), _code(error)
         said = " ".join(filter(None, (str(status or ""), code))) or type(error).__name__
         text = str(error)
+        if _METADATA.search(text):
+            return TierError("denied", f"{self.place.text}: no credentials in environment, profile or instance role")
         if code == "NoSuchBucket" or (status == 404 and verb == "LIST"):
             return TierError("no bucket", f"{self.place.text}: there is no such bucket; create it")
         if isinstance(error, PermissionDeniedError | UnauthenticatedError) or status in (401, 403):
@@ -199,7 +203,7 @@ class Client:
             return TierError("full", f"{self.place.text}: {verb} was answered with {said}")
         if status:
             return TierError("refused", f"{self.place.text}: {verb} was answered with {said}")
-        if "169.254.169.254" in text or "credential" in text.lower():
+        if "credential" in text.lower():
             return TierError("denied", f"{self.place.text}: no credentials in environment, profile or instance role")
         if "Timeout" in text or "timed out" in text:
             return TierError("timeout", f"{self.place.text}: {verb} did not end in time; ?timeout= sets the seconds")
