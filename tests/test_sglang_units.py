@@ -6,6 +6,7 @@ import logging
 import os
 import random
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -418,6 +419,34 @@ def test_a_load_that_fails_before_it_is_certain_is_no_load(server: Servers, sgla
     finally:
         worker._copier = real
     assert engine.load("c", text)[0] == 160
+
+
+def test_how_fast_prompts_were_computed_is_told(
+    server: Servers, sglang: Engines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A load from a tier is judged by it. Answers and prompts that are loaded say nothing of it."""
+    engine, told = sglang(server(chunk=16), 1), list[float]()
+    rank = engine.connector._rank
+    poll = rank.poll
+
+    def noting(chain: Any, have: int, request: str, rate: float) -> Any:
+        told.append(rate)
+        return poll(chain, have, request, rate)
+
+    monkeypatch.setattr(rank, "poll", noting)
+    text, began = tokens(700, 33), time.monotonic()
+    assert engine.load("a", text)[0] == 0
+    assert told == [0.0]
+    engine.compute_and_store("a", text[:400])
+    engine.compute_and_store("a", text)
+    slowest = 300 / (time.monotonic() - began)
+    engine.load("b", tokens(200, 34))
+    assert told[1] >= slowest
+    engine.compute_and_store("a", [*text, *tokens(400, 35)])  # its answer
+    assert engine.load("c", text)[0] == 688
+    engine.compute_and_store("c", text)
+    engine.load("d", tokens(200, 36))
+    assert told[-1] == told[1]
 
 
 @pytest.mark.parametrize("why", ["switched off", "another counter", "a GPU"])

@@ -22,9 +22,11 @@ class PrefillRate:
 
     def step(self, now: float, tokens: int) -> None:
         """A step that computes so many tokens begins now."""
-        seconds = now - self._began
-        if self._tokens >= MIN_TOKENS and seconds > 0:
-            seen = self._tokens / seconds
-            before = self.tokens_per_second
-            self.tokens_per_second = seen if seen > before else before + _FORGET * (seen - before)
+        self.took(self._tokens, now - self._began)
         self._began, self._tokens = now, tokens
+
+    def took(self, tokens: int, seconds: float) -> None:
+        """So many tokens of prompts were computed in at most that time."""
+        if tokens >= MIN_TOKENS and seconds > 0:
+            seen, before = tokens / seconds, self.tokens_per_second
+            self.tokens_per_second = seen if seen > before else before + _FORGET * (seen - before)

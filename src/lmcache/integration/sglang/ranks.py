@@ -143,9 +143,10 @@ class SGLangRank:
         """The chunk hashes of one prompt; None while no server was ever reached."""
         return self._scheduler.new_chain(cache_salt=salt)
 
-    def poll(self, chain: TokenChain, have_tokens: int, request_id: str) -> Hit | Loading | None:
-        """The leading chunks that are there, with a lease on those past the first `have_tokens` tokens. One deadline at most."""
-        return self._scheduler.poll(chain, have_tokens, request_id=request_id)
+    def poll(self, chain: TokenChain, have_tokens: int, request_id: str, prefill_rate: float) -> Hit | Loading | None:
+        """The leading chunks that are there, with a lease on those past the first `have_tokens` tokens. One deadline at most.
+        prefill_rate: tokens a second that the engine computes; what takes longer to load is not waited for. 0: not known."""
+        return self._scheduler.poll(chain, have_tokens, prefill_rate, request_id=request_id)
 
     def lookup(self, chain: TokenChain, have_tokens: int, wait_seconds: float | None = None) -> Hit | None:
         """As `poll`, and wait for what comes from tiers, for `wait_seconds` at most (None: a deadline)."""

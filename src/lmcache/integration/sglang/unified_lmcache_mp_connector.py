@@ -22,6 +22,7 @@ import numpy as np
 from lmcache.chunks import TokenChain
 from lmcache.engine import Hit, Loading
 from lmcache.engine.jobs import Event
+from lmcache.engine.prefill import PrefillRate
 from lmcache.errors import LayoutError
 from lmcache.integration.sglang.describe import describe_agreed
 from lmcache.integration.sglang.layers import LayerLoads, layer_loads
@@ -93,7 +94,8 @@ class StoreOperation:
 
 @dataclass
 class Tracker:
-    """What we know of a request. stored: chunks that the server has or was sent. copies: its stores, for the log."""
+    """What we know of a request. stored: chunks that the server has or was sent. copies: its stores, for the log. prompt_tokens,
+    computed, since: its prompt, where nothing of it is loaded; of that, what is there; the rest is being computed since then."""
 
     tokens: Tokens
     salt: str
@@ -101,6 +103,9 @@ class Tracker:
     chain: TokenChain
     stored: int = 0
     copies: list[Copy] = field(default_factory=list)
+    prompt_tokens: int = 0
+    computed: int = 0
+    since: float = 0.0
 
 
 class UnifiedLMCacheMPConnector:
@@ -148,6 +153,7 @@ class UnifiedLMCacheMPConnector:
         self._lora = lora_enabled()
         self._rank: SGLangRank | None = None
         self._layers: LayerLoads | None = None
+        self._prefill = PrefillRate()
         self._vocabulary = 0
 
         def buffers() -> Buffers:
@@ -214,6 +220,9 @@ class UnifiedLMCacheMPConnector:
         tracker = self._trackers.get(lookup.request_id)
         if tracker is not None:
             tracker.stored = max(tracker.stored, found // tracker.chain.chunk_tokens)
+            missed = found <= lookup.local_tokens  # else what comes next is a load as well
+            tracker.prompt_tokens, tracker.computed = len(lookup.tokens) * missed, lookup.local_tokens
+            tracker.since = time.monotonic()
         return found
 
     def free_lookup_locks(self, request_id: str, *, start: int, end: int) -> None:
@@ -294,6 +303,7 @@ class UnifiedLMCacheMPConnector:
         tracker = self._tracker(request_id, text, cache_salt)
         if tracker is None:
             return StoreOperation(request_id, no_copy())
+        self._note_pace(tracker, len(text))
         size = tracker.chain.chunk_tokens
         chunks = tracker.chain.extend(text)
         first = max(tracker.stored, -(-device_indices_start // size))
@@ -392,7 +402,8 @@ class UnifiedLMCacheMPConnector:
         if tracker is None or self._rank is None:
             return
         tracker.chain.extend(lookup.tokens)
-        found = self._rank.poll(tracker.chain, lookup.local_tokens, lookup.request_id)
+        rate = self._prefill.tokens_per_second
+        found = self._rank.poll(tracker.chain, lookup.local_tokens, lookup.request_id, rate)
         if isinstance(found, Loading):
             waited = lookup.asked_at - lookup.began
             lookup.mine = COMING if waited < self.operation_timeout else 0
@@ -400,6 +411,13 @@ class UnifiedLMCacheMPConnector:
             lookup.hit = found
             tokens = min(found.chunks * tracker.chain.chunk_tokens, len(lookup.tokens))
             lookup.mine = tokens // self._page_size * self._page_size
+
+    def _note_pace(self, tracker: Tracker, tokens: int) -> None:
+        """The request's first so many tokens are there. It may have waited for its turn as well: then the pace seems slower,
+        which counts little. Answers say nothing of prefill."""
+        tokens, now = min(tokens, tracker.prompt_tokens), time.monotonic()
+        self._prefill.took(tokens - tracker.computed, now - tracker.since)
+        tracker.computed, tracker.since = max(tokens, tracker.computed), now
 
     def _valid_hit(self, lookup: Lookup, start: int, end: int) -> Hit | None:
         """The hit if it covers the tokens; asked for anew where it was given back, or the tree has lost some of its own."""

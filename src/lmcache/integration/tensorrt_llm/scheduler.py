@@ -7,11 +7,13 @@ that ends keeps its blocks until they are done (`finished` -> True).
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
 from lmcache.chunks import HASH_BYTES, TokenChain
 from lmcache.engine import Hit, SchedulerSession
+from lmcache.engine.prefill import PrefillRate
 from lmcache.integration.tensorrt_llm.plan import LoadPlan, StepPlan, StorePlan
 from lmcache.integration.tensorrt_llm.ranks import RankWatch
 from lmcache.observability.log import init_logger
@@ -65,6 +67,7 @@ class SchedulerHalf:
         self._settle: list[str] = []
         self._jobs = 0
         self._told: set[str] = set()
+        self._prefill = PrefillRate()
 
     def match(self, request: Any, computed_tokens: int) -> int:
         """How many tokens beyond `computed_tokens` the request may take from us."""
@@ -77,7 +80,8 @@ class SchedulerHalf:
         chain.extend(tokens)
         if not self.watch.all_have(self._session.epoch):
             return 0
-        hit = self._session.lookup(chain, computed_tokens, request_id=str(request.request_id))
+        rate = self._prefill.tokens_per_second
+        hit = self._session.lookup(chain, computed_tokens, rate, request_id=str(request.request_id))
         if hit is None:
             return 0
         tracker.stored = hit.chunks
@@ -109,6 +113,8 @@ class SchedulerHalf:
         """What the ranks are to do in the step that `output` (a SchedulerOutput) describes."""
         plan = StepPlan(settle=self._settle)
         self._settle = []
+        scheduled = (data.num_scheduled_tokens for data in (*output.new_requests, *output.cached_requests))
+        self._prefill.step(time.monotonic(), sum(scheduled))
         for data in output.new_requests:
             tracker = self._trackers.get(data.request_id)
             if tracker is None:
