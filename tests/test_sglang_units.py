@@ -505,13 +505,13 @@ def test_what_a_tier_brings_is_waited_for(server: Servers, sglang: Engines, monk
     connector, rank = engine.connector, engine.connector._rank
     assert rank is not None
     really = rank.poll
-    monkeypatch.setattr(rank, "poll", lambda chain, have, request: Loading(0, 10) if request in "bc" else None)
+    monkeypatch.setattr(rank, "poll", lambda chain, have, request, rate: Loading(0, 10) if request in "bc" else None)
     lookup = connector.submit_lookup("b", text, local_hit_tokens=0, cache_salt="")
     assert connector.poll_lookup(lookup) is None
     monkeypatch.setattr(rank, "poll", really)
     assert connector.poll_lookup(lookup) == 160
     connector.finish_request("b")
-    monkeypatch.setattr(rank, "poll", lambda chain, have, request: Loading(0, 10) if request in "bc" else None)
+    monkeypatch.setattr(rank, "poll", lambda chain, have, request, rate: Loading(0, 10) if request in "bc" else None)
     connector.operation_timeout = 0.0
     assert connector.poll_lookup(connector.submit_lookup("c", text, local_hit_tokens=0, cache_salt="")) == 0
 

@@ -56,7 +56,7 @@ def test_a_hit_from_each_tier_answers_as_before(folder: Path, model: Path, urls:
             server.end()
             server = Server(folder, 16, port, f"{name}-writes", "--l2", url, "--worth", "always")
             cold = _generate(engine, server, name)
-            wait_until_kept(server, 18 + 4)
+            wait_until_kept(server, 18 + 4 + 1)  # the first answer fills one more
             server.end()
             server = Server(folder, 16, port, f"{name}-reads", "--l2", url, "--worth", "always")
             warm = _generate(engine, server, name)

@@ -75,7 +75,9 @@ class Tiering:
         self._origin: dict[bytes, int] = {}
         """Chunk -> the tier that it is being loaded from: it is not written back there."""
         self._drained: Callable[[], None] | None = None
+        self._being_written: Counter[str] = Counter()
         self._told_unwritten: Counter[str] = Counter()
+        """Chunks by the tier's name."""
         self._drain_until = 0.0
         self._closed = False
         loop.on_tick.append(self._tick)
@@ -261,9 +263,11 @@ class Tiering:
         if not lease or space is None:
             return
         shards = self._shards(space, batch, found, array("I", slots))
-        generation = lane.generation
+        generation, chunks = lane.generation, len(batch.hashes) // HASH_BYTES
+        self._being_written[lane.name] += chunks
 
         def done(outcomes: list[str] | None, seconds: float) -> None:
+            self._being_written[lane.name] -= chunks
             for one in shards:
                 one.payload.release()
             self._heart.release(SERVER, lease)
@@ -315,11 +319,13 @@ class Tiering:
         self._drained, self._drain_until = then, time.monotonic() + seconds
         self._pump()
 
-    def _tell_unwritten(self) -> None:
+    def _tell_unwritten(self, given_up: bool = False) -> None:
+        """given_up: what is still being written will not be, either."""
         for lane in self.lanes:
-            if len(lane.queue) > self._told_unwritten[lane.name]:
-                logger.warning("Tier %s: %d chunks could not be written before the end", lane.name, len(lane.queue))
-                self._told_unwritten[lane.name] = len(lane.queue)
+            left = len(lane.queue) + given_up * self._being_written[lane.name]
+            if left > self._told_unwritten[lane.name]:
+                logger.warning("Tier %s: %d chunks could not be written before the end", lane.name, left)
+                self._told_unwritten[lane.name] = left
 
     def clear(self, names: set[str] | None, done: Callable[[dict[str, str]], None]) -> None:
         """Empty these tiers (None: all); `done` gets what went wrong, by name.
@@ -432,7 +438,7 @@ class Tiering:
         for lane in self.lanes:
             lane.close()
         self._loop.run_calls()  # what the lanes' last calls have to say
-        self._tell_unwritten()  # again where the last writes have failed, too
+        self._tell_unwritten(given_up=True)  # again where the last writes have failed, too, or never began
 
     def _tick(self) -> None:
         now = time.monotonic()
