@@ -137,9 +137,8 @@ def _of_shape(what: str, tiers: dict[str, Tier], sides: tuple[Side, ...], shape:
                     turn.store(1)
                     one.add(name, [turn.load(SHORT_PAUSE_SECONDS)[0] * 1e3 for _ in range(4 if quick else 20)])
                     turn.wipe()
+    gigabytes = len(starts) * rounds * ROUND_BYTES / GB  # of all rounds: the kernel counts in 10 ms
     for name, both in spent.items():
         for row, cpu in zip((cpu_store, cpu_load), both, strict=True):
-            row.add(
-                name, [cpu / (len(starts) * rounds * ROUND_BYTES / GB)]
-            )  # of all rounds: the kernel counts in 10 ms
+            row.add(name, [cpu / gigabytes])
     return [store, into_l1, load, cpu_store, cpu_load, one]

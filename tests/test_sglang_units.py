@@ -27,6 +27,7 @@ from lmcache.integration.sglang.ranks import Agreement
 from lmcache.integration.sglang.settings import read_settings
 from lmcache.integration.sglang.sglang_adapter import LMCacheLayerwiseConnector, LoadMetadata, StoreMetadata
 from lmcache.integration.sglang.utils import lmcache_get_config
+from lmcache.transfer.progress import Progress
 from servers import PATIENCE, Server, eventually
 from sglang_pool import HEADS, VOCABULARY, MHATokenToKVPool, MLATokenToKVPool, ModelConfig, SGLang
 
@@ -449,6 +450,27 @@ def test_how_fast_prompts_were_computed_is_told(
     assert told[-1] == told[1]
 
 
+def test_a_load_that_hangs_costs_one_deadline(
+    server: Servers, sglang: Engines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of waiting until it is certain and until it has ended together; then it is called off."""
+    engine, text = sglang(server(chunk=16), 1), tokens(160, 37)
+    engine.compute_and_store("a", text)
+    rank, waits = engine.connector._rank, list[float | None]()
+    monkeypatch.setattr(rank, "_timeout_seconds", 0.2)
+    monkeypatch.setattr(Progress, "wait_told", lambda self, planes, seconds: time.sleep(seconds) or False)
+    wait = rank.wait
+
+    def noting(copy: Any, seconds: float | None) -> bool:
+        waits.append(seconds)
+        return wait(copy, seconds)
+
+    monkeypatch.setattr(rank, "wait", noting)
+    load, _ = begin_load(engine, "b", text)
+    engine.connector.prepare_load_on_stream(load, None)
+    assert waits[0] == 0.0, "nothing is left of it"
+
+
 @pytest.mark.parametrize("why", ["switched off", "another counter", "a GPU"])
 def test_where_layers_cannot_wait_loads_end_before_the_forward(
     server: Servers, sglang: Engines, monkeypatch: pytest.MonkeyPatch, why: str
@@ -483,8 +505,7 @@ def test_two_ranks_decide_together(server: Servers, sglang: Engines, monkeypatch
         found, slots = engine.load("b", text)
         said += [found, np.array_equal(engine.pool.read(slots), engine.expected(text)[:, :, :found])]
         if number == 1:
-            monkeypatch.setattr(engine.connector._rank, "is_certain", lambda progress: False)
-            monkeypatch.setattr(engine.connector._rank, "settle", lambda copy: False)
+            monkeypatch.setattr(engine.connector._rank, "settle", lambda copy, progress=None: False)
         said.append(engine.load("c", text)[0])
         assert engine.connector._rank is not None
         said.append(engine.connector._rank.kv.shard)

@@ -190,8 +190,9 @@ class Client:
         status, code = _status(error), _code(error)
         said = " ".join(filter(None, (str(status or ""), code))) or type(error).__name__
         text = str(error)
+        no_credentials = f"{self.place.text}: no credentials in environment, profile or instance role"
         if _METADATA.search(text):
-            return TierError("denied", f"{self.place.text}: no credentials in environment, profile or instance role")
+            return TierError("denied", no_credentials)
         if code == "NoSuchBucket" or (status == 404 and verb == "LIST"):
             return TierError("no bucket", f"{self.place.text}: there is no such bucket; create it")
         if isinstance(error, PermissionDeniedError | UnauthenticatedError) or status in (401, 403):
@@ -204,7 +205,7 @@ class Client:
         if status:
             return TierError("refused", f"{self.place.text}: {verb} was answered with {said}")
         if "credential" in text.lower():
-            return TierError("denied", f"{self.place.text}: no credentials in environment, profile or instance role")
+            return TierError("denied", no_credentials)
         if "Timeout" in text or "timed out" in text:
             return TierError("timeout", f"{self.place.text}: {verb} did not end in time; ?timeout= sets the seconds")
         return TierError("unreachable", f"{self.place.text}: {verb} got no answer; check the endpoint and the network")

@@ -202,14 +202,16 @@ class SGLangRank:
             self._worker.wait_finished(60.0 if left is None else left)
         return True
 
-    def is_certain(self, progress: Progress) -> bool:
-        """Wait until all of a load has been handed to the device, a deadline at most: from then on it cannot fail, short of the
-        device itself. False where it has ended before, or does not get there."""
-        return progress.wait_told(len(self.kv.paged.planes), self._timeout_seconds)
+    def settle(self, copy: Copy, progress: Progress | None = None) -> bool:
+        """Wait for a load, a deadline at most: then it is called off. It touches paged KV no more. True when it succeeded.
 
-    def settle(self, copy: Copy) -> bool:
-        """Wait for a load, a deadline at most: then it is called off. It touches paged KV no more. True when it succeeded."""
-        if not self.wait(copy, self._timeout_seconds):
+        progress: of the load, where it need not have ended. Then wait until all of it has been handed to the device: from there
+        on it cannot fail, short of the device itself.
+        """
+        end = time.monotonic() + self._timeout_seconds
+        if progress is not None and progress.wait_told(len(self.kv.paged.planes), self._timeout_seconds):
+            return not copy.ended() or copy.ok
+        if not self.wait(copy, max(0.0, end - time.monotonic())):
             self._worker.wait([copy.job_id])
             self.wait(copy, self._timeout_seconds)
         return copy.ok

@@ -260,16 +260,13 @@ class UnifiedLMCacheMPConnector:
     def prepare_load_on_stream(self, load: LoadOperation, stream: Any) -> bool:
         """Return when the slots are filled, or certainly will be while the forward waits for them, or will not be: then False,
         and SGLang computes these tokens."""
-        rank, under_way = self._rank, False
-        ok = rank is not None and load.future.tokens > 0
-        if ok and rank is not None:
-            under_way = load.progress is not None and rank.is_certain(load.progress)
-            ok = under_way or rank.settle(load.future)
+        rank = self._rank
+        ok = rank is not None and load.future.tokens > 0 and rank.settle(load.future, load.progress)
         ok = bool(self._agreement.least(int(ok)))
-        if ok and under_way and self._layers is not None and load.progress is not None:
+        if ok and self._layers is not None and load.progress is not None and not load.future.ended():
             self._layers.begin(load.progress)
             return True
-        if rank is not None:
+        if rank is not None and not ok:
             rank.settle(load.future)  # another rank's has failed: SGLang frees the slots
         self._end_load(load, ok)
         return ok
