@@ -8,7 +8,9 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
+import tracemalloc
 
 import httpx
 import msgspec
@@ -23,9 +25,11 @@ from lmcache.server.http import HttpFace
 from lmcache.server.loop import Loop
 from lmcache.server.report import Report
 from lmcache.server.service import Service
+from lmcache.server.unix_face import UnixFace
 from lmcache.wire import messages as m
 from lmcache.wire.carriers import UnixCarrier
 from lmcache.wire.frames import FrameReader, frame
+from lmcache.wire.sockets import listen_unix
 from servers import PATIENCE, eventually
 
 
@@ -409,6 +413,37 @@ def test_a_client_that_never_reads_is_hung_up_and_costs_a_bounded_memory(server,
             deaf.carrier._socket.sendall(request)
     assert client.hits(chain(14, 1)) == 0
     assert cache.healthy()
+
+
+def test_a_message_costs_no_large_buffer(folders):
+    """From the kernel it would come as pages that have to be faulted in, for each message anew."""
+    loop, arena, path = Loop(), Arena(folders("/dev/shm"), 1 << 20), folders("/tmp") / "socket"
+    face = UnixFace(loop, Service(loop, Heart(1 << 20), arena, 16, None), listen_unix(path), path)
+    thread = threading.Thread(target=loop.run)
+    thread.start()
+    request = frame(m.encode(1, m.Lookup(0, chain(15, 4))))
+    try:
+        with socket.socket(socket.AF_UNIX) as client:
+            client.settimeout(PATIENCE)
+            client.connect(str(path))
+
+            def ask() -> None:
+                client.sendall(request)
+                assert client.recv(4096)
+
+            ask()
+            tracemalloc.start()
+            before = tracemalloc.get_traced_memory()[0]
+            for _ in range(20):
+                ask()
+            assert tracemalloc.get_traced_memory()[1] - before < 1 << 16
+    finally:
+        tracemalloc.stop()
+        loop.stop()
+        thread.join()
+        face.close()
+        arena.close()
+        loop.close()
 
 
 def test_both_sides_name_both_versions(server):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 import threading
+from collections import Counter
 from dataclasses import dataclass
+from unittest import mock
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lmcache.errors import LayoutError
-from lmcache.transfer.cpu import CpuCopier, _load_native
+from lmcache.transfer.bounds import Bounds, load_native
+from lmcache.transfer.cpu import CpuCopier
 from lmcache.transfer.paged import PagedKV, Plane
 
 Bytes = npt.NDArray[np.uint8]
@@ -172,7 +176,7 @@ def copiers(paged: PagedKV, chunk_tokens: int, monkeypatch: pytest.MonkeyPatch) 
     with monkeypatch.context() as patch:
         patch.setenv("LMCACHE_NO_NATIVE", "1")
         found = {"numpy": CpuCopier(paged, chunk_tokens)}
-    native = _load_native()
+    native = load_native()
     for name, number in (native.copy_isas() if native is not None else {}).items():
         found[name] = CpuCopier(paged, chunk_tokens)
         found[name]._isa = number
@@ -367,6 +371,36 @@ def test_wrong_arguments(blocks: npt.NDArray[np.int32], runs: npt.NDArray[np.int
         CpuCopier(small()[0], 100).gather(base, blocks, runs)
 
 
+@pytest.mark.skipif(load_native() is None, reason="no native code here")
+def test_native_code_and_numpy_draw_the_same_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random runs around every bound: native code alone would let a wrong copy through, and is asked first."""
+    paged, rng = small()[0], np.random.default_rng(1)
+    native = Bounds(paged, 100)
+    monkeypatch.setenv("LMCACHE_NO_NATIVE", "1")
+    numpy, named = Bounds(paged, 100), Counter[str]()
+    assert native._fits is not None and numpy._fits is None
+    for _ in range(4000):
+        blocks = rng.choice(np.array([0, 1, 2, 3, 3, 3, -1, 4], np.int32), rng.integers(0, 9))
+        runs = rng.integers((0, 0, 0, 0), (3, 40, 30, 90), (rng.integers(0, 4), 4))
+        runs[:, 0] *= 3200
+        if len(runs) and rng.random() < 0.5:
+            odd = rng.choice(np.array([-1, 100, 101, 6400, 6401, 12800, 1 << 62, (1 << 63) - 1]))
+            runs[rng.integers(len(runs)), rng.integers(4)] = odd
+        arena_bytes = [None, 12800, 100][rng.integers(3)]
+        try:
+            numpy.checked(4096, blocks, runs, arena_bytes)
+            named["nothing"] += 1
+        except LayoutError as error:
+            named[str(error).split(" is ")[0][:8]] += 1
+            with pytest.raises(LayoutError, match=re.escape(str(error))):
+                native.checked(4096, blocks, runs, arena_bytes)
+        else:
+            native._check = mock.Mock(side_effect=AssertionError("only native code is needed"))  # type: ignore[method-assign]
+            native.checked(4096, blocks, runs, arena_bytes)
+            del native._check
+    assert min(named.values()) > 50 and len(named) == 7, named
+
+
 def test_blocks_outside_the_runs_do_not_matter() -> None:
     paged, _ = small()
     arena = np.zeros(100 * 64, dtype=np.uint8)
@@ -437,7 +471,7 @@ def test_one_copier_serves_many_threads() -> None:
     assert (arena.reshape(8, -1) == arena[:6400]).all()
 
 
-@pytest.mark.skipif(_load_native() is None, reason="no native code here")
+@pytest.mark.skipif(load_native() is None, reason="no native code here")
 def test_the_gil_is_released() -> None:
     """With so long a switch interval a second thread runs only when the first gives the GIL away, and only copies do."""
     paged, _ = build(Shape("bgthDd", 1, 64, 64, 1, 4, 64, 1, 2))
@@ -445,7 +479,7 @@ def test_the_gil_is_released() -> None:
     copier = CpuCopier(paged, 4096)
     blocks = np.arange(64, dtype=np.int32)
     runs = np.array([(0, 0, 4096, 0)] * 100, dtype=np.int64)  # 200 MiB
-    native, before = _load_native(), sys.getswitchinterval()
+    native, before = load_native(), sys.getswitchinterval()
 
     def ran_meanwhile() -> bool:
         ready, start, ran = threading.Event(), threading.Lock(), []
@@ -487,13 +521,17 @@ def test_no_native_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(told) == 1
 
 
-@pytest.mark.skipif(_load_native() is None, reason="no native code here")
+@pytest.mark.skipif(load_native() is None, reason="no native code here")
 def test_native_refuses_what_it_cannot_do() -> None:
-    native = _load_native()
+    native = load_native()
     with pytest.raises(TypeError, match="11 integers"):
         native.copy(1, 2, 3)
     with pytest.raises(ValueError, match="instruction set number 99"):
         native.copy(0, 99, *[0] * 9)
+    with pytest.raises(TypeError, match="8 integers"):
+        native.runs_fit(1, 2)
+    with pytest.raises(ValueError, match="0 tokens"):
+        native.runs_fit(*[0] * 8)
     with pytest.raises(TypeError):
         native.copy(*["x"] * 11)
     assert native.copy(0, -1, *[0] * 9) is None

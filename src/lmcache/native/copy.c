@@ -9,7 +9,7 @@
  *               of tokens or dims for matrix units): square tiles in registers.
  * So every layout is right by the same few lines, and the usual ones are fast.
  *
- * Bounds were checked by the caller (transfer/cpu.py); nothing is allocated here.
+ * `copy` trusts its bounds, which `runs_fit` sees to (transfer/bounds.py); nothing is allocated here.
  */
 #include "native.h"
 
@@ -349,6 +349,51 @@ static PyObject *copy(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
     Py_RETURN_NONE;
 }
 
+/* Each term is bounded before terms are added, so that no sum can wrap round. */
+static int fits(const int32_t *blocks, int64_t block_count, const Run *runs, int64_t run_count, int64_t chunk_tokens,
+                int64_t block_tokens, int64_t num_blocks, int64_t farthest_slot)
+{
+    int64_t table_tokens = block_count * block_tokens, first = table_tokens, end = 0;
+    for (const Run *run = runs; run < runs + run_count; run++) {
+        if (run->slot_offset < 0 || run->first_token < 0 || run->tokens < 0 || run->token_in_slot < 0)
+            return 0;
+        if (run->tokens > chunk_tokens || run->token_in_slot > chunk_tokens - run->tokens)
+            return 0;
+        if (run->first_token > table_tokens || run->tokens > table_tokens - run->first_token)
+            return 0;
+        if (run->slot_offset > farthest_slot)
+            return 0;
+        if (run->first_token < first)
+            first = run->first_token;
+        if (run->first_token + run->tokens > end)
+            end = run->first_token + run->tokens;
+    }
+    for (int64_t i = first / block_tokens; i * block_tokens < end; i++)
+        if (blocks[i] < 0 || blocks[i] >= num_blocks)
+            return 0;
+    return 1;
+}
+
+static PyObject *runs_fit(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
+{
+    int64_t n[8];
+    (void)module;
+    if (nargs != 8) {
+        PyErr_Format(PyExc_TypeError, "runs_fit takes 8 integers, not %zd arguments", nargs);
+        return NULL;
+    }
+    for (int i = 0; i < 8; i++) {
+        n[i] = PyLong_AsLongLong(args[i]);
+        if (n[i] == -1 && PyErr_Occurred())
+            return NULL;
+    }
+    if (n[5] < 1) {
+        PyErr_Format(PyExc_ValueError, "blocks of %lld tokens", (long long)n[5]);
+        return NULL;
+    }
+    return PyBool_FromLong(fits((const int32_t *)(intptr_t)n[0], n[1], (const Run *)(intptr_t)n[2], n[3], n[4], n[5], n[6], n[7]));
+}
+
 static PyObject *copy_isas(PyObject *module, PyObject *ignored)
 {
     (void)module;
@@ -371,6 +416,11 @@ PyMethodDef lmcache_copy_methods[] = {
      "Copy paged tokens into slots (scatter=0) or slots into paged memory (1). planes, base, blocks, runs and claimed\n"
      "are addresses; the caller keeps them alive and has checked every bound. isa: a value of copy_isas(), or -1 for\n"
      "the best one."},
+    {"runs_fit", (PyCFunction)(void (*)(void))runs_fit, METH_FASTCALL,
+     "runs_fit(blocks, block_count, runs, run_count, chunk_tokens, block_tokens, num_blocks, farthest_slot) -> bool\n\n"
+     "Whether all runs stay within the block table, their slots' tokens and the slots' offsets up to farthest_slot, and all\n"
+     "blocks from the first to the last that they touch are of the paged KV. blocks (int32) and runs (int64 [runs, 4]) are\n"
+     "addresses."},
     {"copy_isas", copy_isas, METH_NOARGS, "The instruction sets that this CPU has: {name: number}, the best one last."},
     {NULL, NULL, 0, NULL},
 };

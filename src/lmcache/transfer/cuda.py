@@ -16,15 +16,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 import triton
 import triton.language as tl
 
 from lmcache.errors import LayoutError
 from lmcache.observability.log import init_logger
-from lmcache.transfer.cpu import check_runs
+from lmcache.transfer.bounds import Blocks, Bounds, Runs
 from lmcache.transfer.launch import MAX_PLACES, Launcher, Shape, Tables, beside_captures, find_driver
 from lmcache.transfer.paged import PagedKV, Plane
 from lmcache.transfer.progress import Progress, planes_in_group
@@ -48,8 +46,6 @@ _COPIES_LAUNCHED = 2
 _REGISTER_BYTES = 1 << 30
 _TILE_WORDS = 2048
 _WARPS = 8
-Runs = npt.NDArray[np.int64]
-Blocks = npt.NDArray[np.int32]
 
 
 @triton.jit(do_not_specialize=["blocks", "meta", "first_plane"])  # type: ignore[untyped-decorator]
@@ -121,6 +117,7 @@ class CudaCopier:
     def __init__(self, paged: PagedKV, chunk_tokens: int) -> None:
         self._paged, self._chunk_tokens = paged, chunk_tokens
         self._slot_bytes = paged.slot_bytes(chunk_tokens)
+        self._bounds = Bounds(paged, chunk_tokens)
         self._device = torch.device(paged.device)
         self._shape = _shape_of(paged)
         self._registered_bytes = 0
@@ -137,7 +134,7 @@ class CudaCopier:
 
     def gather(self, base: int, blocks: Blocks, runs: Runs, *, arena_bytes: int | None = None) -> None:
         """Paged tokens, which the engine must have computed, -> slots."""
-        checked = check_runs(self._paged, self._chunk_tokens, base, blocks, runs, arena_bytes)
+        checked = self._bounds.checked(base, blocks, runs, arena_bytes)
         self._lanes[True].run(base, *checked)
 
     def scatter(
@@ -151,7 +148,7 @@ class CudaCopier:
     ) -> None:
         """Slots -> paged tokens, in blocks that nothing in flight touches. progress: gets a point in the stream of kernels for
         each group of planes, and then they come in order."""
-        checked = check_runs(self._paged, self._chunk_tokens, base, blocks, runs, arena_bytes)
+        checked = self._bounds.checked(base, blocks, runs, arena_bytes)
         self._lanes[False].run(base, *checked, progress)
 
     def adopt(self, address: int, size_bytes: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, fields
 
 from lmcache.errors import LayoutError
@@ -87,7 +88,7 @@ class PagedKV:
                     f"planes {other} and {number} both start at {plane.address:#x}; each needs its own memory"
                 )
 
-    @property
+    @functools.cached_property
     def token_bytes(self) -> int:
         """Bytes of one token over all planes."""
         return sum(plane.heads * plane.dims for plane in self.planes) * self.item_bytes

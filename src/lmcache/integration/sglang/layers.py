@@ -7,16 +7,12 @@ whole prefill is replayed, SGLang asks it for the last layer first. An object of
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from lmcache.observability.log import init_logger
 from lmcache.transfer.progress import Progress
 
 logger = init_logger(__name__)
-
-SWITCH = "LMCACHE_SGLANG_LAYERWISE"
-"""On a GPU the forward waits layer by layer only where this variable is 1: it has not been run there yet."""
 
 
 class LayerLoads:
@@ -45,10 +41,10 @@ class LayerLoads:
             load.wait((layer + 1) * self._planes // self.num_layers)
 
 
-def layer_loads(pool: Any, device: str, num_layers: int, planes: int, wanted: bool) -> LayerLoads | None:
+def layer_loads(pool: Any, num_layers: int, planes: int, wanted: bool) -> LayerLoads | None:
     """What `pool` asks from now on; None where forwards cannot wait, or shall not: loads end before them then."""
     free = getattr(pool, "layer_transfer_counter", pool) is None
-    if not wanted or not free or (device != "cpu" and os.environ.get(SWITCH) != "1"):
+    if not wanted or not free:
         return None
     loads = LayerLoads(num_layers, planes)
     pool.register_layer_transfer_counter(loads)

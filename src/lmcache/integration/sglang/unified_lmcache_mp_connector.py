@@ -174,7 +174,6 @@ class UnifiedLMCacheMPConnector:
         self._vocabulary = kv.vocabulary
         self._layers = layer_loads(
             token_to_kv_pool_allocator.get_kvcache(),
-            kv.paged.device,
             kv.model.num_layers,
             len(kv.paged.planes),
             settings.config.use_layerwise,

@@ -1,0 +1,106 @@
+"""What a copy is asked to do, seen to be within its bounds before anything is touched."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from lmcache.errors import LayoutError
+from lmcache.transfer.paged import PagedKV
+
+Blocks: TypeAlias = npt.NDArray[np.int32]
+Runs: TypeAlias = npt.NDArray[np.int64]
+_ANYWHERE = (1 << 63) - 1
+
+
+class Bounds:
+    """Of copies between `paged` and slots of `chunk_tokens` tokens."""
+
+    def __init__(self, paged: PagedKV, chunk_tokens: int) -> None:
+        native = load_native()
+        self._fits = None if native is None else native.runs_fit
+        self._paged, self._chunk_tokens = paged, chunk_tokens
+        self._slot_bytes = paged.slot_bytes(chunk_tokens)
+
+    def checked(
+        self, base: int, blocks: npt.NDArray[Any], runs: npt.NDArray[Any], arena_bytes: int | None = None
+    ) -> tuple[Blocks, Runs]:
+        """Refuse whatever would touch memory out of bounds; returns blocks and runs as contiguous int32 and int64.
+
+        Arguments as in `CpuCopier.gather`.
+
+        Raises:
+            LayoutError: names what is out of bounds.
+        """
+        blocks, runs = np.asarray(blocks), np.asarray(runs)
+        if (
+            self._fits is not None
+            and base > 0
+            and _is_plain(blocks, np.int32, (-1,))
+            and _is_plain(runs, np.int64, (-1, 4))
+        ):
+            farthest = _ANYWHERE if arena_bytes is None else arena_bytes - self._slot_bytes
+            table, shape = (blocks.ctypes.data, len(blocks)), (self._paged.block_tokens, self._paged.num_blocks)
+            if self._fits(*table, runs.ctypes.data, len(runs), self._chunk_tokens, *shape, farthest):
+                return blocks, runs
+        self._check(base, blocks, runs, arena_bytes)
+        # Both are within int32 and int64 now, so these conversions lose nothing (and copy only what is not so already).
+        return np.ascontiguousarray(blocks, dtype=np.int32), np.ascontiguousarray(runs, dtype=np.int64)
+
+    def _check(self, base: int, blocks: npt.NDArray[Any], runs: npt.NDArray[Any], arena_bytes: int | None) -> None:
+        """Everything that `runs_fit` (native/copy.c) sees, to name what it is; and what is not plain."""
+        if blocks.ndim != 1 or blocks.dtype.kind not in "iu":
+            raise LayoutError(f"blocks is {blocks.dtype}{list(blocks.shape)}; it must be a flat array of integers")
+        if runs.ndim != 2 or runs.shape[1] != 4 or runs.dtype != np.int64:
+            raise LayoutError(f"runs is {runs.dtype}{list(runs.shape)}; it must be int64 [runs, 4]")
+        if base < 1:
+            raise LayoutError(f"base is {base}; it must be the address of a mapping")
+        if not len(runs):
+            return
+        paged, chunk_tokens = self._paged, self._chunk_tokens
+        table_tokens = len(blocks) * paged.block_tokens
+        low = runs.min(axis=0)
+        if low.min() < 0:
+            raise LayoutError(f"runs has {low.min()}; every number in it must be at least 0")
+        # Each term is bounded before the terms are added, so that no sum can wrap round.
+        offset, first, count, in_slot = (int(value) for value in runs.max(axis=0))
+        if max(count, in_slot) > chunk_tokens or int((runs[:, 2] + runs[:, 3]).max()) > chunk_tokens:
+            raise LayoutError(
+                f"a run of up to {count} tokens from token {in_slot} of a slot passes its end, chunk_tokens={chunk_tokens}"
+            )
+        end = int((runs[:, 1] + runs[:, 2]).max()) if first <= table_tokens else first
+        if end > table_tokens:
+            raise LayoutError(f"a run ends at token {end}, but the block table holds {table_tokens}; pass all blocks")
+        if arena_bytes is not None and offset + self._slot_bytes > arena_bytes:
+            raise LayoutError(
+                f"a slot at {offset} of {self._slot_bytes} bytes passes the arena's end at {arena_bytes}; attach again"
+            )
+        used = blocks[int(low[1]) // paged.block_tokens : -(-end // paged.block_tokens)]
+        if len(used) and not (int(used.min()) >= 0 and int(used.max()) < paged.num_blocks):
+            bad = used[(used < 0) | (used >= paged.num_blocks)][0]
+            raise LayoutError(f"block {bad} is not one of the {paged.num_blocks} blocks of the paged KV")
+
+
+def _is_plain(array: npt.NDArray[Any], dtype: type, shape: tuple[int, ...]) -> bool:
+    """What C may read. shape: -1 for any length."""
+    return (
+        array.dtype == dtype and array.ndim == len(shape) and array.shape[1:] == shape[1:] and array.flags.c_contiguous
+    )
+
+
+def load_native() -> Any:
+    """The module `lmcache._native`; None where the package was installed without it, or LMCACHE_NO_NATIVE is 1."""
+    return None if os.environ.get("LMCACHE_NO_NATIVE") == "1" else _import_native()
+
+
+@functools.lru_cache(maxsize=1)
+def _import_native() -> Any:
+    try:
+        return importlib.import_module("lmcache._native")
+    except ImportError:
+        return None
