@@ -12,7 +12,7 @@ import numpy.typing as npt
 from lmcache.transfer.progress import Progress
 
 Blocks: TypeAlias = Sequence[int] | npt.NDArray[np.int32]
-"""A block table: block numbers of a request, from token 0 on."""
+"""A block table: block numbers of a request, from token 0 on. Of a job with `after`, they are read behind that point."""
 
 
 class Event(Protocol):

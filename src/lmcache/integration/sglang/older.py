@@ -22,8 +22,8 @@ from lmcache.integration.sglang.ranks import (
     SGLangRank,
     Tokens,
     WholeDevice,
+    block_table,
     cost,
-    pages_of,
     stored_line,
     text_of,
 )
@@ -119,8 +119,8 @@ class OlderConnector:
             return
         tokens = text_of(store.token_ids, rank.kv.vocabulary)
         chunks = chain.extend(tokens)
-        pages = pages_of(store.kv_indices[: chunks * chain.chunk_tokens], self._page_size)
-        copy = rank.store(chain, 0, chunks, 0, pages, self._fence())
+        blocks, _ = block_table(store.kv_indices[: chunks * chain.chunk_tokens], self._page_size, 0)
+        copy = rank.store(chain, 0, chunks, blocks, self._fence())
         rank.settle(copy)
         done = [copy.done] if copy.done is not None else []
         line = stored_line(done, len(store.token_ids), chunks * chain.chunk_tokens, rank.kv.token_bytes)
@@ -159,8 +159,8 @@ class OlderConnector:
         rank = self._rank
         if rank is None:
             return 0
-        pages = pages_of(slots[have : found.tokens], self._page_size)
-        copy = rank.load(found.hit, have, found.tokens, pages, self._fence())
+        blocks, _ = block_table(slots[have : found.tokens], self._page_size, have)
+        copy = rank.load(found.hit, have, found.tokens, blocks, self._fence())
         ok = self._agreement.least(int(rank.settle(copy)))
         rank.release(found.hit)
         if not ok or copy.done is None:
@@ -175,7 +175,8 @@ class OlderConnector:
         return found.tokens - have
 
     def _fence(self) -> WholeDevice | None:
-        """Whatever SGLang has launched may still write to these slots, and it does not say on which stream."""
+        """Whatever SGLang has launched may still write to these slots, and it does not say on which stream; nor are block
+        tables filled before."""
         device = self._rank.kv.paged.device if self._rank is not None else "cpu"
         return None if device == "cpu" else WholeDevice(device)
 

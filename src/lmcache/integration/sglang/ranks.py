@@ -30,7 +30,7 @@ from lmcache.transfer.progress import Progress
 logger = init_logger(__name__)
 
 Tokens = npt.NDArray[np.int64]
-Pages = npt.NDArray[np.int32]
+Blocks = npt.NDArray[np.int32]
 GIB = 1 << 30
 _START_SECONDS = 1.0
 """What an engine's start may wait for its server, so that the first prompt is cached already."""
@@ -161,17 +161,15 @@ class SGLangRank:
         hit: Hit,
         start: int,
         end: int,
-        pages: Pages,
+        blocks: Blocks,
         after: Event | None = None,
         progress: Progress | None = None,
     ) -> Copy:
-        """Fill tokens [start, end), which lie in `pages`; the first of these is the one that token `start` begins. progress:
-        is told of layers as they arrive."""
+        """Fill tokens [start, end). blocks: as `block_table` makes them. progress: is told of layers as they arrive."""
         shard, chunk = self.kv.shard.index, self._scheduler.chunk_tokens or 1
         first, last = start // chunk, -(-end // chunk)
         skipped = first - hit.first_chunk
         slots = hit.shard_slots(shard)[4 * skipped : 4 * (last - hit.first_chunk)]
-        blocks = self._table(start, pages)
         job = Load(
             hit.arena, hit.lease, first, slots, start, end, blocks, lease_chunk=skipped, after=after, progress=progress
         )
@@ -179,15 +177,12 @@ class SGLangRank:
         self._worker.load(copy.job_id, job)
         return copy
 
-    def store(
-        self, chain: TokenChain, first: int, chunks: int, start: int, pages: Pages, after: Event | None = None
-    ) -> Copy:
-        """Keep chunks [first, chunks) of the chain; `pages` are those of the tokens from `start` on."""
+    def store(self, chain: TokenChain, first: int, chunks: int, blocks: Blocks, after: Event | None = None) -> Copy:
+        """Keep chunks [first, chunks) of the chain. blocks: as `block_table` makes them."""
         if chunks <= first or not self._stores:
             return no_copy()
         copy = self._copy("store", (chunks - first) * chain.chunk_tokens)
         hashes = chain.hashes[first * HASH_BYTES : chunks * HASH_BYTES]
-        blocks = self._table(start, pages)
         job = Store(chain.chunk_tokens, chain.parent(first), hashes, first, blocks, after=after)
         self._worker.store(copy.job_id, job)
         return copy
@@ -233,11 +228,6 @@ class SGLangRank:
         if self._server is not None:
             self._server.close()
 
-    def _table(self, start: int, pages: Pages) -> Pages:
-        """A block table from token 0 on; the pages before `start` are never looked at."""
-        before = np.zeros(start // self.kv.paged.block_tokens, np.int32)
-        return np.concatenate((before, pages.astype(np.int32, copy=False)))
-
     def _copy(self, kind: str, tokens: int) -> Copy:
         self._jobs += 1
         copy = Copy(self, f"{kind}-{self._jobs}", tokens)
@@ -271,11 +261,23 @@ def numbers(tokens: Any) -> Tokens:
     return np.array(tokens, dtype=np.int64)
 
 
-def pages_of(indices: Any, page_size: int) -> Pages:
-    """The pages of a run of token slots that begins with a page; slots are a tensor [tokens] on any device."""
-    slots = indices[::page_size]
-    host = slots.cpu() if hasattr(slots, "cpu") else slots
-    return (np.asarray(host, dtype=np.int64) // page_size).astype(np.int32)
+def block_table(indices: Any, page_size: int, start: int) -> tuple[Blocks, Event | None]:
+    """Pages from token 0 on of which those before token `start`, which begins a page, are never looked at.
+
+    indices: a tensor [tokens] on any device, the slots of the tokens from `start` on. Returns int32 [pages], and the point behind
+    which they are filled: to wait for a GPU's here would be to wait for the forward that it computes. None: they are.
+    """
+    slots, before = indices[::page_size], start // page_size
+    if not getattr(slots, "is_cuda", False):
+        pages = np.asarray(slots, dtype=np.int64) // page_size
+        return np.concatenate((np.zeros(before, np.int32), pages.astype(np.int32))), None
+    import torch
+
+    table = torch.zeros(before + len(slots), dtype=torch.int32, pin_memory=True)
+    table[before:].copy_((slots // page_size).to(torch.int32), non_blocking=True)
+    filled: Any = torch.cuda.Event(blocking=True)
+    filled.record()
+    return table.numpy(), filled
 
 
 def text_of(tokens: Any, vocabulary: int) -> Tokens:
@@ -304,6 +306,22 @@ def stored_line(done: Sequence[Done], total: int, chunked: int, token_bytes: int
         f"Stored {tokens} out of total {total} tokens. {cost(tokens * token_bytes, copying + putting)}; "
         f"offload_time: {copying * 1e3:.2f} ms, put_time: {putting * 1e3:.2f} ms; skipped: {chunked - tokens} tokens"
     )
+
+
+class Both:
+    """Two points in a device's streams."""
+
+    def __init__(self, one: Event, other: Event) -> None:
+        self._points = one, other
+
+    def query(self) -> bool:
+        """Whether the device has passed both."""
+        return all(point.query() for point in self._points)
+
+    def synchronize(self) -> None:
+        """Wait for both."""
+        for point in self._points:
+            point.synchronize()
 
 
 class WholeDevice:

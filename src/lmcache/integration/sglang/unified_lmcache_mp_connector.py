@@ -29,13 +29,14 @@ from lmcache.integration.sglang.layers import LayerLoads, layer_loads
 from lmcache.integration.sglang.model import Buffers, Ranks, lora_enabled, pool_buffers
 from lmcache.integration.sglang.ranks import (
     Agreement,
+    Both,
     Copy,
     SGLangRank,
     Tokens,
     WholeDevice,
+    block_table,
     cost,
     no_copy,
-    pages_of,
     stored_line,
     text_of,
 )
@@ -253,7 +254,8 @@ class UnifiedLMCacheMPConnector:
         rank, hit = self._rank, self._valid_hit(lookup, start, end)
         copy, progress = no_copy(), Progress() if self._layers is not None else None
         if rank is not None and hit is not None:
-            copy = rank.load(hit, start, end, pages_of(indices, self._page_size), self._device_event(), progress)
+            blocks, filled = block_table(indices, self._page_size, start)
+            copy = rank.load(hit, start, end, blocks, self._device_event(filled), progress)
         return LoadOperation(lookup.request_id, owned_device_indices, start, copy, progress=progress)
 
     def prepare_load_on_stream(self, load: LoadOperation, stream: Any) -> bool:
@@ -305,8 +307,8 @@ class UnifiedLMCacheMPConnector:
         first = max(tracker.stored, -(-device_indices_start // size))
         if chunks <= first:
             return StoreOperation(request_id, no_copy())
-        pages = pages_of(indices, self._page_size)
-        copy = rank.store(tracker.chain, first, chunks, device_indices_start, pages, self._device_event())
+        blocks, filled = block_table(indices, self._page_size, device_indices_start)
+        copy = rank.store(tracker.chain, first, chunks, blocks, self._device_event(filled))
         tracker.stored = chunks
         tracker.copies.append(copy)
         return StoreOperation(request_id, copy)
@@ -457,8 +459,8 @@ class UnifiedLMCacheMPConnector:
         self._trackers.clear()
         logger.info("The weights of this engine change: what LMCache holds of it so far is not used any more")
 
-    def _device_event(self) -> Event | None:
-        """The point behind which all that SGLang has launched so far is done. None on a CPU."""
+    def _device_event(self, also: Event | None) -> Event | None:
+        """The point behind which all that SGLang has launched so far is done, and `also`. None on a CPU."""
         if self._rank is None or self._rank.kv.paged.device == "cpu":
             return None
         import torch
@@ -468,7 +470,7 @@ class UnifiedLMCacheMPConnector:
         event: Any = torch.cuda.Event(blocking=True)  # a waiting thread must not spin beside the engine's
         event.record(self._stream)
         recorded: Event = event
-        return recorded
+        return recorded if also is None else Both(recorded, also)
 
     def _end_load(self, load: LoadOperation, ok: bool) -> None:
         """Say what it did, once, and give back its lease."""
