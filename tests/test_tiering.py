@@ -17,6 +17,7 @@ from lmcache.errors import ConfigError
 from lmcache.server.loop import Loop
 from lmcache.server.tiering import Tiering
 from lmcache.tiers import ABSENT, KEPT, OK, Shard, ShardKey, Tier, TierError, Usage
+from lmcache.tiers.breaker import FIRST_PAUSE_SECONDS
 from lmcache.tiers.registry import TierSpec
 from lmcache.tiers.url import TierURL
 from servers import PATIENCE, eventually
@@ -26,7 +27,7 @@ ENGINE = 1
 
 
 class HandTier(Tier):
-    """A dictionary, with gates: `hold(what)` makes calls wait, `trouble` makes them fail."""
+    """A dictionary, with gates: `hold(what)` makes calls wait, `trouble` makes them fail, `refuses` those of one kind."""
 
     scheme = "hand"
     concurrency = 2
@@ -34,7 +35,7 @@ class HandTier(Tier):
 
     def __init__(self, knows: bool = False) -> None:
         self.kept: dict[ShardKey, bytes] = {}
-        self.trouble = ""
+        self.trouble = self.refuses = ""
         self.knows = knows
         self.calls: list[str] = []
         self.gates = {name: threading.Event() for name in ("contains", "load", "store")}
@@ -58,6 +59,8 @@ class HandTier(Tier):
             assert self.gates[name].wait(PATIENCE)
         if self.trouble:
             raise TierError("trouble", f"the tier is {self.trouble}")
+        if self.refuses == name:
+            raise TierError("refused", f"{name} is refused")
 
     def open(self) -> None:
         self._called("open")
@@ -296,6 +299,38 @@ def test_a_tier_that_fails_is_left_alone_tried_again_and_then_gets_what_waited(r
     eventually(lambda: lane.breaker.closed)
     one.written()
     assert len(tier.kept) == 8, "nothing that waited was lost"
+    assert one.ask(one.tiering.degraded) == []
+
+
+@pytest.mark.parametrize("refused", ["load", "store"])
+def test_one_kind_of_call_may_fail_for_long_while_the_rest_goes_on(rig: Callable[..., Rig], refused: str) -> None:
+    tier = HandTier()
+    one = rig(spec(tier))
+    lane = one.tiering.lanes[0]
+    kind, other = (lane.loads, lane.stores) if refused == "load" else (lane.stores, lane.loads)
+    fresh = iter(range(100, 10_000))
+
+    def use() -> None:
+        """A question, which is always answered, a store, and a load of what is nowhere else."""
+        assert one.fetch(chain(next(fresh), 1)) == 0
+        one.store(chain(next(fresh), 1))
+        key = ShardKey(b"f" * 16, chain(next(fresh), 1), 0, 1)
+        tier.kept[key] = content(key.chunk, 0)
+        one.fetch(key.chunk)
+
+    tier.refuses = refused
+    eventually(lambda: use() or not kind.closed)
+    calls = tier.calls.count(refused) - lane.counters["opened_breaker"]
+    eventually(lambda: lane.breaker.closed)
+    assert (kind.closed, other.closed) == (False, True)
+    eventually(lambda: use() or kind.pause_seconds > FIRST_PAUSE_SECONDS)
+    eventually(lambda: tier.calls.count(refused) == calls + lane.counters["opened_breaker"])  # one call decides
+    assert lane.breaker.closed and one.ask(one.tiering.degraded) == [f"hand: {refused} is refused"]
+    (status,) = one.ask(one.tiering.status)
+    assert (status["state"], status["reason"]) == (f"{refused}s fail", f"{refused} is refused")
+    tier.refuses = ""
+    eventually(lambda: use() or kind.closed)
+    one.written()
     assert one.ask(one.tiering.degraded) == []
 
 

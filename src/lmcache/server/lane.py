@@ -1,4 +1,4 @@
-"""One tier as the server drives it: its threads, its breaker, what waits to be written, and what became of everything.
+"""One tier as the server drives it: its threads, its breakers, what waits to be written, and what became of everything.
 
 All methods run in the loop's thread; calls of the tier run in the lane's own threads and come back through the loop. So one
 slow or dead tier holds up nobody else.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import secrets
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -34,6 +35,10 @@ class Lane:
     def __init__(self, loop: Loop, spec: TierSpec, max_queued_bytes: int, l1_bytes: int) -> None:
         self.spec, self.tier, self.name = spec, spec.tier, spec.name
         self.breaker = Breaker()
+        """Of the whole tier; a probe closes it again."""
+        self.loads, self.stores = Breaker(), Breaker()
+        """A store may answer questions and yet refuse these. One that opens opens the tier's, too; then it stays open while
+        the rest goes on, and the next call of its kind after the pause decides."""
         self.counters: Counter[str] = Counter()
         """Shards and bytes by what became of them; reasons after a colon."""
         self.generation = 0
@@ -66,13 +71,43 @@ class Lane:
     def usable(self, now: float) -> bool:
         """Whether lookups may ask it now."""
         stalled = bool(self._calls) and now - min(self._calls.values()) > _STALLED_SECONDS
-        return self.spec.read and self.breaker.closed and not stalled
+        may_load = self.loads.closed or self.loads.due(now)
+        return self.spec.read and self.breaker.closed and may_load and not stalled
+
+    def may_store(self, now: float) -> bool:
+        """Whether what waits may be written now."""
+        return self.breaker.closed and (self.stores.closed or self.stores.due(now))
+
+    def trouble(self, now: float) -> str:
+        """Why it does not serve, or not all of it; "" where nothing is known to be wrong."""
+        if not self.breaker.closed:
+            return self.breaker.reason
+        if not self.stores.closed and (len(self.queue) or not self.stores.due(now)):
+            return self.stores.reason
+        return "" if self.loads.closed or self.loads.due(now) else self.loads.reason
 
     def known(self, keys: Sequence[ShardKey]) -> list[bool] | None:
         return self.tier.known(keys)
 
-    def read(self, call: Callable[[], T], done: Callable[[T | None, float], None]) -> None:
+    def ask(self, call: Callable[[], T], done: Callable[[T | None, float], None]) -> None:
         """Run `call` in a reading thread; then `done(result, seconds)` in the loop, None where the tier failed."""
+        self._read(call, done, None)
+
+    def load(self, call: Callable[[], T], done: Callable[[T | None, float], None]) -> None:
+        """As `ask`, for a load."""
+        self.loads.probe(time.monotonic())
+        self._read(call, done, self.loads)
+
+    def change(self, call: Callable[[], T], done: Callable[[T | None, float], None]) -> None:
+        """As `ask`, in a writing thread."""
+        self._write(call, done, None)
+
+    def store(self, call: Callable[[], T], done: Callable[[T | None, float], None]) -> None:
+        """As `change`, for a store."""
+        self.stores.probe(time.monotonic())
+        self._write(call, done, self.stores)
+
+    def _read(self, call: Callable[[], T], done: Callable[[T | None, float], None], kind: Breaker | None) -> None:
         number, self._next_call = self._next_call, self._next_call + 1
         self._calls[number] = time.monotonic()
 
@@ -80,17 +115,16 @@ class Lane:
             self._calls.pop(number, None)
             done(result, seconds)
 
-        self._run(self._readers, call, ended)
+        self._run(self._readers, call, ended, kind)
 
-    def write(self, call: Callable[[], T], done: Callable[[T | None, float], None]) -> None:
-        """As `read`, in a writing thread."""
+    def _write(self, call: Callable[[], T], done: Callable[[T | None, float], None], kind: Breaker | None) -> None:
         self.writing += 1
 
         def ended(result: T | None, seconds: float) -> None:
             self.writing -= 1
             done(result, seconds)
 
-        self._run(self._writers, call, ended)
+        self._run(self._writers, call, ended, kind)
 
     def tick(self, now: float) -> None:
         """Try a tier that was left alone, when its pause is over."""
@@ -99,12 +133,15 @@ class Lane:
 
     def status(self) -> dict[str, object]:
         """For /status; JSON types only."""
-        usage = self.tier.usage()
+        usage, trouble = self.tier.usage(), self.trouble(time.monotonic())
+        state = {"closed": "serving", "open": "failing", "half-open": "being tried"}[self.breaker.state]
+        if self.breaker.closed and trouble:
+            state = "stores fail" if trouble == self.stores.reason else "loads fail"
         return {
             "name": self.name,
             "url": self.spec.url,
-            "state": {"closed": "serving", "open": "failing", "half-open": "being tried"}[self.breaker.state],
-            "reason": self.breaker.reason,
+            "state": state,
+            "reason": trouble or self.breaker.reason,
             "read": self.spec.read,
             "write": self.spec.write,
             "stored_bytes": usage.stored_bytes,
@@ -125,35 +162,57 @@ class Lane:
         self.tier.open()
         self.tier.contains([ShardKey(bytes(16), secrets.token_bytes(16), 0, 1)])
 
-    def _run(self, threads: ThreadPoolExecutor, call: Callable[[], T], done: Callable[[T | None, float], None]) -> None:
+    def _run(
+        self,
+        threads: ThreadPoolExecutor,
+        call: Callable[[], T],
+        done: Callable[[T | None, float], None],
+        kind: Breaker | None = None,
+    ) -> None:
         def run() -> None:
             begin, result, error = time.monotonic(), None, None
             try:
                 result = call()
             except Exception as caught:  # the edge of the thread; what is not a TierError is a fault of ours, and told
                 error = caught
+                traceback.clear_frames(caught.__traceback__)  # their views of the arena would outlive its mapping
             seconds = time.monotonic() - begin
-            self._loop.call_soon(lambda: self._back(result, error, seconds, done))
+            self._loop.call_soon(lambda: self._back(result, error, seconds, done, kind))
 
         threads.submit(run)
 
     def _back(
-        self, result: T | None, error: Exception | None, seconds: float, done: Callable[[T | None, float], None]
+        self,
+        result: T | None,
+        error: Exception | None,
+        seconds: float,
+        done: Callable[[T | None, float], None],
+        kind: Breaker | None,
     ) -> None:
         if error is None:
-            if not self.breaker.closed:
-                logger.info("Tier %s serves again", self.name)
-            self.breaker.succeeded()
+            self._succeeded(kind)
         else:
-            self._failed(error)
+            self._failed(error, kind)
         done(result, seconds)
 
-    def _failed(self, error: Exception) -> None:
+    def _succeeded(self, kind: Breaker | None) -> None:
+        was_in_trouble = not (self.breaker.closed and (kind is None or kind.closed))
+        self.breaker.succeeded()
+        if kind is not None:
+            kind.succeeded()
+        if was_in_trouble and (self.stores.closed or not len(self.queue)) and self.loads.closed:
+            logger.info("Tier %s serves again", self.name)
+
+    def _failed(self, error: Exception, kind: Breaker | None) -> None:
         now = time.monotonic()
         reason = error.reason if isinstance(error, TierError) else "internal"
         self.counters[f"failed:{reason}"] += 1
         text = str(error) if isinstance(error, TierError) else f"internal error {type(error).__name__}: {error}"
-        if self.breaker.failed(now, text):
+        of_the_tier = kind is None or kind.closed
+        opened = kind is not None and kind.failed(now, text)
+        if of_the_tier:
+            opened = self.breaker.failed(now, text, at_once=opened)
+        if opened:
             self.counters["opened_breaker"] += 1
         if now - self._told_at > _LOG_SECONDS:
             self._told_at = now

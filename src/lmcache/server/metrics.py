@@ -56,7 +56,7 @@ HELP: dict[str, str] = {
     "last_fetch_expected_seconds": "Of the last decision whether a load is worth it: what the load was to take.",
     "last_fetch_recompute_seconds": "Of the same decision: what computing would have taken; 0 where it is not known.",
     "last_fetch_loaded": "Of the same decision: 1 where it was loaded.",
-    "tier_serving": "Whether the tier's circuit breaker is closed.",
+    "tier_serving": "Whether the tier serves in full: its circuit breakers are closed.",
     "tier_stored_bytes": "Bytes that the tier holds, as far as this server knows.",
     "tier_shards": "Shards that the tier holds, as far as this server knows.",
     "tier_queued_bytes": "Bytes of chunks that wait to be written to the tier.",
@@ -71,7 +71,7 @@ HELP: dict[str, str] = {
     "tier_queued_total": "Chunks that were queued to be written to the tier.",
     "tier_lost_total": "Chunks that were not written to the tier, by reason.",
     "tier_failed_total": "Calls of the tier that failed as a whole, by reason.",
-    "tier_opened_breaker_total": "How often the tier's circuit breaker opened.",
+    "tier_opened_breaker_total": "How often one of the tier's circuit breakers opened.",
 }
 """Name without prefix -> what it counts, and its unit."""
 

@@ -159,7 +159,7 @@ class Tiering:
             self.fetches.answered(time.monotonic(), ask.fetch, ask.tier, whole, seconds)
             self._carry_out()
 
-        lane.read(lambda: lane.tier.contains(keys), done)
+        lane.ask(lambda: lane.tier.contains(keys), done)
 
     def _load(self, load: Load) -> None:
         lane, parts = self.lanes[load.tier], self._reserve(load)
@@ -177,7 +177,7 @@ class Tiering:
                 one.release()
             self._loaded(load, parts, outcomes)
 
-        lane.read(lambda: lane.tier.load(keys, into), done)
+        lane.load(lambda: lane.tier.load(keys, into), done)
 
     def _reserve(self, load: Load) -> list[_Part]:
         """Slots for what the load brings; what is in L1 or under way by somebody else is left out."""
@@ -244,9 +244,10 @@ class Tiering:
     def _pump(self) -> None:
         if self._closed:
             return
+        now = time.monotonic()
         for lane in self.lanes:
             lane.queue.make_ready(self._heart.used_bytes())
-            while lane.breaker.closed and lane.writing < lane.write_concurrency:
+            while lane.may_store(now) and lane.writing < lane.write_concurrency:
                 batch = lane.queue.take()
                 if batch is None:
                     break
@@ -275,7 +276,7 @@ class Tiering:
             self._written(lane, batch, shards, outcomes, generation)
             self._pump()
 
-        lane.write(lambda: lane.tier.store(shards), done)
+        lane.store(lambda: lane.tier.store(shards), done)
 
     def _shards(self, space: Space, batch: Batch, found: bytes, pages: array[int]) -> list[Shard]:
         parents = {
@@ -303,14 +304,15 @@ class Tiering:
             lane.counters["written_shards"] += outcome == OK
         if generation != lane.generation and not self._closed:  # the tier was cleared meanwhile
             keys = [one.key for one in shards]
-            lane.write(lambda: lane.tier.remove(keys), lambda result, seconds: None)
+            lane.change(lambda: lane.tier.remove(keys), lambda result, seconds: None)
 
     # Upkeep
 
     @property
     def idle(self) -> bool:
         """Whether nothing waits to be written or is being written, where that is possible now."""
-        return all(not lane.writing and (not len(lane.queue) or not lane.breaker.closed) for lane in self.lanes)
+        now = time.monotonic()
+        return all(not lane.writing and (not len(lane.queue) or not lane.may_store(now)) for lane in self.lanes)
 
     def drain(self, seconds: float, then: Callable[[], None]) -> None:
         """Write what waits, for so many seconds at most; then call."""
@@ -360,11 +362,12 @@ class Tiering:
             lane.tier.clear()
             return True
 
-        lane.write(clear, lambda result, seconds: cleared(lane, result))
+        lane.change(clear, lambda result, seconds: cleared(lane, result))
 
     def degraded(self) -> list[str]:
-        """Tiers that do not serve now, and why."""
-        return [f"{lane.name}: {lane.breaker.reason}" for lane in self.lanes if not lane.breaker.closed]
+        """Tiers that do not serve now, or not in full, and why."""
+        now = time.monotonic()
+        return [f"{lane.name}: {trouble}" for lane in self.lanes if (trouble := lane.trouble(now))]
 
     def status(self) -> list[dict[str, object]]:
         """For /status, nearest first."""
@@ -405,6 +408,7 @@ class Tiering:
     def counters(self) -> dict[str, float]:
         """For /metrics, labelled by tier."""
         out: dict[str, float] = {"fetches_open": self.fetches.open}
+        now = time.monotonic()
         for name, value in self.fetches.counters.items():
             kind, _, reason = name.partition(":")
             if kind == "fetches" and reason:
@@ -419,7 +423,7 @@ class Tiering:
         for lane, pace in zip(self.lanes, self.fetches.paces, strict=True):
             label, usage = f'{{tier="{lane.name}"}}', lane.tier.usage()
             out |= {
-                f"tier_serving{label}": lane.breaker.closed,
+                f"tier_serving{label}": not lane.trouble(now),
                 f"tier_stored_bytes{label}": usage.stored_bytes,
                 f"tier_shards{label}": usage.shards,
                 f"tier_queued_bytes{label}": lane.queue.queued_bytes,

@@ -25,9 +25,13 @@ class Breaker:
         """Whether calls may go."""
         return self.state == "closed"
 
+    def due(self, now: float) -> bool:
+        """Whether the pause is over."""
+        return self.state == "open" and now >= self.retry_at
+
     def probe(self, now: float) -> bool:
         """Whether the pause is over and this is the moment for one call, which decides."""
-        if self.state != "open" or now < self.retry_at:
+        if not self.due(now):
             return False
         self.state = "half-open"
         return True
