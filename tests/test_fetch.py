@@ -9,7 +9,7 @@ import pytest
 
 from lmcache.cache.fetch import ASK_SECONDS, KEPT_RECORDS, Ask, Decided, Fetches, Load, TierTraits
 from lmcache.cache.worth import SLACK_SECONDS, Pace, slack_seconds
-from lmcache.cache.writeback import WriteQueue
+from lmcache.cache.writeback import Batch, WriteQueue
 from lmcache.tiers.breaker import FAILURES_TO_OPEN, FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS, Breaker
 
 CHUNK_BYTES = 1 << 20
@@ -467,14 +467,28 @@ def test_a_full_queue_keeps_the_beginnings_of_prompts() -> None:
     queue = WriteQueue(30, 100, 1000)
     prompt = chain(5)
     queue.add(1, prompt, prompt, 10)
-    assert queue.counters["lost:queue full"] == 2 and len(queue) == 3
+    assert queue.counters["lost:queue full"] == 2 and len(queue) == 3 and queue.counters["lost_bytes:queue full"] == 20
     batch = queue.take()
     assert batch and batch.hashes == prompt[:48]
     queue.add(1, chain(2, 2), chain(2, 2), 10)
     queue.put_back(batch)
     assert len(queue) == 3 and queue.counters["lost:queue full"] == 4, "what waits longest stays"
+    assert queue.counters["lost_bytes:queue full"] == 40
     again = queue.take()
     assert again and again.hashes == prompt[:48]
+
+
+def test_what_was_evicted_is_no_part_of_a_batch_any_more() -> None:
+    queue = WriteQueue(100, 100, 1000)
+    prompt = chain(4)
+    queue.add(1, prompt, bytes(16) + prompt[:-16], 10)
+    batch = queue.take()
+    assert batch and queue.still_there(batch, prompt) == batch and not queue.counters["lost:evicted"]
+    kept = queue.still_there(batch, prompt[:16] + prompt[48:])
+    assert kept == Batch(1, prompt[:16] + prompt[48:], bytes(16) + prompt[32:48], 20)
+    assert queue.counters["lost:evicted"] == 2 and queue.counters["lost_bytes:evicted"] == 20
+    queue.put_back(kept)
+    assert queue.take() == kept and queue.queued_bytes == 0
 
 
 def test_on_evict_writes_ahead_of_eviction_and_everything_at_the_end() -> None:
@@ -487,6 +501,7 @@ def test_on_evict_writes_ahead_of_eviction_and_everything_at_the_end() -> None:
     assert len(queue) == 1 and (queue.take() or pytest.fail()).hashes == prompt[:16]
     queue.add(1, chain(4, 2), chain(4, 2), 10)
     assert queue.kept_back == 10 and queue.counters["lost:evicted"] == 2, "L1 does not hold more"
+    assert queue.counters["lost_bytes:evicted"] == 20
     queue.make_all_ready()
     assert len(queue) == 10 and queue.kept_back == 0
     queue.clear()

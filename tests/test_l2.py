@@ -255,6 +255,7 @@ def test_how_long_and_how_much_may_wait_is_what_was_told(
         one.store(TOKENS)
         lost = 'lmcache_tier_lost_total{reason="queue full",tier="redis"} 8.0'
         eventually(lambda: lost in page(cache, "/metrics")[1])
+        assert "queue full: a higher --l2-queue-gb" in cache.line_with("Tier redis: not written: ")
         proxy.refuse = True  # so that the end need not wait for the calls under way
         proxy.cut()
     finally:

@@ -7,6 +7,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -578,3 +579,105 @@ def test_a_last_write_that_fails_is_told_of_as_well(rig: Callable[..., Rig], mon
     assert [line for line in said if "before the end" in line] == [
         "Tier hand: 4 chunks could not be written before the end"
     ]
+
+
+# What is not written is told
+
+
+class Told:
+    """A rig whose `tiering` has a clock that stands still until `later` moves it, and what its lanes warn of."""
+
+    def __init__(self, rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch, tier: HandTier, **more: Any) -> None:
+        self.now, self.said = time.monotonic(), list[str]()
+        monkeypatch.setattr("lmcache.server.tiering.time", SimpleNamespace(monotonic=lambda: self.now))
+        monkeypatch.setattr(
+            "lmcache.server.lane.logger.warning", lambda text, *parts, **_: self.said.append(text % parts)
+        )
+        self.rig = rig(spec(tier), **more)
+
+    def later(self, seconds: float) -> list[str]:
+        """What was said since the last call and after so many seconds more, by any number of ticks."""
+        self.now += seconds
+        for _ in range(3):
+            self.rig.ask(self.rig.tiering._tick)
+        said, self.said[:] = self.said[:], []
+        return said
+
+
+def test_losses_are_told_at_once_and_then_now_and_then(
+    rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tier hangs, and three chunks may wait."""
+    tier = HandTier()
+    told = Told(rig, monkeypatch, tier, pages=1024, queue_bytes=3 * PAGE)
+    tier.hold("store")
+    told.rig.store(chain(1, 1))
+    eventually(lambda: "store" in tier.calls)
+    assert told.later(60) == []
+    told.rig.store(chain(2, 3 + 384))
+    eventually(lambda: told.said)  # the loop ticks by itself
+    for seed in range(3, 7):
+        told.rig.store(chain(seed, 64))
+        told.now += 2.4
+    why = "queue full: a higher --l2-queue-gb lets more wait"
+    assert told.later(0.3) == [f"Tier hand: not written: 384 chunks (1.5 MiB), {why}"], "within ten seconds: once"
+    assert told.later(0.2) == [f"Tier hand: not written: 256 chunks (1.0 MiB), {why}"], "only what is new"
+    assert told.later(60) == [], "nothing is new"
+    tier.let_go()
+    told.rig.written()
+    assert told.later(60) == [], "what waited has been written"
+    assert len(tier.kept) == 1 + 3
+    metrics = told.rig.ask(told.rig.tiering.counters)
+    assert metrics['tier_lost_bytes_total{tier="hand",reason="queue full"}'] == 640 * PAGE
+
+
+def test_what_a_tier_refuses_is_told_with_its_reasons_and_at_the_end_in_any_case(
+    rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tier, outcomes = HandTier(), list[str]()
+    told = Told(rig, monkeypatch, tier, shards=2)
+    monkeypatch.setattr(tier, "store", lambda shards: outcomes)
+
+    def answered(seed: int, *answers: str) -> None:
+        outcomes[:] = answers
+        told.rig.store(chain(seed, 2))
+        told.rig.written()
+
+    answered(1, OK, KEPT, OK, OK)
+    assert told.later(60) == []
+    answered(2, "too large", "cursed", OK, "too large")
+    too_large = "too large: a higher max_gb or a lower --chunk-size makes it fit"
+    assert told.later(0) == [f"Tier hand: not written: 2 shards (0.0 MiB), {too_large}; 1 shards (0.0 MiB), cursed"]
+    answered(3, "cursed", OK, "cursed", "cursed")
+    assert told.later(9) == []
+    metrics = told.rig.ask(told.rig.tiering.counters)
+    assert metrics['tier_unwritten_bytes_total{tier="hand",reason="too large"}'] == 2 * PAGE
+    assert metrics['tier_unwritten_bytes_total{tier="hand",reason="cursed"}'] == 4 * PAGE
+    told.rig.close()
+    assert told.said == ["Tier hand: not written: 3 shards (0.0 MiB), cursed"]
+
+
+def test_what_was_evicted_is_lost_once_though_the_rest_of_its_batch_is_tried_again(
+    rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tier, store, fails = HandTier(), HandTier.store, [False, True, True]
+    told = Told(rig, monkeypatch, tier, pages=16, queue_bytes=64 * PAGE)
+
+    def sometimes(shards: Sequence[Shard]) -> list[str]:
+        outcomes = store(tier, shards)
+        if fails and fails.pop(0):
+            raise TierError("trouble", "it was not kept")
+        return outcomes
+
+    monkeypatch.setattr(tier, "store", sometimes)
+    tier.hold("store")
+    told.rig.store(chain(1, 4))
+    eventually(lambda: "store" in tier.calls)
+    for seed in range(2, 5):
+        told.rig.store(chain(seed, 4))
+    told.rig.store(chain(5, 2))  # it takes the place of the end of what waits longest
+    tier.let_go()
+    told.rig.written()
+    assert not fails and len(tier.kept) == 4 * 4
+    lines = [line for line in told.later(0) if "not written" in line]
+    assert lines == ["Tier hand: not written: 2 chunks (0.0 MiB), evicted: a higher --l1-size-gb keeps chunks longer"]

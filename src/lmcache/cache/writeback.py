@@ -34,7 +34,7 @@ class WriteQueue:
 
     def __init__(self, max_bytes: int, batch_bytes: int, l1_bytes: int, on_evict: bool = False) -> None:
         self.counters: Counter[str] = Counter()
-        """Chunks: queued, and lost by reason: `queue full`, `evicted` ..."""
+        """Chunks: queued, and lost by reason: `queue full`, `evicted` ...; and the bytes of those that were lost."""
         self.queued_bytes = 0
         self._max_bytes, self._batch_bytes = max_bytes, batch_bytes
         self._l1_bytes, self._kept_bytes = l1_bytes, 0
@@ -55,7 +55,8 @@ class WriteQueue:
         """These chunks have become whole."""
         for at in range(0, len(hashes), HASH_BYTES):
             if self.queued_bytes + chunk_bytes > self._max_bytes and not self._on_evict:
-                self.counters["lost:queue full"] += (len(hashes) - at) // HASH_BYTES
+                left = (len(hashes) - at) // HASH_BYTES
+                self._lose("queue full", left, left * chunk_bytes)
                 return
             one = (space, hashes[at : at + HASH_BYTES], parents[at : at + HASH_BYTES], chunk_bytes)
             if not self._on_evict:
@@ -64,8 +65,7 @@ class WriteQueue:
             self._kept_back.append(one)
             self._kept_bytes += chunk_bytes
             while self._kept_bytes > self._l1_bytes:  # L1 does not hold so much: the first ones have been evicted
-                self._keep_no_longer()
-                self.counters["lost:evicted"] += 1
+                self._lose("evicted", 1, self._keep_no_longer()[3])
 
     def make_ready(self, used_bytes: int) -> None:
         """`on-evict`: let go of the longest kept chunks when L1 is that full."""
@@ -92,6 +92,18 @@ class WriteQueue:
         self.queued_bytes -= size
         return Batch(space, b"".join(one[1] for one in taken), b"".join(one[2] for one in taken), size)
 
+    def still_there(self, batch: Batch, found: bytes) -> Batch:
+        """What can be written of a batch: `found`, in the batch's order. The rest was evicted before its turn."""
+        count, gone = len(batch.hashes) // HASH_BYTES, (len(batch.hashes) - len(found)) // HASH_BYTES
+        gone_bytes = batch.size_bytes // count * gone
+        self._lose("evicted", gone, gone_bytes)
+        if not gone:
+            return batch
+        cuts = [slice(at, at + HASH_BYTES) for at in range(0, len(batch.hashes), HASH_BYTES)]
+        parents = {batch.hashes[cut]: batch.parents[cut] for cut in cuts}
+        of_found = [parents[found[at : at + HASH_BYTES]] for at in range(0, len(found), HASH_BYTES)]
+        return Batch(batch.space, found, b"".join(of_found), batch.size_bytes - gone_bytes)
+
     def put_back(self, batch: Batch) -> None:
         """The tier could not take it now: it is first in line again."""
         count = len(batch.hashes) // HASH_BYTES
@@ -100,14 +112,19 @@ class WriteQueue:
             self._ready.appendleft((batch.space, batch.hashes[cut], batch.parents[cut], batch.size_bytes // count))
         self.queued_bytes += batch.size_bytes
         while self.queued_bytes > self._max_bytes and self._ready:
-            self.queued_bytes -= self._ready.pop()[3]
-            self.counters["lost:queue full"] += 1
+            size = self._ready.pop()[3]
+            self.queued_bytes -= size
+            self._lose("queue full", 1, size)
 
     def clear(self) -> None:
         """Forget what waits: it is not to be kept any more."""
         self._ready.clear()
         self._kept_back.clear()
         self.queued_bytes = self._kept_bytes = 0
+
+    def _lose(self, reason: str, chunks: int, size_bytes: int) -> None:
+        self.counters[f"lost:{reason}"] += chunks
+        self.counters[f"lost_bytes:{reason}"] += size_bytes
 
     def _keep_no_longer(self) -> tuple[int, bytes, bytes, int]:
         one = self._kept_back.popleft()

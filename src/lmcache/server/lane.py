@@ -27,6 +27,15 @@ _STALLED_SECONDS = 1.0
 """A tier with a call that has been under way for longer is not asked anything new: whoever asks would wait as well."""
 _LOG_SECONDS = 10.0
 """A tier in trouble says so at most that often."""
+_LOSSES_SECONDS = 10.0
+"""What could not be written is told at most that often: one line for all that came since the last."""
+_REMEDIES = {
+    "queue full": "a higher --l2-queue-gb lets more wait",
+    "evicted": "a higher --l1-size-gb keeps chunks longer",
+    "full": "its max_gb should be below what its store has room for",
+    "too large": "a higher max_gb or a lower --chunk-size makes it fit",
+}
+"""By the reason for which something was not written."""
 
 
 class Lane:
@@ -53,7 +62,9 @@ class Lane:
         self._calls: dict[int, float] = {}
         """Reading calls under way: since when."""
         self._next_call = 0
-        self._told_at = float("-inf")
+        self._told_at = self._told_losses_at = float("-inf")
+        self._told_losses: Counter[str] = Counter()
+        """All counters, as they were when losses were last told."""
 
     def open(self) -> Future[None]:
         """Open the tier in its own thread; the result is None or a TierError."""
@@ -130,6 +141,24 @@ class Lane:
         """Try a tier that was left alone, when its pause is over."""
         if self.breaker.probe(now):
             self._run(self._writers, self._probe, lambda result, seconds: None)
+
+    def tell_losses(self, now: float) -> None:
+        """Warn of what could not be written since the last time, unless that was just now."""
+        if now - self._told_losses_at < _LOSSES_SECONDS:
+            return
+        counters = self.counters + self.queue.counters
+        new, parts = counters - self._told_losses, []
+        for name, count in new.items():
+            kind, _, reason = name.partition(":")
+            unit = {"lost": "chunks", "unwritten": "shards"}.get(kind)
+            if unit is None:
+                continue
+            mebibytes = new[f"{kind}_bytes:{reason}"] / 2**20
+            remedy = f": {_REMEDIES[reason]}" if reason in _REMEDIES else ""
+            parts.append(f"{count} {unit} ({mebibytes:,.1f} MiB), {reason}{remedy}")
+        if parts:
+            self._told_losses, self._told_losses_at = counters, now
+            logger.warning("Tier %s: not written: %s", self.name, "; ".join(parts))
 
     def status(self) -> dict[str, object]:
         """For /status; JSON types only."""

@@ -68,8 +68,10 @@ HELP: dict[str, str] = {
     "tier_kept_shards_total": "Shards that the tier acknowledged as kept.",
     "tier_written_shards_total": "Of these, those that it did not have before.",
     "tier_unwritten_total": "Shards that the tier did not take, by reason.",
+    "tier_unwritten_bytes_total": "Their bytes.",
     "tier_queued_total": "Chunks that were queued to be written to the tier.",
     "tier_lost_total": "Chunks that were not written to the tier, by reason.",
+    "tier_lost_bytes_total": "Their bytes.",
     "tier_failed_total": "Calls of the tier that failed as a whole, by reason.",
     "tier_opened_breaker_total": "How often one of the tier's circuit breakers opened.",
 }

@@ -259,11 +259,12 @@ class Tiering:
 
     def _write(self, lane: Lane, batch: Batch) -> None:
         lease, found, slots = self._heart.hold(batch.space, batch.hashes)
-        lane.queue.counters["lost:evicted"] += (len(batch.hashes) - len(found)) // HASH_BYTES
+        batch = lane.queue.still_there(batch, found)
         space = self._heart.space(batch.space)
         if not lease or space is None:
             return
-        shards = self._shards(space, batch, found, array("I", slots))
+        shards = self._shards(space, batch, array("I", slots))
+        sizes = [one.payload.nbytes for one in shards]
         generation, chunks = lane.generation, len(batch.hashes) // HASH_BYTES
         self._being_written[lane.name] += chunks
 
@@ -273,35 +274,40 @@ class Tiering:
                 one.payload.release()
             self._heart.release(SERVER, lease)
             self._settle()
-            self._written(lane, batch, shards, outcomes, generation)
+            self._written(lane, batch, shards, sizes, outcomes, generation)
             self._pump()
 
         lane.store(lambda: lane.tier.store(shards), done)
 
-    def _shards(self, space: Space, batch: Batch, found: bytes, pages: array[int]) -> list[Shard]:
-        parents = {
-            batch.hashes[at : at + HASH_BYTES]: batch.parents[at : at + HASH_BYTES]
-            for at in range(0, len(batch.hashes), HASH_BYTES)
-        }
+    def _shards(self, space: Space, batch: Batch, pages: array[int]) -> list[Shard]:
         shards = []
-        for at in range(len(pages)):
+        for at, page in enumerate(pages):
             chunk, shard = divmod(at, space.shards)
-            key = found[chunk * HASH_BYTES : (chunk + 1) * HASH_BYTES]
-            payload = self._view(pages[at] * PAGE_BYTES, space.slot_bytes[shard])
-            shards.append(
-                Shard(ShardKey(space.fingerprint, key, shard, space.shards), parents[key], payload.toreadonly())
-            )
+            cut = slice(chunk * HASH_BYTES, (chunk + 1) * HASH_BYTES)
+            key = ShardKey(space.fingerprint, batch.hashes[cut], shard, space.shards)
+            payload = self._view(page * PAGE_BYTES, space.slot_bytes[shard])
+            shards.append(Shard(key, batch.parents[cut], payload.toreadonly()))
         return shards
 
     def _written(
-        self, lane: Lane, batch: Batch, shards: list[Shard], outcomes: list[str] | None, generation: int
+        self,
+        lane: Lane,
+        batch: Batch,
+        shards: list[Shard],
+        sizes: list[int],
+        outcomes: list[str] | None,
+        generation: int,
     ) -> None:
         if outcomes is None:
             lane.queue.put_back(batch)
             return
-        for outcome in outcomes:
-            lane.counters["kept_shards" if outcome in (OK, KEPT) else f"unwritten:{outcome}"] += 1
+        for outcome, size in zip(outcomes, sizes, strict=True):
             lane.counters["written_shards"] += outcome == OK
+            if outcome in (OK, KEPT):
+                lane.counters["kept_shards"] += 1
+            else:
+                lane.counters[f"unwritten:{outcome}"] += 1
+                lane.counters[f"unwritten_bytes:{outcome}"] += size
         if generation != lane.generation and not self._closed:  # the tier was cleared meanwhile
             keys = [one.key for one in shards]
             lane.change(lambda: lane.tier.remove(keys), lambda result, seconds: None)
@@ -442,6 +448,8 @@ class Tiering:
         for lane in self.lanes:
             lane.close()
         self._loop.run_calls()  # what the lanes' last calls have to say
+        for lane in self.lanes:
+            lane.tell_losses(math.inf)  # it is the last time
         self._tell_unwritten(given_up=True)  # again where the last writes have failed, too, or never began
 
     def _tick(self) -> None:
@@ -449,6 +457,7 @@ class Tiering:
         self.fetches.tick(now)
         for lane in self.lanes:
             lane.tick(now)
+            lane.tell_losses(now)
         self._carry_out()
         self._pump()
 
