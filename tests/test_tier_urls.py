@@ -53,8 +53,14 @@ class Tape(Tier):
 
 @pytest.fixture
 def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if two packages were installed that bring tiers, one of which is none."""
-    for name, scheme, value in (("tape", "tape", f"{__name__}:Tape"), ("rope", "rope", f"{__name__}:GIB")):
+    """As if packages were installed that bring tiers, one of which is good."""
+    for name, scheme, value in (
+        ("tape", "tape", f"{__name__}:Tape"),
+        ("rope", "rope", f"{__name__}:GIB"),
+        ("wire", "wire", f"{__name__}:Tape"),
+        ("lost", "lost", "no_such_module:Tier"),
+        ("less", "less", f"{__name__}:Less"),
+    ):
         folder = tmp_path / f"{name}-1.dist-info"
         folder.mkdir()
         (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n")
@@ -126,8 +132,14 @@ def test_a_third_partys_tier(installed: None) -> None:
     assert made.tier.reels == 3 and made.write == "none"  # type: ignore[attr-defined]
     with pytest.raises(ConfigError, match=r"unknown option 'reel'; did you mean reels\?"):
         make_tier("tape://?reel=3")
-    with pytest.raises(ConfigError, match="is not a Tier class"):
-        make_tier("rope://")
+    for url, said in (
+        ("rope://", "entry point .*:GIB is not a Tier class"),
+        ("wire://", ":Tape must say scheme = 'wire'"),
+        ("lost://", "cannot load no_such_module:Tier: ModuleNotFoundError: No module named 'no_such_module'"),
+        ("less://", "cannot load .*:Less: AttributeError"),
+    ):
+        with pytest.raises(ConfigError, match=f"^{url}: .*{said}"):
+            make_tier(url)
 
 
 def test_a_library_that_is_missing_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -335,6 +335,63 @@ def test_one_kind_of_call_may_fail_for_long_while_the_rest_goes_on(rig: Callable
     assert one.ask(one.tiering.degraded) == []
 
 
+class CarelessTier(HandTier):
+    """A third party's, with faults in what `careless` names."""
+
+    careless = ""
+
+    def contains(self, keys: Sequence[ShardKey]) -> list[bool]:
+        return super().contains(keys)[self.careless == "contains" :]
+
+    def load(self, keys: Sequence[ShardKey], into: Sequence[memoryview]) -> list[str]:
+        return super().load(keys, into)[self.careless == "load" :]
+
+    def store(self, shards: Sequence[Shard]) -> list[str]:
+        outcomes = super().store(shards)
+        return outcomes if self.careless != "store" else None  # type: ignore[return-value]
+
+    def close(self) -> None:
+        if self.careless == "close":
+            raise OSError("close failed")
+        super().close()
+
+
+@pytest.mark.parametrize("careless", ["contains", "load"])
+def test_a_tier_that_breaks_its_word_costs_no_slots(rig: Callable[..., Rig], careless: str) -> None:
+    tier = CarelessTier()
+    one, hashes = rig(spec(tier)), chain(1, 6)
+    one.store(hashes)
+    one.written()
+    one.forget_l1()
+    tier.careless = careless
+    assert one.fetch(hashes) == 0
+    (lane,) = one.ask(one.tiering.status)
+    assert lane["counters"]["failed:internal"] == (1 if careless == "contains" else 2), "and two loads of four and two"
+    assert one.ask(one.heart.used_bytes) == 0 and one.loop.errors == 0
+    tier.careless = ""
+    eventually(lambda: one.fetch(hashes) == 6)  # for a second it is not asked again
+
+
+def test_a_tier_that_answers_no_store_gets_it_again(rig: Callable[..., Rig]) -> None:
+    tier = CarelessTier()
+    tier.careless = "store"
+    one, hashes = rig(spec(tier)), chain(1, 3)
+    one.store(hashes)
+    eventually(lambda: one.ask(one.tiering.degraded))
+    assert one.ask(one.tiering.degraded) == ["hand: internal error TypeError: object of type 'NoneType' has no len()"]
+    tier.careless = ""
+    one.written()
+    eventually(lambda: one.ask(one.tiering.status)[0]["counters"].get("kept_shards") == 3)
+    assert one.loop.errors == 0
+
+
+def test_the_others_are_closed_beside_one_that_cannot_be(rig: Callable[..., Rig]) -> None:
+    careless, other = CarelessTier(), HandTier()
+    careless.careless = "close"
+    rig(spec(careless, "one"), spec(other, "two")).close()
+    assert "close" in other.calls
+
+
 def test_loaded_chunks_go_to_nearer_tiers_only(rig: Callable[..., Rig]) -> None:
     near, middle, far = HandTier(True), HandTier(True), HandTier(True)
     one = rig(spec(near, "near"), spec(middle, "middle"), spec(far, "far"))

@@ -21,6 +21,7 @@ class MemoryTier(Tier):
         self._secret = read_secret(str(key_file), "memory", frame.KEY_BYTES) if key_file else b""
         self._lock = threading.Lock()
         self._opened = False
+        self.frames: dict[bytes, bytes] = {}
 
     @classmethod
     def from_url(cls, url: TierURL) -> MemoryTier:
@@ -47,13 +48,8 @@ class MemoryTier(Tier):
         stored = self.frames.pop(key.packed, None)
         if stored is None:
             return ABSENT
-        header, payload = stored[: frame.HEADER_BYTES], stored[frame.HEADER_BYTES :]
-        outcome = frame.check_header(header, key, buffer.nbytes, self._secret)
-        if not outcome and len(payload) != buffer.nbytes:
-            outcome = frame.TRUNCATED
-        outcome = outcome or frame.check(header, payload, key, self._secret)
+        outcome = frame.unpack(stored, key, buffer, self._secret)
         if outcome == OK:
-            buffer[:] = payload
             self.frames[key.packed] = stored
         return outcome
 

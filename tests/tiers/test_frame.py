@@ -42,6 +42,25 @@ def test_a_checksum_in_pieces_is_the_same(secret: bytes) -> None:
     assert frame.check(header, payload, KEY, bytes(32)) in (frame.OTHER_VERSION, frame.CHECKSUM)
 
 
+@pytest.mark.parametrize("secret", [b"", bytes(range(32))])
+def test_a_whole_frame_is_unpacked_and_nothing_of_another_is(secret: bytes) -> None:
+    payload = payload_of(KEY, 3000)
+    stored = frame.make_header(KEY, bytes(16), payload, secret) + payload
+    for made, size, outcome in (
+        (stored, 3000, OK),
+        (stored, 2999, frame.OTHER_SIZE),
+        (stored + b"!", 3000, frame.OTHER_SIZE),
+        (stored[:-1], 3000, frame.TRUNCATED),
+        (stored[:127], 3000, frame.TRUNCATED),
+        (b"", 3000, frame.TRUNCATED),
+        (stored[:-1] + b"!", 3000, frame.CHECKSUM),
+    ):
+        into = bytearray(b"x" * size)
+        assert frame.unpack(made, KEY, memoryview(into), secret) == outcome
+        assert into == (payload if outcome == OK else b"x" * size)
+    assert frame.unpack(stored, shard_key(2), memoryview(bytearray(3000)), secret) == frame.OTHER_SHARD
+
+
 def test_a_reader_written_from_the_page_reads_a_disk_tier(tmp_path: Path) -> None:
     tier = DiskTier(tmp_path / "tier", 32 << 20)
     tier.open()

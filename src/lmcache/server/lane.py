@@ -185,7 +185,10 @@ class Lane:
         """End the threads, once calls under way have ended (the tier's time-outs bound them), and close the tier."""
         self._readers.shutdown(wait=True, cancel_futures=True)
         self._writers.shutdown(wait=True, cancel_futures=True)
-        self.tier.close()
+        try:
+            self.tier.close()
+        except Exception:  # the other tiers and the server have to end as well
+            logger.exception("Tier %s could not be closed", self.name)
 
     def _probe(self) -> None:
         self.tier.open()

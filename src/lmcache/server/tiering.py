@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
+from typing import TypeVar
 
 from lmcache.cache import SERVER, Heart, Whole
 from lmcache.cache.fetch import Ask, Decided, Fetches, FetchRecord, Load, TierTraits
@@ -33,6 +34,7 @@ OPEN_SECONDS = 15.0
 """How long start-up waits for tiers; those that take longer serve later."""
 _NO_SLOT = 0xFFFFFFFF
 View = Callable[[int, int], memoryview]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,7 @@ class Tiering:
             self.fetches.answered(time.monotonic(), ask.fetch, ask.tier, whole, seconds)
             self._carry_out()
 
-        lane.ask(lambda: lane.tier.contains(keys), done)
+        lane.ask(lambda: _one_each(lane.tier.contains(keys), keys), done)
 
     def _load(self, load: Load) -> None:
         lane, parts = self.lanes[load.tier], self._reserve(load)
@@ -177,7 +179,7 @@ class Tiering:
                 one.release()
             self._loaded(load, parts, outcomes)
 
-        lane.load(lambda: lane.tier.load(keys, into), done)
+        lane.load(lambda: _one_each(lane.tier.load(keys, into), keys), done)
 
     def _reserve(self, load: Load) -> list[_Part]:
         """Slots for what the load brings; what is in L1 or under way by somebody else is left out."""
@@ -277,7 +279,7 @@ class Tiering:
             self._written(lane, batch, shards, sizes, outcomes, generation)
             self._pump()
 
-        lane.store(lambda: lane.tier.store(shards), done)
+        lane.store(lambda: _one_each(lane.tier.store(shards), shards), done)
 
     def _shards(self, space: Space, batch: Batch, pages: array[int]) -> list[Shard]:
         shards = []
@@ -481,6 +483,13 @@ def _keys(space: Space, hashes: bytes) -> list[ShardKey]:
         for at in range(0, len(hashes), HASH_BYTES)
         for shard in range(space.shards)
     ]
+
+
+def _one_each(answers: list[T], asked: Sequence[object]) -> list[T]:
+    """What a tier answered. Raises ValueError: more or fewer than it was asked; tiers of third parties may do so."""
+    if len(answers) != len(asked):
+        raise ValueError(f"{len(answers)} answers for {len(asked)} shards")
+    return answers
 
 
 def _whole(present: Sequence[bool], shards: int) -> Sequence[bool]:

@@ -1,4 +1,4 @@
-"""What every tier must do, as tests that anybody can run on theirs:
+"""What every tier must do, as tests that anybody can run on theirs (docs/tiers/your-own.md is the whole way to a tier):
 
     from lmcache.tiers.conformance import ConformanceSuite
 
@@ -9,8 +9,9 @@
         def stored_frame(self, place, tier, key): ...            # both or none: without them the tests of damage are skipped
         def replace_frame(self, place, tier, key, frame): ...
 
-pytest collects the class; nothing here imports it. Each test gets an empty folder (`tmp_path`) that names its store; a
-tier that keeps nothing on this machine uses its name. Attributes of the class say what a tier does not promise.
+pytest collects the class; nothing here imports it, and `lmcache` does not bring it. `place` is or lies in an empty folder of the
+test's (`tmp_path`) and names its store; a tier that keeps nothing on this machine uses its name. Attributes of the class say
+what a tier does not promise.
 """
 
 from __future__ import annotations
@@ -252,6 +253,7 @@ class ConformanceSuite:
 
     def test_closed_and_opened_again(self, tmp_path: Path) -> None:
         tier = self.make(tmp_path)
+        assert tier.usage().shards >= 0, "also where it is not open"
         self.refuses(tier)
         for _ in range(2):
             tier.open()
@@ -259,6 +261,7 @@ class ConformanceSuite:
             assert tier.store([shard_of(shard_key(1), 5000)]) in ([OK], [KEPT])
             tier.close()
             tier.close()
+            assert tier.usage().shards >= 0, "also where it is not open"
             self.refuses(tier)
 
     def test_a_restart_finds_all_again(self, tmp_path: Path) -> None:

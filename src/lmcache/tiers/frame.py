@@ -129,6 +129,18 @@ def check(header: bytes | memoryview, payload: bytes | memoryview, key: ShardKey
     return checksum.check(header, key)
 
 
+def unpack(stored: bytes | memoryview, key: ShardKey, into: memoryview, secret: bytes = b"") -> str:
+    """Copy the payload of a stored frame into a buffer of just its size. OK, or the name of the damage: nothing is copied."""
+    header, payload = memoryview(stored)[:HEADER_BYTES], memoryview(stored)[HEADER_BYTES:]
+    outcome = check_header(header, key, into.nbytes, secret)
+    if not outcome and payload.nbytes != into.nbytes:
+        outcome = TRUNCATED if payload.nbytes < into.nbytes else OTHER_SIZE
+    outcome = outcome or check(header, payload, key, secret)
+    if outcome == OK:
+        into.cast("B")[:] = payload
+    return outcome
+
+
 def check_digest(header: bytes, payload_bytes: int, digest: bytes, key: ShardKey) -> str:
     """As `check`, with the checksum taken by somebody else: 16 bytes, not keyed, over the payload and the header before it."""
     wrong = check_header(header, key, payload_bytes)

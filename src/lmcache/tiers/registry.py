@@ -157,8 +157,15 @@ def _class_of(url: TierURL) -> type[Tier]:
             ) from error
         return found
     for entry in entry_points(group=ENTRY_POINTS, name=url.scheme):
-        loaded = entry.load()
+        try:
+            loaded = entry.load()
+        except Exception as error:  # whatever a third party's module raises
+            raise ConfigError(f"{url.redacted}: cannot load {entry.value}: {type(error).__name__}: {error}") from error
         if not (isinstance(loaded, type) and issubclass(loaded, Tier)):
             raise ConfigError(f"{url.redacted}: entry point {entry.value} is not a Tier class")
+        if getattr(loaded, "scheme", None) != url.scheme:
+            raise ConfigError(
+                f"{url.redacted}: {entry.value} must say scheme = {url.scheme!r}, as its entry point does"
+            )
         return loaded
     raise ConfigError(f"{url.redacted}: unknown tier {url.scheme!r}; known: {', '.join(schemes())}")

@@ -78,11 +78,11 @@ class Tier(ABC):
     All methods may be called from several threads at once, may block, and touch the memory they were handed only until
     they return. One outcome a shard, in the order asked: a shard's damage is an outcome and never an exception, and a
     damaged shard is removed. `TierError` is for the store as a whole. No method takes longer than the tier's own
-    time-outs, which its URL sets.
+    time-outs, which its URL sets. docs/tiers/your-own.md says how the server uses them.
     """
 
     scheme: ClassVar[str]
-    """Of its URL: `disk`, `redis`, `s3` ..."""
+    """Of its URL: `disk`, `redis`, `s3` ... The name of its entry point."""
     concurrency: ClassVar[int] = 4
     """Calls that may usefully be under way at once."""
     batch_bytes: ClassVar[int] = 32 << 20
@@ -137,7 +137,7 @@ class Tier(ABC):
 
     @abstractmethod
     def usage(self) -> Usage:
-        """What is there, as far as this process knows; no I/O."""
+        """What is there, as far as this process knows; at once, without I/O, and also of a tier that is not open."""
 
     @abstractmethod
     def close(self) -> None:
