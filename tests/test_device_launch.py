@@ -50,8 +50,10 @@ class Driver:
         assert (kernel, threads, one, two, shared, stream) == (KERNEL, 256, 1, 1, 16, KERNELS)
         for run in range(runs):
             first, count, in_slot = (ctypes.c_int64 * 3).from_address(meta + 24 * run)
-            assert tiles * 2 >= count, "tiles of 2 tokens"
+            assert tiles * 2 >= (CHUNK if self.to_host else count), "tiles of 2 tokens"
             for plane in range(planes):
+                if self.to_host:
+                    ctypes.memset(staging + 2 * piece_words * run + plane * PLANE_BYTES, 0, PLANE_BYTES)
                 base = ctypes.c_int64.from_address(bases + 8 * (first_plane + plane)).value
                 for token in range(count):
                     paged = base + ROW * ctypes.c_int64.from_address(blocks + 8 * (first + token)).value
@@ -103,6 +105,7 @@ class Copy:
             place_bytes=2 * SLOT_BYTES,
             plane_bytes=PLANE_BYTES,
             word_bytes=2,
+            chunk_tokens=CHUNK,
             tile_tokens=2,
             row_tiles=1,
             yield_bytes=yield_bytes,

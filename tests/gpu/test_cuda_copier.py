@@ -84,6 +84,30 @@ def test_round_trip(layout: str, dtype: torch.dtype, chunk: int, block: int, lau
     copier.close()
 
 
+@pytest.mark.parametrize("chunk", [256, 48])
+@pytest.mark.parametrize(("count", "in_slot"), [(1, 0), (17, 0), (40, 3), (47, 1)])
+def test_beside_the_tokens_of_a_run_its_slot_is_zero(chunk: int, count: int, in_slot: int) -> None:
+    """The slot goes to tiers as a whole, and staging memory holds what was copied before: other prompts' KV."""
+    layers, heads, dims, block = 4, 2, 64, 16
+    paged, views = paged_kv("NHD [2,nb,bs,H,D]", layers, heads, dims, block, 400, torch.bfloat16)
+    copier, size = CudaCopier(paged, chunk), paged.slot_bytes(chunk)
+    assert copier.zeroes_the_rest
+    chunks = 6000 // chunk
+    arena = np.full((chunks + 1) * size, 90, dtype=np.uint8)
+    table = np.random.default_rng(1).permutation(400).astype(np.int32)
+    full = np.array([(i * size, i * chunk, chunk, 0) for i in range(chunks)], dtype=np.int64)
+    copier.gather(arena.ctypes.data, table, full, arena_bytes=arena.nbytes)
+    run = np.array([(chunks * size, 5, count, in_slot)], dtype=np.int64)
+    copier.gather(arena.ctypes.data, table, run, arena_bytes=arena.nbytes)
+    rows = torch.from_numpy(table.astype(np.int64)).cuda()
+    expected = torch.zeros(len(views), chunk, heads * dims, dtype=torch.bfloat16)
+    for plane, view in zip(expected, views, strict=True):
+        plane[in_slot : in_slot + count] = view[rows].reshape(-1, heads * dims)[5 : 5 + count].cpu()
+    slot = torch.from_numpy(arena[chunks * size :])
+    assert torch.equal(slot, expected.flatten().view(torch.uint8))
+    copier.close()
+
+
 class Points(Progress):
     """Keeps what it is told, and the points in time of the copying stream."""
 

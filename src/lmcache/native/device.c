@@ -17,7 +17,7 @@ typedef struct {
     int64_t to_host;
     int64_t bases, ring, places, place_bytes;
     int64_t plane_bytes, word_bytes;
-    int64_t tile_tokens, row_tiles;
+    int64_t chunk_tokens, tile_tokens, row_tiles;
     int64_t yield_bytes, slab_bytes;
     int64_t pieces_begun, unyielded_bytes; /* kept from copy to copy */
     int64_t filled[MAX_PLACES], emptied[MAX_PLACES]; /* events */
@@ -65,7 +65,7 @@ static int wait_event(const Lane *lane, int64_t stream, int64_t event)
 static int launch(const Lane *lane, const Copy *copy, int64_t first, int64_t count, int64_t plane, int64_t planes, uint64_t staging)
 {
     const Run *runs = POINTER(copy->runs);
-    int64_t longest = 1;
+    int64_t longest = lane->to_host ? lane->chunk_tokens : 1; /* a store fills whole slots */
     for (int64_t i = first; i < first + count; i++)
         if (runs[i].tokens > longest)
             longest = runs[i].tokens;

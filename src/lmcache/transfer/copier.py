@@ -17,6 +17,8 @@ class Copier(Protocol):
 
     bytes_per_second: float
     """About what it reaches on today's machines: for cutting work into steps."""
+    zeroes_the_rest: bool
+    """Whether a gather writes zeros where a run leaves tokens of its slot out; else those stay as they were."""
 
     def gather(
         self,

@@ -38,6 +38,7 @@ class CpuCopier:
     """
 
     bytes_per_second = 6e9
+    zeroes_the_rest = False
 
     def __init__(self, paged: PagedKV, chunk_tokens: int, threads: int = 1) -> None:
         if chunk_tokens < 1:

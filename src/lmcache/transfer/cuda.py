@@ -70,8 +70,10 @@ def _copy_kernel(  # type: ignore[no-untyped-def]
 ):
     """Program (tile, plane, chunk): TOKENS rows of one plane of one chunk. Strides are in words of `WORD` type.
 
-    meta holds (first_token, token_count, token_in_slot) for each chunk; a row is one token's heads x dims of a plane. What a
-    model fixes is constant: fewer arguments make a launch cheaper, and launches are what this code spends its time on.
+    meta holds (first_token, token_count, token_in_slot) for each chunk; a row is one token's heads x dims of a plane. To staging
+    go all rows of the chunk, zeros for tokens that are not the run's: the whole piece goes to the slot, and what was in the ring
+    before may be another prompt's. What a model fixes is constant: fewer arguments make a launch cheaper, and launches are what
+    this code spends its time on.
     """
     row_tiles: tl.constexpr = (ROW_WORDS + WORDS - 1) // WORDS
     tile = tl.program_id(0) // row_tiles
@@ -82,7 +84,9 @@ def _copy_kernel(  # type: ignore[no-untyped-def]
     count = tl.load(meta + chunk * 3 + 1)
     in_slot = tl.load(meta + chunk * 3 + 2)
     token = tile * TOKENS + tl.arange(0, TOKENS)
-    live = token < count
+    if TO_STAGING:
+        token = token - in_slot
+    live = (token >= 0) & (token < count)
     position = first + token
     block = tl.load(blocks + position // BLOCK_TOKENS, mask=live, other=0)
     row = block * BLOCK_STRIDE + (position % BLOCK_TOKENS) * TOKEN_STRIDE
@@ -90,9 +94,10 @@ def _copy_kernel(  # type: ignore[no-untyped-def]
     paged = tl.load(bases + first_plane + plane).to(tl.pointer_type(WORD)) + row[:, None] + column[None, :]
     slot_row = (plane * CHUNK_TOKENS + in_slot + token) * ROW_WORDS
     staged = staging + chunk.to(tl.int64) * piece_words + slot_row[:, None] + word[None, :]
-    mask = live[:, None] & (word < ROW_WORDS)[None, :]
+    in_row = (word < ROW_WORDS)[None, :]
+    mask = live[:, None] & in_row
     if TO_STAGING:
-        tl.store(staged, tl.load(paged, mask=mask), mask=mask)
+        tl.store(staged, tl.load(paged, mask=mask, other=0), mask=(in_slot + token < CHUNK_TOKENS)[:, None] & in_row)
     else:
         tl.store(paged, tl.load(staged, mask=mask), mask=mask)
 
@@ -113,6 +118,7 @@ class CudaCopier:
     """
 
     bytes_per_second = 50e9
+    zeroes_the_rest = True
 
     def __init__(self, paged: PagedKV, chunk_tokens: int) -> None:
         self._paged, self._chunk_tokens = paged, chunk_tokens
@@ -133,7 +139,7 @@ class CudaCopier:
         logger.info("GPU staging: %d MiB on %s", STAGING_BYTES >> 20, self._device)
 
     def gather(self, base: int, blocks: Blocks, runs: Runs, *, arena_bytes: int | None = None) -> None:
-        """Paged tokens, which the engine must have computed, -> slots."""
+        """Paged tokens, which the engine must have computed, -> slots, which hold nothing else afterwards."""
         checked = self._bounds.checked(base, blocks, runs, arena_bytes)
         self._lanes[True].run(base, *checked)
 
@@ -359,6 +365,7 @@ class _Lane:
                     place_bytes=self._ring[0][0].numel(),
                     plane_bytes=self._plane_bytes,
                     word_bytes=copier._shape.word_bytes,
+                    chunk_tokens=copier._chunk_tokens,
                     tile_tokens=constants["TOKENS"],
                     row_tiles=-(-constants["ROW_WORDS"] // constants["WORDS"]),
                     yield_bytes=_YIELD_BYTES,
@@ -404,7 +411,8 @@ class _Lane:
         copier, constants = self._copier, self._constants
         table, meta = tables.sent()
         row_tiles = -(-constants["ROW_WORDS"] // constants["WORDS"])
-        tiles = -(-int(runs[:, 2].max()) // constants["TOKENS"]) * row_tiles
+        rows = copier._chunk_tokens if self._to_host else int(runs[:, 2].max())
+        tiles = -(-rows // constants["TOKENS"]) * row_tiles
         piece_words = planes * self._plane_bytes // copier._shape.word_bytes
         _copy_kernel[(tiles, planes, len(runs))](
             copier._bases,

@@ -36,7 +36,7 @@ _LANE = np.dtype(
             "to_host",
             *("bases", "ring", "places", "place_bytes"),
             *("plane_bytes", "word_bytes"),
-            *("tile_tokens", "row_tiles"),
+            *("chunk_tokens", "tile_tokens", "row_tiles"),
             *("yield_bytes", "slab_bytes"),
             *("pieces_begun", "unyielded_bytes"),
         )
