@@ -22,7 +22,7 @@ from lmcache.integration.sglang import unified_lmcache_mp_connector as unified
 from lmcache.integration.sglang import weights
 from lmcache.integration.sglang.model import Ranks, describe_rank, pool_buffers
 from lmcache.integration.sglang.multi_process_adapter import LMCacheMPConnector
-from lmcache.integration.sglang.ranks import Agreement
+from lmcache.integration.sglang.ranks import Agreement, block_table
 from lmcache.integration.sglang.settings import read_settings
 from lmcache.integration.sglang.sglang_adapter import LMCacheLayerwiseConnector, LoadMetadata, StoreMetadata
 from lmcache.integration.sglang.utils import lmcache_get_config
@@ -468,6 +468,12 @@ def test_a_load_that_hangs_costs_one_deadline(
     load, _ = begin_load(engine, "b", text)
     engine.connector.prepare_load_on_stream(load, None)
     assert waits[0] == 0.0, "nothing is left of it"
+
+
+def test_a_block_table_begins_with_token_0() -> None:
+    slots = np.array([7, 3, 9])[:, None] * 16 + np.arange(16)
+    table, filled = block_table(slots.reshape(-1)[:40], 16, 32)
+    assert filled is None and table.dtype == np.int32 and table[2:].tolist() == [7, 3, 9] and len(table) == 5
 
 
 @pytest.mark.parametrize("why", ["switched off", "another counter"])
