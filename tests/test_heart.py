@@ -313,7 +313,15 @@ class Life:
             assert self.heart.peek(process, space.number, b"".join(keys)) == len(found)
             space.touch(found)
         skip = self.dice.choice([0, 0, 0, 1, 3, 20])
-        hit = self.heart.lookup(self.now, process, space.number, b"".join(keys), skip)
+        hit = None
+        if self.dice.random() < 0.5:
+            events = len(self.heart.events)
+            hit = self.heart.lookup_all(self.now, process, space.number, b"".join(keys), skip)
+            over = self.over_quota(self.instance(process))
+            assert (hit is None) == (over or len(leading_whole(space, keys)) < len(keys))
+            assert hit is not None or len(self.heart.events) == events
+        if hit is None:
+            hit = self.heart.lookup(self.now, process, space.number, b"".join(keys), skip)
         if self.over_quota(self.instance(process)):
             assert hit == Hit(0, 0, b"")
             self.told["missed"] += len(keys)

@@ -76,7 +76,9 @@ def pcie(size: int) -> dict[str, float]:
 
 
 def rates(paged: PagedKV, mapping: Mapping, tokens: int, chunk: int, limit: dict[str, float]) -> dict[str, Any]:
-    """What the copier reaches with chunks of `chunk` tokens, and how much of PCIe that is."""
+    """What the copier reaches with chunks of `chunk` tokens, how much of PCIe that is, and the GPU memory that it takes."""
+    torch.cuda.empty_cache()
+    free = torch.cuda.mem_get_info()[0]
     copier = CudaCopier(paged, chunk)
     copier.adopt(mapping.address, mapping.size_bytes)
     copier.wait_adopted()
@@ -109,6 +111,8 @@ def rates(paged: PagedKV, mapping: Mapping, tokens: int, chunk: int, limit: dict
     out["both_at_once"] = {"sum": round(rate, 1), "of_pcie": round(rate / limit["both"], 3)}
     one = {"store": partial(store, runs[:1]), "load": partial(load, runs[:1])}
     out["one_chunk"] = {name: round(slot / measured(call, 30) / 1e9, 1) for name, call in one.items()}
+    torch.cuda.empty_cache()
+    out["gpu_memory_mib"] = (free - torch.cuda.mem_get_info()[0]) >> 20
     copier.close()
     return out
 

@@ -15,6 +15,7 @@ from lmcache.integration.sglang.ranks import Both, block_table  # noqa: E402
 def test_a_table_is_filled_behind_what_the_gpu_computes_and_nobody_waits_for_that() -> None:
     pages = np.random.default_rng(1).permutation(500)
     slots = torch.from_numpy((pages[:, None] * 64 + np.arange(64)).reshape(-1)).cuda()
+    block_table(slots, 64, 192)  # pinned memory that is new has to wait for the GPU; after that it is used again
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):
         torch.cuda._sleep(1 << 30)  # half a second or more

@@ -209,6 +209,10 @@ class Fetches:
         """Fetches that somebody may be waiting for."""
         return sum(fetch.ended is None for fetch in self._fetches.values())
 
+    def knows(self, space: int, hashes: bytes) -> bool:
+        """Whether there is a fetch of these chunks, under way or just ended."""
+        return (space, hashes[-HASH_BYTES:]) in self._by_request
+
     def poll(
         self,
         now: float,

@@ -251,18 +251,39 @@ class Heart:
         Raises:
             Refusal: unknown space or process, or the instance holds too much in quarantine.
         """
-        space, name, instance = self._admit(process, space_number)
+        admitted = space, _, instance = self._admit(process, space_number)
         asked = len(hashes) // HASH_BYTES
         if self._over_quota(instance):
             self._tell("missed", space, asked, "quarantine")
             return Hit(0, 0, b"")
         ids = space.table.match(hashes)
-        chunks = len(ids) // 4
+        hit = self._lease(now, process, admitted, ids, first_wanted)
+        if hit.chunks < asked:
+            self._tell("missed", space, asked - hit.chunks, self._why_missed(space, hashes, hit.chunks))
+        return hit
+
+    def lookup_all(
+        self, now: float, process: int, space_number: int, hashes: bytes, first_wanted: int = 0
+    ) -> Hit | None:
+        """As `lookup` where all of these chunks are visible. Else None: nothing is touched, leased or counted.
+
+        Raises:
+            Refusal: unknown space or process.
+        """
+        admitted = space, _, instance = self._admit(process, space_number)
+        ids = space.table.match(hashes)
+        if len(ids) // 4 < len(hashes) // HASH_BYTES or self._over_quota(instance):
+            return None
+        return self._lease(now, process, admitted, ids, first_wanted)
+
+    def _lease(
+        self, now: float, process: int, admitted: tuple[Space, str, _Instance], ids: bytes, first_wanted: int
+    ) -> Hit:
+        """Touch and count the chunks that were found, and lease those from `first_wanted` on."""
+        (space, name, instance), chunks = admitted, len(ids) // 4
         if chunks:
             space.table.touch(ids)
             self._tell("hit", space, chunks)
-        if chunks < asked:
-            self._tell("missed", space, asked - chunks, self._why_missed(space, hashes, chunks))
         leased = ids[4 * first_wanted :]
         if not leased:
             return Hit(chunks, 0, b"")

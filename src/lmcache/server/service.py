@@ -216,14 +216,17 @@ class Service:
         hashes = request.hashes
         if len(hashes) % 16:
             raise Refusal(f"{len(hashes)} bytes are not whole 16-byte hashes")
+        lookup = time.monotonic(), peer.process, request.space, hashes, max(0, request.first_wanted)
         if self.tiering is not None:
+            if not self.tiering.knows(request.space, hashes):
+                found = self.heart.lookup_all(*lookup)
+                if found is not None:
+                    return m.Found(*found)
             name = _printable(request.request, 200)
             in_l1, coming = self.tiering.wait_for(peer.process, request.space, hashes, request.prefill_rate, name)
             if coming:
                 return m.Found(in_l1, 0, b"", coming)
-        return m.Found(
-            *self.heart.lookup(time.monotonic(), peer.process, request.space, hashes, max(0, request.first_wanted))
-        )
+        return m.Found(*self.heart.lookup(*lookup))
 
     def _release(self, peer: Peer, request: m.Request) -> m.Message:
         assert isinstance(request, m.Release)
@@ -387,4 +390,5 @@ class Service:
 
 def _printable(text: str, most: int) -> str:
     """What an engine says of itself, fit for a line of the log."""
-    return "".join(char if char.isprintable() else "?" for char in text[:most])
+    text = text[:most]
+    return text if text.isprintable() else "".join(char if char.isprintable() else "?" for char in text)

@@ -106,6 +106,10 @@ class Tiering:
 
     # Reading
 
+    def knows(self, space: int, hashes: bytes) -> bool:
+        """Whether tiers have lately been asked for these chunks."""
+        return self.fetches.knows(space, hashes)
+
     def wait_for(
         self, process: int, space_number: int, hashes: bytes, prefill_tokens_per_second: float, request: str = ""
     ) -> tuple[int, int]:
