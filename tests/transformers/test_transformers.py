@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from servers import PATIENCE, Server
+from servers import PATIENCE, Server, eventually
 
 TOLERANCE = 1e-4
 """Of float32 logits, whose spread is about 3: the same sums in another order."""
@@ -54,6 +55,20 @@ def test_a_conversation_grows(server: Servers, user: Any) -> None:
     assert talk["same"]
     # Turn n begins with 300 + 33 (n - 1) + 20 tokens whose KV is known but for the last one.
     assert talk["hits"] == [0] + [(300 + 33 * turn + 19) // 16 * 16 for turn in range(3)]
+
+
+def test_a_tier_is_weighed_against_what_computing_takes(server: Servers, user: Any, tmp_path: Path) -> None:
+    """`generate` tells how fast it has computed the prompts before this one."""
+    one = server(l1=256, chunk=16, flags=("--l2", f"disk://{tmp_path}/tier?max_gb=1"))
+    user.ask("attach", address=one.address)
+    began = time.monotonic()
+    assert right(user.ask("generate", ids=[900, 5], new=1))
+    longest = time.monotonic() - began
+    eventually(lambda: one.status()["tiers"][0]["shards"] == 900 // 16)
+    one.clear()
+    assert right(user.ask("generate", ids=[900, 5], new=1))
+    computing = max(fetch["recompute_seconds"] or 0.0 for fetch in one.status()["fetches"])
+    assert 0 < computing < longest
 
 
 def test_a_longer_answer_than_foreseen(server: Servers, user: Any) -> None:

@@ -15,6 +15,7 @@ from lmcache.chunks import HASH_BYTES, Layout, Shard, TokenChain
 from lmcache.engine import Load, SchedulerSession, Store, WorkerSession
 from lmcache.engine.embedded import EmbeddedServer, embedded_address
 from lmcache.engine.link import Endpoint, server_address
+from lmcache.engine.prefill import PrefillRate
 from lmcache.errors import LMCacheError
 from lmcache.integration.transformers.model import kv_shape, layout_of, weights_identity, weights_stamp
 from lmcache.integration.transformers.pool import Pool
@@ -92,6 +93,7 @@ class Attached:
         self._scheduler: SchedulerSession | None = None
         self._worker: WorkerSession | None = None
         self._pool: Pool | None = None
+        self._prefill = PrefillRate()
         self._stamp = 0
         self._jobs = 0
         self._running: set[str] = set()
@@ -177,9 +179,9 @@ class Attached:
         if chain is None:
             return None
         chain.extend(tokens)
-        hit = self._scheduler.lookup(chain)
+        hit = self._scheduler.lookup(chain, prefill_rate=self._prefill.tokens_per_second)
         if hit is None:
-            return _Begun(chain, self._pool.cache(0), 0)
+            return _Begun(chain, self._pool.cache(0, self._step), 0)
         # The last token is always computed: its logits are what the answer begins with.
         have = min(hit.chunks * chain.chunk_tokens, len(tokens) - 1)
         slots = hit.slots[: 4 * -(-have // chain.chunk_tokens)]
@@ -190,12 +192,17 @@ class Attached:
         if self._running:
             return None
         if not loaded:
-            return _Begun(chain, self._pool.cache(0), 0)
+            return _Begun(chain, self._pool.cache(0, self._step), 0)
         self.hit_tokens += have
-        return _Begun(chain, self._pool.cache(have), hit.chunks)
+        return _Begun(chain, self._pool.cache(have, self._step), hit.chunks)
+
+    def _step(self, tokens: int) -> None:
+        """A forward over so many tokens begins; 0: none does, and the last one has ended."""
+        self._prefill.step(time.monotonic(), tokens)
 
     def _end(self, begun: _Begun, answer: Any) -> None:
         """Store the full chunks that LMCache has not got yet; the copy runs while the caller goes on."""
+        self._step(0)
         try:
             sequence = answer if isinstance(answer, torch.Tensor) else answer.sequences
             self._store(begun, sequence[0].tolist())

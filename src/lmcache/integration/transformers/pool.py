@@ -6,6 +6,7 @@ makes a new tensor and copies all before it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,9 +36,17 @@ class PoolLayer(DynamicLayer):  # type: ignore[misc]
     What does not fit or is no longer one sequence (beams, a longer answer than was foreseen) goes on as a DynamicLayer.
     """
 
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor, tokens: int) -> None:
-        """keys, values: [1, heads, room, head size], of which the first `tokens` tokens are filled."""
+    def __init__(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        tokens: int,
+        appends: Callable[[int], None] | None = None,
+    ) -> None:
+        """keys, values: [1, heads, room, head size], of which the first `tokens` tokens are filled. appends: is called with the
+        number of new tokens before each update."""
         super().__init__()
+        self._appends = appends
         self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
         self._room_keys, self._room_values = keys, values
         self._left_at = 0
@@ -52,6 +61,8 @@ class PoolLayer(DynamicLayer):  # type: ignore[misc]
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append [1, heads, new tokens, head size]; returns all keys and values so far."""
+        if self._appends is not None:
+            self._appends(int(key_states.shape[-2]))
         start = int(self.keys.shape[-2]) if self.keys is not None else 0
         end = start + key_states.shape[-2]
         fits = key_states.shape[0] == 1 and end <= self._room_keys.shape[-2] and self._in_pool()
@@ -66,6 +77,7 @@ class PoolLayer(DynamicLayer):  # type: ignore[misc]
 
     def leave(self) -> None:
         """Take the KV along: whoever keeps this layer keeps it when the pool has gone on to another prompt."""
+        self._appends = None
         if self._in_pool():
             self._left_at = self.tokens_in_pool
             self.keys, self.values = self.keys.clone(), self.values.clone()
@@ -99,11 +111,13 @@ class Pool:
             str(self._memory.device),
         )
 
-    def cache(self, tokens: int) -> DynamicCache:
-        """A cache for `generate` whose first `tokens` tokens are those in the pool."""
+    def cache(self, tokens: int, step: Callable[[int], None]) -> DynamicCache:
+        """A cache for `generate` whose first `tokens` tokens are those in the pool. step: is called with the number of new tokens
+        when a forward comes to the first layer's KV."""
         views = [plane.unsqueeze(0) for plane in self._planes]
+        first, *others = zip(views[::2], views[1::2], strict=True)
         cache = DynamicCache()
-        cache.layers = [PoolLayer(keys, values, tokens) for keys, values in zip(views[::2], views[1::2], strict=True)]
+        cache.layers = [PoolLayer(*first, tokens, step), *(PoolLayer(*layer, tokens) for layer in others)]
         return cache
 
 
