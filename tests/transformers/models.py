@@ -1,10 +1,12 @@
 """A user's script for Transformers that does what it is told on stdin, as `commands.serve` says.
 
-Run by the tests: `python models.py FOLDER`. Commands: the functions `do_*`. Prompts are named by (tokens, seed).
+Run by the tests: `python models.py FOLDER`. Commands: the functions `do_*`. Prompts are named by (tokens, seed). Models are on
+the device that LMCACHE_TEST_DEVICE names, by default a CPU.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,13 +18,14 @@ from lmcache.integration.transformers import Attached, attach
 from transformers import AutoModelForCausalLM, DynamicCache
 
 VOCABULARY = 8192
+DEVICE = os.environ.get("LMCACHE_TEST_DEVICE", "cpu")
 
 
 class State:
     """The model as it came, and what LMCache is attached to."""
 
     def __init__(self, folder: str) -> None:
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(DEVICE).eval()
         self.plain = self.model.generate
         self.attached: Attached | None = None
         self.kept: Any = None
@@ -32,7 +35,7 @@ def prompt(tokens: int, seed: int, shared: int = 0) -> torch.Tensor:
     """[1, tokens] token ids; the first `shared` are the same for all seeds."""
     first = torch.randint(1, VOCABULARY, (1, shared), generator=torch.Generator().manual_seed(1))
     rest = torch.randint(1, VOCABULARY, (1, tokens - shared), generator=torch.Generator().manual_seed(1000 + seed))
-    return torch.cat([first, rest], dim=1)
+    return torch.cat([first, rest], dim=1).to(DEVICE)
 
 
 def do_attach(state: State, **options: Any) -> dict[str, Any]:
@@ -65,7 +68,7 @@ def do_close(state: State) -> dict[str, Any]:
 def do_generate(state: State, ids: list[int], new: int = 8, **more: Any) -> dict[str, Any]:
     """With LMCache and without, greedily: whether tokens and logits are the same, and what came from the cache."""
     assert state.attached is not None
-    tokens = torch.tensor(prompt(*ids).tolist() * more.pop("batch", 1))
+    tokens = torch.tensor(prompt(*ids).tolist() * more.pop("batch", 1), device=DEVICE)
     if more.pop("padded", False):
         mask = torch.ones_like(tokens)
         mask[:, :3] = 0
@@ -158,8 +161,8 @@ def do_kinds(state: State, address: str) -> dict[str, Any]:
     answers = {}
     for name, config in configs.items():
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config).eval()
-        tokens = torch.randint(1, 128, (1, 50), generator=torch.Generator().manual_seed(3))
+        model = AutoModelForCausalLM.from_config(config).to(DEVICE).eval()
+        tokens = torch.randint(1, 128, (1, 50), generator=torch.Generator().manual_seed(3)).to(DEVICE)
         options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
         expected = model.generate(tokens, **options)
         with attach(model, address) as attached:
