@@ -9,7 +9,6 @@ import sys
 import threading
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import TracebackType
 from urllib.parse import parse_qs, urlsplit
 
 _PIECE_BYTES = 64 << 10
@@ -69,14 +68,6 @@ class HTTPProxy:
                 with contextlib.suppress(OSError):
                     one.shutdown(socket.SHUT_RDWR)
         self._server.server_close()
-
-    def __enter__(self) -> HTTPProxy:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 class _Listener(ThreadingHTTPServer):

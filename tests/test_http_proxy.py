@@ -6,6 +6,7 @@ import http.client
 import socket
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -50,7 +51,7 @@ def through() -> Iterator[HTTPProxy]:
     echo = ThreadingHTTPServer(("127.0.0.1", 0), _Echo)
     thread = threading.Thread(target=echo.serve_forever, args=(0.01,))
     thread.start()
-    with HTTPProxy(echo.server_port) as one:
+    with closing(HTTPProxy(echo.server_port)) as one:
         yield one
     echo.shutdown()
     thread.join()

@@ -8,6 +8,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from typing import Any
 
 import obstore
@@ -29,7 +30,7 @@ ANSWERS = pytest.mark.parametrize(
 
 @pytest.fixture
 def through(seaweed: Seaweed) -> Iterator[HTTPProxy]:
-    with HTTPProxy(seaweed.port) as one:
+    with closing(HTTPProxy(seaweed.port)) as one:
         yield one
 
 

@@ -26,6 +26,7 @@ from lmcache.engine.link import Endpoint, Link, ask
 from lmcache.errors import LayoutError, LMCacheError, ServerRefused, ServerUnavailable
 from lmcache.memory.arena import Mapping, populate_all
 from lmcache.observability.log import init_logger
+from lmcache.transfer.bounds import Runs
 from lmcache.transfer.copier import Copier, make_copier
 from lmcache.transfer.launch import beside_captures
 from lmcache.transfer.paged import PagedKV
@@ -43,7 +44,6 @@ _MAX_QUEUED_STORES = 1024
 _STORING = "store"
 _LAST_COPY_SECONDS = 30.0
 """How long a connection to a new server waits for copies in the old one's arena."""
-Runs = npt.NDArray[np.int64]
 
 
 class _Cancelled(LMCacheError):

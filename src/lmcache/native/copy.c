@@ -315,15 +315,8 @@ static PyObject *copy(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
 {
     int64_t n[11];
     (void)module;
-    if (nargs != 11) {
-        PyErr_Format(PyExc_TypeError, "copy takes 11 integers, not %zd arguments", nargs);
+    if (lmcache_integers("copy", args, nargs, n, 11) < 0)
         return NULL;
-    }
-    for (int i = 0; i < 11; i++) {
-        n[i] = PyLong_AsLongLong(args[i]);
-        if (n[i] == -1 && PyErr_Occurred())
-            return NULL;
-    }
     if (n[1] >= 0 && !isa_supported(n[1])) {
         PyErr_Format(PyExc_ValueError, "this CPU has no instruction set number %lld", (long long)n[1]);
         return NULL;
@@ -378,15 +371,8 @@ static PyObject *runs_fit(PyObject *module, PyObject *const *args, Py_ssize_t na
 {
     int64_t n[8];
     (void)module;
-    if (nargs != 8) {
-        PyErr_Format(PyExc_TypeError, "runs_fit takes 8 integers, not %zd arguments", nargs);
+    if (lmcache_integers("runs_fit", args, nargs, n, 8) < 0)
         return NULL;
-    }
-    for (int i = 0; i < 8; i++) {
-        n[i] = PyLong_AsLongLong(args[i]);
-        if (n[i] == -1 && PyErr_Occurred())
-            return NULL;
-    }
     if (n[5] < 1) {
         PyErr_Format(PyExc_ValueError, "blocks of %lld tokens", (long long)n[5]);
         return NULL;

@@ -5,8 +5,6 @@
  */
 #include "native.h"
 
-#include <stdint.h>
-
 enum { MAX_PLACES = 64, KERNEL_PARAMETERS = 6, SPARE_PARAMETERS = 4 };
 
 /* As `lmcache.transfer.launch` lays it out: 64-bit numbers, in this order. */
@@ -163,15 +161,8 @@ static PyObject *launch_copy(PyObject *module, PyObject *const *args, Py_ssize_t
     int64_t n[4];
     int error;
     (void)module;
-    if (nargs != 4) {
-        PyErr_Format(PyExc_TypeError, "launch_copy takes 2 addresses and sizes, not %zd arguments", nargs);
+    if (lmcache_integers("launch_copy", args, nargs, n, 4) < 0)
         return NULL;
-    }
-    for (int i = 0; i < 4; i++) {
-        n[i] = PyLong_AsLongLong(args[i]);
-        if (n[i] == -1 && PyErr_Occurred())
-            return NULL;
-    }
     Lane *lane = POINTER(n[0]);
     const Copy *copy = POINTER(n[2]);
     if (n[1] != sizeof *lane || n[3] != sizeof *copy) {

@@ -12,6 +12,23 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include <stdint.h>
+
+/* The arguments of `name`, which takes `count` integers. 0, or -1 with a Python error set. */
+static inline int lmcache_integers(const char *name, PyObject *const *args, Py_ssize_t nargs, int64_t *n, Py_ssize_t count)
+{
+    if (nargs != count) {
+        PyErr_Format(PyExc_TypeError, "%s takes %zd integers, not %zd arguments", name, count, nargs);
+        return -1;
+    }
+    for (Py_ssize_t i = 0; i < count; i++) {
+        n[i] = PyLong_AsLongLong(args[i]);
+        if (n[i] == -1 && PyErr_Occurred())
+            return -1;
+    }
+    return 0;
+}
+
 /* copy.c: paged KV <-> slots. Ends with a zero entry. */
 extern PyMethodDef lmcache_copy_methods[];
 

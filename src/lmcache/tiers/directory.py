@@ -199,11 +199,9 @@ class DirectoryTier(Tier):
         header = memoryview(bytearray(frame.HEADER_BYTES))
         checksum = frame.Checksum(self._secret)
         got = self._medium.read(fd, [header, into[:_PIECE_BYTES]], 0)
-        wrong = frame.check_header(header[:got], key, into.nbytes, self._secret)
+        wrong = frame.check_stored(header[:got], size, key, into.nbytes, self._secret)
         if wrong:
             return wrong
-        if size != frame.HEADER_BYTES + into.nbytes:
-            return frame.TRUNCATED if size < frame.HEADER_BYTES + into.nbytes else frame.OTHER_SIZE
         checksum.update(into[:_PIECE_BYTES])
         for at in range(_PIECE_BYTES, into.nbytes, _PIECE_BYTES):
             piece = into[at : at + _PIECE_BYTES]

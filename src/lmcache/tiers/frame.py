@@ -119,6 +119,18 @@ def check_header(header: bytes | memoryview, key: ShardKey, payload_bytes: int, 
     return OK if stored == payload_bytes else OTHER_SIZE
 
 
+def check_stored(
+    header: bytes | memoryview, stored_bytes: int, key: ShardKey, payload_bytes: int, secret: bytes = b""
+) -> str:
+    """As `check_header`, for a frame of which the store has `stored_bytes`, header included."""
+    if stored_bytes < HEADER_BYTES:
+        return TRUNCATED
+    wrong = check_header(header, key, payload_bytes, secret)
+    if wrong or stored_bytes == HEADER_BYTES + payload_bytes:
+        return wrong
+    return TRUNCATED if stored_bytes < HEADER_BYTES + payload_bytes else OTHER_SIZE
+
+
 def check(header: bytes | memoryview, payload: bytes | memoryview, key: ShardKey, secret: bytes = b"") -> str:
     """OK when header and payload are a whole frame of this shard; otherwise the name of the damage."""
     wrong = check_header(header, key, memoryview(payload).nbytes, secret)
@@ -132,10 +144,11 @@ def check(header: bytes | memoryview, payload: bytes | memoryview, key: ShardKey
 def unpack(stored: bytes | memoryview, key: ShardKey, into: memoryview, secret: bytes = b"") -> str:
     """Copy the payload of a stored frame into a buffer of just its size. OK, or the name of the damage: nothing is copied."""
     header, payload = memoryview(stored)[:HEADER_BYTES], memoryview(stored)[HEADER_BYTES:]
-    outcome = check_header(header, key, into.nbytes, secret)
-    if not outcome and payload.nbytes != into.nbytes:
-        outcome = TRUNCATED if payload.nbytes < into.nbytes else OTHER_SIZE
-    outcome = outcome or check(header, payload, key, secret)
+    outcome = check_stored(header, memoryview(stored).nbytes, key, into.nbytes, secret)
+    if not outcome:
+        checksum = Checksum(secret)
+        checksum.update(payload)
+        outcome = checksum.check(header, key)
     if outcome == OK:
         into.cast("B")[:] = payload
     return outcome

@@ -158,14 +158,8 @@ class S3Tier(Tier):
 
     def _check(self, header: bytes, size: int, checksum: frame.Checksum, key: ShardKey, payload_bytes: int) -> str:
         """`size` of the object. What it lacks was not read, so it tells, not the memory: that may hold it from before."""
-        if size < frame.HEADER_BYTES:
-            return frame.TRUNCATED
-        wrong = frame.check_header(header, key, payload_bytes, self._secret)
-        if wrong:
-            return wrong
-        if size != frame.HEADER_BYTES + payload_bytes:
-            return frame.TRUNCATED if size < frame.HEADER_BYTES + payload_bytes else frame.OTHER_SIZE
-        return checksum.check(header, key)
+        wrong = frame.check_stored(header, size, key, payload_bytes, self._secret)
+        return wrong or checksum.check(header, key)
 
     def store(self, shards: Sequence[Shard]) -> list[str]:
         outcomes = [FULL] * len(shards)

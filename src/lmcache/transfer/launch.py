@@ -14,9 +14,9 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
 from lmcache.observability.log import init_logger
+from lmcache.transfer.bounds import Runs
 
 if TYPE_CHECKING:
     import torch
@@ -70,7 +70,6 @@ _NAMES = {
 }
 """Whether it is HIP -> names of the library, of what `_DRIVER` stands for, and of what sets a thread's capture mode."""
 _THREAD_LOCAL = 1
-Runs = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)

@@ -25,12 +25,12 @@ from lmcache.errors import ConfigError
 from lmcache.integration.sglang.model import RankKV, Ranks
 from lmcache.integration.sglang.settings import Settings
 from lmcache.observability.log import init_logger
+from lmcache.transfer.bounds import Blocks
 from lmcache.transfer.progress import Progress
 
 logger = init_logger(__name__)
 
 Tokens = npt.NDArray[np.int64]
-Blocks = npt.NDArray[np.int32]
 GIB = 1 << 30
 _START_SECONDS = 1.0
 """What an engine's start may wait for its server, so that the first prompt is cached already."""
