@@ -49,7 +49,7 @@ def ours_of(url: str, ended: Ended, pause_seconds: float = 0.05) -> Tier:
 
 
 def last_written(folder: Path) -> Ended:
-    """For tiers in files, whatever their names: when the last one was written to or given its name."""
+    """For tiers in files, whatever their names: when the last one was written to or given its name, in the kernel's ticks."""
 
     def ended(chunks: int, chunk_bytes: int) -> float | None:
         try:

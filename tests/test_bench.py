@@ -100,8 +100,7 @@ def test_what_is_loaded_behind_a_server_comes_from_its_tier(tmp_path: Path) -> N
     with contextlib.ExitStack() as stack:
         tier = ours_of(f"disk://{folder}?io=buffered&max_gb=1", last_written(folder))
         turns = Turns(Side("ours", sys.executable), tier, stack, SHAPES["small"], l1_gb=0.1)
-        into_l1, into_tier, _ = turns.store(4)
-        assert 0 < into_l1 < into_tier
+        turns.store(4)
         assert turns.load(0.001)[0] > 0
         turns.wipe()
         with pytest.raises(RuntimeError, match="of 4 chunks that a tier had, 0 came"):

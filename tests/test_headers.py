@@ -93,17 +93,6 @@ def test_a_file_that_is_not_ours_is_not_used(headers: Headers, tmp_path: Path) -
             read_headers(tmp_path / "other")
 
 
-def test_a_slot_costs_a_few_microseconds(headers: Headers) -> None:
-    pages, keys = list(range(0, 16000, 2)), bytes(16 * 8000)
-    seconds = []
-    for _ in range(3):
-        begin = time.thread_time()
-        headers.committed(FINGERPRINT, 1, 0, 8192, pages, keys, keys)
-        headers.freed(pages)
-        seconds.append(time.thread_time() - begin)
-    assert min(seconds) / len(pages) < 20e-6
-
-
 def test_stale_headers_go_with_their_arena(tmp_path: Path) -> None:
     live = Arena(tmp_path, 1 << 20)
     assert len(list(tmp_path.iterdir())) == 2
