@@ -23,12 +23,10 @@ from hypothesis.stateful import (
 )
 
 from lmcache.cache.table import COMPLETED, DONE, EMPTY, FILLING, NO_PAGE, RELEASED, PyTable, Table, pack, unpack
+from lmcache.compiled import load_native
 
-try:
-    from lmcache._native import Table as NativeTable
-except ImportError:
-    NativeTable = None
-
+native = load_native()
+NativeTable = None if native is None else native.Table
 needs_native = pytest.mark.skipif(NativeTable is None, reason="the native module was not built")
 both = pytest.mark.parametrize("table_type", [PyTable, pytest.param(NativeTable, marks=needs_native, id="native")])
 NewTable = Callable[[int], Table]

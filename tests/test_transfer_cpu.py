@@ -16,8 +16,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from lmcache.compiled import load_native
 from lmcache.errors import LayoutError
-from lmcache.transfer.bounds import Bounds, load_native
+from lmcache.transfer.bounds import Bounds
 from lmcache.transfer.cpu import CpuCopier
 from lmcache.transfer.paged import PagedKV, Plane
 

@@ -2,7 +2,7 @@
 
 Pure: no I/O, no threads, no clock of its own; every call brings `now`. One thread of the server owns it, so it needs no lock,
 and a test can run a million operations with made-up clocks and deaths. May import: `memory.slabs`, `memory.order`, `chunks`,
-the ground floor, and `lmcache._native` (optional).
+and the ground floor.
 """
 
 from lmcache.cache.heart import SERVER, Cleared, Committed, Event, Freed, Grant, Heart, Hit, Refusal, Whole

@@ -18,11 +18,11 @@ tenth of the memory. `ChunkTable` is the native one where it was built, unless L
 from __future__ import annotations
 
 import bisect
-import os
 import struct
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
+from lmcache.compiled import load_native
 from lmcache.memory.order import OrderOfUse
 
 EMPTY, FILLING, DONE = 0, 1, 2
@@ -409,13 +409,8 @@ def _check_key(key: bytes) -> None:
 
 
 def _choose() -> Callable[[int], Table]:
-    if os.environ.get("LMCACHE_NO_NATIVE"):
-        return PyTable
-    try:
-        from lmcache._native import Table as NativeTable
-    except ImportError:
-        return PyTable
-    table: Callable[[int], Table] = NativeTable
+    native = load_native()
+    table: Callable[[int], Table] = PyTable if native is None else native.Table
     return table
 
 

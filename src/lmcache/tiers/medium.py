@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lmcache.compiled import load_native
 from lmcache.tiers.tier import TierError
 
 BLOCK_BYTES = 4096
@@ -155,14 +156,11 @@ class Medium:
 
 
 def _choose_read_frames() -> Callable[[int, bytes, int], bytes] | None:
-    if os.environ.get("LMCACHE_NO_NATIVE") or sys.byteorder != "little":
+    native = load_native()
+    if native is None or sys.byteorder != "little":
         return None
-    try:
-        from lmcache._native import read_frames
-    except ImportError:
-        return None
-    native: Callable[[int, bytes, int], bytes] = read_frames
-    return native
+    read: Callable[[int, bytes, int], bytes] = native.read_frames
+    return read
 
 
 _read_frames = _choose_read_frames()

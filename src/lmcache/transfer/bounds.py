@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
-import os
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
+from lmcache.compiled import load_native
 from lmcache.errors import LayoutError
 from lmcache.transfer.paged import PagedKV
 
@@ -91,16 +89,3 @@ def _is_plain(array: npt.NDArray[Any], dtype: type, shape: tuple[int, ...]) -> b
     return (
         array.dtype == dtype and array.ndim == len(shape) and array.shape[1:] == shape[1:] and array.flags.c_contiguous
     )
-
-
-def load_native() -> Any:
-    """The module `lmcache._native`; None where the package was installed without it, or LMCACHE_NO_NATIVE is 1."""
-    return None if os.environ.get("LMCACHE_NO_NATIVE") == "1" else _import_native()
-
-
-@functools.lru_cache(maxsize=1)
-def _import_native() -> Any:
-    try:
-        return importlib.import_module("lmcache._native")
-    except ImportError:
-        return None

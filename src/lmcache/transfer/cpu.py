@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from lmcache.compiled import load_native
 from lmcache.errors import LayoutError
 from lmcache.observability.log import init_logger
-from lmcache.transfer.bounds import Blocks, Bounds, Runs, load_native
+from lmcache.transfer.bounds import Blocks, Bounds, Runs
 from lmcache.transfer.paged import PagedKV, Plane, plane_extent_bytes
 from lmcache.transfer.progress import Progress, planes_in_group
 

@@ -20,6 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
+from lmcache.compiled import load_native
 from lmcache.errors import LayoutError
 from lmcache.observability.log import init_logger
 from lmcache.transfer.bounds import Blocks, Bounds, Runs
@@ -335,9 +336,7 @@ class _Lane:
             self._plane_bytes // self._copier._shape.word_bytes,
         )
         driver = find_driver(torch.version.hip is not None)
-        if driver is None or len(self._ring) > MAX_PLACES or plane_words == 1:
-            return None
-        if os.environ.get("LMCACHE_NO_NATIVE") == "1":
+        if load_native() is None or driver is None or len(self._ring) > MAX_PLACES or plane_words == 1:
             return None
         planes = range(0, len(copier._paged.planes), self._planes_in_piece)
         try:
@@ -375,7 +374,7 @@ class _Lane:
                 if launcher.copies_right(copier._shape, copier._chunk_tokens, self._chunks_in_piece, planes, last):
                     return launcher
             why: object = "the kernel was not seen to copy right"
-        except (AttributeError, ImportError, RuntimeError) as error:
+        except (AttributeError, RuntimeError) as error:
             why = error
         logger.warning("GPU copies are launched from Python, at several times the CPU time: %s", why)
         return None

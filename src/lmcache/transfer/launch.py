@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lmcache.compiled import load_native
 from lmcache.observability.log import init_logger
 from lmcache.transfer.bounds import Runs
 
@@ -158,16 +159,11 @@ def beside_captures(device: str) -> AbstractContextManager[None]:
 
 class Launcher:
     """One lane's. driver: `Driver.functions`. filled, emptied: events of its ring's places, as the driver knows
-    them. fields: the rest of `_LANE`.
-
-    Raises:
-        ImportError: no native code of ours.
+    them. fields: the rest of `_LANE`. Only where there is native code of ours.
     """
 
     def __init__(self, driver: Sequence[int], filled: Sequence[int], emptied: Sequence[int], **fields: int) -> None:
-        from lmcache._native import launch_copy
-
-        self._launch_copy = launch_copy
+        self._launch_copy = load_native().launch_copy
         self._lane, self._copy = np.zeros(1, _LANE), np.zeros(1, _COPY)
         lane = self._lane[0]
         for field, value in (*zip(_DRIVER, driver, strict=True), *fields.items()):

@@ -13,6 +13,7 @@ from typing import Protocol
 
 import zmq
 
+from lmcache.compiled import load_native
 from lmcache.errors import ServerUnavailable, WireError
 from lmcache.wire import auth
 from lmcache.wire import messages as m
@@ -155,15 +156,12 @@ def exchange_in_python(connection: socket.socket, request: bytes, timeout_second
 
 def _choose_exchange() -> Callable[[socket.socket, bytes, float], bytes]:
     """The native one, which lets go of the GIL only when the server takes its time (`native/exchange.c` says why)."""
-    if os.environ.get("LMCACHE_NO_NATIVE"):
-        return exchange_in_python
-    try:
-        from lmcache._native import exchange as native
-    except ImportError:
+    native = load_native()
+    if native is None:
         return exchange_in_python
 
     def exchange(connection: socket.socket, request: bytes, timeout_seconds: float) -> bytes:
-        answer: bytes = native(connection.fileno(), request, _HOLD_MICROSECONDS, int(timeout_seconds * 1e6))
+        answer: bytes = native.exchange(connection.fileno(), request, _HOLD_MICROSECONDS, int(timeout_seconds * 1e6))
         return answer
 
     return exchange
