@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lmcache.transfer.launch import Launcher, Tables
+from lmcache.errors import LayoutError
+from lmcache.transfer.launch import Launcher, Tables, staging_bytes
 
 pytest.importorskip("lmcache._native")
 
@@ -215,3 +216,13 @@ def test_a_lane_that_makes_no_sense_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one plane and run"):
         copy.run(range(0, PLANES, PLANES), 0)
     assert not copy.driver.calls
+
+
+def test_the_size_of_the_staging_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    for text, mebibytes in (("", 128), ("64", 64), (" 1 ", 1)):
+        monkeypatch.setenv("LMCACHE_GPU_STAGING_MB", text)
+        assert staging_bytes() == mebibytes << 20
+    for text in ("0", "-1", "1.5", "much"):
+        monkeypatch.setenv("LMCACHE_GPU_STAGING_MB", text)
+        with pytest.raises(LayoutError, match=f"LMCACHE_GPU_STAGING_MB is '{text}': give a whole number of MiB"):
+            staging_bytes()

@@ -10,7 +10,6 @@ The kernels know blocks, tokens, heads and strides, and nothing of CUDA alone: R
 from __future__ import annotations
 
 import ctypes
-import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,13 +23,13 @@ from lmcache.compiled import load_native
 from lmcache.errors import LayoutError
 from lmcache.observability.log import init_logger
 from lmcache.transfer.bounds import Blocks, Bounds, Runs
-from lmcache.transfer.launch import MAX_PLACES, Launcher, Shape, Tables, beside_captures, find_driver
+from lmcache.transfer.launch import MAX_PLACES, Launcher, Shape, Tables, beside_captures, find_driver, staging_bytes
 from lmcache.transfer.paged import PagedKV, Plane
 from lmcache.transfer.progress import Progress, planes_in_group
 
 logger = init_logger(__name__)
 
-STAGING_BYTES = int(os.environ.get("LMCACHE_GPU_STAGING_MB", "128")) << 20
+STAGING_BYTES = staging_bytes()
 """Device memory of one copier, both directions together."""
 _PIECES_IN_RING = 4
 """Measured on an H200: 8 pieces of half the size cost a quarter of the rate when both directions run, in launches."""

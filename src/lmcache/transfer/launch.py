@@ -7,6 +7,7 @@ copy right: `Launcher.copies_right` sends random bytes through the ring.
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lmcache.compiled import load_native
+from lmcache.errors import LayoutError
 from lmcache.observability.log import init_logger
 from lmcache.transfer.bounds import Runs
 
@@ -155,6 +157,20 @@ def beside_captures(device: str) -> AbstractContextManager[None]:
 
     driver = find_driver(torch.version.hip is not None)
     return nullcontext() if driver is None else driver.beside_captures()
+
+
+def staging_bytes() -> int:
+    """Device memory of one copier, both directions together: LMCACHE_GPU_STAGING_MB, or 128 MiB.
+
+    Raises:
+        LayoutError: it is set to something else than a number of MiB.
+    """
+    text = os.environ.get("LMCACHE_GPU_STAGING_MB", "").strip() or "128"
+    if not (text.isascii() and text.isdecimal() and int(text) > 0):
+        raise LayoutError(
+            f"LMCACHE_GPU_STAGING_MB is {text!r}: give a whole number of MiB, at least 1, or leave it out (128)"
+        )
+    return int(text) << 20
 
 
 class Launcher:
