@@ -389,6 +389,23 @@ def test_a_record_says_why_a_tier_had_no_say_and_a_wait_ended() -> None:
     assert (gone.fetches.records[-1].outcome, gone.fetches.records[-1].arrived_chunks) == ("failed", 3)
 
 
+def test_what_a_tier_lacked_is_asked_for_again_once_it_has_it() -> None:
+    world, prompt = World((0.001, 1e9)), chain(4)
+    world.l1.update(keys(prompt)[:1])
+    assert world.wait_for(prompt) > 0 and world.fetches.records[-1].outcome == "absent"
+    world.has[0].update(keys(prompt))
+    assert world.poll(prompt) == 0, "the same request, a moment later"
+    world.fetches.kept(SPACE, prompt[32:])
+    world.fetches.kept(SPACE + 1, prompt)
+    assert world.poll(prompt) == 0, "what is stored is not what it waits for first"
+    world.fetches.kept(SPACE, prompt[16:])
+    assert world.poll(prompt) == 3
+    world.fetches.kept(SPACE, prompt[16:])
+    assert world.poll(prompt) == 3, "the fetch that is under way goes on"
+    world.wait_for(prompt)
+    assert (world.fetches.records[-1].outcome, len(world.fetches.records)) == ("arrived", 2)
+
+
 def test_requests_for_the_same_prompt_share_a_record_and_one_that_asks_no_more_is_told_of() -> None:
     world, prompt = World((None, 0.0)), chain(4)
     world.has[0].update(keys(prompt))

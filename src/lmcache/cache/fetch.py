@@ -27,7 +27,8 @@ from lmcache.chunks import HASH_BYTES
 ASK_SECONDS = 0.5
 """Tiers that have not answered by then are left out of a fetch."""
 ENDED_SECONDS = 1.0
-"""How long the same request, asked for again, is told once more that there is nothing to wait for."""
+"""How long the same request, asked for again, is told once more that there is nothing to wait for, unless a tier
+has got its next chunk meanwhile."""
 MAX_FETCHES = 4096
 KEPT_RECORDS = 1000
 """Of the fetches that ended last."""
@@ -278,6 +279,13 @@ class Fetches:
         self.paces[load.tier].ended(now, size_bytes)
         self._forget(load)
         self._pump(now, load.tier)
+
+    def kept(self, space: int, hashes: bytes) -> None:
+        """A tier has these chunks now: whoever was told just now that there is nothing to wait for may ask again at once."""
+        keys = set(_keys(hashes))
+        for fetch in list(self._fetches.values()):
+            if fetch.ended is not None and fetch.space == space and fetch.hash_of(fetch.first) in keys:
+                self._drop(fetch)
 
     def tick(self, now: float) -> None:
         """Forget fetches that are over, and those that nobody asks about any more."""

@@ -314,6 +314,8 @@ class Tiering:
             else:
                 lane.counters[f"unwritten:{outcome}"] += 1
                 lane.counters[f"unwritten_bytes:{outcome}"] += size
+        if OK in outcomes or KEPT in outcomes:
+            self.fetches.kept(batch.space, batch.hashes)
         if generation != lane.generation and not self._closed:  # the tier was cleared meanwhile
             keys = [one.key for one in shards]
             lane.change(lambda: lane.tier.remove(keys), lambda result, seconds: None)
