@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import struct
 import subprocess
@@ -151,6 +152,24 @@ def test_a_file_shorter_than_announced_is_not_mapped(memory):
     arenas.populate_all(mapping, stop)
     assert bytes(mapping.view(0, 16)) == bytes(16)
     mapping.close()
+
+
+def test_views_that_others_hold_are_no_trouble_at_the_end(memory):
+    path = memory / "arena"
+    path.write_bytes(bytes(8192))
+    with open(path, "r+b") as file:
+        forgotten, held = Mapping(file.fileno(), 4096), Mapping(file.fileno(), 4096)
+    gc.disable()
+    try:
+        cycle = [forgotten.view(0, 16)]
+        cycle.append(cycle)
+        view = held.view(0, 16)
+        del cycle
+        for mapping in (forgotten, held):
+            mapping.close()
+    finally:
+        gc.enable()
+    assert forgotten._map.closed and not held._map.closed and bytes(view) == bytes(16)
 
 
 def test_a_folder_that_cannot_be_used_is_named(memory):

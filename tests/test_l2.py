@@ -234,6 +234,26 @@ def test_the_end_does_not_wait_for_a_tier_that_hangs(
         proxy.close()
 
 
+def test_loads_that_failed_do_not_spoil_the_end(
+    server: Callable[..., Server], engine: Callable[..., Any], folders: Callable[[str], Path]
+) -> None:
+    """Each shard's file is a folder now: reading fails, and not for want of the file."""
+    store = folders() / "tier"
+    first = server(flags=("--l2", f"dir://{store}"))
+    assert engine(first).store(TOKENS) == len(TOKENS)
+    written(first, 10, "dir")
+    assert first.end() == 0
+    shards = [file for file in store.glob("*/??/*") if file.is_file()]
+    assert len(shards) == 10
+    for file in shards:
+        file.unlink()
+        file.mkdir()
+    second = server(flags=("--l2", f"dir://{store}"))
+    assert engine(second, "again").load(TOKENS) == 0
+    assert tiers_of(second)["dir"]["counters"]["missed:tier failed"] >= 10
+    assert second.end() == 0 and "Traceback" not in "".join(second.log)
+
+
 def test_how_long_and_how_much_may_wait_is_what_was_told(
     server: Callable[..., Server], engine: Callable[..., Any], valkey: RedisServer
 ) -> None:

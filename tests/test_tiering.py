@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import pickle
 import random
 import threading
 import time
@@ -130,6 +132,8 @@ class Rig:
         for effect in effects:
             if type(effect).__name__ == "Whole":
                 self.tiering.whole(effect)  # type: ignore[arg-type]
+            elif type(effect).__name__ == "Cleared":
+                self.tiering.l1_cleared()
 
     def ask(self, call: Callable[[], Any]) -> Any:
         return self.loop.ask(call, PATIENCE)
@@ -340,6 +344,11 @@ class CarelessTier(HandTier):
 
     careless = ""
 
+    def known(self, keys: Sequence[ShardKey]) -> list[bool] | None:
+        if self.careless == "known":
+            raise KeyError("known")
+        return [] if self.careless == "known, short" else super().known(keys)
+
     def contains(self, keys: Sequence[ShardKey]) -> list[bool]:
         return super().contains(keys)[self.careless == "contains" :]
 
@@ -370,6 +379,58 @@ def test_a_tier_that_breaks_its_word_costs_no_slots(rig: Callable[..., Rig], car
     assert one.ask(one.heart.used_bytes) == 0 and one.loop.errors == 0
     tier.careless = ""
     eventually(lambda: one.fetch(hashes) == 6)  # for a second it is not asked again
+
+
+@pytest.mark.parametrize("careless", ["known", "known, short"])
+def test_a_tier_that_does_not_know_what_it_has_is_asked(rig: Callable[..., Rig], careless: str) -> None:
+    tier = CarelessTier(True)
+    one, hashes = rig(spec(tier)), chain(1, 6)
+    one.store(hashes)
+    one.written()
+    one.forget_l1()
+    tier.careless = careless
+    assert one.fetch(hashes) == 6
+    (lane,) = one.ask(one.tiering.status)
+    assert lane["counters"]["failed:internal"] == 1 and "contains" in tier.calls and one.loop.errors == 0
+
+
+class ClingingTier(HandTier):
+    """A third party's, with buffers of its own of what it is to fill: in an error's frames, or for good."""
+
+    def __init__(self, clings: str) -> None:
+        super().__init__()
+        self.clings, self.held = clings, list[pickle.PickleBuffer]()
+
+    def _receive(self, view: memoryview) -> None:
+        buffer = pickle.PickleBuffer(view)
+        if self.clings == "in an error":
+            self.clings = ""
+            raise OSError("the network is gone")
+        self.held.append(buffer)
+
+    def load(self, keys: Sequence[ShardKey], into: Sequence[memoryview]) -> list[str]:
+        try:
+            self._receive(into[0])
+        except OSError as error:
+            raise TierError("unreachable", str(error)) from error
+        return super().load(keys, into)
+
+
+@pytest.mark.parametrize("clings", ["in an error", "for good"])
+def test_a_tier_that_clings_to_memory_costs_no_slots(rig: Callable[..., Rig], clings: str) -> None:
+    """Without the collector, which would help now and then."""
+    tier = ClingingTier(clings)
+    one, hashes = rig(spec(tier)), chain(1, 4)
+    one.store(hashes)
+    one.written()
+    one.forget_l1()
+    gc.disable()
+    try:
+        assert one.fetch(hashes) == (0 if clings == "in an error" else 4)
+        assert one.ask(lambda: one.heart.open_reservations) == 0 and one.loop.errors == 0
+        assert one.fetch(hashes) == 4, "now it is there"
+    finally:
+        gc.enable()
 
 
 def test_a_tier_that_answers_no_store_gets_it_again(rig: Callable[..., Rig]) -> None:
@@ -473,6 +534,45 @@ def test_clearing_a_tier_takes_what_waits_and_what_is_being_written(rig: Callabl
     done.clear()
     one.ask(lambda: one.tiering.clear(None, done.append))
     assert eventually(lambda: done) == [{"second": "the tier is gone"}]
+
+
+class HalfWayTier(HandTier):
+    """Fails when the first shard of a call is written."""
+
+    def store(self, shards: Sequence[Shard]) -> list[str]:
+        self._called("store")
+        self.kept[shards[0].key] = bytes(shards[0].payload)
+        raise TierError("half way", "the rest was not written")
+
+
+def test_a_write_that_fails_half_way_does_not_outlive_a_clear(rig: Callable[..., Rig]) -> None:
+    tier = HalfWayTier()
+    one = rig(spec(tier))
+    tier.hold("store")
+    one.store(chain(1, 2))
+    eventually(lambda: "store" in tier.calls)
+    done: list[dict[str, str]] = []
+    one.ask(lambda: one.tiering.clear(None, done.append))
+    eventually(lambda: done)
+    tier.let_go()
+    eventually(lambda: one.ask(one.tiering.status)[0]["counters"].get("failed:half way"))
+    one.written()
+    assert not tier.kept and tier.calls.count("store") == 1, "nor is it written again"
+
+
+def test_what_l1_lost_by_a_clear_is_told_as_that(rig: Callable[..., Rig]) -> None:
+    tier = HandTier()
+    one = rig(spec(tier))
+    tier.hold("store")
+    one.store(chain(1, 30))
+    eventually(lambda: "store" in tier.calls)
+    one.forget_l1()
+    tier.let_go()
+    one.written()
+    (lane,) = one.ask(one.tiering.status)
+    counters = lane["counters"]
+    assert counters["lost:cleared"] == 30 - counters["kept_shards"] > 0 and "lost:evicted" not in counters
+    assert counters["lost_bytes:cleared"] == PAGE * counters["lost:cleared"]
 
 
 def amid_a_load(rig: Callable[..., Rig]) -> tuple[HandTier, Rig, bytes]:

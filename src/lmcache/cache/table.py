@@ -11,7 +11,7 @@ The LRU order is exact. A prefix is touched tail first, so a chunk is never olde
 always the tail end of something: the oldest attached record without pins, shards being filled, or children.
 
 The same table exists twice: `PyTable` here, which is the specification, and `lmcache._native.Table` in C, which takes a
-tenth of the memory. `ChunkTable` is the native one where it was built, unless LMCACHE_NO_NATIVE is set. "ids" and
+tenth of the memory. `ChunkTable` is the native one where it was built, unless LMCACHE_NO_NATIVE is 1. "ids" and
 "pages" are bytes: little-endian u32, one after another. A call that raises has changed nothing.
 """
 

@@ -34,7 +34,8 @@ class WriteQueue:
 
     def __init__(self, max_bytes: int, batch_bytes: int, l1_bytes: int, on_evict: bool = False) -> None:
         self.counters: Counter[str] = Counter()
-        """Chunks: queued, and lost by reason: `queue full`, `evicted` ...; and the bytes of those that were lost."""
+        """Chunks: queued, and lost by reason: `queue full`, `evicted` and `cleared` (from L1, before their turn); and the
+        bytes of those that were lost."""
         self.queued_bytes = 0
         self._max_bytes, self._batch_bytes = max_bytes, batch_bytes
         self._l1_bytes, self._kept_bytes = l1_bytes, 0
@@ -95,10 +96,10 @@ class WriteQueue:
     def still_there(self, batch: Batch, found: bytes) -> Batch:
         """What can be written of a batch: `found`, in the batch's order. The rest was evicted before its turn."""
         count, gone = len(batch.hashes) // HASH_BYTES, (len(batch.hashes) - len(found)) // HASH_BYTES
-        gone_bytes = batch.size_bytes // count * gone
-        self._lose("evicted", gone, gone_bytes)
         if not gone:
             return batch
+        gone_bytes = batch.size_bytes // count * gone
+        self._lose("evicted", gone, gone_bytes)
         cuts = [slice(at, at + HASH_BYTES) for at in range(0, len(batch.hashes), HASH_BYTES)]
         parents = {batch.hashes[cut]: batch.parents[cut] for cut in cuts}
         of_found = [parents[found[at : at + HASH_BYTES]] for at in range(0, len(found), HASH_BYTES)]
@@ -116,8 +117,10 @@ class WriteQueue:
             self.queued_bytes -= size
             self._lose("queue full", 1, size)
 
-    def clear(self) -> None:
-        """Forget what waits: it is not to be kept any more."""
+    def clear(self, lost: str = "") -> None:
+        """Forget what waits. lost: the reason, where it is to be told of as not written."""
+        for one in (*self._ready, *self._kept_back) if lost else ():
+            self._lose(lost, 1, one[3])
         self._ready.clear()
         self._kept_back.clear()
         self.queued_bytes = self._kept_bytes = 0

@@ -10,12 +10,14 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import gc
 import mmap
 import os
 import secrets
 import threading
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from lmcache.errors import ConfigError, LMCacheError
@@ -71,9 +73,14 @@ class Mapping:
         return memoryview(self._map)[offset : offset + length]
 
     def close(self) -> None:
-        """Unmap. Nobody may use `address` afterwards."""
+        """Unmap. Nobody may use `address` afterwards. What somebody still has a view of stays mapped until the process ends."""
         del self._anchor
-        self._map.close()
+        try:
+            self._map.close()
+        except BufferError:
+            gc.collect()  # an exception that was caught may have kept its frames, and they their views
+            with suppress(BufferError):
+                self._map.close()
 
 
 def populate_all(mapping: Mapping, stop: threading.Event) -> None:

@@ -98,7 +98,13 @@ class Lane:
         return "" if self.loads.closed or self.loads.due(now) else self.loads.reason
 
     def known(self, keys: Sequence[ShardKey]) -> list[bool] | None:
-        return self.tier.known(keys)
+        """What the tier can tell at once, for each key; None: it has to be asked."""
+        try:
+            answers = self.tier.known(keys)
+            return None if answers is None else one_each(answers, keys)
+        except Exception as error:  # this is the loop's thread, and the tier may be a third party's
+            self._failed(error, None)
+            return None
 
     def ask(self, call: Callable[[], T], done: Callable[[T | None, float], None]) -> None:
         """Run `call` in a reading thread; then `done(result, seconds)` in the loop, None where the tier failed."""
@@ -207,7 +213,7 @@ class Lane:
                 result = call()
             except Exception as caught:  # the edge of the thread; what is not a TierError is a fault of ours, and told
                 error = caught
-                traceback.clear_frames(caught.__traceback__)  # their views of the arena would outlive its mapping
+                _clear_frames(caught)
             seconds = time.monotonic() - begin
             self._loop.call_soon(lambda: self._back(result, error, seconds, done, kind))
 
@@ -243,9 +249,26 @@ class Lane:
         of_the_tier = kind is None or kind.closed
         opened = kind is not None and kind.failed(now, text)
         if of_the_tier:
-            opened = self.breaker.failed(now, text, at_once=opened)
+            opened |= self.breaker.failed(now, text, at_once=opened)
         if opened:
             self.counters["opened_breaker"] += 1
         if now - self._told_at > _LOG_SECONDS:
             self._told_at = now
             logger.warning("Tier %s: %s", self.name, text, exc_info=None if isinstance(error, TierError) else error)
+
+
+def one_each(answers: list[T], asked: Sequence[object]) -> list[T]:
+    """What a tier answered. Raises ValueError: more or fewer than it was asked; tiers of third parties may do so."""
+    if len(answers) != len(asked):
+        raise ValueError(f"{len(answers)} answers for {len(asked)} shards")
+    return answers
+
+
+def _clear_frames(error: BaseException) -> None:
+    """Of those behind it, too: what they hold of the arena would outlive the call, and the mapping."""
+    behind: BaseException | None = error
+    seen = set[int]()
+    while behind is not None and id(behind) not in seen:
+        seen.add(id(behind))
+        traceback.clear_frames(behind.__traceback__)
+        behind = behind.__cause__ or behind.__context__

@@ -375,6 +375,8 @@ class Service:
                 headers.freed(effect.pages)
             elif isinstance(effect, Cleared):
                 headers.cleared()
+                if self.tiering is not None:
+                    self.tiering.l1_cleared()
             elif isinstance(effect, Whole) and self.tiering is not None:
                 self.tiering.whole(effect)
         self.heart.effects.clear()

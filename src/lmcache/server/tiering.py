@@ -11,10 +11,10 @@ import math
 import time
 from array import array
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, wait
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import TypeVar
 
 from lmcache.cache import SERVER, Heart, Whole
 from lmcache.cache.fetch import Ask, Decided, Fetches, FetchRecord, Load, TierTraits
@@ -24,7 +24,7 @@ from lmcache.chunks import HASH_BYTES
 from lmcache.errors import ConfigError
 from lmcache.memory.slabs import PAGE_BYTES
 from lmcache.observability.log import init_logger
-from lmcache.server.lane import Lane
+from lmcache.server.lane import Lane, one_each
 from lmcache.server.loop import Loop
 from lmcache.tiers import KEPT, OK, Shard, ShardKey
 from lmcache.tiers.registry import TierSpec
@@ -34,7 +34,6 @@ OPEN_SECONDS = 15.0
 """How long start-up waits for tiers; those that take longer serve later."""
 _NO_SLOT = 0xFFFFFFFF
 View = Callable[[int, int], memoryview]
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -165,7 +164,7 @@ class Tiering:
             self.fetches.answered(time.monotonic(), ask.fetch, ask.tier, whole, seconds)
             self._carry_out()
 
-        lane.ask(lambda: _one_each(lane.tier.contains(keys), keys), done)
+        lane.ask(lambda: one_each(lane.tier.contains(keys), keys), done)
 
     def _load(self, load: Load) -> None:
         lane, parts = self.lanes[load.tier], self._reserve(load)
@@ -179,11 +178,10 @@ class Tiering:
         into = [self._view(page * PAGE_BYTES, part.slot_bytes) for part in parts for page in part.pages]
 
         def done(outcomes: list[str] | None, seconds: float) -> None:
-            for one in into:
-                one.release()
+            _let_go(into)
             self._loaded(load, parts, outcomes)
 
-        lane.load(lambda: _one_each(lane.tier.load(keys, into), keys), done)
+        lane.load(lambda: one_each(lane.tier.load(keys, into), keys), done)
 
     def _reserve(self, load: Load) -> list[_Part]:
         """Slots for what the load brings; what is in L1 or under way by somebody else is left out."""
@@ -247,6 +245,11 @@ class Tiering:
                     lane.queue.add(effect.space, effect.keys[cut], effect.parents[cut], chunk_bytes)
         self._loop.call_soon(self._pump)  # not now: this is called while the heart's effects are carried out
 
+    def l1_cleared(self) -> None:
+        """What waits to be written is gone."""
+        for lane in self.lanes:
+            lane.queue.clear("cleared")
+
     def _pump(self) -> None:
         if self._closed:
             return
@@ -276,14 +279,13 @@ class Tiering:
 
         def done(outcomes: list[str] | None, seconds: float) -> None:
             self._being_written[lane.name] -= chunks
-            for one in shards:
-                one.payload.release()
+            _let_go(one.payload for one in shards)
             self._heart.release(SERVER, lease)
             self._settle()
             self._written(lane, batch, shards, sizes, outcomes, generation)
             self._pump()
 
-        lane.store(lambda: _one_each(lane.tier.store(shards), shards), done)
+        lane.store(lambda: one_each(lane.tier.store(shards), shards), done)
 
     def _shards(self, space: Space, batch: Batch, pages: array[int]) -> list[Shard]:
         shards = []
@@ -304,8 +306,14 @@ class Tiering:
         outcomes: list[str] | None,
         generation: int,
     ) -> None:
+        if (
+            generation != lane.generation and not self._closed
+        ):  # it was cleared meanwhile, and some of it may be written
+            keys = [one.key for one in shards]
+            lane.change(lambda: lane.tier.remove(keys), lambda result, seconds: None)
         if outcomes is None:
-            lane.queue.put_back(batch)
+            if generation == lane.generation:
+                lane.queue.put_back(batch)
             return
         for outcome, size in zip(outcomes, sizes, strict=True):
             lane.counters["written_shards"] += outcome == OK
@@ -316,9 +324,6 @@ class Tiering:
                 lane.counters[f"unwritten_bytes:{outcome}"] += size
         if OK in outcomes or KEPT in outcomes:
             self.fetches.kept(batch.space, batch.hashes)
-        if generation != lane.generation and not self._closed:  # the tier was cleared meanwhile
-            keys = [one.key for one in shards]
-            lane.change(lambda: lane.tier.remove(keys), lambda result, seconds: None)
 
     # Upkeep
 
@@ -491,11 +496,11 @@ def _keys(space: Space, hashes: bytes) -> list[ShardKey]:
     ]
 
 
-def _one_each(answers: list[T], asked: Sequence[object]) -> list[T]:
-    """What a tier answered. Raises ValueError: more or fewer than it was asked; tiers of third parties may do so."""
-    if len(answers) != len(asked):
-        raise ValueError(f"{len(answers)} answers for {len(asked)} shards")
-    return answers
+def _let_go(views: Iterable[memoryview]) -> None:
+    """A tier that keeps one for itself keeps the arena mapped for longer; what the call leads to must go on."""
+    for one in views:
+        with suppress(BufferError):
+            one.release()
 
 
 def _whole(present: Sequence[bool], shards: int) -> Sequence[bool]:

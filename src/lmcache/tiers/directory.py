@@ -181,7 +181,7 @@ class DirectoryTier(Tier):
         try:
             fd = self._medium.open(path, os.O_RDONLY)
         except OSError as error:
-            return ABSENT if error.errno in _GONE else error
+            return ABSENT if error.errno in _GONE else error.with_traceback(None)
         try:
             status = os.fstat(fd)
             outcome = self._read(fd, status.st_size, key, into.cast("B"))
@@ -191,7 +191,7 @@ class DirectoryTier(Tier):
                 self._touch(path)
             return outcome
         except OSError as error:
-            return ABSENT if error.errno in _GONE else error
+            return ABSENT if error.errno in _GONE else error.with_traceback(None)
         finally:
             os.close(fd)
 
@@ -235,7 +235,7 @@ class DirectoryTier(Tier):
             self._add(-blocks(before.st_size) if before else 0, 0 if before else 1)
             return OK
         except OSError as error:
-            return error
+            return error.with_traceback(None)
 
     def _write(self, path: Path, shard: Shard, payload: memoryview) -> None:
         aside = self._path / "tmp" / uuid.uuid4().hex
