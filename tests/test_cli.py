@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -223,7 +224,35 @@ def test_a_silent_peer_costs_the_deadline(monkeypatch: pytest.MonkeyPatch, capsy
 
 def test_clear(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["clear", "--url", url_of(server)]) == 0
-    assert "is empty now" in capsys.readouterr().out and server.cleared == 1
+    assert f"L1 of {url_of(server)} is empty now" in capsys.readouterr().out and server.cleared == 1
+
+
+def test_clear_says_what_is_not_empty(
+    server: Server, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cleared = {"cleared_chunks": 3, "cleared_tiers": ["disk"], "failed_tiers": {"redis": "Connection refused"}}
+    monkeypatch.setattr(server, "clear", lambda tiers: cleared)
+    assert main(["clear", "--tiers", "all", "--url", url_of(server)]) == 1
+    output = capsys.readouterr()
+    assert "tier redis was not emptied: Connection refused" in output.err and "is empty now" not in output.out
+    cleared.pop("failed_tiers")
+    assert main(["clear", "--tiers", "disk", "--url", url_of(server)]) == 0
+    assert capsys.readouterr().out.startswith(f"{url_of(server)} is empty now")
+
+
+def test_emptying_tiers_may_take_longer_than_an_answer(
+    server: Server, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lmcache.cli.verbs.DEADLINE_SECONDS", 0.2)
+    asked = threading.Event()
+
+    def clear(tiers: str) -> dict[str, object]:
+        if tiers:
+            asked.wait(0.6)
+        return {"cleared_chunks": 3}
+
+    monkeypatch.setattr(server, "clear", clear)
+    assert main(["clear", "--tiers", "all", "--url", url_of(server)]) == 0
 
 
 def test_clear_with_a_token_file(guarded: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -272,6 +301,22 @@ def test_config_check(tmp_path: Path) -> None:
     path.write_text("chunk-size: 0\n")
     result = lmcache_command("config", "check", str(path))
     assert result.returncode == 2 and f"{path}:1: chunk-size: 0" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("l2: ['disk:///d?max_gb=abc']", "max_gb"),
+        ("l2:\n  - 'redis://:${NOT_SET_ANYWHERE}@h'", "${NOT_SET_ANYWHERE} is not set"),
+        ("max_local_cpu_size: 1\nremote_url: 'redis://h?max_gbb=3'", "unknown option 'max_gbb'"),
+    ],
+)
+def test_config_check_reads_tiers_as_their_server_would(tmp_path: Path, text: str, words: str) -> None:
+    path = tmp_path / "lmcache.yaml"
+    path.write_text(text + "\n")
+    result = lmcache_command("config", "check", str(path))
+    assert result.returncode == 2 and words in result.stderr and str(path) in result.stderr
+    assert result.stderr.count("\n") == 1
 
 
 def test_version_and_help() -> None:

@@ -44,6 +44,14 @@ def test_what_vllm_was_told_beats_the_environment_which_beats_the_file(file: Pat
     assert settings.sources["save_decode_cache"] == f"{file}:4"
 
 
+def test_what_vllm_was_told_under_no_known_name_is_named() -> None:
+    told = {"lmcache.chunk_siz": 8, "lmcache.mp.port": 5555, "cpu_bytes_to_use": 1}
+    settings = load_engine({}, told)
+    assert settings.config == EngineConfig()
+    why = "is not a setting and is ignored: did you mean chunk_size?"
+    assert settings.warnings == (f"kv_connector_extra_config lmcache.chunk_siz {why}",)
+
+
 def test_json_is_a_file_too(file: Path) -> None:
     file.write_text('{"chunk_size": 8, "local_cpu": true, "extra_config": {"a": [1]}}')
     config = load_engine({}, file=file).config

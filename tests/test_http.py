@@ -191,13 +191,20 @@ def test_unknown_paths_and_methods_are_json(served: Served) -> None:
 # --- doors ------------------------------------------------------------------------------------------------------------
 
 
-def test_the_documented_curl_works_as_written(served: Served) -> None:
+def test_the_documented_curl_works_as_written(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     """`curl -X POST http://localhost:8080/clear-cache`: no body, no header but Host, User-Agent and Accept."""
     answer = served.clear(user_agent="curl/8.5.0", accept="*/*")
     assert (answer.status_code, answer.text.strip()) == (200, '{"status": "ok"}')
     assert served.server.cleared == 1
     told = httpx.post(served.url + "/clear-cache?tiers=disk", trust_env=False).json()
     assert told == {"status": "ok", "cleared_chunks": 3, "cleared_tiers": ["disk"]}
+    refused = httpx.post(served.url + "/clear-cache?tier=all", trust_env=False)
+    assert refused.status_code == 400 and "tier=: write tiers=all" in refused.json()["reason"]
+    assert served.server.cleared == 2
+    failed = {"cleared_chunks": 3, "cleared_tiers": [], "failed_tiers": {"disk": "read-only"}}
+    monkeypatch.setattr(served.server, "clear", lambda tiers: failed)
+    answer = httpx.post(served.url + "/clear-cache?tiers=disk", trust_env=False)
+    assert (answer.status_code, answer.json()) == (503, {"status": "incomplete", **failed})
 
 
 def test_loopback_needs_no_token_even_when_there_is_one(guarded: Served) -> None:

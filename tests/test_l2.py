@@ -360,6 +360,7 @@ def test_clearing_reaches_the_tiers_that_are_named(
     assert status == 404 and "there is no such tier; known: all, far" in answer
     status, answer = page(cache, "/clear-cache?tiers=far", "POST")
     assert status == 200 and json.loads(answer)["cleared_tiers"] == ["far"]
+    cache.line_with("Tier far cleared")
     assert tiers_of(cache)["far"]["shards"] == 0 and one.hit_tokens(TOKENS) == 0
 
 

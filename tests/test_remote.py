@@ -13,6 +13,7 @@ import zmq
 
 from lmcache.cache import Heart
 from lmcache.chunks import Layout
+from lmcache.engine.link import given_address
 from lmcache.integration.vllm.settings import Settings
 from lmcache.server.loop import Loop
 from lmcache.server.service import Peer, Service
@@ -31,6 +32,17 @@ def key_file(folder: Path, name: str = "key", mode: int = 0o600) -> Path:
 
 def payload_hello(proof: bytes = b"", session: bytes = b"x") -> m.Hello:
     return m.Hello(m.PROTOCOL_VERSION, "test", "remote", "worker", 0, 1, payload=True, proof=proof, session=session)
+
+
+def test_an_address_is_whole_or_refused_by_name() -> None:
+    assert given_address("tcp://h:5") == given_address("h:5") == "tcp://h:5"
+    assert given_address(":5") == "tcp://localhost:5"
+    for text in ("tcp://127.0.0.1", "localhost", "", "h:", "h:p"):
+        with pytest.raises(ValueError, match=f"address '{text}': give tcp://host:port"):
+            given_address(text)
+    for text, why in (("udp://h:5", "only tcp://"), ("h:0", "port 0"), ("h:65536", "port 65536")):
+        with pytest.raises(ValueError, match=why):
+            given_address(text)
 
 
 def test_payload_engines_and_mapped_ones_share(server, engine):

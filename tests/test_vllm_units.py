@@ -19,6 +19,7 @@ from lmcache.chunks.hashing import Extras
 from lmcache.engine import Done, Hit, Load, Loading, Store
 from lmcache.errors import ConfigError, LayoutError
 from lmcache.integration.identity import path_identity
+from lmcache.integration.vllm import settings as settings_of_vllm
 from lmcache.integration.vllm import vllm_multi_process_adapter as adapter
 from lmcache.integration.vllm.identity import config_digest, model_identity
 from lmcache.integration.vllm.model import NOT_SERVED, describe_model, refusal_of
@@ -759,6 +760,17 @@ def test_settings() -> None:
     assert (endpoint.address, endpoint.deadline_seconds) == ("tcp://example:6555", 1.5)
     assert settings.transfer_mode == "auto"
     assert read_settings(transfer()).endpoint("e", "scheduler").address == "tcp://localhost:5555"
+
+
+def test_a_setting_that_there_is_not_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(settings_of_vllm.logger, "warning", lambda text, *words: told.append(text % words))
+    config = transfer()
+    config.kv_connector_extra_config = {"lmcache.mp.prt": 5, "lmcache.mp.port": 5, "lmcache.chunk_size": 8, "other": 1}
+    read_settings(config)
+    assert told == [
+        "kv_connector_extra_config lmcache.mp.prt is not a setting and is ignored: did you mean lmcache.mp.port?"
+    ]
 
 
 @pytest.mark.parametrize(

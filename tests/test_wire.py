@@ -200,6 +200,12 @@ def test_silence_and_nonsense_end_a_carrier_within_the_deadline(pair, says):
     assert time.monotonic() - begin < SLACK
 
 
+def test_a_name_is_told_as_it_is_written():
+    with pytest.raises(ServerUnavailable, match=r"^@nobody-here: ") as caught:
+        UnixCarrier("\0nobody-here", REQUESTS[0], 1.0)
+    assert "\0" not in str(caught.value)
+
+
 def test_a_round_trip_sends_all_of_a_request_and_returns_what_arrives_first(exchange):
     mine, other = socket.socketpair()
     with mine, other:

@@ -10,6 +10,8 @@ from lmcache.cli.verbs import Verbs, add, add_url, ask
 from lmcache.config.load import load
 from lmcache.errors import ServerRefused
 
+_TIERS_SECONDS = 45.0
+"""A server gives its tiers 30 s to be emptied."""
 _TEXT = """
 Empty L1, and tiers where told. Engines go on: what they look up next is a miss, and what they are reading now stays right.
 From another host than the server's it needs the server's token.
@@ -34,12 +36,20 @@ def add_verb(verbs: Verbs) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print what was dropped."""
+    """Print what was dropped.
+
+    Raises:
+        ServerRefused: it was not to, or a tier was not emptied.
+    """
     token = load({"api_token_file": arguments.api_token_file and str(Path(arguments.api_token_file))}).config.api_token
     path = "/clear-cache" + (f"?tiers={quote(arguments.tiers)}" if arguments.tiers else "")
-    status, answer = ask(arguments.url, path, "POST", token)
+    status, answer = ask(arguments.url, path, "POST", token, _TIERS_SECONDS if arguments.tiers else None)
+    failed = "; ".join(f"tier {name} was not emptied: {why}" for name, why in answer.get("failed_tiers", {}).items())
+    if failed:
+        raise ServerRefused(f"{arguments.url}: {failed}; L1 and the other tiers that were named are empty")
     if status != 200:
         raise ServerRefused(f"{arguments.url} refused: {answer.get('reason', f'HTTP {status}')}")
     details = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in answer.items() if key != "status")
-    print(f"{arguments.url} is empty now" + (f" ({details})" if details else ""))
+    what = arguments.url if arguments.tiers else f"L1 of {arguments.url}"
+    print(f"{what} is empty now" + (f" ({details})" if details else ""))
     return 0

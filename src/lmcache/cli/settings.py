@@ -10,6 +10,7 @@ from lmcache.cli.verbs import Verbs, add
 from lmcache.config.engine import ROWS, is_for_engines, load_engine
 from lmcache.config.load import load
 from lmcache.config.server import OPTIONS, shown
+from lmcache.errors import ConfigError
 
 _TEXT = """
 Read a configuration file, environment included, as the one who is to use it would, and print every setting with its
@@ -42,6 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
         rows.append((option.key, "-" if value in (None, "") else str(value), settings.sources[option.name]))
     _print_table(rows)
     _print_warnings(settings.warnings)
+    _check_tiers(settings.config.l2, settings.config.l2_adapter, settings.sources["l2"])
     return 0
 
 
@@ -56,7 +58,18 @@ def _check_engine(path: Path) -> int:
             rows.append((row.name, text, source, row.effect if source != "default" else ""))
     _print_table(rows)
     _print_warnings(settings.warnings)
+    _check_tiers(settings.config.tiers, (), str(path))
     return 0
+
+
+def _check_tiers(l2: Sequence[str], l2_adapter: Sequence[str], source: str) -> None:
+    """As the server that is to use them would, short of opening them."""
+    from lmcache.tiers.registry import tiers_of  # the other verbs are spared them
+
+    try:
+        tiers_of(l2, l2_adapter)
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from None
 
 
 def _print_table(rows: Sequence[tuple[str, ...]]) -> None:

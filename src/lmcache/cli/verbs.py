@@ -43,23 +43,26 @@ def add_url(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--url", default=DEFAULT_URL, help=f"HTTP face of the server. Default: {DEFAULT_URL}.")
 
 
-def ask(url: str, path: str, method: str = "GET", token: str = "") -> tuple[int, dict[str, Any]]:
+def ask(
+    url: str, path: str, method: str = "GET", token: str = "", seconds: float | None = None
+) -> tuple[int, dict[str, Any]]:
     """One call to a server's HTTP face: (HTTP status, the JSON object of the answer). Proxies are not used.
 
     Raises:
         ConfigError: not a URL of a server.
-        ServerUnavailable: nobody answers there within three seconds.
+        ServerUnavailable: nobody answers there within three seconds, or so many.
         ServerRefused: what answers is not an LMCache server.
     """
     request = urllib.request.Request(_base(url) + path, method=method, headers={"Accept": "application/json"})
     if token:
         request.add_unredirected_header("Authorization", f"Bearer {token}")
+    deadline = DEADLINE_SECONDS if seconds is None else seconds
     try:
-        status, body = _exchange(request)
+        status, body = _exchange(request, deadline)
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
         late = isinstance(reason, (TimeoutError, socket.timeout))
-        why = f"no answer within {DEADLINE_SECONDS:g} s" if late else f"{reason}"
+        why = f"no answer within {deadline:g} s" if late else f"{reason}"
         raise ServerUnavailable(f"no server at {url}: {why}: start `lmcache server`, or pass --url") from None
     try:
         answer = json.loads(body)
@@ -70,10 +73,10 @@ def ask(url: str, path: str, method: str = "GET", token: str = "") -> tuple[int,
     return status, answer
 
 
-def _exchange(request: urllib.request.Request) -> tuple[int, bytes]:
+def _exchange(request: urllib.request.Request, deadline: float) -> tuple[int, bytes]:
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with opener.open(request, timeout=DEADLINE_SECONDS) as response:
+        with opener.open(request, timeout=deadline) as response:
             return response.status, response.read(_LONGEST_ANSWER_BYTES)
     except urllib.error.HTTPError as error:
         with error:

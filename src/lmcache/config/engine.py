@@ -233,7 +233,7 @@ def load_engine(
     warnings: list[str] = []
     found = _from_file(path) if path is not None else {}
     found |= _from_environment(environ, warnings)
-    found |= _from_extra(extra or {})
+    found |= _from_extra(extra or {}, warnings)
     values: dict[str, Any] = {}
     for name, one in found.items():
         row = _BY_NAME[name]
@@ -281,12 +281,17 @@ def _from_environment(environ: Mapping[str, str], warnings: list[str]) -> dict[s
     return found
 
 
-def _from_extra(extra: Mapping[str, Any]) -> dict[str, _Found]:
+def _from_extra(extra: Mapping[str, Any], warnings: list[str]) -> dict[str, _Found]:
+    """Keys under `lmcache.mp.` are those of a daemon's engine, which reads them itself; other prefixes are somebody else's."""
     found = {}
     for key, value in extra.items():
-        name = key.removeprefix(PREFIX_OF_EXTRA)
-        if key.startswith(PREFIX_OF_EXTRA) and name in _BY_NAME:
-            found[name] = _Found(_as_text(value), f"kv_connector_extra_config {key}")
+        name, where = key.removeprefix(PREFIX_OF_EXTRA), f"kv_connector_extra_config {key}"
+        if not key.startswith(PREFIX_OF_EXTRA) or name.startswith("mp."):
+            continue
+        if name in _BY_NAME:
+            found[name] = _Found(_as_text(value), where)
+        else:
+            warnings.append(f"{where} is not a setting and is ignored: {nearest(name, _BY_NAME)}")
     return found
 
 

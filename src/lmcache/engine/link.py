@@ -49,6 +49,18 @@ def server_address(host: str = "tcp://localhost", port: int = 5555) -> str:
     return f"tcp://{bare}:{port}"
 
 
+def given_address(text: str) -> str:
+    """tcp://host:port, out of one text.
+
+    Raises:
+        ValueError: something is missing, another scheme than tcp, or a port out of range.
+    """
+    host, _, port = text.rpartition(":")
+    if not port.isdecimal():
+        raise ValueError(f"address {text!r}: give tcp://host:port, such as tcp://localhost:5555")
+    return server_address(host or "localhost", int(port))
+
+
 @dataclass(frozen=True)
 class Endpoint:
     """Where the server is and who asks. `instance` is shared by an engine's scheduler and all its ranks.

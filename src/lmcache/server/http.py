@@ -183,11 +183,18 @@ class HttpFace:
             return _json({"status": "forbidden", "reason": refusal}, 403)
         if _declared_length(request) > _MOST_BODY_BYTES:
             return _json({"status": "error", "reason": f"the body is larger than {_MOST_BODY_BYTES} bytes"}, 413)
+        for name in request.query_params:
+            if name != "tiers":
+                return _json(
+                    {"status": "error", "reason": f"{name}=: write tiers=all, or tiers= and names with commas"}, 400
+                )
         tiers = request.query_params.get("tiers", "")
         try:
             details = await _ask(lambda: self._control.clear(tiers), _CLEAR_SECONDS)
         except ConfigError as error:
             return _json({"status": "error", "reason": str(error)}, 404)
+        if details.get("failed_tiers"):
+            return _json({"status": "incomplete", **details}, 503)
         return _json({"status": "ok", **details} if tiers else {"status": "ok"})  # to the letter what is documented
 
     async def _page(self, request: Request) -> Response:

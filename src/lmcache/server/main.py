@@ -72,9 +72,9 @@ def _tiers_of(config: ServerConfig) -> list[TierSpec]:
     """The tiers that were asked for, not opened yet."""
     if not config.l2 and not config.l2_adapter:
         return []
-    from lmcache.tiers.registry import make_tiers, url_of_adapter  # a server without tiers is spared them
+    from lmcache.tiers.registry import tiers_of  # a server without tiers is spared them
 
-    return make_tiers([*config.l2, *map(url_of_adapter, config.l2_adapter)])
+    return tiers_of(config.l2, config.l2_adapter)
 
 
 def _start_tiers(config: ServerConfig, loop: Loop, service: Service, specs: list[TierSpec]) -> Tiering:

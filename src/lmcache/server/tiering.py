@@ -364,6 +364,9 @@ class Tiering:
             left.discard(lane.name)
             if result is None:
                 wrong[lane.name] = lane.breaker.reason or "it does not serve"
+                logger.warning("Tier %s could not be cleared: %s", lane.name, wrong[lane.name])
+            else:
+                logger.info("Tier %s cleared", lane.name)
             if not left:
                 done(wrong)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from urllib.parse import quote, urlencode
@@ -83,6 +83,15 @@ def make_tiers(texts: list[str]) -> list[TierSpec]:
             )
         specs.append(spec)
     return specs
+
+
+def tiers_of(l2: Iterable[str], l2_adapter: Iterable[str]) -> list[TierSpec]:
+    """What these settings of a server ask for, in order; nothing is opened.
+
+    Raises:
+        ConfigError: see `make_tiers` and `url_of_adapter`.
+    """
+    return make_tiers([*l2, *map(url_of_adapter, l2_adapter)])
 
 
 def url_of_adapter(text: str) -> str:

@@ -70,7 +70,8 @@ class UnixCarrier:
             self._socket.close()
             if self.descriptor >= 0:
                 os.close(self.descriptor)
-            raise ServerUnavailable(f"{path}: {error}") from error
+            shown = path.replace("\0", "@")  # as such a name is written
+            raise ServerUnavailable(f"{shown}: {error}") from error
 
     def exchange(
         self, request: m.Message, deadline_seconds: float, frames: Sequence[bytes | memoryview] = ()

@@ -14,7 +14,7 @@ import torch
 from lmcache.chunks import HASH_BYTES, Layout, Shard, TokenChain
 from lmcache.engine import Load, SchedulerSession, Store, WorkerSession
 from lmcache.engine.embedded import EmbeddedServer, embedded_address
-from lmcache.engine.link import Endpoint, server_address
+from lmcache.engine.link import Endpoint, given_address
 from lmcache.engine.prefill import PrefillRate
 from lmcache.errors import LMCacheError
 from lmcache.integration.transformers.model import kv_shape, layout_of, weights_identity, weights_stamp
@@ -57,8 +57,7 @@ def attach(
         ConfigError: the server of one's own cannot be started.
     """
     instance = f"transformers-{uuid.uuid4().hex}"
-    host, _, port = address.rpartition(":")
-    where = embedded_address(instance) if embedded_gb else server_address(host or "localhost", int(port))
+    where = embedded_address(instance) if embedded_gb else given_address(address)
     endpoint = Endpoint(where, instance, "scheduler", deadline_seconds=deadline_seconds)
     own = EmbeddedServer(instance, l1_size_gb=embedded_gb) if embedded_gb else None
     return Attached(model, endpoint, model_id, cache_salt, own)

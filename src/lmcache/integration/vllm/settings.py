@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from lmcache.config.load import nearest
 from lmcache.engine.link import TRANSFER_MODES, Endpoint
 from lmcache.errors import ConfigError
 from lmcache.observability.log import init_logger
@@ -13,6 +14,10 @@ from lmcache.observability.log import init_logger
 logger = init_logger(__name__)
 
 DEFAULT_DEADLINE_SECONDS = 2.0
+_PREFIX = "lmcache.mp."
+_NAMES = [
+    _PREFIX + name for name in ("host", "port", "mq_timeout", "heartbeat_interval", "mp_transfer_mode", "model_id")
+]
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,11 @@ def read_settings(kv_transfer_config: Any) -> Settings:
     Raises:
         ConfigError: a value cannot be used; the message names it and what to write in its place.
     """
+    for name in getattr(kv_transfer_config, "kv_connector_extra_config", None) or {}:
+        if name.startswith(_PREFIX) and name not in _NAMES:
+            logger.warning(
+                "kv_connector_extra_config %s is not a setting and is ignored: %s", name, nearest(name, _NAMES)
+            )
     get = kv_transfer_config.get_from_extra_config
     mode = str(get("lmcache.mp.mp_transfer_mode", "auto"))
     if mode not in TRANSFER_MODES:
