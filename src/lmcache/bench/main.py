@@ -1,4 +1,4 @@
-"""`lmcache bench`: what your own server gives an engine on this host. Changes nothing but adds, and leaves, a few chunks."""
+"""`lmcache bench`: what your own server gives an engine on this host. It leaves a few chunks, in tiers too."""
 
 from __future__ import annotations
 
