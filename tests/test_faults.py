@@ -168,6 +168,22 @@ def test_a_restart_between_two_calls_is_noticed_by_a_remote_engine(server, engin
     assert one.load(ids) == 320
 
 
+def test_a_late_release_for_a_former_server_ends_no_lease_of_the_next(server, engine):
+    """Both servers have done the same: their leases differ all the same."""
+    ids = prompt(7, 320)
+
+    def leased(cache, name):
+        one = engine(cache, name)
+        assert one.store(ids) == 320
+        return one, one.lookup(ids)
+
+    _, old = leased(server(), "a")
+    second, new = leased(server(), "b")
+    assert old.lease != new.lease
+    second.scheduler._link.post(m.Release([old.lease]))
+    assert second.load(ids, hit=new) == 320
+
+
 def test_loads_from_the_mapped_arena_outlive_the_server(server, engine):
     cache = server()
     one, ids = engine(cache), prompt(7, 1600)

@@ -762,6 +762,11 @@ def test_settings() -> None:
     assert read_settings(transfer()).endpoint("e", "scheduler").address == "tcp://localhost:5555"
 
 
+def test_a_heartbeat_is_never_slower_than_a_server_is_patient() -> None:
+    for told, used in ((1, 1.0), (10, 10.0), (60, 10.0)):
+        assert read_settings(transfer(heartbeat_interval=told)).endpoint("e", "worker").heartbeat_seconds == used
+
+
 def test_a_setting_that_there_is_not_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[str] = []
     monkeypatch.setattr(settings_of_vllm.logger, "warning", lambda text, *words: told.append(text % words))
@@ -781,6 +786,7 @@ def test_a_setting_that_there_is_not_is_named(monkeypatch: pytest.MonkeyPatch) -
         {"host": "ipc:///x"},
         {"host": "a:1"},
         {"mq_timeout": -1},
+        {"mq_timeout": 3600},
         {"mp_transfer_mode": "fast"},
     ],
 )

@@ -153,10 +153,16 @@ class Heart:
         total_bytes: size of the arena.
         claim_seconds: how long a lease or reservation is a claim; afterwards its slots are in quarantine until given back.
         new_table: makes the index of a space with so many shards.
+        first_number: of leases and reservations. Each server's begin elsewhere, so that one of a server that has gone means
+            nothing to the next, however late it is released there.
     """
 
     def __init__(
-        self, total_bytes: int, claim_seconds: float = 30.0, new_table: Callable[[int], Table] = ChunkTable
+        self,
+        total_bytes: int,
+        claim_seconds: float = 30.0,
+        new_table: Callable[[int], Table] = ChunkTable,
+        first_number: int = 1,
     ) -> None:
         self.total_bytes = total_bytes
         self.claim_seconds = claim_seconds
@@ -172,7 +178,7 @@ class Heart:
         self._process_instance: dict[int, str] = {SERVER: _OWN_INSTANCE}
         self._leases: dict[int, _Lease] = {}
         self._reservations: dict[int, _Reservation] = {}
-        self._next = 1
+        self._next = first_number
         self._next_space = 0
 
     # Who is there

@@ -33,6 +33,9 @@ _SOCKET_SECONDS = 0.1
 _STARTING_SECONDS = 60.0
 """For how long the socket of a server that is to come may be missing without a word: ranks are ready before schedulers are."""
 _CONNECT_SECONDS = 1.0
+MOST_DEADLINE_SECONDS = 3600.0
+MOST_HEARTBEAT_SECONDS = 10.0
+"""A server forgets an engine that gets payload frames after 30 s of silence."""
 
 
 def server_address(host: str = "tcp://localhost", port: int = 5555) -> str:
@@ -82,8 +85,10 @@ class Endpoint:
             raise ValueError(f"transfer mode {self.transfer_mode!r}: give one of {', '.join(TRANSFER_MODES)}")
         if self.transfer_mode == "payload" and _is_unix(self):
             raise ValueError(f"payload frames do not travel over {self.address}: leave the transfer mode at auto")
-        if not 0 < self.deadline_seconds < 3600:
-            raise ValueError(f"deadline of {self.deadline_seconds} seconds: give one between 0 and 3600")
+        if not 0 < self.deadline_seconds < MOST_DEADLINE_SECONDS:
+            raise ValueError(
+                f"deadline of {self.deadline_seconds} seconds: give one between 0 and {MOST_DEADLINE_SECONDS:g}"
+            )
 
 
 class _NotThereYet(ServerUnavailable):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lmcache.config.load import nearest
-from lmcache.engine.link import TRANSFER_MODES, Endpoint
+from lmcache.engine.link import MOST_DEADLINE_SECONDS, MOST_HEARTBEAT_SECONDS, TRANSFER_MODES, Endpoint
 from lmcache.errors import ConfigError
 from lmcache.observability.log import init_logger
 
@@ -67,11 +67,17 @@ def read_settings(kv_transfer_config: Any) -> Settings:
     if mode == "lmcache_driven":
         logger.info("lmcache.mp.mp_transfer_mode=lmcache_driven means auto here: the ranks copy, the server decides")
         mode = "auto"
+    heartbeat = _seconds("lmcache.mp.heartbeat_interval", get("lmcache.mp.heartbeat_interval", MOST_HEARTBEAT_SECONDS))
+    if heartbeat > MOST_HEARTBEAT_SECONDS:
+        logger.warning(
+            "lmcache.mp.heartbeat_interval is %g: a server forgets who is silent for 30 s, so it is 10", heartbeat
+        )
+        heartbeat = MOST_HEARTBEAT_SECONDS
     return Settings(
         host=parse_host(get("lmcache.mp.host", "tcp://localhost")),
         port=_port(get("lmcache.mp.port", 5555)),
         deadline_seconds=_seconds("lmcache.mp.mq_timeout", get("lmcache.mp.mq_timeout", DEFAULT_DEADLINE_SECONDS)),
-        heartbeat_seconds=_seconds("lmcache.mp.heartbeat_interval", get("lmcache.mp.heartbeat_interval", 10.0)),
+        heartbeat_seconds=heartbeat,
         transfer_mode=mode,
         model_id=str(get("lmcache.mp.model_id", "")),
     )
@@ -114,6 +120,8 @@ def _seconds(name: str, value: object) -> float:
         seconds = float(str(value))
     except ValueError:
         seconds = math.nan
-    if not 0 < seconds < math.inf:
-        raise ConfigError(f"{name} is {value!r}; it must be a number of seconds above 0")
+    if not 0 < seconds < MOST_DEADLINE_SECONDS:
+        raise ConfigError(
+            f"{name} is {value!r}; it must be a number of seconds above 0, and below {MOST_DEADLINE_SECONDS:g}"
+        )
     return seconds
