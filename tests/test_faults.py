@@ -14,6 +14,7 @@ import pytest
 import zmq
 
 from engine_process import pause_once
+from lmcache.engine import Load
 from lmcache.wire import messages as m
 from lmcache.wire.frames import frame
 from ports import free_port
@@ -166,6 +167,20 @@ def test_a_restart_between_two_calls_is_noticed_by_a_remote_engine(server, engin
     eventually(lambda: one.lookup(ids) is None and one.scheduler.connected and one.worker.connected)
     assert one.store(ids) == 320
     assert one.load(ids) == 320
+
+
+def test_loads_of_an_arena_that_a_rank_lacks_cost_one_deadline_in_all(server, engine):
+    one = engine(server(), deadline=1.0)
+    begin = time.monotonic()
+    for number in range(12):
+        one.worker.load(f"load {number}", Load(b"?" * 16, 1, 0, bytes(4), 0, 16, [0]))
+    left = 12
+    while left:
+        one.worker.wait_finished(PATIENCE)
+        done = one.worker.finished()
+        assert not any(job.ok for job in done)
+        left -= len(done)
+    assert time.monotonic() - begin < 1.0 + SLACK, "12 deadlines would be 12 s"
 
 
 def test_a_late_release_for_a_former_server_ends_no_lease_of_the_next(server, engine):

@@ -94,6 +94,8 @@ class WorkerSession:
         self._closed = False
         self._loading: dict[str, Load] = {}
         """Thread -> its load."""
+        self._in_vain = b""
+        """The arena that a load has waited for and not got: the next one does not wait as well."""
         self._load_ended = 0.0
         self._copying: set[str] = set()
         """Threads that may be touching the arena now."""
@@ -386,8 +388,12 @@ class WorkerSession:
             ServerUnavailable: this rank does not (or no longer) have that arena.
         """
         with self._state:
-            if arena is not None and arena != self._arena:  # the scheduler may have found a new server before this rank
-                self._state.wait_for(lambda: arena == self._arena, self._link.endpoint.deadline_seconds)
+            if (  # the scheduler may have found a new server before this rank
+                arena is not None
+                and arena not in (self._arena, self._in_vain)
+                and not self._state.wait_for(lambda: arena == self._arena, self._link.endpoint.deadline_seconds)
+            ):
+                self._in_vain = arena
             if arena not in (None, self._arena) or self._copier is None:
                 raise ServerUnavailable("this rank has not got the arena of the hit's server")
             copier, mapping = self._copier, self._mapping
