@@ -306,13 +306,12 @@ class Tiering:
         outcomes: list[str] | None,
         generation: int,
     ) -> None:
-        if (
-            generation != lane.generation and not self._closed
-        ):  # it was cleared meanwhile, and some of it may be written
+        cleared = generation != lane.generation  # meanwhile, and some of the batch may have been written since
+        if cleared and not self._closed:
             keys = [one.key for one in shards]
             lane.change(lambda: lane.tier.remove(keys), lambda result, seconds: None)
         if outcomes is None:
-            if generation == lane.generation:
+            if not cleared:
                 lane.queue.put_back(batch)
             return
         for outcome, size in zip(outcomes, sizes, strict=True):

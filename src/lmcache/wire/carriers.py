@@ -160,9 +160,10 @@ def _choose_exchange() -> Callable[[socket.socket, bytes, float], bytes]:
     native = load_native()
     if native is None:
         return exchange_in_python
+    round_trip = native.exchange
 
     def exchange(connection: socket.socket, request: bytes, timeout_seconds: float) -> bytes:
-        answer: bytes = native.exchange(connection.fileno(), request, _HOLD_MICROSECONDS, int(timeout_seconds * 1e6))
+        answer: bytes = round_trip(connection.fileno(), request, _HOLD_MICROSECONDS, int(timeout_seconds * 1e6))
         return answer
 
     return exchange

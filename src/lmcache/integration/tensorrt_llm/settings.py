@@ -7,7 +7,7 @@ from typing import Any
 
 from lmcache.config.engine import EngineConfig, load_engine
 from lmcache.engine.embedded import EmbeddedServer, embedded_address
-from lmcache.engine.link import server_address
+from lmcache.engine.link import given_address
 from lmcache.errors import ConfigError
 from lmcache.observability.log import init_logger
 
@@ -51,9 +51,8 @@ def daemon_settings(llm_args: Any) -> Settings:
         ConfigError: it is no address.
     """
     url = str(getattr(getattr(llm_args, "kv_connector_config", None), "server_url", None) or DEFAULT_URL)
-    host, _, port = url.rpartition(":")
     try:
-        return Settings(url=server_address(host, int(port)))
+        return Settings(url=given_address(url))
     except ValueError as error:
         raise ConfigError(f"kv_connector_config.server_url is {url!r} ({error}); write {DEFAULT_URL}") from None
 

@@ -70,7 +70,9 @@ def read_settings(kv_transfer_config: Any) -> Settings:
     heartbeat = _seconds("lmcache.mp.heartbeat_interval", get("lmcache.mp.heartbeat_interval", MOST_HEARTBEAT_SECONDS))
     if heartbeat > MOST_HEARTBEAT_SECONDS:
         logger.warning(
-            "lmcache.mp.heartbeat_interval is %g: a server forgets who is silent for 30 s, so it is 10", heartbeat
+            "lmcache.mp.heartbeat_interval is %g: a server forgets who is silent for 30 s, so it is %g",
+            heartbeat,
+            MOST_HEARTBEAT_SECONDS,
         )
         heartbeat = MOST_HEARTBEAT_SECONDS
     return Settings(
