@@ -38,7 +38,7 @@ def test_the_log_lines_that_users_look_for(server, engine):
     one = engine(cache)
     cache.line_with(f"Registered KV cache for GPU ID {os.getpid()} with 2 layers")
     for what, said in (("gather", "Stored"), ("scatter", "Retrieved")):
-        pause_once(one.worker._copier, what, lambda: time.sleep(0.2))
+        pause_once(one.worker._access.copier, what, lambda: time.sleep(0.2))
         assert (one.store(ids) if what == "gather" else one.load(ids)) == 320
         line = cache.line_with(f"{said} 320 tokens in ")
         told = re.search(r"in (\d+\.\d{3}) seconds", line)

@@ -231,6 +231,38 @@ def test_a_new_server_is_used_at_once_though_the_rank_learns_of_it_later(server,
     assert time.monotonic() - begin < PATIENCE / 2
 
 
+def test_unmapping_the_old_arena_holds_up_no_engine(server, engine, monkeypatch):
+    """A GPU's driver lets go of 100 GiB of pinned memory in seconds; the engine's thread asks this session meanwhile."""
+    cache = server()
+    one, unmapping, go = engine(cache), threading.Event(), threading.Event()
+    close = one.worker._access.close
+    monkeypatch.setattr(one.worker._access, "close", lambda: (unmapping.set(), go.wait(PATIENCE), close()))
+    cache.kill()
+    server(port=cache.port)
+    assert unmapping.wait(PATIENCE)
+    begin = time.monotonic()
+    assert one.worker.mapped_arena == b""
+    assert one.worker.wait(["no such job"], 0.01) == set()
+    job = one.submit_store(prompt(13, 640))
+    assert time.monotonic() - begin < PATIENCE / 2
+    go.set()
+    one.wait(job)
+    eventually(lambda: one.worker.connected and one.scheduler.connected)
+    ids = prompt(14, 640)
+    assert one.store(ids) == 640
+    assert one.load(ids) == 640
+
+
+def test_a_connection_made_anew_keeps_the_arena_mapped(server, engine):
+    one, ids = engine(server()), prompt(15, 640)
+    assert one.store(ids) == 640
+    access, carrier = one.worker._access, one.worker._link._carrier
+    carrier._socket.shutdown(socket.SHUT_RDWR)
+    eventually(lambda: one.worker._link._carrier not in (None, carrier))
+    assert one.worker._access is access
+    assert one.load(ids) == 640
+
+
 @pytest.mark.parametrize("mode", ["auto", "payload"])
 def test_a_frozen_server_costs_one_deadline_not_one_a_call(server, engine, mode):
     cache, deadline = server(), 3.0
@@ -276,7 +308,7 @@ def test_no_slot_is_freed_under_a_copy_when_the_connection_is_lost(server, engin
     cache = server(l1=8)
     one, ids = engine(cache, num_blocks=64), prompt(11, 640)
     midway, go = threading.Event(), threading.Event()
-    pause_once(one.worker._copier, "gather", lambda: (midway.set(), go.wait(PATIENCE)))
+    pause_once(one.worker._access.copier, "gather", lambda: (midway.set(), go.wait(PATIENCE)))
     job = one.submit_store(ids)
     assert midway.wait(PATIENCE)
     one.worker._link._carrier._socket.shutdown(socket.SHUT_RDWR)  # as when the server hangs up

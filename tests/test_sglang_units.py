@@ -374,8 +374,8 @@ def test_a_forward_waits_for_each_layer_of_the_loads_under_way(
     counter = engine.pool.layer_transfer_counter
     assert (counter.num_layers, counter.consumer_index) == (3, -1)
     worker = engine.connector._rank._worker
-    real, held = worker._copier, Held(6, points=True)
-    worker._copier = held
+    real, held = worker._access.copier, Held(6, points=True)
+    worker._access.copier = held
     try:
         load, found = begin_load(engine, "b", text)
         assert found == 160
@@ -401,7 +401,7 @@ def test_a_forward_waits_for_each_layer_of_the_loads_under_way(
         assert caplog.text.count("Retrieved 160 out of 160 required tokens") == said > 0
         eventually(lambda: daemon.status()["index"]["leases"] == 0)
     finally:
-        worker._copier = real
+        worker._access.copier = real
 
 
 def test_a_load_that_fails_before_it_is_certain_is_no_load(server: Servers, sglang: Engines) -> None:
@@ -409,15 +409,15 @@ def test_a_load_that_fails_before_it_is_certain_is_no_load(server: Servers, sgla
     engine = sglang(daemon, 1)
     engine.compute_and_store("a", text)
     worker = engine.connector._rank._worker
-    real, held = worker._copier, Held(6, points=False)
-    worker._copier = held
+    real, held = worker._access.copier, Held(6, points=False)
+    worker._access.copier = held
     held.may_end.set()
     try:
         load, _ = begin_load(engine, "b", text)
         assert not engine.connector.prepare_load_on_stream(load, None)
         assert engine.pool.layer_transfer_counter.consumer_index == -1
     finally:
-        worker._copier = real
+        worker._access.copier = real
     assert engine.load("c", text)[0] == 160
 
 

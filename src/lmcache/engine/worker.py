@@ -77,9 +77,7 @@ class WorkerSession:
         self._stages = list(stages)
         self._space, self._chunk_tokens, self._arena = 0, 0, b""
         self._slot_bytes = 0
-        self._mapping: Mapping | None = None
-        self._copier: Copier | None = None
-        self._stop_populating = threading.Event()
+        self._access: _Access | None = None
         lock = threading.Lock()
         self._state = threading.Condition(lock)
         self._ready = {"load": threading.Condition(lock), "store": threading.Condition(lock)}
@@ -117,7 +115,7 @@ class WorkerSession:
     def mapped_arena(self) -> bytes:
         """The arena that this process has mapped, from where a load needs no server; b"" for none (payload frames)."""
         with self._state:
-            return self._arena if self._mapping is not None else b""
+            return self._arena if self._mapped() else b""
 
     def wait_connected(self, timeout_seconds: float) -> bool:
         """Wait for the first connection, at engine start."""
@@ -175,7 +173,9 @@ class WorkerSession:
             thread.join()
         self._link.close()
         with self._state:
-            self._let_go()
+            access = self._taken_away()
+        if access is not None:
+            access.close()
 
     # The threads that copy
 
@@ -372,12 +372,10 @@ class WorkerSession:
                 self._state.notify_all()
 
     def _batch_bytes(self) -> int:
-        copier, mapping = self._copier, self._mapping
-        return (
-            int(copier.bytes_per_second * _BATCH_SECONDS)
-            if copier is not None and mapping is not None
-            else _PAYLOAD_BYTES
-        )
+        access = self._access
+        if access is None or access.mapping is None:
+            return _PAYLOAD_BYTES
+        return int(access.copier.bytes_per_second * _BATCH_SECONDS)
 
     @contextmanager
     def _using(self, thread: str, arena: bytes | None = None) -> Iterator[tuple[Copier, Mapping | None]]:
@@ -394,12 +392,12 @@ class WorkerSession:
                 and not self._state.wait_for(lambda: arena == self._arena, self._link.endpoint.deadline_seconds)
             ):
                 self._in_vain = arena
-            if arena not in (None, self._arena) or self._copier is None:
+            if arena not in (None, self._arena) or self._access is None:
                 raise ServerUnavailable("this rank has not got the arena of the hit's server")
-            copier, mapping = self._copier, self._mapping
+            access = self._access
             self._copying.add(thread)
         try:
-            yield copier, mapping
+            yield access.copier, access.mapping
         finally:
             with self._state:
                 self._copying.discard(thread)
@@ -430,44 +428,56 @@ class WorkerSession:
                 )
             request = m.Register(layout, self._shard.count, self._shard.index, slot_bytes, self._stages)
             registered = ask(carrier, request, m.Registered)
-            copier = make_copier(self._paged, welcome.chunk_tokens, self._threads)
             with self._state:
-                if not self._state.wait_for(self._may_unmap, _LAST_COPY_SECONDS) and self._copying:
+                known = welcome.arena == self._arena and (descriptor < 0 or self._mapped())
+                if not known and not self._state.wait_for(self._may_unmap, _LAST_COPY_SECONDS) and self._copying:
                     raise ServerUnavailable("a copy in the old arena does not end")
-                if welcome.arena != self._arena:
-                    self._let_go()
-                if descriptor >= 0 and self._mapping is None:
-                    self._mapping = Mapping(descriptor, welcome.arena_bytes)
-                    self._populate(self._mapping)
-                if self._copier is not None:
-                    self._copier.close()
-                if self._mapping is not None:
-                    copier.adopt(self._mapping.address, self._mapping.size_bytes)
+                access = self._access if known else self._taken_away()
+            if not known:
+                # Not under the lock, which the engine's thread takes: pinned memory is let go of in seconds, not milliseconds.
+                if access is not None:
+                    access.close()
+                access = _Access(make_copier(self._paged, welcome.chunk_tokens, self._threads), welcome, descriptor)
+            with self._state:
                 self._space, self._chunk_tokens, self._slot_bytes = registered.space, welcome.chunk_tokens, slot_bytes
-                self._copier, self._arena = copier, welcome.arena
+                self._access, self._arena = access, welcome.arena
                 self._state.notify_all()
         finally:
             if descriptor >= 0:
                 os.close(descriptor)
 
-    def _populate(self, mapping: Mapping) -> None:
-        """Fill this process's page table ahead of use: a store into mapped pages runs at twice the speed."""
-        self._stop_populating = threading.Event()
+    def _mapped(self) -> bool:
+        return self._access is not None and self._access.mapping is not None
+
+    def _taken_away(self) -> _Access | None:
+        """What the caller is to close, without the lock. Called with it, while no copy runs; none begins afterwards."""
+        access, self._access, self._arena = self._access, None, b""
+        return access
+
+
+class _Access:
+    """To one arena: a copier, and the arena mapped here (None: payload frames, where the server gave no descriptor)."""
+
+    def __init__(self, copier: Copier, welcome: m.Welcome, descriptor: int) -> None:
+        self.copier = copier
+        self.mapping = Mapping(descriptor, welcome.arena_bytes) if descriptor >= 0 else None
+        if self.mapping is None:
+            return
+        # Fill this process's page table ahead of use: a store into mapped pages runs at twice the speed.
+        self._stop = threading.Event()
         self._populating = threading.Thread(
-            target=populate_all, args=(mapping, self._stop_populating), name="lmcache-map", daemon=True
+            target=populate_all, args=(self.mapping, self._stop), name="lmcache-map", daemon=True
         )
         self._populating.start()
+        copier.adopt(self.mapping.address, self.mapping.size_bytes)
 
-    def _let_go(self) -> None:
-        """Unmap. Called with the lock held, while no copy runs."""
-        if self._mapping is not None:
-            if self._copier is not None:
-                self._copier.close()
-            self._stop_populating.set()
+    def close(self) -> None:
+        """Unmap; no copy runs any more."""
+        self.copier.close()
+        if self.mapping is not None:
+            self._stop.set()
             self._populating.join()
-            self._mapping.close()
-            self._mapping = None
-        self._copier, self._arena = None, b""
+            self.mapping.close()
 
 
 def _wait_for_step(point: Event, leave_end: bool) -> None:
