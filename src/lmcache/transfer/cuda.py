@@ -340,7 +340,7 @@ class _Lane:
         planes = range(0, len(copier._paged.planes), self._planes_in_piece)
         try:
             with torch.cuda.stream(self._kernels):
-                nothing = torch.zeros(4, dtype=torch.int64, device=copier._device)
+                nothing = torch.tensor([0] * 4, device=copier._device)
                 # Compiled for what holds of every piece: the alignment of the ring's places, and of planes in them.
                 kernel = _copy_kernel[(1, 1, 1)](
                     copier._bases, nothing, nothing, self._ring[1][1], 0, plane_words, **constants, num_warps=_WARPS
