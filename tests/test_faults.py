@@ -285,6 +285,10 @@ def test_a_frozen_server_costs_one_deadline_not_one_a_call(server, engine, mode)
     assert cache.counters()["reservations"] == 0
 
 
+def engine_dropped(cache, reason):
+    return cache.counters().get(f'engine_dropped_chunks_total{{reason="{reason}"}}')
+
+
 def test_a_preemption_does_not_wait_for_a_silent_server(server, engine):
     """A store that waits for its slots reads no block yet, and will not when it has them."""
     cache = server()
@@ -301,6 +305,62 @@ def test_a_preemption_does_not_wait_for_a_silent_server(server, engine):
     assert one.worker.counters["dropped_chunks:preempted"] == 40
     eventually(lambda: cache.counters()["reservations"] == 0)
     assert one.lookup(ids) is None
+    eventually(lambda: engine_dropped(cache, "preempted") == 40)
+
+
+def test_what_waits_and_is_cancelled_is_told_the_server(server, engine):
+    cache = server()
+    one, ids = engine(cache, deadline=PATIENCE), prompt(12, 640)
+    cache.freeze()
+    first, second = one.submit_store(prompt(16, 320)), one.submit_store(ids)
+    assert one.worker.wait([second], PATIENCE) == set()
+    begin = time.monotonic()
+    one.worker.drop(3, "computed from a failed load")
+    assert time.monotonic() - begin < PATIENCE / 2, "the storing thread is in a call"
+    cache.thaw()
+    assert one.wait(first).tokens == 320 and one.wait(second).tokens == 0
+    eventually(lambda: engine_dropped(cache, "preempted") == 40)
+    one.worker.drop(4, "computed from a failed load")
+    eventually(lambda: engine_dropped(cache, "computed from a failed load") == 7)
+
+
+def test_an_interrupted_lookup_leaves_no_lease(server, engine, monkeypatch):
+    """Ctrl-C in a notebook comes between the server's answer and the caller."""
+    cache = server()
+    one, ids = engine(cache), prompt(17, 640)
+    assert one.store(ids) == 640
+    carrier = one.scheduler._link._carrier
+    exchange = carrier.exchange
+
+    def interrupted(*all):
+        exchange(*all)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(carrier, "exchange", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        one.lookup(ids)
+    eventually(lambda: one.scheduler.connected)
+    eventually(lambda: cache.counters()["leases"] == 0)
+    assert one.load(ids) == 640
+
+
+def test_a_lookup_that_crosses_a_restart_leaves_no_lease(server, engine, monkeypatch):
+    """The scheduler has read the old arena's name, the new server answers: the lease is that one's."""
+    cache = server()
+    one, ids = engine(cache), prompt(18, 640)
+    assert one.store(ids) == 640
+    one.scheduler.release(one.lookup(ids))
+    link, arena = one.scheduler._link, one.scheduler._arena
+    call = link.call
+
+    def crossed(*all):
+        one.scheduler._arena = arena
+        return call(*all)
+
+    monkeypatch.setattr(link, "call", crossed)
+    one.scheduler._arena = b"the old server's"
+    assert one.lookup(ids) is None
+    eventually(lambda: cache.counters()["leases"] == 0)
 
 
 def test_no_slot_is_freed_under_a_copy_when_the_connection_is_lost(server, engine, engine_process):

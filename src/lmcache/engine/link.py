@@ -147,6 +147,9 @@ class Link:
             except ServerUnavailable as error:
                 self._give_up(str(error))
                 raise
+            except BaseException:  # Ctrl-C: the answer, which may be a lease, is lost; the next hello tells what is held
+                self._give_up("a call was interrupted")
+                raise
             if isinstance(answer, m.Error) and answer.code == "hello":
                 self._give_up("it has been started anew")  # ZMQ reconnects by itself and does not tell
         if isinstance(answer, expect):
@@ -164,6 +167,9 @@ class Link:
                 self._carrier.post(request)
             except ServerUnavailable as error:
                 self._give_up(str(error))
+            except BaseException:  # half a message may have gone
+                self._give_up("a call was interrupted")
+                raise
 
     def close(self) -> None:
         """Say goodbye, hang up and end the thread."""

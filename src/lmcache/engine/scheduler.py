@@ -156,7 +156,8 @@ class SchedulerSession:
         plausible = first < found.chunks <= most and len(found.slots) == 4 * self._shards * (found.chunks - first)
         if not plausible or arena != self._arena:
             self.misses += 1
-            self.release(hit)
+            # A server that came meanwhile gave this lease, and it alone knows the number.
+            self.release(hit._replace(arena=self._arena))
             return None
         return hit
 

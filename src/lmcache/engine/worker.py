@@ -89,6 +89,8 @@ class WorkerSession:
         """Thread -> id of the job that reads or writes paged KV at this moment."""
         self._cancelled: set[str] = set()
         self._done: deque[Done] = deque()
+        self._untold: deque[m.Dropped] = deque()
+        """For the storing thread to tell the server: the engine's thread waits for no answer, nor for those who do."""
         self._closed = False
         self._loading: dict[str, Load] = {}
         """Thread -> its load."""
@@ -134,9 +136,10 @@ class WorkerSession:
         self._enqueue("store", job_id, store)
 
     def drop(self, chunks: int, reason: str) -> None:
-        """Count chunks that are not stored, here and at the server."""
-        self.counters[f"dropped_chunks:{reason}"] += chunks
-        self._link.post(m.Dropped(chunks, reason))
+        """Count chunks that are not stored, here and at the server. Does not wait."""
+        self._count_drop(chunks, reason)
+        with self._state:
+            self._ready["store"].notify()
 
     def finished(self) -> list[Done]:
         """Jobs that ended since the last call; never waits."""
@@ -184,6 +187,10 @@ class WorkerSession:
             self._queues[kind].append((job_id, job))
             self._ready[kind].notify()
 
+    def _count_drop(self, chunks: int, reason: str) -> None:
+        self.counters[f"dropped_chunks:{reason}"] += chunks
+        self._untold.append(m.Dropped(chunks, reason))
+
     def _busy(self) -> bool:
         return bool(self._running or any(self._queues.values()))
 
@@ -192,16 +199,20 @@ class WorkerSession:
             self._work(kind, thread)
 
     def _work(self, kind: Literal["load", "store"], thread: str) -> None:
-        queue = self._queues[kind]
+        queue, untold = self._queues[kind], self._untold if kind == "store" else ()
         while True:
+            while untold:
+                self._link.post(self._untold.popleft())
             with self._state:
-                self._ready[kind].wait_for(lambda: queue or self._closed)
+                self._ready[kind].wait_for(lambda: queue or untold or self._closed)
                 if self._closed:
                     return
+                if not queue:
+                    continue
                 job_id, job = queue.popleft()
                 cancelled = job_id in self._cancelled
                 if cancelled and isinstance(job, Store):
-                    self.counters["dropped_chunks:preempted"] += len(job.hashes) // HASH_BYTES
+                    self._count_drop(len(job.hashes) // HASH_BYTES, "preempted")
                 if not cancelled:
                     self._running[thread] = job_id
                     if isinstance(job, Load):
@@ -280,14 +291,14 @@ class WorkerSession:
     def _store(self, job_id: str, store: Store) -> tuple[int, float, float]:
         """Tokens that were copied and committed, seconds of the copies, and of asking for and committing the slots."""
         if store.chunk_tokens != self._chunk_tokens:
-            self.drop(len(store.hashes) // HASH_BYTES, "another chunk size")
+            self._count_drop(len(store.hashes) // HASH_BYTES, "another chunk size")
             return 0, 0.0, 0.0
         total, tokens, seconds, parent = len(store.hashes) // HASH_BYTES, 0, 0.0, store.parent
         begin = time.perf_counter()
         step = min(max(1, self._batch_bytes() // self._slot_bytes), m.MAX_RESERVED_CHUNKS)
         for at in range(0, total, step):
             if job_id in self._cancelled:
-                self.drop(total - at, "preempted")
+                self._count_drop(total - at, "preempted")
                 break
             hashes = store.hashes[at * HASH_BYTES : (at + step) * HASH_BYTES]
             try:
@@ -295,7 +306,7 @@ class WorkerSession:
                     batch = self._store_batch(job_id, copier, mapping, store, parent, store.first_chunk + at, hashes)
                 tokens, seconds = tokens + batch[0], seconds + batch[1]
             except _Cancelled:
-                self.drop(total - at, "preempted")
+                self._count_drop(total - at, "preempted")
                 break
             except (ServerUnavailable, ServerRefused) as error:
                 reason = "no server" if isinstance(error, ServerUnavailable) else "refused"
