@@ -385,6 +385,18 @@ def test_a_rank_that_cannot_serve_ends_the_service() -> None:
     assert session.closed and scheduler.match(Request("a", list(range(100))), 0) == 0
 
 
+def test_leases_end_when_a_rank_refuses_those_that_others_load_from_after_the_load() -> None:
+    session = Session(present=40)
+    scheduler, loads, waits = half(session), Request("a", list(range(700))), Request("b", list(range(700)))
+    assert scheduler.match(loads, 0) == scheduler.match(waits, 0) == 640
+    scheduler.allocated(loads, list(range(44)), 640)
+    scheduler.plan_step(step())
+    scheduler.transferred(report=StepReport(refusal="unknown order"))
+    assert session.leased == {1} and not session.closed
+    scheduler.transferred(finished_loads=["a"])
+    assert session.leased == set() and session.closed
+
+
 class Ranks:
     """A worker's session that finishes what it is told to."""
 

@@ -95,6 +95,9 @@ class SchedulerHalf:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._session: SchedulerSession | None = session
+        """None once this engine runs without us."""
+        self._lessor = session
+        """Whom leases are given back to."""
         self._block_tokens = block_tokens
         self._ranks = ranks
         self._can_load = can_load
@@ -222,8 +225,7 @@ class SchedulerHalf:
         tracker = self._trackers.pop(request.request_id, None)
         if tracker is None:
             return False
-        if tracker.hit is not None:
-            self._release(tracker.hit)
+        self._give_back(tracker)
         if not tracker.jobs or request.request_id in self._loading:  # vLLM frees the blocks when the load has ended
             return False
         if request.num_preemptions != tracker.preemptions:
@@ -240,9 +242,7 @@ class SchedulerHalf:
         for tracker in self._trackers.values():
             # What is computed already may be of the old weights, so these requests store no more.
             tracker.cacheable = False
-            if tracker.hit is not None:
-                self._release(tracker.hit)
-                tracker.hit = None
+            self._give_back(tracker)
 
     def wait_connected(self, starting: Callable[[], bool]) -> None:
         """Give a server the time to start, as long as it is `starting`. Without one the engine goes on."""
@@ -258,13 +258,14 @@ class SchedulerHalf:
         """A rank cannot serve: from now on this engine runs without us."""
         if self._session is not None:
             logger.warning("LMCache serves nothing for this engine: %s", reason)
-            self._session.close()
+            for tracker in self._trackers.values():
+                self._give_back(tracker)
             self._session = None
+            self._hang_up_if_unused()
 
     def close(self) -> None:
-        if self._session is not None:
-            self._session.close()
-            self._session = None
+        self._session = None
+        self._lessor.close()
 
     def _tracker(self, request: Any) -> Tracker:
         """The request's tracker; a fresh one when the request was preempted since."""
@@ -280,8 +281,7 @@ class SchedulerHalf:
             if tracker.jobs:
                 # Not settled yet: preempted outside a step (a reset of the engine's own prefix cache).
                 self._plan.settle.extend(tracker.jobs)
-            if tracker.hit is not None:
-                self._release(tracker.hit)
+            self._give_back(tracker)
         self._trackers[request.request_id] = fresh
         return fresh
 
@@ -294,8 +294,7 @@ class SchedulerHalf:
             leased_from = tracker.hit.first_chunk * (tracker.chain.chunk_tokens if tracker.chain else 0)
             if same and age < HIT_SECONDS and leased_from <= tracker.local_tokens:
                 return tracker.hit
-            self._release(tracker.hit)
-            tracker.hit = None
+            self._give_back(tracker)
         elif same and age < MISS_SECONDS:
             return None
         chain = self._chain(tracker)
@@ -433,9 +432,20 @@ class SchedulerHalf:
             text = "Reqid: %s, Total tokens %d, LMCache hit tokens: %d, need to load: %d"
             logger.info(text, request.request_id, request.num_tokens, found, gain)
 
+    def _give_back(self, tracker: Tracker) -> None:
+        """The hit that waits for the request to run, if there is one."""
+        hit, tracker.hit = tracker.hit, None
+        if hit is not None:
+            self._release(hit)
+
     def _release(self, hit: Hit) -> None:
-        if self._session is not None:
-            self._session.release(hit)
+        self._lessor.release(hit)
+        self._hang_up_if_unused()
+
+    def _hang_up_if_unused(self) -> None:
+        """Other ranks may still load what is leased when one has refused."""
+        if self._session is None and not self._loading and not self._admitted:
+            self._lessor.close()
 
     def _job(self, kind: str) -> str:
         self._jobs += 1
