@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import subprocess
 from concurrent.futures import Future
 from pathlib import Path
@@ -13,7 +14,7 @@ import zmq
 
 from lmcache.cache import Heart
 from lmcache.chunks import Layout
-from lmcache.engine.link import given_address
+from lmcache.engine.link import answers, given_address
 from lmcache.integration.vllm.settings import Settings
 from lmcache.server.loop import Loop
 from lmcache.server.service import Peer, Service
@@ -37,12 +38,26 @@ def payload_hello(proof: bytes = b"", session: bytes = b"x") -> m.Hello:
 def test_an_address_is_whole_or_refused_by_name() -> None:
     assert given_address("tcp://h:5") == given_address("h:5") == "tcp://h:5"
     assert given_address(":5") == "tcp://localhost:5"
+    assert given_address("tcp://[::1]:5") == "tcp://[::1]:5" == Settings(host="::1", port=5).address
     for text in ("tcp://127.0.0.1", "localhost", "", "h:", "h:p"):
         with pytest.raises(ValueError, match=f"address '{text}': give tcp://host:port"):
             given_address(text)
     for text, why in (("udp://h:5", "only tcp://"), ("h:0", "port 0"), ("h:65536", "port 65536")):
         with pytest.raises(ValueError, match=why):
             given_address(text)
+
+
+def test_a_server_that_listens_on_ipv6(server, engine):
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("no IPv6 here")
+    cache, ids = server(flags=("--host", "::1")), list(range(640))
+    cache.address = given_address(f"[::1]:{cache.port}")
+    one, far = engine(cache), engine(cache, "far", mode="payload")
+    assert one.store(ids) == 640
+    assert far.load(ids) == 640
+    assert answers(cache.address, 1.0)
 
 
 def test_payload_engines_and_mapped_ones_share(server, engine):

@@ -39,7 +39,7 @@ MOST_HEARTBEAT_SECONDS = 10.0
 
 
 def server_address(host: str = "tcp://localhost", port: int = 5555) -> str:
-    """tcp://host:port, whatever of it the host has already.
+    """tcp://host:port, whatever of it the host has already. An IPv6 address gets its brackets.
 
     Raises:
         ValueError: another scheme than tcp, or a port out of range.
@@ -49,6 +49,8 @@ def server_address(host: str = "tcp://localhost", port: int = 5555) -> str:
         raise ValueError(f"host {host!r}: only tcp:// is spoken")
     if not 0 < int(port) < 65536:
         raise ValueError(f"port {port!r}: give one between 1 and 65535")
+    if ":" in bare and not bare.startswith("["):
+        bare = f"[{bare}]"
     return f"tcp://{bare}:{port}"
 
 
@@ -147,7 +149,7 @@ class Link:
             except ServerUnavailable as error:
                 self._give_up(str(error))
                 raise
-            except BaseException:  # Ctrl-C: the answer, which may be a lease, is lost; the next hello tells what is held
+            except BaseException:  # Ctrl-C: the answer, maybe a lease, is lost; what is held is told with the next hello
                 self._give_up("a call was interrupted")
                 raise
             if isinstance(answer, m.Error) and answer.code == "hello":

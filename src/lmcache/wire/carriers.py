@@ -180,6 +180,7 @@ class ZmqCarrier:
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, _LINGER_MILLISECONDS)
         self._socket.setsockopt(zmq.MAXMSGSIZE, 1 << 30)
+        self._socket.setsockopt(zmq.IPV6, int("[" in address))
         if key_file is not None:
             auth.protect_engine(self._socket, key_file)
         try:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lmcache.config.load import nearest
-from lmcache.engine.link import MOST_DEADLINE_SECONDS, MOST_HEARTBEAT_SECONDS, TRANSFER_MODES, Endpoint
+from lmcache.engine.link import MOST_DEADLINE_SECONDS, MOST_HEARTBEAT_SECONDS, TRANSFER_MODES, Endpoint, server_address
 from lmcache.errors import ConfigError
 from lmcache.observability.log import init_logger
 
@@ -34,7 +34,7 @@ class Settings:
 
     @property
     def address(self) -> str:
-        return f"tcp://{self.host}:{self.port}"
+        return server_address(self.host, self.port)
 
     def endpoint(self, instance: str, role: str, rank: int = 0, address: str = "") -> Endpoint:
         """How the engine `instance` reaches the server, at another `address` than the configured one where that is given."""
