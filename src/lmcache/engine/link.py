@@ -149,7 +149,8 @@ class Link:
             except ServerUnavailable as error:
                 self._give_up(str(error))
                 raise
-            except BaseException:  # Ctrl-C: the answer, maybe a lease, is lost; what is held is told with the next hello
+            except BaseException:
+                # Ctrl-C: the answer, maybe a lease, is lost; what is held is told with the next hello.
                 self._give_up("a call was interrupted")
                 raise
             if isinstance(answer, m.Error) and answer.code == "hello":
