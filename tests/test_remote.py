@@ -171,7 +171,7 @@ def test_a_session_back_while_its_bytes_are_copied_gets_a_new_number():
     loop.close()
 
 
-def test_with_a_key_file_only_who_has_it_is_heard(server, engine, tmp_path):
+def test_with_a_key_file_only_who_has_it_is_heard(server, engine, tmp_path, caplog):
     right, wrong = key_file(tmp_path), key_file(tmp_path, "wrong")
     cache, ids = server(flags=("--auth-key-file", str(right))), list(range(320))
     for mode in ("auto", "payload"):
@@ -179,6 +179,8 @@ def test_with_a_key_file_only_who_has_it_is_heard(server, engine, tmp_path):
         assert one.store(ids) == 320 and one.load(ids) == 320
     intruders = [engine(cache, f"i{n}", key_file=key, connect=False) for n, key in enumerate([str(wrong), None])]
     assert not any(one.scheduler.wait_connected(1.5) for one in intruders)
+    eventually(lambda: f"with the key in {wrong}?" in caplog.text)
+    eventually(lambda: "set LMCACHE_AUTH_KEY_FILE to the same file" in caplog.text)
     carrier = ZmqCarrier(cache.address, wrong)
     with pytest.raises(Exception, match="no answer"):
         carrier.exchange(payload_hello(), 1.0)

@@ -283,7 +283,12 @@ class Link:
         door = ZmqCarrier(self.endpoint.address, self.endpoint.auth_key_file)
         carrier: Carrier = door
         try:
-            welcome = _welcome(door.exchange(hello, _CONNECT_SECONDS)[0])
+            try:
+                welcome = _welcome(door.exchange(hello, _CONNECT_SECONDS)[0])
+            except ServerUnavailable as error:
+                if not _listens(self.endpoint.address, _CONNECT_SECONDS):
+                    raise
+                raise ServerUnavailable(f"{error}, but the port is open; {self._key_hint()}") from error
             unix = self._unix(welcome, hello)
             if unix is not None:
                 carrier = unix
@@ -303,6 +308,13 @@ class Link:
             return None
         return UnixCarrier(welcome.socket_path, hello, _CONNECT_SECONDS)
 
+    def _key_hint(self) -> str:
+        """CURVE lets nobody know that the keys are not the same."""
+        key = self.endpoint.auth_key_file
+        if key is None:
+            return "if the server has --auth-key-file, set LMCACHE_AUTH_KEY_FILE to the same file"
+        return f"is it a server with --auth-key-file, and with the key in {key}?"
+
     def _tell_once(self, why: str) -> None:
         if why != self._told:
             self._told = why
@@ -313,12 +325,11 @@ class Link:
 
 def answers(address: str, timeout_seconds: float) -> bool:
     """Whether a server of ours is at tcp://host:port, whatever its version."""
-    host, _, port = address.removeprefix("tcp://").rpartition(":")
+    if not _listens(address, timeout_seconds):
+        return False
     try:
-        # ZMQ does not tell that nobody listens; TCP does, at once.
-        socket.create_connection((host.strip("[]"), int(port)), timeout_seconds).close()
         carrier = ZmqCarrier(address, _key_file())
-    except (OSError, LMCacheError):
+    except LMCacheError:
         return False
     try:
         carrier.exchange(m.Hello(m.PROTOCOL_VERSION, __version__, "", "probe", 0, os.getpid()), timeout_seconds)
@@ -326,6 +337,16 @@ def answers(address: str, timeout_seconds: float) -> bool:
         return False
     finally:
         carrier.close()
+    return True
+
+
+def _listens(address: str, timeout_seconds: float) -> bool:
+    """Whether anybody does. ZMQ does not tell; TCP does, at once."""
+    host, _, port = address.removeprefix("tcp://").rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout_seconds).close()
+    except OSError:
+        return False
     return True
 
 
