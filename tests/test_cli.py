@@ -298,6 +298,7 @@ def test_config_check(tmp_path: Path) -> None:
     assert ["port", "7555", "LMCACHE_SERVER_PORT"] in rows
     assert ["api-token", "***", f"{path}:3"] in rows
     assert ["chunk-size", "256", "default"] in rows
+    assert ["l2-queue-gb", "half", "of", "L1", "default"] in rows
     path.write_text("chunk-size: 0\n")
     result = lmcache_command("config", "check", str(path))
     assert result.returncode == 2 and f"{path}:1: chunk-size: 0" in result.stderr

@@ -156,8 +156,12 @@ def test_config_check_tells_an_engines_file_from_the_daemons(file: Path, capsys:
     assert main(["config", "check", "--in-process", str(file)]) == 0
     assert "max_local_cpu_size" in capsys.readouterr().out
     file.write_text("chunk_size: 8\nmax_local_cpu_siz: 10\n")
-    assert main(["config", "check", "--in-process", str(file)]) == 2
-    assert "did you mean max_local_cpu_size?" in capsys.readouterr().err
+    for told in ([], ["--in-process"]):
+        assert main(["config", "check", *told, str(file)]) == 2
+        assert "did you mean max_local_cpu_size?" in capsys.readouterr().err
+    file.write_text("chunk-size: 8\nl1-size-g: 10\n")
+    assert main(["config", "check", str(file)]) == 2
+    assert "did you mean l1-size-gb?" in capsys.readouterr().err
 
 
 def test_the_page_for_users_has_every_setting_and_the_right_defaults() -> None:

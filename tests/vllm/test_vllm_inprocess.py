@@ -52,7 +52,7 @@ def find(log: str, *patterns: str) -> None:
 
 def server_of(engine: Process) -> int:
     """The pid of the one server that this engine has started."""
-    (pid,) = re.findall(r"Started this engine's own LMCache server: pid (\d+)", engine.text())
+    (pid,) = re.findall(r"Starting this engine's own LMCache server: pid (\d+)", engine.text())
     return int(pid)
 
 
@@ -309,7 +309,7 @@ def test_offloading_with_a_server_uses_that_one(folder: Path, model: Path, serve
         assert_same(warm, cold)
         assert warm[0]["cached"] == 288
         assert "Stored 288 tokens" in server.text()
-        assert "Started this engine's own" not in engine.text()
+        assert "Starting this engine's own" not in engine.text()
         find(engine.text(), rf"using the one at tcp://localhost:{server.port}, whose own size counts")
     finally:
         engine.end()

@@ -10,6 +10,7 @@ A value in `kv_connector_extra_config` (`lmcache.chunk_size`) beats the variable
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -256,9 +257,16 @@ def load_engine(
 
 
 def is_for_engines(path: Path) -> bool:
-    """Whether the file has a key that only an engine's file can have, and so is not the daemon's."""
+    """Whether the file has a key that only an engine's file can have, well spelt or not, and so is not the daemon's."""
     servers = {option.name for option in OPTIONS}
-    return any(key in _BY_NAME and key not in servers for key in _read_keys(path))
+    unknown = [key for key in _read_keys(path) if key.replace("-", "_") not in servers]
+    return any(key in _BY_NAME or _meant_for_engines(key, servers) for key in unknown)
+
+
+def _meant_for_engines(key: str, servers: set[str]) -> bool:
+    """Of a key that nobody knows: whether the nearest one is an engine's alone."""
+    meant = difflib.get_close_matches(key, [*servers, *_BY_NAME], n=1)
+    return bool(meant) and meant[0] not in servers
 
 
 def _check_tiers(config: EngineConfig, found: Mapping[str, _Found]) -> None:

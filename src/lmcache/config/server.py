@@ -302,6 +302,8 @@ def shown(option: Option, value: object) -> object:
         return "***" if value else None
     if option.name == "l1_size_gb" and not value:
         return "auto"
+    if option.name == "l2_queue_gb" and not value:
+        return "half of L1"
     if isinstance(value, tuple):
         return [read.redacted_url(one) for one in value]
     return str(value) if isinstance(value, Path) else value

@@ -74,7 +74,7 @@ class EmbeddedServer:
                 raise ConfigError(f"cannot start the engine's own server with {sys.executable}: {error}") from error
             finally:
                 os.close(lifeline)
-        logger.info("Started this engine's own LMCache server: pid %d, %s", self._process.pid, self.address)
+        logger.info("Starting this engine's own LMCache server: pid %d, %s", self._process.pid, self.address)
 
     @property
     def pid(self) -> int:
