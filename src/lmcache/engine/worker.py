@@ -21,10 +21,11 @@ import numpy.typing as npt
 
 from lmcache.chunks import Layout, Shard
 from lmcache.chunks.hashing import HASH_BYTES
+from lmcache.engine.access import ArenaAccess
 from lmcache.engine.jobs import Done, Event, Load, Store
 from lmcache.engine.link import Endpoint, Link, ask
 from lmcache.errors import LayoutError, LMCacheError, ServerRefused, ServerUnavailable
-from lmcache.memory.arena import Mapping, populate_all
+from lmcache.memory.arena import Mapping
 from lmcache.observability.log import init_logger
 from lmcache.transfer.bounds import Runs
 from lmcache.transfer.copier import Copier, make_copier
@@ -77,7 +78,7 @@ class WorkerSession:
         self._stages = list(stages)
         self._space, self._chunk_tokens, self._arena = 0, 0, b""
         self._slot_bytes = 0
-        self._access: _Access | None = None
+        self._access: ArenaAccess | None = None
         lock = threading.Lock()
         self._state = threading.Condition(lock)
         self._ready = {"load": threading.Condition(lock), "store": threading.Condition(lock)}
@@ -448,7 +449,7 @@ class WorkerSession:
                 # Not under the lock, which the engine's thread takes: pinned memory is let go of in seconds, not milliseconds.
                 if access is not None:
                     access.close()
-                access = _Access(make_copier(self._paged, welcome.chunk_tokens, self._threads), welcome, descriptor)
+                access = ArenaAccess(make_copier(self._paged, welcome.chunk_tokens, self._threads), welcome, descriptor)
             with self._state:
                 self._space, self._chunk_tokens, self._slot_bytes = registered.space, welcome.chunk_tokens, slot_bytes
                 self._access, self._arena = access, welcome.arena
@@ -460,35 +461,10 @@ class WorkerSession:
     def _mapped(self) -> bool:
         return self._access is not None and self._access.mapping is not None
 
-    def _taken_away(self) -> _Access | None:
+    def _taken_away(self) -> ArenaAccess | None:
         """What the caller is to close, without the lock. Called with it, while no copy runs; none begins afterwards."""
         access, self._access, self._arena = self._access, None, b""
         return access
-
-
-class _Access:
-    """To one arena: a copier, and the arena mapped here (None: payload frames, where the server gave no descriptor)."""
-
-    def __init__(self, copier: Copier, welcome: m.Welcome, descriptor: int) -> None:
-        self.copier = copier
-        self.mapping = Mapping(descriptor, welcome.arena_bytes) if descriptor >= 0 else None
-        if self.mapping is None:
-            return
-        # Fill this process's page table ahead of use: a store into mapped pages runs at twice the speed.
-        self._stop = threading.Event()
-        self._populating = threading.Thread(
-            target=populate_all, args=(self.mapping, self._stop), name="lmcache-map", daemon=True
-        )
-        self._populating.start()
-        copier.adopt(self.mapping.address, self.mapping.size_bytes)
-
-    def close(self) -> None:
-        """Unmap; no copy runs any more."""
-        self.copier.close()
-        if self.mapping is not None:
-            self._stop.set()
-            self._populating.join()
-            self.mapping.close()
 
 
 def _wait_for_step(point: Event, leave_end: bool) -> None:
