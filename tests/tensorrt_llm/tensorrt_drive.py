@@ -111,11 +111,12 @@ def do_miss_arena(name: str) -> dict[str, Any]:
 
 
 def do_ready(name: str) -> dict[str, Any]:
-    """Turn the loop until every rank is connected and has told so."""
+    """Turn the loop once; whether the scheduler and every rank are connected, and the ranks have told so."""
     engine = engines[name]
     engine._get_finished()
-    half = engine.scheduler._meeting.half
-    return {"ready": half is not None and half.watch.all_have(half._session.epoch)}
+    halves = [engine.scheduler._meeting.half, *(worker._half for worker in engine.workers)]
+    connected = all(half is not None and half._session.connected for half in halves)
+    return {"ready": connected and halves[0].watch.all_have(halves[0]._session.epoch)}
 
 
 def _describe(request: double.Request) -> dict[str, Any]:

@@ -168,7 +168,8 @@ def test_the_server_is_killed_and_comes_back(server: Servers, process: Any, mode
     one.kill()
     assert right(process.ask("ask", prompts=[[100, 1], [100, 2]]))
     other = server(chunk=32, port=one.port)
-    assert eventually(lambda: process.ask("ready")["ready"] and len(other.status()["engines"]) > ranks)
+    # In this order: who has said hello to the new server is connected only when it is ready for it.
+    assert eventually(lambda: len(other.status()["engines"]) > ranks and process.ask("ready")["ready"])
     assert right(process.ask("ask", prompts=[[100, 1]]))
     back = process.ask("ask", prompts=[[100, 1]])
     assert right(back) and back[0]["matched"] == 96
