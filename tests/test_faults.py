@@ -231,6 +231,26 @@ def test_a_new_server_is_used_at_once_though_the_rank_learns_of_it_later(server,
     assert time.monotonic() - begin < PATIENCE / 2
 
 
+def test_a_store_waits_for_a_server_that_is_there_and_not_ready(server, engine):
+    """A rank that lets go of an old arena first has heard the new server's welcome; what is stored meanwhile is not lost."""
+    cache = server()
+    one, ids = engine(cache, deadline=PATIENCE), prompt(19, 320)
+    cache.kill()
+    gate, welcomed, register = threading.Event(), threading.Event(), one.worker._register
+    one.worker._link._on_welcome = lambda *all: (welcomed.set(), gate.wait(PATIENCE), register(*all))
+    server(port=cache.port)
+    assert welcomed.wait(PATIENCE)
+    eventually(lambda: one.scheduler.connected)
+    job = one.submit_store(ids)
+    eventually(lambda: one.worker._running.get("store") == job)
+    assert one.worker.wait([job], 0.1) == set(), "the blocks are free, as long as nothing is read"
+    second = one.submit_store(prompt(20, 320))
+    assert not one.worker.wait_finished(0.1)
+    gate.set()
+    assert one.wait(job).tokens == 0, "cancelled"
+    assert one.wait(second).tokens == 320
+
+
 def test_unmapping_the_old_arena_holds_up_no_engine(server, engine, monkeypatch):
     """A GPU's driver lets go of 100 GiB of pinned memory in seconds; the engine's thread asks this session meanwhile."""
     cache = server()

@@ -118,6 +118,8 @@ class Link:
         self._closed = False
         self._wake = threading.Event()
         self._connected = threading.Event()
+        self._welcomed = False
+        """A server has said welcome, and this process is getting ready for it."""
         self._told = ""
         self._since = time.monotonic()
         self._payload = False
@@ -130,6 +132,11 @@ class Link:
 
     def wait_connected(self, timeout_seconds: float) -> bool:
         return self._connected.wait(timeout_seconds)
+
+    def wait_welcomed(self) -> None:
+        """Where a server is there and this process is still getting ready for it: wait for that, a deadline at most."""
+        if self._welcomed:
+            self._connected.wait(self.endpoint.deadline_seconds)
 
     def call(
         self, request: m.Message, expect: type[m.AnswerT], frames: Sequence[bytes | memoryview] = ()
@@ -247,15 +254,18 @@ class Link:
         self._before_hello()
         carrier, welcome, descriptor = self._through_socket(hello) if _is_unix(endpoint) else self._through_port(hello)
         self._payload = not isinstance(carrier, UnixCarrier)
+        self._welcomed = True
         try:
             self._on_welcome(carrier, welcome, descriptor)
+            with self._lock:
+                self._carrier = carrier
+            self._told = ""
+            self._connected.set()
         except BaseException:
             carrier.close()
             raise
-        with self._lock:
-            self._carrier = carrier
-        self._told = ""
-        self._connected.set()
+        finally:
+            self._welcomed = False
         how = "payload frames" if self._payload else "the mapped arena"
         logger.info(
             "Connected to the LMCache server at %s (%d-token chunks, %s)", endpoint.address, welcome.chunk_tokens, how

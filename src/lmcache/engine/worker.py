@@ -291,6 +291,7 @@ class WorkerSession:
 
     def _store(self, job_id: str, store: Store) -> tuple[int, float, float]:
         """Tokens that were copied and committed, seconds of the copies, and of asking for and committing the slots."""
+        self._link.wait_welcomed()
         if store.chunk_tokens != self._chunk_tokens:
             self._count_drop(len(store.hashes) // HASH_BYTES, "another chunk size")
             return 0, 0.0, 0.0
