@@ -260,11 +260,11 @@ def is_for_engines(path: Path) -> bool:
     """Whether the file has a key that only an engine's file can have, well spelt or not, and so is not the daemon's."""
     servers = {option.name for option in OPTIONS}
     unknown = [key for key in _read_keys(path) if key.replace("-", "_") not in servers]
-    return any(key in _BY_NAME or _meant_for_engines(key, servers) for key in unknown)
+    return any(_meant_for_engines(key, servers) for key in unknown)
 
 
 def _meant_for_engines(key: str, servers: set[str]) -> bool:
-    """Of a key that nobody knows: whether the nearest one is an engine's alone."""
+    """Whether the key, or the one nearest to it, is an engine's alone."""
     meant = difflib.get_close_matches(key, [*servers, *_BY_NAME], n=1)
     return bool(meant) and meant[0] not in servers
 

@@ -179,3 +179,8 @@ def default_socket_dir() -> Path:
     if runtime.startswith("/") and len(os.fsencode(runtime)) < _LONGEST_SOCKET_DIR - 8 and os.access(runtime, os.W_OK):
         return Path(runtime, "lmcache")
     return Path(f"/tmp/lmcache-{os.getuid()}")
+
+
+def in_url(host: str) -> str:
+    """As it stands in an address: an IPv6 one in brackets."""
+    return f"[{host}]" if ":" in host and not host.startswith("[") else host

@@ -250,12 +250,12 @@ class ServerConfig:
     @property
     def endpoint(self) -> str:
         """Where ZMQ binds: `tcp://127.0.0.1:5555`."""
-        return f"tcp://{_in_url(self.host)}:{self.port}"
+        return f"tcp://{read.in_url(self.host)}:{self.port}"
 
     @property
     def http_url(self) -> str:
         """Where HTTP listens: `http://0.0.0.0:8080`."""
-        return f"http://{_in_url(self.http_host)}:{self.http_port}"
+        return f"http://{read.in_url(self.http_host)}:{self.http_port}"
 
     @property
     def beyond_loopback(self) -> bool:
@@ -290,10 +290,6 @@ GROUPS = {
     "security": "who may do what",
     "machine": "the machine",
 }
-
-
-def _in_url(host: str) -> str:
-    return f"[{host}]" if ":" in host else host
 
 
 def shown(option: Option, value: object) -> object:

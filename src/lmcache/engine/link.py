@@ -17,6 +17,7 @@ from pathlib import Path
 import msgspec
 
 from lmcache import __version__
+from lmcache.config.options import in_url
 from lmcache.errors import LMCacheError, ServerRefused, ServerUnavailable
 from lmcache.observability.log import init_logger
 from lmcache.wire import auth
@@ -49,9 +50,7 @@ def server_address(host: str = "tcp://localhost", port: int = 5555) -> str:
         raise ValueError(f"host {host!r}: only tcp:// is spoken")
     if not 0 < int(port) < 65536:
         raise ValueError(f"port {port!r}: give one between 1 and 65535")
-    if ":" in bare and not bare.startswith("["):
-        bare = f"[{bare}]"
-    return f"tcp://{bare}:{port}"
+    return f"tcp://{in_url(bare)}:{port}"
 
 
 def given_address(text: str) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 import zmq
 
 from lmcache import __version__
+from lmcache.config.options import in_url
 from lmcache.errors import ConfigError, WireError
 from lmcache.observability.log import init_logger
 from lmcache.server.loop import Loop
@@ -67,7 +68,7 @@ class ZmqFace:
             file.write(self._cookie)
         service.cookie_path = str(self._cookie_path)
         try:
-            self._socket.bind(f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}")
+            self._socket.bind(f"tcp://{in_url(host)}:{port}")
         except zmq.ZMQError as error:
             self.close()
             raise ConfigError(f"--port {port}: cannot listen on {host}: {error.strerror}; pass another port") from error

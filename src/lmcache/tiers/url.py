@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TypeVar
 from urllib.parse import parse_qsl, unquote, urlsplit
 
-from lmcache.config.options import number, redacted_url
+from lmcache.config.options import in_url, number, redacted_url
 from lmcache.errors import ConfigError
 
 GIB = 1 << 30
@@ -61,7 +61,7 @@ class TierURL:
     def redacted(self) -> str:
         """The URL for people: no password, no option that could be one."""
         who = f"{self.username}:***@" if self.password else f"{self.username}@" if self.username else ""
-        host = f"[{self.host}]" if ":" in self.host else self.host
+        host = in_url(self.host)
         shown = (
             f"{key}={redacted_url(value) if key in _PUBLIC or key.endswith('_file') else '***'}"
             for key, value in self.options.items()
