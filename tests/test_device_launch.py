@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lmcache.errors import LayoutError
-from lmcache.transfer.launch import Launcher, Tables, staging_bytes
+from lmcache.transfer.gpu.launch import Launcher, Tables, staging_bytes
 
 pytest.importorskip("lmcache._native")
 
@@ -82,10 +82,10 @@ class Driver:
 
 
 class Copy:
-    """A lane on such a driver, a copy of random runs through it, and where it has to go."""
+    """A ring on such a driver, a copy of random runs through it, and where it has to go."""
 
     def __init__(
-        self, to_host: bool, fails_at: int = -1, yield_bytes: int = 1 << 40, slab_bytes: int = 1 << 30
+        self, to_host: bool, fails_at: int = -1, yield_bytes: int = 1 << 40, registration_bytes: int = 1 << 30
     ) -> None:
         self.driver, rng = Driver(to_host, fails_at), np.random.default_rng(2)
         self.ring = np.zeros((PLACES, 2 * SLOT_BYTES), dtype=np.uint8)
@@ -110,7 +110,7 @@ class Copy:
             tile_tokens=2,
             row_tiles=1,
             yield_bytes=yield_bytes,
-            slab_bytes=slab_bytes,
+            registration_bytes=registration_bytes,
         )
         slots = [3, 4, 9, 0, 1, 2, 17]
         counts = [4, 4, 4, 3, 4, 4, 2]
@@ -140,9 +140,9 @@ class Copy:
 
 @pytest.mark.parametrize("to_host", [True, False])
 @pytest.mark.parametrize(("step", "runs_in_piece"), [(6, 1), (6, 2), (4, 1), (1, 2), (5, 1)])
-@pytest.mark.parametrize("slab_bytes", [1 << 30, 4096, 1000])
-def test_every_row_arrives(to_host: bool, step: int, runs_in_piece: int, slab_bytes: int) -> None:
-    copy = Copy(to_host, slab_bytes=slab_bytes)
+@pytest.mark.parametrize("registration_bytes", [1 << 30, 4096, 1000])
+def test_every_row_arrives(to_host: bool, step: int, runs_in_piece: int, registration_bytes: int) -> None:
+    copy = Copy(to_host, registration_bytes=registration_bytes)
     source = copy.driver.paged if to_host else copy.arena
     before = source.copy()
     copy.run(range(0, PLANES, step), runs_in_piece, slabs=True)
@@ -150,7 +150,9 @@ def test_every_row_arrives(to_host: bool, step: int, runs_in_piece: int, slab_by
     assert (source == before).all()
     base = copy.arena.ctypes.data
     for host, size in copy.driver.copies():
-        assert (host - base) // slab_bytes == (host - base + size - 1) // slab_bytes, "no DMA across registrations"
+        assert (host - base) // registration_bytes == (host - base + size - 1) // registration_bytes, (
+            "no DMA across registrations"
+        )
 
 
 def test_neighbours_in_the_arena_go_together() -> None:
@@ -211,7 +213,7 @@ def test_an_error_of_the_driver_is_told_and_ends_the_copy() -> None:
     assert len(copy.driver.calls) == 9
 
 
-def test_a_lane_that_makes_no_sense_is_refused() -> None:
+def test_a_ring_that_makes_no_sense_is_refused() -> None:
     copy = Copy(to_host=True)
     with pytest.raises(ValueError, match="at least one plane and run"):
         copy.run(range(0, PLANES, PLANES), 0)

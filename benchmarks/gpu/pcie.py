@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from lmcache.memory.arena import Mapping
-from lmcache.transfer.cuda import STAGING_BYTES, CudaCopier
+from lmcache.transfer.gpu.copier import STAGING_BYTES, CudaCopier
 from lmcache.transfer.paged import PagedKV, Plane
 
 LAYERS, HEADS, DIMS, BLOCK = 36, 8, 128, 16

@@ -20,7 +20,7 @@ from blake3 import blake3
 from gpu_kv import paged_kv
 
 from lmcache.memory.arena import Mapping
-from lmcache.transfer.cuda import CudaCopier
+from lmcache.transfer.gpu.copier import CudaCopier
 
 
 def digest_of(views: list[torch.Tensor], table: npt.NDArray[np.int32]) -> str:

@@ -17,8 +17,8 @@ if not torch.cuda.is_available():
 
 from gpu_kv import LAYOUTS, paged_kv  # noqa: E402
 
-from lmcache.transfer import cuda  # noqa: E402
-from lmcache.transfer.cuda import CudaCopier  # noqa: E402
+from lmcache.transfer.gpu import ring  # noqa: E402
+from lmcache.transfer.gpu.copier import CudaCopier  # noqa: E402
 from lmcache.transfer.progress import Progress  # noqa: E402
 
 
@@ -39,7 +39,7 @@ def test_round_trip(layout: str, dtype: torch.dtype, chunk: int, block: int, lau
     paged, views = paged_kv(layout, layers, heads, dims, block, count, dtype)
     copier = CudaCopier(paged, chunk)
     if paged.slot_bytes(chunk) // len(paged.planes) > 8:
-        assert all((lane._launcher is not None) == (launched_from == "C") for lane in copier._lanes.values())
+        assert all((one._launcher is not None) == (launched_from == "C") for one in copier._rings.values())
     tokens = min(block * count // 2, chunk * 40) // chunk * chunk or chunk
     table = np.array(rng.sample(range(count), -(-tokens // block)), dtype=np.int32)
     chunks, size = tokens // chunk, paged.slot_bytes(chunk)
@@ -124,7 +124,7 @@ class Points(Progress):
 @pytest.mark.parametrize("chunk", [256, 48])
 def test_layers_can_be_read_as_they_arrive(layout: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a stream reads behind `wait` is there, bit for bit, while the copy of later layers is under way."""
-    monkeypatch.setattr(cuda, "_GROUP_BYTES", 1)
+    monkeypatch.setattr(ring, "_GROUP_BYTES", 1)
     layers, block, count = 12, 16, 2048
     paged, views = paged_kv(layout, layers, 8, 128, block, count, torch.bfloat16)
     copier, total = CudaCopier(paged, chunk), len(views)

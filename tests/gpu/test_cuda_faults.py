@@ -20,9 +20,10 @@ if not torch.cuda.is_available():
 from gpu_kv import paged_kv  # noqa: E402
 
 from lmcache.errors import LayoutError  # noqa: E402
-from lmcache.transfer import cuda  # noqa: E402
-from lmcache.transfer.cuda import CudaCopier  # noqa: E402
-from lmcache.transfer.launch import Launcher  # noqa: E402
+from lmcache.transfer.gpu import copier as gpu_copier  # noqa: E402
+from lmcache.transfer.gpu import pinned, ring  # noqa: E402
+from lmcache.transfer.gpu.copier import CudaCopier  # noqa: E402
+from lmcache.transfer.gpu.launch import Launcher  # noqa: E402
 
 BLOCK, COUNT, CHUNK = 16, 512, 64
 
@@ -44,13 +45,14 @@ def lines(caplog: pytest.LogCaptureFixture) -> str:
 
 @pytest.fixture(autouse=True)
 def listening(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda.logger, "propagate", True)
+    for module in (gpu_copier, pinned, ring):
+        monkeypatch.setattr(module.logger, "propagate", True)
     caplog.set_level(logging.INFO)
 
 
 def test_no_memory_for_staging_is_a_layout_error(monkeypatch: pytest.MonkeyPatch) -> None:
     paged, _ = small()
-    monkeypatch.setattr(cuda, "STAGING_BYTES", 1 << 50)
+    monkeypatch.setattr(gpu_copier, "STAGING_BYTES", 1 << 50)
     with pytest.raises(LayoutError, match="LMCACHE_GPU_STAGING_MB"):
         CudaCopier(paged, CHUNK)
 
@@ -84,14 +86,14 @@ def test_a_kernel_that_does_not_copy_right_is_not_launched_from_c(
     launch = Launcher.launch
 
     def wrong(
-        self: Launcher, base: int, slabs_from: int, tables: object, runs: object, planes: range, at_once: int
+        self: Launcher, base: int, registered_from: int, tables: object, runs: object, planes: range, at_once: int
     ) -> None:
-        launch(self, base, slabs_from, tables, runs, range(0, planes.stop - 1, planes.step), at_once)
+        launch(self, base, registered_from, tables, runs, range(0, planes.stop - 1, planes.step), at_once)
 
     monkeypatch.setattr(Launcher, "launch", wrong)
     kept = [view.clone() for view in views]
     copier = CudaCopier(paged, CHUNK)
-    assert all(lane._launcher is None for lane in copier._lanes.values())
+    assert all(one._launcher is None for one in copier._rings.values())
     assert "launched from Python" in lines(caplog)
     assert same(views, kept), "tried on memory of its own"
     arena = np.zeros(paged.slot_bytes(CHUNK), dtype=np.uint8)
@@ -105,14 +107,14 @@ def test_a_kernel_that_does_not_copy_right_is_not_launched_from_c(
 def test_an_error_of_the_driver_reaches_the_caller_and_the_next_copy_is_right() -> None:
     paged, views = small()
     copier, size = CudaCopier(paged, CHUNK), paged.slot_bytes(CHUNK)
-    launcher = copier._lanes[True]._launcher
+    launcher = copier._rings[True]._launcher
     assert launcher is not None
     arena, runs = np.zeros(size, dtype=np.uint8), np.array([(0, 0, CHUNK, 0)])
     table = np.arange(4, dtype=np.int32)
-    threads, launcher._lane["threads"] = launcher._lane["threads"].copy(), 1 << 20  # no GPU has such blocks
+    threads, launcher._ring["threads"] = launcher._ring["threads"].copy(), 1 << 20  # no GPU has such blocks
     with pytest.raises(RuntimeError, match="driver refused a copy: error 1"):
         copier.gather(arena.ctypes.data, table, runs)
-    launcher._lane["threads"] = threads
+    launcher._ring["threads"] = threads
     copier.gather(arena.ctypes.data, table, runs)
     assert (arena[: size // 8] == views[0][:4].contiguous().view(torch.uint8).cpu().numpy().ravel()).all()
     copier.close()

@@ -24,7 +24,7 @@ if not torch.cuda.is_available():
 from gpu_kv import paged_kv  # noqa: E402
 
 from lmcache.memory.arena import Mapping  # noqa: E402
-from lmcache.transfer.cuda import CudaCopier  # noqa: E402
+from lmcache.transfer.gpu.copier import CudaCopier  # noqa: E402
 
 LAYERS, HEADS, DIMS, BLOCK, COUNT, CHUNK = 8, 8, 128, 16, 1024, 256
 SLOT = LAYERS * 2 * CHUNK * HEADS * DIMS * 2

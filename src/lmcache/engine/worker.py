@@ -29,7 +29,7 @@ from lmcache.memory.arena import Mapping
 from lmcache.observability.log import init_logger
 from lmcache.transfer.bounds import Runs
 from lmcache.transfer.copier import Copier, make_copier
-from lmcache.transfer.launch import beside_captures
+from lmcache.transfer.gpu.driver import beside_captures
 from lmcache.transfer.paged import PagedKV
 from lmcache.wire import messages as m
 from lmcache.wire.carriers import Carrier

@@ -7,28 +7,37 @@
 
 enum { MAX_PLACES = 64, KERNEL_PARAMETERS = 6, SPARE_PARAMETERS = 4 };
 
-/* As `lmcache.transfer.launch` lays it out: 64-bit numbers, in this order. */
-typedef struct {
-    int64_t launch, upload, download, record, wait; /* addresses in the driver */
-    int64_t kernel, threads, shared_bytes;
-    int64_t kernels, copies; /* streams */
-    int64_t to_host;
-    int64_t bases, ring, places, place_bytes;
-    int64_t plane_bytes, word_bytes;
-    int64_t chunk_tokens, tile_tokens, row_tiles;
-    int64_t yield_bytes, slab_bytes;
-    int64_t pieces_begun, unyielded_bytes; /* kept from copy to copy */
-    int64_t filled[MAX_PLACES], emptied[MAX_PLACES]; /* events */
-} Lane;
+/* The numbers that describe a ring, then those of one copy or of some of its planes. The structs here and the NumPy layouts of
+ * lmcache.transfer.gpu.launch are both made from these lists, so they cannot differ. */
+/* clang-format off */
+#define RING_NUMBERS(X)                                                                         \
+    X(launch) X(upload) X(download) X(record) X(wait) /* addresses of the driver's functions */ \
+    X(kernel) X(threads) X(shared_bytes)                                                        \
+    X(kernels) X(copies) /* streams */                                                          \
+    X(to_host)                                                                                  \
+    X(bases) X(ring) X(places) X(place_bytes)                                                   \
+    X(plane_bytes) X(word_bytes)                                                                \
+    X(chunk_tokens) X(tile_tokens) X(row_tiles)                                                 \
+    X(yield_bytes) X(registration_bytes)                                                        \
+    X(pieces_begun) X(unyielded_bytes) /* kept from copy to copy */
+#define COPY_NUMBERS(X)                                                                         \
+    X(runs) X(run_count) /* int64 [slot offset, first token, tokens, token in slot] */          \
+    X(base)                                                                                     \
+    X(registered_from) /* where registrations with the driver begin; 0: base is not registered */ \
+    X(blocks) X(meta) /* on the device */                                                       \
+    X(table_host) X(table_device) X(table_bytes) /* uploaded before anything else, if not 0 */  \
+    X(first_plane) X(end_plane) X(planes_in_piece) X(runs_in_piece)
+/* clang-format on */
+#define FIELD(name) int64_t name;
+#define NAME_OF(name) #name,
 
-/* One copy, or some of its planes. */
 typedef struct {
-    int64_t runs, run_count; /* int64 [slot offset, first token, tokens, token in slot] */
-    int64_t base;
-    int64_t slabs_from; /* where registrations with the driver begin; 0: base is not registered */
-    int64_t blocks, meta; /* on the device */
-    int64_t table_host, table_device, table_bytes; /* uploaded before anything else; 0 bytes: they are there */
-    int64_t first_plane, end_plane, planes_in_piece, runs_in_piece;
+    RING_NUMBERS(FIELD)
+    int64_t filled[MAX_PLACES], emptied[MAX_PLACES]; /* events */
+} Ring;
+
+typedef struct {
+    COPY_NUMBERS(FIELD)
 } Copy;
 
 typedef struct {
@@ -50,48 +59,48 @@ typedef int (*WaitEvent)(void *, void *, unsigned);
             return error; \
     } while (0)
 
-static int record(const Lane *lane, int64_t event, int64_t stream)
+static int record(const Ring *ring, int64_t event, int64_t stream)
 {
-    return ((RecordEvent)POINTER(lane->record))(POINTER(event), POINTER(stream));
+    return ((RecordEvent)POINTER(ring->record))(POINTER(event), POINTER(stream));
 }
 
-static int wait_event(const Lane *lane, int64_t stream, int64_t event)
+static int wait_event(const Ring *ring, int64_t stream, int64_t event)
 {
-    return ((WaitEvent)POINTER(lane->wait))(POINTER(stream), POINTER(event), 0);
+    return ((WaitEvent)POINTER(ring->wait))(POINTER(stream), POINTER(event), 0);
 }
 
-static int launch(const Lane *lane, const Copy *copy, int64_t first, int64_t count, int64_t plane, int64_t planes, uint64_t staging)
+static int launch(const Ring *ring, const Copy *copy, int64_t first, int64_t count, int64_t plane, int64_t planes, uint64_t staging)
 {
     const Run *runs = POINTER(copy->runs);
-    int64_t longest = lane->to_host ? lane->chunk_tokens : 1; /* a store fills whole slots */
+    int64_t longest = ring->to_host ? ring->chunk_tokens : 1; /* a store fills whole slots */
     for (int64_t i = first; i < first + count; i++)
         if (runs[i].tokens > longest)
             longest = runs[i].tokens;
-    unsigned tiles = (unsigned)((longest + lane->tile_tokens - 1) / lane->tile_tokens * lane->row_tiles);
-    uint64_t bases = (uint64_t)lane->bases, blocks = (uint64_t)copy->blocks;
+    unsigned tiles = (unsigned)((longest + ring->tile_tokens - 1) / ring->tile_tokens * ring->row_tiles);
+    uint64_t bases = (uint64_t)ring->bases, blocks = (uint64_t)copy->blocks;
     uint64_t meta = (uint64_t)copy->meta + 24 * (uint64_t)first, none = 0;
-    int32_t first_plane = (int32_t)plane, piece_words = (int32_t)(planes * lane->plane_bytes / lane->word_bytes);
+    int32_t first_plane = (int32_t)plane, piece_words = (int32_t)(planes * ring->plane_bytes / ring->word_bytes);
     /* Triton gives kernels some scratch pointers behind their own parameters, as many as its release likes. */
     void *parameters[KERNEL_PARAMETERS + SPARE_PARAMETERS] = {&bases, &blocks,      &meta,        &staging, &first_plane,
                                                             &piece_words, &none, &none, &none,    &none};
-    return ((LaunchKernel)POINTER(lane->launch))(POINTER(lane->kernel), tiles, (unsigned)planes, (unsigned)count,
-                                                 (unsigned)lane->threads, 1, 1, (unsigned)lane->shared_bytes,
-                                                 POINTER(lane->kernels), parameters, NULL);
+    return ((LaunchKernel)POINTER(ring->launch))(POINTER(ring->kernel), tiles, (unsigned)planes, (unsigned)count,
+                                                 (unsigned)ring->threads, 1, 1, (unsigned)ring->shared_bytes,
+                                                 POINTER(ring->kernels), parameters, NULL);
 }
 
 /* One DMA; two where registrations meet, since the driver takes no copy across them. */
-static int dma(const Lane *lane, const Copy *copy, int64_t offset, int64_t length, uint64_t staged)
+static int dma(const Ring *ring, const Copy *copy, int64_t offset, int64_t length, uint64_t staged)
 {
     while (length > 0) {
         int64_t size = length, address = copy->base + offset;
-        if (copy->slabs_from) {
-            int64_t rest = lane->slab_bytes - (address - copy->slabs_from) % lane->slab_bytes;
+        if (copy->registered_from) {
+            int64_t rest = ring->registration_bytes - (address - copy->registered_from) % ring->registration_bytes;
             size = rest < size ? rest : size;
         }
-        if (lane->to_host)
-            CHECK(((Download)POINTER(lane->download))(POINTER(address), staged, (size_t)size, POINTER(lane->copies)));
+        if (ring->to_host)
+            CHECK(((Download)POINTER(ring->download))(POINTER(address), staged, (size_t)size, POINTER(ring->copies)));
         else
-            CHECK(((Upload)POINTER(lane->upload))(staged, POINTER(address), (size_t)size, POINTER(lane->copies)));
+            CHECK(((Upload)POINTER(ring->upload))(staged, POINTER(address), (size_t)size, POINTER(ring->copies)));
         offset += size;
         staged += (uint64_t)size;
         length -= size;
@@ -100,15 +109,15 @@ static int dma(const Lane *lane, const Copy *copy, int64_t offset, int64_t lengt
 }
 
 /* The piece's chunks, one DMA each; neighbours in the arena go together. */
-static int dmas(const Lane *lane, const Copy *copy, int64_t first, int64_t count, int64_t plane, int64_t planes, uint64_t staged)
+static int dmas(const Ring *ring, const Copy *copy, int64_t first, int64_t count, int64_t plane, int64_t planes, uint64_t staged)
 {
     const Run *runs = (const Run *)POINTER(copy->runs) + first;
-    int64_t length = planes * lane->plane_bytes, at = 0;
+    int64_t length = planes * ring->plane_bytes, at = 0;
     while (at < count) {
         int64_t end = at + 1;
         while (end < count && runs[end].slot_offset == runs[end - 1].slot_offset + length)
             end++;
-        CHECK(dma(lane, copy, runs[at].slot_offset + plane * lane->plane_bytes, (end - at) * length,
+        CHECK(dma(ring, copy, runs[at].slot_offset + plane * ring->plane_bytes, (end - at) * length,
                   staged + (uint64_t)(at * length)));
         at = end;
     }
@@ -116,41 +125,41 @@ static int dmas(const Lane *lane, const Copy *copy, int64_t first, int64_t count
 }
 
 /* Planes [plane, plane + planes) of some runs through the next place of the ring, once that is empty. */
-static int piece(Lane *lane, const Copy *copy, int64_t first, int64_t count, int64_t plane, int64_t planes)
+static int piece(Ring *ring, const Copy *copy, int64_t first, int64_t count, int64_t plane, int64_t planes)
 {
-    int64_t place = lane->pieces_begun++ % lane->places, before = (place + lane->places - 1) % lane->places;
-    uint64_t staging = (uint64_t)(lane->ring + place * lane->place_bytes);
-    lane->unyielded_bytes += planes * lane->plane_bytes * count;
-    if (lane->unyielded_bytes > lane->yield_bytes) {
-        lane->unyielded_bytes = 0;
-        CHECK(wait_event(lane, lane->to_host ? lane->kernels : lane->copies, lane->emptied[before]));
+    int64_t place = ring->pieces_begun++ % ring->places, before = (place + ring->places - 1) % ring->places;
+    uint64_t staging = (uint64_t)(ring->ring + place * ring->place_bytes);
+    ring->unyielded_bytes += planes * ring->plane_bytes * count;
+    if (ring->unyielded_bytes > ring->yield_bytes) {
+        ring->unyielded_bytes = 0;
+        CHECK(wait_event(ring, ring->to_host ? ring->kernels : ring->copies, ring->emptied[before]));
     }
-    if (lane->to_host) {
-        CHECK(wait_event(lane, lane->kernels, lane->emptied[place]));
-        CHECK(launch(lane, copy, first, count, plane, planes, staging));
-        CHECK(record(lane, lane->filled[place], lane->kernels));
-        CHECK(wait_event(lane, lane->copies, lane->filled[place]));
-        CHECK(dmas(lane, copy, first, count, plane, planes, staging));
-        return record(lane, lane->emptied[place], lane->copies);
+    if (ring->to_host) {
+        CHECK(wait_event(ring, ring->kernels, ring->emptied[place]));
+        CHECK(launch(ring, copy, first, count, plane, planes, staging));
+        CHECK(record(ring, ring->filled[place], ring->kernels));
+        CHECK(wait_event(ring, ring->copies, ring->filled[place]));
+        CHECK(dmas(ring, copy, first, count, plane, planes, staging));
+        return record(ring, ring->emptied[place], ring->copies);
     }
-    CHECK(wait_event(lane, lane->copies, lane->emptied[place]));
-    CHECK(dmas(lane, copy, first, count, plane, planes, staging));
-    CHECK(record(lane, lane->filled[place], lane->copies));
-    CHECK(wait_event(lane, lane->kernels, lane->filled[place]));
-    CHECK(launch(lane, copy, first, count, plane, planes, staging));
-    return record(lane, lane->emptied[place], lane->kernels);
+    CHECK(wait_event(ring, ring->copies, ring->emptied[place]));
+    CHECK(dmas(ring, copy, first, count, plane, planes, staging));
+    CHECK(record(ring, ring->filled[place], ring->copies));
+    CHECK(wait_event(ring, ring->kernels, ring->filled[place]));
+    CHECK(launch(ring, copy, first, count, plane, planes, staging));
+    return record(ring, ring->emptied[place], ring->kernels);
 }
 
-static int pieces(Lane *lane, const Copy *copy)
+static int pieces(Ring *ring, const Copy *copy)
 {
     /* Before the first DMA: they share a copy engine, which goes on with one queue for as long as that need not wait. */
     if (copy->table_bytes)
-        CHECK(((Upload)POINTER(lane->upload))((uint64_t)copy->table_device, POINTER(copy->table_host),
-                                              (size_t)copy->table_bytes, POINTER(lane->kernels)));
+        CHECK(((Upload)POINTER(ring->upload))((uint64_t)copy->table_device, POINTER(copy->table_host),
+                                              (size_t)copy->table_bytes, POINTER(ring->kernels)));
     for (int64_t first = 0; first < copy->run_count; first += copy->runs_in_piece)
         for (int64_t plane = copy->first_plane; plane < copy->end_plane; plane += copy->planes_in_piece) {
             int64_t count = copy->run_count - first, planes = copy->end_plane - plane;
-            CHECK(piece(lane, copy, first, count < copy->runs_in_piece ? count : copy->runs_in_piece, plane,
+            CHECK(piece(ring, copy, first, count < copy->runs_in_piece ? count : copy->runs_in_piece, plane,
                         planes < copy->planes_in_piece ? planes : copy->planes_in_piece));
         }
     return 0;
@@ -163,26 +172,49 @@ static PyObject *launch_copy(PyObject *module, PyObject *const *args, Py_ssize_t
     (void)module;
     if (lmcache_integers("launch_copy", args, nargs, n, 4) < 0)
         return NULL;
-    Lane *lane = POINTER(n[0]);
+    Ring *ring = POINTER(n[0]);
     const Copy *copy = POINTER(n[2]);
-    if (n[1] != sizeof *lane || n[3] != sizeof *copy) {
-        PyErr_SetString(PyExc_ValueError, "a lane and a copy of another release's layout");
+    if (n[1] != sizeof *ring || n[3] != sizeof *copy) {
+        PyErr_SetString(PyExc_ValueError, "a ring and a copy of another release's layout");
         return NULL;
     }
-    if (lane->places < 1 || lane->places > MAX_PLACES || copy->planes_in_piece < 1 || copy->runs_in_piece < 1) {
-        PyErr_SetString(PyExc_ValueError, "a lane of 1 to 64 places, and pieces of at least one plane and run");
+    if (ring->places < 1 || ring->places > MAX_PLACES || copy->planes_in_piece < 1 || copy->runs_in_piece < 1) {
+        PyErr_SetString(PyExc_ValueError, "a ring of 1 to 64 places, and pieces of at least one plane and run");
         return NULL;
     }
     Py_BEGIN_ALLOW_THREADS
-    error = pieces(lane, copy);
+    error = pieces(ring, copy);
     Py_END_ALLOW_THREADS
     return PyLong_FromLong(error);
 }
 
 PyMethodDef lmcache_device_methods[] = {
     {"launch_copy", (PyCFunction)(void (*)(void))launch_copy, METH_FASTCALL,
-     "launch_copy(lane, lane_bytes, copy, copy_bytes) -> int\n\n"
-     "Hand all pieces of a copy to the driver: addresses of a lane and a copy as lmcache.transfer.launch lays them out, in a\n"
-     "thread whose device is the lane's. Returns the driver's error, 0 for none; pieces before it are under way."},
+     "launch_copy(ring, ring_bytes, copy, copy_bytes) -> int\n\n"
+     "Hand all pieces of a copy to the driver: addresses of a ring and a copy in the layouts that this module tells, in a\n"
+     "thread whose device is the ring's. Returns the driver's error, 0 for none; pieces before it are under way."},
     {NULL, NULL, 0, NULL},
 };
+
+/* (name, count of int64) for each field of a struct that Python fills in. */
+static PyObject *fields_of(const char *const *names, size_t count, int arrays)
+{
+    PyObject *fields = PyList_New(0), *field;
+    for (size_t i = 0; fields != NULL && i < count; i++) {
+        field = Py_BuildValue("(si)", names[i], i + (size_t)arrays < count ? 1 : MAX_PLACES);
+        if (field == NULL || PyList_Append(fields, field) < 0)
+            Py_CLEAR(fields);
+        Py_XDECREF(field);
+    }
+    return fields;
+}
+
+int lmcache_add_layouts(PyObject *module)
+{
+    static const char *const ring[] = {RING_NUMBERS(NAME_OF) "filled", "emptied"}, *const copy[] = {COPY_NUMBERS(NAME_OF)};
+    PyObject *layouts = Py_BuildValue("{sNsN}", "ring", fields_of(ring, sizeof ring / sizeof *ring, 2), "copy",
+                                      fields_of(copy, sizeof copy / sizeof *copy, 0));
+    int result = layouts == NULL ? -1 : PyModule_AddObjectRef(module, "layouts", layouts);
+    Py_XDECREF(layouts);
+    return result;
+}

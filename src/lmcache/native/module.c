@@ -11,7 +11,7 @@ static int execute(PyObject *module)
         return -1;
     if (PyModule_AddFunctions(module, lmcache_frames_methods) < 0)
         return -1;
-    return lmcache_add_table(module);
+    return lmcache_add_layouts(module) < 0 ? -1 : lmcache_add_table(module);
 }
 
 static PyModuleDef_Slot slots[] = {

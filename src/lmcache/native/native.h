@@ -38,6 +38,9 @@ extern PyMethodDef lmcache_exchange_methods[];
 /* device.c: pieces of a copy, handed to a device's driver. Ends with a zero entry. */
 extern PyMethodDef lmcache_device_methods[];
 
+/* Adds `layouts`, the fields of the structs of device.c that Python fills in. 0, or -1 with a Python error set. */
+int lmcache_add_layouts(PyObject *module);
+
 /* frames.c: what a disk tier has stored. Ends with a zero entry. */
 extern PyMethodDef lmcache_frames_methods[];
 

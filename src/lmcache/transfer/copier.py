@@ -56,6 +56,6 @@ def make_copier(paged: PagedKV, chunk_tokens: int, threads: int = 1) -> Copier:
     """
     if paged.device == "cpu":
         return CpuCopier(paged, chunk_tokens, threads)
-    from lmcache.transfer.cuda import CudaCopier  # torch and Triton are the engine's, never needed elsewhere
+    from lmcache.transfer.gpu.copier import CudaCopier  # torch and Triton are the engine's, never needed elsewhere
 
     return CudaCopier(paged, chunk_tokens)

@@ -1,0 +1,115 @@
+"""Copies between one rank's paged KV in GPU memory and slots of the arena."""
+
+from __future__ import annotations
+
+import torch
+
+from lmcache.errors import LayoutError
+from lmcache.observability.log import init_logger
+from lmcache.transfer.bounds import Blocks, Bounds, Runs
+from lmcache.transfer.gpu.driver import using_device
+from lmcache.transfer.gpu.launch import Shape, staging_bytes
+from lmcache.transfer.gpu.pinned import PinnedArena
+from lmcache.transfer.gpu.ring import Source, StagingRing
+from lmcache.transfer.paged import PagedKV, Plane
+from lmcache.transfer.progress import Progress
+
+logger = init_logger(__name__)
+STAGING_BYTES = staging_bytes()
+"""Device memory of one copier, both directions together."""
+
+
+class CudaCopier:
+    """The `Copier` for paged KV on a GPU. Stores and loads have a staging ring and streams each, and so run at once: one
+    storing thread and two loading threads may call it at the same time.
+
+    Raises:
+        LayoutError: planes of different strides, tiled interiors, or no GPU memory for the staging rings.
+    """
+
+    bytes_per_second = 50e9
+    zeroes_the_rest = True
+
+    def __init__(self, paged: PagedKV, chunk_tokens: int) -> None:
+        device = torch.device(paged.device)
+        self._bounds = Bounds(paged, chunk_tokens)
+        self._arena = PinnedArena(device)
+        with using_device(device):
+            bases = torch.tensor([plane.address for plane in paged.planes], dtype=torch.int64, device=device)
+            source = Source(
+                device, bases, _shape_of(paged), paged.block_tokens, chunk_tokens, paged.slot_bytes(chunk_tokens)
+            )
+            self._rings = {
+                to_host: StagingRing(source, self._arena, STAGING_BYTES // 2, to_host) for to_host in (True, False)
+            }
+        self._device = device
+        logger.info("GPU staging: %d MiB on %s", STAGING_BYTES >> 20, device)
+
+    def gather(self, base: int, blocks: Blocks, runs: Runs, *, arena_bytes: int | None = None) -> None:
+        """Copy paged tokens, which the engine must have computed, to slots. A slot holds nothing else afterwards."""
+        self._rings[True].run(base, *self._bounds.checked(base, blocks, runs, arena_bytes))
+
+    def scatter(
+        self,
+        base: int,
+        blocks: Blocks,
+        runs: Runs,
+        *,
+        arena_bytes: int | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        """Copy slots to paged tokens, in blocks that nothing in flight touches.
+
+        progress: gets an event of the kernels' stream for each group of planes. The groups then arrive in order.
+        """
+        self._rings[False].run(base, *self._bounds.checked(base, blocks, runs, arena_bytes), progress)
+
+    def adopt(self, address: int, size_bytes: int) -> None:
+        """The arena is mapped at `address`: register it with the driver, in the background."""
+        self._arena.register(address, size_bytes)
+
+    def wait_adopted(self) -> None:
+        """Return when registration has ended."""
+        self._arena.wait_registered()
+
+    def close(self) -> None:
+        """Undo registrations and free the rings. No copy may be running."""
+        self._arena.close()
+        with using_device(self._device):
+            self._rings.clear()
+
+
+def _shape_of(paged: PagedKV) -> Shape:
+    """The strides that all planes share, in the widest words that fit them.
+
+    Raises:
+        LayoutError: planes that differ, or interiors tiled for a CPU's matrix units.
+    """
+    planes = [_plain(plane, paged.item_bytes) for plane in paged.planes]
+    if any(plane[1:] != planes[0][1:] for plane in planes):
+        raise LayoutError("the layers' KV tensors have different strides; this copier needs them alike")
+    _, block, token, heads, head, head_bytes = planes[0]
+    if head == head_bytes or heads == 1:  # heads side by side: one long row
+        head, head_bytes, heads = heads * head_bytes, heads * head_bytes, 1
+    for word in (8, 4, 2, 1):
+        if all(value % word == 0 for value in (block, token, head, head_bytes, *(plane[0] for plane in planes))):
+            break
+    return Shape(word, block // word, token // word, head // word, head_bytes // word, heads * head_bytes // word)
+
+
+def _plain(plane: Plane, item: int) -> tuple[int, int, int, int, int, int]:
+    """(address, block, token and head stride, heads, bytes of a head) of a plane.
+
+    Raises:
+        LayoutError: the plane's tokens or dims are tiled.
+    """
+    tokens_plain = plane.token_group == 1 or plane.group_stride == plane.token_group * plane.token_stride
+    dims_plain = plane.dims == 1 or (
+        (plane.dim_stride == item or plane.dim_group == 1)
+        and (plane.dim_group in (1, plane.dims) or plane.dim_group_stride == plane.dim_group * item)
+        and (plane.dim_group != 1 or plane.dim_group_stride == item)
+    )
+    if not tokens_plain or not dims_plain:
+        raise LayoutError("a GPU KV tensor whose tokens or dims are tiled cannot be described")
+    token = plane.group_stride if plane.token_group == 1 else plane.token_stride
+    return plane.address, plane.block_stride, token, plane.heads, plane.head_stride, plane.dims * item
