@@ -11,6 +11,8 @@ import sys
 import threading
 import time
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import msgspec
@@ -21,6 +23,7 @@ from lmcache.cache import Heart
 from lmcache.chunks import Layout
 from lmcache.config import ServerConfig
 from lmcache.memory.arena import Arena
+from lmcache.memory.headers import DamagedHeaders, read_headers
 from lmcache.server.http import HttpFace
 from lmcache.server.loop import Loop
 from lmcache.server.report import Report
@@ -30,7 +33,7 @@ from lmcache.wire import messages as m
 from lmcache.wire.carriers import UnixCarrier
 from lmcache.wire.frames import FrameReader, frame
 from lmcache.wire.sockets import listen_unix
-from servers import PATIENCE, eventually
+from servers import PATIENCE, Raw, eventually
 
 
 def chain(seed: int, chunks: int) -> bytes:
@@ -127,6 +130,80 @@ def test_a_server_whose_heart_stands_still_is_unhealthy(folders):
         face.stop()
         arena.close()
         loop.close()
+
+
+# When something of ours fails
+
+
+@pytest.fixture
+def small(folders):
+    """A server's parts in this process, in a running loop: its service, and the path of its Unix socket."""
+    loop, arena, path = Loop(), Arena(folders("/dev/shm"), 8 << 20), folders("/tmp") / "socket"
+    workers = ThreadPoolExecutor(1)
+    service = Service(loop, Heart(8 << 20), arena, 16, workers)
+    face = UnixFace(loop, service, listen_unix(path), path)
+    thread = threading.Thread(target=loop.run)
+    thread.start()
+    yield service, path
+    loop.stop()
+    thread.join()
+    face.close()
+    workers.shutdown()
+    arena.close()
+    loop.close()
+
+
+class Client(Raw):
+    """A `Raw` for a socket at a known path."""
+
+    def __init__(self, path: Path) -> None:
+        class Here:
+            socket_path = staticmethod(lambda: str(path))
+
+        super().__init__(Here())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["committed", "freed", "cleared"])
+def test_an_effect_that_fails_fails_no_request(small, monkeypatch, caplog, kind):
+    """What the headers said is void then: a later server must not take the chunks of one failure for those of another."""
+    service, path = small
+    client = Client(path)
+    client.store(chain(1, 4))
+    headers = service.arena.headers
+    assert len(read_headers(headers.path)) == 4
+    with monkeypatch.context() as broken:
+        broken.setattr(headers, kind, lambda *_: 1 // 0)
+        for seed in range(2, 8):  # more than L1 holds, so that some are evicted, and freed
+            assert client.store(chain(seed, 512)) == 512
+            assert client.hits(chain(seed, 512)) == 512
+        if kind == "cleared":
+            assert [client.ask(m.Clear()).count > 0 for _ in range(2)] == [True, False]
+        assert client.ask(m.Ping()) == m.Ok()
+    counters = service.loop.ask(lambda: dict(service.counters), PATIENCE)
+    assert counters["failed_effects"] > 1 and "internal_errors" not in counters
+    told = [one for one in caplog.records if "could not be noted" in one.getMessage()]
+    assert len({id(one) for one in told}) == 1, "told once"
+    with pytest.raises(DamagedHeaders):
+        read_headers(headers.path)
+    client.ask(m.Clear())
+    client.store(chain(9, 4))
+    assert len(read_headers(headers.path)) == 4, "from a clear on they count again"
+
+
+def test_an_upkeep_that_fails_lets_nothing_pile_up(small, monkeypatch):
+    service, path = small
+    monkeypatch.setattr(service.heart, "tick", lambda now: 1 // 0)
+    client, before = Client(path), service.loop.errors
+    eventually(lambda: service.loop.errors > before)
+    client.store(chain(1, 4))
+    eventually(lambda: service.loop.errors > before + 3 and not service.heart.events)
+
+
+def test_a_hello_that_fails_is_answered(small, monkeypatch):
+    service, path = small
+    monkeypatch.setattr(service.heart, "join", lambda *_: 1 // 0)
+    answer = UnixCarrier(str(path), m.Hello(1, "test", "i", "raw", 0, os.getpid()), PATIENCE).welcome
+    assert isinstance(answer, m.Error) and answer.code == "internal"
 
 
 # Who is there

@@ -120,6 +120,13 @@ class Headers:
         self._clears += 1
         self._write_own()
 
+    def void(self) -> None:
+        """Some records may be wrong, so none counts: the file is a damaged one until everything is cleared."""
+        try:
+            os.ftruncate(self._descriptor, 0)
+        except OSError as error:
+            self._tell_unwritten(error)
+
     def close(self) -> None:
         """Remove the file."""
         self.path.unlink(missing_ok=True)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from lmcache import __version__
 from lmcache.cache import Cleared, Committed, Freed, Heart, Refusal, Whole
+from lmcache.cache.heart import Effect
 from lmcache.chunks import space_fingerprint
 from lmcache.errors import LMCacheError
 from lmcache.memory.arena import Arena, ArenaFull
@@ -90,7 +91,7 @@ class Service:
             m.Dropped: self._dropped,
             m.Bye: self._bye,
         }
-        loop.on_tick.append(self._tick)
+        loop.on_tick += [self._tick, self.settle]
 
     # Requests
 
@@ -346,9 +347,11 @@ class Service:
         def finish(answer: m.Message, frames: list[bytes]) -> None:
             peer.busy -= 1
             self._copying_bytes -= size
-            reply(answer, frames)
-            if peer.gone:
-                self.gone(peer)
+            try:
+                reply(answer, frames)
+            finally:
+                if peer.gone:
+                    self.gone(peer)
 
         def run() -> None:
             try:
@@ -366,28 +369,42 @@ class Service:
     # Upkeep
 
     def settle(self) -> None:
-        """Carry out what the heart wants done: to the slots' headers, and with chunks that have become whole."""
+        """Carry out what the heart wants done: to the slots' headers, and with chunks that have become whole.
+
+        An effect that fails is counted, and fails neither the request at hand nor those to come.
+        """
+        effects, self.heart.effects = self.heart.effects, []
+        for effect in effects:
+            try:
+                self._carry_out(effect)
+            except Exception:  # a fault of ours
+                kind = type(effect).__name__
+                if not self.counters[f"failed_effects_{kind}"]:
+                    logger.exception("%s of chunks could not be noted; counted from now on, L1 serves on", kind)
+                self.counters[f"failed_effects_{kind}"] += 1
+                self.counters["failed_effects"] += 1
+                if not isinstance(effect, Whole):
+                    self.arena.headers.void()
+
+    def _carry_out(self, effect: Effect) -> None:
         headers = self.arena.headers
-        for effect in self.heart.effects:
-            if isinstance(effect, Committed):
-                headers.committed(*effect)
-            elif isinstance(effect, Freed):
-                headers.freed(effect.pages)
-            elif isinstance(effect, Cleared):
-                headers.cleared()
-                if self.tiering is not None:
-                    self.tiering.l1_cleared()
-            elif isinstance(effect, Whole) and self.tiering is not None:
-                self.tiering.whole(effect)
-        self.heart.effects.clear()
+        if isinstance(effect, Committed):
+            headers.committed(*effect)
+        elif isinstance(effect, Freed):
+            headers.freed(effect.pages)
+        elif isinstance(effect, Cleared):
+            if self.tiering is not None:
+                self.tiering.l1_cleared()
+            headers.cleared()
+        elif self.tiering is not None:
+            self.tiering.whole(effect)
 
     def _tick(self) -> None:
-        self.heart.tick(time.monotonic())
+        events, self.heart.events = self.heart.events, []  # first: what fails below must not let them pile up
         if logger.isEnabledFor(logging.DEBUG):
-            for event in self.heart.events:
+            for event in events:
                 logger.debug("%s %d chunks of space %d %s", event.kind, event.chunks, event.space, event.reason)
-        self.heart.events.clear()
-        self.settle()
+        self.heart.tick(time.monotonic())
 
 
 def _printable(text: str, most: int) -> str:

@@ -157,16 +157,13 @@ class _Connection:
         self._send(frame(m.encode(sequence, m.Error("malformed", str(error)))))
 
     def _serve(self, sequence: int, request: m.Request) -> None:
-        if type(request) is m.Hello:
-            if self.pid > 0:  # the kernel's word: the engine's own pid may be of another namespace
-                request = msgspec.structs.replace(request, pid=self.pid)
-            answer = self.face.service.hello(self.peer, request)
-            descriptors = (self.face.service.arena.descriptor,) if type(answer) is m.Welcome else ()
-            self._send(frame(m.encode(sequence, answer)), descriptors)
-            return
-        self.face.service.handle(
-            self.peer, request, [], lambda answer, _: self._send(frame(m.encode(sequence, answer)))
-        )
+        if type(request) is m.Hello and self.pid > 0:  # the kernel's word: its own pid may be of another namespace
+            request = msgspec.structs.replace(request, pid=self.pid)
+        self.face.service.handle(self.peer, request, [], lambda answer, _: self._answer(sequence, answer))
+
+    def _answer(self, sequence: int, answer: m.Message) -> None:
+        descriptors = (self.face.service.arena.descriptor,) if type(answer) is m.Welcome else ()
+        self._send(frame(m.encode(sequence, answer)), descriptors)
 
     def _send(self, data: bytes, descriptors: tuple[int, ...] = ()) -> None:
         if self.sock.fileno() < 0:
