@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import deque
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -439,6 +440,126 @@ def test_only_so_many_records_are_kept() -> None:
     for number in range(KEPT_RECORDS + 5):
         world.poll(chain(1, number), request=str(number))
     assert [world.fetches.records[at].requests for at in (0, -1)] == [("5",), (str(KEPT_RECORDS + 4),)]
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_an_answer_after_the_end_of_its_fetch_changes_nothing(there: bool) -> None:
+    world, prompt = World((11.0, 1e9), always=True), chain(8)
+    world.has[0].update(keys(prompt) if there else ())
+    world.poll(prompt, request="gone")
+    world.pass_time(10.5)
+    world.fetches.tick(world.now)
+    world.pass_time(0.6)
+    assert [record.outcome for record in world.fetches.records] == ["patience"]
+    assert world.fetches.counters["fetches"] == 1 and not world.loads
+
+
+def test_loads_that_have_not_begun_are_not_begun_for_a_fetch_that_l1_has_answered() -> None:
+    world, prompt = World((None, 1e6)), chain(12)
+    world.has[0].update(keys(prompt))
+    world.poll(prompt)
+    assert len(world.loads) == 2, "as many as run side by side"
+    world.l1.update(keys(prompt))  # the engine computed it meanwhile, and stored it
+    assert world.poll(prompt) == 0
+    world.pass_time(60.0)
+    assert len(world.loads) == 2
+
+
+def test_chunks_of_a_load_that_hangs_come_from_another_tier_and_nobody_waits_for_it_for_ever() -> None:
+    world, prompt = World((None, 0.0), (None, 1e9), always=True), chain(2)
+    for has in world.has:
+        has.update(keys(prompt))
+    world.wait_for(prompt)
+    assert [load.tier for load in world.loads] == [0] and world.fetches.records[-1].outcome == "late"
+    world.serving[0] = False  # as the server judges a tier with a call that does not return
+    world.pass_time(2.0)
+    world.fetches.tick(world.now)
+    assert world.wait_for(prompt) < 0.1 and world.leading(prompt) == 2
+    assert [load.tier for load in world.loads] == [0, 1]
+    (hung, _) = world.loads
+    world.l1.clear()
+    world.tiers = ((None, 0.0), (None, 1e6))
+    world.poll(prompt)
+    world.has[0].clear()
+    world.end(hung, 0)
+    assert world.poll(prompt) == 2, "its late return takes nothing from the load that is under way now"
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_fetch_has_one_record_and_leaves_nothing_behind_whatever_its_tiers_do(seed: int) -> None:
+    """Answers and loads that come in any order, late, as failures or never; prompts that share their beginnings."""
+    dice, fetches, now = random.Random(seed), Fetches([TierTraits(2 * CHUNK_BYTES, 2, lambda now: True)] * 2), 100.0
+    fetches.records = deque()
+    stem = chain(4, 1)
+    prompts = [stem[: 16 * dice.randint(0, 4)] + chain(dice.randint(1, 5), 2 + number) for number in range(6)]
+    l1, asks, loads = set[bytes](), list[Ask](), list[Load]()
+    begun, open_prompts, told = set[int](), set[bytes](), 0
+
+    def carry_out(probes: int) -> None:
+        nonlocal told
+        effects, fetches.effects = fetches.effects, []
+        for effect in effects:
+            if isinstance(effect, Ask):
+                begun.add(effect.fetch)
+                asks.append(effect)
+            elif isinstance(effect, Load):
+                wanted = {key for prompt in open_prompts for key in keys(prompt)}
+                assert wanted & set(keys(effect.hashes)) or fetches.counters["probes"] > probes, "nobody wants it"
+                loads.append(effect)
+        ended = [record.prompt for record in list(fetches.records)[told:]]
+        told += len(ended)
+        assert len(ended) == len(set(ended)), "a fetch has ended twice"
+        open_prompts.difference_update(one for one in list(open_prompts) if one[-16:] in ended)
+        for tier in range(2):
+            assert len(fetches._queues[tier]) <= sum(len(one) // 16 for one in open_prompts), "nobody waits for it"
+            assert fetches._queued_chunks[tier] == sum(
+                len(one.load.hashes) // 16 for one in fetches._queues[tier].values()
+            )
+
+    def poll(prompt: bytes) -> None:
+        in_l1 = next((at for at, key in enumerate(keys(prompt)) if key not in l1), len(prompt) // 16)
+        prefill_seconds = dice.choice([0.0, 10.0])
+        if in_l1 < len(prompt) // 16:
+            open_prompts.add(prompt)
+        fetches.poll(now, SPACE, prompt, in_l1, CHUNK_BYTES, prefill_seconds, [lambda hashes: None] * 2)
+
+    def end(load: Load) -> None:
+        good = [key for key in keys(load.hashes) if dice.random() < 0.9]
+        l1.update(good)
+        fetches.loaded(now, load, dice.choice([None, len(good) * CHUNK_BYTES]))
+
+    for _ in range(600):
+        now += dice.choice([0.0, 0.001, 0.1, 0.5, 3.0])
+        probes, turn = fetches.counters["probes"], dice.random()
+        if turn < 0.4:
+            poll(dice.choice(prompts))
+        elif turn < 0.6 and asks:
+            ask = asks.pop(dice.randrange(len(asks)))
+            has = [dice.random() < 0.8 for _ in keys(ask.hashes)]
+            fetches.answered(now, ask.fetch, ask.tier, dice.choice([None, has, has]), dice.random())
+        elif turn < 0.75 and loads:
+            end(loads.pop(dice.randrange(len(loads))))
+        elif turn < 0.85:
+            fetches.tick(now)
+        elif turn < 0.9:
+            l1.difference_update(dice.sample(sorted(l1), len(l1) // 2))
+        elif turn < 0.93:
+            fetches.kept(SPACE, dice.choice(prompts))
+        carry_out(probes)
+        open_prompts.intersection_update(
+            one for one in prompts if (found := fetches._by_request.get((SPACE, one[-16:]))) and found.ended is None
+        )
+    for seconds in (11.0, 2.0):  # longer than any patience; the loads that are left never return
+        now += seconds
+        fetches.tick(now)
+    assert not (fetches._fetches or fetches._by_request or fetches._under_way or any(fetches._queues))
+    assert fetches.counters["fetches"] == len(fetches.records) == len(begun)
+    assert fetches.counters["arrived"] == sum(record.arrived_chunks for record in fetches.records)
+    ends = sum(count for name, count in fetches.counters.items() if name.startswith("fetches:"))
+    assert ends + sum(record.outcome in ("arrived", "failed") for record in fetches.records) == len(begun)
+    for load in loads:
+        end(load)
+    assert not any(fetches._running)
 
 
 def test_pace_is_bytes_over_busy_time_and_old_measurements_fade() -> None:

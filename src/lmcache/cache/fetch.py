@@ -9,14 +9,15 @@ A *fetch* is the part of a prompt that L1 lacks, looked for in the tiers. Its li
 The engine asks again and again (`poll`) and is told to wait or to go. It goes when everything planned has arrived or
 failed, when loading is not worth it, or when the next chunk is later than planned by more than `worth.slack_seconds`: so a
 slow or stalled tier costs a small share of what computing would take. Loads that run go on and fill L1; those that have not
-begun are dropped unless another fetch wants them. A chunk that is under way is loaded once, whoever wants it. What became of
-a fetch, and why, is its `FetchRecord`.
+begun are dropped when the last fetch that waits for them has ended. A chunk that is under way is loaded once, whoever wants
+it; a load that hangs counts as under way for `patience_seconds`, and then its chunks may come from elsewhere. What became
+of a fetch, and why, is its `FetchRecord`, of which each fetch leaves one.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections import Counter, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -53,8 +54,10 @@ class Ask(NamedTuple):
 
 
 class Load(NamedTuple):
-    """Effect: load these chunks, which follow `parent` (the root where `root`), from the tier into L1. Tell `loaded`."""
+    """Effect: load these chunks, which follow `parent` (the root where `root`), from the tier into L1. Tell `loaded`, also
+    where the tier takes for ever: the load counts as one of those that run until then."""
 
+    number: int
     tier: int
     space: int
     parent: bytes
@@ -142,7 +145,7 @@ class _Fetch:
     decision: str = ""
     due: list[float | None] = field(default_factory=list)
     """When each of them is expected, in seconds after `began`; None while a tier's pace is unknown."""
-    waiting: set[bytes] = field(default_factory=set)
+    waiting: set[_Pending] = field(default_factory=set)
     ended: float | None = None
 
     def hash_of(self, chunk: int) -> bytes:
@@ -181,6 +184,19 @@ class _Fetch:
         )
 
 
+@dataclass(eq=False)
+class _Pending:
+    """A load that has not ended. began: when it did, None while it is queued."""
+
+    load: Load
+    waiters: set[_Fetch] = field(default_factory=set)
+    began: float | None = None
+
+    @property
+    def keys(self) -> list[tuple[int, bytes]]:
+        return [(self.load.space, key) for key in _keys(self.load.hashes)]
+
+
 class Fetches:
     """All fetches over these tiers, nearest first.
 
@@ -201,9 +217,13 @@ class Fetches:
         self._numbers = itertools.count(1)
         self._fetches: dict[int, _Fetch] = {}
         self._by_request: dict[tuple[int, bytes], _Fetch] = {}
-        self._queues: list[deque[Load]] = [deque() for _ in tiers]
-        self._running = [0] * len(tiers)
-        self._under_way: set[tuple[int, bytes]] = set()
+        self._queues = [OrderedDict[int, _Pending]() for _ in tiers]
+        """Loads that have not begun, by number."""
+        self._queued_chunks = [0] * len(tiers)
+        self._running: list[dict[int, _Pending]] = [{} for _ in tiers]
+        """Loads that have begun and not returned, by number."""
+        self._under_way: dict[tuple[int, bytes], _Pending] = {}
+        """By space and chunk: loads that are queued or run, but for those that hang."""
 
     @property
     def open(self) -> int:
@@ -275,9 +295,8 @@ class Fetches:
 
     def loaded(self, now: float, load: Load, size_bytes: int | None) -> None:
         """A load has ended; so many bytes of it are in L1 now. None: the tier failed as a whole."""
-        self._running[load.tier] -= 1
         self.paces[load.tier].ended(now, size_bytes)
-        self._forget(load)
+        self._forget(self._running[load.tier].pop(load.number))
         self._pump(now, load.tier)
 
     def kept(self, space: int, hashes: bytes) -> None:
@@ -288,12 +307,16 @@ class Fetches:
                 self._drop(fetch)
 
     def tick(self, now: float) -> None:
-        """Forget fetches that are over, and those that nobody asks about any more."""
+        """Forget fetches that are over, those that nobody asks about any more, and loads that hang."""
         for fetch in list(self._fetches.values()):
             if fetch.ended is None and now - fetch.began > self._patience_seconds:
                 self._end(now, fetch, "patience")
             if fetch.ended is not None and now - fetch.ended > ENDED_SECONDS:
                 self._drop(fetch)
+        for running in self._running:
+            for pending in running.values():
+                if pending.began is not None and now - pending.began > self._patience_seconds:
+                    self._forget(pending)
 
     # A fetch's life
 
@@ -370,7 +393,7 @@ class Fetches:
         for tier in sources:
             batch = self._batch_chunks(tier, chunk_bytes)
             last = (ahead[tier] // batch + self._tiers[tier].concurrency) * batch
-            size = min(last, total[tier]) * chunk_bytes + self._queued_bytes(tier, chunk_bytes)
+            size = (min(last, total[tier]) + self._queued_chunks[tier]) * chunk_bytes
             ahead[tier] += 1
             seconds = self.paces[tier].expected_seconds(size)
             due.append(None if seconds is None else asked + seconds)
@@ -381,10 +404,6 @@ class Fetches:
         rate = self.paces[tier].bytes_per_second
         most = _FIRST_BATCH_BYTES if rate is None else int(rate * _BATCH_SECONDS)
         return max(1, min(self._tiers[tier].batch_bytes, most) // chunk_bytes)
-
-    def _queued_bytes(self, tier: int, chunk_bytes: int) -> int:
-        """What stands before a new load, as far as it matters."""
-        return sum(len(load.hashes) // HASH_BYTES for load in self._queues[tier]) * chunk_bytes
 
     def _worth_it(self, fetch: _Fetch, due: list[float | None]) -> bool:
         recompute = fetch.prefill_seconds * len(due) or None
@@ -409,31 +428,37 @@ class Fetches:
             hashes: list[bytes] = []
             while at < len(sources) and sources[at] == tier and len(hashes) < most:
                 key = fetch.hash_of(fetch.first + at)
-                fetch.waiting.add(key)
                 at += 1
-                if (fetch.space, key) in self._under_way:
+                pending = self._under_way.get((fetch.space, key))
+                if pending is not None:
+                    self._wait(fetch, pending)
                     break
                 hashes.append(key)
             if hashes:
                 chunk = fetch.first + first
                 parent = fetch.hash_of(chunk - 1) if chunk else b""
-                load = Load(tier, fetch.space, parent, not chunk, b"".join(hashes))
-                self._under_way.update((fetch.space, key) for key in hashes)
-                self._queues[tier].append(load)
+                load = Load(next(self._numbers), tier, fetch.space, parent, not chunk, b"".join(hashes))
+                self._queues[tier][load.number] = pending = _Pending(load)
+                self._queued_chunks[tier] += len(hashes)
+                self._under_way.update(dict.fromkeys(pending.keys, pending))
+                self._wait(fetch, pending)
         for tier in set(sources):
             self._pump(now, tier)
+
+    @staticmethod
+    def _wait(fetch: _Fetch, pending: _Pending) -> None:
+        fetch.waiting.add(pending)
+        pending.waiters.add(fetch)
 
     def _judge(self, now: float, fetch: _Fetch) -> int:
         """Chunks to wait for, or 0 when it is over."""
         if fetch.ended is not None:
             return 0
-        fetch.waiting = {key for key in fetch.waiting if (fetch.space, key) in self._under_way}
         if fetch.arrived >= fetch.planned or not fetch.waiting:
             self._settle(now, fetch)
             return 0
         if now - fetch.began > self._patience(fetch):
             self._end(now, fetch, "late")
-            self.counters["arrived"] += fetch.arrived
             return 0
         return fetch.planned - fetch.arrived
 
@@ -449,47 +474,53 @@ class Fetches:
 
     def _settle(self, now: float, fetch: _Fetch) -> None:
         """Everything that was planned has come, or will not come."""
-        self.counters["arrived"] += fetch.arrived
         self.counters["failed"] += fetch.planned - fetch.arrived
         self._end(now, fetch, "")
 
     def _end(self, now: float, fetch: _Fetch, reason: str) -> None:
-        """`reason`: why nobody waits any more; "" where nothing is left to wait for."""
+        """Once for each fetch, and from now on nothing happens for it. `reason`: why nobody waits any more; "" where nothing
+        is left to wait for."""
         fetch.ended = now
+        fetch.unanswered.clear()
+        for pending in fetch.waiting:
+            pending.waiters.discard(fetch)
+            if pending.began is None and not pending.waiters:
+                self._unqueue(pending)
+                self._forget(pending)
+        fetch.waiting.clear()
         self.counters["fetches"] += 1
+        self.counters["arrived"] += fetch.arrived
         self.records.append(fetch.record(now, reason or ("arrived" if fetch.arrived == fetch.planned else "failed")))
-        if not reason:  # what came may be evicted again, and is then worth another
+        if reason:
+            self.counters[f"fetches:{reason}"] += 1
+        else:  # what came may be evicted again, and is then worth another
             self._drop(fetch)
-            return
-        self.counters[f"fetches:{reason}"] += 1
-        if reason in ("late", "patience"):
-            self._drop_queued()
 
     def _drop(self, fetch: _Fetch) -> None:
         del self._fetches[fetch.number]
         del self._by_request[fetch.space, fetch.hashes[-HASH_BYTES:]]
 
-    def _drop_queued(self) -> None:
-        """Take loads that have not begun, and that nobody waits for any more, out of the queues."""
-        wanted = {(one.space, key) for one in self._fetches.values() if one.ended is None for key in one.waiting}
-        for tier, queue in enumerate(self._queues):
-            kept: deque[Load] = deque()
-            for load in queue:
-                if any((load.space, key) in wanted for key in _keys(load.hashes)):
-                    kept.append(load)
-                else:
-                    self._forget(load)
-            self._queues[tier] = kept
+    def _unqueue(self, pending: _Pending) -> None:
+        del self._queues[pending.load.tier][pending.load.number]
+        self._queued_chunks[pending.load.tier] -= len(pending.load.hashes) // HASH_BYTES
 
-    def _forget(self, load: Load) -> None:
-        self._under_way.difference_update((load.space, key) for key in _keys(load.hashes))
+    def _forget(self, pending: _Pending) -> None:
+        """Its chunks are not under way any more, or by another load, and nobody waits for it."""
+        for key in pending.keys:
+            if self._under_way.get(key) is pending:
+                del self._under_way[key]
+        for fetch in pending.waiters:
+            fetch.waiting.discard(pending)
+        pending.waiters.clear()
 
     def _pump(self, now: float, tier: int) -> None:
-        queue = self._queues[tier]
-        while queue and self._running[tier] < self._tiers[tier].concurrency:
-            self._running[tier] += 1
+        queue, running = self._queues[tier], self._running[tier]
+        while queue and len(running) < self._tiers[tier].concurrency:
+            number, pending = next(iter(queue.items()))
+            self._unqueue(pending)
+            running[number], pending.began = pending, now
             self.paces[tier].began(now)
-            self.effects.append(queue.popleft())
+            self.effects.append(pending.load)
 
 
 def _keys(hashes: bytes) -> list[bytes]:
