@@ -8,15 +8,17 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from lmcache import __version__
 from lmcache.config import ServerConfig
 from lmcache.errors import ConfigError
 from lmcache.server import http
-from lmcache.server.http import HttpFace, may_change
+from lmcache.server.http import HttpFace, why_refused
 from lmcache.server.metrics import families
 
 TOKEN = "a-token-that-nobody-may-see"
@@ -28,6 +30,7 @@ class Server:
     def __init__(self) -> None:
         self.cleared = 0
         self.healthy: Callable[[], tuple[bool, str]] = lambda: (True, "")
+        self.troubles: list[str] = []
 
     def health(self) -> tuple[bool, str]:
         return self.healthy()
@@ -40,7 +43,7 @@ class Server:
         return [{"request": "r1", "outcome": "late"}]
 
     def degraded(self) -> list[str]:
-        return []
+        return self.troubles
 
     def clear(self, tiers: str = "") -> dict[str, object]:
         self.cleared += 1
@@ -53,9 +56,9 @@ class Server:
 class Served:
     """A running face and how to ask it."""
 
-    def __init__(self, token: str = "") -> None:
+    def __init__(self, token: str = "", **more: Any) -> None:
         self.server = Server()
-        self.face = HttpFace(ServerConfig(http_host="0.0.0.0", http_port=0, api_token=token), self.server)
+        self.face = HttpFace(ServerConfig(http_host="0.0.0.0", http_port=0, api_token=token, **more), self.server)
         self.face.start()
         self.url = f"http://localhost:{self.face.port}"
 
@@ -137,11 +140,56 @@ def test_a_fault_of_ours_is_counted_and_stops_nothing(served: Served, caplog: py
     assert httpx.get(served.url + "/status").status_code == 200
 
 
-def test_status_shows_no_secret(guarded: Served, elsewhere: str) -> None:
+def test_status_shows_no_secret(guarded: Served) -> None:
     for path in ("/status", "/", "/metrics", "/fetches"):
-        answer = httpx.get(f"http://{elsewhere}:{guarded.face.port}{path}")
+        answer = httpx.get(f"{guarded.url}{path}")
         assert answer.status_code == 200 and TOKEN not in answer.text
     assert httpx.get(guarded.url + "/status").json()["config"]["api-token"] == "***"
+
+
+@pytest.mark.parametrize("path", ["/status", "/fetches", "/"])
+def test_other_hosts_read_the_state_with_the_token_only(
+    path: str, served: Served, guarded: Served, elsewhere: str
+) -> None:
+    answer = httpx.get(f"http://{elsewhere}:{served.face.port}{path}")
+    assert answer.status_code == 403 and "--api-token-file" in answer.json()["reason"]
+    url = f"http://{elsewhere}:{guarded.face.port}{path}"
+    answer = httpx.get(url)
+    assert answer.status_code == 403 and "Authorization: Bearer" in answer.json()["reason"]
+    assert httpx.get(url, headers={"Authorization": "Bearer wrong"}).status_code == 403
+    assert httpx.get(url, headers={"Authorization": f"Bearer {TOKEN}"}).status_code == 200
+    for header in ({"X-Forwarded-For": "10.0.0.1"}, {"Host": "evil.example"}):
+        assert httpx.get(served.url + path, headers=header).status_code == 403
+    assert httpx.get(served.url + path, headers={"Sec-Fetch-Site": "none"}).status_code == 200, "a person's browser"
+
+
+def test_other_hosts_learn_health_and_version_and_no_reasons(served: Served, elsewhere: str) -> None:
+    url = f"http://{elsewhere}:{served.face.port}"
+    assert httpx.get(url + "/version").json() == {"version": __version__}
+    assert (httpx.get(url + "/livez").json(), httpx.get(url + "/readyz").json()) == (
+        {"status": "alive"},
+        {"status": "ready"},
+    )
+    assert httpx.get(url + "/metrics").status_code == 200
+    served.server.troubles = ["disk: no room at /secret/path"]
+    assert httpx.get(url + "/healthcheck").json() == {"status": "healthy"}
+    assert httpx.get(served.url + "/healthcheck").json()["degraded"] == served.server.troubles
+    served.server.healthy = lambda: (False, "the arena file /dev/shm/x is gone")
+    assert httpx.get(url + "/healthcheck").json() == {"status": "unhealthy"}
+    assert (httpx.get(url + "/livez").status_code, httpx.get(url + "/readyz").status_code) == (200, 503)
+
+
+def test_a_required_tier_that_does_not_serve_is_not_ready() -> None:
+    one = Served(l2_required=True)
+    try:
+        assert httpx.get(one.url + "/readyz").status_code == 200
+        one.server.troubles = ["redis: no answer"]
+        assert (httpx.get(one.url + "/readyz").status_code, httpx.get(one.url + "/healthcheck").status_code) == (
+            503,
+            200,
+        )
+    finally:
+        one.face.stop()
 
 
 def test_the_page_is_plain_and_escaped(served: Served) -> None:
@@ -270,8 +318,9 @@ def test_a_wrong_token_is_refused_from_loopback_too(guarded: Served) -> None:
     ],
 )
 def test_who_is_local(peer: str, host: str, may: bool) -> None:
-    assert (may_change(peer, {"host": host}, "") == "") is may
-    assert (may_change(peer, {"host": host}, TOKEN) == "") is may
+    for token in ("", TOKEN):
+        for changes in (False, True):
+            assert (why_refused(peer, {"host": host}, token, changes) == "") is may
 
 
 # --- strangers --------------------------------------------------------------------------------------------------------

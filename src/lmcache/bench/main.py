@@ -17,6 +17,7 @@ from typing import Any
 
 from lmcache.bench.engine import BenchEngine, Model
 from lmcache.bench.samples import Figure, align, figure
+from lmcache.config.load import load
 from lmcache.errors import ConfigError, ServerRefused, ServerUnavailable
 
 DEFAULT_URL = "http://127.0.0.1:8080"
@@ -46,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         ServerUnavailable: nobody answers.
     """
     options = _parse(argv)
-    status = _status(options.url)
+    token = load({"api_token_file": options.api_token_file}).config.api_token
+    status = _status(options.url, token)
     engine = BenchEngine(MODELS[options.model], _engine_address(options.url, status), threads=options.threads)
     try:
         rows = measure(engine, options.rounds)
@@ -135,13 +137,19 @@ def _blocks(engine: BenchEngine, chunks: int, rng: random.Random) -> list[int]:
     return rng.sample(range(engine.model.blocks), needed)
 
 
-def _status(url: str) -> dict[str, Any]:
+def _status(url: str, token: str) -> dict[str, Any]:
     if not url.startswith(("http://", "https://")):
         raise ConfigError(f"--url {url}: must be like {DEFAULT_URL}")
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    request = urllib.request.Request(url.rstrip("/") + "/status")
+    if token:
+        request.add_unredirected_header("Authorization", f"Bearer {token}")
     try:
-        with opener.open(url.rstrip("/") + "/status", timeout=3.0) as answer:
+        with opener.open(request, timeout=3.0) as answer:
             status = json.loads(answer.read(16 << 20))
+    except urllib.error.HTTPError as error:
+        why = "pass --api-token-file" if error.code == 403 else "pass the --url of lmcache server"
+        raise ServerRefused(f"{url}/status answered {error.code}: {why}") from None
     except (OSError, ValueError) as error:
         raise ServerUnavailable(f"no server at {url}: {error}: start `lmcache server`, or pass --url") from None
     if not isinstance(status, dict) or "config" not in status:
@@ -207,6 +215,9 @@ class _Parser(argparse.ArgumentParser):
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = _Parser("lmcache bench", description=__doc__, allow_abbrev=False)
     parser.add_argument("--url", default=DEFAULT_URL, help=f"HTTP face of the server. Default: {DEFAULT_URL}.")
+    parser.add_argument(
+        "--api-token-file", metavar="FILE", help="File (0600) with the server's token [LMCACHE_SERVER_API_TOKEN_FILE]."
+    )
     parser.add_argument("--model", choices=list(MODELS), default="small", help="Size of the KV. Default: small.")
     parser.add_argument("--threads", type=int, default=1, help="Copy threads of the engine. Default: 1.")
     parser.add_argument("--rounds", type=int, default=20, help="Samples of each copy. Default: 20.")

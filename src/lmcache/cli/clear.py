@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from urllib.parse import quote
 
-from lmcache.cli.verbs import Verbs, add, add_url, ask
-from lmcache.config.load import load
+from lmcache.cli.verbs import Verbs, add, add_token, add_url, ask, token_of
 from lmcache.errors import ServerRefused
 
 _TIERS_SECONDS = 45.0
@@ -30,9 +28,7 @@ def add_verb(verbs: Verbs) -> None:
     parser.add_argument(
         "--tiers", metavar="NAMES", default="", help="Tiers to empty as well: all, or names with commas."
     )
-    parser.add_argument(
-        "--api-token-file", metavar="FILE", help="File (0600) with the server's token [LMCACHE_SERVER_API_TOKEN_FILE]."
-    )
+    add_token(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -41,9 +37,8 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         ServerRefused: it was not to, or a tier was not emptied.
     """
-    token = load({"api_token_file": arguments.api_token_file and str(Path(arguments.api_token_file))}).config.api_token
     path = "/clear-cache" + (f"?tiers={quote(arguments.tiers)}" if arguments.tiers else "")
-    status, answer = ask(arguments.url, path, "POST", token, _TIERS_SECONDS if arguments.tiers else None)
+    status, answer = ask(arguments.url, path, "POST", token_of(arguments), _TIERS_SECONDS if arguments.tiers else None)
     failed = "; ".join(f"tier {name} was not emptied: {why}" for name, why in answer.get("failed_tiers", {}).items())
     if failed:
         raise ServerRefused(f"{arguments.url}: {failed}; L1 and the other tiers that were named are empty")

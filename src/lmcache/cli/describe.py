@@ -7,13 +7,14 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from lmcache.cli.verbs import Verbs, add, add_url, ask
+from lmcache.cli.verbs import Verbs, add, add_token, add_url, ask, token_of
 from lmcache.errors import ServerUnavailable
 
 _TEXT = """
 Show a running server. `server`: its settings. `status`: everything, with arena, index, sessions, engines and counters.
 `tiers`: what is behind L1, and how it does. `fetches`: the lookups that tiers were asked about, the latest first: what
-loading was to take and what computing, which was chosen, how long was waited, and what came.
+loading was to take and what computing, which was chosen, how long was waited, and what came. From another host than the server's
+it needs the server's token.
 
 examples:
   lmcache describe server
@@ -28,11 +29,13 @@ def add_verb(verbs: Verbs) -> None:
     parser.add_argument("what", choices=("server", "status", "tiers", "fetches"), help="What to show.")
     parser.add_argument("--json", action="store_true", help="JSON instead of a table.")
     add_url(parser)
+    add_token(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print it."""
-    status, answer = ask(arguments.url, "/fetches" if arguments.what == "fetches" else "/status")
+    path = "/fetches" if arguments.what == "fetches" else "/status"
+    status, answer = ask(arguments.url, path, token=token_of(arguments))
     if status != 200:
         raise ServerUnavailable(f"{arguments.url}: {answer.get('reason', f'HTTP {status}')}")
     part = {"server": "config", "tiers": "tiers"}.get(arguments.what)

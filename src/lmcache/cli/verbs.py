@@ -10,8 +10,10 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeAlias
 
+from lmcache.config.load import load
 from lmcache.errors import ConfigError, ServerRefused, ServerUnavailable
 
 Verbs: TypeAlias = "argparse._SubParsersAction[Any]"
@@ -41,6 +43,22 @@ def add(
 def add_url(parser: argparse.ArgumentParser) -> None:
     """The flag that says which server."""
     parser.add_argument("--url", default=DEFAULT_URL, help=f"HTTP face of the server. Default: {DEFAULT_URL}.")
+
+
+def add_token(parser: argparse.ArgumentParser) -> None:
+    """The flag with the server's token, which other hosts than the server's need."""
+    parser.add_argument(
+        "--api-token-file", metavar="FILE", help="File (0600) with the server's token [LMCACHE_SERVER_API_TOKEN_FILE]."
+    )
+
+
+def token_of(arguments: argparse.Namespace) -> str:
+    """The token that `add_token`'s flag, the environment or the configuration gives; "" where none does.
+
+    Raises:
+        ConfigError: the file cannot be read, or others may read it.
+    """
+    return load({"api_token_file": arguments.api_token_file and str(Path(arguments.api_token_file))}).config.api_token
 
 
 def ask(

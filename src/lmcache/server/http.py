@@ -1,7 +1,8 @@
 """The HTTP face: health, status and metrics for people and their tools, in one thread with its own asyncio loop.
 
-Reading is open to whoever can connect. Changing anything takes the API token, or a caller on this host that is no web
-page: a loopback peer that addressed a loopback name, through no proxy, without the headers that browsers add.
+Health, version and metrics answer whoever can connect. The rest tells paths, process ids and requests, or changes something, and
+takes the API token or a caller on this host: a loopback peer that addressed a loopback name, through no proxy. A change must
+not come from a web page either, so it must lack the headers that browsers add.
 """
 
 from __future__ import annotations
@@ -132,12 +133,15 @@ class HttpFace:
 
     def _app(self) -> Starlette:
         routes = [
-            Route("/", self._edge(self._page)),
+            Route("/", self._edge(self._guarded(self._page))),
             Route("/healthcheck", self._edge(self._healthcheck)),
-            Route("/status", self._edge(self._status)),
-            Route("/fetches", self._edge(self._fetches)),
+            Route("/livez", self._edge(self._livez)),
+            Route("/readyz", self._edge(self._readyz)),
+            Route("/version", self._edge(self._version)),
+            Route("/status", self._edge(self._guarded(self._status))),
+            Route("/fetches", self._edge(self._guarded(self._fetches))),
             Route("/metrics", self._edge(self._metrics)),
-            Route("/clear-cache", self._edge(self._clear), methods=["POST"]),
+            Route("/clear-cache", self._edge(self._guarded(self._clear, changes=True)), methods=["POST"]),
         ]
         return Starlette(routes=routes, exception_handlers={HTTPException: _http_error})
 
@@ -159,12 +163,44 @@ class HttpFace:
 
         return answer
 
+    def _refusal(self, request: Request, changes: bool = False) -> str:
+        peer = request.client.host if request.client else ""
+        return why_refused(peer, request.headers, self._config.api_token, changes)
+
+    def _guarded(
+        self, route: Callable[[Request], Awaitable[Response]], changes: bool = False
+    ) -> Callable[[Request], Awaitable[Response]]:
+        """Answer this route only to callers on this host and to those who have the token."""
+
+        async def answer(request: Request) -> Response:
+            refusal = self._refusal(request, changes)
+            return _json({"status": "forbidden", "reason": refusal}, 403) if refusal else await route(request)
+
+        return answer
+
     async def _healthcheck(self, request: Request) -> Response:
+        """Reasons name paths and tiers' addresses, so only those who may read the status get them."""
+        open_to_caller = not self._refusal(request)
         serving, reason = await _ask(self._control.health)
         if not serving:
-            return _json({"status": "unhealthy", "reason": reason}, 503)
-        degraded = await _ask(self._control.degraded)
+            return _json({"status": "unhealthy", **({"reason": reason} if open_to_caller else {})}, 503)
+        degraded = await _ask(self._control.degraded) if open_to_caller else []
         return _json({"status": "healthy", **({"degraded": degraded} if degraded else {})})
+
+    async def _livez(self, request: Request) -> Response:
+        """The server's loop answers: if not, restart the server."""
+        await _ask(self._control.health)
+        return _json({"status": "alive"})
+
+    async def _readyz(self, request: Request) -> Response:
+        """Engines may use the server: it is healthy and, with --l2-required, all of its tiers serve."""
+        serving, _ = await _ask(self._control.health)
+        if serving and self._config.l2_required:
+            serving = not await _ask(self._control.degraded)
+        return _json({"status": "ready"}) if serving else _json({"status": "not ready"}, 503)
+
+    async def _version(self, request: Request) -> Response:
+        return _json({"version": __version__})
 
     async def _status(self, request: Request) -> Response:
         return _json(await _ask(self._control.status))
@@ -178,9 +214,6 @@ class HttpFace:
         return Response(body, headers={"Content-Type": content_type})
 
     async def _clear(self, request: Request) -> Response:
-        refusal = may_change(request.client.host if request.client else "", request.headers, self._config.api_token)
-        if refusal:
-            return _json({"status": "forbidden", "reason": refusal}, 403)
         if _declared_length(request) > _MOST_BODY_BYTES:
             return _json({"status": "error", "reason": f"the body is larger than {_MOST_BODY_BYTES} bytes"}, 413)
         for name in request.query_params:
@@ -208,22 +241,25 @@ class HttpFace:
         )
 
 
-def may_change(peer: str, headers: Mapping[str, str], token: str) -> str:
-    """Why this caller may not change anything, or "" when it may. `headers` have lower-case names."""
+def why_refused(peer: str, headers: Mapping[str, str], token: str, changes: bool) -> str:
+    """Why this caller may not read the server's state or, with `changes`, change it; "" when it may.
+
+    peer: the caller's address. headers: with lower-case names. token: the server's, "" where it has none.
+    """
     authorization = headers.get("authorization")
     if authorization is not None:
         return _token_refusal(authorization, token)
     if not _is_loopback(peer):
         return (
-            "changes from other hosts need the header `Authorization: Bearer TOKEN`"
+            "from other hosts this needs the header `Authorization: Bearer TOKEN`"
             if token
-            else "no API token is set, so only this host may change anything: start the server with --api-token-file"
+            else "no API token is set, so only callers on the server's host may do this: start the server with --api-token-file"
         )
     if any(name in headers for name in _PROXY_HEADERS):
         return "this came through a proxy, so it needs the header `Authorization: Bearer TOKEN`"
-    if any(name in headers for name in _WEB_PAGE_HEADERS):
+    if changes and any(name in headers for name in _WEB_PAGE_HEADERS):
         return "this came from a web page, so it needs the header `Authorization: Bearer TOKEN`"
-    if not _LOCAL_NAME.fullmatch(headers.get("host", "")):
+    if not _LOCAL_NAME.fullmatch(headers.get("host", "")):  # a web page's own name may have come to mean this host
         return "without a token, ask localhost or 127.0.0.1, not another name of this host"
     return ""
 
@@ -270,7 +306,7 @@ def _json(content: dict[str, Any], status_code: int = 200) -> Response:
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     reason = {404: "no such path", 405: f"not with {request.method}"}.get(error.status_code, error.detail)
-    known = "GET /healthcheck, /status, /fetches, /metrics; POST /clear-cache"
+    known = "GET /healthcheck, /livez, /readyz, /version, /metrics, /status, /fetches; POST /clear-cache"
     response = _json({"status": "error", "reason": f"{reason}: there is {known}"}, error.status_code)
     response.headers.update(error.headers or {})
     return response
