@@ -74,3 +74,7 @@ def test_with_a_compiler_the_native_part_is_inside_and_its_source_is_not(tree: P
     assert tag.startswith("cp310-abi3-linux_")
     assert NATIVE in names
     assert not [name for name in names if name.endswith((".c", ".h"))]
+
+
+def test_the_version_is_above_the_public_releases_of_this_name() -> None:
+    assert tuple(map(int, lmcache.__version__.split(".")[:3])) > (0, 5, 6)
