@@ -1,10 +1,17 @@
 """The native part: plain C against Python's stable ABI, so one build serves every Python from 3.10 on.
 
-It is optional: without a C compiler the package installs all the same and falls back to NumPy (and says so in the log).
+Where nothing can compile it the package installs all the same, as a wheel for every machine (py3-none-any) that copies with
+NumPy. A compiler that is there must succeed: a wheel that says cp310-abi3 has the native part in it.
 """
 
+import os
+import shlex
+import shutil
+import sys
+import sysconfig
+from pathlib import Path
+
 from setuptools import Extension, setup
-from setuptools.command.bdist_wheel import bdist_wheel
 
 native = Extension(
     "lmcache._native",
@@ -13,16 +20,25 @@ native = Extension(
     extra_compile_args=["-O3", "-std=c11", "-fvisibility=hidden"],
     define_macros=[("Py_LIMITED_API", "0x030a0000")],
     py_limited_api=True,
-    optional=True,
 )
 
 
-class StableWheel(bdist_wheel):
-    """Tag the wheel cp310-abi3."""
+def obstacle() -> str:
+    """Why the native part is left out, "" where it is to be built. A compiler that CC names counts as there."""
+    compiler = shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc")[0]
+    if os.environ.get("LMCACHE_NO_NATIVE_BUILD") == "1":
+        return "LMCACHE_NO_NATIVE_BUILD is 1"
+    if sysconfig.get_config_var("Py_GIL_DISABLED"):
+        return "free-threaded Python has no stable ABI"
+    if not os.environ.get("CC") and not shutil.which(compiler):
+        return f"there is no C compiler {compiler!r} (install one, or name yours in CC)"
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        return "Python's headers are not installed (package python3-dev or python3-devel)"
+    return ""
 
-    def finalize_options(self) -> None:
-        super().finalize_options()
-        self.py_limited_api = "cp310"
 
-
-setup(ext_modules=[native], cmdclass={"bdist_wheel": StableWheel})
+if why := obstacle():
+    print(f"lmcache: the native part is left out, and KV is copied with NumPy, which is slower: {why}", file=sys.stderr)
+    setup()
+else:
+    setup(ext_modules=[native], options={"bdist_wheel": {"py_limited_api": "cp310"}})

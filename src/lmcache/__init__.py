@@ -3,4 +3,4 @@
 The folders are floors; a file imports only from floors below its own (ARCHITECTURE.md draws them, and a test enforces them).
 """
 
-__version__ = "0.1.0"
+__version__ = "0.6.0"
