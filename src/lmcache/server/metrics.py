@@ -35,7 +35,7 @@ HELP: dict[str, str] = {
     "refused_requests_total": "Requests understood and declined.",
     "failed_requests_total": "Requests that failed with a known error.",
     "internal_errors_total": "Faults of ours; each has a traceback in the log.",
-    "failed_effects_total": "Internal steps that failed, such as a slot header that could not be written; the log names the first of each kind.",
+    "failed_effects_total": "Internal steps that failed, such as writing a slot header; the log names the first of each kind.",
     "unsent_answers_total": "Answers that could not be sent because the engine had gone.",
     "loop_errors_total": "Faults caught at the edge of the server's loop.",
     "chunks": "Chunks in L1 now.",
