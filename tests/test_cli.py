@@ -294,7 +294,7 @@ def test_config_check(tmp_path: Path) -> None:
     result = lmcache_command("config", "check", str(path), **environ)
     rows = [line.split() for line in result.stdout.splitlines()]
     assert result.returncode == 0 and TOKEN not in result.stdout
-    assert ["l1-size-gb", "20.0", f"{path}:1"] in rows
+    assert ["l1-size-gb", "20", f"{path}:1"] in rows
     assert ["port", "7555", "LMCACHE_SERVER_PORT"] in rows
     assert ["api-token", "***", f"{path}:3"] in rows
     assert ["chunk-size", "256", "default"] in rows

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -221,7 +222,11 @@ def test_socket_dir_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         ({"log_level": "LOUD"}, ["--log-level LOUD", "DEBUG, INFO"]),
         ({"host": "example.org"}, ["--host example.org", "IP address"]),
         ({"host": "0.0.0.0"}, ["--host 0.0.0.0", "--auth-key-file", "--insecure-no-auth"]),
-        ({"host": "*"}, ["--host 0.0.0.0", "--insecure-no-auth"]),
+        ({"host": "*"}, ["--host * lets", "--insecure-no-auth"]),
+        ({"port": "0555", "http_port": "555"}, ["--port 0555 and --http-port 555", "change one"]),
+        ({"chunk_size": "١٦"}, ["--chunk-size ١٦", "whole number"]),
+        ({"l1_size_gb": "1e7"}, ["--l1-size-gb 1e7", "from 0.001 to 1000000"]),
+        ({"l1_size_gb": "10000000"}, ["--l1-size-gb 10000000", "from 0.001 to 1000000"]),
         ({"host": "::"}, ["--host ::", "--insecure-no-auth"]),
         ({"socket_dir": "/" + "x" * 90}, ["--socket-dir", "80 bytes"]),
         ({"api_token": "two words"}, ["--api-token", "without spaces"]),
@@ -389,6 +394,16 @@ def test_too_large_an_l1_says_what_to_pass(config: ServerConfig, monkeypatch: py
     message = refused(dataclasses.replace(config, l1_size_gb=20))
     assert "pass --l1-size-gb 0.062 or less" in message and "--shm-size" in message
     assert check_machine(dataclasses.replace(config, l1_size_gb=0.062)).l1_size_gb == 0.062
+
+
+@pytest.mark.parametrize("typed", ["1000000", "1e5", "0007e4", "123456.75", "+99999"])
+def test_an_l1_that_is_too_large_is_shown_as_it_was_typed(
+    typed: str, config: ServerConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preflight, "memory_available_bytes", lambda: 18 * GIB)
+    size = load({"l1_size_gb": typed}, {}).config.l1_size_gb
+    assert refused(dataclasses.replace(config, l1_size_gb=size)).startswith(f"--l1-size-gb {typed}: ")
+    assert json.loads(json.dumps(size)) == float(typed)
 
 
 def test_auto_takes_a_quarter(config: ServerConfig, monkeypatch: pytest.MonkeyPatch) -> None:

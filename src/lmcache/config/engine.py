@@ -145,7 +145,7 @@ class EngineConfig:
         """URLs of the tiers behind memory, nearest first."""
         urls = []
         if self.local_disk is not None:
-            urls.append(f"disk://{quote(self.local_disk)}?max_gb={self.max_local_disk_size:g}")
+            urls.append(f"disk://{quote(self.local_disk)}?max_gb={self.max_local_disk_size:.15g}")
         if self.remote_url is not None:
             urls.append(self.remote_url)
         return tuple(urls)

@@ -83,7 +83,7 @@ def load(flags: Mapping[str, str | list[str] | None], environ: Mapping[str, str]
         warnings.append("--api-token is visible to every user of this machine (ps): prefer --api-token-file")
     values |= _token_from_file(values, given)
     config = ServerConfig(**values)
-    _check_together(config)
+    _check_together(config, given)
     if config.api_token and len(config.api_token) < _SHORT_TOKEN:
         warnings.append(f"the API token has fewer than {_SHORT_TOKEN} characters and can be guessed: make a longer one")
     sources = {option.name: given[option.name].source if option.name in given else "default" for option in OPTIONS}
@@ -232,16 +232,20 @@ def _token_from_file(values: Mapping[str, Any], given: Mapping[str, _Given]) -> 
         raise ConfigError(f"{said}: the token in {path} {error}") from None
 
 
-def _check_together(config: ServerConfig) -> None:
+def _check_together(config: ServerConfig, given: Mapping[str, _Given]) -> None:
     """What single values cannot tell."""
+
+    def said(name: str) -> str:
+        return given[name].said if name in given else f"{_BY_NAME[name].flag} {getattr(config, name)}"
+
     if config.auth_key_file and config.insecure_no_auth:
         raise ConfigError("--auth-key-file and --insecure-no-auth contradict each other: keep one of the two")
     if config.auth_key_file:
         check_secret_file(config.auth_key_file, f"--auth-key-file {config.auth_key_file}", f": {KEY_REMEDY}")
     if config.beyond_loopback and not config.auth_key_file and not config.insecure_no_auth:
         raise ConfigError(
-            f"--host {config.host} lets other hosts in: pass --auth-key-file FILE, "
+            f"{said('host')} lets other hosts in: pass --auth-key-file FILE, "
             "or --insecure-no-auth if everybody on that network may read and write the cache"
         )
     if config.port and config.port == config.http_port:
-        raise ConfigError(f"--port {config.port} and --http-port {config.http_port} are the same: change one")
+        raise ConfigError(f"{said('port')} and {said('http_port')} are the same: change one")

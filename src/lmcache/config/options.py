@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import ipaddress
-import math
 import os
 import re
 from collections.abc import Callable
@@ -57,11 +56,25 @@ def integer(low: int, high: int) -> Callable[[str], int]:
     """A whole number in [low, high]."""
 
     def parse(text: str) -> int:
-        if not re.fullmatch(r"[+-]?\d{1,18}", text) or not low <= int(text) <= high:
+        if not re.fullmatch(r"[+-]?[0-9]{1,18}", text) or not low <= int(text) <= high:
             raise ValueError(f"must be a whole number from {low} to {high}")
         return int(text)
 
     return parse
+
+
+class TypedNumber(float):
+    """A number that is shown as it was typed, so that an error names what the user wrote: `1000000`, not `1e+06`."""
+
+    def __new__(cls, text: str | float) -> TypedNumber:
+        made = super().__new__(cls, text)
+        made._text = str(text).strip()
+        return made
+
+    _text: str
+
+    def __str__(self) -> str:
+        return self._text
 
 
 def number(low: float, high: float) -> Callable[[str], float]:
@@ -69,11 +82,11 @@ def number(low: float, high: float) -> Callable[[str], float]:
 
     def parse(text: str) -> float:
         try:
-            value = float(text)
+            value = TypedNumber(text)
         except ValueError:
-            value = math.nan
+            value = TypedNumber("nan")
         if not low <= value <= high:
-            raise ValueError(f"must be a number from {low:g} to {high:g}")
+            raise ValueError(f"must be a number from {low:.15g} to {high:.15g}")
         return value
 
     return parse

@@ -114,7 +114,7 @@ def _check_l1(config: ServerConfig) -> ServerConfig:
     remedy = f"pass --l1-size-gb {_passable(room)} or less"
     if free < memory - OWN_BYTES:
         remedy += f", or enlarge {config.arena_dir} (containers: --shm-size)"
-    raise ConfigError(f"--l1-size-gb {config.l1_size_gb:g}: {has}: {remedy}")
+    raise ConfigError(f"--l1-size-gb {config.l1_size_gb!s}: {has}: {remedy}")
 
 
 def _decide_l1(config: ServerConfig, room: int) -> ServerConfig:

@@ -61,11 +61,11 @@ def server_for_offloading(instance: str, vllm_config: Any, settings: Settings) -
     size_gb = offloading_size_gb(vllm_config)
     if answers(settings.address, _PROBE_SECONDS):
         logger.info(
-            "--kv-offloading-size %g is that of no server: using the one at %s, whose own size counts",
+            "--kv-offloading-size %.15g is that of no server: using the one at %s, whose own size counts",
             size_gb,
             settings.address,
         )
         return None, settings.address
-    logger.info("No LMCache server at %s: starting one of %g GiB for this engine alone", settings.address, size_gb)
+    logger.info("No LMCache server at %s: starting one of %.15g GiB for this engine alone", settings.address, size_gb)
     server = start_server(instance, engine_settings(vllm_config), size_gb)
     return server, server.address if server is not None else ""
