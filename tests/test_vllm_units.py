@@ -694,6 +694,57 @@ def test_a_models_layout(weights: Path) -> None:
     assert shared.shards == 4 and [shared.stores(number) for number in range(4)] == [True, False, True, False]
 
 
+def test_speculation_without_a_draft_model_shares_the_kv(weights: Path) -> None:
+    def digest(speculative: Any) -> str:
+        config = vllm_config(str(weights))
+        config.speculative_config = speculative and speculative(config.model_config)
+        return describe_model(config, cache_config(FULL)).config_digest
+
+    def ngram(target: Any) -> Any:
+        return SimpleNamespace(method="ngram", draft_model_config=target, target_model_config=target)
+
+    def eagle(target: Any) -> Any:
+        return SimpleNamespace(
+            method="eagle", draft_model_config=SimpleNamespace(model="drafter"), target_model_config=target
+        )
+
+    assert digest(None) == digest(ngram) != digest(eagle)
+
+
+@pytest.mark.parametrize(
+    ("model", "scheduler", "caching", "words"),
+    [
+        ({"is_prefix_caching_supported": False, "attn_type": "encoder_only"}, {}, True, "encoder_only"),
+        ({"use_mla": True}, {"enable_chunked_prefill": False}, False, "for MLA on this CPU"),
+        ({}, {"enable_chunked_prefill": False}, False, "for this model or platform"),
+        ({}, {"enable_chunked_prefill": False}, True, ""),
+        ({}, {"enable_chunked_prefill": True}, False, ""),
+        ({"is_prefix_caching_supported": True}, {}, True, ""),
+    ],
+)
+def test_where_vllm_rules_prefixes_out_nothing_is_served(
+    model: dict[str, Any], scheduler: dict[str, Any], caching: bool, words: str, weights: Path
+) -> None:
+    """The user's --no-enable-prefix-caching alone is about vLLM's own cache."""
+    config = vllm_config(str(weights))
+    vars(config.model_config).update(model)
+    config.scheduler_config = SimpleNamespace(**scheduler)
+    config.device_config = SimpleNamespace(device_type="cpu")
+    config.cache_config.enable_prefix_caching = caching
+    if not words:
+        assert describe_model(config, cache_config(FULL)).layer_names
+        return
+    with pytest.raises(LayoutError, match=words):
+        describe_model(config, cache_config(FULL))
+
+
+def test_a_session_that_goes_on_is_not_cached() -> None:
+    session = Session(present=40)
+    request = Request("a", list(range(700)))
+    vars(request)["resumable"] = True
+    assert half(session).match(request, 0) == 0 and not session.lookups
+
+
 def test_whatever_changes_the_numbers_changes_the_layout(weights: Path, tmp_path: Path) -> None:
     def fingerprint(**more: Any) -> bytes:
         return describe_model(vllm_config(str(weights), **more), cache_config(FULL)).layout(16).fingerprint

@@ -61,6 +61,13 @@ def generate(
     return {"seconds": time.perf_counter() - begin, "outputs": [describe(output) for output in outputs]}
 
 
+def embed(llm: Any, prompts: list[list[int]]) -> dict[str, Any]:
+    """The embeddings of all prompts, of an engine that pools."""
+    inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
+    outputs = llm.encode(inputs, pooling_task="embed", use_tqdm=False)
+    return {"embeddings": [output.outputs.data.tolist() for output in outputs]}
+
+
 def describe(output: Any) -> dict[str, Any]:
     best = output.outputs[0]
     values = [step[token].logprob for step, token in zip(best.logprobs, best.token_ids, strict=True)]
@@ -197,6 +204,7 @@ def caches_of(llm: Any) -> list[Any]:
 
 COMMANDS = {
     "generate": generate,
+    "embed": embed,
     "reset": reset,
     "abort": abort,
     "metrics": metrics,

@@ -95,6 +95,26 @@ def test_bfloat16_bytes_go_round_and_stay_apart(folder: Path, model: Path, serve
         engine.end()
 
 
+def test_a_model_that_vllm_computes_only_as_a_whole_is_not_served(folder: Path, model: Path, server: Server) -> None:
+    """A hit would make vLLM's MEAN pooling raise, and end the engine."""
+    engine = Engine(
+        folder,
+        "mean-pooling",
+        model,
+        runner="pooling",
+        convert="embed",
+        pooler_config={"pooling_type": "MEAN"},
+        max_model_len=1024,
+        kv_transfer_config=server.config(),
+    )
+    try:
+        first, second = (engine.ask("embed", prompts=[tokens(700, 90)])["embeddings"] for _ in range(2))
+        assert first == second
+        assert "LMCache serves nothing for this engine" in engine.text() and "MEAN" in engine.text()
+    finally:
+        engine.end()
+
+
 def test_tensor_parallel_two(folder: Path, model: Path, server: Server) -> None:
     """Each rank stores and loads its own heads; the answer is that of one rank."""
     single = Engine(folder, "single", model, max_model_len=1024)

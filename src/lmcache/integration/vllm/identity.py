@@ -59,7 +59,11 @@ def adapter_identity(path: str) -> str:
         return ""
 
 
-def _draft(speculative: Any) -> list[str]:
+def _draft(speculative: Any) -> list[str] | None:
+    """The draft model, which may add layers to the KV. None for methods without one (ngram, suffix), for which vLLM names the
+    target model: they propose tokens and change no KV."""
     model = getattr(speculative, "draft_model_config", None)
-    name = str(getattr(model, "model", "")) if model is not None else ""
+    if model is None or model is getattr(speculative, "target_model_config", None):
+        return None
+    name = str(getattr(model, "model", ""))
     return [str(getattr(speculative, "method", "")), path_identity(name) or name if name else ""]

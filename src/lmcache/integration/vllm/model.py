@@ -8,6 +8,7 @@ from typing import Any
 from lmcache.chunks import Layout, Shard, shard_of_rank
 from lmcache.errors import LayoutError
 from lmcache.integration.vllm.identity import config_digest, model_identity
+from lmcache.integration.vllm.rules import refuse_what_vllm_rules_out
 
 NOT_SERVED = (LayoutError, AttributeError, ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError)
 """Whatever a release of vLLM that we do not know may raise where we look into it: that engine must run on without us."""
@@ -83,6 +84,7 @@ def describe_model(vllm_config: Any, kv_cache_config: Any, model_id: str = "") -
     """
     parallel, model = vllm_config.parallel_config, vllm_config.model_config
     _refuse_unsupported(vllm_config)
+    refuse_what_vllm_rules_out(vllm_config)
     group, spec = _only_group(kv_cache_config)
     names = tuple(sorted(group.layer_names, key=_layer_order))
     kind = "mla" if type(spec).__name__ == "MLAAttentionSpec" else "mha"

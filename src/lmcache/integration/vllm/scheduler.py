@@ -19,6 +19,7 @@ from lmcache.engine import Hit, Loading, SchedulerSession
 from lmcache.engine.prefill import PrefillRate
 from lmcache.integration.vllm.identity import adapter_identity
 from lmcache.integration.vllm.plan import LoadPlan, StepPlan, StepReport, StorePlan
+from lmcache.integration.vllm.rules import reads_nothing
 from lmcache.observability.log import init_logger
 
 logger = init_logger(__name__)
@@ -132,9 +133,7 @@ class SchedulerHalf:
         """
         tracker = self._tracker(request)
         tracker.local_tokens = local_tokens
-        if not (self._can_load and tracker.may_load and tracker.cacheable) or getattr(
-            request, "skip_reading_prefix_cache", False
-        ):
+        if not (self._can_load and tracker.may_load and tracker.cacheable) or reads_nothing(request):
             return 0
         hit = self._current_hit(tracker)
         if isinstance(hit, Loading):
@@ -274,6 +273,8 @@ class SchedulerHalf:
             return tracker
         fresh = Tracker(request, request.num_preemptions, generation=self._generation)
         fresh.cacheable = getattr(request, "prompt_embeds", None) is None and _adapter(request) is not None
+        # Later inputs of a resumable session may bring images, which the chain made now would not include in its hashes.
+        fresh.cacheable = fresh.cacheable and not getattr(request, "resumable", False)
         if self._priority_limit is not None and request.priority > self._priority_limit:
             fresh.cacheable = False
         if tracker is not None:

@@ -23,6 +23,7 @@ from lmcache.errors import LayoutError
 from lmcache.integration.vllm.caches import describe_caches, rank_of
 from lmcache.integration.vllm.model import NOT_SERVED, ModelKV, describe_model, layer_range, refusal_of
 from lmcache.integration.vllm.paged import Registered
+from lmcache.integration.vllm.rules import reads_nothing
 from lmcache.integration.vllm.settings import (
     Settings,
     read_settings,
@@ -119,6 +120,8 @@ class LMCacheMPSchedulerAdapter:
         self.num_blocks_per_chunk()
         chain = self._session.new_chain(cache_salt or "")
         hit = None
+        if reads_nothing(_local_of_callers("request")):
+            chain = None
         if chain is not None and math.lcm(chain.chunk_tokens, self._block_tokens) == self._unit_tokens:
             chain.extend(token_ids)
             found = self._session.poll(chain, request_id=request_id)
@@ -355,13 +358,16 @@ def _engine_of_caller() -> _Engine | None:
         return None
 
 
-def _configs_of_callers() -> tuple[Any, Any]:
+def _local_of_callers(name: str) -> Any:
+    """The local variable of this name of our nearest caller that has one; None where no caller has."""
     frame = inspect.currentframe()
-    vllm_config = kv_cache_config = None
-    while frame is not None and (vllm_config is None or kv_cache_config is None):
-        vllm_config = vllm_config or frame.f_locals.get("vllm_config")
-        kv_cache_config = kv_cache_config or frame.f_locals.get("kv_cache_config")
+    while frame is not None and frame.f_locals.get(name) is None:
         frame = frame.f_back
+    return frame.f_locals[name] if frame is not None else None
+
+
+def _configs_of_callers() -> tuple[Any, Any]:
+    vllm_config, kv_cache_config = _local_of_callers("vllm_config"), _local_of_callers("kv_cache_config")
     if getattr(vllm_config, "kv_transfer_config", None) is None or kv_cache_config is None:
         raise LayoutError(
             "this release of vLLM does not show its configuration to the adapters; use LMCacheMPConnector of ours"
