@@ -217,7 +217,13 @@ class Service:
         hashes = request.hashes
         if len(hashes) % 16:
             raise Refusal(f"{len(hashes)} bytes are not whole 16-byte hashes")
-        lookup = time.monotonic(), peer.process, request.space, hashes, max(0, request.first_wanted)
+        first = max(0, request.first_wanted)
+        asked, most = len(hashes) // 16, m.most_looked_up(first, self.heart.shards(peer.process, request.space))
+        if asked > most:
+            raise Refusal(
+                f"a lookup of {asked} chunks from chunk {first} on is more than one answer holds; ask for {most}"
+            )
+        lookup = time.monotonic(), peer.process, request.space, hashes, first
         if self.tiering is not None:
             if not self.tiering.knows(request.space, hashes):
                 found = self.heart.lookup_all(*lookup)

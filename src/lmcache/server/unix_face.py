@@ -26,7 +26,8 @@ logger = init_logger(__name__)
 _PEER_CREDENTIALS = struct.Struct("3i")
 _SO_PEERPIDFD = 77  # asm-generic/socket.h, Linux 6.5
 MAX_CONNECTIONS = 1024
-MAX_UNSENT_BYTES = 16 << 20
+MAX_UNSENT_BYTES = 2 * m.MAX_ANSWER_BYTES
+"""Of one connection: an engine that asks anew before it has read its last answer is not hung up on."""
 _RECEIVE_BYTES = 1 << 18
 
 
@@ -96,7 +97,7 @@ class _Connection:
     def __init__(self, face: UnixFace, sock: socket.socket, pid: int) -> None:
         self.face, self.sock, self.pid = face, sock, pid
         self.peer = Peer("unix socket", replaced=self.close)
-        self._reader = FrameReader()
+        self._reader = FrameReader(m.MAX_MESSAGE_BYTES)
         self._unsent: deque[bytes] = deque()
         self._unsent_bytes = 0
         self._descriptor = sock.fileno()
