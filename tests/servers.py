@@ -169,7 +169,7 @@ def server_parts(folders: Callable[[str], Path], l1_bytes: int) -> Iterator[tupl
     workers = ThreadPoolExecutor(1)
     service = Service(loop, Heart(l1_bytes), arena, 16, workers)
     unix = UnixFace(loop, service, listen_unix(folder / "socket"), folder / "socket")
-    door = ZmqFace(loop, service, "127.0.0.1", 0, folder, None, False)
+    door = ZmqFace(loop, service, "127.0.0.1", 0, folder, None, True)
     thread = threading.Thread(target=loop.run)
     thread.start()
     try:

@@ -25,6 +25,7 @@ from lmcache.engine.link import Endpoint
 from lmcache.engine.scheduler import SchedulerSession
 from lmcache.memory.arena import Arena
 from lmcache.memory.headers import DamagedHeaders, read_headers
+from lmcache.server import unix_face
 from lmcache.server.http import HttpFace
 from lmcache.server.loop import Loop
 from lmcache.server.report import Report
@@ -480,6 +481,27 @@ def test_a_client_that_never_reads_is_hung_up_and_costs_a_bounded_memory(server,
             deaf.carrier._socket.sendall(request)
     assert client.hits(chain(14, 1)) == 0
     assert cache.healthy()
+
+
+def test_of_clients_that_never_read_the_greediest_is_hung_up_on_first(small, monkeypatch):
+    """Each keeps to its own bound; together they would hold too much."""
+    monkeypatch.setattr(unix_face, "MAX_UNSENT_BYTES", 1 << 40)
+    monkeypatch.setattr(unix_face, "MAX_ALL_UNSENT_BYTES", 4 << 20)
+    _, path = small
+    modest, greedy = Client(path), Client(path)
+    modest.store(chain(19, 2000))
+    request = frame(m.encode(99, m.Lookup(modest.space, chain(19, 2000))))
+    modest.carrier._socket.sendall(request * 200)  # 8000 bytes each
+    with pytest.raises(OSError):
+        for _ in range(10_000):
+            greedy.carrier._socket.sendall(request)
+    modest.carrier._socket.settimeout(PATIENCE)
+    reader, answers = FrameReader(m.MAX_ANSWER_BYTES), []
+    while len(answers) < 200:
+        data = modest.carrier._socket.recv(1 << 16)
+        assert data, "it was hung up on"
+        answers += reader.feed(data)
+    assert modest.ask(m.Ping()) == m.Ok()
 
 
 @pytest.fixture

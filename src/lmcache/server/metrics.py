@@ -35,7 +35,7 @@ HELP: dict[str, str] = {
     "refused_requests_total": "Requests understood and declined.",
     "failed_requests_total": "Requests that failed with a known error.",
     "internal_errors_total": "Faults of ours; each has a traceback in the log.",
-    "unsent_answers_total": "Answers that could not be sent because the engine had gone.",
+    "unsent_answers_total": "Answers that could not be sent: the engine had gone, or did not read.",
     "loop_errors_total": "Faults caught at the edge of the server's loop.",
     "chunks": "Chunks in L1 now.",
     "leases": "Open leases: sets of slots promised to readers.",
