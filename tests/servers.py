@@ -13,15 +13,23 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from lmcache.cache import Heart
 from lmcache.chunks import Layout
+from lmcache.memory.arena import Arena
+from lmcache.server.loop import Loop
+from lmcache.server.service import Service
+from lmcache.server.unix_face import UnixFace
+from lmcache.server.zmq_face import ZmqFace
 from lmcache.wire import messages as m
 from lmcache.wire.carriers import UnixCarrier
+from lmcache.wire.sockets import listen_unix
 from ports import free_port
 
 PATIENCE = 60.0  # for what should come soon: on a machine that was starved, starts of half a second took 18
@@ -152,6 +160,28 @@ class Server(Process):
     def socket_path(self) -> str:
         (path,) = self.socket_dir.glob("*.sock")
         return str(path)
+
+
+@contextlib.contextmanager
+def server_parts(folders: Callable[[str], Path], l1_bytes: int) -> Iterator[tuple[Service, int]]:
+    """A server's parts in this process, in a running loop and without prefaulting: its service, and the port of its ZMQ face."""
+    loop, arena, folder = Loop(), Arena(folders("/dev/shm"), l1_bytes), folders("/tmp")
+    workers = ThreadPoolExecutor(1)
+    service = Service(loop, Heart(l1_bytes), arena, 16, workers)
+    unix = UnixFace(loop, service, listen_unix(folder / "socket"), folder / "socket")
+    door = ZmqFace(loop, service, "127.0.0.1", 0, folder, None, True)
+    thread = threading.Thread(target=loop.run)
+    thread.start()
+    try:
+        yield service, door.port
+    finally:
+        loop.stop()
+        thread.join()
+        workers.shutdown()
+        unix.close()
+        door.close()
+        arena.close()
+        loop.close()
 
 
 class EngineProcess(Process):

@@ -6,6 +6,7 @@ import os
 import shutil
 import socket
 import subprocess
+import threading
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -16,12 +17,14 @@ from lmcache.cache import Heart
 from lmcache.chunks import Layout
 from lmcache.engine.link import answers, given_address
 from lmcache.integration.vllm.settings import Settings
+from lmcache.server import service as service_module
+from lmcache.server import zmq_face
 from lmcache.server.loop import Loop
 from lmcache.server.service import Peer, Service
 from lmcache.wire import auth
 from lmcache.wire import messages as m
 from lmcache.wire.carriers import ZmqCarrier
-from servers import PATIENCE, eventually
+from servers import PATIENCE, eventually, server_parts
 
 
 def key_file(folder: Path, name: str = "key", mode: int = 0o600) -> Path:
@@ -169,6 +172,128 @@ def test_a_session_back_while_its_bytes_are_copied_gets_a_new_number():
         loop._calls.popleft()()
     assert service.heart.open_reservations == 0 and len(service.peers) == 1
     loop.close()
+
+
+class Deaf:
+    """A payload engine with one stored chunk of 1 MiB and a lease on it, that sends requests and reads answers when told to."""
+
+    def __init__(self, port: int) -> None:
+        self.context = zmq.Context()
+        self.socket = self.context.socket(zmq.DEALER)
+        for option, value in (
+            (zmq.LINGER, 0),
+            (zmq.RCVHWM, 1),
+            (zmq.RCVBUF, 4096),
+            (zmq.RCVTIMEO, int(PATIENCE * 1000)),
+        ):
+            self.socket.setsockopt(option, value)
+        self.socket.connect(f"tcp://127.0.0.1:{port}")
+        self.sequence = 0
+        self.ask(payload_hello(session=os.urandom(16)))
+        space = self.ask(m.Register(Layout("r", "bfloat16", 1, 1, 1 << 15, 16, kind="mla"), 1, 0, 1 << 20)).space
+        granted = self.ask(m.Reserve(space, 0, b"", True, hashes := os.urandom(16)))
+        self.ask(m.Fill(granted.reservation, 0), [bytes(1 << 20)])
+        self.ask(m.Commit(granted.reservation, True))
+        self.lease = self.ask(m.Lookup(space, hashes)).lease
+
+    def send(self, request: m.Message, frames=()) -> None:
+        self.sequence += 1
+        self.socket.send_multipart([m.encode(self.sequence, request), *frames])
+
+    def read(self) -> m.Message:
+        return m.decode_answer(self.socket.recv_multipart()[0])[1]
+
+    def ask(self, request: m.Message, frames=()):
+        self.send(request, frames)
+        return self.read()
+
+    def fetch(self, times: int) -> None:
+        for _ in range(times):
+            self.send(m.Fetch(self.lease, 0, 0, 1))
+
+    def close(self) -> None:
+        self.socket.close()
+        self.context.term()
+
+
+@pytest.fixture
+def deaf():
+    made = []
+
+    def make(port: int) -> Deaf:
+        made.append(Deaf(port))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+def copying(service: Service) -> bool:
+    return any(peer.busy for peer in service.loop.ask(lambda: list(service.peers), PATIENCE))
+
+
+def test_an_engine_that_does_not_read_is_forgotten_and_its_lost_answers_are_counted(folders, deaf):
+    with server_parts(folders, 8 << 20) as (service, port):
+        client = deaf(port)
+        assert service.heart.open_leases == 1
+        client.fetch(32)  # more than the sockets' own buffers hold
+        eventually(lambda: service.held_bytes > 4 << 20 and not copying(service))
+        for _ in range(2 * zmq_face.MAX_UNREAD_ANSWERS):
+            client.send(m.Ping())
+        eventually(lambda: service.counters["unsent_answers"])
+        eventually(lambda: not service.peers and service.heart.open_leases == 0)
+
+
+def test_answers_to_an_engine_that_has_hung_up_are_counted(folders, deaf, monkeypatch):
+    """It may come back as the same session, so it is not forgotten at once."""
+    with server_parts(folders, 8 << 20) as (service, port):
+        client, turns = deaf(port), threading.Semaphore(0)
+        submit = service._workers.submit
+        monkeypatch.setattr(service._workers, "submit", lambda run: submit(lambda: (turns.acquire(), run())))
+        client.fetch(100)
+        try:
+            eventually(lambda: service.held_bytes >= 100 << 20)
+            client.socket.close()
+            eventually(lambda: not connections(port))
+            # ZMQ's own thread knows now; when it tells the socket is not to be seen from here.
+            eventually(lambda: turns.release() or service.counters["unsent_answers"])
+            assert len(service.peers) == 1
+        finally:
+            turns.release(100)
+        eventually(lambda: service.held_bytes == 0)
+
+
+def connections(port: int) -> list[str]:
+    """The kernel's lines of connections that the owner of this port has not closed."""
+    lines = Path("/proc/net/tcp").read_text().splitlines()[1:]
+    return [one for one in lines if one.split()[1].endswith(f":{port:04X}") and one.split()[3] in ("01", "08")]
+
+
+def test_unread_payload_is_bounded_and_served_again_once_it_is_read(folders, deaf, monkeypatch):
+    monkeypatch.setattr(service_module, "MAX_HELD_BYTES_OF_PEER", 8 << 20)
+    with server_parts(folders, 8 << 20) as (service, port):
+        client, other = deaf(port), deaf(port)
+        client.fetch(100)
+        eventually(lambda: service.counters["refused_requests"] and not copying(service))
+        assert service.held_bytes <= 9 << 20
+        other.fetch(1)
+        assert other.read() == m.Ok(1), "others are served meanwhile"
+        answers = [client.read() for _ in range(100)]
+        refused = [one for one in answers if isinstance(one, m.Error)]
+        assert len(refused) == service.counters["refused_requests"] and "read the answers" in refused[0].text
+        eventually(lambda: service.held_bytes == 0)
+        client.fetch(1)
+        assert client.read() == m.Ok(1)
+
+
+def test_what_waits_for_a_connection_that_takes_nothing_is_freed(folders, deaf, monkeypatch):
+    monkeypatch.setattr(zmq_face, "SILENCE_SECONDS", 3.0)
+    with server_parts(folders, 8 << 20) as (service, port):
+        client = deaf(port)
+        client.fetch(32)
+        eventually(lambda: service.held_bytes > 4 << 20)
+        eventually(lambda: service.held_bytes == 0 and not service.peers)
 
 
 def test_with_a_key_file_only_who_has_it_is_heard(server, engine, tmp_path, caplog):

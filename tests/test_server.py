@@ -11,7 +11,6 @@ import sys
 import threading
 import time
 import tracemalloc
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -20,10 +19,13 @@ import pytest
 import zmq
 
 from lmcache.cache import Heart
-from lmcache.chunks import Layout
+from lmcache.chunks import Layout, TokenChain, space_fingerprint
 from lmcache.config import ServerConfig
+from lmcache.engine.link import Endpoint
+from lmcache.engine.scheduler import SchedulerSession
 from lmcache.memory.arena import Arena
 from lmcache.memory.headers import DamagedHeaders, read_headers
+from lmcache.server import unix_face
 from lmcache.server.http import HttpFace
 from lmcache.server.loop import Loop
 from lmcache.server.report import Report
@@ -33,7 +35,7 @@ from lmcache.wire import messages as m
 from lmcache.wire.carriers import UnixCarrier
 from lmcache.wire.frames import FrameReader, frame
 from lmcache.wire.sockets import listen_unix
-from servers import PATIENCE, Raw, eventually
+from servers import PATIENCE, Raw, eventually, server_parts
 
 
 def chain(seed: int, chunks: int) -> bytes:
@@ -138,19 +140,8 @@ def test_a_server_whose_heart_stands_still_is_unhealthy(folders):
 @pytest.fixture
 def small(folders):
     """A server's parts in this process, in a running loop: its service, and the path of its Unix socket."""
-    loop, arena, path = Loop(), Arena(folders("/dev/shm"), 8 << 20), folders("/tmp") / "socket"
-    workers = ThreadPoolExecutor(1)
-    service = Service(loop, Heart(8 << 20), arena, 16, workers)
-    face = UnixFace(loop, service, listen_unix(path), path)
-    thread = threading.Thread(target=loop.run)
-    thread.start()
-    yield service, path
-    loop.stop()
-    thread.join()
-    face.close()
-    workers.shutdown()
-    arena.close()
-    loop.close()
+    with server_parts(folders, 8 << 20) as (service, _):
+        yield service, Path(service.socket_path)
 
 
 class Client(Raw):
@@ -451,7 +442,7 @@ def test_malformed_messages_over_the_unix_socket_never_stop_anything(server, raw
     client.store(chain(12, 4))
     mad = raw(cache, "mad")
     messages = garbage(2, 1500) + absurd_messages(mad.space)
-    sock, reader, answers = mad.carrier._socket, FrameReader(), []
+    sock, reader, answers = mad.carrier._socket, FrameReader(m.MAX_MESSAGE_BYTES), []
     for at in range(0, len(messages), 20):
         sock.sendall(b"".join(frame(one) for one in messages[at : at + 20]))
         while len(answers) < min(at + 20, len(messages)):
@@ -464,7 +455,7 @@ def test_malformed_messages_over_the_unix_socket_never_stop_anything(server, raw
     for announced in (m.MAX_MESSAGE_BYTES + 1, 2**32 - 1):
         torn = raw(cache, "torn").carrier._socket
         torn.sendall(struct.pack("<I", announced) + b"x" * 100)
-        reply = FrameReader().feed(torn.recv(4096))
+        reply = FrameReader(m.MAX_MESSAGE_BYTES).feed(torn.recv(4096))
         assert isinstance(m.decode_answer(reply[0])[1], m.Error), (
             "and then it hangs up: where the next begins is unknown"
         )
@@ -490,6 +481,98 @@ def test_a_client_that_never_reads_is_hung_up_and_costs_a_bounded_memory(server,
             deaf.carrier._socket.sendall(request)
     assert client.hits(chain(14, 1)) == 0
     assert cache.healthy()
+
+
+def test_of_clients_that_never_read_the_greediest_is_hung_up_on_first(small, monkeypatch):
+    """Each keeps to its own bound; together they would hold too much."""
+    monkeypatch.setattr(unix_face, "MAX_UNSENT_BYTES", 1 << 40)
+    monkeypatch.setattr(unix_face, "MAX_ALL_UNSENT_BYTES", 4 << 20)
+    _, path = small
+    modest, greedy = Client(path), Client(path)
+    modest.store(chain(19, 2000))
+    request = frame(m.encode(99, m.Lookup(modest.space, chain(19, 2000))))
+    modest.carrier._socket.sendall(request * 200)  # 8000 bytes each
+    with pytest.raises(OSError):
+        for _ in range(10_000):
+            greedy.carrier._socket.sendall(request)
+    modest.carrier._socket.settimeout(PATIENCE)
+    reader, answers = FrameReader(m.MAX_ANSWER_BYTES), []
+    while len(answers) < 200:
+        data = modest.carrier._socket.recv(1 << 16)
+        assert data, "it was hung up on"
+        answers += reader.feed(data)
+    assert modest.ask(m.Ping()) == m.Ok()
+
+
+@pytest.fixture
+def session():
+    """Schedulers over either face: session(service, port, face, shards)."""
+    made = []
+
+    def make(service: Service, port: int, face: str, shards: int) -> SchedulerSession:
+        address = f"unix://{service.socket_path}" if face == "unix" else f"tcp://127.0.0.1:{port}"
+        mode = "auto" if face == "unix" else "payload"
+        endpoint = Endpoint(address, "long", "scheduler", deadline_seconds=PATIENCE, transfer_mode=mode)
+        made.append(SchedulerSession(endpoint, lambda chunk: Layout("l", "bfloat16", 1, 1, 64, chunk), shards))
+        assert made[-1].wait_connected(PATIENCE)
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+def named(hashes: bytes) -> TokenChain:
+    """A chain of these hashes."""
+    made = TokenChain(bytes(16), 16)
+    made.hashes = hashes
+    return made
+
+
+def test_the_slots_of_a_million_tokens_are_one_answer(folders, session, monkeypatch):
+    """As many slots as 65,536 chunks of 16 shards have, which are more than one request may have bytes."""
+    chunks, shards = m.MAX_RESERVED_CHUNKS, 65
+    hashes = chain(16, chunks)
+    monkeypatch.setattr(Arena, "back", lambda *_: None)  # no byte is copied, so the slots need no memory
+    with server_parts(folders, chunks * (shards + 1) * 4096) as (service, port):
+        for face in ("unix", "zmq"):
+            scheduler = session(service, port, face, shards)
+            if face == "unix":
+                fill(service.heart, next(iter(service.peers)).process, scheduler.new_chain().root, hashes, shards)
+            hit = scheduler.lookup(named(hashes))
+            assert hit is not None and hit.chunks == chunks and len(hit.slots) == 4 * chunks * shards > 4 << 20
+            assert scheduler.connected and scheduler.misses == 0
+
+
+def fill(heart: Heart, process: int, root: bytes, hashes: bytes, shards: int) -> None:
+    layout = Layout("l", "bfloat16", 1, 1, 64, 16)
+    for shard in range(shards):
+        space = heart.open_space(process, space_fingerprint(layout, []), shards, shard, 4096)
+        grant = heart.reserve(time.monotonic(), process, space, shard, root, True, hashes)
+        assert heart.commit(time.monotonic(), process, grant.reservation, True) == len(hashes) // 16
+
+
+@pytest.mark.parametrize("face", ["unix", "zmq"])
+@pytest.mark.parametrize("shards", [1, 0xFFFF])
+def test_a_lookup_beyond_what_its_messages_hold_is_cut(folders, session, face, shards):
+    """Of one shard the request is too long, of 65,535 the answer."""
+    with server_parts(folders, 8 << 20) as (service, port):
+        scheduler = session(service, port, face, shards)
+        hashes = chain(17, 300_000 if shards == 1 else 100)
+        if shards == 1:
+            fill(service.heart, next(iter(service.peers)).process, scheduler.new_chain().root, hashes[:64], shards)
+        hit = scheduler.lookup(named(hashes))
+        assert (hit.chunks if hit else 0) == (4 if shards == 1 else 0)
+        assert scheduler.connected and scheduler.misses == 0, "it was answered"
+
+
+def test_a_lookup_beyond_what_one_answer_holds_is_refused(server, raw):
+    client = raw(server(l1=8))
+    layout = msgspec.structs.replace(client.layout, chunk_tokens=16)
+    client.space = client.ask(m.Register(layout, 0xFFFF, -1, 0)).space
+    answer = client.ask(m.Lookup(client.space, chain(18, 64)))
+    assert answer.code == "refused" and "ask for 63" in answer.text
+    assert client.ask(m.Lookup(client.space, chain(18, 63))) == m.Found(0, 0, b"")
 
 
 def test_a_message_costs_no_large_buffer(folders):

@@ -105,7 +105,7 @@ def test_bounds():
 
 @given(st.lists(st.binary(max_size=50), max_size=8), st.lists(st.integers(1, 40)))
 def test_frames_come_out_whole_however_the_stream_is_cut(payloads, cuts):
-    stream, reader, out = b"".join(map(frame, payloads)), FrameReader(), []
+    stream, reader, out = b"".join(map(frame, payloads)), FrameReader(m.MAX_MESSAGE_BYTES), []
     for cut in [*cuts, len(stream)]:
         out += reader.feed(stream[:cut])
         stream = stream[cut:]
@@ -115,9 +115,9 @@ def test_frames_come_out_whole_however_the_stream_is_cut(payloads, cuts):
 @pytest.mark.parametrize("first", [b"", b"\x01"])
 def test_a_frame_beyond_the_bound_is_refused_before_it_is_awaited(first):
     announced = (m.MAX_MESSAGE_BYTES + 1).to_bytes(4, "little")
-    reader = FrameReader()
+    reader = FrameReader(m.MAX_MESSAGE_BYTES)
     reader.feed(frame(b"x")[: len(first)])
-    reader = FrameReader()
+    reader = FrameReader(m.MAX_MESSAGE_BYTES)
     reader.feed(announced[:2])
     with pytest.raises(WireError, match=str(m.MAX_MESSAGE_BYTES)):
         reader.feed(announced[2:])

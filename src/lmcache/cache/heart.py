@@ -251,6 +251,14 @@ class Heart:
 
     # Reading
 
+    def shards(self, process: int, space_number: int) -> int:
+        """How many shards a chunk of this space has.
+
+        Raises:
+            Refusal: unknown space or process.
+        """
+        return self._admit(process, space_number)[0].shards
+
     def lookup(self, now: float, process: int, space_number: int, hashes: bytes, first_wanted: int = 0) -> Hit:
         """How many of these chunks are visible, from the first on; those from `first_wanted` on are leased.
 

@@ -133,10 +133,11 @@ class SchedulerSession:
         is worth waiting for, by the engine's `prefill_rate` (tokens a second, 0: not known). tail: hash of an unfull chunk
         behind the chain, which may be the last one of the hit. request_id: under which the server records what tiers did.
         """
-        hashes = chain.hashes + tail
-        if not hashes or chain.chunk_tokens != self._chunk_tokens:
+        if chain.chunk_tokens != self._chunk_tokens:
             return None
         first = skip_tokens // chain.chunk_tokens
+        # What one lookup cannot ask for is not looked for, and so computed.
+        hashes = (chain.hashes + tail)[: HASH_BYTES * m.most_looked_up(first, self._shards)]
         if first * HASH_BYTES >= len(hashes):
             return None
         arena = self._arena

@@ -32,8 +32,10 @@ MAX_GIVEN_UP = 16
 """Reservations that are given up for want of memory before a request is refused."""
 MAX_PAYLOAD_BYTES = 256 << 20
 """Of one message."""
-MAX_COPYING_BYTES = 1 << 30
-"""Of all payload copies under way."""
+MAX_HELD_BYTES = 1 << 30
+"""Of all payload copies under way and all large answers that are not sent yet."""
+MAX_HELD_BYTES_OF_PEER = 2 * MAX_PAYLOAD_BYTES
+"""Of those of one engine process: it may ask anew while its last answer is just leaving."""
 MAX_DROP_REASONS = 32
 MAX_COPY_SECONDS = 86_400.0
 Reply = Callable[[m.Message, list[bytes]], None]
@@ -52,6 +54,8 @@ class Peer:
     payload: bool = False
     busy: int = 0
     """Payload copies under way on this peer's behalf."""
+    held_bytes: int = 0
+    """Payload that is being copied on this peer's behalf, and large answers that ZMQ has not sent yet."""
     gone: bool = False
     replaced: Callable[[], None] | None = None
     """Called once when the same session has said hello on another connection."""
@@ -72,7 +76,8 @@ class Service:
         self.started = time.time()
         self.tiering: Tiering | None = None
         self._workers = workers
-        self._copying_bytes = 0
+        self.held_bytes = 0
+        """Of all peers, and of those that have gone and still have unsent answers."""
         self._filling: set[int] = set()
         """Reservations that an I/O thread is writing to."""
         self._participants: dict[tuple[str, int, str, int, bytes], int] = {}
@@ -161,6 +166,11 @@ class Service:
         self.heart.leave_reservations(process)
         return process
 
+    def hold(self, peer: Peer, size: int) -> None:
+        """`size` more bytes of memory are held on the peer's behalf; fewer where it is negative."""
+        peer.held_bytes += size
+        self.held_bytes += size
+
     def welcome(self) -> m.Welcome:
         return m.Welcome(
             m.PROTOCOL_VERSION,
@@ -217,7 +227,15 @@ class Service:
         hashes = request.hashes
         if len(hashes) % 16:
             raise Refusal(f"{len(hashes)} bytes are not whole 16-byte hashes")
-        lookup = time.monotonic(), peer.process, request.space, hashes, max(0, request.first_wanted)
+        first = max(0, request.first_wanted)
+        asked, shards = len(hashes) // 16, self.heart.shards(peer.process, request.space)
+        most = m.most_looked_up(first, shards)
+        if asked > most:
+            raise Refusal(
+                f"a lookup of {asked} chunks from chunk {first} on is more than one answer holds; ask for {most}"
+            )
+        self._check_room(peer, 4 * shards * max(0, asked - first))
+        lookup = time.monotonic(), peer.process, request.space, hashes, first
         if self.tiering is not None:
             if not self.tiering.knows(request.space, hashes):
                 found = self.heart.lookup_all(*lookup)
@@ -341,12 +359,13 @@ class Service:
         """Run `copy` in an I/O thread and answer with the frames it returns. Raises Refusal when too much is under way."""
         if size > MAX_PAYLOAD_BYTES:
             raise Refusal(f"{size} payload bytes in one message; at most {MAX_PAYLOAD_BYTES} are allowed")
-        if self._copying_bytes + size > MAX_COPYING_BYTES:
-            raise Refusal(f"{self._copying_bytes} payload bytes are being copied already; try again")
+        self._check_room(peer, size)
+        if self.held_bytes + size > MAX_HELD_BYTES:
+            raise Refusal(f"{self.held_bytes} payload bytes are being copied or sent already; try again")
 
         def finish(answer: m.Message, frames: list[bytes]) -> None:
             peer.busy -= 1
-            self._copying_bytes -= size
+            self.hold(peer, -size)
             try:
                 reply(answer, frames)
             finally:
@@ -364,7 +383,15 @@ class Service:
 
         self._workers.submit(run)
         peer.busy += 1
-        self._copying_bytes += size
+        self.hold(peer, size)
+
+    def _check_room(self, peer: Peer, size: int) -> None:
+        """Raises Refusal: with so many bytes more, too many would be held for this peer."""
+        if peer.held_bytes + size > MAX_HELD_BYTES_OF_PEER:
+            raise Refusal(
+                f"{peer.held_bytes} bytes of this engine's are being copied or wait until it reads them, and {size} more "
+                f"would pass {MAX_HELD_BYTES_OF_PEER}: read the answers before asking for more"
+            )
 
     # Upkeep
 

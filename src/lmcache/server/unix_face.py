@@ -26,7 +26,10 @@ logger = init_logger(__name__)
 _PEER_CREDENTIALS = struct.Struct("3i")
 _SO_PEERPIDFD = 77  # asm-generic/socket.h, Linux 6.5
 MAX_CONNECTIONS = 1024
-MAX_UNSENT_BYTES = 16 << 20
+MAX_UNSENT_BYTES = 2 * m.MAX_ANSWER_BYTES
+"""Of one connection: an engine that asks anew before it has read its last answer is not hung up on."""
+MAX_ALL_UNSENT_BYTES = 256 << 20
+"""Of all connections: beyond it, the one with the most is closed."""
 _RECEIVE_BYTES = 1 << 18
 
 
@@ -96,9 +99,9 @@ class _Connection:
     def __init__(self, face: UnixFace, sock: socket.socket, pid: int) -> None:
         self.face, self.sock, self.pid = face, sock, pid
         self.peer = Peer("unix socket", replaced=self.close)
-        self._reader = FrameReader()
-        self._unsent: deque[bytes] = deque()
-        self._unsent_bytes = 0
+        self._reader = FrameReader(m.MAX_MESSAGE_BYTES)
+        self._unsent: deque[memoryview] = deque()
+        self.unsent_bytes = 0
         self._descriptor = sock.fileno()
         self._pidfd = _open_pidfd(sock, pid)
         face.loop.watch(self._descriptor, self._ready)
@@ -110,6 +113,7 @@ class _Connection:
         if self.sock.fileno() >= 0:
             self.face.loop.unwatch(self._descriptor)
             self.face.connections.discard(self)
+            self._unsent.clear()
             self.sock.close()
         if self._pidfd is None or not self.peer.process:
             self._process_ended()
@@ -169,7 +173,7 @@ class _Connection:
         if self.sock.fileno() < 0:
             return
         if self._unsent:
-            self._keep(data)
+            self._keep(memoryview(data))
             return
         try:
             sent = socket.send_fds(self.sock, [data], descriptors) if descriptors else self.sock.send(data)
@@ -179,16 +183,22 @@ class _Connection:
             self.close()
             return
         if sent < len(data):
-            self._keep(data[sent:])
+            self._keep(memoryview(data)[sent:])
 
-    def _keep(self, data: bytes) -> None:
+    def _keep(self, data: memoryview) -> None:
         self._unsent.append(data)
-        self._unsent_bytes += len(data)
-        if self._unsent_bytes > MAX_UNSENT_BYTES:
-            logger.warning("Closing a connection of pid %d: it does not read its answers", self.pid)
-            self.close()
-            return
+        self.unsent_bytes += len(data)
         self.face.loop.watch(self._descriptor, self._ready, write=True)
+        everybody = self.face.connections
+        most = max(everybody, key=lambda one: one.unsent_bytes)
+        if most.unsent_bytes > MAX_UNSENT_BYTES or sum(one.unsent_bytes for one in everybody) > MAX_ALL_UNSENT_BYTES:
+            most.hang_up_on_deaf()
+
+    def hang_up_on_deaf(self) -> None:
+        logger.warning(
+            "Closing a connection of pid %d: it does not read its answers, %d bytes wait", self.pid, self.unsent_bytes
+        )
+        self.close()
 
     def _flush(self) -> bool:
         while self._unsent:
@@ -199,7 +209,7 @@ class _Connection:
             except OSError:
                 self.close()
                 return False
-            self._unsent_bytes -= sent
+            self.unsent_bytes -= sent
             if sent < len(self._unsent[0]):
                 self._unsent[0] = self._unsent[0][sent:]
                 return True

@@ -26,10 +26,13 @@ from lmcache.wire import messages as m
 
 logger = init_logger(__name__)
 SILENCE_SECONDS = 30.0
-"""A payload engine that says nothing for so long is gone. It pings three times as often."""
+"""A payload engine that says nothing for so long is gone, as is one that takes none of the bytes that wait for it. It pings three
+times as often."""
 MAX_PEERS = 1024
 MAX_UNREAD_ANSWERS = 128
-"""For one engine; answers beyond are lost, and cost it its deadline."""
+"""For one engine, which is forgotten at the first one beyond."""
+_COPIED_BYTES = 1 << 16
+"""ZMQ gets a copy of answers up to this size, and they are not counted as held."""
 
 
 class ZmqFace:
@@ -51,12 +54,17 @@ class ZmqFace:
     ) -> None:
         self.loop, self.service = loop, service
         self._peers: dict[bytes, tuple[Peer, float]] = {}
+        self._unsent: list[tuple[zmq.MessageTracker, Peer, int]] = []
+        """Large answers, whose memory ZMQ holds until they are sent or their connection ends."""
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_PAYLOAD_BYTES)
         self._socket.setsockopt(zmq.SNDTIMEO, 0)
         self._socket.setsockopt(zmq.SNDHWM, MAX_UNREAD_ANSWERS)
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # else an answer that cannot be sent is dropped without a word
+        self._socket.setsockopt(zmq.TCP_MAXRT, int(SILENCE_SECONDS * 1000))
+        self._socket.copy_threshold = 0  # the end of a frame that was copied is not told
         if ":" in host:
             self._socket.setsockopt(zmq.IPV6, 1)
         self._authenticator = auth.protect_server(self._context, self._socket, key_file) if key_file else None
@@ -89,6 +97,7 @@ class ZmqFace:
         self._context.term()
 
     def _receive_all(self) -> None:
+        self._release_sent()
         for _ in range(256):
             if not int(self._socket.EVENTS) & zmq.POLLIN:
                 return
@@ -124,7 +133,7 @@ class ZmqFace:
             peer, request, frames[1:], lambda answer, payload: self._send(identity, sequence, answer, payload)
         )
         if not peer.process:  # it said `Bye`, or its hello was declined
-            del self._peers[identity]
+            self._peers.pop(identity, None)
 
     def _peer(self, identity: bytes, request: m.Request) -> Peer | None:
         if identity in self._peers:
@@ -147,13 +156,48 @@ class ZmqFace:
         return m.Error("refused", need)
 
     def _send(self, identity: bytes, sequence: int, answer: m.Message, payload: list[bytes]) -> None:
-        try:
-            self._socket.send_multipart([identity, m.encode(sequence, answer), *payload], zmq.NOBLOCK, copy=not payload)
-        except zmq.Again:
+        frames = [m.encode(sequence, answer), *payload]
+        size = sum(map(len, frames))
+        large = size > _COPIED_BYTES
+        if large and identity not in self._peers:  # forgotten while the answer was being made
             self.service.counters["unsent_answers"] += 1
+            return
+        try:
+            tracker = self._socket.send_multipart([identity, *frames], zmq.NOBLOCK, copy=not large, track=large)
+        except zmq.ZMQError as error:
+            if error.errno not in (zmq.EAGAIN, zmq.EHOSTUNREACH):
+                raise
+            self.service.counters["unsent_answers"] += 1
+            # One that has hung up may come back on another connection; one that does not read has lost an answer for good.
+            if error.errno == zmq.EAGAIN and identity in self._peers:
+                peer, _ = self._peers[identity]
+                logger.warning(
+                    "Forgetting %s rank %d, pid %d: it leaves %d answers unread; see whether it hangs, it may say hello again",
+                    *(peer.role, peer.rank, peer.pid, MAX_UNREAD_ANSWERS),
+                )
+                self._forget(identity)
+            return
+        if tracker is not None:
+            peer, _ = self._peers[identity]
+            self.service.hold(peer, size)
+            self._unsent.append((tracker, peer, size))
+
+    def _release_sent(self) -> None:
+        """No longer count the answers that ZMQ has done with."""
+        waiting = []
+        for one in self._unsent:
+            tracker, peer, size = one
+            if tracker.done:
+                self.service.hold(peer, -size)
+            else:
+                waiting.append(one)
+        self._unsent = waiting
+
+    def _forget(self, identity: bytes) -> None:
+        peer, _ = self._peers.pop(identity)
+        self.service.gone(peer)
 
     def _forget_silent(self) -> None:
         limit = time.monotonic() - SILENCE_SECONDS
         for identity in [one for one, (_, heard) in self._peers.items() if heard < limit]:
-            peer, _ = self._peers.pop(identity)
-            self.service.gone(peer)
+            self._forget(identity)

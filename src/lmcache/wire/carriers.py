@@ -50,7 +50,7 @@ class UnixCarrier:
 
     def __init__(self, path: str, hello: m.Hello, deadline_seconds: float) -> None:
         self._sequence = 0
-        self._reader = FrameReader()
+        self._reader = FrameReader(m.MAX_ANSWER_BYTES)
         self._arrived: list[bytes] = []
         self.descriptor = -1
         """The arena's, for the caller to close."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import struct
 
 from lmcache.errors import WireError
-from lmcache.wire.messages import MAX_MESSAGE_BYTES
 
 _LENGTH = struct.Struct("<I")
 
@@ -15,29 +14,30 @@ def frame(payload: bytes) -> bytes:
 
 
 class FrameReader:
-    """Cuts a byte stream into frames. Feed what `recv` gave; take whole frames out."""
+    """Cuts a byte stream into frames of at most `limit` bytes. Feed what `recv` gave; take whole frames out."""
 
-    __slots__ = ("_buffer",)
+    __slots__ = ("_buffer", "_limit")
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int) -> None:
         self._buffer = bytearray()
+        self._limit = limit
 
     def feed(self, data: bytes) -> list[bytes]:
         """The frames that are complete now.
 
         Raises:
-            WireError: a frame announces more than `MAX_MESSAGE_BYTES`.
+            WireError: a frame announces more than the limit.
         """
         if not self._buffer and len(data) >= 4:  # the usual case: one whole frame at once
             (length,) = _LENGTH.unpack_from(data)
-            if length + 4 == len(data) and length <= MAX_MESSAGE_BYTES:
+            if length + 4 == len(data) and length <= self._limit:
                 return [data[4:]]
         buffer, frames = self._buffer, []
         buffer += data
         while len(buffer) >= 4:
             (length,) = _LENGTH.unpack_from(buffer)
-            if length > MAX_MESSAGE_BYTES:
-                raise WireError(f"a frame of {length} bytes is announced; at most {MAX_MESSAGE_BYTES} are allowed")
+            if length > self._limit:
+                raise WireError(f"a frame of {length} bytes is announced; at most {self._limit} are allowed")
             if len(buffer) < 4 + length:
                 break
             frames.append(bytes(buffer[4 : 4 + length]))

@@ -19,7 +19,11 @@ from lmcache.errors import LMCacheError, WireError
 
 PROTOCOL_VERSION = 1
 MAX_MESSAGE_BYTES = 4 << 20
-"""Bound of one message without payload: 100,000 chunk hashes and to spare."""
+"""Bound of one request without payload: 100,000 chunk hashes and to spare."""
+MAX_ANSWER_BYTES = 16 << 20
+"""Bound of one answer without payload: the slots of a million tokens, in 16-token chunks of up to 63 shards."""
+_ROOM_FOR_THE_REST = 1 << 16
+"""Bytes of a message that a lookup's hashes and slots leave to its other fields."""
 NO_SLOT = 0xFFFFFFFF
 PAGE_BYTES = 4096
 
@@ -213,6 +217,14 @@ _encoder = msgspec.msgpack.Encoder()
 _requests = msgspec.msgpack.Decoder(tuple[int, Request])
 _envelopes = msgspec.msgpack.Decoder(tuple[int, msgspec.Raw])
 _answers = msgspec.msgpack.Decoder(tuple[int, Answer])
+
+
+def most_looked_up(first_wanted: int, shards: int) -> int:
+    """How many chunks one `Lookup` may name: as many as its own hashes and the slots of its `Found` have room for."""
+    return min(
+        (MAX_MESSAGE_BYTES - _ROOM_FOR_THE_REST) // 16,
+        first_wanted + (MAX_ANSWER_BYTES - _ROOM_FOR_THE_REST) // (4 * shards),
+    )
 
 
 def encode(sequence: int, message: Message) -> bytes:
