@@ -41,6 +41,7 @@ class Session:
         """Chunks that a tier is bringing."""
         self.lookups: list[int] = []
         self.rates: list[float] = []
+        self.salts: list[str] = []
         self.requests: list[str] = []
         self.leased: set[int] = set()
         self.closed = False
@@ -48,6 +49,7 @@ class Session:
     def new_chain(
         self, cache_salt: str = "", lora_name: str = "", lora_id: str = "", extras: Extras | None = None
     ) -> TokenChain | None:
+        self.salts.append(cache_salt)
         return TokenChain(chunk_root(b"f" * 16, cache_salt, lora_name, lora_id), self.chunk_tokens, extras)
 
     def poll(
@@ -736,6 +738,22 @@ def test_where_vllm_rules_prefixes_out_nothing_is_served(
         return
     with pytest.raises(LayoutError, match=words):
         describe_model(config, cache_config(FULL))
+
+
+def test_ranks_with_new_weights_end_what_was_cached() -> None:
+    session = Session(present=40)
+    scheduler = half(session)
+    request, later = Request("a", list(range(700))), Request("b", list(range(700)))
+    assert scheduler.match(request, 0) == 640
+    assert scheduler.plan_step(step()).weights == 0
+    scheduler.transferred(report=StepReport(weights=1))
+    assert not session.leased, "the hit is given back"
+    assert scheduler.match(request, 0) == 0, "some of its tokens may be of the old weights"
+    assert scheduler.plan_step(step()).weights == 1
+    assert session.salts[-1] == "" and scheduler.match(later, 0) == 640
+    assert session.salts[-1].startswith("\0reset"), "a name that no other engine has"
+    scheduler.transferred(report=StepReport(weights=1))
+    assert session.leased, "the same change once more is no news"
 
 
 def test_a_session_that_goes_on_is_not_cached() -> None:

@@ -91,6 +91,12 @@ def reset(llm: Any, connector: bool = False) -> dict[str, Any]:
     return {"ok": False}
 
 
+def reload(llm: Any, path: str) -> dict[str, Any]:
+    """Load other weights into the running engine."""
+    llm.collective_rpc("reload_weights", kwargs={"weights_path": path})
+    return {"ok": True}
+
+
 def abort(llm: Any, prompts: list[list[int]], after_steps: list[int]) -> dict[str, Any]:
     """Start every prompt, and abort each after so many steps; then run until nothing is left."""
     from vllm import SamplingParams
@@ -206,6 +212,7 @@ COMMANDS = {
     "generate": generate,
     "embed": embed,
     "reset": reset,
+    "reload": reload,
     "abort": abort,
     "metrics": metrics,
     "mix_up": mix_up,

@@ -95,6 +95,39 @@ def test_bfloat16_bytes_go_round_and_stay_apart(folder: Path, model: Path, serve
         engine.end()
 
 
+def test_new_weights_in_a_running_engine_are_another_cache(
+    folder: Path, model: Path, other_model: Path, server: Server
+) -> None:
+    """As RL loops do it: the engine forgets its own prefix cache, and tells no connector."""
+    first, second, third = [tokens(300, 100)], [tokens(300, 101)], [tokens(300, 102)]
+    engine = Engine(folder, "new-weights", model, kv_transfer_config=server.config(), max_model_len=1024)
+    try:
+        old = engine.generate(first)
+        engine.ask("reload", path=str(other_model))
+        engine.forget()
+        new = engine.generate(first)
+        assert new[0]["cached"] == 0 and new[0]["logprobs"] != old[0]["logprobs"]
+        engine.generate(second)  # the ranks' word has reached the scheduler: stored, under a name of its own
+        cold = engine.generate(third)
+        engine.forget()
+        warm = engine.generate(third)
+        assert warm[0]["cached"] == 288
+        assert_same(warm, cold)
+        engine.ask("reload", path=str(model))
+        engine.forget()
+        back = engine.generate(third)
+        assert back[0]["cached"] == 0 and back[0]["logprobs"] != cold[0]["logprobs"]
+    finally:
+        engine.end()
+    engine = Engine(folder, "old-weights", model, kv_transfer_config=server.config(), max_model_len=1024)
+    try:
+        outputs = engine.generate([*first, *second, *third])
+        assert [output["cached"] for output in outputs] == [288, 0, 0], "what the old weights computed, and no more"
+        assert_same(outputs[:1], old)
+    finally:
+        engine.end()
+
+
 def test_a_model_that_vllm_computes_only_as_a_whole_is_not_served(folder: Path, model: Path, server: Server) -> None:
     """A hit would make vLLM's MEAN pooling raise, and end the engine."""
     engine = Engine(

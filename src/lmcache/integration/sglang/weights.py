@@ -6,10 +6,10 @@ So the four methods that change weights are wrapped, in this process, to call ba
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
+from lmcache.integration.weights import call_before
 from lmcache.observability.log import init_logger
 
 logger = init_logger(__name__)
@@ -26,7 +26,7 @@ _listeners: list[Callable[[], None]] = []
 
 def on_new_weights(listener: Callable[[], None]) -> None:
     """Call `listener` whenever this process is about to change its weights."""
-    if not _listeners and not _wrap(_owner()):
+    if not _listeners and not call_before(_owner(), UPDATES, _tell):
         logger.warning(
             "This release of SGLang updates weights in a way that LMCache does not see: start it anew after an update of weights"
         )
@@ -55,23 +55,6 @@ def _owner() -> Any:
         return None
 
 
-def _wrap(owner: Any) -> bool:
-    """Whether there was something to wrap."""
-    names = [name for name in UPDATES if hasattr(owner, name)]
-    for name in names:
-        setattr(owner, name, _telling(getattr(owner, name)))
-    return bool(names)
-
-
-def _telling(update: Callable[..., Any]) -> Callable[..., Any]:
-    if getattr(update, "tells_lmcache", False):
-        return update
-
-    @functools.wraps(update)
-    def tell(*args: Any, **kwargs: Any) -> Any:
-        for listener in tuple(_listeners):
-            listener()
-        return update(*args, **kwargs)
-
-    tell.tells_lmcache = True  # type: ignore[attr-defined]
-    return tell
+def _tell(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    for listener in tuple(_listeners):
+        listener()

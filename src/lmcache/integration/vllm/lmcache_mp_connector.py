@@ -22,6 +22,7 @@ from lmcache.integration.vllm.own_server import offloading_size_gb, server_for_o
 from lmcache.integration.vllm.plan import StepPlan, StepReport
 from lmcache.integration.vllm.scheduler import SchedulerHalf
 from lmcache.integration.vllm.settings import Settings, read_settings, recompute_failed_loads
+from lmcache.integration.vllm.weights import watch_weights
 from lmcache.integration.vllm.worker import WorkerHalf, ended_stores, refuse_loads, stats_of
 from lmcache.observability.log import init_logger
 
@@ -288,6 +289,7 @@ def worker_half(
     tp_rank, pp_rank = rank_of()
     shard = kv.shard(tp_rank, pp_rank, layer_range(vllm_config, kv))
     registered = describe_caches(vllm_config, kv_cache_config, kv, kv_caches)
+    watch_weights(vllm_config)
     rank = pp_rank * kv.tp_size + tp_rank
     endpoint = settings.endpoint(str(vllm_config.kv_transfer_config.engine_id), "worker", rank, address)
     session = WorkerSession(endpoint, kv.layout, shard, registered.paged, stages=kv.stages)

@@ -59,6 +59,7 @@ class StepPlan:
     forward: the step computes something, so nobody waits for transfers alone.
     address: of the server, where the ranks cannot know it by themselves. known_failures: failed loads within a forward that the
     scheduler has come to know of, so that this step computes nothing from them any more.
+    weights: how many changes of the weights the scheduler knows of. A rank that has seen another number neither loads nor stores.
     """
 
     loads: list[LoadPlan] = field(default_factory=list)
@@ -68,6 +69,7 @@ class StepPlan:
     forward: bool = False
     address: str = ""
     known_failures: list[str] = field(default_factory=list)
+    weights: int = 0
 
 
 @dataclass
@@ -75,11 +77,13 @@ class StepReport:
     """What ranks tell the scheduler's half: by how many of them each job was ended, and why one cannot serve.
 
     loaded: only loads that a forward waited for; vLLM itself tells of the others.
+    weights: how many changes of its weights a rank has seen, where the step's plan knew of another number.
     """
 
     stored: dict[str, int] = field(default_factory=dict)
     loaded: dict[str, int] = field(default_factory=dict)
     refusal: str = ""
+    weights: int = 0
 
     def merge(self, other: StepReport) -> None:
         """Add the report of another rank."""
@@ -87,6 +91,7 @@ class StepReport:
             for job_id, count in theirs.items():
                 mine[job_id] = mine.get(job_id, 0) + count
         self.refusal = self.refusal or other.refusal
+        self.weights = max(self.weights, other.weights)
 
     def __bool__(self) -> bool:
-        return bool(self.stored or self.loaded or self.refusal)
+        return bool(self.stored or self.loaded or self.refusal or self.weights)

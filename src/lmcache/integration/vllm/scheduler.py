@@ -121,6 +121,8 @@ class SchedulerHalf:
         self._plan = StepPlan()
         self._jobs = 0
         self._generation = 0
+        self._weights = 0
+        """Changes of the ranks' weights that this half knows of."""
         self._salt_prefix = ""
         self._prefill = PrefillRate()
         self._tiers_load = False
@@ -168,6 +170,7 @@ class SchedulerHalf:
     def plan_step(self, output: Any) -> StepPlan:
         """What the ranks are to do in the step that `output` (a SchedulerOutput) describes."""
         plan, self._plan = self._plan, StepPlan()
+        plan.weights = self._weights
         plan.forward = output.total_num_scheduled_tokens > 0
         self._prefill.step(self._clock(), output.total_num_scheduled_tokens)
         if self._tiers_load and not plan.forward:
@@ -216,6 +219,10 @@ class SchedulerHalf:
             # Releases of vLLM without worker metadata tell of stores in no other way.
             for job_id in tuple(self._closing.pop(request_id).jobs if request_id in self._closing else ()):
                 self._count_stored(job_id, self._ranks)
+        if report.weights > self._weights:
+            self._weights = report.weights
+            logger.info("This engine's weights have changed: what was cached for the old ones is not used any more")
+            self.reset()
         if report.refusal:
             self.stop(report.refusal)
 

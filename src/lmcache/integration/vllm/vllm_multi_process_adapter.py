@@ -29,6 +29,7 @@ from lmcache.integration.vllm.settings import (
     read_settings,
     recompute_failed_loads,
 )
+from lmcache.integration.vllm.weights import watch_weights, weight_changes
 from lmcache.integration.vllm.worker import pages_of_shard
 from lmcache.observability.log import init_logger
 
@@ -187,6 +188,8 @@ class LMCacheMPWorkerAdapter:
         self._registered: Registered | None = None
         self._shard = 0
         self._stores = True
+        self._weights = 0
+        """Changes of the weights before this rank began to serve."""
         self._jobs = 0
         self._loading: dict[str, tuple[str, Hit, list[int]]] = {}
         self._storing: set[str] = set()
@@ -206,6 +209,8 @@ class LMCacheMPWorkerAdapter:
         except NOT_SERVED as error:
             logger.warning("LMCache serves nothing for this engine: %s", refusal_of(error))
             return
+        watch_weights(engine.vllm_config)
+        self._weights = weight_changes()
         rank = pp_rank * engine.kv.tp_size + tp_rank
         self._shard, self._stores, self._registered = shard.index, engine.kv.stores(tp_rank), registered
         self._lookups = SchedulerSession(
@@ -273,7 +278,7 @@ class LMCacheMPWorkerAdapter:
 
     def _start_load(self, request_id: str, op: LoadStoreOp, salt: str, event: Any) -> bool:
         session, lookups, registered = self._session, self._lookups, self._registered
-        chain = lookups.new_chain(salt) if lookups is not None else None
+        chain = lookups.new_chain(salt) if lookups is not None and not self._weights_changed() else None
         if session is None or lookups is None or registered is None or chain is None:
             return False
         chain.extend(op.token_ids[: op.end])
@@ -300,7 +305,7 @@ class LMCacheMPWorkerAdapter:
     def _start_store(self, op: LoadStoreOp, salt: str, event: Any) -> str:
         """The job's id, "" where there is nothing to store or nobody to store it."""
         session, lookups, registered = self._session, self._lookups, self._registered
-        chain = lookups.new_chain(salt) if lookups is not None else None
+        chain = lookups.new_chain(salt) if lookups is not None and not self._weights_changed() else None
         if session is None or registered is None or chain is None:
             return ""
         size = chain.chunk_tokens
@@ -315,6 +320,10 @@ class LMCacheMPWorkerAdapter:
         after = None if registered.paged.device == "cpu" else event
         session.store(job_id, Store(size, chain.parent(first), hashes, first, blocks, after))
         return job_id
+
+    def _weights_changed(self) -> bool:
+        """Once they have, this rank serves nothing any more: nobody here can tell the scheduler's adapter of it."""
+        return weight_changes() != self._weights
 
     def _blocks_to_fill(self, op: LoadStoreOp) -> list[int]:
         return op.block_ids[op.skip_first_n_tokens // self._manager_block_tokens() :]
@@ -336,7 +345,7 @@ class LMCacheMPWorkerAdapter:
                 continue
             self._lookups.release(hit)
             self._received.add(request_id)
-            if not done.ok:
+            if not done.ok or self._weights_changed():
                 self._invalid.update(blocks)
 
 

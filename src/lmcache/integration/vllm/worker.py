@@ -11,6 +11,7 @@ from lmcache.engine import Done, Load, Store, WorkerSession
 from lmcache.integration.vllm.layers import Layers
 from lmcache.integration.vllm.paged import Registered
 from lmcache.integration.vllm.plan import LoadPlan, StepPlan, StepReport, StorePlan
+from lmcache.integration.vllm.weights import weight_changes
 from lmcache.observability.log import init_logger
 from lmcache.transfer.progress import Progress
 
@@ -66,6 +67,8 @@ class WorkerHalf:
         self._invalid: set[int] = set()
         self._report = StepReport()
         self._started: StepPlan | None = None
+        self._weights_before, self._weights = weight_changes(), 0
+        """Changes of the weights before this half was made, and since."""
         self.reports_stats = False
         self.loaded_tokens = self.stored_tokens = self.failed_loads = 0
 
@@ -88,10 +91,14 @@ class WorkerHalf:
         self._started = plan
         for job_id in plan.known_failures:
             self._spoiled.pop(job_id, None)
+        self._notice_weights()
         if self._layers is not None:
             self._layers.begin()
         fence = self._stream_point() if plan.loads and self._registered.loads_need_fence else None
         for load in plan.loads:
+            if plan.weights != self._weights:
+                self._fail(load)
+                continue
             chunk = load.chunk_tokens
             first, leased = load.start_token // chunk, load.first_leased
             self._loading[load.job_id] = load
@@ -115,6 +122,13 @@ class WorkerHalf:
                     progress=progress,
                 ),
             )
+
+    def _notice_weights(self) -> None:
+        """What loads under way bring is of the old weights once the weights have changed, so they count as failed."""
+        changes = weight_changes() - self._weights_before
+        if changes != self._weights:
+            self._weights = changes
+            self._unread.update(self._loading)
 
     def wait_before_forward(self, forward_context: Any) -> None:
         """Return when the forward may begin: its loads have ended, or it will wait for each layer by itself."""
@@ -155,8 +169,13 @@ class WorkerHalf:
     def start_stores(self, plan: StepPlan) -> None:
         """Start every store of the step, whose forward has ended."""
         now = self._stream_point() if plan.stores else None
+        self._notice_weights()
         for store in plan.stores:
             if not self._stores:
+                self._report.stored[store.job_id] = 1
+                continue
+            if plan.weights != self._weights:
+                self._session.drop(len(store.hashes) // HASH_BYTES, "weights changed")
                 self._report.stored[store.job_id] = 1
                 continue
             if any(not blocks.isdisjoint(store.blocks) for blocks in self._spoiled.values()):
@@ -187,6 +206,8 @@ class WorkerHalf:
 
     def take_report(self) -> StepReport:
         report, self._report = self._report, StepReport()
+        if self._started is not None and self._started.weights != self._weights:
+            report.weights = self._weights
         return report
 
     def close(self) -> None:
@@ -197,6 +218,7 @@ class WorkerHalf:
             self._collect()
 
     def _collect(self) -> None:
+        self._notice_weights()
         for done in self._session.finished():
             if done.kind == "load":
                 self._loaded(done)
@@ -226,23 +248,31 @@ class WorkerHalf:
         load = self._loading.pop(done.job_id, None)
         if load is None:
             return
+        if not done.ok or done.job_id in self._unread:
+            self._unread.discard(done.job_id)
+            self._fail(load)
+            return
+        self._report_loaded(load)
+        self.loaded_tokens += load.end_token - load.start_token
+        if self._synchronous:
+            counts = done.tokens, load.end_token, load.request_tokens
+            cost = self._cost(done.tokens, done.seconds)
+            logger.info("Retrieved %d out of %d required tokens (from %d total tokens). %s", *counts, cost)
+
+    def _fail(self, load: LoadPlan) -> None:
+        """Report a load that has ended, or never began, and whose blocks do not hold what was asked for."""
+        self._report_loaded(load)
+        self.failed_loads += 1
+        blocks = _blocks_to_fill(load, self._block_tokens * self._registered.blocks_per_block)
+        self._invalid.update(blocks)
+        if self._synchronous:
+            self._spoiled[load.job_id] = set(blocks)
+
+    def _report_loaded(self, load: LoadPlan) -> None:
         if self._synchronous:
             self._report.loaded[load.job_id] = 1
         else:
             self._received.add(load.request_id)
-        if done.ok and done.job_id not in self._unread:
-            self.loaded_tokens += load.end_token - load.start_token
-            if self._synchronous:
-                counts = done.tokens, load.end_token, load.request_tokens
-                cost = self._cost(done.tokens, done.seconds)
-                logger.info("Retrieved %d out of %d required tokens (from %d total tokens). %s", *counts, cost)
-            return
-        self.failed_loads += 1
-        size = self._block_tokens * self._registered.blocks_per_block
-        blocks = _blocks_to_fill(load, size)
-        self._invalid.update(blocks)
-        if self._synchronous:
-            self._spoiled[load.job_id] = set(blocks)
 
     def _store(self, store: StorePlan, after: Any) -> Store:
         return Store(

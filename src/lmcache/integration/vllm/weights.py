@@ -1,0 +1,62 @@
+"""How often this rank's weights have changed since it began to serve.
+
+RL loops load new weights into a running vLLM (`collective_rpc("reload_weights")`, weight transfer, `model.load_weights`). vLLM
+tells its connectors nothing of it, and KV of the old weights must be neither served nor stored as that of the new ones. Weights
+that somebody writes into the parameters themselves, past all of these methods, are not noticed.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from lmcache.integration.weights import call_before
+from lmcache.observability.log import init_logger
+
+logger = init_logger(__name__)
+_OWNERS = {
+    "vllm.v1.worker.gpu_model_runner.GPUModelRunner": ("reload_weights",),
+    "vllm.v1.worker.gpu.model_runner.GPUModelRunner": ("reload_weights",),
+    "vllm.v1.worker.gpu_worker.Worker": ("reload_weights", "update_weights", "reset_weights", "sleep"),
+}
+"""Class -> its methods that change weights. CPU's runner and worker inherit them."""
+_changes = 0
+
+
+def weight_changes() -> int:
+    """How often the weights of this process have changed since it was first asked to watch them."""
+    return _changes
+
+
+def watch_weights(vllm_config: Any) -> None:
+    """Notice from now on when this process changes its weights. To be called once the model has been loaded."""
+    noticed = [call_before(owner, names, _count) for owner, names in _found()]
+    try:
+        from vllm.model_executor.model_loader.utils import get_model_architecture
+
+        model, _ = get_model_architecture(vllm_config.model_config)
+        noticed.append(call_before(model, ("load_weights",), _count))
+    except Exception as error:  # a release that we do not know, or a model that the tests made up
+        logger.debug("the model's class was not found: %r", error)
+    if not any(noticed):
+        logger.warning(
+            "This release of vLLM changes weights in a way that LMCache does not see: restart it after an update of weights"
+        )
+
+
+def _found() -> list[tuple[Any, tuple[str, ...]]]:
+    found = []
+    for path, names in _OWNERS.items():
+        module, _, name = path.rpartition(".")
+        try:
+            found.append((getattr(importlib.import_module(module), name), names))
+        except (ImportError, AttributeError) as error:
+            logger.debug("%s: %r", path, error)
+    return found
+
+
+def _count(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    global _changes
+    if name == "sleep" and kwargs.get("level", args[1] if len(args) > 1 else 1) == 1:
+        return  # the weights are kept, and come back as they were
+    _changes += 1
