@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
+import shutil
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,6 +20,7 @@ from lmcache.chunks import TokenChain, chunk_root
 from lmcache.chunks.hashing import Extras
 from lmcache.engine import Done, Hit, Load, Loading, Store
 from lmcache.errors import ConfigError, LayoutError
+from lmcache.integration import identity
 from lmcache.integration.identity import path_identity
 from lmcache.integration.vllm import settings as settings_of_vllm
 from lmcache.integration.vllm import vllm_multi_process_adapter as adapter
@@ -338,6 +341,33 @@ def test_roles_embeddings_and_unknown_adapters() -> None:
         assert scheduler.match(other, 0) == 0
         scheduler.allocated(other, [1], 0)
         assert not scheduler.plan_step(step({other.request_id: 100})).stores
+
+
+def test_an_adapter_whose_files_may_not_be_the_loaded_ones_is_not_cached(tmp_path: Path) -> None:
+    """vLLM answers with what it has loaded, whatever has been saved over it since."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    for folder in (one, two):
+        folder.mkdir()
+        (folder / "adapter_model.safetensors").write_bytes(folder.name.encode())
+    link = tmp_path / "live"
+    link.symlink_to(one)
+    session = Session(present=4)
+    scheduler = half(session)
+
+    def cached(name: str, path: Path) -> bool:
+        lora = SimpleNamespace(lora_name="x", lora_path=str(path))
+        request = Request(name, list(range(100)), lora_request=lora)
+        hit = scheduler.match(request, 0)
+        scheduler.allocated(request, [1], hit or 0)
+        return bool(hit) or bool(scheduler.plan_step(step({name: 100})).stores)
+
+    assert cached("a", one) and cached("b", link)
+    link.unlink()
+    link.symlink_to(two)
+    assert not cached("c", link), "another folder, whose files are older than the engine"
+    (one / "adapter_model.safetensors").write_bytes(b"new")
+    os.utime(one / "adapter_model.safetensors", (0, 0))
+    assert not cached("d", one) and cached("e", two)
 
 
 def test_images_salts_and_adapters_change_the_hashes_that_follow(tmp_path: Path) -> None:
@@ -806,6 +836,17 @@ def test_identity_of_a_directory_is_its_content(weights: Path, tmp_path_factory:
     (copy / "config.json").write_text('{"a": 1}')
     assert path_identity(str(copy)) != path_identity(str(weights))
     assert path_identity("no/such/directory") == ""
+    copied = copy / "model.safetensors"
+    for place in (0, 17, 50_001, copied.stat().st_size - 1):
+        shutil.copy(weights / "model.safetensors", copied)
+        before = path_identity(str(copy))
+        with copied.open("r+b") as file:
+            file.seek(place)
+            changed = bytes([file.read(1)[0] ^ 1])
+            file.seek(place)
+            file.write(changed)
+        identity._files_digest.cache_clear()  # the clock of a file system may not have moved since
+        assert path_identity(str(copy)) != before, f"byte {place} counts"
 
 
 def test_identity_of_a_snapshot_is_its_commit(tmp_path: Path) -> None:

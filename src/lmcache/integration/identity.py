@@ -1,37 +1,45 @@
 """Which weights an engine serves, free of any engine's types.
 
-A repository is named with its resolved commit; a local directory by what is in it. Two engines may exchange KV only if this
-agrees, so in doubt it differs.
+A repository is named with its resolved commit; a local directory by its configuration and every byte of its weights. Two engines
+may exchange KV only if this agrees, so in doubt it differs. Hashing weights takes a second or so a gigabyte, once: the digests of
+large files are remembered on disk (`digests`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import json
 import os
 import re
-import struct
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from blake3 import blake3
 
 from lmcache.errors import LayoutError
+from lmcache.integration.digests import DigestMemory, Stamp, digest_file, stamp_of
+from lmcache.observability.log import init_logger
+
+logger = init_logger(__name__)
 
 _SNAPSHOT = re.compile(r"models--(?P<repository>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})/?$")
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 _CONFIG_FILES = ("config.json", "params.json", "hf_quant_config.json", "quantize_config.json", "adapter_config.json")
-_SAMPLE_BYTES = 512
-_SAMPLES_PER_FILE = 2048
-"""One sample in the middle of every tensor, up to so many a file: milliseconds, and a changed tensor shows."""
-_MAX_HEADER_BYTES = 100 << 20
-"""The limit that the safetensors format itself sets for its header."""
+_REMEMBERED_BYTES = 64 << 20
+"""Files of less than that together are hashed in milliseconds, and their digests are not kept on disk."""
 _VOLATILE = frozenset({"_name_or_path", "_commit_hash", "transformers_version", "name_or_path"})
 
 
-def path_identity(name: str) -> str:
-    """The identity of a local directory or file, "" if there is none of that name."""
+def path_identity(name: str, unchanged_since: float = 0.0) -> str:
+    """The identity of a local directory or file, "" if there is none of that name.
+
+    unchanged_since: seconds since the epoch; 0 for any time.
+
+    Raises:
+        LayoutError: there are no weights in it, it was changed after `unchanged_since`, or it changes while it is read.
+    """
     path = Path(name)
     snapshot = _SNAPSHOT.search(os.path.abspath(name))
     if path.is_dir() and snapshot:
@@ -44,7 +52,9 @@ def path_identity(name: str) -> str:
         return ""
     if not any(file.suffix in _WEIGHT_SUFFIXES for file in files):
         raise LayoutError(f"no weight files in {name!r}; set lmcache.mp.model_id to a name of yours")
-    return "files:" + _files_digest(tuple((str(file), *_stamp(file)) for file in files))
+    if unchanged_since and max(_changed_at(one) for one in (*path.absolute().parents, path, *files)) > unchanged_since:
+        raise LayoutError(f"{name!r} has changed since the engine may have read it")
+    return "files:" + _files_digest(tuple((file, stamp_of(file.stat())) for file in files))
 
 
 def repository_identity(name: str, model_config: Any) -> str:
@@ -79,54 +89,37 @@ def _counts(entry: Path) -> bool:
     return entry.is_file() and (entry.suffix in _WEIGHT_SUFFIXES or entry.name in _CONFIG_FILES)
 
 
-def _stamp(file: Path) -> tuple[int, int]:
-    status = file.stat()
-    return status.st_size, status.st_mtime_ns
+def _changed_at(path: Path) -> float:
+    """When this name came to mean what it means now: the last change of a file, or of a symbolic link and what it leads to. Of a
+    directory only links count, since files beside those that matter come and go."""
+    changed = path.lstat().st_ctime if path.is_symlink() or path.is_file() else 0.0
+    return max(changed, path.stat().st_ctime if path.is_file() else 0.0)
 
 
 @functools.lru_cache(maxsize=64)
-def _files_digest(files: tuple[tuple[str, int, int], ...]) -> str:
-    """The time of change is in the cache's key only: a copy of a directory has the same identity."""
-    digest = blake3()
-    for name, size, _ in files:
-        path = Path(name)
-        head = f"{path.name}\0{size}\0".encode()
-        digest.update(head)
-        with path.open("rb") as file:
-            for piece in _samples(file, path.suffix, size):
-                digest.update(struct.pack("<I", len(piece)) + piece)
-    return digest.hexdigest(16)
+def _files_digest(files: tuple[tuple[Path, Stamp], ...]) -> str:
+    """A digest of the files' names and of all of their bytes. A copy of a directory has the same."""
+    total = sum(stamp.size for _, stamp in files)
+    large, memory = total > _REMEMBERED_BYTES, _memory()
+    with memory.turn(sum(stamp.inode for _, stamp in files)) if large else contextlib.nullcontext():
+        digests = memory.find(stamp for _, stamp in files) if large else {}
+        missing = {stamp: file for file, stamp in files if stamp not in digests}
+        if large and missing:
+            logger.info("Hashing %.1f GB of weights, once", sum(stamp.size for stamp in missing) / 1e9)
+        began = time.monotonic()
+        fresh = {stamp: digest_file(file, stamp) for stamp, file in missing.items()}
+        if large and missing:
+            logger.info("Hashed the weights in %.1f s", time.monotonic() - began)
+            memory.add(fresh)
+    digests |= fresh
+    together = blake3()
+    for file, stamp in files:
+        together.update(f"{file.name}\0{stamp.size}\0{digests[stamp]}\0".encode())
+    return together.hexdigest(16)
 
 
-def _samples(file: BinaryIO, suffix: str, size: int) -> Iterator[bytes]:
-    """A small file whole; of safetensors the header and a piece of every tensor; of others pieces at even distances."""
-    if suffix not in _WEIGHT_SUFFIXES or size <= _SAMPLE_BYTES * 8:
-        yield file.read()
-        return
-    places = (
-        [size * step // _SAMPLES_PER_FILE for step in range(_SAMPLES_PER_FILE)] if size > 1 << 20 else [0, size // 2]
-    )
-    if suffix == ".safetensors":
-        header = _safetensors_header(file, size)
-        yield header
-        places = _tensor_middles(header) or places
-    for place in (*places, size - _SAMPLE_BYTES):
-        file.seek(place)
-        yield file.read(_SAMPLE_BYTES)
-
-
-def _safetensors_header(file: BinaryIO, size: int) -> bytes:
-    length = int.from_bytes(file.read(8), "little")
-    return file.read(length) if length <= min(size, _MAX_HEADER_BYTES) else b""
-
-
-def _tensor_middles(header: bytes) -> list[int]:
-    """Where in the file the middle of each tensor is, at most `_SAMPLES_PER_FILE` of them."""
-    try:
-        tensors = json.loads(header)
-        spans = sorted(tuple(entry["data_offsets"]) for name, entry in tensors.items() if name != "__metadata__")
-    except (ValueError, TypeError, KeyError, AttributeError):
-        return []
-    start = 8 + len(header)
-    step = -(-len(spans) // _SAMPLES_PER_FILE) or 1
-    return [start + (begin + end) // 2 for begin, end in spans[::step]]
+def _memory() -> DigestMemory:
+    """The digests of this user; without a home directory none are kept."""
+    home = os.path.expanduser("~")
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(home if os.path.isabs(home) else os.devnull, ".cache")
+    return DigestMemory(Path(cache) / "lmcache")

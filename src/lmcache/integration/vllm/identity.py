@@ -51,10 +51,14 @@ def config_digest(vllm_config: Any) -> str:
     return blake3(json.dumps(material, sort_keys=True).encode()).hexdigest(16)
 
 
-def adapter_identity(path: str) -> str:
-    """The content of a LoRA adapter's directory, "" if it is not here to be looked at."""
+def adapter_identity(path: str, unchanged_since: float) -> str:
+    """The content of a LoRA adapter's directory, "" if it is not here to be looked at.
+
+    It is also "" where a file is newer than `unchanged_since`, a time before this engine has loaded any adapter: vLLM may have
+    loaded the older files, and answers with them until the adapter is loaded again.
+    """
     try:
-        return path_identity(path)
+        return path_identity(path, unchanged_since)
     except (LayoutError, OSError):
         return ""
 

@@ -46,6 +46,8 @@ class Tracker:
     preemptions: int
     chain: TokenChain | None = None
     epoch: bytes | None = None
+    adapter: tuple[str, str] | None = None
+    """Name and content of the LoRA adapter, ("", "") without one; None: not known, and nothing of the request is cached."""
     generation: int = 0
     cacheable: bool = True
     may_load: bool = True
@@ -121,6 +123,8 @@ class SchedulerHalf:
         self._plan = StepPlan()
         self._jobs = 0
         self._generation = 0
+        self._began = time.time()
+        """Before any adapter was loaded."""
         self._weights = 0
         """Changes of the ranks' weights that this half knows of."""
         self._salt_prefix = ""
@@ -279,7 +283,8 @@ class SchedulerHalf:
         if tracker is not None and tracker.request is request and tracker.preemptions == request.num_preemptions:
             return tracker
         fresh = Tracker(request, request.num_preemptions, generation=self._generation)
-        fresh.cacheable = getattr(request, "prompt_embeds", None) is None and _adapter(request) is not None
+        fresh.adapter = _adapter(request, self._began)
+        fresh.cacheable = getattr(request, "prompt_embeds", None) is None and fresh.adapter is not None
         # Later inputs of a resumable session may bring images, which the chain made now would not include in its hashes.
         fresh.cacheable = fresh.cacheable and not getattr(request, "resumable", False)
         if self._priority_limit is not None and request.priority > self._priority_limit:
@@ -325,7 +330,7 @@ class SchedulerHalf:
         if session is None:
             return None
         if tracker.chain is None or tracker.epoch != session.epoch:
-            request, adapter = tracker.request, _adapter(tracker.request) or ("", "")
+            request, adapter = tracker.request, tracker.adapter or ("", "")
             salt = self._salt_prefix + (request.cache_salt or "")
             tracker.epoch, tracker.stored, tracker.tail = session.epoch, 0, b""
             tracker.chain = session.new_chain(salt, adapter[0], adapter[1], _extras(request))
@@ -460,12 +465,12 @@ class SchedulerHalf:
         return f"{kind}-{self._jobs}"
 
 
-def _adapter(request: Any) -> tuple[str, str] | None:
-    """Name and content of the request's LoRA adapter, ("", "") without one, None when the content is not known."""
+def _adapter(request: Any, unchanged_since: float) -> tuple[str, str] | None:
+    """Name and content of the request's LoRA adapter, ("", "") without one, None when it is not known what was loaded."""
     lora = getattr(request, "lora_request", None)
     if lora is None:
         return "", ""
-    content = adapter_identity(lora.lora_path)
+    content = adapter_identity(lora.lora_path, unchanged_since)
     return (lora.lora_name, content) if content else None
 
 

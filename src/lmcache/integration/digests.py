@@ -1,0 +1,147 @@
+"""BLAKE3 of files, of every byte, remembered on disk from one process to the next.
+
+What is remembered is found by device, inode, size and both times of a file, never by its name: a file that was replaced, or
+written to, is hashed again. Whatever is the matter with the memory, files are only hashed once more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import msgspec
+from blake3 import blake3
+
+from lmcache.errors import LayoutError
+from lmcache.observability.log import init_logger
+
+logger = init_logger(__name__)
+
+_PIECE_BYTES = 4 << 20
+_MAX_THREADS = 8
+_MAX_REMEMBERED = 4096
+_MAX_MEMORY_BYTES = 4 << 20
+_TURNS = 8
+"""Number of lock files: two models rarely wait for each other, and the folder stays small."""
+
+
+class Stamp(NamedTuple):
+    """What tells that a file was replaced or written to. Times are in nanoseconds since the epoch."""
+
+    device: int
+    inode: int
+    size: int
+    mtime: int
+    ctime: int
+
+
+class _Entry(msgspec.Struct, frozen=True, array_like=True):
+    stamp: Stamp
+    digest: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+
+
+_entries = msgspec.json.Decoder(list[_Entry])
+
+
+def stamp_of(status: os.stat_result) -> Stamp:
+    return Stamp(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+
+def hash_threads() -> int:
+    """How many threads hash beside an engine that starts."""
+    return max(1, min(_MAX_THREADS, len(os.sched_getaffinity(0)) // 2))
+
+
+def digest_file(path: Path, stamp: Stamp) -> str:
+    """The BLAKE3 of a file, 64 hex digits. It is read, not mapped: a mapped file that is cut short kills the process.
+
+    Raises:
+        LayoutError: it is not the file of that stamp, or is no longer when it has been read.
+        OSError: it cannot be read.
+    """
+    digest, piece = blake3(max_threads=hash_threads()), bytearray(min(_PIECE_BYTES, max(1, stamp.size)))
+    with path.open("rb", buffering=0) as file, memoryview(piece) as view:
+        before = stamp_of(os.fstat(file.fileno()))
+        while count := file.readinto(piece):
+            digest.update(view[:count])
+        if not before == stamp == stamp_of(os.fstat(file.fileno())):
+            raise LayoutError(f"{path} has changed while it was read")
+    return digest.hexdigest()
+
+
+class DigestMemory:
+    """Digests of files in one file of a folder, for all processes of a user. Nothing raises."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._file = folder, folder / "digests"
+
+    def find(self, stamps: Iterable[Stamp]) -> dict[Stamp, str]:
+        """The digests that are remembered of these files."""
+        known = self._read()
+        return {stamp: known[stamp] for stamp in stamps if stamp in known}
+
+    def add(self, digests: Mapping[Stamp, str]) -> None:
+        """Remember these as the newest; the oldest are forgotten."""
+        with self._locked("lock-write"):
+            known = {stamp: digest for stamp, digest in self._read().items() if stamp not in digests} | dict(digests)
+            kept = list(known.items())[-_MAX_REMEMBERED:]
+            body = msgspec.json.encode([_Entry(stamp, digest) for stamp, digest in kept])
+            try:
+                self._replace(blake3(body).hexdigest().encode() + b"\n" + body)
+            except OSError as error:
+                logger.warning(
+                    "The digests of weights cannot be kept in %s (%s): every process hashes them anew",
+                    self._folder,
+                    error,
+                )
+
+    def turn(self, number: int) -> contextlib.AbstractContextManager[None]:
+        """Only one process at a time has the turn of this number: the others then find what it has added."""
+        return self._locked(f"lock-{number % _TURNS}")
+
+    def _read(self) -> dict[Stamp, str]:
+        try:
+            with self._file.open("rb") as file:
+                status = os.fstat(file.fileno())
+                if status.st_uid != os.getuid() or status.st_mode & 0o022:
+                    logger.warning("%s can be written to by others, and is not used; delete it", self._file)
+                    return {}
+                checksum, _, body = file.read(_MAX_MEMORY_BYTES).partition(b"\n")
+            if checksum != blake3(body).hexdigest().encode():
+                return {}
+            return {entry.stamp: entry.digest for entry in _entries.decode(body)}
+        except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+            logger.debug("No digests in %s: %s", self._file, error)
+            return {}
+
+    def _replace(self, content: bytes) -> None:
+        """Its mode is 0600, as that of every temporary file."""
+        descriptor, name = tempfile.mkstemp(prefix="digests-", dir=self._folder)
+        try:
+            with open(descriptor, "wb") as file:
+                file.write(content)
+            os.replace(name, self._file)
+        except OSError:
+            os.unlink(name)
+            raise
+
+    @contextlib.contextmanager
+    def _locked(self, name: str) -> Iterator[None]:
+        """Without a lock where there can be none: then the work is done twice."""
+        descriptor = -1
+        try:
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            descriptor = os.open(self._folder / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError as error:
+            logger.debug("No lock %s in %s: %s", name, self._folder, error)
+        try:
+            yield
+        finally:
+            if descriptor >= 0:
+                os.close(descriptor)
