@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import re
+import socket
 import time
 
 import numpy as np
@@ -12,7 +13,11 @@ import pytest
 
 from engine_process import pause_once
 from lmcache.engine import Load
+from lmcache.errors import ServerUnavailable
+from lmcache.wire.carriers import ZmqCarrier
 from ports import free_port
+
+RESOLVE = socket.getaddrinfo
 
 
 def prompt(seed: int, tokens: int) -> list[int]:
@@ -43,6 +48,29 @@ def test_the_log_lines_that_users_look_for(server, engine):
         line = cache.line_with(f"{said} 320 tokens in ")
         told = re.search(r"in (\d+\.\d{3}) seconds", line)
         assert told is not None and float(told[1]) >= 0.2, line
+
+
+@pytest.mark.parametrize("name", ["localhost", "LocalHost", "one.localhost."])
+def test_loopback_needs_no_resolver(server, engine, monkeypatch, name):
+    """As in a root without /etc/hosts."""
+    cache = server()
+    monkeypatch.setattr(socket, "getaddrinfo", unresolved)
+    cache.address = cache.address.replace("127.0.0.1", name)
+    for mode in ("auto", "payload"):
+        engine(cache, mode, mode=mode)
+
+
+def test_a_name_that_does_not_resolve_is_said_to_be_that(monkeypatch):
+    monkeypatch.setattr(socket, "getaddrinfo", unresolved)
+    with pytest.raises(ServerUnavailable, match=r"host 'no\.such\.host' does not resolve: Name or service not known"):
+        ZmqCarrier("tcp://no.such.host:5555")
+
+
+def unresolved(host, *rest, **more):
+    """A resolver that knows numbers and no name."""
+    if any(letter.isalpha() for letter in host) and ":" not in host:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+    return RESOLVE(host, *rest, **more)
 
 
 @pytest.mark.parametrize("block_tokens", [16, 128])

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -17,7 +16,7 @@ from pathlib import Path
 import msgspec
 
 from lmcache import __version__
-from lmcache.config.options import in_url
+from lmcache.config.options import connect, in_url
 from lmcache.errors import LMCacheError, ServerRefused, ServerUnavailable
 from lmcache.observability.log import init_logger
 from lmcache.wire import auth
@@ -353,7 +352,7 @@ def _listens(address: str, timeout_seconds: float) -> bool:
     """Whether anybody does. ZMQ does not tell; TCP does, at once."""
     host, _, port = address.removeprefix("tcp://").rpartition(":")
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout_seconds).close()
+        connect(host, int(port), timeout_seconds).close()
     except OSError:
         return False
     return True

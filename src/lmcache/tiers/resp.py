@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+from lmcache.config.options import connect
 from lmcache.tiers.tier import TierError
 
 PIECE_BYTES = 512 << 10
@@ -69,7 +70,7 @@ class Connection:
         self._buffer = bytearray(_BUFFER_BYTES)
         self._view, self._from, self._to = memoryview(self._buffer), 0, 0
         try:
-            self._socket = socket.create_connection((host, port), timeout=self._left())
+            self._socket = connect(host, port, self._left())
         except OSError as error:
             raise self._failed(error) from None
         try:

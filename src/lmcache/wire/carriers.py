@@ -14,6 +14,7 @@ from typing import Protocol
 import zmq
 
 from lmcache.compiled import load_native
+from lmcache.config.options import addresses, in_url
 from lmcache.errors import ServerUnavailable, WireError
 from lmcache.wire import auth
 from lmcache.wire import messages as m
@@ -180,14 +181,18 @@ class ZmqCarrier:
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, _LINGER_MILLISECONDS)
         self._socket.setsockopt(zmq.MAXMSGSIZE, 1 << 30)
-        self._socket.setsockopt(zmq.IPV6, int("[" in address))
         if key_file is not None:
             auth.protect_engine(self._socket, key_file)
         try:
-            self._socket.connect(address)
+            numeric = _numeric(address)
+            self._socket.setsockopt(zmq.IPV6, int("[" in numeric))
+            self._socket.connect(numeric)
         except zmq.ZMQError as error:
             self._socket.close()
             raise ServerUnavailable(f"{address}: {error}") from error
+        except OSError as error:
+            self._socket.close()
+            raise ServerUnavailable(str(error)) from error
 
     def exchange(
         self, request: m.Message, deadline_seconds: float, frames: Sequence[bytes | memoryview] = ()
@@ -223,3 +228,13 @@ class ZmqCarrier:
 
     def close(self) -> None:
         self._socket.close()
+
+
+def _numeric(address: str) -> str:
+    """tcp://host:port with the host's address, IPv4 where there is one. ZMQ would not tell that a name does not resolve.
+
+    Raises:
+        OSError: the name does not resolve.
+    """
+    host, _, port = address.removeprefix("tcp://").rpartition(":")
+    return f"tcp://{in_url(min(addresses(host), key=lambda found: ':' in found))}:{port}"
