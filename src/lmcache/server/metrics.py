@@ -44,7 +44,7 @@ HELP: dict[str, str] = {
     "arena_bytes": "Size of the L1 arena.",
     "arena_backed_bytes": "Bytes of the arena that have memory behind them.",
     "arena_used_bytes": "Bytes of the arena that hold chunks.",
-    "quarantined_bytes": "Bytes that wait until a gone or slow engine can no longer touch them.",
+    "quarantined_bytes": "Bytes that wait until a gone or slow engine, or a tier, can no longer touch them.",
     "index_bytes": "Memory of the index of chunks.",
     "fetches_total": "Lookups whose missing part was looked for in the tiers.",
     "fetches_by_end_total": "Lookups that tiers did not help, or not in time, by why: absent, not worth it, late, patience.",
