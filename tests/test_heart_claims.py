@@ -176,3 +176,25 @@ def test_an_absurd_split_is_refused() -> None:
     heart, _ = world(pages=8)
     with pytest.raises(Refusal, match="1 to 1024 shards"):
         heart.open_space(1, b"g" * 16, 1025)
+
+
+def test_a_lease_lives_for_as_long_as_it_is_renewed() -> None:
+    heart, space = world(pages=8)
+    store(heart, 0.0, 1, space, hashes(4))
+    first, second = (heart.lookup(0.0, 1, space, hashes(4)).lease for _ in range(2))
+    for now in range(0, 100, 5):
+        assert heart.renew(now, 1, [first]) == 1
+        heart.tick(now)
+    assert heart.counters["expired:lease"] == 4 and heart.quarantined_bytes == 4 * PAGE, "the second one's"
+    with pytest.raises(Refusal):
+        heart.leased_pages(1, second, 0, 0, 4)
+    heart.clear()
+    assert heart.renew(100, 1, [first, second]) == 2, "its slots are as they were, whatever the index says"
+    assert heart.quarantined_bytes == 0 and heart.leased_pages(1, second, 0, 0, 4) == [0, 1, 2, 3]
+    assert heart.renew(100, 2, [first]) == 0, "another engine's"
+    heart.release(1, first)
+    assert heart.renew(100, 1, [first, 4711]) == 0
+    heart.tick(111)
+    assert heart.quarantined_bytes == 4 * PAGE
+    heart.release(1, second)
+    assert heart.used_bytes() == heart.quarantined_bytes == 0

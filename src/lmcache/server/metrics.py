@@ -26,6 +26,7 @@ HELP: dict[str, str] = {
     "engine_dropped_chunks_total": "Chunks that engines themselves did not offer, by reason.",
     "stored_tokens_total": "Tokens whose KV engines stored.",
     "retrieved_tokens_total": "Tokens whose KV engines loaded instead of computing it.",
+    "renewed_leases_total": "Renewals of leases by engines that read what they were promised for longer than a claim lasts.",
     "store_seconds_total": "Seconds that finished store copies took, summed over jobs.",
     "retrieve_seconds_total": "Seconds that finished load copies took, summed over jobs.",
     "failed_loads_total": "Loads that engines gave up; they computed instead.",
