@@ -13,9 +13,11 @@ import pytest
 
 from engine_process import pause_once
 from lmcache.engine import Load
+from lmcache.engine.link import RENEWALS
 from lmcache.errors import ServerUnavailable
 from lmcache.wire.carriers import ZmqCarrier
 from ports import free_port
+from servers import eventually
 
 RESOLVE = socket.getaddrinfo
 
@@ -212,3 +214,32 @@ def test_what_is_skipped_is_not_leased(server, engine):
     assert one.lookup(ids, skip_tokens=160) is None
     one.scheduler.release(hit)
     assert cache.counters()["leases"] == 0
+
+
+@pytest.mark.parametrize("mode", ["auto", "payload"])
+def test_a_hit_is_held_for_longer_than_a_claim_lasts(server, engine, mode):
+    """A long decode: the session renews what it holds, as often as the server's own number makes necessary."""
+    cache = server(flags=("--lease-seconds", "1"))
+    one, ids = engine(cache, mode=mode), prompt(14, 160)
+    one.store(ids)
+    hit = one.lookup(ids)
+    assert hit is not None and one.scheduler.claim_seconds == 1.0
+    eventually(lambda: cache.counters()["renewed_leases_total"] > 2 * RENEWALS)
+    eventually(lambda: cache.counters()["quarantined_bytes"] == 0)  # one that came late has brought it back
+    one.poison()
+    assert one.wait(one.submit_load(hit, 16, 0, 160, ids)).ok and one.right(ids, 0, 160)
+    one.scheduler.release(hit)
+    eventually(lambda: cache.counters()["leases"] == 0)
+
+
+def test_leases_that_expired_while_an_engine_stood_still_are_its_own_again(server, engine_process):
+    cache = server(flags=("--lease-seconds", "1"))
+    one, ids = engine_process(cache), prompt(15, 160)
+    one.ask("store", ids=ids)
+    one.ask("hold", ids=ids)
+    one.freeze()
+    held = eventually(lambda: cache.counters()["quarantined_bytes"])
+    assert held == cache.status()["arena"]["used_bytes"]
+    one.thaw()
+    eventually(lambda: cache.counters()["quarantined_bytes"] == 0)
+    assert cache.counters()["leases"] == 1

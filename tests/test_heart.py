@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import random
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Container, Iterable
@@ -12,11 +11,12 @@ from dataclasses import dataclass, field
 import pytest
 
 from lmcache.cache import SERVER, Cleared, Committed, Freed, Grant, Heart, Hit, Refusal, Whole
-from lmcache.cache.heart import NO_SLOT
+from lmcache.cache.heart import MAX_LEASES, NO_SLOT
 from lmcache.cache.table import ChunkTable, PyTable, Table, unpack
 
 PAGE = 4096
 CLAIM_SECONDS = 10.0
+TIERS = ("near", "far")
 NewTable = Callable[[int], Table]
 
 
@@ -99,8 +99,12 @@ class Reservation:
     space: ModelSpace
     shard: int
     chunks: list[Chunk]
+    pages: list[int]
     deadline: float
     expired: bool = False
+    """Then the chunks are somebody else's to fill, and only the slots are this one's."""
+    owner: Chunk = field(default_factory=lambda: Chunk(b"", None, 0, attached=False))
+    """Who has the slots then."""
 
 
 class Life:
@@ -120,6 +124,8 @@ class Life:
         self.reservations: dict[int, Reservation] = {}
         self.owner: dict[int, tuple[Chunk, int]] = {}
         """Who has each page of the arena."""
+        self.frozen: set[int] = set()
+        """Leases and reservations of which nothing is heard until the end of this life, or of their process."""
         self.ended: list[int] = [0, 999_999]
         self.lost: set[int] = set()
         """Pages of slots that were given up."""
@@ -153,6 +159,8 @@ class Life:
             (1, self.leave),
             (2, self.lose_connection),
             (1, self.give_up),
+            (1, self.freeze),
+            (4, self.renew),
             (1, self.forget_leases),
             (4, self.hold),
             (4, self.tick),
@@ -236,7 +244,7 @@ class Life:
         whole = sum(chunk.whole for space in self.spaces for chunk in space.chunks.values())
         assert counters["stored"] - counters["evicted"] - counters["cleared"] == whole
         assert counters["reserved"] - counters["committed"] - counters["dropped"] == sum(
-            len(held.chunks) for held in self.reservations.values()
+            len(held.chunks) for held in self.reservations.values() if not held.expired
         )
         for kind in ("missed", "evicted", "dropped", "refused", "expired"):
             reasons = sum(number for name, number in counters.items() if name.startswith(f"{kind}:"))
@@ -317,13 +325,13 @@ class Life:
         if self.dice.random() < 0.5:
             events = len(self.heart.events)
             hit = self.heart.lookup_all(self.now, process, space.number, b"".join(keys), skip)
-            over = self.over_quota(self.instance(process))
-            assert (hit is None) == (over or len(leading_whole(space, keys)) < len(keys))
+            over = self.why_no_lease(self.instance(process))
+            assert (hit is None) == (bool(over) or len(leading_whole(space, keys)) < len(keys))
             assert hit is not None or len(self.heart.events) == events
         if hit is None:
             hit = self.heart.lookup(self.now, process, space.number, b"".join(keys), skip)
-        if self.over_quota(self.instance(process)):
-            assert hit == Hit(0, 0, b"")
+        if reason := self.why_no_lease(self.instance(process)):
+            assert hit == Hit(0, 0, b"") and self.heart.events[-1].reason == reason
             self.told["missed"] += len(keys)
             return
         found = leading_whole(space, keys)
@@ -339,7 +347,7 @@ class Life:
         assert bool(hit.lease) == bool(leased) and hit.lease not in self.leases
         assert list(unpack(hit.slots)) == [chunk.pages[shard] for chunk in leased for shard in range(space.shards)]
         if leased:
-            self.leases[hit.lease] = Lease(process, self.instance(process), space, leased, self.deadline(process))
+            self.leases[hit.lease] = Lease(process, self.instance(process), space, leased, self.now + CLAIM_SECONDS)
             for chunk in leased:
                 chunk.readers += 1
             self.check_payload(process, hit.lease)
@@ -359,8 +367,8 @@ class Life:
     def release(self) -> None:
         number = self.some(self.leases)
         lease = self.leases.get(number)
-        process = self.dice.choice([SERVER if lease and lease.process == SERVER else 0, *self.processes])
-        if lease is not None and lease.instance == self.instance(process):
+        process = self.dice.choice([SERVER, *self.processes])
+        if self.may_read(process, lease):
             self.end_lease(number)
         self.heart.release(process, number)
         self.heart.release(process, number)
@@ -370,21 +378,37 @@ class Life:
         space = self.dice.choice(self.spaces)
         keys = [key for key in {*self.prompt(), *self.prompt()} if self.dice.random() < 0.8]
         whole = [key for key in keys if key in space.chunks and space.chunks[key].whole]
-        number, found, slots = self.heart.hold(space.number, b"".join(keys))
+        tier = self.dice.choice(TIERS)
+        number, found, slots = self.heart.hold(self.now, space.number, b"".join(keys), tier)
         assert (bool(number), found) == (bool(whole), b"".join(whole))
         chunks = [space.chunks[key] for key in whole]
         assert list(unpack(slots)) == [chunk.pages[shard] for chunk in chunks for shard in range(space.shards)]
         if number:
-            self.leases[number] = Lease(SERVER, self.instance(SERVER), space, chunks, math.inf)
+            self.leases[number] = Lease(SERVER, self.instance(SERVER, tier), space, chunks, self.now + CLAIM_SECONDS)
             for chunk in chunks:
                 chunk.readers += 1
-        assert self.heart.hold(4711, b"".join(keys)) == (0, b"", b"")
+        assert self.heart.hold(self.now, 4711, b"".join(keys)) == (0, b"", b"")
 
-    def instance(self, process: int) -> str:
-        return "the server" if process == SERVER else self.processes[process]
+    def renew(self) -> None:
+        """A process tells which leases it goes on reading; some have ended, some are another engine's, some have expired."""
+        process = self.dice.choice(list(self.processes))
+        named = [self.some(self.leases) for _ in range(self.dice.randint(0, 6))]
+        if self.dice.random() < 0.3:
+            named += list(self.leases)
+        held = [self.leases[number] for number in named if self.may_read(process, self.leases.get(number))]
+        for lease in held:
+            lease.deadline, lease.expired = self.now + CLAIM_SECONDS, False
+        assert self.heart.renew(self.now, process, named) == len(held)
 
-    def deadline(self, process: int) -> float:
-        return math.inf if process == SERVER else self.now + CLAIM_SECONDS
+    def may_read(self, process: int, lease: Lease | None) -> bool:
+        return lease is not None and (lease.process == process or lease.instance == self.processes.get(process))
+
+    def freeze(self) -> None:
+        """An engine's thread that hangs in a copy, a tier's load that does not return, an answer that got lost."""
+        self.frozen |= {one for one in (*self.leases, *self.reservations) if self.dice.random() < 0.2}
+
+    def instance(self, process: int, tier: str = "") -> str:
+        return f"the server's {tier}" if process == SERVER else self.processes[process]
 
     def forget_leases(self) -> None:
         """A process tells which leases it knows of; some of its answers got lost."""
@@ -400,7 +424,7 @@ class Life:
         self.ended.append(number)
         for chunk in lease.chunks:
             chunk.readers -= 1
-            self.free_if_nobody_cares(chunk)
+            self.free_if_nobody_cares(chunk, lease.space)
 
     # Filling
 
@@ -414,9 +438,10 @@ class Life:
         parent = keys[first - 1] if 0 < first < len(keys) else None
         keys = keys[first:] if parent else keys
         shard = self.dice.randrange(space.shards)
-        quota = self.over_quota(self.instance(process))
+        tier = self.dice.choice(TIERS) if process == SERVER else ""
+        quota = self.over_quota(self.instance(process, tier))
         grant = self.heart.reserve(
-            self.now, process, space.number, shard, parent or b"", parent is None, b"".join(keys)
+            self.now, process, space.number, shard, parent or b"", parent is None, b"".join(keys), tier
         )
         pages = list(unpack(grant.slots))
         if quota or (parent is not None and parent not in space.chunks):
@@ -441,10 +466,11 @@ class Life:
             assert grant.reason == "no room" and set(pages[len(keys) - grant.refused :]) == {NO_SLOT}
             self.check_nothing_may_go(space, shard, above, keys[: len(keys) - grant.refused + 1])
         if granted:
+            filled = [page for page in pages if page != NO_SLOT]
             self.reservations[grant.reservation] = Reservation(
-                process, self.instance(process), space, shard, granted, self.deadline(process)
+                process, self.instance(process, tier), space, shard, granted, filled, self.now + CLAIM_SECONDS
             )
-            assert self.heart.reserved_pages(process, grant.reservation) == [page for page in pages if page != NO_SLOT]
+            assert self.heart.reserved_pages(process, grant.reservation) == filled
 
     def grant(
         self, space: ModelSpace, shard: int, above: Chunk | None, keys: list[bytes], pages: list[int]
@@ -474,19 +500,17 @@ class Life:
             self.owner[one] = chunk, shard
         chunk.pages[shard] = page
 
-    def disown(self, chunk: Chunk, shards: Iterable[int]) -> None:
+    def disown(self, chunk: Chunk, shards: Iterable[int], space: ModelSpace) -> None:
+        """What has been given up, or is in quarantine, is the chunk's no more."""
         for shard in shards:
-            for one in self.pages_of(chunk, shard):
-                del self.owner[one]
-            del chunk.pages[shard]
+            for one in self.pages_of(space, shard, chunk.pages.pop(shard)):
+                if self.owner[one] == (chunk, shard):
+                    del self.owner[one]
 
-    def pages_of(self, chunk: Chunk, shard: int) -> list[int]:
-        """Those of a slot that the chunk owns."""
-        found, page = [], chunk.pages[shard]
-        while self.owner.get(page) == (chunk, shard):
-            found.append(page)
-            page += 1
-        return found
+    @staticmethod
+    def pages_of(space: ModelSpace, shard: int, page: int) -> range:
+        """Those of a slot."""
+        return range(page, page - (-space.slot_bytes[shard] // PAGE))
 
     def vanished(self, space: ModelSpace, shard: int, keys: list[bytes], pages: list[int]) -> set[Chunk]:
         """Chunks that are gone, by what the heart's tables say, or that it gave new slots for."""
@@ -514,7 +538,7 @@ class Life:
                 self.told["evicted"] += chunk.whole
                 self.told["incomplete"] += bool(chunk.pages) and not chunk.whole
                 del space.chunks[chunk.key]
-                self.disown(chunk, list(chunk.pages))
+                self.disown(chunk, list(chunk.pages), space)
                 chunk.attached = False
 
     def foretell(
@@ -581,7 +605,10 @@ class Life:
         held = self.reservations.get(number)
         if held is not None and self.dice.random() < 0.8:
             process = held.process
-        ok = self.dice.random() < 0.85
+        self.commit_it(process, number, ok=self.dice.random() < 0.85)
+
+    def commit_it(self, process: int, number: int, ok: bool, failing: float = 0.1) -> None:
+        held = self.reservations.get(number)
         if held is None or held.process != process:
             with pytest.raises(Refusal):
                 self.heart.commit(self.now, process, number, ok)
@@ -590,7 +617,7 @@ class Life:
             with pytest.raises(Refusal):
                 self.heart.commit(self.now, process, number, ok)
         else:
-            failed = {chunk.pages[held.shard] for chunk in held.chunks if self.dice.random() < 0.1}
+            failed = {page for page in held.pages if self.dice.random() < failing}
             kept = self.end_reservation(number, ok, failed)
             assert self.heart.commit(self.now, process, number, ok, failed) == kept
 
@@ -598,13 +625,13 @@ class Life:
         """As when the memory file system is full: nobody gets these slots until the cache is cleared."""
         number = self.some(self.reservations)
         held = self.reservations.get(number)
-        if held is None or len(self.lost) > self.pages_total // 8:
+        if held is None or held.expired or len(self.lost) > self.pages_total // 8:
             return
-        lost = {chunk.pages[held.shard] for chunk in held.chunks if self.dice.random() < 0.5}
-        for chunk in held.chunks:
-            for page in self.pages_of(chunk, held.shard) if chunk.pages[held.shard] in lost else []:
-                self.lost.add(page)
-                self.owner[page] = LOST, 0
+        lost = {page for page in held.pages if self.dice.random() < 0.5}
+        for page in lost:
+            for one in self.pages_of(held.space, held.shard, page):
+                self.lost.add(one)
+                self.owner[one] = LOST, 0
         self.end_reservation(number, ok=False)
         self.heart.give_up(held.process, number, lost)
         for process in (held.process, -1):
@@ -614,37 +641,53 @@ class Life:
     def end_reservation(self, number: int, ok: bool, failed: Container[int] = ()) -> int:
         held = self.reservations.pop(number)
         self.ended.append(number)
+        if held.expired:
+            for page in held.pages:
+                for one in self.pages_of(held.space, held.shard, page):
+                    del self.owner[one]
+            return 0
+        return self.end_fills(held, ok, failed)
+
+    def end_fills(self, held: Reservation, ok: bool, failed: Container[int] = ()) -> int:
         kept = 0
         for chunk in reversed(held.chunks):
             chunk.filling.remove(held.shard)
             good = ok and chunk.pages[held.shard] not in failed
             if not good:
-                self.disown(chunk, [held.shard])
+                self.disown(chunk, [held.shard], held.space)
             kept += good and chunk.attached
             self.told["stored"] += chunk.whole
             if chunk.whole:
                 self.became_whole.add((held.process, chunk))
-            self.free_if_nobody_cares(chunk)
-            bare = chunk.attached and not chunk.pages and chunk not in held.space.parents()
-            if bare:
-                del held.space.chunks[chunk.key]
+            self.free_if_nobody_cares(chunk, held.space)
+            above: Chunk | None = chunk
+            while above and above.attached and not above.pages and above not in held.space.parents():
+                del held.space.chunks[above.key]
+                above.attached, above = False, above.parent
         self.told["committed"] += kept
         self.told["dropped"] += len(held.chunks) - kept
         return kept
 
-    def free_if_nobody_cares(self, chunk: Chunk) -> None:
+    def free_if_nobody_cares(self, chunk: Chunk, space: ModelSpace) -> None:
         if not chunk.attached and chunk.idle:
-            self.disown(chunk, list(chunk.pages))
+            self.disown(chunk, list(chunk.pages), space)
 
     # Time, and emptying
 
     def tick(self) -> None:
         self.now += self.dice.choice([0.1, 1.0, 3.0, 11.0])
-        claims: list[Lease | Reservation] = [*self.leases.values(), *self.reservations.values()]
-        for claim in claims:
-            if not claim.expired and self.now > claim.deadline:
-                claim.expired = True
-                self.told["expired"] += len(claim.chunks)
+        for lease in self.leases.values():
+            if not lease.expired and self.now > lease.deadline:
+                lease.expired = True
+                self.told["expired"] += len(lease.chunks)
+        for held in self.reservations.values():
+            if not held.expired and self.now > held.deadline:
+                held.expired = True
+                self.told["expired"] += len(held.chunks)
+                for page in held.pages:
+                    for one in self.pages_of(held.space, held.shard, page):
+                        self.owner[one] = held.owner, held.shard
+                self.end_fills(held, ok=False)
         self.heart.tick(self.now)
         for number, lease in self.leases.items():
             reader = next((one for one in self.processes if self.processes[one] == lease.instance), None)
@@ -661,7 +704,7 @@ class Life:
             for chunk in space.chunks.values():
                 whole += chunk.whole
                 chunk.attached = False
-                self.free_if_nobody_cares(chunk)
+                self.free_if_nobody_cares(chunk, space)
             space.chunks.clear()
         for page in self.lost:
             del self.owner[page]
@@ -673,8 +716,7 @@ class Life:
         for process in list(self.processes):
             self.leave(process)
         for number in [one for one, held in self.reservations.items() if held.process == SERVER]:
-            self.end_reservation(number, ok=False)
-            assert self.heart.commit(self.now, SERVER, number, ok=False) == 0
+            self.commit_it(SERVER, number, ok=False)
         for number in [one for one, held in self.leases.items() if held.process == SERVER]:
             self.end_lease(number)
             self.heart.release(SERVER, number)
@@ -691,11 +733,17 @@ class Life:
                     slots |= {page: lease.space.slot_bytes[shard] for shard, page in chunk.pages.items()}
         for held in self.reservations.values():
             if held.expired and instance in (None, held.instance):
-                slots |= {chunk.pages[held.shard]: held.space.slot_bytes[held.shard] for chunk in held.chunks}
+                slots |= dict.fromkeys(held.pages, held.space.slot_bytes[held.shard])
         return sum(slots.values())
 
     def over_quota(self, instance: str) -> bool:
         return self.quarantined(instance) > self.heart.total_bytes // 4
+
+    def why_no_lease(self, instance: str) -> str:
+        if self.over_quota(instance):
+            return "quarantine"
+        leases = sum(lease.instance == instance for lease in self.leases.values())
+        return "too many leases" if leases >= MAX_LEASES else ""
 
     # Dice
 
@@ -710,9 +758,86 @@ class Life:
 
     def some(self, live: dict[int, Lease] | dict[int, Reservation]) -> int:
         """A number of something live, mostly, or of something that has ended, or of nothing."""
-        if live and self.dice.random() < 0.9:
-            return self.dice.choice(list(live))
+        known = [number for number in live if number not in self.frozen]
+        if known and self.dice.random() < 0.9:
+            return self.dice.choice(known)
         return self.dice.choice(self.ended)
+
+    # What time and answers bring back
+
+    def check_liveness(self) -> None:
+        """Once time has passed, nothing is being filled any more, whoever has frozen; and an engine that comes then may fill
+        and hit every chunk for which there is room. Once everybody has answered or died, nothing is out of use."""
+        self.now += CLAIM_SECONDS + 1
+        self.tick()
+        self.check()
+        assert not any(chunk.filling for space in self.spaces for chunk in space.chunks.values())
+        process = self.newcomer()
+        for kind in self.kinds:
+            self.store_and_hit(process, kind, room_for_all=False)
+        for number, lease in list(self.leases.items()):
+            if lease.process == SERVER or self.dice.random() < 0.5:
+                self.end_lease(number)
+                reader = (one for one in self.processes if self.processes[one] == lease.instance)
+                self.heart.release(next(reader, SERVER), number)
+        for number, held in list(self.reservations.items()):
+            if held.process == SERVER or self.dice.random() < 0.5:
+                self.commit_it(held.process, number, ok=self.dice.random() < 0.5)
+        self.check()
+        for one in [one for one in self.processes if one != process]:
+            self.leave(one)
+        self.check()
+        assert self.heart.open_leases == self.heart.open_reservations == self.heart.quarantined_bytes == 0
+        for kind in self.kinds:
+            self.store_and_hit(process, kind, room_for_all=True)
+
+    def newcomer(self) -> int:
+        process, self.next_process = self.next_process, self.next_process + 1
+        self.processes[process] = f"newcomer {process}"
+        self.heart.join(process, self.processes[process])
+        return process
+
+    def store_and_hit(self, process: int, kind: tuple[bytes, int, list[int]], room_for_all: bool) -> None:
+        """Every first chunk of a prompt, and one behind it."""
+        fingerprint, shards, sizes = kind
+        for shard, size in enumerate(sizes):
+            number = self.heart.open_space(process, fingerprint, shards, shard, size)
+        if not any(one.number == number for one in self.spaces):
+            self.spaces.append(ModelSpace(number, fingerprint, shards, sizes))
+        (space,) = [one for one in self.spaces if one.number == number]
+        space.instances.add(self.processes[process])
+        for first in (0, 1, 2):
+            if room_for_all:
+                self.clear()  # what was given up comes back, too
+                assert self.heart.used_bytes() == 0
+            key = hashlib.blake2b(bytes([first]), digest_size=16).digest()
+            keys = [key, hashlib.blake2b(key + b"\0", digest_size=16).digest()]
+            refused = 0
+            for shard in range(shards):
+                grant = self.heart.reserve(self.now, process, number, shard, b"", True, b"".join(keys))
+                pages = list(unpack(grant.slots))
+                above = [space.chunks[key] for key in keys if key in space.chunks]
+                space.touch(above)
+                self.evict(self.vanished(space, shard, keys, pages))
+                granted = self.grant(space, shard, None, keys[: 2 - grant.refused], pages)
+                refused += grant.refused
+                self.told["refused"] += grant.refused
+                if granted:
+                    self.reservations[grant.reservation] = Reservation(
+                        process, self.instance(process), space, shard, granted,
+                        [page for page in pages if page != NO_SLOT], self.now + CLAIM_SECONDS,
+                    )  # fmt: skip
+                    self.commit_it(process, grant.reservation, ok=True, failing=0.0)
+                self.check()
+            assert not refused or not room_for_all
+            hit = self.heart.lookup(self.now, process, number, b"".join(keys))
+            found = leading_whole(space, keys)
+            space.touch(found)
+            assert hit.chunks == (2 if room_for_all else len(found))
+            self.told["hit"] += hit.chunks
+            self.told["missed"] += 2 - hit.chunks
+            self.heart.release(process, hit.lease)
+            self.check()
 
 
 def leading_whole(space: ModelSpace, keys: list[bytes]) -> list[Chunk]:
@@ -729,6 +854,7 @@ def live(seed: int, steps: int, new_table: NewTable) -> None:
     life = Life(seed, new_table)
     for _ in range(steps):
         life.step()
+    life.check_liveness()
     life.clear_when_nobody_is_there()
     life.check()
 

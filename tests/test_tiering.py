@@ -288,6 +288,27 @@ def test_damaged_and_lost_shards_are_misses_with_a_name(rig: Callable[..., Rig])
     assert one.tiering.lanes[0].counters["missed:absent"] == 1
 
 
+def test_a_load_that_hangs_blocks_no_chunk_and_what_it_brings_at_last_is_not_used(rig: Callable[..., Rig]) -> None:
+    tier = HandTier()
+    one = rig(spec(tier))
+    prompt, other = chain(1, 6), chain(2, 4)
+    for stored in (prompt, other):
+        one.store(stored)
+    one.written()
+    one.forget_l1()
+    tier.hold("load")
+    one.wait_for(prompt)
+    eventually(lambda: "load" in tier.calls)
+    one.ask(lambda: one.heart.tick(time.monotonic() + one.heart.claim_seconds + 1))
+    assert one.ask(lambda: one.heart.quarantined_bytes) == 6 * PAGE
+    one.store(prompt)  # as an engine that has computed it meanwhile
+    assert one.there(prompt) == 6
+    tier.let_go()
+    eventually(lambda: not one.ask(lambda: one.heart.quarantined_bytes))
+    assert one.there(prompt) == 6 and one.tiering.lanes[0].counters["missed:too late"] == 6
+    assert one.fetch(other) == 4 and one.loop.errors == 0, "its lane goes on"
+
+
 def test_a_tier_that_fails_is_left_alone_tried_again_and_then_gets_what_waited(rig: Callable[..., Rig]) -> None:
     tier = HandTier()
     one = rig(spec(tier))

@@ -40,6 +40,7 @@ class Session:
 
     def __init__(self, present: int = 0) -> None:
         self.present, self.epoch, self.chunk_tokens = present, b"server 1", CHUNK
+        self.claim_seconds = 30.0
         self.coming = 0
         """Chunks that a tier is bringing."""
         self.lookups: list[int] = []
@@ -548,6 +549,26 @@ def test_vllms_own_class_is_told_whole_blocks_once(adapters: tuple[Session, Any]
     face.maybe_submit_lookup_request("b", token_ids=list(range(31)))
     assert face.check_lookup_result("b") == 0, "31 tokens are no whole block"
     assert session.requests[0] == "a"
+
+
+@pytest.mark.parametrize(("told", "kept"), [(5.0, {"b"}), (50.0, {"a", "b"}), (0.0, {"a", "b"})])
+def test_vllms_own_class_keeps_a_lease_for_as_long_as_the_server_says(
+    adapters: tuple[Session, Any], monkeypatch: pytest.MonkeyPatch, told: float, kept: set[str]
+) -> None:
+    """One that does not say gets its leases back when the requests end."""
+    session, face = adapters
+    session.claim_seconds, now = told, [100.0]
+    monkeypatch.setattr(adapter.time, "monotonic", lambda: now[0])
+    leases = {}
+    for request_id in "ab":
+        before = set(session.leased)
+        face.maybe_submit_lookup_request(request_id, token_ids=list(range(700)))
+        leases[request_id] = session.leased - before
+        now[0] += 6.0
+    assert session.leased == set().union(*(leases[one] for one in kept))
+    for request_id in "ab":
+        face.end_session(request_id)
+    assert not session.leased
 
 
 def test_vllms_own_class_keeps_its_unit_when_the_chunk_size_changes(adapters: tuple[Session, Any]) -> None:

@@ -39,6 +39,7 @@ REQUESTS = [
     m.Dropped(3, "why"),
     m.Bye(),
     m.Hold([1]),
+    m.Renew([1, 2]),
 ]
 ANSWERS = [
     m.Welcome(1, "0.1", b"s", 16, "/p", b"a", 4096, "/c"),

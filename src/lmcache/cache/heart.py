@@ -5,21 +5,23 @@ The rules of this file:
 - A *lease* (right to read) belongs to an engine instance; a *reservation* (right to fill) to one of its processes. Both end
   by release or commit, or when every process that may still touch the slots is known to be gone. A deadline ends the claim
   only: the slots stay out of use (quarantine) until then, are counted, and an instance with too many gets nothing new.
+- An expired lease keeps its chunks, which others may go on reading, and can be renewed. An expired reservation keeps its slots
+  but not its chunks: whoever computes these next fills them, in other slots, and what the late writer commits is refused.
 - A slot is reused only when nobody may touch it: its chunk is not leased, and it is not being filled.
 - A chunk that is leased or being filled is never evicted, nor is one that it needs to be reachable (`room` says what is).
 - A shard that could not be filled leaves a gap in its chunk, which whoever computes it next fills: what hangs on it stays.
 - New data is refused only when nothing may be evicted for it; every refusal has a reason and is counted.
 - Clearing changes the index for an empty one. Claims on the old one keep it, and their slots, until they end.
-- The server itself reads and fills slots on behalf of the tiers, as the process `SERVER`. It is always there, counts as no
-  user of a space, and its claims have no deadline: tiers have time-outs of their own, and no slot is freed under an I/O thread.
+- The server itself reads and fills slots on behalf of the tiers, as the process `SERVER`. It is always there and counts as no
+  user of a space. Its claims expire like all others, and no slot is freed under an I/O thread: what a tier that hangs may still
+  touch is that tier's quarantine, and no other's.
+- The work of a call is bounded by what it is given, or by what it ends; that of a tick by `EXPIRED_A_TICK`.
 """
 
 from __future__ import annotations
 
-import itertools
-import math
 from array import array
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -36,8 +38,14 @@ SERVER = 0
 _OWN_INSTANCE = "\0server"
 """No engine is called so: what engines say of themselves is printable."""
 MAX_SPACES = 1024
+MAX_SHARDS = 1024
+"""Of a chunk. The index keeps 5 bytes a shard for each chunk, however few of them are there."""
 QUARANTINE_SHARE = 4
-"""An instance whose expired claims hold more than 1/4 of the arena gets no new slots."""
+"""An instance (or tier) whose expired claims hold more than 1/4 of the arena gets no new slots."""
+MAX_LEASES = 4096
+"""Of one engine instance at a time: several times the requests that an engine runs at once."""
+EXPIRED_A_TICK = 16384
+"""Chunks. A tick ends claims until it has ended claims on so many; the next tick goes on."""
 
 
 class Refusal(LMCacheError):
@@ -52,7 +60,7 @@ class Event(NamedTuple):
     reserved       a rank got slots for its shards of them. committed, dropped: it has filled them, or did not.
     incomplete     they were evicted before all ranks had stored their shards, though some had.
     refused        they got no slots.
-    expired        the claim on them has passed its deadline.
+    expired        the claim on them has passed its deadline. Those of a reservation are dropped with that.
     """
 
     kind: str
@@ -113,37 +121,85 @@ Effect = Committed | Freed | Cleared | Whole
 
 
 @dataclass(slots=True)
-class _Lease:
+class _Claim:
     process: int
     instance: str
     space: Space
     table: Table
     """The space's, or the one that it had before it was cleared."""
-    ids: bytes
     deadline: float
-    expired: bool = False
+    expired: bool = field(default=False, init=False)
 
 
 @dataclass(slots=True)
-class _Reservation:
-    process: int
-    instance: str
-    space: Space
-    table: Table
+class _Lease(_Claim):
+    ids: bytes
+
+    @property
+    def chunks(self) -> int:
+        return len(self.ids) // 4
+
+
+@dataclass(slots=True)
+class _Reservation(_Claim):
     shard: int
     ids: list[int]
+    """Of its chunks; of no meaning once it has expired."""
     pages: list[int]
-    deadline: float
-    expired: bool = False
+
+    @property
+    def chunks(self) -> int:
+        return len(self.ids)
+
+    @property
+    def slot_bytes(self) -> int:
+        return self.space.slot_bytes[self.shard]
+
+
+_AnyClaim = _Lease | _Reservation
+
+
+class _Quarantine:
+    """Bytes of the slots of expired claims. A chunk that several leases hold counts once."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self._leases: Counter[int] = Counter()
+        """First page of a chunk -> expired leases on it."""
+
+    def add(self, claim: _AnyClaim) -> None:
+        """The work is that of the claim's own chunks, however many other claims have expired."""
+        if isinstance(claim, _Reservation):
+            self.bytes += len(claim.pages) * claim.slot_bytes
+            return
+        before = len(self._leases)
+        self._leases.update(_first_pages(claim))
+        self.bytes += (len(self._leases) - before) * sum(claim.space.slot_bytes)
+
+    def remove(self, claim: _AnyClaim) -> None:
+        if isinstance(claim, _Reservation):
+            self.bytes -= len(claim.pages) * claim.slot_bytes
+            return
+        leases, before = self._leases, len(self._leases)
+        for page in _first_pages(claim):
+            leases[page] -= 1
+            if not leases[page]:
+                del leases[page]
+        self.bytes -= (before - len(leases)) * sum(claim.space.slot_bytes)
+
+
+@dataclass(slots=True)
+class _Process:
+    instance: str
+    reservations: set[int] = field(default_factory=set)
 
 
 @dataclass(slots=True)
 class _Instance:
     processes: set[int] = field(default_factory=set)
     leases: set[int] = field(default_factory=set)
-    expired: set[int] = field(default_factory=set)
-    """Leases and reservations in quarantine."""
-    quarantined_bytes: int = 0
+    spaces: set[int] = field(default_factory=set)
+    quarantine: _Quarantine = field(default_factory=_Quarantine)
 
 
 class Heart:
@@ -151,7 +207,8 @@ class Heart:
 
     Args:
         total_bytes: size of the arena.
-        claim_seconds: how long a lease or reservation is a claim; afterwards its slots are in quarantine until given back.
+        claim_seconds: how long a lease or reservation is a claim, unless a lease is renewed; afterwards its slots are in
+            quarantine until given back.
         new_table: makes the index of a space with so many shards.
         first_number: of leases and reservations. Each server's begin elsewhere, so that one of a server that has gone means
             nothing to the next, however late it is released there.
@@ -166,6 +223,7 @@ class Heart:
     ) -> None:
         self.total_bytes = total_bytes
         self.claim_seconds = claim_seconds
+        self._quota = total_bytes // QUARANTINE_SHARE
         self.events: list[Event] = []
         self.effects: list[Effect] = []
         """What to do to the slots' headers. Both lists are drained by the server: effects before the next answer goes out."""
@@ -175,9 +233,15 @@ class Heart:
         self._spaces: dict[int, Space] = {}
         self._space_of: dict[tuple[bytes, int], Space] = {}
         self._instances: dict[str, _Instance] = {_OWN_INSTANCE: _Instance({SERVER})}
-        self._process_instance: dict[int, str] = {SERVER: _OWN_INSTANCE}
+        self._processes: dict[int, _Process] = {SERVER: _Process(_OWN_INSTANCE)}
         self._leases: dict[int, _Lease] = {}
         self._reservations: dict[int, _Reservation] = {}
+        self._due: OrderedDict[int, _AnyClaim] = OrderedDict()
+        """Claims that have not expired, the next one to do so first: all last equally long."""
+        self._quarantine = _Quarantine()
+        """Of all instances."""
+        self._cleared: list[Table] = []
+        """Tables that were cleared while somebody had a claim on their chunks."""
         self._next = first_number
         self._next_space = 0
 
@@ -185,34 +249,35 @@ class Heart:
 
     def join(self, process: int, instance: str) -> None:
         """A process of an engine instance has connected (again)."""
-        if self._process_instance.get(process, instance) != instance:
+        known = self._processes.get(process)
+        if known is not None and known.instance != instance:
             self.leave(process)
-        self._process_instance[process] = instance
+        self._processes.setdefault(process, _Process(instance))
         self._instances.setdefault(instance, _Instance()).processes.add(process)
 
     def leave(self, process: int) -> None:
         """A process is gone for good and touches no slot any more: its reservations end; with the last one, the leases."""
-        name = self._process_instance.get(process)
-        if name is None:
+        known = self._processes.get(process)
+        if known is None:
             return
         self._drop_reservations(process, "owner died")
-        del self._process_instance[process]
-        instance = self._instances[name]
+        del self._processes[process]
+        instance = self._instances[known.instance]
         instance.processes.discard(process)
         if not instance.processes:
             for number in list(instance.leases):
                 self._end_lease(number)
-            del self._instances[name]
-            for space in self._spaces.values():
-                space.instances.discard(name)
-            self._room.stir(self._spaces.values())
+            for space in instance.spaces:
+                self._room.leave(self._spaces[space], known.instance)
+            del self._instances[known.instance]
 
     def leave_reservations(self, process: int) -> None:
         """A process says that it fills no slot any more, though it did not commit."""
         self._drop_reservations(process, "connection lost")
 
     def _drop_reservations(self, process: int, reason: str) -> None:
-        for number in [n for n, held in self._reservations.items() if held.process == process]:
+        known = self._processes.get(process)
+        for number in list(known.reservations) if known is not None else ():
             self._end_reservation(number, ok=False, reason=reason)
 
     def open_space(self, process: int, fingerprint: bytes, shards: int, shard: int = -1, slot_bytes: int = 0) -> int:
@@ -221,16 +286,16 @@ class Heart:
         Raises:
             Refusal: the slot does not fit in the arena, another rank told another size for this shard, or too many layouts.
         """
-        if not 1 <= shards <= 0xFFFF or not -1 <= shard < shards:
-            raise Refusal(f"shard {shard} of {shards} makes no sense")
+        if not 1 <= shards <= MAX_SHARDS or not -1 <= shard < shards:
+            raise Refusal(f"shard {shard} of {shards} makes no sense: a chunk has 1 to {MAX_SHARDS} shards")
         if slot_bytes > self.total_bytes:
             raise Refusal(f"a chunk's shard takes {slot_bytes} bytes, all of L1 {self.total_bytes}: raise --l1-size-gb")
-        name, _ = self._instance(process)
+        name, instance = self._instance(process)
         space = self._space_of.get((fingerprint, shards)) or self._new_space(fingerprint, shards)
         if shard >= 0:
             self._open_shard(space, shard, slot_bytes)
-        space.instances.add(name)
-        self._room.stir(self._spaces.values())
+        instance.spaces.add(space.number)
+        self._room.join(space, name)
         return space.number
 
     def _new_space(self, fingerprint: bytes, shards: int) -> Space:
@@ -263,12 +328,13 @@ class Heart:
         """How many of these chunks are visible, from the first on; those from `first_wanted` on are leased.
 
         Raises:
-            Refusal: unknown space or process, or the instance holds too much in quarantine.
+            Refusal: unknown space or process.
         """
         admitted = space, _, instance = self._admit(process, space_number)
         asked = len(hashes) // HASH_BYTES
-        if self._over_quota(instance):
-            self._tell("missed", space, asked, "quarantine")
+        reason = self._why_no_lease(instance)
+        if reason:
+            self._tell("missed", space, asked, reason)
             return Hit(0, 0, b"")
         ids = space.table.match(hashes)
         hit = self._lease(now, process, admitted, ids, first_wanted)
@@ -286,7 +352,7 @@ class Heart:
         """
         admitted = space, _, instance = self._admit(process, space_number)
         ids = space.table.match(hashes)
-        if len(ids) // 4 < len(hashes) // HASH_BYTES or self._over_quota(instance):
+        if len(ids) // 4 < len(hashes) // HASH_BYTES or self._why_no_lease(instance):
             return None
         return self._lease(now, process, admitted, ids, first_wanted)
 
@@ -301,11 +367,15 @@ class Heart:
         leased = ids[4 * first_wanted :]
         if not leased:
             return Hit(chunks, 0, b"")
-        space.table.pin(leased)
+        lease = _Lease(process, name, space, space.table, now + self.claim_seconds, leased)
+        return Hit(chunks, self._new_lease(lease, instance), space.table.slots(leased))
+
+    def _new_lease(self, lease: _Lease, instance: _Instance) -> int:
+        lease.table.pin(lease.ids)
         number = self._number()
-        self._leases[number] = _Lease(process, name, space, space.table, leased, self._deadline(now, process))
+        self._leases[number] = self._due[number] = lease
         instance.leases.add(number)
-        return Hit(chunks, number, space.table.slots(leased))
+        return number
 
     def peek(self, process: int, space_number: int, hashes: bytes) -> int:
         """How many of these chunks are there from the first on. Touched, but neither leased nor counted: more are on their way.
@@ -319,10 +389,10 @@ class Heart:
             space.table.touch(ids)
         return len(ids) // 4
 
-    def hold(self, space_number: int, hashes: bytes) -> tuple[int, bytes, bytes]:
+    def hold(self, now: float, space_number: int, hashes: bytes, tier: str = "") -> tuple[int, bytes, bytes]:
         """For the server: lease those of these chunks that are whole, wherever they stand, and neither touch nor count them.
 
-        Returns (lease, their hashes, their slots as u32 pages [chunk][shard]); lease 0 when none is there.
+        tier: on whose behalf. Returns (lease, their hashes, their slots as u32 pages [chunk][shard]); lease 0 when none is there.
         """
         space = self._spaces.get(space_number)
         if space is None:
@@ -332,17 +402,30 @@ class Heart:
         if not found:
             return 0, b"", b""
         ids = _ids([one for _, one in found])
-        table.pin(ids)
-        number = self._number()
-        self._leases[number] = _Lease(SERVER, _OWN_INSTANCE, space, table, ids, math.inf)
-        self._instances[_OWN_INSTANCE].leases.add(number)
+        name, instance = self._account(tier)
+        number = self._new_lease(_Lease(SERVER, name, space, table, now + self.claim_seconds, ids), instance)
         return number, b"".join(key for key, _ in found), table.slots(ids)
 
     def release(self, process: int, lease: int) -> None:
         """The instance reads these slots no more. An unknown lease is nothing to worry about: it has ended already."""
         held = self._leases.get(lease)
-        if held is not None and held.instance == self._process_instance.get(process):
+        if held is not None and self._may_read(process, held):
             self._end_lease(lease)
+
+    def renew(self, now: float, process: int, leases: Iterable[int]) -> int:
+        """The instance goes on reading these: their claims begin anew, also those that have expired, since the slots of a
+        lease stay as they are until it ends. Returns how many there are; the others have ended, or are somebody else's."""
+        count = 0
+        for number in leases:
+            held = self._leases.get(number)
+            if held is None or not self._may_read(process, held):
+                continue
+            count += 1
+            if held.expired:
+                self._end_quarantine(held)
+            held.deadline, self._due[number] = now + self.claim_seconds, held
+            self._due.move_to_end(number)
+        return count
 
     def keep_leases(self, process: int, known: Iterable[int]) -> int:
         """End the leases that this process took and does not know of: their answers never reached it. Returns how many."""
@@ -360,7 +443,7 @@ class Heart:
             Refusal: not a lease of this process's instance, or not inside it.
         """
         held = self._leases.get(lease)
-        if held is None or held.expired or held.instance != self._process_instance.get(process):
+        if held is None or held.expired or not self._may_read(process, held):
             raise Refusal(f"lease {lease} is unknown or has ended")
         pages = array("I", held.table.slots(held.ids))[shard :: held.space.shards]
         if not 0 <= shard < held.space.shards or not 0 <= first <= first + count <= len(pages):
@@ -370,20 +453,30 @@ class Heart:
     # Filling
 
     def reserve(
-        self, now: float, process: int, space_number: int, shard: int, parent: bytes, root: bool, hashes: bytes
+        self,
+        now: float,
+        process: int,
+        space_number: int,
+        shard: int,
+        parent: bytes,
+        root: bool,
+        hashes: bytes,
+        tier: str = "",
     ) -> Grant:
         """Slots for this rank's shard of the chunks after `parent`; what is there already or under way is skipped.
+
+        tier: where the server reserves, on whose behalf.
 
         Raises:
             Refusal: unknown space, process or shard.
         """
-        space, name, instance = self._admit(process, space_number)
+        space, name, instance = self._admit(process, space_number, tier)
         if not 0 <= shard < space.shards or space.classes[shard] < 0:
             raise Refusal(f"shard {shard} was not registered")
         table, asked = space.table, len(hashes) // HASH_BYTES
         parent_id = -1 if root else table.get(parent)
         reason = ""
-        if self._over_quota(instance):
+        if instance.quarantine.bytes > self._quota:
             reason = "quarantine"
         elif parent_id < 0 and not root:
             reason = "no parent"
@@ -401,8 +494,9 @@ class Heart:
         if ids:
             number = self._number()
             filled = [page for page in pages if page != NO_SLOT]
-            deadline = self._deadline(now, process)
-            self._reservations[number] = _Reservation(process, name, space, table, shard, ids, filled, deadline)
+            held = _Reservation(process, name, space, table, now + self.claim_seconds, shard, ids, filled)
+            self._reservations[number] = self._due[number] = held
+            self._processes[process].reservations.add(number)
             self._tell("reserved", space, len(ids))
         slots = array("I", pages).tobytes() + _no_slots(refused)
         return Grant(number, slots, refused, reason)
@@ -498,44 +592,61 @@ class Heart:
     # Time, and emptying
 
     def tick(self, now: float) -> None:
-        """End claims whose deadline has passed. Their slots go to quarantine, not back into use."""
-        for number, lease in self._leases.items():
-            if not lease.expired and now > lease.deadline:
-                self._expire(number, lease)
-                self._tell("expired", lease.space, len(lease.ids) // 4, "lease")
-        for number, reservation in self._reservations.items():
-            if not reservation.expired and now > reservation.deadline:
-                self._expire(number, reservation)
-                self._tell("expired", reservation.space, len(reservation.ids), "reservation")
+        """End claims whose deadline has passed, as many as `EXPIRED_A_TICK` allows. Their slots go to quarantine, not back into
+        use."""
+        left = EXPIRED_A_TICK
+        while left > 0 and self._due:
+            number, claim = next(iter(self._due.items()))
+            if now <= claim.deadline:
+                break
+            del self._due[number]
+            left -= claim.chunks
+            self._expire(claim)
+        self._close_spaces()
+        self._cleared = [table for table in self._cleared if table.detached()]
+        self._room.stir()
+
+    def _expire(self, claim: _AnyClaim) -> None:
+        claim.expired = True
+        if isinstance(claim, _Reservation):
+            self._tell("expired", claim.space, claim.chunks, "reservation")
+            self._end_fills(claim, set(claim.pages), "too late")
+        else:
+            self._tell("expired", claim.space, claim.chunks, "lease")
+        self._quarantine.add(claim)
+        self._instances[claim.instance].quarantine.add(claim)
+
+    def _end_quarantine(self, claim: _AnyClaim) -> None:
+        claim.expired = False
+        self._quarantine.remove(claim)
+        self._instances[claim.instance].quarantine.remove(claim)
+
+    def _close_spaces(self) -> None:
+        """Forget spaces that no engine uses and that have nothing in memory."""
         for space in [one for one in self._spaces.values() if not one.instances and not len(one.table)]:
             if not self._room.used_by(space):
                 self._room.close(space)
                 del self._spaces[space.number], self._space_of[space.fingerprint, space.shards]
-        self._room.stir(self._spaces.values())
 
     def clear(self) -> int:
         """Forget every chunk; returns how many. Slots that somebody may still read or fill are freed when that has ended."""
+        kept: dict[int, set[int]] = {number: set() for number in self._spaces}
+        for claim in self._leases.values():
+            kept[claim.space.number].update(_leave_index(claim.table, claim.ids))
+        for held in self._reservations.values():
+            pages = held.pages if held.expired else _leave_index(held.table, _ids(held.ids))
+            kept[held.space.number].update(pages)
         gone = 0
         for space in self._spaces.values():
-            keep: set[int] = set()
-            for claim in self._claims():
-                if claim.space is space:
-                    keep.update(self._leave_index(claim))
-            self._room.vacate(space, keep)
+            self._room.vacate(space, kept[space.number])
             self._tell("cleared", space, space.whole)
             gone += space.whole
+            if space.table.detached():
+                self._cleared.append(space.table)
             space.table, space.whole = self._new_table(space.shards), 0
         self.effects.append(Cleared())
-        self._room.stir(self._spaces.values())
+        self._room.stir()
         return gone
-
-    def _leave_index(self, claim: _Lease | _Reservation) -> array[int]:
-        """Detach a claim's chunks from its index, which is about to go. Returns the pages of all their slots."""
-        ids = _claimed(claim)
-        for one in array("I", ids):
-            if claim.table.attached(one):
-                claim.table.detach(one)
-        return array("I", claim.table.slots(ids))
 
     # What there is
 
@@ -559,7 +670,7 @@ class Heart:
     @property
     def quarantined_bytes(self) -> int:
         """Bytes of slots whose claim has ended and that somebody may still touch."""
-        return self._bytes_of(number for instance in self._instances.values() for number in instance.expired)
+        return self._quarantine.bytes
 
     @property
     def open_leases(self) -> int:
@@ -574,8 +685,7 @@ class Heart:
         return self._room.used_bytes()
 
     def index_bytes(self) -> int:
-        tables = {id(one.table): one.table for one in (*self._spaces.values(), *self._claims())}
-        return sum(table.memory_bytes() for table in tables.values())
+        return sum(table.memory_bytes() for table in (*(one.table for one in self._spaces.values()), *self._cleared))
 
     # Ends
 
@@ -602,10 +712,11 @@ class Heart:
             table.free(one)
 
     def _end_lease(self, number: int) -> None:
-        lease = self._leases[number]
-        self._end_quarantine(number, lease)
-        del self._leases[number]
+        lease = self._leases.pop(number)
         self._instances[lease.instance].leases.discard(number)
+        self._due.pop(number, None)
+        if lease.expired:
+            self._end_quarantine(lease)
         released = lease.table.unpin(lease.ids)
         if released:
             self._free(lease.space, lease.table, released)
@@ -614,24 +725,35 @@ class Heart:
         self, number: int, ok: bool, reason: str, lost: Container[int] = (), failed: Container[int] = ()
     ) -> int:
         """Shards that are in the index now; `reason` is for the others. Slots that were not filled are freed unless lost."""
-        held = self._reservations[number]
-        self._end_quarantine(number, held)
-        del self._reservations[number]
+        held = self._reservations.pop(number)
+        self._processes[held.process].reservations.discard(number)
+        empty = set(held.pages if held.expired or not ok else [page for page in held.pages if page in failed])
+        filled = 0 if held.expired else self._end_fills(held, empty, reason)
+        self._due.pop(number, None)
+        if held.expired:
+            self._end_quarantine(held)
+        for page in empty:
+            if page not in lost:
+                self._room.free_one(held.space, held.shard, page)
+        return filled
+
+    def _end_fills(self, held: _Reservation, empty: Container[int], reason: str) -> int:
+        """The chunks are this reservation's no more: their shards are there, but those that were to get the slots in `empty`.
+        These are anybody's to fill, and the slots the caller's to free. Returns how many are in the index now; `reason` is for
+        the others."""
         table, space = held.table, held.space
         pairs = list(zip(held.ids, held.pages, strict=True))
-        filled = [(one, page) for one, page in pairs if ok and page not in failed and table.attached(one)]
+        filled = [(one, page) for one, page in pairs if page not in empty and table.attached(one)]
         whole: list[int] = []
         for one, page in reversed(pairs):
-            good = ok and page not in failed
-            outcome = table.end_fill(one, held.shard, good)
-            if not good and page not in lost:
-                self._room.free_one(space, held.shard, page)
+            stays = page not in empty
+            outcome = table.end_fill(one, held.shard, stays)
             if outcome == COMPLETED:
                 whole.append(one)
             elif outcome == RELEASED:  # it was cleared meanwhile, and nobody reads it
                 self._free(space, table, _ids([one]))
-            elif not good and self._is_bare(table, one, space.shards):
-                self._free(space, table, table.detach(one))
+            elif not stays:
+                self._remove_bare(space, table, one)
         space.whole += len(whole)
         self._tell("stored", space, len(whole))
         self._tell("committed", space, len(filled))
@@ -642,67 +764,53 @@ class Heart:
             self.effects.append(Whole(space.number, held.process, *_names(table, whole[::-1])))
         return len(filled)
 
+    def _remove_bare(self, space: Space, table: Table, record: int) -> None:
+        """Take the chunk out of the index if nothing is there of it, and then those before it of which that is true as well."""
+        while record >= 0 and self._is_bare(table, record, space.shards):
+            parent = table.parent(record)
+            self._free(space, table, table.detach(record))
+            record = parent
+
     @staticmethod
     def _is_bare(table: Table, record: int, shards: int) -> bool:
         """Whether nothing would be lost with it."""
         idle = table.attached(record) and not table.pins(record) and not table.children(record)
         return idle and not _holds(table, record, shards)
 
-    def _expire(self, number: int, claim: _Lease | _Reservation) -> None:
-        claim.expired = True
-        instance = self._instances[claim.instance]
-        instance.expired.add(number)
-        instance.quarantined_bytes = self._bytes_of(instance.expired)
-
-    def _end_quarantine(self, number: int, claim: _Lease | _Reservation) -> None:
-        if claim.expired:
-            instance = self._instances[claim.instance]
-            instance.expired.discard(number)
-            instance.quarantined_bytes = self._bytes_of(instance.expired)
-
-    def _over_quota(self, instance: _Instance) -> bool:
-        return instance.quarantined_bytes > self.total_bytes // QUARANTINE_SHARE
-
-    def _claims(self) -> list[_Lease | _Reservation]:
-        return [*self._leases.values(), *self._reservations.values()]
-
-    def _bytes_of(self, numbers: Iterable[int]) -> int:
-        """Bytes of all slots that these claims touch; a slot counts once."""
-        slots: dict[int, int] = {}
-        for number in numbers:
-            reservation = self._reservations.get(number)
-            if reservation is not None:
-                size = reservation.space.slot_bytes[reservation.shard]
-                slots.update(dict.fromkeys(reservation.pages, size))
-            else:
-                lease = self._leases[number]
-                pages = array("I", lease.table.slots(lease.ids))
-                slots.update(zip(pages, itertools.cycle(lease.space.slot_bytes)))
-        return sum(slots.values())
-
     # Small things
 
-    def _admit(self, process: int, space_number: int) -> tuple[Space, str, _Instance]:
-        name, instance = self._instance(process)
+    def _admit(self, process: int, space_number: int, tier: str = "") -> tuple[Space, str, _Instance]:
+        name, instance = self._account(tier) if process == SERVER else self._instance(process)
         space = self._spaces.get(space_number)
         if space is None or (process != SERVER and name not in space.instances):
             raise Refusal(f"space {space_number} is not one that this engine has registered")
         return space, name, instance
 
     def _instance(self, process: int) -> tuple[str, _Instance]:
-        name = self._process_instance.get(process)
-        if name is None:
+        known = self._processes.get(process)
+        if known is None:
             raise Refusal("say hello first")
-        return name, self._instances[name]
+        return known.instance, self._instances[known.instance]
+
+    def _account(self, tier: str) -> tuple[str, _Instance]:
+        """Whose claims the server's are: each tier's quarantine is its own."""
+        name = f"{_OWN_INSTANCE} {tier}"
+        return name, self._instances.setdefault(name, _Instance({SERVER}))
+
+    def _may_read(self, process: int, lease: _Lease) -> bool:
+        known = self._processes.get(process)
+        return lease.process == process or (known is not None and lease.instance == known.instance)
+
+    def _why_no_lease(self, instance: _Instance) -> str:
+        if instance.quarantine.bytes > self._quota:
+            return "quarantine"
+        return "too many leases" if len(instance.leases) >= MAX_LEASES else ""
 
     def _why_missed(self, space: Space, hashes: bytes, chunks: int) -> str:
         missing = space.table.get(hashes[chunks * HASH_BYTES : (chunks + 1) * HASH_BYTES])
         if missing < 0:
             return "absent"
         return "being filled" if space.table.filling(missing) else "incomplete"
-
-    def _deadline(self, now: float, process: int) -> float:
-        return math.inf if process == SERVER else now + self.claim_seconds
 
     def _number(self) -> int:
         self._next += 1
@@ -726,8 +834,17 @@ def _holds(table: Table, record: int, shards: int) -> bool:
     return any(table.state(record, shard) != EMPTY for shard in range(shards))
 
 
-def _claimed(claim: _Lease | _Reservation) -> bytes:
-    return claim.ids if isinstance(claim, _Lease) else _ids(claim.ids)
+def _first_pages(lease: _Lease) -> array[int]:
+    """Of the slots of a lease's chunks, that of each one's first shard: it names the chunk in the arena."""
+    return array("I", lease.table.slots(lease.ids))[:: lease.space.shards]
+
+
+def _leave_index(table: Table, ids: bytes) -> array[int]:
+    """Detach the chunks of a claim from an index that is about to go. Returns the pages of all their slots."""
+    for one in array("I", ids):
+        if table.attached(one):
+            table.detach(one)
+    return array("I", table.slots(ids))
 
 
 def _committed(held: _Reservation, filled: list[tuple[int, int]]) -> Committed:

@@ -55,14 +55,26 @@ class Room:
         self._evict = evict
         self._classes: dict[int, Space] = {}
         self._next_class = 0
-        self._active = 1
+        self._active = 0
+        """Spaces that an engine uses."""
         self._settled: set[int] = set()
         """Classes that looked in vain for something to take, since the last `stir`."""
 
-    def stir(self, spaces: Iterable[Space]) -> None:
-        """Who is active may have changed, or something may be idle that was not: fair shares are looked at again."""
-        self._active = max(1, sum(bool(space.instances) for space in spaces))
+    def stir(self) -> None:
+        """Something may be idle that was not: fair shares are looked at again."""
         self._settled.clear()
+
+    def join(self, space: Space, instance: str) -> None:
+        """An engine instance uses the space from now on."""
+        self._active += not space.instances
+        space.instances.add(instance)
+        self.stir()
+
+    def leave(self, space: Space, instance: str) -> None:
+        """It does not any more."""
+        space.instances.remove(instance)
+        self._active -= not space.instances
+        self.stir()
 
     def open(self, space: Space, shard: int, slot_bytes: int) -> None:
         """From now on there are slots for this shard."""

@@ -68,8 +68,8 @@ class ServerConfig:
         "SECONDS",
         read.number(1, 3600),
         30.0,
-        help="How long an engine may take to fetch what a lookup promised it, or to store what it got room for. Later its slots "
-        "count as quarantined: out of use until it lets go of them or has ended.",
+        help="How long an engine may take to fetch what a lookup promised it, or to store what it got room for, and a tier to "
+        "load what it has. Later their slots count as quarantined: out of use until they let go of them or have ended.",
     )
     max_workers: int = _option(
         "cache",

@@ -5,6 +5,7 @@ While the link is down every call fails at once, so a dead server costs an engin
 
 from __future__ import annotations
 
+import math
 import os
 import secrets
 import threading
@@ -33,6 +34,10 @@ _SOCKET_SECONDS = 0.1
 _STARTING_SECONDS = 60.0
 """For how long the socket of a server that is to come may be missing without a word: ranks are ready before schedulers are."""
 _CONNECT_SECONDS = 1.0
+_LOOK_SECONDS = 1.0
+"""Between looks at whether something is due, at most; a connection's end is noticed at once."""
+RENEWALS = 4
+"""Of each lease, within the life of a claim: one that comes late or gets lost does no harm."""
 MOST_DEADLINE_SECONDS = 3600.0
 MOST_HEARTBEAT_SECONDS = 10.0
 """A server forgets an engine that gets payload frames after 30 s of silence."""
@@ -99,16 +104,18 @@ class Link:
     """Owns the connection. `on_welcome` runs in the link's thread at every new one, before anybody else may use it: it
     registers through the carrier it is given, and may raise LMCacheError to say that this server is of no use; the
     descriptor of the arena, where it is not -1, is its to close. `before_hello` runs before that, while there is no link,
-    and returns once this process fills no slot any more: the hello says so."""
+    and returns once this process fills no slot any more: the hello says so. `held` tells which leases this process holds: the
+    link renews them `RENEWALS` times within what the server says that a claim lasts."""
 
     def __init__(
         self,
         endpoint: Endpoint,
         on_welcome: Callable[[Carrier, m.Welcome, int], None],
         before_hello: Callable[[], None] = lambda: None,
+        held: Callable[[], list[int]] = list,
     ) -> None:
         self.endpoint = endpoint
-        self._before_hello = before_hello
+        self._before_hello, self._held = before_hello, held
         self._session = secrets.token_bytes(16)
         self._on_welcome = on_welcome
         self._carrier: Carrier | None = None
@@ -121,6 +128,7 @@ class Link:
         self._told = ""
         self._since = time.monotonic()
         self._payload = False
+        self._renewal_seconds = self._renewed = math.inf
         self._thread = threading.Thread(target=self._keep_up, name=f"lmcache-link-{endpoint.role}", daemon=True)
         self._thread.start()
 
@@ -231,19 +239,24 @@ class Link:
                 self._carrier = None
 
     def _watch(self, carrier: Carrier) -> None:
-        """Until the connection ends or a heartbeat is due."""
+        """Until the connection ends, or a heartbeat or a renewal is due."""
         if self._payload:
-            self._wake.wait(self.endpoint.heartbeat_seconds)
+            self._wake.wait(min(self.endpoint.heartbeat_seconds, self._renewal_seconds))
             self._wake.clear()
             try:
                 if not self._closed:
                     self.call(m.Ping(), m.Ok)
             except LMCacheError as error:
                 logger.debug("heartbeat: %s", error)
-        elif carrier.wait_for_end(1.0) and not self._closed:
+        elif carrier.wait_for_end(min(_LOOK_SECONDS, self._renewal_seconds)) and not self._closed:
             with self._lock:
                 if self._carrier is carrier:
                     self._give_up("it has hung up")
+        now = time.monotonic()
+        if now - self._renewed >= self._renewal_seconds and not self._closed:
+            self._renewed = now
+            if held := self._held():
+                self.post(m.Renew(held))
 
     def _connect(self) -> None:
         endpoint = self.endpoint
@@ -253,6 +266,8 @@ class Link:
         carrier, welcome, descriptor = self._through_socket(hello) if _is_unix(endpoint) else self._through_port(hello)
         self._payload = not isinstance(carrier, UnixCarrier)
         self._welcomed = True
+        self._renewal_seconds = welcome.claim_seconds / RENEWALS if welcome.claim_seconds > 0 else math.inf
+        self._renewed = time.monotonic()
         try:
             self._on_welcome(carrier, welcome, descriptor)
             with self._lock:

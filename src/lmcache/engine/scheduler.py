@@ -69,7 +69,10 @@ class SchedulerSession:
         """Leases that no `release` has ended yet."""
         self._late: list[int] = []
         """Leases to be ended with the next message."""
-        self._link = Link(endpoint, self._register)
+        self.claim_seconds = 0.0
+        """How long the server lets a lease live that is not renewed, as the last one has told; 0 where it does not tell. What
+        this session holds is renewed in the background."""
+        self._link = Link(endpoint, self._register, held=lambda: list(self._held))
 
     @property
     def chunk_tokens(self) -> int | None:
@@ -192,5 +195,9 @@ class SchedulerSession:
         if welcome.arena != self._arena:
             self._late, self._held = [], set()
         ask(carrier, m.Hold(list(self._held)), m.Ok)
-        self._space, self._chunk_tokens = registered.space, welcome.chunk_tokens
+        self._space, self._chunk_tokens, self.claim_seconds = (
+            registered.space,
+            welcome.chunk_tokens,
+            welcome.claim_seconds,
+        )
         self._fingerprint, self._arena = layout.fingerprint, welcome.arena

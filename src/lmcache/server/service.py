@@ -89,6 +89,7 @@ class Service:
             m.Lookup: self._lookup,
             m.Release: self._release,
             m.Hold: self._hold,
+            m.Renew: self._renew,
             m.Reserve: self._reserve,
             m.Commit: self._commit,
             m.Copied: self._copied,
@@ -181,6 +182,7 @@ class Service:
             self.arena.id,
             self.arena.size_bytes,
             self.cookie_path,
+            self.heart.claim_seconds,
         )
 
     def gone(self, peer: Peer) -> None:
@@ -256,6 +258,12 @@ class Service:
     def _hold(self, peer: Peer, request: m.Request) -> m.Message:
         assert isinstance(request, m.Hold)
         return m.Ok(self.heart.keep_leases(peer.process, request.leases))
+
+    def _renew(self, peer: Peer, request: m.Request) -> m.Message:
+        assert isinstance(request, m.Renew)
+        count = self.heart.renew(time.monotonic(), peer.process, request.leases)
+        self.counters["renewed_leases"] += count
+        return m.Ok(count)
 
     def _reserve(self, peer: Peer, request: m.Request) -> m.Message:
         assert isinstance(request, m.Reserve)

@@ -16,7 +16,7 @@ from concurrent.futures import Future, wait
 from contextlib import suppress
 from dataclasses import dataclass
 
-from lmcache.cache import SERVER, Heart, Whole
+from lmcache.cache import SERVER, Heart, Refusal, Whole
 from lmcache.cache.fetch import Ask, Decided, Fetches, FetchRecord, Load, TierTraits
 from lmcache.cache.room import Space
 from lmcache.cache.writeback import Batch
@@ -189,9 +189,8 @@ class Tiering:
         if space is None:
             return []
         for shard in range(space.shards):
-            grant = self._heart.reserve(
-                time.monotonic(), SERVER, load.space, shard, load.parent, load.root, load.hashes
-            )
+            now, tier = time.monotonic(), self.lanes[load.tier].name
+            grant = self._heart.reserve(now, SERVER, load.space, shard, load.parent, load.root, load.hashes, tier)
             if not grant.reservation or not self._back(grant.reservation):
                 continue
             pages = array("I", grant.slots)
@@ -211,7 +210,10 @@ class Tiering:
             own = outcomes[at : at + len(part.pages)] if outcomes is not None else ["tier failed"] * len(part.pages)
             at += len(part.pages)
             failed = {page for page, outcome in zip(part.pages, own, strict=True) if outcome != OK}
-            self._heart.commit(time.monotonic(), SERVER, part.reservation, len(failed) < len(own), failed)
+            try:
+                self._heart.commit(time.monotonic(), SERVER, part.reservation, len(failed) < len(own), failed)
+            except Refusal:  # its claim has expired, and the chunks may be somebody else's by now
+                failed, own = set(part.pages), ["too late"] * len(own)
             good = len(own) - len(failed)
             good_bytes += good * part.slot_bytes
             lane.counters["loaded_shards"] += good
@@ -267,7 +269,7 @@ class Tiering:
             drained()
 
     def _write(self, lane: Lane, batch: Batch) -> None:
-        lease, found, slots = self._heart.hold(batch.space, batch.hashes)
+        lease, found, slots = self._heart.hold(time.monotonic(), batch.space, batch.hashes, lane.name)
         batch = lane.queue.still_there(batch, found)
         space = self._heart.space(batch.space)
         if not lease or space is None:

@@ -153,6 +153,12 @@ class Hold(Message, frozen=True, tag=14):
     leases: Leases
 
 
+class Renew(Message, frozen=True, tag=15):
+    """These leases are still needed: their claims begin anew. Answered by `Ok` with how many of them there are."""
+
+    leases: Leases
+
+
 # Answers
 
 
@@ -167,6 +173,8 @@ class Welcome(Message, frozen=True, tag=64):
     arena: bytes
     arena_bytes: int
     cookie_path: str = ""
+    claim_seconds: float = 0.0
+    """How long a lease or reservation is a claim. 0: the server does not tell, and knows no `Renew`."""
 
 
 class Ok(Message, frozen=True, tag=65):
@@ -206,7 +214,21 @@ class Reserved(Message, frozen=True, tag=69):
 
 
 Request = (
-    Hello | Ping | Register | Lookup | Release | Reserve | Commit | Copied | Fetch | Fill | Clear | Dropped | Bye | Hold
+    Hello
+    | Ping
+    | Register
+    | Lookup
+    | Release
+    | Reserve
+    | Commit
+    | Copied
+    | Fetch
+    | Fill
+    | Clear
+    | Dropped
+    | Bye
+    | Hold
+    | Renew
 )
 Answer = Welcome | Ok | Error | Registered | Found | Reserved
 AnswerT = TypeVar("AnswerT", bound=Message)

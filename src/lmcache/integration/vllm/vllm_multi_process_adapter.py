@@ -36,8 +36,6 @@ from lmcache.observability.log import init_logger
 logger = init_logger(__name__)
 
 _UPSTREAM = "vllm.distributed.kv_transfer.kv_connector.v1.lmcache_mp_connector"
-_LEASE_SECONDS = 30.0
-"""The scheduler is not told when a load has ended; by then the ranks have leases of their own."""
 STORE_SECONDS = 0.5
 """A step waits this long for its stores; then those that still wait for the server are dropped, so a silent one costs no more."""
 _LIMITS = (
@@ -167,10 +165,13 @@ class LMCacheMPSchedulerAdapter:
             self._session.close()
 
     def _drop_old_leases(self) -> None:
-        now = time.monotonic()
+        """The scheduler is not told when a load has ended. After the life of a claim, the ranks have leases of their own."""
+        session, now = self._session, time.monotonic()
+        if session is None or not session.claim_seconds:
+            return
         for request_id, (tokens, hit, at) in list(self._hits.items()):
-            if hit is not None and now - at > _LEASE_SECONDS and self._session is not None:
-                self._session.release(hit)
+            if hit is not None and now - at > session.claim_seconds:
+                session.release(hit)
                 self._hits[request_id] = tokens, None, at
 
 
