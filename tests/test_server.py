@@ -19,6 +19,7 @@ import pytest
 import zmq
 
 from lmcache.cache import Heart
+from lmcache.cache.heart import MAX_SHARDS
 from lmcache.chunks import Layout, TokenChain, space_fingerprint
 from lmcache.config import ServerConfig
 from lmcache.engine.link import Endpoint
@@ -553,12 +554,12 @@ def fill(heart: Heart, process: int, root: bytes, hashes: bytes, shards: int) ->
 
 
 @pytest.mark.parametrize("face", ["unix", "zmq"])
-@pytest.mark.parametrize("shards", [1, 0xFFFF])
+@pytest.mark.parametrize("shards", [1, MAX_SHARDS])
 def test_a_lookup_beyond_what_its_messages_hold_is_cut(folders, session, face, shards):
-    """Of one shard the request is too long, of 65,535 the answer."""
+    """With one shard a chunk the request is too long, with the most shards the answer."""
     with server_parts(folders, 8 << 20) as (service, port):
         scheduler = session(service, port, face, shards)
-        hashes = chain(17, 300_000 if shards == 1 else 100)
+        hashes = chain(17, 300_000 if shards == 1 else 5_000)
         if shards == 1:
             fill(service.heart, next(iter(service.peers)).process, scheduler.new_chain().root, hashes[:64], shards)
         hit = scheduler.lookup(named(hashes))
@@ -569,10 +570,11 @@ def test_a_lookup_beyond_what_its_messages_hold_is_cut(folders, session, face, s
 def test_a_lookup_beyond_what_one_answer_holds_is_refused(server, raw):
     client = raw(server(l1=8))
     layout = msgspec.structs.replace(client.layout, chunk_tokens=16)
-    client.space = client.ask(m.Register(layout, 0xFFFF, -1, 0)).space
-    answer = client.ask(m.Lookup(client.space, chain(18, 64)))
-    assert answer.code == "refused" and "ask for 63" in answer.text
-    assert client.ask(m.Lookup(client.space, chain(18, 63))) == m.Found(0, 0, b"")
+    client.space = client.ask(m.Register(layout, MAX_SHARDS, -1, 0)).space
+    most = m.most_looked_up(0, MAX_SHARDS)
+    answer = client.ask(m.Lookup(client.space, chain(18, most + 1)))
+    assert answer.code == "refused" and f"ask for {most}" in answer.text
+    assert client.ask(m.Lookup(client.space, chain(18, most))) == m.Found(0, 0, b"")
 
 
 def test_a_message_costs_no_large_buffer(folders):

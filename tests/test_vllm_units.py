@@ -871,11 +871,47 @@ def test_identity_of_a_directory_is_its_content(weights: Path, tmp_path_factory:
 
 
 def test_identity_of_a_snapshot_is_its_commit(tmp_path: Path) -> None:
-    snapshot = tmp_path / "models--org--name" / "snapshots" / ("a" * 40)
-    snapshot.mkdir(parents=True)
+    snapshot, blobs = (
+        tmp_path / "models--org--name" / "snapshots" / ("a" * 40),
+        tmp_path / "models--org--name" / "blobs",
+    )
+    for folder in (snapshot, blobs):
+        folder.mkdir(parents=True)
+    (blobs / "b10b").write_bytes(b"weights")
+    (snapshot / "model.safetensors").symlink_to(blobs / "b10b")
     assert path_identity(str(snapshot)) == "org/name@" + "a" * 40
+    own = snapshot / "config.json"
+    own.write_text("{}")
+    assert path_identity(str(snapshot)).startswith("files:"), "somebody's own file is none of the commit's"
+    own.unlink()
     config = SimpleNamespace(model="org/name", model_weights="", hf_config=SimpleNamespace(_commit_hash="a" * 40))
     assert model_identity(config, "auto", "e") == "org/name@" + "a" * 40
+    config.hf_config_path = "another/repository"
+    with pytest.raises(LayoutError, match="commit"):
+        model_identity(config, "auto", "e")
+
+
+@pytest.mark.parametrize(
+    ("served", "other"),
+    [
+        (".", "modeling_x.py"),
+        (".", "model.safetensors.index.json"),
+        (".", "preprocessor_config.json"),
+        (".", "vision/model.safetensors"),
+        ("m-00001-of-00002.gguf", "m-00002-of-00002.gguf"),
+    ],
+)
+def test_whatever_else_an_engine_reads_counts(tmp_path: Path, served: str, other: str) -> None:
+    names = set()
+    for content in ("one", "two", "two"):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        (folder / other).parent.mkdir(parents=True)
+        (folder / "model.safetensors").write_bytes(b"weights")
+        (folder / "m-00001-of-00002.gguf").write_bytes(b"weights")
+        (folder / other).write_text(content)
+        (folder / ".git").write_text(folder.name)
+        names.add(path_identity(str(folder / served)))
+    assert len(names) == 2, "another content is another model, and a copy is the same"
 
 
 def test_digest_of_the_configuration_has_no_addresses(weights: Path) -> None:

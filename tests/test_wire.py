@@ -321,3 +321,8 @@ def test_a_key_file_that_is_no_good_is_named(tmp_path):
     for path, word in ((open_one, "chmod 600"), (short, "40 characters"), (tmp_path / "none", "make one with")):
         with pytest.raises(ConfigError, match=word):
             auth.read_key(path)
+
+
+def test_another_versions_name_forges_no_line_of_a_log() -> None:
+    text = m.version_error(2, "9.9\n[2026-01-01] LMCache INFO: all is well" + "x" * 100, 1, "1.0")
+    assert "\n" not in text and "9.9?[2026" in text and "x" * 41 not in text

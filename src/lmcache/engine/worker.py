@@ -343,11 +343,13 @@ class WorkerSession:
         count = np.minimum(first + size, store.end_token or first[-1] + size) - first
         runs = np.stack([pages[wanted].astype(np.int64) * m.PAGE_BYTES, first, count, 0 * first], axis=1)
         blocks = np.asarray(store.blocks, dtype=np.int32)
-        if mapping is not None and count[-1] < size and not copier.zeroes_the_rest:
-            # What is behind an unfull chunk goes to tiers with it: not what lay there before.
-            ctypes.memset(mapping.address + int(runs[-1, 0]), 0, self._slot_bytes)
         begin, ok = time.perf_counter(), False
         try:
+            if mapping is not None and int(runs[:, 0].max()) + self._slot_bytes > mapping.size_bytes:
+                raise LayoutError(f"the server gave a slot beyond the arena's {mapping.size_bytes} bytes")
+            if mapping is not None and count[-1] < size and not copier.zeroes_the_rest:
+                # What is behind an unfull chunk goes to tiers with it: not what lay there before.
+                ctypes.memset(mapping.address + int(runs[-1, 0]), 0, self._slot_bytes)
             buffer = self._gather(job_id, copier, mapping, blocks, runs)
             if buffer is not None:
                 self._link.call(m.Fill(granted.reservation, 0), m.Ok, [row.data for row in buffer])

@@ -1,8 +1,8 @@
 """Which weights an engine serves, free of any engine's types.
 
-A repository is named with its resolved commit; a local directory by its configuration and every byte of its weights. Two engines
-may exchange KV only if this agrees, so in doubt it differs. Hashing weights takes a second or so a gigabyte, once: the digests of
-large files are remembered on disk (`digests`).
+A repository is named with its resolved commit; a local directory by every byte of every file in it: weights, configuration, code.
+Two engines may exchange KV only if this agrees, so in doubt it differs. Weights are hashed once, about a second a gigabyte: the
+digests of large files are remembered on disk (`digests`).
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ logger = init_logger(__name__)
 
 _SNAPSHOT = re.compile(r"models--(?P<repository>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})/?$")
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
-_CONFIG_FILES = ("config.json", "params.json", "hf_quant_config.json", "quantize_config.json", "adapter_config.json")
+_PART = re.compile(r"(?P<before>.*)-\d{5}-of-(?P<after>\d{5}\.\w+)")
+_MAX_FILES, _MAX_DEPTH = 10_000, 16
+"""Bounds of a model's directory: more is a home directory, or links in a circle."""
 _REMEMBERED_BYTES = 64 << 20
 """Files of less than that together are hashed in milliseconds, and their digests are not kept on disk."""
 _VOLATILE = frozenset({"_name_or_path", "_commit_hash", "transformers_version", "name_or_path"})
@@ -41,20 +43,17 @@ def path_identity(name: str, unchanged_since: float = 0.0) -> str:
         LayoutError: there are no weights in it, it was changed after `unchanged_since`, or it changes while it is read.
     """
     path = Path(name)
-    snapshot = _SNAPSHOT.search(os.path.abspath(name))
-    if path.is_dir() and snapshot:
-        return f"{snapshot['repository'].replace('--', '/')}@{snapshot['commit']}"
-    if path.is_dir():
-        files = tuple(sorted(entry for entry in path.iterdir() if _counts(entry)))
-    elif path.is_file():
-        files = (path,)
-    else:
+    commit = _commit_of(Path(os.path.abspath(name)))
+    if commit:
+        return commit
+    if not path.exists():
         return ""
+    root, files = (path, _files_below(path)) if path.is_dir() else (path.parent, _parts_of(path))
     if not any(file.suffix in _WEIGHT_SUFFIXES for file in files):
         raise LayoutError(f"no weight files in {name!r}; set lmcache.mp.model_id to a name of yours")
     if unchanged_since and max(_changed_at(one) for one in (*path.absolute().parents, path, *files)) > unchanged_since:
         raise LayoutError(f"{name!r} has changed since the engine may have read it")
-    return "files:" + _files_digest(tuple((file, stamp_of(file.stat())) for file in files))
+    return "files:" + _files_digest(root, tuple((file, stamp_of(file.stat())) for file in files))
 
 
 def repository_identity(name: str, model_config: Any) -> str:
@@ -64,7 +63,11 @@ def repository_identity(name: str, model_config: Any) -> str:
         LayoutError: the commit is not known.
     """
     commit = getattr(getattr(model_config, "hf_config", None), "_commit_hash", None)
-    if not commit:
+    if not commit or getattr(model_config, "hf_config_path", None) not in (
+        None,
+        "",
+        name,
+    ):  # else another repository's commit
         raise LayoutError(f"the commit of model {name!r} is not known; set lmcache.mp.model_id to a name of yours")
     return f"{name}@{commit}"
 
@@ -85,8 +88,43 @@ def plain(value: Any) -> Any:
     return type(value).__name__ if " at 0x" in text else text
 
 
-def _counts(entry: Path) -> bool:
-    return entry.is_file() and (entry.suffix in _WEIGHT_SUFFIXES or entry.name in _CONFIG_FILES)
+def _commit_of(path: Path) -> str:
+    """Repository and commit of a snapshot in a hub's cache; "" where a file in it is somebody's own and not the hub's."""
+    snapshot = _SNAPSHOT.search(str(path))
+    if snapshot is None or not path.is_dir():
+        return ""
+    blobs = (path.parent.parent / "blobs").resolve()
+    files = _files_below(path)
+    if not files or any(not file.is_symlink() or file.resolve().parent != blobs for file in files):
+        return ""
+    return f"{snapshot['repository'].replace('--', '/')}@{snapshot['commit']}"
+
+
+def _files_below(folder: Path) -> tuple[Path, ...]:
+    """Every file below a directory, whatever it is called, but hidden ones: engines read weights, configuration and code under
+    many names.
+
+    Raises:
+        LayoutError: there are more than a model has.
+    """
+    found: list[Path] = []
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".") and name != "__pycache__"]
+        found += [path for name in names if not name.startswith(".") and (path := Path(parent, name)).is_file()]
+        if len(found) > _MAX_FILES or len(Path(parent).parts) - len(folder.parts) > _MAX_DEPTH:
+            raise LayoutError(
+                f"{str(folder)!r} holds {len(found)} files and more, too many for a model; set lmcache.mp.model_id to a name"
+            )
+    return tuple(sorted(found))
+
+
+def _parts_of(file: Path) -> tuple[Path, ...]:
+    """The file, with all other parts where its name says that it is one of several (split GGUF)."""
+    part = _PART.fullmatch(file.name)
+    if part is None:
+        return (file,)
+    together = re.compile(f"{re.escape(part['before'])}-\\d{{5}}-of-{re.escape(part['after'])}")
+    return tuple(sorted(one for one in file.parent.iterdir() if together.fullmatch(one.name)))
 
 
 def _changed_at(path: Path) -> float:
@@ -97,8 +135,8 @@ def _changed_at(path: Path) -> float:
 
 
 @functools.lru_cache(maxsize=64)
-def _files_digest(files: tuple[tuple[Path, Stamp], ...]) -> str:
-    """A digest of the files' names and of all of their bytes. A copy of a directory has the same."""
+def _files_digest(root: Path, files: tuple[tuple[Path, Stamp], ...]) -> str:
+    """A digest of the files' names below `root` and of all of their bytes. A copy of a directory has the same."""
     total = sum(stamp.size for _, stamp in files)
     large, memory = total > _REMEMBERED_BYTES, _memory()
     with memory.turn(sum(stamp.inode for _, stamp in files)) if large else contextlib.nullcontext():
@@ -114,7 +152,7 @@ def _files_digest(files: tuple[tuple[Path, Stamp], ...]) -> str:
     digests |= fresh
     together = blake3()
     for file, stamp in files:
-        together.update(f"{file.name}\0{stamp.size}\0{digests[stamp]}\0".encode())
+        together.update(f"{file.relative_to(root)}\0{stamp.size}\0{digests[stamp]}\0".encode())
     return together.hexdigest(16)
 
 

@@ -135,7 +135,7 @@ class Service:
             return m.Error("version", text)
         if peer.process:
             return m.Error("refused", "hello was said on this connection before; open another one")
-        who = (_printable(hello.instance, 200), hello.pid, _printable(hello.role, 40), hello.rank, hello.session[:16])
+        who = (m.printable(hello.instance, 200), hello.pid, m.printable(hello.role, 40), hello.rank, hello.session[:16])
         process = self._return(who) or self._enter(who)
         peer.process, peer.payload = process, hello.payload
         peer.instance, peer.pid, peer.role, peer.rank, _ = who
@@ -243,7 +243,7 @@ class Service:
                 found = self.heart.lookup_all(*lookup)
                 if found is not None:
                     return m.Found(*found)
-            name = _printable(request.request, 200)
+            name = m.printable(request.request, 200)
             in_l1, coming = self.tiering.wait_for(peer.process, request.space, hashes, request.prefill_rate, name)
             if coming:
                 return m.Found(in_l1, 0, b"", coming)
@@ -440,9 +440,3 @@ class Service:
             for event in events:
                 logger.debug("%s %d chunks of space %d %s", event.kind, event.chunks, event.space, event.reason)
         self.heart.tick(time.monotonic())
-
-
-def _printable(text: str, most: int) -> str:
-    """What an engine says of itself, fit for a line of the log."""
-    text = text[:most]
-    return text if text.isprintable() else "".join(char if char.isprintable() else "?" for char in text)

@@ -281,6 +281,12 @@ def version_error(engine: int, engine_software: str, server: int, server_softwar
     """One line for people when two protocol versions meet."""
     older = "the engine's lmcache package" if engine < server else "the lmcache server"
     return (
-        f"the engine speaks protocol {engine} (lmcache {engine_software[:40]}), the server {server} "
-        f"(lmcache {server_software[:40]}): upgrade {older}"
+        f"the engine speaks protocol {engine} (lmcache {printable(engine_software, 40)}), the server {server} "
+        f"(lmcache {printable(server_software, 40)}): upgrade {older}"
     )
+
+
+def printable(text: str, most: int) -> str:
+    """What the other side says of itself, cut to `most` characters and fit for a line of the log."""
+    text = text[:most]
+    return text if text.isprintable() else "".join(char if char.isprintable() else "?" for char in text)
