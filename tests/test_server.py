@@ -472,10 +472,10 @@ def test_malformed_messages_over_the_unix_socket_never_stop_anything(server, raw
 
 
 def test_a_client_that_never_reads_is_hung_up_and_costs_a_bounded_memory(server, raw):
-    cache = server(l1=8)
+    cache = server(l1=16)
     client, deaf = raw(cache), raw(cache, "deaf")
-    deaf.store(chain(13, 2000))
-    request = frame(m.encode(1, m.Lookup(deaf.space, chain(13, 2000), 0)))
+    deaf.store(chain(13, 4000))
+    request = frame(m.encode(1, m.Lookup(deaf.space, chain(13, 4000), 0)))
     deaf.carrier._socket.settimeout(PATIENCE)
     with pytest.raises(OSError):
         for _ in range(10_000):

@@ -136,7 +136,9 @@ def _start(config: ServerConfig, owner: Owner | None, started: list[Callable[[],
         arena.unlink()
     workers = ThreadPoolExecutor(config.max_workers, thread_name_prefix="lmcache-io")
     started.append(lambda: workers.shutdown(wait=True, cancel_futures=True))
-    heart = Heart(arena.size_bytes, config.lease_seconds, first_number=1 + int.from_bytes(arena.id[:6], "little"))
+    heart = Heart(
+        arena.size_bytes, float(config.lease_seconds), first_number=1 + int.from_bytes(arena.id[:6], "little")
+    )
     service = Service(loop, heart, arena, config.chunk_size, workers)
     if specs:
         started.append(_start_tiers(config, loop, service, specs).close)
