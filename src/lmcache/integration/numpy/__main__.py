@@ -46,7 +46,9 @@ def main() -> None:
 
 
 def _say(answer: dict[str, object]) -> None:
-    print(json.dumps(answer), flush=True)
+    # One write: `print` makes two where output is not buffered, and a line of the log may come between them.
+    sys.stdout.write(json.dumps(answer) + "\n")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":
