@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lmcache.config import options as read
+from lmcache.config.hosts import in_url
 from lmcache.config.options import Option
 from lmcache.errors import ConfigError
 
@@ -250,12 +251,12 @@ class ServerConfig:
     @property
     def endpoint(self) -> str:
         """Where ZMQ binds: `tcp://127.0.0.1:5555`."""
-        return f"tcp://{read.in_url(self.host)}:{self.port}"
+        return f"tcp://{in_url(self.host)}:{self.port}"
 
     @property
     def http_url(self) -> str:
         """Where HTTP listens: `http://0.0.0.0:8080`."""
-        return f"http://{read.in_url(self.http_host)}:{self.http_port}"
+        return f"http://{in_url(self.http_host)}:{self.http_port}"
 
     @property
     def beyond_loopback(self) -> bool:

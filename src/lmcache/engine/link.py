@@ -17,7 +17,7 @@ from pathlib import Path
 import msgspec
 
 from lmcache import __version__
-from lmcache.config.options import connect, in_url
+from lmcache.config.hosts import connect, in_url
 from lmcache.errors import LMCacheError, ServerRefused, ServerUnavailable
 from lmcache.observability.log import init_logger
 from lmcache.wire import auth

@@ -16,7 +16,7 @@ from pathlib import Path
 import zmq
 
 from lmcache import __version__
-from lmcache.config.options import in_url
+from lmcache.config.hosts import in_url
 from lmcache.errors import ConfigError, WireError
 from lmcache.observability.log import init_logger
 from lmcache.server.loop import Loop

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from lmcache.config.options import connect
+from lmcache.config.hosts import connect
 from lmcache.tiers.tier import TierError
 
 PIECE_BYTES = 512 << 10

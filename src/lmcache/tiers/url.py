@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TypeVar
 from urllib.parse import parse_qsl, unquote, urlsplit
 
-from lmcache.config.options import in_url, number, redacted_url
+from lmcache.config.hosts import in_url
+from lmcache.config.options import number, redacted_url
 from lmcache.errors import ConfigError
 
 GIB = 1 << 30

@@ -14,7 +14,7 @@ from typing import Protocol
 import zmq
 
 from lmcache.compiled import load_native
-from lmcache.config.options import addresses, in_url
+from lmcache.config.hosts import addresses, in_url
 from lmcache.errors import ServerUnavailable, WireError
 from lmcache.wire import auth
 from lmcache.wire import messages as m
