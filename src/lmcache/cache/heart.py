@@ -39,11 +39,11 @@ _OWN_INSTANCE = "\0server"
 """No engine is called so: what engines say of themselves is printable."""
 MAX_SPACES = 1024
 MAX_SHARDS = 1024
-"""Of a chunk. The index keeps 5 bytes a shard for each chunk, however few of them are there."""
+"""The most shards that a chunk may have. The index keeps 5 bytes a shard for each chunk, however few of them are there."""
 QUARANTINE_SHARE = 4
 """An instance (or tier) whose expired claims hold more than 1/4 of the arena gets no new slots."""
 MAX_LEASES = 4096
-"""Of one engine instance at a time: several times the requests that an engine runs at once."""
+"""The most leases that one engine instance may hold at a time: several times the requests that an engine runs at once."""
 EXPIRED_A_TICK = 16384
 """Chunks. A tick ends claims until it has ended claims on so many; the next tick goes on."""
 
@@ -144,7 +144,7 @@ class _Lease(_Claim):
 class _Reservation(_Claim):
     shard: int
     ids: list[int]
-    """Of its chunks; of no meaning once it has expired."""
+    """The chunks' numbers in `table`. They mean nothing once the reservation has expired."""
     pages: list[int]
 
     @property
@@ -239,7 +239,7 @@ class Heart:
         self._due: OrderedDict[int, _AnyClaim] = OrderedDict()
         """Claims that have not expired, the next one to do so first: all last equally long."""
         self._quarantine = _Quarantine()
-        """Of all instances."""
+        """What is in quarantine for all instances together."""
         self._cleared: list[Table] = []
         """Tables that were cleared while somebody had a claim on their chunks."""
         self._next = first_number
@@ -793,7 +793,7 @@ class Heart:
         return known.instance, self._instances[known.instance]
 
     def _account(self, tier: str) -> tuple[str, _Instance]:
-        """Whose claims the server's are: each tier's quarantine is its own."""
+        """The instance that holds the server's claims for this tier: each tier has a quarantine of its own."""
         name = f"{_OWN_INSTANCE} {tier}"
         return name, self._instances.setdefault(name, _Instance({SERVER}))
 
@@ -835,7 +835,7 @@ def _holds(table: Table, record: int, shards: int) -> bool:
 
 
 def _first_pages(lease: _Lease) -> array[int]:
-    """Of the slots of a lease's chunks, that of each one's first shard: it names the chunk in the arena."""
+    """The page of each leased chunk's first shard, which identifies the chunk in the arena."""
     return array("I", lease.table.slots(lease.ids))[:: lease.space.shards]
 
 

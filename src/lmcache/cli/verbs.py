@@ -10,7 +10,6 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeAlias
 
 from lmcache.config.load import load
@@ -58,7 +57,7 @@ def token_of(arguments: argparse.Namespace) -> str:
     Raises:
         ConfigError: the file cannot be read, or others may read it.
     """
-    return load({"api_token_file": arguments.api_token_file and str(Path(arguments.api_token_file))}).config.api_token
+    return load({"api_token_file": arguments.api_token_file}).config.api_token
 
 
 def ask(

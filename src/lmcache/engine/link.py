@@ -37,7 +37,7 @@ _CONNECT_SECONDS = 1.0
 _LOOK_SECONDS = 1.0
 """Between looks at whether something is due, at most; a connection's end is noticed at once."""
 RENEWALS = 4
-"""Of each lease, within the life of a claim: one that comes late or gets lost does no harm."""
+"""How often a lease is renewed within the life of a claim: one renewal that comes late or gets lost does no harm."""
 MOST_DEADLINE_SECONDS = 3600.0
 MOST_HEARTBEAT_SECONDS = 10.0
 """A server forgets an engine that gets payload frames after 30 s of silence."""

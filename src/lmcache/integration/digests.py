@@ -53,7 +53,7 @@ def stamp_of(status: os.stat_result) -> Stamp:
 
 
 def hash_threads() -> int:
-    """How many threads hash beside an engine that starts."""
+    """Return how many threads may hash while an engine starts: half of the cores, and 8 at most."""
     return max(1, min(_MAX_THREADS, len(os.sched_getaffinity(0)) // 2))
 
 

@@ -29,7 +29,7 @@ MAX_CONNECTIONS = 1024
 MAX_UNSENT_BYTES = 2 * m.MAX_ANSWER_BYTES
 """Of one connection: an engine that asks anew before it has read its last answer is not hung up on."""
 MAX_ALL_UNSENT_BYTES = 256 << 20
-"""Of all connections: beyond it, the one with the most is closed."""
+"""Bound of what waits for all connections together. Beyond it, the connection with the most is closed."""
 _RECEIVE_BYTES = 1 << 18
 
 

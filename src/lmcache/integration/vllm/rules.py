@@ -32,14 +32,14 @@ def refuse_what_vllm_rules_out(vllm_config: Any) -> None:
             f"vLLM runs without chunked prefill and prefix caching {cause}; if both were switched off by hand, leave chunked "
             "prefill on"
         )
-    if batch_invariant():
+    if _batch_invariant():
         raise LayoutError(
             f"{_BATCH_INVARIANT} is set and prefix caching is off, so it is not known that this attention backend answers the "
             "same after a hit; leave --no-enable-prefix-caching out, and vLLM decides"
         )
 
 
-def batch_invariant() -> bool:
+def _batch_invariant() -> bool:
     """Whether vLLM promises the same bits whatever else is computed beside them."""
     return os.environ.get(_BATCH_INVARIANT, "0") not in ("", "0")
 

@@ -34,7 +34,7 @@ def _layout(name: str) -> np.dtype[np.void]:
 
 @dataclass(frozen=True)
 class Shape:
-    """What all planes of paged KV share, in words of `word_bytes`."""
+    """The strides and sizes that all planes of paged KV share, in words of `word_bytes` bytes."""
 
     word_bytes: int
     block_stride: int

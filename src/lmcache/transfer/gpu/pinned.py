@@ -24,7 +24,7 @@ class PinnedArena:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self.address = 0
-        """Where the mapping begins; 0 before `register` was called."""
+        """The address at which the mapping begins; it is 0 before `register` was called."""
         self._bytes: torch.Tensor | None = None
         self._registered_bytes = 0
         self._stop = threading.Event()
