@@ -9,7 +9,7 @@ from collections import OrderedDict
 import pytest
 
 from lmcache.cache import Heart
-from lmcache.cache.heart import NO_SLOT
+from lmcache.cache.heart import MAX_SPACES_OF_INSTANCE, NO_SLOT, Refusal
 from lmcache.cache.table import ChunkTable, PyTable, unpack
 from lmcache.chunks import HASH_BYTES
 
@@ -222,6 +222,24 @@ def test_leased_regions_are_left_alone_and_others_found() -> None:
     for at, keys in enumerate(documents):
         if at % 2:
             assert one.lookup(keys) == 16
+
+
+def test_one_engine_cannot_open_all_spaces() -> None:
+    heart = Heart(64 * MIB)
+    heart.join(1, "greedy")
+    heart.join(2, "modest")
+    names = [bytes([number]) * 16 for number in range(MAX_SPACES_OF_INSTANCE)]
+    for name in names:
+        heart.open_space(1, name, 1, 0, MIB)
+    with pytest.raises(Refusal, match="layouts open already"):
+        heart.open_space(1, b"one more".ljust(16), 1, 0, MIB)
+    heart.open_space(1, names[0], 1, 0, MIB)  # what it has already is no new one
+    heart.open_space(2, names[0], 1, 0, MIB)
+    assert len(heart.spaces) == MAX_SPACES_OF_INSTANCE
+    heart.leave(1)
+    heart.leave(2)
+    heart.tick(1.0)
+    assert not heart.spaces
 
 
 def test_more_layouts_than_regions_all_get_something() -> None:

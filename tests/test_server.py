@@ -26,6 +26,7 @@ from lmcache.engine.link import Endpoint
 from lmcache.engine.scheduler import SchedulerSession
 from lmcache.memory.arena import Arena
 from lmcache.memory.headers import DamagedHeaders, read_headers
+from lmcache.observability.log import Seldom
 from lmcache.server import unix_face
 from lmcache.server.http import HttpFace
 from lmcache.server.loop import Loop
@@ -469,6 +470,70 @@ def test_malformed_messages_over_the_unix_socket_never_stop_anything(server, raw
     counters = cache.counters()
     assert counters["internal_errors_total"] == 0 and counters["loop_errors_total"] == 0, cache.complaints()
     assert all(line.isprintable() for line in counters), "what engines say of themselves must not break the metrics"
+
+
+def test_who_says_no_hello_is_hung_up_on_and_who_did_is_not(small, monkeypatch):
+    path = small[1]
+    client = Client(path)
+    silent = socket.socket(socket.AF_UNIX)
+    silent.settimeout(PATIENCE)
+    silent.connect(str(path))
+    monkeypatch.setattr(unix_face, "HELLO_SECONDS", 0.0)
+    assert silent.recv(1) == b"", "the server ended it"
+    assert client.ask(m.Ping()) == m.Ok()
+    silent.close()
+
+
+def test_one_process_cannot_take_all_connections(small, monkeypatch):
+    """Sessions that ended without a goodbye count for as long as their process lives: it may still be copying."""
+    monkeypatch.setattr(unix_face, "MAX_CONNECTIONS_OF_PROCESS", 3)
+    service, path = small
+    for _ in range(3):
+        client = Client(path)
+        client.carrier._socket.close()
+    stranger = UnixCarrier(str(path), msgspec.structs.replace(client.hello, session=os.urandom(16)), PATIENCE)
+    assert f"process {os.getpid()} has opened 3 already" in stranger.welcome.text
+    assert service.counters["turned_away"] == 1
+
+
+def test_a_session_that_comes_back_again_and_again_takes_one_place(small, monkeypatch):
+    monkeypatch.setattr(unix_face, "MAX_CONNECTIONS_OF_PROCESS", 3)
+    client = Client(small[1])
+    for _ in range(8):
+        client.carrier._socket.close()
+        client.connect()
+
+
+def test_a_flood_of_malformed_messages_is_counted_and_hardly_logged(small, monkeypatch, caplog):
+    clock = [100.0]
+    monkeypatch.setattr(unix_face, "_malformed", Seldom(unix_face.logger, 10.0, lambda: clock[0]))
+    service, path = small
+    client = Client(path)
+    sock, reader = client.carrier._socket, FrameReader(m.MAX_MESSAGE_BYTES)
+    sock.settimeout(PATIENCE)
+
+    def send(count: int) -> list[str]:
+        caplog.clear()
+        sock.sendall(frame(b"\xc1") * count)
+        answers = 0
+        while answers < count:
+            answers += len(reader.feed(sock.recv(1 << 16)))
+        return [one.getMessage() for one in caplog.records if "malformed" in one.getMessage()]
+
+    assert len(send(1000)) == 1
+    clock[0] += 10.0
+    (line,) = send(1)
+    assert "999 more such lines were left out" in line
+    assert service.counters["malformed_messages"] == 1001
+
+
+def test_a_layout_whose_name_is_a_book_is_refused(small):
+    client = Client(small[1])
+    fair = msgspec.structs.replace(client.layout, chunk_tokens=client.carrier.welcome.chunk_tokens)
+    raw = m.encode(9, m.Register(fair, 1, 0, 4096)).replace(b"\xa3raw", b"\xda\xff\xff" + b"n" * 0xFFFF)
+    client.carrier._socket.sendall(frame(raw))
+    sequence, answer = m.decode_answer(FrameReader(m.MAX_MESSAGE_BYTES).feed(client.carrier._socket.recv(1 << 16))[0])
+    assert sequence == 9 and isinstance(answer, m.Error) and "65535 characters" in answer.text
 
 
 def test_a_client_that_never_reads_is_hung_up_and_costs_a_bounded_memory(server, raw):

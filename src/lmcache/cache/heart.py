@@ -38,6 +38,8 @@ SERVER = 0
 _OWN_INSTANCE = "\0server"
 """No engine is called so: what engines say of themselves is printable."""
 MAX_SPACES = 1024
+MAX_SPACES_OF_INSTANCE = 64
+"""Of one engine instance, which needs one for each model that it serves."""
 MAX_SHARDS = 1024
 """The most shards that a chunk may have. The index keeps 5 bytes a shard for each chunk, however few of them are there."""
 QUARANTINE_SHARE = 4
@@ -291,7 +293,10 @@ class Heart:
         if slot_bytes > self.total_bytes:
             raise Refusal(f"a chunk's shard takes {slot_bytes} bytes, all of L1 {self.total_bytes}: raise --l1-size-gb")
         name, instance = self._instance(process)
-        space = self._space_of.get((fingerprint, shards)) or self._new_space(fingerprint, shards)
+        space = self._space_of.get((fingerprint, shards))
+        if (space is None or space.number not in instance.spaces) and len(instance.spaces) >= MAX_SPACES_OF_INSTANCE:
+            raise Refusal(f"this engine has {MAX_SPACES_OF_INSTANCE} layouts open already: restart it to close them")
+        space = space or self._new_space(fingerprint, shards)
         if shard >= 0:
             self._open_shard(space, shard, slot_bytes)
         instance.spaces.add(space.number)

@@ -19,6 +19,8 @@ from lmcache.errors import LayoutError
 SLOT_ORDER_VERSION = 1
 CODEC_RAW = 0
 FINGERPRINT_BYTES = 16
+MAX_NAME_CHARACTERS = 4096
+"""Of each text in a layout: as long as a path may be."""
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "fp8_e4m3": 1, "fp8_e5m2": 1, "int8": 1, "uint8": 1}
 
@@ -50,6 +52,10 @@ class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         for name in ("num_layers", "num_kv_heads", "head_size", "chunk_tokens"):
             if getattr(self, name) < 1:
                 raise LayoutError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("model_id", "kv_scales", "config_digest"):
+            length = len(getattr(self, name))
+            if length > MAX_NAME_CHARACTERS:
+                raise LayoutError(f"{name} has {length} characters; at most {MAX_NAME_CHARACTERS} are allowed")
 
     @property
     def planes_per_layer(self) -> int:

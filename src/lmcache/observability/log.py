@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
+from collections.abc import Callable
 
 _FORMAT = "[%(asctime)s] LMCache %(levelname)s: %(message)s (%(filename)s:%(lineno)d)"
 _ROOT = "lmcache"
@@ -26,3 +28,26 @@ def set_level(level: str) -> None:
     """Set the level of the whole `lmcache` tree; an unknown name means INFO (the command line checks names earlier)."""
     value = logging.getLevelName(level.upper())
     logging.getLogger(_ROOT).setLevel(value if isinstance(value, int) else logging.INFO)
+
+
+class Seldom:
+    """Warnings about what peers send, which they can send as often as they like: one line a `seconds`, so that no peer fills
+    the disk. The next line says how many were left out."""
+
+    def __init__(
+        self, logger: logging.Logger, seconds: float = 10.0, now: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._logger, self._seconds, self._now = logger, seconds, now
+        self._next = float("-inf")
+        self._left_out = 0
+
+    def warning(self, text: str, *values: object) -> None:
+        """Log the line, as `logging.Logger.warning` does, or count it."""
+        now = self._now()
+        if now < self._next:
+            self._left_out += 1
+            return
+        if self._left_out:
+            text += f" ({self._left_out} more such lines were left out)"
+        self._next, self._left_out = now + self._seconds, 0
+        self._logger.warning(text, *values, stacklevel=2)

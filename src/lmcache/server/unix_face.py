@@ -10,22 +10,28 @@ from __future__ import annotations
 import os
 import socket
 import struct
+import time
 from collections import deque
 from pathlib import Path
 
 import msgspec
 
 from lmcache.errors import WireError
-from lmcache.observability.log import init_logger
+from lmcache.observability.log import Seldom, init_logger
 from lmcache.server.loop import Loop
 from lmcache.server.service import Peer, Service
 from lmcache.wire import messages as m
 from lmcache.wire.frames import FrameReader, frame
 
 logger = init_logger(__name__)
+_malformed, _turned_away = Seldom(logger), Seldom(logger)
 _PEER_CREDENTIALS = struct.Struct("3i")
 _SO_PEERPIDFD = 77  # asm-generic/socket.h, Linux 6.5
 MAX_CONNECTIONS = 1024
+"""Of all processes, with those that have ended while their process lives: what it was copying then it may still be copying."""
+MAX_CONNECTIONS_OF_PROCESS = 128
+HELLO_SECONDS = 10.0
+"""A connection that has said no hello for so long is closed."""
 MAX_UNSENT_BYTES = 2 * m.MAX_ANSWER_BYTES
 """Of one connection: an engine that asks anew before it has read its last answer is not hung up on."""
 MAX_ALL_UNSENT_BYTES = 256 << 20
@@ -39,6 +45,8 @@ class UnixFace:
     def __init__(self, loop: Loop, service: Service, listener: socket.socket, path: Path | None) -> None:
         self.loop, self.service, self.path = loop, service, path
         self.connections: set[_Connection] = set()
+        self.unfinished: set[_Connection] = set()
+        """Those that are open, and those whose process may still copy."""
         self.inbox = memoryview(bytearray(_RECEIVE_BYTES))
         """What all connections receive into. `recv` would make a buffer of this size for each message, and where the allocator
         takes that from the kernel and gives it back, its page faults are a fifth of a lookup's time."""
@@ -46,10 +54,11 @@ class UnixFace:
         self._paused = False
         service.socket_path = str(path) if path is not None else ""
         loop.watch(listener.fileno(), self._accept)
-        loop.on_tick.append(self._accept_again)
+        loop.on_tick += [self._accept_again, self._close_silent]
 
     def close(self) -> None:
         self.loop.on_tick.remove(self._accept_again)
+        self.loop.on_tick.remove(self._close_silent)
         self.loop.unwatch(self._listener.fileno())
         self._listener.close()
         if self.path is not None:
@@ -75,19 +84,29 @@ class UnixFace:
                 self._turn_away(
                     sock, f"user {uid} is not the server's user {os.getuid()}: run the engine as the same user"
                 )
-            elif len(self.connections) >= MAX_CONNECTIONS:
+            elif len(self.unfinished) >= MAX_CONNECTIONS:
                 self._turn_away(sock, f"{MAX_CONNECTIONS} connections are open already")
+            elif pid and sum(one.pid == pid for one in self.unfinished) >= MAX_CONNECTIONS_OF_PROCESS:
+                self._turn_away(sock, f"process {pid} has opened {MAX_CONNECTIONS_OF_PROCESS} already; end it to go on")
             else:
-                self.connections.add(_Connection(self, sock, pid))
+                connection = _Connection(self, sock, pid)
+                self.connections.add(connection)
+                self.unfinished.add(connection)
 
     def _accept_again(self) -> None:
         if self._paused:
             self._paused = False
             self.loop.watch(self._listener.fileno(), self._accept)
 
+    def _close_silent(self) -> None:
+        """Whoever does not say what it wants must not keep others from being heard."""
+        limit = time.monotonic() - HELLO_SECONDS
+        for connection in [one for one in self.connections if not one.peer.process and one.opened < limit]:
+            connection.close()
+
     def _turn_away(self, sock: socket.socket, why: str) -> None:
         self.service.counters["turned_away"] += 1
-        logger.warning("Turned a connection away: %s", why)
+        _turned_away.warning("Turned a connection away: %s", why)
         try:
             sock.send(frame(m.encode(0, m.Error("refused", why))))
         except OSError:
@@ -98,6 +117,7 @@ class UnixFace:
 class _Connection:
     def __init__(self, face: UnixFace, sock: socket.socket, pid: int) -> None:
         self.face, self.sock, self.pid = face, sock, pid
+        self.opened = time.monotonic()
         self.peer = Peer("unix socket", replaced=self.close)
         self._reader = FrameReader(m.MAX_MESSAGE_BYTES)
         self._unsent: deque[memoryview] = deque()
@@ -124,6 +144,7 @@ class _Connection:
             os.close(self._pidfd)
             self._pidfd = None
         self.face.service.gone(self.peer)
+        self.face.unfinished.discard(self)
         if self.sock.fileno() >= 0:
             self.close()
 
@@ -157,7 +178,7 @@ class _Connection:
 
     def _complain(self, sequence: int, error: WireError) -> None:
         self.face.service.counters["malformed_messages"] += 1
-        logger.warning("A malformed message from pid %d: %s", self.pid, error)
+        _malformed.warning("A malformed message from pid %d: %s", self.pid, error)
         self._send(frame(m.encode(sequence, m.Error("malformed", str(error)))))
 
     def _serve(self, sequence: int, request: m.Request) -> None:

@@ -18,13 +18,14 @@ import zmq
 from lmcache import __version__
 from lmcache.config.hosts import in_url
 from lmcache.errors import ConfigError, WireError
-from lmcache.observability.log import init_logger
+from lmcache.observability.log import Seldom, init_logger
 from lmcache.server.loop import Loop
 from lmcache.server.service import MAX_PAYLOAD_BYTES, Peer, Service
 from lmcache.wire import auth
 from lmcache.wire import messages as m
 
 logger = init_logger(__name__)
+_malformed = Seldom(logger)
 SILENCE_SECONDS = 30.0
 """A payload engine that says nothing for so long is gone, as is one that takes none of the bytes that wait for it. It pings three
 times as often."""
@@ -112,7 +113,7 @@ class ZmqFace:
             sequence, request = m.decode_request(frames[0])
         except WireError as error:
             self.service.counters["malformed_messages"] += 1
-            logger.warning("A malformed ZMQ message: %s", error)
+            _malformed.warning("A malformed ZMQ message: %s", error)
             sequence = m.sequence_of(frames[0]) if frames and len(frames[0]) <= m.MAX_MESSAGE_BYTES else 0
             self._send(identity, sequence, m.Error("malformed", str(error)), [])
             return
