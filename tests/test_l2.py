@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -16,6 +20,9 @@ from typing import Any
 
 import pytest
 
+from engine_process import Engine
+from lmcache.server.tiering import CLOSE_SECONDS
+from ports import free_port
 from proxy import Proxy
 from servers import PATIENCE, Server, eventually
 from stores import RedisServer, binary_of
@@ -29,6 +36,20 @@ def valkey(folders: Callable[[str], Path]) -> Iterator[RedisServer]:
     store = RedisServer(binary_of("valkey"), folders("/tmp"))
     yield store
     store.end()
+
+
+@pytest.fixture
+def hanging(folders: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The FIFO of a `hanging_tier`, which is installed for all servers that are started."""
+    folder = folders("/tmp")
+    told = folder / "hanging_tier-1.0.dist-info"
+    told.mkdir()
+    (told / "METADATA").write_text("Metadata-Version: 2.1\nName: hanging-tier\nVersion: 1.0\n")
+    (told / "entry_points.txt").write_text("[lmcache.tiers]\nhanging = hanging_tier:HangingTier\n")
+    shutil.copy(Path(__file__).with_name("hanging_tier.py"), folder)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH")))))
+    os.mkfifo(folder / "fifo")
+    return folder / "fifo"
 
 
 def tiers_of(server: Server) -> dict[str, dict[str, Any]]:
@@ -232,6 +253,145 @@ def test_the_end_does_not_wait_for_a_tier_that_hangs(
         assert not list(cache.arena_dir.glob("*.arena*")) and "Traceback" not in "".join(cache.log)
     finally:
         proxy.close()
+
+
+def ended_without(server: Server, tier: str, calls: str) -> float:
+    """The server ends by itself, cleanly but for these calls of a tier; how long it has waited for them."""
+    line = server.line_with(f"Tier {tier} is left behind: {calls} have not returned after ")
+    server.line_with("has stopped")
+    assert server.child.wait(PATIENCE) == 0
+    assert not list(server.arena_dir.glob("*.arena*")) and "Traceback" not in "".join(server.log)
+    return float(line.partition(" have not returned after ")[2].split()[0])
+
+
+def bring_about(call: str, server: Server, engine: Engine) -> None:
+    """Make the server call this method of its tier."""
+
+    def clear() -> None:
+        with contextlib.suppress(OSError):  # the server ends before it has answered
+            page(server, "/clear-cache?tiers=all", "POST")
+
+    if call == "store":
+        engine.store(TOKENS)
+    elif call in ("contains", "load"):
+        engine.lookup(TOKENS)
+    elif call == "clear":
+        threading.Thread(target=clear, daemon=True).start()
+
+
+@pytest.mark.parametrize("call", ["contains", "load", "store", "clear", "close"])
+def test_one_signal_ends_a_server_whose_tier_hangs(
+    server: Callable[..., Server], engine: Callable[..., Engine], hanging: Path, call: str
+) -> None:
+    flags = ("--l2", f"hanging://{hanging}?calls={call}", "--drain-seconds", "0", "--l2-patience-seconds", "0.1")
+    cache = server(flags=flags)
+    bring_about(call, cache, engine(cache))
+    if call != "close":
+        cache.line_with(f"{call} hangs")
+    cache.signal(signal.SIGTERM)
+    ended_without(cache, "hanging", f"1 calls (1 of {call})")
+
+
+def test_a_second_signal_does_not_wait_for_a_tier_that_hangs(
+    server: Callable[..., Server], engine: Callable[..., Engine], hanging: Path
+) -> None:
+    cache = server(flags=("--l2", f"hanging://{hanging}?calls=store", "--drain-seconds", "3600"))
+    bring_about("store", cache, engine(cache))
+    cache.line_with("store hangs")
+    cache.signal(signal.SIGTERM)
+    cache.line_with("10 chunks are written to tiers before the end, for up to 3600 s")
+    cache.signal(signal.SIGTERM)
+    assert ended_without(cache, "hanging", "1 calls (1 of store)") < CLOSE_SECONDS
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+def test_a_store_that_is_frozen_does_not_hold_up_the_end(
+    server: Callable[..., Server], engine: Callable[..., Engine], valkey: RedisServer, signals: int
+) -> None:
+    drain = "0" if signals == 1 else "3600"
+    cache = server(flags=("--l2", valkey.url("?timeout=3600"), "--drain-seconds", drain))
+    one = engine(cache)
+    valkey.child.send_signal(signal.SIGSTOP)
+    one.store(TOKENS)
+    eventually(lambda: not tiers_of(cache)["redis"]["queued_chunks"])  # the write is under way
+    cache.signal(signal.SIGTERM)
+    if signals == 2:
+        cache.line_with("chunks are written to tiers before the end")
+        cache.signal(signal.SIGTERM)
+    waited = ended_without(cache, "redis", "1 calls (1 of store)")
+    assert (waited < CLOSE_SECONDS) == (signals == 2)
+
+
+def test_a_file_system_that_does_not_answer_does_not_hold_up_the_end(
+    server: Callable[..., Server], engine: Callable[..., Engine], folders: Callable[[str], Path]
+) -> None:
+    """Each shard's file is a FIFO now: who opens it waits in the kernel, in threads of the tier's own."""
+    store = folders("/tmp") / "tier"
+    first = server(flags=("--l2", f"dir://{store}"))
+    assert engine(first).store(TOKENS) == len(TOKENS)
+    written(first, 10, "dir")
+    first.end()
+    for file in store.glob("*/??/*"):
+        if file.is_file():
+            file.unlink()
+            os.mkfifo(file)
+    second = server(flags=("--l2", f"dir://{store}", "--worth", "always", "--l2-patience-seconds", "0.1"))
+    assert not engine(second, "again").lookup(TOKENS)
+    second.line_with("Tier dir: load has not returned for ")
+    second.signal(signal.SIGTERM)
+    ended_without(second, "dir", "1 calls (1 of load)")
+
+
+def test_a_server_ends_while_a_tier_hangs_in_its_start(folders: Callable[[str], Path], hanging: Path) -> None:
+    flags = ("--l2", f"hanging://{hanging}?calls=open", "--l2-required")
+    cache = Server(folders("/tmp"), folders("/dev/shm"), 64, 16, free_port(), flags)
+    try:
+        cache.line_with("open hangs")
+        cache.signal(signal.SIGTERM)
+        ended_without(cache, "hanging", "1 calls (1 of open)")
+    finally:
+        cache.end()
+
+
+def test_a_required_tier_that_hangs_ends_the_start(folders: Callable[[str], Path], hanging: Path) -> None:
+    flags = ("--l2", f"hanging://{hanging}?calls=open", "--l2-required")
+    cache = Server(folders("/tmp"), folders("/dev/shm"), 64, 16, free_port(), flags)
+    try:
+        cache.line_with("not open after 15 s (--l2-required is set)")
+        assert cache.child.wait(PATIENCE) == 2
+        assert not list(cache.arena_dir.glob("*.arena*")) and "Traceback" not in "".join(cache.log)
+    finally:
+        cache.end()
+
+
+@pytest.mark.parametrize("call", ["contains", "load", "store"])
+def test_a_call_that_does_not_return_costs_its_tier_alone_and_is_told(
+    server: Callable[..., Server],
+    engine: Callable[..., Engine],
+    hanging: Path,
+    folders: Callable[[str], Path],
+    call: str,
+) -> None:
+    """The other tier goes on to be written and read, lookups are answered, and the calls that return at last do no harm."""
+    tiers = ("--l2", f"hanging://{hanging}?calls={call}", "--l2", f"dir://{folders('/tmp')}/tier")
+    cache = server(flags=(*tiers, "--worth", "always", "--l2-patience-seconds", "0.1"))
+    one = engine(cache)
+    bring_about(call, cache, one)
+    cache.line_with(f"{call} hangs")
+    told = cache.line_with(f"Tier hanging: {call} has not returned for ")
+    assert f"see whether hanging://{hanging}" in told
+    assert tiers_of(cache)["hanging"]["state"] == "stalled" and tiers_of(cache)["dir"]["state"] == "serving"
+    (degraded,) = cache.get("/healthcheck")["degraded"]
+    assert degraded.startswith(f"hanging: {call} has not returned for ")
+    other = [7, *TOKENS[1:]]
+    assert one.store(other) == len(other)
+    eventually(lambda: tiers_of(cache)["dir"]["counters"].get("kept_shards", 0) >= 10)
+    page(cache, "/clear-cache", "POST")
+    if call != "store":  # a tier that is only slow to write is still asked, and says that it has everything
+        eventually(lambda: one.load(other) == len(other))
+    hanging.open("w").close()
+    cache.line_with("Tier hanging: no call hangs any more")
+    assert tiers_of(cache)["hanging"]["state"] == "serving" and cache.healthy()
 
 
 def test_loads_that_failed_do_not_spoil_the_end(

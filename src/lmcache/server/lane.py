@@ -7,6 +7,7 @@ slow or dead tier holds up nobody else.
 from __future__ import annotations
 
 import secrets
+import threading
 import time
 import traceback
 from collections import Counter
@@ -24,7 +25,9 @@ from lmcache.tiers.registry import TierSpec
 logger = init_logger(__name__)
 T = TypeVar("T")
 _STALLED_SECONDS = 1.0
-"""A tier with a call that has been under way for longer is not asked anything new: whoever asks would wait as well."""
+"""A tier with a reading call that has been under way for longer is not asked anything new: whoever asks would wait as well."""
+_HANGS_SECONDS = 10.0
+"""A call that has been under way for longer is told of: it may be on a mount whose server is gone, and never return."""
 _LOG_SECONDS = 10.0
 """A tier in trouble says so at most that often."""
 _LOSSES_SECONDS = 10.0
@@ -62,13 +65,19 @@ class Lane:
         self._calls: dict[int, float] = {}
         """Reading calls under way: since when."""
         self._next_call = 0
+        self._lock = threading.Lock()
+        """Over the next two, which the lane's own threads use as well."""
+        self._under_way: dict[object, tuple[str, float]] = {}
+        """Calls that have begun in the lane's threads, `open` and `close` among them: the method, and since when."""
+        self._left_behind = False
+        self._told_hanging = False
         self._told_at = self._told_losses_at = float("-inf")
         self._told_losses: Counter[str] = Counter()
         """All counters, as they were when losses were last told."""
 
     def open(self) -> Future[None]:
         """Open the tier in its own thread; the result is None or a TierError."""
-        return self._writers.submit(self.tier.open)
+        return self._writers.submit(self._noted, "open", self.tier.open)
 
     def opened(self, error: BaseException | None) -> None:
         """What became of `open` at start-up."""
@@ -91,11 +100,24 @@ class Lane:
 
     def trouble(self, now: float) -> str:
         """Why it does not serve, or not all of it; "" where nothing is known to be wrong."""
+        return self._state(now)[1]
+
+    def _state(self, now: float) -> tuple[str, str]:
+        """How it is called in /status, and `trouble`."""
         if not self.breaker.closed:
-            return self.breaker.reason
+            return "failing" if self.breaker.state == "open" else "being tried", self.breaker.reason
         if not self.stores.closed and (len(self.queue) or not self.stores.due(now)):
-            return self.stores.reason
-        return "" if self.loads.closed or self.loads.due(now) else self.loads.reason
+            return "stores fail", self.stores.reason
+        if not self.loads.closed and not self.loads.due(now):
+            return "loads fail", self.loads.reason
+        hanging = self._hanging(now)
+        return "stalled" if hanging else "serving", hanging
+
+    def _hanging(self, now: float) -> str:
+        """The call that has been under way for longest, where that is too long; "" otherwise."""
+        with self._lock:
+            method, since = min(self._under_way.values(), key=lambda call: call[1], default=("", now))
+        return f"{method} has not returned for {now - since:.0f} s" if now - since > _HANGS_SECONDS else ""
 
     def known(self, keys: Sequence[ShardKey]) -> list[bool] | None:
         """What the tier can tell at once, for each key; None: it has to be asked."""
@@ -108,23 +130,25 @@ class Lane:
 
     def ask(self, call: Callable[[], T], done: Callable[[T | None, float], None]) -> None:
         """Run `call` in a reading thread; then `done(result, seconds)` in the loop, None where the tier failed."""
-        self._read(call, done, None)
+        self._read("contains", call, done, None)
 
     def load(self, call: Callable[[], T], done: Callable[[T | None, float], None]) -> None:
         """As `ask`, for a load."""
         self.loads.probe(time.monotonic())
-        self._read(call, done, self.loads)
+        self._read("load", call, done, self.loads)
 
-    def change(self, call: Callable[[], T], done: Callable[[T | None, float], None]) -> None:
-        """As `ask`, in a writing thread."""
-        self._write(call, done, None)
+    def change(self, method: str, call: Callable[[], T], done: Callable[[T | None, float], None]) -> None:
+        """As `ask`, in a writing thread. method: of the tier, which `call` calls."""
+        self._write(method, call, done, None)
 
     def store(self, call: Callable[[], T], done: Callable[[T | None, float], None]) -> None:
         """As `change`, for a store."""
         self.stores.probe(time.monotonic())
-        self._write(call, done, self.stores)
+        self._write("store", call, done, self.stores)
 
-    def _read(self, call: Callable[[], T], done: Callable[[T | None, float], None], kind: Breaker | None) -> None:
+    def _read(
+        self, method: str, call: Callable[[], T], done: Callable[[T | None, float], None], kind: Breaker | None
+    ) -> None:
         number, self._next_call = self._next_call, self._next_call + 1
         self._calls[number] = time.monotonic()
 
@@ -132,21 +156,35 @@ class Lane:
             self._calls.pop(number, None)
             done(result, seconds)
 
-        self._run(self._readers, call, ended, kind)
+        self._run(self._readers, method, call, ended, kind)
 
-    def _write(self, call: Callable[[], T], done: Callable[[T | None, float], None], kind: Breaker | None) -> None:
+    def _write(
+        self, method: str, call: Callable[[], T], done: Callable[[T | None, float], None], kind: Breaker | None
+    ) -> None:
         self.writing += 1
 
         def ended(result: T | None, seconds: float) -> None:
             self.writing -= 1
             done(result, seconds)
 
-        self._run(self._writers, call, ended, kind)
+        self._run(self._writers, method, call, ended, kind)
 
     def tick(self, now: float) -> None:
-        """Try a tier that was left alone, when its pause is over."""
+        """Try a tier that was left alone, when its pause is over, and tell when a call begins or ceases to hang."""
         if self.breaker.probe(now):
-            self._run(self._writers, self._probe, lambda result, seconds: None)
+            self._run(self._writers, "open", self._probe, lambda result, seconds: None)
+        hanging = self._hanging(now)
+        if bool(hanging) != self._told_hanging:
+            self._told_hanging = bool(hanging)
+            if hanging:
+                logger.warning(
+                    "Tier %s: %s; the server goes on without it: see whether %s answers",
+                    self.name,
+                    hanging,
+                    self.spec.url,
+                )
+            else:
+                logger.info("Tier %s: no call hangs any more", self.name)
 
     def tell_losses(self, now: float) -> None:
         """Warn of what could not be written since the last time, unless that was just now."""
@@ -168,10 +206,7 @@ class Lane:
 
     def status(self) -> dict[str, object]:
         """For /status; JSON types only."""
-        usage, trouble = self.tier.usage(), self.trouble(time.monotonic())
-        state = {"closed": "serving", "open": "failing", "half-open": "being tried"}[self.breaker.state]
-        if self.breaker.closed and trouble:
-            state = "stores fail" if trouble == self.stores.reason else "loads fail"
+        usage, (state, trouble) = self.tier.usage(), self._state(time.monotonic())
         return {
             "name": self.name,
             "url": self.spec.url,
@@ -187,22 +222,55 @@ class Lane:
             "kept_back_chunks": self.queue.kept_back,
         }
 
-    def close(self) -> None:
-        """End the threads, once calls under way have ended (the tier's time-outs bound them), and close the tier."""
-        self._readers.shutdown(wait=True, cancel_futures=True)
-        self._writers.shutdown(wait=True, cancel_futures=True)
-        try:
-            self.tier.close()
-        except Exception:  # the other tiers and the server have to end as well
-            logger.exception("Tier %s could not be closed", self.name)
+    def close(self) -> Future[None]:
+        """Drop the calls that have not begun, and return at once.
+
+        The result, None, is there when the calls under way have ended and the tier is closed. A tier that hangs never
+        gives one: `leave_behind`.
+        """
+        self._readers.shutdown(wait=False, cancel_futures=True)
+        self._writers.shutdown(wait=False, cancel_futures=True)
+        closed: Future[None] = Future()
+
+        def close() -> None:
+            self._readers.shutdown(wait=True)
+            self._writers.shutdown(wait=True)
+            try:
+                self._noted("close", self.tier.close)
+            except Exception:  # the other tiers and the server have to end as well
+                logger.exception("Tier %s could not be closed", self.name)
+            closed.set_result(None)
+
+        threading.Thread(target=close, name=f"lmcache-{self.name}-close", daemon=True).start()
+        return closed
+
+    def leave_behind(self) -> list[str]:
+        """The methods of the calls that are still under way; what they return from now on is dropped.
+
+        Their threads keep the process from ending in the usual way, and may write to the memory that they were given.
+        """
+        with self._lock:
+            self._left_behind = True
+            return [method for method, _ in self._under_way.values()]
 
     def _probe(self) -> None:
         self.tier.open()
         self.tier.contains([ShardKey(bytes(16), secrets.token_bytes(16), 0, 1)])
 
+    def _noted(self, method: str, call: Callable[[], T]) -> T:
+        key = object()
+        with self._lock:
+            self._under_way[key] = method, time.monotonic()
+        try:
+            return call()
+        finally:
+            with self._lock:
+                del self._under_way[key]
+
     def _run(
         self,
         threads: ThreadPoolExecutor,
+        method: str,
         call: Callable[[], T],
         done: Callable[[T | None, float], None],
         kind: Breaker | None = None,
@@ -210,12 +278,14 @@ class Lane:
         def run() -> None:
             begin, result, error = time.monotonic(), None, None
             try:
-                result = call()
+                result = self._noted(method, call)
             except Exception as caught:  # the edge of the thread; what is not a TierError is a fault of ours, and told
                 error = caught
                 _clear_frames(caught)
             seconds = time.monotonic() - begin
-            self._loop.call_soon(lambda: self._back(result, error, seconds, done, kind))
+            with self._lock:
+                if not self._left_behind:  # otherwise the loop may have been closed
+                    self._loop.call_soon(lambda: self._back(result, error, seconds, done, kind))
 
         threads.submit(run)
 

@@ -52,6 +52,8 @@ class Loop:
     def call_soon(self, call: Callable[[], None]) -> None:
         """Run `call` in the loop's thread. Safe from any thread."""
         self._calls.append(call)
+        if self._wake_write < 0:
+            return  # closed; a signal came late
         try:
             os.write(self._wake_write, b"x")
         except BlockingIOError:
@@ -107,9 +109,10 @@ class Loop:
         self.call_soon(lambda: None)
 
     def close(self) -> None:
-        self._selector.close()
+        wake, self._wake_write = self._wake_write, -1
+        os.close(wake)
         os.close(self._wake_read)
-        os.close(self._wake_write)
+        self._selector.close()
 
     def _drain_wakes(self) -> None:
         try:

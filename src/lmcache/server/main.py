@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+import os
 import resource
 import signal
 import socket
-from collections.abc import Callable
+import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NoReturn, Protocol
 
 from lmcache.cache import SERVER, Heart
 from lmcache.config.server import ServerConfig
@@ -23,7 +26,6 @@ from lmcache.server.unix_face import UnixFace
 from lmcache.wire.sockets import listen_unix
 
 if TYPE_CHECKING:
-    from lmcache.server.tiering import Tiering
     from lmcache.tiers.registry import TierSpec
 
 logger = init_logger(__name__)
@@ -56,16 +58,28 @@ def serve(config: ServerConfig, owner: Owner | None = None) -> int:
     set_level(config.log_level)
     _allow_many_descriptors()
     reclaim_stale(config.arena_dir)
-    started: list[Callable[[], None]] = []
+    fault: BaseException | None = None
     try:
-        loop = _start(config, owner, started)
-        logger.info("LMCache cache server is running...")
-        loop.run()
+        with ExitStack() as started:
+            loop = _start(config, owner, started)
+            logger.info("LMCache cache server is running...")
+            loop.run()
+        logger.info("LMCache cache server has stopped")
+    except BaseException as error:
+        fault = error
+        raise
     finally:
-        for stop in reversed(started):
-            stop()
-    logger.info("LMCache cache server has stopped")
+        if any(not thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread()):
+            _end_at_once(fault)
     return 0
+
+
+def _end_at_once(fault: BaseException | None) -> NoReturn:
+    """End the process although threads hang in a tier, for which the interpreter would wait without end."""
+    if fault is not None:
+        logger.error("%s", fault, exc_info=None if isinstance(fault, ConfigError) else fault)
+    logging.shutdown()
+    os._exit(0 if fault is None else 2 if isinstance(fault, ConfigError) else 1)
 
 
 def _tiers_of(config: ServerConfig) -> list[TierSpec]:
@@ -77,7 +91,7 @@ def _tiers_of(config: ServerConfig) -> list[TierSpec]:
     return tiers_of(config.l2, config.l2_adapter)
 
 
-def _start_tiers(config: ServerConfig, loop: Loop, service: Service, specs: list[TierSpec]) -> Tiering:
+def _start_tiers(config: ServerConfig, loop: Loop, service: Service, specs: list[TierSpec], started: ExitStack) -> None:
     """Open the tiers; from now on a signal to end lets them write first, and a second one does not wait."""
     from lmcache.server.tiering import Tiering
 
@@ -93,24 +107,18 @@ def _start_tiers(config: ServerConfig, loop: Loop, service: Service, specs: list
         patience_seconds=config.l2_patience_seconds,
         queue_bytes=config.l2_queue_bytes,
     )
-    try:
-        tiering.open(config.l2_required)
-    except ConfigError:
-        tiering.close()
-        raise
-    service.tiering = tiering
-    signals: list[int] = []
+    started.callback(tiering.close)
 
     def end(number: int, frame: object) -> None:
-        signals.append(number)
-        if len(signals) > 1:
+        if tiering.interrupt() > 1:
             loop.stop()
         else:
             loop.call_soon(lambda: tiering.drain(config.drain_seconds, loop.stop))
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, end)
-    return tiering
+    tiering.open(config.l2_required)
+    service.tiering = tiering
 
 
 def _allow_many_descriptors() -> None:
@@ -121,27 +129,27 @@ def _allow_many_descriptors() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def _start(config: ServerConfig, owner: Owner | None, started: list[Callable[[], None]]) -> Loop:
+def _start(config: ServerConfig, owner: Owner | None, started: ExitStack) -> Loop:
     """Bring up every part; `started` collects what ends them, in order."""
     specs = _tiers_of(config)  # before anything is created
     loop = Loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: loop.stop())
-    started.append(loop.close)
+    started.callback(loop.close)
     if owner is not None:
         _end_with(owner, loop)
     arena = Arena(Path(config.arena_dir), config.l1_bytes, config.numa)
-    started.append(arena.close)
+    started.callback(arena.close)
     if owner is not None:
         arena.unlink()
     workers = ThreadPoolExecutor(config.max_workers, thread_name_prefix="lmcache-io")
-    started.append(lambda: workers.shutdown(wait=True, cancel_futures=True))
+    started.callback(workers.shutdown, wait=True, cancel_futures=True)
     heart = Heart(
         arena.size_bytes, float(config.lease_seconds), first_number=1 + int.from_bytes(arena.id[:6], "little")
     )
     service = Service(loop, heart, arena, config.chunk_size, workers)
     if specs:
-        started.append(_start_tiers(config, loop, service, specs).close)
+        _start_tiers(config, loop, service, specs, started)
     config = _open_doors(config, owner, loop, service, started)
     arena.start_prefault()
     logger.info(
@@ -168,36 +176,36 @@ def _end_with(owner: Owner, loop: Loop) -> None:
 
 
 def _open_doors(
-    config: ServerConfig, owner: Owner | None, loop: Loop, service: Service, started: list[Callable[[], None]]
+    config: ServerConfig, owner: Owner | None, loop: Loop, service: Service, started: ExitStack
 ) -> ServerConfig:
     """From now on engines are served; the configuration with the ports that were taken where any free one would do."""
     if owner is not None:
-        started.append(UnixFace(loop, service, owner.listener, None).close)
+        started.callback(UnixFace(loop, service, owner.listener, None).close)
     else:
         path = config.socket_dir / f"{service.server_id.hex()[:16]}.sock"
-        started.append(UnixFace(loop, service, listen_unix(path), path).close)
+        started.callback(UnixFace(loop, service, listen_unix(path), path).close)
         config = dataclasses.replace(config, port=_open_port(config, loop, service, started))
     if owner is None or owner.http:
         config = dataclasses.replace(config, http_port=_open_http(config, Report(config, loop, service), started))
     return config
 
 
-def _open_port(config: ServerConfig, loop: Loop, service: Service, started: list[Callable[[], None]]) -> int:
+def _open_port(config: ServerConfig, loop: Loop, service: Service, started: ExitStack) -> int:
     """The engines' port, in use from now on; a configured 0 was any free one."""
     from lmcache.server.zmq_face import ZmqFace
 
     face = ZmqFace(
         loop, service, config.host, config.port, config.socket_dir, config.auth_key_file, config.insecure_no_auth
     )
-    started.append(face.close)
+    started.callback(face.close)
     return face.port
 
 
-def _open_http(config: ServerConfig, report: Report, started: list[Callable[[], None]]) -> int:
+def _open_http(config: ServerConfig, report: Report, started: ExitStack) -> int:
     """The port of health, status and metrics, serving from now on; a configured 0 was any free one."""
     from lmcache.server.http import HttpFace  # a third of a second, which an engine's own server is spared
 
     face = HttpFace(config, report)
     face.start()
-    started.append(face.stop)
+    started.callback(face.stop)
     return face.port

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import logging
 import math
+import queue
 import time
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -32,6 +33,10 @@ from lmcache.tiers.registry import TierSpec
 logger = init_logger(__name__)
 OPEN_SECONDS = 15.0
 """How long start-up waits for tiers; those that take longer serve later."""
+CLOSE_SECONDS = 3.0
+"""How long the end waits for calls under way and for tiers to close; those that take longer are left behind."""
+_HURRY_SECONDS = 0.5
+"""The same after a second signal: enough for a tier that does not hang."""
 _NO_SLOT = 0xFFFFFFFF
 View = Callable[[int, int], memoryview]
 
@@ -81,10 +86,13 @@ class Tiering:
         """Chunks by the tier's name."""
         self._drain_until = 0.0
         self._closed = False
+        self._interrupts = 0
+        self._ended: queue.SimpleQueue[object] = queue.SimpleQueue()
+        """Of what `_wait` waits for. A signal handler may put into it at any time, which no lock would allow."""
         loop.on_tick.append(self._tick)
 
     def open(self, required: bool) -> None:
-        """Open all, side by side.
+        """Open all, side by side; an interrupt ends the waiting.
 
         Raises:
             ConfigError: `required`, and one does not serve.
@@ -93,7 +101,9 @@ class Tiering:
             if lane.spec.warning:
                 logger.warning("%s", lane.spec.warning)
         futures: dict[Future[None], Lane] = {lane.open(): lane for lane in self.lanes}
-        wait(futures, OPEN_SECONDS)
+        self._wait(futures, OPEN_SECONDS, interrupts=1)
+        if self._interrupts:
+            return
         for future, lane in futures.items():
             late = TimeoutError(f"not open after {OPEN_SECONDS:.0f} s")
             error = future.exception() if future.done() else late
@@ -143,14 +153,13 @@ class Tiering:
 
     def _carry_out(self) -> None:
         while self.fetches.effects and not self._closed:
-            effects, self.fetches.effects = self.fetches.effects, []
-            for effect in effects:
-                if isinstance(effect, Ask):
-                    self._ask(effect)
-                elif isinstance(effect, Load):
-                    self._load(effect)
-                else:
-                    _tell(effect)
+            effect = self.fetches.effects.pop(0)  # before it is carried out: one that fails takes no other with it
+            if isinstance(effect, Ask):
+                self._ask(effect)
+            elif isinstance(effect, Load):
+                self._load(effect)
+            else:
+                _tell(effect)
 
     def _ask(self, ask: Ask) -> None:
         lane, space = self.lanes[ask.tier], self._heart.space(ask.space)
@@ -311,7 +320,7 @@ class Tiering:
         cleared = generation != lane.generation  # meanwhile, and some of the batch may have been written since
         if cleared and not self._closed:
             keys = [one.key for one in shards]
-            lane.change(lambda: lane.tier.remove(keys), lambda result, seconds: None)
+            lane.change("remove", lambda: lane.tier.remove(keys), lambda result, seconds: None)
         if outcomes is None:
             if not cleared:
                 lane.queue.put_back(batch)
@@ -338,6 +347,13 @@ class Tiering:
         """Write what waits, for so many seconds at most; then call."""
         for lane in self.lanes:
             lane.queue.make_all_ready()
+        waiting = sum(len(lane.queue) for lane in self.lanes) + self._being_written.total()
+        if waiting:
+            logger.info(
+                "%d chunks are written to tiers before the end, for up to %g s; a second signal ends this",
+                waiting,
+                seconds,
+            )
         self._drained, self._drain_until = then, time.monotonic() + seconds
         self._pump()
 
@@ -385,7 +401,7 @@ class Tiering:
             lane.tier.clear()
             return True
 
-        lane.change(clear, lambda result, seconds: cleared(lane, result))
+        lane.change("clear", clear, lambda result, seconds: cleared(lane, result))
 
     def degraded(self) -> list[str]:
         """Tiers that do not serve now, or not in full, and why."""
@@ -459,11 +475,42 @@ class Tiering:
                 out[f"tier_{kind}_total{labels}"] = value
         return out
 
+    def interrupt(self) -> int:
+        """For signal handlers: the first time ends the waiting in `open`, the next that in `close`. Returns which it is."""
+        self._interrupts += 1
+        self._ended.put(None)
+        return self._interrupts
+
+    def _wait(self, futures: Iterable[Future[None]], seconds: float, interrupts: int) -> None:
+        """Until all are done, the time is over, or there have been so many interrupts."""
+        until, left = time.monotonic() + seconds, set(futures)
+        self._ended = queue.SimpleQueue()
+        for future in left:
+            future.add_done_callback(self._ended.put)
+        while left and self._interrupts < interrupts:
+            try:
+                left.discard(self._ended.get(timeout=max(0.0, until - time.monotonic())))
+            except queue.Empty:
+                return
+
     def close(self) -> None:
-        """After the loop has ended. Nothing holds a view of the arena afterwards."""
+        """After the loop has ended. Nothing holds a view of the arena afterwards, but for calls that hang and are left behind."""
         self._closed = True
-        for lane in self.lanes:
-            lane.close()
+        begun = time.monotonic()
+        closed = {lane: lane.close() for lane in self.lanes}
+        self._wait(closed.values(), CLOSE_SECONDS, interrupts=2)
+        if self._interrupts > 1:
+            self._wait(closed.values(), _HURRY_SECONDS, interrupts=3)
+        for lane in (lane for lane, future in closed.items() if not future.done()):
+            methods = Counter(lane.leave_behind())
+            logger.warning(
+                "Tier %s is left behind: %d calls (%s) have not returned after %.1f s; see whether %s answers",
+                lane.name,
+                methods.total(),
+                ", ".join(f"{count} of {method}" for method, count in methods.items()),
+                time.monotonic() - begun,
+                lane.spec.url,
+            )
         self._loop.run_calls()  # what the lanes' last calls have to say
         for lane in self.lanes:
             lane.tell_losses(math.inf)  # it is the last time

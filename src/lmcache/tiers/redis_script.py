@@ -4,29 +4,54 @@ KEYS[1] is the hash tag T. The books are two keys, `T.index`, a hash of shard na
 booked bytes as field `used`, and `T.uses`, a sorted set of shard name -> time of last use in microseconds. The o (open) is there
 while the shard is being written; its time is then the end of the writer's lease plus 2^52, so that it sorts behind all others.
 Shard `name` has its header at `T/name` and its parts at `T/name.0`, `T/name.1` ... Each verb answers (what, used bytes, shards).
+
+The server answers nobody else while a script runs, so no call removes or touches more than `ENOUGH_KEYS` keys and one shard,
+however much is there: what is left to do is answered (`MORE`, `NOT_READY`), and whoever called calls again.
+
+Books that have to go, because one half of them was lost or because of a `clear`, are renamed to `T.index.torn` and `T.uses.torn`.
+As long as one of these is there, each call removes some of the shards that they name, and no shard is booked. So it does not
+matter who goes on with it, or when: the new books are empty and right, and what is left of the old shards is read by its header.
 """
 
 from __future__ import annotations
 
 ADMITTED = "go"
+MORE = "more"
+"""The call has done as much as one call may, and it was not enough."""
+NOT_READY = "not ready"
+"""Torn books are being emptied, and nothing is booked until then."""
+ENOUGH_KEYS = 256
+"""A call that has removed so many keys stops, and one that touches shards is asked for no more."""
+MAX_PARTS = 511
+"""Of a shard, since a call deals with a whole one."""
 
-SCRIPT = rb"""
+SCRIPT = b"local ENOUGH_KEYS, MAX_PARTS = %d, %d" % (ENOUGH_KEYS, MAX_PARTS)
+SCRIPT += rb"""
 local tag, verb = KEYS[1], ARGV[1]
 local index, uses = tag .. '.index', tag .. '.uses'
+local torn_index, torn_uses = index .. '.torn', uses .. '.torn'
 local clock = redis.call('TIME')
 local now = clock[1] * 1000000 + clock[2]
 local OPEN = 4503599627370496
-local UNKNOWN_PARTS = 64
+local removed = 0
 
-local function record(name)
-  local bytes, parts, open = string.match(redis.call('HGET', index, name) or '', '^(%d+) (%d+) (o?)$')
+local function record(name, from)
+  local bytes, parts, open = string.match(redis.call('HGET', from or index, name) or '', '^(%d+) (%d+) (o?)$')
   return tonumber(bytes), tonumber(parts), open == 'o'
 end
 
+local function part_name(name, part) return string.format('%s/%s.%x', tag, name, part) end
+
 local function part_names(name, parts)
   local names = {}
-  for i = 1, parts do names[i] = string.format('%s/%s.%x', tag, name, i - 1) end
+  for i = 1, parts do names[i] = part_name(name, i - 1) end
   return names
+end
+
+local function parts_there(name)
+  local parts = 0
+  while parts < MAX_PARTS and redis.call('EXISTS', part_name(name, parts)) == 1 do parts = parts + 1 end
+  return parts
 end
 
 local function unlink(name, parts)
@@ -34,13 +59,15 @@ local function unlink(name, parts)
   if parts > 0 then redis.call('UNLINK', unpack(part_names(name, parts))) end
 end
 
-local function forget(name)
-  local bytes, parts = record(name)
-  unlink(name, parts or UNKNOWN_PARTS)
-  redis.call('ZREM', uses, name)
+local function forget(name, from, order)
+  local bytes, parts = record(name, from)
+  parts = parts or parts_there(name)
+  unlink(name, parts)
+  removed = removed + 1 + parts
+  redis.call('ZREM', order or uses, name)
   if bytes then
-    redis.call('HDEL', index, name)
-    redis.call('HINCRBY', index, 'used', -bytes)
+    redis.call('HDEL', from or index, name)
+    redis.call('HINCRBY', from or index, 'used', -bytes)
   end
   return bytes or 0
 end
@@ -51,20 +78,23 @@ end
 
 local function used() return tonumber(redis.call('HGET', index, 'used') or 0) end
 
-local function forget_all(names)
-  local freed = 0
-  for _, name in ipairs(names) do freed = freed + forget(name) end
-  return freed
+local function forget_all(names, from, order)
+  for _, name in ipairs(names) do
+    if removed >= ENOUGH_KEYS then return false end
+    forget(name, from, order)
+  end
+  return true
 end
 
 local function evict(most, wanted)
   local total = used()
   while total > most - wanted do
+    if removed >= ENOUGH_KEYS then return 'more' end
     local oldest = redis.call('ZRANGEBYSCORE', uses, '-inf', OPEN, 'LIMIT', 0, 1)[1]
-    if not oldest then return false end
+    if not oldest then return 'full' end
     total = total - forget(oldest)
   end
-  return true
+  return 'go'
 end
 
 local function book(name, bytes, parts, open, score)
@@ -88,17 +118,39 @@ end
 -- After a first write that needs no memory a script may go on although `maxmemory` is reached. A reservation must not.
 if verb ~= 'reserve' then redis.call('UNLINK', tag .. '.nothing') end
 
--- A server that drops keys by its own policy may have dropped one half of the books: the other half says what must go.
-local records = redis.call('HLEN', index)
-if math.max(records - 1, 0) ~= redis.call('ZCARD', uses) then
-  local names = redis.call('HKEYS', index)
-  for i = #names, 1, -1 do
-    if names[i] == 'used' then table.remove(names, i) end
-  end
-  forget_all(names)
-  forget_all(redis.call('ZRANGE', uses, 0, -1))
-  redis.call('UNLINK', index, uses)
+local function is_torn() return redis.call('EXISTS', torn_index, torn_uses) > 0 end
+
+local function tear()
+  if redis.call('EXISTS', index) == 1 then redis.call('RENAME', index, torn_index) end
+  if redis.call('EXISTS', uses) == 1 then redis.call('RENAME', uses, torn_uses) end
 end
+
+local function go_on_emptying()
+  if redis.call('EXISTS', torn_index) == 1 then
+    local cursor = redis.call('HGET', torn_index, 'cursor') or '0'
+    local following, fields = unpack(redis.call('HSCAN', torn_index, cursor, 'COUNT', ENOUGH_KEYS / 2))
+    local names = {}
+    for i = 1, #fields, 2 do
+      if record(fields[i], torn_index) then names[#names + 1] = fields[i] end
+    end
+    if not forget_all(names, torn_index, torn_uses) then return end -- the same cursor finds what is left of these
+    if following ~= '0' then return redis.call('HSET', torn_index, 'cursor', following) end
+    redis.call('UNLINK', torn_index)
+  end
+  forget_all(redis.call('ZRANGE', torn_uses, 0, ENOUGH_KEYS / 2 - 1), torn_index, torn_uses)
+end
+
+-- A server that drops keys by its own policy may have dropped one half of the books: the other half says what must go.
+local torn = is_torn()
+if not torn and (verb == 'clear' or math.max(redis.call('HLEN', index) - 1, 0) ~= redis.call('ZCARD', uses)) then
+  tear()
+  torn = is_torn()
+end
+if torn and verb ~= 'mend' then -- that is asked for each shard of a load, which need not wait for the others
+  go_on_emptying()
+  torn = is_torn()
+end
+if torn and (verb == 'reserve' or verb == 'mend') then return answer('not ready') end
 
 if verb == 'reserve' then
   local most, lease, ttl = tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
@@ -120,7 +172,8 @@ if verb == 'reserve' then
   unlink(name, parts)
   forget_all(redis.call('ZRANGEBYSCORE', uses, OPEN, OPEN + now, 'LIMIT', 0, 100))
   if ttl > 0 then forget_all(redis.call('ZRANGEBYSCORE', uses, '-inf', now - ttl, 'LIMIT', 0, 100)) end
-  if most > 0 and not evict(most, bytes) then return answer('full') end
+  local room = most > 0 and evict(most, bytes) or 'go'
+  if room ~= 'go' then return answer(room) end
   redis.call('HINCRBY', index, 'used', bytes)
   book(name, bytes, parts, 'o', OPEN + now + lease)
   return answer('go')
@@ -141,34 +194,33 @@ elseif verb == 'commit' then
   touch(name, parts, now, ttl)
   return answer('')
 elseif verb == 'shrink' then
-  evict(used(), tonumber(ARGV[3]))
+  local before = used()
+  evict(before, tonumber(ARGV[2]))
+  return answer(string.format('%d', before - used()))
 elseif verb == 'touch' then
-  local ttl, known = tonumber(ARGV[2]), {}
-  for i = 3, #ARGV do
+  local ttl, first, known = tonumber(ARGV[2]), tonumber(ARGV[3]), {}
+  for i = 4, #ARGV do
     local had, parts, is_open = record(ARGV[i])
     local is_there = had and not is_open
-    if is_there then touch(ARGV[i], parts, now - (i - 3), ttl) end
-    known[i - 2] = is_there and '1' or '0'
+    if is_there then touch(ARGV[i], parts, now - first - (i - 4), ttl) end
+    known[i - 3] = is_there and '1' or '0'
   end
   return answer(table.concat(known))
 elseif verb == 'mend' then
   local most, name, bytes, parts = tonumber(ARGV[2]), ARGV[3], tonumber(ARGV[4]), tonumber(ARGV[5])
   local had, had_parts, is_open = record(name)
   if not had then
-    if is_whole(name, parts) and (most == 0 or evict(most, bytes)) then
+    local room = not is_whole(name, parts) and 'full' or most > 0 and evict(most, bytes) or 'go'
+    if room == 'full' then unlink(name, parts) end
+    if room == 'go' then
       redis.call('HINCRBY', index, 'used', bytes)
       book(name, bytes, parts, '', now)
-    else
-      unlink(name, parts)
     end
   elseif not is_open and not is_whole(name, had_parts) then
     forget(name)
   end
 elseif verb == 'remove' then
   forget(ARGV[2])
-elseif verb == 'clear' then
-  forget_all(redis.call('ZRANGE', uses, 0, 499))
-  if redis.call('ZCARD', uses) > 0 then return answer('more') end
 end
-return answer('')
+return answer(torn and 'not ready' or '')
 """
