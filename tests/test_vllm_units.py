@@ -7,7 +7,9 @@ import os
 import pickle
 import shutil
 import struct
+import sys
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,6 +30,7 @@ from lmcache.integration.vllm.identity import config_digest, model_identity
 from lmcache.integration.vllm.model import NOT_SERVED, describe_model, refusal_of
 from lmcache.integration.vllm.paged import Registered, Shape, describe_tensors, fit_strides
 from lmcache.integration.vllm.plan import StepReport
+from lmcache.integration.vllm.resets import watch_resets
 from lmcache.integration.vllm.scheduler import HIT_SECONDS, SchedulerHalf
 from lmcache.integration.vllm.settings import parse_host, read_settings, recompute_failed_loads
 from lmcache.integration.vllm.worker import WorkerHalf
@@ -409,6 +412,89 @@ def test_reset_serves_nothing_older() -> None:
     scheduler.allocated(fresh, [1], 0)
     (after,) = scheduler.plan_step(step({"b": 64})).stores
     assert before.hashes != after.hashes
+
+
+class Core:
+    """vLLM's `EngineCore` as far as it goes to sleep: it resets its connector first, at once or when no request runs any more."""
+
+    def __init__(self, connector: SchedulerHalf, engine_id: str = "engine") -> None:
+        self.vllm_config = SimpleNamespace(kv_transfer_config=SimpleNamespace(engine_id=engine_id))
+        self.connector = connector
+        self.waiting: list[Future[None]] = []
+
+    def sleep(self, level: int = 1, mode: str = "abort") -> Future[None] | None:
+        if mode == "wait":
+            self.waiting.append(Future())
+            return self.waiting[-1]
+        self.connector.reset()
+        return None
+
+    def release_kv_cache_memory(self) -> None:
+        self.connector.reset()
+
+    def wake_up(self, tags: list[str] | None = None) -> bool:
+        return tags is None
+
+    def drain(self) -> None:
+        self.connector.reset()
+        self.waiting.pop().set_result(None)
+
+
+@pytest.fixture
+def core(monkeypatch: pytest.MonkeyPatch) -> Core:
+    """A core whose connector's half is watched, as vLLM's own class is."""
+    made = type("Core", (Core,), dict(vars(Core)))(half(Session(present=40)))
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "vllm.v1", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "vllm.v1.engine", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "vllm.v1.engine.core", SimpleNamespace(EngineCore=type(made)))
+    watch_resets("engine", made.connector)
+    return made
+
+
+def salt_of(core: Core) -> str:
+    """What the next request's chunks are named by, besides its tokens."""
+    request = Request(f"request {len(core.connector._session.salts)}", list(range(700)))  # type: ignore[union-attr]
+    core.connector.match(request, 0)
+    return str(core.connector._session.salts[-1])  # type: ignore[union-attr]
+
+
+def test_a_sleep_that_keeps_the_weights_keeps_the_cache(core: Core) -> None:
+    assert salt_of(core) == ""
+    core.sleep()
+    core.wake_up()
+    assert salt_of(core) == ""
+    core.release_kv_cache_memory()
+    core.wake_up(tags=["kv_cache"])
+    assert salt_of(core) == ""
+    core.connector.reset()
+    own = salt_of(core)
+    core.sleep(level=1)
+    assert salt_of(core) == own != "", "what the user has reset stays reset"
+    core.sleep(level=2)
+    assert salt_of(core) not in ("", own)
+
+
+def test_a_sleep_that_waits_for_requests_keeps_the_cache_unless_somebody_else_resets_it(core: Core) -> None:
+    core.sleep(1, "wait")
+    core.drain()
+    assert salt_of(core) == ""
+    core.sleep(mode="wait")
+    core.connector.reset()
+    core.drain()
+    assert salt_of(core) != ""
+
+
+def test_weights_that_are_awake_before_the_kv_may_be_written_into(core: Core) -> None:
+    core.sleep()
+    core.wake_up(tags=["weights"])
+    assert salt_of(core) != ""
+
+
+def test_the_sleep_of_another_engine_takes_nothing_back(core: Core) -> None:
+    other = type(core)(core.connector, "another engine")
+    other.sleep()
+    assert salt_of(core) != ""
 
 
 def test_a_rank_that_cannot_serve_ends_the_service() -> None:

@@ -128,6 +128,35 @@ def test_new_weights_in_a_running_engine_are_another_cache(
         engine.end()
 
 
+def test_weights_that_come_back_from_sleep_keep_their_cache(folder: Path, model: Path, server: Server) -> None:
+    """vLLM resets its connectors before any sleep. On a CPU no memory is given up, and all else is as on a GPU."""
+    prompts = [tokens(300, 104)]
+    engine = Engine(folder, "sleep", model, kv_transfer_config=server.config(), max_model_len=1024)
+
+    def cached() -> int:
+        outputs = engine.generate(prompts)
+        assert_same(outputs, cold)
+        engine.forget()  # returns once the store has let go of its blocks, for which an engine in this process does not wait
+        return int(outputs[0]["cached"])
+
+    try:
+        cold = engine.generate(prompts)
+        engine.forget()
+        assert engine.ask("sleep", level=1, wake=[None])["awake"] == [True]
+        assert cached() == 288
+        assert engine.ask("sleep", level=0, wake=[["scheduling"]])["awake"] == [True]
+        assert cached() == 288
+        assert engine.ask("sleep", level=1, wake=[["weights"], ["kv_cache"]])["awake"] == [False, True]
+        assert cached() == 0, "so do those wake up who write new weights before there is room for KV"
+        assert engine.ask("sleep", level=2, wake=[None])["awake"] == [True]
+        assert cached() == 0, "these weights do not come back by themselves"
+        assert engine.ask("reset", connector=True)["ok"]
+        assert engine.ask("sleep", level=1, wake=[None])["awake"] == [True]
+        assert cached() == 0, "what the user has reset stays reset"
+    finally:
+        engine.end()
+
+
 def test_a_model_that_vllm_computes_only_as_a_whole_is_not_served(folder: Path, model: Path, server: Server) -> None:
     """A hit would make vLLM's MEAN pooling raise, and end the engine."""
     engine = Engine(

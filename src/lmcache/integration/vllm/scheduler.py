@@ -48,7 +48,6 @@ class Tracker:
     epoch: bytes | None = None
     adapter: tuple[str, str] | None = None
     """Name and content of the LoRA adapter, ("", "") without one; None: not known, and nothing of the request is cached."""
-    generation: int = 0
     cacheable: bool = True
     may_load: bool = True
     hit: Hit | None = None
@@ -122,12 +121,13 @@ class SchedulerHalf:
         self._closing: dict[str, Tracker] = {}
         self._plan = StepPlan()
         self._jobs = 0
-        self._generation = 0
+        self.resets = 0
+        """How often what was kept has been given up."""
         self._began = time.time()
         """Before any adapter was loaded."""
         self._weights = 0
         """Changes of the ranks' weights that this half knows of."""
-        self._salt_prefix = ""
+        self._salt_prefix = self._salt_before = ""
         self._prefill = PrefillRate()
         self._tiers_load = False
         """Some request waits for a tier, in the step that is being planned."""
@@ -247,12 +247,17 @@ class SchedulerHalf:
 
     def reset(self) -> None:
         """Nothing kept so far is served to this engine again: its weights may have changed. Others keep what they have."""
-        self._generation += 1
-        self._salt_prefix = f"\0reset {time.time_ns()} {self._generation}\0"
+        self.resets += 1
+        self._salt_before, self._salt_prefix = self._salt_prefix, f"\0reset {time.time_ns()} {self.resets}\0"
         for tracker in self._trackers.values():
             # What is computed already may be of the old weights, so these requests store no more.
             tracker.cacheable = False
             self._give_back(tracker)
+
+    def take_back_reset(self, before: int) -> None:
+        """What was kept is served again, if there was one reset since there were `before`, and it was not for new weights."""
+        if self.resets == before + 1:
+            self._salt_prefix = self._salt_before
 
     def wait_connected(self, starting: Callable[[], bool]) -> None:
         """Give a server the time to start, as long as it is `starting`. Without one the engine goes on."""
@@ -282,7 +287,7 @@ class SchedulerHalf:
         tracker = self._trackers.get(request.request_id)
         if tracker is not None and tracker.request is request and tracker.preemptions == request.num_preemptions:
             return tracker
-        fresh = Tracker(request, request.num_preemptions, generation=self._generation)
+        fresh = Tracker(request, request.num_preemptions)
         fresh.adapter = _adapter(request, self._began)
         fresh.cacheable = getattr(request, "prompt_embeds", None) is None and fresh.adapter is not None
         # Later inputs of a resumable session may bring images, which the chain made now would not include in its hashes.
