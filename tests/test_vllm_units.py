@@ -414,6 +414,60 @@ def test_reset_serves_nothing_older() -> None:
     assert before.hashes != after.hashes
 
 
+def stored(scheduler: SchedulerHalf, name: str, local_tokens: int) -> int:
+    """Chunks of a request of 256 tokens that are stored, where so many tokens lie in vLLM's own cache."""
+    request = Request(name, list(range(256)), num_computed_tokens=local_tokens)
+    scheduler.match(request, local_tokens)
+    scheduler.allocated(request, [1, 2], 0)
+    return sum(len(store.hashes) // 16 for store in scheduler.plan_step(step({name: 256 - local_tokens})).stores)
+
+
+def test_what_vllms_own_cache_holds_from_before_a_reset_is_not_stored() -> None:
+    scheduler = half(Session())
+    assert stored(scheduler, "a", 128) == 16
+    scheduler.reset()
+    assert stored(scheduler, "b", 128) == 0, "vLLM's own cache could not be emptied, or was not"
+    assert stored(scheduler, "c", 0) == 16
+    scheduler.emptied()
+    assert stored(scheduler, "d", 128) == 16
+
+
+def test_ranks_tell_whether_vllms_own_cache_was_emptied_after_the_last_step_of_the_old_weights(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    changes = 0
+    monkeypatch.setattr("lmcache.integration.vllm.worker.weight_changes", lambda: changes)
+    scheduler, worker = half(Session()), rank(Ranks())
+
+    def run_step() -> None:
+        plan = scheduler.plan_step(step())
+        worker.start_loads(plan)
+        worker.start_stores(plan)
+        scheduler.transferred(report=worker.take_report())
+
+    run_step()
+    changes += 1
+    run_step()
+    assert stored(scheduler, "a", 128) == 0, "a block of the old weights"
+    for emptied, changed in ((1, 2), (2, 1)):
+        for _ in range(2):
+            run_step()
+            for order in (1, 2):
+                if order == emptied:
+                    scheduler.emptied()
+                if order == changed:
+                    changes += 1
+            run_step()
+        assert stored(scheduler, f"b{emptied}", 128) == 16, (
+            "no step of the old weights came after vLLM's cache was emptied"
+        )
+    scheduler.emptied()
+    run_step()
+    changes += 1
+    run_step()
+    assert stored(scheduler, "c", 128) == 0, "it was emptied before a step of the old weights"
+
+
 class Core:
     """vLLM's `EngineCore` as far as it goes to sleep: it resets its connector first, at once or when no request runs any more."""
 

@@ -128,6 +128,29 @@ def test_new_weights_in_a_running_engine_are_another_cache(
         engine.end()
 
 
+def test_blocks_of_old_weights_in_vllms_own_cache_are_not_kept_as_new(
+    folder: Path, model: Path, other_model: Path, server: Server
+) -> None:
+    """vLLM's own prefix cache is not emptied after the change, and a prompt begins with what the old weights computed."""
+    stem = tokens(300, 105)
+    longer, other = [stem + tokens(60, 106)], [tokens(40, 107)]
+    engine = Engine(folder, "stale-blocks", model, kv_transfer_config=server.config(), max_model_len=1024)
+    try:
+        engine.generate([stem])
+        engine.ask("reload", path=str(other_model))
+        engine.generate(other)  # the ranks' word has reached the scheduler
+        assert engine.generate(longer)[0]["cached"] == 256, "blocks of the old weights"
+        engine.forget()
+        again = engine.generate(longer)
+        assert engine.ask("reset", connector=True)["ok"]
+        computed = engine.generate(longer)
+        assert_same(again, computed)
+        engine.forget()
+        assert engine.generate(longer)[0]["cached"] == 352, "since the cache was emptied, all is kept"
+    finally:
+        engine.end()
+
+
 def test_weights_that_come_back_from_sleep_keep_their_cache(folder: Path, model: Path, server: Server) -> None:
     """vLLM resets its connectors before any sleep. On a CPU no memory is given up, and all else is as on a GPU."""
     prompts = [tokens(300, 104)]

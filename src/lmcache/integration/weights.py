@@ -3,8 +3,23 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable, Iterable
 from typing import Any
+
+from lmcache.observability.log import init_logger
+
+logger = init_logger(__name__)
+
+
+def class_at(path: str) -> Any:
+    """The class of this dotted name, None where the engine's release has none there."""
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        logger.debug("%s: %r", path, error)
+        return None
 
 
 def call_before(

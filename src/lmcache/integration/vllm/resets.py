@@ -1,20 +1,22 @@
-"""Which resets of this connector come from a sleep that keeps the weights.
+"""What vLLM does to its caches and does not tell its connector, or tells it in words that mean something else.
 
 Before it goes to sleep at level 1, vLLM 0.32 resets its connectors in the words of a user who says that the weights have changed
 (`reset_prefix_cache(reset_connector=True)`). But such a sleep gives up the memory of the KV alone: the weights come back byte
 for byte, and so does the identity of what is cached for them.
+
+When it empties its own prefix cache, it says nothing. After a change of the weights that cache holds blocks of the old ones until
+it is emptied.
 """
 
 from __future__ import annotations
 
-import importlib
 import weakref
 from concurrent.futures import Future
 from functools import partial
 from typing import Any
 
 from lmcache.integration.vllm.scheduler import SchedulerHalf
-from lmcache.integration.weights import call_around
+from lmcache.integration.weights import call_around, class_at
 from lmcache.observability.log import init_logger
 
 logger = init_logger(__name__)
@@ -23,16 +25,18 @@ _halves: weakref.WeakValueDictionary[str, SchedulerHalf] = weakref.WeakValueDict
 
 
 def watch_resets(engine_id: str, half: SchedulerHalf) -> None:
-    """From now on take back those resets of `half` that come from a sleep of its engine which keeps the weights."""
+    """From now on tell `half` when its engine's own prefix cache is emptied, and take back those of its resets that come from a
+    sleep which keeps the weights."""
     _halves[engine_id] = half
-    try:
-        core = importlib.import_module("vllm.v1.engine.core").EngineCore
-    except (ImportError, AttributeError) as error:
-        logger.debug("the engine's core was not found, so a sleep ends what is cached: %r", error)
-        return
-    call_around(core, "sleep", fall_asleep)
-    call_around(core, "release_kv_cache_memory", keep_identity)
-    call_around(core, "wake_up", wake_up)
+    for owner, name, around in (
+        ("vllm.v1.engine.core.EngineCore", "sleep", fall_asleep),
+        ("vllm.v1.engine.core.EngineCore", "release_kv_cache_memory", keep_identity),
+        ("vllm.v1.engine.core.EngineCore", "wake_up", wake_up),
+        ("vllm.v1.core.sched.scheduler.Scheduler", "reset_prefix_cache", empty),
+    ):
+        found = class_at(owner)
+        if found is None or not call_around(found, name, around):
+            logger.debug("%s.%s is not there: what is cached may end with a sleep or a change of weights", owner, name)
 
 
 def fall_asleep(sleep: Any, core: Any, level: int = 1, *args: Any, **kwargs: Any) -> Any:
@@ -63,11 +67,20 @@ def wake_up(wake: Any, core: Any, tags: list[str] | None = None, *args: Any, **k
     return wake(core, tags, *args, **kwargs)
 
 
+def empty(reset: Any, scheduler: Any, *args: Any, **kwargs: Any) -> Any:
+    """`Scheduler.reset_prefix_cache`, which answers whether the cache could be emptied."""
+    emptied = reset(scheduler, *args, **kwargs)
+    half = _half_of(scheduler)
+    if emptied and half is not None:
+        half.emptied()
+    return emptied
+
+
 def _take_back(half: SchedulerHalf, before: int, done: Future[Any]) -> None:
     if not done.cancelled() and done.exception() is None:
         half.take_back_reset(before)
 
 
-def _half_of(core: Any) -> SchedulerHalf | None:
-    transfer = getattr(core.vllm_config, "kv_transfer_config", None)
+def _half_of(owner: Any) -> SchedulerHalf | None:
+    transfer = getattr(owner.vllm_config, "kv_transfer_config", None)
     return _halves.get(str(getattr(transfer, "engine_id", "")))

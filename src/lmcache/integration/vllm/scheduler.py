@@ -128,6 +128,8 @@ class SchedulerHalf:
         self._weights = 0
         """Changes of the ranks' weights that this half knows of."""
         self._salt_prefix = self._salt_before = ""
+        self._emptied, self._emptied_before = 0, -1
+        """How often vLLM's own prefix cache has been emptied: by now, and when the last of what a reset gave up was computed."""
         self._prefill = PrefillRate()
         self._tiers_load = False
         """Some request waits for a tier, in the step that is being planned."""
@@ -163,6 +165,9 @@ class SchedulerHalf:
         expects from us."""
         tracker = self._tracker(request)
         tracker.blocks = blocks
+        if tracker.local_tokens and self._emptied <= self._emptied_before:
+            # vLLM's own cache still has blocks from before the reset, and what is computed upon them is no better.
+            tracker.cacheable = False
         hit, tracker.hit = tracker.hit, None
         if hit is None:
             return
@@ -174,7 +179,7 @@ class SchedulerHalf:
     def plan_step(self, output: Any) -> StepPlan:
         """What the ranks are to do in the step that `output` (a SchedulerOutput) describes."""
         plan, self._plan = self._plan, StepPlan()
-        plan.weights = self._weights
+        plan.weights, plan.emptied = self._weights, self._emptied
         plan.forward = output.total_num_scheduled_tokens > 0
         self._prefill.step(self._clock(), output.total_num_scheduled_tokens)
         if self._tiers_load and not plan.forward:
@@ -226,7 +231,7 @@ class SchedulerHalf:
         if report.weights > self._weights:
             self._weights = report.weights
             logger.info("This engine's weights have changed: what was cached for the old ones is not used any more")
-            self.reset()
+            self.reset(report.emptied)
         if report.refusal:
             self.stop(report.refusal)
 
@@ -245,14 +250,22 @@ class SchedulerHalf:
         self._closing[request.request_id] = tracker
         return True
 
-    def reset(self) -> None:
-        """Nothing kept so far is served to this engine again: its weights may have changed. Others keep what they have."""
+    def reset(self, emptied: int | None = None) -> None:
+        """Nothing kept so far is served to this engine again: its weights may have changed. Others keep what they have.
+
+        emptied: how often vLLM's own prefix cache had been emptied when they changed; None for now.
+        """
+        self._emptied_before = max(self._emptied_before, self._emptied if emptied is None else emptied)
         self.resets += 1
         self._salt_before, self._salt_prefix = self._salt_prefix, f"\0reset {time.time_ns()} {self.resets}\0"
         for tracker in self._trackers.values():
             # What is computed already may be of the old weights, so these requests store no more.
             tracker.cacheable = False
             self._give_back(tracker)
+
+    def emptied(self) -> None:
+        """vLLM's own prefix cache is empty: what is computed from now on owes nothing to what was there."""
+        self._emptied += 1
 
     def take_back_reset(self, before: int) -> None:
         """What was kept is served again, if there was one reset since there were `before`, and it was not for new weights."""
