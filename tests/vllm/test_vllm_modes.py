@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import signal
+import subprocess
 import time
 from pathlib import Path
 
-from vllm_processes import Api, Engine, Server
+from vllm_processes import PYTHON, Api, Engine, Server
 
 from prompts import assert_same, tokens
+from real_engines import ROOT
 
 PROMPTS = [tokens(300, 70), tokens(300, 70)[:200] + tokens(90, 71)]
 """Two whole blocks and a part; the second one leaves the first within a block."""
@@ -198,6 +200,27 @@ def test_a_model_that_vllm_computes_only_as_a_whole_is_not_served(folder: Path, 
         assert "LMCache serves nothing for this engine" in engine.text() and "MEAN" in engine.text()
     finally:
         engine.end()
+
+
+def test_mla_that_vllm_computes_only_as_a_whole_is_answered_as_without_us(
+    folder: Path, model: Path, server: Server
+) -> None:
+    """On a CPU vLLM computes MLA without chunked prefill and prefix caching; one line says that nothing is served."""
+    mla = folder / "mla-model"
+    script = ROOT / "tests" / "scripts" / "mla_model.py"
+    subprocess.run([PYTHON, str(script), str(mla), str(model)], check=True, timeout=240)
+    prompts, answers = [tokens(300, 108), tokens(300, 108)[:200] + tokens(60, 109)], []
+    for name, more in (("mla-alone", {}), ("mla", {"kv_transfer_config": server.config()})):
+        engine = Engine(folder, name, mla, max_model_len=1024, **more)
+        try:
+            answers += [engine.generate(prompts), engine.generate(prompts)]
+        finally:
+            engine.end()
+    for outputs in answers[1:]:
+        assert_same(outputs, answers[0])
+        assert [output["cached"] for output in outputs] == [0, 0]
+    why = "LMCache serves nothing for this engine: vLLM runs without chunked prefill and prefix caching for MLA on this CPU"
+    assert engine.text().count(why) == 1
 
 
 def test_tensor_parallel_two(folder: Path, model: Path, server: Server) -> None:
