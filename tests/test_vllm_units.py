@@ -337,7 +337,7 @@ def test_roles_embeddings_and_unknown_adapters() -> None:
     consumer.allocated(request, [1], 64)
     assert not consumer.plan_step(step({"a": 100})).stores
     scheduler = half(session)
-    lora = SimpleNamespace(lora_name="x", lora_path="/nowhere")
+    lora = SimpleNamespace(lora_name="x", lora_path="/nowhere", lora_int_id=1)
     for other in (
         Request("b", list(range(100)), prompt_embeds=object()),
         Request("c", list(range(100)), lora_request=lora),
@@ -347,19 +347,20 @@ def test_roles_embeddings_and_unknown_adapters() -> None:
         assert not scheduler.plan_step(step({other.request_id: 100})).stores
 
 
-def test_an_adapter_whose_files_may_not_be_the_loaded_ones_is_not_cached(tmp_path: Path) -> None:
+def test_an_adapter_whose_files_may_not_be_the_loaded_ones_is_not_cached(
+    tmp_path: Path, loras: tuple[Path, Path]
+) -> None:
     """vLLM answers with what it has loaded, whatever has been saved over it since."""
-    one, two = tmp_path / "one", tmp_path / "two"
-    for folder in (one, two):
-        folder.mkdir()
-        (folder / "adapter_model.safetensors").write_bytes(folder.name.encode())
+    one, two = loras
     link = tmp_path / "live"
     link.symlink_to(one)
     session = Session(present=4)
     scheduler = half(session)
 
+    numbers = {link: 1, one: 2, two: 3}
+
     def cached(name: str, path: Path) -> bool:
-        lora = SimpleNamespace(lora_name="x", lora_path=str(path))
+        lora = SimpleNamespace(lora_name="x", lora_path=str(path), lora_int_id=numbers[path])
         request = Request(name, list(range(100)), lora_request=lora)
         hit = scheduler.match(request, 0)
         scheduler.allocated(request, [1], hit or 0)
@@ -372,6 +373,32 @@ def test_an_adapter_whose_files_may_not_be_the_loaded_ones_is_not_cached(tmp_pat
     (one / "adapter_model.safetensors").write_bytes(b"new")
     os.utime(one / "adapter_model.safetensors", (0, 0))
     assert not cached("d", one) and cached("e", two)
+
+
+@pytest.fixture
+def loras(tmp_path: Path) -> tuple[Path, Path]:
+    one, two = tmp_path / "one", tmp_path / "two"
+    for folder in (one, two):
+        folder.mkdir()
+        (folder / "adapter_model.safetensors").write_bytes(folder.name.encode())
+    return one, two
+
+
+def test_an_adapter_under_the_number_of_another_is_not_cached(loras: tuple[Path, Path], core: Core) -> None:
+    """vLLM goes on answering with the adapter that it has loaded under the number."""
+    one, two = loras
+
+    def lora(number: int, path: Path) -> Any:
+        return SimpleNamespace(lora_name="x", lora_path=str(path), lora_int_id=number)
+
+    def hit(name: str, number: int, path: Path) -> bool:
+        return bool(core.connector.match(Request(name, list(range(700)), lora_request=lora(number, path)), 0))
+
+    core.add_lora(lora(1, one))
+    assert hit("a", 1, one) and hit("b", 2, two)
+    assert not hit("c", 1, two), "what is loaded is the other one"
+    assert not hit("d", 1, one), "and now it is not known what is"
+    assert hit("e", 2, two)
 
 
 def test_images_salts_and_adapters_change_the_hashes_that_follow(tmp_path: Path) -> None:
@@ -389,8 +416,9 @@ def test_images_salts_and_adapters_change_the_hashes_that_follow(tmp_path: Path)
     plain = hashes()
     assert hashes() == plain
     assert hashes(cache_salt="s")[:16] != plain[:16]
-    lora = SimpleNamespace(lora_name="x", lora_path=str(tmp_path))
-    assert hashes(lora_request=lora)[:16] != plain[:16]
+    lora = SimpleNamespace(lora_name="x", lora_path=str(tmp_path), lora_int_id=1)
+    fused = SimpleNamespace(**vars(lora) | {"lora_int_id": 2, "is_3d_lora_weight": True})
+    assert len({plain[:16], hashes(lora_request=lora)[:16], hashes(lora_request=fused)[:16]}) == 3
     one, two = hashes(mm_features=[image("one", 30)]), hashes(mm_features=[image("two", 30)])
     assert one[:16] == two[:16] == plain[:16], "the chunk before the image"
     assert one[16:32] != two[16:32] and one[32:48] != two[32:48], "both chunks that it lies in"
@@ -488,6 +516,9 @@ class Core:
 
     def wake_up(self, tags: list[str] | None = None) -> bool:
         return tags is None
+
+    def add_lora(self, lora_request: Any) -> bool:
+        return bool(lora_request.lora_int_id)
 
     def drain(self) -> None:
         self.connector.reset()
@@ -965,11 +996,49 @@ def test_whatever_changes_the_numbers_changes_the_layout(weights: Path, tmp_path
         fingerprint(dtype="torch.float16"),
         fingerprint(hf={"rope_theta": 1e4}),
         fingerprint(load_format="dummy"),
+        fingerprint(load_format="pt"),
         describe_model(vllm_config(str(weights)), cache_config(half)).layout(16).fingerprint,
     ]
     write_weights(weights / "model.safetensors", 2)
     others.append(fingerprint())
-    assert len({plain, *others}) == 6
+    assert len({plain, *others}) == 7
+
+
+@pytest.mark.parametrize("options", [{"mm_processor_kwargs": {"max_pixels": 9}}, {"video_pruning_rate": 0.5}])
+def test_how_images_are_processed_changes_the_layout(weights: Path, options: dict[str, Any]) -> None:
+    """vLLM's name of an image counts the options of its request, and not those of the engine."""
+
+    def digest(**more: Any) -> str:
+        config = vllm_config(str(weights))
+        config.model_config.multimodal_config = SimpleNamespace(**more)
+        return config_digest(config)
+
+    assert digest() == config_digest(vllm_config(str(weights))) != digest(**options)
+
+
+def test_what_a_model_writes_into_its_configuration_is_not_seen(weights: Path) -> None:
+    """The scheduler's process has the configuration as it was before the ranks made the model."""
+    written = {"dtype": "float32", "max_model_len": 4096, "text_config": {"dtype": "float32"}}
+    read = {"dtype": "bfloat16", "text_config": {}}
+    assert config_digest(vllm_config(str(weights), hf=written)) == config_digest(vllm_config(str(weights), hf=read))
+
+
+def test_a_draft_models_commit_counts(weights: Path) -> None:
+    def digest(commit: str) -> str:
+        config = vllm_config(str(weights))
+        draft = SimpleNamespace(model="some/drafter", hf_config=SimpleNamespace(_commit_hash=commit))
+        config.speculative_config = SimpleNamespace(method="eagle", draft_model_config=draft, target_model_config=None)
+        return config_digest(config)
+
+    assert digest("a" * 40) != digest("b" * 40)
+
+
+def test_weights_that_may_come_from_anywhere_need_a_name(weights: Path) -> None:
+    for load_format in ("tensorizer", "modelexpress", "a plugin's own"):
+        config = vllm_config(str(weights), load_format=load_format)
+        with pytest.raises(LayoutError, match=rf"--load-format {load_format} .*lmcache\.mp\.model_id"):
+            describe_model(config, cache_config(FULL))
+        assert describe_model(config, cache_config(FULL), "mine").model_id == "mine"
 
 
 def test_models_that_are_not_served_are_named(weights: Path) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
-from vllm_processes import PYTHON, Api, Engine, Server
+from vllm_processes import PYTHON, Api, Engine, Server, environment
 
 from prompts import assert_same, tokens
 from real_engines import ROOT
@@ -200,6 +202,57 @@ def test_a_model_that_vllm_computes_only_as_a_whole_is_not_served(folder: Path, 
         assert "LMCache serves nothing for this engine" in engine.text() and "MEAN" in engine.text()
     finally:
         engine.end()
+
+
+def test_whatever_changes_the_numbers_in_vllms_own_terms_is_noticed(model: Path) -> None:
+    """Fields and methods of vLLM are known by name, and a new or renamed one would be missed in silence."""
+    plain = {"model": str(model), "max_model_len": 1024, "dtype": "float32"}
+    rope = {"rope_type": "default", "rope_theta": 1e4}
+    longer = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 32, "long_factor": [2.0] * 32}
+    longer["original_max_position_embeddings"] = 2048
+    same: list[dict[str, Any]] = [
+        {},
+        {"enforce_eager": True},
+        {"max_model_len": 2048},
+        {"seed": 7},
+        {"served_model_name": "another"},
+        {"tokenizer": str(model)},
+        {"load_format": "safetensors"},
+        {"enable_lora": True},
+        {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}},
+    ]
+    others: list[dict[str, Any]] = [
+        {"hf_overrides": {"rope_parameters": rope}},
+        {"hf_overrides": {"rope_parameters": longer}},
+        {"hf_overrides": {"rope_parameters": longer}, "max_model_len": 4096},
+        {"hf_overrides": {"rms_norm_eps": 1e-5}},
+        {"dtype": "bfloat16"},
+        {"kv_cache_dtype": "fp8"},
+        {"kv_cache_dtype": "fp8", "kv_cache_dtype_skip_layers": ["0"]},
+        {"model_impl": "transformers"},
+        {"code_revision": "another"},
+        {"load_format": "pt"},
+        {"enable_lora": True, "lora_dtype": "bfloat16"},
+        {"enable_lora": True, "lora_target_modules": ["q_proj"]},
+        {"additional_config": {"platform": "option"}},
+        {"speculative_config": {"method": "draft_model", "model": str(model), "num_speculative_tokens": 2}},
+    ]
+    command = [
+        PYTHON,
+        str(Path(__file__).with_name("digests.py")),
+        json.dumps([plain | more for more in same + others]),
+    ]
+    done = subprocess.run(command, env=environment(), stdout=subprocess.PIPE, text=True, timeout=400, check=True)
+    answer = json.loads(done.stdout.splitlines()[-1])
+    assert answer["unwatched"] == [
+        "compute_weight_checksums",
+        "init_weight_transfer_engine",
+        "shutdown_weight_transfer_engine",
+        "supports_draft_weight_updates",
+    ], "each of the others may change weights"
+    digests = answer["digests"]
+    assert len(set(digests[: len(same)])) == 1, dict(zip(map(str, same), digests, strict=False))
+    assert len(set(digests)) == 1 + len(others), dict(zip(map(str, same + others), digests, strict=True))
 
 
 def test_mla_that_vllm_computes_only_as_a_whole_is_answered_as_without_us(

@@ -4,8 +4,8 @@ Before it goes to sleep at level 1, vLLM 0.32 resets its connectors in the words
 (`reset_prefix_cache(reset_connector=True)`). But such a sleep gives up the memory of the KV alone: the weights come back byte
 for byte, and so does the identity of what is cached for them.
 
-When it empties its own prefix cache, it says nothing. After a change of the weights that cache holds blocks of the old ones until
-it is emptied.
+It says nothing when it empties its own prefix cache, which after a change of the weights holds blocks of the old ones until then;
+nor when it loads a LoRA adapter ahead of any request.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ def watch_resets(engine_id: str, half: SchedulerHalf) -> None:
         ("vllm.v1.engine.core.EngineCore", "sleep", fall_asleep),
         ("vllm.v1.engine.core.EngineCore", "release_kv_cache_memory", keep_identity),
         ("vllm.v1.engine.core.EngineCore", "wake_up", wake_up),
+        ("vllm.v1.engine.core.EngineCore", "add_lora", add_adapter),
         ("vllm.v1.core.sched.scheduler.Scheduler", "reset_prefix_cache", empty),
     ):
         found = class_at(owner)
@@ -65,6 +66,14 @@ def wake_up(wake: Any, core: Any, tags: list[str] | None = None, *args: Any, **k
     if half is not None and tags is not None and "weights" in tags and "kv_cache" not in tags:
         half.reset()
     return wake(core, tags, *args, **kwargs)
+
+
+def add_adapter(add: Any, core: Any, lora_request: Any) -> Any:
+    """`EngineCore.add_lora`, which loads an adapter before there is a request for it."""
+    half = _half_of(core)
+    if half is not None:
+        half.adapters.identity(lora_request)
+    return add(core, lora_request)
 
 
 def empty(reset: Any, scheduler: Any, *args: Any, **kwargs: Any) -> Any:

@@ -17,7 +17,7 @@ from lmcache.chunks import HASH_BYTES, TokenChain
 from lmcache.chunks.hashing import Extras, encode_extra
 from lmcache.engine import Hit, Loading, SchedulerSession
 from lmcache.engine.prefill import PrefillRate
-from lmcache.integration.vllm.identity import adapter_identity
+from lmcache.integration.vllm.identity import Adapters
 from lmcache.integration.vllm.plan import LoadPlan, StepPlan, StepReport, StorePlan
 from lmcache.integration.vllm.rules import reads_nothing
 from lmcache.observability.log import init_logger
@@ -123,8 +123,7 @@ class SchedulerHalf:
         self._jobs = 0
         self.resets = 0
         """How often what was kept has been given up."""
-        self._began = time.time()
-        """Before any adapter was loaded."""
+        self.adapters = Adapters()
         self._weights = 0
         """Changes of the ranks' weights that this half knows of."""
         self._salt_prefix = self._salt_before = ""
@@ -301,7 +300,8 @@ class SchedulerHalf:
         if tracker is not None and tracker.request is request and tracker.preemptions == request.num_preemptions:
             return tracker
         fresh = Tracker(request, request.num_preemptions)
-        fresh.adapter = _adapter(request, self._began)
+        lora = getattr(request, "lora_request", None)
+        fresh.adapter = self.adapters.identity(lora) if lora is not None else ("", "")
         fresh.cacheable = getattr(request, "prompt_embeds", None) is None and fresh.adapter is not None
         # Later inputs of a resumable session may bring images, which the chain made now would not include in its hashes.
         fresh.cacheable = fresh.cacheable and not getattr(request, "resumable", False)
@@ -481,15 +481,6 @@ class SchedulerHalf:
     def _job(self, kind: str) -> str:
         self._jobs += 1
         return f"{kind}-{self._jobs}"
-
-
-def _adapter(request: Any, unchanged_since: float) -> tuple[str, str] | None:
-    """Name and content of the request's LoRA adapter, ("", "") without one, None when it is not known what was loaded."""
-    lora = getattr(request, "lora_request", None)
-    if lora is None:
-        return "", ""
-    content = adapter_identity(lora.lora_path, unchanged_since)
-    return (lora.lora_name, content) if content else None
 
 
 def _extras(request: Any) -> Extras | None:

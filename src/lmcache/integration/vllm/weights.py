@@ -16,7 +16,16 @@ logger = init_logger(__name__)
 _OWNERS = {
     "vllm.v1.worker.gpu_model_runner.GPUModelRunner": ("reload_weights",),
     "vllm.v1.worker.gpu.model_runner.GPUModelRunner": ("reload_weights",),
-    "vllm.v1.worker.gpu_worker.Worker": ("reload_weights", "update_weights", "reset_weights", "sleep"),
+    "vllm.v1.worker.gpu_worker.Worker": (
+        "load_model",
+        "reload_weights",
+        "start_weight_update",
+        "start_draft_weight_update",
+        "update_weights",
+        "finish_weight_update",
+        "reset_weights",
+        "sleep",
+    ),
 }
 """Class -> its methods that change weights. CPU's runner and worker inherit them."""
 _changes = 0
