@@ -14,13 +14,8 @@ from blake3 import blake3
 
 from lmcache.errors import LayoutError
 from lmcache.integration.identity import path_identity, plain, repository_identity
+from lmcache.integration.load_formats import files_read, refuse_weights_from_anywhere
 
-_SAFETENSORS = frozenset({"auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer"})
-"""Load formats that read the same files of the model's directory, one slower than the other."""
-_OTHER_FILES = frozenset(
-    {"pt", "npcache", "mistral", "gguf", "bitsandbytes", "sharded_state", "runai_streamer_sharded"}
-)
-"""Load formats that may read other files of that directory."""
 _WRITTEN_BY_MODELS = frozenset({"dtype", "torch_dtype", "max_model_len"})
 """What classes of models write into the configuration when they are made, which the scheduler's process may not see."""
 
@@ -37,10 +32,7 @@ def model_identity(model_config: Any, load_format: str, engine_id: str) -> str:
         raise LayoutError(
             f"weights streamed from {model_config.model!r} have no identity; set lmcache.mp.model_id to a name of yours"
         )
-    if load_format not in _SAFETENSORS | _OTHER_FILES:
-        raise LayoutError(
-            f"--load-format {load_format} may read weights from anywhere; set lmcache.mp.model_id to a name of yours"
-        )
+    refuse_weights_from_anywhere(load_format)
     name = str(model_config.model)
     return path_identity(name) or repository_identity(name, model_config)
 
@@ -51,7 +43,7 @@ def config_digest(vllm_config: Any) -> str:
     It takes in everything that changes the numbers by more than rounding, so a harmless difference costs a miss, and no harmful
     one a wrong answer.
     """
-    model, cache = vllm_config.model_config, vllm_config.cache_config
+    model, cache, load = vllm_config.model_config, vllm_config.cache_config, vllm_config.load_config
     described = _without(plain(getattr(model, "hf_config", None)), _WRITTEN_BY_MODELS)
     material = {
         "hf": described,
@@ -64,7 +56,7 @@ def config_digest(vllm_config: Any) -> str:
         # LongRoPE takes its factors by the longest prompt that the engine admits.
         "longest": getattr(model, "max_model_len", None) if '"longrope"' in json.dumps(described) else None,
         "cache_dtype": [str(cache.cache_dtype), plain(getattr(cache, "kv_cache_dtype_skip_layers", None))],
-        "load": _files_read(vllm_config.load_config),
+        "load": files_read(str(load.load_format), getattr(load, "model_loader_extra_config", None)),
         "images": _processing(getattr(model, "multimodal_config", None)),
         "lora": _lora(getattr(vllm_config, "lora_config", None), model),
         "draft": _draft(getattr(vllm_config, "speculative_config", None)),
@@ -112,14 +104,6 @@ def _without(value: Any, names: frozenset[str]) -> Any:
     if isinstance(value, dict):
         return {key: _without(item, names) for key, item in value.items() if key not in names}
     return value
-
-
-def _files_read(load: Any) -> Any:
-    """What decides which files of the model's directory are the weights; None for its safetensors."""
-    load_format = str(load.load_format)
-    if load_format in _SAFETENSORS:
-        return None
-    return [load_format, plain(getattr(load, "model_loader_extra_config", None))]
 
 
 def _processing(multimodal: Any) -> Any:
