@@ -18,6 +18,7 @@ import pytest
 from lmcache.config.engine import FILE_VARIABLE
 from lmcache.engine import Loading
 from lmcache.errors import ConfigError, LayoutError
+from lmcache.integration.sglang import model as model_of_sglang
 from lmcache.integration.sglang import unified_lmcache_mp_connector as unified
 from lmcache.integration.sglang import weights
 from lmcache.integration.sglang.model import Ranks, describe_rank, pool_buffers
@@ -218,6 +219,72 @@ def test_new_weights(server: Servers, sglang: Engines, monkeypatch: pytest.Monke
     engine.compute_and_store("d", text, salt=fresh)
     assert engine.load("e", text, salt=fresh)[0] == 160
     assert other.load("f", text, salt=salt)[0] == 160, "the other engine has the old weights"
+
+
+@pytest.mark.parametrize(
+    ("name", "request_of", "backup", "changes"),
+    [
+        ("update_weights_from_ipc", {}, False, True),
+        ("begin_weight_update", {}, False, True),
+        ("end_weight_update", {}, False, True),
+        ("check_weights", {"action": "checksum"}, False, False),
+        ("check_weights", {"action": "reset_tensors"}, False, True),
+        ("release_memory_occupation", {"tags": ["kv_cache"]}, False, False),
+        ("release_memory_occupation", {"tags": ["weights"]}, False, True),
+        ("release_memory_occupation", {"tags": None}, False, True),
+        ("release_memory_occupation", {"tags": None}, True, False),
+    ],
+)
+def test_what_sglang_does_to_its_weights(
+    monkeypatch: pytest.MonkeyPatch, name: str, request_of: dict[str, Any], backup: bool, changes: bool
+) -> None:
+    updater = type("Updater", (), {name: lambda self, request: "done"})
+    monkeypatch.setattr(weights, "_owner", lambda: updater)
+    monkeypatch.setattr(weights, "_listeners", [])
+    monkeypatch.setattr(model_of_sglang, "_server_args", lambda: SimpleNamespace(enable_weights_cpu_backup=backup))
+    heard: list[int] = []
+    weights.on_new_weights(lambda: heard.append(1))
+    assert getattr(updater(), name)(SimpleNamespace(**request_of)) == "done"
+    assert bool(heard) == changes
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"load_format": "pt"},
+        {"torchao_config": "int4wo-32"},
+        {"kt_weight_path": "/experts"},
+        {"forward_hooks": [{"name": "steer"}]},
+        {"model_impl": "transformers"},
+    ],
+)
+def test_arguments_that_change_the_numbers_change_the_layout(
+    monkeypatch: pytest.MonkeyPatch, model: str, arguments: dict[str, Any]
+) -> None:
+    def fingerprint(**arguments: Any) -> bytes:
+        monkeypatch.setattr(model_of_sglang, "_server_args", lambda: SimpleNamespace(**arguments))
+        buffers = pool_buffers(MHATokenToKVPool(64))
+        return describe_rank(buffers, ModelConfig(model), 1, Ranks()).layout(16).fingerprint
+
+    assert fingerprint() == fingerprint(load_format="fastsafetensors", attention_backend="any", page_size=64)
+    assert fingerprint(**arguments) != fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hf_config", "why"),
+    [
+        ({"load_format": "remote_instance"}, {}, "remote_instance .*model_id in the LMCache config file"),
+        ({"dllm_algorithm": "LowConfidence"}, {}, "diffusion"),
+        ({}, {"rope_parameters": {"rope_type": "longrope"}}, "longrope"),
+        ({"quantization_param_path": "scales.json"}, {}, "quantization-param-path"),
+    ],
+)
+def test_what_no_identity_tells_is_refused(
+    monkeypatch: pytest.MonkeyPatch, model: str, arguments: dict[str, Any], hf_config: dict[str, Any], why: str
+) -> None:
+    monkeypatch.setattr(model_of_sglang, "_server_args", lambda: SimpleNamespace(**arguments))
+    with pytest.raises(LayoutError, match=why):
+        describe_rank(pool_buffers(MHATokenToKVPool(64)), ModelConfig(model, hf_config), 1, Ranks())
 
 
 def test_clear_and_close(server: Servers, sglang: Engines) -> None:

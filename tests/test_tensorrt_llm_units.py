@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import enum
+import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from lmcache.chunks import TokenChain
+from lmcache.errors import LayoutError
 from lmcache.integration.tensorrt_llm import scheduler as module
+from lmcache.integration.tensorrt_llm.model import MODEL_ID_VARIABLE, describe_pool
 from lmcache.integration.tensorrt_llm.scheduler import SchedulerHalf
 
 
@@ -46,3 +51,71 @@ def test_how_fast_prompts_were_computed_is_told(monkeypatch: pytest.MonkeyPatch)
         half.plan_step(SimpleNamespace(new_requests=step[0], cached_requests=step[1]))
     half.match(Request(request_id=2), 0)
     assert session.rates == [0.0, pytest.approx(2000 - 0.05 * (2000 - 500))], "decodes and pauses count little"
+
+
+class LoadFormat(enum.Enum):
+    AUTO = 0
+    DUMMY = 1
+
+
+class Pool:
+    """Of 5 blocks, 2 layers, K and V, 4 heads of 8 tokens of 16 elements."""
+
+    shape, dtype, device = (5, 2, 2, 4 * 8 * 16), "torch.bfloat16", "cuda:0"
+
+    def element_size(self) -> int:
+        return 2
+
+    def stride(self) -> tuple[int, ...]:
+        return (2048, 1024, 512, 1)
+
+    def data_ptr(self) -> int:
+        return 4096
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    text = {"num_attention_heads": 4, "hidden_size": 64, "rope_theta": 1e6}
+    (tmp_path / "config.json").write_text(json.dumps(text))
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    return tmp_path
+
+
+def fingerprint(model: Path, **arguments: Any) -> bytes:
+    return describe_pool(SimpleNamespace(model=str(model), **arguments), Pool(), 0).layout(16).fingerprint
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"dtype": "float16"},
+        {"quant_config": {"quant_algo": "FP8"}},
+        {"model_kwargs": {"rope_theta": 1e4}},
+        {"speculative_config": {"decoding_type": "Eagle"}},
+        {"sparse_attention_config": {"algorithm": "rocket"}},
+        {"checkpoint_format": "mistral"},
+    ],
+)
+def test_whatever_changes_the_numbers_changes_the_layout(model: Path, arguments: dict[str, Any]) -> None:
+    plain = fingerprint(model)
+    assert fingerprint(model, load_format=LoadFormat.AUTO, tokenizer="any", max_batch_size=3) == plain
+    assert fingerprint(model, **arguments) != plain
+    (model / "model.safetensors").write_bytes(b"others")
+    assert fingerprint(model) != plain
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        ({"load_format": LoadFormat.DUMMY}, "load_format LoadFormat.DUMMY"),
+        ({"load_format": "dummy"}, "load_format dummy"),
+        ({"checkpoint_loader": object()}, "checkpoint_loader"),
+    ],
+)
+def test_weights_that_are_not_the_files_need_a_name(
+    model: Path, monkeypatch: pytest.MonkeyPatch, arguments: dict[str, Any], why: str
+) -> None:
+    with pytest.raises(LayoutError, match=rf"{why} .*set {MODEL_ID_VARIABLE} to a name of yours"):
+        fingerprint(model, **arguments)
+    monkeypatch.setenv(MODEL_ID_VARIABLE, "mine")
+    assert fingerprint(model, **arguments)

@@ -7,7 +7,9 @@ import os
 import pickle
 import shutil
 import struct
+import sys
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,6 +30,7 @@ from lmcache.integration.vllm.identity import config_digest, model_identity
 from lmcache.integration.vllm.model import NOT_SERVED, describe_model, refusal_of
 from lmcache.integration.vllm.paged import Registered, Shape, describe_tensors, fit_strides
 from lmcache.integration.vllm.plan import StepReport
+from lmcache.integration.vllm.resets import watch_resets
 from lmcache.integration.vllm.scheduler import HIT_SECONDS, SchedulerHalf
 from lmcache.integration.vllm.settings import parse_host, read_settings, recompute_failed_loads
 from lmcache.integration.vllm.worker import WorkerHalf
@@ -334,7 +337,7 @@ def test_roles_embeddings_and_unknown_adapters() -> None:
     consumer.allocated(request, [1], 64)
     assert not consumer.plan_step(step({"a": 100})).stores
     scheduler = half(session)
-    lora = SimpleNamespace(lora_name="x", lora_path="/nowhere")
+    lora = SimpleNamespace(lora_name="x", lora_path="/nowhere", lora_int_id=1)
     for other in (
         Request("b", list(range(100)), prompt_embeds=object()),
         Request("c", list(range(100)), lora_request=lora),
@@ -344,19 +347,20 @@ def test_roles_embeddings_and_unknown_adapters() -> None:
         assert not scheduler.plan_step(step({other.request_id: 100})).stores
 
 
-def test_an_adapter_whose_files_may_not_be_the_loaded_ones_is_not_cached(tmp_path: Path) -> None:
+def test_an_adapter_whose_files_may_not_be_the_loaded_ones_is_not_cached(
+    tmp_path: Path, loras: tuple[Path, Path]
+) -> None:
     """vLLM answers with what it has loaded, whatever has been saved over it since."""
-    one, two = tmp_path / "one", tmp_path / "two"
-    for folder in (one, two):
-        folder.mkdir()
-        (folder / "adapter_model.safetensors").write_bytes(folder.name.encode())
+    one, two = loras
     link = tmp_path / "live"
     link.symlink_to(one)
     session = Session(present=4)
     scheduler = half(session)
 
+    numbers = {link: 1, one: 2, two: 3}
+
     def cached(name: str, path: Path) -> bool:
-        lora = SimpleNamespace(lora_name="x", lora_path=str(path))
+        lora = SimpleNamespace(lora_name="x", lora_path=str(path), lora_int_id=numbers[path])
         request = Request(name, list(range(100)), lora_request=lora)
         hit = scheduler.match(request, 0)
         scheduler.allocated(request, [1], hit or 0)
@@ -369,6 +373,32 @@ def test_an_adapter_whose_files_may_not_be_the_loaded_ones_is_not_cached(tmp_pat
     (one / "adapter_model.safetensors").write_bytes(b"new")
     os.utime(one / "adapter_model.safetensors", (0, 0))
     assert not cached("d", one) and cached("e", two)
+
+
+@pytest.fixture
+def loras(tmp_path: Path) -> tuple[Path, Path]:
+    one, two = tmp_path / "one", tmp_path / "two"
+    for folder in (one, two):
+        folder.mkdir()
+        (folder / "adapter_model.safetensors").write_bytes(folder.name.encode())
+    return one, two
+
+
+def test_an_adapter_under_the_number_of_another_is_not_cached(loras: tuple[Path, Path], core: Core) -> None:
+    """vLLM goes on answering with the adapter that it has loaded under the number."""
+    one, two = loras
+
+    def lora(number: int, path: Path) -> Any:
+        return SimpleNamespace(lora_name="x", lora_path=str(path), lora_int_id=number)
+
+    def hit(name: str, number: int, path: Path) -> bool:
+        return bool(core.connector.match(Request(name, list(range(700)), lora_request=lora(number, path)), 0))
+
+    core.add_lora(lora(1, one))
+    assert hit("a", 1, one) and hit("b", 2, two)
+    assert not hit("c", 1, two), "what is loaded is the other one"
+    assert not hit("d", 1, one), "and now it is not known what is"
+    assert hit("e", 2, two)
 
 
 def test_images_salts_and_adapters_change_the_hashes_that_follow(tmp_path: Path) -> None:
@@ -386,8 +416,9 @@ def test_images_salts_and_adapters_change_the_hashes_that_follow(tmp_path: Path)
     plain = hashes()
     assert hashes() == plain
     assert hashes(cache_salt="s")[:16] != plain[:16]
-    lora = SimpleNamespace(lora_name="x", lora_path=str(tmp_path))
-    assert hashes(lora_request=lora)[:16] != plain[:16]
+    lora = SimpleNamespace(lora_name="x", lora_path=str(tmp_path), lora_int_id=1)
+    fused = SimpleNamespace(**vars(lora) | {"lora_int_id": 2, "is_3d_lora_weight": True})
+    assert len({plain[:16], hashes(lora_request=lora)[:16], hashes(lora_request=fused)[:16]}) == 3
     one, two = hashes(mm_features=[image("one", 30)]), hashes(mm_features=[image("two", 30)])
     assert one[:16] == two[:16] == plain[:16], "the chunk before the image"
     assert one[16:32] != two[16:32] and one[32:48] != two[32:48], "both chunks that it lies in"
@@ -409,6 +440,146 @@ def test_reset_serves_nothing_older() -> None:
     scheduler.allocated(fresh, [1], 0)
     (after,) = scheduler.plan_step(step({"b": 64})).stores
     assert before.hashes != after.hashes
+
+
+def stored(scheduler: SchedulerHalf, name: str, local_tokens: int) -> int:
+    """Chunks of a request of 256 tokens that are stored, where so many tokens lie in vLLM's own cache."""
+    request = Request(name, list(range(256)), num_computed_tokens=local_tokens)
+    scheduler.match(request, local_tokens)
+    scheduler.allocated(request, [1, 2], 0)
+    return sum(len(store.hashes) // 16 for store in scheduler.plan_step(step({name: 256 - local_tokens})).stores)
+
+
+def test_what_vllms_own_cache_holds_from_before_a_reset_is_not_stored() -> None:
+    scheduler = half(Session())
+    assert stored(scheduler, "a", 128) == 16
+    scheduler.reset()
+    assert stored(scheduler, "b", 128) == 0, "vLLM's own cache could not be emptied, or was not"
+    assert stored(scheduler, "c", 0) == 16
+    scheduler.emptied()
+    assert stored(scheduler, "d", 128) == 16
+
+
+def test_ranks_tell_whether_vllms_own_cache_was_emptied_after_the_last_step_of_the_old_weights(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    changes = 0
+    monkeypatch.setattr("lmcache.integration.vllm.worker.weight_changes", lambda: changes)
+    scheduler, worker = half(Session()), rank(Ranks())
+
+    def run_step() -> None:
+        plan = scheduler.plan_step(step())
+        worker.start_loads(plan)
+        worker.start_stores(plan)
+        scheduler.transferred(report=worker.take_report())
+
+    run_step()
+    changes += 1
+    run_step()
+    assert stored(scheduler, "a", 128) == 0, "a block of the old weights"
+    for emptied, changed in ((1, 2), (2, 1)):
+        for _ in range(2):
+            run_step()
+            for order in (1, 2):
+                if order == emptied:
+                    scheduler.emptied()
+                if order == changed:
+                    changes += 1
+            run_step()
+        assert stored(scheduler, f"b{emptied}", 128) == 16, (
+            "no step of the old weights came after vLLM's cache was emptied"
+        )
+    scheduler.emptied()
+    run_step()
+    changes += 1
+    run_step()
+    assert stored(scheduler, "c", 128) == 0, "it was emptied before a step of the old weights"
+
+
+class Core:
+    """vLLM's `EngineCore` as far as it goes to sleep: it resets its connector first, at once or when no request runs any more."""
+
+    def __init__(self, connector: SchedulerHalf, engine_id: str = "engine") -> None:
+        self.vllm_config = SimpleNamespace(kv_transfer_config=SimpleNamespace(engine_id=engine_id))
+        self.connector = connector
+        self.waiting: list[Future[None]] = []
+
+    def sleep(self, level: int = 1, mode: str = "abort") -> Future[None] | None:
+        if mode == "wait":
+            self.waiting.append(Future())
+            return self.waiting[-1]
+        self.connector.reset()
+        return None
+
+    def release_kv_cache_memory(self) -> None:
+        self.connector.reset()
+
+    def wake_up(self, tags: list[str] | None = None) -> bool:
+        return tags is None
+
+    def add_lora(self, lora_request: Any) -> bool:
+        return bool(lora_request.lora_int_id)
+
+    def drain(self) -> None:
+        self.connector.reset()
+        self.waiting.pop().set_result(None)
+
+
+@pytest.fixture
+def core(monkeypatch: pytest.MonkeyPatch) -> Core:
+    """A core whose connector's half is watched, as vLLM's own class is."""
+    made = type("Core", (Core,), dict(vars(Core)))(half(Session(present=40)))
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "vllm.v1", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "vllm.v1.engine", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "vllm.v1.engine.core", SimpleNamespace(EngineCore=type(made)))
+    watch_resets("engine", made.connector)
+    return made
+
+
+def salt_of(core: Core) -> str:
+    """What the next request's chunks are named by, besides its tokens."""
+    request = Request(f"request {len(core.connector._session.salts)}", list(range(700)))  # type: ignore[union-attr]
+    core.connector.match(request, 0)
+    return str(core.connector._session.salts[-1])  # type: ignore[union-attr]
+
+
+def test_a_sleep_that_keeps_the_weights_keeps_the_cache(core: Core) -> None:
+    assert salt_of(core) == ""
+    core.sleep()
+    core.wake_up()
+    assert salt_of(core) == ""
+    core.release_kv_cache_memory()
+    core.wake_up(tags=["kv_cache"])
+    assert salt_of(core) == ""
+    core.connector.reset()
+    own = salt_of(core)
+    core.sleep(level=1)
+    assert salt_of(core) == own != "", "what the user has reset stays reset"
+    core.sleep(level=2)
+    assert salt_of(core) not in ("", own)
+
+
+def test_a_sleep_that_waits_for_requests_keeps_the_cache_unless_somebody_else_resets_it(core: Core) -> None:
+    core.sleep(1, "wait")
+    core.drain()
+    assert salt_of(core) == ""
+    core.sleep(mode="wait")
+    core.connector.reset()
+    core.drain()
+    assert salt_of(core) != ""
+
+
+def test_weights_that_are_awake_before_the_kv_may_be_written_into(core: Core) -> None:
+    core.sleep()
+    core.wake_up(tags=["weights"])
+    assert salt_of(core) != ""
+
+
+def test_the_sleep_of_another_engine_takes_nothing_back(core: Core) -> None:
+    other = type(core)(core.connector, "another engine")
+    other.sleep()
+    assert salt_of(core) != ""
 
 
 def test_a_rank_that_cannot_serve_ends_the_service() -> None:
@@ -825,11 +996,49 @@ def test_whatever_changes_the_numbers_changes_the_layout(weights: Path, tmp_path
         fingerprint(dtype="torch.float16"),
         fingerprint(hf={"rope_theta": 1e4}),
         fingerprint(load_format="dummy"),
+        fingerprint(load_format="pt"),
         describe_model(vllm_config(str(weights)), cache_config(half)).layout(16).fingerprint,
     ]
     write_weights(weights / "model.safetensors", 2)
     others.append(fingerprint())
-    assert len({plain, *others}) == 6
+    assert len({plain, *others}) == 7
+
+
+@pytest.mark.parametrize("options", [{"mm_processor_kwargs": {"max_pixels": 9}}, {"video_pruning_rate": 0.5}])
+def test_how_images_are_processed_changes_the_layout(weights: Path, options: dict[str, Any]) -> None:
+    """vLLM's name of an image counts the options of its request, and not those of the engine."""
+
+    def digest(**more: Any) -> str:
+        config = vllm_config(str(weights))
+        config.model_config.multimodal_config = SimpleNamespace(**more)
+        return config_digest(config)
+
+    assert digest() == config_digest(vllm_config(str(weights))) != digest(**options)
+
+
+def test_what_a_model_writes_into_its_configuration_is_not_seen(weights: Path) -> None:
+    """The scheduler's process has the configuration as it was before the ranks made the model."""
+    written = {"dtype": "float32", "max_model_len": 4096, "text_config": {"dtype": "float32"}}
+    read = {"dtype": "bfloat16", "text_config": {}}
+    assert config_digest(vllm_config(str(weights), hf=written)) == config_digest(vllm_config(str(weights), hf=read))
+
+
+def test_a_draft_models_commit_counts(weights: Path) -> None:
+    def digest(commit: str) -> str:
+        config = vllm_config(str(weights))
+        draft = SimpleNamespace(model="some/drafter", hf_config=SimpleNamespace(_commit_hash=commit))
+        config.speculative_config = SimpleNamespace(method="eagle", draft_model_config=draft, target_model_config=None)
+        return config_digest(config)
+
+    assert digest("a" * 40) != digest("b" * 40)
+
+
+def test_weights_that_may_come_from_anywhere_need_a_name(weights: Path) -> None:
+    for load_format in ("tensorizer", "modelexpress", "a plugin's own"):
+        config = vllm_config(str(weights), load_format=load_format)
+        with pytest.raises(LayoutError, match=rf"--load-format {load_format} .*lmcache\.mp\.model_id"):
+            describe_model(config, cache_config(FULL))
+        assert describe_model(config, cache_config(FULL), "mine").model_id == "mine"
 
 
 def test_models_that_are_not_served_are_named(weights: Path) -> None:

@@ -125,11 +125,47 @@ def do_keep(state: State, ids: list[int]) -> dict[str, Any]:
     return {"kept": kept, "same": torch.equal(*more)}
 
 
-def do_train(state: State, layer: int, scale: float) -> dict[str, Any]:
-    """Change one weight in place, as an optimizer does."""
+def do_train(state: State, layer: int, scale: float, one: bool = False) -> dict[str, Any]:
+    """Change a weight in place, as an optimizer does; or one number in it, past all that PyTorch keeps count of."""
+    weight = state.model.model.layers[layer].self_attn.v_proj.weight
     with torch.no_grad():
-        state.model.model.layers[layer].self_attn.v_proj.weight.mul_(scale)
+        if one:
+            weight.data[1, 2] *= scale
+        else:
+            weight.mul_(scale)
     return {}
+
+
+def do_adapt(state: State, layer: int) -> dict[str, Any]:
+    """Put an adapter into the model, as PEFT does: it exchanges layers, and leaves its configuration at the model."""
+
+    class Adapted(torch.nn.Module):
+        def __init__(self, base: torch.nn.Module) -> None:
+            super().__init__()
+            self.base_layer = base
+            self.scale = torch.nn.Parameter(torch.tensor(1.5, device=DEVICE))
+
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            return self.scale * self.base_layer(hidden)
+
+    attention = state.model.model.layers[layer].self_attn
+    attention.v_proj = Adapted(attention.v_proj)
+    state.model.peft_config = {"default": "LORA"}
+    return {}
+
+
+def do_checksums(state: State) -> list[int]:
+    """Of some bytes, of the same with one bit changed in each place that is treated otherwise, and with two rows exchanged."""
+    from lmcache.integration.transformers.model import checksum
+
+    data = torch.arange(3 * 4096 + 100).to(torch.uint8)
+    changed = [data.clone() for _ in range(5)]
+    for place, other in zip((0, 4096, 3 * 4096, len(data) - 1), changed, strict=False):
+        other[place] ^= 1
+    data[:4096] = 7
+    changed[4] = torch.cat([data[4096:8192], data[:4096], data[8192:]])
+    shifted = torch.cat([torch.zeros(3, dtype=torch.uint8), data])[3:]
+    return [int(checksum(one)) for one in (data, shifted, *changed)]
 
 
 def do_mode(state: State, training: bool) -> dict[str, Any]:

@@ -112,6 +112,32 @@ def test_weights_that_change_and_salts(server: Servers, script: Scripts, model: 
     assert user.ask("generate", ids=[300, 6])["hit"] == 0
 
 
+def test_one_number_that_is_written_past_pytorchs_counts(server: Servers, script: Scripts, model: Path) -> None:
+    user = script(model)
+    user.ask("attach", address=server(l1=256, chunk=16).address)
+    user.ask("generate", ids=[100, 8], new=1)
+    assert user.ask("generate", ids=[100, 8], new=1)["hit"] == 96
+    user.ask("train", layer=3, scale=1e4, one=True)
+    changed = user.ask("generate", ids=[100, 8], new=1)
+    assert right(changed) and changed["hit"] == 0
+
+
+def test_an_adapter_that_is_put_in_later(server: Servers, script: Scripts, model: Path) -> None:
+    """It can be switched off and on without a trace in the weights."""
+    user = script(model)
+    user.ask("attach", address=server(l1=256, chunk=16).address)
+    user.ask("generate", ids=[100, 7], new=1)
+    user.ask("adapt", layer=3)
+    adapted = user.ask("generate", ids=[100, 7], new=1)
+    assert adapted["same"] and adapted["hit"] == adapted["stored"] == 0
+    assert "merge_and_unload" in adapted["refusal"]
+
+
+def test_checksums_of_weights_on_a_device(user: Any) -> None:
+    plain, shifted, *changed = user.ask("checksums")
+    assert plain == shifted and len({plain, *changed}) == 6
+
+
 def test_what_is_none_of_ours(server: Servers, user: Any) -> None:
     """Batches, padding, beams, a caller's own cache, training: generate goes on without us, and one line says why."""
     one = server(l1=256, chunk=16)

@@ -97,6 +97,12 @@ def reload(llm: Any, path: str) -> dict[str, Any]:
     return {"ok": True}
 
 
+def sleep(llm: Any, level: int, wake: list[list[str] | None]) -> dict[str, Any]:
+    """Go to sleep, and wake up by the steps in `wake`, each a list of tags, or null for all that sleeps."""
+    llm.sleep(level=level)
+    return {"awake": [llm.wake_up(tags) for tags in wake]}
+
+
 def abort(llm: Any, prompts: list[list[int]], after_steps: list[int]) -> dict[str, Any]:
     """Start every prompt, and abort each after so many steps; then run until nothing is left."""
     from vllm import SamplingParams
@@ -213,6 +219,7 @@ COMMANDS = {
     "embed": embed,
     "reset": reset,
     "reload": reload,
+    "sleep": sleep,
     "abort": abort,
     "metrics": metrics,
     "mix_up": mix_up,

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import signal
+import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
-from vllm_processes import Api, Engine, Server
+from vllm_processes import PYTHON, Api, Engine, Server, environment
 
 from prompts import assert_same, tokens
+from real_engines import ROOT
 
 PROMPTS = [tokens(300, 70), tokens(300, 70)[:200] + tokens(90, 71)]
 """Two whole blocks and a part; the second one leaves the first within a block."""
@@ -128,6 +132,58 @@ def test_new_weights_in_a_running_engine_are_another_cache(
         engine.end()
 
 
+def test_blocks_of_old_weights_in_vllms_own_cache_are_not_kept_as_new(
+    folder: Path, model: Path, other_model: Path, server: Server
+) -> None:
+    """vLLM's own prefix cache is not emptied after the change, and a prompt begins with what the old weights computed."""
+    stem = tokens(300, 105)
+    longer, other = [stem + tokens(60, 106)], [tokens(40, 107)]
+    engine = Engine(folder, "stale-blocks", model, kv_transfer_config=server.config(), max_model_len=1024)
+    try:
+        engine.generate([stem])
+        engine.ask("reload", path=str(other_model))
+        engine.generate(other)  # the ranks' word has reached the scheduler
+        assert engine.generate(longer)[0]["cached"] == 256, "blocks of the old weights"
+        engine.forget()
+        again = engine.generate(longer)
+        assert engine.ask("reset", connector=True)["ok"]
+        computed = engine.generate(longer)
+        assert_same(again, computed)
+        engine.forget()
+        assert engine.generate(longer)[0]["cached"] == 352, "since the cache was emptied, all is kept"
+    finally:
+        engine.end()
+
+
+def test_weights_that_come_back_from_sleep_keep_their_cache(folder: Path, model: Path, server: Server) -> None:
+    """vLLM resets its connectors before any sleep. On a CPU no memory is given up, and all else is as on a GPU."""
+    prompts = [tokens(300, 104)]
+    engine = Engine(folder, "sleep", model, kv_transfer_config=server.config(), max_model_len=1024)
+
+    def cached() -> int:
+        outputs = engine.generate(prompts)
+        assert_same(outputs, cold)
+        engine.forget()  # returns once the store has let go of its blocks, for which an engine in this process does not wait
+        return int(outputs[0]["cached"])
+
+    try:
+        cold = engine.generate(prompts)
+        engine.forget()
+        assert engine.ask("sleep", level=1, wake=[None])["awake"] == [True]
+        assert cached() == 288
+        assert engine.ask("sleep", level=0, wake=[["scheduling"]])["awake"] == [True]
+        assert cached() == 288
+        assert engine.ask("sleep", level=1, wake=[["weights"], ["kv_cache"]])["awake"] == [False, True]
+        assert cached() == 0, "so do those wake up who write new weights before there is room for KV"
+        assert engine.ask("sleep", level=2, wake=[None])["awake"] == [True]
+        assert cached() == 0, "these weights do not come back by themselves"
+        assert engine.ask("reset", connector=True)["ok"]
+        assert engine.ask("sleep", level=1, wake=[None])["awake"] == [True]
+        assert cached() == 0, "what the user has reset stays reset"
+    finally:
+        engine.end()
+
+
 def test_a_model_that_vllm_computes_only_as_a_whole_is_not_served(folder: Path, model: Path, server: Server) -> None:
     """A hit would make vLLM's MEAN pooling raise, and end the engine."""
     engine = Engine(
@@ -146,6 +202,78 @@ def test_a_model_that_vllm_computes_only_as_a_whole_is_not_served(folder: Path, 
         assert "LMCache serves nothing for this engine" in engine.text() and "MEAN" in engine.text()
     finally:
         engine.end()
+
+
+def test_whatever_changes_the_numbers_in_vllms_own_terms_is_noticed(model: Path) -> None:
+    """Fields and methods of vLLM are known by name, and a new or renamed one would be missed in silence."""
+    plain = {"model": str(model), "max_model_len": 1024, "dtype": "float32"}
+    rope = {"rope_type": "default", "rope_theta": 1e4}
+    longer = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 32, "long_factor": [2.0] * 32}
+    longer["original_max_position_embeddings"] = 2048
+    same: list[dict[str, Any]] = [
+        {},
+        {"enforce_eager": True},
+        {"max_model_len": 2048},
+        {"seed": 7},
+        {"served_model_name": "another"},
+        {"tokenizer": str(model)},
+        {"load_format": "safetensors"},
+        {"enable_lora": True},
+        {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}},
+    ]
+    others: list[dict[str, Any]] = [
+        {"hf_overrides": {"rope_parameters": rope}},
+        {"hf_overrides": {"rope_parameters": longer}},
+        {"hf_overrides": {"rope_parameters": longer}, "max_model_len": 4096},
+        {"hf_overrides": {"rms_norm_eps": 1e-5}},
+        {"dtype": "bfloat16"},
+        {"kv_cache_dtype": "fp8"},
+        {"kv_cache_dtype": "fp8", "kv_cache_dtype_skip_layers": ["0"]},
+        {"model_impl": "transformers"},
+        {"code_revision": "another"},
+        {"load_format": "pt"},
+        {"enable_lora": True, "lora_dtype": "bfloat16"},
+        {"enable_lora": True, "lora_target_modules": ["q_proj"]},
+        {"additional_config": {"platform": "option"}},
+        {"speculative_config": {"method": "draft_model", "model": str(model), "num_speculative_tokens": 2}},
+    ]
+    command = [
+        PYTHON,
+        str(Path(__file__).with_name("digests.py")),
+        json.dumps([plain | more for more in same + others]),
+    ]
+    done = subprocess.run(command, env=environment(), stdout=subprocess.PIPE, text=True, timeout=400, check=True)
+    answer = json.loads(done.stdout.splitlines()[-1])
+    assert answer["unwatched"] == [
+        "compute_weight_checksums",
+        "init_weight_transfer_engine",
+        "shutdown_weight_transfer_engine",
+        "supports_draft_weight_updates",
+    ], "each of the others may change weights"
+    digests = answer["digests"]
+    assert len(set(digests[: len(same)])) == 1, dict(zip(map(str, same), digests, strict=False))
+    assert len(set(digests)) == 1 + len(others), dict(zip(map(str, same + others), digests, strict=True))
+
+
+def test_mla_that_vllm_computes_only_as_a_whole_is_answered_as_without_us(
+    folder: Path, model: Path, server: Server
+) -> None:
+    """On a CPU vLLM computes MLA without chunked prefill and prefix caching; one line says that nothing is served."""
+    mla = folder / "mla-model"
+    script = ROOT / "tests" / "scripts" / "mla_model.py"
+    subprocess.run([PYTHON, str(script), str(mla), str(model)], check=True, timeout=240)
+    prompts, answers = [tokens(300, 108), tokens(300, 108)[:200] + tokens(60, 109)], []
+    for name, more in (("mla-alone", {}), ("mla", {"kv_transfer_config": server.config()})):
+        engine = Engine(folder, name, mla, max_model_len=1024, **more)
+        try:
+            answers += [engine.generate(prompts), engine.generate(prompts)]
+        finally:
+            engine.end()
+    for outputs in answers[1:]:
+        assert_same(outputs, answers[0])
+        assert [output["cached"] for output in outputs] == [0, 0]
+    why = "LMCache serves nothing for this engine: vLLM runs without chunked prefill and prefix caching for MLA on this CPU"
+    assert engine.text().count(why) == 1
 
 
 def test_tensor_parallel_two(folder: Path, model: Path, server: Server) -> None:

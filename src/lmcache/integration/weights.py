@@ -1,10 +1,25 @@
-"""Engines that change their weights while they run tell nobody, so the methods that do it are wrapped to call back first."""
+"""Engines that change their weights while they run tell nobody, so the methods that do it are wrapped."""
 
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable, Iterable
 from typing import Any
+
+from lmcache.observability.log import init_logger
+
+logger = init_logger(__name__)
+
+
+def class_at(path: str) -> Any:
+    """The class of this dotted name, None where the engine's release has none there."""
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        logger.debug("%s: %r", path, error)
+        return None
 
 
 def call_before(
@@ -14,19 +29,30 @@ def call_before(
 
     Returns whether the class has any of them.
     """
-    found = [name for name in names if hasattr(owner, name)]
-    for name in found:
-        method = getattr(owner, name)
-        if not getattr(method, "tells_lmcache", False):
-            setattr(owner, name, _wrapped(name, method, callback))
-    return bool(found)
+
+    def before(name: str) -> Callable[..., Any]:
+        def call(method: Any, *args: Any, **kwargs: Any) -> Any:
+            callback(name, args, kwargs)
+            return method(*args, **kwargs)
+
+        return call
+
+    found = [call_around(owner, name, before(name)) for name in names]
+    return any(found)
 
 
-def _wrapped(name: str, method: Any, callback: Callable[[str, tuple[Any, ...], dict[str, Any]], None]) -> Any:
-    @functools.wraps(method)
-    def tell(*args: Any, **kwargs: Any) -> Any:
-        callback(name, args, kwargs)
-        return method(*args, **kwargs)
+def call_around(owner: Any, name: str, around: Callable[..., Any]) -> bool:
+    """Make a method of a class run as `around(method, *args, **kwargs)`, which decides when to call it; it is wrapped once.
 
-    tell.tells_lmcache = True  # type: ignore[attr-defined]
-    return tell
+    Returns whether the class has it.
+    """
+    method = getattr(owner, name, None)
+    if method is not None and not getattr(method, "tells_lmcache", False):
+
+        @functools.wraps(method)
+        def tell(*args: Any, **kwargs: Any) -> Any:
+            return around(method, *args, **kwargs)
+
+        tell.tells_lmcache = True  # type: ignore[attr-defined]
+        setattr(owner, name, tell)
+    return method is not None

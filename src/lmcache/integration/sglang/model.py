@@ -16,6 +16,7 @@ from blake3 import blake3
 from lmcache.chunks import Layout, Shard, shard_of_rank
 from lmcache.errors import LayoutError
 from lmcache.integration.identity import path_identity, plain, repository_identity
+from lmcache.integration.load_formats import files_read, refuse_weights_from_anywhere
 from lmcache.transfer.paged import PagedKV, Plane
 
 NOT_SERVED = (
@@ -34,6 +35,22 @@ NOT_SERVED = (
 ENGINE = "sglang"
 """Part of every layout's digest: engines round differently, and each reads a model's configuration in its own way."""
 
+_CHANGE_NUMBERS = (
+    "custom_weight_loader",
+    "decrypted_config_file",
+    "enable_w4a4_mxfp4_megamoe",
+    "flashinfer_mxfp4_moe_precision",
+    "forward_hooks",
+    "kt_method",
+    "kt_num_gpu_experts",
+    "kt_weight_path",
+    "model_impl",
+    "modelopt_quant",
+    "quantize_and_serve",
+    "rl_quant_profile",
+    "torchao_config",
+)
+"""Arguments of the server that change KV by more than rounding, and that SGLang's configuration of the model does not show."""
 _DTYPES = {"float32": "float32", "float16": "float16", "bfloat16": "bfloat16"} | {
     "float8_e4m3fn": "fp8_e4m3",
     "float8_e5m2": "fp8_e5m2",
@@ -113,8 +130,7 @@ def describe_rank(
         )
     if ranks.pp_size > 1:
         raise LayoutError(f"pipelines (pp_size={ranks.pp_size}) are not supported with SGLang yet; use tensor parallel")
-    if getattr(_server_args(), "quantization_param_path", None):
-        raise LayoutError("KV scales from a file (--quantization-param-path) are not supported")
+    _refuse_unsupported(model_config)
     mla = not buffers.values
     layout = Layout(
         model_id=model_id or model_identity(model_config, load_format(), engine_id),
@@ -131,6 +147,18 @@ def describe_rank(
     if shard.token_bytes(layout) != paged.token_bytes:
         raise LayoutError(f"the KV pool has {paged.token_bytes} bytes a token, the model {shard.token_bytes(layout)}")
     return RankKV(layout, shard, paged, int(model_config.vocab_size))
+
+
+def _refuse_unsupported(model_config: Any) -> None:
+    args = _server_args()
+    if getattr(args, "quantization_param_path", None):
+        raise LayoutError("KV scales from a file (--quantization-param-path) are not supported")
+    if getattr(args, "dllm_algorithm", None):
+        raise LayoutError("diffusion (--dllm-algorithm) is not supported: KV depends on tokens that come later")
+    if '"longrope"' in json.dumps(plain(getattr(model_config, "hf_config", None))):
+        raise LayoutError(
+            "RoPE of type 'longrope' is not supported: SGLang turns keys by the longest prompt of the batch that they are in"
+        )
 
 
 def pool_buffers(pool: Any) -> Buffers:
@@ -203,6 +231,7 @@ def model_identity(model_config: Any, load_format: str, engine_id: str) -> str:
         return f"dummy:{engine_id}"
     name = str(model_config.model_path)
     try:
+        refuse_weights_from_anywhere(load_format)
         return path_identity(name) or repository_identity(name, model_config)
     except LayoutError as error:
         raise LayoutError(str(error).replace("lmcache.mp.model_id", "model_id in the LMCache config file")) from None
@@ -213,12 +242,15 @@ def config_digest(model_config: Any) -> str:
 
     It takes in the whole configuration, so a harmless difference costs a miss, and no harmful one a wrong answer.
     """
+    args = _server_args()
     material = {
         "engine": ENGINE,
         "hf": plain(getattr(model_config, "hf_config", None)),
         "overrides": plain(getattr(model_config, "model_override_args", None)),
         "dtype": str(model_config.dtype),
         "quantization": plain(getattr(model_config, "quantization", None)),
+        "load": files_read(load_format(), getattr(args, "model_loader_extra_config", None)),
+        "arguments": {name: plain(value) for name in _CHANGE_NUMBERS if (value := getattr(args, name, None))},
     }
     return blake3(json.dumps(material, sort_keys=True).encode()).hexdigest(16)
 
@@ -226,6 +258,11 @@ def config_digest(model_config: Any) -> str:
 def load_format() -> str:
     """How this process has loaded its weights, "" where SGLang does not say."""
     return str(getattr(_server_args(), "load_format", ""))
+
+
+def weights_are_backed_up() -> bool:
+    """Whether weights whose memory was released come back as they were."""
+    return bool(getattr(_server_args(), "enable_weights_cpu_backup", False))
 
 
 def lora_enabled() -> bool:

@@ -1,7 +1,7 @@
 """When SGLang loads new weights into a running engine, it tells its radix cache nothing but to forget. A cache that outlives
 the radix tree has to know: KV of the old weights must not be served, and that of the new ones is not what the model's name says.
 
-So the four methods that change weights are wrapped, in this process, to call back first.
+So the methods that change weights are wrapped, in this process, to call back first.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from lmcache.integration.sglang.model import weights_are_backed_up
 from lmcache.integration.weights import call_before
 from lmcache.observability.log import init_logger
 
@@ -20,7 +21,11 @@ UPDATES = (
     "update_weights_from_tensor",
     "update_weights_from_ipc",
     "begin_weight_update",
+    "end_weight_update",
+    "release_memory_occupation",
+    "check_weights",
 )
+"""Between the beginning and the end of an update others may write into the weights' memory."""
 _listeners: list[Callable[[], None]] = []
 
 
@@ -56,5 +61,12 @@ def _owner() -> Any:
 
 
 def _tell(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    request = (*args[1:], *kwargs.values(), None)[0]
+    if name == "check_weights" and not str(getattr(request, "action", "reset")).startswith("reset"):
+        return  # it only reads
+    if name == "release_memory_occupation" and (
+        "weights" not in (getattr(request, "tags", None) or ("weights",)) or weights_are_backed_up()
+    ):
+        return  # they are kept, or come back as they were
     for listener in tuple(_listeners):
         listener()

@@ -68,7 +68,7 @@ def describe_pool(llm_args: Any, pool: Any, rank: int) -> PoolKV:
     heads, head_size = _heads(text, mla)
     tp_size = int(getattr(llm_args, "tensor_parallel_size", 1) or 1)
     layout = Layout(
-        model_id=os.environ.get(MODEL_ID_VARIABLE, "") or _identity(folder),
+        model_id=os.environ.get(MODEL_ID_VARIABLE, "") or _identity(llm_args, folder),
         kv_dtype=_kv_dtype(llm_args, pool),
         num_layers=pool.shape[1],
         num_kv_heads=heads,
@@ -107,8 +107,13 @@ def refusal_of(error: Exception) -> str:
     return f"this release of TensorRT-LLM is not understood ({error!r}); docs/tensorrt-llm.md says what is"
 
 
-def _identity(folder: Path) -> str:
+def _identity(llm_args: Any, folder: Path) -> str:
     try:
+        load_format = getattr(llm_args, "load_format", "auto")
+        if str(getattr(load_format, "name", load_format)).lower() != "auto":
+            raise LayoutError(f"load_format {load_format!s} makes weights that are not those of the model's files")
+        if getattr(llm_args, "checkpoint_loader", None) is not None:
+            raise LayoutError("a checkpoint_loader of yours may read weights from anywhere")
         return path_identity(str(folder))
     except LayoutError as error:
         raise LayoutError(f"{str(error).partition(';')[0]}; set {MODEL_ID_VARIABLE} to a name of yours") from None
@@ -164,7 +169,14 @@ def _kv_dtype(llm_args: Any, pool: Any) -> str:
 
 def _config_digest(llm_args: Any, config: Any) -> str:
     """A digest of what changes the numbers: the model's configuration, and how this engine computes it."""
-    names = ("dtype", "quant_config", "model_kwargs", "speculative_config", "sparse_attention_config")
+    names = (
+        "dtype",
+        "quant_config",
+        "model_kwargs",
+        "speculative_config",
+        "sparse_attention_config",
+        "checkpoint_format",
+    )
     material = {name: plain(getattr(llm_args, name, None)) for name in names}
     scales = plain(getattr(getattr(llm_args, "kv_cache_config", None), "dtype", None))
     text = json.dumps(["tensorrt_llm", plain(config), material, scales], sort_keys=True)

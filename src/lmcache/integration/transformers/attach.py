@@ -17,7 +17,13 @@ from lmcache.engine.embedded import EmbeddedServer, embedded_address
 from lmcache.engine.link import Endpoint, given_address
 from lmcache.engine.prefill import PrefillRate
 from lmcache.errors import LMCacheError
-from lmcache.integration.transformers.model import kv_shape, layout_of, weights_identity, weights_stamp
+from lmcache.integration.transformers.model import (
+    kv_shape,
+    layout_of,
+    refuse_unsupported,
+    weights_identity,
+    weights_stamp,
+)
 from lmcache.integration.transformers.pool import Pool
 from lmcache.observability.log import init_logger
 
@@ -290,6 +296,7 @@ class Attached:
         shape, step = self._shape, max(_ROOM_TOKENS, 1 << max(0, room.bit_length() - 3))
         identity = self._model_id
         if not identity:
+            refuse_unsupported(self._model)  # as it is now: an adapter may have been put in
             self._stamp = weights_stamp(self._model)
             identity = weights_identity(self._model)
 

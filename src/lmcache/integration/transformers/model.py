@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import xxhash
 from blake3 import blake3
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
@@ -17,6 +18,7 @@ from lmcache.integration.transformers.pool import Shape
 
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope", "su", "yarn-dynamic")
 """Kinds of RoPE that turn keys by angles that depend on how long the whole prompt is, not on the tokens before alone."""
+_ROW_BYTES = 4096
 
 
 def kv_shape(model: Any) -> Shape:
@@ -25,7 +27,7 @@ def kv_shape(model: Any) -> Shape:
     Raises:
         LayoutError: this model's KV cannot be cached; the message says why.
     """
-    _refuse_unsupported(model)
+    refuse_unsupported(model)
     try:
         cache = DynamicCache(config=model.config)
     except TypeError:
@@ -46,6 +48,21 @@ def kv_shape(model: Any) -> Shape:
     if (batch, tokens) != (1, 1):
         raise LayoutError(f"KV of shape {(batch, heads, tokens, head_size)} for one token is not supported")
     return Shape(len(cache.layers), heads, head_size, dtype, device)
+
+
+def refuse_unsupported(model: Any) -> None:
+    """Return if KV of a model of this kind can be cached, as far as the model as it is now tells.
+
+    Raises:
+        LayoutError: it cannot; the message says why.
+    """
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise LayoutError("encoder-decoder models are not supported: their KV depends on more than the tokens before")
+    if getattr(model, "peft_config", None) or getattr(model, "_hf_peft_config_loaded", False):
+        raise LayoutError("adapters can be switched without a trace in the weights; call merge_and_unload() first")
+    kinds = set(_values_of(plain(model.config), ("rope_type", "type"))) & set(_LENGTH_DEPENDENT_ROPE)
+    if kinds:
+        raise LayoutError(f"RoPE of type {kinds.pop()!r} makes KV depend on what follows it; not supported")
 
 
 def layout_of(model: Any, shape: Shape, model_id: str, chunk_tokens: int) -> Layout:
@@ -83,30 +100,47 @@ def weights_identity(model: Any) -> str:
 
 
 def weights_stamp(model: Any) -> int:
-    """Another number whenever a weight was replaced or changed in place; takes microseconds.
+    """Another number whenever a weight was replaced or changed in place, in whatever way.
+
+    Writes through `.data` leave no trace but the bytes themselves. So every byte is read, which takes as long as one token.
 
     Raises:
         LayoutError: weights that do not tell.
     """
     try:
-        return hash(tuple((tensor.data_ptr(), tensor._version) for _, tensor in _tensors(model)))
-    except (NotImplementedError, RuntimeError) as error:
+        tensors = [tensor.detach() for _, tensor in _tensors(model)]
+        told = [(tensor.data_ptr(), tensor._version) for tensor in tensors]
+        return hash((*told, *_checksums(tensors)))
+    except (NotImplementedError, RuntimeError, TypeError) as error:
         raise LayoutError(f"the weights do not tell when they change ({error}); pass model_id=") from None
+
+
+def _checksums(tensors: Sequence[torch.Tensor]) -> Iterator[int]:
+    """A number for each tensor on the host, and one for each of the others, which their device computes."""
+    on_devices: dict[torch.device, list[torch.Tensor]] = {}
+    for tensor in tensors:
+        flat = tensor.reshape(-1).contiguous().view(torch.uint8)
+        if flat.device.type == "cpu":
+            yield xxhash.xxh3_64_intdigest(flat.numpy())
+        else:
+            on_devices.setdefault(flat.device, []).append(checksum(flat))
+    for sums in on_devices.values():
+        yield from torch.stack(sums).tolist()
+
+
+def checksum(flat: torch.Tensor) -> torch.Tensor:
+    """A scalar of the bytes in `flat` (uint8, one axis), int64 on their device. It reads at the speed of the memory there."""
+    rows = flat.numel() // _ROW_BYTES
+    if flat.storage_offset() % 8:
+        flat = flat.clone()
+    whole, rest = flat[: rows * _ROW_BYTES].view(torch.int64), flat[rows * _ROW_BYTES :]
+    sums = torch.cat([whole.view(rows, -1).sum(dim=1), rest.long()])
+    return (sums * torch.arange(1, len(sums) + 1, device=flat.device)).sum()
 
 
 def _tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
     yield from model.named_parameters()
     yield from model.named_buffers()
-
-
-def _refuse_unsupported(model: Any) -> None:
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise LayoutError("encoder-decoder models are not supported: their KV depends on more than the tokens before")
-    if getattr(model, "peft_config", None) or getattr(model, "_hf_peft_config_loaded", False):
-        raise LayoutError("adapters can be switched without a trace in the weights; call merge_and_unload() first")
-    kinds = set(_values_of(plain(model.config), ("rope_type", "type"))) & set(_LENGTH_DEPENDENT_ROPE)
-    if kinds:
-        raise LayoutError(f"RoPE of type {kinds.pop()!r} makes KV depend on what follows it; not supported")
 
 
 def _values_of(config: Any, names: tuple[str, ...]) -> Iterator[str]:

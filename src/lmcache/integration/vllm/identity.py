@@ -7,12 +7,17 @@ name would tell.
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 from blake3 import blake3
 
 from lmcache.errors import LayoutError
 from lmcache.integration.identity import path_identity, plain, repository_identity
+from lmcache.integration.load_formats import files_read, refuse_weights_from_anywhere
+
+_WRITTEN_BY_MODELS = frozenset({"dtype", "torch_dtype", "max_model_len"})
+"""What classes of models write into the configuration when they are made, which the scheduler's process may not see."""
 
 
 def model_identity(model_config: Any, load_format: str, engine_id: str) -> str:
@@ -27,28 +32,58 @@ def model_identity(model_config: Any, load_format: str, engine_id: str) -> str:
         raise LayoutError(
             f"weights streamed from {model_config.model!r} have no identity; set lmcache.mp.model_id to a name of yours"
         )
+    refuse_weights_from_anywhere(load_format)
     name = str(model_config.model)
     return path_identity(name) or repository_identity(name, model_config)
 
 
 def config_digest(vllm_config: Any) -> str:
-    """A digest of the effective configuration: RoPE, overrides, windows, quantization, computing dtype, draft model.
+    """A digest of the effective configuration: RoPE, overrides, windows, quantization, computing dtype, draft model ...
 
-    It takes in everything, so a harmless difference costs a miss, and no harmful one a wrong answer.
+    It takes in everything that changes the numbers by more than rounding, so a harmless difference costs a miss, and no harmful
+    one a wrong answer.
     """
-    model = vllm_config.model_config
-    speculative = getattr(vllm_config, "speculative_config", None)
-    cache = vllm_config.cache_config
+    model, cache, load = vllm_config.model_config, vllm_config.cache_config, vllm_config.load_config
+    described = _without(plain(getattr(model, "hf_config", None)), _WRITTEN_BY_MODELS)
     material = {
-        "hf": plain(getattr(model, "hf_config", None)),
+        "hf": described,
         "overrides": plain(getattr(model, "hf_overrides", None)),
+        "class": plain([getattr(model, "architecture", None), getattr(model, "model_class_overrides", None)]),
+        "code": plain(getattr(model, "code_revision", None)),
         "dtype": str(model.dtype),
-        "quantization": plain(getattr(model, "quantization", None)),
+        "quantization": plain([getattr(model, "quantization", None), getattr(model, "quantization_config", None)]),
         "no_window": bool(getattr(model, "disable_sliding_window", False)),
-        "cache_dtype": str(cache.cache_dtype),
-        "draft": _draft(speculative) if speculative is not None else None,
+        # LongRoPE takes its factors by the longest prompt that the engine admits.
+        "longest": getattr(model, "max_model_len", None) if '"longrope"' in json.dumps(described) else None,
+        "cache_dtype": [str(cache.cache_dtype), plain(getattr(cache, "kv_cache_dtype_skip_layers", None))],
+        "load": files_read(str(load.load_format), getattr(load, "model_loader_extra_config", None)),
+        "images": _processing(getattr(model, "multimodal_config", None)),
+        "lora": _lora(getattr(vllm_config, "lora_config", None), model),
+        "draft": _draft(getattr(vllm_config, "speculative_config", None)),
+        "platform": plain(getattr(vllm_config, "additional_config", None)) or None,
     }
     return blake3(json.dumps(material, sort_keys=True).encode()).hexdigest(16)
+
+
+class Adapters:
+    """The LoRA adapters that this engine has been given, each under a number. vLLM loads a number once, and answers with what it
+    has loaded, whatever path comes with the number later."""
+
+    def __init__(self) -> None:
+        self._since = time.time()
+        """Before any adapter was loaded."""
+        self._content: dict[int, str] = {}
+        """By the number; "" where it is not known what vLLM has loaded."""
+
+    def identity(self, lora: Any) -> tuple[str, str] | None:
+        """Name and content of the adapter of a `LoRARequest`; None when it is not known what is loaded under its number."""
+        content = adapter_identity(lora.lora_path, self._since)
+        if content and getattr(lora, "is_3d_lora_weight", False):
+            content += " fused experts"
+        first = self._content.setdefault(lora.lora_int_id, content)
+        if content != first:
+            self._content[lora.lora_int_id] = content = ""
+        return (lora.lora_name, content) if content else None
 
 
 def adapter_identity(path: str, unchanged_since: float) -> str:
@@ -63,11 +98,43 @@ def adapter_identity(path: str, unchanged_since: float) -> str:
         return ""
 
 
-def _draft(speculative: Any) -> list[str] | None:
+def _without(value: Any, names: frozenset[str]) -> Any:
+    if isinstance(value, list):
+        return [_without(item, names) for item in value]
+    if isinstance(value, dict):
+        return {key: _without(item, names) for key, item in value.items() if key not in names}
+    return value
+
+
+def _processing(multimodal: Any) -> Any:
+    """How images and the like become what the model sees. vLLM names an item by its content and its request's options alone."""
+    names = ("mm_processor_kwargs", "media_io_kwargs", "video_pruning_rate", "mm_encoder_attn_dtype")
+    options = {name: plain(value) for name in names if (value := getattr(multimodal, name, None))}
+    if "video_pruning_rate" in options:
+        options["video_pruning_method"] = plain(getattr(multimodal, "video_pruning_method", None))
+    return options or None
+
+
+def _lora(lora: Any, model: Any) -> Any:
+    """How adapters are applied, where it is not how it usually is."""
+    if lora is None:
+        return None
+    dtype = str(getattr(lora, "lora_dtype", "auto"))
+    options = {
+        "dtype": dtype if dtype not in ("auto", str(model.dtype)) else None,
+        "only": plain(getattr(lora, "target_modules", None)),
+        "tower": getattr(lora, "enable_tower_connector_lora", None) or None,
+    }
+    return options if any(options.values()) else None
+
+
+def _draft(speculative: Any) -> Any:
     """The draft model, which may add layers to the KV. None for methods without one (ngram, suffix), for which vLLM names the
     target model: they propose tokens and change no KV."""
     model = getattr(speculative, "draft_model_config", None)
     if model is None or model is getattr(speculative, "target_model_config", None):
         return None
     name = str(getattr(model, "model", ""))
-    return [str(getattr(speculative, "method", "")), path_identity(name) or name if name else ""]
+    commit = getattr(getattr(model, "hf_config", None), "_commit_hash", None) or getattr(model, "revision", None)
+    identity = (path_identity(name) or f"{name}@{commit}") if name else ""
+    return [str(getattr(speculative, "method", "")), identity, plain(getattr(model, "quantization", None))]

@@ -20,6 +20,7 @@ from lmcache.integration.vllm.layers import Layers
 from lmcache.integration.vllm.model import NOT_SERVED, ModelKV, describe_model, layer_range, refusal_of
 from lmcache.integration.vllm.own_server import offloading_size_gb, server_for_offloading
 from lmcache.integration.vllm.plan import StepPlan, StepReport
+from lmcache.integration.vllm.resets import watch_resets
 from lmcache.integration.vllm.scheduler import SchedulerHalf
 from lmcache.integration.vllm.settings import Settings, read_settings, recompute_failed_loads
 from lmcache.integration.vllm.weights import watch_weights
@@ -258,8 +259,9 @@ class LMCacheMPConnector(KVConnectorBase_V1, _SupportsHMA):  # type: ignore[misc
 def scheduler_half(vllm_config: Any, kv: ModelKV, settings: Settings, address: str = "", **rules: Any) -> SchedulerHalf:
     """The scheduler's half for this engine. rules: keyword arguments of `SchedulerHalf`."""
     transfer = vllm_config.kv_transfer_config
-    endpoint = settings.endpoint(str(transfer.engine_id), "scheduler", address=address)
-    return SchedulerHalf(
+    engine_id = str(transfer.engine_id)
+    endpoint = settings.endpoint(engine_id, "scheduler", address=address)
+    half = SchedulerHalf(
         SchedulerSession(endpoint, kv.layout, kv.shards, kv.stages),
         kv.block_tokens,
         kv.ranks,
@@ -268,6 +270,8 @@ def scheduler_half(vllm_config: Any, kv: ModelKV, settings: Settings, address: s
         device=str(vllm_config.device_config.device_type),
         **rules,
     )
+    watch_resets(engine_id, half)
+    return half
 
 
 def worker_half(

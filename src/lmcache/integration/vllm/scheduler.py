@@ -17,7 +17,7 @@ from lmcache.chunks import HASH_BYTES, TokenChain
 from lmcache.chunks.hashing import Extras, encode_extra
 from lmcache.engine import Hit, Loading, SchedulerSession
 from lmcache.engine.prefill import PrefillRate
-from lmcache.integration.vllm.identity import adapter_identity
+from lmcache.integration.vllm.identity import Adapters
 from lmcache.integration.vllm.plan import LoadPlan, StepPlan, StepReport, StorePlan
 from lmcache.integration.vllm.rules import reads_nothing
 from lmcache.observability.log import init_logger
@@ -48,7 +48,6 @@ class Tracker:
     epoch: bytes | None = None
     adapter: tuple[str, str] | None = None
     """Name and content of the LoRA adapter, ("", "") without one; None: not known, and nothing of the request is cached."""
-    generation: int = 0
     cacheable: bool = True
     may_load: bool = True
     hit: Hit | None = None
@@ -122,12 +121,14 @@ class SchedulerHalf:
         self._closing: dict[str, Tracker] = {}
         self._plan = StepPlan()
         self._jobs = 0
-        self._generation = 0
-        self._began = time.time()
-        """Before any adapter was loaded."""
+        self.resets = 0
+        """How often what was kept has been given up."""
+        self.adapters = Adapters()
         self._weights = 0
         """Changes of the ranks' weights that this half knows of."""
-        self._salt_prefix = ""
+        self._salt_prefix = self._salt_before = ""
+        self._emptied, self._emptied_before = 0, -1
+        """How often vLLM's own prefix cache has been emptied: by now, and when the last of what a reset gave up was computed."""
         self._prefill = PrefillRate()
         self._tiers_load = False
         """Some request waits for a tier, in the step that is being planned."""
@@ -163,6 +164,9 @@ class SchedulerHalf:
         expects from us."""
         tracker = self._tracker(request)
         tracker.blocks = blocks
+        if tracker.local_tokens and self._emptied <= self._emptied_before:
+            # vLLM's own cache still has blocks from before the reset, and what is computed upon them is no better.
+            tracker.cacheable = False
         hit, tracker.hit = tracker.hit, None
         if hit is None:
             return
@@ -174,7 +178,7 @@ class SchedulerHalf:
     def plan_step(self, output: Any) -> StepPlan:
         """What the ranks are to do in the step that `output` (a SchedulerOutput) describes."""
         plan, self._plan = self._plan, StepPlan()
-        plan.weights = self._weights
+        plan.weights, plan.emptied = self._weights, self._emptied
         plan.forward = output.total_num_scheduled_tokens > 0
         self._prefill.step(self._clock(), output.total_num_scheduled_tokens)
         if self._tiers_load and not plan.forward:
@@ -226,7 +230,7 @@ class SchedulerHalf:
         if report.weights > self._weights:
             self._weights = report.weights
             logger.info("This engine's weights have changed: what was cached for the old ones is not used any more")
-            self.reset()
+            self.reset(report.emptied)
         if report.refusal:
             self.stop(report.refusal)
 
@@ -245,14 +249,27 @@ class SchedulerHalf:
         self._closing[request.request_id] = tracker
         return True
 
-    def reset(self) -> None:
-        """Nothing kept so far is served to this engine again: its weights may have changed. Others keep what they have."""
-        self._generation += 1
-        self._salt_prefix = f"\0reset {time.time_ns()} {self._generation}\0"
+    def reset(self, emptied: int | None = None) -> None:
+        """Nothing kept so far is served to this engine again: its weights may have changed. Others keep what they have.
+
+        emptied: how often vLLM's own prefix cache had been emptied when they changed; None for now.
+        """
+        self._emptied_before = max(self._emptied_before, self._emptied if emptied is None else emptied)
+        self.resets += 1
+        self._salt_before, self._salt_prefix = self._salt_prefix, f"\0reset {time.time_ns()} {self.resets}\0"
         for tracker in self._trackers.values():
             # What is computed already may be of the old weights, so these requests store no more.
             tracker.cacheable = False
             self._give_back(tracker)
+
+    def emptied(self) -> None:
+        """vLLM's own prefix cache is empty: what is computed from now on owes nothing to what was there."""
+        self._emptied += 1
+
+    def take_back_reset(self, before: int) -> None:
+        """What was kept is served again, if there was one reset since there were `before`, and it was not for new weights."""
+        if self.resets == before + 1:
+            self._salt_prefix = self._salt_before
 
     def wait_connected(self, starting: Callable[[], bool]) -> None:
         """Give a server the time to start, as long as it is `starting`. Without one the engine goes on."""
@@ -282,8 +299,9 @@ class SchedulerHalf:
         tracker = self._trackers.get(request.request_id)
         if tracker is not None and tracker.request is request and tracker.preemptions == request.num_preemptions:
             return tracker
-        fresh = Tracker(request, request.num_preemptions, generation=self._generation)
-        fresh.adapter = _adapter(request, self._began)
+        fresh = Tracker(request, request.num_preemptions)
+        lora = getattr(request, "lora_request", None)
+        fresh.adapter = self.adapters.identity(lora) if lora is not None else ("", "")
         fresh.cacheable = getattr(request, "prompt_embeds", None) is None and fresh.adapter is not None
         # Later inputs of a resumable session may bring images, which the chain made now would not include in its hashes.
         fresh.cacheable = fresh.cacheable and not getattr(request, "resumable", False)
@@ -463,15 +481,6 @@ class SchedulerHalf:
     def _job(self, kind: str) -> str:
         self._jobs += 1
         return f"{kind}-{self._jobs}"
-
-
-def _adapter(request: Any, unchanged_since: float) -> tuple[str, str] | None:
-    """Name and content of the request's LoRA adapter, ("", "") without one, None when it is not known what was loaded."""
-    lora = getattr(request, "lora_request", None)
-    if lora is None:
-        return "", ""
-    content = adapter_identity(lora.lora_path, unchanged_since)
-    return (lora.lora_name, content) if content else None
 
 
 def _extras(request: Any) -> Extras | None:

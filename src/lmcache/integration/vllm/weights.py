@@ -7,17 +7,25 @@ that somebody writes into the parameters themselves, past all of these methods, 
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
-from lmcache.integration.weights import call_before
+from lmcache.integration.weights import call_before, class_at
 from lmcache.observability.log import init_logger
 
 logger = init_logger(__name__)
 _OWNERS = {
     "vllm.v1.worker.gpu_model_runner.GPUModelRunner": ("reload_weights",),
     "vllm.v1.worker.gpu.model_runner.GPUModelRunner": ("reload_weights",),
-    "vllm.v1.worker.gpu_worker.Worker": ("reload_weights", "update_weights", "reset_weights", "sleep"),
+    "vllm.v1.worker.gpu_worker.Worker": (
+        "load_model",
+        "reload_weights",
+        "start_weight_update",
+        "start_draft_weight_update",
+        "update_weights",
+        "finish_weight_update",
+        "reset_weights",
+        "sleep",
+    ),
 }
 """Class -> its methods that change weights. CPU's runner and worker inherit them."""
 _changes = 0
@@ -30,7 +38,8 @@ def weight_changes() -> int:
 
 def watch_weights(vllm_config: Any) -> None:
     """Notice from now on when this process changes its weights. To be called once the model has been loaded."""
-    noticed = [call_before(owner, names, _count) for owner, names in _found()]
+    owners = [(class_at(path), names) for path, names in _OWNERS.items()]
+    noticed = [call_before(owner, names, _count) for owner, names in owners if owner is not None]
     try:
         from vllm.model_executor.model_loader.utils import get_model_architecture
 
@@ -42,17 +51,6 @@ def watch_weights(vllm_config: Any) -> None:
         logger.warning(
             "This release of vLLM changes weights in a way that LMCache does not see: restart it after an update of weights"
         )
-
-
-def _found() -> list[tuple[Any, tuple[str, ...]]]:
-    found = []
-    for path, names in _OWNERS.items():
-        module, _, name = path.rpartition(".")
-        try:
-            found.append((getattr(importlib.import_module(module), name), names))
-        except (ImportError, AttributeError) as error:
-            logger.debug("%s: %r", path, error)
-    return found
 
 
 def _count(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

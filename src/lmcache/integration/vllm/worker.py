@@ -69,6 +69,8 @@ class WorkerHalf:
         self._started: StepPlan | None = None
         self._weights_before, self._weights = weight_changes(), 0
         """Changes of the weights before this half was made, and since."""
+        self._emptied = -1
+        """How often vLLM's own prefix cache had been emptied when the last step before the change was planned."""
         self.reports_stats = False
         self.loaded_tokens = self.stored_tokens = self.failed_loads = 0
 
@@ -88,10 +90,10 @@ class WorkerHalf:
         """Start every load of the step, once. The copies run beside the engine, in the session's threads."""
         if plan is self._started:
             return
+        self._notice_weights()
         self._started = plan
         for job_id in plan.known_failures:
             self._spoiled.pop(job_id, None)
-        self._notice_weights()
         if self._layers is not None:
             self._layers.begin()
         fence = self._stream_point() if plan.loads and self._registered.loads_need_fence else None
@@ -128,6 +130,7 @@ class WorkerHalf:
         changes = weight_changes() - self._weights_before
         if changes != self._weights:
             self._weights = changes
+            self._emptied = self._started.emptied if self._started is not None else -1
             self._unread.update(self._loading)
 
     def wait_before_forward(self, forward_context: Any) -> None:
@@ -207,7 +210,7 @@ class WorkerHalf:
     def take_report(self) -> StepReport:
         report, self._report = self._report, StepReport()
         if self._started is not None and self._started.weights != self._weights:
-            report.weights = self._weights
+            report.weights, report.emptied = self._weights, self._emptied
         return report
 
     def close(self) -> None:

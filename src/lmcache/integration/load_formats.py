@@ -1,0 +1,37 @@
+"""Which files of a model's directory an engine has loaded its weights from, by the name of its load format.
+
+The names are those of vLLM and SGLang. The identity of a directory (`identity`) covers every file in it, and two engines may
+still have read different ones: a directory can hold the same model twice.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lmcache.errors import LayoutError
+from lmcache.integration.identity import plain
+
+_SAFETENSORS = frozenset(
+    {"", "auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer", "layered"}
+)
+"""They read the same files, one slower than the other."""
+_OTHERS = frozenset(
+    {"pt", "npcache", "mistral", "gguf", "bitsandbytes", "sharded_state", "runai_streamer_sharded", "expert_pack"}
+)
+
+
+def refuse_weights_from_anywhere(load_format: str) -> None:
+    """Return if weights of this load format come from the model's directory or repository.
+
+    Raises:
+        LayoutError: they may come from anywhere.
+    """
+    if load_format not in _SAFETENSORS | _OTHERS:
+        raise LayoutError(
+            f"--load-format {load_format} may read weights from anywhere; set lmcache.mp.model_id to a name of yours"
+        )
+
+
+def files_read(load_format: str, options: Any) -> Any:
+    """What decides which of the model's files are read, in JSON's terms; None for its safetensors. options: of the format."""
+    return None if load_format in _SAFETENSORS else [load_format, plain(options)]
