@@ -79,6 +79,11 @@ class Process:
                 return line
         raise AssertionError(f"ended with {self.child.wait()} before saying {word!r}:\n{''.join(self.log[-30:])}")
 
+    def said_once(self, words: str) -> None:
+        """It is in the log, now or soon, and no more than once."""
+        eventually(lambda: words in "".join(self.log))
+        assert "".join(self.log).count(words) == 1, "".join(self.log[-30:])
+
     def signal(self, number: int) -> None:
         self.child.send_signal(number)
 

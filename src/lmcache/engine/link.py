@@ -23,6 +23,7 @@ from lmcache.observability.log import init_logger
 from lmcache.wire import auth
 from lmcache.wire import messages as m
 from lmcache.wire.carriers import Carrier, UnixCarrier, ZmqCarrier
+from lmcache.wire.knock import knock
 from lmcache.wire.sockets import UNIX, socket_place
 
 logger = init_logger(__name__)
@@ -217,7 +218,7 @@ class Link:
                 except Exception as error:  # the edge of the thread: whatever a server sends, the next may be better
                     coming = isinstance(error, _NotThereYet) and time.monotonic() - self._since < _STARTING_SECONDS
                     if not coming:
-                        self._tell_once(str(error) or type(error).__name__)
+                        self._tell_once(error)
                     if not isinstance(error, (LMCacheError, OSError)):
                         logger.debug("while connecting", exc_info=True)
                     backoff = _BACKOFF_SECONDS[min(attempt, len(_BACKOFF_SECONDS) - 1)]
@@ -287,8 +288,8 @@ class Link:
     def _through_socket(self, hello: m.Hello) -> tuple[Carrier, m.Welcome, int]:
         """The connection, the welcome, and the arena's descriptor."""
         place = socket_place(self.endpoint.address)
-        if not place.startswith("\0") and not _is_mine(place):
-            raise _NotThereYet("there is no such socket of this user")
+        if not place.startswith("\0") and (why_not := _why_not_mine(place)):
+            raise _NotThereYet(why_not)
         try:
             unix = UnixCarrier(place, hello, _CONNECT_SECONDS)
         except ServerUnavailable as error:
@@ -309,10 +310,8 @@ class Link:
             try:
                 welcome = _welcome(door.exchange(hello, _CONNECT_SECONDS)[0])
             except ServerUnavailable as error:
-                if not _listens(self.endpoint.address, _CONNECT_SECONDS):
-                    raise
-                raise ServerUnavailable(f"{error}, but the port is open; {self._key_hint()}") from error
-            unix = self._unix(welcome, hello)
+                raise self._explained(error) from error
+            unix, why_not = self._unix(welcome, hello)
             if unix is not None:
                 carrier = unix
                 door.close()
@@ -320,30 +319,53 @@ class Link:
             cookie = auth.read_cookie(welcome.cookie_path)
             token = auth.proof(cookie, welcome.server) if cookie else b""
             hello = msgspec.structs.replace(hello, payload=True, proof=token)
-            return door, _welcome(door.exchange(hello, _CONNECT_SECONDS)[0]), -1
+            try:
+                return door, _welcome(door.exchange(hello, _CONNECT_SECONDS)[0]), -1
+            except ServerRefused as error:
+                raise ServerRefused(f"{why_not}: {error}") from error
         except BaseException:
             carrier.close()
             door.close()
             raise
 
-    def _unix(self, welcome: m.Welcome, hello: m.Hello) -> UnixCarrier | None:
-        if self.endpoint.transfer_mode == "payload" or not welcome.socket_path or not _is_mine(welcome.socket_path):
-            return None
-        return UnixCarrier(welcome.socket_path, hello, _CONNECT_SECONDS)
+    def _unix(self, welcome: m.Welcome, hello: m.Hello) -> tuple[UnixCarrier | None, str]:
+        """The connection, or why there is none."""
+        if self.endpoint.transfer_mode == "payload":
+            return None, "this engine asks for payload frames"
+        why_not = _why_not_mine(welcome.socket_path)
+        return (None, why_not) if why_not else (UnixCarrier(welcome.socket_path, hello, _CONNECT_SECONDS), "")
 
-    def _key_hint(self) -> str:
-        """CURVE lets nobody know that the keys are not the same."""
+    def _explained(self, error: ServerUnavailable) -> LMCacheError:
+        """Why the hello had no answer. ZMQ does not tell; what listens there does."""
         key = self.endpoint.auth_key_file
-        if key is None:
-            return "if the server has --auth-key-file, set LMCACHE_AUTH_KEY_FILE to the same file"
-        return f"is it a server with --auth-key-file, and with the key in {key}?"
-
-    def _tell_once(self, why: str) -> None:
-        if why != self._told:
-            self._told = why
-            logger.warning(
-                "No LMCache server at %s yet (%s); prompts are computed without it", self.endpoint.address, why
+        host, _, port = self.endpoint.address.removeprefix("tcp://").rpartition(":")
+        try:
+            listener = knock(host, int(port), _CONNECT_SECONDS, "CURVE" if key else "NULL")
+        except OSError as refusal:
+            return ServerUnavailable(str(refusal))
+        if listener == "CURVE" and key is None:
+            return ServerRefused(
+                "it has a key file, and this engine has none: set LMCACHE_AUTH_KEY_FILE to a copy of the server's --auth-key-file"
             )
+        if listener == "NULL" and key is not None:
+            return ServerRefused(
+                f"this engine has the key file {key}, and the server has none: start it with --auth-key-file and the same "
+                "file, or unset LMCACHE_AUTH_KEY_FILE"
+            )
+        hint = f"; it wants a key: is {key} a copy of the server's --auth-key-file?" if listener == "CURVE" else ""
+        return ServerUnavailable(f"{error}, but the port is open{hint}")
+
+    def _tell_once(self, error: Exception) -> None:
+        why = str(error) or type(error).__name__
+        if why == self._told:
+            return
+        self._told = why
+        what = (
+            "The LMCache server at %s refuses this engine"
+            if isinstance(error, ServerRefused)
+            else "No LMCache server at %s yet"
+        )
+        logger.warning(f"{what} (%s); prompts are computed without it", self.endpoint.address, why)
 
 
 def answers(address: str, timeout_seconds: float) -> bool:
@@ -415,9 +437,12 @@ def _is_unix(endpoint: Endpoint) -> bool:
     return endpoint.address.startswith(UNIX)
 
 
-def _is_mine(path: str) -> bool:
-    """Whether the socket is there and this user's own; behind another user's there is no arena for us."""
+def _why_not_mine(path: str) -> str:
+    """ "" where the socket is there and this user's own; behind another user's there is no arena for us."""
     try:
-        return os.stat(path).st_uid == os.getuid()
-    except (OSError, ValueError):
-        return False
+        owner = os.stat(path).st_uid
+    except (OSError, ValueError) as error:
+        return f"user {os.getuid()} cannot see its socket {path!r} ({getattr(error, 'strerror', error)})"
+    return (
+        "" if owner == os.getuid() else f"its socket {path} is user {owner}'s, and this engine is user {os.getuid()}'s"
+    )

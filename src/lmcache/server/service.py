@@ -22,6 +22,7 @@ from lmcache.errors import LMCacheError
 from lmcache.memory.arena import Arena, ArenaFull
 from lmcache.observability.log import init_logger
 from lmcache.server.loop import Loop
+from lmcache.server.refused import Refused
 from lmcache.wire import messages as m
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ class Peer:
     """One connected engine process, as its face knows it. `process` is its number in the heart, 0 before its hello."""
 
     face: str
+    host: str = "this host"
     process: int = 0
     instance: str = ""
     role: str = ""
@@ -63,6 +65,11 @@ class Peer:
     layout: dict[str, object] = field(default_factory=dict)
 
 
+def who_says(hello: m.Hello, host: str) -> str:
+    """For people: who has said this hello, from which host."""
+    return f"{m.printable(hello.role, 40)} rank {hello.rank}, pid {hello.pid}, from {host}"
+
+
 class Service:
     """Answers every request with exactly one answer; an error of ours becomes an `Error` answer, never silence."""
 
@@ -74,6 +81,7 @@ class Service:
         self.peers: set[Peer] = set()
         self.counters: Counter[str] = Counter()
         self.started = time.time()
+        self.refused = Refused()
         self.tiering: Tiering | None = None
         self._workers = workers
         self.held_bytes = 0
@@ -130,9 +138,7 @@ class Service:
     def hello(self, peer: Peer, hello: m.Hello) -> m.Message:
         """The faces have checked who it is; here only the version counts, and the process joins the heart."""
         if hello.version != m.PROTOCOL_VERSION:
-            text = m.version_error(hello.version, hello.software, m.PROTOCOL_VERSION, __version__)
-            logger.error("An engine was turned away: %s", text)
-            return m.Error("version", text)
+            return self.refuse_version(hello, peer.host)
         if peer.process:
             return m.Error("refused", "hello was said on this connection before; open another one")
         who = (m.printable(hello.instance, 200), hello.pid, m.printable(hello.role, 40), hello.rank, hello.session[:16])
@@ -142,6 +148,12 @@ class Service:
         self.peers.add(peer)
         logger.info("Engine process connected: %s rank %d, pid %d, over %s", peer.role, peer.rank, peer.pid, peer.face)
         return self.welcome()
+
+    def refuse_version(self, hello: m.Hello, host: str) -> m.Error:
+        """The answer to a hello of another protocol version, which is noted."""
+        text = m.version_error(hello.version, hello.software, m.PROTOCOL_VERSION, __version__)
+        self.refused.note(who_says(hello, host), "version", text)
+        return m.Error("version", text)
 
     def _enter(self, who: tuple[str, int, str, int, bytes]) -> int:
         process = self._participants[who] = self._next_process
