@@ -17,9 +17,7 @@ from lmcache.engine.link import RENEWALS
 from lmcache.errors import ServerUnavailable
 from lmcache.wire.carriers import ZmqCarrier
 from ports import free_port
-from servers import eventually
-
-RESOLVE = socket.getaddrinfo
+from servers import eventually, unresolved
 
 
 def prompt(seed: int, tokens: int) -> list[int]:
@@ -66,13 +64,6 @@ def test_a_name_that_does_not_resolve_is_said_to_be_that(monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", unresolved)
     with pytest.raises(ServerUnavailable, match=r"host 'no\.such\.host' does not resolve: Name or service not known"):
         ZmqCarrier("tcp://no.such.host:5555")
-
-
-def unresolved(host, *rest, **more):
-    """A resolver that knows numbers and no name."""
-    if any(letter.isalpha() for letter in host) and ":" not in host:
-        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
-    return RESOLVE(host, *rest, **more)
 
 
 @pytest.mark.parametrize("block_tokens", [16, 128])

@@ -27,14 +27,7 @@ from lmcache.wire import auth
 from lmcache.wire import messages as m
 from lmcache.wire.carriers import ZmqCarrier
 from lmcache.wire.knock import knock
-from servers import PATIENCE, eventually, server_parts
-
-
-def key_file(folder: Path, name: str = "key", mode: int = 0o600) -> Path:
-    path = folder / name
-    path.write_bytes(zmq.curve_keypair()[1])
-    path.chmod(mode)
-    return path
+from servers import PATIENCE, eventually, key_file, server_parts
 
 
 def payload_hello(proof: bytes = b"", session: bytes = b"x") -> m.Hello:
@@ -376,6 +369,20 @@ def test_an_engine_with_a_key_and_a_server_without_one_both_say_so(server, engin
         lambda: f"refuses this engine (this engine has the key file {key}, and the server has none" in caplog.text
     )
     cache.said_once("Turned an engine away")
+
+
+def test_an_engine_at_another_port_says_what_is_spoken_there(server, engine, caplog):
+    cache = server()
+    cache.address = f"tcp://localhost:{cache.http_port}"
+    engine(cache, connect=False)
+    eventually(lambda: f"port {cache.http_port} speaks HTTP: give the engines' port, which is --port" in caplog.text)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        assert knock("127.0.0.1", port, 0.2) == "silence"
+        speaker = threading.Thread(target=lambda: [listener.accept()[0].sendall(b"220 mail\r\n") for _ in range(2)])
+        speaker.start()  # the first of these two is the silent one
+        assert knock("127.0.0.1", port, PATIENCE) == "something else"
+        speaker.join()
 
 
 def test_the_log_of_refused_engines_is_bounded_and_the_count_is_not(caplog):

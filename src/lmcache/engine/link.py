@@ -352,6 +352,10 @@ class Link:
                 f"this engine has the key file {key}, and the server has none: start it with --auth-key-file and the same "
                 "file, or unset LMCACHE_AUTH_KEY_FILE"
             )
+        if listener in ("HTTP", "something else"):
+            return ServerUnavailable(
+                f"port {port} speaks {listener}: give the engines' port, which is --port of `lmcache server`, 5555 by default"
+            )
         hint = f"; it wants a key: is {key} a copy of the server's --auth-key-file?" if listener == "CURVE" else ""
         return ServerUnavailable(f"{error}, but the port is open{hint}")
 

@@ -9,9 +9,12 @@ from typing import Literal
 from lmcache.config.hosts import connect
 
 Listener = Literal["NULL", "CURVE", "HTTP", "silence", "something else"]
+ZMQ: tuple[Listener, ...] = ("NULL", "CURVE")
 _GREETING = struct.Struct("10s2s20s32s")
 """Of ZMTP 3.1: signature, version, security mechanism, and what is of no interest here."""
 _SIGNATURE = b"\xff" + bytes(8) + b"\x7f"
+ZMQ_SPEAKS_FIRST = _SIGNATURE[:1]
+"""What a ZMQ socket says before it has heard anything."""
 _SAID_FIRST = 11
 """Bytes of ours, up to the major version, for which the other side gives all of its greeting. It hangs up at a mechanism that
 is not its own, and would not tell which that is."""
@@ -28,8 +31,8 @@ def knock(host: str, port: int, timeout_seconds: float, own: Literal["NULL", "CU
     with connect(host, port, timeout_seconds) as connection:
         connection.settimeout(timeout_seconds)
         try:
-            first = _receive(connection, 1)  # a ZMQ socket speaks first
-            if first == _SIGNATURE[:1]:
+            first = _receive(connection, 1)
+            if first == ZMQ_SPEAKS_FIRST:
                 greeting = _GREETING.pack(_SIGNATURE, b"\x03\x01", own.encode(), b"")
                 connection.sendall(greeting[:_SAID_FIRST])
                 mechanism = _GREETING.unpack(first + _receive(connection, _GREETING.size - 1))[2].rstrip(b"\0")
