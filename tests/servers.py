@@ -174,7 +174,7 @@ class Server(Process):
             assert json.load(answer)["status"] == "ok"
 
     def healthy(self) -> bool:
-        return bool(self.get("/healthcheck") == {"status": "healthy"})
+        return bool(self.get("/healthcheck")["status"] == "healthy")
 
     def complaints(self) -> str:
         """The tracebacks in the log."""

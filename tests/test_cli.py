@@ -57,6 +57,9 @@ class Server:
             "sessions": [],
         }
 
+    def refused(self) -> list[str]:
+        return []
+
     def degraded(self) -> list[str]:
         return []
 

@@ -303,7 +303,8 @@ def test_with_a_key_file_only_who_has_it_is_heard(server, engine, tmp_path, capl
     eventually(lambda: f"is {wrong} a copy of the server's --auth-key-file?" in caplog.text)
     eventually(
         lambda: (
-            "refuses this engine (it has a key file, and this engine has none: set LMCACHE_AUTH_KEY_FILE" in caplog.text
+            "is of no use to this engine (it has a key file, and this engine has none: set LMCACHE_AUTH_KEY_FILE"
+            in caplog.text
         )
     )
     eventually(lambda: refused(cache, "wrong key") and refused(cache, "no key"))
@@ -342,11 +343,11 @@ def test_both_sides_say_why_an_engine_gets_nothing_from_a_default_server(server,
         pytest.skip("only root can give files away")
     try:
         engine(cache, connect=False)
-        eventually(lambda: f"refuses this engine ({reason}" in caplog.text)
+        eventually(lambda: f"is of no use to this engine ({reason}" in caplog.text)
         assert (
             "start the server with --auth-key-file FILE and the engine with LMCACHE_AUTH_KEY_FILE=FILE" in caplog.text
         )
-        eventually(lambda: refused(cache, "no proof") >= 4)  # tried again
+        eventually(lambda: refused(cache, "no proof") >= 4)  # they try again
         told = cache.status()["refused_engines"]
         assert [one["reason"] for one in told] == ["no proof"] * 2
         for one in told:
@@ -366,7 +367,9 @@ def test_an_engine_with_a_key_and_a_server_without_one_both_say_so(server, engin
     assert (told["who"], told["times"]) == ("one from 127.0.0.1", 1) and "unset LMCACHE_AUTH_KEY_FILE" in told["remedy"]
     engine(cache, key_file=str(key), connect=False)
     eventually(
-        lambda: f"refuses this engine (this engine has the key file {key}, and the server has none" in caplog.text
+        lambda: (
+            f"is of no use to this engine (this engine has the key file {key}, and the server has none" in caplog.text
+        )
     )
     cache.said_once("Turned an engine away")
 

@@ -30,6 +30,8 @@ logger = init_logger(__name__)
 
 TRANSFER_MODES = ("auto", "engine_driven", "lmcache_driven", "payload")
 _BACKOFF_SECONDS = (0.2, 0.5, 1.0, 2.0)
+_USELESS_BACKOFF_SECONDS = (0.2, 1.0, 10.0)
+"""Where the server is there and of no use to this engine: one of them has to be started anew."""
 _SOCKET_SECONDS = 0.1
 """Between looks at a path where a server is to come: a look costs microseconds, and the first prompt must not be missed."""
 _STARTING_SECONDS = 60.0
@@ -221,8 +223,8 @@ class Link:
                         self._tell_once(error)
                     if not isinstance(error, (LMCacheError, OSError)):
                         logger.debug("while connecting", exc_info=True)
-                    backoff = _BACKOFF_SECONDS[min(attempt, len(_BACKOFF_SECONDS) - 1)]
-                    self._wake.wait(_SOCKET_SECONDS if coming else backoff)
+                    backoff = _BACKOFF_SECONDS if _is_away(error) else _USELESS_BACKOFF_SECONDS
+                    self._wake.wait(_SOCKET_SECONDS if coming else backoff[min(attempt, len(backoff) - 1)])
                     self._wake.clear()
                     attempt += 1
             else:
@@ -365,11 +367,14 @@ class Link:
             return
         self._told = why
         what = (
-            "The LMCache server at %s refuses this engine"
-            if isinstance(error, ServerRefused)
-            else "No LMCache server at %s yet"
+            "No LMCache server at %s yet" if _is_away(error) else "The LMCache server at %s is of no use to this engine"
         )
         logger.warning(f"{what} (%s); prompts are computed without it", self.endpoint.address, why)
+
+
+def _is_away(error: Exception) -> bool:
+    """Whether it tells that no server is there, and not that one is of no use."""
+    return isinstance(error, (ServerUnavailable, OSError))
 
 
 def answers(address: str, timeout_seconds: float) -> bool:

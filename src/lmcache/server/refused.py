@@ -12,12 +12,15 @@ from lmcache.observability.log import init_logger
 logger = init_logger(__name__)
 
 Reason = Literal[
-    "no proof", "no key", "wrong key", "unwanted key", "other user", "version", "too many", "no descriptor"
+    "no proof", "no key", "wrong key", "unwanted key", "other user", "version", "too many", "small L1", "no descriptor"
 ]
 MAX_PEERS = 64
 """Of whom /status and the log tell; of others only that they are counted."""
 _FORGOTTEN_AFTER_SECONDS = 600.0
 """An engine that goes on being refused tries every few seconds. One that comes back after so long is told of anew."""
+
+
+_LATELY_SECONDS = 60.0
 
 
 @dataclass(slots=True)
@@ -56,6 +59,11 @@ class Refused:
                 "Turned %d engines away within %.0f s: others are only counted (lmcache_refused_engines_total)",
                 *(MAX_PEERS, _FORGOTTEN_AFTER_SECONDS),
             )
+
+    def lately(self) -> list[str]:
+        """For /healthcheck: who was refused within the last minute, and the remedy. Engines try more often than that."""
+        now = time.monotonic()
+        return [f"{one.who}: {one.remedy}" for one in self._peers.values() if now - one.last < _LATELY_SECONDS]
 
     def told(self) -> list[dict[str, object]]:
         """For /status: the latest first."""

@@ -70,6 +70,10 @@ class Report:
         tiering = self._service.tiering
         return [] if tiering is None else self._loop.ask(tiering.degraded)
 
+    def refused(self) -> list[str]:
+        """Engines that were turned away within the last minute, each with the remedy."""
+        return self._loop.ask(self._service.refused.lately)
+
     def fetches(self) -> list[dict[str, object]]:
         """Records of the fetches that ended last, the latest first (`cache.fetch.FetchRecord`)."""
         tiering = self._service.tiering

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from lmcache import __version__
-from lmcache.cache import Cleared, Committed, Freed, Heart, Refusal, Whole
+from lmcache.cache import Cleared, Committed, Freed, Heart, Refusal, TooSmall, Whole
 from lmcache.cache.heart import Effect
 from lmcache.chunks import space_fingerprint
 from lmcache.errors import LMCacheError
@@ -63,11 +63,20 @@ class Peer:
     """Called once when the same session has said hello on another connection."""
     since: float = field(default_factory=time.time)
     layout: dict[str, object] = field(default_factory=dict)
+    """Empty until its KV is registered."""
+
+    @property
+    def who(self) -> str:
+        return _who(self.role, self.rank, self.pid)
 
 
 def who_says(hello: m.Hello, host: str) -> str:
     """For people: who has said this hello, from which host."""
-    return f"{m.printable(hello.role, 40)} rank {hello.rank}, pid {hello.pid}, from {host}"
+    return f"{_who(m.printable(hello.role, 40), hello.rank, hello.pid)}, from {host}"
+
+
+def _who(role: str, rank: int, pid: int) -> str:
+    return f"{role} rank {rank}, pid {pid}"
 
 
 class Service:
@@ -146,7 +155,6 @@ class Service:
         peer.process, peer.payload = process, hello.payload
         peer.instance, peer.pid, peer.role, peer.rank, _ = who
         self.peers.add(peer)
-        logger.info("Engine process connected: %s rank %d, pid %d, over %s", peer.role, peer.rank, peer.pid, peer.face)
         return self.welcome()
 
     def refuse_version(self, hello: m.Hello, host: str) -> m.Error:
@@ -206,7 +214,8 @@ class Service:
         self._participants = {who: number for who, number in self._participants.items() if number != peer.process}
         self.heart.leave(peer.process)
         peer.process = 0
-        logger.info("Engine process gone: %s rank %d, pid %d", peer.role, peer.rank, peer.pid)
+        if peer.layout:
+            logger.info("Engine process gone: %s", peer.who)
 
     def clear(self) -> int:
         count = self.heart.clear()
@@ -220,7 +229,13 @@ class Service:
         if layout.chunk_tokens != self.chunk_tokens:
             raise Refusal(f"the layout has {layout.chunk_tokens}-token chunks, this server {self.chunk_tokens}")
         name = space_fingerprint(layout, request.stages)
-        space = self.heart.open_space(peer.process, name, request.shards, request.shard, request.slot_bytes)
+        try:
+            space = self.heart.open_space(peer.process, name, request.shards, request.shard, request.slot_bytes)
+        except TooSmall as error:
+            self.refused.note(f"{peer.who}, from {peer.host}", "small L1", str(error))
+            raise
+        if not peer.layout:
+            logger.info("Engine process connected: %s, over %s", peer.who, peer.face)
         peer.layout = {
             "model_id": layout.model_id,
             "kv_dtype": layout.kv_dtype,
