@@ -15,7 +15,8 @@ import zmq
 
 from lmcache.cache import Heart
 from lmcache.chunks import Layout
-from lmcache.engine.link import answers, given_address
+from lmcache.engine.link import given_address, probe
+from lmcache.errors import ConfigError, ServerRefused, ServerUnavailable
 from lmcache.integration.vllm.settings import Settings
 from lmcache.server import service as service_module
 from lmcache.server import zmq_face
@@ -27,7 +28,8 @@ from lmcache.wire import auth
 from lmcache.wire import messages as m
 from lmcache.wire.carriers import ZmqCarrier
 from lmcache.wire.knock import knock
-from servers import PATIENCE, eventually, key_file, server_parts
+from ports import free_port
+from servers import PATIENCE, eventually, key_file, server_parts, unresolved
 
 
 def payload_hello(proof: bytes = b"", session: bytes = b"x") -> m.Hello:
@@ -56,7 +58,7 @@ def test_a_server_that_listens_on_ipv6(server, engine):
     one, far = engine(cache), engine(cache, "far", mode="payload")
     assert one.store(ids) == 640
     assert far.load(ids) == 640
-    assert answers(cache.address, 1.0)
+    probe(cache.address, PATIENCE)
 
 
 def test_payload_engines_and_mapped_ones_share(server, engine):
@@ -372,6 +374,27 @@ def test_an_engine_with_a_key_and_a_server_without_one_both_say_so(server, engin
         )
     )
     cache.said_once("Turned an engine away")
+
+
+def test_a_probe_says_why_no_server_answers(server, tmp_path, monkeypatch):
+    """Of these an engine with `--kv-offloading-backend lmcache` tells before it starts a server of its own."""
+    key, plain = key_file(tmp_path), server()
+    keyed = server(flags=("--auth-key-file", str(key)))
+    probe(plain.address, PATIENCE)
+    with pytest.raises(ServerUnavailable, match="Connection refused"):
+        probe(f"tcp://127.0.0.1:{free_port()}", PATIENCE)
+    with pytest.raises(ServerRefused, match="set LMCACHE_AUTH_KEY_FILE to a copy of the server's --auth-key-file"):
+        probe(keyed.address, 2.0)
+    monkeypatch.setenv("LMCACHE_AUTH_KEY_FILE", str(key))
+    probe(keyed.address, PATIENCE)
+    with pytest.raises(ServerRefused, match="the server has none"):
+        probe(plain.address, 2.0)
+    key.chmod(0o644)
+    with pytest.raises(ConfigError, match=f"{key}: others may read it"):
+        probe(keyed.address, PATIENCE)
+    monkeypatch.setattr(socket, "getaddrinfo", unresolved)
+    with pytest.raises(ServerUnavailable, match=r"host 'no\.such\.host' does not resolve"):
+        probe("tcp://no.such.host:5555", PATIENCE)
 
 
 def test_an_engine_at_another_port_says_what_is_spoken_there(server, engine, caplog):

@@ -306,13 +306,14 @@ class Link:
 
     def _through_port(self, hello: m.Hello) -> tuple[Carrier, m.Welcome, int]:
         """As `_through_socket`; -1 where payload frames are to be used."""
-        door = ZmqCarrier(self.endpoint.address, self.endpoint.auth_key_file)
+        endpoint = self.endpoint
+        door = ZmqCarrier(endpoint.address, endpoint.auth_key_file)
         carrier: Carrier = door
         try:
             try:
                 welcome = _welcome(door.exchange(hello, _CONNECT_SECONDS)[0])
             except ServerUnavailable as error:
-                raise self._explained(error) from error
+                raise _explained(error, endpoint.address, endpoint.auth_key_file, _CONNECT_SECONDS) from error
             unix, why_not = self._unix(welcome, hello)
             if unix is not None:
                 carrier = unix
@@ -337,30 +338,6 @@ class Link:
         why_not = _why_not_mine(welcome.socket_path)
         return (None, why_not) if why_not else (UnixCarrier(welcome.socket_path, hello, _CONNECT_SECONDS), "")
 
-    def _explained(self, error: ServerUnavailable) -> LMCacheError:
-        """Why the hello had no answer. ZMQ does not tell; what listens there does."""
-        key = self.endpoint.auth_key_file
-        host, _, port = self.endpoint.address.removeprefix("tcp://").rpartition(":")
-        try:
-            listener = knock(host, int(port), _CONNECT_SECONDS, "CURVE" if key else "NULL")
-        except OSError as refusal:
-            return ServerUnavailable(str(refusal))
-        if listener == "CURVE" and key is None:
-            return ServerRefused(
-                "it has a key file, and this engine has none: set LMCACHE_AUTH_KEY_FILE to a copy of the server's --auth-key-file"
-            )
-        if listener == "NULL" and key is not None:
-            return ServerRefused(
-                f"this engine has the key file {key}, and the server has none: start it with --auth-key-file and the same "
-                "file, or unset LMCACHE_AUTH_KEY_FILE"
-            )
-        if listener in ("HTTP", "something else"):
-            return ServerUnavailable(
-                f"port {port} speaks {listener}: give the engines' port, which is --port of `lmcache server`, 5555 by default"
-            )
-        hint = f"; it wants a key: is {key} a copy of the server's --auth-key-file?" if listener == "CURVE" else ""
-        return ServerUnavailable(f"{error}, but the port is open{hint}")
-
     def _tell_once(self, error: Exception) -> None:
         why = str(error) or type(error).__name__
         if why == self._told:
@@ -377,31 +354,57 @@ def _is_away(error: Exception) -> bool:
     return isinstance(error, (ServerUnavailable, OSError))
 
 
-def answers(address: str, timeout_seconds: float) -> bool:
-    """Whether a server of ours is at tcp://host:port, whatever its version."""
-    if not _listens(address, timeout_seconds):
-        return False
+def probe(address: str, timeout_seconds: float) -> None:
+    """Return where a server of ours answers at tcp://host:port, whatever its version.
+
+    Raises:
+        ServerUnavailable: nobody does; the text says why.
+        ServerRefused: one is there that lets this user's processes in with another key only, or without one.
+        ConfigError: the key file of this process is no good.
+    """
+    host, port = _place(address)
     try:
-        carrier = ZmqCarrier(address, _key_file())
-    except LMCacheError:
-        return False
+        connect(host, port, timeout_seconds).close()  # ZMQ does not tell that nobody listens; TCP does, at once
+    except OSError as error:
+        raise ServerUnavailable(str(error)) from error
+    key = _key_file()
+    carrier = ZmqCarrier(address, key)
     try:
         carrier.exchange(m.Hello(m.PROTOCOL_VERSION, __version__, "", "probe", 0, os.getpid()), timeout_seconds)
-    except ServerUnavailable:
-        return False
+    except ServerUnavailable as error:
+        raise _explained(error, address, key, timeout_seconds) from error
     finally:
         carrier.close()
-    return True
 
 
-def _listens(address: str, timeout_seconds: float) -> bool:
-    """Whether anybody does. ZMQ does not tell; TCP does, at once."""
-    host, _, port = address.removeprefix("tcp://").rpartition(":")
+def _explained(error: ServerUnavailable, address: str, key: Path | None, timeout_seconds: float) -> LMCacheError:
+    """Why the hello had no answer. ZMQ does not tell; what listens there does."""
+    host, port = _place(address)
     try:
-        connect(host, int(port), timeout_seconds).close()
-    except OSError:
-        return False
-    return True
+        listener = knock(host, port, timeout_seconds, "CURVE" if key else "NULL")
+    except OSError as refusal:
+        return ServerUnavailable(str(refusal))
+    if listener == "CURVE" and key is None:
+        return ServerRefused(
+            "it has a key file, and this engine has none: set LMCACHE_AUTH_KEY_FILE to a copy of the server's --auth-key-file"
+        )
+    if listener == "NULL" and key is not None:
+        return ServerRefused(
+            f"this engine has the key file {key}, and the server has none: start it with --auth-key-file and the same "
+            "file, or unset LMCACHE_AUTH_KEY_FILE"
+        )
+    if listener in ("HTTP", "something else"):
+        return ServerUnavailable(
+            f"port {port} speaks {listener}: give the engines' port, which is --port of `lmcache server`, 5555 by default"
+        )
+    hint = f"; it wants a key: is {key} a copy of the server's --auth-key-file?" if listener == "CURVE" else ""
+    return ServerUnavailable(f"{error}, but the port is open{hint}")
+
+
+def _place(address: str) -> tuple[str, int]:
+    """Host and port of tcp://host:port."""
+    host, _, port = address.removeprefix("tcp://").rpartition(":")
+    return host, int(port)
 
 
 def ask(carrier: Carrier, request: m.Message, expect: type[m.AnswerT]) -> m.AnswerT:
