@@ -360,6 +360,16 @@ def test_both_sides_say_why_an_engine_gets_nothing_from_a_default_server(server,
             hidden.rename(cache.socket_dir)
 
 
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give files away")
+def test_a_socket_of_another_user_is_no_server_that_is_still_to_come(server, engine, caplog):
+    cache = server()
+    os.chown(cache.socket_path(), 65534, 65534)
+    cache.address = f"unix://{cache.socket_path()}"
+    engine(cache, connect=False)
+    eventually(lambda: "is of no use to this engine (its socket" in caplog.text)
+    assert "is user 65534's, and this engine is user 0's" in caplog.text
+
+
 def test_an_engine_with_a_key_and_a_server_without_one_both_say_so(server, engine, tmp_path, caplog):
     cache, key = server(), key_file(tmp_path)
     socket.create_connection(("127.0.0.1", cache.port)).close()  # whoever looks whether the port is open is no engine

@@ -291,7 +291,7 @@ class Link:
         """The connection, the welcome, and the arena's descriptor."""
         place = socket_place(self.endpoint.address)
         if not place.startswith("\0") and (why_not := _why_not_mine(place)):
-            raise _NotThereYet(why_not)
+            raise ServerRefused(why_not) if os.path.exists(place) else _NotThereYet(why_not)
         try:
             unix = UnixCarrier(place, hello, _CONNECT_SECONDS)
         except ServerUnavailable as error:
