@@ -7,6 +7,7 @@ import json
 import os
 import queue
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import zmq
 
 from lmcache.cache import Heart
 from lmcache.chunks import Layout
@@ -33,6 +35,7 @@ from lmcache.wire.sockets import listen_unix
 from ports import free_port
 
 PATIENCE = 60.0  # for what should come soon: on a machine that was starved, starts of half a second took 18
+_RESOLVE = socket.getaddrinfo
 READY = "LMCache cache server is running..."
 
 
@@ -43,6 +46,21 @@ def eventually(what: Callable[[], Any], seconds: float = PATIENCE) -> Any:
         assert time.monotonic() < deadline, f"not so within {seconds} s; last: {value!r}"
         time.sleep(0.01)
     return value
+
+
+def key_file(folder: Path, name: str = "key", mode: int = 0o600) -> Path:
+    """A fresh key, as server and engines share it."""
+    path = folder / name
+    path.write_bytes(zmq.curve_keypair()[1])
+    path.chmod(mode)
+    return path
+
+
+def unresolved(host: str, *rest: Any, **more: Any) -> Any:
+    """A resolver (`socket.getaddrinfo`) that knows numbers and no name."""
+    if any(letter.isalpha() for letter in host) and ":" not in host:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+    return _RESOLVE(host, *rest, **more)
 
 
 class Process:
@@ -78,6 +96,11 @@ class Process:
             if word in line:
                 return line
         raise AssertionError(f"ended with {self.child.wait()} before saying {word!r}:\n{''.join(self.log[-30:])}")
+
+    def said_once(self, words: str) -> None:
+        """It is in the log, now or soon, and no more than once."""
+        eventually(lambda: words in "".join(self.log))
+        assert "".join(self.log).count(words) == 1, "".join(self.log[-30:])
 
     def signal(self, number: int) -> None:
         self.child.send_signal(number)
@@ -151,7 +174,7 @@ class Server(Process):
             assert json.load(answer)["status"] == "ok"
 
     def healthy(self) -> bool:
-        return bool(self.get("/healthcheck") == {"status": "healthy"})
+        return bool(self.get("/healthcheck")["status"] == "healthy")
 
     def complaints(self) -> str:
         """The tracebacks in the log."""
@@ -163,13 +186,15 @@ class Server(Process):
 
 
 @contextlib.contextmanager
-def server_parts(folders: Callable[[str], Path], l1_bytes: int) -> Iterator[tuple[Service, int]]:
+def server_parts(
+    folders: Callable[[str], Path], l1_bytes: int, key: Path | None = None
+) -> Iterator[tuple[Service, int]]:
     """A server's parts in this process, in a running loop and without prefaulting: its service, and the port of its ZMQ face."""
     loop, arena, folder = Loop(), Arena(folders("/dev/shm"), l1_bytes), folders("/tmp")
     workers = ThreadPoolExecutor(1)
     service = Service(loop, Heart(l1_bytes), arena, 16, workers)
     unix = UnixFace(loop, service, listen_unix(folder / "socket"), folder / "socket")
-    door = ZmqFace(loop, service, "127.0.0.1", 0, folder, None, True)
+    door = ZmqFace(loop, service, "127.0.0.1", 0, folder, key, True)
     thread = threading.Thread(target=loop.run)
     thread.start()
     try:

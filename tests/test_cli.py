@@ -23,7 +23,7 @@ from lmcache.config import ServerConfig
 from lmcache.server.http import HttpFace
 from lmcache.server.metrics import HELP
 from ports import free_port
-from servers import PATIENCE
+from servers import PATIENCE, key_file, server_parts, unresolved
 
 SOURCE = Path(lmcache.__file__).parents[1]
 TOKEN = "a-token-that-nobody-may-see"
@@ -56,6 +56,9 @@ class Server:
             "engines": [{"instance": "a", "pid": 12345, "face": None}, {"instance": "bb", "rank": 1}],
             "sessions": [],
         }
+
+    def refused(self) -> list[str]:
+        return []
 
     def degraded(self) -> list[str]:
         return []
@@ -213,8 +216,33 @@ def test_nobody_there_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--url ftp://x" in capsys.readouterr().err
 
 
+def test_urls_of_other_ports_are_said_to_be_that(
+    server: Server, folders: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with server_parts(folders, 1 << 20) as (_, port), server_parts(folders, 1 << 20, key_file(tmp_path)) as (_, keyed):
+        for url in (f"http://127.0.0.1:{port}", f"http://127.0.0.1:{keyed}", f"https://127.0.0.1:{port}"):
+            for words in (["ping"], ["clear"], ["describe", "status"], ["bench"]):
+                assert main([*words, "--url", url]) == 1
+                output = capsys.readouterr()
+                assert output.err.count("\n") == 1 and f"{url} is an engines' port (ZMQ)" in output.err
+                assert "pass --url with the --http-port" in output.err
+    url = url_of(server).replace("http:", "https:")
+    assert main(["ping", "--url", url]) == 1
+    assert f"{url} speaks HTTP without TLS: pass --url {url_of(server)}" in capsys.readouterr().err
+
+
+def test_verbs_need_no_resolver_for_loopback_and_name_a_host_that_has_no_address(
+    server: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(socket, "getaddrinfo", unresolved)
+    assert main(["ping", "--url", url_of(server).replace("127.0.0.1", "localhost")]) == 0
+    for verb in (["ping"], ["bench"]):
+        assert main([*verb, "--url", "http://no.such.host:8080"]) == 1
+        assert "host 'no.such.host' does not resolve: Name or service not known" in capsys.readouterr().err
+
+
 def test_a_silent_peer_costs_the_deadline(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("lmcache.cli.verbs.DEADLINE_SECONDS", 0.2)
+    monkeypatch.setattr("lmcache.wire.http_client.DEADLINE_SECONDS", 0.2)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
@@ -243,7 +271,7 @@ def test_clear_says_what_is_not_empty(
 def test_emptying_tiers_may_take_longer_than_an_answer(
     server: Server, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lmcache.cli.verbs.DEADLINE_SECONDS", 0.2)
+    monkeypatch.setattr("lmcache.wire.http_client.DEADLINE_SECONDS", 0.2)
     asked = threading.Event()
 
     def clear(tiers: str) -> dict[str, object]:

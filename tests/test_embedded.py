@@ -20,8 +20,8 @@ from engine_process import Engine
 from lmcache.config.engine import EngineConfig
 from lmcache.engine import Store
 from lmcache.engine.embedded import EmbeddedServer, embedded_address
-from lmcache.engine.link import Endpoint, answers
-from lmcache.errors import ConfigError
+from lmcache.engine.link import Endpoint, probe
+from lmcache.errors import ConfigError, ServerUnavailable
 from ports import free_port
 from servers import PATIENCE, READY, Process, Server, eventually
 from stores import RedisServer, binary_of
@@ -310,12 +310,13 @@ def test_the_unfull_end_of_a_prompt_comes_back(server: Callable[..., Server], mo
 
 def test_a_server_answers_where_it_is_and_nothing_where_it_is_not(server: Callable[..., Server]) -> None:
     daemon = server()
-    assert answers(daemon.address, 5.0)
+    probe(daemon.address, 5.0)
     began = time.monotonic()
-    assert not answers(f"tcp://127.0.0.1:{free_port()}", 5.0)
+    with pytest.raises(ServerUnavailable, match="refused"):
+        probe(f"tcp://127.0.0.1:{free_port()}", 5.0)
     assert time.monotonic() - began < 4.0, "a port that nobody has refuses at once"
-    with socket.create_server(("127.0.0.1", 0)) as stranger:
-        assert not answers(f"tcp://127.0.0.1:{stranger.getsockname()[1]}", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as stranger, pytest.raises(ServerUnavailable, match="no answer"):
+        probe(f"tcp://127.0.0.1:{stranger.getsockname()[1]}", 0.3)
 
 
 def test_payload_frames_need_a_port() -> None:

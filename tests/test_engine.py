@@ -12,14 +12,12 @@ import numpy as np
 import pytest
 
 from engine_process import pause_once
-from lmcache.engine import Load
+from lmcache.engine import Load, link
 from lmcache.engine.link import RENEWALS
 from lmcache.errors import ServerUnavailable
 from lmcache.wire.carriers import ZmqCarrier
 from ports import free_port
-from servers import eventually
-
-RESOLVE = socket.getaddrinfo
+from servers import eventually, unresolved
 
 
 def prompt(seed: int, tokens: int) -> list[int]:
@@ -68,11 +66,23 @@ def test_a_name_that_does_not_resolve_is_said_to_be_that(monkeypatch):
         ZmqCarrier("tcp://no.such.host:5555")
 
 
-def unresolved(host, *rest, **more):
-    """A resolver that knows numbers and no name."""
-    if any(letter.isalpha() for letter in host) and ":" not in host:
-        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
-    return RESOLVE(host, *rest, **more)
+def test_an_l1_smaller_than_a_chunk_is_said_on_both_sides_and_not_tried_all_the_time(
+    server, engine, monkeypatch, caplog
+):
+    monkeypatch.setattr(link, "_USELESS_BACKOFF_SECONDS", (0.0, 0.0, 3600.0))
+    cache = server(l1=1.5, chunk=8192)
+    one = engine(cache, connect=False)
+    remedy = "L1 has 1.5 MiB, and one chunk of this model takes 2.0 MiB: start the server with --l1-size-gb"
+    eventually(lambda: f"LMCache server at {cache.address} is of no use to this engine ({remedy}" in caplog.text)
+    assert "No LMCache server" not in caplog.text
+    eventually(lambda: cache.counters()['refused_engines_total{reason="small L1"}'] == 3)
+    one.close()
+    assert cache.counters()['refused_engines_total{reason="small L1"}'] == 3
+    who = f"worker rank 0, pid {os.getpid()}, from this host"
+    cache.said_once(f"Turned an engine away: {who}: {remedy}")
+    assert "Engine process connected: worker" not in "".join(cache.log)
+    (told,) = cache.get("/healthcheck")["refused_engines"]
+    assert told.startswith(f"{who}: {remedy}") and cache.status()["refused_engines"][0]["reason"] == "small L1"
 
 
 @pytest.mark.parametrize("block_tokens", [16, 128])

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from lmcache.cache import SERVER, Cleared, Committed, Freed, Grant, Heart, Hit, Refusal, Whole
+from lmcache.cache import SERVER, Cleared, Committed, Freed, Grant, Heart, Hit, Refusal, TooSmall, Whole
 from lmcache.cache.heart import MAX_LEASES, NO_SLOT
 from lmcache.cache.table import ChunkTable, PyTable, Table, unpack
 
@@ -268,7 +268,7 @@ class Life:
         space.instances.add(self.processes[process])
         with pytest.raises(Refusal):
             self.heart.open_space(process, fingerprint, shards, 0, sizes[0] + 1)
-        with pytest.raises(Refusal):
+        with pytest.raises(TooSmall):
             self.heart.open_space(process, bytes(16), 1, 0, self.pages_total * PAGE + PAGE)
         with pytest.raises(Refusal):
             self.heart.open_space(-1, fingerprint, shards)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lmcache.cache import SERVER, Heart, Refusal
+from lmcache.cache import SERVER, Heart, Refusal, TooSmall
 from lmcache.cache.heart import EXPIRED_A_TICK, MAX_LEASES, NO_SLOT
 from lmcache.cache.table import ChunkTable, PyTable, unpack
 from lmcache.chunks import HASH_BYTES
@@ -176,6 +176,17 @@ def test_an_absurd_split_is_refused() -> None:
     heart, _ = world(pages=8)
     with pytest.raises(Refusal, match="1 to 1024 shards"):
         heart.open_space(1, b"g" * 16, 1025)
+
+
+def test_a_chunk_has_to_fit_with_all_of_its_shards() -> None:
+    heart, _ = world(pages=8)
+    for _ in range(2):  # a rank may register again
+        assert heart.open_space(1, b"g" * 16, 2, 0, 5 * PAGE) == heart.open_space(1, b"g" * 16, 2, 1, 3 * PAGE)
+    heart.open_space(1, b"h" * 16, 2, 0, 5 * PAGE)
+    with pytest.raises(
+        TooSmall, match=r"L1 has 0\.0 MiB.*takes 0\.0 MiB: start the server with --l1-size-gb .*above 0\.001"
+    ):
+        heart.open_space(1, b"h" * 16, 2, 1, 4 * PAGE)
 
 
 def test_a_lease_lives_for_as_long_as_it_is_renewed() -> None:

@@ -42,6 +42,9 @@ class Server:
     def fetches(self) -> list[dict[str, object]]:
         return [{"request": "r1", "outcome": "late"}]
 
+    def refused(self) -> list[str]:
+        return []
+
     def degraded(self) -> list[str]:
         return self.troubles
 

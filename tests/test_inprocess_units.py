@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import logging
+import socket
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from lmcache.engine import Done
+from lmcache.integration.vllm import own_server
 from lmcache.integration.vllm.plan import StepReport
+from lmcache.integration.vllm.settings import Settings
+from ports import free_port
+from servers import unresolved
 from test_vllm_units import Ranks, Request, Session, half, rank, step
 
 
@@ -186,3 +192,21 @@ def test_reports_of_ranks_add_up() -> None:
     report = StepReport(loaded={"load-1": 1})
     report.merge(StepReport(loaded={"load-1": 1, "load-2": 1}))
     assert report and report.loaded == {"load-1": 2, "load-2": 1}
+
+
+def test_an_engine_says_why_it_starts_a_server_of_its_own(said: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That nobody is there is as it should be; that a name does not resolve is a mistake."""
+    monkeypatch.setattr(own_server, "start_server", lambda *_: None)
+    monkeypatch.setattr(socket, "getaddrinfo", unresolved)
+    config = SimpleNamespace(
+        cache_config=SimpleNamespace(kv_offloading_backend="lmcache", kv_offloading_size=0.5),
+        kv_transfer_config=SimpleNamespace(kv_connector_extra_config={}),
+    )
+    for host, level, why in (
+        ("127.0.0.1", logging.INFO, "refused"),
+        ("no.such.host", logging.WARNING, "does not resolve: Name or service not known"),
+    ):
+        said.clear()
+        assert own_server.server_for_offloading("engine", config, Settings(host=host, port=free_port())) == (None, "")
+        (record,) = said.records
+        assert record.levelno == level and why in record.message and "starting one of 0.5 GiB" in record.message

@@ -15,23 +15,21 @@ import zmq
 
 from lmcache.cache import Heart
 from lmcache.chunks import Layout
-from lmcache.engine.link import answers, given_address
+from lmcache.engine.link import given_address, probe
+from lmcache.errors import ConfigError, ServerRefused, ServerUnavailable
 from lmcache.integration.vllm.settings import Settings
 from lmcache.server import service as service_module
 from lmcache.server import zmq_face
 from lmcache.server.loop import Loop
+from lmcache.server.refused import MAX_PEERS as MAX_REFUSED
+from lmcache.server.refused import Refused
 from lmcache.server.service import Peer, Service
 from lmcache.wire import auth
 from lmcache.wire import messages as m
 from lmcache.wire.carriers import ZmqCarrier
-from servers import PATIENCE, eventually, server_parts
-
-
-def key_file(folder: Path, name: str = "key", mode: int = 0o600) -> Path:
-    path = folder / name
-    path.write_bytes(zmq.curve_keypair()[1])
-    path.chmod(mode)
-    return path
+from lmcache.wire.knock import knock
+from ports import free_port
+from servers import PATIENCE, eventually, key_file, server_parts, unresolved
 
 
 def payload_hello(proof: bytes = b"", session: bytes = b"x") -> m.Hello:
@@ -60,7 +58,7 @@ def test_a_server_that_listens_on_ipv6(server, engine):
     one, far = engine(cache), engine(cache, "far", mode="payload")
     assert one.store(ids) == 640
     assert far.load(ids) == 640
-    assert answers(cache.address, 1.0)
+    probe(cache.address, PATIENCE)
 
 
 def test_payload_engines_and_mapped_ones_share(server, engine):
@@ -304,8 +302,16 @@ def test_with_a_key_file_only_who_has_it_is_heard(server, engine, tmp_path, capl
         assert one.store(ids) == 320 and one.load(ids) == 320
     intruders = [engine(cache, f"i{n}", key_file=key, connect=False) for n, key in enumerate([str(wrong), None])]
     assert not any(one.scheduler.wait_connected(1.5) for one in intruders)
-    eventually(lambda: f"with the key in {wrong}?" in caplog.text)
-    eventually(lambda: "set LMCACHE_AUTH_KEY_FILE to the same file" in caplog.text)
+    eventually(lambda: f"is {wrong} a copy of the server's --auth-key-file?" in caplog.text)
+    eventually(
+        lambda: (
+            "is of no use to this engine (it has a key file, and this engine has none: set LMCACHE_AUTH_KEY_FILE"
+            in caplog.text
+        )
+    )
+    eventually(lambda: refused(cache, "wrong key") and refused(cache, "no key"))
+    for why in ("its key is another one", "it has no key file"):
+        cache.said_once(f"{why}: set LMCACHE_AUTH_KEY_FILE for the engine to a copy of the server's {right}")
     carrier = ZmqCarrier(cache.address, wrong)
     with pytest.raises(Exception, match="no answer"):
         carrier.exchange(payload_hello(), 1.0)
@@ -318,6 +324,111 @@ def test_with_a_key_file_only_who_has_it_is_heard(server, engine, tmp_path, capl
         door.send(m.encode(1, m.Hello(m.PROTOCOL_VERSION, "", "", "", 0, 0)))
         assert not door.poll(1000)
     assert cache.counters()["engine_processes"] == 4
+
+
+def refused(cache, reason: str) -> float:
+    return cache.counters()[f'refused_engines_total{{reason="{reason}"}}']
+
+
+@pytest.mark.parametrize("case", ["no folder", "another user's"])
+def test_both_sides_say_why_an_engine_gets_nothing_from_a_default_server(server, engine, caplog, case):
+    cache = server()
+    hidden, path = cache.socket_dir.with_name(f"{cache.socket_dir.name}-hidden"), cache.socket_path()
+    if case == "no folder":
+        cache.socket_dir.rename(hidden)  # as in a container without it
+        reason = f"user {os.getuid()} cannot see its socket '{path}' (No such file or directory)"
+    elif os.getuid() == 0:
+        for one in cache.socket_dir.iterdir():
+            os.chown(one, 65534, 65534)
+        reason = f"its socket {path} is user 65534's, and this engine is user 0's"
+    else:
+        pytest.skip("only root can give files away")
+    try:
+        engine(cache, connect=False)
+        eventually(lambda: f"is of no use to this engine ({reason}" in caplog.text)
+        assert (
+            "start the server with --auth-key-file FILE and the engine with LMCACHE_AUTH_KEY_FILE=FILE" in caplog.text
+        )
+        eventually(lambda: refused(cache, "no proof") >= 4)  # they try again
+        told = cache.status()["refused_engines"]
+        assert [one["reason"] for one in told] == ["no proof"] * 2
+        for one in told:
+            assert f"pid {os.getpid()}, from 127.0.0.1" in one["who"] and str(cache.socket_dir) in one["remedy"]
+            cache.said_once(f"Turned an engine away: {one['who']}: {one['remedy']}")
+    finally:
+        if hidden.exists():
+            hidden.rename(cache.socket_dir)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give files away")
+def test_a_socket_of_another_user_is_no_server_that_is_still_to_come(server, engine, caplog):
+    cache = server()
+    os.chown(cache.socket_path(), 65534, 65534)
+    cache.address = f"unix://{cache.socket_path()}"
+    engine(cache, connect=False)
+    eventually(lambda: "is of no use to this engine (its socket" in caplog.text)
+    assert "is user 65534's, and this engine is user 0's" in caplog.text
+
+
+def test_an_engine_with_a_key_and_a_server_without_one_both_say_so(server, engine, tmp_path, caplog):
+    cache, key = server(), key_file(tmp_path)
+    socket.create_connection(("127.0.0.1", cache.port)).close()  # whoever looks whether the port is open is no engine
+    assert knock("127.0.0.1", cache.port, PATIENCE, "CURVE") == "NULL"
+    eventually(lambda: refused(cache, "unwanted key"))
+    (told,) = cache.status()["refused_engines"]
+    assert (told["who"], told["times"]) == ("one from 127.0.0.1", 1) and "unset LMCACHE_AUTH_KEY_FILE" in told["remedy"]
+    engine(cache, key_file=str(key), connect=False)
+    eventually(
+        lambda: (
+            f"is of no use to this engine (this engine has the key file {key}, and the server has none" in caplog.text
+        )
+    )
+    cache.said_once("Turned an engine away")
+
+
+def test_a_probe_says_why_no_server_answers(server, tmp_path, monkeypatch):
+    """Of these an engine with `--kv-offloading-backend lmcache` tells before it starts a server of its own."""
+    key, plain = key_file(tmp_path), server()
+    keyed = server(flags=("--auth-key-file", str(key)))
+    probe(plain.address, PATIENCE)
+    with pytest.raises(ServerUnavailable, match="Connection refused"):
+        probe(f"tcp://127.0.0.1:{free_port()}", PATIENCE)
+    with pytest.raises(ServerRefused, match="set LMCACHE_AUTH_KEY_FILE to a copy of the server's --auth-key-file"):
+        probe(keyed.address, 2.0)
+    monkeypatch.setenv("LMCACHE_AUTH_KEY_FILE", str(key))
+    probe(keyed.address, PATIENCE)
+    with pytest.raises(ServerRefused, match="the server has none"):
+        probe(plain.address, 2.0)
+    key.chmod(0o644)
+    with pytest.raises(ConfigError, match=f"{key}: others may read it"):
+        probe(keyed.address, PATIENCE)
+    monkeypatch.setattr(socket, "getaddrinfo", unresolved)
+    with pytest.raises(ServerUnavailable, match=r"host 'no\.such\.host' does not resolve"):
+        probe("tcp://no.such.host:5555", PATIENCE)
+
+
+def test_an_engine_at_another_port_says_what_is_spoken_there(server, engine, caplog):
+    cache = server()
+    cache.address = f"tcp://localhost:{cache.http_port}"
+    engine(cache, connect=False)
+    eventually(lambda: f"port {cache.http_port} speaks HTTP: give the engines' port, which is --port" in caplog.text)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        assert knock("127.0.0.1", port, 0.2) == "silence"
+        speaker = threading.Thread(target=lambda: [listener.accept()[0].sendall(b"220 mail\r\n") for _ in range(2)])
+        speaker.start()  # the first of these two is the silent one
+        assert knock("127.0.0.1", port, PATIENCE) == "something else"
+        speaker.join()
+
+
+def test_the_log_of_refused_engines_is_bounded_and_the_count_is_not(caplog):
+    one = Refused()
+    for number in range(3 * MAX_REFUSED):
+        one.note(f"host {number}", "no key", "set it")
+        one.note("host 0", "wrong key", "set another")
+    assert one.counts["no key"] == one.counts["wrong key"] == 3 * MAX_REFUSED
+    assert len(one.told()) == MAX_REFUSED and one.told()[0]["times"] == 3 * MAX_REFUSED
+    assert len(caplog.records) == MAX_REFUSED + 1 and "others are only counted" in caplog.records[-1].message
 
 
 def test_engines_take_the_key_file_from_the_environment(monkeypatch):

@@ -330,7 +330,10 @@ def test_another_user_is_turned_away(server, folders):
     assert "user 65534" in attempt()
     (arena,) = cache.arena_dir.glob("*.arena")
     assert arena.stat().st_mode & 0o777 == 0o600
-    assert cache.counters()["turned_away_total"] == 1
+    assert cache.counters()['refused_engines_total{reason="other user"}'] == 1
+    (told,) = cache.status()["refused_engines"]
+    assert told["who"].endswith("of user 65534") and "run the engine as the same user" in told["remedy"]
+    assert told["who"] in cache.line_with("Turned an engine away")
 
 
 # What strangers send
@@ -493,7 +496,7 @@ def test_one_process_cannot_take_all_connections(small, monkeypatch):
         client.carrier._socket.close()
     stranger = UnixCarrier(str(path), msgspec.structs.replace(client.hello, session=os.urandom(16)), PATIENCE)
     assert f"process {os.getpid()} has opened 3 already" in stranger.welcome.text
-    assert service.counters["turned_away"] == 1
+    assert service.refused.counts["too many"] == 1
 
 
 def test_a_session_that_comes_back_again_and_again_takes_one_place(small, monkeypatch):

@@ -587,13 +587,38 @@ def test_whatever_is_answered_there_is_one_kind_of_error(said: bytes) -> None:
 # ---- TLS and clusters
 
 
-def test_tls_with_a_ca_file_and_without(empty: RedisServer, proxy: Callable[..., Proxy], tmp_path: Path) -> None:
-    key, certificate = tmp_path / "key.pem", tmp_path / "ca.pem"
+def signed_by_itself(folder: Path) -> tuple[ssl.SSLContext, Path]:
+    """A server's side of TLS for localhost, and the file of its certificate."""
+    key, certificate = folder / "key.pem", folder / "ca.pem"
     command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
     command += ["-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)]
     subprocess.run(command, check=True, capture_output=True)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate, key)
+    return context, certificate
+
+
+def test_a_scheme_that_is_not_the_ports_is_named(
+    empty: RedisServer, proxy: Callable[..., Proxy], tmp_path: Path
+) -> None:
+    context, certificate = signed_by_itself(tmp_path)
+    through, who = proxy(empty.port, tls=context), f":{empty.password}@localhost"
+
+    def why(url: str) -> str:
+        with pytest.raises(TierError) as caught:
+            tier_of(url)
+        return f"{caught.value.reason}: {caught.value}"
+
+    plain, tls = f"rediss://{who}:{empty.port}/0?timeout=1&ca_file={certificate}", f"redis://{who}:{through.port}/0"
+    expected = f"localhost:{empty.port} speaks no TLS: write redis:// in place of rediss://"
+    eventually(lambda: why(plain) == f"protocol: Redis at {expected}")
+    eventually(
+        lambda: why(tls) == f"protocol: localhost:{through.port} speaks TLS: write rediss:// in place of redis://"
+    )
+
+
+def test_tls_with_a_ca_file_and_without(empty: RedisServer, proxy: Callable[..., Proxy], tmp_path: Path) -> None:
+    context, certificate = signed_by_itself(tmp_path)
     through = proxy(empty.port, tls=context)
     url = f"rediss://:{empty.password}@localhost:{through.port}/0"
     tiers = make_tiers([f"{url}?ca_file={certificate}", f"{url}?ca_file={certificate}"])

@@ -281,7 +281,10 @@ def test_offloading_without_a_server_starts_one(folder: Path, model: Path) -> No
         warm = api.complete(prompt)
         assert warm["tokens"] == cold["tokens"]
         assert max(abs(a - b) for a, b in zip(warm["logprobs"], cold["logprobs"], strict=True)) < 1e-3
-        find(api.text(), r"No LMCache server at tcp://localhost:\d+: starting one of 0\.5 GiB for this engine alone")
+        find(
+            api.text(),
+            r"No LMCache server at tcp://localhost:\d+ for this engine \(.*refused\): starting one of 0\.5 GiB for it alone",
+        )
         assert api.metric("vllm:external_prefix_cache_hits_total") == 288
     finally:
         api.end()

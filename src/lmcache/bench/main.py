@@ -8,9 +8,7 @@ import functools
 import json
 import random
 import time
-import urllib.error
 import urllib.parse
-import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,9 +16,9 @@ from typing import Any
 from lmcache.bench.engine import BenchEngine, Model
 from lmcache.bench.samples import Figure, align, figure
 from lmcache.config.load import load
-from lmcache.errors import ConfigError, ServerRefused, ServerUnavailable
+from lmcache.errors import ConfigError, ServerRefused
+from lmcache.wire.http_client import DEFAULT_URL, ask
 
-DEFAULT_URL = "http://127.0.0.1:8080"
 MODELS = {
     "small": Model("small", 4, 2, 64, blocks=1024),
     "mid": Model("mid", 16, 4, 128, blocks=1024),
@@ -140,20 +138,11 @@ def _blocks(engine: BenchEngine, chunks: int, rng: random.Random) -> list[int]:
 def _status(url: str, token: str) -> dict[str, Any]:
     if not url.startswith(("http://", "https://")):
         raise ConfigError(f"--url {url}: must be like {DEFAULT_URL}")
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    request = urllib.request.Request(url.rstrip("/") + "/status")
-    if token:
-        request.add_unredirected_header("Authorization", f"Bearer {token}")
-    try:
-        with opener.open(request, timeout=3.0) as answer:
-            status = json.loads(answer.read(16 << 20))
-    except urllib.error.HTTPError as error:
-        why = "pass --api-token-file" if error.code == 403 else "pass the --url of lmcache server"
-        raise ServerRefused(f"{url}/status answered {error.code}: {why}") from None
-    except (OSError, ValueError) as error:
-        raise ServerUnavailable(f"no server at {url}: {error}: start `lmcache server`, or pass --url") from None
-    if not isinstance(status, dict) or "config" not in status:
-        raise ServerRefused(f"{url} does not answer as LMCache does: pass the --url of lmcache server")
+    code, status = ask(url, "/status", token=token)
+    if code == 403:
+        raise ServerRefused(f"{url}/status answered 403: pass --api-token-file")
+    if code != 200 or "config" not in status:
+        raise ServerRefused(f"{url}/status answered {code}, but not as LMCache does: pass the --url of lmcache server")
     return status
 
 

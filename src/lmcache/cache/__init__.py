@@ -5,6 +5,6 @@ and a test can run a million operations with made-up clocks and deaths. May impo
 and the ground floor.
 """
 
-from lmcache.cache.heart import SERVER, Cleared, Committed, Event, Freed, Grant, Heart, Hit, Refusal, Whole
+from lmcache.cache.heart import SERVER, Cleared, Committed, Event, Freed, Grant, Heart, Hit, Refusal, TooSmall, Whole
 
-__all__ = ["SERVER", "Cleared", "Committed", "Event", "Freed", "Grant", "Heart", "Hit", "Refusal", "Whole"]
+__all__ = ["SERVER", "Cleared", "Committed", "Event", "Freed", "Grant", "Heart", "Hit", "Refusal", "TooSmall", "Whole"]

@@ -54,6 +54,10 @@ class Refusal(LMCacheError):
     """A request that the heart declines: unknown space, lease or reservation, or too much in quarantine."""
 
 
+class TooSmall(Refusal):
+    """L1 has no room for a single chunk of this layout."""
+
+
 class Event(NamedTuple):
     """What happened to chunks, told once.
 
@@ -286,17 +290,19 @@ class Heart:
         """The number of the space for this layout and split; a rank also tells its shard's slot size.
 
         Raises:
-            Refusal: the slot does not fit in the arena, another rank told another size for this shard, or too many layouts.
+            TooSmall: a chunk of so many bytes, as far as its shards are known, does not fit in the arena.
+            Refusal: another rank told another size for this shard, or too many layouts.
         """
         if not 1 <= shards <= MAX_SHARDS or not -1 <= shard < shards:
             raise Refusal(f"shard {shard} of {shards} makes no sense: a chunk has 1 to {MAX_SHARDS} shards")
-        if slot_bytes > self.total_bytes:
-            raise Refusal(f"a chunk's shard takes {slot_bytes} bytes, all of L1 {self.total_bytes}: raise --l1-size-gb")
+        known = self._space_of.get((fingerprint, shards))
+        others = sum(size for number, size in enumerate(known.slot_bytes) if number != shard) if known else 0
+        if slot_bytes + others > self.total_bytes:
+            raise TooSmall(_too_small(slot_bytes + others, self.total_bytes))
         name, instance = self._instance(process)
-        space = self._space_of.get((fingerprint, shards))
-        if (space is None or space.number not in instance.spaces) and len(instance.spaces) >= MAX_SPACES_OF_INSTANCE:
+        if (known is None or known.number not in instance.spaces) and len(instance.spaces) >= MAX_SPACES_OF_INSTANCE:
             raise Refusal(f"this engine has {MAX_SPACES_OF_INSTANCE} layouts open already: restart it to close them")
-        space = space or self._new_space(fingerprint, shards)
+        space = known or self._new_space(fingerprint, shards)
         if shard >= 0:
             self._open_shard(space, shard, slot_bytes)
         instance.spaces.add(space.number)
@@ -869,3 +875,11 @@ def _names(table: Table, records: list[int]) -> tuple[bytes, bytes]:
 
 def _no_slots(count: int) -> bytes:
     return b"\xff\xff\xff\xff" * count
+
+
+def _too_small(chunk_bytes: int, total_bytes: int) -> str:
+    least = -(-chunk_bytes * 1000 // 2**30) / 1000
+    return (
+        f"L1 has {total_bytes / 2**20:.1f} MiB, and one chunk of this model takes {chunk_bytes / 2**20:.1f} MiB: start the "
+        f"server with --l1-size-gb (in process: max_local_cpu_size) well above {least:g}, or with a smaller --chunk-size"
+    )

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from urllib.parse import quote
 
-from lmcache.cli.verbs import Verbs, add, add_token, add_url, ask, token_of
+from lmcache.cli.verbs import Verbs, add, add_token, add_url, token_of
 from lmcache.errors import ServerRefused
+from lmcache.wire.http_client import ask
 
 _TIERS_SECONDS = 45.0
 """A server gives its tiers 30 s to be emptied."""

@@ -7,8 +7,9 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from lmcache.cli.verbs import Verbs, add, add_token, add_url, ask, token_of
+from lmcache.cli.verbs import Verbs, add, add_token, add_url, token_of
 from lmcache.errors import ServerUnavailable
+from lmcache.wire.http_client import ask
 
 _TEXT = """
 Show a running server. `server`: its settings. `status`: everything, with arena, index, sessions, engines and counters.

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from lmcache.cli.verbs import Verbs, add, add_url, ask
+from lmcache.cli.verbs import Verbs, add, add_url
 from lmcache.errors import ServerUnavailable
+from lmcache.wire.http_client import ask
 
 _TEXT = """
 Ask a server whether it serves. Exit code 0 when it does, 1 when it does not or nobody answers.

@@ -1,25 +1,15 @@
-"""What verbs share: how one is added, and how one asks a running server over HTTP."""
+"""What verbs share: how one is added, and its flags."""
 
 from __future__ import annotations
 
 import argparse
-import http.client
-import json
-import socket
-import urllib.error
-import urllib.parse
-import urllib.request
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
 from lmcache.config.load import load
-from lmcache.errors import ConfigError, ServerRefused, ServerUnavailable
+from lmcache.wire.http_client import DEFAULT_URL
 
 Verbs: TypeAlias = "argparse._SubParsersAction[Any]"
-
-DEFAULT_URL = "http://127.0.0.1:8080"
-DEADLINE_SECONDS = 3.0
-_LONGEST_ANSWER_BYTES = 16 << 20
 
 
 def add(
@@ -58,50 +48,3 @@ def token_of(arguments: argparse.Namespace) -> str:
         ConfigError: the file cannot be read, or others may read it.
     """
     return load({"api_token_file": arguments.api_token_file}).config.api_token
-
-
-def ask(
-    url: str, path: str, method: str = "GET", token: str = "", seconds: float | None = None
-) -> tuple[int, dict[str, Any]]:
-    """One call to a server's HTTP face: (HTTP status, the JSON object of the answer). Proxies are not used.
-
-    Raises:
-        ConfigError: not a URL of a server.
-        ServerUnavailable: nobody answers there within three seconds, or so many.
-        ServerRefused: what answers is not an LMCache server.
-    """
-    request = urllib.request.Request(_base(url) + path, method=method, headers={"Accept": "application/json"})
-    if token:
-        request.add_unredirected_header("Authorization", f"Bearer {token}")
-    deadline = DEADLINE_SECONDS if seconds is None else seconds
-    try:
-        status, body = _exchange(request, deadline)
-    except (OSError, http.client.HTTPException) as error:
-        reason = getattr(error, "reason", error)
-        late = isinstance(reason, (TimeoutError, socket.timeout))
-        why = f"no answer within {deadline:g} s" if late else f"{reason}"
-        raise ServerUnavailable(f"no server at {url}: {why}: start `lmcache server`, or pass --url") from None
-    try:
-        answer = json.loads(body)
-    except ValueError:
-        answer = None
-    if not isinstance(answer, dict):
-        raise ServerRefused(f"{url}{path} answered {status}, but not as LMCache does: pass the --url of lmcache server")
-    return status, answer
-
-
-def _exchange(request: urllib.request.Request, deadline: float) -> tuple[int, bytes]:
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    try:
-        with opener.open(request, timeout=deadline) as response:
-            return response.status, response.read(_LONGEST_ANSWER_BYTES)
-    except urllib.error.HTTPError as error:
-        with error:
-            return error.code, error.read(_LONGEST_ANSWER_BYTES)
-
-
-def _base(url: str) -> str:
-    parts = urllib.parse.urlsplit(url if "://" in url else f"http://{url}")
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ConfigError(f"--url {url}: must be like {DEFAULT_URL}")
-    return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}"

@@ -23,12 +23,15 @@ from lmcache.observability.log import init_logger
 from lmcache.wire import auth
 from lmcache.wire import messages as m
 from lmcache.wire.carriers import Carrier, UnixCarrier, ZmqCarrier
+from lmcache.wire.knock import knock
 from lmcache.wire.sockets import UNIX, socket_place
 
 logger = init_logger(__name__)
 
 TRANSFER_MODES = ("auto", "engine_driven", "lmcache_driven", "payload")
 _BACKOFF_SECONDS = (0.2, 0.5, 1.0, 2.0)
+_USELESS_BACKOFF_SECONDS = (0.2, 1.0, 10.0)
+"""Where the server is there and of no use to this engine: one of them has to be started anew."""
 _SOCKET_SECONDS = 0.1
 """Between looks at a path where a server is to come: a look costs microseconds, and the first prompt must not be missed."""
 _STARTING_SECONDS = 60.0
@@ -217,11 +220,11 @@ class Link:
                 except Exception as error:  # the edge of the thread: whatever a server sends, the next may be better
                     coming = isinstance(error, _NotThereYet) and time.monotonic() - self._since < _STARTING_SECONDS
                     if not coming:
-                        self._tell_once(str(error) or type(error).__name__)
+                        self._tell_once(error)
                     if not isinstance(error, (LMCacheError, OSError)):
                         logger.debug("while connecting", exc_info=True)
-                    backoff = _BACKOFF_SECONDS[min(attempt, len(_BACKOFF_SECONDS) - 1)]
-                    self._wake.wait(_SOCKET_SECONDS if coming else backoff)
+                    backoff = _BACKOFF_SECONDS if _is_away(error) else _USELESS_BACKOFF_SECONDS
+                    self._wake.wait(_SOCKET_SECONDS if coming else backoff[min(attempt, len(backoff) - 1)])
                     self._wake.clear()
                     attempt += 1
             else:
@@ -288,8 +291,8 @@ class Link:
     def _through_socket(self, hello: m.Hello) -> tuple[Carrier, m.Welcome, int]:
         """The connection, the welcome, and the arena's descriptor."""
         place = socket_place(self.endpoint.address)
-        if not place.startswith("\0") and not _is_mine(place):
-            raise _NotThereYet("there is no such socket of this user")
+        if not place.startswith("\0") and (why_not := _why_not_mine(place)):
+            raise ServerRefused(why_not) if os.path.exists(place) else _NotThereYet(why_not)
         try:
             unix = UnixCarrier(place, hello, _CONNECT_SECONDS)
         except ServerUnavailable as error:
@@ -304,16 +307,15 @@ class Link:
 
     def _through_port(self, hello: m.Hello) -> tuple[Carrier, m.Welcome, int]:
         """As `_through_socket`; -1 where payload frames are to be used."""
-        door = ZmqCarrier(self.endpoint.address, self.endpoint.auth_key_file)
+        endpoint = self.endpoint
+        door = ZmqCarrier(endpoint.address, endpoint.auth_key_file)
         carrier: Carrier = door
         try:
             try:
                 welcome = _welcome(door.exchange(hello, _CONNECT_SECONDS)[0])
             except ServerUnavailable as error:
-                if not _listens(self.endpoint.address, _CONNECT_SECONDS):
-                    raise
-                raise ServerUnavailable(f"{error}, but the port is open; {self._key_hint()}") from error
-            unix = self._unix(welcome, hello)
+                raise _explained(error, endpoint.address, endpoint.auth_key_file, _CONNECT_SECONDS) from error
+            unix, why_not = self._unix(welcome, hello)
             if unix is not None:
                 carrier = unix
                 door.close()
@@ -321,57 +323,89 @@ class Link:
             cookie = auth.read_cookie(welcome.cookie_path)
             token = auth.proof(cookie, welcome.server) if cookie else b""
             hello = msgspec.structs.replace(hello, payload=True, proof=token)
-            return door, _welcome(door.exchange(hello, _CONNECT_SECONDS)[0]), -1
+            try:
+                return door, _welcome(door.exchange(hello, _CONNECT_SECONDS)[0]), -1
+            except ServerRefused as error:
+                raise ServerRefused(f"{why_not}: {error}") from error
         except BaseException:
             carrier.close()
             door.close()
             raise
 
-    def _unix(self, welcome: m.Welcome, hello: m.Hello) -> UnixCarrier | None:
-        if self.endpoint.transfer_mode == "payload" or not welcome.socket_path or not _is_mine(welcome.socket_path):
-            return None
-        return UnixCarrier(welcome.socket_path, hello, _CONNECT_SECONDS)
+    def _unix(self, welcome: m.Welcome, hello: m.Hello) -> tuple[UnixCarrier | None, str]:
+        """The connection, or why there is none."""
+        if self.endpoint.transfer_mode == "payload":
+            return None, "this engine asks for payload frames"
+        why_not = _why_not_mine(welcome.socket_path)
+        return (None, why_not) if why_not else (UnixCarrier(welcome.socket_path, hello, _CONNECT_SECONDS), "")
 
-    def _key_hint(self) -> str:
-        """CURVE lets nobody know that the keys are not the same."""
-        key = self.endpoint.auth_key_file
-        if key is None:
-            return "if the server has --auth-key-file, set LMCACHE_AUTH_KEY_FILE to the same file"
-        return f"is it a server with --auth-key-file, and with the key in {key}?"
-
-    def _tell_once(self, why: str) -> None:
-        if why != self._told:
-            self._told = why
-            logger.warning(
-                "No LMCache server at %s yet (%s); prompts are computed without it", self.endpoint.address, why
-            )
+    def _tell_once(self, error: Exception) -> None:
+        why = str(error) or type(error).__name__
+        if why == self._told:
+            return
+        self._told = why
+        what = (
+            "No LMCache server at %s yet" if _is_away(error) else "The LMCache server at %s is of no use to this engine"
+        )
+        logger.warning(f"{what} (%s); prompts are computed without it", self.endpoint.address, why)
 
 
-def answers(address: str, timeout_seconds: float) -> bool:
-    """Whether a server of ours is at tcp://host:port, whatever its version."""
-    if not _listens(address, timeout_seconds):
-        return False
+def _is_away(error: Exception) -> bool:
+    """Whether it tells that no server is there, and not that one is of no use."""
+    return isinstance(error, (ServerUnavailable, OSError))
+
+
+def probe(address: str, timeout_seconds: float) -> None:
+    """Return where a server of ours answers at tcp://host:port, whatever its version.
+
+    Raises:
+        ServerUnavailable: nobody does; the text says why.
+        ServerRefused: one is there that lets this user's processes in with another key only, or without one.
+        ConfigError: the key file of this process is no good.
+    """
+    host, port = _place(address)
     try:
-        carrier = ZmqCarrier(address, _key_file())
-    except LMCacheError:
-        return False
+        connect(host, port, timeout_seconds).close()  # ZMQ does not tell that nobody listens; TCP does, at once
+    except OSError as error:
+        raise ServerUnavailable(str(error)) from error
+    key = _key_file()
+    carrier = ZmqCarrier(address, key)
     try:
         carrier.exchange(m.Hello(m.PROTOCOL_VERSION, __version__, "", "probe", 0, os.getpid()), timeout_seconds)
-    except ServerUnavailable:
-        return False
+    except ServerUnavailable as error:
+        raise _explained(error, address, key, timeout_seconds) from error
     finally:
         carrier.close()
-    return True
 
 
-def _listens(address: str, timeout_seconds: float) -> bool:
-    """Whether anybody does. ZMQ does not tell; TCP does, at once."""
-    host, _, port = address.removeprefix("tcp://").rpartition(":")
+def _explained(error: ServerUnavailable, address: str, key: Path | None, timeout_seconds: float) -> LMCacheError:
+    """Why the hello had no answer. ZMQ does not tell; what listens there does."""
+    host, port = _place(address)
     try:
-        connect(host, int(port), timeout_seconds).close()
-    except OSError:
-        return False
-    return True
+        listener = knock(host, port, timeout_seconds, "CURVE" if key else "NULL")
+    except OSError as refusal:
+        return ServerUnavailable(str(refusal))
+    if listener == "CURVE" and key is None:
+        return ServerRefused(
+            "it has a key file, and this engine has none: set LMCACHE_AUTH_KEY_FILE to a copy of the server's --auth-key-file"
+        )
+    if listener == "NULL" and key is not None:
+        return ServerRefused(
+            f"this engine has the key file {key}, and the server has none: start it with --auth-key-file and the same "
+            "file, or unset LMCACHE_AUTH_KEY_FILE"
+        )
+    if listener in ("HTTP", "something else"):
+        return ServerUnavailable(
+            f"port {port} speaks {listener}: give the engines' port, which is --port of `lmcache server`, 5555 by default"
+        )
+    hint = f"; it wants a key: is {key} a copy of the server's --auth-key-file?" if listener == "CURVE" else ""
+    return ServerUnavailable(f"{error}, but the port is open{hint}")
+
+
+def _place(address: str) -> tuple[str, int]:
+    """Host and port of tcp://host:port."""
+    host, _, port = address.removeprefix("tcp://").rpartition(":")
+    return host, int(port)
 
 
 def ask(carrier: Carrier, request: m.Message, expect: type[m.AnswerT]) -> m.AnswerT:
@@ -416,9 +450,12 @@ def _is_unix(endpoint: Endpoint) -> bool:
     return endpoint.address.startswith(UNIX)
 
 
-def _is_mine(path: str) -> bool:
-    """Whether the socket is there and this user's own; behind another user's there is no arena for us."""
+def _why_not_mine(path: str) -> str:
+    """ "" where the socket is there and this user's own; behind another user's there is no arena for us."""
     try:
-        return os.stat(path).st_uid == os.getuid()
-    except (OSError, ValueError):
-        return False
+        owner = os.stat(path).st_uid
+    except (OSError, ValueError) as error:
+        return f"user {os.getuid()} cannot see its socket {path!r} ({getattr(error, 'strerror', error)})"
+    return (
+        "" if owner == os.getuid() else f"its socket {path} is user {owner}'s, and this engine is user {os.getuid()}'s"
+    )

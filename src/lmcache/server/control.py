@@ -24,6 +24,10 @@ class Control(Protocol):
         """Tiers that do not serve now, and why; the server is healthy without them."""
         ...
 
+    def refused(self) -> list[str]:
+        """Engines that the server turned away lately, and what to type; for others it is healthy."""
+        ...
+
     def clear(self, tiers: str = "") -> dict[str, object]:
         """Empty L1, leased chunks too, and these tiers (`all`, or names with commas); what was dropped, for the answer.
 

@@ -184,8 +184,13 @@ class HttpFace:
         serving, reason = await _ask(self._control.health)
         if not serving:
             return _json({"status": "unhealthy", **({"reason": reason} if open_to_caller else {})}, 503)
-        degraded = await _ask(self._control.degraded) if open_to_caller else []
-        return _json({"status": "healthy", **({"degraded": degraded} if degraded else {})})
+        details: dict[str, list[str]] = {}
+        if open_to_caller:
+            details = {
+                "degraded": await _ask(self._control.degraded),
+                "refused_engines": await _ask(self._control.refused),
+            }
+        return _json({"status": "healthy", **{name: told for name, told in details.items() if told}})
 
     async def _livez(self, request: Request) -> Response:
         """The server's loop answers: if not, restart the server."""

@@ -32,7 +32,7 @@ HELP: dict[str, str] = {
     "failed_loads_total": "Loads that engines gave up; they computed instead.",
     "failed_stores_total": "Stores that engines gave up; nothing of them is readable.",
     "malformed_messages_total": "Messages that could not be understood; they were answered or dropped.",
-    "turned_away_total": "Connections refused: too many, or not allowed.",
+    "refused_engines_total": "Connections of engines that were refused, by reason; the log names the engines and the remedy.",
     "refused_requests_total": "Requests understood and declined.",
     "failed_requests_total": "Requests that failed with a known error.",
     "internal_errors_total": "Faults of ours; each has a traceback in the log.",

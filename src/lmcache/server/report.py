@@ -70,6 +70,10 @@ class Report:
         tiering = self._service.tiering
         return [] if tiering is None else self._loop.ask(tiering.degraded)
 
+    def refused(self) -> list[str]:
+        """Engines that were turned away within the last minute, each with the remedy."""
+        return self._loop.ask(self._service.refused.lately)
+
     def fetches(self) -> list[dict[str, object]]:
         """Records of the fetches that ended last, the latest first (`cache.fetch.FetchRecord`)."""
         tiering = self._service.tiering
@@ -129,6 +133,7 @@ class Report:
                 }
                 for peer in service.peers
             ],
+            "refused_engines": service.refused.told(),
             "tiers": service.tiering.status() if service.tiering is not None else [],
             "fetches": self._last_fetches(),
             "counters": self._counters(),
@@ -151,9 +156,11 @@ class Report:
             if reason:
                 out[f'{kind}_chunks_by_reason_total{{reason="{reason}"}}'] = value
         for name in ("stored_tokens", "retrieved_tokens", "renewed_leases", "failed_loads", "failed_stores", "malformed_messages",
-                     "turned_away", "refused_requests", "failed_requests", "internal_errors", "failed_effects",
+                     "refused_requests", "failed_requests", "internal_errors", "failed_effects",
                      "unsent_answers"):  # fmt: skip
             out[f"{name}_total"] = service.counters[name]
+        for reason, count in service.refused.counts.items():
+            out[f'refused_engines_total{{reason="{reason}"}}'] = count
         out["store_seconds_total"] = service.counters["stored_microseconds"] / 1e6
         out["retrieve_seconds_total"] = service.counters["retrieved_microseconds"] / 1e6
         for name, value in service.counters.items():

@@ -15,13 +15,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from lmcache import __version__
-from lmcache.cache import Cleared, Committed, Freed, Heart, Refusal, Whole
+from lmcache.cache import Cleared, Committed, Freed, Heart, Refusal, TooSmall, Whole
 from lmcache.cache.heart import Effect
 from lmcache.chunks import space_fingerprint
 from lmcache.errors import LMCacheError
 from lmcache.memory.arena import Arena, ArenaFull
 from lmcache.observability.log import init_logger
 from lmcache.server.loop import Loop
+from lmcache.server.refused import Refused
 from lmcache.wire import messages as m
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ class Peer:
     """One connected engine process, as its face knows it. `process` is its number in the heart, 0 before its hello."""
 
     face: str
+    host: str = "this host"
     process: int = 0
     instance: str = ""
     role: str = ""
@@ -61,6 +63,20 @@ class Peer:
     """Called once when the same session has said hello on another connection."""
     since: float = field(default_factory=time.time)
     layout: dict[str, object] = field(default_factory=dict)
+    """Empty until its KV is registered."""
+
+    @property
+    def who(self) -> str:
+        return _who(self.role, self.rank, self.pid)
+
+
+def who_says(hello: m.Hello, host: str) -> str:
+    """For people: who has said this hello, from which host."""
+    return f"{_who(m.printable(hello.role, 40), hello.rank, hello.pid)}, from {host}"
+
+
+def _who(role: str, rank: int, pid: int) -> str:
+    return f"{role} rank {rank}, pid {pid}"
 
 
 class Service:
@@ -74,6 +90,7 @@ class Service:
         self.peers: set[Peer] = set()
         self.counters: Counter[str] = Counter()
         self.started = time.time()
+        self.refused = Refused()
         self.tiering: Tiering | None = None
         self._workers = workers
         self.held_bytes = 0
@@ -130,9 +147,7 @@ class Service:
     def hello(self, peer: Peer, hello: m.Hello) -> m.Message:
         """The faces have checked who it is; here only the version counts, and the process joins the heart."""
         if hello.version != m.PROTOCOL_VERSION:
-            text = m.version_error(hello.version, hello.software, m.PROTOCOL_VERSION, __version__)
-            logger.error("An engine was turned away: %s", text)
-            return m.Error("version", text)
+            return self.refuse_version(hello, peer.host)
         if peer.process:
             return m.Error("refused", "hello was said on this connection before; open another one")
         who = (m.printable(hello.instance, 200), hello.pid, m.printable(hello.role, 40), hello.rank, hello.session[:16])
@@ -140,8 +155,13 @@ class Service:
         peer.process, peer.payload = process, hello.payload
         peer.instance, peer.pid, peer.role, peer.rank, _ = who
         self.peers.add(peer)
-        logger.info("Engine process connected: %s rank %d, pid %d, over %s", peer.role, peer.rank, peer.pid, peer.face)
         return self.welcome()
+
+    def refuse_version(self, hello: m.Hello, host: str) -> m.Error:
+        """The answer to a hello of another protocol version, which is noted."""
+        text = m.version_error(hello.version, hello.software, m.PROTOCOL_VERSION, __version__)
+        self.refused.note(who_says(hello, host), "version", text)
+        return m.Error("version", text)
 
     def _enter(self, who: tuple[str, int, str, int, bytes]) -> int:
         process = self._participants[who] = self._next_process
@@ -194,7 +214,8 @@ class Service:
         self._participants = {who: number for who, number in self._participants.items() if number != peer.process}
         self.heart.leave(peer.process)
         peer.process = 0
-        logger.info("Engine process gone: %s rank %d, pid %d", peer.role, peer.rank, peer.pid)
+        if peer.layout:
+            logger.info("Engine process gone: %s", peer.who)
 
     def clear(self) -> int:
         count = self.heart.clear()
@@ -208,7 +229,13 @@ class Service:
         if layout.chunk_tokens != self.chunk_tokens:
             raise Refusal(f"the layout has {layout.chunk_tokens}-token chunks, this server {self.chunk_tokens}")
         name = space_fingerprint(layout, request.stages)
-        space = self.heart.open_space(peer.process, name, request.shards, request.shard, request.slot_bytes)
+        try:
+            space = self.heart.open_space(peer.process, name, request.shards, request.shard, request.slot_bytes)
+        except TooSmall as error:
+            self.refused.note(f"{peer.who}, from {peer.host}", "small L1", str(error))
+            raise
+        if not peer.layout:
+            logger.info("Engine process connected: %s, over %s", peer.who, peer.face)
         peer.layout = {
             "model_id": layout.model_id,
             "kv_dtype": layout.kv_dtype,

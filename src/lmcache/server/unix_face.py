@@ -19,12 +19,13 @@ import msgspec
 from lmcache.errors import WireError
 from lmcache.observability.log import Seldom, init_logger
 from lmcache.server.loop import Loop
+from lmcache.server.refused import Reason
 from lmcache.server.service import Peer, Service
 from lmcache.wire import messages as m
 from lmcache.wire.frames import FrameReader, frame
 
 logger = init_logger(__name__)
-_malformed, _turned_away = Seldom(logger), Seldom(logger)
+_malformed = Seldom(logger)
 _PEER_CREDENTIALS = struct.Struct("3i")
 _SO_PEERPIDFD = 77  # asm-generic/socket.h, Linux 6.5
 MAX_CONNECTIONS = 1024
@@ -73,21 +74,21 @@ class UnixFace:
             except BlockingIOError:
                 return
             except OSError as error:  # no descriptor left: a listener that stays readable must not keep the loop busy
-                self.service.counters["turned_away"] += 1
-                logger.error("Cannot accept a connection: %s; trying again", error)
+                why = f"{error.strerror}; the server tries again: raise its limit of open files (ulimit -n)"
+                self.service.refused.note("a connection that cannot be accepted", "no descriptor", why)
                 self.loop.unwatch(self._listener.fileno())
                 self._paused = True
                 return
             sock.setblocking(False)
             pid, uid, _ = _PEER_CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
             if uid != os.getuid():
-                self._turn_away(
-                    sock, f"user {uid} is not the server's user {os.getuid()}: run the engine as the same user"
-                )
+                why = f"user {uid} is not the server's user {os.getuid()}: run the engine as the same user"
+                self._turn_away(sock, f"pid {pid} of user {uid}", "other user", why)
             elif len(self.unfinished) >= MAX_CONNECTIONS:
-                self._turn_away(sock, f"{MAX_CONNECTIONS} connections are open already")
+                self._turn_away(sock, f"pid {pid}", "too many", f"{MAX_CONNECTIONS} connections are open already")
             elif pid and sum(one.pid == pid for one in self.unfinished) >= MAX_CONNECTIONS_OF_PROCESS:
-                self._turn_away(sock, f"process {pid} has opened {MAX_CONNECTIONS_OF_PROCESS} already; end it to go on")
+                why = f"process {pid} has opened {MAX_CONNECTIONS_OF_PROCESS} already; end it to go on"
+                self._turn_away(sock, f"pid {pid}", "too many", why)
             else:
                 connection = _Connection(self, sock, pid)
                 self.connections.add(connection)
@@ -104,9 +105,8 @@ class UnixFace:
         for connection in [one for one in self.connections if not one.peer.process and one.opened < limit]:
             connection.close()
 
-    def _turn_away(self, sock: socket.socket, why: str) -> None:
-        self.service.counters["turned_away"] += 1
-        _turned_away.warning("Turned a connection away: %s", why)
+    def _turn_away(self, sock: socket.socket, who: str, reason: Reason, why: str) -> None:
+        self.service.refused.note(who, reason, why)
         try:
             sock.send(frame(m.encode(0, m.Error("refused", why))))
         except OSError:

@@ -15,12 +15,13 @@ from pathlib import Path
 
 import zmq
 
-from lmcache import __version__
 from lmcache.config.hosts import in_url
 from lmcache.errors import ConfigError, WireError
 from lmcache.observability.log import Seldom, init_logger
+from lmcache.server.handshakes import Handshakes
 from lmcache.server.loop import Loop
-from lmcache.server.service import MAX_PAYLOAD_BYTES, Peer, Service
+from lmcache.server.refused import Reason
+from lmcache.server.service import MAX_PAYLOAD_BYTES, Peer, Service, who_says
 from lmcache.wire import auth
 from lmcache.wire import messages as m
 
@@ -69,6 +70,7 @@ class ZmqFace:
         if ":" in host:
             self._socket.setsockopt(zmq.IPV6, 1)
         self._authenticator = auth.protect_server(self._context, self._socket, key_file) if key_file else None
+        self._handshakes = Handshakes(self._context, self._socket, host, key_file, service.refused)
         self._needs_proof = key_file is None and not open_door
         self._cookie = secrets.token_bytes(auth.COOKIE_BYTES)
         self._cookie_path = cookie_dir / f"{service.server_id.hex()[:16]}.cookie"
@@ -84,29 +86,34 @@ class ZmqFace:
         self.port = int(self._socket.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2])
         self._descriptor: int = self._socket.FD
         loop.watch(self._descriptor, lambda: None)
-        loop.after_events.append(self._receive_all)  # ZMQ's descriptor is edge-triggered: always look
+        loop.watch(self._handshakes.descriptor, lambda: None)
+        loop.after_events.append(self._receive_all)  # ZMQ's descriptors are edge-triggered: always look
         loop.on_tick.append(self._forget_silent)
 
     def close(self) -> None:
         if hasattr(self, "_descriptor"):
             self.loop.unwatch(self._descriptor)
+            self.loop.unwatch(self._handshakes.descriptor)
             self.loop.after_events.remove(self._receive_all)
         self._cookie_path.unlink(missing_ok=True)
         if self._authenticator is not None:
             self._authenticator.stop()
+        self._handshakes.close()
         self._socket.close()
         self._context.term()
 
     def _receive_all(self) -> None:
         self._release_sent()
+        self._handshakes.hear()
         for _ in range(256):
             if not int(self._socket.EVENTS) & zmq.POLLIN:
                 return
-            identity, *frames = self._socket.recv_multipart(zmq.NOBLOCK)
-            self._serve(identity, frames)
+            envelope = self._socket.recv(zmq.NOBLOCK, copy=False)  # it knows the sender's address
+            self._serve(envelope, self._socket.recv_multipart(zmq.NOBLOCK))
         self.loop.call_soon(lambda: None)  # more may wait: let others have their turn first
 
-    def _serve(self, identity: bytes, frames: list[bytes]) -> None:
+    def _serve(self, envelope: zmq.Frame, frames: list[bytes]) -> None:
+        identity = envelope.bytes
         try:
             if not frames or len(frames[0]) > m.MAX_MESSAGE_BYTES:
                 raise WireError(f"{len(frames)} frames, the first of {len(frames[0]) if frames else 0} bytes")
@@ -120,14 +127,13 @@ class ZmqFace:
         if isinstance(request, m.Hello) and not request.payload:
             # Not a session: the way to the Unix socket, or the version error.
             if request.version != m.PROTOCOL_VERSION:
-                text = m.version_error(request.version, request.software, m.PROTOCOL_VERSION, __version__)
-                self._send(identity, sequence, m.Error("version", text), [])
+                self._send(identity, sequence, self.service.refuse_version(request, _host_of(envelope)), [])
             else:
                 self._send(identity, sequence, self.service.welcome(), [])
             return
-        peer = self._peer(identity, request)
+        peer = self._peer(identity, request, envelope)
         if peer is None:
-            self._send(identity, sequence, self._why_not(request), [])
+            self._send(identity, sequence, self._why_not(request, _host_of(envelope)), [])
             return
         self._peers[identity] = peer, time.monotonic()
         self.service.handle(
@@ -136,7 +142,7 @@ class ZmqFace:
         if not peer.process:  # it said `Bye`, or its hello was declined
             self._peers.pop(identity, None)
 
-    def _peer(self, identity: bytes, request: m.Request) -> Peer | None:
+    def _peer(self, identity: bytes, request: m.Request, envelope: zmq.Frame) -> Peer | None:
         if identity in self._peers:
             return self._peers[identity][0]
         if not isinstance(request, m.Hello) or len(self._peers) >= MAX_PEERS:
@@ -144,17 +150,23 @@ class ZmqFace:
         expected = auth.proof(self._cookie, self.service.server_id)
         if self._needs_proof and not hmac.compare_digest(request.proof, expected):
             return None
-        return Peer("ZMQ")
+        return Peer("ZMQ", _host_of(envelope))
 
-    def _why_not(self, request: m.Request) -> m.Error:
+    def _why_not(self, request: m.Request, host: str) -> m.Error:
         if not isinstance(request, m.Hello):
             return m.Error("hello", "say hello first")
         if len(self._peers) >= MAX_PEERS:
-            return m.Error("refused", f"{MAX_PEERS} engines use payload frames already")
-        need = (
-            f"payload frames need proof that the engine can read {self._cookie_path}, or a server with --auth-key-file"
-        )
-        return m.Error("refused", need)
+            reason: Reason = "too many"
+            why = f"{MAX_PEERS} engines use payload frames already"
+        else:
+            reason = "no proof"
+            why = (
+                f"the engine cannot read {self._cookie_path}, and the server has no key file: run the engine as user "
+                f"{os.getuid()}, in a container with {self._cookie_path.parent} mounted at the same path, or start the "
+                "server with --auth-key-file FILE and the engine with LMCACHE_AUTH_KEY_FILE=FILE"
+            )
+        self.service.refused.note(who_says(request, host), reason, why)
+        return m.Error("refused", why)
 
     def _send(self, identity: bytes, sequence: int, answer: m.Message, payload: list[bytes]) -> None:
         frames = [m.encode(sequence, answer), *payload]
@@ -202,3 +214,8 @@ class ZmqFace:
         limit = time.monotonic() - SILENCE_SECONDS
         for identity in [one for one, (_, heard) in self._peers.items() if heard < limit]:
             self._forget(identity)
+
+
+def _host_of(envelope: zmq.Frame) -> str:
+    """Where a message comes from."""
+    return str(envelope.get("Peer-Address"))

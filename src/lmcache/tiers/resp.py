@@ -27,6 +27,8 @@ _BUFFER_BYTES = 16 << 10
 _MOST_BYTES, _MOST_ITEMS, _MOST_DEPTH = 1 << 20, 1 << 20, 4
 """Of a reply that is not read into given memory."""
 _SLOTS = 16384
+_KNOCK_SECONDS = 1.0
+"""Beyond the deadline, and only of a server that has never answered: to find out that it speaks TLS, or none."""
 
 Seen = Callable[[memoryview], object]
 """Told of each piece of a value, in order, while it is moved."""
@@ -299,6 +301,7 @@ class Node:
         self.host, self.port, self._login = host, port, login
         self._free = threading.BoundedSemaphore(limit)
         self._idle: list[Connection] = []
+        self._has_answered = False
 
     @contextlib.contextmanager
     def connection(self, deadline: float) -> Iterator[Connection]:
@@ -326,12 +329,43 @@ class Node:
                     found.deadline = deadline
                     return found
                 found.close()
-        return Connection(self.host, self.port, self._login, deadline)
+        try:
+            found = Connection(self.host, self.port, self._login, deadline)
+        except TierError as error:
+            raise error if self._has_answered else self._explained(error) from None
+        self._has_answered = True
+        return found
+
+    def _explained(self, error: TierError) -> TierError:
+        """The failure of a server that has never answered: `error`, unless the URL's scheme is the wrong one for the port."""
+        has_tls = self._login.tls is not None
+        if error.reason in (("timeout", "unreachable") if has_tls else ("protocol", "unreachable")):
+            with contextlib.suppress(OSError), connect(self.host, self.port, _KNOCK_SECONDS) as other:
+                other.settimeout(_KNOCK_SECONDS)
+                if has_tls and _is_plain_redis(other):
+                    why = f"Redis at {self.host}:{self.port} speaks no TLS: write redis:// in place of rediss://"
+                    return TierError("protocol", why)
+                if not has_tls and _is_tls(other):
+                    why = f"{self.host}:{self.port} speaks TLS: write rediss:// in place of redis://"
+                    return TierError("protocol", why)
+        return error
 
     def close(self) -> None:
         while self._idle:
             with contextlib.suppress(IndexError):
                 self._idle.pop().close()
+
+
+def _is_plain_redis(connection: socket.socket) -> bool:
+    connection.sendall(b"PING\r\n")
+    return connection.recv(1) in (b"+", b"-")
+
+
+def _is_tls(connection: socket.socket) -> bool:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # nothing is said to it
+    context.wrap_socket(connection).close()
+    return True
 
 
 class Nodes:

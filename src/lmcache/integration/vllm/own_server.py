@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import Any
 
 from lmcache.config.engine import EngineSettings, load_engine
 from lmcache.engine.embedded import EmbeddedServer
-from lmcache.engine.link import answers
-from lmcache.errors import ConfigError
+from lmcache.engine.link import probe
+from lmcache.errors import ConfigError, LMCacheError
 from lmcache.integration.vllm.settings import Settings
 from lmcache.observability.log import init_logger
 
@@ -59,13 +60,20 @@ def server_for_offloading(instance: str, vllm_config: Any, settings: Settings) -
         ConfigError: a setting of its own server is wrong.
     """
     size_gb = offloading_size_gb(vllm_config)
-    if answers(settings.address, _PROBE_SECONDS):
+    try:
+        probe(settings.address, _PROBE_SECONDS)
+    except LMCacheError as error:
+        logger.log(
+            logging.INFO if isinstance(error.__cause__, ConnectionRefusedError) else logging.WARNING,
+            "No LMCache server at %s for this engine (%s): starting one of %.15g GiB for it alone",
+            *(settings.address, error, size_gb),
+        )
+    else:
         logger.info(
             "--kv-offloading-size %.15g is that of no server: using the one at %s, whose own size counts",
             size_gb,
             settings.address,
         )
         return None, settings.address
-    logger.info("No LMCache server at %s: starting one of %.15g GiB for this engine alone", settings.address, size_gb)
     server = start_server(instance, engine_settings(vllm_config), size_gb)
     return server, server.address if server is not None else ""
