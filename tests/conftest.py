@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import os
 import shutil
 import tempfile
@@ -13,6 +15,8 @@ import hypothesis
 import pytest
 
 from engine_process import Engine
+from hashing import Turns
+from lmcache.integration import identity
 from ports import free_port
 from servers import READY, EngineProcess, Raw, Server
 
@@ -25,6 +29,23 @@ hypothesis.settings.load_profile("same")
 for name in ("http_proxy", "https_proxy", "all_proxy"):  # nothing that tests ask is behind one
     os.environ.pop(name, None)
     os.environ.pop(name.upper(), None)
+
+
+@pytest.fixture(autouse=True)
+def old_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine within a test's process counts as younger than the weights that the test has written, as engines are."""
+    monkeypatch.setattr(identity, "process_started", lambda: math.inf)
+
+
+@pytest.fixture
+def turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Turns]:
+    """Hashing in the background waits until the test gives its turns, and every model of 1,000 bytes counts as large."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(identity, "_AT_ONCE_BYTES", 1000)
+    monkeypatch.setattr(logging.getLogger("lmcache"), "propagate", True)
+    held = Turns(tmp_path / "cache" / "lmcache")
+    yield held
+    held.give()
 
 
 @pytest.fixture

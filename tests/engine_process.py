@@ -18,6 +18,7 @@ import numpy.typing as npt
 from lmcache.chunks import Layout, TokenChain, shard_of_rank
 from lmcache.engine import Done, Hit, Load, SchedulerSession, Store, WorkerSession
 from lmcache.engine.link import Endpoint
+from lmcache.integration.identity import Identity, named
 from lmcache.transfer.paged import PagedKV, Plane
 
 POISON = 0xDEAD
@@ -54,7 +55,7 @@ class Engine:
         deadline: float = 2.0,
         mode: str = "auto",
         key_file: str | None = None,
-        model: str = "model",
+        model: str | Identity = "model",
     ) -> None:
         self.layers, self.heads, self.dims, self.block_tokens = layers, heads, dims, block_tokens
         own = heads // shards
@@ -64,15 +65,19 @@ class Engine:
         self.jobs = 0
         self.done: dict[str, Done] = {}
         key = Path(key_file) if key_file else None
+        identity, whole = (
+            named(model) if isinstance(model, str) else model,
+            Layout("", "bfloat16", layers, heads, dims, 1),
+        )
 
         def layout(chunk_tokens: int) -> Layout:
-            return Layout(model, "bfloat16", layers, heads, dims, chunk_tokens)
+            return identity.layout(whole, chunk_tokens)
 
         def endpoint(role: str) -> Endpoint:
             return Endpoint(address, instance, role, shard, deadline, transfer_mode=mode, auth_key_file=key)
 
         self.scheduler = SchedulerSession(endpoint("scheduler"), layout, shards) if scheduler else None
-        self.shard = shard_of_rank(layout(16), shard, shards, 0, layers)
+        self.shard = shard_of_rank(whole, shard, shards, 0, layers)
         self.worker = WorkerSession(endpoint("worker"), layout, self.shard, self._describe())
 
     def _describe(self) -> PagedKV:

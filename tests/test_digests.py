@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,6 @@ from blake3 import blake3
 
 from lmcache.errors import LayoutError
 from lmcache.integration import digests as module
-from lmcache.integration import identity
 from lmcache.integration.digests import DigestMemory, Stamp, digest_file, stamp_of
 
 
@@ -48,24 +49,14 @@ def test_a_memory_finds_what_was_added_and_forgets_the_oldest(tmp_path: Path, mo
     assert memory.find(stamps) == {}, "others may have written to it"
 
 
-def test_large_weights_are_hashed_once(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(identity, "_REMEMBERED_BYTES", 1000)
-    hashed: list[Path] = []
-
-    def counted(path: Path, stamp: Stamp) -> str:
-        hashed.append(path)
-        return digest_file(path, stamp)
-
-    monkeypatch.setattr(identity, "digest_file", counted)
-    first = identity.path_identity(str(file))
-    identity._files_digest.cache_clear()  # as in the next process
-    assert identity.path_identity(str(file)) == first and hashed == [file]
-    content = bytearray(file.read_bytes())
-    content[50_000] ^= 1
-    times = file.stat()
-    file.write_bytes(content)
-    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
-    assert identity.path_identity(str(file)) != first and hashed == [file, file], (
-        "the time of change tells, as nobody sets it"
-    )
+def test_a_turn_ends_though_a_process_was_forked_in_it(tmp_path: Path) -> None:
+    memory = DigestMemory(tmp_path / "cache")
+    with memory.turn(1):
+        pid = os.fork()
+        if not pid:
+            signal.pause()
+    try:
+        assert subprocess.run(["flock", "--nonblock", tmp_path / "cache" / "lock-1", "true"]).returncode == 0
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hashing import Turns
 from lmcache.config.engine import FILE_VARIABLE
 from lmcache.engine import Loading
 from lmcache.errors import ConfigError, LayoutError
@@ -88,6 +89,25 @@ def test_what_one_engine_stored_another_one_loads(server: Servers, sglang: Engin
     assert second.load("d", text, have=found)[0] <= found
     different = [*text[:300], *tokens(400, 2)]
     assert second.load("e", different)[0] == 300 // chunk * chunk // page_size * page_size
+
+
+def test_large_weights_are_hashed_while_the_engine_runs(
+    server: Servers, sglang: Engines, model: str, turns: Turns
+) -> None:
+    Path(model, "model.safetensors").write_bytes(bytes(10_000))
+    daemon, text = server(chunk=16), tokens(320, 4)
+    engine = sglang(daemon, 16)
+    engine.compute_and_store("a", text)
+    assert engine.load("b", text)[0] == 0
+    for request in "ab":
+        engine.connector.finish_request(request)
+    turns.give()
+    reason = 'engine_dropped_chunks_total{reason="identity not known yet"}'
+    eventually(lambda: daemon.counters().get(reason) == 20)
+    rank = engine.connector._rank
+    eventually(lambda: rank._worker.connected and rank._scheduler.connected)
+    engine.compute_and_store("c", text)
+    assert engine.load("d", text)[0] == 320
 
 
 def test_a_request_is_stored_piece_by_piece(server: Servers, sglang: Engines) -> None:
@@ -333,7 +353,7 @@ def test_the_log_says_what_happened(
         ({"tree_components": (SimpleNamespace(name="FULL"), SimpleNamespace(name="SWA"))}, "sliding windows or Mamba"),
         ({"sliding_window_size": 100}, "sliding windows or Mamba"),
         ({"pool": SimpleNamespace(k_buffer=[])}, "KV pool of kind SimpleNamespace"),
-        ({"model_config": SimpleNamespace(model_path="none/such")}, "set model_id in the LMCache config file"),
+        ({"model_config": ModelConfig("none/such")}, "set model_id in the LMCache config file"),
         ({"model_config": None}, "release of SGLang is not understood"),
     ],
 )

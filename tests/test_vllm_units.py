@@ -42,7 +42,9 @@ class Session:
     """A scheduler's session whose server has the first `present` chunks of every prompt."""
 
     def __init__(self, present: int = 0) -> None:
-        self.present, self.epoch, self.chunk_tokens = present, b"server 1", CHUNK
+        self.present, self.epoch = present, b"server 1"
+        self.chunk_tokens: int | None = CHUNK
+        self.forgone_tokens = 0
         self.claim_seconds = 30.0
         self.coming = 0
         """Chunks that a tier is bringing."""
@@ -57,6 +59,8 @@ class Session:
         self, cache_salt: str = "", lora_name: str = "", lora_id: str = "", extras: Extras | None = None
     ) -> TokenChain | None:
         self.salts.append(cache_salt)
+        if self.chunk_tokens is None:
+            return None
         return TokenChain(chunk_root(b"f" * 16, cache_salt, lora_name, lora_id), self.chunk_tokens, extras)
 
     def poll(
@@ -72,7 +76,7 @@ class Session:
         self.rates.append(prefill_rate)
         if self.coming:
             return Loading(self.present, self.coming)
-        first, chunks = skip_tokens // self.chunk_tokens, min(self.present, len(chain) + bool(tail))
+        first, chunks = skip_tokens // chain.chunk_tokens, min(self.present, len(chain) + bool(tail))
         if chunks <= first:
             return None
         self.leased.add(len(self.lookups))
@@ -81,6 +85,13 @@ class Session:
 
     def release(self, hit: Hit) -> None:
         self.leased.remove(hit.lease)
+
+    @property
+    def identified(self) -> bool:
+        return self.chunk_tokens is not None
+
+    def forgone(self, tokens: int) -> None:
+        self.forgone_tokens += tokens
 
     def close(self) -> None:
         self.closed = True
@@ -918,21 +929,33 @@ def test_a_models_layout(weights: Path) -> None:
     assert shared.shards == 4 and [shared.stores(number) for number in range(4)] == [True, False, True, False]
 
 
-def test_speculation_without_a_draft_model_shares_the_kv(weights: Path) -> None:
-    def digest(speculative: Any) -> str:
+def test_a_draft_models_weights_count_and_speculation_without_one_shares_the_kv(weights: Path, tmp_path: Path) -> None:
+    def fingerprint(speculative: Any, model_id: str = "", engine: str = "engine") -> bytes:
         config = vllm_config(str(weights))
+        config.kv_transfer_config.engine_id = engine
         config.speculative_config = speculative and speculative(config.model_config)
-        return describe_model(config, cache_config(FULL)).config_digest
+        return describe_model(config, cache_config(FULL), model_id).layout(16).fingerprint
 
     def ngram(target: Any) -> Any:
         return SimpleNamespace(method="ngram", draft_model_config=target, target_model_config=target)
 
-    def eagle(target: Any) -> Any:
-        return SimpleNamespace(
-            method="eagle", draft_model_config=SimpleNamespace(model="drafter"), target_model_config=target
-        )
+    def eagle(model: object, commit: str | None = None) -> Any:
+        wrapped = SimpleNamespace(_commit_hash=None, model=SimpleNamespace(_commit_hash=commit))
+        draft = SimpleNamespace(model=str(model), hf_config=wrapped)
+        return lambda target: SimpleNamespace(method="eagle", draft_model_config=draft, target_model_config=target)
 
-    assert digest(None) == digest(ngram) != digest(eagle)
+    assert fingerprint(None) == fingerprint(ngram) != fingerprint(None, "mine")
+    drafts = []
+    for value in (1, 2):
+        folder = tmp_path / f"draft {value}"
+        folder.mkdir()
+        write_weights(folder / "model.safetensors", value)
+        drafts.append(eagle(folder))
+    drafts += [eagle("org/drafter", "c" * 40), eagle("org/drafter", "d" * 40), eagle("org/drafter")]
+    others = [fingerprint(draft, model_id) for draft in drafts for model_id in ("", "mine")]
+    assert len({fingerprint(None), *others}) == 11
+    assert fingerprint(drafts[0]) == fingerprint(drafts[0], engine="other")
+    assert fingerprint(drafts[-1]) != fingerprint(drafts[-1], engine="other"), "which drafter it is, nobody knows"
 
 
 @pytest.mark.parametrize(
@@ -1041,6 +1064,32 @@ def test_weights_that_may_come_from_anywhere_need_a_name(weights: Path) -> None:
         assert describe_model(config, cache_config(FULL), "mine").model_id == "mine"
 
 
+def test_what_is_computed_before_the_weights_are_known_is_counted() -> None:
+    session, request = Session(present=40), Request("a", list(range(700)))
+    session.epoch, session.chunk_tokens = b"", None
+    scheduler = half(session)
+    assert scheduler.match(request, 0) == 0 and not session.lookups
+    scheduler.allocated(request, list(range(6)), 0)
+    request.num_computed_tokens = 700
+    assert not scheduler.plan_step(step({"a": 1})).stores
+    assert not scheduler.finished(request) and session.forgone_tokens == 700
+    scheduler.wait_connected(lambda: pytest.fail("nobody waits for a server that is not asked"))
+    later = Request("b", list(range(700)))
+    assert scheduler.match(later, 0) == 0
+    session.epoch, session.chunk_tokens = b"server 1", CHUNK
+    assert scheduler.match(later, 0) == 640, "as soon as they are"
+    assert not scheduler.finished(later) and session.forgone_tokens == 700
+
+
+def test_a_rank_whose_weights_have_no_identity_ends_what_is_served() -> None:
+    reasons = ["", "it has changed"]
+    scheduler, ranks = half(Session(present=40)), rank(Ranks(), refusal=lambda: reasons[0])
+    assert not ranks.take_report()
+    del reasons[0]
+    scheduler.transferred(report=ranks.take_report())
+    assert scheduler.match(Request("a", list(range(700))), 0) == 0
+
+
 def test_models_that_are_not_served_are_named(weights: Path) -> None:
     config = vllm_config(str(weights))
     window = SlidingWindowSpec(**vars(FULL))
@@ -1052,31 +1101,37 @@ def test_models_that_are_not_served_are_named(weights: Path) -> None:
         describe_model(vllm_config(str(weights), cache_dtype="nvfp4"), cache_config(FULL))
     with pytest.raises(LayoutError, match=r"lmcache\.mp\.model_id"):
         describe_model(vllm_config("some/repository"), cache_config(FULL))
-    assert describe_model(vllm_config("some/repository"), cache_config(FULL), "mine").model_id == "mine"
+    assert describe_model(vllm_config("some/repository"), cache_config(FULL), "mine").layout(1).model_id == "mine"
     config.parallel_config.decode_context_parallel_size = 2
     with pytest.raises(LayoutError, match="decode_context_parallel_size=2"):
         describe_model(config, cache_config(FULL))
+
+
+def name_of(path: object) -> str:
+    found = path_identity(str(path))
+    assert found is not None
+    return found.name
 
 
 def test_identity_of_a_directory_is_its_content(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     copy = tmp_path_factory.mktemp("copy")
     for file in weights.iterdir():
         (copy / file.name).write_bytes(file.read_bytes())
-    assert path_identity(str(copy)) == path_identity(str(weights)) != ""
+    assert name_of(copy) == name_of(weights) != ""
     (copy / "config.json").write_text('{"a": 1}')
-    assert path_identity(str(copy)) != path_identity(str(weights))
-    assert path_identity("no/such/directory") == ""
+    assert name_of(copy) != name_of(weights)
+    assert path_identity("no/such/directory") is None
     copied = copy / "model.safetensors"
     for place in (0, 17, 50_001, copied.stat().st_size - 1):
         shutil.copy(weights / "model.safetensors", copied)
-        before = path_identity(str(copy))
+        before = name_of(copy)
         with copied.open("r+b") as file:
             file.seek(place)
             changed = bytes([file.read(1)[0] ^ 1])
             file.seek(place)
             file.write(changed)
-        identity._files_digest.cache_clear()  # the clock of a file system may not have moved since
-        assert path_identity(str(copy)) != before, f"byte {place} counts"
+        identity._finding.cache_clear()  # the clock of a file system may not have moved since
+        assert name_of(copy) != before, f"byte {place} counts"
 
 
 def test_identity_of_a_snapshot_is_its_commit(tmp_path: Path) -> None:
@@ -1088,13 +1143,13 @@ def test_identity_of_a_snapshot_is_its_commit(tmp_path: Path) -> None:
         folder.mkdir(parents=True)
     (blobs / "b10b").write_bytes(b"weights")
     (snapshot / "model.safetensors").symlink_to(blobs / "b10b")
-    assert path_identity(str(snapshot)) == "org/name@" + "a" * 40
+    assert name_of(snapshot) == "org/name@" + "a" * 40
     own = snapshot / "config.json"
     own.write_text("{}")
-    assert path_identity(str(snapshot)).startswith("files:"), "somebody's own file is none of the commit's"
+    assert name_of(snapshot).startswith("files:"), "somebody's own file is none of the commit's"
     own.unlink()
     config = SimpleNamespace(model="org/name", model_weights="", hf_config=SimpleNamespace(_commit_hash="a" * 40))
-    assert model_identity(config, "auto", "e") == "org/name@" + "a" * 40
+    assert model_identity(config, "auto", "e").name == "org/name@" + "a" * 40
     config.hf_config_path = "another/repository"
     with pytest.raises(LayoutError, match="commit"):
         model_identity(config, "auto", "e")
@@ -1119,7 +1174,7 @@ def test_whatever_else_an_engine_reads_counts(tmp_path: Path, served: str, other
         (folder / "m-00001-of-00002.gguf").write_bytes(b"weights")
         (folder / other).write_text(content)
         (folder / ".git").write_text(folder.name)
-        names.add(path_identity(str(folder / served)))
+        names.add(name_of(folder / served))
     assert len(names) == 2, "another content is another model, and a copy is the same"
 
 

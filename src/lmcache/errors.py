@@ -15,6 +15,10 @@ class LayoutError(LMCacheError):
     """KV tensors that cannot be described, or KV that does not belong to the layout at hand."""
 
 
+class IdentityUnknown(LayoutError):
+    """It is not known which weights the engine serves: they are still being hashed, or could not be, as the log says."""
+
+
 class WireError(LMCacheError):
     """A message that cannot be understood: malformed, too large, or of another protocol version."""
 

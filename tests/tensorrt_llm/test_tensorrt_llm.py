@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from hashing import Turns
 from servers import Server, eventually
 
 Starts = Callable[..., Any]
@@ -35,6 +37,29 @@ def test_stored_by_one_loaded_by_the_other(
     again = process.ask("ask", "first", prompts=[[101, 1], [12, 2], [7, 3]], new=3)
     assert right(again) and [answer["matched"] for answer in again] == [96, 8, 0]
     assert eventually(lambda: one.status()["index"]["leases"] == 0)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_large_weights_are_hashed_while_the_engine_runs(
+    server: Servers, engines: Starts, model: Models, tmp_path: Path, ranks: int
+) -> None:
+    one, folder = server(chunk=12), model()
+    with Path(folder, "notes.txt").open("wb") as file:
+        file.truncate(300 << 20)
+    turns, process = Turns(tmp_path / "cache" / "lmcache"), engines(XDG_CACHE_HOME=str(tmp_path / "cache"))
+    try:
+        process.ask("engine", model=folder, url=one.address, ranks=ranks)
+        for _ in range(2):
+            cold = process.ask("ask", prompts=[[101, 1]], new=3)
+            assert right(cold) and cold[0]["matched"] == 0
+        assert process.said("nothing is served or stored until it is done")
+    finally:
+        turns.give()
+    assert eventually(lambda: process.said("Hashed 0.3 GB"))
+    dropped = 'engine_dropped_chunks_total{reason="identity not known yet"}'
+    assert eventually(lambda: one.counters().get(dropped) == 2 * 103 // 12)
+    assert eventually(lambda: process.ask("ask", prompts=[[101, 1]], new=3)[0]["matched"] == 96)
+    assert right(process.ask("ask", prompts=[[101, 1]], new=3))
 
 
 def test_heads_that_several_ranks_hold(server: Servers, process: Any, model: Models) -> None:

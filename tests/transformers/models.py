@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ class State:
         self.plain = self.model.generate
         self.attached: Attached | None = None
         self.kept: Any = None
+        self.gone_on = threading.Event()
 
 
 def prompt(tokens: int, seed: int, shared: int = 0) -> torch.Tensor:
@@ -48,6 +50,26 @@ def do_attach(state: State, **options: Any) -> dict[str, Any]:
 def do_wait_connected(state: State, seconds: float) -> bool:
     assert state.attached is not None
     return state.attached.wait_connected(seconds)
+
+
+def do_hold_hashing(state: State) -> dict[str, Any]:
+    """From now on weights of 1,000 bytes count as large, and hashing them waits until `go_on`."""
+    from lmcache.integration import identity
+    from lmcache.integration.transformers import model as module
+
+    digest_of, gone_on = module._digest_of, threading.Event()
+
+    def held(tensors: Any) -> str:
+        gone_on.wait()
+        return digest_of(tensors)
+
+    identity._AT_ONCE_BYTES, module._digest_of, state.gone_on = 1000, held, gone_on
+    return {}
+
+
+def do_go_on(state: State) -> dict[str, Any]:
+    state.gone_on.set()
+    return {}
 
 
 def do_foresee(state: State, tokens: int) -> dict[str, Any]:

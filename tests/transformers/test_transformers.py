@@ -138,6 +138,22 @@ def test_checksums_of_weights_on_a_device(user: Any) -> None:
     assert plain == shifted and len({plain, *changed}) == 6
 
 
+def test_large_weights_are_hashed_while_generate_runs(server: Servers, script: Scripts, model: Path) -> None:
+    one, user = server(l1=256, chunk=16), script(model)
+    user.ask("hold_hashing")
+    assert user.ask("attach", address=one.address)["refusal"] == ""
+    for tokens in (300, 3000):  # more than the first pool has room for
+        answer = user.ask("generate", ids=[tokens, 8])
+        assert right(answer) and (answer["hit"], answer["stored"]) == (0, 0)
+    user.ask("train", layer=3, scale=1.5)
+    user.ask("go_on")
+    eventually(lambda: user.said("have changed while they were hashed"))
+    assert right(user.ask("generate", ids=[300, 8]))
+    assert user.ask("wait_connected", seconds=PATIENCE)
+    assert user.ask("generate", ids=[300, 8])["stored"] > 0
+    assert user.ask("generate", ids=[300, 8])["hit"] == 288
+
+
 def test_what_is_none_of_ours(server: Servers, user: Any) -> None:
     """Batches, padding, beams, a caller's own cache, training: generate goes on without us, and one line says why."""
     one = server(l1=256, chunk=16)

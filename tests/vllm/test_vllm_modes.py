@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
+import pytest
 from vllm_processes import PYTHON, Api, Engine, Server, environment
 
+from hashing import Turns
 from prompts import assert_same, tokens
 from real_engines import ROOT
 
@@ -64,6 +67,42 @@ def test_other_weights_are_another_cache(folder: Path, model: Path, other_model:
         assert engine.text().count("Lost the LMCache server") <= 3, "one missed deadline a connection, not one a call"
     finally:
         server.send(signal.SIGCONT)
+        engine.end()
+
+
+@pytest.mark.parametrize("connector", ["LMCacheMPConnector", "LMCacheConnectorV1"])
+def test_large_weights_are_hashed_while_the_engine_runs(
+    folder: Path, model: Path, server: Server, tmp_path: Path, connector: str
+) -> None:
+    """The engine starts and answers, and nothing is cached, until they are; with a server, and in process."""
+    large = tmp_path / "model"
+    shutil.copytree(model, large)
+    with (large / "notes.txt").open("wb") as file:
+        file.truncate(300 << 20)
+    turns = Turns(tmp_path / "cache" / "lmcache")
+    config = server.config() | {"kv_connector": connector} if "MP" in connector else {"kv_connector": connector}
+    environment = {
+        "XDG_CACHE_HOME": str(tmp_path / "cache"),
+        "LMCACHE_MAX_LOCAL_CPU_SIZE": "0.5",
+        "LMCACHE_CHUNK_SIZE": "16",
+    }
+    config |= {"kv_role": "kv_both"}
+    engine = Engine(folder, f"large-{connector}", large, environment, kv_transfer_config=config, max_model_len=1024)
+    try:
+        cold = engine.generate(PROMPTS)
+        engine.forget()
+        assert_same(engine.generate(PROMPTS), cold)
+        assert "nothing is served or stored until it is done" in engine.text() and "Hashed" not in engine.text()
+        turns.give()
+        engine.wait_until(lambda: engine.text().count("Connected to the LMCache server") == 2, "the links", 60)
+        assert "Hashed 0.4 GB" in engine.text()
+        engine.generate(PROMPTS)
+        engine.forget()
+        warm = engine.generate(PROMPTS)
+        assert_same(warm, cold)
+        assert [output["cached"] >= 288 for output in warm] == [True, True]
+    finally:
+        turns.give()
         engine.end()
 
 

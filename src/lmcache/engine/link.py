@@ -18,7 +18,7 @@ import msgspec
 
 from lmcache import __version__
 from lmcache.config.hosts import connect, in_url
-from lmcache.errors import LMCacheError, ServerRefused, ServerUnavailable
+from lmcache.errors import IdentityUnknown, LMCacheError, ServerRefused, ServerUnavailable
 from lmcache.observability.log import init_logger
 from lmcache.wire import auth
 from lmcache.wire import messages as m
@@ -33,7 +33,8 @@ _BACKOFF_SECONDS = (0.2, 0.5, 1.0, 2.0)
 _USELESS_BACKOFF_SECONDS = (0.2, 1.0, 10.0)
 """Where the server is there and of no use to this engine: one of them has to be started anew."""
 _SOCKET_SECONDS = 0.1
-"""Between looks at a path where a server is to come: a look costs microseconds, and the first prompt must not be missed."""
+"""Between looks at what is to come, a server's socket or the identity of the weights: a look costs microseconds, and the first
+prompt must not be missed."""
 _STARTING_SECONDS = 60.0
 """For how long the socket of a server that is to come may be missing without a word: ranks are ready before schedulers are."""
 _CONNECT_SECONDS = 1.0
@@ -107,14 +108,15 @@ class Link:
     """Owns the connection. `on_welcome` runs in the link's thread at every new one, before anybody else may use it: it
     registers through the carrier it is given, and may raise LMCacheError to say that this server is of no use; the
     descriptor of the arena, where it is not -1, is its to close. `before_hello` runs before that, while there is no link,
-    and returns once this process fills no slot any more: the hello says so. `held` tells which leases this process holds: the
+    and returns once this process fills no slot any more: the hello says so. While it raises IdentityUnknown there is nothing to
+    say hello with, and the link looks again without a word. `held` tells which leases this process holds: the
     link renews them `RENEWALS` times within what the server says that a claim lasts."""
 
     def __init__(
         self,
         endpoint: Endpoint,
         on_welcome: Callable[[Carrier, m.Welcome, int], None],
-        before_hello: Callable[[], None] = lambda: None,
+        before_hello: Callable[[], object] = lambda: None,
         held: Callable[[], list[int]] = list,
     ) -> None:
         self.endpoint = endpoint
@@ -218,7 +220,8 @@ class Link:
                     attempt = 0
                     continue
                 except Exception as error:  # the edge of the thread: whatever a server sends, the next may be better
-                    coming = isinstance(error, _NotThereYet) and time.monotonic() - self._since < _STARTING_SECONDS
+                    starting = time.monotonic() - self._since < _STARTING_SECONDS
+                    coming = isinstance(error, IdentityUnknown) or (isinstance(error, _NotThereYet) and starting)
                     if not coming:
                         self._tell_once(error)
                     if not isinstance(error, (LMCacheError, OSError)):

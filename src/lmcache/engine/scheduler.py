@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from typing import NamedTuple
 
-from lmcache.chunks import Layout, TokenChain, chunk_root
+from lmcache.chunks import TokenChain, chunk_root
 from lmcache.chunks.hashing import HASH_BYTES, Extras
+from lmcache.engine.identified import UNKNOWN, LayoutFor, is_identified
 from lmcache.engine.link import Endpoint, Link, ask
 from lmcache.errors import LMCacheError
 from lmcache.observability.log import init_logger
@@ -53,18 +55,19 @@ class SchedulerSession:
 
     Args:
         endpoint: where the server is; its `instance` is that of the workers.
-        layout_for: the model's layout for a chunk size in tokens, which is the server's and learned from it.
+        layout_for: the model's layout for a chunk size in tokens, which is the server's and learned from it. While it raises
+            IdentityUnknown no server hears of this engine.
         shards: parts of a chunk, as `Shard.count` says.
         stages: where each pipeline stage ends, where the model is split by layers; as the workers have it.
     """
 
-    def __init__(
-        self, endpoint: Endpoint, layout_for: Callable[[int], Layout], shards: int, stages: Sequence[int] = ()
-    ) -> None:
+    def __init__(self, endpoint: Endpoint, layout_for: LayoutFor, shards: int, stages: Sequence[int] = ()) -> None:
         self._layout_for, self._shards, self._stages = layout_for, shards, list(stages)
         self._space, self._chunk_tokens, self._arena, self._fingerprint = 0, 0, b"", b""
-        self.misses = 0
-        """Lookups that got no answer and so count as misses."""
+        self.misses: Counter[str] = Counter()
+        """Lookups that got no answer and so count as misses, by reason."""
+        self._forgone_tokens = 0
+        """Tokens that were not stored since it was not known which weights computed them, until a server has been told."""
         self._held: set[int] = set()
         """Leases that no `release` has ended yet."""
         self._late: list[int] = []
@@ -72,7 +75,7 @@ class SchedulerSession:
         self.claim_seconds = 0.0
         """How long the server lets a lease live that is not renewed, as the last one has told; 0 where it does not tell. What
         this session holds is renewed in the background."""
-        self._link = Link(endpoint, self._register, held=lambda: list(self._held))
+        self._link = Link(endpoint, self._register, lambda: layout_for(1), held=lambda: list(self._held))
 
     @property
     def chunk_tokens(self) -> int | None:
@@ -82,6 +85,11 @@ class SchedulerSession:
     @property
     def connected(self) -> bool:
         return self._link.connected
+
+    @property
+    def identified(self) -> bool:
+        """Whether it is known which weights are served. Until then no server is reached, and there is none to wait for."""
+        return is_identified(self._layout_for)
 
     @property
     def epoch(self) -> bytes:
@@ -95,8 +103,9 @@ class SchedulerSession:
     def new_chain(
         self, cache_salt: str = "", lora_name: str = "", lora_id: str = "", extras: Extras | None = None
     ) -> TokenChain | None:
-        """The chunk hashes of one prompt, to be extended with its tokens; None while no server was ever reached."""
+        """The chunk hashes of one prompt, to be extended with its tokens; None, and a miss, while no server was ever reached."""
         if not self._chunk_tokens:
+            self.misses["no server" if self.identified else UNKNOWN] += 1
             return None
         return TokenChain(chunk_root(self._fingerprint, cache_salt, lora_name, lora_id), self._chunk_tokens, extras)
 
@@ -147,7 +156,7 @@ class SchedulerSession:
         try:
             found, _ = self._link.call(m.Lookup(self._space, hashes, first, prefill_rate, request_id), m.Found)
         except LMCacheError as error:
-            self.misses += 1
+            self.misses["no answer"] += 1
             logger.debug("A lookup became a miss: %s", error)
             return None
         if found.loading > 0:
@@ -159,7 +168,7 @@ class SchedulerSession:
         most = len(hashes) // HASH_BYTES
         plausible = first < found.chunks <= most and len(found.slots) == 4 * self._shards * (found.chunks - first)
         if not plausible or arena != self._arena:
-            self.misses += 1
+            self.misses["another server"] += 1
             # A server that came meanwhile gave this lease, and it alone knows the number.
             self.release(hit._replace(arena=self._arena))
             return None
@@ -174,6 +183,12 @@ class SchedulerSession:
         if self._link.connected:
             leases, self._late = self._late, []
             self._link.post(m.Release(leases))
+
+    def forgone(self, tokens: int) -> None:
+        """So many tokens of a prompt for which there was no chain have been computed. Where that was for want of the weights'
+        identity, the first server to be reached counts their full chunks as dropped."""
+        if not self._chunk_tokens and not self.identified:
+            self._forgone_tokens += tokens
 
     def clear(self) -> bool:
         """Empty the server's memory, for all its engines. False when no answer came within the deadline."""
@@ -201,3 +216,6 @@ class SchedulerSession:
             welcome.claim_seconds,
         )
         self._fingerprint, self._arena = layout.fingerprint, welcome.arena
+        if chunks := self._forgone_tokens // welcome.chunk_tokens:
+            carrier.post(m.Dropped(chunks, UNKNOWN))
+        self._forgone_tokens = 0

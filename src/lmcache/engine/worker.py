@@ -12,16 +12,17 @@ import os
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from lmcache.chunks import Layout, Shard
+from lmcache.chunks import Shard
 from lmcache.chunks.hashing import HASH_BYTES
 from lmcache.engine.access import ArenaAccess
+from lmcache.engine.identified import UNKNOWN, LayoutFor, is_identified
 from lmcache.engine.jobs import Done, Event, Load, Store
 from lmcache.engine.link import Endpoint, Link, ask
 from lmcache.errors import LayoutError, LMCacheError, ServerRefused, ServerUnavailable
@@ -56,7 +57,7 @@ class WorkerSession:
 
     Args:
         endpoint: where the server is; `instance` is the scheduler's, `rank` this rank's number.
-        layout_for: the model's layout for a chunk size in tokens.
+        layout_for: the model's layout for a chunk size in tokens. While it raises IdentityUnknown no server hears of this rank.
         shard: the part of every chunk that this rank holds.
         paged: this rank's paged KV.
         threads: copy threads of one job.
@@ -66,7 +67,7 @@ class WorkerSession:
     def __init__(
         self,
         endpoint: Endpoint,
-        layout_for: Callable[[int], Layout],
+        layout_for: LayoutFor,
         shard: Shard,
         paged: PagedKV,
         threads: int = 1,
@@ -319,7 +320,8 @@ class WorkerSession:
         """Tokens that were copied and committed, seconds of the copies, and of asking for and committing the slots."""
         self._link.wait_welcomed()
         if store.chunk_tokens != self._chunk_tokens:
-            self._count_drop(len(store.hashes) // HASH_BYTES, "another chunk size")
+            reason = "another chunk size" if is_identified(self._layout_for) else UNKNOWN
+            self._count_drop(len(store.hashes) // HASH_BYTES, reason)
             return 0, 0.0, 0.0
         total, tokens, seconds, parent = len(store.hashes) // HASH_BYTES, 0, 0.0, store.parent
         begin = time.perf_counter()
@@ -447,7 +449,12 @@ class WorkerSession:
     # The link's thread
 
     def _before_hello(self) -> None:
-        """A hello says that this session fills no slot any more; the link being down, no new store can begin one."""
+        """A hello says that this session fills no slot any more; the link being down, no new store can begin one.
+
+        Raises:
+            IdentityUnknown: there is no layout to register yet.
+        """
+        self._layout_for(1)
         with self._state:
             if not self._state.wait_for(lambda: _STORING not in self._copying, _LAST_COPY_SECONDS):
                 raise ServerUnavailable("a copy into the arena does not end")

@@ -1,8 +1,9 @@
 """Which weights an engine serves, free of any engine's types.
 
 A repository is named with its resolved commit; a local directory by every byte of every file in it: weights, configuration, code.
-Two engines may exchange KV only if this agrees, so in doubt it differs. Weights are hashed once, about a second a gigabyte: the
-digests of large files are remembered on disk (`digests`).
+Two engines may exchange KV only if this agrees, so in doubt it differs. Weights are hashed once: the digests of large files are
+remembered on disk (`digests`). That takes seconds or minutes, in which the engine runs without a cache: `Identity.layout` raises
+until then, so the sessions of `lmcache.engine` say hello to no server.
 """
 
 from __future__ import annotations
@@ -11,15 +12,19 @@ import contextlib
 import functools
 import os
 import re
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from blake3 import blake3
 
-from lmcache.errors import LayoutError
-from lmcache.integration.digests import DigestMemory, Stamp, digest_file, stamp_of
+from lmcache.chunks import Layout
+from lmcache.errors import IdentityUnknown, LayoutError
+from lmcache.integration.digests import DigestMemory, Stamp, be_nice, digest_file, stamp_of
 from lmcache.observability.log import init_logger
 
 logger = init_logger(__name__)
@@ -29,47 +34,138 @@ _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 _PART = re.compile(r"(?P<before>.*)-\d{5}-of-(?P<after>\d{5}\.\w+)")
 _MAX_FILES, _MAX_DEPTH = 10_000, 16
 """Bounds of a model's directory: more is a home directory, or links in a circle."""
-_REMEMBERED_BYTES = 64 << 20
-"""Files of less than that together are hashed in milliseconds, and their digests are not kept on disk."""
+_AT_ONCE_BYTES = 256 << 20
+"""So many bytes are hashed within the call, in a fraction of a second, and their digests are not kept on disk."""
 _VOLATILE = frozenset({"_name_or_path", "_commit_hash", "transformers_version", "name_or_path"})
+REMEDY = "set lmcache.mp.model_id to a name of yours"
+_Files = tuple[tuple[Path, Stamp], ...]
 
 
-def path_identity(name: str, unchanged_since: float = 0.0) -> str:
-    """The identity of a local directory or file, "" if there is none of that name.
+class Finding:
+    """A name that takes long to find out: `find` runs in a thread of low priority, which ends with the process. Where it reads
+    little, it runs within this call.
 
-    unchanged_since: seconds since the epoch; 0 for any time.
+    what: whose name it is, for the log. remedy: what to do where `find` raises. size_bytes: to be read.
 
     Raises:
-        LayoutError: there are no weights in it, it was changed after `unchanged_since`, or it changes while it is read.
+        LayoutError: it ran within this call and raised.
+    """
+
+    def __init__(self, what: str, remedy: str, find: Callable[[], str], size_bytes: int) -> None:
+        self.name = self.failure = ""
+        self._what, self._remedy, self._find, self._gigabytes = what, remedy, find, size_bytes / 1e9
+        if size_bytes <= _AT_ONCE_BYTES:
+            self.name = self._found()
+        else:
+            logger.info("Hashing %.1f GB of %s: nothing is served or stored until it is done", self._gigabytes, what)
+            threading.Thread(target=self._run, name="lmcache-identity", daemon=True).start()
+
+    def _found(self) -> str:
+        try:
+            return self._find()
+        except Exception as error:  # whatever it is, who waits for the name must hear that it will not come
+            raise LayoutError(f"{error}; {self._remedy}") from error
+
+    def _run(self) -> None:
+        be_nice()
+        began = time.monotonic()
+        try:
+            self.name = self._found()
+        except LayoutError as error:
+            self.failure = str(error)
+            logger.warning("LMCache serves nothing of %s: %s", self._what, self.failure)
+        else:
+            seconds = time.monotonic() - began
+            logger.info("Hashed %.1f GB of %s in %.1f s: LMCache serves it now", self._gigabytes, self._what, seconds)
+
+
+@dataclass(frozen=True)
+class Identity:
+    """The name of the weights that an engine serves; of several parts where those of a draft model are among them."""
+
+    parts: tuple[str | Finding, ...]
+
+    @property
+    def name(self) -> str:
+        """The parts' names, joined.
+
+        Raises:
+            IdentityUnknown: not all of them are known (yet).
+        """
+        names = [part if isinstance(part, str) else part.name for part in self.parts]
+        if not all(names):
+            raise IdentityUnknown(self.failure or "the weights are still being hashed")
+        return "+".join(names)
+
+    @property
+    def failure(self) -> str:
+        """Why the name will never be known, and what to do; "" where that is not so."""
+        return next((part.failure for part in self.parts if isinstance(part, Finding) and part.failure), "")
+
+    def layout(self, model: Layout, chunk_tokens: int) -> Layout:
+        """The layout of `model`, whatever weights and chunks that names, with these.
+
+        Raises:
+            IdentityUnknown: as `name`.
+        """
+        return msgspec.structs.replace(model, model_id=self.name, chunk_tokens=chunk_tokens)
+
+    def __add__(self, other: Identity) -> Identity:
+        return Identity(self.parts + other.parts)
+
+
+def named(name: str) -> Identity:
+    """The identity of weights whose name is known."""
+    return Identity((name,))
+
+
+def path_identity(name: str, remedy: str = REMEDY, unchanged_since: float | None = None) -> Identity | None:
+    """The identity of a local directory or file, None if there is none of that name.
+
+    remedy: what the engine's user can do where there is none. unchanged_since: what was changed later, in seconds since the
+    epoch, may not be what the engine has read. None: later than the start of this process.
+
+    Raises:
+        LayoutError: there are no weights in it, or it was changed after `unchanged_since`.
     """
     path = Path(name)
     commit = _commit_of(Path(os.path.abspath(name)))
     if commit:
-        return commit
+        return named(commit)
     if not path.exists():
-        return ""
-    root, files = (path, _files_below(path)) if path.is_dir() else (path.parent, _parts_of(path))
-    if not any(file.suffix in _WEIGHT_SUFFIXES for file in files):
-        raise LayoutError(f"no weight files in {name!r}; set lmcache.mp.model_id to a name of yours")
-    if unchanged_since and max(_changed_at(one) for one in (*path.absolute().parents, path, *files)) > unchanged_since:
-        raise LayoutError(f"{name!r} has changed since the engine may have read it")
-    return "files:" + _files_digest(root, tuple((file, stamp_of(file.stat())) for file in files))
+        return None
+    files = _listed(path)
+    if not any(file.suffix in _WEIGHT_SUFFIXES for file, _ in files):
+        raise LayoutError(f"no weight files in {name!r}; {remedy}")
+    limit = process_started() if unchanged_since is None else unchanged_since
+    within = {file.parent for file, _ in files} if path.is_dir() else set()
+    for one in (*path.absolute().parents, path, *within, *(file for file, _ in files)):
+        if _changed_at(one, one in within) > limit:
+            raise LayoutError(
+                f"{str(one)!r} has changed since the engine may have read it, so it is not known which weights it serves; "
+                f"start the engine anew, or {remedy}"
+            )
+    return Identity((_finding(path, files, remedy),))
 
 
-def repository_identity(name: str, model_config: Any) -> str:
+def repository_identity(name: str, model_config: Any, remedy: str = REMEDY) -> Identity:
     """A repository's name with the commit that was resolved for it.
 
     Raises:
         LayoutError: the commit is not known.
     """
     commit = getattr(getattr(model_config, "hf_config", None), "_commit_hash", None)
-    if not commit or getattr(model_config, "hf_config_path", None) not in (
-        None,
-        "",
-        name,
-    ):  # else another repository's commit
-        raise LayoutError(f"the commit of model {name!r} is not known; set lmcache.mp.model_id to a name of yours")
-    return f"{name}@{commit}"
+    config_from = getattr(model_config, "hf_config_path", None)
+    if not commit or config_from not in (None, "", name):  # then the commit is another repository's
+        raise LayoutError(f"the commit of model {name!r} is not known; {remedy}")
+    return named(f"{name}@{commit}")
+
+
+@functools.cache
+def process_started() -> float:
+    """When this process began, in seconds since the epoch, and no earlier: the kernel counts in ticks."""
+    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) + 1
+    return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + ticks / os.sysconf("SC_CLK_TCK")
 
 
 def plain(value: Any) -> Any:
@@ -113,7 +209,7 @@ def _files_below(folder: Path) -> tuple[Path, ...]:
         found += [path for name in names if not name.startswith(".") and (path := Path(parent, name)).is_file()]
         if len(found) > _MAX_FILES or len(Path(parent).parts) - len(folder.parts) > _MAX_DEPTH:
             raise LayoutError(
-                f"{str(folder)!r} holds {len(found)} files and more, too many for a model; set lmcache.mp.model_id to a name"
+                f"{str(folder)!r} holds {len(found)} files and more, too many for a model; name a directory that holds only one"
             )
     return tuple(sorted(found))
 
@@ -127,33 +223,59 @@ def _parts_of(file: Path) -> tuple[Path, ...]:
     return tuple(sorted(one for one in file.parent.iterdir() if together.fullmatch(one.name)))
 
 
-def _changed_at(path: Path) -> float:
+def _listed(path: Path) -> _Files:
+    """Every file of a model, with its stamp, in one order: below a directory, or a file with its other parts."""
+    return tuple((file, stamp_of(file.stat())) for file in (_files_below(path) if path.is_dir() else _parts_of(path)))
+
+
+def _changed_at(path: Path, whole: bool) -> float:
     """When this name came to mean what it means now: the last change of a file, or of a symbolic link and what it leads to. Of a
-    directory only links count, since files beside those that matter come and go."""
-    changed = path.lstat().st_ctime if path.is_symlink() or path.is_file() else 0.0
-    return max(changed, path.stat().st_ctime if path.is_file() else 0.0)
+    directory only if the whole of it matters, which may have been renamed; in others files come and go."""
+    links = path.lstat().st_ctime if path.is_symlink() else 0.0
+    return max(links, path.stat().st_ctime if whole or path.is_file() else 0.0)
 
 
 @functools.lru_cache(maxsize=64)
-def _files_digest(root: Path, files: tuple[tuple[Path, Stamp], ...]) -> str:
-    """A digest of the files' names below `root` and of all of their bytes. A copy of a directory has the same."""
-    total = sum(stamp.size for _, stamp in files)
-    large, memory = total > _REMEMBERED_BYTES, _memory()
+def _finding(path: Path, files: _Files, remedy: str) -> Finding:
+    """One for all who ask in this process."""
+    size, remedy = _missing_bytes(files, _remembered(files)), f"start the engine anew, or {remedy}"
+    return Finding(repr(str(path)), remedy, lambda: _files_name(path, files), size)
+
+
+os.register_at_fork(after_in_child=_finding.cache_clear)  # the thread stays behind
+
+
+def _files_name(path: Path, files: _Files) -> str:
+    """The name of these files, which follows from their names below the directory and all of their bytes: a copy has the same.
+
+    Raises:
+        LayoutError: they change meanwhile.
+        OSError: one of them cannot be read.
+    """
+    memory, large = _memory(), _missing_bytes(files, _remembered(files)) > _AT_ONCE_BYTES
     with memory.turn(sum(stamp.inode for _, stamp in files)) if large else contextlib.nullcontext():
-        digests = memory.find(stamp for _, stamp in files) if large else {}
-        missing = {stamp: file for file, stamp in files if stamp not in digests}
-        if large and missing:
-            logger.info("Hashing %.1f GB of weights, once", sum(stamp.size for stamp in missing) / 1e9)
-        began = time.monotonic()
-        fresh = {stamp: digest_file(file, stamp) for stamp, file in missing.items()}
-        if large and missing:
-            logger.info("Hashed the weights in %.1f s", time.monotonic() - began)
+        digests = _remembered(files)
+        fresh = {stamp: digest_file(file, stamp) for file, stamp in files if stamp not in digests}
+        if _listed(path) != files:
+            raise LayoutError(f"the files of {str(path)!r} have changed while they were hashed")
+        if large:
             memory.add(fresh)
     digests |= fresh
-    together = blake3()
+    root, together = path if path.is_dir() else path.parent, blake3()
     for file, stamp in files:
         together.update(f"{file.relative_to(root)}\0{stamp.size}\0{digests[stamp]}\0".encode())
-    return together.hexdigest(16)
+    return "files:" + together.hexdigest(16)
+
+
+def _remembered(files: _Files) -> dict[Stamp, str]:
+    """The digests that are known of these files. Of a small model none are kept."""
+    stamps = [stamp for _, stamp in files]
+    return _memory().find(stamps) if sum(stamp.size for stamp in stamps) > _AT_ONCE_BYTES else {}
+
+
+def _missing_bytes(files: _Files, digests: Iterable[Stamp]) -> int:
+    known = set(digests)
+    return sum(stamp.size for _, stamp in files if stamp not in known)
 
 
 def _memory() -> DigestMemory:

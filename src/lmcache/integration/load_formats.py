@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from lmcache.errors import LayoutError
-from lmcache.integration.identity import plain
+from lmcache.integration.identity import REMEDY, plain
 
 _SAFETENSORS = frozenset(
     {"", "auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer", "layered"}
@@ -20,16 +20,14 @@ _OTHERS = frozenset(
 )
 
 
-def refuse_weights_from_anywhere(load_format: str) -> None:
-    """Return if weights of this load format come from the model's directory or repository.
+def refuse_weights_from_anywhere(load_format: str, remedy: str = REMEDY) -> None:
+    """Return if weights of this load format come from the model's directory or repository. remedy: what to do where not.
 
     Raises:
         LayoutError: they may come from anywhere.
     """
     if load_format not in _SAFETENSORS | _OTHERS:
-        raise LayoutError(
-            f"--load-format {load_format} may read weights from anywhere; set lmcache.mp.model_id to a name of yours"
-        )
+        raise LayoutError(f"--load-format {load_format} may read weights from anywhere; {remedy}")
 
 
 def files_read(load_format: str, options: Any) -> Any:

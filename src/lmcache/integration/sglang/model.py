@@ -15,7 +15,7 @@ from blake3 import blake3
 
 from lmcache.chunks import Layout, Shard, shard_of_rank
 from lmcache.errors import LayoutError
-from lmcache.integration.identity import path_identity, plain, repository_identity
+from lmcache.integration.identity import Identity, named, path_identity, plain, repository_identity
 from lmcache.integration.load_formats import files_read, refuse_weights_from_anywhere
 from lmcache.transfer.paged import PagedKV, Plane
 
@@ -32,6 +32,7 @@ NOT_SERVED = (
 )
 """Whatever a release of SGLang that we do not know may raise where we look into it: that engine must run on without us."""
 
+REMEDY = "set model_id in the LMCache config file to a name of yours"
 ENGINE = "sglang"
 """Part of every layout's digest: engines round differently, and each reads a model's configuration in its own way."""
 
@@ -79,27 +80,23 @@ class Ranks:
 class RankKV:
     """One rank's KV: the whole model's layout, this rank's shard of it, and where that lies.
 
-    vocabulary: token ids from this one on stand for something else than text.
+    model: of chunks of one token, without a name of the weights. vocabulary: token ids from this one on stand for something else
+    than text.
     """
 
+    identity: Identity
     model: Layout
     shard: Shard
     paged: PagedKV
     vocabulary: int
 
     def layout(self, chunk_tokens: int) -> Layout:
-        """The model's layout for chunks of so many tokens."""
-        model = self.model
-        return Layout(
-            model_id=model.model_id,
-            kv_dtype=model.kv_dtype,
-            num_layers=model.num_layers,
-            num_kv_heads=model.num_kv_heads,
-            head_size=model.head_size,
-            chunk_tokens=chunk_tokens,
-            kind=model.kind,
-            config_digest=model.config_digest,
-        )
+        """The model's layout for chunks of so many tokens.
+
+        Raises:
+            IdentityUnknown: it is not known (yet) which weights are served.
+        """
+        return self.identity.layout(self.model, chunk_tokens)
 
     @property
     def token_bytes(self) -> int:
@@ -133,7 +130,7 @@ def describe_rank(
     _refuse_unsupported(model_config)
     mla = not buffers.values
     layout = Layout(
-        model_id=model_id or model_identity(model_config, load_format(), engine_id),
+        model_id="",
         kv_dtype=buffers.dtype,
         num_layers=len(buffers.keys),
         num_kv_heads=1 if mla else model_config.get_total_num_kv_heads(),
@@ -146,7 +143,8 @@ def describe_rank(
     paged = paged_kv(buffers, page_size)
     if shard.token_bytes(layout) != paged.token_bytes:
         raise LayoutError(f"the KV pool has {paged.token_bytes} bytes a token, the model {shard.token_bytes(layout)}")
-    return RankKV(layout, shard, paged, int(model_config.vocab_size))
+    identity = named(model_id) if model_id else model_identity(model_config, load_format(), engine_id)
+    return RankKV(identity, layout, shard, paged, int(model_config.vocab_size))
 
 
 def _refuse_unsupported(model_config: Any) -> None:
@@ -221,20 +219,17 @@ def _plane(tensor: Any, page_size: int) -> Plane:
     return Plane.strided(tensor.data_ptr(), slot * page_size, slot, heads, head, dims, dim)
 
 
-def model_identity(model_config: Any, load_format: str, engine_id: str) -> str:
+def model_identity(model_config: Any, load_format: str, engine_id: str) -> Identity:
     """The identity of the served weights; dummy ones are shared with nobody.
 
     Raises:
         LayoutError: it cannot be found out; the message says what to set.
     """
     if load_format == "dummy":
-        return f"dummy:{engine_id}"
+        return named(f"dummy:{engine_id}")
     name = str(model_config.model_path)
-    try:
-        refuse_weights_from_anywhere(load_format)
-        return path_identity(name) or repository_identity(name, model_config)
-    except LayoutError as error:
-        raise LayoutError(str(error).replace("lmcache.mp.model_id", "model_id in the LMCache config file")) from None
+    refuse_weights_from_anywhere(load_format, REMEDY)
+    return path_identity(name, REMEDY) or repository_identity(name, model_config, REMEDY)
 
 
 def config_digest(model_config: Any) -> str:

@@ -114,6 +114,9 @@ class OlderConnector:
         rank = self._rank
         if rank is None or store.offset or getattr(getattr(store.last_node, "key", None), "extra_key", None):
             return
+        if rank.chunk_tokens is None:
+            rank.forgone(len(store.token_ids))
+            return
         chain = rank.new_chain(self._salt)
         if chain is None:
             return

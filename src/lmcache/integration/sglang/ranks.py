@@ -126,7 +126,7 @@ class SGLangRank:
         self._stores = _is_first_of_its_shard(kv, ranks)
         self._timeout_seconds = settings.config.blocking_timeout_secs
         deadline = time.monotonic() + _START_SECONDS
-        for session in (self._scheduler, self._worker):
+        for session in (self._scheduler, self._worker) if self._scheduler.identified else ():
             session.wait_connected(max(0.0, deadline - time.monotonic()))
 
     @property
@@ -151,6 +151,11 @@ class SGLangRank:
     def lookup(self, chain: TokenChain, have_tokens: int, wait_seconds: float | None = None) -> Hit | None:
         """As `poll`, and wait for what comes from tiers, for `wait_seconds` at most (None: a deadline)."""
         return self._scheduler.lookup(chain, have_tokens, wait_seconds=wait_seconds)
+
+    def forgone(self, tokens: int) -> None:
+        """So many tokens of a prompt that has no chain have been computed."""
+        if self._stores:
+            self._scheduler.forgone(tokens)
 
     def release(self, hit: Hit) -> None:
         """Nothing reads the hit's slots any more."""

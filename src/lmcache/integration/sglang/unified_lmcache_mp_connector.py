@@ -149,6 +149,8 @@ class UnifiedLMCacheMPConnector:
         self._generation = 0
         self._stale: set[str] = set()
         """Requests of which something was computed with other weights than now."""
+        self._forgone: dict[str, int] = {}
+        """Tokens of requests that could not be stored, since no server was ever reached."""
         self._swept = 0.0
         self._stream: Any = None
         self._lora = lora_enabled()
@@ -298,6 +300,9 @@ class UnifiedLMCacheMPConnector:
         if request_id in self._stale:
             return StoreOperation(request_id, no_copy())
         text = text_of(tokens, self._vocabulary)
+        if rank.chunk_tokens is None:
+            self._forgone[request_id] = len(text)
+            return StoreOperation(request_id, no_copy())
         tracker = self._tracker(request_id, text, cache_salt)
         if tracker is None:
             return StoreOperation(request_id, no_copy())
@@ -338,13 +343,16 @@ class UnifiedLMCacheMPConnector:
         """The request has ended, and so have its stores."""
         self._done_with(request_id)
         self._stale.discard(request_id)
+        forgone = self._forgone.pop(request_id, 0)
+        if self._rank is not None:
+            self._rank.forgone(forgone)
         tracker = self._trackers.pop(request_id, None)
         if tracker is not None:
             self._log_stores(request_id, tracker)
 
     def end_all_sessions(self) -> None:
         """SGLang's radix tree has been emptied, and no request runs."""
-        for request_id in [*self._lookups, *self._trackers, *self._stale]:
+        for request_id in [*self._lookups, *self._trackers, *self._stale, *self._forgone]:
             self.finish_request(request_id)
 
     def clear(self) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 from tensorrt_llm._utils import mpi_allgather, mpi_broadcast, mpi_rank
 
 from lmcache.engine import SchedulerSession, WorkerSession
+from lmcache.engine.identified import is_identified
 from lmcache.engine.link import Endpoint
 from lmcache.integration.tensorrt_llm.model import NOT_SERVED, PoolKV, describe_pool, refusal_of
 from lmcache.integration.tensorrt_llm.plan import StepPlan
@@ -228,7 +229,8 @@ class Worker(KvCacheConnectorWorker):  # type: ignore[misc]
                 opened.callback(scheduler.close)
             session = WorkerSession(endpoint, kv.layout, kv.shard, kv.paged)
             opened.callback(session.close)
-            session.wait_connected(_CONNECT_SECONDS)
+            if is_identified(kv.layout):
+                session.wait_connected(_CONNECT_SECONDS)
             arena = session.mapped_arena
             reporter = RankReporter(instance, self._rank, arena)
             opened.callback(reporter.close)
@@ -242,7 +244,8 @@ class Worker(KvCacheConnectorWorker):  # type: ignore[misc]
     def _open_scheduler(self, kv: PoolKV, settings: Settings, endpoint: Endpoint) -> SchedulerHalf:
         where = Endpoint(endpoint.address, endpoint.instance, "scheduler", deadline_seconds=endpoint.deadline_seconds)
         session = SchedulerSession(where, kv.layout, kv.shard.count)
-        session.wait_connected(_CONNECT_SECONDS)
+        if is_identified(kv.layout):
+            session.wait_connected(_CONNECT_SECONDS)
         return SchedulerHalf(
             session,
             RankWatch(endpoint.instance, self._ranks),

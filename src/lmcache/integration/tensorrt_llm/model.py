@@ -13,7 +13,7 @@ from blake3 import blake3
 
 from lmcache.chunks import Layout, Shard, shard_of_rank
 from lmcache.errors import LayoutError, LMCacheError
-from lmcache.integration.identity import path_identity, plain
+from lmcache.integration.identity import Identity, named, path_identity, plain
 from lmcache.transfer.paged import PagedKV, Plane
 
 NOT_SERVED = (AttributeError, ImportError, KeyError, LMCacheError, OSError, RuntimeError, TypeError, ValueError)
@@ -32,25 +32,24 @@ _HEADS_OUTSIDE_TOKENS = "TRTLLM"
 
 @dataclass(frozen=True)
 class PoolKV:
-    """The KV of a model, and the part of it in this rank's pool. stores: whether this rank stores its part."""
+    """The KV of a model, and the part of it in this rank's pool.
 
-    layout_of_one: Layout
+    model: its layout, of chunks of one token, without a name of the weights. stores: whether this rank stores its part.
+    """
+
+    identity: Identity
+    model: Layout
     paged: PagedKV
     shard: Shard
     stores: bool
 
     def layout(self, chunk_tokens: int) -> Layout:
-        one = self.layout_of_one
-        return Layout(
-            one.model_id,
-            one.kv_dtype,
-            one.num_layers,
-            one.num_kv_heads,
-            one.head_size,
-            chunk_tokens,
-            one.kind,
-            config_digest=one.config_digest,
-        )
+        """The model's layout for chunks of so many tokens.
+
+        Raises:
+            IdentityUnknown: it is not known (yet) which weights are served.
+        """
+        return self.identity.layout(self.model, chunk_tokens)
 
 
 def describe_pool(llm_args: Any, pool: Any, rank: int) -> PoolKV:
@@ -68,7 +67,7 @@ def describe_pool(llm_args: Any, pool: Any, rank: int) -> PoolKV:
     heads, head_size = _heads(text, mla)
     tp_size = int(getattr(llm_args, "tensor_parallel_size", 1) or 1)
     layout = Layout(
-        model_id=os.environ.get(MODEL_ID_VARIABLE, "") or _identity(llm_args, folder),
+        model_id="",
         kv_dtype=_kv_dtype(llm_args, pool),
         num_layers=pool.shape[1],
         num_kv_heads=heads,
@@ -80,7 +79,8 @@ def describe_pool(llm_args: Any, pool: Any, rank: int) -> PoolKV:
     shard = shard_of_rank(layout, rank, tp_size, 0, layout.num_layers)
     before = shard_of_rank(layout, rank - 1, tp_size, 0, layout.num_layers) if rank else None
     paged = _paged(pool, shard.end_head - shard.first_head, layout, _tokens_per_block(llm_args))
-    return PoolKV(layout, paged, shard, stores=before is None or before.index != shard.index)
+    stores = before is None or before.index != shard.index
+    return PoolKV(_identity(llm_args, folder), layout, paged, shard, stores)
 
 
 def model_folder(llm_args: Any) -> Path:
@@ -107,16 +107,26 @@ def refusal_of(error: Exception) -> str:
     return f"this release of TensorRT-LLM is not understood ({error!r}); docs/tensorrt-llm.md says what is"
 
 
-def _identity(llm_args: Any, folder: Path) -> str:
-    try:
-        load_format = getattr(llm_args, "load_format", "auto")
-        if str(getattr(load_format, "name", load_format)).lower() != "auto":
-            raise LayoutError(f"load_format {load_format!s} makes weights that are not those of the model's files")
-        if getattr(llm_args, "checkpoint_loader", None) is not None:
-            raise LayoutError("a checkpoint_loader of yours may read weights from anywhere")
-        return path_identity(str(folder))
-    except LayoutError as error:
-        raise LayoutError(f"{str(error).partition(';')[0]}; set {MODEL_ID_VARIABLE} to a name of yours") from None
+def _identity(llm_args: Any, folder: Path) -> Identity:
+    """The identity of the weights, or the user's own name for them.
+
+    Raises:
+        LayoutError: it cannot be found out; the message says what to set.
+    """
+    name, remedy = os.environ.get(MODEL_ID_VARIABLE, ""), f"set {MODEL_ID_VARIABLE} to a name of yours"
+    if name:
+        return named(name)
+    load_format = getattr(llm_args, "load_format", "auto")
+    if str(getattr(load_format, "name", load_format)).lower() != "auto":
+        raise LayoutError(
+            f"load_format {load_format!s} makes weights that are not those of the model's files; {remedy}"
+        )
+    if getattr(llm_args, "checkpoint_loader", None) is not None:
+        raise LayoutError(f"a checkpoint_loader of yours may read weights from anywhere; {remedy}")
+    identity = path_identity(str(folder), remedy)
+    if identity is None:
+        raise LayoutError(f"there is no directory {str(folder)!r}; {remedy}")
+    return identity
 
 
 def _refuse_unsupported(llm_args: Any) -> None:

@@ -29,12 +29,14 @@ _BESIDE_TOKENS = ("multimodal_hashes", "multimodal_embedding", "prompt_embedding
 class Tracker:
     """One request.
 
-    asked: the engine wanted to know of hits. matched: tokens that it had itself. granted: tokens after those that it takes from
-    us. stored: chunks from the first on that the server has, or was sent. prompt_tokens: 0 until the first step.
+    computed: tokens that could have been stored. asked: the engine wanted to know of hits. matched: tokens that it had itself.
+    granted: tokens after those that it takes from us. stored: chunks from the first on that the server has, or was sent.
+    prompt_tokens: 0 until the first step.
     """
 
     salt: str
     cacheable: bool
+    computed: int = 0
     asked: bool = False
     chain: TokenChain | None = None
     epoch: bytes = b""
@@ -154,6 +156,8 @@ class SchedulerHalf:
         if tracker is None:
             return False
         self._drop_hit(tracker)
+        if tracker.cacheable and tracker.chain is None:
+            self._session.forgone(tracker.computed)
         return bool(tracker.jobs)
 
     def reset(self, request: Any) -> list[str]:
@@ -217,6 +221,9 @@ class SchedulerHalf:
     def _plan_store(self, plan: StepPlan, request_id: int, tracker: Tracker, computed: int) -> None:
         """Store the chunks that are full once this step has run. Drafts are no known tokens, so they do not count."""
         computed = min(computed, len(tracker.tokens) if self._stores_answers else tracker.prompt_tokens)
+        tracker.computed = computed
+        if self._session.chunk_tokens is None:
+            return
         chain = self._chain(tracker)
         if chain is None:
             return

@@ -16,7 +16,8 @@ from lmcache.engine import Load, SchedulerSession, Store, WorkerSession
 from lmcache.engine.embedded import EmbeddedServer, embedded_address
 from lmcache.engine.link import Endpoint, given_address
 from lmcache.engine.prefill import PrefillRate
-from lmcache.errors import LMCacheError
+from lmcache.errors import LayoutError, LMCacheError
+from lmcache.integration.identity import Identity, named
 from lmcache.integration.transformers.model import (
     kv_shape,
     layout_of,
@@ -100,6 +101,8 @@ class Attached:
         self._pool: Pool | None = None
         self._prefill = PrefillRate()
         self._stamp = 0
+        self._identity: Identity | None = None
+        """Of the weights that had this stamp, where they were hashed."""
         self._jobs = 0
         self._running: set[str] = set()
         """Jobs that may touch the pool."""
@@ -172,6 +175,8 @@ class Attached:
         """A cache for `generate`, with what LMCache has of the prompt; None where it has to go on without us."""
         try:
             if not self._ready(len(tokens) + new_tokens):
+                if self._scheduler is not None:
+                    self._scheduler.forgone(len(tokens))
                 return None
             return self._load(tokens)
         except _NOT_OURS as error:
@@ -233,7 +238,11 @@ class Attached:
         self._worker.store(self._start_job("store"), store)
 
     def _ready(self, room: int) -> bool:
-        """Whether there is a server, and a pool of our own that nothing touches and that is large enough."""
+        """Whether there is a server, and a pool of our own that nothing touches and that is large enough.
+
+        Raises:
+            LayoutError: this model's KV cannot be cached.
+        """
         if not self._settle():
             return False
         pool, stamp = self._pool, self._stamp
@@ -243,6 +252,8 @@ class Attached:
             reached = self._connected()
             self._hang_up()
             self._open(room, _CONNECT_SECONDS if reached else 0.0)
+        if self._identity is not None and self._identity.failure:
+            raise LayoutError(self._identity.failure)
         return self._connected()
 
     def _connected(self) -> bool:
@@ -294,22 +305,32 @@ class Attached:
             LayoutError: this model's KV cannot be cached.
         """
         shape, step = self._shape, max(_ROOM_TOKENS, 1 << max(0, room.bit_length() - 3))
-        identity = self._model_id
-        if not identity:
-            refuse_unsupported(self._model)  # as it is now: an adapter may have been put in
-            self._stamp = weights_stamp(self._model)
-            identity = weights_identity(self._model)
+        identity, layout = self._identified(), layout_of(self._model, shape)
 
         def layout_for(chunk_tokens: int) -> Layout:
-            return layout_of(self._model, shape, identity, chunk_tokens)
+            return identity.layout(layout, chunk_tokens)
 
-        layout_for(1)  # raises here what would be said in a thread
         self._pool = Pool(shape, -(-room // step) * step)
         self._scheduler = SchedulerSession(self._endpoint, layout_for, shards=1)
         threads = min(_COPY_THREADS, torch.get_num_threads()) if shape.device.type == "cpu" else 1
         whole, rank = Shard(0, 1, 0, shape.layers, 0, shape.heads), replace(self._endpoint, role="worker")
         self._worker = WorkerSession(rank, layout_for, whole, self._pool.describe(), threads)
-        self.wait_connected(wait_seconds)
+        if self._scheduler.identified:
+            self.wait_connected(wait_seconds)
+
+    def _identified(self) -> Identity:
+        """The identity of the weights as they are now, which are hashed once for as long as they stay so.
+
+        Raises:
+            LayoutError: they have none.
+        """
+        if self._model_id:
+            return named(self._model_id)
+        refuse_unsupported(self._model)  # as it is now: an adapter may have been put in
+        stamp = weights_stamp(self._model)
+        if self._identity is None or stamp != self._stamp:
+            self._identity, self._stamp = weights_identity(self._model), stamp
+        return self._identity
 
     def _hang_up(self) -> None:
         for session in (self._worker, self._scheduler):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,8 +13,10 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from lmcache.chunks import Layout
 from lmcache.errors import LayoutError
-from lmcache.integration.identity import plain
+from lmcache.integration.digests import hash_threads
+from lmcache.integration.identity import Finding, Identity, plain
 from lmcache.integration.transformers.pool import Shape
+from lmcache.transfer.gpu.driver import beside_captures
 
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope", "su", "yarn-dynamic")
 """Kinds of RoPE that turn keys by angles that depend on how long the whole prompt is, not on the tokens before alone."""
@@ -65,37 +67,51 @@ def refuse_unsupported(model: Any) -> None:
         raise LayoutError(f"RoPE of type {kinds.pop()!r} makes KV depend on what follows it; not supported")
 
 
-def layout_of(model: Any, shape: Shape, model_id: str, chunk_tokens: int) -> Layout:
-    """The layout of the model's KV.
+def layout_of(model: Any, shape: Shape) -> Layout:
+    """The layout of the model's KV in chunks of one token, without a name of the weights.
 
     Raises:
         LayoutError: KV of a dtype that no slot can hold.
     """
     config = json.dumps(["transformers", plain(model.config)], sort_keys=True)
     return Layout(
-        model_id=model_id,
+        model_id="",
         kv_dtype=str(shape.dtype).removeprefix("torch."),
         num_layers=shape.layers,
         num_kv_heads=shape.heads,
         head_size=shape.head_size,
-        chunk_tokens=chunk_tokens,
+        chunk_tokens=1,
         config_digest=blake3(config.encode()).hexdigest(16),
     )
 
 
-def weights_identity(model: Any) -> str:
-    """A digest of every byte of the weights as they are in memory: trained, merged and quantized ones are what they are.
+def weights_identity(model: Any) -> Identity:
+    """That of every byte of the weights as they are in memory: trained, merged and quantized ones are what they are.
 
     Raises:
         LayoutError: weights that are not in memory, or not plain tensors.
     """
-    digest = blake3(max_threads=blake3.AUTO)
-    for name, tensor in _tensors(model):
+    tensors, stamp = list(_tensors(model)), weights_stamp(model)
+
+    def find() -> str:
+        with beside_captures(str(model.device)):
+            name = _digest_of(tensors)
+        if weights_stamp(model) != stamp:
+            raise LayoutError("the weights have changed while they were hashed")
+        return name
+
+    size = sum(tensor.numel() * tensor.element_size() for _, tensor in tensors)
+    return Identity((Finding("the model's weights", "pass model_id=", find, size),))
+
+
+def _digest_of(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    digest = blake3(max_threads=hash_threads())
+    for name, tensor in tensors:
         digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
         try:
             digest.update(tensor.detach().reshape(-1).contiguous().view(torch.uint8).cpu().numpy())
         except (NotImplementedError, RuntimeError, TypeError) as error:
-            raise LayoutError(f"the bytes of weight {name} cannot be read ({error}); pass model_id=") from None
+            raise LayoutError(f"the bytes of weight {name} cannot be read ({error})") from None
     return f"weights:{digest.hexdigest(16)}"
 
 

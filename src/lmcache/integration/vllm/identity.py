@@ -13,25 +13,35 @@ from typing import Any
 from blake3 import blake3
 
 from lmcache.errors import LayoutError
-from lmcache.integration.identity import path_identity, plain, repository_identity
+from lmcache.integration.identity import REMEDY, Identity, named, path_identity, plain, repository_identity
 from lmcache.integration.load_formats import files_read, refuse_weights_from_anywhere
 
 _WRITTEN_BY_MODELS = frozenset({"dtype", "torch_dtype", "max_model_len"})
 """What classes of models write into the configuration when they are made, which the scheduler's process may not see."""
 
 
-def model_identity(model_config: Any, load_format: str, engine_id: str) -> str:
-    """The identity of the served weights.
+def served_identity(vllm_config: Any, model_id: str) -> Identity:
+    """The identity of all weights that make KV: the model's, or its name `model_id` where that is given, and a draft model's.
+
+    Raises:
+        LayoutError: it cannot be found out; the message says what to set.
+    """
+    engine_id, load_format = str(vllm_config.kv_transfer_config.engine_id), str(vllm_config.load_config.load_format)
+    identity = named(model_id) if model_id else model_identity(vllm_config.model_config, load_format, engine_id)
+    draft = _draft(getattr(vllm_config, "speculative_config", None))
+    return identity if draft is None else identity + _draft_identity(draft, engine_id)
+
+
+def model_identity(model_config: Any, load_format: str, engine_id: str) -> Identity:
+    """The identity of the served model's own weights.
 
     Raises:
         LayoutError: it cannot be found out; the message says what to set.
     """
     if load_format == "dummy":
-        return f"dummy:{engine_id}"
+        return named(f"dummy:{engine_id}")
     if getattr(model_config, "model_weights", ""):
-        raise LayoutError(
-            f"weights streamed from {model_config.model!r} have no identity; set lmcache.mp.model_id to a name of yours"
-        )
+        raise LayoutError(f"weights streamed from {model_config.model!r} have no identity; {REMEDY}")
     refuse_weights_from_anywhere(load_format)
     name = str(model_config.model)
     return path_identity(name) or repository_identity(name, model_config)
@@ -59,7 +69,7 @@ def config_digest(vllm_config: Any) -> str:
         "load": files_read(str(load.load_format), getattr(load, "model_loader_extra_config", None)),
         "images": _processing(getattr(model, "multimodal_config", None)),
         "lora": _lora(getattr(vllm_config, "lora_config", None), model),
-        "draft": _draft(getattr(vllm_config, "speculative_config", None)),
+        "draft": _drafting(getattr(vllm_config, "speculative_config", None)),
         "platform": plain(getattr(vllm_config, "additional_config", None)) or None,
     }
     return blake3(json.dumps(material, sort_keys=True).encode()).hexdigest(16)
@@ -87,13 +97,14 @@ class Adapters:
 
 
 def adapter_identity(path: str, unchanged_since: float) -> str:
-    """The content of a LoRA adapter's directory, "" if it is not here to be looked at.
+    """The content of a LoRA adapter's directory, "" if it is not here to be looked at, or while it is hashed.
 
     It is also "" where a file is newer than `unchanged_since`, a time before this engine has loaded any adapter: vLLM may have
     loaded the older files, and answers with them until the adapter is loaded again.
     """
     try:
-        return path_identity(path, unchanged_since)
+        identity = path_identity(path, "load the adapter from another directory", unchanged_since)
+        return identity.name if identity is not None else ""
     except (LayoutError, OSError):
         return ""
 
@@ -128,13 +139,28 @@ def _lora(lora: Any, model: Any) -> Any:
     return options if any(options.values()) else None
 
 
-def _draft(speculative: Any) -> Any:
-    """The draft model, which may add layers to the KV. None for methods without one (ngram, suffix), for which vLLM names the
-    target model: they propose tokens and change no KV."""
-    model = getattr(speculative, "draft_model_config", None)
-    if model is None or model is getattr(speculative, "target_model_config", None):
+def _drafting(speculative: Any) -> Any:
+    """How the draft model's layers are made. None where there is none; whose weights it has is a part of the identity."""
+    model = _draft(speculative)
+    if model is None:
         return None
-    name = str(getattr(model, "model", ""))
-    commit = getattr(getattr(model, "hf_config", None), "_commit_hash", None) or getattr(model, "revision", None)
-    identity = (path_identity(name) or f"{name}@{commit}") if name else ""
-    return [str(getattr(speculative, "method", "")), identity, plain(getattr(model, "quantization", None))]
+    return [str(getattr(speculative, "method", "")), plain(getattr(model, "quantization", None))]
+
+
+def _draft(speculative: Any) -> Any:
+    """vLLM's configuration of the draft model, which may add layers to the KV. None for methods without one (ngram, suffix), for
+    which vLLM names the target model: they propose tokens and change no KV."""
+    model = getattr(speculative, "draft_model_config", None)
+    return None if model is getattr(speculative, "target_model_config", None) else model
+
+
+def _draft_identity(draft: Any, engine_id: str) -> Identity:
+    """Of a repository whose commit is not known, one that no other engine has."""
+    name, config = str(draft.model), getattr(draft, "hf_config", None)
+    found = path_identity(name)
+    if found is not None:
+        return found
+    commits = (
+        getattr(one, "_commit_hash", None) for one in (config, getattr(config, "model", None))
+    )  # vLLM wraps EAGLE's
+    return named(f"{name}@{next(filter(None, commits), engine_id)}")

@@ -300,7 +300,14 @@ def worker_half(
     layers = Layers(kv.layer_names, len(registered.paged.planes)) if layerwise else None
     stores = kv.stores(tp_rank)
     half = WorkerHalf(
-        session, registered, shard.index, shard.count, stores=stores, synchronous=synchronous, layers=layers
+        session,
+        registered,
+        shard.index,
+        shard.count,
+        stores=stores,
+        synchronous=synchronous,
+        layers=layers,
+        refusal=lambda: kv.identity.failure,
     )
     half.reports_stats = tp_rank == 0 and pp_rank == 0
     return half

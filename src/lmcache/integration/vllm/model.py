@@ -7,7 +7,8 @@ from typing import Any
 
 from lmcache.chunks import Layout, Shard, shard_of_rank
 from lmcache.errors import LayoutError
-from lmcache.integration.vllm.identity import config_digest, model_identity
+from lmcache.integration.identity import Identity
+from lmcache.integration.vllm.identity import config_digest, served_identity
 from lmcache.integration.vllm.rules import refuse_what_vllm_rules_out
 
 NOT_SERVED = (LayoutError, AttributeError, ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError)
@@ -26,7 +27,6 @@ class ModelKV:
     layer_names: of this rank, in slot order. ranks: workers of this engine. tp_size, pp_size: how it is split.
     """
 
-    model_id: str
     config_digest: str
     kv_dtype: str
     kind: str
@@ -37,20 +37,31 @@ class ModelKV:
     layer_names: tuple[str, ...]
     tp_size: int
     pp_size: int
-    stages: tuple[int, ...] = ()
+    stages: tuple[int, ...]
+    identity: Identity
 
     @property
     def ranks(self) -> int:
         return self.tp_size * self.pp_size
 
     def layout(self, chunk_tokens: int) -> Layout:
+        """The model's layout for chunks of so many tokens.
+
+        Raises:
+            IdentityUnknown: it is not known (yet) which weights are served.
+        """
+        return self.identity.layout(self._unnamed, chunk_tokens)
+
+    @property
+    def _unnamed(self) -> Layout:
+        """Of chunks of one token, whatever the weights."""
         return Layout(
-            model_id=self.model_id,
+            model_id="",
             kv_dtype=self.kv_dtype,
             num_layers=self.num_layers,
             num_kv_heads=self.num_kv_heads,
             head_size=self.head_size,
-            chunk_tokens=chunk_tokens,
+            chunk_tokens=1,
             kind="mla" if self.kind == "mla" else "mha",
             config_digest=self.config_digest,
         )
@@ -66,7 +77,7 @@ class ModelKV:
         Raises:
             LayoutError: the heads do not divide among the ranks.
         """
-        return shard_of_rank(self.layout(1), tp_rank, self.tp_size, *layers, pp_rank=pp_rank, pp_size=self.pp_size)
+        return shard_of_rank(self._unnamed, tp_rank, self.tp_size, *layers, pp_rank=pp_rank, pp_size=self.pp_size)
 
     def stores(self, tp_rank: int) -> bool:
         """Whether this rank is the one of those sharing its part that stores it."""
@@ -94,9 +105,7 @@ def describe_model(vllm_config: Any, kv_cache_config: Any, model_id: str = "") -
         )
     pp_size = parallel.pipeline_parallel_size
     layers = len(names) if pp_size == 1 else model.get_total_num_hidden_layers()
-    engine_id = str(vllm_config.kv_transfer_config.engine_id)
     return ModelKV(
-        model_id=model_id or model_identity(model, str(vllm_config.load_config.load_format), engine_id),
         config_digest=config_digest(vllm_config),
         kv_dtype=_kv_dtype(str(spec.dtype), str(vllm_config.cache_config.cache_dtype)),
         kind=kind,
@@ -108,6 +117,9 @@ def describe_model(vllm_config: Any, kv_cache_config: Any, model_id: str = "") -
         tp_size=parallel.tensor_parallel_size,
         pp_size=pp_size,
         stages=_stages(layers, pp_size),
+        identity=served_identity(
+            vllm_config, model_id
+        ),  # last: to hash the weights of an engine that is refused is in vain
     )
 
 

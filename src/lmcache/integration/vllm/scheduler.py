@@ -240,6 +240,8 @@ class SchedulerHalf:
         if tracker is None:
             return False
         self._give_back(tracker)
+        if self._session is not None and self._can_store and tracker.cacheable and tracker.chain is None:
+            self._session.forgone(request.num_computed_tokens)
         if not tracker.jobs or request.request_id in self._loading:  # vLLM frees the blocks when the load has ended
             return False
         if request.num_preemptions != tracker.preemptions:
@@ -274,7 +276,9 @@ class SchedulerHalf:
     def wait_connected(self, starting: Callable[[], bool]) -> None:
         """Give a server the time to start, as long as it is `starting`. Without one the engine goes on."""
         deadline = time.monotonic() + _START_SECONDS
-        while self._session is not None and not self._session.wait_connected(_LOOK_SECONDS):
+        while (
+            (session := self._session) is not None and session.identified and not session.wait_connected(_LOOK_SECONDS)
+        ):
             if not starting():
                 self.stop("its own server has not started, and has said why")
             elif time.monotonic() > deadline:
@@ -330,6 +334,7 @@ class SchedulerHalf:
             return None
         chain = self._chain(tracker)
         if chain is None:
+            tracker.asked_at, tracker.asked_tokens = now, tokens
             return None
         chain.extend(tracker.request.all_token_ids)
         tail = chain.tail(tracker.request.all_token_ids) if self._save_tail else b""

@@ -306,6 +306,9 @@ class LMCacheMPWorkerAdapter:
     def _start_store(self, op: LoadStoreOp, salt: str, event: Any) -> str:
         """The job's id, "" where there is nothing to store or nobody to store it."""
         session, lookups, registered = self._session, self._lookups, self._registered
+        if lookups is not None and lookups.chunk_tokens is None:
+            lookups.forgone(op.end - op.start)
+            return ""
         chain = lookups.new_chain(salt) if lookups is not None and not self._weights_changed() else None
         if session is None or registered is None or chain is None:
             return ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 from lmcache.chunks import HASH_BYTES
@@ -29,7 +30,8 @@ class WorkerHalf:
     """shard, shards: which of how many parts of a chunk this rank holds. stores: False where another rank stores it.
 
     synchronous: forwards wait for loads (`wait_loaded`), and the log tells of every copy, as users of in-process mode expect.
-    layers: where they wait layer by layer, as far as that can be relied on.
+    layers: where they wait layer by layer, as far as that can be relied on. refusal: why this rank can never serve, "" while
+    that is not so.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class WorkerHalf:
         stores: bool = True,
         synchronous: bool = False,
         layers: Layers | None = None,
+        refusal: Callable[[], str] = str,
     ) -> None:
         self._session = session
         self._registered = registered
@@ -50,7 +53,7 @@ class WorkerHalf:
         self._shards = shards
         self._stores = stores
         self._synchronous = synchronous
-        self._layers = layers
+        self._layers, self._refusal = layers, refusal
         self._arriving: list[Progress] = []
         """Of the loads of a step whose forward waits for each layer."""
         self._unread: set[str] = set()
@@ -211,6 +214,7 @@ class WorkerHalf:
         report, self._report = self._report, StepReport()
         if self._started is not None and self._started.weights != self._weights:
             report.weights, report.emptied = self._weights, self._emptied
+        report.refusal = self._refusal()
         return report
 
     def close(self) -> None:
