@@ -33,6 +33,8 @@ HELP: dict[str, str] = {
     "failed_stores_total": "Stores that engines gave up; nothing of them is readable.",
     "malformed_messages_total": "Messages that could not be understood; they were answered or dropped.",
     "turned_away_total": "Connections refused: too many, or not allowed.",
+    "refused_engines_total": "Attempts of engines to get payload frames that failed for want of a proof, by either side; the log "
+    "names each engine and reason once.",
     "refused_requests_total": "Requests understood and declined.",
     "failed_requests_total": "Requests that failed with a known error.",
     "internal_errors_total": "Faults of ours; each has a traceback in the log.",

@@ -151,7 +151,7 @@ class Report:
             if reason:
                 out[f'{kind}_chunks_by_reason_total{{reason="{reason}"}}'] = value
         for name in ("stored_tokens", "retrieved_tokens", "renewed_leases", "failed_loads", "failed_stores", "malformed_messages",
-                     "turned_away", "refused_requests", "failed_requests", "internal_errors", "failed_effects",
+                     "turned_away", "refused_engines", "refused_requests", "failed_requests", "internal_errors", "failed_effects",
                      "unsent_answers"):  # fmt: skip
             out[f"{name}_total"] = service.counters[name]
         out["store_seconds_total"] = service.counters["stored_microseconds"] / 1e6

@@ -2,7 +2,8 @@
 their KV as payload frames.
 
 A message is [msgpack, frame...]; anything else is answered with an `Error` and forgotten. Beyond loopback the socket starts only
-with a key (CURVE) or an explicit waiver; on loopback, payload engines show that they can read a 0600 cookie file.
+with a key (CURVE) or an explicit waiver; on loopback, server and payload engines prove to each other that they can read a 0600
+cookie file. Whoever has not done so gets short answers to short messages, and nothing else.
 """
 
 from __future__ import annotations
@@ -20,16 +21,20 @@ from lmcache.config.hosts import in_url
 from lmcache.errors import ConfigError, WireError
 from lmcache.observability.log import Seldom, init_logger
 from lmcache.server.loop import Loop
-from lmcache.server.service import MAX_PAYLOAD_BYTES, Peer, Service
+from lmcache.server.service import Peer, Service
 from lmcache.wire import auth
 from lmcache.wire import messages as m
 
 logger = init_logger(__name__)
-_malformed = Seldom(logger)
+_malformed, _refused = Seldom(logger), Seldom(logger)
 SILENCE_SECONDS = 30.0
 """A payload engine that says nothing for so long is gone, as is one that takes none of the bytes that wait for it. It pings three
 times as often."""
 MAX_PEERS = 1024
+MAX_HELLO_BYTES = 1 << 14
+"""Of a message, which is one frame, from somebody who is not an engine that was let in."""
+MAX_TOLD = 256
+"""Refused engines that get a line of the log at once; all further ones share one every few seconds."""
 MAX_UNREAD_ANSWERS = 128
 """For one engine, which is forgotten at the first one beyond."""
 _COPIED_BYTES = 1 << 16
@@ -60,7 +65,7 @@ class ZmqFace:
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_PAYLOAD_BYTES)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, m.MAX_PAYLOAD_BYTES)
         self._socket.setsockopt(zmq.SNDTIMEO, 0)
         self._socket.setsockopt(zmq.SNDHWM, MAX_UNREAD_ANSWERS)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # else an answer that cannot be sent is dropped without a word
@@ -71,6 +76,10 @@ class ZmqFace:
         self._authenticator = auth.protect_server(self._context, self._socket, key_file) if key_file else None
         self._needs_proof = key_file is None and not open_door
         self._cookie = secrets.token_bytes(auth.COOKIE_BYTES)
+        self._nonces: dict[bytes, tuple[bytes, bytes]] = {}
+        """Connections that we have proved ourselves to and that may do so now, once -> the engine's nonce and ours."""
+        self._told: set[tuple[object, ...]] = set()
+        """Refused engines, and why."""
         self._cookie_path = cookie_dir / f"{service.server_id.hex()[:16]}.cookie"
         descriptor = os.open(self._cookie_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         with open(descriptor, "wb") as file:
@@ -82,6 +91,7 @@ class ZmqFace:
             self.close()
             raise ConfigError(f"--port {port}: cannot listen on {host}: {error.strerror}; pass another port") from error
         self.port = int(self._socket.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2])
+        self._place = auth.place(host, self.port)
         self._descriptor: int = self._socket.FD
         loop.watch(self._descriptor, lambda: None)
         loop.after_events.append(self._receive_all)  # ZMQ's descriptor is edge-triggered: always look
@@ -107,14 +117,17 @@ class ZmqFace:
         self.loop.call_soon(lambda: None)  # more may wait: let others have their turn first
 
     def _serve(self, identity: bytes, frames: list[bytes]) -> None:
+        known = identity in self._peers
+        most = m.MAX_MESSAGE_BYTES if known else MAX_HELLO_BYTES
+        readable = bool(frames) and len(frames[0]) <= most
         try:
-            if not frames or len(frames[0]) > m.MAX_MESSAGE_BYTES:
+            if not readable or (len(frames) > 1 and not known):
                 raise WireError(f"{len(frames)} frames, the first of {len(frames[0]) if frames else 0} bytes")
             sequence, request = m.decode_request(frames[0])
         except WireError as error:
             self.service.counters["malformed_messages"] += 1
             _malformed.warning("A malformed ZMQ message: %s", error)
-            sequence = m.sequence_of(frames[0]) if frames and len(frames[0]) <= m.MAX_MESSAGE_BYTES else 0
+            sequence = m.sequence_of(frames[0]) if readable else 0
             self._send(identity, sequence, m.Error("malformed", str(error)), [])
             return
         if isinstance(request, m.Hello) and not request.payload:
@@ -124,6 +137,15 @@ class ZmqFace:
                 self._send(identity, sequence, m.Error("version", text), [])
             else:
                 self._send(identity, sequence, self.service.welcome(), [])
+            return
+        if isinstance(request, m.Challenge):
+            self._send(identity, sequence, self._prove(identity, request.nonce), [])
+            return
+        if isinstance(request, m.Declined):
+            remedy = auth.REASONS.get(request.reason, "a reason that this server does not know: upgrade it")
+            does_without = f"of user {request.user} does without this server, for {remedy}, or {auth.KEY_FOR_BOTH}"
+            self._count_refused(request, does_without)
+            self._send(identity, sequence, m.Ok(), [])
             return
         peer = self._peer(identity, request)
         if peer is None:
@@ -141,20 +163,47 @@ class ZmqFace:
             return self._peers[identity][0]
         if not isinstance(request, m.Hello) or len(self._peers) >= MAX_PEERS:
             return None
-        expected = auth.proof(self._cookie, self.service.server_id)
-        if self._needs_proof and not hmac.compare_digest(request.proof, expected):
-            return None
-        return Peer("ZMQ")
+        return Peer("ZMQ") if self._is_proven(identity, request.proof) or not self._needs_proof else None
+
+    def _prove(self, identity: bytes, nonce: bytes) -> m.Proven:
+        """To an engine that does not know yet whether this is its user's server."""
+        self._nonces.pop(identity, None)
+        if len(self._nonces) >= MAX_PEERS:
+            del self._nonces[next(iter(self._nonces))]  # the oldest
+        nonces = self._nonces[identity] = nonce, secrets.token_bytes(m.NONCE_BYTES)
+        proof = auth.proof(self._cookie, "server", self.service.server_id, *nonces, self._place)
+        return m.Proven(nonces[1], proof, self._place)
+
+    def _is_proven(self, identity: bytes, proof: bytes) -> bool:
+        """Whether this engine knows the cookie. A nonce is good for one answer."""
+        nonces = self._nonces.pop(identity, None)
+        return nonces is not None and hmac.compare_digest(
+            proof, auth.proof(self._cookie, "engine", self.service.server_id, *nonces, self._place)
+        )
 
     def _why_not(self, request: m.Request) -> m.Error:
         if not isinstance(request, m.Hello):
             return m.Error("hello", "say hello first")
         if len(self._peers) >= MAX_PEERS:
             return m.Error("refused", f"{MAX_PEERS} engines use payload frames already")
+        self._count_refused(request, f"was refused: it did not prove that it can read {self._cookie_path}")
         need = (
             f"payload frames need proof that the engine can read {self._cookie_path}, or a server with --auth-key-file"
         )
         return m.Error("refused", need)
+
+    def _count_refused(self, who: m.Hello | m.Declined, why: str) -> None:
+        """One line of the log for each engine and reason. What `who` says of itself is not checked, and may be always new."""
+        self.service.counters["refused_engines"] += 1
+        line = "An engine (%s rank %d of %s, pid %d) %s"
+        told = m.printable(who.role, 40), who.rank, m.printable(who.instance, 200), who.pid, why
+        if told in self._told:
+            return
+        if len(self._told) < MAX_TOLD:
+            self._told.add(told)
+            logger.warning(line, *told)
+        else:
+            _refused.warning(line, *told)
 
     def _send(self, identity: bytes, sequence: int, answer: m.Message, payload: list[bytes]) -> None:
         frames = [m.encode(sequence, answer), *payload]
