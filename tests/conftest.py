@@ -17,8 +17,9 @@ import pytest
 from engine_process import Engine
 from hashing import Turns
 from lmcache.integration import identity
+from lmcache.wire import messages as m
 from ports import free_port
-from servers import READY, EngineProcess, Raw, Server
+from servers import READY, EngineProcess, Impostor, Raw, Server
 
 # The same examples in every run, however slow the machine: `pytest --hypothesis-profile=default` looks for new ones.
 hypothesis.settings.register_profile(
@@ -118,6 +119,20 @@ def raw() -> Iterator[Callable[..., Raw]]:
 
     def make(server: Server, instance: str = "raw", **more: Any) -> Raw:
         made.append(Raw(server, instance, **more))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+@pytest.fixture
+def impostor() -> Iterator[Callable[..., Impostor]]:
+    """Servers of somebody else: impostor(answers, port=...)."""
+    made: list[Impostor] = []
+
+    def make(answers: Callable[[int, m.Message], list[bytes] | None], port: int = 0) -> Impostor:
+        made.append(Impostor(answers, port))
         return made[-1]
 
     yield make

@@ -187,14 +187,17 @@ class Server(Process):
 
 @contextlib.contextmanager
 def server_parts(
-    folders: Callable[[str], Path], l1_bytes: int, key: Path | None = None
+    folders: Callable[[str], Path], l1_bytes: int, key: Path | None = None, open_door: bool = True
 ) -> Iterator[tuple[Service, int]]:
-    """A server's parts in this process, in a running loop and without prefaulting: its service, and the port of its ZMQ face."""
+    """A server's parts in this process, in a running loop and without prefaulting: its service, and the port of its ZMQ face.
+
+    open_door: nobody needs a proof.
+    """
     loop, arena, folder = Loop(), Arena(folders("/dev/shm"), l1_bytes), folders("/tmp")
     workers = ThreadPoolExecutor(1)
     service = Service(loop, Heart(l1_bytes), arena, 16, workers)
     unix = UnixFace(loop, service, listen_unix(folder / "socket"), folder / "socket")
-    door = ZmqFace(loop, service, "127.0.0.1", 0, folder, key, True)
+    door = ZmqFace(loop, service, "127.0.0.1", 0, folder, key, open_door)
     thread = threading.Thread(target=loop.run)
     thread.start()
     try:
@@ -207,6 +210,47 @@ def server_parts(
         door.close()
         arena.close()
         loop.close()
+
+
+class Impostor:
+    """A ZMQ server of somebody else, that speaks our protocol up to a point: `answers` is asked what to say to each request.
+
+    heard: every request so far, and how many payload frames came with it. names: ZMQ's, of the connections that they came from.
+    """
+
+    def __init__(self, answers: Callable[[int, m.Message], list[bytes] | None], port: int = 0) -> None:
+        self.context = zmq.Context()
+        self.socket = self.context.socket(zmq.ROUTER)
+        self.socket.linger = 0
+        self.port = port or free_port()
+        self.address = f"tcp://127.0.0.1:{self.port}"
+        self.socket.bind(self.address)
+        self.answers, self.stop = answers, threading.Event()
+        self.heard: list[tuple[m.Message, int]] = []
+        self.names: set[bytes] = set()
+        self.thread = threading.Thread(target=self._serve, daemon=True)
+        self.thread.start()
+
+    @property
+    def asked(self) -> int:
+        return len(self.heard)
+
+    def _serve(self) -> None:
+        while not self.stop.is_set():
+            if self.socket.poll(20):
+                identity, head, *frames = self.socket.recv_multipart()
+                sequence, request = m.decode_request(head)
+                self.heard.append((request, len(frames)))
+                self.names.add(identity)
+                answer = self.answers(sequence, request)
+                if answer is not None:
+                    self.socket.send_multipart([identity, *answer])
+
+    def close(self) -> None:
+        self.stop.set()
+        self.thread.join()
+        self.socket.close()
+        self.context.term()
 
 
 class EngineProcess(Process):

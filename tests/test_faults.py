@@ -7,17 +7,15 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import msgspec
 import pytest
-import zmq
 
 from engine_process import pause_once
 from lmcache.engine import Load, Store
 from lmcache.wire import messages as m
 from lmcache.wire.frames import frame
-from ports import free_port
 from servers import PATIENCE, eventually
 
 SLACK = 4.0  # seconds that a busy test machine may add to a deadline; what is broken waits for ever, or 100 times
@@ -519,49 +517,6 @@ def test_something_else_on_the_port_costs_nothing(engine, what):
 WELCOME = m.Welcome(m.PROTOCOL_VERSION, "test", b"s" * 16, 16, "", b"a" * 16, 1 << 20)
 
 
-class Impostor:
-    """A ZMQ server that speaks our protocol up to a point: `answers` maps a request's type to what it says."""
-
-    def __init__(self, answers: Callable[[int, m.Message], list[bytes] | None], port: int = 0) -> None:
-        self.context = zmq.Context()
-        self.socket = self.context.socket(zmq.ROUTER)
-        self.socket.linger = 0
-        self.port = port or free_port()
-        self.address = f"tcp://127.0.0.1:{self.port}"
-        self.socket.bind(self.address)
-        self.answers, self.asked, self.stop = answers, 0, threading.Event()
-        self.thread = threading.Thread(target=self._serve, daemon=True)
-        self.thread.start()
-
-    def _serve(self) -> None:
-        while not self.stop.is_set():
-            if self.socket.poll(20):
-                identity, head, *_ = self.socket.recv_multipart()
-                self.asked += 1
-                frames = self.answers(*m.decode_request(head))
-                if frames is not None:
-                    self.socket.send_multipart([identity, *frames])
-
-    def close(self) -> None:
-        self.stop.set()
-        self.thread.join()
-        self.socket.close()
-        self.context.term()
-
-
-@pytest.fixture
-def impostor() -> Iterator[Callable[..., Impostor]]:
-    made: list[Impostor] = []
-
-    def make(answers: Callable[[int, m.Message], list[bytes] | None]) -> Impostor:
-        made.append(Impostor(answers))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.close()
-
-
 @pytest.mark.parametrize(
     "says",
     [
@@ -614,7 +569,9 @@ def test_the_engine_names_both_versions(engine, impostor, caplog):
         m.Welcome(1, "", b"", 16, "", b"", 1),
     ],
 )
-def test_nonsense_in_answer_to_a_lookup_is_a_miss(engine, impostor, found):
+def test_nonsense_in_answer_to_a_lookup_is_a_miss(engine, impostor, found, monkeypatch):
+    monkeypatch.setenv("LMCACHE_INSECURE_NO_AUTH", "1")
+
     def answers(sequence: int, request: m.Message) -> list[bytes] | None:
         if isinstance(request, m.Hello):
             return [m.encode(sequence, WELCOME)]

@@ -16,6 +16,7 @@ import zmq
 from lmcache.cache import Heart
 from lmcache.chunks import Layout
 from lmcache.engine.link import given_address, probe
+from lmcache.engine.proofs import prove
 from lmcache.errors import ConfigError, ServerRefused, ServerUnavailable
 from lmcache.integration.vllm.settings import Settings
 from lmcache.server import service as service_module
@@ -29,7 +30,7 @@ from lmcache.wire import messages as m
 from lmcache.wire.carriers import ZmqCarrier
 from lmcache.wire.knock import knock
 from ports import free_port
-from servers import PATIENCE, eventually, key_file, server_parts, unresolved
+from servers import PATIENCE, EngineProcess, eventually, key_file, server_parts, unresolved
 
 
 def payload_hello(proof: bytes = b"", session: bytes = b"x") -> m.Hello:
@@ -82,36 +83,40 @@ def test_a_payload_load_may_begin_inside_a_lease(server, engine):
     assert one.load(ids, 200, 600, hit=hit) == 400
 
 
-def test_a_payload_engine_needs_the_cookie(server, engine):
+def proven(carrier: ZmqCarrier) -> m.Hello:
+    """What an engine of the server's user says next."""
+    welcome = carrier.exchange(m.Hello(m.PROTOCOL_VERSION, "", "", "", 0, 0), PATIENCE)[0]
+    return payload_hello(prove(carrier, welcome, payload_hello(), False))
+
+
+def test_a_payload_engine_needs_the_cookie(server, engine, caplog):
     cache = server()
     (cookie,) = cache.socket_dir.glob("*.cookie")
     assert cookie.stat().st_mode & 0o777 == 0o600
     carrier = ZmqCarrier(cache.address)
-    for proof in (b"", b"guess" * 10, auth.proof(b"c" * 32, b"s" * 16)):
+    for proof in (b"", b"guess" * 10, auth.proof(cookie.read_bytes(), "engine", b"s" * 16, b"", b"", "")):
         answer, _ = carrier.exchange(payload_hello(proof), PATIENCE)
         assert isinstance(answer, m.Error) and answer.code == "refused" and "--auth-key-file" in answer.text
     for request in (m.Lookup(0, bytes(16)), m.Clear(), m.Reserve(0, 0, b"", True, bytes(16)), m.Fetch(1, 0, 0, 1)):
         answer, frames = carrier.exchange(request, PATIENCE)
         assert isinstance(answer, m.Error) and answer.code == "hello" and not frames
-    right = auth.proof(cookie.read_bytes(), carrier.exchange(m.Hello(1, "", "", "", 0, 0), PATIENCE)[0].server)
-    assert isinstance(carrier.exchange(payload_hello(right), PATIENCE)[0], m.Welcome)
+    assert isinstance(carrier.exchange(proven(carrier), PATIENCE)[0], m.Welcome)
     carrier.close()
     cookie.chmod(0o644)  # no longer a secret: the engine does not trust it
     one = engine(cache, "late", mode="payload", connect=False)
-    assert not one.scheduler.wait_connected(1.0)
+    eventually(lambda: "has mode 644 and 32 bytes: start the server anew, or give both the same key" in caplog.text)
+    assert not one.scheduler.connected
+    assert "this server's cookie file has been changed" in cache.line_with("of late, pid")
 
 
 def test_payload_requests_that_do_not_fit_are_refused(server, engine):
     """Wrong sizes, slots of others, a commit while the bytes are on their way, and more than a message may hold."""
-    cache = server()
-    (cookie,) = cache.socket_dir.glob("*.cookie")
-    carrier = ZmqCarrier(cache.address)
-    told = carrier.exchange(m.Hello(1, "", "", "", 0, 0), PATIENCE)[0]
+    carrier = ZmqCarrier(server().address)
 
     def ask(request: m.Message, frames=()):
         return carrier.exchange(request, PATIENCE, frames)
 
-    ask(payload_hello(auth.proof(cookie.read_bytes(), told.server)))
+    ask(proven(carrier))
     space = ask(m.Register(Layout("r", "bfloat16", 1, 1, 64, 16, kind="mla"), 1, 0, 2048))[0].space
     granted = ask(m.Reserve(space, 0, b"", True, os.urandom(64)))[0]
     fill = granted.reservation
@@ -313,7 +318,7 @@ def test_with_a_key_file_only_who_has_it_is_heard(server, engine, tmp_path, capl
     for why in ("its key is another one", "it has no key file"):
         cache.said_once(f"{why}: set LMCACHE_AUTH_KEY_FILE for the engine to a copy of the server's {right}")
     carrier = ZmqCarrier(cache.address, wrong)
-    with pytest.raises(Exception, match="no answer"):
+    with pytest.raises(ServerUnavailable):
         carrier.exchange(payload_hello(), 1.0)
     carrier.close()
     with zmq.Context() as context, context.socket(zmq.DEALER) as door:  # the server's public key alone is not enough
@@ -346,9 +351,7 @@ def test_both_sides_say_why_an_engine_gets_nothing_from_a_default_server(server,
     try:
         engine(cache, connect=False)
         eventually(lambda: f"is of no use to this engine ({reason}" in caplog.text)
-        assert (
-            "start the server with --auth-key-file FILE and the engine with LMCACHE_AUTH_KEY_FILE=FILE" in caplog.text
-        )
+        assert auth.KEY_FOR_BOTH in caplog.text
         eventually(lambda: refused(cache, "no proof") >= 4)  # they try again
         told = cache.status()["refused_engines"]
         assert [one["reason"] for one in told] == ["no proof"] * 2
@@ -437,13 +440,23 @@ def test_engines_take_the_key_file_from_the_environment(monkeypatch):
     assert Settings().endpoint("e", "worker").auth_key_file == Path("/etc/lmcache.key")
 
 
+def test_engines_take_the_waiver_from_the_environment(monkeypatch):
+    assert not Settings().endpoint("e", "worker").insecure_no_auth
+    for text, waived in (("1", True), ("true", True), ("", False), ("no", False)):
+        monkeypatch.setenv("LMCACHE_INSECURE_NO_AUTH", text)
+        assert Settings().endpoint("e", "worker").insecure_no_auth == waived
+    monkeypatch.setenv("LMCACHE_INSECURE_NO_AUTH", "perhaps")
+    with pytest.raises(ValueError, match="LMCACHE_INSECURE_NO_AUTH is 'perhaps': it must be true or false"):
+        Settings().endpoint("e", "worker")
+
+
 def test_beyond_loopback_nothing_starts_without_a_key(server):
     with pytest.raises(AssertionError, match="--auth-key-file"):
         server(flags=("--host", "0.0.0.0"))
 
 
 @pytest.mark.skipif(os.getuid() != 0 or not shutil.which("ip"), reason="needs root and iproute2")
-def test_two_network_namespaces(server, engine_process, tmp_path):
+def test_two_network_namespaces(server, engine_process, tmp_path, monkeypatch):
     """The engine sees neither the server's sockets nor its memory: only an address over a veth pair."""
     name, net = f"lm{os.getpid()}"[:14], os.getpid() % 250
     host, guest = f"10.213.{net}.1", f"10.213.{net}.2"
@@ -471,6 +484,17 @@ def test_two_network_namespaces(server, engine_process, tmp_path):
         assert far.ask("store", ids=ids) == 640
         assert far.ask("load", ids=ids) == 640
         assert all(one["payload_frames"] for one in cache.status()["engines"])
+        bare = server(flags=("--host", host, "--insecure-no-auth"))
+        address = f"tcp://{host}:{bare.port}"
+        refused = EngineProcess(prefix, address=address, instance="refused")
+        try:
+            assert "set LMCACHE_INSECURE_NO_AUTH=1" in refused.line_with(f"{host} is no loopback address")
+            assert "the engine no LMCACHE_INSECURE_NO_AUTH=1" in bare.line_with("of refused, pid")
+        finally:
+            refused.end()
+        monkeypatch.setenv("LMCACHE_INSECURE_NO_AUTH", "1")
+        waived = engine_process(bare, prefix=prefix, address=address)
+        assert waived.ask("store", ids=ids) == 640 and waived.ask("load", ids=ids) == 640
     finally:
         subprocess.run(["ip", "netns", "del", name], check=False)
         subprocess.run(["ip", "link", "del", f"{name}h"], check=False, capture_output=True)

@@ -40,6 +40,8 @@ REQUESTS = [
     m.Bye(),
     m.Hold([1]),
     m.Renew([1, 2]),
+    m.Challenge(bytes(32)),
+    m.Declined("why", "i", "worker", 0, 7, 8),
 ]
 ANSWERS = [
     m.Welcome(1, "0.1", b"s", 16, "/p", b"a", 4096, "/c"),
@@ -48,6 +50,7 @@ ANSWERS = [
     m.Registered(2),
     m.Found(2, 1, bytes(8)),
     m.Reserved(1, bytes(8), 0, ""),
+    m.Proven(bytes(32), bytes(32), "127.0.0.1:5555 in net:[1]"),
 ]
 
 
@@ -296,16 +299,37 @@ def test_only_ones_own_private_cookie_is_read(tmp_path):
     path = tmp_path / "a.cookie"
     path.write_bytes(os.urandom(32))
     path.chmod(0o600)
-    cookie = auth.read_cookie(str(path))
-    assert cookie is not None
-    assert auth.proof(cookie, b"one") != auth.proof(cookie, b"two") != auth.proof(bytes(32), b"two")
+    assert auth.read_cookie(str(path)) == path.read_bytes()
     (tmp_path / "b.cookie").symlink_to(path)
     (tmp_path / "c").write_bytes(bytes(32))
     (tmp_path / "d.cookie").write_bytes(bytes(31))
     (tmp_path / "d.cookie").chmod(0o600)
+    os.mkfifo(tmp_path / "e.cookie", 0o600)
     path.chmod(0o640)
-    for name in ("a.cookie", "b.cookie", "c", "d.cookie", "nowhere.cookie", "\0.cookie"):
-        assert auth.read_cookie(str(tmp_path / name)) is None, name
+    reasons = {"c": auth.NO_FILE, "nowhere.cookie": auth.NO_FILE, "\0.cookie": auth.NO_FILE, "b.cookie": auth.NO_FILE}
+    reasons |= dict.fromkeys(("a.cookie", "d.cookie", "e.cookie"), auth.UNSAFE_FILE)
+    for name, reason in reasons.items():
+        with pytest.raises(auth.Unproven) as error:
+            auth.read_cookie(str(tmp_path / name))
+        assert error.value.reason == reason and "\0" not in str(error.value), name
+    path.chmod(0o600)
+    if os.getuid() == 0:
+        os.chown(path, 12345, 12345)
+        with pytest.raises(auth.Unproven, match="is of user 12345, and this engine runs as 0"):
+            auth.read_cookie(str(path))
+
+
+def test_a_proof_holds_for_its_words_alone():
+    words = (bytes(32), "server", b"id", b"n1", b"n2", "127.0.0.1:1 in net:[1]")
+    others = (b"1" * 32, "engine", b"idn", b"1", b"n", "127.0.0.1:1 in net:[2]")
+    proofs = {auth.proof(*words[:place], other, *words[place + 1 :]) for place, other in enumerate(others)}
+    proofs |= {auth.proof(*words), auth.proof(*words[:2], b"i", b"dn1", *words[4:])}
+    assert len(proofs) == 8
+
+
+def test_both_ends_name_a_place_alike():
+    assert auth.place("127.0.0.1", 5) == auth.place("::ffff:127.0.0.1", 5)
+    assert auth.place("::1", 5) == auth.place("0:0:0:0:0:0:0:1", 5) != auth.place("127.0.0.1", 5)
 
 
 def test_a_key_file_that_is_no_good_is_named(tmp_path):

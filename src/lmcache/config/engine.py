@@ -27,7 +27,7 @@ ENV_PREFIX = "LMCACHE_"
 FILE_VARIABLE = "LMCACHE_CONFIG_FILE"
 PREFIX_OF_EXTRA = "lmcache."
 _LONGEST_FILE_BYTES = 1 << 20
-_OTHERS = ("CONFIG_FILE", "LOG_LEVEL", "AUTH_KEY_FILE", "USE_UPSTREAM_MP")
+_OTHERS = ("CONFIG_FILE", "LOG_LEVEL", "AUTH_KEY_FILE", "INSECURE_NO_AUTH", "USE_UPSTREAM_MP")
 """Variables with our prefix that are read elsewhere."""
 _OTHER_PREFIXES = ("SERVER_", "TEST_", "DEMO_", "MP_")
 SGLANG_KEYS = ("mp_host", "mp_port", "model_id")

@@ -190,7 +190,8 @@ class ServerConfig:
         read.switch,
         False,
         default_text="off",
-        help="Let anybody who can reach --host read and write the cache. For closed networks only.",
+        help="Let anybody who can reach --host read and write the cache. For closed networks only. "
+        "Engines need LMCACHE_INSECURE_NO_AUTH=1, since they cannot tell that it is this server.",
     )
     api_token: str = _option(
         "security",

@@ -18,9 +18,10 @@ import msgspec
 
 from lmcache import __version__
 from lmcache.config.hosts import connect, in_url
+from lmcache.config.options import switch
+from lmcache.engine.proofs import prove
 from lmcache.errors import IdentityUnknown, LMCacheError, ServerRefused, ServerUnavailable
 from lmcache.observability.log import init_logger
-from lmcache.wire import auth
 from lmcache.wire import messages as m
 from lmcache.wire.carriers import Carrier, UnixCarrier, ZmqCarrier
 from lmcache.wire.knock import knock
@@ -40,6 +41,8 @@ _STARTING_SECONDS = 60.0
 _CONNECT_SECONDS = 1.0
 _LOOK_SECONDS = 1.0
 """Between looks at whether something is due, at most; a connection's end is noticed at once."""
+_SAID_CHARACTERS = 500
+"""Of what a server says about itself, in a line of the log."""
 RENEWALS = 4
 """How often a lease is renewed within the life of a claim: one renewal that comes late or gets lost does no harm."""
 MOST_DEADLINE_SECONDS = 3600.0
@@ -88,6 +91,8 @@ class Endpoint:
     heartbeat_seconds: float = 10.0
     transfer_mode: str = "auto"
     auth_key_file: Path | None = field(default_factory=lambda: _key_file())
+    insecure_no_auth: bool = field(default_factory=lambda: _insecure())
+    """Without a key, payload frames go to a server that has not proved itself, too. LMCACHE_INSECURE_NO_AUTH unless given."""
 
     def __post_init__(self) -> None:
         if self.transfer_mode not in TRANSFER_MODES:
@@ -172,12 +177,10 @@ class Link:
                 self._give_up("a call was interrupted")
                 raise
             if isinstance(answer, m.Error) and answer.code == "hello":
-                self._give_up("it has been started anew")  # ZMQ reconnects by itself and does not tell
+                self._give_up("it has forgotten this engine")
         if isinstance(answer, expect):
             return answer, payload
-        raise ServerRefused(
-            answer.text if isinstance(answer, m.Error) else f"unexpected answer {type(answer).__name__}"
-        )
+        raise _refusal(answer)
 
     def post(self, request: m.Message) -> None:
         """Send and do not wait; lost where there is no link."""
@@ -314,6 +317,7 @@ class Link:
         door = ZmqCarrier(endpoint.address, endpoint.auth_key_file)
         carrier: Carrier = door
         try:
+            _must_listen(endpoint.address, _CONNECT_SECONDS)
             try:
                 welcome = _welcome(door.exchange(hello, _CONNECT_SECONDS)[0])
             except ServerUnavailable as error:
@@ -323,10 +327,10 @@ class Link:
                 carrier = unix
                 door.close()
                 return unix, _welcome_with(unix), unix.descriptor
-            cookie = auth.read_cookie(welcome.cookie_path)
-            token = auth.proof(cookie, welcome.server) if cookie else b""
-            hello = msgspec.structs.replace(hello, payload=True, proof=token)
             try:
+                with_key = endpoint.auth_key_file is not None  # CURVE has seen to it that both have the same
+                proof = b"" if with_key else prove(door, welcome, hello, endpoint.insecure_no_auth)
+                hello = msgspec.structs.replace(hello, payload=True, proof=proof)
                 return door, _welcome(door.exchange(hello, _CONNECT_SECONDS)[0]), -1
             except ServerRefused as error:
                 raise ServerRefused(f"{why_not}: {error}") from error
@@ -366,11 +370,7 @@ def probe(address: str, timeout_seconds: float) -> None:
         ServerRefused: one is there that lets this user's processes in with another key only, or without one.
         ConfigError: the key file of this process is no good.
     """
-    host, port = _place(address)
-    try:
-        connect(host, port, timeout_seconds).close()  # ZMQ does not tell that nobody listens; TCP does, at once
-    except OSError as error:
-        raise ServerUnavailable(str(error)) from error
+    _must_listen(address, timeout_seconds)
     key = _key_file()
     carrier = ZmqCarrier(address, key)
     try:
@@ -379,6 +379,19 @@ def probe(address: str, timeout_seconds: float) -> None:
         raise _explained(error, address, key, timeout_seconds) from error
     finally:
         carrier.close()
+
+
+def _must_listen(address: str, timeout_seconds: float) -> None:
+    """Return where somebody listens. ZMQ does not tell that nobody does; TCP does, at once.
+
+    Raises:
+        ServerUnavailable: nobody does; the text says why.
+    """
+    host, port = _place(address)
+    try:
+        connect(host, port, timeout_seconds).close()
+    except OSError as error:
+        raise ServerUnavailable(str(error)) from error
 
 
 def _explained(error: ServerUnavailable, address: str, key: Path | None, timeout_seconds: float) -> LMCacheError:
@@ -420,18 +433,25 @@ def ask(carrier: Carrier, request: m.Message, expect: type[m.AnswerT]) -> m.Answ
     answer, _ = carrier.exchange(request, _CONNECT_SECONDS)
     if isinstance(answer, expect):
         return answer
-    raise ServerRefused(answer.text if isinstance(answer, m.Error) else f"unexpected answer {type(answer).__name__}")
+    raise _refusal(answer)
+
+
+def _refusal(answer: m.Answer) -> ServerRefused:
+    """What to raise for an answer of another kind than was asked for. Whoever sent it may be no server of ours."""
+    if isinstance(answer, m.Error):
+        return ServerRefused(m.printable(answer.text, _SAID_CHARACTERS))
+    return ServerRefused(f"unexpected answer {type(answer).__name__}")
 
 
 def _welcome(answer: m.Answer) -> m.Welcome:
     if not isinstance(answer, m.Welcome):
-        raise ServerRefused(
-            answer.text if isinstance(answer, m.Error) else f"unexpected answer {type(answer).__name__}"
-        )
+        raise _refusal(answer)
     if answer.version != m.PROTOCOL_VERSION:
         raise ServerRefused(m.version_error(m.PROTOCOL_VERSION, __version__, answer.version, answer.software))
     if answer.chunk_tokens < 1 or not answer.arena:
-        raise ServerRefused(f"a server with {answer.chunk_tokens}-token chunks and arena {answer.arena!r} cannot be")
+        raise ServerRefused(
+            f"a server with {answer.chunk_tokens}-token chunks and arena {answer.arena[:32]!r} cannot be"
+        )
     return answer
 
 
@@ -447,6 +467,14 @@ def _welcome_with(unix: UnixCarrier) -> m.Welcome:
 def _key_file() -> Path | None:
     name = os.environ.get("LMCACHE_AUTH_KEY_FILE", "")
     return Path(name) if name else None
+
+
+def _insecure() -> bool:
+    text = os.environ.get("LMCACHE_INSECURE_NO_AUTH") or "false"
+    try:
+        return switch(text)
+    except ValueError as error:
+        raise ValueError(f"LMCACHE_INSECURE_NO_AUTH is {text!r}: it {error}") from None
 
 
 def _is_unix(endpoint: Endpoint) -> bool:

@@ -31,11 +31,9 @@ if TYPE_CHECKING:
 logger = init_logger(__name__)
 MAX_GIVEN_UP = 16
 """Reservations that are given up for want of memory before a request is refused."""
-MAX_PAYLOAD_BYTES = 256 << 20
-"""Of one message."""
 MAX_HELD_BYTES = 1 << 30
 """Of all payload copies under way and all large answers that are not sent yet."""
-MAX_HELD_BYTES_OF_PEER = 2 * MAX_PAYLOAD_BYTES
+MAX_HELD_BYTES_OF_PEER = 2 * m.MAX_PAYLOAD_BYTES
 """Of those of one engine process: it may ask anew while its last answer is just leaving."""
 MAX_DROP_REASONS = 32
 MAX_COPY_SECONDS = 86_400.0
@@ -70,8 +68,8 @@ class Peer:
         return _who(self.role, self.rank, self.pid)
 
 
-def who_says(hello: m.Hello, host: str) -> str:
-    """For people: who has said this hello, from which host."""
+def who_says(hello: m.Hello | m.Declined, host: str) -> str:
+    """For people: who has said this, from which host."""
     return f"{_who(m.printable(hello.role, 40), hello.rank, hello.pid)}, from {host}"
 
 
@@ -129,6 +127,8 @@ class Service:
                 self._fetch(peer, request, reply)
             elif isinstance(request, m.Fill):
                 self._fill(peer, request, frames, reply)
+            elif type(request) not in self._answers:
+                reply(m.Error("refused", f"{type(request).__name__} is not for this connection"), [])
             else:
                 answer = self._answers[type(request)](peer, request)
                 self.settle()  # before anybody hears of slots that have changed hands
@@ -392,8 +392,8 @@ class Service:
 
     def _in_worker(self, peer: Peer, size: int, copy: Callable[[], list[bytes]], reply: Reply) -> None:
         """Run `copy` in an I/O thread and answer with the frames it returns. Raises Refusal when too much is under way."""
-        if size > MAX_PAYLOAD_BYTES:
-            raise Refusal(f"{size} payload bytes in one message; at most {MAX_PAYLOAD_BYTES} are allowed")
+        if size > m.MAX_PAYLOAD_BYTES:
+            raise Refusal(f"{size} payload bytes in one message; at most {m.MAX_PAYLOAD_BYTES} are allowed")
         self._check_room(peer, size)
         if self.held_bytes + size > MAX_HELD_BYTES:
             raise Refusal(f"{self.held_bytes} payload bytes are being copied or sent already; try again")

@@ -2,7 +2,8 @@
 their KV as payload frames.
 
 A message is [msgpack, frame...]; anything else is answered with an `Error` and forgotten. Beyond loopback the socket starts only
-with a key (CURVE) or an explicit waiver; on loopback, payload engines show that they can read a 0600 cookie file.
+with a key (CURVE) or an explicit waiver; on loopback, server and payload engines prove to each other that they can read a 0600
+cookie file. Whoever has not done so gets short answers to short messages, and nothing else.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from lmcache.observability.log import Seldom, init_logger
 from lmcache.server.handshakes import Handshakes
 from lmcache.server.loop import Loop
 from lmcache.server.refused import Reason
-from lmcache.server.service import MAX_PAYLOAD_BYTES, Peer, Service, who_says
+from lmcache.server.service import Peer, Service, who_says
 from lmcache.wire import auth
 from lmcache.wire import messages as m
 
@@ -31,6 +32,8 @@ SILENCE_SECONDS = 30.0
 """A payload engine that says nothing for so long is gone, as is one that takes none of the bytes that wait for it. It pings three
 times as often."""
 MAX_PEERS = 1024
+MAX_HELLO_BYTES = 1 << 14
+"""Of a message, which is one frame, from somebody who is not an engine that was let in."""
 MAX_UNREAD_ANSWERS = 128
 """For one engine, which is forgotten at the first one beyond."""
 _COPIED_BYTES = 1 << 16
@@ -61,7 +64,7 @@ class ZmqFace:
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_PAYLOAD_BYTES)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, m.MAX_PAYLOAD_BYTES)
         self._socket.setsockopt(zmq.SNDTIMEO, 0)
         self._socket.setsockopt(zmq.SNDHWM, MAX_UNREAD_ANSWERS)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # else an answer that cannot be sent is dropped without a word
@@ -73,6 +76,8 @@ class ZmqFace:
         self._handshakes = Handshakes(self._context, self._socket, host, key_file, service.refused)
         self._needs_proof = key_file is None and not open_door
         self._cookie = secrets.token_bytes(auth.COOKIE_BYTES)
+        self._nonces: dict[bytes, tuple[bytes, bytes]] = {}
+        """Connections that we have proved ourselves to and that may do so now, once -> the engine's nonce and ours."""
         self._cookie_path = cookie_dir / f"{service.server_id.hex()[:16]}.cookie"
         descriptor = os.open(self._cookie_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         with open(descriptor, "wb") as file:
@@ -84,6 +89,7 @@ class ZmqFace:
             self.close()
             raise ConfigError(f"--port {port}: cannot listen on {host}: {error.strerror}; pass another port") from error
         self.port = int(self._socket.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2])
+        self._place = auth.place(host, self.port)
         self._descriptor: int = self._socket.FD
         loop.watch(self._descriptor, lambda: None)
         loop.watch(self._handshakes.descriptor, lambda: None)
@@ -114,14 +120,17 @@ class ZmqFace:
 
     def _serve(self, envelope: zmq.Frame, frames: list[bytes]) -> None:
         identity = envelope.bytes
+        known = identity in self._peers
+        most = m.MAX_MESSAGE_BYTES if known else MAX_HELLO_BYTES
+        readable = bool(frames) and len(frames[0]) <= most
         try:
-            if not frames or len(frames[0]) > m.MAX_MESSAGE_BYTES:
+            if not readable or (len(frames) > 1 and not known):
                 raise WireError(f"{len(frames)} frames, the first of {len(frames[0]) if frames else 0} bytes")
             sequence, request = m.decode_request(frames[0])
         except WireError as error:
             self.service.counters["malformed_messages"] += 1
             _malformed.warning("A malformed ZMQ message: %s", error)
-            sequence = m.sequence_of(frames[0]) if frames and len(frames[0]) <= m.MAX_MESSAGE_BYTES else 0
+            sequence = m.sequence_of(frames[0]) if readable else 0
             self._send(identity, sequence, m.Error("malformed", str(error)), [])
             return
         if isinstance(request, m.Hello) and not request.payload:
@@ -130,6 +139,16 @@ class ZmqFace:
                 self._send(identity, sequence, self.service.refuse_version(request, _host_of(envelope)), [])
             else:
                 self._send(identity, sequence, self.service.welcome(), [])
+            return
+        if isinstance(request, m.Challenge):
+            self._send(identity, sequence, self._prove(identity, request.nonce), [])
+            return
+        if isinstance(request, m.Declined):
+            why = auth.REASONS.get(request.reason, "a reason that this server does not know: upgrade it")
+            facts = f"the engine runs as user {request.user}, and the file is {self._cookie_path}"
+            remedy = f"it does without this server: {why}, or {auth.KEY_FOR_BOTH}; {facts}"
+            self.service.refused.note(who_says(request, _host_of(envelope)), "no proof", remedy)
+            self._send(identity, sequence, m.Ok(), [])
             return
         peer = self._peer(identity, request, envelope)
         if peer is None:
@@ -147,10 +166,24 @@ class ZmqFace:
             return self._peers[identity][0]
         if not isinstance(request, m.Hello) or len(self._peers) >= MAX_PEERS:
             return None
-        expected = auth.proof(self._cookie, self.service.server_id)
-        if self._needs_proof and not hmac.compare_digest(request.proof, expected):
-            return None
-        return Peer("ZMQ", _host_of(envelope))
+        allowed = self._is_proven(identity, request.proof) or not self._needs_proof
+        return Peer("ZMQ", _host_of(envelope)) if allowed else None
+
+    def _prove(self, identity: bytes, nonce: bytes) -> m.Proven:
+        """To an engine that does not know yet whether this is its user's server."""
+        self._nonces.pop(identity, None)
+        if len(self._nonces) >= MAX_PEERS:
+            del self._nonces[next(iter(self._nonces))]  # the oldest
+        nonces = self._nonces[identity] = nonce, secrets.token_bytes(m.NONCE_BYTES)
+        proof = auth.proof(self._cookie, "server", self.service.server_id, *nonces, self._place)
+        return m.Proven(nonces[1], proof, self._place)
+
+    def _is_proven(self, identity: bytes, proof: bytes) -> bool:
+        """Whether this engine knows the cookie. A nonce is good for one answer."""
+        nonces = self._nonces.pop(identity, None)
+        return nonces is not None and hmac.compare_digest(
+            proof, auth.proof(self._cookie, "engine", self.service.server_id, *nonces, self._place)
+        )
 
     def _why_not(self, request: m.Request, host: str) -> m.Error:
         if not isinstance(request, m.Hello):

@@ -1,4 +1,9 @@
-"""Who may speak over ZMQ: CURVE with one shared key file, or a proof of reading the server's cookie on loopback.
+"""Who may speak over ZMQ: CURVE with one shared key file, or, on loopback, proofs by both sides that they can read the server's
+cookie file.
+
+A proof is keyed BLAKE3 over the side that gives it, the server's id, a fresh nonce of either side, and the address, port and
+network namespace in which the server listens. So it is worth nothing on another connection, in the other direction, or to a
+program that listens elsewhere and passes on to the server what an engine says.
 
 The key file holds one Z85 secret (40 characters). The server's CURVE key is that secret; the engines' key is derived from it,
 so one file, given to server and engines, is all there is to manage. Without it nobody gets past the handshake.
@@ -7,9 +12,11 @@ so one file, given to server and engines, is all there is to manage. Without it 
 from __future__ import annotations
 
 import hmac
+import ipaddress
 import os
 import stat
 from pathlib import Path
+from typing import Literal
 
 import zmq
 import zmq.auth
@@ -17,30 +24,93 @@ from blake3 import blake3
 from zmq.auth.thread import ThreadAuthenticator
 from zmq.utils import z85
 
+from lmcache.config.hosts import in_url
 from lmcache.config.load import KEY_REMEDY
-from lmcache.errors import ConfigError
+from lmcache.errors import ConfigError, LMCacheError
 
 COOKIE_BYTES = 32
+KEY_FOR_BOTH = "give both the same key file (server: --auth-key-file, engine: LMCACHE_AUTH_KEY_FILE)"
+NO_FILE, OTHER_USER, UNSAFE_FILE, OTHER_PLACE = (
+    "no cookie file",
+    "another user",
+    "unsafe cookie file",
+    "another address",
+)
+BEYOND_LOOPBACK = "beyond loopback"
+REASONS = {
+    NO_FILE: "it cannot read this server's cookie file: mount --socket-dir where the engine runs, at the same path",
+    OTHER_USER: "it runs as another user than this server: run both as the same user",
+    UNSAFE_FILE: "this server's cookie file has been changed: start the server anew",
+    OTHER_PLACE: "it came through something that forwards to this server's port: give it the address of the port itself",
+    BEYOND_LOOPBACK: "this server has no key, and the engine no LMCACHE_INSECURE_NO_AUTH=1",
+}
+"""Why an engine does without a server -> what the server's log says of it."""
 
 
-def proof(cookie: bytes, server_id: bytes) -> bytes:
-    """What a loopback engine shows instead of the cookie itself."""
-    return blake3(server_id, key=cookie).digest()
+class Unproven(LMCacheError):
+    """The server has not shown that it is this user's. `reason` is a key of `REASONS`, or "" where it seems to be no server of
+    ours."""
+
+    def __init__(self, reason: str, text: str) -> None:
+        super().__init__(text)
+        self.reason = reason
 
 
-def read_cookie(path: str) -> bytes | None:
-    """The cookie at a path that a server told; None unless it is this user's own 0600 file of the right size and name."""
-    if not path.endswith(".cookie"):
-        return None
+def proof(
+    cookie: bytes,
+    by: Literal["server", "engine"],
+    server_id: bytes,
+    engine_nonce: bytes,
+    server_nonce: bytes,
+    where: str,
+) -> bytes:
+    """What `by` shows to the other side instead of the cookie itself: 32 bytes. where: the server's `place`."""
+    hasher = blake3(key=cookie)
+    for part in (by.encode(), server_id, engine_nonce, server_nonce, where.encode()):
+        hasher.update(len(part).to_bytes(4, "little") + part)
+    return hasher.digest()
+
+
+def place(host: str, port: int) -> str:
+    """`127.0.0.1:5555 in net:[4026531840]`: where a server listens. Each network namespace has a loopback of its own; both ends
+    of a connection to one say the same.
+
+    host: a numeric address.
+    """
+    ip = ipaddress.ip_address(host)
+    mapped = ip.ipv4_mapped if isinstance(ip, ipaddress.IPv6Address) else None
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except (OSError, ValueError):
-        return None
-    with open(descriptor, "rb") as file:
+        namespace = os.readlink("/proc/self/ns/net")
+    except OSError:
+        namespace = f"the unknown network of process {os.getpid()}"  # nobody else's: nothing is proved without /proc
+    return f"{in_url(str(mapped or ip))}:{port} in {namespace}"
+
+
+def read_cookie(path: str) -> bytes:
+    """The cookie at a path that a server told, which may be any: only this user's own file is read, and nothing waited for.
+
+    Raises:
+        Unproven: it is not this user's own 0600 file of the right size and name.
+    """
+    shown = path[:200] if path.isprintable() else ascii(path[:200])
+    if not path.endswith(".cookie"):
+        raise Unproven(NO_FILE, f"{shown} is no cookie file")
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except PermissionError:
+        raise Unproven(OTHER_USER, f"{shown} is another user's") from None
+    except (OSError, ValueError) as error:
+        raise Unproven(NO_FILE, f"{shown} cannot be read: {getattr(error, 'strerror', error)}") from None
+    try:
         status = os.fstat(descriptor)
-        if status.st_uid != os.getuid() or stat.S_IMODE(status.st_mode) != 0o600 or status.st_size != COOKIE_BYTES:
-            return None
-        return file.read()
+        if status.st_uid != os.getuid():
+            raise Unproven(OTHER_USER, f"{shown} is of user {status.st_uid}, and this engine runs as {os.getuid()}")
+        mode = stat.S_IMODE(status.st_mode)
+        if not stat.S_ISREG(status.st_mode) or mode != 0o600 or status.st_size != COOKIE_BYTES:
+            raise Unproven(UNSAFE_FILE, f"{shown} has mode {mode:o} and {status.st_size} bytes")
+        return os.read(descriptor, COOKIE_BYTES)
+    finally:
+        os.close(descriptor)
 
 
 def protect_server(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import select
 import socket
 import struct
@@ -24,6 +25,8 @@ _LINGER_MILLISECONDS = 300
 """How long ZMQ's own thread tries to deliver what was posted last (a `Bye`) after the socket was closed."""
 _HOLD_MICROSECONDS = 200
 """A server that has nothing to evict or to look up in a tier answers in less."""
+_WAITING_ANSWERS = 8
+"""Messages of a server that ZMQ takes before they are read: a server that has not proved itself may send anything."""
 _PEER_CREDENTIALS = struct.Struct("3i")
 
 
@@ -174,25 +177,33 @@ exchange = _choose_exchange()
 
 
 class ZmqCarrier:
-    """A ZMQ socket to a server anywhere. `address` is tcp://host:port; `key_file` switches CURVE on."""
+    """A ZMQ socket to a server anywhere, for one connection, which ZMQ does not renew: whoever has the port after it has ended
+    may be another server, and gets nothing that was meant for this one.
+
+    address: tcp://host:port. key_file: switches CURVE on. `host` and `port` are the numeric address and the port of the server.
+    """
 
     def __init__(self, address: str, key_file: Path | None = None) -> None:
         self._sequence = 0
+        try:
+            self.host, self.port = _numeric(address)
+        except OSError as error:
+            raise ServerUnavailable(str(error)) from error
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, _LINGER_MILLISECONDS)
-        self._socket.setsockopt(zmq.MAXMSGSIZE, 1 << 30)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, m.MAX_PAYLOAD_BYTES)
+        self._socket.setsockopt(zmq.RCVHWM, _WAITING_ANSWERS)
+        self._socket.setsockopt(zmq.RECONNECT_IVL, -1)
+        # Else the server's ZMQ counts; and whoever guesses the name of a connection that has just ended may go on as it.
+        self._socket.setsockopt(zmq.ROUTING_ID, b"e" + secrets.token_bytes(16))
+        self._socket.setsockopt(zmq.IPV6, int(":" in self.host))
         if key_file is not None:
             auth.protect_engine(self._socket, key_file)
         try:
-            numeric = _numeric(address)
-            self._socket.setsockopt(zmq.IPV6, int("[" in numeric))
-            self._socket.connect(numeric)
+            self._socket.connect(f"tcp://{in_url(self.host)}:{self.port}")
         except zmq.ZMQError as error:
             self._socket.close()
             raise ServerUnavailable(f"{address}: {error}") from error
-        except OSError as error:
-            self._socket.close()
-            raise ServerUnavailable(str(error)) from error
 
     def exchange(
         self, request: m.Message, deadline_seconds: float, frames: Sequence[bytes | memoryview] = ()
@@ -209,7 +220,8 @@ class ZmqCarrier:
                 if sequence == self._sequence:
                     return answer, payload
                 if sequence > self._sequence or (sequence == 0 and isinstance(answer, m.Error)):
-                    raise ServerUnavailable(f"answer {sequence} to request {self._sequence}: {answer}")
+                    said = m.printable(str(answer), 500)
+                    raise ServerUnavailable(f"answer {sequence} to request {self._sequence}: {said}")
         except (zmq.ZMQError, WireError) as error:
             raise ServerUnavailable(str(error)) from error
 
@@ -219,6 +231,8 @@ class ZmqCarrier:
             while self._socket.poll(0, zmq.POLLIN):
                 self._socket.recv_multipart(zmq.NOBLOCK)  # answers to earlier posts
             self._socket.send_multipart([m.encode(self._sequence, request), *frames], zmq.NOBLOCK, copy=not frames)
+        except zmq.Again as error:
+            raise ServerUnavailable("it has hung up") from error
         except zmq.ZMQError as error:
             raise ServerUnavailable(str(error)) from error
 
@@ -230,11 +244,12 @@ class ZmqCarrier:
         self._socket.close()
 
 
-def _numeric(address: str) -> str:
-    """tcp://host:port with the host's address, IPv4 where there is one. ZMQ would not tell that a name does not resolve.
+def _numeric(address: str) -> tuple[str, int]:
+    """The address of the host of tcp://host:port, IPv4 where there is one, and the port. ZMQ would not tell that a name does
+    not resolve.
 
     Raises:
         OSError: the name does not resolve.
     """
     host, _, port = address.removeprefix("tcp://").rpartition(":")
-    return f"tcp://{in_url(min(addresses(host), key=lambda found: ':' in found))}:{port}"
+    return min(addresses(host), key=lambda found: ":" in found), int(port)

@@ -22,14 +22,17 @@ MAX_MESSAGE_BYTES = 4 << 20
 """Bound of one request without payload: 100,000 chunk hashes and to spare."""
 MAX_ANSWER_BYTES = 16 << 20
 """Bound of one answer without payload: the slots of a million tokens, in 16-token chunks of up to 63 shards."""
+MAX_PAYLOAD_BYTES = 256 << 20
+"""Bound of the payload frames of one message."""
 _ROOM_FOR_THE_REST = 1 << 16
 """Bytes of a message that a lookup's hashes and slots leave to its other fields."""
 NO_SLOT = 0xFFFFFFFF
 PAGE_BYTES = 4096
-
+NONCE_BYTES = 32
 
 MAX_RESERVED_CHUNKS = 16384
 """In one `Reserve`, which makes room for each: some ten milliseconds of the server's time."""
+Nonce = Annotated[bytes, msgspec.Meta(min_length=NONCE_BYTES, max_length=NONCE_BYTES)]
 Leases = Annotated[list[int], msgspec.Meta(max_length=65536)]
 
 
@@ -52,7 +55,7 @@ class Hello(Message, frozen=True, tag=1):
     payload: bool = False
     """The engine cannot map the arena, and wants payload frames."""
     proof: bytes = b""
-    """Keyed BLAKE3 over the server's id: shows that a loopback engine can read the server's cookie file."""
+    """`wire.auth.proof` by the engine, where the server has no key."""
     session: bytes = b""
     """Random and kept over reconnections: a session that says hello again has forgotten what it was filling."""
 
@@ -159,6 +162,25 @@ class Renew(Message, frozen=True, tag=15):
     leases: Leases
 
 
+class Challenge(Message, frozen=True, tag=16):
+    """Before payload frames without a key: the server is to prove itself first. Answered by `Proven`."""
+
+    nonce: Nonce
+    """Fresh for this connection."""
+
+
+class Declined(Message, frozen=True, tag=17):
+    """The engine does without this server, and says who it is and why, for the server's log. Answered by `Ok`."""
+
+    reason: str
+    """One of `wire.auth.REASONS`."""
+    instance: str = ""
+    role: str = ""
+    rank: int = 0
+    pid: int = 0
+    user: int = -1
+
+
 # Answers
 
 
@@ -213,6 +235,17 @@ class Reserved(Message, frozen=True, tag=69):
     reason: str = ""
 
 
+class Proven(Message, frozen=True, tag=71):
+    """The server's proof that it knows the cookie, and its own nonce for the engine's proof, which the next hello brings."""
+
+    nonce: Nonce
+    """Fresh for this connection."""
+    proof: Annotated[bytes, msgspec.Meta(max_length=NONCE_BYTES)]
+    """`wire.auth.proof` by the server."""
+    place: Annotated[str, msgspec.Meta(max_length=200)] = ""
+    """Where the server listens (`wire.auth.place`). The proof holds for connections to there only."""
+
+
 Request = (
     Hello
     | Ping
@@ -229,8 +262,10 @@ Request = (
     | Bye
     | Hold
     | Renew
+    | Challenge
+    | Declined
 )
-Answer = Welcome | Ok | Error | Registered | Found | Reserved
+Answer = Welcome | Ok | Error | Registered | Found | Reserved | Proven
 AnswerT = TypeVar("AnswerT", bound=Message)
 
 # What decoding raises: besides msgspec's own, text that is not UTF-8, nests too deep, and a layout that cannot be.

@@ -1,0 +1,280 @@
+"""Without a key: neither a server nor an engine gets anything from the other before both have proved whose they are."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lmcache.engine.proofs import prove
+from lmcache.errors import ServerUnavailable
+from lmcache.server import refused as refused_module
+from lmcache.server import zmq_face
+from lmcache.wire import auth
+from lmcache.wire import messages as m
+from lmcache.wire.carriers import ZmqCarrier
+from proxy import Proxy
+from servers import PATIENCE, Impostor, eventually, server_parts
+
+IDS = list(range(320))
+WELCOME = m.Welcome(m.PROTOCOL_VERSION, "test", b"s" * 16, 16, "", b"a" * 16, 1 << 20)
+HELLO = m.Hello(m.PROTOCOL_VERSION, "test", "remote", "worker", 0, 1, session=b"x")
+KNOCKS = (m.Hello, m.Challenge, m.Declined)
+
+
+def ask(carrier: ZmqCarrier, request: m.Message, frames=()):
+    return carrier.exchange(request, PATIENCE, frames)[0]
+
+
+def said(carrier: ZmqCarrier, welcome: m.Welcome) -> m.Hello:
+    """The hello of an engine of the server's user, once the server has proved itself."""
+    return m.Hello(m.PROTOCOL_VERSION, "test", "remote", "worker", 0, 1, True, prove(carrier, welcome, HELLO, False))
+
+
+@pytest.fixture
+def carrier():
+    made = []
+
+    def make(address: str) -> ZmqCarrier:
+        made.append(ZmqCarrier(address))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+def cookie_file(folder: Path, owner: int = 0) -> tuple[bytes, str]:
+    path = folder / "rogue.cookie"
+    path.write_bytes(secret := os.urandom(auth.COOKIE_BYTES))
+    path.chmod(0o600)
+    if owner:
+        os.chown(path, owner, owner)
+    return secret, str(path)
+
+
+def greedy(sequence: int, request: m.Message, welcome: m.Welcome, proven: m.Message | None) -> list[bytes] | None:
+    """What a server says that wants KV: everything is granted."""
+    answers: dict[type, m.Message | None] = {
+        m.Hello: welcome,
+        m.Challenge: proven,
+        m.Register: m.Registered(0),
+        m.Lookup: m.Found(0, 0, b""),
+        m.Reserve: m.Reserved(7, b"\1\0\0\0" * (len(getattr(request, "hashes", b"")) // 16), 0),
+    }
+    answer = answers.get(type(request), m.Ok())
+    return None if answer is None else [m.encode(sequence, answer)]
+
+
+def refused(cache) -> float:
+    return cache.counters()['refused_engines_total{reason="no proof"}']
+
+
+def warnings(caplog) -> list[str]:
+    return [one.getMessage() for one in caplog.records if one.levelname == "WARNING"]
+
+
+def got_nothing(rogue: Impostor) -> bool:
+    return all(
+        isinstance(request, KNOCKS) and not frames and not getattr(request, "payload", False)
+        for request, frames in rogue.heard
+    )
+
+
+# The engine's side
+
+
+@pytest.mark.parametrize(
+    ("proven", "owner", "told"),
+    [
+        (m.Ok(), 0, "no server of this user"),
+        (m.Error("malformed", "what?\nFORGED"), 0, "no server of this user"),
+        (m.Proven(bytes(32), b"", "x"), 0, "no server of this user"),
+        (m.Proven(bytes(32), bytes(32), "x"), 0, "no server of this user"),
+        (None, 0, "does not prove itself (no answer within the deadline)"),
+        (m.Proven(bytes(32), bytes(32), ""), 12345, "is of user 12345, and this engine runs as 0"),
+    ],
+)
+def test_who_bound_the_port_first_gets_neither_kv_nor_hashes(engine, impostor, tmp_path, caplog, proven, owner, told):
+    if owner and os.getuid():
+        pytest.skip("only root can give a file to another user")
+    _, path = cookie_file(tmp_path, owner)
+    welcome = m.Welcome(m.PROTOCOL_VERSION, "test", b"s" * 16, 16, "", b"a" * 16, 1 << 20, path)
+    rogue = impostor(lambda sequence, request: greedy(sequence, request, welcome, proven))
+    one = engine(rogue, connect=False)
+    eventually(
+        lambda: sum(isinstance(request, m.Hello) for request, _ in rogue.heard) >= 6 and len(warnings(caplog)) > 1
+    )
+    assert not one.worker.connected and one.scheduler.new_chain() is None
+    assert got_nothing(rogue), rogue.heard
+    warned = warnings(caplog)
+    assert len(warned) == 2 and warned[0] == warned[1], "one line for each session, however often they try"
+    assert told in warned[0] and "LMCACHE_AUTH_KEY_FILE" in warned[0] and "FORGED" not in caplog.text
+    assert any(isinstance(request, m.Declined) for request, _ in rogue.heard) == bool(owner)
+
+
+def test_a_recorded_proof_of_the_server_is_worth_nothing_to_who_takes_its_port(server, engine, impostor, carrier):
+    """The rogue has the id of the dead server, whose cookie file is still there, and a proof that it gave."""
+    cache = server()
+    listener = carrier(cache.address)
+    welcome = ask(listener, HELLO)
+    recorded = ask(listener, m.Challenge(bytes(32)))
+    welcome = m.Welcome(m.PROTOCOL_VERSION, "test", welcome.server, 16, "", b"a" * 16, 1 << 20, welcome.cookie_path)
+    one = engine(cache, mode="payload")
+    assert one.store(IDS[:160]) == 160
+    cache.kill()
+    rogue = impostor(lambda sequence, request: greedy(sequence, request, welcome, recorded), port=cache.port)
+    eventually(lambda: sum(isinstance(request, m.Challenge) for request, _ in rogue.heard) >= 4)
+    assert one.store(IDS) == 0 and one.lookup(IDS) is None
+    assert got_nothing(rogue), rogue.heard
+    rogue.close()
+    server(port=cache.port)
+    one.connect()
+    assert one.store(IDS) == 320 and one.load(IDS) == 320
+
+
+@pytest.mark.parametrize("request_, frames", [(m.Ping(), ()), (m.Fill(1, 0), (b"KV" * 4096,))])
+def test_what_is_meant_for_one_connection_goes_to_no_other(impostor, carrier, request_, frames):
+    first = impostor(lambda sequence, request: [m.encode(sequence, m.Ok())])
+    one = carrier(first.address)
+    assert ask(one, m.Ping()) == m.Ok()
+    first.close()
+    second = impostor(lambda sequence, request: [m.encode(sequence, m.Ok())], port=first.port)
+    with pytest.raises(ServerUnavailable):
+        one.exchange(request_, 1.0, frames)
+    assert ask(carrier(second.address), m.Clear()) == m.Ok()
+    with pytest.raises(ServerUnavailable):
+        one.exchange(request_, 1.0, frames)
+    assert [request for request, _ in second.heard] == [m.Clear()]
+
+
+def test_a_server_reached_through_a_relay_is_refused_and_hears_why(server, engine, caplog):
+    cache = server()
+    with Proxy(cache.port) as relay:
+        cache.address = f"tcp://127.0.0.1:{relay.port}"
+        one = engine(cache, mode="payload", connect=False)
+        line = cache.line_with("forwards to this server's port: give it the address of the port itself")
+        assert "rank 0" in line and f"pid {os.getpid()}" in line
+        eventually(lambda: refused(cache) > 4)
+        assert not one.worker.connected and one.scheduler.new_chain() is None
+        told = f"listens at 127.0.0.1:{cache.port} in net:"
+        assert told in caplog.text and f"was reached at 127.0.0.1:{relay.port} in net:" in caplog.text
+        one.close()
+    assert sum("forwards to this server's port" in line for line in cache.log) <= 2, "a line for each session"
+    assert cache.counters()["engine_processes"] == 0
+
+
+def test_a_relay_that_changes_what_the_server_says_of_its_place_fails_too(server, engine, impostor, carrier, caplog):
+    cache = server()
+    true, here = carrier(cache.address), ""
+
+    def relay(sequence: int, request: m.Message) -> list[bytes]:
+        answer = ask(true, request)
+        if isinstance(answer, m.Proven):
+            answer = m.Proven(answer.nonce, answer.proof, here)
+        if isinstance(answer, m.Welcome):
+            answer = m.Welcome(
+                *(getattr(answer, name) if name != "socket_path" else "" for name in answer.__struct_fields__)
+            )
+        return [m.encode(sequence, answer)]
+
+    rogue = impostor(relay)
+    here = auth.place("127.0.0.1", rogue.port)
+    one = engine(rogue, connect=False)
+    eventually(lambda: "no server of this user" in caplog.text)
+    assert not one.worker.connected and one.scheduler.new_chain() is None and got_nothing(rogue)
+    assert cache.counters()["engine_processes"] == 0
+    one.close()
+    rogue.close()  # before the connection that it relays to
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root")
+def test_loopback_of_another_network_namespace_is_another_place():
+    show = "from lmcache.wire import auth; print(auth.place('127.0.0.1', 5))"
+    other = subprocess.run(["unshare", "-n", sys.executable, "-c", show], capture_output=True, text=True)
+    if other.returncode:
+        pytest.skip(f"no network namespaces here: {other.stderr}")
+    assert other.stdout.startswith("127.0.0.1:5 in net:") and other.stdout.strip() != auth.place("127.0.0.1", 5)
+
+
+# The server's side
+
+
+def test_a_replayed_handshake_gets_nothing_and_is_counted(server, engine, carrier, monkeypatch):
+    recorded: list[m.Message] = []
+    post = ZmqCarrier.post
+    monkeypatch.setattr(
+        ZmqCarrier, "post", lambda self, request, *more: (recorded.append(request), post(self, request, *more))
+    )
+    cache = server()
+    engine(cache, mode="payload", scheduler=False)
+    monkeypatch.undo()
+    hello, challenge, proof = recorded[:3]
+    assert isinstance(challenge, m.Challenge) and proof.payload and len(proof.proof) == 32
+    attacker = carrier(cache.address)
+    for messages in ((hello, challenge, proof), (proof,), (challenge, challenge, proof)):
+        *before, answer = [ask(attacker, one) for one in messages]
+        assert isinstance(answer, m.Error) and answer.code == "refused" and len(before) == len(messages) - 1
+    assert ask(attacker, m.Lookup(0, bytes(16))).code == "hello"
+    assert refused(cache) == 3
+    assert f"worker rank 0, pid {os.getpid()}, from 127.0.0.1" in cache.line_with("Turned an engine away")
+    attacker.close()
+    fresh = carrier(cache.address)
+    assert ask(fresh, said(fresh, ask(fresh, hello))).server == ask(fresh, hello).server
+    assert sum("Turned an engine away" in line for line in cache.log) == 1
+
+
+def test_a_proof_counts_once_and_on_its_own_connection(folders, carrier):
+    with server_parts(folders, 8 << 20, open_door=False) as (service, port):
+        one, other = carrier(f"tcp://127.0.0.1:{port}"), carrier(f"tcp://127.0.0.1:{port}")
+        ask(other, m.Challenge(bytes(32)))
+        proof = said(one, service.welcome())
+        assert ask(other, proof).code == "refused"
+        assert isinstance(ask(one, proof), m.Welcome)
+        assert ask(one, m.Bye()) == m.Ok()
+        assert ask(one, proof).code == "refused", "after Bye it is a stranger again"
+        assert service.refused.counts["no proof"] == 2
+
+
+def test_messages_of_strangers_are_short_and_what_is_kept_of_them_is_bounded(folders, carrier, monkeypatch):
+    monkeypatch.setattr(zmq_face, "MAX_PEERS", 4)
+    with server_parts(folders, 8 << 20, open_door=False) as (service, port):
+        one, others = carrier(f"tcp://127.0.0.1:{port}"), [carrier(f"tcp://127.0.0.1:{port}") for _ in range(4)]
+        long = m.Hello(m.PROTOCOL_VERSION, "x" * zmq_face.MAX_HELLO_BYTES, "", "", 0, 0)
+        with pytest.raises(ServerUnavailable, match="1 frames, the first of 16"):
+            ask(one, long)  # not read at all, so its number is not known
+        one = carrier(f"tcp://127.0.0.1:{port}")
+        for request, frames in ((HELLO, [b""]), (m.Challenge(bytes(32)), [b"x" * 4096])):
+            assert ask(one, request, frames).code == "malformed"
+        proofs = [said(each, service.welcome()) for each in (one, *others)]
+        answers = [ask(each, proof) for each, proof in zip((one, *others), proofs, strict=True)]
+        assert [isinstance(answer, m.Welcome) for answer in answers] == [False, True, True, True, True]
+        assert ask(one, said(one, service.welcome())).text.startswith("4 engines use payload frames already")
+
+
+def test_what_engines_say_when_they_decline_makes_one_line_each(folders, carrier, caplog, monkeypatch):
+    monkeypatch.setattr(refused_module, "MAX_PEERS", 4)
+    with server_parts(folders, 8 << 20) as (service, port):
+        one = carrier(f"tcp://127.0.0.1:{port}")
+        for reason in (auth.OTHER_USER, auth.OTHER_USER, "new\nFORGED"):
+            assert ask(one, m.Declined(reason, "engine", "worker\nFORGED", 0, 7, 8)) == m.Ok()
+        warned = warnings(caplog)
+        assert len(warned) == 1 and "run both as the same user, or give both the same key" in warned[0]
+        assert "worker?FORGED rank 0, pid 7, from 127.0.0.1" in warned[0] and "as user 8" in warned[0]
+        assert "\n" not in warned[0]
+        for pid in range(100):
+            ask(one, m.Declined(auth.NO_FILE, "engine", "worker", 0, pid))
+        warned = warnings(caplog)
+        assert len(warned) == 5 and "others are only counted" in warned[-1]
+        assert service.refused.counts["no proof"] == 103
+
+
+def test_nobody_can_guess_the_name_of_a_connection(impostor, carrier):
+    """ZMQ lets a client name itself, and go on as the connection of that name as soon as that has ended."""
+    router = impostor(lambda sequence, request: [m.encode(sequence, m.Ok())])
+    for _ in range(3):
+        ask(carrier(router.address), m.Ping())
+    assert len(router.names) == 3 and all(len(name) > 16 and name[0] for name in router.names)
