@@ -8,6 +8,7 @@ import select
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ from lmcache.engine.link import Endpoint, answers
 from lmcache.errors import ConfigError
 from ports import free_port
 from servers import PATIENCE, READY, Process, Server, eventually
+from stores import RedisServer, binary_of
 
 OWNER = """
 import os, sys
@@ -59,11 +61,12 @@ def places(folders: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> t
 def embedded(places: tuple[Path, Path]) -> Iterator[Callable[..., EmbeddedServer]]:
     made: list[EmbeddedServer] = []
 
-    def start(instance: str = "engine", l1: float = 64, chunk: int = 16, flags: tuple[str, ...] = ()) -> EmbeddedServer:
+    def start(
+        instance: str = "engine", l1: float = 64, chunk: int = 16, flags: tuple[str, ...] = (), **more: Any
+    ) -> EmbeddedServer:
         where = ("--arena-dir", str(places[1]))
-        made.append(
-            EmbeddedServer(f"{instance}-{OURS}", l1_size_gb=l1 / 1024, chunk_size=chunk, flags=(*where, *flags))
-        )
+        name = f"{instance}-{OURS}"
+        made.append(EmbeddedServer(name, l1_size_gb=l1 / 1024, chunk_size=chunk, flags=(*where, *flags), **more))
         return made[-1]
 
     yield start
@@ -235,6 +238,45 @@ def test_what_went_to_disk_is_found_again(
         assert again.load(ids) == 160, "and every byte is right"
     finally:
         again.close()
+
+
+@pytest.mark.parametrize("drain_seconds", [0.0, 3600.0])
+def test_its_end_is_that_of_a_daemon(
+    embedded: Callable[..., EmbeddedServer],
+    folders: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    drain_seconds: float,
+) -> None:
+    """It is not killed while its time to write lasts, nor where a tier hangs beyond that time."""
+    store = RedisServer(binary_of("valkey"), folders("/tmp"))
+    said: list[str] = []
+
+    def says(word: str) -> bool:
+        said.append(capfd.readouterr().err)
+        return word in "".join(said)
+
+    try:
+        if drain_seconds:
+            monkeypatch.setattr("lmcache.engine.embedded._STOP_SECONDS", 0.0)
+        server = embedded("slow", flags=("--l2", store.url("?timeout=3600")), drain_seconds=drain_seconds)
+        engine = engine_of("slow").connect()
+        store.child.send_signal(signal.SIGSTOP)
+        assert engine.store(list(range(160))) == 160
+        engine.close()
+        closing = threading.Thread(target=server.close)
+        closing.start()
+        if drain_seconds:
+            eventually(lambda: says("10 chunks are written to tiers before the end"))
+            assert server.running
+            store.child.send_signal(signal.SIGCONT)
+        closing.join(PATIENCE)
+        assert not closing.is_alive()
+        assert says("has stopped") and not says("it is killed")
+        assert says("Tier redis is left behind") != bool(drain_seconds)
+        assert not drain_seconds or len(store.raw.keys("{lmcache}/*/*-0-1")) == 10
+    finally:
+        store.end()
 
 
 @pytest.mark.parametrize("mode", ["auto", "payload"])

@@ -16,6 +16,7 @@ from blake3 import blake3
 
 import lmcache
 from lmcache.config.options import ENV_PREFIX
+from lmcache.config.server import ServerConfig
 from lmcache.errors import ConfigError
 from lmcache.observability.log import init_logger
 from lmcache.wire.sockets import UNIX, listen_named
@@ -24,7 +25,9 @@ logger = init_logger(__name__)
 _BOOT = "import runpy, sys; sys.path.append(sys.argv.pop(1)); runpy.run_module('lmcache.server.embedded', run_name='__main__')"
 """With this package's own place as the last one to look in: the engine may have found it by a path of its own."""
 _STOP_SECONDS = 15.0
-"""More than `--drain-seconds`: what is still to be written to tiers."""
+"""How long the server's end may take beyond the writes to tiers; it leaves a tier that hangs behind after three seconds."""
+_KILL_SECONDS = 5.0
+"""How long the kernel may take to end a killed server: one of its threads may wait for a device that does not answer."""
 
 
 def embedded_address(instance: str) -> str:
@@ -41,7 +44,9 @@ class EmbeddedServer:
         instance: the engine's name, that of its `Endpoint`s.
         l1_size_gb: memory for KV in GiB; 0 takes a quarter of what is available.
         chunk_size: tokens in a chunk.
-        flags: more flags of `lmcache server`, as they would be typed. With --http-port it serves HTTP too.
+        flags: more flags of `lmcache server`, as they would be typed, but for --drain-seconds. With --http-port it serves HTTP
+            too.
+        drain_seconds: what --drain-seconds is: how long the end waits for what is still to be written to tiers.
 
     Raises:
         ConfigError: another engine of that name has a server. What else is wrong (too little memory,
@@ -49,9 +54,15 @@ class EmbeddedServer:
     """
 
     def __init__(
-        self, instance: str, *, l1_size_gb: float = 0.0, chunk_size: int = 256, flags: Sequence[str] = ()
+        self,
+        instance: str,
+        *,
+        l1_size_gb: float = 0.0,
+        chunk_size: int = 256,
+        flags: Sequence[str] = (),
+        drain_seconds: float = ServerConfig.drain_seconds,
     ) -> None:
-        self.address = embedded_address(instance)
+        self.address, self._drain_seconds = embedded_address(instance), drain_seconds
         size = ("--l1-size-gb", f"{l1_size_gb:.6f}") if l1_size_gb else ()
         with listen_named(_name(instance)) as listener:
             lifeline, self._kept = _lifeline()
@@ -61,7 +72,7 @@ class EmbeddedServer:
                     [
                         *(sys.executable, "-c", _BOOT, str(Path(lmcache.__file__).parent.parent)),
                         *map(str, descriptors),
-                        *("--chunk-size", str(chunk_size), *size, *flags),
+                        *("--chunk-size", str(chunk_size), *size, *flags, "--drain-seconds", str(drain_seconds)),
                     ],
                     pass_fds=descriptors,
                     stdin=subprocess.DEVNULL,
@@ -85,17 +96,27 @@ class EmbeddedServer:
         return self._process.poll() is None
 
     def close(self) -> None:
-        """End it and wait until its memory is free."""
+        """End it and wait until its memory is free, or until it has had time enough even to be killed."""
         self._process.terminate()
-        try:
-            self._process.wait(_STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            logger.warning("This engine's LMCache server, pid %d, does not stop: it is killed", self._process.pid)
+        if not self._ended(self._drain_seconds + _STOP_SECONDS):
+            logger.warning("This engine's LMCache server, pid %d, does not stop: it is killed", self.pid)
             self._process.kill()
-            self._process.wait()
+            if not self._ended(_KILL_SECONDS):
+                logger.error(
+                    "This engine's LMCache server, pid %d, was killed and is still there, with its memory: "
+                    "see whether the file systems of its tiers answer",
+                    self.pid,
+                )
         if self._kept >= 0:
             os.close(self._kept)
             self._kept = -1
+
+    def _ended(self, seconds: float) -> bool:
+        try:
+            self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
 
 
 def _name(instance: str) -> str:
