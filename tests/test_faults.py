@@ -14,7 +14,7 @@ import pytest
 import zmq
 
 from engine_process import pause_once
-from lmcache.engine import Load
+from lmcache.engine import Load, Store
 from lmcache.wire import messages as m
 from lmcache.wire.frames import frame
 from ports import free_port
@@ -342,6 +342,69 @@ def test_what_waits_and_is_cancelled_is_told_the_server(server, engine):
     eventually(lambda: engine_dropped(cache, "preempted") == 40)
     one.worker.drop(4, "computed from a failed load")
     eventually(lambda: engine_dropped(cache, "computed from a failed load") == 7)
+
+
+class Hangs:
+    """A point in a device's stream that is not passed before `answer` is set."""
+
+    def __init__(self):
+        self.asked, self.answer = threading.Event(), threading.Event()
+
+    def query(self):
+        return False
+
+    def synchronize(self):
+        self.asked.set()
+        assert self.answer.wait(2 * PATIENCE)
+
+
+def hanging_store(one, ids):
+    """The job, and the point for which it waits."""
+    chain, point = one.chain(ids), Hangs()
+    one.fill(ids)
+    job = Store(chain.chunk_tokens, chain.root, chain.hashes, 0, one.table(len(ids)), after=point)
+    one.worker.store("hangs", job)
+    assert point.asked.wait(PATIENCE)
+    return point
+
+
+def test_what_is_dropped_while_the_storing_thread_hangs_takes_no_memory(server, engine):
+    cache = server()
+    one = engine(cache)
+    point = hanging_store(one, prompt(18, 64))
+    for _ in range(5000):
+        one.worker.drop(1, "queue full")
+        one.worker.drop(2, "weights changed")
+    assert len(one.worker._untold) == 2
+    point.answer.set()
+    assert one.wait("hangs").tokens == 64
+    eventually(lambda: engine_dropped(cache, "queue full") == 5000)
+    assert engine_dropped(cache, "weights changed") == 10000
+
+
+@pytest.mark.parametrize("midway", [False, True])
+def test_the_end_of_an_engine_does_not_wait_for_a_device_that_hangs(server, engine, monkeypatch, caplog, midway):
+    """Before its copy, and in the middle of it: then the slots are still this process's."""
+    monkeypatch.setattr("lmcache.engine.worker._LAST_COPY_SECONDS", 0.1)
+    cache = server()
+    one, ids = engine(cache, "closes"), prompt(19, 64)
+    if midway:
+        point = Hangs()
+        pause_once(one.worker._access.copier, "gather", point.synchronize)
+        one.submit_store(ids)
+        assert point.asked.wait(PATIENCE)
+    else:
+        point = hanging_store(one, ids)
+    try:
+        closing = threading.Thread(target=one.worker.close, daemon=True)
+        closing.start()
+        closing.join(PATIENCE)
+        assert not closing.is_alive()
+        assert "lmcache-store: a copy has not ended within 0.1 s and is left behind" in caplog.text
+        assert cache.counters()["reservations"] == midway
+    finally:
+        point.answer.set()
+    assert not one.wait("s1" if midway else "hangs").tokens
 
 
 def test_an_interrupted_lookup_leaves_no_lease(server, engine, monkeypatch):

@@ -120,7 +120,7 @@ class Link:
         self._on_welcome = on_welcome
         self._carrier: Carrier | None = None
         self._lock = threading.Lock()
-        self._closed = False
+        self._closed, self._goodbye = False, True
         self._wake = threading.Event()
         self._connected = threading.Event()
         self._welcomed = False
@@ -187,9 +187,9 @@ class Link:
                 self._give_up("a call was interrupted")
                 raise
 
-    def close(self) -> None:
-        """Say goodbye, hang up and end the thread."""
-        self._closed = True
+    def close(self, goodbye: bool = True) -> None:
+        """Say goodbye, hang up and end the thread. Without a goodbye the server keeps this process's claims until it ends."""
+        self._closed, self._goodbye = True, goodbye
         self._wake.set()
         self._hang_up()
         self._thread.join(5.0)
@@ -231,10 +231,11 @@ class Link:
     def _hang_up(self) -> None:
         with self._lock:
             if self._carrier is not None:
-                try:
-                    self._carrier.post(m.Bye())
-                except ServerUnavailable as error:
-                    logger.debug("goodbye: %s", error)
+                if self._goodbye:
+                    try:
+                        self._carrier.post(m.Bye())
+                    except ServerUnavailable as error:
+                        logger.debug("goodbye: %s", error)
                 self._carrier.close()
                 self._carrier = None
 

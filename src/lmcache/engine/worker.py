@@ -44,7 +44,7 @@ _PAYLOAD_BYTES = 64 << 20
 _MAX_QUEUED_STORES = 1024
 _STORING = "store"
 _LAST_COPY_SECONDS = 30.0
-"""How long a connection to a new server waits for copies in the old one's arena."""
+"""How long a connection to a new server waits for copies in the old one's arena, and the end for what is under way."""
 
 
 class _Cancelled(LMCacheError):
@@ -79,6 +79,8 @@ class WorkerSession:
         self._space, self._chunk_tokens, self._arena = 0, 0, b""
         self._slot_bytes = 0
         self._access: ArenaAccess | None = None
+        self._left_behind: ArenaAccess | None = None
+        """What a copy that hung when the session was closed may still touch."""
         lock = threading.Lock()
         self._state = threading.Condition(lock)
         self._ready = {"load": threading.Condition(lock), "store": threading.Condition(lock)}
@@ -90,8 +92,11 @@ class WorkerSession:
         """Thread -> id of the job that reads or writes paged KV at this moment."""
         self._cancelled: set[str] = set()
         self._done: deque[Done] = deque()
-        self._untold: deque[m.Dropped] = deque()
-        """For the storing thread to tell the server: the engine's thread waits for no answer, nor for those who do."""
+        self._untold: Counter[str] = Counter()
+        """Dropped chunks by reason, for the storing thread to tell the server: the engine's thread waits for no answer, nor for
+        those who do."""
+        self._counting = threading.Lock()
+        """Over `_untold`."""
         self._closed = False
         self._loading: dict[str, Load] = {}
         """Thread -> its load."""
@@ -168,17 +173,30 @@ class WorkerSession:
             return wanted & set(self._touching.values())
 
     def close(self) -> None:
-        """Finish the copy at hand, drop what waits, and let the arena go."""
+        """Finish the copy at hand, drop what waits, and let the arena go.
+
+        A copy that hangs (in a device that does not answer) is left behind after a while: the arena stays mapped then, and the
+        server counts its slots as in use until this process has ended.
+        """
         with self._state:
             self._closed = True
             for ready in self._ready.values():
                 ready.notify_all()
+        until = time.monotonic() + _LAST_COPY_SECONDS
         for thread in self._threads_running:
-            thread.join()
-        self._link.close()
+            thread.join(max(0.0, until - time.monotonic()))
+        hanging = [thread.name for thread in self._threads_running if thread.is_alive()]
+        self._link.close(goodbye=not hanging)
         with self._state:
             access = self._taken_away()
-        if access is not None:
+        if hanging:
+            self._left_behind = access
+            logger.error(
+                "%s: a copy has not ended within %g s and is left behind; see whether the engine's device answers",
+                ", ".join(hanging),
+                _LAST_COPY_SECONDS,
+            )
+        elif access is not None:
             access.close()
 
     # The threads that copy
@@ -190,7 +208,15 @@ class WorkerSession:
 
     def _count_drop(self, chunks: int, reason: str) -> None:
         self.counters[f"dropped_chunks:{reason}"] += chunks
-        self._untold.append(m.Dropped(chunks, reason))
+        with self._counting:
+            self._untold[reason] += chunks
+
+    def _tell_drops(self) -> None:
+        with self._counting:
+            untold = dict(self._untold)
+            self._untold.clear()
+        for reason, chunks in untold.items():
+            self._link.post(m.Dropped(chunks, reason))
 
     def _busy(self) -> bool:
         return bool(self._running or any(self._queues.values()))
@@ -200,10 +226,10 @@ class WorkerSession:
             self._work(kind, thread)
 
     def _work(self, kind: Literal["load", "store"], thread: str) -> None:
-        queue, untold = self._queues[kind], self._untold if kind == "store" else ()
+        queue, untold = self._queues[kind], self._untold if kind == "store" else {}
         while True:
-            while untold:
-                self._link.post(self._untold.popleft())
+            if untold:
+                self._tell_drops()
             with self._state:
                 self._ready[kind].wait_for(lambda: queue or untold or self._closed)
                 if self._closed:
