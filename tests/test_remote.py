@@ -106,7 +106,8 @@ def test_a_payload_engine_needs_the_cookie(server, engine, caplog):
     one = engine(cache, "late", mode="payload", connect=False)
     eventually(lambda: "has mode 644 and 32 bytes: start the server anew, or give both the same key" in caplog.text)
     assert not one.scheduler.connected
-    assert "this server's cookie file has been changed" in cache.line_with("of late, pid")
+    line = cache.line_with("this server's cookie file has been changed")
+    assert f"scheduler rank 0, pid {os.getpid()}, from 127.0.0.1" in line or "worker rank 0" in line
 
 
 def test_payload_requests_that_do_not_fit_are_refused(server, engine):
@@ -489,7 +490,7 @@ def test_two_network_namespaces(server, engine_process, tmp_path, monkeypatch):
         refused = EngineProcess(prefix, address=address, instance="refused")
         try:
             assert "set LMCACHE_INSECURE_NO_AUTH=1" in refused.line_with(f"{host} is no loopback address")
-            assert "the engine no LMCACHE_INSECURE_NO_AUTH=1" in bare.line_with("of refused, pid")
+            assert "the engine no LMCACHE_INSECURE_NO_AUTH=1" in bare.line_with(f"pid {refused.pid}, from ")
         finally:
             refused.end()
         monkeypatch.setenv("LMCACHE_INSECURE_NO_AUTH", "1")
