@@ -14,9 +14,9 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -33,6 +33,7 @@ from lmcache.wire.sockets import listen_unix
 from ports import free_port
 
 PATIENCE = 60.0  # for what should come soon: on a machine that was starved, starts of half a second took 18
+T = TypeVar("T")
 READY = "LMCache cache server is running..."
 
 
@@ -43,6 +44,20 @@ def eventually(what: Callable[[], Any], seconds: float = PATIENCE) -> Any:
         assert time.monotonic() < deadline, f"not so within {seconds} s; last: {value!r}"
         time.sleep(0.01)
     return value
+
+
+def beside(call: Callable[[], T]) -> Future[T]:
+    """Run `call` in a thread of its own, for which a test that fails does not wait."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
 
 
 class Process:
