@@ -17,7 +17,7 @@ from lmcache.engine.link import RENEWALS
 from lmcache.errors import ServerUnavailable
 from lmcache.wire.carriers import ZmqCarrier
 from ports import free_port
-from servers import eventually
+from servers import PATIENCE, eventually
 
 RESOLVE = socket.getaddrinfo
 
@@ -195,11 +195,11 @@ def test_jobs_that_wait_can_be_cancelled(server, engine):
     one = engine(server(l1=128))
     ids = prompt(11, 2000)
     jobs = [one.submit_store(ids[: 400 * n]) for n in range(1, 6)]
-    assert one.worker.wait(jobs, 10.0) == set()
+    assert one.worker.wait(jobs, PATIENCE) == set()
     one.poison()  # nobody reads these blocks any more
     ended = {}
     while len(ended) < len(jobs):
-        assert one.worker.wait_finished(10.0)
+        assert one.worker.wait_finished(PATIENCE)
         ended |= {done.job_id: done for done in one.worker.finished()}
     kept = one.hit_tokens(ids)
     assert kept == 0 or one.load(ids) == kept
