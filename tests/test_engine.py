@@ -168,7 +168,8 @@ def test_an_engine_may_start_before_its_server(server, engine, folders):
 
 
 def test_a_load_that_makes_no_sense_is_refused_and_touches_nothing(server, engine):
-    one, ids = engine(server()), prompt(10, 160)
+    """Another arena might still come, so that load takes a deadline; the others end at once."""
+    one, ids = engine(server(), deadline=5.0), prompt(10, 160)
     one.store(ids)
     hit = one.lookup(ids)
     assert hit is not None
