@@ -105,7 +105,7 @@ def test_a_wait_ends_with_its_group_or_with_the_load_and_not_before() -> None:
     def point(name: str) -> Any:
         return SimpleNamespace(wait=lambda: log.append(name))
 
-    thread = threading.Thread(target=reader)
+    thread = threading.Thread(target=reader, daemon=True)
     thread.start()
     go[0].set()
     assert bed.asleep.acquire(timeout=PATIENCE) and not log

@@ -387,7 +387,7 @@ def test_a_writer_killed_in_the_middle_of_stores_leaves_whole_shards_only(empty:
             child.send_signal(signal.SIGKILL)
             child.wait()
             acknowledged |= {line.strip() for line in child.stdout if line.endswith("\n")}
-    tier = opened(empty.url("?max_gb=0.5"))
+    tier = opened(empty.url("?timeout=60&max_gb=0.5"))
     headers = {name.decode().partition("/")[2] for name in empty.raw.keys("{lmcache}/*") if b"." not in name}
     assert len(headers) >= len(acknowledged) >= 6
 
