@@ -16,8 +16,10 @@ import pytest
 
 from engine_process import Engine
 from hashing import Turns
+from lmcache.errors import ServerUnavailable
 from lmcache.integration import identity
 from lmcache.wire import messages as m
+from lmcache.wire.carriers import UnixCarrier, ZmqCarrier
 from ports import free_port
 from servers import READY, EngineProcess, Impostor, Raw, Server
 
@@ -80,6 +82,28 @@ def server(folders: Callable[[str], Path]) -> Iterator[Callable[..., Server]]:
     yield start
     for one in running:
         one.end()
+
+
+@pytest.fixture
+def unanswered(monkeypatch: pytest.MonkeyPatch) -> list[m.Message]:
+    """The requests of this process's engines that no server answered, each of which cost its caller a deadline at most. What a
+    link says while it looks for a server is not among them: nobody waits for that."""
+    found: list[m.Message] = []
+
+    def watched(exchange: Callable[..., Any]) -> Callable[..., Any]:
+        def ask(carrier: Any, request: m.Message, *more: Any) -> Any:
+            try:
+                return exchange(carrier, request, *more)
+            except ServerUnavailable:
+                if not isinstance(request, m.Hello | m.Register | m.Hold):
+                    found.append(request)
+                raise
+
+        return ask
+
+    for kind in (UnixCarrier, ZmqCarrier):
+        monkeypatch.setattr(kind, "exchange", watched(kind.exchange))
+    return found
 
 
 @pytest.fixture

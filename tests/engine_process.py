@@ -52,7 +52,7 @@ class Engine:
         shard: int = 0,
         shards: int = 1,
         scheduler: bool = True,
-        deadline: float = 2.0,
+        deadline: float = PATIENCE,
         mode: str = "auto",
         key_file: str | None = None,
         model: str | Identity = "model",

@@ -1,4 +1,4 @@
-"""A TCP proxy for tests: delay, throttling, freezes and cuts between a client and a real server."""
+"""A TCP proxy for tests: throttling, freezes and cuts between a client and a real server, at a byte where that matters."""
 
 from __future__ import annotations
 
@@ -8,31 +8,79 @@ import socket
 import ssl
 import threading
 import time
+from collections.abc import Callable
 from types import TracebackType
 
 PIECE_BYTES = 64 << 10
-_QUEUED_PIECES = 64
+_QUEUED_PIECES = 1024
+_PATIENCE = 60.0
+
+
+class Way:
+    """One direction, of all connections together."""
+
+    def __init__(self) -> None:
+        self.arrived = 0
+        """Bytes that have come to the proxy so far."""
+        self.passed = 0
+        """Bytes forwarded so far."""
+        self._lock = threading.Lock()
+        self._mark: tuple[int, Callable[[], object]] | None = None
+        self._flow = threading.Event()
+        self._flow.set()
+
+    def hold(self) -> None:
+        """Forward nothing until `release`; what arrives meanwhile is kept."""
+        self._flow.clear()
+
+    def release(self) -> None:
+        self._flow.set()
+
+    def after(self, count: int, act: Callable[[], object]) -> None:
+        """Call `act`, once, when exactly so many more bytes have been forwarded (0: when the next ones are there)."""
+        with self._lock:
+            self._mark = self.passed + count, act
+
+    def _take(self, count: int) -> None:
+        with self._lock:
+            self.arrived += count
+
+    def _forward(self, sink: socket.socket, piece: bytes) -> None:
+        left = memoryview(piece)
+        while left:
+            self._flow.wait()
+            left = left[self._forward_to_mark(sink, left) :]
+
+    def _forward_to_mark(self, sink: socket.socket, piece: memoryview) -> int:
+        with self._lock:
+            if sink.fileno() < 0:
+                raise OSError("the connection was cut before this piece")
+            act = None
+            if self._mark and self._mark[0] <= self.passed + len(piece):
+                (end, act), self._mark = self._mark, None
+                piece = piece[: end - self.passed]
+            self.passed += len(piece)
+        sink.sendall(piece)
+        if act:
+            act()
+        return len(piece)
 
 
 class Proxy:
     """Forwards connections to `127.0.0.1:port` of a server. Every attribute may be changed while connections are open.
 
-    delay: seconds that every byte is under way, each way. rate: bytes a second, each way and connection; None: unlimited.
-    refuse: new connections are closed at once. tls: the client's side is wrapped in this context.
+    rate: bytes a second, each way and connection; None: unlimited. refuse: new connections are closed at once.
+    tls: the client's side is wrapped in this context.
     """
 
     def __init__(self, target: int, *, tls: ssl.SSLContext | None = None) -> None:
         self.target, self.tls = target, tls
-        self.delay = 0.0
         self.rate: float | None = None
         self.refuse = False
         self.accepted = 0
         """Connections so far."""
-        self.sent = 0
-        """Bytes from clients to the server so far."""
-        self._allowed: int | None = None
-        self._flow = threading.Event()
-        self._flow.set()
+        self.questions, self.answers = Way(), Way()
+        """From clients to the server, and back."""
         self._lock = threading.Lock()
         self._open: set[socket.socket] = set()
         self._threads: list[threading.Thread] = []
@@ -42,10 +90,12 @@ class Proxy:
 
     def freeze(self) -> None:
         """Nothing is forwarded any more; connections stay open, and new ones are accepted."""
-        self._flow.clear()
+        self.questions.hold()
+        self.answers.hold()
 
     def thaw(self) -> None:
-        self._flow.set()
+        self.questions.release()
+        self.answers.release()
 
     def cut(self) -> None:
         """End all connections now. New ones are accepted."""
@@ -54,19 +104,19 @@ class Proxy:
         for one in ended:
             _end(one)
 
-    def cut_after(self, count: int | None) -> None:
-        """When clients have sent so many more bytes, all connections are cut at exactly that byte; once. None: never."""
-        with self._lock:
-            self._allowed = count
+    def cut_for_good(self) -> None:
+        """End all connections now, and refuse new ones."""
+        self.refuse = True
+        self.cut()
 
     def close(self) -> None:
         """End everything, and wait for the threads."""
         self.refuse = True
-        self._flow.set()
+        self.thaw()
         _end(self._listener)
         self.cut()
         for thread in self._threads:
-            thread.join(10)
+            thread.join(_PATIENCE)
             assert not thread.is_alive(), "a thread of the proxy does not end"
 
     def __enter__(self) -> Proxy:
@@ -97,7 +147,7 @@ class Proxy:
     def _serve(self, client: socket.socket) -> None:
         try:
             if self.tls:
-                client.settimeout(10)
+                client.settimeout(_PATIENCE)
                 client = self.tls.wrap_socket(client, server_side=True)
                 client.settimeout(None)
             server = socket.create_connection(("127.0.0.1", self.target))
@@ -111,59 +161,36 @@ class Proxy:
             self._open |= {client, server}
         if self.refuse:
             self.cut()
-        for source, sink, outwards in ((client, server, True), (server, client, False)):
-            pieces: queue.Queue[tuple[float, bytes]] = queue.Queue(_QUEUED_PIECES)
-            self._start(self._read, source, pieces)
-            self._start(self._write, sink, source, pieces, outwards)
+        for source, sink, way in ((client, server, self.questions), (server, client, self.answers)):
+            pieces: queue.Queue[bytes] = queue.Queue(_QUEUED_PIECES)
+            self._start(self._read, source, pieces, way)
+            self._start(self._write, sink, source, pieces, way)
 
-    def _read(self, source: socket.socket, pieces: queue.Queue[tuple[float, bytes]]) -> None:
+    def _read(self, source: socket.socket, pieces: queue.Queue[bytes], way: Way) -> None:
         piece = b"more"
         while piece:
             try:
                 piece = source.recv(PIECE_BYTES)
             except OSError:
                 piece = b""
-            pieces.put((time.monotonic() + self.delay, piece))
+            way._take(len(piece))
+            pieces.put(piece)
 
-    def _write(
-        self, sink: socket.socket, source: socket.socket, pieces: queue.Queue[tuple[float, bytes]], outwards: bool
-    ) -> None:
+    def _write(self, sink: socket.socket, source: socket.socket, pieces: queue.Queue[bytes], way: Way) -> None:
         """Until the source has ended; then both ends are closed. Pieces behind a failed write are drained."""
         free = 0.0
-        while True:
-            due, piece = pieces.get()
-            if not piece:
-                break
+        while piece := pieces.get():
             if self.rate:
-                due = free = max(free, due) + len(piece) / self.rate
-            if (wait := due - time.monotonic()) > 0:
-                time.sleep(wait)
-            self._flow.wait()
+                free = max(free, time.monotonic()) + len(piece) / self.rate
+                time.sleep(max(0.0, free - time.monotonic()))
             try:
-                if outwards:
-                    self._send_counted(sink, piece)
-                else:
-                    sink.sendall(piece)
+                way._forward(sink, piece)
             except OSError:
                 _end(source)  # and its reader says so with an empty piece
         for one in (source, sink):
             with self._lock:
                 self._open.discard(one)
             _end(one)
-
-    def _send_counted(self, sink: socket.socket, piece: bytes) -> None:
-        with self._lock:
-            if sink.fileno() < 0:
-                raise OSError("the connection was cut before this piece")
-            cut = self._allowed is not None and self._allowed <= len(piece)
-            if cut:
-                piece, self._allowed = piece[: self._allowed], None
-            elif self._allowed is not None:
-                self._allowed -= len(piece)
-            self.sent += len(piece)
-        sink.sendall(piece)
-        if cut:
-            self.cut()
 
 
 def _end(one: socket.socket) -> None:

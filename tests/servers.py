@@ -15,9 +15,9 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import zmq
@@ -36,6 +36,7 @@ from ports import free_port
 
 PATIENCE = 60.0  # for what should come soon: on a machine that was starved, starts of half a second took 18
 _RESOLVE = socket.getaddrinfo
+T = TypeVar("T")
 READY = "LMCache cache server is running..."
 
 
@@ -61,6 +62,20 @@ def unresolved(host: str, *rest: Any, **more: Any) -> Any:
     if any(letter.isalpha() for letter in host) and ":" not in host:
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
     return _RESOLVE(host, *rest, **more)
+
+
+def beside(call: Callable[[], T]) -> Future[T]:
+    """Run `call` in a thread of its own, for which a test that fails does not wait."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
 
 
 class Process:

@@ -17,7 +17,7 @@ from lmcache.engine.link import RENEWALS
 from lmcache.errors import ServerUnavailable
 from lmcache.wire.carriers import ZmqCarrier
 from ports import free_port
-from servers import eventually, unresolved
+from servers import PATIENCE, eventually, unresolved
 
 
 def prompt(seed: int, tokens: int) -> list[int]:
@@ -178,7 +178,8 @@ def test_an_engine_may_start_before_its_server(server, engine, folders):
 
 
 def test_a_load_that_makes_no_sense_is_refused_and_touches_nothing(server, engine):
-    one, ids = engine(server()), prompt(10, 160)
+    """Another arena might still come, so that load takes a deadline; the others end at once."""
+    one, ids = engine(server(), deadline=5.0), prompt(10, 160)
     one.store(ids)
     hit = one.lookup(ids)
     assert hit is not None
@@ -205,11 +206,11 @@ def test_jobs_that_wait_can_be_cancelled(server, engine):
     one = engine(server(l1=128))
     ids = prompt(11, 2000)
     jobs = [one.submit_store(ids[: 400 * n]) for n in range(1, 6)]
-    assert one.worker.wait(jobs, 10.0) == set()
+    assert one.worker.wait(jobs, PATIENCE) == set()
     one.poison()  # nobody reads these blocks any more
     ended = {}
     while len(ended) < len(jobs):
-        assert one.worker.wait_finished(10.0)
+        assert one.worker.wait_finished(PATIENCE)
         ended |= {done.job_id: done for done in one.worker.finished()}
     kept = one.hit_tokens(ids)
     assert kept == 0 or one.load(ids) == kept

@@ -14,11 +14,12 @@ import pytest
 
 from engine_process import pause_once
 from lmcache.engine import Load, Store
+from lmcache.engine.link import Link
 from lmcache.wire import messages as m
 from lmcache.wire.frames import frame
-from servers import PATIENCE, eventually
+from servers import PATIENCE, beside, eventually
 
-SLACK = 4.0  # seconds that a busy test machine may add to a deadline; what is broken waits for ever, or 100 times
+PATIENT = 3000.0  # seconds; a call with such a deadline ends by what a test does, or not at all
 L1_CHUNKS = 2048  # of 4096 bytes in 8 MiB
 
 
@@ -117,35 +118,30 @@ def test_quarantine_is_capped(server, raw):
 
 
 @pytest.mark.parametrize("mode", ["auto", "payload"])
-def test_a_server_killed_under_load_costs_one_deadline(server, engine, mode):
+def test_a_server_killed_under_load_costs_one_deadline(server, engine, unanswered, mode):
+    """Of the scheduler, and one of the rank: each waits for one answer that does not come."""
     cache = server(l1=64)
-    one, ids = engine(cache, deadline=1.0, mode=mode, num_blocks=520), prompt(4, 8000)
+    one, ids = engine(cache, deadline=3.0, mode=mode, num_blocks=520), prompt(4, 8000)
     one.store(ids)
-    longest, stop = [0.0], threading.Event()
+    stop = threading.Event()
 
     def ask() -> None:
         while not stop.is_set():
-            begin = time.monotonic()
             one.hit_tokens(ids)
-            longest[0] = max(longest[0], time.monotonic() - begin)
 
-    asking = threading.Thread(target=ask, daemon=True)
-    asking.start()
+    asking = beside(ask)
     jobs = [one.submit_store(prompt(5 + n, 8000)) for n in range(3)]
     cache.kill()
-    killed = time.monotonic()
     for job in jobs:
         one.wait(job)
-    assert time.monotonic() - killed < 2 * 1.0 + SLACK
-    eventually(lambda: not one.scheduler.connected)
+    eventually(lambda: not one.scheduler.connected and not one.worker.connected)
     stop.set()
-    asking.join()
-    assert longest[0] < 1.0 + SLACK
-    chain, begin = one.chain(ids), time.monotonic()
-    for _ in range(100):
+    asking.result(PATIENCE)
+    chain = one.chain(ids)
+    for _ in range(10):
         assert one.scheduler.lookup(chain) is None
     assert one.store(ids[:160]) == 0
-    assert time.monotonic() - begin < SLACK, "without a server, everything is a miss at once"
+    assert len(unanswered) <= 2, "without a server, everything is a miss at once"
     again = server(l1=64, port=cache.port)
     eventually(lambda: one.scheduler.connected and one.worker.connected)
     assert one.lookup(ids) is None
@@ -169,7 +165,8 @@ def test_a_restart_between_two_calls_is_noticed_by_a_remote_engine(server, engin
 
 def test_loads_of_an_arena_that_a_rank_lacks_cost_one_deadline_in_all(server, engine):
     one = engine(server(), deadline=1.0)
-    begin = time.monotonic()
+    wait_for, waits = one.worker._state.wait_for, []
+    one.worker._state.wait_for = lambda what, seconds: (waits.append(seconds), wait_for(what, seconds))[1]
     for number in range(12):
         one.worker.load(f"load {number}", Load(b"?" * 16, 1, 0, bytes(4), 0, 16, [0]))
     left = 12
@@ -178,7 +175,7 @@ def test_loads_of_an_arena_that_a_rank_lacks_cost_one_deadline_in_all(server, en
         done = one.worker.finished()
         assert not any(job.ok for job in done)
         left -= len(done)
-    assert time.monotonic() - begin < 1.0 + SLACK, "12 deadlines would be 12 s"
+    assert waits.count(1.0) == 1
 
 
 def test_a_late_release_for_a_former_server_ends_no_lease_of_the_next(server, engine):
@@ -210,7 +207,7 @@ def test_loads_from_the_mapped_arena_outlive_the_server(server, engine):
 def test_a_new_server_is_used_at_once_though_the_rank_learns_of_it_later(server, engine):
     """The scheduler's first hits of the new server wait for the rank's connection, not for their deadline."""
     cache = server()
-    one, ids = engine(cache, deadline=PATIENCE), prompt(8, 320)
+    one, ids = engine(cache, deadline=PATIENT), prompt(8, 320)
     cache.kill()
     gate, register = threading.Event(), one.worker._register
     one.worker._link._on_welcome = lambda *all: (gate.wait(PATIENCE), register(*all))
@@ -222,17 +219,15 @@ def test_a_new_server_is_used_at_once_though_the_rank_learns_of_it_later(server,
     assert hit is not None and hit.chunks == 20
     one.poison()
     job = one.submit_load(hit, 16, 0, 320, ids)
-    assert not one.worker.wait_finished(0.1)
-    begin = time.monotonic()
+    eventually(lambda: job in one.worker._running.values())
     gate.set()
     assert one.wait(job).ok and one.right(ids, 0, 320)
-    assert time.monotonic() - begin < PATIENCE / 2
 
 
 def test_a_store_waits_for_a_server_that_is_there_and_not_ready(server, engine):
     """A rank that lets go of an old arena first has heard the new server's welcome; what is stored meanwhile is not lost."""
     cache = server()
-    one, ids = engine(cache, deadline=PATIENCE), prompt(19, 320)
+    one, ids = engine(cache, deadline=PATIENT), prompt(19, 320)
     cache.kill()
     gate, welcomed, register = threading.Event(), threading.Event(), one.worker._register
     one.worker._link._on_welcome = lambda *all: (welcomed.set(), gate.wait(PATIENCE), register(*all))
@@ -241,9 +236,9 @@ def test_a_store_waits_for_a_server_that_is_there_and_not_ready(server, engine):
     eventually(lambda: one.scheduler.connected)
     job = one.submit_store(ids)
     eventually(lambda: one.worker._running.get("store") == job)
-    assert one.worker.wait([job], 0.1) == set(), "the blocks are free, as long as nothing is read"
+    assert one.worker.wait([job], PATIENCE) == set(), "the blocks are free, as long as nothing is read"
     second = one.submit_store(prompt(20, 320))
-    assert not one.worker.wait_finished(0.1)
+    assert not one.worker.finished(), "both wait"
     gate.set()
     assert one.wait(job).tokens == 0, "cancelled"
     assert one.wait(second).tokens == 320
@@ -252,17 +247,17 @@ def test_a_store_waits_for_a_server_that_is_there_and_not_ready(server, engine):
 def test_unmapping_the_old_arena_holds_up_no_engine(server, engine, monkeypatch):
     """A GPU's driver lets go of 100 GiB of pinned memory in seconds; the engine's thread asks this session meanwhile."""
     cache = server()
-    one, unmapping, go = engine(cache), threading.Event(), threading.Event()
+    one, unmapping, go, unmapped = engine(cache), threading.Event(), threading.Event(), threading.Event()
     close = one.worker._access.close
-    monkeypatch.setattr(one.worker._access, "close", lambda: (unmapping.set(), go.wait(PATIENCE), close()))
+    slowly = lambda: (unmapping.set(), go.wait(PATIENCE), unmapped.set(), close())  # noqa: E731
+    monkeypatch.setattr(one.worker._access, "close", slowly)
     cache.kill()
     server(port=cache.port)
     assert unmapping.wait(PATIENCE)
-    begin = time.monotonic()
     assert one.worker.mapped_arena == b""
-    assert one.worker.wait(["no such job"], 0.01) == set()
+    assert one.worker.wait(["no such job"], PATIENCE) == set()
     job = one.submit_store(prompt(13, 640))
-    assert time.monotonic() - begin < PATIENCE / 2
+    assert not unmapped.is_set()
     go.set()
     one.wait(job)
     eventually(lambda: one.worker.connected and one.scheduler.connected)
@@ -282,7 +277,8 @@ def test_a_connection_made_anew_keeps_the_arena_mapped(server, engine):
 
 
 @pytest.mark.parametrize("mode", ["auto", "payload"])
-def test_a_frozen_server_costs_one_deadline_not_one_a_call(server, engine, mode):
+def test_a_frozen_server_costs_one_deadline_not_one_a_call(server, engine, unanswered, mode):
+    """Of the scheduler, and one of the rank; all of this ends before the server wakes up."""
     cache, deadline = server(), 3.0
     one, ids = engine(cache, deadline=deadline, mode=mode), prompt(9, 640)
     one.store(ids)
@@ -290,12 +286,13 @@ def test_a_frozen_server_costs_one_deadline_not_one_a_call(server, engine, mode)
     begin = time.monotonic()
     job = one.submit_store(prompt(10, 640))
     assert one.lookup(ids) is None
-    assert deadline <= time.monotonic() - begin < 2 * deadline
+    assert time.monotonic() - begin >= deadline
     one.wait(job)
-    chain, begin = one.chain(ids), time.monotonic()
-    for _ in range(100):
+    chain = one.chain(ids)
+    for _ in range(10):
         assert one.scheduler.lookup(chain) is None
-    assert time.monotonic() - begin < deadline, "it is known to be frozen"
+    assert {type(request) for request in unanswered} == {m.Lookup, m.Reserve}
+    assert len(unanswered) == 2, "it is known to be frozen"
     cache.thaw()
     eventually(lambda: one.scheduler.connected and one.worker.connected)
     assert one.load(ids) == 640, "what it held is still there"
@@ -310,13 +307,11 @@ def engine_dropped(cache, reason):
 def test_a_preemption_does_not_wait_for_a_silent_server(server, engine):
     """A store that waits for its slots reads no block yet, and will not when it has them."""
     cache = server()
-    one, ids = engine(cache, deadline=PATIENCE), prompt(12, 640)
+    one, ids = engine(cache, deadline=PATIENT), prompt(12, 640)
     cache.freeze()
     job = one.submit_store(ids)
     eventually(lambda: one.worker._running.get("store") == job)
-    begin = time.monotonic()
     assert one.worker.wait([job], PATIENCE) == set()
-    assert time.monotonic() - begin < PATIENCE / 2
     cache.thaw()
     done = one.wait(job)
     assert (done.ok, done.tokens) == (False, 0)
@@ -328,13 +323,12 @@ def test_a_preemption_does_not_wait_for_a_silent_server(server, engine):
 
 def test_what_waits_and_is_cancelled_is_told_the_server(server, engine):
     cache = server()
-    one, ids = engine(cache, deadline=PATIENCE), prompt(12, 640)
+    one, ids = engine(cache, deadline=PATIENT), prompt(12, 640)
     cache.freeze()
     first, second = one.submit_store(prompt(16, 320)), one.submit_store(ids)
     assert one.worker.wait([second], PATIENCE) == set()
-    begin = time.monotonic()
-    one.worker.drop(3, "computed from a failed load")
-    assert time.monotonic() - begin < PATIENCE / 2, "the storing thread is in a call"
+    eventually(lambda: one.worker._running.get("store") == first)  # the storing thread is in a call, or will soon be
+    beside(lambda: one.worker.drop(3, "computed from a failed load")).result(PATIENCE)
     cache.thaw()
     assert one.wait(first).tokens == 320 and one.wait(second).tokens == 0
     eventually(lambda: engine_dropped(cache, "preempted") == 40)
@@ -495,22 +489,33 @@ class Nonsense:
 
 
 @pytest.mark.parametrize("what", ["says nothing", "hangs up", "junk", "http"])
-def test_something_else_on_the_port_costs_nothing(engine, what):
+def test_something_else_on_the_port_costs_nothing(engine, monkeypatch, what):
+    """Nobody waits for an attempt to connect, however long it takes; and an end waits for the one at hand only."""
     acts = {
         "says nothing": lambda sock: None,
         "hangs up": lambda sock: sock.close(),
         "junk": lambda sock: sock.sendall(os.urandom(100_000)),
         "http": lambda sock: sock.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n"),
     }
+    attempt, tried, go, ended = Link._through_port, threading.Event(), threading.Event(), threading.Event()
+
+    def slow_attempt(link, hello):
+        try:
+            return attempt(link, hello)
+        finally:
+            tried.set()
+            go.wait(PATIENCE)
+            ended.set()
+
+    monkeypatch.setattr(Link, "_through_port", slow_attempt)
     stranger = Nonsense(acts[what])
     one = engine(stranger, connect=False)
-    eventually(lambda: stranger.open)
-    begin = time.monotonic()
+    assert tried.wait(PATIENCE) and eventually(lambda: stranger.open)
     assert not one.scheduler.connected and one.scheduler.new_chain() is None
-    assert time.monotonic() - begin < 0.9, "not even the time of one attempt to connect"
-    begin = time.monotonic()
+    assert not ended.is_set()
+    go.set()
     one.close()
-    assert time.monotonic() - begin < 2 * 1.0 + SLACK, "an attempt at hand of each session is waited for, and no more"
+    eventually(lambda: not any(half._link._thread.is_alive() for half in (one.scheduler, one.worker)))
     stranger.close()
 
 
@@ -570,6 +575,7 @@ def test_the_engine_names_both_versions(engine, impostor, caplog):
     ],
 )
 def test_nonsense_in_answer_to_a_lookup_is_a_miss(engine, impostor, found, monkeypatch):
+    """At once; and no answer is one after the deadline."""
     monkeypatch.setenv("LMCACHE_INSECURE_NO_AUTH", "1")
 
     def answers(sequence: int, request: m.Message) -> list[bytes] | None:
@@ -583,10 +589,9 @@ def test_nonsense_in_answer_to_a_lookup_is_a_miss(engine, impostor, found, monke
             return [m.encode(sequence, m.Reserved(1, b"\0" * 7, 0))]
         return [m.encode(sequence, m.Ok())]
 
-    one = engine(impostor(answers), mode="payload", deadline=0.5)
-    ids, begin = prompt(13, 64), time.monotonic()
+    one = engine(impostor(answers), mode="payload", deadline=0.5 if found is None else PATIENT)
+    ids = prompt(13, 64)
     assert one.lookup(ids) is None
-    assert time.monotonic() - begin < 0.5 + SLACK
     eventually(lambda: one.worker.connected)
     assert one.store(ids) == 0
 

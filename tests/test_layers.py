@@ -78,8 +78,21 @@ def test_groups_are_of_whole_layers_and_not_too_small() -> None:
     assert planes_in_group(0, 4 << 20, 1) == 1
 
 
+class Bed(threading.Condition):
+    """Counts those who have lain down to wait; whoever wakes them comes after that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asleep = threading.Semaphore(0)
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self.asleep.release()
+        return super().wait(timeout)
+
+
 def test_a_wait_ends_with_its_group_or_with_the_load_and_not_before() -> None:
-    progress, log = Progress(), []
+    progress, bed, log = Progress(), Bed(), []
+    progress._changed = bed
     seen, go = threading.Semaphore(0), [threading.Event() for _ in range(4)]
 
     def reader() -> None:
@@ -92,16 +105,16 @@ def test_a_wait_ends_with_its_group_or_with_the_load_and_not_before() -> None:
     def point(name: str) -> Any:
         return SimpleNamespace(wait=lambda: log.append(name))
 
-    thread = threading.Thread(target=reader)
+    thread = threading.Thread(target=reader, daemon=True)
     thread.start()
     go[0].set()
-    assert not seen.acquire(timeout=0.05)
+    assert bed.asleep.acquire(timeout=PATIENCE) and not log
     progress.arrived(2, point("first point"))
     assert seen.acquire(timeout=PATIENCE)
     go[1].set()
     assert seen.acquire(timeout=PATIENCE)
     go[2].set()
-    assert not seen.acquire(timeout=0.05)
+    assert bed.asleep.acquire(timeout=PATIENCE) and log[-1] == "read 2"
     progress.arrived(4, point("second point"))
     assert seen.acquire(timeout=PATIENCE)
     progress.end()

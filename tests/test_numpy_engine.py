@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,8 +12,9 @@ import pytest
 
 from lmcache.integration.numpy import KV_ORDERS, Engine, EngineConfig, ModelConfig, OutOfBlocks, UnfilledKV
 from lmcache.integration.numpy.cached import CacheLink, Loaded, Prompt
+from lmcache.wire import messages as m
 from ports import free_port
-from servers import PATIENCE, Process, Server
+from servers import PATIENCE, Process, Server, eventually
 
 TINY = ModelConfig.tiny()
 StartServer = Callable[..., Server]
@@ -219,16 +219,17 @@ def test_a_killed_server_is_survived_and_found_again(server: StartServer, engine
     for _ in range(3):
         assert_same(engine.generate(prompt(14), 4), right)
     server(port=first.port)
-    end = time.monotonic() + PATIENCE
-    while (result := engine.generate(prompt(14), 4)).hit_tokens == 0:
-        assert time.monotonic() < end, "the engine did not find the new server"
+
+    def hits() -> int:
+        result = engine.generate(prompt(14), 4)
         assert_same(result, right)
         engine.flush()
-        time.sleep(0.05)
-    assert_same(result, right)
+        return int(result.hit_tokens)
+
+    eventually(hits)
 
 
-def test_a_frozen_server_costs_one_deadline(server: StartServer, engines: Any) -> None:
+def test_a_frozen_server_costs_one_deadline(server: StartServer, engines: Any, unanswered: list[m.Message]) -> None:
     frozen, right, deadline = server(), Engine(small()).generate(prompt(15), 4), 3.0
     engine = engines(small(), frozen.address, deadline_seconds=deadline)
     engine.generate(prompt(15), 4)
@@ -237,8 +238,8 @@ def test_a_frozen_server_costs_one_deadline(server: StartServer, engines: Any) -
     first, second = engine.generate(prompt(15), 4), engine.generate(prompt(15), 4)
     assert_same(first, right)
     assert_same(second, right)
-    assert deadline <= first.ttft_seconds < 2 * deadline
-    assert second.ttft_seconds < deadline, "it is known to be frozen"
+    assert deadline <= first.ttft_seconds
+    assert [type(request) for request in unanswered].count(m.Lookup) == 1, "it is known to be frozen"
 
 
 def test_a_killed_engine_leaves_its_kv_to_the_next(server: StartServer, engines: Any) -> None:

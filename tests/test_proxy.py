@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 import time
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from proxy import Proxy
+from servers import PATIENCE, eventually
 
 
 @pytest.fixture
@@ -39,7 +41,7 @@ def _echo(listener: socket.socket) -> None:
 
 
 def connect(proxy: Proxy) -> socket.socket:
-    return socket.create_connection(("127.0.0.1", proxy.port), timeout=10)
+    return socket.create_connection(("127.0.0.1", proxy.port), timeout=PATIENCE)
 
 
 def receive(client: socket.socket, count: int) -> bytes:
@@ -56,31 +58,37 @@ def test_bytes_pass_unchanged_both_ways(echo: int) -> None:
         writer.start()
         assert receive(client, len(sent)) == sent
         writer.join()
-        assert (proxy.accepted, proxy.sent) == (1, len(sent))
+        assert (proxy.accepted, proxy.questions.passed) == (1, len(sent))
 
 
-def test_delay_and_rate_take_their_time(echo: int) -> None:
+def test_a_rate_takes_its_time(echo: int) -> None:
     with Proxy(echo) as proxy, connect(proxy) as client:
-        proxy.delay = 0.05
-        began = time.monotonic()
-        client.sendall(b"x")
-        assert receive(client, 1) == b"x" and time.monotonic() - began >= 0.1
-        proxy.delay, proxy.rate = 0.0, 1e6
+        proxy.rate = 1e6
         began = time.monotonic()
         client.sendall(bytes(100_000))
         assert len(receive(client, 100_000)) == 100_000 and time.monotonic() - began >= 0.1
 
 
-def test_a_freeze_holds_bytes_back_until_the_thaw(echo: int) -> None:
+def test_one_way_is_held_at_a_byte_until_its_release(echo: int) -> None:
     with Proxy(echo) as proxy, connect(proxy) as client:
-        proxy.freeze()
-        client.sendall(b"x")
-        client.settimeout(0.1)
-        with pytest.raises(TimeoutError):
-            client.recv(1)
+        proxy.questions.after(3, proxy.questions.hold)
+        client.sendall(b"abcdef")
+        assert receive(client, 3) == b"abc"
+        assert (proxy.questions.arrived, proxy.questions.passed, proxy.answers.passed) == (6, 3, 3)
+        proxy.questions.release()
+        assert receive(client, 3) == b"def"
+
+
+def test_a_freeze_holds_both_ways_until_the_thaw(echo: int) -> None:
+    with Proxy(echo) as proxy, connect(proxy) as client:
+        proxy.answers.after(1, proxy.freeze)
+        client.sendall(b"ab")
+        assert receive(client, 1) == b"a"
+        client.sendall(b"c")
+        eventually(lambda: proxy.questions.arrived == 3)
+        assert (proxy.questions.passed, proxy.answers.passed) == (2, 1)
         proxy.thaw()
-        client.settimeout(10)
-        assert receive(client, 1) == b"x"
+        assert receive(client, 2) == b"bc"
 
 
 def test_cuts_end_connections_and_new_ones_are_served_unless_refused(echo: int) -> None:
@@ -99,11 +107,20 @@ def test_cuts_end_connections_and_new_ones_are_served_unless_refused(echo: int) 
 
 
 def test_a_cut_comes_at_the_byte_it_was_asked_for(echo: int) -> None:
-    with Proxy(echo) as proxy, connect(proxy) as client:
-        proxy.cut_after(70_000)
-        try:
-            client.sendall(bytes(200_000))
-            receive(client, 200_000)
-        except OSError:
-            pass
-        assert proxy.sent == 70_000
+    for way in ("questions", "answers"):
+        with Proxy(echo) as proxy, connect(proxy) as client:
+            watched = getattr(proxy, way)
+            watched.after(70_000, proxy.cut_for_good)
+            writer = threading.Thread(target=send_all, args=(client, bytes(200_000)))
+            writer.start()
+            with contextlib.suppress(OSError):
+                assert len(receive(client, 200_000)) <= 70_000
+            writer.join()
+            assert watched.passed == 70_000
+            with connect(proxy) as another:
+                assert another.recv(1) == b""
+
+
+def send_all(client: socket.socket, what: bytes) -> None:
+    with contextlib.suppress(OSError):
+        client.sendall(what)

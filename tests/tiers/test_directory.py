@@ -136,10 +136,11 @@ def test_the_time_of_use_is_brought_up_once_a_minute(directory: Callable[..., Di
         load_one(tier, shard_key(0), 5000)
     assert Counting.touched == []
     age(file_of(tier, 0), 90)
+    now = time.time()
     for _ in range(3):
         load_one(tier, shard_key(0), 5000)
     assert Counting.touched == [file_of(tier, 0)]
-    assert time.time() - file_of(tier, 0).stat().st_mtime < 20
+    assert file_of(tier, 0).stat().st_mtime > now - 1
 
 
 def test_what_was_used_longest_ago_goes_first(directory: Callable[..., DirectoryTier]) -> None:
@@ -163,13 +164,11 @@ def test_one_is_elected_and_makes_room_for_the_others(
     cap = 16 * MIB
     first, second = directory(cap), directory(cap)
     assert first._janitor.elected() and not second._janitor.elected()
-    outcomes = [outcome for number in range(40) for outcome in fill(second, range(number, number + 1), MIB)]
+    with first._counting:  # the janitor is busy
+        outcomes = [outcome for number in range(40) for outcome in fill(second, range(number, number + 1), MIB)]
     assert outcomes.index("full") in (13, 14, 15) and "full" in outcomes[-1:]
     assert medium_bytes(tmp_path / "tier") <= cap
-    deadline = time.monotonic() + 30
-    while fill(second, range(50, 51), MIB) == ["full"]:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    eventually(lambda: fill(second, range(50, 51), MIB) != ["full"])
     assert load_one(first, shard_key(50), MIB)[0] == OK
     assert medium_bytes(tmp_path / "tier") <= cap
 
@@ -198,7 +197,8 @@ def test_the_lease_of_the_dead_and_of_the_silent_is_taken(tmp_path: Path) -> Non
     assert one.elected() and one.elected() and not two.elected()
     age(tmp_path / "janitor", LEASE_SECONDS - 20)
     assert not two.elected()
-    assert one.elected() and time.time() - (tmp_path / "janitor").stat().st_mtime < 20  # renewed
+    now = time.time()
+    assert one.elected() and (tmp_path / "janitor").stat().st_mtime > now - 1  # renewed
     age(tmp_path / "janitor", LEASE_SECONDS + 5)
     assert two.elected() and not one.elected()
     two.leave(Count(5, 1))

@@ -588,7 +588,10 @@ def test_a_full_file_system_lets_older_shards_make_way(
         subprocess.run(["umount", str(mount)], check=True)
 
 
-def test_a_file_system_that_stays_full_does_not_empty_the_tier(disk: Callable[..., DiskTier]) -> None:
+def test_a_file_system_that_stays_full_does_not_empty_the_tier(
+    disk: Callable[..., DiskTier], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lmcache.tiers.disk._PAUSE_SECONDS", 3600.0)
     medium = FaultyMedium()
     tier = disk(medium=medium)
     fill(tier, range(10), MIB)

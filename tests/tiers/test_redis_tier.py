@@ -23,12 +23,14 @@ from lmcache.tiers.conformance import ConformanceSuite
 from lmcache.tiers.redis import FULL, PART_BYTES, RedisTier, booked_bytes
 from lmcache.tiers.registry import make_tier, make_tiers
 from proxy import Proxy
-from servers import PATIENCE, eventually, free_port
+from servers import PATIENCE, beside, eventually, free_port
 from stores import RedisServer, load, shards_of, tier_of
 
 pytestmark = pytest.mark.xdist_group("redis")
 MIB = 1 << 20
 GIB = 1 << 30
+PATIENT = "?timeout=3600"
+"""Options of a tier that no busy machine makes give up."""
 
 
 def header_name(shard: Shard) -> str:
@@ -317,18 +319,16 @@ def test_clear_takes_what_is_ours_and_nothing_else(empty: RedisServer) -> None:
 
 
 def test_a_shard_that_is_cleared_while_it_is_written_is_gone(empty: RedisServer, proxy: Callable[..., Proxy]) -> None:
-    slow = proxy(empty.port)
-    tier, other = opened(empty.url("?timeout=20", port=slow.port)), opened(empty.url())
+    through = proxy(empty.port)
+    tier, other = opened(empty.url(PATIENT, port=through.port)), opened(empty.url())
     (shard,) = shards_of(1, 2 * PART_BYTES)
-    outcomes: list[str] = []
-    slow.rate = 20e6
-    writer = threading.Thread(target=lambda: outcomes.extend(tier.store([shard])))
-    writer.start()
+    through.questions.after(PART_BYTES + 100_000, through.freeze)
+    stored = beside(lambda: tier.store([shard]))
     eventually(lambda: empty.raw.exists(f"{header_name(shard)}.0"))
     other.clear()
-    slow.rate = None
-    writer.join()
-    assert outcomes == [OK] and other.contains([shard.key]) == [False]
+    assert not stored.done() and not empty.raw.keys("{lmcache}/*")
+    through.thaw()
+    assert stored.result(PATIENCE) == [OK] and other.contains([shard.key]) == [False]
     assert not empty.raw.keys("{lmcache}/*")
 
 
@@ -342,7 +342,7 @@ def test_a_connection_cut_in_a_store_leaves_a_miss_that_can_be_stored_again(
     through = proxy(empty.port)
     tier, other = opened(empty.url(port=through.port)), opened(empty.url())
     (shard,) = shards_of(1, 2 * PART_BYTES + 5000)
-    through.cut_after(cut_at)
+    through.questions.after(cut_at, through.cut)
     with pytest.raises(TierError) as caught:
         tier.store([shard])
     assert caught.value.reason == "unreachable"
@@ -354,12 +354,12 @@ def test_a_connection_cut_in_a_store_leaves_a_miss_that_can_be_stored_again(
 
 def test_parts_without_a_header_go_by_themselves(empty: RedisServer, proxy: Callable[..., Proxy]) -> None:
     through = proxy(empty.port)
-    tier, (shard,) = opened(empty.url("?timeout=3", port=through.port)), shards_of(1, 2 * PART_BYTES)
-    through.cut_after(PART_BYTES + 100_000)
+    tier, (shard,) = opened(empty.url("?timeout=1000", port=through.port)), shards_of(1, 2 * PART_BYTES)
+    through.questions.after(PART_BYTES + 100_000, through.cut)
     with pytest.raises(TierError):
         tier.store([shard])
     left = eventually(lambda: empty.raw.keys("{lmcache}/*"))
-    assert left == [f"{header_name(shard)}.0".encode()] and 0 < empty.raw.pttl(left[0]) <= 2 * 3000
+    assert left == [f"{header_name(shard)}.0".encode()] and 0 < empty.raw.pttl(left[0]) <= 2 * 1_000_000
 
 
 WRITER = """
@@ -379,7 +379,7 @@ def test_a_writer_killed_in_the_middle_of_stores_leaves_whole_shards_only(empty:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")])}
     acknowledged = set()
     for stores in (1, 3, 2):
-        command = [sys.executable, "-c", WRITER, empty.url("?timeout=2&max_gb=0.5")]
+        command = [sys.executable, "-c", WRITER, empty.url("?timeout=4&max_gb=0.5")]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as child:
             assert child.stdout and child.stdout.readline() == "ready\n"
             for _ in range(stores):
@@ -387,7 +387,7 @@ def test_a_writer_killed_in_the_middle_of_stores_leaves_whole_shards_only(empty:
             child.send_signal(signal.SIGKILL)
             child.wait()
             acknowledged |= {line.strip() for line in child.stdout if line.endswith("\n")}
-    tier = opened(empty.url("?timeout=2&max_gb=0.5"))
+    tier = opened(empty.url("?timeout=60&max_gb=0.5"))
     headers = {name.decode().partition("/")[2] for name in empty.raw.keys("{lmcache}/*") if b"." not in name}
     assert len(headers) >= len(acknowledged) >= 6
 
@@ -435,12 +435,18 @@ def test_an_acl_user_needs_no_more_than_the_documentation_says(empty: RedisServe
 
 
 def test_nobody_there_a_silent_server_and_one_that_is_none(proxy: Callable[..., Proxy], empty: RedisServer) -> None:
+    """The silent one is waited for as long as the URL says: one caller has given up while the other still waits."""
     silent = proxy(empty.port)
     silent.freeze()
+    patient = beside(lambda: opened(empty.url(PATIENT, port=silent.port)))
+    eventually(lambda: silent.questions.arrived)
     began = time.monotonic()
     with pytest.raises(TierError, match=r"did not answer in time; \?timeout=") as caught:
         tier_of(empty.url("?timeout=0.3", port=silent.port))
-    assert caught.value.reason == "timeout" and 0.25 < time.monotonic() - began < PATIENCE
+    assert caught.value.reason == "timeout" and time.monotonic() - began >= 0.3
+    assert not patient.done()
+    silent.thaw()
+    assert patient.result(PATIENCE).usage().shards == 0
     gone = proxy(empty.port)
     gone.close()
     with pytest.raises(TierError, match="refused") as caught:
@@ -453,32 +459,40 @@ def test_a_frozen_server_costs_one_timeout_and_a_restarted_one_nothing(
 ) -> None:
     server = start()
     through = proxy(server.port)
-    tier = opened(server.url("?timeout=1", port=through.port))
+    tier, patient = (
+        make_tier(server.url("?timeout=1", port=through.port)).tier,
+        opened(server.url(PATIENT, through.port)),
+    )
+    eventually(lambda: _tries(lambda: tier.open() or [OK]))
     (shard,) = shards_of(1, MIB)
-    tier.store([shard])
+    assert patient.store([shard]) == [OK]
     through.freeze()
-    began = time.monotonic()
+    before = through.questions.arrived
+    waiting = beside(lambda: load(patient, [shard]))
+    eventually(lambda: through.questions.arrived > before)
     for call in (
         lambda: load(tier, [shard]),
         lambda: tier.contains([shard.key]),
         lambda: tier.store(shards_of(1, 10 * MIB)),
     ):
+        began = time.monotonic()
         with pytest.raises(TierError) as caught:
             call()
-        assert caught.value.reason == "timeout"
-    assert 2.9 < time.monotonic() - began < PATIENCE
+        assert caught.value.reason == "timeout" and time.monotonic() - began >= 1.0
+    assert not waiting.done()
     through.thaw()
-    assert load(tier, [shard]) == [OK]
+    assert waiting.result(PATIENCE) == [OK]
+    assert eventually(lambda: _tries(lambda: load(tier, [shard]))) == [OK]
     through.cut()
-    assert load(tier, [shard]) == [OK]  # connections that were closed while idle are seen before they are used
+    assert load(patient, [shard]) == [OK]  # connections that were closed while idle are seen before they are used
     server.child.kill()
     server.child.wait()
     with pytest.raises(TierError) as caught:
-        load(tier, [shard])
+        load(patient, [shard])
     assert caught.value.reason == "unreachable"
     server.start()
-    eventually(lambda: _tries(lambda: load(tier, [shard])) == [ABSENT])
-    assert tier.store([shard]) == [OK] and load(tier, [shard]) == [OK]
+    assert load(patient, [shard]) == [ABSENT]
+    assert patient.store([shard]) == [OK] and load(patient, [shard]) == [OK]
 
 
 def _tries(call: Callable[[], list[str]]) -> list[str]:
@@ -488,29 +502,24 @@ def _tries(call: Callable[[], list[str]]) -> list[str]:
         return []
 
 
-def test_a_load_that_is_cut_raises_and_the_next_one_is_whole(empty: RedisServer, proxy: Callable[..., Proxy]) -> None:
+@pytest.mark.parametrize("cut_at", [0, 1000, 9 * MIB])
+def test_a_load_that_is_cut_raises_and_the_next_one_is_whole(
+    empty: RedisServer, proxy: Callable[..., Proxy], cut_at: int
+) -> None:
     through = proxy(empty.port)
-    tier = opened(empty.url("?timeout=60", port=through.port))
+    tier = opened(empty.url(PATIENT, port=through.port))
     shards = shards_of(3, 8 * MIB)
     tier.store(shards)
-    through.rate, before = 1e6, through.sent
-
-    def cut() -> None:
-        eventually(lambda: through.sent > before)
-        through.cut()
-
-    cutter = threading.Thread(target=cut)
-    cutter.start()
-    with pytest.raises(TierError):
+    through.answers.after(cut_at, through.cut)
+    with pytest.raises(TierError) as caught:
         load(tier, shards)
-    cutter.join()
-    through.rate = None
+    assert caught.value.reason == "unreachable"
     assert load(tier, shards) == [OK] * 3
 
 
 def test_more_callers_than_connections_wait_their_turn(empty: RedisServer) -> None:
     before = len(empty.raw.client_list())
-    tier = opened(empty.url("?connections=2"))
+    tier = opened(empty.url("?connections=2&timeout=3600"))
     shards = shards_of(4, MIB)
     tier.store(shards)
     outcomes: list[list[str]] = []
@@ -523,22 +532,48 @@ def test_more_callers_than_connections_wait_their_turn(empty: RedisServer) -> No
     assert len(empty.raw.client_list()) <= before + 2
 
 
-def test_a_call_is_a_few_round_trips_however_many_shards(empty: RedisServer, proxy: Callable[..., Proxy]) -> None:
-    """Of 0.2 s each: what is said does not wait for what is answered. A store books, then writes."""
+def test_a_call_is_one_round_trip_however_many_shards(empty: RedisServer, proxy: Callable[..., Proxy]) -> None:
+    """All that a call asks is on its way before the first answer is let through; how much that is, a call before it tells."""
     through = proxy(empty.port)
-    tier = opened(empty.url("?timeout=60", port=through.port))
-    tier.contains([])
-    through.delay = 0.1
-    shards = shards_of(40, 30_000)
-    for call, trips in (
-        (lambda: tier.store(shards), 2),
-        (lambda: load(tier, shards), 1),
-        (lambda: tier.contains([shard.key for shard in shards]), 1),
-        (lambda: tier.remove([shard.key for shard in shards]), 1),
-    ):
-        began = time.monotonic()
+    tier, shards = opened(empty.url(PATIENT, port=through.port)), shards_of(40, 30_000)
+
+    def asked(call: Callable[[], object]) -> int:
+        before = through.questions.arrived
         call()
-        assert 0.2 * trips <= time.monotonic() - began < 0.2 * 20, "40 would be one a shard"
+        return through.questions.arrived - before
+
+    for call in (
+        lambda: load(tier, shards),
+        lambda: tier.contains([shard.key for shard in shards]),
+        lambda: tier.remove([shard.key for shard in shards]),
+    ):
+        tier.store(shards)
+        count, before = asked(call), through.questions.arrived
+        through.freeze()
+        ended = beside(call)
+        eventually(lambda: through.questions.arrived == before + count)  # noqa: B023
+        through.thaw()
+        ended.result(PATIENCE)
+        assert through.questions.arrived == before + count
+
+
+def test_a_store_is_two_round_trips_however_many_shards(empty: RedisServer, proxy: Callable[..., Proxy]) -> None:
+    """It books them all before the first answer is let through, and then writes them all before the next one is."""
+    through = proxy(empty.port)
+    tier = opened(empty.url(PATIENT, port=through.port))
+    before = through.questions.arrived
+    assert tier.store(shards_of(40, 30_000)) == [OK] * 40
+    count, before = through.questions.arrived - before, through.questions.arrived
+    empty.raw.flushall()
+    through.answers.hold()
+    ended = beside(lambda: tier.store(shards_of(40, 30_000)))
+    eventually(lambda: empty.raw.zcard("{lmcache}.uses") == 40)
+    through.questions.hold()
+    through.answers.release()
+    eventually(lambda: through.questions.arrived == before + count)
+    through.questions.release()
+    assert ended.result(PATIENCE) == [OK] * 40
+    assert through.questions.arrived == before + count
 
 
 def test_connections_end_with_the_tier(empty: RedisServer) -> None:

@@ -27,7 +27,7 @@ from lmcache.tiers.s3 import RANGE_BYTES, S3Tier
 from lmcache.tiers.s3_books import Books, pack_uses, unpack_uses
 from lmcache.tiers.s3_client import MULTIPART_BYTES, MULTIPART_FROM_BYTES
 from proxy import Proxy
-from servers import PATIENCE, eventually
+from servers import PATIENCE, beside, eventually
 from stores import ACCESS, READER, READER_SECRET, SECRET, Seaweed, load, shards_of, tier_of
 
 pytestmark = [pytest.mark.xdist_group("s3"), pytest.mark.usefixtures("credentials")]
@@ -436,10 +436,14 @@ def test_nobody_there_and_a_silent_server(
         tier_of(seaweed.url("x", port=gone.port))
     assert caught.value.reason == "unreachable"
     through = proxy(seaweed.port)
-    tier = opened("silent", "&timeout=1.5", port=through.port)
-    shards = shards_of(2, 1000)
-    assert tier.store(shards) == [OK, OK]
+    patient, shards = opened("silent", "&timeout=3600", port=through.port), shards_of(2, 1000)
+    tier = make_tier(seaweed.url("silent", "&timeout=1.5", port=through.port)).tier
+    eventually(lambda: _tries(lambda: tier.open() or [OK]))
+    assert patient.store(shards) == [OK, OK]
     through.freeze()
+    before = through.questions.arrived
+    waiting = beside(lambda: load(patient, shards))
+    eventually(lambda: through.questions.arrived > before)
     calls: list[Callable[[], object]] = [
         lambda: load(tier, shards),
         lambda: tier.contains([shard.key for shard in shards]),
@@ -449,36 +453,31 @@ def test_nobody_there_and_a_silent_server(
         began = time.monotonic()
         with pytest.raises(TierError) as caught:
             call()
-        assert caught.value.reason == "timeout" and 1.4 < time.monotonic() - began < PATIENCE
+        assert caught.value.reason == "timeout" and time.monotonic() - began >= 1.4
+    assert not waiting.done()
     through.thaw()
-    assert load(tier, shards) == [OK, OK]
-    through.cut()
+    assert waiting.result(PATIENCE) == [OK, OK]
     assert eventually(lambda: _tries(lambda: load(tier, shards))) == [OK, OK]
+    through.cut()
+    assert eventually(lambda: _tries(lambda: load(patient, shards))) == [OK, OK]
+    tier.close()
 
 
 def test_a_store_that_is_cut_leaves_a_miss(
     seaweed: Seaweed, opened: Callable[..., S3Tier], proxy: Callable[..., Proxy]
 ) -> None:
     through = proxy(seaweed.port)
-    tier, other = opened("cut", port=through.port), opened("cut")
+    tier, other = opened("cut", "&timeout=3600", port=through.port), opened("cut")
     (shard,) = shards_of(1, 5 * MIB)
-    through.rate = 2e6
-    for delay in (0.02, 0.15):
-        cutter = threading.Timer(delay, _cut_for_good, (through,))
-        cutter.start()
-        with pytest.raises(TierError):
+    for cut_at in (0, 40_000, 5 * MIB - 1000):
+        through.questions.after(cut_at, through.cut_for_good)
+        with pytest.raises(TierError) as caught:
             tier.store([shard])
-        cutter.join()
+        assert caught.value.reason == "unreachable"
         assert load(other, [shard]) == [ABSENT]
         through.refuse = False
-    through.rate = None
     assert eventually(lambda: _tries(lambda: tier.store([shard]))) == [OK]
     assert load(other, [shard]) == [OK]
-
-
-def _cut_for_good(through: Proxy) -> None:
-    through.refuse = True
-    through.cut()
 
 
 def _tries(call: Callable[[], list[str]]) -> list[str]:
@@ -499,13 +498,13 @@ def _tries(call: Callable[[], list[str]]) -> list[str]:
 def test_what_s3_answers_has_a_name(status: int, code: str, reason: str) -> None:
     with _answering(status, code) as port:
         with pytest.raises(TierError) as caught:
-            tier_of(f"s3://kvbucket/x?endpoint=http://127.0.0.1:{port}&timeout=2")
+            tier_of(f"s3://kvbucket/x?endpoint=http://127.0.0.1:{port}&timeout=60")
         assert caught.value.reason == reason and code in str(caught.value)
 
 
 def test_a_store_that_is_full_is_an_outcome() -> None:
     with _answering(507, "XMinioStorageFull", lambda head: head.startswith(b"PUT")) as port:
-        tier = tier_of(f"s3://kvbucket/x?endpoint=http://127.0.0.1:{port}&timeout=2")
+        tier = tier_of(f"s3://kvbucket/x?endpoint=http://127.0.0.1:{port}&timeout=60")
         assert tier.store(shards_of(2, 100)) == ["full", "full"]
         tier.close()
 
@@ -524,7 +523,7 @@ def _answering(status: int, code: str, when: Callable[[bytes], bool] = lambda he
             except OSError:
                 return
             with client, contextlib.suppress(OSError):
-                client.settimeout(5)
+                client.settimeout(PATIENCE)
                 request = b""
                 while b"\r\n\r\n" not in request and (more := client.recv(65536)):
                     request += more

