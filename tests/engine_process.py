@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,10 @@ def kv_of(ids: Sequence[int], layers: int, heads: int, dims: int) -> npt.NDArray
 
 
 class Engine:
-    """Scheduler and one rank of an engine, or (`shards` > 1) the rank of one shard, with a scheduler where `scheduler` is."""
+    """Scheduler and one rank of an engine, or (`shards` > 1) the rank of one shard, with a scheduler where `scheduler` is.
+
+    deadline: seconds; where it is not the deadline that is tested, so long that no busy machine makes a miss of a hit.
+    """
 
     def __init__(
         self,
@@ -51,7 +55,7 @@ class Engine:
         shard: int = 0,
         shards: int = 1,
         scheduler: bool = True,
-        deadline: float = 2.0,
+        deadline: float = PATIENCE,
         mode: str = "auto",
         key_file: str | None = None,
         model: str = "model",
@@ -86,6 +90,12 @@ class Engine:
         assert self.worker.wait_connected(seconds), "the worker did not connect"
         assert self.scheduler is None or self.scheduler.wait_connected(seconds), "the scheduler did not connect"
         return self
+
+    def set_deadline(self, seconds: float) -> None:
+        """Of calls from now on; a server that is to be slow has been greeted with a long one."""
+        for session in (self.worker, self.scheduler):
+            if session is not None:
+                session._link.endpoint = replace(session._link.endpoint, deadline_seconds=seconds)
 
     def close(self) -> None:
         self.worker.close()
