@@ -6,7 +6,6 @@ import contextlib
 import os
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
 
 import msgspec
@@ -16,11 +15,13 @@ import zmq
 from engine_process import pause_once
 from lmcache.engine import Load
 from lmcache.wire import messages as m
+from lmcache.wire.carriers import ZmqCarrier
 from lmcache.wire.frames import frame
 from ports import free_port
 from servers import PATIENCE, eventually
 
-SLACK = 4.0  # seconds that a busy test machine may add to a deadline; what is broken waits for ever, or 100 times
+FOR_EVER = 10 * PATIENCE
+"""Seconds of a deadline that must not be waited for: the test has been called off before."""
 L1_CHUNKS = 2048  # of 4096 bytes in 8 MiB
 
 
@@ -79,8 +80,8 @@ def test_a_reader_frozen_past_its_deadline_still_reads_the_right_bytes(server, e
     reader.say(go=True)
     assert reader.hear() == 640, "the slots under a reader were given away"
     assert all(other.load(one) == 512 * 16 for one in kept[-3:])
+    eventually(lambda: cache.counters()["leases"] == 0)
     assert cache.counters()["quarantined_bytes"] == 0
-    assert cache.counters()["leases"] == 0
 
 
 def test_the_slots_of_a_killed_writer_are_free_again(server, engine, engine_process):
@@ -121,33 +122,31 @@ def test_quarantine_is_capped(server, raw):
 @pytest.mark.parametrize("mode", ["auto", "payload"])
 def test_a_server_killed_under_load_costs_one_deadline(server, engine, mode):
     cache = server(l1=64)
-    one, ids = engine(cache, deadline=1.0, mode=mode, num_blocks=520), prompt(4, 8000)
+    one, ids = engine(cache, mode=mode, num_blocks=520), prompt(4, 8000)
     one.store(ids)
-    longest, stop = [0.0], threading.Event()
+    one.set_deadline(1.0)
+    stop = threading.Event()
 
     def ask() -> None:
         while not stop.is_set():
-            begin = time.monotonic()
             one.hit_tokens(ids)
-            longest[0] = max(longest[0], time.monotonic() - begin)
 
     asking = threading.Thread(target=ask, daemon=True)
     asking.start()
     jobs = [one.submit_store(prompt(5 + n, 8000)) for n in range(3)]
     cache.kill()
-    killed = time.monotonic()
     for job in jobs:
         one.wait(job)
-    assert time.monotonic() - killed < 2 * 1.0 + SLACK
-    eventually(lambda: not one.scheduler.connected)
+    eventually(lambda: not one.scheduler.connected and not one.worker.connected)
     stop.set()
-    asking.join()
-    assert longest[0] < 1.0 + SLACK
-    chain, begin = one.chain(ids), time.monotonic()
+    asking.join(PATIENCE)
+    assert not asking.is_alive(), "a lookup still waits for a server that is gone"
+    one.set_deadline(FOR_EVER)
+    chain = one.chain(ids)
     for _ in range(100):
         assert one.scheduler.lookup(chain) is None
-    assert one.store(ids[:160]) == 0
-    assert time.monotonic() - begin < SLACK, "without a server, everything is a miss at once"
+    assert one.store(ids[:160]) == 0, "without a server, everything is a miss at once"
+    one.set_deadline(PATIENCE)
     again = server(l1=64, port=cache.port)
     eventually(lambda: one.scheduler.connected and one.worker.connected)
     assert one.lookup(ids) is None
@@ -158,7 +157,7 @@ def test_a_server_killed_under_load_costs_one_deadline(server, engine, mode):
 def test_a_restart_between_two_calls_is_noticed_by_a_remote_engine(server, engine):
     """ZMQ reconnects by itself and says nothing: the engine must not go on with the number of a former server's lease."""
     cache = server()
-    one, ids = engine(cache, mode="payload", deadline=2.0), prompt(6, 320)
+    one, ids = engine(cache, mode="payload"), prompt(6, 320)
     one.store(ids)
     hit = one.lookup(ids)
     cache.kill()
@@ -170,17 +169,11 @@ def test_a_restart_between_two_calls_is_noticed_by_a_remote_engine(server, engin
 
 
 def test_loads_of_an_arena_that_a_rank_lacks_cost_one_deadline_in_all(server, engine):
-    one = engine(server(), deadline=1.0)
-    begin = time.monotonic()
+    one = engine(server())
     for number in range(12):
+        one.set_deadline(FOR_EVER if number else 0.5)
         one.worker.load(f"load {number}", Load(b"?" * 16, 1, 0, bytes(4), 0, 16, [0]))
-    left = 12
-    while left:
-        one.worker.wait_finished(PATIENCE)
-        done = one.worker.finished()
-        assert not any(job.ok for job in done)
-        left -= len(done)
-    assert time.monotonic() - begin < 1.0 + SLACK, "12 deadlines would be 12 s"
+        assert not one.wait(f"load {number}").ok
 
 
 def test_a_late_release_for_a_former_server_ends_no_lease_of_the_next(server, engine):
@@ -212,7 +205,7 @@ def test_loads_from_the_mapped_arena_outlive_the_server(server, engine):
 def test_a_new_server_is_used_at_once_though_the_rank_learns_of_it_later(server, engine):
     """The scheduler's first hits of the new server wait for the rank's connection, not for their deadline."""
     cache = server()
-    one, ids = engine(cache, deadline=PATIENCE), prompt(8, 320)
+    one, ids = engine(cache, deadline=FOR_EVER), prompt(8, 320)
     cache.kill()
     gate, register = threading.Event(), one.worker._register
     one.worker._link._on_welcome = lambda *all: (gate.wait(PATIENCE), register(*all))
@@ -224,17 +217,15 @@ def test_a_new_server_is_used_at_once_though_the_rank_learns_of_it_later(server,
     assert hit is not None and hit.chunks == 20
     one.poison()
     job = one.submit_load(hit, 16, 0, 320, ids)
-    assert not one.worker.wait_finished(0.1)
-    begin = time.monotonic()
+    eventually(lambda: one.worker._running.get("load") == job)
     gate.set()
     assert one.wait(job).ok and one.right(ids, 0, 320)
-    assert time.monotonic() - begin < PATIENCE / 2
 
 
 def test_a_store_waits_for_a_server_that_is_there_and_not_ready(server, engine):
     """A rank that lets go of an old arena first has heard the new server's welcome; what is stored meanwhile is not lost."""
     cache = server()
-    one, ids = engine(cache, deadline=PATIENCE), prompt(19, 320)
+    one, ids = engine(cache), prompt(19, 320)
     cache.kill()
     gate, welcomed, register = threading.Event(), threading.Event(), one.worker._register
     one.worker._link._on_welcome = lambda *all: (welcomed.set(), gate.wait(PATIENCE), register(*all))
@@ -243,9 +234,9 @@ def test_a_store_waits_for_a_server_that_is_there_and_not_ready(server, engine):
     eventually(lambda: one.scheduler.connected)
     job = one.submit_store(ids)
     eventually(lambda: one.worker._running.get("store") == job)
-    assert one.worker.wait([job], 0.1) == set(), "the blocks are free, as long as nothing is read"
+    assert one.worker.wait([job], 0.0) == set(), "the blocks are free, as long as nothing is read"
     second = one.submit_store(prompt(20, 320))
-    assert not one.worker.wait_finished(0.1)
+    assert one.worker._running.get("store") == job, "it waits, though it is cancelled"
     gate.set()
     assert one.wait(job).tokens == 0, "cancelled"
     assert one.wait(second).tokens == 320
@@ -254,20 +245,21 @@ def test_a_store_waits_for_a_server_that_is_there_and_not_ready(server, engine):
 def test_unmapping_the_old_arena_holds_up_no_engine(server, engine, monkeypatch):
     """A GPU's driver lets go of 100 GiB of pinned memory in seconds; the engine's thread asks this session meanwhile."""
     cache = server()
-    one, unmapping, go = engine(cache), threading.Event(), threading.Event()
+    one, unmapping, go, in_time = engine(cache), threading.Event(), threading.Event(), []
     close = one.worker._access.close
-    monkeypatch.setattr(one.worker._access, "close", lambda: (unmapping.set(), go.wait(PATIENCE), close()))
+    monkeypatch.setattr(
+        one.worker._access, "close", lambda: (unmapping.set(), in_time.append(go.wait(PATIENCE)), close())
+    )
     cache.kill()
     server(port=cache.port)
     assert unmapping.wait(PATIENCE)
-    begin = time.monotonic()
     assert one.worker.mapped_arena == b""
-    assert one.worker.wait(["no such job"], 0.01) == set()
+    assert one.worker.wait(["no such job"], 0.0) == set()
     job = one.submit_store(prompt(13, 640))
-    assert time.monotonic() - begin < PATIENCE / 2
     go.set()
     one.wait(job)
     eventually(lambda: one.worker.connected and one.scheduler.connected)
+    assert in_time == [True], "what asked the session meanwhile has waited for the unmapping"
     ids = prompt(14, 640)
     assert one.store(ids) == 640
     assert one.load(ids) == 640
@@ -285,19 +277,20 @@ def test_a_connection_made_anew_keeps_the_arena_mapped(server, engine):
 
 @pytest.mark.parametrize("mode", ["auto", "payload"])
 def test_a_frozen_server_costs_one_deadline_not_one_a_call(server, engine, mode):
-    cache, deadline = server(), 3.0
-    one, ids = engine(cache, deadline=deadline, mode=mode), prompt(9, 640)
+    cache = server()
+    one, ids = engine(cache, mode=mode), prompt(9, 640)
     one.store(ids)
+    one.set_deadline(0.5)
     cache.freeze()
-    begin = time.monotonic()
     job = one.submit_store(prompt(10, 640))
     assert one.lookup(ids) is None
-    assert deadline <= time.monotonic() - begin < 2 * deadline
     one.wait(job)
-    chain, begin = one.chain(ids), time.monotonic()
+    one.set_deadline(FOR_EVER)  # of which nothing is waited for: the server is known to be frozen
+    chain = one.chain(ids)
     for _ in range(100):
         assert one.scheduler.lookup(chain) is None
-    assert time.monotonic() - begin < deadline, "it is known to be frozen"
+    assert one.store(ids[:160]) == 0
+    one.set_deadline(PATIENCE)
     cache.thaw()
     eventually(lambda: one.scheduler.connected and one.worker.connected)
     assert one.load(ids) == 640, "what it held is still there"
@@ -312,13 +305,11 @@ def engine_dropped(cache, reason):
 def test_a_preemption_does_not_wait_for_a_silent_server(server, engine):
     """A store that waits for its slots reads no block yet, and will not when it has them."""
     cache = server()
-    one, ids = engine(cache, deadline=PATIENCE), prompt(12, 640)
+    one, ids = engine(cache, deadline=FOR_EVER), prompt(12, 640)
     cache.freeze()
     job = one.submit_store(ids)
     eventually(lambda: one.worker._running.get("store") == job)
-    begin = time.monotonic()
-    assert one.worker.wait([job], PATIENCE) == set()
-    assert time.monotonic() - begin < PATIENCE / 2
+    assert one.worker.wait([job], 0.0) == set()
     cache.thaw()
     done = one.wait(job)
     assert (done.ok, done.tokens) == (False, 0)
@@ -330,13 +321,12 @@ def test_a_preemption_does_not_wait_for_a_silent_server(server, engine):
 
 def test_what_waits_and_is_cancelled_is_told_the_server(server, engine):
     cache = server()
-    one, ids = engine(cache, deadline=PATIENCE), prompt(12, 640)
+    one, ids = engine(cache, deadline=FOR_EVER), prompt(12, 640)
     cache.freeze()
     first, second = one.submit_store(prompt(16, 320)), one.submit_store(ids)
-    assert one.worker.wait([second], PATIENCE) == set()
-    begin = time.monotonic()
-    one.worker.drop(3, "computed from a failed load")
-    assert time.monotonic() - begin < PATIENCE / 2, "the storing thread is in a call"
+    eventually(lambda: one.worker._running.get("store") == first)
+    assert one.worker.wait([second], 0.0) == set()
+    one.worker.drop(3, "computed from a failed load")  # returns, though the storing thread is in a call
     cache.thaw()
     assert one.wait(first).tokens == 320 and one.wait(second).tokens == 0
     eventually(lambda: engine_dropped(cache, "preempted") == 40)
@@ -434,7 +424,18 @@ class Nonsense:
 
 
 @pytest.mark.parametrize("what", ["says nothing", "hangs up", "junk", "http"])
-def test_something_else_on_the_port_costs_nothing(engine, what):
+def test_something_else_on_the_port_costs_nothing(engine, monkeypatch, what):
+    """The engine's thread does not wait for an attempt to connect; only its end does, for those that are at hand."""
+    trying, go, in_time, exchange = threading.Event(), threading.Event(), [], ZmqCarrier.exchange
+
+    def held(*all):
+        try:
+            return exchange(*all)
+        finally:
+            trying.set()
+            in_time.append(go.wait(PATIENCE))
+
+    monkeypatch.setattr(ZmqCarrier, "exchange", held)
     acts = {
         "says nothing": lambda sock: None,
         "hangs up": lambda sock: sock.close(),
@@ -444,12 +445,12 @@ def test_something_else_on_the_port_costs_nothing(engine, what):
     stranger = Nonsense(acts[what])
     one = engine(stranger, connect=False)
     eventually(lambda: stranger.open)
-    begin = time.monotonic()
+    assert trying.wait(PATIENCE)
     assert not one.scheduler.connected and one.scheduler.new_chain() is None
-    assert time.monotonic() - begin < 0.9, "not even the time of one attempt to connect"
-    begin = time.monotonic()
+    go.set()
     one.close()
-    assert time.monotonic() - begin < 2 * 1.0 + SLACK, "an attempt at hand of each session is waited for, and no more"
+    eventually(lambda: not one.scheduler._link._thread.is_alive() and not one.worker._link._thread.is_alive())
+    assert all(in_time)
     stranger.close()
 
 
@@ -563,10 +564,9 @@ def test_nonsense_in_answer_to_a_lookup_is_a_miss(engine, impostor, found):
             return [m.encode(sequence, m.Reserved(1, b"\0" * 7, 0))]
         return [m.encode(sequence, m.Ok())]
 
-    one = engine(impostor(answers), mode="payload", deadline=0.5)
-    ids, begin = prompt(13, 64), time.monotonic()
+    deadline = 0.5 if found is None else FOR_EVER  # silence lasts as long as the impostor, and only a deadline ends it
+    one, ids = engine(impostor(answers), mode="payload", deadline=deadline), prompt(13, 64)
     assert one.lookup(ids) is None
-    assert time.monotonic() - begin < 0.5 + SLACK
     eventually(lambda: one.worker.connected)
     assert one.store(ids) == 0
 
