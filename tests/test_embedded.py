@@ -8,7 +8,6 @@ import select
 import signal
 import socket
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -176,7 +175,7 @@ def test_http_is_there_where_it_is_asked_for(
         said.append(capfd.readouterr().err)
         return next((word for word in "".join(said).split() if word.startswith("http://")), "")
 
-    answer: Any = httpx.get(f"{eventually(url)}/healthcheck", timeout=20)
+    answer: Any = httpx.get(f"{eventually(url)}/healthcheck", timeout=PATIENCE)
     assert answer.json() == {"status": "healthy"}
 
 
@@ -269,10 +268,9 @@ def test_the_unfull_end_of_a_prompt_comes_back(server: Callable[..., Server], mo
 
 def test_a_server_answers_where_it_is_and_nothing_where_it_is_not(server: Callable[..., Server]) -> None:
     daemon = server()
-    assert answers(daemon.address, 5.0)
-    began = time.monotonic()
-    assert not answers(f"tcp://127.0.0.1:{free_port()}", 5.0)
-    assert time.monotonic() - began < 4.0, "a port that nobody has refuses at once"
+    assert answers(daemon.address, PATIENCE)
+    # A port that nobody has refuses at once: the test would be called off before so long a time-out had passed.
+    assert not answers(f"tcp://127.0.0.1:{free_port()}", 10 * PATIENCE)
     with socket.create_server(("127.0.0.1", 0)) as stranger:
         assert not answers(f"tcp://127.0.0.1:{stranger.getsockname()[1]}", 0.3)
 
