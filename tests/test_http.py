@@ -6,8 +6,8 @@ import json
 import re
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import httpx
@@ -20,8 +20,18 @@ from lmcache.errors import ConfigError
 from lmcache.server import http
 from lmcache.server.http import HttpFace, why_refused
 from lmcache.server.metrics import families
+from servers import PATIENCE
 
 TOKEN = "a-token-that-nobody-may-see"
+get, post = partial(httpx.get, timeout=PATIENCE), partial(httpx.post, timeout=PATIENCE)
+
+
+@pytest.fixture(autouse=True)
+def patient_face(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy machine makes no server unhealthy: tests of these bounds set their own."""
+    monkeypatch.setattr(http, "_CONTROL_SECONDS", PATIENCE)
+    monkeypatch.setattr(http, "_REQUEST_SECONDS", PATIENCE)
+    monkeypatch.setattr(http, "_START_SECONDS", PATIENCE)
 
 
 class Server:
@@ -64,7 +74,7 @@ class Served:
 
     def clear(self, url: str = "", **headers: str) -> httpx.Response:
         named = {name.replace("_", "-"): value for name, value in headers.items()}
-        return httpx.post((url or self.url) + "/clear-cache", headers=named, trust_env=False)
+        return post((url or self.url) + "/clear-cache", headers=named, trust_env=False)
 
 
 @pytest.fixture
@@ -97,14 +107,14 @@ def elsewhere() -> str:
 
 
 def test_healthcheck_is_the_documented_one(served: Served) -> None:
-    answer = httpx.get(served.url + "/healthcheck")
+    answer = get(served.url + "/healthcheck")
     assert (answer.status_code, answer.json()) == (200, {"status": "healthy"})
     assert answer.text.strip() == '{"status": "healthy"}'
 
 
 def test_an_unhealthy_server_says_why(served: Served) -> None:
     served.server.healthy = lambda: (False, "the arena file is gone")
-    answer = httpx.get(served.url + "/healthcheck")
+    answer = get(served.url + "/healthcheck")
     assert (answer.status_code, answer.json()) == (503, {"status": "unhealthy", "reason": "the arena file is gone"})
 
 
@@ -113,18 +123,19 @@ def test_a_heart_that_times_out_is_unhealthy(served: Served) -> None:
         raise TimeoutError("no answer within 1 s")
 
     served.server.healthy = late
-    answer = httpx.get(served.url + "/healthcheck")
+    answer = get(served.url + "/healthcheck")
     assert answer.status_code == 503 and "does not answer" in answer.json()["reason"]
 
 
-def test_a_heart_that_hangs_is_unhealthy_and_stops_nothing(served: Served) -> None:
+def test_a_heart_that_hangs_is_unhealthy_and_stops_nothing(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     freed = threading.Event()
-    served.server.healthy = lambda: (freed.wait(20), "")
+    served.server.healthy = lambda: (freed.wait(PATIENCE), "it has waited for the end of the test")
     try:
-        begin = time.monotonic()
-        assert httpx.get(served.url + "/healthcheck").status_code == 503
-        assert httpx.get(served.url + "/status").status_code == 200
-        assert time.monotonic() - begin < 10
+        with monkeypatch.context() as hasty:
+            hasty.setattr(http, "_CONTROL_SECONDS", 0.2)
+            answer = get(served.url + "/healthcheck")
+        assert answer.status_code == 503 and "does not answer" in answer.json()["reason"]
+        assert get(served.url + "/status").status_code == 200
     finally:
         freed.set()
 
@@ -134,57 +145,57 @@ def test_a_fault_of_ours_is_counted_and_stops_nothing(served: Served, caplog: py
         raise ZeroDivisionError("secret detail")
 
     served.server.healthy = broken
-    answer = httpx.get(served.url + "/healthcheck")
+    answer = get(served.url + "/healthcheck")
     assert answer.status_code == 500 and "secret detail" not in answer.text
     assert served.face.failures == 1
-    assert httpx.get(served.url + "/status").status_code == 200
+    assert get(served.url + "/status").status_code == 200
 
 
 def test_status_shows_no_secret(guarded: Served) -> None:
     for path in ("/status", "/", "/metrics", "/fetches"):
-        answer = httpx.get(f"{guarded.url}{path}")
+        answer = get(f"{guarded.url}{path}")
         assert answer.status_code == 200 and TOKEN not in answer.text
-    assert httpx.get(guarded.url + "/status").json()["config"]["api-token"] == "***"
+    assert get(guarded.url + "/status").json()["config"]["api-token"] == "***"
 
 
 @pytest.mark.parametrize("path", ["/status", "/fetches", "/"])
 def test_other_hosts_read_the_state_with_the_token_only(
     path: str, served: Served, guarded: Served, elsewhere: str
 ) -> None:
-    answer = httpx.get(f"http://{elsewhere}:{served.face.port}{path}")
+    answer = get(f"http://{elsewhere}:{served.face.port}{path}")
     assert answer.status_code == 403 and "--api-token-file" in answer.json()["reason"]
     url = f"http://{elsewhere}:{guarded.face.port}{path}"
-    answer = httpx.get(url)
+    answer = get(url)
     assert answer.status_code == 403 and "Authorization: Bearer" in answer.json()["reason"]
-    assert httpx.get(url, headers={"Authorization": "Bearer wrong"}).status_code == 403
-    assert httpx.get(url, headers={"Authorization": f"Bearer {TOKEN}"}).status_code == 200
+    assert get(url, headers={"Authorization": "Bearer wrong"}).status_code == 403
+    assert get(url, headers={"Authorization": f"Bearer {TOKEN}"}).status_code == 200
     for header in ({"X-Forwarded-For": "10.0.0.1"}, {"Host": "evil.example"}):
-        assert httpx.get(served.url + path, headers=header).status_code == 403
-    assert httpx.get(served.url + path, headers={"Sec-Fetch-Site": "none"}).status_code == 200, "a person's browser"
+        assert get(served.url + path, headers=header).status_code == 403
+    assert get(served.url + path, headers={"Sec-Fetch-Site": "none"}).status_code == 200, "a person's browser"
 
 
 def test_other_hosts_learn_health_and_version_and_no_reasons(served: Served, elsewhere: str) -> None:
     url = f"http://{elsewhere}:{served.face.port}"
-    assert httpx.get(url + "/version").json() == {"version": __version__}
-    assert (httpx.get(url + "/livez").json(), httpx.get(url + "/readyz").json()) == (
+    assert get(url + "/version").json() == {"version": __version__}
+    assert (get(url + "/livez").json(), get(url + "/readyz").json()) == (
         {"status": "alive"},
         {"status": "ready"},
     )
-    assert httpx.get(url + "/metrics").status_code == 200
+    assert get(url + "/metrics").status_code == 200
     served.server.troubles = ["disk: no room at /secret/path"]
-    assert httpx.get(url + "/healthcheck").json() == {"status": "healthy"}
-    assert httpx.get(served.url + "/healthcheck").json()["degraded"] == served.server.troubles
+    assert get(url + "/healthcheck").json() == {"status": "healthy"}
+    assert get(served.url + "/healthcheck").json()["degraded"] == served.server.troubles
     served.server.healthy = lambda: (False, "the arena file /dev/shm/x is gone")
-    assert httpx.get(url + "/healthcheck").json() == {"status": "unhealthy"}
-    assert (httpx.get(url + "/livez").status_code, httpx.get(url + "/readyz").status_code) == (200, 503)
+    assert get(url + "/healthcheck").json() == {"status": "unhealthy"}
+    assert (get(url + "/livez").status_code, get(url + "/readyz").status_code) == (200, 503)
 
 
 def test_a_required_tier_that_does_not_serve_is_not_ready() -> None:
     one = Served(l2_required=True)
     try:
-        assert httpx.get(one.url + "/readyz").status_code == 200
+        assert get(one.url + "/readyz").status_code == 200
         one.server.troubles = ["redis: no answer"]
-        assert (httpx.get(one.url + "/readyz").status_code, httpx.get(one.url + "/healthcheck").status_code) == (
+        assert (get(one.url + "/readyz").status_code, get(one.url + "/healthcheck").status_code) == (
             503,
             200,
         )
@@ -193,14 +204,14 @@ def test_a_required_tier_that_does_not_serve_is_not_ready() -> None:
 
 
 def test_the_page_is_plain_and_escaped(served: Served) -> None:
-    answer = httpx.get(served.url + "/")
+    answer = get(served.url + "/")
     assert "healthy" in answer.text and "<b>engine" not in answer.text and "<script" not in answer.text
     assert answer.headers["content-type"].startswith("text/html")
     assert answer.headers["content-security-policy"].startswith("default-src 'none'")
 
 
 def test_metrics_are_prometheus(served: Served) -> None:
-    answer = httpx.get(served.url + "/metrics")
+    answer = get(served.url + "/metrics")
     assert answer.headers["content-type"].startswith("text/plain; version=")
     found = {family.name: family for family in text_string_to_metric_families(answer.text)}
     assert found["lmcache_stored_chunks"].type == "counter"
@@ -215,7 +226,7 @@ def test_metrics_are_prometheus(served: Served) -> None:
 
 
 def test_openmetrics_when_asked_for(served: Served) -> None:
-    answer = httpx.get(served.url + "/metrics", headers={"Accept": "application/openmetrics-text; version=1.0.0"})
+    answer = get(served.url + "/metrics", headers={"Accept": "application/openmetrics-text; version=1.0.0"})
     assert answer.headers["content-type"].startswith("application/openmetrics-text")
     assert answer.text.endswith("# EOF\n")
 
@@ -228,11 +239,11 @@ def test_a_counter_with_and_without_label_is_one_family() -> None:
 
 
 def test_unknown_paths_and_methods_are_json(served: Served) -> None:
-    answer = httpx.get(served.url + "/nope")
+    answer = get(served.url + "/nope")
     assert answer.status_code == 404 and "/healthcheck" in answer.json()["reason"]
-    answer = httpx.get(served.url + "/clear-cache")
+    answer = get(served.url + "/clear-cache")
     assert answer.status_code == 405 and answer.headers["allow"] == "POST" and answer.json()["status"] == "error"
-    assert httpx.post(served.url + "/status").status_code == 405
+    assert post(served.url + "/status").status_code == 405
     assert served.server.cleared == 0
 
 
@@ -244,14 +255,14 @@ def test_the_documented_curl_works_as_written(served: Served, monkeypatch: pytes
     answer = served.clear(user_agent="curl/8.5.0", accept="*/*")
     assert (answer.status_code, answer.text.strip()) == (200, '{"status": "ok"}')
     assert served.server.cleared == 1
-    told = httpx.post(served.url + "/clear-cache?tiers=disk", trust_env=False).json()
+    told = post(served.url + "/clear-cache?tiers=disk", trust_env=False).json()
     assert told == {"status": "ok", "cleared_chunks": 3, "cleared_tiers": ["disk"]}
-    refused = httpx.post(served.url + "/clear-cache?tier=all", trust_env=False)
+    refused = post(served.url + "/clear-cache?tier=all", trust_env=False)
     assert refused.status_code == 400 and "tier=: write tiers=all" in refused.json()["reason"]
     assert served.server.cleared == 2
     failed = {"cleared_chunks": 3, "cleared_tiers": [], "failed_tiers": {"disk": "read-only"}}
     monkeypatch.setattr(served.server, "clear", lambda tiers: failed)
-    answer = httpx.post(served.url + "/clear-cache?tiers=disk", trust_env=False)
+    answer = post(served.url + "/clear-cache?tiers=disk", trust_env=False)
     assert (answer.status_code, answer.json()) == (503, {"status": "incomplete", **failed})
 
 
@@ -329,7 +340,7 @@ def test_who_is_local(peer: str, host: str, may: bool) -> None:
 def raw(served: Served, data: bytes) -> bytes:
     """Send bytes, read until the other side closes."""
     answer = b""
-    with socket.create_connection(("127.0.0.1", served.face.port), timeout=10) as peer:
+    with socket.create_connection(("127.0.0.1", served.face.port), timeout=PATIENCE) as peer:
         try:
             peer.sendall(data)
             while part := peer.recv(65536):
@@ -343,7 +354,7 @@ def test_garbage_is_answered_or_dropped_and_stops_nothing(served: Served) -> Non
     for data in (b"\x00\xff" * 100 + b"\r\n\r\n", b"GET\r\n\r\n", b"POST /clear-cache HTTP/1.1\r\nHost: \xff\r\n\r\n"):
         assert re.match(rb"HTTP/1.1 40[03]|$", raw(served, data))
     assert served.server.cleared == 0
-    assert httpx.get(served.url + "/healthcheck").status_code == 200
+    assert get(served.url + "/healthcheck").status_code == 200
 
 
 def test_headers_and_bodies_are_bounded(served: Served) -> None:
@@ -359,23 +370,22 @@ def test_an_idle_connection_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http, "_REQUEST_SECONDS", 0.2)
     served = Served()
     try:
-        begin = time.monotonic()
         assert raw(served, b"GET /healthcheck HTTP/1.1\r\nHost:") == b""
-        assert time.monotonic() - begin < 5
     finally:
         served.face.stop()
 
 
 def test_other_hosts_cannot_take_all_connections(monkeypatch: pytest.MonkeyPatch, elsewhere: str) -> None:
     monkeypatch.setattr(http, "_MOST_CONNECTIONS", 4)
+    monkeypatch.setattr(http, "_REQUEST_SECONDS", 10 * PATIENCE)  # none of them ends before the last one is refused
     served = Served()
     held: list[socket.socket] = []
     try:
         for _ in range(10):
-            held.append(socket.create_connection((elsewhere, served.face.port), timeout=5))
-        with pytest.raises(httpx.TransportError):
-            httpx.get(f"http://{elsewhere}:{served.face.port}/healthcheck")
-        assert httpx.get(served.url + "/healthcheck").status_code == 200
+            held.append(socket.create_connection((elsewhere, served.face.port), timeout=PATIENCE))
+        with pytest.raises((httpx.NetworkError, httpx.RemoteProtocolError)):
+            get(f"http://{elsewhere}:{served.face.port}/healthcheck")
+        assert get(served.url + "/healthcheck").status_code == 200
     finally:
         for one in held:
             one.close()
@@ -410,7 +420,7 @@ def test_ipv6_loopback() -> None:
     except ConfigError:
         pytest.skip("no IPv6 here")
     try:
-        answer = httpx.post(f"http://[::1]:{face.port}/clear-cache")
+        answer = post(f"http://[::1]:{face.port}/clear-cache")
         assert answer.status_code == 200 and json.loads(answer.text)["status"] == "ok"
     finally:
         face.stop()
