@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import zmq
+from zmq.utils.monitor import recv_monitor_message
 
 from lmcache.cache import Heart
 from lmcache.chunks import Layout
@@ -60,7 +61,7 @@ def test_a_server_that_listens_on_ipv6(server, engine):
     one, far = engine(cache), engine(cache, "far", mode="payload")
     assert one.store(ids) == 640
     assert far.load(ids) == 640
-    assert answers(cache.address, 1.0)
+    assert answers(cache.address, PATIENCE)
 
 
 def test_payload_engines_and_mapped_ones_share(server, engine):
@@ -84,7 +85,7 @@ def test_a_payload_load_may_begin_inside_a_lease(server, engine):
     assert one.load(ids, 200, 600, hit=hit) == 400
 
 
-def test_a_payload_engine_needs_the_cookie(server, engine):
+def test_a_payload_engine_needs_the_cookie(server, engine, caplog):
     cache = server()
     (cookie,) = cache.socket_dir.glob("*.cookie")
     assert cookie.stat().st_mode & 0o777 == 0o600
@@ -100,7 +101,8 @@ def test_a_payload_engine_needs_the_cookie(server, engine):
     carrier.close()
     cookie.chmod(0o644)  # no longer a secret: the engine does not trust it
     one = engine(cache, "late", mode="payload", connect=False)
-    assert not one.scheduler.wait_connected(1.0)
+    eventually(lambda: "payload frames need proof that the engine can read" in caplog.text)
+    assert not one.scheduler.connected
 
 
 def test_payload_requests_that_do_not_fit_are_refused(server, engine):
@@ -288,12 +290,15 @@ def test_unread_payload_is_bounded_and_served_again_once_it_is_read(folders, dea
 
 
 def test_what_waits_for_a_connection_that_takes_nothing_is_freed(folders, deaf, monkeypatch):
-    monkeypatch.setattr(zmq_face, "SILENCE_SECONDS", 3.0)
+    monkeypatch.setattr(zmq_face, "SILENCE_SECONDS", 1.0)  # the time that the kernel gives the connection
     with server_parts(folders, 8 << 20) as (service, port):
-        client = deaf(port)
+        monkeypatch.setattr(zmq_face, "SILENCE_SECONDS", PATIENCE)
+        client, hold, held = deaf(port), service.hold, []
+        monkeypatch.setattr(service, "hold", lambda *all: (hold(*all), held.append(service.held_bytes)))
         client.fetch(32)
-        eventually(lambda: service.held_bytes > 4 << 20)
-        eventually(lambda: service.held_bytes == 0 and not service.peers)
+        eventually(lambda: max(held, default=0) > 4 << 20 and service.held_bytes == 0)
+        monkeypatch.setattr(zmq_face, "SILENCE_SECONDS", 0.0)
+        eventually(lambda: not service.peers)
 
 
 def test_with_a_key_file_only_who_has_it_is_heard(server, engine, tmp_path, caplog):
@@ -303,21 +308,33 @@ def test_with_a_key_file_only_who_has_it_is_heard(server, engine, tmp_path, capl
         one = engine(cache, mode, key_file=str(right), mode=mode, model=mode)
         assert one.store(ids) == 320 and one.load(ids) == 320
     intruders = [engine(cache, f"i{n}", key_file=key, connect=False) for n, key in enumerate([str(wrong), None])]
-    assert not any(one.scheduler.wait_connected(1.5) for one in intruders)
     eventually(lambda: f"with the key in {wrong}?" in caplog.text)
     eventually(lambda: "set LMCACHE_AUTH_KEY_FILE to the same file" in caplog.text)
+    assert not any(one.scheduler.connected for one in intruders)
     carrier = ZmqCarrier(cache.address, wrong)
     with pytest.raises(Exception, match="no answer"):
         carrier.exchange(payload_hello(), 1.0)
     carrier.close()
     with zmq.Context() as context, context.socket(zmq.DEALER) as door:  # the server's public key alone is not enough
-        door.linger = 0
         door.curve_serverkey = zmq.curve_public(right.read_bytes())
         door.curve_publickey, door.curve_secretkey = zmq.curve_keypair()
-        door.connect(cache.address)
-        door.send(m.encode(1, m.Hello(m.PROTOCOL_VERSION, "", "", "", 0, 0)))
-        assert not door.poll(1000)
+        assert handshake(door, cache.address) == zmq.Event.HANDSHAKE_FAILED_AUTH
+    with zmq.Context() as context, context.socket(zmq.DEALER) as door:
+        auth.protect_engine(door, right)
+        assert handshake(door, cache.address) == zmq.Event.HANDSHAKE_SUCCEEDED
     assert cache.counters()["engine_processes"] == 4
+
+
+def handshake(door: zmq.Socket, address: str) -> zmq.Event:
+    """How the first one of this socket ends."""
+    monitor = door.get_monitor_socket(
+        zmq.Event.HANDSHAKE_SUCCEEDED | zmq.Event.HANDSHAKE_FAILED_AUTH | zmq.Event.HANDSHAKE_FAILED_NO_DETAIL
+    )
+    door.connect(address)
+    assert monitor.poll(PATIENCE * 1000)
+    ended = recv_monitor_message(monitor)["event"]
+    door.disable_monitor()
+    return ended
 
 
 def test_engines_take_the_key_file_from_the_environment(monkeypatch):
