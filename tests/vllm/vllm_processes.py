@@ -24,6 +24,8 @@ from ports import free_port
 PYTHON = os.environ.get("LMCACHE_TEST_VLLM_PYTHON", "")
 START_SECONDS = 240
 REPLY_SECONDS = 240
+FOR_EVER = 3000.0
+"""Seconds of a deadline that must not be waited for: the engine's answer would not come in time."""
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -82,6 +84,12 @@ class Process:
     def text(self) -> str:
         return self.log.read_text(errors="replace")
 
+    def connected(self, processes: int = 2) -> None:
+        """Once so many of its sessions are: the scheduler's and the ranks'. They come up beside the engine, and a prompt that is
+        asked before is neither looked up nor stored."""
+        line = "Connected to the LMCache server"
+        self.wait_until(lambda: self.text().count(line) >= processes, f"{line}, {processes} times", 120)
+
     def wait_until(self, ready: Callable[[], bool], what: str, seconds: float) -> None:
         """Fails, with the end of the log, when the process ends or the time is over."""
         end = time.monotonic() + seconds
@@ -108,13 +116,12 @@ class Server(Process):
             status: dict[str, Any] = json.load(answer)
         return status
 
-    def config(self, deadline_seconds: float = 20.0, **more: Any) -> dict[str, Any]:
-        """The value of --kv-transfer-config for an engine that uses this server.
-
-        Where it is not the deadline that is tested, a long one: no store is given up because the machine was busy.
+    def config(self, **more: Any) -> dict[str, Any]:
+        """The value of --kv-transfer-config for an engine that uses this server, with a long deadline: no store is given up
+        because the machine was busy. An engine's command `deadline` gives it another.
         """
         extra = {"lmcache.mp.host": "tcp://127.0.0.1", "lmcache.mp.port": self.port}
-        extra |= {"lmcache.mp.mq_timeout": deadline_seconds, **more}
+        extra |= {"lmcache.mp.mq_timeout": 60.0, **more}
         return {"kv_connector": "LMCacheMPConnector", "kv_role": "kv_both", "kv_connector_extra_config": extra}
 
 
@@ -170,7 +177,7 @@ class Api(Process):
         self.wait_until(self._healthy, "vllm serve", START_SECONDS)
 
     def complete(self, prompt: list[int], max_tokens: int = 4) -> dict[str, Any]:
-        """Text, log probabilities and seconds of one greedy completion."""
+        """Text and log probabilities of one greedy completion."""
         body = {
             "model": "m",
             "prompt": prompt,
@@ -179,14 +186,9 @@ class Api(Process):
             "logprobs": 1,
             "ignore_eos": True,
         }
-        begin = time.perf_counter()
         answer = self.post("/v1/completions", body)
         choice = answer["choices"][0]
-        return {
-            "tokens": choice["logprobs"]["tokens"],
-            "logprobs": choice["logprobs"]["token_logprobs"],
-            "seconds": time.perf_counter() - begin,
-        }
+        return {"tokens": choice["logprobs"]["tokens"], "logprobs": choice["logprobs"]["token_logprobs"]}
 
     def post(self, path: str, body: dict[str, Any] | None = None) -> Any:
         request = urllib.request.Request(
