@@ -21,6 +21,7 @@ def engine(request: pytest.FixtureRequest, world: World, folder: Path, model: Pa
         yield world.first
         return
     made = Engine(folder, model, request.param, {"mp_host": "tcp://127.0.0.1", "mp_port": world.server.port})
+    made.connected()
     yield made
     made.end()
 
