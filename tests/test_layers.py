@@ -79,7 +79,7 @@ def test_groups_are_of_whole_layers_and_not_too_small() -> None:
 
 
 def test_a_wait_ends_with_its_group_or_with_the_load_and_not_before() -> None:
-    progress, log = Progress(), []
+    progress, log, waiting = Progress(), [], threading.Semaphore(0)
     seen, go = threading.Semaphore(0), [threading.Event() for _ in range(4)]
 
     def reader() -> None:
@@ -92,16 +92,22 @@ def test_a_wait_ends_with_its_group_or_with_the_load_and_not_before() -> None:
     def point(name: str) -> Any:
         return SimpleNamespace(wait=lambda: log.append(name))
 
+    class Telling(threading.Condition):
+        def wait(self, timeout: float | None = None) -> bool:
+            waiting.release()
+            return super().wait(timeout)
+
+    progress._changed = Telling()
     thread = threading.Thread(target=reader)
     thread.start()
     go[0].set()
-    assert not seen.acquire(timeout=0.05)
+    assert waiting.acquire(timeout=PATIENCE)
     progress.arrived(2, point("first point"))
     assert seen.acquire(timeout=PATIENCE)
     go[1].set()
     assert seen.acquire(timeout=PATIENCE)
     go[2].set()
-    assert not seen.acquire(timeout=0.05)
+    assert waiting.acquire(timeout=PATIENCE)
     progress.arrived(4, point("second point"))
     assert seen.acquire(timeout=PATIENCE)
     progress.end()

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from proxy import Proxy
+from servers import PATIENCE
 
 
 @pytest.fixture
@@ -39,7 +40,7 @@ def _echo(listener: socket.socket) -> None:
 
 
 def connect(proxy: Proxy) -> socket.socket:
-    return socket.create_connection(("127.0.0.1", proxy.port), timeout=10)
+    return socket.create_connection(("127.0.0.1", proxy.port), timeout=PATIENCE)
 
 
 def receive(client: socket.socket, count: int) -> bytes:
@@ -79,7 +80,7 @@ def test_a_freeze_holds_bytes_back_until_the_thaw(echo: int) -> None:
         with pytest.raises(TimeoutError):
             client.recv(1)
         proxy.thaw()
-        client.settimeout(10)
+        client.settimeout(PATIENCE)
         assert receive(client, 1) == b"x"
 
 
