@@ -18,7 +18,7 @@ from servers import READY, Server
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    mark(items, Path(__file__).parent, "sglang", timeout=600)
+    mark(items, Path(__file__).parent, "sglang", timeout=1800)
 
 
 @pytest.fixture(scope="session")
