@@ -92,10 +92,8 @@ class Engine:
         return self
 
     def set_deadline(self, seconds: float) -> None:
-        """Of calls from now on; a server that is to be slow has been greeted with a long one."""
-        for session in (self.worker, self.scheduler):
-            if session is not None:
-                session._link.endpoint = replace(session._link.endpoint, deadline_seconds=seconds)
+        """Of calls from now on."""
+        set_deadline(seconds, self.worker, *([self.scheduler] if self.scheduler else []))
 
     def close(self) -> None:
         self.worker.close()
@@ -203,6 +201,13 @@ class Engine:
             return -1
         assert self.right(ids, start, end), "WRONG BYTES"
         return end - start
+
+
+def set_deadline(seconds: float, *sessions: SchedulerSession | WorkerSession) -> None:
+    """Of these sessions' calls from now on. A short one comes after what must not fail on a busy machine; a very long one tells
+    whether anything waits that should not."""
+    for session in sessions:
+        session._link.endpoint = replace(session._link.endpoint, deadline_seconds=seconds)
 
 
 def pause_once(copier: Any, what: str, midway: Callable[[], None]) -> None:

@@ -12,6 +12,7 @@ import threading
 import time
 import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import msgspec
@@ -26,6 +27,7 @@ from lmcache.engine.link import Endpoint
 from lmcache.engine.scheduler import SchedulerSession
 from lmcache.memory.arena import Arena
 from lmcache.memory.headers import DamagedHeaders, read_headers
+from lmcache.server import loop as loop_module
 from lmcache.server import unix_face
 from lmcache.server.http import HttpFace
 from lmcache.server.loop import Loop
@@ -219,16 +221,14 @@ def test_a_killed_engine_leaves_nothing_behind(server, engine_process, raw):
     assert raw(cache).store(chain(5, 2048)) == 2048
 
 
-def test_a_death_is_noticed_within_a_second(server, engine_process):
-    """The best of three: a busy test machine may add to any of them."""
-    cache, seconds = server(l1=8), []
-    for number in range(3):
-        process = engine_process(cache, f"engine-{number}")
+def test_a_death_is_noticed_at_once(folders, engine_process, monkeypatch):
+    """By the kernel's word: the loop's next look at what is due does not come."""
+    monkeypatch.setattr(loop_module, "TICK_SECONDS", 10 * PATIENCE)
+    with server_parts(folders, 8 << 20) as (service, port):
+        process = engine_process(SimpleNamespace(address=f"tcp://127.0.0.1:{port}"))
+        assert len(service.peers) == 2
         process.kill()
-        killed = time.monotonic()
-        eventually(lambda: cache.counters()["engine_processes"] == 0)
-        seconds.append(time.monotonic() - killed)
-    assert min(seconds) < 1.0
+        eventually(lambda: not service.peers)
 
 
 def test_a_child_that_holds_the_socket_does_not_hide_its_parents_death(server, engine_process):
@@ -314,7 +314,7 @@ def test_goodbye_ends_every_claim(server, raw):
 def test_another_user_is_turned_away(server, folders):
     cache = server(l1=8)
     stranger = (
-        "import os, sys, socket; s = socket.socket(socket.AF_UNIX); s.settimeout(10); os.setgid(65534); os.setuid(65534)\n"
+        "import os, sys, socket; s = socket.socket(socket.AF_UNIX); s.settimeout(60); os.setgid(65534); os.setuid(65534)\n"
         "try: s.connect(sys.argv[1]); print(s.recv(4096))\n"
         "except PermissionError: print('no way in')"
     )
@@ -477,7 +477,7 @@ def test_a_client_that_never_reads_is_hung_up_and_costs_a_bounded_memory(server,
     deaf.store(chain(13, 4000))
     request = frame(m.encode(1, m.Lookup(deaf.space, chain(13, 4000), 0)))
     deaf.carrier._socket.settimeout(PATIENCE)
-    with pytest.raises(OSError):
+    with pytest.raises(ConnectionError):
         for _ in range(10_000):
             deaf.carrier._socket.sendall(request)
     assert client.hits(chain(14, 1)) == 0
@@ -493,7 +493,7 @@ def test_of_clients_that_never_read_the_greediest_is_hung_up_on_first(small, mon
     modest.store(chain(19, 2000))
     request = frame(m.encode(99, m.Lookup(modest.space, chain(19, 2000))))
     modest.carrier._socket.sendall(request * 200)  # 8000 bytes each
-    with pytest.raises(OSError):
+    with pytest.raises(ConnectionError):
         for _ in range(10_000):
             greedy.carrier._socket.sendall(request)
     modest.carrier._socket.settimeout(PATIENCE)
