@@ -98,7 +98,7 @@ def test_a_wait_ends_with_its_group_or_with_the_load_and_not_before() -> None:
             return super().wait(timeout)
 
     progress._changed = Telling()
-    thread = threading.Thread(target=reader)
+    thread = threading.Thread(target=reader, daemon=True)
     thread.start()
     go[0].set()
     assert waiting.acquire(timeout=PATIENCE)
