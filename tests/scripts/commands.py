@@ -28,7 +28,7 @@ def set_deadline(seconds: float) -> None:
     from lmcache.engine.link import Link
 
     for one in gc.get_objects():
-        if isinstance(one, Link):
+        if type(one) is Link:  # a weak reference would be asked for the class of what it refers to, which may be gone
             one.endpoint = replace(one.endpoint, deadline_seconds=seconds)
 
 
