@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,10 @@ def kv_of(ids: Sequence[int], layers: int, heads: int, dims: int) -> npt.NDArray
 
 
 class Engine:
-    """Scheduler and one rank of an engine, or (`shards` > 1) the rank of one shard, with a scheduler where `scheduler` is."""
+    """Scheduler and one rank of an engine, or (`shards` > 1) the rank of one shard, with a scheduler where `scheduler` is.
+
+    deadline: seconds; where it is not the deadline that is tested, so long that no busy machine makes a miss of a hit.
+    """
 
     def __init__(
         self,
@@ -91,6 +95,10 @@ class Engine:
         assert self.worker.wait_connected(seconds), "the worker did not connect"
         assert self.scheduler is None or self.scheduler.wait_connected(seconds), "the scheduler did not connect"
         return self
+
+    def set_deadline(self, seconds: float) -> None:
+        """Of calls from now on."""
+        set_deadline(seconds, self.worker, *([self.scheduler] if self.scheduler else []))
 
     def close(self) -> None:
         self.worker.close()
@@ -198,6 +206,13 @@ class Engine:
             return -1
         assert self.right(ids, start, end), "WRONG BYTES"
         return end - start
+
+
+def set_deadline(seconds: float, *sessions: SchedulerSession | WorkerSession) -> None:
+    """Of these sessions' calls from now on. A short one comes after what must not fail on a busy machine; a very long one tells
+    whether anything waits that should not."""
+    for session in sessions:
+        session._link.endpoint = replace(session._link.endpoint, deadline_seconds=seconds)
 
 
 def pause_once(copier: Any, what: str, midway: Callable[[], None]) -> None:

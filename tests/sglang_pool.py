@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from lmcache.integration.sglang.unified_lmcache_mp_connector import UnifiedLMCacheMPConnector
+from servers import PATIENCE
 
 LAYERS, HEADS, DIMS, VOCABULARY = 3, 4, 8, 1000
 STREAM = object()
@@ -141,7 +142,7 @@ class SGLang:
             request, tokens[:length], slots[start:length], device_indices_start=start, cache_salt=salt
         )
         if operation is not None:
-            operation.future.result(timeout=20)
+            operation.future.result(timeout=PATIENCE)
             assert self.connector.ready_prefix_count([operation]) == 1
             self.connector.complete_store(operation)
         return operation
@@ -168,7 +169,7 @@ class SGLang:
         if not connector.prepare_load_on_stream(load, STREAM):
             connector.free_lookup_locks(request, start=lookup.lock_start, end=found)
             return have, np.zeros(0, np.int64)
-        load.future.result(timeout=20)
+        load.future.result(timeout=PATIENCE)
         assert connector.ready_prefix_count([load]) == 1
         assert connector.complete_load(load) and load.result
         return found, slots

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from engine_process import set_deadline
 from servers import PATIENCE, Server
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "write-your-own-integration.md"
@@ -79,6 +80,7 @@ class Reader:
             exec(one, self.names)
         self.look_up, self.load, self.store = (one for section, one in code if section == PROMPT)
         assert self.scheduler.wait_connected(PATIENCE) and self.worker.wait_connected(PATIENCE)
+        set_deadline(PATIENCE, self.scheduler, self.worker)
 
     def __getattr__(self, name: str) -> Any:
         return self.names[name]

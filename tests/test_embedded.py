@@ -178,7 +178,7 @@ def test_http_is_there_where_it_is_asked_for(
         said.append(capfd.readouterr().err)
         return next((word for word in "".join(said).split() if word.startswith("http://")), "")
 
-    answer: Any = httpx.get(f"{eventually(url)}/healthcheck", timeout=20)
+    answer: Any = httpx.get(f"{eventually(url)}/healthcheck", timeout=PATIENCE)
     assert answer.json() == {"status": "healthy"}
 
 

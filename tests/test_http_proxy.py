@@ -12,6 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from http_proxy import HTTPProxy
+from servers import PATIENCE
 
 BODY = bytes(range(256)) * 1000
 
@@ -60,7 +61,7 @@ def through() -> Iterator[HTTPProxy]:
 
 @pytest.fixture
 def client(through: HTTPProxy) -> Iterator[http.client.HTTPConnection]:
-    one = http.client.HTTPConnection("127.0.0.1", through.port, timeout=10)
+    one = http.client.HTTPConnection("127.0.0.1", through.port, timeout=PATIENCE)
     yield one
     one.close()
 
@@ -87,7 +88,7 @@ def test_bodies_pass_unchanged_both_ways_on_one_connection(
 
 
 def test_who_asks_whether_to_go_on_is_told_so(through: HTTPProxy) -> None:
-    with socket.create_connection(("127.0.0.1", through.port), timeout=10) as raw:
+    with socket.create_connection(("127.0.0.1", through.port), timeout=PATIENCE) as raw:
         raw.sendall(
             b"PUT / HTTP/1.1\r\nHost: h\r\nContent-Length: 3\r\nExpect: 100-continue\r\nConnection: close\r\n\r\n"
         )

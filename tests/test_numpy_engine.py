@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 
+from engine_process import set_deadline
+from lmcache.errors import ServerUnavailable
 from lmcache.integration.numpy import KV_ORDERS, Engine, EngineConfig, ModelConfig, OutOfBlocks, UnfilledKV
 from lmcache.integration.numpy.cached import CacheLink, Loaded, Prompt
-from lmcache.wire import messages as m
+from lmcache.wire.carriers import ZmqCarrier
 from ports import free_port
 from servers import PATIENCE, Process, Server, eventually
 
 TINY = ModelConfig.tiny()
+FOR_EVER = 10 * PATIENCE
+"""Seconds of a deadline that must not be waited for: the test has been called off before."""
 StartServer = Callable[..., Server]
 
 
@@ -39,7 +44,7 @@ def engines() -> Iterator[Any]:
     made: list[Engine] = []
 
     def make(config: EngineConfig, address: str | None = None, **more: Any) -> Engine:
-        made.append(engine := Engine(config, address, **more))
+        made.append(engine := Engine(config, address, **{"deadline_seconds": PATIENCE} | more))
         assert address is None or engine.wait_connected(PATIENCE)
         return engine
 
@@ -101,7 +106,7 @@ def test_hits_change_no_answer_and_cross_memory_orders(
     right = engines(small()).generate(tokens, 6)
     first = engines(small(ranks=ranks, block_tokens=12), address)
     cold = first.generate(tokens, 6)
-    assert first.flush()
+    assert first.flush(PATIENCE)
     assert_same(cold, right)
     assert cold.hit_tokens == 0
     for order in KV_ORDERS:
@@ -116,7 +121,7 @@ def test_every_memory_order_can_be_stored_from(server: StartServer, engines: Any
     address, tokens = server(chunk=16).address, prompt(8)
     writer = engines(small(kv_order=order, ranks=2), address)
     right = writer.generate(tokens, 6)
-    assert writer.flush()
+    assert writer.flush(PATIENCE)
     warm = engines(small(ranks=2), address).generate(tokens, 6)
     assert_same(warm, right)
     assert warm.hit_tokens == 288
@@ -127,7 +132,7 @@ def test_hits_begin_where_the_engines_own_prefix_ends(server: StartServer, engin
     alone, writer = engines(small()), engines(small(), address)
     tokens = prompt(8)
     writer.generate(tokens, 1)
-    assert writer.flush()
+    assert writer.flush(PATIENCE)
     reader = engines(small(prefix_caching=True), address)
     reader.generate(tokens[:50], 1)
     warm = reader.generate(tokens, 6)
@@ -152,7 +157,7 @@ def test_other_salts_and_models_share_nothing(server: StartServer, engines: Any)
     address = server().address
     engine = engines(small(), address)
     engine.generate(prompt(10), 1, cache_salt="a")
-    assert engine.flush()
+    assert engine.flush(PATIENCE)
     assert engine.generate(prompt(10), 1, cache_salt="b").hit_tokens == 0
     assert engine.generate(prompt(10), 1, cache_salt="a").hit_tokens > 0
     other = engines(small(model=ModelConfig.tiny(seed=99)), address)
@@ -180,7 +185,7 @@ def test_one_wrong_run_of_16_tokens_is_noticed(
 ) -> None:
     engine = engines(small(), server().address)
     right = engine.generate(prompt(12), 1)
-    assert engine.flush()
+    assert engine.flush(PATIENCE)
     load = CacheLink.load
 
     def load_and_spoil(self: CacheLink, request: Prompt, tokens: list[int], blocks: list[int], have: int) -> Loaded:
@@ -199,61 +204,75 @@ def test_one_wrong_run_of_16_tokens_is_noticed(
 # Deaths
 
 
-def test_without_a_server_the_engine_answers_and_waits_for_nothing() -> None:
-    """At most 100 ms slower, by the best of eight pairs: a busy test machine may add to any of them."""
-    alone, engine = Engine(small()), Engine(small(), f"127.0.0.1:{free_port()}")
-    pairs = [(alone.generate(prompt(13), 2), engine.generate(prompt(13), 2)) for _ in range(8)]
+def test_without_a_server_the_engine_answers_and_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not for the attempt to connect that is at hand, nor for an answer."""
+    trying, go, in_time = threading.Event(), threading.Event(), list[bool]()
+
+    def held(*all: Any) -> None:
+        trying.set()
+        in_time.append(go.wait(PATIENCE))
+        raise ServerUnavailable("it was not there")
+
+    monkeypatch.setattr(ZmqCarrier, "exchange", held)
+    engine = Engine(small(), f"127.0.0.1:{free_port()}", deadline_seconds=FOR_EVER)
+    assert trying.wait(PATIENCE)
+    for _ in range(2):
+        assert_same(engine.generate(prompt(13), 2), Engine(small()).generate(prompt(13), 2))
+    go.set()
     engine.close()
-    for right, result in pairs:
-        assert_same(result, right)
-    fastest = min(right.seconds for right, _ in pairs)
-    assert min(result.seconds for _, result in pairs) < 1.5 * fastest + 0.1
+    assert all(in_time)
 
 
 def test_a_killed_server_is_survived_and_found_again(server: StartServer, engines: Any) -> None:
     first, right = server(), Engine(small()).generate(prompt(14), 4)
     engine = engines(small(), first.address)
     assert_same(engine.generate(prompt(14), 4), right)
-    assert engine.flush()
+    assert engine.flush(PATIENCE)
     first.kill()
     for _ in range(3):
         assert_same(engine.generate(prompt(14), 4), right)
     server(port=first.port)
 
-    def hits() -> int:
+    def hit() -> int:
         result = engine.generate(prompt(14), 4)
         assert_same(result, right)
-        engine.flush()
+        engine.flush(PATIENCE)
         return int(result.hit_tokens)
 
-    eventually(hits)
+    eventually(hit)
 
 
-def test_a_frozen_server_costs_one_deadline(server: StartServer, engines: Any, unanswered: list[m.Message]) -> None:
-    frozen, right, deadline = server(), Engine(small()).generate(prompt(15), 4), 3.0
-    engine = engines(small(), frozen.address, deadline_seconds=deadline)
+def test_a_frozen_server_costs_one_deadline(server: StartServer, engines: Any) -> None:
+    frozen, right = server(), Engine(small()).generate(prompt(15), 4)
+    engine = engines(small(), frozen.address)
     engine.generate(prompt(15), 4)
-    assert engine.flush()
+    assert engine.flush(PATIENCE)
+    sessions = engine.cache._scheduler, *engine.cache._workers
+    set_deadline(0.5, *sessions)
     frozen.freeze()
-    first, second = engine.generate(prompt(15), 4), engine.generate(prompt(15), 4)
-    assert_same(first, right)
-    assert_same(second, right)
-    assert deadline <= first.ttft_seconds
-    assert [type(request) for request in unanswered].count(m.Lookup) == 1, "it is known to be frozen"
+    assert_same(engine.generate(prompt(15), 4), right)
+    assert engine.flush(PATIENCE)
+    set_deadline(FOR_EVER, *sessions)  # of which nothing is waited for: the server is known to be frozen
+    for _ in range(2):
+        assert_same(engine.generate(prompt(15), 4), right)
 
 
 def test_a_killed_engine_leaves_its_kv_to_the_next(server: StartServer, engines: Any) -> None:
     address = server().address
     process = Process([sys.executable, "-m", "lmcache.integration.numpy", "--tiny", "--address", address])
     try:
-        assert json.loads(process.line_with('{"ready"')) == {"ready": True, "connected": True}
-        assert process.child.stdin is not None
-        process.child.stdin.write(json.dumps({"tokens": prompt(16), "max_tokens": 4}) + "\n")
-        process.child.stdin.flush()
-        answer = json.loads(process.line_with('{"tokens"'))
+        process.line_with('{"ready"')
+        answer = eventually(lambda: (one := ask(process))["stored_tokens"] and one)  # once it is connected
     finally:
         process.kill()
         process.end()
     result = engines(small(), address).generate(prompt(16), 4)
     assert result.tokens == answer["tokens"]
     assert result.hit_tokens == answer["stored_tokens"] == 288
+
+
+def ask(process: Process) -> Any:
+    assert process.child.stdin is not None
+    process.child.stdin.write(json.dumps({"tokens": prompt(16), "max_tokens": 4}) + "\n")
+    process.child.stdin.flush()
+    return json.loads(process.line_with('{"tokens"'))

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import zmq
+from zmq.utils.monitor import recv_monitor_message
 
 from lmcache.cache import Heart
 from lmcache.chunks import Layout
@@ -292,12 +293,15 @@ def test_unread_payload_is_bounded_and_served_again_once_it_is_read(folders, dea
 
 
 def test_what_waits_for_a_connection_that_takes_nothing_is_freed(folders, deaf, monkeypatch):
-    monkeypatch.setattr(zmq_face, "SILENCE_SECONDS", 3.0)
+    monkeypatch.setattr(zmq_face, "SILENCE_SECONDS", 1.0)  # the time that the kernel gives the connection
     with server_parts(folders, 8 << 20) as (service, port):
-        client = deaf(port)
+        monkeypatch.setattr(zmq_face, "SILENCE_SECONDS", PATIENCE)
+        client, hold, held = deaf(port), service.hold, []
+        monkeypatch.setattr(service, "hold", lambda *all: (hold(*all), held.append(service.held_bytes)))
         client.fetch(32)
-        eventually(lambda: service.held_bytes > 4 << 20)
-        eventually(lambda: service.held_bytes == 0 and not service.peers)
+        eventually(lambda: max(held, default=0) > 4 << 20 and service.held_bytes == 0)
+        monkeypatch.setattr(zmq_face, "SILENCE_SECONDS", 0.0)
+        eventually(lambda: not service.peers)
 
 
 def test_with_a_key_file_only_who_has_it_is_heard(server, engine, tmp_path, caplog):
@@ -307,7 +311,6 @@ def test_with_a_key_file_only_who_has_it_is_heard(server, engine, tmp_path, capl
         one = engine(cache, mode, key_file=str(right), mode=mode, model=mode)
         assert one.store(ids) == 320 and one.load(ids) == 320
     intruders = [engine(cache, f"i{n}", key_file=key, connect=False) for n, key in enumerate([str(wrong), None])]
-    assert not any(one.scheduler.wait_connected(1.5) for one in intruders)
     eventually(lambda: f"is {wrong} a copy of the server's --auth-key-file?" in caplog.text)
     eventually(
         lambda: (
@@ -318,17 +321,18 @@ def test_with_a_key_file_only_who_has_it_is_heard(server, engine, tmp_path, capl
     eventually(lambda: refused(cache, "wrong key") and refused(cache, "no key"))
     for why in ("its key is another one", "it has no key file"):
         cache.said_once(f"{why}: set LMCACHE_AUTH_KEY_FILE for the engine to a copy of the server's {right}")
+    assert not any(one.scheduler.connected for one in intruders)
     carrier = ZmqCarrier(cache.address, wrong)
     with pytest.raises(ServerUnavailable):
         carrier.exchange(payload_hello(), 1.0)
     carrier.close()
     with zmq.Context() as context, context.socket(zmq.DEALER) as door:  # the server's public key alone is not enough
-        door.linger = 0
         door.curve_serverkey = zmq.curve_public(right.read_bytes())
         door.curve_publickey, door.curve_secretkey = zmq.curve_keypair()
-        door.connect(cache.address)
-        door.send(m.encode(1, m.Hello(m.PROTOCOL_VERSION, "", "", "", 0, 0)))
-        assert not door.poll(1000)
+        assert handshake(door, cache.address) == zmq.Event.HANDSHAKE_FAILED_AUTH
+    with zmq.Context() as context, context.socket(zmq.DEALER) as door:
+        auth.protect_engine(door, right)
+        assert handshake(door, cache.address) == zmq.Event.HANDSHAKE_SUCCEEDED
     assert cache.counters()["engine_processes"] == 4
 
 
@@ -433,6 +437,18 @@ def test_the_log_of_refused_engines_is_bounded_and_the_count_is_not(caplog):
     assert one.counts["no key"] == one.counts["wrong key"] == 3 * MAX_REFUSED
     assert len(one.told()) == MAX_REFUSED and one.told()[0]["times"] == 3 * MAX_REFUSED
     assert len(caplog.records) == MAX_REFUSED + 1 and "others are only counted" in caplog.records[-1].message
+
+
+def handshake(door: zmq.Socket, address: str) -> zmq.Event:
+    """How the first one of this socket ends."""
+    monitor = door.get_monitor_socket(
+        zmq.Event.HANDSHAKE_SUCCEEDED | zmq.Event.HANDSHAKE_FAILED_AUTH | zmq.Event.HANDSHAKE_FAILED_NO_DETAIL
+    )
+    door.connect(address)
+    assert monitor.poll(PATIENCE * 1000)
+    ended = recv_monitor_message(monitor)["event"]
+    door.disable_monitor()
+    return ended
 
 
 def test_engines_take_the_key_file_from_the_environment(monkeypatch):

@@ -6,12 +6,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
-from servers import PATIENCE
+from servers import PATIENCE, eventually
 
 SCRIPT = Path(__file__).resolve().parents[1] / "run"
 
@@ -86,19 +85,16 @@ def test_a_failed_step_says_what_and_where_to_read_on(folder: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_step_is_ended(folder: Path, number: signal.Signals) -> None:
-    step = 'echo $$ > "$(dirname "$0")/pid.new"; mv "$(dirname "$0")/pid.new" "$(dirname "$0")/pid"; sleep 60; exit 0'
+    step = 'echo $$ > "$(dirname "$0")/pid.new"; mv "$(dirname "$0")/pid.new" "$(dirname "$0")/pid"; sleep 900; exit 0'
     program(folder, "python3", f'case "$*" in *"-m venv"*) {step} ;; esac; exec {sys.executable} "$@"')
     run = command(folder, "demo", "--engine", "numpy")
-    pid_file, end = folder / "bin" / "pid", time.monotonic() + PATIENCE
-    while not pid_file.exists():
-        assert time.monotonic() < end and run.poll() is None
-        time.sleep(0.02)
+    pid_file = folder / "bin" / "pid"
+    eventually(lambda: pid_file.exists() or run.poll() is not None)
+    assert run.poll() is None
     os.killpg(run.pid, number)
     run.communicate(timeout=PATIENCE)
     assert run.returncode == 128 + number
-    while alive(int(pid_file.read_text())):
-        assert time.monotonic() < end, "the step outlived the script"
-        time.sleep(0.02)
+    eventually(lambda: not alive(int(pid_file.read_text())))
 
 
 def alive(pid: int) -> bool:

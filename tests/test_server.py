@@ -314,7 +314,7 @@ def test_goodbye_ends_every_claim(server, raw):
 def test_another_user_is_turned_away(server, folders):
     cache = server(l1=8)
     stranger = (
-        "import os, sys, socket; s = socket.socket(socket.AF_UNIX); s.settimeout(10); os.setgid(65534); os.setuid(65534)\n"
+        "import os, sys, socket; s = socket.socket(socket.AF_UNIX); s.settimeout(60); os.setgid(65534); os.setuid(65534)\n"
         "try: s.connect(sys.argv[1]); print(s.recv(4096))\n"
         "except PermissionError: print('no way in')"
     )
@@ -544,7 +544,7 @@ def test_a_client_that_never_reads_is_hung_up_and_costs_a_bounded_memory(server,
     deaf.store(chain(13, 4000))
     request = frame(m.encode(1, m.Lookup(deaf.space, chain(13, 4000), 0)))
     deaf.carrier._socket.settimeout(PATIENCE)
-    with pytest.raises(OSError):
+    with pytest.raises(ConnectionError):
         for _ in range(10_000):
             deaf.carrier._socket.sendall(request)
     assert client.hits(chain(14, 1)) == 0
@@ -560,7 +560,7 @@ def test_of_clients_that_never_read_the_greediest_is_hung_up_on_first(small, mon
     modest.store(chain(19, 2000))
     request = frame(m.encode(99, m.Lookup(modest.space, chain(19, 2000))))
     modest.carrier._socket.sendall(request * 200)  # 8000 bytes each
-    with pytest.raises(OSError):
+    with pytest.raises(ConnectionError):
         for _ in range(10_000):
             greedy.carrier._socket.sendall(request)
     modest.carrier._socket.settimeout(PATIENCE)

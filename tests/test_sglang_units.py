@@ -6,7 +6,6 @@ import logging
 import os
 import random
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,8 +19,8 @@ from lmcache.config.engine import FILE_VARIABLE
 from lmcache.engine import Loading
 from lmcache.errors import ConfigError, LayoutError
 from lmcache.integration.sglang import model as model_of_sglang
+from lmcache.integration.sglang import ranks, weights
 from lmcache.integration.sglang import unified_lmcache_mp_connector as unified
-from lmcache.integration.sglang import weights
 from lmcache.integration.sglang.model import Ranks, describe_rank, pool_buffers
 from lmcache.integration.sglang.multi_process_adapter import LMCacheMPConnector
 from lmcache.integration.sglang.ranks import Agreement, block_table
@@ -48,16 +47,17 @@ def model(tmp_path: Path) -> str:
 
 
 def config(folder: Path, server: Server, **more: Any) -> str:
-    settings = {"mp_host": "127.0.0.1", "mp_port": server.port, **more}
+    settings = {"mp_host": "127.0.0.1", "mp_port": server.port, "blocking_timeout_secs": PATIENCE, **more}
     path = folder / f"lmcache-{server.port}.yaml"
     path.write_text("".join(f"{key}: {value}\n" for key, value in settings.items()))
     return str(path)
 
 
 @pytest.fixture
-def sglang(tmp_path: Path, model: str) -> Iterator[Engines]:
+def sglang(tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engines]:
     """Engines: sglang(server, page_size, ...), connected."""
     made: list[SGLang] = []
+    monkeypatch.setattr(ranks, "_START_SECONDS", PATIENCE)
 
     def make(server: Server, page_size: int, settings: dict[str, Any] | None = None, **more: Any) -> SGLang:
         made.append(SGLang(config(tmp_path, server, **(settings or {})), model, page_size, **more))
@@ -404,7 +404,7 @@ class Together(Agreement):
         super().__init__()
         self.alone = all(size == 1 for _, size in groups)
 
-    barrier = threading.Barrier(2, timeout=30)
+    barrier = threading.Barrier(2, timeout=PATIENCE)
     said: tuple[list[int], list[int]] = ([], [])
 
     def least(self, number: int) -> int:
@@ -512,7 +512,7 @@ def test_how_fast_prompts_were_computed_is_told(
     server: Servers, sglang: Engines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A load from a tier is judged by it. Answers and prompts that are loaded say nothing of it."""
-    engine, told = sglang(server(chunk=16), 1), list[float]()
+    engine, told, now = sglang(server(chunk=16), 1), list[float](), [1000.0]
     rank = engine.connector._rank
     poll = rank.poll
 
@@ -521,16 +521,20 @@ def test_how_fast_prompts_were_computed_is_told(
         return poll(chain, have, request, rate)
 
     monkeypatch.setattr(rank, "poll", noting)
-    text, began = tokens(700, 33), time.monotonic()
+    monkeypatch.setattr(unified, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    text = tokens(700, 33)
     assert engine.load("a", text)[0] == 0
     assert told == [0.0]
+    now[0] += 4.0
     engine.compute_and_store("a", text[:400])
+    now[0] += 2.0
     engine.compute_and_store("a", text)
-    slowest = 300 / (time.monotonic() - began)
     engine.load("b", tokens(200, 34))
-    assert told[1] >= slowest
+    assert told[1] == 150.0, "the faster of both steps: 300 tokens in 2 s"
+    now[0] += 0.1
     engine.compute_and_store("a", [*text, *tokens(400, 35)])  # its answer
     assert engine.load("c", text)[0] == 688
+    now[0] += 0.1
     engine.compute_and_store("c", text)
     engine.load("d", tokens(200, 36))
     assert told[-1] == told[1]
@@ -542,9 +546,14 @@ def test_a_load_that_hangs_costs_one_deadline(
     """Of waiting until it is certain and until it has ended together; then it is called off."""
     engine, text = sglang(server(chunk=16), 1), tokens(160, 37)
     engine.compute_and_store("a", text)
-    rank, waits = engine.connector._rank, list[float | None]()
-    monkeypatch.setattr(rank, "_timeout_seconds", 0.2)
-    monkeypatch.setattr(Progress, "wait_told", lambda self, planes, seconds: time.sleep(seconds) or False)
+    rank, waits, now = engine.connector._rank, list[float | None](), [1000.0]
+    monkeypatch.setattr(ranks, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def in_vain(self: Progress, planes: int, seconds: float) -> bool:
+        now[0] += seconds
+        return False
+
+    monkeypatch.setattr(Progress, "wait_told", in_vain)
     wait = rank.wait
 
     def noting(copy: Any, seconds: float | None) -> bool:
@@ -554,7 +563,7 @@ def test_a_load_that_hangs_costs_one_deadline(
     monkeypatch.setattr(rank, "wait", noting)
     load, _ = begin_load(engine, "b", text)
     engine.connector.prepare_load_on_stream(load, None)
-    assert waits[0] == 0.0, "nothing is left of it"
+    assert now[0] == 1000.0 + PATIENCE and waits[0] == 0.0, "nothing is left of it"
 
 
 def test_a_block_table_begins_with_token_0() -> None:

@@ -142,6 +142,8 @@ def step(
 
 
 def half(session: Session, **options: Any) -> SchedulerHalf:
+    """By a clock that stands still, unless the options have another."""
+    options = {"clock": lambda: 100.0} | options
     return SchedulerHalf(session, BLOCK, options.pop("ranks", 1), **options)  # type: ignore[arg-type]
 
 
@@ -740,7 +742,7 @@ def test_vllms_own_class_keeps_a_lease_for_as_long_as_the_server_says(
     """One that does not say gets its leases back when the requests end."""
     session, face = adapters
     session.claim_seconds, now = told, [100.0]
-    monkeypatch.setattr(adapter.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(adapter, "time", SimpleNamespace(monotonic=lambda: now[0]))
     leases = {}
     for request_id in "ab":
         before = set(session.leased)

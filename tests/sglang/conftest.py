@@ -13,12 +13,12 @@ from sglang_processes import CHUNK, LONG, PYTHON, Daemons, Engine, World
 from ports import free_port
 from prompts import mixed
 from real_engines import make_model, mark, swept
-from servers import READY, Server, eventually
+from servers import READY, Server
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    mark(items, Path(__file__).parent, "sglang", timeout=600)
+    mark(items, Path(__file__).parent, "sglang", timeout=1800)
 
 
 @pytest.fixture(scope="session")
@@ -63,7 +63,7 @@ def world(folder: Path, model: Path, daemons: Daemons) -> Iterator[World]:
         long = first.answer(LONG)
         first.flush()
         server = daemons(port, CHUNK)
-        eventually(lambda: first.text().count("Connected to the LMCache server") == 2)
+        first.connected()
         yield World(server, first, expected, long)
     finally:
         first.end()

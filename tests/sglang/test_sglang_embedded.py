@@ -21,6 +21,7 @@ SECOND = FIRST[:24] + tokens(81, 81)
 @pytest.fixture(scope="module")
 def engine(folder: Path, model: Path) -> Iterator[Engine]:
     made = Engine(folder, model, 1, DOCUMENTED)
+    made.connected()
     yield made
     made.kill()
 

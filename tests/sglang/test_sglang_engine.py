@@ -21,6 +21,7 @@ def engine(request: pytest.FixtureRequest, world: World, folder: Path, model: Pa
         yield world.first
         return
     made = Engine(folder, model, request.param, {"mp_host": "tcp://127.0.0.1", "mp_port": world.server.port})
+    made.connected()
     yield made
     made.end()
 
@@ -104,18 +105,20 @@ def test_what_the_radix_tree_had_to_evict(engine: Engine, world: World) -> None:
 
 
 def test_aborted_requests(engine: Engine, world: World) -> None:
-    """At every stage: waiting, loading, computing its parts, answering. Nothing stays locked, and nothing is mixed up."""
+    """At every stage, as its log tells: waiting, computing its parts, loaded. Nothing stays locked, and nothing is mixed up."""
     engine.flush()
     prompts = [LONG, *mixed()[:5], tokens(1400, 50), tokens(900, 51)]
-    for pause in (0.0, 0.05, 0.3):
+    for stage, line in enumerate(("", "Prefill batch", "Retrieved")):
         asking = [
-            threading.Thread(target=_ask_in_vain, args=(engine, prompt, f"aborted-{pause}-{number}"))
+            threading.Thread(target=_ask_in_vain, args=(engine, prompt, f"aborted-{stage}-{number}"))
             for number, prompt in enumerate(prompts)
         ]
         for number, thread in enumerate(asking):
+            before = engine.text().count(line)
             thread.start()
-            thread.join(pause)
-            engine.post("/abort_request", {"rid": f"aborted-{pause}-{number}"})
+            if line:
+                eventually(lambda: engine.text().count(line) > before or not thread.is_alive())  # noqa: B023
+            engine.post("/abort_request", {"rid": f"aborted-{stage}-{number}"})
         engine.post("/abort_request", {"abort_all": True})
         for thread in asking:
             thread.join()

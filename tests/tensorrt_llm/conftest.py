@@ -34,7 +34,7 @@ class Engines(Script):
     def __init__(self, *arguments: str, **environment: str) -> None:
         kept = {name: value for name, value in os.environ.items() if not name.startswith("LMCACHE_")}
         script = Path(__file__).with_name("tensorrt_drive.py")
-        super().__init__(PYTHON, script, *arguments, seconds=60.0, **(kept | environment))
+        super().__init__(PYTHON, script, *arguments, seconds=240.0, **(kept | environment))
 
     def ask(self, do: str, name: str = "engine", **arguments: Any) -> Any:
         return super().ask(do, name=name, **arguments)

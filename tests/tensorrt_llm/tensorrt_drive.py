@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import tensorrt_executor as double
-from commands import serve
+from commands import PATIENCE, serve, set_deadline
 
 from lmcache.integration import identity
 
@@ -37,8 +37,12 @@ def do_engine(
     url: str = "",
     ranks: int = 1,
     args: dict[str, Any] | None = None,
+    connected: bool = True,
     **more: Any,
 ) -> dict[str, Any]:
+    """connected: there is a server, and it is waited for with patience, so that a busy machine makes no miss of a hit."""
+    connector: Any = importlib.import_module("lmcache.integration.tensorrt_llm.connector")
+    connector._CONNECT_SECONDS = PATIENCE if connected else 0.0
     module, prefix = PRESETS[preset]
     settings: dict[str, Any] = {
         "model": model,
@@ -51,6 +55,13 @@ def do_engine(
     settings |= args or {}
     llm_args = SimpleNamespace(**settings)
     engines[name] = double.Executor(importlib.import_module(module), prefix, llm_args, **more)
+    set_deadline(PATIENCE)
+    return {}
+
+
+def do_deadline(name: str, seconds: float) -> dict[str, Any]:
+    """Of all calls to servers from now on."""
+    set_deadline(seconds)
     return {}
 
 

@@ -204,13 +204,16 @@ def test_a_frozen_server_costs_a_deadline(server: Servers, process: Any, model: 
     one = server(chunk=16)
     process.ask("engine", model=model(), url=one.address, ranks=2)
     assert right(process.ask("ask", prompts=[[100, 1]]))
+    process.ask("deadline", seconds=0.5)
     one.freeze()
     assert right(process.ask("ask", prompts=[[100, 1], [100, 2]]))
+    process.ask("deadline", seconds=3000.0)  # of which nothing is waited for: the server is known to be frozen
+    assert right(process.ask("ask", prompts=[[100, 1], [100, 3]]))
     one.thaw()
 
 
 def test_no_server_at_all(process: Any, model: Models) -> None:
-    process.ask("engine", model=model(), url="tcp://127.0.0.1:1", ranks=2)
+    process.ask("engine", model=model(), url="tcp://127.0.0.1:1", ranks=2, connected=False)
     assert right(process.ask("ask", prompts=[[100, 1], [100, 1]]))
 
 

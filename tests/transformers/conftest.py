@@ -24,7 +24,7 @@ class User(Script):
 
     def __init__(self, model: Path) -> None:
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-        super().__init__(PYTHON, Path(__file__).with_name("models.py"), str(model), seconds=120.0, **environment)
+        super().__init__(PYTHON, Path(__file__).with_name("models.py"), str(model), seconds=240.0, **environment)
 
 
 @pytest.fixture(scope="session")

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from commands import serve
+from commands import PATIENCE, serve, set_deadline
 
 from lmcache.integration.transformers import Attached, attach
 from transformers import AutoModelForCausalLM, DynamicCache
 
 VOCABULARY = 8192
+MODULE = sys.modules[attach.__module__]
 DEVICE = os.environ.get("LMCACHE_TEST_DEVICE", "cpu")
 
 
@@ -40,11 +41,24 @@ def prompt(tokens: int, seed: int, shared: int = 0) -> torch.Tensor:
     return torch.cat([first, rest], dim=1).to(DEVICE)
 
 
-def do_attach(state: State, **options: Any) -> dict[str, Any]:
+def do_attach(state: State, connected: bool = True, **options: Any) -> dict[str, Any]:
+    """connected: there is a server, and it is waited for."""
     if state.attached is not None:
         state.attached.close()
-    state.attached = attach(state.model, **options)
+    state.attached = _attach(state.model, connected, **options)
     return {"refusal": state.attached.refusal}
+
+
+def _attach(model: Any, connected: bool = True, **options: Any) -> Attached:
+    """With patience, so that a busy machine makes no miss of a hit."""
+    MODULE._CONNECT_SECONDS = PATIENCE if connected else 0.0  # type: ignore[attr-defined]
+    return attach(model, **{"deadline_seconds": PATIENCE} | options)
+
+
+def do_deadline(state: State, seconds: float) -> dict[str, Any]:
+    """Of all calls to the server from now on."""
+    set_deadline(seconds)
+    return {}
 
 
 def do_wait_connected(state: State, seconds: float) -> bool:
@@ -74,9 +88,7 @@ def do_go_on(state: State) -> dict[str, Any]:
 
 def do_foresee(state: State, tokens: int) -> dict[str, Any]:
     """How much room there is for an answer, whatever was asked for."""
-    from lmcache.integration.transformers import attach as module
-
-    sys.modules[module.__module__]._FORESEEN_TOKENS = tokens  # type: ignore[attr-defined]
+    MODULE._FORESEEN_TOKENS = tokens  # type: ignore[attr-defined]
     return {}
 
 
@@ -223,7 +235,7 @@ def do_kinds(state: State, address: str) -> dict[str, Any]:
         tokens = torch.randint(1, 128, (1, 50), generator=torch.Generator().manual_seed(3)).to(DEVICE)
         options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
         expected = model.generate(tokens, **options)
-        with attach(model, address) as attached:
+        with _attach(model, address=address) as attached:
             first = model.generate(tokens, **options)
             attached.flush()
             second = model.generate(tokens, **options)

@@ -14,7 +14,6 @@ from servers import PATIENCE, Server, eventually
 
 TOLERANCE = 1e-4 if os.environ.get("LMCACHE_TEST_DEVICE", "cpu") == "cpu" else 1e-3
 """Of float32 logits, whose spread is about 3: the same sums in another order."""
-DEADLINE_SECONDS = 2.0
 
 Scripts = Callable[[Path], Any]
 Servers = Callable[..., Server]
@@ -217,17 +216,19 @@ def test_the_server_is_killed_and_comes_back(server: Servers, user: Any) -> None
 
 def test_a_frozen_server_costs_a_deadline(server: Servers, user: Any) -> None:
     one = server(l1=256, chunk=16)
-    user.ask("attach", address=one.address, deadline_seconds=0.5)
+    user.ask("attach", address=one.address)
     assert right(user.ask("generate", ids=[300, 10]))
+    user.ask("deadline", seconds=0.5)
     one.freeze()
     assert right(user.ask("generate", ids=[300, 10]))
+    user.ask("deadline", seconds=3000.0)  # of which nothing is waited for: the server is known to be frozen
     assert right(user.ask("generate", ids=[300, 11]))
     one.thaw()
 
 
 @pytest.mark.parametrize("where", [{"address": "tcp://127.0.0.1:1"}, {"embedded_gb": 0.25}])
 def test_no_server_and_a_server_of_ones_own(user: Any, where: dict[str, Any]) -> None:
-    assert user.ask("attach", **where)["refusal"] == ""
+    assert user.ask("attach", connected="embedded_gb" in where, **where)["refusal"] == ""
     assert right(user.ask("generate", ids=[600, 12]))
     again = user.ask("generate", ids=[600, 12])
     assert right(again) and again["hit"] == (512 if "embedded_gb" in where else 0)

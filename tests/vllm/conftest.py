@@ -14,7 +14,7 @@ from real_engines import ROOT, make_model, mark, swept
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    mark(items, Path(__file__).parent, "vllm", timeout=600)
+    mark(items, Path(__file__).parent, "vllm", timeout=1800)
 
 
 @pytest.fixture(scope="session")

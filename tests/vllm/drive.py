@@ -10,7 +10,11 @@ import json
 import os
 import sys
 import time
+from pathlib import Path
 from typing import Any
+
+sys.path.append(str(Path(__file__).parents[1] / "scripts"))
+from commands import set_deadline
 
 answers = os.fdopen(os.dup(1), "w", buffering=1)
 os.dup2(2, 1)  # whatever the engine prints goes to stderr
@@ -42,7 +46,7 @@ def generate(
     salts: list[str] | None = None,
     prompt_logprobs: bool = False,
 ) -> dict[str, Any]:
-    """All prompts at once. Of each: tokens, their log probabilities, tokens that were cached; and the whole time."""
+    """All prompts at once. Of each: tokens, their log probabilities, tokens that were cached."""
     from vllm import SamplingParams
 
     parameters = SamplingParams(
@@ -56,9 +60,8 @@ def generate(
         {"prompt_token_ids": prompt} | ({"cache_salt": salts[at]} if salts and salts[at] else {})
         for at, prompt in enumerate(prompts)
     ]
-    begin = time.perf_counter()
     outputs = llm.generate(inputs, parameters, use_tqdm=False)
-    return {"seconds": time.perf_counter() - begin, "outputs": [describe(output) for output in outputs]}
+    return {"outputs": [describe(output) for output in outputs]}
 
 
 def embed(llm: Any, prompts: list[list[int]]) -> dict[str, Any]:
@@ -81,7 +84,7 @@ def describe(output: Any) -> dict[str, Any]:
 
 def reset(llm: Any, connector: bool = False) -> dict[str, Any]:
     """Forget the engine's own prefix cache (and, if told so, the connector's)."""
-    end = time.monotonic() + 60
+    end = time.monotonic() + 120
     while time.monotonic() < end:
         if llm.llm_engine.reset_prefix_cache(reset_connector=connector):
             return {"ok": True}
@@ -101,6 +104,20 @@ def sleep(llm: Any, level: int, wake: list[list[str] | None]) -> dict[str, Any]:
     """Go to sleep, and wake up by the steps in `wake`, each a list of tags, or null for all that sleeps."""
     llm.sleep(level=level)
     return {"awake": [llm.wake_up(tags) for tags in wake]}
+
+
+def deadline(llm: Any, seconds: float) -> dict[str, Any]:
+    """Of all calls to the LMCache server from now on."""
+    set_deadline(seconds)
+    return {"ok": True}
+
+
+def wait_for_stores(llm: Any, seconds: float) -> dict[str, Any]:
+    """For how long vLLM's own class does so, after each step."""
+    from lmcache.integration.vllm import vllm_multi_process_adapter as adapter
+
+    adapter.STORE_SECONDS = seconds
+    return {"ok": True}
 
 
 def abort(llm: Any, prompts: list[list[int]], after_steps: list[int]) -> dict[str, Any]:
@@ -221,6 +238,8 @@ COMMANDS = {
     "reload": reload,
     "sleep": sleep,
     "abort": abort,
+    "deadline": deadline,
+    "wait_for_stores": wait_for_stores,
     "metrics": metrics,
     "mix_up": mix_up,
     "digests": digests,

@@ -6,12 +6,11 @@ import json
 import shutil
 import signal
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from vllm_processes import PYTHON, Api, Engine, Server, environment
+from vllm_processes import FOR_EVER, PYTHON, Api, Engine, Server, environment
 
 from hashing import Turns
 from prompts import assert_same, tokens
@@ -28,6 +27,7 @@ def test_other_weights_are_another_cache(folder: Path, model: Path, other_model:
     frames = server.config(**{"lmcache.mp.mp_transfer_mode": "payload"})
     own = Engine(folder, "own-class", model, kv_transfer_config=frames, max_model_len=1024)
     try:
+        own.connected()
         expected = own.generate([*long, *PROMPTS])[:2]
         own.forget()
         warm = own.generate(long)
@@ -39,30 +39,35 @@ def test_other_weights_are_another_cache(folder: Path, model: Path, other_model:
         folder, "other-weights", other_model, upstream, kv_transfer_config=server.config(), max_model_len=1024
     )
     try:
+        engine.connected(3)
         assert engine.generate(long)[0]["cached"] == 0
     finally:
         engine.end()
-    engine = Engine(folder, "upstream", model, upstream, kv_transfer_config=server.config(2.0), max_model_len=1024)
+    engine = Engine(folder, "upstream", model, upstream, kv_transfer_config=server.config(), max_model_len=1024)
     try:
+        engine.connected(3)  # a rank has a session for lookups as well
         outputs = engine.generate(long)
         assert_same(outputs, expected)
         assert [output["cached"] for output in outputs] == [256, 256], "whole blocks of what our own class stored"
         fresh = [tokens(300, 82)]
+        engine.ask("wait_for_stores", seconds=60.0)  # half a second is little on a busy machine
         cold = engine.generate(fresh)
         assert cold[0]["cached"] == 0
-        for _ in range(5):  # it waits for a store for half a second only, and then goes without
-            engine.forget()
-            warm = engine.generate(fresh)
-            assert_same(warm, cold)
-            if warm[0]["cached"]:
-                break
+        engine.forget()
+        warm = engine.generate(fresh)
+        assert_same(warm, cold)
         assert warm[0]["cached"] == 256
         engine.ask("abort", prompts=[*long, tokens(500, 83)], after_steps=[0, 1, 2])
         engine.forget()
         assert_same(engine.generate(long), expected)
         assert "whole blocks only" in engine.text()
-        server.send(signal.SIGSTOP)
         engine.forget()
+        assert "Lost the LMCache server" not in engine.text()
+        engine.ask("deadline", seconds=1.0)
+        server.send(signal.SIGSTOP)
+        assert_same(engine.generate(long), expected)
+        engine.forget()
+        engine.ask("deadline", seconds=FOR_EVER)  # of which nothing is waited for: the server is known to be frozen
         assert_same(engine.generate(long), expected)
         assert engine.text().count("Lost the LMCache server") <= 3, "one missed deadline a connection, not one a call"
     finally:
@@ -124,6 +129,7 @@ def test_bfloat16_bytes_go_round_and_stay_apart(folder: Path, model: Path, serve
         kv_transfer_config=server.config(**driven),
     )
     try:
+        engine.connected()
         first = engine.generate(PROMPTS[:1], max_tokens=1)
         assert first[0]["cached"] == 0, "float32's KV of this prompt is there, and is not ours"
         engine.forget()  # returns once the store has let go of its blocks, so that what is wiped is not what is stored
@@ -145,6 +151,7 @@ def test_new_weights_in_a_running_engine_are_another_cache(
     first, second, third = [tokens(300, 100)], [tokens(300, 101)], [tokens(300, 102)]
     engine = Engine(folder, "new-weights", model, kv_transfer_config=server.config(), max_model_len=1024)
     try:
+        engine.connected()
         old = engine.generate(first)
         engine.ask("reload", path=str(other_model))
         engine.forget()
@@ -164,6 +171,7 @@ def test_new_weights_in_a_running_engine_are_another_cache(
         engine.end()
     engine = Engine(folder, "old-weights", model, kv_transfer_config=server.config(), max_model_len=1024)
     try:
+        engine.connected()
         outputs = engine.generate([*first, *second, *third])
         assert [output["cached"] for output in outputs] == [288, 0, 0], "what the old weights computed, and no more"
         assert_same(outputs[:1], old)
@@ -332,6 +340,7 @@ def test_tensor_parallel_two(folder: Path, model: Path, server: Server) -> None:
         kv_transfer_config=server.config(),
     )
     try:
+        engine.connected(3)
         assert_same(engine.generate(PROMPTS, max_tokens=4), expected)
         engine.forget()
         warm = engine.generate(PROMPTS, max_tokens=4)
@@ -355,13 +364,15 @@ def test_vllm_serve_started_before_its_server(folder: Path, model: Path) -> None
         prompt = tokens(300, 90)
         cold = api.complete(prompt)
         late = Server(folder, port=port, name="late-server")
-        end = time.monotonic() + 60
-        while "Retrieved " not in late.text():
-            assert time.monotonic() < end, api.text()[-3000:]
+
+        def retrieved() -> bool:
             api.post("/reset_prefix_cache")
             again = api.complete(prompt)
             assert again["tokens"] == cold["tokens"]
             assert max(abs(a - b) for a, b in zip(again["logprobs"], cold["logprobs"], strict=True)) < 1e-3
+            return "Retrieved " in late.text()
+
+        api.wait_until(retrieved, "a hit", 120)
     finally:
         api.end()
         if late is not None:
