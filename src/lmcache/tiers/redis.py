@@ -10,12 +10,12 @@ from __future__ import annotations
 import re
 import ssl
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from lmcache.config.options import integer, number, word
 from lmcache.errors import ConfigError
 from lmcache.tiers import frame
-from lmcache.tiers.redis_script import ADMITTED, SCRIPT
+from lmcache.tiers.redis_script import ADMITTED, ENOUGH_KEYS, MAX_PARTS, MORE, NOT_READY, SCRIPT
 from lmcache.tiers.resp import Connection, Login, Moved, Node, Nodes, Reply, ReplyError
 from lmcache.tiers.tier import ABSENT, OK, Shard, ShardKey, Tier, TierError, Usage
 from lmcache.tiers.url import TierURL
@@ -26,7 +26,6 @@ BOOKED_BYTES = 1024
 """What a shard is booked with beside its parts: its header, its keys' names, its record and its place in the order of use."""
 BOOKED_PART_BYTES = 256
 """What each part is booked with beside its bytes: its key."""
-MAX_PARTS = 4096
 PARTITIONS = 64
 """A cluster has so many indexes, each for the chunks of one first byte modulo this, with its part of `max_gb`."""
 TOO_LARGE, FULL = "too large", "full"
@@ -59,10 +58,10 @@ class RedisTier(Tier):
         self._ttl_us, self._lease_us = int(ttl_seconds * 1e6), int(timeout_seconds * 2e6)
         if nodes.is_cluster:
             self._tags = [f"{{{prefix}/{number:02x}}}".encode() for number in range(PARTITIONS)]
-            self._pattern = f"{{{prefix}/??}}*"
+            self._pattern = f"{{{prefix}/??}}/*"
         else:
             self._tags = [f"{{{prefix}}}".encode()]
-            self._pattern = f"{{{prefix}}}*"
+            self._pattern = f"{{{prefix}}}/*"
         self._is_open = False
         self._used: dict[bytes, tuple[int, int]] = {}
         """Tag -> bytes and shards, as the store said last."""
@@ -115,7 +114,7 @@ class RedisTier(Tier):
         outcomes = [ABSENT] * len(keys)
 
         def ask(connection: Connection, which: list[int]) -> None:
-            touched = self._ask_to_touch(connection, [keys[index] for index in which])
+            touched = self._ask_to_touch(connection, [(keys[index], len(into[index])) for index in which])
             known: list[bool] = []
             wrong: list[int] = []
             asked, ahead_bytes = 0, 0
@@ -139,6 +138,7 @@ class RedisTier(Tier):
         outcomes = [TOO_LARGE] * len(shards)
 
         def say(connection: Connection, which: list[int]) -> None:
+            last_try = connection.deadline - self._timeout_seconds / 2  # what is granted has to be written, too
             left = [index for index in which if _parts(shards[index].payload.nbytes) <= MAX_PARTS]
             while left:
                 for index in left:
@@ -149,12 +149,16 @@ class RedisTier(Tier):
                 for index in granted:
                     self._write(connection, shards[index])
                 # what is being written cannot be evicted; once it is there, the rest of a call above the cap finds room
-                left = [index for index in left if outcomes[index] == FULL] if granted else []
+                again = {FULL} if granted else set()
+                if time.monotonic() < last_try:
+                    again |= {MORE, NOT_READY}
+                left = [index for index in left if outcomes[index] in again]
                 for index in granted:
                     outcomes[index] = self._written(connection, shards[index])
             for index in which:
                 if outcomes[index] == _NO_MEMORY:
-                    self._make_room(connection, shards[index])
+                    self._make_room(connection, shards[index], last_try)
+                if outcomes[index] in (_NO_MEMORY, MORE):
                     outcomes[index] = FULL
 
         self._converse([shard.key for shard in shards], say)
@@ -169,12 +173,13 @@ class RedisTier(Tier):
     def clear(self) -> None:
         self._must_be_open()
         for tag in self._tags:
-            while self._everywhere("clear", [tag]):
-                pass
-        deadline = self._deadline()
+            left = self._everywhere("clear", [tag])
+            while left:
+                left = self._everywhere("usage", [tag])
         for node in self._nodes.all():
-            with node.connection(deadline) as connection:
-                _unlink_all(connection, self._pattern)
+            with node.connection(self._deadline()) as connection:
+                for _ in _unlink_all(connection, self._pattern):
+                    connection.deadline = self._deadline()
         self._everywhere("usage")
 
     def usage(self) -> Usage:
@@ -274,26 +279,41 @@ class RedisTier(Tier):
         outcome = self._said(connection, self._tag(shard.key), connection.reply())
         return trouble or outcome
 
-    def _make_room(self, connection: Connection, shard: Shard) -> None:
+    def _make_room(self, connection: Connection, shard: Shard, last_try: float) -> None:
         """The server's memory is full before `max_gb` is: the oldest go, so that the next store finds room."""
-        self._script(connection, self._tag(shard.key), "shrink", *_booking(shard.key, shard.payload.nbytes))
-        self._said(connection, self._tag(shard.key), connection.reply())
+        tag, wanted_bytes, freed_bytes = self._tag(shard.key), booked_bytes(shard.payload.nbytes), 1
+        while wanted_bytes > 0 and freed_bytes and time.monotonic() < last_try:
+            self._script(connection, tag, "shrink", wanted_bytes)
+            freed_bytes = int(self._said(connection, tag, connection.reply()))
+            wanted_bytes -= freed_bytes
 
     # ---- several shards on one connection
 
-    def _ask_to_touch(self, connection: Connection, keys: list[ShardKey]) -> dict[bytes, list[int]]:
-        """They are used now, the first of a call last: what follows in a prompt hangs on it. Their places by tag."""
-        by_tag: dict[bytes, list[int]] = {}
-        for place, key in enumerate(keys):
-            by_tag.setdefault(self._tag(key), []).append(place)
-        for tag, places in by_tag.items():
-            self._script(connection, tag, "touch", self._ttl_us, *(keys[place].text for place in places))
-        return by_tag
+    def _ask_to_touch(self, connection: Connection, asked: list[tuple[ShardKey, int]]) -> list[tuple[bytes, list[int]]]:
+        """They are used now, the first of a call last: what follows in a prompt hangs on it.
 
-    def _touched(self, connection: Connection, by_tag: dict[bytes, list[int]], count: int) -> list[bool]:
+        `asked`: key and payload bytes of each. Returns tag and places of each call of the script, in the order of the answers.
+        """
+        by_tag: dict[bytes, list[int]] = {}
+        for place, (key, _) in enumerate(asked):
+            by_tag.setdefault(self._tag(key), []).append(place)
+        calls = []
+        for tag, places in by_tag.items():
+            most = max(1, ENOUGH_KEYS // max(self._touched_keys(asked[place][1]) for place in places))
+            for first in reversed(range(0, len(places), most)):  # the script's clock goes on between them
+                some = places[first : first + most]
+                self._script(connection, tag, "touch", self._ttl_us, first, *(asked[place][0].text for place in some))
+                calls.append((tag, some))
+        return calls
+
+    def _touched_keys(self, payload_bytes: int) -> int:
+        """So many keys of a shard are written to when it is used: its times of expiry, or only its place in the order."""
+        return 2 + _parts(payload_bytes) if self._ttl_us else 1
+
+    def _touched(self, connection: Connection, calls: list[tuple[bytes, list[int]]], count: int) -> list[bool]:
         """Which of those are booked."""
         known = [False] * count
-        for tag, places in by_tag.items():
+        for tag, places in calls:
             flags = self._said(connection, tag, connection.reply())
             for place, flag in zip(places, flags, strict=False):
                 known[place] = flag == "1"
@@ -408,10 +428,11 @@ def _parts(payload_bytes: int) -> int:
     return -(-payload_bytes // PART_BYTES)
 
 
-def _unlink_all(connection: Connection, pattern: str) -> None:
+def _unlink_all(connection: Connection, pattern: str) -> Iterator[None]:
+    """Unlink all keys that match, one step after another."""
     cursor = b"0"
     while True:
-        connection.queue(b"SCAN", cursor, b"MATCH", pattern, b"COUNT", 1000)
+        connection.queue(b"SCAN", cursor, b"MATCH", pattern, b"COUNT", ENOUGH_KEYS)
         match connection.answer():
             case [bytes(cursor), [*found]]:
                 names = [name for name in found if isinstance(name, bytes)]
@@ -421,6 +442,7 @@ def _unlink_all(connection: Connection, pattern: str) -> None:
                     connection.answer()
                 if cursor == b"0":
                     return
+                yield
             case other:
                 raise TierError("protocol", f"Redis at {connection.name}: unexpected answer {other!r:.80}")
 

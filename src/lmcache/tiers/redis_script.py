@@ -4,124 +4,177 @@ KEYS[1] is the hash tag T. The books are two keys, `T.index`, a hash of shard na
 booked bytes as field `used`, and `T.uses`, a sorted set of shard name -> time of last use in microseconds. The o (open) is there
 while the shard is being written; its time is then the end of the writer's lease plus 2^52, so that it sorts behind all others.
 Shard `name` has its header at `T/name` and its parts at `T/name.0`, `T/name.1` ... Each verb answers (what, used bytes, shards).
+
+The server answers nobody else while a script runs, so no call removes or touches more than `ENOUGH_KEYS` keys and one shard,
+however much is there: what is left to do is answered (`MORE`, `NOT_READY`), and whoever called calls again.
+
+Books that have to go, because one half of them was lost or because of a `clear`, are renamed to `T.index.torn` and `T.uses.torn`.
+As long as one of these is there, each call removes some of the shards that they name, and no shard is booked. So it does not
+matter who goes on with it, or when: the new books are empty and right, and what is left of the old shards is read by its header.
 """
 
 from __future__ import annotations
 
 ADMITTED = "go"
+MORE = "more"
+"""The call has done as much as one call may, and it was not enough."""
+NOT_READY = "not ready"
+"""Torn books are being emptied, and nothing is booked until then."""
+ENOUGH_KEYS = 256
+"""A call that has removed so many keys stops, and one that touches shards is asked for no more."""
+MAX_PARTS = 511
+"""Of a shard, since a call deals with a whole one."""
 
-SCRIPT = rb"""
+_TEXT = rb"""
+local call = redis.call
 local tag, verb = KEYS[1], ARGV[1]
 local index, uses = tag .. '.index', tag .. '.uses'
-local clock = redis.call('TIME')
+local torn_index, torn_uses = index .. '.torn', uses .. '.torn'
+local clock = call('TIME')
 local now = clock[1] * 1000000 + clock[2]
 local OPEN = 4503599627370496
-local UNKNOWN_PARTS = 64
+local removed = 0
 
-local function record(name)
-  local bytes, parts, open = string.match(redis.call('HGET', index, name) or '', '^(%d+) (%d+) (o?)$')
+local function record(name, from)
+  local bytes, parts, open = string.match(call('HGET', from or index, name) or '', '^(%d+) (%d+) (o?)$')
   return tonumber(bytes), tonumber(parts), open == 'o'
 end
 
+local function part_name(name, part) return string.format('%s/%s.%x', tag, name, part) end
+
 local function part_names(name, parts)
   local names = {}
-  for i = 1, parts do names[i] = string.format('%s/%s.%x', tag, name, i - 1) end
+  for i = 1, parts do names[i] = part_name(name, i - 1) end
   return names
 end
 
-local function unlink(name, parts)
-  redis.call('UNLINK', tag .. '/' .. name)
-  if parts > 0 then redis.call('UNLINK', unpack(part_names(name, parts))) end
+local function parts_there(name)
+  local parts = 0
+  while parts < MAX_PARTS and call('EXISTS', part_name(name, parts)) == 1 do parts = parts + 1 end
+  return parts
 end
 
-local function forget(name)
-  local bytes, parts = record(name)
-  unlink(name, parts or UNKNOWN_PARTS)
-  redis.call('ZREM', uses, name)
+local function unlink(name, parts)
+  call('UNLINK', tag .. '/' .. name)
+  if parts > 0 then call('UNLINK', unpack(part_names(name, parts))) end
+end
+
+local function forget(name, from, order)
+  local bytes, parts = record(name, from)
+  parts = parts or parts_there(name)
+  unlink(name, parts)
+  removed = removed + 1 + parts
+  call('ZREM', order or uses, name)
   if bytes then
-    redis.call('HDEL', index, name)
-    redis.call('HINCRBY', index, 'used', -bytes)
+    call('HDEL', from or index, name)
+    call('HINCRBY', from or index, 'used', -bytes)
   end
   return bytes or 0
 end
 
 local function is_whole(name, parts)
-  return redis.call('EXISTS', tag .. '/' .. name, unpack(part_names(name, parts))) == parts + 1
+  return call('EXISTS', tag .. '/' .. name, unpack(part_names(name, parts))) == parts + 1
 end
 
-local function used() return tonumber(redis.call('HGET', index, 'used') or 0) end
+local function used() return tonumber(call('HGET', index, 'used') or 0) end
 
-local function forget_all(names)
-  local freed = 0
-  for _, name in ipairs(names) do freed = freed + forget(name) end
-  return freed
+local function forget_all(names, from, order)
+  for _, name in ipairs(names) do
+    if removed >= ENOUGH_KEYS then return false end
+    forget(name, from, order)
+  end
+  return true
 end
 
 local function evict(most, wanted)
   local total = used()
   while total > most - wanted do
-    local oldest = redis.call('ZRANGEBYSCORE', uses, '-inf', OPEN, 'LIMIT', 0, 1)[1]
-    if not oldest then return false end
+    if removed >= ENOUGH_KEYS then return 'more' end
+    local oldest = call('ZRANGEBYSCORE', uses, '-inf', OPEN, 'LIMIT', 0, 1)[1]
+    if not oldest then return 'full' end
     total = total - forget(oldest)
   end
-  return true
+  return 'go'
 end
 
 local function book(name, bytes, parts, open, score)
-  redis.call('HSET', index, name, string.format('%d %d %s', bytes, parts, open))
-  redis.call('ZADD', uses, score, name)
+  call('HSET', index, name, string.format('%d %d %s', bytes, parts, open))
+  call('ZADD', uses, score, name)
 end
 
 local function touch(name, parts, at, ttl)
-  redis.call('ZADD', uses, at, name)
+  call('ZADD', uses, at, name)
   if ttl > 0 then
     local names = part_names(name, parts)
     names[parts + 1] = tag .. '/' .. name
-    for _, key in ipairs(names) do redis.call('PEXPIRE', key, math.floor(ttl / 1000)) end
+    for _, key in ipairs(names) do call('PEXPIRE', key, math.floor(ttl / 1000)) end
   end
 end
 
 local function answer(what)
-  return { what, used(), redis.call('ZCOUNT', uses, '-inf', OPEN) }
+  return { what, used(), call('ZCOUNT', uses, '-inf', OPEN) }
 end
 
 -- After a first write that needs no memory a script may go on although `maxmemory` is reached. A reservation must not.
-if verb ~= 'reserve' then redis.call('UNLINK', tag .. '.nothing') end
+if verb ~= 'reserve' then call('UNLINK', tag .. '.nothing') end
+
+local function is_torn() return call('EXISTS', torn_index, torn_uses) > 0 end
+
+local function tear()
+  if call('EXISTS', index) == 1 then call('RENAME', index, torn_index) end
+  if call('EXISTS', uses) == 1 then call('RENAME', uses, torn_uses) end
+end
+
+local function go_on_emptying()
+  if call('EXISTS', torn_index) == 1 then
+    local cursor = call('HGET', torn_index, 'cursor') or '0'
+    local following, fields = unpack(call('HSCAN', torn_index, cursor, 'COUNT', ENOUGH_KEYS / 2))
+    local names = {}
+    for i = 1, #fields, 2 do
+      if record(fields[i], torn_index) then names[#names + 1] = fields[i] end
+    end
+    if not forget_all(names, torn_index, torn_uses) then return end -- the same cursor finds what is left of these
+    if following ~= '0' then return call('HSET', torn_index, 'cursor', following) end
+    call('UNLINK', torn_index)
+  end
+  forget_all(call('ZRANGE', torn_uses, 0, ENOUGH_KEYS / 2 - 1), torn_index, torn_uses)
+end
 
 -- A server that drops keys by its own policy may have dropped one half of the books: the other half says what must go.
-local records = redis.call('HLEN', index)
-if math.max(records - 1, 0) ~= redis.call('ZCARD', uses) then
-  local names = redis.call('HKEYS', index)
-  for i = #names, 1, -1 do
-    if names[i] == 'used' then table.remove(names, i) end
-  end
-  forget_all(names)
-  forget_all(redis.call('ZRANGE', uses, 0, -1))
-  redis.call('UNLINK', index, uses)
+local torn = is_torn()
+if not torn and (verb == 'clear' or math.max(call('HLEN', index) - 1, 0) ~= call('ZCARD', uses)) then
+  tear()
+  torn = is_torn()
 end
+if torn and verb ~= 'mend' then -- that is asked for each shard of a load, which need not wait for the others
+  go_on_emptying()
+  torn = is_torn()
+end
+if torn and (verb == 'reserve' or verb == 'mend') then return answer('not ready') end
 
 if verb == 'reserve' then
   local most, lease, ttl = tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
   local name, bytes, parts = ARGV[5], tonumber(ARGV[6]), tonumber(ARGV[7])
   local had, _, is_open = record(name)
   if had == bytes and not is_open and is_whole(name, parts) then
-    redis.call('UNLINK', tag .. '.nothing')
+    call('UNLINK', tag .. '.nothing')
     touch(name, parts, now, ttl)
     return answer('kept')
   end
-  redis.call('HINCRBY', index, 'used', 0) -- fails where `maxmemory` is reached
+  call('HINCRBY', index, 'used', 0) -- fails where `maxmemory` is reached
   if most > 0 and bytes > most then return answer('too large') end
-  if had == bytes and is_open and redis.call('ZSCORE', uses, name) - OPEN > now then
+  if had == bytes and is_open and call('ZSCORE', uses, name) - OPEN > now then
     -- somebody else writes the very same parts: whoever is done first commits them
-    redis.call('ZADD', uses, OPEN + now + lease, name)
+    call('ZADD', uses, OPEN + now + lease, name)
     return answer('go')
   end
   forget(name)
   unlink(name, parts)
-  forget_all(redis.call('ZRANGEBYSCORE', uses, OPEN, OPEN + now, 'LIMIT', 0, 100))
-  if ttl > 0 then forget_all(redis.call('ZRANGEBYSCORE', uses, '-inf', now - ttl, 'LIMIT', 0, 100)) end
-  if most > 0 and not evict(most, bytes) then return answer('full') end
-  redis.call('HINCRBY', index, 'used', bytes)
+  forget_all(call('ZRANGEBYSCORE', uses, OPEN, OPEN + now, 'LIMIT', 0, 100))
+  if ttl > 0 then forget_all(call('ZRANGEBYSCORE', uses, '-inf', now - ttl, 'LIMIT', 0, 100)) end
+  local room = most > 0 and evict(most, bytes) or 'go'
+  if room ~= 'go' then return answer(room) end
+  call('HINCRBY', index, 'used', bytes)
   book(name, bytes, parts, 'o', OPEN + now + lease)
   return answer('go')
 elseif verb == 'commit' then
@@ -131,44 +184,47 @@ elseif verb == 'commit' then
   if not had then unlink(name, parts) end
   if had ~= bytes then return answer('') end -- removed meanwhile, as if it had been right after
   local names = part_names(name, parts)
-  if parts > 0 and redis.call('EXISTS', unpack(names)) ~= parts then
+  if parts > 0 and call('EXISTS', unpack(names)) ~= parts then
     forget(name)
     return answer('full')
   end
-  for _, key in ipairs(names) do redis.call('PERSIST', key) end
-  redis.call('SET', tag .. '/' .. name, header)
+  for _, key in ipairs(names) do call('PERSIST', key) end
+  call('SET', tag .. '/' .. name, header)
   book(name, bytes, parts, '', now)
   touch(name, parts, now, ttl)
   return answer('')
 elseif verb == 'shrink' then
-  evict(used(), tonumber(ARGV[3]))
+  local before = used()
+  evict(before, tonumber(ARGV[2]))
+  return answer(string.format('%d', before - used()))
 elseif verb == 'touch' then
-  local ttl, known = tonumber(ARGV[2]), {}
-  for i = 3, #ARGV do
+  local ttl, first, known = tonumber(ARGV[2]), tonumber(ARGV[3]), {}
+  for i = 4, #ARGV do
     local had, parts, is_open = record(ARGV[i])
     local is_there = had and not is_open
-    if is_there then touch(ARGV[i], parts, now - (i - 3), ttl) end
-    known[i - 2] = is_there and '1' or '0'
+    if is_there then touch(ARGV[i], parts, now - first - (i - 4), ttl) end
+    known[i - 3] = is_there and '1' or '0'
   end
   return answer(table.concat(known))
 elseif verb == 'mend' then
   local most, name, bytes, parts = tonumber(ARGV[2]), ARGV[3], tonumber(ARGV[4]), tonumber(ARGV[5])
   local had, had_parts, is_open = record(name)
   if not had then
-    if is_whole(name, parts) and (most == 0 or evict(most, bytes)) then
-      redis.call('HINCRBY', index, 'used', bytes)
+    local room = not is_whole(name, parts) and 'full' or most > 0 and evict(most, bytes) or 'go'
+    if room == 'full' then unlink(name, parts) end
+    if room == 'go' then
+      call('HINCRBY', index, 'used', bytes)
       book(name, bytes, parts, '', now)
-    else
-      unlink(name, parts)
     end
   elseif not is_open and not is_whole(name, had_parts) then
     forget(name)
   end
 elseif verb == 'remove' then
   forget(ARGV[2])
-elseif verb == 'clear' then
-  forget_all(redis.call('ZRANGE', uses, 0, 499))
-  if redis.call('ZCARD', uses) > 0 then return answer('more') end
 end
-return answer('')
+return answer(torn and 'not ready' or '')
 """
+
+_lines = (line.partition(b"--")[0].strip() for line in _TEXT.splitlines())
+SCRIPT = b"local ENOUGH_KEYS, MAX_PARTS = %d, %d\n" % (ENOUGH_KEYS, MAX_PARTS) + b"\n".join(filter(None, _lines))
+"""Without comments and indentation, since it is sent with every call."""

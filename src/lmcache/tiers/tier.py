@@ -77,8 +77,8 @@ class Tier(ABC):
 
     All methods may be called from several threads at once, may block, and touch the memory they were handed only until
     they return. One outcome a shard, in the order asked: a shard's damage is an outcome and never an exception, and a
-    damaged shard is removed. `TierError` is for the store as a whole. No method takes longer than the tier's own
-    time-outs, which its URL sets. docs/tiers/your-own.md says how the server uses them.
+    damaged shard is removed. `TierError` is for the store as a whole. No method but `clear` takes longer than the
+    tier's own time-outs, which its URL sets. docs/tiers/your-own.md says how the server uses them.
     """
 
     scheme: ClassVar[str]
