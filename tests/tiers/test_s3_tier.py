@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, ItemsView, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -225,13 +225,62 @@ def test_books_forget_the_oldest_first_and_cost_little() -> None:
     for key in keys:
         books.seen(key, 100)
     books.use(keys[:3])
-    assert books.oldest(250) == keys[3:6]
-    assert books.oldest(10**6) == keys[3:] + keys[2::-1]
-    assert books.oldest(0) == []
+    assert books.oldest(250, 1000) == keys[3:6]
+    assert books.oldest(10**6, 1000) == keys[3:] + keys[2::-1]
+    assert books.oldest(10**6, 7) == keys[3:10]
+    assert books.oldest(0, 1000) == []
     uses = books.uses()
     assert unpack_uses(pack_uses(uses), 1 << 60) == uses
     assert unpack_uses(pack_uses(uses)[:-1], 1 << 60) == unpack_uses(b"something else", 1 << 60) == {}
     assert set(unpack_uses(pack_uses(uses), 5).values()) == {5}
+
+
+def test_what_makes_room_looks_at_no_more_shards_than_it_takes() -> None:
+    books, keys = Books(), [ShardKey.unpack(os.urandom(36)) for _ in range(20_000)]
+    books.begin_census()
+    books.end_census({key.packed: (number, 100) for number, key in enumerate(keys)}, {}, 0)
+    steps = 0
+
+    def step(*_: object) -> None:
+        nonlocal steps
+        steps += 1
+
+    sys.setprofile(step)
+    try:
+        oldest = books.oldest(500, 1000)
+    finally:
+        sys.setprofile(None)
+    assert oldest == keys[:5] and steps < 100
+
+
+def test_loads_and_stores_do_not_wait_while_a_listing_is_taken_over() -> None:
+    books, keys = Books(), [ShardKey.unpack(os.urandom(36)) for _ in range(6)]
+    first, second, third, gone, fresh, unlisted = keys
+    books.begin_census()
+    for key in keys[:4]:
+        books.seen(key, 10)
+
+    def work() -> None:
+        books.begin(fresh, 20)
+        books.seen(unlisted, 5)
+        books.use([first])
+        books.drop([gone])
+
+    class Listing(dict[bytes, tuple[int, int]]):
+        def items(self) -> ItemsView[bytes, tuple[int, int]]:
+            worker = threading.Thread(target=work, daemon=True)
+            worker.start()
+            worker.join(PATIENCE)
+            assert not worker.is_alive(), "the books were locked"
+            return super().items()
+
+    books.end_census({key.packed: (number, 10) for number, key in enumerate(keys[:4])}, {}, 0)
+    books.begin_census()
+    books.end_census(
+        Listing({key.packed: (number, 10) for number, key in enumerate(keys[:4])}), {third.packed: 1 << 42}, 3
+    )
+    assert (books.stored_bytes, len(books), books.other_bytes) == (55, 5, 3)
+    assert books.oldest(10**6, 10) == [second, third, fresh, unlisted, first]
 
 
 def test_a_shard_in_the_books_takes_at_most_200_bytes() -> None:

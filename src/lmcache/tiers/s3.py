@@ -248,7 +248,7 @@ class S3Tier(Tier):
         """
         assert self._max_bytes is not None
         above = self._books.stored_bytes + self._books.other_bytes + wanted_bytes - self._max_bytes
-        going = self._books.oldest(max(above, at_least))[:_BULK] if above > 0 else []
+        going = self._books.oldest(max(above, at_least), _BULK) if above > 0 else []
         self.remove(going)
         return bool(going)
 

@@ -13,6 +13,8 @@ import threading
 import time
 from collections.abc import Iterable, Sequence
 
+import numpy as np
+
 from lmcache.tiers.tier import ShardKey
 
 _SIZE_BITS = 41
@@ -23,12 +25,15 @@ MOST_USES = 200_000
 
 
 class Books:
-    """Thread-safe. Times are Unix time in milliseconds, made unique; a shard is an entry of one dict, about 190 bytes."""
+    """Thread-safe. Times are Unix time in milliseconds, made unique; a shard is an entry of one dict, about 190 bytes.
+
+    Loads and stores never wait for work that grows with the number of shards: that is done without the lock.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._entries: dict[bytes, int] = {}
-        """Packed key -> last use << 41 | bytes."""
+        """Packed key -> last use << 41 | bytes; what was used longest ago comes first."""
         self._fresh: dict[bytes, int] = {}
         """What was used here of late, and when."""
         self._has_new = False
@@ -38,6 +43,8 @@ class Books:
         self._came: set[bytes] = set()
         self._went: set[bytes] = set()
         """Since `begin_census`: the listing may not know of these either."""
+        self._used: set[bytes] = set()
+        """Since `begin_census`, of what was there."""
         self.stored_bytes = 0
         self.other_bytes = 0
         """Of the objects that hold no shards."""
@@ -65,9 +72,11 @@ class Books:
         """Used now, the first of them last: what follows in a prompt hangs on it."""
         with self._lock:
             for key in reversed(keys):
-                entry = self._entries.get(key.packed)
+                packed = key.packed
+                entry = self._entries.pop(packed, None)
                 if entry is not None:
-                    self._entries[key.packed] = self._tick(key.packed) << _SIZE_BITS | entry & _SIZE_MASK
+                    self._entries[packed] = self._tick(packed) << _SIZE_BITS | entry & _SIZE_MASK
+                    self._used.add(packed)
 
     def drop(self, keys: Iterable[ShardKey]) -> None:
         with self._lock:
@@ -75,40 +84,44 @@ class Books:
                 self._drop(key.packed)
                 self._went.add(key.packed)
 
-    def oldest(self, wanted_bytes: int) -> list[ShardKey]:
-        """Those used longest ago that hold so many bytes together, or all."""
+    def oldest(self, wanted_bytes: int, most: int) -> list[ShardKey]:
+        """Those used longest ago that hold so many bytes together, but no more than `most` of them."""
+        found: list[ShardKey] = []
         with self._lock:
-            if wanted_bytes <= 0:
-                return []
-            average = max(1, self.stored_bytes // max(1, len(self._entries)))
-            for count in (2 * wanted_bytes // average + 16, len(self._entries)):
-                found, freed = [], 0
-                for entry, packed in heapq.nsmallest(
-                    count, ((entry, packed) for packed, entry in self._entries.items())
-                ):
-                    found.append(ShardKey.unpack(packed))
-                    freed += entry & _SIZE_MASK
-                    if freed >= wanted_bytes:
-                        return found
-            return found
+            freed = 0
+            for packed, entry in self._entries.items():
+                if freed >= wanted_bytes or len(found) == most:
+                    break
+                found.append(ShardKey.unpack(packed))
+                freed += entry & _SIZE_MASK
+        return found
 
     # ---- what all servers know together
 
     def begin_census(self) -> None:
         """A listing begins."""
         with self._lock:
-            self._came, self._went = set(self._under_way), set()
+            self._came, self._went, self._used = set(self._under_way), set(), set()
 
     def end_census(self, listed: dict[bytes, tuple[int, int]], uses: dict[bytes, int], other_bytes: int) -> None:
         """`listed`: packed key -> time written, bytes. What is not listed is gone, unless it came while the listing was made."""
-        with self._lock:
-            entries = {packed: self._entries[packed] for packed in self._came if packed in self._entries}
-            for packed, (written, size) in listed.items():
-                if packed not in entries and packed not in self._went:
-                    known = self._entries.get(packed, 0) >> _SIZE_BITS
-                    entries[packed] = max(written, known, uses.get(packed, 0)) << _SIZE_BITS | size
-            self._entries, self.other_bytes = entries, other_bytes
-            self.stored_bytes = sum(entry & _SIZE_MASK for entry in entries.values())
+        before, when = self._entries, np.empty(len(listed), np.int64)
+        for place, (packed, (written, _)) in enumerate(listed.items()):
+            when[place] = max(written, before.get(packed, 0) >> _SIZE_BITS, uses.get(packed, 0))
+        names, entries, stored_bytes = list(listed), {}, 0
+        for place in np.argsort(when, kind="stable"):  # unlike `sorted` it lets other threads run
+            packed = names[place]
+            entries[packed] = int(when[place]) << _SIZE_BITS | listed[packed][1]
+            stored_bytes += listed[packed][1]
+        with self._lock:  # only for what has changed since the listing began
+            changed = self._came | {packed for packed in self._used if packed in entries}
+            now = {packed: self._entries[packed] for packed in changed if packed in self._entries}
+            for packed in self._went | now.keys():
+                stored_bytes -= entries.pop(packed, 0) & _SIZE_MASK
+            for packed, entry in sorted(now.items(), key=lambda item: item[1]):
+                entries[packed] = entry
+                stored_bytes += entry & _SIZE_MASK
+            self._entries, self.stored_bytes, self.other_bytes = entries, stored_bytes, other_bytes
 
     def new_uses(self, since: int) -> dict[bytes, int]:
         """What was used here since then; nothing when nothing was used since this was asked last."""
@@ -122,7 +135,8 @@ class Books:
     def uses(self) -> dict[bytes, int]:
         """All last uses."""
         with self._lock:
-            return {packed: entry >> _SIZE_BITS for packed, entry in self._entries.items()}
+            entries = self._entries.copy()
+        return {packed: entry >> _SIZE_BITS for packed, entry in entries.items()}
 
     def _add(self, packed: bytes, size: int) -> None:
         self._drop(packed)
