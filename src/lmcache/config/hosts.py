@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import socket
+import threading
+import time
+from concurrent.futures import Future, wait
 
 
 def in_url(host: str) -> str:
@@ -29,15 +32,58 @@ def addresses(host: str) -> tuple[str, ...]:
 
 
 def connect(host: str, port: int, timeout_seconds: float) -> socket.socket:
-    """A TCP connection to the first address of the host that takes one; `timeout_seconds` is for each of them.
+    """A TCP connection to the first address of the host that takes one, within `timeout_seconds`, its look-up included.
+
+    An address that does not answer leaves those behind it their share of the time.
 
     Raises:
-        OSError: the name does not resolve, or why the first address took none.
+        OSError: the name does not resolve (in time), or why the first address took none.
     """
+    deadline = time.monotonic() + timeout_seconds
+    found = _addresses_within(host, timeout_seconds)
     refusals: list[OSError] = []
-    for address in addresses(host):
+    for place, address in enumerate(found):
+        left = max(0.001, deadline - time.monotonic())
         try:
-            return socket.create_connection((address, port), timeout_seconds)
+            return socket.create_connection((address, port), left / (len(found) - place))
         except OSError as error:
             refusals.append(error)
     raise refusals[0]
+
+
+def _addresses_within(host: str, timeout_seconds: float) -> tuple[str, ...]:
+    """`addresses`, for which nobody waits any longer. A resolver cannot be told how long it may take, so a thread asks it:
+    one for each name, however many wait.
+
+    Raises:
+        OSError: as `addresses`; or the time was over.
+    """
+    with _asking:
+        answer = _under_way.get(host)
+        if answer is None:
+            answer = _under_way[host] = Future()
+            threading.Thread(target=_ask, args=(host, answer), name="lmcache-resolve", daemon=True).start()
+    if not wait([answer], timeout_seconds).done:
+        raise OSError(
+            f"host {host!r} was not resolved in {timeout_seconds:.3g} s: check the resolver, or give its address"
+        )
+    return answer.result()
+
+
+def _ask(host: str, answer: Future[tuple[str, ...]]) -> None:
+    found: tuple[str, ...] = ()
+    refusal: OSError | None = None
+    try:
+        found = addresses(host)
+    except OSError as error:
+        refusal = error
+    with _asking:
+        del _under_way[host]  # whoever comes now asks anew
+    if refusal:
+        answer.set_exception(refusal)
+    else:
+        answer.set_result(found)
+
+
+_asking = threading.Lock()
+_under_way: dict[str, Future[tuple[str, ...]]] = {}

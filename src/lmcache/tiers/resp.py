@@ -76,6 +76,7 @@ class Connection:
         try:
             self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if login.tls:
+                self._socket.settimeout(self._left())
                 self._socket = login.tls.wrap_socket(self._socket, server_hostname=host)
             self._enter(login)
         except OSError as error:
