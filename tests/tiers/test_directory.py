@@ -6,6 +6,7 @@ import errno
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ from lmcache.tiers.frame_io import UNREADABLE
 from lmcache.tiers.janitor import LEASE_SECONDS, LEFTOVER_SECONDS, Count, Janitor
 from lmcache.tiers.medium import Medium
 from lmcache.tiers.registry import make_tier
+from servers import PATIENCE, eventually
 
 MIB = 1 << 20
 
@@ -236,6 +238,73 @@ def test_after_a_crash_the_count_is_taken_anew(directory: Callable[..., Director
     tier = directory(16 * MIB)
     assert tier.usage().shards == 9 and tier.usage().stored_bytes >= 9 * 700_000
     assert there(tier, range(9)) == list(range(9))
+
+
+@pytest.fixture
+def counting(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Every count waits for this, as it does for a file system with very many files."""
+    count, go_on = Janitor.count, threading.Event()
+    go_on.set()
+
+    def wait_and_count(self: Janitor) -> Count:
+        assert go_on.wait(PATIENCE)
+        return count(self)
+
+    monkeypatch.setattr(Janitor, "count", wait_and_count)
+    monkeypatch.setattr(directory_module, "ROOM_SECONDS", 0.1, raising=False)
+    yield go_on
+    go_on.set()
+
+
+def soon(work: Callable[[], list[str]]) -> list[str]:
+    """What it answers, without waiting for a count."""
+    answers: list[str] = []
+    worker = threading.Thread(target=lambda: answers.extend(work()), daemon=True)
+    worker.start()
+    worker.join(PATIENCE / 2)
+    assert not worker.is_alive(), "it waits for what is there to be counted"
+    return answers
+
+
+def test_a_store_and_a_load_do_not_wait_while_everything_is_counted(
+    directory: Callable[..., DirectoryTier], counting: threading.Event
+) -> None:
+    tier = directory(16 * MIB)
+    fill(tier, range(14), MIB)
+    counting.clear()
+    assert "full" in soon(lambda: fill(tier, range(20, 24), MIB))
+    assert load_one(tier, shard_key(13), MIB)[0] == OK
+    counting.set()
+    eventually(lambda: fill(tier, range(30, 31), MIB) == [OK])
+
+
+def test_a_directory_opens_before_everything_is_counted(
+    directory: Callable[..., DirectoryTier], counting: threading.Event, tmp_path: Path
+) -> None:
+    fill(directory(), range(3), MIB)
+    other = DirectoryTier(tmp_path / "tier", 16 * MIB)
+    (tmp_path / "tier/usage").unlink()
+    counting.clear()
+    assert soon(lambda: [other.open() or "open"]) == ["open"]  # type: ignore[func-returns-value]
+    assert load_one(other, shard_key(1), MIB)[0] == OK
+    assert fill(other, range(5, 6), MIB) == ["not ready"]
+    counting.set()
+    eventually(lambda: fill(other, range(5, 6), MIB) == [OK])
+    assert other.usage().shards == 4
+    other.close()
+
+
+def test_a_look_at_everything_ends_when_the_tier_is_closed(
+    directory: Callable[..., DirectoryTier], tmp_path: Path
+) -> None:
+    fill(directory(), range(5), 1000)
+    stop = threading.Event()
+    janitor = Janitor(Medium(), tmp_path / "tier", stop)
+    assert janitor.count().shards == 5
+    stop.set()
+    for look in (janitor.count, janitor.clear):
+        with pytest.raises(InterruptedError):
+            look()
 
 
 def test_clear_leaves_what_is_not_the_caches(directory: Callable[..., DirectoryTier], tmp_path: Path) -> None:

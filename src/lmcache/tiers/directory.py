@@ -36,6 +36,8 @@ ASK_SECONDS = 5.0
 """How often the janitor looks whether somebody wants room."""
 _COUNTING_SHARE = 0.05
 """At most this part of the janitor's time goes into counting."""
+ROOM_SECONDS = 5.0
+"""A store waits so long for room, and an opening for the first count; both go on in the background after that."""
 _PIECE_BYTES = 4 << 20
 _TRIM_SHARE = 20
 """Trimming goes 1/20 of the cap below it, so that it is not done for every shard."""
@@ -70,6 +72,15 @@ class DirectoryTier(Tier):
         self._lock = threading.Lock()
         self._counting = threading.Lock()
         """Over the janitor."""
+        self._counted = threading.Event()
+        """Somebody has counted what is there; until then nothing is stored under a cap."""
+        self._wake = threading.Event()
+        """The janitor's thread has something to do."""
+        self._passed = threading.Condition(self._lock)
+        """The janitor's thread has looked after what was wanted when it began."""
+        self._wanted_bytes = self._begun = self._ended = 0
+        self._trouble: OSError | None = None
+        """What the last of its looks came to."""
         self._opened = False
         self._count = Count(0, 0)
         self._in_flight = 0
@@ -98,20 +109,21 @@ class DirectoryTier(Tier):
                 return
             with self._named_errors():
                 _make_folders(self._path / "tmp")
-                self._janitor = Janitor(self._medium, self._path)
+                self._stop = threading.Event()
+                self._janitor = Janitor(self._medium, self._path, self._stop)
                 elected, published = self._janitor.elected(), self._janitor.published()
+                self._counted.clear()
                 if published and (published.in_order or not elected):
                     self._count, self._stamp = published.counted, published.stamp
-                else:
-                    self._count = self._janitor.count()
+                    self._counted.set()
+                    if elected:
+                        self._janitor.publish(self._count)
                 self._since = 0
-                if elected:
-                    self._janitor.publish(self._count)
             self._pool = ThreadPoolExecutor(self._threads, "lmcache-dir")
-            self._stop = threading.Event()
             self._watch = threading.Thread(target=self._keep_counting, name="lmcache-dir-janitor", daemon=True)
             self._opened = True
             self._watch.start()
+            self._counted.wait(ROOM_SECONDS)
 
     def contains(self, keys: Sequence[ShardKey]) -> list[bool]:
         self._check_open()
@@ -162,6 +174,7 @@ class DirectoryTier(Tier):
                 return
             self._opened = False
             self._stop.set()
+            self._wake.set()
             self._watch.join()
             self._pool.shutdown()
             try:
@@ -285,14 +298,24 @@ class DirectoryTier(Tier):
         """OK, and the bytes are counted as taken; or why not. Raises OSError."""
         if self._max_bytes is not None and cost > self._max_bytes:
             return "too large"
+        if self._max_bytes is not None and not self._counted.is_set():
+            return "not ready"
+        deadline = time.monotonic() + ROOM_SECONDS
         for _ in range(_TRIES):
             if self._taken(cost):
                 return OK
-            with self._counting:
-                if self._taken(cost):  # somebody else has trimmed meanwhile
-                    return OK
-                self._tidy(cost)
+            self._ask_for_room(cost, deadline)
         return OK if self._taken(cost) else "full"
+
+    def _ask_for_room(self, cost: int, deadline: float) -> None:
+        """Wait until the janitor's thread has looked after it, or until the deadline. Raises OSError: what its look came to."""
+        with self._passed:
+            self._wanted_bytes += cost
+            awaited = self._begun + 1
+            self._wake.set()
+            self._passed.wait_for(lambda: self._ended >= awaited, max(0.0, deadline - time.monotonic()))
+            if self._ended >= awaited and self._trouble:
+                raise self._trouble.with_traceback(None)
 
     def _taken(self, cost: int) -> bool:
         with self._lock:
@@ -331,18 +354,41 @@ class DirectoryTier(Tier):
     def _keep_counting(self) -> None:
         """The janitor's thread. It leaves some room, since others who are not elected can make none."""
         due = time.monotonic() + COUNT_SECONDS
-        spare = (self._max_bytes or 0) // _TRIM_SHARE
-        while not self._stop.wait(ASK_SECONDS):
-            began = time.monotonic()
+        while not self._stop.is_set():
+            with self._lock:
+                wanted, self._wanted_bytes, self._begun = self._wanted_bytes, 0, self._begun + 1
+            trouble = None
             try:
-                asked = self._janitor.asked_for_room() if self._janitor.holds() else 0
-                if asked or began >= due:
-                    with self._counting:
-                        self._tidy(asked + spare)
-                    due = time.monotonic() + max(COUNT_SECONDS, (time.monotonic() - began) / _COUNTING_SHARE)
+                due = self._look(wanted, due)
             except OSError as error:
-                log.warning("%s: could not count what is there, later again: %s", self._where, error.strerror)
-                due = began + COUNT_SECONDS
+                trouble = error
+                if not self._stop.is_set():
+                    log.warning("%s: could not count what is there, later again: %s", self._where, error.strerror)
+                    due = time.monotonic() + COUNT_SECONDS
+            with self._passed:
+                self._ended, self._trouble = self._begun, trouble
+                self._passed.notify_all()
+            self._wake.wait(ASK_SECONDS)
+            self._wake.clear()
+
+    def _look(self, wanted_bytes: int, due: float) -> float:
+        """Count and make room where that is due or wanted, here or elsewhere; when it is due again. Raises OSError."""
+        began = time.monotonic()
+        if not self._counted.is_set():
+            with self._counting:
+                count = self._janitor.count()
+                if self._janitor.holds():
+                    self._janitor.publish(count)
+            with self._lock:
+                self._count = count
+            self._counted.set()
+        asked = self._janitor.asked_for_room() if self._janitor.holds() else 0
+        if not (wanted_bytes or asked or began >= due):
+            return due
+        spare = (self._max_bytes or 0) // _TRIM_SHARE
+        with self._counting:
+            self._tidy(wanted_bytes or asked + spare)
+        return time.monotonic() + max(COUNT_SECONDS, (time.monotonic() - began) / _COUNTING_SHARE)
 
     # ---- calls
 

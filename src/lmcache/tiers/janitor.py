@@ -12,9 +12,11 @@ trim: too much goes, and nothing else happens.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import socket
+import threading
 import time
 import uuid
 from array import array
@@ -51,7 +53,9 @@ class Published(NamedTuple):
 class Janitor:
     """One process's candidacy. Not thread-safe: `DirectoryTier` calls it from one thread at a time."""
 
-    def __init__(self, medium: Medium, folder: Path) -> None:
+    def __init__(self, medium: Medium, folder: Path, stop: threading.Event | None = None) -> None:
+        """stop: once it is set, what looks at everything ends with an InterruptedError."""
+        self._stop = stop or threading.Event()
         self._medium, self._folder = medium, folder
         self._lease, self._usage, self._wanted = folder / "janitor", folder / "usage", folder / "wanted"
         self._name = f"{socket.gethostname()} {os.getpid()} {uuid.uuid4().hex}"
@@ -181,6 +185,8 @@ class Janitor:
     def _shards(self) -> Iterator[tuple[os.DirEntry[str], os.stat_result]]:
         for folder in _folders(self._folder):
             if len(folder.name) == 2:
+                if self._stop.is_set():
+                    raise InterruptedError(errno.EINTR, "the tier is closed")
                 self._renew()
                 for entry in _scan(folder):
                     status = _stat(entry) if _SHARD.fullmatch(entry.name) else None
