@@ -25,18 +25,18 @@ ENOUGH_KEYS = 256
 MAX_PARTS = 511
 """Of a shard, since a call deals with a whole one."""
 
-SCRIPT = b"local ENOUGH_KEYS, MAX_PARTS = %d, %d" % (ENOUGH_KEYS, MAX_PARTS)
-SCRIPT += rb"""
+_TEXT = rb"""
+local call = redis.call
 local tag, verb = KEYS[1], ARGV[1]
 local index, uses = tag .. '.index', tag .. '.uses'
 local torn_index, torn_uses = index .. '.torn', uses .. '.torn'
-local clock = redis.call('TIME')
+local clock = call('TIME')
 local now = clock[1] * 1000000 + clock[2]
 local OPEN = 4503599627370496
 local removed = 0
 
 local function record(name, from)
-  local bytes, parts, open = string.match(redis.call('HGET', from or index, name) or '', '^(%d+) (%d+) (o?)$')
+  local bytes, parts, open = string.match(call('HGET', from or index, name) or '', '^(%d+) (%d+) (o?)$')
   return tonumber(bytes), tonumber(parts), open == 'o'
 end
 
@@ -50,13 +50,13 @@ end
 
 local function parts_there(name)
   local parts = 0
-  while parts < MAX_PARTS and redis.call('EXISTS', part_name(name, parts)) == 1 do parts = parts + 1 end
+  while parts < MAX_PARTS and call('EXISTS', part_name(name, parts)) == 1 do parts = parts + 1 end
   return parts
 end
 
 local function unlink(name, parts)
-  redis.call('UNLINK', tag .. '/' .. name)
-  if parts > 0 then redis.call('UNLINK', unpack(part_names(name, parts))) end
+  call('UNLINK', tag .. '/' .. name)
+  if parts > 0 then call('UNLINK', unpack(part_names(name, parts))) end
 end
 
 local function forget(name, from, order)
@@ -64,19 +64,19 @@ local function forget(name, from, order)
   parts = parts or parts_there(name)
   unlink(name, parts)
   removed = removed + 1 + parts
-  redis.call('ZREM', order or uses, name)
+  call('ZREM', order or uses, name)
   if bytes then
-    redis.call('HDEL', from or index, name)
-    redis.call('HINCRBY', from or index, 'used', -bytes)
+    call('HDEL', from or index, name)
+    call('HINCRBY', from or index, 'used', -bytes)
   end
   return bytes or 0
 end
 
 local function is_whole(name, parts)
-  return redis.call('EXISTS', tag .. '/' .. name, unpack(part_names(name, parts))) == parts + 1
+  return call('EXISTS', tag .. '/' .. name, unpack(part_names(name, parts))) == parts + 1
 end
 
-local function used() return tonumber(redis.call('HGET', index, 'used') or 0) end
+local function used() return tonumber(call('HGET', index, 'used') or 0) end
 
 local function forget_all(names, from, order)
   for _, name in ipairs(names) do
@@ -90,7 +90,7 @@ local function evict(most, wanted)
   local total = used()
   while total > most - wanted do
     if removed >= ENOUGH_KEYS then return 'more' end
-    local oldest = redis.call('ZRANGEBYSCORE', uses, '-inf', OPEN, 'LIMIT', 0, 1)[1]
+    local oldest = call('ZRANGEBYSCORE', uses, '-inf', OPEN, 'LIMIT', 0, 1)[1]
     if not oldest then return 'full' end
     total = total - forget(oldest)
   end
@@ -98,51 +98,51 @@ local function evict(most, wanted)
 end
 
 local function book(name, bytes, parts, open, score)
-  redis.call('HSET', index, name, string.format('%d %d %s', bytes, parts, open))
-  redis.call('ZADD', uses, score, name)
+  call('HSET', index, name, string.format('%d %d %s', bytes, parts, open))
+  call('ZADD', uses, score, name)
 end
 
 local function touch(name, parts, at, ttl)
-  redis.call('ZADD', uses, at, name)
+  call('ZADD', uses, at, name)
   if ttl > 0 then
     local names = part_names(name, parts)
     names[parts + 1] = tag .. '/' .. name
-    for _, key in ipairs(names) do redis.call('PEXPIRE', key, math.floor(ttl / 1000)) end
+    for _, key in ipairs(names) do call('PEXPIRE', key, math.floor(ttl / 1000)) end
   end
 end
 
 local function answer(what)
-  return { what, used(), redis.call('ZCOUNT', uses, '-inf', OPEN) }
+  return { what, used(), call('ZCOUNT', uses, '-inf', OPEN) }
 end
 
 -- After a first write that needs no memory a script may go on although `maxmemory` is reached. A reservation must not.
-if verb ~= 'reserve' then redis.call('UNLINK', tag .. '.nothing') end
+if verb ~= 'reserve' then call('UNLINK', tag .. '.nothing') end
 
-local function is_torn() return redis.call('EXISTS', torn_index, torn_uses) > 0 end
+local function is_torn() return call('EXISTS', torn_index, torn_uses) > 0 end
 
 local function tear()
-  if redis.call('EXISTS', index) == 1 then redis.call('RENAME', index, torn_index) end
-  if redis.call('EXISTS', uses) == 1 then redis.call('RENAME', uses, torn_uses) end
+  if call('EXISTS', index) == 1 then call('RENAME', index, torn_index) end
+  if call('EXISTS', uses) == 1 then call('RENAME', uses, torn_uses) end
 end
 
 local function go_on_emptying()
-  if redis.call('EXISTS', torn_index) == 1 then
-    local cursor = redis.call('HGET', torn_index, 'cursor') or '0'
-    local following, fields = unpack(redis.call('HSCAN', torn_index, cursor, 'COUNT', ENOUGH_KEYS / 2))
+  if call('EXISTS', torn_index) == 1 then
+    local cursor = call('HGET', torn_index, 'cursor') or '0'
+    local following, fields = unpack(call('HSCAN', torn_index, cursor, 'COUNT', ENOUGH_KEYS / 2))
     local names = {}
     for i = 1, #fields, 2 do
       if record(fields[i], torn_index) then names[#names + 1] = fields[i] end
     end
     if not forget_all(names, torn_index, torn_uses) then return end -- the same cursor finds what is left of these
-    if following ~= '0' then return redis.call('HSET', torn_index, 'cursor', following) end
-    redis.call('UNLINK', torn_index)
+    if following ~= '0' then return call('HSET', torn_index, 'cursor', following) end
+    call('UNLINK', torn_index)
   end
-  forget_all(redis.call('ZRANGE', torn_uses, 0, ENOUGH_KEYS / 2 - 1), torn_index, torn_uses)
+  forget_all(call('ZRANGE', torn_uses, 0, ENOUGH_KEYS / 2 - 1), torn_index, torn_uses)
 end
 
 -- A server that drops keys by its own policy may have dropped one half of the books: the other half says what must go.
 local torn = is_torn()
-if not torn and (verb == 'clear' or math.max(redis.call('HLEN', index) - 1, 0) ~= redis.call('ZCARD', uses)) then
+if not torn and (verb == 'clear' or math.max(call('HLEN', index) - 1, 0) ~= call('ZCARD', uses)) then
   tear()
   torn = is_torn()
 end
@@ -157,24 +157,24 @@ if verb == 'reserve' then
   local name, bytes, parts = ARGV[5], tonumber(ARGV[6]), tonumber(ARGV[7])
   local had, _, is_open = record(name)
   if had == bytes and not is_open and is_whole(name, parts) then
-    redis.call('UNLINK', tag .. '.nothing')
+    call('UNLINK', tag .. '.nothing')
     touch(name, parts, now, ttl)
     return answer('kept')
   end
-  redis.call('HINCRBY', index, 'used', 0) -- fails where `maxmemory` is reached
+  call('HINCRBY', index, 'used', 0) -- fails where `maxmemory` is reached
   if most > 0 and bytes > most then return answer('too large') end
-  if had == bytes and is_open and redis.call('ZSCORE', uses, name) - OPEN > now then
+  if had == bytes and is_open and call('ZSCORE', uses, name) - OPEN > now then
     -- somebody else writes the very same parts: whoever is done first commits them
-    redis.call('ZADD', uses, OPEN + now + lease, name)
+    call('ZADD', uses, OPEN + now + lease, name)
     return answer('go')
   end
   forget(name)
   unlink(name, parts)
-  forget_all(redis.call('ZRANGEBYSCORE', uses, OPEN, OPEN + now, 'LIMIT', 0, 100))
-  if ttl > 0 then forget_all(redis.call('ZRANGEBYSCORE', uses, '-inf', now - ttl, 'LIMIT', 0, 100)) end
+  forget_all(call('ZRANGEBYSCORE', uses, OPEN, OPEN + now, 'LIMIT', 0, 100))
+  if ttl > 0 then forget_all(call('ZRANGEBYSCORE', uses, '-inf', now - ttl, 'LIMIT', 0, 100)) end
   local room = most > 0 and evict(most, bytes) or 'go'
   if room ~= 'go' then return answer(room) end
-  redis.call('HINCRBY', index, 'used', bytes)
+  call('HINCRBY', index, 'used', bytes)
   book(name, bytes, parts, 'o', OPEN + now + lease)
   return answer('go')
 elseif verb == 'commit' then
@@ -184,12 +184,12 @@ elseif verb == 'commit' then
   if not had then unlink(name, parts) end
   if had ~= bytes then return answer('') end -- removed meanwhile, as if it had been right after
   local names = part_names(name, parts)
-  if parts > 0 and redis.call('EXISTS', unpack(names)) ~= parts then
+  if parts > 0 and call('EXISTS', unpack(names)) ~= parts then
     forget(name)
     return answer('full')
   end
-  for _, key in ipairs(names) do redis.call('PERSIST', key) end
-  redis.call('SET', tag .. '/' .. name, header)
+  for _, key in ipairs(names) do call('PERSIST', key) end
+  call('SET', tag .. '/' .. name, header)
   book(name, bytes, parts, '', now)
   touch(name, parts, now, ttl)
   return answer('')
@@ -213,7 +213,7 @@ elseif verb == 'mend' then
     local room = not is_whole(name, parts) and 'full' or most > 0 and evict(most, bytes) or 'go'
     if room == 'full' then unlink(name, parts) end
     if room == 'go' then
-      redis.call('HINCRBY', index, 'used', bytes)
+      call('HINCRBY', index, 'used', bytes)
       book(name, bytes, parts, '', now)
     end
   elseif not is_open and not is_whole(name, had_parts) then
@@ -224,3 +224,7 @@ elseif verb == 'remove' then
 end
 return answer(torn and 'not ready' or '')
 """
+
+_lines = (line.partition(b"--")[0].strip() for line in _TEXT.splitlines())
+SCRIPT = b"local ENOUGH_KEYS, MAX_PARTS = %d, %d\n" % (ENOUGH_KEYS, MAX_PARTS) + b"\n".join(filter(None, _lines))
+"""Without comments and indentation, since it is sent with every call."""
