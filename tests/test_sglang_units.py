@@ -236,6 +236,9 @@ def test_new_weights(server: Servers, sglang: Engines, monkeypatch: pytest.Monke
     assert engine.load("b", text, salt=fresh)[0] == 0
     engine.compute_and_store("asked before", text, salt=fresh)
     assert engine.load("c", text, salt=fresh)[0] == 0, "half of it may be of the old weights"
+    engine.compute_and_store("not asked before", text, salt=fresh)
+    assert engine.load("c", text, salt=fresh)[0] == 0, "the radix tree may hold what the old weights computed"
+    engine.connector.end_all_sessions()  # now it is empty
     engine.compute_and_store("d", text, salt=fresh)
     assert engine.load("e", text, salt=fresh)[0] == 160
     assert other.load("f", text, salt=salt)[0] == 160, "the other engine has the old weights"
@@ -679,7 +682,14 @@ def test_the_layerwise_connector(
     tenant = SimpleNamespace(key=SimpleNamespace(extra_key="tenant"))
     connector.store_kv(StoreMetadata(tenant, secret, slots[:64], 0))
     assert connector.start_load_kv(LoadMetadata(secret, slots[:64], 0)) == 0
-    connector.reset()
+    for emptied, changes in ((False, True), (True, True), (True, False)):
+        if emptied:
+            connector.reset()
+        if changes:
+            connector._new_weights()
+        connector.store_kv(StoreMetadata(node, text, slots[:135], 0))
+        found = connector.start_load_kv(LoadMetadata(text, slots[:135], 0))
+        assert found == (whole if emptied else 0), "else the radix tree may hold what the old weights computed"
     connector.close()
     connector.store_kv(StoreMetadata(node, text, slots[:135], 0))
     assert connector.start_load_kv(LoadMetadata(text, slots[:135], 0)) == 0

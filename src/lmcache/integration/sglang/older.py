@@ -28,7 +28,7 @@ from lmcache.integration.sglang.ranks import (
     text_of,
 )
 from lmcache.integration.sglang.settings import Settings
-from lmcache.integration.sglang.weights import forget, on_new_weights
+from lmcache.integration.sglang.weights import RadixTree, forget, on_new_weights
 from lmcache.observability.log import init_logger
 
 logger = init_logger(__name__)
@@ -90,6 +90,7 @@ class OlderConnector:
         self._agreement = Agreement((tp_group, tp_size), device=str(k_pool[0].device))
         self._salt = ""
         self._generation = 0
+        self._tree = RadixTree()
         self._rank: SGLangRank | None = None
         self._name = self._agreement.name()
 
@@ -112,7 +113,13 @@ class OlderConnector:
     def store_kv(self, store: StoreMetadata) -> None:
         """Keep the full chunks that are not there yet; returns when SGLang may reuse the slots."""
         rank = self._rank
-        if rank is None or store.offset or getattr(getattr(store.last_node, "key", None), "extra_key", None):
+        self._tree.used()
+        if (
+            rank is None
+            or self._tree.outdated
+            or store.offset
+            or getattr(getattr(store.last_node, "key", None), "extra_key", None)
+        ):
             return
         if rank.chunk_tokens is None:
             rank.forgone(len(store.token_ids))
@@ -132,6 +139,7 @@ class OlderConnector:
 
     def reset(self) -> None:
         """SGLang has emptied its radix tree. What LMCache keeps stays good."""
+        self._tree.emptied()
 
     def close(self) -> None:
         forget(self._new_weights)
@@ -142,6 +150,7 @@ class OlderConnector:
     def _find(self, token_ids: Any, have: int) -> Found | None:
         """What all ranks can load of a prompt of which the radix tree has `have` tokens; None if that is no more."""
         rank = self._rank
+        self._tree.used()
         if rank is None:
             return None
         tokens, chain, hit, count = text_of(token_ids, rank.kv.vocabulary), rank.new_chain(self._salt), None, 0
@@ -185,6 +194,7 @@ class OlderConnector:
 
     def _new_weights(self) -> None:
         self._generation += 1
+        self._tree.weights_change()
         self._salt = f"{self._name} {self._generation}"
         logger.info("The weights of this engine change: what LMCache holds of it so far is not used any more")
 

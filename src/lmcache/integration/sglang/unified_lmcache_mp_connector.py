@@ -41,7 +41,7 @@ from lmcache.integration.sglang.ranks import (
     text_of,
 )
 from lmcache.integration.sglang.settings import read_settings
-from lmcache.integration.sglang.weights import forget, on_new_weights
+from lmcache.integration.sglang.weights import RadixTree, forget, on_new_weights
 from lmcache.observability.log import init_logger
 from lmcache.transfer.progress import Progress
 
@@ -147,6 +147,7 @@ class UnifiedLMCacheMPConnector:
         self._lookups: dict[str, Lookup] = {}
         self._name = self._agreement.name()
         self._generation = 0
+        self._tree = RadixTree()
         self._stale: set[str] = set()
         """Requests of which something was computed with other weights than now."""
         self._forgone: dict[str, int] = {}
@@ -198,6 +199,7 @@ class UnifiedLMCacheMPConnector:
 
     def submit_lookup(self, request_id: str, tokens: Any, *, local_hit_tokens: int, cache_salt: str) -> Lookup:
         """Ask what there is of a prompt; `local_hit_tokens` are in the radix tree already. Tiers begin to load."""
+        self._tree.used()
         lookup = Lookup(request_id, text_of(tokens, self._vocabulary), cache_salt, local_hit_tokens)
         former = self._lookups.pop(request_id, None)
         if former is not None:
@@ -297,7 +299,8 @@ class UnifiedLMCacheMPConnector:
         rank = self._rank
         if rank is None:
             return None
-        if request_id in self._stale:
+        self._tree.used()
+        if request_id in self._stale or self._tree.outdated:
             return StoreOperation(request_id, no_copy())
         text = text_of(tokens, self._vocabulary)
         if rank.chunk_tokens is None:
@@ -352,6 +355,7 @@ class UnifiedLMCacheMPConnector:
 
     def end_all_sessions(self) -> None:
         """SGLang's radix tree has been emptied, and no request runs."""
+        self._tree.emptied()
         for request_id in [*self._lookups, *self._trackers, *self._stale, *self._forgone]:
             self.finish_request(request_id)
 
@@ -460,6 +464,7 @@ class UnifiedLMCacheMPConnector:
     def _new_weights(self) -> None:
         """The KV of before is not served to this engine again, and that of the new weights to nobody else."""
         self._generation += 1
+        self._tree.weights_change()
         for lookup in self._lookups.values():
             lookup.tokens = lookup.tokens[:0]  # what was found is of the old weights
             self._give_back(lookup)

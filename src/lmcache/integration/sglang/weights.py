@@ -29,6 +29,25 @@ UPDATES = (
 _listeners: list[Callable[[], None]] = []
 
 
+class RadixTree:
+    """Whether SGLang's radix tree may hold KV of other weights than those of now: an update need not empty it
+    (`flush_cache=False`), and then a prompt goes on computing upon what it finds there."""
+
+    def __init__(self) -> None:
+        self.outdated = False
+        self._used = False
+
+    def used(self) -> None:
+        """Something is computed, which may get into the tree."""
+        self._used = True
+
+    def emptied(self) -> None:
+        self.outdated = self._used = False
+
+    def weights_change(self) -> None:
+        self.outdated |= self._used
+
+
 def on_new_weights(listener: Callable[[], None]) -> None:
     """Call `listener` whenever this process is about to change its weights."""
     if not _listeners and not call_before(_owner(), UPDATES, _tell):
