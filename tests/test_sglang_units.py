@@ -293,6 +293,15 @@ def test_arguments_that_change_the_numbers_change_the_layout(
     assert fingerprint(**arguments) != fingerprint()
 
 
+def test_random_weights_are_shared_with_nobody(monkeypatch: pytest.MonkeyPatch, model: str) -> None:
+    monkeypatch.setattr(model_of_sglang, "_server_args", lambda: SimpleNamespace(load_format="dummy"))
+    described = [
+        describe_rank(pool_buffers(MHATokenToKVPool(64)), ModelConfig(model), 1, Ranks(), engine_id=name).layout(16)
+        for name in ("one", "one", "other")
+    ]
+    assert described[0] == described[1] != described[2]
+
+
 @pytest.mark.parametrize(
     ("arguments", "hf_config", "why"),
     [

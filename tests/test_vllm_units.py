@@ -1048,22 +1048,12 @@ def test_what_a_model_writes_into_its_configuration_is_not_seen(weights: Path) -
     assert config_digest(vllm_config(str(weights), hf=written)) == config_digest(vllm_config(str(weights), hf=read))
 
 
-def test_a_draft_models_commit_counts(weights: Path) -> None:
-    def digest(commit: str) -> str:
-        config = vllm_config(str(weights))
-        draft = SimpleNamespace(model="some/drafter", hf_config=SimpleNamespace(_commit_hash=commit))
-        config.speculative_config = SimpleNamespace(method="eagle", draft_model_config=draft, target_model_config=None)
-        return config_digest(config)
-
-    assert digest("a" * 40) != digest("b" * 40)
-
-
 def test_weights_that_may_come_from_anywhere_need_a_name(weights: Path) -> None:
     for load_format in ("tensorizer", "modelexpress", "a plugin's own"):
         config = vllm_config(str(weights), load_format=load_format)
         with pytest.raises(LayoutError, match=rf"--load-format {load_format} .*lmcache\.mp\.model_id"):
             describe_model(config, cache_config(FULL))
-        assert describe_model(config, cache_config(FULL), "mine").model_id == "mine"
+        assert describe_model(config, cache_config(FULL), "mine").layout(1).model_id == "mine"
 
 
 def test_what_is_computed_before_the_weights_are_known_is_counted() -> None:
@@ -1106,6 +1096,14 @@ def test_models_that_are_not_served_are_named(weights: Path) -> None:
     assert describe_model(vllm_config("some/repository"), cache_config(FULL), "mine").layout(1).model_id == "mine"
     config.parallel_config.decode_context_parallel_size = 2
     with pytest.raises(LayoutError, match="decode_context_parallel_size=2"):
+        describe_model(config, cache_config(FULL))
+    config = vllm_config(str(weights))
+    config.cache_config.calculate_kv_scales = True
+    with pytest.raises(LayoutError, match="--calculate-kv-scales"):
+        describe_model(config, cache_config(FULL))
+    config = vllm_config(str(weights))
+    config.model_config.model_weights = "s3://bucket/weights"
+    with pytest.raises(LayoutError, match=r"streamed from .*lmcache\.mp\.model_id"):
         describe_model(config, cache_config(FULL))
 
 

@@ -19,6 +19,7 @@ THE_TIERS_CALL = (
     "it is a part of one call of the tier; the server gives a tier's calls up when it stops (`server.lane`)"
 )
 ENDS = {
+    ("config/hosts.py", "answer.result()"): "the answer is there: it has been waited for, with a time-out",
     (
         "engine/access.py",
         "self._populating.join()",

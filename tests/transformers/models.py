@@ -6,6 +6,7 @@ the device that LMCACHE_TEST_DEVICE names, by default a CPU.
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
 import threading
@@ -200,6 +201,18 @@ def do_checksums(state: State) -> list[int]:
     changed[4] = torch.cat([data[4096:8192], data[:4096], data[8192:]])
     shifted = torch.cat([torch.zeros(3, dtype=torch.uint8), data])[3:]
     return [int(checksum(one)) for one in (data, shifted, *changed)]
+
+
+def do_layouts(state: State) -> list[str]:
+    """Digests of the model's configuration as it is, and with another base of RoPE."""
+    from lmcache.integration.transformers.model import kv_shape, layout_of
+
+    shape, before = kv_shape(state.model), state.model.config
+    state.model.config = copy.deepcopy(before)
+    state.model.config.rope_parameters = {**before.rope_parameters, "rope_theta": 12345.0}
+    other = layout_of(state.model, shape).config_digest
+    state.model.config = before
+    return [layout_of(state.model, shape).config_digest, other]
 
 
 def do_mode(state: State, training: bool) -> dict[str, Any]:

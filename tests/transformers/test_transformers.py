@@ -132,6 +132,10 @@ def test_an_adapter_that_is_put_in_later(server: Servers, script: Scripts, model
     assert "merge_and_unload" in adapted["refusal"]
 
 
+def test_another_configuration_is_another_layout(user: Any) -> None:
+    assert len(set(user.ask("layouts"))) == 2
+
+
 def test_checksums_of_weights_on_a_device(user: Any) -> None:
     plain, shifted, *changed = user.ask("checksums")
     assert plain == shifted and len({plain, *changed}) == 6
