@@ -161,7 +161,6 @@ def repository_identity(name: str, model_config: Any, remedy: str = REMEDY) -> I
     return named(f"{name}@{commit}")
 
 
-@functools.cache
 def process_started() -> float:
     """When this process began, in seconds since the epoch, and no earlier: the kernel counts in ticks."""
     ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) + 1
