@@ -27,9 +27,12 @@ def set_deadline(seconds: float) -> None:
     """Of all calls to servers that this process makes from now on over the links that it has."""
     from lmcache.engine.link import Link
 
-    for one in gc.get_objects():
-        if type(one) is Link:  # a weak reference would be asked for the class of what it refers to, which may be gone
-            one.endpoint = replace(one.endpoint, deadline_seconds=seconds)
+    gc.unfreeze()  # vLLM hides what there is at its start from the collector, and so from us
+    # A weak reference would be asked for the class of what it refers to, which may be gone.
+    links = [one for one in gc.get_objects() if type(one) is Link]
+    assert links, "this process has no link to a server"
+    for link in links:
+        link.endpoint = replace(link.endpoint, deadline_seconds=seconds)
 
 
 def _say(answer: Any) -> None:
