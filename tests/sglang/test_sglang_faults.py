@@ -61,6 +61,7 @@ def test_a_killed_daemon_and_one_started_later(
     engine: Engine, server: Server, daemons: Daemons, expected: Output
 ) -> None:
     """The later one has other chunks."""
+    engine.flush()
     before = _missed_deadlines(engine)
     server.kill()
     for _ in range(2):

@@ -154,6 +154,7 @@ def test_a_frozen_server_costs_one_deadline(second: Engine, server: Server, expe
 def test_a_killed_server_and_one_started_later(
     second: Engine, server: Server, folder: Path, expected: dict[str, Outputs]
 ) -> None:
+    second.forget()
     second.ask("deadline", seconds=FOR_EVER)  # of which nothing is waited for: the connection's end tells of a death
     server.end(signal.SIGKILL)
     for _ in range(2):
