@@ -692,8 +692,7 @@ class Life:
         for number, lease in self.leases.items():
             reader = next((one for one in self.processes if self.processes[one] == lease.instance), None)
             if lease.expired and reader is not None:
-                with pytest.raises(Refusal):
-                    self.heart.leased_pages(reader, number, 0, 0, 1)
+                self.check_payload(reader, number)
         numbers = {space.number for space in self.heart.spaces}
         self.spaces = [space for space in self.spaces if space.number in numbers or space.chunks]
         assert len(self.spaces) == len(numbers)

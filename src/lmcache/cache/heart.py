@@ -448,13 +448,13 @@ class Heart:
         return len(lost)
 
     def leased_pages(self, process: int, lease: int, shard: int, first: int, count: int) -> list[int]:
-        """Pages of a lease's chunks, for payload frames.
+        """Pages of a lease's chunks, for payload frames. One that has expired still keeps its slots as they were.
 
         Raises:
             Refusal: not a lease of this process's instance, or not inside it.
         """
         held = self._leases.get(lease)
-        if held is None or held.expired or not self._may_read(process, held):
+        if held is None or not self._may_read(process, held):
             raise Refusal(f"lease {lease} is unknown or has ended")
         pages = array("I", held.table.slots(held.ids))[shard :: held.space.shards]
         if not 0 <= shard < held.space.shards or not 0 <= first <= first + count <= len(pages):
