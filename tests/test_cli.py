@@ -33,7 +33,7 @@ get = partial(httpx.get, trust_env=False, timeout=PATIENCE)
 @pytest.fixture(autouse=True)
 def patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of verbs that run in this process."""
-    monkeypatch.setattr("lmcache.cli.verbs.DEADLINE_SECONDS", PATIENCE)
+    monkeypatch.setattr("lmcache.wire.http_client.DEADLINE_SECONDS", PATIENCE)
     monkeypatch.setattr(http, "_CONTROL_SECONDS", PATIENCE)
     monkeypatch.setattr(http, "_REQUEST_SECONDS", PATIENCE)
 

@@ -17,6 +17,8 @@ from lmcache.wire.knock import ZMQ, ZMQ_SPEAKS_FIRST, Listener, knock
 
 DEFAULT_URL = "http://127.0.0.1:8080"
 DEADLINE_SECONDS = 3.0
+_KNOCK_SECONDS = 1.0
+"""How long to wait for what a port says unasked, before it is asked; less than an HTTP server waits for a request."""
 _LONGEST_ANSWER_BYTES = 16 << 20
 
 
@@ -41,7 +43,7 @@ def ask(
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
         late = isinstance(reason, TimeoutError)
-        spoken = "NULL" if isinstance(reason, _Zmq) else "" if late else _spoken(parts, deadline)
+        spoken = "NULL" if isinstance(reason, _Zmq) else "" if late else _spoken(parts)
         if spoken in ZMQ:
             raise ServerRefused(
                 f"{url} is an engines' port (ZMQ), where no HTTP is spoken: pass --url with the --http-port of "
@@ -102,10 +104,10 @@ def _exchange(request: urllib.request.Request, deadline: float) -> tuple[int, by
             return error.code, error.read(_LONGEST_ANSWER_BYTES)
 
 
-def _spoken(parts: urllib.parse.SplitResult, deadline: float) -> Listener | Literal[""]:
+def _spoken(parts: urllib.parse.SplitResult) -> Listener | Literal[""]:
     """What is spoken there instead. ZMQ with a key, for one, hangs up on HTTP before it says what it is."""
     try:
-        return knock(parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80), deadline)
+        return knock(parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80), _KNOCK_SECONDS)
     except OSError:
         return ""
 
