@@ -40,7 +40,8 @@ def test_a_round_trip_keeps_every_bit(server, engine, chunk, tokens, mode):
 def test_the_log_lines_that_users_look_for(server, engine, monkeypatch):
     """And the seconds in them are those of the finished copy, by a clock that only this test moves."""
     now = [1000.0]
-    monkeypatch.setattr(worker, "time", SimpleNamespace(perf_counter=lambda: now[0], sleep=time.sleep))
+    clock = SimpleNamespace(perf_counter=lambda: now[0], sleep=time.sleep, monotonic=time.monotonic)
+    monkeypatch.setattr(worker, "time", clock)
     cache, ids = server(), prompt(13, 320)
     one = engine(cache)
     cache.line_with(f"Registered KV cache for GPU ID {os.getpid()} with 2 layers")
