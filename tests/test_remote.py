@@ -22,6 +22,7 @@ from lmcache.errors import ConfigError, ServerRefused, ServerUnavailable
 from lmcache.integration.vllm.settings import Settings
 from lmcache.server import service as service_module
 from lmcache.server import zmq_face
+from lmcache.server.handshakes import _host_behind
 from lmcache.server.loop import Loop
 from lmcache.server.refused import MAX_PEERS as MAX_REFUSED
 from lmcache.server.refused import Refused
@@ -427,6 +428,12 @@ def test_an_engine_at_another_port_says_what_is_spoken_there(server, engine, cap
         speaker.start()  # the first of these two is the silent one
         assert knock("127.0.0.1", port, PATIENCE) == "something else"
         speaker.join()
+
+
+def test_the_number_of_an_ended_connection_may_be_another_ones():
+    ends = socket.socketpair(socket.AF_UNIX)
+    with ends[0], ends[1], open(os.devnull) as file:
+        assert _host_behind(ends[0].fileno()) == _host_behind(file.fileno()) == _host_behind(10**6) == ""
 
 
 def test_the_log_of_refused_engines_is_bounded_and_the_count_is_not(caplog):

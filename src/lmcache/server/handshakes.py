@@ -83,9 +83,10 @@ class Handshakes:
 
 
 def _host_behind(descriptor: int) -> str:
-    """The address of the other end; "" where the connection has ended already."""
+    """The address of the other end; "" where the connection has ended already, and its number may be another one's by now."""
     try:
         with socket.socket(fileno=os.dup(descriptor)) as connection:
-            return str(connection.getpeername()[0])
+            is_ip = connection.family in (socket.AF_INET, socket.AF_INET6)
+            return str(connection.getpeername()[0]) if is_ip else ""
     except OSError:
         return ""
