@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -16,7 +17,6 @@ from lmcache.errors import ServerUnavailable
 from lmcache.integration.numpy import KV_ORDERS, Engine, EngineConfig, ModelConfig, OutOfBlocks, UnfilledKV
 from lmcache.integration.numpy.cached import CacheLink, Loaded, Prompt
 from lmcache.wire.carriers import ZmqCarrier
-from ports import free_port
 from servers import PATIENCE, Process, Server, eventually
 
 TINY = ModelConfig.tiny()
@@ -214,12 +214,13 @@ def test_without_a_server_the_engine_answers_and_waits_for_nothing(monkeypatch: 
         raise ServerUnavailable("it was not there")
 
     monkeypatch.setattr(ZmqCarrier, "exchange", held)
-    engine = Engine(small(), f"127.0.0.1:{free_port()}", deadline_seconds=FOR_EVER)
-    assert trying.wait(PATIENCE)
-    for _ in range(2):
-        assert_same(engine.generate(prompt(13), 2), Engine(small()).generate(prompt(13), 2))
-    go.set()
-    engine.close()
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        engine = Engine(small(), f"127.0.0.1:{silent.getsockname()[1]}", deadline_seconds=FOR_EVER)
+        assert trying.wait(PATIENCE)
+        for _ in range(2):
+            assert_same(engine.generate(prompt(13), 2), Engine(small()).generate(prompt(13), 2))
+        go.set()
+        engine.close()
     assert all(in_time)
 
 
