@@ -542,6 +542,18 @@ def test_what_is_evicted_before_it_was_written_is_counted(rig: Callable[..., Rig
     assert lost > 0 and len(tier.kept) + lost == 40
 
 
+def test_a_tier_in_trouble_is_tried_again_before_the_end(rig: Callable[..., Rig]) -> None:
+    tier = HandTier()
+    one = rig(spec(tier))
+    lane, tier.refuses = one.tiering.lanes[0], "store"
+    one.store(chain(1, 30))
+    eventually(lambda: one.ask(lambda: lane.stores.state == "open" and not lane.writing and len(lane.queue)))
+    drained = threading.Event()
+    one.ask(lambda: one.tiering.drain(PATIENCE, drained.set))
+    tier.refuses = ""
+    assert drained.wait(PATIENCE) and len(tier.kept) == 30
+
+
 def test_draining_has_an_end_though_the_tier_has_none(rig: Callable[..., Rig]) -> None:
     tier = HandTier()
     one = rig(spec(tier))

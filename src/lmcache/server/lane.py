@@ -98,6 +98,10 @@ class Lane:
         """Whether what waits may be written now."""
         return self.breaker.closed and (self.stores.closed or self.stores.due(now))
 
+    def may_store_by(self, moment: float) -> bool:
+        """Whether what waits may be written by then, as far as is known now."""
+        return all(one.closed or one.state == "half-open" or one.due(moment) for one in (self.breaker, self.stores))
+
     def trouble(self, now: float) -> str:
         """Why it does not serve, or not all of it; "" where nothing is known to be wrong."""
         return self._state(now)[1]

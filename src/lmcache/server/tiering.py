@@ -339,9 +339,10 @@ class Tiering:
 
     @property
     def idle(self) -> bool:
-        """Whether nothing waits to be written or is being written, where that is possible now."""
-        now = time.monotonic()
-        return all(not lane.writing and (not len(lane.queue) or not lane.may_store(now)) for lane in self.lanes)
+        """Whether nothing is being written, and nothing waits that may be written before the drain's end (or now, without one).
+        A tier in trouble is tried again, if its pause ends by then."""
+        until = max(time.monotonic(), self._drain_until)
+        return all(not lane.writing and (not len(lane.queue) or not lane.may_store_by(until)) for lane in self.lanes)
 
     def drain(self, seconds: float, then: Callable[[], None]) -> None:
         """Write what waits, for so many seconds at most; then call."""
