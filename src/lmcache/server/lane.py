@@ -118,9 +118,11 @@ class Lane:
         return "stalled" if hanging else "serving", hanging
 
     def _hanging(self, now: float) -> str:
-        """The call that has been under way for longest, where that is too long; "" otherwise."""
+        """The call that has been under way for longest, where that is too long; "" otherwise. `clear` may take as long as the
+        tier is large, and whoever has asked for it is told."""
         with self._lock:
-            method, since = min(self._under_way.values(), key=lambda call: call[1], default=("", now))
+            calls = [call for call in self._under_way.values() if call[0] != "clear"]
+        method, since = min(calls, key=lambda call: call[1], default=("", now))
         return f"{method} has not returned for {now - since:.0f} s" if now - since > _HANGS_SECONDS else ""
 
     def known(self, keys: Sequence[ShardKey]) -> list[bool] | None:
@@ -182,7 +184,7 @@ class Lane:
             self._told_hanging = bool(hanging)
             if hanging:
                 logger.warning(
-                    "Tier %s: %s; the server goes on without it: see whether %s answers",
+                    "Tier %s: %s; the server goes on without this call: see whether %s answers",
                     self.name,
                     hanging,
                     self.spec.url,

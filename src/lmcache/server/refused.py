@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from lmcache.observability.log import init_logger
+from lmcache.observability.log import Seldom, init_logger
 
 logger = init_logger(__name__)
 
@@ -15,11 +16,9 @@ Reason = Literal[
     "no proof", "no key", "wrong key", "unwanted key", "other user", "version", "too many", "small L1", "no descriptor"
 ]
 MAX_PEERS = 64
-"""Of whom /status and the log tell; of others only that they are counted."""
+"""Of whom /status tells, and each of whom the log names at once."""
 _FORGOTTEN_AFTER_SECONDS = 600.0
 """An engine that goes on being refused tries every few seconds. One that comes back after so long is told of anew."""
-
-
 _LATELY_SECONDS = 60.0
 
 
@@ -35,39 +34,42 @@ class _Peer:
 class Refused:
     """`counts` has every reason from the start, so that a rate can be taken of the first refusal."""
 
-    def __init__(self) -> None:
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
         self.counts: Counter[str] = Counter(dict.fromkeys(get_args(Reason), 0))
+        self._now = now
         self._peers: dict[tuple[str, str], _Peer] = {}
-        self._overflowed = False
+        """The one that was refused last comes last."""
+        self._more = Seldom(logger, now=now)
 
     def note(self, who: str, reason: Reason, remedy: str) -> None:
-        """Count a connection that was refused. `remedy`: why, and what is to be typed where."""
-        now = time.monotonic()
+        """Count a connection that was refused. `remedy`: why, and what is to be typed where.
+
+        What an unproven peer says of itself may be always new. So the peer that was refused longest ago makes room, and then the
+        log has a line every few seconds.
+        """
+        now = self._now()
         self.counts[reason] += 1
-        peer = self._peers.get((who, reason))
+        peer = self._peers.pop((who, reason), None)
         if peer is not None and now - peer.last < _FORGOTTEN_AFTER_SECONDS:
             peer.times, peer.last = peer.times + 1, now
+            self._peers[who, reason] = peer
             return
         self._peers = {key: one for key, one in self._peers.items() if now - one.last < _FORGOTTEN_AFTER_SECONDS}
-        if len(self._peers) < MAX_PEERS:
-            self._overflowed = False
-            self._peers[who, reason] = _Peer(who, reason, remedy, 1, now)
-            logger.warning("Turned an engine away: %s: %s", who, remedy)
-        elif not self._overflowed:
-            self._overflowed = True
-            logger.warning(
-                "Turned %d engines away within %.0f s: others are only counted (lmcache_refused_engines_total)",
-                *(MAX_PEERS, _FORGOTTEN_AFTER_SECONDS),
-            )
+        warn: Callable[..., None] = logger.warning
+        if len(self._peers) >= MAX_PEERS:
+            del self._peers[next(iter(self._peers))]
+            warn = self._more.warning
+        self._peers[who, reason] = _Peer(who, reason, remedy, 1, now)
+        warn("Turned an engine away: %s: %s", who, remedy)
 
     def lately(self) -> list[str]:
         """For /healthcheck: who was refused within the last minute, and the remedy. Engines try more often than that."""
-        now = time.monotonic()
+        now = self._now()
         return [f"{one.who}: {one.remedy}" for one in self._peers.values() if now - one.last < _LATELY_SECONDS]
 
     def told(self) -> list[dict[str, object]]:
         """For /status: the latest first."""
-        now = time.monotonic()
+        now = self._now()
         return [
             {
                 "who": one.who,
