@@ -55,13 +55,13 @@ def do_engine(
     settings |= args or {}
     llm_args = SimpleNamespace(**settings)
     engines[name] = double.Executor(importlib.import_module(module), prefix, llm_args, **more)
-    set_deadline(PATIENCE)
+    set_deadline(PATIENCE)  # where it is not refused
     return {}
 
 
 def do_deadline(name: str, seconds: float) -> dict[str, Any]:
     """Of all calls to servers from now on."""
-    set_deadline(seconds)
+    assert set_deadline(seconds)
     return {}
 
 

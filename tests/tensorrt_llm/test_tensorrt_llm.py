@@ -226,9 +226,11 @@ def test_a_load_that_fails_fails_its_step_on_all_ranks(
     process.ask("engine", model=model(), url=one.address, ranks=ranks)
     assert right(process.ask("ask", prompts=[[100, 1]]))
     process.ask("miss_arena")
+    process.ask("deadline", seconds=0.5)  # of a rank that waits for its arena, for which the others wait
     (failed,) = process.ask("ask", prompts=[[100, 1]])
     assert failed["matched"] == 96 and failed["state"] == "failed"
     assert process.said("could not load KV that it had promised")
+    process.ask("deadline", seconds=60.0)
     assert right(process.ask("ask", prompts=[[100, 2]]))
 
 

@@ -58,7 +58,7 @@ def _attach(model: Any, connected: bool = True, **options: Any) -> Attached:
 
 def do_deadline(state: State, seconds: float) -> dict[str, Any]:
     """Of all calls to the server from now on."""
-    set_deadline(seconds)
+    assert set_deadline(seconds)
     return {}
 
 

@@ -108,7 +108,7 @@ def sleep(llm: Any, level: int, wake: list[list[str] | None]) -> dict[str, Any]:
 
 def deadline(llm: Any, seconds: float) -> dict[str, Any]:
     """Of all calls to the LMCache server from now on."""
-    set_deadline(seconds)
+    assert set_deadline(seconds)
     return {"ok": True}
 
 
