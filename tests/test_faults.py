@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import msgspec
 import pytest
 
 from engine_process import pause_once
-from lmcache.engine import Load, Store
+from lmcache.engine import Load, Store, link
 from lmcache.engine.link import Link
 from lmcache.wire import messages as m
 from lmcache.wire.frames import frame
@@ -194,7 +196,31 @@ def test_a_late_release_for_a_former_server_ends_no_lease_of_the_next(server, en
     assert second.load(ids, hit=new) == 320
 
 
-def test_loads_from_the_mapped_arena_outlive_the_server(server, engine):
+def test_the_memory_of_a_server_that_is_gone_is_free_for_the_next_one(server, engine, monkeypatch):
+    """Though the engine lives on; but for what a copy is still reading."""
+    monkeypatch.setattr(link, "GONE_SECONDS", 0.0)
+    cache = server()
+    one, ids = engine(cache), prompt(22, 1600)
+    one.store(ids)
+    hit = one.lookup(ids)
+    reading, go = threading.Event(), threading.Event()
+    pause_once(one.worker._access.copier, "scatter", lambda: (reading.set(), go.wait(PATIENCE)))
+    job = one.submit_load(hit, 16, 0, 1600, ids)
+    assert reading.wait(PATIENCE)
+    maps = Path("/proc/self/maps")
+    cache.signal(signal.SIGTERM)
+    eventually(lambda: "Connection refused" in one.worker._link._told)
+    assert f"{cache.arena_dir}/" in maps.read_text()
+    go.set()
+    assert one.wait(job).ok
+    eventually(lambda: f"{cache.arena_dir}/" not in maps.read_text())
+    again = server(port=cache.port)
+    one.connect()
+    assert one.store(ids) == one.load(ids) == 1600 and again.healthy()
+
+
+def test_loads_from_the_mapped_arena_outlive_the_server(server, engine, monkeypatch):
+    monkeypatch.setattr(link, "GONE_SECONDS", 3600.0)
     cache = server()
     one, ids = engine(cache), prompt(7, 1600)
     one.store(ids)

@@ -43,6 +43,8 @@ _LOOK_SECONDS = 1.0
 """Between looks at whether something is due, at most; a connection's end is noticed at once."""
 _SAID_CHARACTERS = 500
 """Of what a server says about itself, in a line of the log."""
+GONE_SECONDS = 10.0
+"""A server that has hung up and is not back after so long is taken for gone. What was planned with it has been loaded by then."""
 RENEWALS = 4
 """How often a lease is renewed within the life of a claim: one renewal that comes late or gets lost does no harm."""
 MOST_DEADLINE_SECONDS = 3600.0
@@ -115,7 +117,8 @@ class Link:
     descriptor of the arena, where it is not -1, is its to close. `before_hello` runs before that, while there is no link,
     and returns once this process fills no slot any more: the hello says so. While it raises IdentityUnknown there is nothing to
     say hello with, and the link looks again without a word. `held` tells which leases this process holds: the
-    link renews them `RENEWALS` times within what the server says that a claim lasts."""
+    link renews them `RENEWALS` times within what the server says that a claim lasts. `on_gone` runs in the link's thread at each
+    attempt to connect that fails `GONE_SECONDS` after the server of a mapped arena has ended, or later."""
 
     def __init__(
         self,
@@ -123,8 +126,12 @@ class Link:
         on_welcome: Callable[[Carrier, m.Welcome, int], None],
         before_hello: Callable[[], object] = lambda: None,
         held: Callable[[], list[int]] = list,
+        on_gone: Callable[[], None] = lambda: None,
     ) -> None:
         self.endpoint = endpoint
+        self._on_gone = on_gone
+        self._ended_at = math.inf
+        """When the server hung up. It does so when it ends, and not while it is frozen."""
         self._before_hello, self._held = before_hello, held
         self._session = secrets.token_bytes(16)
         self._on_welcome = on_welcome
@@ -205,6 +212,8 @@ class Link:
     def _give_up(self, why: str) -> None:
         """Called with the lock held."""
         if self._carrier is not None:
+            if isinstance(self._carrier, UnixCarrier) and self._carrier.wait_for_end(0.0):
+                self._ended_at = time.monotonic()
             self._carrier.close()
             self._carrier = None
             self._connected.clear()
@@ -229,6 +238,8 @@ class Link:
                         self._tell_once(error)
                     if not isinstance(error, (LMCacheError, OSError)):
                         logger.debug("while connecting", exc_info=True)
+                    if time.monotonic() - self._ended_at >= GONE_SECONDS:
+                        self._on_gone()
                     backoff = _BACKOFF_SECONDS if _is_away(error) else _USELESS_BACKOFF_SECONDS
                     self._wake.wait(_SOCKET_SECONDS if coming else backoff[min(attempt, len(backoff) - 1)])
                     self._wake.clear()
@@ -282,7 +293,7 @@ class Link:
             self._on_welcome(carrier, welcome, descriptor)
             with self._lock:
                 self._carrier = carrier
-            self._told = ""
+            self._told, self._ended_at = "", math.inf
             self._connected.set()
         except BaseException:
             carrier.close()

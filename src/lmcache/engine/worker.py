@@ -106,7 +106,7 @@ class WorkerSession:
         self._load_ended = 0.0
         self._copying: set[str] = set()
         """Threads that may be touching the arena now."""
-        self._link = Link(endpoint, self._register, self._before_hello)
+        self._link = Link(endpoint, self._register, self._before_hello, on_gone=self._let_go)
         works: list[tuple[Literal["load", "store"], str]] = [("load", "load"), ("store", _STORING)]
         if paged.device != "cpu":
             works.append(("load", "load-2"))
@@ -493,6 +493,15 @@ class WorkerSession:
         finally:
             if descriptor >= 0:
                 os.close(descriptor)
+
+    def _let_go(self) -> None:
+        """Unmap the arena of a server that is gone, unless a copy or a load still needs it: its memory is not free before that,
+        and the next server may find too little."""
+        with self._state:
+            access = self._taken_away() if self._mapped() and self._may_unmap() else None
+        if access is not None:
+            access.close()
+            logger.info("The memory of the LMCache server that has ended is no longer mapped")
 
     def _mapped(self) -> bool:
         return self._access is not None and self._access.mapping is not None
