@@ -1,4 +1,4 @@
-"""What a rank reaches one server's arena with: from the welcome on, until another server takes over or this one is gone for good."""
+"""What a rank reaches one server's arena with, until another server takes over, or this one is gone for good."""
 
 from __future__ import annotations
 
