@@ -89,7 +89,6 @@ class ZmqFace:
             self.close()
             raise ConfigError(f"--port {port}: cannot listen on {host}: {error.strerror}; pass another port") from error
         self.port = int(self._socket.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2])
-        self._place = auth.place(host, self.port)
         self._descriptor: int = self._socket.FD
         loop.watch(self._descriptor, lambda: None)
         loop.watch(self._handshakes.descriptor, lambda: None)
@@ -141,7 +140,7 @@ class ZmqFace:
                 self._send(identity, sequence, self.service.welcome(), [])
             return
         if isinstance(request, m.Challenge):
-            self._send(identity, sequence, self._prove(identity, request.nonce), [])
+            self._send(identity, sequence, self._prove(identity, request.nonce, auth.place(envelope, "server")), [])
             return
         if isinstance(request, m.Declined):
             why = auth.REASONS.get(request.reason, "a reason that this server does not know: upgrade it")
@@ -166,23 +165,23 @@ class ZmqFace:
             return self._peers[identity][0]
         if not isinstance(request, m.Hello) or len(self._peers) >= MAX_PEERS:
             return None
-        allowed = self._is_proven(identity, request.proof) or not self._needs_proof
+        allowed = not self._needs_proof or self._is_proven(identity, request.proof, auth.place(envelope, "server"))
         return Peer("ZMQ", _host_of(envelope)) if allowed else None
 
-    def _prove(self, identity: bytes, nonce: bytes) -> m.Proven:
+    def _prove(self, identity: bytes, nonce: bytes, place: str) -> m.Proven:
         """To an engine that does not know yet whether this is its user's server."""
         self._nonces.pop(identity, None)
         if len(self._nonces) >= MAX_PEERS:
             del self._nonces[next(iter(self._nonces))]  # the oldest
         nonces = self._nonces[identity] = nonce, secrets.token_bytes(m.NONCE_BYTES)
-        proof = auth.proof(self._cookie, "server", self.service.server_id, *nonces, self._place)
-        return m.Proven(nonces[1], proof, self._place)
+        proof = auth.proof(self._cookie, "server", self.service.server_id, *nonces, place)
+        return m.Proven(nonces[1], proof, place)
 
-    def _is_proven(self, identity: bytes, proof: bytes) -> bool:
+    def _is_proven(self, identity: bytes, proof: bytes, place: str) -> bool:
         """Whether this engine knows the cookie. A nonce is good for one answer."""
         nonces = self._nonces.pop(identity, None)
         return nonces is not None and hmac.compare_digest(
-            proof, auth.proof(self._cookie, "engine", self.service.server_id, *nonces, self._place)
+            proof, auth.proof(self._cookie, "engine", self.service.server_id, *nonces, place)
         )
 
     def _why_not(self, request: m.Request, host: str) -> m.Error:

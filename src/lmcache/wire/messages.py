@@ -243,7 +243,7 @@ class Proven(Message, frozen=True, tag=71):
     proof: Annotated[bytes, msgspec.Meta(max_length=NONCE_BYTES)]
     """`wire.auth.proof` by the server."""
     place: Annotated[str, msgspec.Meta(max_length=200)] = ""
-    """Where the server listens (`wire.auth.place`). The proof holds for connections to there only."""
+    """The connection as the server sees it (`wire.auth.place`). The proof holds for no other."""
 
 
 Request = (
