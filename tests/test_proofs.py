@@ -236,7 +236,7 @@ def test_a_replayed_handshake_gets_nothing_and_is_counted(server, engine, carrie
     engine(cache, mode="payload", scheduler=False)
     monkeypatch.undo()
     hello, challenge, proof = recorded[:3]
-    assert isinstance(challenge, m.Challenge) and proof.payload and len(proof.proof) == 32
+    assert isinstance(challenge, m.Challenge) and proof.payload and len(proof.proof) == 96
     attacker = carrier(cache.address)
     for messages in ((hello, challenge, proof), (proof,), (challenge, challenge, proof)):
         *before, answer = [ask(attacker, one) for one in messages]
@@ -253,13 +253,34 @@ def test_a_replayed_handshake_gets_nothing_and_is_counted(server, engine, carrie
 def test_a_proof_counts_once_and_on_its_own_connection(folders, carrier):
     with server_parts(folders, 8 << 20, open_door=False) as (service, port):
         one, other = carrier(f"tcp://127.0.0.1:{port}"), carrier(f"tcp://127.0.0.1:{port}")
-        ask(other, m.Challenge(bytes(32)))
         proof = said(one, service.welcome())
         assert ask(other, proof).code == "refused"
         assert isinstance(ask(one, proof), m.Welcome)
         assert ask(one, m.Bye()) == m.Ok()
         assert ask(one, proof).code == "refused", "after Bye it is a stranger again"
         assert service.refused.counts["no proof"] == 2
+
+
+def test_challenges_of_strangers_take_no_nonce_from_an_engine(folders, carrier, monkeypatch):
+    monkeypatch.setattr(zmq_face, "MAX_PEERS", 2)
+    with server_parts(folders, 8 << 20, open_door=False) as (service, port):
+        one, strangers = carrier(f"tcp://127.0.0.1:{port}"), [carrier(f"tcp://127.0.0.1:{port}") for _ in range(3)]
+        proof = said(one, service.welcome())
+        for each in strangers:
+            assert isinstance(ask(each, m.Challenge(bytes(32))), m.Proven)
+        assert isinstance(ask(one, proof), m.Welcome)
+
+
+def test_a_proof_counts_for_a_short_time(folders, carrier, monkeypatch):
+    with server_parts(folders, 8 << 20, open_door=False) as (service, port):
+        one = carrier(f"tcp://127.0.0.1:{port}")
+        proof = said(one, service.welcome())
+        with monkeypatch.context() as later:
+            later.setattr(zmq_face, "PROOF_SECONDS", 0.0)
+            assert "came later than 0 s" in ask(one, proof).text
+        for _ in range(2):
+            assert isinstance(ask(one, said(one, service.welcome())), m.Welcome), "with a nonce of its own each time"
+            assert ask(one, m.Bye()) == m.Ok()
 
 
 def test_messages_of_strangers_are_short_and_what_is_kept_of_them_is_bounded(folders, carrier, monkeypatch):
@@ -274,8 +295,10 @@ def test_messages_of_strangers_are_short_and_what_is_kept_of_them_is_bounded(fol
             assert ask(one, request, frames).code == "malformed"
         proofs = [said(each, service.welcome()) for each in (one, *others)]
         answers = [ask(each, proof) for each, proof in zip((one, *others), proofs, strict=True)]
-        assert [isinstance(answer, m.Welcome) for answer in answers] == [False, True, True, True, True]
-        assert ask(one, said(one, service.welcome())).text.startswith("4 engines use payload frames already")
+        assert [isinstance(answer, m.Welcome) for answer in answers] == [True, True, True, True, False]
+        assert ask(others[-1], said(others[-1], service.welcome())).text.startswith(
+            "4 engines use payload frames already"
+        )
 
 
 def test_what_engines_say_when_they_decline_makes_one_line_each(folders, carrier, caplog, monkeypatch):

@@ -54,7 +54,7 @@ def _prove(door: ZmqCarrier, welcome: m.Welcome) -> bytes:
         here = door.place()
         words = welcome.server, nonce, proven.nonce
         if hmac.compare_digest(proven.proof, auth.proof(cookie, "server", *words, here)):
-            return auth.proof(cookie, "engine", *words, here)
+            return nonce + proven.nonce + auth.proof(cookie, "engine", *words, here)
         if hmac.compare_digest(proven.proof, auth.proof(cookie, "server", *words, proven.place)):
             why = f"this connection is {here} at this end, and {proven.place} at the server's"
             raise auth.Unproven(auth.OTHER_PLACE, why)

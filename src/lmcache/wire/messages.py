@@ -55,7 +55,7 @@ class Hello(Message, frozen=True, tag=1):
     payload: bool = False
     """The engine cannot map the arena, and wants payload frames."""
     proof: bytes = b""
-    """`wire.auth.proof` by the engine, where the server has no key."""
+    """Where the server has no key: the nonces of `Challenge` and `Proven`, and `wire.auth.proof` by the engine. 96 bytes."""
     session: bytes = b""
     """Random and kept over reconnections: a session that says hello again has forgotten what it was filling."""
 
