@@ -17,7 +17,7 @@ _REMEDIES = {
     auth.NO_FILE: "mount the server's --socket-dir here at the same path",
     auth.OTHER_USER: "run server and engine as the same user",
     auth.UNSAFE_FILE: "start the server anew",
-    auth.OTHER_PLACE: "give the engine the server's own address",
+    auth.OTHER_PLACE: "a program in between passes it on: give the engine the server's own address, or stop that program",
     auth.BEYOND_LOOPBACK: "if everybody on that network may read and write the cache, set LMCACHE_INSECURE_NO_AUTH=1",
 }
 _STRANGER = "`ss -ltnp` shows what it is: stop it, or give the server another --port and the engine the same"
