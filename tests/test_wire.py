@@ -293,22 +293,12 @@ def test_a_hang_up_is_seen(pair):
 
 
 def test_nobody_at_a_zmq_address_costs_the_deadline_of_the_call():
-    """Another call, with a long deadline, is answered when somebody has come."""
-    address = f"tcp://127.0.0.1:{free_port()}"
-    carrier, patient = ZmqCarrier(address), ZmqCarrier(address)
-    waiting = beside(lambda: patient.exchange(m.Ping(), PATIENT))
+    """ZMQ does not try again, nor tell that it was refused."""
+    carrier = ZmqCarrier(f"tcp://127.0.0.1:{free_port()}")
     begin = time.monotonic()
-    with pytest.raises(ServerUnavailable):
-        carrier.exchange(m.Ping(), 0.2)
-    assert time.monotonic() - begin >= 0.2 and not waiting.done()
+    error = beside(lambda: carrier.exchange(m.Ping(), 0.2)).exception(PATIENCE)
+    assert isinstance(error, ServerUnavailable) and time.monotonic() - begin >= 0.2
     carrier.close()
-    with zmq.Context.instance().socket(zmq.ROUTER) as late:
-        late.bind(address)
-        while not waiting.done():
-            if late.poll(20):
-                late.send_multipart([late.recv_multipart()[0], m.encode(1, m.Ok(5))])
-    assert waiting.result(PATIENCE) == (m.Ok(5), [])
-    patient.close()
 
 
 # Proofs
