@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import zmq
 
 from lmcache.engine.proofs import prove
-from lmcache.errors import ServerUnavailable
+from lmcache.errors import ServerRefused, ServerUnavailable
 from lmcache.server import refused as refused_module
 from lmcache.server import zmq_face
 from lmcache.wire import auth
 from lmcache.wire import messages as m
 from lmcache.wire.carriers import ZmqCarrier
 from proxy import Proxy
-from servers import PATIENCE, Impostor, eventually, server_parts
+from servers import PATIENCE, Impostor, beside, eventually, server_parts
 
 IDS = list(range(320))
 WELCOME = m.Welcome(m.PROTOCOL_VERSION, "test", b"s" * 16, 16, "", b"a" * 16, 1 << 20)
@@ -160,44 +164,63 @@ def test_a_server_reached_through_a_relay_is_refused_and_hears_why(server, engin
         assert "rank 0" in line and f"pid {os.getpid()}" in line
         eventually(lambda: refused(cache) > 4)
         assert not one.worker.connected and one.scheduler.new_chain() is None
-        told = f"listens at 127.0.0.1:{cache.port} in net:"
-        assert told in caplog.text and f"was reached at 127.0.0.1:{relay.port} in net:" in caplog.text
+        here, there = (f" to 127.0.0.1:{port} in net:" for port in (relay.port, cache.port))
+        assert re.search(f"this connection is .*{here}.* at this end, and .*{there}.* at the server's", caplog.text)
         one.close()
     assert sum("forwards to this server's port" in line for line in cache.log) <= 2, "a line for each session"
     assert cache.counters()["engine_processes"] == 0
 
 
-def test_a_relay_that_changes_what_the_server_says_of_its_place_fails_too(server, engine, impostor, carrier, caplog):
-    cache = server()
-    true, here = carrier(cache.address), ""
+def pump(source: socket.socket, sink: socket.socket, told: tuple[bytes, bytes] = (b"", b"")) -> None:
+    """Pass on what `source` says, with other words in place of some, until it ends."""
+    with contextlib.suppress(OSError):
+        while said := source.recv(1 << 16):
+            sink.sendall(said.replace(*told) if told[0] else said)
 
-    def relay(sequence: int, request: m.Message) -> list[bytes]:
-        answer = ask(true, request)
-        if isinstance(answer, m.Proven):
-            answer = m.Proven(answer.nonce, answer.proof, here)
-        if isinstance(answer, m.Welcome):
-            answer = m.Welcome(
-                *(getattr(answer, name) if name != "socket_path" else "" for name in answer.__struct_fields__)
-            )
-        return [m.encode(sequence, answer)]
 
-    rogue = impostor(relay)
-    here = auth.place("127.0.0.1", rogue.port)
-    one = engine(rogue, connect=False)
-    eventually(lambda: "no server of this user" in caplog.text)
-    assert not one.worker.connected and one.scheduler.new_chain() is None and got_nothing(rogue)
-    assert cache.counters()["engine_processes"] == 0
-    one.close()
-    rogue.close()  # before the connection that it relays to
+@pytest.mark.parametrize(("lies", "told"), [(False, "this connection is"), (True, "no server of this user")])
+def test_a_relay_that_had_the_port_before_the_server_is_refused(server, carrier, monkeypatch, lies, told):
+    """It keeps the engine's connection, lets go of the port, and passes on what either side says."""
+    monkeypatch.setitem(
+        zmq.Context.instance().sockopts, zmq.HANDSHAKE_IVL, 0
+    )  # for as long as the server needs to start
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        one = carrier(f"tcp://127.0.0.1:{port}")
+        front, engine_end = listener.accept()
+    cache = server(port=port)
+    back = socket.create_connection(("127.0.0.1", port))
+    names = [f"127.0.0.1:{port} to ".encode() for port in (back.getsockname()[1], engine_end[1])]
+    pumps = [beside(lambda: pump(front, back)), beside(lambda: pump(back, front, tuple(names) if lies else (b"", b"")))]
+    with front, back:
+        with pytest.raises(ServerRefused, match=told):
+            prove(one, ask(one, HELLO), HELLO, False)
+        assert one.place().startswith(names[1].decode()), "the engine has got an answer to its challenge"
+        for end in (front, back):
+            end.shutdown(socket.SHUT_RDWR)
+        for each in pumps:
+            each.result(PATIENCE)
+    direct = carrier(cache.address)
+    assert isinstance(ask(direct, said(direct, ask(direct, HELLO))), m.Welcome)
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="needs root")
-def test_loopback_of_another_network_namespace_is_another_place():
-    show = "from lmcache.wire import auth; print(auth.place('127.0.0.1', 5))"
-    other = subprocess.run(["unshare", "-n", sys.executable, "-c", show], capture_output=True, text=True)
-    if other.returncode:
-        pytest.skip(f"no network namespaces here: {other.stderr}")
-    assert other.stdout.startswith("127.0.0.1:5 in net:") and other.stdout.strip() != auth.place("127.0.0.1", 5)
+def test_loopback_of_another_network_namespace_is_another_place(impostor, carrier):
+    """The same connection, seen by a process there that was given its descriptor."""
+    rogue = impostor(lambda sequence, request: [m.encode(sequence, m.Ok())])
+    one = carrier(rogue.address)
+    ask(one, m.Ping())
+    show = "import sys, types; from lmcache.wire import auth; print(auth.place(types.SimpleNamespace(get=lambda _: 0), 'engine'))"
+    descriptor = int(one._head.get(zmq.SRCFD))
+    here, there = (
+        subprocess.run([*prefix, sys.executable, "-c", show], stdin=descriptor, capture_output=True, text=True)
+        for prefix in ((), ("unshare", "-n"))
+    )
+    if there.returncode:
+        pytest.skip(f"no network namespaces here: {there.stderr}")
+    assert here.stdout.strip() == one.place()
+    ends, _, _ = one.place().partition("net:")
+    assert there.stdout.startswith(f"{ends}net:") and there.stdout != here.stdout
 
 
 # The server's side
@@ -213,7 +236,7 @@ def test_a_replayed_handshake_gets_nothing_and_is_counted(server, engine, carrie
     engine(cache, mode="payload", scheduler=False)
     monkeypatch.undo()
     hello, challenge, proof = recorded[:3]
-    assert isinstance(challenge, m.Challenge) and proof.payload and len(proof.proof) == 32
+    assert isinstance(challenge, m.Challenge) and proof.payload and len(proof.proof) == 96
     attacker = carrier(cache.address)
     for messages in ((hello, challenge, proof), (proof,), (challenge, challenge, proof)):
         *before, answer = [ask(attacker, one) for one in messages]
@@ -230,13 +253,34 @@ def test_a_replayed_handshake_gets_nothing_and_is_counted(server, engine, carrie
 def test_a_proof_counts_once_and_on_its_own_connection(folders, carrier):
     with server_parts(folders, 8 << 20, open_door=False) as (service, port):
         one, other = carrier(f"tcp://127.0.0.1:{port}"), carrier(f"tcp://127.0.0.1:{port}")
-        ask(other, m.Challenge(bytes(32)))
         proof = said(one, service.welcome())
         assert ask(other, proof).code == "refused"
         assert isinstance(ask(one, proof), m.Welcome)
         assert ask(one, m.Bye()) == m.Ok()
         assert ask(one, proof).code == "refused", "after Bye it is a stranger again"
         assert service.refused.counts["no proof"] == 2
+
+
+def test_challenges_of_strangers_take_no_nonce_from_an_engine(folders, carrier, monkeypatch):
+    monkeypatch.setattr(zmq_face, "MAX_PEERS", 2)
+    with server_parts(folders, 8 << 20, open_door=False) as (service, port):
+        one, strangers = carrier(f"tcp://127.0.0.1:{port}"), [carrier(f"tcp://127.0.0.1:{port}") for _ in range(3)]
+        proof = said(one, service.welcome())
+        for each in strangers:
+            assert isinstance(ask(each, m.Challenge(bytes(32))), m.Proven)
+        assert isinstance(ask(one, proof), m.Welcome)
+
+
+def test_a_proof_counts_for_a_short_time(folders, carrier, monkeypatch):
+    with server_parts(folders, 8 << 20, open_door=False) as (service, port):
+        one = carrier(f"tcp://127.0.0.1:{port}")
+        proof = said(one, service.welcome())
+        with monkeypatch.context() as later:
+            later.setattr(zmq_face, "PROOF_SECONDS", 0.0)
+            assert "came later than 0 s" in ask(one, proof).text
+        for _ in range(2):
+            assert isinstance(ask(one, said(one, service.welcome())), m.Welcome), "with a nonce of its own each time"
+            assert ask(one, m.Bye()) == m.Ok()
 
 
 def test_messages_of_strangers_are_short_and_what_is_kept_of_them_is_bounded(folders, carrier, monkeypatch):
@@ -251,8 +295,10 @@ def test_messages_of_strangers_are_short_and_what_is_kept_of_them_is_bounded(fol
             assert ask(one, request, frames).code == "malformed"
         proofs = [said(each, service.welcome()) for each in (one, *others)]
         answers = [ask(each, proof) for each, proof in zip((one, *others), proofs, strict=True)]
-        assert [isinstance(answer, m.Welcome) for answer in answers] == [False, True, True, True, True]
-        assert ask(one, said(one, service.welcome())).text.startswith("4 engines use payload frames already")
+        assert [isinstance(answer, m.Welcome) for answer in answers] == [True, True, True, True, False]
+        assert ask(others[-1], said(others[-1], service.welcome())).text.startswith(
+            "4 engines use payload frames already"
+        )
 
 
 def test_what_engines_say_when_they_decline_makes_one_line_each(folders, carrier, caplog, monkeypatch):

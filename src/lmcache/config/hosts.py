@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import threading
 import time
@@ -49,6 +50,21 @@ def connect(host: str, port: int, timeout_seconds: float) -> socket.socket:
         except OSError as error:
             refusals.append(error)
     raise refusals[0]
+
+
+def ends(descriptor: int) -> tuple[tuple[str, int], tuple[str, int]]:
+    """Numeric address and port of a TCP connection's own end, and of the other one; IPv4 is told as such on IPv6 sockets too.
+
+    descriptor: somebody else's, who may have closed it; it is left as it is.
+
+    Raises:
+        OSError: the descriptor is no connection's by now.
+    """
+    with socket.socket(fileno=os.dup(descriptor)) as connection:
+        if connection.family not in (socket.AF_INET, socket.AF_INET6):
+            raise OSError(f"descriptor {descriptor} is no TCP connection")
+        (own, own_port, *_), (other, other_port, *_) = connection.getsockname(), connection.getpeername()
+    return (own.removeprefix("::ffff:"), own_port), (other.removeprefix("::ffff:"), other_port)
 
 
 def _addresses_within(host: str, timeout_seconds: float) -> tuple[str, ...]:

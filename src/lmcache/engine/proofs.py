@@ -17,7 +17,7 @@ _REMEDIES = {
     auth.NO_FILE: "mount the server's --socket-dir here at the same path",
     auth.OTHER_USER: "run server and engine as the same user",
     auth.UNSAFE_FILE: "start the server anew",
-    auth.OTHER_PLACE: "give the engine the server's own address",
+    auth.OTHER_PLACE: "a program in between passes it on: give the engine the server's own address, or stop that program",
     auth.BEYOND_LOOPBACK: "if everybody on that network may read and write the cache, set LMCACHE_INSECURE_NO_AUTH=1",
 }
 _STRANGER = "`ss -ltnp` shows what it is: stop it, or give the server another --port and the engine the same"
@@ -44,16 +44,18 @@ def _prove(door: ZmqCarrier, welcome: m.Welcome) -> bytes:
     """As `prove`. Raises Unproven."""
     if not ipaddress.ip_address(door.host).is_loopback:
         raise auth.Unproven(auth.BEYOND_LOOPBACK, f"{door.host} is no loopback address, and no key is set")
-    cookie, here = auth.read_cookie(welcome.cookie_path), auth.place(door.host, door.port)
+    cookie = auth.read_cookie(welcome.cookie_path)
     nonce = secrets.token_bytes(m.NONCE_BYTES)
     try:
         proven, _ = door.exchange(m.Challenge(nonce), _SECONDS)
     except ServerUnavailable as error:
         raise auth.Unproven("", f"what listens there does not prove itself ({error})") from error
     if isinstance(proven, m.Proven):
+        here = door.place()
         words = welcome.server, nonce, proven.nonce
         if hmac.compare_digest(proven.proof, auth.proof(cookie, "server", *words, here)):
-            return auth.proof(cookie, "engine", *words, here)
+            return nonce + proven.nonce + auth.proof(cookie, "engine", *words, here)
         if hmac.compare_digest(proven.proof, auth.proof(cookie, "server", *words, proven.place)):
-            raise auth.Unproven(auth.OTHER_PLACE, f"the server listens at {proven.place}, and was reached at {here}")
+            why = f"this connection is {here} at this end, and {proven.place} at the server's"
+            raise auth.Unproven(auth.OTHER_PLACE, why)
     raise auth.Unproven("", "what listens there is no server of this user")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import socket
 import struct
 from ipaddress import ip_address
 from pathlib import Path
 
 import zmq
 
+from lmcache.config.hosts import ends
 from lmcache.server.refused import Reason, Refused
 
 _EVENT = struct.Struct("=HI")
@@ -85,8 +84,6 @@ class Handshakes:
 def _host_behind(descriptor: int) -> str:
     """The address of the other end; "" where the connection has ended already, and its number may be another one's by now."""
     try:
-        with socket.socket(fileno=os.dup(descriptor)) as connection:
-            is_ip = connection.family in (socket.AF_INET, socket.AF_INET6)
-            return str(connection.getpeername()[0]) if is_ip else ""
+        return ends(descriptor)[1][0]
     except OSError:
         return ""

@@ -31,6 +31,8 @@ _malformed = Seldom(logger)
 SILENCE_SECONDS = 30.0
 """A payload engine that says nothing for so long is gone, as is one that takes none of the bytes that wait for it. It pings three
 times as often."""
+PROOF_SECONDS = 30.0
+"""From our proof to the engine's, which comes within a second or two."""
 MAX_PEERS = 1024
 MAX_HELLO_BYTES = 1 << 14
 """Of a message, which is one frame, from somebody who is not an engine that was let in."""
@@ -76,8 +78,8 @@ class ZmqFace:
         self._handshakes = Handshakes(self._context, self._socket, host, key_file, service.refused)
         self._needs_proof = key_file is None and not open_door
         self._cookie = secrets.token_bytes(auth.COOKIE_BYTES)
-        self._nonces: dict[bytes, tuple[bytes, bytes]] = {}
-        """Connections that we have proved ourselves to and that may do so now, once -> the engine's nonce and ours."""
+        self._used: set[bytes] = set()
+        """Our nonces of the last `PROOF_SECONDS` that engines have proved themselves with."""
         self._cookie_path = cookie_dir / f"{service.server_id.hex()[:16]}.cookie"
         descriptor = os.open(self._cookie_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         with open(descriptor, "wb") as file:
@@ -89,7 +91,6 @@ class ZmqFace:
             self.close()
             raise ConfigError(f"--port {port}: cannot listen on {host}: {error.strerror}; pass another port") from error
         self.port = int(self._socket.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2])
-        self._place = auth.place(host, self.port)
         self._descriptor: int = self._socket.FD
         loop.watch(self._descriptor, lambda: None)
         loop.watch(self._handshakes.descriptor, lambda: None)
@@ -141,7 +142,7 @@ class ZmqFace:
                 self._send(identity, sequence, self.service.welcome(), [])
             return
         if isinstance(request, m.Challenge):
-            self._send(identity, sequence, self._prove(identity, request.nonce), [])
+            self._send(identity, sequence, self._prove(request.nonce, auth.place(envelope, "server")), [])
             return
         if isinstance(request, m.Declined):
             why = auth.REASONS.get(request.reason, "a reason that this server does not know: upgrade it")
@@ -166,24 +167,25 @@ class ZmqFace:
             return self._peers[identity][0]
         if not isinstance(request, m.Hello) or len(self._peers) >= MAX_PEERS:
             return None
-        allowed = self._is_proven(identity, request.proof) or not self._needs_proof
+        allowed = not self._needs_proof or self._is_proven(request.proof, auth.place(envelope, "server"))
         return Peer("ZMQ", _host_of(envelope)) if allowed else None
 
-    def _prove(self, identity: bytes, nonce: bytes) -> m.Proven:
-        """To an engine that does not know yet whether this is its user's server."""
-        self._nonces.pop(identity, None)
-        if len(self._nonces) >= MAX_PEERS:
-            del self._nonces[next(iter(self._nonces))]  # the oldest
-        nonces = self._nonces[identity] = nonce, secrets.token_bytes(m.NONCE_BYTES)
-        proof = auth.proof(self._cookie, "server", self.service.server_id, *nonces, self._place)
-        return m.Proven(nonces[1], proof, self._place)
+    def _prove(self, nonce: bytes, place: str) -> m.Proven:
+        """To an engine that does not know yet whether this is its user's server. Nothing is kept of it: who has proved nothing
+        could have what is kept of others pushed out."""
+        own = time.monotonic_ns().to_bytes(8, "big") + secrets.token_bytes(m.NONCE_BYTES - 8)
+        return m.Proven(own, auth.proof(self._cookie, "server", self.service.server_id, nonce, own, place), place)
 
-    def _is_proven(self, identity: bytes, proof: bytes) -> bool:
-        """Whether this engine knows the cookie. A nonce is good for one answer."""
-        nonces = self._nonces.pop(identity, None)
-        return nonces is not None and hmac.compare_digest(
-            proof, auth.proof(self._cookie, "engine", self.service.server_id, *nonces, self._place)
-        )
+    def _is_proven(self, told: bytes, place: str) -> bool:
+        """Whether this engine knows the cookie. Our nonce needs no looking up, since an engine makes a proof only after ours
+        for the same two nonces and the same connection. It must be fresh, and is good for one proof."""
+        nonce, own, proof = told[: m.NONCE_BYTES], told[m.NONCE_BYTES : 2 * m.NONCE_BYTES], told[2 * m.NONCE_BYTES :]
+        right = auth.proof(self._cookie, "engine", self.service.server_id, nonce, own, place)
+        fresh = 0 <= _age_seconds(own) < PROOF_SECONDS and own not in self._used
+        if not hmac.compare_digest(proof, right) or not fresh:
+            return False
+        self._used.add(own)
+        return True
 
     def _why_not(self, request: m.Request, host: str) -> m.Error:
         if not isinstance(request, m.Hello):
@@ -191,6 +193,12 @@ class ZmqFace:
         if len(self._peers) >= MAX_PEERS:
             reason: Reason = "too many"
             why = f"{MAX_PEERS} engines use payload frames already"
+        elif request.proof:
+            reason = "no proof"
+            why = (
+                f"its proof is not one for this connection, or was used before, or came later than {PROOF_SECONDS:g} s after "
+                f"this server's: an engine connects again by itself and gives a new one; if that fails too, {auth.KEY_FOR_BOTH}"
+            )
         else:
             reason = "no proof"
             why = (
@@ -247,6 +255,12 @@ class ZmqFace:
         limit = time.monotonic() - SILENCE_SECONDS
         for identity in [one for one, (_, heard) in self._peers.items() if heard < limit]:
             self._forget(identity)
+        self._used = {nonce for nonce in self._used if _age_seconds(nonce) < PROOF_SECONDS}
+
+
+def _age_seconds(nonce: bytes) -> float:
+    """Since it was made, by this server."""
+    return time.monotonic() - int.from_bytes(nonce[:8], "big") / 1e9
 
 
 def _host_of(envelope: zmq.Frame) -> str:

@@ -1,9 +1,10 @@
 """Who may speak over ZMQ: CURVE with one shared key file, or, on loopback, proofs by both sides that they can read the server's
 cookie file.
 
-A proof is keyed BLAKE3 over the side that gives it, the server's id, a fresh nonce of either side, and the address, port and
-network namespace in which the server listens. So it is worth nothing on another connection, in the other direction, or to a
-program that listens elsewhere and passes on to the server what an engine says.
+A proof is keyed BLAKE3 over the side that gives it, the server's id, a fresh nonce of either side, and the TCP connection: the
+addresses and ports of both its ends, as the kernel tells them to each end, and their network namespace. No two connections of a
+namespace have all that in common while either lasts. So a proof is worth nothing on another connection, in the other direction,
+or to a program that stands between the two, each of whom then has a connection to that program and sees other ends of it.
 
 The key file holds one Z85 secret (40 characters). The server's CURVE key is that secret; the engines' key is derived from it,
 so one file, given to server and engines, is all there is to manage. Without it nobody gets past the handshake.
@@ -12,8 +13,8 @@ so one file, given to server and engines, is all there is to manage. Without it 
 from __future__ import annotations
 
 import hmac
-import ipaddress
 import os
+import secrets
 import stat
 from pathlib import Path
 from typing import Literal
@@ -24,7 +25,7 @@ from blake3 import blake3
 from zmq.auth.thread import ThreadAuthenticator
 from zmq.utils import z85
 
-from lmcache.config.hosts import in_url
+from lmcache.config.hosts import ends, in_url
 from lmcache.config.load import KEY_REMEDY
 from lmcache.errors import ConfigError, LMCacheError
 
@@ -64,26 +65,26 @@ def proof(
     server_nonce: bytes,
     where: str,
 ) -> bytes:
-    """What `by` shows to the other side instead of the cookie itself: 32 bytes. where: the server's `place`."""
+    """What `by` shows to the other side instead of the cookie itself: 32 bytes. where: the connection's `place`."""
     hasher = blake3(key=cookie)
     for part in (by.encode(), server_id, engine_nonce, server_nonce, where.encode()):
         hasher.update(len(part).to_bytes(4, "little") + part)
     return hasher.digest()
 
 
-def place(host: str, port: int) -> str:
-    """`127.0.0.1:5555 in net:[4026531840]`: where a server listens. Each network namespace has a loopback of its own; both ends
-    of a connection to one say the same.
+def place(message: zmq.Frame, receiver: Literal["server", "engine"]) -> str:
+    """`127.0.0.1:40000 to 127.0.0.1:5555 in net:[4026531840]`: the connection that brought `message`, the engine's end first.
+    Each network namespace has a loopback of its own. Both ends of a connection within one say the same.
 
-    host: a numeric address.
+    Where the kernel does not tell (the connection has ended, or there is no /proc), it is like no other, and nothing is proved.
+    After the end its descriptor may be another connection's: a proof made for that one helps nobody who is not an end of it.
     """
-    ip = ipaddress.ip_address(host)
-    mapped = ip.ipv4_mapped if isinstance(ip, ipaddress.IPv6Address) else None
     try:
+        own, other = (f"{in_url(host)}:{port}" for host, port in ends(int(message.get(zmq.SRCFD))))
         namespace = os.readlink("/proc/self/ns/net")
-    except OSError:
-        namespace = f"the unknown network of process {os.getpid()}"  # nobody else's: nothing is proved without /proc
-    return f"{in_url(str(mapped or ip))}:{port} in {namespace}"
+    except (OSError, zmq.ZMQError):
+        return f"an unknown connection ({secrets.token_hex(8)})"
+    return f"{f'{own} to {other}' if receiver == 'engine' else f'{other} to {own}'} in {namespace}"
 
 
 def read_cookie(path: str) -> bytes:

@@ -185,6 +185,7 @@ class ZmqCarrier:
 
     def __init__(self, address: str, key_file: Path | None = None) -> None:
         self._sequence = 0
+        self._head = zmq.Frame()
         try:
             self.host, self.port = _numeric(address)
         except OSError as error:
@@ -215,8 +216,9 @@ class ZmqCarrier:
                 remaining = deadline - time.monotonic()
                 if remaining <= 0 or not self._socket.poll(int(remaining * 1000) + 1, zmq.POLLIN):
                     raise ServerUnavailable("no answer within the deadline")
-                head, *payload = self._socket.recv_multipart()
-                sequence, answer = m.decode_answer(head)
+                self._head = self._socket.recv(copy=False)  # it knows the connection that it came by
+                payload = self._socket.recv_multipart() if self._head.more else []
+                sequence, answer = m.decode_answer(self._head.bytes)
                 if sequence == self._sequence:
                     return answer, payload
                 if sequence > self._sequence or (sequence == 0 and isinstance(answer, m.Error)):
@@ -235,6 +237,10 @@ class ZmqCarrier:
             raise ServerUnavailable("it has hung up") from error
         except zmq.ZMQError as error:
             raise ServerUnavailable(str(error)) from error
+
+    def place(self) -> str:
+        """The TCP connection that the last answer to `exchange` came by, as both of its ends name it (`wire.auth.place`)."""
+        return auth.place(self._head, "engine")
 
     def wait_for_end(self, timeout_seconds: float) -> bool:
         time.sleep(timeout_seconds)  # ZMQ does not tell; the heartbeat of `engine.link` finds out

@@ -55,7 +55,7 @@ class Hello(Message, frozen=True, tag=1):
     payload: bool = False
     """The engine cannot map the arena, and wants payload frames."""
     proof: bytes = b""
-    """`wire.auth.proof` by the engine, where the server has no key."""
+    """Where the server has no key: the nonces of `Challenge` and `Proven`, and `wire.auth.proof` by the engine. 96 bytes."""
     session: bytes = b""
     """Random and kept over reconnections: a session that says hello again has forgotten what it was filling."""
 
@@ -243,7 +243,7 @@ class Proven(Message, frozen=True, tag=71):
     proof: Annotated[bytes, msgspec.Meta(max_length=NONCE_BYTES)]
     """`wire.auth.proof` by the server."""
     place: Annotated[str, msgspec.Meta(max_length=200)] = ""
-    """Where the server listens (`wire.auth.place`). The proof holds for connections to there only."""
+    """The connection as the server sees it (`wire.auth.place`). The proof holds for no other."""
 
 
 Request = (
