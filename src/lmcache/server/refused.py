@@ -12,7 +12,16 @@ from lmcache.observability.log import init_logger
 logger = init_logger(__name__)
 
 Reason = Literal[
-    "no proof", "no key", "wrong key", "unwanted key", "other user", "version", "too many", "small L1", "no descriptor"
+    "no proof",
+    "no key",
+    "wrong key",
+    "unwanted key",
+    "other user",
+    "version",
+    "too many",
+    "small L1",
+    "no descriptor",
+    "no hello",
 ]
 MAX_PEERS = 64
 """Of whom /status and the log tell; of others only that they are counted."""
