@@ -311,6 +311,47 @@ def test_nobody_at_a_zmq_address_costs_the_deadline_of_the_call():
     patient.close()
 
 
+def rogue(listener: socket.socket, says: bytes, times: int) -> None:
+    """A server that says one thing again and again, once it is asked something over ZMQ, until the other end hangs up."""
+    connection, _ = listener.accept()
+    with connection:
+        connection.settimeout(PATIENCE)
+        ready = b"\5READY\x0bSocket-Type" + (6).to_bytes(4, "big") + b"ROUTER"
+        connection.sendall(b"\xff" + bytes(8) + b"\x7f\3\0" + b"NULL".ljust(20, b"\0") + bytes(32))
+        connection.sendall(bytes([4, len(ready)]) + ready)
+        try:
+            for _ in range(times):
+                connection.sendall(says)
+            while connection.recv(1 << 16):
+                pass
+        except ConnectionError:
+            pass
+
+
+def test_a_server_that_sends_a_message_without_end_is_hung_up_on_until_it_is_trusted():
+    part = b"\3" + (1 << 20).to_bytes(8, "big") + bytes(1 << 20)  # and there is more of this message
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        sending = beside(lambda: rogue(listener, part, 4))
+        carrier = ZmqCarrier(f"tcp://127.0.0.1:{listener.getsockname()[1]}")
+        with pytest.raises(ServerUnavailable, match="has sent more than 1048576 bytes"):
+            carrier.exchange(m.Ping(), PATIENCE)
+        carrier.trust()
+        with pytest.raises(ServerUnavailable, match="no answer within the deadline"):
+            carrier.exchange(m.Ping(), 0.0)
+        carrier.close()
+        sending.result(PATIENCE)
+
+
+def test_answers_that_nobody_asked_for_do_not_keep_a_post_waiting():
+    answer = m.encode(0, m.Ok())
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        beside(lambda: rogue(listener, (bytes([0, len(answer)]) + answer) * 4000, 1 << 30))
+        carrier = ZmqCarrier(f"tcp://127.0.0.1:{listener.getsockname()[1]}")
+        assert carrier._socket.poll(PATIENCE * 1000)
+        beside(lambda: carrier.post(m.Ping())).result(PATIENCE)
+        carrier.close()
+
+
 # Proofs
 
 
