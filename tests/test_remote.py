@@ -21,7 +21,7 @@ from lmcache.engine.proofs import prove
 from lmcache.errors import ConfigError, ServerRefused, ServerUnavailable
 from lmcache.integration.vllm.settings import Settings
 from lmcache.server import service as service_module
-from lmcache.server import zmq_face
+from lmcache.server import strangers, zmq_face
 from lmcache.server.handshakes import _host_behind
 from lmcache.server.loop import Loop
 from lmcache.server.refused import MAX_PEERS as MAX_REFUSED
@@ -303,6 +303,67 @@ def test_what_waits_for_a_connection_that_takes_nothing_is_freed(folders, deaf, 
         eventually(lambda: max(held, default=0) > 4 << 20 and service.held_bytes == 0)
         monkeypatch.setattr(zmq_face, "SILENCE_SECONDS", 0.0)
         eventually(lambda: not service.peers)
+
+
+def stranger(port: int) -> socket.socket:
+    """A connection to a ZMQ socket that has got as far as messages, and can send what ZMQ's own sockets would not."""
+    connection = socket.create_connection(("127.0.0.1", port))
+    connection.settimeout(PATIENCE)
+    connection.sendall(b"\xff" + bytes(8) + b"\x7f\3\0" + b"NULL".ljust(20, b"\0") + bytes(32))
+    ready = b"\5READY\x0bSocket-Type" + (6).to_bytes(4, "big") + b"DEALER"
+    connection.sendall(bytes([4, len(ready)]) + ready)
+    assert connection.recv(1 << 16)
+    return connection
+
+
+def hung_up_on(connection: socket.socket) -> bool:
+    try:
+        while connection.recv(1 << 16):
+            pass
+    except ConnectionError:
+        pass
+    return True  # else the time is up, which raises
+
+
+def test_a_message_without_end_is_cut_off_unless_it_is_an_engines(folders, deaf):
+    with server_parts(folders, 8 << 20) as (service, port):
+        engine, other = deaf(port), stranger(port)  # the engine has sent 1 MiB already
+        try:
+            other.sendall(b"\3" + (1 << 20).to_bytes(8, "big") + bytes(1 << 20))  # and there is more of this message
+        except ConnectionError:
+            pass
+        assert hung_up_on(other)
+        assert service.refused.counts["no hello"] == 1 and "more than 65536 bytes" in str(service.refused.told())
+        engine.fetch(1)
+        assert engine.read() == m.Ok(1)
+        other.close()
+
+
+def test_connections_that_are_not_let_in_are_closed_in_time(folders, deaf, monkeypatch):
+    monkeypatch.setattr(strangers, "HELLO_SECONDS", 100 * PATIENCE)
+    with server_parts(folders, 8 << 20) as (service, port):
+        engine, visitor = deaf(port), ZmqCarrier(f"tcp://127.0.0.1:{port}")
+        silent, dumb = stranger(port), socket.create_connection(("127.0.0.1", port), PATIENCE)
+        visitor.exchange(m.Hello(m.PROTOCOL_VERSION, "", "", "", 0, 0), PATIENCE)  # asks only the way
+        monkeypatch.setattr(strangers, "HELLO_SECONDS", 0.0)
+        assert hung_up_on(silent) and hung_up_on(dumb)
+        eventually(lambda: service.refused.counts["no hello"] == 3)
+        engine.fetch(1)
+        assert engine.read() == m.Ok(1) and len(connections(port)) == 1
+        for one in (silent, dumb, visitor):
+            one.close()
+
+
+def test_there_are_never_many_connections_that_are_not_let_in(folders, monkeypatch):
+    monkeypatch.setattr(strangers, "MAX_STRANGERS", 2)
+    monkeypatch.setattr(strangers, "HELLO_SECONDS", 100 * PATIENCE)
+    with server_parts(folders, 8 << 20) as (service, port):
+        opened = [stranger(port) for _ in range(5)]
+        assert all(hung_up_on(one) for one in opened[:3])
+        assert service.refused.counts["too many"] == 3 and len(connections(port)) == 2
+        for one in opened:
+            one.close()
+        eventually(lambda: not connections(port))
 
 
 def test_with_a_key_file_only_who_has_it_is_heard(server, engine, tmp_path, caplog):

@@ -301,6 +301,67 @@ def test_nobody_at_a_zmq_address_costs_the_deadline_of_the_call():
     carrier.close()
 
 
+def rogue(listener: socket.socket, says: bytes, times: int) -> None:
+    """A server that says one thing again and again over ZMQ, until the other end hangs up."""
+    connection, _ = listener.accept()
+    with connection:
+        connection.settimeout(PATIENCE)
+        ready = b"\5READY\x0bSocket-Type" + (6).to_bytes(4, "big") + b"ROUTER"
+        connection.sendall(b"\xff" + bytes(8) + b"\x7f\3\0" + b"NULL".ljust(20, b"\0") + bytes(32))
+        connection.sendall(bytes([4, len(ready)]) + ready)
+        heard = b""
+        while b"READY" not in heard:  # nothing may be said before
+            heard += connection.recv(1 << 16)
+        try:
+            for _ in range(times):
+                connection.sendall(says)
+            while connection.recv(1 << 16):
+                pass
+        except ConnectionError:
+            pass
+
+
+def test_a_server_that_sends_a_message_without_end_is_hung_up_on_until_it_is_trusted():
+    part = b"\3" + (1 << 20).to_bytes(8, "big") + bytes(1 << 20)  # and there is more of this message
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        sending = beside(lambda: rogue(listener, part, 4))
+        carrier = ZmqCarrier(f"tcp://127.0.0.1:{listener.getsockname()[1]}")
+        with pytest.raises(ServerUnavailable, match="has sent more than 1048576 bytes"):
+            carrier.exchange(m.Ping(), PATIENCE)
+        carrier.trust()
+        with pytest.raises(ServerUnavailable, match="no answer within the deadline"):
+            carrier.exchange(m.Ping(), 0.0)
+        carrier.close()
+        sending.result(PATIENCE)
+
+
+def test_answers_that_nobody_asked_for_do_not_keep_a_post_waiting():
+    class Flooded:
+        """A socket of a connection on which answers arrive faster than they are read."""
+
+        read, sent = 0, False
+
+        def poll(self, *_):
+            return zmq.POLLIN
+
+        def recv_multipart(self, *_):
+            self.read += 1
+            assert self.read < 10_000
+            return [b""]
+
+        def send_multipart(self, *_, **__):
+            self.sent = True
+
+    carrier, flooded = ZmqCarrier("tcp://127.0.0.1:1"), Flooded()
+    own, carrier._socket = carrier._socket, flooded
+    try:
+        carrier.post(m.Ping())
+        assert flooded.read and flooded.sent
+    finally:
+        carrier._socket = own
+        carrier.close()
+
+
 # Proofs
 
 

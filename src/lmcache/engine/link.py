@@ -341,6 +341,7 @@ class Link:
             try:
                 with_key = endpoint.auth_key_file is not None  # CURVE has seen to it that both have the same
                 proof = b"" if with_key else prove(door, welcome, hello, endpoint.insecure_no_auth)
+                door.trust()
                 hello = msgspec.structs.replace(hello, payload=True, proof=proof)
                 return door, _welcome(door.exchange(hello, _CONNECT_SECONDS)[0]), -1
             except ServerRefused as error:

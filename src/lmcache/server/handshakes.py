@@ -10,6 +10,8 @@ import zmq
 
 from lmcache.config.hosts import ends
 from lmcache.server.refused import Reason, Refused
+from lmcache.server.strangers import Strangers
+from lmcache.wire.received import duplicate
 
 _EVENT = struct.Struct("=HI")
 _EVENTS = (
@@ -20,7 +22,7 @@ _EVENTS = (
 
 class Handshakes:
     """Notes in `refused` the handshakes that fail at `door`, which listens at `host`. `descriptor` is to be watched, and `hear`
-    to be called after every batch of the loop's events."""
+    to be called after every batch of the loop's events. `strangers` are the connections that were not let in yet."""
 
     def __init__(
         self,
@@ -35,6 +37,7 @@ class Handshakes:
         self._hosts: dict[int, str] = {}
         """Of each connection, by its descriptor in this process."""
         self._failed: Reason | None = None
+        self.strangers = Strangers(refused)
         place = f"inproc://handshakes-{id(self)}"
         door.monitor(place, _EVENTS)
         self._monitor = context.socket(zmq.PAIR)
@@ -45,21 +48,34 @@ class Handshakes:
     def close(self) -> None:
         self._door.disable_monitor()
         self._monitor.close(0)
+        self.strangers.close()
 
     def hear(self) -> None:
         while self._waiting():
             kind, value = _EVENT.unpack(self._monitor.recv_multipart(zmq.NOBLOCK)[0])
             if kind == zmq.EVENT_ACCEPTED:
-                host = _host_behind(value)
-                # Where more has happened since, the descriptor may have been closed and be another connection's.
-                self._hosts[value] = self._unknown if self._waiting() else host or self._unknown
+                self._accepted(value)
             elif kind == zmq.EVENT_DISCONNECTED:  # follows a failure at once, in the same thread of ZMQ
+                self.strangers.forget(value)
                 host = self._hosts.pop(value, self._unknown)
                 if self._failed is not None:
                     self._refused.note(f"one from {host}", self._failed, self._remedy(self._failed))
                 self._failed = None
             else:
                 self._failed = self._reason(kind, value)
+        self.strangers.close_excess()
+
+    def let_in(self, descriptor: int) -> None:
+        """A message of this connection was the hello of an engine."""
+        self.hear()  # that it was accepted
+        self.strangers.forget(descriptor)
+
+    def _accepted(self, descriptor: int) -> None:
+        host, connection = _host_behind(descriptor), duplicate(descriptor)
+        # Where more has happened since, the descriptor may have been closed and be another connection's. Its end is told next.
+        self._hosts[descriptor] = self._unknown if self._waiting() else host or self._unknown
+        if connection is not None:
+            self.strangers.add(descriptor, connection, self._hosts[descriptor])
 
     def _waiting(self) -> bool:
         return bool(int(self._monitor.EVENTS) & zmq.POLLIN)

@@ -13,7 +13,16 @@ from lmcache.observability.log import Seldom, init_logger
 logger = init_logger(__name__)
 
 Reason = Literal[
-    "no proof", "no key", "wrong key", "unwanted key", "other user", "version", "too many", "small L1", "no descriptor"
+    "no proof",
+    "no key",
+    "wrong key",
+    "unwanted key",
+    "other user",
+    "version",
+    "too many",
+    "small L1",
+    "no descriptor",
+    "no hello",
 ]
 MAX_PEERS = 64
 """Of whom /status tells, and each of whom the log names at once."""

@@ -94,13 +94,16 @@ class ZmqFace:
         self._descriptor: int = self._socket.FD
         loop.watch(self._descriptor, lambda: None)
         loop.watch(self._handshakes.descriptor, lambda: None)
+        strangers = self._handshakes.strangers
+        loop.watch(strangers.descriptor, strangers.look_at_arrivals)
         loop.after_events.append(self._receive_all)  # ZMQ's descriptors are edge-triggered: always look
-        loop.on_tick.append(self._forget_silent)
+        loop.on_tick += [self._forget_silent, strangers.look_at_all]
 
     def close(self) -> None:
         if hasattr(self, "_descriptor"):
             self.loop.unwatch(self._descriptor)
             self.loop.unwatch(self._handshakes.descriptor)
+            self.loop.unwatch(self._handshakes.strangers.descriptor)
             self.loop.after_events.remove(self._receive_all)
         self._cookie_path.unlink(missing_ok=True)
         if self._authenticator is not None:
@@ -161,6 +164,8 @@ class ZmqFace:
         )
         if not peer.process:  # it said `Bye`, or its hello was declined
             self._peers.pop(identity, None)
+        elif not known:
+            self._handshakes.let_in(envelope.get(zmq.SRCFD))
 
     def _peer(self, identity: bytes, request: m.Request, envelope: zmq.Frame) -> Peer | None:
         if identity in self._peers:

@@ -20,6 +20,7 @@ from lmcache.errors import ServerUnavailable, WireError
 from lmcache.wire import auth
 from lmcache.wire import messages as m
 from lmcache.wire.frames import FrameReader, frame
+from lmcache.wire.received import bytes_received, duplicate
 
 _LINGER_MILLISECONDS = 300
 """How long ZMQ's own thread tries to deliver what was posted last (a `Bye`) after the socket was closed."""
@@ -27,6 +28,14 @@ _HOLD_MICROSECONDS = 200
 """A server that has nothing to evict or to look up in a tier answers in less."""
 _WAITING_ANSWERS = 8
 """Messages of a server that ZMQ takes before they are read: a server that has not proved itself may send anything."""
+MAX_UNTRUSTED_BYTES = 1 << 20
+"""Of a server that may be anybody's, on one connection: ZMQ keeps a message until it is complete, however long it is."""
+_LOOK_SECONDS = 0.01
+"""Between looks at how much such a server has sent, while an answer is waited for."""
+_MAX_SKIPPED = 64
+"""Of answers to earlier posts, before the next one. There is one for each post, unless the server is a rogue."""
+_CONNECTED = struct.Struct("=HI")
+"""An event of ZMQ's monitor: its kind, and the connection's descriptor."""
 _PEER_CREDENTIALS = struct.Struct("3i")
 
 
@@ -200,10 +209,13 @@ class ZmqCarrier:
         self._socket.setsockopt(zmq.IPV6, int(":" in self.host))
         if key_file is not None:
             auth.protect_engine(self._socket, key_file)
+        self._trusted = key_file is not None
+        self._monitor: zmq.Socket[bytes] = self._socket.get_monitor_socket(zmq.EVENT_CONNECTED)
+        self._connection = -1
         try:
             self._socket.connect(f"tcp://{in_url(self.host)}:{self.port}")
         except zmq.ZMQError as error:
-            self._socket.close()
+            self.close()
             raise ServerUnavailable(f"{address}: {error}") from error
 
     def exchange(
@@ -213,9 +225,7 @@ class ZmqCarrier:
         self.post(request, frames)
         try:
             while True:
-                remaining = deadline - time.monotonic()
-                if remaining <= 0 or not self._socket.poll(int(remaining * 1000) + 1, zmq.POLLIN):
-                    raise ServerUnavailable("no answer within the deadline")
+                self._wait(deadline)
                 self._head = self._socket.recv(copy=False)  # it knows the connection that it came by
                 payload = self._socket.recv_multipart() if self._head.more else []
                 sequence, answer = m.decode_answer(self._head.bytes)
@@ -230,8 +240,10 @@ class ZmqCarrier:
     def post(self, request: m.Message, frames: Sequence[bytes | memoryview] = ()) -> None:
         self._sequence += 1
         try:
-            while self._socket.poll(0, zmq.POLLIN):
-                self._socket.recv_multipart(zmq.NOBLOCK)  # answers to earlier posts
+            for _ in range(_MAX_SKIPPED):
+                if not self._socket.poll(0, zmq.POLLIN):
+                    break
+                self._socket.recv_multipart(zmq.NOBLOCK)
             self._socket.send_multipart([m.encode(self._sequence, request), *frames], zmq.NOBLOCK, copy=not frames)
         except zmq.Again as error:
             raise ServerUnavailable("it has hung up") from error
@@ -246,8 +258,40 @@ class ZmqCarrier:
         time.sleep(timeout_seconds)  # ZMQ does not tell; the heartbeat of `engine.link` finds out
         return False
 
+    def trust(self) -> None:
+        """The server has proved whose it is, or the engine does without: it may send as much as it wants."""
+        self._trusted = True
+
     def close(self) -> None:
-        self._socket.close()
+        if not self._socket.closed:
+            self._socket.disable_monitor()
+            self._monitor.close(0)
+            self._socket.close()
+
+    def _wait(self, deadline: float) -> None:
+        """For a message. Raises ServerUnavailable where none comes in time, or too much of one."""
+        while (remaining := deadline - time.monotonic()) > 0:
+            if not self._trusted and self._received() > MAX_UNTRUSTED_BYTES:
+                raise ServerUnavailable(f"it has sent more than {MAX_UNTRUSTED_BYTES} bytes and not said whose it is")
+            step = remaining if self._trusted else min(remaining, _LOOK_SECONDS)
+            if self._socket.poll(int(step * 1000) + 1, zmq.POLLIN):
+                return
+        raise ServerUnavailable("no answer within the deadline")
+
+    def _received(self) -> int:
+        """Bytes, over the connection, if there is one (still)."""
+        if self._connection < 0 and self._monitor.poll(0):
+            _, self._connection = _CONNECTED.unpack(self._monitor.recv_multipart()[0])
+        connection = duplicate(self._connection) if self._connection >= 0 else None
+        if connection is None:
+            return 0
+        with connection:
+            try:
+                # Where the connection has ended, its number may be another one's by now.
+                is_ours = connection.getpeername()[:2] == (self.host, self.port)
+            except OSError:
+                return 0
+            return bytes_received(connection) if is_ours else 0
 
 
 def _numeric(address: str) -> tuple[str, int]:

@@ -1,0 +1,33 @@
+"""How much has come through a TCP connection that ZMQ owns. ZMQ keeps a message until it is complete, however long it is, and
+does not tell; the kernel does."""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+
+_BYTES_RECEIVED = struct.Struct("=128xQ")
+"""The start of Linux's `struct tcp_info`, as far as `tcpi_bytes_received` (Linux 4.1)."""
+
+
+def duplicate(descriptor: int) -> socket.socket | None:
+    """Another descriptor of the same connection, for the caller to close; None where the number is no socket's (any more)."""
+    try:
+        copy = os.dup(descriptor)
+    except OSError:
+        return None
+    try:
+        return socket.socket(fileno=copy)
+    except OSError:
+        os.close(copy)
+        return None
+
+
+def bytes_received(connection: socket.socket) -> int:
+    """What the other end has sent so far; 0 where the kernel does not tell, or the connection is not TCP's."""
+    try:
+        told = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BYTES_RECEIVED.size)
+    except OSError:
+        return 0
+    return int(_BYTES_RECEIVED.unpack(told)[0]) if len(told) == _BYTES_RECEIVED.size else 0
