@@ -23,7 +23,7 @@ from lmcache.server import http
 from lmcache.server.http import HttpFace
 from lmcache.server.metrics import HELP
 from ports import free_port
-from servers import PATIENCE, READY, eventually, key_file, server_parts, unresolved
+from servers import PATIENCE, READY, beside, eventually, key_file, server_parts, unresolved
 
 SOURCE = Path(lmcache.__file__).parents[1]
 TOKEN = "a-token-that-nobody-may-see"
@@ -261,6 +261,32 @@ def test_a_silent_peer_costs_the_deadline(monkeypatch: pytest.MonkeyPatch, capsy
         listener.listen()
         assert main(["ping", "--url", f"127.0.0.1:{listener.getsockname()[1]}"]) == 1
     assert "no answer within 0.2 s" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"HTTP/1.1 503 no\r\n\r\n" + json.dumps({"reason": "\x1b[2J" + "x" * 50_000}).encode(),
+        b"\x1b[2J" + b"x" * 50_000 + b"\r\n",
+    ],
+    ids=["a reason", "no HTTP"],
+)
+def test_what_a_stranger_answers_is_shown_cut_and_without_control_characters(
+    answer: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def serve() -> None:
+        for _ in range(1 + answer.startswith(b"\x1b")):  # what is no HTTP is looked at once more
+            client, _ = listener.accept()
+            with client:
+                client.recv(4096)
+                client.sendall(answer)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        served = beside(serve)
+        assert main(["ping", "--url", f"http://127.0.0.1:{listener.getsockname()[1]}"]) == 1
+        served.result(PATIENCE)
+    said = capsys.readouterr().err
+    assert "?[2J" in said and said.rstrip("\n").isprintable() and len(said) < 5000
 
 
 def test_clear(server: Server, capsys: pytest.CaptureFixture[str]) -> None:

@@ -594,6 +594,7 @@ GARBAGE = [
     b"+PONG\r\n*99999999\r\n",
     b"+PONG\r\n" + b"*1\r\n" * 2000,
     b"+PONG\r\n-ERR what is that\r\n",
+    b"-ERR what\nFORGED \x1b[2J" + b"x" * 10_000 + b"\r\n",
     b"+PONG\r\n+" + b"x" * 70_000,
     b"-WRONGPASS \xff\xfe\r\n",
     *(b"+PONG\r\n" + random.Random(seed).randbytes(200).replace(b"\x00", b"\r\n") for seed in range(30)),
@@ -614,8 +615,9 @@ def test_whatever_is_answered_there_is_one_kind_of_error(said: bytes) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=serve)
         thread.start()
-        with pytest.raises(TierError):
+        with pytest.raises(TierError) as caught:
             tier_of(f"redis://127.0.0.1:{listener.getsockname()[1]}/0")
+        assert str(caught.value).isprintable() and len(str(caught.value)) < 1000
         thread.join()
 
 

@@ -21,7 +21,7 @@ from lmcache.config.hosts import connect, in_url
 from lmcache.config.options import switch
 from lmcache.engine.proofs import prove
 from lmcache.errors import IdentityUnknown, LMCacheError, ServerRefused, ServerUnavailable
-from lmcache.observability.log import init_logger
+from lmcache.observability.log import init_logger, printable
 from lmcache.wire import messages as m
 from lmcache.wire.carriers import Carrier, UnixCarrier, ZmqCarrier
 from lmcache.wire.knock import knock
@@ -41,8 +41,8 @@ _STARTING_SECONDS = 60.0
 _CONNECT_SECONDS = 1.0
 _LOOK_SECONDS = 1.0
 """Between looks at whether something is due, at most; a connection's end is noticed at once."""
-_SAID_CHARACTERS = 500
-"""Of what a server says about itself, in a line of the log."""
+_PATH_CHARACTERS = 200
+"""Of a path that a server names, in a line of the log."""
 RENEWALS = 4
 """How often a lease is renewed within the life of a claim: one renewal that comes late or gets lost does no harm."""
 MOST_DEADLINE_SECONDS = 3600.0
@@ -439,7 +439,7 @@ def ask(carrier: Carrier, request: m.Message, expect: type[m.AnswerT]) -> m.Answ
 def _refusal(answer: m.Answer) -> ServerRefused:
     """What to raise for an answer of another kind than was asked for. Whoever sent it may be no server of ours."""
     if isinstance(answer, m.Error):
-        return ServerRefused(m.printable(answer.text, _SAID_CHARACTERS))
+        return ServerRefused(printable(answer.text))
     return ServerRefused(f"unexpected answer {type(answer).__name__}")
 
 
@@ -483,10 +483,11 @@ def _is_unix(endpoint: Endpoint) -> bool:
 
 def _why_not_mine(path: str) -> str:
     """ "" where the socket is there and this user's own; behind another user's there is no arena for us."""
+    shown = printable(path, _PATH_CHARACTERS)
     try:
         owner = os.stat(path).st_uid
     except (OSError, ValueError) as error:
-        return f"user {os.getuid()} cannot see its socket {path!r} ({getattr(error, 'strerror', error)})"
+        return f"user {os.getuid()} cannot see its socket '{shown}' ({getattr(error, 'strerror', error)})"
     return (
-        "" if owner == os.getuid() else f"its socket {path} is user {owner}'s, and this engine is user {os.getuid()}'s"
+        "" if owner == os.getuid() else f"its socket {shown} is user {owner}'s, and this engine is user {os.getuid()}'s"
     )

@@ -17,6 +17,7 @@ import zmq
 from lmcache.compiled import load_native
 from lmcache.config.hosts import addresses, in_url
 from lmcache.errors import ServerUnavailable, WireError
+from lmcache.observability.log import printable
 from lmcache.wire import auth
 from lmcache.wire import messages as m
 from lmcache.wire.frames import FrameReader, frame
@@ -64,7 +65,7 @@ class UnixCarrier:
             self._socket.connect(path)
             uid = _PEER_CREDENTIALS.unpack(self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[1]
             if uid != os.getuid():
-                raise ServerUnavailable(f"the server behind {path} runs as user {uid}, this engine as {os.getuid()}")
+                raise ServerUnavailable(f"the server there runs as user {uid}, this engine as {os.getuid()}")
             self._socket.sendall(frame(m.encode(0, hello)))
             data, descriptors, _, _ = socket.recv_fds(self._socket, 1 << 16, 1)
             self.descriptor = descriptors[0] if descriptors else -1
@@ -74,7 +75,7 @@ class UnixCarrier:
             self._socket.close()
             if self.descriptor >= 0:
                 os.close(self.descriptor)
-            shown = path.replace("\0", "@")  # as such a name is written
+            shown = printable(path.replace("\0", "@"), 200)  # a name that is no file is written with an @
             raise ServerUnavailable(f"{shown}: {error}") from error
 
     def exchange(
@@ -90,7 +91,7 @@ class UnixCarrier:
                 if sequence == self._sequence:
                     return answer, []
                 if sequence > self._sequence or sequence == 0:
-                    raise WireError(f"answer {sequence} to request {self._sequence}: {answer}")
+                    raise WireError(f"answer {sequence} to request {self._sequence}: {printable(str(answer))}")
         except (OSError, WireError) as error:
             raise ServerUnavailable(str(error) or type(error).__name__) from error
 
@@ -220,8 +221,7 @@ class ZmqCarrier:
                 if sequence == self._sequence:
                     return answer, payload
                 if sequence > self._sequence or (sequence == 0 and isinstance(answer, m.Error)):
-                    said = m.printable(str(answer), 500)
-                    raise ServerUnavailable(f"answer {sequence} to request {self._sequence}: {said}")
+                    raise ServerUnavailable(f"answer {sequence} to request {self._sequence}: {printable(str(answer))}")
         except (zmq.ZMQError, WireError) as error:
             raise ServerUnavailable(str(error)) from error
 
