@@ -12,9 +12,12 @@ from types import SimpleNamespace
 import pytest
 
 from lmcache.config import hosts
+from lmcache.engine import link
+from lmcache.engine.link import Endpoint, Link, probe
+from lmcache.errors import ServerUnavailable
 from lmcache.tiers import TierError
 from lmcache.tiers.registry import make_tier
-from servers import PATIENCE, eventually
+from servers import PATIENCE, beside, eventually
 
 NAME = "cache.invalid"
 
@@ -55,6 +58,19 @@ def test_a_resolver_that_does_not_answer_costs_a_tier_its_timeout_and_one_thread
     finally:
         resolver.answers.set()
         worker.join()
+
+
+def test_a_resolver_that_does_not_answer_holds_up_no_end_of_a_link(
+    resolver: SimpleNamespace, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(link, "_CONNECT_SECONDS", 0.1)
+    one = Link(Endpoint(f"tcp://{NAME}:5555", "engine", "worker"), lambda *_: None)
+    eventually(lambda: f"yet (host '{NAME}' was not resolved in 0.1 s" in caplog.text, PATIENCE / 2)
+    beside(one.close).result(PATIENCE)
+    eventually(lambda: not one._thread.is_alive(), PATIENCE / 2)
+    with pytest.raises(ServerUnavailable, match="was not resolved in"):
+        beside(lambda: probe(f"tcp://{NAME}:5555", 0.1)).result(PATIENCE / 2)
+    assert not resolver.answers.is_set()
 
 
 def test_a_name_that_resolves_later_is_connected_to(resolver: SimpleNamespace) -> None:

@@ -64,6 +64,19 @@ def test_a_server_that_listens_on_ipv6(server, engine):
     probe(cache.address, PATIENCE)
 
 
+def test_a_server_on_one_of_a_names_addresses_is_found_there(server, engine):
+    """127.0.0.1 is the other one of localhost, and nobody listens there."""
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("no IPv6 here")
+    cache, ids = server(flags=("--host", "::1")), list(range(640))
+    cache.address = f"tcp://localhost:{cache.port}"
+    one, far = engine(cache), engine(cache, "far", mode="payload")
+    assert one.store(ids) == far.load(ids) == 640
+    probe(cache.address, PATIENCE)
+
+
 def test_payload_engines_and_mapped_ones_share(server, engine):
     cache, ids = server(), list(range(1000))
     near, far = engine(cache, "near"), engine(cache, "far", mode="payload")
@@ -412,7 +425,7 @@ def test_a_probe_says_why_no_server_answers(server, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=f"{key}: others may read it"):
         probe(keyed.address, PATIENCE)
     monkeypatch.setattr(socket, "getaddrinfo", unresolved)
-    with pytest.raises(ServerUnavailable, match=r"host 'no\.such\.host' does not resolve"):
+    with pytest.raises(ServerUnavailable, match=r"host 'no\.such\.host' does not resolve: Name or service not known"):
         probe("tcp://no.such.host:5555", PATIENCE)
 
 

@@ -314,14 +314,13 @@ class Link:
     def _through_port(self, hello: m.Hello) -> tuple[Carrier, m.Welcome, int]:
         """As `_through_socket`; -1 where payload frames are to be used."""
         endpoint = self.endpoint
-        door = ZmqCarrier(endpoint.address, endpoint.auth_key_file)
+        door = ZmqCarrier(_reached(endpoint.address, _CONNECT_SECONDS), endpoint.auth_key_file)
         carrier: Carrier = door
         try:
-            _must_listen(endpoint.address, _CONNECT_SECONDS)
             try:
                 welcome = _welcome(door.exchange(hello, _CONNECT_SECONDS)[0])
             except ServerUnavailable as error:
-                raise _explained(error, endpoint.address, endpoint.auth_key_file, _CONNECT_SECONDS) from error
+                raise _explained(error, door, endpoint.auth_key_file, _CONNECT_SECONDS) from error
             unix, why_not = self._unix(welcome, hello)
             if unix is not None:
                 carrier = unix
@@ -370,35 +369,35 @@ def probe(address: str, timeout_seconds: float) -> None:
         ServerRefused: one is there that lets this user's processes in with another key only, or without one.
         ConfigError: the key file of this process is no good.
     """
-    _must_listen(address, timeout_seconds)
-    key = _key_file()
-    carrier = ZmqCarrier(address, key)
+    reached, key = _reached(address, timeout_seconds), _key_file()
+    carrier = ZmqCarrier(reached, key)
     try:
         carrier.exchange(m.Hello(m.PROTOCOL_VERSION, __version__, "", "probe", 0, os.getpid()), timeout_seconds)
     except ServerUnavailable as error:
-        raise _explained(error, address, key, timeout_seconds) from error
+        raise _explained(error, carrier, key, timeout_seconds) from error
     finally:
         carrier.close()
 
 
-def _must_listen(address: str, timeout_seconds: float) -> None:
-    """Return where somebody listens. ZMQ does not tell that nobody does; TCP does, at once.
+def _reached(address: str, timeout_seconds: float) -> str:
+    """tcp://host:port with the one numeric address of the host at which somebody listens, for all that follows. ZMQ does not
+    tell that nobody does; TCP does, at once.
 
     Raises:
         ServerUnavailable: nobody does; the text says why.
     """
-    host, port = _place(address)
+    host, _, port = address.removeprefix("tcp://").rpartition(":")
     try:
-        connect(host, port, timeout_seconds).close()
+        with connect(host, int(port), timeout_seconds) as connection:
+            return f"tcp://{in_url(connection.getpeername()[0])}:{port}"
     except OSError as error:
         raise ServerUnavailable(str(error)) from error
 
 
-def _explained(error: ServerUnavailable, address: str, key: Path | None, timeout_seconds: float) -> LMCacheError:
+def _explained(error: ServerUnavailable, door: ZmqCarrier, key: Path | None, timeout_seconds: float) -> LMCacheError:
     """Why the hello had no answer. ZMQ does not tell; what listens there does."""
-    host, port = _place(address)
     try:
-        listener = knock(host, port, timeout_seconds, "CURVE" if key else "NULL")
+        listener = knock(door.host, door.port, timeout_seconds, "CURVE" if key else "NULL")
     except OSError as refusal:
         return ServerUnavailable(str(refusal))
     if listener == "CURVE" and key is None:
@@ -412,16 +411,10 @@ def _explained(error: ServerUnavailable, address: str, key: Path | None, timeout
         )
     if listener in ("HTTP", "something else"):
         return ServerUnavailable(
-            f"port {port} speaks {listener}: give the engines' port, which is --port of `lmcache server`, 5555 by default"
+            f"port {door.port} speaks {listener}: give the engines' port, which is --port of `lmcache server`, 5555 by default"
         )
     hint = f"; it wants a key: is {key} a copy of the server's --auth-key-file?" if listener == "CURVE" else ""
     return ServerUnavailable(f"{error}, but the port is open{hint}")
-
-
-def _place(address: str) -> tuple[str, int]:
-    """Host and port of tcp://host:port."""
-    host, _, port = address.removeprefix("tcp://").rpartition(":")
-    return host, int(port)
 
 
 def ask(carrier: Carrier, request: m.Message, expect: type[m.AnswerT]) -> m.AnswerT:

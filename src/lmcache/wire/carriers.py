@@ -9,13 +9,14 @@ import socket
 import struct
 import time
 from collections.abc import Callable, Sequence
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Protocol
 
 import zmq
 
 from lmcache.compiled import load_native
-from lmcache.config.hosts import addresses, in_url
+from lmcache.config.hosts import in_url
 from lmcache.errors import ServerUnavailable, WireError
 from lmcache.observability.log import printable
 from lmcache.wire import auth
@@ -181,15 +182,14 @@ class ZmqCarrier:
     """A ZMQ socket to a server anywhere, for one connection, which ZMQ does not renew: whoever has the port after it has ended
     may be another server, and gets nothing that was meant for this one.
 
-    address: tcp://host:port. key_file: switches CURVE on. `host` and `port` are the numeric address and the port of the server.
+    address: tcp://host:port, the host as a number: ZMQ would look a name up without an end, and take one of its addresses.
+    key_file: switches CURVE on. `host` and `port` are the server's.
     """
 
     def __init__(self, address: str, key_file: Path | None = None) -> None:
         self._sequence = 0
-        try:
-            self.host, self.port = _numeric(address)
-        except OSError as error:
-            raise ServerUnavailable(str(error)) from error
+        host, _, port = address.removeprefix("tcp://").rpartition(":")
+        self.host, self.port = str(ip_address(host.removeprefix("[").removesuffix("]"))), int(port)
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, _LINGER_MILLISECONDS)
         self._socket.setsockopt(zmq.MAXMSGSIZE, m.MAX_PAYLOAD_BYTES)
@@ -242,14 +242,3 @@ class ZmqCarrier:
 
     def close(self) -> None:
         self._socket.close()
-
-
-def _numeric(address: str) -> tuple[str, int]:
-    """The address of the host of tcp://host:port, IPv4 where there is one, and the port. ZMQ would not tell that a name does
-    not resolve.
-
-    Raises:
-        OSError: the name does not resolve.
-    """
-    host, _, port = address.removeprefix("tcp://").rpartition(":")
-    return min(addresses(host), key=lambda found: ":" in found), int(port)
