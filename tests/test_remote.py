@@ -30,9 +30,10 @@ from lmcache.server.service import Peer, Service
 from lmcache.wire import auth
 from lmcache.wire import messages as m
 from lmcache.wire.carriers import ZmqCarrier
+from lmcache.wire.knock import _receive as receive
 from lmcache.wire.knock import knock
 from ports import free_port
-from servers import PATIENCE, EngineProcess, eventually, key_file, server_parts, unresolved
+from servers import PATIENCE, EngineProcess, beside, eventually, key_file, server_parts, unresolved
 
 
 def payload_hello(proof: bytes = b"", session: bytes = b"x") -> m.Hello:
@@ -441,6 +442,18 @@ def test_an_engine_at_another_port_says_what_is_spoken_there(server, engine, cap
         speaker.start()  # the first of these two is the silent one
         assert knock("127.0.0.1", port, PATIENCE) == "something else"
         speaker.join()
+
+
+def test_what_comes_in_drops_does_not_stretch_the_time_of_a_knock():
+    mine, other = socket.socketpair()
+    with mine, other:
+        stop = threading.Event()
+        dripping = beside(lambda: [other.sendall(b"x") for _ in iter(lambda: stop.wait(0.02), True)])
+        try:
+            assert beside(lambda: receive(mine, 1 << 20, 0.2)).result(PATIENCE).count(b"x") < 1 << 20
+        finally:
+            stop.set()
+        dripping.result(PATIENCE)
 
 
 def test_the_number_of_an_ended_connection_may_be_another_ones():
