@@ -8,6 +8,7 @@ import os
 import queue
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -55,6 +56,17 @@ def key_file(folder: Path, name: str = "key", mode: int = 0o600) -> Path:
     path.write_bytes(zmq.curve_keypair()[1])
     path.chmod(mode)
     return path
+
+
+def signed_by_itself(folder: Path) -> tuple[ssl.SSLContext, Path]:
+    """A server's side of TLS for localhost, and the file of its certificate."""
+    key, certificate = folder / "key.pem", folder / "ca.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
+    command += ["-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)]
+    subprocess.run(command, check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    return context, certificate
 
 
 def unresolved(host: str, *rest: Any, **more: Any) -> Any:

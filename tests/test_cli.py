@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -23,7 +25,7 @@ from lmcache.server import http
 from lmcache.server.http import HttpFace
 from lmcache.server.metrics import HELP
 from ports import free_port
-from servers import PATIENCE, READY, eventually, key_file, server_parts, unresolved
+from servers import PATIENCE, READY, beside, eventually, key_file, server_parts, signed_by_itself, unresolved
 
 SOURCE = Path(lmcache.__file__).parents[1]
 TOKEN = "a-token-that-nobody-may-see"
@@ -261,6 +263,73 @@ def test_a_silent_peer_costs_the_deadline(monkeypatch: pytest.MonkeyPatch, capsy
         listener.listen()
         assert main(["ping", "--url", f"127.0.0.1:{listener.getsockname()[1]}"]) == 1
     assert "no answer within 0.2 s" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"HTTP/1.1 503 no\r\n\r\n" + json.dumps({"reason": "\x1b[2J" + "x" * 50_000}).encode(),
+        b"\x1b[2J" + b"x" * 50_000 + b"\r\n",
+    ],
+    ids=["a reason", "no HTTP"],
+)
+def test_what_a_stranger_answers_is_shown_cut_and_without_control_characters(
+    answer: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def serve() -> None:
+        for _ in range(1 + answer.startswith(b"\x1b")):  # what is no HTTP is looked at once more
+            client, _ = listener.accept()
+            with client:
+                client.recv(4096)
+                client.sendall(answer)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        served = beside(serve)
+        assert main(["ping", "--url", f"http://127.0.0.1:{listener.getsockname()[1]}"]) == 1
+        served.result(PATIENCE)
+    said = capsys.readouterr().err
+    assert "?[2J" in said and said.rstrip("\n").isprintable() and len(said) < 5000
+
+
+@pytest.mark.parametrize(
+    "begin",
+    [
+        b"HTTP/1.1 200 OK\r\nX: ",
+        b"HTTP/1.1 200 OK\r\n\r\n",
+        b"HTTP/1.1 503 no\r\n\r\n",
+        b"HTTP/1.1 302 Found\r\nLocation: /elsewhere\r\n\r\n",
+    ],
+    ids=["a header", "an answer", "an error", "a redirect"],
+)
+@pytest.mark.parametrize("tls", [False, True], ids=["http", "https"])
+def test_an_answer_in_drops_does_not_stretch_the_deadline(
+    begin: bytes, tls: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if tls:
+        context, certificate = signed_by_itself(tmp_path)
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    monkeypatch.setattr("lmcache.wire.http_client.DEADLINE_SECONDS", 1.0)
+    stop = threading.Event()
+
+    def drip() -> None:
+        client, _ = listener.accept()
+        if tls:
+            client = context.wrap_socket(client, server_side=True)
+        with client, contextlib.suppress(OSError):
+            client.recv(4096)
+            client.sendall(begin)
+            while not stop.wait(0.02):
+                client.sendall(b"a")
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"{'https' if tls else 'http'}://localhost:{listener.getsockname()[1]}"
+        dripping = beside(drip)
+        try:
+            assert beside(lambda: main(["ping", "--url", url])).result(PATIENCE) == 1
+        finally:
+            stop.set()
+        dripping.result(PATIENCE)
+    assert f"no server at {url}: no answer within 1 s" in capsys.readouterr().err
 
 
 def test_clear(server: Server, capsys: pytest.CaptureFixture[str]) -> None:

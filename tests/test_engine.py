@@ -14,8 +14,6 @@ import pytest
 from engine_process import pause_once
 from lmcache.engine import Load, link, worker
 from lmcache.engine.link import RENEWALS
-from lmcache.errors import ServerUnavailable
-from lmcache.wire.carriers import ZmqCarrier
 from ports import free_port
 from servers import PATIENCE, eventually, unresolved
 
@@ -59,12 +57,6 @@ def test_loopback_needs_no_resolver(server, engine, monkeypatch, name):
     cache.address = cache.address.replace("127.0.0.1", name)
     for mode in ("auto", "payload"):
         engine(cache, mode, mode=mode)
-
-
-def test_a_name_that_does_not_resolve_is_said_to_be_that(monkeypatch):
-    monkeypatch.setattr(socket, "getaddrinfo", unresolved)
-    with pytest.raises(ServerUnavailable, match=r"host 'no\.such\.host' does not resolve: Name or service not known"):
-        ZmqCarrier("tcp://no.such.host:5555")
 
 
 def test_an_l1_smaller_than_a_chunk_is_said_on_both_sides_and_not_tried_all_the_time(

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
 import threading
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
 
 from lmcache.config import hosts
+from lmcache.engine import link
+from lmcache.engine.link import Endpoint, Link, probe
+from lmcache.errors import ServerUnavailable
 from lmcache.tiers import TierError
 from lmcache.tiers.registry import make_tier
-from servers import PATIENCE
+from servers import PATIENCE, beside, eventually
 
 NAME = "cache.invalid"
 
 
 @pytest.fixture
-def resolver(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+def resolver(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     """One that answers nobody before `answers` is set, and then with `found`."""
     resolve, there = socket.getaddrinfo, SimpleNamespace(asked=0, answers=threading.Event(), found=["127.0.0.1"])
 
@@ -29,7 +35,9 @@ def resolver(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 0)) for address in there.found]
 
     monkeypatch.setattr(socket, "getaddrinfo", slow)
-    return there
+    yield there
+    there.answers.set()
+    eventually(lambda: not hosts._under_way)  # else the next test may get this one's answer
 
 
 def test_a_resolver_that_does_not_answer_costs_a_tier_its_timeout_and_one_thread(resolver: SimpleNamespace) -> None:
@@ -50,6 +58,19 @@ def test_a_resolver_that_does_not_answer_costs_a_tier_its_timeout_and_one_thread
     finally:
         resolver.answers.set()
         worker.join()
+
+
+def test_a_resolver_that_does_not_answer_holds_up_no_end_of_a_link(
+    resolver: SimpleNamespace, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(link, "_CONNECT_SECONDS", 0.1)
+    one = Link(Endpoint(f"tcp://{NAME}:5555", "engine", "worker"), lambda *_: None)
+    eventually(lambda: f"yet (host '{NAME}' was not resolved in 0.1 s" in caplog.text, PATIENCE / 2)
+    beside(one.close).result(PATIENCE)
+    eventually(lambda: not one._thread.is_alive(), PATIENCE / 2)
+    with pytest.raises(ServerUnavailable, match="was not resolved in"):
+        beside(lambda: probe(f"tcp://{NAME}:5555", 0.1)).result(PATIENCE / 2)
+    assert not resolver.answers.is_set()
 
 
 def test_a_name_that_resolves_later_is_connected_to(resolver: SimpleNamespace) -> None:
@@ -79,3 +100,45 @@ def test_all_addresses_of_a_host_share_one_timeout(resolver: SimpleNamespace, mo
     with pytest.raises(TimeoutError):
         hosts.connect(NAME, 6379, 3.0)
     assert given == resolver.found and clock[0] == pytest.approx(102.0)
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # "is multi-threaded": that is what is tested
+def test_a_child_forked_during_a_look_up_asks_for_itself(resolver: SimpleNamespace) -> None:
+    """Its parent's thread is not there to answer, nor to let go of the lock."""
+    with pytest.raises(OSError, match="not resolved in"):
+        hosts.connect(NAME, 1, 0.05)
+    with socket.create_server(("127.0.0.1", 0)) as server, hosts._asking:
+        child = os.fork()
+        if not child:
+            try:
+                signal.signal(signal.SIGALRM, signal.SIG_DFL)
+                signal.alarm(int(PATIENCE))
+                resolver.answers = threading.Event()
+                resolver.answers.set()
+                hosts.connect(NAME, server.getsockname()[1], PATIENCE).close()
+                os._exit(0)
+            finally:
+                os._exit(1)
+        assert os.waitpid(child, 0)[1] == 0
+
+
+def test_a_thread_that_cannot_be_started_fails_one_call(resolver: SimpleNamespace) -> None:
+    resolver.answers.set()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        size = threading.stack_size(1 << 46)  # more than there are addresses
+        try:
+            with pytest.raises(OSError, match=f"host '{NAME}' was not looked up: can't start new thread"):
+                hosts.connect(NAME, server.getsockname()[1], PATIENCE)
+        finally:
+            threading.stack_size(size)
+        hosts.connect(NAME, server.getsockname()[1], PATIENCE).close()
+
+
+def test_a_look_up_that_goes_wrong_fails_one_call(resolver: SimpleNamespace) -> None:
+    resolver.answers.set()
+    resolver.found = None
+    with pytest.raises(TypeError):
+        hosts.connect(NAME, 1, PATIENCE)
+    resolver.found = ["127.0.0.1"]
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        hosts.connect(NAME, server.getsockname()[1], PATIENCE).close()

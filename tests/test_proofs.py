@@ -120,6 +120,23 @@ def test_who_bound_the_port_first_gets_neither_kv_nor_hashes(engine, impostor, t
     assert any(isinstance(request, m.Declined) for request, _ in rogue.heard) == bool(owner)
 
 
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a file to another user")
+def test_a_path_that_a_rogue_names_makes_one_short_line_of_the_log(engine, impostor, tmp_path, caplog):
+    """Of a file of another user, since its name is told, and of none."""
+    theirs = tmp_path / "x\n[2026-01-01 00:00:00] LMCache ERROR: FORGED"
+    theirs.touch()
+    os.chown(theirs, 12345, 12345)
+    for path in (str(theirs), "/no\nFORGED/" + "a" * 4000):
+        welcome = m.Welcome(m.PROTOCOL_VERSION, "test", b"s" * 16, 16, path, b"a" * 16, 1 << 20, "/no.cookie")
+        rogue = impostor(
+            lambda sequence, request, welcome=welcome: greedy(sequence, request, welcome, m.Error("x", ""))
+        )
+        caplog.clear()
+        engine(rogue, connect=False)
+        for line in eventually(lambda: warnings(caplog)):
+            assert "?" in line and line.isprintable() and len(line) < 1000, line
+
+
 def test_a_recorded_proof_of_the_server_is_worth_nothing_to_who_takes_its_port(server, engine, impostor, carrier):
     """The rogue has the id of the dead server, whose cookie file is still there, and a proof that it gave."""
     cache = server()

@@ -30,9 +30,10 @@ from lmcache.server.service import Peer, Service
 from lmcache.wire import auth
 from lmcache.wire import messages as m
 from lmcache.wire.carriers import ZmqCarrier
+from lmcache.wire.knock import _receive as receive
 from lmcache.wire.knock import knock
 from ports import free_port
-from servers import PATIENCE, EngineProcess, eventually, key_file, server_parts, unresolved
+from servers import PATIENCE, EngineProcess, beside, eventually, key_file, server_parts, unresolved
 
 
 def payload_hello(proof: bytes = b"", session: bytes = b"x") -> m.Hello:
@@ -61,6 +62,19 @@ def test_a_server_that_listens_on_ipv6(server, engine):
     one, far = engine(cache), engine(cache, "far", mode="payload")
     assert one.store(ids) == 640
     assert far.load(ids) == 640
+    probe(cache.address, PATIENCE)
+
+
+def test_a_server_on_one_of_a_names_addresses_is_found_there(server, engine):
+    """127.0.0.1 is the other one of localhost, and nobody listens there."""
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("no IPv6 here")
+    cache, ids = server(flags=("--host", "::1")), list(range(640))
+    cache.address = f"tcp://localhost:{cache.port}"
+    one, far = engine(cache), engine(cache, "far", mode="payload")
+    assert one.store(ids) == far.load(ids) == 640
     probe(cache.address, PATIENCE)
 
 
@@ -473,7 +487,7 @@ def test_a_probe_says_why_no_server_answers(server, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=f"{key}: others may read it"):
         probe(keyed.address, PATIENCE)
     monkeypatch.setattr(socket, "getaddrinfo", unresolved)
-    with pytest.raises(ServerUnavailable, match=r"host 'no\.such\.host' does not resolve"):
+    with pytest.raises(ServerUnavailable, match=r"host 'no\.such\.host' does not resolve: Name or service not known"):
         probe("tcp://no.such.host:5555", PATIENCE)
 
 
@@ -489,6 +503,18 @@ def test_an_engine_at_another_port_says_what_is_spoken_there(server, engine, cap
         speaker.start()  # the first of these two is the silent one
         assert knock("127.0.0.1", port, PATIENCE) == "something else"
         speaker.join()
+
+
+def test_what_comes_in_drops_does_not_stretch_the_time_of_a_knock():
+    mine, other = socket.socketpair()
+    with mine, other:
+        stop = threading.Event()
+        dripping = beside(lambda: [other.sendall(b"x") for _ in iter(lambda: stop.wait(0.02), True)])
+        try:
+            assert beside(lambda: receive(mine, 1 << 20, 0.2)).result(PATIENCE).count(b"x") < 1 << 20
+        finally:
+            stop.set()
+        dripping.result(PATIENCE)
 
 
 def test_the_number_of_an_ended_connection_may_be_another_ones():

@@ -98,6 +98,17 @@ def test_any_damage_is_a_message_or_a_wire_error(message, data):
 
 
 def test_bounds():
+    welcome = m.Welcome(m.PROTOCOL_VERSION, "1.0", b"s" * 16, 16, "/run/s", b"a" * 16, 1 << 20, "/run/c.cookie")
+    long = {
+        "software": "1" * 201,
+        "server": bytes(65),
+        "socket_path": "/" * 4097,
+        "arena": bytes(65),
+        "cookie_path": "/" * 4097,
+    }
+    for name, value in long.items():
+        with pytest.raises(WireError, match=r"malformed answer of \d+ bytes: Expected"):
+            m.decode_answer(m.encode(1, msgspec.structs.replace(welcome, **{name: value})))
     for huge in (m.Release([1] * 70_000), m.Reserve(0, 0, b"", True, bytes(16 * (m.MAX_RESERVED_CHUNKS + 1)))):
         with pytest.raises(WireError):
             m.decode_request(m.encode(9, huge))
@@ -196,11 +207,18 @@ def test_answers_to_posts_are_passed_over(pair):
     assert carrier.exchange(m.Lookup(0, b""), PATIENCE) == (m.Found(1, 2, b"abcd"), [])
 
 
-@pytest.mark.parametrize("says", [frame(b"junk"), b"\xff" * 9, frame(m.encode(8, m.Ok())), frame(m.encode(0, m.Ok()))])
+NONSENSE = [
+    *(frame(b"junk"), b"\xff" * 9, frame(m.encode(8, m.Ok())), frame(m.encode(0, m.Ok()))),
+    frame(m.encode(0, m.Error("x", "\x1b[2J" + "a" * 50_000))),
+]
+
+
+@pytest.mark.parametrize("says", NONSENSE, ids=range(len(NONSENSE)))
 def test_nonsense_ends_a_carrier_at_once(pair, says):
     carrier, other = pair
     other.sendall(says)
-    assert isinstance(beside(lambda: carrier.exchange(m.Ping(), PATIENT)).exception(PATIENCE), ServerUnavailable)
+    error = beside(lambda: carrier.exchange(m.Ping(), PATIENT)).exception(PATIENCE)
+    assert isinstance(error, ServerUnavailable) and str(error).isprintable() and len(str(error)) < 1000
 
 
 def test_silence_ends_a_carrier_at_the_deadline_of_its_call(pairs):
@@ -220,6 +238,13 @@ def test_a_name_is_told_as_it_is_written():
     with pytest.raises(ServerUnavailable, match=r"^@nobody-here: ") as caught:
         UnixCarrier("\0nobody-here", REQUESTS[0], 1.0)
     assert "\0" not in str(caught.value)
+
+
+def test_a_path_that_a_server_names_is_shown_cut_and_in_one_line():
+    for path in ("/nowhere\nFORGED", "/" + "a" * 4000):
+        with pytest.raises(ServerUnavailable) as caught:
+            UnixCarrier(path, REQUESTS[0], 1.0)
+        assert str(caught.value).isprintable() and len(str(caught.value)) < 300
 
 
 def test_a_round_trip_sends_all_of_a_request_and_returns_what_arrives_first(exchange):

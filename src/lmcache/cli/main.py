@@ -12,7 +12,10 @@ from lmcache import __version__
 from lmcache.cli import bench, clear, describe, ping, server, settings
 from lmcache.config.load import nearest
 from lmcache.errors import ConfigError, LMCacheError
+from lmcache.observability.log import printable
 
+_ERROR_CHARACTERS = 4000
+"""Of an error, which may have words of whoever answers at a URL."""
 _DESCRIPTION = "A KV-cache layer for LLM engines: prefill a prefix once, reuse its KV everywhere."
 _EXAMPLES = """\
 examples:
@@ -76,7 +79,7 @@ def _unknown(arguments: argparse.Namespace, word: str) -> str:
 
 
 def _fail(error: LMCacheError, code: int) -> int:
-    print("lmcache: error:", " ".join(str(error).split()), file=sys.stderr)
+    print("lmcache: error:", printable(" ".join(str(error).split()), _ERROR_CHARACTERS), file=sys.stderr)
     return code
 
 

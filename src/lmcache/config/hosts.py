@@ -77,8 +77,12 @@ def _addresses_within(host: str, timeout_seconds: float) -> tuple[str, ...]:
     with _asking:
         answer = _under_way.get(host)
         if answer is None:
-            answer = _under_way[host] = Future()
-            threading.Thread(target=_ask, args=(host, answer), name="lmcache-resolve", daemon=True).start()
+            answer = Future()
+            try:
+                threading.Thread(target=_ask, args=(host, answer), name="lmcache-resolve", daemon=True).start()
+            except RuntimeError as error:
+                raise OSError(f"host {host!r} was not looked up: {error}") from error
+            _under_way[host] = answer  # before its thread can take it away, which needs the lock
     if not wait([answer], timeout_seconds).done:
         raise OSError(
             f"host {host!r} was not resolved in {timeout_seconds:.3g} s: check the resolver, or give its address"
@@ -87,19 +91,26 @@ def _addresses_within(host: str, timeout_seconds: float) -> tuple[str, ...]:
 
 
 def _ask(host: str, answer: Future[tuple[str, ...]]) -> None:
-    found: tuple[str, ...] = ()
-    refusal: OSError | None = None
+    found: tuple[str, ...] | Exception
     try:
         found = addresses(host)
-    except OSError as error:
-        refusal = error
+    except Exception as error:  # the edge of the thread: who waits is told
+        found = error
     with _asking:
-        del _under_way[host]  # whoever comes now asks anew
-    if refusal:
-        answer.set_exception(refusal)
+        _under_way.pop(host, None)  # whoever comes now asks anew
+    if isinstance(found, Exception):
+        answer.set_exception(found)
     else:
         answer.set_result(found)
 
 
+def _forget_look_ups() -> None:
+    """In a forked child, where the threads that ask, and whoever had the lock, are not."""
+    global _asking
+    _asking = threading.Lock()
+    _under_way.clear()
+
+
 _asking = threading.Lock()
 _under_way: dict[str, Future[tuple[str, ...]]] = {}
+os.register_at_fork(after_in_child=_forget_look_ups)

@@ -21,7 +21,7 @@ from lmcache.config.hosts import connect, in_url
 from lmcache.config.options import switch
 from lmcache.engine.proofs import prove
 from lmcache.errors import IdentityUnknown, LMCacheError, ServerRefused, ServerUnavailable
-from lmcache.observability.log import init_logger
+from lmcache.observability.log import init_logger, printable
 from lmcache.wire import messages as m
 from lmcache.wire.carriers import Carrier, UnixCarrier, ZmqCarrier
 from lmcache.wire.knock import knock
@@ -41,10 +41,10 @@ _STARTING_SECONDS = 60.0
 _CONNECT_SECONDS = 1.0
 _LOOK_SECONDS = 1.0
 """Between looks at whether something is due, at most; a connection's end is noticed at once."""
-_SAID_CHARACTERS = 500
-"""Of what a server says about itself, in a line of the log."""
 GONE_SECONDS = 10.0
 """A server that has hung up and is not back after so long is taken for gone. What was planned with it has been loaded by then."""
+_PATH_CHARACTERS = 200
+"""Of a path that a server names, in a line of the log."""
 RENEWALS = 4
 """How often a lease is renewed within the life of a claim: one renewal that comes late or gets lost does no harm."""
 MOST_DEADLINE_SECONDS = 3600.0
@@ -325,14 +325,13 @@ class Link:
     def _through_port(self, hello: m.Hello) -> tuple[Carrier, m.Welcome, int]:
         """As `_through_socket`; -1 where payload frames are to be used."""
         endpoint = self.endpoint
-        door = ZmqCarrier(endpoint.address, endpoint.auth_key_file)
+        door = ZmqCarrier(_reached(endpoint.address, _CONNECT_SECONDS), endpoint.auth_key_file)
         carrier: Carrier = door
         try:
-            _must_listen(endpoint.address, _CONNECT_SECONDS)
             try:
                 welcome = _welcome(door.exchange(hello, _CONNECT_SECONDS)[0])
             except ServerUnavailable as error:
-                raise _explained(error, endpoint.address, endpoint.auth_key_file, _CONNECT_SECONDS) from error
+                raise _explained(error, door, endpoint.auth_key_file, _CONNECT_SECONDS) from error
             unix, why_not = self._unix(welcome, hello)
             if unix is not None:
                 carrier = unix
@@ -382,35 +381,35 @@ def probe(address: str, timeout_seconds: float) -> None:
         ServerRefused: one is there that lets this user's processes in with another key only, or without one.
         ConfigError: the key file of this process is no good.
     """
-    _must_listen(address, timeout_seconds)
-    key = _key_file()
-    carrier = ZmqCarrier(address, key)
+    reached, key = _reached(address, timeout_seconds), _key_file()
+    carrier = ZmqCarrier(reached, key)
     try:
         carrier.exchange(m.Hello(m.PROTOCOL_VERSION, __version__, "", "probe", 0, os.getpid()), timeout_seconds)
     except ServerUnavailable as error:
-        raise _explained(error, address, key, timeout_seconds) from error
+        raise _explained(error, carrier, key, timeout_seconds) from error
     finally:
         carrier.close()
 
 
-def _must_listen(address: str, timeout_seconds: float) -> None:
-    """Return where somebody listens. ZMQ does not tell that nobody does; TCP does, at once.
+def _reached(address: str, timeout_seconds: float) -> str:
+    """tcp://host:port with the one numeric address of the host at which somebody listens, for all that follows. ZMQ does not
+    tell that nobody does; TCP does, at once.
 
     Raises:
         ServerUnavailable: nobody does; the text says why.
     """
-    host, port = _place(address)
+    host, _, port = address.removeprefix("tcp://").rpartition(":")
     try:
-        connect(host, port, timeout_seconds).close()
+        with connect(host, int(port), timeout_seconds) as connection:
+            return f"tcp://{in_url(connection.getpeername()[0])}:{port}"
     except OSError as error:
         raise ServerUnavailable(str(error)) from error
 
 
-def _explained(error: ServerUnavailable, address: str, key: Path | None, timeout_seconds: float) -> LMCacheError:
+def _explained(error: ServerUnavailable, door: ZmqCarrier, key: Path | None, timeout_seconds: float) -> LMCacheError:
     """Why the hello had no answer. ZMQ does not tell; what listens there does."""
-    host, port = _place(address)
     try:
-        listener = knock(host, port, timeout_seconds, "CURVE" if key else "NULL")
+        listener = knock(door.host, door.port, timeout_seconds, "CURVE" if key else "NULL")
     except OSError as refusal:
         return ServerUnavailable(str(refusal))
     if listener == "CURVE" and key is None:
@@ -424,16 +423,10 @@ def _explained(error: ServerUnavailable, address: str, key: Path | None, timeout
         )
     if listener in ("HTTP", "something else"):
         return ServerUnavailable(
-            f"port {port} speaks {listener}: give the engines' port, which is --port of `lmcache server`, 5555 by default"
+            f"port {door.port} speaks {listener}: give the engines' port, which is --port of `lmcache server`, 5555 by default"
         )
     hint = f"; it wants a key: is {key} a copy of the server's --auth-key-file?" if listener == "CURVE" else ""
     return ServerUnavailable(f"{error}, but the port is open{hint}")
-
-
-def _place(address: str) -> tuple[str, int]:
-    """Host and port of tcp://host:port."""
-    host, _, port = address.removeprefix("tcp://").rpartition(":")
-    return host, int(port)
 
 
 def ask(carrier: Carrier, request: m.Message, expect: type[m.AnswerT]) -> m.AnswerT:
@@ -451,7 +444,7 @@ def ask(carrier: Carrier, request: m.Message, expect: type[m.AnswerT]) -> m.Answ
 def _refusal(answer: m.Answer) -> ServerRefused:
     """What to raise for an answer of another kind than was asked for. Whoever sent it may be no server of ours."""
     if isinstance(answer, m.Error):
-        return ServerRefused(m.printable(answer.text, _SAID_CHARACTERS))
+        return ServerRefused(printable(answer.text))
     return ServerRefused(f"unexpected answer {type(answer).__name__}")
 
 
@@ -495,10 +488,11 @@ def _is_unix(endpoint: Endpoint) -> bool:
 
 def _why_not_mine(path: str) -> str:
     """ "" where the socket is there and this user's own; behind another user's there is no arena for us."""
+    shown = printable(path, _PATH_CHARACTERS)
     try:
         owner = os.stat(path).st_uid
     except (OSError, ValueError) as error:
-        return f"user {os.getuid()} cannot see its socket {path!r} ({getattr(error, 'strerror', error)})"
+        return f"user {os.getuid()} cannot see its socket '{shown}' ({getattr(error, 'strerror', error)})"
     return (
-        "" if owner == os.getuid() else f"its socket {path} is user {owner}'s, and this engine is user {os.getuid()}'s"
+        "" if owner == os.getuid() else f"its socket {shown} is user {owner}'s, and this engine is user {os.getuid()}'s"
     )

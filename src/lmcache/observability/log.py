@@ -30,6 +30,12 @@ def set_level(level: str) -> None:
     logging.getLogger(_ROOT).setLevel(value if isinstance(value, int) else logging.INFO)
 
 
+def printable(text: str, most: int = 500) -> str:
+    """What a peer has said, cut to `most` characters and fit for one line of a log or an error."""
+    text = text[:most]
+    return text if text.isprintable() else "".join(char if char.isprintable() else "?" for char in text)
+
+
 class Seldom:
     """Warnings about what peers send, which they can send as often as they like: one line a `seconds`, so that no peer fills
     the disk. The next line says how many were left out."""

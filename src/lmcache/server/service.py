@@ -20,7 +20,7 @@ from lmcache.cache.heart import Effect
 from lmcache.chunks import space_fingerprint
 from lmcache.errors import LMCacheError
 from lmcache.memory.arena import Arena, ArenaFull
-from lmcache.observability.log import init_logger
+from lmcache.observability.log import init_logger, printable
 from lmcache.server.loop import Loop
 from lmcache.server.refused import Refused
 from lmcache.wire import messages as m
@@ -70,7 +70,7 @@ class Peer:
 
 def who_says(hello: m.Hello | m.Declined, host: str) -> str:
     """For people: who has said this, from which host."""
-    return f"{_who(m.printable(hello.role, 40), hello.rank, hello.pid)}, from {host}"
+    return f"{_who(printable(hello.role, 40), hello.rank, hello.pid)}, from {host}"
 
 
 def _who(role: str, rank: int, pid: int) -> str:
@@ -150,7 +150,7 @@ class Service:
             return self.refuse_version(hello, peer.host)
         if peer.process:
             return m.Error("refused", "hello was said on this connection before; open another one")
-        who = (m.printable(hello.instance, 200), hello.pid, m.printable(hello.role, 40), hello.rank, hello.session[:16])
+        who = (printable(hello.instance, 200), hello.pid, printable(hello.role, 40), hello.rank, hello.session[:16])
         process = self._return(who) or self._enter(who)
         peer.process, peer.payload = process, hello.payload
         peer.instance, peer.pid, peer.role, peer.rank, _ = who
@@ -270,7 +270,7 @@ class Service:
                 found = self.heart.lookup_all(*lookup)
                 if found is not None:
                     return m.Found(*found)
-            name = m.printable(request.request, 200)
+            name = printable(request.request, 200)
             in_l1, coming = self.tiering.wait_for(peer.process, request.space, hashes, request.prefill_rate, name)
             if coming:
                 return m.Found(in_l1, 0, b"", coming)

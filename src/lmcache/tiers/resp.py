@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from lmcache.config.hosts import connect
+from lmcache.observability.log import printable
 from lmcache.tiers.tier import TierError
 
 PIECE_BYTES = 512 << 10
@@ -40,6 +41,11 @@ class ReplyError:
 
     code: str
     text: str
+
+
+def _error(line: bytes) -> ReplyError:
+    text = printable(line.decode("utf-8", "replace"))
+    return ReplyError(text.partition(" ")[0], text)
 
 
 Reply: TypeAlias = "bytes | int | ReplyError | list[Reply] | None"
@@ -149,8 +155,7 @@ class Connection:
         if kind == b":":
             return self._number(rest)
         if kind == b"-":
-            text = rest.decode("utf-8", "replace")
-            return ReplyError(text.partition(" ")[0], text)
+            return _error(rest)
         count = self._number(rest)
         if count < 0:
             return None
@@ -177,8 +182,7 @@ class Connection:
         self.flush()
         kind, rest = self._line()
         if kind == b"-":
-            text = rest.decode("utf-8", "replace")
-            return ReplyError(text.partition(" ")[0], text)
+            return _error(rest)
         if kind != b"$":
             raise self._nonsense(kind + rest)
         count = self._number(rest)

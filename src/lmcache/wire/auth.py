@@ -28,6 +28,7 @@ from zmq.utils import z85
 from lmcache.config.hosts import ends, in_url
 from lmcache.config.load import KEY_REMEDY
 from lmcache.errors import ConfigError, LMCacheError
+from lmcache.observability.log import printable
 
 COOKIE_BYTES = 32
 KEY_FOR_BOTH = "give both the same key file (server: --auth-key-file, engine: LMCACHE_AUTH_KEY_FILE)"
@@ -93,7 +94,7 @@ def read_cookie(path: str) -> bytes:
     Raises:
         Unproven: it is not this user's own 0600 file of the right size and name.
     """
-    shown = path[:200] if path.isprintable() else ascii(path[:200])
+    shown = printable(path, 200)
     if not path.endswith(".cookie"):
         raise Unproven(NO_FILE, f"{shown} is no cookie file")
     try:

@@ -9,14 +9,16 @@ import socket
 import struct
 import time
 from collections.abc import Callable, Sequence
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Protocol
 
 import zmq
 
 from lmcache.compiled import load_native
-from lmcache.config.hosts import addresses, in_url
+from lmcache.config.hosts import in_url
 from lmcache.errors import ServerUnavailable, WireError
+from lmcache.observability.log import printable
 from lmcache.wire import auth
 from lmcache.wire import messages as m
 from lmcache.wire.frames import FrameReader, frame
@@ -73,7 +75,7 @@ class UnixCarrier:
             self._socket.connect(path)
             uid = _PEER_CREDENTIALS.unpack(self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[1]
             if uid != os.getuid():
-                raise ServerUnavailable(f"the server behind {path} runs as user {uid}, this engine as {os.getuid()}")
+                raise ServerUnavailable(f"the server there runs as user {uid}, this engine as {os.getuid()}")
             self._socket.sendall(frame(m.encode(0, hello)))
             data, descriptors, _, _ = socket.recv_fds(self._socket, 1 << 16, 1)
             self.descriptor = descriptors[0] if descriptors else -1
@@ -83,7 +85,7 @@ class UnixCarrier:
             self._socket.close()
             if self.descriptor >= 0:
                 os.close(self.descriptor)
-            shown = path.replace("\0", "@")  # as such a name is written
+            shown = printable(path.replace("\0", "@"), 200)  # a name that is no file is written with an @
             raise ServerUnavailable(f"{shown}: {error}") from error
 
     def exchange(
@@ -99,7 +101,7 @@ class UnixCarrier:
                 if sequence == self._sequence:
                     return answer, []
                 if sequence > self._sequence or sequence == 0:
-                    raise WireError(f"answer {sequence} to request {self._sequence}: {answer}")
+                    raise WireError(f"answer {sequence} to request {self._sequence}: {printable(str(answer))}")
         except (OSError, WireError) as error:
             raise ServerUnavailable(str(error) or type(error).__name__) from error
 
@@ -189,16 +191,15 @@ class ZmqCarrier:
     """A ZMQ socket to a server anywhere, for one connection, which ZMQ does not renew: whoever has the port after it has ended
     may be another server, and gets nothing that was meant for this one.
 
-    address: tcp://host:port. key_file: switches CURVE on. `host` and `port` are the numeric address and the port of the server.
+    address: tcp://host:port, the host as a number: ZMQ would look a name up without an end, and take one of its addresses.
+    key_file: switches CURVE on. `host` and `port` are the server's.
     """
 
     def __init__(self, address: str, key_file: Path | None = None) -> None:
         self._sequence = 0
         self._head = zmq.Frame()
-        try:
-            self.host, self.port = _numeric(address)
-        except OSError as error:
-            raise ServerUnavailable(str(error)) from error
+        host, _, port = address.removeprefix("tcp://").rpartition(":")
+        self.host, self.port = str(ip_address(host.removeprefix("[").removesuffix("]"))), int(port)
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, _LINGER_MILLISECONDS)
         self._socket.setsockopt(zmq.MAXMSGSIZE, m.MAX_PAYLOAD_BYTES)
@@ -232,8 +233,7 @@ class ZmqCarrier:
                 if sequence == self._sequence:
                     return answer, payload
                 if sequence > self._sequence or (sequence == 0 and isinstance(answer, m.Error)):
-                    said = m.printable(str(answer), 500)
-                    raise ServerUnavailable(f"answer {sequence} to request {self._sequence}: {said}")
+                    raise ServerUnavailable(f"answer {sequence} to request {self._sequence}: {printable(str(answer))}")
         except (zmq.ZMQError, WireError) as error:
             raise ServerUnavailable(str(error)) from error
 
@@ -292,14 +292,3 @@ class ZmqCarrier:
             except OSError:
                 return 0
             return bytes_received(connection) if is_ours else 0
-
-
-def _numeric(address: str) -> tuple[str, int]:
-    """The address of the host of tcp://host:port, IPv4 where there is one, and the port. ZMQ would not tell that a name does
-    not resolve.
-
-    Raises:
-        OSError: the name does not resolve.
-    """
-    host, _, port = address.removeprefix("tcp://").rpartition(":")
-    return min(addresses(host), key=lambda found: ":" in found), int(port)

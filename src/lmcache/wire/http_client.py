@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import http.client
 import json
+import math
 import socket
 import ssl
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -66,38 +68,93 @@ class _Zmq(http.client.HTTPException):
     """ZMQ is spoken there."""
 
 
+def _left(deadline: float) -> float:
+    """The seconds until then, of which there are some. Raises TimeoutError."""
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError
+    return left
+
+
+class _Timely(socket.socket):
+    """Nothing is read from it after `deadline`, however little comes at a time."""
+
+    deadline = math.inf
+
+    def recv_into(self, *arguments: Any, **more: Any) -> int:  # all that http.client calls
+        self.settimeout(_left(self.deadline))
+        return super().recv_into(*arguments, **more)
+
+
+class _TimelyTls(_Timely, ssl.SSLSocket):
+    """As `_Timely`, over TLS."""
+
+
 class _Connection(http.client.HTTPConnection):
+    """One that is of no use after `deadline`."""
+
+    def __init__(self, host: str, /, *, deadline: float = math.inf, **more: Any) -> None:
+        super().__init__(host, **more)
+        self._deadline = deadline
+
     def connect(self) -> None:
-        self.sock: socket.socket = connect(self.host, self.port, self.timeout or DEADLINE_SECONDS)
+        with connect(self.host, self.port, _left(self._deadline)) as plain:
+            plain.settimeout(_left(self._deadline))  # for a handshake
+            self.sock = timely = self._timely(plain)
+        timely.deadline = self._deadline
+        timely.settimeout(_left(self._deadline))  # for what is sent
+
+    def _timely(self, plain: socket.socket) -> _Timely:
+        """Takes the descriptor."""
+        raise NotImplementedError
+
+
+class _PlainConnection(_Connection):
+    def _timely(self, plain: socket.socket) -> _Timely:
+        return _Timely(fileno=plain.detach())
 
     def getresponse(self) -> http.client.HTTPResponse:
+        self.sock.settimeout(_left(self._deadline))
         if self.sock.recv(1, socket.MSG_PEEK) == ZMQ_SPEAKS_FIRST:
             raise _Zmq
         return super().getresponse()
 
 
-class _TlsConnection(http.client.HTTPConnection):
+class _TlsConnection(_Connection):
     default_port = http.client.HTTPS_PORT
 
-    def connect(self) -> None:
-        plain = connect(self.host, self.port, self.timeout or DEADLINE_SECONDS)
-        self.sock = ssl.create_default_context().wrap_socket(plain, server_hostname=self.host)
+    def _timely(self, plain: socket.socket) -> _Timely:
+        context = ssl.create_default_context()
+        context.sslsocket_class = _TimelyTls
+        wrapped = context.wrap_socket(plain, server_hostname=self.host)
+        assert isinstance(wrapped, _TimelyTls)
+        return wrapped
 
 
 class _Handler(urllib.request.HTTPHandler):
+    def __init__(self, deadline: float) -> None:
+        super().__init__()
+        self._deadline = deadline
+
     def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
-        return self.do_open(_Connection, request)
+        return self.do_open(_PlainConnection, request, deadline=self._deadline)
 
 
 class _TlsHandler(urllib.request.HTTPSHandler):
+    def __init__(self, deadline: float) -> None:
+        super().__init__()
+        self._deadline = deadline
+
     def https_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
-        return self.do_open(_TlsConnection, request)
+        return self.do_open(_TlsConnection, request, deadline=self._deadline)
 
 
 def _exchange(request: urllib.request.Request, deadline: float) -> tuple[int, bytes]:
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _Handler, _TlsHandler)
+    """Status and body. However many connections that takes, and however little comes at a time: within so many seconds."""
+    end = time.monotonic() + deadline
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _Handler(end), _TlsHandler(end))
     try:
-        with opener.open(request, timeout=deadline) as response:
+        with opener.open(request) as response:
             return response.status, response.read(_LONGEST_ANSWER_BYTES)
     except urllib.error.HTTPError as error:
         with error:

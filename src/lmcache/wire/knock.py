@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import struct
+import time
 from typing import Literal
 
 from lmcache.config.hosts import connect
@@ -29,28 +30,31 @@ def knock(host: str, port: int, timeout_seconds: float, own: Literal["NULL", "CU
         OSError: nobody listens there, or the name does not resolve.
     """
     with connect(host, port, timeout_seconds) as connection:
-        connection.settimeout(timeout_seconds)
         try:
-            first = _receive(connection, 1)
+            first = _receive(connection, 1, timeout_seconds)
             if first == ZMQ_SPEAKS_FIRST:
                 greeting = _GREETING.pack(_SIGNATURE, b"\x03\x01", own.encode(), b"")
                 connection.sendall(greeting[:_SAID_FIRST])
-                mechanism = _GREETING.unpack(first + _receive(connection, _GREETING.size - 1))[2].rstrip(b"\0")
+                greeted = first + _receive(connection, _GREETING.size - 1, timeout_seconds)
+                mechanism = _GREETING.unpack(greeted)[2].rstrip(b"\0")
                 connection.sendall(greeting[_SAID_FIRST:])
                 return "CURVE" if mechanism == b"CURVE" else "NULL" if mechanism == b"NULL" else "something else"
             if not first:
                 connection.sendall(b"GET / HTTP/1.0\r\n\r\n")  # an HTTP server waits to be asked
-                first = _receive(connection, 5)
+                first = _receive(connection, 5, timeout_seconds)
         except (OSError, struct.error):
             return "something else"
     return "HTTP" if first == b"HTTP/" else "something else" if first else "silence"
 
 
-def _receive(connection: socket.socket, size: int) -> bytes:
-    """So many bytes; fewer where the other side hangs up or sends nothing more in time."""
-    received = b""
+def _receive(connection: socket.socket, size: int, timeout_seconds: float) -> bytes:
+    """So many bytes; fewer where the other side hangs up or has not sent all of them in time."""
+    received, deadline = b"", time.monotonic() + timeout_seconds
     try:
-        while len(received) < size and (data := connection.recv(size - len(received))):
+        while len(received) < size and (left := deadline - time.monotonic()) > 0:
+            connection.settimeout(left)
+            if not (data := connection.recv(size - len(received))):
+                break
             received += data
     except TimeoutError:
         pass

@@ -16,6 +16,7 @@ import msgspec
 
 from lmcache.chunks import Layout
 from lmcache.errors import LMCacheError, WireError
+from lmcache.observability.log import printable
 
 PROTOCOL_VERSION = 1
 MAX_MESSAGE_BYTES = 4 << 20
@@ -34,6 +35,10 @@ MAX_RESERVED_CHUNKS = 16384
 """In one `Reserve`, which makes room for each: some ten milliseconds of the server's time."""
 Nonce = Annotated[bytes, msgspec.Meta(min_length=NONCE_BYTES, max_length=NONCE_BYTES)]
 Leases = Annotated[list[int], msgspec.Meta(max_length=65536)]
+Id = Annotated[bytes, msgspec.Meta(max_length=64)]
+Software = Annotated[str, msgspec.Meta(max_length=200)]
+HostPath = Annotated[str, msgspec.Meta(max_length=4096)]
+"""As long as Linux lets a path be."""
 
 
 class Message(msgspec.Struct, frozen=True, array_like=True):
@@ -185,16 +190,18 @@ class Declined(Message, frozen=True, tag=17):
 
 
 class Welcome(Message, frozen=True, tag=64):
+    """Whoever says so may be no server of ours: what it names is bounded here, and goes to a log as `printable` shows it."""
+
     version: int
-    software: str
-    server: bytes
+    software: Software
+    server: Id
     """16 random bytes, new at every start."""
     chunk_tokens: int
-    socket_path: str
+    socket_path: HostPath
     """Where an engine on this host gets the arena; "" where the peer gets payload frames only."""
-    arena: bytes
+    arena: Id
     arena_bytes: int
-    cookie_path: str = ""
+    cookie_path: HostPath = ""
     claim_seconds: float = 0.0
     """How long a lease or reservation is a claim. 0: the server does not tell, and knows no `Renew`."""
 
@@ -232,7 +239,7 @@ class Reserved(Message, frozen=True, tag=69):
     reservation: int
     slots: bytes
     refused: int
-    reason: str = ""
+    reason: Annotated[str, msgspec.Meta(max_length=200)] = ""
 
 
 class Proven(Message, frozen=True, tag=71):
@@ -319,9 +326,3 @@ def version_error(engine: int, engine_software: str, server: int, server_softwar
         f"the engine speaks protocol {engine} (lmcache {printable(engine_software, 40)}), the server {server} "
         f"(lmcache {printable(server_software, 40)}): upgrade {older}"
     )
-
-
-def printable(text: str, most: int) -> str:
-    """What the other side says of itself, cut to `most` characters and fit for a line of the log."""
-    text = text[:most]
-    return text if text.isprintable() else "".join(char if char.isprintable() else "?" for char in text)
