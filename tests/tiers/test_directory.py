@@ -278,6 +278,20 @@ def test_a_store_and_a_load_do_not_wait_while_everything_is_counted(
     eventually(lambda: fill(tier, range(30, 31), MIB) == [OK])
 
 
+def test_stores_that_gave_up_are_made_no_room_for(
+    directory: Callable[..., DirectoryTier], counting: threading.Event
+) -> None:
+    tier = directory(16 * MIB)
+    fill(tier, range(14), MIB)
+    counting.clear()
+    refused = [outcome for _ in range(10) for outcome in fill(tier, range(20, 24), MIB) if outcome == "full"]
+    assert len(refused) >= 30  # more than the cap in all
+    begun = tier._begun
+    counting.set()
+    eventually(lambda: tier._ended > begun)  # the look that was held up, and the next one
+    assert len(there(tier, range(14))) >= 8
+
+
 def test_a_directory_opens_before_everything_is_counted(
     directory: Callable[..., DirectoryTier], counting: threading.Event, tmp_path: Path
 ) -> None:

@@ -78,7 +78,10 @@ class DirectoryTier(Tier):
         """The janitor's thread has something to do."""
         self._passed = threading.Condition(self._lock)
         """The janitor's thread has looked after what was wanted when it began."""
-        self._wanted_bytes = self._begun = self._ended = 0
+        self._wanted_bytes = 0
+        """What stores wait for at this moment."""
+        self._begun = self._ended = 0
+        """Looks of the janitor's thread: how many have begun, and the number of the last that has ended."""
         self._trouble: OSError | None = None
         """What the last of its looks came to."""
         self._opened = False
@@ -301,30 +304,39 @@ class DirectoryTier(Tier):
         if self._max_bytes is not None and not self._counted.is_set():
             return "not ready"
         deadline = time.monotonic() + ROOM_SECONDS
-        for _ in range(_TRIES):
+        with self._passed:
             if self._taken(cost):
                 return OK
-            self._ask_for_room(cost, deadline)
-        return OK if self._taken(cost) else "full"
+            self._wanted_bytes += cost  # once, however often it tries, and only for as long as it waits
+            try:
+                for _ in range(_TRIES):
+                    self._wait_for_room(deadline)
+                    if self._taken(cost):
+                        return OK
+            finally:
+                self._wanted_bytes -= cost
+        return "full"
 
-    def _ask_for_room(self, cost: int, deadline: float) -> None:
-        """Wait until the janitor's thread has looked after it, or until the deadline. Raises OSError: what its look came to."""
-        with self._passed:
-            self._wanted_bytes += cost
-            awaited = self._begun + 1
-            self._wake.set()
-            self._passed.wait_for(lambda: self._ended >= awaited, max(0.0, deadline - time.monotonic()))
-            if self._ended >= awaited and self._trouble:
-                raise self._trouble.with_traceback(None)
+    def _wait_for_room(self, deadline: float) -> None:
+        """Wait until the janitor's thread has looked after what is wanted, or until the deadline. Call with `_passed` held.
+
+        Raises:
+            OSError: what its look came to.
+        """
+        awaited = self._begun + 1
+        self._wake.set()
+        self._passed.wait_for(lambda: self._ended >= awaited, max(0.0, deadline - time.monotonic()))
+        if self._ended >= awaited and self._trouble:
+            raise self._trouble.with_traceback(None)
 
     def _taken(self, cost: int) -> bool:
-        with self._lock:
-            if self._max_bytes is not None and self._count.stored_bytes + cost > self._max_bytes:
-                return False
-            self._count = self._count._replace(stored_bytes=self._count.stored_bytes + cost)
-            self._in_flight += cost
-            self._since += cost
-            return True
+        """Whether so much is free; it is counted then. Call with `_passed` held."""
+        if self._max_bytes is not None and self._count.stored_bytes + cost > self._max_bytes:
+            return False
+        self._count = self._count._replace(stored_bytes=self._count.stored_bytes + cost)
+        self._in_flight += cost
+        self._since += cost
+        return True
 
     def _tidy(self, room: int = 0) -> None:
         """As janitor count and trim, else read what the janitor counted. Under `_counting`. Raises OSError."""
@@ -356,7 +368,7 @@ class DirectoryTier(Tier):
         due = time.monotonic() + COUNT_SECONDS
         while not self._stop.is_set():
             with self._lock:
-                wanted, self._wanted_bytes, self._begun = self._wanted_bytes, 0, self._begun + 1
+                wanted, self._begun = self._wanted_bytes, self._begun + 1
             trouble = None
             try:
                 due = self._look(wanted, due)
