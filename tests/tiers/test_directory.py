@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -210,6 +211,73 @@ def test_the_lease_of_the_dead_and_of_the_silent_is_taken(tmp_path: Path) -> Non
     subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True)
     assert one.elected()  # that process is gone, so nobody waits for its minute to end
     assert list((tmp_path / "tmp").iterdir()) == []
+
+
+@pytest.mark.parametrize("content", ["²".encode(), b"\xff\xfe", b"9" * 5000], ids=["superscript", "bytes", "long"])
+@pytest.mark.parametrize("name", ["wanted", "janitor"])
+def test_nonsense_in_a_file_that_machines_share_leaves_room_to_be_made(
+    directory: Callable[..., DirectoryTier], tmp_path: Path, name: str, content: bytes
+) -> None:
+    tier = directory(16 * MIB)
+    fill(tier, range(12), MIB)
+    (tmp_path / "tier" / name).write_bytes(content)
+    age(tmp_path / "tier" / name, LEASE_SECONDS + 5)
+    ended = tier._ended
+    tier._wake.set()
+    eventually(lambda: tier._ended > ended or not tier._watch.is_alive())
+    assert fill(tier, range(20, 28), MIB) == [OK] * 8
+    assert medium_bytes(tmp_path / "tier") <= 16 * MIB
+    assert there(tier, range(12))
+
+
+@pytest.mark.parametrize("process", ["²", str(10**30)])
+def test_a_lease_of_no_process_ends_as_any_other(tmp_path: Path, process: str) -> None:
+    (tmp_path / "tmp").mkdir()
+    (tmp_path / "janitor").write_text(f"{socket.gethostname()} {process} x", "utf-8")
+    janitor = Janitor(Medium(), tmp_path)
+    assert not janitor.elected()
+    age(tmp_path / "janitor", LEASE_SECONDS + 5)
+    assert janitor.elected()
+
+
+@pytest.mark.parametrize("usage", [b"-99999999999 1 1 x", b"1 -1 1 x", b"1 1 1", b"\xff 1 1 x"])
+def test_a_count_that_cannot_be_read_is_taken_anew(
+    directory: Callable[..., DirectoryTier], tmp_path: Path, usage: bytes
+) -> None:
+    tier = directory()
+    fill(tier, range(3), 5000)
+    tier.close()
+    (tmp_path / "tier/usage").write_bytes(usage)
+    assert directory(16 * MIB).usage().shards == 3
+
+
+def test_an_unforeseen_fault_does_not_end_the_janitors_thread(
+    directory: Callable[..., DirectoryTier], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tier, count = directory(16 * MIB), Janitor.count
+    fill(tier, range(14), MIB)
+
+    def fail(self: Janitor) -> Count:
+        raise RuntimeError("out of tune")
+
+    monkeypatch.setattr(Janitor, "count", fail)
+    for _ in range(2):
+        with pytest.raises(TierError, match="out of tune"):
+            fill(tier, range(20, 24), MIB)
+    assert [record.getMessage().count("out of tune") for record in caplog.records] == [1]
+    monkeypatch.setattr(Janitor, "count", count)
+    assert fill(tier, range(30, 34), MIB) == [OK] * 4
+
+
+def test_a_file_from_the_far_future_does_not_keep_room_from_being_made(
+    directory: Callable[..., DirectoryTier], tmp_path: Path
+) -> None:
+    tier = directory(16 * MIB)
+    fill(tier, range(12), MIB)
+    os.utime(file_of(tier, 0), (1 << 34, 1 << 34))
+    if file_of(tier, 0).stat().st_mtime_ns < 1 << 63:
+        pytest.skip("this file system writes no such time down")
+    assert fill(tier, range(20, 28), MIB) == [OK] * 8
 
 
 def test_leftovers_of_crashed_writers_are_swept_and_those_of_live_ones_are_not(

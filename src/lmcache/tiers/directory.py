@@ -365,23 +365,35 @@ class DirectoryTier(Tier):
 
     def _keep_counting(self) -> None:
         """The janitor's thread. It leaves some room, since others who are not elected can make none."""
-        due = time.monotonic() + COUNT_SECONDS
+        due, told = time.monotonic() + COUNT_SECONDS, ""
         while not self._stop.is_set():
             with self._lock:
                 wanted, self._begun = self._wanted_bytes, self._begun + 1
-            trouble = None
+            trouble: OSError | None = None
             try:
                 due = self._look(wanted, due)
             except OSError as error:
                 trouble = error
-                if not self._stop.is_set():
-                    log.warning("%s: could not count what is there, later again: %s", self._where, error.strerror)
-                    due = time.monotonic() + COUNT_SECONDS
+            except Exception as error:  # the edge of the thread: without it nobody would make room any more
+                trouble = OSError(f"the janitor failed: {error!r}")
+                trouble.__cause__ = error
+            if trouble:
+                due = time.monotonic() + COUNT_SECONDS
+            told = self._tell(trouble, told)
             with self._passed:
                 self._ended, self._trouble = self._begun, trouble
                 self._passed.notify_all()
             self._wake.wait(ASK_SECONDS)
             self._wake.clear()
+
+    def _tell(self, trouble: OSError | None, told: str) -> str:
+        """Log it, unless that was told the last time; what is told now."""
+        said = "" if trouble is None else trouble.strerror or str(trouble)
+        if trouble and said != told and not self._stop.is_set():
+            log.warning(
+                "%s: could not count what is there, later again: %s", self._where, said, exc_info=trouble.__cause__
+            )
+        return said
 
     def _look(self, wanted_bytes: int, due: float) -> float:
         """Count and make room where that is due or wanted, here or elsewhere; when it is due again. Raises OSError."""
