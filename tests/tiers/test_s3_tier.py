@@ -25,7 +25,7 @@ from lmcache.tiers.conformance import ConformanceSuite
 from lmcache.tiers.registry import make_tier
 from lmcache.tiers.s3 import RANGE_BYTES, S3Tier
 from lmcache.tiers.s3_books import Books, pack_uses, unpack_uses
-from lmcache.tiers.s3_client import MULTIPART_BYTES, MULTIPART_FROM_BYTES
+from lmcache.tiers.s3_client import MULTIPART_BYTES, MULTIPART_FROM_BYTES, Client, Listed
 from proxy import Proxy
 from servers import PATIENCE, beside, eventually
 from stores import ACCESS, READER, READER_SECRET, SECRET, Seaweed, load, shards_of, tier_of
@@ -190,6 +190,39 @@ def test_two_servers_above_the_cap_are_trimmed_by_one_janitor(seaweed: Seaweed, 
     eventually(
         lambda: other._identity.encode() in bytes(obstore.get(seaweed.store(), "shared/_lmcache/janitor").bytes())
     )
+
+
+@pytest.mark.parametrize(
+    "lease",
+    [b"\xff\xfe", b"[" * 100_000, b'{"holder": "x", "until": 1%s}' % (b"0" * 400)],
+    ids=["bytes", "deep", "long"],
+)
+def test_a_lease_that_cannot_be_read_is_nobodys(
+    seaweed: Seaweed, opened: Callable[..., S3Tier], request: pytest.FixtureRequest, lease: bytes
+) -> None:
+    name = f"nonsense-{request.node.callspec.id}"
+    obstore.put(seaweed.store(), f"{name}/_lmcache/janitor", lease)
+    tier = opened(name, "&max_gb=0.01&sweep=0.1&timeout=1")
+    eventually(lambda: tier._swept.is_set() or not tier._sweeper or not tier._sweeper.is_alive())
+    assert tier.store(shards_of(1, MIB)) == [OK]
+    assert tier._identity.encode() in bytes(obstore.get(seaweed.store(), f"{name}/_lmcache/janitor").bytes())
+
+
+def test_an_unforeseen_fault_does_not_end_the_sweeper(
+    opened: Callable[..., S3Tier], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tier, list_all, failed = opened("unforeseen", "&max_gb=0.01&sweep=0.1"), Client.list, threading.Semaphore(0)
+
+    def fail(self: Client) -> Iterator[Listed]:
+        failed.release()
+        raise RuntimeError("out of tune")
+
+    monkeypatch.setattr(Client, "list", fail)
+    assert failed.acquire(timeout=PATIENCE) and failed.acquire(timeout=PATIENCE) and failed.acquire(timeout=PATIENCE)
+    monkeypatch.setattr(Client, "list", list_all)
+    tier._swept.clear()
+    eventually(tier._swept.is_set)
+    assert [record.getMessage().count("out of tune") for record in caplog.records] == [1]
 
 
 def test_a_use_elsewhere_keeps_a_shard_here(seaweed: Seaweed, opened: Callable[..., S3Tier]) -> None:

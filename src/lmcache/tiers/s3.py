@@ -253,11 +253,16 @@ class S3Tier(Tier):
         return bool(going)
 
     def _sweep_again_and_again(self) -> None:
+        told = ""
         while not self._closing.is_set():
             try:
                 self._sweep()
-            except TierError as error:
-                log.warning("the S3 tier cannot be swept: %s", error)
+                told = ""
+            except Exception as error:  # the edge of the thread: without it nothing would be trimmed any more
+                if str(error) != told:
+                    unforeseen = not isinstance(error, TierError)
+                    log.warning("the S3 tier cannot be swept, later again: %s", error, exc_info=unforeseen)
+                told = str(error)
             self._closing.wait(self._sweep_seconds if self._swept.is_set() else min(5.0, self._sweep_seconds))
 
     def _sweep(self) -> None:
@@ -305,7 +310,7 @@ class S3Tier(Tier):
         """Take or renew the lease, by a write that only one server can win."""
         read, now = self._client.read_all(_JANITOR), time.time()
         if read:
-            with contextlib.suppress(ValueError, TypeError, KeyError):
+            with contextlib.suppress(ValueError, TypeError, KeyError, OverflowError, RecursionError):
                 lease = json.loads(read[0])
                 if lease["holder"] != self._identity and now < float(lease["until"]) < now + 4 * self._sweep_seconds:
                     return False
