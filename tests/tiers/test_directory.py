@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 from disk_files import medium_bytes
@@ -28,6 +29,7 @@ from lmcache.tiers.registry import make_tier
 from servers import PATIENCE, eventually
 
 MIB = 1 << 20
+T = TypeVar("T")
 
 
 @pytest.fixture
@@ -358,6 +360,32 @@ def test_stores_that_gave_up_are_made_no_room_for(
     counting.set()
     eventually(lambda: tier._ended > begun)  # the look that was held up, and the next one
     assert len(there(tier, range(14))) >= 8
+
+
+class Waits(threading.Condition):
+    """Notes how long each of the waits may take that begin after one has ended in vain."""
+
+    def __init__(self, lock: threading.Lock) -> None:
+        super().__init__(lock)
+        self.gave_up, self.later = False, list[float | None]()
+
+    def wait_for(self, predicate: Callable[[], T], timeout: float | None = None) -> T:
+        if self.gave_up:
+            self.later.append(timeout)
+        found = super().wait_for(predicate, timeout)
+        self.gave_up = self.gave_up or not found
+        return found
+
+
+def test_all_shards_of_a_store_wait_for_room_until_the_same_moment(
+    directory: Callable[..., DirectoryTier], counting: threading.Event
+) -> None:
+    tier = directory(16 * MIB)
+    fill(tier, range(15), MIB)
+    tier._passed = waits = Waits(tier._lock)
+    counting.clear()
+    assert fill(tier, range(20, 44), MIB).count("full") >= 23
+    assert waits.gave_up and set(waits.later) == {0.0}
 
 
 def test_a_directory_opens_before_everything_is_counted(

@@ -37,7 +37,7 @@ ASK_SECONDS = 5.0
 _COUNTING_SHARE = 0.05
 """At most this part of the janitor's time goes into counting."""
 ROOM_SECONDS = 5.0
-"""A store waits so long for room, and an opening for the first count; both go on in the background after that."""
+"""A call to store waits so long for room, and an opening for the first count; both go on in the background after that."""
 _PIECE_BYTES = 4 << 20
 _TRIM_SHARE = 20
 """Trimming goes 1/20 of the cap below it, so that it is not done for every shard."""
@@ -144,7 +144,11 @@ class DirectoryTier(Tier):
         self._check_open()
         seen: set[ShardKey] = set()
         later = [shard.key in seen or bool(seen.add(shard.key)) for shard in shards]  # type: ignore[func-returns-value]
-        outcomes = self._each(self._store_one, [one for one, again in zip(shards, later, strict=True) if not again])
+        deadline = time.monotonic() + ROOM_SECONDS
+        outcomes = self._each(
+            lambda shard: self._store_one(shard, deadline),
+            [one for one, again in zip(shards, later, strict=True) if not again],
+        )
         said = iter(outcomes)
         outcomes = [KEPT if again else next(said) for again in later]
         for one in outcomes:
@@ -226,7 +230,7 @@ class DirectoryTier(Tier):
             checksum.update(piece)
         return checksum.check(header, key)
 
-    def _store_one(self, shard: Shard) -> str | OSError:
+    def _store_one(self, shard: Shard, deadline: float) -> str | OSError:
         path, payload = self._file(shard.key), shard.payload.cast("B")
         size = frame.HEADER_BYTES + payload.nbytes
         try:
@@ -235,7 +239,7 @@ class DirectoryTier(Tier):
                 self._touch(path)
                 return KEPT
             cost = blocks(size) + (0 if path.parent.exists() else 2 * BLOCK_BYTES)
-            refused = self._make_room(cost)
+            refused = self._make_room(cost, deadline)
             if refused:
                 return refused
             try:
@@ -297,13 +301,12 @@ class DirectoryTier(Tier):
             self._count = Count(max(0, self._count.stored_bytes + stored_bytes), max(0, self._count.shards + shards))
             self._since += stored_bytes
 
-    def _make_room(self, cost: int) -> str:
-        """OK, and the bytes are counted as taken; or why not. Raises OSError."""
+    def _make_room(self, cost: int, deadline: float) -> str:
+        """OK, and the bytes are counted as taken; or why not. `deadline`: after it nobody waits for room. Raises OSError."""
         if self._max_bytes is not None and cost > self._max_bytes:
             return "too large"
         if self._max_bytes is not None and not self._counted.is_set():
             return "not ready"
-        deadline = time.monotonic() + ROOM_SECONDS
         with self._passed:
             if self._taken(cost):
                 return OK
