@@ -134,7 +134,7 @@ class Janitor:
         """Look at everything; sweep what crashed writers left. Raises OSError."""
         now = self._file_system_time()
         total = shards = 0
-        for entry in _scan(self._folder / "tmp"):
+        for entry in self._steps(self._folder / "tmp"):
             status = _stat(entry)
             if status and now - status.st_mtime > LEFTOVER_SECONDS:
                 self._medium.unlink(Path(entry.path))
@@ -178,7 +178,7 @@ class Janitor:
         """Remove all shards, what is being written, and the folders that are empty then. Raises OSError."""
         for entry, _ in self._shards():
             self._medium.unlink(Path(entry.path))
-        for entry in _scan(self._folder / "tmp"):
+        for entry in self._steps(self._folder / "tmp"):
             self._medium.unlink(Path(entry.path))
         for folder in sorted(_folders(self._folder), reverse=True):
             try:
@@ -189,15 +189,22 @@ class Janitor:
     def _shards(self) -> Iterator[tuple[os.DirEntry[str], os.stat_result]]:
         for folder in _folders(self._folder):
             if len(folder.name) == 2:
-                if self._stop.is_set():
-                    raise InterruptedError(errno.EINTR, "the tier is closed")
-                self._renew()
-                for entry in _scan(folder):
+                for entry in self._steps(folder):
                     status = _stat(entry) if _SHARD.fullmatch(entry.name) else None
                     if status:
                         yield entry, status
 
-    def _renew(self) -> None:
+    def _steps(self, folder: Path) -> Iterator[os.DirEntry[str]]:
+        """What is in it, one after another however many there are."""
+        self._go_on()
+        for entry in _scan(folder):
+            self._go_on()
+            yield entry
+
+    def _go_on(self) -> None:
+        """Keep the lease. Raises OSError, InterruptedError once the tier is closed."""
+        if self._stop.is_set():
+            raise InterruptedError(errno.EINTR, "the tier is closed")
         if time.monotonic() - self._renewed > _RENEW_SECONDS:
             self._renewed = time.monotonic()
             if self.holds():
@@ -251,12 +258,13 @@ def _folders(root: Path) -> Iterator[Path]:
                     yield Path(fan.path)
 
 
-def _scan(folder: Path) -> list[os.DirEntry[str]]:
+def _scan(folder: Path) -> Iterator[os.DirEntry[str]]:
+    """As it is read, so that a folder of any size takes no more memory; what is removed meanwhile hides nothing else."""
     try:
         with os.scandir(folder) as entries:
-            return list(entries)
+            yield from entries
     except FileNotFoundError:
-        return []
+        pass
 
 
 def _stat(entry: os.DirEntry[str]) -> os.stat_result | None:
