@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 from disk_files import medium_bytes
@@ -27,6 +29,7 @@ from lmcache.tiers.registry import make_tier
 from servers import PATIENCE, eventually
 
 MIB = 1 << 20
+T = TypeVar("T")
 
 
 @pytest.fixture
@@ -126,7 +129,8 @@ def test_the_time_of_use_is_brought_up_once_a_minute(directory: Callable[..., Di
         touched: list[Path] = []  # noqa: RUF012
 
         def touch(self, path: Path) -> None:
-            self.touched.append(path)
+            if path.name != "janitor":  # the lease, whenever it is due
+                self.touched.append(path)
             super().touch(path)
 
     tier = directory(medium=Counting())
@@ -212,6 +216,73 @@ def test_the_lease_of_the_dead_and_of_the_silent_is_taken(tmp_path: Path) -> Non
     assert list((tmp_path / "tmp").iterdir()) == []
 
 
+@pytest.mark.parametrize("content", ["²".encode(), b"\xff\xfe", b"9" * 5000], ids=["superscript", "bytes", "long"])
+@pytest.mark.parametrize("name", ["wanted", "janitor"])
+def test_nonsense_in_a_file_that_machines_share_leaves_room_to_be_made(
+    directory: Callable[..., DirectoryTier], tmp_path: Path, name: str, content: bytes
+) -> None:
+    tier = directory(16 * MIB)
+    fill(tier, range(12), MIB)
+    (tmp_path / "tier" / name).write_bytes(content)
+    age(tmp_path / "tier" / name, LEASE_SECONDS + 5)
+    ended = tier._ended
+    tier._wake.set()
+    eventually(lambda: tier._ended > ended or not tier._watch.is_alive())
+    assert fill(tier, range(20, 28), MIB) == [OK] * 8
+    assert medium_bytes(tmp_path / "tier") <= 16 * MIB
+    assert there(tier, range(12))
+
+
+@pytest.mark.parametrize("process", ["²", str(10**30)])
+def test_a_lease_of_no_process_ends_as_any_other(tmp_path: Path, process: str) -> None:
+    (tmp_path / "tmp").mkdir()
+    (tmp_path / "janitor").write_text(f"{socket.gethostname()} {process} x", "utf-8")
+    janitor = Janitor(Medium(), tmp_path)
+    assert not janitor.elected()
+    age(tmp_path / "janitor", LEASE_SECONDS + 5)
+    assert janitor.elected()
+
+
+@pytest.mark.parametrize("usage", [b"-99999999999 1 1 x", b"1 -1 1 x", b"1 1 1", b"\xff 1 1 x"])
+def test_a_count_that_cannot_be_read_is_taken_anew(
+    directory: Callable[..., DirectoryTier], tmp_path: Path, usage: bytes
+) -> None:
+    tier = directory()
+    fill(tier, range(3), 5000)
+    tier.close()
+    (tmp_path / "tier/usage").write_bytes(usage)
+    assert directory(16 * MIB).usage().shards == 3
+
+
+def test_an_unforeseen_fault_does_not_end_the_janitors_thread(
+    directory: Callable[..., DirectoryTier], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tier, count = directory(16 * MIB), Janitor.count
+    fill(tier, range(14), MIB)
+
+    def fail(self: Janitor) -> Count:
+        raise RuntimeError("out of tune")
+
+    monkeypatch.setattr(Janitor, "count", fail)
+    for _ in range(2):
+        with pytest.raises(TierError, match="out of tune"):
+            fill(tier, range(20, 24), MIB)
+    assert [record.getMessage().count("out of tune") for record in caplog.records] == [1]
+    monkeypatch.setattr(Janitor, "count", count)
+    assert fill(tier, range(30, 34), MIB) == [OK] * 4
+
+
+def test_a_file_from_the_far_future_does_not_keep_room_from_being_made(
+    directory: Callable[..., DirectoryTier], tmp_path: Path
+) -> None:
+    tier = directory(16 * MIB)
+    fill(tier, range(12), MIB)
+    os.utime(file_of(tier, 0), (1 << 34, 1 << 34))
+    if file_of(tier, 0).stat().st_mtime_ns < 1 << 63:
+        pytest.skip("this file system writes no such time down")
+    assert fill(tier, range(20, 28), MIB) == [OK] * 8
+
+
 def test_leftovers_of_crashed_writers_are_swept_and_those_of_live_ones_are_not(
     directory: Callable[..., DirectoryTier], tmp_path: Path
 ) -> None:
@@ -278,6 +349,46 @@ def test_a_store_and_a_load_do_not_wait_while_everything_is_counted(
     eventually(lambda: fill(tier, range(30, 31), MIB) == [OK])
 
 
+def test_stores_that_gave_up_are_made_no_room_for(
+    directory: Callable[..., DirectoryTier], counting: threading.Event
+) -> None:
+    tier = directory(16 * MIB)
+    fill(tier, range(14), MIB)
+    counting.clear()
+    refused = [outcome for _ in range(10) for outcome in fill(tier, range(20, 24), MIB) if outcome == "full"]
+    assert len(refused) >= 30  # more than the cap in all
+    begun = tier._begun
+    counting.set()
+    eventually(lambda: tier._ended > begun)  # the look that was held up, and the next one
+    assert len(there(tier, range(14))) >= 8
+
+
+class Waits(threading.Condition):
+    """Notes how long each of the waits may take that begin after one has ended in vain."""
+
+    def __init__(self, lock: threading.Lock) -> None:
+        super().__init__(lock)
+        self.gave_up, self.later = False, list[float | None]()
+
+    def wait_for(self, predicate: Callable[[], T], timeout: float | None = None) -> T:
+        if self.gave_up:
+            self.later.append(timeout)
+        found = super().wait_for(predicate, timeout)
+        self.gave_up = self.gave_up or not found
+        return found
+
+
+def test_all_shards_of_a_store_wait_for_room_until_the_same_moment(
+    directory: Callable[..., DirectoryTier], counting: threading.Event
+) -> None:
+    tier = directory(16 * MIB)
+    fill(tier, range(15), MIB)
+    tier._passed = waits = Waits(tier._lock)
+    counting.clear()
+    assert fill(tier, range(20, 44), MIB).count("full") >= 23
+    assert waits.gave_up and set(waits.later) == {0.0}
+
+
 def test_a_directory_opens_before_everything_is_counted(
     directory: Callable[..., DirectoryTier], counting: threading.Event, tmp_path: Path
 ) -> None:
@@ -305,6 +416,28 @@ def test_a_look_at_everything_ends_when_the_tier_is_closed(
     for look in (janitor.count, janitor.clear):
         with pytest.raises(InterruptedError):
             look()
+
+
+@pytest.mark.parametrize("folder", ["shards", "tmp"])
+def test_a_clear_ends_in_the_middle_of_a_folder(tmp_path: Path, folder: str) -> None:
+    place = tmp_path / (f"{0:032x}/00" if folder == "shards" else "tmp")
+    place.mkdir(parents=True)
+    for number in range(2000):
+        (place / f"{number:032x}-0-1").touch()
+
+    class Closing(Medium):
+        """The tier is closed when the first file goes."""
+
+        def unlink(self, path: Path) -> None:
+            super().unlink(path)
+            stop.set()
+
+    stop = threading.Event()
+    with pytest.raises(InterruptedError):
+        Janitor(Closing(), tmp_path, stop).clear()
+    assert len(list(place.iterdir())) == 1999
+    Janitor(Medium(), tmp_path).clear()
+    assert list(tmp_path.glob("**/*-0-1")) == []
 
 
 def test_clear_leaves_what_is_not_the_caches(directory: Callable[..., DirectoryTier], tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from lmcache.tiers.conformance import ConformanceSuite
 from lmcache.tiers.registry import make_tier
 from lmcache.tiers.s3 import RANGE_BYTES, S3Tier
 from lmcache.tiers.s3_books import Books, pack_uses, unpack_uses
-from lmcache.tiers.s3_client import MULTIPART_BYTES, MULTIPART_FROM_BYTES
+from lmcache.tiers.s3_client import MULTIPART_BYTES, MULTIPART_FROM_BYTES, Client, Listed
 from proxy import Proxy
 from servers import PATIENCE, beside, eventually
 from stores import ACCESS, READER, READER_SECRET, SECRET, Seaweed, load, shards_of, tier_of
@@ -148,6 +148,31 @@ def test_clear_leaves_the_objects_of_others(seaweed: Seaweed, opened: Callable[.
 # ---- the cap
 
 
+def test_a_clear_ends_when_the_tier_is_closed(opened: Callable[..., S3Tier], monkeypatch: pytest.MonkeyPatch) -> None:
+    tier, list_all = opened("cleared", "&max_gb=0.01&sweep=600"), Client.list
+    tier.store(shards_of(3, 1000))
+    begun, go_on = threading.Event(), threading.Event()
+
+    def held_up(self: Client) -> Iterator[Listed]:
+        begun.set()
+        assert go_on.wait(PATIENCE)
+        yield from list_all(self)
+
+    monkeypatch.setattr(Client, "list", held_up)
+    clear = beside(tier.clear)
+    assert begun.wait(PATIENCE)
+    close = beside(tier.close)
+    assert tier._closing.wait(PATIENCE)
+    go_on.set()
+    with pytest.raises(TierError, match="before all was removed"):
+        clear.result(PATIENCE)
+    close.result(PATIENCE)
+    tier.open()
+    assert tier.usage().shards == 3
+    tier.clear()
+    assert tier.usage().shards == 0
+
+
 def test_recency_and_size_outlive_a_server_that_was_killed(seaweed: Seaweed, opened: Callable[..., S3Tier]) -> None:
     """What a sweep has written is enough; nothing is said goodbye to."""
     options = "&max_gb=0.01&sweep=0.2"
@@ -192,6 +217,39 @@ def test_two_servers_above_the_cap_are_trimmed_by_one_janitor(seaweed: Seaweed, 
     )
 
 
+@pytest.mark.parametrize(
+    "lease",
+    [b"\xff\xfe", b"[" * 100_000, b'{"holder": "x", "until": 1%s}' % (b"0" * 400)],
+    ids=["bytes", "deep", "long"],
+)
+def test_a_lease_that_cannot_be_read_is_nobodys(
+    seaweed: Seaweed, opened: Callable[..., S3Tier], request: pytest.FixtureRequest, lease: bytes
+) -> None:
+    name = f"nonsense-{request.node.callspec.id}"
+    obstore.put(seaweed.store(), f"{name}/_lmcache/janitor", lease)
+    tier = opened(name, "&max_gb=0.01&sweep=0.1&timeout=1")
+    eventually(lambda: tier._swept.is_set() or not tier._sweeper or not tier._sweeper.is_alive())
+    assert tier.store(shards_of(1, MIB)) == [OK]
+    assert tier._identity.encode() in bytes(obstore.get(seaweed.store(), f"{name}/_lmcache/janitor").bytes())
+
+
+def test_an_unforeseen_fault_does_not_end_the_sweeper(
+    opened: Callable[..., S3Tier], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tier, list_all, failed = opened("unforeseen", "&max_gb=0.01&sweep=0.1"), Client.list, threading.Semaphore(0)
+
+    def fail(self: Client) -> Iterator[Listed]:
+        failed.release()
+        raise RuntimeError("out of tune")
+
+    monkeypatch.setattr(Client, "list", fail)
+    assert failed.acquire(timeout=PATIENCE) and failed.acquire(timeout=PATIENCE) and failed.acquire(timeout=PATIENCE)
+    monkeypatch.setattr(Client, "list", list_all)
+    tier._swept.clear()
+    eventually(tier._swept.is_set)
+    assert [record.getMessage().count("out of tune") for record in caplog.records] == [1]
+
+
 def test_a_use_elsewhere_keeps_a_shard_here(seaweed: Seaweed, opened: Callable[..., S3Tier]) -> None:
     options = "&max_gb=0.01&sweep=0.2"
     writer, reader = opened("elsewhere", options), opened("elsewhere", options)
@@ -209,14 +267,14 @@ def test_what_is_being_written_while_the_store_is_listed_stays_in_the_books() ->
     books, (one, two, gone) = Books(), [shard.key for shard in shards_of(3, 1)]
     books.begin(one, 10)
     books.seen(gone, 5)
-    books.begin_census()
-    books.begin(two, 20)
-    books.drop([gone])
-    books.end_census({gone.packed: (7, 5)}, {}, 0)
+    with books.census():
+        books.begin(two, 20)
+        books.drop([gone])
+        books.take_over({gone.packed: (7, 5)}, {}, 0)
     assert (books.stored_bytes, len(books)) == (30, 2)
     books.end(one)
-    books.begin_census()
-    books.end_census({}, {}, 0)
+    with books.census():
+        books.take_over({}, {}, 0)
     assert (books.stored_bytes, len(books)) == (20, 1)
 
 
@@ -237,8 +295,8 @@ def test_books_forget_the_oldest_first_and_cost_little() -> None:
 
 def test_what_makes_room_looks_at_no_more_shards_than_it_takes() -> None:
     books, keys = Books(), [ShardKey.unpack(os.urandom(36)) for _ in range(20_000)]
-    books.begin_census()
-    books.end_census({key.packed: (number, 100) for number, key in enumerate(keys)}, {}, 0)
+    with books.census():
+        books.take_over({key.packed: (number, 100) for number, key in enumerate(keys)}, {}, 0)
     steps = 0
 
     def step(*_: object) -> None:
@@ -256,31 +314,56 @@ def test_what_makes_room_looks_at_no_more_shards_than_it_takes() -> None:
 def test_loads_and_stores_do_not_wait_while_a_listing_is_taken_over() -> None:
     books, keys = Books(), [ShardKey.unpack(os.urandom(36)) for _ in range(6)]
     first, second, third, gone, fresh, unlisted = keys
-    books.begin_census()
-    for key in keys[:4]:
-        books.seen(key, 10)
+    with books.census():
+        for key in keys[:4]:
+            books.seen(key, 10)
 
-    def work() -> None:
-        books.begin(fresh, 20)
-        books.seen(unlisted, 5)
-        books.use([first])
-        books.drop([gone])
+        def work() -> None:
+            books.begin(fresh, 20)
+            books.seen(unlisted, 5)
+            books.use([first])
+            books.drop([gone])
 
-    class Listing(dict[bytes, tuple[int, int]]):
-        def items(self) -> ItemsView[bytes, tuple[int, int]]:
-            worker = threading.Thread(target=work, daemon=True)
-            worker.start()
-            worker.join(PATIENCE)
-            assert not worker.is_alive(), "the books were locked"
-            return super().items()
+        class Listing(dict[bytes, tuple[int, int]]):
+            def items(self) -> ItemsView[bytes, tuple[int, int]]:
+                worker = threading.Thread(target=work, daemon=True)
+                worker.start()
+                worker.join(PATIENCE)
+                assert not worker.is_alive(), "the books were locked"
+                return super().items()
 
-    books.end_census({key.packed: (number, 10) for number, key in enumerate(keys[:4])}, {}, 0)
-    books.begin_census()
-    books.end_census(
-        Listing({key.packed: (number, 10) for number, key in enumerate(keys[:4])}), {third.packed: 1 << 42}, 3
-    )
+        books.take_over({key.packed: (number, 10) for number, key in enumerate(keys[:4])}, {}, 0)
+    with books.census():
+        books.take_over(
+            Listing({key.packed: (number, 10) for number, key in enumerate(keys[:4])}), {third.packed: 1 << 42}, 3
+        )
     assert (books.stored_bytes, len(books), books.other_bytes) == (55, 5, 3)
     assert books.oldest(10**6, 10) == [second, third, fresh, unlisted, first]
+
+
+def test_shards_that_are_missed_or_gone_leave_nothing_in_the_books() -> None:
+    """Also where nothing is ever listed, as without a cap."""
+    books, keys = Books(), [ShardKey.unpack(os.urandom(36)) for _ in range(2000)]
+    with pytest.raises(TierError), books.census():
+        raise TierError("unreachable", "the listing failed")
+
+    def come_and_go() -> None:
+        for key in keys:
+            books.begin(key, 10)
+            books.end(key)
+            books.use([key])
+            books.drop([key])
+
+    come_and_go()
+    tracemalloc.start()
+    try:
+        for _ in range(2):
+            keys = [ShardKey.unpack(os.urandom(36)) for _ in range(2000)]
+            come_and_go()
+        keys.clear()
+        assert tracemalloc.get_traced_memory()[0] < 200_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_shard_in_the_books_takes_at_most_200_bytes() -> None:
@@ -289,8 +372,8 @@ def test_a_shard_in_the_books_takes_at_most_200_bytes() -> None:
     keys = [ShardKey.unpack(os.urandom(36)) for _ in range(count)]
     tracemalloc.start()
     try:
-        books.begin_census()
-        books.end_census({key.packed: (number, 1 << 20) for number, key in enumerate(keys)}, {}, 0)
+        with books.census():
+            books.take_over({key.packed: (number, 1 << 20) for number, key in enumerate(keys)}, {}, 0)
         size, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()

@@ -37,7 +37,7 @@ ASK_SECONDS = 5.0
 _COUNTING_SHARE = 0.05
 """At most this part of the janitor's time goes into counting."""
 ROOM_SECONDS = 5.0
-"""A store waits so long for room, and an opening for the first count; both go on in the background after that."""
+"""A call to store waits so long for room, and an opening for the first count; both go on in the background after that."""
 _PIECE_BYTES = 4 << 20
 _TRIM_SHARE = 20
 """Trimming goes 1/20 of the cap below it, so that it is not done for every shard."""
@@ -78,7 +78,10 @@ class DirectoryTier(Tier):
         """The janitor's thread has something to do."""
         self._passed = threading.Condition(self._lock)
         """The janitor's thread has looked after what was wanted when it began."""
-        self._wanted_bytes = self._begun = self._ended = 0
+        self._wanted_bytes = 0
+        """What stores wait for at this moment."""
+        self._begun = self._ended = 0
+        """Looks of the janitor's thread: how many have begun, and the number of the last that has ended."""
         self._trouble: OSError | None = None
         """What the last of its looks came to."""
         self._opened = False
@@ -141,7 +144,11 @@ class DirectoryTier(Tier):
         self._check_open()
         seen: set[ShardKey] = set()
         later = [shard.key in seen or bool(seen.add(shard.key)) for shard in shards]  # type: ignore[func-returns-value]
-        outcomes = self._each(self._store_one, [one for one, again in zip(shards, later, strict=True) if not again])
+        deadline = time.monotonic() + ROOM_SECONDS
+        outcomes = self._each(
+            lambda shard: self._store_one(shard, deadline),
+            [one for one, again in zip(shards, later, strict=True) if not again],
+        )
         said = iter(outcomes)
         outcomes = [KEPT if again else next(said) for again in later]
         for one in outcomes:
@@ -223,7 +230,7 @@ class DirectoryTier(Tier):
             checksum.update(piece)
         return checksum.check(header, key)
 
-    def _store_one(self, shard: Shard) -> str | OSError:
+    def _store_one(self, shard: Shard, deadline: float) -> str | OSError:
         path, payload = self._file(shard.key), shard.payload.cast("B")
         size = frame.HEADER_BYTES + payload.nbytes
         try:
@@ -232,7 +239,7 @@ class DirectoryTier(Tier):
                 self._touch(path)
                 return KEPT
             cost = blocks(size) + (0 if path.parent.exists() else 2 * BLOCK_BYTES)
-            refused = self._make_room(cost)
+            refused = self._make_room(cost, deadline)
             if refused:
                 return refused
             try:
@@ -294,37 +301,45 @@ class DirectoryTier(Tier):
             self._count = Count(max(0, self._count.stored_bytes + stored_bytes), max(0, self._count.shards + shards))
             self._since += stored_bytes
 
-    def _make_room(self, cost: int) -> str:
-        """OK, and the bytes are counted as taken; or why not. Raises OSError."""
+    def _make_room(self, cost: int, deadline: float) -> str:
+        """OK, and the bytes are counted as taken; or why not. `deadline`: after it nobody waits for room. Raises OSError."""
         if self._max_bytes is not None and cost > self._max_bytes:
             return "too large"
         if self._max_bytes is not None and not self._counted.is_set():
             return "not ready"
-        deadline = time.monotonic() + ROOM_SECONDS
-        for _ in range(_TRIES):
+        with self._passed:
             if self._taken(cost):
                 return OK
-            self._ask_for_room(cost, deadline)
-        return OK if self._taken(cost) else "full"
+            self._wanted_bytes += cost  # once, however often it tries, and only for as long as it waits
+            try:
+                for _ in range(_TRIES):
+                    self._wait_for_room(deadline)
+                    if self._taken(cost):
+                        return OK
+            finally:
+                self._wanted_bytes -= cost
+        return "full"
 
-    def _ask_for_room(self, cost: int, deadline: float) -> None:
-        """Wait until the janitor's thread has looked after it, or until the deadline. Raises OSError: what its look came to."""
-        with self._passed:
-            self._wanted_bytes += cost
-            awaited = self._begun + 1
-            self._wake.set()
-            self._passed.wait_for(lambda: self._ended >= awaited, max(0.0, deadline - time.monotonic()))
-            if self._ended >= awaited and self._trouble:
-                raise self._trouble.with_traceback(None)
+    def _wait_for_room(self, deadline: float) -> None:
+        """Wait until the janitor's thread has looked after what is wanted, or until the deadline. Call with `_passed` held.
+
+        Raises:
+            OSError: what its look came to.
+        """
+        awaited = self._begun + 1
+        self._wake.set()
+        self._passed.wait_for(lambda: self._ended >= awaited, max(0.0, deadline - time.monotonic()))
+        if self._ended >= awaited and self._trouble:
+            raise self._trouble.with_traceback(None)
 
     def _taken(self, cost: int) -> bool:
-        with self._lock:
-            if self._max_bytes is not None and self._count.stored_bytes + cost > self._max_bytes:
-                return False
-            self._count = self._count._replace(stored_bytes=self._count.stored_bytes + cost)
-            self._in_flight += cost
-            self._since += cost
-            return True
+        """Whether so much is free; it is counted then. Call with `_passed` held."""
+        if self._max_bytes is not None and self._count.stored_bytes + cost > self._max_bytes:
+            return False
+        self._count = self._count._replace(stored_bytes=self._count.stored_bytes + cost)
+        self._in_flight += cost
+        self._since += cost
+        return True
 
     def _tidy(self, room: int = 0) -> None:
         """As janitor count and trim, else read what the janitor counted. Under `_counting`. Raises OSError."""
@@ -353,23 +368,35 @@ class DirectoryTier(Tier):
 
     def _keep_counting(self) -> None:
         """The janitor's thread. It leaves some room, since others who are not elected can make none."""
-        due = time.monotonic() + COUNT_SECONDS
+        due, told = time.monotonic() + COUNT_SECONDS, ""
         while not self._stop.is_set():
             with self._lock:
-                wanted, self._wanted_bytes, self._begun = self._wanted_bytes, 0, self._begun + 1
-            trouble = None
+                wanted, self._begun = self._wanted_bytes, self._begun + 1
+            trouble: OSError | None = None
             try:
                 due = self._look(wanted, due)
             except OSError as error:
                 trouble = error
-                if not self._stop.is_set():
-                    log.warning("%s: could not count what is there, later again: %s", self._where, error.strerror)
-                    due = time.monotonic() + COUNT_SECONDS
+            except Exception as error:  # the edge of the thread: without it nobody would make room any more
+                trouble = OSError(f"the janitor failed: {error!r}")
+                trouble.__cause__ = error
+            if trouble:
+                due = time.monotonic() + COUNT_SECONDS
+            told = self._tell(trouble, told)
             with self._passed:
                 self._ended, self._trouble = self._begun, trouble
                 self._passed.notify_all()
             self._wake.wait(ASK_SECONDS)
             self._wake.clear()
+
+    def _tell(self, trouble: OSError | None, told: str) -> str:
+        """Log it, unless that was told the last time; what is told now."""
+        said = "" if trouble is None else trouble.strerror or str(trouble)
+        if trouble and said != told and not self._stop.is_set():
+            log.warning(
+                "%s: could not count what is there, later again: %s", self._where, said, exc_info=trouble.__cause__
+            )
+        return said
 
     def _look(self, wanted_bytes: int, due: float) -> float:
         """Count and make room where that is due or wanted, here or elsewhere; when it is due again. Raises OSError."""

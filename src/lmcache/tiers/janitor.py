@@ -33,6 +33,8 @@ LEFTOVER_SECONDS = 3600.0
 """A file in tmp/ that nobody has written to for so long is a crashed writer's."""
 _RENEW_SECONDS = 10.0
 _SPACE, _FAN, _SHARD = (re.compile(one) for one in ("[0-9a-f]{32}", "[0-9a-f]{2}", "[0-9a-f]{32}-[0-9a-f]+-[0-9a-f]+"))
+_BYTES, _PROCESS = re.compile(rb"[0-9]{1,18}"), re.compile("[0-9]{1,9}")
+"""Numbers in files that others write, so short that no call refuses them."""
 
 
 class Count(NamedTuple):
@@ -108,29 +110,31 @@ class Janitor:
     def published(self) -> Published | None:
         """What was published last. None: nothing that can be read."""
         try:
-            stored, shards, in_order, stamp = self._usage.read_text().split()
-            return Published(Count(int(stored), int(shards)), in_order == "1", stamp)
+            stored, shards, in_order, stamp = self._usage.read_bytes().split()
         except (OSError, ValueError):
             return None
+        if not (_BYTES.fullmatch(stored) and _BYTES.fullmatch(shards)):
+            return None
+        return Published(Count(int(stored), int(shards)), in_order == b"1", stamp.decode("utf-8", "replace"))
 
     def ask_for_room(self, wanted_bytes: int) -> None:
         """Of whoever is elected. Raises OSError."""
         self._write(self._wanted, str(wanted_bytes), os.O_TRUNC)
 
     def asked_for_room(self) -> int:
-        """How many bytes somebody has wanted since this was asked last. Raises OSError."""
+        """How many bytes somebody has wanted since this was asked last, 1 where that cannot be read. Raises OSError."""
         try:
-            text = self._wanted.read_text()
+            said = self._wanted.read_bytes()
         except FileNotFoundError:
             return 0
         self._medium.unlink(self._wanted)
-        return int(text) if text.isdigit() else 1
+        return int(said) if _BYTES.fullmatch(said) else 1
 
     def count(self) -> Count:
         """Look at everything; sweep what crashed writers left. Raises OSError."""
         now = self._file_system_time()
         total = shards = 0
-        for entry in _scan(self._folder / "tmp"):
+        for entry in self._steps(self._folder / "tmp"):
             status = _stat(entry)
             if status and now - status.st_mtime > LEFTOVER_SECONDS:
                 self._medium.unlink(Path(entry.path))
@@ -154,17 +158,17 @@ class Janitor:
         excess = count.stored_bytes - to_bytes
         if excess <= 0:
             return count
-        times, sizes = array("q"), array("q")
+        times, sizes = array("d"), array("q")  # a time beyond the year 2262 has more nanoseconds than "q" holds
         for _, status in self._shards():
-            times.append(status.st_mtime_ns)
+            times.append(status.st_mtime)
             sizes.append(status.st_blocks * 512)
-        order = np.argsort(np.frombuffer(times, np.int64), kind="stable") if times else np.empty(0, np.int64)
+        order = np.argsort(np.frombuffer(times, np.float64), kind="stable") if times else np.empty(0, np.int64)
         freed = np.cumsum(np.frombuffer(sizes, np.int64)[order]) if times else order
         last = int(np.searchsorted(freed, excess))
         until = times[int(order[min(last, len(order) - 1)])] if times else 0
         stored, shards = count
         for entry, status in self._shards():
-            if status.st_mtime_ns <= until and stored > to_bytes:
+            if status.st_mtime <= until and stored > to_bytes:
                 self._medium.unlink(Path(entry.path))
                 stored -= status.st_blocks * 512
                 shards -= 1
@@ -174,7 +178,7 @@ class Janitor:
         """Remove all shards, what is being written, and the folders that are empty then. Raises OSError."""
         for entry, _ in self._shards():
             self._medium.unlink(Path(entry.path))
-        for entry in _scan(self._folder / "tmp"):
+        for entry in self._steps(self._folder / "tmp"):
             self._medium.unlink(Path(entry.path))
         for folder in sorted(_folders(self._folder), reverse=True):
             try:
@@ -185,24 +189,31 @@ class Janitor:
     def _shards(self) -> Iterator[tuple[os.DirEntry[str], os.stat_result]]:
         for folder in _folders(self._folder):
             if len(folder.name) == 2:
-                if self._stop.is_set():
-                    raise InterruptedError(errno.EINTR, "the tier is closed")
-                self._renew()
-                for entry in _scan(folder):
+                for entry in self._steps(folder):
                     status = _stat(entry) if _SHARD.fullmatch(entry.name) else None
                     if status:
                         yield entry, status
 
-    def _renew(self) -> None:
+    def _steps(self, folder: Path) -> Iterator[os.DirEntry[str]]:
+        """What is in it, one after another however many there are."""
+        self._go_on()
+        for entry in _scan(folder):
+            self._go_on()
+            yield entry
+
+    def _go_on(self) -> None:
+        """Keep the lease. Raises OSError, InterruptedError once the tier is closed."""
+        if self._stop.is_set():
+            raise InterruptedError(errno.EINTR, "the tier is closed")
         if time.monotonic() - self._renewed > _RENEW_SECONDS:
             self._renewed = time.monotonic()
             if self.holds():
                 self._medium.touch(self._lease)
 
     def _holder(self) -> tuple[str, float]:
-        """Who has the lease, "" for nobody, and when it was touched last."""
+        """Who has the lease, "" for nobody, and when it was touched last. What cannot be read is a name that nobody has."""
         try:
-            return self._lease.read_text(), self._lease.stat().st_mtime
+            return self._lease.read_text("utf-8", "replace"), self._lease.stat().st_mtime
         except FileNotFoundError:
             return "", 0.0
 
@@ -226,7 +237,7 @@ def _is_gone(holder: str) -> bool:
     """A process of this very host that no longer runs."""
     host, _, rest = holder.partition(" ")
     number = rest.partition(" ")[0]
-    if host != socket.gethostname() or not number.isdigit():
+    if host != socket.gethostname() or not _PROCESS.fullmatch(number):
         return False
     try:
         os.kill(int(number), 0)
@@ -247,12 +258,13 @@ def _folders(root: Path) -> Iterator[Path]:
                     yield Path(fan.path)
 
 
-def _scan(folder: Path) -> list[os.DirEntry[str]]:
+def _scan(folder: Path) -> Iterator[os.DirEntry[str]]:
+    """As it is read, so that a folder of any size takes no more memory; what is removed meanwhile hides nothing else."""
     try:
         with os.scandir(folder) as entries:
-            return list(entries)
+            yield from entries
     except FileNotFoundError:
-        return []
+        pass
 
 
 def _stat(entry: os.DirEntry[str]) -> os.stat_result | None:

@@ -95,9 +95,9 @@ class S3Tier(Tier):
         if self._pool:
             return
         self._client.read_all(_JANITOR)  # raises where bucket, credentials or network will not do
+        self._closing.clear()
         self._pool = ThreadPoolExecutor(self._connections, "lmcache-s3")
         if self._max_bytes is not None:
-            self._closing.clear()
             self._sweeper = threading.Thread(target=self._sweep_again_and_again, name="lmcache-s3-sweep", daemon=True)
             self._sweeper.start()
             self._swept.wait(self._timeout_seconds)
@@ -196,16 +196,18 @@ class S3Tier(Tier):
             self._books.drop(keys)
 
     def clear(self) -> None:
-        self._books.begin_census()
-        batch: list[str] = []
-        for listed in self._client.list():
-            if _key_of(listed.path) or listed.path in (_RECENCY, _JANITOR) or listed.path.startswith(_USES):
-                batch.append(listed.path)
-            if len(batch) == _BULK:
-                self._client.delete(batch)
-                batch.clear()
-        self._client.delete(batch)
-        self._books.end_census({}, {}, 0)
+        with self._books.census():
+            batch: list[str] = []
+            for listed in self._client.list():
+                if self._closing.is_set():
+                    raise TierError("closed", f"{self._client.place.text}: the tier was closed before all was removed")
+                if _key_of(listed.path) or listed.path in (_RECENCY, _JANITOR) or listed.path.startswith(_USES):
+                    batch.append(listed.path)
+                if len(batch) == _BULK:
+                    self._client.delete(batch)
+                    batch.clear()
+            self._client.delete(batch)
+            self._books.take_over({}, {}, 0)
 
     def usage(self) -> Usage:
         return Usage(self._books.stored_bytes + self._books.other_bytes, len(self._books), self._max_bytes)
@@ -253,39 +255,44 @@ class S3Tier(Tier):
         return bool(going)
 
     def _sweep_again_and_again(self) -> None:
+        told = ""
         while not self._closing.is_set():
             try:
                 self._sweep()
-            except TierError as error:
-                log.warning("the S3 tier cannot be swept: %s", error)
+                told = ""
+            except Exception as error:  # the edge of the thread: without it nothing would be trimmed any more
+                if str(error) != told:
+                    unforeseen = not isinstance(error, TierError)
+                    log.warning("the S3 tier cannot be swept, later again: %s", error, exc_info=unforeseen)
+                told = str(error)
             self._closing.wait(self._sweep_seconds if self._swept.is_set() else min(5.0, self._sweep_seconds))
 
     def _sweep(self) -> None:
         """Write own uses, take stock of what is there; as the janitor, merge all uses and trim."""
         self._write_uses()
         is_janitor = self._be_janitor()
-        self._books.begin_census()
-        listed: dict[bytes, tuple[int, int]] = {}
-        uses: dict[bytes, int] = {}
-        others, other_bytes, recency_bytes = [_RECENCY], 0, 0
-        for one in self._client.list():
-            if self._closing.is_set():
-                return
-            written = int(one.modified.timestamp() * 1000)
-            if key := _key_of(one.path):
-                listed[key.packed] = written, one.size
-            else:
-                other_bytes += one.size
-                recency_bytes += one.size if one.path == _RECENCY else 0
-            if one.path.startswith(_USES) and (is_janitor or not self._swept.is_set()):
-                others.append(one.path)
-                if is_janitor and written < now_ms() - _FORGOTTEN_MS:
-                    self._client.delete([one.path])
-        for path in others:
-            if read := self._client.read_all(path):
-                for packed, when in unpack_uses(read[0], now_ms()).items():
-                    uses[packed] = max(when, uses.get(packed, 0))
-        self._books.end_census(listed, uses, other_bytes)
+        with self._books.census():
+            listed: dict[bytes, tuple[int, int]] = {}
+            uses: dict[bytes, int] = {}
+            others, other_bytes, recency_bytes = [_RECENCY], 0, 0
+            for one in self._client.list():
+                if self._closing.is_set():
+                    return
+                written = int(one.modified.timestamp() * 1000)
+                if key := _key_of(one.path):
+                    listed[key.packed] = written, one.size
+                else:
+                    other_bytes += one.size
+                    recency_bytes += one.size if one.path == _RECENCY else 0
+                if one.path.startswith(_USES) and (is_janitor or not self._swept.is_set()):
+                    others.append(one.path)
+                    if is_janitor and written < now_ms() - _FORGOTTEN_MS:
+                        self._client.delete([one.path])
+            for path in others:
+                if read := self._client.read_all(path):
+                    for packed, when in unpack_uses(read[0], now_ms()).items():
+                        uses[packed] = max(when, uses.get(packed, 0))
+            self._books.take_over(listed, uses, other_bytes)
         self._swept.set()
         if is_janitor:
             recency = pack_uses(self._books.uses())
@@ -305,7 +312,7 @@ class S3Tier(Tier):
         """Take or renew the lease, by a write that only one server can win."""
         read, now = self._client.read_all(_JANITOR), time.time()
         if read:
-            with contextlib.suppress(ValueError, TypeError, KeyError):
+            with contextlib.suppress(ValueError, TypeError, KeyError, OverflowError, RecursionError):
                 lease = json.loads(read[0])
                 if lease["holder"] != self._identity and now < float(lease["until"]) < now + 4 * self._sweep_seconds:
                     return False

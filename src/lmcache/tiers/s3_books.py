@@ -11,7 +11,9 @@ import heapq
 import struct
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,6 +24,14 @@ _RECORD = struct.Struct("<36sQ")
 _MAGIC = b"LMCuses1"
 MOST_USES = 200_000
 """Uses in one object, the latest ones: 8.8 MB."""
+
+
+class Changes(NamedTuple):
+    """What a listing may not know of: packed keys that came, that went, and that were used since it began."""
+
+    came: set[bytes]
+    went: set[bytes]
+    used: set[bytes]
 
 
 class Books:
@@ -40,11 +50,10 @@ class Books:
         self._latest = 0
         self._under_way: set[bytes] = set()
         """Being written: a listing may not show them."""
-        self._came: set[bytes] = set()
-        self._went: set[bytes] = set()
-        """Since `begin_census`: the listing may not know of these either."""
-        self._used: set[bytes] = set()
-        """Since `begin_census`, of what was there."""
+        self._census = threading.Lock()
+        """Held while a listing is made and taken over."""
+        self._changes: Changes | None = None
+        """Since it was begun; None where there is none, so that nothing piles up."""
         self.stored_bytes = 0
         self.other_bytes = 0
         """Of the objects that hold no shards."""
@@ -76,13 +85,16 @@ class Books:
                 entry = self._entries.pop(packed, None)
                 if entry is not None:
                     self._entries[packed] = self._tick(packed) << _SIZE_BITS | entry & _SIZE_MASK
-                    self._used.add(packed)
+                    if self._changes:
+                        self._changes.used.add(packed)
 
     def drop(self, keys: Iterable[ShardKey]) -> None:
         with self._lock:
             for key in keys:
                 self._drop(key.packed)
-                self._went.add(key.packed)
+                self._fresh.pop(key.packed, None)
+                if self._changes:
+                    self._changes.went.add(key.packed)
 
     def oldest(self, wanted_bytes: int, most: int) -> list[ShardKey]:
         """Those used longest ago that hold so many bytes together, but no more than `most` of them."""
@@ -98,13 +110,23 @@ class Books:
 
     # ---- what all servers know together
 
-    def begin_census(self) -> None:
-        """A listing begins."""
-        with self._lock:
-            self._came, self._went, self._used = set(self._under_way), set(), set()
+    @contextmanager
+    def census(self) -> Iterator[None]:
+        """While a listing is made and taken over, one at a time: what changes meanwhile is noted."""
+        with self._census:
+            with self._lock:
+                self._changes = Changes(set(self._under_way), set(), set())
+            try:
+                yield
+            finally:
+                with self._lock:
+                    self._changes = None
 
-    def end_census(self, listed: dict[bytes, tuple[int, int]], uses: dict[bytes, int], other_bytes: int) -> None:
-        """`listed`: packed key -> time written, bytes. What is not listed is gone, unless it came while the listing was made."""
+    def take_over(self, listed: dict[bytes, tuple[int, int]], uses: dict[bytes, int], other_bytes: int) -> None:
+        """`listed`: packed key -> time written, bytes. What is not listed is gone, unless it came while the listing was made.
+
+        Call in a `census` that was begun before the listing.
+        """
         before, when = self._entries, np.empty(len(listed), np.int64)
         for place, (packed, (written, _)) in enumerate(listed.items()):
             when[place] = max(written, before.get(packed, 0) >> _SIZE_BITS, uses.get(packed, 0))
@@ -114,9 +136,10 @@ class Books:
             entries[packed] = int(when[place]) << _SIZE_BITS | listed[packed][1]
             stored_bytes += listed[packed][1]
         with self._lock:  # only for what has changed since the listing began
-            changed = self._came | {packed for packed in self._used if packed in entries}
+            assert self._changes is not None
+            changed = self._changes.came | {packed for packed in self._changes.used if packed in entries}
             now = {packed: self._entries[packed] for packed in changed if packed in self._entries}
-            for packed in self._went | now.keys():
+            for packed in self._changes.went | now.keys():
                 stored_bytes -= entries.pop(packed, 0) & _SIZE_MASK
             for packed, entry in sorted(now.items(), key=lambda item: item[1]):
                 entries[packed] = entry
@@ -142,12 +165,14 @@ class Books:
         self._drop(packed)
         self._entries[packed] = self._tick(packed) << _SIZE_BITS | size
         self.stored_bytes += size
-        self._came.add(packed)
-        self._went.discard(packed)
+        if self._changes:
+            self._changes.came.add(packed)
+            self._changes.went.discard(packed)
 
     def _drop(self, packed: bytes) -> None:
         entry = self._entries.pop(packed, None)
-        self._came.discard(packed)
+        if self._changes:
+            self._changes.came.discard(packed)
         if entry is not None:
             self.stored_bytes -= entry & _SIZE_MASK
 
