@@ -521,7 +521,8 @@ class Core:
         if mode == "wait":
             self.waiting.append(Future())
             return self.waiting[-1]
-        self.connector.reset()
+        if level:
+            self.connector.reset()
         return None
 
     def release_kv_cache_memory(self) -> None:
@@ -562,6 +563,9 @@ def test_a_sleep_that_keeps_the_weights_keeps_the_cache(core: Core) -> None:
     core.sleep()
     core.wake_up()
     assert salt_of(core) == ""
+    core.sleep(level=0)
+    core.wake_up(tags=["scheduling"])
+    assert salt_of(core) == ""
     core.release_kv_cache_memory()
     core.wake_up(tags=["kv_cache"])
     assert salt_of(core) == ""
@@ -581,6 +585,16 @@ def test_a_sleep_that_waits_for_requests_keeps_the_cache_unless_somebody_else_re
     core.connector.reset()
     core.drain()
     assert salt_of(core) != ""
+
+
+@pytest.mark.parametrize("level", [0, 1])
+def test_weights_that_change_while_a_sleep_waits_for_requests_are_new(core: Core, level: int) -> None:
+    """vLLM itself resets nothing before it sleeps at level 0, and a release of it may not before level 1 either."""
+    core.sleep(level, "wait")
+    core.connector.transferred(report=StepReport(weights=1))
+    changed = salt_of(core)
+    core.waiting.pop().set_result(None)
+    assert salt_of(core) == changed != ""
 
 
 def test_weights_that_are_awake_before_the_kv_may_be_written_into(core: Core) -> None:
