@@ -19,6 +19,9 @@ from lmcache.integration import identity
 from lmcache.integration.digests import digest_file
 from lmcache.integration.identity import Identity, path_identity
 from lmcache.integration.vllm.identity import adapter_identity
+from lmcache.integration.vllm.paged import Registered
+from lmcache.integration.vllm.plan import StepPlan, StorePlan
+from lmcache.integration.vllm.worker import WorkerHalf
 from servers import Server, eventually
 
 UNKNOWN = "identity not known yet"
@@ -47,6 +50,26 @@ def known(one: Identity) -> bool:
         return bool(one.name)
     except IdentityUnknown:
         return False
+
+
+def test_a_rank_that_still_hashes_holds_up_no_step(
+    server: Callable[..., Server], engine: Callable[..., Engine], turns: Turns, weights: Path
+) -> None:
+    """The scheduler's process may know the weights first, and plans loads and stores then for ranks that do not."""
+    cache = server()
+    other = engine(cache, "other")
+    other.store(TOKENS)
+    hit = other.lookup(TOKENS)
+    assert hit is not None
+    rank = engine(cache, "rank", connect=False, scheduler=False, model=found(weights), deadline=1000.0)
+    half = WorkerHalf(rank.worker, Registered(rank.worker._paged, 1), 0, 1)
+    half.wait_connected(StepPlan(stores=[StorePlan("job", "request", 16, bytes(16), bytes(16), 0, [0])]))
+    assert not half._waited, "it waits for the server at the first step after that"
+    assert not rank.wait(rank.submit_load(hit, 16, 0, 96, TOKENS)).ok
+    assert rank.worker.counters == {"failed_loads": 1}
+    turns.give()
+    rank.worker.wait_connected(PATIENCE)
+    assert rank.wait(rank.submit_load(hit, 16, 0, 96, TOKENS)).ok and rank.right(TOKENS, 0, 96)
 
 
 def test_nothing_is_served_or_stored_until_the_weights_are_hashed(

@@ -521,7 +521,8 @@ class Core:
         if mode == "wait":
             self.waiting.append(Future())
             return self.waiting[-1]
-        self.connector.reset()
+        if level:
+            self.connector.reset()
         return None
 
     def release_kv_cache_memory(self) -> None:
@@ -562,6 +563,9 @@ def test_a_sleep_that_keeps_the_weights_keeps_the_cache(core: Core) -> None:
     core.sleep()
     core.wake_up()
     assert salt_of(core) == ""
+    core.sleep(level=0)
+    core.wake_up(tags=["scheduling"])
+    assert salt_of(core) == ""
     core.release_kv_cache_memory()
     core.wake_up(tags=["kv_cache"])
     assert salt_of(core) == ""
@@ -581,6 +585,16 @@ def test_a_sleep_that_waits_for_requests_keeps_the_cache_unless_somebody_else_re
     core.connector.reset()
     core.drain()
     assert salt_of(core) != ""
+
+
+@pytest.mark.parametrize("level", [0, 1])
+def test_weights_that_change_while_a_sleep_waits_for_requests_are_new(core: Core, level: int) -> None:
+    """vLLM itself resets nothing before it sleeps at level 0, and a release of it may not before level 1 either."""
+    core.sleep(level, "wait")
+    core.connector.transferred(report=StepReport(weights=1))
+    changed = salt_of(core)
+    core.waiting.pop().set_result(None)
+    assert salt_of(core) == changed != ""
 
 
 def test_weights_that_are_awake_before_the_kv_may_be_written_into(core: Core) -> None:
@@ -1027,6 +1041,62 @@ def test_whatever_changes_the_numbers_changes_the_layout(weights: Path, tmp_path
     write_weights(weights / "model.safetensors", 2)
     others.append(fingerprint())
     assert len({plain, *others}) == 7
+
+
+READ_ALIKE = ("auto", "hf", "safetensors", "runai_streamer")
+"""Formats that read the same files of a directory with one set of safetensors."""
+
+
+def digests_by_format(model: str, **more: Any) -> list[str]:
+    configs = [vllm_config(model, load_format=load_format) for load_format in READ_ALIKE]
+    for config in configs:
+        config.load_config.download_dir = more.get("download_dir")
+        config.model_config.hf_config._commit_hash = more.get("commit")
+    return [config_digest(config) for config in configs]
+
+
+@pytest.mark.parametrize("second", ["consolidated.safetensors", "adapter.safetensors", "original/model.safetensors"])
+def test_formats_that_may_read_different_files_of_a_directory_are_told_apart(weights: Path, second: str) -> None:
+    """vLLM's `auto` reads `consolidated*.safetensors` where there are any, `safetensors` what the index names."""
+    one = set(digests_by_format(str(weights)))
+    index = {"weight_map": {"a": "model.safetensors", "b": "model.safetensors"}}
+    (weights / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert one == set(digests_by_format(str(weights))) and len(one) == 1
+    (weights / second).parent.mkdir(exist_ok=True)
+    write_weights(weights / second, 2)
+    assert len(one | set(digests_by_format(str(weights)))) == 1 + len(READ_ALIKE)
+
+
+def test_formats_share_a_repository_whose_snapshot_has_one_set_of_weights(weights: Path, tmp_path: Path) -> None:
+    commit = "c" * 40
+    hub = {"download_dir": str(tmp_path / "hub"), "commit": commit}
+    snapshot = tmp_path / "hub" / "models--org--model" / "snapshots" / commit
+    assert len(set(digests_by_format("org/model", **hub))) == len(READ_ALIKE), "nobody knows which files there are"
+    snapshot.mkdir(parents=True)
+    (snapshot / "model.safetensors").symlink_to(weights / "model.safetensors")
+    one = set(digests_by_format("org/model", **hub))
+    assert len(one) == 1 and one == set(digests_by_format(str(snapshot))), "and with engines that have it by its path"
+    (snapshot / "consolidated.safetensors").symlink_to(weights / "model.safetensors")
+    assert len(one | set(digests_by_format("org/model", **hub))) == 1 + len(READ_ALIKE)
+
+
+def test_a_draft_models_files_are_those_of_its_own_load_format(weights: Path, tmp_path: Path) -> None:
+    (tmp_path / "draft").mkdir()
+    write_weights(tmp_path / "draft" / "model.safetensors", 1)
+    write_weights(tmp_path / "draft" / "consolidated.safetensors", 2)
+
+    def digest(load_format: str | None) -> str:
+        config = vllm_config(str(weights))
+        load = load_format and SimpleNamespace(load_format=load_format)
+        config.speculative_config = SimpleNamespace(
+            method="draft_model",
+            draft_model_config=SimpleNamespace(model=str(tmp_path / "draft")),
+            target_model_config=config.model_config,
+            draft_load_config=load,
+        )
+        return config_digest(config)
+
+    assert digest(None) == digest("auto") != digest("safetensors")
 
 
 @pytest.mark.parametrize("options", [{"mm_processor_kwargs": {"max_pixels": 9}}, {"video_pruning_rate": 0.5}])

@@ -251,12 +251,15 @@ def test_a_model_that_vllm_computes_only_as_a_whole_is_not_served(folder: Path, 
         engine.end()
 
 
-def test_whatever_changes_the_numbers_in_vllms_own_terms_is_noticed(model: Path) -> None:
+def test_whatever_changes_the_numbers_in_vllms_own_terms_is_noticed(folder: Path, model: Path) -> None:
     """Fields and methods of vLLM are known by name, and a new or renamed one would be missed in silence."""
     plain = {"model": str(model), "max_model_len": 1024, "dtype": "float32"}
     rope = {"rope_type": "default", "rope_theta": 1e4}
     longer = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 32, "long_factor": [2.0] * 32}
     longer["original_max_position_embeddings"] = 2048
+    twice = folder / "two sets of weights"
+    shutil.copytree(model, twice)
+    shutil.copy(twice / "model.safetensors", twice / "consolidated.safetensors")
     same: list[dict[str, Any]] = [
         {},
         {"enforce_eager": True},
@@ -279,6 +282,8 @@ def test_whatever_changes_the_numbers_in_vllms_own_terms_is_noticed(model: Path)
         {"model_impl": "transformers"},
         {"code_revision": "another"},
         {"load_format": "pt"},
+        {"model": str(twice)},
+        {"model": str(twice), "load_format": "safetensors"},
         {"enable_lora": True, "lora_dtype": "bfloat16"},
         {"enable_lora": True, "lora_target_modules": ["q_proj"]},
         {"additional_config": {"platform": "option"}},

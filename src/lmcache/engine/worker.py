@@ -121,6 +121,11 @@ class WorkerSession:
         return self._link.connected
 
     @property
+    def identified(self) -> bool:
+        """Whether it is known which weights are served. Until then this rank has no server, and waits for none."""
+        return is_identified(self._layout_for)
+
+    @property
     def mapped_arena(self) -> bytes:
         """The arena that this process has mapped, from where a load needs no server; b"" for none (payload frames)."""
         with self._state:
@@ -320,7 +325,7 @@ class WorkerSession:
         """Tokens that were copied and committed, seconds of the copies, and of asking for and committing the slots."""
         self._link.wait_welcomed()
         if store.chunk_tokens != self._chunk_tokens:
-            reason = "another chunk size" if is_identified(self._layout_for) else UNKNOWN
+            reason = "another chunk size" if self.identified else UNKNOWN
             self._count_drop(len(store.hashes) // HASH_BYTES, reason)
             return 0, 0.0, 0.0
         total, tokens, seconds, parent = len(store.hashes) // HASH_BYTES, 0, 0.0, store.parent
@@ -432,6 +437,7 @@ class WorkerSession:
             if (  # the scheduler may have found a new server before this rank
                 arena is not None
                 and arena not in (self._arena, self._in_vain)
+                and self.identified
                 and not self._state.wait_for(lambda: arena == self._arena, self._link.endpoint.deadline_seconds)
             ):
                 self._in_vain = arena

@@ -16,7 +16,7 @@ from blake3 import blake3
 from lmcache.chunks import Layout, Shard, shard_of_rank
 from lmcache.errors import LayoutError
 from lmcache.integration.identity import Identity, named, path_identity, plain, repository_identity
-from lmcache.integration.load_formats import files_read, refuse_weights_from_anywhere
+from lmcache.integration.load_formats import files_read, model_folder, refuse_weights_from_anywhere
 from lmcache.transfer.paged import PagedKV, Plane
 
 NOT_SERVED = (
@@ -238,13 +238,16 @@ def config_digest(model_config: Any) -> str:
     It takes in the whole configuration, so a harmless difference costs a miss, and no harmful one a wrong answer.
     """
     args = _server_args()
+    hf_config = getattr(model_config, "hf_config", None)
+    commit, download_folder = getattr(hf_config, "_commit_hash", None), getattr(args, "download_dir", None)
+    folder = model_folder(str(model_config.model_path), commit, download_folder)
     material = {
         "engine": ENGINE,
-        "hf": plain(getattr(model_config, "hf_config", None)),
+        "hf": plain(hf_config),
         "overrides": plain(getattr(model_config, "model_override_args", None)),
         "dtype": str(model_config.dtype),
         "quantization": plain(getattr(model_config, "quantization", None)),
-        "load": files_read(load_format(), getattr(args, "model_loader_extra_config", None)),
+        "load": files_read(load_format(), getattr(args, "model_loader_extra_config", None), folder),
         "arguments": {name: plain(value) for name in _CHANGE_NUMBERS if (value := getattr(args, name, None))},
     }
     return blake3(json.dumps(material, sort_keys=True).encode()).hexdigest(16)

@@ -14,7 +14,7 @@ from blake3 import blake3
 
 from lmcache.errors import LayoutError
 from lmcache.integration.identity import REMEDY, Identity, named, path_identity, plain, repository_identity
-from lmcache.integration.load_formats import files_read, refuse_weights_from_anywhere
+from lmcache.integration.load_formats import files_read, model_folder, refuse_weights_from_anywhere
 
 _WRITTEN_BY_MODELS = frozenset({"dtype", "torch_dtype", "max_model_len"})
 """What classes of models write into the configuration when they are made, which the scheduler's process may not see."""
@@ -66,10 +66,10 @@ def config_digest(vllm_config: Any) -> str:
         # LongRoPE takes its factors by the longest prompt that the engine admits.
         "longest": getattr(model, "max_model_len", None) if '"longrope"' in json.dumps(described) else None,
         "cache_dtype": [str(cache.cache_dtype), plain(getattr(cache, "kv_cache_dtype_skip_layers", None))],
-        "load": files_read(str(load.load_format), getattr(load, "model_loader_extra_config", None)),
+        "load": _files_read(model, load),
         "images": _processing(getattr(model, "multimodal_config", None)),
         "lora": _lora(getattr(vllm_config, "lora_config", None), model),
-        "draft": _drafting(getattr(vllm_config, "speculative_config", None)),
+        "draft": _drafting(getattr(vllm_config, "speculative_config", None), load),
         "platform": plain(getattr(vllm_config, "additional_config", None)) or None,
     }
     return blake3(json.dumps(material, sort_keys=True).encode()).hexdigest(16)
@@ -139,12 +139,23 @@ def _lora(lora: Any, model: Any) -> Any:
     return options if any(options.values()) else None
 
 
-def _drafting(speculative: Any) -> Any:
-    """How the draft model's layers are made. None where there is none; whose weights it has is a part of the identity."""
+def _files_read(model: Any, load: Any) -> Any:
+    """Which of the model's files have been read. It is asked for after that, so a repository's are in the hub's cache."""
+    commit = _commit(getattr(model, "hf_config", None))
+    folder = model_folder(str(model.model), commit, getattr(load, "download_dir", None))
+    return files_read(str(load.load_format), getattr(load, "model_loader_extra_config", None), folder)
+
+
+def _drafting(speculative: Any, load: Any) -> Any:
+    """How the draft model's layers are made. None where there is none; whose weights it has is a part of the identity.
+
+    load: how the target model is loaded, and the draft model where nothing else is said.
+    """
     model = _draft(speculative)
     if model is None:
         return None
-    return [str(getattr(speculative, "method", "")), plain(getattr(model, "quantization", None))]
+    method, quantization = str(getattr(speculative, "method", "")), plain(getattr(model, "quantization", None))
+    return [method, quantization, _files_read(model, getattr(speculative, "draft_load_config", None) or load)]
 
 
 def _draft(speculative: Any) -> Any:
@@ -156,11 +167,13 @@ def _draft(speculative: Any) -> Any:
 
 def _draft_identity(draft: Any, engine_id: str) -> Identity:
     """Of a repository whose commit is not known, one that no other engine has."""
-    name, config = str(draft.model), getattr(draft, "hf_config", None)
-    found = path_identity(name)
-    if found is not None:
-        return found
+    name = str(draft.model)
+    return path_identity(name) or named(f"{name}@{_commit(getattr(draft, 'hf_config', None)) or engine_id}")
+
+
+def _commit(config: Any) -> str | None:
+    """The commit of the repository that a model's configuration is from."""
     commits = (
         getattr(one, "_commit_hash", None) for one in (config, getattr(config, "model", None))
     )  # vLLM wraps EAGLE's
-    return named(f"{name}@{next(filter(None, commits), engine_id)}")
+    return next(filter(None, commits), None)

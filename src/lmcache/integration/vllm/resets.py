@@ -41,8 +41,9 @@ def watch_resets(engine_id: str, half: SchedulerHalf) -> None:
 
 
 def fall_asleep(sleep: Any, core: Any, level: int = 1, *args: Any, **kwargs: Any) -> Any:
-    """`EngineCore.sleep`. Level 2 drops the weights, and what is loaded in their place may be others."""
-    return keep_identity(sleep, core, level, *args, **kwargs) if level < 2 else sleep(core, level, *args, **kwargs)
+    """`EngineCore.sleep`. Level 0 resets nothing, so a reset before it has ended is somebody else's. Level 2 drops the weights,
+    and what is loaded in their place may be others."""
+    return keep_identity(sleep, core, level, *args, **kwargs) if level == 1 else sleep(core, level, *args, **kwargs)
 
 
 def keep_identity(method: Any, core: Any, *args: Any, **kwargs: Any) -> Any:
@@ -50,7 +51,7 @@ def keep_identity(method: Any, core: Any, *args: Any, **kwargs: Any) -> Any:
     half = _half_of(core)
     if half is None:
         return method(core, *args, **kwargs)
-    before = half.resets
+    before = half.changes
     answer = method(core, *args, **kwargs)
     if isinstance(answer, Future):
         answer.add_done_callback(partial(_take_back, half, before))
@@ -85,7 +86,7 @@ def empty(reset: Any, scheduler: Any, *args: Any, **kwargs: Any) -> Any:
     return emptied
 
 
-def _take_back(half: SchedulerHalf, before: int, done: Future[Any]) -> None:
+def _take_back(half: SchedulerHalf, before: tuple[int, int], done: Future[Any]) -> None:
     if not done.cancelled() and done.exception() is None:
         half.take_back_reset(before)
 

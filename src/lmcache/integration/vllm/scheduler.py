@@ -121,7 +121,7 @@ class SchedulerHalf:
         self._closing: dict[str, Tracker] = {}
         self._plan = StepPlan()
         self._jobs = 0
-        self.resets = 0
+        self._resets = 0
         """How often what was kept has been given up."""
         self.adapters = Adapters()
         self._weights = 0
@@ -257,8 +257,8 @@ class SchedulerHalf:
         emptied: how often vLLM's own prefix cache had been emptied when they changed; None for now.
         """
         self._emptied_before = max(self._emptied_before, self._emptied if emptied is None else emptied)
-        self.resets += 1
-        self._salt_before, self._salt_prefix = self._salt_prefix, f"\0reset {time.time_ns()} {self.resets}\0"
+        self._resets += 1
+        self._salt_before, self._salt_prefix = self._salt_prefix, f"\0reset {time.time_ns()} {self._resets}\0"
         for tracker in self._trackers.values():
             # What is computed already may be of the old weights, so these requests store no more.
             tracker.cacheable = False
@@ -268,9 +268,14 @@ class SchedulerHalf:
         """vLLM's own prefix cache is empty: what is computed from now on owes nothing to what was there."""
         self._emptied += 1
 
-    def take_back_reset(self, before: int) -> None:
-        """What was kept is served again, if there was one reset since there were `before`, and it was not for new weights."""
-        if self.resets == before + 1:
+    @property
+    def changes(self) -> tuple[int, int]:
+        """How often what was kept has been given up, and which change of the ranks' weights this half knows of."""
+        return self._resets, self._weights
+
+    def take_back_reset(self, before: tuple[int, int]) -> None:
+        """What was kept is served again, if there was one reset since `changes` was `before`, and no rank told of new weights."""
+        if self.changes == (before[0] + 1, before[1]):
             self._salt_prefix = self._salt_before
 
     def wait_connected(self, starting: Callable[[], bool]) -> None:

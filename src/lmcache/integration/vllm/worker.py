@@ -167,8 +167,9 @@ class WorkerHalf:
         self._unread.clear()
 
     def wait_connected(self, plan: StepPlan) -> None:
-        """At the first step with something to copy, give the server the time to start: what is not stored is a later miss."""
-        if not self._waited and (plan.loads or plan.stores):
+        """At the first step with something to copy, give the server the time to start: what is not stored is a later miss. A
+        rank that does not know yet which weights it serves connects to none, and does not hold up the step."""
+        if not self._waited and (plan.loads or plan.stores) and self._session.identified:
             self._waited = True
             self._session.wait_connected(_START_SECONDS)
 
