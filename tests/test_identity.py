@@ -139,15 +139,18 @@ for line in sys.stdin:
 """
 
 
-@pytest.mark.parametrize("change", ["written", "renamed", "folder renamed", "link"])
-def test_weights_that_are_newer_than_the_engine_are_not_served(weights: Path, tmp_path: Path, change: str) -> None:
+@pytest.mark.parametrize(
+    "change", ["written", "renamed", "folder renamed", "folder above renamed", "link", "link behind a link"]
+)
+def test_weights_that_are_newer_than_the_engine_are_not_served(tmp_path: Path, change: str) -> None:
     """It may have read those that were there before."""
-    other, old, file = tmp_path / "other", tmp_path / "old", weights / "model.safetensors"
-    other.mkdir()
-    (other / file.name).write_bytes(b"other weights")
-    (other / "config.json").write_text("{}")
-    link = tmp_path / "link"
-    link.symlink_to(weights)
+    one, two, link, behind = (tmp_path / name for name in ("one", "two", "link", "behind"))
+    for folder in (one, two):
+        (folder / "model").mkdir(parents=True)
+        (folder / "model" / "config.json").write_text("{}")
+        (folder / "model" / "model.safetensors").write_text(f"weights {folder.name}")
+    link.symlink_to("behind")
+    behind.symlink_to(one)
     with subprocess.Popen(
         [sys.executable, "-c", _LOOK], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
@@ -155,26 +158,30 @@ def test_weights_that_are_newer_than_the_engine_are_not_served(weights: Path, tm
         assert process.stdout.readline() == "ready\n"
 
         def ask() -> str:
-            print(link, file=process.stdin, flush=True)
+            print(link / "model", file=process.stdin, flush=True)
             return process.stdout.readline()
 
         assert ask().startswith("files:"), "written before the process began"
-        (tmp_path / "beside").write_text("comes and goes")
+        for folder in (tmp_path, one):
+            (folder / "beside").write_text("comes and goes")
+            (folder / "beside").unlink()
         assert ask().startswith("files:")
         if change == "written":
-            file.write_bytes(b"other weights")
-        elif change == "renamed":
-            (other / file.name).rename(file)
-        elif change == "folder renamed":
-            weights.rename(old)
-            other.rename(weights)
-        else:
+            (one / "model" / "model.safetensors").write_text("other weights")
+        elif change == "link":
             link.unlink()
-            link.symlink_to(other)
+            link.symlink_to(two)
+        elif change == "link behind a link":
+            behind.unlink()
+            behind.symlink_to(two)
+        else:
+            below = {"renamed": "model/model.safetensors", "folder renamed": "model"}.get(change, "")
+            (one / below).rename(tmp_path / "old")
+            (two / below).rename(one / below)
         answer = ask()
         assert "has changed since the engine may have read it" in answer and "start the engine anew" in answer
         process.stdin.close()
-    assert path_identity(str(link)) is not None, "as the next engine finds it"
+    assert path_identity(str(link / "model")) is not None, "as the next engine finds it"
 
 
 _HASHING = """

@@ -12,9 +12,10 @@ import contextlib
 import functools
 import os
 import re
+import stat
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -138,11 +139,10 @@ def path_identity(name: str, remedy: str = REMEDY, unchanged_since: float | None
     if not any(file.suffix in _WEIGHT_SUFFIXES for file, _ in files):
         raise LayoutError(f"no weight files in {name!r}; {remedy}")
     limit = process_started() if unchanged_since is None else unchanged_since
-    within = {file.parent for file, _ in files} if path.is_dir() else set()
-    for one in (*path.absolute().parents, path, *within, *(file for file, _ in files)):
-        if _changed_at(one, one in within) > limit:
+    for step, whole in _way(path, files).items():
+        if _newer(step, whole, limit):
             raise LayoutError(
-                f"{str(one)!r} has changed since the engine may have read it, so it is not known which weights it serves; "
+                f"{str(step)!r} has changed since the engine may have read it, so it is not known which weights it serves; "
                 f"start the engine anew, or {remedy}"
             )
     return Identity((_finding(path, files, remedy),))
@@ -227,11 +227,33 @@ def _listed(path: Path) -> _Files:
     return tuple((file, stamp_of(file.stat())) for file in (_files_below(path) if path.is_dir() else _parts_of(path)))
 
 
-def _changed_at(path: Path, whole: bool) -> float:
-    """When this name came to mean what it means now: the last change of a file, or of a symbolic link and what it leads to. Of a
-    directory only if the whole of it matters, which may have been renamed; in others files come and go."""
-    links = path.lstat().st_ctime if path.is_symlink() else 0.0
-    return max(links, path.stat().st_ctime if whole or path.is_file() else 0.0)
+def _steps(path: Path) -> Iterator[Path]:
+    """Every folder and symbolic link that an absolute name leads through, also those behind links, and what it leads to."""
+    for step in (*reversed(path.parents), path):
+        yield step
+        if step.is_symlink():
+            yield from _steps(step.parent.resolve() / os.readlink(step))
+
+
+def _way(path: Path, files: _Files) -> dict[Path, bool]:
+    """Every name on the way to these files, and the files. False for a folder that is only passed through, where others come and
+    go; True where every change counts."""
+    steps = dict.fromkeys(step for file, _ in files for step in _steps(file.absolute()))
+    folders = {folder for file, _ in files for folder in file.parents if folder.is_relative_to(path)}
+    model = {stamp_of(folder.stat())[:2] for folder in folders}
+    return {step: not stat.S_ISDIR((one := step.lstat()).st_mode) or stamp_of(one)[:2] in model for step in steps}
+
+
+def _newer(step: Path, whole: bool, limit: float) -> bool:
+    """Whether this name may have meant something else at `limit`.
+
+    A folder that was renamed has a new ctime, and so has the folder that it is in; its mtime stays. Files that come and go in a
+    folder set both of its times to the same.
+    """
+    status = step.lstat()
+    if whole or status.st_ctime <= limit:
+        return status.st_ctime > limit
+    return status.st_ctime_ns != status.st_mtime_ns and (step / "..").stat().st_ctime > limit
 
 
 @functools.lru_cache(maxsize=64)
