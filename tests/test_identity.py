@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import os
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -18,7 +19,7 @@ from lmcache.errors import IdentityUnknown, LayoutError
 from lmcache.integration import identity
 from lmcache.integration.digests import digest_file
 from lmcache.integration.identity import Identity, path_identity
-from lmcache.integration.vllm.identity import adapter_identity
+from lmcache.integration.vllm.identity import Adapters
 from servers import Server, eventually
 
 UNKNOWN = "identity not known yet"
@@ -102,10 +103,19 @@ def test_weights_that_vanish_are_not_served(turns: Turns, weights: Path) -> None
     assert "model.safetensors" in one.failure and not known(one)
 
 
-def test_a_large_adapter_is_not_cached_until_it_is_hashed(turns: Turns, weights: Path) -> None:
-    assert adapter_identity(str(weights), math.inf) == ""
+def lora(number: int, path: Path) -> Any:
+    return SimpleNamespace(lora_name="x", lora_path=str(path), lora_int_id=number)
+
+
+def test_a_large_adapter_is_cached_as_soon_as_it_is_hashed(turns: Turns, weights: Path) -> None:
+    adapters, other = Adapters(), Adapters()
+    assert adapters.identity(lora(1, weights)) is None and other.identity(lora(1, weights)) is None
     turns.give()
-    assert eventually(lambda: adapter_identity(str(weights), math.inf)).startswith("files:")
+    name, content = eventually(lambda: adapters.identity(lora(1, weights)))
+    assert name == "x" and content.startswith("files:") and content == found(weights).name
+    (weights / "config.json").write_text("changed")
+    for one in adapters, other:
+        assert one.identity(lora(1, weights)) is None, "not what it was at its first sight"
 
 
 def test_large_weights_are_hashed_once(turns: Turns, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 from blake3 import blake3
@@ -40,6 +40,15 @@ _AT_ONCE_BYTES = 256 << 20
 _VOLATILE = frozenset({"_name_or_path", "_commit_hash", "transformers_version", "name_or_path"})
 REMEDY = "set lmcache.mp.model_id to a name of yours"
 _Files = tuple[tuple[Path, Stamp], ...]
+
+
+class Mark(NamedTuple):
+    """What one name on the way to a model's files, or a file, stood for when it was looked at."""
+
+    step: Path
+    whole: bool
+    """Every change counts. False for a folder that is only passed through: then no more than which one it is."""
+    stamp: Stamp
 
 
 class Finding:
@@ -139,13 +148,36 @@ def path_identity(name: str, remedy: str = REMEDY, unchanged_since: float | None
     if not any(file.suffix in _WEIGHT_SUFFIXES for file, _ in files):
         raise LayoutError(f"no weight files in {name!r}; {remedy}")
     limit = process_started() if unchanged_since is None else unchanged_since
-    for step, whole in _way(path, files).items():
+    for step, whole, _ in marks_of(path):
         if _newer(step, whole, limit):
             raise LayoutError(
                 f"{str(step)!r} has changed since the engine may have read it, so it is not known which weights it serves; "
                 f"start the engine anew, or {remedy}"
             )
     return Identity((_finding(path, files, remedy),))
+
+
+def marks_of(path: Path) -> tuple[Mark, ...]:
+    """Every name on the way to a model's files, and the files: by these `unchanged` finds out later whether they are the same.
+
+    Raises:
+        LayoutError: there are more files than a model has.
+        OSError: one of them cannot be looked at.
+    """
+    files = _listed(path)
+    steps = dict.fromkeys(step for file, _ in files for step in _steps(file.absolute()))
+    folders = {folder for file, _ in files for folder in file.parents if folder.is_relative_to(path)}
+    model = {stamp_of(folder.stat())[:2] for folder in folders}
+    wholes = ((step, not stat.S_ISDIR((one := step.lstat()).st_mode) or stamp_of(one)[:2] in model) for step in steps)
+    return tuple(Mark(step, whole, _look(step, whole)) for step, whole in wholes)
+
+
+def unchanged(marks: Iterable[Mark]) -> bool:
+    """Whether all of these stand for what they did. No file is read, and no directory listed."""
+    try:
+        return all(_look(step, whole) == stamp for step, whole, stamp in marks)
+    except OSError:
+        return False
 
 
 def repository_identity(name: str, model_config: Any, remedy: str = REMEDY) -> Identity:
@@ -235,13 +267,9 @@ def _steps(path: Path) -> Iterator[Path]:
             yield from _steps(step.parent.resolve() / os.readlink(step))
 
 
-def _way(path: Path, files: _Files) -> dict[Path, bool]:
-    """Every name on the way to these files, and the files. False for a folder that is only passed through, where others come and
-    go; True where every change counts."""
-    steps = dict.fromkeys(step for file, _ in files for step in _steps(file.absolute()))
-    folders = {folder for file, _ in files for folder in file.parents if folder.is_relative_to(path)}
-    model = {stamp_of(folder.stat())[:2] for folder in folders}
-    return {step: not stat.S_ISDIR((one := step.lstat()).st_mode) or stamp_of(one)[:2] in model for step in steps}
+def _look(step: Path, whole: bool) -> Stamp:
+    stamp = stamp_of(step.lstat())
+    return stamp if whole else Stamp(stamp.device, stamp.inode, 0, 0, 0)
 
 
 def _newer(step: Path, whole: bool, limit: float) -> bool:
