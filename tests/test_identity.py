@@ -118,6 +118,24 @@ def test_a_large_adapter_is_cached_as_soon_as_it_is_hashed(turns: Turns, weights
         assert one.identity(lora(1, weights)) is None, "not what it was at its first sight"
 
 
+def test_of_many_adapters_each_is_read_at_its_first_request_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Later requests wait for no hashing in the scheduler's thread."""
+    requests = [lora(number, tmp_path / str(number)) for number in range(70)]
+    for request in requests:
+        Path(request.lora_path).mkdir()
+        Path(request.lora_path, "adapter_model.safetensors").write_text(f"weights {request.lora_int_id}")
+    adapters = Adapters()
+    first = [adapters.identity(request) for request in requests]
+    assert len(set(first)) == 70 and None not in first
+    read: list[Path] = []
+    listed = identity._listed
+    monkeypatch.setattr(identity, "digest_file", lambda path, stamp: (read.append(path), digest_file(path, stamp))[1])
+    monkeypatch.setattr(identity, "_listed", lambda path: (read.append(path), listed(path))[1])
+    assert [adapters.identity(request) for request in requests] == first and read == []
+
+
 def test_large_weights_are_hashed_once(turns: Turns, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     turns.give()
     hashed: list[str] = []
