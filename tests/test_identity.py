@@ -16,7 +16,7 @@ import pytest
 from engine_process import PATIENCE, Engine
 from hashing import Turns
 from lmcache.errors import IdentityUnknown, LayoutError
-from lmcache.integration import identity
+from lmcache.integration import digests, identity
 from lmcache.integration.digests import digest_file
 from lmcache.integration.identity import Identity, path_identity
 from lmcache.integration.vllm.identity import Adapters
@@ -101,6 +101,17 @@ def test_weights_that_vanish_are_not_served(turns: Turns, weights: Path) -> None
     turns.give()
     eventually(lambda: one.failure)
     assert "model.safetensors" in one.failure and not known(one)
+
+
+def test_a_process_that_hangs_in_its_turn_is_not_waited_for_without_end(
+    turns: Turns, weights: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(digests, "_PATIENCE_SECONDS", 0.0)
+    one = found(weights)
+    eventually(lambda: known(one))
+    assert turns.held, "another still has it"
+    (warning,) = (line for line in caplog.messages if "locked" in line)
+    assert "is waited for no longer" in warning and "end it" in warning
 
 
 def lora(number: int, path: Path) -> Any:
@@ -215,7 +226,7 @@ def test_weights_that_are_newer_than_the_engine_are_not_served(tmp_path: Path, c
 _HASHING = """
 import os
 import sys
-from lmcache.integration import identity
+from lmcache.integration import digests, identity
 identity._AT_ONCE_BYTES = 1000
 found = identity.path_identity(sys.argv[1])
 print(found.failure or "hashing", flush=True)
