@@ -91,7 +91,11 @@ def test_weights_that_change_while_they_are_hashed_are_not_served(
         change("changed")
     turns.give()
     eventually(lambda: one.failure)
-    assert not known(one) and "set lmcache.mp.model_id" in one.failure and "start the engine anew" in one.failure
+    assert (
+        not known(one)
+        and "set lmcache.mp.model_id" in one.failure
+        and "start the engine in a new process" in one.failure
+    )
     eventually(lambda: [line for line in caplog.messages if one.failure in line and "serves nothing" in line])
 
 
@@ -118,15 +122,22 @@ def lora(number: int, path: Path) -> Any:
     return SimpleNamespace(lora_name="x", lora_path=str(path), lora_int_id=number)
 
 
-def test_a_large_adapter_is_cached_as_soon_as_it_is_hashed(turns: Turns, weights: Path) -> None:
+def test_a_large_adapter_is_cached_as_soon_as_it_is_hashed(
+    turns: Turns, weights: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     adapters, other = Adapters(), Adapters()
     assert adapters.identity(lora(1, weights)) is None and other.identity(lora(1, weights)) is None
+    (line,) = (line for line in caplog.messages if line.startswith("Hashing"))
+    assert line.endswith(": requests with this adapter are not cached until it is done")
     turns.give()
     name, content = eventually(lambda: adapters.identity(lora(1, weights)))
     assert name == "x" and content.startswith("files:") and content == found(weights).name
     (weights / "config.json").write_text("changed")
     for one in adapters, other:
         assert one.identity(lora(1, weights)) is None, "not what it was at its first sight"
+    (weights / "model.safetensors").unlink()
+    assert adapters.identity(lora(2, weights)) is None
+    assert f"Requests with the adapter '{weights}' are not cached: no weight files" in caplog.text
 
 
 def test_of_many_adapters_each_is_read_at_its_first_request_only(
@@ -218,7 +229,9 @@ def test_weights_that_are_newer_than_the_engine_are_not_served(tmp_path: Path, c
             (one / below).rename(tmp_path / "old")
             (two / below).rename(one / below)
         answer = ask()
-        assert "has changed since the engine may have read it" in answer and "start the engine anew" in answer
+        assert (
+            "has changed since the engine may have read it" in answer and "start the engine in a new process" in answer
+        )
         process.stdin.close()
     assert path_identity(str(link / "model")) is not None, "as the next engine finds it"
 

@@ -39,6 +39,7 @@ _AT_ONCE_BYTES = 256 << 20
 """So many bytes are hashed within the call, in a fraction of a second, and their digests are not kept on disk."""
 _VOLATILE = frozenset({"_name_or_path", "_commit_hash", "transformers_version", "name_or_path"})
 REMEDY = "set lmcache.mp.model_id to a name of yours"
+MEANWHILE = "nothing is served or stored"
 _Files = tuple[tuple[Path, Stamp], ...]
 
 
@@ -55,19 +56,22 @@ class Finding:
     """A name that takes long to find out: `find` runs in a thread of low priority, which ends with the process. Where it reads
     little, it runs within this call.
 
-    what: whose name it is, for the log. remedy: what to do where `find` raises. size_bytes: to be read.
+    what: whose name it is, for the log. remedy: what to do where `find` raises. size_bytes: to be read. meanwhile: what does not
+    happen until then, for the log.
 
     Raises:
         LayoutError: it ran within this call and raised.
     """
 
-    def __init__(self, what: str, remedy: str, find: Callable[[], str], size_bytes: int) -> None:
+    def __init__(
+        self, what: str, remedy: str, find: Callable[[], str], size_bytes: int, meanwhile: str = MEANWHILE
+    ) -> None:
         self.name = self.failure = ""
         self._what, self._remedy, self._find, self._gigabytes = what, remedy, find, size_bytes / 1e9
         if size_bytes <= _AT_ONCE_BYTES:
             self.name = self._found()
         else:
-            logger.info("Hashing %.1f GB of %s: nothing is served or stored until it is done", self._gigabytes, what)
+            logger.info("Hashing %.1f GB of %s: %s until it is done", self._gigabytes, what, meanwhile)
             threading.Thread(target=self._run, name="lmcache-identity", daemon=True).start()
 
     def _found(self) -> str:
@@ -129,11 +133,14 @@ def named(name: str) -> Identity:
     return Identity((name,))
 
 
-def path_identity(name: str, remedy: str = REMEDY, unchanged_since: float | None = None) -> Identity | None:
+def path_identity(
+    name: str, remedy: str = REMEDY, unchanged_since: float | None = None, meanwhile: str = MEANWHILE
+) -> Identity | None:
     """The identity of a local directory or file, None if there is none of that name.
 
     remedy: what the engine's user can do where there is none. unchanged_since: what was changed later, in seconds since the
-    epoch, may not be what the engine has read. None: later than the start of this process.
+    epoch, may not be what the engine has read. None: later than the start of this process. meanwhile: what does not happen while
+    the files are hashed, for the log.
 
     Raises:
         LayoutError: there are no weights in it, or it was changed after `unchanged_since`.
@@ -152,9 +159,9 @@ def path_identity(name: str, remedy: str = REMEDY, unchanged_since: float | None
         if _newer(step, whole, limit):
             raise LayoutError(
                 f"{str(step)!r} has changed since the engine may have read it, so it is not known which weights it serves; "
-                f"start the engine anew, or {remedy}"
+                f"start the engine in a new process, or {remedy}"
             )
-    return Identity((_finding(path, files, remedy),))
+    return Identity((_finding(path, files, remedy, meanwhile),))
 
 
 def marks_of(path: Path) -> tuple[Mark, ...]:
@@ -285,10 +292,10 @@ def _newer(step: Path, whole: bool, limit: float) -> bool:
 
 
 @functools.lru_cache(maxsize=64)
-def _finding(path: Path, files: _Files, remedy: str) -> Finding:
+def _finding(path: Path, files: _Files, remedy: str, meanwhile: str) -> Finding:
     """One for all who ask in this process."""
-    size, remedy = _missing_bytes(files, _remembered(files)), f"start the engine anew, or {remedy}"
-    return Finding(repr(str(path)), remedy, lambda: _files_name(path, files), size)
+    size, remedy = _missing_bytes(files, _remembered(files)), f"start the engine in a new process, or {remedy}"
+    return Finding(repr(str(path)), remedy, lambda: _files_name(path, files), size, meanwhile)
 
 
 os.register_at_fork(after_in_child=_finding.cache_clear)  # the thread stays behind

@@ -28,6 +28,9 @@ from lmcache.integration.identity import (
     unchanged,
 )
 from lmcache.integration.load_formats import files_read, refuse_weights_from_anywhere
+from lmcache.observability.log import init_logger
+
+logger = init_logger(__name__)
 
 _WRITTEN_BY_MODELS = frozenset({"dtype", "torch_dtype", "max_model_len"})
 """What classes of models write into the configuration when they are made, which the scheduler's process may not see."""
@@ -133,8 +136,14 @@ def _look_through(path: str, fused_experts: bool, unchanged_since: float) -> _Ad
     """
     try:
         marks = marks_of(Path(path)) if os.path.exists(path) else ()
-        content = path_identity(path, "load the adapter from another directory", unchanged_since)
-    except (LayoutError, OSError):
+        content = path_identity(
+            path,
+            "load the adapter from another directory",
+            unchanged_since,
+            "requests with this adapter are not cached",
+        )
+    except (LayoutError, OSError) as error:
+        logger.info("Requests with the adapter %r are not cached: %s", path, error)
         return None
     return None if content is None else _Adapter(path, fused_experts, marks, content)
 
