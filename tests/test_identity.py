@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import math
 import os
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from engine_process import PATIENCE, Engine
 from hashing import Turns
 from lmcache.errors import IdentityUnknown, LayoutError
-from lmcache.integration import identity
+from lmcache.integration import digests, identity
 from lmcache.integration.digests import digest_file
 from lmcache.integration.identity import Identity, path_identity
-from lmcache.integration.vllm.identity import adapter_identity
+from lmcache.integration.vllm.identity import Adapters
 from lmcache.integration.vllm.paged import Registered
 from lmcache.integration.vllm.plan import StepPlan, StorePlan
 from lmcache.integration.vllm.worker import WorkerHalf
@@ -113,7 +114,11 @@ def test_weights_that_change_while_they_are_hashed_are_not_served(
         change("changed")
     turns.give()
     eventually(lambda: one.failure)
-    assert not known(one) and "set lmcache.mp.model_id" in one.failure and "start the engine anew" in one.failure
+    assert (
+        not known(one)
+        and "set lmcache.mp.model_id" in one.failure
+        and "start the engine in a new process" in one.failure
+    )
     eventually(lambda: [line for line in caplog.messages if one.failure in line and "serves nothing" in line])
 
 
@@ -125,10 +130,55 @@ def test_weights_that_vanish_are_not_served(turns: Turns, weights: Path) -> None
     assert "model.safetensors" in one.failure and not known(one)
 
 
-def test_a_large_adapter_is_not_cached_until_it_is_hashed(turns: Turns, weights: Path) -> None:
-    assert adapter_identity(str(weights), math.inf) == ""
+def test_a_process_that_hangs_in_its_turn_is_not_waited_for_without_end(
+    turns: Turns, weights: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(digests, "_PATIENCE_SECONDS", 0.0)
+    one = found(weights)
+    eventually(lambda: known(one))
+    assert turns.held, "another still has it"
+    (warning,) = (line for line in caplog.messages if "locked" in line)
+    assert "is waited for no longer" in warning and "end it" in warning
+
+
+def lora(number: int, path: Path) -> Any:
+    return SimpleNamespace(lora_name="x", lora_path=str(path), lora_int_id=number)
+
+
+def test_a_large_adapter_is_cached_as_soon_as_it_is_hashed(
+    turns: Turns, weights: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    adapters, other = Adapters(), Adapters()
+    assert adapters.identity(lora(1, weights)) is None and other.identity(lora(1, weights)) is None
+    (line,) = (line for line in caplog.messages if line.startswith("Hashing"))
+    assert line.endswith(": requests with this adapter are not cached until it is done")
     turns.give()
-    assert eventually(lambda: adapter_identity(str(weights), math.inf)).startswith("files:")
+    name, content = eventually(lambda: adapters.identity(lora(1, weights)))
+    assert name == "x" and content.startswith("files:") and content == found(weights).name
+    (weights / "config.json").write_text("changed")
+    for one in adapters, other:
+        assert one.identity(lora(1, weights)) is None, "not what it was at its first sight"
+    (weights / "model.safetensors").unlink()
+    assert adapters.identity(lora(2, weights)) is None
+    assert f"Requests with the adapter '{weights}' are not cached: no weight files" in caplog.text
+
+
+def test_of_many_adapters_each_is_read_at_its_first_request_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Later requests wait for no hashing in the scheduler's thread."""
+    requests = [lora(number, tmp_path / str(number)) for number in range(70)]
+    for request in requests:
+        Path(request.lora_path).mkdir()
+        Path(request.lora_path, "adapter_model.safetensors").write_text(f"weights {request.lora_int_id}")
+    adapters = Adapters()
+    first = [adapters.identity(request) for request in requests]
+    assert len(set(first)) == 70 and None not in first
+    read: list[Path] = []
+    listed = identity._listed
+    monkeypatch.setattr(identity, "digest_file", lambda path, stamp: (read.append(path), digest_file(path, stamp))[1])
+    monkeypatch.setattr(identity, "_listed", lambda path: (read.append(path), listed(path))[1])
+    assert [adapters.identity(request) for request in requests] == first and read == []
 
 
 def test_large_weights_are_hashed_once(turns: Turns, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,15 +212,18 @@ for line in sys.stdin:
 """
 
 
-@pytest.mark.parametrize("change", ["written", "renamed", "folder renamed", "link"])
-def test_weights_that_are_newer_than_the_engine_are_not_served(weights: Path, tmp_path: Path, change: str) -> None:
+@pytest.mark.parametrize(
+    "change", ["written", "renamed", "folder renamed", "folder above renamed", "link", "link behind a link"]
+)
+def test_weights_that_are_newer_than_the_engine_are_not_served(tmp_path: Path, change: str) -> None:
     """It may have read those that were there before."""
-    other, old, file = tmp_path / "other", tmp_path / "old", weights / "model.safetensors"
-    other.mkdir()
-    (other / file.name).write_bytes(b"other weights")
-    (other / "config.json").write_text("{}")
-    link = tmp_path / "link"
-    link.symlink_to(weights)
+    one, two, link, behind = (tmp_path / name for name in ("one", "two", "link", "behind"))
+    for folder in (one, two):
+        (folder / "model").mkdir(parents=True)
+        (folder / "model" / "config.json").write_text("{}")
+        (folder / "model" / "model.safetensors").write_text(f"weights {folder.name}")
+    link.symlink_to("behind")
+    behind.symlink_to(one)
     with subprocess.Popen(
         [sys.executable, "-c", _LOOK], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
@@ -178,32 +231,38 @@ def test_weights_that_are_newer_than_the_engine_are_not_served(weights: Path, tm
         assert process.stdout.readline() == "ready\n"
 
         def ask() -> str:
-            print(link, file=process.stdin, flush=True)
+            print(link / "model", file=process.stdin, flush=True)
             return process.stdout.readline()
 
         assert ask().startswith("files:"), "written before the process began"
-        (tmp_path / "beside").write_text("comes and goes")
+        for folder in (tmp_path, one):
+            (folder / "beside").write_text("comes and goes")
+            (folder / "beside").unlink()
         assert ask().startswith("files:")
         if change == "written":
-            file.write_bytes(b"other weights")
-        elif change == "renamed":
-            (other / file.name).rename(file)
-        elif change == "folder renamed":
-            weights.rename(old)
-            other.rename(weights)
-        else:
+            (one / "model" / "model.safetensors").write_text("other weights")
+        elif change == "link":
             link.unlink()
-            link.symlink_to(other)
+            link.symlink_to(two)
+        elif change == "link behind a link":
+            behind.unlink()
+            behind.symlink_to(two)
+        else:
+            below = {"renamed": "model/model.safetensors", "folder renamed": "model"}.get(change, "")
+            (one / below).rename(tmp_path / "old")
+            (two / below).rename(one / below)
         answer = ask()
-        assert "has changed since the engine may have read it" in answer and "start the engine anew" in answer
+        assert (
+            "has changed since the engine may have read it" in answer and "start the engine in a new process" in answer
+        )
         process.stdin.close()
-    assert path_identity(str(link)) is not None, "as the next engine finds it"
+    assert path_identity(str(link / "model")) is not None, "as the next engine finds it"
 
 
 _HASHING = """
 import os
 import sys
-from lmcache.integration import identity
+from lmcache.integration import digests, identity
 identity._AT_ONCE_BYTES = 1000
 found = identity.path_identity(sys.argv[1])
 print(found.failure or "hashing", flush=True)

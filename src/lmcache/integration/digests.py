@@ -1,7 +1,9 @@
 """BLAKE3 of files, of every byte, remembered on disk from one process to the next.
 
 What is remembered is found by device, inode, size and both times of a file, never by its name: a file that was replaced, or
-written to, is hashed again. Whatever is the matter with the memory, files are only hashed once more.
+written to by `write` and the like, is hashed again. A write through a mapping (`mmap`) moves the times at most with the first
+write to a page since that page was last written back, so later ones may leave a digest that is no longer the file's. Whatever is the
+matter with the memory, files are only hashed once more.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import fcntl
 import os
 import tempfile
 import threading
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -33,10 +36,13 @@ _MAX_REMEMBERED = 4096
 _MAX_MEMORY_BYTES = 4 << 20
 _TURNS = 8
 """Number of lock files: two models rarely wait for each other, and the folder stays small."""
+_PATIENCE_SECONDS = 300.0
+"""A process that keeps a lock for longer is stopped, or hashes more than it is worth waiting for."""
+_LOOK_SECONDS = 0.1
 
 
 class Stamp(NamedTuple):
-    """What tells that a file was replaced or written to. Times are in nanoseconds since the epoch."""
+    """What tells that a file was replaced, or written to without a mapping. Times are in nanoseconds since the epoch."""
 
     device: int
     inode: int
@@ -112,7 +118,8 @@ class DigestMemory:
                 )
 
     def turn(self, number: int) -> contextlib.AbstractContextManager[None]:
-        """Only one process at a time has the turn of this number: the others then find what it has added."""
+        """Only one process at a time has the turn of this number: the others then find what it has added. Who has waited for five
+        minutes goes on without it."""
         return self._locked(f"lock-{number % _TURNS}")
 
     def _read(self) -> dict[Stamp, str]:
@@ -143,12 +150,12 @@ class DigestMemory:
 
     @contextlib.contextmanager
     def _locked(self, name: str) -> Iterator[None]:
-        """Without a lock where there can be none: then the work is done twice."""
+        """Without a lock where there can be none, or another process keeps it too long: then the work is done twice."""
         descriptor = -1
         try:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             descriptor = os.open(self._folder / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            _lock(descriptor, self._folder / name)
         except OSError as error:
             logger.debug("No lock %s in %s: %s", name, self._folder, error)
         try:
@@ -157,3 +164,26 @@ class DigestMemory:
             if descriptor >= 0:
                 fcntl.flock(descriptor, fcntl.LOCK_UN)  # a process that the engine has forked meanwhile holds it, too
                 os.close(descriptor)
+
+
+def _lock(descriptor: int, path: Path) -> None:
+    deadline = time.monotonic() + _PATIENCE_SECONDS
+    while not _try_lock(descriptor):
+        if time.monotonic() >= deadline:
+            logger.warning(
+                "Another process of this user has kept %s locked for %.0f s, and is waited for no longer: weights are hashed "
+                "here as well. If it hangs, end it (`fuser -v %s` names it)",
+                path,
+                _PATIENCE_SECONDS,
+                path,
+            )
+            return
+        time.sleep(_LOOK_SECONDS)
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -12,12 +12,13 @@ import contextlib
 import functools
 import os
 import re
+import stat
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 from blake3 import blake3
@@ -38,26 +39,39 @@ _AT_ONCE_BYTES = 256 << 20
 """So many bytes are hashed within the call, in a fraction of a second, and their digests are not kept on disk."""
 _VOLATILE = frozenset({"_name_or_path", "_commit_hash", "transformers_version", "name_or_path"})
 REMEDY = "set lmcache.mp.model_id to a name of yours"
+MEANWHILE = "nothing is served or stored"
 _Files = tuple[tuple[Path, Stamp], ...]
+
+
+class Mark(NamedTuple):
+    """What one name on the way to a model's files, or a file, stood for when it was looked at."""
+
+    step: Path
+    whole: bool
+    """Every change counts. False for a folder that is only passed through: then no more than which one it is."""
+    stamp: Stamp
 
 
 class Finding:
     """A name that takes long to find out: `find` runs in a thread of low priority, which ends with the process. Where it reads
     little, it runs within this call.
 
-    what: whose name it is, for the log. remedy: what to do where `find` raises. size_bytes: to be read.
+    what: whose name it is, for the log. remedy: what to do where `find` raises. size_bytes: to be read. meanwhile: what does not
+    happen until then, for the log.
 
     Raises:
         LayoutError: it ran within this call and raised.
     """
 
-    def __init__(self, what: str, remedy: str, find: Callable[[], str], size_bytes: int) -> None:
+    def __init__(
+        self, what: str, remedy: str, find: Callable[[], str], size_bytes: int, meanwhile: str = MEANWHILE
+    ) -> None:
         self.name = self.failure = ""
         self._what, self._remedy, self._find, self._gigabytes = what, remedy, find, size_bytes / 1e9
         if size_bytes <= _AT_ONCE_BYTES:
             self.name = self._found()
         else:
-            logger.info("Hashing %.1f GB of %s: nothing is served or stored until it is done", self._gigabytes, what)
+            logger.info("Hashing %.1f GB of %s: %s until it is done", self._gigabytes, what, meanwhile)
             threading.Thread(target=self._run, name="lmcache-identity", daemon=True).start()
 
     def _found(self) -> str:
@@ -119,11 +133,14 @@ def named(name: str) -> Identity:
     return Identity((name,))
 
 
-def path_identity(name: str, remedy: str = REMEDY, unchanged_since: float | None = None) -> Identity | None:
+def path_identity(
+    name: str, remedy: str = REMEDY, unchanged_since: float | None = None, meanwhile: str = MEANWHILE
+) -> Identity | None:
     """The identity of a local directory or file, None if there is none of that name.
 
     remedy: what the engine's user can do where there is none. unchanged_since: what was changed later, in seconds since the
-    epoch, may not be what the engine has read. None: later than the start of this process.
+    epoch, may not be what the engine has read. None: later than the start of this process. meanwhile: what does not happen while
+    the files are hashed, for the log.
 
     Raises:
         LayoutError: there are no weights in it, or it was changed after `unchanged_since`.
@@ -138,14 +155,36 @@ def path_identity(name: str, remedy: str = REMEDY, unchanged_since: float | None
     if not any(file.suffix in _WEIGHT_SUFFIXES for file, _ in files):
         raise LayoutError(f"no weight files in {name!r}; {remedy}")
     limit = process_started() if unchanged_since is None else unchanged_since
-    within = {file.parent for file, _ in files} if path.is_dir() else set()
-    for one in (*path.absolute().parents, path, *within, *(file for file, _ in files)):
-        if _changed_at(one, one in within) > limit:
+    for step, whole, _ in marks_of(path):
+        if _newer(step, whole, limit):
             raise LayoutError(
-                f"{str(one)!r} has changed since the engine may have read it, so it is not known which weights it serves; "
-                f"start the engine anew, or {remedy}"
+                f"{str(step)!r} has changed since the engine may have read it, so it is not known which weights it serves; "
+                f"start the engine in a new process, or {remedy}"
             )
-    return Identity((_finding(path, files, remedy),))
+    return Identity((_finding(path, files, remedy, meanwhile),))
+
+
+def marks_of(path: Path) -> tuple[Mark, ...]:
+    """Every name on the way to a model's files, and the files: by these `unchanged` finds out later whether they are the same.
+
+    Raises:
+        LayoutError: there are more files than a model has.
+        OSError: one of them cannot be looked at.
+    """
+    files = _listed(path)
+    steps = dict.fromkeys(step for file, _ in files for step in _steps(file.absolute()))
+    folders = {folder for file, _ in files for folder in file.parents if folder.is_relative_to(path)}
+    model = {stamp_of(folder.stat())[:2] for folder in folders}
+    wholes = ((step, not stat.S_ISDIR((one := step.lstat()).st_mode) or stamp_of(one)[:2] in model) for step in steps)
+    return tuple(Mark(step, whole, _look(step, whole)) for step, whole in wholes)
+
+
+def unchanged(marks: Iterable[Mark]) -> bool:
+    """Whether all of these stand for what they did. No file is read, and no directory listed."""
+    try:
+        return all(_look(step, whole) == stamp for step, whole, stamp in marks)
+    except OSError:
+        return False
 
 
 def repository_identity(name: str, model_config: Any, remedy: str = REMEDY) -> Identity:
@@ -227,18 +266,36 @@ def _listed(path: Path) -> _Files:
     return tuple((file, stamp_of(file.stat())) for file in (_files_below(path) if path.is_dir() else _parts_of(path)))
 
 
-def _changed_at(path: Path, whole: bool) -> float:
-    """When this name came to mean what it means now: the last change of a file, or of a symbolic link and what it leads to. Of a
-    directory only if the whole of it matters, which may have been renamed; in others files come and go."""
-    links = path.lstat().st_ctime if path.is_symlink() else 0.0
-    return max(links, path.stat().st_ctime if whole or path.is_file() else 0.0)
+def _steps(path: Path) -> Iterator[Path]:
+    """Every folder and symbolic link that an absolute name leads through, also those behind links, and what it leads to."""
+    for step in (*reversed(path.parents), path):
+        yield step
+        if step.is_symlink():
+            yield from _steps(step.parent.resolve() / os.readlink(step))
+
+
+def _look(step: Path, whole: bool) -> Stamp:
+    stamp = stamp_of(step.lstat())
+    return stamp if whole else Stamp(stamp.device, stamp.inode, 0, 0, 0)
+
+
+def _newer(step: Path, whole: bool, limit: float) -> bool:
+    """Whether this name may have meant something else at `limit`.
+
+    A folder that was renamed has a new ctime, and so has the folder that it is in; its mtime stays. Files that come and go in a
+    folder set both of its times to the same.
+    """
+    status = step.lstat()
+    if whole or status.st_ctime <= limit:
+        return status.st_ctime > limit
+    return status.st_ctime_ns != status.st_mtime_ns and (step / "..").stat().st_ctime > limit
 
 
 @functools.lru_cache(maxsize=64)
-def _finding(path: Path, files: _Files, remedy: str) -> Finding:
+def _finding(path: Path, files: _Files, remedy: str, meanwhile: str) -> Finding:
     """One for all who ask in this process."""
-    size, remedy = _missing_bytes(files, _remembered(files)), f"start the engine anew, or {remedy}"
-    return Finding(repr(str(path)), remedy, lambda: _files_name(path, files), size)
+    size, remedy = _missing_bytes(files, _remembered(files)), f"start the engine in a new process, or {remedy}"
+    return Finding(repr(str(path)), remedy, lambda: _files_name(path, files), size, meanwhile)
 
 
 os.register_at_fork(after_in_child=_finding.cache_clear)  # the thread stays behind
