@@ -137,8 +137,8 @@ def test_another_configuration_is_another_layout(user: Any) -> None:
 
 
 def test_checksums_of_weights_on_a_device(user: Any) -> None:
-    plain, shifted, *changed = user.ask("checksums")
-    assert plain == shifted and len({plain, *changed}) == 6
+    shifted, plain, *changed = user.ask("checksums")
+    assert plain == shifted and len({plain, *changed}) == 1 + len(changed)
 
 
 def test_large_weights_are_hashed_while_generate_runs(server: Servers, script: Scripts, model: Path) -> None:
