@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -17,10 +18,14 @@ from lmcache.errors import LayoutError
 from lmcache.integration.digests import hash_threads
 from lmcache.integration.identity import Finding, Identity, plain
 from lmcache.integration.transformers.pool import Shape
+from lmcache.observability.log import init_logger
 from lmcache.transfer.gpu.driver import beside_captures
+
+logger = init_logger(__name__)
 
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope", "su", "yarn-dynamic")
 """Kinds of RoPE that turn keys by angles that depend on how long the whole prompt is, not on the tokens before alone."""
+_PIECE_BYTES = 64 << 20
 _ROW_WORDS = 4096
 _PIECE_ROWS = 2048
 """So many rows are weighed at once, in 64 MiB of the device's memory."""
@@ -94,25 +99,31 @@ def weights_identity(model: Any) -> Identity:
     Raises:
         LayoutError: weights that are not in memory, or not plain tensors.
     """
-    tensors, stamp = list(_tensors(model)), weights_stamp(model)
+    tensors, stamp, unwanted = list(_tensors(model)), weights_stamp(model), threading.Event()
 
     def find() -> str:
         with beside_captures(str(model.device)):
-            name = _digest_of(tensors)
+            name = _digest_of(tensors, unwanted)
         if weights_stamp(model) != stamp:
+            logger.info("The weights have changed while they were hashed; the next generate begins anew")
+            unwanted.set()
             raise LayoutError("the weights have changed while they were hashed")
         return name
 
     size = sum(tensor.numel() * tensor.element_size() for _, tensor in tensors)
-    return Identity((Finding("the model's weights", "pass model_id=", find, size),))
+    return Identity((Finding("the model's weights", "pass model_id=", find, size, unwanted),))
 
 
-def _digest_of(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+def _digest_of(tensors: Iterable[tuple[str, torch.Tensor]], unwanted: threading.Event) -> str:
+    """Raises LayoutError: the bytes cannot be read, or nobody wants their digest any more."""
     digest = blake3(max_threads=hash_threads())
     for name, tensor in tensors:
         digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
         try:
-            digest.update(tensor.detach().reshape(-1).contiguous().view(torch.uint8).cpu().numpy())
+            for piece in tensor.detach().reshape(-1).contiguous().view(torch.uint8).split(_PIECE_BYTES):
+                if unwanted.is_set():
+                    raise LayoutError("other weights are hashed by now")
+                digest.update(piece.cpu().numpy())
         except (NotImplementedError, RuntimeError, TypeError) as error:
             raise LayoutError(f"the bytes of weight {name} cannot be read ({error})") from None
     return f"weights:{digest.hexdigest(16)}"
