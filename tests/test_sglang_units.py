@@ -214,13 +214,39 @@ def test_no_lease_is_left_behind(server: Servers, sglang: Engines) -> None:
     assert connector._rank is not None and not connector._rank._scheduler._held
 
 
-def test_new_weights(server: Servers, sglang: Engines, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Updater:
-        def update_weights_from_disk(self, path: str) -> str:
-            return f"loaded {path}"
+class Updater:
+    """What changes SGLang's weights, and through which its KV pool is reached."""
 
-    monkeypatch.setattr(weights, "_owner", lambda: Updater)
+    def __init__(self, taken_slots: int) -> None:
+        pool = SimpleNamespace(size=4099, page_size=4, available_size=lambda: 4096 - taken_slots)
+        self.scheduler = SimpleNamespace(token_to_kv_pool_allocator=pool)
+
+    def update_weights_from_disk(self, path: str) -> str:
+        return f"loaded {path}"
+
+
+@pytest.fixture
+def updater(monkeypatch: pytest.MonkeyPatch) -> type[Updater]:
+    fresh = type("Updater", (Updater,), {})
+    monkeypatch.setattr(weights, "_owner", lambda: fresh)
     monkeypatch.setattr(weights, "_listeners", [])
+    return fresh
+
+
+@pytest.mark.parametrize("taken_slots", [0, 4])
+def test_a_prompt_shorter_than_a_page_is_computed_while_weights_change(
+    server: Servers, sglang: Engines, updater: type[Updater], taken_slots: int
+) -> None:
+    """SGLang asks nothing about such a prompt, and hands it over when its answer has filled a page."""
+    engine, text = sglang(server(chunk=16), 16), tokens(160, 11)
+    engine.connector.end_all_sessions()
+    updater(taken_slots).update_weights_from_disk("x")
+    salt = engine.connector.build_cache_salt(None, None)
+    engine.compute_and_store("short prompt", text, salt=salt)
+    assert engine.load("next", text, salt=salt)[0] == (0 if taken_slots else 160)
+
+
+def test_new_weights(server: Servers, sglang: Engines, updater: type[Updater]) -> None:
     daemon, text = server(chunk=16), tokens(160, 11)
     engine, other = sglang(daemon, 16), sglang(daemon, 16)
     salt = engine.connector.build_cache_salt(None, None)
@@ -228,7 +254,7 @@ def test_new_weights(server: Servers, sglang: Engines, monkeypatch: pytest.Monke
     asked = engine.connector.submit_lookup("asked before", text, local_hit_tokens=0, cache_salt=salt)
     assert engine.connector.poll_lookup(asked) == 160
     weights.forget(other.connector._new_weights)  # another process, really
-    assert Updater().update_weights_from_disk("x") == "loaded x"
+    assert updater(160).update_weights_from_disk("x") == "loaded x"
     slots = engine.slots(160, 12)
     load = engine.connector.submit_load(asked, slots, local_hit_tokens=0, owned_device_indices=slots)
     assert not engine.connector.prepare_load_on_stream(load, None)
@@ -261,14 +287,14 @@ def test_new_weights(server: Servers, sglang: Engines, monkeypatch: pytest.Monke
 def test_what_sglang_does_to_its_weights(
     monkeypatch: pytest.MonkeyPatch, name: str, request_of: dict[str, Any], backup: bool, changes: bool
 ) -> None:
-    updater = type("Updater", (), {name: lambda self, request: "done"})
-    monkeypatch.setattr(weights, "_owner", lambda: updater)
+    owner = type("Owner", (), {name: lambda self, request: "done"})
+    monkeypatch.setattr(weights, "_owner", lambda: owner)
     monkeypatch.setattr(weights, "_listeners", [])
     monkeypatch.setattr(model_of_sglang, "_server_args", lambda: SimpleNamespace(enable_weights_cpu_backup=backup))
-    heard: list[int] = []
-    weights.on_new_weights(lambda: heard.append(1))
-    assert getattr(updater(), name)(SimpleNamespace(**request_of)) == "done"
-    assert bool(heard) == changes
+    heard: list[bool] = []
+    weights.on_new_weights(heard.append)
+    assert getattr(owner(), name)(SimpleNamespace(**request_of)) == "done"
+    assert heard == [True] * changes, "a release that does not tell of its slots may have KV in them"
 
 
 @pytest.mark.parametrize(
@@ -663,7 +689,12 @@ def older(model: str, page_size: int = 1) -> dict[str, Any]:
 
 @pytest.mark.parametrize("chunk", [8, 24])
 def test_the_layerwise_connector(
-    server: Servers, tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch, chunk: int
+    server: Servers,
+    tmp_path: Path,
+    model: str,
+    monkeypatch: pytest.MonkeyPatch,
+    updater: type[Updater],
+    chunk: int,
 ) -> None:
     """As SGLang 0.5.10 calls it: it has `offset` tokens, and slots for all that follow."""
     monkeypatch.setenv(FILE_VARIABLE, config(tmp_path, server(chunk=chunk)))
@@ -691,14 +722,13 @@ def test_the_layerwise_connector(
     tenant = SimpleNamespace(key=SimpleNamespace(extra_key="tenant"))
     connector.store_kv(StoreMetadata(tenant, secret, slots[:64], 0))
     assert connector.start_load_kv(LoadMetadata(secret, slots[:64], 0)) == 0
-    for emptied, changes in ((False, True), (True, True), (True, False)):
+    for emptied, taken_slots, clean in ((False, 4, False), (False, 0, False), (True, 4, False), (True, 0, True)):
         if emptied:
             connector.reset()
-        if changes:
-            connector._new_weights()
+        updater(taken_slots).update_weights_from_disk("x")
         connector.store_kv(StoreMetadata(node, text, slots[:135], 0))
         found = connector.start_load_kv(LoadMetadata(text, slots[:135], 0))
-        assert found == (whole if emptied else 0), "else the radix tree may hold what the old weights computed"
+        assert found == (whole if clean else 0), "else the radix tree may hold what the old weights computed"
     connector.close()
     connector.store_kv(StoreMetadata(node, text, slots[:135], 0))
     assert connector.start_load_kv(LoadMetadata(text, slots[:135], 0)) == 0

@@ -90,6 +90,15 @@ def test_new_weights_find_nothing_of_the_old_ones(engine: Engine, model: Path, e
     _await_hit(engine, expected)
 
 
+def test_weights_that_change_while_the_radix_tree_is_empty(engine: Engine, model: Path, expected: Output) -> None:
+    """Nothing of the old weights is left then, though the update itself empties nothing."""
+    _await_hit(engine, expected)
+    engine.flush()
+    engine.post("/update_weights_from_disk", {"model_path": str(model), "flush_cache": False})
+    assert engine.answer(PROBE)["cached"] == 0
+    _await_hit(engine, expected)
+
+
 def _compute(engine: Engine, expected: Output) -> None:
     """An answer without the daemon; returns once what it would have stored is given up."""
     found = engine.answer(PROBE)

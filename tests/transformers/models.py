@@ -74,12 +74,17 @@ def do_hold_hashing(state: State) -> dict[str, Any]:
 
     digest_of, gone_on = module._digest_of, threading.Event()
 
-    def held(tensors: Any) -> str:
-        gone_on.wait()
-        return digest_of(tensors)
+    def held(tensors: Any, unwanted: threading.Event) -> str:
+        while not (gone_on.wait(0.01) or unwanted.is_set()):
+            pass
+        return digest_of(tensors, unwanted)
 
     identity._AT_ONCE_BYTES, module._digest_of, state.gone_on = 1000, held, gone_on
     return {}
+
+
+def do_hashing_threads(state: State) -> int:
+    return sum(thread.name == "lmcache-identity" for thread in threading.enumerate())
 
 
 def do_go_on(state: State) -> dict[str, Any]:
@@ -190,17 +195,22 @@ def do_adapt(state: State, layer: int) -> dict[str, Any]:
 
 
 def do_checksums(state: State) -> list[int]:
-    """Of some bytes, of the same with one bit changed in each place that is treated otherwise, and with two rows exchanged."""
+    """Of some numbers, of the same bytes elsewhere, and of the numbers with one bit changed and in other orders, each once."""
     from lmcache.integration.transformers.model import checksum
 
-    data = torch.arange(3 * 4096 + 100).to(torch.uint8)
-    changed = [data.clone() for _ in range(5)]
-    for place, other in zip((0, 4096, 3 * 4096, len(data) - 1), changed, strict=False):
-        other[place] ^= 1
-    data[:4096] = 7
-    changed[4] = torch.cat([data[4096:8192], data[:4096], data[8192:]])
-    shifted = torch.cat([torch.zeros(3, dtype=torch.uint8), data])[3:]
-    return [int(checksum(one)) for one in (data, shifted, *changed)]
+    a, b = torch.tensor([1.5, 2.0]), torch.tensor([2.0, 1.5])  # a vector that begins with numbers in other orders
+    sign, vector = torch.tensor([3.0, -3.0]), torch.arange(9000.0)
+    quads = [torch.cat(four) for four in ((a, b, b, a), (b, a, a, b))]
+    orders = [torch.cat([*quads, sign, vector]), torch.cat([*quads[::-1], sign, vector])]
+    orders += [torch.cat([*quads, sign.flip(0), vector]), torch.cat([*quads, sign, vector.flip(0)])]
+    orders += [torch.cat([*quads, sign, vector.reshape(-1, 2).flip(1).reshape(-1)])]
+    orders += [torch.cat([vector, *quads, sign]), torch.cat([*quads, sign, vector[4096:], vector[:4096]])]
+    numbers = [one.view(torch.uint8) for one in orders]
+    for place in (0, 4 * 4096, len(numbers[0]) - 1):
+        numbers.append(numbers[0].clone())
+        numbers[-1][place] ^= 128
+    shifted = torch.cat([torch.zeros(3, dtype=torch.uint8), numbers[0]])[3:]
+    return [int(checksum(one)) for one in (shifted, *numbers)]
 
 
 def do_layouts(state: State) -> list[str]:

@@ -2,8 +2,8 @@
 
 What is remembered is found by device, inode, size and both times of a file, never by its name: a file that was replaced, or
 written to by `write` and the like, is hashed again. A write through a mapping (`mmap`) moves the times at most with the first
-write to a page since that page was last written back, so later ones may leave a digest that is no longer the file's. Whatever is the
-matter with the memory, files are only hashed once more.
+write to a page since that page was last written back, so later ones may leave a digest that is no longer the file's. Whatever is
+the matter with the memory, files are only hashed once more.
 """
 
 from __future__ import annotations

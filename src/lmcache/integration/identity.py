@@ -57,22 +57,37 @@ class Finding:
     little, it runs within this call.
 
     what: whose name it is, for the log. remedy: what to do where `find` raises. size_bytes: to be read. meanwhile: what does not
-    happen until then, for the log.
+    happen until then, for the log. unwanted: is set when nobody wants the name any more; then nothing that `find` raises is told.
+    It should look at it often.
 
     Raises:
         LayoutError: it ran within this call and raised.
     """
 
     def __init__(
-        self, what: str, remedy: str, find: Callable[[], str], size_bytes: int, meanwhile: str = MEANWHILE
+        self,
+        what: str,
+        remedy: str,
+        find: Callable[[], str],
+        size_bytes: int,
+        meanwhile: str = MEANWHILE,
+        unwanted: threading.Event | None = None,
     ) -> None:
         self.name = self.failure = ""
+        self._unwanted = unwanted or threading.Event()
+        self._thread = threading.Thread(target=self._run, name="lmcache-identity", daemon=True)
         self._what, self._remedy, self._find, self._gigabytes = what, remedy, find, size_bytes / 1e9
         if size_bytes <= _AT_ONCE_BYTES:
             self.name = self._found()
         else:
             logger.info("Hashing %.1f GB of %s: %s until it is done", self._gigabytes, what, meanwhile)
-            threading.Thread(target=self._run, name="lmcache-identity", daemon=True).start()
+            self._thread.start()
+
+    def give_up(self) -> None:
+        """Nobody wants the name any more. Returns when `find` has ended."""
+        self._unwanted.set()
+        if self._thread.ident is not None:
+            self._thread.join()
 
     def _found(self) -> str:
         try:
@@ -87,7 +102,8 @@ class Finding:
             self.name = self._found()
         except LayoutError as error:
             self.failure = str(error)
-            logger.warning("LMCache serves nothing of %s: %s", self._what, self.failure)
+            if not self._unwanted.is_set():
+                logger.warning("LMCache serves nothing of %s: %s", self._what, self.failure)
         else:
             seconds = time.monotonic() - began
             logger.info("Hashed %.1f GB of %s in %.1f s: LMCache serves it now", self._gigabytes, self._what, seconds)
@@ -115,6 +131,12 @@ class Identity:
     def failure(self) -> str:
         """Why the name will never be known, and what to do; "" where that is not so."""
         return next((part.failure for part in self.parts if isinstance(part, Finding) and part.failure), "")
+
+    def give_up(self) -> None:
+        """Nobody wants the name any more. Returns when no thread looks for it."""
+        for part in self.parts:
+            if isinstance(part, Finding):
+                part.give_up()
 
     def layout(self, model: Layout, chunk_tokens: int) -> Layout:
         """The layout of `model`, whatever weights and chunks that names, with these.

@@ -113,7 +113,6 @@ class OlderConnector:
     def store_kv(self, store: StoreMetadata) -> None:
         """Keep the full chunks that are not there yet; returns when SGLang may reuse the slots."""
         rank = self._rank
-        self._tree.used()
         if (
             rank is None
             or self._tree.outdated
@@ -150,7 +149,6 @@ class OlderConnector:
     def _find(self, token_ids: Any, have: int) -> Found | None:
         """What all ranks can load of a prompt of which the radix tree has `have` tokens; None if that is no more."""
         rank = self._rank
-        self._tree.used()
         if rank is None:
             return None
         tokens, chain, hit, count = text_of(token_ids, rank.kv.vocabulary), rank.new_chain(self._salt), None, 0
@@ -192,9 +190,9 @@ class OlderConnector:
         device = self._rank.kv.paged.device if self._rank is not None else "cpu"
         return None if device == "cpu" else WholeDevice(device)
 
-    def _new_weights(self) -> None:
+    def _new_weights(self, kv_in_use: bool) -> None:
         self._generation += 1
-        self._tree.weights_change()
+        self._tree.weights_change(kv_in_use)
         self._salt = f"{self._name} {self._generation}"
         logger.info("The weights of this engine change: what LMCache holds of it so far is not used any more")
 

@@ -199,7 +199,6 @@ class UnifiedLMCacheMPConnector:
 
     def submit_lookup(self, request_id: str, tokens: Any, *, local_hit_tokens: int, cache_salt: str) -> Lookup:
         """Ask what there is of a prompt; `local_hit_tokens` are in the radix tree already. Tiers begin to load."""
-        self._tree.used()
         lookup = Lookup(request_id, text_of(tokens, self._vocabulary), cache_salt, local_hit_tokens)
         former = self._lookups.pop(request_id, None)
         if former is not None:
@@ -299,7 +298,6 @@ class UnifiedLMCacheMPConnector:
         rank = self._rank
         if rank is None:
             return None
-        self._tree.used()
         if request_id in self._stale or self._tree.outdated:
             return StoreOperation(request_id, no_copy())
         text = text_of(tokens, self._vocabulary)
@@ -461,10 +459,10 @@ class UnifiedLMCacheMPConnector:
         if lookup is not None:
             self._give_back(lookup)
 
-    def _new_weights(self) -> None:
+    def _new_weights(self, kv_in_use: bool) -> None:
         """The KV of before is not served to this engine again, and that of the new weights to nobody else."""
         self._generation += 1
-        self._tree.weights_change()
+        self._tree.weights_change(kv_in_use)
         for lookup in self._lookups.values():
             lookup.tokens = lookup.tokens[:0]  # what was found is of the old weights
             self._give_back(lookup)

@@ -26,7 +26,9 @@ UPDATES = (
     "check_weights",
 )
 """Between the beginning and the end of an update others may write into the weights' memory."""
-_listeners: list[Callable[[], None]] = []
+Listener = Callable[[bool], None]
+"""Told of new weights, and whether any KV is in use at that moment."""
+_listeners: list[Listener] = []
 
 
 class RadixTree:
@@ -35,20 +37,16 @@ class RadixTree:
 
     def __init__(self) -> None:
         self.outdated = False
-        self._used = False
-
-    def used(self) -> None:
-        """Something is computed, which may get into the tree."""
-        self._used = True
 
     def emptied(self) -> None:
-        self.outdated = self._used = False
+        self.outdated = False
 
-    def weights_change(self) -> None:
-        self.outdated |= self._used
+    def weights_change(self, kv_in_use: bool) -> None:
+        """kv_in_use: the tree has KV, or a request that runs has some, which will get into the tree."""
+        self.outdated |= kv_in_use
 
 
-def on_new_weights(listener: Callable[[], None]) -> None:
+def on_new_weights(listener: Listener) -> None:
     """Call `listener` whenever this process is about to change its weights."""
     if not _listeners and not call_before(_owner(), UPDATES, _tell):
         logger.warning(
@@ -57,7 +55,7 @@ def on_new_weights(listener: Callable[[], None]) -> None:
     _listeners.append(listener)
 
 
-def forget(listener: Callable[[], None]) -> None:
+def forget(listener: Listener) -> None:
     """Call it no more."""
     if listener in _listeners:
         _listeners.remove(listener)
@@ -87,5 +85,20 @@ def _tell(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         "weights" not in (getattr(request, "tags", None) or ("weights",)) or weights_are_backed_up()
     ):
         return  # they are kept, or come back as they were
+    in_use = _kv_in_use(args[0])
     for listener in tuple(_listeners):
-        listener()
+        listener(in_use)
+
+
+def _kv_in_use(updater: Any) -> bool:
+    """Whether the radix tree or a request has any slot of the engine's KV pool; True where this release does not tell.
+
+    The pool is asked, since requests shorter than a page are computed without a call to any connector.
+    """
+    scheduler = getattr(updater, "scheduler", updater)  # SGLang 0.5.10 and older: it is the scheduler
+    try:
+        pool = scheduler.token_to_kv_pool_allocator
+        return bool(pool.size - pool.available_size() >= pool.page_size)  # the rest of a page at the end is nobody's
+    except (AttributeError, TypeError) as error:
+        logger.debug("Free KV slots are not known: %r", error)
+        return True

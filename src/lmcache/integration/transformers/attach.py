@@ -160,6 +160,7 @@ class Attached:
         atexit.unregister(self.close)
         self._model.__dict__.pop("generate", None)
         self.flush()
+        self._give_up_hashing()
         self._hang_up()
         self._end_own()
 
@@ -329,8 +330,13 @@ class Attached:
         refuse_unsupported(self._model)  # as it is now: an adapter may have been put in
         stamp = weights_stamp(self._model)
         if self._identity is None or stamp != self._stamp:
+            self._give_up_hashing()
             self._identity, self._stamp = weights_identity(self._model), stamp
         return self._identity
+
+    def _give_up_hashing(self) -> None:
+        if self._identity is not None:
+            self._identity.give_up()
 
     def _hang_up(self) -> None:
         for session in (self._worker, self._scheduler):
@@ -340,6 +346,7 @@ class Attached:
         self._running.clear()
 
     def _refuse(self, error: Exception) -> None:
+        self._give_up_hashing()
         self._hang_up()
         self._end_own()
         self.refusal = str(error) or type(error).__name__
