@@ -83,6 +83,20 @@ def do_hold_hashing(state: State) -> dict[str, Any]:
     return {}
 
 
+def do_count_stamps(state: State) -> int:
+    """How often all weights have been read to see whether they changed, since this was asked first."""
+    stamp = MODULE.weights_stamp  # type: ignore[attr-defined]
+    if not hasattr(stamp, "calls"):
+
+        def counted(model: Any) -> int:
+            counted.calls += 1  # type: ignore[attr-defined]
+            return int(stamp(model))
+
+        counted.calls = 0  # type: ignore[attr-defined]
+        MODULE.weights_stamp = stamp = counted  # type: ignore[attr-defined]
+    return int(stamp.calls)
+
+
 def do_hashing_threads(state: State) -> int:
     return sum(thread.name == "lmcache-identity" for thread in threading.enumerate())
 
