@@ -413,13 +413,16 @@ def garbage(seed: int, count: int) -> list[bytes]:
 
 
 def test_malformed_messages_over_zmq_never_stop_anything(server, raw):
-    cache = server(l1=8)
+    cache = server(l1=8, flags=("--insecure-no-auth",))
     client = raw(cache)
     client.store(chain(11, 4))
     with zmq.Context() as context, context.socket(zmq.DEALER) as door:
         door.linger = 0
         door.rcvhwm = door.sndhwm = 0
         door.connect(cache.address)
+        door.send(m.encode(1, m.Hello(m.PROTOCOL_VERSION, "", "zmq", "worker", 0, 1, payload=True, session=b"x")))
+        assert door.poll(PATIENCE * 1000)  # it is let in now, so it may send as much as it wants
+        assert isinstance(m.decode_answer(door.recv())[1], m.Welcome)
         messages = garbage(1, 1500) + absurd_messages(0)
         for at in range(0, len(messages), 50):
             for one in messages[at : at + 50]:
