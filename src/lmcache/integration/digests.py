@@ -1,7 +1,9 @@
 """BLAKE3 of files, of every byte, remembered on disk from one process to the next.
 
 What is remembered is found by device, inode, size and both times of a file, never by its name: a file that was replaced, or
-written to, is hashed again. Whatever is the matter with the memory, files are only hashed once more.
+written to by `write` and the like, is hashed again. A write through a mapping (`mmap`) moves the times at most with the first
+write to a page since that page was last written back, so later ones may leave a digest that is no longer the file's. Whatever is
+the matter with the memory, files are only hashed once more.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ _LOOK_SECONDS = 0.1
 
 
 class Stamp(NamedTuple):
-    """What tells that a file was replaced or written to. Times are in nanoseconds since the epoch."""
+    """What tells that a file was replaced, or written to without a mapping. Times are in nanoseconds since the epoch."""
 
     device: int
     inode: int
