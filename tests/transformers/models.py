@@ -12,6 +12,7 @@ import sys
 import threading
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import torch
 from commands import PATIENCE, serve, set_deadline
@@ -33,6 +34,7 @@ class State:
         self.attached: Attached | None = None
         self.kept: Any = None
         self.gone_on = threading.Event()
+        self.stamps: Mock | None = None
 
 
 def prompt(tokens: int, seed: int, shared: int = 0) -> torch.Tensor:
@@ -81,6 +83,15 @@ def do_hold_hashing(state: State) -> dict[str, Any]:
 
     identity._AT_ONCE_BYTES, module._digest_of, state.gone_on = 1000, held, gone_on
     return {}
+
+
+def do_count_stamps(state: State) -> int:
+    """How often all weights have been read to see whether they changed, since this was asked first."""
+    if state.stamps is None:
+        stamp = MODULE.weights_stamp  # type: ignore[attr-defined]
+        state.stamps = Mock(side_effect=stamp)
+        MODULE.weights_stamp = state.stamps  # type: ignore[attr-defined]
+    return int(state.stamps.call_count)
 
 
 def do_hashing_threads(state: State) -> int:

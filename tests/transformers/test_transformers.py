@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from ports import free_port
 from servers import PATIENCE, Server, eventually
 
 TOLERANCE = 1e-4 if os.environ.get("LMCACHE_TEST_DEVICE", "cpu") == "cpu" else 1e-3
@@ -155,6 +156,25 @@ def test_large_weights_are_hashed_while_generate_runs(server: Servers, script: S
     assert user.ask("wait_connected", seconds=PATIENCE)
     assert user.ask("generate", ids=[300, 8])["stored"] > 0
     assert user.ask("generate", ids=[300, 8])["hit"] == 288
+
+
+def test_weights_are_not_read_without_a_server(server: Servers, script: Scripts, model: Path) -> None:
+    """What has changed meanwhile is noticed at the first call with one."""
+    port, user, other = free_port(), script(model), script(model)
+    user.ask("attach", address=f"tcp://127.0.0.1:{port}", connected=False)
+    assert user.ask("count_stamps") == 0
+    user.ask("train", layer=3, scale=1.5)
+    assert right(user.ask("generate", ids=[100, 8], new=1))
+    assert user.ask("count_stamps") == 0
+    one = server(l1=256, chunk=16, port=port)
+    assert user.ask("wait_connected", seconds=PATIENCE)
+    assert right(user.ask("generate", ids=[100, 8], new=1))
+    assert user.ask("count_stamps") > 0
+    assert user.ask("wait_connected", seconds=PATIENCE)
+    assert user.ask("generate", ids=[100, 8], new=1)["stored"] == 96
+    other.ask("attach", address=one.address)
+    first = other.ask("generate", ids=[100, 8], new=1)
+    assert right(first) and first["hit"] == 0
 
 
 def test_weights_that_are_trained_while_they_are_hashed(server: Servers, script: Scripts, model: Path) -> None:

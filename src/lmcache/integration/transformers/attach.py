@@ -246,11 +246,15 @@ class Attached:
         """
         if not self._settle():
             return False
+        reached = self._connected()
+        if not reached and self._scheduler is not None and self._scheduler.identified:
+            return (
+                False  # there is no server, and the weights need not be read: they are at the first call that has one
+            )
         pool, stamp = self._pool, self._stamp
         if not self._model_id:
             stamp = weights_stamp(self._model)
         if pool is None or pool.tokens < room or stamp != self._stamp:
-            reached = self._connected()
             self._hang_up()
             self._open(room, _CONNECT_SECONDS if reached else 0.0)
         if self._identity is not None and self._identity.failure:
