@@ -122,15 +122,19 @@ def test_a_child_forked_during_a_look_up_asks_for_itself(resolver: SimpleNamespa
         assert os.waitpid(child, 0)[1] == 0
 
 
-def test_a_thread_that_cannot_be_started_fails_one_call(resolver: SimpleNamespace) -> None:
+def test_a_thread_that_cannot_be_started_fails_one_call(
+    resolver: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
     resolver.answers.set()
+
+    def refused(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
     with socket.create_server(("127.0.0.1", 0)) as server:
-        size = threading.stack_size(1 << 46)  # more than there are addresses
-        try:
+        with monkeypatch.context() as broken:
+            broken.setattr(threading.Thread, "start", refused)
             with pytest.raises(OSError, match=f"host '{NAME}' was not looked up: can't start new thread"):
                 hosts.connect(NAME, server.getsockname()[1], PATIENCE)
-        finally:
-            threading.stack_size(size)
         hosts.connect(NAME, server.getsockname()[1], PATIENCE).close()
 
 

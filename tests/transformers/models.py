@@ -12,6 +12,7 @@ import sys
 import threading
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import torch
 from commands import PATIENCE, serve, set_deadline
@@ -33,6 +34,7 @@ class State:
         self.attached: Attached | None = None
         self.kept: Any = None
         self.gone_on = threading.Event()
+        self.stamps: Mock | None = None
 
 
 def prompt(tokens: int, seed: int, shared: int = 0) -> torch.Tensor:
@@ -85,16 +87,11 @@ def do_hold_hashing(state: State) -> dict[str, Any]:
 
 def do_count_stamps(state: State) -> int:
     """How often all weights have been read to see whether they changed, since this was asked first."""
-    stamp = MODULE.weights_stamp  # type: ignore[attr-defined]
-    if not hasattr(stamp, "calls"):
-
-        def counted(model: Any) -> int:
-            counted.calls += 1  # type: ignore[attr-defined]
-            return int(stamp(model))
-
-        counted.calls = 0  # type: ignore[attr-defined]
-        MODULE.weights_stamp = stamp = counted  # type: ignore[attr-defined]
-    return int(stamp.calls)
+    if state.stamps is None:
+        stamp = MODULE.weights_stamp  # type: ignore[attr-defined]
+        state.stamps = Mock(side_effect=stamp)
+        MODULE.weights_stamp = state.stamps  # type: ignore[attr-defined]
+    return int(state.stamps.call_count)
 
 
 def do_hashing_threads(state: State) -> int:
