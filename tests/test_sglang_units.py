@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import random
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -48,9 +49,11 @@ def model(tmp_path: Path) -> str:
 
 def config(folder: Path, server: Server, **more: Any) -> str:
     settings = {"mp_host": "127.0.0.1", "mp_port": server.port, "blocking_timeout_secs": PATIENCE, **more}
-    path = folder / f"lmcache-{server.port}.yaml"
-    path.write_text("".join(f"{key}: {value}\n" for key, value in settings.items()))
-    return str(path)
+    with tempfile.NamedTemporaryFile(
+        "w", dir=folder, suffix=".yaml", delete=False
+    ) as file:  # ranks write theirs side by side
+        file.write("".join(f"{key}: {value}\n" for key, value in settings.items()))
+    return file.name
 
 
 @pytest.fixture
