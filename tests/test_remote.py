@@ -520,7 +520,9 @@ def test_what_comes_in_drops_does_not_stretch_the_time_of_a_knock():
 def test_the_number_of_an_ended_connection_may_be_another_ones():
     ends = socket.socketpair(socket.AF_UNIX)
     with ends[0], ends[1], open(os.devnull) as file:
+        before = len(os.listdir("/proc/self/fd"))
         assert _host_behind(ends[0].fileno()) == _host_behind(file.fileno()) == _host_behind(10**6) == ""
+        assert len(os.listdir("/proc/self/fd")) == before, "a duplicate was left open"
 
 
 def test_the_log_of_refused_engines_is_bounded_and_the_count_is_not(caplog):

@@ -52,6 +52,19 @@ def connect(host: str, port: int, timeout_seconds: float) -> socket.socket:
     raise refusals[0]
 
 
+def duplicate(descriptor: int) -> socket.socket | None:
+    """Another descriptor of the same connection, for the caller to close; None where the number is no socket's (any more)."""
+    try:
+        copy = os.dup(descriptor)
+    except OSError:
+        return None
+    try:
+        return socket.socket(fileno=copy)
+    except OSError:
+        os.close(copy)
+        return None
+
+
 def ends(descriptor: int) -> tuple[tuple[str, int], tuple[str, int]]:
     """Numeric address and port of a TCP connection's own end, and of the other one; IPv4 is told as such on IPv6 sockets too.
 
@@ -60,7 +73,10 @@ def ends(descriptor: int) -> tuple[tuple[str, int], tuple[str, int]]:
     Raises:
         OSError: the descriptor is no connection's by now.
     """
-    with socket.socket(fileno=os.dup(descriptor)) as connection:
+    connection = duplicate(descriptor)
+    if connection is None:
+        raise OSError(f"descriptor {descriptor} is no socket")
+    with connection:
         if connection.family not in (socket.AF_INET, socket.AF_INET6):
             raise OSError(f"descriptor {descriptor} is no TCP connection")
         (own, own_port, *_), (other, other_port, *_) = connection.getsockname(), connection.getpeername()

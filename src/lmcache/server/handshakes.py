@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import struct
 from ipaddress import ip_address
 from pathlib import Path
 
 import zmq
 
-from lmcache.config.hosts import ends
+from lmcache.config.hosts import duplicate, ends
 from lmcache.server.refused import Reason, Refused
 from lmcache.server.strangers import Strangers
-from lmcache.wire.received import duplicate
+from lmcache.wire.received import MONITOR_EVENT
 
-_EVENT = struct.Struct("=HI")
 _EVENTS = (
     zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
 )
@@ -52,7 +50,7 @@ class Handshakes:
 
     def hear(self) -> None:
         while self._waiting():
-            kind, value = _EVENT.unpack(self._monitor.recv_multipart(zmq.NOBLOCK)[0])
+            kind, value = MONITOR_EVENT.unpack(self._monitor.recv_multipart(zmq.NOBLOCK)[0])
             if kind == zmq.EVENT_ACCEPTED:
                 self._accepted(value)
             elif kind == zmq.EVENT_DISCONNECTED:  # follows a failure at once, in the same thread of ZMQ

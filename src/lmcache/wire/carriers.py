@@ -16,13 +16,13 @@ from typing import Protocol
 import zmq
 
 from lmcache.compiled import load_native
-from lmcache.config.hosts import in_url
+from lmcache.config.hosts import duplicate, in_url
 from lmcache.errors import ServerUnavailable, WireError
 from lmcache.observability.log import printable
 from lmcache.wire import auth
 from lmcache.wire import messages as m
 from lmcache.wire.frames import FrameReader, frame
-from lmcache.wire.received import bytes_received, duplicate
+from lmcache.wire.received import MONITOR_EVENT, bytes_received
 
 _LINGER_MILLISECONDS = 300
 """How long ZMQ's own thread tries to deliver what was posted last (a `Bye`) after the socket was closed."""
@@ -31,13 +31,11 @@ _HOLD_MICROSECONDS = 200
 _WAITING_ANSWERS = 8
 """Messages of a server that ZMQ takes before they are read: a server that has not proved itself may send anything."""
 MAX_UNTRUSTED_BYTES = 1 << 20
-"""Of a server that may be anybody's, on one connection: ZMQ keeps a message until it is complete, however long it is."""
+"""A server that may be anybody's may send so many on one connection: ZMQ keeps a message until it is complete, however long."""
 _LOOK_SECONDS = 0.01
 """Between looks at how much such a server has sent, while an answer is waited for."""
 _MAX_SKIPPED = 64
 """Of answers to earlier posts, before the next one. There is one for each post, unless the server is a rogue."""
-_CONNECTED = struct.Struct("=HI")
-"""An event of ZMQ's monitor: its kind, and the connection's descriptor."""
 _PEER_CREDENTIALS = struct.Struct("3i")
 
 
@@ -281,7 +279,7 @@ class ZmqCarrier:
     def _received(self) -> int:
         """Bytes, over the connection, if there is one (still)."""
         if self._connection < 0 and self._monitor.poll(0):
-            _, self._connection = _CONNECTED.unpack(self._monitor.recv_multipart()[0])
+            _, self._connection = MONITOR_EVENT.unpack(self._monitor.recv_multipart()[0])
         connection = duplicate(self._connection) if self._connection >= 0 else None
         if connection is None:
             return 0

@@ -3,25 +3,13 @@ does not tell; the kernel does."""
 
 from __future__ import annotations
 
-import os
 import socket
 import struct
 
 _BYTES_RECEIVED = struct.Struct("=128xQ")
 """The start of Linux's `struct tcp_info`, as far as `tcpi_bytes_received` (Linux 4.1)."""
-
-
-def duplicate(descriptor: int) -> socket.socket | None:
-    """Another descriptor of the same connection, for the caller to close; None where the number is no socket's (any more)."""
-    try:
-        copy = os.dup(descriptor)
-    except OSError:
-        return None
-    try:
-        return socket.socket(fileno=copy)
-    except OSError:
-        os.close(copy)
-        return None
+MONITOR_EVENT = struct.Struct("=HI")
+"""The first frame of an event of a ZMQ socket's monitor: its kind, and the connection's descriptor or another number."""
 
 
 def bytes_received(connection: socket.socket) -> int:
