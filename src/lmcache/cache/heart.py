@@ -245,7 +245,7 @@ class Heart:
         self._due: OrderedDict[int, _AnyClaim] = OrderedDict()
         """Claims that have not expired, the next one to do so first: all last equally long."""
         self._quarantine = _Quarantine()
-        """What is in quarantine for all instances together."""
+        """The slots that are in quarantine, of all instances together."""
         self._cleared: list[Table] = []
         """Tables that were cleared while somebody had a claim on their chunks."""
         self._next = first_number

@@ -20,7 +20,7 @@ SLOT_ORDER_VERSION = 1
 CODEC_RAW = 0
 FINGERPRINT_BYTES = 16
 MAX_NAME_CHARACTERS = 4096
-"""Of each text in a layout: as long as a path may be."""
+"""The longest text that a layout may hold in one field. It is as long as a path may be."""
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "fp8_e4m3": 1, "fp8_e5m2": 1, "int8": 1, "uint8": 1}
 

@@ -15,7 +15,7 @@ from lmcache.errors import ConfigError, LMCacheError
 from lmcache.observability.log import printable
 
 _ERROR_CHARACTERS = 4000
-"""Of an error, which may have words of whoever answers at a URL."""
+"""The longest error that is printed. It may quote whoever answers at a URL."""
 _DESCRIPTION = "A KV-cache layer for LLM engines: prefill a prefix once, reuse its KV everywhere."
 _EXAMPLES = """\
 examples:

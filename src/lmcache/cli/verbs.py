@@ -1,4 +1,4 @@
-"""What verbs share: how one is added, and its flags."""
+"""The commands share this module: it adds a command and its common flags."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ _LOOK_SECONDS = 1.0
 GONE_SECONDS = 10.0
 """A server that has hung up and is not back after so long is taken for gone. What was planned with it has been loaded by then."""
 _PATH_CHARACTERS = 200
-"""Of a path that a server names, in a line of the log."""
+"""The log shows no more characters than this of a path that a server names."""
 RENEWALS = 4
 """How often a lease is renewed within the life of a claim: one renewal that comes late or gets lost does no harm."""
 MOST_DEADLINE_SECONDS = 3600.0

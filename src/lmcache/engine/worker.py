@@ -81,7 +81,7 @@ class WorkerSession:
         self._slot_bytes = 0
         self._access: ArenaAccess | None = None
         self._left_behind: ArenaAccess | None = None
-        """What a copy that hung when the session was closed may still touch."""
+        """The arena that stays mapped because a copy hung when the session was closed, and may still touch it."""
         lock = threading.Lock()
         self._state = threading.Condition(lock)
         self._ready = {"load": threading.Condition(lock), "store": threading.Condition(lock)}

@@ -102,7 +102,7 @@ class Attached:
         self._prefill = PrefillRate()
         self._stamp = 0
         self._identity: Identity | None = None
-        """Of the weights that had this stamp, where they were hashed."""
+        """The identity that was found for the weights while they had the stamp `_stamp`; None before that."""
         self._jobs = 0
         self._running: set[str] = set()
         """Jobs that may touch the pool."""

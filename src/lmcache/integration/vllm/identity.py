@@ -108,7 +108,7 @@ class Adapters:
         self._since = time.time()
         """Before any adapter was loaded."""
         self._known: dict[int, _Adapter | None] = {}
-        """By the number; None where it is not known what vLLM has loaded."""
+        """The adapters by their number; the value is None where it is not known what vLLM has loaded under it."""
 
     def identity(self, lora: Any) -> tuple[str, str] | None:
         """Name and content of the adapter of a `LoRARequest`; None when it is not known what is loaded under its number, or while
