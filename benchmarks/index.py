@@ -10,16 +10,16 @@ from benchmarks.sides import Plan
 from lmcache.cache import Heart
 
 PROMPT_CHUNKS = 512
-SLOT_BYTES = 4096
+EXTENT_BYTES = 4096
 
 
 class FilledHeart:
     """A heart with `chunks` committed chunks: prompts of 512 whose first hash is their number."""
 
     def __init__(self, chunks: int) -> None:
-        self.heart = Heart(chunks * SLOT_BYTES * 5 // 4 + (256 << 20))
+        self.heart = Heart(chunks * EXTENT_BYTES * 5 // 4 + (256 << 20))
         self.heart.join(1, "bench")
-        self.space = self.heart.open_space(1, b"f" * 16, 1, 0, SLOT_BYTES)
+        self.space = self.heart.open_space(1, b"f" * 16, 1, 0, EXTENT_BYTES)
         self.prompts = max(1, chunks // PROMPT_CHUNKS)
         for prompt in range(self.prompts):
             grant = self.heart.reserve(0.0, 1, self.space, 0, b"", True, keys(prompt))

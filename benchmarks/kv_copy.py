@@ -141,10 +141,10 @@ def _move(target: int, source: int, offset: int, size: int) -> None:
 def measure(name: str, model: Model, seconds: float, threads: list[int], isa: int) -> None:
     """Eight chunks a call, and one; block tables are random and differ from call to call."""
     chunk_blocks = -(-model.chunk_tokens // model.block_tokens)
-    slot = 2 * model.layers * model.heads * model.dims * model.item_bytes * model.chunk_tokens
-    sets = max(2, (256 << 20) // (CHUNKS * slot))  # enough that nothing is in the caches when its turn comes
+    extent = 2 * model.layers * model.heads * model.dims * model.item_bytes * model.chunk_tokens
+    sets = max(2, (256 << 20) // (CHUNKS * extent))  # enough that nothing is in the caches when its turn comes
     paged = paged_kv(model, sets * CHUNKS * chunk_blocks)
-    arena = touched(sets * CHUNKS * slot, shared=True)
+    arena = touched(sets * CHUNKS * extent, shared=True)
     base = address_of(arena)
     blocks = np.random.default_rng(7).permutation(paged.num_blocks).astype(np.int32).reshape(sets, -1)
     for number in threads:
@@ -153,13 +153,13 @@ def measure(name: str, model: Model, seconds: float, threads: list[int], isa: in
         for chunks in (CHUNKS, 1):
             tokens = model.chunk_tokens
             total = sets * CHUNKS
-            rows = [(c * slot, c % CHUNKS * tokens, tokens, 0) for c in range(total)]
+            rows = [(c * extent, c % CHUNKS * tokens, tokens, 0) for c in range(total)]
             runs = np.array(rows, dtype=np.int64).reshape(total // chunks, chunks, 4)
             tables = np.repeat(blocks, CHUNKS // chunks, axis=0)
             for way, copy in (("gather", copier.gather), ("scatter", copier.scatter)):
                 call = functools.partial(_one, copy, base, list(tables), list(runs))
-                text = rate(call, chunks * slot, seconds)
-                print(f"{f'{name}, {chunks} x {slot / (1 << 20):g} MiB {way}':34} {number:3} {text}", flush=True)
+                text = rate(call, chunks * extent, seconds)
+                print(f"{f'{name}, {chunks} x {extent / (1 << 20):g} MiB {way}':34} {number:3} {text}", flush=True)
 
 
 def main() -> None:

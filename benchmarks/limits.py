@@ -26,7 +26,7 @@ from blake3 import blake3
 from benchmarks.echo import make_keys, receive, send
 from benchmarks.scenarios import Shape
 
-SLOTS_BYTES = 1 << 30
+EXTENTS_BYTES = 1 << 30
 
 
 def times(call: Callable[[], object], count: int) -> list[float]:
@@ -60,7 +60,7 @@ class CopyLimit:
         self._run_bytes = shape.block_bytes
         self._paged = aligned((shape.planes, shape.blocks, self._run_bytes))
         self._paged[:] = np.arange(shape.planes, dtype=np.uint8)[:, None, None]
-        self._slots = shared_memory(SLOTS_BYTES)
+        self._extents = shared_memory(EXTENTS_BYTES)
         self._planes = (ctypes.c_void_p * shape.planes)(*(plane.ctypes.data for plane in self._paged))
         self._free_blocks = list(range(shape.blocks))
         rng.shuffle(self._free_blocks)
@@ -85,10 +85,10 @@ class CopyLimit:
         number, self._next = self._next, self._next + 1
         first = number * per_chunk % (self.shape.blocks - per_chunk + 1)
         blocks = np.array(self._free_blocks[first : first + per_chunk], dtype=np.int32)
-        return blocks, number % (SLOTS_BYTES // size) * size
+        return blocks, number % (EXTENTS_BYTES // size) * size
 
     def _part(self, scatter: bool, jobs: list[tuple[np.ndarray, int]], first: int, end: int) -> None:
-        run, address = self._run_bytes, self._slots.ctypes.data
+        run, address = self._run_bytes, self._extents.ctypes.data
         for blocks, offset in jobs:
             if self._library is not None:
                 self._library.copy_chunk(
@@ -102,11 +102,13 @@ class CopyLimit:
                     ctypes.c_void_p(address + offset),
                 )
                 continue
-            slot = self._slots[offset : offset + self.shape.chunk_bytes].reshape(self.shape.planes, len(blocks), run)
+            extent = self._extents[offset : offset + self.shape.chunk_bytes].reshape(
+                self.shape.planes, len(blocks), run
+            )
             if scatter:
-                self._paged[first:end, blocks] = slot[first:end]
+                self._paged[first:end, blocks] = extent[first:end]
             else:
-                np.take(self._paged[first:end], blocks, axis=1, out=slot[first:end])
+                np.take(self._paged[first:end], blocks, axis=1, out=extent[first:end])
 
 
 def aligned(shape: tuple[int, ...]) -> np.ndarray:

@@ -75,9 +75,9 @@ def lookup_and_lease(table: Table) -> Callable[[bytes], object]:
         ids = table.match(hashes)
         table.touch(ids)
         table.pin(ids)
-        slots = table.slots(ids)
+        extents = table.extents(ids)
         table.unpin(ids)
-        return slots
+        return extents
 
     return call
 

@@ -35,12 +35,12 @@ from benchmarks.rows import Goal, Row, replace_figures, report, share
 from benchmarks.run import about
 from benchmarks.sides import Side, sides_of
 from benchmarks.tiers_served import Tier, last_written, ours_of, served
-from lmcache.tiers import OK, Shard, ShardKey, frame, medium
-from lmcache.tiers.conformance import shard_key
-from lmcache.tiers.disk import DiskTier
-from lmcache.tiers.journal import PUT, Journal
-from lmcache.tiers.medium import Medium
-from lmcache.tiers.shard_index import RECORD, tag_of
+from lmcache.testing.conformance import shard_key
+from lmcache.tiers import OK, Shard, ShardKey, filesystem, frame
+from lmcache.tiers.disk.journal import PUT, Journal
+from lmcache.tiers.disk.shard_index import RECORD, tag_of
+from lmcache.tiers.disk.tier import DiskTier
+from lmcache.tiers.filesystem import Filesystem
 
 MIB, GB = 1 << 20, 1e9
 CALLS = 4
@@ -93,15 +93,15 @@ def plain(bench: Bench, size: int) -> tuple[float, float]:
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_DIRECT, 0o600)
     try:
         os.ftruncate(fd, ROUND_BYTES)
-        write = side_by_side(lambda at: _whole(os.pwrite(fd, parts[at], at * size), size), len(parts))
-        read = side_by_side(lambda at: _whole(os.preadv(fd, [parts[at]], at * size), size), len(parts))
+        write = side_by_side(lambda at: _complete(os.pwrite(fd, parts[at], at * size), size), len(parts))
+        read = side_by_side(lambda at: _complete(os.preadv(fd, [parts[at]], at * size), size), len(parts))
     finally:
         os.close(fd)
         path.unlink()
     return ROUND_BYTES / write / GB, ROUND_BYTES / read / GB
 
 
-def _whole(done: int, size: int) -> None:
+def _complete(done: int, size: int) -> None:
     assert done == size
 
 
@@ -198,7 +198,7 @@ def warm(bench: Bench) -> list[Row]:
         try:
 
             def checked(at: int) -> None:
-                _whole(os.preadv(fd, [parts[at]], at * 32 * MIB), 32 * MIB)
+                _complete(os.preadv(fd, [parts[at]], at * 32 * MIB), 32 * MIB)
                 xxhash.xxh3_128_digest(parts[at])
 
             for number in range(bench.rounds + 1):
@@ -230,7 +230,7 @@ def checksums(bench: Bench) -> list[Row]:
                 with ExitStack() as patches:
                     if blind:
                         patches.enter_context(mock.patch.object(frame.Checksum, "update", _count_only))
-                        patches.enter_context(mock.patch.object(medium, "_read_frames", None))
+                        patches.enter_context(mock.patch.object(filesystem, "_read_frames", None))
                     figures = ours(tier, parts, 1, 0)
                 tier.clear()
                 sides[blind] += [figures] if number else []  # the first to warm up
@@ -280,7 +280,7 @@ def index(bench: Bench) -> list[Row]:
             path = bench.folder / "tier"
             shutil.rmtree(path, ignore_errors=True)
             path.mkdir(mode=0o700)
-            journal = Journal(Medium(), path)
+            journal = Journal(Filesystem(), path)
             journal.open()
             journal.restart(records[:rewritten], count)
             for at in range(rewritten, count, 4):

@@ -21,7 +21,7 @@ def main() -> int:
     end_on_signals()
     try:
         if options.engine == "numpy":
-            from demo.numpy_engine import run
+            from demo.numpy_process import run
         else:
             from demo.vllm_engine import run
         right = run(png)

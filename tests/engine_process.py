@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from lmcache.chunks import Layout, TokenChain, shard_of_rank
 from lmcache.engine import Done, Hit, Load, SchedulerSession, Store, WorkerSession
-from lmcache.engine.link import Endpoint
+from lmcache.engine.connection import Endpoint
 from lmcache.integration.identity import Identity, named
 from lmcache.transfer.paged import PagedKV, Plane
 
@@ -155,10 +155,10 @@ class Engine:
     def submit_load(self, hit: Hit, chunk_tokens: int, start: int, end: int, ids: Sequence[int]) -> str:
         self.jobs += 1
         first = start // chunk_tokens
-        slots = hit.shard_slots(self.shard.index)[4 * (first - hit.first_chunk) :]
-        slots = slots[: 4 * (-(-end // chunk_tokens) - first)]
+        extents = hit.shard_extents(self.shard.index)[4 * (first - hit.first_chunk) :]
+        extents = extents[: 4 * (-(-end // chunk_tokens) - first)]
         load = Load(
-            hit.arena, hit.lease, first, slots, start, end, self.table(len(ids)), lease_chunk=first - hit.first_chunk
+            hit.arena, hit.lease, first, extents, start, end, self.table(len(ids)), lease_chunk=first - hit.first_chunk
         )
         self.worker.load(f"l{self.jobs}", load)
         return f"l{self.jobs}"
@@ -212,7 +212,7 @@ def set_deadline(seconds: float, *sessions: SchedulerSession | WorkerSession) ->
     """Of these sessions' calls from now on. A short one comes after what must not fail on a busy machine; a very long one tells
     whether anything waits that should not."""
     for session in sessions:
-        session._link.endpoint = replace(session._link.endpoint, deadline_seconds=seconds)
+        session._connection.endpoint = replace(session._connection.endpoint, deadline_seconds=seconds)
 
 
 def pause_once(copier: Any, what: str, midway: Callable[[], None]) -> None:

@@ -28,8 +28,8 @@ from lmcache.chunks import Layout
 from lmcache.memory.arena import Arena
 from lmcache.server.loop import Loop
 from lmcache.server.service import Service
-from lmcache.server.unix_face import UnixFace
-from lmcache.server.zmq_face import ZmqFace
+from lmcache.server.unix_endpoint import UnixEndpoint
+from lmcache.server.zmq_endpoint import ZmqEndpoint
 from lmcache.wire import messages as m
 from lmcache.wire.carriers import UnixCarrier
 from lmcache.wire.sockets import listen_unix
@@ -223,8 +223,8 @@ def server_parts(
     loop, arena, folder = Loop(), Arena(folders("/dev/shm"), l1_bytes), folders("/tmp")
     workers = ThreadPoolExecutor(1)
     service = Service(loop, Heart(l1_bytes), arena, 16, workers)
-    unix = UnixFace(loop, service, listen_unix(folder / "socket"), folder / "socket")
-    door = ZmqFace(loop, service, "127.0.0.1", 0, folder, key, open_door)
+    unix = UnixEndpoint(loop, service, listen_unix(folder / "socket"), folder / "socket")
+    door = ZmqEndpoint(loop, service, "127.0.0.1", 0, folder, key, open_door)
     thread = threading.Thread(target=loop.run)
     thread.start()
     try:
@@ -309,19 +309,19 @@ class EngineProcess(Process):
 class Raw:
     """A client that speaks the messages themselves, as an engine process of `instance`, over the Unix socket."""
 
-    def __init__(self, server: Server, instance: str = "raw", shards: int = 1, slot_bytes: int = 4096) -> None:
+    def __init__(self, server: Server, instance: str = "raw", shards: int = 1, shard_bytes: int = 4096) -> None:
         hello = m.Hello(m.PROTOCOL_VERSION, "test", instance, "raw", 0, os.getpid(), session=os.urandom(16))
         self.hello, self.path = hello, server.socket_path()
-        self.layout = Layout("raw", "bfloat16", 1, 1, slot_bytes // 2, 1, kind="mla")
-        self.connect(shards, slot_bytes)
+        self.layout = Layout("raw", "bfloat16", 1, 1, shard_bytes // 2, 1, kind="mla")
+        self.connect(shards, shard_bytes)
 
-    def connect(self, shards: int = 1, slot_bytes: int = 4096) -> None:
+    def connect(self, shards: int = 1, shard_bytes: int = 4096) -> None:
         self.carrier = UnixCarrier(self.path, self.hello, PATIENCE)
         os.close(self.carrier.descriptor)
         chunk_tokens = self.carrier.welcome.chunk_tokens
         layout = msgspec.structs.replace(self.layout, chunk_tokens=chunk_tokens)
         for shard in range(shards):
-            self.space = self.ask(m.Register(layout, shards, shard, slot_bytes)).space
+            self.space = self.ask(m.Register(layout, shards, shard, shard_bytes)).space
 
     def ask(self, request: m.Message) -> Any:
         return self.carrier.exchange(request, PATIENCE)[0]
@@ -334,7 +334,7 @@ class Raw:
         granted = self.reserve(hashes, parent)
         if granted.reservation:
             self.ask(m.Commit(granted.reservation, True))
-        return len(hashes) // 16 - granted.slots.count(b"\xff\xff\xff\xff")
+        return len(hashes) // 16 - granted.extents.count(b"\xff\xff\xff\xff")
 
     def hits(self, hashes: bytes) -> int:
         """Chunks that are there; leaves no lease, but touches them."""

@@ -40,7 +40,7 @@ def memory(folders):
     return folders("/dev/shm")
 
 
-def test_the_size_is_a_cap_and_the_pages_come_in_the_background(server):
+def test_the_size_is_a_cap_and_the_sectors_come_in_the_background(server):
     cache = server(l1=48)
     (path,) = cache.arena_dir.glob("*.arena")
     assert path.stat().st_mode & 0o777 == 0o600
@@ -217,12 +217,12 @@ def test_a_full_tmpfs_makes_a_smaller_cache(tiny):
     prompts = [b"".join(bytes([prompt, n]) * 8 for n in range(30)) for prompt in range(3)]
     for prompt in prompts:
         granted = ask(m.Reserve(space, 0, b"", True, prompt))
-        pages = [page for (page,) in struct.iter_unpack("<I", granted.slots) if page != m.NO_SLOT]
-        assert 16 <= len(pages) == 30 - granted.refused, "as many as there is memory for, whatever was there before"
-        assert all(arena.has_pages(page * m.PAGE_BYTES, 1 << 20) for page in pages)
-        assert ask(m.Commit(granted.reservation, True)).count == len(pages)
+        sectors = [sector for (sector,) in struct.iter_unpack("<I", granted.extents) if sector != m.NO_EXTENT]
+        assert 16 <= len(sectors) == 30 - granted.refused, "as many as there is memory for, whatever was there before"
+        assert all(arena.has_sectors(sector * m.SECTOR_BYTES, 1 << 20) for sector in sectors)
+        assert ask(m.Commit(granted.reservation, True)).count == len(sectors)
         found = ask(m.Lookup(space, prompt))
-        assert found.chunks == len(pages)
+        assert found.chunks == len(sectors)
         ask(m.Release([found.lease]))
     arena.close()
     loop.close()

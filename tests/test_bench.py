@@ -114,11 +114,11 @@ def test_exact_lru() -> None:
 
 
 def test_figures_replace_those_of_the_last_run(tmp_path: Path) -> None:
-    page = tmp_path / "page.md"
-    page.write_text("before\n<!-- begin a -->\nold\n<!-- end a -->\nbetween\n<!-- begin b -->\n<!-- end b -->\n")
-    replace_figures(page, "a", "new")
-    assert page.read_text() == (
+    sector = tmp_path / "page.md"
+    sector.write_text("before\n<!-- begin a -->\nold\n<!-- end a -->\nbetween\n<!-- begin b -->\n<!-- end b -->\n")
+    replace_figures(sector, "a", "new")
+    assert sector.read_text() == (
         "before\n<!-- begin a -->\nnew\n<!-- end a -->\nbetween\n<!-- begin b -->\n<!-- end b -->\n"
     )
     with pytest.raises(ValueError, match="begin c"):
-        replace_figures(page, "c", "new")
+        replace_figures(sector, "c", "new")

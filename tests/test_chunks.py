@@ -81,7 +81,7 @@ def test_equal_counts_of_shards_are_not_equal_splits():
     layout = msgspec.structs.replace(LAYOUT, num_kv_heads=4)
     four, two_by_two = shard_of_rank(layout, 1, 4, 0, 4), shard_of_rank(layout, 1, 2, 0, 2, pp_rank=0, pp_size=2)
     assert (four.index, four.count) == (two_by_two.index, two_by_two.count)
-    assert four.slot_bytes(layout) == two_by_two.slot_bytes(layout) and four != two_by_two
+    assert four.shard_bytes(layout) == two_by_two.shard_bytes(layout) and four != two_by_two
     names = {space_fingerprint(layout, stages) for stages in ([], [2, 4], [1, 4], [1, 2, 4], [3, 4])}
     assert len(names) == 5
     assert space_fingerprint(layout, [4]) == space_fingerprint(layout) == layout.fingerprint

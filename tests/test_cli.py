@@ -22,7 +22,7 @@ from lmcache.cli.describe import table
 from lmcache.cli.main import main
 from lmcache.config import ServerConfig
 from lmcache.server import http
-from lmcache.server.http import HttpFace
+from lmcache.server.http import HttpEndpoint
 from lmcache.server.metrics import HELP
 from ports import free_port
 from servers import PATIENCE, READY, beside, eventually, key_file, server_parts, signed_by_itself, unresolved
@@ -100,11 +100,11 @@ def guarded() -> Iterator[Server]:
 
 def _served(token: str) -> Iterator[Server]:
     one = Server()
-    face = HttpFace(ServerConfig(http_port=0, api_token=token), one)
-    face.start()
-    one.url = f"http://127.0.0.1:{face.port}"  # type: ignore[attr-defined]
+    endpoint = HttpEndpoint(ServerConfig(http_port=0, api_token=token), one)
+    endpoint.start()
+    one.url = f"http://127.0.0.1:{endpoint.port}"  # type: ignore[attr-defined]
     yield one
-    face.stop()
+    endpoint.stop()
 
 
 def url_of(server: Server) -> str:

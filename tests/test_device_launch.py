@@ -22,7 +22,7 @@ WAIT = ctypes.CFUNCTYPE(ctypes.c_int, pointer, pointer, u32)
 KERNEL, KERNELS, COPIES = 7, 1, 2
 PLANES, CHUNK, ROW, PLACES = 6, 4, 8, 3
 PLANE_BYTES = CHUNK * ROW
-SLOT_BYTES = PLANES * PLANE_BYTES
+EXTENT_BYTES = PLANES * PLANE_BYTES
 TOKENS = 64
 
 
@@ -50,7 +50,7 @@ class Driver:
         bases, blocks, meta, staging, first_plane, piece_words = given
         assert (kernel, threads, one, two, shared, stream) == (KERNEL, 256, 1, 1, 16, KERNELS)
         for run in range(runs):
-            first, count, in_slot = (ctypes.c_int64 * 3).from_address(meta + 24 * run)
+            first, count, in_extent = (ctypes.c_int64 * 3).from_address(meta + 24 * run)
             assert tiles * 2 >= (CHUNK if self.to_host else count), "tiles of 2 tokens"
             for plane in range(planes):
                 if self.to_host:
@@ -58,7 +58,7 @@ class Driver:
                 base = ctypes.c_int64.from_address(bases + 8 * (first_plane + plane)).value
                 for token in range(count):
                     paged = base + ROW * ctypes.c_int64.from_address(blocks + 8 * (first + token)).value
-                    staged = staging + 2 * piece_words * run + plane * PLANE_BYTES + (in_slot + token) * ROW
+                    staged = staging + 2 * piece_words * run + plane * PLANE_BYTES + (in_extent + token) * ROW
                     ctypes.memmove(*((staged, paged) if self.to_host else (paged, staged)), ROW)
         return self.told("launch", stream, staging)
 
@@ -88,8 +88,8 @@ class Copy:
         self, to_host: bool, fails_at: int = -1, yield_bytes: int = 1 << 40, registration_bytes: int = 1 << 30
     ) -> None:
         self.driver, rng = Driver(to_host, fails_at), np.random.default_rng(2)
-        self.ring = np.zeros((PLACES, 2 * SLOT_BYTES), dtype=np.uint8)
-        self.arena = rng.integers(0, 255, 20 * SLOT_BYTES, dtype=np.uint8)
+        self.ring = np.zeros((PLACES, 2 * EXTENT_BYTES), dtype=np.uint8)
+        self.arena = rng.integers(0, 255, 20 * EXTENT_BYTES, dtype=np.uint8)
         self.launcher = Launcher(
             self.driver.addresses,
             [100 + place for place in range(PLACES)],
@@ -103,7 +103,7 @@ class Copy:
             bases=self.driver.bases.ctypes.data,
             ring=self.ring.ctypes.data,
             places=PLACES,
-            place_bytes=2 * SLOT_BYTES,
+            place_bytes=2 * EXTENT_BYTES,
             plane_bytes=PLANE_BYTES,
             word_bytes=2,
             chunk_tokens=CHUNK,
@@ -112,12 +112,12 @@ class Copy:
             yield_bytes=yield_bytes,
             registration_bytes=registration_bytes,
         )
-        slots = [3, 4, 9, 0, 1, 2, 17]
+        extents = [3, 4, 9, 0, 1, 2, 17]
         counts = [4, 4, 4, 3, 4, 4, 2]
         self.runs = np.array(
-            [(s * SLOT_BYTES, 4 * i, c, 4 - c) for i, (s, c) in enumerate(zip(slots, counts, strict=True))]
+            [(s * EXTENT_BYTES, 4 * i, c, 4 - c) for i, (s, c) in enumerate(zip(extents, counts, strict=True))]
         )
-        self.table = rng.permutation(TOKENS)[: 4 * len(slots)].astype(np.int64)
+        self.table = rng.permutation(TOKENS)[: 4 * len(extents)].astype(np.int64)
         self.host_tables = np.concatenate([self.table, self.runs[:, 1:].reshape(-1)])
         self.device_tables = np.zeros_like(self.host_tables)
 
@@ -130,11 +130,13 @@ class Copy:
     def pairs(self, planes: range) -> list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
         """(row in paged KV, row in its slot) of every token and plane."""
         found = []
-        for offset, first, count, in_slot in self.runs.tolist():
-            slot = self.arena[offset : offset + SLOT_BYTES].reshape(PLANES, CHUNK, ROW)
+        for offset, first, count, in_extent in self.runs.tolist():
+            extent = self.arena[offset : offset + EXTENT_BYTES].reshape(PLANES, CHUNK, ROW)
             for plane in planes:
                 for token in range(count):
-                    found.append((self.driver.paged[plane, self.table[first + token]], slot[plane, in_slot + token]))
+                    found.append(
+                        (self.driver.paged[plane, self.table[first + token]], extent[plane, in_extent + token])
+                    )
         return found
 
 
@@ -146,7 +148,7 @@ def test_every_row_arrives(to_host: bool, step: int, runs_in_piece: int, registr
     source = copy.driver.paged if to_host else copy.arena
     before = source.copy()
     copy.run(range(0, PLANES, step), runs_in_piece, slabs=True)
-    assert all((paged == slot).all() for paged, slot in copy.pairs(range(PLANES)))
+    assert all((paged == extent).all() for paged, extent in copy.pairs(range(PLANES)))
     assert (source == before).all()
     base = copy.arena.ctypes.data
     for host, size in copy.driver.copies():
@@ -159,7 +161,7 @@ def test_neighbours_in_the_arena_go_together() -> None:
     copy = Copy(to_host=False)
     copy.run(range(0, PLANES, PLANES), 2)
     base = copy.arena.ctypes.data
-    sent = [((host - base) // SLOT_BYTES, size // SLOT_BYTES) for host, size in copy.driver.copies()]
+    sent = [((host - base) // EXTENT_BYTES, size // EXTENT_BYTES) for host, size in copy.driver.copies()]
     assert sent == [(3, 2), (9, 1), (0, 1), (1, 2), (17, 1)]
 
 
@@ -167,10 +169,10 @@ def test_some_planes_only_and_tables_that_are_there() -> None:
     copy = Copy(to_host=False)
     kept = copy.driver.paged.copy()
     copy.run(range(2, 4, 2), 1)
-    assert all((paged == slot).all() for paged, slot in copy.pairs(range(2, 4)))
+    assert all((paged == extent).all() for paged, extent in copy.pairs(range(2, 4)))
     assert (copy.driver.paged[[0, 1, 4, 5]] == kept[[0, 1, 4, 5]]).all()
     copy.run(range(4, 6, 2), 1, upload=False)
-    assert all((paged == slot).all() for paged, slot in copy.pairs(range(2, 6)))
+    assert all((paged == extent).all() for paged, extent in copy.pairs(range(2, 6)))
     assert sum(call[0] == "upload" and call[1] == KERNELS for call in copy.driver.calls) == 1
 
 
@@ -193,7 +195,7 @@ def test_a_place_is_used_again_only_when_it_is_empty(to_host: bool) -> None:
 @pytest.mark.parametrize("to_host", [True, False])
 def test_the_copy_engine_is_let_go_once_in_a_while(to_host: bool) -> None:
     """Also where copies are small: what was copied is counted from one to the next."""
-    copy = Copy(to_host, yield_bytes=4 * SLOT_BYTES)
+    copy = Copy(to_host, yield_bytes=4 * EXTENT_BYTES)
     copy.run(range(0, PLANES, PLANES), 1)
     copy.run(range(0, PLANES, PLANES), 1)
     waits, piece, yields = [call for call in copy.driver.calls if call[0] == "wait"], 0, []

@@ -18,8 +18,8 @@ import pytest
 from engine_process import Engine
 from lmcache.config.engine import EngineConfig
 from lmcache.engine import Store
+from lmcache.engine.connection import Endpoint, probe
 from lmcache.engine.embedded import EmbeddedServer, embedded_address
-from lmcache.engine.link import Endpoint, probe
 from lmcache.errors import ConfigError, ServerUnavailable
 from ports import free_port
 from servers import PATIENCE, READY, Process, Server, beside, eventually

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from engine_process import pause_once
-from lmcache.engine import Load, link, worker
-from lmcache.engine.link import RENEWALS
+from lmcache.engine import Load, connection, worker
+from lmcache.engine.connection import RENEWALS
 from ports import free_port
 from servers import PATIENCE, eventually, unresolved
 
@@ -62,7 +62,7 @@ def test_loopback_needs_no_resolver(server, engine, monkeypatch, name):
 def test_an_l1_smaller_than_a_chunk_is_said_on_both_sides_and_not_tried_all_the_time(
     server, engine, monkeypatch, caplog
 ):
-    monkeypatch.setattr(link, "_USELESS_BACKOFF_SECONDS", (0.0, 0.0, 3600.0))
+    monkeypatch.setattr(connection, "_USELESS_BACKOFF_SECONDS", (0.0, 0.0, 3600.0))
     cache = server(l1=1.5, chunk=8192)
     one = engine(cache, connect=False)
     remedy = "L1 has 1.5 MiB, and one chunk of this model takes 2.0 MiB: start the server with --l1-size-gb"
@@ -177,7 +177,7 @@ def test_a_load_that_makes_no_sense_is_refused_and_touches_nothing(server, engin
     hit = one.lookup(ids)
     assert hit is not None
     one.poison()
-    table, good = one.table(160), hit.shard_slots(0)
+    table, good = one.table(160), hit.shard_extents(0)
     beyond = np.full(10, (1 << 32) - 2, dtype="<u4").tobytes()
     for name, load in {
         "slots beyond the arena": Load(hit.arena, hit.lease, 0, beyond, 0, 160, table),
@@ -215,7 +215,7 @@ def test_what_is_skipped_is_not_leased(server, engine):
     one, ids = engine(cache), prompt(12, 160)
     one.store(ids)
     hit = one.lookup(ids, skip_tokens=100)
-    assert (hit.chunks, hit.first_chunk, len(hit.slots)) == (10, 6, 16)
+    assert (hit.chunks, hit.first_chunk, len(hit.extents)) == (10, 6, 16)
     assert one.lookup(ids, skip_tokens=160) is None
     one.scheduler.release(hit)
     eventually(lambda: cache.counters()["leases"] == 0)

@@ -15,8 +15,8 @@ import msgspec
 import pytest
 
 from engine_process import pause_once
-from lmcache.engine import Load, Store, link
-from lmcache.engine.link import Link
+from lmcache.engine import Load, Store, connection
+from lmcache.engine.connection import Connection
 from lmcache.wire import messages as m
 from lmcache.wire.frames import frame
 from servers import PATIENCE, beside, eventually
@@ -40,7 +40,7 @@ def fill_l1(one, seed: int, prompts: int) -> list[list[int]]:
 # Slots that may still be touched: decision 1
 
 
-def test_a_writer_frozen_past_its_deadline_writes_into_nobodys_slots(server, engine, engine_process):
+def test_a_writer_frozen_past_its_deadline_writes_into_nobodys_extents(server, engine, engine_process):
     cache = server(l1=8, flags=("--lease-seconds", "3"))
     writer, ids = engine_process(cache, "writer", num_blocks=64), prompt(1, 640)
     writer.ask("pause", what="gather")
@@ -84,7 +84,7 @@ def test_a_reader_frozen_past_its_deadline_still_reads_the_right_bytes(server, e
     assert cache.counters()["leases"] == 0
 
 
-def test_the_slots_of_a_killed_writer_are_free_again(server, engine, engine_process):
+def test_the_extents_of_a_killed_writer_are_free_again(server, engine, engine_process):
     """A frozen one that never wakes up: when it is known dead, its quarantine ends."""
     cache = server(l1=8, flags=("--lease-seconds", "3"))
     writer = engine_process(cache, "writer", num_blocks=64)
@@ -192,13 +192,13 @@ def test_a_late_release_for_a_former_server_ends_no_lease_of_the_next(server, en
     _, old = leased(server(), "a")
     second, new = leased(server(), "b")
     assert old.lease != new.lease
-    second.scheduler._link.post(m.Release([old.lease]))
+    second.scheduler._connection.post(m.Release([old.lease]))
     assert second.load(ids, hit=new) == 320
 
 
 def test_the_memory_of_a_server_that_is_gone_is_free_for_the_next_one(server, engine, monkeypatch):
     """Though the engine lives on; but for what a copy is still reading."""
-    monkeypatch.setattr(link, "GONE_SECONDS", 0.0)
+    monkeypatch.setattr(connection, "GONE_SECONDS", 0.0)
     cache = server()
     one, ids = engine(cache), prompt(22, 1600)
     one.store(ids)
@@ -209,7 +209,7 @@ def test_the_memory_of_a_server_that_is_gone_is_free_for_the_next_one(server, en
     assert reading.wait(PATIENCE)
     maps = Path("/proc/self/maps")
     cache.signal(signal.SIGTERM)
-    eventually(lambda: "Connection refused" in one.worker._link._told)
+    eventually(lambda: "Connection refused" in one.worker._connection._told)
     assert f"{cache.arena_dir}/" in maps.read_text()
     go.set()
     assert one.wait(job).ok
@@ -220,7 +220,7 @@ def test_the_memory_of_a_server_that_is_gone_is_free_for_the_next_one(server, en
 
 
 def test_loads_from_the_mapped_arena_outlive_the_server(server, engine, monkeypatch):
-    monkeypatch.setattr(link, "GONE_SECONDS", 3600.0)
+    monkeypatch.setattr(connection, "GONE_SECONDS", 3600.0)
     cache = server()
     one, ids = engine(cache), prompt(7, 1600)
     one.store(ids)
@@ -236,7 +236,7 @@ def test_a_new_server_is_used_at_once_though_the_rank_learns_of_it_later(server,
     one, ids = engine(cache, deadline=PATIENT), prompt(8, 320)
     cache.kill()
     gate, register = threading.Event(), one.worker._register
-    one.worker._link._on_welcome = lambda *all: (gate.wait(PATIENCE), register(*all))
+    one.worker._connection._on_welcome = lambda *all: (gate.wait(PATIENCE), register(*all))
     new = server(port=cache.port)
     helper = engine(new, "helper")
     helper.store(ids)
@@ -256,7 +256,7 @@ def test_a_store_waits_for_a_server_that_is_there_and_not_ready(server, engine):
     one, ids = engine(cache, deadline=PATIENT), prompt(19, 320)
     cache.kill()
     gate, welcomed, register = threading.Event(), threading.Event(), one.worker._register
-    one.worker._link._on_welcome = lambda *all: (welcomed.set(), gate.wait(PATIENCE), register(*all))
+    one.worker._connection._on_welcome = lambda *all: (welcomed.set(), gate.wait(PATIENCE), register(*all))
     server(port=cache.port)
     assert welcomed.wait(PATIENCE)
     eventually(lambda: one.scheduler.connected)
@@ -295,9 +295,9 @@ def test_unmapping_the_old_arena_holds_up_no_engine(server, engine, monkeypatch)
 def test_a_connection_made_anew_keeps_the_arena_mapped(server, engine):
     one, ids = engine(server()), prompt(15, 640)
     assert one.store(ids) == 640
-    access, carrier = one.worker._access, one.worker._link._carrier
+    access, carrier = one.worker._access, one.worker._connection._carrier
     carrier._socket.shutdown(socket.SHUT_RDWR)
-    eventually(lambda: one.worker._link._carrier not in (None, carrier))
+    eventually(lambda: one.worker._connection._carrier not in (None, carrier))
     assert one.worker._access is access
     assert one.load(ids) == 640
 
@@ -430,7 +430,7 @@ def test_an_interrupted_lookup_leaves_no_lease(server, engine, monkeypatch):
     cache = server()
     one, ids = engine(cache), prompt(17, 640)
     assert one.store(ids) == 640
-    carrier = one.scheduler._link._carrier
+    carrier = one.scheduler._connection._carrier
     exchange = carrier.exchange
 
     def interrupted(*all):
@@ -451,20 +451,20 @@ def test_a_lookup_that_crosses_a_restart_leaves_no_lease(server, engine, monkeyp
     one, ids = engine(cache), prompt(18, 640)
     assert one.store(ids) == 640
     one.scheduler.release(one.lookup(ids))
-    link, arena = one.scheduler._link, one.scheduler._arena
-    call = link.call
+    connection, arena = one.scheduler._connection, one.scheduler._arena
+    call = connection.call
 
     def crossed(*all):
         one.scheduler._arena = arena
         return call(*all)
 
-    monkeypatch.setattr(link, "call", crossed)
+    monkeypatch.setattr(connection, "call", crossed)
     one.scheduler._arena = b"the old server's"
     assert one.lookup(ids) is None
     eventually(lambda: cache.counters()["leases"] == 0)
 
 
-def test_no_slot_is_freed_under_a_copy_when_the_connection_is_lost(server, engine, engine_process):
+def test_no_extent_is_freed_under_a_copy_when_the_connection_is_lost(server, engine, engine_process):
     """The link breaks while a store is half done: the session says hello again only when that copy has ended."""
     cache = server(l1=8)
     one, ids = engine(cache, num_blocks=64), prompt(11, 640)
@@ -472,7 +472,7 @@ def test_no_slot_is_freed_under_a_copy_when_the_connection_is_lost(server, engin
     pause_once(one.worker._access.copier, "gather", lambda: (midway.set(), go.wait(PATIENCE)))
     job = one.submit_store(ids)
     assert midway.wait(PATIENCE)
-    one.worker._link._carrier._socket.shutdown(socket.SHUT_RDWR)  # as when the server hangs up
+    one.worker._connection._carrier._socket.shutdown(socket.SHUT_RDWR)  # as when the server hangs up
     eventually(lambda: not one.worker.connected)
     other = engine_process(cache, "other", num_blocks=520)
     kept = [prompt(500 + n, 512 * 16) for n in range(5)]
@@ -523,17 +523,17 @@ def test_something_else_on_the_port_costs_nothing(engine, monkeypatch, what):
         "junk": lambda sock: sock.sendall(os.urandom(100_000)),
         "http": lambda sock: sock.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n"),
     }
-    attempt, tried, go, ended = Link._through_port, threading.Event(), threading.Event(), threading.Event()
+    attempt, tried, go, ended = Connection._through_port, threading.Event(), threading.Event(), threading.Event()
 
-    def slow_attempt(link, hello):
+    def slow_attempt(connection, hello):
         try:
-            return attempt(link, hello)
+            return attempt(connection, hello)
         finally:
             tried.set()
             go.wait(PATIENCE)
             ended.set()
 
-    monkeypatch.setattr(Link, "_through_port", slow_attempt)
+    monkeypatch.setattr(Connection, "_through_port", slow_attempt)
     stranger = Nonsense(acts[what])
     one = engine(stranger, connect=False)
     assert tried.wait(PATIENCE) and eventually(lambda: stranger.open)
@@ -541,7 +541,7 @@ def test_something_else_on_the_port_costs_nothing(engine, monkeypatch, what):
     assert not ended.is_set()
     go.set()
     one.close()
-    eventually(lambda: not any(half._link._thread.is_alive() for half in (one.scheduler, one.worker)))
+    eventually(lambda: not any(half._connection._thread.is_alive() for half in (one.scheduler, one.worker)))
     stranger.close()
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from lmcache.cache.fetch import ASK_SECONDS, KEPT_RECORDS, Ask, Decided, Fetches, Load, TierTraits
-from lmcache.cache.worth import SLACK_SECONDS, Pace, slack_seconds
+from lmcache.cache.load_cost import SLACK_SECONDS, Pace, slack_seconds
 from lmcache.cache.writeback import Batch, WriteQueue
 from lmcache.tiers.breaker import FAILURES_TO_OPEN, FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS, Breaker
 

@@ -11,7 +11,7 @@ import pytest
 
 from lmcache.errors import ConfigError
 from lmcache.memory.arena import Arena, reclaim_stale
-from lmcache.memory.headers import RECORD_BYTES, DamagedHeaders, Headers, SlotHeader, read_headers
+from lmcache.memory.headers import RECORD_BYTES, DamagedHeaders, ExtentHeader, Headers, read_headers
 from servers import Raw, Server
 
 ARENA_BYTES = 64 << 20
@@ -23,13 +23,13 @@ def headers(tmp_path: Path) -> Headers:
     return Headers(tmp_path / "one.headers", b"a" * 16, ARENA_BYTES)
 
 
-def commit(headers: Headers, pages: list[int], first_key: int = 0) -> list[SlotHeader]:
-    keys = [key.to_bytes(16, "big") for key in range(first_key, first_key + len(pages))]
+def commit(headers: Headers, sectors: list[int], first_key: int = 0) -> list[ExtentHeader]:
+    keys = [key.to_bytes(16, "big") for key in range(first_key, first_key + len(sectors))]
     parents = [bytes(16), *keys[:-1]]
-    headers.committed(FINGERPRINT, 2, 1, 5000, pages, b"".join(keys), b"".join(parents))
+    headers.committed(FINGERPRINT, 2, 1, 5000, sectors, b"".join(keys), b"".join(parents))
     return [
-        SlotHeader(page, 5000, 1, 2, FINGERPRINT, key, parent)
-        for page, key, parent in zip(pages, keys, parents, strict=True)
+        ExtentHeader(sector, 5000, 1, 2, FINGERPRINT, key, parent)
+        for sector, key, parent in zip(sectors, keys, parents, strict=True)
     ]
 
 
@@ -75,13 +75,13 @@ def test_records_of_another_place_or_generation_do_not_count(headers: Headers, t
     data = bytearray(headers.path.read_bytes())
     record = data[4096 + 3 * RECORD_BYTES :].ljust(RECORD_BYTES, b"\0")
     headers.path.write_bytes(data.ljust(4096 + 9 * RECORD_BYTES, b"\0") + record)
-    assert [header.page for header in read_headers(headers.path)] == [3]
+    assert [header.sector for header in read_headers(headers.path)] == [3]
     other = Headers(tmp_path / "two.headers", b"a" * 16, ARENA_BYTES)
     commit(other, [5])
     mixed = bytearray(other.path.read_bytes())
     mixed[4096 + 3 * RECORD_BYTES : 4096 + 4 * RECORD_BYTES] = record
     other.path.write_bytes(mixed)
-    assert [header.page for header in read_headers(other.path)] == [5]
+    assert [header.sector for header in read_headers(other.path)] == [5]
 
 
 def test_a_file_that_is_not_ours_is_not_used(headers: Headers, tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_stale_headers_go_with_their_arena(tmp_path: Path) -> None:
 def test_a_killed_server_leaves_exactly_what_was_committed(server, raw) -> None:
     """Half of what was stored has been evicted, and a store is under way: then kill -9."""
     killed: Server = server(l1=1.5, chunk=16)
-    client: Raw = raw(killed, slot_bytes=12288)  # 128 slots
+    client: Raw = raw(killed, shard_bytes=12288)  # 128 slots
     dice = random.Random(1)
     keys = [dice.randbytes(16) for _ in range(200)]
     for at in range(0, 200, 10):
@@ -125,7 +125,7 @@ def test_a_killed_server_leaves_exactly_what_was_committed(server, raw) -> None:
     parents = {key: keys[at - 1] if at % 10 else bytes(16) for at, key in enumerate(keys)}
     for header in found:
         assert (header.parent, header.shard, header.shards) == (parents[header.key], 0, 1)
-        assert header.stored_bytes == 12288 and header.page % 3 == 0
+        assert header.stored_bytes == 12288 and header.sector % 3 == 0
     server(l1=1.5, chunk=16)
     assert not path.exists() and len(list(killed.arena_dir.iterdir())) == 2
 

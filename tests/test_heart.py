@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from lmcache.cache import SERVER, Cleared, Committed, Freed, Grant, Heart, Hit, Refusal, TooSmall, Whole
-from lmcache.cache.heart import MAX_LEASES, NO_SLOT
+from lmcache.cache import SERVER, Cleared, Committed, Completed, Freed, Grant, Heart, Hit, Refusal, TooSmall
+from lmcache.cache.heart import MAX_LEASES, NO_EXTENT
 from lmcache.cache.table import ChunkTable, PyTable, Table, unpack
 
-PAGE = 4096
+SECTOR = 4096
 CLAIM_SECONDS = 10.0
 TIERS = ("near", "far")
 NewTable = Callable[[int], Table]
@@ -30,7 +30,7 @@ class Chunk:
     key: bytes
     parent: Chunk | None
     shards: int
-    pages: dict[int, int] = field(default_factory=dict)
+    sectors: dict[int, int] = field(default_factory=dict)
     """First page of each shard's slot, filling or filled."""
     filling: set[int] = field(default_factory=set)
     readers: int = 0
@@ -38,7 +38,7 @@ class Chunk:
 
     @property
     def whole(self) -> bool:
-        return self.attached and len(self.pages) == self.shards and not self.filling
+        return self.attached and len(self.sectors) == self.shards and not self.filling
 
     @property
     def idle(self) -> bool:
@@ -54,7 +54,7 @@ class ModelSpace:
     number: int
     fingerprint: bytes
     shards: int
-    slot_bytes: list[int]
+    shard_bytes: list[int]
     chunks: OrderedDict[bytes, Chunk] = field(default_factory=OrderedDict)
     """Attached, the oldest first."""
     instances: set[str] = field(default_factory=set)
@@ -99,7 +99,7 @@ class Reservation:
     space: ModelSpace
     shard: int
     chunks: list[Chunk]
-    pages: list[int]
+    sectors: list[int]
     deadline: float
     expired: bool = False
     """Then the chunks are somebody else's to fill, and only the slots are this one's."""
@@ -114,8 +114,8 @@ class Life:
         self.dice = random.Random(seed)
         self.exact = self.dice.random() < 0.4
         """One space with one size of slots: then every eviction is foretold."""
-        self.pages_total = self.dice.choice([7, 40, 100, 250])
-        self.heart = Heart(self.pages_total * PAGE + self.dice.choice([0, 100]), CLAIM_SECONDS, new_table)
+        self.sectors_total = self.dice.choice([7, 40, 100, 250])
+        self.heart = Heart(self.sectors_total * SECTOR + self.dice.choice([0, 100]), CLAIM_SECONDS, new_table)
         self.now = 0.0
         self.spaces: list[ModelSpace] = []
         self.processes: dict[int, str] = {}
@@ -142,8 +142,8 @@ class Life:
         plans = []
         for number in range(1 if self.exact else self.dice.randint(2, 4)):
             shards = self.dice.choice([1, 1, 2, 3])
-            widest = max(1, min(5, self.pages_total // 8))
-            sizes = [self.dice.randint(1, widest * PAGE) for _ in range(shards)]
+            widest = max(1, min(5, self.sectors_total // 8))
+            sizes = [self.dice.randint(1, widest * SECTOR) for _ in range(shards)]
             plans.append((bytes([number]) * 16, shards, sizes[:1] * shards if self.exact else sizes))
         return plans
 
@@ -183,7 +183,7 @@ class Life:
         self.carry_out()
         assert events == +self.told
         self.told.clear()
-        assert self.heart.used_bytes() == len(self.owner) * PAGE <= self.heart.total_bytes
+        assert self.heart.used_bytes() == len(self.owner) * SECTOR <= self.heart.total_bytes
         assert self.heart.chunks == sum(len(space.chunks) for space in self.spaces)
         assert (self.heart.open_leases, self.heart.open_reservations) == (len(self.leases), len(self.reservations))
         assert self.heart.quarantined_bytes == self.quarantined(None)
@@ -194,14 +194,14 @@ class Life:
         """Keep the slots' headers as the heart's effects say."""
         for effect in self.heart.effects:
             if isinstance(effect, Committed):
-                assert len(effect.keys) == len(effect.parents) == 16 * len(effect.pages)
-                for number, page in enumerate(effect.pages):
+                assert len(effect.keys) == len(effect.parents) == 16 * len(effect.sectors)
+                for number, sector in enumerate(effect.sectors):
                     at = slice(16 * number, 16 * number + 16)
-                    self.headers[page] = effect.fingerprint, effect.shard, effect.keys[at], effect.parents[at]
+                    self.headers[sector] = effect.fingerprint, effect.shard, effect.keys[at], effect.parents[at]
             elif isinstance(effect, Freed):
-                for page in effect.pages:
-                    self.headers.pop(page, None)
-            elif isinstance(effect, Whole):
+                for sector in effect.sectors:
+                    self.headers.pop(sector, None)
+            elif isinstance(effect, Completed):
                 self.check_whole(effect)
             else:
                 assert isinstance(effect, Cleared)
@@ -209,7 +209,7 @@ class Life:
         assert not self.became_whole, "the heart did not tell of them"
         self.heart.effects.clear()
 
-    def check_whole(self, effect: Whole) -> None:
+    def check_whole(self, effect: Completed) -> None:
         """What the heart tells of chunks that can be read from now on is true, and said once."""
         (space,) = [one for one in self.spaces if one.number == effect.space]
         for at in range(0, len(effect.keys), 16):
@@ -220,10 +220,10 @@ class Life:
     def check_all(self) -> None:
         """Every chunk, as the heart's tables and the slots' headers have it."""
         headers = {
-            page: (space.fingerprint, shard, chunk.key, chunk.parent.key if chunk.parent else bytes(16))
+            sector: (space.fingerprint, shard, chunk.key, chunk.parent.key if chunk.parent else bytes(16))
             for space in self.spaces
             for chunk in space.chunks.values()
-            for shard, page in chunk.pages.items()
+            for shard, sector in chunk.sectors.items()
             if shard not in chunk.filling
         }
         assert self.headers == headers
@@ -237,8 +237,8 @@ class Life:
                 record = table.get(key)
                 assert record >= 0
                 assert (table.pins(record), table.filling(record)) == (chunk.readers, len(chunk.filling))
-                assert list(unpack(table.slots(record.to_bytes(4, "little")))) == [
-                    chunk.pages.get(shard, NO_SLOT) for shard in range(space.shards)
+                assert list(unpack(table.extents(record.to_bytes(4, "little")))) == [
+                    chunk.sectors.get(shard, NO_EXTENT) for shard in range(space.shards)
                 ]
         counters = self.heart.counters
         whole = sum(chunk.whole for space in self.spaces for chunk in space.chunks.values())
@@ -269,7 +269,7 @@ class Life:
         with pytest.raises(Refusal):
             self.heart.open_space(process, fingerprint, shards, 0, sizes[0] + 1)
         with pytest.raises(TooSmall):
-            self.heart.open_space(process, bytes(16), 1, 0, self.pages_total * PAGE + PAGE)
+            self.heart.open_space(process, bytes(16), 1, 0, self.sectors_total * SECTOR + SECTOR)
         with pytest.raises(Refusal):
             self.heart.open_space(-1, fingerprint, shards)
 
@@ -345,7 +345,7 @@ class Life:
         self.told["missed"] += len(keys) - len(found)
         leased = found[skip:]
         assert bool(hit.lease) == bool(leased) and hit.lease not in self.leases
-        assert list(unpack(hit.slots)) == [chunk.pages[shard] for chunk in leased for shard in range(space.shards)]
+        assert list(unpack(hit.extents)) == [chunk.sectors[shard] for chunk in leased for shard in range(space.shards)]
         if leased:
             self.leases[hit.lease] = Lease(process, self.instance(process), space, leased, self.now + CLAIM_SECONDS)
             for chunk in leased:
@@ -355,14 +355,14 @@ class Life:
     def check_payload(self, process: int, number: int) -> None:
         lease = self.leases[number]
         shard = self.dice.randrange(lease.space.shards)
-        pages = self.heart.leased_pages(process, number, shard, 0, len(lease.chunks))
-        assert pages == [chunk.pages[shard] for chunk in lease.chunks]
-        for first, count in ((0, len(pages) + 1), (-1, 1), (len(pages), 1)):
+        sectors = self.heart.leased_sectors(process, number, shard, 0, len(lease.chunks))
+        assert sectors == [chunk.sectors[shard] for chunk in lease.chunks]
+        for first, count in ((0, len(sectors) + 1), (-1, 1), (len(sectors), 1)):
             with pytest.raises(Refusal):
-                self.heart.leased_pages(process, number, shard, first, count)
+                self.heart.leased_sectors(process, number, shard, first, count)
         for stranger in [one for one in self.processes if self.processes[one] != lease.instance]:
             with pytest.raises(Refusal):
-                self.heart.leased_pages(stranger, number, shard, 0, 1)
+                self.heart.leased_sectors(stranger, number, shard, 0, 1)
 
     def release(self) -> None:
         number = self.some(self.leases)
@@ -379,10 +379,10 @@ class Life:
         keys = [key for key in {*self.prompt(), *self.prompt()} if self.dice.random() < 0.8]
         whole = [key for key in keys if key in space.chunks and space.chunks[key].whole]
         tier = self.dice.choice(TIERS)
-        number, found, slots = self.heart.hold(self.now, space.number, b"".join(keys), tier)
+        number, found, extents = self.heart.hold(self.now, space.number, b"".join(keys), tier)
         assert (bool(number), found) == (bool(whole), b"".join(whole))
         chunks = [space.chunks[key] for key in whole]
-        assert list(unpack(slots)) == [chunk.pages[shard] for chunk in chunks for shard in range(space.shards)]
+        assert list(unpack(extents)) == [chunk.sectors[shard] for chunk in chunks for shard in range(space.shards)]
         if number:
             self.leases[number] = Lease(SERVER, self.instance(SERVER, tier), space, chunks, self.now + CLAIM_SECONDS)
             for chunk in chunks:
@@ -443,7 +443,7 @@ class Life:
         grant = self.heart.reserve(
             self.now, process, space.number, shard, parent or b"", parent is None, b"".join(keys), tier
         )
-        pages = list(unpack(grant.slots))
+        sectors = list(unpack(grant.extents))
         if quota or (parent is not None and parent not in space.chunks):
             assert grant == Grant(0, b"\xff" * 4 * len(keys), len(keys), "quarantine" if quota else "no parent")
             self.told["refused"] += len(keys)
@@ -455,35 +455,35 @@ class Life:
         above = space.chunks[parent] if parent else None
         foretold = self.foretell(space, shard, above, keys) if self.exact else None
         space.touch(([above] if above else []) + [space.chunks[key] for key in keys if key in space.chunks])
-        vanished = self.vanished(space, shard, keys, pages)
+        vanished = self.vanished(space, shard, keys, sectors)
         if foretold is not None:
             assert (vanished, grant.refused) == foretold
         self.evict(vanished)
-        granted = self.grant(space, shard, above, keys[: len(keys) - grant.refused], pages)
+        granted = self.grant(space, shard, above, keys[: len(keys) - grant.refused], sectors)
         assert bool(grant.reservation) == bool(granted) and grant.reservation not in self.reservations
         self.told["refused"] += grant.refused
         if grant.refused:
-            assert grant.reason == "no room" and set(pages[len(keys) - grant.refused :]) == {NO_SLOT}
+            assert grant.reason == "no room" and set(sectors[len(keys) - grant.refused :]) == {NO_EXTENT}
             self.check_nothing_may_go(space, shard, above, keys[: len(keys) - grant.refused + 1])
         if granted:
-            filled = [page for page in pages if page != NO_SLOT]
+            filled = [sector for sector in sectors if sector != NO_EXTENT]
             self.reservations[grant.reservation] = Reservation(
                 process, self.instance(process, tier), space, shard, granted, filled, self.now + CLAIM_SECONDS
             )
-            assert self.heart.reserved_pages(process, grant.reservation) == filled
+            assert self.heart.reserved_sectors(process, grant.reservation) == filled
 
     def grant(
-        self, space: ModelSpace, shard: int, above: Chunk | None, keys: list[bytes], pages: list[int]
+        self, space: ModelSpace, shard: int, above: Chunk | None, keys: list[bytes], sectors: list[int]
     ) -> list[Chunk]:
         """Take note of a grant; its chunks that are to be filled."""
         granted: list[Chunk] = []
         path = [above] if above else []
         parent = above
-        for key, page in zip(keys, pages, strict=False):
+        for key, sector in zip(keys, sectors, strict=False):
             chunk = space.chunks.setdefault(key, Chunk(key, parent, space.shards))
-            assert (page == NO_SLOT) == (shard in chunk.pages)
-            if page != NO_SLOT:
-                self.own(chunk, shard, page, space.slot_bytes[shard])
+            assert (sector == NO_EXTENT) == (shard in chunk.sectors)
+            if sector != NO_EXTENT:
+                self.own(chunk, shard, sector, space.shard_bytes[shard])
                 chunk.filling.add(shard)
                 granted.append(chunk)
             path.append(chunk)
@@ -492,27 +492,27 @@ class Life:
         self.told["reserved"] += len(granted)
         return granted
 
-    def own(self, chunk: Chunk, shard: int, page: int, size: int) -> None:
-        taken = range(page, page - (-size // PAGE))
-        assert taken[-1] < self.pages_total
+    def own(self, chunk: Chunk, shard: int, sector: int, size: int) -> None:
+        taken = range(sector, sector - (-size // SECTOR))
+        assert taken[-1] < self.sectors_total
         for one in taken:
             assert one not in self.owner, "a slot was given to two"
             self.owner[one] = chunk, shard
-        chunk.pages[shard] = page
+        chunk.sectors[shard] = sector
 
     def disown(self, chunk: Chunk, shards: Iterable[int], space: ModelSpace) -> None:
         """What has been given up, or is in quarantine, is the chunk's no more."""
         for shard in shards:
-            for one in self.pages_of(space, shard, chunk.pages.pop(shard)):
+            for one in self.sectors_of(space, shard, chunk.sectors.pop(shard)):
                 if self.owner[one] == (chunk, shard):
                     del self.owner[one]
 
     @staticmethod
-    def pages_of(space: ModelSpace, shard: int, page: int) -> range:
+    def sectors_of(space: ModelSpace, shard: int, sector: int) -> range:
         """Those of a slot."""
-        return range(page, page - (-space.slot_bytes[shard] // PAGE))
+        return range(sector, sector - (-space.shard_bytes[shard] // SECTOR))
 
-    def vanished(self, space: ModelSpace, shard: int, keys: list[bytes], pages: list[int]) -> set[Chunk]:
+    def vanished(self, space: ModelSpace, shard: int, keys: list[bytes], sectors: list[int]) -> set[Chunk]:
         """Chunks that are gone, by what the heart's tables say, or that it gave new slots for."""
         gone = set()
         tables = {one.number: one.table for one in self.heart.spaces}
@@ -520,11 +520,11 @@ class Life:
             table = tables[one.number]
             for key, chunk in one.chunks.items():
                 record = table.get(key)
-                if record < 0 or any(table.slot(record, other) != page for other, page in chunk.pages.items()):
+                if record < 0 or any(table.extent(record, other) != sector for other, sector in chunk.sectors.items()):
                     gone.add(chunk)
-        for key, page in zip(keys, pages, strict=True):
+        for key, sector in zip(keys, sectors, strict=True):
             asked = space.chunks.get(key)
-            if asked is not None and page != NO_SLOT and shard in asked.pages:
+            if asked is not None and sector != NO_EXTENT and shard in asked.sectors:
                 gone.add(asked)
         return gone
 
@@ -536,9 +536,9 @@ class Life:
             assert not any(chunk.parent in lost for chunk in chunks - lost), "a chunk went before one that needs it"
             for chunk in lost:
                 self.told["evicted"] += chunk.whole
-                self.told["incomplete"] += bool(chunk.pages) and not chunk.whole
+                self.told["incomplete"] += bool(chunk.sectors) and not chunk.whole
                 del space.chunks[chunk.key]
-                self.disown(chunk, list(chunk.pages), space)
+                self.disown(chunk, list(chunk.sectors), space)
                 chunk.attached = False
 
     def foretell(
@@ -553,8 +553,8 @@ class Life:
             touched.insert(0, up)
             up = up.parent
         order = [chunk for chunk in order if chunk not in touched] + touched[::-1]
-        width = -(-space.slot_bytes[0] // PAGE)
-        free = self.pages_total // width - len(self.owner) // width
+        width = -(-space.shard_bytes[0] // SECTOR)
+        free = self.sectors_total // width - len(self.owner) // width
         safe = {above}
         gone: set[Chunk] = set()
         for at, key in enumerate(keys):
@@ -562,7 +562,7 @@ class Life:
             if chunk in gone:
                 return None
             safe.add(chunk)
-            if chunk is not None and shard in chunk.pages:
+            if chunk is not None and shard in chunk.sectors:
                 continue
             while not free:
                 needed = {one.parent for one in order if one not in gone} | safe
@@ -570,7 +570,7 @@ class Life:
                 if victim is None:
                     return gone, len(keys) - at
                 gone.add(victim)
-                free += len(victim.pages)
+                free += len(victim.sectors)
             free -= 1
         return gone, 0
 
@@ -580,22 +580,22 @@ class Life:
         busy = space.busy() | path
         parents = space.parents()
         assert all(chunk in busy or chunk in parents for chunk in space.chunks.values())
-        width = -(-space.slot_bytes[shard] // PAGE)
+        width = -(-space.shard_bytes[shard] // SECTOR)
         slabs = self.heart.slabs
-        free = [page for start, end in slabs.holes() for page in range(start, end)]
+        free = [sector for start, end in slabs.holes() for sector in range(start, end)]
         for heart_space in self.heart.spaces:
             if not heart_space.instances:
                 model = next(one for one in self.spaces if one.number == heart_space.number)
                 busy = model.busy()
                 for own in set(heart_space.classes) - {-1}:
                     for region in slabs.regions(own):
-                        pages = range(region.first_page, region.end_page)
-                        owners = {self.owner[page][0] for page in pages if page in self.owner}
+                        sectors = range(region.first_sector, region.end_sector)
+                        owners = {self.owner[sector][0] for sector in sectors if sector in self.owner}
                         if not any(chunk in busy or not chunk.attached for chunk in owners):
-                            free += pages
+                            free += sectors
         longest = run = 0
-        for page in range(self.pages_total):
-            run = run + 1 if page in set(free) else 0
+        for sector in range(self.sectors_total):
+            run = run + 1 if sector in set(free) else 0
             longest = max(longest, run)
         assert longest < width
 
@@ -617,7 +617,7 @@ class Life:
             with pytest.raises(Refusal):
                 self.heart.commit(self.now, process, number, ok)
         else:
-            failed = {page for page in held.pages if self.dice.random() < failing}
+            failed = {sector for sector in held.sectors if self.dice.random() < failing}
             kept = self.end_reservation(number, ok, failed)
             assert self.heart.commit(self.now, process, number, ok, failed) == kept
 
@@ -625,11 +625,11 @@ class Life:
         """As when the memory file system is full: nobody gets these slots until the cache is cleared."""
         number = self.some(self.reservations)
         held = self.reservations.get(number)
-        if held is None or held.expired or len(self.lost) > self.pages_total // 8:
+        if held is None or held.expired or len(self.lost) > self.sectors_total // 8:
             return
-        lost = {page for page in held.pages if self.dice.random() < 0.5}
-        for page in lost:
-            for one in self.pages_of(held.space, held.shard, page):
+        lost = {sector for sector in held.sectors if self.dice.random() < 0.5}
+        for sector in lost:
+            for one in self.sectors_of(held.space, held.shard, sector):
                 self.lost.add(one)
                 self.owner[one] = LOST, 0
         self.end_reservation(number, ok=False)
@@ -642,8 +642,8 @@ class Life:
         held = self.reservations.pop(number)
         self.ended.append(number)
         if held.expired:
-            for page in held.pages:
-                for one in self.pages_of(held.space, held.shard, page):
+            for sector in held.sectors:
+                for one in self.sectors_of(held.space, held.shard, sector):
                     del self.owner[one]
             return 0
         return self.end_fills(held, ok, failed)
@@ -652,7 +652,7 @@ class Life:
         kept = 0
         for chunk in reversed(held.chunks):
             chunk.filling.remove(held.shard)
-            good = ok and chunk.pages[held.shard] not in failed
+            good = ok and chunk.sectors[held.shard] not in failed
             if not good:
                 self.disown(chunk, [held.shard], held.space)
             kept += good and chunk.attached
@@ -661,7 +661,7 @@ class Life:
                 self.became_whole.add((held.process, chunk))
             self.free_if_nobody_cares(chunk, held.space)
             above: Chunk | None = chunk
-            while above and above.attached and not above.pages and above not in held.space.parents():
+            while above and above.attached and not above.sectors and above not in held.space.parents():
                 del held.space.chunks[above.key]
                 above.attached, above = False, above.parent
         self.told["committed"] += kept
@@ -670,7 +670,7 @@ class Life:
 
     def free_if_nobody_cares(self, chunk: Chunk, space: ModelSpace) -> None:
         if not chunk.attached and chunk.idle:
-            self.disown(chunk, list(chunk.pages), space)
+            self.disown(chunk, list(chunk.sectors), space)
 
     # Time, and emptying
 
@@ -684,8 +684,8 @@ class Life:
             if not held.expired and self.now > held.deadline:
                 held.expired = True
                 self.told["expired"] += len(held.chunks)
-                for page in held.pages:
-                    for one in self.pages_of(held.space, held.shard, page):
+                for sector in held.sectors:
+                    for one in self.sectors_of(held.space, held.shard, sector):
                         self.owner[one] = held.owner, held.shard
                 self.end_fills(held, ok=False)
         self.heart.tick(self.now)
@@ -705,8 +705,8 @@ class Life:
                 chunk.attached = False
                 self.free_if_nobody_cares(chunk, space)
             space.chunks.clear()
-        for page in self.lost:
-            del self.owner[page]
+        for sector in self.lost:
+            del self.owner[sector]
         self.lost.clear()
         self.told["cleared"] += whole
         assert self.heart.clear() == whole
@@ -725,15 +725,15 @@ class Life:
 
     def quarantined(self, instance: str | None) -> int:
         """Bytes of the slots of expired claims, of one instance or of all."""
-        slots: dict[int, int] = {}
+        extents: dict[int, int] = {}
         for lease in self.leases.values():
             if lease.expired and instance in (None, lease.instance):
                 for chunk in lease.chunks:
-                    slots |= {page: lease.space.slot_bytes[shard] for shard, page in chunk.pages.items()}
+                    extents |= {sector: lease.space.shard_bytes[shard] for shard, sector in chunk.sectors.items()}
         for held in self.reservations.values():
             if held.expired and instance in (None, held.instance):
-                slots |= dict.fromkeys(held.pages, held.space.slot_bytes[held.shard])
-        return sum(slots.values())
+                extents |= dict.fromkeys(held.sectors, held.space.shard_bytes[held.shard])
+        return sum(extents.values())
 
     def over_quota(self, instance: str) -> bool:
         return self.quarantined(instance) > self.heart.total_bytes // 4
@@ -748,7 +748,7 @@ class Life:
 
     def prompt(self) -> list[bytes]:
         """Keys of a prompt: few first chunks, many ways to go on; now and then longer than the arena."""
-        length = self.dice.randint(1, 6) if self.dice.random() < 0.97 else self.dice.randint(1, self.pages_total + 5)
+        length = self.dice.randint(1, 6) if self.dice.random() < 0.97 else self.dice.randint(1, self.sectors_total + 5)
         keys, key = [], b""
         for _ in range(length):
             key = hashlib.blake2b(key + bytes([self.dice.choice([0, 0, 0, 1, 2])]), digest_size=16).digest()
@@ -814,17 +814,17 @@ class Life:
             refused = 0
             for shard in range(shards):
                 grant = self.heart.reserve(self.now, process, number, shard, b"", True, b"".join(keys))
-                pages = list(unpack(grant.slots))
+                sectors = list(unpack(grant.extents))
                 above = [space.chunks[key] for key in keys if key in space.chunks]
                 space.touch(above)
-                self.evict(self.vanished(space, shard, keys, pages))
-                granted = self.grant(space, shard, None, keys[: 2 - grant.refused], pages)
+                self.evict(self.vanished(space, shard, keys, sectors))
+                granted = self.grant(space, shard, None, keys[: 2 - grant.refused], sectors)
                 refused += grant.refused
                 self.told["refused"] += grant.refused
                 if granted:
                     self.reservations[grant.reservation] = Reservation(
                         process, self.instance(process), space, shard, granted,
-                        [page for page in pages if page != NO_SLOT], self.now + CLAIM_SECONDS,
+                        [sector for sector in sectors if sector != NO_EXTENT], self.now + CLAIM_SECONDS,
                     )  # fmt: skip
                     self.commit_it(process, grant.reservation, ok=True, failing=0.0)
                 self.check()

@@ -9,7 +9,7 @@ from collections import OrderedDict
 import pytest
 
 from lmcache.cache import Heart
-from lmcache.cache.heart import MAX_SPACES_OF_INSTANCE, NO_SLOT, Refusal
+from lmcache.cache.heart import MAX_SPACES_OF_INSTANCE, NO_EXTENT, Refusal
 from lmcache.cache.table import ChunkTable, PyTable, unpack
 from lmcache.chunks import HASH_BYTES
 
@@ -20,11 +20,11 @@ needs_native = pytest.mark.skipif(ChunkTable is PyTable, reason="the native modu
 class Engine:
     """An engine with one process: looks prompts up and stores what is missing, all ranks of it."""
 
-    def __init__(self, heart: Heart, process: int, slot_bytes: list[int], name: bytes = b"") -> None:
-        self.heart, self.process, self.shards = heart, process, len(slot_bytes)
+    def __init__(self, heart: Heart, process: int, shard_bytes: list[int], name: bytes = b"") -> None:
+        self.heart, self.process, self.shards = heart, process, len(shard_bytes)
         heart.join(process, f"engine {process}")
         fingerprint = (name or bytes([process])).ljust(16)
-        for shard, size in enumerate(slot_bytes):
+        for shard, size in enumerate(shard_bytes):
             self.space = heart.open_space(process, fingerprint, self.shards, shard, size)
 
     def lookup(self, keys: list[bytes]) -> int:
@@ -208,13 +208,13 @@ def test_leased_regions_are_left_alone_and_others_found() -> None:
     documents = [prompt(dice, 16) for _ in range(16)]
     for keys in documents:
         one.store(keys)
-    pages = set()
+    sectors = set()
     leases = []
     for keys in documents:
         hit = heart.lookup(0.0, 1, one.space, b"".join(keys))
         leases.append(hit.lease)
-        pages |= set(unpack(hit.slots))
-    assert len(pages) == 256
+        sectors |= set(unpack(hit.extents))
+    assert len(sectors) == 256
     assert two.store(prompt(dice, 4)) == 4  # all is leased
     for lease in leases[::2]:
         heart.release(1, lease)
@@ -258,7 +258,7 @@ def test_a_rank_that_fails_leaves_a_gap_that_the_next_one_fills() -> None:
     heart.commit(0.0, 1, grants[1].reservation, False)
     assert engine.lookup(keys) == 0
     again = [heart.reserve(0.0, 1, engine.space, shard, b"", True, joined) for shard in (0, 1)]
-    assert set(unpack(again[0].slots)) == {NO_SLOT} and NO_SLOT not in unpack(again[1].slots)
+    assert set(unpack(again[0].extents)) == {NO_EXTENT} and NO_EXTENT not in unpack(again[1].extents)
     heart.commit(0.0, 1, again[1].reservation, True)
     assert engine.lookup(keys) == 3
 

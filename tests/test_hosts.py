@@ -12,8 +12,8 @@ from types import SimpleNamespace
 import pytest
 
 from lmcache.config import hosts
-from lmcache.engine import link
-from lmcache.engine.link import Endpoint, Link, probe
+from lmcache.engine import connection
+from lmcache.engine.connection import Connection, Endpoint, probe
 from lmcache.errors import ServerUnavailable
 from lmcache.tiers import TierError
 from lmcache.tiers.registry import make_tier
@@ -63,8 +63,8 @@ def test_a_resolver_that_does_not_answer_costs_a_tier_its_timeout_and_one_thread
 def test_a_resolver_that_does_not_answer_holds_up_no_end_of_a_link(
     resolver: SimpleNamespace, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(link, "_CONNECT_SECONDS", 0.1)
-    one = Link(Endpoint(f"tcp://{NAME}:5555", "engine", "worker"), lambda *_: None)
+    monkeypatch.setattr(connection, "_CONNECT_SECONDS", 0.1)
+    one = Connection(Endpoint(f"tcp://{NAME}:5555", "engine", "worker"), lambda *_: None)
     eventually(lambda: f"yet (host '{NAME}' was not resolved in 0.1 s" in caplog.text, PATIENCE / 2)
     beside(one.close).result(PATIENCE)
     eventually(lambda: not one._thread.is_alive(), PATIENCE / 2)

@@ -18,7 +18,7 @@ from lmcache import __version__
 from lmcache.config import ServerConfig
 from lmcache.errors import ConfigError
 from lmcache.server import http
-from lmcache.server.http import HttpFace, why_refused
+from lmcache.server.http import HttpEndpoint, why_refused
 from lmcache.server.metrics import families
 from servers import PATIENCE
 
@@ -27,7 +27,7 @@ get, post = partial(httpx.get, timeout=PATIENCE), partial(httpx.post, timeout=PA
 
 
 @pytest.fixture(autouse=True)
-def patient_face(monkeypatch: pytest.MonkeyPatch) -> None:
+def patient_endpoint(monkeypatch: pytest.MonkeyPatch) -> None:
     """A busy machine makes no server unhealthy: tests of these bounds set their own."""
     monkeypatch.setattr(http, "_CONTROL_SECONDS", PATIENCE)
     monkeypatch.setattr(http, "_REQUEST_SECONDS", PATIENCE)
@@ -71,9 +71,11 @@ class Served:
 
     def __init__(self, token: str = "", **more: Any) -> None:
         self.server = Server()
-        self.face = HttpFace(ServerConfig(http_host="0.0.0.0", http_port=0, api_token=token, **more), self.server)
-        self.face.start()
-        self.url = f"http://localhost:{self.face.port}"
+        self.endpoint = HttpEndpoint(
+            ServerConfig(http_host="0.0.0.0", http_port=0, api_token=token, **more), self.server
+        )
+        self.endpoint.start()
+        self.url = f"http://localhost:{self.endpoint.port}"
 
     def clear(self, url: str = "", **headers: str) -> httpx.Response:
         named = {name.replace("_", "-"): value for name, value in headers.items()}
@@ -84,14 +86,14 @@ class Served:
 def served() -> Iterator[Served]:
     one = Served()
     yield one
-    one.face.stop()
+    one.endpoint.stop()
 
 
 @pytest.fixture
 def guarded() -> Iterator[Served]:
     one = Served(TOKEN)
     yield one
-    one.face.stop()
+    one.endpoint.stop()
 
 
 @pytest.fixture
@@ -150,7 +152,7 @@ def test_a_fault_of_ours_is_counted_and_stops_nothing(served: Served, caplog: py
     served.server.healthy = broken
     answer = get(served.url + "/healthcheck")
     assert answer.status_code == 500 and "secret detail" not in answer.text
-    assert served.face.failures == 1
+    assert served.endpoint.failures == 1
     assert get(served.url + "/status").status_code == 200
 
 
@@ -165,9 +167,9 @@ def test_status_shows_no_secret(guarded: Served) -> None:
 def test_other_hosts_read_the_state_with_the_token_only(
     path: str, served: Served, guarded: Served, elsewhere: str
 ) -> None:
-    answer = get(f"http://{elsewhere}:{served.face.port}{path}")
+    answer = get(f"http://{elsewhere}:{served.endpoint.port}{path}")
     assert answer.status_code == 403 and "--api-token-file" in answer.json()["reason"]
-    url = f"http://{elsewhere}:{guarded.face.port}{path}"
+    url = f"http://{elsewhere}:{guarded.endpoint.port}{path}"
     answer = get(url)
     assert answer.status_code == 403 and "Authorization: Bearer" in answer.json()["reason"]
     assert get(url, headers={"Authorization": "Bearer wrong"}).status_code == 403
@@ -178,7 +180,7 @@ def test_other_hosts_read_the_state_with_the_token_only(
 
 
 def test_other_hosts_learn_health_and_version_and_no_reasons(served: Served, elsewhere: str) -> None:
-    url = f"http://{elsewhere}:{served.face.port}"
+    url = f"http://{elsewhere}:{served.endpoint.port}"
     assert get(url + "/version").json() == {"version": __version__}
     assert (get(url + "/livez").json(), get(url + "/readyz").json()) == (
         {"status": "alive"},
@@ -203,7 +205,7 @@ def test_a_required_tier_that_does_not_serve_is_not_ready() -> None:
             200,
         )
     finally:
-        one.face.stop()
+        one.endpoint.stop()
 
 
 def test_the_page_is_plain_and_escaped(served: Served) -> None:
@@ -270,7 +272,7 @@ def test_the_documented_curl_works_as_written(served: Served, monkeypatch: pytes
 
 
 def test_loopback_needs_no_token_even_when_there_is_one(guarded: Served) -> None:
-    assert guarded.clear(f"http://127.0.0.1:{guarded.face.port}").status_code == 200
+    assert guarded.clear(f"http://127.0.0.1:{guarded.endpoint.port}").status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -296,9 +298,9 @@ def test_a_web_page_or_proxy_may_not_change_anything(served: Served, headers: di
 
 
 def test_another_host_needs_the_token(served: Served, guarded: Served, elsewhere: str) -> None:
-    answer = served.clear(f"http://{elsewhere}:{served.face.port}")
+    answer = served.clear(f"http://{elsewhere}:{served.endpoint.port}")
     assert answer.status_code == 403 and "--api-token-file" in answer.json()["reason"]
-    url = f"http://{elsewhere}:{guarded.face.port}"
+    url = f"http://{elsewhere}:{guarded.endpoint.port}"
     answer = guarded.clear(url)
     assert answer.status_code == 403 and "Bearer" in answer.json()["reason"]
     assert guarded.clear(url, x_forwarded_for="127.0.0.1", host="localhost").status_code == 403
@@ -343,7 +345,7 @@ def test_who_is_local(peer: str, host: str, may: bool) -> None:
 def raw(served: Served, data: bytes) -> bytes:
     """Send bytes, read until the other side closes."""
     answer = b""
-    with socket.create_connection(("127.0.0.1", served.face.port), timeout=PATIENCE) as peer:
+    with socket.create_connection(("127.0.0.1", served.endpoint.port), timeout=PATIENCE) as peer:
         try:
             peer.sendall(data)
             while part := peer.recv(65536):
@@ -376,7 +378,7 @@ def test_an_idle_connection_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     try:
         assert raw(served, b"GET /healthcheck HTTP/1.1\r\nHost:") == b""
     finally:
-        served.face.stop()
+        served.endpoint.stop()
 
 
 def test_other_hosts_cannot_take_all_connections(monkeypatch: pytest.MonkeyPatch, elsewhere: str) -> None:
@@ -386,45 +388,45 @@ def test_other_hosts_cannot_take_all_connections(monkeypatch: pytest.MonkeyPatch
     held: list[socket.socket] = []
     try:
         for _ in range(10):
-            held.append(socket.create_connection((elsewhere, served.face.port), timeout=PATIENCE))
+            held.append(socket.create_connection((elsewhere, served.endpoint.port), timeout=PATIENCE))
         with pytest.raises((httpx.NetworkError, httpx.RemoteProtocolError)):
-            get(f"http://{elsewhere}:{served.face.port}/healthcheck")
+            get(f"http://{elsewhere}:{served.endpoint.port}/healthcheck")
         assert get(served.url + "/healthcheck").status_code == 200
     finally:
         for one in held:
             one.close()
-        served.face.stop()
+        served.endpoint.stop()
 
 
 # --- life -------------------------------------------------------------------------------------------------------------
 
 
 def test_a_taken_port_is_a_config_error(served: Served) -> None:
-    second = HttpFace(ServerConfig(http_host="0.0.0.0", http_port=served.face.port), served.server)
-    with pytest.raises(ConfigError, match=f"--http-port {served.face.port}"):
+    second = HttpEndpoint(ServerConfig(http_host="0.0.0.0", http_port=served.endpoint.port), served.server)
+    with pytest.raises(ConfigError, match=f"--http-port {served.endpoint.port}"):
         second.start()
     second.stop()
 
 
 def test_stop_frees_the_port_and_the_thread() -> None:
     served = Served()
-    thread = served.face._thread
-    assert thread is not None and served.face.serving
-    served.face.stop()
-    assert not thread.is_alive() and not served.face.serving
+    thread = served.endpoint._thread
+    assert thread is not None and served.endpoint.serving
+    served.endpoint.stop()
+    assert not thread.is_alive() and not served.endpoint.serving
     with socket.socket() as again:
         again.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        again.bind(("0.0.0.0", served.face.port))
+        again.bind(("0.0.0.0", served.endpoint.port))
 
 
 def test_ipv6_loopback() -> None:
     try:
-        face = HttpFace(ServerConfig(http_host="::1", http_port=0), Server())
-        face.start()
+        endpoint = HttpEndpoint(ServerConfig(http_host="::1", http_port=0), Server())
+        endpoint.start()
     except ConfigError:
         pytest.skip("no IPv6 here")
     try:
-        answer = post(f"http://[::1]:{face.port}/clear-cache")
+        answer = post(f"http://[::1]:{endpoint.port}/clear-cache")
         assert answer.status_code == 200 and json.loads(answer.text)["status"] == "ok"
     finally:
-        face.stop()
+        endpoint.stop()

@@ -22,7 +22,7 @@ from lmcache.integration.identity import Identity, path_identity
 from lmcache.integration.vllm.identity import Adapters
 from lmcache.integration.vllm.paged import Registered
 from lmcache.integration.vllm.plan import StepPlan, StorePlan
-from lmcache.integration.vllm.worker import WorkerHalf
+from lmcache.integration.vllm.worker import WorkerSide
 from servers import Server, eventually
 
 UNKNOWN = "identity not known yet"
@@ -63,7 +63,7 @@ def test_a_rank_that_still_hashes_holds_up_no_step(
     hit = other.lookup(TOKENS)
     assert hit is not None
     rank = engine(cache, "rank", connect=False, scheduler=False, model=found(weights), deadline=1000.0)
-    half = WorkerHalf(rank.worker, Registered(rank.worker._paged, 1), 0, 1)
+    half = WorkerSide(rank.worker, Registered(rank.worker._paged, 1), 0, 1)
     half.wait_connected(StepPlan(stores=[StorePlan("job", "request", 16, bytes(16), bytes(16), 0, [0])]))
     assert not half._waited, "it waits for the server at the first step after that"
     assert not rank.wait(rank.submit_load(hit, 16, 0, 96, TOKENS)).ok
@@ -217,12 +217,12 @@ for line in sys.stdin:
 )
 def test_weights_that_are_newer_than_the_engine_are_not_served(tmp_path: Path, change: str) -> None:
     """It may have read those that were there before."""
-    one, two, link, behind = (tmp_path / name for name in ("one", "two", "link", "behind"))
+    one, two, connection, behind = (tmp_path / name for name in ("one", "two", "link", "behind"))
     for folder in (one, two):
         (folder / "model").mkdir(parents=True)
         (folder / "model" / "config.json").write_text("{}")
         (folder / "model" / "model.safetensors").write_text(f"weights {folder.name}")
-    link.symlink_to("behind")
+    connection.symlink_to("behind")
     behind.symlink_to(one)
     with subprocess.Popen(
         [sys.executable, "-c", _LOOK], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -231,7 +231,7 @@ def test_weights_that_are_newer_than_the_engine_are_not_served(tmp_path: Path, c
         assert process.stdout.readline() == "ready\n"
 
         def ask() -> str:
-            print(link / "model", file=process.stdin, flush=True)
+            print(connection / "model", file=process.stdin, flush=True)
             return process.stdout.readline()
 
         assert ask().startswith("files:"), "written before the process began"
@@ -242,8 +242,8 @@ def test_weights_that_are_newer_than_the_engine_are_not_served(tmp_path: Path, c
         if change == "written":
             (one / "model" / "model.safetensors").write_text("other weights")
         elif change == "link":
-            link.unlink()
-            link.symlink_to(two)
+            connection.unlink()
+            connection.symlink_to(two)
         elif change == "link behind a link":
             behind.unlink()
             behind.symlink_to(two)
@@ -256,7 +256,7 @@ def test_weights_that_are_newer_than_the_engine_are_not_served(tmp_path: Path, c
             "has changed since the engine may have read it" in answer and "start the engine in a new process" in answer
         )
         process.stdin.close()
-    assert path_identity(str(link / "model")) is not None, "as the next engine finds it"
+    assert path_identity(str(connection / "model")) is not None, "as the next engine finds it"
 
 
 _HASHING = """

@@ -148,7 +148,7 @@ def test_a_rank_waits_for_its_loads_and_tells_what_they_cost(said: Any) -> None:
     ranks = Ranks()
     scheduler, request = in_process(Session(present=4)), Request("a", list(range(100)))
     worker = rank(ranks, synchronous=True)
-    worker._registered.paged.slot_bytes = lambda tokens: tokens << 20  # type: ignore[attr-defined]
+    worker._registered.paged.shard_bytes = lambda tokens: tokens << 20  # type: ignore[attr-defined]
     scheduler.match(request, 0)
     scheduler.allocated(request, [], 64)
     request.num_computed_tokens = 64

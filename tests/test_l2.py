@@ -64,7 +64,7 @@ def written(server: Server, shards: int, name: str = "redis") -> None:
     eventually(lambda: tiers_of(server)[name]["counters"].get("kept_shards", 0) >= shards)
 
 
-def page(server: Server, path: str, method: str = "GET") -> tuple[int, str]:
+def sector(server: Server, path: str, method: str = "GET") -> tuple[int, str]:
     request = urllib.request.Request(f"http://127.0.0.1:{server.http_port}{path}", method=method)
     try:
         with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
@@ -144,10 +144,10 @@ def test_the_decision_to_load_and_both_its_numbers_are_told(
     one = engine(cache)
     one.store(TOKENS)
     written(cache, 10)
-    page(cache, "/clear-cache", "POST")
+    sector(cache, "/clear-cache", "POST")
     assert one.hit_tokens(TOKENS) == len(TOKENS)
     cache.line_with("loading is expected to take 0.000 s, computing 0.000 s: loading")
-    metrics = page(cache, "/metrics")[1]
+    metrics = sector(cache, "/metrics")[1]
     for name in ("expected_seconds", "recompute_seconds", "loaded"):
         assert f"lmcache_last_fetch_{name} " in metrics
 
@@ -159,11 +159,11 @@ def test_a_user_finds_what_tiers_did_for_his_request(
     one = engine(cache)
     one.store(TOKENS)
     written(cache, 10)
-    page(cache, "/clear-cache", "POST")
+    sector(cache, "/clear-cache", "POST")
     for request, tokens in (("request-1", TOKENS), ("request-\n2", [7, *TOKENS])):
         hit = one.scheduler.lookup(one.chain(tokens), prefill_rate=1000.0, request_id=request)
         assert (hit.chunks if hit else 0) == (10 if tokens is TOKENS else 0)
-    absent, loaded = json.loads(page(cache, "/fetches")[1])["fetches"]
+    absent, loaded = json.loads(sector(cache, "/fetches")[1])["fetches"]
     assert (absent["request"], absent["outcome"], absent["decision"]) == ("request-?2", "absent", "")
     assert (loaded["request"], loaded["outcome"], loaded["from"]) == ("request-1", "arrived", {"redis": 10})
     assert (loaded["asked_chunks"], loaded["l1_chunks"], loaded["arrived_chunks"]) == (10, 0, 10)
@@ -246,7 +246,7 @@ def test_what_takes_longer_than_computing_is_loaded_only_on_request(
             for prompt in prompts:
                 one.store(prompt)
             written(cache, 50)
-            page(cache, "/clear-cache", "POST")
+            sector(cache, "/clear-cache", "POST")
             proxy.rate = 100e3
             one.lookup(prompts[0])  # now the server has seen how slow it is
             eventually(lambda: one.hit_tokens(prompts[0]) == len(TOKENS))  # noqa: B023
@@ -292,7 +292,7 @@ def bring_about(call: str, server: Server, engine: Engine) -> None:
 
     def clear() -> None:
         with contextlib.suppress(OSError):  # the server ends before it has answered
-            page(server, "/clear-cache?tiers=all", "POST")
+            sector(server, "/clear-cache?tiers=all", "POST")
 
     if call == "store":
         engine.store(TOKENS)
@@ -409,7 +409,7 @@ def test_a_call_that_does_not_return_costs_its_tier_alone_and_is_told(
     other = [7, *TOKENS[1:]]
     assert one.store(other) == len(other)
     eventually(lambda: tiers_of(cache)["dir"]["counters"].get("kept_shards", 0) >= 10)
-    page(cache, "/clear-cache", "POST")
+    sector(cache, "/clear-cache", "POST")
     if call != "store":  # a tier that is only slow to write is still asked, and says that it has everything
         eventually(lambda: one.load(other) == len(other))
     hanging.open("w").close()
@@ -450,7 +450,7 @@ def test_how_long_and_how_much_may_wait_is_what_was_told(
         one, other = engine(cache), engine(patient)
         proxy.freeze()
         waiting = beside(lambda: other.lookup([7, *TOKENS]))
-        eventually(lambda: "lmcache_fetches_open 1.0" in page(patient, "/metrics")[1])
+        eventually(lambda: "lmcache_fetches_open 1.0" in sector(patient, "/metrics")[1])
         begin = time.monotonic()
         assert one.lookup([7, *TOKENS]) is None
         eventually(lambda: cache.status()["fetches"])
@@ -458,7 +458,7 @@ def test_how_long_and_how_much_may_wait_is_what_was_told(
         assert not waiting.done() and not patient.status()["fetches"]
         one.store(TOKENS)
         lost = 'lmcache_tier_lost_total{reason="queue full",tier="redis"} 8.0'
-        eventually(lambda: lost in page(cache, "/metrics")[1])
+        eventually(lambda: lost in sector(cache, "/metrics")[1])
         assert "queue full: a higher --l2-queue-gb" in cache.line_with("Tier redis: not written: ")
         proxy.refuse = True  # so that the end need not wait for the calls under way
         proxy.cut()
@@ -481,7 +481,7 @@ def test_a_store_that_comes_late_goes_and_comes_back(
     try:
         written(cache, 10)
         assert cache.get("/healthcheck") == {"status": "healthy"}
-        metrics = page(cache, "/metrics")[1]
+        metrics = sector(cache, "/metrics")[1]
         assert 'lmcache_tier_serving{tier="redis"} 1.0' in metrics and "lmcache_tier_failed_total{" in metrics
     finally:
         store.end()
@@ -538,11 +538,11 @@ def test_clearing_reaches_the_tiers_that_are_named(
     one = engine(cache)
     one.store(TOKENS)
     written(cache, 10, "far")
-    assert page(cache, "/clear-cache", "POST")[0] == 200
+    assert sector(cache, "/clear-cache", "POST")[0] == 200
     assert one.hit_tokens(TOKENS) == len(TOKENS), "L1 alone was emptied"
-    status, answer = page(cache, "/clear-cache?tiers=nowhere", "POST")
+    status, answer = sector(cache, "/clear-cache?tiers=nowhere", "POST")
     assert status == 404 and "there is no such tier; known: all, far" in answer
-    status, answer = page(cache, "/clear-cache?tiers=far", "POST")
+    status, answer = sector(cache, "/clear-cache?tiers=far", "POST")
     assert status == 200 and json.loads(answer)["cleared_tiers"] == ["far"]
     cache.line_with("Tier far cleared")
     assert tiers_of(cache)["far"]["shards"] == 0 and one.hit_tokens(TOKENS) == 0
@@ -581,7 +581,7 @@ def test_tiers_are_shown_without_passwords(server: Callable[..., Server], folder
         assert any("can be read by every user" in line for line in cache.log)
         assert not any("hunter2" in line for line in cache.log)
         for path in ("/status", "/metrics", "/", "/healthcheck"):
-            assert "hunter2" not in page(cache, path)[1]
+            assert "hunter2" not in sector(cache, path)[1]
         assert tiers_of(cache)["redis"]["url"] == f"redis://:***@127.0.0.1:{store.port}/0"
         assert tiers_of(cache)["redis"]["state"] == "serving"
     finally:

@@ -14,7 +14,7 @@ from engine_process import POISON, kv_of
 from lmcache.engine import Done, Load
 from lmcache.integration.vllm.layers import Layers
 from lmcache.integration.vllm.plan import StepReport
-from lmcache.integration.vllm.worker import WorkerHalf
+from lmcache.integration.vllm.worker import WorkerSide
 from lmcache.transfer import cpu
 from lmcache.transfer.progress import Progress, planes_in_group
 from test_inprocess_units import in_process
@@ -124,7 +124,7 @@ def test_a_wait_ends_with_its_group_or_with_the_load_and_not_before() -> None:
 
 
 def layered(one: Any, hit: Any, ids: list[int], progress: Progress) -> str:
-    load = Load(hit.arena, hit.lease, 0, hit.shard_slots(0), 0, len(ids), one.table(len(ids)), progress=progress)
+    load = Load(hit.arena, hit.lease, 0, hit.shard_extents(0), 0, len(ids), one.table(len(ids)), progress=progress)
     one.worker.load("layered", load)
     return "layered"
 
@@ -244,12 +244,12 @@ class Copies(Ranks):
         self.dropped.append((chunks, reason))
 
 
-def started(copies: Copies) -> tuple[WorkerHalf, Any, Any]:
+def started(copies: Copies) -> tuple[WorkerSide, Any, Any]:
     """A rank whose eager forwards are relied on, the scheduler, and a step that has just begun with a load of 64 tokens."""
     layers = Layers("ab", 4)
     forward(layers, "ab")
     worker = rank(copies, synchronous=True, layers=layers)
-    worker._registered.paged.slot_bytes = lambda tokens: tokens << 20  # type: ignore[attr-defined]
+    worker._registered.paged.shard_bytes = lambda tokens: tokens << 20  # type: ignore[attr-defined]
     scheduler, request = in_process(Session(present=4)), Request("a", list(range(100)))
     scheduler.match(request, 0)
     scheduler.allocated(request, [], 64)

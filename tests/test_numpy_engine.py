@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from demo.numpy_engine import KV_ORDERS, Engine, EngineConfig, ModelConfig, OutOfBlocks, UnfilledKV
+from demo.numpy_engine.cached import CacheConnection, Loaded, Prompt
 
 from engine_process import set_deadline
 from lmcache.errors import ServerUnavailable
-from lmcache.integration.numpy import KV_ORDERS, Engine, EngineConfig, ModelConfig, OutOfBlocks, UnfilledKV
-from lmcache.integration.numpy.cached import CacheLink, Loaded, Prompt
 from lmcache.wire.carriers import ZmqCarrier
 from servers import PATIENCE, Process, Server, eventually
 
@@ -170,11 +170,11 @@ def test_other_salts_and_models_share_nothing(server: StartServer, engines: Any)
 def test_kv_that_was_never_loaded_is_noticed(
     monkeypatch: pytest.MonkeyPatch, server: StartServer, engines: Any
 ) -> None:
-    def claim(self: CacheLink, request: Prompt, tokens: list[int], blocks: list[int], have: int) -> Loaded:
+    def claim(self: CacheConnection, request: Prompt, tokens: list[int], blocks: list[int], have: int) -> Loaded:
         return Loaded(160)
 
     engine = engines(small(), server().address)
-    monkeypatch.setattr(CacheLink, "load", claim)
+    monkeypatch.setattr(CacheConnection, "load", claim)
     with pytest.raises(UnfilledKV, match="tokens 160 to 300"):
         engine.generate(prompt(11), 1)
 
@@ -186,16 +186,18 @@ def test_one_wrong_run_of_16_tokens_is_noticed(
     engine = engines(small(), server().address)
     right = engine.generate(prompt(12), 1)
     assert engine.flush(PATIENCE)
-    load = CacheLink.load
+    load = CacheConnection.load
 
-    def load_and_spoil(self: CacheLink, request: Prompt, tokens: list[int], blocks: list[int], have: int) -> Loaded:
+    def load_and_spoil(
+        self: CacheConnection, request: Prompt, tokens: list[int], blocks: list[int], have: int
+    ) -> Loaded:
         loaded = load(self, request, tokens, blocks, have)
         for view in (*engine.ranks[0].keys, *engine.ranks[0].values):
             view[blocks[at // 16]] = view[blocks[5]]
         return loaded
 
     assert_same(engine.generate(prompt(12), 1), right)
-    monkeypatch.setattr(CacheLink, "load", load_and_spoil)
+    monkeypatch.setattr(CacheConnection, "load", load_and_spoil)
     spoiled = engine.generate(prompt(12), 1)
     assert spoiled.hit_tokens == 288
     assert np.abs(spoiled.logits_first - right.logits_first).max() > 0.01
@@ -260,7 +262,7 @@ def test_a_frozen_server_costs_one_deadline(server: StartServer, engines: Any) -
 
 def test_a_killed_engine_leaves_its_kv_to_the_next(server: StartServer, engines: Any) -> None:
     address = server().address
-    process = Process([sys.executable, "-m", "lmcache.integration.numpy", "--tiny", "--address", address])
+    process = Process([sys.executable, "-m", "demo.numpy_engine", "--tiny", "--address", address])
     try:
         process.line_with('{"ready"')
         answer = eventually(lambda: (one := ask(process))["stored_tokens"] and one)  # once it is connected

@@ -9,7 +9,7 @@ import pytest
 
 from lmcache.cache.table import ChunkTable, PyTable, pack
 from lmcache.memory.order import OrderOfUse
-from lmcache.tiers.shard_index import ShardIndex
+from lmcache.tiers.disk.shard_index import ShardIndex
 
 
 @pytest.mark.parametrize("begin", [0, 1, 40])

@@ -16,7 +16,7 @@ import zmq
 from lmcache.engine.proofs import prove
 from lmcache.errors import ServerRefused, ServerUnavailable
 from lmcache.server import refused as refused_module
-from lmcache.server import zmq_face
+from lmcache.server import zmq_endpoint
 from lmcache.wire import auth
 from lmcache.wire import messages as m
 from lmcache.wire.carriers import ZmqCarrier
@@ -279,7 +279,7 @@ def test_a_proof_counts_once_and_on_its_own_connection(folders, carrier):
 
 
 def test_challenges_of_strangers_take_no_nonce_from_an_engine(folders, carrier, monkeypatch):
-    monkeypatch.setattr(zmq_face, "MAX_PEERS", 2)
+    monkeypatch.setattr(zmq_endpoint, "MAX_PEERS", 2)
     with server_parts(folders, 8 << 20, open_door=False) as (service, port):
         one, strangers = carrier(f"tcp://127.0.0.1:{port}"), [carrier(f"tcp://127.0.0.1:{port}") for _ in range(3)]
         proof = said(one, service.welcome())
@@ -293,7 +293,7 @@ def test_a_proof_counts_for_a_short_time(folders, carrier, monkeypatch):
         one = carrier(f"tcp://127.0.0.1:{port}")
         proof = said(one, service.welcome())
         with monkeypatch.context() as later:
-            later.setattr(zmq_face, "PROOF_SECONDS", 0.0)
+            later.setattr(zmq_endpoint, "PROOF_SECONDS", 0.0)
             assert "came later than 0 s" in ask(one, proof).text
         for _ in range(2):
             assert isinstance(ask(one, said(one, service.welcome())), m.Welcome), "with a nonce of its own each time"
@@ -301,10 +301,10 @@ def test_a_proof_counts_for_a_short_time(folders, carrier, monkeypatch):
 
 
 def test_messages_of_strangers_are_short_and_what_is_kept_of_them_is_bounded(folders, carrier, monkeypatch):
-    monkeypatch.setattr(zmq_face, "MAX_PEERS", 4)
+    monkeypatch.setattr(zmq_endpoint, "MAX_PEERS", 4)
     with server_parts(folders, 8 << 20, open_door=False) as (service, port):
         one, others = carrier(f"tcp://127.0.0.1:{port}"), [carrier(f"tcp://127.0.0.1:{port}") for _ in range(4)]
-        long = m.Hello(m.PROTOCOL_VERSION, "x" * zmq_face.MAX_HELLO_BYTES, "", "", 0, 0)
+        long = m.Hello(m.PROTOCOL_VERSION, "x" * zmq_endpoint.MAX_HELLO_BYTES, "", "", 0, 0)
         with pytest.raises(ServerUnavailable, match="1 frames, the first of 16"):
             ask(one, long)  # not read at all, so its number is not known
         one = carrier(f"tcp://127.0.0.1:{port}")

@@ -16,12 +16,12 @@ from zmq.utils.monitor import recv_monitor_message
 
 from lmcache.cache import Heart
 from lmcache.chunks import Layout
-from lmcache.engine.link import given_address, probe
+from lmcache.engine.connection import given_address, probe
 from lmcache.engine.proofs import prove
 from lmcache.errors import ConfigError, ServerRefused, ServerUnavailable
 from lmcache.integration.vllm.settings import Settings
 from lmcache.server import service as service_module
-from lmcache.server import strangers, zmq_face
+from lmcache.server import strangers, zmq_endpoint
 from lmcache.server.handshakes import _host_behind
 from lmcache.server.loop import Loop
 from lmcache.server.refused import MAX_PEERS as MAX_REFUSED
@@ -85,8 +85,8 @@ def test_payload_engines_and_mapped_ones_share(server, engine):
     assert far.load(ids[:512], 100, 333) == 233
     far.store(ids)
     assert near.load(ids) == 992
-    faces = {one["instance"]: one["payload_frames"] for one in cache.status()["engines"]}
-    assert faces == {"near": False, "far": True}
+    endpoints = {one["instance"]: one["payload_frames"] for one in cache.status()["engines"]}
+    assert endpoints == {"near": False, "far": True}
     far.close()
     eventually(lambda: cache.counters()["engine_processes"] == 2)
 
@@ -259,7 +259,7 @@ def test_an_engine_that_does_not_read_is_forgotten_and_its_lost_answers_are_coun
         assert service.heart.open_leases == 1
         client.fetch(32)  # more than the sockets' own buffers hold
         eventually(lambda: service.held_bytes > 4 << 20 and not copying(service))
-        for _ in range(2 * zmq_face.MAX_UNREAD_ANSWERS):
+        for _ in range(2 * zmq_endpoint.MAX_UNREAD_ANSWERS):
             client.send(m.Ping())
         eventually(lambda: service.counters["unsent_answers"])
         eventually(lambda: not service.peers and service.heart.open_leases == 0)
@@ -308,14 +308,14 @@ def test_unread_payload_is_bounded_and_served_again_once_it_is_read(folders, dea
 
 
 def test_what_waits_for_a_connection_that_takes_nothing_is_freed(folders, deaf, monkeypatch):
-    monkeypatch.setattr(zmq_face, "SILENCE_SECONDS", 1.0)  # the time that the kernel gives the connection
+    monkeypatch.setattr(zmq_endpoint, "SILENCE_SECONDS", 1.0)  # the time that the kernel gives the connection
     with server_parts(folders, 8 << 20) as (service, port):
-        monkeypatch.setattr(zmq_face, "SILENCE_SECONDS", PATIENCE)
+        monkeypatch.setattr(zmq_endpoint, "SILENCE_SECONDS", PATIENCE)
         client, hold, held = deaf(port), service.hold, []
         monkeypatch.setattr(service, "hold", lambda *all: (hold(*all), held.append(service.held_bytes)))
         client.fetch(32)
         eventually(lambda: max(held, default=0) > 4 << 20 and service.held_bytes == 0)
-        monkeypatch.setattr(zmq_face, "SILENCE_SECONDS", 0.0)
+        monkeypatch.setattr(zmq_endpoint, "SILENCE_SECONDS", 0.0)
         eventually(lambda: not service.peers)
 
 

@@ -23,17 +23,17 @@ from lmcache.cache import Heart
 from lmcache.cache.heart import MAX_SHARDS
 from lmcache.chunks import Layout, TokenChain, space_fingerprint
 from lmcache.config import ServerConfig
-from lmcache.engine.link import Endpoint
+from lmcache.engine.connection import Endpoint
 from lmcache.engine.scheduler import SchedulerSession
 from lmcache.memory.arena import Arena
 from lmcache.memory.headers import DamagedHeaders, read_headers
 from lmcache.observability.log import Seldom
-from lmcache.server import unix_face
-from lmcache.server.http import HttpFace
+from lmcache.server import unix_endpoint
+from lmcache.server.http import HttpEndpoint
 from lmcache.server.loop import Loop
 from lmcache.server.report import Report
 from lmcache.server.service import Service
-from lmcache.server.unix_face import UnixFace
+from lmcache.server.unix_endpoint import UnixEndpoint
 from lmcache.wire import messages as m
 from lmcache.wire.carriers import UnixCarrier
 from lmcache.wire.frames import FrameReader, frame
@@ -86,7 +86,7 @@ def test_what_was_never_committed_is_never_there(server, raw):
     assert cache.counters()["reservations"] == 0
 
 
-def test_clear_empties_the_index_at_once_and_leased_slots_later(server, engine, raw):
+def test_clear_empties_the_index_at_once_and_leased_extents_later(server, engine, raw):
     """The reader's bytes stay as they were, though all of L1 is filled anew."""
     cache = server(l1=8)
     one, filler = engine(cache, num_blocks=64), raw(cache, "filler")
@@ -126,13 +126,13 @@ def test_a_server_whose_heart_stands_still_is_unhealthy(folders):
     """The faces of a loop that does not run."""
     loop, arena = Loop(), Arena(folders("/dev/shm"), 1 << 20)
     config = ServerConfig(http_host="127.0.0.1", http_port=0)
-    face = HttpFace(config, Report(config, loop, Service(loop, Heart(1 << 20), arena, 16, None)))
-    face.start()
+    endpoint = HttpEndpoint(config, Report(config, loop, Service(loop, Heart(1 << 20), arena, 16, None)))
+    endpoint.start()
     try:
-        answer = httpx.get(f"http://127.0.0.1:{face.port}/healthcheck", timeout=PATIENCE)
+        answer = httpx.get(f"http://127.0.0.1:{endpoint.port}/healthcheck", timeout=PATIENCE)
         assert answer.status_code == 503 and "heart does not answer" in answer.json()["reason"]
     finally:
-        face.stop()
+        endpoint.stop()
         arena.close()
         loop.close()
 
@@ -483,7 +483,7 @@ def test_who_says_no_hello_is_hung_up_on_and_who_did_is_not(small, monkeypatch):
     silent = socket.socket(socket.AF_UNIX)
     silent.settimeout(PATIENCE)
     silent.connect(str(path))
-    monkeypatch.setattr(unix_face, "HELLO_SECONDS", 0.0)
+    monkeypatch.setattr(unix_endpoint, "HELLO_SECONDS", 0.0)
     assert silent.recv(1) == b"", "the server ended it"
     assert client.ask(m.Ping()) == m.Ok()
     silent.close()
@@ -491,7 +491,7 @@ def test_who_says_no_hello_is_hung_up_on_and_who_did_is_not(small, monkeypatch):
 
 def test_one_process_cannot_take_all_connections(small, monkeypatch):
     """Sessions that ended without a goodbye count for as long as their process lives: it may still be copying."""
-    monkeypatch.setattr(unix_face, "MAX_CONNECTIONS_OF_PROCESS", 3)
+    monkeypatch.setattr(unix_endpoint, "MAX_CONNECTIONS_OF_PROCESS", 3)
     service, path = small
     for _ in range(3):
         client = Client(path)
@@ -502,7 +502,7 @@ def test_one_process_cannot_take_all_connections(small, monkeypatch):
 
 
 def test_a_session_that_comes_back_again_and_again_takes_one_place(small, monkeypatch):
-    monkeypatch.setattr(unix_face, "MAX_CONNECTIONS_OF_PROCESS", 3)
+    monkeypatch.setattr(unix_endpoint, "MAX_CONNECTIONS_OF_PROCESS", 3)
     client = Client(small[1])
     for _ in range(8):
         client.carrier._socket.close()
@@ -511,7 +511,7 @@ def test_a_session_that_comes_back_again_and_again_takes_one_place(small, monkey
 
 def test_a_flood_of_malformed_messages_is_counted_and_hardly_logged(small, monkeypatch, caplog):
     clock = [100.0]
-    monkeypatch.setattr(unix_face, "_malformed", Seldom(unix_face.logger, 10.0, lambda: clock[0]))
+    monkeypatch.setattr(unix_endpoint, "_malformed", Seldom(unix_endpoint.logger, 10.0, lambda: clock[0]))
     service, path = small
     client = Client(path)
     sock, reader = client.carrier._socket, FrameReader(m.MAX_MESSAGE_BYTES)
@@ -556,8 +556,8 @@ def test_a_client_that_never_reads_is_hung_up_and_costs_a_bounded_memory(server,
 
 def test_of_clients_that_never_read_the_greediest_is_hung_up_on_first(small, monkeypatch):
     """Each keeps to its own bound; together they would hold too much."""
-    monkeypatch.setattr(unix_face, "MAX_UNSENT_BYTES", 1 << 40)
-    monkeypatch.setattr(unix_face, "MAX_ALL_UNSENT_BYTES", 4 << 20)
+    monkeypatch.setattr(unix_endpoint, "MAX_UNSENT_BYTES", 1 << 40)
+    monkeypatch.setattr(unix_endpoint, "MAX_ALL_UNSENT_BYTES", 4 << 20)
     _, path = small
     modest, greedy = Client(path), Client(path)
     modest.store(chain(19, 2000))
@@ -580,9 +580,9 @@ def session():
     """Schedulers over either face: session(service, port, face, shards)."""
     made = []
 
-    def make(service: Service, port: int, face: str, shards: int) -> SchedulerSession:
-        address = f"unix://{service.socket_path}" if face == "unix" else f"tcp://127.0.0.1:{port}"
-        mode = "auto" if face == "unix" else "payload"
+    def make(service: Service, port: int, endpoint: str, shards: int) -> SchedulerSession:
+        address = f"unix://{service.socket_path}" if endpoint == "unix" else f"tcp://127.0.0.1:{port}"
+        mode = "auto" if endpoint == "unix" else "payload"
         endpoint = Endpoint(address, "long", "scheduler", deadline_seconds=PATIENCE, transfer_mode=mode)
         made.append(SchedulerSession(endpoint, lambda chunk: Layout("l", "bfloat16", 1, 1, 64, chunk), shards))
         assert made[-1].wait_connected(PATIENCE)
@@ -600,18 +600,18 @@ def named(hashes: bytes) -> TokenChain:
     return made
 
 
-def test_the_slots_of_a_million_tokens_are_one_answer(folders, session, monkeypatch):
+def test_the_extents_of_a_million_tokens_are_one_answer(folders, session, monkeypatch):
     """As many slots as 65,536 chunks of 16 shards have, which are more than one request may have bytes."""
     chunks, shards = m.MAX_RESERVED_CHUNKS, 65
     hashes = chain(16, chunks)
     monkeypatch.setattr(Arena, "back", lambda *_: None)  # no byte is copied, so the slots need no memory
     with server_parts(folders, chunks * (shards + 1) * 4096) as (service, port):
-        for face in ("unix", "zmq"):
-            scheduler = session(service, port, face, shards)
-            if face == "unix":
+        for endpoint in ("unix", "zmq"):
+            scheduler = session(service, port, endpoint, shards)
+            if endpoint == "unix":
                 fill(service.heart, next(iter(service.peers)).process, scheduler.new_chain().root, hashes, shards)
             hit = scheduler.lookup(named(hashes))
-            assert hit is not None and hit.chunks == chunks and len(hit.slots) == 4 * chunks * shards > 4 << 20
+            assert hit is not None and hit.chunks == chunks and len(hit.extents) == 4 * chunks * shards > 4 << 20
             assert scheduler.connected and not scheduler.misses
 
 
@@ -625,10 +625,10 @@ def fill(heart: Heart, process: int, root: bytes, hashes: bytes, shards: int) ->
 
 @pytest.mark.parametrize("face", ["unix", "zmq"])
 @pytest.mark.parametrize("shards", [1, MAX_SHARDS])
-def test_a_lookup_beyond_what_its_messages_hold_is_cut(folders, session, face, shards):
+def test_a_lookup_beyond_what_its_messages_hold_is_cut(folders, session, endpoint, shards):
     """With one shard a chunk the request is too long, with the most shards the answer."""
     with server_parts(folders, 8 << 20) as (service, port):
-        scheduler = session(service, port, face, shards)
+        scheduler = session(service, port, endpoint, shards)
         hashes = chain(17, 300_000 if shards == 1 else 5_000)
         if shards == 1:
             fill(service.heart, next(iter(service.peers)).process, scheduler.new_chain().root, hashes[:64], shards)
@@ -650,7 +650,7 @@ def test_a_lookup_beyond_what_one_answer_holds_is_refused(server, raw):
 def test_a_message_costs_no_large_buffer(folders):
     """From the kernel it would come as pages that have to be faulted in, for each message anew."""
     loop, arena, path = Loop(), Arena(folders("/dev/shm"), 1 << 20), folders("/tmp") / "socket"
-    face = UnixFace(loop, Service(loop, Heart(1 << 20), arena, 16, None), listen_unix(path), path)
+    endpoint = UnixEndpoint(loop, Service(loop, Heart(1 << 20), arena, 16, None), listen_unix(path), path)
     thread = threading.Thread(target=loop.run)
     thread.start()
     request = frame(m.encode(1, m.Lookup(0, chain(15, 4))))
@@ -673,7 +673,7 @@ def test_a_message_costs_no_large_buffer(folders):
         tracemalloc.stop()
         loop.stop()
         thread.join()
-        face.close()
+        endpoint.close()
         arena.close()
         loop.close()
 

@@ -11,18 +11,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from lmcache.memory.slabs import PAGE_BYTES, Region, Slabs
+from lmcache.memory.slabs import SECTOR_BYTES, Region, Slabs
 
 
 def fill(slabs: Slabs, space: int) -> list[int]:
     """Take every slot that the space can get; their pages in the order they came."""
-    pages = []
+    sectors = []
     while True:
-        page = slabs.alloc(space)
-        if page is not None:
-            pages.append(page)
+        sector = slabs.alloc(space)
+        if sector is not None:
+            sectors.append(sector)
         elif slabs.grow(space) is None:
-            return pages
+            return sectors
 
 
 def bytes_used(eligible: Set[int]) -> Callable[[Region], float | None]:
@@ -32,34 +32,34 @@ def bytes_used(eligible: Set[int]) -> Callable[[Region], float | None]:
 
 def lost_bytes(slabs: Slabs, spaces: range) -> int:
     """Free memory in holes that no space can use."""
-    least = min(map(slabs.slot_pages, spaces))
-    return sum(end - start for start, end in slabs.holes() if end - start < least) * PAGE_BYTES
+    least = min(map(slabs.extent_sectors, spaces))
+    return sum(end - start for start, end in slabs.holes() if end - start < least) * SECTOR_BYTES
 
 
 @settings(deadline=None)
-@given(arena=st.integers(20 * PAGE_BYTES, 1 << 40), part=st.floats(20, 2000))
+@given(arena=st.integers(20 * SECTOR_BYTES, 1 << 40), part=st.floats(20, 2000))
 def test_one_space_can_use_95_percent(arena: int, part: float) -> None:
     slabs = Slabs(arena)
-    slot_bytes = max(1, int(slabs.total_bytes / part) // PAGE_BYTES * PAGE_BYTES)
-    slabs.open(1, slot_bytes)
-    pages = fill(slabs, 1)
-    assert pages == sorted(set(pages))  # memory that was never used comes by ascending address
-    assert len(pages) * slabs.slot_pages(1) * PAGE_BYTES >= 0.95 * slabs.total_bytes
+    shard_bytes = max(1, int(slabs.total_bytes / part) // SECTOR_BYTES * SECTOR_BYTES)
+    slabs.open(1, shard_bytes)
+    sectors = fill(slabs, 1)
+    assert sectors == sorted(set(sectors))  # memory that was never used comes by ascending address
+    assert len(sectors) * slabs.extent_sectors(1) * SECTOR_BYTES >= 0.95 * slabs.total_bytes
     assert len(slabs.regions(1)) <= 160
 
 
-def test_slots_are_whole_pages_and_the_lowest_free_one_comes_first() -> None:
+def test_extents_are_whole_sectors_and_the_lowest_free_one_comes_first() -> None:
     slabs = Slabs(1 << 30)
     slabs.open(7, 5000)
-    assert slabs.slot_pages(7) == 2 and slabs.alloc(7) is None
+    assert slabs.extent_sectors(7) == 2 and slabs.alloc(7) is None
     first = slabs.grow(7)
     assert first is not None
     assert [slabs.alloc(7) for _ in range(4)] == [0, 2, 4, 6]
     second = slabs.grow(7)
-    assert second is not None and second.first_page == first.end_page
-    for page in (4, 0):
-        slabs.free(7, page)
-    assert first.pages_in_use() == [2, 6] and slabs.used_slots(7) == slabs.used_in(first) == 2
+    assert second is not None and second.first_sector == first.end_sector
+    for sector in (4, 0):
+        slabs.free(7, sector)
+    assert first.sectors_in_use() == [2, 6] and slabs.used_extents(7) == slabs.used_in(first) == 2
     assert [slabs.alloc(7) for _ in range(3)] == [0, 4, 8]
 
 
@@ -67,11 +67,11 @@ def test_refusals_change_nothing() -> None:
     slabs = Slabs(64 << 20)
     slabs.open(1, 1 << 20)
     region = slabs.grow(1)
-    page = slabs.alloc(1)
-    assert region is not None and page == 0
-    for slot_bytes in (0, 4096):
+    sector = slabs.alloc(1)
+    assert region is not None and sector == 0
+    for shard_bytes in (0, 4096):
         with pytest.raises(ValueError):
-            slabs.open(1 if slot_bytes else 2, slot_bytes)
+            slabs.open(1 if shard_bytes else 2, shard_bytes)
     for wrong in (1, 256, 10_000_000, -1):
         with pytest.raises(ValueError):
             slabs.free(1, wrong)
@@ -84,21 +84,21 @@ def test_refusals_change_nothing() -> None:
     for call in refused:
         with pytest.raises(ValueError):
             call()
-    assert slabs.used_slots(1) == 1 and slabs.held_bytes(1) == region.bytes
-    slabs.free(1, page)
+    assert slabs.used_extents(1) == 1 and slabs.held_bytes(1) == region.bytes
+    slabs.free(1, sector)
     with pytest.raises(ValueError):
-        slabs.free(1, page)
+        slabs.free(1, sector)
     slabs.take(region)
     with pytest.raises(ValueError):
         slabs.take(region)
     slabs.close(1)
-    assert slabs.free_bytes == slabs.total_bytes and slabs.holes() == [(0, (64 << 20) // PAGE_BYTES)]
-    for arena in (0, 4095, (1 << 44) + PAGE_BYTES):
+    assert slabs.free_bytes == slabs.total_bytes and slabs.holes() == [(0, (64 << 20) // SECTOR_BYTES)]
+    for arena in (0, 4095, (1 << 44) + SECTOR_BYTES):
         with pytest.raises(ValueError):
             Slabs(arena)
 
 
-def test_a_slot_larger_than_the_arena_finds_no_room() -> None:
+def test_a_extent_larger_than_the_arena_finds_no_room() -> None:
     slabs = Slabs(1 << 20)
     slabs.open(1, 2 << 20)
     slabs.open(2, 4096)
@@ -108,8 +108,8 @@ def test_a_slot_larger_than_the_arena_finds_no_room() -> None:
 
 def test_the_window_with_the_fewest_used_bytes_is_named() -> None:
     slabs = Slabs(1 << 30)
-    for space, slot_bytes in ((1, 1 << 20), (2, 3 << 20), (3, 1 << 20)):
-        slabs.open(space, slot_bytes)
+    for space, shard_bytes in ((1, 1 << 20), (2, 3 << 20), (3, 1 << 20)):
+        slabs.open(space, shard_bytes)
     regions: list[Region] = []
     while (region := slabs.grow(1 if len(regions) % 2 else 3)) is not None:
         regions.append(region)
@@ -117,10 +117,10 @@ def test_the_window_with_the_fewest_used_bytes_is_named() -> None:
     fill(slabs, 3)
     idle, busy = regions[5], regions[4]
     assert (idle.space, busy.space) == (1, 3)
-    for page in idle.pages_in_use()[1:]:
-        slabs.free(1, page)
-    for page in busy.pages_in_use():
-        slabs.free(3, page)
+    for sector in idle.sectors_in_use()[1:]:
+        slabs.free(1, sector)
+    for sector in busy.sectors_in_use():
+        slabs.free(3, sector)
     assert slabs.grow(2) is None
     named = slabs.window(2, bytes_used({1, 3}))
     assert sum(region.used for region in named) <= 1
@@ -164,39 +164,39 @@ def test_three_spaces_of_odd_sizes_lose_at_most_5_percent(seed: int, arena: int,
 class Arena(RuleBasedStateMachine):
     """Any order of calls against a model that knows only which pages each slot in use takes."""
 
-    @initialize(arena=st.integers(1 << 20, 40 << 20), slots=st.lists(st.integers(1, 1 << 20), min_size=3, max_size=3))
-    def begin(self, arena: int, slots: list[int]) -> None:
+    @initialize(arena=st.integers(1 << 20, 40 << 20), extents=st.lists(st.integers(1, 1 << 20), min_size=3, max_size=3))
+    def begin(self, arena: int, extents: list[int]) -> None:
         self.slabs = Slabs(arena)
-        self.pages = arena // PAGE_BYTES
+        self.sectors = arena // SECTOR_BYTES
         self.used: list[set[int]] = [set(), set(), set()]
         self.regions: list[Region] = []
-        for space, slot_bytes in enumerate(slots):
-            self.slabs.open(space, slot_bytes)
-            assert (self.slabs.slot_pages(space) - 1) * PAGE_BYTES < slot_bytes
+        for space, shard_bytes in enumerate(extents):
+            self.slabs.open(space, shard_bytes)
+            assert (self.slabs.extent_sectors(space) - 1) * SECTOR_BYTES < shard_bytes
 
     @rule(space=st.integers(0, 2))
     def grow(self, space: int) -> None:
         widest = max((end - start for start, end in self.slabs.holes()), default=0)
         region = self.slabs.grow(space)
-        assert (region is None) == (widest < self.slabs.slot_pages(space))
+        assert (region is None) == (widest < self.slabs.extent_sectors(space))
         if region is not None:
-            assert region.used == 0 and region.slots >= 1
+            assert region.used == 0 and region.extents >= 1
             self.regions.append(region)
 
     @rule(space=st.integers(0, 2), count=st.integers(1, 20))
     def alloc(self, space: int, count: int) -> None:
-        width = self.slabs.slot_pages(space)
+        width = self.slabs.extent_sectors(space)
         for _ in range(count):
             free = {
-                page
+                sector
                 for region in self.slabs.regions(space)
-                for page in range(region.first_page, region.end_page, width)
-                if page not in self.used[space]
+                for sector in range(region.first_sector, region.end_sector, width)
+                if sector not in self.used[space]
             }
-            page = self.slabs.alloc(space)
-            assert page == min(free, default=None)
-            if page is not None:
-                self.used[space].add(page)
+            sector = self.slabs.alloc(space)
+            assert sector == min(free, default=None)
+            if sector is not None:
+                self.used[space].add(sector)
 
     @precondition(lambda self: any(self.used))
     @rule(data=st.data(), count=st.integers(1, 20))
@@ -204,9 +204,9 @@ class Arena(RuleBasedStateMachine):
         for _ in range(count):
             space = data.draw(st.integers(0, 2))
             if self.used[space]:
-                page = data.draw(st.sampled_from(sorted(self.used[space])))
-                self.slabs.free(space, page)
-                self.used[space].remove(page)
+                sector = data.draw(st.sampled_from(sorted(self.used[space])))
+                self.slabs.free(space, sector)
+                self.used[space].remove(sector)
 
     @precondition(lambda self: self.regions)
     @rule(data=st.data())
@@ -224,9 +224,9 @@ class Arena(RuleBasedStateMachine):
         named = self.slabs.window(space, bytes_used(eligible))
         assert all(region in self.regions and region.space in eligible for region in named)
         for region in named:
-            for page in region.pages_in_use():
-                self.slabs.free(region.space, page)
-                self.used[region.space].remove(page)
+            for sector in region.sectors_in_use():
+                self.slabs.free(region.space, sector)
+                self.used[region.space].remove(sector)
             self.slabs.take(region)
             self.regions.remove(region)
         if named:
@@ -236,21 +236,23 @@ class Arena(RuleBasedStateMachine):
 
     @invariant()
     def nothing_overlaps_and_everything_is_accounted_for(self) -> None:
-        parts = [(region.first_page, region.end_page) for region in self.regions] + self.slabs.holes()
+        parts = [(region.first_sector, region.end_sector) for region in self.regions] + self.slabs.holes()
         parts.sort()
-        assert parts[0][0] == 0 and parts[-1][1] == self.pages
+        assert parts[0][0] == 0 and parts[-1][1] == self.sectors
         assert all(end == start for (_, end), (start, _) in itertools.pairwise(parts))
         holes = self.slabs.holes()
         assert all(end < start for (_, end), (start, _) in itertools.pairwise(holes))
-        assert self.slabs.free_bytes == sum(end - start for start, end in holes) * PAGE_BYTES
+        assert self.slabs.free_bytes == sum(end - start for start, end in holes) * SECTOR_BYTES
         for space in range(3):
-            own = sorted(self.slabs.regions(space), key=lambda region: region.first_page)
+            own = sorted(self.slabs.regions(space), key=lambda region: region.first_sector)
             assert own == self.slabs.regions(space)
-            assert {page for region in own for page in region.pages_in_use()} == self.used[space]
-            assert self.slabs.used_slots(space) == len(self.used[space]) == sum(map(self.slabs.used_in, own))
+            assert {sector for region in own for sector in region.sectors_in_use()} == self.used[space]
+            assert self.slabs.used_extents(space) == len(self.used[space]) == sum(map(self.slabs.used_in, own))
             assert self.slabs.held_bytes(space) == sum(region.bytes for region in own)
             for region in own:
-                assert self.slabs.region_of(region.first_page) is region is self.slabs.region_of(region.end_page - 1)
+                assert (
+                    self.slabs.region_of(region.first_sector) is region is self.slabs.region_of(region.end_sector - 1)
+                )
         for start, end in holes:
             assert self.slabs.region_of(start) is None is self.slabs.region_of(end - 1)
 

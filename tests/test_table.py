@@ -22,7 +22,7 @@ from hypothesis.stateful import (
     rule,
 )
 
-from lmcache.cache.table import COMPLETED, DONE, EMPTY, FILLING, NO_PAGE, RELEASED, PyTable, Table, pack, unpack
+from lmcache.cache.table import COMPLETED, DONE, EMPTY, FILLING, NO_EXTENT, RELEASED, PyTable, Table, pack, unpack
 from lmcache.compiled import load_native
 
 native = load_native()
@@ -36,10 +36,10 @@ def key_of(number: int) -> bytes:
     return number.to_bytes(16, "little")
 
 
-def filled(table: Table, key: int, parent: int = -1, page: int = 0) -> int:
+def filled(table: Table, key: int, parent: int = -1, sector: int = 0) -> int:
     """A complete record of a table with one shard."""
     record = table.insert(key_of(key), parent)
-    table.begin_fill(record, 0, page)
+    table.begin_fill(record, 0, sector)
     assert table.end_fill(record, 0, True) == COMPLETED
     return record
 
@@ -81,14 +81,14 @@ def test_a_chunk_is_complete_with_its_last_shard(table_type: NewTable) -> None:
     assert table.filling(record) == 3
     assert table.end_fill(record, 2, True) == 0
     assert table.end_fill(record, 0, False) == 0
-    assert unpack(table.slots(pack([record]))) == (NO_PAGE, 11, 12)
-    assert [table.slot(record, shard) for shard in range(3)] == [-1, 11, 12]
+    assert unpack(table.extents(pack([record]))) == (NO_EXTENT, 11, 12)
+    assert [table.extent(record, shard) for shard in range(3)] == [-1, 11, 12]
     assert [table.state(record, shard) for shard in range(3)] == [EMPTY, FILLING, DONE]
     assert table.end_fill(record, 1, True) == 0
     table.begin_fill(record, 0, 20)
     assert not table.complete(record)
     assert table.end_fill(record, 0, True) == COMPLETED
-    assert table.complete(record) and unpack(table.slots(pack([record]))) == (20, 11, 12)
+    assert table.complete(record) and unpack(table.extents(pack([record]))) == (20, 11, 12)
 
 
 @both
@@ -104,7 +104,7 @@ def test_detached_records_are_released_by_their_last_user(table_type: NewTable) 
     with pytest.raises(ValueError):
         table.free(child)
     assert table.end_fill(child, 0, True) == RELEASED
-    assert table.slot(child, 0) == 5
+    assert table.extent(child, 0) == 5
     assert unpack(table.unpin(pack([root]))) == (root,)
     table.free(child)
     table.free(root)
@@ -177,7 +177,7 @@ def test_victims_are_exact_under_heavy_pinning(table_type: NewTable) -> None:
 
 
 @both
-def test_in_pages_names_attached_records_with_a_slot_there(table_type: NewTable) -> None:
+def test_in_sectors_names_attached_records_with_a_extent_there(table_type: NewTable) -> None:
     table = table_type(2)
     a, b, c = (table.insert(key_of(number), -1) for number in range(3))
     table.begin_fill(a, 0, 10)
@@ -185,28 +185,35 @@ def test_in_pages_names_attached_records_with_a_slot_there(table_type: NewTable)
     table.begin_fill(b, 1, 20)
     table.begin_fill(c, 0, 19)
     table.end_fill(a, 0, True)
-    assert unpack(table.in_pages(10, 20)) == (a, c)
-    assert unpack(table.in_pages(0, 2**32)) == (a, b, c)
-    assert unpack(table.in_pages(91, 2**32)) == unpack(table.in_pages(20, 20)) == ()
+    assert unpack(table.in_sectors(10, 20)) == (a, c)
+    assert unpack(table.in_sectors(0, 2**32)) == (a, b, c)
+    assert unpack(table.in_sectors(91, 2**32)) == unpack(table.in_sectors(20, 20)) == ()
     table.end_fill(c, 0, False)
     table.detach(a)
-    assert unpack(table.in_pages(0, 2**32)) == (b,)
+    assert unpack(table.in_sectors(0, 2**32)) == (b,)
 
 
 @both
-def test_a_survey_tells_what_goes_with_a_range_of_pages(table_type: NewTable) -> None:
+def test_a_survey_tells_what_goes_with_a_range_of_sectors(table_type: NewTable) -> None:
     table = table_type(1)
-    first = [filled(table, number, page=number) for number in range(4)]
+    first = [filled(table, number, sector=number) for number in range(4)]
     tail = filled(table, 9, first[1], 50)
     bounds = pack([0, 2, 2, 4, 10, 60])
     assert unpack(table.survey(bounds)) == (2, 2, 2, 4, 1, 5)  # first[0] is the oldest of five, the tail the youngest
     table.touch(pack([first[0]]))
     assert unpack(table.survey(bounds)) == (2, 5, 2, 3, 1, 4)
     table.pin(pack([tail]))
-    assert unpack(table.survey(bounds)) == (2, NO_PAGE, 2, 3, 1, NO_PAGE)  # the tail needs first[1], which is in 0..2
+    assert unpack(table.survey(bounds)) == (
+        2,
+        NO_EXTENT,
+        2,
+        3,
+        1,
+        NO_EXTENT,
+    )  # the tail needs first[1], which is in 0..2
     table.unpin(pack([tail]))
     table.begin_fill(table.insert(key_of(10), first[3]), 0, 70)
-    assert unpack(table.survey(bounds)) == (2, 5, 2, NO_PAGE, 1, 4)
+    assert unpack(table.survey(bounds)) == (2, 5, 2, NO_EXTENT, 1, 4)
     assert table.survey(b"") == b""
 
 
@@ -239,13 +246,13 @@ def test_a_refused_call_changes_nothing(table_type: NewTable) -> None:
         lambda: table.begin_fill(b, 2, 3),
         lambda: table.begin_fill(b, -1, 3),
         lambda: table.begin_fill(b, 1, -1),
-        lambda: table.begin_fill(b, 1, NO_PAGE),
+        lambda: table.begin_fill(b, 1, NO_EXTENT),
         lambda: table.begin_fill(gone, 0, 3),
         lambda: table.end_fill(a, 1, True),
         lambda: table.end_fill(b, 0, True),
         lambda: table.state(a, 2),
-        lambda: table.slot(2**70, 0),
-        lambda: table.slots(pack([a, 77])),
+        lambda: table.extent(2**70, 0),
+        lambda: table.extents(pack([a, 77])),
         lambda: table.detach(gone),
         lambda: table.free(a),
         lambda: table.free(b),
@@ -273,7 +280,7 @@ def test_many_shards(table_type: NewTable) -> None:
     table.begin_fill(first, 65534, 3)
     table.begin_fill(second, 0, 4)
     assert table.end_fill(first, 65534, True) == 0
-    assert [table.slot(first, 65534), table.slot(second, 0), table.slot(second, 65534)] == [3, 4, -1]
+    assert [table.extent(first, 65534), table.extent(second, 0), table.extent(second, 65534)] == [3, 4, -1]
 
 
 def snapshot(table: Table, records: list[int]) -> object:
@@ -289,14 +296,14 @@ def snapshot(table: Table, records: list[int]) -> object:
             table.complete(record),
             table.attached(record),
             table.get(table.key(record)),
-            table.slots(pack([record])),
+            table.extents(pack([record])),
             table.state(record, 0),
-            table.slot(record, 0),
+            table.extent(record, 0),
         )
         for record in records
     ]
     keys = b"".join(map(table.key, records))
-    ends = table.match(keys), table.victim(), table.oldest(), table.in_pages(0, 2**32)
+    ends = table.match(keys), table.victim(), table.oldest(), table.in_sectors(0, 2**32)
     return described, len(table), table.detached(), ends, table.survey(pack([0, 10, 10, 35, 40, 60]))
 
 
@@ -373,9 +380,9 @@ class Twins(RuleBasedStateMachine):
                 assert not self.tables[0].attached(record)
                 assert not self.tables[0].pins(record) and not self.tables[0].filling(record)
 
-    @rule(record=records, shard=st.integers(0, 2), page=st.integers(0, 50))
-    def begin_fill(self, record: int, shard: int, page: int) -> None:
-        self.ask("begin_fill", record, shard, page)
+    @rule(record=records, shard=st.integers(0, 2), sector=st.integers(0, 50))
+    def begin_fill(self, record: int, shard: int, sector: int) -> None:
+        self.ask("begin_fill", record, shard, sector)
 
     @rule(record=records, shard=st.integers(0, 2), ok=st.booleans())
     def end_fill(self, record: int, shard: int, ok: bool) -> None:
@@ -414,8 +421,8 @@ class Twins(RuleBasedStateMachine):
                 self.live.discard(record)
 
     @rule(first=st.integers(0, 50), length=st.integers(0, 50))
-    def in_pages(self, first: int, length: int) -> None:
-        self.ask("in_pages", first, first + length)
+    def in_sectors(self, first: int, length: int) -> None:
+        self.ask("in_sectors", first, first + length)
 
     @rule(records=st.lists(records, max_size=6))
     def match(self, records: list[int]) -> None:

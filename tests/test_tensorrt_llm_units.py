@@ -14,7 +14,7 @@ from lmcache.chunks import TokenChain
 from lmcache.errors import LayoutError
 from lmcache.integration.tensorrt_llm import scheduler as module
 from lmcache.integration.tensorrt_llm.model import MODEL_ID_VARIABLE, describe_pool
-from lmcache.integration.tensorrt_llm.scheduler import SchedulerHalf
+from lmcache.integration.tensorrt_llm.scheduler import SchedulerSide
 
 
 class Session:
@@ -42,7 +42,7 @@ def test_how_fast_prompts_were_computed_is_told(monkeypatch: pytest.MonkeyPatch)
     session, now = Session(), [0.0]
     monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now[0]))
     watch = SimpleNamespace(all_have=lambda epoch: True)
-    half = SchedulerHalf(session, watch, 16)  # type: ignore[arg-type]
+    half = SchedulerSide(session, watch, 16)  # type: ignore[arg-type]
     monkeypatch.setattr(half, "_chain", lambda tracker: session.new_chain())
     half.match(Request(request_id=1), 0)
     for seconds, new, cached in ((0.0, 600, 400), (0.5, 0, 8), (9.0, 0, 400), (0.8, 1, 0)):

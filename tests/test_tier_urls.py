@@ -143,7 +143,7 @@ def test_a_third_partys_tier(installed: None) -> None:
 
 
 def test_a_library_that_is_missing_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in sys.modules if name.startswith("lmcache.tiers.s3")]:
+    for name in [name for name in sys.modules if name.startswith("lmcache.tiers.s3.tier")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "obstore", None)
     with pytest.raises(ConfigError, match=r"^s3://bucket/x: obstore is not installed; pip install 'lmcache\[s3\]'$"):
@@ -162,19 +162,19 @@ def test_a_library_that_is_missing_is_named_with_its_extra(monkeypatch: pytest.M
         ("disk:///a", "README"),
     ],
 )
-def test_the_pages_have_every_option_and_no_other(url: str, page: str) -> None:
-    pages = Path(__file__).resolve().parents[1] / "docs" / "tiers"
-    told, everywhere = (options_on(pages / f"{name}.md") for name in (page, "README"))
+def test_the_sectors_have_every_option_and_no_other(url: str, sector: str) -> None:
+    sectors = Path(__file__).resolve().parents[1] / "docs" / "tiers"
+    told, everywhere = (options_on(sectors / f"{name}.md") for name in (sector, "README"))
     with pytest.raises(ConfigError) as caught:
         make_tier(f"{url}?zzzzzz=1")
     known = set(str(caught.value).partition("known: ")[2].split(", "))
     assert {"max_gb", "read", "write", "name"} <= known
-    assert known == told | everywhere if page != "README" else known >= told
+    assert known == told | everywhere if sector != "README" else known >= told
 
 
-def options_on(page: Path) -> set[str]:
+def options_on(sector: Path) -> set[str]:
     """The first cells of the table that begins with `| option |`."""
-    table = page.read_text().partition("\n| option |")[2].partition("\n\n")[0]
+    table = sector.read_text().partition("\n| option |")[2].partition("\n\n")[0]
     return {name for line in table.splitlines() for name in re.findall(r"`(\w+)`", line.split("|")[1])}
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from lmcache.cache import Heart
-from lmcache.cache.heart import NO_SLOT, SERVER
+from lmcache.cache.heart import NO_EXTENT, SERVER
 from lmcache.errors import ConfigError
 from lmcache.server.loop import Loop
 from lmcache.server.tiering import Tiering
@@ -25,7 +25,7 @@ from lmcache.tiers.registry import TierSpec
 from lmcache.tiers.url import TierURL
 from servers import PATIENCE, eventually
 
-PAGE = 4096
+SECTOR = 4096
 ENGINE = 1
 
 
@@ -34,7 +34,7 @@ class HandTier(Tier):
 
     scheme = "hand"
     concurrency = 2
-    batch_bytes = 4 * PAGE
+    batch_bytes = 4 * SECTOR
 
     def __init__(self, knows: bool = False) -> None:
         self.kept: dict[ShardKey, bytes] = {}
@@ -103,17 +103,17 @@ class HandTier(Tier):
 
 
 class Rig:
-    """A heart of `pages` pages with these tiers, in a running loop; everything is asked for in the loop's thread."""
+    """A heart of `sectors` pages with these tiers, in a running loop; everything is asked for in the loop's thread."""
 
-    def __init__(self, *specs: TierSpec, pages: int = 64, shards: int = 1, **more: Any) -> None:
-        self.loop, self.memory = Loop(), bytearray(pages * PAGE)
-        self.heart = Heart(pages * PAGE)
+    def __init__(self, *specs: TierSpec, sectors: int = 64, shards: int = 1, **more: Any) -> None:
+        self.loop, self.memory = Loop(), bytearray(sectors * SECTOR)
+        self.heart = Heart(sectors * SECTOR)
         view = memoryview(self.memory)
         options = {
             "chunk_tokens": 16,
             "always": False,
             "patience_seconds": PATIENCE,
-            "queue_bytes": pages * PAGE,
+            "queue_bytes": sectors * SECTOR,
             **more,
         }
         self.tiering = Tiering(
@@ -129,14 +129,14 @@ class Rig:
     def _join(self) -> int:
         self.heart.join(ENGINE, "engine")
         for shard in range(self.shards):
-            space = self.heart.open_space(ENGINE, b"f" * 16, self.shards, shard, PAGE)
+            space = self.heart.open_space(ENGINE, b"f" * 16, self.shards, shard, SECTOR)
         return space
 
     def settle(self) -> None:
         effects, self.heart.effects = self.heart.effects[:], []
         self.heart.events.clear()
         for effect in effects:
-            if type(effect).__name__ == "Whole":
+            if type(effect).__name__ == "Completed":
                 self.tiering.whole(effect)  # type: ignore[arg-type]
             elif type(effect).__name__ == "Cleared":
                 self.tiering.l1_cleared()
@@ -150,9 +150,11 @@ class Rig:
         def fill() -> None:
             for shard in range(self.shards):
                 grant = self.heart.reserve(time.monotonic(), ENGINE, self.space, shard, b"", True, hashes)
-                for at, page in enumerate(memoryview(grant.slots).cast("I")):
-                    if page != NO_SLOT:
-                        self.memory[page * PAGE : (page + 1) * PAGE] = content(hashes[16 * at : 16 * at + 16], shard)
+                for at, sector in enumerate(memoryview(grant.extents).cast("I")):
+                    if sector != NO_EXTENT:
+                        self.memory[sector * SECTOR : (sector + 1) * SECTOR] = content(
+                            hashes[16 * at : 16 * at + 16], shard
+                        )
                 if grant.reservation:
                     self.heart.commit(time.monotonic(), ENGINE, grant.reservation, True)
                 self.settle()
@@ -170,10 +172,10 @@ class Rig:
     def there(self, hashes: bytes) -> int:
         def look() -> int:
             hit = self.heart.lookup(time.monotonic(), ENGINE, self.space, hashes)
-            for at, page in enumerate(memoryview(hit.slots).cast("I")):
+            for at, sector in enumerate(memoryview(hit.extents).cast("I")):
                 chunk, shard = divmod(at, self.shards)
                 expected = content(hashes[16 * chunk : 16 * chunk + 16], shard)
-                assert self.memory[page * PAGE : (page + 1) * PAGE] == expected, "wrong bytes were served"
+                assert self.memory[sector * SECTOR : (sector + 1) * SECTOR] == expected, "wrong bytes were served"
             self.heart.release(ENGINE, hit.lease)
             return hit.chunks
 
@@ -200,7 +202,7 @@ class Rig:
 
 
 def content(key: bytes, shard: int) -> bytes:
-    return random.Random(key + bytes([shard])).randbytes(PAGE)
+    return random.Random(key + bytes([shard])).randbytes(SECTOR)
 
 
 def chain(seed: int, chunks: int) -> bytes:
@@ -315,7 +317,7 @@ def test_a_load_that_hangs_blocks_no_chunk_and_what_it_brings_at_last_is_not_use
     one.wait_for(prompt)
     eventually(lambda: "load" in tier.calls)
     one.ask(lambda: one.heart.tick(time.monotonic() + one.heart.claim_seconds + 1))
-    assert one.ask(lambda: one.heart.quarantined_bytes) == 6 * PAGE
+    assert one.ask(lambda: one.heart.quarantined_bytes) == 6 * SECTOR
     one.store(prompt)  # as an engine that has computed it meanwhile
     assert one.there(prompt) == 6
     tier.let_go()
@@ -402,7 +404,7 @@ class CarelessTier(HandTier):
 
 
 @pytest.mark.parametrize("careless", ["contains", "load"])
-def test_a_tier_that_breaks_its_word_costs_no_slots(rig: Callable[..., Rig], careless: str) -> None:
+def test_a_tier_that_breaks_its_word_costs_no_extents(rig: Callable[..., Rig], careless: str) -> None:
     tier = CarelessTier()
     one, hashes = rig(spec(tier)), chain(1, 6)
     one.store(hashes)
@@ -453,7 +455,7 @@ class ClingingTier(HandTier):
 
 
 @pytest.mark.parametrize("clings", ["in an error", "for good"])
-def test_a_tier_that_clings_to_memory_costs_no_slots(rig: Callable[..., Rig], clings: str) -> None:
+def test_a_tier_that_clings_to_memory_costs_no_extents(rig: Callable[..., Rig], clings: str) -> None:
     """Without the collector, which would help now and then."""
     tier = ClingingTier(clings)
     one, hashes = rig(spec(tier)), chain(1, 4)
@@ -516,7 +518,7 @@ def test_read_and_write_of_a_tier_can_be_switched_off(rig: Callable[..., Rig]) -
 
 def test_on_evict_writes_when_l1_runs_full_and_before_the_end(rig: Callable[..., Rig]) -> None:
     tier = HandTier()
-    one = rig(spec(tier, write="on-evict"), pages=40)
+    one = rig(spec(tier, write="on-evict"), sectors=40)
     one.store(chain(1, 20))
     one.written()
     assert not tier.kept, "half of L1 is empty"
@@ -532,7 +534,7 @@ def test_on_evict_writes_when_l1_runs_full_and_before_the_end(rig: Callable[...,
 
 def test_what_is_evicted_before_it_was_written_is_counted(rig: Callable[..., Rig]) -> None:
     tier = HandTier()
-    one = rig(spec(tier), pages=16, queue_bytes=1 << 30)
+    one = rig(spec(tier), sectors=16, queue_bytes=1 << 30)
     tier.hold("store")
     for seed in range(10):
         one.store(chain(seed, 4))
@@ -620,7 +622,7 @@ def test_what_l1_lost_by_a_clear_is_told_as_that(rig: Callable[..., Rig]) -> Non
     (lane,) = one.ask(one.tiering.status)
     counters = lane["counters"]
     assert counters["lost:cleared"] == 30 - counters["kept_shards"] > 0 and "lost:evicted" not in counters
-    assert counters["lost_bytes:cleared"] == PAGE * counters["lost:cleared"]
+    assert counters["lost_bytes:cleared"] == SECTOR * counters["lost:cleared"]
 
 
 def amid_a_load(rig: Callable[..., Rig]) -> tuple[HandTier, Rig, bytes]:
@@ -662,7 +664,7 @@ def test_tiers_that_are_required_must_serve() -> None:
     tier.trouble = "not there"
     loop = Loop()
     tiering = Tiering(
-        loop, Heart(PAGE), [spec(tier)], lambda at, size: memoryview(b""), lambda reservation: True, lambda: None,
+        loop, Heart(SECTOR), [spec(tier)], lambda at, size: memoryview(b""), lambda reservation: True, lambda: None,
         chunk_tokens=16, always=False, patience_seconds=1.0, queue_bytes=1,
     )  # fmt: skip
     with pytest.raises(ConfigError, match=r"--l2 hand://: the tier is not there"):
@@ -750,7 +752,7 @@ def test_what_was_lost_or_missed_is_counted_with_its_reason(
     monkeypatch.setattr(
         "lmcache.server.tiering.logger.warning", lambda text, *parts: said.append(text % parts if parts else text)
     )
-    one = rig(spec(tier), queue_bytes=3 * PAGE)
+    one = rig(spec(tier), queue_bytes=3 * SECTOR)
     tier.hold("store")
     one.store(chain(1, 1))
     eventually(lambda: tier.calls.count("store") == 1)
@@ -816,7 +818,7 @@ def test_losses_are_told_at_once_and_then_now_and_then(
 ) -> None:
     """The tier hangs, and three chunks may wait."""
     tier = HandTier()
-    told = Told(rig, monkeypatch, tier, pages=1024, queue_bytes=3 * PAGE)
+    told = Told(rig, monkeypatch, tier, sectors=1024, queue_bytes=3 * SECTOR)
     tier.hold("store")
     told.rig.store(chain(1, 1))
     eventually(lambda: "store" in tier.calls)
@@ -836,7 +838,7 @@ def test_losses_are_told_at_once_and_then_now_and_then(
     assert told.later(60) == [], "what waited has been written"
     assert len(tier.kept) == 1 + 3
     metrics = told.rig.ask(told.rig.tiering.counters)
-    assert metrics['tier_lost_bytes_total{tier="hand",reason="queue full"}'] == 640 * PAGE
+    assert metrics['tier_lost_bytes_total{tier="hand",reason="queue full"}'] == 640 * SECTOR
 
 
 def test_what_a_tier_refuses_is_told_with_its_reasons_and_at_the_end_in_any_case(
@@ -859,8 +861,8 @@ def test_what_a_tier_refuses_is_told_with_its_reasons_and_at_the_end_in_any_case
     answered(3, "cursed", OK, "cursed", "cursed")
     assert told.later(9) == []
     metrics = told.rig.ask(told.rig.tiering.counters)
-    assert metrics['tier_unwritten_bytes_total{tier="hand",reason="too large"}'] == 2 * PAGE
-    assert metrics['tier_unwritten_bytes_total{tier="hand",reason="cursed"}'] == 4 * PAGE
+    assert metrics['tier_unwritten_bytes_total{tier="hand",reason="too large"}'] == 2 * SECTOR
+    assert metrics['tier_unwritten_bytes_total{tier="hand",reason="cursed"}'] == 4 * SECTOR
     told.rig.close()
     assert told.said == ["Tier hand: not written: 3 shards (0.0 MiB), cursed"]
 
@@ -869,7 +871,7 @@ def test_what_was_evicted_is_lost_once_though_the_rest_of_its_batch_is_tried_aga
     rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tier, store, fails = HandTier(), HandTier.store, [False, True, True]
-    told = Told(rig, monkeypatch, tier, pages=16, queue_bytes=64 * PAGE)
+    told = Told(rig, monkeypatch, tier, sectors=16, queue_bytes=64 * SECTOR)
 
     def sometimes(shards: Sequence[Shard]) -> list[str]:
         outcomes = store(tier, shards)

@@ -93,7 +93,7 @@ def element_bytes(
     paged: PagedKV, memory: Bytes, chunk_tokens: int, blocks: list[int], run: tuple[int, int, int, int]
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """For every byte of a run: its index in the paged memory, and its index in the arena."""
-    offset, first, count, in_slot = run
+    offset, first, count, in_extent = run
     inside = []
     in_arena = []
     plane_offset = 0
@@ -112,7 +112,7 @@ def element_bytes(
             + (d % plane.dim_group) * plane.dim_stride
             + i
         )
-        element = ((in_slot + t) * plane.heads + h) * plane.dims + d
+        element = ((in_extent + t) * plane.heads + h) * plane.dims + d
         in_arena.append(offset + plane_offset + element * paged.item_bytes + i)
         plane_offset += chunk_tokens * plane.heads * plane.dims * paged.item_bytes
     return (
@@ -152,17 +152,17 @@ def cases(draw: st.DrawFn) -> Case:
     blocks = draw(st.permutations(range(shape.num_blocks)))
     blocks = blocks[: draw(st.integers(1, len(blocks)))]
     table_tokens = len(blocks) * block_tokens
-    slot_bytes = shape.planes * shape.heads * shape.dims * shape.item_bytes * chunk_tokens
-    step = -(-slot_bytes // 64) * 64 + GUARD
-    runs, token, slot = [], draw(st.integers(0, table_tokens)), 0
+    shard_bytes = shape.planes * shape.heads * shape.dims * shape.item_bytes * chunk_tokens
+    step = -(-shard_bytes // 64) * 64 + GUARD
+    runs, token, extent = [], draw(st.integers(0, table_tokens)), 0
     for _ in range(draw(st.integers(0, 4))):
         count = draw(st.integers(0, min(chunk_tokens, table_tokens - token)))
-        in_slot = draw(st.integers(0, chunk_tokens - count))
-        runs.append((GUARD + slot * step, token, count, in_slot))
+        in_extent = draw(st.integers(0, chunk_tokens - count))
+        runs.append((GUARD + extent * step, token, count, in_extent))
         token = min(table_tokens, token + count + draw(st.integers(0, 5)))
-        slot += 1
+        extent += 1
     shift = draw(st.sampled_from([0, 0, 0, 4, 1]))
-    return Case(shape, chunk_tokens, blocks, runs, GUARD + max(slot, 1) * step, shift, draw(st.integers(0, 1 << 30)))
+    return Case(shape, chunk_tokens, blocks, runs, GUARD + max(extent, 1) * step, shift, draw(st.integers(0, 1 << 30)))
 
 
 def aligned(size: int, shift: int = 0) -> Bytes:
@@ -242,11 +242,11 @@ def test_real_layouts(name: str, dims: int, block_tokens: int, shift: int, monke
     order, token_group, dim_group, item_bytes = REAL[name]
     dim_group = dim_group if dims % dim_group == 0 else 8
     shape = Shape(order, 2, 640 // block_tokens, block_tokens, token_group, 2, dims, dim_group, item_bytes)
-    slot = 2 * 2 * dims * item_bytes * 256
+    extent = 2 * 2 * dims * item_bytes * 256
     blocks = np.random.default_rng(1).permutation(shape.num_blocks).tolist()
     # A whole chunk, one that ends inside a block, a few tokens inside a block.
-    runs = [(GUARD, 0, 256, 0), (2 * GUARD + slot, 256, 211, 0), (3 * GUARD + 2 * slot, 500, 7, 100)]
-    check(Case(shape, 256, blocks, runs, 4 * GUARD + 3 * slot, shift, 7), monkeypatch)
+    runs = [(GUARD, 0, 256, 0), (2 * GUARD + extent, 256, 211, 0), (3 * GUARD + 2 * extent, 500, 7, 100)]
+    check(Case(shape, 256, blocks, runs, 4 * GUARD + 3 * extent, shift, 7), monkeypatch)
 
 
 def small() -> tuple[PagedKV, Bytes]:
@@ -256,7 +256,7 @@ def small() -> tuple[PagedKV, Bytes]:
 def test_sizes() -> None:
     paged, _ = small()
     assert paged.token_bytes == 2 * 2 * 8 * 2
-    assert paged.slot_bytes(256) == 256 * 64
+    assert paged.shard_bytes(256) == 256 * 64
 
 
 def test_mla_has_one_plane_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -436,9 +436,9 @@ def test_threads_share_one_call() -> None:
     memory[:] = np.random.default_rng(5).integers(0, 256, len(memory), dtype=np.uint8)
     kept = memory.copy()
     blocks = np.random.default_rng(6).permutation(64).astype(np.int32)
-    slot = paged.slot_bytes(256)
-    runs = np.array([(i * slot, i * 256, 256, 0) for i in range(4)], dtype=np.int64)
-    arenas = [np.zeros(4 * slot, dtype=np.uint8) for _ in range(2)]
+    extent = paged.shard_bytes(256)
+    runs = np.array([(i * extent, i * 256, 256, 0) for i in range(4)], dtype=np.int64)
+    arenas = [np.zeros(4 * extent, dtype=np.uint8) for _ in range(2)]
     for arena, threads in zip(arenas, (1, 3), strict=True):
         CpuCopier(paged, 256, threads).gather(arena.ctypes.data, blocks, runs)
     assert np.array_equal(arenas[0], arenas[1])
@@ -476,7 +476,7 @@ def test_one_copier_serves_many_threads() -> None:
 def test_the_gil_is_released() -> None:
     """With so long a switch interval a second thread runs only when the first gives the GIL away, and only copies do."""
     paged, _ = build(Shape("bgthDd", 1, 64, 64, 1, 4, 64, 1, 2))
-    arena = np.zeros(paged.slot_bytes(4096), dtype=np.uint8)
+    arena = np.zeros(paged.shard_bytes(4096), dtype=np.uint8)
     copier = CpuCopier(paged, 4096)
     blocks = np.arange(64, dtype=np.int32)
     runs = np.array([(0, 0, 4096, 0)] * 100, dtype=np.int64)  # 200 MiB

@@ -31,9 +31,9 @@ from lmcache.integration.vllm.model import NOT_SERVED, describe_model, refusal_o
 from lmcache.integration.vllm.paged import Registered, Shape, describe_tensors, fit_strides
 from lmcache.integration.vllm.plan import StepReport
 from lmcache.integration.vllm.resets import watch_resets
-from lmcache.integration.vllm.scheduler import HIT_SECONDS, SchedulerHalf
+from lmcache.integration.vllm.scheduler import HIT_SECONDS, SchedulerSide
 from lmcache.integration.vllm.settings import parse_host, read_settings, recompute_failed_loads
-from lmcache.integration.vllm.worker import WorkerHalf
+from lmcache.integration.vllm.worker import WorkerSide
 
 CHUNK, BLOCK = 16, 128
 
@@ -141,10 +141,10 @@ def step(
     )
 
 
-def half(session: Session, **options: Any) -> SchedulerHalf:
+def half(session: Session, **options: Any) -> SchedulerSide:
     """By a clock that stands still, unless the options have another."""
     options = {"clock": lambda: 100.0} | options
-    return SchedulerHalf(session, BLOCK, options.pop("ranks", 1), **options)  # type: ignore[arg-type]
+    return SchedulerSide(session, BLOCK, options.pop("ranks", 1), **options)  # type: ignore[arg-type]
 
 
 def test_a_hit_is_loaded_and_its_lease_released_when_all_ranks_are_done() -> None:
@@ -365,12 +365,12 @@ def test_an_adapter_whose_files_may_not_be_the_loaded_ones_is_not_cached(
 ) -> None:
     """vLLM answers with what it has loaded, whatever has been saved over it since."""
     one, two = loras
-    link = tmp_path / "live"
-    link.symlink_to(one)
+    connection = tmp_path / "live"
+    connection.symlink_to(one)
     session = Session(present=4)
     scheduler = half(session)
 
-    numbers = {link: 1, one: 2, two: 3}
+    numbers = {connection: 1, one: 2, two: 3}
 
     def cached(name: str, path: Path) -> bool:
         lora = SimpleNamespace(lora_name="x", lora_path=str(path), lora_int_id=numbers[path])
@@ -379,10 +379,10 @@ def test_an_adapter_whose_files_may_not_be_the_loaded_ones_is_not_cached(
         scheduler.allocated(request, [1], hit or 0)
         return bool(hit) or bool(scheduler.plan_step(step({name: 100})).stores)
 
-    assert cached("a", one) and cached("b", link)
-    link.unlink()
-    link.symlink_to(two)
-    assert not cached("c", link), "another folder, whose files are older than the engine"
+    assert cached("a", one) and cached("b", connection)
+    connection.unlink()
+    connection.symlink_to(two)
+    assert not cached("c", connection), "another folder, whose files are older than the engine"
     (one / "adapter_model.safetensors").write_bytes(b"new")
     os.utime(one / "adapter_model.safetensors", (0, 0))
     assert not cached("d", one) and cached("e", two)
@@ -455,7 +455,7 @@ def test_reset_serves_nothing_older() -> None:
     assert before.hashes != after.hashes
 
 
-def stored(scheduler: SchedulerHalf, name: str, local_tokens: int) -> int:
+def stored(scheduler: SchedulerSide, name: str, local_tokens: int) -> int:
     """Chunks of a request of 256 tokens that are stored, where so many tokens lie in vLLM's own cache."""
     request = Request(name, list(range(256)), num_computed_tokens=local_tokens)
     scheduler.match(request, local_tokens)
@@ -512,7 +512,7 @@ def test_ranks_tell_whether_vllms_own_cache_was_emptied_after_the_last_step_of_t
 class Core:
     """vLLM's `EngineCore` as far as it goes to sleep: it resets its connector first, at once or when no request runs any more."""
 
-    def __init__(self, connector: SchedulerHalf, engine_id: str = "engine") -> None:
+    def __init__(self, connector: SchedulerSide, engine_id: str = "engine") -> None:
         self.vllm_config = SimpleNamespace(kv_transfer_config=SimpleNamespace(engine_id=engine_id))
         self.connector = connector
         self.waiting: list[Future[None]] = []
@@ -657,9 +657,9 @@ class Ranks:
     def close(self) -> None: ...
 
 
-def rank(session: Ranks, shard: int = 0, shards: int = 1, **options: Any) -> WorkerHalf:
+def rank(session: Ranks, shard: int = 0, shards: int = 1, **options: Any) -> WorkerSide:
     paged = SimpleNamespace(block_tokens=BLOCK, device="cpu")
-    return WorkerHalf(session, Registered(paged, 1), shard, shards, **options)  # type: ignore[arg-type]
+    return WorkerSide(session, Registered(paged, 1), shard, shards, **options)  # type: ignore[arg-type]
 
 
 def test_each_rank_takes_its_own_slots_and_reports_its_blocks() -> None:
@@ -734,18 +734,18 @@ def adapters(monkeypatch: pytest.MonkeyPatch) -> tuple[Session, Any]:
 
 
 def test_vllms_own_class_is_told_whole_blocks_once(adapters: tuple[Session, Any]) -> None:
-    session, face = adapters
-    assert face.num_blocks_per_chunk() == 1, "eight chunks of 16 make a block"
-    face.maybe_submit_lookup_request("a", token_ids=list(range(700)), cache_salt="")
-    face.maybe_submit_lookup_request("a", token_ids=list(range(700)), cache_salt="")
-    assert len(session.lookups) == 1 and face.check_lookup_result("a") == 640
-    face.cleanup_lookup_result("a")
-    assert face.check_lookup_result("a") == 0, "after a failed load it is asked again, and would wait for ever"
+    session, endpoint = adapters
+    assert endpoint.num_blocks_per_chunk() == 1, "eight chunks of 16 make a block"
+    endpoint.maybe_submit_lookup_request("a", token_ids=list(range(700)), cache_salt="")
+    endpoint.maybe_submit_lookup_request("a", token_ids=list(range(700)), cache_salt="")
+    assert len(session.lookups) == 1 and endpoint.check_lookup_result("a") == 640
+    endpoint.cleanup_lookup_result("a")
+    assert endpoint.check_lookup_result("a") == 0, "after a failed load it is asked again, and would wait for ever"
     assert session.leased, "the ranks have still to take their own"
-    face.end_session("a")
+    endpoint.end_session("a")
     assert not session.leased
-    face.maybe_submit_lookup_request("b", token_ids=list(range(31)))
-    assert face.check_lookup_result("b") == 0, "31 tokens are no whole block"
+    endpoint.maybe_submit_lookup_request("b", token_ids=list(range(31)))
+    assert endpoint.check_lookup_result("b") == 0, "31 tokens are no whole block"
     assert session.requests[0] == "a"
 
 
@@ -754,42 +754,42 @@ def test_vllms_own_class_keeps_a_lease_for_as_long_as_the_server_says(
     adapters: tuple[Session, Any], monkeypatch: pytest.MonkeyPatch, told: float, kept: set[str]
 ) -> None:
     """One that does not say gets its leases back when the requests end."""
-    session, face = adapters
+    session, endpoint = adapters
     session.claim_seconds, now = told, [100.0]
     monkeypatch.setattr(adapter, "time", SimpleNamespace(monotonic=lambda: now[0]))
     leases = {}
     for request_id in "ab":
         before = set(session.leased)
-        face.maybe_submit_lookup_request(request_id, token_ids=list(range(700)))
+        endpoint.maybe_submit_lookup_request(request_id, token_ids=list(range(700)))
         leases[request_id] = session.leased - before
         now[0] += 6.0
     assert session.leased == set().union(*(leases[one] for one in kept))
     for request_id in "ab":
-        face.end_session(request_id)
+        endpoint.end_session(request_id)
     assert not session.leased
 
 
 def test_vllms_own_class_keeps_its_unit_when_the_chunk_size_changes(adapters: tuple[Session, Any]) -> None:
-    session, face = adapters
-    assert face.num_blocks_per_chunk() == 1
+    session, endpoint = adapters
+    assert endpoint.num_blocks_per_chunk() == 1
     session.chunk_tokens = 256
-    face.maybe_submit_lookup_request("a", token_ids=list(range(700)))
-    assert face.check_lookup_result("a") == 0 and face.num_blocks_per_chunk() == 1
+    endpoint.maybe_submit_lookup_request("a", token_ids=list(range(700)))
+    assert endpoint.check_lookup_result("a") == 0 and endpoint.num_blocks_per_chunk() == 1
 
 
 def test_vllms_own_class_asks_later_while_a_tier_loads(adapters: tuple[Session, Any]) -> None:
-    session, face = adapters
+    session, endpoint = adapters
     session.coming = 4
     for _ in range(2):
-        face.maybe_submit_lookup_request("a", token_ids=list(range(700)))
-        assert face.check_lookup_result("a") is None
+        endpoint.maybe_submit_lookup_request("a", token_ids=list(range(700)))
+        assert endpoint.check_lookup_result("a") is None
     session.coming = 0
-    face.maybe_submit_lookup_request("a", token_ids=list(range(700)))
-    assert face.check_lookup_result("a") == 640
+    endpoint.maybe_submit_lookup_request("a", token_ids=list(range(700)))
+    assert endpoint.check_lookup_result("a") == 640
     session.coming = 4
-    face.maybe_submit_lookup_request("b", token_ids=list(range(700)))
-    face.end_session("b")
-    assert face.check_lookup_result("b") == 0
+    endpoint.maybe_submit_lookup_request("b", token_ids=list(range(700)))
+    endpoint.end_session("b")
+    assert endpoint.check_lookup_result("b") == 0
 
 
 class Tensor:

@@ -82,12 +82,12 @@ def rates(paged: PagedKV, mapping: Mapping, tokens: int, chunk: int, limit: dict
     copier = CudaCopier(paged, chunk)
     copier.adopt(mapping.address, mapping.size_bytes)
     copier.wait_adopted()
-    size, slot, chunks = paged.token_bytes * tokens, paged.slot_bytes(chunk), tokens // chunk
+    size, extent, chunks = paged.token_bytes * tokens, paged.shard_bytes(chunk), tokens // chunk
     rng = np.random.default_rng(0)
     table = rng.permutation(paged.num_blocks)[: tokens // BLOCK].astype(np.int32)
-    runs = np.array([(i * slot, i * chunk, chunk, 0) for i in range(chunks)], dtype=np.int64)
+    runs = np.array([(i * extent, i * chunk, chunk, 0) for i in range(chunks)], dtype=np.int64)
     scattered, far = runs.copy(), runs + np.array([size, 0, 0, 0])
-    scattered[:, 0] = rng.permutation(chunks) * slot
+    scattered[:, 0] = rng.permutation(chunks) * extent
     store, load = partial(copier.gather, mapping.address, table), partial(copier.scatter, mapping.address, table)
 
     def both() -> None:
@@ -110,7 +110,7 @@ def rates(paged: PagedKV, mapping: Mapping, tokens: int, chunk: int, limit: dict
     rate = 2 * size / measured(both) / 1e9
     out["both_at_once"] = {"sum": round(rate, 1), "of_pcie": round(rate / limit["both"], 3)}
     one = {"store": partial(store, runs[:1]), "load": partial(load, runs[:1])}
-    out["one_chunk"] = {name: round(slot / measured(call, 30) / 1e9, 1) for name, call in one.items()}
+    out["one_chunk"] = {name: round(extent / measured(call, 30) / 1e9, 1) for name, call in one.items()}
     torch.cuda.empty_cache()
     out["gpu_memory_mib"] = (free - torch.cuda.mem_get_info()[0]) >> 20
     copier.close()

@@ -33,7 +33,7 @@ def digest_of(views: list[torch.Tensor], table: npt.NDArray[np.int32]) -> str:
 
 
 def main(path: Path, device: str) -> None:
-    from test_cuda_sharing import BLOCK, CHUNK, COUNT, DIMS, HEADS, LAYERS, PART, SLOT, WHOLE
+    from test_cuda_sharing import BLOCK, CHUNK, COUNT, DIMS, EXTENT, HEADS, LAYERS, PART, WHOLE
 
     descriptor = os.open(path, os.O_RDWR)
     mapping = Mapping(descriptor, path.stat().st_size)
@@ -44,7 +44,7 @@ def main(path: Path, device: str) -> None:
     table = np.random.default_rng(9).permutation(COUNT).astype(np.int32)
 
     def runs_of(part: str) -> npt.NDArray[np.int64]:
-        return WHOLE + np.array([int(part) * PART * SLOT, 0, 0, 0])
+        return WHOLE + np.array([int(part) * PART * EXTENT, 0, 0, 0])
 
     def copy_for_ever(to: str, back: str) -> None:
         def one_way(copy: object, runs: npt.NDArray[np.int64]) -> None:

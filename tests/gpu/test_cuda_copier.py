@@ -38,11 +38,11 @@ def test_round_trip(layout: str, dtype: torch.dtype, chunk: int, block: int, lau
     count = 40 if block >= 64 else 200
     paged, views = paged_kv(layout, layers, heads, dims, block, count, dtype)
     copier = CudaCopier(paged, chunk)
-    if paged.slot_bytes(chunk) // len(paged.planes) > 8:
+    if paged.shard_bytes(chunk) // len(paged.planes) > 8:
         assert all((one._launcher is not None) == (launched_from == "C") for one in copier._rings.values())
     tokens = min(block * count // 2, chunk * 40) // chunk * chunk or chunk
     table = np.array(rng.sample(range(count), -(-tokens // block)), dtype=np.int32)
-    chunks, size = tokens // chunk, paged.slot_bytes(chunk)
+    chunks, size = tokens // chunk, paged.shard_bytes(chunk)
     stride = -(-size // 4096) * 4096
     arena = np.random.default_rng(1).integers(0, 255, (chunks + 1) * stride, dtype=np.uint8)
     order = rng.sample(range(chunks + 1), chunks)
@@ -52,9 +52,9 @@ def test_round_trip(layout: str, dtype: torch.dtype, chunk: int, block: int, lau
     index = torch.from_numpy(table.astype(np.int64)).cuda()
     want = [view[index].reshape(-1, *view.shape[2:])[:tokens].contiguous().view(torch.uint8).cpu() for view in views]
     for i, place in enumerate(order):
-        slot = torch.from_numpy(arena[place * stride : place * stride + size])
+        extent = torch.from_numpy(arena[place * stride : place * stride + size])
         expected = torch.cat([plane[i * chunk : (i + 1) * chunk].reshape(-1) for plane in want])
-        assert torch.equal(slot, expected)
+        assert torch.equal(extent, expected)
         assert (
             arena[place * stride + size : (place + 1) * stride] == poison[place * stride + size : (place + 1) * stride]
         ).all()
@@ -86,25 +86,25 @@ def test_round_trip(layout: str, dtype: torch.dtype, chunk: int, block: int, lau
 
 @pytest.mark.parametrize("chunk", [256, 48])
 @pytest.mark.parametrize(("count", "in_slot"), [(1, 0), (17, 0), (40, 3), (47, 1)])
-def test_beside_the_tokens_of_a_run_its_slot_is_zero(chunk: int, count: int, in_slot: int) -> None:
+def test_beside_the_tokens_of_a_run_its_extent_is_zero(chunk: int, count: int, in_extent: int) -> None:
     """The slot goes to tiers as a whole, and staging memory holds what was copied before: other prompts' KV."""
     layers, heads, dims, block = 4, 2, 64, 16
     paged, views = paged_kv("NHD [2,nb,bs,H,D]", layers, heads, dims, block, 400, torch.bfloat16)
-    copier, size = CudaCopier(paged, chunk), paged.slot_bytes(chunk)
+    copier, size = CudaCopier(paged, chunk), paged.shard_bytes(chunk)
     assert copier.zeroes_the_rest
     chunks = 6000 // chunk
     arena = np.full((chunks + 1) * size, 90, dtype=np.uint8)
     table = np.random.default_rng(1).permutation(400).astype(np.int32)
     full = np.array([(i * size, i * chunk, chunk, 0) for i in range(chunks)], dtype=np.int64)
     copier.gather(arena.ctypes.data, table, full, arena_bytes=arena.nbytes)
-    run = np.array([(chunks * size, 5, count, in_slot)], dtype=np.int64)
+    run = np.array([(chunks * size, 5, count, in_extent)], dtype=np.int64)
     copier.gather(arena.ctypes.data, table, run, arena_bytes=arena.nbytes)
     rows = torch.from_numpy(table.astype(np.int64)).cuda()
     expected = torch.zeros(len(views), chunk, heads * dims, dtype=torch.bfloat16)
     for plane, view in zip(expected, views, strict=True):
-        plane[in_slot : in_slot + count] = view[rows].reshape(-1, heads * dims)[5 : 5 + count].cpu()
-    slot = torch.from_numpy(arena[chunks * size :])
-    assert torch.equal(slot, expected.flatten().view(torch.uint8))
+        plane[in_extent : in_extent + count] = view[rows].reshape(-1, heads * dims)[5 : 5 + count].cpu()
+    extent = torch.from_numpy(arena[chunks * size :])
+    assert torch.equal(extent, expected.flatten().view(torch.uint8))
     copier.close()
 
 
@@ -130,7 +130,7 @@ def test_layers_can_be_read_as_they_arrive(layout: str, chunk: int, monkeypatch:
     copier, total = CudaCopier(paged, chunk), len(views)
     tokens = block * count // 2 // chunk * chunk
     table = np.random.default_rng(2).permutation(count)[: -(-tokens // block)].astype(np.int32)
-    size = paged.slot_bytes(chunk)
+    size = paged.shard_bytes(chunk)
     arena = np.frombuffer(mmap.mmap(-1, tokens // chunk * size), dtype=np.uint8)
     arena[:] = np.random.default_rng(1).integers(0, 255, arena.nbytes, dtype=np.uint8)
     copier.adopt(arena.ctypes.data, arena.nbytes)
@@ -172,10 +172,10 @@ def test_two_threads_load_while_one_stores() -> None:
     """Copies that were launched behind each other, of tables of any size, land where each of them belongs."""
     layers, block, count, chunk = 12, 16, 4096, 64
     paged, views = paged_kv("NHD [2,nb,bs,H,D]", layers, 8, 128, block, count, torch.bfloat16)
-    copier, size = CudaCopier(paged, chunk), paged.slot_bytes(chunk)
-    slots = 256
-    arena = np.frombuffer(mmap.mmap(-1, 2 * slots * size), dtype=np.uint8)
-    arena[: slots * size] = np.random.default_rng(1).integers(0, 255, slots * size, dtype=np.uint8)
+    copier, size = CudaCopier(paged, chunk), paged.shard_bytes(chunk)
+    extents = 256
+    arena = np.frombuffer(mmap.mmap(-1, 2 * extents * size), dtype=np.uint8)
+    arena[: extents * size] = np.random.default_rng(1).integers(0, 255, extents * size, dtype=np.uint8)
     copier.adopt(arena.ctypes.data, arena.nbytes)
     copier.wait_adopted()
     rng = np.random.default_rng(3)
@@ -188,12 +188,12 @@ def test_two_threads_load_while_one_stores() -> None:
     for thread in (0, 1):
         for _ in range(60):
             chunks = int(rng.integers(1, 250))
-            chosen = rng.integers(0, slots, chunks)
+            chosen = rng.integers(0, extents, chunks)
             runs = np.stack([chosen * size, np.arange(chunks) * chunk, chunk + 0 * chosen, 0 * chosen], axis=1)
             places[thread].append((mine[thread], runs.astype(np.int64)))
-            last.update({thread * 256 + at: int(slot) for at, slot in enumerate(chosen)})
+            last.update({thread * 256 + at: int(extent) for at, extent in enumerate(chosen)})
     kept = [view[torch.from_numpy(mine[2].astype(np.int64)).cuda()].clone() for view in views]
-    store = np.array([((slots + i) * size, i * chunk, chunk, 0) for i in range(slots)], dtype=np.int64)
+    store = np.array([((extents + i) * size, i * chunk, chunk, 0) for i in range(extents)], dtype=np.int64)
 
     def load(thread: int) -> None:
         for table, runs in places[thread]:
@@ -205,13 +205,13 @@ def test_two_threads_load_while_one_stores() -> None:
         one.start()
     for one in threads:
         one.join()
-    for chunk_of_blocks, slot in last.items():
+    for chunk_of_blocks, extent in last.items():
         thread, at = divmod(chunk_of_blocks, 256)
         where = torch.from_numpy(mine[thread][at * in_chunk : (at + 1) * in_chunk].astype(np.int64)).cuda()
         got = torch.cat([view[where].contiguous().view(torch.uint8).flatten() for view in views]).cpu()
-        assert torch.equal(got, torch.from_numpy(arena[slot * size : (slot + 1) * size]))
-    for i in range(slots):
-        stored = torch.from_numpy(arena[(slots + i) * size : (slots + i + 1) * size])
+        assert torch.equal(got, torch.from_numpy(arena[extent * size : (extent + 1) * size]))
+    for i in range(extents):
+        stored = torch.from_numpy(arena[(extents + i) * size : (extents + i + 1) * size])
         parts = [part[i * in_chunk : (i + 1) * in_chunk].contiguous().view(torch.uint8).flatten() for part in kept]
         assert torch.equal(stored, torch.cat(parts).cpu())
     copier.close()

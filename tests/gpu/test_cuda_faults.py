@@ -59,8 +59,8 @@ def test_no_memory_for_staging_is_a_layout_error(monkeypatch: pytest.MonkeyPatch
 
 def test_an_arena_that_cannot_be_registered_is_copied_all_the_same(caplog: pytest.LogCaptureFixture) -> None:
     paged, views = small()
-    size, slots = paged.slot_bytes(CHUNK), COUNT * BLOCK // CHUNK
-    arena = np.frombuffer(mmap.mmap(-1, slots * size), dtype=np.uint8)
+    size, extents = paged.shard_bytes(CHUNK), COUNT * BLOCK // CHUNK
+    arena = np.frombuffer(mmap.mmap(-1, extents * size), dtype=np.uint8)
     other, copier = CudaCopier(paged, CHUNK), CudaCopier(paged, CHUNK)
     for one in (other, copier):  # pages that are registered already cannot be registered again
         one.adopt(arena.ctypes.data, arena.nbytes)
@@ -68,7 +68,7 @@ def test_an_arena_that_cannot_be_registered_is_copied_all_the_same(caplog: pytes
     assert "cudaHostRegister failed at 0 MiB" in lines(caplog)
     other.close()
     table = np.random.default_rng(1).permutation(COUNT).astype(np.int32)
-    runs = np.array([(i * size, i * CHUNK, CHUNK, 0) for i in range(slots)], dtype=np.int64)
+    runs = np.array([(i * size, i * CHUNK, CHUNK, 0) for i in range(extents)], dtype=np.int64)
     wanted = [view.clone() for view in views]
     copier.gather(arena.ctypes.data, table, runs, arena_bytes=arena.nbytes)
     for view in views:
@@ -96,17 +96,17 @@ def test_a_kernel_that_does_not_copy_right_is_not_launched_from_c(
     assert all(one._launcher is None for one in copier._rings.values())
     assert "launched from Python" in lines(caplog)
     assert same(views, kept), "tried on memory of its own"
-    arena = np.zeros(paged.slot_bytes(CHUNK), dtype=np.uint8)
+    arena = np.zeros(paged.shard_bytes(CHUNK), dtype=np.uint8)
     copier.gather(arena.ctypes.data, np.arange(4, dtype=np.int32), np.array([(0, 0, CHUNK, 0)]))
     assert (
-        arena[: paged.slot_bytes(CHUNK) // 8] == views[0][:4].contiguous().view(torch.uint8).cpu().numpy().ravel()
+        arena[: paged.shard_bytes(CHUNK) // 8] == views[0][:4].contiguous().view(torch.uint8).cpu().numpy().ravel()
     ).all()
     copier.close()
 
 
 def test_an_error_of_the_driver_reaches_the_caller_and_the_next_copy_is_right() -> None:
     paged, views = small()
-    copier, size = CudaCopier(paged, CHUNK), paged.slot_bytes(CHUNK)
+    copier, size = CudaCopier(paged, CHUNK), paged.shard_bytes(CHUNK)
     launcher = copier._rings[True]._launcher
     assert launcher is not None
     arena, runs = np.zeros(size, dtype=np.uint8), np.array([(0, 0, CHUNK, 0)])
@@ -125,8 +125,8 @@ def test_an_engine_captures_cuda_graphs_meanwhile(launched_from: str, monkeypatc
     """Engines do so while they start, and a server may come, or come back, at any moment: it all happens in other threads."""
     monkeypatch.setenv("LMCACHE_NO_NATIVE", str(int(launched_from == "Python")))
     paged, views = small()
-    size, slots = paged.slot_bytes(CHUNK), COUNT * BLOCK // CHUNK
-    runs = np.array([(i * size, i * CHUNK, CHUNK, 0) for i in range(slots)], dtype=np.int64)
+    size, extents = paged.shard_bytes(CHUNK), COUNT * BLOCK // CHUNK
+    runs = np.array([(i * size, i * CHUNK, CHUNK, 0) for i in range(extents)], dtype=np.int64)
     table = np.random.default_rng(1).permutation(COUNT).astype(np.int32)
     wanted, ended, found = [view.clone() for view in views], threading.Event(), list[bool]()
     torch.cuda.synchronize()
@@ -134,7 +134,7 @@ def test_an_engine_captures_cuda_graphs_meanwhile(launched_from: str, monkeypatc
     def another_server() -> None:
         try:
             for _ in range(3):
-                arena = np.frombuffer(mmap.mmap(-1, slots * size), dtype=np.uint8)
+                arena = np.frombuffer(mmap.mmap(-1, extents * size), dtype=np.uint8)
                 copier = CudaCopier(paged, CHUNK)
                 copier.adopt(arena.ctypes.data, arena.nbytes)
                 copier.gather(arena.ctypes.data, table, runs, arena_bytes=arena.nbytes)

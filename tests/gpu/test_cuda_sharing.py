@@ -27,9 +27,9 @@ from lmcache.memory.arena import Mapping  # noqa: E402
 from lmcache.transfer.gpu.copier import CudaCopier  # noqa: E402
 
 LAYERS, HEADS, DIMS, BLOCK, COUNT, CHUNK = 8, 8, 128, 16, 1024, 256
-SLOT = LAYERS * 2 * CHUNK * HEADS * DIMS * 2
+EXTENT = LAYERS * 2 * CHUNK * HEADS * DIMS * 2
 SLOTS = 256
-WHOLE = np.array([(i * SLOT, i * CHUNK, CHUNK, 0) for i in range(COUNT * BLOCK // CHUNK)], dtype=np.int64)
+WHOLE = np.array([(i * EXTENT, i * CHUNK, CHUNK, 0) for i in range(COUNT * BLOCK // CHUNK)], dtype=np.int64)
 """Runs of all of an engine's KV, into as many slots as it takes: a quarter of the arena."""
 PART = len(WHOLE)
 
@@ -66,13 +66,13 @@ class Other:
 def arena() -> Iterator[tuple[Path, Mapping, npt.NDArray[np.uint8]]]:
     path = Path(f"/dev/shm/lmcache-test-{os.getpid()}")
     descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
-    os.ftruncate(descriptor, SLOTS * SLOT)
-    mapping = Mapping(descriptor, SLOTS * SLOT)
+    os.ftruncate(descriptor, SLOTS * EXTENT)
+    mapping = Mapping(descriptor, SLOTS * EXTENT)
     try:
         yield (
             path,
             mapping,
-            np.ctypeslib.as_array((np.ctypeslib.ctypes.c_uint8 * (SLOTS * SLOT)).from_address(mapping.address)),
+            np.ctypeslib.as_array((np.ctypeslib.ctypes.c_uint8 * (SLOTS * EXTENT)).from_address(mapping.address)),
         )
     finally:
         path.unlink()
@@ -94,7 +94,7 @@ def test_what_one_engine_stored_another_loads(arena: tuple[Path, Mapping, npt.ND
         theirs = other.do("store 1")  # a digest of its KV in token order
         for view in views:
             view.fill_(7)
-        runs = WHOLE + np.array([PART * SLOT, 0, 0, 0])
+        runs = WHOLE + np.array([PART * EXTENT, 0, 0, 0])
         copier.scatter(mapping.address, table, runs, arena_bytes=mapping.size_bytes)
         assert digest(views, table) == theirs
         copier.gather(mapping.address, table[::-1].copy(), WHOLE, arena_bytes=mapping.size_bytes)
@@ -114,7 +114,7 @@ def test_an_engine_killed_in_the_middle_of_its_copies_harms_no_other(
     table = np.random.default_rng(5).permutation(COUNT).astype(np.int32)
     wanted = digest(views, table)
     copier.gather(mapping.address, table, WHOLE, arena_bytes=mapping.size_bytes)
-    kept = data[: PART * SLOT].copy()
+    kept = data[: PART * EXTENT].copy()
     try:
         for _ in range(3):
             other = Other(path, "cuda:0")
@@ -128,7 +128,7 @@ def test_an_engine_killed_in_the_middle_of_its_copies_harms_no_other(
             assert digest(views, table[::-1].copy()) == wanted
             copier.scatter(mapping.address, table, WHOLE, arena_bytes=mapping.size_bytes)
             assert digest(views, table) == wanted
-        assert (data[: PART * SLOT] == kept).all(), "what it wrote lies in its own slots"
+        assert (data[: PART * EXTENT] == kept).all(), "what it wrote lies in its own slots"
     finally:
         copier.close()
 

@@ -25,14 +25,14 @@ def serve(names: Mapping[str, Any], *first: Any) -> None:
 
 def set_deadline(seconds: float) -> int:
     """Of all calls to servers that this process makes from now on over the links that it has. Returns how many these are."""
-    from lmcache.engine.link import Link
+    from lmcache.engine.connection import Connection
 
     gc.unfreeze()  # vLLM hides what there is at its start from the collector, and so from us
     # A weak reference would be asked for the class of what it refers to, which may be gone.
-    links = [one for one in gc.get_objects() if type(one) is Link]
-    for link in links:
-        link.endpoint = replace(link.endpoint, deadline_seconds=seconds)
-    return len(links)
+    connections = [one for one in gc.get_objects() if type(one) is Connection]
+    for connection in connections:
+        connection.endpoint = replace(connection.endpoint, deadline_seconds=seconds)
+    return len(connections)
 
 
 def _say(answer: Any) -> None:

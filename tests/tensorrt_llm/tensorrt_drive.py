@@ -106,7 +106,7 @@ def do_abort(name: str, prompts: list[list[int]], steps: int, again: bool = Fals
 def do_break(name: str, what: str) -> dict[str, Any]:
     """From now on one of our own methods goes wrong, as a bug would."""
     engine = engines[name]
-    half = engine.scheduler._meeting.half if what in ("match", "plan_step", "allocated") else engine.workers[-1]._half
+    half = engine.scheduler._meeting.half if what in ("match", "plan_step", "allocated") else engine.workers[-1]._side
 
     def broken(*args: Any, **kwargs: Any) -> None:
         raise ZeroDivisionError("a bug")
@@ -117,7 +117,7 @@ def do_break(name: str, what: str) -> dict[str, Any]:
 
 def do_miss_arena(name: str) -> dict[str, Any]:
     """The last rank loses its arena between the promise and the load."""
-    session = engines[name].workers[-1]._half._session
+    session = engines[name].workers[-1]._side._session
     load = session.load
 
     def lose(job_id: str, job: Any) -> None:
@@ -131,7 +131,7 @@ def do_ready(name: str) -> dict[str, Any]:
     """Turn the loop once; whether the scheduler and every rank are connected, and the ranks have told so."""
     engine = engines[name]
     engine._get_finished()
-    halves = [engine.scheduler._meeting.half, *(worker._half for worker in engine.workers)]
+    halves = [engine.scheduler._meeting.half, *(worker._side for worker in engine.workers)]
     connected = all(half is not None and half._session.connected for half in halves)
     return {"ready": connected and halves[0].watch.all_have(halves[0]._session.epoch)}
 

@@ -6,10 +6,10 @@ import os
 from pathlib import Path
 
 from lmcache.tiers import ShardKey
-from lmcache.tiers.disk import DiskTier
+from lmcache.tiers.disk.segments import is_large, offset_of
+from lmcache.tiers.disk.tier import DiskTier
+from lmcache.tiers.filesystem import blocks
 from lmcache.tiers.frame import HEADER_BYTES
-from lmcache.tiers.medium import blocks
-from lmcache.tiers.segments import is_large, offset_of
 
 
 def where(tier: DiskTier, key: ShardKey) -> tuple[Path, int, int, int]:
@@ -43,7 +43,7 @@ def replace_frame(tier: DiskTier, key: ShardKey, stored: bytes) -> None:
         os.close(fd)
 
 
-def medium_bytes(folder: Path) -> int:
+def filesystem_bytes(folder: Path) -> int:
     """Blocks of all files of a folder and of its folders, as du says."""
     total = 0
     for path in [folder, *folder.rglob("*")]:

@@ -17,25 +17,25 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from disk_files import medium_bytes
-from media import EndingMedium
+from disk_files import filesystem_bytes
+from filesystems import EndingFilesystem
 
+from lmcache.testing.conformance import load_one, shard_key, shard_of
 from lmcache.tiers import ABSENT, KEPT, OK, Tier
-from lmcache.tiers.conformance import load_one, shard_key, shard_of
-from lmcache.tiers.directory import DirectoryTier
-from lmcache.tiers.disk import DiskTier
-from lmcache.tiers.medium import Medium
-from lmcache.tiers.segments import is_large
+from lmcache.tiers.directory.tier import DirectoryTier
+from lmcache.tiers.disk.segments import is_large
+from lmcache.tiers.disk.tier import DiskTier
+from lmcache.tiers.filesystem import Filesystem
 
 CAP_BYTES = 2 << 20
 SIZES = (1000, 2000, 70_000, 131_072, 400_001)
 STEPS = {"disk": 14, "dir": 8}
 
 
-def make(kind: str, folder: Path, medium: Medium) -> Tier:
+def make(kind: str, folder: Path, filesystem: Filesystem) -> Tier:
     if kind == "dir":
-        return DirectoryTier(folder, None, medium=medium, threads=1)
-    return DiskTier(folder, CAP_BYTES, medium=medium)
+        return DirectoryTier(folder, None, filesystem=filesystem, threads=1)
+    return DiskTier(folder, CAP_BYTES, filesystem=filesystem)
 
 
 def size_of(number: int) -> int:
@@ -84,9 +84,9 @@ def run(kind: str, folder: Path, at: int, torn: bool) -> list[str]:
         def say(line: str) -> None:
             os.write(write_end, line.encode() + b"\n")
 
-        medium = EndingMedium(at, torn, say)
-        work(make(kind, folder, medium), STEPS[kind], say)
-        say("ended " + " ".join(medium.kinds))
+        filesystem = EndingFilesystem(at, torn, say)
+        work(make(kind, folder, filesystem), STEPS[kind], say)
+        say("ended " + " ".join(filesystem.kinds))
         os._exit(0)
     os.close(write_end)
     with os.fdopen(read_end) as said:
@@ -121,12 +121,12 @@ def wrongs(kind: str, folder: Path, lines: list[str]) -> list[str]:
             if word != "used":
                 doubtful = set()
     found = []
-    if kind == "disk" and folder.exists() and medium_bytes(folder) > CAP_BYTES:
-        found.append(f"{medium_bytes(folder)} bytes at the death")
-    tier = make(kind, folder, Medium())
+    if kind == "disk" and folder.exists() and filesystem_bytes(folder) > CAP_BYTES:
+        found.append(f"{filesystem_bytes(folder)} bytes at the death")
+    tier = make(kind, folder, Filesystem())
     tier.open()
-    if kind == "disk" and not max(tier.usage().stored_bytes, medium_bytes(folder)) <= CAP_BYTES:
-        found.append(f"{tier.usage().stored_bytes} or {medium_bytes(folder)} bytes after the start")
+    if kind == "disk" and not max(tier.usage().stored_bytes, filesystem_bytes(folder)) <= CAP_BYTES:
+        found.append(f"{tier.usage().stored_bytes} or {filesystem_bytes(folder)} bytes after the start")
     there: dict[int, bool] = {}
     for number in sorted({*recency, *removed, *doubtful}):
         outcome, payload = load_one(tier, shard_key(number), size_of(number))

@@ -14,17 +14,17 @@ from pathlib import Path
 from typing import TypeVar
 
 import pytest
-from disk_files import medium_bytes
-from media import FaultyMedium
+from disk_files import filesystem_bytes
+from filesystems import FaultyFilesystem
 
 from lmcache.errors import ConfigError
+from lmcache.testing.conformance import load_one, payload_of, shard_key, shard_of
 from lmcache.tiers import ABSENT, KEPT, OK, TierError, frame
-from lmcache.tiers import directory as directory_module
-from lmcache.tiers.conformance import load_one, payload_of, shard_key, shard_of
-from lmcache.tiers.directory import DirectoryTier
+from lmcache.tiers.directory import tier as directory_module
+from lmcache.tiers.directory.janitor import LEASE_SECONDS, LEFTOVER_SECONDS, Count, Janitor
+from lmcache.tiers.directory.tier import DirectoryTier
+from lmcache.tiers.filesystem import Filesystem
 from lmcache.tiers.frame_io import UNREADABLE
-from lmcache.tiers.janitor import LEASE_SECONDS, LEFTOVER_SECONDS, Count, Janitor
-from lmcache.tiers.medium import Medium
 from lmcache.tiers.registry import make_tier
 from servers import PATIENCE, eventually
 
@@ -37,8 +37,10 @@ def directory(tmp_path: Path) -> Iterator[Callable[..., DirectoryTier]]:
     """Open tiers over one folder, as of several machines; closed at the end."""
     made: list[DirectoryTier] = []
 
-    def make(max_bytes: int | None = None, medium: Medium | None = None, touch_seconds: float = 60.0) -> DirectoryTier:
-        made.append(DirectoryTier(tmp_path / "tier", max_bytes, medium=medium, touch_seconds=touch_seconds))
+    def make(
+        max_bytes: int | None = None, filesystem: Filesystem | None = None, touch_seconds: float = 60.0
+    ) -> DirectoryTier:
+        made.append(DirectoryTier(tmp_path / "tier", max_bytes, filesystem=filesystem, touch_seconds=touch_seconds))
         made[-1].open()
         return made[-1]
 
@@ -75,7 +77,7 @@ def test_what_one_stores_the_other_finds_at_once(directory: Callable[..., Direct
     assert fill(one, range(1, 2), 70_000) == [OK]
 
 
-def test_files_are_this_users_and_lie_where_the_page_says(
+def test_files_are_this_users_and_lie_where_the_sector_says(
     directory: Callable[..., DirectoryTier], tmp_path: Path
 ) -> None:
     old = os.umask(0)
@@ -102,7 +104,7 @@ def test_a_cut_or_lengthened_file_is_a_miss_and_goes(directory: Callable[..., Di
 def test_a_damaged_file_that_was_replaced_meanwhile_stays(directory: Callable[..., DirectoryTier]) -> None:
     other = directory()
 
-    class Slow(Medium):
+    class Slow(Filesystem):
         """Another machine stores the shard anew while this one reads the damaged file."""
 
         replaced = False
@@ -115,7 +117,7 @@ def test_a_damaged_file_that_was_replaced_meanwhile_stays(directory: Callable[..
                 assert fill(other, range(1, 2), 5000) == [OK]
             return got
 
-    tier = directory(medium=Slow())
+    tier = directory(filesystem=Slow())
     fill(tier, range(1, 2), 5000)
     content = bytearray(file_of(tier, 1).read_bytes())
     content[1000] ^= 1
@@ -125,7 +127,7 @@ def test_a_damaged_file_that_was_replaced_meanwhile_stays(directory: Callable[..
 
 
 def test_the_time_of_use_is_brought_up_once_a_minute(directory: Callable[..., DirectoryTier]) -> None:
-    class Counting(Medium):
+    class Counting(Filesystem):
         touched: list[Path] = []  # noqa: RUF012
 
         def touch(self, path: Path) -> None:
@@ -133,7 +135,7 @@ def test_the_time_of_use_is_brought_up_once_a_minute(directory: Callable[..., Di
                 self.touched.append(path)
             super().touch(path)
 
-    tier = directory(medium=Counting())
+    tier = directory(filesystem=Counting())
     fill(tier, range(2), 5000)
     age(file_of(tier, 0), 30)
     for _ in range(3):
@@ -171,10 +173,10 @@ def test_one_is_elected_and_makes_room_for_the_others(
     with first._counting:  # the janitor is busy
         outcomes = [outcome for number in range(40) for outcome in fill(second, range(number, number + 1), MIB)]
     assert outcomes.index("full") in (13, 14, 15) and "full" in outcomes[-1:]
-    assert medium_bytes(tmp_path / "tier") <= cap
+    assert filesystem_bytes(tmp_path / "tier") <= cap
     eventually(lambda: fill(second, range(50, 51), MIB) != ["full"])
     assert load_one(first, shard_key(50), MIB)[0] == OK
-    assert medium_bytes(tmp_path / "tier") <= cap
+    assert filesystem_bytes(tmp_path / "tier") <= cap
 
 
 def test_both_writing_stay_within_the_cap_and_what_one_wrote_unseen(
@@ -184,11 +186,11 @@ def test_both_writing_stay_within_the_cap_and_what_one_wrote_unseen(
     first, second = directory(cap), directory(cap)
     fill(first, range(12), MIB)
     fill(second, range(20, 32), MIB)  # it has not heard of the others yet
-    assert medium_bytes(tmp_path / "tier") <= 2 * cap
+    assert filesystem_bytes(tmp_path / "tier") <= 2 * cap
     for _ in range(2):  # what the second wrote may be in the first count or not, so it counts on the safe side
         with first._counting:
             first._tidy(cap // 20)
-        assert medium_bytes(tmp_path / "tier") <= cap
+        assert filesystem_bytes(tmp_path / "tier") <= cap
         with second._counting:
             second._tidy()
         assert second.usage().stored_bytes >= first.usage().stored_bytes
@@ -197,7 +199,7 @@ def test_both_writing_stay_within_the_cap_and_what_one_wrote_unseen(
 
 def test_the_lease_of_the_dead_and_of_the_silent_is_taken(tmp_path: Path) -> None:
     (tmp_path / "tmp").mkdir()
-    one, two = Janitor(Medium(), tmp_path), Janitor(Medium(), tmp_path)
+    one, two = Janitor(Filesystem(), tmp_path), Janitor(Filesystem(), tmp_path)
     assert one.elected() and one.elected() and not two.elected()
     age(tmp_path / "janitor", LEASE_SECONDS - 20)
     assert not two.elected()
@@ -208,8 +210,8 @@ def test_the_lease_of_the_dead_and_of_the_silent_is_taken(tmp_path: Path) -> Non
     two.leave(Count(5, 1))
     assert not (tmp_path / "janitor").exists() and (one.published() or (None,))[:2] == (Count(5, 1), True)
     script = (
-        "import sys; from pathlib import Path; from lmcache.tiers.janitor import Janitor;"
-        "from lmcache.tiers.medium import Medium; assert Janitor(Medium(), Path(sys.argv[1])).elected()"
+        "import sys; from pathlib import Path; from lmcache.tiers.directory.janitor import Janitor;"
+        "from lmcache.tiers.filesystem import Medium; assert Janitor(Medium(), Path(sys.argv[1])).elected()"
     )
     subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True)
     assert one.elected()  # that process is gone, so nobody waits for its minute to end
@@ -229,14 +231,14 @@ def test_nonsense_in_a_file_that_machines_share_leaves_room_to_be_made(
     tier._wake.set()
     eventually(lambda: tier._ended > ended or not tier._watch.is_alive())
     assert fill(tier, range(20, 28), MIB) == [OK] * 8
-    assert medium_bytes(tmp_path / "tier") <= 16 * MIB
+    assert filesystem_bytes(tmp_path / "tier") <= 16 * MIB
 
 
 @pytest.mark.parametrize("process", ["²", str(10**30)])
 def test_a_lease_of_no_process_ends_as_any_other(tmp_path: Path, process: str) -> None:
     (tmp_path / "tmp").mkdir()
     (tmp_path / "janitor").write_text(f"{socket.gethostname()} {process} x", "utf-8")
-    janitor = Janitor(Medium(), tmp_path)
+    janitor = Janitor(Filesystem(), tmp_path)
     assert not janitor.elected()
     age(tmp_path / "janitor", LEASE_SECONDS + 5)
     assert janitor.elected()
@@ -299,8 +301,8 @@ def test_leftovers_of_crashed_writers_are_swept_and_those_of_live_ones_are_not(
 
 def test_after_a_crash_the_count_is_taken_anew(directory: Callable[..., DirectoryTier], tmp_path: Path) -> None:
     script = (
-        "import os, signal, sys; from pathlib import Path; from lmcache.tiers.directory import DirectoryTier;"
-        "from lmcache.tiers.conformance import shard_key, shard_of;"
+        "import os, signal, sys; from pathlib import Path; from lmcache.tiers.directory.tier import DirectoryTier;"
+        "from lmcache.testing.conformance import shard_key, shard_of;"
         "t = DirectoryTier(Path(sys.argv[1]), 1 << 24); t.open();"
         "t.store([shard_of(shard_key(n), 700_000) for n in range(9)]); os.kill(os.getpid(), signal.SIGKILL)"
     )
@@ -409,7 +411,7 @@ def test_a_look_at_everything_ends_when_the_tier_is_closed(
 ) -> None:
     fill(directory(), range(5), 1000)
     stop = threading.Event()
-    janitor = Janitor(Medium(), tmp_path / "tier", stop)
+    janitor = Janitor(Filesystem(), tmp_path / "tier", stop)
     assert janitor.count().shards == 5
     stop.set()
     for look in (janitor.count, janitor.clear):
@@ -424,7 +426,7 @@ def test_a_clear_ends_in_the_middle_of_a_folder(tmp_path: Path, folder: str) -> 
     for number in range(2000):
         (place / f"{number:032x}-0-1").touch()
 
-    class Closing(Medium):
+    class Closing(Filesystem):
         """The tier is closed when the first file goes."""
 
         def unlink(self, path: Path) -> None:
@@ -435,7 +437,7 @@ def test_a_clear_ends_in_the_middle_of_a_folder(tmp_path: Path, folder: str) -> 
     with pytest.raises(InterruptedError):
         Janitor(Closing(), tmp_path, stop).clear()
     assert len(list(place.iterdir())) == 1999
-    Janitor(Medium(), tmp_path).clear()
+    Janitor(Filesystem(), tmp_path).clear()
     assert list(tmp_path.glob("**/*-0-1")) == []
 
 
@@ -461,47 +463,47 @@ def test_clear_leaves_what_is_not_the_caches(directory: Callable[..., DirectoryT
 def test_a_store_that_fails_is_said_and_leaves_nothing(
     directory: Callable[..., DirectoryTier], tmp_path: Path, operation: str, code: int, reason: str
 ) -> None:
-    medium = FaultyMedium()
-    tier = directory(medium=medium)
+    filesystem = FaultyFilesystem()
+    tier = directory(filesystem=filesystem)
     fill(tier, range(3), 70_000)
-    medium.fail = {operation: code}
+    filesystem.fail = {operation: code}
     with pytest.raises(TierError) as caught:
         fill(tier, range(3, 6), 70_000)
     assert caught.value.reason == reason
-    medium.fail.clear()
+    filesystem.fail.clear()
     assert there(tier, range(6)) == [0, 1, 2]
     assert list((tmp_path / "tier/tmp").iterdir()) == []
     assert fill(tier, range(3, 6), 70_000) == [OK] * 3
 
 
 def test_a_full_file_system_is_an_outcome(directory: Callable[..., DirectoryTier], tmp_path: Path) -> None:
-    medium = FaultyMedium()
-    tier = directory(medium=medium)
+    filesystem = FaultyFilesystem()
+    tier = directory(filesystem=filesystem)
     fill(tier, range(2), 5000)
     before = tier.usage()
     for code in (errno.ENOSPC, errno.EDQUOT):
-        medium.fail = {"pwritev": code}
+        filesystem.fail = {"pwritev": code}
         assert fill(tier, range(2, 4), 5000) == ["full"] * 2
-        medium.fail = {"close": code}
+        filesystem.fail = {"close": code}
         assert fill(tier, range(2, 4), 5000) == ["full"] * 2
-    medium.fail.clear()
+    filesystem.fail.clear()
     assert tier.usage() == before and list((tmp_path / "tier/tmp").iterdir()) == []
     assert fill(tier, range(2, 4), 5000) == [OK] * 2
 
 
 def test_reads_that_fail(directory: Callable[..., DirectoryTier]) -> None:
-    medium = FaultyMedium()
-    tier = directory(medium=medium)
+    filesystem = FaultyFilesystem()
+    tier = directory(filesystem=filesystem)
     fill(tier, range(3), 5000)
-    medium.fail = {"preadv": errno.EIO}
+    filesystem.fail = {"preadv": errno.EIO}
     keys, buffers = [*map(shard_key, range(3))], [memoryview(bytearray(5000)) for _ in range(3)]
     with pytest.raises(TierError, match="look at the kernel's log"):
         tier.load(keys, buffers)
-    medium.after = {"preadv": 1}
+    filesystem.after = {"preadv": 1}
     assert sorted(tier.load(keys, buffers)) == [OK, UNREADABLE, UNREADABLE]
-    medium.fail = {"preadv": errno.ESTALE}
+    filesystem.fail = {"preadv": errno.ESTALE}
     assert tier.load(keys, buffers) == [ABSENT] * 3
-    medium.fail.clear()
+    filesystem.fail.clear()
     assert tier.load(keys, buffers) == [OK] * 3
 
 

@@ -15,19 +15,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from disk_files import medium_bytes, where
-from media import FaultyMedium
+from disk_files import filesystem_bytes, where
+from filesystems import FaultyFilesystem
 
 from lmcache.errors import ConfigError
-from lmcache.tiers import ABSENT, KEPT, OK, Shard, ShardKey, TierError, disk_folder, frame
-from lmcache.tiers import disk as disk_module
-from lmcache.tiers.conformance import load_one, payload_of, shard_key, shard_of
-from lmcache.tiers.disk import DiskTier
+from lmcache.testing.conformance import load_one, payload_of, shard_key, shard_of
+from lmcache.tiers import ABSENT, KEPT, OK, Shard, ShardKey, TierError, frame
+from lmcache.tiers.disk import folder as disk_folder
+from lmcache.tiers.disk import tier as disk_module
+from lmcache.tiers.disk.journal import PUT, Journal
+from lmcache.tiers.disk.shard_index import RECORD, ShardIndex, tag_of
+from lmcache.tiers.disk.tier import DiskTier
+from lmcache.tiers.filesystem import Filesystem
 from lmcache.tiers.frame_io import UNREADABLE
-from lmcache.tiers.journal import PUT, Journal
-from lmcache.tiers.medium import Medium
 from lmcache.tiers.registry import make_tier
-from lmcache.tiers.shard_index import RECORD, ShardIndex, tag_of
 
 MIB = 1 << 20
 CAP = 16 * MIB
@@ -39,16 +40,16 @@ def disk(tmp_path: Path) -> Iterator[Callable[..., DiskTier]]:
     made: list[DiskTier] = []
 
     def make(
-        max_bytes: int | None = CAP, io: str = "auto", medium: Medium | None = None, at: Path | None = None
+        max_bytes: int | None = CAP, io: str = "auto", filesystem: Filesystem | None = None, at: Path | None = None
     ) -> DiskTier:
-        made.append(DiskTier(at or tmp_path / "tier", max_bytes, io, medium=medium))
+        made.append(DiskTier(at or tmp_path / "tier", max_bytes, io, filesystem=filesystem))
         made[-1].open()
         return made[-1]
 
     yield make
     for tier in made:
-        if isinstance(tier._medium, FaultyMedium):
-            tier._medium.fail.clear()
+        if isinstance(tier._filesystem, FaultyFilesystem):
+            tier._filesystem.fail.clear()
         tier.close()
 
 
@@ -75,8 +76,8 @@ def test_a_second_opener_is_told_who_has_it(disk: Callable[..., DiskTier], tmp_p
 
 def test_a_lock_of_a_dead_process_holds_nobody(disk: Callable[..., DiskTier], tmp_path: Path) -> None:
     script = (
-        "import os, signal, sys; from pathlib import Path; from lmcache.tiers.disk import DiskTier;"
-        "from lmcache.tiers.conformance import shard_key, shard_of;"
+        "import os, signal, sys; from pathlib import Path; from lmcache.tiers.disk.tier import DiskTier;"
+        "from lmcache.testing.conformance import shard_key, shard_of;"
         "t = DiskTier(Path(sys.argv[1]), 1 << 24); t.open();"
         "t.store([shard_of(shard_key(1), 70000), shard_of(shard_key(2), 700)]); os.kill(os.getpid(), signal.SIGKILL)"
     )
@@ -148,9 +149,9 @@ def test_without_a_cap_it_takes_nine_tenths_of_what_is_free(disk: Callable[..., 
 
 def test_small_shards_are_packed(disk: Callable[..., DiskTier], tmp_path: Path) -> None:
     tier = disk()
-    before = medium_bytes(tmp_path / "tier")
+    before = filesystem_bytes(tmp_path / "tier")
     assert fill(tier, range(1000), 2048) == [OK] * 1000
-    assert medium_bytes(tmp_path / "tier") - before <= 1000 * 2350  # frame 2176, index 64, journal's room
+    assert filesystem_bytes(tmp_path / "tier") - before <= 1000 * 2350  # frame 2176, index 64, journal's room
 
 
 def test_a_packed_block_goes_with_its_last_frame(disk: Callable[..., DiskTier], tmp_path: Path) -> None:
@@ -167,14 +168,14 @@ def test_a_packed_block_goes_with_its_last_frame(disk: Callable[..., DiskTier], 
 
 
 def test_one_call_is_few_writes(disk: Callable[..., DiskTier]) -> None:
-    class Counting(Medium):
+    class Counting(Filesystem):
         writes: list[int] = []  # noqa: RUF012
 
         def pwritev(self, fd: int, buffers: list[memoryview], offset: int) -> int:
             self.writes.append(sum(one.nbytes for one in buffers))
             return super().pwritev(fd, buffers, offset)
 
-    tier = disk(max_bytes=64 * MIB, medium=Counting())
+    tier = disk(max_bytes=64 * MIB, filesystem=Counting())
     Counting.writes.clear()
     fill(tier, range(500), 2048)
     assert len(Counting.writes) == 2 * 2  # two groups, of as many as a buffer takes, and what the journal says of each
@@ -192,7 +193,7 @@ def test_a_lower_cap_is_kept_from_the_start(disk: Callable[..., DiskTier], tmp_p
     fill(tier, range(28), MIB)
     tier.close()
     tier = disk(max_bytes=8 * MIB)
-    assert medium_bytes(tmp_path / "tier") <= tier.usage().stored_bytes <= 8 * MIB
+    assert filesystem_bytes(tmp_path / "tier") <= tier.usage().stored_bytes <= 8 * MIB
     left = there(tier, range(28))
     assert left == list(range(28 - len(left), 28)) and len(left) >= 6
 
@@ -204,7 +205,7 @@ def test_the_cap_holds_at_every_instant(disk: Callable[..., DiskTier], tmp_path:
     def watch() -> None:
         nonlocal most
         while not done.is_set():
-            most = max(most, medium_bytes(tmp_path / "tier"))
+            most = max(most, filesystem_bytes(tmp_path / "tier"))
 
     def write(seed: int) -> None:
         dice = random.Random(seed)
@@ -257,7 +258,7 @@ def test_a_cut_journal_loses_only_what_was_cut(disk: Callable[..., DiskTier], tm
         assert left == list(range(10 - (1 + (end - 1 - cut) // 96)))
         for number in left:
             assert load_one(other, shard_key(number), 70_000)[0] == OK
-        assert medium_bytes(copy) <= len(left) * 78_000 + 60_000  # what the journal no longer knows was given back
+        assert filesystem_bytes(copy) <= len(left) * 78_000 + 60_000  # what the journal no longer knows was given back
         other.close()
 
 
@@ -289,7 +290,7 @@ def test_many_records_open_fast_and_take_little(tmp_path: Path) -> None:
     records["place"] = (np.arange(count, dtype=np.uint64) + np.uint64(64)) * np.uint64(64) + np.uint64(1 << 32)
     records["tag"] = [tag_of(key.tobytes()) for key in keys]
     (tmp_path / "tier").mkdir(mode=0o700)
-    journal = Journal(Medium(), tmp_path / "tier")
+    journal = Journal(Filesystem(), tmp_path / "tier")
     journal.open()
     journal.restart(records[: count // 2], 2)
     for at in range(count // 2, count, 100):
@@ -328,7 +329,7 @@ def test_the_index_against_a_plain_dictionary() -> None:
 def test_equal_tags_of_different_keys_do_no_harm(
     disk: Callable[..., DiskTier], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("lmcache.tiers.shard_index.tag_of", "lmcache.tiers.disk.tag_of"):
+    for module in ("lmcache.tiers.disk.shard_index.tag_of", "lmcache.tiers.disk.tier.tag_of"):
         monkeypatch.setattr(module, lambda key: key[16] % 4)
     tier = disk()
     for size in (1000, 80_000):
@@ -347,7 +348,7 @@ def test_equal_tags_of_different_keys_do_no_harm(
 
 @pytest.mark.parametrize("io", ["auto", "direct", "buffered"])
 def test_what_is_asked_for_is_how_segments_are_opened(disk: Callable[..., DiskTier], tmp_path: Path, io: str) -> None:
-    class Noting(Medium):
+    class Noting(Filesystem):
         flags: dict[str, int] = {}  # noqa: RUF012
 
         def open(self, path: Path, flags: int) -> int:
@@ -358,7 +359,7 @@ def test_what_is_asked_for_is_how_segments_are_opened(disk: Callable[..., DiskTi
         os.close(os.open(tmp_path / "plain", os.O_CREAT | os.O_RDWR | os.O_DIRECT))
     except OSError:
         pytest.skip("no O_DIRECT here")
-    tier = disk(io=io, medium=Noting())
+    tier = disk(io=io, filesystem=Noting())
     for size in (1000, 300_001):
         assert fill(tier, range(size, size + 2), size) == [OK] * 2
         assert load_one(tier, shard_key(size), size) == (OK, payload_of(shard_key(size), size))
@@ -370,13 +371,13 @@ def test_what_is_asked_for_is_how_segments_are_opened(disk: Callable[..., DiskTi
 def test_a_directory_that_cannot_be_written_to_is_named(
     disk: Callable[..., DiskTier], tmp_path: Path, code: int, reason: str
 ) -> None:
-    medium = FaultyMedium()
-    medium.fail = {"open": code}
+    filesystem = FaultyFilesystem()
+    filesystem.fail = {"open": code}
     with pytest.raises(TierError, match=f"^disk://{tmp_path}/tier: ") as caught:
-        disk(medium=medium)
+        disk(filesystem=filesystem)
     assert caught.value.reason == reason and "\n" not in str(caught.value)
-    medium.fail.clear()
-    assert fill(disk(medium=medium), range(3), 1000) == [OK] * 3
+    filesystem.fail.clear()
+    assert fill(disk(filesystem=filesystem), range(3), 1000) == [OK] * 3
 
 
 def test_no_direct_io_is_said_once(disk: Callable[..., DiskTier]) -> None:
@@ -384,7 +385,7 @@ def test_no_direct_io_is_said_once(disk: Callable[..., DiskTier]) -> None:
     listener = logging.Handler()
     listener.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
 
-    class NoDirect(Medium):
+    class NoDirect(Filesystem):
         def open(self, path: Path, flags: int) -> int:
             if flags & os.O_DIRECT:
                 raise OSError(errno.EINVAL, "Invalid argument")
@@ -392,7 +393,7 @@ def test_no_direct_io_is_said_once(disk: Callable[..., DiskTier]) -> None:
 
     disk_folder.log.addHandler(listener)
     try:
-        tier = disk(medium=NoDirect())
+        tier = disk(filesystem=NoDirect())
     finally:
         disk_folder.log.removeHandler(listener)
     for size in (1000, 300_001):
@@ -401,17 +402,17 @@ def test_no_direct_io_is_said_once(disk: Callable[..., DiskTier]) -> None:
     assert len([line for line in said if "no O_DIRECT: going through the page cache" in line]) == 1
     tier.close()
     with pytest.raises(TierError, match="use io=auto or io=buffered"):
-        disk(io="direct", medium=NoDirect())
+        disk(io="direct", filesystem=NoDirect())
 
 
 def test_no_holes_no_tier(disk: Callable[..., DiskTier], tmp_path: Path) -> None:
-    medium = FaultyMedium()
-    medium.fail = {"punch": errno.EOPNOTSUPP}
+    filesystem = FaultyFilesystem()
+    filesystem.fail = {"punch": errno.EOPNOTSUPP}
     with pytest.raises(TierError, match="cannot punch holes; use another one, or dir://"):
-        disk(medium=medium)
+        disk(filesystem=filesystem)
     assert sorted(path.name for path in (tmp_path / "tier").iterdir()) == ["lock"]
-    medium.fail.clear()
-    disk(medium=medium)
+    filesystem.fail.clear()
+    disk(filesystem=filesystem)
 
 
 @pytest.mark.parametrize("size", [2000, 200_000])
@@ -423,19 +424,19 @@ def test_no_holes_no_tier(disk: Callable[..., DiskTier], tmp_path: Path) -> None
 def test_a_store_that_fails_is_said_and_costs_nothing(
     disk: Callable[..., DiskTier], tmp_path: Path, size: int, code: int, reason: str
 ) -> None:
-    medium = FaultyMedium()
-    tier = disk(medium=medium)
+    filesystem = FaultyFilesystem()
+    tier = disk(filesystem=filesystem)
     assert fill(tier, range(5), size) == [OK] * 5
     for operation, after in (("pwritev", 0), ("pwritev", 1), ("allocate", 0)):
-        tier._journal._room = tier._journal.end if operation == "allocate" else tier._journal._room
-        medium.fail, medium.after = {operation: code}, {operation: after}
+        tier._journal._allocator = tier._journal.end if operation == "allocate" else tier._journal._allocator
+        filesystem.fail, filesystem.after = {operation: code}, {operation: after}
         with pytest.raises(TierError) as caught:
             fill(tier, range(5, 8), size)
         assert caught.value.reason == reason and str(tmp_path) in str(caught.value)
         assert there(tier, range(10)) == [0, 1, 2, 3, 4]
         for number in range(5):
             assert load_one(tier, shard_key(number), size) == (OK, payload_of(shard_key(number), size))
-    medium.fail.clear()
+    filesystem.fail.clear()
     before = tier.usage().stored_bytes
     assert fill(tier, range(5, 8), size) == [OK] * 3
     assert tier.usage().stored_bytes - before <= 3 * (size + 8192 + 200) + 8192
@@ -444,14 +445,14 @@ def test_a_store_that_fails_is_said_and_costs_nothing(
 
 
 def test_a_read_only_file_system_still_serves(disk: Callable[..., DiskTier]) -> None:
-    medium = FaultyMedium()
-    tier = disk(medium=medium)
+    filesystem = FaultyFilesystem()
+    tier = disk(filesystem=filesystem)
     fill(tier, range(5), 100_000)
-    medium.fail = dict.fromkeys(("pwritev", "allocate", "punch", "truncate", "rename", "unlink"), errno.EROFS)
+    filesystem.fail = dict.fromkeys(("pwritev", "allocate", "punch", "truncate", "rename", "unlink"), errno.EROFS)
     assert load_one(tier, shard_key(2), 100_000) == (OK, payload_of(shard_key(2), 100_000))
     with pytest.raises(TierError, match="remount it writable"):
         tier.remove([shard_key(1)])
-    medium.fail.clear()
+    filesystem.fail.clear()
     tier.remove([shard_key(1)])
     assert there(tier, range(5)) == [0, 2, 3, 4]
 
@@ -459,45 +460,45 @@ def test_a_read_only_file_system_still_serves(disk: Callable[..., DiskTier]) -> 
 def test_blocks_that_could_not_be_given_back_are_given_back_later(
     disk: Callable[..., DiskTier], tmp_path: Path
 ) -> None:
-    medium = FaultyMedium()
-    tier = disk(medium=medium)
+    filesystem = FaultyFilesystem()
+    tier = disk(filesystem=filesystem)
     fill(tier, range(12), MIB)
-    medium.fail = {"punch": errno.EIO}
+    filesystem.fail = {"punch": errno.EIO}
     with pytest.raises(TierError):
         tier.remove([shard_key(number) for number in range(5)])
     assert there(tier, range(12)) == list(range(5, 12))
     assert tier.usage().stored_bytes > 12 * MIB  # they are still on the medium
-    assert medium_bytes(tmp_path / "tier") <= tier.usage().stored_bytes
-    medium.fail.clear()
+    assert filesystem_bytes(tmp_path / "tier") <= tier.usage().stored_bytes
+    filesystem.fail.clear()
     tier.remove([shard_key(5)])
-    assert medium_bytes(tmp_path / "tier") <= tier.usage().stored_bytes < 7 * MIB
+    assert filesystem_bytes(tmp_path / "tier") <= tier.usage().stored_bytes < 7 * MIB
 
 
 def test_a_clear_that_fails_is_ended_by_the_next(disk: Callable[..., DiskTier], tmp_path: Path) -> None:
-    medium = FaultyMedium()
-    tier = disk(medium=medium)
+    filesystem = FaultyFilesystem()
+    tier = disk(filesystem=filesystem)
     empty = tier.usage()
     for number in range(12):
         fill(tier, range(number, number + 1), MIB)
-    medium.fail, medium.after = {"unlink": errno.EIO}, {"unlink": 2}
+    filesystem.fail, filesystem.after = {"unlink": errno.EIO}, {"unlink": 2}
     with pytest.raises(TierError):
         tier.clear()
     assert there(tier, range(12)) == [] and tier.usage().stored_bytes > 8 * MIB
-    medium.fail.clear()
+    filesystem.fail.clear()
     assert fill(tier, range(20, 34), MIB) == [OK] * 14  # what was not given back is, to make room
-    assert medium_bytes(tmp_path / "tier") <= tier.usage().stored_bytes <= CAP
+    assert filesystem_bytes(tmp_path / "tier") <= tier.usage().stored_bytes <= CAP
     tier.clear()
-    assert tier.usage() == empty and medium_bytes(tmp_path / "tier") < 40_000
+    assert tier.usage() == empty and filesystem_bytes(tmp_path / "tier") < 40_000
 
 
 @pytest.mark.parametrize("size", [2000, 200_000])
 def test_one_block_that_cannot_be_read_costs_one_shard(disk: Callable[..., DiskTier], size: int) -> None:
-    medium = FaultyMedium()
-    tier = disk(medium=medium)
+    filesystem = FaultyFilesystem()
+    tier = disk(filesystem=filesystem)
     fill(tier, range(6), size)
     _, header, payload, _ = where(tier, shard_key(2))
     bad = header if size < 4096 else payload
-    medium.applies = lambda name, arguments: (
+    filesystem.applies = lambda name, arguments: (
         name != "preadv"
         or (  # type: ignore[method-assign]
             arguments[2] <= bad < arguments[2] + sum(one.nbytes for one in arguments[1])
@@ -505,7 +506,7 @@ def test_one_block_that_cannot_be_read_costs_one_shard(disk: Callable[..., DiskT
     )
     if size < 4096:  # packed frames share blocks: what is in the bad block is lost together
         bad += 64
-    medium.fail = {"preadv": errno.EIO}
+    filesystem.fail = {"preadv": errno.EIO}
     buffers = [bytearray(size) for _ in range(6)]
     outcomes = tier.load([shard_key(number) for number in range(6)], [memoryview(one) for one in buffers])
     assert outcomes.count(UNREADABLE) <= 3 and outcomes[2] == UNREADABLE
@@ -516,30 +517,30 @@ def test_one_block_that_cannot_be_read_costs_one_shard(disk: Callable[..., DiskT
 
 
 def test_a_dead_device_loses_nothing_that_comes_back(disk: Callable[..., DiskTier]) -> None:
-    medium = FaultyMedium()
-    tier = disk(medium=medium)
+    filesystem = FaultyFilesystem()
+    tier = disk(filesystem=filesystem)
     fill(tier, range(4), 200_000)
     fill(tier, range(4, 8), 2000)
-    medium.fail = {"preadv": errno.EIO}
+    filesystem.fail = {"preadv": errno.EIO}
     keys = [shard_key(number) for number in range(8)]
     sizes = [200_000] * 4 + [2000] * 4
     with pytest.raises(TierError, match="look at the kernel's log") as caught:
         tier.load(keys, [memoryview(bytearray(size)) for size in sizes])
     assert caught.value.reason == "io"
-    medium.fail.clear()
+    filesystem.fail.clear()
     assert tier.load(keys, [memoryview(bytearray(size)) for size in sizes]) == [OK] * 8
 
 
 def test_the_index_is_rewritten_later_when_it_cannot_be_now(disk: Callable[..., DiskTier], tmp_path: Path) -> None:
-    medium = FaultyMedium()
-    tier = disk(max_bytes=2 * MIB, medium=medium)
+    filesystem = FaultyFilesystem()
+    tier = disk(max_bytes=2 * MIB, filesystem=filesystem)
     fill(tier, range(5), 3000)
-    medium.fail = {"rename": errno.EIO}
+    filesystem.fail = {"rename": errno.EIO}
     for _ in range(1500):
         assert load_one(tier, shard_key(3), 3000)[0] == OK
     assert (tmp_path / "tier" / "index").stat().st_size > 60_000
     assert not (tmp_path / "tier" / "index.new").exists()
-    medium.fail.clear()
+    filesystem.fail.clear()
     for _ in range(1500):
         assert load_one(tier, shard_key(3), 3000)[0] == OK
     assert (tmp_path / "tier" / "index").stat().st_size < 45_000
@@ -591,16 +592,16 @@ def test_a_full_file_system_lets_older_shards_make_way(
 def test_a_file_system_that_stays_full_does_not_empty_the_tier(
     disk: Callable[..., DiskTier], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lmcache.tiers.disk._PAUSE_SECONDS", 3600.0)
-    medium = FaultyMedium()
-    tier = disk(medium=medium)
+    monkeypatch.setattr("lmcache.tiers.disk.tier._PAUSE_SECONDS", 3600.0)
+    filesystem = FaultyFilesystem()
+    tier = disk(filesystem=filesystem)
     fill(tier, range(10), MIB)
-    medium.fail = {"pwritev": errno.ENOSPC}
-    medium.applies = lambda name, arguments: sum(one.nbytes for one in arguments[1]) > 4096  # type: ignore[method-assign]
+    filesystem.fail = {"pwritev": errno.ENOSPC}
+    filesystem.applies = lambda name, arguments: sum(one.nbytes for one in arguments[1]) > 4096  # type: ignore[method-assign]
     for number in range(20, 40):
         assert fill(tier, range(number, number + 1), MIB) == ["full"]
     assert len(there(tier, range(10))) >= 8  # one shard made way, and then it was seen to be useless
-    medium.fail.clear()
+    filesystem.fail.clear()
     tier._full_until = 0.0
     assert fill(tier, range(50, 51), MIB) == [OK]
 

@@ -11,17 +11,17 @@ import pytest
 import xxhash
 from blake3 import blake3
 
+from lmcache.testing.conformance import payload_of, shard_key, shard_of
 from lmcache.tiers import OK, ShardKey, frame
-from lmcache.tiers.conformance import payload_of, shard_key, shard_of
-from lmcache.tiers.disk import DiskTier
-from lmcache.tiers.shard_index import RECORD
+from lmcache.tiers.disk.shard_index import RECORD
+from lmcache.tiers.disk.tier import DiskTier
 
-PAGE = Path(__file__).resolve().parents[2] / "docs/tiers/frame.md"
+SECTOR = Path(__file__).resolve().parents[2] / "docs/tiers/frame.md"
 KEY = ShardKey(bytes(range(16)), bytes(range(16, 32)), 1, 2)
 
 
-def test_the_page_s_vector() -> None:
-    found = re.search(r"`hello`:\n\n((?:    .*\n)+)", PAGE.read_text())
+def test_the_sector_s_vector() -> None:
+    found = re.search(r"`hello`:\n\n((?:    .*\n)+)", SECTOR.read_text())
     assert found
     header = bytes.fromhex(re.sub(r"\s", "", found[1]))
     assert header == frame.make_header(KEY, bytes(range(32, 48)), b"hello")
@@ -61,7 +61,7 @@ def test_a_whole_frame_is_unpacked_and_nothing_of_another_is(secret: bytes) -> N
     assert frame.unpack(stored, shard_key(2), memoryview(bytearray(3000)), secret) == frame.OTHER_SHARD
 
 
-def test_a_reader_written_from_the_page_reads_a_disk_tier(tmp_path: Path) -> None:
+def test_a_reader_written_from_the_sector_reads_a_disk_tier(tmp_path: Path) -> None:
     tier = DiskTier(tmp_path / "tier", 32 << 20)
     tier.open()
     sizes = {number: (1000, 65_535, 65_536, 300_001)[number % 4] for number in range(12)}

@@ -11,8 +11,8 @@ import pytest
 import xxhash
 from memory_tier import STORES, MemoryTier
 
-from lmcache.tiers import OK, Shard, ShardKey, Tier, frame, medium
-from lmcache.tiers.conformance import ConformanceSuite, corrupted, payload_of, shard_key, shard_of
+from lmcache.testing.conformance import ConformanceSuite, corrupted, payload_of, shard_key, shard_of
+from lmcache.tiers import OK, Shard, ShardKey, Tier, filesystem, frame
 
 
 class TestMemory(ConformanceSuite):
@@ -36,8 +36,8 @@ class TestDisk(ConformanceSuite):
     def replace_frame(self, place: Path, tier: Tier, key: ShardKey, stored: bytes) -> None:
         disk_files.replace_frame(tier, key, stored)
 
-    def medium_bytes(self, place: Path, tier: Tier) -> int:
-        return disk_files.medium_bytes(place / "tier")
+    def filesystem_bytes(self, place: Path, tier: Tier) -> int:
+        return disk_files.filesystem_bytes(place / "tier")
 
 
 class TestDiskBuffered(TestDisk):
@@ -48,7 +48,7 @@ class TestDiskBuffered(TestDisk):
 class TestDiskInPython(TestDiskBuffered):
     @pytest.fixture(autouse=True)
     def without_native_code(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(medium, "_read_frames", None)
+        monkeypatch.setattr(filesystem, "_read_frames", None)
 
 
 class TestDirectory(ConformanceSuite):
@@ -64,8 +64,8 @@ class TestDirectory(ConformanceSuite):
     def replace_frame(self, place: Path, tier: Tier, key: ShardKey, stored: bytes) -> None:
         self.file(place, key).write_bytes(stored)
 
-    def medium_bytes(self, place: Path, tier: Tier) -> int:
-        return disk_files.medium_bytes(place / "tier")
+    def filesystem_bytes(self, place: Path, tier: Tier) -> int:
+        return disk_files.filesystem_bytes(place / "tier")
 
     def file(self, place: Path, key: ShardKey) -> Path:
         space, name = key.text.split("/")

@@ -13,13 +13,13 @@ import pytest
 import xxhash
 from disk_files import replace_frame, stored_frame, where
 
+from lmcache.testing.conformance import corrupted, payload_of, shard_key
 from lmcache.tiers import ABSENT, OK, Shard, ShardKey, frame
-from lmcache.tiers import medium as medium_module
-from lmcache.tiers.conformance import corrupted, payload_of, shard_key
-from lmcache.tiers.disk import DiskTier
-from lmcache.tiers.medium import BLOCK_BYTES, Medium, address_of, blocks
+from lmcache.tiers import filesystem as filesystem_module
+from lmcache.tiers.disk.tier import DiskTier
+from lmcache.tiers.filesystem import BLOCK_BYTES, Filesystem, address_of, blocks
 
-pytestmark = pytest.mark.skipif(medium_module._read_frames is None, reason="no native code")
+pytestmark = pytest.mark.skipif(filesystem_module._read_frames is None, reason="no native code")
 MIB = 1 << 20
 SIZES = (65_536, 65_537, 69_631, 69_632, 200_000, 524_288, MIB, 3 * MIB + 1000)
 
@@ -60,7 +60,7 @@ def read(
     asked = [(starts[number], size, address + starts[number]) for number, size in enumerate(sizes)]
     fd = os.open(path, os.O_RDONLY | flags)
     try:
-        told = Medium().read_frames(fd, asked, piece)
+        told = Filesystem().read_frames(fd, asked, piece)
     finally:
         os.close(fd)
     assert told is not None
@@ -110,7 +110,7 @@ def test_damage_has_the_same_names(
     tmp_path: Path, memory: memoryview, monkeypatch: pytest.MonkeyPatch, io: str
 ) -> None:
     calls: list[int] = []
-    native = medium_module._read_frames
+    native = filesystem_module._read_frames
     assert native is not None
 
     def counted(fd: int, frames: bytes, piece_bytes: int) -> bytes:
@@ -119,7 +119,7 @@ def test_damage_has_the_same_names(
 
     outcomes = []
     for reader in (counted, None):
-        monkeypatch.setattr(medium_module, "_read_frames", reader)
+        monkeypatch.setattr(filesystem_module, "_read_frames", reader)
         outcomes.append(list(damaged_loads(tmp_path / str(reader is None), memory, io)))
     assert outcomes[0] == outcomes[1]
     assert calls, "native code was not used"
@@ -164,7 +164,7 @@ def test_a_keyed_checksum_is_not_its_business(
     def never(fd: int, frames: bytes, piece_bytes: int) -> bytes:
         raise AssertionError("read without the key")
 
-    monkeypatch.setattr(medium_module, "_read_frames", never)
+    monkeypatch.setattr(filesystem_module, "_read_frames", never)
     tier = DiskTier(tmp_path / "tier", 64 * MIB, "buffered", bytes(32))
     tier.open()
     try:

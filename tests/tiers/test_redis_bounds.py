@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from lmcache.tiers import ABSENT, KEPT, OK, Shard, TierError, frame
-from lmcache.tiers.redis import FULL, RedisTier, booked_bytes
+from lmcache.tiers.redis.tier import FULL, RedisTier, booked_bytes
 from proxy import Proxy
 from servers import eventually
 from stores import RedisServer, load, shards_of, tier_of

@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 
 from lmcache.errors import ConfigError
+from lmcache.testing.conformance import ConformanceSuite
 from lmcache.tiers import ABSENT, KEPT, OK, Shard, ShardKey, Tier, TierError, frame
-from lmcache.tiers.conformance import ConformanceSuite
-from lmcache.tiers.redis import FULL, PART_BYTES, RedisTier, booked_bytes
+from lmcache.tiers.redis.tier import FULL, PART_BYTES, RedisTier, booked_bytes
 from lmcache.tiers.registry import make_tier, make_tiers
 from proxy import Proxy
 from servers import PATIENCE, beside, eventually, free_port, signed_by_itself
@@ -150,7 +150,7 @@ def test_the_cap_holds_and_what_was_used_longest_ago_goes(empty: RedisServer) ->
         assert tier.usage().stored_bytes <= cap
     gone = [not found for found in tier.contains([shard.key for shard in shards])]
     assert gone == [False, False, True, True, True] + [False] * (count - 2)
-    assert _books_agree(empty)
+    assert _accounting_agrees(empty)
 
 
 def test_recency_outlives_every_client(empty: RedisServer) -> None:
@@ -204,7 +204,7 @@ def test_two_clients_share_one_cap_and_one_copy(empty: RedisServer) -> None:
     stop.set()
     watcher.join()
     assert cap / 2 < peak[0] <= cap
-    assert _books_agree(empty)
+    assert _accounting_agrees(empty)
     assert load(tiers[0], shared) == [OK] * 4
 
 
@@ -222,7 +222,7 @@ def test_ttl_counts_from_the_last_use_and_frees_the_books(empty: RedisServer) ->
     brief.store([used, unused])
     eventually(lambda: not empty.raw.keys("{lmcache}/*"))
     brief.store(shards_of(1, 10))
-    assert brief.usage().shards == 1 and _books_agree(empty)
+    assert brief.usage().shards == 1 and _accounting_agrees(empty)
 
 
 def test_a_full_server_is_an_outcome_and_is_left_behind_when_there_is_room(empty: RedisServer) -> None:
@@ -241,7 +241,7 @@ def test_a_full_server_is_an_outcome_and_is_left_behind_when_there_is_room(empty
     assert set(load(tier, shards)) <= {OK, ABSENT}
     empty.raw.config_set("maxmemory", 0)
     assert tier.store(shards_of(1, MIB)) == [OK]
-    assert _books_agree(empty)
+    assert _accounting_agrees(empty)
 
 
 @pytest.mark.parametrize("policy", ["allkeys-lru", "allkeys-random"])
@@ -259,7 +259,7 @@ def test_a_server_that_drops_keys_of_its_own_makes_misses_and_the_books_follow(e
     empty.raw.config_set("maxmemory", 0)
     again = load(tier, shards + more)
     assert all(outcome in (was, ABSENT) for was, outcome in zip(outcomes, again, strict=True))
-    assert _books_agree(empty)
+    assert _accounting_agrees(empty)
     assert tier.usage().shards == again.count(OK)
 
 
@@ -271,7 +271,7 @@ def test_half_of_the_books_lost_takes_the_shards_along(empty: RedisServer, lost:
     empty.raw.delete(lost)
     assert load(tier, shards) == [ABSENT] * 5
     assert tier.usage().stored_bytes == 0 and empty.raw.dbsize() <= 1
-    assert tier.store(shards) == [OK] * 5 and _books_agree(empty)
+    assert tier.store(shards) == [OK] * 5 and _accounting_agrees(empty)
 
 
 def test_shards_without_books_are_booked_again_when_they_are_read(empty: RedisServer) -> None:
@@ -280,10 +280,10 @@ def test_shards_without_books_are_booked_again_when_they_are_read(empty: RedisSe
     tier.store(shards)
     empty.raw.delete("{lmcache}.index", "{lmcache}.uses")
     assert load(tier, shards) == [OK] * 5
-    assert tier.usage().shards == 5 and _books_agree(empty)
+    assert tier.usage().shards == 5 and _accounting_agrees(empty)
 
 
-def _books_agree(store: RedisServer) -> bool:
+def _accounting_agrees(store: RedisServer) -> bool:
     """Every record has its keys, every key its record, and the sum is the sum."""
     index = {name.decode(): value.decode() for name, value in store.raw.hgetall("{lmcache}.index").items()}
     used = int(index.pop("used", 0))
@@ -347,7 +347,7 @@ def test_a_connection_cut_in_a_store_leaves_a_miss_that_can_be_stored_again(
     assert other.contains([shard.key]) == [False] and load(other, [shard]) == [ABSENT]
     assert other.store([shard]) == [OK]
     assert load(tier, [shard]) == [OK]
-    assert _books_agree(empty)
+    assert _accounting_agrees(empty)
 
 
 def test_parts_without_a_header_go_by_themselves(empty: RedisServer, proxy: Callable[..., Proxy]) -> None:
@@ -397,7 +397,7 @@ def test_a_writer_killed_in_the_middle_of_stores_leaves_whole_shards_only(empty:
         )
 
     eventually(settled)
-    assert _books_agree(empty)
+    assert _accounting_agrees(empty)
     keys = [ShardKey.unpack(bytes.fromhex(line)) for line in acknowledged]
     memory = memoryview(bytearray(9_000_000))
     assert [tier.load([key], [memory]) for key in keys] == [[OK]] * len(keys)
@@ -660,7 +660,7 @@ def test_tls_with_a_ca_file_and_without(empty: RedisServer, proxy: Callable[...,
         make_tier(f"{empty.url()}?ca_file={certificate}")
 
 
-def test_a_cluster_spreads_shards_and_a_moved_slot_is_followed(start: Callable[..., RedisServer]) -> None:
+def test_a_cluster_spreads_shards_and_a_moved_extent_is_followed(start: Callable[..., RedisServer]) -> None:
     nodes = [start("--cluster-enabled", "yes", "--cluster-port", str(port)) for port in (free_port(), free_port())]
     one, two = nodes
     one.raw.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 8191)
@@ -679,14 +679,14 @@ def test_a_cluster_spreads_shards_and_a_moved_slot_is_followed(start: Callable[.
     assert tier.contains([shard.key for shard in shards]) == [True] * 80
     # one slot, emptied first, goes to the other node behind the client's back
     moved = [shard for shard in shards if tier._tag(shard.key) == tier._tag(shards[0].key)]
-    slot = one.raw.execute_command("CLUSTER", "KEYSLOT", tier._tag(shards[0].key))
+    extent = one.raw.execute_command("CLUSTER", "KEYSLOT", tier._tag(shards[0].key))
     tier.remove([shard.key for shard in moved])
-    source, target = (one, two) if slot < 8192 else (two, one)
-    for key in source.raw.execute_command("CLUSTER", "GETKEYSINSLOT", slot, 100):
+    source, target = (one, two) if extent < 8192 else (two, one)
+    for key in source.raw.execute_command("CLUSTER", "GETKEYSINSLOT", extent, 100):
         source.raw.delete(key)
     identity = target.raw.execute_command("CLUSTER", "MYID")
     for node in (target, source):
-        node.raw.execute_command("CLUSTER", "SETSLOT", slot, "NODE", identity)
+        node.raw.execute_command("CLUSTER", "SETSLOT", extent, "NODE", identity)
     assert tier.store(moved) == [OK] * len(moved) and load(tier, shards) == [OK] * 80
     tier.clear()
     assert [node.raw.dbsize() for node in nodes] == [0, 0] and tier.usage().shards == 0
@@ -734,7 +734,7 @@ class TestConformance(ConformanceSuite):
         if len(payload) > parts * PART_BYTES:
             self.store.raw.append(f"{name}.{parts - 1:x}", payload[parts * PART_BYTES :])
 
-    def medium_bytes(self, place: Path, tier: Tier) -> int:
+    def filesystem_bytes(self, place: Path, tier: Tier) -> int:
         pipeline = self.store.raw.pipeline(transaction=False)
         for name in self.store.raw.keys(f"{{{self.tag(place)}}}*"):
             pipeline.memory_usage(name)

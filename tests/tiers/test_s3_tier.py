@@ -20,12 +20,12 @@ import obstore
 import pytest
 
 from lmcache.errors import ConfigError
+from lmcache.testing.conformance import ConformanceSuite
 from lmcache.tiers import ABSENT, KEPT, OK, ShardKey, Tier, TierError, frame
-from lmcache.tiers.conformance import ConformanceSuite
 from lmcache.tiers.registry import make_tier
-from lmcache.tiers.s3 import RANGE_BYTES, S3Tier
-from lmcache.tiers.s3_books import Books, pack_uses, unpack_uses
-from lmcache.tiers.s3_client import MULTIPART_BYTES, MULTIPART_FROM_BYTES, Client, Listed
+from lmcache.tiers.s3.accounting import Accounting, pack_uses, unpack_uses
+from lmcache.tiers.s3.client import MULTIPART_BYTES, MULTIPART_FROM_BYTES, Client, Listed
+from lmcache.tiers.s3.tier import RANGE_BYTES, S3Tier
 from proxy import Proxy
 from servers import PATIENCE, beside, eventually
 from stores import ACCESS, READER, READER_SECRET, SECRET, Seaweed, load, shards_of, tier_of
@@ -180,7 +180,7 @@ def test_recency_and_size_outlive_a_server_that_was_killed(seaweed: Seaweed, ope
     shards = shards_of(9, MIB)
     assert first.store(shards) == [OK] * 9
     load(first, shards[:2])
-    latest = first._books.uses()[shards[0].key.packed]
+    latest = first._accounting.uses()[shards[0].key.packed]
     eventually(lambda: _written_uses(seaweed, "restart").get(shards[0].key.packed) == latest)
     first._closing.set()  # as after a kill: no more sweeps, no farewell
     second = opened("restart", options)
@@ -257,46 +257,46 @@ def test_a_use_elsewhere_keeps_a_shard_here(seaweed: Seaweed, opened: Callable[.
     writer.store(shards)
     eventually(lambda: reader.usage().shards == 9)
     load(reader, shards[:1])
-    used = reader._books.uses()[shards[0].key.packed]
-    eventually(lambda: writer._books.uses()[shards[0].key.packed] == used)
+    used = reader._accounting.uses()[shards[0].key.packed]
+    eventually(lambda: writer._accounting.uses()[shards[0].key.packed] == used)
     assert writer.store(shards_of(3, MIB)) == [OK] * 3
     assert writer.contains([shard.key for shard in shards[:3]]) == [True, False, False]
 
 
 def test_what_is_being_written_while_the_store_is_listed_stays_in_the_books() -> None:
-    books, (one, two, gone) = Books(), [shard.key for shard in shards_of(3, 1)]
-    books.begin(one, 10)
-    books.seen(gone, 5)
-    with books.census():
-        books.begin(two, 20)
-        books.drop([gone])
-        books.take_over({gone.packed: (7, 5)}, {}, 0)
-    assert (books.stored_bytes, len(books)) == (30, 2)
-    books.end(one)
-    with books.census():
-        books.take_over({}, {}, 0)
-    assert (books.stored_bytes, len(books)) == (20, 1)
+    accounting, (one, two, gone) = Accounting(), [shard.key for shard in shards_of(3, 1)]
+    accounting.begin(one, 10)
+    accounting.seen(gone, 5)
+    with accounting.census():
+        accounting.begin(two, 20)
+        accounting.drop([gone])
+        accounting.take_over({gone.packed: (7, 5)}, {}, 0)
+    assert (accounting.stored_bytes, len(accounting)) == (30, 2)
+    accounting.end(one)
+    with accounting.census():
+        accounting.take_over({}, {}, 0)
+    assert (accounting.stored_bytes, len(accounting)) == (20, 1)
 
 
 def test_books_forget_the_oldest_first_and_cost_little() -> None:
-    books, keys = Books(), [shard.key for shard in shards_of(500, 1)]
+    accounting, keys = Accounting(), [shard.key for shard in shards_of(500, 1)]
     for key in keys:
-        books.seen(key, 100)
-    books.use(keys[:3])
-    assert books.oldest(250, 1000) == keys[3:6]
-    assert books.oldest(10**6, 1000) == keys[3:] + keys[2::-1]
-    assert books.oldest(10**6, 7) == keys[3:10]
-    assert books.oldest(0, 1000) == []
-    uses = books.uses()
+        accounting.seen(key, 100)
+    accounting.use(keys[:3])
+    assert accounting.oldest(250, 1000) == keys[3:6]
+    assert accounting.oldest(10**6, 1000) == keys[3:] + keys[2::-1]
+    assert accounting.oldest(10**6, 7) == keys[3:10]
+    assert accounting.oldest(0, 1000) == []
+    uses = accounting.uses()
     assert unpack_uses(pack_uses(uses), 1 << 60) == uses
     assert unpack_uses(pack_uses(uses)[:-1], 1 << 60) == unpack_uses(b"something else", 1 << 60) == {}
     assert set(unpack_uses(pack_uses(uses), 5).values()) == {5}
 
 
 def test_what_makes_room_looks_at_no_more_shards_than_it_takes() -> None:
-    books, keys = Books(), [ShardKey.unpack(os.urandom(36)) for _ in range(20_000)]
-    with books.census():
-        books.take_over({key.packed: (number, 100) for number, key in enumerate(keys)}, {}, 0)
+    accounting, keys = Accounting(), [ShardKey.unpack(os.urandom(36)) for _ in range(20_000)]
+    with accounting.census():
+        accounting.take_over({key.packed: (number, 100) for number, key in enumerate(keys)}, {}, 0)
     steps = 0
 
     def step(*_: object) -> None:
@@ -305,24 +305,24 @@ def test_what_makes_room_looks_at_no_more_shards_than_it_takes() -> None:
 
     sys.setprofile(step)
     try:
-        oldest = books.oldest(500, 1000)
+        oldest = accounting.oldest(500, 1000)
     finally:
         sys.setprofile(None)
     assert oldest == keys[:5] and steps < 100
 
 
 def test_loads_and_stores_do_not_wait_while_a_listing_is_taken_over() -> None:
-    books, keys = Books(), [ShardKey.unpack(os.urandom(36)) for _ in range(6)]
+    accounting, keys = Accounting(), [ShardKey.unpack(os.urandom(36)) for _ in range(6)]
     first, second, third, gone, fresh, unlisted = keys
-    with books.census():
+    with accounting.census():
         for key in keys[:4]:
-            books.seen(key, 10)
+            accounting.seen(key, 10)
 
         def work() -> None:
-            books.begin(fresh, 20)
-            books.seen(unlisted, 5)
-            books.use([first])
-            books.drop([gone])
+            accounting.begin(fresh, 20)
+            accounting.seen(unlisted, 5)
+            accounting.use([first])
+            accounting.drop([gone])
 
         class Listing(dict[bytes, tuple[int, int]]):
             def items(self) -> ItemsView[bytes, tuple[int, int]]:
@@ -332,27 +332,27 @@ def test_loads_and_stores_do_not_wait_while_a_listing_is_taken_over() -> None:
                 assert not worker.is_alive(), "the books were locked"
                 return super().items()
 
-        books.take_over({key.packed: (number, 10) for number, key in enumerate(keys[:4])}, {}, 0)
-    with books.census():
-        books.take_over(
+        accounting.take_over({key.packed: (number, 10) for number, key in enumerate(keys[:4])}, {}, 0)
+    with accounting.census():
+        accounting.take_over(
             Listing({key.packed: (number, 10) for number, key in enumerate(keys[:4])}), {third.packed: 1 << 42}, 3
         )
-    assert (books.stored_bytes, len(books), books.other_bytes) == (55, 5, 3)
-    assert books.oldest(10**6, 10) == [second, third, fresh, unlisted, first]
+    assert (accounting.stored_bytes, len(accounting), accounting.other_bytes) == (55, 5, 3)
+    assert accounting.oldest(10**6, 10) == [second, third, fresh, unlisted, first]
 
 
 def test_shards_that_are_missed_or_gone_leave_nothing_in_the_books() -> None:
     """Also where nothing is ever listed, as without a cap."""
-    books, keys = Books(), [ShardKey.unpack(os.urandom(36)) for _ in range(2000)]
-    with pytest.raises(TierError), books.census():
+    accounting, keys = Accounting(), [ShardKey.unpack(os.urandom(36)) for _ in range(2000)]
+    with pytest.raises(TierError), accounting.census():
         raise TierError("unreachable", "the listing failed")
 
     def come_and_go() -> None:
         for key in keys:
-            books.begin(key, 10)
-            books.end(key)
-            books.use([key])
-            books.drop([key])
+            accounting.begin(key, 10)
+            accounting.end(key)
+            accounting.use([key])
+            accounting.drop([key])
 
     come_and_go()
     tracemalloc.start()
@@ -368,16 +368,16 @@ def test_shards_that_are_missed_or_gone_leave_nothing_in_the_books() -> None:
 
 def test_a_shard_in_the_books_takes_at_most_200_bytes() -> None:
     """Without what has been used of late, which is forgotten after some sweeps."""
-    count, books = 50_000, Books()
+    count, accounting = 50_000, Accounting()
     keys = [ShardKey.unpack(os.urandom(36)) for _ in range(count)]
     tracemalloc.start()
     try:
-        with books.census():
-            books.take_over({key.packed: (number, 1 << 20) for number, key in enumerate(keys)}, {}, 0)
+        with accounting.census():
+            accounting.take_over({key.packed: (number, 1 << 20) for number, key in enumerate(keys)}, {}, 0)
         size, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert len(books) == count and size <= 200 * count
+    assert len(accounting) == count and size <= 200 * count
 
 
 # ---- writers that are killed
@@ -681,5 +681,5 @@ class TestConformance(ConformanceSuite):
     def replace_frame(self, place: Path, tier: Tier, key: ShardKey, stored: bytes) -> None:
         obstore.put(self.seaweed.store(), f"{self.prefix(place)}/{key.text}", stored)
 
-    def medium_bytes(self, place: Path, tier: Tier) -> int:
+    def filesystem_bytes(self, place: Path, tier: Tier) -> int:
         return sum(listing(self.seaweed, self.prefix(place)).values())

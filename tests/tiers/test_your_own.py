@@ -12,17 +12,17 @@ from typing import Any
 
 import pytest
 
-from lmcache.tiers.conformance import ConformanceSuite
+from lmcache.testing.conformance import ConformanceSuite
 from servers import PATIENCE, Server, eventually
 
-PAGE = (Path(__file__).resolve().parents[2] / "docs" / "tiers" / "your-own.md").read_text()
+SECTOR = (Path(__file__).resolve().parents[2] / "docs" / "tiers" / "your-own.md").read_text()
 TOKENS = list(range(160))
 """Ten chunks."""
 
 
 def file_of(name: str) -> str:
     """The block of code under the line that names it."""
-    found = re.search(rf"^`{re.escape(name)}`:\n\n((?:    .*\n|\n)+)", PAGE, re.MULTILINE)
+    found = re.search(rf"^`{re.escape(name)}`:\n\n((?:    .*\n|\n)+)", SECTOR, re.MULTILINE)
     assert found, name
     return re.sub(r"^    ", "", found[1].split("\n    pytest ")[0], flags=re.MULTILINE).rstrip("\n") + "\n"
 
@@ -43,9 +43,9 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def run_the_tests_of_the_page(installed: Path, *options: str) -> str:
+def run_the_tests_of_the_sector(installed: Path, *options: str) -> str:
     """What pytest says of them."""
-    command = re.search(r"^    pytest (\S+)$", PAGE, re.MULTILINE)
+    command = re.search(r"^    pytest (\S+)$", SECTOR, re.MULTILINE)
     assert command
     (installed / command[1]).write_text(file_of(command[1]))
     (installed / "pytest.ini").touch()  # nothing of whoever runs this
@@ -56,11 +56,11 @@ def run_the_tests_of_the_page(installed: Path, *options: str) -> str:
     return done.stdout + done.stderr
 
 
-def test_the_tier_of_the_page_passes_the_tests_of_the_page(installed: Path) -> None:
+def test_the_tier_of_the_sector_passes_the_tests_of_the_sector(installed: Path) -> None:
     count = sum(name.startswith("test_") for name in dir(ConformanceSuite))
-    said = run_the_tests_of_the_page(installed)
+    said = run_the_tests_of_the_sector(installed)
     assert f"\n{count} passed in " in said, said
-    assert f"All {count} must pass" in PAGE
+    assert f"All {count} must pass" in SECTOR
 
 
 @pytest.mark.parametrize(
@@ -75,20 +75,20 @@ def test_the_tier_of_the_page_passes_the_tests_of_the_page(installed: Path) -> N
         ("if not self._make_room(db, pages):", "if False:", "test_the_cap_is_hard", "<= 25165824"),
     ],
 )
-def test_the_tests_of_the_page_find_what_is_broken(
+def test_the_tests_of_the_sector_find_what_is_broken(
     installed: Path, line: str, instead: str, test: str, shown: str
 ) -> None:
     whole = file_of("lmcache_sqlite.py")
     assert whole.count(line) == 1
     (installed / "site" / "lmcache_sqlite.py").write_text(whole.replace(line, instead))
-    said = run_the_tests_of_the_page(installed, "-k", test)
+    said = run_the_tests_of_the_sector(installed, "-k", test)
     assert f"FAILED test_lmcache_sqlite.py::TestSqlite::{test}" in said and shown in said, said
 
 
 def test_a_server_finds_again_what_it_and_another_one_stored(
     installed: Path, server: Callable[..., Server], engine: Callable[..., Any]
 ) -> None:
-    command = re.search(r"^    lmcache server --l1-size-gb \d+ --l2 '(\S+)'$", PAGE, re.MULTILINE)
+    command = re.search(r"^    lmcache server --l1-size-gb \d+ --l2 '(\S+)'$", SECTOR, re.MULTILINE)
     assert command and command[1].count("/var/lib/lmcache/") == 1
     url = command[1].replace("/var/lib/lmcache", str(installed))
     first = server(flags=("--l2", url))

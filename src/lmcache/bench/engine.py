@@ -12,7 +12,7 @@ import numpy as np
 
 from lmcache.chunks import HASH_BYTES, Layout, TokenChain, shard_of_rank
 from lmcache.engine import Done, Hit, Load, SchedulerSession, Store, WorkerSession
-from lmcache.engine.link import Endpoint, Link
+from lmcache.engine.connection import Connection, Endpoint
 from lmcache.errors import ServerUnavailable
 from lmcache.transfer.paged import PagedKV, Plane
 from lmcache.wire import messages as m
@@ -69,7 +69,7 @@ class BenchEngine:
         self._scheduler = SchedulerSession(
             Endpoint(address, instance, "scheduler", deadline_seconds=deadline_seconds), model.layout, 1
         )
-        self._pinger = Link(
+        self._pinger = Connection(
             Endpoint(address, instance, "ping", deadline_seconds=deadline_seconds), _nothing_to_register
         )
         self._worker: WorkerSession | None = None
@@ -122,7 +122,7 @@ class BenchEngine:
         if hit is None or hit.chunks < chunks:
             return False
         tokens = chunks * self.chunk_tokens
-        load = Load(hit.arena, hit.lease, 0, hit.shard_slots(0)[: 4 * chunks], 0, tokens, blocks)
+        load = Load(hit.arena, hit.lease, 0, hit.shard_extents(0)[: 4 * chunks], 0, tokens, blocks)
         self._worker.load(str(next(self._jobs)), load)
         return self._finish(self._worker).ok
 

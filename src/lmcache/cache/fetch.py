@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from lmcache.cache.worth import Pace, slack_seconds
+from lmcache.cache.load_cost import Pace, slack_seconds
 from lmcache.chunks import HASH_BYTES
 
 ASK_SECONDS = 0.5

@@ -3,17 +3,17 @@
 The rules of this file:
 - A chunk is *whole* when all its shards are committed, and only whole chunks are answered. A lookup answers with a prefix.
 - A *lease* (right to read) belongs to an engine instance; a *reservation* (right to fill) to one of its processes. Both end
-  by release or commit, or when every process that may still touch the slots is known to be gone. A deadline ends the claim
-  only: the slots stay out of use (quarantine) until then, are counted, and an instance with too many gets nothing new.
-- An expired lease keeps its chunks, which others may go on reading, and can be renewed. An expired reservation keeps its slots
-  but not its chunks: whoever computes these next fills them, in other slots, and what the late writer commits is refused.
-- A slot is reused only when nobody may touch it: its chunk is not leased, and it is not being filled.
+  by release or commit, or when every process that may still touch the extents is known to be gone. A deadline ends the claim
+  only: the extents stay out of use (quarantine) until then, are counted, and an instance with too many gets nothing new.
+- An expired lease keeps its chunks, which others may go on reading, and can be renewed. An expired reservation keeps its extents
+  but not its chunks: whoever computes these next fills them, in other extents, and what the late writer commits is refused.
+- An extent is reused only when nobody may touch it: its chunk is not leased, and it is not being filled.
 - A chunk that is leased or being filled is never evicted, nor is one that it needs to be reachable (`room` says what is).
 - A shard that could not be filled leaves a gap in its chunk, which whoever computes it next fills: what hangs on it stays.
 - New data is refused only when nothing may be evicted for it; every refusal has a reason and is counted.
-- Clearing changes the index for an empty one. Claims on the old one keep it, and their slots, until they end.
-- The server itself reads and fills slots on behalf of the tiers, as the process `SERVER`. It is always there and counts as no
-  user of a space. Its claims expire like all others, and no slot is freed under an I/O thread: what a tier that hangs may still
+- Clearing changes the index for an empty one. Claims on the old one keep it, and their extents, until they end.
+- The server itself reads and fills extents on behalf of the tiers, as the process `SERVER`. It is always there and counts as no
+  user of a space. Its claims expire like all others, and no extent is freed under an I/O thread: what a tier that hangs may still
   touch is that tier's quarantine, and no other's.
 - The work of a call is bounded by what it is given, or by what it ends; that of a tick by `EXPIRED_A_TICK`.
 """
@@ -26,13 +26,13 @@ from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from lmcache.cache.room import Room, Space
-from lmcache.cache.table import COMPLETED, EMPTY, NO_PAGE, RELEASED, ChunkTable, Table
+from lmcache.cache.allocator import Allocator, Space
+from lmcache.cache.table import COMPLETED, EMPTY, NO_EXTENT, RELEASED, ChunkTable, Table
 from lmcache.chunks import HASH_BYTES
 from lmcache.errors import LMCacheError
 from lmcache.memory.slabs import Slabs
 
-NO_SLOT = NO_PAGE
+NO_EXTENT = NO_EXTENT
 SERVER = 0
 """The process that is the server itself. Engines' processes have numbers above."""
 _OWN_INSTANCE = "\0server"
@@ -43,7 +43,7 @@ MAX_SPACES_OF_INSTANCE = 64
 MAX_SHARDS = 1024
 """The most shards that a chunk may have. The index keeps 5 bytes a shard for each chunk, however few of them are there."""
 QUARANTINE_SHARE = 4
-"""An instance (or tier) whose expired claims hold more than 1/4 of the arena gets no new slots."""
+"""An instance (or tier) whose expired claims hold more than 1/4 of the arena gets no new extents."""
 MAX_LEASES = 4096
 """The most leases that one engine instance may hold at a time: several times the requests that an engine runs at once."""
 EXPIRED_A_TICK = 16384
@@ -63,9 +63,9 @@ class Event(NamedTuple):
 
     hit, missed    of a lookup.
     stored         they are whole now. evicted, cleared: they were whole and are gone. So stored - evicted - cleared are there.
-    reserved       a rank got slots for its shards of them. committed, dropped: it has filled them, or did not.
+    reserved       a rank got extents for its shards of them. committed, dropped: it has filled them, or did not.
     incomplete     they were evicted before all ranks had stored their shards, though some had.
-    refused        they got no slots.
+    refused        they got no extents.
     expired        the claim on them has passed its deadline. Those of a reservation are dropped with that.
     """
 
@@ -76,45 +76,45 @@ class Event(NamedTuple):
 
 
 class Hit(NamedTuple):
-    """`chunks` from the prompt's start are there; `slots` (u32 pages, [chunk][shard]) are those of the leased ones."""
+    """`chunks` from the prompt's start are there; `extents` (u32 sectors, [chunk][shard]) are those of the leased ones."""
 
     chunks: int
     lease: int
-    slots: bytes
+    extents: bytes
 
 
 class Grant(NamedTuple):
-    """A reservation: one page a chunk, `NO_SLOT` where nothing is to be filled; `refused` chunks got no room."""
+    """A reservation: one sector a chunk, `NO_EXTENT` where nothing is to be filled; `refused` chunks got no room."""
 
     reservation: int
-    slots: bytes
+    extents: bytes
     refused: int
     reason: str
 
 
 class Committed(NamedTuple):
-    """Effect: these slots hold what their keys say from now on. `keys` and `parents` are 16 bytes each, zeros for no parent."""
+    """Effect: these extents hold what their keys say from now on. `keys` and `parents` are 16 bytes each, zeros for no parent."""
 
     fingerprint: bytes
     shards: int
     shard: int
-    slot_bytes: int
-    pages: list[int]
+    shard_bytes: int
+    sectors: list[int]
     keys: bytes
     parents: bytes
 
 
 class Freed(NamedTuple):
-    """Effect: these slots hold nothing of ours any more, and may be given away by the answer that follows."""
+    """Effect: these extents hold nothing of ours any more, and may be given away by the answer that follows."""
 
-    pages: list[int]
+    sectors: list[int]
 
 
 class Cleared(NamedTuple):
-    """Effect: no slot at all holds anything of ours any more."""
+    """Effect: no extent at all holds anything of ours any more."""
 
 
-class Whole(NamedTuple):
+class Completed(NamedTuple):
     """Effect: these chunks can be read from now on, by the last commit of `process`. `keys` and `parents` as in `Committed`."""
 
     space: int
@@ -123,7 +123,7 @@ class Whole(NamedTuple):
     parents: bytes
 
 
-Effect = Committed | Freed | Cleared | Whole
+Effect = Committed | Freed | Cleared | Completed
 
 
 @dataclass(slots=True)
@@ -151,47 +151,47 @@ class _Reservation(_Claim):
     shard: int
     ids: list[int]
     """The chunks' numbers in `table`. They mean nothing once the reservation has expired."""
-    pages: list[int]
+    sectors: list[int]
 
     @property
     def chunks(self) -> int:
         return len(self.ids)
 
     @property
-    def slot_bytes(self) -> int:
-        return self.space.slot_bytes[self.shard]
+    def shard_bytes(self) -> int:
+        return self.space.shard_bytes[self.shard]
 
 
 _AnyClaim = _Lease | _Reservation
 
 
 class _Quarantine:
-    """Bytes of the slots of expired claims. A chunk that several leases hold counts once."""
+    """Bytes of the extents of expired claims. A chunk that several leases hold counts once."""
 
     def __init__(self) -> None:
         self.bytes = 0
         self._leases: Counter[int] = Counter()
-        """First page of a chunk -> expired leases on it."""
+        """First sector of a chunk -> expired leases on it."""
 
     def add(self, claim: _AnyClaim) -> None:
         """The work is that of the claim's own chunks, however many other claims have expired."""
         if isinstance(claim, _Reservation):
-            self.bytes += len(claim.pages) * claim.slot_bytes
+            self.bytes += len(claim.sectors) * claim.shard_bytes
             return
         before = len(self._leases)
-        self._leases.update(_first_pages(claim))
-        self.bytes += (len(self._leases) - before) * sum(claim.space.slot_bytes)
+        self._leases.update(_first_sectors(claim))
+        self.bytes += (len(self._leases) - before) * sum(claim.space.shard_bytes)
 
     def remove(self, claim: _AnyClaim) -> None:
         if isinstance(claim, _Reservation):
-            self.bytes -= len(claim.pages) * claim.slot_bytes
+            self.bytes -= len(claim.sectors) * claim.shard_bytes
             return
         leases, before = self._leases, len(self._leases)
-        for page in _first_pages(claim):
-            leases[page] -= 1
-            if not leases[page]:
-                del leases[page]
-        self.bytes -= (before - len(leases)) * sum(claim.space.slot_bytes)
+        for sector in _first_sectors(claim):
+            leases[sector] -= 1
+            if not leases[sector]:
+                del leases[sector]
+        self.bytes -= (before - len(leases)) * sum(claim.space.shard_bytes)
 
 
 @dataclass(slots=True)
@@ -213,7 +213,7 @@ class Heart:
 
     Args:
         total_bytes: size of the arena.
-        claim_seconds: how long a lease or reservation is a claim, unless a lease is renewed; afterwards its slots are in
+        claim_seconds: how long a lease or reservation is a claim, unless a lease is renewed; afterwards its extents are in
             quarantine until given back.
         new_table: makes the index of a space with so many shards.
         first_number: of leases and reservations. Each server's begin elsewhere, so that one of a server that has gone means
@@ -232,10 +232,10 @@ class Heart:
         self._quota = total_bytes // QUARANTINE_SHARE
         self.events: list[Event] = []
         self.effects: list[Effect] = []
-        """What to do to the slots' headers. Both lists are drained by the server: effects before the next answer goes out."""
+        """What to do to the extents' headers. Both lists are drained by the server: effects before the next answer goes out."""
         self.counters: Counter[str] = Counter()
         self._new_table = new_table
-        self._room = Room(total_bytes, self._evict)
+        self._allocator = Allocator(total_bytes, self._evict)
         self._spaces: dict[int, Space] = {}
         self._space_of: dict[tuple[bytes, int], Space] = {}
         self._instances: dict[str, _Instance] = {_OWN_INSTANCE: _Instance({SERVER})}
@@ -245,7 +245,7 @@ class Heart:
         self._due: OrderedDict[int, _AnyClaim] = OrderedDict()
         """Claims that have not expired, the next one to do so first: all last equally long."""
         self._quarantine = _Quarantine()
-        """The slots that are in quarantine, of all instances together."""
+        """The extents that are in quarantine, of all instances together."""
         self._cleared: list[Table] = []
         """Tables that were cleared while somebody had a claim on their chunks."""
         self._next = first_number
@@ -262,7 +262,7 @@ class Heart:
         self._instances.setdefault(instance, _Instance()).processes.add(process)
 
     def leave(self, process: int) -> None:
-        """A process is gone for good and touches no slot any more: its reservations end; with the last one, the leases."""
+        """A process is gone for good and touches no extent any more: its reservations end; with the last one, the leases."""
         known = self._processes.get(process)
         if known is None:
             return
@@ -274,11 +274,11 @@ class Heart:
             for number in list(instance.leases):
                 self._end_lease(number)
             for space in instance.spaces:
-                self._room.leave(self._spaces[space], known.instance)
+                self._allocator.leave(self._spaces[space], known.instance)
             del self._instances[known.instance]
 
     def leave_reservations(self, process: int) -> None:
-        """A process says that it fills no slot any more, though it did not commit."""
+        """A process says that it fills no extent any more, though it did not commit."""
         self._drop_reservations(process, "connection lost")
 
     def _drop_reservations(self, process: int, reason: str) -> None:
@@ -286,8 +286,8 @@ class Heart:
         for number in list(known.reservations) if known is not None else ():
             self._end_reservation(number, ok=False, reason=reason)
 
-    def open_space(self, process: int, fingerprint: bytes, shards: int, shard: int = -1, slot_bytes: int = 0) -> int:
-        """The number of the space for this layout and split; a rank also tells its shard's slot size.
+    def open_space(self, process: int, fingerprint: bytes, shards: int, shard: int = -1, shard_bytes: int = 0) -> int:
+        """The number of the space for this layout and split; a rank also tells its shard's extent size.
 
         Raises:
             TooSmall: a chunk of so many bytes, as far as its shards are known, does not fit in the arena.
@@ -296,17 +296,17 @@ class Heart:
         if not 1 <= shards <= MAX_SHARDS or not -1 <= shard < shards:
             raise Refusal(f"shard {shard} of {shards} makes no sense: a chunk has 1 to {MAX_SHARDS} shards")
         known = self._space_of.get((fingerprint, shards))
-        others = sum(size for number, size in enumerate(known.slot_bytes) if number != shard) if known else 0
-        if slot_bytes + others > self.total_bytes:
-            raise TooSmall(_too_small(slot_bytes + others, self.total_bytes))
+        others = sum(size for number, size in enumerate(known.shard_bytes) if number != shard) if known else 0
+        if shard_bytes + others > self.total_bytes:
+            raise TooSmall(_too_small(shard_bytes + others, self.total_bytes))
         name, instance = self._instance(process)
         if (known is None or known.number not in instance.spaces) and len(instance.spaces) >= MAX_SPACES_OF_INSTANCE:
             raise Refusal(f"this engine has {MAX_SPACES_OF_INSTANCE} layouts open already: restart it to close them")
         space = known or self._new_space(fingerprint, shards)
         if shard >= 0:
-            self._open_shard(space, shard, slot_bytes)
+            self._open_shard(space, shard, shard_bytes)
         instance.spaces.add(space.number)
-        self._room.join(space, name)
+        self._allocator.join(space, name)
         return space.number
 
     def _new_space(self, fingerprint: bytes, shards: int) -> Space:
@@ -317,13 +317,13 @@ class Heart:
         self._space_of[fingerprint, shards] = self._spaces[number] = space
         return space
 
-    def _open_shard(self, space: Space, shard: int, slot_bytes: int) -> None:
-        if slot_bytes < 1:
-            raise Refusal(f"slot size {slot_bytes} of shard {shard} makes no sense")
-        if space.slot_bytes[shard] not in (0, slot_bytes):
-            raise Refusal(f"shard {shard} has slots of {space.slot_bytes[shard]} bytes, not {slot_bytes}")
-        if not space.slot_bytes[shard]:
-            self._room.open(space, shard, slot_bytes)
+    def _open_shard(self, space: Space, shard: int, shard_bytes: int) -> None:
+        if shard_bytes < 1:
+            raise Refusal(f"extent size {shard_bytes} of shard {shard} makes no sense")
+        if space.shard_bytes[shard] not in (0, shard_bytes):
+            raise Refusal(f"shard {shard} has extents of {space.shard_bytes[shard]} bytes, not {shard_bytes}")
+        if not space.shard_bytes[shard]:
+            self._allocator.open(space, shard, shard_bytes)
 
     # Reading
 
@@ -345,12 +345,12 @@ class Heart:
         asked = len(hashes) // HASH_BYTES
         reason = self._why_no_lease(instance)
         if reason:
-            self._tell("missed", space, asked, reason)
+            self._emit("missed", space, asked, reason)
             return Hit(0, 0, b"")
         ids = space.table.match(hashes)
         hit = self._lease(now, process, admitted, ids, first_wanted)
         if hit.chunks < asked:
-            self._tell("missed", space, asked - hit.chunks, self._why_missed(space, hashes, hit.chunks))
+            self._emit("missed", space, asked - hit.chunks, self._why_missed(space, hashes, hit.chunks))
         return hit
 
     def lookup_all(
@@ -374,12 +374,12 @@ class Heart:
         (space, name, instance), chunks = admitted, len(ids) // 4
         if chunks:
             space.table.touch(ids)
-            self._tell("hit", space, chunks)
+            self._emit("hit", space, chunks)
         leased = ids[4 * first_wanted :]
         if not leased:
             return Hit(chunks, 0, b"")
         lease = _Lease(process, name, space, space.table, now + self.claim_seconds, leased)
-        return Hit(chunks, self._new_lease(lease, instance), space.table.slots(leased))
+        return Hit(chunks, self._new_lease(lease, instance), space.table.extents(leased))
 
     def _new_lease(self, lease: _Lease, instance: _Instance) -> int:
         lease.table.pin(lease.ids)
@@ -403,7 +403,7 @@ class Heart:
     def hold(self, now: float, space_number: int, hashes: bytes, tier: str = "") -> tuple[int, bytes, bytes]:
         """For the server: lease those of these chunks that are whole, wherever they stand, and neither touch nor count them.
 
-        tier: on whose behalf. Returns (lease, their hashes, their slots as u32 pages [chunk][shard]); lease 0 when none is there.
+        tier: on whose behalf. Returns (lease, their hashes, their extents as u32 sectors [chunk][shard]); lease 0 when none is there.
         """
         space = self._spaces.get(space_number)
         if space is None:
@@ -415,16 +415,16 @@ class Heart:
         ids = _ids([one for _, one in found])
         name, instance = self._account(tier)
         number = self._new_lease(_Lease(SERVER, name, space, table, now + self.claim_seconds, ids), instance)
-        return number, b"".join(key for key, _ in found), table.slots(ids)
+        return number, b"".join(key for key, _ in found), table.extents(ids)
 
     def release(self, process: int, lease: int) -> None:
-        """The instance reads these slots no more. An unknown lease is nothing to worry about: it has ended already."""
+        """The instance reads these extents no more. An unknown lease is nothing to worry about: it has ended already."""
         held = self._leases.get(lease)
         if held is not None and self._may_read(process, held):
             self._end_lease(lease)
 
     def renew(self, now: float, process: int, leases: Iterable[int]) -> int:
-        """The instance goes on reading these: their claims begin anew, also those that have expired, since the slots of a
+        """The instance goes on reading these: their claims begin anew, also those that have expired, since the extents of a
         lease stay as they are until it ends. Returns how many there are; the others have ended, or are somebody else's."""
         count = 0
         for number in leases:
@@ -447,8 +447,8 @@ class Heart:
             self._end_lease(number)
         return len(lost)
 
-    def leased_pages(self, process: int, lease: int, shard: int, first: int, count: int) -> list[int]:
-        """Pages of a lease's chunks, for payload frames. One that has expired still keeps its slots as they were.
+    def leased_sectors(self, process: int, lease: int, shard: int, first: int, count: int) -> list[int]:
+        """Sectors of a lease's chunks, for payload frames. One that has expired still keeps its extents as they were.
 
         Raises:
             Refusal: not a lease of this process's instance, or not inside it.
@@ -456,10 +456,10 @@ class Heart:
         held = self._leases.get(lease)
         if held is None or not self._may_read(process, held):
             raise Refusal(f"lease {lease} is unknown or has ended")
-        pages = array("I", held.table.slots(held.ids))[shard :: held.space.shards]
-        if not 0 <= shard < held.space.shards or not 0 <= first <= first + count <= len(pages):
+        sectors = array("I", held.table.extents(held.ids))[shard :: held.space.shards]
+        if not 0 <= shard < held.space.shards or not 0 <= first <= first + count <= len(sectors):
             raise Refusal(f"chunks {first}..{first + count} of shard {shard} are outside lease {lease}")
-        return list(pages[first : first + count])
+        return list(sectors[first : first + count])
 
     # Filling
 
@@ -474,7 +474,7 @@ class Heart:
         hashes: bytes,
         tier: str = "",
     ) -> Grant:
-        """Slots for this rank's shard of the chunks after `parent`; what is there already or under way is skipped.
+        """Extents for this rank's shard of the chunks after `parent`; what is there already or under way is skipped.
 
         tier: where the server reserves, on whose behalf.
 
@@ -494,33 +494,33 @@ class Heart:
         elif process == SERVER and not space.instances:
             reason = "no engine"  # a tier's load for one that has gone: nothing in use makes room for it
         if reason:
-            self._tell("refused", space, asked, reason)
-            return Grant(0, _no_slots(asked), asked, reason)
-        ids, pages = self._fill_chain(space, shard, parent_id, hashes)
-        refused = asked - len(pages)
+            self._emit("refused", space, asked, reason)
+            return Grant(0, _no_extents(asked), asked, reason)
+        ids, sectors = self._fill_chain(space, shard, parent_id, hashes)
+        refused = asked - len(sectors)
         if refused:
             reason = "no room"
-            self._tell("refused", space, refused, reason)
+            self._emit("refused", space, refused, reason)
         number = 0
         if ids:
             number = self._number()
-            filled = [page for page in pages if page != NO_SLOT]
+            filled = [sector for sector in sectors if sector != NO_EXTENT]
             held = _Reservation(process, name, space, table, now + self.claim_seconds, shard, ids, filled)
             self._reservations[number] = self._due[number] = held
             self._processes[process].reservations.add(number)
-            self._tell("reserved", space, len(ids))
-        slots = array("I", pages).tobytes() + _no_slots(refused)
-        return Grant(number, slots, refused, reason)
+            self._emit("reserved", space, len(ids))
+        extents = array("I", sectors).tobytes() + _no_extents(refused)
+        return Grant(number, extents, refused, reason)
 
     def _fill_chain(self, space: Space, shard: int, parent: int, hashes: bytes) -> tuple[list[int], list[int]]:
-        """Ids that are now being filled, and one page a chunk until the memory ran out."""
+        """Ids that are now being filled, and one sector a chunk until the memory ran out."""
         table = space.table
         keys = [hashes[at : at + HASH_BYTES] for at in range(0, len(hashes), HASH_BYTES)]
         known = [number for number in map(table.get, keys) if number >= 0]
         # First of all, so that what goes for the new ones is something else.
         self._touch(table, known if parent < 0 else [parent, *known])
         ids: list[int] = []
-        pages: list[int] = []
+        sectors: list[int] = []
         path = [parent] if parent >= 0 else []
         table.pin(_ids(path))
         for key in keys:
@@ -528,24 +528,24 @@ class Heart:
             if number >= 0:
                 table.pin(_ids([number]))
                 path.append(number)
-            page = NO_SLOT  # there, or under way by somebody else
+            sector = NO_EXTENT  # there, or under way by somebody else
             if number < 0 or table.state(number, shard) == EMPTY:
-                found = self._room.find(space, shard)
+                found = self._allocator.find(space, shard)
                 if found is None:
                     break
-                page = found
+                sector = found
             if number < 0:
                 number = table.insert(key, parent)
                 table.pin(_ids([number]))
                 path.append(number)
-            if page != NO_SLOT:
-                table.begin_fill(number, shard, page)
+            if sector != NO_EXTENT:
+                table.begin_fill(number, shard, sector)
                 ids.append(number)
-            pages.append(page)
+            sectors.append(sector)
             parent = number
         table.unpin(_ids(path))
         self._touch(table, path)
-        return ids, pages
+        return ids, sectors
 
     @staticmethod
     def _touch(table: Table, path: list[int]) -> None:
@@ -555,11 +555,11 @@ class Heart:
             table.touch_path(path[0])
 
     def commit(self, now: float, process: int, reservation: int, ok: bool, failed: Container[int] = ()) -> int:
-        """The slots are filled (`ok`), but those at the pages in `failed`, or given back. Returns how many chunks' shards
+        """The extents are filled (`ok`), but those at the sectors in `failed`, or given back. Returns how many chunks' shards
         count as stored.
 
         Raises:
-            Refusal: the reservation is unknown, or its claim had ended; the slots are free then, and nothing is stored.
+            Refusal: the reservation is unknown, or its claim had ended; the extents are free then, and nothing is stored.
         """
         held = self._reservations.get(reservation)
         if held is None or held.process != process:
@@ -571,7 +571,7 @@ class Heart:
         return self._end_reservation(reservation, ok, reason, failed=failed)
 
     def give_up(self, process: int, reservation: int, lost: Container[int]) -> None:
-        """Nothing will be filled: the memory behind the slots at the pages in `lost` cannot be had. These stay out of use until
+        """Nothing will be filled: the memory behind the extents at the sectors in `lost` cannot be had. These stay out of use until
         the cache is cleared, so that the next reservation gets others, in the end those of older chunks.
 
         Raises:
@@ -582,8 +582,8 @@ class Heart:
             raise Refusal(f"reservation {reservation} is unknown or has ended")
         self._end_reservation(reservation, False, "no memory", lost)
 
-    def reserved_pages(self, process: int, reservation: int) -> list[int]:
-        """Pages of a reservation's slots, for payload frames.
+    def reserved_sectors(self, process: int, reservation: int) -> list[int]:
+        """Sectors of a reservation's extents, for payload frames.
 
         Raises:
             Refusal: not a live reservation of this process.
@@ -591,19 +591,19 @@ class Heart:
         held = self._reservations.get(reservation)
         if held is None or held.expired or held.process != process:
             raise Refusal(f"reservation {reservation} is unknown or has ended")
-        return held.pages
+        return held.sectors
 
-    def slot_bytes(self, reservation: int = 0, lease: int = 0, shard: int = 0) -> int:
-        """Raw bytes of one slot of a reservation, or of a lease's shard."""
+    def shard_bytes(self, reservation: int = 0, lease: int = 0, shard: int = 0) -> int:
+        """Raw bytes of one extent of a reservation, or of a lease's shard."""
         if reservation:
             held = self._reservations[reservation]
-            return held.space.slot_bytes[held.shard]
-        return self._leases[lease].space.slot_bytes[shard]
+            return held.space.shard_bytes[held.shard]
+        return self._leases[lease].space.shard_bytes[shard]
 
     # Time, and emptying
 
     def tick(self, now: float) -> None:
-        """End claims whose deadline has passed, as many as `EXPIRED_A_TICK` allows. Their slots go to quarantine, not back into
+        """End claims whose deadline has passed, as many as `EXPIRED_A_TICK` allows. Their extents go to quarantine, not back into
         use."""
         left = EXPIRED_A_TICK
         while left > 0 and self._due:
@@ -615,15 +615,15 @@ class Heart:
             self._expire(claim)
         self._close_spaces()
         self._cleared = [table for table in self._cleared if table.detached()]
-        self._room.stir()
+        self._allocator.retry_shares()
 
     def _expire(self, claim: _AnyClaim) -> None:
         claim.expired = True
         if isinstance(claim, _Reservation):
-            self._tell("expired", claim.space, claim.chunks, "reservation")
-            self._end_fills(claim, set(claim.pages), "too late")
+            self._emit("expired", claim.space, claim.chunks, "reservation")
+            self._end_fills(claim, set(claim.sectors), "too late")
         else:
-            self._tell("expired", claim.space, claim.chunks, "lease")
+            self._emit("expired", claim.space, claim.chunks, "lease")
         self._quarantine.add(claim)
         self._instances[claim.instance].quarantine.add(claim)
 
@@ -635,28 +635,28 @@ class Heart:
     def _close_spaces(self) -> None:
         """Forget spaces that no engine uses and that have nothing in memory."""
         for space in [one for one in self._spaces.values() if not one.instances and not len(one.table)]:
-            if not self._room.used_by(space):
-                self._room.close(space)
+            if not self._allocator.used_by(space):
+                self._allocator.close(space)
                 del self._spaces[space.number], self._space_of[space.fingerprint, space.shards]
 
     def clear(self) -> int:
-        """Forget every chunk; returns how many. Slots that somebody may still read or fill are freed when that has ended."""
+        """Forget every chunk; returns how many. Extents that somebody may still read or fill are freed when that has ended."""
         kept: dict[int, set[int]] = {number: set() for number in self._spaces}
         for claim in self._leases.values():
             kept[claim.space.number].update(_leave_index(claim.table, claim.ids))
         for held in self._reservations.values():
-            pages = held.pages if held.expired else _leave_index(held.table, _ids(held.ids))
-            kept[held.space.number].update(pages)
+            sectors = held.sectors if held.expired else _leave_index(held.table, _ids(held.ids))
+            kept[held.space.number].update(sectors)
         gone = 0
         for space in self._spaces.values():
-            self._room.vacate(space, kept[space.number])
-            self._tell("cleared", space, space.whole)
+            self._allocator.vacate(space, kept[space.number])
+            self._emit("cleared", space, space.whole)
             gone += space.whole
             if space.table.detached():
                 self._cleared.append(space.table)
             space.table, space.whole = self._new_table(space.shards), 0
         self.effects.append(Cleared())
-        self._room.stir()
+        self._allocator.retry_shares()
         return gone
 
     # What there is
@@ -671,7 +671,7 @@ class Heart:
     @property
     def slabs(self) -> Slabs:
         """The map of the arena; for looking only."""
-        return self._room.slabs
+        return self._allocator.slabs
 
     @property
     def chunks(self) -> int:
@@ -680,7 +680,7 @@ class Heart:
 
     @property
     def quarantined_bytes(self) -> int:
-        """Bytes of slots whose claim has ended and that somebody may still touch."""
+        """Bytes of extents whose claim has ended and that somebody may still touch."""
         return self._quarantine.bytes
 
     @property
@@ -692,8 +692,8 @@ class Heart:
         return len(self._reservations)
 
     def used_bytes(self) -> int:
-        """Bytes of slots that hold something or are being filled."""
-        return self._room.used_bytes()
+        """Bytes of extents that hold something or are being filled."""
+        return self._allocator.used_bytes()
 
     def index_bytes(self) -> int:
         return sum(table.memory_bytes() for table in (*(one.table for one in self._spaces.values()), *self._cleared))
@@ -707,18 +707,18 @@ class Heart:
         gone = array("I", ids)
         whole = sum(map(table.complete, gone))
         space.whole -= whole
-        self._tell("evicted", space, whole, "room")
+        self._emit("evicted", space, whole, "room")
         if whole < len(gone):
             begun = (_holds(table, one, space.shards) for one in gone)
-            self._tell("incomplete", space, sum(begun) - whole, "room")
+            self._emit("incomplete", space, sum(begun) - whole, "room")
         self._free(space, table, ids)
         return gone
 
     def _free(self, space: Space, table: Table, ids: bytes) -> None:
-        """Free detached records that nobody touches, and their slots."""
-        pages = array("I", table.slots(ids))
-        self._room.free(space, pages)
-        self.effects.append(Freed([page for page in pages if page != NO_PAGE]))
+        """Free detached records that nobody touches, and their extents."""
+        sectors = array("I", table.extents(ids))
+        self._allocator.free(space, sectors)
+        self.effects.append(Freed([sector for sector in sectors if sector != NO_EXTENT]))
         for one in array("I", ids):
             table.free(one)
 
@@ -735,29 +735,29 @@ class Heart:
     def _end_reservation(
         self, number: int, ok: bool, reason: str, lost: Container[int] = (), failed: Container[int] = ()
     ) -> int:
-        """Shards that are in the index now; `reason` is for the others. Slots that were not filled are freed unless lost."""
+        """Shards that are in the index now; `reason` is for the others. Extents that were not filled are freed unless lost."""
         held = self._reservations.pop(number)
         self._processes[held.process].reservations.discard(number)
-        empty = set(held.pages if held.expired or not ok else [page for page in held.pages if page in failed])
+        empty = set(held.sectors if held.expired or not ok else [sector for sector in held.sectors if sector in failed])
         filled = 0 if held.expired else self._end_fills(held, empty, reason)
         self._due.pop(number, None)
         if held.expired:
             self._end_quarantine(held)
-        for page in empty:
-            if page not in lost:
-                self._room.free_one(held.space, held.shard, page)
+        for sector in empty:
+            if sector not in lost:
+                self._allocator.free_one(held.space, held.shard, sector)
         return filled
 
     def _end_fills(self, held: _Reservation, empty: Container[int], reason: str) -> int:
-        """The chunks are this reservation's no more: their shards are there, but those that were to get the slots in `empty`.
-        These are anybody's to fill, and the slots the caller's to free. Returns how many are in the index now; `reason` is for
+        """The chunks are this reservation's no more: their shards are there, but those that were to get the extents in `empty`.
+        These are anybody's to fill, and the extents the caller's to free. Returns how many are in the index now; `reason` is for
         the others."""
         table, space = held.table, held.space
-        pairs = list(zip(held.ids, held.pages, strict=True))
-        filled = [(one, page) for one, page in pairs if page not in empty and table.attached(one)]
+        pairs = list(zip(held.ids, held.sectors, strict=True))
+        filled = [(one, sector) for one, sector in pairs if sector not in empty and table.attached(one)]
         whole: list[int] = []
-        for one, page in reversed(pairs):
-            stays = page not in empty
+        for one, sector in reversed(pairs):
+            stays = sector not in empty
             outcome = table.end_fill(one, held.shard, stays)
             if outcome == COMPLETED:
                 whole.append(one)
@@ -766,13 +766,13 @@ class Heart:
             elif not stays:
                 self._remove_bare(space, table, one)
         space.whole += len(whole)
-        self._tell("stored", space, len(whole))
-        self._tell("committed", space, len(filled))
-        self._tell("dropped", space, len(pairs) - len(filled), reason)
+        self._emit("stored", space, len(whole))
+        self._emit("committed", space, len(filled))
+        self._emit("dropped", space, len(pairs) - len(filled), reason)
         if filled:
             self.effects.append(_committed(held, filled))
         if whole:
-            self.effects.append(Whole(space.number, held.process, *_names(table, whole[::-1])))
+            self.effects.append(Completed(space.number, held.process, *_names(table, whole[::-1])))
         return len(filled)
 
     def _remove_bare(self, space: Space, table: Table, record: int) -> None:
@@ -827,7 +827,7 @@ class Heart:
         self._next += 1
         return self._next - 1
 
-    def _tell(self, kind: str, space: Space, chunks: int, reason: str = "") -> None:
+    def _emit(self, kind: str, space: Space, chunks: int, reason: str = "") -> None:
         if not chunks:
             return
         self.events.append(Event(kind, space.number, chunks, reason))
@@ -845,23 +845,23 @@ def _holds(table: Table, record: int, shards: int) -> bool:
     return any(table.state(record, shard) != EMPTY for shard in range(shards))
 
 
-def _first_pages(lease: _Lease) -> array[int]:
-    """The page of each leased chunk's first shard, which identifies the chunk in the arena."""
-    return array("I", lease.table.slots(lease.ids))[:: lease.space.shards]
+def _first_sectors(lease: _Lease) -> array[int]:
+    """The sector of each leased chunk's first shard, which identifies the chunk in the arena."""
+    return array("I", lease.table.extents(lease.ids))[:: lease.space.shards]
 
 
 def _leave_index(table: Table, ids: bytes) -> array[int]:
-    """Detach the chunks of a claim from an index that is about to go. Returns the pages of all their slots."""
+    """Detach the chunks of a claim from an index that is about to go. Returns the sectors of all their extents."""
     for one in array("I", ids):
         if table.attached(one):
             table.detach(one)
-    return array("I", table.slots(ids))
+    return array("I", table.extents(ids))
 
 
 def _committed(held: _Reservation, filled: list[tuple[int, int]]) -> Committed:
     space, names = held.space, _names(held.table, [one for one, _ in filled])
-    size = space.slot_bytes[held.shard]
-    return Committed(space.fingerprint, space.shards, held.shard, size, [page for _, page in filled], *names)
+    size = space.shard_bytes[held.shard]
+    return Committed(space.fingerprint, space.shards, held.shard, size, [sector for _, sector in filled], *names)
 
 
 def _names(table: Table, records: list[int]) -> tuple[bytes, bytes]:
@@ -873,7 +873,7 @@ def _names(table: Table, records: list[int]) -> tuple[bytes, bytes]:
     )
 
 
-def _no_slots(count: int) -> bytes:
+def _no_extents(count: int) -> bytes:
     return b"\xff\xff\xff\xff" * count
 
 

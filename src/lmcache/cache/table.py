@@ -1,18 +1,18 @@
-"""The index of one space: which chunks it has, in which slots, how old they are, and who is using them.
+"""The index of one space: which chunks it has, in which extents, how old they are, and who is using them.
 
 A *record* is one chunk. It has an id (0 .. 2**32 - 2, reused after `free`), the chunk's 16-byte hash, a parent (the
-chunk before it in the prompt), and for every shard a state (empty, filling, done) with a slot, named by its page.
+chunk before it in the prompt), and for every shard a state (empty, filling, done) with an extent, named by its sector.
 
     attached  in the index: `match` and `get` find it, it has a place in the LRU order and in its parent's children.
-    detached  out of all of these, for good. Slots and pins can still be read until `free`, which is refused while a
-              reader (pin) or a writer (filling) may still touch the slots.
+    detached  out of all of these, for good. Extents and pins can still be read until `free`, which is refused while a
+              reader (pin) or a writer (filling) may still touch the extents.
 
 The LRU order is exact. A prefix is touched tail first, so a chunk is never older than what follows it, and a victim is
 always the tail end of something: the oldest attached record without pins, shards being filled, or children.
 
 The same table exists twice: `PyTable` here, which is the specification, and `lmcache._native.Table` in C, which takes a
 tenth of the memory. `ChunkTable` is the native one where it was built, unless LMCACHE_NO_NATIVE is 1. "ids" and
-"pages" are bytes: little-endian u32, one after another. A call that raises has changed nothing.
+"sectors" are bytes: little-endian u32, one after another. A call that raises has changed nothing.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ EMPTY, FILLING, DONE = 0, 1, 2
 COMPLETED, RELEASED = 1, 2  # what `end_fill` can return beside 0
 KEY_BYTES = 16
 MAX_RECORDS = 2**32 - 1
-NO_PAGE = 2**32 - 1
+NO_EXTENT = 2**32 - 1
 MAX_SHARDS = 65535
 MAX_PINS = 2**32 - 1
 
@@ -58,11 +58,11 @@ class Table(Protocol):
     def unpin(self, ids: bytes, /) -> bytes:
         """One reader less of each; ValueError for one that has none. Returns the ids that the caller may free now."""
 
-    def begin_fill(self, record: int, shard: int, page: int, /) -> None:
-        """empty -> filling, into the slot at `page`. ValueError in any other state, or when the record is detached."""
+    def begin_fill(self, record: int, shard: int, sector: int, /) -> None:
+        """empty -> filling, into the extent at `sector`. ValueError in any other state, or when the record is detached."""
 
     def end_fill(self, record: int, shard: int, ok: bool, /) -> int:
-        """filling -> done, or -> empty when not `ok` (its slot is then the caller's to free).
+        """filling -> done, or -> empty when not `ok` (its extent is then the caller's to free).
 
         Returns COMPLETED when the record is attached and has become complete, RELEASED when it is detached and may be
         freed now, else 0.
@@ -71,11 +71,11 @@ class Table(Protocol):
     def state(self, record: int, shard: int, /) -> int:
         """EMPTY, FILLING or DONE."""
 
-    def slot(self, record: int, shard: int, /) -> int:
-        """The page of its slot, or -1 when the shard is empty."""
+    def extent(self, record: int, shard: int, /) -> int:
+        """The sector of its extent, or -1 when the shard is empty."""
 
-    def slots(self, ids: bytes, /) -> bytes:
-        """Pages, [record][shard]; NO_PAGE where a shard is empty."""
+    def extents(self, ids: bytes, /) -> bytes:
+        """Sectors, [record][shard]; NO_EXTENT where a shard is empty."""
 
     def detach(self, record: int, /) -> bytes:
         """Detach the record and all its descendants; their ids, descendants first. ValueError when it is detached."""
@@ -89,14 +89,14 @@ class Table(Protocol):
     def oldest(self) -> int:
         """The oldest attached record, or -1."""
 
-    def in_pages(self, first_page: int, end_page: int, /) -> bytes:
-        """Ids, ascending, of attached records with a slot (filling or done) in first_page <= page < end_page."""
+    def in_sectors(self, first_sector: int, end_sector: int, /) -> bytes:
+        """Ids, ascending, of attached records with an extent (filling or done) in first_page <= sector < end_page."""
 
     def survey(self, bounds: bytes, /) -> bytes:
-        """What would go with the slots in each range of pages; a u32 pair each.
+        """What would go with the extents in each range of sectors; a u32 pair each.
 
-        `bounds` holds pages, ascending: ranges [0] <= page < [1], [2] <= page < [3], and so on. The pair's first: slots there
-        of attached records. Its second: how many attached records are no younger than the youngest one there; NO_PAGE where
+        `bounds` holds sectors, ascending: ranges [0] <= sector < [1], [2] <= sector < [3], and so on. The pair's first: extents there
+        of attached records. Its second: how many attached records are no younger than the youngest one there; NO_EXTENT where
         one there, or one that hangs on one there, is pinned or being filled.
         """
 
@@ -132,20 +132,20 @@ class Table(Protocol):
 
 
 def pack(numbers: Iterable[int]) -> bytes:
-    """Ids or pages as bytes."""
+    """Ids or sectors as bytes."""
     values = list(numbers)
     return struct.pack(f"<{len(values)}I", *values)
 
 
 def unpack(packed: bytes) -> tuple[int, ...]:
-    """Bytes as ids or pages; ValueError when they are no whole number of u32."""
+    """Bytes as ids or sectors; ValueError when they are no whole number of u32."""
     if len(packed) % 4:
         raise ValueError(f"{len(packed)} bytes of ids; each id takes 4")
     return struct.unpack(f"<{len(packed) // 4}I", packed)
 
 
 class _Record:
-    __slots__ = ("attached", "children", "key", "pages", "parent", "pins", "states")
+    __slots__ = ("attached", "children", "key", "parent", "pins", "sectors", "states")
 
     def __init__(self, key: bytes, parent: int, shards: int) -> None:
         self.key = key
@@ -154,7 +154,7 @@ class _Record:
         self.pins = 0
         self.children: dict[int, None] = {}
         self.states = bytearray(shards)
-        self.pages: dict[int, int] = {}  # by shard, for those filling or done
+        self.sectors: dict[int, int] = {}  # by shard, for those filling or done
 
     @property
     def filling(self) -> int:
@@ -308,17 +308,17 @@ class PyTable:
                 released.append(record)
         return pack(released)
 
-    def begin_fill(self, record: int, shard: int, page: int, /) -> None:
+    def begin_fill(self, record: int, shard: int, sector: int, /) -> None:
         found = self._shard(record, shard)
-        if not 0 <= page < NO_PAGE:
-            raise ValueError(f"page {page} is no page of an arena; pages are 0 to {NO_PAGE - 1}")
+        if not 0 <= sector < NO_EXTENT:
+            raise ValueError(f"sector {sector} is no sector of an arena; sectors are 0 to {NO_EXTENT - 1}")
         if not found.attached or found.states[shard] != EMPTY:
             raise ValueError(
                 f"shard {shard} of record {record} cannot be filled: "
                 f"attached {found.attached}, state {found.states[shard]}"
             )
         found.states[shard] = FILLING
-        found.pages[shard] = page
+        found.sectors[shard] = sector
 
     def end_fill(self, record: int, shard: int, ok: bool, /) -> int:
         found = self._shard(record, shard)
@@ -326,7 +326,7 @@ class PyTable:
             raise ValueError(f"shard {shard} of record {record} is not being filled: state {found.states[shard]}")
         found.states[shard] = DONE if ok else EMPTY
         if not ok:
-            del found.pages[shard]
+            del found.sectors[shard]
         if found.attached:
             return COMPLETED if found.complete else 0
         return RELEASED if found.idle else 0
@@ -336,19 +336,19 @@ class PyTable:
     def state(self, record: int, shard: int, /) -> int:
         return self._shard(record, shard).states[shard]
 
-    def slot(self, record: int, shard: int, /) -> int:
-        return self._shard(record, shard).pages.get(shard, -1)
+    def extent(self, record: int, shard: int, /) -> int:
+        return self._shard(record, shard).sectors.get(shard, -1)
 
-    def slots(self, ids: bytes, /) -> bytes:
+    def extents(self, ids: bytes, /) -> bytes:
         shards = range(self._shards)
-        pages = [self._record(record).pages for record in unpack(ids)]
-        return pack(own.get(shard, NO_PAGE) for own in pages for shard in shards)
+        sectors = [self._record(record).sectors for record in unpack(ids)]
+        return pack(own.get(shard, NO_EXTENT) for own in sectors for shard in shards)
 
-    def in_pages(self, first_page: int, end_page: int, /) -> bytes:
+    def in_sectors(self, first_sector: int, end_sector: int, /) -> bytes:
         found = (
             record
             for record in self._by_key.values()
-            if any(first_page <= page < end_page for page in self._records[record].pages.values())
+            if any(first_sector <= sector < end_sector for sector in self._records[record].sectors.values())
         )
         return pack(sorted(found))
 
@@ -364,11 +364,11 @@ class PyTable:
                     record = self._records[record].parent
         found = [0] * len(edges)
         for age, row in enumerate(self._order, 1):
-            for page in self._records[row - 1].pages.values():
-                edge = bisect.bisect_right(edges, page) - 1
+            for sector in self._records[row - 1].sectors.values():
+                edge = bisect.bisect_right(edges, sector) - 1
                 if edge % 2 == 0:
                     found[edge] += 1
-                    found[edge + 1] = NO_PAGE if row - 1 in held else max(age, found[edge + 1])
+                    found[edge + 1] = NO_EXTENT if row - 1 in held else max(age, found[edge + 1])
         return pack(found)
 
     def key(self, record: int, /) -> bytes:

@@ -1,6 +1,6 @@
 """Layouts: everything that must be equal for KV bytes to be exchangeable, and the part of it that one rank holds.
 
-The engine's block size, strides and attention backend are not here: a slot has one canonical order
+The engine's block size, strides and attention backend are not here: an extent has one canonical order
 ([layer][K, V][token][kv head][head dim]; MLA: [layer][token][latent]), and bringing KV into it is the transfer's business.
 """
 
@@ -16,7 +16,7 @@ from blake3 import blake3
 
 from lmcache.errors import LayoutError
 
-SLOT_ORDER_VERSION = 1
+EXTENT_ORDER_VERSION = 1
 CODEC_RAW = 0
 FINGERPRINT_BYTES = 16
 MAX_NAME_CHARACTERS = 4096
@@ -43,7 +43,7 @@ class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     kind: Literal["mha", "mla"] = "mha"
     kv_scales: str = ""
     config_digest: str = ""
-    slot_order: int = SLOT_ORDER_VERSION
+    extent_order: int = EXTENT_ORDER_VERSION
     codec: int = CODEC_RAW
 
     def __post_init__(self) -> None:
@@ -105,7 +105,7 @@ class Shard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     first_head: int
     end_head: int
 
-    def slot_bytes(self, layout: Layout) -> int:
+    def shard_bytes(self, layout: Layout) -> int:
         """Raw bytes of this shard of one full chunk."""
         return self.token_bytes(layout) * layout.chunk_tokens
 

@@ -19,7 +19,7 @@ from lmcache.config.hosts import in_url
 from lmcache.config.options import Option
 from lmcache.errors import ConfigError
 
-PAGE_BYTES = 4096
+SECTOR_BYTES = 4096
 GIB = 1 << 30
 POLICIES = ("LRU",)
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
@@ -242,7 +242,7 @@ class ServerConfig:
         """Bytes of the arena, whole pages. Only after `preflight` has replaced `auto` by a size."""
         if not self.l1_size_gb:
             raise ConfigError("--l1-size-gb auto: not decided yet; pass a size in GiB")
-        return int(self.l1_size_gb * GIB) // PAGE_BYTES * PAGE_BYTES
+        return int(self.l1_size_gb * GIB) // SECTOR_BYTES * SECTOR_BYTES
 
     @property
     def l2_queue_bytes(self) -> int:

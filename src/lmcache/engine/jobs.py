@@ -27,9 +27,9 @@ class Event(Protocol):
 
 @dataclass(frozen=True)
 class Load:
-    """Slots -> paged KV: tokens [start_token, end_token) of a request.
+    """Extents -> paged KV: tokens [start_token, end_token) of a request.
 
-    slots: this shard's u32 pages of the chunks from `first_chunk` on. blocks: the request's block table from token 0 on.
+    extents: this shard's u32 sectors of the chunks from `first_chunk` on. blocks: the request's block table from token 0 on.
     lease_chunk: place of `first_chunk` among the lease's chunks (payload frames are asked for by that). after: on a GPU, the
     point in the engine's stream that must have passed before the blocks may be written. progress: is told of layers as they
     arrive, where the engine waits for them one by one.
@@ -38,7 +38,7 @@ class Load:
     arena: bytes
     lease: int
     first_chunk: int
-    slots: bytes
+    extents: bytes
     start_token: int
     end_token: int
     blocks: Blocks
@@ -49,7 +49,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Store:
-    """Paged KV -> slots: the chunks from `first_chunk` on, named by `hashes` (16 bytes each).
+    """Paged KV -> extents: the chunks from `first_chunk` on, named by `hashes` (16 bytes each).
 
     end_token: where the last of them is unfull, the token behind its last one; 0 where all are full.
     parent: hash of the chunk before, or the root's (then `first_chunk` is 0). chunk_tokens: that of the hashes; a server that
@@ -70,7 +70,7 @@ class Store:
 class Done:
     """A finished job. `ok` is False for a load whose blocks were not filled, or a store of which nothing was kept.
 
-    seconds: of the copies. put_seconds: of a store, for getting slots from the server and committing them.
+    seconds: of the copies. put_seconds: of a store, for getting extents from the server and committing them.
     """
 
     job_id: str

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 from lmcache.chunks import TokenChain, chunk_root
 from lmcache.chunks.hashing import HASH_BYTES, Extras
+from lmcache.engine.connection import Connection, Endpoint, ask
 from lmcache.engine.identified import UNKNOWN, LayoutFor, is_identified
-from lmcache.engine.link import Endpoint, Link, ask
 from lmcache.errors import LMCacheError
 from lmcache.observability.log import init_logger
 from lmcache.wire import messages as m
@@ -23,24 +23,24 @@ _SHORTEST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.0005, 0.008
 
 
 class Hit(NamedTuple):
-    """Chunks [0, chunks) are in L1; those from `first_chunk` on are leased, with `slots` (u32 pages, [chunk][shard]).
+    """Chunks [0, chunks) are in L1; those from `first_chunk` on are leased, with `extents` (u32 sectors, [chunk][shard]).
 
-    `arena` says whose pages these are: a rank that maps another arena must not load from them.
+    `arena` says whose sectors these are: a rank that maps another arena must not load from them.
     """
 
     chunks: int
     first_chunk: int
     lease: int
-    slots: bytes
+    extents: bytes
     shards: int
     arena: bytes
 
-    def shard_slots(self, shard: int) -> bytes:
-        """The pages of one shard, one u32 a leased chunk."""
+    def shard_extents(self, shard: int) -> bytes:
+        """The sectors of one shard, one u32 a leased chunk."""
         if self.shards == 1:
-            return self.slots
+            return self.extents
         step = 4 * self.shards
-        return b"".join(self.slots[at : at + 4] for at in range(4 * shard, len(self.slots), step))
+        return b"".join(self.extents[at : at + 4] for at in range(4 * shard, len(self.extents), step))
 
 
 class Loading(NamedTuple):
@@ -75,7 +75,7 @@ class SchedulerSession:
         self.claim_seconds = 0.0
         """How long the server lets a lease live that is not renewed, as the last one has told; 0 where it does not tell. What
         this session holds is renewed in the background."""
-        self._link = Link(endpoint, self._register, lambda: layout_for(1), held=lambda: list(self._held))
+        self._connection = Connection(endpoint, self._register, lambda: layout_for(1), held=lambda: list(self._held))
 
     @property
     def chunk_tokens(self) -> int | None:
@@ -84,7 +84,7 @@ class SchedulerSession:
 
     @property
     def connected(self) -> bool:
-        return self._link.connected
+        return self._connection.connected
 
     @property
     def identified(self) -> bool:
@@ -98,7 +98,7 @@ class SchedulerSession:
 
     def wait_connected(self, timeout_seconds: float) -> bool:
         """Wait for the first connection, at engine start."""
-        return self._link.wait_connected(timeout_seconds)
+        return self._connection.wait_connected(timeout_seconds)
 
     def new_chain(
         self, cache_salt: str = "", lora_name: str = "", lora_id: str = "", extras: Extras | None = None
@@ -120,7 +120,7 @@ class SchedulerSession:
     ) -> Hit | None:
         """As `poll`, and wait for what comes from tiers: for as long as the server finds worth it, and at most so long (None:
         the deadline of a call)."""
-        end = time.monotonic() + (self._link.endpoint.deadline_seconds if wait_seconds is None else wait_seconds)
+        end = time.monotonic() + (self._connection.endpoint.deadline_seconds if wait_seconds is None else wait_seconds)
         pause = _SHORTEST_PAUSE_SECONDS
         while True:
             found = self.poll(chain, skip_tokens, prefill_rate, tail, request_id)
@@ -154,7 +154,7 @@ class SchedulerSession:
             return None
         arena = self._arena
         try:
-            found, _ = self._link.call(m.Lookup(self._space, hashes, first, prefill_rate, request_id), m.Found)
+            found, _ = self._connection.call(m.Lookup(self._space, hashes, first, prefill_rate, request_id), m.Found)
         except LMCacheError as error:
             self.misses["no answer"] += 1
             logger.debug("A lookup became a miss: %s", error)
@@ -164,9 +164,9 @@ class SchedulerSession:
         if not found.lease:
             return None
         self._held.add(found.lease)
-        hit = Hit(found.chunks, first, found.lease, found.slots, self._shards, arena)
+        hit = Hit(found.chunks, first, found.lease, found.extents, self._shards, arena)
         most = len(hashes) // HASH_BYTES
-        plausible = first < found.chunks <= most and len(found.slots) == 4 * self._shards * (found.chunks - first)
+        plausible = first < found.chunks <= most and len(found.extents) == 4 * self._shards * (found.chunks - first)
         if not plausible or arena != self._arena:
             self.misses["another server"] += 1
             # A server that came meanwhile gave this lease, and it alone knows the number.
@@ -175,14 +175,14 @@ class SchedulerSession:
         return hit
 
     def release(self, hit: Hit) -> None:
-        """No rank reads the hit's slots any more. Does not wait; kept for later while the link is down."""
+        """No rank reads the hit's extents any more. Does not wait; kept for later while the link is down."""
         self._held.discard(hit.lease)
         if hit.arena != self._arena:
             return
         self._late.append(hit.lease)
-        if self._link.connected:
+        if self._connection.connected:
             leases, self._late = self._late, []
-            self._link.post(m.Release(leases))
+            self._connection.post(m.Release(leases))
 
     def forgone(self, tokens: int) -> None:
         """So many tokens of a prompt for which there was no chain have been computed. Where that was for want of the weights'
@@ -193,14 +193,14 @@ class SchedulerSession:
     def clear(self) -> bool:
         """Empty the server's memory, for all its engines. False when no answer came within the deadline."""
         try:
-            self._link.call(m.Clear(), m.Ok)
+            self._connection.call(m.Clear(), m.Ok)
         except LMCacheError as error:
             logger.warning("The LMCache server was not cleared: %s", error)
             return False
         return True
 
     def close(self) -> None:
-        self._link.close()
+        self._connection.close()
 
     def _register(self, carrier: Carrier, welcome: m.Welcome, descriptor: int) -> None:
         if descriptor >= 0:

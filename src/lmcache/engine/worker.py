@@ -1,4 +1,4 @@
-"""A rank's side of an engine: its threads copy between paged KV and slots, and never hold up the engine.
+"""A rank's side of an engine: its threads copy between paged KV and extents, and never hold up the engine.
 
 One thread loads, one stores; for a GPU a second one loads, too: it launches its copy while the one before it runs. The arena is
 mapped when the link comes up and let go when another server takes over, once no copy runs; so a load from the mapped arena
@@ -22,9 +22,9 @@ import numpy.typing as npt
 from lmcache.chunks import Shard
 from lmcache.chunks.hashing import HASH_BYTES
 from lmcache.engine.access import ArenaAccess
+from lmcache.engine.connection import Connection, Endpoint, ask
 from lmcache.engine.identified import UNKNOWN, LayoutFor, is_identified
 from lmcache.engine.jobs import Done, Event, Load, Store
-from lmcache.engine.link import Endpoint, Link, ask
 from lmcache.errors import LayoutError, LMCacheError, ServerRefused, ServerUnavailable
 from lmcache.memory.arena import Mapping
 from lmcache.observability.log import init_logger
@@ -37,7 +37,7 @@ from lmcache.wire.carriers import Carrier
 
 logger = init_logger(__name__)
 _BATCH_SECONDS = 0.01
-"""A store's slots are reserved, filled and committed in steps that take about this long: a preemption waits for one at most."""
+"""A store's extents are reserved, filled and committed in steps that take about this long: a preemption waits for one at most."""
 _STEP_END_SECONDS = 0.002
 """After a forward the engine samples, fetches the token and tells of it. A store that begins at once is in the way of the
 token's copy and of the threads that tell: 0.6 ms of 51 on an H200."""
@@ -78,7 +78,7 @@ class WorkerSession:
         self._layout_for, self._shard, self._paged, self._threads = layout_for, shard, paged, threads
         self._stages = list(stages)
         self._space, self._chunk_tokens, self._arena = 0, 0, b""
-        self._slot_bytes = 0
+        self._shard_bytes = 0
         self._access: ArenaAccess | None = None
         self._left_behind: ArenaAccess | None = None
         """The arena that stays mapped because a copy hung when the session was closed, and may still touch it."""
@@ -106,7 +106,7 @@ class WorkerSession:
         self._load_ended = 0.0
         self._copying: set[str] = set()
         """Threads that may be touching the arena now."""
-        self._link = Link(endpoint, self._register, self._before_hello, on_gone=self._let_go)
+        self._connection = Connection(endpoint, self._register, self._before_hello, on_gone=self._let_go)
         works: list[tuple[Literal["load", "store"], str]] = [("load", "load"), ("store", _STORING)]
         if paged.device != "cpu":
             works.append(("load", "load-2"))
@@ -118,7 +118,7 @@ class WorkerSession:
 
     @property
     def connected(self) -> bool:
-        return self._link.connected
+        return self._connection.connected
 
     @property
     def identified(self) -> bool:
@@ -133,14 +133,14 @@ class WorkerSession:
 
     def wait_connected(self, timeout_seconds: float) -> bool:
         """Wait for the first connection, at engine start."""
-        return self._link.wait_connected(timeout_seconds)
+        return self._connection.wait_connected(timeout_seconds)
 
     def load(self, job_id: str, load: Load) -> None:
-        """Fill paged KV from slots; the scheduler's lease must hold until the job is reported."""
+        """Fill paged KV from extents; the scheduler's lease must hold until the job is reported."""
         self._enqueue("load", job_id, load)
 
     def store(self, job_id: str, store: Store) -> None:
-        """Copy chunks into slots; the blocks must stay as they are until the job is reported."""
+        """Copy chunks into extents; the blocks must stay as they are until the job is reported."""
         if len(self._queues["store"]) >= _MAX_QUEUED_STORES:
             self.drop(len(store.hashes) // HASH_BYTES, "queue full")
             self._done.append(Done(job_id, "store", False, 0, 0.0))
@@ -182,7 +182,7 @@ class WorkerSession:
         """Finish the copy at hand, drop what waits, and let the arena go.
 
         A copy that hangs (in a device that does not answer) is left behind after a while: the arena stays mapped then, and the
-        server counts its slots as in use until this process has ended.
+        server counts its extents as in use until this process has ended.
         """
         with self._state:
             self._closed = True
@@ -192,7 +192,7 @@ class WorkerSession:
         for thread in self._threads_running:
             thread.join(max(0.0, until - time.monotonic()))
         hanging = [thread.name for thread in self._threads_running if thread.is_alive()]
-        self._link.close(goodbye=not hanging)
+        self._connection.close(goodbye=not hanging)
         with self._state:
             access = self._taken_away()
         if hanging:
@@ -217,12 +217,12 @@ class WorkerSession:
         with self._counting:
             self._untold[reason] += chunks
 
-    def _tell_drops(self) -> None:
+    def _report_drops(self) -> None:
         with self._counting:
             untold = dict(self._untold)
             self._untold.clear()
         for reason, chunks in untold.items():
-            self._link.post(m.Dropped(chunks, reason))
+            self._connection.post(m.Dropped(chunks, reason))
 
     def _busy(self) -> bool:
         return bool(self._running or any(self._queues.values()))
@@ -235,7 +235,7 @@ class WorkerSession:
         queue, untold = self._queues[kind], self._untold if kind == "store" else {}
         while True:
             if untold:
-                self._tell_drops()
+                self._report_drops()
             with self._state:
                 self._ready[kind].wait_for(lambda: queue or untold or self._closed)
                 if self._closed:
@@ -277,9 +277,9 @@ class WorkerSession:
                 self._done.append(Done(job_id, kind, tokens > 0, tokens, seconds, put_seconds))
                 self._state.notify_all()
             if tokens:
-                self._link.post(m.Copied(kind, tokens, seconds, self._shard.index))
+                self._connection.post(m.Copied(kind, tokens, seconds, self._shard.index))
             elif isinstance(job, Load):
-                self._link.post(m.Copied(kind, job.end_token - job.start_token, 0.0, self._shard.index, ok=False))
+                self._connection.post(m.Copied(kind, job.end_token - job.start_token, 0.0, self._shard.index, ok=False))
 
     def _load(self, thread: str, load: Load) -> tuple[int, float]:
         """Tokens loaded, and seconds of the copy, without those that it waited for the one before it.
@@ -299,38 +299,38 @@ class WorkerSession:
             return load.end_token - load.start_token, end - begin
 
     def _load_runs(self, load: Load) -> Runs:
-        pages = np.frombuffer(load.slots, dtype="<u4").astype(np.int64)
-        chunks = np.arange(load.first_chunk, load.first_chunk + len(pages))
+        sectors = np.frombuffer(load.extents, dtype="<u4").astype(np.int64)
+        chunks = np.arange(load.first_chunk, load.first_chunk + len(sectors))
         first = np.maximum(chunks * self._chunk_tokens, load.start_token)
         count = np.minimum((chunks + 1) * self._chunk_tokens, load.end_token) - first
-        runs = np.stack([pages * m.PAGE_BYTES, first, count, first - chunks * self._chunk_tokens], axis=1)
-        if len(pages) == 0 or first[0] != load.start_token or int(count.sum()) != load.end_token - load.start_token:
-            raise LayoutError(f"{len(pages)} slots do not cover tokens {load.start_token}..{load.end_token}")
+        runs = np.stack([sectors * m.SECTOR_BYTES, first, count, first - chunks * self._chunk_tokens], axis=1)
+        if len(sectors) == 0 or first[0] != load.start_token or int(count.sum()) != load.end_token - load.start_token:
+            raise LayoutError(f"{len(sectors)} extents do not cover tokens {load.start_token}..{load.end_token}")
         return runs[count > 0]
 
     def _fetch(self, copier: Copier, load: Load, blocks: npt.NDArray[np.int32], runs: Runs) -> None:
         """Payload frames: as many chunks a message as make up a batch."""
-        step = max(1, _PAYLOAD_BYTES // self._slot_bytes)
+        step = max(1, _PAYLOAD_BYTES // self._shard_bytes)
         for at in range(0, len(runs), step):
             part = runs[at : at + step].copy()
             request = m.Fetch(load.lease, self._shard.index, load.lease_chunk + at, len(part))
-            _, frames = self._link.call(request, m.Ok)
-            if len(frames) != len(part) or any(len(one) != self._slot_bytes for one in frames):
+            _, frames = self._connection.call(request, m.Ok)
+            if len(frames) != len(part) or any(len(one) != self._shard_bytes for one in frames):
                 raise LayoutError(f"{len(frames)} payload frames for {len(part)} chunks")
             part[:, 0] = 0
             for run, one in zip(part, frames, strict=True):
                 copier.scatter(np.frombuffer(one, dtype=np.uint8).ctypes.data, blocks, run[None])
 
     def _store(self, job_id: str, store: Store) -> tuple[int, float, float]:
-        """Tokens that were copied and committed, seconds of the copies, and of asking for and committing the slots."""
-        self._link.wait_welcomed()
+        """Tokens that were copied and committed, seconds of the copies, and of asking for and committing the extents."""
+        self._connection.wait_welcomed()
         if store.chunk_tokens != self._chunk_tokens:
             reason = "another chunk size" if self.identified else UNKNOWN
             self._count_drop(len(store.hashes) // HASH_BYTES, reason)
             return 0, 0.0, 0.0
         total, tokens, seconds, parent = len(store.hashes) // HASH_BYTES, 0, 0.0, store.parent
         begin = time.perf_counter()
-        step = min(max(1, self._batch_bytes() // self._slot_bytes), m.MAX_RESERVED_CHUNKS)
+        step = min(max(1, self._batch_bytes() // self._shard_bytes), m.MAX_RESERVED_CHUNKS)
         for at in range(0, total, step):
             if job_id in self._cancelled:
                 self._count_drop(total - at, "preempted")
@@ -363,39 +363,39 @@ class WorkerSession:
     ) -> tuple[int, float]:
         size = self._chunk_tokens
         request = m.Reserve(self._space, self._shard.index, parent, first_chunk == 0, hashes)
-        granted, _ = self._link.call(request, m.Reserved)
+        granted, _ = self._connection.call(request, m.Reserved)
         if granted.refused:
             self.counters[f"dropped_chunks:{granted.reason}"] += granted.refused
-        pages = np.frombuffer(granted.slots, dtype="<u4")
-        wanted = np.flatnonzero(pages != m.NO_SLOT)
-        if len(pages) != len(hashes) // HASH_BYTES:
-            raise LayoutError(f"{len(pages)} slots for {len(hashes) // HASH_BYTES} chunks")
+        sectors = np.frombuffer(granted.extents, dtype="<u4")
+        wanted = np.flatnonzero(sectors != m.NO_EXTENT)
+        if len(sectors) != len(hashes) // HASH_BYTES:
+            raise LayoutError(f"{len(sectors)} extents for {len(hashes) // HASH_BYTES} chunks")
         if not len(wanted):
             return 0, 0.0
         first = (first_chunk + wanted) * size
         count = np.minimum(first + size, store.end_token or first[-1] + size) - first
-        runs = np.stack([pages[wanted].astype(np.int64) * m.PAGE_BYTES, first, count, 0 * first], axis=1)
+        runs = np.stack([sectors[wanted].astype(np.int64) * m.SECTOR_BYTES, first, count, 0 * first], axis=1)
         blocks = np.asarray(store.blocks, dtype=np.int32)
         begin, ok = time.perf_counter(), False
         try:
-            if mapping is not None and int(runs[:, 0].max()) + self._slot_bytes > mapping.size_bytes:
-                raise LayoutError(f"the server gave a slot beyond the arena's {mapping.size_bytes} bytes")
+            if mapping is not None and int(runs[:, 0].max()) + self._shard_bytes > mapping.size_bytes:
+                raise LayoutError(f"the server gave an extent beyond the arena's {mapping.size_bytes} bytes")
             if mapping is not None and count[-1] < size and not copier.zeroes_the_rest:
                 # What is behind an unfull chunk goes to tiers with it: not what lay there before.
-                ctypes.memset(mapping.address + int(runs[-1, 0]), 0, self._slot_bytes)
+                ctypes.memset(mapping.address + int(runs[-1, 0]), 0, self._shard_bytes)
             buffer = self._gather(job_id, copier, mapping, blocks, runs)
             if buffer is not None:
-                self._link.call(m.Fill(granted.reservation, 0), m.Ok, [row.data for row in buffer])
+                self._connection.call(m.Fill(granted.reservation, 0), m.Ok, [row.data for row in buffer])
             ok = True
         finally:
             seconds = time.perf_counter() - begin
-            self._link.call(m.Commit(granted.reservation, ok), m.Ok)
+            self._connection.call(m.Commit(granted.reservation, ok), m.Ok)
         return int(count.sum()), seconds
 
     def _gather(
         self, job_id: str, copier: Copier, mapping: Mapping | None, blocks: npt.NDArray[np.int32], runs: Runs
     ) -> npt.NDArray[np.uint8] | None:
-        """Copy into the slots, or, without a mapping, into the buffer that is returned: the slots' bytes one after the other.
+        """Copy into the extents, or, without a mapping, into the buffer that is returned: the extents' bytes one after the other.
 
         Raises:
             _Cancelled: the blocks were taken away meanwhile.
@@ -410,8 +410,8 @@ class WorkerSession:
                 return None
             # Behind an unfull chunk a buffer would tell the server of this process's memory.
             whole = bool((runs[:, 2] == self._chunk_tokens).all())
-            buffer = (np.empty if whole else np.zeros)((len(runs), self._slot_bytes), dtype=np.uint8)
-            runs[:, 0] = np.arange(len(runs)) * self._slot_bytes
+            buffer = (np.empty if whole else np.zeros)((len(runs), self._shard_bytes), dtype=np.uint8)
+            runs[:, 0] = np.arange(len(runs)) * self._shard_bytes
             copier.gather(buffer.ctypes.data, blocks, runs)
             return buffer
         finally:
@@ -438,7 +438,7 @@ class WorkerSession:
                 arena is not None
                 and arena not in (self._arena, self._in_vain)
                 and self.identified
-                and not self._state.wait_for(lambda: arena == self._arena, self._link.endpoint.deadline_seconds)
+                and not self._state.wait_for(lambda: arena == self._arena, self._connection.endpoint.deadline_seconds)
             ):
                 self._in_vain = arena
             if arena not in (None, self._arena) or self._access is None:
@@ -455,7 +455,7 @@ class WorkerSession:
     # The link's thread
 
     def _before_hello(self) -> None:
-        """A hello says that this session fills no slot any more; the link being down, no new store can begin one.
+        """A hello says that this session fills no extent any more; the link being down, no new store can begin one.
 
         Raises:
             IdentityUnknown: there is no layout to register yet.
@@ -475,12 +475,12 @@ class WorkerSession:
         """Map the new arena once no copy runs in the old one, and register this rank's part of the layout."""
         try:
             layout = self._layout_for(welcome.chunk_tokens)
-            slot_bytes = self._shard.slot_bytes(layout)
-            if self._paged.slot_bytes(welcome.chunk_tokens) != slot_bytes:
+            shard_bytes = self._shard.shard_bytes(layout)
+            if self._paged.shard_bytes(welcome.chunk_tokens) != shard_bytes:
                 raise LayoutError(
-                    f"the KV tensors make slots of {self._paged.slot_bytes(welcome.chunk_tokens)} bytes, the layout {slot_bytes}"
+                    f"the KV tensors make extents of {self._paged.shard_bytes(welcome.chunk_tokens)} bytes, the layout {shard_bytes}"
                 )
-            request = m.Register(layout, self._shard.count, self._shard.index, slot_bytes, self._stages)
+            request = m.Register(layout, self._shard.count, self._shard.index, shard_bytes, self._stages)
             registered = ask(carrier, request, m.Registered)
             with self._state:
                 known = welcome.arena == self._arena and (descriptor < 0 or self._mapped())
@@ -493,7 +493,7 @@ class WorkerSession:
                     access.close()
                 access = ArenaAccess(make_copier(self._paged, welcome.chunk_tokens, self._threads), welcome, descriptor)
             with self._state:
-                self._space, self._chunk_tokens, self._slot_bytes = registered.space, welcome.chunk_tokens, slot_bytes
+                self._space, self._chunk_tokens, self._shard_bytes = registered.space, welcome.chunk_tokens, shard_bytes
                 self._access, self._arena = access, welcome.arena
                 self._state.notify_all()
         finally:

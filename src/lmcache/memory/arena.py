@@ -1,6 +1,6 @@
 """The arena: one file in a memory file system, owned by the server, mapped by engines that got its descriptor.
 
-Pages are reserved (`posix_fallocate`) before a slot in them is handed out, so a full tmpfs gives an error and never SIGBUS;
+Pages are reserved (`posix_fallocate`) before an extent in them is handed out, so a full tmpfs gives an error and never SIGBUS;
 a background thread then touches them, since the first touch of a shared page costs more than ten copies into it.
 Nothing that decides is kept in the arena: an engine may overwrite any byte of it, and only KV would be wrong.
 """
@@ -117,7 +117,7 @@ class Arena:
         self.path = directory / f"{_PREFIX}{os.getuid()}-{self.id.hex()}{_SUFFIX}"
         self.size_bytes = size_bytes
         self.backed_bytes = 0
-        """Bytes that have pages: only slots in these may be handed out."""
+        """Bytes that have pages: only extents in these may be handed out."""
         self.named = True
         """Whether the file is to be found at `path`."""
         self._backed = bytearray(-(-size_bytes // _STEP_BYTES))  # one byte a step
@@ -169,7 +169,7 @@ class Arena:
             if not self._backed[step]:
                 self._back_step(step)
 
-    def has_pages(self, offset: int, length: int) -> bool:
+    def has_sectors(self, offset: int, length: int) -> bool:
         """Whether `back` has succeeded for these bytes."""
         return all(self._backed[offset // _STEP_BYTES : (offset + length - 1) // _STEP_BYTES + 1])
 
@@ -235,7 +235,7 @@ def _claim(path: Path, descriptor: int) -> int:
 
 
 def reclaim_stale(directory: Path) -> int:
-    """Remove the arenas of this user's dead servers, and their slot headers; return the arenas' bytes.
+    """Remove the arenas of this user's dead servers, and their extent headers; return the arenas' bytes.
 
     A live server holds a lock on its arena, which is made before its headers and removed after them.
 

@@ -1,13 +1,13 @@
-"""Slot headers: a file beside the arena that says which slots hold which committed shards, for the server after a crash.
+"""Extent headers: a file beside the arena that says which extents hold which committed shards, for the server after a crash.
 
-No engine gets this file, so what it says can be trusted as far as the user can. After the file's own header (one page) it has
-one fixed record for each page of the arena, that of a slot at the slot's first page; the file is sparse, so only slots take
-memory: 4 KiB for a slot of 170 KiB or more. Records are written, not mapped, since writing to a full memory file system gives
+No engine gets this file, so what it says can be trusted as far as the user can. After the file's own header (one sector) it has
+one fixed record for each sector of the arena, that of an extent at the extent's first sector; the file is sparse, so only extents take
+memory: 4 KiB for an extent of 170 KiB or more. Records are written, not mapped, since writing to a full memory file system gives
 an error where a mapping would kill. A record counts when its checksum is right and it is of the file's present generation
 and number of clears; so clearing costs one write. Little-endian:
 
     file    magic 8, version u32, record bytes u32, generation 8, clears u64, arena id 16, arena bytes u64, crc32 u32
-    record  magic 4, version u16, state u16, generation 8, clears u32, page u32, stored bytes u64, shard u16, shards u16,
+    record  magic 4, version u16, state u16, generation 8, clears u32, sector u32, stored bytes u64, shard u16, shards u16,
             space fingerprint 16, chunk key 16, parent key 16 (zeros before the first chunk), crc32 u32
 """
 
@@ -32,7 +32,7 @@ VERSION = 1
 COMMITTED = 1
 _MAGIC, _RECORD_MAGIC = b"lmcachHD", b"LMsl"
 _FIRST_RECORD = 4096
-_PAGE_BYTES = 4096
+_SECTOR_BYTES = 4096
 _READ_BYTES = RECORD_BYTES << 15
 _FILE = struct.Struct("<8sII8sQ16sQ")
 _RECORD = struct.Struct("<4sHH8sIIQHH16s16s16s")
@@ -49,10 +49,10 @@ class DamagedHeaders(LMCacheError):
     """The file is not one of ours, or of another version, or its own header is damaged: nothing in it may be used."""
 
 
-class SlotHeader(NamedTuple):
-    """One committed shard: `stored_bytes` from `page` on are shard number `shard` of `shards` of the chunk `key`."""
+class ExtentHeader(NamedTuple):
+    """One committed shard: `stored_bytes` from `sector` on are shard number `shard` of `shards` of the chunk `key`."""
 
-    page: int
+    sector: int
     stored_bytes: int
     shard: int
     shards: int
@@ -71,19 +71,19 @@ class Headers:
     def __init__(self, path: Path, arena_id: bytes, arena_bytes: int) -> None:
         self.path = path
         self.unwritten = 0
-        """Slots whose header found no room; they are usable now, and lost to a server that adopts the arena."""
+        """Extents whose header found no room; they are usable now, and lost to a server that adopts the arena."""
         self._arena_id, self._arena_bytes = arena_id, arena_bytes
         self._generation = secrets.token_bytes(8)
         self._clears = 0
         try:
             self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         except OSError as error:
-            raise ConfigError(f"{path}: cannot create the slot headers there: {error.strerror}") from error
+            raise ConfigError(f"{path}: cannot create the extent headers there: {error.strerror}") from error
         try:
             self._write_own()
         except OSError as error:
             self.close()
-            raise ConfigError(f"{path}: cannot write the slot headers: {error.strerror}") from error
+            raise ConfigError(f"{path}: cannot write the extent headers: {error.strerror}") from error
 
     def committed(
         self,
@@ -91,32 +91,34 @@ class Headers:
         shards: int,
         shard: int,
         stored_bytes: int,
-        pages: Iterable[int],
+        sectors: Iterable[int],
         keys: bytes,
         parents: bytes,
     ) -> None:
-        """These slots hold what their keys say. `keys` and `parents` are 16 bytes a slot."""
-        for number, page in enumerate(pages):
+        """These extents hold what their keys say. `keys` and `parents` are 16 bytes an extent."""
+        for number, sector in enumerate(sectors):
             key, parent = keys[16 * number : 16 * number + 16], parents[16 * number : 16 * number + 16]
             record = _RECORD.pack(
-                _RECORD_MAGIC, VERSION, COMMITTED, self._generation, self._clears, page, stored_bytes, shard, shards,
+                _RECORD_MAGIC, VERSION, COMMITTED, self._generation, self._clears, sector, stored_bytes, shard, shards,
                 fingerprint, key, parent,
             )  # fmt: skip
             try:
-                os.pwrite(self._descriptor, record + _CRC.pack(zlib.crc32(record)), _FIRST_RECORD + page * RECORD_BYTES)
+                os.pwrite(
+                    self._descriptor, record + _CRC.pack(zlib.crc32(record)), _FIRST_RECORD + sector * RECORD_BYTES
+                )
             except OSError as error:
-                self._tell_unwritten(error)
+                self._report_unwritten(error)
 
-    def freed(self, pages: Iterable[int]) -> None:
-        """These slots hold nothing that counts."""
-        for page in pages:
+    def freed(self, sectors: Iterable[int]) -> None:
+        """These extents hold nothing that counts."""
+        for sector in sectors:
             try:
-                os.pwrite(self._descriptor, _NOTHING, _FIRST_RECORD + page * RECORD_BYTES)
+                os.pwrite(self._descriptor, _NOTHING, _FIRST_RECORD + sector * RECORD_BYTES)
             except OSError as error:  # it has never been written then, or the file is gone: nothing to erase
-                self._tell_unwritten(error)
+                self._report_unwritten(error)
 
     def cleared(self) -> None:
-        """No slot holds anything that counts."""
+        """No extent holds anything that counts."""
         self._clears += 1
         self._write_own()
 
@@ -125,7 +127,7 @@ class Headers:
         try:
             os.ftruncate(self._descriptor, 0)
         except OSError as error:
-            self._tell_unwritten(error)
+            self._report_unwritten(error)
 
     def close(self) -> None:
         """Remove the file."""
@@ -138,14 +140,16 @@ class Headers:
         )
         os.pwrite(self._descriptor, header + _CRC.pack(zlib.crc32(header)), 0)
 
-    def _tell_unwritten(self, error: OSError) -> None:
+    def _report_unwritten(self, error: OSError) -> None:
         if not self.unwritten:
-            logger.warning("%s: slot headers find no room, so these slots end with this server: %s", self.path, error)
+            logger.warning(
+                "%s: extent headers find no room, so these extents end with this server: %s", self.path, error
+            )
         self.unwritten += 1
 
 
-def read_headers(path: Path) -> list[SlotHeader]:
-    """The committed slots of a server that is no more, by page.
+def read_headers(path: Path) -> list[ExtentHeader]:
+    """The committed extents of a server that is no more, by sector.
 
     Raises:
         DamagedHeaders: nothing in the file may be used. OSError: it cannot be read.
@@ -161,22 +165,22 @@ def read_headers(path: Path) -> list[SlotHeader]:
         found = [
             header
             for offset, record in _records(descriptor)
-            if (header := _whole(record, generation, clears)) is not None
-            and header.page * RECORD_BYTES + _FIRST_RECORD == offset
-            and header.page * _PAGE_BYTES + header.stored_bytes <= arena_bytes
+            if (header := _complete(record, generation, clears)) is not None
+            and header.sector * RECORD_BYTES + _FIRST_RECORD == offset
+            and header.sector * _SECTOR_BYTES + header.stored_bytes <= arena_bytes
         ]
     finally:
         os.close(descriptor)
     return found
 
 
-def _whole(record: bytes, generation: bytes, clears: int) -> SlotHeader | None:
+def _complete(record: bytes, generation: bytes, clears: int) -> ExtentHeader | None:
     if _CRC.pack(zlib.crc32(record[: _RECORD.size])) != record[_RECORD.size : _RECORD.size + _CRC.size]:
         return None
-    _, version, state, of, when, page, stored_bytes, shard, shards, *names = _RECORD.unpack_from(record)
+    _, version, state, of, when, sector, stored_bytes, shard, shards, *names = _RECORD.unpack_from(record)
     if (version, state, of, when) != (VERSION, COMMITTED, generation, clears & 0xFFFFFFFF):
         return None
-    return SlotHeader(page, stored_bytes, shard, shards, *names)
+    return ExtentHeader(sector, stored_bytes, shard, shards, *names)
 
 
 def _records(descriptor: int) -> Iterator[tuple[int, bytes]]:

@@ -1,11 +1,11 @@
-/* Paged KV <-> slots, in one call without the GIL.
+/* Paged KV <-> extents, in one call without the GIL.
  *
  * A plane (K or V of one layer) is a set of axes: token group, token, head, dim group, dim. Each axis has a stride in
- * paged memory and one in the slot. Axes that step alike on both sides are fused, until what is left is one of two
+ * paged memory and one in the extent. Axes that step alike on both sides are fused, until what is left is one of two
  * patterns:
  *   rows        runs of bytes that are contiguous on both sides: copied with non-temporal stores where they are long,
  *               because nobody reads the target soon and a normal store would read it from memory first;
- *   transpose   single items, one axis dense in paged memory and another one in the slot (K stored [dim][token], pairs
+ *   transpose   single items, one axis dense in paged memory and another one in the extent (K stored [dim][token], pairs
  *               of tokens or dims for matrix units): square tiles in registers.
  * So every layout is right by the same few lines, and the usual ones are fast.
  *
@@ -28,20 +28,20 @@ typedef struct {
     int64_t token_group, group_stride, token_stride;
     int64_t heads, head_stride;
     int64_t dims, dim_group, dim_group_stride, dim_stride;
-    int64_t slot_offset;
+    int64_t extent_offset;
 } Plane;
 
 /* A row of `runs`. */
 typedef struct {
-    int64_t slot_offset, first_token, tokens, token_in_slot;
+    int64_t extent_offset, first_token, tokens, token_in_extent;
 } Run;
 
 typedef struct {
-    int64_t count, paged, slot;
+    int64_t count, paged, extent;
 } Axis;
 
 typedef struct {
-    Axis axes[MAX_AXES]; /* outermost first; of a transpose the last two: dense in the slot, dense in paged memory */
+    Axis axes[MAX_AXES]; /* outermost first; of a transpose the last two: dense in the extent, dense in paged memory */
     int count;
     int transpose;
     int64_t item; /* bytes that are contiguous on both sides */
@@ -92,14 +92,14 @@ static int fuse(Pattern *p)
 {
     for (int i = 0; i < p->count; i++) {
         Axis a = p->axes[i];
-        if (a.count == 1 || (a.paged == p->item && a.slot == p->item)) {
+        if (a.count == 1 || (a.paged == p->item && a.extent == p->item)) {
             p->item *= a.count;
             remove_axis(p, i);
             return 1;
         }
         for (int j = 0; j < p->count; j++) {
             Axis *b = &p->axes[j];
-            if (i != j && a.paged == b->paged * b->count && a.slot == b->slot * b->count) {
+            if (i != j && a.paged == b->paged * b->count && a.extent == b->extent * b->count) {
                 b->count *= a.count;
                 remove_axis(p, i);
                 return 1;
@@ -109,13 +109,13 @@ static int fuse(Pattern *p)
     return 0;
 }
 
-/* Outermost the axis with the widest steps on the side that is to be walked in order: the slot, or paged memory. */
-static void sort_axes(Pattern *p, int by_slot)
+/* Outermost the axis with the widest steps on the side that is to be walked in order: the extent, or paged memory. */
+static void sort_axes(Pattern *p, int by_extent)
 {
     for (int i = 1; i < p->count; i++)
         for (int j = i; j > 0; j--) {
             Axis *a = &p->axes[j - 1], *b = &p->axes[j], swap = *a;
-            if ((by_slot ? a->slot : a->paged) >= (by_slot ? b->slot : b->paged))
+            if ((by_extent ? a->extent : a->paged) >= (by_extent ? b->extent : b->paged))
                 break;
             *a = *b;
             *b = swap;
@@ -123,11 +123,11 @@ static void sort_axes(Pattern *p, int by_slot)
 }
 
 /* Moves the axis that is dense on one side to place `to`; 0 where there is none. */
-static int move_dense(Pattern *p, int slot_side, int to)
+static int move_dense(Pattern *p, int extent_side, int to)
 {
     for (int i = 0; i <= to; i++) {
         Axis a = p->axes[i];
-        if ((slot_side ? a.slot : a.paged) == p->item) {
+        if ((extent_side ? a.extent : a.paged) == p->item) {
             p->axes[i] = p->axes[to];
             p->axes[to] = a;
             return 1;
@@ -153,16 +153,16 @@ static Pattern make_pattern(const Plane *plane, int64_t item, int64_t groups, in
         ;
     if (p.count >= 2 && (p.item == 1 || p.item == 2 || p.item == 4 || p.item == 8))
         p.transpose = move_dense(&p, 0, p.count - 1) && move_dense(&p, 1, p.count - 2);
-    /* Whole lines may be written in any order, so read in order; parts of lines are better written in order. */
+    /* Completed lines may be written in any order, so read in order; parts of lines are better written in order. */
     if (!p.transpose)
         sort_axes(&p, p.item % LINE == 0 ? scatter : !scatter);
     return p;
 }
 
-static void run_inner(const Pattern *p, const Isa *isa, char *paged, char *slot, int scatter, const char *next)
+static void run_inner(const Pattern *p, const Isa *isa, char *paged, char *extent, int scatter, const char *next)
 {
-    char *to = scatter ? paged : slot;
-    const char *from = scatter ? slot : paged;
+    char *to = scatter ? paged : extent;
+    const char *from = scatter ? extent : paged;
     if (p->transpose) {
         Axis s = p->axes[p->count - 2], d = p->axes[p->count - 1];
         TransposeKernel kernel = p->item == 4   ? isa->transpose_4
@@ -170,33 +170,33 @@ static void run_inner(const Pattern *p, const Isa *isa, char *paged, char *slot,
                                  : p->item == 1 ? transpose_1_plain
                                                 : transpose_8_plain;
         if (scatter)
-            kernel(to, s.paged, from, d.slot, d.count, s.count);
+            kernel(to, s.paged, from, d.extent, d.count, s.count);
         else
-            kernel(to, d.slot, from, s.paged, s.count, d.count);
+            kernel(to, d.extent, from, s.paged, s.count, d.count);
     } else if (p->count == 0) {
         isa->rows(to, 0, from, 0, p->item, 1, next);
     } else {
         Axis a = p->axes[p->count - 1];
-        isa->rows(to, scatter ? a.paged : a.slot, from, scatter ? a.slot : a.paged, p->item, a.count, next);
+        isa->rows(to, scatter ? a.paged : a.extent, from, scatter ? a.extent : a.paged, p->item, a.count, next);
     }
 }
 
 /* Walks the outer axes; the inner ones are the kernels'. */
-static void run_pattern(const Pattern *p, const Isa *isa, char *paged, char *slot, int scatter, const char *next)
+static void run_pattern(const Pattern *p, const Isa *isa, char *paged, char *extent, int scatter, const char *next)
 {
     int outer = p->transpose ? p->count - 2 : p->count ? p->count - 1 : 0;
     int64_t at[MAX_AXES] = {0};
     for (;;) {
-        run_inner(p, isa, paged, slot, scatter, next);
+        run_inner(p, isa, paged, extent, scatter, next);
         int i = outer - 1;
         for (; i >= 0; i--) {
             const Axis *a = &p->axes[i];
             paged += a->paged;
-            slot += a->slot;
+            extent += a->extent;
             if (++at[i] < a->count)
                 break;
             paged -= a->paged * a->count;
-            slot -= a->slot * a->count;
+            extent -= a->extent * a->count;
             at[i] = 0;
         }
         if (i < 0)
@@ -226,7 +226,7 @@ typedef struct {
 } Memo;
 
 static void copy_part(const Job *job, Memo *memo, const Plane *plane, int64_t groups, int64_t tokens, char *paged,
-                      char *slot, const char *next)
+                      char *extent, const char *next)
 {
     if (memo->plane != plane || memo->groups != groups || memo->tokens != tokens) {
         memo->plane = plane;
@@ -234,16 +234,16 @@ static void copy_part(const Job *job, Memo *memo, const Plane *plane, int64_t gr
         memo->tokens = tokens;
         memo->pattern = make_pattern(plane, job->item, groups, tokens, job->scatter);
     }
-    run_pattern(&memo->pattern, job->isa, paged, slot, job->scatter, next);
+    run_pattern(&memo->pattern, job->isa, paged, extent, job->scatter, next);
 }
 
 /* Tokens [token, token + count) of one block. Only a first and a last token group can be partial. */
 static void copy_in_block(const Job *job, Memo *memo, const Plane *plane, char *block, int64_t token, int64_t count,
-                          char *slot, const char *next)
+                          char *extent, const char *next)
 {
     int64_t group = plane->token_group, row = plane->heads * plane->dims * job->item;
     if (group == 1) {
-        copy_part(job, memo, plane, count, 1, block + token * plane->group_stride, slot, next);
+        copy_part(job, memo, plane, count, 1, block + token * plane->group_stride, extent, next);
         return;
     }
     while (count > 0) {
@@ -253,31 +253,31 @@ static void copy_in_block(const Job *job, Memo *memo, const Plane *plane, char *
             groups = count / group;
             tokens = group;
         }
-        copy_part(job, memo, plane, groups, tokens, paged, slot, next);
+        copy_part(job, memo, plane, groups, tokens, paged, extent, next);
         token += groups * tokens;
         count -= groups * tokens;
-        slot += groups * tokens * row;
+        extent += groups * tokens * row;
     }
 }
 
 static void copy_run(const Job *job, Memo *memo, const Plane *plane, const Run *run)
 {
     int64_t row = plane->heads * plane->dims * job->item, block_tokens = job->block_tokens;
-    char *slot = job->base + run->slot_offset + plane->slot_offset + run->token_in_slot * row;
+    char *extent = job->base + run->extent_offset + plane->extent_offset + run->token_in_extent * row;
     int64_t token = run->first_token, end = token + run->tokens;
     while (token < end) {
         int64_t index = token / block_tokens, in_block = token % block_tokens, count = block_tokens - in_block;
         if (count > end - token)
             count = end - token;
         char *block = (char *)(intptr_t)plane->address + job->blocks[index] * plane->block_stride;
-        const char *next = slot + count * row;
+        const char *next = extent + count * row;
         if (!job->scatter)
             next = token + count < end
                        ? (char *)(intptr_t)plane->address + job->blocks[index + 1] * plane->block_stride
                        : block;
-        copy_in_block(job, memo, plane, block, in_block, count, slot, next);
+        copy_in_block(job, memo, plane, block, in_block, count, extent, next);
         token += count;
-        slot += count * row;
+        extent += count * row;
     }
 }
 
@@ -344,17 +344,17 @@ static PyObject *copy(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
 
 /* Each term is bounded before terms are added, so that no sum can wrap round. */
 static int fits(const int32_t *blocks, int64_t block_count, const Run *runs, int64_t run_count, int64_t chunk_tokens,
-                int64_t block_tokens, int64_t num_blocks, int64_t farthest_slot)
+                int64_t block_tokens, int64_t num_blocks, int64_t farthest_extent)
 {
     int64_t table_tokens = block_count * block_tokens, first = table_tokens, end = 0;
     for (const Run *run = runs; run < runs + run_count; run++) {
-        if (run->slot_offset < 0 || run->first_token < 0 || run->tokens < 0 || run->token_in_slot < 0)
+        if (run->extent_offset < 0 || run->first_token < 0 || run->tokens < 0 || run->token_in_extent < 0)
             return 0;
-        if (run->tokens > chunk_tokens || run->token_in_slot > chunk_tokens - run->tokens)
+        if (run->tokens > chunk_tokens || run->token_in_extent > chunk_tokens - run->tokens)
             return 0;
         if (run->first_token > table_tokens || run->tokens > table_tokens - run->first_token)
             return 0;
-        if (run->slot_offset > farthest_slot)
+        if (run->extent_offset > farthest_extent)
             return 0;
         if (run->first_token < first)
             first = run->first_token;
@@ -399,12 +399,12 @@ static PyObject *copy_isas(PyObject *module, PyObject *ignored)
 PyMethodDef lmcache_copy_methods[] = {
     {"copy", (PyCFunction)(void (*)(void))copy, METH_FASTCALL,
      "copy(scatter, isa, planes, plane_count, item_bytes, block_tokens, base, blocks, runs, run_count, claimed)\n\n"
-     "Copy paged tokens into slots (scatter=0) or slots into paged memory (1). planes, base, blocks, runs and claimed\n"
+     "Copy paged tokens into extents (scatter=0) or extents into paged memory (1). planes, base, blocks, runs and claimed\n"
      "are addresses; the caller keeps them alive and has checked every bound. isa: a value of copy_isas(), or -1 for\n"
      "the best one."},
     {"runs_fit", (PyCFunction)(void (*)(void))runs_fit, METH_FASTCALL,
-     "runs_fit(blocks, block_count, runs, run_count, chunk_tokens, block_tokens, num_blocks, farthest_slot) -> bool\n\n"
-     "Whether all runs stay within the block table, their slots' tokens and the slots' offsets up to farthest_slot, and all\n"
+     "runs_fit(blocks, block_count, runs, run_count, chunk_tokens, block_tokens, num_blocks, farthest_extent) -> bool\n\n"
+     "Whether all runs stay within the block table, their extents' tokens and the extents' offsets up to farthest_extent, and all\n"
      "blocks from the first to the last that they touch are of the paged KV. blocks (int32) and runs (int64 [runs, 4]) are\n"
      "addresses."},
     {"copy_isas", copy_isas, METH_NOARGS, "The instruction sets that this CPU has: {name: number}, the best one last."},

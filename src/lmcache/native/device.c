@@ -1,4 +1,4 @@
-/* The pieces of a copy between a device's paged KV and slots, handed to the driver one after the other, without Python.
+/* The pieces of a copy between a device's paged KV and extents, handed to the driver one after the other, without Python.
  *
  * From Python a piece costs six calls and a tenth of a millisecond, in which the engine's own threads wait for the GIL. The
  * driver's functions come as addresses (CUDA's and HIP's take the same parameters): nothing of it is needed to build this.
@@ -21,7 +21,7 @@ enum { MAX_PLACES = 64, KERNEL_PARAMETERS = 6, SPARE_PARAMETERS = 4 };
     X(yield_bytes) X(registration_bytes)                                                        \
     X(pieces_begun) X(unyielded_bytes) /* kept from copy to copy */
 #define COPY_NUMBERS(X)                                                                         \
-    X(runs) X(run_count) /* int64 [slot offset, first token, tokens, token in slot] */          \
+    X(runs) X(run_count) /* int64 [extent offset, first token, tokens, token in extent] */          \
     X(base)                                                                                     \
     X(registered_from) /* where registrations with the driver begin; 0: base is not registered */ \
     X(blocks) X(meta) /* on the device */                                                       \
@@ -41,7 +41,7 @@ typedef struct {
 } Copy;
 
 typedef struct {
-    int64_t slot_offset, first_token, tokens, token_in_slot;
+    int64_t extent_offset, first_token, tokens, token_in_extent;
 } Run;
 
 typedef int (*LaunchKernel)(void *, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void *, void **,
@@ -72,7 +72,7 @@ static int wait_event(const Ring *ring, int64_t stream, int64_t event)
 static int launch(const Ring *ring, const Copy *copy, int64_t first, int64_t count, int64_t plane, int64_t planes, uint64_t staging)
 {
     const Run *runs = POINTER(copy->runs);
-    int64_t longest = ring->to_host ? ring->chunk_tokens : 1; /* a store fills whole slots */
+    int64_t longest = ring->to_host ? ring->chunk_tokens : 1; /* a store fills whole extents */
     for (int64_t i = first; i < first + count; i++)
         if (runs[i].tokens > longest)
             longest = runs[i].tokens;
@@ -115,9 +115,9 @@ static int dmas(const Ring *ring, const Copy *copy, int64_t first, int64_t count
     int64_t length = planes * ring->plane_bytes, at = 0;
     while (at < count) {
         int64_t end = at + 1;
-        while (end < count && runs[end].slot_offset == runs[end - 1].slot_offset + length)
+        while (end < count && runs[end].extent_offset == runs[end - 1].extent_offset + length)
             end++;
-        CHECK(dma(ring, copy, runs[at].slot_offset + plane * ring->plane_bytes, (end - at) * length,
+        CHECK(dma(ring, copy, runs[at].extent_offset + plane * ring->plane_bytes, (end - at) * length,
                   staged + (uint64_t)(at * length)));
         at = end;
     }

@@ -1,7 +1,7 @@
-/* Large frames of a disk tier (`tiers/segments.py`), read and summed up in one call without the GIL.
+/* Large frames of a disk tier (`tiers/disk/segments.py`), read and summed up in one call without the GIL.
  *
  * From Python each shard costs letting go of the GIL twice and getting it back beside other reading threads and the server's
- * loop: shards of 0.5 MiB came from the page cache at half the rate and took twice the CPU time. And a piece is summed up while
+ * loop: shards of 0.5 MiB came from the sector cache at half the rate and took twice the CPU time. And a piece is summed up while
  * it is in the cache of the core that has just copied it there.
  */
 #define _GNU_SOURCE

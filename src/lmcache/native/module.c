@@ -22,7 +22,7 @@ static PyModuleDef_Slot slots[] = {
 static struct PyModuleDef definition = {
     PyModuleDef_HEAD_INIT,
     .m_name = "lmcache._native",
-    .m_doc = "Plain C under LMCache: copies between paged KV and slots, launches of copies on a device, the index table, a round\n"
+    .m_doc = "Plain C under LMCache: copies between paged KV and extents, launches of copies on a device, the index table, a round\n"
              "trip, and reads of frames.",
     .m_size = 0,
     .m_slots = slots,

@@ -29,7 +29,7 @@ static inline int lmcache_integers(const char *name, PyObject *const *args, Py_s
     return 0;
 }
 
-/* copy.c: paged KV <-> slots. Ends with a zero entry. */
+/* copy.c: paged KV <-> extents. Ends with a zero entry. */
 extern PyMethodDef lmcache_copy_methods[];
 
 /* exchange.c: one round trip on a Unix socket. Ends with a zero entry. */

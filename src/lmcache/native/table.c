@@ -2,7 +2,7 @@
  * the same and is compared with this one in the tests. Here is how it is kept.
  *
  * Records lie in segments that never move, so the table grows without a pause: 64 bytes each, one cache line, and behind a
- * segment's records their pages and states, 5 bytes a shard.
+ * segment's records their sectors and states, 5 bytes a shard.
  *
  * The hash table is a linear one (Litwin 1980): buckets are heads of chains through the records, and while there are fewer
  * than two buckets a record, each insert splits the next two. It is never rebuilt. Clients choose the hashes, so what picks
@@ -18,7 +18,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define NONE UINT32_MAX /* no record; as a page: no slot */
+#define NONE UINT32_MAX /* no record; as a sector: no extent */
 #define KEY_BYTES 16
 #define MAX_SHARDS 65535
 #define MAX_RECORDS UINT32_MAX
@@ -108,19 +108,19 @@ static inline record_t *at(const table_t *t, uint32_t id)
     return (record_t *)t->segments[id >> t->shift] + (id & (segment_records(t) - 1));
 }
 
-static inline uint32_t *segment_pages(const table_t *t, size_t segment)
+static inline uint32_t *segment_sectors(const table_t *t, size_t segment)
 {
     return (uint32_t *)(t->segments[segment] + segment_records(t) * sizeof(record_t));
 }
 
 static inline uint8_t *segment_states(const table_t *t, size_t segment)
 {
-    return (uint8_t *)(segment_pages(t, segment) + segment_records(t) * t->shards);
+    return (uint8_t *)(segment_sectors(t, segment) + segment_records(t) * t->shards);
 }
 
-static inline uint32_t *pages_of(const table_t *t, uint32_t id)
+static inline uint32_t *sectors_of(const table_t *t, uint32_t id)
 {
-    return segment_pages(t, id >> t->shift) + (id & (segment_records(t) - 1)) * t->shards;
+    return segment_sectors(t, id >> t->shift) + (id & (segment_records(t) - 1)) * t->shards;
 }
 
 static inline uint8_t *states_of(const table_t *t, uint32_t id)
@@ -134,7 +134,7 @@ static size_t segment_size(const table_t *t)
     return (size + 63) & ~(size_t)63;
 }
 
-/* Room for one more pointer in a growing array of them. */
+/* Allocator for one more pointer in a growing array of them. */
 static int reserve_pointer(void **array, size_t count, size_t *room)
 {
     if (count < *room)
@@ -384,7 +384,7 @@ static int to_number(PyObject *value, long long *number)
     int overflow;
     *number = PyLong_AsLongLongAndOverflow(value, &overflow);
     if (overflow) {
-        PyErr_SetString(PyExc_ValueError, "a number beyond 64 bits; ids, shards and pages are small");
+        PyErr_SetString(PyExc_ValueError, "a number beyond 64 bits; ids, shards and sectors are small");
         return -1;
     }
     return *number == -1 && PyErr_Occurred() ? -1 : 0;
@@ -799,12 +799,12 @@ static PyObject *table_begin_fill(PyObject *self, PyObject *const *args, Py_ssiz
 {
     table_t *t = (table_t *)self;
     uint32_t id, shard;
-    long long page;
+    long long sector;
     if (!has_arguments(nargs, 3) || to_id(t, args[0], &id) < 0 || to_shard(t, args[1], &shard) < 0 ||
-        to_number(args[2], &page) < 0)
+        to_number(args[2], &sector) < 0)
         return NULL;
-    if (page < 0 || page >= NONE) {
-        PyErr_Format(PyExc_ValueError, "page %lld is no page of an arena; pages are 0 to %u", page, NONE - 1);
+    if (sector < 0 || sector >= NONE) {
+        PyErr_Format(PyExc_ValueError, "sector %lld is no sector of an arena; sectors are 0 to %u", sector, NONE - 1);
         return NULL;
     }
     record_t *r = at(t, id);
@@ -815,7 +815,7 @@ static PyObject *table_begin_fill(PyObject *self, PyObject *const *args, Py_ssiz
         return NULL;
     }
     *state = FILLING;
-    pages_of(t, id)[shard] = (uint32_t)page;
+    sectors_of(t, id)[shard] = (uint32_t)sector;
     r->filling++;
     Py_RETURN_NONE;
 }
@@ -856,16 +856,16 @@ static PyObject *table_state(PyObject *self, PyObject *const *args, Py_ssize_t n
     return PyLong_FromLong(states_of(t, id)[shard]);
 }
 
-static PyObject *table_slot(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
+static PyObject *table_extent(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
 {
     const table_t *t = (const table_t *)self;
     uint32_t id, shard;
     if (!has_arguments(nargs, 2) || to_id(t, args[0], &id) < 0 || to_shard(t, args[1], &shard) < 0)
         return NULL;
-    return id_or_none(states_of(t, id)[shard] == EMPTY ? NONE : pages_of(t, id)[shard]);
+    return id_or_none(states_of(t, id)[shard] == EMPTY ? NONE : sectors_of(t, id)[shard]);
 }
 
-static PyObject *table_slots(PyObject *self, PyObject *arg)
+static PyObject *table_extents(PyObject *self, PyObject *arg)
 {
     const table_t *t = (const table_t *)self;
     const uint8_t *ids;
@@ -881,27 +881,27 @@ static PyObject *table_slots(PyObject *self, PyObject *arg)
     for (size_t i = 0; i < count; i++) {
         if (i + 8 < count) {
             uint32_t ahead = read_u32(ids + 4 * (i + 8));
-            PREFETCH(pages_of(t, ahead));
+            PREFETCH(sectors_of(t, ahead));
             PREFETCH(states_of(t, ahead));
         }
         uint32_t id = read_u32(ids + 4 * i);
-        const uint32_t *pages = pages_of(t, id);
+        const uint32_t *sectors = sectors_of(t, id);
         const uint8_t *states = states_of(t, id);
         for (uint32_t shard = 0; shard < t->shards; shard++, out += 4)
-            write_u32(out, states[shard] == EMPTY ? NONE : pages[shard]);
+            write_u32(out, states[shard] == EMPTY ? NONE : sectors[shard]);
     }
     return result;
 }
 
-static int has_page_in(const table_t *t, const uint32_t *pages, const uint8_t *states, long long first, long long end)
+static int has_sector_in(const table_t *t, const uint32_t *sectors, const uint8_t *states, long long first, long long end)
 {
     for (uint32_t shard = 0; shard < t->shards; shard++)
-        if (states[shard] != EMPTY && pages[shard] >= first && pages[shard] < end)
+        if (states[shard] != EMPTY && sectors[shard] >= first && sectors[shard] < end)
             return 1;
     return 0;
 }
 
-static PyObject *table_in_pages(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
+static PyObject *table_in_sectors(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
 {
     const table_t *t = (const table_t *)self;
     long long first, end;
@@ -909,7 +909,7 @@ static PyObject *table_in_pages(PyObject *self, PyObject *const *args, Py_ssize_
         return NULL;
     list_t found = {NULL, 0, 0};
     for (uint32_t id = 0; id < t->next_id; id++)
-        if (has_page_in(t, pages_of(t, id), states_of(t, id), first, end) && (at(t, id)->flags & ATTACHED) &&
+        if (has_sector_in(t, sectors_of(t, id), states_of(t, id), first, end) && (at(t, id)->flags & ATTACHED) &&
             append_id(&found, id) < 0) {
             free(found.ids);
             return NULL;
@@ -924,13 +924,13 @@ static PyObject *table_in_pages(PyObject *self, PyObject *const *args, Py_ssize_
     return result;
 }
 
-/* The range of pages bounds[i] <= page < bounds[i + 1], i even, that has this page, or -1. */
-static long long range_of(const uint8_t *bounds, size_t count, uint32_t page)
+/* The range of sectors bounds[i] <= sector < bounds[i + 1], i even, that has this sector, or -1. */
+static long long range_of(const uint8_t *bounds, size_t count, uint32_t sector)
 {
-    size_t low = 0, high = count; /* bounds before low are <= page, those from high on are not */
+    size_t low = 0, high = count; /* bounds before low are <= sector, those from high on are not */
     while (low < high) {
         size_t middle = (low + high) / 2;
-        if (read_u32(bounds + 4 * middle) <= page)
+        if (read_u32(bounds + 4 * middle) <= sector)
             low = middle + 1;
         else
             high = middle;
@@ -971,7 +971,7 @@ static PyObject *table_survey(PyObject *self, PyObject *arg)
             if (newer != NONE)
                 PREFETCH(at(t, newer));
             for (uint32_t shard = 0; shard < t->shards; shard++) {
-                long long range = states[shard] == EMPTY ? -1 : range_of(bounds, count, pages_of(t, id)[shard]);
+                long long range = states[shard] == EMPTY ? -1 : range_of(bounds, count, sectors_of(t, id)[shard]);
                 if (range < 0)
                     continue;
                 found[range]++;
@@ -1129,7 +1129,7 @@ static void table_dealloc(PyObject *self)
 static PyMethodDef methods[] = {
     ONE(match),         ONE(get),           SEVERAL(insert),    ONE(detach),    ONE(free),       ONE(touch),
     ONE(touch_path),    NOTHING(victim),    NOTHING(oldest),    ONE(pin),       ONE(unpin),      SEVERAL(begin_fill),
-    SEVERAL(end_fill),  SEVERAL(state),     SEVERAL(slot),      ONE(slots),     ONE(key),        SEVERAL(in_pages),
+    SEVERAL(end_fill),  SEVERAL(state),     SEVERAL(extent),      ONE(extents),     ONE(key),        SEVERAL(in_sectors),
     ONE(parent),        ONE(children),      ONE(pins),          ONE(filling),   ONE(complete),   ONE(attached),
     NOTHING(detached),  NOTHING(memory_bytes), ONE(survey),        {NULL, NULL, 0, NULL},
 };

@@ -97,7 +97,7 @@ __attribute__((target("avx2"))) static void blocks_avx2(uint64_t *acc, const uin
 }
 #endif
 
-/* Whole blocks. More of the input must follow. */
+/* Completed blocks. More of the input must follow. */
 static void xxh3_blocks(uint64_t *acc, const uint8_t *in, int64_t blocks)
 {
 #if defined(__x86_64__)

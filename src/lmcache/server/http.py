@@ -58,7 +58,7 @@ _PROXY_HEADERS = ("forwarded", "via", "x-forwarded-for", "x-forwarded-host", "x-
 _HEADERS = [("Connection", "close"), ("X-Content-Type-Options", "nosniff"), ("Cache-Control", "no-store")]
 
 
-class HttpFace:
+class HttpEndpoint:
     """The face's life: `start` returns once it serves, `stop` once its thread has ended."""
 
     def __init__(self, config: ServerConfig, control: Control) -> None:

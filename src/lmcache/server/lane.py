@@ -70,9 +70,9 @@ class Lane:
         self._under_way: dict[object, tuple[str, float]] = {}
         """Calls that have begun in the lane's threads, `open` and `close` among them: the method, and since when."""
         self._left_behind = False
-        self._told_hanging = False
-        self._told_at = self._told_losses_at = float("-inf")
-        self._told_losses: Counter[str] = Counter()
+        self._reported_hanging = False
+        self._logged_at = self._reported_losses_at = float("-inf")
+        self._reported_losses: Counter[str] = Counter()
         """All counters, as they were when losses were last told."""
 
     def open(self) -> Future[None]:
@@ -180,8 +180,8 @@ class Lane:
         if self.breaker.probe(now):
             self._run(self._writers, "open", self._probe, lambda result, seconds: None)
         hanging = self._hanging(now)
-        if bool(hanging) != self._told_hanging:
-            self._told_hanging = bool(hanging)
+        if bool(hanging) != self._reported_hanging:
+            self._reported_hanging = bool(hanging)
             if hanging:
                 logger.warning(
                     "Tier %s: %s; the server goes on without this call: see whether %s answers",
@@ -192,12 +192,12 @@ class Lane:
             else:
                 logger.info("Tier %s: no call hangs any more", self.name)
 
-    def tell_losses(self, now: float) -> None:
+    def report_losses(self, now: float) -> None:
         """Warn of what could not be written since the last time, unless that was just now."""
-        if now - self._told_losses_at < _LOSSES_SECONDS:
+        if now - self._reported_losses_at < _LOSSES_SECONDS:
             return
         counters = self.counters + self.queue.counters
-        new, parts = counters - self._told_losses, []
+        new, parts = counters - self._reported_losses, []
         for name, count in new.items():
             kind, _, reason = name.partition(":")
             unit = {"lost": "chunks", "unwritten": "shards"}.get(kind)
@@ -207,7 +207,7 @@ class Lane:
             remedy = f": {_REMEDIES[reason]}" if reason in _REMEDIES else ""
             parts.append(f"{count} {unit} ({mebibytes:,.1f} MiB), {reason}{remedy}")
         if parts:
-            self._told_losses, self._told_losses_at = counters, now
+            self._reported_losses, self._reported_losses_at = counters, now
             logger.warning("Tier %s: not written: %s", self.name, "; ".join(parts))
 
     def status(self) -> dict[str, object]:
@@ -328,8 +328,8 @@ class Lane:
             opened |= self.breaker.failed(now, text, at_once=opened)
         if opened:
             self.counters["opened_breaker"] += 1
-        if now - self._told_at > _LOG_SECONDS:
-            self._told_at = now
+        if now - self._logged_at > _LOG_SECONDS:
+            self._logged_at = now
             logger.warning("Tier %s: %s", self.name, text, exc_info=None if isinstance(error, TierError) else error)
 
 

@@ -22,7 +22,7 @@ from lmcache.observability.log import init_logger, set_level
 from lmcache.server.loop import Loop
 from lmcache.server.report import Report
 from lmcache.server.service import Service
-from lmcache.server.unix_face import UnixFace
+from lmcache.server.unix_endpoint import UnixEndpoint
 from lmcache.wire.sockets import listen_unix
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def _start_tiers(config: ServerConfig, loop: Loop, service: Service, specs: list
 
 
 def _allow_many_descriptors() -> None:
-    """Two for each engine process: the usual soft limit of 1024 is fewer than `unix_face` serves."""
+    """Two for each engine process: the usual soft limit of 1024 is fewer than `unix_endpoint` serves."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 1 << 16 if hard == resource.RLIM_INFINITY else min(hard, 1 << 16)
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -180,10 +180,10 @@ def _open_doors(
 ) -> ServerConfig:
     """From now on engines are served; the configuration with the ports that were taken where any free one would do."""
     if owner is not None:
-        started.callback(UnixFace(loop, service, owner.listener, None).close)
+        started.callback(UnixEndpoint(loop, service, owner.listener, None).close)
     else:
         path = config.socket_dir / f"{service.server_id.hex()[:16]}.sock"
-        started.callback(UnixFace(loop, service, listen_unix(path), path).close)
+        started.callback(UnixEndpoint(loop, service, listen_unix(path), path).close)
         config = dataclasses.replace(config, port=_open_port(config, loop, service, started))
     if owner is None or owner.http:
         config = dataclasses.replace(config, http_port=_open_http(config, Report(config, loop, service), started))
@@ -192,20 +192,20 @@ def _open_doors(
 
 def _open_port(config: ServerConfig, loop: Loop, service: Service, started: ExitStack) -> int:
     """The engines' port, in use from now on; a configured 0 was any free one."""
-    from lmcache.server.zmq_face import ZmqFace
+    from lmcache.server.zmq_endpoint import ZmqEndpoint
 
-    face = ZmqFace(
+    endpoint = ZmqEndpoint(
         loop, service, config.host, config.port, config.socket_dir, config.auth_key_file, config.insecure_no_auth
     )
-    started.callback(face.close)
-    return face.port
+    started.callback(endpoint.close)
+    return endpoint.port
 
 
 def _open_http(config: ServerConfig, report: Report, started: ExitStack) -> int:
     """The port of health, status and metrics, serving from now on; a configured 0 was any free one."""
-    from lmcache.server.http import HttpFace  # a third of a second, which an engine's own server is spared
+    from lmcache.server.http import HttpEndpoint  # a third of a second, which an engine's own server is spared
 
-    face = HttpFace(config, report)
-    face.start()
-    started.callback(face.stop)
-    return face.port
+    endpoint = HttpEndpoint(config, report)
+    endpoint.start()
+    started.callback(endpoint.stop)
+    return endpoint.port

@@ -14,7 +14,7 @@ from lmcache.errors import ConfigError
 from lmcache.server.loop import Loop
 from lmcache.server.service import Service
 
-TOLD_FETCHES = 16
+REPORTED_FETCHES = 16
 """In /status; /fetches tells all that are kept."""
 _CLEAR_TIERS_SECONDS = 25.0
 """Below what the HTTP face waits."""
@@ -115,7 +115,7 @@ class Report:
                         "space": space.number,
                         "shards": space.shards,
                         "chunks": len(space.table),
-                        "slot_bytes": space.slot_bytes,
+                        "slot_bytes": space.shard_bytes,
                     }
                     for space in heart.spaces
                 ],
@@ -126,7 +126,7 @@ class Report:
                     "role": peer.role,
                     "rank": peer.rank,
                     "pid": peer.pid,
-                    "face": peer.face,
+                    "face": peer.endpoint,
                     "payload_frames": peer.payload,
                     "connected_seconds": round(time.time() - peer.since, 1),
                     "layout": peer.layout,
@@ -143,7 +143,7 @@ class Report:
         tiering = self._service.tiering
         if tiering is None:
             return []
-        return [tiering.told(one) for one in islice(reversed(tiering.fetches.records), TOLD_FETCHES)]
+        return [tiering.told(one) for one in islice(reversed(tiering.fetches.records), REPORTED_FETCHES)]
 
     def _counters(self) -> dict[str, float]:
         service, heart, arena = self._service, self._service.heart, self._service.arena

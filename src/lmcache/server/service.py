@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from lmcache import __version__
-from lmcache.cache import Cleared, Committed, Freed, Heart, Refusal, TooSmall, Whole
+from lmcache.cache import Cleared, Committed, Completed, Freed, Heart, Refusal, TooSmall
 from lmcache.cache.heart import Effect
 from lmcache.chunks import space_fingerprint
 from lmcache.errors import LMCacheError
@@ -44,7 +44,7 @@ Reply = Callable[[m.Message, list[bytes]], None]
 class Peer:
     """One connected engine process, as its face knows it. `process` is its number in the heart, 0 before its hello."""
 
-    face: str
+    endpoint: str
     host: str = "this host"
     process: int = 0
     instance: str = ""
@@ -131,7 +131,7 @@ class Service:
                 reply(m.Error("refused", f"{type(request).__name__} is not for this connection"), [])
             else:
                 answer = self._answers[type(request)](peer, request)
-                self.settle()  # before anybody hears of slots that have changed hands
+                self.settle()  # before anybody hears of extents that have changed hands
                 reply(answer, [])
         except Refusal as error:
             self.counters["refused_requests"] += 1
@@ -206,7 +206,7 @@ class Service:
         )
 
     def gone(self, peer: Peer) -> None:
-        """The peer's process touches no slot any more. Its claims end, once no copy runs on its behalf."""
+        """The peer's process touches no extent any more. Its claims end, once no copy runs on its behalf."""
         peer.gone = True
         if peer.busy or peer not in self.peers:
             return
@@ -230,12 +230,12 @@ class Service:
             raise Refusal(f"the layout has {layout.chunk_tokens}-token chunks, this server {self.chunk_tokens}")
         name = space_fingerprint(layout, request.stages)
         try:
-            space = self.heart.open_space(peer.process, name, request.shards, request.shard, request.slot_bytes)
+            space = self.heart.open_space(peer.process, name, request.shards, request.shard, request.shard_bytes)
         except TooSmall as error:
             self.refused.note(f"{peer.who}, from {peer.host}", "small L1", str(error))
             raise
         if not peer.layout:
-            logger.info("Engine process connected: %s, over %s", peer.who, peer.face)
+            logger.info("Engine process connected: %s, over %s", peer.who, peer.endpoint)
         peer.layout = {
             "model_id": layout.model_id,
             "kv_dtype": layout.kv_dtype,
@@ -245,7 +245,7 @@ class Service:
             "kind": layout.kind,
             "fingerprint": layout.fingerprint.hex(),
             "shard": f"{request.shard + 1} of {request.shards}" if request.shard >= 0 else f"all {request.shards}",
-            "slot_bytes": request.slot_bytes,
+            "slot_bytes": request.shard_bytes,
         }
         if request.shard >= 0:
             logger.info("Registered KV cache for GPU ID %d with %d layers", peer.pid, layout.num_layers)
@@ -302,20 +302,20 @@ class Service:
                 now, peer.process, request.space, request.shard, parent, request.root, request.hashes
             )
             if not grant.reservation or self.back(peer.process, grant.reservation):
-                return m.Reserved(grant.reservation, grant.slots, grant.refused, grant.reason)
+                return m.Reserved(grant.reservation, grant.extents, grant.refused, grant.reason)
         raise Refusal(f"{self.arena.path.parent} has no room for the arena: free some, or pass a smaller --l1-size-gb")
 
     def back(self, process: int, reservation: int) -> bool:
-        """Whether there is memory behind the slots. If not they are given up, and the next ones may be those of older chunks."""
+        """Whether there is memory behind the extents. If not they are given up, and the next ones may be those of older chunks."""
         if self.arena.backed_bytes == self.arena.size_bytes:
             return True
-        pages, size = self.heart.reserved_pages(process, reservation), self.heart.slot_bytes(reservation)
+        sectors, size = self.heart.reserved_sectors(process, reservation), self.heart.shard_bytes(reservation)
         try:
-            self.arena.back((page * m.PAGE_BYTES for page in pages), size)
+            self.arena.back((sector * m.SECTOR_BYTES for sector in sectors), size)
         except ArenaFull as error:
             if not self.counters["given_up_slots"]:
                 logger.warning("L1 stays smaller than it was to be, until it is cleared: %s", error)
-            lost = {page for page in pages if not self.arena.has_pages(page * m.PAGE_BYTES, size)}
+            lost = {sector for sector in sectors if not self.arena.has_sectors(sector * m.SECTOR_BYTES, size)}
             self.counters["given_up_slots"] += len(lost)
             self.heart.give_up(process, reservation, lost)
             return False
@@ -357,28 +357,28 @@ class Service:
     # Payload frames
 
     def _fetch(self, peer: Peer, request: m.Fetch, reply: Reply) -> None:
-        pages = self.heart.leased_pages(peer.process, request.lease, request.shard, request.first, request.count)
-        size = self.heart.slot_bytes(lease=request.lease, shard=request.shard)
+        sectors = self.heart.leased_sectors(peer.process, request.lease, request.shard, request.first, request.count)
+        size = self.heart.shard_bytes(lease=request.lease, shard=request.shard)
         view = self.arena.mapping.view
 
         def copy() -> list[bytes]:
-            return [bytes(view(page * m.PAGE_BYTES, size)) for page in pages]
+            return [bytes(view(sector * m.SECTOR_BYTES, size)) for sector in sectors]
 
-        self._in_worker(peer, size * len(pages), copy, reply)
+        self._in_worker(peer, size * len(sectors), copy, reply)
 
     def _fill(self, peer: Peer, request: m.Fill, frames: list[bytes], reply: Reply) -> None:
         number = request.reservation
-        pages = self.heart.reserved_pages(peer.process, number)[max(0, request.first) :][: len(frames)]
-        if request.first < 0 or len(pages) != len(frames):
-            raise Refusal(f"{len(frames)} frames from slot {request.first} on pass the end of reservation {number}")
-        size = self.heart.slot_bytes(reservation=number)
+        sectors = self.heart.reserved_sectors(peer.process, number)[max(0, request.first) :][: len(frames)]
+        if request.first < 0 or len(sectors) != len(frames):
+            raise Refusal(f"{len(frames)} frames from extent {request.first} on pass the end of reservation {number}")
+        size = self.heart.shard_bytes(reservation=number)
         if any(len(one) != size for one in frames):
-            raise Refusal(f"payload frames must have the slot's {size} bytes")
+            raise Refusal(f"payload frames must have the extent's {size} bytes")
         view = self.arena.mapping.view
 
         def copy() -> list[bytes]:
-            for page, one in zip(pages, frames, strict=True):
-                view(page * m.PAGE_BYTES, size)[:] = one
+            for sector, one in zip(sectors, frames, strict=True):
+                view(sector * m.SECTOR_BYTES, size)[:] = one
             return []
 
         def answer(message: m.Message, nothing: list[bytes]) -> None:
@@ -387,7 +387,7 @@ class Service:
 
         if number in self._filling:
             raise Refusal(f"reservation {number} is being filled by an earlier message")
-        self._in_worker(peer, size * len(pages), copy, answer)
+        self._in_worker(peer, size * len(sectors), copy, answer)
         self._filling.add(number)
 
     def _in_worker(self, peer: Peer, size: int, copy: Callable[[], list[bytes]], reply: Reply) -> None:
@@ -431,7 +431,7 @@ class Service:
     # Upkeep
 
     def settle(self) -> None:
-        """Carry out what the heart wants done: to the slots' headers, and with chunks that have become whole.
+        """Carry out what the heart wants done: to the extents' headers, and with chunks that have become whole.
 
         An effect that fails is counted, and fails neither the request at hand nor those to come.
         """
@@ -445,7 +445,7 @@ class Service:
                     logger.exception("%s of chunks could not be noted; counted from now on, L1 serves on", kind)
                 self.counters[f"failed_effects_{kind}"] += 1
                 self.counters["failed_effects"] += 1
-                if not isinstance(effect, Whole):
+                if not isinstance(effect, Completed):
                     self.arena.headers.void()
 
     def _carry_out(self, effect: Effect) -> None:
@@ -453,7 +453,7 @@ class Service:
         if isinstance(effect, Committed):
             headers.committed(*effect)
         elif isinstance(effect, Freed):
-            headers.freed(effect.pages)
+            headers.freed(effect.sectors)
         elif isinstance(effect, Cleared):
             if self.tiering is not None:
                 self.tiering.l1_cleared()

@@ -16,7 +16,7 @@ import time
 from dataclasses import dataclass
 
 from lmcache.server.refused import Reason, Refused
-from lmcache.server.unix_face import HELLO_SECONDS
+from lmcache.server.unix_endpoint import HELLO_SECONDS
 from lmcache.wire.received import bytes_received
 
 MAX_STRANGERS = 1024

@@ -1,6 +1,6 @@
 """The tiers behind L1, as the server drives them: loads for lookups, writes of what has become whole.
 
-`cache.fetch` and `cache.writeback` decide; here their effects are carried out: slots are reserved and leased in the heart
+`cache.fetch` and `cache.writeback` decide; here their effects are carried out: extents are reserved and leased in the heart
 as the process SERVER, lanes move the bytes, and what came of it goes back. Everything runs in the loop's thread.
 """
 
@@ -17,13 +17,13 @@ from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 
-from lmcache.cache import SERVER, Heart, Refusal, Whole
+from lmcache.cache import SERVER, Completed, Heart, Refusal
+from lmcache.cache.allocator import Space
 from lmcache.cache.fetch import Ask, Decided, Fetches, FetchRecord, Load, TierTraits
-from lmcache.cache.room import Space
 from lmcache.cache.writeback import Batch
 from lmcache.chunks import HASH_BYTES
 from lmcache.errors import ConfigError
-from lmcache.memory.slabs import PAGE_BYTES
+from lmcache.memory.slabs import SECTOR_BYTES
 from lmcache.observability.log import init_logger
 from lmcache.server.lane import Lane, one_each
 from lmcache.server.loop import Loop
@@ -37,24 +37,24 @@ CLOSE_SECONDS = 3.0
 """How long the end waits for calls under way and for tiers to close; those that take longer are left behind."""
 _HURRY_SECONDS = 0.5
 """The same after a second signal: enough for a tier that does not hang."""
-_NO_SLOT = 0xFFFFFFFF
+NO_EXTENT = 0xFFFFFFFF
 View = Callable[[int, int], memoryview]
 
 
 @dataclass(frozen=True)
 class _Part:
-    """One rank's share of a load: reserved slots at `pages`, for the shards `keys`."""
+    """One rank's share of a load: reserved extents at `sectors`, for the shards `keys`."""
 
     reservation: int
     keys: list[ShardKey]
-    pages: list[int]
-    slot_bytes: int
+    sectors: list[int]
+    shard_bytes: int
 
 
 class Tiering:
     """All tiers of one server, nearest first.
 
-    view: bytes of the arena. back: makes sure that there is memory behind the slots of a reservation, or gives it up.
+    view: bytes of the arena. back: makes sure that there is memory behind the extents of a reservation, or gives it up.
     settle: carries out the heart's effects.
     always, patience_seconds: as `Fetches` says. queue_bytes: of chunks that wait to be written, for each tier.
     """
@@ -82,7 +82,7 @@ class Tiering:
         """Chunk -> the tier that it is being loaded from: it is not written back there."""
         self._drained: Callable[[], None] | None = None
         self._being_written: Counter[str] = Counter()
-        self._told_unwritten: Counter[str] = Counter()
+        self._reported_unwritten: Counter[str] = Counter()
         """Chunks by the tier's name."""
         self._drain_until = 0.0
         self._closed = False
@@ -132,13 +132,13 @@ class Tiering:
         heart = self._heart
         in_l1 = heart.peek(process, space_number, hashes)
         space = heart.space(space_number)
-        if space is None or not all(space.slot_bytes):
+        if space is None or not all(space.shard_bytes):
             return in_l1, 0
         seconds = self._chunk_tokens / prefill_tokens_per_second if prefill_tokens_per_second > 0 else 0.0
         full = in_l1 * HASH_BYTES >= len(hashes)
         known = [] if full else [self._knower(lane, space) for lane in self.lanes]
         now = time.monotonic()
-        chunk_bytes = sum(space.slot_bytes)
+        chunk_bytes = sum(space.shard_bytes)
         coming = self.fetches.poll(now, space_number, hashes, in_l1, chunk_bytes, seconds, known, request)
         self._carry_out()
         return in_l1, coming
@@ -147,7 +147,7 @@ class Tiering:
     def _knower(lane: Lane, space: Space) -> Callable[[bytes], Sequence[bool] | None]:
         def known(hashes: bytes) -> Sequence[bool] | None:
             present = lane.known(_keys(space, hashes))
-            return None if present is None else _whole(present, space.shards)
+            return None if present is None else _complete(present, space.shards)
 
         return known
 
@@ -159,7 +159,7 @@ class Tiering:
             elif isinstance(effect, Load):
                 self._load(effect)
             else:
-                _tell(effect)
+                _log(effect)
 
     def _ask(self, ask: Ask) -> None:
         lane, space = self.lanes[ask.tier], self._heart.space(ask.space)
@@ -169,7 +169,7 @@ class Tiering:
         keys, shards = _keys(space, ask.hashes), space.shards
 
         def done(present: list[bool] | None, seconds: float) -> None:
-            whole = None if present is None else _whole(present, shards)
+            whole = None if present is None else _complete(present, shards)
             self.fetches.answered(time.monotonic(), ask.fetch, ask.tier, whole, seconds)
             self._carry_out()
 
@@ -184,7 +184,7 @@ class Tiering:
         for at in range(0, len(load.hashes), HASH_BYTES):
             self._origin[load.hashes[at : at + HASH_BYTES]] = load.tier
         keys = [key for part in parts for key in part.keys]
-        into = [self._view(page * PAGE_BYTES, part.slot_bytes) for part in parts for page in part.pages]
+        into = [self._view(sector * SECTOR_BYTES, part.shard_bytes) for part in parts for sector in part.sectors]
 
         def done(outcomes: list[str] | None, seconds: float) -> None:
             _let_go(into)
@@ -193,7 +193,7 @@ class Tiering:
         lane.load(lambda: one_each(lane.tier.load(keys, into), keys), done)
 
     def _reserve(self, load: Load) -> list[_Part]:
-        """Slots for what the load brings; what is in L1 or under way by somebody else is left out."""
+        """Extents for what the load brings; what is in L1 or under way by somebody else is left out."""
         space, parts = self._heart.space(load.space), []
         if space is None:
             return []
@@ -202,29 +202,29 @@ class Tiering:
             grant = self._heart.reserve(now, SERVER, load.space, shard, load.parent, load.root, load.hashes, tier)
             if not grant.reservation or not self._back(grant.reservation):
                 continue
-            pages = array("I", grant.slots)
+            sectors = array("I", grant.extents)
             keys = [
                 ShardKey(space.fingerprint, load.hashes[at * HASH_BYTES : (at + 1) * HASH_BYTES], shard, space.shards)
-                for at, page in enumerate(pages)
-                if page != _NO_SLOT
+                for at, sector in enumerate(sectors)
+                if sector != NO_EXTENT
             ]
-            slots = [page for page in pages if page != _NO_SLOT]
-            parts.append(_Part(grant.reservation, keys, slots, space.slot_bytes[shard]))
+            extents = [sector for sector in sectors if sector != NO_EXTENT]
+            parts.append(_Part(grant.reservation, keys, extents, space.shard_bytes[shard]))
         return parts
 
     def _loaded(self, load: Load, parts: list[_Part], outcomes: list[str] | None) -> None:
         """Commit what has come. None: the tier failed, and nothing has."""
         lane, at, good_bytes = self.lanes[load.tier], 0, 0
         for part in parts:
-            own = outcomes[at : at + len(part.pages)] if outcomes is not None else ["tier failed"] * len(part.pages)
-            at += len(part.pages)
-            failed = {page for page, outcome in zip(part.pages, own, strict=True) if outcome != OK}
+            own = outcomes[at : at + len(part.sectors)] if outcomes is not None else ["tier failed"] * len(part.sectors)
+            at += len(part.sectors)
+            failed = {sector for sector, outcome in zip(part.sectors, own, strict=True) if outcome != OK}
             try:
                 self._heart.commit(time.monotonic(), SERVER, part.reservation, len(failed) < len(own), failed)
             except Refusal:  # its claim has expired, and the chunks may be somebody else's by now
-                failed, own = set(part.pages), ["too late"] * len(own)
+                failed, own = set(part.sectors), ["too late"] * len(own)
             good = len(own) - len(failed)
-            good_bytes += good * part.slot_bytes
+            good_bytes += good * part.shard_bytes
             lane.counters["loaded_shards"] += good
             for outcome in own:
                 if outcome != OK:
@@ -238,12 +238,12 @@ class Tiering:
 
     # Writing
 
-    def whole(self, effect: Whole) -> None:
+    def whole(self, effect: Completed) -> None:
         """Chunks that have become readable are written to every tier that wants them; loaded ones to nearer tiers only."""
         space = self._heart.space(effect.space)
         if space is None:
             return
-        chunk_bytes = sum(space.slot_bytes)
+        chunk_bytes = sum(space.shard_bytes)
         for number, lane in enumerate(self.lanes):
             if lane.spec.write == "none":
                 continue
@@ -274,16 +274,16 @@ class Tiering:
                 self._write(lane, batch)
         if self._drained is not None and (self.idle or time.monotonic() > self._drain_until):
             drained, self._drained = self._drained, None
-            self._tell_unwritten()
+            self._report_unwritten()
             drained()
 
     def _write(self, lane: Lane, batch: Batch) -> None:
-        lease, found, slots = self._heart.hold(time.monotonic(), batch.space, batch.hashes, lane.name)
+        lease, found, extents = self._heart.hold(time.monotonic(), batch.space, batch.hashes, lane.name)
         batch = lane.queue.still_there(batch, found)
         space = self._heart.space(batch.space)
         if not lease or space is None:
             return
-        shards = self._shards(space, batch, array("I", slots))
+        shards = self._shards(space, batch, array("I", extents))
         sizes = [one.payload.nbytes for one in shards]
         generation, chunks = lane.generation, len(batch.hashes) // HASH_BYTES
         self._being_written[lane.name] += chunks
@@ -298,13 +298,13 @@ class Tiering:
 
         lane.store(lambda: one_each(lane.tier.store(shards), shards), done)
 
-    def _shards(self, space: Space, batch: Batch, pages: array[int]) -> list[Shard]:
+    def _shards(self, space: Space, batch: Batch, sectors: array[int]) -> list[Shard]:
         shards = []
-        for at, page in enumerate(pages):
+        for at, sector in enumerate(sectors):
             chunk, shard = divmod(at, space.shards)
             cut = slice(chunk * HASH_BYTES, (chunk + 1) * HASH_BYTES)
             key = ShardKey(space.fingerprint, batch.hashes[cut], shard, space.shards)
-            payload = self._view(page * PAGE_BYTES, space.slot_bytes[shard])
+            payload = self._view(sector * SECTOR_BYTES, space.shard_bytes[shard])
             shards.append(Shard(key, batch.parents[cut], payload.toreadonly()))
         return shards
 
@@ -358,13 +358,13 @@ class Tiering:
         self._drained, self._drain_until = then, time.monotonic() + seconds
         self._pump()
 
-    def _tell_unwritten(self, given_up: bool = False) -> None:
+    def _report_unwritten(self, given_up: bool = False) -> None:
         """given_up: what is still being written will not be, either."""
         for lane in self.lanes:
             left = len(lane.queue) + given_up * self._being_written[lane.name]
-            if left > self._told_unwritten[lane.name]:
+            if left > self._reported_unwritten[lane.name]:
                 logger.warning("Tier %s: %d chunks could not be written before the end", lane.name, left)
-                self._told_unwritten[lane.name] = left
+                self._reported_unwritten[lane.name] = left
 
     def clear(self, names: set[str] | None, done: Callable[[dict[str, str]], None]) -> None:
         """Empty these tiers (None: all); `done` gets what went wrong, by name.
@@ -514,20 +514,20 @@ class Tiering:
             )
         self._loop.run_calls()  # what the lanes' last calls have to say
         for lane in self.lanes:
-            lane.tell_losses(math.inf)  # it is the last time
-        self._tell_unwritten(given_up=True)  # again where the last writes have failed, too, or never began
+            lane.report_losses(math.inf)  # it is the last time
+        self._report_unwritten(given_up=True)  # again where the last writes have failed, too, or never began
 
     def _tick(self) -> None:
         now = time.monotonic()
         self.fetches.tick(now)
         for lane in self.lanes:
             lane.tick(now)
-            lane.tell_losses(now)
+            lane.report_losses(now)
         self._carry_out()
         self._pump()
 
 
-def _tell(decided: Decided) -> None:
+def _log(decided: Decided) -> None:
     if logger.isEnabledFor(logging.DEBUG):
         logger.debug(
             "Prompt %s (%s): loading is expected to take %.3f s, computing %.3f s: %s",
@@ -555,7 +555,7 @@ def _let_go(views: Iterable[memoryview]) -> None:
             one.release()
 
 
-def _whole(present: Sequence[bool], shards: int) -> Sequence[bool]:
+def _complete(present: Sequence[bool], shards: int) -> Sequence[bool]:
     """Which chunks are there with all their shards."""
     if shards == 1:
         return present

@@ -12,8 +12,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 from lmcache.tiers import frame
-from lmcache.tiers.medium import BLOCK_BYTES, Bounces, Medium, address_of, blocks, is_aligned
-from lmcache.tiers.segments import frame_bytes, offset_of
+from lmcache.tiers.disk.segments import frame_bytes, offset_of
+from lmcache.tiers.filesystem import BLOCK_BYTES, Bounces, Filesystem, address_of, blocks, is_aligned
 from lmcache.tiers.tier import Shard, ShardKey
 
 PIECE_BYTES = 8 << 20
@@ -43,15 +43,15 @@ class Found(NamedTuple):
 class FrameIO:
     """Reads and writes frames. `fd`s are opened for direct I/O when `direct` says so."""
 
-    def __init__(self, medium: Medium, secret: bytes, pool: ThreadPoolExecutor, direct: bool) -> None:
-        self._medium, self._secret, self._pool, self._direct = medium, secret, pool, direct
+    def __init__(self, filesystem: Filesystem, secret: bytes, pool: ThreadPoolExecutor, direct: bool) -> None:
+        self._filesystem, self._secret, self._pool, self._direct = filesystem, secret, pool, direct
         self._bounces = Bounces(BOUNCE_BYTES)
 
     def write_large(self, fd: int, offset: int, shards: Sequence[Shard]) -> None:
         """One after another from `offset` on. Raises OSError."""
         sums = [self._begin_sum(shard.payload) for shard in shards]
         total = sum(frame_bytes(shard.payload.nbytes) for shard in shards)
-        writer = _Pieces(self._medium, fd, offset, min(PIECE_BYTES, max(BOUNCE_BYTES, blocks(total // 4))))
+        writer = _Pieces(self._filesystem, fd, offset, min(PIECE_BYTES, max(BOUNCE_BYTES, blocks(total // 4))))
         bounce = self._bounces.take()
         try:
             ends = memoryview(bounce)
@@ -96,7 +96,7 @@ class FrameIO:
         asked = [(offset_of(one.place), one.into.nbytes, address_of(one.into)) for one in found]
         if self._direct and any(address % BLOCK_BYTES for _, _, address in asked):
             return None
-        read = self._medium.read_frames(fd, asked, PIECE_BYTES if self._direct else _CACHED_BYTES)
+        read = self._filesystem.read_frames(fd, asked, PIECE_BYTES if self._direct else _CACHED_BYTES)
         if read is None:
             return None
         outcomes: list[str | OSError] = []
@@ -126,7 +126,7 @@ class FrameIO:
                 last = at + size == whole
                 target = payload[at : at + size] if in_place else memory[2 * BLOCK_BYTES :][:size]
                 buffers = [target, memory[:end_bytes]] if last else [target]
-                got = self._medium.read(fd, [one for one in buffers if one.nbytes], offset + at)
+                got = self._filesystem.read(fd, [one for one in buffers if one.nbytes], offset + at)
                 if got < size + (end_bytes if last else 0):
                     short = True
                     break
@@ -168,7 +168,7 @@ class FrameIO:
                 memory[at + used : at + size] = bytes(size - used)
                 at += size
             memory[at : blocks(at)] = bytes(blocks(at) - at)
-            self._medium.write(fd, [memory[: blocks(at)]], offset)
+            self._filesystem.write(fd, [memory[: blocks(at)]], offset)
         finally:
             self._bounces.give(bounce)
 
@@ -180,7 +180,7 @@ class FrameIO:
             memory, first = memoryview(bounce), 0
             while first < len(found):
                 begin, behind, end = _run(found, first)
-                got = self._medium.read(fd, [memory[: end - begin]], begin)
+                got = self._filesystem.read(fd, [memory[: end - begin]], begin)
                 read = memory[: min(got, end - begin)]
                 for one in found[first:behind]:
                     payload = one.into.cast("B")
@@ -246,8 +246,8 @@ class FrameIO:
 class _Pieces:
     """Buffers that lie one after another in a file, written in pieces of about one size."""
 
-    def __init__(self, medium: Medium, fd: int, offset: int, piece_bytes: int) -> None:
-        self._medium, self._fd, self._offset, self._piece_bytes = medium, fd, offset, piece_bytes
+    def __init__(self, filesystem: Filesystem, fd: int, offset: int, piece_bytes: int) -> None:
+        self._filesystem, self._fd, self._offset, self._piece_bytes = filesystem, fd, offset, piece_bytes
         self._buffers: list[memoryview] = []
         self._fills: list[Callable[[], None]] = []
         self._waiting = 0
@@ -268,7 +268,7 @@ class _Pieces:
         for fill in self._fills:
             fill()
         if self._buffers:
-            self._medium.write(self._fd, self._buffers, self._offset)
+            self._filesystem.write(self._fd, self._buffers, self._offset)
         self._offset += self._waiting
         self._buffers, self._fills, self._waiting = [], [], 0
 

@@ -18,11 +18,11 @@ ENTRY_POINTS = "lmcache.tiers"
 """Group of the entry points behind which third parties put a `Tier` class; the entry's name is the URL's scheme."""
 WRITE_MODES = ("through", "on-evict", "none")
 _OWN = {
-    "disk": ("lmcache.tiers.disk", "DiskTier", ""),
-    "dir": ("lmcache.tiers.directory", "DirectoryTier", ""),
-    "redis": ("lmcache.tiers.redis", "RedisTier", "redis"),
-    "rediss": ("lmcache.tiers.redis", "RedisTier", "redis"),
-    "s3": ("lmcache.tiers.s3", "S3Tier", "s3"),
+    "disk": ("lmcache.tiers.disk.tier", "DiskTier", ""),
+    "dir": ("lmcache.tiers.directory.tier", "DirectoryTier", ""),
+    "redis": ("lmcache.tiers.redis.tier", "RedisTier", "redis"),
+    "rediss": ("lmcache.tiers.redis.tier", "RedisTier", "redis"),
+    "s3": ("lmcache.tiers.s3.tier", "S3Tier", "s3"),
 }
 """scheme -> module, class, the extra that it needs."""
 

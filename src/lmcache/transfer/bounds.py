@@ -17,13 +17,13 @@ _ANYWHERE = (1 << 63) - 1
 
 
 class Bounds:
-    """Of copies between `paged` and slots of `chunk_tokens` tokens."""
+    """Of copies between `paged` and extents of `chunk_tokens` tokens."""
 
     def __init__(self, paged: PagedKV, chunk_tokens: int) -> None:
         native = load_native()
         self._fits = None if native is None else native.runs_fit
         self._paged, self._chunk_tokens = paged, chunk_tokens
-        self._slot_bytes = paged.slot_bytes(chunk_tokens)
+        self._shard_bytes = paged.shard_bytes(chunk_tokens)
 
     def checked(
         self, base: int, blocks: npt.NDArray[Any], runs: npt.NDArray[Any], arena_bytes: int | None = None
@@ -42,7 +42,7 @@ class Bounds:
             and _is_plain(blocks, np.int32, (-1,))
             and _is_plain(runs, np.int64, (-1, 4))
         ):
-            farthest = _ANYWHERE if arena_bytes is None else arena_bytes - self._slot_bytes
+            farthest = _ANYWHERE if arena_bytes is None else arena_bytes - self._shard_bytes
             table, shape = (blocks.ctypes.data, len(blocks)), (self._paged.block_tokens, self._paged.num_blocks)
             if self._fits(*table, runs.ctypes.data, len(runs), self._chunk_tokens, *shape, farthest):
                 return blocks, runs
@@ -66,17 +66,17 @@ class Bounds:
         if low.min() < 0:
             raise LayoutError(f"runs has {low.min()}; every number in it must be at least 0")
         # Each term is bounded before the terms are added, so that no sum can wrap round.
-        offset, first, count, in_slot = (int(value) for value in runs.max(axis=0))
-        if max(count, in_slot) > chunk_tokens or int((runs[:, 2] + runs[:, 3]).max()) > chunk_tokens:
+        offset, first, count, in_extent = (int(value) for value in runs.max(axis=0))
+        if max(count, in_extent) > chunk_tokens or int((runs[:, 2] + runs[:, 3]).max()) > chunk_tokens:
             raise LayoutError(
-                f"a run of up to {count} tokens from token {in_slot} of a slot passes its end, chunk_tokens={chunk_tokens}"
+                f"a run of up to {count} tokens from token {in_extent} of an extent passes its end, chunk_tokens={chunk_tokens}"
             )
         end = int((runs[:, 1] + runs[:, 2]).max()) if first <= table_tokens else first
         if end > table_tokens:
             raise LayoutError(f"a run ends at token {end}, but the block table holds {table_tokens}; pass all blocks")
-        if arena_bytes is not None and offset + self._slot_bytes > arena_bytes:
+        if arena_bytes is not None and offset + self._shard_bytes > arena_bytes:
             raise LayoutError(
-                f"a slot at {offset} of {self._slot_bytes} bytes passes the arena's end at {arena_bytes}; attach again"
+                f"an extent at {offset} of {self._shard_bytes} bytes passes the arena's end at {arena_bytes}; attach again"
             )
         used = blocks[int(low[1]) // paged.block_tokens : -(-end // paged.block_tokens)]
         if len(used) and not (int(used.min()) >= 0 and int(used.max()) < paged.num_blocks):

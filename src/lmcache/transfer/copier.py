@@ -13,12 +13,12 @@ from lmcache.transfer.progress import Progress
 
 
 class Copier(Protocol):
-    """Copies between one rank's paged KV and slots; returns when the copy has ended. Arguments as in `CpuCopier`."""
+    """Copies between one rank's paged KV and extents; returns when the copy has ended. Arguments as in `CpuCopier`."""
 
     bytes_per_second: float
     """About what it reaches on today's machines: for cutting work into steps."""
     zeroes_the_rest: bool
-    """Whether a gather writes zeros where a run leaves tokens of its slot out; else those stay as they were."""
+    """Whether a gather writes zeros where a run leaves tokens of its extent out; else those stay as they were."""
 
     def gather(
         self,

@@ -1,4 +1,4 @@
-"""Paged KV <-> slots on a CPU: one native call for all runs and planes, without the GIL; NumPy where that is missing."""
+"""Paged KV <-> extents on a CPU: one native call for all runs and planes, without the GIL; NumPy where that is missing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lmcache.compiled import load_native
 from lmcache.errors import LayoutError
 from lmcache.observability.log import init_logger
 from lmcache.transfer.bounds import Blocks, Bounds, Runs
-from lmcache.transfer.paged import PagedKV, Plane, plane_extent_bytes
+from lmcache.transfer.paged import PagedKV, Plane, plane_span_bytes
 from lmcache.transfer.progress import Progress, planes_in_group
 
 logger = init_logger(__name__)
@@ -28,11 +28,11 @@ _GROUP_BYTES = 4 << 20
 
 
 class CpuCopier:
-    """Copies tokens between one rank's paged KV and slots that hold `chunk_tokens` tokens in canonical order.
+    """Copies tokens between one rank's paged KV and extents that hold `chunk_tokens` tokens in canonical order.
 
     A run is a row (slot_offset_bytes, first_token, token_count, token_in_slot): tokens [first_token, first_token +
     token_count) of the sequence whose block table is `blocks` (token t lies in block blocks[t // block_tokens]) against
-    tokens [token_in_slot, ...) of the slot at base + slot_offset_bytes. Runs of one call must not share target tokens.
+    tokens [token_in_slot, ...) of the extent at base + slot_offset_bytes. Runs of one call must not share target tokens.
     Safe to call from several threads at once.
 
     threads: how many threads share one call's work; the calling thread is one of them.
@@ -61,13 +61,13 @@ class CpuCopier:
         self._helpers = threads - 1
 
     def gather(self, base: int, blocks: Blocks, runs: Runs, *, arena_bytes: int | None = None) -> None:
-        """Copy paged tokens into slots.
+        """Copy paged tokens into extents.
 
         base: address of the arena's mapping. blocks: int32 [blocks], the block table. runs: int64 [runs, 4], see the
-        class. arena_bytes: length of the mapping, so that a slot beyond it is refused instead of a crash.
+        class. arena_bytes: length of the mapping, so that an extent beyond it is refused instead of a crash.
 
         Raises:
-            LayoutError: a block, token or slot out of bounds; nothing was touched.
+            LayoutError: a block, token or extent out of bounds; nothing was touched.
         """
         self._copy(0, base, blocks, runs, arena_bytes)
 
@@ -80,7 +80,7 @@ class CpuCopier:
         arena_bytes: int | None = None,
         progress: Progress | None = None,
     ) -> None:
-        """Copy slot tokens into paged memory; arguments and errors as in `gather`. progress: is told of planes as they arrive,
+        """Copy extent tokens into paged memory; arguments and errors as in `gather`. progress: is told of planes as they arrive,
         and then they come in order."""
         self._copy(1, base, blocks, runs, arena_bytes, progress)
 
@@ -156,18 +156,20 @@ class CpuCopier:
 
     def _copy_numpy(self, scatter: int, base: int, blocks: Blocks, runs: Runs, group: range) -> None:
         paged = self.paged
-        for offset, first, count, in_slot in runs.tolist():
+        for offset, first, count, in_extent in runs.tolist():
             tokens = np.arange(first, first + count)
             block, token = blocks[tokens // paged.block_tokens], tokens % paged.block_tokens
             for number in group:
                 plane, view, packed = paged.planes[number], self._views[number], self._planes[number]
                 where = (block, token // plane.token_group, token % plane.token_group)
                 shape = (self.chunk_tokens, *view.shape[3:])
-                slot = _memory(base + offset + int(packed[-1]), shape, paged.item_bytes)[in_slot : in_slot + count]
+                extent = _memory(base + offset + int(packed[-1]), shape, paged.item_bytes)[
+                    in_extent : in_extent + count
+                ]
                 if scatter:
-                    view[where] = slot
+                    view[where] = extent
                 else:
-                    slot[...] = view[where]
+                    extent[...] = view[where]
 
 
 def _call(copy: Callable[..., None], arguments: tuple[int, ...], kept: object) -> None:
@@ -175,7 +177,7 @@ def _call(copy: Callable[..., None], arguments: tuple[int, ...], kept: object) -
 
 
 def _packed_planes(paged: PagedKV, chunk_tokens: int) -> npt.NDArray[np.int64]:
-    """What native code reads: a row a plane, of `Plane`'s fields in their order and the plane's offset in the slot."""
+    """What native code reads: a row a plane, of `Plane`'s fields in their order and the plane's offset in the extent."""
     rows, offset = [], 0
     for p in paged.planes:
         tokens = (p.token_group, p.group_stride, p.token_stride)
@@ -191,7 +193,7 @@ def _plane_view(paged: PagedKV, plane: Plane) -> npt.NDArray[Any]:
     shape = (paged.num_blocks, groups, plane.token_group, plane.heads, dim_groups, plane.dim_group)
     tokens = (plane.block_stride, plane.group_stride, plane.token_stride)
     strides = (*tokens, plane.head_stride, plane.dim_group_stride, plane.dim_stride)
-    buffer = _buffer(plane.address, plane_extent_bytes(paged, plane))
+    buffer = _buffer(plane.address, plane_span_bytes(paged, plane))
     view: npt.NDArray[Any] = np.ndarray(shape, np.dtype(f"u{paged.item_bytes}"), buffer, strides=strides)
     return view
 

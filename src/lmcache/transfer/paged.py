@@ -54,7 +54,7 @@ class Plane:
 
 @dataclass(frozen=True)
 class PagedKV:
-    """One rank's paged KV: its planes in slot order ([layer][K, V]; MLA: [layer]), all with the same blocks.
+    """One rank's paged KV: its planes in extent order ([layer][K, V]; MLA: [layer]), all with the same blocks.
 
     block_tokens: tokens a block. num_blocks: block ids are 0 .. num_blocks - 1. item_bytes: of one element.
     keepalive: whatever owns the memory; held as long as this description is. device: where it lies, as PyTorch names it.
@@ -93,12 +93,12 @@ class PagedKV:
         """Bytes of one token over all planes."""
         return sum(plane.heads * plane.dims for plane in self.planes) * self.item_bytes
 
-    def slot_bytes(self, chunk_tokens: int) -> int:
-        """Bytes of a slot for `chunk_tokens` tokens."""
+    def shard_bytes(self, chunk_tokens: int) -> int:
+        """Bytes of an extent for `chunk_tokens` tokens."""
         return self.token_bytes * chunk_tokens
 
 
-def plane_extent_bytes(paged: PagedKV, plane: Plane) -> int:
+def plane_span_bytes(paged: PagedKV, plane: Plane) -> int:
     """Bytes from the plane's address to just behind its last element."""
     return paged.item_bytes + sum((count - 1) * stride for _, count, stride in _axes(paged, plane))
 
@@ -127,7 +127,7 @@ def _check_plane(paged: PagedKV, number: int, plane: Plane) -> None:
     if plane.dims % plane.dim_group:
         raise LayoutError(f"plane {number}: dim_group is {plane.dim_group}; it must divide dims={plane.dims}")
     _check_no_overlap(paged, number, plane)
-    if plane.address + plane_extent_bytes(paged, plane) >= _ADDRESS_END:
+    if plane.address + plane_span_bytes(paged, plane) >= _ADDRESS_END:
         raise LayoutError(f"plane {number}: its last element lies beyond the address space ({plane})")
 
 

@@ -1,4 +1,4 @@
-"""How far a scatter has come: layers lie one after the other in a slot, so the first ones can be used while the last arrive."""
+"""How far a scatter has come: layers lie one after the other in an extent, so the first ones can be used while the last arrive."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Point(Protocol):
 
 
 class Progress:
-    """Of one load. The thread that copies tells it, threads of the engine wait; planes are counted in slot order."""
+    """Of one load. The thread that copies tells it, threads of the engine wait; planes are counted in extent order."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -38,7 +38,7 @@ class Progress:
     def ended(self) -> bool:
         return self._ended
 
-    def wait_told(self, planes: int, timeout_seconds: float) -> bool:
+    def wait_recorded(self, planes: int, timeout_seconds: float) -> bool:
         """Until the first `planes` planes were told of, or the load has ended, or the time is over; whether they were."""
         with self._changed:
             self._changed.wait_for(lambda: self._ended or self._reached(planes) is not None, timeout_seconds)

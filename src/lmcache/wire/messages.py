@@ -4,7 +4,7 @@ A request travels as msgpack `[sequence, request]`, its answer as `[sequence, an
 `Error` where it could not be served. Fields are positional: new ones are only ever appended, with defaults, and `Hello` keeps
 its first field for ever, so that any two versions can tell each other who has to upgrade.
 
-Hashes are 16-byte chunk hashes joined; slots are little-endian u32 page numbers (byte offset in the arena / 4096), `NO_SLOT`
+Hashes are 16-byte chunk hashes joined; extents are little-endian u32 sector numbers (byte offset in the arena / 4096), `NO_EXTENT`
 where there is none.
 """
 
@@ -22,13 +22,13 @@ PROTOCOL_VERSION = 1
 MAX_MESSAGE_BYTES = 4 << 20
 """Bound of one request without payload: 100,000 chunk hashes and to spare."""
 MAX_ANSWER_BYTES = 16 << 20
-"""Bound of one answer without payload: the slots of a million tokens, in 16-token chunks of up to 63 shards."""
+"""Bound of one answer without payload: the extents of a million tokens, in 16-token chunks of up to 63 shards."""
 MAX_PAYLOAD_BYTES = 256 << 20
 """Bound of the payload frames of one message."""
 _ROOM_FOR_THE_REST = 1 << 16
-"""Bytes of a message that a lookup's hashes and slots leave to its other fields."""
-NO_SLOT = 0xFFFFFFFF
-PAGE_BYTES = 4096
+"""Bytes of a message that a lookup's hashes and extents leave to its other fields."""
+NO_EXTENT = 0xFFFFFFFF
+SECTOR_BYTES = 4096
 NONCE_BYTES = 32
 
 MAX_RESERVED_CHUNKS = 16384
@@ -70,12 +70,12 @@ class Ping(Message, frozen=True, tag=2):
 
 
 class Register(Message, frozen=True, tag=3):
-    """Open the space of `layout` split in `shards`. `slot_bytes` is the size of this rank's slots (0 from a scheduler)."""
+    """Open the space of `layout` split in `shards`. `shard_bytes` is the size of this rank's extents (0 from a scheduler)."""
 
     layout: Layout
     shards: int
     shard: int
-    slot_bytes: int
+    shard_bytes: int
     stages: Annotated[list[int], msgspec.Meta(max_length=4096)] = []
     """Where each pipeline stage ends (`chunks.space_fingerprint`): equal counts of shards need not be equal splits."""
 
@@ -108,7 +108,7 @@ class Reserve(Message, frozen=True, tag=6):
 
 
 class Commit(Message, frozen=True, tag=7):
-    """The reserved slots are filled (`ok`), or given back."""
+    """The reserved extents are filled (`ok`), or given back."""
 
     reservation: int
     ok: bool
@@ -134,7 +134,7 @@ class Fetch(Message, frozen=True, tag=9):
 
 
 class Fill(Message, frozen=True, tag=10):
-    """Payload mode: the bytes for reserved slots, one frame a chunk from number `first` of the reservation on."""
+    """Payload mode: the bytes for reserved extents, one frame a chunk from number `first` of the reservation on."""
 
     reservation: int
     first: int
@@ -152,7 +152,7 @@ class Dropped(Message, frozen=True, tag=12):
 
 
 class Bye(Message, frozen=True, tag=13):
-    """This process touches no slot any more and will send nothing else: its claims end now."""
+    """This process touches no extent any more and will send nothing else: its claims end now."""
 
 
 class Hold(Message, frozen=True, tag=14):
@@ -222,22 +222,22 @@ class Registered(Message, frozen=True, tag=67):
 
 
 class Found(Message, frozen=True, tag=68):
-    """`slots` holds `shards` pages a chunk, for the leased chunks; `chunks` counts from the prompt's start.
+    """`extents` holds `shards` sectors a chunk, for the leased chunks; `chunks` counts from the prompt's start.
 
     `loading` chunks more are on their way from a tier: ask again, the same, soon. Nothing is leased meanwhile.
     """
 
     chunks: int
     lease: int
-    slots: bytes
+    extents: bytes
     loading: int = 0
 
 
 class Reserved(Message, frozen=True, tag=69):
-    """One page a chunk: `NO_SLOT` where the chunk is there already, or is being filled, or (`refused`) got no room."""
+    """One sector a chunk: `NO_EXTENT` where the chunk is there already, or is being filled, or (`refused`) got no room."""
 
     reservation: int
-    slots: bytes
+    extents: bytes
     refused: int
     reason: Annotated[str, msgspec.Meta(max_length=200)] = ""
 
@@ -284,7 +284,7 @@ _answers = msgspec.msgpack.Decoder(tuple[int, Answer])
 
 
 def most_looked_up(first_wanted: int, shards: int) -> int:
-    """How many chunks one `Lookup` may name: as many as its own hashes and the slots of its `Found` have room for."""
+    """How many chunks one `Lookup` may name: as many as its own hashes and the extents of its `Found` have room for."""
     return min(
         (MAX_MESSAGE_BYTES - _ROOM_FOR_THE_REST) // 16,
         first_wanted + (MAX_ANSWER_BYTES - _ROOM_FOR_THE_REST) // (4 * shards),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from lmcache.engine.link import server_address
+from lmcache.engine.connection import server_address
 from lmcache.errors import ConfigError
 from lmcache.integration.sglang.older import Found, LoadMetadata, OlderConnector, StoreMetadata, tokens_had
 from lmcache.integration.sglang.settings import Settings

@@ -18,9 +18,9 @@ import numpy.typing as npt
 
 from lmcache.chunks import HASH_BYTES, TokenChain
 from lmcache.engine import Done, Hit, Load, Loading, SchedulerSession, Store, WorkerSession
+from lmcache.engine.connection import Endpoint
 from lmcache.engine.embedded import EmbeddedServer, embedded_address
 from lmcache.engine.jobs import Event
-from lmcache.engine.link import Endpoint
 from lmcache.errors import ConfigError
 from lmcache.integration.sglang.model import RankKV, Ranks
 from lmcache.integration.sglang.settings import Settings
@@ -174,7 +174,7 @@ class SGLangRank:
         shard, chunk = self.kv.shard.index, self._scheduler.chunk_tokens or 1
         first, last = start // chunk, -(-end // chunk)
         skipped = first - hit.first_chunk
-        slots = hit.shard_slots(shard)[4 * skipped : 4 * (last - hit.first_chunk)]
+        slots = hit.shard_extents(shard)[4 * skipped : 4 * (last - hit.first_chunk)]
         job = Load(
             hit.arena, hit.lease, first, slots, start, end, blocks, lease_chunk=skipped, after=after, progress=progress
         )
@@ -209,7 +209,7 @@ class SGLangRank:
         on it cannot fail, short of the device itself.
         """
         end = time.monotonic() + self._timeout_seconds
-        if progress is not None and progress.wait_told(len(self.kv.paged.planes), self._timeout_seconds):
+        if progress is not None and progress.wait_recorded(len(self.kv.paged.planes), self._timeout_seconds):
             return not copy.ended() or copy.ok
         if not self.wait(copy, max(0.0, end - time.monotonic())):
             self._worker.wait([copy.job_id])

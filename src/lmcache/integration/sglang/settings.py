@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from lmcache.config.engine import FILE_VARIABLE, SGLANG_KEYS, EngineConfig, load_engine
-from lmcache.engine.link import server_address
+from lmcache.engine.connection import server_address
 from lmcache.errors import ConfigError
 from lmcache.observability.log import init_logger
 

@@ -183,7 +183,7 @@ class UnifiedLMCacheMPConnector:
             settings.config.use_layerwise,
         )
         self._rank = SGLangRank(settings, kv, self._ranks, self._name)
-        self._tell_chunks()
+        self._report_chunks()
         on_new_weights(self._new_weights)
 
     # Lookup
@@ -379,7 +379,7 @@ class UnifiedLMCacheMPConnector:
 
     # Within
 
-    def _tell_chunks(self) -> None:
+    def _report_chunks(self) -> None:
         size = self._rank.chunk_tokens if self._rank is not None else None
         if size and size % self._page_size and self._page_size % size:
             logger.info(

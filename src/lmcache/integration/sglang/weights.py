@@ -48,7 +48,7 @@ class RadixTree:
 
 def on_new_weights(listener: Listener) -> None:
     """Call `listener` whenever this process is about to change its weights."""
-    if not _listeners and not call_before(_owner(), UPDATES, _tell):
+    if not _listeners and not call_before(_owner(), UPDATES, _notify):
         logger.warning(
             "This release of SGLang updates weights in a way that LMCache does not see: start it anew after an update of weights"
         )
@@ -77,7 +77,7 @@ def _owner() -> Any:
         return None
 
 
-def _tell(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _notify(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     request = (*args[1:], *kwargs.values(), None)[0]
     if name == "check_weights" and not str(getattr(request, "action", "reset")).startswith("reset"):
         return  # it only reads

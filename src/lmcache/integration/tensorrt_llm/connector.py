@@ -13,14 +13,14 @@ from typing import Any
 from tensorrt_llm._utils import mpi_allgather, mpi_broadcast, mpi_rank
 
 from lmcache.engine import SchedulerSession, WorkerSession
+from lmcache.engine.connection import Endpoint
 from lmcache.engine.identified import is_identified
-from lmcache.engine.link import Endpoint
 from lmcache.integration.tensorrt_llm.model import NOT_SERVED, PoolKV, describe_pool, refusal_of
 from lmcache.integration.tensorrt_llm.plan import StepPlan
 from lmcache.integration.tensorrt_llm.ranks import RankReporter, RankWatch
-from lmcache.integration.tensorrt_llm.scheduler import SchedulerHalf
+from lmcache.integration.tensorrt_llm.scheduler import SchedulerSide
 from lmcache.integration.tensorrt_llm.settings import Settings
-from lmcache.integration.tensorrt_llm.worker import LoadFailed, WorkerHalf
+from lmcache.integration.tensorrt_llm.worker import LoadFailed, WorkerSide
 from lmcache.observability.log import init_logger
 
 try:
@@ -42,8 +42,8 @@ class Meeting:
     def __init__(self, llm_args: Any) -> None:
         self.llm_args = llm_args
         self.instance = f"tensorrt-llm-{uuid.uuid4().hex}"
-        self.half: SchedulerHalf | None = None
-        self.worker: WorkerHalf | None = None
+        self.half: SchedulerSide | None = None
+        self.worker: WorkerSide | None = None
 
 
 _meetings: weakref.WeakValueDictionary[int, Meeting] = weakref.WeakValueDictionary()
@@ -132,7 +132,7 @@ class Worker(KvCacheConnectorWorker):  # type: ignore[misc]
         self._started: StepPlan | None = None
         self._load_failed = False
         self._meeting = meet(llm_args) if self._rank == 0 else None
-        self._half: WorkerHalf | None = None
+        self._side: WorkerSide | None = None
 
     def settings(self) -> Settings:
         """Where the server is, and what it is asked for.
@@ -170,8 +170,8 @@ class Worker(KvCacheConnectorWorker):  # type: ignore[misc]
             return
         self._started = plan
         try:
-            ok = not plan.broken and (self._half is not None or not plan.loads)
-            ok = ok and (self._half is None or self._half.load(plan, stream))
+            ok = not plan.broken and (self._side is not None or not plan.loads)
+            ok = ok and (self._side is None or self._side.load(plan, stream))
         except Exception:  # the edge towards the engine
             logger.exception("start_load_kv went wrong")
             ok = not plan.loads
@@ -201,23 +201,23 @@ class Worker(KvCacheConnectorWorker):  # type: ignore[misc]
         """Start the stores: they run behind the forward, and the blocks stay until `get_finished` has told their request."""
         plan = self._metadata
         self.wait_for_layer_load(0, stream)  # where no layer has called it
-        if self._half is not None and isinstance(plan, StepPlan):
-            self._half.start_stores(plan, stream)
+        if self._side is not None and isinstance(plan, StepPlan):
+            self._side.start_stores(plan, stream)
 
     @_never_raises(lambda: ([], []))
     def get_finished(
         self, finished_gen_req_ids: list[int], started_loading_req_ids: list[int]
     ) -> tuple[list[int], list[int]]:
-        if self._half is None:
+        if self._side is None:
             return list(finished_gen_req_ids), list(started_loading_req_ids)
-        return self._half.finished(finished_gen_req_ids), list(started_loading_req_ids)
+        return self._side.finished(finished_gen_req_ids), list(started_loading_req_ids)
 
     def _open(self, kv: PoolKV, settings: Settings, instance: str) -> bytes:
         """Sessions of this rank and, on rank 0, of the scheduler. They end with this object, or with the process.
 
         Returns the arena that is mapped by now.
         """
-        scheduler: SchedulerHalf | None = None
+        scheduler: SchedulerSide | None = None
         with ExitStack() as opened:
             if self._meeting is not None and (own := settings.start_server(instance)) is not None:
                 opened.callback(own.close)
@@ -234,19 +234,19 @@ class Worker(KvCacheConnectorWorker):  # type: ignore[misc]
             arena = session.mapped_arena
             reporter = RankReporter(instance, self._rank, arena)
             opened.callback(reporter.close)
-            self._half = half = WorkerHalf(session, reporter, kv.shard.index, kv.paged.device, stores=kv.stores)
+            self._side = half = WorkerSide(session, reporter, kv.shard.index, kv.paged.device, stores=kv.stores)
             weakref.finalize(self, opened.pop_all().close)
         if self._meeting is not None:
             self._meeting.half, self._meeting.worker = scheduler, half
         logger.info("Registering kv caches!")
         return arena
 
-    def _open_scheduler(self, kv: PoolKV, settings: Settings, endpoint: Endpoint) -> SchedulerHalf:
+    def _open_scheduler(self, kv: PoolKV, settings: Settings, endpoint: Endpoint) -> SchedulerSide:
         where = Endpoint(endpoint.address, endpoint.instance, "scheduler", deadline_seconds=endpoint.deadline_seconds)
         session = SchedulerSession(where, kv.layout, kv.shard.count)
         if is_identified(kv.layout):
             session.wait_connected(_CONNECT_SECONDS)
-        return SchedulerHalf(
+        return SchedulerSide(
             session,
             RankWatch(endpoint.instance, self._ranks),
             kv.paged.block_tokens,

@@ -50,7 +50,7 @@ class Tracker:
     jobs: list[str] = field(default_factory=list)
 
 
-class SchedulerHalf:
+class SchedulerSide:
     """stores_answers: whether generated tokens are stored too. least_gain: tokens that a load must bring."""
 
     def __init__(
@@ -185,13 +185,13 @@ class SchedulerHalf:
     def _cacheable(self, request: Any) -> bool:
         """Whether the tokens and the salt alone decide the KV."""
         if getattr(request, "lora_task_id", None) is not None:
-            self._tell(
+            self._log(
                 "requests with LoRA adapters are not cached: the engine tells a number of theirs, not what they hold"
             )
             return False
         beside = [name for name in _BESIDE_TOKENS if getattr(request, name, None) is not None]
         if beside:
-            self._tell(f"requests with inputs beside their tokens ({beside[0]}) are not cached")
+            self._log(f"requests with inputs beside their tokens ({beside[0]}) are not cached")
         return not beside
 
     def _chain(self, tracker: Tracker) -> TokenChain | None:
@@ -253,7 +253,7 @@ class SchedulerHalf:
         self._jobs += 1
         return f"{kind}-{self._jobs}"
 
-    def _tell(self, what: str) -> None:
+    def _log(self, what: str) -> None:
         if what not in self._told:
             self._told.add(what)
             logger.warning("%s", what)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lmcache.config.engine import EngineConfig, load_engine
+from lmcache.engine.connection import given_address
 from lmcache.engine.embedded import EmbeddedServer, embedded_address
-from lmcache.engine.link import given_address
 from lmcache.errors import ConfigError
 from lmcache.observability.log import init_logger
 

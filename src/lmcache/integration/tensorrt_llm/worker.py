@@ -24,7 +24,7 @@ class LoadFailed(LMCacheError):
     answers would be made from memory that nobody filled."""
 
 
-class WorkerHalf:
+class WorkerSide:
     """shard: which part of a chunk this rank holds. device: of the pool. stores: False where another rank stores that part."""
 
     def __init__(
@@ -106,7 +106,7 @@ class WorkerHalf:
         size, hit = load.chunk_tokens, load.hit
         first, end = load.start_token // size, -(-load.end_token // size)
         skip = first - hit.first_chunk
-        slots = hit.shard_slots(self._shard)[4 * skip : 4 * (end - hit.first_chunk)]
+        slots = hit.shard_extents(self._shard)[4 * skip : 4 * (end - hit.first_chunk)]
         return Load(
             hit.arena,
             hit.lease,

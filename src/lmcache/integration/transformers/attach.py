@@ -13,8 +13,8 @@ import torch
 
 from lmcache.chunks import HASH_BYTES, Layout, Shard, TokenChain
 from lmcache.engine import Load, SchedulerSession, Store, WorkerSession
+from lmcache.engine.connection import Endpoint, given_address
 from lmcache.engine.embedded import EmbeddedServer, embedded_address
-from lmcache.engine.link import Endpoint, given_address
 from lmcache.engine.prefill import PrefillRate
 from lmcache.errors import LayoutError, LMCacheError
 from lmcache.integration.identity import Identity, named
@@ -122,7 +122,7 @@ class Attached:
         ids: Any = inputs if inputs is not None else options.get("input_ids")
         unsuited = self.refusal or _unsuited(self._model, ids, args, options)
         if unsuited or not self._lock.acquire(blocking=False):
-            self._tell(unsuited or "another thread is in generate")
+            self._log(unsuited or "another thread is in generate")
             return self._generate(inputs, *args, **options)
         try:
             begun = self._begin(ids[0].tolist(), _foreseen_tokens(self._model, args, options))
@@ -195,7 +195,7 @@ class Attached:
             return _Begun(chain, self._pool.cache(0, self._step), 0)
         # The last token is always computed: its logits are what the answer begins with.
         have = min(hit.chunks * chain.chunk_tokens, len(tokens) - 1)
-        slots = hit.slots[: 4 * -(-have // chain.chunk_tokens)]
+        slots = hit.extents[: 4 * -(-have // chain.chunk_tokens)]
         load = Load(hit.arena, hit.lease, 0, slots, 0, have, self._pool.blocks, after=self._stream_point())
         self._worker.load(self._start_job("load"), load)
         loaded = self._settle()
@@ -361,7 +361,7 @@ class Attached:
         if own is not None:
             own.close()
 
-    def _tell(self, why: str) -> None:
+    def _log(self, why: str) -> None:
         if why not in self._told:
             self._told.add(why)
             logger.warning("generate goes on without LMCache: %s", why)

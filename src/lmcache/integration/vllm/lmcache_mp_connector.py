@@ -21,10 +21,10 @@ from lmcache.integration.vllm.model import NOT_SERVED, ModelKV, describe_model, 
 from lmcache.integration.vllm.own_server import offloading_size_gb, server_for_offloading
 from lmcache.integration.vllm.plan import StepPlan, StepReport
 from lmcache.integration.vllm.resets import watch_resets
-from lmcache.integration.vllm.scheduler import SchedulerHalf
+from lmcache.integration.vllm.scheduler import SchedulerSide
 from lmcache.integration.vllm.settings import Settings, read_settings, recompute_failed_loads
 from lmcache.integration.vllm.weights import watch_weights
-from lmcache.integration.vllm.worker import WorkerHalf, ended_stores, refuse_loads, stats_of
+from lmcache.integration.vllm.worker import WorkerSide, ended_stores, refuse_loads, stats_of
 from lmcache.observability.log import init_logger
 
 try:
@@ -67,8 +67,8 @@ class LMCacheMPConnector(KVConnectorBase_V1, _SupportsHMA):  # type: ignore[misc
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any = None) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         self._settings = read_settings(vllm_config.kv_transfer_config)
-        self._scheduler: SchedulerHalf | None = None
-        self._worker: WorkerHalf | None = None
+        self._scheduler: SchedulerSide | None = None
+        self._worker: WorkerSide | None = None
         self._refusal = ""
         self._block_tokens = vllm_config.cache_config.block_size
         self._kv: ModelKV | None = None
@@ -92,7 +92,7 @@ class LMCacheMPConnector(KVConnectorBase_V1, _SupportsHMA):  # type: ignore[misc
             self._server, self._address = server_for_offloading(instance, self._vllm_config, self._settings)
             if not self._address:
                 return
-        self._scheduler = scheduler_half(self._vllm_config, kv, self._settings, self._address)
+        self._scheduler = scheduler_side(self._vllm_config, kv, self._settings, self._address)
         server = self._server
         if server is not None:
             self._scheduler.wait_connected(lambda: server.running)
@@ -116,7 +116,7 @@ class LMCacheMPConnector(KVConnectorBase_V1, _SupportsHMA):  # type: ignore[misc
         if self._kv is None or kv_caches is None:
             return
         try:
-            self._worker = worker_half(
+            self._worker = worker_side(
                 self._vllm_config, self._kv_cache_config, self._kv, kv_caches, self._settings, address
             )
         except NOT_SERVED as error:
@@ -256,12 +256,12 @@ class LMCacheMPConnector(KVConnectorBase_V1, _SupportsHMA):  # type: ignore[misc
             logger.warning("LMCache serves nothing for this engine: %s", reason)
 
 
-def scheduler_half(vllm_config: Any, kv: ModelKV, settings: Settings, address: str = "", **rules: Any) -> SchedulerHalf:
-    """The scheduler's half for this engine. rules: keyword arguments of `SchedulerHalf`."""
+def scheduler_side(vllm_config: Any, kv: ModelKV, settings: Settings, address: str = "", **rules: Any) -> SchedulerSide:
+    """The scheduler's half for this engine. rules: keyword arguments of `SchedulerSide`."""
     transfer = vllm_config.kv_transfer_config
     engine_id = str(transfer.engine_id)
     endpoint = settings.endpoint(engine_id, "scheduler", address=address)
-    half = SchedulerHalf(
+    half = SchedulerSide(
         SchedulerSession(endpoint, kv.layout, kv.shards, kv.stages),
         kv.block_tokens,
         kv.ranks,
@@ -274,7 +274,7 @@ def scheduler_half(vllm_config: Any, kv: ModelKV, settings: Settings, address: s
     return half
 
 
-def worker_half(
+def worker_side(
     vllm_config: Any,
     kv_cache_config: Any,
     kv: ModelKV,
@@ -284,7 +284,7 @@ def worker_half(
     *,
     synchronous: bool = False,
     layerwise: bool = False,
-) -> WorkerHalf:
+) -> WorkerSide:
     """This rank's half. layerwise: whether forwards wait for loads layer by layer, where they wait at all.
 
     Raises:
@@ -299,7 +299,7 @@ def worker_half(
     session = WorkerSession(endpoint, kv.layout, shard, registered.paged, stages=kv.stages)
     layers = Layers(kv.layer_names, len(registered.paged.planes)) if layerwise else None
     stores = kv.stores(tp_rank)
-    half = WorkerHalf(
+    half = WorkerSide(
         session,
         registered,
         shard.index,

@@ -7,8 +7,8 @@ import os
 from typing import Any
 
 from lmcache.config.engine import EngineSettings, load_engine
+from lmcache.engine.connection import probe
 from lmcache.engine.embedded import EmbeddedServer
-from lmcache.engine.link import probe
 from lmcache.errors import ConfigError, LMCacheError
 from lmcache.integration.vllm.settings import Settings
 from lmcache.observability.log import init_logger

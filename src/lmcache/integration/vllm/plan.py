@@ -21,7 +21,7 @@ class LoadPlan:
     arena: bytes
     lease: int
     first_leased: int
-    slots: bytes
+    extents: bytes
     chunk_tokens: int
     start_token: int
     end_token: int

@@ -15,16 +15,16 @@ from concurrent.futures import Future
 from functools import partial
 from typing import Any
 
-from lmcache.integration.vllm.scheduler import SchedulerHalf
+from lmcache.integration.vllm.scheduler import SchedulerSide
 from lmcache.integration.weights import call_around, class_at
 from lmcache.observability.log import init_logger
 
 logger = init_logger(__name__)
-_halves: weakref.WeakValueDictionary[str, SchedulerHalf] = weakref.WeakValueDictionary()
+_halves: weakref.WeakValueDictionary[str, SchedulerSide] = weakref.WeakValueDictionary()
 """By the engine's id: one process may run several engines."""
 
 
-def watch_resets(engine_id: str, half: SchedulerHalf) -> None:
+def watch_resets(engine_id: str, half: SchedulerSide) -> None:
     """From now on tell `half` when its engine's own prefix cache is emptied, and take back those of its resets that come from a
     sleep which keeps the weights."""
     _halves[engine_id] = half
@@ -48,7 +48,7 @@ def fall_asleep(sleep: Any, core: Any, level: int = 1, *args: Any, **kwargs: Any
 
 def keep_identity(method: Any, core: Any, *args: Any, **kwargs: Any) -> Any:
     """A method of `EngineCore` that gives up the KV's memory and changes no weights. Where it waits it answers a future."""
-    half = _half_of(core)
+    half = _side_of(core)
     if half is None:
         return method(core, *args, **kwargs)
     before = half.changes
@@ -63,7 +63,7 @@ def keep_identity(method: Any, core: Any, *args: Any, **kwargs: Any) -> Any:
 def wake_up(wake: Any, core: Any, tags: list[str] | None = None, *args: Any, **kwargs: Any) -> Any:
     """`EngineCore.wake_up`. Who wants the weights back before there is room for KV may write into them: that is how RL loops load
     new ones, and not all of their ways are seen by the ranks (`weights`)."""
-    half = _half_of(core)
+    half = _side_of(core)
     if half is not None and tags is not None and "weights" in tags and "kv_cache" not in tags:
         half.reset()
     return wake(core, tags, *args, **kwargs)
@@ -71,7 +71,7 @@ def wake_up(wake: Any, core: Any, tags: list[str] | None = None, *args: Any, **k
 
 def add_adapter(add: Any, core: Any, lora_request: Any) -> Any:
     """`EngineCore.add_lora`, which loads an adapter before there is a request for it."""
-    half = _half_of(core)
+    half = _side_of(core)
     if half is not None:
         half.adapters.identity(lora_request)
     return add(core, lora_request)
@@ -80,17 +80,17 @@ def add_adapter(add: Any, core: Any, lora_request: Any) -> Any:
 def empty(reset: Any, scheduler: Any, *args: Any, **kwargs: Any) -> Any:
     """`Scheduler.reset_prefix_cache`, which answers whether the cache could be emptied."""
     emptied = reset(scheduler, *args, **kwargs)
-    half = _half_of(scheduler)
+    half = _side_of(scheduler)
     if emptied and half is not None:
         half.emptied()
     return emptied
 
 
-def _take_back(half: SchedulerHalf, before: tuple[int, int], done: Future[Any]) -> None:
+def _take_back(half: SchedulerSide, before: tuple[int, int], done: Future[Any]) -> None:
     if not done.cancelled() and done.exception() is None:
         half.take_back_reset(before)
 
 
-def _half_of(owner: Any) -> SchedulerHalf | None:
+def _side_of(owner: Any) -> SchedulerSide | None:
     transfer = getattr(owner.vllm_config, "kv_transfer_config", None)
     return _halves.get(str(getattr(transfer, "engine_id", "")))

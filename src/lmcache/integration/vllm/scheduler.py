@@ -71,7 +71,7 @@ class Copying:
     ranks: int
 
 
-class SchedulerHalf:
+class SchedulerSide:
     """ranks: reports that complete a job. can_load, can_store: what the KV role allows.
 
     synchronous: a load is part of the request's first step, whose forward waits for it; so the last token is always computed,
@@ -148,7 +148,7 @@ class SchedulerHalf:
             return None
         if hit is None or tracker.chain is None:
             if not local_tokens:
-                self._tell(tracker, 0, 0)
+                self._log(tracker, 0, 0)
             return 0
         found = min(hit.chunks * tracker.chain.chunk_tokens, request.num_tokens)
         tracker.stored = max(tracker.stored, min(hit.chunks, len(tracker.chain)))
@@ -156,7 +156,7 @@ class SchedulerHalf:
             tracker.tail = tracker.chain.tail(request.all_token_ids)
         gain = min(found, request.num_tokens - self._synchronous) - local_tokens
         gain = gain if gain >= (self._min_gain if local_tokens else 1) and found >= self._min_hit else 0
-        self._tell(tracker, found, gain)
+        self._log(tracker, found, gain)
         return gain
 
     def allocated(self, request: Any, blocks: list[int], external_tokens: int) -> None:
@@ -393,7 +393,7 @@ class SchedulerHalf:
             arena=hit.arena,
             lease=hit.lease,
             first_leased=hit.first_chunk,
-            slots=hit.slots,
+            extents=hit.extents,
             chunk_tokens=tracker.chain.chunk_tokens,
             start_token=start,
             end_token=end,
@@ -465,7 +465,7 @@ class SchedulerHalf:
         else:
             self._release(loading.hit)
 
-    def _tell(self, tracker: Tracker, found: int, gain: int) -> None:
+    def _log(self, tracker: Tracker, found: int, gain: int) -> None:
         """The line that users of in-process mode look for, once for each answer."""
         if self._synchronous and tracker.told != (found, gain):
             tracker.told = found, gain

@@ -7,7 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from lmcache.config.load import nearest
-from lmcache.engine.link import MOST_DEADLINE_SECONDS, MOST_HEARTBEAT_SECONDS, TRANSFER_MODES, Endpoint, server_address
+from lmcache.engine.connection import (
+    MOST_DEADLINE_SECONDS,
+    MOST_HEARTBEAT_SECONDS,
+    TRANSFER_MODES,
+    Endpoint,
+    server_address,
+)
 from lmcache.errors import ConfigError
 from lmcache.observability.log import init_logger
 

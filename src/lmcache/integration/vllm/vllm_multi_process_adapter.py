@@ -30,7 +30,7 @@ from lmcache.integration.vllm.settings import (
     recompute_failed_loads,
 )
 from lmcache.integration.vllm.weights import watch_weights, weight_changes
-from lmcache.integration.vllm.worker import pages_of_shard
+from lmcache.integration.vllm.worker import extents_of_shard
 from lmcache.observability.log import init_logger
 
 logger = init_logger(__name__)
@@ -291,8 +291,8 @@ class LMCacheMPWorkerAdapter:
                 lookups.release(hit)
             return False
         first = start // size
-        slots = pages_of_shard(
-            hit.slots, self._shard, hit.shards, first - hit.first_chunk, -(-op.end // size) - hit.first_chunk
+        slots = extents_of_shard(
+            hit.extents, self._shard, hit.shards, first - hit.first_chunk, -(-op.end // size) - hit.first_chunk
         )
         self._jobs += 1
         job_id = f"load-{self._jobs}"

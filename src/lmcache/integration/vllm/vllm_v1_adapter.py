@@ -17,15 +17,15 @@ from lmcache.engine.embedded import EmbeddedServer, embedded_address
 from lmcache.integration.vllm.lmcache_mp_connector import (
     LMCacheMetadata,
     LMCacheWorkerMetadata,
-    scheduler_half,
-    worker_half,
+    scheduler_side,
+    worker_side,
 )
 from lmcache.integration.vllm.model import NOT_SERVED, ModelKV, describe_model, refusal_of
 from lmcache.integration.vllm.own_server import engine_settings, offloading_size_gb, start_server
 from lmcache.integration.vllm.plan import StepPlan, StepReport
-from lmcache.integration.vllm.scheduler import SchedulerHalf
+from lmcache.integration.vllm.scheduler import SchedulerSide
 from lmcache.integration.vllm.settings import Settings, recompute_failed_loads
-from lmcache.integration.vllm.worker import WorkerHalf, ended_stores, refuse_loads
+from lmcache.integration.vllm.worker import WorkerSide, ended_stores, refuse_loads
 from lmcache.observability.log import init_logger
 
 logger = init_logger(__name__)
@@ -54,12 +54,12 @@ class LMCacheConnectorV1Impl:
             deadline_seconds=self._config.blocking_timeout_secs,
             model_id=str(vllm_config.kv_transfer_config.get_from_extra_config("lmcache.mp.model_id", "")),
         )
-        self._scheduler: SchedulerHalf | None = None
-        self._worker: WorkerHalf | None = None
+        self._scheduler: SchedulerSide | None = None
+        self._worker: WorkerSide | None = None
         self._server: EmbeddedServer | None = None
         self._refusal = ""
         self._kv: ModelKV | None = None
-        self._tell_parent = parent_connector.update_connector_output
+        self._notify_parent = parent_connector.update_connector_output
         for name in _NOT_FORWARDED:
             setattr(parent_connector, name, getattr(self, name))
         try:
@@ -80,7 +80,7 @@ class LMCacheConnectorV1Impl:
         server = self._server = start_server(instance, found, offloading_size_gb(self._vllm_config))
         if server is None or self._kv is None:
             return
-        self._scheduler = scheduler_half(
+        self._scheduler = scheduler_side(
             self._vllm_config,
             self._kv,
             self._settings,
@@ -101,7 +101,7 @@ class LMCacheConnectorV1Impl:
             return
         address = embedded_address(str(self._vllm_config.kv_transfer_config.engine_id))
         try:
-            self._worker = worker_half(
+            self._worker = worker_side(
                 self._vllm_config,
                 self._kv_cache_config,
                 self._kv,
@@ -128,7 +128,7 @@ class LMCacheConnectorV1Impl:
             self._begin(self._worker)  # once a step; releases before 0.32 do not tell of the binding
             self._worker.wait_before_forward(forward_context)
 
-    def _begin(self, worker: WorkerHalf) -> None:
+    def _begin(self, worker: WorkerSide) -> None:
         plan = self._plan()
         worker.wait_connected(plan)
         worker.settle(plan)
@@ -195,7 +195,7 @@ class LMCacheConnectorV1Impl:
         return LMCacheMetadata(self._scheduler.plan_step(scheduler_output))
 
     def update_connector_output(self, connector_output: Any) -> None:
-        self._tell_parent(connector_output)
+        self._notify_parent(connector_output)
         if self._scheduler is None:
             return
         meta = getattr(connector_output, "kv_connector_worker_meta", None)

@@ -26,7 +26,7 @@ _START_SECONDS = 5.0
 _PAGE_NUMBER_BYTES = 4
 
 
-class WorkerHalf:
+class WorkerSide:
     """shard, shards: which of how many parts of a chunk this rank holds. stores: False where another rank stores it.
 
     synchronous: forwards wait for loads (`wait_loaded`), and the log tells of every copy, as users of in-process mode expect.
@@ -116,8 +116,8 @@ class WorkerHalf:
                     arena=load.arena,
                     lease=load.lease,
                     first_chunk=first,
-                    slots=pages_of_shard(
-                        load.slots, self._shard, self._shards, first - leased, -(-load.end_token // chunk) - leased
+                    extents=extents_of_shard(
+                        load.extents, self._shard, self._shards, first - leased, -(-load.end_token // chunk) - leased
                     ),
                     start_token=load.start_token,
                     end_token=load.end_token,
@@ -249,7 +249,7 @@ class WorkerHalf:
 
     def _cost(self, tokens: int, seconds: float) -> str:
         """How much was copied, how fast; GiB of this rank's part."""
-        size = tokens * self._registered.paged.slot_bytes(1) / GIB
+        size = tokens * self._registered.paged.shard_bytes(1) / GIB
         return f"size: {size:.4f} gb, cost {seconds * 1e3:.2f} ms, throughput: {size / max(seconds, 1e-9):.2f} GB/s"
 
     def _loaded(self, done: Done) -> None:
@@ -304,7 +304,7 @@ class WorkerHalf:
         return point
 
 
-def pages_of_shard(slots: bytes, shard: int, shards: int, first: int, end: int) -> bytes:
+def extents_of_shard(slots: bytes, shard: int, shards: int, first: int, end: int) -> bytes:
     """One shard's pages of rows [first, end) of [chunk][shard], little-endian u32."""
     row, own = shards * _PAGE_NUMBER_BYTES, shard * _PAGE_NUMBER_BYTES
     return b"".join(slots[chunk * row + own : chunk * row + own + _PAGE_NUMBER_BYTES] for chunk in range(first, end))

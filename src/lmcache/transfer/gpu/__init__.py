@@ -1,4 +1,4 @@
-"""Copies between paged KV in GPU memory and slots of the arena.
+"""Copies between paged KV in GPU memory and extents of the arena.
 
 A copy is cut into *pieces*: a run of planes of one chunk, or several complete chunks where chunks are small. A piece passes
 through one place of a staging ring in GPU memory: a Triton kernel gathers tokens from the paged KV into the ring (or scatters

@@ -1,4 +1,4 @@
-"""Copies between one rank's paged KV in GPU memory and slots of the arena."""
+"""Copies between one rank's paged KV in GPU memory and extents of the arena."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class CudaCopier:
         with using_device(device):
             bases = torch.tensor([plane.address for plane in paged.planes], dtype=torch.int64, device=device)
             source = Source(
-                device, bases, _shape_of(paged), paged.block_tokens, chunk_tokens, paged.slot_bytes(chunk_tokens)
+                device, bases, _shape_of(paged), paged.block_tokens, chunk_tokens, paged.shard_bytes(chunk_tokens)
             )
             self._rings = {
                 to_host: StagingRing(source, self._arena, STAGING_BYTES // 2, to_host) for to_host in (True, False)
@@ -46,7 +46,7 @@ class CudaCopier:
         logger.info("GPU staging: %d MiB on %s", STAGING_BYTES >> 20, device)
 
     def gather(self, base: int, blocks: Blocks, runs: Runs, *, arena_bytes: int | None = None) -> None:
-        """Copy paged tokens, which the engine must have computed, to slots. A slot holds nothing else afterwards."""
+        """Copy paged tokens, which the engine must have computed, to extents. An extent holds nothing else afterwards."""
         self._rings[True].run(base, *self._bounds.checked(base, blocks, runs, arena_bytes))
 
     def scatter(
@@ -58,7 +58,7 @@ class CudaCopier:
         arena_bytes: int | None = None,
         progress: Progress | None = None,
     ) -> None:
-        """Copy slots to paged tokens, in blocks that nothing in flight touches.
+        """Copy extents to paged tokens, in blocks that nothing in flight touches.
 
         progress: gets an event of the kernels' stream for each group of planes. The groups then arrive in order.
         """

@@ -48,7 +48,7 @@ def copy_kernel(  # type: ignore[no-untyped-def]
 
     `meta` holds (first_token, token_count, token_in_slot) for each chunk. A row is the heads x dims of one token in one plane.
     A copy to the staging ring writes all rows of the chunk, and zeros for tokens outside the run: the complete piece goes to
-    the slot, and the ring may still hold another prompt's KV. What a model fixes is a compile-time constant, because fewer
+    the extent, and the ring may still hold another prompt's KV. What a model fixes is a compile-time constant, because fewer
     arguments make a launch cheaper, and launches are where this code spends its time.
     """
     row_tiles: tl.constexpr = (ROW_WORDS + WORDS - 1) // WORDS
@@ -58,22 +58,22 @@ def copy_kernel(  # type: ignore[no-untyped-def]
     chunk = tl.program_id(2)
     first = tl.load(meta + chunk * 3)
     count = tl.load(meta + chunk * 3 + 1)
-    in_slot = tl.load(meta + chunk * 3 + 2)
+    in_extent = tl.load(meta + chunk * 3 + 2)
     token = tile * TOKENS + tl.arange(0, TOKENS)
     if TO_STAGING:
-        token = token - in_slot
+        token = token - in_extent
     live = (token >= 0) & (token < count)
     position = first + token
     block = tl.load(blocks + position // BLOCK_TOKENS, mask=live, other=0)
     row = block * BLOCK_STRIDE + (position % BLOCK_TOKENS) * TOKEN_STRIDE
     column = (word // HEAD_WORDS).to(tl.int64) * HEAD_STRIDE + word % HEAD_WORDS
     paged = tl.load(bases + first_plane + plane).to(tl.pointer_type(WORD)) + row[:, None] + column[None, :]
-    slot_row = (plane * CHUNK_TOKENS + in_slot + token) * ROW_WORDS
-    staged = staging + chunk.to(tl.int64) * piece_words + slot_row[:, None] + word[None, :]
+    extent_row = (plane * CHUNK_TOKENS + in_extent + token) * ROW_WORDS
+    staged = staging + chunk.to(tl.int64) * piece_words + extent_row[:, None] + word[None, :]
     in_row = (word < ROW_WORDS)[None, :]
     mask = live[:, None] & in_row
     if TO_STAGING:
-        tl.store(staged, tl.load(paged, mask=mask, other=0), mask=(in_slot + token < CHUNK_TOKENS)[:, None] & in_row)
+        tl.store(staged, tl.load(paged, mask=mask, other=0), mask=(in_extent + token < CHUNK_TOKENS)[:, None] & in_row)
     else:
         tl.store(paged, tl.load(staged, mask=mask), mask=mask)
 

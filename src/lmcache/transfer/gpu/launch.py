@@ -46,7 +46,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Tables:
-    """Addresses of a copy's block table and of (first token, token count, token in slot) of its runs.
+    """Addresses of a copy's block table and of (first token, token count, token in extent) of its runs.
 
     upload_bytes: how much has to go from `host` to the device first; `blocks` and `meta` lie in that.
     """
@@ -122,10 +122,10 @@ class Launcher:
         # Made and compared on the host: PyTorch's kernels for it keep 92 MiB of an H200 where nobody else has loaded them.
         drawn = np.random.default_rng().integers(-128, 128, (count, span * shape.word_bytes), dtype=np.int8)
         expected = _rows(torch.from_numpy(drawn).view(words), shape)
-        slot = torch.full((int(ring["plane_bytes"]) * count,), 90, dtype=torch.int8)
-        in_slot = slot.view(words).view(count, chunk_tokens, -1)[:, -1]
+        extent = torch.full((int(ring["plane_bytes"]) * count,), 90, dtype=torch.int8)
+        in_extent = extent.view(words).view(count, chunk_tokens, -1)[:, -1]
         if not ring["to_host"]:
-            in_slot.copy_(expected)
+            in_extent.copy_(expected)
             drawn = np.full_like(drawn, -1)
         paged = torch.from_numpy(drawn).to(device)
         bases = torch.tensor([plane.data_ptr() for plane in paged], device=device)
@@ -136,11 +136,11 @@ class Launcher:
         torch.cuda.current_stream().synchronize()
         real, ring["bases"] = int(ring["bases"]), bases.data_ptr()
         try:
-            self.launch(slot.data_ptr(), 0, tables, run, planes, runs_in_piece)
+            self.launch(extent.data_ptr(), 0, tables, run, planes, runs_in_piece)
             last.synchronize()
         finally:
             ring["bases"] = real
-        return bool(torch.equal(in_slot if ring["to_host"] else _rows(paged.cpu().view(words), shape), expected))
+        return bool(torch.equal(in_extent if ring["to_host"] else _rows(paged.cpu().view(words), shape), expected))
 
 
 def _rows(paged: torch.Tensor, shape: Shape) -> torch.Tensor:

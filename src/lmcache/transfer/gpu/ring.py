@@ -42,7 +42,7 @@ _COPIES_LAUNCHED = 2
 class Source:
     """The paged KV that a ring copies from or to.
 
-    bases: int64 [planes], the planes' addresses, on `device`. slot_bytes: size of a slot of `chunk_tokens` tokens.
+    bases: int64 [planes], the planes' addresses, on `device`. slot_bytes: size of an extent of `chunk_tokens` tokens.
     """
 
     device: torch.device
@@ -50,7 +50,7 @@ class Source:
     shape: Shape
     block_tokens: int
     chunk_tokens: int
-    slot_bytes: int
+    shard_bytes: int
 
     @property
     def planes(self) -> int:
@@ -58,7 +58,7 @@ class Source:
 
 
 class _DeviceTables:
-    """The block table of a copy and (first token, token count, token in slot) of each run, in pinned memory and on the device."""
+    """The block table of a copy and (first token, token count, token in extent) of each run, in pinned memory and on the device."""
 
     def __init__(self, words: int, device: torch.device) -> None:
         self.used = torch.cuda.Event()
@@ -107,12 +107,12 @@ class StagingRing:
 
     def __init__(self, source: Source, arena: PinnedArena, ring_bytes: int, to_host: bool) -> None:
         self._source, self._arena, self._to_host = source, arena, to_host
-        slot, planes, device = source.slot_bytes, source.planes, source.device
-        self._plane_bytes = slot // planes
+        extent, planes, device = source.shard_bytes, source.planes, source.device
+        self._plane_bytes = extent // planes
         target = ring_bytes // _PIECES_IN_RING
         in_piece = max(1, min(planes, target // self._plane_bytes))
         self._planes_in_piece = -(-planes // -(-planes // in_piece))  # even pieces: the last one is not tiny
-        self._chunks_in_piece = max(1, target // slot) if in_piece == planes else 1
+        self._chunks_in_piece = max(1, target // extent) if in_piece == planes else 1
         piece_bytes = self._planes_in_piece * self._plane_bytes * self._chunks_in_piece
         self._planes_in_group = planes_in_group(self._plane_bytes, _GROUP_BYTES, self._planes_in_piece)
         self._chunks_of_group = piece_bytes // (self._planes_in_group * self._plane_bytes)
@@ -157,12 +157,12 @@ class StagingRing:
                 else:
                     self._by_planes(base, tables, runs, progress)
                 tables.used.record(self._kernels)
-                last = torch.cuda.Event(blocking=len(runs) * self._source.slot_bytes > _SPIN_BYTES)
+                last = torch.cuda.Event(blocking=len(runs) * self._source.shard_bytes > _SPIN_BYTES)
                 last.record(self._last_step)
                 return last
             except (
                 Exception
-            ):  # the caller learns of the failure and may use the blocks and the slots for something else
+            ):  # the caller learns of the failure and may use the blocks and the extents for something else
                 self._copies.synchronize()
                 self._kernels.synchronize()
                 raise

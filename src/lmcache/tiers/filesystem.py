@@ -78,7 +78,7 @@ class Bounces:
         self._idle.append(buffer)
 
 
-class Medium:
+class Filesystem:
     """The operations, each as small as a crash can make it. Raises OSError."""
 
     def open(self, path: Path, flags: int) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from lmcache.integration.numpy.model import Floats, ModelConfig
+from demo.numpy_engine.model import Floats, ModelConfig
 from lmcache.transfer.paged import PagedKV, Plane
 
 KV_ORDERS = ("nhd", "hnd", "interleaved", "transposed_k")

@@ -17,9 +17,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lmcache.tiers.disk.shard_index import UNIT_BYTES, Records
+from lmcache.tiers.filesystem import BLOCK_BYTES, Filesystem, blocks
 from lmcache.tiers.frame import HEADER_BYTES
-from lmcache.tiers.medium import BLOCK_BYTES, Medium, blocks
-from lmcache.tiers.shard_index import UNIT_BYTES, Records
 
 LARGE_BYTES = 64 << 10
 _NAME = re.compile(r"([0-9a-f]{8})\.(large|packed)")
@@ -87,8 +87,8 @@ def offset_of(place: int) -> int:
 class Segments:
     """All files of one tier. Called under the tier's lock, but for those that do I/O: `open_handle`, `punch`, `delete`."""
 
-    def __init__(self, medium: Medium, folder: Path, segment_bytes: int, flags: int) -> None:
-        self._medium, self._folder, self._flags = medium, folder, flags
+    def __init__(self, filesystem: Filesystem, folder: Path, segment_bytes: int, flags: int) -> None:
+        self._filesystem, self._folder, self._flags = filesystem, folder, flags
         self._segment_bytes = segment_bytes
         self._all: dict[int, Segment] = {}
         self._tails: dict[bool, Segment] = {}
@@ -121,7 +121,7 @@ class Segments:
             self._take_over(segment, mine)
             self.bytes += segment.cost
         for number, path in files.items():
-            self._medium.unlink(path)
+            self._filesystem.unlink(path)
             self.next_number = max(self.next_number, number + 1)
 
     def reserve(self, payloads: list[int]) -> tuple[Segment, list[int]]:
@@ -221,9 +221,9 @@ class Segments:
         """Raises OSError."""
         handle = segment.handle
         if handle is None or (create and not segment.made):
-            handle = Handle(self._medium.open(segment.path, self._flags | (os.O_CREAT if create else 0)))
+            handle = Handle(self._filesystem.open(segment.path, self._flags | (os.O_CREAT if create else 0)))
             if create and not segment.made:
-                self._medium.truncate(handle.fd, segment.size)
+                self._filesystem.truncate(handle.fd, segment.size)
                 segment.made = True
             segment.handle = handle
             self._opened.append(segment)
@@ -235,12 +235,12 @@ class Segments:
         """Give back the blocks. Raises OSError."""
         if extent.size and extent.segment.made and not extent.segment.gone:
             handle = self.open_handle(extent.segment)
-            self._medium.punch(handle.fd, extent.offset, extent.size)
+            self._filesystem.punch(handle.fd, extent.offset, extent.size)
 
     def delete(self, segment: Segment) -> None:
         """Raises OSError."""
         segment.handle = None
-        self._medium.unlink(segment.path)
+        self._filesystem.unlink(segment.path)
 
     def close(self) -> None:
         for segment in self._all.values():
@@ -277,7 +277,7 @@ class Segments:
             fd = self.open_handle(segment).fd
             edges = np.flatnonzero(np.diff(np.concatenate(([1], sharers > 0, [1]))))
             for hole, end in edges.reshape(-1, 2).tolist():
-                self._medium.punch(fd, hole * BLOCK_BYTES, (end - hole) * BLOCK_BYTES)
+                self._filesystem.punch(fd, hole * BLOCK_BYTES, (end - hole) * BLOCK_BYTES)
             beyond = len(sharers) * BLOCK_BYTES
             if status.st_size > beyond:
-                self._medium.punch(fd, beyond, blocks(status.st_size) - beyond)
+                self._filesystem.punch(fd, beyond, blocks(status.st_size) - beyond)

@@ -1,6 +1,6 @@
 """Serve an engine over standard input and output: one JSON object a line in, one out.
 
-    python -m lmcache.integration.numpy --address 127.0.0.1:5555
+    python -m demo.numpy_engine --address 127.0.0.1:5555
     {"tokens": [1, 2, 3], "max_tokens": 8}      -> {"tokens": [...], "ttft_seconds": 0.1, "hit_tokens": 0, ...}
 
 The first line out is {"ready": true, "connected": ...}: whether the server was reached, for which it waits two seconds.
@@ -13,13 +13,13 @@ import argparse
 import json
 import sys
 
-from lmcache.integration.numpy.engine import Engine, EngineConfig
-from lmcache.integration.numpy.model import ModelConfig
+from demo.numpy_engine.engine import Engine, EngineConfig
+from demo.numpy_engine.model import ModelConfig
 
 
 def main() -> None:
     """Answer the lines of standard input until it ends."""
-    parser = argparse.ArgumentParser(prog="python -m lmcache.integration.numpy", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m demo.numpy_engine", description=__doc__)
     parser.add_argument("--address", help="host:port of `lmcache server`; without it the engine runs alone")
     parser.add_argument("--tiny", action="store_true", help="a model of 2 layers instead of 8")
     parser.add_argument("--num-blocks", type=int, default=512, help="KV blocks of 16 tokens (default: %(default)s)")

@@ -1,4 +1,4 @@
-"""Is a load worth its wait, on real vLLM (CPU) with a throttled store: `python -m benchmarks.vllm_worth --vllm-python PATH`.
+"""Is a load worth its wait, on real vLLM (CPU) with a throttled store: `python -m benchmarks.vllm_load_cost --vllm-python PATH`.
 
 One vLLM, one server over a real Valkey. It writes there directly and reads through a proxy, which lets through so many bytes a
 second that loading a prompt takes `slowness` times as long as computing it. Each prompt is computed once (cold), L1 and the
@@ -131,7 +131,9 @@ CONNECTIONS = 4
 
 def main(argv: list[str] | None = None) -> int:
     """Measure and print; 1 when something failed."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.vllm_worth", description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.vllm_load_cost", description=__doc__, allow_abbrev=False
+    )
     named = os.environ.get("LMCACHE_TEST_VLLM_PYTHON")
     parser.add_argument(
         "--vllm-python", metavar="PATH", default=named, required=not named, help="Python with vLLM and us"
@@ -157,7 +159,7 @@ def main(argv: list[str] | None = None) -> int:
             engine.kill()
             proxy.close()
             store.end()
-    facts = about([Side("ours", sys.executable)], argv, "benchmarks.vllm_worth")
+    facts = about([Side("ours", sys.executable)], argv, "benchmarks.vllm_load_cost")
     facts["prompt"] = f"{PROMPT_TOKENS} tokens, float32, the demo's model"
     if options.json:
         options.json.write_text(json.dumps({**facts, "rows": [row.as_json() for row in rows]}, indent=1) + "\n")

@@ -9,9 +9,9 @@ from uuid import uuid4
 
 import numpy as np
 
-from lmcache.integration.numpy.cached import CacheLink, Prompt
-from lmcache.integration.numpy.model import Context, Floats, Model, ModelConfig
-from lmcache.integration.numpy.paged import BlockPool, OutOfBlocks, RankKV
+from demo.numpy_engine.cached import CacheConnection, Prompt
+from demo.numpy_engine.model import Context, Floats, Model, ModelConfig
+from demo.numpy_engine.paged import BlockPool, OutOfBlocks, RankKV
 
 
 class UnfilledKV(Exception):
@@ -79,9 +79,11 @@ class Engine:
             for _ in range(config.ranks)
         ]
         self.instance_id = instance_id or f"numpy-{uuid4().hex}"
-        self.cache: CacheLink | None = None
+        self.cache: CacheConnection | None = None
         if address is not None:
-            self.cache = CacheLink(address, self.instance_id, config.model, self.ranks, deadline_seconds, transfer_mode)
+            self.cache = CacheConnection(
+                address, self.instance_id, config.model, self.ranks, deadline_seconds, transfer_mode
+            )
         self._requests = 0
         self._held: list[tuple[list[int], set[str]]] = []
         """Blocks of finished requests that jobs may still touch."""

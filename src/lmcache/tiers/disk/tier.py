@@ -24,12 +24,12 @@ from lmcache.config.options import word
 from lmcache.errors import ConfigError
 from lmcache.observability.log import init_logger
 from lmcache.tiers import frame
-from lmcache.tiers.disk_folder import can_be_direct, part_of_free, take_folder
+from lmcache.tiers.disk.folder import can_be_direct, part_of_free, take_folder
+from lmcache.tiers.disk.journal import PUT, REMOVE, STEP_BYTES, USE, Journal, places
+from lmcache.tiers.disk.segments import Segment, Segments, cost_of, frame_bytes, is_large, offset_of
+from lmcache.tiers.disk.shard_index import MAX_PAYLOAD_BYTES, RECORD, ShardIndex, tag_of
+from lmcache.tiers.filesystem import BLOCK_BYTES, FULL, Filesystem, blocks, tier_error
 from lmcache.tiers.frame_io import BOUNCE_BYTES, GROUP_BYTES, GROUP_FRAMES, UNREADABLE, Found, FrameIO
-from lmcache.tiers.journal import PUT, REMOVE, STEP_BYTES, USE, Journal, places
-from lmcache.tiers.medium import BLOCK_BYTES, FULL, Medium, blocks, tier_error
-from lmcache.tiers.segments import Segment, Segments, cost_of, frame_bytes, is_large, offset_of
-from lmcache.tiers.shard_index import MAX_PAYLOAD_BYTES, RECORD, ShardIndex, tag_of
 from lmcache.tiers.tier import ABSENT, KEPT, OK, Shard, ShardKey, Tier, TierError, Usage
 from lmcache.tiers.url import GIB, TierURL
 
@@ -62,12 +62,17 @@ class DiskTier(Tier):
     scheme = "disk"
 
     def __init__(
-        self, path: Path, max_bytes: int | None, io: str = "auto", secret: bytes = b"", medium: Medium | None = None
+        self,
+        path: Path,
+        max_bytes: int | None,
+        io: str = "auto",
+        secret: bytes = b"",
+        filesystem: Filesystem | None = None,
     ) -> None:
         """max_bytes: None for 90 % of what the file system has free. io: auto, direct or buffered."""
         self._path, self._asked_bytes, self._mode, self._secret = path, max_bytes, io, secret
         self._where = f"disk://{path}"
-        self._medium = medium or Medium()
+        self._filesystem = filesystem or Filesystem()
         self._life = threading.Lock()
         self._lock = threading.Lock()
         """Over the index, the journal and the segments' books. Nothing that may wait for the device is done under it,
@@ -152,7 +157,7 @@ class DiskTier(Tier):
                         again.append(number)
                     elif row and self._index.payload(row) == size:
                         kept.append(row)
-                    elif size > MAX_PAYLOAD_BYTES or cost_of([size]) > self._room():
+                    elif size > MAX_PAYLOAD_BYTES or cost_of([size]) > self._allocator():
                         outcomes[number] = TOO_LARGE
                     else:
                         seen.add(shard.key)
@@ -212,19 +217,19 @@ class DiskTier(Tier):
     # ---- coming and going
 
     def _mount(self) -> None:
-        self._closing.callback(os.close, take_folder(self._medium, self._path, self._where))
+        self._closing.callback(os.close, take_folder(self._filesystem, self._path, self._where))
         sums = ThreadPoolExecutor(_LANES, "lmcache-disk-sum")
         self._closing.callback(sums.shutdown)
         self._readers = ThreadPoolExecutor(_LANES, "lmcache-disk-read")
         self._closing.callback(self._readers.shutdown)
-        direct = can_be_direct(self._medium, self._path, self._where, self._mode)
-        self._io = FrameIO(self._medium, self._secret, sums, direct)
+        direct = can_be_direct(self._filesystem, self._path, self._where, self._mode)
+        self._io = FrameIO(self._filesystem, self._secret, sums, direct)
         self._max_bytes = self._asked_bytes or part_of_free(self._path)
         low, high = _SEGMENT_BYTES
         size = blocks(min(high, max(low, self._max_bytes // 64)))
-        self._segments = Segments(self._medium, self._path, size, os.O_RDWR | (os.O_DIRECT if direct else 0))
+        self._segments = Segments(self._filesystem, self._path, size, os.O_RDWR | (os.O_DIRECT if direct else 0))
         self._closing.callback(self._segments.close)
-        self._journal = Journal(self._medium, self._path)
+        self._journal = Journal(self._filesystem, self._path)
         self._closing.callback(self._journal.close)
         records, next_segment = self._journal.open()
         self._segments.mount(records, next_segment)
@@ -272,7 +277,7 @@ class DiskTier(Tier):
     def _used(self) -> int:
         return self._segments.bytes + self._index_bytes(len(self._index)) + _FIXED_BYTES
 
-    def _room(self) -> int:
+    def _allocator(self) -> int:
         """For one shard in an empty tier."""
         return self._max_bytes - _FIXED_BYTES - self._index_bytes(1)
 

@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 from lmcache.config.options import integer, number, word
 from lmcache.errors import ConfigError
 from lmcache.tiers import frame
-from lmcache.tiers.redis_script import ADMITTED, ENOUGH_KEYS, MAX_PARTS, MORE, NOT_READY, SCRIPT
-from lmcache.tiers.resp import Connection, Login, Moved, Node, Nodes, Reply, ReplyError
+from lmcache.tiers.redis.resp import Connection, Login, Moved, Node, Nodes, Reply, ReplyError
+from lmcache.tiers.redis.script import ADMITTED, ENOUGH_KEYS, MAX_PARTS, MORE, NOT_READY, SCRIPT
 from lmcache.tiers.tier import ABSENT, OK, Shard, ShardKey, Tier, TierError, Usage
 from lmcache.tiers.url import TierURL
 

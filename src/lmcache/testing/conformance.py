@@ -1,6 +1,6 @@
 """What every tier must do, as tests that anybody can run on theirs (docs/tiers/your-own.md is the whole way to a tier):
 
-    from lmcache.tiers.conformance import ConformanceSuite
+    from lmcache.testing.conformance import ConformanceSuite
 
     class TestMine(ConformanceSuite):
         def url(self, place):                                    # a store of its own for each `place`
@@ -143,7 +143,7 @@ class ConformanceSuite:
         """Store other bytes in its place behind the tier's back. Fewer than before: it was cut off."""
         raise SkipTest("this tier's tests cannot change what is stored")
 
-    def medium_bytes(self, place: Path, tier: Tier) -> int:
+    def filesystem_bytes(self, place: Path, tier: Tier) -> int:
         """What the store takes on its medium, measured, not asked of the tier."""
         return 0
 
@@ -312,7 +312,7 @@ class ConformanceSuite:
                 assert usage.max_bytes == cap
                 if self.hard_cap:
                     assert usage.stored_bytes <= cap
-                    assert number % 5 or self.medium_bytes(tmp_path, tier) <= cap
+                    assert number % 5 or self.filesystem_bytes(tmp_path, tier) <= cap
                 last = shards[-1]
                 assert load_one(tier, last.key, last.payload.nbytes)[0] == OK
             assert stored > 3 * cap

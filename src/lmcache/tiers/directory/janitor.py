@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lmcache.tiers.medium import Medium
+from lmcache.tiers.filesystem import Filesystem
 
 LEASE_SECONDS = 60.0
 LEFTOVER_SECONDS = 3600.0
@@ -55,10 +55,10 @@ class Published(NamedTuple):
 class Janitor:
     """One process's candidacy. Not thread-safe: `DirectoryTier` calls it from one thread at a time."""
 
-    def __init__(self, medium: Medium, folder: Path, stop: threading.Event | None = None) -> None:
+    def __init__(self, filesystem: Filesystem, folder: Path, stop: threading.Event | None = None) -> None:
         """stop: once it is set, what looks at everything ends with an InterruptedError."""
         self._stop = stop or threading.Event()
-        self._medium, self._folder = medium, folder
+        self._filesystem, self._folder = filesystem, folder
         self._lease, self._usage, self._wanted = folder / "janitor", folder / "usage", folder / "wanted"
         self._name = f"{socket.gethostname()} {os.getpid()} {uuid.uuid4().hex}"
         self._renewed = 0.0
@@ -76,15 +76,15 @@ class Janitor:
             pass
         holder, touched = self._holder()
         if holder == self._name:
-            self._medium.touch(self._lease)
+            self._filesystem.touch(self._lease)
             self._renewed = time.monotonic()
             return True
         if self._file_system_time() - touched < LEASE_SECONDS and not _is_gone(holder):
             return False
         aside = self._folder / "tmp" / uuid.uuid4().hex
         try:
-            self._medium.rename(self._lease, aside)  # of several who try, one succeeds
-            self._medium.unlink(aside)
+            self._filesystem.rename(self._lease, aside)  # of several who try, one succeeds
+            self._filesystem.unlink(aside)
             self._write(self._lease, self._name, os.O_EXCL)
         except (FileNotFoundError, FileExistsError):
             return False
@@ -98,14 +98,14 @@ class Janitor:
         """Publish the count and let the lease go, where it is ours. Raises OSError."""
         if self.holds():
             self.publish(count, in_order=True)
-            self._medium.unlink(self._lease)
+            self._filesystem.unlink(self._lease)
 
     def publish(self, count: Count, in_order: bool = False) -> None:
         """For those who are not elected, and the next who is. Raises OSError."""
         stamp = uuid.uuid4().hex
         aside = self._folder / "tmp" / stamp
         self._write(aside, f"{count.stored_bytes} {count.shards} {int(in_order)} {stamp}", os.O_EXCL)
-        self._medium.rename(aside, self._usage)
+        self._filesystem.rename(aside, self._usage)
 
     def published(self) -> Published | None:
         """What was published last. None: nothing that can be read."""
@@ -127,7 +127,7 @@ class Janitor:
             said = self._wanted.read_bytes()
         except FileNotFoundError:
             return 0
-        self._medium.unlink(self._wanted)
+        self._filesystem.unlink(self._wanted)
         return int(said) if _BYTES.fullmatch(said) else 1
 
     def count(self) -> Count:
@@ -137,7 +137,7 @@ class Janitor:
         for entry in self._steps(self._folder / "tmp"):
             status = _stat(entry)
             if status and now - status.st_mtime > LEFTOVER_SECONDS:
-                self._medium.unlink(Path(entry.path))
+                self._filesystem.unlink(Path(entry.path))
             elif status:
                 total += status.st_blocks * 512
         for _, status in self._shards():
@@ -169,7 +169,7 @@ class Janitor:
         stored, shards = count
         for entry, status in self._shards():
             if status.st_mtime <= until and stored > to_bytes:
-                self._medium.unlink(Path(entry.path))
+                self._filesystem.unlink(Path(entry.path))
                 stored -= status.st_blocks * 512
                 shards -= 1
         return Count(stored, shards)
@@ -177,9 +177,9 @@ class Janitor:
     def clear(self) -> None:
         """Remove all shards, what is being written, and the folders that are empty then. Raises OSError."""
         for entry, _ in self._shards():
-            self._medium.unlink(Path(entry.path))
+            self._filesystem.unlink(Path(entry.path))
         for entry in self._steps(self._folder / "tmp"):
-            self._medium.unlink(Path(entry.path))
+            self._filesystem.unlink(Path(entry.path))
         for folder in sorted(_folders(self._folder), reverse=True):
             try:
                 folder.rmdir()
@@ -208,7 +208,7 @@ class Janitor:
         if time.monotonic() - self._renewed > _RENEW_SECONDS:
             self._renewed = time.monotonic()
             if self.holds():
-                self._medium.touch(self._lease)
+                self._filesystem.touch(self._lease)
 
     def _holder(self) -> tuple[str, float]:
         """Who has the lease, "" for nobody, and when it was touched last. What cannot be read is a name that nobody has."""
@@ -223,14 +223,14 @@ class Janitor:
         try:
             return path.stat().st_mtime
         finally:
-            self._medium.unlink(path)
+            self._filesystem.unlink(path)
 
     def _write(self, path: Path, text: str, flags: int) -> None:
-        fd = self._medium.open(path, os.O_WRONLY | os.O_CREAT | flags)
+        fd = self._filesystem.open(path, os.O_WRONLY | os.O_CREAT | flags)
         try:
-            self._medium.write(fd, [text.encode()] if text else [], 0)
+            self._filesystem.write(fd, [text.encode()] if text else [], 0)
         finally:
-            self._medium.close(fd)
+            self._filesystem.close(fd)
 
 
 def _is_gone(holder: str) -> bool:

@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 
 from lmcache.observability.log import init_logger
-from lmcache.tiers.medium import BLOCK_BYTES, FULL, Medium
+from lmcache.tiers.filesystem import BLOCK_BYTES, FULL, Filesystem
 from lmcache.tiers.tier import TierError
 
 _OWN_FILES = {"index", "index.new", "lock", "probe", "lost+found"}
@@ -18,7 +18,7 @@ _PART_OF_FREE = 0.9
 log = init_logger(__name__)
 
 
-def take_folder(medium: Medium, path: Path, where: str) -> int:
+def take_folder(filesystem: Filesystem, path: Path, where: str) -> int:
     """Make it or look at it, and lock it: the descriptor that holds the lock until it is closed.
 
     Raises:
@@ -33,10 +33,10 @@ def take_folder(medium: Medium, path: Path, where: str) -> int:
         if file.name not in _OWN_FILES and file.suffix not in (".large", ".packed"):
             raise TierError("denied", f"{where}: {file.name!r} is not the cache's; give it a directory of its own")
     os.chmod(path, 0o700)
-    fd = medium.open(path / "lock", os.O_RDWR | os.O_CREAT)
+    fd = filesystem.open(path / "lock", os.O_RDWR | os.O_CREAT)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        medium.write(fd, [f"{os.getpid():<20}".encode()], 0)
+        filesystem.write(fd, [f"{os.getpid():<20}".encode()], 0)
     except BlockingIOError:
         owner = os.pread(fd, 20, 0).decode("ascii", "replace").strip() or "of unknown number"
         os.close(fd)
@@ -49,7 +49,7 @@ def take_folder(medium: Medium, path: Path, where: str) -> int:
     return fd
 
 
-def can_be_direct(medium: Medium, path: Path, where: str, mode: str) -> bool:
+def can_be_direct(filesystem: Filesystem, path: Path, where: str, mode: str) -> bool:
     """Whether to go past the page cache. Tried out, as holes are: some file systems refuse to open, others to write.
 
     Raises:
@@ -58,11 +58,11 @@ def can_be_direct(medium: Medium, path: Path, where: str, mode: str) -> bool:
     """
     probe = path / "probe"
     try:
-        _try(medium, probe, 0)
+        _try(filesystem, probe, 0)
         if mode == "buffered":
             return False
         try:
-            _try(medium, probe, os.O_DIRECT)
+            _try(filesystem, probe, os.O_DIRECT)
         except OSError as error:
             if error.errno not in _UNSUPPORTED:
                 raise
@@ -80,7 +80,7 @@ def can_be_direct(medium: Medium, path: Path, where: str, mode: str) -> bool:
         if error.errno not in FULL:
             raise
     finally:
-        medium.unlink(probe)
+        filesystem.unlink(probe)
     return mode != "buffered"
 
 
@@ -91,11 +91,11 @@ def part_of_free(path: Path) -> int:
     return int((status.f_bavail * status.f_frsize + own) * _PART_OF_FREE)
 
 
-def _try(medium: Medium, probe: Path, flags: int) -> None:
-    fd = medium.open(probe, os.O_RDWR | os.O_CREAT | flags)
+def _try(filesystem: Filesystem, probe: Path, flags: int) -> None:
+    fd = filesystem.open(probe, os.O_RDWR | os.O_CREAT | flags)
     try:
-        medium.write(fd, [memoryview(mmap.mmap(-1, BLOCK_BYTES))], 0)
+        filesystem.write(fd, [memoryview(mmap.mmap(-1, BLOCK_BYTES))], 0)
         if not flags:
-            medium.punch(fd, 0, BLOCK_BYTES)
+            filesystem.punch(fd, 0, BLOCK_BYTES)
     finally:
         os.close(fd)

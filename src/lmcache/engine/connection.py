@@ -111,11 +111,11 @@ class _NotThereYet(ServerUnavailable):
     """Nothing listens at the address of a Unix socket."""
 
 
-class Link:
+class Connection:
     """Owns the connection. `on_welcome` runs in the link's thread at every new one, before anybody else may use it: it
     registers through the carrier it is given, and may raise LMCacheError to say that this server is of no use; the
     descriptor of the arena, where it is not -1, is its to close. `before_hello` runs before that, while there is no link,
-    and returns once this process fills no slot any more: the hello says so. While it raises IdentityUnknown there is nothing to
+    and returns once this process fills no extent any more: the hello says so. While it raises IdentityUnknown there is nothing to
     say hello with, and the link looks again without a word. `held` tells which leases this process holds: the
     link renews them `RENEWALS` times within what the server says that a claim lasts. `on_gone` runs in the link's thread at each
     attempt to connect that fails `GONE_SECONDS` after the server of a mapped arena has ended, or later."""
@@ -235,7 +235,7 @@ class Link:
                     starting = time.monotonic() - self._since < _STARTING_SECONDS
                     coming = isinstance(error, IdentityUnknown) or (isinstance(error, _NotThereYet) and starting)
                     if not coming:
-                        self._tell_once(error)
+                        self._log_once(error)
                     if not isinstance(error, (LMCacheError, OSError)):
                         logger.debug("while connecting", exc_info=True)
                     if time.monotonic() - self._ended_at >= GONE_SECONDS:
@@ -357,7 +357,7 @@ class Link:
         why_not = _why_not_mine(welcome.socket_path)
         return (None, why_not) if why_not else (UnixCarrier(welcome.socket_path, hello, _CONNECT_SECONDS), "")
 
-    def _tell_once(self, error: Exception) -> None:
+    def _log_once(self, error: Exception) -> None:
         why = str(error) or type(error).__name__
         if why == self._told:
             return
@@ -433,7 +433,7 @@ def ask(carrier: Carrier, request: m.Message, expect: type[m.AnswerT]) -> m.Answ
     """One request outside a link, while it is being made.
 
     Raises:
-        ServerUnavailable, ServerRefused: as `Link.call`.
+        ServerUnavailable, ServerRefused: as `Connection.call`.
     """
     answer, _ = carrier.exchange(request, _CONNECT_SECONDS)
     if isinstance(answer, expect):

@@ -34,7 +34,7 @@ class Changes(NamedTuple):
     used: set[bytes]
 
 
-class Books:
+class Accounting:
     """Thread-safe. Times are Unix time in milliseconds, made unique; a shard is an entry of one dict, about 190 bytes.
 
     Loads and stores never wait for work that grows with the number of shards: that is done without the lock.

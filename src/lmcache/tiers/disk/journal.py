@@ -22,8 +22,8 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from lmcache.tiers.medium import FULL, Medium
-from lmcache.tiers.shard_index import RECORD, Records
+from lmcache.tiers.disk.shard_index import RECORD, Records
+from lmcache.tiers.filesystem import FULL, Filesystem
 from lmcache.tiers.tier import TierError
 
 PUT, REMOVE, USE = 1, 2, 3
@@ -42,11 +42,11 @@ _RECORDS_AN_ENTRY = 1 << 16
 class Journal:
     """One open index file. Methods are called under the tier's lock."""
 
-    def __init__(self, medium: Medium, folder: Path) -> None:
-        self._medium, self._folder = medium, folder
+    def __init__(self, filesystem: Filesystem, folder: Path) -> None:
+        self._filesystem, self._folder = filesystem, folder
         self._path, self._next_path = folder / "index", folder / "index.new"
         self._fd = -1
-        self._number = self._room = 0
+        self._number = self._allocator = 0
         self.end = 0
         """Bytes written so far."""
 
@@ -57,8 +57,8 @@ class Journal:
             TierError: the file is of another version, damaged at its head, or not an index at all.
             OSError: it cannot be read or made.
         """
-        self._medium.unlink(self._next_path)
-        self._fd = self._medium.open(self._path, os.O_RDWR | os.O_CREAT)
+        self._filesystem.unlink(self._next_path)
+        self._fd = self._filesystem.open(self._path, os.O_RDWR | os.O_CREAT)
         content = self._content()
         if not content:
             nothing = np.empty(0, RECORD)
@@ -66,21 +66,21 @@ class Journal:
             return nothing, 1
         next_segment = _read_head(content, self._path)
         records, last, self.end, self._number = _replay(content)
-        self._room = self.end
+        self._allocator = self.end
         return records, max(next_segment, last + 1)
 
     def append(self, *entries: tuple[int, bytes]) -> None:
         """(kind, body) each. All of them or, after an OSError, none."""
         made = b"".join(_entry(kind, body, self._number + at) for at, (kind, body) in enumerate(entries))
-        if self.end + len(made) + STEP_BYTES > self._room:
+        if self.end + len(made) + STEP_BYTES > self._allocator:
             wanted = self.end + len(made) + 2 * STEP_BYTES
             try:
-                self._medium.allocate(self._fd, self._room, wanted - self._room)
-                self._room = wanted
+                self._filesystem.allocate(self._fd, self._allocator, wanted - self._allocator)
+                self._allocator = wanted
             except OSError as error:
                 if error.errno not in FULL:
                     raise
-        self._medium.write(self._fd, [made], self.end)
+        self._filesystem.write(self._fd, [made], self.end)
         self.end += len(made)
         self._number += len(entries)
 
@@ -92,24 +92,24 @@ class Journal:
         for at in range(0, len(records), _RECORDS_AN_ENTRY):
             parts.append(_entry(PUT, records[at : at + _RECORDS_AN_ENTRY].tobytes(), number))
             number += 1
-        fd = self._medium.open(self._next_path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+        fd = self._filesystem.open(self._next_path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
         try:
-            self._medium.write(fd, parts, 0)
-            self._medium.sync(fd)
-            self._medium.rename(self._next_path, self._path)
+            self._filesystem.write(fd, parts, 0)
+            self._filesystem.sync(fd)
+            self._filesystem.rename(self._next_path, self._path)
         except OSError:
             os.close(fd)
             try:
-                self._medium.unlink(self._next_path)
+                self._filesystem.unlink(self._next_path)
             except OSError:
                 pass  # the next start, or the next try, does away with it
             raise
         self.close()
         self._fd, self._number = fd, number
-        self.end = self._room = sum(len(one) for one in parts)
+        self.end = self._allocator = sum(len(one) for one in parts)
 
     def sync(self) -> None:
-        self._medium.sync(self._fd)
+        self._filesystem.sync(self._fd)
 
     def close(self) -> None:
         if self._fd >= 0:
@@ -118,7 +118,7 @@ class Journal:
 
     def _content(self) -> memoryview:
         content = memoryview(bytearray(os.fstat(self._fd).st_size))
-        return content[: self._medium.read(self._fd, [content], 0)]
+        return content[: self._filesystem.read(self._fd, [content], 0)]
 
 
 def places(of: Sequence[int]) -> bytes:

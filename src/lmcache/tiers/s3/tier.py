@@ -19,8 +19,8 @@ from lmcache.config.options import integer, number
 from lmcache.errors import ConfigError
 from lmcache.observability.log import init_logger
 from lmcache.tiers import frame
-from lmcache.tiers.s3_books import Books, now_ms, pack_uses, unpack_uses
-from lmcache.tiers.s3_client import Client, Place
+from lmcache.tiers.s3.accounting import Accounting, now_ms, pack_uses, unpack_uses
+from lmcache.tiers.s3.client import Client, Place
 from lmcache.tiers.tier import ABSENT, KEPT, OK, Shard, ShardKey, Tier, TierError, Usage
 from lmcache.tiers.url import TierURL
 
@@ -61,8 +61,8 @@ class S3Tier(Tier):
         self._client, self._max_bytes, self._secret = client, max_bytes, secret
         self._timeout_seconds, self._sweep_seconds = timeout_seconds, sweep_seconds
         self._connections = connections
-        self._books = Books()
-        self._room = threading.Lock()
+        self._accounting = Accounting()
+        self._allocator = threading.Lock()
         self._identity = os.urandom(8).hex()
         self._pool: ThreadPoolExecutor | None = None
         self._sweeper: threading.Thread | None = None
@@ -150,9 +150,9 @@ class S3Tier(Tier):
             if start < max(1, len(memory))
         ]
         self._side_by_side(work, done)
-        self._books.use([key for key, outcome in zip(keys, outcomes, strict=True) if outcome == OK])
+        self._accounting.use([key for key, outcome in zip(keys, outcomes, strict=True) if outcome == OK])
         absent = [key for key, outcome in zip(keys, outcomes, strict=True) if outcome == ABSENT]
-        self._books.drop(absent)
+        self._accounting.drop(absent)
         self.remove([key for key, outcome in zip(keys, outcomes, strict=True) if outcome not in (OK, ABSENT)])
         return outcomes
 
@@ -168,7 +168,7 @@ class S3Tier(Tier):
             shard = shards[index]
             size = frame.HEADER_BYTES + shard.payload.nbytes
             if self._client.size(shard.key.text) == size:
-                self._books.seen(shard.key, size)
+                self._accounting.seen(shard.key, size)
                 outcomes[index] = KEPT
                 return
             outcomes[index] = self._admit(shard.key, size)
@@ -180,23 +180,23 @@ class S3Tier(Tier):
             except TierError as error:
                 if error.reason != "full":
                     raise  # it stays booked, since it may have arrived; the next sweep knows
-                self._books.drop([shard.key])
+                self._accounting.drop([shard.key])
                 outcomes[index] = FULL
             finally:
-                self._books.end(shard.key)
+                self._accounting.end(shard.key)
 
         self._side_by_side([(write, (index,)) for index in range(len(shards))])
         kept = [shard.key for shard, outcome in zip(shards, outcomes, strict=True) if outcome in (OK, KEPT)]
-        self._books.use(kept[::-1])  # in the order asked, whoever was faster
+        self._accounting.use(kept[::-1])  # in the order asked, whoever was faster
         return outcomes
 
     def remove(self, keys: Sequence[ShardKey]) -> None:
         if keys:
             self._client.delete([key.text for key in keys])
-            self._books.drop(keys)
+            self._accounting.drop(keys)
 
     def clear(self) -> None:
-        with self._books.census():
+        with self._accounting.census():
             batch: list[str] = []
             for listed in self._client.list():
                 if self._closing.is_set():
@@ -207,10 +207,12 @@ class S3Tier(Tier):
                     self._client.delete(batch)
                     batch.clear()
             self._client.delete(batch)
-            self._books.take_over({}, {}, 0)
+            self._accounting.take_over({}, {}, 0)
 
     def usage(self) -> Usage:
-        return Usage(self._books.stored_bytes + self._books.other_bytes, len(self._books), self._max_bytes)
+        return Usage(
+            self._accounting.stored_bytes + self._accounting.other_bytes, len(self._accounting), self._max_bytes
+        )
 
     def close(self) -> None:
         self._closing.set()
@@ -230,27 +232,27 @@ class S3Tier(Tier):
     def _admit(self, key: ShardKey, size: int) -> str:
         """OK when there is room, made by deleting what was used longest ago; the bytes are booked then."""
         if self._max_bytes is None:
-            self._books.begin(key, size)
+            self._accounting.begin(key, size)
             return OK
-        if size + self._books.other_bytes > self._max_bytes:
+        if size + self._accounting.other_bytes > self._max_bytes:
             return TOO_LARGE
         if not self._swept.is_set():
             return NOT_READY
-        with self._room:
+        with self._allocator:
             self._trim(size, self._max_bytes // _ROOM_PART)
-            if self._books.stored_bytes + self._books.other_bytes + size > self._max_bytes:
+            if self._accounting.stored_bytes + self._accounting.other_bytes + size > self._max_bytes:
                 return FULL
-            self._books.begin(key, size)
+            self._accounting.begin(key, size)
         return OK
 
     def _trim(self, wanted_bytes: int, at_least: int) -> bool:
-        """Delete the oldest, one request's worth, so that so many bytes fit under the cap. Call with `_room` held.
+        """Delete the oldest, one request's worth, so that so many bytes fit under the cap. Call with `_allocator` held.
 
         Whether there was anything to delete.
         """
         assert self._max_bytes is not None
-        above = self._books.stored_bytes + self._books.other_bytes + wanted_bytes - self._max_bytes
-        going = self._books.oldest(max(above, at_least), _BULK) if above > 0 else []
+        above = self._accounting.stored_bytes + self._accounting.other_bytes + wanted_bytes - self._max_bytes
+        going = self._accounting.oldest(max(above, at_least), _BULK) if above > 0 else []
         self.remove(going)
         return bool(going)
 
@@ -271,7 +273,7 @@ class S3Tier(Tier):
         """Write own uses, take stock of what is there; as the janitor, merge all uses and trim."""
         self._write_uses()
         is_janitor = self._be_janitor()
-        with self._books.census():
+        with self._accounting.census():
             listed: dict[bytes, tuple[int, int]] = {}
             uses: dict[bytes, int] = {}
             others, other_bytes, recency_bytes = [_RECENCY], 0, 0
@@ -292,20 +294,20 @@ class S3Tier(Tier):
                 if read := self._client.read_all(path):
                     for packed, when in unpack_uses(read[0], now_ms()).items():
                         uses[packed] = max(when, uses.get(packed, 0))
-            self._books.take_over(listed, uses, other_bytes)
+            self._accounting.take_over(listed, uses, other_bytes)
         self._swept.set()
         if is_janitor:
-            recency = pack_uses(self._books.uses())
-            self._books.other_bytes += max(0, len(recency) - recency_bytes)
+            recency = pack_uses(self._accounting.uses())
+            self._accounting.other_bytes += max(0, len(recency) - recency_bytes)
             above = True
             while above and not self._closing.is_set():
-                with self._room:
+                with self._allocator:
                     above = self._trim(0, 0)
             self._client.write(_RECENCY, [recency])
 
     def _write_uses(self) -> None:
         """Those of some sweeps: the janitor may have missed the last object."""
-        if fresh := self._books.new_uses(now_ms() - int(4000 * self._sweep_seconds) - 1000):
+        if fresh := self._accounting.new_uses(now_ms() - int(4000 * self._sweep_seconds) - 1000):
             self._client.write(f"{_USES}{self._identity}", [pack_uses(fresh)])
 
     def _be_janitor(self) -> bool:

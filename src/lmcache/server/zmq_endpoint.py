@@ -42,7 +42,7 @@ _COPIED_BYTES = 1 << 16
 """ZMQ gets a copy of answers up to this size, and they are not counted as held."""
 
 
-class ZmqFace:
+class ZmqEndpoint:
     """A ROUTER socket in the server's loop.
 
     Raises:

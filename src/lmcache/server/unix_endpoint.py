@@ -40,7 +40,7 @@ MAX_ALL_UNSENT_BYTES = 256 << 20
 _RECEIVE_BYTES = 1 << 18
 
 
-class UnixFace:
+class UnixEndpoint:
     """Serves whoever connects to `listener`, which is the face's to close, as is the `path` at which it listens, if any."""
 
     def __init__(self, loop: Loop, service: Service, listener: socket.socket, path: Path | None) -> None:
@@ -115,8 +115,8 @@ class UnixFace:
 
 
 class _Connection:
-    def __init__(self, face: UnixFace, sock: socket.socket, pid: int) -> None:
-        self.face, self.sock, self.pid = face, sock, pid
+    def __init__(self, endpoint: UnixEndpoint, sock: socket.socket, pid: int) -> None:
+        self.endpoint, self.sock, self.pid = endpoint, sock, pid
         self.opened = time.monotonic()
         self.peer = Peer("unix socket", replaced=self.close)
         self._reader = FrameReader(m.MAX_MESSAGE_BYTES)
@@ -124,15 +124,15 @@ class _Connection:
         self.unsent_bytes = 0
         self._descriptor = sock.fileno()
         self._pidfd = _open_pidfd(sock, pid)
-        face.loop.watch(self._descriptor, self._ready)
+        endpoint.loop.watch(self._descriptor, self._ready)
         if self._pidfd is not None:
-            face.loop.watch(self._pidfd, self._process_ended)
+            endpoint.loop.watch(self._pidfd, self._process_ended)
 
     def close(self) -> None:
         """Hang up. The process stays known, unless it has said `Bye` or hello elsewhere, or the kernel cannot tell its end."""
         if self.sock.fileno() >= 0:
-            self.face.loop.unwatch(self._descriptor)
-            self.face.connections.discard(self)
+            self.endpoint.loop.unwatch(self._descriptor)
+            self.endpoint.connections.discard(self)
             self._unsent.clear()
             self.sock.close()
         if self._pidfd is None or not self.peer.process:
@@ -140,11 +140,11 @@ class _Connection:
 
     def _process_ended(self) -> None:
         if self._pidfd is not None:
-            self.face.loop.unwatch(self._pidfd)
+            self.endpoint.loop.unwatch(self._pidfd)
             os.close(self._pidfd)
             self._pidfd = None
-        self.face.service.gone(self.peer)
-        self.face.unfinished.discard(self)
+        self.endpoint.service.gone(self.peer)
+        self.endpoint.unfinished.discard(self)
         if self.sock.fileno() >= 0:
             self.close()
 
@@ -152,7 +152,7 @@ class _Connection:
         if self._unsent and not self._flush():
             return
         try:
-            received = self.sock.recv_into(self.face.inbox)
+            received = self.sock.recv_into(self.endpoint.inbox)
         except BlockingIOError:
             return
         except OSError:
@@ -161,7 +161,7 @@ class _Connection:
             self.close()
             return
         try:
-            frames = self._reader.feed(bytes(self.face.inbox[:received]))
+            frames = self._reader.feed(bytes(self.endpoint.inbox[:received]))
         except WireError as error:  # where the next frame begins is unknown now
             self._complain(0, error)
             self.close()
@@ -177,17 +177,17 @@ class _Connection:
                 return
 
     def _complain(self, sequence: int, error: WireError) -> None:
-        self.face.service.counters["malformed_messages"] += 1
+        self.endpoint.service.counters["malformed_messages"] += 1
         _malformed.warning("A malformed message from pid %d: %s", self.pid, error)
         self._send(frame(m.encode(sequence, m.Error("malformed", str(error)))))
 
     def _serve(self, sequence: int, request: m.Request) -> None:
         if type(request) is m.Hello and self.pid > 0:  # the kernel's word: its own pid may be of another namespace
             request = msgspec.structs.replace(request, pid=self.pid)
-        self.face.service.handle(self.peer, request, [], lambda answer, _: self._answer(sequence, answer))
+        self.endpoint.service.handle(self.peer, request, [], lambda answer, _: self._answer(sequence, answer))
 
     def _answer(self, sequence: int, answer: m.Message) -> None:
-        descriptors = (self.face.service.arena.descriptor,) if type(answer) is m.Welcome else ()
+        descriptors = (self.endpoint.service.arena.descriptor,) if type(answer) is m.Welcome else ()
         self._send(frame(m.encode(sequence, answer)), descriptors)
 
     def _send(self, data: bytes, descriptors: tuple[int, ...] = ()) -> None:
@@ -209,8 +209,8 @@ class _Connection:
     def _keep(self, data: memoryview) -> None:
         self._unsent.append(data)
         self.unsent_bytes += len(data)
-        self.face.loop.watch(self._descriptor, self._ready, write=True)
-        everybody = self.face.connections
+        self.endpoint.loop.watch(self._descriptor, self._ready, write=True)
+        everybody = self.endpoint.connections
         most = max(everybody, key=lambda one: one.unsent_bytes)
         if most.unsent_bytes > MAX_UNSENT_BYTES or sum(one.unsent_bytes for one in everybody) > MAX_ALL_UNSENT_BYTES:
             most.hang_up_on_deaf()
@@ -235,7 +235,7 @@ class _Connection:
                 self._unsent[0] = self._unsent[0][sent:]
                 return True
             self._unsent.popleft()
-        self.face.loop.watch(self._descriptor, self._ready)
+        self.endpoint.loop.watch(self._descriptor, self._ready)
         return True
 
 

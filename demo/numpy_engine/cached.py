@@ -9,11 +9,11 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
+from demo.numpy_engine.model import ModelConfig
+from demo.numpy_engine.paged import RankKV
 from lmcache.chunks import HASH_BYTES, Layout, TokenChain, shard_of_rank
 from lmcache.engine import Hit, Load, SchedulerSession, Store, WorkerSession
-from lmcache.engine.link import Endpoint, server_address
-from lmcache.integration.numpy.model import ModelConfig
-from lmcache.integration.numpy.paged import RankKV
+from lmcache.engine.connection import Endpoint, server_address
 
 
 @dataclass
@@ -34,7 +34,7 @@ class Loaded:
     stuck: bool = False
 
 
-class CacheLink:
+class CacheConnection:
     """Sessions of the scheduler and of each rank's worker, and the jobs that still touch paged KV."""
 
     def __init__(
@@ -166,8 +166,8 @@ class CacheLink:
     def _copy_in(self, prompt: Prompt, hit: Hit, blocks: Sequence[int], have: int, end: int) -> Loaded:
         job = self._new_job(prompt)
         for rank, worker in enumerate(self._workers):
-            slots = hit.shard_slots(rank)
-            worker.load(job, Load(hit.arena, hit.lease, hit.first_chunk, slots, have, end, list(blocks)))
+            extents = hit.shard_extents(rank)
+            worker.load(job, Load(hit.arena, hit.lease, hit.first_chunk, extents, have, end, list(blocks)))
         done = self.flush([job], self._deadline_seconds)
         if not done:
             for worker in self._workers:

@@ -1,7 +1,7 @@
-"""Whose the memory is: slots for shards, and what goes when there are none left.
+"""Whose the memory is: extents for shards, and what goes when there are none left.
 
-All slots of one size in one space are a *class*; the slabs know it by its number. The rules of this file:
-- Free memory is anybody's, and a region without a slot in use is free memory. When there is none, a space replaces its own
+All extents of one size in one space are a *class*; the slabs know it by its number. The rules of this file:
+- Free memory is anybody's, and a region without an extent in use is free memory. When there is none, a space replaces its own
   least recently used chunks, exactly in that order.
 - A class's *share* is the arena divided by the spaces that engines use now, times the class's part of its space's chunks.
   Nobody has a share in a space that no engine uses, so what it holds is taken first.
@@ -17,8 +17,8 @@ from array import array
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from lmcache.cache.table import NO_PAGE, Table
-from lmcache.memory.slabs import PAGE_BYTES, Region, Slabs
+from lmcache.cache.table import NO_EXTENT, Table
+from lmcache.memory.slabs import SECTOR_BYTES, Region, Slabs
 
 
 @dataclass(slots=True, eq=False)
@@ -30,8 +30,8 @@ class Space:
     shards: int
     table: Table
     classes: list[int]
-    """For each shard, the class its slots come from (-1 until a rank has told its slot size)."""
-    slot_bytes: list[int]
+    """For each shard, the class its extents come from (-1 until a rank has told its extent size)."""
+    shard_bytes: list[int]
     instances: set[str] = field(default_factory=set)
     """Engine instances that use it now."""
     whole: int = 0
@@ -40,13 +40,13 @@ class Space:
     @property
     def chunk_bytes(self) -> int:
         """Of the arena, for all shards known so far."""
-        return sum(-(-size // PAGE_BYTES) * PAGE_BYTES for size in self.slot_bytes)
+        return sum(-(-size // SECTOR_BYTES) * SECTOR_BYTES for size in self.shard_bytes)
 
 
-class Room:
-    """The slots of an arena of `total_bytes`.
+class Allocator:
+    """The extents of an arena of `total_bytes`.
 
-    `evict(space, record)` is called to make room: it must free the slots of the chunk, and of all that hang on it. It
+    `evict(space, record)` is called to make room: it must free the extents of the chunk, and of all that hang on it. It
     returns their records.
     """
 
@@ -58,9 +58,9 @@ class Room:
         self._active = 0
         """Spaces that an engine uses."""
         self._settled: set[int] = set()
-        """Classes that looked in vain for something to take, since the last `stir`."""
+        """Classes that looked in vain for something to take, since the last `retry_shares`."""
 
-    def stir(self) -> None:
+    def retry_shares(self) -> None:
         """Something may be idle that was not: fair shares are looked at again."""
         self._settled.clear()
 
@@ -68,48 +68,50 @@ class Room:
         """An engine instance uses the space from now on."""
         self._active += not space.instances
         space.instances.add(instance)
-        self.stir()
+        self.retry_shares()
 
     def leave(self, space: Space, instance: str) -> None:
         """It does not any more."""
         space.instances.remove(instance)
         self._active -= not space.instances
-        self.stir()
+        self.retry_shares()
 
-    def open(self, space: Space, shard: int, slot_bytes: int) -> None:
-        """From now on there are slots for this shard."""
-        pages = -(-slot_bytes // PAGE_BYTES)
-        space.slot_bytes[shard] = slot_bytes
+    def open(self, space: Space, shard: int, shard_bytes: int) -> None:
+        """From now on there are extents for this shard."""
+        sectors = -(-shard_bytes // SECTOR_BYTES)
+        space.shard_bytes[shard] = shard_bytes
         for known in set(space.classes) - {-1}:
-            if self.slabs.slot_pages(known) == pages:
+            if self.slabs.extent_sectors(known) == sectors:
                 space.classes[shard] = known
                 return
         space.classes[shard] = self._next_class
         self._classes[self._next_class] = space
-        self.slabs.open(self._next_class, slot_bytes)
+        self.slabs.open(self._next_class, shard_bytes)
         self._next_class += 1
 
     def close(self, space: Space) -> None:
-        """Forget a space that has no slot in use."""
+        """Forget a space that has no extent in use."""
         for own in set(space.classes) - {-1}:
             self.slabs.close(own)
             del self._classes[own]
 
     def used_bytes(self) -> int:
-        """Bytes of all slots in use."""
-        return sum(self.slabs.used_slots(own) * self.slabs.slot_pages(own) for own in self._classes) * PAGE_BYTES
+        """Bytes of all extents in use."""
+        return (
+            sum(self.slabs.used_extents(own) * self.slabs.extent_sectors(own) for own in self._classes) * SECTOR_BYTES
+        )
 
     def used_by(self, space: Space) -> int:
-        """Slots in use."""
-        return sum(self.slabs.used_slots(own) for own in set(space.classes) - {-1})
+        """Extents in use."""
+        return sum(self.slabs.used_extents(own) for own in set(space.classes) - {-1})
 
     def find(self, space: Space, shard: int) -> int | None:
-        """The page of a slot that is now in use, whatever has to go for it. None: nothing may go."""
+        """The sector of an extent that is now in use, whatever has to go for it. None: nothing may go."""
         own = space.classes[shard]
         while True:
-            page = self.slabs.alloc(own)
-            if page is not None:
-                return page
+            sector = self.slabs.alloc(own)
+            if sector is not None:
+                return sector
             if self.slabs.grow(own) is not None or self._take_fairly(own):
                 continue
             victim = space.table.victim()
@@ -118,21 +120,21 @@ class Room:
             elif not self._take(own, self._holding(own)):
                 return None
 
-    def free(self, space: Space, pages: Iterable[int]) -> None:
-        """Give back slots of a record: [record][shard], NO_PAGE where there is none."""
+    def free(self, space: Space, sectors: Iterable[int]) -> None:
+        """Give back extents of a record: [record][shard], NO_EXTENT where there is none."""
         shards = space.shards
-        for at, page in enumerate(pages):
-            if page != NO_PAGE:
-                self.free_one(space, at % shards, page)
+        for at, sector in enumerate(sectors):
+            if sector != NO_EXTENT:
+                self.free_one(space, at % shards, sector)
 
-    def free_one(self, space: Space, shard: int, page: int) -> None:
-        """Give back one slot, and its region with the last one."""
-        region = self.slabs.free(space.classes[shard], page)
+    def free_one(self, space: Space, shard: int, sector: int) -> None:
+        """Give back one extent, and its region with the last one."""
+        region = self.slabs.free(space.classes[shard], sector)
         if not region.used:
             self.slabs.take(region)
 
     def vacate(self, space: Space, keep: set[int]) -> None:
-        """Free all slots of the space but those at these pages."""
+        """Free all extents of the space but those at these sectors."""
         for own in set(space.classes) - {-1}:
             self.slabs.vacate(own, keep)
             for region in self.slabs.regions(own):
@@ -161,29 +163,29 @@ class Room:
         costs = self._costs(givers)
         spare = min(map(self._holding, givers)) - self._holding(own)  # shares that could change hands and not come back
         most_bytes = int(min(spare * self._share(own), self.slabs.total_bytes // 8)) if more_than else 0
-        regions = self.slabs.window(own, lambda region: costs.get(region.first_page), most_bytes)
+        regions = self.slabs.window(own, lambda region: costs.get(region.first_sector), most_bytes)
         for region in regions:
             space = self._classes[region.space]
             gone: set[int] = set()
-            for record in array("I", space.table.in_pages(region.first_page, region.end_page)):
+            for record in array("I", space.table.in_sectors(region.first_sector, region.end_sector)):
                 if record not in gone:
                     gone.update(self._evict(space, record))
         return bool(regions)
 
     def _costs(self, givers: dict[int, Space]) -> dict[int, float]:
-        """For regions that may be emptied, by first page: which part of their space's LRU order that reaches into; less
+        """For regions that may be emptied, by first sector: which part of their space's LRU order that reaches into; less
         than 0 where no engine uses the space."""
         costs = {}
         for space in set(givers.values()):
             regions: list[Region] = []
             for own in set(space.classes) & givers.keys():
                 regions += self.slabs.regions(own)
-            regions.sort(key=lambda region: region.first_page)
-            bounds = array("I", [page for region in regions for page in (region.first_page, region.end_page)])
+            regions.sort(key=lambda region: region.first_sector)
+            bounds = array("I", [sector for region in regions for sector in (region.first_sector, region.end_sector)])
             found = array("I", space.table.survey(bounds.tobytes()))
-            for region, slots, depth in zip(regions, found[::2], found[1::2], strict=True):
-                if slots == region.used and depth != NO_PAGE:
-                    costs[region.first_page] = depth / max(1, len(space.table)) - (not space.instances)
+            for region, extents, depth in zip(regions, found[::2], found[1::2], strict=True):
+                if extents == region.used and depth != NO_EXTENT:
+                    costs[region.first_sector] = depth / max(1, len(space.table)) - (not space.instances)
         return costs
 
     def _holding(self, own: int, more_bytes: int = 0) -> float:
@@ -196,5 +198,5 @@ class Room:
         space = self._classes[own]
         if not space.instances:
             return 0.0
-        class_bytes = self.slabs.slot_pages(own) * PAGE_BYTES * space.classes.count(own)
+        class_bytes = self.slabs.extent_sectors(own) * SECTOR_BYTES * space.classes.count(own)
         return self.slabs.total_bytes / self._active * class_bytes / space.chunk_bytes

@@ -391,11 +391,11 @@ class Nodes:
         """Who has the keys with this hash tag, given with its braces."""
         if not self.is_cluster:
             return self._seed
-        slot = binascii.crc_hqx(tag[1:-1], 0) % _SLOTS
+        extent = binascii.crc_hqx(tag[1:-1], 0) % _SLOTS
         for first, last, node in self._ranges:
-            if first <= slot <= last:
+            if first <= extent <= last:
                 return node
-        raise TierError("not ready", f"Redis Cluster at {self._seed.host}:{self._seed.port}: nobody has slot {slot}")
+        raise TierError("not ready", f"Redis Cluster at {self._seed.host}:{self._seed.port}: nobody has slot {extent}")
 
     def refresh(self, deadline: float) -> None:
         """Ask anybody of the cluster who has what. Raises TierError when nobody answers."""
@@ -414,9 +414,9 @@ class Nodes:
             assert trouble
             raise trouble
 
-    def _parse(self, asked: Node, slots: Reply) -> list[tuple[int, int, Node]]:
+    def _parse(self, asked: Node, extents: Reply) -> list[tuple[int, int, Node]]:
         ranges = []
-        for entry in slots if isinstance(slots, list) else [slots]:
+        for entry in extents if isinstance(extents, list) else [extents]:
             match entry:
                 case [int(first), int(last), [host, int(port), *_], *_]:
                     address = (host.decode() if isinstance(host, bytes) and host else asked.host, port)

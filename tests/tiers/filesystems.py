@@ -8,13 +8,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lmcache.tiers.medium import Medium
+from lmcache.tiers.filesystem import Filesystem
 
 WRITES = ("open", "close", "pwritev", "allocate", "punch", "truncate", "sync", "rename", "unlink", "touch")
 """All that changes something; each is a boundary at which a crash can come."""
 
 
-class FaultyMedium(Medium):
+class FaultyFilesystem(Filesystem):
     """`fail["pwritev"] = errno.EIO` and the like, by operation; `after` so many operations of that kind that still work."""
 
     def __init__(self) -> None:
@@ -48,7 +48,7 @@ class FaultyMedium(Medium):
         return True
 
 
-class EndingMedium(Medium):
+class EndingFilesystem(Filesystem):
     """Kills this process before operation number `at`; with `torn`, when half of its bytes are written."""
 
     def __init__(self, at: int, torn: bool, said: Callable[[str], None]) -> None:

@@ -22,9 +22,9 @@ from lmcache.config.options import integer
 from lmcache.errors import ConfigError
 from lmcache.observability.log import init_logger
 from lmcache.tiers import frame
+from lmcache.tiers.directory.janitor import Count, Janitor
+from lmcache.tiers.filesystem import BLOCK_BYTES, FULL, Filesystem, blocks, tier_error
 from lmcache.tiers.frame_io import UNREADABLE
-from lmcache.tiers.janitor import Count, Janitor
-from lmcache.tiers.medium import BLOCK_BYTES, FULL, Medium, blocks, tier_error
 from lmcache.tiers.tier import ABSENT, KEPT, OK, Shard, ShardKey, Tier, TierError, Usage
 from lmcache.tiers.url import TierURL
 
@@ -60,14 +60,14 @@ class DirectoryTier(Tier):
         max_bytes: int | None,
         secret: bytes = b"",
         threads: int = 8,
-        medium: Medium | None = None,
+        filesystem: Filesystem | None = None,
         touch_seconds: float = TOUCH_SECONDS,
     ) -> None:
         """max_bytes: None for no cap. threads: files that are read or written at once."""
         self._path, self._max_bytes, self._secret, self._threads = path, max_bytes, secret, threads
         self._touch_seconds = touch_seconds
         self._where = f"dir://{path}"
-        self._medium = medium or Medium()
+        self._filesystem = filesystem or Filesystem()
         self._life = threading.Lock()
         self._lock = threading.Lock()
         self._counting = threading.Lock()
@@ -113,7 +113,7 @@ class DirectoryTier(Tier):
             with self._named_errors():
                 _make_folders(self._path / "tmp")
                 self._stop = threading.Event()
-                self._janitor = Janitor(self._medium, self._path, self._stop)
+                self._janitor = Janitor(self._filesystem, self._path, self._stop)
                 elected, published = self._janitor.elected(), self._janitor.published()
                 self._counted.clear()
                 if published and (published.in_order or not elected):
@@ -199,7 +199,7 @@ class DirectoryTier(Tier):
         key, into = asked
         path = self._file(key)
         try:
-            fd = self._medium.open(path, os.O_RDONLY)
+            fd = self._filesystem.open(path, os.O_RDONLY)
         except OSError as error:
             return ABSENT if error.errno in _GONE else error.with_traceback(None)
         try:
@@ -218,14 +218,14 @@ class DirectoryTier(Tier):
     def _read(self, fd: int, size: int, key: ShardKey, into: memoryview) -> str:
         header = memoryview(bytearray(frame.HEADER_BYTES))
         checksum = frame.Checksum(self._secret)
-        got = self._medium.read(fd, [header, into[:_PIECE_BYTES]], 0)
+        got = self._filesystem.read(fd, [header, into[:_PIECE_BYTES]], 0)
         wrong = frame.check_stored(header[:got], size, key, into.nbytes, self._secret)
         if wrong:
             return wrong
         checksum.update(into[:_PIECE_BYTES])
         for at in range(_PIECE_BYTES, into.nbytes, _PIECE_BYTES):
             piece = into[at : at + _PIECE_BYTES]
-            if self._medium.read(fd, [piece], frame.HEADER_BYTES + at) < piece.nbytes:
+            if self._filesystem.read(fd, [piece], frame.HEADER_BYTES + at) < piece.nbytes:
                 return frame.TRUNCATED
             checksum.update(piece)
         return checksum.check(header, key)
@@ -260,23 +260,23 @@ class DirectoryTier(Tier):
     def _write(self, path: Path, shard: Shard, payload: memoryview) -> None:
         aside = self._path / "tmp" / uuid.uuid4().hex
         header = frame.make_header(shard.key, shard.parent, payload, self._secret)
-        fd = self._medium.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        fd = self._filesystem.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         try:
             try:
-                self._medium.write(fd, [header, payload], 0)
+                self._filesystem.write(fd, [header, payload], 0)
             finally:
-                self._medium.close(fd)  # where NFS says that it could not
+                self._filesystem.close(fd)  # where NFS says that it could not
             for attempt in (1, 2):
                 _make_folders(path.parent)
                 try:
-                    self._medium.rename(aside, path)
+                    self._filesystem.rename(aside, path)
                     break
                 except FileNotFoundError:  # a clear took the folder away
                     if attempt == 2:
                         raise
         except OSError:
             try:
-                self._medium.unlink(aside)
+                self._filesystem.unlink(aside)
             except OSError:
                 pass  # the janitor sweeps it
             raise
@@ -285,12 +285,12 @@ class DirectoryTier(Tier):
         """`inode`: only while it is that file, and not one that another machine stored meanwhile."""
         status = _stat(path)
         if status and inode in (None, status.st_ino):
-            self._medium.unlink(path)
+            self._filesystem.unlink(path)
             self._add(-status.st_blocks * 512, -1)
 
     def _touch(self, path: Path) -> None:
         try:
-            self._medium.touch(path)
+            self._filesystem.touch(path)
         except OSError as error:
             log.debug("%s: the time of use was not written down: %s", self._where, error.strerror)
 
@@ -382,14 +382,14 @@ class DirectoryTier(Tier):
                 trouble.__cause__ = error
             if trouble:
                 due = time.monotonic() + COUNT_SECONDS
-            told = self._tell(trouble, told)
+            told = self._log(trouble, told)
             with self._passed:
                 self._ended, self._trouble = self._begun, trouble
                 self._passed.notify_all()
             self._wake.wait(ASK_SECONDS)
             self._wake.clear()
 
-    def _tell(self, trouble: OSError | None, told: str) -> str:
+    def _log(self, trouble: OSError | None, told: str) -> str:
         """Log it, unless that was told the last time; what is told now."""
         said = "" if trouble is None else trouble.strerror or str(trouble)
         if trouble and said != told and not self._stop.is_set():

@@ -19,11 +19,11 @@ _ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1"}
 
 
 class Engine(Child):
-    """`python -m lmcache.integration.numpy` as a process: requests in, answers out, one JSON object a line."""
+    """`python -m demo.numpy_engine` as a process: requests in, answers out, one JSON object a line."""
 
     def __init__(self, name: str, server: Server | None) -> None:
         where = [] if server is None else ["--address", f"127.0.0.1:{server.port}"]
-        super().__init__(name, [sys.executable, "-m", "lmcache.integration.numpy", *where], _ENVIRONMENT, talk=True)
+        super().__init__(name, [sys.executable, "-m", "demo.numpy_engine", *where], _ENVIRONMENT, talk=True)
 
     def await_ready(self) -> None:
         """Wait for the process, and let what happens once happen untimed."""

@@ -1,0 +1,1 @@
+"""What tests of third parties may use: the conformance suite for tiers."""

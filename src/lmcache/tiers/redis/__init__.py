@@ -1,0 +1,1 @@
+"""The tier in Redis or Valkey: `redis://` and its kin."""
