@@ -52,14 +52,11 @@ class Filled:
             grant = self.heart.reserve(0.0, 1, self.space, 0, b"", True, hashes)
             assert not grant.refused
             self.heart.commit(0.0, 1, grant.reservation, True)
-            self.heart.events.clear()
-            self.heart.effects.clear()
 
     def lookup(self) -> None:
         hit = self.heart.lookup(0.0, 1, self.space, self.dice.choice(self.keys))
         assert hit.chunks == PROMPT_CHUNKS
         self.heart.release(1, hit.lease)
-        self.heart.events.clear()
 
     def take_region(self) -> None:
         """Another layout comes, and gets its first region."""

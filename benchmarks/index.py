@@ -26,7 +26,6 @@ class FilledHeart:
             if grant.refused:
                 raise RuntimeError(f"the heart refused {grant.refused} chunks of prompt {prompt}: {grant.reason}")
             self.heart.commit(0.0, 1, grant.reservation, True)
-            self.heart.events.clear()
 
     def lookups(self, count: int, rng: random.Random) -> list[float]:
         """Seconds of a lookup of a random prompt, each."""
@@ -38,7 +37,6 @@ class FilledHeart:
             samples.append(time.perf_counter() - start)
             assert hit.chunks == PROMPT_CHUNKS
             self.heart.release(1, hit.lease)
-            self.heart.events.clear()
         return samples
 
 

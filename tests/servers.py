@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import msgspec
 import zmq
 
-from lmcache.cache import Heart
+from lmcache.cache import L1
 from lmcache.chunks import Layout
 from lmcache.memory.arena import Arena
 from lmcache.server.loop import Loop
@@ -222,7 +222,7 @@ def server_parts(
     """
     loop, arena, folder = Loop(), Arena(folders("/dev/shm"), l1_bytes), folders("/tmp")
     workers = ThreadPoolExecutor(1)
-    service = Service(loop, Heart(l1_bytes), arena, 16, workers)
+    service = Service(loop, L1(arena), 16, workers)
     unix = UnixEndpoint(loop, service, listen_unix(folder / "socket"), folder / "socket")
     door = ZmqEndpoint(loop, service, "127.0.0.1", 0, folder, key, open_door)
     thread = threading.Thread(target=loop.run)

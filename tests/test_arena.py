@@ -14,7 +14,7 @@ from typing import ClassVar
 
 import pytest
 
-from lmcache.cache import Heart
+from lmcache.cache import L1
 from lmcache.chunks import Layout
 from lmcache.errors import ConfigError
 from lmcache.memory import arena as arenas
@@ -205,7 +205,7 @@ def test_a_full_tmpfs_is_a_clear_error(tiny):
 
 def test_a_full_tmpfs_makes_a_smaller_cache(tiny):
     arena, loop, answers = Arena(tiny, 40 << 20), Loop(), []
-    service = Service(loop, Heart(arena.size_bytes), arena, 16, None)
+    service = Service(loop, L1(arena), 16, None)
     peer = Peer("test")
 
     def ask(request):

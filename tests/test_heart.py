@@ -10,8 +10,10 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from lmcache.cache import SERVER, Cleared, Committed, Completed, Freed, Grant, Heart, Hit, Refusal, TooSmall
-from lmcache.cache.heart import MAX_LEASES, NO_EXTENT
+from lmcache.cache import KINDS, SERVER, Event, Grant, Heart, Hit, Refusal, TooSmall
+from lmcache.cache.claims import MAX_LEASES
+from lmcache.cache.claims import Reservation as Held
+from lmcache.cache.index import NO_EXTENT
 from lmcache.cache.table import ChunkTable, PyTable, Table, unpack
 
 SECTOR = 4096
@@ -35,6 +37,7 @@ class Chunk:
     filling: set[int] = field(default_factory=set)
     readers: int = 0
     attached: bool = True
+    used: float = 0.0
 
     @property
     def whole(self) -> bool:
@@ -59,14 +62,15 @@ class ModelSpace:
     """Attached, the oldest first."""
     instances: set[str] = field(default_factory=set)
 
-    def touch(self, path: list[Chunk]) -> None:
+    def touch(self, path: list[Chunk], now: float) -> None:
         """Tail first; then what comes before the first one."""
         for chunk in reversed(path):
             self.chunks.move_to_end(chunk.key)
+            chunk.used = now
         above = path[0].parent if path else None
         while above is not None:
             self.chunks.move_to_end(above.key)
-            above = above.parent
+            above.used, above = now, above.parent
 
     def parents(self) -> set[Chunk | None]:
         return {chunk.parent for chunk in self.chunks.values()}
@@ -107,6 +111,27 @@ class Reservation:
     """Who has the slots then."""
 
 
+class NotingHeart(Heart):
+    """Keeps the slots' headers as the heart notes them. By page: fingerprint, shard, key, parent."""
+
+    def __init__(self, total_bytes: int, new_table: NewTable) -> None:
+        super().__init__(total_bytes, CLAIM_SECONDS, new_table)
+        self.headers: dict[int, tuple[bytes, int, bytes, bytes]] = {}
+
+    def _note_committed(self, held: Held, sectors: list[int], keys: bytes, parents: bytes) -> None:
+        assert len(keys) == len(parents) == 16 * len(sectors)
+        for number, sector in enumerate(sectors):
+            at = slice(16 * number, 16 * number + 16)
+            self.headers[sector] = held.space.fingerprint, held.shard, keys[at], parents[at]
+
+    def _note_freed(self, sectors: Iterable[int]) -> None:
+        for sector in sectors:
+            self.headers.pop(sector, None)
+
+    def _note_cleared(self) -> None:
+        self.headers.clear()
+
+
 class Life:
     """Random operations on a heart, each foretold by the model or checked against it."""
 
@@ -115,7 +140,10 @@ class Life:
         self.exact = self.dice.random() < 0.4
         """One space with one size of slots: then every eviction is foretold."""
         self.sectors_total = self.dice.choice([7, 40, 100, 250])
-        self.heart = Heart(self.sectors_total * SECTOR + self.dice.choice([0, 100]), CLAIM_SECONDS, new_table)
+        self.heart = NotingHeart(self.sectors_total * SECTOR + self.dice.choice([0, 100]), new_table)
+        self.events: list[Event] = []
+        """Of this step."""
+        self.heart.events.listen(KINDS, self.events.append)
         self.now = 0.0
         self.spaces: list[ModelSpace] = []
         self.processes: dict[int, str] = {}
@@ -129,11 +157,12 @@ class Life:
         self.ended: list[int] = [0, 999_999]
         self.lost: set[int] = set()
         """Pages of slots that were given up."""
-        self.headers: dict[int, tuple[bytes, int, bytes, bytes]] = {}
-        """By page, what the header of a slot says: fingerprint, shard, key, parent."""
-        self.told: Counter[str] = Counter()
+        self.told: Counter[tuple[str, bytes]] = Counter()
+        """What has to have happened in this step: kinds of events, and keys of chunks."""
         self.became_whole: set[tuple[int, Chunk]] = set()
         """By whose commit, in this step."""
+        self.gone: dict[bytes, list[float]] = {}
+        """When chunks that were evicted in this step were used last."""
         self.steps = 0
         self.kinds = self.plans()
 
@@ -174,13 +203,21 @@ class Life:
         self.check()
 
     def check(self) -> None:
-        events: Counter[str] = Counter()
-        for event in self.heart.events:
-            assert event.chunks > 0
-            events[event.kind] += event.chunks
+        events: Counter[tuple[str, bytes]] = Counter()
+        for event in self.events:
+            keys = [event.hashes[at : at + 16] for at in range(0, len(event.hashes), 16)]
+            assert len(keys) == event.chunks > 0
+            events.update((event.kind, key) for key in keys)
             assert event.reason or event.kind in ("hit", "stored", "reserved", "committed", "cleared")
-        self.heart.events.clear()
-        self.carry_out()
+            assert (event.tier in TIERS or not event.tier) if event.process == SERVER else not event.tier
+            if event.kind == "evicted":
+                assert event.wanted_by in [one.number for one in self.spaces]
+                assert all(used in self.gone[key] for key, used in zip(keys, event.last_used, strict=True))
+            if event.kind == "stored":
+                self.check_whole(event)
+        self.events.clear()
+        self.gone.clear()
+        assert not self.became_whole, "the heart did not tell of them"
         assert events == +self.told
         self.told.clear()
         assert self.heart.used_bytes() == len(self.owner) * SECTOR <= self.heart.total_bytes
@@ -190,32 +227,16 @@ class Life:
         if self.steps % 16 == 0:
             self.check_all()
 
-    def carry_out(self) -> None:
-        """Keep the slots' headers as the heart's effects say."""
-        for effect in self.heart.effects:
-            if isinstance(effect, Committed):
-                assert len(effect.keys) == len(effect.parents) == 16 * len(effect.sectors)
-                for number, sector in enumerate(effect.sectors):
-                    at = slice(16 * number, 16 * number + 16)
-                    self.headers[sector] = effect.fingerprint, effect.shard, effect.keys[at], effect.parents[at]
-            elif isinstance(effect, Freed):
-                for sector in effect.sectors:
-                    self.headers.pop(sector, None)
-            elif isinstance(effect, Completed):
-                self.check_whole(effect)
-            else:
-                assert isinstance(effect, Cleared)
-                self.headers.clear()
-        assert not self.became_whole, "the heart did not tell of them"
-        self.heart.effects.clear()
+    def tell(self, kind: str, chunks: Iterable[Chunk | bytes]) -> None:
+        self.told.update((kind, one if isinstance(one, bytes) else one.key) for one in chunks)
 
-    def check_whole(self, effect: Completed) -> None:
+    def check_whole(self, event: Event) -> None:
         """What the heart tells of chunks that can be read from now on is true, and said once."""
-        (space,) = [one for one in self.spaces if one.number == effect.space]
-        for at in range(0, len(effect.keys), 16):
-            chunk = space.chunks[effect.keys[at : at + 16]]
-            assert effect.parents[at : at + 16] == (chunk.parent.key if chunk.parent else bytes(16))
-            self.became_whole.remove((effect.process, chunk))
+        (space,) = [one for one in self.spaces if one.number == event.space]
+        for at in range(0, len(event.hashes), 16):
+            chunk = space.chunks[event.hashes[at : at + 16]]
+            assert event.parents[at : at + 16] == (chunk.parent.key if chunk.parent else bytes(16))
+            self.became_whole.remove((event.process, chunk))
 
     def check_all(self) -> None:
         """Every chunk, as the heart's tables and the slots' headers have it."""
@@ -226,7 +247,7 @@ class Life:
             for shard, sector in chunk.sectors.items()
             if shard not in chunk.filling
         }
-        assert self.headers == headers
+        assert self.heart.headers == headers
         known = {space.number: space for space in self.heart.spaces}
         for space in self.spaces:
             if space.number not in known:
@@ -240,7 +261,7 @@ class Life:
                 assert list(unpack(table.extents(record.to_bytes(4, "little")))) == [
                     chunk.sectors.get(shard, NO_EXTENT) for shard in range(space.shards)
                 ]
-        counters = self.heart.counters
+        counters = self.heart.events.counters
         whole = sum(chunk.whole for space in self.spaces for chunk in space.chunks.values())
         assert counters["stored"] - counters["evicted"] - counters["cleared"] == whole
         assert counters["reserved"] - counters["committed"] - counters["dropped"] == sum(
@@ -318,31 +339,31 @@ class Life:
         keys = self.prompt()
         if self.dice.random() < 0.2:
             found = leading_whole(space, keys)
-            assert self.heart.peek(process, space.number, b"".join(keys)) == len(found)
-            space.touch(found)
+            assert self.heart.peek(self.now, process, space.number, b"".join(keys)) == len(found)
+            space.touch(found, self.now)
         skip = self.dice.choice([0, 0, 0, 1, 3, 20])
         hit = None
         if self.dice.random() < 0.5:
-            events = len(self.heart.events)
+            events = len(self.events)
             hit = self.heart.lookup_all(self.now, process, space.number, b"".join(keys), skip)
             over = self.why_no_lease(self.instance(process))
             assert (hit is None) == (bool(over) or len(leading_whole(space, keys)) < len(keys))
-            assert hit is not None or len(self.heart.events) == events
+            assert hit is not None or len(self.events) == events
         if hit is None:
             hit = self.heart.lookup(self.now, process, space.number, b"".join(keys), skip)
         if reason := self.why_no_lease(self.instance(process)):
-            assert hit == Hit(0, 0, b"") and self.heart.events[-1].reason == reason
-            self.told["missed"] += len(keys)
+            assert hit == Hit(0, 0, b"") and self.events[-1].reason == reason
+            self.tell("missed", keys)
             return
         found = leading_whole(space, keys)
         assert hit.chunks == len(found)
-        space.touch(found)
+        space.touch(found, self.now)
         if len(found) < len(keys):
             missing = space.chunks.get(keys[len(found)])
             reason = "absent" if missing is None else "being filled" if missing.filling else "incomplete"
-            assert self.heart.events[-1].reason == reason
-        self.told["hit"] += len(found)
-        self.told["missed"] += len(keys) - len(found)
+            assert self.events[-1].reason == reason
+        self.tell("hit", found)
+        self.tell("missed", keys[len(found) :])
         leased = found[skip:]
         assert bool(hit.lease) == bool(leased) and hit.lease not in self.leases
         assert list(unpack(hit.extents)) == [chunk.sectors[shard] for chunk in leased for shard in range(space.shards)]
@@ -355,7 +376,8 @@ class Life:
     def check_payload(self, process: int, number: int) -> None:
         lease = self.leases[number]
         shard = self.dice.randrange(lease.space.shards)
-        sectors = self.heart.leased_sectors(process, number, shard, 0, len(lease.chunks))
+        sectors, size = self.heart.leased_sectors(process, number, shard, 0, len(lease.chunks))
+        assert size == lease.space.shard_bytes[shard]
         assert sectors == [chunk.sectors[shard] for chunk in lease.chunks]
         for first, count in ((0, len(sectors) + 1), (-1, 1), (len(sectors), 1)):
             with pytest.raises(Refusal):
@@ -446,22 +468,22 @@ class Life:
         sectors = list(unpack(grant.extents))
         if quota or (parent is not None and parent not in space.chunks):
             assert grant == Grant(0, b"\xff" * 4 * len(keys), len(keys), "quarantine" if quota else "no parent")
-            self.told["refused"] += len(keys)
+            self.tell("refused", keys)
             return
         if process == SERVER and not space.instances:
             assert grant == Grant(0, b"\xff" * 4 * len(keys), len(keys), "no engine")
-            self.told["refused"] += len(keys)
+            self.tell("refused", keys)
             return
         above = space.chunks[parent] if parent else None
         foretold = self.foretell(space, shard, above, keys) if self.exact else None
-        space.touch(([above] if above else []) + [space.chunks[key] for key in keys if key in space.chunks])
+        space.touch(([above] if above else []) + [space.chunks[key] for key in keys if key in space.chunks], self.now)
         vanished = self.vanished(space, shard, keys, sectors)
         if foretold is not None:
             assert (vanished, grant.refused) == foretold
         self.evict(vanished)
         granted = self.grant(space, shard, above, keys[: len(keys) - grant.refused], sectors)
         assert bool(grant.reservation) == bool(granted) and grant.reservation not in self.reservations
-        self.told["refused"] += grant.refused
+        self.tell("refused", keys[len(keys) - grant.refused :])
         if grant.refused:
             assert grant.reason == "no room" and set(sectors[len(keys) - grant.refused :]) == {NO_EXTENT}
             self.check_nothing_may_go(space, shard, above, keys[: len(keys) - grant.refused + 1])
@@ -470,7 +492,7 @@ class Life:
             self.reservations[grant.reservation] = Reservation(
                 process, self.instance(process, tier), space, shard, granted, filled, self.now + CLAIM_SECONDS
             )
-            assert self.heart.reserved_sectors(process, grant.reservation) == filled
+            assert self.heart.reserved_sectors(process, grant.reservation) == (filled, space.shard_bytes[shard])
 
     def grant(
         self, space: ModelSpace, shard: int, above: Chunk | None, keys: list[bytes], sectors: list[int]
@@ -488,8 +510,8 @@ class Life:
                 granted.append(chunk)
             path.append(chunk)
             parent = chunk
-        space.touch(path)
-        self.told["reserved"] += len(granted)
+        space.touch(path, self.now)
+        self.tell("reserved", granted)
         return granted
 
     def own(self, chunk: Chunk, shard: int, sector: int, size: int) -> None:
@@ -535,8 +557,8 @@ class Life:
             assert not lost & space.busy(), "a chunk in use was evicted"
             assert not any(chunk.parent in lost for chunk in chunks - lost), "a chunk went before one that needs it"
             for chunk in lost:
-                self.told["evicted"] += chunk.whole
-                self.told["incomplete"] += bool(chunk.sectors) and not chunk.whole
+                self.tell("evicted" if chunk.whole else "incomplete", [chunk] if chunk.sectors else [])
+                self.gone.setdefault(chunk.key, []).append(chunk.used)
                 del space.chunks[chunk.key]
                 self.disown(chunk, list(chunk.sectors), space)
                 chunk.attached = False
@@ -655,17 +677,17 @@ class Life:
             good = ok and chunk.sectors[held.shard] not in failed
             if not good:
                 self.disown(chunk, [held.shard], held.space)
-            kept += good and chunk.attached
-            self.told["stored"] += chunk.whole
+            stays = good and chunk.attached
+            kept += stays
+            self.tell("committed" if stays else "dropped", [chunk])
             if chunk.whole:
+                self.tell("stored", [chunk])
                 self.became_whole.add((held.process, chunk))
             self.free_if_nobody_cares(chunk, held.space)
             above: Chunk | None = chunk
             while above and above.attached and not above.sectors and above not in held.space.parents():
                 del held.space.chunks[above.key]
                 above.attached, above = False, above.parent
-        self.told["committed"] += kept
-        self.told["dropped"] += len(held.chunks) - kept
         return kept
 
     def free_if_nobody_cares(self, chunk: Chunk, space: ModelSpace) -> None:
@@ -679,11 +701,11 @@ class Life:
         for lease in self.leases.values():
             if not lease.expired and self.now > lease.deadline:
                 lease.expired = True
-                self.told["expired"] += len(lease.chunks)
+                self.tell("expired", lease.chunks)
         for held in self.reservations.values():
             if not held.expired and self.now > held.deadline:
                 held.expired = True
-                self.told["expired"] += len(held.chunks)
+                self.tell("expired", held.chunks)
                 for sector in held.sectors:
                     for one in self.sectors_of(held.space, held.shard, sector):
                         self.owner[one] = held.owner, held.shard
@@ -702,13 +724,13 @@ class Life:
         for space in self.spaces:
             for chunk in space.chunks.values():
                 whole += chunk.whole
+                self.tell("cleared", [chunk] if chunk.whole else [])
                 chunk.attached = False
                 self.free_if_nobody_cares(chunk, space)
             space.chunks.clear()
         for sector in self.lost:
             del self.owner[sector]
         self.lost.clear()
-        self.told["cleared"] += whole
         assert self.heart.clear() == whole
 
     def clear_when_nobody_is_there(self) -> None:
@@ -816,11 +838,11 @@ class Life:
                 grant = self.heart.reserve(self.now, process, number, shard, b"", True, b"".join(keys))
                 sectors = list(unpack(grant.extents))
                 above = [space.chunks[key] for key in keys if key in space.chunks]
-                space.touch(above)
+                space.touch(above, self.now)
                 self.evict(self.vanished(space, shard, keys, sectors))
                 granted = self.grant(space, shard, None, keys[: 2 - grant.refused], sectors)
                 refused += grant.refused
-                self.told["refused"] += grant.refused
+                self.tell("refused", keys[2 - grant.refused :])
                 if granted:
                     self.reservations[grant.reservation] = Reservation(
                         process, self.instance(process), space, shard, granted,
@@ -831,10 +853,10 @@ class Life:
             assert not refused or not room_for_all
             hit = self.heart.lookup(self.now, process, number, b"".join(keys))
             found = leading_whole(space, keys)
-            space.touch(found)
+            space.touch(found, self.now)
             assert hit.chunks == (2 if room_for_all else len(found))
-            self.told["hit"] += hit.chunks
-            self.told["missed"] += 2 - hit.chunks
+            self.tell("hit", found)
+            self.tell("missed", keys[hit.chunks :])
             self.heart.release(process, hit.lease)
             self.check()
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 
 from lmcache.cache import SERVER, Heart, Refusal, TooSmall
-from lmcache.cache.heart import EXPIRED_A_TICK, MAX_LEASES, NO_EXTENT
+from lmcache.cache.claims import MAX_LEASES
+from lmcache.cache.heart import EXPIRED_A_TICK
+from lmcache.cache.index import NO_EXTENT
 from lmcache.cache.table import ChunkTable, PyTable, unpack
 from lmcache.chunks import HASH_BYTES
 
@@ -71,7 +73,7 @@ def test_a_writer_that_freezes_keeps_its_extents_and_no_chunk(writer: int, end: 
             heart.commit(2 * LATER, writer, number, True)
     assert heart.quarantined_bytes == 0 and heart.used_bytes() == 20 * SECTOR
     assert heart.lookup(LATER, 2, space, hashes(20)).chunks == 20, "what another has stored stays"
-    assert heart.counters["reserved"] == heart.counters["committed"] + heart.counters["dropped"]
+    assert heart.events.counters["reserved"] == heart.events.counters["committed"] + heart.events.counters["dropped"]
 
 
 def test_extents_in_quarantine_outlive_a_clear_and_an_engine_of_their_space() -> None:
@@ -137,7 +139,7 @@ def test_the_work_of_ending_leases_is_that_of_their_own_chunks(count: int) -> No
     CountingTable.steps = 0
     for _ in range(1 + count * chunks // EXPIRED_A_TICK):
         heart.tick(LATER)
-    assert heart.counters["expired:lease"] == count * chunks
+    assert heart.events.counters["expired:lease"] == count * chunks
     assert heart.quarantined_bytes == chunks * SECTOR
     heart.leave(1)
     assert CountingTable.steps <= 5 * count * chunks
@@ -150,10 +152,10 @@ def test_a_tick_ends_no_more_claims_than_fit_in_one() -> None:
     for _ in range(40):
         heart.lookup(0.0, 1, space, hashes(1024))
     ended = []
-    while heart.counters["expired:lease"] < 40 * 1024:
-        before = heart.counters["expired:lease"]
+    while heart.events.counters["expired:lease"] < 40 * 1024:
+        before = heart.events.counters["expired:lease"]
         heart.tick(LATER)
-        ended.append(heart.counters["expired:lease"] - before)
+        ended.append(heart.events.counters["expired:lease"] - before)
     assert len(ended) == 3 and max(ended) == EXPIRED_A_TICK
 
 
@@ -164,7 +166,7 @@ def test_an_engine_with_too_many_leases_gets_misses_and_goes_on() -> None:
     assert all(leases)
     assert heart.lookup(0.0, 1, space, hashes(2)) == (0, 0, b"")
     assert heart.lookup_all(0.0, 1, space, hashes(2)) is None
-    assert heart.counters["missed:too many leases"] == 2
+    assert heart.events.counters["missed:too many leases"] == 2
     assert heart.lookup(0.0, 2, space, hashes(2)).chunks == 2, "another engine's are its own"
     store(heart, 0.0, 1, space, hashes(2, 50))
     heart.release(1, leases[0])
@@ -196,11 +198,11 @@ def test_a_lease_lives_for_as_long_as_it_is_renewed() -> None:
     for now in range(0, 100, 5):
         assert heart.renew(now, 1, [first]) == 1
         heart.tick(now)
-    assert heart.counters["expired:lease"] == 4 and heart.quarantined_bytes == 4 * SECTOR, "the second one's"
-    assert heart.leased_sectors(1, second, 0, 0, 4) == [0, 1, 2, 3], "its slots stay as they were"
+    assert heart.events.counters["expired:lease"] == 4 and heart.quarantined_bytes == 4 * SECTOR, "the second one's"
+    assert heart.leased_sectors(1, second, 0, 0, 4) == ([0, 1, 2, 3], SECTOR), "its slots stay as they were"
     heart.clear()
     assert heart.renew(100, 1, [first, second]) == 2, "its slots are as they were, whatever the index says"
-    assert heart.quarantined_bytes == 0 and heart.leased_sectors(1, second, 0, 0, 4) == [0, 1, 2, 3]
+    assert heart.quarantined_bytes == 0 and heart.leased_sectors(1, second, 0, 0, 4) == ([0, 1, 2, 3], SECTOR)
     assert heart.renew(100, 2, [first]) == 0, "another engine's"
     heart.release(1, first)
     assert heart.renew(100, 1, [first, 4711]) == 0

@@ -8,8 +8,9 @@ from collections import OrderedDict
 
 import pytest
 
-from lmcache.cache import Heart
-from lmcache.cache.heart import MAX_SPACES_OF_INSTANCE, NO_EXTENT, Refusal
+from lmcache.cache import Heart, Refusal
+from lmcache.cache.heart import MAX_SPACES_OF_INSTANCE
+from lmcache.cache.index import NO_EXTENT
 from lmcache.cache.table import ChunkTable, PyTable, unpack
 from lmcache.chunks import HASH_BYTES
 
@@ -41,8 +42,6 @@ class Engine:
         for grant in grants:
             if grant.reservation:
                 self.heart.commit(0.0, self.process, grant.reservation, True)
-        self.heart.events.clear()
-        self.heart.effects.clear()
         return max(grant.refused for grant in grants)
 
     def held_bytes(self) -> int:
@@ -122,7 +121,7 @@ def test_new_data_always_gets_in() -> None:
     for _ in range(100):
         keys = prompt(dice, 10)
         assert engine.store(keys) == 0 and engine.lookup(keys) == 10
-    assert heart.counters["stored"] == 1000 and heart.counters["refused"] == 0
+    assert heart.events.counters["stored"] == 1000 and heart.events.counters["refused"] == 0
     assert heart.used_bytes() >= 0.95 * heart.total_bytes
 
 
@@ -131,7 +130,7 @@ def test_layouts_share_fairly_and_little_is_lost(sizes: tuple[int, ...]) -> None
     """The first has taken everything before the others come; then all want more than there is."""
     dice, heart = random.Random(2), Heart(20 << 30)
     first = Engine(heart, 1, [sizes[0] * MIB])
-    while heart.counters["evicted"] < 100:
+    while heart.events.counters["evicted"] < 100:
         first.store(prompt(dice, 8))
     engines = [first] + [Engine(heart, at, [size * MIB], bytes([at])) for at, size in enumerate(sizes[1:], 2)]
     offered = [0] * len(engines)
@@ -144,14 +143,14 @@ def test_layouts_share_fairly_and_little_is_lost(sizes: tuple[int, ...]) -> None
     assert heart.used_bytes() >= 0.95 * heart.total_bytes
     for engine in engines:
         assert 0.30 <= engine.held_bytes() / heart.total_bytes <= 0.37
-    before = heart.counters["evicted"], heart.counters["stored"]
+    before = heart.events.counters["evicted"], heart.events.counters["stored"]
     for _ in range(200):
         for engine in engines:
             engine.store(prompt(dice, 8))
         heart.tick(0.0)
-    stored = heart.counters["stored"] - before[1]
+    stored = heart.events.counters["stored"] - before[1]
     assert (
-        heart.counters["evicted"] - before[0] <= 1.02 * stored
+        heart.events.counters["evicted"] - before[0] <= 1.02 * stored
     )  # nothing is lost to and fro once all have their share
 
 
@@ -181,7 +180,7 @@ def test_a_hot_beginning_outlives_the_arrival_of_another_layout() -> None:
     dice, heart = random.Random(4), Heart(2048 * MIB)
     one = Engine(heart, 1, [4 * MIB])
     system = prompt(dice, 8)
-    while heart.counters["evicted"] < 200:
+    while heart.events.counters["evicted"] < 200:
         one.store(system + prompt(dice, 4))
     two = Engine(heart, 2, [6 * MIB])
     for _ in range(60):

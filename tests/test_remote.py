@@ -14,12 +14,13 @@ import pytest
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from lmcache.cache import Heart
+from lmcache.cache import L1
 from lmcache.chunks import Layout
 from lmcache.engine.connection import given_address, probe
 from lmcache.engine.proofs import prove
 from lmcache.errors import ConfigError, ServerRefused, ServerUnavailable
 from lmcache.integration.vllm.settings import Settings
+from lmcache.memory.arena import Arena
 from lmcache.server import service as service_module
 from lmcache.server import strangers, zmq_endpoint
 from lmcache.server.handshakes import _host_behind
@@ -152,7 +153,7 @@ def test_payload_requests_that_do_not_fit_are_refused(server, engine):
     carrier.close()
 
 
-def test_a_session_back_while_its_bytes_are_copied_gets_a_new_number():
+def test_a_session_back_while_its_bytes_are_copied_gets_a_new_number(folders):
     """An I/O thread still writes for the former connection: its slots must not be given away by the new hello."""
 
     class Later:
@@ -160,17 +161,8 @@ def test_a_session_back_while_its_bytes_are_copied_gets_a_new_number():
             self.run = run
             return Future()
 
-    class NoArena:
-        id, size_bytes, backed_bytes = b"a" * 16, 8 << 20, 8 << 20
-
-        class headers:
-            committed = freed = cleared = staticmethod(lambda *_: None)
-
-        class mapping:
-            view = staticmethod(lambda offset, size: bytearray(size))
-
-    workers, loop = Later(), Loop()
-    service, answers = Service(loop, Heart(8 << 20), NoArena(), 16, workers), []
+    workers, loop, arena = Later(), Loop(), Arena(folders("/dev/shm"), 8 << 20)
+    service, answers = Service(loop, L1(arena), 16, workers), []
 
     def ask(peer, request, frames=()):
         service.handle(peer, request, list(frames), lambda answer, payload: answers.append(answer))
@@ -183,14 +175,15 @@ def test_a_session_back_while_its_bytes_are_copied_gets_a_new_number():
     ask(first, m.Fill(fill, 0), [b"x" * 2048] * 2)
     assert first.busy == 1
     ask(second, payload_hello())
-    assert first.process != second.process and service.heart.open_reservations == 1
+    assert first.process != second.process and service.l1.open_reservations == 1
     assert ask(first, m.Commit(fill, True)).code == "refused", "the bytes are still on their way"
     service.gone(first)
-    assert service.heart.open_reservations == 1, "not before the copy has ended"
+    assert service.l1.open_reservations == 1, "not before the copy has ended"
     workers.run()
     while loop._calls:
         loop._calls.popleft()()
-    assert service.heart.open_reservations == 0 and len(service.peers) == 1
+    assert service.l1.open_reservations == 0 and len(service.peers) == 1
+    arena.close()
     loop.close()
 
 
@@ -256,13 +249,13 @@ def copying(service: Service) -> bool:
 def test_an_engine_that_does_not_read_is_forgotten_and_its_lost_answers_are_counted(folders, deaf):
     with server_parts(folders, 8 << 20) as (service, port):
         client = deaf(port)
-        assert service.heart.open_leases == 1
+        assert service.l1.open_leases == 1
         client.fetch(32)  # more than the sockets' own buffers hold
         eventually(lambda: service.held_bytes > 4 << 20 and not copying(service))
         for _ in range(2 * zmq_endpoint.MAX_UNREAD_ANSWERS):
             client.send(m.Ping())
         eventually(lambda: service.counters["unsent_answers"])
-        eventually(lambda: not service.peers and service.heart.open_leases == 0)
+        eventually(lambda: not service.peers and service.l1.open_leases == 0)
 
 
 def test_answers_to_an_engine_that_has_hung_up_are_counted(folders, deaf, monkeypatch):

@@ -19,7 +19,7 @@ import msgspec
 import pytest
 import zmq
 
-from lmcache.cache import Heart
+from lmcache.cache import L1
 from lmcache.cache.heart import MAX_SHARDS
 from lmcache.chunks import Layout, TokenChain, space_fingerprint
 from lmcache.config import ServerConfig
@@ -126,7 +126,7 @@ def test_a_server_whose_heart_stands_still_is_unhealthy(folders):
     """The faces of a loop that does not run."""
     loop, arena = Loop(), Arena(folders("/dev/shm"), 1 << 20)
     config = ServerConfig(http_host="127.0.0.1", http_port=0)
-    endpoint = HttpEndpoint(config, Report(config, loop, Service(loop, Heart(1 << 20), arena, 16, None)))
+    endpoint = HttpEndpoint(config, Report(config, loop, Service(loop, L1(arena), 16, None)))
     endpoint.start()
     try:
         answer = httpx.get(f"http://127.0.0.1:{endpoint.port}/healthcheck", timeout=PATIENCE)
@@ -163,7 +163,7 @@ def test_an_effect_that_fails_fails_no_request(small, monkeypatch, caplog, kind)
     service, path = small
     client = Client(path)
     client.store(chain(1, 4))
-    headers = service.arena.headers
+    headers = service.l1.arena.headers
     assert len(read_headers(headers.path)) == 4
     with monkeypatch.context() as broken:
         broken.setattr(headers, kind, lambda *_: 1 // 0)
@@ -173,7 +173,7 @@ def test_an_effect_that_fails_fails_no_request(small, monkeypatch, caplog, kind)
         if kind == "cleared":
             assert [client.ask(m.Clear()).count > 0 for _ in range(2)] == [True, False]
         assert client.ask(m.Ping()) == m.Ok()
-    counters = service.loop.ask(lambda: dict(service.counters), PATIENCE)
+    counters = service.loop.ask(lambda: service.l1.events.counters | service.counters, PATIENCE)
     assert counters["failed_effects"] > 1 and "internal_errors" not in counters
     told = [one for one in caplog.records if "could not be noted" in one.getMessage()]
     assert len({id(one) for one in told}) == 1, "told once"
@@ -184,18 +184,9 @@ def test_an_effect_that_fails_fails_no_request(small, monkeypatch, caplog, kind)
     assert len(read_headers(headers.path)) == 4, "from a clear on they count again"
 
 
-def test_an_upkeep_that_fails_lets_nothing_pile_up(small, monkeypatch):
-    service, path = small
-    monkeypatch.setattr(service.heart, "tick", lambda now: 1 // 0)
-    client, before = Client(path), service.loop.errors
-    eventually(lambda: service.loop.errors > before)
-    client.store(chain(1, 4))
-    eventually(lambda: service.loop.errors > before + 3 and not service.heart.events)
-
-
 def test_a_hello_that_fails_is_answered(small, monkeypatch):
     service, path = small
-    monkeypatch.setattr(service.heart, "join", lambda *_: 1 // 0)
+    monkeypatch.setattr(service.l1, "join", lambda *_: 1 // 0)
     answer = UnixCarrier(str(path), m.Hello(1, "test", "i", "raw", 0, os.getpid()), PATIENCE).welcome
     assert isinstance(answer, m.Error) and answer.code == "internal"
 
@@ -609,18 +600,18 @@ def test_the_extents_of_a_million_tokens_are_one_answer(folders, session, monkey
         for endpoint in ("unix", "zmq"):
             scheduler = session(service, port, endpoint, shards)
             if endpoint == "unix":
-                fill(service.heart, next(iter(service.peers)).process, scheduler.new_chain().root, hashes, shards)
+                fill(service.l1, next(iter(service.peers)).process, scheduler.new_chain().root, hashes, shards)
             hit = scheduler.lookup(named(hashes))
             assert hit is not None and hit.chunks == chunks and len(hit.extents) == 4 * chunks * shards > 4 << 20
             assert scheduler.connected and not scheduler.misses
 
 
-def fill(heart: Heart, process: int, root: bytes, hashes: bytes, shards: int) -> None:
+def fill(l1: L1, process: int, root: bytes, hashes: bytes, shards: int) -> None:
     layout = Layout("l", "bfloat16", 1, 1, 64, 16)
     for shard in range(shards):
-        space = heart.open_space(process, space_fingerprint(layout, []), shards, shard, 4096)
-        grant = heart.reserve(time.monotonic(), process, space, shard, root, True, hashes)
-        assert heart.commit(time.monotonic(), process, grant.reservation, True) == len(hashes) // 16
+        space = l1.open_space(process, space_fingerprint(layout, []), shards, shard, 4096)
+        grant = l1.reserve(time.monotonic(), process, space, shard, root, True, hashes)
+        assert l1.commit(time.monotonic(), process, grant.reservation, True) == len(hashes) // 16
 
 
 @pytest.mark.parametrize("face", ["unix", "zmq"])
@@ -631,7 +622,7 @@ def test_a_lookup_beyond_what_its_messages_hold_is_cut(folders, session, endpoin
         scheduler = session(service, port, endpoint, shards)
         hashes = chain(17, 300_000 if shards == 1 else 5_000)
         if shards == 1:
-            fill(service.heart, next(iter(service.peers)).process, scheduler.new_chain().root, hashes[:64], shards)
+            fill(service.l1, next(iter(service.peers)).process, scheduler.new_chain().root, hashes[:64], shards)
         hit = scheduler.lookup(named(hashes))
         assert (hit.chunks if hit else 0) == (4 if shards == 1 else 0)
         assert scheduler.connected and not scheduler.misses, "it was answered"
@@ -650,7 +641,7 @@ def test_a_lookup_beyond_what_one_answer_holds_is_refused(server, raw):
 def test_a_message_costs_no_large_buffer(folders):
     """From the kernel it would come as pages that have to be faulted in, for each message anew."""
     loop, arena, path = Loop(), Arena(folders("/dev/shm"), 1 << 20), folders("/tmp") / "socket"
-    endpoint = UnixEndpoint(loop, Service(loop, Heart(1 << 20), arena, 16, None), listen_unix(path), path)
+    endpoint = UnixEndpoint(loop, Service(loop, L1(arena), 16, None), listen_unix(path), path)
     thread = threading.Thread(target=loop.run)
     thread.start()
     request = frame(m.encode(1, m.Lookup(0, chain(15, 4))))

@@ -6,17 +6,20 @@ import gc
 import json
 import pickle
 import random
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from lmcache.cache import Heart
-from lmcache.cache.heart import NO_EXTENT, SERVER
+from lmcache.cache import L1, SERVER
+from lmcache.cache.index import NO_EXTENT
 from lmcache.errors import ConfigError
+from lmcache.memory.arena import Arena
 from lmcache.server.loop import Loop
 from lmcache.server.tiering import Tiering
 from lmcache.tiers import ABSENT, KEPT, OK, Shard, ShardKey, Tier, TierError, Usage
@@ -103,12 +106,11 @@ class HandTier(Tier):
 
 
 class Rig:
-    """A heart of `sectors` pages with these tiers, in a running loop; everything is asked for in the loop's thread."""
+    """An L1 of `sectors` pages with these tiers, in a running loop; everything is asked for in the loop's thread."""
 
     def __init__(self, *specs: TierSpec, sectors: int = 64, shards: int = 1, **more: Any) -> None:
-        self.loop, self.memory = Loop(), bytearray(sectors * SECTOR)
-        self.heart = Heart(sectors * SECTOR)
-        view = memoryview(self.memory)
+        self.loop, self.folder = Loop(), tempfile.TemporaryDirectory(dir="/dev/shm")
+        self.l1 = L1(Arena(Path(self.folder.name), sectors * SECTOR))
         options = {
             "chunk_tokens": 16,
             "always": False,
@@ -116,10 +118,7 @@ class Rig:
             "queue_bytes": sectors * SECTOR,
             **more,
         }
-        self.tiering = Tiering(
-            self.loop, self.heart, specs, lambda at, size: view[at : at + size], lambda reservation: True,
-            self.settle, **options,
-        )  # fmt: skip
+        self.tiering = Tiering(self.loop, self.l1, specs, **options)
         self.shards, self.closed = shards, False
         self.thread = threading.Thread(target=self.loop.run, daemon=True)
         self.tiering.open(required=False)
@@ -127,19 +126,10 @@ class Rig:
         self.space = self.ask(self._join)
 
     def _join(self) -> int:
-        self.heart.join(ENGINE, "engine")
+        self.l1.join(ENGINE, "engine")
         for shard in range(self.shards):
-            space = self.heart.open_space(ENGINE, b"f" * 16, self.shards, shard, SECTOR)
+            space = self.l1.open_space(ENGINE, b"f" * 16, self.shards, shard, SECTOR)
         return space
-
-    def settle(self) -> None:
-        effects, self.heart.effects = self.heart.effects[:], []
-        self.heart.events.clear()
-        for effect in effects:
-            if type(effect).__name__ == "Completed":
-                self.tiering.whole(effect)  # type: ignore[arg-type]
-            elif type(effect).__name__ == "Cleared":
-                self.tiering.l1_cleared()
 
     def ask(self, call: Callable[[], Any]) -> Any:
         return self.loop.ask(call, PATIENCE)
@@ -149,15 +139,12 @@ class Rig:
 
         def fill() -> None:
             for shard in range(self.shards):
-                grant = self.heart.reserve(time.monotonic(), ENGINE, self.space, shard, b"", True, hashes)
+                grant = self.l1.reserve(time.monotonic(), ENGINE, self.space, shard, b"", True, hashes)
                 for at, sector in enumerate(memoryview(grant.extents).cast("I")):
                     if sector != NO_EXTENT:
-                        self.memory[sector * SECTOR : (sector + 1) * SECTOR] = content(
-                            hashes[16 * at : 16 * at + 16], shard
-                        )
+                        self.l1.view(sector, SECTOR)[:] = content(hashes[16 * at : 16 * at + 16], shard)
                 if grant.reservation:
-                    self.heart.commit(time.monotonic(), ENGINE, grant.reservation, True)
-                self.settle()
+                    self.l1.commit(time.monotonic(), ENGINE, grant.reservation, True)
 
         self.ask(fill)
 
@@ -171,19 +158,18 @@ class Rig:
 
     def there(self, hashes: bytes) -> int:
         def look() -> int:
-            hit = self.heart.lookup(time.monotonic(), ENGINE, self.space, hashes)
+            hit = self.l1.lookup(time.monotonic(), ENGINE, self.space, hashes)
             for at, sector in enumerate(memoryview(hit.extents).cast("I")):
                 chunk, shard = divmod(at, self.shards)
                 expected = content(hashes[16 * chunk : 16 * chunk + 16], shard)
-                assert self.memory[sector * SECTOR : (sector + 1) * SECTOR] == expected, "wrong bytes were served"
-            self.heart.release(ENGINE, hit.lease)
+                assert self.l1.view(sector, SECTOR) == expected, "wrong bytes were served"
+            self.l1.release(ENGINE, hit.lease)
             return hit.chunks
 
         return self.ask(look)
 
     def forget_l1(self) -> None:
-        self.ask(self.heart.clear)
-        self.ask(self.settle)
+        self.ask(self.l1.clear)
 
     def written(self) -> None:
         """Until nothing waits to be written."""
@@ -199,6 +185,8 @@ class Rig:
         self.thread.join(PATIENCE)
         self.tiering.close()
         self.loop.close()
+        self.l1.arena.close()
+        self.folder.cleanup()
 
 
 def content(key: bytes, shard: int) -> bytes:
@@ -248,7 +236,7 @@ def test_what_is_stored_comes_back_from_the_tier(rig: Callable[..., Rig], knows:
     assert len(tier.kept) == 9 * shards and tier.calls.count("store") <= 9 * shards, (
         "not written back where it came from"
     )
-    assert one.ask(lambda: one.heart.open_leases) == one.ask(lambda: one.heart.open_reservations) == 0
+    assert one.ask(lambda: one.l1.open_leases) == one.ask(lambda: one.l1.open_reservations) == 0
 
 
 def test_a_record_names_the_tiers_and_fits_json(rig: Callable[..., Rig]) -> None:
@@ -316,12 +304,12 @@ def test_a_load_that_hangs_blocks_no_chunk_and_what_it_brings_at_last_is_not_use
     tier.hold("load")
     one.wait_for(prompt)
     eventually(lambda: "load" in tier.calls)
-    one.ask(lambda: one.heart.tick(time.monotonic() + one.heart.claim_seconds + 1))
-    assert one.ask(lambda: one.heart.quarantined_bytes) == 6 * SECTOR
+    one.ask(lambda: one.l1.tick(time.monotonic() + one.l1.claim_seconds + 1))
+    assert one.ask(lambda: one.l1.quarantined_bytes) == 6 * SECTOR
     one.store(prompt)  # as an engine that has computed it meanwhile
     assert one.there(prompt) == 6
     tier.let_go()
-    eventually(lambda: not one.ask(lambda: one.heart.quarantined_bytes))
+    eventually(lambda: not one.ask(lambda: one.l1.quarantined_bytes))
     assert one.there(prompt) == 6 and one.tiering.lanes[0].counters["missed:too late"] == 6
     assert one.fetch(other) == 4 and one.loop.errors == 0, "its lane goes on"
 
@@ -414,7 +402,7 @@ def test_a_tier_that_breaks_its_word_costs_no_extents(rig: Callable[..., Rig], c
     assert one.fetch(hashes) == 0
     (lane,) = one.ask(one.tiering.status)
     assert lane["counters"]["failed:internal"] == (1 if careless == "contains" else 2), "and two loads of four and two"
-    assert one.ask(one.heart.used_bytes) == 0 and one.loop.errors == 0
+    assert one.ask(one.l1.used_bytes) == 0 and one.loop.errors == 0
     tier.careless = ""
     eventually(lambda: one.fetch(hashes) == 6)  # for a second it is not asked again
 
@@ -465,7 +453,7 @@ def test_a_tier_that_clings_to_memory_costs_no_extents(rig: Callable[..., Rig], 
     gc.disable()
     try:
         assert one.fetch(hashes) == (0 if clings == "in an error" else 4)
-        assert one.ask(lambda: one.heart.open_reservations) == 0 and one.loop.errors == 0
+        assert one.ask(lambda: one.l1.open_reservations) == 0 and one.loop.errors == 0
         assert one.fetch(hashes) == 4, "now it is there"
     finally:
         gc.enable()
@@ -641,12 +629,12 @@ def amid_a_load(rig: Callable[..., Rig]) -> tuple[HandTier, Rig, bytes]:
 
 def test_a_load_for_an_engine_that_has_gone_is_no_harm(rig: Callable[..., Rig]) -> None:
     tier, one, prompt = amid_a_load(rig)
-    one.ask(lambda: one.heart.leave(ENGINE))
+    one.ask(lambda: one.l1.leave(ENGINE))
     tier.let_go()
-    eventually(lambda: one.ask(lambda: not one.heart.open_reservations))
+    eventually(lambda: one.ask(lambda: not one.l1.open_reservations))
     one.ask(one._join)
     one.forget_l1()
-    assert one.ask(lambda: one.heart.used_bytes()) == 0
+    assert one.ask(lambda: one.l1.used_bytes()) == 0
     eventually(lambda: one.fetch(prompt) == 8)
 
 
@@ -654,24 +642,23 @@ def test_l1_is_cleared_in_the_middle_of_a_load(rig: Callable[..., Rig]) -> None:
     tier, one, prompt = amid_a_load(rig)
     one.forget_l1()
     tier.let_go()
-    eventually(lambda: one.ask(lambda: not one.heart.open_reservations))
-    assert one.ask(lambda: one.heart.leave_reservations(SERVER)) is None
+    eventually(lambda: one.ask(lambda: not one.l1.open_reservations))
+    assert one.ask(lambda: one.l1.leave_reservations(SERVER)) is None
     eventually(lambda: one.fetch(prompt) == 8)
 
 
-def test_tiers_that_are_required_must_serve() -> None:
+def test_tiers_that_are_required_must_serve(tmp_path: Path) -> None:
     tier = HandTier()
     tier.trouble = "not there"
     loop = Loop()
-    tiering = Tiering(
-        loop, Heart(SECTOR), [spec(tier)], lambda at, size: memoryview(b""), lambda reservation: True, lambda: None,
-        chunk_tokens=16, always=False, patience_seconds=1.0, queue_bytes=1,
-    )  # fmt: skip
+    arena = Arena(tmp_path, SECTOR)
+    tiering = Tiering(loop, L1(arena), [spec(tier)], chunk_tokens=16, always=False, patience_seconds=1.0, queue_bytes=1)
     with pytest.raises(ConfigError, match=r"--l2 hand://: the tier is not there"):
         tiering.open(required=True)
     tiering.open(required=False)
     assert tiering.degraded() == ["hand: the tier is not there"]
     tiering.close()
+    arena.close()
     loop.close()
 
 

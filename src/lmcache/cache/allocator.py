@@ -36,6 +36,8 @@ class Space:
     """Engine instances that use it now."""
     whole: int = 0
     """Chunks that have all their shards."""
+    last_used: dict[int, float] = field(default_factory=dict)
+    """Record -> when; kept only while a listener asks for it."""
 
     @property
     def chunk_bytes(self) -> int:

@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, Protocol
 
-from lmcache.cache import SERVER, Heart
+from lmcache.cache import L1
 from lmcache.config.server import ServerConfig
 from lmcache.errors import ConfigError
 from lmcache.memory.arena import Arena, reclaim_stale
@@ -26,6 +26,7 @@ from lmcache.server.unix_endpoint import UnixEndpoint
 from lmcache.wire.sockets import listen_unix
 
 if TYPE_CHECKING:
+    from lmcache.server.tiering import Tiering
     from lmcache.tiers.registry import TierSpec
 
 logger = init_logger(__name__)
@@ -91,17 +92,14 @@ def _tiers_of(config: ServerConfig) -> list[TierSpec]:
     return tiers_of(config.l2, config.l2_adapter)
 
 
-def _start_tiers(config: ServerConfig, loop: Loop, service: Service, specs: list[TierSpec], started: ExitStack) -> None:
+def _start_tiers(config: ServerConfig, loop: Loop, l1: L1, specs: list[TierSpec], started: ExitStack) -> Tiering:
     """Open the tiers; from now on a signal to end lets them write first, and a second one does not wait."""
     from lmcache.server.tiering import Tiering
 
     tiering = Tiering(
         loop,
-        service.heart,
+        l1,
         specs,
-        service.arena.mapping.view,
-        lambda reservation: service.back(SERVER, reservation),
-        service.settle,
         chunk_tokens=config.chunk_size,
         always=config.worth == "always",
         patience_seconds=config.l2_patience_seconds,
@@ -118,7 +116,7 @@ def _start_tiers(config: ServerConfig, loop: Loop, service: Service, specs: list
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, end)
     tiering.open(config.l2_required)
-    service.tiering = tiering
+    return tiering
 
 
 def _allow_many_descriptors() -> None:
@@ -144,12 +142,9 @@ def _start(config: ServerConfig, owner: Owner | None, started: ExitStack) -> Loo
         arena.unlink()
     workers = ThreadPoolExecutor(config.max_workers, thread_name_prefix="lmcache-io")
     started.callback(workers.shutdown, wait=True, cancel_futures=True)
-    heart = Heart(
-        arena.size_bytes, float(config.lease_seconds), first_number=1 + int.from_bytes(arena.id[:6], "little")
-    )
-    service = Service(loop, heart, arena, config.chunk_size, workers)
-    if specs:
-        _start_tiers(config, loop, service, specs, started)
+    l1 = L1(arena, float(config.lease_seconds))
+    tiering = _start_tiers(config, loop, l1, specs, started) if specs else None
+    service = Service(loop, l1, config.chunk_size, workers, tiering)
     config = _open_doors(config, owner, loop, service, started)
     arena.start_prefault()
     logger.info(

@@ -28,8 +28,8 @@ class Report:
         self._config, self._loop, self._service = config, loop, service
 
     def health(self) -> tuple[bool, str]:
-        """(True, "") when the heart answers; the faces live in the same thread as the heart."""
-        arena = self._service.arena
+        """(True, "") when the heart answers; the faces live in the same thread as L1."""
+        arena = self._service.l1.arena
         if self._loop.ask(lambda: arena.named and not arena.path.exists()):
             return False, f"the arena file {arena.path} has been removed"
         return True, ""
@@ -89,7 +89,7 @@ class Report:
         return self._loop.ask(self._counters)
 
     def _status(self) -> dict[str, object]:
-        service, heart, arena = self._service, self._service.heart, self._service.arena
+        service, l1, arena = self._service, self._service.l1, self._service.l1.arena
         return {
             "version": __version__,
             "pid": os.getpid(),
@@ -101,15 +101,15 @@ class Report:
                 "bytes": arena.size_bytes,
                 "numa_nodes": arena.nodes,
                 "backed_bytes": arena.backed_bytes,
-                "used_bytes": heart.used_bytes(),
-                "free_bytes": heart.slabs.free_bytes,
-                "quarantined_bytes": heart.quarantined_bytes,
+                "used_bytes": l1.used_bytes(),
+                "free_bytes": l1.slabs.free_bytes,
+                "quarantined_bytes": l1.quarantined_bytes,
             },
             "index": {
-                "chunks": heart.chunks,
-                "index_bytes": heart.index_bytes(),
-                "leases": heart.open_leases,
-                "reservations": heart.open_reservations,
+                "chunks": l1.chunks,
+                "index_bytes": l1.index_bytes(),
+                "leases": l1.open_leases,
+                "reservations": l1.open_reservations,
                 "spaces": [
                     {
                         "space": space.number,
@@ -117,7 +117,7 @@ class Report:
                         "chunks": len(space.table),
                         "slot_bytes": space.shard_bytes,
                     }
-                    for space in heart.spaces
+                    for space in l1.spaces
                 ],
             },
             "engines": [
@@ -146,19 +146,19 @@ class Report:
         return [tiering.told(one) for one in islice(reversed(tiering.fetches.records), REPORTED_FETCHES)]
 
     def _counters(self) -> dict[str, float]:
-        service, heart, arena = self._service, self._service.heart, self._service.arena
+        service, l1, arena = self._service, self._service.l1, self._service.l1.arena
         out: dict[str, float] = {}
         for kind in ("hit", "missed", "stored", "evicted", "cleared", "incomplete", "reserved", "committed", "dropped",
                      "refused", "expired"):  # fmt: skip
-            out[f"{kind}_chunks_total"] = heart.counters[kind]
-        for name, value in heart.counters.items():
+            out[f"{kind}_chunks_total"] = l1.events.counters[kind]
+        for name, value in l1.events.counters.items():
             kind, _, reason = name.partition(":")
             if reason:
                 out[f'{kind}_chunks_by_reason_total{{reason="{reason}"}}'] = value
         for name in ("stored_tokens", "retrieved_tokens", "renewed_leases", "failed_loads", "failed_stores", "malformed_messages",
-                     "refused_requests", "failed_requests", "internal_errors", "failed_effects",
-                     "unsent_answers"):  # fmt: skip
+                     "refused_requests", "failed_requests", "internal_errors", "unsent_answers"):  # fmt: skip
             out[f"{name}_total"] = service.counters[name]
+        out["failed_effects_total"] = l1.events.counters["failed_effects"]
         for reason, count in service.refused.counts.items():
             out[f'refused_engines_total{{reason="{reason}"}}'] = count
         out["store_seconds_total"] = service.counters["stored_microseconds"] / 1e6
@@ -171,14 +171,14 @@ class Report:
             out |= service.tiering.counters()
         out["loop_errors_total"] = self._loop.errors
         out |= {
-            "chunks": heart.chunks,
-            "leases": heart.open_leases,
-            "reservations": heart.open_reservations,
+            "chunks": l1.chunks,
+            "leases": l1.open_leases,
+            "reservations": l1.open_reservations,
             "engine_processes": len(service.peers),
             "arena_bytes": arena.size_bytes,
             "arena_backed_bytes": arena.backed_bytes,
-            "arena_used_bytes": heart.used_bytes(),
-            "quarantined_bytes": heart.quarantined_bytes,
-            "index_bytes": heart.index_bytes(),
+            "arena_used_bytes": l1.used_bytes(),
+            "quarantined_bytes": l1.quarantined_bytes,
+            "index_bytes": l1.index_bytes(),
         }
         return out

@@ -1,4 +1,4 @@
-"""What the server answers: requests in, answers out. Faces bring the requests; the heart decides; this file joins them.
+"""What the server answers: requests in, answers out. Faces bring the requests; L1 decides; this file joins them.
 
 Everything here runs in the loop's thread, but for the copies of payload frames, which I/O threads do.
 """
@@ -15,11 +15,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from lmcache import __version__
-from lmcache.cache import Cleared, Committed, Completed, Freed, Heart, Refusal, TooSmall
-from lmcache.cache.heart import Effect
+from lmcache.cache import KINDS, L1, Event, Refusal, TooSmall
 from lmcache.chunks import space_fingerprint
 from lmcache.errors import LMCacheError
-from lmcache.memory.arena import Arena, ArenaFull
 from lmcache.observability.log import init_logger, printable
 from lmcache.server.loop import Loop
 from lmcache.server.refused import Refused
@@ -29,8 +27,6 @@ if TYPE_CHECKING:
     from lmcache.server.tiering import Tiering
 
 logger = init_logger(__name__)
-MAX_GIVEN_UP = 16
-"""Reservations that are given up for want of memory before a request is refused."""
 MAX_HELD_BYTES = 1 << 30
 """Of all payload copies under way and all large answers that are not sent yet."""
 MAX_HELD_BYTES_OF_PEER = 2 * m.MAX_PAYLOAD_BYTES
@@ -42,7 +38,7 @@ Reply = Callable[[m.Message, list[bytes]], None]
 
 @dataclass(slots=True, eq=False)
 class Peer:
-    """One connected engine process, as its face knows it. `process` is its number in the heart, 0 before its hello."""
+    """One connected engine process, as its face knows it. `process` is its number in L1, 0 before its hello."""
 
     endpoint: str
     host: str = "this host"
@@ -80,8 +76,10 @@ def _who(role: str, rank: int, pid: int) -> str:
 class Service:
     """Answers every request with exactly one answer; an error of ours becomes an `Error` answer, never silence."""
 
-    def __init__(self, loop: Loop, heart: Heart, arena: Arena, chunk_tokens: int, workers: Executor) -> None:
-        self.loop, self.heart, self.arena, self.chunk_tokens = loop, heart, arena, chunk_tokens
+    def __init__(
+        self, loop: Loop, l1: L1, chunk_tokens: int, workers: Executor, tiering: Tiering | None = None
+    ) -> None:
+        self.loop, self.l1, self.chunk_tokens, self.tiering = loop, l1, chunk_tokens, tiering
         self.server_id = secrets.token_bytes(16)
         self.socket_path = ""
         self.cookie_path = ""
@@ -89,7 +87,6 @@ class Service:
         self.counters: Counter[str] = Counter()
         self.started = time.time()
         self.refused = Refused()
-        self.tiering: Tiering | None = None
         self._workers = workers
         self.held_bytes = 0
         """Of all peers, and of those that have gone and still have unsent answers."""
@@ -112,7 +109,9 @@ class Service:
             m.Dropped: self._dropped,
             m.Bye: self._bye,
         }
-        loop.on_tick += [self._tick, self.settle]
+        if logger.isEnabledFor(logging.DEBUG):
+            l1.events.listen(KINDS, _log, named=False)
+        loop.on_tick.append(lambda: l1.tick(time.monotonic()))
 
     # Requests
 
@@ -130,9 +129,7 @@ class Service:
             elif type(request) not in self._answers:
                 reply(m.Error("refused", f"{type(request).__name__} is not for this connection"), [])
             else:
-                answer = self._answers[type(request)](peer, request)
-                self.settle()  # before anybody hears of extents that have changed hands
-                reply(answer, [])
+                reply(self._answers[type(request)](peer, request), [])
         except Refusal as error:
             self.counters["refused_requests"] += 1
             reply(m.Error("refused", str(error)), [])
@@ -145,7 +142,7 @@ class Service:
             reply(m.Error("internal", f"{type(error).__name__} in the server: see its log"), [])
 
     def hello(self, peer: Peer, hello: m.Hello) -> m.Message:
-        """The faces have checked who it is; here only the version counts, and the process joins the heart."""
+        """The faces have checked who it is; here only the version counts, and the process joins L1."""
         if hello.version != m.PROTOCOL_VERSION:
             return self.refuse_version(hello, peer.host)
         if peer.process:
@@ -166,7 +163,7 @@ class Service:
     def _enter(self, who: tuple[str, int, str, int, bytes]) -> int:
         process = self._participants[who] = self._next_process
         self._next_process += 1
-        self.heart.join(process, who[0])
+        self.l1.join(process, who[0])
         return process
 
     def _return(self, who: tuple[str, int, str, int, bytes]) -> int:
@@ -184,7 +181,7 @@ class Service:
             self.peers.discard(peer)
             if peer.replaced is not None:
                 peer.replaced()
-        self.heart.leave_reservations(process)
+        self.l1.leave_reservations(process)
         return process
 
     def hold(self, peer: Peer, size: int) -> None:
@@ -199,10 +196,10 @@ class Service:
             self.server_id,
             self.chunk_tokens,
             self.socket_path,
-            self.arena.id,
-            self.arena.size_bytes,
+            self.l1.arena.id,
+            self.l1.arena.size_bytes,
             self.cookie_path,
-            self.heart.claim_seconds,
+            self.l1.claim_seconds,
         )
 
     def gone(self, peer: Peer) -> None:
@@ -212,14 +209,13 @@ class Service:
             return
         self.peers.discard(peer)
         self._participants = {who: number for who, number in self._participants.items() if number != peer.process}
-        self.heart.leave(peer.process)
+        self.l1.leave(peer.process)
         peer.process = 0
         if peer.layout:
             logger.info("Engine process gone: %s", peer.who)
 
     def clear(self) -> int:
-        count = self.heart.clear()
-        self.settle()
+        count = self.l1.clear()
         logger.info("L1 cleared: %d chunks", count)
         return count
 
@@ -230,7 +226,7 @@ class Service:
             raise Refusal(f"the layout has {layout.chunk_tokens}-token chunks, this server {self.chunk_tokens}")
         name = space_fingerprint(layout, request.stages)
         try:
-            space = self.heart.open_space(peer.process, name, request.shards, request.shard, request.shard_bytes)
+            space = self.l1.open_space(peer.process, name, request.shards, request.shard, request.shard_bytes)
         except TooSmall as error:
             self.refused.note(f"{peer.who}, from {peer.host}", "small L1", str(error))
             raise
@@ -257,38 +253,38 @@ class Service:
         if len(hashes) % 16:
             raise Refusal(f"{len(hashes)} bytes are not whole 16-byte hashes")
         first = max(0, request.first_wanted)
-        asked, shards = len(hashes) // 16, self.heart.shards(peer.process, request.space)
+        asked, shards = len(hashes) // 16, self.l1.shards(peer.process, request.space)
         most = m.most_looked_up(first, shards)
         if asked > most:
             raise Refusal(
                 f"a lookup of {asked} chunks from chunk {first} on is more than one answer holds; ask for {most}"
             )
         self._check_room(peer, 4 * shards * max(0, asked - first))
-        lookup = time.monotonic(), peer.process, request.space, hashes, first
+        name = printable(request.request, 200)
+        lookup = time.monotonic(), peer.process, request.space, hashes, first, name
         if self.tiering is not None:
             if not self.tiering.knows(request.space, hashes):
-                found = self.heart.lookup_all(*lookup)
+                found = self.l1.lookup_all(*lookup)
                 if found is not None:
                     return m.Found(*found)
-            name = printable(request.request, 200)
             in_l1, coming = self.tiering.wait_for(peer.process, request.space, hashes, request.prefill_rate, name)
             if coming:
                 return m.Found(in_l1, 0, b"", coming)
-        return m.Found(*self.heart.lookup(*lookup))
+        return m.Found(*self.l1.lookup(*lookup))
 
     def _release(self, peer: Peer, request: m.Request) -> m.Message:
         assert isinstance(request, m.Release)
         for lease in request.leases:
-            self.heart.release(peer.process, lease)
+            self.l1.release(peer.process, lease)
         return m.Ok(len(request.leases))
 
     def _hold(self, peer: Peer, request: m.Request) -> m.Message:
         assert isinstance(request, m.Hold)
-        return m.Ok(self.heart.keep_leases(peer.process, request.leases))
+        return m.Ok(self.l1.keep_leases(peer.process, request.leases))
 
     def _renew(self, peer: Peer, request: m.Request) -> m.Message:
         assert isinstance(request, m.Renew)
-        count = self.heart.renew(time.monotonic(), peer.process, request.leases)
+        count = self.l1.renew(time.monotonic(), peer.process, request.leases)
         self.counters["renewed_leases"] += count
         return m.Ok(count)
 
@@ -296,36 +292,23 @@ class Service:
         assert isinstance(request, m.Reserve)
         if len(request.hashes) % 16 or (not request.root and len(request.parent) != 16):
             raise Refusal("hashes must be whole 16-byte hashes")
-        now, parent = time.monotonic(), request.parent
-        for _ in range(MAX_GIVEN_UP):
-            grant = self.heart.reserve(
-                now, peer.process, request.space, request.shard, parent, request.root, request.hashes
+        return m.Reserved(
+            *self.l1.reserve(
+                time.monotonic(),
+                peer.process,
+                request.space,
+                request.shard,
+                request.parent,
+                request.root,
+                request.hashes,
             )
-            if not grant.reservation or self.back(peer.process, grant.reservation):
-                return m.Reserved(grant.reservation, grant.extents, grant.refused, grant.reason)
-        raise Refusal(f"{self.arena.path.parent} has no room for the arena: free some, or pass a smaller --l1-size-gb")
-
-    def back(self, process: int, reservation: int) -> bool:
-        """Whether there is memory behind the extents. If not they are given up, and the next ones may be those of older chunks."""
-        if self.arena.backed_bytes == self.arena.size_bytes:
-            return True
-        sectors, size = self.heart.reserved_sectors(process, reservation), self.heart.shard_bytes(reservation)
-        try:
-            self.arena.back((sector * m.SECTOR_BYTES for sector in sectors), size)
-        except ArenaFull as error:
-            if not self.counters["given_up_slots"]:
-                logger.warning("L1 stays smaller than it was to be, until it is cleared: %s", error)
-            lost = {sector for sector in sectors if not self.arena.has_sectors(sector * m.SECTOR_BYTES, size)}
-            self.counters["given_up_slots"] += len(lost)
-            self.heart.give_up(process, reservation, lost)
-            return False
-        return True
+        )
 
     def _commit(self, peer: Peer, request: m.Request) -> m.Message:
         assert isinstance(request, m.Commit)
         if request.reservation in self._filling:
             raise Refusal(f"reservation {request.reservation} is still being filled")
-        return m.Ok(self.heart.commit(time.monotonic(), peer.process, request.reservation, request.ok))
+        return m.Ok(self.l1.commit(time.monotonic(), peer.process, request.reservation, request.ok))
 
     def _copied(self, peer: Peer, request: m.Request) -> m.Message:
         assert isinstance(request, m.Copied)
@@ -357,28 +340,27 @@ class Service:
     # Payload frames
 
     def _fetch(self, peer: Peer, request: m.Fetch, reply: Reply) -> None:
-        sectors = self.heart.leased_sectors(peer.process, request.lease, request.shard, request.first, request.count)
-        size = self.heart.shard_bytes(lease=request.lease, shard=request.shard)
-        view = self.arena.mapping.view
+        sectors, size = self.l1.leased_sectors(peer.process, request.lease, request.shard, request.first, request.count)
+        view = self.l1.view
 
         def copy() -> list[bytes]:
-            return [bytes(view(sector * m.SECTOR_BYTES, size)) for sector in sectors]
+            return [bytes(view(sector, size)) for sector in sectors]
 
         self._in_worker(peer, size * len(sectors), copy, reply)
 
     def _fill(self, peer: Peer, request: m.Fill, frames: list[bytes], reply: Reply) -> None:
         number = request.reservation
-        sectors = self.heart.reserved_sectors(peer.process, number)[max(0, request.first) :][: len(frames)]
+        reserved, size = self.l1.reserved_sectors(peer.process, number)
+        sectors = reserved[max(0, request.first) :][: len(frames)]
         if request.first < 0 or len(sectors) != len(frames):
             raise Refusal(f"{len(frames)} frames from extent {request.first} on pass the end of reservation {number}")
-        size = self.heart.shard_bytes(reservation=number)
         if any(len(one) != size for one in frames):
             raise Refusal(f"payload frames must have the extent's {size} bytes")
-        view = self.arena.mapping.view
+        view = self.l1.view
 
         def copy() -> list[bytes]:
             for sector, one in zip(sectors, frames, strict=True):
-                view(sector * m.SECTOR_BYTES, size)[:] = one
+                view(sector, size)[:] = one
             return []
 
         def answer(message: m.Message, nothing: list[bytes]) -> None:
@@ -428,42 +410,6 @@ class Service:
                 f"would pass {MAX_HELD_BYTES_OF_PEER}: read the answers before asking for more"
             )
 
-    # Upkeep
 
-    def settle(self) -> None:
-        """Carry out what the heart wants done: to the extents' headers, and with chunks that have become whole.
-
-        An effect that fails is counted, and fails neither the request at hand nor those to come.
-        """
-        effects, self.heart.effects = self.heart.effects, []
-        for effect in effects:
-            try:
-                self._carry_out(effect)
-            except Exception:  # a fault of ours
-                kind = type(effect).__name__
-                if not self.counters[f"failed_effects_{kind}"]:
-                    logger.exception("%s of chunks could not be noted; counted from now on, L1 serves on", kind)
-                self.counters[f"failed_effects_{kind}"] += 1
-                self.counters["failed_effects"] += 1
-                if not isinstance(effect, Completed):
-                    self.arena.headers.void()
-
-    def _carry_out(self, effect: Effect) -> None:
-        headers = self.arena.headers
-        if isinstance(effect, Committed):
-            headers.committed(*effect)
-        elif isinstance(effect, Freed):
-            headers.freed(effect.sectors)
-        elif isinstance(effect, Cleared):
-            if self.tiering is not None:
-                self.tiering.l1_cleared()
-            headers.cleared()
-        elif self.tiering is not None:
-            self.tiering.whole(effect)
-
-    def _tick(self) -> None:
-        events, self.heart.events = self.heart.events, []  # first: what fails below must not let them pile up
-        if logger.isEnabledFor(logging.DEBUG):
-            for event in events:
-                logger.debug("%s %d chunks of space %d %s", event.kind, event.chunks, event.space, event.reason)
-        self.heart.tick(time.monotonic())
+def _log(event: Event) -> None:
+    logger.debug("%s %d chunks of space %d %s", event.kind, event.chunks, event.space, event.reason)

@@ -1,6 +1,6 @@
 """The tiers behind L1, as the server drives them: loads for lookups, writes of what has become whole.
 
-`cache.fetch` and `cache.writeback` decide; here their effects are carried out: extents are reserved and leased in the heart
+`cache.fetch` and `cache.writeback` decide; here their effects are carried out: extents are reserved and leased in L1
 as the process SERVER, lanes move the bytes, and what came of it goes back. Everything runs in the loop's thread.
 """
 
@@ -17,13 +17,12 @@ from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 
-from lmcache.cache import SERVER, Completed, Heart, Refusal
+from lmcache.cache import L1, SERVER, Event, Refusal
 from lmcache.cache.allocator import Space
 from lmcache.cache.fetch import Ask, Decided, Fetches, FetchRecord, Load, TierTraits
 from lmcache.cache.writeback import Batch
 from lmcache.chunks import HASH_BYTES
 from lmcache.errors import ConfigError
-from lmcache.memory.slabs import SECTOR_BYTES
 from lmcache.observability.log import init_logger
 from lmcache.server.lane import Lane, one_each
 from lmcache.server.loop import Loop
@@ -38,7 +37,6 @@ CLOSE_SECONDS = 3.0
 _HURRY_SECONDS = 0.5
 """The same after a second signal: enough for a tier that does not hang."""
 NO_EXTENT = 0xFFFFFFFF
-View = Callable[[int, int], memoryview]
 
 
 @dataclass(frozen=True)
@@ -54,28 +52,23 @@ class _Part:
 class Tiering:
     """All tiers of one server, nearest first.
 
-    view: bytes of the arena. back: makes sure that there is memory behind the extents of a reservation, or gives it up.
-    settle: carries out the heart's effects.
     always, patience_seconds: as `Fetches` says. queue_bytes: of chunks that wait to be written, for each tier.
     """
 
     def __init__(
         self,
         loop: Loop,
-        heart: Heart,
+        l1: L1,
         specs: Sequence[TierSpec],
-        view: View,
-        back: Callable[[int], bool],
-        settle: Callable[[], None],
         *,
         chunk_tokens: int,
         always: bool,
         patience_seconds: float,
         queue_bytes: int,
     ) -> None:
-        self._loop, self._heart, self._view, self._back, self._settle = loop, heart, view, back, settle
+        self._loop, self._l1 = loop, l1
         self._chunk_tokens = chunk_tokens
-        self.lanes = [Lane(loop, spec, queue_bytes, heart.total_bytes) for spec in specs]
+        self.lanes = [Lane(loop, spec, queue_bytes, l1.total_bytes) for spec in specs]
         traits = [TierTraits(lane.tier.batch_bytes, lane.tier.concurrency, lane.usable) for lane in self.lanes]
         self.fetches = Fetches(traits, always, patience_seconds)
         self._origin: dict[bytes, int] = {}
@@ -90,6 +83,8 @@ class Tiering:
         self._ended: queue.SimpleQueue[object] = queue.SimpleQueue()
         """Of what `_wait` waits for. A signal handler may put into it at any time, which no lock would allow."""
         loop.on_tick.append(self._tick)
+        l1.events.listen(["stored"], self._stored)
+        l1.events.listen(["cleared"], self._l1_cleared, named=False)
 
     def open(self, required: bool) -> None:
         """Open all, side by side; an interrupt ends the waiting.
@@ -129,15 +124,14 @@ class Tiering:
         Raises:
             Refusal: unknown space or process.
         """
-        heart = self._heart
-        in_l1 = heart.peek(process, space_number, hashes)
-        space = heart.space(space_number)
+        now = time.monotonic()
+        in_l1 = self._l1.peek(now, process, space_number, hashes)
+        space = self._l1.space(space_number)
         if space is None or not all(space.shard_bytes):
             return in_l1, 0
         seconds = self._chunk_tokens / prefill_tokens_per_second if prefill_tokens_per_second > 0 else 0.0
         full = in_l1 * HASH_BYTES >= len(hashes)
         known = [] if full else [self._knower(lane, space) for lane in self.lanes]
-        now = time.monotonic()
         chunk_bytes = sum(space.shard_bytes)
         coming = self.fetches.poll(now, space_number, hashes, in_l1, chunk_bytes, seconds, known, request)
         self._carry_out()
@@ -162,7 +156,7 @@ class Tiering:
                 _log(effect)
 
     def _ask(self, ask: Ask) -> None:
-        lane, space = self.lanes[ask.tier], self._heart.space(ask.space)
+        lane, space = self.lanes[ask.tier], self._l1.space(ask.space)
         if space is None:
             self.fetches.answered(time.monotonic(), ask.fetch, ask.tier, None, 0.0)
             return
@@ -177,14 +171,13 @@ class Tiering:
 
     def _load(self, load: Load) -> None:
         lane, parts = self.lanes[load.tier], self._reserve(load)
-        self._settle()
         if not parts:
             self._loop.call_soon(lambda: self._loaded(load, [], None))
             return
         for at in range(0, len(load.hashes), HASH_BYTES):
             self._origin[load.hashes[at : at + HASH_BYTES]] = load.tier
         keys = [key for part in parts for key in part.keys]
-        into = [self._view(sector * SECTOR_BYTES, part.shard_bytes) for part in parts for sector in part.sectors]
+        into = [self._l1.view(sector, part.shard_bytes) for part in parts for sector in part.sectors]
 
         def done(outcomes: list[str] | None, seconds: float) -> None:
             _let_go(into)
@@ -194,13 +187,16 @@ class Tiering:
 
     def _reserve(self, load: Load) -> list[_Part]:
         """Extents for what the load brings; what is in L1 or under way by somebody else is left out."""
-        space, parts = self._heart.space(load.space), []
+        space, parts = self._l1.space(load.space), []
         if space is None:
             return []
         for shard in range(space.shards):
             now, tier = time.monotonic(), self.lanes[load.tier].name
-            grant = self._heart.reserve(now, SERVER, load.space, shard, load.parent, load.root, load.hashes, tier)
-            if not grant.reservation or not self._back(grant.reservation):
+            try:
+                grant = self._l1.reserve(now, SERVER, load.space, shard, load.parent, load.root, load.hashes, tier)
+            except Refusal:  # there is no memory behind L1
+                continue
+            if not grant.reservation:
                 continue
             sectors = array("I", grant.extents)
             keys = [
@@ -220,7 +216,7 @@ class Tiering:
             at += len(part.sectors)
             failed = {sector for sector, outcome in zip(part.sectors, own, strict=True) if outcome != OK}
             try:
-                self._heart.commit(time.monotonic(), SERVER, part.reservation, len(failed) < len(own), failed)
+                self._l1.commit(time.monotonic(), SERVER, part.reservation, len(failed) < len(own), failed)
             except Refusal:  # its claim has expired, and the chunks may be somebody else's by now
                 failed, own = set(part.sectors), ["too late"] * len(own)
             good = len(own) - len(failed)
@@ -230,7 +226,6 @@ class Tiering:
                 if outcome != OK:
                     lane.counters[f"missed:{outcome}"] += 1
         lane.counters["loaded_bytes"] += good_bytes
-        self._settle()
         for begin in range(0, len(load.hashes), HASH_BYTES):
             self._origin.pop(load.hashes[begin : begin + HASH_BYTES], None)
         self.fetches.loaded(time.monotonic(), load, None if outcomes is None and parts else good_bytes)
@@ -238,25 +233,25 @@ class Tiering:
 
     # Writing
 
-    def whole(self, effect: Completed) -> None:
+    def _stored(self, event: Event) -> None:
         """Chunks that have become readable are written to every tier that wants them; loaded ones to nearer tiers only."""
-        space = self._heart.space(effect.space)
+        space = self._l1.space(event.space)
         if space is None:
             return
         chunk_bytes = sum(space.shard_bytes)
         for number, lane in enumerate(self.lanes):
             if lane.spec.write == "none":
                 continue
-            if effect.process != SERVER:
-                lane.queue.add(effect.space, effect.keys, effect.parents, chunk_bytes)
+            if event.process != SERVER:
+                lane.queue.add(event.space, event.hashes, event.parents, chunk_bytes)
                 continue
-            for at in range(0, len(effect.keys), HASH_BYTES):
+            for at in range(0, len(event.hashes), HASH_BYTES):
                 cut = slice(at, at + HASH_BYTES)
-                if number < self._origin.get(effect.keys[cut], 0):
-                    lane.queue.add(effect.space, effect.keys[cut], effect.parents[cut], chunk_bytes)
-        self._loop.call_soon(self._pump)  # not now: this is called while the heart's effects are carried out
+                if number < self._origin.get(event.hashes[cut], 0):
+                    lane.queue.add(event.space, event.hashes[cut], event.parents[cut], chunk_bytes)
+        self._loop.call_soon(self._pump)  # not now: a listener calls no verb of L1
 
-    def l1_cleared(self) -> None:
+    def _l1_cleared(self, event: Event) -> None:
         """What waits to be written is gone."""
         for lane in self.lanes:
             lane.queue.clear("cleared")
@@ -266,7 +261,7 @@ class Tiering:
             return
         now = time.monotonic()
         for lane in self.lanes:
-            lane.queue.make_ready(self._heart.used_bytes())
+            lane.queue.make_ready(self._l1.used_bytes())
             while lane.may_store(now) and lane.writing < lane.write_concurrency:
                 batch = lane.queue.take()
                 if batch is None:
@@ -278,9 +273,9 @@ class Tiering:
             drained()
 
     def _write(self, lane: Lane, batch: Batch) -> None:
-        lease, found, extents = self._heart.hold(time.monotonic(), batch.space, batch.hashes, lane.name)
+        lease, found, extents = self._l1.hold(time.monotonic(), batch.space, batch.hashes, lane.name)
         batch = lane.queue.still_there(batch, found)
-        space = self._heart.space(batch.space)
+        space = self._l1.space(batch.space)
         if not lease or space is None:
             return
         shards = self._shards(space, batch, array("I", extents))
@@ -291,8 +286,7 @@ class Tiering:
         def done(outcomes: list[str] | None, seconds: float) -> None:
             self._being_written[lane.name] -= chunks
             _let_go(one.payload for one in shards)
-            self._heart.release(SERVER, lease)
-            self._settle()
+            self._l1.release(SERVER, lease)
             self._written(lane, batch, shards, sizes, outcomes, generation)
             self._pump()
 
@@ -304,7 +298,7 @@ class Tiering:
             chunk, shard = divmod(at, space.shards)
             cut = slice(chunk * HASH_BYTES, (chunk + 1) * HASH_BYTES)
             key = ShardKey(space.fingerprint, batch.hashes[cut], shard, space.shards)
-            payload = self._view(sector * SECTOR_BYTES, space.shard_bytes[shard])
+            payload = self._l1.view(sector, space.shard_bytes[shard])
             shards.append(Shard(key, batch.parents[cut], payload.toreadonly()))
         return shards
 

@@ -187,7 +187,7 @@ class _Connection:
         self.endpoint.service.handle(self.peer, request, [], lambda answer, _: self._answer(sequence, answer))
 
     def _answer(self, sequence: int, answer: m.Message) -> None:
-        descriptors = (self.endpoint.service.arena.descriptor,) if type(answer) is m.Welcome else ()
+        descriptors = (self.endpoint.service.l1.arena.descriptor,) if type(answer) is m.Welcome else ()
         self._send(frame(m.encode(sequence, answer)), descriptors)
 
     def _send(self, data: bytes, descriptors: tuple[int, ...] = ()) -> None:
