@@ -20,7 +20,8 @@ from lmcache.errors import ConfigError
 from lmcache.memory import arena as arenas
 from lmcache.memory.arena import Arena, ArenaFull, Mapping, reclaim_stale
 from lmcache.server.loop import Loop
-from lmcache.server.service import Peer, Service
+from lmcache.server.service import Service
+from lmcache.server.sessions import Peer
 from lmcache.wire import messages as m
 from servers import PATIENCE, eventually
 

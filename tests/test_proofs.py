@@ -270,19 +270,19 @@ def test_a_replayed_handshake_gets_nothing_and_is_counted(server, engine, carrie
 def test_a_proof_counts_once_and_on_its_own_connection(folders, carrier):
     with server_parts(folders, 8 << 20, open_door=False) as (service, port):
         one, other = carrier(f"tcp://127.0.0.1:{port}"), carrier(f"tcp://127.0.0.1:{port}")
-        proof = said(one, service.welcome())
+        proof = said(one, service.sessions.welcome())
         assert ask(other, proof).code == "refused"
         assert isinstance(ask(one, proof), m.Welcome)
         assert ask(one, m.Bye()) == m.Ok()
         assert ask(one, proof).code == "refused", "after Bye it is a stranger again"
-        assert service.refused.counts["no proof"] == 2
+        assert service.sessions.refused.counts["no proof"] == 2
 
 
 def test_challenges_of_strangers_take_no_nonce_from_an_engine(folders, carrier, monkeypatch):
     monkeypatch.setattr(zmq_endpoint, "MAX_PEERS", 2)
     with server_parts(folders, 8 << 20, open_door=False) as (service, port):
         one, strangers = carrier(f"tcp://127.0.0.1:{port}"), [carrier(f"tcp://127.0.0.1:{port}") for _ in range(3)]
-        proof = said(one, service.welcome())
+        proof = said(one, service.sessions.welcome())
         for each in strangers:
             assert isinstance(ask(each, m.Challenge(bytes(32))), m.Proven)
         assert isinstance(ask(one, proof), m.Welcome)
@@ -291,12 +291,14 @@ def test_challenges_of_strangers_take_no_nonce_from_an_engine(folders, carrier, 
 def test_a_proof_counts_for_a_short_time(folders, carrier, monkeypatch):
     with server_parts(folders, 8 << 20, open_door=False) as (service, port):
         one = carrier(f"tcp://127.0.0.1:{port}")
-        proof = said(one, service.welcome())
+        proof = said(one, service.sessions.welcome())
         with monkeypatch.context() as later:
             later.setattr(zmq_endpoint, "PROOF_SECONDS", 0.0)
             assert "came later than 0 s" in ask(one, proof).text
         for _ in range(2):
-            assert isinstance(ask(one, said(one, service.welcome())), m.Welcome), "with a nonce of its own each time"
+            assert isinstance(ask(one, said(one, service.sessions.welcome())), m.Welcome), (
+                "with a nonce of its own each time"
+            )
             assert ask(one, m.Bye()) == m.Ok()
 
 
@@ -310,10 +312,10 @@ def test_messages_of_strangers_are_short_and_what_is_kept_of_them_is_bounded(fol
         one = carrier(f"tcp://127.0.0.1:{port}")
         for request, frames in ((HELLO, [b""]), (m.Challenge(bytes(32)), [b"x" * 4096])):
             assert ask(one, request, frames).code == "malformed"
-        proofs = [said(each, service.welcome()) for each in (one, *others)]
+        proofs = [said(each, service.sessions.welcome()) for each in (one, *others)]
         answers = [ask(each, proof) for each, proof in zip((one, *others), proofs, strict=True)]
         assert [isinstance(answer, m.Welcome) for answer in answers] == [True, True, True, True, False]
-        assert ask(others[-1], said(others[-1], service.welcome())).text.startswith(
+        assert ask(others[-1], said(others[-1], service.sessions.welcome())).text.startswith(
             "4 engines use payload frames already"
         )
 
@@ -332,7 +334,7 @@ def test_what_engines_say_when_they_decline_makes_one_line_each(folders, carrier
             ask(one, m.Declined(auth.NO_FILE, "engine", "worker", 0, pid))
         warned = warnings(caplog)
         assert len(warned) == 5, "the others share a line every few seconds"
-        assert service.refused.counts["no proof"] == 103
+        assert service.sessions.refused.counts["no proof"] == 103
 
 
 def test_nobody_can_guess_the_name_of_a_connection(impostor, carrier):

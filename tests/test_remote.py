@@ -21,13 +21,13 @@ from lmcache.engine.proofs import prove
 from lmcache.errors import ConfigError, ServerRefused, ServerUnavailable
 from lmcache.integration.vllm.settings import Settings
 from lmcache.memory.arena import Arena
-from lmcache.server import service as service_module
-from lmcache.server import strangers, zmq_endpoint
+from lmcache.server import sessions, strangers, zmq_endpoint
 from lmcache.server.handshakes import _host_behind
 from lmcache.server.loop import Loop
 from lmcache.server.refused import MAX_PEERS as MAX_REFUSED
 from lmcache.server.refused import Refused
-from lmcache.server.service import Peer, Service
+from lmcache.server.service import Service
+from lmcache.server.sessions import Peer
 from lmcache.wire import auth
 from lmcache.wire import messages as m
 from lmcache.wire.carriers import ZmqCarrier
@@ -177,12 +177,12 @@ def test_a_session_back_while_its_bytes_are_copied_gets_a_new_number(folders):
     ask(second, payload_hello())
     assert first.process != second.process and service.l1.open_reservations == 1
     assert ask(first, m.Commit(fill, True)).code == "refused", "the bytes are still on their way"
-    service.gone(first)
+    service.sessions.gone(first)
     assert service.l1.open_reservations == 1, "not before the copy has ended"
     workers.run()
     while loop._calls:
         loop._calls.popleft()()
-    assert service.l1.open_reservations == 0 and len(service.peers) == 1
+    assert service.l1.open_reservations == 0 and len(service.sessions.peers) == 1
     arena.close()
     loop.close()
 
@@ -243,7 +243,7 @@ def deaf():
 
 
 def copying(service: Service) -> bool:
-    return any(peer.busy for peer in service.loop.ask(lambda: list(service.peers), PATIENCE))
+    return any(peer.busy for peer in service.loop.ask(lambda: list(service.sessions.peers), PATIENCE))
 
 
 def test_an_engine_that_does_not_read_is_forgotten_and_its_lost_answers_are_counted(folders, deaf):
@@ -251,30 +251,30 @@ def test_an_engine_that_does_not_read_is_forgotten_and_its_lost_answers_are_coun
         client = deaf(port)
         assert service.l1.open_leases == 1
         client.fetch(32)  # more than the sockets' own buffers hold
-        eventually(lambda: service.held_bytes > 4 << 20 and not copying(service))
+        eventually(lambda: service.sessions.held_bytes > 4 << 20 and not copying(service))
         for _ in range(2 * zmq_endpoint.MAX_UNREAD_ANSWERS):
             client.send(m.Ping())
         eventually(lambda: service.counters["unsent_answers"])
-        eventually(lambda: not service.peers and service.l1.open_leases == 0)
+        eventually(lambda: not service.sessions.peers and service.l1.open_leases == 0)
 
 
 def test_answers_to_an_engine_that_has_hung_up_are_counted(folders, deaf, monkeypatch):
     """It may come back as the same session, so it is not forgotten at once."""
     with server_parts(folders, 8 << 20) as (service, port):
         client, turns = deaf(port), threading.Semaphore(0)
-        submit = service._workers.submit
-        monkeypatch.setattr(service._workers, "submit", lambda run: submit(lambda: (turns.acquire(), run())))
+        submit = service._payload._workers.submit
+        monkeypatch.setattr(service._payload._workers, "submit", lambda run: submit(lambda: (turns.acquire(), run())))
         client.fetch(100)
         try:
-            eventually(lambda: service.held_bytes >= 100 << 20)
+            eventually(lambda: service.sessions.held_bytes >= 100 << 20)
             client.socket.close()
             eventually(lambda: not connections(port))
             # ZMQ's own thread knows now; when it tells the socket is not to be seen from here.
             eventually(lambda: turns.release() or service.counters["unsent_answers"])
-            assert len(service.peers) == 1
+            assert len(service.sessions.peers) == 1
         finally:
             turns.release(100)
-        eventually(lambda: service.held_bytes == 0)
+        eventually(lambda: service.sessions.held_bytes == 0)
 
 
 def connections(port: int) -> list[str]:
@@ -284,18 +284,18 @@ def connections(port: int) -> list[str]:
 
 
 def test_unread_payload_is_bounded_and_served_again_once_it_is_read(folders, deaf, monkeypatch):
-    monkeypatch.setattr(service_module, "MAX_HELD_BYTES_OF_PEER", 8 << 20)
+    monkeypatch.setattr(sessions, "MAX_HELD_BYTES_OF_PEER", 8 << 20)
     with server_parts(folders, 8 << 20) as (service, port):
         client, other = deaf(port), deaf(port)
         client.fetch(100)
         eventually(lambda: service.counters["refused_requests"] and not copying(service))
-        assert service.held_bytes <= 9 << 20
+        assert service.sessions.held_bytes <= 9 << 20
         other.fetch(1)
         assert other.read() == m.Ok(1), "others are served meanwhile"
         answers = [client.read() for _ in range(100)]
         refused = [one for one in answers if isinstance(one, m.Error)]
         assert len(refused) == service.counters["refused_requests"] and "read the answers" in refused[0].text
-        eventually(lambda: service.held_bytes == 0)
+        eventually(lambda: service.sessions.held_bytes == 0)
         client.fetch(1)
         assert client.read() == m.Ok(1)
 
@@ -304,12 +304,14 @@ def test_what_waits_for_a_connection_that_takes_nothing_is_freed(folders, deaf, 
     monkeypatch.setattr(zmq_endpoint, "SILENCE_SECONDS", 1.0)  # the time that the kernel gives the connection
     with server_parts(folders, 8 << 20) as (service, port):
         monkeypatch.setattr(zmq_endpoint, "SILENCE_SECONDS", PATIENCE)
-        client, hold, held = deaf(port), service.hold, []
-        monkeypatch.setattr(service, "hold", lambda *all: (hold(*all), held.append(service.held_bytes)))
+        client, hold, held = deaf(port), service.sessions.hold, []
+        monkeypatch.setattr(
+            service.sessions, "hold", lambda *all: (hold(*all), held.append(service.sessions.held_bytes))
+        )
         client.fetch(32)
-        eventually(lambda: max(held, default=0) > 4 << 20 and service.held_bytes == 0)
+        eventually(lambda: max(held, default=0) > 4 << 20 and service.sessions.held_bytes == 0)
         monkeypatch.setattr(zmq_endpoint, "SILENCE_SECONDS", 0.0)
-        eventually(lambda: not service.peers)
+        eventually(lambda: not service.sessions.peers)
 
 
 def stranger(port: int) -> socket.socket:
@@ -340,7 +342,9 @@ def test_a_message_without_end_is_cut_off_unless_it_is_an_engines(folders, deaf)
         except ConnectionError:
             pass
         assert hung_up_on(other)
-        assert service.refused.counts["no hello"] == 1 and "more than 65536 bytes" in str(service.refused.told())
+        assert service.sessions.refused.counts["no hello"] == 1 and "more than 65536 bytes" in str(
+            service.sessions.refused.told()
+        )
         engine.fetch(1)
         assert engine.read() == m.Ok(1)
         other.close()
@@ -354,7 +358,7 @@ def test_connections_that_are_not_let_in_are_closed_in_time(folders, deaf, monke
         visitor.exchange(m.Hello(m.PROTOCOL_VERSION, "", "", "", 0, 0), PATIENCE)  # asks only the way
         monkeypatch.setattr(strangers, "HELLO_SECONDS", 0.0)
         assert hung_up_on(silent) and hung_up_on(dumb)
-        eventually(lambda: service.refused.counts["no hello"] == 3)
+        eventually(lambda: service.sessions.refused.counts["no hello"] == 3)
         engine.fetch(1)
         assert engine.read() == m.Ok(1) and len(connections(port)) == 1
         for one in (silent, dumb, visitor):
@@ -367,7 +371,7 @@ def test_there_are_never_many_connections_that_are_not_let_in(folders, monkeypat
     with server_parts(folders, 8 << 20) as (service, port):
         opened = [stranger(port) for _ in range(5)]
         assert all(hung_up_on(one) for one in opened[:3])
-        assert service.refused.counts["too many"] == 3 and len(connections(port)) == 2
+        assert service.sessions.refused.counts["too many"] == 3 and len(connections(port)) == 2
         for one in opened:
             one.close()
         eventually(lambda: not connections(port))

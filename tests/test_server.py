@@ -144,7 +144,7 @@ def test_a_server_whose_heart_stands_still_is_unhealthy(folders):
 def small(folders):
     """A server's parts in this process, in a running loop: its service, and the path of its Unix socket."""
     with server_parts(folders, 8 << 20) as (service, _):
-        yield service, Path(service.socket_path)
+        yield service, Path(service.sessions.socket_path)
 
 
 class Client(Raw):
@@ -217,9 +217,9 @@ def test_a_death_is_noticed_when_it_happens(folders, engine_process, monkeypatch
     monkeypatch.setattr("lmcache.server.loop.TICK_SECONDS", 3600.0)
     with server_parts(folders, 8 << 20) as (service, port):
         process = engine_process(SimpleNamespace(address=f"tcp://127.0.0.1:{port}"))
-        assert len(service.peers) == 2, "its scheduler and its rank"
+        assert len(service.sessions.peers) == 2, "its scheduler and its rank"
         process.kill()
-        eventually(lambda: not service.peers)
+        eventually(lambda: not service.sessions.peers)
 
 
 def test_a_child_that_holds_the_socket_does_not_hide_its_parents_death(server, engine_process):
@@ -489,7 +489,7 @@ def test_one_process_cannot_take_all_connections(small, monkeypatch):
         client.carrier._socket.close()
     stranger = UnixCarrier(str(path), msgspec.structs.replace(client.hello, session=os.urandom(16)), PATIENCE)
     assert f"process {os.getpid()} has opened 3 already" in stranger.welcome.text
-    assert service.refused.counts["too many"] == 1
+    assert service.sessions.refused.counts["too many"] == 1
 
 
 def test_a_session_that_comes_back_again_and_again_takes_one_place(small, monkeypatch):
@@ -572,7 +572,7 @@ def session():
     made = []
 
     def make(service: Service, port: int, endpoint: str, shards: int) -> SchedulerSession:
-        address = f"unix://{service.socket_path}" if endpoint == "unix" else f"tcp://127.0.0.1:{port}"
+        address = f"unix://{service.sessions.socket_path}" if endpoint == "unix" else f"tcp://127.0.0.1:{port}"
         mode = "auto" if endpoint == "unix" else "payload"
         endpoint = Endpoint(address, "long", "scheduler", deadline_seconds=PATIENCE, transfer_mode=mode)
         made.append(SchedulerSession(endpoint, lambda chunk: Layout("l", "bfloat16", 1, 1, 64, chunk), shards))
@@ -600,7 +600,7 @@ def test_the_extents_of_a_million_tokens_are_one_answer(folders, session, monkey
         for endpoint in ("unix", "zmq"):
             scheduler = session(service, port, endpoint, shards)
             if endpoint == "unix":
-                fill(service.l1, next(iter(service.peers)).process, scheduler.new_chain().root, hashes, shards)
+                fill(service.l1, next(iter(service.sessions.peers)).process, scheduler.new_chain().root, hashes, shards)
             hit = scheduler.lookup(named(hashes))
             assert hit is not None and hit.chunks == chunks and len(hit.extents) == 4 * chunks * shards > 4 << 20
             assert scheduler.connected and not scheduler.misses
@@ -622,7 +622,9 @@ def test_a_lookup_beyond_what_its_messages_hold_is_cut(folders, session, endpoin
         scheduler = session(service, port, endpoint, shards)
         hashes = chain(17, 300_000 if shards == 1 else 5_000)
         if shards == 1:
-            fill(service.l1, next(iter(service.peers)).process, scheduler.new_chain().root, hashes[:64], shards)
+            fill(
+                service.l1, next(iter(service.sessions.peers)).process, scheduler.new_chain().root, hashes[:64], shards
+            )
         hit = scheduler.lookup(named(hashes))
         assert (hit.chunks if hit else 0) == (4 if shards == 1 else 0)
         assert scheduler.connected and not scheduler.misses, "it was answered"

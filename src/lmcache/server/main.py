@@ -177,7 +177,7 @@ def _open_doors(
     if owner is not None:
         started.callback(UnixEndpoint(loop, service, owner.listener, None).close)
     else:
-        path = config.socket_dir / f"{service.server_id.hex()[:16]}.sock"
+        path = config.socket_dir / f"{service.sessions.server_id.hex()[:16]}.sock"
         started.callback(UnixEndpoint(loop, service, listen_unix(path), path).close)
         config = dataclasses.replace(config, port=_open_port(config, loop, service, started))
     if owner is None or owner.http:

@@ -72,7 +72,7 @@ class Report:
 
     def refused(self) -> list[str]:
         """Engines that were turned away within the last minute, each with the remedy."""
-        return self._loop.ask(self._service.refused.lately)
+        return self._loop.ask(self._service.sessions.refused.lately)
 
     def fetches(self) -> list[dict[str, object]]:
         """Records of the fetches that ended last, the latest first (`cache.fetch.FetchRecord`)."""
@@ -93,7 +93,7 @@ class Report:
         return {
             "version": __version__,
             "pid": os.getpid(),
-            "server_id": service.server_id.hex(),
+            "server_id": service.sessions.server_id.hex(),
             "uptime_seconds": round(time.time() - service.started, 1),
             "config": self._config.redacted(),
             "arena": {
@@ -131,9 +131,9 @@ class Report:
                     "connected_seconds": round(time.time() - peer.since, 1),
                     "layout": peer.layout,
                 }
-                for peer in service.peers
+                for peer in service.sessions.peers
             ],
-            "refused_engines": service.refused.told(),
+            "refused_engines": service.sessions.refused.told(),
             "tiers": service.tiering.status() if service.tiering is not None else [],
             "fetches": self._last_fetches(),
             "counters": self._counters(),
@@ -159,7 +159,7 @@ class Report:
                      "refused_requests", "failed_requests", "internal_errors", "unsent_answers"):  # fmt: skip
             out[f"{name}_total"] = service.counters[name]
         out["failed_effects_total"] = l1.events.counters["failed_effects"]
-        for reason, count in service.refused.counts.items():
+        for reason, count in service.sessions.refused.counts.items():
             out[f'refused_engines_total{{reason="{reason}"}}'] = count
         out["store_seconds_total"] = service.counters["stored_microseconds"] / 1e6
         out["retrieve_seconds_total"] = service.counters["retrieved_microseconds"] / 1e6
@@ -174,7 +174,7 @@ class Report:
             "chunks": l1.chunks,
             "leases": l1.open_leases,
             "reservations": l1.open_reservations,
-            "engine_processes": len(service.peers),
+            "engine_processes": len(service.sessions.peers),
             "arena_bytes": arena.size_bytes,
             "arena_backed_bytes": arena.backed_bytes,
             "arena_used_bytes": l1.used_bytes(),

@@ -1,76 +1,32 @@
 """What the server answers: requests in, answers out. Faces bring the requests; L1 decides; this file joins them.
 
-Everything here runs in the loop's thread, but for the copies of payload frames, which I/O threads do.
+Everything here runs in the loop's thread. `sessions` has who is connected, `payload` the copies of payload frames.
 """
 
 from __future__ import annotations
 
 import logging
-import secrets
 import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Executor
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from lmcache import __version__
 from lmcache.cache import KINDS, L1, Event, Refusal, TooSmall
 from lmcache.chunks import space_fingerprint
 from lmcache.errors import LMCacheError
 from lmcache.observability.log import init_logger, printable
 from lmcache.server.loop import Loop
-from lmcache.server.refused import Refused
+from lmcache.server.payload import PayloadCopies, Reply
+from lmcache.server.sessions import Peer, Sessions
 from lmcache.wire import messages as m
 
 if TYPE_CHECKING:
     from lmcache.server.tiering import Tiering
 
 logger = init_logger(__name__)
-MAX_HELD_BYTES = 1 << 30
-"""Of all payload copies under way and all large answers that are not sent yet."""
-MAX_HELD_BYTES_OF_PEER = 2 * m.MAX_PAYLOAD_BYTES
-"""Of those of one engine process: it may ask anew while its last answer is just leaving."""
 MAX_DROP_REASONS = 32
 MAX_COPY_SECONDS = 86_400.0
-Reply = Callable[[m.Message, list[bytes]], None]
-
-
-@dataclass(slots=True, eq=False)
-class Peer:
-    """One connected engine process, as its face knows it. `process` is its number in L1, 0 before its hello."""
-
-    endpoint: str
-    host: str = "this host"
-    process: int = 0
-    instance: str = ""
-    role: str = ""
-    rank: int = 0
-    pid: int = 0
-    payload: bool = False
-    busy: int = 0
-    """Payload copies under way on this peer's behalf."""
-    held_bytes: int = 0
-    """Payload that is being copied on this peer's behalf, and large answers that ZMQ has not sent yet."""
-    gone: bool = False
-    replaced: Callable[[], None] | None = None
-    """Called once when the same session has said hello on another connection."""
-    since: float = field(default_factory=time.time)
-    layout: dict[str, object] = field(default_factory=dict)
-    """Empty until its KV is registered."""
-
-    @property
-    def who(self) -> str:
-        return _who(self.role, self.rank, self.pid)
-
-
-def who_says(hello: m.Hello | m.Declined, host: str) -> str:
-    """For people: who has said this, from which host."""
-    return f"{_who(printable(hello.role, 40), hello.rank, hello.pid)}, from {host}"
-
-
-def _who(role: str, rank: int, pid: int) -> str:
-    return f"{role} rank {rank}, pid {pid}"
 
 
 class Service:
@@ -80,21 +36,11 @@ class Service:
         self, loop: Loop, l1: L1, chunk_tokens: int, workers: Executor, tiering: Tiering | None = None
     ) -> None:
         self.loop, self.l1, self.chunk_tokens, self.tiering = loop, l1, chunk_tokens, tiering
-        self.server_id = secrets.token_bytes(16)
-        self.socket_path = ""
-        self.cookie_path = ""
-        self.peers: set[Peer] = set()
+        self.sessions = Sessions(l1, chunk_tokens)
         self.counters: Counter[str] = Counter()
         self.started = time.time()
-        self.refused = Refused()
-        self._workers = workers
-        self.held_bytes = 0
-        """Of all peers, and of those that have gone and still have unsent answers."""
-        self._filling: set[int] = set()
-        """Reservations that an I/O thread is writing to."""
-        self._participants: dict[tuple[str, int, str, int, bytes], int] = {}
+        self._payload = PayloadCopies(loop, l1, self.sessions, workers)
         self._drop_reasons: set[str] = set()
-        self._next_process = 1
         self._answers: dict[type, Callable[[Peer, m.Request], m.Message]] = {
             m.Ping: lambda peer, request: m.Ok(),
             m.Register: self._register,
@@ -119,13 +65,13 @@ class Service:
         """Answer through `reply`, at once or, for payload frames, when the copy has ended."""
         try:
             if isinstance(request, m.Hello):
-                reply(self.hello(peer, request), [])
+                reply(self.sessions.hello(peer, request), [])
             elif not peer.process:
                 reply(m.Error("hello", "say hello first"), [])
             elif isinstance(request, m.Fetch):
-                self._fetch(peer, request, reply)
+                self._payload.fetch(peer, request, reply)
             elif isinstance(request, m.Fill):
-                self._fill(peer, request, frames, reply)
+                self._payload.fill(peer, request, frames, reply)
             elif type(request) not in self._answers:
                 reply(m.Error("refused", f"{type(request).__name__} is not for this connection"), [])
             else:
@@ -141,79 +87,6 @@ class Service:
             logger.exception("A %s request failed", type(request).__name__)
             reply(m.Error("internal", f"{type(error).__name__} in the server: see its log"), [])
 
-    def hello(self, peer: Peer, hello: m.Hello) -> m.Message:
-        """The faces have checked who it is; here only the version counts, and the process joins L1."""
-        if hello.version != m.PROTOCOL_VERSION:
-            return self.refuse_version(hello, peer.host)
-        if peer.process:
-            return m.Error("refused", "hello was said on this connection before; open another one")
-        who = (printable(hello.instance, 200), hello.pid, printable(hello.role, 40), hello.rank, hello.session[:16])
-        process = self._return(who) or self._enter(who)
-        peer.process, peer.payload = process, hello.payload
-        peer.instance, peer.pid, peer.role, peer.rank, _ = who
-        self.peers.add(peer)
-        return self.welcome()
-
-    def refuse_version(self, hello: m.Hello, host: str) -> m.Error:
-        """The answer to a hello of another protocol version, which is noted."""
-        text = m.version_error(hello.version, hello.software, m.PROTOCOL_VERSION, __version__)
-        self.refused.note(who_says(hello, host), "version", text)
-        return m.Error("version", text)
-
-    def _enter(self, who: tuple[str, int, str, int, bytes]) -> int:
-        process = self._participants[who] = self._next_process
-        self._next_process += 1
-        self.l1.join(process, who[0])
-        return process
-
-    def _return(self, who: tuple[str, int, str, int, bytes]) -> int:
-        """The number of a session that has lost its connection and come back; 0 where it has to start anew.
-
-        By its hello it says that no copy of it runs any more, so what it was filling is free again; and nothing that still
-        arrives on its former connection counts.
-        """
-        process = self._participants.get(who, 0)
-        former = [peer for peer in self.peers if peer.process == process]
-        if not process or any(peer.busy for peer in former):
-            return 0  # a payload copy of ours still runs on its behalf
-        for peer in former:
-            peer.process = 0
-            self.peers.discard(peer)
-            if peer.replaced is not None:
-                peer.replaced()
-        self.l1.leave_reservations(process)
-        return process
-
-    def hold(self, peer: Peer, size: int) -> None:
-        """`size` more bytes of memory are held on the peer's behalf; fewer where it is negative."""
-        peer.held_bytes += size
-        self.held_bytes += size
-
-    def welcome(self) -> m.Welcome:
-        return m.Welcome(
-            m.PROTOCOL_VERSION,
-            __version__,
-            self.server_id,
-            self.chunk_tokens,
-            self.socket_path,
-            self.l1.arena.id,
-            self.l1.arena.size_bytes,
-            self.cookie_path,
-            self.l1.claim_seconds,
-        )
-
-    def gone(self, peer: Peer) -> None:
-        """The peer's process touches no extent any more. Its claims end, once no copy runs on its behalf."""
-        peer.gone = True
-        if peer.busy or peer not in self.peers:
-            return
-        self.peers.discard(peer)
-        self._participants = {who: number for who, number in self._participants.items() if number != peer.process}
-        self.l1.leave(peer.process)
-        peer.process = 0
-        if peer.layout:
-            logger.info("Engine process gone: %s", peer.who)
-
     def clear(self) -> int:
         count = self.l1.clear()
         logger.info("L1 cleared: %d chunks", count)
@@ -228,7 +101,7 @@ class Service:
         try:
             space = self.l1.open_space(peer.process, name, request.shards, request.shard, request.shard_bytes)
         except TooSmall as error:
-            self.refused.note(f"{peer.who}, from {peer.host}", "small L1", str(error))
+            self.sessions.refused.note(f"{peer.who}, from {peer.host}", "small L1", str(error))
             raise
         if not peer.layout:
             logger.info("Engine process connected: %s, over %s", peer.who, peer.endpoint)
@@ -259,7 +132,7 @@ class Service:
             raise Refusal(
                 f"a lookup of {asked} chunks from chunk {first} on is more than one answer holds; ask for {most}"
             )
-        self._check_room(peer, 4 * shards * max(0, asked - first))
+        self.sessions.check_room(peer, 4 * shards * max(0, asked - first))
         name = printable(request.request, 200)
         lookup = time.monotonic(), peer.process, request.space, hashes, first, name
         if self.tiering is not None:
@@ -306,7 +179,7 @@ class Service:
 
     def _commit(self, peer: Peer, request: m.Request) -> m.Message:
         assert isinstance(request, m.Commit)
-        if request.reservation in self._filling:
+        if request.reservation in self._payload.filling:
             raise Refusal(f"reservation {request.reservation} is still being filled")
         return m.Ok(self.l1.commit(time.monotonic(), peer.process, request.reservation, request.ok))
 
@@ -334,81 +207,8 @@ class Service:
         return m.Ok()
 
     def _bye(self, peer: Peer, request: m.Request) -> m.Message:
-        self.gone(peer)
+        self.sessions.gone(peer)
         return m.Ok()
-
-    # Payload frames
-
-    def _fetch(self, peer: Peer, request: m.Fetch, reply: Reply) -> None:
-        sectors, size = self.l1.leased_sectors(peer.process, request.lease, request.shard, request.first, request.count)
-        view = self.l1.view
-
-        def copy() -> list[bytes]:
-            return [bytes(view(sector, size)) for sector in sectors]
-
-        self._in_worker(peer, size * len(sectors), copy, reply)
-
-    def _fill(self, peer: Peer, request: m.Fill, frames: list[bytes], reply: Reply) -> None:
-        number = request.reservation
-        reserved, size = self.l1.reserved_sectors(peer.process, number)
-        sectors = reserved[max(0, request.first) :][: len(frames)]
-        if request.first < 0 or len(sectors) != len(frames):
-            raise Refusal(f"{len(frames)} frames from extent {request.first} on pass the end of reservation {number}")
-        if any(len(one) != size for one in frames):
-            raise Refusal(f"payload frames must have the extent's {size} bytes")
-        view = self.l1.view
-
-        def copy() -> list[bytes]:
-            for sector, one in zip(sectors, frames, strict=True):
-                view(sector, size)[:] = one
-            return []
-
-        def answer(message: m.Message, nothing: list[bytes]) -> None:
-            self._filling.discard(number)
-            reply(message, nothing)
-
-        if number in self._filling:
-            raise Refusal(f"reservation {number} is being filled by an earlier message")
-        self._in_worker(peer, size * len(sectors), copy, answer)
-        self._filling.add(number)
-
-    def _in_worker(self, peer: Peer, size: int, copy: Callable[[], list[bytes]], reply: Reply) -> None:
-        """Run `copy` in an I/O thread and answer with the frames it returns. Raises Refusal when too much is under way."""
-        if size > m.MAX_PAYLOAD_BYTES:
-            raise Refusal(f"{size} payload bytes in one message; at most {m.MAX_PAYLOAD_BYTES} are allowed")
-        self._check_room(peer, size)
-        if self.held_bytes + size > MAX_HELD_BYTES:
-            raise Refusal(f"{self.held_bytes} payload bytes are being copied or sent already; try again")
-
-        def finish(answer: m.Message, frames: list[bytes]) -> None:
-            peer.busy -= 1
-            self.hold(peer, -size)
-            try:
-                reply(answer, frames)
-            finally:
-                if peer.gone:
-                    self.gone(peer)
-
-        def run() -> None:
-            try:
-                frames = copy()
-                answer: m.Message = m.Ok(len(frames))
-            except Exception as error:  # the edge of the thread: whoever asked must hear of it
-                logger.exception("A payload copy failed")
-                frames, answer = [], m.Error("internal", f"{type(error).__name__} in the server: see its log")
-            self.loop.call_soon(lambda: finish(answer, frames))
-
-        self._workers.submit(run)
-        peer.busy += 1
-        self.hold(peer, size)
-
-    def _check_room(self, peer: Peer, size: int) -> None:
-        """Raises Refusal: with so many bytes more, too many would be held for this peer."""
-        if peer.held_bytes + size > MAX_HELD_BYTES_OF_PEER:
-            raise Refusal(
-                f"{peer.held_bytes} bytes of this engine's are being copied or wait until it reads them, and {size} more "
-                f"would pass {MAX_HELD_BYTES_OF_PEER}: read the answers before asking for more"
-            )
 
 
 def _log(event: Event) -> None:

@@ -20,7 +20,8 @@ from lmcache.errors import WireError
 from lmcache.observability.log import Seldom, init_logger
 from lmcache.server.loop import Loop
 from lmcache.server.refused import Reason
-from lmcache.server.service import Peer, Service
+from lmcache.server.service import Service
+from lmcache.server.sessions import Peer
 from lmcache.wire import messages as m
 from lmcache.wire.frames import FrameReader, frame
 
@@ -53,7 +54,7 @@ class UnixEndpoint:
         takes that from the kernel and gives it back, its page faults are a fifth of a lookup's time."""
         self._listener = listener
         self._paused = False
-        service.socket_path = str(path) if path is not None else ""
+        service.sessions.socket_path = str(path) if path is not None else ""
         loop.watch(listener.fileno(), self._accept)
         loop.on_tick += [self._accept_again, self._close_silent]
 
@@ -75,7 +76,7 @@ class UnixEndpoint:
                 return
             except OSError as error:  # no descriptor left: a listener that stays readable must not keep the loop busy
                 why = f"{error.strerror}; the server tries again: raise its limit of open files (ulimit -n)"
-                self.service.refused.note("a connection that cannot be accepted", "no descriptor", why)
+                self.service.sessions.refused.note("a connection that cannot be accepted", "no descriptor", why)
                 self.loop.unwatch(self._listener.fileno())
                 self._paused = True
                 return
@@ -106,7 +107,7 @@ class UnixEndpoint:
             connection.close()
 
     def _turn_away(self, sock: socket.socket, who: str, reason: Reason, why: str) -> None:
-        self.service.refused.note(who, reason, why)
+        self.service.sessions.refused.note(who, reason, why)
         try:
             sock.send(frame(m.encode(0, m.Error("refused", why))))
         except OSError:
@@ -143,7 +144,7 @@ class _Connection:
             self.endpoint.loop.unwatch(self._pidfd)
             os.close(self._pidfd)
             self._pidfd = None
-        self.endpoint.service.gone(self.peer)
+        self.endpoint.service.sessions.gone(self.peer)
         self.endpoint.unfinished.discard(self)
         if self.sock.fileno() >= 0:
             self.close()

@@ -22,7 +22,8 @@ from lmcache.observability.log import Seldom, init_logger
 from lmcache.server.handshakes import Handshakes
 from lmcache.server.loop import Loop
 from lmcache.server.refused import Reason
-from lmcache.server.service import Peer, Service, who_says
+from lmcache.server.service import Service
+from lmcache.server.sessions import Peer, who_says
 from lmcache.wire import auth
 from lmcache.wire import messages as m
 
@@ -75,16 +76,16 @@ class ZmqEndpoint:
         if ":" in host:
             self._socket.setsockopt(zmq.IPV6, 1)
         self._authenticator = auth.protect_server(self._context, self._socket, key_file) if key_file else None
-        self._handshakes = Handshakes(self._context, self._socket, host, key_file, service.refused)
+        self._handshakes = Handshakes(self._context, self._socket, host, key_file, service.sessions.refused)
         self._needs_proof = key_file is None and not open_door
         self._cookie = secrets.token_bytes(auth.COOKIE_BYTES)
         self._used: set[bytes] = set()
         """Our nonces of the last `PROOF_SECONDS` that engines have proved themselves with."""
-        self._cookie_path = cookie_dir / f"{service.server_id.hex()[:16]}.cookie"
+        self._cookie_path = cookie_dir / f"{service.sessions.server_id.hex()[:16]}.cookie"
         descriptor = os.open(self._cookie_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         with open(descriptor, "wb") as file:
             file.write(self._cookie)
-        service.cookie_path = str(self._cookie_path)
+        service.sessions.cookie_path = str(self._cookie_path)
         try:
             self._socket.bind(f"tcp://{in_url(host)}:{port}")
         except zmq.ZMQError as error:
@@ -140,9 +141,9 @@ class ZmqEndpoint:
         if isinstance(request, m.Hello) and not request.payload:
             # Not a session: the way to the Unix socket, or the version error.
             if request.version != m.PROTOCOL_VERSION:
-                self._send(identity, sequence, self.service.refuse_version(request, _host_of(envelope)), [])
+                self._send(identity, sequence, self.service.sessions.refuse_version(request, _host_of(envelope)), [])
             else:
-                self._send(identity, sequence, self.service.welcome(), [])
+                self._send(identity, sequence, self.service.sessions.welcome(), [])
             return
         if isinstance(request, m.Challenge):
             self._send(identity, sequence, self._prove(request.nonce, auth.place(envelope, "server")), [])
@@ -151,7 +152,7 @@ class ZmqEndpoint:
             why = auth.REASONS.get(request.reason, "a reason that this server does not know: upgrade it")
             facts = f"the engine runs as user {request.user}, and the file is {self._cookie_path}"
             remedy = f"it does without this server: {why}, or {auth.KEY_FOR_BOTH}; {facts}"
-            self.service.refused.note(who_says(request, _host_of(envelope)), "no proof", remedy)
+            self.service.sessions.refused.note(who_says(request, _host_of(envelope)), "no proof", remedy)
             self._send(identity, sequence, m.Ok(), [])
             return
         peer = self._peer(identity, request, envelope)
@@ -179,13 +180,15 @@ class ZmqEndpoint:
         """To an engine that does not know yet whether this is its user's server. Nothing is kept of it: who has proved nothing
         could have what is kept of others pushed out."""
         own = time.monotonic_ns().to_bytes(8, "big") + secrets.token_bytes(m.NONCE_BYTES - 8)
-        return m.Proven(own, auth.proof(self._cookie, "server", self.service.server_id, nonce, own, place), place)
+        return m.Proven(
+            own, auth.proof(self._cookie, "server", self.service.sessions.server_id, nonce, own, place), place
+        )
 
     def _is_proven(self, told: bytes, place: str) -> bool:
         """Whether this engine knows the cookie. Our nonce needs no looking up, since an engine makes a proof only after ours
         for the same two nonces and the same connection. It must be fresh, and is good for one proof."""
         nonce, own, proof = told[: m.NONCE_BYTES], told[m.NONCE_BYTES : 2 * m.NONCE_BYTES], told[2 * m.NONCE_BYTES :]
-        right = auth.proof(self._cookie, "engine", self.service.server_id, nonce, own, place)
+        right = auth.proof(self._cookie, "engine", self.service.sessions.server_id, nonce, own, place)
         fresh = 0 <= _age_seconds(own) < PROOF_SECONDS and own not in self._used
         if not hmac.compare_digest(proof, right) or not fresh:
             return False
@@ -211,7 +214,7 @@ class ZmqEndpoint:
                 f"{os.getuid()}, in a container with {self._cookie_path.parent} mounted at the same path, or start the "
                 "server with --auth-key-file FILE and the engine with LMCACHE_AUTH_KEY_FILE=FILE"
             )
-        self.service.refused.note(who_says(request, host), reason, why)
+        self.service.sessions.refused.note(who_says(request, host), reason, why)
         return m.Error("refused", why)
 
     def _send(self, identity: bytes, sequence: int, answer: m.Message, payload: list[bytes]) -> None:
@@ -238,7 +241,7 @@ class ZmqEndpoint:
             return
         if tracker is not None:
             peer, _ = self._peers[identity]
-            self.service.hold(peer, size)
+            self.service.sessions.hold(peer, size)
             self._unsent.append((tracker, peer, size))
 
     def _release_sent(self) -> None:
@@ -247,14 +250,14 @@ class ZmqEndpoint:
         for one in self._unsent:
             tracker, peer, size = one
             if tracker.done:
-                self.service.hold(peer, -size)
+                self.service.sessions.hold(peer, -size)
             else:
                 waiting.append(one)
         self._unsent = waiting
 
     def _forget(self, identity: bytes) -> None:
         peer, _ = self._peers.pop(identity)
-        self.service.gone(peer)
+        self.service.sessions.gone(peer)
 
     def _forget_silent(self) -> None:
         limit = time.monotonic() - SILENCE_SECONDS

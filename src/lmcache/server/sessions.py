@@ -1,0 +1,156 @@
+"""Sessions: which engine processes are connected, as whom they have joined L1, and how much memory is held for each."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from lmcache import __version__
+from lmcache.cache import L1, Refusal
+from lmcache.observability.log import init_logger, printable
+from lmcache.server.refused import Refused
+from lmcache.wire import messages as m
+
+logger = init_logger(__name__)
+MAX_HELD_BYTES = 1 << 30
+"""Of all payload copies under way and all large answers that are not sent yet."""
+MAX_HELD_BYTES_OF_PEER = 2 * m.MAX_PAYLOAD_BYTES
+"""Of those of one engine process: it may ask anew while its last answer is just leaving."""
+Who = tuple[str, int, str, int, bytes]
+"""What makes a session: instance, pid, role, rank, and the session's own random bytes."""
+
+
+@dataclass(slots=True, eq=False)
+class Peer:
+    """One connected engine process, as its face knows it. `process` is its number in L1, 0 before its hello."""
+
+    endpoint: str
+    host: str = "this host"
+    process: int = 0
+    instance: str = ""
+    role: str = ""
+    rank: int = 0
+    pid: int = 0
+    payload: bool = False
+    busy: int = 0
+    """Payload copies under way on this peer's behalf."""
+    held_bytes: int = 0
+    """Payload that is being copied on this peer's behalf, and large answers that ZMQ has not sent yet."""
+    gone: bool = False
+    replaced: Callable[[], None] | None = None
+    """Called once when the same session has said hello on another connection."""
+    since: float = field(default_factory=time.time)
+    layout: dict[str, object] = field(default_factory=dict)
+    """Empty until its KV is registered."""
+
+    @property
+    def who(self) -> str:
+        return _who(self.role, self.rank, self.pid)
+
+
+def who_says(hello: m.Hello | m.Declined, host: str) -> str:
+    """For people: who has said this, from which host."""
+    return f"{_who(printable(hello.role, 40), hello.rank, hello.pid)}, from {host}"
+
+
+def _who(role: str, rank: int, pid: int) -> str:
+    return f"{role} rank {rank}, pid {pid}"
+
+
+class Sessions:
+    """All sessions of a server, and the welcome that begins each."""
+
+    def __init__(self, l1: L1, chunk_tokens: int) -> None:
+        self.server_id = secrets.token_bytes(16)
+        self.socket_path = ""
+        self.cookie_path = ""
+        self.peers: set[Peer] = set()
+        self.refused = Refused()
+        self.held_bytes = 0
+        """Of all peers, and of those that have gone and still have unsent answers."""
+        self._l1, self._chunk_tokens = l1, chunk_tokens
+        self._participants: dict[Who, int] = {}
+        self._next_process = 1
+
+    def hello(self, peer: Peer, hello: m.Hello) -> m.Message:
+        """The faces have checked who it is; here only the version counts, and the process joins L1."""
+        if hello.version != m.PROTOCOL_VERSION:
+            return self.refuse_version(hello, peer.host)
+        if peer.process:
+            return m.Error("refused", "hello was said on this connection before; open another one")
+        who = (printable(hello.instance, 200), hello.pid, printable(hello.role, 40), hello.rank, hello.session[:16])
+        process = self._return(who) or self._enter(who)
+        peer.process, peer.payload = process, hello.payload
+        peer.instance, peer.pid, peer.role, peer.rank, _ = who
+        self.peers.add(peer)
+        return self.welcome()
+
+    def refuse_version(self, hello: m.Hello, host: str) -> m.Error:
+        """The answer to a hello of another protocol version, which is noted."""
+        text = m.version_error(hello.version, hello.software, m.PROTOCOL_VERSION, __version__)
+        self.refused.note(who_says(hello, host), "version", text)
+        return m.Error("version", text)
+
+    def welcome(self) -> m.Welcome:
+        return m.Welcome(
+            m.PROTOCOL_VERSION,
+            __version__,
+            self.server_id,
+            self._chunk_tokens,
+            self.socket_path,
+            self._l1.arena.id,
+            self._l1.arena.size_bytes,
+            self.cookie_path,
+            self._l1.claim_seconds,
+        )
+
+    def gone(self, peer: Peer) -> None:
+        """The peer's process touches no extent any more. Its claims end, once no copy runs on its behalf."""
+        peer.gone = True
+        if peer.busy or peer not in self.peers:
+            return
+        self.peers.discard(peer)
+        self._participants = {who: number for who, number in self._participants.items() if number != peer.process}
+        self._l1.leave(peer.process)
+        peer.process = 0
+        if peer.layout:
+            logger.info("Engine process gone: %s", peer.who)
+
+    def hold(self, peer: Peer, size: int) -> None:
+        """`size` more bytes of memory are held on the peer's behalf; fewer where it is negative."""
+        peer.held_bytes += size
+        self.held_bytes += size
+
+    def check_room(self, peer: Peer, size: int) -> None:
+        """Raises Refusal: with so many bytes more, too many would be held for this peer."""
+        if peer.held_bytes + size > MAX_HELD_BYTES_OF_PEER:
+            raise Refusal(
+                f"{peer.held_bytes} bytes of this engine's are being copied or wait until it reads them, and {size} more "
+                f"would pass {MAX_HELD_BYTES_OF_PEER}: read the answers before asking for more"
+            )
+
+    def _enter(self, who: Who) -> int:
+        process = self._participants[who] = self._next_process
+        self._next_process += 1
+        self._l1.join(process, who[0])
+        return process
+
+    def _return(self, who: Who) -> int:
+        """The number of a session that has lost its connection and come back; 0 where it has to start anew.
+
+        By its hello it says that no copy of it runs any more, so what it was filling is free again; and nothing that still
+        arrives on its former connection counts.
+        """
+        process = self._participants.get(who, 0)
+        former = [peer for peer in self.peers if peer.process == process]
+        if not process or any(peer.busy for peer in former):
+            return 0  # a payload copy of ours still runs on its behalf
+        for peer in former:
+            peer.process = 0
+            self.peers.discard(peer)
+            if peer.replaced is not None:
+                peer.replaced()
+        self._l1.leave_reservations(process)
+        return process
