@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from lmcache.cache import Heart
+from lmcache.cache import KINDS, Heart
 from lmcache.memory.headers import Headers
 
 PROMPT_CHUNKS = 512
@@ -92,6 +92,10 @@ def figures(chunks: int) -> dict[str, Figure | float]:
     rows["index bytes a chunk"] = filled.heart.index_bytes() / filled.heart.chunks
     rows["a region goes to another layout, us"] = measure(filled.take_region, 1)[0]
     rows["clear, us"] = measure(filled.heart.clear, 1)[0]
+    filled.heart.events.listen(KINDS, lambda event: None)
+    filled.store()
+    filled.keys = filled.stored
+    rows["the same lookup, with a listener to everything, us"] = measure(filled.lookup, 300)
     return rows
 
 
