@@ -158,7 +158,7 @@ class Engine:
         extents = hit.shard_extents(self.shard.index)[4 * (first - hit.first_chunk) :]
         extents = extents[: 4 * (-(-end // chunk_tokens) - first)]
         load = Load(
-            hit.arena, hit.lease, first, extents, start, end, self.table(len(ids)), lease_chunk=first - hit.first_chunk
+            hit.epoch, hit.lease, first, extents, start, end, self.table(len(ids)), lease_chunk=first - hit.first_chunk
         )
         self.worker.load(f"l{self.jobs}", load)
         return f"l{self.jobs}"

@@ -171,7 +171,7 @@ def test_an_engine_may_start_before_its_server(server, engine, folders):
 
 
 def test_a_load_that_makes_no_sense_is_refused_and_touches_nothing(server, engine):
-    """Another arena might still come, so that load takes a deadline; the others end at once."""
+    """Another epoch might still come, so that load takes a deadline; the others end at once."""
     one, ids = engine(server(), deadline=5.0), prompt(10, 160)
     one.store(ids)
     hit = one.lookup(ids)
@@ -180,15 +180,15 @@ def test_a_load_that_makes_no_sense_is_refused_and_touches_nothing(server, engin
     table, good = one.table(160), hit.shard_extents(0)
     beyond = np.full(10, (1 << 32) - 2, dtype="<u4").tobytes()
     for name, load in {
-        "slots beyond the arena": Load(hit.arena, hit.lease, 0, beyond, 0, 160, table),
-        "fewer slots than tokens": Load(hit.arena, hit.lease, 0, good[:8], 0, 160, table),
-        "no slots": Load(hit.arena, hit.lease, 0, b"", 0, 160, table),
-        "a torn slot": Load(hit.arena, hit.lease, 0, good[:-1], 0, 160, table),
-        "a block that is not": Load(hit.arena, hit.lease, 0, good, 0, 160, [*table[:-1], 10_000]),
-        "a block table too short": Load(hit.arena, hit.lease, 0, good, 0, 160, table[:-1]),
-        "another arena": Load(bytes(16), hit.lease, 0, good, 0, 160, table),
+        "slots beyond the arena": Load(hit.epoch, hit.lease, 0, beyond, 0, 160, table),
+        "fewer slots than tokens": Load(hit.epoch, hit.lease, 0, good[:8], 0, 160, table),
+        "no slots": Load(hit.epoch, hit.lease, 0, b"", 0, 160, table),
+        "a torn slot": Load(hit.epoch, hit.lease, 0, good[:-1], 0, 160, table),
+        "a block that is not": Load(hit.epoch, hit.lease, 0, good, 0, 160, [*table[:-1], 10_000]),
+        "a block table too short": Load(hit.epoch, hit.lease, 0, good, 0, 160, table[:-1]),
+        "another epoch": Load(bytes(16), hit.lease, 0, good, 0, 160, table),
     }.items():
-        one.set_deadline(0.5 if name == "another arena" else PATIENCE)  # which is waited for
+        one.set_deadline(0.5 if name == "another epoch" else PATIENCE)  # which is waited for
         one.worker.load(name, load)
         done = one.wait(name)
         assert not done.ok and done.tokens == 0, name

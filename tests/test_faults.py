@@ -280,7 +280,7 @@ def test_unmapping_the_old_arena_holds_up_no_engine(server, engine, monkeypatch)
     cache.kill()
     server(port=cache.port)
     assert unmapping.wait(PATIENCE)
-    assert one.worker.mapped_arena == b""
+    assert one.worker.mapped_epoch == b""
     assert one.worker.wait(["no such job"], PATIENCE) == set()
     job = one.submit_store(prompt(13, 640))
     assert not unmapped.is_set()
@@ -451,15 +451,15 @@ def test_a_lookup_that_crosses_a_restart_leaves_no_lease(server, engine, monkeyp
     one, ids = engine(cache), prompt(18, 640)
     assert one.store(ids) == 640
     one.scheduler.release(one.lookup(ids))
-    connection, arena = one.scheduler._connection, one.scheduler._arena
+    connection, arena = one.scheduler._connection, one.scheduler._epoch
     call = connection.call
 
     def crossed(*all):
-        one.scheduler._arena = arena
+        one.scheduler._epoch = arena
         return call(*all)
 
     monkeypatch.setattr(connection, "call", crossed)
-    one.scheduler._arena = b"the old server's"
+    one.scheduler._epoch = b"the old server's"
     assert one.lookup(ids) is None
     eventually(lambda: cache.counters()["leases"] == 0)
 

@@ -124,7 +124,7 @@ def test_a_wait_ends_with_its_group_or_with_the_load_and_not_before() -> None:
 
 
 def layered(one: Any, hit: Any, ids: list[int], progress: Progress) -> str:
-    load = Load(hit.arena, hit.lease, 0, hit.shard_extents(0), 0, len(ids), one.table(len(ids)), progress=progress)
+    load = Load(hit.epoch, hit.lease, 0, hit.shard_extents(0), 0, len(ids), one.table(len(ids)), progress=progress)
     one.worker.load("layered", load)
     return "layered"
 

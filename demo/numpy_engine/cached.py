@@ -167,7 +167,7 @@ class CacheConnection:
         job = self._new_job(prompt)
         for rank, worker in enumerate(self._workers):
             extents = hit.shard_extents(rank)
-            worker.load(job, Load(hit.arena, hit.lease, hit.first_chunk, extents, have, end, list(blocks)))
+            worker.load(job, Load(hit.epoch, hit.lease, hit.first_chunk, extents, have, end, list(blocks)))
         done = self.flush([job], self._deadline_seconds)
         if not done:
             for worker in self._workers:

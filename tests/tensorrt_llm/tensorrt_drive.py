@@ -121,7 +121,7 @@ def do_miss_arena(name: str) -> dict[str, Any]:
     load = session.load
 
     def lose(job_id: str, job: Any) -> None:
-        load(job_id, job.__class__(**{**job.__dict__, "arena": b"another"}))
+        load(job_id, job.__class__(**{**job.__dict__, "epoch": b"another"}))
 
     session.load = lose
     return {}

@@ -122,7 +122,7 @@ class BenchEngine:
         if hit is None or hit.chunks < chunks:
             return False
         tokens = chunks * self.chunk_tokens
-        load = Load(hit.arena, hit.lease, 0, hit.shard_extents(0)[: 4 * chunks], 0, tokens, blocks)
+        load = Load(hit.epoch, hit.lease, 0, hit.shard_extents(0)[: 4 * chunks], 0, tokens, blocks)
         self._worker.load(str(next(self._jobs)), load)
         return self._finish(self._worker).ok
 

@@ -66,8 +66,7 @@ class Heart(Index):
         claim_seconds: how long a lease or reservation is a claim, unless a lease is renewed; afterwards its extents are in
             quarantine until given back.
         new_table: makes the index of a space with so many shards.
-        first_number: of leases and reservations. Each server's begin elsewhere, so that one of a server that has gone means
-            nothing to the next, however late it is released there.
+        first_number: of leases and reservations.
     """
 
     def __init__(
@@ -314,6 +313,7 @@ class Heart(Index):
             filled = [sector for sector in sectors if sector != NO_EXTENT]
             held = Reservation(by, instance, space, table, now + self.claim_seconds, shard, ids, filled)
             number = self._claims.add(held)
+            self._note_opened(number, held)
             self._emit("reserved", held, ids)
         extents = array("I", sectors).tobytes() + _no_extents(refused)
         return Grant(number, extents, refused, reason)
@@ -431,6 +431,7 @@ class Heart(Index):
         for sector in empty:
             if sector not in lost:
                 self._allocator.free_one(held.space, held.shard, sector)
+        self._note_ended(number)
         return filled
 
     def _end_fills(self, held: Reservation, empty: Container[int], reason: str) -> int:
@@ -472,6 +473,12 @@ class Heart(Index):
         )  # fmt: skip
 
     # What is in the extents, for the memory behind them
+
+    def _note_opened(self, number: int, held: Reservation) -> None:
+        """The reservation's process may write to its extents from now on."""
+
+    def _note_ended(self, number: int) -> None:
+        """Nobody writes to the extents of this reservation any more."""
 
     def _note_committed(self, held: Reservation, sectors: list[int], keys: bytes, parents: bytes) -> None:
         """The reservation's extents at these sectors hold what their keys say from now on. `keys` and `parents` are 16 bytes each,

@@ -8,16 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from lmcache.cache.claims import Refusal, Reservation
+from lmcache.cache.claims import SERVER, Refusal, Reservation
 from lmcache.cache.heart import Grant, Heart
 from lmcache.cache.table import NO_EXTENT, ChunkTable, Table
 from lmcache.memory.arena import Arena, ArenaFull
+from lmcache.memory.headers import Writer
 from lmcache.memory.slabs import SECTOR_BYTES
 from lmcache.observability.log import init_logger
 
 logger = init_logger(__name__)
 MAX_GIVEN_UP = 16
 """Reservations that are given up for want of memory before a request is refused."""
+_NUMBERS = 1 << 36
+"""Of leases and reservations, for one server."""
+
+
+def first_number(arena_id: bytes, epoch: int) -> int:
+    """Of the leases and reservations in this epoch of the arena. No two epochs of an arena have one in common, so a number of a
+    server that has gone means nothing to the next one, however late it is released there; nor, most likely, have two arenas."""
+    block = int.from_bytes(arena_id[:4], "little") + epoch
+    return block % ((1 << 63) // _NUMBERS) * _NUMBERS + 1
 
 
 class L1(Heart):
@@ -26,9 +36,24 @@ class L1(Heart):
     def __init__(
         self, arena: Arena, claim_seconds: float = 30.0, new_table: Callable[[int], Table] = ChunkTable
     ) -> None:
-        first_number = 1 + int.from_bytes(arena.id[:6], "little")
-        super().__init__(arena.size_bytes, claim_seconds, new_table, first_number)
+        number = first_number(arena.id, arena.headers.epoch)
+        super().__init__(arena.size_bytes, claim_seconds, new_table, number)
         self.arena = arena
+        self._writers = {SERVER: Writer.of()}
+
+    @property
+    def epoch(self) -> bytes:
+        """What a hit holds for: a server's time with an arena. Another server that has taken the arena over has another epoch."""
+        return self.arena.id + self.arena.headers.epoch.to_bytes(8, "little")
+
+    def join(self, process: int, instance: str, pid: int | None = None) -> None:
+        """As `Heart.join`. pid: of the process that writes to what is reserved, 0 where that cannot be told; None: the server."""
+        super().join(process, instance)
+        self._writers[process] = Writer.of(pid)
+
+    def leave(self, process: int) -> None:
+        super().leave(process)
+        self._writers.pop(process, None)
 
     def view(self, sector: int, size_bytes: int) -> memoryview:
         """The bytes of an extent, for whoever has a lease or reservation of it."""
@@ -74,6 +99,13 @@ class L1(Heart):
         return True
 
     # What the headers say
+
+    def _note_opened(self, number: int, held: Reservation) -> None:
+        writer = self._writers[held.process]
+        self._note("opened", lambda: self.arena.headers.opened(number, held.shard_bytes, held.sectors, writer))
+
+    def _note_ended(self, number: int) -> None:
+        self._note("ended", lambda: self.arena.headers.ended(number))
 
     def _note_committed(self, held: Reservation, sectors: list[int], keys: bytes, parents: bytes) -> None:
         space = held.space

@@ -35,7 +35,7 @@ class Load:
     arrive, where the engine waits for them one by one.
     """
 
-    arena: bytes
+    epoch: bytes
     lease: int
     first_chunk: int
     extents: bytes

@@ -25,7 +25,7 @@ _SHORTEST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.0005, 0.008
 class Hit(NamedTuple):
     """Chunks [0, chunks) are in L1; those from `first_chunk` on are leased, with `extents` (u32 sectors, [chunk][shard]).
 
-    `arena` says whose sectors these are: a rank that maps another arena must not load from them.
+    `epoch` says which server gave the lease, for which arena: a rank that knows another one must not load from these extents.
     """
 
     chunks: int
@@ -33,7 +33,7 @@ class Hit(NamedTuple):
     lease: int
     extents: bytes
     shards: int
-    arena: bytes
+    epoch: bytes
 
     def shard_extents(self, shard: int) -> bytes:
         """The sectors of one shard, one u32 a leased chunk."""
@@ -63,7 +63,7 @@ class SchedulerSession:
 
     def __init__(self, endpoint: Endpoint, layout_for: LayoutFor, shards: int, stages: Sequence[int] = ()) -> None:
         self._layout_for, self._shards, self._stages = layout_for, shards, list(stages)
-        self._space, self._chunk_tokens, self._arena, self._fingerprint = 0, 0, b"", b""
+        self._space, self._chunk_tokens, self._epoch, self._fingerprint = 0, 0, b"", b""
         self.misses: Counter[str] = Counter()
         """Lookups that got no answer and so count as misses, by reason."""
         self._forgone_tokens = 0
@@ -94,7 +94,7 @@ class SchedulerSession:
     @property
     def epoch(self) -> bytes:
         """Changes whenever the server does: hits of another epoch are void. b"" before the first one."""
-        return self._arena
+        return self._epoch
 
     def wait_connected(self, timeout_seconds: float) -> bool:
         """Wait for the first connection, at engine start."""
@@ -152,7 +152,7 @@ class SchedulerSession:
         hashes = (chain.hashes + tail)[: HASH_BYTES * m.most_looked_up(first, self._shards)]
         if first * HASH_BYTES >= len(hashes):
             return None
-        arena = self._arena
+        epoch = self._epoch
         try:
             found, _ = self._connection.call(m.Lookup(self._space, hashes, first, prefill_rate, request_id), m.Found)
         except LMCacheError as error:
@@ -164,20 +164,20 @@ class SchedulerSession:
         if not found.lease:
             return None
         self._held.add(found.lease)
-        hit = Hit(found.chunks, first, found.lease, found.extents, self._shards, arena)
+        hit = Hit(found.chunks, first, found.lease, found.extents, self._shards, epoch)
         most = len(hashes) // HASH_BYTES
         plausible = first < found.chunks <= most and len(found.extents) == 4 * self._shards * (found.chunks - first)
-        if not plausible or arena != self._arena:
+        if not plausible or epoch != self._epoch:
             self.misses["another server"] += 1
             # A server that came meanwhile gave this lease, and it alone knows the number.
-            self.release(hit._replace(arena=self._arena))
+            self.release(hit._replace(epoch=self._epoch))
             return None
         return hit
 
     def release(self, hit: Hit) -> None:
         """No rank reads the hit's extents any more. Does not wait; kept for later while the link is down."""
         self._held.discard(hit.lease)
-        if hit.arena != self._arena:
+        if hit.epoch != self._epoch:
             return
         self._late.append(hit.lease)
         if self._connection.connected:
@@ -207,7 +207,7 @@ class SchedulerSession:
             os.close(descriptor)  # the scheduler copies nothing
         layout = self._layout_for(welcome.chunk_tokens)
         registered = ask(carrier, m.Register(layout, self._shards, -1, 0, self._stages), m.Registered)
-        if welcome.arena != self._arena:
+        if welcome.holds_for != self._epoch:
             self._late, self._held = [], set()
         ask(carrier, m.Hold(list(self._held)), m.Ok)
         self._space, self._chunk_tokens, self.claim_seconds = (
@@ -215,7 +215,7 @@ class SchedulerSession:
             welcome.chunk_tokens,
             welcome.claim_seconds,
         )
-        self._fingerprint, self._arena = layout.fingerprint, welcome.arena
+        self._fingerprint, self._epoch = layout.fingerprint, welcome.holds_for
         if chunks := self._forgone_tokens // welcome.chunk_tokens:
             carrier.post(m.Dropped(chunks, UNKNOWN))
         self._forgone_tokens = 0

@@ -77,7 +77,7 @@ class WorkerSession:
         """Jobs and chunks by what became of them; reasons after a colon."""
         self._layout_for, self._shard, self._paged, self._threads = layout_for, shard, paged, threads
         self._stages = list(stages)
-        self._space, self._chunk_tokens, self._arena = 0, 0, b""
+        self._space, self._chunk_tokens, self._arena, self._epoch = 0, 0, b"", b""
         self._shard_bytes = 0
         self._access: ArenaAccess | None = None
         self._left_behind: ArenaAccess | None = None
@@ -102,7 +102,7 @@ class WorkerSession:
         self._loading: dict[str, Load] = {}
         """Thread -> its load."""
         self._in_vain = b""
-        """The arena that a load has waited for and not got: the next one does not wait as well."""
+        """The epoch that a load has waited for and not got: the next one does not wait as well."""
         self._load_ended = 0.0
         self._copying: set[str] = set()
         """Threads that may be touching the arena now."""
@@ -126,10 +126,10 @@ class WorkerSession:
         return is_identified(self._layout_for)
 
     @property
-    def mapped_arena(self) -> bytes:
-        """The arena that this process has mapped, from where a load needs no server; b"" for none (payload frames)."""
+    def mapped_epoch(self) -> bytes:
+        """The epoch whose arena this process has mapped, from where a load needs no server; b"" for none (payload frames)."""
         with self._state:
-            return self._arena if self._mapped() else b""
+            return self._epoch if self._mapped() else b""
 
     def wait_connected(self, timeout_seconds: float) -> bool:
         """Wait for the first connection, at engine start."""
@@ -287,7 +287,7 @@ class WorkerSession:
         Raises:
             LMCacheError: nothing may be used of these blocks.
         """
-        with self._using(thread, load.arena) as (copier, mapping):
+        with self._using(thread, load.epoch) as (copier, mapping):
             runs = self._load_runs(load)
             blocks, begin = np.asarray(load.blocks, dtype=np.int32), time.perf_counter()
             if mapping is not None:
@@ -426,23 +426,23 @@ class WorkerSession:
         return int(access.copier.bytes_per_second * _BATCH_SECONDS)
 
     @contextmanager
-    def _using(self, thread: str, arena: bytes | None = None) -> Iterator[tuple[Copier, Mapping | None]]:
-        """What copies to and from this arena (None: the present one), which stays mapped meanwhile. None for the mapping
-        means payload frames.
+    def _using(self, thread: str, epoch: bytes | None = None) -> Iterator[tuple[Copier, Mapping | None]]:
+        """What copies to and from the arena of this epoch (None: the present one), which stays mapped meanwhile. None for the
+        mapping means payload frames.
 
         Raises:
-            ServerUnavailable: this rank does not (or no longer) have that arena.
+            ServerUnavailable: this rank does not (or no longer) have that epoch's server.
         """
         with self._state:
             if (  # the scheduler may have found a new server before this rank
-                arena is not None
-                and arena not in (self._arena, self._in_vain)
+                epoch is not None
+                and epoch not in (self._epoch, self._in_vain)
                 and self.identified
-                and not self._state.wait_for(lambda: arena == self._arena, self._connection.endpoint.deadline_seconds)
+                and not self._state.wait_for(lambda: epoch == self._epoch, self._connection.endpoint.deadline_seconds)
             ):
-                self._in_vain = arena
-            if arena not in (None, self._arena) or self._access is None:
-                raise ServerUnavailable("this rank has not got the arena of the hit's server")
+                self._in_vain = epoch
+            if epoch not in (None, self._epoch) or self._access is None:
+                raise ServerUnavailable("this rank has not got the server that the hit is from")
             access = self._access
             self._copying.add(thread)
         try:
@@ -469,7 +469,7 @@ class WorkerSession:
         """No copy runs, and no load waits for the arena that is mapped now."""
         loads = [job for _, job in self._queues["load"] if isinstance(job, Load)]
         loads += self._loading.values()
-        return not self._copying and not any(load.arena == self._arena for load in loads)
+        return not self._copying and not any(load.epoch == self._epoch for load in loads)
 
     def _register(self, carrier: Carrier, welcome: m.Welcome, descriptor: int) -> None:
         """Map the new arena once no copy runs in the old one, and register this rank's part of the layout."""
@@ -494,7 +494,7 @@ class WorkerSession:
                 access = ArenaAccess(make_copier(self._paged, welcome.chunk_tokens, self._threads), welcome, descriptor)
             with self._state:
                 self._space, self._chunk_tokens, self._shard_bytes = registered.space, welcome.chunk_tokens, shard_bytes
-                self._access, self._arena = access, welcome.arena
+                self._access, self._arena, self._epoch = access, welcome.arena, welcome.holds_for
                 self._state.notify_all()
         finally:
             if descriptor >= 0:
@@ -514,7 +514,7 @@ class WorkerSession:
 
     def _taken_away(self) -> ArenaAccess | None:
         """What the caller is to close, without the lock. Called with it, while no copy runs; none begins afterwards."""
-        access, self._access, self._arena = self._access, None, b""
+        access, self._access, self._arena, self._epoch = self._access, None, b"", b""
         return access
 
 

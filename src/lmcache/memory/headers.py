@@ -1,4 +1,5 @@
-"""Extent headers: a file beside the arena that says which extents hold which committed shards, for the server after a crash.
+"""Extent headers: a file beside the arena that says which extents hold which committed shards, and which may still be written to,
+for the server after a crash.
 
 No engine gets this file, so what it says can be trusted as far as the user can. After the file's own header (one sector) it has
 one fixed record for each sector of the arena, that of an extent at the extent's first sector; the file is sparse, so only extents take
@@ -6,9 +7,17 @@ memory: 4 KiB for an extent of 170 KiB or more. Records are written, not mapped,
 an error where a mapping would kill. A record counts when its checksum is right and it is of the file's present generation
 and number of clears; so clearing costs one write. Little-endian:
 
-    file    magic 8, version u32, record bytes u32, generation 8, clears u64, arena id 16, arena bytes u64, crc32 u32
+    file    magic 8, version u32, record bytes u32, generation 8, clears u64, arena id 16, arena bytes u64, epoch u64, crc32 u32
     record  magic 4, version u16, state u16, generation 8, clears u32, sector u32, stored bytes u64, shard u16, shards u16,
             space fingerprint 16, chunk key 16, parent key 16 (zeros before the first chunk), crc32 u32
+
+Behind the records, open reservations have entries of a fixed stride, which outlive a clear. Extents are handed out only after
+their entry has been written, its magic last. So an entry with its magic and a wrong checksum is damage: the file is useless then.
+
+    entry   magic 4, sectors u32, generation 8, stored bytes u64 (of each extent), writer: pid u64, start u64, pid namespace u64,
+            first sector of each extent u32, crc32 u32
+
+The *epoch* counts the servers that an arena has had: each begins a new one, and claims given in another one mean nothing.
 """
 
 from __future__ import annotations
@@ -17,7 +26,8 @@ import os
 import secrets
 import struct
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,14 +38,17 @@ logger = init_logger(__name__)
 
 SUFFIX = ".headers"
 RECORD_BYTES = 96
-VERSION = 1
+VERSION = 2
 COMMITTED = 1
-_MAGIC, _RECORD_MAGIC = b"lmcachHD", b"LMsl"
+_MAGIC, _RECORD_MAGIC, _ENTRY_MAGIC = b"lmcachHD", b"LMsl", b"LMop"
 _FIRST_RECORD = 4096
 _SECTOR_BYTES = 4096
 _READ_BYTES = RECORD_BYTES << 15
-_FILE = struct.Struct("<8sII8sQ16sQ")
+_FILE = struct.Struct("<8sII8sQ16sQQ")
 _RECORD = struct.Struct("<4sHH8sIIQHH16s16s16s")
+_ENTRY = struct.Struct("<4sI8sQQQQ")
+_ENTRY_BYTES = 17 << 12
+_ENTRY_SECTORS = 16 << 10
 _CRC = struct.Struct("<I")
 _NOTHING = bytes(8)
 
@@ -61,20 +74,67 @@ class ExtentHeader(NamedTuple):
     parent: bytes
 
 
+class Writer(NamedTuple):
+    """A process that may write to extents. start: in clock ticks after the boot, 0 where it cannot be told; so a pid that is
+    used again is another writer. namespace: that the pid is of."""
+
+    pid: int
+    start: int
+    namespace: int
+
+    @classmethod
+    def of(cls, pid: int | None = None) -> Writer:
+        """The process with this pid in our namespace; 0: one that has none there; None: our own."""
+        pid = os.getpid() if pid is None else pid
+        return cls(pid, _start_of(pid), _namespace())
+
+    def may_write(self) -> bool:
+        """Whether it may still be there. False only where it is certain that it has ended."""
+        if not self.start or self.namespace != _namespace():
+            return True
+        return _start_of(self.pid) == self.start
+
+
+def _namespace() -> int:
+    return os.stat("/proc/self/ns/pid").st_ino
+
+
+def _start_of(pid: int) -> int:
+    """When the process has started; 0 where there is none, or where it has ended and waits for its parent."""
+    with suppress(OSError):
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return 0 if state in "ZX" else int(fields[18])
+    return 0
+
+
+class OpenReservation(NamedTuple):
+    """Extents of `stored_bytes` from each of `sectors` on, that `writer` was filling."""
+
+    stored_bytes: int
+    sectors: tuple[int, ...]
+    writer: Writer
+
+
 class Headers:
-    """The file of a running server.
+    """The file of a running server, the arena's `epoch`th.
 
     Raises:
         ConfigError: it cannot be created.
     """
 
-    def __init__(self, path: Path, arena_id: bytes, arena_bytes: int) -> None:
-        self.path = path
+    def __init__(self, path: Path, arena_id: bytes, arena_bytes: int, epoch: int = 1) -> None:
+        self.path, self.epoch = path, epoch
         self.unwritten = 0
         """Extents whose header found no room; they are usable now, and lost to a server that adopts the arena."""
         self._arena_id, self._arena_bytes = arena_id, arena_bytes
         self._generation = secrets.token_bytes(8)
         self._clears = 0
+        self._void = False
+        self._open: dict[int, list[tuple[int, bytes]]] = {}
+        """Open reservations: where their entries are, and what these hold."""
+        self._free_entries: list[int] = []
+        self._entries = _entries_at(arena_bytes)
+        """Where the next new one goes."""
         try:
             self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         except OSError as error:
@@ -117,13 +177,43 @@ class Headers:
             except OSError as error:  # it has never been written then, or the file is gone: nothing to erase
                 self._report_unwritten(error)
 
+    def opened(self, number: int, stored_bytes: int, sectors: Sequence[int], writer: Writer) -> None:
+        """The writer is about to get these extents. Without room for the entry no header counts until everything is cleared:
+        a later server could not tell that they may be written to."""
+        entries = self._open[number] = []
+        for at in range(0, len(sectors), _ENTRY_SECTORS):
+            own = sectors[at : at + _ENTRY_SECTORS]
+            entry = _ENTRY.pack(_ENTRY_MAGIC, len(own), self._generation, stored_bytes, *writer)
+            entry += struct.pack(f"<{len(own)}I", *own)
+            if self._free_entries:
+                place = self._free_entries.pop()
+            else:
+                place, self._entries = self._entries, self._entries + _ENTRY_BYTES
+            entries.append((place, entry + _CRC.pack(zlib.crc32(entry))))
+        try:
+            self._write_entries(entries)
+        except OSError as error:
+            self._report_unwritten(error)
+            self.void()
+
+    def ended(self, number: int) -> None:
+        """Nobody writes to the extents of this reservation any more."""
+        for place, _ in self._open.pop(number):
+            self._free_entries.append(place)
+            os.pwrite(self._descriptor, _NOTHING, place)
+
     def cleared(self) -> None:
         """No extent holds anything that counts."""
         self._clears += 1
+        if self._void:
+            for entries in self._open.values():
+                self._write_entries(entries)
         self._write_own()
+        self._void = False
 
     def void(self) -> None:
         """Some records may be wrong, so none counts: the file is a damaged one until everything is cleared."""
+        self._void = True
         try:
             os.ftruncate(self._descriptor, 0)
         except OSError as error:
@@ -134,9 +224,14 @@ class Headers:
         self.path.unlink(missing_ok=True)
         os.close(self._descriptor)
 
+    def _write_entries(self, entries: list[tuple[int, bytes]]) -> None:
+        for place, entry in entries:
+            os.pwrite(self._descriptor, entry[8:], place + 8)
+            os.pwrite(self._descriptor, entry[:8], place)
+
     def _write_own(self) -> None:
         header = _FILE.pack(
-            _MAGIC, VERSION, RECORD_BYTES, self._generation, self._clears, self._arena_id, self._arena_bytes
+            _MAGIC, VERSION, RECORD_BYTES, self._generation, self._clears, self._arena_id, self._arena_bytes, self.epoch
         )
         os.pwrite(self._descriptor, header + _CRC.pack(zlib.crc32(header)), 0)
 
@@ -148,8 +243,18 @@ class Headers:
         self.unwritten += 1
 
 
-def read_headers(path: Path) -> list[ExtentHeader]:
-    """The committed extents of a server that is no more, by sector.
+class Left(NamedTuple):
+    """What the file of a server that is no more says. The extents of `open` may be among those in `extents`; they are not to be
+    used while their writer may write."""
+
+    epoch: int
+    extents: list[ExtentHeader]
+    """Committed, by sector."""
+    open: list[OpenReservation]
+
+
+def read_headers(path: Path) -> Left:
+    """What a server that is no more has left.
 
     Raises:
         DamagedHeaders: nothing in the file may be used. OSError: it cannot be read.
@@ -159,19 +264,51 @@ def read_headers(path: Path) -> list[ExtentHeader]:
         own = os.pread(descriptor, _FILE.size + _CRC.size, 0)
         if len(own) < _FILE.size + _CRC.size or _CRC.pack(zlib.crc32(own[: _FILE.size])) != own[_FILE.size :]:
             raise DamagedHeaders(f"{path} is damaged: delete it, the arena beside it is of no use")
-        magic, version, record_bytes, generation, clears, _, arena_bytes = _FILE.unpack_from(own)
+        magic, version, record_bytes, generation, clears, _, arena_bytes, epoch = _FILE.unpack_from(own)
         if (magic, version, record_bytes) != (_MAGIC, VERSION, RECORD_BYTES):
             raise DamagedHeaders(f"{path} has version {version}, this lmcache reads {VERSION}: delete it")
+        behind = _entries_at(arena_bytes)
         found = [
             header
-            for offset, record in _records(descriptor)
+            for offset, record in _records(descriptor, behind)
             if (header := _complete(record, generation, clears)) is not None
             and header.sector * RECORD_BYTES + _FIRST_RECORD == offset
             and header.sector * _SECTOR_BYTES + header.stored_bytes <= arena_bytes
         ]
+        entries = [_read_entry(path, entry, generation) for entry in _entries(descriptor, behind)]
     finally:
         os.close(descriptor)
-    return found
+    return Left(epoch, found, entries)
+
+
+def _entries_at(arena_bytes: int) -> int:
+    """Where open reservations begin: behind the records of all sectors, at a sector of the file."""
+    return -(-(_FIRST_RECORD + arena_bytes // _SECTOR_BYTES * RECORD_BYTES) // _FIRST_RECORD) * _FIRST_RECORD
+
+
+def _entries(descriptor: int, at: int) -> Iterator[bytes]:
+    """Those that are in use."""
+    end, first = os.fstat(descriptor).st_size, at
+    while at < end:
+        try:
+            at = max(at, os.lseek(descriptor, at, os.SEEK_DATA))
+        except OSError:  # only a hole remains
+            return
+        at -= (at - first) % _ENTRY_BYTES
+        entry = os.pread(descriptor, _ENTRY_BYTES, at)
+        if not entry.startswith(_NOTHING[:4]):
+            yield entry
+        at += _ENTRY_BYTES
+
+
+def _read_entry(path: Path, entry: bytes, generation: bytes) -> OpenReservation:
+    magic, count, of, stored_bytes, *writer = _ENTRY.unpack_from(entry.ljust(_ENTRY.size, b"\0"))
+    end = _ENTRY.size + 4 * count
+    if (magic, of) != (_ENTRY_MAGIC, generation) or _CRC.pack(zlib.crc32(entry[:end])) != entry[end : end + _CRC.size]:
+        raise DamagedHeaders(
+            f"{path} is damaged: who may still write to the arena beside it cannot be told; delete both"
+        )
+    return OpenReservation(stored_bytes, struct.unpack_from(f"<{count}I", entry, _ENTRY.size), Writer(*writer))
 
 
 def _complete(record: bytes, generation: bytes, clears: int) -> ExtentHeader | None:
@@ -183,9 +320,9 @@ def _complete(record: bytes, generation: bytes, clears: int) -> ExtentHeader | N
     return ExtentHeader(sector, stored_bytes, shard, shards, *names)
 
 
-def _records(descriptor: int) -> Iterator[tuple[int, bytes]]:
+def _records(descriptor: int, behind: int) -> Iterator[tuple[int, bytes]]:
     """What could be a record, with its offset; holes of the file are passed over."""
-    end, at = os.fstat(descriptor).st_size, _FIRST_RECORD
+    end, at = min(os.fstat(descriptor).st_size, behind), _FIRST_RECORD
     while at < end:
         try:
             at = max(at, os.lseek(descriptor, at, os.SEEK_DATA))

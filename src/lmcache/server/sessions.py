@@ -34,6 +34,8 @@ class Peer:
     rank: int = 0
     pid: int = 0
     payload: bool = False
+    writer: int | None = None
+    """Pid of the process that writes to what it reserves, 0 where that cannot be told; None: the server, from payload frames."""
     busy: int = 0
     """Payload copies under way on this peer's behalf."""
     held_bytes: int = 0
@@ -81,7 +83,7 @@ class Sessions:
         if peer.process:
             return m.Error("refused", "hello was said on this connection before; open another one")
         who = (printable(hello.instance, 200), hello.pid, printable(hello.role, 40), hello.rank, hello.session[:16])
-        process = self._return(who) or self._enter(who)
+        process = self._return(who) or self._enter(who, peer.writer)
         peer.process, peer.payload = process, hello.payload
         peer.instance, peer.pid, peer.role, peer.rank, _ = who
         self.peers.add(peer)
@@ -104,6 +106,7 @@ class Sessions:
             self._l1.arena.size_bytes,
             self.cookie_path,
             self._l1.claim_seconds,
+            self._l1.epoch,
         )
 
     def gone(self, peer: Peer) -> None:
@@ -131,10 +134,10 @@ class Sessions:
                 f"would pass {MAX_HELD_BYTES_OF_PEER}: read the answers before asking for more"
             )
 
-    def _enter(self, who: Who) -> int:
+    def _enter(self, who: Who, writer: int | None) -> int:
         process = self._participants[who] = self._next_process
         self._next_process += 1
-        self._l1.join(process, who[0])
+        self._l1.join(process, who[0], writer)
         return process
 
     def _return(self, who: Who) -> int:

@@ -119,7 +119,7 @@ class _Connection:
     def __init__(self, endpoint: UnixEndpoint, sock: socket.socket, pid: int) -> None:
         self.endpoint, self.sock, self.pid = endpoint, sock, pid
         self.opened = time.monotonic()
-        self.peer = Peer("unix socket", replaced=self.close)
+        self.peer = Peer("unix socket", writer=pid, replaced=self.close)
         self._reader = FrameReader(m.MAX_MESSAGE_BYTES)
         self._unsent: deque[memoryview] = deque()
         self.unsent_bytes = 0

@@ -195,15 +195,23 @@ class Welcome(Message, frozen=True, tag=64):
     version: int
     software: Software
     server: Id
-    """16 random bytes, new at every start."""
+    """Who serves: 16 random bytes, new at every start."""
     chunk_tokens: int
     socket_path: HostPath
     """Where an engine on this host gets the arena; "" where the peer gets payload frames only."""
     arena: Id
+    """Which memory it serves, which may outlive a server."""
     arena_bytes: int
     cookie_path: HostPath = ""
     claim_seconds: float = 0.0
     """How long a lease or reservation is a claim. 0: the server does not tell, and knows no `Renew`."""
+    epoch: Id = b""
+    """What hits hold for: a server's time with its arena. b"": the server does not tell, and has an arena of its own."""
+
+    @property
+    def holds_for(self) -> bytes:
+        """`epoch`, or what stands for it where the server does not tell."""
+        return self.epoch or self.arena
 
 
 class Ok(Message, frozen=True, tag=65):

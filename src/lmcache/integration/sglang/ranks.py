@@ -176,7 +176,7 @@ class SGLangRank:
         skipped = first - hit.first_chunk
         slots = hit.shard_extents(shard)[4 * skipped : 4 * (last - hit.first_chunk)]
         job = Load(
-            hit.arena, hit.lease, first, slots, start, end, blocks, lease_chunk=skipped, after=after, progress=progress
+            hit.epoch, hit.lease, first, slots, start, end, blocks, lease_chunk=skipped, after=after, progress=progress
         )
         copy = self._copy("load", end - start)
         self._worker.load(copy.job_id, job)

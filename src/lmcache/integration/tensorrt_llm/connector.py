@@ -145,14 +145,14 @@ class Worker(KvCacheConnectorWorker):  # type: ignore[misc]
     def register_kv_caches(self, kv_cache_tensor: Any) -> None:
         """Every rank calls this once, in its main thread."""
         instance = mpi_broadcast(self._meeting.instance if self._meeting is not None else None, 0)
-        arena = b""
+        epoch = b""
         try:
-            arena = self._open(describe_pool(self._args, kv_cache_tensor, self._rank), self.settings(), instance)
+            epoch = self._open(describe_pool(self._args, kv_cache_tensor, self._rank), self.settings(), instance)
         except NOT_SERVED as error:
             self._refuse(refusal_of(error))
-        arenas = mpi_allgather(arena) if self._ranks > 1 else [arena]
+        epochs = mpi_allgather(epoch) if self._ranks > 1 else [epoch]
         if self._meeting is not None and self._meeting.half is not None:
-            self._meeting.half.watch.begin(arenas)
+            self._meeting.half.watch.begin(epochs)
 
     def register_kv_cache_layout(self, layout: Any) -> None:
         """Newer releases, for caches of layer groups; one group is a pool like any other."""
@@ -215,7 +215,7 @@ class Worker(KvCacheConnectorWorker):  # type: ignore[misc]
     def _open(self, kv: PoolKV, settings: Settings, instance: str) -> bytes:
         """Sessions of this rank and, on rank 0, of the scheduler. They end with this object, or with the process.
 
-        Returns the arena that is mapped by now.
+        Returns the epoch whose arena is mapped by now.
         """
         scheduler: SchedulerSide | None = None
         with ExitStack() as opened:
@@ -231,15 +231,15 @@ class Worker(KvCacheConnectorWorker):  # type: ignore[misc]
             opened.callback(session.close)
             if is_identified(kv.layout):
                 session.wait_connected(_CONNECT_SECONDS)
-            arena = session.mapped_arena
-            reporter = RankReporter(instance, self._rank, arena)
+            epoch = session.mapped_epoch
+            reporter = RankReporter(instance, self._rank, epoch)
             opened.callback(reporter.close)
             self._side = half = WorkerSide(session, reporter, kv.shard.index, kv.paged.device, stores=kv.stores)
             weakref.finalize(self, opened.pop_all().close)
         if self._meeting is not None:
             self._meeting.half, self._meeting.worker = scheduler, half
         logger.info("Registering kv caches!")
-        return arena
+        return epoch
 
     def _open_scheduler(self, kv: PoolKV, settings: Settings, endpoint: Endpoint) -> SchedulerSide:
         where = Endpoint(endpoint.address, endpoint.instance, "scheduler", deadline_seconds=endpoint.deadline_seconds)

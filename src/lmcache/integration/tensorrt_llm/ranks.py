@@ -1,4 +1,4 @@
-"""What ranks tell the scheduler: which arena they have mapped.
+"""What ranks tell the scheduler: of which epoch they have the arena mapped.
 
 The engine takes a hit as a promise: it has no way to hear that a load failed, but to fail the step. So a hit is only offered when
 every rank has the arena mapped, from where a load succeeds even when the server dies. The engine's own messages go one way,
@@ -23,10 +23,10 @@ _MAX_BYTES = 4096
 
 
 class Report(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """A rank's: arena is b"" where it has none mapped."""
+    """A rank's: the epoch whose arena it has mapped, b"" for none."""
 
     rank: int
-    arena: bytes
+    epoch: bytes
 
 
 class RankWatch:
@@ -38,7 +38,7 @@ class RankWatch:
 
     def __init__(self, instance: str, ranks: int) -> None:
         self._name, self._ranks = _name(instance), ranks
-        self._arenas: dict[int, bytes] = {}
+        self._epochs: dict[int, bytes] = {}
         self._closed = False
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
@@ -46,14 +46,14 @@ class RankWatch:
         self._thread = threading.Thread(target=self._listen, name="lmcache-ranks", daemon=True)
         self._thread.start()
 
-    def begin(self, arenas: list[bytes]) -> None:
+    def begin(self, epochs: list[bytes]) -> None:
         """What the ranks had mapped, in their order, when the engine started."""
-        self._arenas = dict(enumerate(arenas)) | self._arenas
+        self._epochs = dict(enumerate(epochs)) | self._epochs
 
-    def all_have(self, arena: bytes) -> bool:
-        """Whether every rank has this arena mapped, as far as they have told."""
-        arenas = dict(self._arenas)
-        return bool(arena) and len(arenas) == self._ranks and all(other == arena for other in arenas.values())
+    def all_have(self, epoch: bytes) -> bool:
+        """Whether every rank has this epoch's arena mapped, as far as they have told."""
+        epochs = dict(self._epochs)
+        return bool(epoch) and len(epochs) == self._ranks and all(other == epoch for other in epochs.values())
 
     def close(self) -> None:
         self._closed = True
@@ -73,7 +73,7 @@ class RankWatch:
                 logger.warning("A rank's report cannot be read: %s", error)
                 continue
             if 0 <= report.rank < self._ranks:
-                self._arenas[report.rank] = report.arena
+                self._epochs[report.rank] = report.epoch
 
 
 class RankReporter:
@@ -84,13 +84,13 @@ class RankReporter:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
         self._told = told
 
-    def tell(self, arena: bytes) -> None:
+    def tell(self, epoch: bytes) -> None:
         """Send it if it is another than before."""
-        if arena == self._told:
+        if epoch == self._told:
             return
         try:
-            self._socket.sendto(msgspec.msgpack.encode(Report(self._rank, arena)), self._name)
-            self._told = arena
+            self._socket.sendto(msgspec.msgpack.encode(Report(self._rank, epoch)), self._name)
+            self._told = epoch
         except OSError as error:
             logger.debug("not told yet: %s", error)
 

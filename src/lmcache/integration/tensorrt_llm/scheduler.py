@@ -89,7 +89,7 @@ class SchedulerSide:
         tracker.stored = hit.chunks
         # The last token is computed for its logits, and what is loaded ends with a block.
         end = min(hit.chunks * chain.chunk_tokens, len(tokens) - 1) // self._block_tokens * self._block_tokens
-        if end - computed_tokens < self._least_gain or not self.watch.all_have(hit.arena):
+        if end - computed_tokens < self._least_gain or not self.watch.all_have(hit.epoch):
             self._release(hit)
             return 0
         tracker.hit, tracker.granted = hit, end - computed_tokens

@@ -82,7 +82,7 @@ class WorkerSide:
 
     def report(self) -> None:
         """Tell the scheduler what has changed."""
-        self._reporter.tell(self._session.mapped_arena)
+        self._reporter.tell(self._session.mapped_epoch)
 
     def _wait_loads(self) -> None:
         end = time.monotonic() + _LOAD_SECONDS
@@ -108,7 +108,7 @@ class WorkerSide:
         skip = first - hit.first_chunk
         slots = hit.shard_extents(self._shard)[4 * skip : 4 * (end - hit.first_chunk)]
         return Load(
-            hit.arena,
+            hit.epoch,
             hit.lease,
             first,
             slots,

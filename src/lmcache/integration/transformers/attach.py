@@ -196,7 +196,7 @@ class Attached:
         # The last token is always computed: its logits are what the answer begins with.
         have = min(hit.chunks * chain.chunk_tokens, len(tokens) - 1)
         slots = hit.extents[: 4 * -(-have // chain.chunk_tokens)]
-        load = Load(hit.arena, hit.lease, 0, slots, 0, have, self._pool.blocks, after=self._stream_point())
+        load = Load(hit.epoch, hit.lease, 0, slots, 0, have, self._pool.blocks, after=self._stream_point())
         self._worker.load(self._start_job("load"), load)
         loaded = self._settle()
         self._scheduler.release(hit)

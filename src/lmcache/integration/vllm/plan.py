@@ -18,7 +18,7 @@ class LoadPlan:
 
     job_id: str
     request_id: str
-    arena: bytes
+    epoch: bytes
     lease: int
     first_leased: int
     extents: bytes

@@ -390,7 +390,7 @@ class SchedulerSide:
         return LoadPlan(
             job_id=job_id,
             request_id=request_id,
-            arena=hit.arena,
+            epoch=hit.epoch,
             lease=hit.lease,
             first_leased=hit.first_chunk,
             extents=hit.extents,

@@ -299,7 +299,7 @@ class LMCacheMPWorkerAdapter:
         self._loading[job_id] = request_id, hit, self._blocks_to_fill(op)
         blocks = registered.blocks(self._from_token_0(op))
         after = None if registered.paged.device == "cpu" else event
-        load = Load(hit.arena, hit.lease, first, slots, start, op.end, blocks, first - hit.first_chunk, after)
+        load = Load(hit.epoch, hit.lease, first, slots, start, op.end, blocks, first - hit.first_chunk, after)
         session.load(job_id, load)
         return True
 

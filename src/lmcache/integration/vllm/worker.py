@@ -113,7 +113,7 @@ class WorkerSide:
             self._session.load(
                 load.job_id,
                 Load(
-                    arena=load.arena,
+                    epoch=load.epoch,
                     lease=load.lease,
                     first_chunk=first,
                     extents=extents_of_shard(
