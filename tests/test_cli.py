@@ -380,6 +380,22 @@ def test_describe(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(capsys.readouterr().out)["arena"]["bytes"] == 3 << 30
 
 
+def test_the_table_shows_no_control_characters(
+    server: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evil = "\x1b[2J\x1b]0;title\x07\r\n\u202e"
+    answer = {evil: evil, "part": {evil: {evil: [evil]}}, "rows": [{evil: evil}, evil], "tiers": [evil]}
+    monkeypatch.setattr(server, "status", lambda: answer)
+    monkeypatch.setattr(server, "clear", lambda tiers: {evil: evil})
+    for words in (["describe", "status"], ["describe", "tiers"], ["clear", "--tiers", "all"]):
+        assert main([*words, "--url", url_of(server)]) == 0
+        shown = capsys.readouterr().out
+        assert "?[2J" in shown and all(line.isprintable() for line in shown.split("\n"))
+    assert main(["describe", "status", "--json", "--url", url_of(server)]) == 0
+    shown = capsys.readouterr().out
+    assert json.loads(shown) == answer and all(line.isprintable() for line in shown.split("\n"))
+
+
 def test_the_table() -> None:
     lines = [line.rstrip() for line in table(Server().status())]
     assert "  version  0.1" in lines
