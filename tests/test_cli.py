@@ -261,8 +261,10 @@ def test_a_silent_peer_costs_the_deadline(monkeypatch: pytest.MonkeyPatch, capsy
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
-        assert main(["ping", "--url", f"127.0.0.1:{listener.getsockname()[1]}"]) == 1
-    assert "no answer within 0.2 s" in capsys.readouterr().err
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        assert main(["ping", "--url", url]) == 1
+    said = capsys.readouterr().err
+    assert f"{url} accepts connections, but there was no answer within 0.2 s: " in said and "no server" not in said
 
 
 @pytest.mark.parametrize(
@@ -329,7 +331,7 @@ def test_an_answer_in_drops_does_not_stretch_the_deadline(
         finally:
             stop.set()
         dripping.result(PATIENCE)
-    assert f"no server at {url}: no answer within 1 s" in capsys.readouterr().err
+    assert f"{url} accepts connections, but there was no answer within 1 s: " in capsys.readouterr().err
 
 
 def test_clear(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
@@ -378,6 +380,22 @@ def test_describe(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
     assert "6555" in text and "***" in text and TOKEN not in text and "ARENA" not in text
     assert main(["describe", "status", "--url", url_of(server), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["arena"]["bytes"] == 3 << 30
+
+
+def test_the_table_shows_no_control_characters(
+    server: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evil = "\x1b[2J\x1b]0;title\x07\r\n\u202e"
+    answer = {evil: evil, "part": {evil: {evil: [evil]}}, "rows": [{evil: evil}, evil], "tiers": [evil]}
+    monkeypatch.setattr(server, "status", lambda: answer)
+    monkeypatch.setattr(server, "clear", lambda tiers: {evil: evil})
+    for words in (["describe", "status"], ["describe", "tiers"], ["clear", "--tiers", "all"]):
+        assert main([*words, "--url", url_of(server)]) == 0
+        shown = capsys.readouterr().out
+        assert "?[2J" in shown and all(line.isprintable() for line in shown.split("\n"))
+    assert main(["describe", "status", "--json", "--url", url_of(server)]) == 0
+    shown = capsys.readouterr().out
+    assert json.loads(shown) == answer and all(line.isprintable() for line in shown.split("\n"))
 
 
 def test_the_table() -> None:

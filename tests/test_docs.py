@@ -1,8 +1,11 @@
-"""The code of docs/write-your-own-integration.md as it stands there, in a small engine on NumPy with a real server."""
+"""The code of docs/write-your-own-integration.md and docs/api.md as it stands there, with a real server; what is exported."""
 
 from __future__ import annotations
 
+import ast
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,18 +13,20 @@ from typing import Any
 import numpy as np
 import pytest
 
+import lmcache
 from engine_process import set_deadline
 from servers import PATIENCE, Server
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "write-your-own-integration.md"
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+PAGE, API = DOCS / "write-your-own-integration.md", DOCS / "api.md"
 PROMPT = "What you do for a prompt"
 """The section of what is done again and again; before it stands what is done once."""
 BLOCK_TOKENS, BLOCKS, LAYERS, KV_HEADS, HEAD_SIZE, CHUNK = 8, 20, 2, 3, 4, 16
 
 
-def snippets() -> Iterator[tuple[str, str]]:
+def snippets(page: Path = PAGE) -> Iterator[tuple[str, str]]:
     """(its section, code) of each indented block."""
-    for section in PAGE.read_text().split("\n## "):
+    for section in page.read_text().split("\n## "):
         for found in re.finditer(r"(?:^    .*\n|^\n(?=    ))+", section, re.MULTILINE):
             yield section.partition("\n")[0], re.sub(r"^    ", "", found[0], flags=re.MULTILINE)
 
@@ -156,3 +161,49 @@ def test_a_prompt_that_is_there_in_full_leaves_its_last_token(
     assert second.done().ok and second.end == 63
     assert np.array_equal(second.kv[..., :63, :], kv_of(ids)[..., :63, :]) and not second.kv[..., 63:, :].any()
     second.scheduler.release(second.hit)
+
+
+def test_the_example_of_the_public_interface_works(server: Callable[..., Server]) -> None:
+    address, names = server(chunk=CHUNK).address, dict[str, Any]()
+    exec("\n".join(code for _, code in snippets(API)).replace("tcp://localhost:5555", address), names)
+    first, stored = names["cache"], names["kv"]
+    second = names["Cache"]("my-engine-2", loaded := np.zeros_like(stored))
+    try:
+        for cache in (first, second):
+            assert cache.scheduler.wait_connected(PATIENCE) and cache.worker.wait_connected(PATIENCE)
+            set_deadline(PATIENCE, cache.scheduler, cache.worker)
+        tokens = list(range(100, 140))
+        assert first.load(tokens, [0, 1, 2]) == 0
+        stored[:] = np.arange(stored.size, dtype=np.uint16).reshape(stored.shape)
+        first.store(tokens, [0, 1, 2])
+        assert second.load(tokens, [5, 7, 9]) == 32
+        assert np.array_equal(loaded[:, :, [5, 7]], stored[:, :, [0, 1]])
+        assert not np.delete(loaded, [5, 7], axis=2).any()
+    finally:
+        for cache in (first, second):
+            cache.close()
+
+
+def test_the_page_of_the_public_interface_lists_every_name_that_is_exported() -> None:
+    rows = re.findall(r"^\| `.*", API.read_text(), re.MULTILINE)
+    assert sorted(re.findall(r"`(\w+)`", " ".join(rows))) == sorted(lmcache.__all__)
+
+
+def test_every_exported_name_is_what_type_checkers_take_it_for() -> None:
+    (block,) = (node for node in ast.parse(Path(lmcache.__file__).read_text()).body if isinstance(node, ast.If))
+    declared = {
+        name.name: node.module for node in block.body if isinstance(node, ast.ImportFrom) for name in node.names
+    }
+    assert sorted(declared) == sorted(lmcache.__all__)
+    for name, module in declared.items():
+        code = f"import lmcache, {module}; assert lmcache.{name} is {module}.{name}"
+        exec(code, {})
+        assert name in dir(lmcache)
+    with pytest.raises(AttributeError, match="no attribute 'Nonsense'"):
+        lmcache.Nonsense  # noqa: B018
+
+
+def test_importing_the_package_imports_none_of_its_parts() -> None:
+    code = "import sys; before = {*sys.modules}; import lmcache; print(*{*sys.modules} - before)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["lmcache"]

@@ -29,9 +29,10 @@ FLOORS = {
     "errors": 0,
     "compiled": 0,
     "utils": 10,
-    "__init__": 0,
+    "__init__": 8,
 }
-"""`v1` and `utils` hold names that engines dictate, so they stand where integrations do."""
+"""`__init__` exports what other programs use from floor 7 and below. `v1` and `utils` hold names that engines dictate, so they
+stand where integrations do."""
 BESIDE = {("cli", "bench"), ("config", "errors"), ("observability", "errors")}
 """On the same floor, and allowed in this direction only."""
 NATIVE_USERS = {"transfer", "cache", "tiers", "wire"}

@@ -20,7 +20,7 @@ from lmcache.errors import ConfigError
 from lmcache.server import http
 from lmcache.server.http import HttpEndpoint, why_refused
 from lmcache.server.metrics import families
-from servers import PATIENCE
+from servers import PATIENCE, eventually
 
 TOKEN = "a-token-that-nobody-may-see"
 get, post = partial(httpx.get, timeout=PATIENCE), partial(httpx.post, timeout=PATIENCE)
@@ -377,6 +377,21 @@ def test_an_idle_connection_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     served = Served()
     try:
         assert raw(served, b"GET /healthcheck HTTP/1.1\r\nHost:") == b""
+    finally:
+        served.endpoint.stop()
+
+
+def test_a_connection_whose_answer_nobody_reads_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http, "_CONNECTION_SECONDS", 0.5)
+    served = Served()
+    served.server.fetches = lambda: [{"much": "x" * (16 << 20)}]  # type: ignore[method-assign]
+    try:
+        with socket.socket() as peer:
+            peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            peer.connect(("127.0.0.1", served.endpoint.port))
+            peer.sendall(b"GET /fetches HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            raw(served, b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n")  # accepted after the other one
+            eventually(lambda: not served.endpoint._connections)
     finally:
         served.endpoint.stop()
 

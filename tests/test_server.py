@@ -22,6 +22,7 @@ import zmq
 from lmcache.cache import L1
 from lmcache.cache.heart import MAX_SHARDS
 from lmcache.chunks import Layout, TokenChain, space_fingerprint
+from lmcache.cli.main import main
 from lmcache.config import ServerConfig
 from lmcache.engine.connection import Endpoint
 from lmcache.engine.scheduler import SchedulerSession
@@ -135,6 +136,22 @@ def test_a_server_whose_heart_stands_still_is_unhealthy(folders):
         endpoint.stop()
         arena.close()
         loop.close()
+
+
+def test_verbs_tell_a_frozen_server_from_none(server, monkeypatch, capsys):
+    frozen = server(l1=8)
+    url = f"http://127.0.0.1:{frozen.http_port}"
+    monkeypatch.setattr("lmcache.wire.http_client.DEADLINE_SECONDS", 1.0)
+    frozen.freeze()
+    try:
+        for words in (["ping"], ["describe", "status"], ["clear"]):
+            assert main([*words, "--url", url]) == 1
+            said = capsys.readouterr().err
+            assert f"{url} accepts connections, but there was no answer within 1 s" in said and "no server" not in said
+            assert "its process is stopped, hangs or is overloaded: look at its state" in said
+            assert ("it may still do what it was asked to" in said) == (words == ["clear"])
+    finally:
+        frozen.thaw()
 
 
 # When something of ours fails

@@ -7,6 +7,7 @@ from urllib.parse import quote
 
 from lmcache.cli.verbs import Verbs, add, add_token, add_url, token_of
 from lmcache.errors import ServerRefused
+from lmcache.observability.log import printable
 from lmcache.wire.http_client import ask
 
 _TIERS_SECONDS = 45.0
@@ -47,5 +48,5 @@ def run(arguments: argparse.Namespace) -> int:
         raise ServerRefused(f"{arguments.url} refused: {answer.get('reason', f'HTTP {status}')}")
     details = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in answer.items() if key != "status")
     what = arguments.url if arguments.tiers else f"L1 of {arguments.url}"
-    print(f"{what} is empty now" + (f" ({details})" if details else ""))
+    print(f"{what} is empty now" + (f" ({printable(details)})" if details else ""))
     return 0

@@ -9,6 +9,7 @@ from typing import Any
 
 from lmcache.cli.verbs import Verbs, add, add_token, add_url, token_of
 from lmcache.errors import ServerUnavailable
+from lmcache.observability.log import printable
 from lmcache.wire.http_client import ask
 
 _TEXT = """
@@ -41,7 +42,10 @@ def run(arguments: argparse.Namespace) -> int:
         raise ServerUnavailable(f"{arguments.url}: {answer.get('reason', f'HTTP {status}')}")
     part = {"server": "config", "tiers": "tiers"}.get(arguments.what)
     chosen = answer if part is None else {part: answer.get(part)}
-    print(json.dumps(chosen, indent=2) if arguments.json else "\n".join(table(chosen)))
+    if arguments.json:
+        print(json.dumps(chosen, indent=2))
+    else:  # whoever answers at the URL may have sent control characters, which a terminal would obey
+        print("\n".join(printable(line, len(line)) for line in table(chosen)))
     return 0
 
 

@@ -8,6 +8,7 @@ not come from a web page either, so it must lack the headers that browsers add.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import html
 import ipaddress
@@ -26,7 +27,6 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from lmcache import __version__
 from lmcache.config.server import ServerConfig
@@ -65,7 +65,9 @@ class HttpEndpoint:
         self._config = config
         self._control = control
         self._started = threading.Event()
-        self._server: _Server | None = None
+        self._server: uvicorn.Server | None = None
+        self._connections: dict[tuple[str, int], _Connection] = {}
+        """The open ones, by the peer's host and port."""
         self._thread: threading.Thread | None = None
         self.port = config.http_port
         """The port it listens on; with `--http-port 0` known after `start`."""
@@ -78,9 +80,9 @@ class HttpEndpoint:
         Raises:
             ConfigError: the address cannot be had.
         """
-        listener = _listen(self._config.http_host, self._config.http_port)
+        listener = _listen(self._config.http_host, self._config.http_port, self._connections)
         self.port = listener.getsockname()[1]
-        self._server = _Server(self._uvicorn(), self._started)
+        self._server = uvicorn.Server(self._uvicorn())
         self._thread = threading.Thread(target=self._run, args=(listener,), name="lmcache-http", daemon=True)
         self._thread.start()
         if not self._started.wait(_START_SECONDS) or not self.serving:
@@ -102,7 +104,8 @@ class HttpEndpoint:
     def _uvicorn(self) -> uvicorn.Config:
         return uvicorn.Config(
             self._app(),
-            http=_Protocol,
+            callback_notify=self._serves,
+            http="h11",
             ws="none",
             loop="asyncio",
             lifespan="off",
@@ -118,6 +121,10 @@ class HttpEndpoint:
             h11_max_incomplete_event_size=_MOST_HEADER_BYTES,
             timeout_graceful_shutdown=1,
         )
+
+    async def _serves(self) -> None:
+        """Called by uvicorn once it serves, and now and then afterwards."""
+        self._started.set()
 
     def _run(self, listener: socket.socket) -> None:
         assert self._server is not None
@@ -149,6 +156,9 @@ class HttpEndpoint:
         """Around every route: time-outs become 503, faults of ours 500 and a line in the log."""
 
         async def answer(request: Request) -> Response:
+            client = request.client
+            if client and (connection := self._connections.get((client.host, client.port))):
+                connection.request_has_arrived()
             try:
                 response = await route(request)
             except TimeoutError:
@@ -157,7 +167,7 @@ class HttpEndpoint:
                 self.failures += 1
                 logger.exception("HTTP %s %s failed", request.method, request.url.path)
                 response = _json({"status": "error", "reason": f"internal error: {type(error).__name__}"}, 500)
-            peer = request.client.host if request.client else "?"
+            peer = client.host if client else "?"
             logger.debug("HTTP %s %s from %s: %d", request.method, request.url.path, peer, response.status_code)
             return response
 
@@ -349,8 +359,8 @@ def _numbered(value: object) -> list[tuple[int, Mapping[str, object]]]:
 # --- sockets ----------------------------------------------------------------------------------------------------------
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+def _listen(host: str, port: int, connections: dict[tuple[str, int], _Connection]) -> socket.socket:
+    listener = _Listener(host, connections)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
@@ -361,37 +371,54 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-class _Server(uvicorn.Server):
-    """uvicorn, telling when it serves."""
+class _Listener(socket.socket):
+    """The listening socket. Each connection that it accepts is bounded in time; those of other hosts are bounded in number."""
 
-    def __init__(self, config: uvicorn.Config, started: threading.Event) -> None:
-        super().__init__(config)
-        self._serving = started
+    def __init__(self, host: str, connections: dict[tuple[str, int], _Connection]) -> None:
+        super().__init__(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+        self._connections = connections
 
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        self._serving.set()
+    def accept(self) -> tuple[socket.socket, Any]:
+        """Called by the event loop.
+
+        Raises:
+            ConnectionAbortedError: other hosts have as many connections as they may, so this one was closed; to the event
+                loop it looks as if the peer had given up.
+        """
+        accepted, address = super().accept()
+        connection = _Connection(accepted.detach(), address[:2], self._connections)
+        others = sum(one.from_elsewhere for one in self._connections.values())
+        if connection.from_elsewhere and others > _MOST_CONNECTIONS:
+            connection.close()
+            raise ConnectionAbortedError(f"other hosts have {_MOST_CONNECTIONS} connections")
+        return connection, address
 
 
-class _Protocol(H11Protocol):
-    """One connection, bounded in time and, for other hosts, in number."""
+class _Connection(socket.socket):
+    """One connection, which ends when its time is over, whatever the peer does. It stays in `connections` until it is closed."""
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self._ends = [
-            self.loop.call_later(_REQUEST_SECONDS, self._end_without_request),
-            self.loop.call_later(_CONNECTION_SECONDS, transport.abort),
-        ]
-        self.from_elsewhere = self.client is None or not _is_loopback(self.client[0])
-        others = sum(getattr(one, "from_elsewhere", False) for one in self.connections)
-        if self.from_elsewhere and others > _MOST_CONNECTIONS:
-            transport.abort()
+    def __init__(self, descriptor: int, peer: tuple[str, int], connections: dict[tuple[str, int], _Connection]) -> None:
+        super().__init__(fileno=descriptor)
+        self.from_elsewhere = not _is_loopback(peer[0])
+        self._peer, self._connections = peer, connections
+        loop = asyncio.get_running_loop()
+        self._request_due = loop.call_later(_REQUEST_SECONDS, self._end)
+        self._end_due = loop.call_later(_CONNECTION_SECONDS, self._end)
+        connections[peer] = self
 
-    def connection_lost(self, exc: Exception | None) -> None:
-        for end in self._ends:
-            end.cancel()
-        super().connection_lost(exc)
+    def request_has_arrived(self) -> None:
+        """The rest of the time is the answer's."""
+        self._request_due.cancel()
 
-    def _end_without_request(self) -> None:
-        if self.cycle is None:
-            self.transport.abort()
+    def _end(self) -> None:
+        """The event loop finds that nothing can be read or written any more, and closes the connection."""
+        with contextlib.suppress(OSError):  # the peer has ended it
+            self.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Called by the event loop, once."""
+        self._request_due.cancel()
+        self._end_due.cancel()
+        if self._connections.get(self._peer) is self:
+            del self._connections[self._peer]
+        super().close()

@@ -31,7 +31,7 @@ def ask(
 
     Raises:
         ConfigError: not a URL of a server.
-        ServerUnavailable: nobody answers there within three seconds, or so many.
+        ServerUnavailable: nobody listens there, or what listens there does not answer within three seconds, or so many.
         ServerRefused: what answers is not an LMCache server's HTTP face.
     """
     parts = _parts(url)
@@ -54,6 +54,12 @@ def ask(
         if spoken == "HTTP" and parts.scheme == "https":
             raise ServerRefused(f"{url} speaks HTTP without TLS: pass --url http://{parts.netloc}") from None
         why = f"no answer within {deadline:g} s" if late else f"{reason}"
+        if late and not isinstance(reason, _NoConnection):
+            later = " (it may still do what it was asked to, once it goes on)" if method == "POST" else ""
+            raise ServerUnavailable(
+                f"{url} accepts connections, but there was {why}{later}: if this is `lmcache server`, its process is stopped, "
+                "hangs or is overloaded: look at its state (ps) and its log, and restart it if need be; otherwise pass --url"
+            ) from None
         raise ServerUnavailable(f"no server at {url}: {why}: start `lmcache server`, or pass --url") from None
     try:
         answer = json.loads(body)
@@ -66,6 +72,10 @@ def ask(
 
 class _Zmq(http.client.HTTPException):
     """ZMQ is spoken there."""
+
+
+class _NoConnection(TimeoutError):
+    """No connection could be made in time."""
 
 
 def _left(deadline: float) -> float:
@@ -98,7 +108,11 @@ class _Connection(http.client.HTTPConnection):
         self._deadline = deadline
 
     def connect(self) -> None:
-        with connect(self.host, self.port, _left(self._deadline)) as plain:
+        try:
+            plain = connect(self.host, self.port, _left(self._deadline))
+        except TimeoutError as error:
+            raise _NoConnection from error
+        with plain:
             plain.settimeout(_left(self._deadline))  # for a handshake
             self.sock = timely = self._timely(plain)
         timely.deadline = self._deadline
