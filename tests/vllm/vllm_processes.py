@@ -40,7 +40,6 @@ def environment(**more: str) -> dict[str, str]:
     fixed = {
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_SERVER_DEV_MODE": "1",
         "TORCHDYNAMO_DISABLE": "1",  # it compiles a few small functions otherwise, in each process anew
     }
@@ -148,8 +147,8 @@ class Engine(Process):
         self, folder: Path, name: str, model: Path, environ: dict[str, str] | None = None, **arguments: Any
     ) -> None:
         options = {"model": str(model), "dtype": "float32", "enforce_eager": True, "max_model_len": 4096}
-        options |= {"kv_cache_memory_bytes": KV_BYTES, "skip_tokenizer_init": True, **arguments}
-        inside = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "", **(environ or {})}
+        options |= {"kv_cache_memory_bytes": KV_BYTES, **arguments}
+        inside = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", **(environ or {})}
         command = [
             PYTHON,
             str(Path(__file__).with_name("drive.py")),
@@ -189,7 +188,8 @@ class Api(Process):
     def __init__(self, folder: Path, name: str, model: Path, *options: str, **environ: str) -> None:
         self.port = free_port()
         command = [str(Path(PYTHON).with_name("vllm")), "serve", str(model), "--dtype", "float32", "--enforce-eager"]
-        command += ["--max-model-len", "4096", "--port", str(self.port), "--served-model-name", "m", *options]
+        command += ["--kv-cache-memory-bytes", str(KV_BYTES), "--max-model-len", "4096"]
+        command += ["--port", str(self.port), "--served-model-name", "m", *options]
         super().__init__(command, folder / f"{name}.log", **environ)
         self.wait_until(self._healthy, "vllm serve", START_SECONDS)
 
