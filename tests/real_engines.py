@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 
+import zygotes
 from servers import Process
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -19,16 +21,16 @@ SHARED_MEMORY = Path("/dev/shm")
 
 
 def mark(items: Iterable[pytest.Item], folder: Path, engine: str, timeout: float | None = None) -> None:
-    """Tests of the folder need this engine's environment. One worker runs them all: engines starve each other on two cores.
+    """Tests of the folder need this engine's environment. One worker runs all of a file, in their order: they share engines.
 
-    To be called from a hook that comes before xdist's, which looks at the groups.
+    All of SGLang's share one. To be called from a hook that comes before xdist's, which looks at the groups.
     """
     variable = f"LMCACHE_TEST_{engine.upper()}_PYTHON"
     skip = pytest.mark.skip(reason=f"{variable} is not set (./run test sets it)")
     for item in items:
         if folder in item.path.parents:
             item.add_marker(getattr(pytest.mark, engine))
-            item.add_marker(pytest.mark.xdist_group(engine))
+            item.add_marker(pytest.mark.xdist_group(engine if engine == "sglang" else item.path.stem))
             if timeout is not None:
                 item.add_marker(pytest.mark.timeout(timeout))
             if not os.environ.get(variable):
@@ -63,11 +65,15 @@ def _mapped() -> set[Path]:
 class Script(Process):
     """A script in an engine's environment that takes commands and says answers, as `scripts/commands.py` has it."""
 
+    MODULES: tuple[str, ...] = ()
+    """What it imports and a zygote can import for all of them."""
+
     def __init__(self, python: str, script: Path, *arguments: str, seconds: float, **environment: str) -> None:
         """seconds: for its start, and for each answer."""
         self._seconds = seconds
         path = os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests" / "scripts"), environment.pop("PYTHONPATH", "")])
-        super().__init__([python, str(script), *arguments], env={**environment, "PYTHONPATH": path}, cwd=ROOT)
+        start = functools.partial(zygotes.start, self.MODULES)
+        super().__init__([python, str(script), *arguments], start, env={**environment, "PYTHONPATH": path}, cwd=ROOT)
         assert self.hear() == "ready"
 
     def ask(self, do: str, **arguments: Any) -> Any:

@@ -10,6 +10,7 @@ points at which something was wrong otherwise.
 from __future__ import annotations
 
 import collections
+import functools
 import os
 import random
 import shutil
@@ -21,7 +22,7 @@ from disk_files import filesystem_bytes
 from filesystems import EndingFilesystem
 
 from lmcache.testing.conformance import load_one, shard_key, shard_of
-from lmcache.tiers import ABSENT, KEPT, OK, Tier
+from lmcache.tiers import ABSENT, KEPT, OK, Shard, Tier
 from lmcache.tiers.directory.tier import DirectoryTier
 from lmcache.tiers.disk.segments import is_large
 from lmcache.tiers.disk.tier import DiskTier
@@ -42,6 +43,12 @@ def size_of(number: int) -> int:
     return SIZES[number % len(SIZES)]
 
 
+@functools.cache
+def shard(number: int) -> Shard:
+    """The children have those that their parent has made already."""
+    return shard_of(shard_key(number), size_of(number))
+
+
 def work(tier: Tier, steps: int, say: Callable[[str], None]) -> None:
     """Stores in batches, loads, removals, a restart, a clear; the same ones every time."""
     dice, last = random.Random(4), 0
@@ -58,7 +65,7 @@ def work(tier: Tier, steps: int, say: Callable[[str], None]) -> None:
         numbers = list(range(last, last + dice.randint(1, 7)))
         last += len(numbers)
         say("begin " + " ".join(map(str, numbers)))
-        outcomes = tier.store([shard_of(shard_key(number), size_of(number)) for number in numbers])
+        outcomes = tier.store([shard(number) for number in numbers])
         assert set(outcomes) <= {OK, KEPT}, outcomes
         say("stored " + " ".join(map(str, numbers)))
         old = [dice.randrange(max(0, last - 12), last) for _ in range(2)]
@@ -133,7 +140,7 @@ def wrongs(kind: str, folder: Path, lines: list[str]) -> list[str]:
         there[number] = outcome == OK
         if outcome not in (OK, ABSENT):
             found.append(f"shard {number}: {outcome}")
-        if outcome == OK and payload != shard_of(shard_key(number), size_of(number)).payload:
+        if outcome == OK and payload != shard(number).payload:
             found.append(f"shard {number}: wrong bytes")
     found += [f"shard {number} is back" for number in removed - doubtful if there[number]]
     sure = [number for number in recency if number not in doubtful]

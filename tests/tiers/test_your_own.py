@@ -15,6 +15,7 @@ import pytest
 from lmcache.testing.conformance import ConformanceSuite
 from servers import PATIENCE, Server, eventually
 
+pytestmark = pytest.mark.xdist_group("your own")  # long tests, which begin early as a group
 SECTOR = (Path(__file__).resolve().parents[2] / "docs" / "tiers" / "your-own.md").read_text()
 TOKENS = list(range(160))
 """Ten chunks."""
@@ -28,19 +29,20 @@ def file_of(name: str) -> str:
 
 
 @pytest.fixture
-def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder on the path of all that are started, as `pip install .` would leave it."""
+def installed(folders: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder on the path of all that are started, as `pip install .` would leave it. In memory: no test is about the disk."""
+    place = folders("/dev/shm")
     pyproject = file_of("pyproject.toml")
     entry = re.search(r'^\[project\.entry-points\."lmcache\.tiers"\]\n(\w+) = "([\w:]+)"$', pyproject, re.MULTILINE)
     assert entry and f'py-modules = ["{entry[2].partition(":")[0]}"]' in pyproject
-    folder = tmp_path / "site"
+    folder = place / "site"
     told = folder / "lmcache_sqlite-1.0.dist-info"
     told.mkdir(parents=True)
     (told / "METADATA").write_text("Metadata-Version: 2.1\nName: lmcache-sqlite\nVersion: 1.0\n")
     (told / "entry_points.txt").write_text(f"[lmcache.tiers]\n{entry[1]} = {entry[2]}\n")
     (folder / "lmcache_sqlite.py").write_text(file_of("lmcache_sqlite.py"))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH")))))
-    return tmp_path
+    return place
 
 
 def run_the_tests_of_the_sector(installed: Path, *options: str) -> str:

@@ -15,12 +15,14 @@ PYTHON = os.environ.get("LMCACHE_TEST_VLLM_PYTHON", "")
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """They run beside those with real vLLM, one at a time: torch takes both cores."""
+    """They run beside those with real vLLM, whose environment they use."""
     mark(items, Path(__file__).parent, "vllm")
 
 
 class User(Script):
     """`models.py`, a user's script that does what it is told."""
+
+    MODULES = ("torch", "transformers.models.qwen3.modeling_qwen3")
 
     def __init__(self, model: Path) -> None:
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}

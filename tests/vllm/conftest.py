@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from vllm_processes import PYTHON, Server
 
-from real_engines import ROOT, make_model, mark, swept
+from real_engines import make_model, mark, swept
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -21,14 +21,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Where everything lies. What a vLLM that is killed leaves behind, in shared memory and in /tmp, goes with the folder."""
     if getattr(request.config.option, "loadgroup", False):  # a worker of xdist
-        assert all("@vllm" in item.nodeid for item in request.session.items if item.get_closest_marker("vllm"))
+        assert all("@test_" in item.nodeid for item in request.session.items if item.get_closest_marker("vllm"))
     with (
         tempfile.TemporaryDirectory(prefix="lmvllm-", ignore_cleanup_errors=True) as scratch,
         pytest.MonkeyPatch.context() as patch,
         swept("psm_*", "sem.mp-*", "vllm_dist_*"),
     ):
         patch.setenv("TMPDIR", scratch)  # sockets and the like
-        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(ROOT / ".cache" / "torchinductor"))  # used again
         yield tmp_path_factory.mktemp("vllm")
 
 

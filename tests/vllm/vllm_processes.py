@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
+import functools
 import json
 import os
 import selectors
@@ -19,38 +19,43 @@ from typing import Any
 
 import pytest
 
+import zygotes
 from ports import free_port
 
 PYTHON = os.environ.get("LMCACHE_TEST_VLLM_PYTHON", "")
 START_SECONDS = 240
 REPLY_SECONDS = 240
+KV_BYTES = 256 << 20
+"""Of an engine's own cache: 16,384 tokens of the model. vLLM writes all of it when it starts."""
 FOR_EVER = 3000.0
 """Seconds of a deadline that must not be waited for: the engine's answer would not come in time."""
+MODULES = (
+    *("vllm", "vllm.entrypoints.llm", "vllm.v1.engine.core", "vllm.v1.worker.cpu_worker"),
+    *("vllm.model_executor.models.qwen3", "vllm.model_executor.model_loader"),
+)
+"""What `drive.py` imports, most of it when an engine starts: half of the time that a start takes."""
 
 
 def environment(**more: str) -> dict[str, str]:
     fixed = {
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_SERVER_DEV_MODE": "1",
+        "TORCHDYNAMO_DISABLE": "1",  # it compiles a few small functions otherwise, in each process anew
     }
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("LMCACHE_", "VLLM_"))}
     return {**kept, **fixed, **more}
 
 
-def _die_with_parent() -> None:
-    """A test run that is killed leaves no server and no engine behind (PR_SET_PDEATHSIG is 1)."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-
-
 class Process:
     """A child in a session of its own, its output in a file, gone when the test is."""
 
-    def __init__(self, command: list[str], log: Path, **environ: str) -> None:
+    def __init__(
+        self, command: list[str], log: Path, start: Callable[..., Any] = subprocess.Popen, **environ: str
+    ) -> None:
         self.log = log
         with log.open("ab") as file:
-            self._process = subprocess.Popen(
+            self._process = start(
                 command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -58,7 +63,7 @@ class Process:
                 env=environment(**environ),
                 cwd=log.parent,
                 start_new_session=True,
-                preexec_fn=_die_with_parent,
+                preexec_fn=zygotes.die_with_parent,
                 text=True,
             )
 
@@ -141,14 +146,15 @@ class Engine(Process):
     def __init__(
         self, folder: Path, name: str, model: Path, environ: dict[str, str] | None = None, **arguments: Any
     ) -> None:
-        options = {"model": str(model), "dtype": "float32", "enforce_eager": True, "max_model_len": 4096, **arguments}
+        options = {"model": str(model), "dtype": "float32", "enforce_eager": True, "max_model_len": 4096}
+        options |= {"kv_cache_memory_bytes": KV_BYTES, **arguments}
         inside = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", **(environ or {})}
         command = [
             PYTHON,
             str(Path(__file__).with_name("drive.py")),
             json.dumps({**options, "disable_log_stats": False}),
         ]
-        super().__init__(command, folder / f"{name}.log", **inside)
+        super().__init__(command, folder / f"{name}.log", functools.partial(zygotes.start, MODULES), **inside)
         self._answer(START_SECONDS)
 
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
@@ -182,7 +188,8 @@ class Api(Process):
     def __init__(self, folder: Path, name: str, model: Path, *options: str, **environ: str) -> None:
         self.port = free_port()
         command = [str(Path(PYTHON).with_name("vllm")), "serve", str(model), "--dtype", "float32", "--enforce-eager"]
-        command += ["--max-model-len", "4096", "--port", str(self.port), "--served-model-name", "m", *options]
+        command += ["--kv-cache-memory-bytes", str(KV_BYTES), "--max-model-len", "4096"]
+        command += ["--port", str(self.port), "--served-model-name", "m", *options]
         super().__init__(command, folder / f"{name}.log", **environ)
         self.wait_until(self._healthy, "vllm serve", START_SECONDS)
 
