@@ -75,8 +75,8 @@ class ExtentHeader(NamedTuple):
 
 
 class Writer(NamedTuple):
-    """A process that may write to extents. start: in clock ticks after the boot, 0 where it cannot be told; so a pid that is
-    used again is another writer. namespace: that the pid is of."""
+    """A process that may write to extents. `start` is in clock ticks after the boot, 0 where it is unknown; a pid that the kernel
+    has given to another process is another writer by it. `namespace` is the inode of the pid namespace that `pid` belongs to."""
 
     pid: int
     start: int
@@ -84,7 +84,7 @@ class Writer(NamedTuple):
 
     @classmethod
     def of(cls, pid: int | None = None) -> Writer:
-        """The process with this pid in our namespace; 0: one that has none there; None: our own."""
+        """The process with this pid in our pid namespace; 0 stands for one without a pid there, None for this process."""
         pid = os.getpid() if pid is None else pid
         return cls(pid, _start_of(pid), _namespace())
 
@@ -179,7 +179,7 @@ class Headers:
 
     def opened(self, number: int, stored_bytes: int, sectors: Sequence[int], writer: Writer) -> None:
         """The writer is about to get these extents. Without room for the entry no header counts until everything is cleared:
-        a later server could not tell that they may be written to."""
+        a later server could not know that they may be written to."""
         entries = self._open[number] = []
         for at in range(0, len(sectors), _ENTRY_SECTORS):
             own = sectors[at : at + _ENTRY_SECTORS]
@@ -306,7 +306,7 @@ def _read_entry(path: Path, entry: bytes, generation: bytes) -> OpenReservation:
     end = _ENTRY.size + 4 * count
     if (magic, of) != (_ENTRY_MAGIC, generation) or _CRC.pack(zlib.crc32(entry[:end])) != entry[end : end + _CRC.size]:
         raise DamagedHeaders(
-            f"{path} is damaged: who may still write to the arena beside it cannot be told; delete both"
+            f"{path} is damaged: it is unknown who may still write to the arena beside it; delete both files"
         )
     return OpenReservation(stored_bytes, struct.unpack_from(f"<{count}I", entry, _ENTRY.size), Writer(*writer))
 
