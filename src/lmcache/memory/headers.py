@@ -275,7 +275,11 @@ def read_headers(path: Path) -> Left:
             and header.sector * RECORD_BYTES + _FIRST_RECORD == offset
             and header.sector * _SECTOR_BYTES + header.stored_bytes <= arena_bytes
         ]
-        entries = [_read_entry(path, entry, generation) for entry in _entries(descriptor, behind)]
+        entries = [
+            _read_entry(path, entry, generation)
+            for _, entry in _blocks(descriptor, behind, _ENTRY_BYTES, _ENTRY_BYTES)
+            if not entry.startswith(_NOTHING[:4])
+        ]
     finally:
         os.close(descriptor)
     return Left(epoch, found, entries)
@@ -284,21 +288,6 @@ def read_headers(path: Path) -> Left:
 def _entries_at(arena_bytes: int) -> int:
     """Where open reservations begin: behind the records of all sectors, at a sector of the file."""
     return -(-(_FIRST_RECORD + arena_bytes // _SECTOR_BYTES * RECORD_BYTES) // _FIRST_RECORD) * _FIRST_RECORD
-
-
-def _entries(descriptor: int, at: int) -> Iterator[bytes]:
-    """Those that are in use."""
-    end, first = os.fstat(descriptor).st_size, at
-    while at < end:
-        try:
-            at = max(at, os.lseek(descriptor, at, os.SEEK_DATA))
-        except OSError:  # only a hole remains
-            return
-        at -= (at - first) % _ENTRY_BYTES
-        entry = os.pread(descriptor, _ENTRY_BYTES, at)
-        if not entry.startswith(_NOTHING[:4]):
-            yield entry
-        at += _ENTRY_BYTES
 
 
 def _read_entry(path: Path, entry: bytes, generation: bytes) -> OpenReservation:
@@ -321,18 +310,24 @@ def _complete(record: bytes, generation: bytes, clears: int) -> ExtentHeader | N
 
 
 def _records(descriptor: int, behind: int) -> Iterator[tuple[int, bytes]]:
-    """What could be a record, with its offset; holes of the file are passed over."""
-    end, at = min(os.fstat(descriptor).st_size, behind), _FIRST_RECORD
-    while at < end:
-        try:
-            at = max(at, os.lseek(descriptor, at, os.SEEK_DATA))
-        except OSError:  # only a hole remains
-            return
-        at -= (at - _FIRST_RECORD) % RECORD_BYTES
-        block = os.pread(descriptor, _READ_BYTES, at)
+    """What could be a record, with its offset."""
+    for at, block in _blocks(descriptor, _FIRST_RECORD, RECORD_BYTES, _READ_BYTES, behind):
         place = block.find(_RECORD_MAGIC)
         while place >= 0:
             if place % RECORD_BYTES == 0:
                 yield at + place, block[place : place + RECORD_BYTES]
             place = block.find(_RECORD_MAGIC, place + 1)
-        at += _READ_BYTES
+
+
+def _blocks(descriptor: int, first: int, unit: int, size: int, end: int | None = None) -> Iterator[tuple[int, bytes]]:
+    """Blocks of `size` bytes, and their offsets, a multiple of `unit` behind `first`; holes of the file are passed over."""
+    at, size_bytes = first, os.fstat(descriptor).st_size
+    end = size_bytes if end is None else min(end, size_bytes)
+    while at < end:
+        try:
+            at = max(at, os.lseek(descriptor, at, os.SEEK_DATA))
+        except OSError:  # only a hole remains
+            return
+        at -= (at - first) % unit
+        yield at, os.pread(descriptor, size, at)
+        at += size
