@@ -10,7 +10,8 @@ from types import SimpleNamespace
 import pytest
 
 from lmcache.cache import KINDS, Event, Heart
-from servers import PATIENCE, eventually, server_parts
+from lmcache.engine import Store
+from servers import PATIENCE, server_parts
 
 SECTOR = 4096
 
@@ -93,9 +94,12 @@ def test_a_listener_that_fails_fails_nobody_else(caplog: pytest.LogCaptureFixtur
 def test_the_engines_request_is_named(folders, engine) -> None:
     with server_parts(folders, 8 << 20) as (service, port):
         heard: list[Event] = []
-        service.loop.ask(lambda: service.l1.events.listen(["hit", "missed"], heard.append), PATIENCE)
+        service.loop.ask(lambda: service.l1.events.listen(["missed", "stored"], heard.append), PATIENCE)
         one = engine(SimpleNamespace(address=f"tcp://127.0.0.1:{port}"))
-        one.scheduler.lookup(one.chain(list(range(64))), request_id="cmpl-7")
-        eventually(lambda: heard)
-        assert [(event.kind, event.request, event.reason) for event in heard] == [("missed", "cmpl-7", "absent")]
-        assert heard[0].hashes == one.chain(list(range(64))).hashes
+        chain = one.chain(list(range(64)))
+        one.scheduler.lookup(chain, request_id="cmpl-7")
+        one.worker.store("job", Store(16, chain.parent(0), chain.hashes, 0, one.table(64), request_id="cmpl-8"))
+        one.wait("job")
+        missed, stored = heard
+        assert (missed.kind, missed.request, missed.reason) == ("missed", "cmpl-7", "absent")
+        assert (stored.kind, stored.request) == ("stored", "cmpl-8") and stored.hashes == missed.hashes == chain.hashes

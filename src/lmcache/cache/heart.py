@@ -277,10 +277,11 @@ class Heart(Index):
         root: bool,
         hashes: bytes,
         tier: str = "",
+        request: str = "",
     ) -> Grant:
         """Extents for this rank's shard of the chunks after `parent`; what is there already or under way is skipped.
 
-        tier: where the server reserves, on whose behalf.
+        tier: where the server reserves, on whose behalf. request: the engine's id of the request, for events.
 
         Raises:
             Refusal: unknown space, process or shard.
@@ -288,7 +289,7 @@ class Heart(Index):
         space, instance = self._admit(process, space_number, tier)
         if not 0 <= shard < space.shards or space.classes[shard] < 0:
             raise Refusal(f"shard {shard} was not registered")
-        table, asked, by = space.table, len(hashes) // HASH_BYTES, (process, instance.tier, "")
+        table, asked, by = space.table, len(hashes) // HASH_BYTES, (process, instance.tier, request)
         parent_id = -1 if root else table.get(parent)
         reason = ""
         if self._claims.over_quota(instance):

@@ -24,8 +24,8 @@ _NUMBERS = 1 << 36
 
 
 def first_number(arena_id: bytes, epoch: int) -> int:
-    """Of the leases and reservations in this epoch of the arena. No two epochs of an arena have one in common, so a number of a
-    server that has gone means nothing to the next one, however late it is released there; nor, most likely, have two arenas."""
+    """The first number of a lease or reservation in this epoch of the arena. Two epochs of one arena share no number, so a lease
+    of a server that has gone means nothing to the next one, however late it is released there. Two arenas hardly ever do."""
     block = int.from_bytes(arena_id[:4], "little") + epoch
     return block % ((1 << 63) // _NUMBERS) * _NUMBERS + 1
 
@@ -43,11 +43,11 @@ class L1(Heart):
 
     @property
     def epoch(self) -> bytes:
-        """What a hit holds for: a server's time with an arena. Another server that has taken the arena over has another epoch."""
+        """Names one server's time with one arena. A server that takes the arena over begins another epoch."""
         return self.arena.id + self.arena.headers.epoch.to_bytes(8, "little")
 
     def join(self, process: int, instance: str, pid: int | None = None) -> None:
-        """As `Heart.join`. pid: of the process that writes to what is reserved, 0 where that cannot be told; None: the server."""
+        """As `Heart.join`. pid: the process that fills what is reserved; 0 where it is unknown, None for the server itself."""
         super().join(process, instance)
         self._writers[process] = Writer.of(pid)
 
@@ -69,6 +69,7 @@ class L1(Heart):
         root: bool,
         hashes: bytes,
         tier: str = "",
+        request: str = "",
     ) -> Grant:
         """As `Heart.reserve`; there is memory behind all extents that it grants.
 
@@ -76,7 +77,7 @@ class L1(Heart):
             Refusal: unknown space, process or shard, or the memory file system is full and nothing older can go for it.
         """
         for _ in range(MAX_GIVEN_UP):
-            grant = super().reserve(now, process, space_number, shard, parent, root, hashes, tier)
+            grant = super().reserve(now, process, space_number, shard, parent, root, hashes, tier, request)
             if not grant.reservation or self._back(process, grant.reservation):
                 return grant
         raise Refusal(f"{self.arena.path.parent} has no room for the arena: free some, or pass a smaller --l1-size-gb")

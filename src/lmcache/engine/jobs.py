@@ -54,7 +54,7 @@ class Store:
     end_token: where the last of them is unfull, the token behind its last one; 0 where all are full.
     parent: hash of the chunk before, or the root's (then `first_chunk` is 0). chunk_tokens: that of the hashes; a server that
     came back with another one gets none of them. after: on a GPU, the point in the engine's stream behind which the blocks
-    are filled.
+    are filled. request_id: the engine's own, for the server's events.
     """
 
     chunk_tokens: int
@@ -64,6 +64,7 @@ class Store:
     blocks: Blocks
     after: Event | None = None
     end_token: int = 0
+    request_id: str = ""
 
 
 @dataclass(frozen=True)

@@ -75,8 +75,8 @@ class ExtentHeader(NamedTuple):
 
 
 class Writer(NamedTuple):
-    """A process that may write to extents. start: in clock ticks after the boot, 0 where it cannot be told; so a pid that is
-    used again is another writer. namespace: that the pid is of."""
+    """A process that may write to extents. `start` is in clock ticks after the boot, 0 where it is unknown; a pid that the kernel
+    has given to another process is another writer by it. `namespace` is the inode of the pid namespace that `pid` belongs to."""
 
     pid: int
     start: int
@@ -84,7 +84,7 @@ class Writer(NamedTuple):
 
     @classmethod
     def of(cls, pid: int | None = None) -> Writer:
-        """The process with this pid in our namespace; 0: one that has none there; None: our own."""
+        """The process with this pid in our pid namespace; 0 stands for one without a pid there, None for this process."""
         pid = os.getpid() if pid is None else pid
         return cls(pid, _start_of(pid), _namespace())
 
@@ -179,7 +179,7 @@ class Headers:
 
     def opened(self, number: int, stored_bytes: int, sectors: Sequence[int], writer: Writer) -> None:
         """The writer is about to get these extents. Without room for the entry no header counts until everything is cleared:
-        a later server could not tell that they may be written to."""
+        a later server could not know that they may be written to."""
         entries = self._open[number] = []
         for at in range(0, len(sectors), _ENTRY_SECTORS):
             own = sectors[at : at + _ENTRY_SECTORS]
@@ -275,7 +275,11 @@ def read_headers(path: Path) -> Left:
             and header.sector * RECORD_BYTES + _FIRST_RECORD == offset
             and header.sector * _SECTOR_BYTES + header.stored_bytes <= arena_bytes
         ]
-        entries = [_read_entry(path, entry, generation) for entry in _entries(descriptor, behind)]
+        entries = [
+            _read_entry(path, entry, generation)
+            for _, entry in _blocks(descriptor, behind, _ENTRY_BYTES, _ENTRY_BYTES)
+            if not entry.startswith(_NOTHING[:4])
+        ]
     finally:
         os.close(descriptor)
     return Left(epoch, found, entries)
@@ -286,27 +290,12 @@ def _entries_at(arena_bytes: int) -> int:
     return -(-(_FIRST_RECORD + arena_bytes // _SECTOR_BYTES * RECORD_BYTES) // _FIRST_RECORD) * _FIRST_RECORD
 
 
-def _entries(descriptor: int, at: int) -> Iterator[bytes]:
-    """Those that are in use."""
-    end, first = os.fstat(descriptor).st_size, at
-    while at < end:
-        try:
-            at = max(at, os.lseek(descriptor, at, os.SEEK_DATA))
-        except OSError:  # only a hole remains
-            return
-        at -= (at - first) % _ENTRY_BYTES
-        entry = os.pread(descriptor, _ENTRY_BYTES, at)
-        if not entry.startswith(_NOTHING[:4]):
-            yield entry
-        at += _ENTRY_BYTES
-
-
 def _read_entry(path: Path, entry: bytes, generation: bytes) -> OpenReservation:
     magic, count, of, stored_bytes, *writer = _ENTRY.unpack_from(entry.ljust(_ENTRY.size, b"\0"))
     end = _ENTRY.size + 4 * count
     if (magic, of) != (_ENTRY_MAGIC, generation) or _CRC.pack(zlib.crc32(entry[:end])) != entry[end : end + _CRC.size]:
         raise DamagedHeaders(
-            f"{path} is damaged: who may still write to the arena beside it cannot be told; delete both"
+            f"{path} is damaged: it is unknown who may still write to the arena beside it; delete both files"
         )
     return OpenReservation(stored_bytes, struct.unpack_from(f"<{count}I", entry, _ENTRY.size), Writer(*writer))
 
@@ -321,18 +310,24 @@ def _complete(record: bytes, generation: bytes, clears: int) -> ExtentHeader | N
 
 
 def _records(descriptor: int, behind: int) -> Iterator[tuple[int, bytes]]:
-    """What could be a record, with its offset; holes of the file are passed over."""
-    end, at = min(os.fstat(descriptor).st_size, behind), _FIRST_RECORD
-    while at < end:
-        try:
-            at = max(at, os.lseek(descriptor, at, os.SEEK_DATA))
-        except OSError:  # only a hole remains
-            return
-        at -= (at - _FIRST_RECORD) % RECORD_BYTES
-        block = os.pread(descriptor, _READ_BYTES, at)
+    """What could be a record, with its offset."""
+    for at, block in _blocks(descriptor, _FIRST_RECORD, RECORD_BYTES, _READ_BYTES, behind):
         place = block.find(_RECORD_MAGIC)
         while place >= 0:
             if place % RECORD_BYTES == 0:
                 yield at + place, block[place : place + RECORD_BYTES]
             place = block.find(_RECORD_MAGIC, place + 1)
-        at += _READ_BYTES
+
+
+def _blocks(descriptor: int, first: int, unit: int, size: int, end: int | None = None) -> Iterator[tuple[int, bytes]]:
+    """Blocks of `size` bytes, and their offsets, a multiple of `unit` behind `first`; holes of the file are passed over."""
+    at, size_bytes = first, os.fstat(descriptor).st_size
+    end = size_bytes if end is None else min(end, size_bytes)
+    while at < end:
+        try:
+            at = max(at, os.lseek(descriptor, at, os.SEEK_DATA))
+        except OSError:  # only a hole remains
+            return
+        at -= (at - first) % unit
+        yield at, os.pread(descriptor, size, at)
+        at += size

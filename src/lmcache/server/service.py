@@ -174,6 +174,7 @@ class Service:
                 request.parent,
                 request.root,
                 request.hashes,
+                request=printable(request.request, 200),
             )
         )
 

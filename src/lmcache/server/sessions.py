@@ -35,7 +35,7 @@ class Peer:
     pid: int = 0
     payload: bool = False
     writer: int | None = None
-    """Pid of the process that writes to what it reserves, 0 where that cannot be told; None: the server, from payload frames."""
+    """The pid of the process that fills what the peer reserves; 0 where it is unknown, None for the server (payload frames)."""
     busy: int = 0
     """Payload copies under way on this peer's behalf."""
     held_bytes: int = 0

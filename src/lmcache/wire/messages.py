@@ -105,6 +105,8 @@ class Reserve(Message, frozen=True, tag=6):
     parent: bytes
     root: bool
     hashes: Annotated[bytes, msgspec.Meta(max_length=16 * MAX_RESERVED_CHUNKS)]
+    request: str = ""
+    """The engine's own id of the request, for events."""
 
 
 class Commit(Message, frozen=True, tag=7):
@@ -206,11 +208,11 @@ class Welcome(Message, frozen=True, tag=64):
     claim_seconds: float = 0.0
     """How long a lease or reservation is a claim. 0: the server does not tell, and knows no `Renew`."""
     epoch: Id = b""
-    """What hits hold for: a server's time with its arena. b"": the server does not tell, and has an arena of its own."""
+    """Names this server's time with this arena: a hit holds for one epoch. b"" from a server that has no epochs."""
 
     @property
     def holds_for(self) -> bytes:
-        """`epoch`, or what stands for it where the server does not tell."""
+        """The epoch of hits; the arena of a server without epochs."""
         return self.epoch or self.arena
 
 

@@ -291,6 +291,7 @@ class WorkerSide:
             blocks=self._registered.blocks(store.blocks),
             after=after,
             end_token=store.end_token,
+            request_id=store.request_id,
         )
 
     def _stream_point(self) -> Any:
