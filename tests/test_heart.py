@@ -13,6 +13,7 @@ import pytest
 from lmcache.cache import SERVER, Cleared, Committed, Completed, Freed, Grant, Heart, Hit, Refusal, TooSmall
 from lmcache.cache.heart import MAX_LEASES, NO_EXTENT
 from lmcache.cache.table import ChunkTable, PyTable, Table, unpack
+from policies import TwoQueues
 
 SECTOR = 4096
 CLAIM_SECONDS = 10.0
@@ -110,10 +111,11 @@ class Reservation:
 class Life:
     """Random operations on a heart, each foretold by the model or checked against it."""
 
-    def __init__(self, seed: int, new_table: NewTable) -> None:
+    def __init__(self, seed: int, new_table: NewTable, lru: bool) -> None:
         self.dice = random.Random(seed)
         self.exact = self.dice.random() < 0.4
-        """One space with one size of slots: then every eviction is foretold."""
+        """One space with one size of slots: then every eviction is foretold, if the policy is LRU."""
+        self.lru = lru
         self.sectors_total = self.dice.choice([7, 40, 100, 250])
         self.heart = Heart(self.sectors_total * SECTOR + self.dice.choice([0, 100]), CLAIM_SECONDS, new_table)
         self.now = 0.0
@@ -453,7 +455,7 @@ class Life:
             self.told["refused"] += len(keys)
             return
         above = space.chunks[parent] if parent else None
-        foretold = self.foretell(space, shard, above, keys) if self.exact else None
+        foretold = self.foretell(space, shard, above, keys) if self.exact and self.lru else None
         space.touch(([above] if above else []) + [space.chunks[key] for key in keys if key in space.chunks])
         vanished = self.vanished(space, shard, keys, sectors)
         if foretold is not None:
@@ -849,8 +851,8 @@ def leading_whole(space: ModelSpace, keys: list[bytes]) -> list[Chunk]:
     return found
 
 
-def live(seed: int, steps: int, new_table: NewTable) -> None:
-    life = Life(seed, new_table)
+def live(seed: int, steps: int, new_table: NewTable, lru: bool = True) -> None:
+    life = Life(seed, new_table, lru)
     for _ in range(steps):
         life.step()
     life.check_liveness()
@@ -866,3 +868,9 @@ def test_the_promises_hold_after_every_step(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(10))
 def test_they_hold_without_the_native_table(seed: int) -> None:
     live(seed, 500, PyTable)
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("table_type", [PyTable, ChunkTable])
+def test_they_hold_with_another_policy(seed: int, table_type: Callable[..., Table]) -> None:
+    live(seed, 500, lambda shards: table_type(shards, TwoQueues()), lru=False)

@@ -307,13 +307,14 @@ class DiskTier(Tier):
         self._compact_above = 0
 
     def _evict(self, wanted_bytes: int) -> bool:
-        """Drop what was used longest ago until so much can be given back; False when there is nothing to drop."""
+        """Drop shards in the order of eviction until so much can be given back; False when there is nothing to drop."""
         rows: list[int] = []
-        freed, row = 0, self._index.order.oldest()
-        while row and freed < wanted_bytes and len(rows) < _ENTRY_RECORDS:
+        freed = 0
+        for row in itertools.islice(self._index.order, _ENTRY_RECORDS):
+            if freed >= wanted_bytes:
+                break
             rows.append(row)
             freed += frame_bytes(self._index.payload(row))
-            row = self._index.order.newer(row)
         self._drop(rows)
         return bool(rows)
 
@@ -329,8 +330,7 @@ class DiskTier(Tier):
     def _use(self, rows: Iterable[int]) -> None:
         """Used now. That a restart forgets about it when the journal cannot be written is no reason to fail."""
         for some in _parts(list(rows)):
-            for row in some:
-                self._index.order.touch(row)
+            self._index.order.touched(some)
             try:
                 self._journal.append((USE, places([self._index.place(row) for row in some])))
             except OSError as error:
