@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 import pytest
 
 from lmcache.cache import SERVER, Cleared, Committed, Completed, Freed, Grant, Heart, Hit, Refusal, TooSmall
-from lmcache.cache.heart import MAX_LEASES, NO_EXTENT
+from lmcache.cache.heart import MAX_LEASES
 from lmcache.cache.table import ChunkTable, PyTable, Table, unpack
+from lmcache.memory.slabs import NO_EXTENT
 from policies import TwoQueues
 
 SECTOR = 4096

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from lmcache.cache import SERVER, Heart, Refusal, TooSmall
-from lmcache.cache.heart import EXPIRED_A_TICK, MAX_LEASES, NO_EXTENT
+from lmcache.cache.heart import EXPIRED_A_TICK, MAX_LEASES
 from lmcache.cache.table import ChunkTable, PyTable, unpack
 from lmcache.chunks import HASH_BYTES
+from lmcache.memory.slabs import NO_EXTENT
 
 SECTOR = 4096
 CLAIM_SECONDS = 10.0

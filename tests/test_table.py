@@ -22,9 +22,10 @@ from hypothesis.stateful import (
     rule,
 )
 
-from lmcache.cache.table import COMPLETED, DONE, EMPTY, FILLING, NO_EXTENT, RELEASED, PyTable, Table, pack, unpack
+from lmcache.cache.table import COMPLETED, DONE, EMPTY, FILLING, RELEASED, PyTable, Table, pack, unpack
 from lmcache.compiled import load_native
 from lmcache.memory.order import LRU, Policy
+from lmcache.memory.slabs import NO_EXTENT
 from policies import TwoQueues
 
 native = load_native()

@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 
 from lmcache.cache import Heart
-from lmcache.cache.heart import NO_EXTENT, SERVER
+from lmcache.cache.heart import SERVER
 from lmcache.errors import ConfigError
+from lmcache.memory.slabs import NO_EXTENT
 from lmcache.server.loop import Loop
 from lmcache.server.tiering import Tiering
 from lmcache.tiers import ABSENT, KEPT, OK, Shard, ShardKey, Tier, TierError, Usage

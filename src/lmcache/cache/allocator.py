@@ -18,8 +18,8 @@ from array import array
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from lmcache.cache.table import NO_EXTENT, Table
-from lmcache.memory.slabs import SECTOR_BYTES, Region, Slabs
+from lmcache.cache.table import Table
+from lmcache.memory.slabs import NO_EXTENT, SECTOR_BYTES, Region, Slabs
 
 
 @dataclass(slots=True, eq=False)

@@ -27,12 +27,11 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from lmcache.cache.allocator import Allocator, Space
-from lmcache.cache.table import COMPLETED, EMPTY, NO_EXTENT, RELEASED, ChunkTable, Table
+from lmcache.cache.table import COMPLETED, EMPTY, RELEASED, ChunkTable, Table
 from lmcache.chunks import HASH_BYTES
 from lmcache.errors import LMCacheError
-from lmcache.memory.slabs import Slabs
+from lmcache.memory.slabs import NO_EXTENT, Slabs
 
-NO_EXTENT = NO_EXTENT
 SERVER = 0
 """The process that is the server itself. Engines' processes have numbers above."""
 _OWN_INSTANCE = "\0server"
@@ -495,7 +494,7 @@ class Heart:
             reason = "no engine"  # a tier's load for one that has gone: nothing in use makes room for it
         if reason:
             self._emit("refused", space, asked, reason)
-            return Grant(0, _no_extents(asked), asked, reason)
+            return Grant(0, _ids([NO_EXTENT] * asked), asked, reason)
         ids, sectors = self._fill_chain(space, shard, parent_id, hashes)
         refused = asked - len(sectors)
         if refused:
@@ -509,8 +508,7 @@ class Heart:
             self._reservations[number] = self._due[number] = held
             self._processes[process].reservations.add(number)
             self._emit("reserved", space, len(ids))
-        extents = array("I", sectors).tobytes() + _no_extents(refused)
-        return Grant(number, extents, refused, reason)
+        return Grant(number, _ids(sectors + [NO_EXTENT] * refused), refused, reason)
 
     def _fill_chain(self, space: Space, shard: int, parent: int, hashes: bytes) -> tuple[list[int], list[int]]:
         """Ids that are now being filled, and one sector a chunk until the memory ran out."""
@@ -871,10 +869,6 @@ def _names(table: Table, records: list[int]) -> tuple[bytes, bytes]:
         b"".join(map(table.key, records)),
         b"".join(table.key(one) if one >= 0 else bytes(HASH_BYTES) for one in parents),
     )
-
-
-def _no_extents(count: int) -> bytes:
-    return b"\xff\xff\xff\xff" * count
 
 
 def _too_small(chunk_bytes: int, total_bytes: int) -> str:

@@ -14,7 +14,8 @@ goes before what follows it.
 
 The same table exists twice: `PyTable` here, which is the specification, and `lmcache._native.Table` in C, which takes a
 tenth of the memory and has an LRU of its own. `ChunkTable` is the native one where it was built, unless LMCACHE_NO_NATIVE is
-1. "ids" and "sectors" are bytes: little-endian u32, one after another. A call that raises has changed nothing.
+1. "ids" and "sectors" are bytes: little-endian u32, one after another. Every method raises ValueError for an id that no record
+has. A call that raises has changed nothing.
 """
 
 from __future__ import annotations
@@ -23,116 +24,18 @@ import bisect
 import struct
 from collections import Counter
 from collections.abc import Callable, Iterable
-from typing import Protocol
+from typing import TypeAlias
 
+from lmcache.chunks import HASH_BYTES
 from lmcache.compiled import load_native
 from lmcache.memory.order import LRU, Policy
+from lmcache.memory.slabs import NO_EXTENT
 
 EMPTY, FILLING, DONE = 0, 1, 2
 COMPLETED, RELEASED = 1, 2  # what `end_fill` can return beside 0
-KEY_BYTES = 16
 MAX_RECORDS = 2**32 - 1
-NO_EXTENT = 2**32 - 1
 MAX_SHARDS = 65535
 MAX_PINS = 2**32 - 1
-
-
-class Table(Protocol):
-    """What both tables can do. Every method raises ValueError for an id that no record has."""
-
-    def match(self, hashes: bytes, /) -> bytes:
-        """Ids of the leading hashes (16 bytes each) whose records are attached and have all shards done."""
-
-    def get(self, key: bytes, /) -> int:
-        """The id of the attached record with this hash, in any state, or -1."""
-
-    def insert(self, key: bytes, parent: int, /) -> int:
-        """A new attached record. ValueError when the hash is there, or the parent (-1: none) is not."""
-
-    def touch(self, ids: bytes, /) -> None:
-        """These were used, the last one first, so that ids[0] is the most recent one. Detached ones are skipped."""
-
-    def touch_path(self, record: int, /) -> None:
-        """The record and all its ancestors were used, deepest first, so that the root is the most recent one."""
-
-    def pin(self, ids: bytes, /) -> None:
-        """One more reader of each."""
-
-    def unpin(self, ids: bytes, /) -> bytes:
-        """One reader less of each; ValueError for one that has none. Returns the ids that the caller may free now."""
-
-    def begin_fill(self, record: int, shard: int, sector: int, /) -> None:
-        """empty -> filling, into the extent at `sector`. ValueError in any other state, or when the record is detached."""
-
-    def end_fill(self, record: int, shard: int, ok: bool, /) -> int:
-        """filling -> done, or -> empty when not `ok` (its extent is then the caller's to free).
-
-        Returns COMPLETED when the record is attached and has become complete, RELEASED when it is detached and may be
-        freed now, else 0.
-        """
-
-    def state(self, record: int, shard: int, /) -> int:
-        """EMPTY, FILLING or DONE."""
-
-    def extent(self, record: int, shard: int, /) -> int:
-        """The sector of its extent, or -1 when the shard is empty."""
-
-    def extents(self, ids: bytes, /) -> bytes:
-        """Sectors, [record][shard]; NO_EXTENT where a shard is empty."""
-
-    def detach(self, record: int, /) -> bytes:
-        """Detach the record and all its descendants; their ids, descendants first. ValueError when it is detached."""
-
-    def free(self, record: int, /) -> None:
-        """Forget a record that is detached, unpinned and not being filled; ValueError otherwise."""
-
-    def victim(self) -> int:
-        """The evictable record that the policy names, or -1. ValueError when it names one that is not evictable."""
-
-    def evictable(self, record: int, /) -> bool:
-        """Whether it is attached and has no pins, no shards being filled and no children."""
-
-    def in_sectors(self, first_sector: int, end_sector: int, /) -> bytes:
-        """Ids, ascending, of attached records with an extent (filling or done) in first_page <= sector < end_page."""
-
-    def survey(self, bounds: bytes, /) -> bytes:
-        """What would go with the extents in each range of sectors; a u32 pair each.
-
-        `bounds` holds sectors, ascending: ranges [0] <= sector < [1], [2] <= sector < [3], and so on. The pair's first: extents there
-        of attached records. Its second: which place, counted from 1, the last of them to go has in the order of eviction;
-        NO_EXTENT where one there, or one that hangs on one there, is pinned or being filled. ValueError when the policy does not
-        name all attached records.
-        """
-
-    def key(self, record: int, /) -> bytes:
-        """Its hash."""
-
-    def parent(self, record: int, /) -> int:
-        """The parent's id; -1 for a root, and for every detached record."""
-
-    def children(self, record: int, /) -> int:
-        """How many attached children it has."""
-
-    def pins(self, record: int, /) -> int:
-        """How many readers it has."""
-
-    def filling(self, record: int, /) -> int:
-        """How many of its shards are being filled."""
-
-    def complete(self, record: int, /) -> bool:
-        """Whether all shards are done."""
-
-    def attached(self, record: int, /) -> bool:
-        """Whether it is in the index."""
-
-    def __len__(self) -> int:
-        """Attached records."""
-
-    def detached(self) -> int:
-        """Detached records that were not freed yet."""
-
-    def memory_bytes(self) -> int:
-        """What the table and its policy take."""
 
 
 def pack(numbers: Iterable[int]) -> bytes:
@@ -206,21 +109,24 @@ class PyTable:
     # The index
 
     def match(self, hashes: bytes, /) -> bytes:
-        if len(hashes) % KEY_BYTES:
-            raise ValueError(f"{len(hashes)} bytes of hashes; each hash takes {KEY_BYTES}")
+        """Ids of the leading hashes (16 bytes each) whose records are attached and have all shards done."""
+        if len(hashes) % HASH_BYTES:
+            raise ValueError(f"{len(hashes)} bytes of hashes; each hash takes {HASH_BYTES}")
         found = []
-        for start in range(0, len(hashes), KEY_BYTES):
-            record = self._by_key.get(hashes[start : start + KEY_BYTES])
+        for start in range(0, len(hashes), HASH_BYTES):
+            record = self._by_key.get(hashes[start : start + HASH_BYTES])
             if record is None or not self._records[record].complete:
                 break
             found.append(record)
         return pack(found)
 
     def get(self, key: bytes, /) -> int:
+        """The id of the attached record with this hash, in any state, or -1."""
         _check_key(key)
         return self._by_key.get(key, -1)
 
     def insert(self, key: bytes, parent: int, /) -> int:
+        """A new attached record. ValueError when the hash is there, or the parent (-1: none) is not."""
         _check_key(key)
         if key in self._by_key:
             raise ValueError(f"hash {key.hex()} is in the table already; get it instead")
@@ -240,6 +146,7 @@ class PyTable:
         return record
 
     def detach(self, record: int, /) -> bytes:
+        """Detach the record and all its descendants; their ids, descendants first. ValueError when it is detached."""
         if not self._record(record).attached:
             raise ValueError(f"record {record} is detached already")
         family = [record]
@@ -258,6 +165,7 @@ class PyTable:
         return pack(reversed(family))
 
     def free(self, record: int, /) -> None:
+        """Forget a record that is detached, unpinned and not being filled; ValueError otherwise."""
         found = self._record(record)
         if found.attached or not found.idle:
             raise ValueError(
@@ -270,10 +178,12 @@ class PyTable:
     # The order of eviction
 
     def touch(self, ids: bytes, /) -> None:
+        """These were used, the last one first, so that ids[0] is the most recent one. Detached ones are skipped."""
         records = unpack(ids)
         self._policy.touched([one for one in reversed(records) if self._record(one).attached])
 
     def touch_path(self, record: int, /) -> None:
+        """The record and all its ancestors were used, deepest first, so that the root is the most recent one."""
         if not self._record(record).attached:
             return
         path = [record]
@@ -282,12 +192,14 @@ class PyTable:
         self._policy.touched(path)
 
     def victim(self) -> int:
+        """The evictable record that the policy names, or -1. ValueError when it names one that is not evictable."""
         row = self._policy.victim(self.evictable)
         if row and not (row in self._records and self.evictable(row)):
             raise ValueError(f"the policy chose record {row} as victim, which may not go now")
         return row or -1
 
     def evictable(self, record: int, /) -> bool:
+        """Whether it is attached and has no pins, no shards being filled and no children."""
         return self._record(record).evictable
 
     def _unblock(self, record: int) -> None:
@@ -298,6 +210,7 @@ class PyTable:
     # Readers and writers
 
     def pin(self, ids: bytes, /) -> None:
+        """One more reader of each."""
         records = unpack(ids)
         for record in records:
             if self._record(record).pins > MAX_PINS - len(records):
@@ -306,6 +219,7 @@ class PyTable:
             self._records[record].pins += 1
 
     def unpin(self, ids: bytes, /) -> bytes:
+        """One reader less of each; ValueError for one that has none. Returns the ids that the caller may free now."""
         records = unpack(ids)
         for record, count in Counter(records).items():
             if self._record(record).pins < count:
@@ -320,6 +234,7 @@ class PyTable:
         return pack(released)
 
     def begin_fill(self, record: int, shard: int, sector: int, /) -> None:
+        """empty -> filling, into the extent at `sector`. ValueError in any other state, or when the record is detached."""
         found = self._shard(record, shard)
         if not 0 <= sector < NO_EXTENT:
             raise ValueError(f"sector {sector} is no sector of an arena; sectors are 0 to {NO_EXTENT - 1}")
@@ -332,6 +247,11 @@ class PyTable:
         found.sectors[shard] = sector
 
     def end_fill(self, record: int, shard: int, ok: bool, /) -> int:
+        """filling -> done, or -> empty when not `ok` (its extent is then the caller's to free).
+
+        Returns COMPLETED when the record is attached and has become complete, RELEASED when it is detached and may be
+        freed now, else 0.
+        """
         found = self._shard(record, shard)
         if found.states[shard] != FILLING:
             raise ValueError(f"shard {shard} of record {record} is not being filled: state {found.states[shard]}")
@@ -346,17 +266,21 @@ class PyTable:
     # Reading
 
     def state(self, record: int, shard: int, /) -> int:
+        """EMPTY, FILLING or DONE."""
         return self._shard(record, shard).states[shard]
 
     def extent(self, record: int, shard: int, /) -> int:
+        """The sector of its extent, or -1 when the shard is empty."""
         return self._shard(record, shard).sectors.get(shard, -1)
 
     def extents(self, ids: bytes, /) -> bytes:
+        """Sectors, [record][shard]; NO_EXTENT where a shard is empty."""
         shards = range(self._shards)
         sectors = [self._record(record).sectors for record in unpack(ids)]
         return pack(own.get(shard, NO_EXTENT) for own in sectors for shard in shards)
 
     def in_sectors(self, first_sector: int, end_sector: int, /) -> bytes:
+        """Ids, ascending, of attached records with an extent (filling or done) in first_page <= sector < end_page."""
         found = (
             record
             for record in self._by_key.values()
@@ -365,6 +289,13 @@ class PyTable:
         return pack(sorted(found))
 
     def survey(self, bounds: bytes, /) -> bytes:
+        """What would go with the extents in each range of sectors; a u32 pair each.
+
+        `bounds` holds sectors, ascending: ranges [0] <= sector < [1], [2] <= sector < [3], and so on. The pair's first: extents there
+        of attached records. Its second: which place, counted from 1, the last of them to go has in the order of eviction;
+        NO_EXTENT where one there, or one that hangs on one there, is pinned or being filled. ValueError when the policy does not
+        name all attached records.
+        """
         edges = unpack(bounds)
         if len(edges) % 2 or list(edges) != sorted(edges):
             raise ValueError(f"{len(edges)} bounds of ranges; give pairs, ascending")
@@ -377,9 +308,7 @@ class PyTable:
         found = [0] * len(edges)
         order = list(self._policy)
         if sorted(order) != sorted(self._by_key.values()):
-            raise ValueError(
-                f"the policy has {len(order)} records in its order, not just the {len(self)} attached ones"
-            )
+            raise ValueError(f"the policy does not have just the {len(self)} attached records in its order")
         for place, record in enumerate(order, 1):
             for sector in self._records[record].sectors.values():
                 edge = bisect.bisect_right(edges, sector) - 1
@@ -389,41 +318,52 @@ class PyTable:
         return pack(found)
 
     def key(self, record: int, /) -> bytes:
+        """Its hash."""
         return self._record(record).key
 
     def parent(self, record: int, /) -> int:
+        """The parent's id; -1 for a root, and for every detached record."""
         return self._record(record).parent
 
     def children(self, record: int, /) -> int:
+        """How many attached children it has."""
         return len(self._record(record).children)
 
     def pins(self, record: int, /) -> int:
+        """How many readers it has."""
         return self._record(record).pins
 
     def filling(self, record: int, /) -> int:
+        """How many of its shards are being filled."""
         return self._record(record).filling
 
     def complete(self, record: int, /) -> bool:
+        """Whether all shards are done."""
         return self._record(record).complete
 
     def attached(self, record: int, /) -> bool:
+        """Whether it is in the index."""
         return self._record(record).attached
 
     def __len__(self) -> int:
+        """Attached records."""
         return len(self._by_key)
 
     def detached(self) -> int:
+        """Detached records that were not freed yet."""
         return len(self._records) - len(self._by_key)
 
     def memory_bytes(self) -> int:
-        """An estimate: about 800 bytes a record with one shard in CPython 3.11, and 100 for each further shard."""
+        """What the table and its policy take. Of `PyTable` this is an estimate, for CPython 3.11."""
         return len(self._records) * (700 + 100 * self._shards) + 4 * len(self._free) + self._policy.memory_bytes()
 
 
 def _check_key(key: bytes) -> None:
-    if len(key) != KEY_BYTES:
-        raise ValueError(f"a hash of {len(key)} bytes; it takes {KEY_BYTES}")
+    if len(key) != HASH_BYTES:
+        raise ValueError(f"a hash of {len(key)} bytes; it takes {HASH_BYTES}")
 
 
+Table: TypeAlias = PyTable
+"""Either of the two, which have the same methods."""
 _native = load_native()
 ChunkTable: Callable[..., Table] = PyTable if _native is None else _native.Table

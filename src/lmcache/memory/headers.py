@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lmcache.errors import ConfigError, LMCacheError
+from lmcache.memory.slabs import SECTOR_BYTES
 from lmcache.observability.log import init_logger
 
 logger = init_logger(__name__)
@@ -31,8 +32,7 @@ RECORD_BYTES = 96
 VERSION = 1
 COMMITTED = 1
 _MAGIC, _RECORD_MAGIC = b"lmcachHD", b"LMsl"
-_FIRST_RECORD = 4096
-_SECTOR_BYTES = 4096
+_FIRST_RECORD = SECTOR_BYTES
 _READ_BYTES = RECORD_BYTES << 15
 _FILE = struct.Struct("<8sII8sQ16sQ")
 _RECORD = struct.Struct("<4sHH8sIIQHH16s16s16s")
@@ -167,7 +167,7 @@ def read_headers(path: Path) -> list[ExtentHeader]:
             for offset, record in _records(descriptor)
             if (header := _complete(record, generation, clears)) is not None
             and header.sector * RECORD_BYTES + _FIRST_RECORD == offset
-            and header.sector * _SECTOR_BYTES + header.stored_bytes <= arena_bytes
+            and header.sector * SECTOR_BYTES + header.stored_bytes <= arena_bytes
         ]
     finally:
         os.close(descriptor)

@@ -1344,7 +1344,7 @@ static PyMethodDef methods[] = {
 };
 
 static PyType_Slot type_slots[] = {
-    {Py_tp_doc, "Table(shards[, policy]): the index of one space; see lmcache.cache.table.Table."},
+    {Py_tp_doc, "Table(shards[, policy]): the index of one space; see lmcache.cache.table.PyTable."},
     {Py_tp_new, table_new},
     {Py_tp_dealloc, table_dealloc},
     {Py_tp_methods, methods},

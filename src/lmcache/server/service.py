@@ -20,6 +20,7 @@ from lmcache.cache.heart import Effect
 from lmcache.chunks import space_fingerprint
 from lmcache.errors import LMCacheError
 from lmcache.memory.arena import Arena, ArenaFull
+from lmcache.memory.slabs import SECTOR_BYTES
 from lmcache.observability.log import init_logger, printable
 from lmcache.server.loop import Loop
 from lmcache.server.refused import Refused
@@ -311,11 +312,11 @@ class Service:
             return True
         sectors, size = self.heart.reserved_sectors(process, reservation), self.heart.shard_bytes(reservation)
         try:
-            self.arena.back((sector * m.SECTOR_BYTES for sector in sectors), size)
+            self.arena.back((sector * SECTOR_BYTES for sector in sectors), size)
         except ArenaFull as error:
             if not self.counters["given_up_slots"]:
                 logger.warning("L1 stays smaller than it was to be, until it is cleared: %s", error)
-            lost = {sector for sector in sectors if not self.arena.has_sectors(sector * m.SECTOR_BYTES, size)}
+            lost = {sector for sector in sectors if not self.arena.has_sectors(sector * SECTOR_BYTES, size)}
             self.counters["given_up_slots"] += len(lost)
             self.heart.give_up(process, reservation, lost)
             return False
@@ -362,7 +363,7 @@ class Service:
         view = self.arena.mapping.view
 
         def copy() -> list[bytes]:
-            return [bytes(view(sector * m.SECTOR_BYTES, size)) for sector in sectors]
+            return [bytes(view(sector * SECTOR_BYTES, size)) for sector in sectors]
 
         self._in_worker(peer, size * len(sectors), copy, reply)
 
@@ -378,7 +379,7 @@ class Service:
 
         def copy() -> list[bytes]:
             for sector, one in zip(sectors, frames, strict=True):
-                view(sector * m.SECTOR_BYTES, size)[:] = one
+                view(sector * SECTOR_BYTES, size)[:] = one
             return []
 
         def answer(message: m.Message, nothing: list[bytes]) -> None:

@@ -27,8 +27,6 @@ MAX_PAYLOAD_BYTES = 256 << 20
 """Bound of the payload frames of one message."""
 _ROOM_FOR_THE_REST = 1 << 16
 """Bytes of a message that a lookup's hashes and extents leave to its other fields."""
-NO_EXTENT = 0xFFFFFFFF
-SECTOR_BYTES = 4096
 NONCE_BYTES = 32
 
 MAX_RESERVED_CHUNKS = 16384

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lmcache.config.options import word
+from lmcache.config.options import GIB, word
 from lmcache.errors import ConfigError
 from lmcache.observability.log import init_logger
 from lmcache.tiers import frame
@@ -31,7 +31,7 @@ from lmcache.tiers.disk.shard_index import MAX_PAYLOAD_BYTES, RECORD, ShardIndex
 from lmcache.tiers.filesystem import BLOCK_BYTES, FULL, Filesystem, blocks, tier_error
 from lmcache.tiers.frame_io import BOUNCE_BYTES, GROUP_BYTES, GROUP_FRAMES, UNREADABLE, Found, FrameIO
 from lmcache.tiers.tier import ABSENT, KEPT, OK, Shard, ShardKey, Tier, TierError, Usage
-from lmcache.tiers.url import GIB, TierURL
+from lmcache.tiers.url import TierURL
 
 NO_ROOM, TOO_LARGE = "full", "too large"
 """Outcomes of a store: no room could be made; it would not fit into an empty tier."""
