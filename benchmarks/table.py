@@ -32,10 +32,11 @@ def build(records: int, shards: int, chunks: int) -> tuple[Table, list[bytes], f
         now = time.perf_counter()
         longest, before = max(longest, now - before), now
     each = (before - began) / records
-    for number in range(records):
+    for number, key in enumerate(keys):
+        record = table.get(key)
         for shard in range(shards):
-            table.begin_fill(number, shard, number)
-            table.end_fill(number, shard, True)
+            table.begin_fill(record, shard, number)
+            table.end_fill(record, shard, True)
     return table, keys, each, longest
 
 
@@ -101,8 +102,8 @@ def main() -> None:
             print(f"  {name:10} match            {timed(table.match, asked)}")
             print(f"  {name:10} plain dict       {timed(functools.partial(dict_match, index), asked)}")
             print(f"  {name:10} lookup and lease {timed(lookup_and_lease(table), asked)}")
-        for number in range(options.chunks - 1, records, options.chunks):
-            table.touch_path(number)
+        for key in keys[options.chunks - 1 :: options.chunks]:
+            table.touch_path(table.get(key))
         began, evictions = time.perf_counter(), records // 2
         for _ in range(evictions):
             table.free(int.from_bytes(table.detach(table.victim()), "little"))

@@ -19,6 +19,7 @@ from lmcache.chunks import Layout
 from lmcache.errors import ConfigError
 from lmcache.memory import arena as arenas
 from lmcache.memory.arena import Arena, ArenaFull, Mapping, reclaim_stale
+from lmcache.memory.slabs import NO_EXTENT, SECTOR_BYTES
 from lmcache.server.loop import Loop
 from lmcache.server.service import Service
 from lmcache.server.sessions import Peer
@@ -101,7 +102,8 @@ def test_a_starting_servers_file_is_not_taken_for_a_dead_ones(memory):
 
 def test_only_what_is_handed_out_is_backed(memory):
     """Slots at the arena's end must not cost the pages of all that lies below."""
-    arena = Arena(memory, 8 * STEP + 4096)
+    arena = Arena(memory, 8 * STEP + 4096 + 4095)  # no full page more
+    assert arena.size_bytes == 8 * STEP + 4096
     assert held_bytes(memory) == 0
     arena.back([7 * STEP + 8192], 4096)
     assert arena.backed_bytes == held_bytes(memory) == STEP
@@ -218,9 +220,9 @@ def test_a_full_tmpfs_makes_a_smaller_cache(tiny):
     prompts = [b"".join(bytes([prompt, n]) * 8 for n in range(30)) for prompt in range(3)]
     for prompt in prompts:
         granted = ask(m.Reserve(space, 0, b"", True, prompt))
-        sectors = [sector for (sector,) in struct.iter_unpack("<I", granted.extents) if sector != m.NO_EXTENT]
+        sectors = [sector for (sector,) in struct.iter_unpack("<I", granted.extents) if sector != NO_EXTENT]
         assert 16 <= len(sectors) == 30 - granted.refused, "as many as there is memory for, whatever was there before"
-        assert all(arena.has_sectors(sector * m.SECTOR_BYTES, 1 << 20) for sector in sectors)
+        assert all(arena.has_sectors(sector * SECTOR_BYTES, 1 << 20) for sector in sectors)
         assert ask(m.Commit(granted.reservation, True)).count == len(sectors)
         found = ask(m.Lookup(space, prompt))
         assert found.chunks == len(sectors)

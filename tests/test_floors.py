@@ -22,6 +22,7 @@ FLOORS = {
     "wire": 5,
     "cache": 4,
     "tiers": 3,
+    "testing": 4,
     "memory": 2,
     "chunks": 1,
     "observability": 0,

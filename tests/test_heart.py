@@ -13,8 +13,9 @@ import pytest
 from lmcache.cache import KINDS, SERVER, Event, Grant, Heart, Hit, Refusal, TooSmall
 from lmcache.cache.claims import MAX_LEASES
 from lmcache.cache.claims import Reservation as Held
-from lmcache.cache.index import NO_EXTENT
 from lmcache.cache.table import ChunkTable, PyTable, Table, unpack
+from lmcache.memory.slabs import NO_EXTENT
+from policies import TwoQueues
 
 SECTOR = 4096
 CLAIM_SECONDS = 10.0
@@ -135,10 +136,11 @@ class NotingHeart(Heart):
 class Life:
     """Random operations on a heart, each foretold by the model or checked against it."""
 
-    def __init__(self, seed: int, new_table: NewTable) -> None:
+    def __init__(self, seed: int, new_table: NewTable, lru: bool) -> None:
         self.dice = random.Random(seed)
         self.exact = self.dice.random() < 0.4
-        """One space with one size of slots: then every eviction is foretold."""
+        """One space with one size of slots: then every eviction is foretold, if the policy is LRU."""
+        self.lru = lru
         self.sectors_total = self.dice.choice([7, 40, 100, 250])
         self.heart = NotingHeart(self.sectors_total * SECTOR + self.dice.choice([0, 100]), new_table)
         self.events: list[Event] = []
@@ -475,7 +477,7 @@ class Life:
             self.tell("refused", keys)
             return
         above = space.chunks[parent] if parent else None
-        foretold = self.foretell(space, shard, above, keys) if self.exact else None
+        foretold = self.foretell(space, shard, above, keys) if self.exact and self.lru else None
         space.touch(([above] if above else []) + [space.chunks[key] for key in keys if key in space.chunks], self.now)
         vanished = self.vanished(space, shard, keys, sectors)
         if foretold is not None:
@@ -871,8 +873,8 @@ def leading_whole(space: ModelSpace, keys: list[bytes]) -> list[Chunk]:
     return found
 
 
-def live(seed: int, steps: int, new_table: NewTable) -> None:
-    life = Life(seed, new_table)
+def live(seed: int, steps: int, new_table: NewTable, lru: bool = True) -> None:
+    life = Life(seed, new_table, lru)
     for _ in range(steps):
         life.step()
     life.check_liveness()
@@ -888,3 +890,9 @@ def test_the_promises_hold_after_every_step(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(10))
 def test_they_hold_without_the_native_table(seed: int) -> None:
     live(seed, 500, PyTable)
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("table_type", [PyTable, ChunkTable])
+def test_they_hold_with_another_policy(seed: int, table_type: Callable[..., Table]) -> None:
+    live(seed, 500, lambda shards: table_type(shards, TwoQueues()), lru=False)

@@ -7,9 +7,9 @@ import pytest
 from lmcache.cache import SERVER, Heart, Refusal, TooSmall
 from lmcache.cache.claims import MAX_LEASES
 from lmcache.cache.heart import EXPIRED_A_TICK
-from lmcache.cache.index import NO_EXTENT
 from lmcache.cache.table import ChunkTable, PyTable, unpack
 from lmcache.chunks import HASH_BYTES
+from lmcache.memory.slabs import NO_EXTENT
 
 SECTOR = 4096
 CLAIM_SECONDS = 10.0

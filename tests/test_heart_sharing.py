@@ -10,9 +10,9 @@ import pytest
 
 from lmcache.cache import Heart, Refusal
 from lmcache.cache.heart import MAX_SPACES_OF_INSTANCE
-from lmcache.cache.index import NO_EXTENT
 from lmcache.cache.table import ChunkTable, PyTable, unpack
 from lmcache.chunks import HASH_BYTES
+from lmcache.memory.slabs import NO_EXTENT
 
 MIB = 1 << 20
 needs_native = pytest.mark.skipif(ChunkTable is PyTable, reason="the native module was not built")

@@ -1,4 +1,4 @@
-"""The two tables against each other, against a naive model of age, and against what they promise."""
+"""The two tables against each other, against naive models of two policies, and against what they promise."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -22,14 +22,17 @@ from hypothesis.stateful import (
     rule,
 )
 
-from lmcache.cache.table import COMPLETED, DONE, EMPTY, FILLING, NO_EXTENT, RELEASED, PyTable, Table, pack, unpack
+from lmcache.cache.table import COMPLETED, DONE, EMPTY, FILLING, RELEASED, PyTable, Table, pack, unpack
 from lmcache.compiled import load_native
+from lmcache.memory.order import LRU, Policy
+from lmcache.memory.slabs import NO_EXTENT
+from policies import TwoQueues
 
 native = load_native()
 NativeTable = None if native is None else native.Table
 needs_native = pytest.mark.skipif(NativeTable is None, reason="the native module was not built")
 both = pytest.mark.parametrize("table_type", [PyTable, pytest.param(NativeTable, marks=needs_native, id="native")])
-NewTable = Callable[[int], Table]
+NewTable = Callable[..., Table]
 
 
 def key_of(number: int) -> bytes:
@@ -44,10 +47,17 @@ def filled(table: Table, key: int, parent: int = -1, sector: int = 0) -> int:
     return record
 
 
+def places(table: Table, records: list[int]) -> list[int]:
+    """Each one's place in the order of eviction, 0 for a detached one. Each record has a page of its own."""
+    sectors = {record: table.extent(record, 0) for record in records}
+    found = {sector: unpack(table.survey(pack([sector, sector + 1])))[1] for sector in sectors.values()}
+    return [found[sectors[record]] for record in records]
+
+
 def chain(table: Table, first_key: int, length: int) -> list[int]:
     records: list[int] = []
     for number in range(length):
-        records.append(filled(table, first_key + number, records[-1] if records else -1, number))
+        records.append(filled(table, first_key + number, records[-1] if records else -1, first_key + number))
     return records
 
 
@@ -131,11 +141,10 @@ def test_touch_path_makes_the_root_the_newest(table_type: NewTable) -> None:
     table = table_type(1)
     first, second = chain(table, 0, 3), chain(table, 10, 3)
     table.touch_path(first[-1])
-    assert table.oldest() == second[0]
+    assert places(table, [*second, *first[::-1]]) == [1, 2, 3, 4, 5, 6]
     table.detach(second[0])
-    assert [table.oldest(), table.victim()] == [first[-1], first[-1]]
-    table.touch(pack([second[0]]))  # detached: it has no age
-    assert table.oldest() == first[-1]
+    table.touch(pack([second[0]]))  # detached: it has no place
+    assert places(table, [second[0], *first[::-1]]) == [0, 1, 2, 3] and table.victim() == first[-1]
 
 
 @both
@@ -237,6 +246,8 @@ def test_a_refused_call_changes_nothing(table_type: NewTable) -> None:
         lambda: table.touch(pack([a, 77])),
         lambda: table.touch(b"123"),
         lambda: table.touch_path(-1),
+        lambda: table.touch_path(0),
+        lambda: table.evictable(77),
         lambda: table.pin(pack([a, 77])),
         lambda: table.unpin(pack([a, a])),
         lambda: table.unpin(pack([a, b])),
@@ -283,6 +294,90 @@ def test_many_shards(table_type: NewTable) -> None:
     assert [table.extent(first, 65534), table.extent(second, 0), table.extent(second, 65534)] == [3, 4, -1]
 
 
+@both
+def test_a_policy_hears_of_every_change(table_type: NewTable) -> None:
+    heard: list[object] = []
+
+    class Listener(LRU):
+        def inserted(self, row: int, key: bytes, parent: int) -> None:
+            heard.append(("inserted", row, key, parent))
+            super().inserted(row, key, parent)
+
+        def touched(self, rows: Sequence[int]) -> None:
+            heard.append(("touched", list(rows)))
+            super().touched(rows)
+
+        def unblocked(self, row: int) -> None:
+            heard.append(("unblocked", row))
+
+        def removed(self, row: int) -> None:
+            heard.append(("removed", row))
+            super().removed(row)
+
+    table = table_type(1, Listener())
+    a = table.insert(key_of(1), -1)
+    b = table.insert(key_of(2), a)
+    table.begin_fill(b, 0, 5)
+    table.end_fill(b, 0, True)
+    table.pin(pack([a, b]))
+    table.touch(pack([a, b]))
+    table.unpin(pack([a, b]))  # b still hangs on a
+    table.touch_path(b)
+    table.detach(b)
+    table.touch(pack([a, b]))
+    assert heard == [
+        ("inserted", a, key_of(1), 0),
+        ("inserted", b, key_of(2), a),
+        ("unblocked", b),
+        ("touched", [b, a]),
+        ("unblocked", b),
+        ("touched", [b, a]),
+        ("removed", b),
+        ("unblocked", a),
+        ("touched", [a]),
+    ]
+    assert table.memory_bytes() > table_type(1).memory_bytes()
+
+
+@both
+def test_a_policy_cannot_choose_a_record_that_may_not_go(table_type: NewTable) -> None:
+    class Wrong(LRU):
+        chosen = 0
+
+        def victim(self, evictable: Callable[[int], bool]) -> int:
+            return self.chosen
+
+    policy = Wrong()
+    table = table_type(1, policy)
+    a, b = chain(table, 1, 2)
+    for policy.chosen in (a, 77, -1, 2**70):
+        with pytest.raises(ValueError):
+            table.victim()
+    policy.chosen = b
+    assert table.victim() == b
+    policy.chosen = 0
+    assert table.victim() == -1
+
+
+@both
+def test_a_survey_needs_each_attached_record_once(table_type: NewTable) -> None:
+    class Wrong(LRU):
+        order: Sequence[int] = ()
+
+        def __iter__(self) -> Iterator[int]:
+            return iter(self.order)
+
+    policy = Wrong()
+    table = table_type(1, policy)
+    a, b, gone = (filled(table, number, sector=number) for number in range(3))
+    table.detach(gone)
+    for policy.order in ([a], [a, a], [a, b, a], [a, b, gone], [a, 77], [a, b, 0]):
+        with pytest.raises(ValueError):
+            table.survey(pack([0, 10]))
+    policy.order = [b, a]
+    assert unpack(table.survey(pack([0, 1, 1, 2]))) == (1, 2, 1, 1)
+
+
 def snapshot(table: Table, records: list[int]) -> object:
     """All that can be asked of a table and of these of its records."""
     described = [
@@ -295,6 +390,7 @@ def snapshot(table: Table, records: list[int]) -> object:
             table.filling(record),
             table.complete(record),
             table.attached(record),
+            table.evictable(record),
             table.get(table.key(record)),
             table.extents(pack([record])),
             table.state(record, 0),
@@ -303,26 +399,29 @@ def snapshot(table: Table, records: list[int]) -> object:
         for record in records
     ]
     keys = b"".join(map(table.key, records))
-    ends = table.match(keys), table.victim(), table.oldest(), table.in_sectors(0, 2**32)
+    ends = table.match(keys), table.victim(), table.in_sectors(0, 2**32)
     return described, len(table), table.detached(), ends, table.survey(pack([0, 10, 10, 35, 40, 60]))
 
 
-# Both at once, against a model of age
+# All at once, against a model of the order
 
 
 class Twins(RuleBasedStateMachine):
-    """Every call goes to both tables; after each step they must tell the same, and keep the promises."""
+    """Every call goes to both tables; after each step they must tell the same, and keep the promises. With LRU there is a third
+    one: the native table that asks an LRU in Python. With 2Q the model of the order is a policy of its own."""
 
     records: Bundle[int] = Bundle("records")
 
-    @initialize(shards=st.integers(1, 3))
-    def begin(self, shards: int) -> None:
+    @initialize(shards=st.integers(1, 3), lru=st.booleans())
+    def begin(self, shards: int, lru: bool) -> None:
         self.shards = shards
-        self.tables: list[Table] = [PyTable(shards)] if NativeTable is None else [PyTable(shards), NativeTable(shards)]
+        new_policy = LRU if lru else TwoQueues
+        self.tables: list[Table] = [PyTable(shards, new_policy())]
+        if NativeTable is not None:
+            self.tables += [NativeTable(shards, new_policy())] + [NativeTable(shards)] * lru
         self.live: set[int] = set()
-        self.age: dict[int, int] = {}  # attached records: when touched
-        self.clock = 0
-        self.next_key = 0
+        self.order: Policy = Ages() if lru else TwoQueues()
+        self.attached: set[int] = set()
 
     def ask(self, name: str, *arguments: object) -> object:
         """The one answer of both, or ValueError from both."""
@@ -335,37 +434,32 @@ class Twins(RuleBasedStateMachine):
         assert all(answer == answers[0] for answer in answers), (name, arguments, answers)
         return answers[0]
 
-    def stamp(self, record: int) -> None:
-        self.clock += 1
-        self.age[record] = self.clock
-
-    @rule(target=records, parent=st.none() | records)
-    def insert(self, parent: int | None) -> int | MultipleResults[int]:
-        self.next_key += 1
-        record = self.ask("insert", key_of(self.next_key), -1 if parent is None else parent)
+    @rule(target=records, parent=st.none() | records, key=st.integers(1, 40))
+    def insert(self, parent: int | None, key: int) -> int | MultipleResults[int]:
+        """Few keys, so that some come back."""
+        record = self.ask("insert", key_of(key), -1 if parent is None else parent)
         if not isinstance(record, int):
             return multiple()
         self.live.add(record)
-        self.stamp(record)
+        self.attached.add(record)
+        self.order.inserted(record, key_of(key), 0 if parent is None else parent)
         return record
 
     @rule(record=records)
     def insert_again(self, record: int) -> None:
-        if record in self.age:
+        if record in self.attached:
             assert self.ask("insert", self.tables[0].key(record), -1) is ValueError
 
     @rule(records=st.lists(records, max_size=5))
     def touch(self, records: list[int]) -> None:
         if self.ask("touch", pack(records)) is None:
-            for record in reversed(records):
-                if record in self.age:
-                    self.stamp(record)
+            self.order.touched([record for record in reversed(records) if record in self.attached])
 
     @rule(record=records)
     def touch_path(self, record: int) -> None:
-        if self.ask("touch_path", record) is None and record in self.age:
+        if self.ask("touch_path", record) is None and record in self.attached:
             while record != -1:
-                self.stamp(record)
+                self.order.touched([record])
                 record = self.tables[0].parent(record)
 
     @rule(records=st.lists(records, max_size=4))
@@ -388,9 +482,9 @@ class Twins(RuleBasedStateMachine):
     def end_fill(self, record: int, shard: int, ok: bool) -> None:
         outcome = self.ask("end_fill", record, shard, ok)
         if outcome == COMPLETED:
-            assert record in self.age and self.tables[0].complete(record)
+            assert record in self.attached and self.tables[0].complete(record)
         if outcome == RELEASED:
-            assert record not in self.age
+            assert record not in self.attached
 
     @rule(record=records)
     def detach(self, record: int) -> None:
@@ -403,8 +497,12 @@ class Twins(RuleBasedStateMachine):
         for place, member in enumerate(family[:-1]):
             assert parent_of[member] in family[place + 1 :]
         for member in family:
-            del self.age[member]
-        assert not any(parent_of[one] in family for one in self.age)
+            self.removed(member)
+        assert not any(parent_of[one] in family for one in self.attached)
+
+    def removed(self, record: int) -> None:
+        self.attached.remove(record)
+        self.order.removed(record)
 
     @rule(record=consumes(records))
     def free(self, record: int) -> None:
@@ -416,7 +514,7 @@ class Twins(RuleBasedStateMachine):
         record = self.tables[0].victim()
         if record >= 0:
             assert self.ask("detach", record) == pack([record])
-            del self.age[record]
+            self.removed(record)
             if self.ask("free", record) is None:
                 self.live.discard(record)
 
@@ -436,15 +534,40 @@ class Twins(RuleBasedStateMachine):
         assert all(one == told[0] for one in told)
 
     @invariant()
-    def the_victim_is_the_oldest_that_may_go(self) -> None:
-        table = self.tables[0]
+    def the_victim_is_the_first_that_may_go(self) -> None:
+        table, order = self.tables[0], list(self.order)
+        assert set(order) == self.attached
         may_go = [
             record
-            for record in self.age
+            for record in order
             if not table.pins(record) and not table.filling(record) and not table.children(record)
         ]
-        assert self.ask("victim") == min(may_go, key=self.age.__getitem__, default=-1)
-        assert self.ask("oldest") == min(self.age, key=self.age.__getitem__, default=-1)
+        assert self.ask("victim") == (may_go[0] if may_go else -1)
+
+
+class Ages(Policy):
+    """LRU in the plainest way: when each was used."""
+
+    def __init__(self) -> None:
+        self.age: dict[int, int] = {}
+        self.clock = 0
+
+    def inserted(self, row: int, key: bytes, parent: int) -> None:
+        self.touched([row])
+
+    def touched(self, rows: Sequence[int]) -> None:
+        for row in rows:
+            self.clock += 1
+            self.age[row] = self.clock
+
+    def removed(self, row: int) -> None:
+        del self.age[row]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(sorted(self.age, key=self.age.__getitem__))
+
+    def memory_bytes(self) -> int:
+        return 0
 
 
 TestTwins = Twins.TestCase
@@ -454,9 +577,11 @@ TestTwins.settings = settings(
 
 
 @needs_native
-def test_both_agree_over_a_long_random_life() -> None:
+@pytest.mark.parametrize("policy", [None, LRU, lambda: TwoQueues(2000, 5000)], ids=["built in", "lru", "2q"])
+def test_both_agree_over_a_long_random_life(policy: Callable[[], Policy] | None) -> None:
     """What small examples do not reach: growth of the hash table, ids reused, the heap behind the victim's cursor."""
-    dice, tables = random.Random(7), [PyTable(1), NativeTable(1)]
+    plug = [] if policy is None else [policy()], [] if policy is None else [policy()]
+    dice, tables = random.Random(7), [PyTable(1, *plug[0]), NativeTable(1, *plug[1])]
     python, native = tables
     pinned: list[int] = []
     recent: list[int] = []
@@ -496,11 +621,10 @@ def test_both_agree_over_a_long_random_life() -> None:
 @pytest.mark.parametrize(("shards", "most"), [(1, 150), (2, 158), (8, 206)])
 def test_memory_a_record(shards: int, most: int) -> None:
     table, count = NativeTable(shards), 40_000
-    for number in range(count):
-        table.insert(key_of(number), -1)
-    table.pin(pack(range(count)))
+    records = [table.insert(key_of(number), -1) for number in range(count)]
+    table.pin(pack(records))
     assert table.victim() == -1
-    for record in range(count):
+    for record in records:
         table.unpin(pack([record]))  # the heap behind the victim's cursor is as large as it can be now
     assert table.memory_bytes() / count <= most
 

@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 
 from lmcache.cache import L1, SERVER
-from lmcache.cache.index import NO_EXTENT
 from lmcache.errors import ConfigError
 from lmcache.memory.arena import Arena
+from lmcache.memory.slabs import NO_EXTENT
 from lmcache.server.loop import Loop
 from lmcache.server.tiering import Tiering
 from lmcache.tiers import ABSENT, KEPT, OK, Shard, ShardKey, Tier, TierError, Usage

@@ -2,12 +2,13 @@
 
 All extents of one size in one space are a *class*; the slabs know it by its number. The rules of this file:
 - Free memory is anybody's, and a region without an extent in use is free memory. When there is none, a space replaces its own
-  least recently used chunks, exactly in that order.
+  chunks, exactly in their order of eviction (`memory.order`), which is LRU.
 - A class's *share* is the arena divided by the spaces that engines use now, times the class's part of its space's chunks.
   Nobody has a share in a space that no engine uses, so what it holds is taken first.
 - A class takes a region from another when that one, measured in shares, holds more than it will itself with the region. So
   memory moves towards equal holdings and never back again. One that can evict nothing of its own takes from its equals too.
-- Of the regions that could be taken, the one goes whose youngest chunk is the oldest: what hangs on its chunks is older still.
+- Of the regions that could be taken, the region goes whose last chunk in the order of eviction has the lowest place there. What
+  hangs on its chunks has a lower place still under LRU.
   A region is left alone while a chunk in it, or one that hangs on a chunk in it, is being read or filled.
 """
 
@@ -17,13 +18,13 @@ from array import array
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from lmcache.cache.table import NO_EXTENT, Table
-from lmcache.memory.slabs import SECTOR_BYTES, Region, Slabs
+from lmcache.cache.table import Table
+from lmcache.memory.slabs import NO_EXTENT, SECTOR_BYTES, Region, Slabs
 
 
 @dataclass(slots=True, eq=False)
 class Space:
-    """One layout with one parallel split: its own index, LRU and memory."""
+    """One layout with one parallel split: its own index, order of eviction and memory."""
 
     number: int
     fingerprint: bytes
@@ -175,7 +176,7 @@ class Allocator:
         return bool(regions)
 
     def _costs(self, givers: dict[int, Space]) -> dict[int, float]:
-        """For regions that may be emptied, by first sector: which part of their space's LRU order that reaches into; less
+        """For regions that may be emptied, by first sector: which part of their space's order of eviction goes with them; less
         than 0 where no engine uses the space."""
         costs = {}
         for space in set(givers.values()):

@@ -22,9 +22,10 @@ from typing import NamedTuple
 from lmcache.cache.allocator import Space
 from lmcache.cache.claims import SERVER, AnyClaim, Claims, Instance, Lease, Refusal, Reservation
 from lmcache.cache.events import NOBODY, By
-from lmcache.cache.index import NO_EXTENT, Index, names_of, of_last, of_new, of_records, pack_ids
+from lmcache.cache.index import Index, names_of, of_last, of_new, of_records, pack_ids
 from lmcache.cache.table import COMPLETED, RELEASED, ChunkTable, Table
 from lmcache.chunks import HASH_BYTES
+from lmcache.memory.slabs import NO_EXTENT
 
 MAX_SPACES_OF_INSTANCE = 64
 """Of one engine instance, which needs one for each model that it serves."""
@@ -302,7 +303,7 @@ class Heart(Index):
             self.events.emit(
                 "refused", space.number, asked, reason, by, lambda event: event._replace(hashes=hashes), shard
             )
-            return Grant(0, _no_extents(asked), asked, reason)
+            return Grant(0, pack_ids([NO_EXTENT] * asked), asked, reason)
         self._room_for = by, space.number
         ids, sectors = self._fill_chain(now, space, shard, parent_id, hashes)
         refused = asked - len(sectors)
@@ -316,7 +317,7 @@ class Heart(Index):
             number = self._claims.add(held)
             self._note_opened(number, held)
             self._emit("reserved", held, ids)
-        extents = array("I", sectors).tobytes() + _no_extents(refused)
+        extents = pack_ids(sectors + [NO_EXTENT] * refused)
         return Grant(number, extents, refused, reason)
 
     def commit(self, now: float, process: int, reservation: int, ok: bool, failed: Container[int] = ()) -> int:
@@ -495,10 +496,6 @@ def _leave_index(table: Table, ids: bytes) -> array[int]:
         if table.attached(one):
             table.detach(one)
     return array("I", table.extents(ids))
-
-
-def _no_extents(count: int) -> bytes:
-    return b"\xff\xff\xff\xff" * count
 
 
 def _too_small(chunk_bytes: int, total_bytes: int) -> str:

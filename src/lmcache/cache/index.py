@@ -11,11 +11,10 @@ from collections.abc import Callable, Iterable
 from lmcache.cache.allocator import Allocator, Space
 from lmcache.cache.claims import Refusal
 from lmcache.cache.events import NOBODY, By, Event, Events
-from lmcache.cache.table import EMPTY, NO_EXTENT, Table
+from lmcache.cache.table import EMPTY, Table
 from lmcache.chunks import HASH_BYTES
-from lmcache.memory.slabs import Slabs
+from lmcache.memory.slabs import NO_EXTENT, Slabs
 
-NO_EXTENT = NO_EXTENT
 MAX_SPACES = 1024
 
 

@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterable
 
 from lmcache.cache.claims import SERVER, Refusal, Reservation
 from lmcache.cache.heart import Grant, Heart
-from lmcache.cache.table import NO_EXTENT, ChunkTable, Table
+from lmcache.cache.table import ChunkTable, Table
 from lmcache.memory.arena import Arena, ArenaFull
 from lmcache.memory.headers import Writer
-from lmcache.memory.slabs import SECTOR_BYTES
+from lmcache.memory.slabs import NO_EXTENT, SECTOR_BYTES
 from lmcache.observability.log import init_logger
 
 logger = init_logger(__name__)

@@ -1,134 +1,41 @@
 """The index of one space: which chunks it has, in which extents, how old they are, and who is using them.
 
-A *record* is one chunk. It has an id (0 .. 2**32 - 2, reused after `free`), the chunk's 16-byte hash, a parent (the
+A *record* is one chunk. It has an id (1 .. 2**32 - 2, reused after `free`), the chunk's 16-byte hash, a parent (the
 chunk before it in the prompt), and for every shard a state (empty, filling, done) with an extent, named by its sector.
 
-    attached  in the index: `match` and `get` find it, it has a place in the LRU order and in its parent's children.
+    attached  in the index: `match` and `get` find it, it has a place in the order of eviction and in its parent's children.
     detached  out of all of these, for good. Extents and pins can still be read until `free`, which is refused while a
               reader (pin) or a writer (filling) may still touch the extents.
 
-The LRU order is exact. A prefix is touched tail first, so a chunk is never older than what follows it, and a victim is
-always the tail end of something: the oldest attached record without pins, shards being filled, or children.
+A record is *evictable* while it is attached and has no pins, no shards being filled and no children: so a prompt goes from
+its tail. In which order evictable records go is decided by a policy (`memory.order`), whose rows are the ids: LRU, unless
+another one is given as the second argument of a table. LRU is exact. A prefix is touched tail first, so under LRU a chunk never
+goes before what follows it.
 
 The same table exists twice: `PyTable` here, which is the specification, and `lmcache._native.Table` in C, which takes a
-tenth of the memory. `ChunkTable` is the native one where it was built, unless LMCACHE_NO_NATIVE is 1. "ids" and
-"sectors" are bytes: little-endian u32, one after another. A call that raises has changed nothing.
+tenth of the memory and has an LRU of its own. `ChunkTable` is the native one where it was built, unless LMCACHE_NO_NATIVE is
+1. "ids" and "sectors" are bytes: little-endian u32, one after another. Every method raises ValueError for an id that no record
+has. A call that raises has changed nothing.
 """
 
 from __future__ import annotations
 
 import bisect
 import struct
+from collections import Counter
 from collections.abc import Callable, Iterable
-from typing import Protocol
+from typing import TypeAlias
 
+from lmcache.chunks import HASH_BYTES
 from lmcache.compiled import load_native
-from lmcache.memory.order import OrderOfUse
+from lmcache.memory.order import LRU, Policy
+from lmcache.memory.slabs import NO_EXTENT
 
 EMPTY, FILLING, DONE = 0, 1, 2
 COMPLETED, RELEASED = 1, 2  # what `end_fill` can return beside 0
-KEY_BYTES = 16
 MAX_RECORDS = 2**32 - 1
-NO_EXTENT = 2**32 - 1
 MAX_SHARDS = 65535
 MAX_PINS = 2**32 - 1
-
-
-class Table(Protocol):
-    """What both tables can do. Every method raises ValueError for an id that no record has."""
-
-    def match(self, hashes: bytes, /) -> bytes:
-        """Ids of the leading hashes (16 bytes each) whose records are attached and have all shards done."""
-
-    def get(self, key: bytes, /) -> int:
-        """The id of the attached record with this hash, in any state, or -1."""
-
-    def insert(self, key: bytes, parent: int, /) -> int:
-        """A new attached record, the newest one. ValueError when the hash is there, or the parent (-1: none) is not."""
-
-    def touch(self, ids: bytes, /) -> None:
-        """Touch these, the last one first, so that ids[0] ends up as the newest. Detached ones are skipped."""
-
-    def touch_path(self, record: int, /) -> None:
-        """Touch the record and all its ancestors, deepest first, so that the root ends up as the newest."""
-
-    def pin(self, ids: bytes, /) -> None:
-        """One more reader of each."""
-
-    def unpin(self, ids: bytes, /) -> bytes:
-        """One reader less of each; ValueError for one that has none. Returns the ids that the caller may free now."""
-
-    def begin_fill(self, record: int, shard: int, sector: int, /) -> None:
-        """empty -> filling, into the extent at `sector`. ValueError in any other state, or when the record is detached."""
-
-    def end_fill(self, record: int, shard: int, ok: bool, /) -> int:
-        """filling -> done, or -> empty when not `ok` (its extent is then the caller's to free).
-
-        Returns COMPLETED when the record is attached and has become complete, RELEASED when it is detached and may be
-        freed now, else 0.
-        """
-
-    def state(self, record: int, shard: int, /) -> int:
-        """EMPTY, FILLING or DONE."""
-
-    def extent(self, record: int, shard: int, /) -> int:
-        """The sector of its extent, or -1 when the shard is empty."""
-
-    def extents(self, ids: bytes, /) -> bytes:
-        """Sectors, [record][shard]; NO_EXTENT where a shard is empty."""
-
-    def detach(self, record: int, /) -> bytes:
-        """Detach the record and all its descendants; their ids, descendants first. ValueError when it is detached."""
-
-    def free(self, record: int, /) -> None:
-        """Forget a record that is detached, unpinned and not being filled; ValueError otherwise."""
-
-    def victim(self) -> int:
-        """The oldest attached record without pins, filling shards and children, or -1."""
-
-    def oldest(self) -> int:
-        """The oldest attached record, or -1."""
-
-    def in_sectors(self, first_sector: int, end_sector: int, /) -> bytes:
-        """Ids, ascending, of attached records with an extent (filling or done) in first_page <= sector < end_page."""
-
-    def survey(self, bounds: bytes, /) -> bytes:
-        """What would go with the extents in each range of sectors; a u32 pair each.
-
-        `bounds` holds sectors, ascending: ranges [0] <= sector < [1], [2] <= sector < [3], and so on. The pair's first: extents there
-        of attached records. Its second: how many attached records are no younger than the youngest one there; NO_EXTENT where
-        one there, or one that hangs on one there, is pinned or being filled.
-        """
-
-    def key(self, record: int, /) -> bytes:
-        """Its hash."""
-
-    def parent(self, record: int, /) -> int:
-        """The parent's id; -1 for a root, and for every detached record."""
-
-    def children(self, record: int, /) -> int:
-        """How many attached children it has."""
-
-    def pins(self, record: int, /) -> int:
-        """How many readers it has."""
-
-    def filling(self, record: int, /) -> int:
-        """How many of its shards are being filled."""
-
-    def complete(self, record: int, /) -> bool:
-        """Whether all shards are done."""
-
-    def attached(self, record: int, /) -> bool:
-        """Whether it is in the index."""
-
-    def __len__(self) -> int:
-        """Attached records."""
-
-    def detached(self) -> int:
-        """Detached records that were not freed yet."""
-
-    def memory_bytes(self) -> int:
-        """What the table itself takes."""
 
 
 def pack(numbers: Iterable[int]) -> bytes:
@@ -170,21 +77,22 @@ class _Record:
 
     @property
     def evictable(self) -> bool:
-        return self.idle and not self.children
+        return self.attached and self.idle and not self.children
 
 
 class PyTable:
-    """The specification, and what runs where no C compiler was. `victim` walks over all that is older and may not go."""
+    """The specification, and what runs where no C compiler was."""
 
-    def __init__(self, shards: int, /) -> None:
+    def __init__(self, shards: int, policy: Policy | None = None, /) -> None:
         if not 1 <= shards <= MAX_SHARDS:
             raise ValueError(f"{shards} shards a chunk; give 1 to {MAX_SHARDS}")
         self._shards = shards
         self._records: dict[int, _Record] = {}
         self._by_key: dict[bytes, int] = {}
-        self._order = OrderOfUse()  # of attached records; a record's row is its id + 1
+        self._policy = LRU() if policy is None else policy
+        """Of attached records."""
         self._free: list[int] = []  # ids to reuse, the last one first
-        self._next_id = 0
+        self._next_id = 1
 
     def _record(self, record: int) -> _Record:
         found = self._records.get(record)
@@ -201,21 +109,24 @@ class PyTable:
     # The index
 
     def match(self, hashes: bytes, /) -> bytes:
-        if len(hashes) % KEY_BYTES:
-            raise ValueError(f"{len(hashes)} bytes of hashes; each hash takes {KEY_BYTES}")
+        """Ids of the leading hashes (16 bytes each) whose records are attached and have all shards done."""
+        if len(hashes) % HASH_BYTES:
+            raise ValueError(f"{len(hashes)} bytes of hashes; each hash takes {HASH_BYTES}")
         found = []
-        for start in range(0, len(hashes), KEY_BYTES):
-            record = self._by_key.get(hashes[start : start + KEY_BYTES])
+        for start in range(0, len(hashes), HASH_BYTES):
+            record = self._by_key.get(hashes[start : start + HASH_BYTES])
             if record is None or not self._records[record].complete:
                 break
             found.append(record)
         return pack(found)
 
     def get(self, key: bytes, /) -> int:
+        """The id of the attached record with this hash, in any state, or -1."""
         _check_key(key)
         return self._by_key.get(key, -1)
 
     def insert(self, key: bytes, parent: int, /) -> int:
+        """A new attached record. ValueError when the hash is there, or the parent (-1: none) is not."""
         _check_key(key)
         if key in self._by_key:
             raise ValueError(f"hash {key.hex()} is in the table already; get it instead")
@@ -229,27 +140,32 @@ class PyTable:
             record, self._next_id = self._next_id, self._next_id + 1
         self._records[record] = _Record(key, parent, self._shards)
         self._by_key[key] = record
-        self._order.insert(record + 1)
         if parent != -1:
             self._records[parent].children[record] = None
+        self._policy.inserted(record, key, max(parent, 0))
         return record
 
     def detach(self, record: int, /) -> bytes:
+        """Detach the record and all its descendants; their ids, descendants first. ValueError when it is detached."""
         if not self._record(record).attached:
             raise ValueError(f"record {record} is detached already")
         family = [record]
         for member in family:  # grows while it is walked: parents before children, the newest child first
             family.extend(reversed(self._records[member].children))
-        self._records.get(self._records[record].parent, self._records[record]).children.pop(record, None)
-        for member in family:
+        parent = self._records[record].parent
+        for member in reversed(family):
             found = self._records[member]
             found.attached, found.parent = False, -1
             found.children.clear()
             del self._by_key[found.key]
-            self._order.remove(member + 1)
+            self._policy.removed(member)
+        if parent != -1:
+            del self._records[parent].children[record]
+            self._unblock(parent)
         return pack(reversed(family))
 
     def free(self, record: int, /) -> None:
+        """Forget a record that is detached, unpinned and not being filled; ValueError otherwise."""
         found = self._record(record)
         if found.attached or not found.idle:
             raise ValueError(
@@ -259,32 +175,42 @@ class PyTable:
         del self._records[record]
         self._free.append(record)
 
-    # Age
+    # The order of eviction
 
     def touch(self, ids: bytes, /) -> None:
+        """These were used, the last one first, so that ids[0] is the most recent one. Detached ones are skipped."""
         records = unpack(ids)
-        for record in records:
-            self._record(record)
-        for record in reversed(records):
-            if self._records[record].attached:
-                self._order.touch(record + 1)
+        self._policy.touched([one for one in reversed(records) if self._record(one).attached])
 
     def touch_path(self, record: int, /) -> None:
+        """The record and all its ancestors were used, deepest first, so that the root is the most recent one."""
         if not self._record(record).attached:
             return
-        while record != -1:
-            self._order.touch(record + 1)
-            record = self._records[record].parent
+        path = [record]
+        while (above := self._records[path[-1]].parent) != -1:
+            path.append(above)
+        self._policy.touched(path)
 
     def victim(self) -> int:
-        return next((row - 1 for row in self._order if self._records[row - 1].evictable), -1)
+        """The evictable record that the policy names, or -1. ValueError when it names one that is not evictable."""
+        row = self._policy.victim(self.evictable)
+        if row and not (row in self._records and self.evictable(row)):
+            raise ValueError(f"the policy chose record {row} as victim, which may not go now")
+        return row or -1
 
-    def oldest(self) -> int:
-        return self._order.oldest() - 1
+    def evictable(self, record: int, /) -> bool:
+        """Whether it is attached and has no pins, no shards being filled and no children."""
+        return self._record(record).evictable
+
+    def _unblock(self, record: int) -> None:
+        """Something that forbade evicting this record is gone."""
+        if self._records[record].evictable:
+            self._policy.unblocked(record)
 
     # Readers and writers
 
     def pin(self, ids: bytes, /) -> None:
+        """One more reader of each."""
         records = unpack(ids)
         for record in records:
             if self._record(record).pins > MAX_PINS - len(records):
@@ -293,22 +219,22 @@ class PyTable:
             self._records[record].pins += 1
 
     def unpin(self, ids: bytes, /) -> bytes:
+        """One reader less of each; ValueError for one that has none. Returns the ids that the caller may free now."""
         records = unpack(ids)
-        for record in records:
-            self._record(record)
-        released = []
-        for done, record in enumerate(records):
-            found = self._records[record]
-            if not found.pins:
-                for undo in records[:done]:
-                    self._records[undo].pins += 1
+        for record, count in Counter(records).items():
+            if self._record(record).pins < count:
                 raise ValueError(f"record {record} has no pin left to remove; unpin what was pinned, once")
+        released = []
+        for record in records:
+            found = self._records[record]
             found.pins -= 1
             if not found.attached and found.idle:
                 released.append(record)
+            self._unblock(record)
         return pack(released)
 
     def begin_fill(self, record: int, shard: int, sector: int, /) -> None:
+        """empty -> filling, into the extent at `sector`. ValueError in any other state, or when the record is detached."""
         found = self._shard(record, shard)
         if not 0 <= sector < NO_EXTENT:
             raise ValueError(f"sector {sector} is no sector of an arena; sectors are 0 to {NO_EXTENT - 1}")
@@ -321,6 +247,11 @@ class PyTable:
         found.sectors[shard] = sector
 
     def end_fill(self, record: int, shard: int, ok: bool, /) -> int:
+        """filling -> done, or -> empty when not `ok` (its extent is then the caller's to free).
+
+        Returns COMPLETED when the record is attached and has become complete, RELEASED when it is detached and may be
+        freed now, else 0.
+        """
         found = self._shard(record, shard)
         if found.states[shard] != FILLING:
             raise ValueError(f"shard {shard} of record {record} is not being filled: state {found.states[shard]}")
@@ -328,23 +259,28 @@ class PyTable:
         if not ok:
             del found.sectors[shard]
         if found.attached:
+            self._unblock(record)
             return COMPLETED if found.complete else 0
         return RELEASED if found.idle else 0
 
     # Reading
 
     def state(self, record: int, shard: int, /) -> int:
+        """EMPTY, FILLING or DONE."""
         return self._shard(record, shard).states[shard]
 
     def extent(self, record: int, shard: int, /) -> int:
+        """The sector of its extent, or -1 when the shard is empty."""
         return self._shard(record, shard).sectors.get(shard, -1)
 
     def extents(self, ids: bytes, /) -> bytes:
+        """Sectors, [record][shard]; NO_EXTENT where a shard is empty."""
         shards = range(self._shards)
         sectors = [self._record(record).sectors for record in unpack(ids)]
         return pack(own.get(shard, NO_EXTENT) for own in sectors for shard in shards)
 
     def in_sectors(self, first_sector: int, end_sector: int, /) -> bytes:
+        """Ids, ascending, of attached records with an extent (filling or done) in first_page <= sector < end_page."""
         found = (
             record
             for record in self._by_key.values()
@@ -353,6 +289,13 @@ class PyTable:
         return pack(sorted(found))
 
     def survey(self, bounds: bytes, /) -> bytes:
+        """What would go with the extents in each range of sectors; a u32 pair each.
+
+        `bounds` holds sectors, ascending: ranges [0] <= sector < [1], [2] <= sector < [3], and so on. The pair's first: extents there
+        of attached records. Its second: which place, counted from 1, the last of them to go has in the order of eviction;
+        NO_EXTENT where one there, or one that hangs on one there, is pinned or being filled. ValueError when the policy does not
+        name all attached records.
+        """
         edges = unpack(bounds)
         if len(edges) % 2 or list(edges) != sorted(edges):
             raise ValueError(f"{len(edges)} bounds of ranges; give pairs, ascending")
@@ -363,55 +306,64 @@ class PyTable:
                     held.add(record)
                     record = self._records[record].parent
         found = [0] * len(edges)
-        for age, row in enumerate(self._order, 1):
-            for sector in self._records[row - 1].sectors.values():
+        order = list(self._policy)
+        if sorted(order) != sorted(self._by_key.values()):
+            raise ValueError(f"the policy does not have just the {len(self)} attached records in its order")
+        for place, record in enumerate(order, 1):
+            for sector in self._records[record].sectors.values():
                 edge = bisect.bisect_right(edges, sector) - 1
                 if edge % 2 == 0:
                     found[edge] += 1
-                    found[edge + 1] = NO_EXTENT if row - 1 in held else max(age, found[edge + 1])
+                    found[edge + 1] = NO_EXTENT if record in held else max(place, found[edge + 1])
         return pack(found)
 
     def key(self, record: int, /) -> bytes:
+        """Its hash."""
         return self._record(record).key
 
     def parent(self, record: int, /) -> int:
+        """The parent's id; -1 for a root, and for every detached record."""
         return self._record(record).parent
 
     def children(self, record: int, /) -> int:
+        """How many attached children it has."""
         return len(self._record(record).children)
 
     def pins(self, record: int, /) -> int:
+        """How many readers it has."""
         return self._record(record).pins
 
     def filling(self, record: int, /) -> int:
+        """How many of its shards are being filled."""
         return self._record(record).filling
 
     def complete(self, record: int, /) -> bool:
+        """Whether all shards are done."""
         return self._record(record).complete
 
     def attached(self, record: int, /) -> bool:
+        """Whether it is in the index."""
         return self._record(record).attached
 
     def __len__(self) -> int:
+        """Attached records."""
         return len(self._by_key)
 
     def detached(self) -> int:
+        """Detached records that were not freed yet."""
         return len(self._records) - len(self._by_key)
 
     def memory_bytes(self) -> int:
-        """An estimate: about 800 bytes a record with one shard in CPython 3.11, and 100 for each further shard."""
-        return len(self._records) * (700 + 100 * self._shards) + 4 * len(self._free)
+        """What the table and its policy take. Of `PyTable` this is an estimate, for CPython 3.11."""
+        return len(self._records) * (700 + 100 * self._shards) + 4 * len(self._free) + self._policy.memory_bytes()
 
 
 def _check_key(key: bytes) -> None:
-    if len(key) != KEY_BYTES:
-        raise ValueError(f"a hash of {len(key)} bytes; it takes {KEY_BYTES}")
+    if len(key) != HASH_BYTES:
+        raise ValueError(f"a hash of {len(key)} bytes; it takes {HASH_BYTES}")
 
 
-def _choose() -> Callable[[int], Table]:
-    native = load_native()
-    table: Callable[[int], Table] = PyTable if native is None else native.Table
-    return table
-
-
-ChunkTable: Callable[[int], Table] = _choose()
+Table: TypeAlias = PyTable
+"""Either of the two, which have the same methods."""
+_native = load_native()
+ChunkTable: Callable[..., Table] = PyTable if _native is None else _native.Table

@@ -26,7 +26,6 @@ from lmcache.errors import ConfigError
 ENV_PREFIX = "LMCACHE_"
 FILE_VARIABLE = "LMCACHE_CONFIG_FILE"
 PREFIX_OF_EXTRA = "lmcache."
-_LONGEST_FILE_BYTES = 1 << 20
 _OTHERS = ("CONFIG_FILE", "LOG_LEVEL", "AUTH_KEY_FILE", "INSECURE_NO_AUTH", "USE_UPSTREAM_MP")
 """Variables with our prefix that are read elsewhere."""
 _OTHER_PREFIXES = ("SERVER_", "TEST_", "DEMO_", "MP_")
@@ -308,14 +307,7 @@ def _redacted(value: Any) -> Any:
 
 
 def _read(path: Path) -> bytes:
-    try:
-        with path.open("rb") as file:
-            raw = file.read(_LONGEST_FILE_BYTES + 1)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}: {FILE_VARIABLE} must name a YAML file") from error
-    if len(raw) > _LONGEST_FILE_BYTES:
-        raise ConfigError(f"{path}: larger than {_LONGEST_FILE_BYTES >> 20} MiB; that is no configuration")
-    return raw
+    return read.read_file(path, str(path), f": {FILE_VARIABLE} must name a YAML file")
 
 
 def _read_keys(path: Path) -> list[str]:

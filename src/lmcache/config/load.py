@@ -17,7 +17,6 @@ from lmcache.config.options import ENV_PREFIX, redacted_url
 from lmcache.config.server import GROUPS, OPTIONS, ServerConfig
 from lmcache.errors import ConfigError
 
-_LONGEST_FILE_BYTES = 1 << 20
 _SHORT_TOKEN = 16  # characters: below this a token can be guessed over a fast network
 _KUBERNETES_LINK = re.compile(r"(tcp|udp|sctp)://")
 _KUBERNETES_NAME = re.compile(r"(_|^)(SERVICE_HOST|SERVICE_PORT(_.*)?|PORT_\d+_(TCP|UDP|SCTP)(_.*)?)$")
@@ -150,13 +149,7 @@ def _from_environment(environ: Mapping[str, str], warnings: list[str]) -> dict[s
 def _from_file(path: Path, environ: Mapping[str, str]) -> dict[str, _Given]:
     import yaml  # here: most starts have no file
 
-    try:
-        with path.open("rb") as file:
-            raw = file.read(_LONGEST_FILE_BYTES + 1)
-    except OSError as error:
-        raise ConfigError(f"--config {path}: cannot be read: {error.strerror}") from error
-    if len(raw) > _LONGEST_FILE_BYTES:
-        raise ConfigError(f"--config {path}: larger than {_LONGEST_FILE_BYTES >> 20} MiB; that is no configuration")
+    raw = options.read_file(path, f"--config {path}")
     try:
         root = yaml.compose(raw.decode(), Loader=yaml.SafeLoader)
     except UnicodeDecodeError as error:

@@ -10,7 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lmcache.errors import ConfigError
+
 ENV_PREFIX = "LMCACHE_SERVER_"
+GIB = 1 << 30
+_LONGEST_FILE_BYTES = 1 << 20
 _LONGEST_SOCKET_DIR = 80  # bytes: sun_path holds 108, and the socket's own name needs its share
 
 
@@ -184,6 +188,18 @@ def token(text: str) -> str:
     if not re.fullmatch(r"[!-~]{1,512}", text):
         raise ValueError("must be 1 to 512 printable ASCII characters without spaces")
     return text
+
+
+def read_file(path: Path, name: str, remedy: str = "") -> bytes:
+    """What a configuration file holds. ConfigError, which calls it `name`, where it cannot be read or is larger than 1 MiB."""
+    try:
+        with path.open("rb") as file:
+            raw = file.read(_LONGEST_FILE_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"{name}: cannot be read: {error.strerror}{remedy}") from error
+    if len(raw) > _LONGEST_FILE_BYTES:
+        raise ConfigError(f"{name}: larger than {_LONGEST_FILE_BYTES >> 20} MiB; that is no configuration")
+    return raw
 
 
 def default_socket_dir() -> Path:

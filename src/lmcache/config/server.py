@@ -16,11 +16,9 @@ from typing import Any
 
 from lmcache.config import options as read
 from lmcache.config.hosts import in_url
-from lmcache.config.options import Option
+from lmcache.config.options import GIB, Option
 from lmcache.errors import ConfigError
 
-SECTOR_BYTES = 4096
-GIB = 1 << 30
 POLICIES = ("LRU",)
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
@@ -239,10 +237,10 @@ class ServerConfig:
 
     @property
     def l1_bytes(self) -> int:
-        """Bytes of the arena, whole pages. Only after `preflight` has replaced `auto` by a size."""
+        """Bytes of the arena. Only after `preflight` has replaced `auto` by a size."""
         if not self.l1_size_gb:
             raise ConfigError("--l1-size-gb auto: not decided yet; pass a size in GiB")
-        return int(self.l1_size_gb * GIB) // SECTOR_BYTES * SECTOR_BYTES
+        return int(self.l1_size_gb * GIB)
 
     @property
     def l2_queue_bytes(self) -> int:

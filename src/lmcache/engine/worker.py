@@ -27,6 +27,7 @@ from lmcache.engine.identified import UNKNOWN, LayoutFor, is_identified
 from lmcache.engine.jobs import Done, Event, Load, Store
 from lmcache.errors import LayoutError, LMCacheError, ServerRefused, ServerUnavailable
 from lmcache.memory.arena import Mapping
+from lmcache.memory.slabs import NO_EXTENT, SECTOR_BYTES
 from lmcache.observability.log import init_logger
 from lmcache.transfer.bounds import Runs
 from lmcache.transfer.copier import Copier, make_copier
@@ -303,7 +304,7 @@ class WorkerSession:
         chunks = np.arange(load.first_chunk, load.first_chunk + len(sectors))
         first = np.maximum(chunks * self._chunk_tokens, load.start_token)
         count = np.minimum((chunks + 1) * self._chunk_tokens, load.end_token) - first
-        runs = np.stack([sectors * m.SECTOR_BYTES, first, count, first - chunks * self._chunk_tokens], axis=1)
+        runs = np.stack([sectors * SECTOR_BYTES, first, count, first - chunks * self._chunk_tokens], axis=1)
         if len(sectors) == 0 or first[0] != load.start_token or int(count.sum()) != load.end_token - load.start_token:
             raise LayoutError(f"{len(sectors)} extents do not cover tokens {load.start_token}..{load.end_token}")
         return runs[count > 0]
@@ -367,14 +368,14 @@ class WorkerSession:
         if granted.refused:
             self.counters[f"dropped_chunks:{granted.reason}"] += granted.refused
         sectors = np.frombuffer(granted.extents, dtype="<u4")
-        wanted = np.flatnonzero(sectors != m.NO_EXTENT)
+        wanted = np.flatnonzero(sectors != NO_EXTENT)
         if len(sectors) != len(hashes) // HASH_BYTES:
             raise LayoutError(f"{len(sectors)} extents for {len(hashes) // HASH_BYTES} chunks")
         if not len(wanted):
             return 0, 0.0
         first = (first_chunk + wanted) * size
         count = np.minimum(first + size, store.end_token or first[-1] + size) - first
-        runs = np.stack([sectors[wanted].astype(np.int64) * m.SECTOR_BYTES, first, count, 0 * first], axis=1)
+        runs = np.stack([sectors[wanted].astype(np.int64) * SECTOR_BYTES, first, count, 0 * first], axis=1)
         blocks = np.asarray(store.blocks, dtype=np.int32)
         begin, ok = time.perf_counter(), False
         try:

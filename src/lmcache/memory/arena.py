@@ -23,6 +23,7 @@ from pathlib import Path
 from lmcache.errors import ConfigError, LMCacheError
 from lmcache.memory import headers
 from lmcache.memory.numa import place
+from lmcache.memory.slabs import SECTOR_BYTES
 from lmcache.observability.log import init_logger
 
 logger = init_logger(__name__)
@@ -106,13 +107,15 @@ def _patient_steps(size_bytes: int, stop: threading.Event) -> Iterator[tuple[int
 
 
 class Arena:
-    """The server's side: creates, reserves, touches and at last removes the file. `numa` is a policy of `memory.numa`.
+    """The server's side: creates, reserves, touches and at last removes the file, of `size_bytes` less what is not a full page.
+    `numa` is a policy of `memory.numa`.
 
     Raises:
         ConfigError: the file cannot be created there, or the pages cannot be placed so.
     """
 
     def __init__(self, directory: Path, size_bytes: int, numa: str = "auto") -> None:
+        size_bytes -= size_bytes % SECTOR_BYTES
         self.id = secrets.token_bytes(ARENA_ID_BYTES)
         self.path = directory / f"{_PREFIX}{os.getuid()}-{self.id.hex()}{_SUFFIX}"
         self.size_bytes = size_bytes

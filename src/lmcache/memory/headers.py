@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lmcache.errors import ConfigError, LMCacheError
+from lmcache.memory.slabs import SECTOR_BYTES
 from lmcache.observability.log import init_logger
 
 logger = init_logger(__name__)
@@ -42,7 +43,6 @@ VERSION = 2
 COMMITTED = 1
 _MAGIC, _RECORD_MAGIC, _ENTRY_MAGIC = b"lmcachHD", b"LMsl", b"LMop"
 _FIRST_RECORD = 4096
-_SECTOR_BYTES = 4096
 _READ_BYTES = RECORD_BYTES << 15
 _FILE = struct.Struct("<8sII8sQ16sQQ")
 _RECORD = struct.Struct("<4sHH8sIIQHH16s16s16s")
@@ -273,7 +273,7 @@ def read_headers(path: Path) -> Left:
             for offset, record in _records(descriptor, behind)
             if (header := _complete(record, generation, clears)) is not None
             and header.sector * RECORD_BYTES + _FIRST_RECORD == offset
-            and header.sector * _SECTOR_BYTES + header.stored_bytes <= arena_bytes
+            and header.sector * SECTOR_BYTES + header.stored_bytes <= arena_bytes
         ]
         entries = [
             _read_entry(path, entry, generation)
@@ -287,7 +287,7 @@ def read_headers(path: Path) -> Left:
 
 def _entries_at(arena_bytes: int) -> int:
     """Where open reservations begin: behind the records of all sectors, at a sector of the file."""
-    return -(-(_FIRST_RECORD + arena_bytes // _SECTOR_BYTES * RECORD_BYTES) // _FIRST_RECORD) * _FIRST_RECORD
+    return -(-(_FIRST_RECORD + arena_bytes // SECTOR_BYTES * RECORD_BYTES) // _FIRST_RECORD) * _FIRST_RECORD
 
 
 def _read_entry(path: Path, entry: bytes, generation: bytes) -> OpenReservation:

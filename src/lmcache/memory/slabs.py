@@ -17,7 +17,8 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Set
 
 SECTOR_BYTES = 4096
-_MAX_SECTORS = 1 << 32  # a sector number travels as u32
+NO_EXTENT = 2**32 - 1
+"""Where a sector number names an extent, by its first sector: there is none. Sector numbers are u32, below this one."""
 
 # A region should be large, so that there are few, and small beside the arena, so that several spaces can share it.
 _REGION_BYTES = 64 << 20
@@ -108,7 +109,7 @@ class Slabs:
 
     def __init__(self, total_bytes: int) -> None:
         sectors = total_bytes // SECTOR_BYTES
-        if not 0 < sectors <= _MAX_SECTORS:
+        if not 0 < sectors <= NO_EXTENT:
             raise ValueError(f"an arena of {total_bytes} bytes is impossible; give between 4 KiB and 16 TiB")
         self.total_bytes = sectors * SECTOR_BYTES
         small = self.total_bytes // _REGION_PART_SMALL_ARENA

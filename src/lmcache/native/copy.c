@@ -22,19 +22,10 @@
 
 enum { MAX_AXES = 5, CLAIM_BYTES = 256 << 10 };
 
-/* A row of CpuCopier's packed planes, in that order. Strides and offsets are in bytes. */
+/* A row of CpuCopier's packed planes. */
 typedef struct {
-    int64_t address, block_stride;
-    int64_t token_group, group_stride, token_stride;
-    int64_t heads, head_stride;
-    int64_t dims, dim_group, dim_group_stride, dim_stride;
-    int64_t extent_offset;
+    PLANE_NUMBERS(FIELD)
 } Plane;
-
-/* A row of `runs`. */
-typedef struct {
-    int64_t extent_offset, first_token, tokens, token_in_extent;
-} Run;
 
 typedef struct {
     int64_t count, paged, extent;

@@ -28,8 +28,6 @@ enum { MAX_PLACES = 64, KERNEL_PARAMETERS = 6, SPARE_PARAMETERS = 4 };
     X(table_host) X(table_device) X(table_bytes) /* uploaded before anything else, if not 0 */  \
     X(first_plane) X(end_plane) X(planes_in_piece) X(runs_in_piece)
 /* clang-format on */
-#define FIELD(name) int64_t name;
-#define NAME_OF(name) #name,
 
 typedef struct {
     RING_NUMBERS(FIELD)
@@ -39,10 +37,6 @@ typedef struct {
 typedef struct {
     COPY_NUMBERS(FIELD)
 } Copy;
-
-typedef struct {
-    int64_t extent_offset, first_token, tokens, token_in_extent;
-} Run;
 
 typedef int (*LaunchKernel)(void *, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void *, void **,
                             void **);
@@ -211,9 +205,11 @@ static PyObject *fields_of(const char *const *names, size_t count, int arrays)
 
 int lmcache_add_layouts(PyObject *module)
 {
-    static const char *const ring[] = {RING_NUMBERS(NAME_OF) "filled", "emptied"}, *const copy[] = {COPY_NUMBERS(NAME_OF)};
-    PyObject *layouts = Py_BuildValue("{sNsN}", "ring", fields_of(ring, sizeof ring / sizeof *ring, 2), "copy",
-                                      fields_of(copy, sizeof copy / sizeof *copy, 0));
+    static const char *const ring[] = {RING_NUMBERS(NAME_OF) "filled", "emptied"}, *const copy[] = {COPY_NUMBERS(NAME_OF)},
+                      *const plane[] = {PLANE_NUMBERS(NAME_OF)};
+    PyObject *layouts = Py_BuildValue("{sNsNsN}", "ring", fields_of(ring, sizeof ring / sizeof *ring, 2), "copy",
+                                      fields_of(copy, sizeof copy / sizeof *copy, 0), "plane",
+                                      fields_of(plane, sizeof plane / sizeof *plane, 0));
     int result = layouts == NULL ? -1 : PyModule_AddObjectRef(module, "layouts", layouts);
     Py_XDECREF(layouts);
     return result;

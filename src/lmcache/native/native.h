@@ -29,6 +29,26 @@ static inline int lmcache_integers(const char *name, PyObject *const *args, Py_s
     return 0;
 }
 
+/* Structs of int64 that Python fills in are made from lists of their fields, and so is `layouts` of the module, by which Python
+ * makes or checks its own. */
+#define FIELD(name) int64_t name;
+#define NAME_OF(name) #name,
+
+/* A plane of paged KV: Plane of lmcache.transfer.paged, and where the plane begins in a extent. Strides and offsets are in bytes. */
+/* clang-format off */
+#define PLANE_NUMBERS(X)                                   \
+    X(address) X(block_stride)                             \
+    X(token_group) X(group_stride) X(token_stride)         \
+    X(heads) X(head_stride)                                \
+    X(dims) X(dim_group) X(dim_group_stride) X(dim_stride) \
+    X(extent_offset)
+/* clang-format on */
+
+/* A row of `runs`. */
+typedef struct {
+    int64_t extent_offset, first_token, tokens, token_in_extent;
+} Run;
+
 /* copy.c: paged KV <-> extents. Ends with a zero entry. */
 extern PyMethodDef lmcache_copy_methods[];
 
@@ -38,7 +58,7 @@ extern PyMethodDef lmcache_exchange_methods[];
 /* device.c: pieces of a copy, handed to a device's driver. Ends with a zero entry. */
 extern PyMethodDef lmcache_device_methods[];
 
-/* Adds `layouts`, the fields of the structs of device.c that Python fills in. 0, or -1 with a Python error set. */
+/* device.c: adds `layouts`, the fields of the structs that Python fills in, to the module. 0, or -1 with a Python error set. */
 int lmcache_add_layouts(PyObject *module);
 
 /* frames.c: what a disk tier has stored. Ends with a zero entry. */

@@ -8,9 +8,12 @@
  * than two buckets a record, each insert splits the next two. It is never rebuilt. Clients choose the hashes, so what picks
  * the bucket is mixed with a secret.
  *
- * A victim is found in order of age by a cursor that walks from the old end of the LRU list and passes what cannot go now.
- * What it has passed and can go later waits in a heap by age; everything there is older than the cursor. A record is passed
- * once for each time it is touched, so finding a victim costs O(1) in ordinary use and O(log n) at worst, amortised.
+ * In which order records go is decided by a policy, a `policy_t` here: `lru`, which keeps its list in the records, or `plugged`,
+ * which asks an object in Python. The table itself says which record may go.
+ *
+ * LRU finds a victim in order of age by a cursor that walks from the old end of the list and passes what cannot go now. What
+ * it has passed and can go later waits in a heap by age; everything there is older than the cursor. A record is passed once
+ * for each time it is touched, so finding a victim costs O(1) in ordinary use and O(log n) at worst, amortised.
  */
 #include "native.h"
 
@@ -34,18 +37,18 @@ enum { COMPLETED = 1, RELEASED = 2 };
 enum {
     USED = 1,     /* not on the free list */
     ATTACHED = 2, /* in the index */
-    PASSED = 4,   /* the cursor has gone by */
-    QUEUED = 8,   /* waits in the heap with its present stamp */
-    HELD = 16,    /* it, or one that hangs on it, is in use; set while `survey` runs */
+    PASSED = 4,   /* LRU: the cursor has gone by */
+    QUEUED = 8,   /* LRU: waits in the heap with its present stamp */
+    SEEN = 16,    /* in the policy's order, or it or one that hangs on it is in use; set while `survey` runs */
 };
 
 typedef struct {
     uint8_t key[KEY_BYTES];
-    uint64_t stamp : 56; /* of the last touch; no two are equal */
+    uint64_t stamp : 56; /* LRU: of the last touch; no two are equal */
     uint64_t flags : 8;
     uint32_t next; /* in the bucket, or on the free list */
     uint32_t parent, first_child, next_sibling, previous_sibling;
-    uint32_t older, newer;
+    uint32_t older, newer; /* LRU */
     uint32_t pins;
     uint32_t children;
     uint16_t done, filling; /* shards */
@@ -58,10 +61,25 @@ typedef struct {
     uint32_t id;
 } waiting_t;
 
+typedef struct table table_t;
+
+/* Who decides in which order records go. `Policy` in lmcache/memory/order.py has the same verbs and says what they mean. */
 typedef struct {
+    void (*inserted)(table_t *t, uint32_t id);
+    void (*touched)(table_t *t, const uint8_t *ids, size_t count); /* u32 each, the last one first; detached ones are skipped */
+    void (*touched_path)(table_t *t, uint32_t id);                 /* an attached record and its ancestors */
+    void (*unblocked)(table_t *t, uint32_t id);
+    void (*removed)(table_t *t, uint32_t id);
+    int (*victim)(table_t *t, uint32_t *id);      /* NONE when there is none; -1 with an error set */
+    int (*order)(table_t *t, uint32_t *ids);      /* those of all attached records; -1 with an error set */
+    int (*memory_bytes)(table_t *t, size_t *size); /* beside the records; -1 with an error set */
+} policy_t;
+
+struct table {
     PyObject_HEAD
     uint64_t seed[2];
-    uint64_t clock; /* the last stamp given */
+    const policy_t *policy;
+    PyObject *plug; /* the object that `plugged` asks; it may not refer to the table */
     uint32_t shards, shift;
     uint8_t **segments;
     size_t segment_count, segment_room;
@@ -70,10 +88,11 @@ typedef struct {
     uint32_t **pieces; /* of the array of buckets */
     size_t piece_count, piece_room;
     uint64_t buckets, low_mask; /* low_mask + 1 <= buckets < 2 * (low_mask + 1) */
+    uint64_t clock;             /* LRU: the last stamp given */
     uint32_t oldest, newest, cursor;
     waiting_t *heap;
     size_t heap_count, heap_room;
-} table_t;
+};
 
 #if defined(__GNUC__)
 #define PREFETCH(address) __builtin_prefetch(address)
@@ -161,7 +180,7 @@ static uint32_t take_id(table_t *t)
         return NONE;
     }
     size_t segment = t->next_id >> t->shift;
-    if (segment == t->segment_count) {
+    while (segment >= t->segment_count) {
         uint8_t *made = NULL;
         if (reserve_pointer((void **)&t->segments, t->segment_count, &t->segment_room) == 0)
             made = aligned_alloc(64, segment_size(t));
@@ -170,7 +189,7 @@ static uint32_t take_id(table_t *t)
             return NONE;
         }
         t->segments[t->segment_count++] = made;
-        memset(segment_states(t, segment), EMPTY, segment_records(t) * t->shards);
+        memset(segment_states(t, t->segment_count - 1), EMPTY, segment_records(t) * t->shards);
     }
     return t->next_id++;
 }
@@ -258,9 +277,28 @@ static void remove_from_bucket(table_t *t, uint32_t id)
     *link = at(t, id)->next;
 }
 
-/* Age */
+/* Who may go */
 
-static void unlink_age(table_t *t, record_t *r, uint32_t id)
+static inline int is_idle(const record_t *r)
+{
+    return r->pins == 0 && r->filling == 0;
+}
+
+static inline int is_evictable(const record_t *r)
+{
+    return (r->flags & ATTACHED) && is_idle(r) && r->children == 0;
+}
+
+/* Something that forbade evicting this record is gone. */
+static inline void unblock(table_t *t, uint32_t id)
+{
+    if (is_evictable(at(t, id)))
+        t->policy->unblocked(t, id);
+}
+
+/* LRU */
+
+static inline void unlink_age(table_t *t, record_t *r, uint32_t id)
 {
     if (t->cursor == id)
         t->cursor = r->newer;
@@ -274,7 +312,7 @@ static void unlink_age(table_t *t, record_t *r, uint32_t id)
         t->newest = r->older;
 }
 
-static void append_age(table_t *t, record_t *r, uint32_t id)
+static inline void append_age(table_t *t, record_t *r, uint32_t id)
 {
     r->stamp = ++t->clock;
     r->flags &= ~(uint64_t)(PASSED | QUEUED);
@@ -289,23 +327,43 @@ static void append_age(table_t *t, record_t *r, uint32_t id)
         t->cursor = id;
 }
 
-static void touch_one(table_t *t, uint32_t id)
+static void lru_inserted(table_t *t, uint32_t id)
+{
+    append_age(t, at(t, id), id);
+}
+
+static inline void touch_one(table_t *t, uint32_t id)
 {
     record_t *r = at(t, id);
     unlink_age(t, r, id);
     append_age(t, r, id);
 }
 
-/* Victims */
-
-static inline int is_idle(const record_t *r)
+static void lru_touched(table_t *t, const uint8_t *ids, size_t count)
 {
-    return r->pins == 0 && r->filling == 0;
+    while (count-- > 0) {
+        if (count >= 8) { /* its neighbours in the list, which are about to be joined */
+            const record_t *ahead = at(t, read_u32(ids + 4 * (count - 8)));
+            if ((ahead->flags & ATTACHED) && ahead->older != NONE)
+                PREFETCH(at(t, ahead->older));
+            if ((ahead->flags & ATTACHED) && ahead->newer != NONE)
+                PREFETCH(at(t, ahead->newer));
+        }
+        uint32_t id = read_u32(ids + 4 * count);
+        if (at(t, id)->flags & ATTACHED)
+            touch_one(t, id);
+    }
 }
 
-static inline int is_evictable(const record_t *r)
+static void lru_touched_path(table_t *t, uint32_t id)
 {
-    return (r->flags & ATTACHED) && is_idle(r) && r->children == 0;
+    for (; id != NONE; id = at(t, id)->parent)
+        touch_one(t, id);
+}
+
+static void lru_removed(table_t *t, uint32_t id)
+{
+    unlink_age(t, at(t, id), id);
 }
 
 /* Begin the walk anew: what is done where the heap cannot grow. */
@@ -317,11 +375,11 @@ static void forget_passed(table_t *t)
     t->heap_count = 0;
 }
 
-/* Something that forbade evicting this record is gone: if the cursor has passed it, it must wait in the heap. */
-static void reconsider(table_t *t, uint32_t id)
+/* If the cursor has passed it, it must wait in the heap. */
+static void lru_unblocked(table_t *t, uint32_t id)
 {
     record_t *r = at(t, id);
-    if (!(r->flags & PASSED) || (r->flags & QUEUED) || !is_evictable(r))
+    if (!(r->flags & PASSED) || (r->flags & QUEUED))
         return;
     if (t->heap_count == t->heap_room) {
         size_t room = t->heap_room ? 2 * t->heap_room : 64;
@@ -356,26 +414,44 @@ static void pop_heap(table_t *t)
     t->heap[place] = last;
 }
 
-static uint32_t find_victim(table_t *t)
+static int lru_victim(table_t *t, uint32_t *id)
 {
     while (t->heap_count) {
-        record_t *r = at(t, t->heap[0].id);
+        *id = t->heap[0].id;
+        record_t *r = at(t, *id);
         if (r->stamp == t->heap[0].stamp && (r->flags & QUEUED)) {
             if (is_evictable(r))
-                return t->heap[0].id;
+                return 0;
             r->flags &= ~(uint64_t)QUEUED;
         }
         pop_heap(t);
     }
-    while (t->cursor != NONE) {
-        record_t *r = at(t, t->cursor);
+    while ((*id = t->cursor) != NONE) {
+        record_t *r = at(t, *id);
         if (is_evictable(r))
-            return t->cursor;
+            break;
         r->flags |= PASSED;
         t->cursor = r->newer;
     }
-    return NONE;
+    return 0;
 }
+
+static int lru_order(table_t *t, uint32_t *ids)
+{
+    for (uint32_t id = t->oldest; id != NONE; id = at(t, id)->newer)
+        *ids++ = id;
+    return 0;
+}
+
+static int lru_memory_bytes(table_t *t, size_t *size)
+{
+    *size = t->heap_room * sizeof(waiting_t);
+    return 0;
+}
+
+static const policy_t lru = {
+    lru_inserted, lru_touched, lru_touched_path, lru_unblocked, lru_removed, lru_victim, lru_order, lru_memory_bytes,
+};
 
 /* Arguments. Each returns -1 with an error set when the argument will not do. */
 
@@ -392,7 +468,7 @@ static int to_number(PyObject *value, long long *number)
 
 static inline int is_used(const table_t *t, uint32_t id)
 {
-    return id < t->next_id && (at(t, id)->flags & USED);
+    return id - 1 < t->next_id - 1 && (at(t, id)->flags & USED); /* 0 is none */
 }
 
 static int no_record(long long id)
@@ -406,7 +482,7 @@ static int to_id(const table_t *t, PyObject *value, uint32_t *id)
     long long number;
     if (to_number(value, &number) < 0)
         return -1;
-    if (number < 0 || number >= MAX_RECORDS || !is_used(t, (uint32_t)number))
+    if (number < 1 || number >= MAX_RECORDS || !is_used(t, (uint32_t)number))
         return no_record(number);
     *id = (uint32_t)number;
     return 0;
@@ -485,6 +561,135 @@ static PyObject *id_or_none(uint32_t id)
     return PyLong_FromLongLong(id == NONE ? -1 : (long long)id);
 }
 
+/* A policy in Python. An error in a notification is written to standard error, and the table stays right. */
+
+/* Ends a notification. */
+static void drop_answer(table_t *t, PyObject *answer)
+{
+    if (!answer)
+        PyErr_WriteUnraisable(t->plug);
+    Py_XDECREF(answer);
+}
+
+static void plugged_inserted(table_t *t, uint32_t id)
+{
+    const record_t *r = at(t, id);
+    uint32_t parent = r->parent == NONE ? 0 : r->parent;
+    drop_answer(t, PyObject_CallMethod(t->plug, "inserted", "Iy#I", id, r->key, (Py_ssize_t)KEY_BYTES, parent));
+}
+
+/* One row more, or NULL with an error set. Takes the list, and gives it back. */
+static PyObject *append_row(PyObject *rows, uint32_t id)
+{
+    PyObject *row = rows ? PyLong_FromUnsignedLong(id) : NULL;
+    if (rows && (!row || PyList_Append(rows, row) < 0))
+        Py_CLEAR(rows);
+    Py_XDECREF(row);
+    return rows;
+}
+
+static void notify_touched(table_t *t, PyObject *rows)
+{
+    drop_answer(t, rows ? PyObject_CallMethod(t->plug, "touched", "O", rows) : NULL);
+    Py_XDECREF(rows);
+}
+
+static void plugged_touched(table_t *t, const uint8_t *ids, size_t count)
+{
+    PyObject *rows = PyList_New(0);
+    while (count-- > 0) {
+        uint32_t id = read_u32(ids + 4 * count);
+        if (at(t, id)->flags & ATTACHED)
+            rows = append_row(rows, id);
+    }
+    notify_touched(t, rows);
+}
+
+static void plugged_touched_path(table_t *t, uint32_t id)
+{
+    PyObject *rows = PyList_New(0);
+    for (; id != NONE; id = at(t, id)->parent)
+        rows = append_row(rows, id);
+    notify_touched(t, rows);
+}
+
+static void plugged_unblocked(table_t *t, uint32_t id)
+{
+    drop_answer(t, PyObject_CallMethod(t->plug, "unblocked", "I", id));
+}
+
+static void plugged_removed(table_t *t, uint32_t id)
+{
+    drop_answer(t, PyObject_CallMethod(t->plug, "removed", "I", id));
+}
+
+static int plugged_victim(table_t *t, uint32_t *id)
+{
+    PyObject *evictable = PyObject_GetAttrString((PyObject *)t, "evictable");
+    PyObject *row = evictable ? PyObject_CallMethod(t->plug, "victim", "O", evictable) : NULL;
+    long long number;
+    int failed = !row || to_number(row, &number) < 0;
+    Py_XDECREF(evictable);
+    Py_XDECREF(row);
+    if (failed)
+        return -1;
+    *id = number ? (uint32_t)number : NONE;
+    if (number && (number < 0 || number >= MAX_RECORDS || !is_used(t, *id) || !is_evictable(at(t, *id)))) {
+        PyErr_Format(PyExc_ValueError, "the policy chose record %lld as victim, which may not go now", number);
+        return -1;
+    }
+    return 0;
+}
+
+static int plugged_order(table_t *t, uint32_t *ids)
+{
+    uint32_t room = t->attached, count = 0, id;
+    int right = 1; /* each one is attached, and was not seen before */
+    PyObject *order = PyObject_GetIter(t->plug), *row;
+    while (order && right && (row = PyIter_Next(order))) {
+        right = to_id(t, row, &id) == 0 && (at(t, id)->flags & (ATTACHED | SEEN)) == ATTACHED && count < room;
+        if (right) {
+            at(t, id)->flags |= SEEN;
+            ids[count++] = id;
+        }
+        Py_DECREF(row);
+    }
+    Py_XDECREF(order);
+    for (uint32_t i = 0; i < count; i++)
+        at(t, ids[i])->flags &= ~(uint64_t)SEEN;
+    if (PyErr_Occurred())
+        return -1;
+    if (right && count == room)
+        return 0;
+    PyErr_Format(PyExc_ValueError, "the policy does not have just the %u attached records in its order", room);
+    return -1;
+}
+
+static int plugged_memory_bytes(table_t *t, size_t *size)
+{
+    long long number = 0;
+    PyObject *answer = PyObject_CallMethod(t->plug, "memory_bytes", NULL);
+    int failed = !answer || to_number(answer, &number) < 0;
+    Py_XDECREF(answer);
+    *size = (size_t)number;
+    return failed ? -1 : 0;
+}
+
+static const policy_t plugged = {
+    plugged_inserted,  plugged_touched, plugged_touched_path, plugged_unblocked,
+    plugged_removed,   plugged_victim,  plugged_order,        plugged_memory_bytes,
+};
+
+/* Of bytes with ids, those with the first `count` ones. */
+static PyObject *shortened(PyObject *ids, size_t count)
+{
+    if (PyBytes_Size(ids) == (Py_ssize_t)(4 * count))
+        return ids;
+    PyObject *shorter = PyBytes_FromStringAndSize(PyBytes_AsString(ids), (Py_ssize_t)(4 * count));
+    Py_DECREF(ids);
+    return shorter;
+}
+
 /* Methods: the index */
 
 static PyObject *table_match(PyObject *self, PyObject *arg)
@@ -520,11 +725,7 @@ static PyObject *table_match(PyObject *self, PyObject *arg)
             write_u32(out + 4 * found++, id);
         }
     }
-    if (found == count)
-        return result;
-    PyObject *shorter = PyBytes_FromStringAndSize((const char *)out, (Py_ssize_t)(4 * found));
-    Py_DECREF(result);
-    return shorter;
+    return shortened(result, found);
 }
 
 static PyObject *table_get(PyObject *self, PyObject *arg)
@@ -571,7 +772,6 @@ static PyObject *table_insert(PyObject *self, PyObject *const *args, Py_ssize_t 
     uint32_t *bucket = bucket_of(t, key);
     r->next = *bucket;
     *bucket = id;
-    append_age(t, r, id);
     if (parent != NONE) {
         record_t *above = at(t, parent);
         r->next_sibling = above->first_child;
@@ -580,15 +780,13 @@ static PyObject *table_insert(PyObject *self, PyObject *const *args, Py_ssize_t 
         above->first_child = id;
         above->children++;
     }
+    t->policy->inserted(t, id);
     return id_or_none(id);
 }
 
 static void leave_parent(table_t *t, uint32_t id)
 {
-    record_t *r = at(t, id), *above;
-    if (r->parent == NONE)
-        return;
-    above = at(t, r->parent);
+    record_t *r = at(t, id), *above = at(t, r->parent);
     if (r->previous_sibling != NONE)
         at(t, r->previous_sibling)->next_sibling = r->next_sibling;
     else
@@ -596,7 +794,6 @@ static void leave_parent(table_t *t, uint32_t id)
     if (r->next_sibling != NONE)
         at(t, r->next_sibling)->previous_sibling = r->previous_sibling;
     above->children--;
-    reconsider(t, r->parent);
 }
 
 typedef struct {
@@ -650,19 +847,23 @@ static PyObject *table_detach(PyObject *self, PyObject *arg)
         result = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)(4 * family.count));
     if (result) {
         uint8_t *out = (uint8_t *)PyBytes_AsString(result);
-        leave_parent(t, root);
+        uint32_t parent = at(t, root)->parent;
+        if (parent != NONE)
+            leave_parent(t, root);
+        t->attached -= (uint32_t)family.count;
+        t->detached += (uint32_t)family.count;
         for (size_t i = family.count; i-- > 0; out += 4) {
             uint32_t id = family.ids[i];
             record_t *r = at(t, id);
             write_u32(out, id);
             remove_from_bucket(t, id);
-            unlink_age(t, r, id);
             r->flags = USED;
             r->children = 0;
             r->parent = r->first_child = r->next_sibling = r->previous_sibling = NONE;
+            t->policy->removed(t, id);
         }
-        t->attached -= (uint32_t)family.count;
-        t->detached += (uint32_t)family.count;
+        if (parent != NONE)
+            unblock(t, parent);
     }
     free(family.ids);
     return result;
@@ -689,7 +890,7 @@ static PyObject *table_free(PyObject *self, PyObject *arg)
     Py_RETURN_NONE;
 }
 
-/* Methods: age */
+/* Methods: the order in which records go */
 
 static PyObject *table_touch(PyObject *self, PyObject *arg)
 {
@@ -698,18 +899,7 @@ static PyObject *table_touch(PyObject *self, PyObject *arg)
     size_t count;
     if (to_ids(t, arg, &ids, &count) < 0)
         return NULL;
-    while (count-- > 0) {
-        if (count >= 8) { /* its neighbours in the list, which are about to be joined */
-            const record_t *ahead = at(t, read_u32(ids + 4 * (count - 8)));
-            if ((ahead->flags & ATTACHED) && ahead->older != NONE)
-                PREFETCH(at(t, ahead->older));
-            if ((ahead->flags & ATTACHED) && ahead->newer != NONE)
-                PREFETCH(at(t, ahead->newer));
-        }
-        uint32_t id = read_u32(ids + 4 * count);
-        if (at(t, id)->flags & ATTACHED)
-            touch_one(t, id);
-    }
+    t->policy->touched(t, ids, count);
     Py_RETURN_NONE;
 }
 
@@ -720,21 +910,23 @@ static PyObject *table_touch_path(PyObject *self, PyObject *arg)
     if (to_id(t, arg, &id) < 0)
         return NULL;
     if (at(t, id)->flags & ATTACHED)
-        for (; id != NONE; id = at(t, id)->parent)
-            touch_one(t, id);
+        t->policy->touched_path(t, id);
     Py_RETURN_NONE;
 }
 
 static PyObject *table_victim(PyObject *self, PyObject *unused)
 {
+    table_t *t = (table_t *)self;
+    uint32_t id;
     (void)unused;
-    return id_or_none(find_victim((table_t *)self));
+    return t->policy->victim(t, &id) < 0 ? NULL : id_or_none(id);
 }
 
-static PyObject *table_oldest(PyObject *self, PyObject *unused)
+static PyObject *table_evictable(PyObject *self, PyObject *arg)
 {
-    (void)unused;
-    return id_or_none(((table_t *)self)->oldest);
+    const table_t *t = (const table_t *)self;
+    uint32_t id;
+    return to_id(t, arg, &id) < 0 ? NULL : PyBool_FromLong(is_evictable(at(t, id)));
 }
 
 /* Methods: readers and writers */
@@ -765,34 +957,27 @@ static PyObject *table_unpin(PyObject *self, PyObject *arg)
     size_t count, done, released = 0;
     if (to_ids(t, arg, &ids, &count) < 0)
         return NULL;
-    for (done = 0; done < count && at(t, read_u32(ids + 4 * done))->pins; done++) {
-        record_t *r = at(t, read_u32(ids + 4 * done));
-        r->pins--;
-        released += !(r->flags & ATTACHED) && is_idle(r);
-    }
-    for (size_t i = 0; i < done; i++) /* that was a trial */
-        at(t, read_u32(ids + 4 * i))->pins++;
-    if (done < count) {
-        PyErr_Format(PyExc_ValueError, "record %u has no pin left to remove; unpin what was pinned, once",
-                     read_u32(ids + 4 * done));
-        return NULL;
-    }
-    PyObject *result = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)(4 * released));
+    PyObject *result = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)(4 * count));
     if (!result)
         return NULL;
     uint8_t *out = (uint8_t *)PyBytes_AsString(result);
-    for (size_t i = 0; i < count; i++) {
-        uint32_t id = read_u32(ids + 4 * i);
-        record_t *r = at(t, id);
+    for (done = 0; done < count && at(t, read_u32(ids + 4 * done))->pins; done++) {
+        record_t *r = at(t, read_u32(ids + 4 * done));
         r->pins--;
-        if (r->flags & ATTACHED)
-            reconsider(t, id);
-        else if (is_idle(r)) {
-            write_u32(out, id);
-            out += 4;
-        }
+        if (!(r->flags & ATTACHED) && is_idle(r))
+            write_u32(out + 4 * released++, read_u32(ids + 4 * done));
     }
-    return result;
+    if (done < count) {
+        PyErr_Format(PyExc_ValueError, "record %u has no pin left to remove; unpin what was pinned, once",
+                     read_u32(ids + 4 * done));
+        while (done-- > 0)
+            at(t, read_u32(ids + 4 * done))->pins++;
+        Py_DECREF(result);
+        return NULL;
+    }
+    for (size_t i = 0; i < count; i++)
+        unblock(t, read_u32(ids + 4 * i));
+    return shortened(result, released);
 }
 
 static PyObject *table_begin_fill(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
@@ -839,7 +1024,7 @@ static PyObject *table_end_fill(PyObject *self, PyObject *const *args, Py_ssize_
     r->done += (uint16_t)ok;
     r->filling--;
     if (r->flags & ATTACHED) {
-        reconsider(t, id);
+        unblock(t, id);
         return PyLong_FromLong(r->done == t->shards ? COMPLETED : 0);
     }
     return PyLong_FromLong(is_idle(r) ? RELEASED : 0);
@@ -908,7 +1093,7 @@ static PyObject *table_in_sectors(PyObject *self, PyObject *const *args, Py_ssiz
     if (!has_arguments(nargs, 2) || to_number(args[0], &first) < 0 || to_number(args[1], &end) < 0)
         return NULL;
     list_t found = {NULL, 0, 0};
-    for (uint32_t id = 0; id < t->next_id; id++)
+    for (uint32_t id = 1; id < t->next_id; id++)
         if (has_sector_in(t, sectors_of(t, id), states_of(t, id), first, end) && (at(t, id)->flags & ATTACHED) &&
             append_id(&found, id) < 0) {
             free(found.ids);
@@ -938,12 +1123,41 @@ static long long range_of(const uint8_t *bounds, size_t count, uint32_t sector)
     return low % 2 ? (long long)(low - 1) : -1;
 }
 
-static void mark_held(const table_t *t)
+/* Mark those that are in use, and all that they hang on. */
+static void mark_held(const table_t *t, const uint32_t *order, uint32_t count)
 {
-    for (uint32_t id = t->oldest; id != NONE; id = at(t, id)->newer)
-        if (!is_idle(at(t, id)))
-            for (uint32_t up = id; up != NONE && !(at(t, up)->flags & HELD); up = at(t, up)->parent)
-                at(t, up)->flags |= HELD;
+    for (uint32_t i = 0; i < count; i++) {
+        if (i + 8 < count)
+            PREFETCH(at(t, order[i + 8]));
+        if (!is_idle(at(t, order[i])))
+            for (uint32_t up = order[i]; up != NONE && !(at(t, up)->flags & SEEN); up = at(t, up)->parent)
+                at(t, up)->flags |= SEEN;
+    }
+}
+
+/* found: for each range, two numbers as `survey` returns them. */
+static void look_through(const table_t *t, const uint32_t *order, uint32_t records, const uint8_t *bounds, size_t count,
+                         uint32_t *found)
+{
+    mark_held(t, order, records);
+    for (uint32_t i = 0; i < records; i++) {
+        if (i + 8 < records) {
+            PREFETCH(at(t, order[i + 8]));
+            PREFETCH(states_of(t, order[i + 8]));
+            PREFETCH(sectors_of(t, order[i + 8]));
+        }
+        record_t *r = at(t, order[i]);
+        const uint8_t *states = states_of(t, order[i]);
+        uint32_t place = r->flags & SEEN ? NONE : i + 1;
+        for (uint32_t shard = 0; shard < t->shards; shard++) {
+            long long range = states[shard] == EMPTY ? -1 : range_of(bounds, count, sectors_of(t, order[i])[shard]);
+            if (range < 0)
+                continue;
+            found[range]++;
+            found[range + 1] = found[range + 1] == NONE ? NONE : place;
+        }
+        r->flags &= ~(uint64_t)SEEN;
+    }
 }
 
 static PyObject *table_survey(PyObject *self, PyObject *arg)
@@ -960,31 +1174,19 @@ static PyObject *table_survey(PyObject *self, PyObject *arg)
         PyErr_Format(PyExc_ValueError, "%zu bounds of ranges; give pairs, ascending", count);
         return NULL;
     }
-    uint32_t *found = calloc(count + 1, sizeof(uint32_t)), age = 1;
-    PyObject *result = found ? PyBytes_FromStringAndSize(NULL, (Py_ssize_t)(4 * count)) : PyErr_NoMemory();
+    uint32_t records = t->attached;
+    uint32_t *found = calloc(count + 1, sizeof(uint32_t)), *order = malloc(((size_t)records + 1) * sizeof(uint32_t));
+    PyObject *result = found && order ? PyBytes_FromStringAndSize(NULL, (Py_ssize_t)(4 * count)) : PyErr_NoMemory();
+    if (result && t->policy->order(t, order) < 0)
+        Py_CLEAR(result);
     if (result) {
-        mark_held(t);
-        for (uint32_t id = t->oldest; id != NONE; id = at(t, id)->newer, age++) {
-            record_t *r = at(t, id);
-            uint8_t *states = states_of(t, id);
-            uint32_t newer = r->newer, depth = r->flags & HELD ? NONE : age;
-            if (newer != NONE)
-                PREFETCH(at(t, newer));
-            for (uint32_t shard = 0; shard < t->shards; shard++) {
-                long long range = states[shard] == EMPTY ? -1 : range_of(bounds, count, sectors_of(t, id)[shard]);
-                if (range < 0)
-                    continue;
-                found[range]++;
-                found[range + 1] = found[range + 1] == NONE ? NONE : depth;
-            }
-        }
-        for (uint32_t id = t->oldest; id != NONE; id = at(t, id)->newer)
-            at(t, id)->flags &= ~(uint64_t)HELD;
+        look_through(t, order, records, bounds, count, found);
         uint8_t *out = (uint8_t *)PyBytes_AsString(result);
         for (size_t i = 0; i < count; i++)
             write_u32(out + 4 * i, found[i]);
     }
     free(found);
+    free(order);
     return result;
 }
 
@@ -1052,11 +1254,13 @@ static PyObject *table_detached(PyObject *self, PyObject *unused)
 
 static PyObject *table_memory_bytes(PyObject *self, PyObject *unused)
 {
-    const table_t *t = (const table_t *)self;
+    table_t *t = (table_t *)self;
+    size_t order;
     (void)unused;
+    if (t->policy->memory_bytes(t, &order) < 0)
+        return NULL;
     return PyLong_FromSize_t(sizeof *t + t->segment_count * segment_size(t) + t->segment_room * sizeof(void *) +
-                             t->piece_count * (sizeof(uint32_t) << BUCKET_SHIFT) + t->piece_room * sizeof(void *) +
-                             t->heap_room * sizeof(waiting_t));
+                             t->piece_count * (sizeof(uint32_t) << BUCKET_SHIFT) + t->piece_room * sizeof(void *) + order);
 }
 
 /* Life */
@@ -1077,13 +1281,13 @@ static int draw_seed(table_t *t)
 
 static PyObject *table_new(PyTypeObject *type, PyObject *args, PyObject *named)
 {
-    PyObject *value;
+    PyObject *value, *plug = Py_None;
     long long shards;
     if (named && PyDict_Size(named) > 0) {
         PyErr_SetString(PyExc_TypeError, "Table takes no keyword arguments");
         return NULL;
     }
-    if (!PyArg_ParseTuple(args, "O:Table", &value) || to_number(value, &shards) < 0)
+    if (!PyArg_ParseTuple(args, "O|O:Table", &value, &plug) || to_number(value, &shards) < 0)
         return NULL;
     if (shards < 1 || shards > MAX_SHARDS) {
         PyErr_Format(PyExc_ValueError, "%lld shards a chunk; give 1 to %d", shards, MAX_SHARDS);
@@ -1093,6 +1297,10 @@ static PyObject *table_new(PyTypeObject *type, PyObject *args, PyObject *named)
     table_t *t = (table_t *)allocate(type, 0); /* zeroed */
     if (!t)
         return NULL;
+    t->policy = plug == Py_None ? &lru : &plugged;
+    Py_INCREF(plug);
+    t->plug = plug;
+    t->next_id = 1;
     t->shards = (uint32_t)shards;
     t->shift = SEGMENT_SHIFT;
     while (t->shift > 0 && segment_size(t) > SEGMENT_BYTES)
@@ -1118,6 +1326,7 @@ static void table_dealloc(PyObject *self)
     free(t->segments);
     free(t->pieces);
     free(t->heap);
+    Py_XDECREF(t->plug);
     ((freefunc)PyType_GetSlot(type, Py_tp_free))(self);
     Py_DECREF(type);
 }
@@ -1128,14 +1337,14 @@ static void table_dealloc(PyObject *self)
 
 static PyMethodDef methods[] = {
     ONE(match),         ONE(get),           SEVERAL(insert),    ONE(detach),    ONE(free),       ONE(touch),
-    ONE(touch_path),    NOTHING(victim),    NOTHING(oldest),    ONE(pin),       ONE(unpin),      SEVERAL(begin_fill),
+    ONE(touch_path),    NOTHING(victim),    ONE(evictable),     ONE(pin),       ONE(unpin),      SEVERAL(begin_fill),
     SEVERAL(end_fill),  SEVERAL(state),     SEVERAL(extent),      ONE(extents),     ONE(key),        SEVERAL(in_sectors),
     ONE(parent),        ONE(children),      ONE(pins),          ONE(filling),   ONE(complete),   ONE(attached),
     NOTHING(detached),  NOTHING(memory_bytes), ONE(survey),        {NULL, NULL, 0, NULL},
 };
 
 static PyType_Slot type_slots[] = {
-    {Py_tp_doc, "Table(shards): the index of one space; see lmcache.cache.table.Table."},
+    {Py_tp_doc, "Table(shards[, policy]): the index of one space; see lmcache.cache.table.PyTable."},
     {Py_tp_new, table_new},
     {Py_tp_dealloc, table_dealloc},
     {Py_tp_methods, methods},

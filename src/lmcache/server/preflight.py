@@ -13,7 +13,8 @@ import stat
 import time
 from pathlib import Path
 
-from lmcache.config.server import GIB, ServerConfig
+from lmcache.config.options import GIB
+from lmcache.config.server import ServerConfig
 from lmcache.errors import ConfigError
 from lmcache.memory.arena import reclaim_stale
 from lmcache.observability.log import init_logger

@@ -23,6 +23,7 @@ from lmcache.cache.fetch import Ask, Decided, Fetches, FetchRecord, Load, TierTr
 from lmcache.cache.writeback import Batch
 from lmcache.chunks import HASH_BYTES
 from lmcache.errors import ConfigError
+from lmcache.memory.slabs import NO_EXTENT
 from lmcache.observability.log import init_logger
 from lmcache.server.lane import Lane, one_each
 from lmcache.server.loop import Loop
@@ -36,7 +37,6 @@ CLOSE_SECONDS = 3.0
 """How long the end waits for calls under way and for tiers to close; those that take longer are left behind."""
 _HURRY_SECONDS = 0.5
 """The same after a second signal: enough for a tier that does not hang."""
-NO_EXTENT = 0xFFFFFFFF
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import socket
-import struct
 import time
 from collections import deque
 from pathlib import Path
@@ -23,11 +22,10 @@ from lmcache.server.refused import Reason
 from lmcache.server.service import Service
 from lmcache.server.sessions import Peer
 from lmcache.wire import messages as m
-from lmcache.wire.frames import FrameReader, frame
+from lmcache.wire.frames import FrameReader, frame, peer_of
 
 logger = init_logger(__name__)
 _malformed = Seldom(logger)
-_PEER_CREDENTIALS = struct.Struct("3i")
 _SO_PEERPIDFD = 77  # asm-generic/socket.h, Linux 6.5
 MAX_CONNECTIONS = 1024
 """Of all processes, with those that have ended while their process lives: what it was copying then it may still be copying."""
@@ -81,7 +79,7 @@ class UnixEndpoint:
                 self._paused = True
                 return
             sock.setblocking(False)
-            pid, uid, _ = _PEER_CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+            pid, uid = peer_of(sock)
             if uid != os.getuid():
                 why = f"user {uid} is not the server's user {os.getuid()}: run the engine as the same user"
                 self._turn_away(sock, f"pid {pid} of user {uid}", "other user", why)

@@ -26,10 +26,10 @@ from unittest import SkipTest
 import xxhash
 
 from lmcache.chunks.hashing import chunk_hash, chunk_root
+from lmcache.config.options import GIB
 from lmcache.tiers import frame
 from lmcache.tiers.registry import make_tier
 from lmcache.tiers.tier import ABSENT, KEPT, OK, Shard, ShardKey, Tier, TierError
-from lmcache.tiers.url import GIB
 
 SIZES = (
     1,

@@ -16,10 +16,9 @@ from typing import TypeVar
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from lmcache.config.hosts import in_url
-from lmcache.config.options import number, redacted_url
+from lmcache.config.options import GIB, number, redacted_url
 from lmcache.errors import ConfigError
 
-GIB = 1 << 30
 _REFERENCE = re.compile(r"\$\{(\w+)\}")
 _PUBLIC = frozenset(
     {

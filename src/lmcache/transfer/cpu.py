@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -180,9 +181,7 @@ def _packed_planes(paged: PagedKV, chunk_tokens: int) -> npt.NDArray[np.int64]:
     """What native code reads: a row a plane, of `Plane`'s fields in their order and the plane's offset in the extent."""
     rows, offset = [], 0
     for p in paged.planes:
-        tokens = (p.token_group, p.group_stride, p.token_stride)
-        dims = (p.dims, p.dim_group, p.dim_group_stride, p.dim_stride)
-        rows.append((p.address, p.block_stride, *tokens, p.heads, p.head_stride, *dims, offset))
+        rows.append((*dataclasses.astuple(p), offset))
         offset += chunk_tokens * p.heads * p.dims * paged.item_bytes
     return np.array(rows, dtype=np.int64)
 

@@ -6,7 +6,6 @@ import os
 import secrets
 import select
 import socket
-import struct
 import time
 from collections.abc import Callable, Sequence
 from ipaddress import ip_address
@@ -21,7 +20,7 @@ from lmcache.errors import ServerUnavailable, WireError
 from lmcache.observability.log import printable
 from lmcache.wire import auth
 from lmcache.wire import messages as m
-from lmcache.wire.frames import FrameReader, frame
+from lmcache.wire.frames import FrameReader, frame, peer_of
 from lmcache.wire.received import MONITOR_EVENT, bytes_received
 
 _LINGER_MILLISECONDS = 300
@@ -36,7 +35,6 @@ _LOOK_SECONDS = 0.01
 """Between looks at how much such a server has sent, while an answer is waited for."""
 _MAX_SKIPPED = 64
 """Of answers to earlier posts, before the next one. There is one for each post, unless the server is a rogue."""
-_PEER_CREDENTIALS = struct.Struct("3i")
 
 
 class Carrier(Protocol):
@@ -71,7 +69,7 @@ class UnixCarrier:
         self._socket.settimeout(deadline_seconds)
         try:
             self._socket.connect(path)
-            uid = _PEER_CREDENTIALS.unpack(self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[1]
+            _, uid = peer_of(self._socket)
             if uid != os.getuid():
                 raise ServerUnavailable(f"the server there runs as user {uid}, this engine as {os.getuid()}")
             self._socket.sendall(frame(m.encode(0, hello)))

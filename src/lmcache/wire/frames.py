@@ -1,12 +1,22 @@
-"""The Unix socket's framing: u32 little-endian length, then one msgpack message. Descriptors ride beside a frame."""
+"""The Unix socket: who is at its other end, and its framing, u32 little-endian length and then one msgpack message. Descriptors
+ride beside a frame."""
 
 from __future__ import annotations
 
+import socket
 import struct
 
 from lmcache.errors import WireError
 
 _LENGTH = struct.Struct("<I")
+_PEER_CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
+
+
+def peer_of(connection: socket.socket) -> tuple[int, int]:
+    """The process and the user (pid, uid) that connected, or listened, at the other end."""
+    packed = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS.size)
+    pid, uid, _ = _PEER_CREDENTIALS.unpack(packed)
+    return pid, uid
 
 
 def frame(payload: bytes) -> bytes:

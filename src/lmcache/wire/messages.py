@@ -4,8 +4,8 @@ A request travels as msgpack `[sequence, request]`, its answer as `[sequence, an
 `Error` where it could not be served. Fields are positional: new ones are only ever appended, with defaults, and `Hello` keeps
 its first field for ever, so that any two versions can tell each other who has to upgrade.
 
-Hashes are 16-byte chunk hashes joined; extents are little-endian u32 sector numbers (byte offset in the arena / 4096), `NO_EXTENT`
-where there is none.
+Hashes are 16-byte chunk hashes joined; extents are little-endian u32 sector numbers (byte offset in the arena /
+`SECTOR_BYTES`), `NO_EXTENT` where there is none; both constants are those of `memory.slabs`.
 """
 
 from __future__ import annotations
@@ -27,8 +27,6 @@ MAX_PAYLOAD_BYTES = 256 << 20
 """Bound of the payload frames of one message."""
 _ROOM_FOR_THE_REST = 1 << 16
 """Bytes of a message that a lookup's hashes and extents leave to its other fields."""
-NO_EXTENT = 0xFFFFFFFF
-SECTOR_BYTES = 4096
 NONCE_BYTES = 32
 
 MAX_RESERVED_CHUNKS = 16384

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lmcache.chunks import HASH_BYTES, TokenChain
+from lmcache.config.options import GIB
 from lmcache.engine import Done, Hit, Load, Loading, SchedulerSession, Store, WorkerSession
 from lmcache.engine.connection import Endpoint
 from lmcache.engine.embedded import EmbeddedServer, embedded_address
@@ -31,7 +32,6 @@ from lmcache.transfer.progress import Progress
 logger = init_logger(__name__)
 
 Tokens = npt.NDArray[np.int64]
-GIB = 1 << 30
 _START_SECONDS = 1.0
 """What an engine's start may wait for its server, so that the first prompt is cached already."""
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lmcache.chunks import HASH_BYTES
-from lmcache.config.server import GIB
+from lmcache.config.options import GIB
 from lmcache.engine import Done, Load, Store, WorkerSession
 from lmcache.integration.vllm.layers import Layers
 from lmcache.integration.vllm.paged import Registered

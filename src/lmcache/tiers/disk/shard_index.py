@@ -1,4 +1,4 @@
-"""Which shards a disk tier has, where, and in which order they were used: 56 bytes a shard in flat arrays and one dict.
+"""Which shards a disk tier has, where, and in which order they go: 56 bytes a shard in flat arrays and one dict, with LRU.
 
 A shard is a *row* from 1 on. The dict maps a 60-bit hash of the key, which costs half of what the key itself would, to the
 row; the row holds the whole key, so a collision is seen.
@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from lmcache.memory.order import OrderOfUse
+from lmcache.memory.order import LRU, Policy
 
 KEY_BYTES = 36
 UNIT_BYTES = 64
@@ -35,8 +35,8 @@ def tag_of(key: bytes) -> int:
 class ShardIndex:
     """Not thread-safe but for `find`, which any thread may call: at worst it misses what changes at this moment."""
 
-    def __init__(self, records: Records | None = None) -> None:
-        """`records`, oldest first, without duplicates."""
+    def __init__(self, records: Records | None = None, policy: Policy | None = None) -> None:
+        """records: first to be evicted first, without duplicates. policy: decides on that order, LRU unless given."""
         if records is None:
             records = np.empty(0, RECORD)
         count = len(records)
@@ -44,8 +44,9 @@ class ShardIndex:
         self._keys = bytearray(KEY_BYTES) + records["key"].tobytes()
         self._payload = array("I", bytes(4)) + _array("I", records["payload"].astype(np.uint32))
         self._place = array("Q", bytes(8)) + _array("Q", records["place"])
-        self.order = OrderOfUse(count)
+        self.order = LRU() if policy is None else policy
         """Of the rows that are there."""
+        self.order.restored(count, self.key)
         self._free = array("I")
 
     def __len__(self) -> int:
@@ -71,7 +72,7 @@ class ShardIndex:
         return self._rows.get(tag_of(key), 0)
 
     def insert(self, key: bytes, payload: int, place: int) -> int:
-        """The row of a shard that is not there yet; it is the most recently used one."""
+        """The row of a shard that is not there yet."""
         if self._free:
             row = self._free.pop()
             self._keys[row * KEY_BYTES : (row + 1) * KEY_BYTES] = key
@@ -81,18 +82,18 @@ class ShardIndex:
             self._keys += key
             self._payload.append(payload)
             self._place.append(place)
-        self.order.insert(row)
+        self.order.inserted(row, key, 0)
         self._rows[tag_of(key)] = row
         return row
 
     def remove(self, row: int) -> None:
         del self._rows[tag_of(self.key(row))]
-        self.order.remove(row)
+        self.order.removed(row)
         self._place[row] = 0
         self._free.append(row)
 
     def records(self) -> Records:
-        """All of them, oldest first."""
+        """All of them, first to be evicted first."""
         rows = np.fromiter(self.order, np.uint32, len(self))
         keys = np.frombuffer(self._keys, f"V{KEY_BYTES}")[rows]
         made = np.zeros(len(rows), RECORD)

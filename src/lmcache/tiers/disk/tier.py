@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lmcache.config.options import word
+from lmcache.config.options import GIB, word
 from lmcache.errors import ConfigError
 from lmcache.observability.log import init_logger
 from lmcache.tiers import frame
@@ -31,7 +31,7 @@ from lmcache.tiers.disk.shard_index import MAX_PAYLOAD_BYTES, RECORD, ShardIndex
 from lmcache.tiers.filesystem import BLOCK_BYTES, FULL, Filesystem, blocks, tier_error
 from lmcache.tiers.frame_io import BOUNCE_BYTES, GROUP_BYTES, GROUP_FRAMES, UNREADABLE, Found, FrameIO
 from lmcache.tiers.tier import ABSENT, KEPT, OK, Shard, ShardKey, Tier, TierError, Usage
-from lmcache.tiers.url import GIB, TierURL
+from lmcache.tiers.url import TierURL
 
 NO_ROOM, TOO_LARGE = "full", "too large"
 """Outcomes of a store: no room could be made; it would not fit into an empty tier."""
@@ -307,13 +307,14 @@ class DiskTier(Tier):
         self._compact_above = 0
 
     def _evict(self, wanted_bytes: int) -> bool:
-        """Drop what was used longest ago until so much can be given back; False when there is nothing to drop."""
+        """Drop shards in the order of eviction until so much can be given back; False when there is nothing to drop."""
         rows: list[int] = []
-        freed, row = 0, self._index.order.oldest()
-        while row and freed < wanted_bytes and len(rows) < _ENTRY_RECORDS:
+        freed = 0
+        for row in itertools.islice(self._index.order, _ENTRY_RECORDS):
+            if freed >= wanted_bytes:
+                break
             rows.append(row)
             freed += frame_bytes(self._index.payload(row))
-            row = self._index.order.newer(row)
         self._drop(rows)
         return bool(rows)
 
@@ -329,8 +330,7 @@ class DiskTier(Tier):
     def _use(self, rows: Iterable[int]) -> None:
         """Used now. That a restart forgets about it when the journal cannot be written is no reason to fail."""
         for some in _parts(list(rows)):
-            for row in some:
-                self._index.order.touch(row)
+            self._index.order.touched(some)
             try:
                 self._journal.append((USE, places([self._index.place(row) for row in some])))
             except OSError as error:
