@@ -15,6 +15,7 @@ from pathlib import Path
 from blake3 import blake3
 
 import lmcache
+from lmcache.config.engine import EngineConfig
 from lmcache.config.options import ENV_PREFIX
 from lmcache.config.server import ServerConfig
 from lmcache.errors import ConfigError
@@ -33,6 +34,20 @@ _KILL_SECONDS = 5.0
 def embedded_address(instance: str) -> str:
     """Where the server of the engine `instance` is, or will be: an address for `Endpoint`, the same in all its processes."""
     return f"{UNIX}@{_name(instance)}"
+
+
+def start_own_server(instance: str, config: EngineConfig, size_gb: float = 0.0) -> EmbeddedServer | None:
+    """The server of the engine `instance`, as its settings say but for a size that is given; None, with a line in the log, where
+    it cannot be started."""
+    quiet = () if "LMCACHE_LOG_LEVEL" in os.environ else ("--log-level", "WARNING")
+    flags = (*quiet, *config.server_flags)
+    try:
+        return EmbeddedServer(
+            instance, l1_size_gb=size_gb or config.max_local_cpu_size, chunk_size=config.chunk_size, flags=flags
+        )
+    except ConfigError as error:
+        logger.error("LMCache serves nothing for this engine: %s", error)
+        return None
 
 
 class EmbeddedServer:
