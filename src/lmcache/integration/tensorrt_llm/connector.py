@@ -14,10 +14,11 @@ from tensorrt_llm._utils import mpi_allgather, mpi_broadcast, mpi_rank
 
 from lmcache.engine import SchedulerSession, WorkerSession
 from lmcache.engine.connection import Endpoint
+from lmcache.engine.embedded import start_own_server
 from lmcache.engine.identified import is_identified
+from lmcache.engine.rank_arenas import RankReporter, RankWatch
 from lmcache.integration.tensorrt_llm.model import NOT_SERVED, PoolKV, describe_pool, refusal_of
 from lmcache.integration.tensorrt_llm.plan import StepPlan
-from lmcache.integration.tensorrt_llm.ranks import RankReporter, RankWatch
 from lmcache.integration.tensorrt_llm.scheduler import SchedulerSide
 from lmcache.integration.tensorrt_llm.settings import Settings
 from lmcache.integration.tensorrt_llm.worker import LoadFailed, WorkerSide
@@ -113,7 +114,9 @@ class Scheduler(KvCacheConnectorScheduler):  # type: ignore[misc]
     def request_reset(self, request: Any) -> None:
         """Newer releases: the blocks of a request that will run again are gone."""
         if self._meeting.half is not None and self._meeting.worker is not None:
-            self._meeting.worker.settle(self._meeting.half.reset(request))  # other ranks do before their next forward
+            self._meeting.worker.copies.let_go(
+                self._meeting.half.reset(request)
+            )  # other ranks do before their next forward
 
     @_never_raises(lambda: None)
     def cancel_load(self, request: Any, start: int, end: int) -> None:
@@ -219,7 +222,10 @@ class Worker(KvCacheConnectorWorker):  # type: ignore[misc]
         """
         scheduler: SchedulerSide | None = None
         with ExitStack() as opened:
-            if self._meeting is not None and (own := settings.start_server(instance)) is not None:
+            if self._meeting is not None and settings.own is not None:
+                own = start_own_server(instance, settings.own)
+                if own is None:
+                    return b""
                 opened.callback(own.close)
             endpoint = Endpoint(
                 settings.address(instance), instance, "worker", self._rank, deadline_seconds=settings.deadline_seconds
