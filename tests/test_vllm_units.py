@@ -20,11 +20,10 @@ import pytest
 
 from lmcache.chunks import TokenChain, chunk_root
 from lmcache.chunks.hashing import Extras
-from lmcache.engine import Done, Hit, Load, Loading, Store
+from lmcache.engine import Done, Hit, Load, Loading, Store, identity
+from lmcache.engine.identity import path_identity
 from lmcache.engine.requests import HIT_SECONDS
 from lmcache.errors import ConfigError, LayoutError
-from lmcache.integration import identity
-from lmcache.integration.identity import path_identity
 from lmcache.integration.vllm import settings as settings_of_vllm
 from lmcache.integration.vllm import vllm_multi_process_adapter as adapter
 from lmcache.integration.vllm.identity import config_digest, model_identity

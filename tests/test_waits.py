@@ -29,10 +29,10 @@ ENDS = {
         "self._ready[kind].wait_for(lambda: queue or untold or self._closed)",
     ): "a copying thread's work comes, or `close` notifies it",
     ("engine/worker.py", "point.synchronize()"): THE_DEVICE,
-    ("integration/identity.py", "self._thread.join()"): "the thread looks at `_unwanted` after each tensor",
+    ("engine/identity.py", "self._thread.join()"): "the thread looks at `_unwanted` after each tensor",
     ("integration/sglang/ranks.py", "point.synchronize()"): THE_DEVICE,
     (
-        "integration/tensorrt_llm/ranks.py",
+        "engine/rank_arenas.py",
         "self._thread.join()",
     ): "the datagram before it wakes the thread, which sees `_closed`",
     ("integration/transformers/attach.py", "self._lock.acquire(blocking=False)"): "it does not wait",

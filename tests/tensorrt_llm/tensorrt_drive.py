@@ -16,7 +16,7 @@ from typing import Any
 import tensorrt_executor as double
 from commands import PATIENCE, serve, set_deadline
 
-from lmcache.integration import identity
+from lmcache.engine import identity
 
 PRESETS = {
     "lmcache": ("lmcache.integration.tensorrt_llm.tensorrt_adapter", "LMCache"),

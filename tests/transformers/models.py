@@ -71,7 +71,7 @@ def do_wait_connected(state: State, seconds: float) -> bool:
 
 def do_hold_hashing(state: State) -> dict[str, Any]:
     """From now on weights of 1,000 bytes count as large, and hashing them waits until `go_on`."""
-    from lmcache.integration import identity
+    from lmcache.engine import identity
     from lmcache.integration.transformers import model as module
 
     digest_of, gone_on = module._digest_of, threading.Event()

@@ -166,9 +166,9 @@ def stored_line(copies: Iterable[Copy], total: int, token_bytes: int) -> str:
     )
 
 
-def retrieved_line(plan: LoadPlan, done: Done, required: int, token_bytes: int) -> str:
-    """What a load has come to, of `required` tokens."""
+def retrieved_line(plan: LoadPlan, done: Done, token_bytes: int) -> str:
+    """What a load has come to."""
     return (
-        f"Retrieved {done.tokens} out of {required} required tokens (from {plan.request_tokens} total tokens). "
+        f"Retrieved {done.tokens} out of {plan.end_token} required tokens (from {plan.request_tokens} total tokens). "
         f"{cost(done.tokens * token_bytes, done.seconds)}"
     )

@@ -7,7 +7,7 @@ and nothing waits longer than the session's deadline.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -107,7 +107,7 @@ class Requests(Generic[RequestT]):
     # Lookups
 
     def find(
-        self, request: RequestT, tokens: Sequence[int], have: int = 0, *, fresh: float = HIT_SECONDS, wait: bool = False
+        self, request: RequestT, tokens: Any, have: int = 0, *, fresh: float = HIT_SECONDS, wait: bool = False
     ) -> Hit | Loading | None:
         """What the server has of these tokens, if that is more than the first `have` of them, which are in the engine.
 

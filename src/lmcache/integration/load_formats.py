@@ -11,8 +11,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from lmcache.engine.identity import REMEDY, plain
 from lmcache.errors import LayoutError
-from lmcache.integration.identity import REMEDY, plain
 
 _SAFETENSORS = frozenset(
     {"", "auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer", "layered"}

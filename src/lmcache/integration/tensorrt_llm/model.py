@@ -12,8 +12,8 @@ from typing import Any
 from blake3 import blake3
 
 from lmcache.chunks import Layout, Shard, shard_of_rank
+from lmcache.engine.identity import Identity, named, path_identity, plain
 from lmcache.errors import LayoutError, LMCacheError
-from lmcache.integration.identity import Identity, named, path_identity, plain
 from lmcache.transfer.paged import PagedKV, Plane
 
 NOT_SERVED = (AttributeError, ImportError, KeyError, LMCacheError, OSError, RuntimeError, TypeError, ValueError)

@@ -15,9 +15,9 @@ from lmcache.chunks import HASH_BYTES, Layout, Shard, TokenChain
 from lmcache.engine import Load, SchedulerSession, Store, WorkerSession
 from lmcache.engine.connection import Endpoint, given_address
 from lmcache.engine.embedded import EmbeddedServer, embedded_address
+from lmcache.engine.identity import Identity, named
 from lmcache.engine.prefill import PrefillRate
 from lmcache.errors import LayoutError, LMCacheError
-from lmcache.integration.identity import Identity, named
 from lmcache.integration.transformers.model import (
     kv_shape,
     layout_of,

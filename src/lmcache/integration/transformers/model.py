@@ -14,9 +14,9 @@ from blake3 import blake3
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from lmcache.chunks import Layout
+from lmcache.engine.digests import hash_threads
+from lmcache.engine.identity import Finding, Identity, plain
 from lmcache.errors import LayoutError
-from lmcache.integration.digests import hash_threads
-from lmcache.integration.identity import Finding, Identity, plain
 from lmcache.integration.transformers.pool import Shape
 from lmcache.observability.log import init_logger
 from lmcache.transfer.gpu.driver import beside_captures

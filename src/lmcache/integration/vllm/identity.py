@@ -15,8 +15,7 @@ from typing import Any
 
 from blake3 import blake3
 
-from lmcache.errors import IdentityUnknown, LayoutError
-from lmcache.integration.identity import (
+from lmcache.engine.identity import (
     REMEDY,
     Identity,
     Mark,
@@ -27,6 +26,7 @@ from lmcache.integration.identity import (
     repository_identity,
     unchanged,
 )
+from lmcache.errors import IdentityUnknown, LayoutError
 from lmcache.integration.load_formats import files_read, model_folder, refuse_weights_from_anywhere
 from lmcache.observability.log import init_logger
 

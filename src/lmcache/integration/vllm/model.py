@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lmcache.chunks import Layout, Shard, shard_of_rank
+from lmcache.engine.identity import Identity
 from lmcache.errors import LayoutError
-from lmcache.integration.identity import Identity
 from lmcache.integration.vllm.identity import config_digest, served_identity
 from lmcache.integration.vllm.rules import refuse_what_vllm_rules_out
 

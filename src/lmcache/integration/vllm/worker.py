@@ -205,7 +205,7 @@ class WorkerSide:
         self._report_loaded(load)
         self.loaded_tokens += load.tokens
         if self._synchronous:
-            logger.info("%s", retrieved_line(load, done, load.end_token, self._registered.paged.token_bytes))
+            logger.info("%s", retrieved_line(load, done, self._registered.paged.token_bytes))
 
     def _distrust_loads(self) -> None:
         """Loads under way bring nothing that may be used."""

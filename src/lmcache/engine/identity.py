@@ -24,8 +24,8 @@ import msgspec
 from blake3 import blake3
 
 from lmcache.chunks import Layout
+from lmcache.engine.digests import DigestMemory, Stamp, be_nice, digest_file, stamp_of
 from lmcache.errors import IdentityUnknown, LayoutError
-from lmcache.integration.digests import DigestMemory, Stamp, be_nice, digest_file, stamp_of
 from lmcache.observability.log import init_logger
 
 logger = init_logger(__name__)
