@@ -262,7 +262,7 @@ def test_weights_that_are_newer_than_the_engine_are_not_served(tmp_path: Path, c
 _HASHING = """
 import os
 import sys
-from lmcache.engine import StorePlan, digests, identity
+from lmcache.engine import digests, identity
 identity._AT_ONCE_BYTES = 1000
 found = identity.path_identity(sys.argv[1])
 print(found.failure or "hashing", flush=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from blake3 import blake3
@@ -18,6 +18,8 @@ import lmcache
 from lmcache.config.engine import EngineConfig
 from lmcache.config.options import ENV_PREFIX
 from lmcache.config.server import ServerConfig
+from lmcache.engine.scheduler import SchedulerSession
+from lmcache.engine.worker import WorkerSession
 from lmcache.errors import ConfigError
 from lmcache.observability.log import init_logger
 from lmcache.wire.sockets import UNIX, listen_named
@@ -25,6 +27,9 @@ from lmcache.wire.sockets import UNIX, listen_named
 logger = init_logger(__name__)
 _BOOT = "import runpy, sys; sys.path.append(sys.argv.pop(1)); runpy.run_module('lmcache.server.embedded', run_name='__main__')"
 """With this package's own place as the last one to look in: the engine may have found it by a path of its own."""
+START_SECONDS = 30.0
+"""How long an engine waits at its start for a server of its own, on a machine that is busy."""
+_LOOK_SECONDS = 0.1
 _STOP_SECONDS = 15.0
 """How long the server's end may take beyond the writes to tiers; it leaves a tier that hangs behind after three seconds."""
 _KILL_SECONDS = 5.0
@@ -48,6 +53,21 @@ def start_own_server(instance: str, config: EngineConfig, size_gb: float = 0.0) 
     except ConfigError as error:
         logger.error("LMCache serves nothing for this engine: %s", error)
         return None
+
+
+def wait_connected(
+    sessions: Sequence[SchedulerSession | WorkerSession], seconds: float, running: Callable[[], bool] = lambda: True
+) -> bool:
+    """Wait until all of these have reached their server; False when one has not after so many seconds, or nobody will answer
+    since the server is not `running`."""
+    now = sessions[0].runtime.now
+    end = now() + seconds
+    while missing := [session for session in sessions if not session.connected]:
+        left = end - now()
+        if left <= 0 or not running():
+            return False
+        missing[0].wait_connected(min(left, _LOOK_SECONDS))
+    return True
 
 
 class EmbeddedServer:

@@ -14,7 +14,6 @@ import os
 import re
 import stat
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from blake3 import blake3
 
 from lmcache.chunks import Layout
 from lmcache.engine.digests import DigestMemory, Stamp, be_nice, digest_file, stamp_of
+from lmcache.engine.runtime import RUNTIME, process_started
 from lmcache.errors import IdentityUnknown, LayoutError
 from lmcache.observability.log import init_logger
 
@@ -75,18 +75,18 @@ class Finding:
     ) -> None:
         self.name = self.failure = ""
         self._unwanted = unwanted or threading.Event()
-        self._thread = threading.Thread(target=self._run, name="lmcache-identity", daemon=True)
+        self._thread: threading.Thread | None = None
         self._what, self._remedy, self._find, self._gigabytes = what, remedy, find, size_bytes / 1e9
         if size_bytes <= _AT_ONCE_BYTES:
             self.name = self._found()
         else:
             logger.info("Hashing %.1f GB of %s: %s until it is done", self._gigabytes, what, meanwhile)
-            self._thread.start()
+            self._thread = RUNTIME.start(self._run, "lmcache-identity")
 
     def give_up(self) -> None:
         """Nobody wants the name any more. Returns when `find` has ended."""
         self._unwanted.set()
-        if self._thread.ident is not None:
+        if self._thread is not None:
             self._thread.join()
 
     def _found(self) -> str:
@@ -97,7 +97,7 @@ class Finding:
 
     def _run(self) -> None:
         be_nice()
-        began = time.monotonic()
+        began = RUNTIME.now()
         try:
             self.name = self._found()
         except LayoutError as error:
@@ -105,7 +105,7 @@ class Finding:
             if not self._unwanted.is_set():
                 logger.warning("LMCache serves nothing of %s: %s", self._what, self.failure)
         else:
-            seconds = time.monotonic() - began
+            seconds = RUNTIME.now() - began
             logger.info("Hashed %.1f GB of %s in %.1f s: LMCache serves it now", self._gigabytes, self._what, seconds)
 
 
@@ -220,12 +220,6 @@ def repository_identity(name: str, model_config: Any, remedy: str = REMEDY) -> I
     if not commit or config_from not in (None, "", name):  # then the commit is another repository's
         raise LayoutError(f"the commit of model {name!r} is not known; {remedy}")
     return named(f"{name}@{commit}")
-
-
-def process_started() -> float:
-    """When this process began, in seconds since the epoch, and no earlier: the kernel counts in ticks."""
-    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) + 1
-    return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + ticks / os.sysconf("SC_CLK_TCK")
 
 
 def plain(value: Any) -> Any:

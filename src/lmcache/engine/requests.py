@@ -24,9 +24,6 @@ HIT_SECONDS = 5.0
 """A hit that waits longer than this for its load is given back and asked for again: its lease keeps others out."""
 MISS_SECONDS = 0.25
 """Schedulers ask about a request that waits at every step; so soon after a miss the answer is the same."""
-START_SECONDS = 30.0
-"""How long an engine waits at its start for a server of its own."""
-_LOOK_SECONDS = 0.1
 _NEVER = float("-inf")
 
 
@@ -257,9 +254,14 @@ class Requests(Generic[RequestT]):
         request = self.open.pop(request_id, None)
         if request is not None:
             self.give_back(request)
-            if self.session is not None and request.cacheable and request.chain is None:
-                self.session.forgone(computed)
+            if request.cacheable and request.chain is None:
+                self.forgone(computed)
         return request
+
+    def forgone(self, tokens: int) -> None:
+        """So many tokens of a prompt have been computed that could not be looked up, nor stored, for want of a server."""
+        if self.session is not None:
+            self.session.forgone(tokens)
 
     def reset(self) -> None:
         """Nothing kept so far is served to this engine again, since its weights may have changed. Others keep what they have."""
@@ -272,18 +274,6 @@ class Requests(Generic[RequestT]):
     def undo_reset(self) -> None:
         """The weights are those of before the last reset."""
         self._generation = self._generation_before
-
-    def wait_connected(self, running: Callable[[], bool], seconds: float = START_SECONDS) -> None:
-        """Give a server the time to start, as long as it is `running`. Without one the engine goes on."""
-        deadline = self.runtime.now() + seconds
-        while (
-            (session := self.session) is not None and session.identified and not session.wait_connected(_LOOK_SECONDS)
-        ):
-            if not running():
-                self.stop("its own server has not started, and has said why")
-            elif self.runtime.now() > deadline:
-                logger.warning("This engine's LMCache server was not up within %.0f s; it may come yet", seconds)
-                return
 
     def stop(self, reason: str) -> None:
         """This engine cannot be served: from now on it runs without a cache."""

@@ -101,7 +101,7 @@ class OlderConnector:
         ):
             return
         if rank.scheduler.chunk_tokens is None:
-            rank.scheduler.forgone(len(store.token_ids) if rank.kv.stores else 0)
+            rank.requests.forgone(len(store.token_ids) if rank.kv.stores else 0)
         tokens, request = rank.text_of(store.token_ids), Tracker("")
         plan = rank.requests.store(request, tokens, len(tokens))
         if plan is not None:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from lmcache.engine import Copies, Copy, LoadPlan, Request, Requests, SchedulerSession, WorkerSession
 from lmcache.engine.connection import Endpoint
 from lmcache.engine.copies import retrieved_line, stored_line
-from lmcache.engine.embedded import embedded_address, start_own_server
+from lmcache.engine.embedded import embedded_address, start_own_server, wait_connected
 from lmcache.engine.jobs import Event
 from lmcache.engine.served import NOT_SERVED, ServedKV, refusal_of
 from lmcache.integration.sglang.model import Buffers, Ranks, describe_rank
@@ -129,10 +129,8 @@ class SGLangRank:
         self.worker = WorkerSession(endpoint("worker"), kv.layout, kv.shard, kv.paged)
         self.requests: Requests[Tracker] = Requests(self.scheduler, name=name)
         self.copies = Copies(self.worker, kv.shard.index, stores=kv.stores, ended=self._ended)
-        now = self.requests.runtime.now
-        end = now() + _START_SECONDS
-        for session in (self.scheduler, self.worker) if self.scheduler.identified else ():
-            session.wait_connected(max(0.0, end - now()))
+        if self.scheduler.identified:
+            wait_connected((self.scheduler, self.worker), _START_SECONDS)
 
     def text_of(self, tokens: Any) -> Tokens:
         """The leading tokens that are text, in a copy of their own: SGLang's arrays grow under our hands. For what is in an image

@@ -14,8 +14,7 @@ from tensorrt_llm._utils import mpi_allgather, mpi_broadcast, mpi_rank
 
 from lmcache.engine import SchedulerSession, WorkerSession
 from lmcache.engine.connection import Endpoint
-from lmcache.engine.embedded import start_own_server
-from lmcache.engine.identified import is_identified
+from lmcache.engine.embedded import start_own_server, wait_connected
 from lmcache.engine.rank_arenas import RankReporter, RankWatch
 from lmcache.integration.tensorrt_llm.model import NOT_SERVED, PoolKV, describe_pool, refusal_of
 from lmcache.integration.tensorrt_llm.plan import StepPlan
@@ -235,8 +234,8 @@ class Worker(KvCacheConnectorWorker):  # type: ignore[misc]
                 opened.callback(scheduler.close)
             session = WorkerSession(endpoint, kv.layout, kv.shard, kv.paged)
             opened.callback(session.close)
-            if is_identified(kv.layout):
-                session.wait_connected(_CONNECT_SECONDS)
+            if session.identified:
+                wait_connected((session,), _CONNECT_SECONDS)
             arena = session.mapped_arena
             reporter = RankReporter(instance, self._rank, arena)
             opened.callback(reporter.close)
@@ -250,8 +249,8 @@ class Worker(KvCacheConnectorWorker):  # type: ignore[misc]
     def _open_scheduler(self, kv: PoolKV, settings: Settings, endpoint: Endpoint) -> SchedulerSide:
         where = Endpoint(endpoint.address, endpoint.instance, "scheduler", deadline_seconds=endpoint.deadline_seconds)
         session = SchedulerSession(where, kv.layout, kv.shard.count)
-        if is_identified(kv.layout):
-            session.wait_connected(_CONNECT_SECONDS)
+        if session.identified:
+            wait_connected((session,), _CONNECT_SECONDS)
         return SchedulerSide(
             session,
             RankWatch(endpoint.instance, self._ranks),

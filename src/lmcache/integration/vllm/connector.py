@@ -9,7 +9,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1 import base
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorRole
 
 from lmcache.engine import SchedulerSession, WorkerSession
-from lmcache.engine.embedded import EmbeddedServer
+from lmcache.engine.embedded import START_SECONDS, EmbeddedServer, wait_connected
 from lmcache.integration.vllm.caches import describe_caches, rank_of
 from lmcache.integration.vllm.layers import Layers
 from lmcache.integration.vllm.model import NOT_SERVED, ModelKV, describe_model, layer_range, refusal_of
@@ -83,10 +83,10 @@ class Connector:
         of `SchedulerSide`."""
         kv, server, transfer = self._kv, self._server, self._vllm_config.kv_transfer_config
         assert kv is not None
+        endpoint = self._settings.endpoint(self._instance, "scheduler", address=address)
+        session = SchedulerSession(endpoint, kv.layout, kv.shards, kv.stages)
         self._scheduler = half = SchedulerSide(
-            SchedulerSession(
-                self._settings.endpoint(self._instance, "scheduler", address=address), kv.layout, kv.shards, kv.stages
-            ),
+            session,
             kv.block_tokens,
             kv.ranks,
             can_load=transfer.is_kv_consumer,
@@ -96,8 +96,13 @@ class Connector:
             **rules,
         )
         watch_resets(self._instance, half)
-        if server is not None:
-            half.requests.wait_connected(lambda: server.running)
+        if server is None or not session.identified:
+            return
+        if not wait_connected((session,), START_SECONDS, lambda: server.running):
+            if server.running:
+                logger.warning("This engine's LMCache server was not up within %.0f s; it may come yet", START_SECONDS)
+            else:
+                half.requests.stop("its own server has not started, and has said why")
 
     def _attach(self, kv_caches: dict[str, Any], address: str, *, layerwise: bool = False) -> None:
         """Make this rank's side. layerwise: whether forwards wait for loads layer by layer, where they wait at all."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from lmcache.engine.identity import (
     repository_identity,
     unchanged,
 )
+from lmcache.engine.runtime import RUNTIME
 from lmcache.errors import IdentityUnknown, LayoutError
 from lmcache.integration.load_formats import files_read, model_folder, refuse_weights_from_anywhere
 from lmcache.observability.log import init_logger
@@ -105,7 +105,7 @@ class Adapters:
     out whether its files are still the same."""
 
     def __init__(self) -> None:
-        self._since = time.time()
+        self._since = RUNTIME.wall()
         """Before any adapter was loaded."""
         self._known: dict[int, _Adapter | None] = {}
         """The adapters by their number; the value is None where it is not known what vLLM has loaded under it."""

@@ -262,7 +262,7 @@ class LMCacheMPWorkerAdapter:
         if requests is None or requests.session is None or copies is None or registered is None:
             return None
         if requests.session.chunk_tokens is None:
-            requests.session.forgone(op.end - op.start)
+            requests.forgone(op.end - op.start)
             return None
         tokens = op.token_ids[: op.end]
         plan = None if self._weights_changed() else requests.store(request, tokens, op.end, first_token=op.start)
