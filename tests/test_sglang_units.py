@@ -19,6 +19,7 @@ import pytest
 from hashing import Turns
 from lmcache.config.engine import FILE_VARIABLE
 from lmcache.engine import Loading
+from lmcache.engine.agreement import Agreement
 from lmcache.engine.runtime import RUNTIME
 from lmcache.errors import ConfigError, LayoutError
 from lmcache.integration.sglang import model as model_of_sglang
@@ -26,7 +27,7 @@ from lmcache.integration.sglang import ranks, weights
 from lmcache.integration.sglang import unified_lmcache_mp_connector as unified
 from lmcache.integration.sglang.model import Ranks, describe_rank, pool_buffers
 from lmcache.integration.sglang.multi_process_adapter import LMCacheMPConnector
-from lmcache.integration.sglang.ranks import Agreement, block_table
+from lmcache.integration.sglang.ranks import block_table
 from lmcache.integration.sglang.settings import read_settings
 from lmcache.integration.sglang.sglang_adapter import LMCacheLayerwiseConnector, LoadMetadata, StoreMetadata
 from lmcache.integration.sglang.utils import lmcache_get_config

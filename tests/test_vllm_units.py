@@ -23,17 +23,19 @@ from lmcache.chunks.hashing import Extras
 from lmcache.engine import Done, Hit, Load, Loading, Store, identity
 from lmcache.engine.identity import path_identity
 from lmcache.engine.requests import HIT_SECONDS
+from lmcache.engine.served import NOT_SERVED, refusal_of
 from lmcache.errors import ConfigError, LayoutError
 from lmcache.integration.vllm import settings as settings_of_vllm
 from lmcache.integration.vllm import vllm_multi_process_adapter as adapter
 from lmcache.integration.vllm.identity import config_digest, model_identity
-from lmcache.integration.vllm.model import NOT_SERVED, describe_model, refusal_of
-from lmcache.integration.vllm.paged import Registered, Shape, describe_tensors, fit_strides
+from lmcache.integration.vllm.model import describe_model
+from lmcache.integration.vllm.paged import Registered, Shape, describe_tensors
 from lmcache.integration.vllm.plan import StepReport
 from lmcache.integration.vllm.resets import watch_resets
 from lmcache.integration.vllm.scheduler import SchedulerSide
 from lmcache.integration.vllm.settings import parse_host, read_settings, recompute_failed_loads
 from lmcache.integration.vllm.worker import WorkerSide
+from lmcache.transfer.fitted import fit_strides
 
 CHUNK, BLOCK = 16, 128
 
@@ -1316,5 +1318,5 @@ def test_an_engine_that_is_not_understood_is_refused_with_a_reason() -> None:
     try:
         describe_model(SimpleNamespace(), cache_config(FULL))
     except NOT_SERVED as error:
-        assert "not understood" in refusal_of(error)
-    assert refusal_of(LayoutError("so it is")) == "so it is"
+        assert "not understood" in refusal_of(error, "vLLM")
+    assert refusal_of(LayoutError("so it is"), "vLLM") == "so it is"

@@ -30,7 +30,7 @@ ENDS = {
     ): "a copying thread's work comes, or `close` notifies it",
     ("engine/worker.py", "point.synchronize()"): THE_DEVICE,
     ("engine/identity.py", "self._thread.join()"): "the thread looks at `_unwanted` after each tensor",
-    ("integration/sglang/ranks.py", "point.synchronize()"): THE_DEVICE,
+    ("engine/points.py", "point.synchronize()"): THE_DEVICE,
     (
         "engine/rank_arenas.py",
         "self._thread.join()",

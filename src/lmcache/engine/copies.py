@@ -48,6 +48,7 @@ class Copies:
         self.session, self._shard, self.stores = session, shard, stores
         self._ended = ended
         self._running: dict[str, Copy] = {}
+        self._closing: set[Hashable] = set()
 
     def load(
         self,
@@ -89,9 +90,13 @@ class Copies:
         """The loads, the stores or all copies that had not ended at the last `collect`."""
         return [copy for copy in self._running.values() if kind is None or isinstance(copy.plan, kind)]
 
-    def storing(self) -> set[Hashable]:
-        """The requests that have stores among them."""
-        return {copy.plan.request_id for copy in self.running(StorePlan)}
+    def closed(self, ended: Iterable[Hashable]) -> set[Any]:
+        """Of the requests that have ended (these, and those of earlier calls), those whose blocks no store reads, each once."""
+        self._closing.update(ended)
+        self.collect()
+        ready = self._closing - {copy.plan.request_id for copy in self.running(StorePlan)}
+        self._closing -= ready
+        return ready
 
     def wait(self, copies: Collection[Copy], seconds: float | None = None) -> bool:
         """Until these have ended, or so many seconds have passed; whether they have."""
@@ -133,18 +138,6 @@ class Copies:
         if self._ended is not None:
             self._ended(copy)
         return copy
-
-
-def stream_point(device: str, stream: Any = None) -> Any:
-    """Where a device's stream (None: the current one) is now: a copy `after` it comes after what was launched before. None on a
-    CPU."""
-    if device.startswith("cpu"):
-        return None
-    import torch
-
-    point = torch.cuda.Event(blocking=True)  # a waiting thread must not spin beside the engine's
-    point.record(torch.cuda.current_stream(device) if stream is None else stream)
-    return point
 
 
 def cost(size_bytes: int, seconds: float) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import os
 import re
 import stat
@@ -238,6 +239,11 @@ def plain(value: Any) -> Any:
     return type(value).__name__ if " at 0x" in text else text
 
 
+def digest_of(material: Any) -> str:
+    """A digest of what changes the numbers, in JSON's terms (`plain`)."""
+    return blake3(json.dumps(material, sort_keys=True).encode()).hexdigest(16)
+
+
 def _commit_of(path: Path) -> str:
     """Repository and commit of a snapshot in a hub's cache; "" where a file in it is somebody's own and not the hub's."""
     snapshot = _SNAPSHOT.search(str(path))
@@ -355,3 +361,33 @@ def _memory() -> DigestMemory:
     home = os.path.expanduser("~")
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(home if os.path.isabs(home) else os.devnull, ".cache")
     return DigestMemory(Path(cache) / "lmcache")
+
+
+def model_folder(name: str, commit: str | None, download_folder: str | None) -> Path | None:
+    """Where the files of a model are: its own directory, or that of its commit in the hub's cache. None where neither is there.
+
+    download_folder: the cache that the engine was given, None for the usual one.
+    """
+    return next((folder for folder in (Path(name), _snapshot(name, commit, download_folder)) if folder.is_dir()), None)
+
+
+def _snapshot(name: str, commit: str | None, download_folder: str | None) -> Path:
+    try:
+        from huggingface_hub.constants import HF_HUB_CACHE
+    except ImportError:
+        HF_HUB_CACHE = ""
+    return Path(download_folder or HF_HUB_CACHE, f"models--{name.replace('/', '--')}", "snapshots", commit or "none")
+
+
+def has_one_set(folder: Path) -> bool:
+    """Whether no format has a choice among the safetensors below this directory: the index, if there is one, names them all."""
+    found = {str(file.relative_to(folder)) for file in folder.rglob("*.safetensors")}
+    if any("/" in name or name.startswith("consolidated") for name in found):
+        return False
+    try:
+        index = json.loads((folder / "model.safetensors.index.json").read_bytes())
+        return found == set(index["weight_map"].values())
+    except FileNotFoundError:
+        return True
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return False  # whoever does not need the index reads the files without it

@@ -11,13 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from blake3 import blake3
-
 from lmcache.chunks import Layout, shard_of_rank
-from lmcache.engine.identity import Identity, named, path_identity, plain, repository_identity
+from lmcache.engine.identity import Identity, digest_of, model_folder, named, path_identity, plain, repository_identity
 from lmcache.engine.served import ServedKV, stores_its_shard
 from lmcache.errors import LayoutError
-from lmcache.integration.load_formats import files_read, model_folder, refuse_weights_from_anywhere
+from lmcache.integration.load_formats import files_read, refuse_weights_from_anywhere
 from lmcache.transfer.paged import PagedKV, Plane
 
 REMEDY = "set model_id in the LMCache config file to a name of yours"
@@ -210,7 +208,7 @@ def config_digest(model_config: Any) -> str:
         "load": files_read(load_format(), getattr(args, "model_loader_extra_config", None), folder),
         "arguments": {name: plain(value) for name in _CHANGE_NUMBERS if (value := getattr(args, name, None))},
     }
-    return blake3(json.dumps(material, sort_keys=True).encode()).hexdigest(16)
+    return digest_of(material)
 
 
 def load_format() -> str:

@@ -12,9 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from lmcache.engine.agreement import Agreement
+from lmcache.engine.points import WholeDevice
 from lmcache.errors import LayoutError
 from lmcache.integration.sglang.model import Buffers, Ranks, dtype_name, lora_enabled
-from lmcache.integration.sglang.ranks import Agreement, Tokens, Tracker, WholeDevice, block_table, open_rank
+from lmcache.integration.sglang.ranks import Tokens, Tracker, block_table, open_rank
 from lmcache.integration.sglang.settings import Settings
 from lmcache.integration.sglang.weights import RadixTree, forget, on_new_weights
 from lmcache.observability.log import init_logger
@@ -82,7 +84,9 @@ class OlderConnector:
                 raise LayoutError("this release of SGLang does not tell whose KV a LoRA adapter's is; 0.5.23 does")
             return Buffers(tuple(k_pool), tuple(v_pool), dtype_name(k_pool[0].dtype))
 
-        self._rank = open_rank(settings, buffers, sgl_config, page_size, ranks, self._agreement, self._agreement.name())
+        self._rank = open_rank(
+            settings, buffers, sgl_config, page_size, ranks, self._agreement, self._agreement.name("sglang")
+        )
         if self._rank is not None:
             on_new_weights(self._new_weights)
 

@@ -6,7 +6,6 @@ Every rank runs the same scheduler and must come to the same decisions, so whate
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lmcache.engine import Copies, Copy, LoadPlan, Request, Requests, SchedulerSession, WorkerSession
+from lmcache.engine.agreement import Agreement
 from lmcache.engine.connection import Endpoint
 from lmcache.engine.copies import retrieved_line, stored_line
 from lmcache.engine.embedded import embedded_address, start_own_server, wait_connected
@@ -31,38 +31,6 @@ logger = init_logger(__name__)
 Tokens = npt.NDArray[np.int64]
 _START_SECONDS = 1.0
 """What an engine's start may wait for its server, so that the first prompt is cached already."""
-
-
-class Agreement:
-    """What the ranks of one engine say together.
-
-    groups: each a process group and its size; those of one rank are left out. device: of the tensors that the groups reduce.
-    """
-
-    def __init__(self, *groups: tuple[Any, int], device: str = "cpu") -> None:
-        self._groups = [group for group, size in groups if size > 1]
-        self._device = device
-
-    def reduce(self, tensor: Any, operation: Any) -> None:
-        """All-reduce a tensor in place."""
-        import torch
-
-        for group in self._groups:
-            torch.distributed.all_reduce(tensor, op=operation, group=group)
-
-    def least(self, number: int) -> int:
-        """The smallest of the numbers that the ranks have."""
-        if not self._groups:
-            return number
-        import torch
-
-        tensor = torch.tensor([number], dtype=torch.int64, device=self._device)
-        self.reduce(tensor, torch.distributed.ReduceOp.MIN)
-        return int(tensor.item())
-
-    def name(self) -> str:
-        """A name for this engine that no other has, the same in all ranks."""
-        return f"sglang-{self.least(secrets.randbits(62)):016x}"
 
 
 @dataclass(frozen=True)
@@ -216,36 +184,3 @@ def block_table(indices: Any, page_size: int, start: int) -> tuple[Blocks, Event
     filled: Any = torch.cuda.Event(blocking=True)
     filled.record()
     return table.numpy(), filled
-
-
-class Both:
-    """Two points in a device's streams."""
-
-    def __init__(self, one: Event, other: Event) -> None:
-        self._points = one, other
-
-    def query(self) -> bool:
-        """Whether the device has passed both."""
-        return all(point.query() for point in self._points)
-
-    def synchronize(self) -> None:
-        """Wait for both."""
-        for point in self._points:
-            point.synchronize()
-
-
-class WholeDevice:
-    """Everything that was launched on a device, where it is not known on which stream the engine computes."""
-
-    def __init__(self, device: str) -> None:
-        self._device = device
-
-    def query(self) -> bool:
-        """Done, as far as one can tell without waiting."""
-        return True
-
-    def synchronize(self) -> None:
-        """Wait until all of it is done."""
-        import torch
-
-        torch.cuda.synchronize(self._device)

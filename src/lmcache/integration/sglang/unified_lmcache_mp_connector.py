@@ -19,20 +19,18 @@ from typing import Any
 import numpy as np
 
 from lmcache.engine import Loading
-from lmcache.engine.copies import stream_point
+from lmcache.engine.agreement import Agreement
 from lmcache.engine.jobs import Event
+from lmcache.engine.points import Both, WholeDevice, stream_point
 from lmcache.engine.requests import HIT_SECONDS
 from lmcache.errors import LayoutError
 from lmcache.integration.sglang.layers import LayerLoads, layer_loads
 from lmcache.integration.sglang.model import Buffers, Ranks, lora_enabled, pool_buffers
 from lmcache.integration.sglang.ranks import (
-    Agreement,
-    Both,
     Future,
     SGLangRank,
     Tokens,
     Tracker,
-    WholeDevice,
     block_table,
     open_rank,
 )
@@ -117,7 +115,7 @@ class UnifiedLMCacheMPConnector:
         self._window = sliding_window_size or 0
         self._ranks = Ranks(tp_size, tp_rank, pp_size, pp_rank)
         self._agreement = Agreement((tp_group, tp_size), (pp_group, pp_size))
-        self._name = self._agreement.name()
+        self._name = self._agreement.name("sglang")
         self._tree = RadixTree()
         self._swept = 0.0
         self._stream: Any = None

@@ -16,7 +16,8 @@ from lmcache.engine import SchedulerSession, WorkerSession
 from lmcache.engine.connection import Endpoint
 from lmcache.engine.embedded import start_own_server, wait_connected
 from lmcache.engine.rank_arenas import RankReporter, RankWatch
-from lmcache.integration.tensorrt_llm.model import NOT_SERVED, PoolKV, describe_pool, refusal_of
+from lmcache.engine.served import NOT_SERVED, ServedKV, refusal_of
+from lmcache.integration.tensorrt_llm.model import describe_pool
 from lmcache.integration.tensorrt_llm.plan import StepPlan
 from lmcache.integration.tensorrt_llm.scheduler import SchedulerSide
 from lmcache.integration.tensorrt_llm.settings import Settings
@@ -151,7 +152,7 @@ class Worker(KvCacheConnectorWorker):  # type: ignore[misc]
         try:
             arena = self._open(describe_pool(self._args, kv_cache_tensor, self._rank), self.settings(), instance)
         except NOT_SERVED as error:
-            self._refuse(refusal_of(error))
+            self._refuse(refusal_of(error, "TensorRT-LLM"))
         arenas = mpi_allgather(arena) if self._ranks > 1 else [arena]
         if self._meeting is not None and self._meeting.half is not None:
             self._meeting.half.watch.begin(arenas)
@@ -214,7 +215,7 @@ class Worker(KvCacheConnectorWorker):  # type: ignore[misc]
             return list(finished_gen_req_ids), list(started_loading_req_ids)
         return self._side.finished(finished_gen_req_ids), list(started_loading_req_ids)
 
-    def _open(self, kv: PoolKV, settings: Settings, instance: str) -> bytes:
+    def _open(self, kv: ServedKV, settings: Settings, instance: str) -> bytes:
         """Sessions of this rank and, on rank 0, of the scheduler. They end with this object, or with the process.
 
         Returns the arena that is mapped by now.
@@ -246,7 +247,7 @@ class Worker(KvCacheConnectorWorker):  # type: ignore[misc]
         logger.info("Registering kv caches!")
         return arena
 
-    def _open_scheduler(self, kv: PoolKV, settings: Settings, endpoint: Endpoint) -> SchedulerSide:
+    def _open_scheduler(self, kv: ServedKV, settings: Settings, endpoint: Endpoint) -> SchedulerSide:
         where = Endpoint(endpoint.address, endpoint.instance, "scheduler", deadline_seconds=endpoint.deadline_seconds)
         session = SchedulerSession(where, kv.layout, kv.shard.count)
         if session.identified:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from lmcache.engine import Copies, WorkerSession
-from lmcache.engine.copies import stream_point
+from lmcache.engine.points import stream_point
 from lmcache.engine.rank_arenas import RankReporter
 from lmcache.errors import LMCacheError
 from lmcache.integration.tensorrt_llm.plan import StepPlan
@@ -32,7 +32,6 @@ class WorkerSide:
         self.session, self._reporter, self._device = session, reporter, device
         self.copies = Copies(session, shard, stores=stores)
         self._stored: StepPlan | None = None
-        self._closing: set[int] = set()
 
     def load(self, plan: StepPlan, stream: Any) -> bool:
         """Let go of blocks that were taken away, then load whatever the step needs; whether all of it is there."""
@@ -55,10 +54,7 @@ class WorkerSide:
 
     def finished(self, ended: Iterable[int]) -> list[int]:
         """Of the requests that have ended (these and earlier ones), those whose blocks nothing of ours reads any more."""
-        self._closing.update(ended)
-        self.copies.collect()
-        ready = self._closing - self.copies.storing()
-        self._closing -= ready
+        ready = self.copies.closed(ended)
         self.report()
         return list(ready)
 

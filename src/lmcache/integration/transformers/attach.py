@@ -13,18 +13,17 @@ import torch
 from lmcache.chunks import Layout, Shard
 from lmcache.engine import Copies, Copy, LoadPlan, Request, Requests, SchedulerSession, WorkerSession
 from lmcache.engine.connection import Endpoint, given_address
-from lmcache.engine.copies import stream_point
 from lmcache.engine.embedded import START_SECONDS, EmbeddedServer, embedded_address, wait_connected
 from lmcache.engine.identity import Identity, named
+from lmcache.engine.points import stream_point
 from lmcache.engine.prefill import PrefillRate
 from lmcache.engine.served import NOT_SERVED
+from lmcache.engine.tensors import weights_identity, weights_stamp
 from lmcache.errors import LayoutError
 from lmcache.integration.transformers.model import (
     kv_shape,
     layout_of,
     refuse_unsupported,
-    weights_identity,
-    weights_stamp,
 )
 from lmcache.integration.transformers.pool import Pool
 from lmcache.observability.log import init_logger

@@ -10,14 +10,14 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadat
 
 from lmcache.engine import SchedulerSession, WorkerSession
 from lmcache.engine.embedded import START_SECONDS, EmbeddedServer, wait_connected
-from lmcache.integration.vllm.caches import describe_caches, rank_of
+from lmcache.engine.served import NOT_SERVED, refusal_of
+from lmcache.integration.vllm.caches import describe_rank
 from lmcache.integration.vllm.layers import Layers
-from lmcache.integration.vllm.model import NOT_SERVED, ModelKV, describe_model, layer_range, refusal_of
+from lmcache.integration.vllm.model import ModelKV, describe_model
 from lmcache.integration.vllm.plan import StepPlan, StepReport
 from lmcache.integration.vllm.resets import watch_resets
 from lmcache.integration.vllm.scheduler import SchedulerSide
 from lmcache.integration.vllm.settings import Settings, recompute_failed_loads
-from lmcache.integration.vllm.weights import watch_weights
 from lmcache.integration.vllm.worker import WorkerSide
 from lmcache.observability.log import init_logger
 
@@ -68,7 +68,7 @@ class Connector:
         try:
             self._kv = describe_model(self._vllm_config, self._kv_cache_config, settings.model_id)
         except NOT_SERVED as error:
-            self._refuse(refusal_of(error))
+            self._refuse(refusal_of(error, "vLLM"))
         if self._role == KVConnectorRole.SCHEDULER:
             recompute_failed_loads(transfer)
             if self._kv is not None:
@@ -110,24 +110,21 @@ class Connector:
         if kv is None:
             return
         try:
-            tp_rank, pp_rank = rank_of()
-            shard = kv.shard(tp_rank, pp_rank, layer_range(self._vllm_config, kv))
-            registered = describe_caches(self._vllm_config, self._kv_cache_config, kv, kv_caches)
+            number, served, registered = describe_rank(self._vllm_config, self._kv_cache_config, kv, kv_caches)
         except NOT_SERVED as error:
-            self._refuse(refusal_of(error))
+            self._refuse(refusal_of(error, "vLLM"))
             return
-        watch_weights(self._vllm_config)
-        endpoint = self._settings.endpoint(self._instance, "worker", pp_rank * kv.tp_size + tp_rank, address)
+        endpoint = self._settings.endpoint(self._instance, "worker", number, address)
         self._worker = WorkerSide(
-            WorkerSession(endpoint, kv.layout, shard, registered.paged, stages=kv.stages),
+            WorkerSession(endpoint, served.layout, served.shard, served.paged, stages=kv.stages),
             registered,
-            shard.index,
-            stores=kv.stores(tp_rank),
+            served.shard.index,
+            stores=served.stores,
             synchronous=self._synchronous,
             layers=Layers(kv.layer_names, len(registered.paged.planes)) if layerwise else None,
             refusal=lambda: kv.identity.failure,
         )
-        self._worker.reports_stats = tp_rank == 0 and pp_rank == 0
+        self._worker.reports_stats = number == 0
 
     def _refuse(self, reason: str) -> None:
         self._refusal = reason

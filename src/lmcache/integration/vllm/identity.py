@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from blake3 import blake3
-
 from lmcache.engine.identity import (
     REMEDY,
     Identity,
     Mark,
+    digest_of,
     marks_of,
+    model_folder,
     named,
     path_identity,
     plain,
@@ -27,7 +27,7 @@ from lmcache.engine.identity import (
 )
 from lmcache.engine.runtime import RUNTIME
 from lmcache.errors import IdentityUnknown, LayoutError
-from lmcache.integration.load_formats import files_read, model_folder, refuse_weights_from_anywhere
+from lmcache.integration.load_formats import files_read, refuse_weights_from_anywhere
 from lmcache.observability.log import init_logger
 
 logger = init_logger(__name__)
@@ -88,7 +88,7 @@ def config_digest(vllm_config: Any) -> str:
         "draft": _drafting(getattr(vllm_config, "speculative_config", None), load),
         "platform": plain(getattr(vllm_config, "additional_config", None)) or None,
     }
-    return blake3(json.dumps(material, sort_keys=True).encode()).hexdigest(16)
+    return digest_of(material)
 
 
 @dataclass(frozen=True)

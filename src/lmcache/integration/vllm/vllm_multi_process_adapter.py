@@ -17,13 +17,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lmcache.engine import Copies, Copy, Loading, LoadPlan, Request, Requests, SchedulerSession, WorkerSession
+from lmcache.engine.served import NOT_SERVED, refusal_of
 from lmcache.errors import LayoutError
-from lmcache.integration.vllm.caches import describe_caches, rank_of
-from lmcache.integration.vllm.model import NOT_SERVED, ModelKV, describe_model, layer_range, refusal_of
+from lmcache.integration.vllm.caches import describe_rank
+from lmcache.integration.vllm.model import ModelKV, describe_model
 from lmcache.integration.vllm.paged import Registered
 from lmcache.integration.vllm.rules import reads_nothing
 from lmcache.integration.vllm.settings import Settings, read_settings, recompute_failed_loads
-from lmcache.integration.vllm.weights import watch_weights, weight_changes
+from lmcache.integration.vllm.weights import weight_changes
 from lmcache.observability.log import init_logger
 
 logger = init_logger(__name__)
@@ -180,19 +181,15 @@ class LMCacheMPWorkerAdapter:
             return
         kv = engine.kv
         try:
-            tp_rank, pp_rank = rank_of()
-            shard = kv.shard(tp_rank, pp_rank, layer_range(engine.vllm_config, kv))
-            registered = describe_caches(engine.vllm_config, engine.kv_cache_config, kv, kv_caches)
+            number, served, self._registered = describe_rank(engine.vllm_config, engine.kv_cache_config, kv, kv_caches)
         except NOT_SERVED as error:
-            logger.warning("LMCache serves nothing for this engine: %s", refusal_of(error))
+            logger.warning("LMCache serves nothing for this engine: %s", refusal_of(error, "vLLM"))
             return
-        watch_weights(engine.vllm_config)
-        self._weights, self._registered = weight_changes(), registered
-        rank = pp_rank * kv.tp_size + tp_rank
-        self._requests = Requests(engine.scheduler_session(rank))
-        endpoint = engine.settings.endpoint(engine.instance, "worker", rank)
-        session = WorkerSession(endpoint, kv.layout, shard, registered.paged, stages=kv.stages)
-        self._copies = Copies(session, shard.index, stores=kv.stores(tp_rank), ended=self._ended)
+        self._weights = weight_changes()
+        self._requests = Requests(engine.scheduler_session(number))
+        endpoint = engine.settings.endpoint(engine.instance, "worker", number)
+        session = WorkerSession(endpoint, served.layout, served.shard, served.paged, stages=kv.stages)
+        self._copies = Copies(session, served.shard.index, stores=served.stores, ended=self._ended)
 
     def batched_submit_retrieve_requests(
         self,
@@ -312,7 +309,7 @@ def _engine_of_caller() -> _Engine | None:
             vllm_config, kv_cache_config, describe_model(vllm_config, kv_cache_config, settings.model_id), settings
         )
     except NOT_SERVED as error:
-        logger.warning("LMCache serves nothing for this engine: %s", refusal_of(error))
+        logger.warning("LMCache serves nothing for this engine: %s", refusal_of(error, "vLLM"))
         return None
 
 

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from lmcache.engine import Copies, Copy, Done, LoadPlan, WorkerSession
-from lmcache.engine.copies import retrieved_line, stored_line, stream_point
+from lmcache.engine.copies import retrieved_line, stored_line
+from lmcache.engine.points import stream_point
 from lmcache.integration.vllm.layers import Layers
 from lmcache.integration.vllm.paged import Registered
 from lmcache.integration.vllm.plan import StepPlan, StepReport
@@ -52,8 +53,6 @@ class WorkerSide:
         self._spoiled: dict[str, set[int]] = {}
         """Failed loads and their blocks, until the scheduler plans by it: what steps compute from them till then is wrong."""
         self._waited = False
-        self._closing: set[Any] = set()
-        self._sent: set[Any] = set()
         self._received: set[Any] = set()
         self._invalid: set[int] = set()
         self._report = StepReport()
@@ -149,12 +148,11 @@ class WorkerSide:
 
     def finished(self, plan: StepPlan) -> tuple[set[str], set[str]]:
         """(requests whose blocks we are done with, requests whose KV has arrived) since the last call."""
-        self._closing.update(plan.closing)
-        self._collect()
-        busy = not plan.forward and not (self._sent or self._received) and self._copies.running()
-        if busy and self._session.wait_finished(LINGER_SECONDS):
-            self._collect()
-        sent, self._sent = self._sent, set()
+        self._notice_weights()
+        sent = self._copies.closed(plan.closing)
+        if not plan.forward and not (sent or self._received) and self._copies.running():
+            self._session.wait_finished(LINGER_SECONDS)
+            sent |= self._copies.closed(())
         received, self._received = self._received, set()
         return sent, received
 
@@ -179,13 +177,6 @@ class WorkerSide:
 
     def close(self) -> None:
         self._session.close()
-
-    def _collect(self) -> None:
-        self._notice_weights()
-        self._copies.collect()
-        ready = self._closing - self._copies.storing()
-        self._closing -= ready
-        self._sent |= ready
 
     def _ended(self, copy: Copy) -> None:
         plan, done = copy.plan, copy.done
