@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from demo.numpy_engine.model import ModelConfig
 from demo.numpy_engine.paged import RankKV
 from lmcache.chunks import Layout, shard_of_rank
-from lmcache.engine import Copies, Copy, LoadPlan, Request, Requests, SchedulerSession, WorkerSession
+from lmcache.engine import Copies, Copy, Request, Requests, SchedulerSession, StorePlan, WorkerSession
 from lmcache.engine.connection import Endpoint, server_address
 from lmcache.engine.embedded import wait_connected
 
@@ -67,7 +67,10 @@ class CacheConnection:
             for rank, kv in enumerate(ranks)
         ]
         self._requests: Requests[Prompt] = Requests(self._scheduler, ranks=count)
-        self._ranks = [Copies(worker, rank, ended=self._ended) for rank, worker in enumerate(self._workers)]
+        self._ranks = [
+            Copies(worker, rank, requests=self._requests, ended=self._ended)
+            for rank, worker in enumerate(self._workers)
+        ]
         self._stored_tokens = 0
 
     @property
@@ -141,11 +144,8 @@ class CacheConnection:
         self._requests.close()
 
     def _ended(self, copy: Copy) -> None:
-        if isinstance(copy.plan, LoadPlan):
-            self._requests.loaded(copy.plan.job_id, 1)
-        else:
-            self._requests.stored(copy.plan.job_id, 1)
-            self._stored_tokens += copy.done.tokens if copy.done is not None else 0
+        if isinstance(copy.plan, StorePlan) and copy.done is not None:
+            self._stored_tokens += copy.done.tokens
 
 
 def layout_of(model: ModelConfig, chunk_tokens: int) -> Layout:

@@ -9,6 +9,7 @@ from typing import Any
 from lmcache.config.server import GIB
 from lmcache.engine.jobs import Blocks, Done, Event
 from lmcache.engine.plans import LoadPlan, StorePlan
+from lmcache.engine.requests import Requests
 from lmcache.engine.worker import WorkerSession
 from lmcache.observability.log import init_logger
 from lmcache.transfer.progress import Progress
@@ -39,14 +40,21 @@ class Copies:
         session: of this rank.
         shard: number of the shard that it holds.
         stores: False where another rank stores this shard; stores have then ended when they begin.
+        requests: those of the scheduler, where it is in this process: it hears of every end.
         ended: is called with each copy when it is known to have ended, by the thread that asks.
     """
 
     def __init__(
-        self, session: WorkerSession, shard: int, *, stores: bool = True, ended: Callable[[Copy], None] | None = None
+        self,
+        session: WorkerSession,
+        shard: int,
+        *,
+        stores: bool = True,
+        requests: Requests[Any] | None = None,
+        ended: Callable[[Copy], None] | None = None,
     ) -> None:
         self.session, self._shard, self.stores = session, shard, stores
-        self._ended = ended
+        self._requests, self._ended = requests, ended
         self._running: dict[str, Copy] = {}
         self._closing: set[Hashable] = set()
 
@@ -135,6 +143,9 @@ class Copies:
 
     def _end(self, copy: Copy, done: Done) -> Copy:
         copy.done = done
+        if self._requests is not None:
+            hears = self._requests.loaded if isinstance(copy.plan, LoadPlan) else self._requests.stored
+            hears(copy.plan.job_id, 1)
         if self._ended is not None:
             self._ended(copy)
         return copy

@@ -96,7 +96,7 @@ class SGLangRank:
         self.scheduler = SchedulerSession(endpoint("scheduler"), kv.layout, kv.shard.count)
         self.worker = WorkerSession(endpoint("worker"), kv.layout, kv.shard, kv.paged)
         self.requests: Requests[Tracker] = Requests(self.scheduler, name=name)
-        self.copies = Copies(self.worker, kv.shard.index, stores=kv.stores, ended=self._ended)
+        self.copies = Copies(self.worker, kv.shard.index, stores=kv.stores, requests=self.requests, ended=self._ended)
         if self.scheduler.identified:
             wait_connected((self.scheduler, self.worker), _START_SECONDS)
 
@@ -136,13 +136,8 @@ class SGLangRank:
             self._server.close()
 
     def _ended(self, copy: Copy) -> None:
-        plan, done = copy.plan, copy.done
-        if not isinstance(plan, LoadPlan):
-            self.requests.stored(plan.job_id)
-            return
-        self.requests.loaded(plan.job_id)
-        if done is not None and done.ok:
-            logger.info("%s", retrieved_line(plan, done, self.kv.paged.token_bytes))
+        if isinstance(copy.plan, LoadPlan) and copy.done is not None and copy.ok:
+            logger.info("%s", retrieved_line(copy.plan, copy.done, self.kv.paged.token_bytes))
 
 
 def open_rank(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from lmcache.chunks import Layout, Shard
-from lmcache.engine import Copies, Copy, LoadPlan, Request, Requests, SchedulerSession, WorkerSession
+from lmcache.engine import Copies, Copy, Request, Requests, SchedulerSession, StorePlan, WorkerSession
 from lmcache.engine.connection import Endpoint, given_address
 from lmcache.engine.embedded import START_SECONDS, EmbeddedServer, embedded_address, wait_connected
 from lmcache.engine.identity import Identity, named
@@ -245,11 +245,7 @@ class Attached:
         return not copies.running()
 
     def _ended(self, copy: Copy) -> None:
-        assert self._requests is not None and copy.done is not None
-        if isinstance(copy.plan, LoadPlan):
-            self._requests.loaded(copy.plan.job_id)
-        else:
-            self._requests.stored(copy.plan.job_id)
+        if isinstance(copy.plan, StorePlan) and copy.done is not None:
             self.stored_tokens += copy.done.tokens
 
     def _stream_point(self) -> Any:
@@ -277,8 +273,9 @@ class Attached:
         worker = WorkerSession(rank, layout_for, whole, self._pool.describe(), threads)
         prefill = self._requests.prefill if self._requests is not None else PrefillRate()
         self._sessions = worker, scheduler
-        self._requests, self._copies = Requests(scheduler), Copies(worker, 0, ended=self._ended)
-        self._requests.prefill = prefill
+        self._requests = requests = Requests[Request](scheduler)
+        requests.prefill = prefill
+        self._copies = Copies(worker, 0, requests=requests, ended=self._ended)
         if scheduler.identified:
             self.wait_connected(wait_seconds)
 

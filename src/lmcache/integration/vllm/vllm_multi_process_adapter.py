@@ -186,10 +186,11 @@ class LMCacheMPWorkerAdapter:
             logger.warning("LMCache serves nothing for this engine: %s", refusal_of(error, "vLLM"))
             return
         self._weights = weight_changes()
-        self._requests = Requests(engine.scheduler_session(number))
+        requests: Requests[Request] = Requests(engine.scheduler_session(number))
+        self._requests = requests
         endpoint = engine.settings.endpoint(engine.instance, "worker", number)
         session = WorkerSession(endpoint, served.layout, served.shard, served.paged, stages=kv.stages)
-        self._copies = Copies(session, served.shard.index, stores=served.stores, ended=self._ended)
+        self._copies = Copies(session, served.shard.index, stores=served.stores, requests=requests, ended=self._ended)
 
     def batched_submit_retrieve_requests(
         self,
@@ -284,15 +285,10 @@ class LMCacheMPWorkerAdapter:
         return self._engine.kv.block_tokens if self._engine is not None else 1
 
     def _ended(self, copy: Copy) -> None:
-        plan, requests = copy.plan, self._requests
-        assert requests is not None
-        if not isinstance(plan, LoadPlan):
-            requests.stored(plan.job_id)
-            return
-        requests.loaded(plan.job_id)
-        self._received.add(plan.request_id)
-        if not copy.ok or self._weights_changed():
-            self._invalid.update(plan.filled(self._block_tokens))
+        if isinstance(copy.plan, LoadPlan):
+            self._received.add(copy.plan.request_id)
+            if not copy.ok or self._weights_changed():
+                self._invalid.update(copy.plan.filled(self._block_tokens))
 
 
 def _engine_of_caller() -> _Engine | None:
