@@ -13,7 +13,7 @@ from typing import Any
 
 from lmcache.chunks import Layout, shard_of_rank
 from lmcache.engine.identity import Identity, digest_of, model_folder, named, path_identity, plain, repository_identity
-from lmcache.engine.served import ServedKV, stores_its_shard
+from lmcache.engine.served import ServedKV, refuse_encoder_decoder, stores_its_shard
 from lmcache.errors import LayoutError
 from lmcache.integration.load_formats import files_read, refuse_weights_from_anywhere
 from lmcache.transfer.paged import PagedKV, Plane
@@ -79,10 +79,7 @@ def describe_rank(
     Raises:
         LayoutError: this KV cannot be cached; the message says why.
     """
-    if getattr(model_config, "is_encoder_decoder", False):
-        raise LayoutError(
-            "encoder-decoder models are not supported: their KV does not depend on the prompt's tokens alone"
-        )
+    refuse_encoder_decoder(model_config)
     if ranks.pp_size > 1:
         raise LayoutError(f"pipelines (pp_size={ranks.pp_size}) are not supported with SGLang yet; use tensor parallel")
     _refuse_unsupported(model_config)

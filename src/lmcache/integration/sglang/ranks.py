@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lmcache.engine import Copies, Copy, LoadPlan, Request, Requests, SchedulerSession, WorkerSession
+from lmcache.engine import Copies, Copy, LoadPlan, Request
 from lmcache.engine.agreement import Agreement
 from lmcache.engine.connection import Endpoint
 from lmcache.engine.copies import retrieved_line, stored_line
-from lmcache.engine.embedded import embedded_address, start_own_server, wait_connected
+from lmcache.engine.embedded import embedded_address, start_own_server
 from lmcache.engine.jobs import Event
+from lmcache.engine.local import LocalRank
 from lmcache.engine.served import NOT_SERVED, ServedKV, refusal_of
 from lmcache.integration.sglang.model import Buffers, Ranks, describe_rank
 from lmcache.integration.sglang.settings import Settings
@@ -79,26 +80,20 @@ class Tracker(Request):
     since: float = 0.0
 
 
-class SGLangRank:
+class SGLangRank(LocalRank[Tracker]):
     """Requests and copies of one rank. Nothing raises. vocabulary: token ids from this one on stand for what is not text."""
 
     def __init__(self, settings: Settings, kv: ServedKV, ranks: Ranks, name: str, vocabulary: int) -> None:
-        self.kv, self._vocabulary = kv, vocabulary
-        self.deadline_seconds = deadline = settings.config.blocking_timeout_secs
+        self._vocabulary = vocabulary
         own = not settings.address and not ranks.number
         self._server = start_own_server(name, settings.config) if own else None
+        deadline = settings.config.blocking_timeout_secs
         # Each rank leases and copies for itself, in one process, so each is an engine of its own to the server.
-        instance, address = f"{name}-{ranks.number}", settings.address or embedded_address(name)
-
-        def endpoint(role: str) -> Endpoint:
-            return Endpoint(address, instance, role, ranks.number, deadline_seconds=deadline)
-
-        self.scheduler = SchedulerSession(endpoint("scheduler"), kv.layout, kv.shard.count)
-        self.worker = WorkerSession(endpoint("worker"), kv.layout, kv.shard, kv.paged)
-        self.requests: Requests[Tracker] = Requests(self.scheduler, name=name)
-        self.copies = Copies(self.worker, kv.shard.index, stores=kv.stores, requests=self.requests, ended=self._ended)
+        where = settings.address or embedded_address(name)
+        endpoint = Endpoint(where, f"{name}-{ranks.number}", "", ranks.number, deadline_seconds=deadline)
+        super().__init__(endpoint, kv, name=name, ended=self._ended)
         if self.scheduler.identified:
-            wait_connected((self.scheduler, self.worker), _START_SECONDS)
+            self.wait_connected(_START_SECONDS)
 
     def text_of(self, tokens: Any) -> Tokens:
         """The leading tokens that are text, in a copy of their own: SGLang's arrays grow under our hands. For what is in an image
@@ -130,8 +125,7 @@ class SGLangRank:
             logger.info("%s; skipped: %d tokens%s", line, skipped, whose)
 
     def close(self) -> None:
-        self.worker.close()
-        self.requests.close()
+        super().close()
         if self._server is not None:
             self._server.close()
 

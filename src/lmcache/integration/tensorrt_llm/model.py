@@ -10,7 +10,7 @@ from typing import Any
 
 from lmcache.chunks import Layout, shard_of_rank
 from lmcache.engine.identity import Identity, digest_of, named, path_identity, plain
-from lmcache.engine.served import ServedKV, stores_its_shard
+from lmcache.engine.served import ServedKV, refuse_length_dependent_rope, stores_its_shard
 from lmcache.errors import LayoutError
 from lmcache.transfer.paged import PagedKV, Plane
 
@@ -117,10 +117,7 @@ def _refuse_windows(text: Mapping[str, Any]) -> None:
         raise LayoutError(
             f"a sliding window of {text['sliding_window']} tokens is not supported; only full attention is"
         )
-    scaling = text.get("rope_scaling") or text.get("rope_parameters") or {}
-    kind = scaling.get("rope_type", scaling.get("type"))
-    if kind in ("dynamic", "longrope", "su"):
-        raise LayoutError(f"RoPE of type {kind!r} makes KV depend on what follows it; not supported")
+    refuse_length_dependent_rope(text)
 
 
 def _heads(text: Mapping[str, Any], mla: bool) -> tuple[int, int]:

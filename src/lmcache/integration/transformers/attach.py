@@ -5,19 +5,20 @@ from __future__ import annotations
 import atexit
 import threading
 import uuid
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from lmcache.chunks import Layout, Shard
-from lmcache.engine import Copies, Copy, Request, Requests, SchedulerSession, StorePlan, WorkerSession
+from lmcache.chunks import Shard
+from lmcache.engine import Copy, Request, StorePlan
 from lmcache.engine.connection import Endpoint, given_address
-from lmcache.engine.embedded import START_SECONDS, EmbeddedServer, embedded_address, wait_connected
+from lmcache.engine.embedded import START_SECONDS, EmbeddedServer, embedded_address
 from lmcache.engine.identity import Identity, named
+from lmcache.engine.local import LocalRank
 from lmcache.engine.points import stream_point
 from lmcache.engine.prefill import PrefillRate
-from lmcache.engine.served import NOT_SERVED
+from lmcache.engine.served import NOT_SERVED, ServedKV
 from lmcache.engine.tensors import weights_identity, weights_stamp
 from lmcache.errors import LayoutError
 from lmcache.integration.transformers.model import (
@@ -91,11 +92,9 @@ class Attached:
         """Tokens whose KV came from the cache, and that went there, so far."""
         self._model, self._generate, self._endpoint = model, model.generate, endpoint
         self._model_id, self._salt, self._own = model_id, cache_salt, own
-        self._sessions: tuple[SchedulerSession | WorkerSession, ...] = ()
-        """The worker's and the scheduler's."""
-        self._requests: Requests[Request] | None = None
-        self._copies: Copies | None = None
+        self._rank: LocalRank[Request] | None = None
         self._pool: Pool | None = None
+        self._prefill = PrefillRate()
         self._stamp = 0
         self._identity: Identity | None = None
         """The identity that was found for the weights while they had the stamp `_stamp`; None before that."""
@@ -129,12 +128,12 @@ class Attached:
 
     def wait_connected(self, timeout_seconds: float) -> bool:
         """Wait until the server has taken this model; False when it has not after the timeout, or when its own has ended."""
-        own, sessions = self._own, self._sessions
-        return bool(sessions) and wait_connected(sessions, timeout_seconds, lambda: own is None or own.running)
+        own, rank = self._own, self._rank
+        return rank is not None and rank.wait_connected(timeout_seconds, lambda: own is None or own.running)
 
     def flush(self, timeout_seconds: float = 30.0) -> bool:
         """Wait until all KV so far has been stored; False when some is not after the timeout."""
-        return self._copies is None or self._copies.wait(self._copies.running(), timeout_seconds)
+        return self._rank is None or self._rank.copies.wait(self._rank.copies.running(), timeout_seconds)
 
     def close(self) -> None:
         """Store what is still on its way, hang up, and give the model its own `generate` back."""
@@ -157,8 +156,8 @@ class Attached:
         """A cache for `generate`, with what LMCache has of the prompt; None where it has to go on without us."""
         try:
             if not self._ready(len(tokens) + new_tokens):
-                if self._requests is not None and self._sessions:
-                    self._requests.forgone(len(tokens))
+                if self._rank is not None:
+                    self._rank.requests.forgone(len(tokens))
                 return None
             return self._load(tokens)
         except NOT_SERVED as error:
@@ -166,8 +165,8 @@ class Attached:
             return None
 
     def _load(self, tokens: list[int]) -> _Begun | None:
-        requests, copies, pool = self._requests, self._copies, self._pool
-        assert requests is not None and copies is not None and pool is not None
+        assert self._rank is not None and self._pool is not None
+        requests, copies, pool = self._rank.requests, self._rank.copies, self._pool
         request, have = Request("", self._salt), 0
         requests.find(request, tokens, wait=True)
         if request.chain is None:
@@ -186,8 +185,8 @@ class Attached:
 
     def _step(self, tokens: int) -> None:
         """A forward over so many tokens begins; 0: none does, and the last one has ended."""
-        if self._requests is not None:
-            self._requests.prefill.step(self._requests.runtime.now(), tokens)
+        if self._rank is not None:
+            self._prefill.step(self._rank.requests.runtime.now(), tokens)
 
     def _end(self, begun: _Begun, answer: Any) -> None:
         """Store the full chunks that LMCache has not got yet; the copy runs while the caller goes on."""
@@ -202,11 +201,11 @@ class Attached:
             self._refuse(error)
 
     def _store(self, begun: _Begun, sequence: list[int]) -> None:
-        assert self._requests is not None and self._copies is not None and self._pool is not None
+        assert self._rank is not None and self._pool is not None
         filled = min(len(sequence), *(layer.tokens_in_pool for layer in begun.cache.layers))
-        plan = self._requests.store(begun.request, sequence[:filled], filled)
+        plan = self._rank.requests.store(begun.request, sequence[:filled], filled)
         if plan is not None:
-            self._copies.store(plan, self._pool.blocks, after=self._stream_point())
+            self._rank.copies.store(plan, self._pool.blocks, after=self._stream_point())
 
     def _ready(self, room: int) -> bool:
         """Whether there is a server, and a pool of our own that nothing touches and that is large enough.
@@ -217,7 +216,7 @@ class Attached:
         if not self._settle():
             return False
         reached = self._connected()
-        if not reached and any(session.identified for session in self._sessions):
+        if not reached and self._rank is not None and self._rank.scheduler.identified:
             # There is no server, and the weights need not be read: they are at the first call that has one.
             return False
         pool, stamp = self._pool, self._stamp
@@ -231,15 +230,15 @@ class Attached:
         return self._connected()
 
     def _connected(self) -> bool:
-        return bool(self._sessions) and all(session.connected for session in self._sessions)
+        return self._rank is not None and self._rank.connected
 
     # Copies
 
     def _settle(self) -> bool:
         """Wait, a deadline at most, until no copy touches the pool. True when there is none."""
-        copies = self._copies
-        if copies is None:
+        if self._rank is None:
             return True
+        copies = self._rank.copies
         # What has not begun never will; what has may end after all, and a later call sees it.
         copies.settle(copies.running(), self._endpoint.deadline_seconds, 0.0)
         return not copies.running()
@@ -263,20 +262,13 @@ class Attached:
         shape, step = self._shape, max(_ROOM_TOKENS, 1 << max(0, room.bit_length() - 3))
         identity, layout = self._identified(), layout_of(self._model, shape)
 
-        def layout_for(chunk_tokens: int) -> Layout:
-            return identity.layout(layout, chunk_tokens)
-
         self._pool = Pool(shape, -(-room // step) * step)
-        scheduler = SchedulerSession(self._endpoint, layout_for, shards=1)
         threads = min(_COPY_THREADS, torch.get_num_threads()) if shape.device.type == "cpu" else 1
-        whole, rank = Shard(0, 1, 0, shape.layers, 0, shape.heads), replace(self._endpoint, role="worker")
-        worker = WorkerSession(rank, layout_for, whole, self._pool.describe(), threads)
-        prefill = self._requests.prefill if self._requests is not None else PrefillRate()
-        self._sessions = worker, scheduler
-        self._requests = requests = Requests[Request](scheduler)
-        requests.prefill = prefill
-        self._copies = Copies(worker, 0, requests=requests, ended=self._ended)
-        if scheduler.identified:
+        whole = Shard(0, 1, 0, shape.layers, 0, shape.heads)
+        kv = ServedKV(identity, layout, whole, self._pool.describe(), stores=True)
+        self._rank = LocalRank(self._endpoint, kv, threads=threads, ended=self._ended)
+        self._rank.requests.prefill = self._prefill
+        if self._rank.scheduler.identified:
             self.wait_connected(wait_seconds)
 
     def _identified(self) -> Identity:
@@ -299,10 +291,9 @@ class Attached:
             self._identity.give_up()
 
     def _hang_up(self) -> None:
-        for session in self._sessions:
-            session.close()
-        self._sessions = ()
-        self._copies = self._pool = None
+        if self._rank is not None:
+            self._rank.close()
+        self._rank = self._pool = None
 
     def _refuse(self, error: Exception) -> None:
         self._give_up_hashing()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,11 +9,9 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from lmcache.chunks import Layout
 from lmcache.engine.identity import digest_of, plain
+from lmcache.engine.served import refuse_encoder_decoder, refuse_length_dependent_rope
 from lmcache.errors import LayoutError
 from lmcache.integration.transformers.pool import Shape
-
-_LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope", "su", "yarn-dynamic")
-"""Kinds of RoPE that turn keys by angles that depend on how long the whole prompt is, not on the tokens before alone."""
 
 
 def kv_shape(model: Any) -> Shape:
@@ -52,13 +49,10 @@ def refuse_unsupported(model: Any) -> None:
     Raises:
         LayoutError: it cannot; the message says why.
     """
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise LayoutError("encoder-decoder models are not supported: their KV depends on more than the tokens before")
+    refuse_encoder_decoder(model.config)
     if getattr(model, "peft_config", None) or getattr(model, "_hf_peft_config_loaded", False):
         raise LayoutError("adapters can be switched without a trace in the weights; call merge_and_unload() first")
-    kinds = set(_values_of(plain(model.config), ("rope_type", "type"))) & set(_LENGTH_DEPENDENT_ROPE)
-    if kinds:
-        raise LayoutError(f"RoPE of type {kinds.pop()!r} makes KV depend on what follows it; not supported")
+    refuse_length_dependent_rope(model.config)
 
 
 def layout_of(model: Any, shape: Shape) -> Layout:
@@ -76,12 +70,3 @@ def layout_of(model: Any, shape: Shape) -> Layout:
         chunk_tokens=1,
         config_digest=digest_of(["transformers", plain(model.config)]),
     )
-
-
-def _values_of(config: Any, names: tuple[str, ...]) -> Iterator[str]:
-    """Every string at one of these keys, however deep."""
-    if isinstance(config, dict):
-        for key, value in config.items():
-            if key in names and isinstance(value, str):
-                yield value
-            yield from _values_of(value, names)

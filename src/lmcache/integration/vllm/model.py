@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from lmcache.chunks import Layout, Shard, shard_of_rank
 from lmcache.engine.identity import Identity
-from lmcache.engine.served import stores_its_shard
+from lmcache.engine.served import refuse_encoder_decoder, stores_its_shard
 from lmcache.errors import LayoutError
 from lmcache.integration.vllm.identity import config_digest, served_identity
 from lmcache.integration.vllm.rules import refuse_what_vllm_rules_out
@@ -127,10 +127,7 @@ def _refuse_unsupported(vllm_config: Any) -> None:
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         if getattr(parallel, name, 1) > 1:
             raise LayoutError(f"KV split by tokens over ranks ({name}={getattr(parallel, name)}) is not supported yet")
-    if getattr(model, "is_encoder_decoder", False):
-        raise LayoutError(
-            "encoder-decoder models are not supported: their KV does not depend on the prompt's tokens alone"
-        )
+    refuse_encoder_decoder(model)
     if getattr(cache, "calculate_kv_scales", False):
         raise LayoutError("KV scales computed at run time (--calculate-kv-scales) differ between engines")
     if getattr(cache, "kv_sharing_fast_prefill", False):

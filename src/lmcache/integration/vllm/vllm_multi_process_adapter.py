@@ -16,7 +16,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lmcache.engine import Copies, Copy, Loading, LoadPlan, Request, Requests, SchedulerSession, WorkerSession
+from lmcache.engine import Copy, Loading, LoadPlan, Request, Requests, SchedulerSession
+from lmcache.engine.local import LocalRank
 from lmcache.engine.served import NOT_SERVED, refusal_of
 from lmcache.errors import LayoutError
 from lmcache.integration.vllm.caches import describe_rank
@@ -78,8 +79,8 @@ class _Engine:
     def instance(self) -> str:
         return str(self.vllm_config.kv_transfer_config.engine_id)
 
-    def scheduler_session(self, rank: int = 0) -> SchedulerSession:
-        endpoint = self.settings.endpoint(self.instance, "scheduler", rank)
+    def scheduler_session(self) -> SchedulerSession:
+        endpoint = self.settings.endpoint(self.instance, "scheduler")
         return SchedulerSession(endpoint, self.kv.layout, self.kv.shards, self.kv.stages)
 
 
@@ -165,8 +166,7 @@ class LMCacheMPWorkerAdapter:
 
     def __init__(self, server_url: str, *_: Any, **__: Any) -> None:
         self._engine = _engine_of_caller()
-        self._requests: Requests[Request] | None = None
-        self._copies: Copies | None = None
+        self._rank: LocalRank[Request] | None = None
         self._registered: Registered | None = None
         self._weights = 0
         """Changes of the weights before this rank began to serve."""
@@ -186,11 +186,8 @@ class LMCacheMPWorkerAdapter:
             logger.warning("LMCache serves nothing for this engine: %s", refusal_of(error, "vLLM"))
             return
         self._weights = weight_changes()
-        requests: Requests[Request] = Requests(engine.scheduler_session(number))
-        self._requests = requests
         endpoint = engine.settings.endpoint(engine.instance, "worker", number)
-        session = WorkerSession(endpoint, served.layout, served.shard, served.paged, stages=kv.stages)
-        self._copies = Copies(session, served.shard.index, stores=served.stores, requests=requests, ended=self._ended)
+        self._rank = LocalRank(endpoint, served, stages=kv.stages, ended=self._ended)
 
     def batched_submit_retrieve_requests(
         self,
@@ -216,18 +213,18 @@ class LMCacheMPWorkerAdapter:
         cache_salts: Sequence[str] = (),
     ) -> None:
         """Store, and return when the blocks are no longer read: nobody would tell us that they were given away."""
-        if self._copies is None or not self._copies.stores:
+        if self._rank is None or not self._rank.copies.stores:
             return
         salts = cache_salts or [""] * len(ops)
         begun = [self._start_store(Request("", salt or ""), op, event) for op, salt in zip(ops, salts, strict=True)]
-        self._copies.settle([copy for copy in begun if copy is not None], STORE_SECONDS)
+        self._rank.copies.settle([copy for copy in begun if copy is not None], STORE_SECONDS)
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         """vLLM's class keeps the blocks of every request that ends, so each is reported: once, and not by its load too."""
-        loading = self._received
-        if self._copies is not None:
-            self._copies.collect()
-            loading = {copy.plan.request_id for copy in self._copies.running(LoadPlan)} | self._received
+        loading: set[Any] = set()
+        if self._rank is not None:
+            self._rank.copies.collect()
+            loading = {copy.plan.request_id for copy in self._rank.copies.running(LoadPlan)} | self._received
         received, self._received = self._received, set()
         return finished_req_ids - loading or None, received or None
 
@@ -236,14 +233,14 @@ class LMCacheMPWorkerAdapter:
         return invalid
 
     def shutdown(self) -> None:
-        if self._copies is not None and self._requests is not None:
-            self._copies.session.close()
-            self._requests.close()
+        if self._rank is not None:
+            self._rank.close()
 
     def _start_load(self, request: Request, op: LoadStoreOp, event: Any) -> bool:
-        requests, copies, registered = self._requests, self._copies, self._registered
-        if requests is None or copies is None or registered is None or self._weights_changed():
+        rank, registered = self._rank, self._registered
+        if rank is None or registered is None or self._weights_changed():
             return False
+        requests = rank.requests
         start = op.start + op.skip_first_n_tokens
         requests.find(request, op.token_ids[: op.end], start, wait=True)
         if request.found_tokens < op.end:
@@ -251,22 +248,21 @@ class LMCacheMPWorkerAdapter:
             return False
         plan = requests.load(request, start, op.end)
         plan.blocks = self._from_token_0(op)
-        copies.load(plan, registered.blocks(plan.blocks), self._after(event))
+        rank.copies.load(plan, registered.blocks(plan.blocks), self._after(event))
         return True
 
     def _start_store(self, request: Request, op: LoadStoreOp, event: Any) -> Copy | None:
         """The copy; None where there is nothing to store or nobody to store it."""
-        requests, copies, registered = self._requests, self._copies, self._registered
-        if requests is None or requests.session is None or copies is None or registered is None:
+        rank, registered = self._rank, self._registered
+        if rank is None or registered is None:
             return None
-        if requests.session.chunk_tokens is None:
-            requests.forgone(op.end - op.start)
-            return None
+        if rank.scheduler.chunk_tokens is None:
+            rank.requests.forgone(op.end - op.start)
         tokens = op.token_ids[: op.end]
-        plan = None if self._weights_changed() else requests.store(request, tokens, op.end, first_token=op.start)
+        plan = None if self._weights_changed() else rank.requests.store(request, tokens, op.end, first_token=op.start)
         if plan is None:
             return None
-        return copies.store(plan, registered.blocks(self._from_token_0(op)), self._after(event))
+        return rank.copies.store(plan, registered.blocks(self._from_token_0(op)), self._after(event))
 
     def _after(self, event: Any) -> Any:
         """The point that copies have to wait for."""
