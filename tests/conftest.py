@@ -16,8 +16,8 @@ import pytest
 
 from engine_process import Engine
 from hashing import Turns
+from lmcache.engine import identity
 from lmcache.errors import ServerUnavailable
-from lmcache.integration import identity
 from lmcache.wire import messages as m
 from lmcache.wire.carriers import UnixCarrier, ZmqCarrier
 from ports import free_port

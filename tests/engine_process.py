@@ -19,7 +19,7 @@ import numpy.typing as npt
 from lmcache.chunks import Layout, TokenChain, shard_of_rank
 from lmcache.engine import Done, Hit, Load, SchedulerSession, Store, WorkerSession
 from lmcache.engine.connection import Endpoint
-from lmcache.integration.identity import Identity, named
+from lmcache.engine.identity import Identity, named
 from lmcache.transfer.paged import PagedKV, Plane
 
 POISON = 0xDEAD

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from blake3 import blake3
 
+from lmcache.engine import digests as module
+from lmcache.engine.digests import DigestMemory, Stamp, digest_file, stamp_of
 from lmcache.errors import LayoutError
-from lmcache.integration import digests as module
-from lmcache.integration.digests import DigestMemory, Stamp, digest_file, stamp_of
 
 
 @pytest.fixture

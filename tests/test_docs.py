@@ -74,7 +74,7 @@ class Reader:
             "digest": "d",
             "salt": "",
             "have": 0,
-            "shard": 0,
+            "seconds": PATIENCE,
             "event": None,
             "name": "request 1",
         }
@@ -83,9 +83,11 @@ class Reader:
         assert sum(address in one for one in said) == 1
         for one in said:
             exec(one, self.names)
-        self.look_up, self.load, self.store = (one for section, one in code if section == PROMPT)
-        assert self.scheduler.wait_connected(PATIENCE) and self.worker.wait_connected(PATIENCE)
-        set_deadline(PATIENCE, self.scheduler, self.worker)
+        self.look_up, self.load, self.wait, self.store, self.end_of_it = (
+            one for section, one in code if section == PROMPT
+        )
+        assert self.rank.wait_connected(PATIENCE)
+        set_deadline(PATIENCE, self.rank.scheduler, self.rank.worker)
 
     def __getattr__(self, name: str) -> Any:
         return self.names[name]
@@ -94,14 +96,14 @@ class Reader:
         self.names |= changes
         exec(code, self.names)
 
-    def done(self) -> Any:
-        assert self.worker.wait_finished(PATIENCE)
-        (job,) = self.worker.finished()
-        return job
+    def stored(self) -> int:
+        """Tokens that the stores of the prompt came to."""
+        running = self.rank.copies.running()
+        assert self.rank.copies.wait(running, PATIENCE)
+        return sum(copy.done.tokens for copy in running)
 
     def close(self) -> None:
-        self.worker.close()
-        self.scheduler.close()
+        self.rank.close()
 
 
 @pytest.fixture
@@ -121,11 +123,10 @@ def test_the_page_is_an_integration(server: Callable[..., Server], reader: Calla
     cache, ids = server(chunk=CHUNK), list(range(1, 101))
     first = reader(cache)
     first.run(first.look_up, token_ids=ids)
-    assert first.hit is None
+    assert first.request.hit is None
     first.kv[..., :100, :] = kv_of(ids)
-    first.run(first.store)
-    job = first.done()
-    assert (job.job_id, job.ok, job.tokens) == ("job 2", True, 96)
+    first.run(first.store, computed=100)
+    assert first.stored() == 96
 
     longer = [*ids, *range(500, 530)]
     for have in (0, 40):  # the second one finds what the first has stored as well
@@ -133,19 +134,16 @@ def test_the_page_is_an_integration(server: Callable[..., Server], reader: Calla
         other.kv[..., :have, :] = kv_of(longer)[..., :have, :]
         other.run(other.look_up, token_ids=longer, have=have)
         end = 96 if not have else 128
-        assert other.hit.chunks * CHUNK == end
+        assert other.request.found_tokens == end
         other.run(other.load)
-        job = other.done()
-        assert (job.job_id, job.ok) == ("job 1", True) and other.end == end
+        other.run(other.wait)
+        assert other.end == end and other.copy.ok
         assert np.array_equal(other.kv[..., :end, :], kv_of(longer)[..., :end, :]), "wrong bytes"
         assert not other.kv[..., end:, :].any(), "what was not there stays as it was"
-        other.scheduler.release(other.hit)
         other.kv[..., :130, :] = kv_of(longer)
-        other.run(other.store, token_ids=longer)
-        if have:
-            assert not other.worker.wait_finished(PATIENCE), "all was there: nothing is stored"
-        else:
-            assert other.done().tokens == 32
+        other.run(other.store, token_ids=longer, computed=130)
+        assert other.stored() == (0 if have else 32), "what was there is not stored again"
+        other.run(other.end_of_it)
     assert cache.counters()["leases"] == 0
 
 
@@ -155,12 +153,12 @@ def test_a_prompt_that_is_there_in_full_leaves_its_last_token(
     cache, ids = server(chunk=CHUNK), list(range(1, 65))
     first, second = reader(cache), reader(cache)
     first.kv[..., :64, :] = kv_of(ids)
-    first.run(first.look_up + first.store, token_ids=ids)
-    assert first.done().tokens == 64
+    first.run(first.look_up + first.store, token_ids=ids, computed=64)
+    assert first.stored() == 64
     second.run(second.look_up + second.load, token_ids=ids)
-    assert second.done().ok and second.end == 63
+    second.run(second.wait)
+    assert second.copy.ok and second.end == 63
     assert np.array_equal(second.kv[..., :63, :], kv_of(ids)[..., :63, :]) and not second.kv[..., 63:, :].any()
-    second.scheduler.release(second.hit)
 
 
 def test_the_example_of_the_public_interface_works(server: Callable[..., Server]) -> None:

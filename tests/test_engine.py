@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 import random
 import socket
-import time
-from types import SimpleNamespace
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from engine_process import pause_once
-from lmcache.engine import Load, connection, worker
+from lmcache.engine import Load, connection
 from lmcache.engine.connection import RENEWALS
 from ports import free_port
 from servers import PATIENCE, eventually, unresolved
@@ -35,13 +34,12 @@ def test_a_round_trip_keeps_every_bit(server, engine, chunk, tokens, mode):
     assert one.store(ids) == 0, "what is there is not copied again"
 
 
-def test_the_log_lines_that_users_look_for(server, engine, monkeypatch):
+def test_the_log_lines_that_users_look_for(server, engine):
     """And the seconds in them are those of the finished copy, by a clock that only this test moves."""
     now = [1000.0]
-    clock = SimpleNamespace(perf_counter=lambda: now[0], sleep=time.sleep, monotonic=time.monotonic)
-    monkeypatch.setattr(worker, "time", clock)
     cache, ids = server(), prompt(13, 320)
     one = engine(cache)
+    one.worker.runtime = replace(one.worker.runtime, now=lambda: now[0])
     cache.line_with(f"Registered KV cache for GPU ID {os.getpid()} with 2 layers")
     for what, said in (("gather", "Stored"), ("scatter", "Retrieved")):
         pause_once(one.worker._access.copier, what, lambda: now.append(now.pop() + 7.25))

@@ -99,6 +99,26 @@ def test_the_heart_is_pure() -> None:
             assert not banned & {name.split(".")[0] for name in names}, f"{path.name}:{node.lineno} imports {names}"
 
 
+def test_one_place_gives_the_engines_side_its_time_and_its_threads() -> None:
+    """Only `engine/runtime.py` reads a clock, sleeps or starts a thread; the NumPy engine is an engine and times itself."""
+    for folder in ("engine", "integration"):
+        for path in (PACKAGE / folder).rglob("*.py"):
+            if path.name == "runtime.py" or "numpy" in path.parts:
+                continue
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+            names |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+            made = {
+                node.attr
+                for node in ast.walk(tree)
+                if isinstance(node, ast.Call)
+                for node in [node.func]
+                if isinstance(node, ast.Attribute)
+            }
+            assert not names & {"time", "datetime", "concurrent.futures.thread"}, path
+            assert not made & {"Thread", "Timer", "ThreadPoolExecutor"}, path
+
+
 def test_every_folder_says_what_lives_there() -> None:
     for path in PACKAGE.rglob("__init__.py"):
         assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), f"{path} has no first paragraph"

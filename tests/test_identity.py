@@ -15,13 +15,13 @@ import pytest
 
 from engine_process import PATIENCE, Engine
 from hashing import Turns
+from lmcache.engine import StorePlan, digests, identity
+from lmcache.engine.digests import digest_file
+from lmcache.engine.identity import Identity, path_identity
 from lmcache.errors import IdentityUnknown, LayoutError
-from lmcache.integration import digests, identity
-from lmcache.integration.digests import digest_file
-from lmcache.integration.identity import Identity, path_identity
 from lmcache.integration.vllm.identity import Adapters
 from lmcache.integration.vllm.paged import Registered
-from lmcache.integration.vllm.plan import StepPlan, StorePlan
+from lmcache.integration.vllm.plan import StepPlan
 from lmcache.integration.vllm.worker import WorkerSide
 from servers import Server, eventually
 
@@ -63,7 +63,7 @@ def test_a_rank_that_still_hashes_holds_up_no_step(
     hit = other.lookup(TOKENS)
     assert hit is not None
     rank = engine(cache, "rank", connect=False, scheduler=False, model=found(weights), deadline=1000.0)
-    half = WorkerSide(rank.worker, Registered(rank.worker._paged, 1), 0, 1)
+    half = WorkerSide(rank.worker, Registered(rank.worker._paged, 1), 0)
     half.wait_connected(StepPlan(stores=[StorePlan("job", "request", 16, bytes(16), bytes(16), 0, [0])]))
     assert not half._waited, "it waits for the server at the first step after that"
     assert not rank.wait(rank.submit_load(hit, 16, 0, 96, TOKENS)).ok
@@ -202,7 +202,7 @@ def test_large_weights_are_hashed_once(turns: Turns, weights: Path, monkeypatch:
 
 _LOOK = """
 import sys
-from lmcache.integration.identity import path_identity
+from lmcache.engine.identity import path_identity
 print("ready", flush=True)
 for line in sys.stdin:
     try:
@@ -262,7 +262,7 @@ def test_weights_that_are_newer_than_the_engine_are_not_served(tmp_path: Path, c
 _HASHING = """
 import os
 import sys
-from lmcache.integration import digests, identity
+from lmcache.engine import digests, identity
 identity._AT_ONCE_BYTES = 1000
 found = identity.path_identity(sys.argv[1])
 print(found.failure or "hashing", flush=True)

@@ -85,7 +85,7 @@ def test_the_tail_of_a_prompt_is_stored_once_and_generated_tokens_are_not() -> N
     assert not scheduler.plan_step(step({"a": 10}, new={"a": [3]})).stores, "no chunk is full, and it goes on"
     request.num_computed_tokens = 10
     (store,) = scheduler.plan_step(step({"a": 60})).stores
-    assert (store.first_chunk, len(store.hashes) // 16, store.end_token, store.tokens) == (0, 5, 70, (0, 70))
+    assert (store.first_chunk, len(store.hashes) // 16, store.end_token, store.start, store.end) == (0, 5, 70, 0, 70)
     request.num_computed_tokens, request.all_token_ids = 70, list(range(90))
     for _ in range(2):
         assert not scheduler.plan_step(step({"a": 20})).stores
@@ -108,7 +108,7 @@ def test_a_prompt_shorter_than_a_chunk_is_a_tail_alone() -> None:
     scheduler.match(request, 0)
     scheduler.allocated(request, [], 0)
     (store,) = scheduler.plan_step(step({"a": 5}, new={"a": [3]})).stores
-    assert (store.first_chunk, len(store.hashes), store.tokens) == (0, 16, (0, 5))
+    assert (store.first_chunk, len(store.hashes), store.start, store.end) == (0, 16, 0, 5)
     session.present = 1
     again = Request("b", list(range(5)))
     assert scheduler.match(again, 0) == 4
@@ -148,7 +148,6 @@ def test_a_rank_waits_for_its_loads_and_tells_what_they_cost(said: Any) -> None:
     ranks = Ranks()
     scheduler, request = in_process(Session(present=4)), Request("a", list(range(100)))
     worker = rank(ranks, synchronous=True)
-    worker._registered.paged.shard_bytes = lambda tokens: tokens << 20  # type: ignore[attr-defined]
     scheduler.match(request, 0)
     scheduler.allocated(request, [], 64)
     request.num_computed_tokens = 64
@@ -196,7 +195,7 @@ def test_reports_of_ranks_add_up() -> None:
 
 def test_an_engine_says_why_it_starts_a_server_of_its_own(said: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """That nobody is there is as it should be; that a name does not resolve is a mistake."""
-    monkeypatch.setattr(own_server, "start_server", lambda *_: None)
+    monkeypatch.setattr(own_server, "start_own_server", lambda *_: None)
     monkeypatch.setattr(socket, "getaddrinfo", unresolved)
     config = SimpleNamespace(
         cache_config=SimpleNamespace(kv_offloading_backend="lmcache", kv_offloading_size=0.5),

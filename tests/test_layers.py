@@ -249,7 +249,6 @@ def started(copies: Copies) -> tuple[WorkerSide, Any, Any]:
     layers = Layers("ab", 4)
     forward(layers, "ab")
     worker = rank(copies, synchronous=True, layers=layers)
-    worker._registered.paged.shard_bytes = lambda tokens: tokens << 20  # type: ignore[attr-defined]
     scheduler, request = in_process(Session(present=4)), Request("a", list(range(100)))
     scheduler.match(request, 0)
     scheduler.allocated(request, [], 64)
@@ -305,7 +304,7 @@ def test_what_is_computed_from_a_failed_load_is_not_stored_until_the_scheduler_k
     worker, scheduler, plan = started(copies)
     worker.wait_before_forward(object())
     worker.start_stores(plan)
-    scheduler._session.present = 0
+    scheduler.requests.session.present = 0
     for request, table in ((Request("b", list(range(64))), [7]), (Request("c", list(range(64))), [8])):
         scheduler.match(request, 0)
         scheduler.allocated(request, [], 0)
@@ -336,7 +335,7 @@ def test_several_ranks_store_what_follows_a_load_once_all_have_loaded() -> None:
     assert not plan.stores
     for stored in ([], [(32, 64)]):
         scheduler.transferred(report=StepReport(loaded={plan.loads[0].job_id: 1}))
-        assert [store.tokens for store in scheduler.plan_step(step({"a": 0})).stores] == stored
+        assert [(store.start, store.end) for store in scheduler.plan_step(step({"a": 0})).stores] == stored
 
 
 def test_reports_without_failures_carry_none() -> None:

@@ -8,6 +8,7 @@ import random
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,13 +19,15 @@ import pytest
 from hashing import Turns
 from lmcache.config.engine import FILE_VARIABLE
 from lmcache.engine import Loading
+from lmcache.engine.agreement import Agreement
+from lmcache.engine.runtime import RUNTIME
 from lmcache.errors import ConfigError, LayoutError
 from lmcache.integration.sglang import model as model_of_sglang
 from lmcache.integration.sglang import ranks, weights
 from lmcache.integration.sglang import unified_lmcache_mp_connector as unified
 from lmcache.integration.sglang.model import Ranks, describe_rank, pool_buffers
 from lmcache.integration.sglang.multi_process_adapter import LMCacheMPConnector
-from lmcache.integration.sglang.ranks import Agreement, block_table
+from lmcache.integration.sglang.ranks import block_table
 from lmcache.integration.sglang.settings import read_settings
 from lmcache.integration.sglang.sglang_adapter import LMCacheLayerwiseConnector, LoadMetadata, StoreMetadata
 from lmcache.integration.sglang.utils import lmcache_get_config
@@ -108,7 +111,7 @@ def test_large_weights_are_hashed_while_the_engine_runs(
     reason = 'engine_dropped_chunks_total{reason="identity not known yet"}'
     eventually(lambda: daemon.counters().get(reason) == 20)
     rank = engine.connector._rank
-    eventually(lambda: rank._worker.connected and rank._scheduler.connected)
+    eventually(lambda: rank.worker.connected and rank.scheduler.connected)
     engine.compute_and_store("c", text)
     assert engine.load("d", text)[0] == 320
 
@@ -167,10 +170,10 @@ def test_a_hit_that_waits_is_given_back_and_asked_for_again(
     engine = sglang(daemon, 16)
     engine.compute_and_store("a", text)
     lookup = engine.connector.submit_lookup("b", text, local_hit_tokens=0, cache_salt="")
-    assert engine.connector.poll_lookup(lookup) == 160 and lookup.hit is not None
+    assert engine.connector.poll_lookup(lookup) == 160 and lookup.tracker.hit is not None
     engine.connector._swept = 0.0
     engine.connector.ready_prefix_count([])
-    assert lookup.hit is None
+    assert lookup.tracker.hit is None
     slots = engine.slots(160, 9)
     load = engine.connector.submit_load(lookup, slots, local_hit_tokens=0, owned_device_indices=slots)
     assert engine.connector.prepare_load_on_stream(load, None)
@@ -192,7 +195,7 @@ def test_the_tree_may_lose_its_part_before_the_load(server: Servers, sglang: Eng
     assert engine.connector.prepare_load_on_stream(load, None)
     assert np.array_equal(engine.pool.read(slots), engine.expected(text)[:, :, 32:])
     engine.connector.finish_request("b")
-    assert engine.connector._rank is not None and not engine.connector._rank._scheduler._held
+    assert engine.connector._rank is not None and not engine.connector._rank.scheduler._held
 
 
 def test_no_lease_is_left_behind(server: Servers, sglang: Engines) -> None:
@@ -214,7 +217,7 @@ def test_no_lease_is_left_behind(server: Servers, sglang: Engines) -> None:
     lookup = connector.submit_lookup("at the end of all", text, local_hit_tokens=0, cache_salt="")
     connector.poll_lookup(lookup)
     connector.end_all_sessions()
-    assert connector._rank is not None and not connector._rank._scheduler._held
+    assert connector._rank is not None and not connector._rank.scheduler._held
 
 
 class Updater:
@@ -501,7 +504,7 @@ def test_a_forward_waits_for_each_layer_of_the_loads_under_way(
     engine.compute_and_store("a", text)
     counter = engine.pool.layer_transfer_counter
     assert (counter.num_layers, counter.consumer_index) == (3, -1)
-    worker = engine.connector._rank._worker
+    worker = engine.connector._rank.worker
     real, held = worker._access.copier, Held(6, points=True)
     worker._access.copier = held
     try:
@@ -536,7 +539,7 @@ def test_a_load_that_fails_before_it_is_certain_is_no_load(server: Servers, sgla
     daemon, text = server(chunk=16), tokens(160, 31)
     engine = sglang(daemon, 1)
     engine.compute_and_store("a", text)
-    worker = engine.connector._rank._worker
+    worker = engine.connector._rank.worker
     real, held = worker._access.copier, Held(6, points=False)
     worker._access.copier = held
     held.may_end.set()
@@ -555,14 +558,14 @@ def test_how_fast_prompts_were_computed_is_told(
     """A load from a tier is judged by it. Answers and prompts that are loaded say nothing of it."""
     engine, told, now = sglang(server(chunk=16), 1), list[float](), [1000.0]
     rank = engine.connector._rank
-    poll = rank.poll
+    poll = rank.scheduler.poll
 
-    def noting(chain: Any, have: int, request: str, rate: float) -> Any:
+    def noting(chain: Any, have: int, rate: float, **more: Any) -> Any:
         told.append(rate)
-        return poll(chain, have, request, rate)
+        return poll(chain, have, rate, **more)
 
-    monkeypatch.setattr(rank, "poll", noting)
-    monkeypatch.setattr(unified, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(rank.scheduler, "poll", noting)
+    rank.requests.runtime = replace(RUNTIME, now=lambda: now[0])
     text = tokens(700, 33)
     assert engine.load("a", text)[0] == 0
     assert told == [0.0]
@@ -588,20 +591,20 @@ def test_a_load_that_hangs_costs_one_deadline(
     engine, text = sglang(server(chunk=16), 1), tokens(160, 37)
     engine.compute_and_store("a", text)
     rank, waits, now = engine.connector._rank, list[float | None](), [1000.0]
-    monkeypatch.setattr(ranks, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    rank.requests.runtime = rank.worker.runtime = replace(RUNTIME, now=lambda: now[0])
 
     def in_vain(self: Progress, planes: int, seconds: float) -> bool:
         now[0] += seconds
         return False
 
-    monkeypatch.setattr(Progress, "wait_told", in_vain)
-    wait = rank.wait
+    monkeypatch.setattr(Progress, "wait_recorded", in_vain)
+    wait = rank.copies.wait
 
-    def noting(copy: Any, seconds: float | None) -> bool:
+    def noting(copies: Any, seconds: float | None) -> bool:
         waits.append(seconds)
-        return wait(copy, seconds)
+        return wait(copies, seconds)
 
-    monkeypatch.setattr(rank, "wait", noting)
+    monkeypatch.setattr(rank.copies, "wait", noting)
     load, _ = begin_load(engine, "b", text)
     engine.connector.prepare_load_on_stream(load, None)
     assert now[0] == 1000.0 + PATIENCE and waits[0] == 0.0, "nothing is left of it"
@@ -663,14 +666,14 @@ def test_what_a_tier_brings_is_waited_for(server: Servers, sglang: Engines, monk
     engine.compute_and_store("a", text)
     connector, rank = engine.connector, engine.connector._rank
     assert rank is not None
-    really = rank.poll
-    monkeypatch.setattr(rank, "poll", lambda chain, have, request, rate: Loading(0, 10) if request in "bc" else None)
+    really = rank.scheduler.poll
+    monkeypatch.setattr(rank.scheduler, "poll", lambda *_, **__: Loading(0, 10))
     lookup = connector.submit_lookup("b", text, local_hit_tokens=0, cache_salt="")
     assert connector.poll_lookup(lookup) is None
-    monkeypatch.setattr(rank, "poll", really)
+    monkeypatch.setattr(rank.scheduler, "poll", really)
     assert connector.poll_lookup(lookup) == 160
     connector.finish_request("b")
-    monkeypatch.setattr(rank, "poll", lambda chain, have, request, rate: Loading(0, 10) if request in "bc" else None)
+    monkeypatch.setattr(rank.scheduler, "poll", lambda *_, **__: Loading(0, 10))
     connector.operation_timeout = 0.0
     assert connector.poll_lookup(connector.submit_lookup("c", text, local_hit_tokens=0, cache_salt="")) == 0
 
@@ -760,7 +763,7 @@ def test_the_multi_process_connector(server: Servers, tmp_path: Path, model: str
     assert connector.lookup_kv(text, "t") == connector.lookup_kv(text, "t") == 128
     connector.release_pending("t")
     connector.release_pending("t")
-    assert connector._rank is not None and not connector._rank._scheduler._held
+    assert connector._rank is not None and not connector._rank.scheduler._held
     connector.close()
 
 

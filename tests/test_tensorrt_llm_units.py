@@ -12,7 +12,6 @@ import pytest
 
 from lmcache.chunks import TokenChain
 from lmcache.errors import LayoutError
-from lmcache.integration.tensorrt_llm import scheduler as module
 from lmcache.integration.tensorrt_llm.model import MODEL_ID_VARIABLE, describe_pool
 from lmcache.integration.tensorrt_llm.scheduler import SchedulerSide
 
@@ -22,13 +21,17 @@ class Session:
 
     epoch = b"epoch"
 
+    chunk_tokens = 16
+
     def __init__(self) -> None:
         self.rates: list[float] = []
+        self.now = 0.0
+        self.runtime = SimpleNamespace(now=lambda: self.now)
 
     def new_chain(self, *salts: Any, **more: Any) -> TokenChain:
         return TokenChain(bytes(16), 16)
 
-    def lookup(self, chain: TokenChain, skip_tokens: int, prefill_rate: float, *, request_id: str) -> None:
+    def lookup(self, chain: TokenChain, skip_tokens: int, prefill_rate: float, **more: Any) -> None:
         self.rates.append(prefill_rate)
 
 
@@ -37,16 +40,14 @@ class Request(SimpleNamespace):
         return list(range(100))
 
 
-def test_how_fast_prompts_were_computed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_how_fast_prompts_were_computed_is_told() -> None:
     """A load from a tier is judged by it."""
-    session, now = Session(), [0.0]
-    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    session = Session()
     watch = SimpleNamespace(all_have=lambda epoch: True)
     half = SchedulerSide(session, watch, 16)  # type: ignore[arg-type]
-    monkeypatch.setattr(half, "_chain", lambda tracker: session.new_chain())
     half.match(Request(request_id=1), 0)
     for seconds, new, cached in ((0.0, 600, 400), (0.5, 0, 8), (9.0, 0, 400), (0.8, 1, 0)):
-        now[0] += seconds
+        session.now += seconds
         step = [[SimpleNamespace(request_id=9, num_scheduled_tokens=tokens)] * bool(tokens) for tokens in (new, cached)]
         half.plan_step(SimpleNamespace(new_requests=step[0], cached_requests=step[1]))
     half.match(Request(request_id=2), 0)

@@ -20,20 +20,22 @@ import pytest
 
 from lmcache.chunks import TokenChain, chunk_root
 from lmcache.chunks.hashing import Extras
-from lmcache.engine import Done, Hit, Load, Loading, Store
+from lmcache.engine import Done, Hit, Load, Loading, Store, identity
+from lmcache.engine.identity import path_identity
+from lmcache.engine.requests import HIT_SECONDS
+from lmcache.engine.served import NOT_SERVED, refusal_of
 from lmcache.errors import ConfigError, LayoutError
-from lmcache.integration import identity
-from lmcache.integration.identity import path_identity
 from lmcache.integration.vllm import settings as settings_of_vllm
 from lmcache.integration.vllm import vllm_multi_process_adapter as adapter
 from lmcache.integration.vllm.identity import config_digest, model_identity
-from lmcache.integration.vllm.model import NOT_SERVED, describe_model, refusal_of
-from lmcache.integration.vllm.paged import Registered, Shape, describe_tensors, fit_strides
+from lmcache.integration.vllm.model import describe_model
+from lmcache.integration.vllm.paged import Registered, Shape, describe_tensors
 from lmcache.integration.vllm.plan import StepReport
 from lmcache.integration.vllm.resets import watch_resets
-from lmcache.integration.vllm.scheduler import HIT_SECONDS, SchedulerSide
+from lmcache.integration.vllm.scheduler import SchedulerSide
 from lmcache.integration.vllm.settings import parse_host, read_settings, recompute_failed_loads
 from lmcache.integration.vllm.worker import WorkerSide
+from lmcache.transfer.fitted import fit_strides
 
 CHUNK, BLOCK = 16, 128
 
@@ -43,6 +45,8 @@ class Session:
 
     def __init__(self, present: int = 0) -> None:
         self.present, self.epoch = present, b"server 1"
+        self.now = 100.0
+        self.runtime = SimpleNamespace(now=lambda: self.now, sleep=lambda seconds: None)
         self.chunk_tokens: int | None = CHUNK
         self.forgone_tokens = 0
         self.claim_seconds = 30.0
@@ -142,8 +146,6 @@ def step(
 
 
 def half(session: Session, **options: Any) -> SchedulerSide:
-    """By a clock that stands still, unless the options have another."""
-    options = {"clock": lambda: 100.0} | options
     return SchedulerSide(session, BLOCK, options.pop("ranks", 1), **options)  # type: ignore[arg-type]
 
 
@@ -154,7 +156,7 @@ def test_a_hit_is_loaded_and_its_lease_released_when_all_ranks_are_done() -> Non
     scheduler.allocated(request, list(range(10, 16)), 640)
     plan = pickle.loads(pickle.dumps(scheduler.plan_step(step())))
     (load,) = plan.loads
-    assert (load.start_token, load.end_token, load.blocks, load.first_leased) == (0, 640, list(range(10, 16)), 0)
+    assert (load.start_token, load.end_token, load.blocks, load.hit.first_chunk) == (0, 640, list(range(10, 16)), 0)
     assert not plan.forward and session.leased
     scheduler.transferred(["a"])
     assert not session.leased
@@ -171,7 +173,7 @@ def test_only_what_lies_beyond_the_local_hit_is_leased_and_loaded() -> None:
     assert scheduler.match(request, 256) == 384
     scheduler.allocated(request, list(range(6)), 384)
     (load,) = scheduler.plan_step(step()).loads
-    assert (load.first_leased, load.start_token, load.end_token) == (16, 256, 640)
+    assert (load.hit.first_chunk, load.start_token, load.end_token) == (16, 256, 640)
 
 
 def test_a_gain_that_is_computed_sooner_than_loaded_is_left_alone() -> None:
@@ -183,12 +185,11 @@ def test_a_gain_that_is_computed_sooner_than_loaded_is_left_alone() -> None:
 
 
 def test_a_waiting_request_is_looked_up_once_until_its_hit_is_old() -> None:
-    now = [100.0]
     session = Session(present=4)
-    scheduler, request = half(session, clock=lambda: now[0]), Request("a", list(range(100)))
+    scheduler, request = half(session), Request("a", list(range(100)))
     assert [scheduler.match(request, 0) for _ in range(5)] == [64] * 5
     assert len(session.lookups) == 1
-    now[0] += HIT_SECONDS
+    session.now += HIT_SECONDS
     assert scheduler.match(request, 0) == 64
     assert len(session.lookups) == 2 and session.leased == {2}
     session.epoch = b"server 2"
@@ -211,11 +212,11 @@ def test_a_request_waits_for_a_tier_and_then_gets_what_came() -> None:
 
 
 def test_the_prefill_rate_that_was_seen_is_told_and_whose_lookup_it_is() -> None:
-    session, now = Session(), [0.0]
-    scheduler = half(session, clock=lambda: now[0])
+    session = Session()
+    scheduler = half(session)
     scheduler.match(Request("a", list(range(100))), 0)
     for seconds, scheduled in ((0.0, 1000), (0.5, 8), (9.0, 400), (0.8, 1)):
-        now[0] += seconds
+        session.now += seconds
         scheduler.plan_step(step({"other": scheduled}))
     scheduler.match(Request("b", list(range(100))), 0)
     assert session.rates == [0.0, pytest.approx(2000 - 0.05 * (2000 - 500))], "decodes and pauses count little"
@@ -229,7 +230,7 @@ def test_a_lease_that_starts_behind_a_shrunken_local_hit_is_not_used() -> None:
     assert scheduler.match(request, 128) == 512
     scheduler.allocated(request, list(range(6)), 512)
     (load,) = scheduler.plan_step(step()).loads
-    assert load.first_leased * CHUNK <= load.start_token == 128
+    assert load.hit.first_chunk * CHUNK <= load.start_token == 128
 
 
 def test_a_request_that_gets_no_external_tokens_gives_its_lease_back() -> None:
@@ -553,9 +554,9 @@ def core(monkeypatch: pytest.MonkeyPatch) -> Core:
 
 def salt_of(core: Core) -> str:
     """What the next request's chunks are named by, besides its tokens."""
-    request = Request(f"request {len(core.connector._session.salts)}", list(range(700)))  # type: ignore[union-attr]
+    request = Request(f"request {len(core.connector.requests.session.salts)}", list(range(700)))  # type: ignore[union-attr]
     core.connector.match(request, 0)
-    return str(core.connector._session.salts[-1])  # type: ignore[union-attr]
+    return str(core.connector.requests.session.salts[-1])  # type: ignore[union-attr]
 
 
 def test_a_sleep_that_keeps_the_weights_keeps_the_cache(core: Core) -> None:
@@ -631,6 +632,8 @@ def test_leases_end_when_a_rank_refuses_those_that_others_load_from_after_the_lo
 class Ranks:
     """A worker's session that finishes what it is told to."""
 
+    runtime = SimpleNamespace(now=lambda: 100.0)
+
     def __init__(self) -> None:
         self.loads: dict[str, Load] = {}
         self.stores: dict[str, Store] = {}
@@ -657,9 +660,9 @@ class Ranks:
     def close(self) -> None: ...
 
 
-def rank(session: Ranks, shard: int = 0, shards: int = 1, **options: Any) -> WorkerSide:
-    paged = SimpleNamespace(block_tokens=BLOCK, device="cpu")
-    return WorkerSide(session, Registered(paged, 1), shard, shards, **options)  # type: ignore[arg-type]
+def rank(session: Ranks, shard: int = 0, **options: Any) -> WorkerSide:
+    paged = SimpleNamespace(block_tokens=BLOCK, device="cpu", token_bytes=1 << 20)
+    return WorkerSide(session, Registered(paged, 1), shard, **options)  # type: ignore[arg-type]
 
 
 def test_each_rank_takes_its_own_slots_and_reports_its_blocks() -> None:
@@ -670,11 +673,11 @@ def test_each_rank_takes_its_own_slots_and_reports_its_blocks() -> None:
     plan = scheduler.plan_step(step())
     (load,) = plan.loads
     two = struct.pack("<48I", *range(48))
-    plan.loads[0] = type(load)(**{**vars(load), "slots": two})
-    worker = rank(ranks, shard=1, shards=2)
+    load.hit = load.hit._replace(extents=two, shards=2)
+    worker = rank(ranks, shard=1)
     worker.start_loads(plan)
     (sent,) = ranks.loads.values()
-    assert struct.unpack("<24I", sent.slots) == tuple(range(1, 48, 2))
+    assert struct.unpack("<24I", sent.extents) == tuple(range(1, 48, 2))
     assert (sent.first_chunk, sent.lease_chunk, sent.start_token, sent.end_token) == (16, 0, 256, 640)
     ranks.done = [Done(load.job_id, "load", False, 0, 0.0)]
     assert worker.finished(plan) == (set(), {"a"})
@@ -724,12 +727,10 @@ def adapters(monkeypatch: pytest.MonkeyPatch) -> tuple[Session, Any]:
     session = Session(present=40)
     engine = SimpleNamespace(
         kv=SimpleNamespace(block_tokens=BLOCK, layout=None, shards=1, stages=()),
-        settings=SimpleNamespace(endpoint=lambda *_: None),
-        instance="engine",
+        scheduler_session=lambda: session,
         vllm_config=SimpleNamespace(kv_transfer_config=SimpleNamespace()),
     )
     monkeypatch.setattr(adapter, "_engine_of_caller", lambda: engine)
-    monkeypatch.setattr(adapter, "SchedulerSession", lambda *_: session)
     return session, adapter.LMCacheMPSchedulerAdapter("tcp://localhost:5555", None, "model", vllm_block_size=BLOCK)
 
 
@@ -751,18 +752,17 @@ def test_vllms_own_class_is_told_whole_blocks_once(adapters: tuple[Session, Any]
 
 @pytest.mark.parametrize(("told", "kept"), [(5.0, {"b"}), (50.0, {"a", "b"}), (0.0, {"a", "b"})])
 def test_vllms_own_class_keeps_a_lease_for_as_long_as_the_server_says(
-    adapters: tuple[Session, Any], monkeypatch: pytest.MonkeyPatch, told: float, kept: set[str]
+    adapters: tuple[Session, Any], told: float, kept: set[str]
 ) -> None:
     """One that does not say gets its leases back when the requests end."""
     session, endpoint = adapters
-    session.claim_seconds, now = told, [100.0]
-    monkeypatch.setattr(adapter, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    session.claim_seconds = told
     leases = {}
     for request_id in "ab":
         before = set(session.leased)
         endpoint.maybe_submit_lookup_request(request_id, token_ids=list(range(700)))
         leases[request_id] = session.leased - before
-        now[0] += 6.0
+        session.now += 6.0
     assert session.leased == set().union(*(leases[one] for one in kept))
     for request_id in "ab":
         endpoint.end_session(request_id)
@@ -1135,7 +1135,6 @@ def test_what_is_computed_before_the_weights_are_known_is_counted() -> None:
     request.num_computed_tokens = 700
     assert not scheduler.plan_step(step({"a": 1})).stores
     assert not scheduler.finished(request) and session.forgone_tokens == 700
-    scheduler.wait_connected(lambda: pytest.fail("nobody waits for a server that is not asked"))
     later = Request("b", list(range(700)))
     assert scheduler.match(later, 0) == 0
     session.epoch, session.chunk_tokens = b"server 1", CHUNK
@@ -1319,5 +1318,5 @@ def test_an_engine_that_is_not_understood_is_refused_with_a_reason() -> None:
     try:
         describe_model(SimpleNamespace(), cache_config(FULL))
     except NOT_SERVED as error:
-        assert "not understood" in refusal_of(error)
-    assert refusal_of(LayoutError("so it is")) == "so it is"
+        assert "not understood" in refusal_of(error, "vLLM")
+    assert refusal_of(LayoutError("so it is"), "vLLM") == "so it is"

@@ -5,25 +5,22 @@ Nothing here raises for what the cache does or fails to do: the worst it can say
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from demo.numpy_engine.model import ModelConfig
 from demo.numpy_engine.paged import RankKV
-from lmcache.chunks import HASH_BYTES, Layout, TokenChain, shard_of_rank
-from lmcache.engine import Hit, Load, SchedulerSession, Store, WorkerSession
+from lmcache.chunks import Layout, shard_of_rank
+from lmcache.engine import Copies, Copy, Request, Requests, SchedulerSession, StorePlan, WorkerSession
 from lmcache.engine.connection import Endpoint, server_address
+from lmcache.engine.embedded import wait_connected
 
 
 @dataclass
-class Prompt:
-    """What is known of one request's chunks: their hashes, and the first chunk that is not in the cache yet."""
+class Prompt(Request):
+    """What is known of one request. copies: those that may still touch paged KV."""
 
-    request_id: str
-    chain: TokenChain
-    next_chunk: int = 0
-    jobs: set[str] = field(default_factory=set)
+    copies: list[Copy] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -35,7 +32,7 @@ class Loaded:
 
 
 class CacheConnection:
-    """Sessions of the scheduler and of each rank's worker, and the jobs that still touch paged KV."""
+    """The requests of the scheduler, and the copies of each rank."""
 
     def __init__(
         self,
@@ -69,12 +66,17 @@ class CacheConnection:
             )
             for rank, kv in enumerate(ranks)
         ]
-        self._running: list[set[str]] = [set() for _ in ranks]
-        """Jobs that a rank has not finished."""
-        self._failed: set[str] = set()
-        self._job_number = 0
-        self.stored_tokens = 0
-        """Tokens that the first rank has stored so far."""
+        self._requests: Requests[Prompt] = Requests(self._scheduler, ranks=count)
+        self._ranks = [
+            Copies(worker, rank, requests=self._requests, ended=self._ended)
+            for rank, worker in enumerate(self._workers)
+        ]
+        self._stored_tokens = 0
+
+    @property
+    def stored_tokens(self) -> int:
+        """Tokens that each rank has stored so far."""
+        return self._stored_tokens // len(self._ranks)
 
     @property
     def chunk_tokens(self) -> int | None:
@@ -83,102 +85,67 @@ class CacheConnection:
 
     def wait_connected(self, timeout_seconds: float) -> bool:
         """Wait until the scheduler and every rank have reached the server; False after the timeout."""
-        deadline = time.monotonic() + timeout_seconds
-        waits = [self._scheduler.wait_connected, *(worker.wait_connected for worker in self._workers)]
-        return all(wait(max(0.0, deadline - time.monotonic())) for wait in waits)
+        return wait_connected((self._scheduler, *self._workers), timeout_seconds)
 
-    def open(self, request_id: str, cache_salt: str = "") -> Prompt | None:
-        """Begin a request; None while there is no server, then nothing is looked up or stored for it."""
-        chain = self._scheduler.new_chain(cache_salt=cache_salt)
-        return Prompt(request_id, chain) if chain is not None else None
+    def open(self, request_id: str, cache_salt: str = "") -> Prompt:
+        """Begin a request."""
+        return Prompt(request_id, cache_salt)
 
     def load(self, prompt: Prompt, token_ids: Sequence[int], blocks: Sequence[int], have: int) -> Loaded:
         """Fetch the KV of as many leading tokens as the cache holds; `have` of them are in the blocks already.
 
         The last token is never fetched, since the engine needs its logits.
         """
-        chain = prompt.chain
-        chain.extend(token_ids)
-        hit = self._scheduler.lookup(chain, have, request_id=prompt.request_id)
-        if hit is None:
-            return Loaded(have)
-        end = min(hit.chunks * chain.chunk_tokens, len(token_ids) - 1)
+        self._requests.find(prompt, token_ids, have, wait=True)
+        end = min(prompt.found_tokens, len(token_ids) - 1)
         if end <= have:
-            self._scheduler.release(hit)
+            self._requests.give_back(prompt)
             return Loaded(have)
-        return self._copy_in(prompt, hit, blocks, have, end)
+        plan = self._requests.load(prompt, have, end)
+        loads = [rank.load(plan, list(blocks)) for rank in self._ranks]
+        prompt.copies += loads
+        pairs = zip(self._ranks, loads, strict=True)
+        filled = [rank.settle([load], self._deadline_seconds, 0.0) for rank, load in pairs]
+        if not all(filled):
+            prompt.stored = 0
+            return Loaded(have, stuck=self.busy(loads))
+        return Loaded(end)
 
     def store(self, prompt: Prompt, token_ids: Sequence[int], blocks: Sequence[int]) -> None:
         """Store the full chunks of `token_ids`, whose KV is in the blocks, that the cache does not hold; returns at once."""
-        chain = prompt.chain
-        chain.extend(token_ids)
-        first, end = prompt.next_chunk, len(token_ids) // chain.chunk_tokens
-        if first >= end:
-            return
-        hashes = chain.hashes[first * HASH_BYTES : end * HASH_BYTES]
-        job = self._new_job(prompt)
-        for worker in self._workers:
-            worker.store(job, Store(chain.chunk_tokens, chain.parent(first), hashes, first, list(blocks)))
-        prompt.next_chunk = end
+        plan = self._requests.store(prompt, token_ids, len(token_ids))
+        if plan is not None:
+            prompt.copies += [rank.store(plan, list(blocks)) for rank in self._ranks]
 
     def poll(self) -> None:
-        """Take note of the jobs that have finished."""
-        for worker, running in zip(self._workers, self._running, strict=True):
-            for done in worker.finished():
-                running.discard(done.job_id)
-                if not done.ok:
-                    self._failed.add(done.job_id)
-                elif done.kind == "store" and worker is self._workers[0]:
-                    self.stored_tokens += done.tokens
+        """Take note of the copies that have ended."""
+        for rank in self._ranks:
+            rank.collect()
 
-    def busy(self, jobs: Iterable[str]) -> bool:
-        """Whether one of the jobs may still touch paged KV, as of the last `poll`."""
-        wanted = set(jobs)
-        return any(wanted & running for running in self._running)
+    def busy(self, copies: Iterable[Copy]) -> bool:
+        """Whether one of the copies may still touch paged KV, as of the last `poll`."""
+        return any(copy.done is None for copy in copies)
 
-    def flush(self, jobs: Iterable[str] | None, timeout_seconds: float) -> bool:
-        """Wait until the jobs (None: all) have finished; False when some are running after the timeout."""
-        deadline = time.monotonic() + timeout_seconds
-        wanted = None if jobs is None else set(jobs)
-        for worker, running in zip(self._workers, self._running, strict=True):
-            self.poll()
-            while running if wanted is None else running & wanted:
-                left = deadline - time.monotonic()
-                if left <= 0 or not worker.wait_finished(left):
-                    return False
-                self.poll()
+    def flush(self, copies: Iterable[Copy] | None, timeout_seconds: float) -> bool:
+        """Wait until the copies (None: all) have ended; False when some are running after the timeout."""
+        now = self._scheduler.runtime.now
+        end, wanted = now() + timeout_seconds, None if copies is None else set(copies)
+        for rank in self._ranks:
+            rank.collect()
+            mine = [copy for copy in rank.running() if wanted is None or copy in wanted]
+            if not rank.wait(mine, max(0.0, end - now())):
+                return False
         return True
 
     def close(self) -> None:
         """End the sessions; whatever was not committed is dropped by the server."""
         for worker in self._workers:
             worker.close()
-        self._scheduler.close()
+        self._requests.close()
 
-    def _new_job(self, prompt: Prompt) -> str:
-        self._job_number += 1
-        job = f"{prompt.request_id}/{self._job_number}"
-        for running in self._running:
-            running.add(job)
-        prompt.jobs.add(job)
-        return job
-
-    def _copy_in(self, prompt: Prompt, hit: Hit, blocks: Sequence[int], have: int, end: int) -> Loaded:
-        job = self._new_job(prompt)
-        for rank, worker in enumerate(self._workers):
-            extents = hit.shard_extents(rank)
-            worker.load(job, Load(hit.epoch, hit.lease, hit.first_chunk, extents, have, end, list(blocks)))
-        done = self.flush([job], self._deadline_seconds)
-        if not done:
-            for worker in self._workers:
-                worker.wait([job], 0.0)
-            done = self.flush([job], 0.0)
-        ok = done and job not in self._failed
-        self._scheduler.release(hit)
-        if not ok:
-            return Loaded(have, stuck=not done)
-        prompt.next_chunk = hit.chunks
-        return Loaded(end)
+    def _ended(self, copy: Copy) -> None:
+        if isinstance(copy.plan, StorePlan) and copy.done is not None:
+            self._stored_tokens += copy.done.tokens
 
 
 def layout_of(model: ModelConfig, chunk_tokens: int) -> Layout:

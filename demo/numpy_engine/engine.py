@@ -12,6 +12,7 @@ import numpy as np
 from demo.numpy_engine.cached import CacheConnection, Prompt
 from demo.numpy_engine.model import Context, Floats, Model, ModelConfig
 from demo.numpy_engine.paged import BlockPool, OutOfBlocks, RankKV
+from lmcache.engine import Copy
 
 
 class UnfilledKV(Exception):
@@ -85,8 +86,8 @@ class Engine:
                 address, self.instance_id, config.model, self.ranks, deadline_seconds, transfer_mode
             )
         self._requests = 0
-        self._held: list[tuple[list[int], set[str]]] = []
-        """Blocks of finished requests that jobs may still touch."""
+        self._held: list[tuple[list[int], list[Copy]]] = []
+        """Blocks of finished requests that copies may still touch."""
         self._kept_tokens: list[int] = []
         self._kept_blocks: list[int] = []
 
@@ -173,8 +174,8 @@ class Engine:
         if not loaded.stuck:
             return loaded.tokens
         fresh = self._take(len(blocks))
-        self._held.append((list(blocks), set(prompt.jobs)))
-        prompt.jobs.clear()
+        self._held.append((list(blocks), list(prompt.copies)))
+        prompt.copies.clear()
         blocks[:] = fresh
         return 0
 
@@ -224,11 +225,11 @@ class Engine:
             self._retire(prompt, blocks)
 
     def _settled(self, prompt: Prompt | None) -> bool:
-        return self.cache is None or prompt is None or self.cache.flush(prompt.jobs, 2.0)
+        return self.cache is None or prompt is None or self.cache.flush(prompt.copies, 2.0)
 
     def _retire(self, prompt: Prompt | None, blocks: list[int]) -> None:
         """Give the blocks back: at once, or when the last job that touches them has finished."""
-        self._held.append((blocks, prompt.jobs if prompt else set()))
+        self._held.append((blocks, prompt.copies if prompt else []))
         self._reclaim()
 
     def _reclaim(self) -> None:
@@ -236,9 +237,9 @@ class Engine:
         if self.cache is not None:
             self.cache.poll()
         held, self._held = self._held, []
-        for blocks, jobs in held:
-            if self.cache is not None and self.cache.busy(jobs):
-                self._held.append((blocks, jobs))
+        for blocks, copies in held:
+            if self.cache is not None and self.cache.busy(copies):
+                self._held.append((blocks, copies))
             else:
                 self._release(blocks)
 

@@ -10,9 +10,23 @@ TYPE_CHECKING = False
 
 if TYPE_CHECKING:
     from lmcache.chunks import HASH_BYTES, Layout, Shard, TokenChain, shard_of_rank
-    from lmcache.engine import Done, Hit, Load, Loading, SchedulerSession, Store, WorkerSession
+    from lmcache.engine import (
+        Copies,
+        Done,
+        Hit,
+        Load,
+        Loading,
+        Request,
+        Requests,
+        SchedulerSession,
+        Store,
+        WorkerSession,
+    )
     from lmcache.engine.connection import Endpoint
     from lmcache.engine.embedded import EmbeddedServer, embedded_address
+    from lmcache.engine.identity import named, path_identity
+    from lmcache.engine.local import LocalRank
+    from lmcache.engine.served import ServedKV
     from lmcache.errors import (
         ConfigError,
         IdentityUnknown,
@@ -28,6 +42,7 @@ __version__ = "0.6.0"
 __all__ = [
     "HASH_BYTES",
     "ConfigError",
+    "Copies",
     "Done",
     "EmbeddedServer",
     "Endpoint",
@@ -38,9 +53,13 @@ __all__ = [
     "LayoutError",
     "Load",
     "Loading",
+    "LocalRank",
     "PagedKV",
     "Plane",
+    "Request",
+    "Requests",
     "SchedulerSession",
+    "ServedKV",
     "ServerRefused",
     "ServerUnavailable",
     "Shard",
@@ -53,13 +72,18 @@ __all__ = [
     "Usage",
     "WorkerSession",
     "embedded_address",
+    "named",
+    "path_identity",
     "shard_of_rank",
 ]
 _MODULES = {
     "chunks": "HASH_BYTES Layout Shard TokenChain shard_of_rank",
-    "engine": "Done Hit Load Loading SchedulerSession Store WorkerSession",
+    "engine": "Copies Done Hit Load Loading Request Requests SchedulerSession Store WorkerSession",
     "engine.embedded": "EmbeddedServer embedded_address",
-    "engine.link": "Endpoint",
+    "engine.connection": "Endpoint",
+    "engine.identity": "named path_identity",
+    "engine.local": "LocalRank",
+    "engine.served": "ServedKV",
     "errors": "ConfigError IdentityUnknown LMCacheError LayoutError ServerRefused ServerUnavailable",
     "tiers": "ShardKey Tier TierError TierURL Usage",
     "transfer.paged": "PagedKV Plane",

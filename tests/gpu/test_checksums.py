@@ -11,7 +11,7 @@ pytest.importorskip("transformers")
 if not torch.cuda.is_available():
     pytest.skip("no GPU here", allow_module_level=True)
 
-from lmcache.integration.transformers.model import checksum  # noqa: E402
+from lmcache.engine.tensors import checksum  # noqa: E402
 
 MIB = 1 << 20
 

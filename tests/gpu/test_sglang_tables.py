@@ -9,7 +9,8 @@ torch = pytest.importorskip("torch")
 if not torch.cuda.is_available():
     pytest.skip("no GPU here", allow_module_level=True)
 
-from lmcache.integration.sglang.ranks import Both, block_table  # noqa: E402
+from lmcache.engine.points import Both  # noqa: E402
+from lmcache.integration.sglang.ranks import block_table  # noqa: E402
 
 
 def test_a_table_is_filled_behind_what_the_gpu_computes_and_nobody_waits_for_that() -> None:

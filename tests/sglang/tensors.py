@@ -94,7 +94,7 @@ def multi_process(config_file: str, model: str) -> dict[str, Any]:
 
 
 def agreement(store: str, rank: str) -> dict[str, Any]:
-    from lmcache.integration.sglang.ranks import Agreement
+    from lmcache.engine.agreement import Agreement
 
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=int(rank), world_size=2)
     together = Agreement((torch.distributed.group.WORLD, 2), (None, 1))

@@ -16,7 +16,7 @@ from typing import Any
 import tensorrt_executor as double
 from commands import PATIENCE, serve, set_deadline
 
-from lmcache.integration import identity
+from lmcache.engine import identity
 
 PRESETS = {
     "lmcache": ("lmcache.integration.tensorrt_llm.tensorrt_adapter", "LMCache"),
@@ -117,7 +117,7 @@ def do_break(name: str, what: str) -> dict[str, Any]:
 
 def do_miss_arena(name: str) -> dict[str, Any]:
     """The last rank loses its arena between the promise and the load."""
-    session = engines[name].workers[-1]._side._session
+    session = engines[name].workers[-1]._side.session
     load = session.load
 
     def lose(job_id: str, job: Any) -> None:
@@ -132,8 +132,8 @@ def do_ready(name: str) -> dict[str, Any]:
     engine = engines[name]
     engine._get_finished()
     halves = [engine.scheduler._meeting.half, *(worker._side for worker in engine.workers)]
-    connected = all(half is not None and half._session.connected for half in halves)
-    return {"ready": connected and halves[0].watch.all_have(halves[0]._session.epoch)}
+    connected = all(half is not None and half.session.connected for half in halves)
+    return {"ready": connected and halves[0].watch.all_have(halves[0].session.epoch)}
 
 
 def _describe(request: double.Request) -> dict[str, Any]:

@@ -71,8 +71,8 @@ def do_wait_connected(state: State, seconds: float) -> bool:
 
 def do_hold_hashing(state: State) -> dict[str, Any]:
     """From now on weights of 1,000 bytes count as large, and hashing them waits until `go_on`."""
-    from lmcache.integration import identity
-    from lmcache.integration.transformers import model as module
+    from lmcache.engine import identity
+    from lmcache.engine import tensors as module
 
     digest_of, gone_on = module._digest_of, threading.Event()
 
@@ -207,7 +207,7 @@ def do_adapt(state: State, layer: int) -> dict[str, Any]:
 
 def do_checksums(state: State) -> list[int]:
     """Of some numbers, of the same bytes elsewhere, and of the numbers with one bit changed and in other orders, each once."""
-    from lmcache.integration.transformers.model import checksum
+    from lmcache.engine.tensors import checksum
 
     a, b = torch.tensor([1.5, 2.0]), torch.tensor([2.0, 1.5])  # a vector that begins with numbers in other orders
     sign, vector = torch.tensor([3.0, -3.0]), torch.arange(9000.0)

@@ -4,8 +4,25 @@ Nothing here raises into an engine's path and nothing takes longer than its dead
 once. May import every floor below.
 """
 
+from lmcache.engine.copies import Copies, Copy
 from lmcache.engine.jobs import Done, Load, Store
+from lmcache.engine.plans import LoadPlan, StorePlan
+from lmcache.engine.requests import Request, Requests
 from lmcache.engine.scheduler import Hit, Loading, SchedulerSession
 from lmcache.engine.worker import WorkerSession
 
-__all__ = ["Done", "Hit", "Load", "Loading", "SchedulerSession", "Store", "WorkerSession"]
+__all__ = [
+    "Copies",
+    "Copy",
+    "Done",
+    "Hit",
+    "Load",
+    "LoadPlan",
+    "Loading",
+    "Request",
+    "Requests",
+    "SchedulerSession",
+    "Store",
+    "StorePlan",
+    "WorkerSession",
+]

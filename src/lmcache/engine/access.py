@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 
+from lmcache.engine.runtime import Runtime
 from lmcache.memory.arena import Mapping, populate_all
 from lmcache.transfer.copier import Copier
 from lmcache.wire import messages as m
@@ -12,17 +13,14 @@ from lmcache.wire import messages as m
 class ArenaAccess:
     """A copier, and its arena as mapped here; `mapping` is None for payload frames, where the server gave no descriptor."""
 
-    def __init__(self, copier: Copier, welcome: m.Welcome, descriptor: int) -> None:
+    def __init__(self, copier: Copier, welcome: m.Welcome, descriptor: int, runtime: Runtime) -> None:
         self.copier = copier
         self.mapping = Mapping(descriptor, welcome.arena_bytes) if descriptor >= 0 else None
         if self.mapping is None:
             return
         # Fill this process's page table ahead of use: a store into mapped pages runs at twice the speed.
-        self._stop = threading.Event()
-        self._populating = threading.Thread(
-            target=populate_all, args=(self.mapping, self._stop), name="lmcache-map", daemon=True
-        )
-        self._populating.start()
+        mapping, self._stop = self.mapping, threading.Event()
+        self._populating = runtime.start(lambda: populate_all(mapping, self._stop), "lmcache-map")
         copier.adopt(self.mapping.address, self.mapping.size_bytes)
 
     def close(self) -> None:

@@ -9,7 +9,6 @@ import math
 import os
 import secrets
 import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from lmcache import __version__
 from lmcache.config.hosts import connect, in_url
 from lmcache.config.options import switch
 from lmcache.engine.proofs import prove
+from lmcache.engine.runtime import RUNTIME, Runtime
 from lmcache.errors import IdentityUnknown, LMCacheError, ServerRefused, ServerUnavailable
 from lmcache.observability.log import init_logger, printable
 from lmcache.wire import messages as m
@@ -127,8 +127,9 @@ class Connection:
         before_hello: Callable[[], object] = lambda: None,
         held: Callable[[], list[int]] = list,
         on_gone: Callable[[], None] = lambda: None,
+        runtime: Runtime = RUNTIME,
     ) -> None:
-        self.endpoint = endpoint
+        self.endpoint, self._now = endpoint, runtime.now
         self._on_gone = on_gone
         self._ended_at = math.inf
         """When the server hung up. It does so when it ends, and not while it is frozen."""
@@ -143,11 +144,10 @@ class Connection:
         self._welcomed = False
         """A server has said welcome, and this process is getting ready for it."""
         self._told = ""
-        self._since = time.monotonic()
+        self._since = self._now()
         self._payload = False
         self._renewal_seconds = self._renewed = math.inf
-        self._thread = threading.Thread(target=self._keep_up, name=f"lmcache-link-{endpoint.role}", daemon=True)
-        self._thread.start()
+        self._thread = runtime.start(self._keep_up, f"lmcache-link-{endpoint.role}")
 
     @property
     def connected(self) -> bool:
@@ -213,7 +213,7 @@ class Connection:
         """Called with the lock held."""
         if self._carrier is not None:
             if isinstance(self._carrier, UnixCarrier) and self._carrier.wait_for_end(0.0):
-                self._ended_at = time.monotonic()
+                self._ended_at = self._now()
             self._carrier.close()
             self._carrier = None
             self._connected.clear()
@@ -232,13 +232,13 @@ class Connection:
                     attempt = 0
                     continue
                 except Exception as error:  # the edge of the thread: whatever a server sends, the next may be better
-                    starting = time.monotonic() - self._since < _STARTING_SECONDS
+                    starting = self._now() - self._since < _STARTING_SECONDS
                     coming = isinstance(error, IdentityUnknown) or (isinstance(error, _NotThereYet) and starting)
                     if not coming:
                         self._log_once(error)
                     if not isinstance(error, (LMCacheError, OSError)):
                         logger.debug("while connecting", exc_info=True)
-                    if time.monotonic() - self._ended_at >= GONE_SECONDS:
+                    if self._now() - self._ended_at >= GONE_SECONDS:
                         self._on_gone()
                     backoff = _BACKOFF_SECONDS if _is_away(error) else _USELESS_BACKOFF_SECONDS
                     self._wake.wait(_SOCKET_SECONDS if coming else backoff[min(attempt, len(backoff) - 1)])
@@ -273,7 +273,7 @@ class Connection:
             with self._lock:
                 if self._carrier is carrier:
                     self._give_up("it has hung up")
-        now = time.monotonic()
+        now = self._now()
         if now - self._renewed >= self._renewal_seconds and not self._closed:
             self._renewed = now
             if held := self._held():
@@ -288,7 +288,7 @@ class Connection:
         self._payload = not isinstance(carrier, UnixCarrier)
         self._welcomed = True
         self._renewal_seconds = welcome.claim_seconds / RENEWALS if welcome.claim_seconds > 0 else math.inf
-        self._renewed = time.monotonic()
+        self._renewed = self._now()
         try:
             self._on_welcome(carrier, welcome, descriptor)
             with self._lock:

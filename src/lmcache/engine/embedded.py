@@ -9,14 +9,17 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from blake3 import blake3
 
 import lmcache
+from lmcache.config.engine import EngineConfig
 from lmcache.config.options import ENV_PREFIX
 from lmcache.config.server import ServerConfig
+from lmcache.engine.scheduler import SchedulerSession
+from lmcache.engine.worker import WorkerSession
 from lmcache.errors import ConfigError
 from lmcache.observability.log import init_logger
 from lmcache.wire.sockets import UNIX, listen_named
@@ -24,6 +27,9 @@ from lmcache.wire.sockets import UNIX, listen_named
 logger = init_logger(__name__)
 _BOOT = "import runpy, sys; sys.path.append(sys.argv.pop(1)); runpy.run_module('lmcache.server.embedded', run_name='__main__')"
 """With this package's own place as the last one to look in: the engine may have found it by a path of its own."""
+START_SECONDS = 30.0
+"""How long an engine waits at its start for a server of its own, on a machine that is busy."""
+_LOOK_SECONDS = 0.1
 _STOP_SECONDS = 15.0
 """How long the server's end may take beyond the writes to tiers; it leaves a tier that hangs behind after three seconds."""
 _KILL_SECONDS = 5.0
@@ -33,6 +39,35 @@ _KILL_SECONDS = 5.0
 def embedded_address(instance: str) -> str:
     """Where the server of the engine `instance` is, or will be: an address for `Endpoint`, the same in all its processes."""
     return f"{UNIX}@{_name(instance)}"
+
+
+def start_own_server(instance: str, config: EngineConfig, size_gb: float = 0.0) -> EmbeddedServer | None:
+    """The server of the engine `instance`, as its settings say but for a size that is given; None, with a line in the log, where
+    it cannot be started."""
+    quiet = () if "LMCACHE_LOG_LEVEL" in os.environ else ("--log-level", "WARNING")
+    flags = (*quiet, *config.server_flags)
+    try:
+        return EmbeddedServer(
+            instance, l1_size_gb=size_gb or config.max_local_cpu_size, chunk_size=config.chunk_size, flags=flags
+        )
+    except ConfigError as error:
+        logger.error("LMCache serves nothing for this engine: %s", error)
+        return None
+
+
+def wait_connected(
+    sessions: Sequence[SchedulerSession | WorkerSession], seconds: float, running: Callable[[], bool] = lambda: True
+) -> bool:
+    """Wait until all of these have reached their server; False when one has not after so many seconds, or nobody will answer
+    since the server is not `running`."""
+    now = sessions[0].runtime.now
+    end = now() + seconds
+    while missing := [session for session in sessions if not session.connected]:
+        left = end - now()
+        if left <= 0 or not running():
+            return False
+        missing[0].wait_connected(min(left, _LOOK_SECONDS))
+    return True
 
 
 class EmbeddedServer:

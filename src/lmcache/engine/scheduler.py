@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -12,6 +11,7 @@ from lmcache.chunks import TokenChain, chunk_root
 from lmcache.chunks.hashing import HASH_BYTES, Extras
 from lmcache.engine.connection import Connection, Endpoint, ask
 from lmcache.engine.identified import UNKNOWN, LayoutFor, is_identified
+from lmcache.engine.runtime import RUNTIME, Runtime
 from lmcache.errors import LMCacheError
 from lmcache.observability.log import init_logger
 from lmcache.wire import messages as m
@@ -59,9 +59,18 @@ class SchedulerSession:
             IdentityUnknown no server hears of this engine.
         shards: parts of a chunk, as `Shard.count` says.
         stages: where each pipeline stage ends, where the model is split by layers; as the workers have it.
+        runtime: clock and threads.
     """
 
-    def __init__(self, endpoint: Endpoint, layout_for: LayoutFor, shards: int, stages: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        layout_for: LayoutFor,
+        shards: int,
+        stages: Sequence[int] = (),
+        runtime: Runtime = RUNTIME,
+    ) -> None:
+        self.runtime = runtime
         self._layout_for, self._shards, self._stages = layout_for, shards, list(stages)
         self._space, self._chunk_tokens, self._epoch, self._fingerprint = 0, 0, b"", b""
         self.misses: Counter[str] = Counter()
@@ -75,7 +84,9 @@ class SchedulerSession:
         self.claim_seconds = 0.0
         """How long the server lets a lease live that is not renewed, as the last one has told; 0 where it does not tell. What
         this session holds is renewed in the background."""
-        self._connection = Connection(endpoint, self._register, lambda: layout_for(1), held=lambda: list(self._held))
+        self._connection = Connection(
+            endpoint, self._register, lambda: layout_for(1), lambda: list(self._held), runtime=runtime
+        )
 
     @property
     def chunk_tokens(self) -> int | None:
@@ -120,15 +131,17 @@ class SchedulerSession:
     ) -> Hit | None:
         """As `poll`, and wait for what comes from tiers: for as long as the server finds worth it, and at most so long (None:
         the deadline of a call)."""
-        end = time.monotonic() + (self._connection.endpoint.deadline_seconds if wait_seconds is None else wait_seconds)
+        end = self.runtime.now() + (
+            self._connection.endpoint.deadline_seconds if wait_seconds is None else wait_seconds
+        )
         pause = _SHORTEST_PAUSE_SECONDS
         while True:
             found = self.poll(chain, skip_tokens, prefill_rate, tail, request_id)
             if not isinstance(found, Loading):
                 return found
-            if time.monotonic() > end:
+            if self.runtime.now() > end:
                 return None
-            time.sleep(pause)
+            self.runtime.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
 
     def poll(

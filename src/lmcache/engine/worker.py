@@ -10,10 +10,10 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
-import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -25,6 +25,7 @@ from lmcache.engine.access import ArenaAccess
 from lmcache.engine.connection import Connection, Endpoint, ask
 from lmcache.engine.identified import UNKNOWN, LayoutFor, is_identified
 from lmcache.engine.jobs import Done, Event, Load, Store
+from lmcache.engine.runtime import RUNTIME, Runtime
 from lmcache.errors import LayoutError, LMCacheError, ServerRefused, ServerUnavailable
 from lmcache.memory.arena import Mapping
 from lmcache.memory.slabs import NO_EXTENT, SECTOR_BYTES
@@ -63,6 +64,7 @@ class WorkerSession:
         paged: this rank's paged KV.
         threads: copy threads of one job.
         stages: where each pipeline stage ends, where the model is split by layers; as the scheduler has it.
+        runtime: clock and threads.
     """
 
     def __init__(
@@ -73,7 +75,9 @@ class WorkerSession:
         paged: PagedKV,
         threads: int = 1,
         stages: Sequence[int] = (),
+        runtime: Runtime = RUNTIME,
     ) -> None:
+        self.runtime = runtime
         self.counters: Counter[str] = Counter()
         """Jobs and chunks by what became of them; reasons after a colon."""
         self._layout_for, self._shard, self._paged, self._threads = layout_for, shard, paged, threads
@@ -107,15 +111,15 @@ class WorkerSession:
         self._load_ended = 0.0
         self._copying: set[str] = set()
         """Threads that may be touching the arena now."""
-        self._connection = Connection(endpoint, self._register, self._before_hello, on_gone=self._let_go)
+        self._connection = Connection(
+            endpoint, self._register, self._before_hello, on_gone=self._let_go, runtime=runtime
+        )
         works: list[tuple[Literal["load", "store"], str]] = [("load", "load"), ("store", _STORING)]
         if paged.device != "cpu":
             works.append(("load", "load-2"))
         self._threads_running = [
-            threading.Thread(target=self._run, args=work, name=f"lmcache-{work[1]}", daemon=True) for work in works
+            runtime.start(partial(self._run, kind, thread), f"lmcache-{thread}") for kind, thread in works
         ]
-        for thread in self._threads_running:
-            thread.start()
 
     @property
     def connected(self) -> bool:
@@ -189,9 +193,9 @@ class WorkerSession:
             self._closed = True
             for ready in self._ready.values():
                 ready.notify_all()
-        until = time.monotonic() + _LAST_COPY_SECONDS
+        until = self.runtime.now() + _LAST_COPY_SECONDS
         for thread in self._threads_running:
-            thread.join(max(0.0, until - time.monotonic()))
+            thread.join(max(0.0, until - self.runtime.now()))
         hanging = [thread.name for thread in self._threads_running if thread.is_alive()]
         self._connection.close(goodbye=not hanging)
         with self._state:
@@ -256,7 +260,7 @@ class WorkerSession:
             try:
                 if not cancelled:
                     if job.after is not None:
-                        _wait_for_step(job.after, leave_end=isinstance(job, Store))
+                        self._wait_for_step(job.after, leave_end=isinstance(job, Store))
                     if isinstance(job, Load):
                         tokens, seconds = self._load(thread, job)
                     else:
@@ -282,6 +286,13 @@ class WorkerSession:
             elif isinstance(job, Load):
                 self._connection.post(m.Copied(kind, job.end_token - job.start_token, 0.0, self._shard.index, ok=False))
 
+    def _wait_for_step(self, point: Event, leave_end: bool) -> None:
+        """Until the device has passed it. leave_end: if that was only now, give the rest of the engine's step its time, too."""
+        passed = point.query()
+        point.synchronize()
+        if leave_end and not passed:
+            self.runtime.sleep(_STEP_END_SECONDS)
+
     def _load(self, thread: str, load: Load) -> tuple[int, float]:
         """Tokens loaded, and seconds of the copy, without those that it waited for the one before it.
 
@@ -290,12 +301,12 @@ class WorkerSession:
         """
         with self._using(thread, load.epoch) as (copier, mapping):
             runs = self._load_runs(load)
-            blocks, begin = np.asarray(load.blocks, dtype=np.int32), time.perf_counter()
+            blocks, begin = np.asarray(load.blocks, dtype=np.int32), self.runtime.now()
             if mapping is not None:
                 copier.scatter(mapping.address, blocks, runs, arena_bytes=mapping.size_bytes, progress=load.progress)
             else:
                 self._fetch(copier, load, blocks, runs)
-            end = time.perf_counter()
+            end = self.runtime.now()
             begin, self._load_ended = max(begin, self._load_ended), end
             return load.end_token - load.start_token, end - begin
 
@@ -330,7 +341,7 @@ class WorkerSession:
             self._count_drop(len(store.hashes) // HASH_BYTES, reason)
             return 0, 0.0, 0.0
         total, tokens, seconds, parent = len(store.hashes) // HASH_BYTES, 0, 0.0, store.parent
-        begin = time.perf_counter()
+        begin = self.runtime.now()
         step = min(max(1, self._batch_bytes() // self._shard_bytes), m.MAX_RESERVED_CHUNKS)
         for at in range(0, total, step):
             if job_id in self._cancelled:
@@ -350,7 +361,7 @@ class WorkerSession:
                 logger.debug("%d chunks of a store were dropped: %s", total - at, error)
                 break
             parent = hashes[-HASH_BYTES:]
-        return tokens, seconds, time.perf_counter() - begin - seconds
+        return tokens, seconds, self.runtime.now() - begin - seconds
 
     def _store_batch(
         self,
@@ -377,7 +388,7 @@ class WorkerSession:
         count = np.minimum(first + size, store.end_token or first[-1] + size) - first
         runs = np.stack([sectors[wanted].astype(np.int64) * SECTOR_BYTES, first, count, 0 * first], axis=1)
         blocks = np.asarray(store.blocks, dtype=np.int32)
-        begin, ok = time.perf_counter(), False
+        begin, ok = self.runtime.now(), False
         try:
             if mapping is not None and int(runs[:, 0].max()) + self._shard_bytes > mapping.size_bytes:
                 raise LayoutError(f"the server gave an extent beyond the arena's {mapping.size_bytes} bytes")
@@ -389,7 +400,7 @@ class WorkerSession:
                 self._connection.call(m.Fill(granted.reservation, 0), m.Ok, [row.data for row in buffer])
             ok = True
         finally:
-            seconds = time.perf_counter() - begin
+            seconds = self.runtime.now() - begin
             self._connection.call(m.Commit(granted.reservation, ok), m.Ok)
         return int(count.sum()), seconds
 
@@ -492,7 +503,8 @@ class WorkerSession:
                 # Not under the lock, which the engine's thread takes: pinned memory is let go of in seconds, not milliseconds.
                 if access is not None:
                     access.close()
-                access = ArenaAccess(make_copier(self._paged, welcome.chunk_tokens, self._threads), welcome, descriptor)
+                copier = make_copier(self._paged, welcome.chunk_tokens, self._threads)
+                access = ArenaAccess(copier, welcome, descriptor, self.runtime)
             with self._state:
                 self._space, self._chunk_tokens, self._shard_bytes = registered.space, welcome.chunk_tokens, shard_bytes
                 self._access, self._arena, self._epoch = access, welcome.arena, welcome.holds_for
@@ -517,11 +529,3 @@ class WorkerSession:
         """What the caller is to close, without the lock. Called with it, while no copy runs; none begins afterwards."""
         access, self._access, self._arena, self._epoch = self._access, None, b"", b""
         return access
-
-
-def _wait_for_step(point: Event, leave_end: bool) -> None:
-    """Until the device has passed it. leave_end: if that was only now, give the rest of the engine's step its time, too."""
-    passed = point.query()
-    point.synchronize()
-    if leave_end and not passed:
-        time.sleep(_STEP_END_SECONDS)

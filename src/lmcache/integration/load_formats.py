@@ -7,12 +7,11 @@ still have read different ones: a directory can hold a model twice, and each for
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from lmcache.engine.identity import REMEDY, has_one_set, plain
 from lmcache.errors import LayoutError
-from lmcache.integration.identity import REMEDY, plain
 
 _SAFETENSORS = frozenset(
     {"", "auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer", "layered"}
@@ -38,35 +37,5 @@ def files_read(load_format: str, options: Any, folder: Path | None) -> Any:
 
     options: of the format. folder: where the files are; None where that is not known.
     """
-    alike = load_format in _SAFETENSORS and folder is not None and _has_one_set(folder)
+    alike = load_format in _SAFETENSORS and folder is not None and has_one_set(folder)
     return None if alike else [load_format, plain(options)]
-
-
-def model_folder(name: str, commit: str | None, download_folder: str | None) -> Path | None:
-    """Where the files of a model are: its own directory, or that of its commit in the hub's cache. None where neither is there.
-
-    download_folder: the cache that the engine was given, None for the usual one.
-    """
-    return next((folder for folder in (Path(name), _snapshot(name, commit, download_folder)) if folder.is_dir()), None)
-
-
-def _snapshot(name: str, commit: str | None, download_folder: str | None) -> Path:
-    try:
-        from huggingface_hub.constants import HF_HUB_CACHE
-    except ImportError:
-        HF_HUB_CACHE = ""
-    return Path(download_folder or HF_HUB_CACHE, f"models--{name.replace('/', '--')}", "snapshots", commit or "none")
-
-
-def _has_one_set(folder: Path) -> bool:
-    """Whether no format has a choice among the safetensors below this directory: the index, if there is one, names them all."""
-    found = {str(file.relative_to(folder)) for file in folder.rglob("*.safetensors")}
-    if any("/" in name or name.startswith("consolidated") for name in found):
-        return False
-    try:
-        index = json.loads((folder / "model.safetensors.index.json").read_bytes())
-        return found == set(index["weight_map"].values())
-    except FileNotFoundError:
-        return True
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return False  # whoever does not need the index reads the files without it

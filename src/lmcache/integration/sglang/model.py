@@ -11,26 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from blake3 import blake3
-
-from lmcache.chunks import Layout, Shard, shard_of_rank
+from lmcache.chunks import Layout, shard_of_rank
+from lmcache.engine.identity import Identity, digest_of, model_folder, named, path_identity, plain, repository_identity
+from lmcache.engine.served import ServedKV, refuse_encoder_decoder, stores_its_shard
 from lmcache.errors import LayoutError
-from lmcache.integration.identity import Identity, named, path_identity, plain, repository_identity
-from lmcache.integration.load_formats import files_read, model_folder, refuse_weights_from_anywhere
+from lmcache.integration.load_formats import files_read, refuse_weights_from_anywhere
 from lmcache.transfer.paged import PagedKV, Plane
-
-NOT_SERVED = (
-    LayoutError,
-    AttributeError,
-    ImportError,
-    IndexError,
-    KeyError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
-"""Whatever a release of SGLang that we do not know may raise where we look into it: that engine must run on without us."""
 
 REMEDY = "set model_id in the LMCache config file to a name of yours"
 ENGINE = "sglang"
@@ -77,34 +63,6 @@ class Ranks:
 
 
 @dataclass(frozen=True)
-class RankKV:
-    """One rank's KV: the whole model's layout, this rank's shard of it, and where that lies.
-
-    model: of chunks of one token, without a name of the weights. vocabulary: token ids from this one on stand for something else
-    than text.
-    """
-
-    identity: Identity
-    model: Layout
-    shard: Shard
-    paged: PagedKV
-    vocabulary: int
-
-    def layout(self, chunk_tokens: int) -> Layout:
-        """The model's layout for chunks of so many tokens.
-
-        Raises:
-            IdentityUnknown: it is not known (yet) which weights are served.
-        """
-        return self.identity.layout(self.model, chunk_tokens)
-
-    @property
-    def token_bytes(self) -> int:
-        """Bytes of one token's KV on this rank."""
-        return self.paged.token_bytes
-
-
-@dataclass(frozen=True)
 class Buffers:
     """The tensors of a KV pool. values: () with MLA. dtype: our name of the KV's."""
 
@@ -115,16 +73,13 @@ class Buffers:
 
 def describe_rank(
     buffers: Buffers, model_config: Any, page_size: int, ranks: Ranks, *, model_id: str = "", engine_id: str = ""
-) -> RankKV:
+) -> ServedKV:
     """Describe one rank's KV. model_id: the user's name for the weights. engine_id: the same in all ranks of this engine only.
 
     Raises:
         LayoutError: this KV cannot be cached; the message says why.
     """
-    if getattr(model_config, "is_encoder_decoder", False):
-        raise LayoutError(
-            "encoder-decoder models are not supported: their KV does not depend on the prompt's tokens alone"
-        )
+    refuse_encoder_decoder(model_config)
     if ranks.pp_size > 1:
         raise LayoutError(f"pipelines (pp_size={ranks.pp_size}) are not supported with SGLang yet; use tensor parallel")
     _refuse_unsupported(model_config)
@@ -144,7 +99,7 @@ def describe_rank(
     if shard.token_bytes(layout) != paged.token_bytes:
         raise LayoutError(f"the KV pool has {paged.token_bytes} bytes a token, the model {shard.token_bytes(layout)}")
     identity = named(model_id) if model_id else model_identity(model_config, load_format(), engine_id)
-    return RankKV(identity, layout, shard, paged, int(model_config.vocab_size))
+    return ServedKV(identity, layout, shard, paged, stores_its_shard(layout, ranks.tp_rank, ranks.tp_size))
 
 
 def _refuse_unsupported(model_config: Any) -> None:
@@ -250,7 +205,7 @@ def config_digest(model_config: Any) -> str:
         "load": files_read(load_format(), getattr(args, "model_loader_extra_config", None), folder),
         "arguments": {name: plain(value) for name in _CHANGE_NUMBERS if (value := getattr(args, name, None))},
     }
-    return blake3(json.dumps(material, sort_keys=True).encode()).hexdigest(16)
+    return digest_of(material)
 
 
 def load_format() -> str:

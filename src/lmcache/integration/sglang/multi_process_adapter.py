@@ -46,7 +46,7 @@ class LMCacheMPConnector(OlderConnector):
     def lookup_kv(self, token_ids: Any, request_id: str) -> int:
         """Tokens of the prompt, from its start on, that can be loaded; they stay until `release_pending` or `end_session`."""
         self.release_pending(request_id)
-        found = self._find(token_ids, 0)
+        found = self._find(token_ids, 0, request_id)
         if found is None:
             return 0
         self._found[request_id] = found
@@ -64,9 +64,9 @@ class LMCacheMPConnector(OlderConnector):
 
     def release_pending(self, request_id: str) -> None:
         """What was found for the request will not be loaded."""
-        found = self._found.pop(request_id, None)
-        if found is not None and self._rank is not None:
-            self._rank.release(found.hit)
+        self._found.pop(request_id, None)
+        if self._rank is not None:
+            self._rank.requests.finish(request_id)
 
     def end_session(self, request_id: str) -> None:
         """The request has ended."""

@@ -12,21 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from lmcache.chunks import TokenChain
-from lmcache.engine import Hit
+from lmcache.engine.agreement import Agreement
+from lmcache.engine.points import WholeDevice
 from lmcache.errors import LayoutError
-from lmcache.integration.sglang.describe import describe_agreed
 from lmcache.integration.sglang.model import Buffers, Ranks, dtype_name, lora_enabled
-from lmcache.integration.sglang.ranks import (
-    Agreement,
-    SGLangRank,
-    Tokens,
-    WholeDevice,
-    block_table,
-    cost,
-    stored_line,
-    text_of,
-)
+from lmcache.integration.sglang.ranks import Tokens, Tracker, block_table, open_rank
 from lmcache.integration.sglang.settings import Settings
 from lmcache.integration.sglang.weights import RadixTree, forget, on_new_weights
 from lmcache.observability.log import init_logger
@@ -62,8 +52,7 @@ class Found:
     """tokens: that can be loaded, from the prompt's start on, in whole pages."""
 
     tokens: int
-    chain: TokenChain
-    hit: Hit
+    request: Tracker
 
 
 class OlderConnector:
@@ -88,22 +77,17 @@ class OlderConnector:
         self._page_size = page_size
         ranks = Ranks(tp_size, rank)
         self._agreement = Agreement((tp_group, tp_size), device=str(k_pool[0].device))
-        self._salt = ""
-        self._generation = 0
         self._tree = RadixTree()
-        self._rank: SGLangRank | None = None
-        self._name = self._agreement.name()
 
         def buffers() -> Buffers:
             if lora_enabled():
                 raise LayoutError("this release of SGLang does not tell whose KV a LoRA adapter's is; 0.5.23 does")
             return Buffers(tuple(k_pool), tuple(v_pool), dtype_name(k_pool[0].dtype))
 
-        kv = describe_agreed(
-            buffers, sgl_config, page_size, ranks, self._agreement, model_id=settings.model_id, engine_id=self._name
+        self._rank = open_rank(
+            settings, buffers, sgl_config, page_size, ranks, self._agreement, self._agreement.name("sglang")
         )
-        if kv is not None:
-            self._rank = SGLangRank(settings, kv, ranks, self._name)
+        if self._rank is not None:
             on_new_weights(self._new_weights)
 
     def chunk_size(self) -> int:
@@ -120,21 +104,15 @@ class OlderConnector:
             or getattr(getattr(store.last_node, "key", None), "extra_key", None)
         ):
             return
-        if rank.chunk_tokens is None:
-            rank.forgone(len(store.token_ids))
-            return
-        chain = rank.new_chain(self._salt)
-        if chain is None:
-            return
-        tokens = text_of(store.token_ids, rank.kv.vocabulary)
-        chunks = chain.extend(tokens)
-        blocks, _ = block_table(store.kv_indices[: chunks * chain.chunk_tokens], self._page_size, 0)
-        copy = rank.store(chain, 0, chunks, blocks, self._fence())
-        rank.settle(copy)
-        done = [copy.done] if copy.done is not None else []
-        line = stored_line(done, len(store.token_ids), chunks * chain.chunk_tokens, rank.kv.token_bytes)
-        if line:
-            logger.info("%s", line)
+        if rank.scheduler.chunk_tokens is None:
+            rank.requests.forgone(len(store.token_ids) if rank.kv.stores else 0)
+        tokens, request = rank.text_of(store.token_ids), Tracker("")
+        plan = rank.requests.store(request, tokens, len(tokens))
+        if plan is not None:
+            blocks, _ = block_table(store.kv_indices[: plan.end], self._page_size, 0)
+            copy = rank.copies.store(plan, blocks, self._fence())
+            rank.copies.settle([copy], rank.deadline_seconds)
+            rank.log_stores([copy], len(store.token_ids), plan.end)
 
     def reset(self) -> None:
         """SGLang has emptied its radix tree. What LMCache keeps stays good."""
@@ -146,43 +124,31 @@ class OlderConnector:
             self._rank.close()
             self._rank = None
 
-    def _find(self, token_ids: Any, have: int) -> Found | None:
+    def _find(self, token_ids: Any, have: int, request_id: str = "") -> Found | None:
         """What all ranks can load of a prompt of which the radix tree has `have` tokens; None if that is no more."""
         rank = self._rank
         if rank is None:
             return None
-        tokens, chain, hit, count = text_of(token_ids, rank.kv.vocabulary), rank.new_chain(self._salt), None, 0
-        if chain is not None:
-            chain.extend(tokens)
-            hit = rank.lookup(chain, have)
-        if hit is not None and chain is not None:
-            count = min(hit.chunks * chain.chunk_tokens, len(tokens)) // self._page_size * self._page_size
+        tokens, request = rank.text_of(token_ids), Tracker(request_id)
+        rank.requests.open[request_id] = request
+        rank.requests.find(request, tokens, have, wait=True)
+        count = min(request.found_tokens, len(tokens)) // self._page_size * self._page_size
         count = self._agreement.least(count)
-        if hit is not None and chain is not None and count > have:
-            return Found(count, chain, hit)
-        if hit is not None:
-            rank.release(hit)
+        if count > have:
+            return Found(count, request)
+        rank.requests.finish(request_id)
         return None
 
     def _fill(self, found: Found, have: int, slots: Any, total: int) -> int:
         """Fill the slots of tokens [have, found.tokens), the first of them at slots[have]; how many were filled on all ranks."""
-        rank = self._rank
-        if rank is None:
-            return 0
-        blocks, _ = block_table(slots[have : found.tokens], self._page_size, have)
-        copy = rank.load(found.hit, have, found.tokens, blocks, self._fence())
-        ok = self._agreement.least(int(rank.settle(copy)))
-        rank.release(found.hit)
-        if not ok or copy.done is None:
-            return 0
-        logger.info(
-            "Retrieved %d out of %d required tokens (from %d total tokens). %s",
-            found.tokens - have,
-            found.tokens,
-            total,
-            cost((found.tokens - have) * rank.kv.token_bytes, copy.done.seconds),
-        )
-        return found.tokens - have
+        rank, request, ok = self._rank, found.request, False
+        if rank is not None and request.hit is not None:
+            blocks, _ = block_table(slots[have : found.tokens], self._page_size, have)
+            plan = rank.requests.load(request, have, found.tokens, total)
+            ok = rank.copies.settle([rank.copies.load(plan, blocks, self._fence())], rank.deadline_seconds)
+        if rank is not None:
+            rank.requests.finish(request.id)
+        return found.tokens - have if self._agreement.least(int(ok)) else 0
 
     def _fence(self) -> WholeDevice | None:
         """Whatever SGLang has launched may still write to these slots, and it does not say on which stream; nor are block
@@ -191,9 +157,9 @@ class OlderConnector:
         return None if device == "cpu" else WholeDevice(device)
 
     def _new_weights(self, kv_in_use: bool) -> None:
-        self._generation += 1
         self._tree.weights_change(kv_in_use)
-        self._salt = f"{self._name} {self._generation}"
+        if self._rank is not None:
+            self._rank.requests.reset()
         logger.info("The weights of this engine change: what LMCache holds of it so far is not used any more")
 
 

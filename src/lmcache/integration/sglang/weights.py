@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from lmcache.engine.wrapped import call_before
 from lmcache.integration.sglang.model import weights_are_backed_up
-from lmcache.integration.weights import call_before
 from lmcache.observability.log import init_logger
 
 logger = init_logger(__name__)

@@ -14,10 +14,11 @@ from tensorrt_llm._utils import mpi_allgather, mpi_broadcast, mpi_rank
 
 from lmcache.engine import SchedulerSession, WorkerSession
 from lmcache.engine.connection import Endpoint
-from lmcache.engine.identified import is_identified
-from lmcache.integration.tensorrt_llm.model import NOT_SERVED, PoolKV, describe_pool, refusal_of
+from lmcache.engine.embedded import start_own_server, wait_connected
+from lmcache.engine.rank_arenas import RankReporter, RankWatch
+from lmcache.engine.served import NOT_SERVED, ServedKV, refusal_of
+from lmcache.integration.tensorrt_llm.model import describe_pool
 from lmcache.integration.tensorrt_llm.plan import StepPlan
-from lmcache.integration.tensorrt_llm.ranks import RankReporter, RankWatch
 from lmcache.integration.tensorrt_llm.scheduler import SchedulerSide
 from lmcache.integration.tensorrt_llm.settings import Settings
 from lmcache.integration.tensorrt_llm.worker import LoadFailed, WorkerSide
@@ -113,7 +114,9 @@ class Scheduler(KvCacheConnectorScheduler):  # type: ignore[misc]
     def request_reset(self, request: Any) -> None:
         """Newer releases: the blocks of a request that will run again are gone."""
         if self._meeting.half is not None and self._meeting.worker is not None:
-            self._meeting.worker.settle(self._meeting.half.reset(request))  # other ranks do before their next forward
+            self._meeting.worker.copies.let_go(
+                self._meeting.half.reset(request)
+            )  # other ranks do before their next forward
 
     @_never_raises(lambda: None)
     def cancel_load(self, request: Any, start: int, end: int) -> None:
@@ -149,7 +152,7 @@ class Worker(KvCacheConnectorWorker):  # type: ignore[misc]
         try:
             epoch = self._open(describe_pool(self._args, kv_cache_tensor, self._rank), self.settings(), instance)
         except NOT_SERVED as error:
-            self._refuse(refusal_of(error))
+            self._refuse(refusal_of(error, "TensorRT-LLM"))
         epochs = mpi_allgather(epoch) if self._ranks > 1 else [epoch]
         if self._meeting is not None and self._meeting.half is not None:
             self._meeting.half.watch.begin(epochs)
@@ -212,14 +215,17 @@ class Worker(KvCacheConnectorWorker):  # type: ignore[misc]
             return list(finished_gen_req_ids), list(started_loading_req_ids)
         return self._side.finished(finished_gen_req_ids), list(started_loading_req_ids)
 
-    def _open(self, kv: PoolKV, settings: Settings, instance: str) -> bytes:
+    def _open(self, kv: ServedKV, settings: Settings, instance: str) -> bytes:
         """Sessions of this rank and, on rank 0, of the scheduler. They end with this object, or with the process.
 
         Returns the epoch whose arena is mapped by now.
         """
         scheduler: SchedulerSide | None = None
         with ExitStack() as opened:
-            if self._meeting is not None and (own := settings.start_server(instance)) is not None:
+            if self._meeting is not None and settings.own is not None:
+                own = start_own_server(instance, settings.own)
+                if own is None:
+                    return b""
                 opened.callback(own.close)
             endpoint = Endpoint(
                 settings.address(instance), instance, "worker", self._rank, deadline_seconds=settings.deadline_seconds
@@ -229,8 +235,8 @@ class Worker(KvCacheConnectorWorker):  # type: ignore[misc]
                 opened.callback(scheduler.close)
             session = WorkerSession(endpoint, kv.layout, kv.shard, kv.paged)
             opened.callback(session.close)
-            if is_identified(kv.layout):
-                session.wait_connected(_CONNECT_SECONDS)
+            if session.identified:
+                wait_connected((session,), _CONNECT_SECONDS)
             epoch = session.mapped_epoch
             reporter = RankReporter(instance, self._rank, epoch)
             opened.callback(reporter.close)
@@ -241,11 +247,11 @@ class Worker(KvCacheConnectorWorker):  # type: ignore[misc]
         logger.info("Registering kv caches!")
         return epoch
 
-    def _open_scheduler(self, kv: PoolKV, settings: Settings, endpoint: Endpoint) -> SchedulerSide:
+    def _open_scheduler(self, kv: ServedKV, settings: Settings, endpoint: Endpoint) -> SchedulerSide:
         where = Endpoint(endpoint.address, endpoint.instance, "scheduler", deadline_seconds=endpoint.deadline_seconds)
         session = SchedulerSession(where, kv.layout, kv.shard.count)
-        if is_identified(kv.layout):
-            session.wait_connected(_CONNECT_SECONDS)
+        if session.identified:
+            wait_connected((session,), _CONNECT_SECONDS)
         return SchedulerSide(
             session,
             RankWatch(endpoint.instance, self._ranks),

@@ -5,19 +5,15 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from blake3 import blake3
-
-from lmcache.chunks import Layout, Shard, shard_of_rank
-from lmcache.errors import LayoutError, LMCacheError
-from lmcache.integration.identity import Identity, named, path_identity, plain
+from lmcache.chunks import Layout, shard_of_rank
+from lmcache.engine.identity import Identity, digest_of, named, path_identity, plain
+from lmcache.engine.served import ServedKV, refuse_length_dependent_rope, stores_its_shard
+from lmcache.errors import LayoutError
 from lmcache.transfer.paged import PagedKV, Plane
 
-NOT_SERVED = (AttributeError, ImportError, KeyError, LMCacheError, OSError, RuntimeError, TypeError, ValueError)
-"""Whatever a release of TensorRT-LLM that we do not know may raise where we look into it: that engine runs on without us."""
 MODEL_ID_VARIABLE = "LMCACHE_MODEL_ID"
 _DTYPES = {
     "torch.float32": "float32",
@@ -30,29 +26,7 @@ _HEADS_OUTSIDE_TOKENS = "TRTLLM"
 """The attention backend whose blocks are [head][token][dim]. Others order them in ways that the pool's shape does not tell."""
 
 
-@dataclass(frozen=True)
-class PoolKV:
-    """The KV of a model, and the part of it in this rank's pool.
-
-    model: its layout, of chunks of one token, without a name of the weights. stores: whether this rank stores its part.
-    """
-
-    identity: Identity
-    model: Layout
-    paged: PagedKV
-    shard: Shard
-    stores: bool
-
-    def layout(self, chunk_tokens: int) -> Layout:
-        """The model's layout for chunks of so many tokens.
-
-        Raises:
-            IdentityUnknown: it is not known (yet) which weights are served.
-        """
-        return self.identity.layout(self.model, chunk_tokens)
-
-
-def describe_pool(llm_args: Any, pool: Any, rank: int) -> PoolKV:
+def describe_pool(llm_args: Any, pool: Any, rank: int) -> ServedKV:
     """Describe the pool [blocks, layers, 2 (1 for MLA), elements of a block] of a tensor-parallel rank.
 
     Raises:
@@ -77,10 +51,8 @@ def describe_pool(llm_args: Any, pool: Any, rank: int) -> PoolKV:
         config_digest=_config_digest(llm_args, config),
     )
     shard = shard_of_rank(layout, rank, tp_size, 0, layout.num_layers)
-    before = shard_of_rank(layout, rank - 1, tp_size, 0, layout.num_layers) if rank else None
     paged = _paged(pool, shard.end_head - shard.first_head, layout, _tokens_per_block(llm_args))
-    stores = before is None or before.index != shard.index
-    return PoolKV(_identity(llm_args, folder), layout, paged, shard, stores)
+    return ServedKV(_identity(llm_args, folder), layout, shard, paged, stores_its_shard(layout, rank, tp_size))
 
 
 def model_folder(llm_args: Any) -> Path:
@@ -98,13 +70,6 @@ def model_folder(llm_args: Any) -> Path:
         return Path(snapshot_download(name, revision=getattr(llm_args, "revision", None), local_files_only=True))
     except (OSError, ValueError) as error:
         raise LayoutError(f"the files of model {name!r} are not on this machine: {error}") from None
-
-
-def refusal_of(error: Exception) -> str:
-    """One of `NOT_SERVED`, for people."""
-    if isinstance(error, LMCacheError):
-        return str(error)
-    return f"this release of TensorRT-LLM is not understood ({error!r}); docs/tensorrt-llm.md says what is"
 
 
 def _identity(llm_args: Any, folder: Path) -> Identity:
@@ -152,10 +117,7 @@ def _refuse_windows(text: Mapping[str, Any]) -> None:
         raise LayoutError(
             f"a sliding window of {text['sliding_window']} tokens is not supported; only full attention is"
         )
-    scaling = text.get("rope_scaling") or text.get("rope_parameters") or {}
-    kind = scaling.get("rope_type", scaling.get("type"))
-    if kind in ("dynamic", "longrope", "su"):
-        raise LayoutError(f"RoPE of type {kind!r} makes KV depend on what follows it; not supported")
+    refuse_length_dependent_rope(text)
 
 
 def _heads(text: Mapping[str, Any], mla: bool) -> tuple[int, int]:
@@ -189,8 +151,7 @@ def _config_digest(llm_args: Any, config: Any) -> str:
     )
     material = {name: plain(getattr(llm_args, name, None)) for name in names}
     scales = plain(getattr(getattr(llm_args, "kv_cache_config", None), "dtype", None))
-    text = json.dumps(["tensorrt_llm", plain(config), material, scales], sort_keys=True)
-    return blake3(text.encode()).hexdigest(16)
+    return digest_of(["tensorrt_llm", plain(config), material, scales])
 
 
 def _tokens_per_block(llm_args: Any) -> int | None:

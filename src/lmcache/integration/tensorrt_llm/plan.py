@@ -4,32 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from lmcache.engine import Hit
-
-
-@dataclass(frozen=True)
-class LoadPlan:
-    """Write tokens [start_token, end_token) of a request from the hit's slots into its blocks, before the forward."""
-
-    job_id: str
-    hit: Hit
-    chunk_tokens: int
-    start_token: int
-    end_token: int
-    blocks: list[int]
-
-
-@dataclass(frozen=True)
-class StorePlan:
-    """Keep the full chunks from `first_chunk` on, once the forward has ended; `parent` is the hash before theirs."""
-
-    job_id: str
-    request_id: int
-    chunk_tokens: int
-    parent: bytes
-    hashes: bytes
-    first_chunk: int
-    blocks: list[int]
+from lmcache.engine import LoadPlan, StorePlan
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""The scheduler's half: what to load before a request's first forward, and what to store after each.
+"""The scheduler's side: the engine's requests and steps in the terms of `lmcache.engine.requests`.
 
 Loads are synchronous, in the step that runs the request first: only there can the engine be told that one has failed. Hits end
 with a block of the engine's (`tokens_per_block`), wherever that is in a chunk. Stores run on while the engine does; a request
@@ -7,47 +7,30 @@ that ends keeps its blocks until they are done (`finished` -> True).
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from lmcache.chunks import HASH_BYTES, TokenChain
-from lmcache.engine import Hit, SchedulerSession
-from lmcache.engine.prefill import PrefillRate
-from lmcache.integration.tensorrt_llm.plan import LoadPlan, StepPlan, StorePlan
-from lmcache.integration.tensorrt_llm.ranks import RankWatch
+from lmcache.engine import Request, Requests, SchedulerSession
+from lmcache.engine.rank_arenas import RankWatch
+from lmcache.integration.tensorrt_llm.plan import StepPlan
 from lmcache.observability.log import init_logger
 
 logger = init_logger(__name__)
 
-NO_BLOCK = -1
-"""What the engine calls a block that has no page (outside a sliding window)."""
 _BESIDE_TOKENS = ("multimodal_hashes", "multimodal_embedding", "prompt_embedding_table", "mrope_rotary_cos_sin")
 
 
 @dataclass
-class Tracker:
-    """One request.
+class Tracker(Request):
+    """computed: tokens that could have been stored. asked: the engine wanted to know of hits. matched: tokens that it had itself.
+    granted: tokens after those that it takes from us. prompt_tokens: 0 until the first step."""
 
-    computed: tokens that could have been stored. asked: the engine wanted to know of hits. matched: tokens that it had itself.
-    granted: tokens after those that it takes from us. stored: chunks from the first on that the server has, or was sent.
-    prompt_tokens: 0 until the first step.
-    """
-
-    salt: str
-    cacheable: bool
     computed: int = 0
     asked: bool = False
-    chain: TokenChain | None = None
-    epoch: bytes = b""
     matched: int = 0
     granted: int = 0
-    hit: Hit | None = None
     tokens: list[int] = field(default_factory=list)
     prompt_tokens: int = 0
-    blocks: list[int] = field(default_factory=list)
-    stored: int = 0
-    jobs: list[str] = field(default_factory=list)
 
 
 class SchedulerSide:
@@ -62,63 +45,49 @@ class SchedulerSide:
         stores_answers: bool = True,
         least_gain: int = 1,
     ) -> None:
-        self._session, self.watch, self._block_tokens = session, watch, block_tokens
+        self.requests: Requests[Tracker] = Requests(session, block_tokens=block_tokens)
+        self.session, self.watch, self._block_tokens = session, watch, block_tokens
         self._stores_answers, self._least_gain = stores_answers, max(1, least_gain)
-        self._trackers: dict[int, Tracker] = {}
-        self._loading: dict[str, Hit] = {}
         self._settle: list[str] = []
-        self._jobs = 0
         self._told: set[str] = set()
-        self._prefill = PrefillRate()
 
     def match(self, request: Any, computed_tokens: int) -> int:
         """How many tokens beyond `computed_tokens` the request may take from us."""
         tracker = self._begin(request)
         tracker.asked, tracker.matched = True, computed_tokens
         tokens = request.get_tokens(0)
-        chain = self._chain(tracker)
-        if chain is None:
+        if not self.watch.all_have(self.session.epoch):
             return 0
-        chain.extend(tokens)
-        if not self.watch.all_have(self._session.epoch):
-            return 0
-        rate = self._prefill.tokens_per_second
-        hit = self._session.lookup(chain, computed_tokens, rate, request_id=str(request.request_id))
-        if hit is None:
-            return 0
-        tracker.stored = hit.chunks
+        self.requests.find(tracker, tokens, computed_tokens, wait=True)
         # The last token is computed for its logits, and what is loaded ends with a block.
-        end = min(hit.chunks * chain.chunk_tokens, len(tokens) - 1) // self._block_tokens * self._block_tokens
-        if end - computed_tokens < self._least_gain or not self.watch.all_have(hit.epoch):
-            self._release(hit)
+        end = min(tracker.found_tokens, len(tokens) - 1) // self._block_tokens * self._block_tokens
+        tracker.granted = end - computed_tokens
+        if tracker.granted < self._least_gain or tracker.hit is None or not self.watch.all_have(tracker.hit.epoch):
+            self.requests.give_back(tracker)
             return 0
-        tracker.hit, tracker.granted = hit, end - computed_tokens
         return tracker.granted
 
     def allocated(self, request: Any, blocks: list[int]) -> None:
         """The request's blocks so far."""
-        tracker = self._trackers.get(request.request_id)
-        if tracker is None:  # an engine without block reuse does not ask
-            tracker = self._begin(request)
+        # An engine without block reuse does not ask.
+        tracker = self.requests.open.get(request.request_id) or self._begin(request)
         tracker.blocks = list(blocks)
 
     def cancelled(self, request: Any, start: int) -> None:
         """The engine will not take what lies from token `start` on."""
-        tracker = self._trackers.get(request.request_id)
-        if tracker is None or tracker.hit is None:
-            return
-        tracker.granted = max(0, min(tracker.granted, start - tracker.matched))
-        if not tracker.granted:
-            self._drop_hit(tracker)
+        tracker = self.requests.open.get(request.request_id)
+        if tracker is not None and tracker.hit is not None:
+            tracker.granted = max(0, min(tracker.granted, start - tracker.matched))
+            if not tracker.granted:
+                self.requests.give_back(tracker)
 
     def plan_step(self, output: Any) -> StepPlan:
         """What the ranks are to do in the step that `output` (a SchedulerOutput) describes."""
-        plan = StepPlan(settle=self._settle)
-        self._settle = []
+        plan, self._settle = StepPlan(settle=self._settle), []
         scheduled = (data.num_scheduled_tokens for data in (*output.new_requests, *output.cached_requests))
-        self._prefill.step(time.monotonic(), sum(scheduled))
+        self.requests.prefill.step(self.requests.runtime.now(), sum(scheduled))
         for data in output.new_requests:
-            tracker = self._trackers.get(data.request_id)
+            tracker = self.requests.open.get(data.request_id)
             if tracker is None:
                 continue
             tracker.tokens, tracker.prompt_tokens = list(data.new_tokens), len(data.new_tokens)
@@ -128,59 +97,59 @@ class SchedulerSide:
             grouped = bool(getattr(data, "new_block_ids_by_layer_group", None))
             if tracker.asked and not grouped and position == tracker.matched:
                 position = start
-            self._plan_store(plan, data.request_id, tracker, position + data.num_scheduled_tokens)
+            self._plan_store(plan, tracker, position + data.num_scheduled_tokens)
         for data in output.cached_requests:
-            tracker = self._trackers.get(data.request_id)
+            tracker = self.requests.open.get(data.request_id)
             if tracker is None:
                 continue
             tracker.tokens.extend(data.new_tokens)
             tracker.blocks.extend(data.new_block_ids)
-            self._plan_store(plan, data.request_id, tracker, data.computed_position + data.num_scheduled_tokens)
+            self._plan_store(plan, tracker, data.computed_position + data.num_scheduled_tokens)
         return plan
 
     def loaded(self, plan: StepPlan) -> None:
         """Every rank has ended the loads of this step."""
         for load in plan.loads:
-            hit = self._loading.pop(load.job_id, None)
-            if hit is not None:
-                self._release(hit)
+            self.requests.loaded(load.job_id)
 
     @property
     def owes(self) -> bool:
         """Whether there are hits that the engine was promised and no rank has been told of."""
-        return any(tracker.hit is not None for tracker in self._trackers.values())
+        return any(tracker.hit is not None for tracker in self.requests.open.values())
 
     def finished(self, request: Any) -> bool:
         """The request has ended or its blocks are to go; whether the engine has to wait until ranks report it as saved."""
-        tracker = self._trackers.pop(request.request_id, None)
-        if tracker is None:
-            return False
-        self._drop_hit(tracker)
-        if tracker.cacheable and tracker.chain is None:
-            self._session.forgone(tracker.computed)
-        return bool(tracker.jobs)
+        return bool(self._end(request.request_id))
 
     def reset(self, request: Any) -> list[str]:
         """The request's blocks are gone already, and it will begin anew. Its store jobs, which the next step's plan settles."""
-        tracker = self._trackers.pop(request.request_id, None)
-        if tracker is None:
-            return []
-        self._drop_hit(tracker)
-        self._settle.extend(tracker.jobs)
-        return tracker.jobs
+        jobs = self._end(request.request_id)
+        self._settle += jobs
+        return jobs
 
     def close(self) -> None:
         self.watch.close()
-        self._session.close()
+        self.requests.close()
 
     def _begin(self, request: Any) -> Tracker:
         """A new tracker: the engine asks once for each allocation."""
         self.reset(request)
-        salt = getattr(request, "cache_salt", None)
-        number = getattr(request, "cache_salt_id", None)
-        tracker = Tracker(salt or ("" if number is None else f"\0{number}"), self._cacheable(request))
-        self._trackers[request.request_id] = tracker
+        salt, number = getattr(request, "cache_salt", None), getattr(request, "cache_salt_id", None)
+        tracker = Tracker(request.request_id, salt or ("" if number is None else f"\0{number}"))
+        tracker.cacheable = self._cacheable(request)
+        self.requests.open[tracker.id] = tracker
         return tracker
+
+    def _end(self, request_id: int) -> list[str]:
+        """The request's stores. The engine hears from the ranks when they have ended, and so it need not be counted here."""
+        tracker = self.requests.open.get(request_id)
+        if tracker is None:
+            return []
+        self.requests.finish(request_id, tracker.computed)
+        jobs = list(tracker.jobs)
+        for job_id in jobs:
+            self.requests.stored(job_id)
+        return jobs
 
     def _cacheable(self, request: Any) -> bool:
         """Whether the tokens and the salt alone decide the KV."""
@@ -194,64 +163,23 @@ class SchedulerSide:
             self._log(f"requests with inputs beside their tokens ({beside[0]}) are not cached")
         return not beside
 
-    def _chain(self, tracker: Tracker) -> TokenChain | None:
-        """The request's chain under the server of now; a new one, with nothing stored, when the server is another."""
-        if not tracker.cacheable:
-            return None
-        if tracker.chain is None or tracker.epoch != self._session.epoch:
-            tracker.epoch, tracker.stored = self._session.epoch, 0
-            tracker.chain = self._session.new_chain(cache_salt=tracker.salt)
-        return tracker.chain
-
     def _plan_load(self, plan: StepPlan, tracker: Tracker) -> int:
         """The token that the engine's own work begins with."""
-        hit, start = tracker.hit, tracker.matched
-        if hit is None or tracker.chain is None:
-            return start
+        start = tracker.matched
         # Blocks that are not there yet are none that the engine has taken from us.
         end = min(start + tracker.granted, len(tracker.blocks) * self._block_tokens)
-        if end <= start:
-            self._drop_hit(tracker)
+        if tracker.hit is None or end <= start:
+            self.requests.give_back(tracker)
             return start
-        job_id = self._job("load")
-        plan.loads.append(LoadPlan(job_id, hit, tracker.chain.chunk_tokens, start, end, list(tracker.blocks)))
-        tracker.hit, self._loading[job_id] = None, hit
+        plan.loads.append(self.requests.load(tracker, start, end))
         return end
 
-    def _plan_store(self, plan: StepPlan, request_id: int, tracker: Tracker, computed: int) -> None:
+    def _plan_store(self, plan: StepPlan, tracker: Tracker, computed: int) -> None:
         """Store the chunks that are full once this step has run. Drafts are no known tokens, so they do not count."""
-        computed = min(computed, len(tracker.tokens) if self._stores_answers else tracker.prompt_tokens)
-        tracker.computed = computed
-        if self._session.chunk_tokens is None:
-            return
-        chain = self._chain(tracker)
-        if chain is None:
-            return
-        size, first = chain.chunk_tokens, tracker.stored
-        chunks = computed // size
-        needed = -(-chunks * size // self._block_tokens)
-        if chunks <= first or needed > len(tracker.blocks) or NO_BLOCK in tracker.blocks[:needed]:
-            return
-        chain.extend(tracker.tokens)
-        job_id = self._job("store")
-        hashes = chain.hashes[first * HASH_BYTES : chunks * HASH_BYTES]
-        plan.stores.append(
-            StorePlan(job_id, request_id, size, chain.parent(first), hashes, first, tracker.blocks[:needed])
-        )
-        tracker.stored = chunks
-        tracker.jobs.append(job_id)
-
-    def _drop_hit(self, tracker: Tracker) -> None:
-        hit, tracker.hit = tracker.hit, None
-        if hit is not None:
-            self._release(hit)
-
-    def _release(self, hit: Hit) -> None:
-        self._session.release(hit)
-
-    def _job(self, kind: str) -> str:
-        self._jobs += 1
-        return f"{kind}-{self._jobs}"
+        tracker.computed = min(computed, len(tracker.tokens) if self._stores_answers else tracker.prompt_tokens)
+        store = self.requests.store(tracker, tracker.tokens, tracker.computed)
+        if store is not None:
+            plan.stores.append(store)
 
     def _log(self, what: str) -> None:
         if what not in self._told:

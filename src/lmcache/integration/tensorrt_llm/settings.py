@@ -7,7 +7,7 @@ from typing import Any
 
 from lmcache.config.engine import EngineConfig, load_engine
 from lmcache.engine.connection import given_address
-from lmcache.engine.embedded import EmbeddedServer, embedded_address
+from lmcache.engine.embedded import embedded_address
 from lmcache.errors import ConfigError
 from lmcache.observability.log import init_logger
 
@@ -27,21 +27,6 @@ class Settings:
 
     def address(self, instance: str) -> str:
         return self.url or embedded_address(instance)
-
-    def start_server(self, instance: str) -> EmbeddedServer | None:
-        """The engine's own server, None where there is a daemon.
-
-        Raises:
-            ConfigError: it cannot be started.
-        """
-        if self.own is None:
-            return None
-        return EmbeddedServer(
-            instance,
-            l1_size_gb=self.own.max_local_cpu_size,
-            chunk_size=self.own.chunk_size,
-            flags=self.own.server_flags,
-        )
 
 
 def daemon_settings(llm_args: Any) -> Settings:

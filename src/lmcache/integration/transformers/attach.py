@@ -4,40 +4,37 @@ from __future__ import annotations
 
 import atexit
 import threading
-import time
 import uuid
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from lmcache.chunks import HASH_BYTES, Layout, Shard, TokenChain
-from lmcache.engine import Load, SchedulerSession, Store, WorkerSession
+from lmcache.chunks import Shard
+from lmcache.engine import Copy, Request, StorePlan
 from lmcache.engine.connection import Endpoint, given_address
-from lmcache.engine.embedded import EmbeddedServer, embedded_address
+from lmcache.engine.embedded import START_SECONDS, EmbeddedServer, embedded_address
+from lmcache.engine.identity import Identity, named
+from lmcache.engine.local import LocalRank
+from lmcache.engine.points import stream_point
 from lmcache.engine.prefill import PrefillRate
-from lmcache.errors import LayoutError, LMCacheError
-from lmcache.integration.identity import Identity, named
+from lmcache.engine.served import NOT_SERVED, ServedKV
+from lmcache.engine.tensors import weights_identity, weights_stamp
+from lmcache.errors import LayoutError
 from lmcache.integration.transformers.model import (
     kv_shape,
     layout_of,
     refuse_unsupported,
-    weights_identity,
-    weights_stamp,
 )
 from lmcache.integration.transformers.pool import Pool
 from lmcache.observability.log import init_logger
 
 logger = init_logger(__name__)
 
-_NOT_OURS = (AttributeError, ImportError, KeyError, LMCacheError, OSError, RuntimeError, TypeError, ValueError)
-"""What a model, or a release of transformers that we do not know, may raise where we look into it: it runs on without us."""
 _ROOM_TOKENS = 1024
 _FORESEEN_TOKENS = 2048
 """Room for an answer; a longer one goes on outside the pool, and its tail is not stored."""
 _CONNECT_SECONDS = 2.0
-_START_SECONDS = 30.0
-"""For a server of one's own to start, on a machine that is busy; `attach` waits for it as long as it runs."""
 _COPY_THREADS = 8
 _PLAIN_OPTIONS = ("assistant_model", "prompt_lookup_num_tokens", "custom_generate", "cache_implementation")
 _PLAIN_TENSORS = ("inputs", "input_ids", "attention_mask")
@@ -72,11 +69,10 @@ def attach(
 
 @dataclass(frozen=True)
 class _Begun:
-    """A prompt that `generate` is at: its chunks, the cache, and how many whole chunks LMCache has got."""
+    """A prompt that `generate` is at."""
 
-    chain: TokenChain
+    request: Request
     cache: Any
-    held_chunks: int
 
 
 class Attached:
@@ -96,22 +92,18 @@ class Attached:
         """Tokens whose KV came from the cache, and that went there, so far."""
         self._model, self._generate, self._endpoint = model, model.generate, endpoint
         self._model_id, self._salt, self._own = model_id, cache_salt, own
-        self._scheduler: SchedulerSession | None = None
-        self._worker: WorkerSession | None = None
+        self._rank: LocalRank[Request] | None = None
         self._pool: Pool | None = None
         self._prefill = PrefillRate()
         self._stamp = 0
         self._identity: Identity | None = None
         """The identity that was found for the weights while they had the stamp `_stamp`; None before that."""
-        self._jobs = 0
-        self._running: set[str] = set()
-        """Jobs that may touch the pool."""
         self._told: set[str] = set()
         self._lock = threading.Lock()
         try:
             self._shape = kv_shape(model)
-            self._open(_ROOM_TOKENS, _CONNECT_SECONDS if own is None else _START_SECONDS)
-        except _NOT_OURS as error:
+            self._open(_ROOM_TOKENS, _CONNECT_SECONDS if own is None else START_SECONDS)
+        except NOT_SERVED as error:
             self._refuse(error)
             return
         model.generate = self.generate
@@ -136,24 +128,12 @@ class Attached:
 
     def wait_connected(self, timeout_seconds: float) -> bool:
         """Wait until the server has taken this model; False when it has not after the timeout, or when its own has ended."""
-        deadline = time.monotonic() + timeout_seconds
-        while not self._connected():
-            remaining, own = deadline - time.monotonic(), self._own
-            if remaining <= 0 or self._scheduler is None or (own is not None and not own.running):
-                return False
-            for session in (self._scheduler, self._worker):
-                if session is not None:
-                    session.wait_connected(min(remaining, 0.1))
-        return True
+        own, rank = self._own, self._rank
+        return rank is not None and rank.wait_connected(timeout_seconds, lambda: own is None or own.running)
 
     def flush(self, timeout_seconds: float = 30.0) -> bool:
         """Wait until all KV so far has been stored; False when some is not after the timeout."""
-        worker = self._worker
-        while worker is not None and self._running:
-            if not worker.wait_finished(timeout_seconds):
-                break
-            self._collect(worker)
-        return not self._running
+        return self._rank is None or self._rank.copies.wait(self._rank.copies.running(), timeout_seconds)
 
     def close(self) -> None:
         """Store what is still on its way, hang up, and give the model its own `generate` back."""
@@ -176,40 +156,37 @@ class Attached:
         """A cache for `generate`, with what LMCache has of the prompt; None where it has to go on without us."""
         try:
             if not self._ready(len(tokens) + new_tokens):
-                if self._scheduler is not None:
-                    self._scheduler.forgone(len(tokens))
+                if self._rank is not None:
+                    self._rank.requests.forgone(len(tokens))
                 return None
             return self._load(tokens)
-        except _NOT_OURS as error:
+        except NOT_SERVED as error:
             self._refuse(error)
             return None
 
     def _load(self, tokens: list[int]) -> _Begun | None:
-        assert self._scheduler is not None and self._worker is not None and self._pool is not None
-        chain = self._scheduler.new_chain(cache_salt=self._salt)
-        if chain is None:
+        assert self._rank is not None and self._pool is not None
+        requests, copies, pool = self._rank.requests, self._rank.copies, self._pool
+        request, have = Request("", self._salt), 0
+        requests.find(request, tokens, wait=True)
+        if request.chain is None:
             return None
-        chain.extend(tokens)
-        hit = self._scheduler.lookup(chain, prefill_rate=self._prefill.tokens_per_second)
-        if hit is None:
-            return _Begun(chain, self._pool.cache(0, self._step), 0)
-        # The last token is always computed: its logits are what the answer begins with.
-        have = min(hit.chunks * chain.chunk_tokens, len(tokens) - 1)
-        slots = hit.extents[: 4 * -(-have // chain.chunk_tokens)]
-        load = Load(hit.epoch, hit.lease, 0, slots, 0, have, self._pool.blocks, after=self._stream_point())
-        self._worker.load(self._start_job("load"), load)
-        loaded = self._settle()
-        self._scheduler.release(hit)
-        if self._running:
-            return None
-        if not loaded:
-            return _Begun(chain, self._pool.cache(0, self._step), 0)
+        if request.hit is not None:
+            # The last token is always computed: its logits are what the answer begins with.
+            have = min(request.found_tokens, len(tokens) - 1)
+            copy = copies.load(requests.load(request, 0, have), pool.blocks, after=self._stream_point())
+            loaded = copies.settle([copy], self._endpoint.deadline_seconds, 0.0)
+            if copies.running():
+                return None
+            if not loaded:
+                have = request.stored = 0
         self.hit_tokens += have
-        return _Begun(chain, self._pool.cache(have, self._step), hit.chunks)
+        return _Begun(request, pool.cache(have, self._step))
 
     def _step(self, tokens: int) -> None:
         """A forward over so many tokens begins; 0: none does, and the last one has ended."""
-        self._prefill.step(time.monotonic(), tokens)
+        if self._rank is not None:
+            self._prefill.step(self._rank.requests.runtime.now(), tokens)
 
     def _end(self, begun: _Begun, answer: Any) -> None:
         """Store the full chunks that LMCache has not got yet; the copy runs while the caller goes on."""
@@ -217,26 +194,18 @@ class Attached:
         try:
             sequence = answer if isinstance(answer, torch.Tensor) else answer.sequences
             self._store(begun, sequence[0].tolist())
-            if (
-                sequence is not answer
-            ):  # the caller may keep the cache that is in it, and the pool is for the next prompt
-                for layer in begun.cache.layers:
-                    layer.leave()
-        except _NOT_OURS as error:
+            # The caller may keep the cache that is in the answer, and the pool is for the next prompt.
+            for layer in begun.cache.layers if sequence is not answer else ():
+                layer.leave()
+        except NOT_SERVED as error:
             self._refuse(error)
 
     def _store(self, begun: _Begun, sequence: list[int]) -> None:
-        assert self._worker is not None and self._pool is not None
-        chain, held = begun.chain, begun.held_chunks
+        assert self._rank is not None and self._pool is not None
         filled = min(len(sequence), *(layer.tokens_in_pool for layer in begun.cache.layers))
-        chain.extend(sequence[:filled])
-        if len(chain) <= held:
-            return
-        hashes = chain.hashes[held * HASH_BYTES :]
-        store = Store(
-            chain.chunk_tokens, chain.parent(held), hashes, held, self._pool.blocks, after=self._stream_point()
-        )
-        self._worker.store(self._start_job("store"), store)
+        plan = self._rank.requests.store(begun.request, sequence[:filled], filled)
+        if plan is not None:
+            self._rank.copies.store(plan, self._pool.blocks, after=self._stream_point())
 
     def _ready(self, room: int) -> bool:
         """Whether there is a server, and a pool of our own that nothing touches and that is large enough.
@@ -247,10 +216,9 @@ class Attached:
         if not self._settle():
             return False
         reached = self._connected()
-        if not reached and self._scheduler is not None and self._scheduler.identified:
-            return (
-                False  # there is no server, and the weights need not be read: they are at the first call that has one
-            )
+        if not reached and self._rank is not None and self._rank.scheduler.identified:
+            # There is no server, and the weights need not be read: they are at the first call that has one.
+            return False
         pool, stamp = self._pool, self._stamp
         if not self._model_id:
             stamp = weights_stamp(self._model)
@@ -262,44 +230,26 @@ class Attached:
         return self._connected()
 
     def _connected(self) -> bool:
-        return all(session is not None and session.connected for session in (self._scheduler, self._worker))
+        return self._rank is not None and self._rank.connected
 
-    # Jobs
-
-    def _start_job(self, kind: str) -> str:
-        self._jobs += 1
-        job = f"{kind}-{self._jobs}"
-        self._running.add(job)
-        return job
+    # Copies
 
     def _settle(self) -> bool:
-        """Wait, a deadline at most, until no copy touches the pool. True when there is none and no load has failed."""
-        worker, loads_failed = self._worker, False
-        while worker is not None and self._running:
-            if not worker.wait_finished(self._endpoint.deadline_seconds):
-                # What has not begun never will; what has may end after all, and a later call sees it.
-                worker.wait(self._running, 0.0)
-                if not worker.wait_finished(0.0):
-                    return False
-            loads_failed |= self._collect(worker)
-        return not loads_failed
+        """Wait, a deadline at most, until no copy touches the pool. True when there is none."""
+        if self._rank is None:
+            return True
+        copies = self._rank.copies
+        # What has not begun never will; what has may end after all, and a later call sees it.
+        copies.settle(copies.running(), self._endpoint.deadline_seconds, 0.0)
+        return not copies.running()
 
-    def _collect(self, worker: WorkerSession) -> bool:
-        """Take note of the jobs that have ended; True when a load among them has failed."""
-        failed = False
-        for done in worker.finished():
-            self._running.discard(done.job_id)
-            self.stored_tokens += done.tokens if done.kind == "store" else 0
-            failed |= done.kind == "load" and not done.ok
-        return failed
+    def _ended(self, copy: Copy) -> None:
+        if isinstance(copy.plan, StorePlan) and copy.done is not None:
+            self.stored_tokens += copy.done.tokens
 
     def _stream_point(self) -> Any:
         """Where the device's stream is now: what was launched before it comes before a copy. None on a CPU."""
-        if self._shape.device.type == "cpu":
-            return None
-        point = torch.cuda.Event(blocking=True)
-        point.record(torch.cuda.current_stream(self._shape.device))
-        return point
+        return stream_point(str(self._shape.device))
 
     # Sessions
 
@@ -312,15 +262,13 @@ class Attached:
         shape, step = self._shape, max(_ROOM_TOKENS, 1 << max(0, room.bit_length() - 3))
         identity, layout = self._identified(), layout_of(self._model, shape)
 
-        def layout_for(chunk_tokens: int) -> Layout:
-            return identity.layout(layout, chunk_tokens)
-
         self._pool = Pool(shape, -(-room // step) * step)
-        self._scheduler = SchedulerSession(self._endpoint, layout_for, shards=1)
         threads = min(_COPY_THREADS, torch.get_num_threads()) if shape.device.type == "cpu" else 1
-        whole, rank = Shard(0, 1, 0, shape.layers, 0, shape.heads), replace(self._endpoint, role="worker")
-        self._worker = WorkerSession(rank, layout_for, whole, self._pool.describe(), threads)
-        if self._scheduler.identified:
+        whole = Shard(0, 1, 0, shape.layers, 0, shape.heads)
+        kv = ServedKV(identity, layout, whole, self._pool.describe(), stores=True)
+        self._rank = LocalRank(self._endpoint, kv, threads=threads, ended=self._ended)
+        self._rank.requests.prefill = self._prefill
+        if self._rank.scheduler.identified:
             self.wait_connected(wait_seconds)
 
     def _identified(self) -> Identity:
@@ -343,11 +291,9 @@ class Attached:
             self._identity.give_up()
 
     def _hang_up(self) -> None:
-        for session in (self._worker, self._scheduler):
-            if session is not None:
-                session.close()
-        self._worker = self._scheduler = self._pool = None
-        self._running.clear()
+        if self._rank is not None:
+            self._rank.close()
+        self._rank = self._pool = None
 
     def _refuse(self, error: Exception) -> None:
         self._give_up_hashing()

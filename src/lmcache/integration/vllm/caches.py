@@ -5,12 +5,30 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from lmcache.engine.served import ServedKV
 from lmcache.errors import LayoutError
-from lmcache.integration.vllm.model import ModelKV
+from lmcache.integration.vllm.model import ModelKV, layer_range
 from lmcache.integration.vllm.paged import Registered, Shape, cpu_isa, describe_tensors
+from lmcache.integration.vllm.weights import watch_weights
 
 
-def describe_caches(vllm_config: Any, kv_cache_config: Any, kv: ModelKV, kv_caches: dict[str, Any]) -> Registered:
+def describe_rank(
+    vllm_config: Any, kv_cache_config: Any, kv: ModelKV, kv_caches: dict[str, Any]
+) -> tuple[int, ServedKV, Registered]:
+    """This rank's number, its part of the model's KV, and where that lies. From now on changes of its weights are counted.
+
+    Raises:
+        LayoutError: the registered tensors cannot be described.
+    """
+    tp_rank, pp_rank = rank_of()
+    shard = kv.shard(tp_rank, pp_rank, layer_range(vllm_config, kv))
+    registered = _describe_caches(vllm_config, kv_cache_config, kv, kv_caches)
+    watch_weights(vllm_config)
+    served = ServedKV(kv.identity, kv.model, shard, registered.paged, kv.stores(tp_rank))
+    return pp_rank * kv.tp_size + tp_rank, served, registered
+
+
+def _describe_caches(vllm_config: Any, kv_cache_config: Any, kv: ModelKV, kv_caches: dict[str, Any]) -> Registered:
     """Where this rank's KV lies.
 
     Raises:
@@ -20,8 +38,9 @@ def describe_caches(vllm_config: Any, kv_cache_config: Any, kv: ModelKV, kv_cach
     if missing:
         raise LayoutError(f"layer {missing[0]} has no KV tensor of its own")
     tensors = [kv_caches[name] for name in kv.layer_names]
-    heads = 1 if kv.kind == "mla" else max(1, kv.num_kv_heads // kv.tp_size)
-    shape = Shape(heads, kv.head_size, kv.block_tokens, kv.kind == "mla")
+    mla = kv.model.kind == "mla"
+    heads = 1 if mla else max(1, kv.model.num_kv_heads // kv.tp_size)
+    shape = Shape(heads, kv.model.head_size, kv.block_tokens, mla)
     on_cpu = str(tensors[0].device).startswith("cpu")
     isa = "" if shape.mla or not on_cpu else cpu_isa(vllm_config, kv.layer_names[0], tensors[0].dtype, shape)
     registered = describe_tensors(tensors, shape, kv_cache_config.num_blocks, isa)

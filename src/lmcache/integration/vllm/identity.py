@@ -8,26 +8,26 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from blake3 import blake3
-
-from lmcache.errors import IdentityUnknown, LayoutError
-from lmcache.integration.identity import (
+from lmcache.engine.identity import (
     REMEDY,
     Identity,
     Mark,
+    digest_of,
     marks_of,
+    model_folder,
     named,
     path_identity,
     plain,
     repository_identity,
     unchanged,
 )
-from lmcache.integration.load_formats import files_read, model_folder, refuse_weights_from_anywhere
+from lmcache.engine.runtime import RUNTIME
+from lmcache.errors import IdentityUnknown, LayoutError
+from lmcache.integration.load_formats import files_read, refuse_weights_from_anywhere
 from lmcache.observability.log import init_logger
 
 logger = init_logger(__name__)
@@ -88,7 +88,7 @@ def config_digest(vllm_config: Any) -> str:
         "draft": _drafting(getattr(vllm_config, "speculative_config", None), load),
         "platform": plain(getattr(vllm_config, "additional_config", None)) or None,
     }
-    return blake3(json.dumps(material, sort_keys=True).encode()).hexdigest(16)
+    return digest_of(material)
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class Adapters:
     out whether its files are still the same."""
 
     def __init__(self) -> None:
-        self._since = time.time()
+        self._since = RUNTIME.wall()
         """Before any adapter was loaded."""
         self._known: dict[int, _Adapter | None] = {}
         """The adapters by their number; the value is None where it is not known what vLLM has loaded under it."""

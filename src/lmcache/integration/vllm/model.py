@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from lmcache.chunks import Layout, Shard, shard_of_rank
+from lmcache.engine.identity import Identity
+from lmcache.engine.served import refuse_encoder_decoder, stores_its_shard
 from lmcache.errors import LayoutError
-from lmcache.integration.identity import Identity
 from lmcache.integration.vllm.identity import config_digest, served_identity
 from lmcache.integration.vllm.rules import refuse_what_vllm_rules_out
-
-NOT_SERVED = (LayoutError, AttributeError, ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError)
-"""Whatever a release of vLLM that we do not know may raise where we look into it: that engine must run on without us."""
 
 _FULL_ATTENTION = ("FullAttentionSpec", "MLAAttentionSpec")
 _FP8_NAMES = {"fp8": "fp8_e4m3", "fp8_e4m3": "fp8_e4m3", "fp8_e5m2": "fp8_e5m2"}
@@ -21,18 +19,13 @@ _PLAIN_DTYPES = ("float32", "float16", "bfloat16")
 
 @dataclass(frozen=True)
 class ModelKV:
-    """The KV of a model, whole, and how it is split.
-    stages: the layer before which each pipeline stage ends (empty without a pipeline).
+    """The KV of a whole model, and how it is split.
 
-    layer_names: of this rank, in slot order. ranks: workers of this engine. tp_size, pp_size: how it is split.
+    model: its layout in chunks of one token, without a name of the weights. block_tokens: tokens of a block of the scheduler's.
+    layer_names: of this rank, in slot order. stages: the layer before which each pipeline stage ends (empty without a pipeline).
     """
 
-    config_digest: str
-    kv_dtype: str
-    kind: str
-    num_layers: int
-    num_kv_heads: int
-    head_size: int
+    model: Layout
     block_tokens: int
     layer_names: tuple[str, ...]
     tp_size: int
@@ -42,6 +35,7 @@ class ModelKV:
 
     @property
     def ranks(self) -> int:
+        """Workers of this engine."""
         return self.tp_size * self.pp_size
 
     def layout(self, chunk_tokens: int) -> Layout:
@@ -50,26 +44,12 @@ class ModelKV:
         Raises:
             IdentityUnknown: it is not known (yet) which weights are served.
         """
-        return self.identity.layout(self._unnamed, chunk_tokens)
-
-    @property
-    def _unnamed(self) -> Layout:
-        """Of chunks of one token, whatever the weights."""
-        return Layout(
-            model_id="",
-            kv_dtype=self.kv_dtype,
-            num_layers=self.num_layers,
-            num_kv_heads=self.num_kv_heads,
-            head_size=self.head_size,
-            chunk_tokens=1,
-            kind="mla" if self.kind == "mla" else "mha",
-            config_digest=self.config_digest,
-        )
+        return self.identity.layout(self.model, chunk_tokens)
 
     @property
     def shards(self) -> int:
         """Parts that a chunk is kept in."""
-        return self.shard(0, 0, (0, self.num_layers)).count
+        return self.shard(0, 0, (0, self.model.num_layers)).count
 
     def shard(self, tp_rank: int, pp_rank: int, layers: tuple[int, int]) -> Shard:
         """The part that one rank holds.
@@ -77,14 +57,11 @@ class ModelKV:
         Raises:
             LayoutError: the heads do not divide among the ranks.
         """
-        return shard_of_rank(self._unnamed, tp_rank, self.tp_size, *layers, pp_rank=pp_rank, pp_size=self.pp_size)
+        return shard_of_rank(self.model, tp_rank, self.tp_size, *layers, pp_rank=pp_rank, pp_size=self.pp_size)
 
     def stores(self, tp_rank: int) -> bool:
         """Whether this rank is the one of those sharing its part that stores it."""
-        if not tp_rank:
-            return True
-        layers = (0, self.num_layers)
-        return self.shard(tp_rank, 0, layers).index != self.shard(tp_rank - 1, 0, layers).index
+        return stores_its_shard(self.model, tp_rank, self.tp_size)
 
 
 def describe_model(vllm_config: Any, kv_cache_config: Any, model_id: str = "") -> ModelKV:
@@ -98,29 +75,27 @@ def describe_model(vllm_config: Any, kv_cache_config: Any, model_id: str = "") -
     refuse_what_vllm_rules_out(vllm_config)
     group, spec = _only_group(kv_cache_config)
     names = tuple(sorted(group.layer_names, key=_layer_order))
-    kind = "mla" if type(spec).__name__ == "MLAAttentionSpec" else "mha"
+    kind: Literal["mla", "mha"] = "mla" if type(spec).__name__ == "MLAAttentionSpec" else "mha"
     if kind == "mha" and getattr(spec, "head_size_v", None) not in (None, spec.head_size):
         raise LayoutError(
             f"keys of {spec.head_size} and values of {spec.head_size_v} elements a head are not supported yet"
         )
     pp_size = parallel.pipeline_parallel_size
     layers = len(names) if pp_size == 1 else model.get_total_num_hidden_layers()
-    return ModelKV(
-        config_digest=config_digest(vllm_config),
+    layout = Layout(
+        model_id="",
         kv_dtype=_kv_dtype(str(spec.dtype), str(vllm_config.cache_config.cache_dtype)),
-        kind=kind,
         num_layers=layers,
         num_kv_heads=1 if kind == "mla" else model.get_total_num_kv_heads(),
         head_size=spec.head_size,
-        block_tokens=spec.block_size,
-        layer_names=names,
-        tp_size=parallel.tensor_parallel_size,
-        pp_size=pp_size,
-        stages=_stages(layers, pp_size),
-        identity=served_identity(
-            vllm_config, model_id
-        ),  # last: to hash the weights of an engine that is refused is in vain
+        chunk_tokens=1,
+        kind=kind,
+        config_digest=config_digest(vllm_config),
     )
+    # The identity comes last: to hash the weights of an engine that is refused is in vain.
+    identity = served_identity(vllm_config, model_id)
+    split = parallel.tensor_parallel_size, pp_size, _stages(layers, pp_size)
+    return ModelKV(layout, spec.block_size, names, *split, identity)
 
 
 def _stages(layers: int, pp_size: int) -> tuple[int, ...]:
@@ -131,11 +106,6 @@ def _stages(layers: int, pp_size: int) -> tuple[int, ...]:
     return tuple(int(get_pp_indices(layers, rank, pp_size)[1]) for rank in range(pp_size))
 
 
-def refusal_of(error: Exception) -> str:
-    """One of `NOT_SERVED`, for people."""
-    return str(error) if isinstance(error, LayoutError) else f"this release of vLLM is not understood ({error!r})"
-
-
 def layer_range(vllm_config: Any, kv: ModelKV) -> tuple[int, int]:
     """The half-open range of layers that this rank holds.
 
@@ -143,7 +113,7 @@ def layer_range(vllm_config: Any, kv: ModelKV) -> tuple[int, int]:
         LayoutError: the rank's layers are not the ones that its place in the pipeline says.
     """
     if kv.pp_size == 1:
-        return 0, kv.num_layers
+        return 0, kv.model.num_layers
     start, end = vllm_config.model_config.get_layers_start_end_indices(vllm_config.parallel_config)
     if end not in kv.stages or end - start != len(kv.layer_names):
         raise LayoutError(
@@ -157,10 +127,7 @@ def _refuse_unsupported(vllm_config: Any) -> None:
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         if getattr(parallel, name, 1) > 1:
             raise LayoutError(f"KV split by tokens over ranks ({name}={getattr(parallel, name)}) is not supported yet")
-    if getattr(model, "is_encoder_decoder", False):
-        raise LayoutError(
-            "encoder-decoder models are not supported: their KV does not depend on the prompt's tokens alone"
-        )
+    refuse_encoder_decoder(model)
     if getattr(cache, "calculate_kv_scales", False):
         raise LayoutError("KV scales computed at run time (--calculate-kv-scales) differ between engines")
     if getattr(cache, "kv_sharing_fast_prefill", False):

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-import os
 from typing import Any
 
 from lmcache.config.engine import EngineSettings, load_engine
 from lmcache.engine.connection import probe
-from lmcache.engine.embedded import EmbeddedServer
-from lmcache.errors import ConfigError, LMCacheError
+from lmcache.engine.embedded import EmbeddedServer, start_own_server
+from lmcache.errors import LMCacheError
 from lmcache.integration.vllm.settings import Settings
 from lmcache.observability.log import init_logger
 
@@ -24,22 +23,6 @@ def engine_settings(vllm_config: Any) -> EngineSettings:
         ConfigError: one of them is wrong.
     """
     return load_engine(extra=getattr(vllm_config.kv_transfer_config, "kv_connector_extra_config", None) or {})
-
-
-def start_server(instance: str, settings: EngineSettings, size_gb: float = 0.0) -> EmbeddedServer | None:
-    """The server of the engine `instance`, of `size_gb` or of the configured size; None, with a line, where it cannot be."""
-    config = settings.config
-    quiet = () if "LMCACHE_LOG_LEVEL" in os.environ else ("--log-level", "WARNING")
-    try:
-        return EmbeddedServer(
-            instance,
-            l1_size_gb=size_gb or config.max_local_cpu_size,
-            chunk_size=config.chunk_size,
-            flags=(*quiet, *config.server_flags),
-        )
-    except ConfigError as error:
-        logger.error("LMCache serves nothing for this engine: %s", error)
-        return None
 
 
 def offloading_size_gb(vllm_config: Any) -> float:
@@ -75,5 +58,5 @@ def server_for_offloading(instance: str, vllm_config: Any, settings: Settings) -
             settings.address,
         )
         return None, settings.address
-    server = start_server(instance, engine_settings(vllm_config), size_gb)
+    server = start_own_server(instance, engine_settings(vllm_config).config, size_gb)
     return server, server.address if server is not None else ""

@@ -7,17 +7,13 @@ where they landed; what no strides describe is refused.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from lmcache.errors import LayoutError
+from lmcache.transfer.fitted import Fit, fit_strides, probe_places
 from lmcache.transfer.paged import PagedKV, Plane
-
-_BASE = 128
-"""Probed numbers are written in this base: its digits, and 128 itself, are exact in every float type."""
 
 
 @dataclass(frozen=True)
@@ -103,51 +99,6 @@ def strided_planes(tensor: Any, shape: Shape, block_axis: int) -> list[Plane]:
     )
 
 
-@dataclass(frozen=True)
-class Fit:
-    """Two-level strides, in elements, of one plane inside one block."""
-
-    start: int
-    token_group: int
-    group_stride: int
-    token_stride: int
-    head_stride: int
-    dim_group: int
-    dim_group_stride: int
-    dim_stride: int
-
-
-def fit_strides(positions: np.ndarray[Any, np.dtype[np.int64]]) -> Fit:
-    """Strides that give `positions` [token, head, dim] (elements from the block's start) exactly.
-
-    Raises:
-        LayoutError: there are none.
-    """
-    heads = positions.shape[1]
-    start = int(positions[0, 0, 0])
-    token_axis, dim_axis = positions[:, 0, 0] - start, positions[0, 0, :] - start
-    head_stride = int(positions[0, 1, 0]) - start if heads > 1 else 0
-    token_group, dim_group = _fit_axis(token_axis), _fit_axis(dim_axis)
-    expected = (
-        start + (np.arange(heads) * head_stride)[None, :, None] + token_axis[:, None, None] + dim_axis[None, None, :]
-    )
-    if not np.array_equal(expected, positions):
-        raise LayoutError("the attention kernel packs KV in an order that strides cannot describe")
-    return Fit(start, *token_group, head_stride, *dim_group)
-
-
-def _fit_axis(offsets: np.ndarray[Any, np.dtype[np.int64]]) -> tuple[int, int, int]:
-    """(group, stride of a group, stride inside it) of positions along one axis; the plainest that fits."""
-    count = len(offsets)
-    numbers = np.arange(count)
-    for group in (g for g in range(1, count + 1) if count % g == 0):
-        outer = int(offsets[group]) if group < count else 0
-        inner = int(offsets[1]) if group > 1 else outer
-        if np.array_equal((numbers // group) * outer + (numbers % group) * inner, offsets):
-            return group, outer, inner
-    raise LayoutError("the attention kernel packs KV in an order that strides cannot describe")
-
-
 def probe_cpu_block(tensor: Any, shape: Shape, isa: str, block_axis: int) -> tuple[Fit, Fit]:
     """Where vLLM-CPU's kernel puts K and V inside a block.
 
@@ -179,41 +130,9 @@ def probe_cpu_block(tensor: Any, shape: Shape, isa: str, block_axis: int) -> tup
         except (AttributeError, RuntimeError, TypeError) as error:
             raise LayoutError(f"vLLM-CPU's kernel cannot be asked for its order of KV: {error}") from None
 
-    positions = _probe_positions(write, keys, values, shape)
-    return fit_strides(positions[0]), fit_strides(positions[1])
-
-
-def _probe_positions(
-    write: Callable[[Any], None], keys: Any, values: Any, shape: Shape
-) -> list[np.ndarray[Any, np.dtype[np.int64]]]:
-    """Write each element's number, digit by digit, and find where it went: [token, head, dim] -> element, for K and V."""
-    import torch
-
-    count = shape.block_tokens * shape.heads * shape.head_size
-    numbers = torch.arange(count, dtype=torch.int64).view(shape.block_tokens, shape.heads, shape.head_size)
-    found = [np.zeros(count, dtype=np.int64), np.zeros(count, dtype=np.int64)]
-    weight = 1
-    while weight < max(count, 2):
-        write(torch.div(numbers, weight, rounding_mode="floor") % _BASE + 1)
-        for index, view in enumerate((keys, values)):
-            digits = view[0].to(torch.float32).reshape(-1).numpy().astype(np.int64) - 1
-            found[index] += digits * weight
-        weight *= _BASE
-    return [_invert(numbers_at, view, shape, count) for numbers_at, view in zip(found, (keys, values), strict=True)]
-
-
-def _invert(
-    numbers_at: np.ndarray[Any, np.dtype[np.int64]], view: Any, shape: Shape, count: int
-) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """From "which element is at this place of the view" to "at which place of the block is this element"."""
-    if numbers_at.size != count or not np.array_equal(np.sort(numbers_at), np.arange(count)):
-        raise LayoutError("the attention kernel does not keep every element of KV in its block once")
-    places = np.zeros(view[0].numel(), dtype=np.int64).reshape(tuple(view[0].shape))
-    for axis, (size, step) in enumerate(zip(view[0].shape, view[0].stride(), strict=True)):
-        places += (np.arange(size) * step).reshape([-1 if other == axis else 1 for other in range(places.ndim)])
-    positions = np.empty(count, dtype=np.int64)
-    positions[numbers_at] = places.reshape(-1) + int(view.storage_offset())
-    return positions.reshape(shape.block_tokens, shape.heads, shape.head_size)
+    elements = shape.block_tokens, shape.heads, shape.head_size
+    key_places, value_places = probe_places(write, (keys[0], values[0]), elements)
+    return fit_strides(key_places), fit_strides(value_places)
 
 
 def _cpu_axes(tensor: Any, shape: Shape, block_axis: int) -> tuple[int, ...]:

@@ -1,55 +1,10 @@
-"""What the scheduler's half tells every rank for one step. Plain data: it is pickled by the engine on its way."""
+"""What the scheduler's side asks of every rank for one step, and what ranks report. Plain data: the engine pickles it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from lmcache.chunks import HASH_BYTES
-
-
-@dataclass(frozen=True)
-class LoadPlan:
-    """Write tokens [start_token, end_token) of a request from leased slots into its blocks.
-
-    slots: little-endian u32 pages, [chunk][shard], from chunk `first_leased` of the request on, of
-    `chunk_tokens` tokens each.
-    blocks: the request's block table. request_tokens: of the whole request, for the log.
-    """
-
-    job_id: str
-    request_id: str
-    epoch: bytes
-    lease: int
-    first_leased: int
-    extents: bytes
-    chunk_tokens: int
-    start_token: int
-    end_token: int
-    blocks: list[int]
-    request_tokens: int = 0
-
-
-@dataclass(frozen=True)
-class StorePlan:
-    """Keep the chunks from `first_chunk` on; `hashes` are theirs, joined, `parent` is the hash before them.
-
-    end_token: where the last one is unfull, the token behind its last one; 0 where all are full.
-    """
-
-    job_id: str
-    request_id: str
-    chunk_tokens: int
-    parent: bytes
-    hashes: bytes
-    first_chunk: int
-    blocks: list[int]
-    end_token: int = 0
-
-    @property
-    def tokens(self) -> tuple[int, int]:
-        """The first token that is kept, and the one behind the last."""
-        start = self.first_chunk * self.chunk_tokens
-        return start, self.end_token or start + len(self.hashes) // HASH_BYTES * self.chunk_tokens
+from lmcache.engine import LoadPlan, StorePlan
 
 
 @dataclass
@@ -76,9 +31,9 @@ class StepPlan:
 
 @dataclass
 class StepReport:
-    """What ranks tell the scheduler's half: by how many of them each job was ended, and why one cannot serve.
+    """What ranks report to the scheduler's side: by how many of them each job was ended, and why one cannot serve.
 
-    loaded: only loads that a forward waited for; vLLM itself tells of the others.
+    loaded: only loads that a forward waited for; vLLM itself reports the others.
     weights: how many changes of its weights a rank has seen, where the step's plan knew of another number.
     emptied: what the plan said of the last step before the change, -1 where it was before any.
     """

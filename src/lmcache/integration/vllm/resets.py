@@ -15,8 +15,8 @@ from concurrent.futures import Future
 from functools import partial
 from typing import Any
 
+from lmcache.engine.wrapped import call_around, class_at
 from lmcache.integration.vllm.scheduler import SchedulerSide
-from lmcache.integration.weights import call_around, class_at
 from lmcache.observability.log import init_logger
 
 logger = init_logger(__name__)

@@ -12,25 +12,20 @@ import contextlib
 import inspect
 import math
 import sys
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lmcache.chunks import HASH_BYTES
-from lmcache.engine import Hit, Load, Loading, SchedulerSession, Store, WorkerSession
+from lmcache.engine import Copy, Loading, LoadPlan, Request, Requests, SchedulerSession
+from lmcache.engine.local import LocalRank
+from lmcache.engine.served import NOT_SERVED, refusal_of
 from lmcache.errors import LayoutError
-from lmcache.integration.vllm.caches import describe_caches, rank_of
-from lmcache.integration.vllm.model import NOT_SERVED, ModelKV, describe_model, layer_range, refusal_of
+from lmcache.integration.vllm.caches import describe_rank
+from lmcache.integration.vllm.model import ModelKV, describe_model
 from lmcache.integration.vllm.paged import Registered
 from lmcache.integration.vllm.rules import reads_nothing
-from lmcache.integration.vllm.settings import (
-    Settings,
-    read_settings,
-    recompute_failed_loads,
-)
-from lmcache.integration.vllm.weights import watch_weights, weight_changes
-from lmcache.integration.vllm.worker import extents_of_shard
+from lmcache.integration.vllm.settings import Settings, read_settings, recompute_failed_loads
+from lmcache.integration.vllm.weights import weight_changes
 from lmcache.observability.log import init_logger
 
 logger = init_logger(__name__)
@@ -84,15 +79,18 @@ class _Engine:
     def instance(self) -> str:
         return str(self.vllm_config.kv_transfer_config.engine_id)
 
+    def scheduler_session(self) -> SchedulerSession:
+        endpoint = self.settings.endpoint(self.instance, "scheduler")
+        return SchedulerSession(endpoint, self.kv.layout, self.kv.shards, self.kv.stages)
+
 
 class LMCacheMPSchedulerAdapter:
     """Answers how much of a prompt is there, in whole blocks."""
 
     def __init__(self, server_url: str, *_: Any, **__: Any) -> None:
-        self._session: SchedulerSession | None = None
-        self._hits: dict[str, tuple[int, Hit | None, float]] = {}
-        self._waiting: set[str] = set()
-        """Requests for which a tier is loading."""
+        self._requests: Requests[Request] | None = None
+        self._found: dict[str, int] = {}
+        """Tokens that requests were answered."""
         self._unit_tokens = 0
         """Tokens of the smallest run that is both whole chunks and whole blocks; settled with the first server."""
         engine = _engine_of_caller()
@@ -100,43 +98,34 @@ class LMCacheMPSchedulerAdapter:
             self._block_tokens = engine.kv.block_tokens
             recompute_failed_loads(engine.vllm_config.kv_transfer_config)
             logger.info(_LIMITS)
-            endpoint = engine.settings.endpoint(engine.instance, "scheduler")
-            self._session = SchedulerSession(endpoint, engine.kv.layout, engine.kv.shards, engine.kv.stages)
+            self._requests = Requests(engine.scheduler_session())
 
     def num_blocks_per_chunk(self) -> int:
         """Blocks of that smallest run."""
-        if self._session is None:
-            return 1
-        if not self._unit_tokens and self._session.chunk_tokens:
-            self._unit_tokens = math.lcm(self._session.chunk_tokens, self._block_tokens)
-        return max(1, self._unit_tokens // self._block_tokens)
+        chunk_tokens = self._chunk_tokens()
+        if not self._unit_tokens and chunk_tokens:
+            self._unit_tokens = math.lcm(chunk_tokens, self._block_tokens)
+        return max(1, self._unit_tokens // self._block_tokens) if self._requests is not None else 1
 
     def maybe_submit_lookup_request(self, request_id: str, token_ids: Sequence[int], cache_salt: str = "") -> None:
         """Ask the server, once for each request and again while a tier loads for it; takes at most the deadline."""
-        if self._session is None or request_id in self._hits:
+        requests = self._requests
+        if requests is None or requests.session is None or request_id in self._found:
             return
-        self._drop_old_leases()
+        if requests.session.claim_seconds:
+            # The scheduler is not told when a load has ended. After the life of a claim, the ranks have leases of their own.
+            requests.give_back_older(requests.session.claim_seconds)
         self.num_blocks_per_chunk()
-        chain = self._session.new_chain(cache_salt or "")
-        hit = None
-        if reads_nothing(_local_of_callers("request")):
-            chain = None
-        if chain is not None and math.lcm(chain.chunk_tokens, self._block_tokens) == self._unit_tokens:
-            chain.extend(token_ids)
-            found = self._session.poll(chain, request_id=request_id)
-            if isinstance(found, Loading):
-                self._waiting.add(request_id)
-                return
-            hit = found
-        self._waiting.discard(request_id)
-        tokens = hit.chunks * chain.chunk_tokens // self._unit_tokens * self._unit_tokens if hit and chain else 0
-        self._hits[request_id] = tokens, hit, time.monotonic()
+        request = requests.open.setdefault(request_id, Request(request_id, cache_salt or ""))
+        whole = math.lcm(self._chunk_tokens() or 1, self._block_tokens) == self._unit_tokens
+        request.may_load = whole and not reads_nothing(_local_of_callers("request"))
+        if not isinstance(requests.find(request, token_ids), Loading):
+            self._found[request_id] = request.found_tokens // max(1, self._unit_tokens) * self._unit_tokens
 
     def check_lookup_result(self, request_id: str) -> int | None:
         """Tokens that are there, from the prompt's start. None, which means "ask later", only while a tier loads."""
-        if request_id in self._waiting:
-            return None
-        return self._hits[request_id][0] if request_id in self._hits else 0
+        waits = self._requests is not None and request_id in self._requests.open
+        return self._found.get(request_id, None if waits else 0)
 
     def cleanup_lookup_result(self, request_id: str) -> None:
         """The request has its blocks; the lease holds until the ranks have taken theirs.
@@ -144,35 +133,28 @@ class LMCacheMPSchedulerAdapter:
         From now on nothing is there for it: vLLM's class asks again when a load has failed, and would then wait for ever
         for a second one, which it does not start.
         """
-        if request_id in self._hits:
-            self._hits[request_id] = 0, *self._hits[request_id][1:]
+        if request_id in self._found:
+            self._found[request_id] = 0
 
     def free_lookup_locks(self, *_: Any, **__: Any) -> None:
         """Of parts of a lease: not needed, since all of it ends within seconds."""
 
     def end_session(self, request_id: str) -> None:
         """The request has ended."""
-        self._waiting.discard(request_id)
-        _, hit, _ = self._hits.pop(request_id, (0, None, 0.0))
-        if hit is not None and self._session is not None:
-            self._session.release(hit)
+        self._found.pop(request_id, None)
+        if self._requests is not None:
+            self._requests.finish(request_id)
 
     def report_block_allocations(self, records: Iterable[Any]) -> None:
         """Of no use to us."""
 
     def shutdown(self) -> None:
-        if self._session is not None:
-            self._session.close()
+        if self._requests is not None:
+            self._requests.close()
 
-    def _drop_old_leases(self) -> None:
-        """The scheduler is not told when a load has ended. After the life of a claim, the ranks have leases of their own."""
-        session, now = self._session, time.monotonic()
-        if session is None or not session.claim_seconds:
-            return
-        for request_id, (tokens, hit, at) in list(self._hits.items()):
-            if hit is not None and now - at > session.claim_seconds:
-                session.release(hit)
-                self._hits[request_id] = tokens, None, at
+    def _chunk_tokens(self) -> int | None:
+        session = self._requests.session if self._requests is not None else None
+        return session.chunk_tokens if session is not None else None
 
 
 class LMCacheMPWorkerAdapter:
@@ -184,17 +166,11 @@ class LMCacheMPWorkerAdapter:
 
     def __init__(self, server_url: str, *_: Any, **__: Any) -> None:
         self._engine = _engine_of_caller()
-        self._lookups: SchedulerSession | None = None
-        self._session: WorkerSession | None = None
+        self._rank: LocalRank[Request] | None = None
         self._registered: Registered | None = None
-        self._shard = 0
-        self._stores = True
         self._weights = 0
         """Changes of the weights before this rank began to serve."""
-        self._jobs = 0
-        self._loading: dict[str, tuple[str, Hit, list[int]]] = {}
-        self._storing: set[str] = set()
-        self._received: set[str] = set()
+        self._received: set[Any] = set()
         self._invalid: set[int] = set()
         _stand_in_for_cuda()
 
@@ -203,25 +179,15 @@ class LMCacheMPWorkerAdapter:
         engine = self._engine
         if engine is None:
             return
+        kv = engine.kv
         try:
-            tp_rank, pp_rank = rank_of()
-            shard = engine.kv.shard(tp_rank, pp_rank, layer_range(engine.vllm_config, engine.kv))
-            registered = describe_caches(engine.vllm_config, engine.kv_cache_config, engine.kv, kv_caches)
+            number, served, self._registered = describe_rank(engine.vllm_config, engine.kv_cache_config, kv, kv_caches)
         except NOT_SERVED as error:
-            logger.warning("LMCache serves nothing for this engine: %s", refusal_of(error))
+            logger.warning("LMCache serves nothing for this engine: %s", refusal_of(error, "vLLM"))
             return
-        watch_weights(engine.vllm_config)
         self._weights = weight_changes()
-        rank = pp_rank * engine.kv.tp_size + tp_rank
-        self._shard, self._stores, self._registered = shard.index, engine.kv.stores(tp_rank), registered
-        self._lookups = SchedulerSession(
-            engine.settings.endpoint(engine.instance, "scheduler", rank),
-            engine.kv.layout,
-            engine.kv.shards,
-            engine.kv.stages,
-        )
-        endpoint = engine.settings.endpoint(engine.instance, "worker", rank)
-        self._session = WorkerSession(endpoint, engine.kv.layout, shard, registered.paged, stages=engine.kv.stages)
+        endpoint = engine.settings.endpoint(engine.instance, "worker", number)
+        self._rank = LocalRank(endpoint, served, stages=kv.stages, ended=self._ended)
 
     def batched_submit_retrieve_requests(
         self,
@@ -234,9 +200,9 @@ class LMCacheMPWorkerAdapter:
         """Start the loads. What cannot be started is reported as failed, so its tokens are computed."""
         salts = cache_salts or [""] * len(ops)
         for request_id, op, salt in zip(request_ids, ops, salts, strict=True):
-            if not self._start_load(request_id, op, salt or "", event):
+            if not self._start_load(Request(request_id, salt or ""), op, event):
                 self._received.add(request_id)
-                self._invalid.update(self._blocks_to_fill(op))
+                self._invalid.update(op.block_ids[op.skip_first_n_tokens // self._block_tokens :])
 
     def batched_submit_store_requests(
         self,
@@ -247,110 +213,78 @@ class LMCacheMPWorkerAdapter:
         cache_salts: Sequence[str] = (),
     ) -> None:
         """Store, and return when the blocks are no longer read: nobody would tell us that they were given away."""
-        session = self._session
-        if session is None or not self._stores:
+        if self._rank is None or not self._rank.copies.stores:
             return
         salts = cache_salts or [""] * len(ops)
-        jobs = {job for op, salt in zip(ops, salts, strict=True) if (job := self._start_store(op, salt or "", event))}
-        self._storing |= jobs
-        end = time.monotonic() + STORE_SECONDS
-        while jobs & self._storing and time.monotonic() < end:
-            session.wait_finished(0.05)
-            self._collect()
-        while jobs & self._storing:
-            self._storing -= jobs - session.wait(jobs & self._storing, 1.0)
+        begun = [self._start_store(Request("", salt or ""), op, event) for op, salt in zip(ops, salts, strict=True)]
+        self._rank.copies.settle([copy for copy in begun if copy is not None], STORE_SECONDS)
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         """vLLM's class keeps the blocks of every request that ends, so each is reported: once, and not by its load too."""
-        self._collect()
-        loading = {request_id for request_id, _, _ in self._loading.values()} | self._received
-        sent = {request_id for request_id in finished_req_ids if request_id not in loading}
+        loading: set[Any] = set()
+        if self._rank is not None:
+            self._rank.copies.collect()
+            loading = {copy.plan.request_id for copy in self._rank.copies.running(LoadPlan)} | self._received
         received, self._received = self._received, set()
-        return sent or None, received or None
+        return finished_req_ids - loading or None, received or None
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         invalid, self._invalid = self._invalid, set()
         return invalid
 
     def shutdown(self) -> None:
-        for session in (self._session, self._lookups):
-            if session is not None:
-                session.close()
+        if self._rank is not None:
+            self._rank.close()
 
-    def _start_load(self, request_id: str, op: LoadStoreOp, salt: str, event: Any) -> bool:
-        session, lookups, registered = self._session, self._lookups, self._registered
-        chain = lookups.new_chain(salt) if lookups is not None and not self._weights_changed() else None
-        if session is None or lookups is None or registered is None or chain is None:
+    def _start_load(self, request: Request, op: LoadStoreOp, event: Any) -> bool:
+        rank, registered = self._rank, self._registered
+        if rank is None or registered is None or self._weights_changed():
             return False
-        chain.extend(op.token_ids[: op.end])
+        requests = rank.requests
         start = op.start + op.skip_first_n_tokens
-        hit = lookups.lookup(chain, start, request_id=request_id)
-        size = chain.chunk_tokens
-        if hit is None or hit.chunks * size < op.end:
-            if hit is not None:
-                lookups.release(hit)
+        requests.find(request, op.token_ids[: op.end], start, wait=True)
+        if request.found_tokens < op.end:
+            requests.give_back(request)
             return False
-        first = start // size
-        slots = extents_of_shard(
-            hit.extents, self._shard, hit.shards, first - hit.first_chunk, -(-op.end // size) - hit.first_chunk
-        )
-        self._jobs += 1
-        job_id = f"load-{self._jobs}"
-        self._loading[job_id] = request_id, hit, self._blocks_to_fill(op)
-        blocks = registered.blocks(self._from_token_0(op))
-        after = None if registered.paged.device == "cpu" else event
-        load = Load(hit.epoch, hit.lease, first, slots, start, op.end, blocks, first - hit.first_chunk, after)
-        session.load(job_id, load)
+        plan = requests.load(request, start, op.end)
+        plan.blocks = self._from_token_0(op)
+        rank.copies.load(plan, registered.blocks(plan.blocks), self._after(event))
         return True
 
-    def _start_store(self, op: LoadStoreOp, salt: str, event: Any) -> str:
-        """The job's id, "" where there is nothing to store or nobody to store it."""
-        session, lookups, registered = self._session, self._lookups, self._registered
-        if lookups is not None and lookups.chunk_tokens is None:
-            lookups.forgone(op.end - op.start)
-            return ""
-        chain = lookups.new_chain(salt) if lookups is not None and not self._weights_changed() else None
-        if session is None or registered is None or chain is None:
-            return ""
-        size = chain.chunk_tokens
-        first, chunks = -(-op.start // size), op.end // size
-        if chunks <= first:
-            return ""
-        chain.extend(op.token_ids[: op.end])
-        self._jobs += 1
-        job_id = f"store-{self._jobs}"
-        hashes = chain.hashes[first * HASH_BYTES : chunks * HASH_BYTES]
-        blocks = registered.blocks(self._from_token_0(op))
-        after = None if registered.paged.device == "cpu" else event
-        session.store(job_id, Store(size, chain.parent(first), hashes, first, blocks, after))
-        return job_id
+    def _start_store(self, request: Request, op: LoadStoreOp, event: Any) -> Copy | None:
+        """The copy; None where there is nothing to store or nobody to store it."""
+        rank, registered = self._rank, self._registered
+        if rank is None or registered is None:
+            return None
+        if rank.scheduler.chunk_tokens is None:
+            rank.requests.forgone(op.end - op.start)
+        tokens = op.token_ids[: op.end]
+        plan = None if self._weights_changed() else rank.requests.store(request, tokens, op.end, first_token=op.start)
+        if plan is None:
+            return None
+        return rank.copies.store(plan, registered.blocks(self._from_token_0(op)), self._after(event))
+
+    def _after(self, event: Any) -> Any:
+        """The point that copies have to wait for."""
+        return None if self._registered is None or self._registered.paged.device == "cpu" else event
 
     def _weights_changed(self) -> bool:
         """Once they have, this rank serves nothing any more: nobody here can tell the scheduler's adapter of it."""
         return weight_changes() != self._weights
 
-    def _blocks_to_fill(self, op: LoadStoreOp) -> list[int]:
-        return op.block_ids[op.skip_first_n_tokens // self._manager_block_tokens() :]
-
     def _from_token_0(self, op: LoadStoreOp) -> list[int]:
         """A block table whose first entries, before `op.start`, are never looked at."""
-        return [0] * (op.start // self._manager_block_tokens()) + list(op.block_ids)
+        return [0] * (op.start // self._block_tokens) + list(op.block_ids)
 
-    def _manager_block_tokens(self) -> int:
+    @property
+    def _block_tokens(self) -> int:
         return self._engine.kv.block_tokens if self._engine is not None else 1
 
-    def _collect(self) -> None:
-        if self._session is None or self._lookups is None:
-            return
-        for done in self._session.finished():
-            self._storing.discard(done.job_id)
-            request_id, hit, blocks = self._loading.pop(done.job_id, ("", None, []))
-            if hit is None:
-                continue
-            self._lookups.release(hit)
-            self._received.add(request_id)
-            if not done.ok or self._weights_changed():
-                self._invalid.update(blocks)
+    def _ended(self, copy: Copy) -> None:
+        if isinstance(copy.plan, LoadPlan):
+            self._received.add(copy.plan.request_id)
+            if not copy.ok or self._weights_changed():
+                self._invalid.update(copy.plan.filled(self._block_tokens))
 
 
 def _engine_of_caller() -> _Engine | None:
@@ -367,7 +301,7 @@ def _engine_of_caller() -> _Engine | None:
             vllm_config, kv_cache_config, describe_model(vllm_config, kv_cache_config, settings.model_id), settings
         )
     except NOT_SERVED as error:
-        logger.warning("LMCache serves nothing for this engine: %s", refusal_of(error))
+        logger.warning("LMCache serves nothing for this engine: %s", refusal_of(error, "vLLM"))
         return None
 
 

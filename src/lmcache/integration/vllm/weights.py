@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lmcache.integration.weights import call_before, class_at
+from lmcache.engine.wrapped import call_before, class_at
 from lmcache.observability.log import init_logger
 
 logger = init_logger(__name__)

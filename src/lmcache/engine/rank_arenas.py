@@ -1,9 +1,9 @@
-"""What ranks tell the scheduler: of which epoch they have the arena mapped.
+"""What ranks report to a scheduler in another process: which arena they have mapped.
 
-The engine takes a hit as a promise: it has no way to hear that a load failed, but to fail the step. So a hit is only offered when
-every rank has the arena mapped, from where a load succeeds even when the server dies. The engine's own messages go one way,
-from the scheduler to the ranks; these go the other way, as datagrams to a socket in Linux's abstract namespace, which leaves no
-file behind.
+Some engines (TensorRT-LLM) take a hit as a promise: they have no way to hear that a load failed, but to fail the step. So a hit
+is only offered when every rank has the arena mapped, from where a load succeeds even when the server dies. Such an engine's own
+messages go one way, from the scheduler to the ranks; these go the other way, as datagrams to a socket in Linux's abstract
+namespace, which leaves no file behind.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from __future__ import annotations
 import os
 import socket
 import struct
-import threading
 
 import msgspec
 
+from lmcache.engine.runtime import RUNTIME, Runtime
 from lmcache.observability.log import init_logger
 
 logger = init_logger(__name__)
@@ -36,15 +36,14 @@ class RankWatch:
         OSError: there is such a socket already.
     """
 
-    def __init__(self, instance: str, ranks: int) -> None:
+    def __init__(self, instance: str, ranks: int, runtime: Runtime = RUNTIME) -> None:
         self._name, self._ranks = _name(instance), ranks
         self._epochs: dict[int, bytes] = {}
         self._closed = False
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         self._socket.bind(self._name)
-        self._thread = threading.Thread(target=self._listen, name="lmcache-ranks", daemon=True)
-        self._thread.start()
+        self._thread = runtime.start(self._listen, "lmcache-ranks")
 
     def begin(self, epochs: list[bytes]) -> None:
         """What the ranks had mapped, in their order, when the engine started."""

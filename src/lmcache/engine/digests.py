@@ -13,7 +13,6 @@ import fcntl
 import os
 import tempfile
 import threading
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -21,6 +20,7 @@ from typing import Annotated, NamedTuple
 import msgspec
 from blake3 import blake3
 
+from lmcache.engine.runtime import RUNTIME
 from lmcache.errors import LayoutError
 from lmcache.observability.log import init_logger
 
@@ -167,9 +167,9 @@ class DigestMemory:
 
 
 def _lock(descriptor: int, path: Path) -> None:
-    deadline = time.monotonic() + _PATIENCE_SECONDS
+    deadline = RUNTIME.now() + _PATIENCE_SECONDS
     while not _try_lock(descriptor):
-        if time.monotonic() >= deadline:
+        if RUNTIME.now() >= deadline:
             logger.warning(
                 "Another process of this user has kept %s locked for %.0f s, and is waited for no longer: weights are hashed "
                 "here as well. If it hangs, end it (`fuser -v %s` names it)",
@@ -178,7 +178,7 @@ def _lock(descriptor: int, path: Path) -> None:
                 path,
             )
             return
-        time.sleep(_LOOK_SECONDS)
+        RUNTIME.sleep(_LOOK_SECONDS)
 
 
 def _try_lock(descriptor: int) -> bool:

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import os
 import re
 import stat
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +24,9 @@ import msgspec
 from blake3 import blake3
 
 from lmcache.chunks import Layout
+from lmcache.engine.digests import DigestMemory, Stamp, be_nice, digest_file, stamp_of
+from lmcache.engine.runtime import RUNTIME, process_started
 from lmcache.errors import IdentityUnknown, LayoutError
-from lmcache.integration.digests import DigestMemory, Stamp, be_nice, digest_file, stamp_of
 from lmcache.observability.log import init_logger
 
 logger = init_logger(__name__)
@@ -75,18 +76,18 @@ class Finding:
     ) -> None:
         self.name = self.failure = ""
         self._unwanted = unwanted or threading.Event()
-        self._thread = threading.Thread(target=self._run, name="lmcache-identity", daemon=True)
+        self._thread: threading.Thread | None = None
         self._what, self._remedy, self._find, self._gigabytes = what, remedy, find, size_bytes / 1e9
         if size_bytes <= _AT_ONCE_BYTES:
             self.name = self._found()
         else:
             logger.info("Hashing %.1f GB of %s: %s until it is done", self._gigabytes, what, meanwhile)
-            self._thread.start()
+            self._thread = RUNTIME.start(self._run, "lmcache-identity")
 
     def give_up(self) -> None:
         """Nobody wants the name any more. Returns when `find` has ended."""
         self._unwanted.set()
-        if self._thread.ident is not None:
+        if self._thread is not None:
             self._thread.join()
 
     def _found(self) -> str:
@@ -97,7 +98,7 @@ class Finding:
 
     def _run(self) -> None:
         be_nice()
-        began = time.monotonic()
+        began = RUNTIME.now()
         try:
             self.name = self._found()
         except LayoutError as error:
@@ -105,7 +106,7 @@ class Finding:
             if not self._unwanted.is_set():
                 logger.warning("LMCache serves nothing of %s: %s", self._what, self.failure)
         else:
-            seconds = time.monotonic() - began
+            seconds = RUNTIME.now() - began
             logger.info("Hashed %.1f GB of %s in %.1f s: LMCache serves it now", self._gigabytes, self._what, seconds)
 
 
@@ -222,12 +223,6 @@ def repository_identity(name: str, model_config: Any, remedy: str = REMEDY) -> I
     return named(f"{name}@{commit}")
 
 
-def process_started() -> float:
-    """When this process began, in seconds since the epoch, and no earlier: the kernel counts in ticks."""
-    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) + 1
-    return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + ticks / os.sysconf("SC_CLK_TCK")
-
-
 def plain(value: Any) -> Any:
     """`value` in JSON's terms, the same in every process: no object's address gets in."""
     if isinstance(value, str | int | float | bool | None):
@@ -242,6 +237,11 @@ def plain(value: Any) -> Any:
         return plain(value.to_dict())
     text = str(value)
     return type(value).__name__ if " at 0x" in text else text
+
+
+def digest_of(material: Any) -> str:
+    """A digest of what changes the numbers, in JSON's terms (`plain`)."""
+    return blake3(json.dumps(material, sort_keys=True).encode()).hexdigest(16)
 
 
 def _commit_of(path: Path) -> str:
@@ -361,3 +361,33 @@ def _memory() -> DigestMemory:
     home = os.path.expanduser("~")
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(home if os.path.isabs(home) else os.devnull, ".cache")
     return DigestMemory(Path(cache) / "lmcache")
+
+
+def model_folder(name: str, commit: str | None, download_folder: str | None) -> Path | None:
+    """Where the files of a model are: its own directory, or that of its commit in the hub's cache. None where neither is there.
+
+    download_folder: the cache that the engine was given, None for the usual one.
+    """
+    return next((folder for folder in (Path(name), _snapshot(name, commit, download_folder)) if folder.is_dir()), None)
+
+
+def _snapshot(name: str, commit: str | None, download_folder: str | None) -> Path:
+    try:
+        from huggingface_hub.constants import HF_HUB_CACHE
+    except ImportError:
+        HF_HUB_CACHE = ""
+    return Path(download_folder or HF_HUB_CACHE, f"models--{name.replace('/', '--')}", "snapshots", commit or "none")
+
+
+def has_one_set(folder: Path) -> bool:
+    """Whether no format has a choice among the safetensors below this directory: the index, if there is one, names them all."""
+    found = {str(file.relative_to(folder)) for file in folder.rglob("*.safetensors")}
+    if any("/" in name or name.startswith("consolidated") for name in found):
+        return False
+    try:
+        index = json.loads((folder / "model.safetensors.index.json").read_bytes())
+        return found == set(index["weight_map"].values())
+    except FileNotFoundError:
+        return True
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return False  # whoever does not need the index reads the files without it

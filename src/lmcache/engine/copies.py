@@ -1,0 +1,178 @@
+"""What every engine's rank does with plans: start the copies, learn how they ended, wait for them, call them off."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Hashable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from lmcache.config.options import GIB
+from lmcache.engine.jobs import Blocks, Done, Event
+from lmcache.engine.plans import LoadPlan, StorePlan
+from lmcache.engine.requests import Requests
+from lmcache.engine.worker import WorkerSession
+from lmcache.observability.log import init_logger
+from lmcache.transfer.progress import Progress
+
+logger = init_logger(__name__)
+
+_LOOK_SECONDS = 60.0
+_LET_GO_SECONDS = 1.0
+
+
+@dataclass(eq=False)
+class Copy:
+    """A load or a store of one rank. done: how it ended, None while it may touch paged KV."""
+
+    plan: LoadPlan | StorePlan
+    done: Done | None = None
+
+    @property
+    def ok(self) -> bool:
+        """It has ended and did what it was to do."""
+        return self.done is not None and self.done.ok
+
+
+class Copies:
+    """The copies of one rank. Nothing raises.
+
+    Args:
+        session: of this rank.
+        shard: number of the shard that it holds.
+        stores: False where another rank stores this shard; stores have then ended when they begin.
+        requests: those of the scheduler, where it is in this process: it hears of every end.
+        ended: is called with each copy when it is known to have ended, by the thread that asks.
+    """
+
+    def __init__(
+        self,
+        session: WorkerSession,
+        shard: int,
+        *,
+        stores: bool = True,
+        requests: Requests[Any] | None = None,
+        ended: Callable[[Copy], None] | None = None,
+    ) -> None:
+        self.session, self._shard, self.stores = session, shard, stores
+        self._requests, self._ended = requests, ended
+        self._running: dict[str, Copy] = {}
+        self._closing: set[Hashable] = set()
+
+    def load(
+        self,
+        plan: LoadPlan,
+        blocks: Blocks | None = None,
+        after: Event | None = None,
+        progress: Progress | None = None,
+    ) -> Copy:
+        """Begin to fill blocks. blocks: this rank's block table where it is not the plan's. after: a point in the engine's stream
+        that must have passed before the blocks may be written to. progress: is told of layers as they arrive."""
+        copy = self._running[plan.job_id] = Copy(plan)
+        self.session.load(
+            plan.job_id, plan.job(self._shard, plan.blocks if blocks is None else blocks, after, progress)
+        )
+        return copy
+
+    def store(self, plan: StorePlan, blocks: Blocks | None = None, after: Event | None = None) -> Copy:
+        """Begin to keep chunks; as `load`. after: the point behind which the blocks are filled."""
+        if not self.stores:
+            return self._end(Copy(plan), Done(plan.job_id, "store", True, 0, 0.0))
+        copy = self._running[plan.job_id] = Copy(plan)
+        self.session.store(plan.job_id, plan.job(plan.blocks if blocks is None else blocks, after))
+        return copy
+
+    def drop(self, plan: StorePlan, reason: str) -> Copy:
+        """Count chunks that are not stored."""
+        if self.stores:
+            self.session.drop(plan.chunks, reason)
+        return self._end(Copy(plan), Done(plan.job_id, "store", False, 0, 0.0))
+
+    def collect(self) -> None:
+        """Take note of the copies that have ended; never waits."""
+        for done in self.session.finished():
+            copy = self._running.pop(done.job_id, None)
+            if copy is not None:
+                self._end(copy, done)
+
+    def running(self, kind: type[LoadPlan | StorePlan] | None = None) -> list[Copy]:
+        """The loads, the stores or all copies that had not ended at the last `collect`."""
+        return [copy for copy in self._running.values() if kind is None or isinstance(copy.plan, kind)]
+
+    def closed(self, ended: Iterable[Hashable]) -> set[Any]:
+        """Of the requests that have ended (these, and those of earlier calls), those whose blocks no store reads, each once."""
+        self._closing.update(ended)
+        self.collect()
+        ready = self._closing - {copy.plan.request_id for copy in self.running(StorePlan)}
+        self._closing -= ready
+        return ready
+
+    def wait(self, copies: Collection[Copy], seconds: float | None = None) -> bool:
+        """Until these have ended, or so many seconds have passed; whether they have."""
+        now = self.session.runtime.now
+        end = None if seconds is None else now() + seconds
+        self.collect()
+        while any(copy.done is None for copy in copies):
+            left = _LOOK_SECONDS if end is None else end - now()
+            if left <= 0:
+                return False
+            self.session.wait_finished(left)
+            self.collect()
+        return True
+
+    def settle(self, copies: Collection[Copy], seconds: float, hang_seconds: float | None = None) -> bool:
+        """Wait so long for these copies, then call off what has not begun. True when all did what they were to do.
+
+        What has begun is waited for `hang_seconds` more (None: for ever). A copy without `done` may touch paged KV after that.
+        """
+        if not self.wait(copies, seconds):
+            self.session.wait([copy.plan.job_id for copy in copies if copy.done is None], hang_seconds)
+            self.collect()
+        return all(copy.ok for copy in copies)
+
+    def let_go(self, job_ids: Iterable[str]) -> None:
+        """Return when none of these jobs touches blocks that the engine has taken away."""
+        now, jobs = self.session.runtime.now, [job_id for job_id in job_ids if job_id in self._running]
+        began, warned = now(), False
+        while jobs:
+            jobs = list(self.session.wait(jobs, _LET_GO_SECONDS))
+            if jobs and not warned:
+                logger.warning("Waiting for %d copies to let go of blocks that the engine has taken away", len(jobs))
+                warned = True
+        if warned:
+            logger.warning("The blocks that the engine has taken away were free after %.1f s", now() - began)
+
+    def _end(self, copy: Copy, done: Done) -> Copy:
+        copy.done = done
+        if self._requests is not None:
+            hears = self._requests.loaded if isinstance(copy.plan, LoadPlan) else self._requests.stored
+            hears(copy.plan.job_id, 1)
+        if self._ended is not None:
+            self._ended(copy)
+        return copy
+
+
+def cost(size_bytes: int, seconds: float) -> str:
+    """What copies have cost, for the log; GiB of this rank's shard."""
+    size = size_bytes / GIB
+    return f"size: {size:.4f} gb, cost {seconds * 1e3:.2f} ms, throughput: {size / max(seconds, 1e-9):.2f} GB/s"
+
+
+def stored_line(copies: Iterable[Copy], total: int, token_bytes: int) -> str:
+    """What stores have come to, of `total` tokens; "" where nothing was copied."""
+    done = [copy.done for copy in copies if copy.done is not None and copy.done.ok]
+    tokens = sum(one.tokens for one in done)
+    if not tokens:
+        return ""
+    copying, putting = sum(one.seconds for one in done), sum(one.put_seconds for one in done)
+    return (
+        f"Stored {tokens} out of total {total} tokens. {cost(tokens * token_bytes, copying + putting)}; "
+        f"offload_time: {copying * 1e3:.2f} ms, put_time: {putting * 1e3:.2f} ms"
+    )
+
+
+def retrieved_line(plan: LoadPlan, done: Done, token_bytes: int) -> str:
+    """What a load has come to."""
+    return (
+        f"Retrieved {done.tokens} out of {plan.end_token} required tokens (from {plan.request_tokens} total tokens). "
+        f"{cost(done.tokens * token_bytes, done.seconds)}"
+    )

@@ -1,0 +1,95 @@
+"""What a scheduler asks of every rank for one request. Plain data, which engines pickle on its way."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+
+from lmcache.chunks import HASH_BYTES
+from lmcache.engine.jobs import Blocks, Event, Load, Store
+from lmcache.engine.scheduler import Hit
+from lmcache.transfer.progress import Progress
+
+
+@dataclass
+class LoadPlan:
+    """Fill tokens [start_token, end_token) of a request's blocks from the extents of a hit.
+
+    blocks: the request's block table from token 0 on. request_tokens: tokens of the request, for the log.
+    """
+
+    job_id: str
+    request_id: Hashable
+    hit: Hit
+    chunk_tokens: int
+    start_token: int
+    end_token: int
+    blocks: list[int] = field(default_factory=list)
+    request_tokens: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens to be filled."""
+        return self.end_token - self.start_token
+
+    def filled(self, block_tokens: int) -> list[int]:
+        """The blocks, of so many tokens each, that are written to."""
+        return self.blocks[self.start_token // block_tokens : -(-self.end_token // block_tokens)]
+
+    def job(self, shard: int, blocks: Blocks, after: Event | None, progress: Progress | None) -> Load:
+        """The load of the rank that holds this shard."""
+        first, size = self.start_token // self.chunk_tokens, 4
+        skipped, end = first - self.hit.first_chunk, -(-self.end_token // self.chunk_tokens) - self.hit.first_chunk
+        extents = self.hit.shard_extents(shard)[size * skipped : size * end]
+        tokens = self.start_token, self.end_token
+        return Load(self.hit.epoch, self.hit.lease, first, extents, *tokens, blocks, skipped, after, progress)
+
+
+@dataclass
+class StorePlan:
+    """Keep the chunks from `first_chunk` on. `hashes` are theirs, joined; `parent` is the hash before the first of them.
+
+    end_token: where the last chunk is not full, the token behind its last one; 0 where all are full.
+    """
+
+    job_id: str
+    request_id: Hashable
+    chunk_tokens: int
+    parent: bytes
+    hashes: bytes
+    first_chunk: int
+    blocks: list[int] = field(default_factory=list)
+    end_token: int = 0
+
+    @property
+    def chunks(self) -> int:
+        """Number of chunks to be kept."""
+        return len(self.hashes) // HASH_BYTES
+
+    @property
+    def start(self) -> int:
+        """The first token that is kept."""
+        return self.first_chunk * self.chunk_tokens
+
+    @property
+    def end(self) -> int:
+        """The token behind the last one that is kept."""
+        return self.end_token or self.start + self.chunks * self.chunk_tokens
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens to be kept."""
+        return self.end - self.start
+
+    def job(self, blocks: Blocks, after: Event | None) -> Store:
+        """The store of a rank; `blocks` is its block table."""
+        return Store(
+            self.chunk_tokens,
+            self.parent,
+            self.hashes,
+            self.first_chunk,
+            blocks,
+            after,
+            self.end_token,
+            str(self.request_id),
+        )

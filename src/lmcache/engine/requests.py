@@ -1,0 +1,294 @@
+"""What every engine's scheduler does for its requests: hash, look up, hold the hit, give it back, plan loads and stores.
+
+An integration turns the engine's requests into `Request`s and these plans into what its ranks are told. Nothing here raises,
+and nothing waits longer than the session's deadline.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+from lmcache.chunks import HASH_BYTES, TokenChain
+from lmcache.chunks.hashing import Extras
+from lmcache.engine.plans import LoadPlan, StorePlan
+from lmcache.engine.prefill import PrefillRate
+from lmcache.engine.scheduler import Hit, Loading, SchedulerSession
+from lmcache.observability.log import init_logger
+
+logger = init_logger(__name__)
+
+HIT_SECONDS = 5.0
+"""A hit that waits longer than this for its load is given back and asked for again: its lease keeps others out."""
+MISS_SECONDS = 0.25
+"""Schedulers ask about a request that waits at every step; so soon after a miss the answer is the same."""
+_NEVER = float("-inf")
+
+
+@dataclass
+class Request:
+    """What is known of one request.
+
+    salt: only requests of the same salt share KV. adapter: name and content of the LoRA adapter. extras: what else decides the
+    numbers. cacheable: whether anything of the request is loaded or stored. hit: what was found and is not being loaded yet.
+    blocks: the engine's block table from token 0 on. stored: chunks, from the first on, that the server has or was sent; `tail`
+    is the hash of an unfull chunk that it has or was sent. jobs: stores under way, and how many ranks have not ended them.
+    """
+
+    id: Hashable
+    salt: str = ""
+    adapter: tuple[str, str] = ("", "")
+    extras: Extras | None = None
+    cacheable: bool = True
+    may_load: bool = True
+    chain: TokenChain | None = None
+    epoch: bytes | None = None
+    hit: Hit | None = None
+    asked_at: float = _NEVER
+    asked_tokens: int = -1
+    blocks: list[int] = field(default_factory=list)
+    stored: int = 0
+    tail: bytes = b""
+    jobs: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def found_tokens(self) -> int:
+        """Tokens of the hit from the prompt's start on, counting an unfull chunk as a full one; 0 without a hit."""
+        return self.hit.chunks * self.chain.chunk_tokens if self.hit is not None and self.chain is not None else 0
+
+
+RequestT = TypeVar("RequestT", bound=Request)
+
+
+class Requests(Generic[RequestT]):
+    """The requests of one scheduler.
+
+    Args:
+        session: of this scheduler. It is closed when this object is, or once `stop` was called and nothing is leased.
+        block_tokens: tokens of a block in the requests' tables; 0 where the tables are only known to the ranks.
+        ranks: how many ranks have to end a job.
+        save_tail: whether the last, unfull chunk of a prompt is stored too.
+        name: of this engine, the same in all of its schedulers. It names KV that is not to be shared, so no other engine may have
+            it; b"" makes one up.
+    """
+
+    def __init__(
+        self,
+        session: SchedulerSession,
+        *,
+        block_tokens: int = 0,
+        ranks: int = 1,
+        save_tail: bool = False,
+        name: str = "",
+    ) -> None:
+        self.session: SchedulerSession | None = session
+        """None once this engine runs without a cache."""
+        self.runtime = session.runtime
+        self.prefill = PrefillRate()
+        self.open: dict[Hashable, RequestT] = {}
+        self.loading: dict[str, LoadPlan] = {}
+        """Loads that some rank has not ended yet, by job."""
+        self.resets = self._generation = self._generation_before = 0
+        self._lessor = session
+        """Leases are given back to it even after `stop`."""
+        self._block_tokens, self._ranks, self._save_tail = block_tokens, ranks, save_tail
+        self._name = name or secrets.token_hex(8)
+        self._left: dict[str, int] = {}
+        """Ranks that have not ended a load, by job."""
+        self.storing: dict[str, RequestT] = {}
+        """Whose stores some rank has not ended yet, by job."""
+        self._jobs = 0
+
+    # Lookups
+
+    def find(
+        self, request: RequestT, tokens: Any, have: int = 0, *, fresh: float = HIT_SECONDS, wait: bool = False
+    ) -> Hit | Loading | None:
+        """What the server has of these tokens, if that is more than the first `have` of them, which are in the engine.
+
+        A hit becomes the request's, and is the answer again for `fresh` seconds; a miss is for `MISS_SECONDS`. wait: return when
+        tiers have loaded, and never `Loading`.
+        """
+        session, now = self.session, self.runtime.now()
+        if session is None or not (request.cacheable and request.may_load):
+            return None
+        age = now - request.asked_at
+        same = len(tokens) == request.asked_tokens and request.epoch == session.epoch
+        if request.hit is not None:
+            leased_from = request.hit.first_chunk * (request.chain.chunk_tokens if request.chain else 0)
+            if same and age < fresh and leased_from <= have:
+                return request.hit
+            self.give_back(request)
+        elif same and age < MISS_SECONDS:
+            return None
+        chain, tail = self.chain(request), b""
+        found: Hit | Loading | None = None
+        if chain is not None:
+            chain.extend(tokens)
+            tail = chain.tail(tokens) if self._save_tail else b""
+        if chain is not None and (len(chain) or tail):
+            ask: Callable[..., Hit | Loading | None] = session.lookup if wait else session.poll
+            found = ask(chain, have, self.prefill.tokens_per_second, tail=tail, request_id=str(request.id))
+        if isinstance(found, Loading):
+            return found
+        if found is not None and chain is not None:
+            request.stored = max(request.stored, min(found.chunks, len(chain)))
+            request.tail = tail if found.chunks > len(chain) else request.tail
+        request.hit, request.asked_at, request.asked_tokens = found, self.runtime.now(), len(tokens)
+        return found
+
+    def chain(self, request: RequestT) -> TokenChain | None:
+        """The request's chain under the server of now: a new one, with nothing stored, when the server is another."""
+        session = self.session
+        if session is None or not request.cacheable:
+            return None
+        if request.chain is None or request.epoch != session.epoch:
+            request.epoch, request.stored, request.tail = session.epoch, 0, b""
+            generation = f"\0reset {self._name} {self._generation}\0" if self._generation else ""
+            request.chain = session.new_chain(generation + request.salt, *request.adapter, extras=request.extras)
+        return request.chain
+
+    def give_back(self, request: RequestT) -> None:
+        """The hit will not be loaded. Who wants it after all has to ask again."""
+        hit, request.hit, request.asked_at = request.hit, None, _NEVER
+        if hit is not None:
+            self.release(hit)
+
+    def give_back_older(self, seconds: float) -> None:
+        """Give back all hits that have waited for their load longer than this."""
+        now = self.runtime.now()
+        for request in self.open.values():
+            if request.hit is not None and now - request.asked_at > seconds:
+                self.give_back(request)
+
+    def release(self, hit: Hit) -> None:
+        """Nothing reads the hit's extents any more."""
+        self._lessor.release(hit)
+        self._hang_up_if_unused()
+
+    # Loads and stores
+
+    def load(self, request: RequestT, start: int, end: int, total: int = 0) -> LoadPlan:
+        """Plan to load tokens [start, end) of the request's hit, whose lease holds until all ranks have `loaded`. The request's
+        blocks may be filled in later. total: tokens of the request, for the log."""
+        assert request.hit is not None and request.chain is not None
+        plan = LoadPlan(
+            self._job("load"),
+            request.id,
+            request.hit,
+            request.chain.chunk_tokens,
+            start,
+            end,
+            list(request.blocks),
+            total,
+        )
+        request.hit = None
+        self.loading[plan.job_id], self._left[plan.job_id] = plan, self._ranks
+        return plan
+
+    def loaded(self, job_id: str, ranks: int = 0) -> None:
+        """So many ranks (0: all) have ended this load, well or not."""
+        left = self._left.get(job_id, 0) - (ranks or self._ranks)
+        if left > 0:
+            self._left[job_id] = left
+            return
+        self._left.pop(job_id, None)
+        plan = self.loading.pop(job_id, None)
+        if plan is not None:
+            self.release(plan.hit)
+
+    def store(
+        self, request: RequestT, tokens: Any, computed: int, *, first_token: int = 0, ends: bool = False
+    ) -> StorePlan | None:
+        """Plan to store the chunks that are full with the first `computed` of these tokens, and were not stored before.
+
+        first_token: what lies before it is not there to be stored. ends: with `computed` the prompt ends, so an unfull chunk is
+        its tail. None where there is nothing to store, or not where it lies.
+        """
+        session = self.session
+        if session is None or not request.cacheable or session.chunk_tokens is None:
+            return None
+        size = request.chain.chunk_tokens if request.chain is not None else 1
+        ends = ends and self._save_tail and computed % size > 0 and not request.tail
+        if computed // size <= request.stored and not ends and request.epoch == session.epoch:
+            return None
+        chain = self.chain(request)
+        if chain is None:
+            return None
+        size = chain.chunk_tokens
+        first, chunks = max(request.stored, -(-first_token // size)), computed // size
+        chain.extend(tokens)
+        tail = chain.tail(tokens[:computed]) if ends else b""
+        end = computed if tail else chunks * size
+        needed = -(-end // self._block_tokens) if self._block_tokens else 0
+        if end <= first * size or needed > len(request.blocks):
+            return None
+        hashes = chain.hashes[first * HASH_BYTES : chunks * HASH_BYTES] + tail
+        plan = StorePlan(
+            *(self._job("store"), request.id, size, chain.parent(first), hashes, first, request.blocks[:needed]),
+            end_token=end if tail else 0,
+        )
+        request.stored, request.tail = chunks, tail or request.tail
+        request.jobs[plan.job_id], self.storing[plan.job_id] = self._ranks, request
+        return plan
+
+    def stored(self, job_id: str, ranks: int = 0) -> None:
+        """So many ranks (0: all) have ended this store, well or not."""
+        request = self.storing.get(job_id)
+        if request is None:
+            return
+        request.jobs[job_id] -= ranks or self._ranks
+        if request.jobs[job_id] <= 0:
+            del request.jobs[job_id], self.storing[job_id]
+
+    def _job(self, kind: str) -> str:
+        self._jobs += 1
+        return f"{kind}-{self._jobs}"
+
+    # Ends
+
+    def finish(self, request_id: Hashable, computed: int = 0) -> RequestT | None:
+        """The request has ended; its stores may be under way. computed: tokens that could have been stored."""
+        request = self.open.pop(request_id, None)
+        if request is not None:
+            self.give_back(request)
+            if request.cacheable and request.chain is None:
+                self.forgone(computed)
+        return request
+
+    def forgone(self, tokens: int) -> None:
+        """So many tokens of a prompt have been computed that could not be looked up, nor stored, for want of a server."""
+        if self.session is not None:
+            self.session.forgone(tokens)
+
+    def reset(self) -> None:
+        """Nothing kept so far is served to this engine again, since its weights may have changed. Others keep what they have."""
+        self.resets += 1
+        self._generation_before, self._generation = self._generation, self.resets
+        for request in self.open.values():
+            request.cacheable = False  # some of it may be of the old weights, so it stores no more
+            self.give_back(request)
+
+    def undo_reset(self) -> None:
+        """The weights are those of before the last reset."""
+        self._generation = self._generation_before
+
+    def stop(self, reason: str) -> None:
+        """This engine cannot be served: from now on it runs without a cache."""
+        if self.session is not None:
+            logger.warning("LMCache serves nothing for this engine: %s", reason)
+            for request in self.open.values():
+                self.give_back(request)
+            self.session = None
+            self._hang_up_if_unused()
+
+    def close(self) -> None:
+        self.session = None
+        self._lessor.close()
+
+    def _hang_up_if_unused(self) -> None:
+        """Ranks that can serve may still load what is leased when another one cannot."""
+        if self.session is None and not self.loading:
+            self._lessor.close()

@@ -1,0 +1,194 @@
+"""What both of vLLM's classes for LMCache share: the two sides of a connector, and the calls that mean the same in both."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1 import base
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorRole
+
+from lmcache.engine import SchedulerSession, WorkerSession
+from lmcache.engine.embedded import START_SECONDS, EmbeddedServer, wait_connected
+from lmcache.engine.served import NOT_SERVED, refusal_of
+from lmcache.integration.vllm.caches import describe_rank
+from lmcache.integration.vllm.layers import Layers
+from lmcache.integration.vllm.model import ModelKV, describe_model
+from lmcache.integration.vllm.plan import StepPlan, StepReport
+from lmcache.integration.vllm.resets import watch_resets
+from lmcache.integration.vllm.scheduler import SchedulerSide
+from lmcache.integration.vllm.settings import Settings, recompute_failed_loads
+from lmcache.integration.vllm.worker import WorkerSide
+from lmcache.observability.log import init_logger
+
+logger = init_logger(__name__)
+_WorkerMetadata: Any = getattr(base, "KVConnectorWorkerMetadata", object)
+
+
+class LMCacheMetadata(KVConnectorMetadata):  # type: ignore[misc]
+    """One step's plan, from the scheduler to every rank."""
+
+    def __init__(self, plan: StepPlan) -> None:
+        super().__init__()
+        self.plan = plan
+
+
+class LMCacheWorkerMetadata(_WorkerMetadata):  # type: ignore[misc]
+    """A rank's report, back to the scheduler."""
+
+    def __init__(self, report: StepReport) -> None:
+        self.report = report
+
+    def aggregate(self, other: LMCacheWorkerMetadata) -> LMCacheWorkerMetadata:
+        self.report.merge(other.report)
+        return self
+
+
+class Connector:
+    """One role of a connector: the scheduler's or a rank's. The class that inherits sets the attributes that vLLM's base class
+    has, then calls `_describe`."""
+
+    _synchronous = False
+    """Forwards wait for loads."""
+    _vllm_config: Any
+    _kv_cache_config: Any
+    _role: KVConnectorRole
+    _connector_metadata: Any
+
+    def _describe(self, settings: Settings) -> None:
+        """Find out what is served, and make the scheduler's side."""
+        self._settings = settings
+        self._scheduler: SchedulerSide | None = None
+        self._worker: WorkerSide | None = None
+        self._server: EmbeddedServer | None = None
+        self._address = self._refusal = ""
+        self._kv: ModelKV | None = None
+        transfer = self._vllm_config.kv_transfer_config
+        self._instance = str(transfer.engine_id)
+        try:
+            self._kv = describe_model(self._vllm_config, self._kv_cache_config, settings.model_id)
+        except NOT_SERVED as error:
+            self._refuse(refusal_of(error, "vLLM"))
+        if self._role == KVConnectorRole.SCHEDULER:
+            recompute_failed_loads(transfer)
+            if self._kv is not None:
+                self._start()
+
+    def _start(self) -> None:
+        """Make the scheduler's side with `_serve`, after a server of the engine's own where it has to have one."""
+        raise NotImplementedError
+
+    def _serve(self, address: str, **rules: Any) -> None:
+        """Make the scheduler's side; `address` is that of the server where it is not the configured one. rules: keyword arguments
+        of `SchedulerSide`."""
+        kv, server, transfer = self._kv, self._server, self._vllm_config.kv_transfer_config
+        assert kv is not None
+        endpoint = self._settings.endpoint(self._instance, "scheduler", address=address)
+        session = SchedulerSession(endpoint, kv.layout, kv.shards, kv.stages)
+        self._scheduler = half = SchedulerSide(
+            session,
+            kv.block_tokens,
+            kv.ranks,
+            can_load=transfer.is_kv_consumer,
+            can_store=transfer.is_kv_producer,
+            synchronous=self._synchronous,
+            device=str(self._vllm_config.device_config.device_type),
+            **rules,
+        )
+        watch_resets(self._instance, half)
+        if server is None or not session.identified:
+            return
+        if not wait_connected((session,), START_SECONDS, lambda: server.running):
+            if server.running:
+                logger.warning("This engine's LMCache server was not up within %.0f s; it may come yet", START_SECONDS)
+            else:
+                half.requests.stop("its own server has not started, and has said why")
+
+    def _attach(self, kv_caches: dict[str, Any], address: str, *, layerwise: bool = False) -> None:
+        """Make this rank's side. layerwise: whether forwards wait for loads layer by layer, where they wait at all."""
+        kv = self._kv
+        if kv is None:
+            return
+        try:
+            number, served, registered = describe_rank(self._vllm_config, self._kv_cache_config, kv, kv_caches)
+        except NOT_SERVED as error:
+            self._refuse(refusal_of(error, "vLLM"))
+            return
+        endpoint = self._settings.endpoint(self._instance, "worker", number, address)
+        self._worker = WorkerSide(
+            WorkerSession(endpoint, served.layout, served.shard, served.paged, stages=kv.stages),
+            registered,
+            served.shard.index,
+            stores=served.stores,
+            synchronous=self._synchronous,
+            layers=Layers(kv.layer_names, len(registered.paged.planes)) if layerwise else None,
+            refusal=lambda: kv.identity.failure,
+        )
+        self._worker.reports_stats = number == 0
+
+    def _refuse(self, reason: str) -> None:
+        self._refusal = reason
+        if self._role == KVConnectorRole.SCHEDULER or self._kv is not None:
+            logger.warning("LMCache serves nothing for this engine: %s", reason)
+
+    def _plan(self) -> StepPlan:
+        metadata = self._connector_metadata
+        return metadata.plan if isinstance(metadata, LMCacheMetadata) else StepPlan()
+
+    # Worker
+
+    def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
+        if self._worker is not None and isinstance(kv_connector_metadata, LMCacheMetadata):
+            self._worker.settle(kv_connector_metadata.plan)
+
+    def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any) -> None:
+        return
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        if self._worker is not None:
+            return self._worker.take_invalid_blocks()
+        size = self._vllm_config.cache_config.block_size
+        return {block for load in self._plan().loads for block in load.filled(size)}
+
+    def build_connector_worker_meta(self) -> LMCacheWorkerMetadata | None:
+        if self._worker is not None:
+            report = self._worker.take_report()
+        else:
+            plan, refusal = self._plan(), self._refusal
+            loads = plan.loads if self._synchronous else ()
+            stored, loaded = {store.job_id: 1 for store in plan.stores}, {load.job_id: 1 for load in loads}
+            report, self._refusal = StepReport(stored, loaded, refusal), ""
+        return LMCacheWorkerMetadata(report) if report else None
+
+    def shutdown(self) -> None:
+        for side in (self._scheduler, self._worker, self._server):
+            if side is not None:
+                side.close()
+        self._server = None
+
+    # Scheduler
+
+    def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
+        if self._scheduler is None:
+            return LMCacheMetadata(StepPlan(forward=scheduler_output.total_num_scheduled_tokens > 0))
+        plan = self._scheduler.plan_step(scheduler_output)
+        plan.address = self._address
+        return LMCacheMetadata(plan)
+
+    def update_connector_output(self, connector_output: Any) -> None:
+        if self._scheduler is None:
+            return
+        meta = getattr(connector_output, "kv_connector_worker_meta", None)
+        report = meta.report if isinstance(meta, LMCacheWorkerMetadata) else None
+        invalid: Iterable[int] = getattr(connector_output, "invalid_block_ids", None) or ()
+        received, sent = connector_output.finished_recving or (), connector_output.finished_sending or ()
+        self._scheduler.transferred(received, sent, invalid, report)
+
+    def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        return (self._scheduler is not None and self._scheduler.finished(request)), None
+
+    def reset_cache(self) -> bool:
+        """What was kept so far is not served to this engine any more; other engines' KV stays where it is."""
+        if self._scheduler is not None:
+            self._scheduler.reset()
+        return True

@@ -1,0 +1,380 @@
+"""What every engine's scheduler and ranks do alike (`engine.requests`, `engine.copies`), with a real server and real copies."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from engine_process import PATIENCE, Engine, pause_once
+from lmcache.chunks import HASH_BYTES
+from lmcache.engine import Copies, Copy, Hit, Loading, Request, Requests
+from lmcache.engine.embedded import wait_connected
+from lmcache.engine.requests import HIT_SECONDS, MISS_SECONDS
+from lmcache.engine.runtime import RUNTIME, Runtime
+from servers import Server, eventually
+from test_engine import prompt
+
+CHUNK = 16
+Servers, Engines = Callable[..., Server], Callable[..., Engine]
+
+
+class Bed:
+    """An engine that does all for its requests with the core, by a clock that only the test moves."""
+
+    def __init__(self, engine: Engine, **options: Any) -> None:
+        assert engine.scheduler is not None
+        self.engine, self.session, self.now, self.asked = engine, engine.scheduler, 1000.0, 0
+        self.session.runtime = replace(RUNTIME, now=lambda: self.now)
+        self.requests: Requests[Request] = Requests(self.session, **options)
+        self.copies = Copies(engine.worker, 0, requests=self.requests if options.get("ranks", 1) == 1 else None)
+        poll = self.session.poll
+
+        def counted(*arguments: Any, **more: Any) -> Any:
+            self.asked += 1
+            return poll(*arguments, **more)
+
+        self.session.poll = counted  # type: ignore[method-assign]
+
+    def open(self, name: str = "a", **what: Any) -> Request:
+        request = self.requests.open[name] = Request(name, **what)
+        return request
+
+    def store(self, request: Request, ids: list[int], **how: Any) -> int:
+        """Compute these tokens and store what is new of them. Tokens that were stored."""
+        self.engine.fill(ids)
+        plan = self.requests.store(request, ids, len(ids), **how)
+        if plan is None:
+            return 0
+        copy = self.copies.store(plan, self.engine.table(len(ids)))
+        assert self.copies.wait([copy], PATIENCE) and copy.ok
+        return plan.tokens
+
+    def load(self, request: Request, ids: list[int], start: int = 0) -> int:
+        """Tokens from `start` on that were loaded, and are right."""
+        self.engine.poison()
+        self.requests.find(request, ids, start)
+        end = min(request.found_tokens, len(ids))
+        if end <= start:
+            return 0
+        copy = self.copies.load(self.requests.load(request, start, end), self.engine.table(len(ids)))
+        assert self.copies.settle([copy], PATIENCE) and self.engine.right(ids, start, end)
+        return end - start
+
+
+@pytest.fixture
+def bed(server: Servers, engine: Engines) -> Bed:
+    return Bed(engine(server(chunk=CHUNK)))
+
+
+def held(bed: Bed) -> set[int]:
+    """Leases that the session holds."""
+    return bed.session._held
+
+
+def test_what_one_request_stores_another_loads_and_no_lease_is_left(bed: Bed) -> None:
+    ids = prompt(3, 200)
+    first = bed.open("first")
+    assert bed.load(first, ids) == 0
+    assert bed.store(first, ids[:100]) == 96
+    assert bed.store(first, ids[:101]) == 0, "no other chunk is full"
+    assert bed.store(first, ids) == 96, "and only what is new"
+    second = bed.open("second")
+    assert bed.load(second, ids) == 192
+    assert bed.store(second, ids) == 0, "what was a hit is not stored again"
+    assert bed.load(bed.open("third"), ids, start=50) == 142
+    assert not held(bed) and not bed.requests.loading and not bed.requests.storing
+    assert not first.jobs and not second.jobs
+
+
+def test_a_waiting_request_is_answered_from_memory_until_the_answer_is_old(bed: Bed) -> None:
+    ids, waits = prompt(4, 100), bed.open("waits")
+    assert bed.requests.find(waits, ids) is bed.requests.find(waits, ids) is None and bed.asked == 1
+    bed.now += MISS_SECONDS
+    assert bed.requests.find(waits, ids) is None and bed.asked == 2, "somebody may have stored it"
+    bed.store(bed.open("stores"), ids)
+    bed.now += MISS_SECONDS
+    hit = bed.requests.find(waits, ids)
+    assert isinstance(hit, Hit) and hit.chunks == 6 and bed.requests.find(waits, ids) is hit and bed.asked == 3
+    assert bed.requests.find(waits, ids, fresh=0.0) is not hit, "who wants a fresh answer gets one"
+    bed.now += HIT_SECONDS
+    bed.requests.find(waits, ids)
+    assert bed.asked == 5 and len(held(bed)) == 1, "the old hit was given back"
+    bed.requests.find(waits, ids, have=40)
+    assert bed.asked == 5, "the lease reaches back far enough"
+    bed.requests.give_back(waits)
+    bed.requests.find(waits, ids, have=40)
+    assert bed.asked == 6 and waits.hit is not None and waits.hit.first_chunk == 2
+    bed.requests.find(waits, ids, have=20)
+    assert bed.asked == 7, "the engine has lost some of its own"
+    bed.requests.finish("waits")
+    assert not held(bed)
+
+
+def test_hits_that_nobody_loads_are_given_back_when_they_are_old(bed: Bed) -> None:
+    ids = prompt(5, 64)
+    bed.store(bed.open("stores"), ids)
+    young, old = bed.open("young"), bed.open("old")
+    bed.requests.find(old, ids)
+    bed.now += 4.0
+    bed.requests.find(young, ids)
+    bed.requests.give_back_older(3.0)
+    assert old.hit is None and young.hit is not None and len(held(bed)) == 1
+    assert isinstance(bed.requests.find(old, ids), Hit), "it is asked for again at once"
+
+
+def test_a_tier_that_loads_is_asked_about_at_every_step(bed: Bed, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids, waits = prompt(6, 64), bed.open("waits")
+    with monkeypatch.context() as tier:
+        tier.setattr(bed.session, "poll", lambda *_, **__: Loading(0, 4))
+        assert [isinstance(bed.requests.find(waits, ids), Loading) for _ in range(2)] == [True, True]
+    assert bed.requests.find(waits, ids) is None and bed.asked == 1
+
+
+@pytest.mark.parametrize("change", [{"salt": "s"}, {"adapter": ("x", "1")}, {"extras": lambda *_: b"image"}])
+def test_salts_adapters_and_images_share_nothing(bed: Bed, change: dict[str, Any]) -> None:
+    ids = prompt(7, 64)
+    assert bed.store(bed.open("a"), ids) == 64
+    assert bed.load(bed.open("b", **change), ids) == 0 and bed.load(bed.open("c"), ids) == 64
+
+
+def test_a_request_that_cannot_be_named_is_neither_loaded_nor_stored(bed: Bed) -> None:
+    ids = prompt(8, 64)
+    bed.store(bed.open("a"), ids)
+    nameless = bed.open("b", cacheable=False)
+    assert bed.load(nameless, ids) == 0 and bed.store(nameless, [*ids, *ids]) == 0
+    failed = bed.open("c", may_load=False)
+    assert bed.load(failed, ids) == 0, "a load that failed is not tried again"
+    assert bed.store(failed, [*ids, *ids]) == 128
+
+
+def test_the_tail_of_a_prompt_is_stored_once_and_found(server: Servers, engine: Engines) -> None:
+    bed, ids = Bed(engine(server(chunk=CHUNK)), save_tail=True), prompt(9, 40)
+    first = bed.open("first")
+    assert bed.store(first, ids) == 32, "the prompt goes on"
+    assert bed.store(first, ids, ends=True) == 8 and bed.store(first, ids, ends=True) == 0
+    second = bed.open("second")
+    assert bed.load(second, ids) == 40 and second.tail == first.tail
+    assert bed.store(second, ids, ends=True) == 0
+    assert bed.load(bed.open("third"), [*ids, 1]) == 32, "a tail is nobody's beginning"
+
+
+def test_what_is_not_there_to_be_stored_is_left_out(bed: Bed) -> None:
+    ids, request = prompt(10, 96), bed.open()
+    plan = bed.requests.store(request, ids, 90, first_token=17)
+    assert plan is not None and (plan.first_chunk, plan.chunks, plan.start, plan.end) == (2, 3, 32, 80)
+    chain = bed.session.new_chain()
+    assert chain is not None
+    chain.extend(ids)
+    assert plan.parent == chain.parent(2) and plan.hashes == chain.hashes[2 * HASH_BYTES : 5 * HASH_BYTES]
+
+
+def test_a_table_that_is_too_short_stores_nothing(server: Servers, engine: Engines) -> None:
+    bed, ids = Bed(engine(server(chunk=CHUNK)), block_tokens=16), prompt(11, 64)
+    request = bed.open()
+    request.blocks = [3, 4, 5]
+    assert bed.requests.store(request, ids, 64) is None
+    request.blocks.append(6)
+    plan = bed.requests.store(request, ids, 64)
+    assert plan is not None and plan.blocks == [3, 4, 5, 6]
+
+
+def test_a_reset_serves_nothing_older_unless_it_is_undone(bed: Bed) -> None:
+    ids, running = prompt(12, 64), bed.open("running")
+    bed.store(bed.open("before"), ids)
+    bed.requests.find(running, ids)
+    bed.requests.reset()
+    assert not held(bed) and bed.store(running, ids) == 0, "some of it may be of the old weights"
+    assert bed.load(bed.open("after"), ids) == 0
+    bed.requests.undo_reset()
+    assert bed.load(bed.open("undone"), ids) == 64
+    bed.requests.reset()
+    assert bed.store(bed.open("new weights"), ids) == 64
+    bed.requests.reset()
+    bed.requests.undo_reset()
+    assert bed.load(bed.open("still the new weights"), ids) == 64
+
+
+def test_generations_are_shared_by_the_name_of_the_engine_alone(server: Servers, engine: Engines) -> None:
+    daemon, ids = server(chunk=CHUNK), prompt(13, 64)
+    beds = [Bed(engine(daemon, instance), name=name) for instance, name in (("1", "one"), ("2", "one"), ("3", ""))]
+    for one in beds:
+        one.requests.reset()
+    beds[0].store(beds[0].open(), ids)
+    assert [one.load(one.open(), ids) for one in beds] == [64, 64, 0]
+
+
+def test_a_new_server_is_sent_everything_from_the_first_chunk(server: Servers, engine: Engines) -> None:
+    daemon, ids = server(chunk=CHUNK), prompt(14, 64)
+    bed = Bed(engine(daemon))
+    request, before = bed.open(), bed.session.epoch
+    bed.store(request, ids)
+    bed.requests.find(bed.open("waits"), ids)
+    daemon.kill()
+    server(chunk=8, port=daemon.port)
+    eventually(lambda: bed.session.epoch != before and bed.engine.worker.connected and bed.session.connected)
+    assert bed.store(request, ids) == 64 and request.chain is not None and request.chain.chunk_tokens == 8
+    waits = bed.requests.open["waits"]
+    assert bed.load(waits, ids) == 64, "the hit of the old server is void"
+
+
+def test_a_lease_ends_when_every_rank_has_loaded(server: Servers, engine: Engines) -> None:
+    bed, ids = Bed(engine(server(chunk=CHUNK)), ranks=2), prompt(15, 64)
+    request = bed.open()
+    bed.store(request, ids)
+    (job,) = request.jobs
+    bed.requests.stored(job, 1)
+    assert request.jobs == {job: 1}
+    bed.requests.stored(job, 1)
+    assert not request.jobs
+    other = bed.open("other")
+    bed.requests.find(other, ids)
+    load = bed.requests.load(other, 0, 64)
+    bed.requests.finish("other")
+    assert len(held(bed)) == 1, "ranks may still read"
+    bed.requests.loaded(load.job_id, 1)
+    assert len(held(bed)) == 1
+    bed.requests.loaded(load.job_id, 1)
+    bed.requests.loaded("a job of nobody")
+    assert not held(bed)
+
+
+def test_an_engine_that_cannot_be_served_hangs_up_when_nothing_is_loaded_any_more(bed: Bed) -> None:
+    ids = prompt(16, 64)
+    bed.store(bed.open("stores"), ids)
+    loads, waits = bed.open("loads"), bed.open("waits")
+    bed.requests.find(loads, ids)
+    bed.requests.find(waits, ids)
+    plan = bed.requests.load(loads, 0, 64)
+    bed.requests.stop("a rank cannot")
+    assert len(held(bed)) == 1 and bed.session.connected
+    assert bed.requests.find(waits, ids) is None and bed.requests.store(waits, [*ids, *ids], 128) is None
+    bed.requests.loaded(plan.job_id)
+    assert not held(bed) and not bed.session.connected
+
+
+def test_what_is_computed_before_the_weights_are_known_is_counted() -> None:
+    told: list[int] = []
+    session = SimpleNamespace(
+        runtime=RUNTIME, epoch=b"", chunk_tokens=None, new_chain=lambda *_, **__: None, forgone=told.append
+    )
+    requests: Requests[Request] = Requests(session)  # type: ignore[arg-type]
+    for name, cacheable in (("a", True), ("b", False)):
+        request = requests.open[name] = Request(name, cacheable=cacheable)
+        assert requests.find(request, range(100)) is None and requests.store(request, range(100), 100) is None
+        requests.finish(name, 100)
+    requests.finish("of nobody", 100)
+    assert told == [100]
+
+
+# Copies
+
+
+class Midway:
+    """Holds the next gather or scatter of an engine when half of it is done."""
+
+    def __init__(self, bed: Bed, what: str) -> None:
+        self.began, self.may_end = threading.Event(), threading.Event()
+        pause_once(bed.engine.worker._access.copier, what, self._hold)  # type: ignore[union-attr]
+
+    def _hold(self) -> None:
+        self.began.set()
+        assert self.may_end.wait(PATIENCE)
+
+
+def test_a_copy_that_hangs_is_called_off_and_known_until_it_ends(bed: Bed) -> None:
+    ids = prompt(17, 64)
+    bed.store(bed.open("stores"), ids)
+    midway, ended = Midway(bed, "scatter"), list[Copy]()
+    copies = Copies(bed.engine.worker, 0, requests=bed.requests, ended=ended.append)
+    both = []
+    for name in ("begins", "waits behind it"):
+        request = bed.open(name)
+        bed.requests.find(request, ids)
+        both.append(copies.load(bed.requests.load(request, 0, 64), bed.engine.table(64)))
+    assert midway.began.wait(PATIENCE)
+    assert not copies.settle(both, 0.0, 0.0) and not ended
+    assert [copy.done for copy in both] == [None, None] and len(held(bed)) == 2
+    midway.may_end.set()
+    assert copies.wait(both, PATIENCE)
+    assert [copy.ok for copy in both] == [True, False], "what had not begun never does"
+    assert set(ended) == set(both) and not copies.running() and not held(bed)
+
+
+def test_blocks_that_are_taken_away_are_let_go_of(bed: Bed) -> None:
+    ids, request = prompt(18, 64), bed.open("a")
+    bed.engine.fill(ids)
+    midway, plan = Midway(bed, "gather"), bed.requests.store(request, ids, 64)
+    assert plan is not None
+    copy, gone = bed.copies.store(plan, bed.engine.table(64)), threading.Event()
+
+    def let_go() -> None:
+        bed.copies.let_go([plan.job_id, "a job of another rank"])
+        gone.set()
+
+    assert midway.began.wait(PATIENCE)
+    thread = threading.Thread(target=let_go)
+    thread.start()
+    assert bed.copies.closed(["a", "b"]) == {"b"}, "a store still reads the blocks of one"
+    assert not gone.is_set()
+    midway.may_end.set()
+    thread.join(PATIENCE)
+    assert gone.is_set() and bed.copies.wait([copy], PATIENCE)
+    assert bed.copies.closed(()) == {"a"} and bed.copies.closed(()) == set(), "each is told once"
+
+
+def test_a_rank_that_shares_its_shard_leaves_storing_to_the_first(bed: Bed) -> None:
+    ids, request = prompt(19, 64), bed.open()
+    copies = Copies(bed.engine.worker, 0, stores=False, requests=bed.requests)
+    for act in (copies.store, lambda plan: copies.drop(plan, "weights changed")):
+        plan = bed.requests.store(request, ids, 64)
+        assert plan is not None
+        assert act(plan).done is not None and not request.jobs
+        ids += prompt(20, 64)
+        request.stored = 0
+    assert not bed.engine.worker.counters, "nor does it count what is dropped"
+    assert bed.load(bed.open("other"), ids) == 0
+
+
+# Time and threads
+
+
+def test_clock_and_threads_come_from_the_runtime(server: Servers, engine: Engines) -> None:
+    """Of a session, and of all that is above it."""
+    one, names = engine(server(chunk=CHUNK)), list[str]()
+
+    def start(run: Callable[[], object], name: str) -> threading.Thread:
+        names.append(name)
+        return RUNTIME.start(run, name)
+
+    runtime = Runtime(now=lambda: 5.0, sleep=lambda seconds: None, start=start)
+    assert one.scheduler is not None
+    described = one.worker._layout_for, one.worker._shard, one.worker._paged
+    worker = type(one.worker)(replace(one.worker._connection.endpoint, rank=1), *described, runtime=runtime)
+    endpoint = replace(one.scheduler._connection.endpoint, rank=1)
+    scheduler = type(one.scheduler)(endpoint, one.worker._layout_for, 1, runtime=runtime)
+    try:
+        eventually(lambda: worker.connected and scheduler.connected)
+        assert {"lmcache-link-worker", "lmcache-link-scheduler", "lmcache-load", "lmcache-store", "lmcache-map"} == set(
+            names
+        )
+        assert Requests(scheduler).runtime is runtime
+    finally:
+        worker.close()
+        scheduler.close()
+
+
+def test_a_server_that_is_not_running_is_not_waited_for(bed: Bed) -> None:
+    missing = SimpleNamespace(runtime=bed.session.runtime, connected=False, wait_connected=lambda seconds: None)
+    assert wait_connected((bed.session, bed.engine.worker), 0.0)
+    assert not wait_connected((bed.session, missing), PATIENCE, lambda: False)  # type: ignore[arg-type]
+
+    def passes(seconds: float) -> None:
+        bed.now += seconds
+
+    missing.wait_connected = passes
+    assert not wait_connected((missing,), 3.0) and bed.now == pytest.approx(1003.0)  # type: ignore[arg-type]
