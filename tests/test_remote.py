@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import threading
+import time
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -410,6 +411,24 @@ def test_with_a_key_file_only_who_has_it_is_heard(server, engine, tmp_path, capl
         auth.protect_engine(door, right)
         assert handshake(door, cache.address) == zmq.Event.HANDSHAKE_SUCCEEDED
     assert cache.counters()["engine_processes"] == 4
+
+
+@pytest.mark.parametrize("seconds_before_hello", [0.0, 0.2])
+def test_an_engine_with_a_wrong_key_says_so_once(server, engine, tmp_path, caplog, monkeypatch, seconds_before_hello):
+    """The handshake may fail before the hello is handed to ZMQ, or after it."""
+    post, connection = ZmqCarrier.post, "lmcache.engine.connection"
+    monkeypatch.setattr(
+        ZmqCarrier, "post", lambda self, *message: (time.sleep(seconds_before_hello), post(self, *message))[1]
+    )
+    wrong = key_file(tmp_path, "wrong")
+    cache = server(flags=("--auth-key-file", str(key_file(tmp_path))))
+    engine(cache, key_file=str(wrong), connect=False, scheduler=False)
+    eventually(lambda: refused(cache, "wrong key") >= 1 and [one for one in caplog.records if one.name == connection])
+    seconds_before_hello = 0.2 - seconds_before_hello
+    eventually(lambda: refused(cache, "wrong key") >= 4)
+    (line,) = {one.getMessage() for one in caplog.records if one.name == connection}
+    assert "is of no use to this engine" in line and f"is {wrong} a copy of the server's --auth-key-file?" in line
+    assert sum(one.name == connection for one in caplog.records) == 1
 
 
 def refused(cache, reason: str) -> float:

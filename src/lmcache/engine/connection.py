@@ -425,8 +425,9 @@ def _explained(error: ServerUnavailable, door: ZmqCarrier, key: Path | None, tim
         return ServerUnavailable(
             f"port {door.port} speaks {listener}: give the engines' port, which is --port of `lmcache server`, 5555 by default"
         )
-    hint = f"; it wants a key: is {key} a copy of the server's --auth-key-file?" if listener == "CURVE" else ""
-    return ServerUnavailable(f"{error}, but the port is open{hint}")
+    if listener == "CURVE" and door.turned_away():
+        return ServerRefused(f"its key is not this engine's: is {key} a copy of the server's --auth-key-file?")
+    return ServerUnavailable(f"{error}, but the port is open")
 
 
 def ask(carrier: Carrier, request: m.Message, expect: type[m.AnswerT]) -> m.AnswerT:

@@ -36,6 +36,9 @@ _LOOK_SECONDS = 0.01
 """Between looks at how much such a server has sent, while an answer is waited for."""
 _MAX_SKIPPED = 64
 """Of answers to earlier posts, before the next one. There is one for each post, unless the server is a rogue."""
+_HANDSHAKE_FAILED = (
+    zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+)
 _PEER_CREDENTIALS = struct.Struct("3i")
 
 
@@ -209,8 +212,8 @@ class ZmqCarrier:
         if key_file is not None:
             auth.protect_engine(self._socket, key_file)
         self._trusted = key_file is not None
-        self._monitor: zmq.Socket[bytes] = self._socket.get_monitor_socket(zmq.EVENT_CONNECTED)
-        self._connection = -1
+        self._monitor: zmq.Socket[bytes] = self._socket.get_monitor_socket(zmq.EVENT_CONNECTED | _HANDSHAKE_FAILED)
+        self._connection, self._turned_away = -1, False
         try:
             self._socket.connect(f"tcp://{in_url(self.host)}:{self.port}")
         except zmq.ZMQError as error:
@@ -252,6 +255,11 @@ class ZmqCarrier:
         """The TCP connection that the last answer to `exchange` came by, as both of its ends name it (`wire.auth.place`)."""
         return auth.place(self._head, "engine")
 
+    def turned_away(self) -> bool:
+        """Whether the handshake of ZMQ has failed. With CURVE on both sides that means that the keys differ."""
+        self._read_monitor()
+        return self._turned_away
+
     def wait_for_end(self, timeout_seconds: float) -> bool:
         time.sleep(timeout_seconds)  # ZMQ does not tell; the heartbeat of `engine.link` finds out
         return False
@@ -278,8 +286,7 @@ class ZmqCarrier:
 
     def _received(self) -> int:
         """Bytes, over the connection, if there is one (still)."""
-        if self._connection < 0 and self._monitor.poll(0):
-            _, self._connection = MONITOR_EVENT.unpack(self._monitor.recv_multipart()[0])
+        self._read_monitor()
         connection = duplicate(self._connection) if self._connection >= 0 else None
         if connection is None:
             return 0
@@ -290,3 +297,11 @@ class ZmqCarrier:
             except OSError:
                 return 0
             return bytes_received(connection) if is_ours else 0
+
+    def _read_monitor(self) -> None:
+        while self._monitor.poll(0):
+            kind, value = MONITOR_EVENT.unpack(self._monitor.recv_multipart()[0])
+            if kind == zmq.EVENT_CONNECTED:
+                self._connection = value
+            else:
+                self._turned_away = True
