@@ -524,6 +524,22 @@ def test_an_engine_at_another_port_says_what_is_spoken_there(server, engine, cap
         speaker.join()
 
 
+def test_a_server_that_was_frozen_is_no_foreign_service(folders):
+    """The kernel accepts connections for a stopped process, which says its part when it goes on."""
+
+    def freeze(listener: socket.socket, port: int) -> bytes:
+        with listener.accept()[0] as caller, socket.create_connection(("127.0.0.1", port)) as thawed:
+            asked = caller.recv(1 << 16)  # the caller has waited in vain, and asks as HTTP clients do
+            caller.sendall(thawed.recv(1 << 16))
+            return asked
+
+    with server_parts(folders, 8 << 20) as (_, port), socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(PATIENCE)
+        frozen = beside(lambda: freeze(listener, port))
+        assert knock("127.0.0.1", listener.getsockname()[1], 1.0) == "silence"
+        assert frozen.result(PATIENCE).startswith(b"GET ")
+
+
 def test_what_comes_in_drops_does_not_stretch_the_time_of_a_knock():
     mine, other = socket.socketpair()
     with mine, other:
