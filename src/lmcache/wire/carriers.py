@@ -71,17 +71,20 @@ class UnixCarrier:
         self.descriptor = -1
         """The arena's, for the caller to close."""
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._socket.settimeout(deadline_seconds)
+        deadline = time.monotonic() + deadline_seconds
         try:
+            _allow_until(self._socket, deadline)
             self._socket.connect(path)
             uid = _PEER_CREDENTIALS.unpack(self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[1]
             if uid != os.getuid():
                 raise ServerUnavailable(f"the server there runs as user {uid}, this engine as {os.getuid()}")
+            _allow_until(self._socket, deadline)
             self._socket.sendall(frame(m.encode(0, hello)))
+            _allow_until(self._socket, deadline)
             data, descriptors, _, _ = socket.recv_fds(self._socket, 1 << 16, 1)
             self.descriptor = descriptors[0] if descriptors else -1
             self._arrived = self._reader.feed(data)
-            _, self.welcome = self._next(time.monotonic() + deadline_seconds)
+            _, self.welcome = self._next(deadline)
         except (OSError, WireError, ServerUnavailable) as error:
             self._socket.close()
             if self.descriptor >= 0:
@@ -165,10 +168,19 @@ def exchange_in_python(connection: socket.socket, request: bytes, timeout_second
     Raises:
         TimeoutError: nothing has arrived within the time.
     """
-    connection.settimeout(timeout_seconds)
+    deadline = time.monotonic() + timeout_seconds
     if request:
+        _allow_until(connection, deadline)
         connection.sendall(request)
+    _allow_until(connection, deadline)
     return connection.recv(1 << 16)
+
+
+def _allow_until(connection: socket.socket, deadline: float) -> None:
+    """Let the next call on `connection` take until `deadline`. Raises TimeoutError where that has passed."""
+    if (remaining := deadline - time.monotonic()) <= 0:
+        raise TimeoutError("no answer within the deadline")
+    connection.settimeout(remaining)
 
 
 def _choose_exchange() -> Callable[[socket.socket, bytes, float], bytes]:
