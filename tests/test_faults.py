@@ -302,6 +302,20 @@ def test_a_connection_made_anew_keeps_the_arena_mapped(server, engine):
     assert one.load(ids) == 640
 
 
+def test_the_sessions_of_a_process_log_once_that_their_server_has_gone(server, engine, caplog):
+    def lines(words: str) -> int:
+        return sum(words in record.getMessage() for record in caplog.records)
+
+    cache = server()
+    one = engine(cache)
+    for times in (1, 2):
+        cache.kill()
+        eventually(lambda: one.scheduler._connection._told and one.worker._connection._told)
+        assert lines("Lost the LMCache server") == lines("No LMCache server at") == times
+        cache = server(port=cache.port)
+        one.connect()
+
+
 @pytest.mark.parametrize("mode", ["auto", "payload"])
 def test_a_frozen_server_costs_one_deadline_not_one_a_call(server, engine, unanswered, mode):
     """Of the scheduler, and one of the rank; all of this ends before the server wakes up."""

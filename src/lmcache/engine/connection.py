@@ -111,6 +111,12 @@ class _NotThereYet(ServerUnavailable):
     """Nothing listens at the address of a Unix socket."""
 
 
+_connections: set[Connection] = set()
+"""Those of this process: what one of them has logged, another to the same server does not repeat."""
+_logging = threading.Lock()
+"""Over `_connections`, and what they have logged."""
+
+
 class Connection:
     """Owns the connection. `on_welcome` runs in the link's thread at every new one, before anybody else may use it: it
     registers through the carrier it is given, and may raise LMCacheError to say that this server is of no use; the
@@ -143,9 +149,13 @@ class Connection:
         self._welcomed = False
         """A server has said welcome, and this process is getting ready for it."""
         self._told = ""
+        """Why no server serves this process, as logged last; "" since the last connection."""
+        self._lost = False
         self._since = time.monotonic()
         self._payload = False
         self._renewal_seconds = self._renewed = math.inf
+        with _logging:
+            _connections.add(self)
         self._thread = threading.Thread(target=self._keep_up, name=f"lmcache-link-{endpoint.role}", daemon=True)
         self._thread.start()
 
@@ -208,6 +218,8 @@ class Connection:
         self._wake.set()
         self._hang_up()
         self._thread.join(5.0)
+        with _logging:
+            _connections.discard(self)
 
     def _give_up(self, why: str) -> None:
         """Called with the lock held."""
@@ -217,7 +229,11 @@ class Connection:
             self._carrier.close()
             self._carrier = None
             self._connected.clear()
-            logger.warning("Lost the LMCache server at %s (%s); the engine goes on without", self.endpoint.address, why)
+            with _logging:
+                is_known, self._lost = any(other._lost for other in self._others()), True
+            if not is_known:
+                address = self.endpoint.address
+                logger.warning("Lost the LMCache server at %s (%s); the engine goes on without", address, why)
         self._wake.set()
 
     # The link's own thread
@@ -293,7 +309,7 @@ class Connection:
             self._on_welcome(carrier, welcome, descriptor)
             with self._lock:
                 self._carrier = carrier
-            self._told, self._ended_at = "", math.inf
+            self._told, self._lost, self._ended_at = "", False, math.inf
             self._connected.set()
         except BaseException:
             carrier.close()
@@ -357,11 +373,17 @@ class Connection:
         why_not = _why_not_mine(welcome.socket_path)
         return (None, why_not) if why_not else (UnixCarrier(welcome.socket_path, hello, _CONNECT_SECONDS), "")
 
+    def _others(self) -> list[Connection]:
+        """The other links of this process to the same server."""
+        return [one for one in _connections if one is not self and one.endpoint.address == self.endpoint.address]
+
     def _log_once(self, error: Exception) -> None:
         why = str(error) or type(error).__name__
-        if why == self._told:
+        with _logging:
+            is_known = why == self._told or any(other._told == why for other in self._others())
+            self._told = why
+        if is_known:
             return
-        self._told = why
         what = (
             "No LMCache server at %s yet" if _is_away(error) else "The LMCache server at %s is of no use to this engine"
         )
