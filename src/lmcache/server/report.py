@@ -157,7 +157,7 @@ class Report:
                 out[f'{kind}_chunks_by_reason_total{{reason="{reason}"}}'] = value
         for name in ("stored_tokens", "retrieved_tokens", "renewed_leases", "failed_loads", "failed_stores", "malformed_messages",
                      "refused_requests", "failed_requests", "internal_errors", "failed_effects",
-                     "unsent_answers"):  # fmt: skip
+                     "unsent_answers", "unanswered_messages"):  # fmt: skip
             out[f"{name}_total"] = service.counters[name]
         for reason, count in service.refused.counts.items():
             out[f'refused_engines_total{{reason="{reason}"}}'] = count

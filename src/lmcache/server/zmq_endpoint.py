@@ -12,6 +12,7 @@ import hmac
 import os
 import secrets
 import time
+from collections import Counter
 from pathlib import Path
 
 import zmq
@@ -27,7 +28,7 @@ from lmcache.wire import auth
 from lmcache.wire import messages as m
 
 logger = init_logger(__name__)
-_malformed = Seldom(logger)
+_malformed, _unanswered = Seldom(logger), Seldom(logger)
 SILENCE_SECONDS = 30.0
 """A payload engine that says nothing for so long is gone, as is one that takes none of the bytes that wait for it. It pings three
 times as often."""
@@ -36,6 +37,9 @@ PROOF_SECONDS = 30.0
 MAX_PEERS = 1024
 MAX_HELLO_BYTES = 1 << 14
 """Of a message, which is one frame, from somebody who is not an engine that was let in."""
+MAX_STRANGER_ANSWERS, MAX_STRANGERS_ANSWERS = 16, 512
+"""Messages that are answered from one tick to the next, a quarter of a second: of one connection that was not let in, and of all
+those. An engine needs three answers to be let in; one that gets none tries again after a second."""
 MAX_UNREAD_ANSWERS = 128
 """For one engine, which is forgotten at the first one beyond."""
 _COPIED_BYTES = 1 << 16
@@ -61,6 +65,8 @@ class ZmqEndpoint:
     ) -> None:
         self.loop, self.service = loop, service
         self._peers: dict[bytes, tuple[Peer, float]] = {}
+        self._strangers_answers: Counter[bytes] = Counter()
+        """Since the last tick, by connections that were not let in."""
         self._unsent: list[tuple[zmq.MessageTracker, Peer, int]] = []
         """Large answers, whose memory ZMQ holds until they are sent or their connection ends."""
         self._context = zmq.Context()
@@ -97,7 +103,7 @@ class ZmqEndpoint:
         strangers = self._handshakes.strangers
         loop.watch(strangers.descriptor, strangers.look_at_arrivals)
         loop.after_events.append(self._receive_all)  # ZMQ's descriptors are edge-triggered: always look
-        loop.on_tick += [self._forget_silent, strangers.look_at_all]
+        loop.on_tick += [self._forget_silent, self._strangers_answers.clear, strangers.look_at_all]
 
     def close(self) -> None:
         if hasattr(self, "_descriptor"):
@@ -124,6 +130,14 @@ class ZmqEndpoint:
 
     def _serve(self, envelope: zmq.Frame, frames: list[bytes]) -> None:
         identity = envelope.bytes
+        if identity not in self._peers and not self._may_answer(identity):
+            self.service.counters["unanswered_messages"] += 1
+            _unanswered.warning(
+                "More messages than are answered come from connections that were not let in, such as one from %s; see what "
+                "connects to port %d",
+                *(_host_of(envelope), self.port),
+            )
+            return
         try:
             sequence, request = self._decoded(identity, frames)
         except WireError as error:
@@ -140,6 +154,14 @@ class ZmqEndpoint:
             self._serve_peer(peer, envelope, sequence, request, frames[1:])
         else:
             self._send(identity, sequence, self._why_not(request, _host_of(envelope)), [])
+
+    def _may_answer(self, identity: bytes) -> bool:
+        """Whether a connection that was not let in gets one more answer in this tick."""
+        answers = self._strangers_answers
+        if answers[identity] >= MAX_STRANGER_ANSWERS or answers.total() >= MAX_STRANGERS_ANSWERS:
+            return False
+        answers[identity] += 1
+        return True
 
     def _most_bytes(self, identity: bytes) -> int:
         return m.MAX_MESSAGE_BYTES if identity in self._peers else MAX_HELLO_BYTES
