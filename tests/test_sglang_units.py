@@ -17,7 +17,7 @@ import pytest
 
 from hashing import Turns
 from lmcache.config.engine import FILE_VARIABLE
-from lmcache.engine import Loading
+from lmcache.engine import Loading, connection
 from lmcache.errors import ConfigError, LayoutError
 from lmcache.integration.sglang import model as model_of_sglang
 from lmcache.integration.sglang import ranks, weights
@@ -60,7 +60,7 @@ def config(folder: Path, server: Server, **more: Any) -> str:
 def sglang(tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engines]:
     """Engines: sglang(server, page_size, ...), connected."""
     made: list[SGLang] = []
-    monkeypatch.setattr(ranks, "_START_SECONDS", PATIENCE)
+    monkeypatch.setattr(connection, "START_SECONDS", PATIENCE)
 
     def make(server: Server, page_size: int, settings: dict[str, Any] | None = None, **more: Any) -> SGLang:
         made.append(SGLang(config(tmp_path, server, **(settings or {})), model, page_size, **more))

@@ -38,6 +38,8 @@ _SOCKET_SECONDS = 0.1
 prompt must not be missed."""
 _STARTING_SECONDS = 60.0
 """For how long the socket of a server that is to come may be missing without a word: ranks are ready before schedulers are."""
+START_SECONDS = 10.0
+"""How long the start of an engine waits for a server that listens and has not welcomed it: a busy one may take so long."""
 _CONNECT_SECONDS = 1.0
 _LOOK_SECONDS = 1.0
 """Between looks at whether something is due, at most; a connection's end is noticed at once."""
@@ -107,6 +109,10 @@ class Endpoint:
             )
 
 
+class _Absent(ServerUnavailable):
+    """Nothing listens at the address of a port, or something else than a server of ours."""
+
+
 class _NotThereYet(ServerUnavailable):
     """Nothing listens at the address of a Unix socket."""
 
@@ -146,6 +152,8 @@ class Connection:
         self._closed, self._goodbye = False, True
         self._wake = threading.Event()
         self._connected = threading.Event()
+        self._settled = threading.Event()
+        """There is a connection, or the last attempt has found that there is no server, or none that is of use."""
         self._welcomed = False
         """A server has said welcome, and this process is getting ready for it."""
         self._told = ""
@@ -165,6 +173,12 @@ class Connection:
 
     def wait_connected(self, timeout_seconds: float) -> bool:
         return self._connected.wait(timeout_seconds)
+
+    def wait_for_server(self, seconds: float | None = None) -> None:
+        """Wait for the first connection while one is to be expected, until so many `seconds` (None: `START_SECONDS`) after this
+        link was made. Where nothing listens, or no server that is of use, it returns as soon as that is known."""
+        until = self._since + (START_SECONDS if seconds is None else seconds)
+        self._settled.wait(max(0.0, until - time.monotonic()))
 
     def wait_welcomed(self) -> None:
         """Where a server is there and this process is still getting ready for it: wait for that, a deadline at most."""
@@ -252,6 +266,8 @@ class Connection:
                     coming = isinstance(error, IdentityUnknown) or (isinstance(error, _NotThereYet) and starting)
                     if not coming:
                         self._log_once(error)
+                    if isinstance(error, _Absent) or not (coming or _is_away(error)):
+                        self._settled.set()
                     if not isinstance(error, (LMCacheError, OSError)):
                         logger.debug("while connecting", exc_info=True)
                     if time.monotonic() - self._ended_at >= GONE_SECONDS:
@@ -311,6 +327,7 @@ class Connection:
                 self._carrier = carrier
             self._told, self._lost, self._ended_at = "", False, math.inf
             self._connected.set()
+            self._settled.set()
         except BaseException:
             carrier.close()
             raise
@@ -425,7 +442,7 @@ def _reached(address: str, timeout_seconds: float) -> str:
         with connect(host, int(port), timeout_seconds) as connection:
             return f"tcp://{in_url(connection.getpeername()[0])}:{port}"
     except OSError as error:
-        raise ServerUnavailable(str(error)) from error
+        raise _Absent(str(error)) from error
 
 
 def _explained(error: ServerUnavailable, door: ZmqCarrier, key: Path | None, timeout_seconds: float) -> LMCacheError:
@@ -433,7 +450,7 @@ def _explained(error: ServerUnavailable, door: ZmqCarrier, key: Path | None, tim
     try:
         listener = knock(door.host, door.port, timeout_seconds, "CURVE" if key else "NULL")
     except OSError as refusal:
-        return ServerUnavailable(str(refusal))
+        return _Absent(str(refusal))
     if listener == "CURVE" and key is None:
         return ServerRefused(
             "it has a key file, and this engine has none: set LMCACHE_AUTH_KEY_FILE to a copy of the server's --auth-key-file"
@@ -444,7 +461,7 @@ def _explained(error: ServerUnavailable, door: ZmqCarrier, key: Path | None, tim
             "file, or unset LMCACHE_AUTH_KEY_FILE"
         )
     if listener in ("HTTP", "something else"):
-        return ServerUnavailable(
+        return _Absent(
             f"port {door.port} speaks {listener}: give the engines' port, which is --port of `lmcache server`, 5555 by default"
         )
     if listener == "CURVE" and door.turned_away():

@@ -32,8 +32,6 @@ logger = init_logger(__name__)
 
 Tokens = npt.NDArray[np.int64]
 GIB = 1 << 30
-_START_SECONDS = 1.0
-"""What an engine's start may wait for its server, so that the first prompt is cached already."""
 
 
 class Agreement:
@@ -125,9 +123,8 @@ class SGLangRank:
         self._worker = WorkerSession(endpoint("worker"), kv.layout, kv.shard, kv.paged)
         self._stores = _is_first_of_its_shard(kv, ranks)
         self._timeout_seconds = settings.config.blocking_timeout_secs
-        deadline = time.monotonic() + _START_SECONDS
-        for session in (self._scheduler, self._worker) if self._scheduler.identified else ():
-            session.wait_connected(max(0.0, deadline - time.monotonic()))
+        self._scheduler.wait_for_server()
+        self._worker.wait_for_server()
 
     @property
     def chunk_tokens(self) -> int | None:

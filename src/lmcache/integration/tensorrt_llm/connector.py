@@ -14,7 +14,6 @@ from tensorrt_llm._utils import mpi_allgather, mpi_broadcast, mpi_rank
 
 from lmcache.engine import SchedulerSession, WorkerSession
 from lmcache.engine.connection import Endpoint
-from lmcache.engine.identified import is_identified
 from lmcache.integration.tensorrt_llm.model import NOT_SERVED, PoolKV, describe_pool, refusal_of
 from lmcache.integration.tensorrt_llm.plan import StepPlan
 from lmcache.integration.tensorrt_llm.ranks import RankReporter, RankWatch
@@ -32,7 +31,6 @@ except ImportError:  # releases before 1.2
     from tensorrt_llm._torch.pyexecutor.kv_cache_connector import KvCacheConnectorScheduler, KvCacheConnectorWorker
 
 logger = init_logger(__name__)
-_CONNECT_SECONDS = 2.0
 
 
 class Meeting:
@@ -229,8 +227,7 @@ class Worker(KvCacheConnectorWorker):  # type: ignore[misc]
                 opened.callback(scheduler.close)
             session = WorkerSession(endpoint, kv.layout, kv.shard, kv.paged)
             opened.callback(session.close)
-            if is_identified(kv.layout):
-                session.wait_connected(_CONNECT_SECONDS)
+            session.wait_for_server()
             arena = session.mapped_arena
             reporter = RankReporter(instance, self._rank, arena)
             opened.callback(reporter.close)
@@ -244,8 +241,7 @@ class Worker(KvCacheConnectorWorker):  # type: ignore[misc]
     def _open_scheduler(self, kv: PoolKV, settings: Settings, endpoint: Endpoint) -> SchedulerSide:
         where = Endpoint(endpoint.address, endpoint.instance, "scheduler", deadline_seconds=endpoint.deadline_seconds)
         session = SchedulerSession(where, kv.layout, kv.shard.count)
-        if is_identified(kv.layout):
-            session.wait_connected(_CONNECT_SECONDS)
+        session.wait_for_server()
         return SchedulerSide(
             session,
             RankWatch(endpoint.instance, self._ranks),

@@ -35,7 +35,6 @@ _NOT_OURS = (AttributeError, ImportError, KeyError, LMCacheError, OSError, Runti
 _ROOM_TOKENS = 1024
 _FORESEEN_TOKENS = 2048
 """Room for an answer; a longer one goes on outside the pool, and its tail is not stored."""
-_CONNECT_SECONDS = 2.0
 _START_SECONDS = 30.0
 """For a server of one's own to start, on a machine that is busy; `attach` waits for it as long as it runs."""
 _COPY_THREADS = 8
@@ -110,7 +109,7 @@ class Attached:
         self._lock = threading.Lock()
         try:
             self._shape = kv_shape(model)
-            self._open(_ROOM_TOKENS, _CONNECT_SECONDS if own is None else _START_SECONDS)
+            self._open(_ROOM_TOKENS, None if own is None else _START_SECONDS)
         except _NOT_OURS as error:
             self._refuse(error)
             return
@@ -256,7 +255,7 @@ class Attached:
             stamp = weights_stamp(self._model)
         if pool is None or pool.tokens < room or stamp != self._stamp:
             self._hang_up()
-            self._open(room, _CONNECT_SECONDS if reached else 0.0)
+            self._open(room, self._endpoint.deadline_seconds if reached else 0.0)
         if self._identity is not None and self._identity.failure:
             raise LayoutError(self._identity.failure)
         return self._connected()
@@ -303,7 +302,7 @@ class Attached:
 
     # Sessions
 
-    def _open(self, room: int, wait_seconds: float) -> None:
+    def _open(self, room: int, wait_seconds: float | None) -> None:
         """A pool for at least `room` tokens, and sessions for the weights as they are now, which are waited for so long.
 
         Raises:
@@ -320,7 +319,10 @@ class Attached:
         threads = min(_COPY_THREADS, torch.get_num_threads()) if shape.device.type == "cpu" else 1
         whole, rank = Shard(0, 1, 0, shape.layers, 0, shape.heads), replace(self._endpoint, role="worker")
         self._worker = WorkerSession(rank, layout_for, whole, self._pool.describe(), threads)
-        if self._scheduler.identified:
+        if self._own is None or wait_seconds is None:
+            self._scheduler.wait_for_server(wait_seconds)
+            self._worker.wait_for_server(wait_seconds)
+        elif self._scheduler.identified:
             self.wait_connected(wait_seconds)
 
     def _identified(self) -> Identity:

@@ -96,6 +96,8 @@ class LMCacheMPConnector(KVConnectorBase_V1, _SupportsHMA):  # type: ignore[misc
         server = self._server
         if server is not None:
             self._scheduler.wait_connected(lambda: server.running)
+        else:
+            self._scheduler.wait_for_server()
 
     @property
     def requires_kv_delivery(self) -> bool:

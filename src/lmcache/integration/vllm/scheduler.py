@@ -290,6 +290,11 @@ class SchedulerSide:
                 logger.warning("This engine's LMCache server was not up within %.0f s; it may come yet", _START_SECONDS)
                 return
 
+    def wait_for_server(self) -> None:
+        """As `SchedulerSession.wait_for_server`, for a server that others have started."""
+        if self._session is not None:
+            self._session.wait_for_server()
+
     def stop(self, reason: str) -> None:
         """A rank cannot serve: from now on this engine runs without us."""
         if self._session is not None:
