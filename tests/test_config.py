@@ -391,6 +391,7 @@ def test_too_large_an_l1_says_what_to_pass(config: ServerConfig, monkeypatch: py
     assert check_machine(dataclasses.replace(config, l1_size_gb=17)).l1_size_gb == 17
     monkeypatch.setattr(preflight, "free_bytes", lambda directory: 64 << 20)
     message = refused(dataclasses.replace(config, l1_size_gb=20))
+    assert "/dev/shm has 0.062 GiB free, and" in message, "no less than may be passed"
     assert "pass --l1-size-gb 0.062 or less" in message and "--shm-size" in message
     assert check_machine(dataclasses.replace(config, l1_size_gb=0.062)).l1_size_gb == 0.062
 

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -19,6 +20,7 @@ from lmcache.engine import Load, Store, connection
 from lmcache.engine.connection import Connection
 from lmcache.wire import messages as m
 from lmcache.wire.frames import frame
+from ports import free_port
 from servers import PATIENCE, beside, eventually
 
 PATIENT = 3000.0  # seconds; a call with such a deadline ends by what a test does, or not at all
@@ -300,6 +302,42 @@ def test_a_connection_made_anew_keeps_the_arena_mapped(server, engine):
     eventually(lambda: one.worker._connection._carrier not in (None, carrier))
     assert one.worker._access is access
     assert one.load(ids) == 640
+
+
+def test_a_start_waits_for_a_server_that_listens_and_for_no_other(server, engine, impostor, monkeypatch):
+    """A server that stands still takes connections, and may be there in a moment."""
+    monkeypatch.setattr(connection, "START_SECONDS", 100 * PATIENCE)  # whoever waits in vain waits longer than the test
+    cache = server()
+    cache.freeze()
+    one = engine(cache, connect=False)
+    starting = [beside(session.wait_for_server) for session in (one.scheduler, one.worker)]
+    eventually(lambda: one.scheduler._connection._told)  # a first attempt has had no answer
+    assert not any(start.done() for start in starting)
+    cache.thaw()
+    for start in starting:
+        start.result(PATIENCE)
+    assert one.scheduler.connected and one.worker.connected
+    foreign = impostor(lambda sequence, request: [m.encode(sequence, m.Error("refused", "not for you"))])
+    nowhere = SimpleNamespace(address=f"tcp://127.0.0.1:{free_port()}")
+    for place in (nowhere, foreign):
+        late = engine(place, connect=False)
+        for session in (late.scheduler, late.worker):
+            beside(session.wait_for_server).result(PATIENCE)
+            assert not session.connected
+
+
+def test_the_sessions_of_a_process_log_once_that_their_server_has_gone(server, engine, caplog):
+    def lines(words: str) -> int:
+        return sum(words in record.getMessage() for record in caplog.records)
+
+    cache = server()
+    one = engine(cache)
+    for times in (1, 2):
+        cache.kill()
+        eventually(lambda: one.scheduler._connection._told and one.worker._connection._told)
+        assert lines("Lost the LMCache server") == lines("Connection refused") == times
+        cache = server(port=cache.port)
+        one.connect()
 
 
 @pytest.mark.parametrize("mode", ["auto", "payload"])

@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import threading
+import time
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -409,6 +410,24 @@ def test_with_a_key_file_only_who_has_it_is_heard(server, engine, tmp_path, capl
     assert cache.counters()["engine_processes"] == 4
 
 
+@pytest.mark.parametrize("seconds_before_hello", [0.0, 0.2])
+def test_an_engine_with_a_wrong_key_says_so_once(server, engine, tmp_path, caplog, monkeypatch, seconds_before_hello):
+    """The handshake may fail before the hello is handed to ZMQ, or after it."""
+    post, connection = ZmqCarrier.post, "lmcache.engine.connection"
+    monkeypatch.setattr(
+        ZmqCarrier, "post", lambda self, *message: (time.sleep(seconds_before_hello), post(self, *message))[1]
+    )
+    wrong = key_file(tmp_path, "wrong")
+    cache = server(flags=("--auth-key-file", str(key_file(tmp_path))))
+    engine(cache, key_file=str(wrong), connect=False, scheduler=False)
+    eventually(lambda: refused(cache, "wrong key") >= 1 and [one for one in caplog.records if one.name == connection])
+    seconds_before_hello = 0.2 - seconds_before_hello
+    eventually(lambda: refused(cache, "wrong key") >= 4)
+    (line,) = {one.getMessage() for one in caplog.records if one.name == connection}
+    assert "is of no use to this engine" in line and f"is {wrong} a copy of the server's --auth-key-file?" in line
+    assert sum(one.name == connection for one in caplog.records) == 1
+
+
 def refused(cache, reason: str) -> float:
     return cache.counters()[f'refused_engines_total{{reason="{reason}"}}']
 
@@ -500,6 +519,22 @@ def test_an_engine_at_another_port_says_what_is_spoken_there(server, engine, cap
         speaker.start()  # the first of these two is the silent one
         assert knock("127.0.0.1", port, PATIENCE) == "something else"
         speaker.join()
+
+
+def test_a_server_that_was_frozen_is_no_foreign_service(folders):
+    """The kernel accepts connections for a stopped process, which says its part when it goes on."""
+
+    def freeze(listener: socket.socket, port: int) -> bytes:
+        with listener.accept()[0] as caller, socket.create_connection(("127.0.0.1", port)) as thawed:
+            asked = caller.recv(1 << 16)  # the caller has waited in vain, and asks as HTTP clients do
+            caller.sendall(thawed.recv(1 << 16))
+            return asked
+
+    with server_parts(folders, 8 << 20) as (_, port), socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(PATIENCE)
+        frozen = beside(lambda: freeze(listener, port))
+        assert knock("127.0.0.1", listener.getsockname()[1], 1.0) == "silence"
+        assert frozen.result(PATIENCE).startswith(b"GET ")
 
 
 def test_what_comes_in_drops_does_not_stretch_the_time_of_a_knock():

@@ -18,13 +18,13 @@ import pytest
 
 from hashing import Turns
 from lmcache.config.engine import FILE_VARIABLE
-from lmcache.engine import Loading
+from lmcache.engine import Loading, connection
 from lmcache.engine.agreement import Agreement
 from lmcache.engine.runtime import RUNTIME
 from lmcache.errors import ConfigError, LayoutError
 from lmcache.integration.sglang import model as model_of_sglang
-from lmcache.integration.sglang import ranks, weights
 from lmcache.integration.sglang import unified_lmcache_mp_connector as unified
+from lmcache.integration.sglang import weights
 from lmcache.integration.sglang.model import Ranks, describe_rank, pool_buffers
 from lmcache.integration.sglang.multi_process_adapter import LMCacheMPConnector
 from lmcache.integration.sglang.ranks import block_table
@@ -63,7 +63,7 @@ def config(folder: Path, server: Server, **more: Any) -> str:
 def sglang(tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engines]:
     """Engines: sglang(server, page_size, ...), connected."""
     made: list[SGLang] = []
-    monkeypatch.setattr(ranks, "_START_SECONDS", PATIENCE)
+    monkeypatch.setattr(connection, "START_SECONDS", PATIENCE)
 
     def make(server: Server, page_size: int, settings: dict[str, Any] | None = None, **more: Any) -> SGLang:
         made.append(SGLang(config(tmp_path, server, **(settings or {})), model, page_size, **more))

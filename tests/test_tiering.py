@@ -613,6 +613,41 @@ def test_what_l1_lost_by_a_clear_is_told_as_that(rig: Callable[..., Rig]) -> Non
     assert counters["lost_bytes:cleared"] == SECTOR * counters["lost:cleared"]
 
 
+@pytest.mark.parametrize("tiers_when", ["never", "amid the write", "after it"])
+def test_every_chunk_of_a_failed_write_that_is_cleared_counts_once_as_cleared(
+    rig: Callable[..., Rig], tiers_when: str
+) -> None:
+    """L1 is cleared in the middle of the write, the tier then, later, or not at all."""
+    tier = HandTier()
+    tier.refuses = "store"
+    one = rig(spec(tier))
+
+    def clear_tiers() -> None:
+        done: list[dict[str, str]] = []
+        one.ask(lambda: one.tiering.clear(None, done.append))
+        eventually(lambda: done)
+
+    tier.hold("store")
+    one.store(chain(1, 30))
+    eventually(lambda: "store" in tier.calls)
+    one.forget_l1()
+    if tiers_when == "amid the write":
+        clear_tiers()
+    tier.let_go()
+    (lane,) = one.tiering.lanes
+    eventually(lambda: one.ask(lambda: lane.counters["failed:refused"] and not lane.writing))
+    if tiers_when == "after it":
+        clear_tiers()
+    one.ask(lane.stores.succeeded)  # the tier is tried again
+    one.written()
+    assert one.ask(lambda: dict(lane.queue.counters)) == {
+        "queued": 30,
+        "lost:cleared": 30,
+        "lost_bytes:cleared": 30 * SECTOR,
+    }
+    assert not tier.kept
+
+
 def amid_a_load(rig: Callable[..., Rig]) -> tuple[HandTier, Rig, bytes]:
     """A tier that holds up the load of a prompt until it is let go."""
     tier = HandTier()

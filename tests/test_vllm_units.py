@@ -362,7 +362,7 @@ def test_roles_embeddings_and_unknown_adapters() -> None:
 
 
 def test_an_adapter_whose_files_may_not_be_the_loaded_ones_is_not_cached(
-    tmp_path: Path, loras: tuple[Path, Path]
+    tmp_path: Path, loras: tuple[Path, Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     """vLLM answers with what it has loaded, whatever has been saved over it since."""
     one, two = loras
@@ -386,7 +386,12 @@ def test_an_adapter_whose_files_may_not_be_the_loaded_ones_is_not_cached(
     assert not cached("c", connection), "another folder, whose files are older than the engine"
     (one / "adapter_model.safetensors").write_bytes(b"new")
     os.utime(one / "adapter_model.safetensors", (0, 0))
-    assert not cached("d", one) and cached("e", two)
+    assert not cached("d", one) and not cached("f", one) and cached("e", two)
+    gone = [line.getMessage() for line in caplog.records if "no longer cached" in line.getMessage()]
+    assert len(gone) == 2, "one line for each adapter"
+    for line, path in zip(gone, (connection, one), strict=True):
+        assert f"adapter 'x' (lora_int_id {numbers[path]}, first loaded from {path})" in line
+        assert "its files have changed since" in line and "under another lora_int_id" in line
 
 
 @pytest.fixture
@@ -398,7 +403,9 @@ def loras(tmp_path: Path) -> tuple[Path, Path]:
     return one, two
 
 
-def test_an_adapter_under_the_number_of_another_is_not_cached(loras: tuple[Path, Path], core: Core) -> None:
+def test_an_adapter_under_the_number_of_another_is_not_cached(
+    loras: tuple[Path, Path], core: Core, caplog: pytest.LogCaptureFixture
+) -> None:
     """vLLM goes on answering with the adapter that it has loaded under the number."""
     one, two = loras
 
@@ -412,6 +419,7 @@ def test_an_adapter_under_the_number_of_another_is_not_cached(loras: tuple[Path,
     assert hit("a", 1, one) and hit("b", 2, two)
     assert not hit("c", 1, two), "what is loaded is the other one"
     assert not hit("d", 1, one), "and now it is not known what is"
+    assert f"are no longer cached: a request wants it from {two}" in caplog.text
     assert hit("e", 2, two)
 
 

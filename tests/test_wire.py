@@ -8,6 +8,8 @@ import subprocess
 import sys
 import threading
 import time
+import types
+from typing import ClassVar
 
 import msgspec
 import pytest
@@ -232,6 +234,71 @@ def test_silence_ends_a_carrier_at_the_deadline_of_its_call(pairs):
     assert time.monotonic() - begin >= 0.3 and not waiting.done()
     other.sendall(frame(m.encode(1, m.Ok(5))))
     assert waiting.result(PATIENCE) == (m.Ok(5), [])
+
+
+class SlowSocket(socket.socket):
+    """Each of its calls takes a quarter of a second, on a clock that only they move. `ends`: until when each may take."""
+
+    now = 0.0
+    ends: ClassVar[list[float]] = []
+
+    def _take(self) -> None:
+        timeout = self.gettimeout()
+        assert timeout is not None
+        SlowSocket.ends.append(SlowSocket.now + timeout)
+        SlowSocket.now += 0.25
+
+    def connect(self, *arguments):
+        self._take()
+        return super().connect(*arguments)
+
+    def sendall(self, *arguments):
+        self._take()
+        return super().sendall(*arguments)
+
+    def recv(self, *arguments):
+        self._take()
+        return super().recv(*arguments)
+
+    def recvmsg(self, *arguments):
+        self._take()
+        return super().recvmsg(*arguments)
+
+
+@pytest.fixture
+def slow(monkeypatch):
+    """Every socket of a carrier is a slow one, and the carriers' clock that of the slow sockets."""
+    monkeypatch.setattr(carriers, "exchange", carriers.exchange_in_python)
+    monkeypatch.setattr(carriers.socket, "socket", SlowSocket)
+    monkeypatch.setattr(carriers, "time", types.SimpleNamespace(monotonic=lambda: SlowSocket.now))
+    SlowSocket.now, SlowSocket.ends = 0.0, []
+    return SlowSocket
+
+
+def test_a_connection_and_its_welcome_share_one_deadline(folders, slow):
+    path, welcome = str(folders("/tmp") / "s"), frame(m.encode(0, ANSWERS[0]))
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen()
+
+        def answer() -> None:
+            with listener.accept()[0] as other:
+                assert os.read(other.fileno(), 1 << 16)
+                os.write(other.fileno(), welcome[:3])  # the rest comes too late
+
+        beside(answer)
+        with pytest.raises(ServerUnavailable, match="no answer within the deadline"):
+            UnixCarrier(path, REQUESTS[0], 0.75)
+    assert slow.ends == [0.75] * 3
+
+
+def test_a_request_and_its_answer_share_one_deadline(slow):
+    mine, other = socket.socketpair()
+    with mine, other:
+        os.write(other.fileno(), b"answer")
+        with SlowSocket(fileno=os.dup(mine.fileno())) as one:
+            assert carriers.exchange_in_python(one, b"request", 0.75) == b"answer"
+    assert slow.ends == [0.75] * 2
 
 
 def test_a_name_is_told_as_it_is_written():

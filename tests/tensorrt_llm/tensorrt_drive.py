@@ -16,7 +16,7 @@ from typing import Any
 import tensorrt_executor as double
 from commands import PATIENCE, serve, set_deadline
 
-from lmcache.engine import identity
+from lmcache.engine import connection, identity
 
 PRESETS = {
     "lmcache": ("lmcache.integration.tensorrt_llm.tensorrt_adapter", "LMCache"),
@@ -41,8 +41,7 @@ def do_engine(
     **more: Any,
 ) -> dict[str, Any]:
     """connected: there is a server, and it is waited for with patience, so that a busy machine makes no miss of a hit."""
-    connector: Any = importlib.import_module("lmcache.integration.tensorrt_llm.connector")
-    connector._CONNECT_SECONDS = PATIENCE if connected else 0.0
+    connection.START_SECONDS = PATIENCE if connected else 0.0
     module, prefix = PRESETS[preset]
     settings: dict[str, Any] = {
         "model": model,

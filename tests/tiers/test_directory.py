@@ -26,7 +26,7 @@ from lmcache.tiers.directory.tier import DirectoryTier
 from lmcache.tiers.filesystem import Filesystem
 from lmcache.tiers.frame_io import UNREADABLE
 from lmcache.tiers.registry import make_tier
-from servers import PATIENCE, eventually
+from servers import PATIENCE, beside, eventually
 
 MIB = 1 << 20
 T = TypeVar("T")
@@ -192,7 +192,7 @@ def test_both_writing_stay_within_the_cap_and_what_one_wrote_unseen(
             first._tidy(cap // 20)
         assert filesystem_bytes(tmp_path / "tier") <= cap
         with second._counting:
-            second._tidy()
+            second._tidy(0)
         assert second.usage().stored_bytes >= first.usage().stored_bytes
     assert second.usage() == first.usage()
 
@@ -294,7 +294,7 @@ def test_leftovers_of_crashed_writers_are_swept_and_those_of_live_ones_are_not(
     age(old, LEFTOVER_SECONDS + 60)
     age(new, LEFTOVER_SECONDS - 600)
     with tier._counting:
-        tier._tidy()
+        tier._tidy(0)
     assert not old.exists() and new.exists()
     assert tier.usage().stored_bytes >= MIB
 
@@ -360,8 +360,29 @@ def test_stores_that_gave_up_are_made_no_room_for(
     assert len(refused) >= 30  # more than the cap in all
     begun = tier._begun
     counting.set()
-    eventually(lambda: tier._ended > begun)  # the look that was held up, and the next one
+    eventually(lambda: tier._ended > begun + 1)  # the look that was held up, and the next one
     assert len(there(tier, range(14))) >= 8
+
+
+def test_room_for_all_stores_that_wait_is_made_at_once(
+    directory: Callable[..., DirectoryTier], counting: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also for those that have come while everything was counted for the first of them."""
+    monkeypatch.setattr(directory_module, "ROOM_SECONDS", PATIENCE)
+    trimmed: list[int] = []
+    trim = Janitor.trim
+    monkeypatch.setattr(Janitor, "trim", lambda self, count, below: trimmed.append(below) or trim(self, count, below))
+    tier = directory(16 * MIB)
+    fill(tier, range(15), MIB)
+    counting.clear()
+    stores = []
+    for number in range(20, 24):
+        waited = tier._wanted_bytes
+        stores.append(beside(lambda number=number: fill(tier, range(number, number + 1), MIB)))
+        eventually(lambda waited=waited: tier._wanted_bytes > waited)
+    counting.set()
+    assert [store.result(PATIENCE) for store in stores] == [[OK]] * 4
+    assert len(trimmed) == 1 and len(there(tier, range(15))) == 11
 
 
 class Waits(threading.Condition):

@@ -413,7 +413,7 @@ def test_a_wrong_password_and_none_are_said_in_one_line_without_it(empty: RedisS
         ) as caught:
             tier_of(url)
         assert caught.value.reason == "denied" and "wrong@" not in str(caught.value)
-    with pytest.raises(TierError, match=r"NOAUTH .*password_file="):
+    with pytest.raises(TierError, match=r"NOAUTH .*[^.]; give its password: redis://.*password_file="):
         tier_of(f"redis://127.0.0.1:{empty.port}/0")
 
 

@@ -24,7 +24,7 @@ from lmcache.testing.conformance import ConformanceSuite
 from lmcache.tiers import ABSENT, KEPT, OK, ShardKey, Tier, TierError, frame
 from lmcache.tiers.registry import make_tier
 from lmcache.tiers.s3.accounting import Accounting, pack_uses, unpack_uses
-from lmcache.tiers.s3.client import MULTIPART_BYTES, MULTIPART_FROM_BYTES, Client, Listed
+from lmcache.tiers.s3.client import MULTIPART_BYTES, MULTIPART_FROM_BYTES, Client, Listed, Place
 from lmcache.tiers.s3.tier import RANGE_BYTES, S3Tier
 from proxy import Proxy
 from servers import PATIENCE, beside, eventually
@@ -378,6 +378,22 @@ def test_a_shard_in_the_books_takes_at_most_200_bytes() -> None:
     finally:
         tracemalloc.stop()
     assert len(accounting) == count and size <= 200 * count
+
+
+def test_without_a_cap_a_shard_that_is_used_takes_no_more() -> None:
+    """Nothing is swept then, so its use would never be forgotten."""
+    count, tier = 20_000, S3Tier(Client(Place("bucket", endpoint="http://127.0.0.1:1"), 1.0))
+    keys = [ShardKey.unpack(os.urandom(36)) for _ in range(count)]
+    tracemalloc.start()
+    try:
+        for key in keys:
+            tier._accounting.begin(key, 1 << 20)
+            tier._accounting.end(key)
+            tier._accounting.use([key])
+        size, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert tier.usage() == (count << 20, count, None) and size <= 200 * count, size / count
 
 
 # ---- writers that are killed

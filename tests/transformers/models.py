@@ -17,6 +17,7 @@ from unittest.mock import Mock
 import torch
 from commands import PATIENCE, serve, set_deadline
 
+from lmcache.engine import connection
 from lmcache.integration.transformers import Attached, attach
 from transformers import AutoModelForCausalLM, DynamicCache
 
@@ -54,7 +55,7 @@ def do_attach(state: State, connected: bool = True, **options: Any) -> dict[str,
 
 def _attach(model: Any, connected: bool = True, **options: Any) -> Attached:
     """With patience, so that a busy machine makes no miss of a hit."""
-    MODULE._CONNECT_SECONDS = PATIENCE if connected else 0.0  # type: ignore[attr-defined]
+    connection.START_SECONDS = PATIENCE if connected else 0.0
     return attach(model, **{"deadline_seconds": PATIENCE} | options)
 
 

@@ -27,6 +27,8 @@ class Batch(NamedTuple):
     hashes: bytes
     parents: bytes
     size_bytes: int
+    clears: int = 0
+    """How often the queue had been cleared when the batch was taken from it."""
 
 
 class WriteQueue:
@@ -34,12 +36,13 @@ class WriteQueue:
 
     def __init__(self, max_bytes: int, batch_bytes: int, l1_bytes: int, on_evict: bool = False) -> None:
         self.counters: Counter[str] = Counter()
-        """Chunks: queued, and lost by reason: `queue full`, `evicted` and `cleared` (from L1, before their turn); and the
-        bytes of those that were lost."""
+        """Chunks: queued, and lost by reason: `queue full`, `evicted` (from L1, before their turn) and `cleared` (from L1 or from
+        the tier); and the bytes of those that were lost."""
         self.queued_bytes = 0
         self._max_bytes, self._batch_bytes = max_bytes, batch_bytes
         self._l1_bytes, self._kept_bytes = l1_bytes, 0
         self._on_evict = on_evict
+        self._clears = 0
         self._ready: deque[tuple[int, bytes, bytes, int]] = deque()
         """(space, hash, parent's hash, bytes)"""
         self._kept_back: deque[tuple[int, bytes, bytes, int]] = deque()
@@ -91,7 +94,7 @@ class WriteQueue:
             taken.append(self._ready.popleft())
             size += taken[-1][3]
         self.queued_bytes -= size
-        return Batch(space, b"".join(one[1] for one in taken), b"".join(one[2] for one in taken), size)
+        return Batch(space, b"".join(one[1] for one in taken), b"".join(one[2] for one in taken), size, self._clears)
 
     def still_there(self, batch: Batch, found: bytes) -> Batch:
         """What can be written of a batch: `found`, in the batch's order. The rest was evicted before its turn."""
@@ -103,11 +106,14 @@ class WriteQueue:
         cuts = [slice(at, at + HASH_BYTES) for at in range(0, len(batch.hashes), HASH_BYTES)]
         parents = {batch.hashes[cut]: batch.parents[cut] for cut in cuts}
         of_found = [parents[found[at : at + HASH_BYTES]] for at in range(0, len(found), HASH_BYTES)]
-        return Batch(batch.space, found, b"".join(of_found), batch.size_bytes - gone_bytes)
+        return Batch(batch.space, found, b"".join(of_found), batch.size_bytes - gone_bytes, batch.clears)
 
     def put_back(self, batch: Batch) -> None:
-        """The tier could not take it now: it is first in line again."""
+        """The tier could not take it now: it is first in line again, unless the queue has been cleared since it was taken."""
         count = len(batch.hashes) // HASH_BYTES
+        if batch.clears != self._clears:
+            self._lose("cleared", count, batch.size_bytes)
+            return
         for at in reversed(range(0, len(batch.hashes), HASH_BYTES)):
             cut = slice(at, at + HASH_BYTES)
             self._ready.appendleft((batch.space, batch.hashes[cut], batch.parents[cut], batch.size_bytes // count))
@@ -117,10 +123,11 @@ class WriteQueue:
             self.queued_bytes -= size
             self._lose("queue full", 1, size)
 
-    def clear(self, lost: str = "") -> None:
-        """Forget what waits. lost: the reason, where it is to be told of as not written."""
-        for one in (*self._ready, *self._kept_back) if lost else ():
-            self._lose(lost, 1, one[3])
+    def clear(self) -> None:
+        """L1 or the tier has been cleared: nothing is written of what waits, nor of a batch that is put back from now on."""
+        for one in (*self._ready, *self._kept_back):
+            self._lose("cleared", 1, one[3])
+        self._clears += 1
         self._ready.clear()
         self._kept_back.clear()
         self.queued_bytes = self._kept_bytes = 0

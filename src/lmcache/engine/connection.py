@@ -38,6 +38,8 @@ _SOCKET_SECONDS = 0.1
 prompt must not be missed."""
 _STARTING_SECONDS = 60.0
 """For how long the socket of a server that is to come may be missing without a word: ranks are ready before schedulers are."""
+START_SECONDS = 10.0
+"""How long the start of an engine waits for a server that listens and has not welcomed it: a busy one may take so long."""
 _CONNECT_SECONDS = 1.0
 _LOOK_SECONDS = 1.0
 """Between looks at whether something is due, at most; a connection's end is noticed at once."""
@@ -107,8 +109,18 @@ class Endpoint:
             )
 
 
+class _Absent(ServerUnavailable):
+    """Nothing listens at the address of a port, or something else than a server of ours."""
+
+
 class _NotThereYet(ServerUnavailable):
     """Nothing listens at the address of a Unix socket."""
+
+
+_connections: set[Connection] = set()
+"""Those of this process: what one of them has logged, another to the same server does not repeat."""
+_logging = threading.Lock()
+"""Over `_connections`, and what they have logged."""
 
 
 class Connection:
@@ -141,12 +153,18 @@ class Connection:
         self._closed, self._goodbye = False, True
         self._wake = threading.Event()
         self._connected = threading.Event()
+        self._settled = threading.Event()
+        """There is a connection, or the last attempt has found that there is no server, or none that is of use."""
         self._welcomed = False
         """A server has said welcome, and this process is getting ready for it."""
         self._told = ""
+        """Why no server serves this process, as logged last; "" since the last connection."""
+        self._lost = False
         self._since = self._now()
         self._payload = False
         self._renewal_seconds = self._renewed = math.inf
+        with _logging:
+            _connections.add(self)
         self._thread = runtime.start(self._keep_up, f"lmcache-link-{endpoint.role}")
 
     @property
@@ -155,6 +173,12 @@ class Connection:
 
     def wait_connected(self, timeout_seconds: float) -> bool:
         return self._connected.wait(timeout_seconds)
+
+    def wait_for_server(self, seconds: float | None = None) -> None:
+        """Wait for the first connection while one is to be expected, until so many `seconds` (None: `START_SECONDS`) after this
+        connection was made. Where nothing listens, or no server that is of use, it returns as soon as that is known."""
+        until = self._since + (START_SECONDS if seconds is None else seconds)
+        self._settled.wait(max(0.0, until - self._now()))
 
     def wait_welcomed(self) -> None:
         """Where a server is there and this process is still getting ready for it: wait for that, a deadline at most."""
@@ -208,6 +232,8 @@ class Connection:
         self._wake.set()
         self._hang_up()
         self._thread.join(5.0)
+        with _logging:
+            _connections.discard(self)
 
     def _give_up(self, why: str) -> None:
         """Called with the lock held."""
@@ -217,7 +243,11 @@ class Connection:
             self._carrier.close()
             self._carrier = None
             self._connected.clear()
-            logger.warning("Lost the LMCache server at %s (%s); the engine goes on without", self.endpoint.address, why)
+            with _logging:
+                is_known, self._lost = any(other._lost for other in self._others()), True
+            if not is_known:
+                address = self.endpoint.address
+                logger.warning("Lost the LMCache server at %s (%s); the engine goes on without", address, why)
         self._wake.set()
 
     # The link's own thread
@@ -236,6 +266,8 @@ class Connection:
                     coming = isinstance(error, IdentityUnknown) or (isinstance(error, _NotThereYet) and starting)
                     if not coming:
                         self._log_once(error)
+                    if isinstance(error, _Absent) or not (coming or _is_away(error)):
+                        self._settled.set()
                     if not isinstance(error, (LMCacheError, OSError)):
                         logger.debug("while connecting", exc_info=True)
                     if self._now() - self._ended_at >= GONE_SECONDS:
@@ -293,8 +325,9 @@ class Connection:
             self._on_welcome(carrier, welcome, descriptor)
             with self._lock:
                 self._carrier = carrier
-            self._told, self._ended_at = "", math.inf
+            self._told, self._lost, self._ended_at = "", False, math.inf
             self._connected.set()
+            self._settled.set()
         except BaseException:
             carrier.close()
             raise
@@ -357,11 +390,17 @@ class Connection:
         why_not = _why_not_mine(welcome.socket_path)
         return (None, why_not) if why_not else (UnixCarrier(welcome.socket_path, hello, _CONNECT_SECONDS), "")
 
+    def _others(self) -> list[Connection]:
+        """The other links of this process to the same server."""
+        return [one for one in _connections if one is not self and one.endpoint.address == self.endpoint.address]
+
     def _log_once(self, error: Exception) -> None:
         why = str(error) or type(error).__name__
-        if why == self._told:
+        with _logging:
+            is_known = why == self._told or any(other._told == why for other in self._others())
+            self._told = why
+        if is_known:
             return
-        self._told = why
         what = (
             "No LMCache server at %s yet" if _is_away(error) else "The LMCache server at %s is of no use to this engine"
         )
@@ -403,7 +442,7 @@ def _reached(address: str, timeout_seconds: float) -> str:
         with connect(host, int(port), timeout_seconds) as connection:
             return f"tcp://{in_url(connection.getpeername()[0])}:{port}"
     except OSError as error:
-        raise ServerUnavailable(str(error)) from error
+        raise _Absent(str(error)) from error
 
 
 def _explained(error: ServerUnavailable, door: ZmqCarrier, key: Path | None, timeout_seconds: float) -> LMCacheError:
@@ -411,7 +450,7 @@ def _explained(error: ServerUnavailable, door: ZmqCarrier, key: Path | None, tim
     try:
         listener = knock(door.host, door.port, timeout_seconds, "CURVE" if key else "NULL")
     except OSError as refusal:
-        return ServerUnavailable(str(refusal))
+        return _Absent(str(refusal))
     if listener == "CURVE" and key is None:
         return ServerRefused(
             "it has a key file, and this engine has none: set LMCACHE_AUTH_KEY_FILE to a copy of the server's --auth-key-file"
@@ -422,11 +461,12 @@ def _explained(error: ServerUnavailable, door: ZmqCarrier, key: Path | None, tim
             "file, or unset LMCACHE_AUTH_KEY_FILE"
         )
     if listener in ("HTTP", "something else"):
-        return ServerUnavailable(
+        return _Absent(
             f"port {door.port} speaks {listener}: give the engines' port, which is --port of `lmcache server`, 5555 by default"
         )
-    hint = f"; it wants a key: is {key} a copy of the server's --auth-key-file?" if listener == "CURVE" else ""
-    return ServerUnavailable(f"{error}, but the port is open{hint}")
+    if listener == "CURVE" and door.turned_away():
+        return ServerRefused(f"its key is not this engine's: is {key} a copy of the server's --auth-key-file?")
+    return ServerUnavailable(f"{error}, but the port is open")
 
 
 def ask(carrier: Carrier, request: m.Message, expect: type[m.AnswerT]) -> m.AnswerT:

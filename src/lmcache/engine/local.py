@@ -55,6 +55,11 @@ class LocalRank(Generic[RequestT]):
         """As `embedded.wait_connected`, for both sessions."""
         return wait_connected((self.scheduler, self.worker), seconds, running)
 
+    def wait_for_server(self, seconds: float | None = None) -> None:
+        """As `SchedulerSession.wait_for_server`, for both sessions."""
+        self.scheduler.wait_for_server(seconds)
+        self.worker.wait_for_server(seconds)
+
     def close(self) -> None:
         """Finish the copy at hand, drop what waits, and hang up."""
         self.worker.close()

@@ -108,8 +108,14 @@ class SchedulerSession:
         return self._epoch
 
     def wait_connected(self, timeout_seconds: float) -> bool:
-        """Wait for the first connection, at engine start."""
+        """Wait for the first connection."""
         return self._connection.wait_connected(timeout_seconds)
+
+    def wait_for_server(self, seconds: float | None = None) -> None:
+        """At engine start: wait for the first connection, unless there is no server that is of use. One that listens and has
+        not answered is waited for until so many `seconds` (None: ten) after this session was made."""
+        if self.identified:
+            self._connection.wait_for_server(seconds)
 
     def new_chain(
         self, cache_salt: str = "", lora_name: str = "", lora_id: str = "", extras: Extras | None = None

@@ -137,8 +137,14 @@ class WorkerSession:
             return self._epoch if self._mapped() else b""
 
     def wait_connected(self, timeout_seconds: float) -> bool:
-        """Wait for the first connection, at engine start."""
+        """Wait for the first connection."""
         return self._connection.wait_connected(timeout_seconds)
+
+    def wait_for_server(self, seconds: float | None = None) -> None:
+        """At engine start: wait for the first connection, unless there is no server that is of use. One that listens and has
+        not answered is waited for until so many `seconds` (None: ten) after this session was made."""
+        if self.identified:
+            self._connection.wait_for_server(seconds)
 
     def load(self, job_id: str, load: Load) -> None:
         """Fill paged KV from extents; the scheduler's lease must hold until the job is reported."""

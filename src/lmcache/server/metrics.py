@@ -37,6 +37,7 @@ HELP: dict[str, str] = {
     "failed_requests_total": "Requests that failed with a known error.",
     "internal_errors_total": "Faults of ours; each has a traceback in the log.",
     "failed_effects_total": "Internal steps that failed, such as writing a slot header; the log names the first of each kind.",
+    "unanswered_messages_total": "Messages of connections that were not let in, beyond those that are answered in a tick.",
     "unsent_answers_total": "Answers that could not be sent: the engine had gone, or did not read.",
     "loop_errors_total": "Faults caught at the edge of the server's loop.",
     "chunks": "Chunks in L1 now.",

@@ -126,7 +126,7 @@ def _decide_l1(config: ServerConfig, room: int) -> ServerConfig:
 
 
 def _in_gib(size_bytes: int) -> str:
-    return f"{max(size_bytes, 0) / GIB:.1f}"
+    return f"{size_bytes / GIB:.1f}" if size_bytes >= 2 * GIB else _passable(size_bytes)
 
 
 def _passable(room: int) -> str:

@@ -117,7 +117,7 @@ class Service:
             "slot_bytes": request.shard_bytes,
         }
         if request.shard >= 0:
-            logger.info("Registered KV cache for GPU ID %d with %d layers", peer.pid, layout.num_layers)
+            logger.info("Registered KV cache for GPU ID %d with %d layers (%s)", peer.pid, layout.num_layers, peer.who)
         return m.Registered(space)
 
     def _lookup(self, peer: Peer, request: m.Request) -> m.Message:

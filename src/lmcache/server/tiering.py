@@ -254,7 +254,7 @@ class Tiering:
     def _l1_cleared(self, event: Event) -> None:
         """What waits to be written is gone."""
         for lane in self.lanes:
-            lane.queue.clear("cleared")
+            lane.queue.clear()
 
     def _pump(self) -> None:
         if self._closed:
@@ -316,8 +316,7 @@ class Tiering:
             keys = [one.key for one in shards]
             lane.change("remove", lambda: lane.tier.remove(keys), lambda result, seconds: None)
         if outcomes is None:
-            if not cleared:
-                lane.queue.put_back(batch)
+            lane.queue.put_back(batch)
             return
         for outcome, size in zip(outcomes, sizes, strict=True):
             lane.counters["written_shards"] += outcome == OK

@@ -12,6 +12,7 @@ import hmac
 import os
 import secrets
 import time
+from collections import Counter
 from pathlib import Path
 
 import zmq
@@ -28,7 +29,7 @@ from lmcache.wire import auth
 from lmcache.wire import messages as m
 
 logger = init_logger(__name__)
-_malformed = Seldom(logger)
+_malformed, _unanswered = Seldom(logger), Seldom(logger)
 SILENCE_SECONDS = 30.0
 """A payload engine that says nothing for so long is gone, as is one that takes none of the bytes that wait for it. It pings three
 times as often."""
@@ -37,6 +38,9 @@ PROOF_SECONDS = 30.0
 MAX_PEERS = 1024
 MAX_HELLO_BYTES = 1 << 14
 """Of a message, which is one frame, from somebody who is not an engine that was let in."""
+MAX_STRANGER_ANSWERS, MAX_STRANGERS_ANSWERS = 16, 512
+"""Messages that are answered from one tick to the next, a quarter of a second: of one connection that was not let in, and of all
+those. An engine needs three answers to be let in; one that gets none tries again after a second."""
 MAX_UNREAD_ANSWERS = 128
 """For one engine, which is forgotten at the first one beyond."""
 _COPIED_BYTES = 1 << 16
@@ -62,6 +66,8 @@ class ZmqEndpoint:
     ) -> None:
         self.loop, self.service = loop, service
         self._peers: dict[bytes, tuple[Peer, float]] = {}
+        self._strangers_answers: Counter[bytes] = Counter()
+        """Since the last tick, by connections that were not let in."""
         self._unsent: list[tuple[zmq.MessageTracker, Peer, int]] = []
         """Large answers, whose memory ZMQ holds until they are sent or their connection ends."""
         self._context = zmq.Context()
@@ -98,7 +104,7 @@ class ZmqEndpoint:
         strangers = self._handshakes.strangers
         loop.watch(strangers.descriptor, strangers.look_at_arrivals)
         loop.after_events.append(self._receive_all)  # ZMQ's descriptors are edge-triggered: always look
-        loop.on_tick += [self._forget_silent, strangers.look_at_all]
+        loop.on_tick += [self._forget_silent, self._strangers_answers.clear, strangers.look_at_all]
 
     def close(self) -> None:
         if hasattr(self, "_descriptor"):
@@ -125,43 +131,78 @@ class ZmqEndpoint:
 
     def _serve(self, envelope: zmq.Frame, frames: list[bytes]) -> None:
         identity = envelope.bytes
-        known = identity in self._peers
-        most = m.MAX_MESSAGE_BYTES if known else MAX_HELLO_BYTES
-        readable = bool(frames) and len(frames[0]) <= most
+        if identity not in self._peers and not self._may_answer(identity):
+            self.service.counters["unanswered_messages"] += 1
+            _unanswered.warning(
+                "More messages than are answered come from connections that were not let in, such as one from %s; see what "
+                "connects to port %d",
+                *(_host_of(envelope), self.port),
+            )
+            return
         try:
-            if not readable or (len(frames) > 1 and not known):
-                raise WireError(f"{len(frames)} frames, the first of {len(frames[0]) if frames else 0} bytes")
-            sequence, request = m.decode_request(frames[0])
+            sequence, request = self._decoded(identity, frames)
         except WireError as error:
             self.service.counters["malformed_messages"] += 1
             _malformed.warning("A malformed ZMQ message: %s", error)
+            readable = bool(frames) and len(frames[0]) <= self._most_bytes(identity)
             sequence = m.sequence_of(frames[0]) if readable else 0
             self._send(identity, sequence, m.Error("malformed", str(error)), [])
             return
-        if isinstance(request, m.Hello) and not request.payload:
-            # Not a session: the way to the Unix socket, or the version error.
-            if request.version != m.PROTOCOL_VERSION:
-                self._send(identity, sequence, self.service.sessions.refuse_version(request, _host_of(envelope)), [])
-            else:
-                self._send(identity, sequence, self.service.sessions.welcome(), [])
-            return
-        if isinstance(request, m.Challenge):
-            self._send(identity, sequence, self._prove(request.nonce, auth.place(envelope, "server")), [])
-            return
-        if isinstance(request, m.Declined):
-            why = auth.REASONS.get(request.reason, "a reason that this server does not know: upgrade it")
-            facts = f"the engine runs as user {request.user}, and the file is {self._cookie_path}"
-            remedy = f"it does without this server: {why}, or {auth.KEY_FOR_BOTH}; {facts}"
-            self.service.sessions.refused.note(who_says(request, _host_of(envelope)), "no proof", remedy)
-            self._send(identity, sequence, m.Ok(), [])
-            return
-        peer = self._peer(identity, request, envelope)
-        if peer is None:
+        answer = self._answer_without_session(request, envelope)
+        if answer is not None:
+            self._send(identity, sequence, answer, [])
+        elif (peer := self._peer(identity, request, envelope)) is not None:
+            self._serve_peer(peer, envelope, sequence, request, frames[1:])
+        else:
             self._send(identity, sequence, self._why_not(request, _host_of(envelope)), [])
-            return
+
+    def _may_answer(self, identity: bytes) -> bool:
+        """Whether a connection that was not let in gets one more answer in this tick."""
+        answers = self._strangers_answers
+        if answers[identity] >= MAX_STRANGER_ANSWERS or answers.total() >= MAX_STRANGERS_ANSWERS:
+            return False
+        answers[identity] += 1
+        return True
+
+    def _most_bytes(self, identity: bytes) -> int:
+        return m.MAX_MESSAGE_BYTES if identity in self._peers else MAX_HELLO_BYTES
+
+    def _decoded(self, identity: bytes, frames: list[bytes]) -> tuple[int, m.Request]:
+        """The message's number, and the request. Raises WireError where it is none, or is longer than this sender's may be."""
+        size = len(frames[0]) if frames else 0
+        if not frames or size > self._most_bytes(identity) or (len(frames) > 1 and identity not in self._peers):
+            raise WireError(f"{len(frames)} frames, the first of {size} bytes")
+        return m.decode_request(frames[0])
+
+    def _answer_without_session(self, request: m.Request, envelope: zmq.Frame) -> m.Message | None:
+        """The answer to a request that needs no session and begins none; None for all others."""
+        match request:
+            case m.Hello(payload=False, version=m.PROTOCOL_VERSION):
+                return self.service.sessions.welcome()  # it tells the way to the Unix socket
+            case m.Hello(payload=False):
+                return self.service.sessions.refuse_version(request, _host_of(envelope))
+            case m.Challenge():
+                return self._prove(request.nonce, auth.place(envelope, "server"))
+            case m.Declined():
+                return self._note_declined(request, _host_of(envelope))
+        return None
+
+    def _note_declined(self, request: m.Declined, host: str) -> m.Ok:
+        why = auth.REASONS.get(request.reason, "a reason that this server does not know: upgrade it")
+        facts = f"the engine runs as user {request.user}, and the file is {self._cookie_path}"
+        remedy = f"it does without this server: {why}, or {auth.KEY_FOR_BOTH}; {facts}"
+        self.service.sessions.refused.note(who_says(request, host), "no proof", remedy)
+        return m.Ok()
+
+    def _serve_peer(
+        self, peer: Peer, envelope: zmq.Frame, sequence: int, request: m.Request, payload: list[bytes]
+    ) -> None:
+        """Let the service answer an engine that was let in, or whose hello is to be."""
+        identity = envelope.bytes
+        known = identity in self._peers
         self._peers[identity] = peer, time.monotonic()
         self.service.handle(
-            peer, request, frames[1:], lambda answer, payload: self._send(identity, sequence, answer, payload)
+            peer, request, payload, lambda answer, frames: self._send(identity, sequence, answer, frames)
         )
         if not peer.process:  # it said `Bye`, or its hello was declined
             self._peers.pop(identity, None)

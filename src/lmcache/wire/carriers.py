@@ -31,6 +31,9 @@ _WAITING_ANSWERS = 8
 """Messages of a server that ZMQ takes before they are read: a server that has not proved itself may send anything."""
 MAX_UNTRUSTED_BYTES = 1 << 20
 """A server that may be anybody's may send so many on one connection: ZMQ keeps a message until it is complete, however long."""
+_HANDSHAKE_FAILED = (
+    zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+)
 _LOOK_SECONDS = 0.01
 """Between looks at how much such a server has sent, while an answer is waited for."""
 _MAX_SKIPPED = 64
@@ -66,17 +69,20 @@ class UnixCarrier:
         self.descriptor = -1
         """The arena's, for the caller to close."""
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._socket.settimeout(deadline_seconds)
+        deadline = time.monotonic() + deadline_seconds
         try:
+            _allow_until(self._socket, deadline)
             self._socket.connect(path)
             _, uid = peer_of(self._socket)
             if uid != os.getuid():
                 raise ServerUnavailable(f"the server there runs as user {uid}, this engine as {os.getuid()}")
+            _allow_until(self._socket, deadline)
             self._socket.sendall(frame(m.encode(0, hello)))
+            _allow_until(self._socket, deadline)
             data, descriptors, _, _ = socket.recv_fds(self._socket, 1 << 16, 1)
             self.descriptor = descriptors[0] if descriptors else -1
             self._arrived = self._reader.feed(data)
-            _, self.welcome = self._next(time.monotonic() + deadline_seconds)
+            _, self.welcome = self._next(deadline)
         except (OSError, WireError, ServerUnavailable) as error:
             self._socket.close()
             if self.descriptor >= 0:
@@ -160,10 +166,19 @@ def exchange_in_python(connection: socket.socket, request: bytes, timeout_second
     Raises:
         TimeoutError: nothing has arrived within the time.
     """
-    connection.settimeout(timeout_seconds)
+    deadline = time.monotonic() + timeout_seconds
     if request:
+        _allow_until(connection, deadline)
         connection.sendall(request)
+    _allow_until(connection, deadline)
     return connection.recv(1 << 16)
+
+
+def _allow_until(connection: socket.socket, deadline: float) -> None:
+    """Let the next call on `connection` take until `deadline`. Raises TimeoutError where that has passed."""
+    if (remaining := deadline - time.monotonic()) <= 0:
+        raise TimeoutError("no answer within the deadline")
+    connection.settimeout(remaining)
 
 
 def _choose_exchange() -> Callable[[socket.socket, bytes, float], bytes]:
@@ -207,8 +222,8 @@ class ZmqCarrier:
         if key_file is not None:
             auth.protect_engine(self._socket, key_file)
         self._trusted = key_file is not None
-        self._monitor: zmq.Socket[bytes] = self._socket.get_monitor_socket(zmq.EVENT_CONNECTED)
-        self._connection = -1
+        self._monitor: zmq.Socket[bytes] = self._socket.get_monitor_socket(zmq.EVENT_CONNECTED | _HANDSHAKE_FAILED)
+        self._connection, self._turned_away = -1, False
         try:
             self._socket.connect(f"tcp://{in_url(self.host)}:{self.port}")
         except zmq.ZMQError as error:
@@ -250,6 +265,11 @@ class ZmqCarrier:
         """The TCP connection that the last answer to `exchange` came by, as both of its ends name it (`wire.auth.place`)."""
         return auth.place(self._head, "engine")
 
+    def turned_away(self) -> bool:
+        """Whether the handshake of ZMQ has failed. With CURVE on both sides that means that the keys differ."""
+        self._read_monitor()
+        return self._turned_away
+
     def wait_for_end(self, timeout_seconds: float) -> bool:
         time.sleep(timeout_seconds)  # ZMQ does not tell; the heartbeat of `engine.link` finds out
         return False
@@ -276,8 +296,7 @@ class ZmqCarrier:
 
     def _received(self) -> int:
         """Bytes, over the connection, if there is one (still)."""
-        if self._connection < 0 and self._monitor.poll(0):
-            _, self._connection = MONITOR_EVENT.unpack(self._monitor.recv_multipart()[0])
+        self._read_monitor()
         connection = duplicate(self._connection) if self._connection >= 0 else None
         if connection is None:
             return 0
@@ -288,3 +307,11 @@ class ZmqCarrier:
             except OSError:
                 return 0
             return bytes_received(connection) if is_ours else 0
+
+    def _read_monitor(self) -> None:
+        while self._monitor.poll(0):
+            kind, value = MONITOR_EVENT.unpack(self._monitor.recv_multipart()[0])
+            if kind == zmq.EVENT_CONNECTED:
+                self._connection = value
+            else:
+                self._turned_away = True

@@ -44,7 +44,8 @@ def knock(host: str, port: int, timeout_seconds: float, own: Literal["NULL", "CU
                 first = _receive(connection, 5, timeout_seconds)
         except (OSError, struct.error):
             return "something else"
-    return "HTTP" if first == b"HTTP/" else "something else" if first else "silence"
+    # A ZMQ server that was frozen says its signature when it goes on; by then it has been asked for HTTP, so it says no more.
+    return "HTTP" if first == b"HTTP/" else "silence" if _SIGNATURE.startswith(first) else "something else"
 
 
 def _receive(connection: socket.socket, size: int, timeout_seconds: float) -> bytes:

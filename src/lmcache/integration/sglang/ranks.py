@@ -30,8 +30,6 @@ from lmcache.transfer.progress import Progress
 logger = init_logger(__name__)
 
 Tokens = npt.NDArray[np.int64]
-_START_SECONDS = 1.0
-"""What an engine's start may wait for its server, so that the first prompt is cached already."""
 
 
 @dataclass(frozen=True)
@@ -92,8 +90,7 @@ class SGLangRank(LocalRank[Tracker]):
         where = settings.address or embedded_address(name)
         endpoint = Endpoint(where, f"{name}-{ranks.number}", "", ranks.number, deadline_seconds=deadline)
         super().__init__(endpoint, kv, name=name, ended=self._ended)
-        if self.scheduler.identified:
-            self.wait_connected(_START_SECONDS)
+        self.wait_for_server()
 
     def text_of(self, tokens: Any) -> Tokens:
         """The leading tokens that are text, in a copy of their own: SGLang's arrays grow under our hands. For what is in an image

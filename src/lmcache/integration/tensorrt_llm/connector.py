@@ -14,7 +14,7 @@ from tensorrt_llm._utils import mpi_allgather, mpi_broadcast, mpi_rank
 
 from lmcache.engine import SchedulerSession, WorkerSession
 from lmcache.engine.connection import Endpoint
-from lmcache.engine.embedded import start_own_server, wait_connected
+from lmcache.engine.embedded import start_own_server
 from lmcache.engine.rank_arenas import RankReporter, RankWatch
 from lmcache.engine.served import NOT_SERVED, ServedKV, refusal_of
 from lmcache.integration.tensorrt_llm.model import describe_pool
@@ -33,7 +33,6 @@ except ImportError:  # releases before 1.2
     from tensorrt_llm._torch.pyexecutor.kv_cache_connector import KvCacheConnectorScheduler, KvCacheConnectorWorker
 
 logger = init_logger(__name__)
-_CONNECT_SECONDS = 2.0
 
 
 class Meeting:
@@ -235,8 +234,7 @@ class Worker(KvCacheConnectorWorker):  # type: ignore[misc]
                 opened.callback(scheduler.close)
             session = WorkerSession(endpoint, kv.layout, kv.shard, kv.paged)
             opened.callback(session.close)
-            if session.identified:
-                wait_connected((session,), _CONNECT_SECONDS)
+            session.wait_for_server()
             epoch = session.mapped_epoch
             reporter = RankReporter(instance, self._rank, epoch)
             opened.callback(reporter.close)
@@ -250,8 +248,7 @@ class Worker(KvCacheConnectorWorker):  # type: ignore[misc]
     def _open_scheduler(self, kv: ServedKV, settings: Settings, endpoint: Endpoint) -> SchedulerSide:
         where = Endpoint(endpoint.address, endpoint.instance, "scheduler", deadline_seconds=endpoint.deadline_seconds)
         session = SchedulerSession(where, kv.layout, kv.shard.count)
-        if session.identified:
-            wait_connected((session,), _CONNECT_SECONDS)
+        session.wait_for_server()
         return SchedulerSide(
             session,
             RankWatch(endpoint.instance, self._ranks),

@@ -34,7 +34,6 @@ logger = init_logger(__name__)
 _ROOM_TOKENS = 1024
 _FORESEEN_TOKENS = 2048
 """Room for an answer; a longer one goes on outside the pool, and its tail is not stored."""
-_CONNECT_SECONDS = 2.0
 _COPY_THREADS = 8
 _PLAIN_OPTIONS = ("assistant_model", "prompt_lookup_num_tokens", "custom_generate", "cache_implementation")
 _PLAIN_TENSORS = ("inputs", "input_ids", "attention_mask")
@@ -102,7 +101,7 @@ class Attached:
         self._lock = threading.Lock()
         try:
             self._shape = kv_shape(model)
-            self._open(_ROOM_TOKENS, _CONNECT_SECONDS if own is None else START_SECONDS)
+            self._open(_ROOM_TOKENS, None if own is None else START_SECONDS)
         except NOT_SERVED as error:
             self._refuse(error)
             return
@@ -224,7 +223,7 @@ class Attached:
             stamp = weights_stamp(self._model)
         if pool is None or pool.tokens < room or stamp != self._stamp:
             self._hang_up()
-            self._open(room, _CONNECT_SECONDS if reached else 0.0)
+            self._open(room, self._endpoint.deadline_seconds if reached else 0.0)
         if self._identity is not None and self._identity.failure:
             raise LayoutError(self._identity.failure)
         return self._connected()
@@ -253,7 +252,7 @@ class Attached:
 
     # Sessions
 
-    def _open(self, room: int, wait_seconds: float) -> None:
+    def _open(self, room: int, wait_seconds: float | None) -> None:
         """A pool for at least `room` tokens, and sessions for the weights as they are now, which are waited for so long.
 
         Raises:
@@ -268,7 +267,9 @@ class Attached:
         kv = ServedKV(identity, layout, whole, self._pool.describe(), stores=True)
         self._rank = LocalRank(self._endpoint, kv, threads=threads, ended=self._ended)
         self._rank.requests.prefill = self._prefill
-        if self._rank.scheduler.identified:
+        if self._own is None or wait_seconds is None:
+            self._rank.wait_for_server(wait_seconds)
+        elif self._rank.scheduler.identified:
             self.wait_connected(wait_seconds)
 
     def _identified(self) -> Identity:

@@ -96,9 +96,9 @@ class Connector:
             **rules,
         )
         watch_resets(self._instance, half)
-        if server is None or not session.identified:
-            return
-        if not wait_connected((session,), START_SECONDS, lambda: server.running):
+        if server is None:
+            session.wait_for_server()
+        elif session.identified and not wait_connected((session,), START_SECONDS, lambda: server.running):
             if server.running:
                 logger.warning("This engine's LMCache server was not up within %.0f s; it may come yet", START_SECONDS)
             else:

@@ -119,8 +119,15 @@ class Adapters:
         adapter = self._known[number]
         if adapter is None:
             return None
-        if (path, fused) != (adapter.path, adapter.fused_experts) or not unchanged(adapter.marks):
+        another = (path, fused) != (adapter.path, adapter.fused_experts)
+        if another or not unchanged(adapter.marks):
             self._known[number] = None
+            logger.warning(
+                "Requests with the LoRA adapter %r (lora_int_id %d, first loaded from %s) are no longer cached: %s, and vLLM "
+                "does not say which weights it has loaded; load the new ones from another directory, under another lora_int_id",
+                *(lora.lora_name, number, adapter.path),
+                f"a request wants it from {path}" if another else "its files have changed since",
+            )
             return None
         try:
             return (lora.lora_name, adapter.content.name + (" fused experts" if fused else ""))
@@ -145,7 +152,12 @@ def _look_through(path: str, fused_experts: bool, unchanged_since: float) -> _Ad
     except (LayoutError, OSError) as error:
         logger.info("Requests with the adapter %r are not cached: %s", path, error)
         return None
-    return None if content is None else _Adapter(path, fused_experts, marks, content)
+    if content is None:
+        logger.warning(
+            "Requests with the adapter %r are not cached: there is no such directory here; load it from one", path
+        )
+        return None
+    return _Adapter(path, fused_experts, marks, content)
 
 
 def _without(value: Any, names: frozenset[str]) -> Any:

@@ -81,7 +81,7 @@ class DirectoryTier(Tier):
         self._wanted_bytes = 0
         """What stores wait for at this moment."""
         self._begun = self._ended = 0
-        """Looks of the janitor's thread: how many have begun, and the number of the last that has ended."""
+        """Looks of the janitor's thread: the last that has read `_wanted_bytes` to make room for, and the last that has ended."""
         self._trouble: OSError | None = None
         """What the last of its looks came to."""
         self._opened = False
@@ -341,12 +341,16 @@ class DirectoryTier(Tier):
         self._since += cost
         return True
 
-    def _tidy(self, room: int = 0) -> None:
-        """As janitor count and trim, else read what the janitor counted. Under `_counting`. Raises OSError."""
+    def _tidy(self, asked: int) -> None:
+        """As janitor count and trim, else read what the janitor counted. Under `_counting`. Raises OSError.
+
+        asked: bytes that other processes want room for.
+        """
         with self._lock:
             before, flying = self._count, self._in_flight  # what flies is seen by the look that follows, or not
         if self._janitor.elected():
             count = self._janitor.count()
+            room = self._room_to_make(asked)
             if self._max_bytes is not None and count.stored_bytes + flying + room > self._max_bytes:
                 below = self._max_bytes - flying - room - self._max_bytes // _TRIM_SHARE
                 count = self._janitor.trim(count, max(0, below))
@@ -356,6 +360,7 @@ class DirectoryTier(Tier):
                 self._count = Count(count.stored_bytes + flying + meanwhile, count.shards)
                 self._since = meanwhile
         else:
+            room = self._room_to_make(asked)
             if self._max_bytes is not None and before.stored_bytes + room > self._max_bytes:
                 self._janitor.ask_for_room(room)
             published = self._janitor.published()
@@ -366,15 +371,20 @@ class DirectoryTier(Tier):
                     )
                     self._since, self._stamp = 0, published.stamp
 
+    def _room_to_make(self, asked: int) -> int:
+        """For all stores that wait at this moment, and for other processes; in bytes. Who waits later waits for the next look."""
+        spare = (self._max_bytes or 0) // _TRIM_SHARE
+        with self._lock:
+            self._begun = self._ended + 1
+            return self._wanted_bytes + (asked + spare if asked or not self._wanted_bytes else 0)
+
     def _keep_counting(self) -> None:
         """The janitor's thread. It leaves some room, since others who are not elected can make none."""
         due, told = time.monotonic() + COUNT_SECONDS, ""
         while not self._stop.is_set():
-            with self._lock:
-                wanted, self._begun = self._wanted_bytes, self._begun + 1
             trouble: OSError | None = None
             try:
-                due = self._look(wanted, due)
+                due = self._look(due)
             except OSError as error:
                 trouble = error
             except Exception as error:  # the edge of the thread: without it nobody would make room any more
@@ -384,7 +394,8 @@ class DirectoryTier(Tier):
                 due = time.monotonic() + COUNT_SECONDS
             told = self._log(trouble, told)
             with self._passed:
-                self._ended, self._trouble = self._begun, trouble
+                self._begun = self._ended = self._ended + 1
+                self._trouble = trouble
                 self._passed.notify_all()
             self._wake.wait(ASK_SECONDS)
             self._wake.clear()
@@ -398,7 +409,7 @@ class DirectoryTier(Tier):
             )
         return said
 
-    def _look(self, wanted_bytes: int, due: float) -> float:
+    def _look(self, due: float) -> float:
         """Count and make room where that is due or wanted, here or elsewhere; when it is due again. Raises OSError."""
         began = time.monotonic()
         if not self._counted.is_set():
@@ -410,11 +421,12 @@ class DirectoryTier(Tier):
                 self._count = count
             self._counted.set()
         asked = self._janitor.asked_for_room() if self._janitor.holds() else 0
-        if not (wanted_bytes or asked or began >= due):
-            return due
-        spare = (self._max_bytes or 0) // _TRIM_SHARE
+        with self._lock:
+            if not (self._wanted_bytes or asked or began >= due):
+                self._begun += 1
+                return due
         with self._counting:
-            self._tidy(wanted_bytes or asked + spare)
+            self._tidy(asked)
         return time.monotonic() + max(COUNT_SECONDS, (time.monotonic() - began) / _COUNTING_SHARE)
 
     # ---- calls

@@ -278,11 +278,12 @@ class Connection:
         reason, remedy = _REMEDIES.get(error.code, ("refused", ""))
         if "AUTH" in error.text and reason == "refused":
             reason, remedy = _REMEDIES["WRONGPASS"]
-        return TierError(reason, f"Redis at {self.name}: {error.text}" + (f"; {remedy}" if remedy else ""))
+        text = f"{error.text.rstrip('.')}; {remedy}" if remedy else error.text
+        return TierError(reason, f"Redis at {self.name}: {text}")
 
 
 _REMEDIES = {
-    "NOAUTH": ("denied", "write redis://:${NAME}@host, or ?password_file="),
+    "NOAUTH": ("denied", "give its password: redis://:${NAME}@host, or ?password_file=FILE"),
     "WRONGPASS": ("denied", "check user and password"),
     "NOPERM": ("denied", "docs/tiers/redis.md lists what the user must be allowed"),
     "READONLY": ("denied", "it is a replica: name the primary"),

@@ -129,11 +129,22 @@ local function go_on_emptying()
   if call('EXISTS', torn_index) == 1 then
     local cursor = call('HGET', torn_index, 'cursor') or '0'
     local following, fields = unpack(call('HSCAN', torn_index, cursor, 'COUNT', ENOUGH_KEYS / 2))
-    local names = {}
+    local names, keys, is_cut = {}, {}, false
     for i = 1, #fields, 2 do
-      if record(fields[i], torn_index) then names[#names + 1] = fields[i] end
+      local parts = tonumber(string.match(fields[i + 1], '^%d+ (%d+) o?$'))
+      is_cut = #keys >= ENOUGH_KEYS
+      if is_cut then break end -- the same cursor finds what is left of these
+      if parts then
+        names[#names + 1], keys[#keys + 1] = fields[i], tag .. '/' .. fields[i]
+        for _, key in ipairs(part_names(fields[i], parts)) do keys[#keys + 1] = key end
+      end
     end
-    if not forget_all(names, torn_index, torn_uses) then return end -- the same cursor finds what is left of these
+    if #names > 0 then
+      call('UNLINK', unpack(keys))
+      call('ZREM', torn_uses, unpack(names))
+      call('HDEL', torn_index, unpack(names))
+    end
+    if is_cut then return end
     if following ~= '0' then return call('HSET', torn_index, 'cursor', following) end
     call('UNLINK', torn_index)
   end

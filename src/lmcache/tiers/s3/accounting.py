@@ -40,8 +40,9 @@ class Accounting:
     Loads and stores never wait for work that grows with the number of shards: that is done without the lock.
     """
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
+    def __init__(self, notes_uses: bool = True) -> None:
+        """notes_uses: for `new_uses`, which forgets the oldest of them; whoever does not call it has no use for them."""
+        self._lock, self._notes_uses = threading.Lock(), notes_uses
         self._entries: dict[bytes, int] = {}
         """Packed key -> last use << 41 | bytes; what was used longest ago comes first."""
         self._fresh: dict[bytes, int] = {}
@@ -178,8 +179,9 @@ class Accounting:
 
     def _tick(self, packed: bytes) -> int:
         """Now, later than ever before."""
-        self._latest = self._fresh[packed] = max(now_ms(), self._latest + 1)
-        self._has_new = True
+        self._latest = max(now_ms(), self._latest + 1)
+        if self._notes_uses:
+            self._fresh[packed], self._has_new = self._latest, True
         return self._latest
 
 

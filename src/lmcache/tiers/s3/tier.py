@@ -61,7 +61,8 @@ class S3Tier(Tier):
         self._client, self._max_bytes, self._secret = client, max_bytes, secret
         self._timeout_seconds, self._sweep_seconds = timeout_seconds, sweep_seconds
         self._connections = connections
-        self._accounting = Accounting()
+        self._accounting = Accounting(notes_uses=max_bytes is not None)
+        """Without a cap nothing is swept, and they tell `usage` only."""
         self._allocator = threading.Lock()
         self._identity = os.urandom(8).hex()
         self._pool: ThreadPoolExecutor | None = None
