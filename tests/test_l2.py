@@ -358,7 +358,7 @@ def test_a_file_system_that_does_not_answer_does_not_hold_up_the_end(
         if file.is_file():
             file.unlink()
             os.mkfifo(file)
-    second = server(flags=("--l2", f"dir://{store}", "--worth", "always", "--l2-patience-seconds", "0.1"))
+    second = server(flags=("--l2", f"dir://{store}", "--worth", "always", "--l2-patience-seconds", "3"))
     assert not engine(second, "again").lookup(TOKENS)
     second.line_with("Tier dir: load has not returned for ")
     second.signal(signal.SIGTERM)
