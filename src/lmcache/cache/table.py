@@ -89,8 +89,7 @@ class PyTable:
         self._shards = shards
         self._records: dict[int, _Record] = {}
         self._by_key: dict[bytes, int] = {}
-        self._policy = LRU() if policy is None else policy
-        """Of attached records."""
+        self._policy = LRU() if policy is None else policy  # of attached records
         self._free: list[int] = []  # ids to reuse, the last one first
         self._next_id = 1
 

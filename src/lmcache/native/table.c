@@ -1123,23 +1123,20 @@ static long long range_of(const uint8_t *bounds, size_t count, uint32_t sector)
     return low % 2 ? (long long)(low - 1) : -1;
 }
 
-/* Mark those that are in use, and all that they hang on. */
-static void mark_held(const table_t *t, const uint32_t *order, uint32_t count)
+/* Mark the attached records that are in use, and all that they hang on. */
+static void mark_held(const table_t *t)
 {
-    for (uint32_t i = 0; i < count; i++) {
-        if (i + 8 < count)
-            PREFETCH(at(t, order[i + 8]));
-        if (!is_idle(at(t, order[i])))
-            for (uint32_t up = order[i]; up != NONE && !(at(t, up)->flags & SEEN); up = at(t, up)->parent)
+    for (uint32_t id = 1; id < t->next_id; id++) /* as they lie in memory, which is faster than in the policy's order */
+        if ((at(t, id)->flags & ATTACHED) && !is_idle(at(t, id)))
+            for (uint32_t up = id; up != NONE && !(at(t, up)->flags & SEEN); up = at(t, up)->parent)
                 at(t, up)->flags |= SEEN;
-    }
 }
 
 /* found: for each range, two numbers as `survey` returns them. */
 static void look_through(const table_t *t, const uint32_t *order, uint32_t records, const uint8_t *bounds, size_t count,
                          uint32_t *found)
 {
-    mark_held(t, order, records);
+    mark_held(t);
     for (uint32_t i = 0; i < records; i++) {
         if (i + 8 < records) {
             PREFETCH(at(t, order[i + 8]));
@@ -1148,7 +1145,11 @@ static void look_through(const table_t *t, const uint32_t *order, uint32_t recor
         }
         record_t *r = at(t, order[i]);
         const uint8_t *states = states_of(t, order[i]);
-        uint32_t place = r->flags & SEEN ? NONE : i + 1;
+        uint32_t place = i + 1;
+        if (r->flags & SEEN) { /* held */
+            place = NONE;
+            r->flags &= ~(uint64_t)SEEN;
+        }
         for (uint32_t shard = 0; shard < t->shards; shard++) {
             long long range = states[shard] == EMPTY ? -1 : range_of(bounds, count, sectors_of(t, order[i])[shard]);
             if (range < 0)
@@ -1156,7 +1157,6 @@ static void look_through(const table_t *t, const uint32_t *order, uint32_t recor
             found[range]++;
             found[range + 1] = found[range + 1] == NONE ? NONE : place;
         }
-        r->flags &= ~(uint64_t)SEEN;
     }
 }
 
