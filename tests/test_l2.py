@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 
 from engine_process import Engine
-from lmcache.server.tiering import CLOSE_SECONDS
+from lmcache.server.tier_runner import CLOSE_SECONDS
 from ports import free_port
 from proxy import Proxy
 from servers import PATIENCE, Server, beside, eventually

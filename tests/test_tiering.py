@@ -9,7 +9,6 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -105,8 +104,15 @@ class HandTier(Tier):
 class Rig:
     """A heart of `sectors` pages with these tiers, in a running loop; everything is asked for in the loop's thread."""
 
-    def __init__(self, *specs: TierSpec, sectors: int = 64, shards: int = 1, **more: Any) -> None:
-        self.loop, self.memory = Loop(), bytearray(sectors * SECTOR)
+    def __init__(
+        self,
+        *specs: TierSpec,
+        sectors: int = 64,
+        shards: int = 1,
+        clock: Callable[[], float] = time.monotonic,
+        **more: Any,
+    ) -> None:
+        self.loop, self.memory = Loop(clock), bytearray(sectors * SECTOR)
         self.heart = Heart(sectors * SECTOR)
         view = memoryview(self.memory)
         options = {
@@ -149,14 +155,14 @@ class Rig:
 
         def fill() -> None:
             for shard in range(self.shards):
-                grant = self.heart.reserve(time.monotonic(), ENGINE, self.space, shard, b"", True, hashes)
+                grant = self.heart.reserve(self.loop.now(), ENGINE, self.space, shard, b"", True, hashes)
                 for at, sector in enumerate(memoryview(grant.extents).cast("I")):
                     if sector != NO_EXTENT:
                         self.memory[sector * SECTOR : (sector + 1) * SECTOR] = content(
                             hashes[16 * at : 16 * at + 16], shard
                         )
                 if grant.reservation:
-                    self.heart.commit(time.monotonic(), ENGINE, grant.reservation, True)
+                    self.heart.commit(self.loop.now(), ENGINE, grant.reservation, True)
                 self.settle()
 
         self.ask(fill)
@@ -171,7 +177,7 @@ class Rig:
 
     def there(self, hashes: bytes) -> int:
         def look() -> int:
-            hit = self.heart.lookup(time.monotonic(), ENGINE, self.space, hashes)
+            hit = self.heart.lookup(self.loop.now(), ENGINE, self.space, hashes)
             for at, sector in enumerate(memoryview(hit.extents).cast("I")):
                 chunk, shard = divmod(at, self.shards)
                 expected = content(hashes[16 * chunk : 16 * chunk + 16], shard)
@@ -193,8 +199,8 @@ class Rig:
         if self.closed:
             return
         self.closed = True
-        for lane in self.tiering.lanes:
-            lane.tier.let_go()  # type: ignore[attr-defined]
+        for runner in self.tiering.runners:
+            runner.tier.let_go()  # type: ignore[attr-defined]
         self.loop.stop()
         self.thread.join(PATIENCE)
         self.tiering.close()
@@ -260,10 +266,10 @@ def test_a_record_names_the_tiers_and_fits_json(rig: Callable[..., Rig]) -> None
     one.forget_l1()
     assert one.fetch(prompt, rate=1.0) == 4
     (record,) = one.ask(lambda: list(one.tiering.fetches.records))
-    told = one.tiering.told(record)
+    told = one.tiering.report.told(record)
     assert told["from"] == {"near": 4} and told["left_out"] == {"far": "not serving"}
     assert told["recompute_seconds"] == 4 * 16 / 1.0 and told["expected_seconds"] is None
-    endless = one.tiering.told(record._replace(expected_seconds=float("inf")))
+    endless = one.tiering.report.told(record._replace(expected_seconds=float("inf")))
     assert json.loads(json.dumps(endless, allow_nan=False))["expected_seconds"] is None
 
 
@@ -284,8 +290,8 @@ def test_a_full_hit_asks_no_tier_and_a_stalled_one_holds_up_nobody(
     assert "load" in near.calls and "load" not in far.calls
     eventually(lambda: far.calls.count("contains") == 1)
     one.forget_l1()
-    stalled = one.tiering.lanes[1]
-    stalled._calls = dict.fromkeys(stalled._calls, time.monotonic() - 5)
+    (hanging,) = one.tiering.runners[1]._under_way
+    hanging.since -= 5
     assert one.fetch(prompt) == 4 and far.calls.count("contains") == 1, "a call hangs: it is not asked again"
 
 
@@ -302,7 +308,7 @@ def test_damaged_and_lost_shards_are_misses_with_a_name(rig: Callable[..., Rig])
     del tier.kept[next(key for key in tier.kept if key.chunk == prompt[32:48])]
     tier.let_go()
     assert one.fetch(prompt) == 2
-    assert one.tiering.lanes[0].counters["missed:absent"] == 1
+    assert one.tiering.runners[0].counters["missed:absent"] == 1
 
 
 def test_a_load_that_hangs_blocks_no_chunk_and_what_it_brings_at_last_is_not_used(rig: Callable[..., Rig]) -> None:
@@ -322,35 +328,35 @@ def test_a_load_that_hangs_blocks_no_chunk_and_what_it_brings_at_last_is_not_use
     assert one.there(prompt) == 6
     tier.let_go()
     eventually(lambda: not one.ask(lambda: one.heart.quarantined_bytes))
-    assert one.there(prompt) == 6 and one.tiering.lanes[0].counters["missed:too late"] == 6
-    assert one.fetch(other) == 4 and one.loop.errors == 0, "its lane goes on"
+    assert one.there(prompt) == 6 and one.tiering.runners[0].counters["missed:too late"] == 6
+    assert one.fetch(other) == 4 and one.loop.errors == 0, "its tier goes on"
 
 
 def test_a_tier_that_fails_is_left_alone_tried_again_and_then_gets_what_waited(rig: Callable[..., Rig]) -> None:
     tier = HandTier()
     one = rig(spec(tier))
-    lane = one.tiering.lanes[0]
-    lane.breaker.pause_seconds = 3600.0
+    runner = one.tiering.runners[0]
+    runner.breaker.pause_seconds = 3600.0
     tier.trouble = "on fire"
     for seed in range(4):
         one.store(chain(seed, 2))
-    eventually(lambda: not lane.breaker.closed)
-    assert one.ask(one.tiering.degraded) == ["hand: the tier is on fire"]
+    eventually(lambda: not runner.breaker.closed)
+    assert one.ask(one.tiering.report.degraded) == ["hand: the tier is on fire"]
     assert one.fetch(chain(9, 3)) == 0
     calls = len(tier.calls)
     assert one.fetch(chain(10, 3)) == 0 and len(tier.calls) == calls, "an open breaker lets nothing through"
     tier.trouble = ""
-    lane.breaker.retry_at = 0.0
-    eventually(lambda: lane.breaker.closed and len(tier.kept) == 8)  # nothing that waited was lost
-    assert one.ask(one.tiering.degraded) == []
+    runner.breaker.retry_at = 0.0
+    eventually(lambda: runner.breaker.closed and len(tier.kept) == 8)  # nothing that waited was lost
+    assert one.ask(one.tiering.report.degraded) == []
 
 
 @pytest.mark.parametrize("refused", ["load", "store"])
 def test_one_kind_of_call_may_fail_for_long_while_the_rest_goes_on(rig: Callable[..., Rig], refused: str) -> None:
     tier = HandTier()
     one = rig(spec(tier))
-    lane = one.tiering.lanes[0]
-    kind, other = (lane.loads, lane.stores) if refused == "load" else (lane.stores, lane.loads)
+    runner = one.tiering.runners[0]
+    kind, other = (runner.loads, runner.stores) if refused == "load" else (runner.stores, runner.loads)
     fresh = iter(range(100, 10_000))
 
     def use() -> None:
@@ -363,18 +369,18 @@ def test_one_kind_of_call_may_fail_for_long_while_the_rest_goes_on(rig: Callable
 
     tier.refuses = refused
     eventually(lambda: use() or not kind.closed)
-    calls = tier.calls.count(refused) - lane.counters["opened_breaker"]
-    eventually(lambda: lane.breaker.closed)
+    calls = tier.calls.count(refused) - runner.counters["opened_breaker"]
+    eventually(lambda: runner.breaker.closed)
     assert (kind.closed, other.closed) == (False, True)
     eventually(lambda: use() or kind.pause_seconds > FIRST_PAUSE_SECONDS)
-    eventually(lambda: tier.calls.count(refused) == calls + lane.counters["opened_breaker"])  # one call decides
-    assert lane.breaker.closed and one.ask(one.tiering.degraded) == [f"hand: {refused} is refused"]
-    (status,) = one.ask(one.tiering.status)
+    eventually(lambda: tier.calls.count(refused) == calls + runner.counters["opened_breaker"])  # one call decides
+    assert runner.breaker.closed and one.ask(one.tiering.report.degraded) == [f"hand: {refused} is refused"]
+    (status,) = one.ask(one.tiering.report.status)
     assert (status["state"], status["reason"]) == (f"{refused}s fail", f"{refused} is refused")
     tier.refuses = ""
     eventually(lambda: use() or kind.closed)
     one.written()
-    assert one.ask(one.tiering.degraded) == []
+    assert one.ask(one.tiering.report.degraded) == []
 
 
 class CarelessTier(HandTier):
@@ -412,8 +418,10 @@ def test_a_tier_that_breaks_its_word_costs_no_extents(rig: Callable[..., Rig], c
     one.forget_l1()
     tier.careless = careless
     assert one.fetch(hashes) == 0
-    (lane,) = one.ask(one.tiering.status)
-    assert lane["counters"]["failed:internal"] == (1 if careless == "contains" else 2), "and two loads of four and two"
+    (runner,) = one.ask(one.tiering.report.status)
+    assert runner["counters"]["failed:internal"] == (1 if careless == "contains" else 2), (
+        "and two loads of four and two"
+    )
     assert one.ask(one.heart.used_bytes) == 0 and one.loop.errors == 0
     tier.careless = ""
     eventually(lambda: one.fetch(hashes) == 6)  # for a second it is not asked again
@@ -428,8 +436,8 @@ def test_a_tier_that_does_not_know_what_it_has_is_asked(rig: Callable[..., Rig],
     one.forget_l1()
     tier.careless = careless
     assert one.fetch(hashes) == 6
-    (lane,) = one.ask(one.tiering.status)
-    assert lane["counters"]["failed:internal"] == 1 and "contains" in tier.calls and one.loop.errors == 0
+    (runner,) = one.ask(one.tiering.report.status)
+    assert runner["counters"]["failed:internal"] == 1 and "contains" in tier.calls and one.loop.errors == 0
 
 
 class ClingingTier(HandTier):
@@ -476,11 +484,13 @@ def test_a_tier_that_answers_no_store_gets_it_again(rig: Callable[..., Rig]) -> 
     tier.careless = "store"
     one, hashes = rig(spec(tier)), chain(1, 3)
     one.store(hashes)
-    eventually(lambda: one.ask(one.tiering.degraded))
-    assert one.ask(one.tiering.degraded) == ["hand: internal error TypeError: object of type 'NoneType' has no len()"]
+    eventually(lambda: one.ask(one.tiering.report.degraded))
+    assert one.ask(one.tiering.report.degraded) == [
+        "hand: internal error TypeError: object of type 'NoneType' has no len()"
+    ]
     tier.careless = ""
     one.written()
-    eventually(lambda: one.ask(one.tiering.status)[0]["counters"].get("kept_shards") == 3)
+    eventually(lambda: one.ask(one.tiering.report.status)[0]["counters"].get("kept_shards") == 3)
     assert one.loop.errors == 0
 
 
@@ -525,7 +535,7 @@ def test_on_evict_writes_when_l1_runs_full_and_before_the_end(rig: Callable[...,
     for seed in range(2, 30):
         one.store(chain(seed, 4))
         one.written()
-    lost = one.tiering.lanes[0].queue.counters["lost:evicted"]
+    lost = one.tiering.runners[0].queue.counters["lost:evicted"]
     assert len(tier.kept) >= 20 + 28 * 4 - 40 and lost == 0, "all that was evicted had been written"
     drained = threading.Event()
     one.ask(lambda: one.tiering.drain(PATIENCE, drained.set))
@@ -540,16 +550,16 @@ def test_what_is_evicted_before_it_was_written_is_counted(rig: Callable[..., Rig
         one.store(chain(seed, 4))
     tier.let_go()
     one.written()
-    lost = one.tiering.lanes[0].queue.counters["lost:evicted"]
+    lost = one.tiering.runners[0].queue.counters["lost:evicted"]
     assert lost > 0 and len(tier.kept) + lost == 40
 
 
 def test_a_tier_in_trouble_is_tried_again_before_the_end(rig: Callable[..., Rig]) -> None:
     tier = HandTier()
     one = rig(spec(tier))
-    lane, tier.refuses = one.tiering.lanes[0], "store"
+    runner, tier.refuses = one.tiering.runners[0], "store"
     one.store(chain(1, 30))
-    eventually(lambda: one.ask(lambda: lane.stores.state == "open" and not lane.writing and len(lane.queue)))
+    eventually(lambda: one.ask(lambda: runner.stores.state == "open" and not runner.writing and len(runner.queue)))
     drained = threading.Event()
     one.ask(lambda: one.tiering.drain(PATIENCE, drained.set))
     tier.refuses = ""
@@ -573,7 +583,7 @@ def test_clearing_a_tier_takes_what_waits_and_what_is_being_written(rig: Callabl
     one.written()
     first.hold("store")
     one.store(chain(2, 30))
-    eventually(lambda: one.ask(lambda: one.tiering.lanes[0].writing))
+    eventually(lambda: one.ask(lambda: one.tiering.runners[0].writing))
     done: list[dict[str, str]] = []
     one.ask(lambda: one.tiering.clear({"first"}, done.append))
     first.let_go()
@@ -605,7 +615,7 @@ def test_a_write_that_fails_half_way_does_not_outlive_a_clear(rig: Callable[...,
     one.ask(lambda: one.tiering.clear(None, done.append))
     eventually(lambda: done)
     tier.let_go()
-    eventually(lambda: one.ask(one.tiering.status)[0]["counters"].get("failed:half way"))
+    eventually(lambda: one.ask(one.tiering.report.status)[0]["counters"].get("failed:half way"))
     one.written()
     assert not tier.kept and tier.calls.count("store") == 1, "nor is it written again"
 
@@ -619,8 +629,8 @@ def test_what_l1_lost_by_a_clear_is_told_as_that(rig: Callable[..., Rig]) -> Non
     one.forget_l1()
     tier.let_go()
     one.written()
-    (lane,) = one.ask(one.tiering.status)
-    counters = lane["counters"]
+    (runner,) = one.ask(one.tiering.report.status)
+    counters = runner["counters"]
     assert counters["lost:cleared"] == 30 - counters["kept_shards"] > 0 and "lost:evicted" not in counters
     assert counters["lost_bytes:cleared"] == SECTOR * counters["lost:cleared"]
 
@@ -670,7 +680,7 @@ def test_tiers_that_are_required_must_serve() -> None:
     with pytest.raises(ConfigError, match=r"--l2 hand://: the tier is not there"):
         tiering.open(required=True)
     tiering.open(required=False)
-    assert tiering.degraded() == ["hand: the tier is not there"]
+    assert tiering.report.degraded() == ["hand: the tier is not there"]
     tiering.close()
     loop.close()
 
@@ -681,10 +691,10 @@ def test_a_tier_that_opens_late_serves_later(rig: Callable[..., Rig], monkeypatc
     tier = HandTier(True)
     tier.gates["open"] = threading.Event()
     one = rig(spec(tier))
-    assert one.ask(one.tiering.degraded) == ["hand: not open after 0 s"]
+    assert one.ask(one.tiering.report.degraded) == ["hand: not open after 0 s"]
     one.store(chain(1, 3))
     tier.let_go()
-    eventually(lambda: one.ask(lambda: one.tiering.degraded() == []))
+    eventually(lambda: one.ask(lambda: one.tiering.report.degraded() == []))
     one.written()
     assert len(tier.kept) == 3
 
@@ -724,25 +734,25 @@ def test_a_frame_names_the_chunk_before(rig: Callable[..., Rig]) -> None:
 def test_the_state_of_a_breaker_is_shown(rig: Callable[..., Rig]) -> None:
     tier = HandTier()
     one = rig(spec(tier))
-    lane = one.tiering.lanes[0]
+    runner = one.tiering.runners[0]
 
     def shown() -> tuple[object, object, object]:
-        (status,), metrics = one.ask(one.tiering.status), one.ask(one.tiering.counters)
+        (status,), metrics = one.ask(one.tiering.report.status), one.ask(one.tiering.report.counters)
         return status["state"], status["reason"], metrics['tier_serving{tier="hand"}']
 
     assert shown() == ("serving", "", True)
-    lane.breaker.pause_seconds = 3600.0
+    runner.breaker.pause_seconds = 3600.0
     tier.trouble = "on fire"
     one.store(chain(1, 2))
-    eventually(lambda: not lane.breaker.closed)
+    eventually(lambda: not runner.breaker.closed)
     assert shown() == ("failing", "the tier is on fire", False)
     tier.hold("contains")
     tier.trouble = ""
-    lane.breaker.retry_at = 0.0
+    runner.breaker.retry_at = 0.0
     eventually(lambda: shown() == ("being tried", "the tier is on fire", False))
     tier.let_go()
     eventually(lambda: shown() == ("serving", "", True))
-    assert one.ask(one.tiering.counters)['tier_opened_breaker_total{tier="hand"}'] == 1
+    assert one.ask(one.tiering.report.counters)['tier_opened_breaker_total{tier="hand"}'] == 1
 
 
 def test_what_was_lost_or_missed_is_counted_with_its_reason(
@@ -750,7 +760,7 @@ def test_what_was_lost_or_missed_is_counted_with_its_reason(
 ) -> None:
     tier, said, drained = HandTier(True), list[str](), threading.Event()
     monkeypatch.setattr(
-        "lmcache.server.tiering.logger.warning", lambda text, *parts: said.append(text % parts if parts else text)
+        "lmcache.server.tier_report.logger.warning", lambda text, *parts: said.append(text % parts if parts else text)
     )
     one = rig(spec(tier), queue_bytes=3 * SECTOR)
     tier.hold("store")
@@ -758,7 +768,7 @@ def test_what_was_lost_or_missed_is_counted_with_its_reason(
     eventually(lambda: tier.calls.count("store") == 1)
     for seed in range(2, 7):
         one.store(chain(seed, 1))
-    metrics = one.ask(one.tiering.counters)
+    metrics = one.ask(one.tiering.report.counters)
     assert metrics['tier_lost_total{tier="hand",reason="queue full"}'] == 2
     one.ask(lambda: one.tiering.drain(0.05, drained.set))
     assert drained.wait(PATIENCE) and "Tier hand: 3 chunks could not be written before the end" in said
@@ -767,14 +777,14 @@ def test_what_was_lost_or_missed_is_counted_with_its_reason(
     one.forget_l1()
     monkeypatch.setattr(tier, "load", lambda keys, into: ["checksum"] * len(keys))
     assert one.fetch(chain(1, 1)) == 0
-    assert one.ask(one.tiering.counters)['tier_missed_total{tier="hand",reason="checksum"}'] == 1
+    assert one.ask(one.tiering.report.counters)['tier_missed_total{tier="hand",reason="checksum"}'] == 1
 
 
 def test_a_last_write_that_fails_is_told_of_as_well(rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch) -> None:
     """It is under way when the time is over, and what it could not write is put back."""
     tier, said, drained = HandTier(True), list[str](), threading.Event()
     monkeypatch.setattr(
-        "lmcache.server.tiering.logger.warning", lambda text, *parts: said.append(text % parts if parts else text)
+        "lmcache.server.tier_report.logger.warning", lambda text, *parts: said.append(text % parts if parts else text)
     )
     one = rig(spec(tier))
     tier.hold("store")
@@ -793,20 +803,30 @@ def test_a_last_write_that_fails_is_told_of_as_well(rig: Callable[..., Rig], mon
 # What is not written is told
 
 
+class HandClock:
+    """It stands still until a test moves it."""
+
+    def __init__(self) -> None:
+        self.time = 1000.0
+
+    def __call__(self) -> float:
+        return self.time
+
+
 class Told:
-    """A rig whose `tiering` has a clock that stands still until `later` moves it, and what its lanes warn of."""
+    """A rig whose clock stands still until `later` moves it, and what is logged about its tiers."""
 
     def __init__(self, rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch, tier: HandTier, **more: Any) -> None:
-        self.now, self.said = time.monotonic(), list[str]()
-        monkeypatch.setattr("lmcache.server.tiering.time", SimpleNamespace(monotonic=lambda: self.now))
-        monkeypatch.setattr(
-            "lmcache.server.lane.logger.warning", lambda text, *parts, **_: self.said.append(text % parts)
-        )
-        self.rig = rig(spec(tier), **more)
+        self.clock, self.said = HandClock(), list[str]()
+        for module in ("tier_report", "tier_runner"):
+            monkeypatch.setattr(
+                f"lmcache.server.{module}.logger.warning", lambda text, *parts, **_: self.said.append(text % parts)
+            )
+        self.rig = rig(spec(tier), clock=self.clock, **more)
 
     def later(self, seconds: float) -> list[str]:
         """What was said since the last call and after so many seconds more, by any number of ticks."""
-        self.now += seconds
+        self.clock.time += seconds
         for _ in range(3):
             self.rig.ask(self.rig.tiering._tick)
         said, self.said[:] = self.said[:], []
@@ -824,20 +844,19 @@ def test_losses_are_told_at_once_and_then_now_and_then(
     eventually(lambda: "store" in tier.calls)
     (hangs,) = told.later(60)
     assert hangs.startswith("Tier hand: store has not returned for "), "and no loss yet"
+    why = "queue full: a higher --l2-queue-gb lets more wait"
     told.rig.store(chain(2, 3 + 384))
-    eventually(lambda: told.said)  # the loop ticks by itself
+    assert told.later(0) == [f"Tier hand: not written: 384 chunks (1.5 MiB), {why}"], "at once"
     for seed in range(3, 7):
         told.rig.store(chain(seed, 64))
-        told.now += 2.4
-    why = "queue full: a higher --l2-queue-gb lets more wait"
-    assert told.later(0.3) == [f"Tier hand: not written: 384 chunks (1.5 MiB), {why}"], "within ten seconds: once"
-    assert told.later(0.2) == [f"Tier hand: not written: 256 chunks (1.0 MiB), {why}"], "only what is new"
+        assert told.later(2.4) == [], "within ten seconds: once"
+    assert told.later(0.5) == [f"Tier hand: not written: 256 chunks (1.0 MiB), {why}"], "only what is new"
     assert told.later(60) == [], "nothing is new"
     tier.let_go()
     told.rig.written()
     assert told.later(60) == [], "what waited has been written"
     assert len(tier.kept) == 1 + 3
-    metrics = told.rig.ask(told.rig.tiering.counters)
+    metrics = told.rig.ask(told.rig.tiering.report.counters)
     assert metrics['tier_lost_bytes_total{tier="hand",reason="queue full"}'] == 640 * SECTOR
 
 
@@ -860,7 +879,7 @@ def test_what_a_tier_refuses_is_told_with_its_reasons_and_at_the_end_in_any_case
     assert told.later(0) == [f"Tier hand: not written: 2 shards (0.0 MiB), {too_large}; 1 shards (0.0 MiB), cursed"]
     answered(3, "cursed", OK, "cursed", "cursed")
     assert told.later(9) == []
-    metrics = told.rig.ask(told.rig.tiering.counters)
+    metrics = told.rig.ask(told.rig.tiering.report.counters)
     assert metrics['tier_unwritten_bytes_total{tier="hand",reason="too large"}'] == 2 * SECTOR
     assert metrics['tier_unwritten_bytes_total{tier="hand",reason="cursed"}'] == 4 * SECTOR
     told.rig.close()

@@ -9,7 +9,6 @@ import resource
 import signal
 import socket
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, Protocol
@@ -94,6 +93,7 @@ def _tiers_of(config: ServerConfig) -> list[TierSpec]:
 def _start_tiers(config: ServerConfig, loop: Loop, service: Service, specs: list[TierSpec], started: ExitStack) -> None:
     """Open the tiers; from now on a signal to end lets them write first, and a second one does not wait."""
     from lmcache.server.tiering import Tiering
+    from lmcache.tiers import Region
 
     tiering = Tiering(
         loop,
@@ -108,6 +108,10 @@ def _start_tiers(config: ServerConfig, loop: Loop, service: Service, specs: list
         queue_bytes=config.l2_queue_bytes,
     )
     started.callback(tiering.close)
+    arena = service.arena
+    tiering.attach(
+        Region(arena.mapping.address, arena.size_bytes, arena.descriptor, arena.mapping.view(0, arena.size_bytes))
+    )
 
     def end(number: int, frame: object) -> None:
         if tiering.interrupt() > 1:
@@ -142,7 +146,7 @@ def _start(config: ServerConfig, owner: Owner | None, started: ExitStack) -> Loo
     started.callback(arena.close)
     if owner is not None:
         arena.unlink()
-    workers = ThreadPoolExecutor(config.max_workers, thread_name_prefix="lmcache-io")
+    workers = loop.executor("io", config.max_workers)
     started.callback(workers.shutdown, wait=True, cancel_futures=True)
     heart = Heart(
         arena.size_bytes, float(config.lease_seconds), first_number=1 + int.from_bytes(arena.id[:6], "little")

@@ -16,20 +16,26 @@ what a tier does not promise.
 
 from __future__ import annotations
 
+import math
 import random
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 from unittest import SkipTest
 
 import xxhash
 
 from lmcache.chunks.hashing import chunk_hash, chunk_root
 from lmcache.tiers import frame
+from lmcache.tiers.blocking import submitter
+from lmcache.tiers.operation import AnyOperation, Clear, Close, Contains, Load, Open, Remove, Store
 from lmcache.tiers.registry import make_tier
-from lmcache.tiers.tier import ABSENT, KEPT, OK, Shard, ShardKey, Tier, TierError
-from lmcache.tiers.url import GIB
+from lmcache.tiers.tier import ABSENT, KEPT, OK, Shard, ShardKey, Tier, TierBase, TierError, Usage
+from lmcache.tiers.url import GIB, TierURL
 
 SIZES = (
     1,
@@ -52,6 +58,8 @@ SIZES = (
     9_000_001,
 )
 MIB = 1 << 20
+_HANGS_SECONDS = 600.0
+"""A call that takes longer fails its test."""
 
 
 def shard_key(number: int, space: int = 1, shard: int = 0, shards: int = 1) -> ShardKey:
@@ -108,6 +116,63 @@ def corrupted(stored: bytes, other: bytes, dice: random.Random) -> bytes:
             return bytes(made)
 
 
+class DrivenTier(Tier):
+    """A tier of either kind as the server drives it: every call is an operation that is submitted, and waited for.
+
+    Attributes of the tier's own are found here, too.
+    """
+
+    def __init__(self, tier: TierBase) -> None:
+        self.tier = tier
+        self._submitter = submitter(tier, tier.scheme, lambda name, threads: ThreadPoolExecutor(threads, name))
+
+    @classmethod
+    def from_url(cls, url: TierURL) -> DrivenTier:
+        raise NotImplementedError("it is made from a tier")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.tier, name)
+
+    def open(self) -> None:
+        self._call(Open)
+
+    def known(self, keys: Sequence[ShardKey]) -> list[bool] | None:
+        return self.tier.known(keys)
+
+    def contains(self, keys: Sequence[ShardKey]) -> list[bool]:
+        return list(self._call(partial(Contains, keys=keys)))
+
+    def load(self, keys: Sequence[ShardKey], into: Sequence[memoryview]) -> list[str]:
+        return list(self._call(partial(Load, keys=keys, into=into)))
+
+    def store(self, shards: Sequence[Shard]) -> list[str]:
+        return list(self._call(partial(Store, shards=shards)))
+
+    def remove(self, keys: Sequence[ShardKey]) -> None:
+        self._call(partial(Remove, keys=keys))
+
+    def clear(self) -> None:
+        self._call(Clear)
+
+    def usage(self) -> Usage:
+        return self.tier.usage()
+
+    def close(self) -> None:
+        self._call(Close)
+
+    def _call(self, operation: Callable[..., AnyOperation]) -> Any:
+        future = Future[Any]()
+
+        def ended(result: Any, error: Exception | None) -> None:
+            if error is None:
+                future.set_result(result)
+            else:
+                future.set_exception(error)
+
+        self._submitter.submit(operation(math.inf, ended))
+        return future.result(_HANGS_SECONDS)
+
+
 class ConformanceSuite:
     """Derive from it, give it `url` or `make`, and name the class Test..."""
 
@@ -128,7 +193,7 @@ class ConformanceSuite:
         """The URL of the store named by `place`, without max_gb and key_file."""
         raise NotImplementedError("override url or make")
 
-    def make(self, place: Path, max_bytes: int | None = None, key_file: Path | None = None) -> Tier:
+    def make(self, place: Path, max_bytes: int | None = None, key_file: Path | None = None) -> TierBase:
         """A tier over the store named by `place`, not opened. The same place is the same store."""
         url = self.url(place)
         options = [f"max_gb={max_bytes / GIB!r}"] if max_bytes else []
@@ -252,7 +317,7 @@ class ConformanceSuite:
             assert other.contains(keys) == [True] * 8
 
     def test_closed_and_opened_again(self, tmp_path: Path) -> None:
-        tier = self.make(tmp_path)
+        tier = DrivenTier(self.make(tmp_path))
         assert tier.usage().shards >= 0, "also where it is not open"
         self.refuses(tier)
         for _ in range(2):
@@ -448,7 +513,7 @@ class ConformanceSuite:
     @contextmanager
     def opened(self, place: Path, max_bytes: int | None = None, key_file: Path | None = None) -> Iterator[Tier]:
         """An open tier, closed at the end."""
-        tier = self.make(place, max_bytes, key_file)
+        tier = DrivenTier(self.make(place, max_bytes, key_file))
         tier.open()
         try:
             yield tier
