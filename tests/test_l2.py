@@ -137,6 +137,24 @@ def test_the_end_waits_as_long_as_it_was_told(
         proxy.close()
 
 
+def test_many_tiny_chunks_do_not_look_like_a_store_that_does_not_answer(
+    server: Callable[..., Server], engine: Callable[..., Any], valkey: RedisServer
+) -> None:
+    """A connection that takes 2 MB/s needs more than the five seconds that a call may take for all of them together."""
+    proxy = Proxy(valkey.port)
+    try:
+        flags = ("--l2", valkey.url("?write=on-evict", port=proxy.port), "--drain-seconds", "600")
+        cache, tokens = server(flags=flags), list(range(3072 * 16))
+        assert engine(cache).store(tokens) == len(tokens)
+        proxy.rate = 2e6
+        cache.signal(signal.SIGTERM)
+        cache.line_with("has stopped")
+        assert not [line for line in cache.log if "WARNING" in line]
+        assert len([name for name in valkey.raw.keys("{lmcache}/*") if b"." not in name.partition(b"/")[2]]) == 3072
+    finally:
+        proxy.close()
+
+
 def test_the_decision_to_load_and_both_its_numbers_are_told(
     server: Callable[..., Server], engine: Callable[..., Any], valkey: RedisServer
 ) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import pickle
+import queue
 import random
 import threading
 import time
@@ -18,7 +20,21 @@ from lmcache.cache.heart import NO_EXTENT, SERVER
 from lmcache.errors import ConfigError
 from lmcache.server.loop import Loop
 from lmcache.server.tiering import Tiering
-from lmcache.tiers import ABSENT, KEPT, OK, Shard, ShardKey, Tier, TierError, Usage
+from lmcache.tiers import (
+    ABSENT,
+    KEPT,
+    OK,
+    AsyncTier,
+    Load,
+    Operation,
+    Region,
+    Shard,
+    ShardKey,
+    Tier,
+    TierBase,
+    TierError,
+    Usage,
+)
 from lmcache.tiers.breaker import FIRST_PAUSE_SECONDS
 from lmcache.tiers.registry import TierSpec
 from lmcache.tiers.url import TierURL
@@ -126,6 +142,8 @@ class Rig:
             self.loop, self.heart, specs, lambda at, size: view[at : at + size], lambda reservation: True,
             self.settle, **options,
         )  # fmt: skip
+        address = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
+        self.tiering.attach(Region(address, len(self.memory), -1, memoryview(self.memory)))
         self.shards, self.closed = shards, False
         self.thread = threading.Thread(target=self.loop.run, daemon=True)
         self.tiering.open(required=False)
@@ -195,11 +213,11 @@ class Rig:
         """Until nothing waits to be written."""
         eventually(lambda: self.ask(lambda: self.tiering.idle))
 
-    def close(self) -> None:
+    def close(self, let_go: bool = True) -> None:
         if self.closed:
             return
         self.closed = True
-        for runner in self.tiering.runners:
+        for runner in self.tiering.runners if let_go else ():
             runner.tier.let_go()  # type: ignore[attr-defined]
         self.loop.stop()
         self.thread.join(PATIENCE)
@@ -215,7 +233,7 @@ def chain(seed: int, chunks: int) -> bytes:
     return random.Random(seed).randbytes(16 * chunks)
 
 
-def spec(tier: Tier, name: str = "hand", write: str = "through", read: bool = True) -> TierSpec:
+def spec(tier: TierBase, name: str = "hand", write: str = "through", read: bool = True) -> TierSpec:
     return TierSpec(name, f"{name}://", write, read, tier)
 
 
@@ -910,3 +928,217 @@ def test_what_was_evicted_is_lost_once_though_the_rest_of_its_batch_is_tried_aga
     assert not fails and len(tier.kept) == 4 * 4
     lines = [line for line in told.later(0) if "not written" in line]
     assert lines == ["Tier hand: not written: 2 chunks (0.0 MiB), evicted: a higher --l1-size-gb keeps chunks longer"]
+
+
+# Asynchronous tiers, and deadlines
+
+
+class OwnThreadTier(AsyncTier):
+    """A dictionary whose operations one thread of the tier completes, but for those of methods that the test holds.
+
+    gives_up: it ends an operation that is held when it is asked to cancel that.
+    """
+
+    scheme = "hand"
+    concurrency = 2
+    batch_bytes = 4 * SECTOR
+
+    def __init__(self, gives_up: bool = True) -> None:
+        self.hand, self.gives_up = HandTier(), gives_up
+        self.region: Region | None = None
+        self.holds, self.cancels, self.faults = set[str](), list[str](), set[str]()
+        self.held: dict[Operation[Any], None] = {}
+        self._queue: queue.SimpleQueue[Operation[Any]] = queue.SimpleQueue()
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    @classmethod
+    def from_url(cls, url: TierURL) -> OwnThreadTier:
+        return cls()
+
+    def hold(self, method: str) -> None:
+        self.holds.add(method)
+
+    def let_go(self) -> None:
+        self.holds.clear()
+        for operation in list(self.held):
+            if self.held.pop(operation, 1) is None:
+                self._queue.put(operation)
+
+    def attach(self, region: Region) -> None:
+        self.region = region
+
+    def usage(self) -> Usage:
+        return self.hand.usage()
+
+    def submit(self, operation: Operation[Any]) -> None:
+        if f"submit {operation.method}" in self.faults:
+            raise KeyError("not this one")
+        self._queue.put(operation)
+
+    def cancel(self, operation: Operation[Any]) -> None:
+        self.cancels.append(operation.method)
+        if "cancel" in self.faults:
+            raise KeyError("not this one")
+        if self.gives_up and self.held.pop(operation, 1) is None:
+            operation.cancelled()
+
+    def _serve(self) -> None:
+        while True:
+            operation = self._queue.get()
+            if operation.method in self.holds:
+                self.held[operation] = None
+                continue
+            arguments = [getattr(operation, name) for name in ("keys", "into", "shards") if hasattr(operation, name)]
+            result = getattr(self.hand, operation.method)(*arguments)
+            operation.complete(result)
+            if "twice" in self.faults:
+                operation.complete(result)
+
+
+def test_an_asynchronous_tier_is_written_to_and_read_from(rig: Callable[..., Rig]) -> None:
+    tier = OwnThreadTier()
+    one, prompt = rig(spec(tier), shards=2), chain(1, 9)
+    one.store(prompt)
+    one.written()
+    assert len(tier.hand.kept) == 18
+    one.forget_l1()
+    assert one.fetch(prompt + chain(2, 3)) == 9
+    done = list[dict[str, str]]()
+    one.ask(lambda: one.tiering.clear(None, done.append))
+    assert eventually(lambda: done) == [{}] and not tier.hand.kept
+    one.close()
+    assert tier.hand.calls[-1] == "close" and tier.cancels == []
+
+
+def test_a_tier_is_told_where_all_memory_lies_that_it_is_handed(rig: Callable[..., Rig]) -> None:
+    tier = OwnThreadTier()
+    one, prompt = rig(spec(tier)), chain(1, 3)
+    one.store(prompt)
+    one.written()
+    one.forget_l1()
+    tier.hold("load")
+    assert one.wait_for(prompt) == 3
+    (load,) = eventually(lambda: list(tier.held))
+    region = tier.region
+    assert region is not None and isinstance(load, Load)
+    addresses = [ctypes.addressof(ctypes.c_char.from_buffer(one)) for one in load.into]
+    assert all(0 <= at - region.address <= region.size_bytes - SECTOR for at in addresses)
+    assert len(region.memory) == region.size_bytes == len(one.memory)
+    one.close()
+    with pytest.raises(ValueError, match="released"):
+        region.memory[0]
+
+
+def tier_of(kind: str) -> HandTier | OwnThreadTier:
+    return HandTier() if kind == "blocking" else OwnThreadTier(kind == "gives up")
+
+
+@pytest.mark.parametrize("kind", ["blocking", "gives up", "goes on"])
+def test_a_load_that_passes_its_deadline_is_a_miss_at_once_and_keeps_its_memory_until_it_ends(
+    rig: Callable[..., Rig], kind: str
+) -> None:
+    tier, clock = tier_of(kind), HandClock()
+    one, prompt = rig(spec(tier), clock=clock, always=True, patience_seconds=3600.0), chain(1, 6)
+    one.store(prompt)
+    one.written()
+    one.forget_l1()
+    tier.hold("load")
+    assert one.wait_for(prompt) == 6
+    calls = tier.calls if isinstance(tier, HandTier) else tier.held
+    eventually(lambda: sum("load" in (call if isinstance(call, str) else call.method) for call in calls) == 2)
+
+    def pass_time() -> None:
+        clock.time += one.heart.claim_seconds + 1
+        one.heart.tick(clock())
+        one.tiering._tick()
+
+    one.ask(pass_time)
+    assert one.wait_for(prompt) == 0
+    assert one.ask(lambda: one.tiering.fetches.records[-1].outcome) == "failed"
+    counters = one.tiering.runners[0].counters
+    assert counters["missed:too late"] == 6
+    if kind == "gives up":
+        eventually(lambda: not one.ask(lambda: one.heart.open_reservations))
+        assert counters["failed:late"] == 2
+    assert one.ask(lambda: one.heart.quarantined_bytes) == (0 if kind == "gives up" else 6 * SECTOR)
+    one.store(prompt)  # as an engine that has computed it meanwhile
+    assert one.there(prompt) == 6
+    tier.let_go()
+    eventually(lambda: not one.ask(lambda: one.heart.open_reservations))
+    assert one.ask(lambda: one.heart.quarantined_bytes) == 0 and one.there(prompt) == 6
+    assert counters["missed:too late"] == 6 and one.loop.errors == 0
+
+
+def test_a_question_behind_calls_that_hang_is_given_up_at_its_deadline(rig: Callable[..., Rig]) -> None:
+    """The tier's two threads are in calls that do not return."""
+    tier, clock = HandTier(), HandClock()
+    one = rig(spec(tier), clock=clock, patience_seconds=10.0)
+    tier.hold("contains")
+    for seed in range(3):
+        one.wait_for(chain(seed, 2))
+    eventually(lambda: tier.calls.count("contains") == 2)
+    clock.time += 11.0
+    one.ask(one.tiering._tick)
+    counters = one.tiering.runners[0].counters
+    eventually(lambda: counters["failed:late"] == 1)
+    tier.let_go()
+    eventually(lambda: not one.ask(lambda: one.tiering.runners[0].under_way))
+    assert tier.calls.count("contains") == 2
+
+
+def test_what_a_tier_has_not_stored_in_time_is_stored_again(rig: Callable[..., Rig]) -> None:
+    tier, clock = OwnThreadTier(), HandClock()
+    one = rig(spec(tier), clock=clock)
+    tier.hold("store")
+    one.store(chain(1, 3))
+    eventually(lambda: tier.held)
+    tier.holds.clear()
+    clock.time += 61.0
+    one.ask(one.tiering._tick)
+    one.written()
+    assert len(tier.hand.kept) == 3 and tier.cancels == ["store"]
+
+
+def test_faults_of_an_asynchronous_tier_cost_no_extents_and_no_chunks(
+    rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tier, said, clock = OwnThreadTier(), list[str](), HandClock()
+    monkeypatch.setattr("lmcache.server.tier_runner.logger.error", lambda text, *parts, **_: said.append(text % parts))
+    one, prompt = rig(spec(tier), clock=clock), chain(1, 3)
+    tier.faults = {"twice"}
+    one.store(prompt)
+    eventually(lambda: said == ["Tier hand has ended one store twice, which is a fault of the tier"])
+    one.written()
+    one.forget_l1()
+    tier.faults = {"submit load", "cancel"}
+    assert one.fetch(prompt) == 0
+    assert one.tiering.runners[0].counters["failed:internal"] == 1
+    assert one.ask(lambda: one.heart.open_reservations) == 0
+    tier.hold("load")
+    tier.faults.discard("submit load")
+    assert one.wait_for(prompt) == 3
+    eventually(lambda: tier.held)
+    clock.time += one.heart.claim_seconds + 1
+    one.ask(one.tiering._tick)
+    assert tier.cancels == ["load"] and one.loop.errors == 0
+    tier.let_go()
+    eventually(lambda: not one.ask(lambda: one.heart.open_reservations))
+
+
+@pytest.mark.parametrize("gives_up", [True, False])
+def test_the_end_cancels_what_is_under_way_and_leaves_behind_what_goes_on(
+    rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch, gives_up: bool
+) -> None:
+    tier, said = OwnThreadTier(gives_up), list[str]()
+    for module in ("tiering", "tier_report"):
+        monkeypatch.setattr(f"lmcache.server.{module}.logger.warning", lambda text, *parts: said.append(text % parts))
+    monkeypatch.setattr("lmcache.server.tiering.CLOSE_SECONDS", PATIENCE if gives_up else 0.05)
+    one = rig(spec(tier))
+    tier.hold("store")
+    one.store(chain(1, 4))
+    (store,) = eventually(lambda: list(tier.held))
+    one.close(let_go=False)
+    assert tier.cancels == ["store"] and "Tier hand: 4 chunks could not be written before the end" in said
+    behind = [line for line in said if "left behind: 1 calls (1 of store)" in line]
+    assert ("close" in tier.hand.calls, len(behind)) == ((True, 0) if gives_up else (False, 1))
+    store.cancelled()  # it does no harm to a loop that has been closed
