@@ -25,18 +25,17 @@ from lmcache.tiers import (
     KEPT,
     OK,
     AsyncTier,
-    Load,
-    Operation,
     Region,
     Shard,
     ShardKey,
     Tier,
-    TierBase,
     TierError,
     Usage,
 )
 from lmcache.tiers.breaker import FIRST_PAUSE_SECONDS
+from lmcache.tiers.operation import Load, Operation
 from lmcache.tiers.registry import TierSpec
+from lmcache.tiers.tier import TierBase
 from lmcache.tiers.url import TierURL
 from servers import PATIENCE, eventually
 

@@ -11,15 +11,15 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from lmcache.cache.writeback import WriteQueue
 from lmcache.observability.log import init_logger
 from lmcache.server.loop import Loop
-from lmcache.tiers import Clear, Close, Contains, Load, Open, Remove, Shard, ShardKey, Store, TierError
+from lmcache.tiers import Shard, ShardKey, TierError
 from lmcache.tiers.blocking import submitter, write_concurrency
 from lmcache.tiers.breaker import Breaker
-from lmcache.tiers.operation import CANCELLED, AnyOperation
+from lmcache.tiers.operation import CANCELLED, Clear, Close, Contains, Load, Open, Operation, Remove, Store
 from lmcache.tiers.registry import TierSpec
 
 logger = init_logger(__name__)
@@ -35,24 +35,30 @@ _HANGS_SECONDS = 10.0
 """An operation that has been under way for longer is reported: it may be on a mount whose server is gone, and never end."""
 _LOG_SECONDS = 10.0
 """A tier in trouble says so at most that often."""
+T = TypeVar("T")
 _READS, _WRITES = {"contains", "load"}, {"store", "remove", "clear"}
 _TIMED = {"open", "contains", "load", "store", "remove", "close"}
 """`clear` may take as long as the tier is large, and whoever asked for it gets an answer."""
-Ended = Callable[[Any, Exception | None, float], None]
-"""What became of an operation: its result or its error, and how many seconds it took."""
+Done = Callable[[Any, Exception | None, float], None]
+"""Gets the result of an operation, None where it has failed, then the error, and the seconds that it took."""
 
 
 @dataclass(eq=False)
 class _Call:
-    """An operation under way. late: called in the loop when its deadline has passed, once."""
+    """An operation under way. asked: needs one answer each. late: called in the loop when the deadline has passed. judged: the
+    end concerns the breakers."""
 
-    method: str
     since: float
-    deadline: float
-    ended: Ended
+    done: Done
+    asked: Sequence[object] | None
     late: Callable[[], None]
-    operation: AnyOperation = field(init=False)
+    judged: bool
+    operation: Operation[Any] = field(init=False)
     is_late: bool = False
+
+    @property
+    def method(self) -> str:
+        return self.operation.method
 
 
 class TierRunner:
@@ -88,7 +94,7 @@ class TierRunner:
 
     def open(self, opened: Callable[[Exception | None], None]) -> None:
         """Open the tier; `opened` gets None or the error."""
-        self._submit(Open, lambda result, error, seconds: opened(error), OPEN_SECONDS)
+        self._submit(Open, lambda result, error, seconds: opened(error), OPEN_SECONDS, judged=False)
 
     def opened(self, error: Exception | None) -> None:
         """What became of `open` at start-up."""
@@ -103,23 +109,14 @@ class TierRunner:
         """What the tier can tell at once, for each key; None: it has to be asked."""
         try:
             answers = self.tier.known(keys)
-            if answers is not None:
-                _check_count(answers, keys)
-            return answers
+            return None if answers is None else one_each(answers, keys)
         except Exception as error:  # this is the loop's thread, and the tier may be a third party's
             self._failed(error, None)
             return None
 
-    def contains(
-        self, keys: Sequence[ShardKey], seconds: float, done: Callable[[list[bool] | None, float], None]
-    ) -> None:
-        """Ask the tier; `done` gets its answers, None where it failed, and how long they took. Nobody wants them any more after
-        `seconds`."""
-
-        def ended(answers: list[bool] | None, error: Exception | None, took: float) -> None:
-            done(self._judged(answers, error, keys, None), took)
-
-        self._submit(partial(Contains, keys=keys), ended, seconds)
+    def contains(self, keys: Sequence[ShardKey], seconds: float, done: Done) -> None:
+        """Ask which shards are there; nobody wants the answers any more after `seconds`."""
+        self._submit(partial(Contains, keys=keys), done, seconds, keys)
 
     def load(
         self,
@@ -127,40 +124,20 @@ class TierRunner:
         into: Sequence[memoryview],
         seconds: float,
         late: Callable[[], None],
-        done: Callable[[list[str] | None], None],
+        done: Done,
     ) -> None:
-        """Load shards; `done` gets their outcomes, None where the tier failed.
+        """Load shards. late: called after `seconds` unless the load has ended. Nobody waits for it any more then, but the tier
+        may touch the memory until `done` is called."""
+        self._submit(partial(Load, keys=keys, into=into), done, seconds, keys, late)
 
-        late: called after `seconds` unless the load has ended. Nobody waits for it any more then, but the tier may touch the
-        memory until `done` is called.
-        """
-
-        def ended(outcomes: list[str] | None, error: Exception | None, took: float) -> None:
-            done(self._judged(outcomes, error, keys, self.loads))
-
-        self.loads.probe(self._loop.now())
-        self._submit(partial(Load, keys=keys, into=into), ended, seconds, late)
-
-    def store(self, shards: Sequence[Shard], done: Callable[[list[str] | None], None]) -> None:
-        """Store shards; `done` gets their outcomes, None where the tier failed."""
-
-        def ended(outcomes: list[str] | None, error: Exception | None, took: float) -> None:
-            done(self._judged(outcomes, error, shards, self.stores))
-
-        self.stores.probe(self._loop.now())
-        self._submit(partial(Store, shards=shards), ended, _WRITE_SECONDS)
+    def store(self, shards: Sequence[Shard], done: Done) -> None:
+        self._submit(partial(Store, shards=shards), done, _WRITE_SECONDS, shards)
 
     def remove(self, keys: Sequence[ShardKey]) -> None:
-        self._submit(partial(Remove, keys=keys), self._judge, _WRITE_SECONDS)
+        self._submit(partial(Remove, keys=keys), _nothing, _WRITE_SECONDS)
 
-    def clear(self, done: Callable[[bool], None]) -> None:
-        """Empty the tier; `done` gets whether that succeeded."""
-
-        def ended(result: None, error: Exception | None, took: float) -> None:
-            self._judge(result, error, took)
-            done(error is None)
-
-        self._submit(Clear, ended, _CLEAR_SECONDS)
+    def clear(self, done: Done) -> None:
+        self._submit(Clear, done, _CLEAR_SECONDS)
 
     def close(self) -> None:
         """Cancel what is under way, and close the tier when all of it has ended; `closed` says when that is done.
@@ -212,12 +189,12 @@ class TierRunner:
     def tick(self, now: float) -> None:
         """Give up operations whose deadline has passed, try a tier again when its pause is over, and report when an operation
         begins or ceases to hang."""
-        for call in [one for one in self._under_way if now > one.deadline and not one.is_late]:
+        for call in [one for one in self._under_way if now > one.operation.deadline and not one.is_late]:
             call.is_late = True
             self._cancel(call)
             call.late()
         if self.breaker.probe(now):
-            self._submit(Open, self._try_again, OPEN_SECONDS)
+            self._submit(Open, self._opened_again, OPEN_SECONDS, judged=False)
         hanging = self._hanging(now)
         if bool(hanging) != self._reported_hanging:
             self._reported_hanging = bool(hanging)
@@ -244,20 +221,33 @@ class TierRunner:
 
     def _submit(
         self,
-        operation: Callable[..., AnyOperation],
-        ended: Ended,
+        make: Callable[..., Operation[Any]],
+        done: Done,
         seconds: float,
+        asked: Sequence[object] | None = None,
         late: Callable[[], None] = lambda: None,
+        judged: bool = True,
     ) -> None:
         now = self._loop.now()
-        call = _Call("", now, now + seconds, ended, late)
-        call.operation = operation(call.deadline, partial(self._ended_in_thread, call))
-        call.method = call.operation.method
+        call = _Call(now, done, asked, late, judged)
+        call.operation = make(now + seconds, partial(self._ended_in_thread, call))
+        kind = self._kind(call)
+        if kind is not None:
+            kind.probe(now)
         self._under_way[call] = None
         try:
             self._submitter.submit(call.operation)
         except Exception as error:  # the tier may be a third party's
             call.operation.fail(error)
+
+    def _kind(self, call: _Call) -> Breaker | None:
+        return {"load": self.loads, "store": self.stores}.get(call.method)
+
+    def _cancel(self, call: _Call) -> None:
+        try:
+            self._submitter.cancel(call.operation)
+        except Exception:  # as above; the operation goes on
+            logger.exception("Tier %s could not cancel a %s", self.name, call.method)
 
     def _ended_in_thread(self, call: _Call, result: Any, error: Exception | None) -> None:
         seconds = self._loop.now() - call.since
@@ -268,52 +258,40 @@ class TierRunner:
             logger.error("Tier %s has ended one %s twice, which is a fault of the tier", self.name, call.method)
             return
         del self._under_way[call]
-        if isinstance(error, TierError) and error.reason == CANCELLED and call.is_late:
+        cancelled = isinstance(error, TierError) and error.reason == CANCELLED
+        if cancelled and call.is_late:
             error = TierError("late", f"{call.method} had not ended after {seconds:.0f} s and was cancelled")
-        call.ended(result, error, seconds)
+        if error is None and call.asked is not None:
+            try:
+                one_each(result, call.asked)
+            except (TypeError, ValueError) as wrong:
+                error = wrong
+        if call.judged and not (cancelled and self._closing):
+            self._judge(error, self._kind(call))
+        call.done(result if error is None else None, error, seconds)
         self._close_when_idle()
-
-    def _cancel(self, call: _Call) -> None:
-        try:
-            self._submitter.cancel(call.operation)
-        except Exception:  # as above; the operation goes on
-            logger.exception("Tier %s could not cancel a %s", self.name, call.method)
 
     def _close_when_idle(self) -> None:
         if self._closing and not self._under_way and not self.closed:
-            self._submit(Close, self._ended_close, CLOSE_SECONDS)
+            self._submit(Close, self._ended_close, CLOSE_SECONDS, judged=False)
 
     def _ended_close(self, result: None, error: Exception | None, seconds: float) -> None:
         self.closed = True
         if error is not None:  # the other tiers and the server have to end as well
             logger.error("Tier %s could not be closed", self.name, exc_info=error)
 
-    def _try_again(self, result: None, error: Exception | None, seconds: float) -> None:
-        """The tier was opened, or not: an answer to a question decides whether it serves again."""
-        if error is None and not self._closing:
-            probe = [ShardKey(bytes(16), secrets.token_bytes(16), 0, 1)]
-            self.contains(probe, OPEN_SECONDS, lambda answers, took: None)
-        elif error is not None:
-            self._judge(result, error, seconds)
+    def _opened_again(self, result: None, error: Exception | None, seconds: float) -> None:
+        """The answer to a question decides whether a tier that was opened again serves."""
+        if error is not None:
+            self._failed(error, None)
+        elif not self._closing:
+            self.contains([ShardKey(bytes(16), secrets.token_bytes(16), 0, 1)], OPEN_SECONDS, _nothing)
 
-    def _judge(self, result: None, error: Exception | None, seconds: float) -> None:
-        self._judged([], error, [], None)
-
-    def _judged(
-        self, answers: list[Any] | None, error: Exception | None, asked: Sequence[object], kind: Breaker | None
-    ) -> list[Any] | None:
-        """Tell the breakers what came of an operation. Returns the answers, None where the tier failed."""
-        if error is None:
-            try:
-                _check_count(answers, asked)
-            except (TypeError, ValueError) as wrong:
-                error = wrong
+    def _judge(self, error: Exception | None, kind: Breaker | None) -> None:
         if error is None:
             self._succeeded(kind)
-            return answers
-        if not (self._closing and isinstance(error, TierError) and error.reason == CANCELLED):
+        else:
             self._failed(error, kind)
-        return None
 
     def _succeeded(self, kind: Breaker | None) -> None:
         was_in_trouble = not (self.breaker.closed and (kind is None or kind.closed))
@@ -339,7 +317,12 @@ class TierRunner:
             logger.warning("Tier %s: %s", self.name, text, exc_info=None if isinstance(error, TierError) else error)
 
 
-def _check_count(answers: Any, asked: Sequence[object]) -> None:
-    """Raises ValueError or TypeError: the tier has not answered once for each shard; those of third parties may do so."""
+def one_each(answers: list[T], asked: Sequence[object]) -> list[T]:
+    """What a tier answered. Raises ValueError: more or fewer than it was asked; tiers of third parties may do so."""
     if len(answers) != len(asked):
         raise ValueError(f"{len(answers)} answers for {len(asked)} shards")
+    return answers
+
+
+def _nothing(result: Any, error: Exception | None, seconds: float) -> None:
+    """Nobody waits for it."""

@@ -25,7 +25,7 @@ from lmcache.observability.log import init_logger
 from lmcache.server.loop import Loop
 from lmcache.server.tier_report import TierReport, log_decision
 from lmcache.server.tier_runner import CLOSE_SECONDS, OPEN_SECONDS, TierRunner
-from lmcache.tiers import KEPT, OK, Region, Shard, ShardKey
+from lmcache.tiers import KEPT, OK, Region, Shard, ShardKey, TierError
 from lmcache.tiers.registry import TierSpec
 
 logger = init_logger(__name__)
@@ -173,7 +173,7 @@ class Tiering:
             return
         keys, shards = _keys(space, ask.hashes), space.shards
 
-        def done(present: list[bool] | None, seconds: float) -> None:
+        def done(present: list[bool] | None, error: Exception | None, seconds: float) -> None:
             whole = None if present is None else _complete(present, shards)
             self.fetches.answered(self._loop.now(), ask.fetch, ask.tier, whole, seconds)
             self._carry_out()
@@ -196,7 +196,7 @@ class Tiering:
             runner.counters[f"missed:{_TOO_LATE}"] += len(keys)
             self.fetches.late(load)
 
-        def done(outcomes: list[str] | None) -> None:
+        def done(outcomes: list[str] | None, error: Exception | None, seconds: float) -> None:
             _let_go(into)
             self._loaded(load, parts, outcomes)
 
@@ -299,7 +299,7 @@ class Tiering:
         generation, chunks = runner.generation, len(batch.hashes) // HASH_BYTES
         runner.chunks_being_written += chunks
 
-        def done(outcomes: list[str] | None) -> None:
+        def done(outcomes: list[str] | None, error: Exception | None, seconds: float) -> None:
             runner.chunks_being_written -= chunks
             _let_go(one.payload for one in shards)
             self._heart.release(SERVER, lease)
@@ -382,12 +382,12 @@ class Tiering:
             done(wrong)
             return
 
-        def cleared(runner: TierRunner, succeeded: bool) -> None:
+        def cleared(runner: TierRunner, result: None, error: Exception | None, seconds: float = 0.0) -> None:
             left.discard(runner.name)
-            if succeeded:
+            if error is None:
                 logger.info("Tier %s cleared", runner.name)
             else:
-                wrong[runner.name] = runner.breaker.reason or "it does not serve"
+                wrong[runner.name] = runner.breaker.reason or str(error)
                 logger.warning("Tier %s could not be cleared: %s", runner.name, wrong[runner.name])
             if not left:
                 done(wrong)
@@ -398,7 +398,7 @@ class Tiering:
             if runner.breaker.closed:
                 runner.clear(partial(cleared, runner))
             else:  # and its reason stays the one for which it does not serve
-                cleared(runner, False)
+                cleared(runner, None, TierError("open", "it does not serve"))
 
     def interrupt(self) -> int:
         """For signal handlers: the first time ends the waiting in `open`, the next that in `close`. Returns which it is."""

@@ -7,41 +7,7 @@ the entry point `lmcache.tiers` (docs/tiers/your-own.md); what every tier must d
 May import: `memory`, `chunks`, the ground floor; a store's own client library only inside that store's file.
 """
 
-from lmcache.tiers.operation import Clear, Close, Contains, Load, Open, Operation, Remove, Store
-from lmcache.tiers.tier import (
-    ABSENT,
-    KEPT,
-    OK,
-    AsyncTier,
-    Region,
-    Shard,
-    ShardKey,
-    Tier,
-    TierBase,
-    TierError,
-    Usage,
-)
+from lmcache.tiers.tier import ABSENT, KEPT, OK, AsyncTier, Region, Shard, ShardKey, Tier, TierError, Usage
 from lmcache.tiers.url import TierURL
 
-__all__ = [
-    "ABSENT",
-    "KEPT",
-    "OK",
-    "AsyncTier",
-    "Clear",
-    "Close",
-    "Contains",
-    "Load",
-    "Open",
-    "Operation",
-    "Region",
-    "Remove",
-    "Shard",
-    "ShardKey",
-    "Store",
-    "Tier",
-    "TierBase",
-    "TierError",
-    "TierURL",
-    "Usage",
-]
+__all__ = ["ABSENT", "KEPT", "OK", "AsyncTier", "Region", "Shard", "ShardKey", "Tier", "TierError", "TierURL", "Usage"]

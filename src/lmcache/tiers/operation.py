@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Generic, TypeVar
 
 from lmcache.tiers.tier import Shard, ShardKey, TierError
@@ -33,6 +33,11 @@ class Operation(Generic[T]):
     """Name of the blocking method that does the same."""
     deadline: float
     ended: Callable[[T | None, Exception | None], None] = field(repr=False)
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """Those of the blocking method."""
+        return tuple(getattr(self, one.name) for one in fields(self)[2:])
 
     def complete(self, result: T) -> None:
         """The operation is done. The result is what the blocking method of this name returns."""
@@ -100,9 +105,6 @@ class Close(Operation[None]):
     """Let everything go. No other operation is under way."""
 
     method = "close"
-
-
-AnyOperation = Operation[Any]
 
 
 def _clear_frames(error: BaseException) -> None:

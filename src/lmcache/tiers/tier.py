@@ -6,12 +6,12 @@ import struct
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from lmcache.errors import LMCacheError
 
 if TYPE_CHECKING:
-    from lmcache.tiers.operation import AnyOperation
+    from lmcache.tiers.operation import Operation
     from lmcache.tiers.url import TierURL
 
 OK = ""
@@ -180,13 +180,13 @@ class AsyncTier(TierBase):
     """
 
     @abstractmethod
-    def submit(self, operation: AnyOperation) -> None:
+    def submit(self, operation: Operation[Any]) -> None:
         """Begin this (`lmcache.tiers.operation` has them all) and return at once. It may complete at once, too.
 
         Called by one thread at a time. The tier's own limits decide how many run at once; the others wait in the tier.
         """
 
-    def cancel(self, operation: AnyOperation) -> None:
+    def cancel(self, operation: Operation[Any]) -> None:
         """Nobody wants the result of this operation, which was submitted, any more: its deadline has passed, or the server
         ends. Return at once.
 
