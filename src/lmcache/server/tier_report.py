@@ -128,6 +128,29 @@ class TierReport:
                 self._losses[runner] = now, counters
                 logger.warning("Tier %s: not written: %s", runner.name, "; ".join(parts))
 
+    def log_drain(self, seconds: float) -> None:
+        """What is still to be written before the end, for so long at most."""
+        waiting = sum(len(runner.queue) + runner.chunks_being_written for runner in self._runners)
+        if waiting:
+            logger.info(
+                "%d chunks are written to tiers before the end, for up to %g s; a second signal ends this",
+                waiting,
+                seconds,
+            )
+
+    def log_left_behind(self, waited_seconds: float) -> None:
+        """Warn of tiers that could not be closed, since operations are under way that have not ended."""
+        for runner in (one for one in self._runners if not one.closed):
+            methods = runner.under_way
+            logger.warning(
+                "Tier %s is left behind: %d calls (%s) have not returned after %.1f s; see whether %s answers",
+                runner.name,
+                methods.total(),
+                ", ".join(f"{count} of {method}" for method, count in methods.items()),
+                waited_seconds,
+                runner.spec.url,
+            )
+
     def log_unwritten(self, given_up: bool = False) -> None:
         """Warn of chunks that still wait when the server ends. given_up: what is being written will not be, either."""
         for runner in self._runners:

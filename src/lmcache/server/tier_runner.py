@@ -54,11 +54,8 @@ class _Call:
     late: Callable[[], None]
     judged: bool
     operation: Operation[Any] = field(init=False)
+    method: str = field(init=False)
     is_late: bool = False
-
-    @property
-    def method(self) -> str:
-        return self.operation.method
 
 
 class TierRunner:
@@ -71,6 +68,7 @@ class TierRunner:
         self.loads, self.stores = Breaker(), Breaker()
         """A store may answer questions and yet refuse these. One that opens opens the tier's, too; then it stays open while
         the rest goes on, and the next operation of its kind after the pause decides."""
+        self._kinds = {"load": self.loads, "store": self.stores}
         self.counters: Counter[str] = Counter()
         """Shards and bytes by what became of them; reasons after a colon."""
         self.generation = 0
@@ -231,7 +229,8 @@ class TierRunner:
         now = self._loop.now()
         call = _Call(now, done, asked, late, judged)
         call.operation = make(now + seconds, partial(self._ended_in_thread, call))
-        kind = self._kind(call)
+        call.method = call.operation.method
+        kind = self._kinds.get(call.method)
         if kind is not None:
             kind.probe(now)
         self._under_way[call] = None
@@ -239,9 +238,6 @@ class TierRunner:
             self._submitter.submit(call.operation)
         except Exception as error:  # the tier may be a third party's
             call.operation.fail(error)
-
-    def _kind(self, call: _Call) -> Breaker | None:
-        return {"load": self.loads, "store": self.stores}.get(call.method)
 
     def _cancel(self, call: _Call) -> None:
         try:
@@ -267,7 +263,7 @@ class TierRunner:
             except (TypeError, ValueError) as wrong:
                 error = wrong
         if call.judged and not (cancelled and self._closing):
-            self._judge(error, self._kind(call))
+            self._judge(error, self._kinds.get(call.method))
         call.done(result if error is None else None, error, seconds)
         self._close_when_idle()
 

@@ -360,13 +360,7 @@ class Tiering:
         """Write what waits, for so many seconds at most; then call."""
         for runner in self.runners:
             runner.queue.make_all_ready()
-        waiting = sum(len(runner.queue) + runner.chunks_being_written for runner in self.runners)
-        if waiting:
-            logger.info(
-                "%d chunks are written to tiers before the end, for up to %g s; a second signal ends this",
-                waiting,
-                seconds,
-            )
+        self.report.log_drain(seconds)
         self._drained, self._drain_until = then, self._loop.now() + seconds
         self._pump()
 
@@ -416,16 +410,7 @@ class Tiering:
         self._loop.run_until(lambda: self._all_closed or self._interrupts > 1, CLOSE_SECONDS)
         if self._interrupts > 1:
             self._loop.run_until(lambda: self._all_closed or self._interrupts > 2, _HURRY_SECONDS)
-        for runner in (runner for runner in self.runners if not runner.closed):
-            methods = runner.under_way
-            logger.warning(
-                "Tier %s is left behind: %d calls (%s) have not returned after %.1f s; see whether %s answers",
-                runner.name,
-                methods.total(),
-                ", ".join(f"{count} of {method}" for method, count in methods.items()),
-                self._loop.now() - begun,
-                runner.spec.url,
-            )
+        self.report.log_left_behind(self._loop.now() - begun)
         if self._region is not None:
             _let_go([self._region.memory])
         self.report.log_losses(math.inf)  # it is the last time

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, TypeVar
 
 from lmcache.tiers.tier import Shard, ShardKey, TierError
@@ -37,7 +37,8 @@ class Operation(Generic[T]):
     @property
     def arguments(self) -> tuple[Any, ...]:
         """Those of the blocking method."""
-        return tuple(getattr(self, one.name) for one in fields(self)[2:])
+        names: tuple[str, ...] = self.__match_args__
+        return tuple([getattr(self, name) for name in names[2:]])
 
     def complete(self, result: T) -> None:
         """The operation is done. The result is what the blocking method of this name returns."""
