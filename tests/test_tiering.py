@@ -1085,6 +1085,21 @@ def test_a_question_behind_calls_that_hang_is_given_up_at_its_deadline(rig: Call
     assert tier.calls.count("contains") == 2
 
 
+def test_the_time_that_a_question_waits_for_a_thread_is_not_the_tiers(rig: Callable[..., Rig]) -> None:
+    """Otherwise a burst of questions would make a quick tier too slow to ask."""
+    tier, clock = HandTier(), HandClock()
+    one = rig(spec(tier), clock=clock, patience_seconds=3600.0)
+    tier.hold("contains")
+    for seed in range(3):
+        one.wait_for(chain(seed, 2))
+    eventually(lambda: tier.calls.count("contains") == 2)
+    clock.time += 0.5
+    tier.let_go()
+    eventually(lambda: not one.ask(lambda: one.tiering.runners[0].under_way))
+    ask_seconds = one.tiering.fetches.paces[0].ask_seconds
+    assert ask_seconds is not None and ask_seconds < 0.45, "0.5, 0.5 and 0.0 s, of which the last two are in any order"
+
+
 def test_what_a_tier_has_not_stored_in_time_is_stored_again(rig: Callable[..., Rig]) -> None:
     tier, clock = OwnThreadTier(), HandClock()
     one = rig(spec(tier), clock=clock)

@@ -81,7 +81,7 @@ class TierRunner:
         self.closed = False
         """Whether the tier has been closed."""
         self._loop = loop
-        self._submitter = submitter(self.tier, self.name, loop.executor)
+        self._submitter = submitter(self.tier, self.name, loop.executor, loop.now)
         self._under_way: dict[_Call, None] = {}
         """The operations that have been submitted and have not ended, in the order of their beginnings."""
         self._closing = False
@@ -246,7 +246,8 @@ class TierRunner:
             logger.exception("Tier %s could not cancel a %s", self.name, call.method)
 
     def _ended_in_thread(self, call: _Call, result: Any, error: Exception | None) -> None:
-        seconds = self._loop.now() - call.since
+        began = call.operation.began
+        seconds = self._loop.now() - (call.since if began is None else began)
         self._loop.call_soon(lambda: self._ended(call, result, error, seconds))
 
     def _ended(self, call: _Call, result: Any, error: Exception | None, seconds: float) -> None:

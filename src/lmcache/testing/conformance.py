@@ -123,7 +123,9 @@ class DrivenTier:
 
     def __init__(self, tier: TierBase) -> None:
         self._tier = tier
-        self._submitter = submitter(tier, tier.scheme, lambda name, threads: ThreadPoolExecutor(threads, name))
+        self._submitter = submitter(
+            tier, tier.scheme, lambda name, threads: ThreadPoolExecutor(threads, name), time.monotonic
+        )
 
     def __getattr__(self, name: str) -> Any:
         return partial(self._call, _OPERATIONS[name]) if name in _OPERATIONS else getattr(self._tier, name)

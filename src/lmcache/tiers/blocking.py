@@ -18,12 +18,14 @@ def write_concurrency(tier: TierBase) -> int:
     return max(1, tier.concurrency // 2)
 
 
-def submitter(tier: TierBase, name: str, executor: MakeExecutor) -> AsyncTier | BlockingAdapter:
-    """The asynchronous tier itself, or the adapter of a blocking one."""
+def submitter(
+    tier: TierBase, name: str, executor: MakeExecutor, now: Callable[[], float]
+) -> AsyncTier | BlockingAdapter:
+    """The asynchronous tier itself, or the adapter of a blocking one. now: the clock of the operations' deadlines."""
     if isinstance(tier, AsyncTier):
         return tier
     assert isinstance(tier, Tier)
-    return BlockingAdapter(tier, name, executor)
+    return BlockingAdapter(tier, name, executor, now)
 
 
 class BlockingAdapter:
@@ -33,8 +35,8 @@ class BlockingAdapter:
     interrupts a thread.
     """
 
-    def __init__(self, tier: Tier, name: str, executor: MakeExecutor) -> None:
-        self._tier = tier
+    def __init__(self, tier: Tier, name: str, executor: MakeExecutor, now: Callable[[], float]) -> None:
+        self._tier, self._now = tier, now
         self._readers = executor(f"{name}-read", tier.concurrency)
         self._writers = executor(f"{name}-write", write_concurrency(tier) + 1)
         self._waiting: dict[Operation[Any], None] = {}
@@ -59,6 +61,7 @@ class BlockingAdapter:
     def _run(self, operation: Operation[Any]) -> None:
         if not self._begins(operation):
             return
+        operation.began = self._now()
         try:
             result = getattr(self._tier, operation.method)(*operation.arguments)
         except Exception as error:  # the edge of the thread; the caller judges what is no TierError

@@ -33,6 +33,9 @@ class Operation(Generic[T]):
     """Name of the blocking method that does the same."""
     deadline: float
     ended: Callable[[T | None, Exception | None], None] = field(repr=False)
+    began: float | None = field(default=None, init=False)
+    """When the tier has begun with it, where it has waited for its turn and the tier has set this. How long an operation takes is
+    counted from then on."""
 
     @property
     def arguments(self) -> tuple[Any, ...]:
