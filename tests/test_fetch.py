@@ -485,6 +485,29 @@ def test_chunks_of_a_load_that_hangs_come_from_another_tier_and_nobody_waits_for
     assert world.poll(prompt) == 2, "its late return takes nothing from the load that is under way now"
 
 
+def test_chunks_of_a_load_that_is_late_come_from_another_tier() -> None:
+    world, prompt = World((None, 0.0), (None, 1e9), always=True), chain(2)
+    for has in world.has:
+        has.update(keys(prompt))
+    assert world.poll(prompt) == 2
+    (hung,) = world.loads
+    world.fetches.late(hung)
+    assert world.poll(prompt) == 0 and world.fetches.records[-1].outcome == "failed"
+    world.serving[0] = False
+    assert world.wait_for(prompt) < 0.1 and world.leading(prompt) == 2
+    world.end(hung, 0)
+    assert not any(world.fetches._running)
+
+
+def test_a_load_has_no_more_shards_than_its_tier_takes() -> None:
+    """However small they are; a chunk is not divided."""
+    for most, chunks in ((6, [2, 2, 1]), (2, [1] * 5)):
+        fetches = Fetches([TierTraits(1 << 30, 9, lambda now: True, most)])
+        fetches.poll(0.0, SPACE, chain(5), 0, 3 * 4096, 0.0, [lambda hashes: [True] * 5], "", 3)
+        loads = [len(effect.hashes) // 16 for effect in fetches.effects if isinstance(effect, Load)]
+        assert loads == chunks
+
+
 @pytest.mark.parametrize("seed", range(40))
 def test_a_fetch_has_one_record_and_leaves_nothing_behind_whatever_its_tiers_do(seed: int) -> None:
     """Answers and loads that come in any order, late, as failures or never; prompts that share their beginnings."""
@@ -599,6 +622,17 @@ def test_chunks_are_written_in_the_order_in_which_they_became_whole() -> None:
         (1, first[:32]), (1, first[32:]), (2, second), None
     ]  # fmt: skip
     assert batches[0] and batches[0].parents == chain(3, 3)[:32] and queue.queued_bytes == 0
+
+
+def test_a_batch_has_no_more_shards_than_its_tier_takes() -> None:
+    """However small they are, also when it is tried again; a chunk is not divided."""
+    for most, chunks in ((6, 2), (2, 1)):
+        queue, prompt = WriteQueue(1000, 1000, 1000, batch_shards=most), chain(5)
+        queue.add(1, prompt, prompt, 10, 3)
+        for _ in range(2):
+            batch = queue.take()
+            assert batch and batch.hashes == prompt[: 16 * chunks] and batch.size_bytes == 10 * chunks
+            queue.put_back(batch)
 
 
 def test_a_full_queue_keeps_the_beginnings_of_prompts() -> None:

@@ -119,6 +119,19 @@ def test_one_place_gives_the_engines_side_its_time_and_its_threads() -> None:
             assert not made & {"Thread", "Timer", "ThreadPoolExecutor"}, path
 
 
+def test_the_loop_makes_the_servers_threads_and_tells_its_tiers_the_time() -> None:
+    """HTTP has a thread of its own, which answers when the loop does not."""
+    for path in (PACKAGE / "server").rglob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        called = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+        made = {name for name in called if name.rpartition(".")[2] in ("Thread", "ThreadPoolExecutor", "Timer")}
+        assert not made or path.name in ("loop.py", "http.py"), (
+            f"{path.name} calls {made}: ask the loop for an executor"
+        )
+        imported = {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
+        assert not (path.name.startswith("tier") and "time" in imported), f"{path.name}: ask the loop for the time"
+
+
 def test_every_folder_says_what_lives_there() -> None:
     for path in PACKAGE.rglob("__init__.py"):
         assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), f"{path} has no first paragraph"

@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 
 from engine_process import Engine
-from lmcache.server.tiering import CLOSE_SECONDS
+from lmcache.server.tier_runner import CLOSE_SECONDS
 from ports import free_port
 from proxy import Proxy
 from servers import PATIENCE, Server, beside, eventually
@@ -133,6 +133,26 @@ def test_the_end_waits_as_long_as_it_was_told(
         kept = [name for name in valkey.raw.keys("{lmcache}/*") if b"." not in name.partition(b"/")[2]]
         assert (len(kept) == 6 * 10) == everything, len(kept)
         assert any("could not be written before the end" in line for line in cache.log) == (not everything)
+    finally:
+        proxy.close()
+
+
+def test_many_tiny_chunks_are_stored_in_calls_that_end_in_time(
+    server: Callable[..., Server], engine: Callable[..., Any], valkey: RedisServer
+) -> None:
+    """Two calls are under way while the store does not answer, of 512 shards each, though many more would be small enough."""
+    proxy = Proxy(valkey.port)
+    try:
+        flags = ("--l2", valkey.url("?write=on-evict&timeout=3600", port=proxy.port), "--drain-seconds", "600")
+        cache, tokens = server(flags=flags), list(range(1600 * 16))
+        assert engine(cache, num_blocks=1600).store(tokens) == len(tokens)
+        proxy.freeze()
+        cache.signal(signal.SIGTERM)
+        eventually(lambda: tiers_of(cache)["redis"]["queued_chunks"] == 1600 - 2 * 512)
+        proxy.thaw()
+        cache.line_with("has stopped")
+        kept = [name for name in valkey.raw.keys("{lmcache}/*") if b"." not in name.partition(b"/")[2]]
+        assert len(kept) == 1600
     finally:
         proxy.close()
 

@@ -133,7 +133,7 @@ def test_a_third_partys_tier(installed: None) -> None:
     with pytest.raises(ConfigError, match=r"unknown option 'reel'; did you mean reels\?"):
         make_tier("tape://?reel=3")
     for url, said in (
-        ("rope://", "entry point .*:GIB is not a Tier class"),
+        ("rope://", "entry point .*:GIB is not a class derived from Tier or AsyncTier"),
         ("wire://", ":Tape must say scheme = 'wire'"),
         ("lost://", "cannot load no_such_module:Tier: ModuleNotFoundError: No module named 'no_such_module'"),
         ("less://", "cannot load .*:Less: AttributeError"),

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import pickle
+import queue
 import random
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,9 +23,22 @@ from lmcache.memory.arena import Arena
 from lmcache.memory.slabs import NO_EXTENT
 from lmcache.server.loop import Loop
 from lmcache.server.tiering import Tiering
-from lmcache.tiers import ABSENT, KEPT, OK, Shard, ShardKey, Tier, TierError, Usage
+from lmcache.tiers import (
+    ABSENT,
+    KEPT,
+    OK,
+    AsyncTier,
+    Region,
+    Shard,
+    ShardKey,
+    Tier,
+    TierError,
+    Usage,
+)
 from lmcache.tiers.breaker import FIRST_PAUSE_SECONDS
+from lmcache.tiers.operation import Load, Operation
 from lmcache.tiers.registry import TierSpec
+from lmcache.tiers.tier import TierBase
 from lmcache.tiers.url import TierURL
 from servers import PATIENCE, eventually
 
@@ -108,8 +122,15 @@ class HandTier(Tier):
 class Rig:
     """An L1 of `sectors` pages with these tiers, in a running loop; everything is asked for in the loop's thread."""
 
-    def __init__(self, *specs: TierSpec, sectors: int = 64, shards: int = 1, **more: Any) -> None:
-        self.loop, self.folder = Loop(), tempfile.TemporaryDirectory(dir="/dev/shm")
+    def __init__(
+        self,
+        *specs: TierSpec,
+        sectors: int = 64,
+        shards: int = 1,
+        clock: Callable[[], float] = time.monotonic,
+        **more: Any,
+    ) -> None:
+        self.loop, self.folder = Loop(clock), tempfile.TemporaryDirectory(dir="/dev/shm")
         self.l1 = L1(Arena(Path(self.folder.name), sectors * SECTOR))
         options = {
             "chunk_tokens": 16,
@@ -119,6 +140,10 @@ class Rig:
             **more,
         }
         self.tiering = Tiering(self.loop, self.l1, specs, **options)
+        arena = self.l1.arena
+        self.tiering.attach(
+            Region(arena.mapping.address, arena.size_bytes, arena.descriptor, arena.mapping.view(0, arena.size_bytes))
+        )
         self.shards, self.closed = shards, False
         self.thread = threading.Thread(target=self.loop.run, daemon=True)
         self.tiering.open(required=False)
@@ -139,12 +164,12 @@ class Rig:
 
         def fill() -> None:
             for shard in range(self.shards):
-                grant = self.l1.reserve(time.monotonic(), ENGINE, self.space, shard, b"", True, hashes)
+                grant = self.l1.reserve(self.loop.now(), ENGINE, self.space, shard, b"", True, hashes)
                 for at, sector in enumerate(memoryview(grant.extents).cast("I")):
                     if sector != NO_EXTENT:
                         self.l1.view(sector, SECTOR)[:] = content(hashes[16 * at : 16 * at + 16], shard)
                 if grant.reservation:
-                    self.l1.commit(time.monotonic(), ENGINE, grant.reservation, True)
+                    self.l1.commit(self.loop.now(), ENGINE, grant.reservation, True)
 
         self.ask(fill)
 
@@ -158,7 +183,7 @@ class Rig:
 
     def there(self, hashes: bytes) -> int:
         def look() -> int:
-            hit = self.l1.lookup(time.monotonic(), ENGINE, self.space, hashes)
+            hit = self.l1.lookup(self.loop.now(), ENGINE, self.space, hashes)
             for at, sector in enumerate(memoryview(hit.extents).cast("I")):
                 chunk, shard = divmod(at, self.shards)
                 expected = content(hashes[16 * chunk : 16 * chunk + 16], shard)
@@ -175,12 +200,12 @@ class Rig:
         """Until nothing waits to be written."""
         eventually(lambda: self.ask(lambda: self.tiering.idle))
 
-    def close(self) -> None:
+    def close(self, let_go: bool = True) -> None:
         if self.closed:
             return
         self.closed = True
-        for lane in self.tiering.lanes:
-            lane.tier.let_go()  # type: ignore[attr-defined]
+        for runner in self.tiering.runners if let_go else ():
+            runner.tier.let_go()  # type: ignore[attr-defined]
         self.loop.stop()
         self.thread.join(PATIENCE)
         self.tiering.close()
@@ -197,7 +222,7 @@ def chain(seed: int, chunks: int) -> bytes:
     return random.Random(seed).randbytes(16 * chunks)
 
 
-def spec(tier: Tier, name: str = "hand", write: str = "through", read: bool = True) -> TierSpec:
+def spec(tier: TierBase, name: str = "hand", write: str = "through", read: bool = True) -> TierSpec:
     return TierSpec(name, f"{name}://", write, read, tier)
 
 
@@ -248,10 +273,10 @@ def test_a_record_names_the_tiers_and_fits_json(rig: Callable[..., Rig]) -> None
     one.forget_l1()
     assert one.fetch(prompt, rate=1.0) == 4
     (record,) = one.ask(lambda: list(one.tiering.fetches.records))
-    told = one.tiering.told(record)
+    told = one.tiering.report.told(record)
     assert told["from"] == {"near": 4} and told["left_out"] == {"far": "not serving"}
     assert told["recompute_seconds"] == 4 * 16 / 1.0 and told["expected_seconds"] is None
-    endless = one.tiering.told(record._replace(expected_seconds=float("inf")))
+    endless = one.tiering.report.told(record._replace(expected_seconds=float("inf")))
     assert json.loads(json.dumps(endless, allow_nan=False))["expected_seconds"] is None
 
 
@@ -272,8 +297,8 @@ def test_a_full_hit_asks_no_tier_and_a_stalled_one_holds_up_nobody(
     assert "load" in near.calls and "load" not in far.calls
     eventually(lambda: far.calls.count("contains") == 1)
     one.forget_l1()
-    stalled = one.tiering.lanes[1]
-    stalled._calls = dict.fromkeys(stalled._calls, time.monotonic() - 5)
+    (hanging,) = one.tiering.runners[1]._under_way
+    hanging.since -= 5
     assert one.fetch(prompt) == 4 and far.calls.count("contains") == 1, "a call hangs: it is not asked again"
 
 
@@ -290,7 +315,7 @@ def test_damaged_and_lost_shards_are_misses_with_a_name(rig: Callable[..., Rig])
     del tier.kept[next(key for key in tier.kept if key.chunk == prompt[32:48])]
     tier.let_go()
     assert one.fetch(prompt) == 2
-    assert one.tiering.lanes[0].counters["missed:absent"] == 1
+    assert one.tiering.runners[0].counters["missed:absent"] == 1
 
 
 def test_a_load_that_hangs_blocks_no_chunk_and_what_it_brings_at_last_is_not_used(rig: Callable[..., Rig]) -> None:
@@ -310,35 +335,35 @@ def test_a_load_that_hangs_blocks_no_chunk_and_what_it_brings_at_last_is_not_use
     assert one.there(prompt) == 6
     tier.let_go()
     eventually(lambda: not one.ask(lambda: one.l1.quarantined_bytes))
-    assert one.there(prompt) == 6 and one.tiering.lanes[0].counters["missed:too late"] == 6
-    assert one.fetch(other) == 4 and one.loop.errors == 0, "its lane goes on"
+    assert one.there(prompt) == 6 and one.tiering.runners[0].counters["missed:too late"] == 6
+    assert one.fetch(other) == 4 and one.loop.errors == 0, "its tier goes on"
 
 
 def test_a_tier_that_fails_is_left_alone_tried_again_and_then_gets_what_waited(rig: Callable[..., Rig]) -> None:
     tier = HandTier()
     one = rig(spec(tier))
-    lane = one.tiering.lanes[0]
-    lane.breaker.pause_seconds = 3600.0
+    runner = one.tiering.runners[0]
+    runner.breaker.pause_seconds = 3600.0
     tier.trouble = "on fire"
     for seed in range(4):
         one.store(chain(seed, 2))
-    eventually(lambda: not lane.breaker.closed)
-    assert one.ask(one.tiering.degraded) == ["hand: the tier is on fire"]
+    eventually(lambda: not runner.breaker.closed)
+    assert one.ask(one.tiering.report.degraded) == ["hand: the tier is on fire"]
     assert one.fetch(chain(9, 3)) == 0
     calls = len(tier.calls)
     assert one.fetch(chain(10, 3)) == 0 and len(tier.calls) == calls, "an open breaker lets nothing through"
     tier.trouble = ""
-    lane.breaker.retry_at = 0.0
-    eventually(lambda: lane.breaker.closed and len(tier.kept) == 8)  # nothing that waited was lost
-    assert one.ask(one.tiering.degraded) == []
+    runner.breaker.retry_at = 0.0
+    eventually(lambda: runner.breaker.closed and len(tier.kept) == 8)  # nothing that waited was lost
+    assert one.ask(one.tiering.report.degraded) == []
 
 
 @pytest.mark.parametrize("refused", ["load", "store"])
 def test_one_kind_of_call_may_fail_for_long_while_the_rest_goes_on(rig: Callable[..., Rig], refused: str) -> None:
     tier = HandTier()
     one = rig(spec(tier))
-    lane = one.tiering.lanes[0]
-    kind, other = (lane.loads, lane.stores) if refused == "load" else (lane.stores, lane.loads)
+    runner = one.tiering.runners[0]
+    kind, other = (runner.loads, runner.stores) if refused == "load" else (runner.stores, runner.loads)
     fresh = iter(range(100, 10_000))
 
     def use() -> None:
@@ -351,18 +376,18 @@ def test_one_kind_of_call_may_fail_for_long_while_the_rest_goes_on(rig: Callable
 
     tier.refuses = refused
     eventually(lambda: use() or not kind.closed)
-    calls = tier.calls.count(refused) - lane.counters["opened_breaker"]
-    eventually(lambda: lane.breaker.closed)
+    calls = tier.calls.count(refused) - runner.counters["opened_breaker"]
+    eventually(lambda: runner.breaker.closed)
     assert (kind.closed, other.closed) == (False, True)
     eventually(lambda: use() or kind.pause_seconds > FIRST_PAUSE_SECONDS)
-    eventually(lambda: tier.calls.count(refused) == calls + lane.counters["opened_breaker"])  # one call decides
-    assert lane.breaker.closed and one.ask(one.tiering.degraded) == [f"hand: {refused} is refused"]
-    (status,) = one.ask(one.tiering.status)
+    eventually(lambda: tier.calls.count(refused) == calls + runner.counters["opened_breaker"])  # one call decides
+    assert runner.breaker.closed and one.ask(one.tiering.report.degraded) == [f"hand: {refused} is refused"]
+    (status,) = one.ask(one.tiering.report.status)
     assert (status["state"], status["reason"]) == (f"{refused}s fail", f"{refused} is refused")
     tier.refuses = ""
     eventually(lambda: use() or kind.closed)
     one.written()
-    assert one.ask(one.tiering.degraded) == []
+    assert one.ask(one.tiering.report.degraded) == []
 
 
 class CarelessTier(HandTier):
@@ -400,8 +425,10 @@ def test_a_tier_that_breaks_its_word_costs_no_extents(rig: Callable[..., Rig], c
     one.forget_l1()
     tier.careless = careless
     assert one.fetch(hashes) == 0
-    (lane,) = one.ask(one.tiering.status)
-    assert lane["counters"]["failed:internal"] == (1 if careless == "contains" else 2), "and two loads of four and two"
+    (runner,) = one.ask(one.tiering.report.status)
+    assert runner["counters"]["failed:internal"] == (1 if careless == "contains" else 2), (
+        "and two loads of four and two"
+    )
     assert one.ask(one.l1.used_bytes) == 0 and one.loop.errors == 0
     tier.careless = ""
     eventually(lambda: one.fetch(hashes) == 6)  # for a second it is not asked again
@@ -416,8 +443,8 @@ def test_a_tier_that_does_not_know_what_it_has_is_asked(rig: Callable[..., Rig],
     one.forget_l1()
     tier.careless = careless
     assert one.fetch(hashes) == 6
-    (lane,) = one.ask(one.tiering.status)
-    assert lane["counters"]["failed:internal"] == 1 and "contains" in tier.calls and one.loop.errors == 0
+    (runner,) = one.ask(one.tiering.report.status)
+    assert runner["counters"]["failed:internal"] == 1 and "contains" in tier.calls and one.loop.errors == 0
 
 
 class ClingingTier(HandTier):
@@ -464,11 +491,13 @@ def test_a_tier_that_answers_no_store_gets_it_again(rig: Callable[..., Rig]) -> 
     tier.careless = "store"
     one, hashes = rig(spec(tier)), chain(1, 3)
     one.store(hashes)
-    eventually(lambda: one.ask(one.tiering.degraded))
-    assert one.ask(one.tiering.degraded) == ["hand: internal error TypeError: object of type 'NoneType' has no len()"]
+    eventually(lambda: one.ask(one.tiering.report.degraded))
+    assert one.ask(one.tiering.report.degraded) == [
+        "hand: internal error TypeError: object of type 'NoneType' has no len()"
+    ]
     tier.careless = ""
     one.written()
-    eventually(lambda: one.ask(one.tiering.status)[0]["counters"].get("kept_shards") == 3)
+    eventually(lambda: one.ask(one.tiering.report.status)[0]["counters"].get("kept_shards") == 3)
     assert one.loop.errors == 0
 
 
@@ -513,7 +542,7 @@ def test_on_evict_writes_when_l1_runs_full_and_before_the_end(rig: Callable[...,
     for seed in range(2, 30):
         one.store(chain(seed, 4))
         one.written()
-    lost = one.tiering.lanes[0].queue.counters["lost:evicted"]
+    lost = one.tiering.runners[0].queue.counters["lost:evicted"]
     assert len(tier.kept) >= 20 + 28 * 4 - 40 and lost == 0, "all that was evicted had been written"
     drained = threading.Event()
     one.ask(lambda: one.tiering.drain(PATIENCE, drained.set))
@@ -528,16 +557,16 @@ def test_what_is_evicted_before_it_was_written_is_counted(rig: Callable[..., Rig
         one.store(chain(seed, 4))
     tier.let_go()
     one.written()
-    lost = one.tiering.lanes[0].queue.counters["lost:evicted"]
+    lost = one.tiering.runners[0].queue.counters["lost:evicted"]
     assert lost > 0 and len(tier.kept) + lost == 40
 
 
 def test_a_tier_in_trouble_is_tried_again_before_the_end(rig: Callable[..., Rig]) -> None:
     tier = HandTier()
     one = rig(spec(tier))
-    lane, tier.refuses = one.tiering.lanes[0], "store"
+    runner, tier.refuses = one.tiering.runners[0], "store"
     one.store(chain(1, 30))
-    eventually(lambda: one.ask(lambda: lane.stores.state == "open" and not lane.writing and len(lane.queue)))
+    eventually(lambda: one.ask(lambda: runner.stores.state == "open" and not runner.writing and len(runner.queue)))
     drained = threading.Event()
     one.ask(lambda: one.tiering.drain(PATIENCE, drained.set))
     tier.refuses = ""
@@ -561,7 +590,7 @@ def test_clearing_a_tier_takes_what_waits_and_what_is_being_written(rig: Callabl
     one.written()
     first.hold("store")
     one.store(chain(2, 30))
-    eventually(lambda: one.ask(lambda: one.tiering.lanes[0].writing))
+    eventually(lambda: one.ask(lambda: one.tiering.runners[0].writing))
     done: list[dict[str, str]] = []
     one.ask(lambda: one.tiering.clear({"first"}, done.append))
     first.let_go()
@@ -593,7 +622,7 @@ def test_a_write_that_fails_half_way_does_not_outlive_a_clear(rig: Callable[...,
     one.ask(lambda: one.tiering.clear(None, done.append))
     eventually(lambda: done)
     tier.let_go()
-    eventually(lambda: one.ask(one.tiering.status)[0]["counters"].get("failed:half way"))
+    eventually(lambda: one.ask(one.tiering.report.status)[0]["counters"].get("failed:half way"))
     one.written()
     assert not tier.kept and tier.calls.count("store") == 1, "nor is it written again"
 
@@ -607,8 +636,8 @@ def test_what_l1_lost_by_a_clear_is_told_as_that(rig: Callable[..., Rig]) -> Non
     one.forget_l1()
     tier.let_go()
     one.written()
-    (lane,) = one.ask(one.tiering.status)
-    counters = lane["counters"]
+    (runner,) = one.ask(one.tiering.report.status)
+    counters = runner["counters"]
     assert counters["lost:cleared"] == 30 - counters["kept_shards"] > 0 and "lost:evicted" not in counters
     assert counters["lost_bytes:cleared"] == SECTOR * counters["lost:cleared"]
 
@@ -634,13 +663,13 @@ def test_every_chunk_of_a_failed_write_that_is_cleared_counts_once_as_cleared(
     if tiers_when == "amid the write":
         clear_tiers()
     tier.let_go()
-    (lane,) = one.tiering.lanes
-    eventually(lambda: one.ask(lambda: lane.counters["failed:refused"] and not lane.writing))
+    (runner,) = one.tiering.runners
+    eventually(lambda: one.ask(lambda: runner.counters["failed:refused"] and not runner.writing))
     if tiers_when == "after it":
         clear_tiers()
-    one.ask(lane.stores.succeeded)  # the tier is tried again
+    one.ask(runner.stores.succeeded)  # the tier is tried again
     one.written()
-    assert one.ask(lambda: dict(lane.queue.counters)) == {
+    assert one.ask(lambda: dict(runner.queue.counters)) == {
         "queued": 30,
         "lost:cleared": 30,
         "lost_bytes:cleared": 30 * SECTOR,
@@ -691,7 +720,7 @@ def test_tiers_that_are_required_must_serve(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--l2 hand://: the tier is not there"):
         tiering.open(required=True)
     tiering.open(required=False)
-    assert tiering.degraded() == ["hand: the tier is not there"]
+    assert tiering.report.degraded() == ["hand: the tier is not there"]
     tiering.close()
     arena.close()
     loop.close()
@@ -703,10 +732,10 @@ def test_a_tier_that_opens_late_serves_later(rig: Callable[..., Rig], monkeypatc
     tier = HandTier(True)
     tier.gates["open"] = threading.Event()
     one = rig(spec(tier))
-    assert one.ask(one.tiering.degraded) == ["hand: not open after 0 s"]
+    assert one.ask(one.tiering.report.degraded) == ["hand: not open after 0 s"]
     one.store(chain(1, 3))
     tier.let_go()
-    eventually(lambda: one.ask(lambda: one.tiering.degraded() == []))
+    eventually(lambda: one.ask(lambda: one.tiering.report.degraded() == []))
     one.written()
     assert len(tier.kept) == 3
 
@@ -746,25 +775,25 @@ def test_a_frame_names_the_chunk_before(rig: Callable[..., Rig]) -> None:
 def test_the_state_of_a_breaker_is_shown(rig: Callable[..., Rig]) -> None:
     tier = HandTier()
     one = rig(spec(tier))
-    lane = one.tiering.lanes[0]
+    runner = one.tiering.runners[0]
 
     def shown() -> tuple[object, object, object]:
-        (status,), metrics = one.ask(one.tiering.status), one.ask(one.tiering.counters)
+        (status,), metrics = one.ask(one.tiering.report.status), one.ask(one.tiering.report.counters)
         return status["state"], status["reason"], metrics['tier_serving{tier="hand"}']
 
     assert shown() == ("serving", "", True)
-    lane.breaker.pause_seconds = 3600.0
+    runner.breaker.pause_seconds = 3600.0
     tier.trouble = "on fire"
     one.store(chain(1, 2))
-    eventually(lambda: not lane.breaker.closed)
+    eventually(lambda: not runner.breaker.closed)
     assert shown() == ("failing", "the tier is on fire", False)
     tier.hold("contains")
     tier.trouble = ""
-    lane.breaker.retry_at = 0.0
+    runner.breaker.retry_at = 0.0
     eventually(lambda: shown() == ("being tried", "the tier is on fire", False))
     tier.let_go()
     eventually(lambda: shown() == ("serving", "", True))
-    assert one.ask(one.tiering.counters)['tier_opened_breaker_total{tier="hand"}'] == 1
+    assert one.ask(one.tiering.report.counters)['tier_opened_breaker_total{tier="hand"}'] == 1
 
 
 def test_what_was_lost_or_missed_is_counted_with_its_reason(
@@ -772,7 +801,7 @@ def test_what_was_lost_or_missed_is_counted_with_its_reason(
 ) -> None:
     tier, said, drained = HandTier(True), list[str](), threading.Event()
     monkeypatch.setattr(
-        "lmcache.server.tiering.logger.warning", lambda text, *parts: said.append(text % parts if parts else text)
+        "lmcache.server.tier_report.logger.warning", lambda text, *parts: said.append(text % parts if parts else text)
     )
     one = rig(spec(tier), queue_bytes=3 * SECTOR)
     tier.hold("store")
@@ -780,7 +809,7 @@ def test_what_was_lost_or_missed_is_counted_with_its_reason(
     eventually(lambda: tier.calls.count("store") == 1)
     for seed in range(2, 7):
         one.store(chain(seed, 1))
-    metrics = one.ask(one.tiering.counters)
+    metrics = one.ask(one.tiering.report.counters)
     assert metrics['tier_lost_total{tier="hand",reason="queue full"}'] == 2
     one.ask(lambda: one.tiering.drain(0.05, drained.set))
     assert drained.wait(PATIENCE) and "Tier hand: 3 chunks could not be written before the end" in said
@@ -789,14 +818,14 @@ def test_what_was_lost_or_missed_is_counted_with_its_reason(
     one.forget_l1()
     monkeypatch.setattr(tier, "load", lambda keys, into: ["checksum"] * len(keys))
     assert one.fetch(chain(1, 1)) == 0
-    assert one.ask(one.tiering.counters)['tier_missed_total{tier="hand",reason="checksum"}'] == 1
+    assert one.ask(one.tiering.report.counters)['tier_missed_total{tier="hand",reason="checksum"}'] == 1
 
 
 def test_a_last_write_that_fails_is_told_of_as_well(rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch) -> None:
     """It is under way when the time is over, and what it could not write is put back."""
     tier, said, drained = HandTier(True), list[str](), threading.Event()
     monkeypatch.setattr(
-        "lmcache.server.tiering.logger.warning", lambda text, *parts: said.append(text % parts if parts else text)
+        "lmcache.server.tier_report.logger.warning", lambda text, *parts: said.append(text % parts if parts else text)
     )
     one = rig(spec(tier))
     tier.hold("store")
@@ -815,20 +844,30 @@ def test_a_last_write_that_fails_is_told_of_as_well(rig: Callable[..., Rig], mon
 # What is not written is told
 
 
+class HandClock:
+    """It stands still until a test moves it."""
+
+    def __init__(self) -> None:
+        self.time = 1000.0
+
+    def __call__(self) -> float:
+        return self.time
+
+
 class Told:
-    """A rig whose `tiering` has a clock that stands still until `later` moves it, and what its lanes warn of."""
+    """A rig whose clock stands still until `later` moves it, and what is logged about its tiers."""
 
     def __init__(self, rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch, tier: HandTier, **more: Any) -> None:
-        self.now, self.said = time.monotonic(), list[str]()
-        monkeypatch.setattr("lmcache.server.tiering.time", SimpleNamespace(monotonic=lambda: self.now))
-        monkeypatch.setattr(
-            "lmcache.server.lane.logger.warning", lambda text, *parts, **_: self.said.append(text % parts)
-        )
-        self.rig = rig(spec(tier), **more)
+        self.clock, self.said = HandClock(), list[str]()
+        for module in ("tier_report", "tier_runner"):
+            monkeypatch.setattr(
+                f"lmcache.server.{module}.logger.warning", lambda text, *parts, **_: self.said.append(text % parts)
+            )
+        self.rig = rig(spec(tier), clock=self.clock, **more)
 
     def later(self, seconds: float) -> list[str]:
         """What was said since the last call and after so many seconds more, by any number of ticks."""
-        self.now += seconds
+        self.clock.time += seconds
         for _ in range(3):
             self.rig.ask(self.rig.tiering._tick)
         said, self.said[:] = self.said[:], []
@@ -846,20 +885,19 @@ def test_losses_are_told_at_once_and_then_now_and_then(
     eventually(lambda: "store" in tier.calls)
     (hangs,) = told.later(60)
     assert hangs.startswith("Tier hand: store has not returned for "), "and no loss yet"
+    why = "queue full: a higher --l2-queue-gb lets more wait"
     told.rig.store(chain(2, 3 + 384))
-    eventually(lambda: told.said)  # the loop ticks by itself
+    assert told.later(0) == [f"Tier hand: not written: 384 chunks (1.5 MiB), {why}"], "at once"
     for seed in range(3, 7):
         told.rig.store(chain(seed, 64))
-        told.now += 2.4
-    why = "queue full: a higher --l2-queue-gb lets more wait"
-    assert told.later(0.3) == [f"Tier hand: not written: 384 chunks (1.5 MiB), {why}"], "within ten seconds: once"
-    assert told.later(0.2) == [f"Tier hand: not written: 256 chunks (1.0 MiB), {why}"], "only what is new"
+        assert told.later(2.4) == [], "within ten seconds: once"
+    assert told.later(0.5) == [f"Tier hand: not written: 256 chunks (1.0 MiB), {why}"], "only what is new"
     assert told.later(60) == [], "nothing is new"
     tier.let_go()
     told.rig.written()
     assert told.later(60) == [], "what waited has been written"
     assert len(tier.kept) == 1 + 3
-    metrics = told.rig.ask(told.rig.tiering.counters)
+    metrics = told.rig.ask(told.rig.tiering.report.counters)
     assert metrics['tier_lost_bytes_total{tier="hand",reason="queue full"}'] == 640 * SECTOR
 
 
@@ -882,7 +920,7 @@ def test_what_a_tier_refuses_is_told_with_its_reasons_and_at_the_end_in_any_case
     assert told.later(0) == [f"Tier hand: not written: 2 shards (0.0 MiB), {too_large}; 1 shards (0.0 MiB), cursed"]
     answered(3, "cursed", OK, "cursed", "cursed")
     assert told.later(9) == []
-    metrics = told.rig.ask(told.rig.tiering.counters)
+    metrics = told.rig.ask(told.rig.tiering.report.counters)
     assert metrics['tier_unwritten_bytes_total{tier="hand",reason="too large"}'] == 2 * SECTOR
     assert metrics['tier_unwritten_bytes_total{tier="hand",reason="cursed"}'] == 4 * SECTOR
     told.rig.close()
@@ -913,3 +951,231 @@ def test_what_was_evicted_is_lost_once_though_the_rest_of_its_batch_is_tried_aga
     assert not fails and len(tier.kept) == 4 * 4
     lines = [line for line in told.later(0) if "not written" in line]
     assert lines == ["Tier hand: not written: 2 chunks (0.0 MiB), evicted: a higher --l1-size-gb keeps chunks longer"]
+
+
+# Asynchronous tiers, and deadlines
+
+
+class OwnThreadTier(AsyncTier):
+    """A dictionary whose operations one thread of the tier completes, but for those of methods that the test holds.
+
+    gives_up: it ends an operation that is held when it is asked to cancel that.
+    """
+
+    scheme = "hand"
+    concurrency = 2
+    batch_bytes = 4 * SECTOR
+
+    def __init__(self, gives_up: bool = True) -> None:
+        self.hand, self.gives_up = HandTier(), gives_up
+        self.region: Region | None = None
+        self.holds, self.cancels, self.faults = set[str](), list[str](), set[str]()
+        self.held: dict[Operation[Any], None] = {}
+        self._queue: queue.SimpleQueue[Operation[Any]] = queue.SimpleQueue()
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    @classmethod
+    def from_url(cls, url: TierURL) -> OwnThreadTier:
+        return cls()
+
+    def hold(self, method: str) -> None:
+        self.holds.add(method)
+
+    def let_go(self) -> None:
+        self.holds.clear()
+        for operation in list(self.held):
+            if self.held.pop(operation, 1) is None:
+                self._queue.put(operation)
+
+    def attach(self, region: Region) -> None:
+        self.region = region
+
+    def usage(self) -> Usage:
+        return self.hand.usage()
+
+    def submit(self, operation: Operation[Any]) -> None:
+        if f"submit {operation.method}" in self.faults:
+            raise KeyError("not this one")
+        self._queue.put(operation)
+
+    def cancel(self, operation: Operation[Any]) -> None:
+        self.cancels.append(operation.method)
+        if "cancel" in self.faults:
+            raise KeyError("not this one")
+        if self.gives_up and self.held.pop(operation, 1) is None:
+            operation.cancelled()
+
+    def _serve(self) -> None:
+        while True:
+            operation = self._queue.get()
+            if operation.method in self.holds:
+                self.held[operation] = None
+                continue
+            arguments = [getattr(operation, name) for name in ("keys", "into", "shards") if hasattr(operation, name)]
+            result = getattr(self.hand, operation.method)(*arguments)
+            operation.complete(result)
+            if "twice" in self.faults:
+                operation.complete(result)
+
+
+def test_an_asynchronous_tier_is_written_to_and_read_from(rig: Callable[..., Rig]) -> None:
+    tier = OwnThreadTier()
+    one, prompt = rig(spec(tier), shards=2), chain(1, 9)
+    one.store(prompt)
+    one.written()
+    assert len(tier.hand.kept) == 18
+    one.forget_l1()
+    assert one.fetch(prompt + chain(2, 3)) == 9
+    done = list[dict[str, str]]()
+    one.ask(lambda: one.tiering.clear(None, done.append))
+    assert eventually(lambda: done) == [{}] and not tier.hand.kept
+    one.close()
+    assert tier.hand.calls[-1] == "close" and tier.cancels == []
+
+
+def test_a_tier_is_told_where_all_memory_lies_that_it_is_handed(rig: Callable[..., Rig]) -> None:
+    tier = OwnThreadTier()
+    one, prompt = rig(spec(tier)), chain(1, 3)
+    one.store(prompt)
+    one.written()
+    one.forget_l1()
+    tier.hold("load")
+    assert one.wait_for(prompt) == 3
+    (load,) = eventually(lambda: list(tier.held))
+    region = tier.region
+    assert region is not None and isinstance(load, Load)
+    addresses = [ctypes.addressof(ctypes.c_char.from_buffer(one)) for one in load.into]
+    assert all(0 <= at - region.address <= region.size_bytes - SECTOR for at in addresses)
+    assert len(region.memory) == region.size_bytes == one.l1.arena.size_bytes
+    one.close()
+    with pytest.raises(ValueError, match="released"):
+        region.memory[0]
+
+
+def tier_of(kind: str) -> HandTier | OwnThreadTier:
+    return HandTier() if kind == "blocking" else OwnThreadTier(kind == "gives up")
+
+
+@pytest.mark.parametrize("kind", ["blocking", "gives up", "goes on"])
+def test_a_load_that_passes_its_deadline_is_a_miss_at_once_and_keeps_its_memory_until_it_ends(
+    rig: Callable[..., Rig], kind: str
+) -> None:
+    tier, clock = tier_of(kind), HandClock()
+    one, prompt = rig(spec(tier), clock=clock, always=True, patience_seconds=3600.0), chain(1, 6)
+    one.store(prompt)
+    one.written()
+    one.forget_l1()
+    tier.hold("load")
+    assert one.wait_for(prompt) == 6
+    calls = tier.calls if isinstance(tier, HandTier) else tier.held
+    eventually(lambda: sum("load" in (call if isinstance(call, str) else call.method) for call in calls) == 2)
+
+    def pass_time() -> None:
+        clock.time += one.l1.claim_seconds + 1
+        one.l1.tick(clock())
+        one.tiering._tick()
+
+    one.ask(pass_time)
+    assert one.wait_for(prompt) == 0
+    assert one.ask(lambda: one.tiering.fetches.records[-1].outcome) == "failed"
+    counters = one.tiering.runners[0].counters
+    assert counters["missed:too late"] == 6
+    if kind == "gives up":
+        eventually(lambda: not one.ask(lambda: one.l1.open_reservations))
+        assert counters["failed:late"] == 2
+    assert one.ask(lambda: one.l1.quarantined_bytes) == (0 if kind == "gives up" else 6 * SECTOR)
+    one.store(prompt)  # as an engine that has computed it meanwhile
+    assert one.there(prompt) == 6
+    tier.let_go()
+    eventually(lambda: not one.ask(lambda: one.l1.open_reservations))
+    assert one.ask(lambda: one.l1.quarantined_bytes) == 0 and one.there(prompt) == 6
+    assert counters["missed:too late"] == 6 and one.loop.errors == 0
+
+
+def test_a_question_behind_calls_that_hang_is_given_up_at_its_deadline(rig: Callable[..., Rig]) -> None:
+    """The tier's two threads are in calls that do not return."""
+    tier, clock = HandTier(), HandClock()
+    one = rig(spec(tier), clock=clock, patience_seconds=10.0)
+    tier.hold("contains")
+    for seed in range(3):
+        one.wait_for(chain(seed, 2))
+    eventually(lambda: tier.calls.count("contains") == 2)
+    clock.time += 11.0
+    one.ask(one.tiering._tick)
+    counters = one.tiering.runners[0].counters
+    eventually(lambda: counters["failed:late"] == 1)
+    tier.let_go()
+    eventually(lambda: not one.ask(lambda: one.tiering.runners[0].under_way))
+    assert tier.calls.count("contains") == 2
+
+
+def test_the_time_that_a_question_waits_for_a_thread_is_not_the_tiers(rig: Callable[..., Rig]) -> None:
+    """Otherwise a burst of questions would make a quick tier too slow to ask."""
+    tier, clock = HandTier(), HandClock()
+    one = rig(spec(tier), clock=clock, patience_seconds=3600.0)
+    tier.hold("contains")
+    for seed in range(3):
+        one.wait_for(chain(seed, 2))
+    eventually(lambda: tier.calls.count("contains") == 2)
+    clock.time += 0.5
+    tier.let_go()
+    eventually(lambda: not one.ask(lambda: one.tiering.runners[0].under_way))
+    ask_seconds = one.tiering.fetches.paces[0].ask_seconds
+    assert ask_seconds is not None and ask_seconds < 0.45, "0.5, 0.5 and 0.0 s, of which the last two are in any order"
+
+
+def test_what_a_tier_has_not_stored_in_time_is_stored_again(rig: Callable[..., Rig]) -> None:
+    tier, clock = OwnThreadTier(), HandClock()
+    one = rig(spec(tier), clock=clock)
+    tier.hold("store")
+    one.store(chain(1, 3))
+    eventually(lambda: tier.held)
+    tier.holds.clear()
+    clock.time += 61.0
+    one.ask(one.tiering._tick)
+    one.written()
+    assert len(tier.hand.kept) == 3 and tier.cancels == ["store"]
+
+
+def test_faults_of_an_asynchronous_tier_cost_no_extents_and_no_chunks(
+    rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tier, said, clock = OwnThreadTier(), list[str](), HandClock()
+    monkeypatch.setattr("lmcache.server.tier_runner.logger.error", lambda text, *parts, **_: said.append(text % parts))
+    one, prompt = rig(spec(tier), clock=clock), chain(1, 3)
+    tier.faults = {"twice"}
+    one.store(prompt)
+    eventually(lambda: said == ["Tier hand has ended one store twice, which is a fault of the tier"])
+    one.written()
+    one.forget_l1()
+    tier.faults = {"submit load", "cancel"}
+    assert one.fetch(prompt) == 0
+    assert one.tiering.runners[0].counters["failed:internal"] == 1
+    assert one.ask(lambda: one.l1.open_reservations) == 0
+    tier.hold("load")
+    tier.faults.discard("submit load")
+    assert one.wait_for(prompt) == 3
+    eventually(lambda: tier.held)
+    clock.time += one.l1.claim_seconds + 1
+    one.ask(one.tiering._tick)
+    assert tier.cancels == ["load"] and one.loop.errors == 0
+    tier.let_go()
+    eventually(lambda: not one.ask(lambda: one.l1.open_reservations))
+
+
+@pytest.mark.parametrize("gives_up", [True, False])
+def test_the_end_cancels_what_is_under_way_and_leaves_behind_what_goes_on(
+    rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch, gives_up: bool
+) -> None:
+    tier, said = OwnThreadTier(gives_up), list[str]()
+    monkeypatch.setattr("lmcache.server.tier_report.logger.warning", lambda text, *parts: said.append(text % parts))
+    monkeypatch.setattr("lmcache.server.tiering.CLOSE_SECONDS", PATIENCE if gives_up else 0.05)
+    one = rig(spec(tier))
+    tier.hold("store")
+    one.store(chain(1, 4))
+    (store,) = eventually(lambda: list(tier.held))
+    one.close(let_go=False)
+    assert tier.cancels == ["store"] and "Tier hand: 4 chunks could not be written before the end" in said
+    behind = [line for line in said if "left behind: 1 calls (1 of store)" in line]
+    assert ("close" in tier.hand.calls, len(behind)) == ((True, 0) if gives_up else (False, 1))
+    store.cancelled()  # it does no harm to a loop that has been closed

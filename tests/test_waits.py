@@ -16,7 +16,7 @@ THE_DEVICE = (
     "it ends with work that was launched on the device before; a device that hangs, hangs the engine's step as well"
 )
 THE_TIERS_CALL = (
-    "it is a part of one call of the tier; the server gives a tier's calls up when it stops (`server.lane`)"
+    "it is a part of one call of the tier; the server gives a tier's calls up when it stops (`server.tier_runner`)"
 )
 ENDS = {
     ("config/hosts.py", "answer.result()"): "the answer is there: it has been waited for, with a time-out",
@@ -40,10 +40,7 @@ ENDS = {
         "memory/arena.py",
         "self._thread.join()",
     ): "`_stop` is set, and the thread looks at it after each step of a few MiB",
-    ("server/lane.py", "self._readers.shutdown(wait=False, cancel_futures=True)"): "it does not wait",
-    ("server/lane.py", "self._writers.shutdown(wait=False, cancel_futures=True)"): "it does not wait",
-    ("server/lane.py", "self._readers.shutdown(wait=True)"): "in a thread of its own, which the server leaves behind",
-    ("server/lane.py", "self._writers.shutdown(wait=True)"): "in a thread of its own, which the server leaves behind",
+    ("server/loop.py", "executor.shutdown(wait=False, cancel_futures=True)"): "it does not wait",
     ("server/main.py", "logging.shutdown()"): "it flushes the log, as every line does",
     ("server/unix_endpoint.py", "self._listener.accept()"): "the socket does not block",
     ("testing/conformance.py", "thread.join()"): "a test of a tier, by pytest, which has a time-out",

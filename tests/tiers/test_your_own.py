@@ -39,28 +39,30 @@ def installed(folders: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -
     told = folder / "lmcache_sqlite-1.0.dist-info"
     told.mkdir(parents=True)
     (told / "METADATA").write_text("Metadata-Version: 2.1\nName: lmcache-sqlite\nVersion: 1.0\n")
-    (told / "entry_points.txt").write_text(f"[lmcache.tiers]\n{entry[1]} = {entry[2]}\n")
-    (folder / "lmcache_sqlite.py").write_text(file_of("lmcache_sqlite.py"))
+    ram = re.search(r'`(ram) = "(lmcache_ram:RamTier)"`', SECTOR)
+    assert ram
+    (told / "entry_points.txt").write_text(f"[lmcache.tiers]\n{entry[1]} = {entry[2]}\n{ram[1]} = {ram[2]}\n")
+    for name in ("lmcache_sqlite.py", "lmcache_ram.py"):
+        (folder / name).write_text(file_of(name))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH")))))
     return place
 
 
-def run_the_tests_of_the_sector(installed: Path, *options: str) -> str:
+def run_the_tests_of_the_sector(installed: Path, name: str, *options: str) -> str:
     """What pytest says of them."""
-    command = re.search(r"^    pytest (\S+)$", SECTOR, re.MULTILINE)
-    assert command
-    (installed / command[1]).write_text(file_of(command[1]))
+    (installed / name).write_text(file_of(name))
     (installed / "pytest.ini").touch()  # nothing of whoever runs this
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--basetemp", "places", command[1], *options],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--basetemp", "places", name, *options],
         cwd=installed, capture_output=True, text=True, timeout=4 * PATIENCE,
     )  # fmt: skip
     return done.stdout + done.stderr
 
 
-def test_the_tier_of_the_sector_passes_the_tests_of_the_sector(installed: Path) -> None:
-    count = sum(name.startswith("test_") for name in dir(ConformanceSuite))
-    said = run_the_tests_of_the_sector(installed)
+@pytest.mark.parametrize("name", ["test_lmcache_sqlite.py", "test_lmcache_ram.py"])
+def test_the_tiers_of_the_sector_pass_the_tests_of_the_sector(installed: Path, name: str) -> None:
+    count = sum(test.startswith("test_") for test in dir(ConformanceSuite))
+    said = run_the_tests_of_the_sector(installed, name)
     assert f"\n{count} passed in " in said, said
     assert f"All {count} must pass" in SECTOR
 
@@ -83,7 +85,7 @@ def test_the_tests_of_the_sector_find_what_is_broken(
     whole = file_of("lmcache_sqlite.py")
     assert whole.count(line) == 1
     (installed / "site" / "lmcache_sqlite.py").write_text(whole.replace(line, instead))
-    said = run_the_tests_of_the_sector(installed, "-k", test)
+    said = run_the_tests_of_the_sector(installed, "test_lmcache_sqlite.py", "-k", test)
     assert f"FAILED test_lmcache_sqlite.py::TestSqlite::{test}" in said and shown in said, said
 
 
@@ -113,6 +115,23 @@ def test_a_server_finds_again_what_it_and_another_one_stored(
         counters = tier(one)["counters"]
         assert counters.pop("loaded_bytes") and counters == {"loaded_shards": 10}, "and nothing was written back"
         assert one.healthy()
+
+
+def test_a_server_drives_the_asynchronous_tier_of_the_sector(
+    installed: Path, server: Callable[..., Server], engine: Callable[..., Any]
+) -> None:
+    cache = server(flags=("--l2", "ram:///kv?max_gb=1", "--worth", "always", "--l2-patience-seconds", "600"))
+    assert engine(cache).store(TOKENS) == len(TOKENS)
+
+    def counters() -> Any:
+        (tier,) = cache.status()["tiers"]
+        return tier["counters"]
+
+    eventually(lambda: counters().get("written_shards") == 10)
+    cache.clear()
+    assert engine(cache, "after L1 was lost").load(TOKENS) == len(TOKENS)
+    assert counters()["loaded_shards"] == 10 and cache.healthy()
+    assert cache.end() == 0 and "Traceback" not in "".join(cache.log)
 
 
 def test_a_server_says_what_is_wrong_with_its_url(installed: Path) -> None:

@@ -106,11 +106,12 @@ class FetchRecord(NamedTuple):
 
 
 class TierTraits(NamedTuple):
-    """What the planning needs to know of a tier. usable(now): whether it may be asked now."""
+    """What the planning needs to know of a tier. usable(now): whether it may be asked now. batch_shards: the most of one load."""
 
     batch_bytes: int
     concurrency: int
     usable: Callable[[float], bool]
+    batch_shards: int = 512
 
 
 @dataclass(eq=False)
@@ -124,6 +125,7 @@ class _Fetch:
     prefill_seconds: float
     """To compute one chunk; 0 where unknown."""
     chunk_bytes: int
+    chunk_shards: int
     requests: list[str] = field(default_factory=list)
     """Who asked, as far as that was told."""
     unanswered: set[int] = field(default_factory=set)
@@ -244,18 +246,20 @@ class Fetches:
         prefill_seconds: float,
         known: Sequence[Callable[[bytes], Sequence[bool] | None]],
         request: str = "",
+        chunk_shards: int = 1,
     ) -> int:
         """How many more chunks the asker should wait for; 0: go on with what is in L1.
 
         in_l1: leading chunks that are there now. chunk_bytes: all shards of one. prefill_seconds: to compute one chunk, 0
         where unknown. known: for each tier, what it can tell of hashes at once, without I/O. request: how the asker calls it.
+        chunk_shards: of one chunk.
         """
         fetch, full = self._by_request.get((space, hashes[-HASH_BYTES:])), in_l1 * HASH_BYTES >= len(hashes)
         is_new = fetch is None
         if fetch is None:
             if full:
                 return 0
-            fetch = _Fetch(next(self._numbers), space, hashes, in_l1, now, prefill_seconds, chunk_bytes)
+            fetch = _Fetch(next(self._numbers), space, hashes, in_l1, now, prefill_seconds, chunk_bytes, chunk_shards)
         if fetch.ended is None:
             fetch.asked(now, in_l1, request)
         if full:
@@ -298,6 +302,11 @@ class Fetches:
         self.paces[load.tier].ended(now, size_bytes)
         self._forget(self._running[load.tier].pop(load.number))
         self._pump(now, load.tier)
+
+    def late(self, load: Load) -> None:
+        """A load that has begun has passed its deadline: its chunks will not come from it. `loaded` is still called when it
+        ends, and it counts as one of those that run until then."""
+        self._forget(self._running[load.tier][load.number])
 
     def kept(self, space: int, hashes: bytes) -> None:
         """A tier has these chunks now: whoever was told just now that there is nothing to wait for may ask again at once."""
@@ -369,7 +378,7 @@ class Fetches:
             self._end(now, fetch, _NOT_WORTH_IT if asks else "absent")
             return
         fetch.sources = Counter(sources)
-        due = self._due(now - fetch.began, fetch.chunk_bytes, sources)
+        due = self._due(now - fetch.began, fetch, sources)
         if not self._worth_it(fetch, due):
             self._probe(now, fetch, sources)
             self._end(now, fetch, _NOT_WORTH_IT)
@@ -382,28 +391,29 @@ class Fetches:
         loaded all the same, for L1."""
         tier = sources[0]
         if now - self.paces[tier].measured_at > PROBE_SECONDS and not self._running[tier]:
-            batch = self._batch_chunks(tier, fetch.chunk_bytes)
+            batch = self._batch_chunks(tier, fetch)
             self._queue(now, fetch, [one for one in sources[:batch] if one == tier])
             self.counters["probes"] += 1
 
-    def _due(self, asked: float, chunk_bytes: int, sources: list[int]) -> list[float | None]:
+    def _due(self, asked: float, fetch: _Fetch, sources: list[int]) -> list[float | None]:
         """When each chunk is expected: a batch comes at once, and as many as run side by side may all come at the end."""
         total, ahead = Counter(sources), Counter[int]()
         due: list[float | None] = []
         for tier in sources:
-            batch = self._batch_chunks(tier, chunk_bytes)
+            batch = self._batch_chunks(tier, fetch)
             last = (ahead[tier] // batch + self._tiers[tier].concurrency) * batch
-            size = (min(last, total[tier]) + self._queued_chunks[tier]) * chunk_bytes
+            size = (min(last, total[tier]) + self._queued_chunks[tier]) * fetch.chunk_bytes
             ahead[tier] += 1
             seconds = self.paces[tier].expected_seconds(size)
             due.append(None if seconds is None else asked + seconds)
         return due
 
-    def _batch_chunks(self, tier: int, chunk_bytes: int) -> int:
+    def _batch_chunks(self, tier: int, fetch: _Fetch) -> int:
         """Chunks in one load: what comes within `_BATCH_SECONDS`, so that progress shows, and no more than gains anything."""
-        rate = self.paces[tier].bytes_per_second
+        rate, traits = self.paces[tier].bytes_per_second, self._tiers[tier]
         most = _FIRST_BATCH_BYTES if rate is None else int(rate * _BATCH_SECONDS)
-        return max(1, min(self._tiers[tier].batch_bytes, most) // chunk_bytes)
+        by_size = min(traits.batch_bytes, most) // fetch.chunk_bytes
+        return max(1, min(by_size, traits.batch_shards // fetch.chunk_shards))
 
     def _worth_it(self, fetch: _Fetch, due: list[float | None]) -> bool:
         recompute = fetch.prefill_seconds * len(due) or None
@@ -424,7 +434,7 @@ class Fetches:
         at = 0
         while at < len(sources):
             tier, first = sources[at], at
-            most = self._batch_chunks(tier, fetch.chunk_bytes)
+            most = self._batch_chunks(tier, fetch)
             hashes: list[bytes] = []
             while at < len(sources) and sources[at] == tier and len(hashes) < most:
                 key = fetch.hash_of(fetch.first + at)

@@ -21,31 +21,43 @@ _WRITE_AHEAD_SHARE = 0.1
 
 
 class Batch(NamedTuple):
-    """Chunks of one space to write in one call: their hashes, and those of their parents, 16 bytes each."""
+    """Chunks of one space to write in one call: their hashes, and those of their parents, 16 bytes each. chunk_shards: of one
+    chunk."""
 
     space: int
     hashes: bytes
     parents: bytes
     size_bytes: int
+    chunk_shards: int = 1
     clears: int = 0
     """How often the queue had been cleared when the batch was taken from it."""
 
 
-class WriteQueue:
-    """Of one tier. max_bytes: of chunks that wait. batch_bytes: of one write. l1_bytes: what can be kept back at most."""
+class _Chunk(NamedTuple):
+    space: int
+    key: bytes
+    parent: bytes
+    size_bytes: int
+    shards: int
 
-    def __init__(self, max_bytes: int, batch_bytes: int, l1_bytes: int, on_evict: bool = False) -> None:
+
+class WriteQueue:
+    """Of one tier. max_bytes: of chunks that wait. batch_bytes, batch_shards: the most of one write. l1_bytes: what can be kept
+    back at most."""
+
+    def __init__(
+        self, max_bytes: int, batch_bytes: int, l1_bytes: int, on_evict: bool = False, batch_shards: int = 512
+    ) -> None:
         self.counters: Counter[str] = Counter()
         """Chunks: queued, and lost by reason: `queue full`, `evicted` (from L1, before their turn) and `cleared` (from L1 or from
         the tier); and the bytes of those that were lost."""
         self.queued_bytes = 0
-        self._max_bytes, self._batch_bytes = max_bytes, batch_bytes
+        self._max_bytes, self._batch_bytes, self._batch_shards = max_bytes, batch_bytes, batch_shards
         self._l1_bytes, self._kept_bytes = l1_bytes, 0
         self._on_evict = on_evict
         self._clears = 0
-        self._ready: deque[tuple[int, bytes, bytes, int]] = deque()
-        """(space, hash, parent's hash, bytes)"""
-        self._kept_back: deque[tuple[int, bytes, bytes, int]] = deque()
+        self._ready: deque[_Chunk] = deque()
+        self._kept_back: deque[_Chunk] = deque()
 
     def __len__(self) -> int:
         """Chunks to write now."""
@@ -55,21 +67,22 @@ class WriteQueue:
     def kept_back(self) -> int:
         return len(self._kept_back)
 
-    def add(self, space: int, hashes: bytes, parents: bytes, chunk_bytes: int) -> None:
-        """These chunks have become whole."""
+    def add(self, space: int, hashes: bytes, parents: bytes, chunk_bytes: int, chunk_shards: int = 1) -> None:
+        """These chunks have become whole. chunk_bytes, chunk_shards: of one."""
         for at in range(0, len(hashes), HASH_BYTES):
             if self.queued_bytes + chunk_bytes > self._max_bytes and not self._on_evict:
                 left = (len(hashes) - at) // HASH_BYTES
                 self._lose("queue full", left, left * chunk_bytes)
                 return
-            one = (space, hashes[at : at + HASH_BYTES], parents[at : at + HASH_BYTES], chunk_bytes)
+            cut = slice(at, at + HASH_BYTES)
+            one = _Chunk(space, hashes[cut], parents[cut], chunk_bytes, chunk_shards)
             if not self._on_evict:
                 self._push(one)
                 continue
             self._kept_back.append(one)
             self._kept_bytes += chunk_bytes
             while self._kept_bytes > self._l1_bytes:  # L1 does not hold so much: the first ones have been evicted
-                self._lose("evicted", 1, self._keep_no_longer()[3])
+                self._lose("evicted", 1, self._keep_no_longer().size_bytes)
 
     def make_ready(self, used_bytes: int) -> None:
         """`on-evict`: let go of the longest kept chunks when L1 is that full."""
@@ -86,15 +99,15 @@ class WriteQueue:
         """The next batch: the longest waiting chunks of one space."""
         if not self._ready:
             return None
-        space, size = self._ready[0][0], 0
-        taken: list[tuple[int, bytes, bytes, int]] = []
-        while (
-            self._ready and self._ready[0][0] == space and (not taken or size + self._ready[0][3] <= self._batch_bytes)
-        ):
+        first = self._ready[0]
+        by_size, by_count = self._batch_bytes // first.size_bytes, self._batch_shards // first.shards
+        taken: list[_Chunk] = []
+        while self._ready and self._ready[0].space == first.space and len(taken) < max(1, min(by_size, by_count)):
             taken.append(self._ready.popleft())
-            size += taken[-1][3]
+        size = len(taken) * first.size_bytes
         self.queued_bytes -= size
-        return Batch(space, b"".join(one[1] for one in taken), b"".join(one[2] for one in taken), size, self._clears)
+        keys, parents = b"".join(one.key for one in taken), b"".join(one.parent for one in taken)
+        return Batch(first.space, keys, parents, size, first.shards, self._clears)
 
     def still_there(self, batch: Batch, found: bytes) -> Batch:
         """What can be written of a batch: `found`, in the batch's order. The rest was evicted before its turn."""
@@ -106,7 +119,7 @@ class WriteQueue:
         cuts = [slice(at, at + HASH_BYTES) for at in range(0, len(batch.hashes), HASH_BYTES)]
         parents = {batch.hashes[cut]: batch.parents[cut] for cut in cuts}
         of_found = [parents[found[at : at + HASH_BYTES]] for at in range(0, len(found), HASH_BYTES)]
-        return Batch(batch.space, found, b"".join(of_found), batch.size_bytes - gone_bytes, batch.clears)
+        return batch._replace(hashes=found, parents=b"".join(of_found), size_bytes=batch.size_bytes - gone_bytes)
 
     def put_back(self, batch: Batch) -> None:
         """The tier could not take it now: it is first in line again, unless the queue has been cleared since it was taken."""
@@ -116,17 +129,18 @@ class WriteQueue:
             return
         for at in reversed(range(0, len(batch.hashes), HASH_BYTES)):
             cut = slice(at, at + HASH_BYTES)
-            self._ready.appendleft((batch.space, batch.hashes[cut], batch.parents[cut], batch.size_bytes // count))
+            size = batch.size_bytes // count
+            self._ready.appendleft(_Chunk(batch.space, batch.hashes[cut], batch.parents[cut], size, batch.chunk_shards))
         self.queued_bytes += batch.size_bytes
         while self.queued_bytes > self._max_bytes and self._ready:
-            size = self._ready.pop()[3]
+            size = self._ready.pop().size_bytes
             self.queued_bytes -= size
             self._lose("queue full", 1, size)
 
     def clear(self) -> None:
         """L1 or the tier has been cleared: nothing is written of what waits, nor of a batch that is put back from now on."""
         for one in (*self._ready, *self._kept_back):
-            self._lose("cleared", 1, one[3])
+            self._lose("cleared", 1, one.size_bytes)
         self._clears += 1
         self._ready.clear()
         self._kept_back.clear()
@@ -136,12 +150,12 @@ class WriteQueue:
         self.counters[f"lost:{reason}"] += chunks
         self.counters[f"lost_bytes:{reason}"] += size_bytes
 
-    def _keep_no_longer(self) -> tuple[int, bytes, bytes, int]:
+    def _keep_no_longer(self) -> _Chunk:
         one = self._kept_back.popleft()
-        self._kept_bytes -= one[3]
+        self._kept_bytes -= one.size_bytes
         return one
 
-    def _push(self, one: tuple[int, bytes, bytes, int]) -> None:
+    def _push(self, one: _Chunk) -> None:
         self._ready.append(one)
-        self.queued_bytes += one[3]
+        self.queued_bytes += one.size_bytes
         self.counters["queued"] += 1

@@ -1,4 +1,7 @@
-"""The server's event loop: one thread, epoll, timers, and a door through which other threads hand in calls."""
+"""The server's event loop: one thread, epoll, the clock, and a door through which other threads hand in calls.
+
+It also makes the pools of threads that do what would hold it up.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from typing import TypeVar
 
@@ -17,15 +20,21 @@ from lmcache.observability.log import init_logger
 logger = init_logger(__name__)
 T = TypeVar("T")
 TICK_SECONDS = 0.25
+_END_SECONDS = 0.2
+"""`close` waits for so long, for all threads that it has made together; those that hang in a call go on."""
 
 
 class Loop:
     """Runs callbacks of readable or writable descriptors, calls from other threads, and `on_tick` four times a second.
 
     A callback that raises is logged and counted in `errors`; the loop goes on.
+
+    clock: seconds, as `time.monotonic` gives them. Whatever runs in the loop reads the time from `now`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.now = clock
+        """What time it is. Any thread may ask."""
         self.errors = 0
         self.on_tick: list[Callable[[], None]] = []
         self.after_events: list[Callable[[], None]] = []
@@ -34,6 +43,11 @@ class Loop:
         self._calls: deque[Callable[[], None]] = deque()
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._selector.register(self._wake_read, selectors.EVENT_READ, self._drain_wakes)
+        self._wake_lock = threading.RLock()
+        """Over `_wake_write` while it is written to or closed. Signal handlers may interrupt its holder, and take it, too."""
+        self._executors: list[Executor] = []
+        self._thread_names: list[str] = []
+        """What the names of the executors' threads begin with."""
         self._stopping = False
         self._thread: int | None = None
 
@@ -50,14 +64,21 @@ class Loop:
             self._selector.unregister(descriptor)
 
     def call_soon(self, call: Callable[[], None]) -> None:
-        """Run `call` in the loop's thread. Safe from any thread."""
-        self._calls.append(call)
-        if self._wake_write < 0:
-            return  # closed; a signal came late
-        try:
-            os.write(self._wake_write, b"x")
-        except BlockingIOError:
-            pass  # the pipe is full of wakes already
+        """Run `call` in the loop's thread. Safe from any thread, and from signal handlers; nothing happens after `close`."""
+        with self._wake_lock:
+            if self._wake_write < 0:
+                return
+            self._calls.append(call)
+            try:
+                os.write(self._wake_write, b"x")
+            except BlockingIOError:
+                pass  # the pipe is full of wakes already
+
+    def executor(self, name: str, threads: int) -> Executor:
+        """A pool of so many threads at most, whose names begin with this one. It ends with the loop."""
+        self._thread_names.append(f"lmcache-{name}")
+        self._executors.append(ThreadPoolExecutor(threads, thread_name_prefix=self._thread_names[-1]))
+        return self._executors[-1]
 
     def ask(self, call: Callable[[], T], timeout_seconds: float = 1.0) -> T:
         """Run `call` in the loop's thread and wait for its result, from another thread.
@@ -86,22 +107,20 @@ class Loop:
     def run(self) -> None:
         """Until `stop`."""
         self._thread = threading.get_ident()
-        next_tick = time.monotonic() + TICK_SECONDS
+        next_tick = self.now() + TICK_SECONDS
         while not self._stopping:
-            for key, _ in self._selector.select(max(0.0, next_tick - time.monotonic())):
-                self._guarded(key.data)
-            self.run_calls()
-            for call in self.after_events:
-                self._guarded(call)
-            if time.monotonic() >= next_tick:
-                next_tick = time.monotonic() + TICK_SECONDS
+            self._turn(next_tick - self.now())
+            if self.now() >= next_tick:
+                next_tick = self.now() + TICK_SECONDS
                 for call in self.on_tick:
                     self._guarded(call)
 
-    def run_calls(self) -> None:
-        """Run what other threads have handed in so far; `run` does, and whoever ends threads after it."""
-        while self._calls:
-            self._guarded(self._calls.popleft())
+    def run_until(self, done: Callable[[], bool], seconds: float) -> None:
+        """Before or after `run`: handle events and calls until `done`, for so many seconds at most. Nothing ticks."""
+        self._thread = threading.get_ident()
+        until = self.now() + seconds
+        while not done() and (left := until - self.now()) > 0:
+            self._turn(left)
 
     def stop(self) -> None:
         """End `run` soon. Safe from any thread and from signal handlers."""
@@ -109,10 +128,27 @@ class Loop:
         self.call_soon(lambda: None)
 
     def close(self) -> None:
-        wake, self._wake_write = self._wake_write, -1
-        os.close(wake)
+        """End the threads of the executors; those that hang in a call are left behind, and end with the process."""
+        with self._wake_lock:
+            os.close(self._wake_write)
+            self._wake_write = -1
         os.close(self._wake_read)
         self._selector.close()
+        for executor in self._executors:
+            executor.shutdown(wait=False, cancel_futures=True)
+        ends = time.monotonic() + _END_SECONDS
+        for thread in threading.enumerate():
+            if thread.name.startswith(tuple(self._thread_names)):
+                thread.join(max(0.0, ends - time.monotonic()))
+
+    def _turn(self, seconds: float) -> None:
+        """Wait for events for so long at most, and handle them and what other threads have handed in."""
+        for key, _ in self._selector.select(max(0.0, seconds)):
+            self._guarded(key.data)
+        while self._calls:
+            self._guarded(self._calls.popleft())
+        for call in self.after_events:
+            self._guarded(call)
 
     def _drain_wakes(self) -> None:
         try:

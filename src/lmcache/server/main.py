@@ -9,7 +9,6 @@ import resource
 import signal
 import socket
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, Protocol
@@ -95,6 +94,7 @@ def _tiers_of(config: ServerConfig) -> list[TierSpec]:
 def _start_tiers(config: ServerConfig, loop: Loop, l1: L1, specs: list[TierSpec], started: ExitStack) -> Tiering:
     """Open the tiers; from now on a signal to end lets them write first, and a second one does not wait."""
     from lmcache.server.tiering import Tiering
+    from lmcache.tiers import Region
 
     tiering = Tiering(
         loop,
@@ -106,6 +106,10 @@ def _start_tiers(config: ServerConfig, loop: Loop, l1: L1, specs: list[TierSpec]
         queue_bytes=config.l2_queue_bytes,
     )
     started.callback(tiering.close)
+    arena = l1.arena
+    tiering.attach(
+        Region(arena.mapping.address, arena.size_bytes, arena.descriptor, arena.mapping.view(0, arena.size_bytes))
+    )
 
     def end(number: int, frame: object) -> None:
         if tiering.interrupt() > 1:
@@ -140,7 +144,7 @@ def _start(config: ServerConfig, owner: Owner | None, started: ExitStack) -> Loo
     started.callback(arena.close)
     if owner is not None:
         arena.unlink()
-    workers = ThreadPoolExecutor(config.max_workers, thread_name_prefix="lmcache-io")
+    workers = loop.executor("io", config.max_workers)
     started.callback(workers.shutdown, wait=True, cancel_futures=True)
     l1 = L1(arena, float(config.lease_seconds))
     tiering = _start_tiers(config, loop, l1, specs, started) if specs else None

@@ -43,7 +43,7 @@ class Report:
             ConfigError: there is no tier of such a name.
         """
         names = {name.strip() for name in tiers.split(",") if name.strip()}
-        known = [lane.name for lane in self._service.tiering.lanes] if self._service.tiering is not None else []
+        known = [runner.name for runner in self._service.tiering.runners] if self._service.tiering is not None else []
         for name in names - {"all", *known}:
             raise ConfigError(f"tiers={name}: there is no such tier; known: {', '.join(['all', *known])}")
         cleared: dict[str, object] = {"cleared_chunks": self._loop.ask(self._service.clear, 30.0)}
@@ -68,7 +68,7 @@ class Report:
     def degraded(self) -> list[str]:
         """Tiers that do not serve now, and why."""
         tiering = self._service.tiering
-        return [] if tiering is None else self._loop.ask(tiering.degraded)
+        return [] if tiering is None else self._loop.ask(tiering.report.degraded)
 
     def refused(self) -> list[str]:
         """Engines that were turned away within the last minute, each with the remedy."""
@@ -80,7 +80,7 @@ class Report:
         if tiering is None:
             return []
         records = self._loop.ask(lambda: list(tiering.fetches.records))  # told here: a thousand would hold up the loop
-        return [tiering.told(one) for one in reversed(records)]
+        return [tiering.report.told(one) for one in reversed(records)]
 
     def status(self) -> dict[str, object]:
         return self._loop.ask(self._status)
@@ -134,7 +134,7 @@ class Report:
                 for peer in service.sessions.peers
             ],
             "refused_engines": service.sessions.refused.told(),
-            "tiers": service.tiering.status() if service.tiering is not None else [],
+            "tiers": service.tiering.report.status() if service.tiering is not None else [],
             "fetches": self._last_fetches(),
             "counters": self._counters(),
         }
@@ -143,7 +143,7 @@ class Report:
         tiering = self._service.tiering
         if tiering is None:
             return []
-        return [tiering.told(one) for one in islice(reversed(tiering.fetches.records), REPORTED_FETCHES)]
+        return [tiering.report.told(one) for one in islice(reversed(tiering.fetches.records), REPORTED_FETCHES)]
 
     def _counters(self) -> dict[str, float]:
         service, l1, arena = self._service, self._service.l1, self._service.l1.arena
@@ -169,7 +169,7 @@ class Report:
             if reason:
                 out[f'{kind}_chunks_total{{reason="{reason}"}}'] = value
         if service.tiering is not None:
-            out |= service.tiering.counters()
+            out |= service.tiering.report.counters()
         out["loop_errors_total"] = self._loop.errors
         out |= {
             "chunks": l1.chunks,

@@ -1,42 +1,38 @@
 """The tiers behind L1, as the server drives them: loads for lookups, writes of what has become whole.
 
 `cache.fetch` and `cache.writeback` decide; here their effects are carried out: extents are reserved and leased in L1
-as the process SERVER, lanes move the bytes, and what came of it goes back. Everything runs in the loop's thread.
+as the process SERVER, a `TierRunner` for each tier moves the bytes, and what came of it goes back. Everything runs in the
+loop's thread.
 """
 
 from __future__ import annotations
 
-import logging
 import math
-import queue
-import time
 from array import array
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 from lmcache.cache import L1, SERVER, Event, Refusal
 from lmcache.cache.allocator import Space
-from lmcache.cache.fetch import Ask, Decided, Fetches, FetchRecord, Load, TierTraits
+from lmcache.cache.fetch import Ask, Fetches, Load, TierTraits
 from lmcache.cache.writeback import Batch
 from lmcache.chunks import HASH_BYTES
 from lmcache.errors import ConfigError
 from lmcache.memory.slabs import NO_EXTENT
 from lmcache.observability.log import init_logger
-from lmcache.server.lane import Lane, one_each
 from lmcache.server.loop import Loop
-from lmcache.tiers import KEPT, OK, Shard, ShardKey
+from lmcache.server.tier_report import TierReport, log_decision
+from lmcache.server.tier_runner import CLOSE_SECONDS, OPEN_SECONDS, TierRunner
+from lmcache.tiers import KEPT, OK, Region, Shard, ShardKey, TierError
 from lmcache.tiers.registry import TierSpec
 
 logger = init_logger(__name__)
-OPEN_SECONDS = 15.0
-"""How long start-up waits for tiers; those that take longer serve later."""
-CLOSE_SECONDS = 3.0
-"""How long the end waits for calls under way and for tiers to close; those that take longer are left behind."""
 _HURRY_SECONDS = 0.5
 """The same after a second signal: enough for a tier that does not hang."""
+_TOO_LATE = "too late"
+"""Outcome of a load that ended after the claims on its extents."""
 
 
 @dataclass(frozen=True)
@@ -67,24 +63,32 @@ class Tiering:
         queue_bytes: int,
     ) -> None:
         self._loop, self._l1 = loop, l1
-        self._chunk_tokens = chunk_tokens
-        self.lanes = [Lane(loop, spec, queue_bytes, l1.total_bytes) for spec in specs]
-        traits = [TierTraits(lane.tier.batch_bytes, lane.tier.concurrency, lane.usable) for lane in self.lanes]
+        self._chunk_tokens, self._patience_seconds = chunk_tokens, patience_seconds
+        self.runners = [TierRunner(loop, spec, queue_bytes, l1.total_bytes) for spec in specs]
+        traits = [
+            TierTraits(one.tier.batch_bytes, one.tier.concurrency, one.usable, one.tier.batch_shards)
+            for one in self.runners
+        ]
         self.fetches = Fetches(traits, always, patience_seconds)
+        self.report = TierReport(loop.now, self.runners, self.fetches)
+        self._region: Region | None = None
+        self._late_loads = set[int]()
+        """Numbers of loads that run on after their deadline."""
         self._origin: dict[bytes, int] = {}
         """Chunk -> the tier that it is being loaded from: it is not written back there."""
         self._drained: Callable[[], None] | None = None
-        self._being_written: Counter[str] = Counter()
-        self._reported_unwritten: Counter[str] = Counter()
-        """Chunks by the tier's name."""
         self._drain_until = 0.0
         self._closed = False
         self._interrupts = 0
-        self._ended: queue.SimpleQueue[object] = queue.SimpleQueue()
-        """Of what `_wait` waits for. A signal handler may put into it at any time, which no lock would allow."""
         loop.on_tick.append(self._tick)
         l1.events.listen(["stored"], self._stored)
         l1.events.listen(["cleared"], self._l1_cleared, named=False)
+
+    def attach(self, region: Region) -> None:
+        """Before `open`: the memory that the tiers will be handed parts of."""
+        self._region = region
+        for runner in self.runners:
+            runner.tier.attach(region)
 
     def open(self, required: bool) -> None:
         """Open all, side by side; an interrupt ends the waiting.
@@ -92,21 +96,22 @@ class Tiering:
         Raises:
             ConfigError: `required`, and one does not serve.
         """
-        for lane in self.lanes:
-            if lane.spec.warning:
-                logger.warning("%s", lane.spec.warning)
-        futures: dict[Future[None], Lane] = {lane.open(): lane for lane in self.lanes}
-        self._wait(futures, OPEN_SECONDS, interrupts=1)
+        opened: dict[TierRunner, Exception | None] = {}
+        for runner in self.runners:
+            if runner.spec.warning:
+                logger.warning("%s", runner.spec.warning)
+            runner.open(partial(opened.__setitem__, runner))
+        self._loop.run_until(lambda: len(opened) == len(self.runners) or self._interrupts > 0, OPEN_SECONDS)
         if self._interrupts:
             return
-        for future, lane in futures.items():
-            late = TimeoutError(f"not open after {OPEN_SECONDS:.0f} s")
-            error = future.exception() if future.done() else late
+        late = TimeoutError(f"not open after {OPEN_SECONDS:.0f} s")
+        for runner in self.runners:
+            error = opened.get(runner, late)
             if error is not None and required:
-                raise ConfigError(f"--l2 {lane.spec.url}: {error} (--l2-required is set)")
-            lane.opened(error)
+                raise ConfigError(f"--l2 {runner.spec.url}: {error} (--l2-required is set)")
+            runner.opened(error)
             if error is None:
-                logger.info("Tier %s: %s, write=%s", lane.name, lane.spec.url, lane.spec.write)
+                logger.info("Tier %s: %s, write=%s", runner.name, runner.spec.url, runner.spec.write)
 
     # Reading
 
@@ -124,23 +129,23 @@ class Tiering:
         Raises:
             Refusal: unknown space or process.
         """
-        now = time.monotonic()
+        now = self._loop.now()
         in_l1 = self._l1.peek(now, process, space_number, hashes)
         space = self._l1.space(space_number)
         if space is None or not all(space.shard_bytes):
             return in_l1, 0
         seconds = self._chunk_tokens / prefill_tokens_per_second if prefill_tokens_per_second > 0 else 0.0
         full = in_l1 * HASH_BYTES >= len(hashes)
-        known = [] if full else [self._knower(lane, space) for lane in self.lanes]
+        known = [] if full else [self._knower(runner, space) for runner in self.runners]
         chunk_bytes = sum(space.shard_bytes)
-        coming = self.fetches.poll(now, space_number, hashes, in_l1, chunk_bytes, seconds, known, request)
+        coming = self.fetches.poll(now, space_number, hashes, in_l1, chunk_bytes, seconds, known, request, space.shards)
         self._carry_out()
         return in_l1, coming
 
     @staticmethod
-    def _knower(lane: Lane, space: Space) -> Callable[[bytes], Sequence[bool] | None]:
+    def _knower(runner: TierRunner, space: Space) -> Callable[[bytes], Sequence[bool] | None]:
         def known(hashes: bytes) -> Sequence[bool] | None:
-            present = lane.known(_keys(space, hashes))
+            present = runner.known(_keys(space, hashes))
             return None if present is None else _complete(present, space.shards)
 
         return known
@@ -153,24 +158,24 @@ class Tiering:
             elif isinstance(effect, Load):
                 self._load(effect)
             else:
-                _log(effect)
+                log_decision(effect)
 
     def _ask(self, ask: Ask) -> None:
-        lane, space = self.lanes[ask.tier], self._l1.space(ask.space)
+        runner, space = self.runners[ask.tier], self._l1.space(ask.space)
         if space is None:
-            self.fetches.answered(time.monotonic(), ask.fetch, ask.tier, None, 0.0)
+            self.fetches.answered(self._loop.now(), ask.fetch, ask.tier, None, 0.0)
             return
         keys, shards = _keys(space, ask.hashes), space.shards
 
-        def done(present: list[bool] | None, seconds: float) -> None:
+        def done(present: list[bool] | None, error: Exception | None, seconds: float) -> None:
             whole = None if present is None else _complete(present, shards)
-            self.fetches.answered(time.monotonic(), ask.fetch, ask.tier, whole, seconds)
+            self.fetches.answered(self._loop.now(), ask.fetch, ask.tier, whole, seconds)
             self._carry_out()
 
-        lane.ask(lambda: one_each(lane.tier.contains(keys), keys), done)
+        runner.contains(keys, self._patience_seconds, done)
 
     def _load(self, load: Load) -> None:
-        lane, parts = self.lanes[load.tier], self._reserve(load)
+        runner, parts = self.runners[load.tier], self._reserve(load)
         if not parts:
             self._loop.call_soon(lambda: self._loaded(load, [], None))
             return
@@ -179,11 +184,16 @@ class Tiering:
         keys = [key for part in parts for key in part.keys]
         into = [self._l1.view(sector, part.shard_bytes) for part in parts for sector in part.sectors]
 
-        def done(outcomes: list[str] | None, seconds: float) -> None:
+        def late() -> None:  # the claims on the extents have ended, so what comes now is not used
+            self._late_loads.add(load.number)
+            runner.counters[f"missed:{_TOO_LATE}"] += len(keys)
+            self.fetches.late(load)
+
+        def done(outcomes: list[str] | None, error: Exception | None, seconds: float) -> None:
             _let_go(into)
             self._loaded(load, parts, outcomes)
 
-        lane.load(lambda: one_each(lane.tier.load(keys, into), keys), done)
+        runner.load(keys, into, self._l1.claim_seconds, late, done)
 
     def _reserve(self, load: Load) -> list[_Part]:
         """Extents for what the load brings; what is in L1 or under way by somebody else is left out."""
@@ -191,7 +201,7 @@ class Tiering:
         if space is None:
             return []
         for shard in range(space.shards):
-            now, tier = time.monotonic(), self.lanes[load.tier].name
+            now, tier = self._loop.now(), self.runners[load.tier].name
             try:
                 grant = self._l1.reserve(now, SERVER, load.space, shard, load.parent, load.root, load.hashes, tier)
             except Refusal:  # there is no memory behind L1
@@ -210,25 +220,26 @@ class Tiering:
 
     def _loaded(self, load: Load, parts: list[_Part], outcomes: list[str] | None) -> None:
         """Commit what has come. None: the tier failed, and nothing has."""
-        lane, at, good_bytes = self.lanes[load.tier], 0, 0
+        runner, at, good_bytes = self.runners[load.tier], 0, 0
         for part in parts:
             own = outcomes[at : at + len(part.sectors)] if outcomes is not None else ["tier failed"] * len(part.sectors)
             at += len(part.sectors)
             failed = {sector for sector, outcome in zip(part.sectors, own, strict=True) if outcome != OK}
             try:
-                self._l1.commit(time.monotonic(), SERVER, part.reservation, len(failed) < len(own), failed)
+                self._l1.commit(self._loop.now(), SERVER, part.reservation, len(failed) < len(own), failed)
             except Refusal:  # its claim has expired, and the chunks may be somebody else's by now
-                failed, own = set(part.sectors), ["too late"] * len(own)
+                failed, own = set(part.sectors), [_TOO_LATE] * len(own)
             good = len(own) - len(failed)
             good_bytes += good * part.shard_bytes
-            lane.counters["loaded_shards"] += good
+            runner.counters["loaded_shards"] += good
             for outcome in own:
-                if outcome != OK:
-                    lane.counters[f"missed:{outcome}"] += 1
-        lane.counters["loaded_bytes"] += good_bytes
+                if outcome != OK and load.number not in self._late_loads:
+                    runner.counters[f"missed:{outcome}"] += 1
+        self._late_loads.discard(load.number)
+        runner.counters["loaded_bytes"] += good_bytes
         for begin in range(0, len(load.hashes), HASH_BYTES):
             self._origin.pop(load.hashes[begin : begin + HASH_BYTES], None)
-        self.fetches.loaded(time.monotonic(), load, None if outcomes is None and parts else good_bytes)
+        self.fetches.loaded(self._loop.now(), load, None if outcomes is None and parts else good_bytes)
         self._carry_out()
 
     # Writing
@@ -239,58 +250,58 @@ class Tiering:
         if space is None:
             return
         chunk_bytes = sum(space.shard_bytes)
-        for number, lane in enumerate(self.lanes):
-            if lane.spec.write == "none":
+        for number, runner in enumerate(self.runners):
+            if runner.spec.write == "none":
                 continue
             if event.process != SERVER:
-                lane.queue.add(event.space, event.hashes, event.parents, chunk_bytes)
+                runner.queue.add(event.space, event.hashes, event.parents, chunk_bytes, space.shards)
                 continue
             for at in range(0, len(event.hashes), HASH_BYTES):
                 cut = slice(at, at + HASH_BYTES)
                 if number < self._origin.get(event.hashes[cut], 0):
-                    lane.queue.add(event.space, event.hashes[cut], event.parents[cut], chunk_bytes)
+                    runner.queue.add(event.space, event.hashes[cut], event.parents[cut], chunk_bytes, space.shards)
         self._loop.call_soon(self._pump)  # not now: a listener calls no verb of L1
 
     def _l1_cleared(self, event: Event) -> None:
         """What waits to be written is gone."""
-        for lane in self.lanes:
-            lane.queue.clear()
+        for runner in self.runners:
+            runner.queue.clear()
 
     def _pump(self) -> None:
         if self._closed:
             return
-        now = time.monotonic()
-        for lane in self.lanes:
-            lane.queue.make_ready(self._l1.used_bytes())
-            while lane.may_store(now) and lane.writing < lane.write_concurrency:
-                batch = lane.queue.take()
+        now = self._loop.now()
+        for runner in self.runners:
+            runner.queue.make_ready(self._l1.used_bytes())
+            while runner.may_store(now) and runner.writing < runner.write_concurrency:
+                batch = runner.queue.take()
                 if batch is None:
                     break
-                self._write(lane, batch)
-        if self._drained is not None and (self.idle or time.monotonic() > self._drain_until):
+                self._write(runner, batch)
+        if self._drained is not None and (self.idle or self._loop.now() > self._drain_until):
             drained, self._drained = self._drained, None
-            self._report_unwritten()
+            self.report.log_unwritten()
             drained()
 
-    def _write(self, lane: Lane, batch: Batch) -> None:
-        lease, found, extents = self._l1.hold(time.monotonic(), batch.space, batch.hashes, lane.name)
-        batch = lane.queue.still_there(batch, found)
+    def _write(self, runner: TierRunner, batch: Batch) -> None:
+        lease, found, extents = self._l1.hold(self._loop.now(), batch.space, batch.hashes, runner.name)
+        batch = runner.queue.still_there(batch, found)
         space = self._l1.space(batch.space)
         if not lease or space is None:
             return
         shards = self._shards(space, batch, array("I", extents))
         sizes = [one.payload.nbytes for one in shards]
-        generation, chunks = lane.generation, len(batch.hashes) // HASH_BYTES
-        self._being_written[lane.name] += chunks
+        generation, chunks = runner.generation, len(batch.hashes) // HASH_BYTES
+        runner.chunks_being_written += chunks
 
-        def done(outcomes: list[str] | None, seconds: float) -> None:
-            self._being_written[lane.name] -= chunks
+        def done(outcomes: list[str] | None, error: Exception | None, seconds: float) -> None:
+            runner.chunks_being_written -= chunks
             _let_go(one.payload for one in shards)
             self._l1.release(SERVER, lease)
-            self._written(lane, batch, shards, sizes, outcomes, generation)
+            self._written(runner, batch, shards, sizes, outcomes, generation)
             self._pump()
 
-        lane.store(lambda: one_each(lane.tier.store(shards), shards), done)
+        runner.store(shards, done)
 
     def _shards(self, space: Space, batch: Batch, sectors: array[int]) -> list[Shard]:
         shards = []
@@ -304,27 +315,26 @@ class Tiering:
 
     def _written(
         self,
-        lane: Lane,
+        runner: TierRunner,
         batch: Batch,
         shards: list[Shard],
         sizes: list[int],
         outcomes: list[str] | None,
         generation: int,
     ) -> None:
-        cleared = generation != lane.generation  # meanwhile, and some of the batch may have been written since
+        cleared = generation != runner.generation  # meanwhile, and some of the batch may have been written since
         if cleared and not self._closed:
-            keys = [one.key for one in shards]
-            lane.change("remove", lambda: lane.tier.remove(keys), lambda result, seconds: None)
+            runner.remove([one.key for one in shards])
         if outcomes is None:
-            lane.queue.put_back(batch)
+            runner.queue.put_back(batch)
             return
         for outcome, size in zip(outcomes, sizes, strict=True):
-            lane.counters["written_shards"] += outcome == OK
+            runner.counters["written_shards"] += outcome == OK
             if outcome in (OK, KEPT):
-                lane.counters["kept_shards"] += 1
+                runner.counters["kept_shards"] += 1
             else:
-                lane.counters[f"unwritten:{outcome}"] += 1
-                lane.counters[f"unwritten_bytes:{outcome}"] += size
+                runner.counters[f"unwritten:{outcome}"] += 1
+                runner.counters[f"unwritten_bytes:{outcome}"] += size
         if OK in outcomes or KEPT in outcomes:
             self.fetches.kept(batch.space, batch.hashes)
 
@@ -334,202 +344,83 @@ class Tiering:
     def idle(self) -> bool:
         """Whether nothing is being written, and nothing waits that may be written before the drain's end (or now, without one).
         A tier in trouble is tried again, if its pause ends by then."""
-        until = max(time.monotonic(), self._drain_until)
-        return all(not lane.writing and (not len(lane.queue) or not lane.may_store_by(until)) for lane in self.lanes)
+        until = max(self._loop.now(), self._drain_until)
+        return all(
+            not runner.writing and (not len(runner.queue) or not runner.may_store_by(until)) for runner in self.runners
+        )
 
     def drain(self, seconds: float, then: Callable[[], None]) -> None:
         """Write what waits, for so many seconds at most; then call."""
-        for lane in self.lanes:
-            lane.queue.make_all_ready()
-        waiting = sum(len(lane.queue) for lane in self.lanes) + self._being_written.total()
-        if waiting:
-            logger.info(
-                "%d chunks are written to tiers before the end, for up to %g s; a second signal ends this",
-                waiting,
-                seconds,
-            )
-        self._drained, self._drain_until = then, time.monotonic() + seconds
+        for runner in self.runners:
+            runner.queue.make_all_ready()
+        self.report.log_drain(seconds)
+        self._drained, self._drain_until = then, self._loop.now() + seconds
         self._pump()
-
-    def _report_unwritten(self, given_up: bool = False) -> None:
-        """given_up: what is still being written will not be, either."""
-        for lane in self.lanes:
-            left = len(lane.queue) + given_up * self._being_written[lane.name]
-            if left > self._reported_unwritten[lane.name]:
-                logger.warning("Tier %s: %d chunks could not be written before the end", lane.name, left)
-                self._reported_unwritten[lane.name] = left
 
     def clear(self, names: set[str] | None, done: Callable[[dict[str, str]], None]) -> None:
         """Empty these tiers (None: all); `done` gets what went wrong, by name.
 
         What waits to be written goes as well, and what is being written is removed again.
         """
-        chosen = [lane for lane in self.lanes if names is None or lane.name in names]
-        left = {lane.name for lane in chosen}
+        chosen = [runner for runner in self.runners if names is None or runner.name in names]
+        left = {runner.name for runner in chosen}
         wrong: dict[str, str] = {}
         if not chosen:
             done(wrong)
             return
 
-        def cleared(lane: Lane, result: bool | None) -> None:
-            left.discard(lane.name)
-            if result is None:
-                wrong[lane.name] = lane.breaker.reason or "it does not serve"
-                logger.warning("Tier %s could not be cleared: %s", lane.name, wrong[lane.name])
+        def cleared(runner: TierRunner, result: None, error: Exception | None, seconds: float = 0.0) -> None:
+            left.discard(runner.name)
+            if error is None:
+                logger.info("Tier %s cleared", runner.name)
             else:
-                logger.info("Tier %s cleared", lane.name)
+                wrong[runner.name] = runner.breaker.reason or str(error)
+                logger.warning("Tier %s could not be cleared: %s", runner.name, wrong[runner.name])
             if not left:
                 done(wrong)
 
-        for lane in chosen:
-            lane.queue.clear()
-            lane.generation += 1
-            if lane.breaker.closed:
-                self._clear_one(lane, cleared)
+        for runner in chosen:
+            runner.queue.clear()
+            runner.generation += 1
+            if runner.breaker.closed:
+                runner.clear(partial(cleared, runner))
             else:  # and its reason stays the one for which it does not serve
-                cleared(lane, None)
-
-    @staticmethod
-    def _clear_one(lane: Lane, cleared: Callable[[Lane, bool | None], None]) -> None:
-        def clear() -> bool:
-            lane.tier.clear()
-            return True
-
-        lane.change("clear", clear, lambda result, seconds: cleared(lane, result))
-
-    def degraded(self) -> list[str]:
-        """Tiers that do not serve now, or not in full, and why."""
-        now = time.monotonic()
-        return [f"{lane.name}: {trouble}" for lane in self.lanes if (trouble := lane.trouble(now))]
-
-    def status(self) -> list[dict[str, object]]:
-        """For /status, nearest first."""
-        found = []
-        for lane, pace in zip(self.lanes, self.fetches.paces, strict=True):
-            rate, ask = pace.bytes_per_second, pace.ask_seconds
-            found.append(
-                lane.status()
-                | {
-                    "load_bytes_per_second": None if rate is None else round(rate),
-                    "ask_seconds": None if ask is None else round(ask, 6),
-                    "counters": dict(lane.counters) | dict(lane.queue.counters),
-                }
-            )
-        return found
-
-    def told(self, record: FetchRecord) -> dict[str, object]:
-        """A fetch's record with the tiers' names; JSON types only."""
-        expected = record.expected_seconds
-        names = [lane.name for lane in self.lanes]
-        return {
-            "request": " ".join(record.requests),
-            "prompt": record.prompt[-4:].hex(),
-            "space": record.space,
-            "ended_seconds_ago": round(time.monotonic() - record.ended, 1),
-            "asked_chunks": record.asked_chunks,
-            "l1_chunks": record.l1_chunks,
-            "expected_seconds": None if expected is None or math.isinf(expected) else round(expected, 6),
-            "recompute_seconds": None if record.recompute_seconds is None else round(record.recompute_seconds, 6),
-            "decision": record.decision,
-            "waited_seconds": round(record.waited_seconds, 6),
-            "outcome": record.outcome,
-            "arrived_chunks": record.arrived_chunks,
-            "from": {names[tier]: chunks for tier, chunks in record.planned.items()},
-            "left_out": {names[tier]: why for tier, why in record.left_out.items()},
-        }
-
-    def counters(self) -> dict[str, float]:
-        """For /metrics, labelled by tier."""
-        out: dict[str, float] = {"fetches_open": self.fetches.open}
-        now = time.monotonic()
-        for name, value in self.fetches.counters.items():
-            kind, _, reason = name.partition(":")
-            if kind == "fetches" and reason:
-                out[f'fetches_by_end_total{{reason="{reason}"}}'] = value
-            elif not reason:
-                out[f"{'fetches' if kind == 'fetches' else f'fetched_chunks_{kind}'}_total"] = value
-        last = self.fetches.last
-        if last is not None:
-            out["last_fetch_expected_seconds"] = last.expected_seconds or 0.0
-            out["last_fetch_recompute_seconds"] = last.recompute_seconds or 0.0
-            out["last_fetch_loaded"] = last.loads
-        for lane, pace in zip(self.lanes, self.fetches.paces, strict=True):
-            label, usage = f'{{tier="{lane.name}"}}', lane.tier.usage()
-            out |= {
-                f"tier_serving{label}": not lane.trouble(now),
-                f"tier_stored_bytes{label}": usage.stored_bytes,
-                f"tier_shards{label}": usage.shards,
-                f"tier_queued_bytes{label}": lane.queue.queued_bytes,
-                f"tier_load_bytes_per_second{label}": pace.bytes_per_second or 0.0,
-                f"tier_ask_seconds{label}": pace.ask_seconds or 0.0,
-            }
-            for name, value in (*lane.counters.items(), *lane.queue.counters.items()):
-                kind, _, reason = name.partition(":")
-                labels = f'{{tier="{lane.name}",reason="{reason}"}}' if reason else label
-                out[f"tier_{kind}_total{labels}"] = value
-        return out
+                cleared(runner, None, TierError("open", "it does not serve"))
 
     def interrupt(self) -> int:
         """For signal handlers: the first time ends the waiting in `open`, the next that in `close`. Returns which it is."""
         self._interrupts += 1
-        self._ended.put(None)
+        self._loop.call_soon(lambda: None)  # the loop looks again whether to wait on
         return self._interrupts
 
-    def _wait(self, futures: Iterable[Future[None]], seconds: float, interrupts: int) -> None:
-        """Until all are done, the time is over, or there have been so many interrupts."""
-        until, left = time.monotonic() + seconds, set(futures)
-        self._ended = queue.SimpleQueue()
-        for future in left:
-            future.add_done_callback(self._ended.put)
-        while left and self._interrupts < interrupts:
-            try:
-                left.discard(self._ended.get(timeout=max(0.0, until - time.monotonic())))
-            except queue.Empty:
-                return
-
     def close(self) -> None:
-        """After the loop has ended. Nothing holds a view of the arena afterwards, but for calls that hang and are left behind."""
+        """After the loop has ended. Nothing holds a view of the arena afterwards, but for operations that hang and are left
+        behind."""
         self._closed = True
-        begun = time.monotonic()
-        closed = {lane: lane.close() for lane in self.lanes}
-        self._wait(closed.values(), CLOSE_SECONDS, interrupts=2)
+        begun = self._loop.now()
+        for runner in self.runners:
+            runner.close()
+        self._loop.run_until(lambda: self._all_closed or self._interrupts > 1, CLOSE_SECONDS)
         if self._interrupts > 1:
-            self._wait(closed.values(), _HURRY_SECONDS, interrupts=3)
-        for lane in (lane for lane, future in closed.items() if not future.done()):
-            methods = Counter(lane.leave_behind())
-            logger.warning(
-                "Tier %s is left behind: %d calls (%s) have not returned after %.1f s; see whether %s answers",
-                lane.name,
-                methods.total(),
-                ", ".join(f"{count} of {method}" for method, count in methods.items()),
-                time.monotonic() - begun,
-                lane.spec.url,
-            )
-        self._loop.run_calls()  # what the lanes' last calls have to say
-        for lane in self.lanes:
-            lane.report_losses(math.inf)  # it is the last time
-        self._report_unwritten(given_up=True)  # again where the last writes have failed, too, or never began
+            self._loop.run_until(lambda: self._all_closed or self._interrupts > 2, _HURRY_SECONDS)
+        self.report.log_left_behind(self._loop.now() - begun)
+        if self._region is not None:
+            _let_go([self._region.memory])
+        self.report.log_losses(math.inf)  # it is the last time
+        self.report.log_unwritten(given_up=True)  # again where the last writes have failed, too, or never began
+
+    @property
+    def _all_closed(self) -> bool:
+        return all(runner.closed for runner in self.runners)
 
     def _tick(self) -> None:
-        now = time.monotonic()
+        now = self._loop.now()
         self.fetches.tick(now)
-        for lane in self.lanes:
-            lane.tick(now)
-            lane.report_losses(now)
+        for runner in self.runners:
+            runner.tick(now)
+        self.report.log_losses(now)
         self._carry_out()
         self._pump()
-
-
-def _log(decided: Decided) -> None:
-    if logger.isEnabledFor(logging.DEBUG):
-        logger.debug(
-            "Prompt %s (%s): loading is expected to take %.3f s, computing %.3f s: %s",
-            decided.prompt[-4:].hex(),
-            " ".join(decided.requests) or "no request id told",
-            decided.expected_seconds or 0.0,
-            decided.recompute_seconds or 0.0,
-            "loading" if decided.loads else "not worth it",
-        )
 
 
 def _keys(space: Space, hashes: bytes) -> list[ShardKey]:

@@ -18,9 +18,13 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 from unittest import SkipTest
 
 import xxhash
@@ -28,8 +32,10 @@ import xxhash
 from lmcache.chunks.hashing import chunk_hash, chunk_root
 from lmcache.config.options import GIB
 from lmcache.tiers import frame
+from lmcache.tiers.blocking import submitter
+from lmcache.tiers.operation import Clear, Close, Contains, Load, Open, Operation, Remove, Store
 from lmcache.tiers.registry import make_tier
-from lmcache.tiers.tier import ABSENT, KEPT, OK, Shard, ShardKey, Tier, TierError
+from lmcache.tiers.tier import ABSENT, KEPT, OK, Shard, ShardKey, Tier, TierBase, TierError
 
 SIZES = (
     1,
@@ -52,6 +58,9 @@ SIZES = (
     9_000_001,
 )
 MIB = 1 << 20
+_HANGS_SECONDS = 600.0
+"""A call that takes longer fails its test."""
+_OPERATIONS = {one.method: one for one in (Open, Contains, Load, Store, Remove, Clear, Close)}
 
 
 def shard_key(number: int, space: int = 1, shard: int = 0, shards: int = 1) -> ShardKey:
@@ -108,6 +117,32 @@ def corrupted(stored: bytes, other: bytes, dice: random.Random) -> bytes:
             return bytes(made)
 
 
+class DrivenTier:
+    """A tier of either kind as the server drives it, with the methods of a `Tier`: each submits an operation and waits for its
+    end. Other attributes are the tier's own."""
+
+    def __init__(self, tier: TierBase) -> None:
+        self._tier = tier
+        self._submitter = submitter(
+            tier, tier.scheme, lambda name, threads: ThreadPoolExecutor(threads, name), time.monotonic
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        return partial(self._call, _OPERATIONS[name]) if name in _OPERATIONS else getattr(self._tier, name)
+
+    def _call(self, operation: Callable[..., Operation[Any]], *arguments: Any) -> Any:
+        future = Future[Any]()
+
+        def ended(result: Any, error: Exception | None) -> None:
+            if error is None:
+                future.set_result(result)
+            else:
+                future.set_exception(error)
+
+        self._submitter.submit(operation(time.monotonic() + _HANGS_SECONDS, ended, *arguments))
+        return future.result(_HANGS_SECONDS)
+
+
 class ConformanceSuite:
     """Derive from it, give it `url` or `make`, and name the class Test..."""
 
@@ -128,7 +163,7 @@ class ConformanceSuite:
         """The URL of the store named by `place`, without max_gb and key_file."""
         raise NotImplementedError("override url or make")
 
-    def make(self, place: Path, max_bytes: int | None = None, key_file: Path | None = None) -> Tier:
+    def make(self, place: Path, max_bytes: int | None = None, key_file: Path | None = None) -> TierBase:
         """A tier over the store named by `place`, not opened. The same place is the same store."""
         url = self.url(place)
         options = [f"max_gb={max_bytes / GIB!r}"] if max_bytes else []
@@ -252,7 +287,7 @@ class ConformanceSuite:
             assert other.contains(keys) == [True] * 8
 
     def test_closed_and_opened_again(self, tmp_path: Path) -> None:
-        tier = self.make(tmp_path)
+        tier = self.driven(tmp_path)
         assert tier.usage().shards >= 0, "also where it is not open"
         self.refuses(tier)
         for _ in range(2):
@@ -445,10 +480,15 @@ class ConformanceSuite:
 
     # ---- their words
 
+    def driven(self, place: Path, max_bytes: int | None = None, key_file: Path | None = None) -> Tier:
+        """What `make` gives, behind the interface that the server uses."""
+        driven: Any = DrivenTier(self.make(place, max_bytes, key_file))
+        return driven  # type: ignore[no-any-return]
+
     @contextmanager
     def opened(self, place: Path, max_bytes: int | None = None, key_file: Path | None = None) -> Iterator[Tier]:
         """An open tier, closed at the end."""
-        tier = self.make(place, max_bytes, key_file)
+        tier = self.driven(place, max_bytes, key_file)
         tier.open()
         try:
             yield tier

@@ -11,11 +11,11 @@ from urllib.parse import quote, urlencode
 
 from lmcache.config.options import word
 from lmcache.errors import ConfigError
-from lmcache.tiers.tier import Tier
+from lmcache.tiers.tier import AsyncTier, Tier, TierBase
 from lmcache.tiers.url import TierURL, parse_url
 
 ENTRY_POINTS = "lmcache.tiers"
-"""Group of the entry points behind which third parties put a `Tier` class; the entry's name is the URL's scheme."""
+"""Group of the entry points behind which third parties put a class of tiers; the entry's name is the URL's scheme."""
 WRITE_MODES = ("through", "on-evict", "none")
 _OWN = {
     "disk": ("lmcache.tiers.disk.tier", "DiskTier", ""),
@@ -35,7 +35,7 @@ class TierSpec:
     url: str
     write: str
     read: bool
-    tier: Tier
+    tier: TierBase
     warning: str = ""
 
 
@@ -155,11 +155,11 @@ def _with_options(url: str, values: dict[str, str], named: dict[str, str]) -> st
     return url + (f"?{urlencode(options)}" if options else "")
 
 
-def _class_of(url: TierURL) -> type[Tier]:
+def _class_of(url: TierURL) -> type[TierBase]:
     if url.scheme in _OWN:
         module, name, extra = _OWN[url.scheme]
         try:
-            found: type[Tier] = getattr(importlib.import_module(module), name)
+            found: type[TierBase] = getattr(importlib.import_module(module), name)
         except ImportError as error:
             raise ConfigError(
                 f"{url.redacted}: {error.name} is not installed; pip install 'lmcache[{extra}]'"
@@ -170,8 +170,10 @@ def _class_of(url: TierURL) -> type[Tier]:
             loaded = entry.load()
         except Exception as error:  # whatever a third party's module raises
             raise ConfigError(f"{url.redacted}: cannot load {entry.value}: {type(error).__name__}: {error}") from error
-        if not (isinstance(loaded, type) and issubclass(loaded, Tier)):
-            raise ConfigError(f"{url.redacted}: entry point {entry.value} is not a Tier class")
+        if not (isinstance(loaded, type) and issubclass(loaded, (Tier, AsyncTier))):
+            raise ConfigError(
+                f"{url.redacted}: entry point {entry.value} is not a class derived from Tier or AsyncTier"
+            )
         if getattr(loaded, "scheme", None) != url.scheme:
             raise ConfigError(
                 f"{url.redacted}: {entry.value} must say scheme = {url.scheme!r}, as its entry point does"

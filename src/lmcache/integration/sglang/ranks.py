@@ -17,7 +17,7 @@ from lmcache.engine import Copies, Copy, LoadPlan, Request
 from lmcache.engine.agreement import Agreement
 from lmcache.engine.connection import Endpoint
 from lmcache.engine.copies import retrieved_line, stored_line
-from lmcache.engine.embedded import embedded_address, start_own_server
+from lmcache.engine.embedded import START_SECONDS, embedded_address, start_own_server
 from lmcache.engine.jobs import Event
 from lmcache.engine.local import LocalRank
 from lmcache.engine.served import NOT_SERVED, ServedKV, refusal_of
@@ -90,7 +90,11 @@ class SGLangRank(LocalRank[Tracker]):
         where = settings.address or embedded_address(name)
         endpoint = Endpoint(where, f"{name}-{ranks.number}", "", ranks.number, deadline_seconds=deadline)
         super().__init__(endpoint, kv, name=name, ended=self._ended)
-        self.wait_for_server()
+        server = self._server
+        if server is None:
+            self.wait_for_server()
+        elif self.scheduler.identified:
+            self.wait_connected(START_SECONDS, lambda: server.running)
 
     def text_of(self, tokens: Any) -> Tokens:
         """The leading tokens that are text, in a copy of their own: SGLang's arrays grow under our hands. For what is in an image

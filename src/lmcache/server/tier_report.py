@@ -1,0 +1,186 @@
+"""What the server reports about its tiers: /status, /metrics, records of fetches, and the log of what was not written."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from lmcache.cache.fetch import Decided, Fetches, FetchRecord
+from lmcache.observability.log import init_logger
+from lmcache.server.tier_runner import TierRunner
+
+logger = init_logger(__name__)
+_LOSSES_SECONDS = 10.0
+"""What could not be written is logged at most that often: one line for all that came since the last."""
+_REMEDIES = {
+    "queue full": "a higher --l2-queue-gb lets more wait",
+    "evicted": "a higher --l1-size-gb keeps chunks longer",
+    "full": "its max_gb should be below what its store has room for",
+    "too large": "a higher max_gb or a lower --chunk-size makes it fit",
+}
+"""By the reason for which something was not written."""
+
+
+class TierReport:
+    """About these tiers, nearest first, and the fetches from them. now: the loop's clock, in whose thread all methods but
+    `told` are called."""
+
+    def __init__(self, now: Callable[[], float], runners: Sequence[TierRunner], fetches: Fetches) -> None:
+        self._now, self._runners, self._fetches = now, runners, fetches
+        self._losses = {runner: (float("-inf"), Counter[str]()) for runner in runners}
+        """When losses were last logged, and all counters as they were then."""
+        self._unwritten: Counter[str] = Counter()
+        """Chunks by the tier's name, as logged last."""
+
+    def degraded(self) -> list[str]:
+        """Tiers that do not serve now, or not in full, and why."""
+        states = [(runner.name, runner.state(self._now())[1]) for runner in self._runners]
+        return [f"{name}: {trouble}" for name, trouble in states if trouble]
+
+    def status(self) -> list[dict[str, object]]:
+        """For /status, nearest first; JSON types only."""
+        found = []
+        for runner, pace in zip(self._runners, self._fetches.paces, strict=True):
+            usage, (state, trouble) = runner.tier.usage(), runner.state(self._now())
+            rate, ask = pace.bytes_per_second, pace.ask_seconds
+            found.append(
+                {
+                    "name": runner.name,
+                    "url": runner.spec.url,
+                    "state": state,
+                    "reason": trouble or runner.breaker.reason,
+                    "read": runner.spec.read,
+                    "write": runner.spec.write,
+                    "stored_bytes": usage.stored_bytes,
+                    "shards": usage.shards,
+                    "max_bytes": usage.max_bytes,
+                    "queued_bytes": runner.queue.queued_bytes,
+                    "queued_chunks": len(runner.queue),
+                    "kept_back_chunks": runner.queue.kept_back,
+                    "load_bytes_per_second": None if rate is None else round(rate),
+                    "ask_seconds": None if ask is None else round(ask, 6),
+                    "counters": dict(runner.counters) | dict(runner.queue.counters),
+                }
+            )
+        return found
+
+    def told(self, record: FetchRecord) -> dict[str, object]:
+        """A fetch's record with the tiers' names; JSON types only."""
+        expected = record.expected_seconds
+        names = [runner.name for runner in self._runners]
+        return {
+            "request": " ".join(record.requests),
+            "prompt": record.prompt[-4:].hex(),
+            "space": record.space,
+            "ended_seconds_ago": round(self._now() - record.ended, 1),
+            "asked_chunks": record.asked_chunks,
+            "l1_chunks": record.l1_chunks,
+            "expected_seconds": None if expected is None or math.isinf(expected) else round(expected, 6),
+            "recompute_seconds": None if record.recompute_seconds is None else round(record.recompute_seconds, 6),
+            "decision": record.decision,
+            "waited_seconds": round(record.waited_seconds, 6),
+            "outcome": record.outcome,
+            "arrived_chunks": record.arrived_chunks,
+            "from": {names[tier]: chunks for tier, chunks in record.planned.items()},
+            "left_out": {names[tier]: why for tier, why in record.left_out.items()},
+        }
+
+    def counters(self) -> dict[str, float]:
+        """For /metrics, labelled by tier."""
+        out: dict[str, float] = {"fetches_open": self._fetches.open}
+        now = self._now()
+        for name, value in self._fetches.counters.items():
+            kind, _, reason = name.partition(":")
+            if kind == "fetches" and reason:
+                out[f'fetches_by_end_total{{reason="{reason}"}}'] = value
+            elif not reason:
+                out[f"{'fetches' if kind == 'fetches' else f'fetched_chunks_{kind}'}_total"] = value
+        last = self._fetches.last
+        if last is not None:
+            out["last_fetch_expected_seconds"] = last.expected_seconds or 0.0
+            out["last_fetch_recompute_seconds"] = last.recompute_seconds or 0.0
+            out["last_fetch_loaded"] = last.loads
+        for runner, pace in zip(self._runners, self._fetches.paces, strict=True):
+            label, usage = f'{{tier="{runner.name}"}}', runner.tier.usage()
+            out |= {
+                f"tier_serving{label}": not runner.state(now)[1],
+                f"tier_stored_bytes{label}": usage.stored_bytes,
+                f"tier_shards{label}": usage.shards,
+                f"tier_queued_bytes{label}": runner.queue.queued_bytes,
+                f"tier_load_bytes_per_second{label}": pace.bytes_per_second or 0.0,
+                f"tier_ask_seconds{label}": pace.ask_seconds or 0.0,
+            }
+            for name, value in (*runner.counters.items(), *runner.queue.counters.items()):
+                kind, _, reason = name.partition(":")
+                labels = f'{{tier="{runner.name}",reason="{reason}"}}' if reason else label
+                out[f"tier_{kind}_total{labels}"] = value
+        return out
+
+    def log_losses(self, now: float) -> None:
+        """Warn of what could not be written since the last time, for each tier that has not just done so. inf: at the end."""
+        for runner in self._runners:
+            logged_at, before = self._losses[runner]
+            counters = runner.counters + runner.queue.counters
+            parts = _losses(counters - before) if now - logged_at >= _LOSSES_SECONDS else []
+            if parts:
+                self._losses[runner] = now, counters
+                logger.warning("Tier %s: not written: %s", runner.name, "; ".join(parts))
+
+    def log_drain(self, seconds: float) -> None:
+        """What is still to be written before the end, for so long at most."""
+        waiting = sum(len(runner.queue) + runner.chunks_being_written for runner in self._runners)
+        if waiting:
+            logger.info(
+                "%d chunks are written to tiers before the end, for up to %g s; a second signal ends this",
+                waiting,
+                seconds,
+            )
+
+    def log_left_behind(self, waited_seconds: float) -> None:
+        """Warn of tiers that could not be closed, since operations are under way that have not ended."""
+        for runner in (one for one in self._runners if not one.closed):
+            methods = runner.under_way
+            logger.warning(
+                "Tier %s is left behind: %d calls (%s) have not returned after %.1f s; see whether %s answers",
+                runner.name,
+                methods.total(),
+                ", ".join(f"{count} of {method}" for method, count in methods.items()),
+                waited_seconds,
+                runner.spec.url,
+            )
+
+    def log_unwritten(self, given_up: bool = False) -> None:
+        """Warn of chunks that still wait when the server ends. given_up: what is being written will not be, either."""
+        for runner in self._runners:
+            left = len(runner.queue) + given_up * runner.chunks_being_written
+            if left > self._unwritten[runner.name]:
+                logger.warning("Tier %s: %d chunks could not be written before the end", runner.name, left)
+                self._unwritten[runner.name] = left
+
+
+def _losses(new: Counter[str]) -> list[str]:
+    """What these counters say of chunks and shards that were not written, by reason, with the remedy."""
+    parts = []
+    for name, count in new.items():
+        kind, _, reason = name.partition(":")
+        unit = {"lost": "chunks", "unwritten": "shards"}.get(kind)
+        if unit is not None:
+            mebibytes = new[f"{kind}_bytes:{reason}"] / 2**20
+            remedy = f": {_REMEDIES[reason]}" if reason in _REMEDIES else ""
+            parts.append(f"{count} {unit} ({mebibytes:,.1f} MiB), {reason}{remedy}")
+    return parts
+
+
+def log_decision(decided: Decided) -> None:
+    """Whether a load is worth its wait, and by which numbers."""
+    if logger.isEnabledFor(logging.DEBUG):
+        logger.debug(
+            "Prompt %s (%s): loading is expected to take %.3f s, computing %.3f s: %s",
+            decided.prompt[-4:].hex(),
+            " ".join(decided.requests) or "no request id told",
+            decided.expected_seconds or 0.0,
+            decided.recompute_seconds or 0.0,
+            "loading" if decided.loads else "not worth it",
+        )

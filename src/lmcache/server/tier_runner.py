@@ -1,0 +1,325 @@
+"""What drives one tier: its operations under way and their deadlines, its breakers, and what waits to be written.
+
+All methods run in the loop's thread. The tier completes operations in threads of its own, or in those of its adapter, and the
+results come back through the loop. So one slow or dead tier holds up nobody else.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeVar
+
+from lmcache.cache.writeback import WriteQueue
+from lmcache.observability.log import init_logger
+from lmcache.server.loop import Loop
+from lmcache.tiers import Shard, ShardKey, TierError
+from lmcache.tiers.blocking import submitter, write_concurrency
+from lmcache.tiers.breaker import Breaker
+from lmcache.tiers.operation import CANCELLED, Clear, Close, Contains, Load, Open, Operation, Remove, Store
+from lmcache.tiers.registry import TierSpec
+
+logger = init_logger(__name__)
+OPEN_SECONDS = 15.0
+"""How long start-up waits for tiers; those that take longer serve later."""
+CLOSE_SECONDS = 3.0
+"""How long the end waits for operations under way and for tiers to close; those that take longer are left behind."""
+_WRITE_SECONDS, _CLEAR_SECONDS = 60.0, 600.0
+_STALLED_SECONDS = 1.0
+"""A tier with a load or a question that has been under way for longer is not asked anything new: whoever asks would wait as
+well."""
+_HANGS_SECONDS = 10.0
+"""An operation that has been under way for longer is reported: it may be on a mount whose server is gone, and never end."""
+_LOG_SECONDS = 10.0
+"""A tier in trouble says so at most that often."""
+T = TypeVar("T")
+_READS, _WRITES = {"contains", "load"}, {"store", "remove", "clear"}
+_TIMED = {"open", "contains", "load", "store", "remove", "close"}
+"""`clear` may take as long as the tier is large, and whoever asked for it gets an answer."""
+Done = Callable[[Any, Exception | None, float], None]
+"""Gets the result of an operation, None where it has failed, then the error, and the seconds that it took."""
+
+
+@dataclass(eq=False)
+class _Call:
+    """An operation under way. asked: needs one answer each. late: called in the loop when the deadline has passed. judged: the
+    end concerns the breakers."""
+
+    since: float
+    done: Done
+    asked: Sequence[object] | None
+    late: Callable[[], None]
+    judged: bool
+    operation: Operation[Any] = field(init=False)
+    method: str = field(init=False)
+    is_late: bool = False
+
+
+class TierRunner:
+    """`spec`'s tier. max_queued_bytes: of chunks that wait to be written. l1_bytes: size of the arena."""
+
+    def __init__(self, loop: Loop, spec: TierSpec, max_queued_bytes: int, l1_bytes: int) -> None:
+        self.spec, self.tier, self.name = spec, spec.tier, spec.name
+        self.breaker = Breaker()
+        """Of the whole tier; a probe closes it again."""
+        self.loads, self.stores = Breaker(), Breaker()
+        """A store may answer questions and yet refuse these. One that opens opens the tier's, too; then it stays open while
+        the rest goes on, and the next operation of its kind after the pause decides."""
+        self._kinds = {"load": self.loads, "store": self.stores}
+        self.counters: Counter[str] = Counter()
+        """Shards and bytes by what became of them; reasons after a colon."""
+        self.generation = 0
+        """Counts clears: a write that began before one must not outlive it."""
+        self.chunks_being_written = 0
+        self.write_concurrency = write_concurrency(self.tier)
+        self.queue = WriteQueue(
+            max_queued_bytes, self.tier.batch_bytes, l1_bytes, spec.write == "on-evict", self.tier.batch_shards
+        )
+        self.closed = False
+        """Whether the tier has been closed."""
+        self._loop = loop
+        self._submitter = submitter(self.tier, self.name, loop.executor, loop.now)
+        self._under_way: dict[_Call, None] = {}
+        """The operations that have been submitted and have not ended, in the order of their beginnings."""
+        self._closing = False
+        self._reported_hanging = False
+        self._logged_at = float("-inf")
+
+    # Operations
+
+    def open(self, opened: Callable[[Exception | None], None]) -> None:
+        """Open the tier; `opened` gets None or the error."""
+        self._submit(Open, lambda result, error, seconds: opened(error), OPEN_SECONDS, judged=False)
+
+    def opened(self, error: Exception | None) -> None:
+        """What became of `open` at start-up."""
+        if error is None:
+            self.breaker.succeeded()
+            return
+        self.counters["failed:open"] += 1
+        self.breaker.failed(self._loop.now(), str(error), at_once=True)
+        logger.warning("Tier %s does not serve yet, the server goes on without it: %s", self.name, error)
+
+    def known(self, keys: Sequence[ShardKey]) -> list[bool] | None:
+        """What the tier can tell at once, for each key; None: it has to be asked."""
+        try:
+            answers = self.tier.known(keys)
+            return None if answers is None else one_each(answers, keys)
+        except Exception as error:  # this is the loop's thread, and the tier may be a third party's
+            self._failed(error, None)
+            return None
+
+    def contains(self, keys: Sequence[ShardKey], seconds: float, done: Done) -> None:
+        """Ask which shards are there; nobody wants the answers any more after `seconds`."""
+        self._submit(partial(Contains, keys=keys), done, seconds, keys)
+
+    def load(
+        self,
+        keys: Sequence[ShardKey],
+        into: Sequence[memoryview],
+        seconds: float,
+        late: Callable[[], None],
+        done: Done,
+    ) -> None:
+        """Load shards. late: called after `seconds` unless the load has ended. Nobody waits for it any more then, but the tier
+        may touch the memory until `done` is called."""
+        self._submit(partial(Load, keys=keys, into=into), done, seconds, keys, late)
+
+    def store(self, shards: Sequence[Shard], done: Done) -> None:
+        self._submit(partial(Store, shards=shards), done, _WRITE_SECONDS, shards)
+
+    def remove(self, keys: Sequence[ShardKey]) -> None:
+        self._submit(partial(Remove, keys=keys), _nothing, _WRITE_SECONDS)
+
+    def clear(self, done: Done) -> None:
+        self._submit(Clear, done, _CLEAR_SECONDS)
+
+    def close(self) -> None:
+        """Cancel what is under way, and close the tier when all of it has ended; `closed` says when that is done.
+
+        An operation that hangs never ends: the tier is not closed then, and `under_way` names what it is left behind with.
+        """
+        self._closing = True
+        for call in list(self._under_way):
+            self._cancel(call)
+        self._close_when_idle()
+
+    # State
+
+    @property
+    def writing(self) -> int:
+        """Operations under way that change what the tier holds."""
+        return sum(call.method in _WRITES for call in self._under_way)
+
+    @property
+    def under_way(self) -> Counter[str]:
+        """Operations that have not ended, by method."""
+        return Counter(call.method for call in self._under_way)
+
+    def usable(self, now: float) -> bool:
+        """Whether lookups may ask it now."""
+        stalled = now - self._oldest(_READS, now)[1] > _STALLED_SECONDS
+        return self.spec.read and self.breaker.closed and (self.loads.closed or self.loads.due(now)) and not stalled
+
+    def may_store(self, now: float) -> bool:
+        """Whether what waits may be written now."""
+        return self.breaker.closed and (self.stores.closed or self.stores.due(now))
+
+    def may_store_by(self, moment: float) -> bool:
+        """Whether what waits may be written by then, as far as is known now."""
+        return all(one.closed or one.state == "half-open" or one.due(moment) for one in (self.breaker, self.stores))
+
+    def state(self, now: float) -> tuple[str, str]:
+        """What the tier is doing, as /status names it, and why it does not serve in full; "" where nothing is known to be
+        wrong."""
+        if not self.breaker.closed:
+            return "failing" if self.breaker.state == "open" else "being tried", self.breaker.reason
+        if not self.stores.closed and (len(self.queue) or not self.stores.due(now)):
+            return "stores fail", self.stores.reason
+        if not self.loads.closed and not self.loads.due(now):
+            return "loads fail", self.loads.reason
+        hanging = self._hanging(now)
+        return "stalled" if hanging else "serving", hanging
+
+    def tick(self, now: float) -> None:
+        """Give up operations whose deadline has passed, try a tier again when its pause is over, and report when an operation
+        begins or ceases to hang."""
+        for call in [one for one in self._under_way if now > one.operation.deadline and not one.is_late]:
+            call.is_late = True
+            self._cancel(call)
+            call.late()
+        if self.breaker.probe(now):
+            self._submit(Open, self._opened_again, OPEN_SECONDS, judged=False)
+        hanging = self._hanging(now)
+        if bool(hanging) != self._reported_hanging:
+            self._reported_hanging = bool(hanging)
+            if hanging:
+                logger.warning(
+                    "Tier %s: %s; the server goes on without this call: see whether %s answers",
+                    self.name,
+                    hanging,
+                    self.spec.url,
+                )
+            else:
+                logger.info("Tier %s: no call hangs any more", self.name)
+
+    def _hanging(self, now: float) -> str:
+        """The operation that has been under way for longest, where that is too long; "" otherwise."""
+        method, since = self._oldest(_TIMED, now)
+        return f"{method} has not returned for {now - since:.0f} s" if now - since > _HANGS_SECONDS else ""
+
+    def _oldest(self, methods: set[str], now: float) -> tuple[str, float]:
+        """Of the operations under way with these methods, the one that began first: its method, and when that was."""
+        return next(((call.method, call.since) for call in self._under_way if call.method in methods), ("", now))
+
+    # How operations begin and end
+
+    def _submit(
+        self,
+        make: Callable[..., Operation[Any]],
+        done: Done,
+        seconds: float,
+        asked: Sequence[object] | None = None,
+        late: Callable[[], None] = lambda: None,
+        judged: bool = True,
+    ) -> None:
+        now = self._loop.now()
+        call = _Call(now, done, asked, late, judged)
+        call.operation = make(now + seconds, partial(self._ended_in_thread, call))
+        call.method = call.operation.method
+        kind = self._kinds.get(call.method)
+        if kind is not None:
+            kind.probe(now)
+        self._under_way[call] = None
+        try:
+            self._submitter.submit(call.operation)
+        except Exception as error:  # the tier may be a third party's
+            call.operation.fail(error)
+
+    def _cancel(self, call: _Call) -> None:
+        try:
+            self._submitter.cancel(call.operation)
+        except Exception:  # as above; the operation goes on
+            logger.exception("Tier %s could not cancel a %s", self.name, call.method)
+
+    def _ended_in_thread(self, call: _Call, result: Any, error: Exception | None) -> None:
+        began = call.operation.began
+        seconds = self._loop.now() - (call.since if began is None else began)
+        self._loop.call_soon(lambda: self._ended(call, result, error, seconds))
+
+    def _ended(self, call: _Call, result: Any, error: Exception | None, seconds: float) -> None:
+        if call not in self._under_way:
+            logger.error("Tier %s has ended one %s twice, which is a fault of the tier", self.name, call.method)
+            return
+        del self._under_way[call]
+        cancelled = isinstance(error, TierError) and error.reason == CANCELLED
+        if cancelled and call.is_late:
+            error = TierError("late", f"{call.method} had not ended after {seconds:.0f} s and was cancelled")
+        if error is None and call.asked is not None:
+            try:
+                one_each(result, call.asked)
+            except (TypeError, ValueError) as wrong:
+                error = wrong
+        if call.judged and not (cancelled and self._closing):
+            self._judge(error, self._kinds.get(call.method))
+        call.done(result if error is None else None, error, seconds)
+        self._close_when_idle()
+
+    def _close_when_idle(self) -> None:
+        if self._closing and not self._under_way and not self.closed:
+            self._submit(Close, self._ended_close, CLOSE_SECONDS, judged=False)
+
+    def _ended_close(self, result: None, error: Exception | None, seconds: float) -> None:
+        self.closed = True
+        if error is not None:  # the other tiers and the server have to end as well
+            logger.error("Tier %s could not be closed", self.name, exc_info=error)
+
+    def _opened_again(self, result: None, error: Exception | None, seconds: float) -> None:
+        """The answer to a question decides whether a tier that was opened again serves."""
+        if error is not None:
+            self._failed(error, None)
+        elif not self._closing:
+            self.contains([ShardKey(bytes(16), secrets.token_bytes(16), 0, 1)], OPEN_SECONDS, _nothing)
+
+    def _judge(self, error: Exception | None, kind: Breaker | None) -> None:
+        if error is None:
+            self._succeeded(kind)
+        else:
+            self._failed(error, kind)
+
+    def _succeeded(self, kind: Breaker | None) -> None:
+        was_in_trouble = not (self.breaker.closed and (kind is None or kind.closed))
+        self.breaker.succeeded()
+        if kind is not None:
+            kind.succeeded()
+        if was_in_trouble and (self.stores.closed or not len(self.queue)) and self.loads.closed:
+            logger.info("Tier %s serves again", self.name)
+
+    def _failed(self, error: Exception, kind: Breaker | None) -> None:
+        now = self._loop.now()
+        reason = error.reason if isinstance(error, TierError) else "internal"
+        self.counters[f"failed:{reason}"] += 1
+        text = str(error) if isinstance(error, TierError) else f"internal error {type(error).__name__}: {error}"
+        of_the_tier = kind is None or kind.closed
+        opened = kind is not None and kind.failed(now, text)
+        if of_the_tier:
+            opened |= self.breaker.failed(now, text, at_once=opened)
+        if opened:
+            self.counters["opened_breaker"] += 1
+        if now - self._logged_at > _LOG_SECONDS:
+            self._logged_at = now
+            logger.warning("Tier %s: %s", self.name, text, exc_info=None if isinstance(error, TierError) else error)
+
+
+def one_each(answers: list[T], asked: Sequence[object]) -> list[T]:
+    """What a tier answered. Raises ValueError: more or fewer than it was asked; tiers of third parties may do so."""
+    if len(answers) != len(asked):
+        raise ValueError(f"{len(answers)} answers for {len(asked)} shards")
+    return answers
+
+
+def _nothing(result: Any, error: Exception | None, seconds: float) -> None:
+    """Nobody waits for it."""

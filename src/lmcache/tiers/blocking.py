@@ -1,0 +1,70 @@
+"""A blocking `Tier` behind the interface of an asynchronous one: threads call its methods and complete the operations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Executor
+from typing import Any
+
+from lmcache.tiers.operation import Contains, Load, Operation
+from lmcache.tiers.tier import AsyncTier, Tier, TierBase
+
+MakeExecutor = Callable[[str, int], Executor]
+"""Makes a pool of threads from a name for them and their greatest number."""
+
+
+def write_concurrency(tier: TierBase) -> int:
+    """Stores that may be under way at once."""
+    return max(1, tier.concurrency // 2)
+
+
+def submitter(
+    tier: TierBase, name: str, executor: MakeExecutor, now: Callable[[], float]
+) -> AsyncTier | BlockingAdapter:
+    """The asynchronous tier itself, or the adapter of a blocking one. now: the clock of the operations' deadlines."""
+    if isinstance(tier, AsyncTier):
+        return tier
+    assert isinstance(tier, Tier)
+    return BlockingAdapter(tier, name, executor, now)
+
+
+class BlockingAdapter:
+    """Calls a tier's methods in threads: `concurrency` of them read, half as many (and one more) do everything else.
+
+    An operation that has not begun can be cancelled. One that has begun goes on until the tier returns, since nothing
+    interrupts a thread.
+    """
+
+    def __init__(self, tier: Tier, name: str, executor: MakeExecutor, now: Callable[[], float]) -> None:
+        self._tier, self._now = tier, now
+        self._readers = executor(f"{name}-read", tier.concurrency)
+        self._writers = executor(f"{name}-write", write_concurrency(tier) + 1)
+        self._waiting: dict[Operation[Any], None] = {}
+        """Operations that have not begun. Who takes one out, the thread or `cancel`, ends it."""
+
+    def submit(self, operation: Operation[Any]) -> None:
+        self._waiting[operation] = None
+        reads = isinstance(operation, (Contains, Load))
+        (self._readers if reads else self._writers).submit(self._run, operation)
+
+    def cancel(self, operation: Operation[Any]) -> None:
+        if self._begins(operation):
+            operation.cancelled()
+
+    def _begins(self, operation: Operation[Any]) -> bool:
+        try:
+            del self._waiting[operation]
+        except KeyError:
+            return False
+        return True
+
+    def _run(self, operation: Operation[Any]) -> None:
+        if not self._begins(operation):
+            return
+        operation.began = self._now()
+        try:
+            result = getattr(self._tier, operation.method)(*operation.arguments)
+        except Exception as error:  # the edge of the thread; the caller judges what is no TierError
+            operation.fail(error)
+        else:
+            operation.complete(result)

@@ -1,0 +1,50 @@
+"""The server's loop: its clock, its pools of threads, and what happens before it runs and after it was closed."""
+
+from __future__ import annotations
+
+import threading
+
+from lmcache.server.loop import Loop
+from servers import PATIENCE, eventually
+
+
+def test_it_runs_until_something_is_done_or_its_clock_says_that_the_time_is_over() -> None:
+    time = 100.0
+    loop, done, ticks = Loop(lambda: time), list[int](), list[int]()
+    loop.on_tick.append(lambda: ticks.append(1))
+
+    def pass_time() -> None:
+        nonlocal time
+        time += 5.0
+
+    loop.call_soon(lambda: done.append(1))
+    loop.run_until(lambda: bool(done), 10.0)
+    assert done and loop.now() == 100.0
+    for _ in range(2):
+        loop.call_soon(pass_time)
+    loop.run_until(lambda: False, 10.0)
+    assert loop.now() == 110.0 and not ticks
+    loop.close()
+
+
+def test_its_threads_end_with_it_but_for_those_that_hang() -> None:
+    loop, gate, began, late = Loop(), threading.Event(), threading.Event(), threading.Event()
+
+    def hang() -> None:
+        began.set()
+        assert gate.wait(PATIENCE)
+        loop.call_soon(late.set)
+
+    idle, busy = loop.executor("idle", 2), loop.executor("busy", 1)
+    assert idle.submit(lambda: 7).result(PATIENCE) == 7
+    hanging, never = busy.submit(hang), busy.submit(late.set)
+    assert began.wait(PATIENCE)
+    loop.close()
+    eventually(lambda: "lmcache-idle_0" not in names_of_threads())
+    assert "lmcache-busy_0" in names_of_threads()
+    gate.set()
+    assert hanging.result(PATIENCE) is None and never.cancelled() and not late.is_set()
+
+
+def names_of_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate()]
