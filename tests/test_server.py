@@ -631,7 +631,7 @@ def fill(l1: L1, process: int, root: bytes, hashes: bytes, shards: int) -> None:
         assert l1.commit(time.monotonic(), process, grant.reservation, True) == len(hashes) // 16
 
 
-@pytest.mark.parametrize("face", ["unix", "zmq"])
+@pytest.mark.parametrize("endpoint", ["unix", "zmq"])
 @pytest.mark.parametrize("shards", [1, MAX_SHARDS])
 def test_a_lookup_beyond_what_its_messages_hold_is_cut(folders, session, endpoint, shards):
     """With one shard a chunk the request is too long, with the most shards the answer."""
