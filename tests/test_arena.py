@@ -16,6 +16,7 @@ import pytest
 
 from lmcache.cache import L1
 from lmcache.chunks import Layout
+from lmcache.engine import connection
 from lmcache.errors import ConfigError
 from lmcache.memory import arena as arenas
 from lmcache.memory.arena import Arena, ArenaFull, Mapping, reclaim_stale
@@ -58,8 +59,9 @@ def test_a_clean_stop_leaves_nothing(server, engine):
     assert files(cache.arena_dir) == [] and files(cache.socket_dir) == []
 
 
-def test_a_killed_servers_arena_is_reclaimed_while_an_engine_maps_it(server, engine):
+def test_a_killed_servers_arena_is_reclaimed_while_an_engine_maps_it(server, engine, monkeypatch):
     """Its lock must not live on in what the engine mapped; and what the engine mapped must not go from under it."""
+    monkeypatch.setattr(connection, "GONE_SECONDS", 3600.0)  # however long the second server takes to start
     first, ids = server(l1=48), list(range(1600))
     one = engine(first)
     one.store(ids)
