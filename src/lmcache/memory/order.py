@@ -1,7 +1,7 @@
-"""Exact LRU: in which order things were used, as a ring through two flat arrays, 8 bytes a thing.
+"""Exact LRU: the order in which entries were last used, as a doubly linked ring in two flat arrays of 4 bytes an entry each.
 
-What goes first is decided by this object in L1's index (`cache.table`; its C twin links the records themselves) and in a disk
-tier (`tiers.shard_index`). Things are rows 1, 2, ... of their owner's; row 0 is the end of the ring, and stands for none.
+This object decides what is evicted first from L1's index (`cache.table`; the C twin links its records instead) and from a disk
+tier (`tiers.shard_index`). Entries are rows 1, 2, ... of the owner's table; row 0 is the ring's end and stands for no entry.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from collections.abc import Iterator
 
 
 class OrderOfUse:
-    """Rows 1 to `rows` to begin with, 1 used longest ago. Which rows are in it is their owner's to know."""
+    """An LRU order that begins with rows 1 to `rows`, row 1 the oldest. Its owner knows which rows are in it."""
 
     def __init__(self, rows: int = 0) -> None:
         around = array("I", range(rows + 1))
         self._older, self._newer = around[-1:] + around[:-1], around[1:] + around[:1]
 
     def insert(self, row: int) -> None:
-        """A row that is not there; it is the most recently used one. Memory grows with the highest row."""
+        """Insert a row that is not in the order as the most recently used one. Memory grows with the highest row."""
         missing = row + 1 - len(self._older)
         if missing > 0:
             self._older.extend([0] * missing)
@@ -29,7 +29,7 @@ class OrderOfUse:
         self._newer[newest] = self._older[0] = row
 
     def touch(self, row: int) -> None:
-        """Used now. (Written out: it is done for every chunk of every lookup.)"""
+        """Make a row the most recently used one. (The code is inlined, since it runs for every chunk of every lookup.)"""
         older, newer = self._older, self._newer
         before, after = older[row], newer[row]
         newer[before], older[after] = after, before
@@ -38,20 +38,20 @@ class OrderOfUse:
         newer[newest] = older[0] = row
 
     def remove(self, row: int) -> None:
-        """It is there no more."""
+        """Remove a row from the order."""
         older, newer = self._older[row], self._newer[row]
         self._newer[older], self._older[newer] = newer, older
 
     def oldest(self) -> int:
-        """The row used longest ago, 0 when there is none."""
+        """Return the least recently used row, 0 when the order is empty."""
         return self._newer[0]
 
     def newer(self, row: int) -> int:
-        """The row used right after this one, 0 behind the last."""
+        """Return the row used next after this one, 0 after the newest."""
         return self._newer[row]
 
     def __iter__(self) -> Iterator[int]:
-        """Oldest first; nothing may change meanwhile."""
+        """Iterate from the oldest row to the newest. The order may not change meanwhile."""
         newer = self._newer
         row = newer[0]
         while row:
