@@ -134,7 +134,7 @@ def test_a_third_partys_tier(installed: None) -> None:
         make_tier("tape://?reel=3")
     for url, said in (
         ("rope://", "entry point .*:GIB is not a Tier class"),
-        ("wire://", ":Tape must say scheme = 'wire'"),
+        ("wire://", ":Tape must have scheme = 'wire'"),
         ("lost://", "cannot load no_such_module:Tier: ModuleNotFoundError: No module named 'no_such_module'"),
         ("less://", "cannot load .*:Less: AttributeError"),
     ):
@@ -204,9 +204,12 @@ def test_the_json_spelling(text: str, url: str) -> None:
     [
         ("{", "not JSON"),
         ("[]", 'write {"type": "fs"'),
-        ('{"type": "tape"}', "type 'tape' is not here; known: fs, fs_native, resp, redis, s3"),
+        ('{"type": "tape"}', "type 'tape' is not supported; known: fs, fs_native, resp, redis, s3"),
         ('{"type": "fs"}', "fs needs 'base_path'"),
-        ('{"type": "fs", "base_path": "/d", "shards": 3}', r"fs has no 'shards' here; write it as --l2 disk:///d\?"),
+        (
+            '{"type": "fs", "base_path": "/d", "shards": 3}',
+            r"fs does not support 'shards'; write it as --l2 disk:///d\?",
+        ),
     ],
 )
 def test_json_that_cannot_be_understood(text: str, said: str) -> None:

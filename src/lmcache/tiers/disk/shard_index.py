@@ -1,7 +1,7 @@
-"""Which shards a disk tier has, where, and in which order they were used: 56 bytes a shard in flat arrays and one dict.
+"""The index of a disk tier: its shards, their places and the order of their use, 56 bytes a shard in flat arrays and one dict.
 
 A shard is a *row* from 1 on. The dict maps a 60-bit hash of the key, which costs half of what the key itself would, to the
-row; the row holds the whole key, so a collision is seen.
+row. The row holds the complete key, so collisions are detected.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ from lmcache.memory.order import OrderOfUse
 
 KEY_BYTES = 36
 UNIT_BYTES = 64
-"""Places are counted in these: (segment << 32 | offset / 64) fits 64 bits and names a shard of one tier for good."""
+"""Unit of places: (segment << 32 | offset / 64) fits in 64 bits and names a shard of one tier for good."""
 MAX_PAYLOAD_BYTES = (1 << 32) - 1
 RECORD = np.dtype(
     [("key", f"V{KEY_BYTES}"), ("zero", "<u4"), ("payload", "<u8"), ("place", "<u8"), ("tag", "<u8")], align=False
 )
-"""A shard as the journal has it, 64 bytes."""
+"""A shard's record in the journal, 64 bytes."""
 Records = npt.NDArray[Any]
 
 
 def tag_of(key: bytes) -> int:
-    """60 bits of xxh3 over the packed key."""
+    """Return 60 bits of xxh3 of the packed key."""
     return xxhash.xxh3_64_intdigest(key) >> 4
 
 
 class ShardIndex:
-    """Not thread-safe but for `find`, which any thread may call: at worst it misses what changes at this moment."""
+    """The index. Not thread-safe, except `find`, which any thread may call; at worst it misses a concurrent change."""
 
     def __init__(self, records: Records | None = None) -> None:
-        """`records`, oldest first, without duplicates."""
+        """`records`: the shards, least recently used first, without duplicates."""
         if records is None:
             records = np.empty(0, RECORD)
         count = len(records)
@@ -45,14 +45,14 @@ class ShardIndex:
         self._payload = array("I", bytes(4)) + _array("I", records["payload"].astype(np.uint32))
         self._place = array("Q", bytes(8)) + _array("Q", records["place"])
         self.order = OrderOfUse(count)
-        """Of the rows that are there."""
+        """The order of use of the existing rows."""
         self._free = array("I")
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def find(self, key: bytes) -> int:
-        """The row of a packed key, 0 when it is not there."""
+        """Return the row of a packed key, 0 when there is none."""
         row = self._rows.get(tag_of(key), 0)
         return row if row and self.key(row) == key else 0
 
@@ -60,18 +60,18 @@ class ShardIndex:
         return bytes(self._keys[row * KEY_BYTES : (row + 1) * KEY_BYTES])
 
     def payload(self, row: int) -> int:
-        """Bytes of the shard's payload."""
+        """Return the bytes of the shard's payload."""
         return self._payload[row]
 
     def place(self, row: int) -> int:
         return self._place[row]
 
     def in_the_way(self, key: bytes) -> int:
-        """The row that must be removed before `key` can be inserted: of the key itself, or of one with the same tag; or 0."""
+        """Return the row to remove before `key` can be inserted: that of the key, or of one with the same tag; or 0."""
         return self._rows.get(tag_of(key), 0)
 
     def insert(self, key: bytes, payload: int, place: int) -> int:
-        """The row of a shard that is not there yet; it is the most recently used one."""
+        """Insert a shard that has no row, as the most recently used one. Return its row."""
         if self._free:
             row = self._free.pop()
             self._keys[row * KEY_BYTES : (row + 1) * KEY_BYTES] = key
@@ -92,7 +92,7 @@ class ShardIndex:
         self._free.append(row)
 
     def records(self) -> Records:
-        """All of them, oldest first."""
+        """Return the records of all shards, least recently used first."""
         rows = np.fromiter(self.order, np.uint32, len(self))
         keys = np.frombuffer(self._keys, f"V{KEY_BYTES}")[rows]
         made = np.zeros(len(rows), RECORD)
@@ -104,7 +104,7 @@ class ShardIndex:
         return made
 
     def memory_bytes(self) -> int:
-        """All of it, Python's objects included: 32 bytes each for a tag and a row's number."""
+        """Return the memory in use, including Python's objects: 32 bytes each for a tag and a row's number."""
         flat = (self._keys, self._payload, self._place, self._free, self._rows)
         return sum(sys.getsizeof(one) for one in flat) + self.order.memory_bytes() + 64 * len(self._rows)
 
