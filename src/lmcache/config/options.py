@@ -155,7 +155,7 @@ def urls(text: str) -> tuple[str, ...]:
     found = tuple(text.split())
     for one in found:
         if "://" not in one:
-            raise ValueError(f"must be URLs; {redacted_url(one)!r} is none")
+            raise ValueError(f"must be URLs; {redacted_url(one)!r} is not one")
     return found
 
 

@@ -142,7 +142,7 @@ class Headers:
 
     def _report_unwritten(self, error: OSError) -> None:
         if not self.unwritten:
-            logger.warning("%s: cannot write extent headers; a later server loses these extents: %s", self.path, error)
+            logger.warning("%s: cannot write extent headers, so later servers lose these extents: %s", self.path, error)
         self.unwritten += 1
 
 

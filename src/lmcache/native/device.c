@@ -179,7 +179,7 @@ static PyObject *launch_copy(PyObject *module, PyObject *const *args, Py_ssize_t
         return NULL;
     }
     if (ring->places < 1 || ring->places > MAX_PLACES || copy->planes_in_piece < 1 || copy->runs_in_piece < 1) {
-        PyErr_SetString(PyExc_ValueError, "a ring needs 1 to 64 places, and a piece at least one plane and one run");
+        PyErr_SetString(PyExc_ValueError, "a ring needs 1 to 64 places, and a piece at least one plane and run");
         return NULL;
     }
     Py_BEGIN_ALLOW_THREADS

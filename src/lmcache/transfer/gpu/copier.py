@@ -110,6 +110,6 @@ def _plain(plane: Plane, item: int) -> tuple[int, int, int, int, int, int]:
         and (plane.dim_group != 1 or plane.dim_group_stride == item)
     )
     if not tokens_plain or not dims_plain:
-        raise LayoutError("a GPU KV tensor whose tokens or dims are tiled is not supported")
+        raise LayoutError("a GPU KV tensor whose tokens or dims are tiled cannot be described")
     token = plane.group_stride if plane.token_group == 1 else plane.token_stride
     return plane.address, plane.block_stride, token, plane.heads, plane.head_stride, plane.dims * item
