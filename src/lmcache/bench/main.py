@@ -30,7 +30,7 @@ _MIB = 1 << 20
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One line of the table."""
+    """One row of the printed table."""
 
     what: str
     unit: str

@@ -142,7 +142,7 @@ class EngineConfig:
 
     @property
     def tiers(self) -> tuple[str, ...]:
-        """URLs of the tiers behind memory, nearest first."""
+        """URLs of the tiers behind L1, the nearest first."""
         urls = []
         if self.local_disk is not None:
             urls.append(f"disk://{quote(self.local_disk)}?max_gb={self.max_local_disk_size:.15g}")

@@ -121,7 +121,7 @@ class ServerConfig:
         read.number(0, 1e6),
         0.0,
         default_text="half of L1",
-        help="Bytes of chunks that may wait to be written to a tier, in GiB; chunks beyond it are not written.",
+        help="Bytes of chunks that may wait to be written to a tier, in GiB; beyond it the newest chunks are not written.",
     )
     worth: str = _option(
         "tiers",

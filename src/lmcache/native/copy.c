@@ -341,7 +341,7 @@ static PyObject *copy(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
     Py_RETURN_NONE;
 }
 
-/* Checks the bounds of all runs. Each term is bounded before terms are added, so that no sum can wrap around. */
+/* Checks the bounds of all runs. Each term is bounded before terms are added, so that no sum can overflow. */
 static int fits(const int32_t *blocks, int64_t block_count, const Run *runs, int64_t run_count, int64_t chunk_tokens,
                 int64_t block_tokens, int64_t num_blocks, int64_t farthest_extent)
 {

@@ -65,7 +65,7 @@ class Bounds:
         low = runs.min(axis=0)
         if low.min() < 0:
             raise LayoutError(f"runs has {low.min()}; every number in it must be at least 0")
-        # Each term is bounded before the terms are added, so that no sum can wrap round.
+        # Each term is bounded before the terms are added, so that no sum can overflow.
         offset, first, count, in_extent = (int(value) for value in runs.max(axis=0))
         if max(count, in_extent) > chunk_tokens or int((runs[:, 2] + runs[:, 3]).max()) > chunk_tokens:
             raise LayoutError(

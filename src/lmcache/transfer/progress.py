@@ -45,7 +45,7 @@ class Progress:
             return self._reached(planes) is not None
 
     def wait(self, planes: int) -> None:
-        """Return when work that reads the first `planes` planes may begin, or the load has ended; its job tells how.
+        """Return when work that reads the first `planes` planes may begin, or when the load has ended (see its job for how).
 
         On a device this holds for work that the calling thread launches into its current stream.
         """

@@ -66,7 +66,7 @@ class Hello(Message, frozen=True, tag=1):
 
 
 class Ping(Message, frozen=True, tag=2):
-    """Answered by `Ok`."""
+    """Check that the server answers. Answered by `Ok`."""
 
 
 class Register(Message, frozen=True, tag=3):
@@ -141,7 +141,7 @@ class Fill(Message, frozen=True, tag=10):
 
 
 class Clear(Message, frozen=True, tag=11):
-    """Empty L1."""
+    """Remove all chunks from L1."""
 
 
 class Dropped(Message, frozen=True, tag=12):
@@ -171,7 +171,7 @@ class Challenge(Message, frozen=True, tag=16):
     """Ask a server without a key to prove itself before payload frames are sent. Answered by `Proven`."""
 
     nonce: Nonce
-    """Fresh for this connection."""
+    """The engine's nonce, made for this connection."""
 
 
 class Declined(Message, frozen=True, tag=17):
@@ -246,9 +246,9 @@ class Proven(Message, frozen=True, tag=71):
     """The server's proof that it knows the cookie, and its nonce for the engine's proof, which the next `Hello` contains."""
 
     nonce: Nonce
-    """Fresh for this connection."""
+    """The server's nonce, made for this connection."""
     proof: Annotated[bytes, msgspec.Meta(max_length=NONCE_BYTES)]
-    """`wire.auth.proof` by the server."""
+    """The server's `wire.auth.proof`."""
     place: Annotated[str, msgspec.Meta(max_length=200)] = ""
     """The connection as the server sees it (`wire.auth.place`). The proof is valid for no other."""
 

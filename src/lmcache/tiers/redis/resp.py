@@ -212,7 +212,7 @@ class Connection:
         return line[:1], line[1:]
 
     def _read(self, memory: memoryview, seen: Seen | None = None) -> None:
-        """Fill the memory."""
+        """Receive bytes until the memory is full."""
         got = min(len(memory), self._to - self._from)
         memory[:got] = self._view[self._from : self._from + got]
         self._from += got

@@ -139,7 +139,7 @@ class StagingRing:
 
     def run(self, base: int, blocks: Blocks, runs: Runs, progress: Progress | None = None) -> None:
         """Copy all runs and return when the copy has ended. Another thread may launch the next copy meanwhile, so that the
-        device never pauses."""
+        device need not pause between copies."""
         if not len(runs):
             return
         with using_device(self._source.device):
