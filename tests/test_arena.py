@@ -196,7 +196,7 @@ def tiny(memory):
 
 def test_a_full_tmpfs_is_a_clear_error(tiny):
     arena = Arena(tiny, 40 << 20)
-    with pytest.raises(ArenaFull, match=r"no room beyond 2[0-4] MiB.*smaller --l1-size-gb"):
+    with pytest.raises(ArenaFull, match=r"is full: it holds only 2[0-4] MiB.*smaller --l1-size-gb"):
         arena.back(range(0, 40 << 20, STEP), 4096)
     backed = arena.backed_bytes
     assert 20 << 20 <= backed <= 24 << 20

@@ -151,7 +151,7 @@ def test_a_password_in_a_tiers_url_is_never_shown(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="chmod 600") as caught:
         load({"config": path}, {})
     assert "hunter" not in str(caught.value)
-    with pytest.raises(ConfigError, match=r"--l2: must be URLs; 'hello' is none"):
+    with pytest.raises(ConfigError, match=r"--l2: must be URLs; 'hello' is not one"):
         load({"l2": ["hello"]}, {})
 
 

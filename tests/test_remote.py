@@ -500,7 +500,7 @@ def test_a_probe_says_why_no_server_answers(server, tmp_path, monkeypatch):
     with pytest.raises(ServerRefused, match="the server has none"):
         probe(plain.address, 2.0)
     key.chmod(0o644)
-    with pytest.raises(ConfigError, match=f"{key}: others may read it"):
+    with pytest.raises(ConfigError, match=f"{key}: other users may read it"):
         probe(keyed.address, PATIENCE)
     monkeypatch.setattr(socket, "getaddrinfo", unresolved)
     with pytest.raises(ServerUnavailable, match=r"host 'no\.such\.host' does not resolve: Name or service not known"):
@@ -639,7 +639,7 @@ def test_two_network_namespaces(server, engine_process, tmp_path, monkeypatch):
         refused = EngineProcess(prefix, address=address, instance="refused")
         try:
             assert "set LMCACHE_INSECURE_NO_AUTH=1" in refused.line_with(f"{host} is no loopback address")
-            assert "the engine no LMCACHE_INSECURE_NO_AUTH=1" in bare.line_with(f"pid {refused.pid}, from ")
+            assert "the engine does not set LMCACHE_INSECURE_NO_AUTH=1" in bare.line_with(f"pid {refused.pid}, from ")
         finally:
             refused.end()
         monkeypatch.setenv("LMCACHE_INSECURE_NO_AUTH", "1")

@@ -204,9 +204,12 @@ def test_the_json_spelling(text: str, url: str) -> None:
     [
         ("{", "not JSON"),
         ("[]", 'write {"type": "fs"'),
-        ('{"type": "tape"}', "type 'tape' is not here; known: fs, fs_native, resp, redis, s3"),
+        ('{"type": "tape"}', "type 'tape' is not supported; known: fs, fs_native, resp, redis, s3"),
         ('{"type": "fs"}', "fs needs 'base_path'"),
-        ('{"type": "fs", "base_path": "/d", "shards": 3}', r"fs has no 'shards' here; write it as --l2 disk:///d\?"),
+        (
+            '{"type": "fs", "base_path": "/d", "shards": 3}',
+            r"fs does not support 'shards'; write it as --l2 disk:///d\?",
+        ),
     ],
 )
 def test_json_that_cannot_be_understood(text: str, said: str) -> None:

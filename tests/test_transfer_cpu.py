@@ -309,7 +309,7 @@ def test_planes_that_cannot_be(change: dict[str, int], named: str) -> None:
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"planes": ()}, "without planes"),
+        ({"planes": ()}, "has no planes"),
         ({"block_tokens": 0}, "block_tokens is 0"),
         ({"num_blocks": -1}, "num_blocks is -1"),
         ({"item_bytes": 3}, "item_bytes is 3"),
@@ -537,7 +537,7 @@ def test_native_refuses_what_it_cannot_do() -> None:
         native.copy(0, 99, *[0] * 9)
     with pytest.raises(TypeError, match="8 integers"):
         native.runs_fit(1, 2)
-    with pytest.raises(ValueError, match="0 tokens"):
+    with pytest.raises(ValueError, match="block_tokens is 0"):
         native.runs_fit(*[0] * 8)
     with pytest.raises(TypeError):
         native.copy(*["x"] * 11)

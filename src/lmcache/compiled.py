@@ -1,4 +1,4 @@
-"""The compiled part of the package, `lmcache._native`, which an installation without a C compiler lacks."""
+"""Import of the native module `lmcache._native`, which is missing where the package was installed without a C compiler."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def load_native() -> Any:
-    """The module; None where it was not built, or LMCACHE_NO_NATIVE is 1 (which is how the Python beside it is tested)."""
+    """Return the native module; None where it was not built, or LMCACHE_NO_NATIVE is 1 (which tests the Python twins)."""
     return None if os.environ.get("LMCACHE_NO_NATIVE") == "1" else _import()
 
 

@@ -1,31 +1,31 @@
-"""The one tree of errors. Each message says what was wrong, with which value, and what to do."""
+"""All exceptions of LMCache. Each message says what was wrong, with which value, and what to do."""
 
 from __future__ import annotations
 
 
 class LMCacheError(Exception):
-    """Root of every error that LMCache raises on purpose."""
+    """The base class of every exception that LMCache raises on purpose."""
 
 
 class ConfigError(LMCacheError):
-    """A setting is unknown, malformed, or asks for what the machine does not have. The command line exits with 2."""
+    """A setting is unknown, malformed, or asks for what the machine lacks. The command line exits with status 2."""
 
 
 class LayoutError(LMCacheError):
-    """KV tensors that cannot be described, or KV that does not belong to the layout at hand."""
+    """KV tensors cannot be described by a layout, or KV does not belong to the given layout."""
 
 
 class IdentityUnknown(LayoutError):
-    """It is not known which weights the engine serves: they are still being hashed, or could not be, as the log says."""
+    """The weights are not identified: they are still being hashed, or could not be hashed, in which case the log says why."""
 
 
 class WireError(LMCacheError):
-    """A message that cannot be understood: malformed, too large, or of another protocol version."""
+    """A message cannot be decoded: it is malformed, too large, or of another protocol version."""
 
 
 class ServerUnavailable(LMCacheError):
-    """No server, or no answer within the deadline. In an engine's path it becomes a miss."""
+    """There is no server, or it gave no answer within the deadline. An engine treats this as a miss."""
 
 
 class ServerRefused(LMCacheError):
-    """The server answered with an error: it understood the request and declined it."""
+    """The server understood the request and answered it with an error."""

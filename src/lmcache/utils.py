@@ -1,4 +1,4 @@
-"""A name that vLLM imports from here."""
+"""`init_logger`, which vLLM imports from this module."""
 
 from __future__ import annotations
 

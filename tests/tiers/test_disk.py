@@ -101,7 +101,7 @@ def test_nobody_else_can_read_it(disk: Callable[..., DiskTier], tmp_path: Path) 
 def test_a_directory_of_something_else_is_left_alone(disk: Callable[..., DiskTier], tmp_path: Path) -> None:
     (tmp_path / "tier").mkdir()
     (tmp_path / "tier" / "thesis.txt").write_text("precious")
-    with pytest.raises(TierError, match=r"'thesis.txt' is not the cache's; give it a directory of its own"):
+    with pytest.raises(TierError, match=r"'thesis.txt' is not a cache file; give the tier its own directory"):
         disk()
     (tmp_path / "tier" / "thesis.txt").unlink()
     (tmp_path / "tier").chmod(0o777)

@@ -1,4 +1,4 @@
-"""A stand-in for an engine: paged KV in NumPy, driven through the sessions that real engines use."""
+"""A stand-in for an engine: paged KV in NumPy, copied through the sessions that real engines use."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CONNECT_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Model:
-    """What decides the size of the KV. Elements are of 2 bytes; the paged order is [K, V][block][token][kv head][head dim]."""
+    """The sizes of a model's KV. Elements have 2 bytes; the paged order is [K, V][block][token][KV head][head dim]."""
 
     name: str
     layers: int
@@ -38,7 +38,7 @@ class Model:
 
 
 class Prompt:
-    """A request's tokens, its chunk hashes once they were needed, and what its last lookup has leased."""
+    """A request's tokens, its chunk hashes once they are computed, and the lease of its last lookup."""
 
     __slots__ = ("chain", "hit", "token_ids")
 
@@ -49,15 +49,15 @@ class Prompt:
 
 
 class BenchEngine:
-    """One engine of one rank: scheduler and worker sessions over `model`'s KV. Every call waits for its end.
+    """One engine of one rank: scheduler and worker sessions over `model`'s KV. Every call waits for its result.
 
     Args:
         address: tcp://host:port of the server.
         threads: copy threads of the worker.
-        scheduler_only: no KV and no worker; `store` and `retrieve` must not be called.
+        scheduler_only: make no KV and no worker; `store` and `retrieve` must not be called.
 
     Raises:
-        ServerUnavailable: no server there within 10 seconds.
+        ServerUnavailable: no server answers there within 10 seconds.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class BenchEngine:
         return Prompt(token_ids)
 
     def lookup(self, prompt: Prompt) -> int:
-        """Chunks present from the first on; they stay until `release`. Hashes the prompt unless that was done before."""
+        """Return the length of the hit in chunks, leased until `release`. Hashes the prompt unless that was done before."""
         prompt.hit = self._scheduler.lookup(self._chain(prompt))
         return prompt.hit.chunks if prompt.hit else 0
 
@@ -108,7 +108,7 @@ class BenchEngine:
             prompt.hit = None
 
     def store(self, prompt: Prompt, first: int, end: int, blocks: list[int]) -> bool:
-        """Store chunks [first, end) from `blocks` (the block table from token 0 on); True when all could be kept."""
+        """Store chunks [first, end) from `blocks`, the block table from token 0 on. Return True when all were stored."""
         assert self._worker is not None
         chain, job = self._chain(prompt), str(next(self._jobs))
         hashes = chain.hashes[first * HASH_BYTES : end * HASH_BYTES]
@@ -116,7 +116,7 @@ class BenchEngine:
         return self._finish(self._worker).tokens == (end - first) * self.chunk_tokens
 
     def retrieve(self, prompt: Prompt, chunks: int, blocks: list[int]) -> bool:
-        """Load the first `chunks` chunks of the last lookup into `blocks`."""
+        """Load the first `chunks` chunks of the last lookup into `blocks`. Return whether that succeeded."""
         assert self._worker is not None
         hit = prompt.hit
         if hit is None or hit.chunks < chunks:
@@ -127,11 +127,11 @@ class BenchEngine:
         return self._finish(self._worker).ok
 
     def empty_call(self) -> None:
-        """The cheapest round trip: a ping over the same kind of connection."""
+        """Make the cheapest round trip: a ping over the same kind of connection."""
         self._pinger.call(m.Ping(), m.Ok)
 
     def close(self) -> None:
-        """Say goodbye; the server frees what this engine held."""
+        """End the sessions, so that the server frees what this engine held."""
         for session in (self._scheduler, self._pinger, self._worker):
             if session is not None:
                 session.close()
@@ -139,7 +139,7 @@ class BenchEngine:
     def _chain(self, prompt: Prompt) -> TokenChain:
         if prompt.chain is None:
             chain = self._scheduler.new_chain()
-            assert chain is not None  # a server was reached: __init__ has waited for it
+            assert chain is not None  # __init__ has waited for the server
             chain.extend(prompt.token_ids)
             prompt.chain = chain
         return prompt.chain
@@ -153,7 +153,7 @@ class BenchEngine:
 
 
 def make_paged(model: Model) -> PagedKV:
-    """Touched paged KV of the model, with a different value in each plane."""
+    """Return paged KV of the model in touched memory, with a different value in each plane."""
     shape = (2 * model.layers, model.blocks, model.block_tokens, model.heads, model.head_size)
     kv = np.empty(shape, dtype=np.uint16)
     kv[:] = np.arange(1, shape[0] + 1, dtype=np.uint16).reshape(-1, 1, 1, 1, 1)

@@ -1,4 +1,4 @@
-"""`lmcache bench`: what your own server gives an engine on this host. It leaves a few chunks, in tiers too."""
+"""`lmcache bench`: measure what a server gives an engine on this host. It leaves a few chunks behind, in tiers too."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _MIB = 1 << 20
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One line of the table."""
+    """One row of the printed table."""
 
     what: str
     unit: str
@@ -41,8 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print a table or JSON, and return the exit code.
 
     Raises:
-        ConfigError: an unknown flag, or a URL that is none.
-        ServerUnavailable: nobody answers.
+        ConfigError: a flag is unknown, or the URL is not valid.
+        ServerUnavailable: no server answers.
     """
     options = _parse(argv)
     token = load({"api_token_file": options.api_token_file}).config.api_token
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def measure(engine: BenchEngine, rounds: int) -> list[Row]:
-    """Every row: round trips first, then copies. `rounds` samples for the slow ones, more for the quick ones."""
+    """Measure every row: round trips first, then copies. `rounds` samples for slow rows, more for quick ones."""
     rng = random.Random()
     rows = [_row("empty call", "ms", _times(engine.empty_call, 20 * rounds), 1e3)]
     most = max(1, min(engine.model.blocks * engine.model.block_tokens, 1 << 17) // engine.chunk_tokens)
@@ -91,7 +91,7 @@ def _copies(engine: BenchEngine, chunks: int, rounds: int, rng: random.Random) -
         found = engine.lookup(prompt)
         if not kept or found < chunks:
             raise ServerRefused(
-                f"{chunks} chunks were stored, {found} are found: L1 is too small or too busy; see /status"
+                f"{chunks} chunks were stored, but {found} found: L1 is too small or too busy; see /status"
             )
         blocks = _blocks(engine, chunks, rng)
         start = time.perf_counter()
@@ -147,7 +147,7 @@ def _status(url: str, token: str) -> dict[str, Any]:
 
 
 def _engine_address(url: str, status: dict[str, Any]) -> str:
-    """Where the server's ZMQ door is, as its status says; a wildcard address means the host of the URL."""
+    """Return the address of the server's ZMQ port as its status says. A wildcard address means the host of the URL."""
     config = status["config"]
     host = str(config.get("host", "127.0.0.1"))
     if host in ("0.0.0.0", "::"):
@@ -156,12 +156,12 @@ def _engine_address(url: str, status: dict[str, Any]) -> str:
 
 
 def _memory(status: dict[str, Any]) -> dict[str, int]:
-    """Bytes: the arena, the index, and (on this host) the server's own resident memory."""
+    """Return bytes of the arena, of the index, and (on this host) of the server's own resident memory."""
     memory = {"arena": int(status["arena"]["backed_bytes"]), "index": int(status["index"]["index_bytes"])}
     try:
         lines = Path(f"/proc/{status['pid']}/status").read_text().splitlines()
     except OSError:
-        return memory  # another host, or another user's process
+        return memory  # the server is on another host or belongs to another user
     resident = dict(line.split(":", 1) for line in lines)
     memory["process"] = sum(int(resident[name].split()[0]) for name in ("RssAnon", "RssFile")) * 1024
     return memory
@@ -197,13 +197,13 @@ def _as_text(options: argparse.Namespace, engine: BenchEngine, rows: list[Row], 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
-        """A wrong flag is a wrong setting: one line, exit code 2."""
+        """Treat a wrong flag as a wrong setting: one line, exit code 2."""
         raise ConfigError(f"{message} (try lmcache bench --help)")
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = _Parser("lmcache bench", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--url", default=DEFAULT_URL, help=f"HTTP face of the server. Default: {DEFAULT_URL}.")
+    parser.add_argument("--url", default=DEFAULT_URL, help=f"HTTP endpoint of the server. Default: {DEFAULT_URL}.")
     parser.add_argument(
         "--api-token-file", metavar="FILE", help="File (0600) with the server's token [LMCACHE_SERVER_API_TOKEN_FILE]."
     )

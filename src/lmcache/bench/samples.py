@@ -1,4 +1,4 @@
-"""Times into figures: the median, the tail, and how far to trust them."""
+"""Summaries of measured times: the median, the tail, and the spread."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
-    """One measured quantity. `low` and `high` hold the middle 80 % of the samples; `p99` is the slow (or small) end."""
+    """One measured quantity. `low` and `high` enclose the middle 80 % of the samples; `p99` is the slow (or small) end."""
 
     median: float
     p99: float
@@ -19,12 +19,12 @@ class Figure:
 
     @property
     def spread(self) -> float:
-        """Width of the middle 80 % over the median."""
+        """Width of the middle 80 % divided by the median."""
         return (self.high - self.low) / self.median if self.median else 0.0
 
 
 def quantile(samples: Sequence[float], part: float) -> float:
-    """The sample at `part` (0 to 1) of the sorted ones.
+    """Return the sample at the fraction `part` (0 to 1) of the sorted samples.
 
     >>> quantile([3.0, 1.0, 2.0], 0.5)
     2.0
@@ -52,7 +52,7 @@ def figure(samples: Sequence[float], more_is_better: bool = False) -> Figure:
 
 
 def align(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells as a text table: the first row is the head, the first column is flush left, the others right.
+    """Format rows of cells as a text table: the first row is the head, the first column is flush left, the others right.
 
     >>> print(align([["what", "ms"], ["a", "1.5"]]))
     what   ms

@@ -1,6 +1,6 @@
-"""Floor 1: what a chunk is called. Hashes, roots and layouts: pure functions and frozen structs, no I/O.
+"""Floor 1: the names of chunks: hashes, roots and layouts. It holds pure functions and frozen structs, and does no I/O.
 
-May import: `lmcache.errors` and nothing else of ours.
+May import: `lmcache.errors` and nothing else of this package.
 """
 
 from lmcache.chunks.hashing import HASH_BYTES, TokenChain, chunk_hash, chunk_root

@@ -1,11 +1,11 @@
-"""Chunk hashes: the same in every process and on every host.
+"""Chunk hashes, which are equal in every process and on every host for equal tokens.
 
 root  = BLAKE3 derive_key("lmcache chunk v1", fingerprint, cache_salt, LoRA name, LoRA content id, each length-prefixed)
 chunk = first 16 bytes of BLAKE3(parent, token count as u32, token ids as u32, that chunk's extras length-prefixed)
 
-All integers are little-endian. An extra is whatever else decides the numbers from that chunk on: a multimodal
-identifier with its offset, a digest of prompt embeddings. So a second image changes only what follows it. An unfull chunk
-has the same formula and is never a parent.
+All integers are little-endian. An extra is whatever else changes the KV from that chunk on: a multimodal identifier with its
+offset, or a digest of prompt embeddings. So a second image changes only the hashes of its own chunk and of later ones. A partial
+chunk, which is not full, is hashed by the same formula and is never a parent.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, TypeAlias, cast
 
 from blake3 import blake3
 
-if TYPE_CHECKING:  # the server hashes nothing, and does without NumPy
+if TYPE_CHECKING:  # the server computes no hashes and does not need NumPy
     import numpy as np
     import numpy.typing as npt
 
@@ -30,18 +30,18 @@ _U32 = struct.Struct("<I")
 _TYPECODE = "I" if array("I").itemsize == 4 else "L"
 
 Extras = Callable[[int, int], bytes]
-"""Given a half-open token range, the encoded extras inside it (b"" where there are none)."""
+"""Returns the encoded extras inside a half-open token range, or b"" where there are none."""
 
 
 def chunk_root(fingerprint: bytes, cache_salt: str = "", lora_name: str = "", lora_id: str = "") -> bytes:
-    """The 16 bytes that stand in for the parent of a prompt's first chunk."""
+    """Return the 16-byte root, which takes the place of the parent of a prompt's first chunk."""
     fields = (fingerprint, cache_salt.encode(), lora_name.encode(), lora_id.encode())
     material = b"".join(_U32.pack(len(field)) + field for field in fields)
     return blake3(material, derive_key_context=_ROOT_CONTEXT).digest(HASH_BYTES)
 
 
 def chunk_hash(parent: bytes, token_ids: Tokens, extras: bytes = b"") -> bytes:
-    """The 16-byte hash of one chunk, full or not.
+    """Return the 16-byte hash of one chunk, full or partial.
 
     Raises:
         OverflowError: a token id is negative or does not fit in 32 bits.
@@ -50,13 +50,13 @@ def chunk_hash(parent: bytes, token_ids: Tokens, extras: bytes = b"") -> bytes:
 
 
 def encode_extra(identifier: str | bytes, offset: int) -> bytes:
-    """One extra (a multimodal item, say) at a token offset from the prompt's start, length-prefixed."""
+    """Encode one extra (for example a multimodal item) with its token offset from the prompt's start, length-prefixed."""
     raw = identifier.encode() if isinstance(identifier, str) else identifier
     return _U32.pack(len(raw)) + raw + struct.pack("<q", offset)
 
 
 def token_bytes(token_ids: Tokens) -> bytes:
-    """Token ids as little-endian uint32.
+    """Encode token ids as little-endian uint32.
 
     Raises:
         OverflowError: a token id is negative or does not fit in 32 bits.
@@ -80,7 +80,7 @@ def _hash(parent: bytes, count: int, ids: bytes, extras: bytes) -> bytes:
 
 
 class TokenChain:
-    """The growing chunk hashes of one prompt: only tokens that were not hashed before are hashed.
+    """The chunk hashes of one prompt, which grow with it: each token is hashed only once.
 
     >>> chain = TokenChain(chunk_root(b"f" * 16), chunk_tokens=4)
     >>> chain.extend(range(9))
@@ -95,17 +95,17 @@ class TokenChain:
         self.root = root
         self.chunk_tokens = chunk_tokens
         self.hashes = b""
-        """16 bytes for each full chunk so far, joined."""
+        """The hashes of all full chunks so far, 16 bytes each, joined."""
         self._extras = extras
 
     def __len__(self) -> int:
-        """Full chunks hashed so far."""
+        """Return the number of full chunks hashed so far."""
         return len(self.hashes) // HASH_BYTES
 
     def tail(self, token_ids: Sequence[int]) -> bytes:
-        """The hash of the unfull chunk at the end of `token_ids`, whose full chunks are in the chain; b"" where there is none.
+        """Return the hash of the partial chunk at the end of `token_ids`, b"" where there is none. Full chunks must be hashed.
 
-        It is nobody's parent: what follows once the chunk is full hangs on the full chunk before it.
+        The partial chunk is never a parent: the chunks after it have the full chunk at its place in their chain.
         """
         first = len(token_ids) // self.chunk_tokens * self.chunk_tokens
         if first == len(token_ids):
@@ -114,11 +114,11 @@ class TokenChain:
         return chunk_hash(self.parent(first // self.chunk_tokens), token_ids[first:], extras)
 
     def parent(self, chunk: int) -> bytes:
-        """The hash before chunk number `chunk`: the root for the first one."""
+        """Return the parent hash of chunk number `chunk`: the root for the first one."""
         return self.hashes[(chunk - 1) * HASH_BYTES : chunk * HASH_BYTES] if chunk else self.root
 
     def extend(self, token_ids: Tokens) -> int:
-        """Hash the full chunks of `token_ids` (the whole prompt so far) that are new; return how many chunks there are.
+        """Hash the new full chunks of `token_ids`, the complete prompt so far. Return the number of full chunks in it.
 
         Raises:
             OverflowError: a token id is negative or does not fit in 32 bits.

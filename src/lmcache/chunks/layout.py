@@ -1,7 +1,7 @@
-"""Layouts: everything that must be equal for KV bytes to be exchangeable, and the part of it that one rank holds.
+"""Layouts: everything that must be equal for KV bytes to be exchangeable, and the shard of it that one rank holds.
 
-The engine's block size, strides and attention backend are not here: an extent has one canonical order
-([layer][K, V][token][kv head][head dim]; MLA: [layer][token][latent]), and bringing KV into it is the transfer's business.
+The engine's block size, strides and attention backend are not part of a layout: every extent has one canonical order
+([layer][K, V][token][KV head][head dim]; MLA: [layer][token][latent]), and `lmcache.transfer` converts to and from it.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ EXTENT_ORDER_VERSION = 1
 CODEC_RAW = 0
 FINGERPRINT_BYTES = 16
 MAX_NAME_CHARACTERS = 4096
-"""The longest text that a layout may hold in one field. It is as long as a path may be."""
+"""The most characters in one text field of a layout, which is the longest path that Linux allows."""
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "fp8_e4m3": 1, "fp8_e5m2": 1, "int8": 1, "uint8": 1}
 
 
 class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a whole model's KV looks like, chunk by chunk.
+    """The shape, dtype and identity of a model's KV, independent of how ranks split it.
 
     model_id: identity of the weights (repository and commit, or a digest of a local directory).
     kv_dtype: a key of `DTYPE_BYTES`. kv_scales: digest of static KV scales, "" where there are none.
-    num_kv_heads: of the whole model, before any parallel split (1 for MLA). head_size: elements of one head's K or V
-    (MLA: of the latent). config_digest: RoPE and every other override that changes the numbers.
+    num_kv_heads: KV heads of the model before any parallel split (1 for MLA). head_size: elements of one head's K or V (MLA: of
+    the latent). config_digest: digest of the RoPE settings and of every other override that changes the KV.
     """
 
     model_id: str
@@ -59,21 +59,21 @@ class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def planes_per_layer(self) -> int:
-        """2 (K and V), or 1 for MLA, whose latent serves as both."""
+        """2 (K and V), or 1 for MLA, whose latent serves as both K and V."""
         return 1 if self.kind == "mla" else 2
 
     @property
     def fingerprint(self) -> bytes:
-        """16 bytes that are equal exactly when KV may be exchanged."""
+        """16 bytes that are equal exactly for layouts whose KV may be exchanged."""
         return _fingerprint(self)
 
 
 def space_fingerprint(layout: Layout, stages: Sequence[int] = ()) -> bytes:
-    """16 bytes that name a layout together with its pipeline split.
+    """Return 16 bytes that identify a layout together with its pipeline split.
 
-    stages: for each pipeline stage the layer before which it ends; empty or one entry for a model that is not split by
-    layers. Shards are numbered by stage and head group, so 4 shards can be 4 head groups, or 2 stages of 2: with equal
-    numbers of bytes, and not the same bytes. With the split in their name these are kept apart.
+    stages: for each pipeline stage the first layer after it; empty or one entry for a model that is not split by layers. Shards
+    are numbered by stage and head group, so 4 shards may be 4 head groups or 2 stages of 2, with equal sizes but different
+    contents. The split in the fingerprint keeps these apart.
 
     Raises:
         LayoutError: the stages do not cover the layers in order.
@@ -96,7 +96,7 @@ def _fingerprint(layout: Layout) -> bytes:
 
 
 class Shard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One rank's part of every chunk: half-open ranges of layers and of KV heads, and its place among all shards."""
+    """One rank's part of every chunk: half-open ranges of layers and of KV heads, and its index among all `count` shards."""
 
     index: int
     count: int
@@ -106,11 +106,11 @@ class Shard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     end_head: int
 
     def shard_bytes(self, layout: Layout) -> int:
-        """Raw bytes of this shard of one full chunk."""
+        """Return the raw bytes of this shard of one full chunk."""
         return self.token_bytes(layout) * layout.chunk_tokens
 
     def token_bytes(self, layout: Layout) -> int:
-        """Raw bytes of this shard for one token."""
+        """Return the raw bytes of this shard for one token."""
         layers, heads = self.end_layer - self.first_layer, self.end_head - self.first_head
         return layers * layout.planes_per_layer * heads * layout.head_size * DTYPE_BYTES[layout.kv_dtype]
 
@@ -118,10 +118,10 @@ class Shard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 def shard_of_rank(
     layout: Layout, tp_rank: int, tp_size: int, first_layer: int, end_layer: int, pp_rank: int = 0, pp_size: int = 1
 ) -> Shard:
-    """The shard that a tensor-parallel rank holds.
+    """Return the shard that a tensor-parallel rank holds.
 
-    With MLA every tensor-parallel rank holds the same latent, so they share one shard. With more ranks than KV heads the
-    heads are replicated, so groups of `tp_size / num_kv_heads` ranks share one shard.
+    With MLA every tensor-parallel rank holds the same latent, so all share one shard. With more ranks than KV heads the engine
+    replicates the heads, so groups of `tp_size / num_kv_heads` ranks share one shard.
 
     Raises:
         LayoutError: the KV heads do not divide among the ranks.

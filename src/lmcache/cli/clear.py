@@ -11,10 +11,10 @@ from lmcache.observability.log import printable
 from lmcache.wire.http_client import ask
 
 _TIERS_SECONDS = 45.0
-"""A server gives its tiers 30 s to be emptied."""
+"""A longer deadline for clearing tiers, for which the server has 30 s."""
 _TEXT = """
-Empty L1, and tiers where told. Engines go on: what they look up next is a miss, and what they are reading now stays right.
-From another host than the server's it needs the server's token.
+Empty L1, and with --tiers also tiers. Engines go on: their next lookups are misses, and reads in progress stay correct.
+From another host than the server's this needs the server's token.
 
 examples:
   lmcache clear
@@ -28,22 +28,22 @@ def add_verb(verbs: Verbs) -> None:
     parser = add(verbs, "clear", run, "empty the cache", _TEXT)
     add_url(parser)
     parser.add_argument(
-        "--tiers", metavar="NAMES", default="", help="Tiers to empty as well: all, or names with commas."
+        "--tiers", metavar="NAMES", default="", help="Tiers to empty as well: all, or their names separated by commas."
     )
     add_token(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print what was dropped.
+    """Empty the cache and print what was removed.
 
     Raises:
-        ServerRefused: it was not to, or a tier was not emptied.
+        ServerRefused: the server refused, or a tier was not emptied.
     """
     path = "/clear-cache" + (f"?tiers={quote(arguments.tiers)}" if arguments.tiers else "")
     status, answer = ask(arguments.url, path, "POST", token_of(arguments), _TIERS_SECONDS if arguments.tiers else None)
     failed = "; ".join(f"tier {name} was not emptied: {why}" for name, why in answer.get("failed_tiers", {}).items())
     if failed:
-        raise ServerRefused(f"{arguments.url}: {failed}; L1 and the other tiers that were named are empty")
+        raise ServerRefused(f"{arguments.url}: {failed}; L1 and the other named tiers are empty")
     if status != 200:
         raise ServerRefused(f"{arguments.url} refused: {answer.get('reason', f'HTTP {status}')}")
     details = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in answer.items() if key != "status")

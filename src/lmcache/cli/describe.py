@@ -1,4 +1,4 @@
-"""`lmcache describe`: what a running server is set to, holds and does, as a table for people or as JSON."""
+"""`lmcache describe`: the settings, contents and activity of a running server, as a table or as JSON."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from lmcache.wire.http_client import ask
 
 _TEXT = """
 Show a running server. `server`: its settings. `status`: everything, with arena, index, sessions, engines and counters.
-`tiers`: what is behind L1, and how it does. `fetches`: the lookups that tiers were asked about, the latest first: what
-loading was to take and what computing, which was chosen, how long was waited, and what came. From another host than the server's
-it needs the server's token.
+`tiers`: the tiers behind L1 and their state. `fetches`: the lookups that started loads from tiers, the latest first: the
+expected times of loading and of computing, which was chosen, how long the request waited, and what arrived. From another
+host than the server's this needs the server's token.
 
 examples:
   lmcache describe server
@@ -35,7 +35,7 @@ def add_verb(verbs: Verbs) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print it."""
+    """Print the chosen part of the server's status."""
     path = "/fetches" if arguments.what == "fetches" else "/status"
     status, answer = ask(arguments.url, path, token=token_of(arguments))
     if status != 200:
@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def table(status: Mapping[str, Any]) -> Iterator[str]:
-    """Lines: plain values first, then a section for each part."""
+    """Yield the lines of a table: plain values first, then a section for each part."""
     yield from _pairs({key: value for key, value in status.items() if not isinstance(value, (dict, list))})
     for key, value in status.items():
         if isinstance(value, dict):
@@ -82,7 +82,7 @@ def _columns(rows: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def _cell(name: str, value: Any) -> str:
-    """A value as people read it: sizes in GiB or MiB, thousands apart."""
+    """Format a value for people: sizes in GiB or MiB, thousands separated."""
     if value is None or value == "":
         return "-"
     if isinstance(value, bool):

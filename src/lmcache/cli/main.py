@@ -1,4 +1,4 @@
-"""`lmcache`: finds the verb, runs it, and turns errors into one line and an exit code (2: a setting, 1: the rest)."""
+"""`lmcache`: runs a verb, and turns errors into one line and an exit code (2: a setting is wrong, 1: any other error)."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from lmcache.errors import ConfigError, LMCacheError
 from lmcache.observability.log import printable
 
 _ERROR_CHARACTERS = 4000
-"""The longest error that is printed. It may quote whoever answers at a URL."""
+"""The longest error that is printed, because an error may quote what a peer sent."""
 _DESCRIPTION = "A KV-cache layer for LLM engines: prefill a prefix once, reuse its KV everywhere."
 _EXAMPLES = """\
 examples:
   lmcache server --l1-size-gb 20            start a cache of 20 GiB for the engines of this host
   vllm serve MODEL --kv-transfer-config '{"kv_connector":"LMCacheMPConnector","kv_role":"kv_both"}'
                                             an engine that uses it
-  lmcache ping                              is it serving?
-  lmcache describe status                   what is in it, who uses it, how well
+  lmcache ping                              check whether the server serves
+  lmcache describe status                   show its contents, its engines and its counters
 
 `lmcache VERB --help` explains each verb.
 """
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, and exits with 2."""
+    """An argument parser that reports an error in one line and exits with 2."""
 
     def error(self, message: str) -> NoReturn:
-        """Called by argparse for anything that it cannot parse."""
+        """Report an error; argparse calls this for anything that it cannot parse."""
         self.exit(2, f"{self.prog}: error: {message} (try {self.prog} --help)\n")
 
 
 def build_parser() -> Parser:
-    """The whole command line. Each verb sets `run`, a function from the parsed arguments to an exit code."""
+    """Build the command line's parser. Each verb sets `run`, a function from the parsed arguments to an exit code."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser("lmcache", description=_DESCRIPTION, epilog=_EXAMPLES, formatter_class=raw, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"lmcache {__version__}")
@@ -49,7 +49,7 @@ def build_parser() -> Parser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command line; return its exit code."""
+    """Run one command line and return its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         parser = build_parser()
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error, 1)
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # `| head` has read enough
+    except BrokenPipeError:  # the reader of a pipe, such as `head`, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 

@@ -1,4 +1,4 @@
-"""`lmcache ping`: is the server serving? For people and for container health checks."""
+"""`lmcache ping`: check whether a server serves, for people and for container health checks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lmcache.errors import ServerUnavailable
 from lmcache.wire.http_client import ask
 
 _TEXT = """
-Ask a server whether it serves. Exit code 0 when it does, 1 when it does not or nobody answers.
+Check whether a server serves. The exit code is 0 when it does, 1 when it does not or does not answer.
 
 examples:
   lmcache ping
@@ -19,11 +19,11 @@ examples:
 
 def add_verb(verbs: Verbs) -> None:
     """Add `ping` to the command line."""
-    add_url(add(verbs, "ping", run, "is a server serving? (exit code 0 or 1)", _TEXT))
+    add_url(add(verbs, "ping", run, "check whether a server serves (exit code 0 or 1)", _TEXT))
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the answer."""
+    """Print that the server is healthy. Raises ServerUnavailable otherwise."""
     status, answer = ask(arguments.url, "/healthcheck")
     if status != 200 or answer.get("status") != "healthy":
         raise ServerUnavailable(f"{arguments.url} is unhealthy: {answer.get('reason', f'HTTP {status}')}")

@@ -1,4 +1,4 @@
-"""`lmcache server`: read the settings, look at the machine, serve until told to stop."""
+"""`lmcache server`: read the settings, check the machine, and serve until stopped."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from lmcache.config.server import OPTIONS
 from lmcache.observability.log import init_logger, set_level
 
 _TEXT = """
-Start the cache server of this host. It holds the KV of text that engines have prefilled, in one memory file
-that engines of this host read and write directly, and decides what stays. It needs no GPU. Stop it with Ctrl-C
-or SIGTERM.
+Start the cache server of this host. It keeps the KV of text that engines have prefilled, in one memory file that
+engines of this host read and write directly, and decides what to evict. It needs no GPU. Stop it with Ctrl-C or
+SIGTERM.
 
 examples:
   lmcache server --l1-size-gb 20 --eviction-policy LRU --chunk-size 16
@@ -20,8 +20,8 @@ examples:
   LMCACHE_SERVER_L1_SIZE_GB=20 lmcache server --config /etc/lmcache.yaml
   lmcache server --l1-size-gb 20 --host 0.0.0.0 --auth-key-file key.txt     engines on other hosts too
 
-Each setting has a flag, a variable (in brackets above) and a key in the file; a flag beats the variable, which
-beats the file. Exit code 2: a setting is wrong, and nothing was created.
+Each setting has a flag, a variable (in brackets above) and a key in the file. A flag overrides the variable, which
+overrides the file. Exit code 2: a setting is wrong, and nothing was created.
 """
 
 
@@ -32,7 +32,7 @@ def add_verb(verbs: Verbs) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Serve; the exit code is the server's."""
+    """Start the server and return its exit code when it has ended."""
     settings = load({option.name: getattr(arguments, option.name) for option in OPTIONS})
     logger = init_logger(__name__)
     set_level(settings.config.log_level)

@@ -1,4 +1,4 @@
-"""`lmcache config check FILE`: what a server would be set to, and where each value comes from."""
+"""`lmcache config check FILE`: print the settings that a server would have, and the source of each value."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from lmcache.config.server import OPTIONS, shown
 from lmcache.errors import ConfigError
 
 _TEXT = """
-Read a configuration file, environment included, as the one who is to use it would, and print every setting with its
-source: `lmcache server --config FILE`, or an engine with a server of its own (LMCACHE_CONFIG_FILE=FILE; in-process
-mode), which a file with names such as max_local_cpu_size is for. Secrets are not printed. Exit code 2 when something
-is wrong with it.
+Read a configuration file together with the environment, as its user would, and print every setting with its source.
+The user is `lmcache server --config FILE`, or an engine with a server of its own (LMCACHE_CONFIG_FILE=FILE, in-process
+mode) where the file has names such as max_local_cpu_size. Secrets are not printed. Exit code 2: something is wrong
+with the file.
 
 examples:
   lmcache config check /etc/lmcache.yaml
@@ -27,13 +27,13 @@ examples:
 def add_verb(verbs: Verbs) -> None:
     """Add `config` to the command line."""
     parser = add(verbs, "config", run, "check a configuration file", _TEXT)
-    parser.add_argument("action", choices=("check",), help="Read it and print the outcome.")
+    parser.add_argument("action", choices=("check",), help="Read the file and print the result.")
     parser.add_argument("file", metavar="FILE", help="YAML file with settings, one `key: value` a line.")
-    parser.add_argument("--in-process", action="store_true", help="It is for an engine, whatever its keys look like.")
+    parser.add_argument("--in-process", action="store_true", help="Read it as an engine's file, whatever its keys.")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print setting, value, source."""
+    """Print the name, the value and the source of each setting."""
     if arguments.in_process or is_for_engines(Path(arguments.file)):
         return _check_engine(Path(arguments.file))
     settings = load({"config": arguments.file})
@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _check_engine(path: Path) -> int:
-    """Settings that do something, and those that were given; with what they do in place of what they say."""
+    """Print the settings that have an effect or were given. Those that do something else than their name says explain it."""
     settings = load_engine(file=path)
     rows = [("setting", "value", "from", "")]
     for row in ROWS:
@@ -63,8 +63,8 @@ def _check_engine(path: Path) -> int:
 
 
 def _check_tiers(l2: Sequence[str], l2_adapter: Sequence[str], source: str) -> None:
-    """As the server that is to use them would, short of opening them."""
-    from lmcache.tiers.registry import tiers_of  # the other verbs are spared them
+    """Check the tiers as their server would, without opening them."""
+    from lmcache.tiers.registry import tiers_of  # only this verb needs the import
 
     try:
         tiers_of(l2, l2_adapter)

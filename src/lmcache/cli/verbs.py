@@ -1,4 +1,4 @@
-"""The commands share this module: it adds a command and its common flags."""
+"""Functions that the verbs share: adding a verb and common flags to the command line."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ def add(
 
 
 def add_url(parser: argparse.ArgumentParser) -> None:
-    """The flag that says which server."""
-    parser.add_argument("--url", default=DEFAULT_URL, help=f"HTTP face of the server. Default: {DEFAULT_URL}.")
+    """Add the flag that names the server."""
+    parser.add_argument("--url", default=DEFAULT_URL, help=f"HTTP endpoint of the server. Default: {DEFAULT_URL}.")
 
 
 def add_token(parser: argparse.ArgumentParser) -> None:
-    """The flag with the server's token, which other hosts than the server's need."""
+    """Add the flag for the server's token, which clients on other hosts need."""
     parser.add_argument(
         "--api-token-file", metavar="FILE", help="File (0600) with the server's token [LMCACHE_SERVER_API_TOKEN_FILE]."
     )
 
 
 def token_of(arguments: argparse.Namespace) -> str:
-    """The token that `add_token`'s flag, the environment or the configuration gives; "" where none does.
+    """Return the token that `add_token`'s flag, the environment or the configuration gives; "" where none does.
 
     Raises:
-        ConfigError: the file cannot be read, or others may read it.
+        ConfigError: the file cannot be read, or other users may read it.
     """
     return load({"api_token_file": arguments.api_token_file}).config.api_token

@@ -1,6 +1,6 @@
-"""Floor 0: settings. One frozen `ServerConfig`, filled in one place from flags, environment, file and defaults.
+"""Floor 0: settings. `load` fills one frozen `ServerConfig` from flags, environment, file and defaults.
 
-What a setting means is checked here; what the machine has is checked by `lmcache.server.preflight`.
+This folder checks the meaning of settings; `lmcache.server.preflight` checks them against the machine.
 May import: `lmcache.errors`.
 """
 

@@ -1,9 +1,9 @@
 """The settings of an engine's own server (in-process mode): LMCACHE_CONFIG_FILE and LMCACHE_* variables.
 
-The names are those of the public LMCache project. The table says of each what it does here: `Row.effect` is "" where it does what
-its name says, else what happens in its place; a row with a `refusal` cannot be switched on. What is not in the table is an
-error in the file, and a warning in the environment, where names may be somebody else's.
-A value in `kv_connector_extra_config` (`lmcache.chunk_size`) beats the variable, which beats the file, which beats the default.
+The names are those of the public LMCache project. `Row.effect` is "" where a setting does what its name says, else it describes
+what the setting does here. A row with a `refusal` cannot be switched on. A name without a row is an error in the file, and a
+warning in the environment, where names may belong to other software.
+A value in `kv_connector_extra_config` (`lmcache.chunk_size`) overrides the variable, which overrides the file, then the default.
 """
 # ruff: noqa: RUF009 - fields get their defaults and their row of the table from one call
 
@@ -27,16 +27,16 @@ ENV_PREFIX = "LMCACHE_"
 FILE_VARIABLE = "LMCACHE_CONFIG_FILE"
 PREFIX_OF_EXTRA = "lmcache."
 _OTHERS = ("CONFIG_FILE", "LOG_LEVEL", "AUTH_KEY_FILE", "INSECURE_NO_AUTH", "USE_UPSTREAM_MP")
-"""Variables with our prefix that are read elsewhere."""
+"""Variables with this prefix that other modules read."""
 _OTHER_PREFIXES = ("SERVER_", "TEST_", "DEMO_", "MP_")
 SGLANG_KEYS = ("mp_host", "mp_port", "model_id")
-"""Keys of the file that only SGLang's connector reads: where the daemon is, and a name for the weights."""
+"""Keys of the file that only SGLang's connector reads: the daemon's address, and a name for the weights."""
 _NOTHING = ("", "null", "none", "~", "[]", "{}")
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A setting: how its text is read, and what it does here."""
+    """One setting: how its text is parsed, and what it does here."""
 
     name: str
     parse: Callable[[str], Any]
@@ -67,12 +67,12 @@ def _mapping(text: str) -> dict[str, Any]:
 
 def _serde(text: str) -> str:
     if text.lower() not in (*_NOTHING, "naive"):
-        raise ValueError("KV is stored as it is (no lossy codec): write naive, or leave it out")
+        raise ValueError("KV is stored uncompressed (there is no lossy codec): write naive, or leave it out")
     return "naive"
 
 
 def _disk(text: str) -> str | None:
-    """An absolute path; file:///path is one too."""
+    """Parse an absolute path, also given as file:///path."""
     if text.lower() in (*_NOTHING, "false"):
         return None
     parts = urlsplit(text)
@@ -89,7 +89,7 @@ def _remote(text: str) -> str | None:
     if not scheme or "://" not in text:
         raise ValueError("must be a URL, such as redis://host:6379")
     if scheme == "lm":
-        raise ValueError("lm:// servers are not spoken to: start `lmcache server` and use LMCacheMPConnector with it")
+        raise ValueError("lm:// servers are not supported: start `lmcache server` and use LMCacheMPConnector with it")
     return text
 
 
@@ -99,11 +99,11 @@ def _row(parse: Callable[[str], Any], default: Any, effect: str = "") -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class EngineConfig:
-    """What an engine with a server of its own was told. `load_engine` fills it."""
+    """The settings of an engine with a server of its own. `load_engine` fills it."""
 
     chunk_size: int = _row(read.integer(1, 1 << 20), 256)
     local_cpu: bool = _row(
-        read.switch, True, "false: memory of max_local_cpu_size is used all the same, all KV passes through it"
+        read.switch, True, "false: memory of max_local_cpu_size is used all the same, because all KV passes through it"
     )
     max_local_cpu_size: float = _row(read.number(0.001, 1e6), 5.0)
     local_disk: str | None = _row(_disk, None)
@@ -114,12 +114,12 @@ class EngineConfig:
     save_unfull_chunk: bool = _row(read.switch, True)
     cache_policy: str = _row(read.choice(POLICIES), "LRU")
     blocking_timeout_secs: float = _row(
-        read.number(0.001, 3599), 2.0, "how long a server that does not answer may hold up a request, once"
+        read.number(0.001, 3599), 2.0, "how long a server that does not answer may delay a request, once"
     )
     priority_limit: int | None = _row(_optional(read.integer(-(1 << 31), 1 << 31)), None)
     min_retrieve_tokens: int = _row(read.integer(0, 1 << 31), 0)
     use_layerwise: bool = _row(
-        read.switch, True, "vLLM: forwards wait for loads layer by layer; elsewhere loads are whole"
+        read.switch, True, "vLLM: forwards wait for loads layer by layer; other engines wait for complete loads"
     )
     extra_config: dict[str, Any] | None = _row(_mapping, None, "no effect: nothing in it is read")
     internal_api_server_enabled: bool = _row(
@@ -130,7 +130,7 @@ class EngineConfig:
 
     @property
     def server_flags(self) -> tuple[str, ...]:
-        """For `lmcache server`, but for sizes and chunk size."""
+        """Flags for `lmcache server`, except those for sizes and the chunk size."""
         flags = ["--eviction-policy", self.cache_policy]
         if self.internal_api_server_enabled:
             flags += ["--http-host", self.internal_api_server_host]
@@ -141,7 +141,7 @@ class EngineConfig:
 
     @property
     def tiers(self) -> tuple[str, ...]:
-        """URLs of the tiers behind memory, nearest first."""
+        """URLs of the tiers behind L1, the nearest first."""
         urls = []
         if self.local_disk is not None:
             urls.append(f"disk://{quote(self.local_disk)}?max_gb={self.max_local_disk_size:.15g}")
@@ -159,7 +159,7 @@ def _ignored(names: str, effect: str) -> tuple[Row, ...]:
 
 
 _ONE_DAEMON = "let the engines share one `lmcache server` through LMCacheMPConnector"
-_OFF = "no effect: it belongs to something that is not on"
+_OFF = "no effect: it belongs to a feature that is not on"
 ROWS: tuple[Row, ...] = (
     *(
         Row(field.name, field.metadata["parse"], field.default, field.metadata["effect"])
@@ -169,13 +169,13 @@ ROWS: tuple[Row, ...] = (
     _refused("enable_p2p", _ONE_DAEMON),
     _refused("enable_pd", f"for disaggregated prefill {_ONE_DAEMON}"),
     _refused("enable_nixl", f"for disaggregated prefill {_ONE_DAEMON}"),
-    _refused("enable_controller", "GET /status of the server tells what is cached; leave it out"),
+    _refused("enable_controller", "GET /status of the server shows what is cached; leave it out"),
     _refused("external_lookup_client", "lookups go to the engine's own server; leave it out", _optional(str), None),
     _refused("gds_path", "use local_disk", _optional(str), None),
     _refused("weka_path", "use local_disk", _optional(str), None),
     _refused("storage_plugins", "use local_disk or remote_url", _optional(str), None),
     _refused("remote_storage_plugins", "use remote_url", _optional(str), None),
-    _refused("runtime_plugin_locations", "no code but lmcache's own is run; leave it out", _optional(str), None),
+    _refused("runtime_plugin_locations", "only lmcache's own code is run; leave it out", _optional(str), None),
     *_ignored("pre_caching_hash_algorithm", "no effect: chunks are named by BLAKE3, the same in every process"),
     *_ignored("py_enable_gc error_handling", "no effect"),
     *_ignored("numa_mode", "no effect: the kernel places the pages"),
@@ -184,9 +184,9 @@ ROWS: tuple[Row, ...] = (
     *_ignored(
         "enable_lazy_memory_allocator lazy_memory_initial_ratio lazy_memory_expand_trigger_ratio lazy_memory_step_ratio"
         " lazy_memory_safe_size",
-        "no effect: memory is always reserved in the background, step by step",
+        "no effect: memory is always allocated in the background, step by step",
     ),
-    *_ignored("reserve_local_cpu_size", "no effect: a size that the machine does not have is refused at the start"),
+    *_ignored("reserve_local_cpu_size", "no effect: a size beyond the machine's memory is refused at the start"),
     *_ignored(" ".join(SGLANG_KEYS), "no effect outside SGLang, which reads it in its file"),
     *_ignored("lmcache_instance_id", "no effect: the engine's id is the instance"),
     *_ignored(
@@ -205,12 +205,12 @@ _BY_NAME = {row.name: row for row in ROWS}
 
 @dataclasses.dataclass(frozen=True)
 class EngineSettings:
-    """A filled configuration and how it came about. values: of all rows, for people: secrets in URLs are `***`."""
+    """A filled configuration and its origin. values: the values of all rows for display, with secrets in URLs as `***`."""
 
     config: EngineConfig
     values: Mapping[str, Any]
     sources: Mapping[str, str]
-    """Name -> where its value is from: a variable, FILE:LINE, `default`."""
+    """Maps each name to the source of its value: a variable, FILE:LINE, or `default`."""
     warnings: tuple[str, ...] = ()
 
 
@@ -223,7 +223,7 @@ class _Found:
 def load_engine(
     environ: Mapping[str, str] | None = None, extra: Mapping[str, Any] | None = None, file: Path | None = None
 ) -> EngineSettings:
-    """Fill an EngineConfig. environ: os.environ unless told. extra: `kv_connector_extra_config`. file: beats the variable.
+    """Fill an EngineConfig. environ: os.environ by default. extra: `kv_connector_extra_config`. file: overrides the variable.
 
     Raises:
         ConfigError: one line that names the setting, its value, where it came from and what to do.
@@ -242,7 +242,7 @@ def load_engine(
         except ValueError as error:
             raise ConfigError(f"{one.source}: {name}: {one.text}: {error}") from None
         if row.refusal and value != row.default:
-            raise ConfigError(f"{one.source}: {name}: {one.text}: is not there: {row.refusal}")
+            raise ConfigError(f"{one.source}: {name}: {one.text}: is not supported: {row.refusal}")
         if row.effect.startswith("no effect") and value and value != row.default:
             warnings.append(f"{one.source}: {name} has {row.effect}")
         values[name] = value
@@ -256,14 +256,14 @@ def load_engine(
 
 
 def is_for_engines(path: Path) -> bool:
-    """Whether the file has a key that only an engine's file can have, well spelt or not, and so is not the daemon's."""
+    """Return whether the file has a key, possibly misspelt, that only an engine's file can have and the daemon's cannot."""
     servers = {option.name for option in OPTIONS}
     unknown = [key for key in _read_keys(path) if key.replace("-", "_") not in servers]
     return any(_meant_for_engines(key, servers) for key in unknown)
 
 
 def _meant_for_engines(key: str, servers: set[str]) -> bool:
-    """Whether the key, or the one nearest to it, is an engine's alone."""
+    """Return whether the known key nearest to `key` belongs to engines only."""
     meant = difflib.get_close_matches(key, [*servers, *_BY_NAME], n=1)
     return bool(meant) and meant[0] not in servers
 
@@ -271,7 +271,7 @@ def _meant_for_engines(key: str, servers: set[str]) -> bool:
 def _check_tiers(config: EngineConfig, found: Mapping[str, _Found]) -> None:
     if config.local_disk is not None and not config.max_local_disk_size:
         source = found["local_disk"].source
-        raise ConfigError(f"{source}: local_disk: {config.local_disk}: say how much it may take: max_local_disk_size")
+        raise ConfigError(f"{source}: local_disk: {config.local_disk}: limit its size with max_local_disk_size (GB)")
 
 
 def _from_environment(environ: Mapping[str, str], warnings: list[str]) -> dict[str, _Found]:
@@ -289,7 +289,7 @@ def _from_environment(environ: Mapping[str, str], warnings: list[str]) -> dict[s
 
 
 def _from_extra(extra: Mapping[str, Any], warnings: list[str]) -> dict[str, _Found]:
-    """Keys under `lmcache.mp.` are those of a daemon's engine, which reads them itself; other prefixes are somebody else's."""
+    """Read keys under `lmcache.`, except `lmcache.mp.`, which a daemon's engine reads. Other prefixes are not LMCache's."""
     found = {}
     for key, value in extra.items():
         name, where = key.removeprefix(PREFIX_OF_EXTRA), f"kv_connector_extra_config {key}"
@@ -311,7 +311,7 @@ def _read(path: Path) -> bytes:
 
 
 def _read_keys(path: Path) -> list[str]:
-    """The keys of a readable file; whoever reads it whole says what is wrong with another."""
+    """Return the keys of the file, [] when it cannot be read. `_from_file` reports the errors of such a file."""
     import yaml
 
     try:
@@ -322,7 +322,7 @@ def _read_keys(path: Path) -> list[str]:
 
 
 def _from_file(path: Path) -> dict[str, _Found]:
-    import yaml  # here: most starts have no file
+    import yaml  # imported here, because most starts have no file
 
     raw, loader = _read(path), None
     try:

@@ -1,4 +1,4 @@
-"""Names and addresses of hosts: how they are written, resolved and connected to."""
+"""Names and addresses of hosts: formatting, resolving and connecting."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from concurrent.futures import Future, wait
 
 
 def in_url(host: str) -> str:
-    """The host as it stands in an address: an IPv6 one in brackets."""
+    """Return the host as written in an address, an IPv6 one in brackets."""
     return f"[{host}]" if ":" in host and not host.startswith("[") else host
 
 
 def addresses(host: str) -> tuple[str, ...]:
-    """The numeric addresses of a host, the preferred first. Loopback needs no resolver, so that a root without /etc/hosts
-    has it too (RFC 6761).
+    """Return the numeric addresses of a host, the preferred first. Loopback names need no resolver (RFC 6761), so they also
+    work in a root file system without /etc/hosts.
 
     Raises:
-        OSError: the name does not resolve; the text has the name and the reason.
+        OSError: the name does not resolve; the message has the name and the reason.
     """
     bare = host.removeprefix("[").removesuffix("]")
     if f".{bare.lower().rstrip('.')}".endswith(".localhost"):
@@ -33,12 +33,12 @@ def addresses(host: str) -> tuple[str, ...]:
 
 
 def connect(host: str, port: int, timeout_seconds: float) -> socket.socket:
-    """A TCP connection to the first address of the host that takes one, within `timeout_seconds`, its look-up included.
+    """Connect over TCP to the first address of the host that accepts, within `timeout_seconds` including name resolution.
 
-    An address that does not answer leaves those behind it their share of the time.
+    The time left is divided among the remaining addresses, so one that does not answer leaves time for the others.
 
     Raises:
-        OSError: the name does not resolve (in time), or why the first address took none.
+        OSError: the name does not resolve (in time), or the error of the first address when all of them failed.
     """
     deadline = time.monotonic() + timeout_seconds
     found = _addresses_within(host, timeout_seconds)
@@ -53,7 +53,7 @@ def connect(host: str, port: int, timeout_seconds: float) -> socket.socket:
 
 
 def duplicate(descriptor: int) -> socket.socket | None:
-    """Another descriptor of the same connection, for the caller to close; None where the number is no socket's (any more)."""
+    """Return a new socket for the same connection, which the caller closes; None where `descriptor` is not a socket."""
     try:
         copy = os.dup(descriptor)
     except OSError:
@@ -66,29 +66,29 @@ def duplicate(descriptor: int) -> socket.socket | None:
 
 
 def ends(descriptor: int) -> tuple[tuple[str, int], tuple[str, int]]:
-    """Numeric address and port of a TCP connection's own end, and of the other one; IPv4 is told as such on IPv6 sockets too.
+    """Return (numeric address, port) of a TCP connection's own end and of its peer. IPv4 addresses are never IPv6-mapped.
 
-    descriptor: somebody else's, who may have closed it; it is left as it is.
+    descriptor: may belong to other code, which may have closed it; it is left as it is.
 
     Raises:
-        OSError: the descriptor is no connection's by now.
+        OSError: the descriptor is no longer that of a connection.
     """
     connection = duplicate(descriptor)
     if connection is None:
-        raise OSError(f"descriptor {descriptor} is no socket")
+        raise OSError(f"descriptor {descriptor} is not a socket")
     with connection:
         if connection.family not in (socket.AF_INET, socket.AF_INET6):
-            raise OSError(f"descriptor {descriptor} is no TCP connection")
+            raise OSError(f"descriptor {descriptor} is not a TCP connection")
         (own, own_port, *_), (other, other_port, *_) = connection.getsockname(), connection.getpeername()
     return (own.removeprefix("::ffff:"), own_port), (other.removeprefix("::ffff:"), other_port)
 
 
 def _addresses_within(host: str, timeout_seconds: float) -> tuple[str, ...]:
-    """`addresses`, for which nobody waits any longer. A resolver cannot be told how long it may take, so a thread asks it:
-    one for each name, however many wait.
+    """Return `addresses(host)`, waiting at most `timeout_seconds`. A resolver has no deadline, so one thread for each name calls
+    it, however many callers wait.
 
     Raises:
-        OSError: as `addresses`; or the time was over.
+        OSError: as `addresses`, or the time ran out.
     """
     with _asking:
         answer = _under_way.get(host)
@@ -98,7 +98,7 @@ def _addresses_within(host: str, timeout_seconds: float) -> tuple[str, ...]:
                 threading.Thread(target=_ask, args=(host, answer), name="lmcache-resolve", daemon=True).start()
             except RuntimeError as error:
                 raise OSError(f"host {host!r} was not looked up: {error}") from error
-            _under_way[host] = answer  # before its thread can take it away, which needs the lock
+            _under_way[host] = answer  # the thread cannot remove it before this, since it needs the lock
     if not wait([answer], timeout_seconds).done:
         raise OSError(
             f"host {host!r} was not resolved in {timeout_seconds:.3g} s: check the resolver, or give its address"
@@ -110,10 +110,10 @@ def _ask(host: str, answer: Future[tuple[str, ...]]) -> None:
     found: tuple[str, ...] | Exception
     try:
         found = addresses(host)
-    except Exception as error:  # the edge of the thread: who waits is told
+    except Exception as error:  # the thread must not end silently: the error goes to those who wait
         found = error
     with _asking:
-        _under_way.pop(host, None)  # whoever comes now asks anew
+        _under_way.pop(host, None)  # a later caller starts a new look-up
     if isinstance(found, Exception):
         answer.set_exception(found)
     else:
@@ -121,7 +121,7 @@ def _ask(host: str, answer: Future[tuple[str, ...]]) -> None:
 
 
 def _forget_look_ups() -> None:
-    """In a forked child, where the threads that ask, and whoever had the lock, are not."""
+    """Reset the state in a forked child, in which neither the resolving threads nor the lock's owner exist."""
     global _asking
     _asking = threading.Lock()
     _under_way.clear()

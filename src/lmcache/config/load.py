@@ -1,4 +1,4 @@
-"""Filling a ServerConfig: flags > environment > file > defaults. Each gives text that the table's parsers read."""
+"""Filling a ServerConfig: flags > environment > file > defaults. Each source gives text, which the table's parsers read."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ _BY_NAME = {option.name: option for option in OPTIONS}
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """A filled configuration and how it came about."""
+    """A filled configuration and the origin of its values."""
 
     config: ServerConfig
     sources: Mapping[str, str]
-    """Field name -> where its value is from: a flag, a variable, FILE:LINE, `default`."""
+    """Maps each field name to the source of its value: a flag, a variable, FILE:LINE, or `default`."""
     warnings: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class _Given:
-    """One setting as it was found: its text, and how to name the place in a message."""
+    """One setting as found: its text, its source, and (`said`) how messages quote it."""
 
     text: str
     source: str
@@ -46,7 +46,7 @@ class _Given:
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add every option of the table to a parser; values arrive as text under the field's name, None where not given."""
+    """Add every option of the table to a parser. Parsed values are text under the field's name, None where not given."""
     groups = {name: parser.add_argument_group(title) for name, title in GROUPS.items()}
     for option in OPTIONS:
         default = f" Default: {option.default_text}." if option.default_text else ""
@@ -64,8 +64,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def load(flags: Mapping[str, str | list[str] | None], environ: Mapping[str, str] | None = None) -> Settings:
-    """Fill a ServerConfig. `flags`: field name -> text (a list of them for a repeated flag), None where not given;
-    `environ`: os.environ unless told.
+    """Fill a ServerConfig. flags: field name -> text (a list of texts for a repeated flag), None where not given.
+    environ: os.environ by default.
 
     Raises:
         ConfigError: one line that names the setting, its value, where it came from and what to do.
@@ -90,17 +90,17 @@ def load(flags: Mapping[str, str | list[str] | None], environ: Mapping[str, str]
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """A remedy for a name that does not exist: the one that was probably meant, or all."""
+    """Return a remedy for an unknown name: the known name that was probably meant, or all known names."""
     names = list(known)
     found = difflib.get_close_matches(name, names, n=1)
     return f"did you mean {found[0]}?" if found else f"known: {', '.join(names)}"
 
 
 def check_secret_file(path: Path, said: str, remedy: str = "") -> None:
-    """A file with a secret in it must be readable, and by its owner only; `remedy` is said where it cannot be read.
+    """Check that a file with a secret can be read, and by its owner only. remedy: appended when it cannot be read.
 
     Raises:
-        ConfigError: it is not; the message names the chmod.
+        ConfigError: the check failed; the message contains the chmod command.
     """
     try:
         mode = path.stat().st_mode
@@ -110,7 +110,7 @@ def check_secret_file(path: Path, said: str, remedy: str = "") -> None:
     except OSError as error:
         raise ConfigError(f"{said}: cannot read {path}: {error.strerror}{remedy}") from error
     if mode & 0o077:
-        raise ConfigError(f"{said}: {path} holds a secret and others may read it: chmod 600 {path}")
+        raise ConfigError(f"{said}: {path} holds a secret, but other users may read it: chmod 600 {path}")
 
 
 def _from_flag(name: str, text: str | list[str]) -> _Given:
@@ -129,7 +129,7 @@ def _value(name: str, given: _Given) -> Any:
 
 
 def _from_environment(environ: Mapping[str, str], warnings: list[str]) -> dict[str, _Given]:
-    """Every LMCACHE_SERVER_* that is set; an empty one counts as not set."""
+    """Return every LMCACHE_SERVER_* variable that is set and not empty."""
     found: dict[str, _Given] = {}
     for option in OPTIONS:
         for variable in (option.extra_env, option.env):
@@ -147,7 +147,7 @@ def _from_environment(environ: Mapping[str, str], warnings: list[str]) -> dict[s
 
 
 def _from_file(path: Path, environ: Mapping[str, str]) -> dict[str, _Given]:
-    import yaml  # here: most starts have no file
+    import yaml  # imported here, because most starts have no file
 
     raw = options.read_file(path, f"--config {path}")
     try:
@@ -171,7 +171,7 @@ def _from_file(path: Path, environ: Mapping[str, str]) -> dict[str, _Given]:
 def _read_entry(
     path: Path, key_node: Any, value_node: Any, environ: Mapping[str, str], found: dict[str, _Given]
 ) -> None:
-    """One `key: value` of the file into `found`."""
+    """Read one `key: value` of the file into `found`."""
     where = f"{path}:{key_node.start_mark.line + 1}"
     key = str(key_node.value).replace("_", "-")
     option = _BY_KEY.get(key)
@@ -194,7 +194,7 @@ def _read_entry(
 
 
 def _listed(path: Path, where: str, key: str, value_node: Any) -> str:
-    """One value or a list of them, one a line. `${NAME}` stays as it is: a URL's parts are told apart first."""
+    """Join one value or a list of values by newlines. `${NAME}` is not replaced here: URLs are split into parts first."""
     items = [value_node] if isinstance(value_node.value, str) else value_node.value
     texts = [str(item.value) for item in items if isinstance(getattr(item, "value", None), str)]
     if len(texts) != len(items) or any("\n" in text for text in texts):
@@ -226,7 +226,7 @@ def _token_from_file(values: Mapping[str, Any], given: Mapping[str, _Given]) -> 
 
 
 def _check_together(config: ServerConfig, given: Mapping[str, _Given]) -> None:
-    """What single values cannot tell."""
+    """Check settings against each other."""
 
     def said(name: str) -> str:
         return given[name].said if name in given else f"{_BY_NAME[name].flag} {getattr(config, name)}"

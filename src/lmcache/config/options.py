@@ -1,4 +1,4 @@
-"""A row of the table of settings, and the parsers that rows use: text -> value, or ValueError with what it must be."""
+"""The rows of the table of settings, and their parsers, which turn text into a value or raise ValueError ("must be ...")."""
 
 from __future__ import annotations
 
@@ -20,44 +20,44 @@ _LONGEST_SOCKET_DIR = 80  # bytes: sun_path holds 108, and the socket's own name
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-    """One row of the table: how a setting is called, read and explained."""
+    """One row of the table: the name, the parser and the help text of a setting."""
 
     name: str
     group: str
     help: str
     metavar: str
     parse: Callable[[str], Any]
-    """Text -> value. Raises ValueError with what was expected ("must be ...")."""
+    """Turns text into a value. Raises ValueError that says what was expected ("must be ...")."""
     default_text: str
     secret: bool = False
     in_file: bool = True
     extra_env: str = ""
     repeat: bool = False
-    """May be given several times; the values come one a line, and `parse` gives a tuple."""
+    """Whether the setting may be given several times. The values are then joined by newlines, and `parse` returns a tuple."""
 
     @property
     def flag(self) -> str:
-        """As typed: `--l1-size-gb`."""
+        """The name of the flag, such as `--l1-size-gb`."""
         return "--" + self.key
 
     @property
     def key(self) -> str:
-        """As written in a file: `l1-size-gb`."""
+        """The key in a file, such as `l1-size-gb`."""
         return self.name.replace("_", "-")
 
     @property
     def env(self) -> str:
-        """As exported: `LMCACHE_SERVER_L1_SIZE_GB`."""
+        """The environment variable, such as `LMCACHE_SERVER_L1_SIZE_GB`."""
         return ENV_PREFIX + self.name.upper()
 
     @property
     def is_switch(self) -> bool:
-        """Whether the flag stands alone, without a value."""
+        """Whether the flag takes no value."""
         return self.parse is switch
 
 
 def integer(low: int, high: int) -> Callable[[str], int]:
-    """A whole number in [low, high]."""
+    """Return a parser of integers in [low, high]."""
 
     def parse(text: str) -> int:
         if not re.fullmatch(r"[+-]?[0-9]{1,18}", text) or not low <= int(text) <= high:
@@ -68,7 +68,7 @@ def integer(low: int, high: int) -> Callable[[str], int]:
 
 
 class TypedNumber(float):
-    """A number that is shown as it was typed, so that an error names what the user wrote: `1000000`, not `1e+06`."""
+    """A number that is shown as it was typed, so that an error repeats what the user wrote: `1000000`, not `1e+06`."""
 
     def __new__(cls, text: str | float) -> TypedNumber:
         made = super().__new__(cls, text)
@@ -82,7 +82,7 @@ class TypedNumber(float):
 
 
 def number(low: float, high: float) -> Callable[[str], float]:
-    """A finite number in [low, high]."""
+    """Return a parser of finite numbers in [low, high]."""
 
     def parse(text: str) -> float:
         try:
@@ -97,12 +97,12 @@ def number(low: float, high: float) -> Callable[[str], float]:
 
 
 def l1_size(text: str) -> float:
-    """GiB; `auto` is 0, which `lmcache.server.preflight` replaces by what suits the machine."""
+    """Parse GiB. `auto` is 0, which `lmcache.server.preflight` replaces by a size that suits the machine."""
     return 0.0 if text.lower() == "auto" else number(0.001, 1e6)(text)
 
 
 def choice(names: tuple[str, ...]) -> Callable[[str], str]:
-    """One of some upper-case names, typed in any case."""
+    """Return a parser of one of the upper-case `names`, typed in any case."""
 
     def parse(text: str) -> str:
         if text.upper() not in names:
@@ -113,7 +113,7 @@ def choice(names: tuple[str, ...]) -> Callable[[str], str]:
 
 
 def address(text: str) -> str:
-    """An IP address; names are not looked up, since their answer may change. `localhost` and `*` are spelled out."""
+    """Parse an IP address. Only the names `localhost` and `*` are accepted, since others may resolve differently later."""
     named = {"localhost": "127.0.0.1", "*": "0.0.0.0"}.get(text.lower(), text.strip("[]"))
     try:
         return str(ipaddress.ip_address(named))
@@ -122,14 +122,14 @@ def address(text: str) -> str:
 
 
 def path(text: str) -> Path:
-    """An absolute path; `~` is the home directory."""
+    """Parse a path and make it absolute; `~` is the home directory."""
     if not text or "\0" in text:
         raise ValueError("must be a path")
     return Path(text).expanduser().absolute()
 
 
 def socket_dir(text: str) -> Path:
-    """A directory short enough for the address of a Unix socket in it."""
+    """Parse the path of a directory, short enough for the address of a Unix socket in it."""
     directory = path(text)
     if len(os.fsencode(directory)) > _LONGEST_SOCKET_DIR:
         raise ValueError(f"too long for a Unix socket: use a path of at most {_LONGEST_SOCKET_DIR} bytes")
@@ -137,14 +137,14 @@ def socket_dir(text: str) -> Path:
 
 
 def switch(text: str) -> bool:
-    """true or false, as YAML and shells say it."""
+    """Parse true or false, in the spellings of YAML and shells."""
     if text.lower() not in ("1", "true", "yes", "on", "0", "false", "no", "off"):
         raise ValueError("must be true or false")
     return text.lower() in ("1", "true", "yes", "on")
 
 
 def word(*names: str) -> Callable[[str], str]:
-    """One of some lower-case words, typed in any case."""
+    """Return a parser of one of the lower-case `names`, typed in any case."""
 
     def parse(text: str) -> str:
         if text.lower() not in names:
@@ -155,27 +155,27 @@ def word(*names: str) -> Callable[[str], str]:
 
 
 def urls(text: str) -> tuple[str, ...]:
-    """URLs, one a line or separated by blanks. What they mean is looked at by whoever uses them."""
+    """Parse URLs, separated by newlines or blanks. Their users check what they mean."""
     found = tuple(text.split())
     for one in found:
         if "://" not in one:
-            raise ValueError(f"must be URLs; {redacted_url(one)!r} is none")
+            raise ValueError(f"must be URLs; {redacted_url(one)!r} is not one")
     return found
 
 
 def lines(text: str) -> tuple[str, ...]:
-    """One value a line."""
+    """Parse one value a line, skipping empty lines."""
     return tuple(line.strip() for line in text.splitlines() if line.strip())
 
 
 def redacted_url(text: str) -> str:
-    """The text with everything that could be a password in a URL as `***`."""
+    """Return the text with all parts of URLs that may be passwords replaced by `***`."""
     text = re.sub(r"(://[^:/?#@]*):[^/?#]*@", r"\1:***@", text)
     return re.sub(r"([?&][^=&]*(?:key|secret|token|password)(?<!_file)=)[^&]+", r"\1***", text, flags=re.IGNORECASE)
 
 
 def numa(text: str) -> str:
-    """`auto`, `spread`, or a list of node numbers; whether they exist is looked at when memory is placed."""
+    """Parse `auto`, `spread`, or a list of node numbers. Whether the nodes exist is checked when memory is placed."""
     if text.lower() in ("auto", "spread"):
         return text.lower()
     if not re.fullmatch(r"\d{1,4}(-\d{1,4})?(,\d{1,4}(-\d{1,4})?)*", text):
@@ -184,7 +184,7 @@ def numa(text: str) -> str:
 
 
 def token(text: str) -> str:
-    """A bearer token."""
+    """Parse a bearer token."""
     if not re.fullmatch(r"[!-~]{1,512}", text):
         raise ValueError("must be 1 to 512 printable ASCII characters without spaces")
     return text
@@ -203,7 +203,7 @@ def read_file(path: Path, name: str, remedy: str = "") -> bytes:
 
 
 def default_socket_dir() -> Path:
-    """The user's runtime directory where there is one, else a private place in /tmp."""
+    """Return the user's runtime directory where there is one, else a private directory in /tmp."""
     runtime = os.environ.get("XDG_RUNTIME_DIR", "")
     if runtime.startswith("/") and len(os.fsencode(runtime)) < _LONGEST_SOCKET_DIR - 8 and os.access(runtime, os.W_OK):
         return Path(runtime, "lmcache")

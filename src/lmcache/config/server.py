@@ -1,8 +1,8 @@
-"""The server's settings: one table, from which flags, environment names, file keys and the help text all come.
+"""The server's settings: one table that defines flags, environment variables, file keys and help texts.
 
-The table is `ServerConfig` itself: each field carries its parser and its help. A field `l1_size_gb` is the flag
-`--l1-size-gb`, the variable `LMCACHE_SERVER_L1_SIZE_GB` and the file's key `l1-size-gb` (`l1_size_gb` too).
-A flag beats the environment, which beats the file, which beats the default.
+The table is `ServerConfig` itself: each field has its parser and its help text. A field `l1_size_gb` is the flag
+`--l1-size-gb`, the variable `LMCACHE_SERVER_L1_SIZE_GB` and the file's key `l1-size-gb` (also `l1_size_gb`).
+A flag overrides the environment, which overrides the file, which overrides the default.
 """
 # ruff: noqa: RUF009 - fields get their defaults and their row of the table from one call
 
@@ -24,7 +24,7 @@ LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 
 def _option(group: str, metavar: str, parse: Callable[[str], Any], default: Any, help: str, **more: Any) -> Any:
-    """A field of ServerConfig with its row of the table in the metadata."""
+    """Return a field of ServerConfig with its row of the table in the metadata."""
     text = more.pop(
         "default_text", "" if default is None else f"{default:g}" if isinstance(default, float) else str(default)
     )
@@ -37,7 +37,7 @@ def _option(group: str, metavar: str, parse: Callable[[str], Any], default: Any,
 
 @dataclasses.dataclass(frozen=True)
 class ServerConfig:
-    """Everything `lmcache server` was told, checked for meaning. `load` fills it; code may construct it directly."""
+    """All settings of `lmcache server`, checked for meaning. `load` fills it; code may also construct it directly."""
 
     l1_size_gb: float = _option(
         "cache",
@@ -52,30 +52,30 @@ class ServerConfig:
         "NAME",
         read.choice(POLICIES),
         "LRU",
-        help="What makes room in a full L1. LRU: what was unused longest goes first, a prompt's end before its start.",
+        help="Which chunks a full L1 evicts. LRU: those unused for longest go first, a prompt's end before its start.",
     )
     chunk_size: int = _option(
         "cache",
         "TOKENS",
         read.integer(1, 1 << 20),
         256,
-        help="Tokens in a chunk, the unit of reuse. Small finds more in short prompts and costs more per token; "
-        "any size works with any block size of the engine. Engines learn it from the server.",
+        help="Tokens in a chunk, the unit of reuse. Small chunks find more in short prompts and cost more per token; "
+        "any size works with any block size of the engine. Engines learn the size from the server.",
     )
     lease_seconds: float = _option(
         "cache",
         "SECONDS",
         read.number(1, 3600),
         30.0,
-        help="How long an engine may take to fetch what a lookup promised it, or to store what it got room for, and a tier to "
-        "load what it has. Later their slots count as quarantined: out of use until they let go of them or have ended.",
+        help="How long an engine may take to load what a lookup found or to store what it reserved, and a tier to finish a "
+        "load. After that their memory counts as quarantined: out of use until they release it or have ended.",
     )
     max_workers: int = _option(
         "cache",
         "N",
         read.integer(1, 256),
         2,
-        help="I/O threads for engines on other hosts. Engines on this host copy by themselves; tiers have threads of their own.",
+        help="I/O threads for engines on other hosts. Engines on this host copy by themselves; tiers have their own threads.",
     )
 
     l2: tuple[str, ...] = _option(
@@ -85,7 +85,7 @@ class ServerConfig:
         (),
         default_text="none",
         repeat=True,
-        help="A tier behind L1, may be given several times, the nearest first: disk:///var/lib/lmcache?max_gb=200, "
+        help="A tier behind L1; may be given several times, the nearest first: disk:///var/lib/lmcache?max_gb=200, "
         "dir:///mnt/shared, redis://:${PASSWORD}@host:6379/0?max_gb=50, s3://bucket/prefix?region=... . For every tier: "
         "write=through|on-evict|none, read=yes|no, name=NAME. docs/tiers has a page for each.",
     )
@@ -96,7 +96,7 @@ class ServerConfig:
         (),
         default_text="none",
         repeat=True,
-        help="""The same as JSON: '{"type": "fs", "base_path": "/data"}'. Types: fs, resp (Redis), s3.""",
+        help="""A tier as JSON: '{"type": "fs", "base_path": "/data"}'. Types: fs, resp (Redis), s3.""",
     )
     l2_required: bool = _option(
         "tiers",
@@ -104,14 +104,14 @@ class ServerConfig:
         read.switch,
         False,
         default_text="off",
-        help="Do not start when a tier cannot be reached. Otherwise the server goes on without it and tries again.",
+        help="Refuse to start when a tier cannot be reached. Otherwise the server starts without it and tries again.",
     )
     l2_patience_seconds: float = _option(
         "tiers",
         "SECONDS",
         read.number(0.01, 600),
         10.0,
-        help="The longest that a request waits for loads from tiers, where nothing shorter is known to be sensible.",
+        help="The longest that a request waits for loads from tiers, where the measured speeds suggest nothing shorter.",
     )
     l2_queue_gb: float = _option(
         "tiers",
@@ -119,21 +119,21 @@ class ServerConfig:
         read.number(0, 1e6),
         0.0,
         default_text="half of L1",
-        help="Bytes of chunks that may wait to be written to a tier, in GiB; beyond it the newest are not written.",
+        help="Bytes of chunks that may wait to be written to a tier, in GiB; beyond it the newest chunks are not written.",
     )
     worth: str = _option(
         "tiers",
         "WHEN",
         read.word("auto", "always"),
         "auto",
-        help="auto: do not load what the engine computes sooner, by both measured speeds. always: load whatever is there.",
+        help="auto: do not load what the engine computes sooner, by the measured speeds. always: load whatever a tier holds.",
     )
     drain_seconds: float = _option(
         "tiers",
         "SECONDS",
         read.number(0, 3600),
         10.0,
-        help="How long SIGTERM waits for what is still to be written to tiers.",
+        help="How long the server, after SIGTERM, goes on writing queued chunks to tiers.",
     )
 
     host: str = _option(
@@ -148,14 +148,14 @@ class ServerConfig:
         "PORT",
         read.integer(0, 65535),
         5555,
-        help="TCP port for engines (ZMQ). 0 takes a free one; the log says which.",
+        help="TCP port for engines (ZMQ). 0 takes a free one, which the log names.",
     )
     http_host: str = _option(
         "network",
         "ADDRESS",
         read.address,
         "0.0.0.0",
-        help="Address of health, status and metrics (HTTP). To change something, be local or hold the token.",
+        help="Address of health, status and metrics (HTTP). Calls that change something need a local client or the token.",
     )
     http_port: int = _option(
         "network",
@@ -170,8 +170,8 @@ class ServerConfig:
         read.socket_dir,
         read.default_socket_dir,
         default_text="$XDG_RUNTIME_DIR/lmcache or /tmp/lmcache-UID",
-        help="Folder (0700) of the Unix socket through which engines on this host get the arena. "
-        "Share it with an engine's container to give it the fast way.",
+        help="Directory (0700) of the Unix socket through which engines on this host get the arena. "
+        "Mount it in an engine's container so that the engine maps the arena too.",
     )
 
     auth_key_file: Path | None = _option(
@@ -207,15 +207,15 @@ class ServerConfig:
         "DIR",
         read.path,
         Path("/dev/shm"),
-        help="Where the L1 memory file lives; a memory file system (tmpfs, hugetlbfs).",
+        help="Directory of the L1 memory file, in a memory file system (tmpfs, hugetlbfs).",
     )
     numa: str = _option(
         "machine",
         "NODES",
         read.numa,
         "auto",
-        help="Memory nodes of L1. auto and spread: all of them by turns (auto leaves a machine with one alone); "
-        "0 or 0,2-3: these only, for engines whose GPUs hang on them.",
+        help="Memory nodes of L1. auto and spread: interleaved over all nodes (auto does nothing on a single node); "
+        "0 or 0,2-3: only these, for engines whose GPUs are attached to them.",
     )
     log_level: str = _option(
         "machine",
@@ -232,7 +232,7 @@ class ServerConfig:
         None,
         in_file=False,
         help="YAML file with any of these settings, `l1-size-gb: 20` for --l1-size-gb 20; ${NAME} takes a value from "
-        "the environment. `lmcache config check FILE` shows the outcome.",
+        "the environment. `lmcache config check FILE` prints the result.",
     )
 
     @property
@@ -249,22 +249,22 @@ class ServerConfig:
 
     @property
     def endpoint(self) -> str:
-        """Where ZMQ binds: `tcp://127.0.0.1:5555`."""
+        """The address that ZMQ binds, such as `tcp://127.0.0.1:5555`."""
         return f"tcp://{in_url(self.host)}:{self.port}"
 
     @property
     def http_url(self) -> str:
-        """Where HTTP listens: `http://0.0.0.0:8080`."""
+        """The URL at which HTTP listens, such as `http://0.0.0.0:8080`."""
         return f"http://{in_url(self.http_host)}:{self.http_port}"
 
     @property
     def beyond_loopback(self) -> bool:
-        """Whether other hosts may reach the engines' port."""
+        """Whether other hosts may connect to the engines' port."""
         return not ipaddress.ip_address(self.host).is_loopback
 
     @property
     def reach(self) -> str:
-        """One line for the log: who can reach the engines' port now."""
+        """One line for the log that says who can reach the engines' port."""
         where = f"Engines' port {self.endpoint}"
         if not self.beyond_loopback:
             return f"{where}: reachable from this host only"
@@ -274,7 +274,7 @@ class ServerConfig:
         return f"{where}: reachable by {who}, {proof}"
 
     def redacted(self) -> dict[str, object]:
-        """For /status and people: flag name -> value, JSON types only, secrets as `***`."""
+        """Return flag name -> value for /status and for people: JSON types only, secrets as `***`."""
         return {option.key: shown(option, getattr(self, option.name)) for option in OPTIONS}
 
 
@@ -293,7 +293,7 @@ GROUPS = {
 
 
 def shown(option: Option, value: object) -> object:
-    """A value as people and JSON may see it."""
+    """Return a value as people and JSON may see it, without secrets."""
     if option.secret:
         return "***" if value else None
     if option.name == "l1_size_gb" and not value:

@@ -1,8 +1,8 @@
-"""The arena: one file in a memory file system, owned by the server, mapped by engines that got its descriptor.
+"""The arena: one file in a memory file system. The server owns it; engines that got its descriptor map it.
 
-Pages are reserved (`posix_fallocate`) before an extent in them is handed out, so a full tmpfs gives an error and never SIGBUS;
-a background thread then touches them, since the first touch of a shared page costs more than ten copies into it.
-Nothing that decides is kept in the arena: an engine may overwrite any byte of it, and only KV would be wrong.
+The server allocates memory pages (`posix_fallocate`) before it hands out an extent in them, so a full tmpfs raises an error and
+never SIGBUS. A background thread then touches the pages, because the first touch of a shared page costs more than ten copies into
+it. The arena holds only KV and no state that the server decides by: an engine that overwrites any byte of it damages only KV.
 """
 
 from __future__ import annotations
@@ -31,70 +31,70 @@ logger = init_logger(__name__)
 ARENA_ID_BYTES = 16
 _PREFIX, _SUFFIX = "lmcache-", ".arena"
 _STEP_BYTES = 2 << 20
-"""Pages are reserved and touched in steps of this size. Touching holds the process's memory map: steps of 64 MiB were seen to
-stall its other threads for tens of milliseconds, these for one."""
+"""Pages are allocated and touched in steps of this size. Touching holds the process's memory map lock: steps of 64 MiB stalled
+the process's other threads for tens of milliseconds, steps of this size stall them for one."""
 _HELD_UP_SECONDS, _PAUSE, _LONGEST_PAUSE_SECONDS = 0.0005, 20.0, 0.25
-"""A step that waited for so long, for a core or a lock, is followed by a pause of so many times that, up to the last one.
-Beside as many busy threads as there are cores it takes some 5 % of one core then."""
+"""A step that waited longer than the first value for a core or a lock is followed by a pause of `_PAUSE` times its wait, at most
+the last value. Beside as many busy threads as there are cores, the thread then takes some 5 % of one core."""
 _STARTING_SECONDS = 10.0
-"""An empty file younger than this belongs to a server that is about to lock it."""
+"""An empty arena file younger than this belongs to a server that is starting and has not locked it yet."""
 _MADV_HUGEPAGE, _MADV_POPULATE_WRITE = 14, 23  # uapi/asm-generic/mman-common.h; POPULATE needs Linux 5.14
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class ArenaFull(LMCacheError):
-    """The memory file system has no page left, whatever `--l1-size-gb` says."""
+    """The memory file system has no free page left, although the arena has not reached `--l1-size-gb`."""
 
 
 class Mapping:
-    """The arena mapped into this process. `address` is where byte 0 of it lies here.
+    """The arena mapped into this process. `address` is the address of its byte 0 in this process.
 
     Raises:
-        OSError: the kernel refuses. ValueError: the file is shorter than `size_bytes`, so that touching its end would kill.
+        OSError: the kernel refuses. ValueError: the file is shorter than `size_bytes`; access beyond its end would kill.
     """
 
     def __init__(self, descriptor: int, size_bytes: int) -> None:
         self.size_bytes = size_bytes
         if not 0 < size_bytes <= os.fstat(descriptor).st_size:
             raise ValueError(
-                f"an arena of {size_bytes} bytes is announced, its file has {os.fstat(descriptor).st_size}"
+                f"the server announced an arena of {size_bytes} bytes, but its file has {os.fstat(descriptor).st_size}"
             )
         self._map = mmap.mmap(descriptor, size_bytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
         self._anchor = ctypes.c_char.from_buffer(self._map)
         self.address = ctypes.addressof(self._anchor)
-        # Huge pages are a wish: the kernel may refuse.
+        # Huge pages are optional: the kernel may refuse them.
         _libc.madvise(ctypes.c_void_p(self.address), ctypes.c_size_t(size_bytes), _MADV_HUGEPAGE)
 
     def populate(self, offset: int, length: int) -> None:
-        """Touch pages ahead of use, so that copies into them do not fault. A kernel without it faults later, no more."""
+        """Touch pages ahead of use, so that copies into them do not fault. A kernel without the call lets them fault later."""
         _libc.madvise(ctypes.c_void_p(self.address + offset), ctypes.c_size_t(length), _MADV_POPULATE_WRITE)
 
     def view(self, offset: int, length: int) -> memoryview:
-        """The bytes themselves, for payload frames."""
+        """Return the bytes [offset, offset + length) without a copy, for payload frames."""
         return memoryview(self._map)[offset : offset + length]
 
     def close(self) -> None:
-        """Unmap. Nobody may use `address` afterwards. What somebody still has a view of stays mapped until the process ends."""
+        """Unmap the arena; nobody may use `address` afterwards. Parts with open views stay mapped until the process ends."""
         del self._anchor
         try:
             self._map.close()
         except BufferError:
-            gc.collect()  # an exception that was caught may have kept its frames, and they their views
+            gc.collect()  # a caught exception may have kept its frames, and these their views
             with suppress(BufferError):
                 self._map.close()
 
 
 def populate_all(mapping: Mapping, stop: threading.Event) -> None:
-    """Touch the whole mapping, step by step; for a thread of its own."""
+    """Touch the complete mapping, step by step. The caller runs this in a thread of its own."""
     for offset, length in _patient_steps(mapping.size_bytes, stop):
         mapping.populate(offset, length)
 
 
 def _patient_steps(size_bytes: int, stop: threading.Event) -> Iterator[tuple[int, int]]:
-    """(offset, length) of each step. A step that others held up is followed by a pause, so that a busy machine keeps its cores.
+    """Yield (offset, length) of each step, with a pause after a step that had to wait, so that a busy machine keeps its cores.
 
-    Less priority would not do: a thread that hardly ever runs may be preempted while it holds the interpreter or the process's
-    memory map, and the whole process then waits for it; 0.9 s were seen on two busy cores, 0.03 s in this way.
+    A lower thread priority would not do: a thread that hardly ever runs may be preempted while it holds the interpreter lock or
+    the process's memory map lock, and the process then waits for it (0.9 s on two busy cores, against 0.03 s with pauses).
     """
     for offset in range(0, size_bytes, _STEP_BYTES):
         if stop.is_set():
@@ -111,7 +111,7 @@ class Arena:
     `numa` is a policy of `memory.numa`.
 
     Raises:
-        ConfigError: the file cannot be created there, or the pages cannot be placed so.
+        ConfigError: the file cannot be created in `directory`, or its pages cannot be placed by the `numa` policy.
     """
 
     def __init__(self, directory: Path, size_bytes: int, numa: str = "auto") -> None:
@@ -120,9 +120,9 @@ class Arena:
         self.path = directory / f"{_PREFIX}{os.getuid()}-{self.id.hex()}{_SUFFIX}"
         self.size_bytes = size_bytes
         self.backed_bytes = 0
-        """Bytes that have pages: only extents in these may be handed out."""
+        """Bytes that have memory pages. The server hands out only extents in these."""
         self.named = True
-        """Whether the file is to be found at `path`."""
+        """Whether `path` still names the file (False after `unlink`)."""
         self._backed = bytearray(-(-size_bytes // _STEP_BYTES))  # one byte a step
         self._lock = threading.Lock()
         self._stop = threading.Event()
@@ -141,29 +141,29 @@ class Arena:
             raise ConfigError(f"--l1-size-gb: cannot map {size_bytes} bytes in {directory}: {error}") from error
         try:
             self.nodes = place(self.mapping.address, size_bytes, numa)
-            """Memory nodes that the pages were told to lie on; empty where the kernel decides."""
+            """Numbers of the memory nodes on which the pages are placed; empty where the kernel chooses."""
             self.headers = headers.Headers(headers.beside(self.path), self.id, size_bytes)
         except ConfigError:
             self._remove()
             raise
 
     def unlink(self) -> None:
-        """Take the names of both files away: they are reached by descriptor only, and go with the last process that has one.
+        """Remove the names of both files. Their memory is freed with the last process that holds a descriptor or mapping.
 
-        For an arena that no later server is to adopt."""
+        This is for an arena that no later server is to adopt."""
         self.named = False
         self.path.unlink(missing_ok=True)
         self.headers.path.unlink(missing_ok=True)
 
     def start_prefault(self) -> None:
-        """Reserve and touch everything in the background, lowest addresses first."""
+        """Allocate and touch all pages in a background thread, lowest addresses first."""
         self._thread.start()
 
     def back(self, offsets: Iterable[int], length: int) -> None:
-        """Make sure that the `length` bytes at each of these offsets have pages.
+        """Allocate memory pages for the `length` bytes at each of these byte offsets.
 
         Raises:
-            ArenaFull: the file system is full; what was reserved before stays.
+            ArenaFull: the file system is full. Pages that were allocated before stay.
         """
         if self.backed_bytes == self.size_bytes:
             return
@@ -173,11 +173,11 @@ class Arena:
                 self._back_step(step)
 
     def has_sectors(self, offset: int, length: int) -> bool:
-        """Whether `back` has succeeded for these bytes."""
+        """Return whether these bytes have memory pages, as after `back`."""
         return all(self._backed[offset // _STEP_BYTES : (offset + length - 1) // _STEP_BYTES + 1])
 
     def close(self) -> None:
-        """Remove the file; its pages are freed once the last engine has unmapped it."""
+        """Remove the file. Its memory is freed once the last engine has unmapped it."""
         self._stop.set()
         if self._thread.ident is not None:
             self._thread.join()
@@ -201,36 +201,36 @@ class Arena:
             except OSError as error:
                 if error.errno not in (errno.ENOSPC, errno.ENOMEM, errno.EFBIG, errno.EDQUOT):
                     raise
-                room = f"{self.path.parent} has no room beyond {self.backed_bytes >> 20} MiB of the arena"
-                raise ArenaFull(f"{room}: free some, or start with a smaller --l1-size-gb") from error
+                room = f"{self.path.parent} is full: it holds only {self.backed_bytes >> 20} MiB of the arena"
+                raise ArenaFull(f"{room}: free some memory there, or start with a smaller --l1-size-gb") from error
             self._backed[step] = 1
             self.backed_bytes += length
 
     def _prefault(self) -> None:
         for first, length in _patient_steps(self.size_bytes, self._stop):
-            # Touched first and reserved then: reserving pages that are there is quick, and so the main thread hardly ever
-            # waits for the lock.
+            # Pages are touched before they are allocated: allocating pages that exist is quick, so the main thread hardly
+            # ever waits for the lock.
             self.mapping.populate(first, length)
             try:
                 self._back_step(first // _STEP_BYTES)
             except ArenaFull as error:
-                logger.warning("L1 stops growing: %s", error)
+                logger.warning("L1 stays smaller than --l1-size-gb: %s", error)
                 return
 
 
 def _claim(path: Path, descriptor: int) -> int:
-    """Lock the file, which tells the next server that this one is alive; the lock lives and dies with what is returned.
+    """Lock the file and return the locked descriptor. The lock shows the next server that this one is alive; closing ends it.
 
-    Not through the arena's own descriptor: engines get that one, and what they map keeps it, and its locks, alive.
+    The lock needs a descriptor of its own: engines get the arena's, and their mappings would keep its lock alive.
 
     Raises:
-        OSError: a server that starts at the same moment took the file for a dead one's.
+        OSError: another server started at the same moment and took the file for the arena of a dead server.
     """
     claim = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if not os.path.samestat(os.stat(path), os.fstat(descriptor)):
-            raise FileNotFoundError(errno.ENOENT, "replaced while it was made; try again", str(path))
+            raise FileNotFoundError(errno.ENOENT, "another server removed it during the start; try again", str(path))
     except OSError:
         os.close(claim)
         raise
@@ -238,11 +238,11 @@ def _claim(path: Path, descriptor: int) -> int:
 
 
 def reclaim_stale(directory: Path) -> int:
-    """Remove the arenas of this user's dead servers, and their extent headers; return the arenas' bytes.
+    """Remove the arenas of this user's dead servers with their extent headers. Return the bytes of these arenas.
 
-    A live server holds a lock on its arena, which is made before its headers and removed after them.
+    A live server holds a lock on its arena. It creates the arena before its headers and removes it after them.
 
-    Engines that still map one keep its pages until they let go; unlinking never takes memory from under them.
+    Engines that still map a removed arena keep its pages until they unmap it; unlinking takes no memory from under them.
     """
     freed = 0
     for path in directory.glob(f"{_PREFIX}{os.getuid()}-*{_SUFFIX}"):

@@ -1,11 +1,11 @@
 """Extent headers: a file beside the arena that says which extents hold which committed shards, and which may still be written to,
 for the server after a crash.
 
-No engine gets this file, so what it says can be trusted as far as the user can. After the file's own header (one sector) it has
-one fixed record for each sector of the arena, that of an extent at the extent's first sector; the file is sparse, so only extents take
-memory: 4 KiB for an extent of 170 KiB or more. Records are written, not mapped, since writing to a full memory file system gives
-an error where a mapping would kill. A record counts when its checksum is right and it is of the file's present generation
-and number of clears; so clearing costs one write. Little-endian:
+Engines do not get this file, so its contents are as trustworthy as the user is. The file begins with a header of its own (4 KiB).
+One record of fixed size follows for each sector of the arena; an extent's record is that of its first sector. The file is sparse:
+only extents take memory, 4 KiB for an extent of 170 KiB or more. The server writes records and does not map them, because a write
+to a full memory file system returns an error where an access to a mapping would kill the process. A record is valid when its
+checksum is right and its generation and number of clears are those of the file, so clearing costs one write. Little-endian:
 
     file    magic 8, version u32, record bytes u32, generation 8, clears u64, arena id 16, arena bytes u64, epoch u64, crc32 u32
     record  magic 4, version u16, state u16, generation 8, clears u32, sector u32, stored bytes u64, shard u16, shards u16,
@@ -54,16 +54,16 @@ _NOTHING = bytes(8)
 
 
 def beside(arena: Path) -> Path:
-    """Where the headers of this arena are."""
+    """Return the path of the header file that belongs to this arena."""
     return arena.with_name(arena.name + SUFFIX)
 
 
 class DamagedHeaders(LMCacheError):
-    """The file is not one of ours, or of another version, or its own header is damaged: nothing in it may be used."""
+    """The file is not a header file, has another version, or its own header is damaged: no record of it may be used."""
 
 
 class ExtentHeader(NamedTuple):
-    """One committed shard: `stored_bytes` from `sector` on are shard number `shard` of `shards` of the chunk `key`."""
+    """One committed shard: `stored_bytes` from sector `sector` on are shard `shard` of `shards` of the chunk `key`."""
 
     sector: int
     stored_bytes: int
@@ -119,13 +119,13 @@ class Headers:
     """The file of a running server, the arena's `epoch`th.
 
     Raises:
-        ConfigError: it cannot be created.
+        ConfigError: the file cannot be created.
     """
 
     def __init__(self, path: Path, arena_id: bytes, arena_bytes: int, epoch: int = 1) -> None:
         self.path, self.epoch = path, epoch
         self.unwritten = 0
-        """Extents whose header found no room; they are usable now, and lost to a server that adopts the arena."""
+        """Header writes that failed. Such extents are usable now, but a server that adopts the arena does not find them."""
         self._arena_id, self._arena_bytes = arena_id, arena_bytes
         self._generation = secrets.token_bytes(8)
         self._clears = 0
@@ -155,7 +155,7 @@ class Headers:
         keys: bytes,
         parents: bytes,
     ) -> None:
-        """These extents hold what their keys say. `keys` and `parents` are 16 bytes an extent."""
+        """Record that the extents at `sectors` hold committed shards. `keys` and `parents` have 16 bytes for each extent."""
         for number, sector in enumerate(sectors):
             key, parent = keys[16 * number : 16 * number + 16], parents[16 * number : 16 * number + 16]
             record = _RECORD.pack(
@@ -170,11 +170,11 @@ class Headers:
                 self._report_unwritten(error)
 
     def freed(self, sectors: Iterable[int]) -> None:
-        """These extents hold nothing that counts."""
+        """Erase the records of these extents."""
         for sector in sectors:
             try:
                 os.pwrite(self._descriptor, _NOTHING, _FIRST_RECORD + sector * RECORD_BYTES)
-            except OSError as error:  # it has never been written then, or the file is gone: nothing to erase
+            except OSError as error:  # the record was never written, or the file is gone: there is nothing to erase
                 self._report_unwritten(error)
 
     def opened(self, number: int, stored_bytes: int, sectors: Sequence[int], writer: Writer) -> None:
@@ -203,7 +203,7 @@ class Headers:
             os.pwrite(self._descriptor, _NOTHING, place)
 
     def cleared(self) -> None:
-        """No extent holds anything that counts."""
+        """Invalidate all records with one write."""
         self._clears += 1
         if self._void:
             for entries in self._open.values():
@@ -237,9 +237,7 @@ class Headers:
 
     def _report_unwritten(self, error: OSError) -> None:
         if not self.unwritten:
-            logger.warning(
-                "%s: extent headers find no room, so these extents end with this server: %s", self.path, error
-            )
+            logger.warning("%s: cannot write extent headers, so later servers lose these extents: %s", self.path, error)
         self.unwritten += 1
 
 
@@ -257,7 +255,7 @@ def read_headers(path: Path) -> Left:
     """What a server that is no more has left.
 
     Raises:
-        DamagedHeaders: nothing in the file may be used. OSError: it cannot be read.
+        DamagedHeaders: no record of the file may be used. OSError: the file cannot be read.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:

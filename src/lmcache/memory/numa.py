@@ -1,4 +1,4 @@
-"""On which memory nodes the arena's pages lie: the kernel's policy for a shared mapping, which then holds for all who map it."""
+"""NUMA placement of the arena: sets the kernel's memory policy for the shared mapping, which holds for all that map it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from lmcache.errors import ConfigError
 
 _MBIND = {"x86_64": 237, "aarch64": 235}
-"""System call numbers: asm/unistd_64.h, asm-generic/unistd.h."""
+"""System call numbers of mbind, from asm/unistd_64.h and asm-generic/unistd.h."""
 _MPOL_BIND, _MPOL_INTERLEAVE = 2, 3  # uapi/linux/mempolicy.h
 _MAX_NODES = 1024
 _NODES = Path("/sys/devices/system/node")
@@ -20,7 +20,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def nodes_of(text: str) -> list[int]:
-    """Node numbers of a list such as `0,2-3`. Raises ValueError: it is none."""
+    """Parse a list of node numbers such as `0,2-3`. Raises ValueError for any other text."""
     nodes: set[int] = set()
     for part in text.strip().split(","):
         found = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", part)
@@ -31,7 +31,7 @@ def nodes_of(text: str) -> list[int]:
 
 
 def online_nodes(folder: Path = _NODES) -> list[int]:
-    """Nodes that have memory; [0] where the kernel does not tell."""
+    """Return the numbers of the nodes that have memory; [0] where the kernel does not list them."""
     for name in ("has_memory", "online"):
         try:
             return nodes_of((folder / name).read_text())
@@ -41,13 +41,13 @@ def online_nodes(folder: Path = _NODES) -> list[int]:
 
 
 def place(address: int, size_bytes: int, policy: str, nodes_there: list[int] | None = None) -> list[int]:
-    """Tell the kernel where the pages of this shared mapping are to lie, before any is touched.
+    """Tell the kernel on which nodes to place the pages of this shared mapping, before any of them is touched.
 
-    policy: `auto` (over all nodes by turns where there are several, else as the kernel likes), `spread` (over all nodes by
-    turns), or nodes, to which pages are bound. Returns the nodes; empty where nothing was asked of the kernel.
+    policy: `auto` (interleaved over all nodes where there are several, else the kernel's default), `spread` (interleaved over
+    all nodes), or a list of nodes to bind the pages to. Returns the node numbers; empty where the kernel's default stays.
 
     Raises:
-        ConfigError: there is no such node, or the kernel refuses.
+        ConfigError: there is no such node, or the kernel refuses the policy.
     """
     there = online_nodes() if nodes_there is None else nodes_there
     if policy == "auto" and len(there) < 2:
@@ -62,14 +62,14 @@ def place(address: int, size_bytes: int, policy: str, nodes_there: list[int] | N
     mode = _MPOL_INTERLEAVE if policy in ("auto", "spread") else _MPOL_BIND
     number = _MBIND.get(platform.machine())
     if number is None:
-        raise ConfigError(f"--numa {policy}: not known how on {platform.machine()}; leave it at auto")
+        raise ConfigError(f"--numa {policy}: not supported on {platform.machine()}; leave it at auto")
     failed = _libc.syscall(
         ctypes.c_long(number),
         ctypes.c_void_p(address),
         ctypes.c_ulong(size_bytes),
         ctypes.c_int(mode),
         mask,
-        ctypes.c_ulong(_MAX_NODES + 1),  # the kernel looks at one bit less
+        ctypes.c_ulong(_MAX_NODES + 1),  # the kernel reads one bit less
         ctypes.c_uint(0),
     )
     if failed and policy != "auto":

@@ -1,13 +1,13 @@
-"""Which part of the arena belongs to which space: regions cut from free memory, extents cut from regions.
+"""The assignment of the arena to spaces: regions are cut from free memory, extents are cut from regions.
 
-All extents of a *space* have one size. It owns *regions*, each a whole number of extents laid end to end, and gives extents
-out lowest address first, so that memory which was touched (and faulted in) before is used before memory which never
-was. Everything is counted in sectors of 4096 bytes and sized exactly: a region wastes nothing, and all that can be lost
-is holes between regions that are smaller than an extent. `window` names the regions to empty when another space needs
-room and free memory has no hole large enough.
+All extents of a *space* have one size. The space owns *regions*, each an integral number of adjacent extents, and hands out
+the extent with the lowest address first, so that memory which was touched (and faulted in) before is reused before memory that
+never was. All sizes are counted in sectors of 4096 bytes and are exact: a region wastes nothing, and only holes between regions
+that are smaller than an extent are lost. `window` names the regions to empty when another space needs memory and no hole of free
+memory is large enough.
 
-There is no Python object an extent: a region keeps one byte for each extent it ever handed out, and a frontier behind them.
-This is bookkeeping only; nothing here touches the memory itself.
+There is no Python object for an extent: a region keeps one byte for each extent that it ever handed out, and a frontier behind
+them. This module does bookkeeping only and never touches the arena's memory.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ SECTOR_BYTES = 4096
 NO_EXTENT = 2**32 - 1
 """Where a sector number names an extent, by its first sector: there is none. Sector numbers are u32, below this one."""
 
-# A region should be large, so that there are few, and small beside the arena, so that several spaces can share it.
+# A region should be large, so that there are few of them, and small beside the arena, so that several spaces can share it.
 _REGION_BYTES = 64 << 20
 _REGION_PART = 64
 _REGION_PART_SMALL_ARENA = 16
 _WASTE = 0.03
-"""Part of a run of sectors that may be left over at its end when a window is chosen; the rest is lost between regions."""
+"""Largest fraction of a window that may be left over at its end; what is left over is lost between regions."""
 
 
 class Region:
-    """A run of equal extents of one space: sectors [first_page, end_page). Read it, but change it through `Slabs` only."""
+    """Adjacent extents of one space: sectors [first_page, end_page). Callers may read it; only `Slabs` changes it."""
 
     __slots__ = ("_hint", "_taken", "extent_sectors", "extents", "first_sector", "space", "used")
 
@@ -39,7 +39,7 @@ class Region:
         self.extent_sectors = extent_sectors
         self.extents = extents
         self.used = 0  # extents in use
-        self._taken = bytearray()  # one byte an extent before the frontier: 1 in use, 0 free again
+        self._taken = bytearray()  # one byte for each extent before the frontier: 1 in use, 0 free again
         self._hint = 0  # no extent below this one is free
 
     def __repr__(self) -> str:
@@ -60,7 +60,7 @@ class Region:
         return self.used * self.extent_sectors * SECTOR_BYTES
 
     def sectors_in_use(self) -> list[int]:
-        """The sectors of its extents in use, ascending."""
+        """Return the first sector of each extent in use, ascending."""
         return [
             self.first_sector + extent * self.extent_sectors
             for extent in itertools.compress(range(self.extents), self._taken)
@@ -81,7 +81,7 @@ class Region:
     def _free(self, sector: int) -> None:
         extent, odd = divmod(sector - self.first_sector, self.extent_sectors)
         if odd or extent >= len(self._taken) or not self._taken[extent]:
-            raise ValueError(f"sector {sector} is not an extent in use of {self!r}; free each extent once")
+            raise ValueError(f"sector {sector} does not begin an extent in use of {self!r}; free each extent once")
         self._taken[extent] = 0
         self._hint = min(self._hint, extent)
         self.used -= 1
@@ -105,7 +105,7 @@ class _Space:
 
 
 class Slabs:
-    """The map of one arena of `total_bytes` (rounded down to whole sectors)."""
+    """The allocation map of one arena of `total_bytes`, rounded down to complete sectors."""
 
     def __init__(self, total_bytes: int) -> None:
         sectors = total_bytes // SECTOR_BYTES
@@ -117,47 +117,47 @@ class Slabs:
         self._spaces: dict[int, _Space] = {}
         self._regions: dict[int, Region] = {}  # by first sector
         self._starts: list[int] = []  # first sectors of all regions, ascending
-        self._hole_starts: list[int] = [0]  # free runs, ascending, never adjacent
+        self._hole_starts: list[int] = [0]  # runs of free sectors, ascending, never adjacent
         self._hole_ends: list[int] = [sectors]
         self._free_sectors = sectors
 
     @property
     def free_bytes(self) -> int:
-        """Bytes that belong to no region."""
+        """Bytes of the arena that belong to no region."""
         return self._free_sectors * SECTOR_BYTES
 
     def holes(self) -> list[tuple[int, int]]:
-        """The free runs as (first sector, end sector), ascending."""
+        """Return the runs of free sectors as (first sector, end sector), ascending."""
         return list(zip(self._hole_starts, self._hole_ends, strict=True))
 
     # Spaces
 
     def open(self, space: int, shard_bytes: int) -> None:
-        """Make a space known; its extents are `shard_bytes` rounded up to whole sectors. It holds no memory until `grow`."""
+        """Add a space, whose extents are `shard_bytes` rounded up to complete sectors. It holds no memory until `grow`."""
         if space in self._spaces:
-            raise ValueError(f"space {space} is open already; close it first")
+            raise ValueError(f"space {space} is already open; close it first")
         if shard_bytes < 1:
-            raise ValueError(f"an extent of {shard_bytes} bytes is impossible; give at least 1")
+            raise ValueError(f"an extent of {shard_bytes} bytes is not possible; give at least 1")
         self._spaces[space] = _Space(-(-shard_bytes // SECTOR_BYTES))
 
     def close(self, space: int) -> None:
-        """Forget a space that holds no region; ValueError otherwise."""
+        """Remove a space that holds no region. Raises ValueError when it holds one."""
         held = self.held_bytes(space)
         if held:
             raise ValueError(f"space {space} still holds {held} bytes; empty its regions and take them first")
         del self._spaces[space]
 
     def regions(self, space: int) -> list[Region]:
-        """The space's regions by ascending address."""
+        """Return the space's regions by ascending address."""
         self._space(space)
         return [region for region in map(self._regions.__getitem__, self._starts) if region.space == space]
 
     def held_bytes(self, space: int) -> int:
-        """Bytes of all its regions, used or not."""
+        """Return the bytes of all regions of the space, used or not."""
         return self._space(space).held * SECTOR_BYTES
 
     def region_bytes(self, space: int) -> int:
-        """What it gets at once, where free memory allows."""
+        """Return the standard size of a region of this space, which `grow` takes where free memory allows."""
         extent_sectors = self._space(space).extent_sectors
         return max(1, self._region_sectors // extent_sectors) * extent_sectors * SECTOR_BYTES
 
@@ -165,17 +165,17 @@ class Slabs:
         return self._space(space).used
 
     def extent_sectors(self, space: int) -> int:
-        """Sectors of one of its extents."""
+        """Return the number of sectors in one extent of the space."""
         return self._space(space).extent_sectors
 
     def used_in(self, region: Region) -> int:
-        """Extents of this region that are in use."""
+        """Return the number of extents of this region that are in use."""
         return region.used
 
     # Extents
 
     def alloc(self, space: int) -> int | None:
-        """The sector of the space's lowest free extent, which is in use now; None when it has none (then `grow`)."""
+        """Take the space's lowest free extent and return its first sector; None when there is none (then call `grow`)."""
         own = self._space(space)
         if not own.room:
             return None
@@ -187,7 +187,7 @@ class Slabs:
         return sector
 
     def free(self, space: int, sector: int) -> Region:
-        """Give an extent back; the region that it lies in. ValueError when `sector` is not an extent in use of that space."""
+        """Free an extent and return its region. Raises ValueError when `sector` begins no extent in use of that space."""
         own = self._space(space)
         region = self.region_of(sector)
         if region is None or region.space != space:
@@ -200,7 +200,7 @@ class Slabs:
         return region
 
     def vacate(self, space: int, keep: Set[int]) -> None:
-        """Free all its extents but those at the sectors in `keep`, in one go."""
+        """Free all extents of the space at once, except those whose first sector is in `keep`."""
         own = self._space(space)
         own.used, own.room = 0, []
         for region in self.regions(space):
@@ -212,7 +212,7 @@ class Slabs:
     # Regions
 
     def region_of(self, sector: int) -> Region | None:
-        """The region that a sector lies in, or None when it is free memory (or outside the arena)."""
+        """Return the region that contains a sector, or None when the sector is free or outside the arena."""
         at = bisect.bisect_right(self._starts, sector) - 1
         if at < 0:
             return None
@@ -220,10 +220,10 @@ class Slabs:
         return region if sector < region.end_sector else None
 
     def grow(self, space: int) -> Region | None:
-        """Give the space one more region out of free memory; None when no hole has room for one of its extents.
+        """Give the space one more region of free memory. Return None when no hole is large enough for one of its extents.
 
-        The lowest hole that has room for a region of standard size serves, else the largest. What would remain of it is
-        taken along where it is too small for another such region.
+        The lowest hole that can hold a region of standard size is used, else the largest hole. The region takes all extents
+        of the hole when the rest would be too small for another region of standard size.
         """
         own = self._space(space)
         extents = max(1, self._region_sectors // own.extent_sectors)
@@ -243,9 +243,9 @@ class Slabs:
         return region
 
     def take(self, region: Region) -> None:
-        """Return an empty region to free memory; ValueError when it is in use, or not (or no longer) one of ours."""
+        """Return an empty region to free memory. Raises ValueError when it is in use or not a region of this arena."""
         if self._regions.get(region.first_sector) is not region:
-            raise ValueError(f"{region!r} is not a region of this arena; it may have been taken before")
+            raise ValueError(f"{region!r} is not a region of this arena; it may have been taken already")
         if region.used:
             raise ValueError(f"{region!r} has extents in use; free them first")
         del self._regions[region.first_sector]
@@ -256,12 +256,12 @@ class Slabs:
         self._add_hole(region.first_sector, region.end_sector)
 
     def window(self, space_needing: int, cost: Callable[[Region], float | None], most_bytes: int = 0) -> list[Region]:
-        """The regions to empty and take so that `grow(space_needing)` finds room.
+        """Choose the adjacent regions to empty and take so that `grow(space_needing)` succeeds.
 
-        Neighbours that leave little over for want of another extent come first, and among such those whose dearest one costs
-        least. A region without a cost (None) is never named. Room for a region of standard size is sought first, and room for
-        a single extent where that is impossible; `most_bytes` of regions may be named where that makes less waste. [] when
-        neither can be had, or when it is there already.
+        Windows that leave little behind that is too small for an extent are preferred; among these the one whose most expensive
+        region costs least. A region whose cost is None is never chosen. The window is large enough for a region of standard
+        size, or for a single extent where that is impossible; it may grow to `most_bytes` of regions where that wastes less.
+        The list is empty when no window exists, or when free memory is already large enough.
         """
         costs = {start: cost(region) for start, region in self._regions.items()}
         extent_sectors = self._space(space_needing).extent_sectors
@@ -274,7 +274,7 @@ class Slabs:
     def _cheapest(
         self, need_sectors: int, extent_sectors: int, most_sectors: int, costs: Mapping[int, float | None]
     ) -> list[Region] | None:
-        """Of the runs of holes and regions with a cost that are `need_sectors` long, or longer to waste less: the best."""
+        """Return the cheapest window of at least `need_sectors` sectors; it may be longer where that wastes less."""
         best: list[Region] | None = None
         best_cost: tuple[bool, float, int] | None = None
         parts = list(self._by_address())
@@ -297,7 +297,7 @@ class Slabs:
         return best
 
     def _by_address(self) -> Iterator[tuple[int, int, Region | None]]:
-        """Regions and holes by address as (first sector, end sector, region or None); together they are the whole arena."""
+        """Yield holes and regions by address as (first sector, end sector, region or None). Together they are the arena."""
         items: list[tuple[int, int, Region | None]] = [(start, end, None) for start, end in self.holes()]
         items += [(region.first_sector, region.end_sector, region) for region in self._regions.values()]
         return iter(sorted(items, key=lambda item: item[0]))

@@ -1,15 +1,14 @@
-/* Paged KV <-> extents, in one call without the GIL.
+/* Copies between paged KV and extents, in one call without the GIL.
  *
  * A plane (K or V of one layer) is a set of axes: token group, token, head, dim group, dim. Each axis has a stride in
- * paged memory and one in the extent. Axes that step alike on both sides are fused, until what is left is one of two
- * patterns:
+ * paged memory and one in the extent. Axes that step alike on both sides are fused, until one of two patterns is left:
  *   rows        runs of bytes that are contiguous on both sides: copied with non-temporal stores where they are long,
  *               because nobody reads the target soon and a normal store would read it from memory first;
- *   transpose   single items, one axis dense in paged memory and another one in the extent (K stored [dim][token], pairs
- *               of tokens or dims for matrix units): square tiles in registers.
- * So every layout is right by the same few lines, and the usual ones are fast.
+ *   transpose   single items, one axis dense in paged memory and another one in the extent (K stored [dim][token],
+ *               pairs of tokens or dims for matrix units): square tiles in registers.
+ * So the same few lines copy every layout correctly, and the usual layouts fast.
  *
- * `copy` trusts its bounds, which `runs_fit` sees to (transfer/bounds.py); nothing is allocated here.
+ * `copy` does not check bounds; its callers use `runs_fit` (transfer/bounds.py). Nothing is allocated here.
  */
 #include "native.h"
 
@@ -32,13 +31,13 @@ typedef struct {
 } Axis;
 
 typedef struct {
-    Axis axes[MAX_AXES]; /* outermost first; of a transpose the last two: dense in the extent, dense in paged memory */
+    Axis axes[MAX_AXES]; /* outermost first; the last two of a transpose: dense in the extent, dense in paged memory */
     int count;
     int transpose;
     int64_t item; /* bytes that are contiguous on both sides */
 } Pattern;
 
-/* The best one last. */
+/* Ordered from the slowest to the fastest. */
 static const Isa isas[] = {
     {"plain", rows_plain, transpose_2_plain, transpose_4_plain},
 #if defined(__x86_64__)
@@ -60,7 +59,7 @@ static int isa_supported(int64_t i)
     return i >= 0 && i < (int64_t)(sizeof isas / sizeof *isas);
 }
 
-/* Makes non-temporal stores visible to whoever is told, by whatever means, that the copy has ended. */
+/* Makes non-temporal stores visible to threads and processes that learn of the end of the copy in any way. */
 static void finish_streams(void)
 {
 #if defined(__x86_64__)
@@ -78,7 +77,7 @@ static void remove_axis(Pattern *p, int i)
         p->axes[i] = p->axes[i + 1];
 }
 
-/* One step of fusing: 1 while something could be fused. */
+/* Fuses one axis. Returns 1 when it did, 0 when no axis can be fused. */
 static int fuse(Pattern *p)
 {
     for (int i = 0; i < p->count; i++) {
@@ -100,7 +99,7 @@ static int fuse(Pattern *p)
     return 0;
 }
 
-/* Outermost the axis with the widest steps on the side that is to be walked in order: the extent, or paged memory. */
+/* Sorts the axes, outermost the widest steps on one side: the extent's (by_extent) or paged memory's. */
 static void sort_axes(Pattern *p, int by_extent)
 {
     for (int i = 1; i < p->count; i++)
@@ -113,7 +112,7 @@ static void sort_axes(Pattern *p, int by_extent)
         }
 }
 
-/* Moves the axis that is dense on one side to place `to`; 0 where there is none. */
+/* Moves the axis that is dense on one side to position `to`. Returns 0 where there is none. */
 static int move_dense(Pattern *p, int extent_side, int to)
 {
     for (int i = 0; i <= to; i++) {
@@ -127,7 +126,7 @@ static int move_dense(Pattern *p, int extent_side, int to)
     return 0;
 }
 
-/* The pattern of `groups` token groups of `tokens` tokens each, in a plane of items of `item` bytes. */
+/* Returns the pattern of `groups` token groups of `tokens` tokens each, in a plane of items of `item` bytes. */
 static Pattern make_pattern(const Plane *plane, int64_t item, int64_t groups, int64_t tokens, int scatter)
 {
     int64_t head = plane->dims * item, row = plane->heads * head;
@@ -144,7 +143,7 @@ static Pattern make_pattern(const Plane *plane, int64_t item, int64_t groups, in
         ;
     if (p.count >= 2 && (p.item == 1 || p.item == 2 || p.item == 4 || p.item == 8))
         p.transpose = move_dense(&p, 0, p.count - 1) && move_dense(&p, 1, p.count - 2);
-    /* Completed lines may be written in any order, so read in order; parts of lines are better written in order. */
+    /* Complete lines may be written in any order, so read in order; parts of lines are better written in order. */
     if (!p.transpose)
         sort_axes(&p, p.item % LINE == 0 ? scatter : !scatter);
     return p;
@@ -172,7 +171,7 @@ static void run_inner(const Pattern *p, const Isa *isa, char *paged, char *exten
     }
 }
 
-/* Walks the outer axes; the inner ones are the kernels'. */
+/* Walks the outer axes; the kernels walk the inner ones. */
 static void run_pattern(const Pattern *p, const Isa *isa, char *paged, char *extent, int scatter, const char *next)
 {
     int outer = p->transpose ? p->count - 2 : p->count ? p->count - 1 : 0;
@@ -206,10 +205,10 @@ typedef struct {
     const int32_t *blocks;
     const Run *runs;
     int64_t run_count;
-    int64_t *claimed; /* work drawn so far, shared by the threads of one call */
+    int64_t *claimed; /* number of pieces taken so far, shared by the threads of one call */
 } Job;
 
-/* The last pattern made: most pieces are whole blocks of one plane. */
+/* The last pattern made, which is usually the next one too: most pieces are complete blocks of one plane. */
 typedef struct {
     const Plane *plane;
     int64_t groups, tokens;
@@ -228,7 +227,7 @@ static void copy_part(const Job *job, Memo *memo, const Plane *plane, int64_t gr
     run_pattern(&memo->pattern, job->isa, paged, extent, job->scatter, next);
 }
 
-/* Tokens [token, token + count) of one block. Only a first and a last token group can be partial. */
+/* Copies tokens [token, token + count) of one block. Only the first and the last token group can be partial. */
 static void copy_in_block(const Job *job, Memo *memo, const Plane *plane, char *block, int64_t token, int64_t count,
                           char *extent, const char *next)
 {
@@ -272,7 +271,7 @@ static void copy_run(const Job *job, Memo *memo, const Plane *plane, const Run *
     }
 }
 
-/* Draws pieces of (run, plane) until none is left. */
+/* Takes pieces of (run, plane) and copies them until none is left. */
 static void work(const Job *job)
 {
     int64_t pieces = job->run_count * job->plane_count;
@@ -333,7 +332,7 @@ static PyObject *copy(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
     Py_RETURN_NONE;
 }
 
-/* Each term is bounded before terms are added, so that no sum can wrap round. */
+/* Checks the bounds of all runs. Each term is bounded before terms are added, so that no sum can overflow. */
 static int fits(const int32_t *blocks, int64_t block_count, const Run *runs, int64_t run_count, int64_t chunk_tokens,
                 int64_t block_tokens, int64_t num_blocks, int64_t farthest_extent)
 {
@@ -365,7 +364,7 @@ static PyObject *runs_fit(PyObject *module, PyObject *const *args, Py_ssize_t na
     if (lmcache_integers("runs_fit", args, nargs, n, 8) < 0)
         return NULL;
     if (n[5] < 1) {
-        PyErr_Format(PyExc_ValueError, "blocks of %lld tokens", (long long)n[5]);
+        PyErr_Format(PyExc_ValueError, "block_tokens is %lld; it must be at least 1", (long long)n[5]);
         return NULL;
     }
     return PyBool_FromLong(fits((const int32_t *)(intptr_t)n[0], n[1], (const Run *)(intptr_t)n[2], n[3], n[4], n[5], n[6], n[7]));
@@ -391,13 +390,13 @@ PyMethodDef lmcache_copy_methods[] = {
     {"copy", (PyCFunction)(void (*)(void))copy, METH_FASTCALL,
      "copy(scatter, isa, planes, plane_count, item_bytes, block_tokens, base, blocks, runs, run_count, claimed)\n\n"
      "Copy paged tokens into extents (scatter=0) or extents into paged memory (1). planes, base, blocks, runs and claimed\n"
-     "are addresses; the caller keeps them alive and has checked every bound. isa: a value of copy_isas(), or -1 for\n"
-     "the best one."},
+     "are addresses; the caller keeps them alive and has checked all bounds. isa: a value of copy_isas(), or -1 for the\n"
+     "fastest."},
     {"runs_fit", (PyCFunction)(void (*)(void))runs_fit, METH_FASTCALL,
      "runs_fit(blocks, block_count, runs, run_count, chunk_tokens, block_tokens, num_blocks, farthest_extent) -> bool\n\n"
-     "Whether all runs stay within the block table, their extents' tokens and the extents' offsets up to farthest_extent, and all\n"
-     "blocks from the first to the last that they touch are of the paged KV. blocks (int32) and runs (int64 [runs, 4]) are\n"
-     "addresses."},
-    {"copy_isas", copy_isas, METH_NOARGS, "The instruction sets that this CPU has: {name: number}, the best one last."},
+     "Return whether all runs stay within the block table, the tokens of an extent and offsets up to farthest_extent, and\n"
+     "all blocks from the first to the last that they touch exist in the paged KV. blocks (int32) and runs (int64\n"
+     "[runs, 4]) are addresses."},
+    {"copy_isas", copy_isas, METH_NOARGS, "Return the instruction sets of this CPU as {name: number}, the fastest last."},
     {NULL, NULL, 0, NULL},
 };

@@ -1,13 +1,13 @@
-/* The pieces of a copy between a device's paged KV and extents, handed to the driver one after the other, without Python.
+/* Hands the pieces of a copy between a device's paged KV and extents to the driver, one after the other, without Python.
  *
  * From Python a piece costs six calls and a tenth of a millisecond, in which the engine's own threads wait for the GIL. The
- * driver's functions come as addresses (CUDA's and HIP's take the same parameters): nothing of it is needed to build this.
+ * driver's functions are passed as addresses (CUDA's and HIP's take the same parameters), so the build needs no driver.
  */
 #include "native.h"
 
 enum { MAX_PLACES = 64, KERNEL_PARAMETERS = 6, SPARE_PARAMETERS = 4 };
 
-/* The numbers that describe a ring, then those of one copy or of some of its planes. The structs here and the NumPy layouts of
+/* The fields that describe a ring, then those of one copy or of some of its planes. The structs here and the NumPy layouts of
  * lmcache.transfer.gpu.launch are both made from these lists, so they cannot differ. */
 /* clang-format off */
 #define RING_NUMBERS(X)                                                                         \
@@ -21,7 +21,7 @@ enum { MAX_PLACES = 64, KERNEL_PARAMETERS = 6, SPARE_PARAMETERS = 4 };
     X(yield_bytes) X(registration_bytes)                                                        \
     X(pieces_begun) X(unyielded_bytes) /* kept from copy to copy */
 #define COPY_NUMBERS(X)                                                                         \
-    X(runs) X(run_count) /* int64 [extent offset, first token, tokens, token in extent] */          \
+    X(runs) X(run_count) /* int64 [extent offset, first token, tokens, token in extent] */      \
     X(base)                                                                                     \
     X(registered_from) /* where registrations with the driver begin; 0: base is not registered */ \
     X(blocks) X(meta) /* on the device */                                                       \
@@ -66,7 +66,7 @@ static int wait_event(const Ring *ring, int64_t stream, int64_t event)
 static int launch(const Ring *ring, const Copy *copy, int64_t first, int64_t count, int64_t plane, int64_t planes, uint64_t staging)
 {
     const Run *runs = POINTER(copy->runs);
-    int64_t longest = ring->to_host ? ring->chunk_tokens : 1; /* a store fills whole extents */
+    int64_t longest = ring->to_host ? ring->chunk_tokens : 1; /* a store fills complete extents */
     for (int64_t i = first; i < first + count; i++)
         if (runs[i].tokens > longest)
             longest = runs[i].tokens;
@@ -74,7 +74,7 @@ static int launch(const Ring *ring, const Copy *copy, int64_t first, int64_t cou
     uint64_t bases = (uint64_t)ring->bases, blocks = (uint64_t)copy->blocks;
     uint64_t meta = (uint64_t)copy->meta + 24 * (uint64_t)first, none = 0;
     int32_t first_plane = (int32_t)plane, piece_words = (int32_t)(planes * ring->plane_bytes / ring->word_bytes);
-    /* Triton gives kernels some scratch pointers behind their own parameters, as many as its release likes. */
+    /* Triton appends scratch pointers to a kernel's own parameters; their number depends on its release. */
     void *parameters[KERNEL_PARAMETERS + SPARE_PARAMETERS] = {&bases, &blocks,      &meta,        &staging, &first_plane,
                                                             &piece_words, &none, &none, &none,    &none};
     return ((LaunchKernel)POINTER(ring->launch))(POINTER(ring->kernel), tiles, (unsigned)planes, (unsigned)count,
@@ -82,7 +82,7 @@ static int launch(const Ring *ring, const Copy *copy, int64_t first, int64_t cou
                                                  POINTER(ring->kernels), parameters, NULL);
 }
 
-/* One DMA; two where registrations meet, since the driver takes no copy across them. */
+/* Makes one DMA, or several where it crosses from one registration to the next, since the driver refuses such a copy. */
 static int dma(const Ring *ring, const Copy *copy, int64_t offset, int64_t length, uint64_t staged)
 {
     while (length > 0) {
@@ -102,7 +102,7 @@ static int dma(const Ring *ring, const Copy *copy, int64_t offset, int64_t lengt
     return 0;
 }
 
-/* The piece's chunks, one DMA each; neighbours in the arena go together. */
+/* Transfers the piece's chunks by one DMA each; neighbours in the arena share one. */
 static int dmas(const Ring *ring, const Copy *copy, int64_t first, int64_t count, int64_t plane, int64_t planes, uint64_t staged)
 {
     const Run *runs = (const Run *)POINTER(copy->runs) + first;
@@ -118,7 +118,7 @@ static int dmas(const Ring *ring, const Copy *copy, int64_t first, int64_t count
     return 0;
 }
 
-/* Planes [plane, plane + planes) of some runs through the next place of the ring, once that is empty. */
+/* Passes planes [plane, plane + planes) of some runs through the next place of the ring, once that place is empty. */
 static int piece(Ring *ring, const Copy *copy, int64_t first, int64_t count, int64_t plane, int64_t planes)
 {
     int64_t place = ring->pieces_begun++ % ring->places, before = (place + ring->places - 1) % ring->places;
@@ -146,7 +146,7 @@ static int piece(Ring *ring, const Copy *copy, int64_t first, int64_t count, int
 
 static int pieces(Ring *ring, const Copy *copy)
 {
-    /* Before the first DMA: they share a copy engine, which goes on with one queue for as long as that need not wait. */
+    /* The tables go first: DMAs share one copy engine, which serves one queue for as long as that queue need not wait. */
     if (copy->table_bytes)
         CHECK(((Upload)POINTER(ring->upload))((uint64_t)copy->table_device, POINTER(copy->table_host),
                                               (size_t)copy->table_bytes, POINTER(ring->kernels)));
@@ -169,11 +169,11 @@ static PyObject *launch_copy(PyObject *module, PyObject *const *args, Py_ssize_t
     Ring *ring = POINTER(n[0]);
     const Copy *copy = POINTER(n[2]);
     if (n[1] != sizeof *ring || n[3] != sizeof *copy) {
-        PyErr_SetString(PyExc_ValueError, "a ring and a copy of another release's layout");
+        PyErr_SetString(PyExc_ValueError, "the ring or the copy has another layout than this native module's");
         return NULL;
     }
     if (ring->places < 1 || ring->places > MAX_PLACES || copy->planes_in_piece < 1 || copy->runs_in_piece < 1) {
-        PyErr_SetString(PyExc_ValueError, "a ring of 1 to 64 places, and pieces of at least one plane and run");
+        PyErr_SetString(PyExc_ValueError, "a ring needs 1 to 64 places, and a piece at least one plane and run");
         return NULL;
     }
     Py_BEGIN_ALLOW_THREADS
@@ -185,12 +185,12 @@ static PyObject *launch_copy(PyObject *module, PyObject *const *args, Py_ssize_t
 PyMethodDef lmcache_device_methods[] = {
     {"launch_copy", (PyCFunction)(void (*)(void))launch_copy, METH_FASTCALL,
      "launch_copy(ring, ring_bytes, copy, copy_bytes) -> int\n\n"
-     "Hand all pieces of a copy to the driver: addresses of a ring and a copy in the layouts that this module tells, in a\n"
-     "thread whose device is the ring's. Returns the driver's error, 0 for none; pieces before it are under way."},
+     "Hand all pieces of a copy to the driver. ring and copy are addresses of structs in this module's `layouts`. The calling\n"
+     "thread's device must be the ring's. Return the driver's error, 0 for none; the pieces before it are in flight."},
     {NULL, NULL, 0, NULL},
 };
 
-/* (name, count of int64) for each field of a struct that Python fills in. */
+/* Returns (name, count of int64) for each field of a struct that Python fills in. */
 static PyObject *fields_of(const char *const *names, size_t count, int arrays)
 {
     PyObject *fields = PyList_New(0), *field;

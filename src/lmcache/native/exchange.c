@@ -1,8 +1,8 @@
-/* One round trip on a Unix socket that lets go of the GIL late.
+/* One round trip on a Unix socket that keeps the GIL for a short time.
  *
- * Python's socket calls let go of it at once, four times a round trip, and each time a busy thread may keep it for 5 ms (the
- * interpreter's switch interval): beside vLLM's input thread a lookup that the server answered in 0.1 ms was seen to take
- * 18 ms. So this one sleeps with the GIL for as long as servers usually take, and only then without.
+ * Python's socket calls release the GIL at once, four times a round trip, and each time a busy thread may keep it for 5 ms
+ * (the interpreter's switch interval): beside vLLM's input thread a lookup that the server answered in 0.1 ms took 18 ms.
+ * So this function waits with the GIL for as long as servers usually take, and releases it only after that.
  */
 #include "native.h"
 
@@ -20,7 +20,7 @@ static long long now_us(void)
     return (long long)now.tv_sec * 1000000 + now.tv_nsec / 1000;
 }
 
-/* Wait until `deadline` for an event. 1: it is there; 0: it is not; -1: errno. */
+/* Waits until `deadline` for an event. Returns 1 when it has happened, 0 at the deadline, -1 with errno. */
 static int await_event(int fd, short event, long long deadline)
 {
     long long left = deadline - now_us();
@@ -31,7 +31,7 @@ static int await_event(int fd, short event, long long deadline)
     return ppoll(&one, 1, &rest, NULL);
 }
 
-/* Send the rest of the request, then receive once, until `deadline`. Bytes received; -1: errno, ETIMEDOUT at the deadline. */
+/* Sends the rest of the request, then receives once. Returns the bytes received; -1 with errno, ETIMEDOUT at the deadline. */
 static ssize_t step(int fd, const char **rest, size_t *left, char *buffer, long long deadline)
 {
     while (*left) {
@@ -92,7 +92,7 @@ static PyObject *exchange(PyObject *module, PyObject *args)
 PyMethodDef lmcache_exchange_methods[] = {
     {"exchange", exchange, METH_VARARGS,
      "exchange(fd, request, hold_us, timeout_us) -> bytes\n\n"
-     "Send all of `request` on the socket and return what arrives first, at most 64 KiB; b\"\" when the other side has hung\n"
-     "up. The GIL is kept for `hold_us` microseconds. TimeoutError after `timeout_us`, OSError for what else goes wrong."},
+     "Send all of `request` on the socket and return the bytes that arrive first, at most 64 KiB; b\"\" when the other side has\n"
+     "hung up. The GIL is kept for `hold_us` microseconds. Raise TimeoutError after `timeout_us`, OSError for other errors."},
     {NULL, NULL, 0, NULL},
 };

@@ -1,8 +1,8 @@
-/* Large frames of a disk tier (`tiers/disk/segments.py`), read and summed up in one call without the GIL.
+/* Reads large frames of a disk tier (`tiers/disk/segments.py`) and computes their checksums, in one call without the GIL.
  *
- * From Python each shard costs letting go of the GIL twice and getting it back beside other reading threads and the server's
- * loop: shards of 0.5 MiB came from the sector cache at half the rate and took twice the CPU time. And a piece is summed up while
- * it is in the cache of the core that has just copied it there.
+ * From Python each shard costs two releases of the GIL, which other reading threads and the server's loop compete for: shards
+ * of 0.5 MiB came from the sector cache at half the rate and took twice the CPU time. A piece's checksum is computed while the
+ * piece is in the cache of the core that has just read it.
  */
 #define _GNU_SOURCE
 #include "native.h"
@@ -15,7 +15,7 @@
 enum { DISK_BLOCK = 4096, HEADER_BYTES = 128, CHECKED_BYTES = 112, END_BYTES = 2 * DISK_BLOCK, GROUP_FRAMES = 32 };
 enum { SHORT = -1 }; /* the file ends before the frame does */
 
-/* A frame: its payload from `offset` on, then, from the next block on, a block that begins with the header. */
+/* A frame: its payload from `offset` on, then, at the next block boundary, a block that begins with the header. */
 typedef struct {
     int64_t offset, payload_bytes;
     uint8_t *into;
@@ -31,13 +31,13 @@ static int64_t whole_blocks(int64_t bytes)
     return bytes / DISK_BLOCK * DISK_BLOCK;
 }
 
-/* Bytes of a frame behind the whole blocks of its payload. */
+/* Returns the bytes of a frame after the complete blocks of its payload. */
 static int64_t end_bytes(const Frame *frame)
 {
     return frame->payload_bytes % DISK_BLOCK ? END_BYTES : DISK_BLOCK;
 }
 
-/* Fill all the buffers. 0, SHORT or errno. */
+/* Fills all buffers. Returns 0, SHORT or errno. */
 static int64_t fill(int fd, struct iovec *buffers, int count, int64_t offset)
 {
     while (count) {
@@ -57,7 +57,7 @@ static int64_t fill(int fd, struct iovec *buffers, int count, int64_t offset)
     return 0;
 }
 
-/* All but the whole blocks of the payload, which are in `acc` already. `end` is what was read behind them. */
+/* Finishes a frame whose complete payload blocks are in `acc` already. `end` holds the bytes that follow them in the file. */
 static void finish(const Frame *frame, uint64_t *acc, uint8_t *end, Outcome *outcome)
 {
     int64_t whole = whole_blocks(frame->payload_bytes), tail = frame->payload_bytes - whole;
@@ -67,7 +67,7 @@ static void finish(const Frame *frame, uint64_t *acc, uint8_t *end, Outcome *out
     xxh3_end(acc, end, tail + CHECKED_BYTES, (uint64_t)frame->payload_bytes + CHECKED_BYTES, outcome->digest);
 }
 
-/* One frame, `piece` bytes at a time. */
+/* Reads one frame, `piece` bytes at a time. */
 static void read_one(int fd, const Frame *frame, int64_t piece, uint8_t *end, Outcome *outcome)
 {
     int64_t whole = whole_blocks(frame->payload_bytes), at = 0;
@@ -85,7 +85,7 @@ static void read_one(int fd, const Frame *frame, int64_t piece, uint8_t *end, Ou
     finish(frame, acc, end, outcome);
 }
 
-/* How many frames from the first on follow each other in the file and are read at once. */
+/* Returns how many frames, from the first on, are adjacent in the file and can be read at once. */
 static int group_of(const Frame *frames, int64_t count, int64_t piece)
 {
     int group = 1;
@@ -118,7 +118,7 @@ static void read_group(int fd, const Frame *frames, int count, int64_t piece, ui
             return;
         }
     }
-    for (int i = 0; i < count; i++) /* a single one, or one of them cannot be read */
+    for (int i = 0; i < count; i++) /* a single frame, or a group that cannot be read at once */
         read_one(fd, &frames[i], piece, ends, &outcomes[i]);
 }
 
@@ -134,12 +134,12 @@ static PyObject *read_frames(PyObject *module, PyObject *args)
     int64_t count = size / (Py_ssize_t)sizeof(Frame);
     const Frame *frames = (const Frame *)(const void *)given;
     if (size % (Py_ssize_t)sizeof(Frame) || piece < DISK_BLOCK || piece % DISK_BLOCK) {
-        PyErr_SetString(PyExc_ValueError, "read_frames: half a frame, or a piece that is not of whole blocks");
+        PyErr_SetString(PyExc_ValueError, "read_frames: frames is truncated, or piece_bytes is not a multiple of 4096");
         return NULL;
     }
     for (int64_t i = 0; i < count; i++)
         if (frames[i].payload_bytes < DISK_BLOCK) {
-            PyErr_SetString(PyExc_ValueError, "read_frames: a payload of less than a block");
+            PyErr_SetString(PyExc_ValueError, "read_frames: a payload is shorter than 4096 bytes");
             return NULL;
         }
     PyObject *told = PyBytes_FromStringAndSize(NULL, count * (Py_ssize_t)sizeof(Outcome));
@@ -165,9 +165,9 @@ static PyObject *read_frames(PyObject *module, PyObject *args)
 PyMethodDef lmcache_frames_methods[] = {
     {"read_frames", read_frames, METH_VARARGS,
      "read_frames(fd, frames, piece_bytes) -> bytes\n\n"
-     "frames: for each int64 offset, int64 payload bytes (4096 or more), uint64 address that the payload goes to; the caller\n"
-     "keeps that memory alive. At most piece_bytes of payload, whole blocks of 4096, are read at once. For each frame: int64 0,\n"
-     "-1 where the file ends too early, or errno; its 128 bytes of header; XXH3-128 of the payload and the header's first 112\n"
-     "bytes, big-endian."},
+     "Read frames and their checksums. frames: for each, int64 offset, int64 payload bytes (4096 or more) and uint64 target\n"
+     "address, whose memory the caller keeps alive. At most piece_bytes of payload, complete blocks of 4096, are read at once.\n"
+     "The result has for each frame int64 0, -1 where the file ends too early, or errno; the 128 bytes of its header; and the\n"
+     "big-endian XXH3-128 of the payload and the header's first 112 bytes."},
     {NULL, NULL, 0, NULL},
 };

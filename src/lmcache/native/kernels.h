@@ -1,14 +1,14 @@
-/* The inner loops of copy.c: what a kernel is, the ones in plain C, and the choice among all that the CPU can run. */
+/* The inner loops of copy.c: the types of the kernels, and the kernels in plain C. */
 #ifndef LMCACHE_KERNELS_H
 #define LMCACHE_KERNELS_H
 
 #include <stdint.h>
 #include <string.h>
 
-/* Rows of at least this many bytes are written past the caches; shorter ones would leave half-written lines behind. */
+/* Rows of at least this many bytes bypass the caches when written; shorter ones would leave partly written lines behind. */
 enum { LINE = 64, STREAM_BYTES = 128, PREFETCH_BYTES = 1024 };
 
-/* `count` rows of `bytes` bytes. `next` is what will be read after them: its first lines are fetched ahead. */
+/* Copies `count` rows of `bytes` bytes. `next` will be read after them: its first lines are prefetched. */
 typedef void (*RowsKernel)(char *to, int64_t to_stride, const char *from, int64_t from_stride, int64_t bytes,
                            int64_t count, const char *next);
 
@@ -43,8 +43,8 @@ static void rows_plain(char *to, int64_t to_stride, const char *from, int64_t fr
         memcpy(to + i * to_stride, from + i * from_stride, (size_t)bytes);
 }
 
-/* Two rows of 2-byte items against one of pairs, as kernels for matrix units keep them. Inlined into functions for
- * newer instruction sets, where the compiler turns the loops into vectors. */
+/* Interleaves two rows of 2-byte items into one row of pairs, the order of kernels for matrix units. It is inlined into functions
+ * for newer instruction sets, where the compiler vectorizes the loops. */
 static inline __attribute__((always_inline)) void zip_2(char *to, const char *a, const char *b, int64_t count)
 {
     for (int64_t i = 0; i < count; i++) {
@@ -65,7 +65,7 @@ static inline __attribute__((always_inline)) void unzip_2(char *a, char *b, cons
     }
 }
 
-/* The transposes of 2-byte items that are no more than that; 0 for all others. */
+/* Does transposes of 2-byte items that only make or split pairs. Returns 0 for all others. */
 static inline __attribute__((always_inline)) int transpose_pairs(char *to, int64_t to_stride, const char *from,
                                                                  int64_t from_stride, int64_t rows, int64_t columns)
 {
@@ -78,7 +78,7 @@ static inline __attribute__((always_inline)) int transpose_pairs(char *to, int64
     return 1;
 }
 
-/* Every address that `stride` steps from `p` reach starts a line. */
+/* Returns whether every address that `stride` steps from `p` reach starts a cache line. */
 static inline int starts_lines(const char *p, int64_t stride)
 {
     return (((uintptr_t)p | (uintptr_t)stride) & (LINE - 1)) == 0;

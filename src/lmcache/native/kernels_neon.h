@@ -1,4 +1,4 @@
-/* aarch64: NEON, which every such CPU has. Long rows are left to the C library, whose memcpy is tuned for each core.
+/* Kernels for aarch64: NEON, which every such CPU has. Long rows use the C library's memcpy, which is tuned for each core.
  *
  * Transposes work as on x86: squares of 4-byte items in registers, items of 2 bytes interleaved into pairs first.
  */
@@ -9,7 +9,7 @@
 
 #include <arm_neon.h>
 
-/* Four registers of four 4-byte items: rows become columns. */
+/* Transposes four registers of four 4-byte items. */
 static inline void square_neon(uint32x4_t v[4])
 {
     uint32x4x2_t a = vtrnq_u32(v[0], v[1]), b = vtrnq_u32(v[2], v[3]);
@@ -19,21 +19,21 @@ static inline void square_neon(uint32x4_t v[4])
     v[3] = vcombine_u32(vget_high_u32(a.val[1]), vget_high_u32(b.val[1]));
 }
 
-/* The same rows are read again for the next columns, a line or two further on. */
+/* Prefetches what the next columns read: the same rows, a line or two further on. */
 static inline const uint8_t *ahead(const char *row)
 {
     __builtin_prefetch(row + 2 * LINE);
     return (const uint8_t *)row;
 }
 
-/* Four rows of four 4-byte items. */
+/* Loads four rows of four 4-byte items. */
 static inline void load_4_neon(uint32x4_t v[4], const char *from, int64_t stride)
 {
     for (int i = 0; i < 4; i++)
         v[i] = vreinterpretq_u32_u8(vld1q_u8(ahead(from + i * stride)));
 }
 
-/* Eight rows of four 2-byte items, two rows to a register as pairs. */
+/* Loads eight rows of four 2-byte items, two rows to a register as pairs. */
 static inline void load_2_neon(uint32x4_t v[4], const char *from, int64_t stride)
 {
     for (int i = 0; i < 4; i++) {
@@ -44,7 +44,7 @@ static inline void load_2_neon(uint32x4_t v[4], const char *from, int64_t stride
     }
 }
 
-/* Four squares side by side fill whole lines of the target: 64 / item rows of the source, 4 columns. */
+/* Four adjacent squares fill complete lines of the target: 64 / item rows of the source, 4 columns. */
 #define TRANSPOSE_NEON(ITEM)                                                                                           \
     static void transpose_##ITEM##_neon(char *to, int64_t to_stride, const char *from, int64_t from_stride,            \
                                         int64_t rows, int64_t columns)                                                 \

@@ -1,8 +1,8 @@
-/* x86-64: AVX2 and AVX-512, compiled for any x86-64 and chosen at run time. AVX-512 has transposes only: rows are no
- * faster with it.
+/* Kernels for x86-64: AVX2 and AVX-512, compiled for any x86-64 and chosen at run time. AVX-512 has transposes only: rows are
+ * no faster with it.
  *
  * Transposes work on squares of 4-byte items in registers. Items of 2 bytes become 4-byte ones first: two rows are
- * interleaved into pairs, which is half of the transpose already.
+ * interleaved into pairs, which is one of the steps of the transpose.
  */
 #ifndef LMCACHE_KERNELS_X86_H
 #define LMCACHE_KERNELS_X86_H
@@ -24,7 +24,7 @@ AVX2 INLINE void line_avx2(char *to, const char *from)
     _mm256_stream_si256((__m256i *)(to + 32), b);
 }
 
-/* One long row. What is fetched ahead runs PREFETCH_BYTES before it and jumps to `next` where the row ends. */
+/* Copies one long row. Prefetching runs PREFETCH_BYTES ahead and continues at `next` where the row ends. */
 AVX2 static void row_avx2(char *to, const char *from, int64_t bytes, const char *next)
 {
     int64_t edge = -(int64_t)(uintptr_t)to & (LINE - 1);
@@ -68,7 +68,7 @@ AVX2 static void rows_avx2(char *to, int64_t to_stride, const char *from, int64_
     }
 }
 
-/* Eight registers of eight 4-byte items: rows become columns. */
+/* Transposes eight registers of eight 4-byte items. */
 AVX2 INLINE void square_avx2(__m256i v[8])
 {
     __m256i t[8], u[8];
@@ -87,21 +87,21 @@ AVX2 INLINE void square_avx2(__m256i v[8])
     }
 }
 
-/* The same rows are read again for the next columns, a line or two further on, and no hardware sees that coming. */
+/* Prefetches what the next columns read: the same rows, a line or two further on, which no hardware prefetcher predicts. */
 INLINE const char *ahead(const char *row)
 {
     _mm_prefetch(row + 2 * LINE, _MM_HINT_T0);
     return row;
 }
 
-/* Eight rows of eight 4-byte items. */
+/* Loads eight rows of eight 4-byte items. */
 AVX2 INLINE void load_4_avx2(__m256i v[8], const char *from, int64_t stride)
 {
     for (int i = 0; i < 8; i++)
         v[i] = _mm256_loadu_si256((const __m256i *)ahead(from + i * stride));
 }
 
-/* Sixteen rows of eight 2-byte items, two rows to a register as pairs. */
+/* Loads sixteen rows of eight 2-byte items, two rows to a register as pairs. */
 AVX2 INLINE void load_2_avx2(__m256i v[8], const char *from, int64_t stride)
 {
     for (int i = 0; i < 8; i++) {
@@ -111,7 +111,7 @@ AVX2 INLINE void load_2_avx2(__m256i v[8], const char *from, int64_t stride)
     }
 }
 
-/* Two squares side by side fill whole lines of the target: 64 / item rows of the source, 8 columns. */
+/* Two adjacent squares fill complete lines of the target: 64 / item rows of the source, 8 columns. */
 #define TRANSPOSE_AVX2(ITEM)                                                                                           \
     AVX2 static void transpose_##ITEM##_avx2(char *to, int64_t to_stride, const char *from, int64_t from_stride,       \
                                              int64_t rows, int64_t columns)                                            \
@@ -150,7 +150,7 @@ TRANSPOSE_AVX2(2)
 
 /* ---- AVX-512 ------------------------------------------------------------ */
 
-/* Sixteen registers of sixteen 4-byte items: rows become columns. */
+/* Transposes sixteen registers of sixteen 4-byte items. */
 AVX512 INLINE void square_avx512(__m512i v[16])
 {
     __m512i t[16];
@@ -184,7 +184,7 @@ AVX512 INLINE void load_4_avx512(__m512i v[16], const char *from, int64_t stride
         v[i] = _mm512_loadu_si512(ahead(from + i * stride));
 }
 
-/* 32 rows of sixteen 2-byte items, two rows to a register as pairs. */
+/* Loads 32 rows of sixteen 2-byte items, two rows to a register as pairs. */
 AVX512 INLINE void load_2_avx512(__m512i v[16], const char *from, int64_t stride)
 {
     for (int i = 0; i < 16; i++) {

@@ -1,4 +1,4 @@
-/* The module lmcache._native: it only puts together what the other files hold. */
+/* The module lmcache._native, assembled from the functions and types of the other files. */
 #include "native.h"
 
 static int execute(PyObject *module)
@@ -22,8 +22,8 @@ static PyModuleDef_Slot slots[] = {
 static struct PyModuleDef definition = {
     PyModuleDef_HEAD_INIT,
     .m_name = "lmcache._native",
-    .m_doc = "Plain C under LMCache: copies between paged KV and extents, launches of copies on a device, the index table, a round\n"
-             "trip, and reads of frames.",
+    .m_doc = "Native code of LMCache: copies between paged KV and extents, launches of copies on a device, the index table, a\n"
+             "round trip, and reads of frames.",
     .m_size = 0,
     .m_slots = slots,
 };

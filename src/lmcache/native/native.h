@@ -1,7 +1,7 @@
-/* What the C files of lmcache._native share.
+/* Declarations that the C files of lmcache._native share.
  *
- * Stable ABI of Python 3.10: one build serves every later Python. The buffer protocol is not part of that ABI, so only
- * integers (addresses) and bytes cross from Python into C.
+ * The module uses the stable ABI of Python 3.10, so one build serves every later Python. The buffer protocol is not part of
+ * that ABI, so only integers (addresses) and bytes cross from Python into C.
  */
 #ifndef LMCACHE_NATIVE_H
 #define LMCACHE_NATIVE_H
@@ -14,7 +14,7 @@
 
 #include <stdint.h>
 
-/* The arguments of `name`, which takes `count` integers. 0, or -1 with a Python error set. */
+/* Parses the arguments of `name`, which takes `count` integers. Returns 0, or -1 with a Python error set. */
 static inline int lmcache_integers(const char *name, PyObject *const *args, Py_ssize_t nargs, int64_t *n, Py_ssize_t count)
 {
     if (nargs != count) {
@@ -55,16 +55,16 @@ extern PyMethodDef lmcache_copy_methods[];
 /* exchange.c: one round trip on a Unix socket. Ends with a zero entry. */
 extern PyMethodDef lmcache_exchange_methods[];
 
-/* device.c: pieces of a copy, handed to a device's driver. Ends with a zero entry. */
+/* device.c: launches of a copy's pieces through a device's driver. Ends with a zero entry. */
 extern PyMethodDef lmcache_device_methods[];
 
 /* device.c: adds `layouts`, the fields of the structs that Python fills in, to the module. 0, or -1 with a Python error set. */
 int lmcache_add_layouts(PyObject *module);
 
-/* frames.c: what a disk tier has stored. Ends with a zero entry. */
+/* frames.c: reads of a disk tier's frames. Ends with a zero entry. */
 extern PyMethodDef lmcache_frames_methods[];
 
-/* table.c: adds the `Table` type to the module. 0, or -1 with a Python error set. */
+/* table.c: adds the `Table` type to the module. Returns 0, or -1 with a Python error set. */
 int lmcache_add_table(PyObject *module);
 
 #endif

@@ -1,12 +1,12 @@
-/* The type `Table`: the index of one space. What every method means is said in lmcache/cache/table.py, whose PyTable does
- * the same and is compared with this one in the tests. Here is how it is kept.
+/* The type `Table`: the index of one space. lmcache/cache/table.py documents every method; its PyTable does the same, and tests
+ * compare the two. This comment describes the data structure.
  *
- * Records lie in segments that never move, so the table grows without a pause: 64 bytes each, one cache line, and behind a
- * segment's records their sectors and states, 5 bytes a shard.
+ * Records lie in segments that never move, so the table grows without a pause. A record has 64 bytes, one cache line; the
+ * sectors and states of all shards, 5 bytes a shard, follow the records of a segment.
  *
  * The hash table is a linear one (Litwin 1980): buckets are heads of chains through the records, and while there are fewer
- * than two buckets a record, each insert splits the next two. It is never rebuilt. Clients choose the hashes, so what picks
- * the bucket is mixed with a secret.
+ * than two buckets a record, each insert splits the next two. It is never rebuilt. Clients choose the hashes, so a secret is
+ * mixed into the number of the bucket.
  *
  * In which order records go is decided by a policy, a `policy_t` here: `lru`, which keeps its list in the records, or `plugged`,
  * which asks an object in Python. The table itself says which record may go.
@@ -25,9 +25,9 @@
 #define KEY_BYTES 16
 #define MAX_SHARDS 65535
 #define MAX_RECORDS UINT32_MAX
-#define SEGMENT_BYTES (1u << 20) /* about, at most */
-#define SEGMENT_SHIFT 12         /* records in a segment, at most, as a power of two */
-#define BUCKET_SHIFT 12          /* buckets in one piece, likewise */
+#define SEGMENT_BYTES (1u << 20) /* the most bytes of a segment, approximately */
+#define SEGMENT_SHIFT 12         /* the most records in a segment, as a power of two */
+#define BUCKET_SHIFT 12          /* the buckets in one piece of their array, likewise */
 #define BUCKETS_A_RECORD 2
 #define BATCH 64
 
@@ -46,7 +46,7 @@ typedef struct {
     uint8_t key[KEY_BYTES];
     uint64_t stamp : 56; /* LRU: of the last touch; no two are equal */
     uint64_t flags : 8;
-    uint32_t next; /* in the bucket, or on the free list */
+    uint32_t next; /* in the bucket's chain, or on the free list */
     uint32_t parent, first_child, next_sibling, previous_sibling;
     uint32_t older, newer; /* LRU */
     uint32_t pins;
@@ -85,7 +85,7 @@ struct table {
     size_t segment_count, segment_room;
     uint32_t next_id, free_head;
     uint32_t attached, detached;
-    uint32_t **pieces; /* of the array of buckets */
+    uint32_t **pieces; /* pieces of the array of buckets */
     size_t piece_count, piece_room;
     uint64_t buckets, low_mask; /* low_mask + 1 <= buckets < 2 * (low_mask + 1) */
     uint64_t clock;             /* LRU: the last stamp given */
@@ -100,7 +100,7 @@ struct table {
 #define PREFETCH(address) ((void)(address))
 #endif
 
-/* Little-endian u32 in bytes that Python holds. */
+/* Access to little-endian u32 in Python bytes objects. */
 
 static inline uint32_t read_u32(const uint8_t *from)
 {
@@ -153,7 +153,7 @@ static size_t segment_size(const table_t *t)
     return (size + 63) & ~(size_t)63;
 }
 
-/* Allocator for one more pointer in a growing array of them. */
+/* Makes room for one more pointer in a growing array of pointers. */
 static int reserve_pointer(void **array, size_t count, size_t *room)
 {
     if (count < *room)
@@ -167,7 +167,7 @@ static int reserve_pointer(void **array, size_t count, size_t *room)
     return 0;
 }
 
-/* An unused id, or NONE with an error set. The record is not initialised. */
+/* Returns an unused id, or NONE with an error set. The record is not initialised. */
 static uint32_t take_id(table_t *t)
 {
     if (t->free_head != NONE) {
@@ -248,7 +248,7 @@ static int add_piece(table_t *t)
     return 0;
 }
 
-/* One bucket more: the next one in turn gives it half of its chain. Without memory the chains just get longer. */
+/* Adds one bucket, which takes a part of the chain of the next bucket in turn. Without memory the chains just get longer. */
 static void split_bucket(table_t *t)
 {
     uint64_t made = t->buckets;
@@ -366,7 +366,7 @@ static void lru_removed(table_t *t, uint32_t id)
     unlink_age(t, at(t, id), id);
 }
 
-/* Begin the walk anew: what is done where the heap cannot grow. */
+/* Restarts the walk of the cursor. Used where the heap cannot grow. */
 static void forget_passed(table_t *t)
 {
     for (uint32_t id = t->oldest; id != t->cursor; id = at(t, id)->newer)
@@ -516,7 +516,7 @@ static int to_items(PyObject *value, size_t item, const char *what, const uint8_
     return 0;
 }
 
-/* Ids of existing records. */
+/* Parses ids of existing records. */
 static int to_ids(const table_t *t, PyObject *value, const uint8_t **data, size_t *count)
 {
     if (to_items(value, 4, "ids", data, count) < 0)
@@ -704,7 +704,7 @@ static PyObject *table_match(PyObject *self, PyObject *arg)
         return NULL;
     uint8_t *out = (uint8_t *)PyBytes_AsString(result);
     for (size_t first = 0; first == found && first < count; first += BATCH) {
-        /* Memory is slow and has much to do at once: ask for all buckets, then for all records, and only then look. */
+        /* Memory latency dominates: prefetch all buckets of a batch, then all records, and compare only after that. */
         const uint32_t *buckets[BATCH];
         uint32_t heads[BATCH];
         size_t batch = count - first < BATCH ? count - first : BATCH;
@@ -817,7 +817,7 @@ static int append_id(list_t *list, uint32_t id)
     return 0;
 }
 
-/* The record and all its descendants, ancestors first, the newest child first. */
+/* Collects the record and all its descendants, ancestors first, the newest child first. */
 static int collect_family(const table_t *t, uint32_t id, list_t *family)
 {
     if (append_id(family, id) < 0)
@@ -929,7 +929,7 @@ static PyObject *table_evictable(PyObject *self, PyObject *arg)
     return to_id(t, arg, &id) < 0 ? NULL : PyBool_FromLong(is_evictable(at(t, id)));
 }
 
-/* Methods: readers and writers */
+/* Methods: pins and fills */
 
 static PyObject *table_pin(PyObject *self, PyObject *arg)
 {
@@ -1030,7 +1030,7 @@ static PyObject *table_end_fill(PyObject *self, PyObject *const *args, Py_ssize_
     return PyLong_FromLong(is_idle(r) ? RELEASED : 0);
 }
 
-/* Methods: reading */
+/* Methods: queries */
 
 static PyObject *table_state(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
 {
@@ -1109,10 +1109,10 @@ static PyObject *table_in_sectors(PyObject *self, PyObject *const *args, Py_ssiz
     return result;
 }
 
-/* The range of sectors bounds[i] <= sector < bounds[i + 1], i even, that has this sector, or -1. */
+/* Returns i, even, of the range bounds[i] <= sector < bounds[i + 1] that contains this sector, or -1. */
 static long long range_of(const uint8_t *bounds, size_t count, uint32_t sector)
 {
-    size_t low = 0, high = count; /* bounds before low are <= sector, those from high on are not */
+    size_t low = 0, high = count; /* bounds before low are <= sector, bounds from high on are greater */
     while (low < high) {
         size_t middle = (low + high) / 2;
         if (read_u32(bounds + 4 * middle) <= sector)
@@ -1263,7 +1263,7 @@ static PyObject *table_memory_bytes(PyObject *self, PyObject *unused)
                              t->piece_count * (sizeof(uint32_t) << BUCKET_SHIFT) + t->piece_room * sizeof(void *) + order);
 }
 
-/* Life */
+/* Construction and destruction */
 
 static int draw_seed(table_t *t)
 {

@@ -47,7 +47,7 @@ typedef uint64_t Lanes[LANES];
 static inline uint64_t read_64(const uint8_t *from)
 {
     uint64_t value;
-    memcpy(&value, from, sizeof value); /* little-endian, as all that the native module is built for */
+    memcpy(&value, from, sizeof value); /* little-endian, like every target of the native module */
     return value;
 }
 
@@ -57,7 +57,7 @@ static void xxh3_begin(Lanes acc)
     memcpy(acc, first, sizeof first);
 }
 
-/* `count` stripes, each with the secret 8 bytes further on. */
+/* Accumulates `count` stripes, each with the secret 8 bytes further on. */
 static inline void stripes_plain(uint64_t *acc, const uint8_t *in, const uint8_t *keys, int64_t count)
 {
     for (int64_t stripe = 0; stripe < count; stripe++, in += STRIPE_BYTES, keys += 8)
@@ -111,7 +111,7 @@ __attribute__((target("avx2"))) static void blocks_avx2(uint64_t *acc, const uin
 }
 #endif
 
-/* Completed blocks. More of the input must follow. */
+/* Accumulates complete blocks. More of the input must follow. */
 static void xxh3_blocks(uint64_t *acc, const uint8_t *in, int64_t blocks)
 {
 #if defined(__x86_64__)
@@ -137,7 +137,7 @@ static uint64_t merged(const uint64_t *acc, const uint8_t *keys, uint64_t sum)
     return sum ^ sum >> 32;
 }
 
-/* The rest of the input, of at least 64 bytes; `length` is that of all. The digest is big-endian, as the library writes it. */
+/* Accumulates the rest of the input, at least 64 bytes of `length` in all, and writes the digest, big-endian as the library. */
 static void xxh3_end(uint64_t *acc, const uint8_t *in, int64_t bytes, uint64_t length, uint8_t digest[16])
 {
     int64_t blocks = (bytes - 1) / XXH3_BLOCK, stripes = (bytes - 1) % XXH3_BLOCK / STRIPE_BYTES;

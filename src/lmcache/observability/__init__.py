@@ -1,4 +1,4 @@
-"""Floor 0: how LMCache tells what it does. Logging here; metrics are read from the server's counters by its HTTP face.
+"""Floor 0: logging. Metrics are not here; the server's HTTP endpoint reads them from the server's counters.
 
-May import nothing else of ours.
+May import nothing else of this package.
 """

@@ -1,4 +1,4 @@
-"""One logger per module, one format, one level for all: `LMCACHE_LOG_LEVEL` or `--log-level`."""
+"""Logging: one logger for each module, with one format and one level (`LMCACHE_LOG_LEVEL` or `--log-level`) for all."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _ROOT = "lmcache"
 
 
 def init_logger(name: str) -> logging.Logger:
-    """The logger of a module; the first call sets up the handler of the `lmcache` tree (stderr, no propagation)."""
+    """Return the logger of a module. The first call sets up the handler of the `lmcache` tree (stderr, no propagation)."""
     root = logging.getLogger(_ROOT)
     if not root.handlers:
         handler = logging.StreamHandler(sys.stderr)
@@ -25,20 +25,20 @@ def init_logger(name: str) -> logging.Logger:
 
 
 def set_level(level: str) -> None:
-    """Set the level of the whole `lmcache` tree; an unknown name means INFO (the command line checks names earlier)."""
+    """Set the level of all loggers of LMCache. An unknown name means INFO; the command line has checked names before."""
     value = logging.getLevelName(level.upper())
     logging.getLogger(_ROOT).setLevel(value if isinstance(value, int) else logging.INFO)
 
 
 def printable(text: str, most: int = 500) -> str:
-    """What a peer has said, cut to `most` characters and fit for one line of a log or an error."""
+    """Return a text that a peer sent, cut to `most` characters and fit for one line of a log or an error."""
     text = text[:most]
     return text if text.isprintable() else "".join(char if char.isprintable() else "?" for char in text)
 
 
 class Seldom:
-    """Warnings about what peers send, which they can send as often as they like: one line a `seconds`, so that no peer fills
-    the disk. The next line says how many were left out."""
+    """Logs warnings about what peers send, which they can send at any rate: at most one line every `seconds`, so that no peer
+    fills the disk. The next line says how many were left out."""
 
     def __init__(
         self, logger: logging.Logger, seconds: float = 10.0, now: Callable[[], float] = time.monotonic
@@ -48,7 +48,7 @@ class Seldom:
         self._left_out = 0
 
     def warning(self, text: str, *values: object) -> None:
-        """Log the line, as `logging.Logger.warning` does, or count it."""
+        """Log the line as `logging.Logger.warning` does, or only count it."""
         now = self._now()
         if now < self._next:
             self._left_out += 1

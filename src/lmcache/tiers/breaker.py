@@ -1,36 +1,36 @@
-"""A tier's circuit breaker: a tier in trouble is left alone for a while, then tried with one call."""
+"""A tier's circuit breaker: after failures a tier gets no calls for a while, and is then probed with one call."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 FAILURES_TO_OPEN = 3
-"""In a row: one lost connection is no outage."""
+"""Failures in a row that open the breaker, since one lost connection is no outage."""
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 1.0, 60.0
 
 
 @dataclass
 class Breaker:
-    """closed: calls pass. open: none do until `retry_at`. half-open: one probe is under way, and decides."""
+    """The state is closed (calls pass), open (no calls until `retry_at`), or half-open (one probe is running and decides)."""
 
     state: str = "closed"
     failures: int = 0
     retry_at: float = 0.0
     pause_seconds: float = FIRST_PAUSE_SECONDS
     reason: str = ""
-    """Of the last failure, for people."""
+    """The reason of the last failure, for people."""
 
     @property
     def closed(self) -> bool:
-        """Whether calls may go."""
+        """Whether calls may be made."""
         return self.state == "closed"
 
     def due(self, now: float) -> bool:
-        """Whether the pause is over."""
+        """Return whether the breaker is open and its pause is over."""
         return self.state == "open" and now >= self.retry_at
 
     def probe(self, now: float) -> bool:
-        """Whether the pause is over and this is the moment for one call, which decides."""
+        """Return True when the pause is over. The caller must then make one call, which decides."""
         if not self.due(now):
             return False
         self.state = "half-open"
@@ -40,11 +40,11 @@ class Breaker:
         self.state, self.failures, self.pause_seconds, self.reason = "closed", 0, FIRST_PAUSE_SECONDS, ""
 
     def failed(self, now: float, reason: str, at_once: bool = False) -> bool:
-        """True when the breaker has opened by this. `at_once`: do not wait for more failures."""
+        """Count a failure. Return True when it opens the breaker. `at_once`: do not wait for more failures."""
         self.failures += 1
         self.reason = reason
         if self.state == "open":
-            return False  # a call that had begun before
+            return False  # the call had begun before the breaker opened
         if self.state == "closed" and self.failures < FAILURES_TO_OPEN and not at_once:
             return False
         if self.state == "half-open":

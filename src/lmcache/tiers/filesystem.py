@@ -1,6 +1,6 @@
-"""Every touch of a file system by the tiers on local media: one method an operation, so that tests can fail, cut or end each.
+"""All file operations of the tiers on file systems, one method an operation, so that tests can fail or truncate each.
 
-Nothing here decides anything. Errors are OSError; `tier_error` names them for people and counters.
+Nothing here makes decisions. Errors are OSError; `tier_error` names them for people and counters.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from lmcache.compiled import load_native
 from lmcache.tiers.tier import TierError
 
 BLOCK_BYTES = 4096
-"""Unit of direct I/O and of what a file system gives out. No device in use asks for more."""
+"""Unit of direct I/O and of allocation in a file system. No device in use needs a larger one."""
 _IOV_MAX = 1024
 _KEEP_SIZE, _PUNCH_HOLE = 1, 2
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 _FRAME, _READ = struct.Struct("=qqQ"), struct.Struct("=q128s16s")
-"""What `native/frames.c` is told of a frame, and what it tells."""
+"""The request for one frame to `native/frames.c`, and its outcome."""
 _REASONS = {
     errno.ENOSPC: ("full", "no space left; free some, or set a smaller max_gb"),
     errno.EDQUOT: ("full", "the quota is used up; raise it, or set a smaller max_gb"),
@@ -40,29 +40,29 @@ FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 def tier_error(where: str, error: OSError) -> TierError:
-    """What happened to the tier `where` (its redacted URL)."""
+    """Return the error of the tier `where` (its redacted URL), with a reason for counters and a remedy for people."""
     reason, text = _REASONS.get(error.errno or 0, ("io", error.strerror or str(error)))
     return TierError(reason, f"{where}: {text}")
 
 
 def blocks(size: int) -> int:
-    """`size` bytes rounded up to whole blocks."""
+    """Return `size` bytes rounded up to complete blocks."""
     return -(-size // BLOCK_BYTES) * BLOCK_BYTES
 
 
 def is_aligned(memory: memoryview) -> bool:
-    """Whether direct I/O may use this memory as it lies."""
+    """Return whether direct I/O may use this memory without a copy."""
     return address_of(memory) % BLOCK_BYTES == 0
 
 
 def address_of(memory: memoryview) -> int:
-    """Where its first byte is. What is done with it must end before the memory goes."""
+    """Return the address of the first byte. It must not be used after the memory is released."""
     address: int = np.frombuffer(memory, np.uint8).__array_interface__["data"][0]
     return address
 
 
 class Bounces:
-    """Aligned buffers to go through where memory or size does not suit direct I/O. Grows to as many as are used at once."""
+    """A pool of aligned bounce buffers, for memory or sizes that do not suit direct I/O. It grows to as many as are in use."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -79,18 +79,18 @@ class Bounces:
 
 
 class Filesystem:
-    """The operations, each as small as a crash can make it. Raises OSError."""
+    """The file operations, each so small that a crash cannot split it. Raises OSError."""
 
     def open(self, path: Path, flags: int) -> int:
-        """A descriptor; files that are created are for this user only."""
+        """Open a file and return its descriptor. Created files are accessible to this user only."""
         return os.open(path, flags | os.O_CLOEXEC, 0o600)
 
     def close(self, fd: int) -> None:
-        """Of a file that was written: network file systems say here that they could not."""
+        """Close a file that was written. Network file systems report failed writes here."""
         os.close(fd)
 
     def write(self, fd: int, buffers: Sequence[memoryview | bytes], offset: int) -> None:
-        """All of the buffers, one after another."""
+        """Write all buffers, one after another."""
         left = [memoryview(one).cast("B") for one in buffers]
         while left:
             done = self.pwritev(fd, left[:_IOV_MAX], offset)
@@ -101,7 +101,7 @@ class Filesystem:
         return os.pwritev(fd, buffers, offset)
 
     def read(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
-        """Bytes read; fewer than asked for where the file ends."""
+        """Fill the buffers and return the bytes read; fewer than asked for where the file ends."""
         left, total = [one.cast("B") for one in buffers], 0
         while left:
             done = self.preadv(fd, left[:_IOV_MAX], offset + total)
@@ -117,16 +117,16 @@ class Filesystem:
     def read_frames(
         self, fd: int, frames: Sequence[tuple[int, int, int]], piece_bytes: int
     ) -> list[tuple[int, bytes, bytes]] | None:
-        """Whole large frames (offset, payload bytes, address for the payload) by native code, so many bytes at once.
+        """Read large frames, given as (offset, payload bytes, target address), by native code, `piece_bytes` at a time.
 
-        For each 0, -1 where the file ends too early, or errno; its header; its unkeyed checksum. None: there is no native code.
+        Return for each 0, -1 where the file ends too early, or errno; its header; its digest. None: there is no native code.
         """
         if _read_frames is None:
             return None
         return list(_READ.iter_unpack(_read_frames(fd, b"".join(_FRAME.pack(*one) for one in frames), piece_bytes)))
 
     def allocate(self, fd: int, offset: int, size: int) -> None:
-        """Reserve room, the file's size unchanged. Does nothing where the file system cannot."""
+        """Allocate space without changing the file's size. Does nothing where the file system cannot."""
         try:
             _fallocate(fd, _KEEP_SIZE, offset, size)
         except OSError as error:
@@ -134,7 +134,7 @@ class Filesystem:
                 raise
 
     def punch(self, fd: int, offset: int, size: int) -> None:
-        """Give back the blocks of a range."""
+        """Free the blocks of a range."""
         _fallocate(fd, _KEEP_SIZE | _PUNCH_HOLE, offset, size)
 
     def truncate(self, fd: int, size: int) -> None:
@@ -144,14 +144,14 @@ class Filesystem:
         os.fdatasync(fd)
 
     def rename(self, old: Path, new: Path) -> None:
-        """Replaces `new` at once."""
+        """Rename a file, replacing `new` atomically."""
         os.rename(old, new)
 
     def unlink(self, path: Path) -> None:
         path.unlink(missing_ok=True)
 
     def touch(self, path: Path) -> None:
-        """Its time of last use becomes now."""
+        """Set a file's time of last use to now."""
         os.utime(path)
 
 
@@ -174,7 +174,7 @@ def _fallocate(fd: int, mode: int, offset: int, size: int) -> None:
 
 
 def _behind(buffers: list[memoryview], done: int) -> list[memoryview]:
-    """What is left of the buffers after `done` bytes."""
+    """Return the rest of the buffers after `done` bytes."""
     first = 0
     while first < len(buffers) and done >= buffers[first].nbytes:
         done -= buffers[first].nbytes

@@ -1,28 +1,28 @@
-"""The frame: what every stored shard carries, in every tier, so that damage is a miss and never KV.
+"""The frame: the format of every stored shard in every tier, by which damage becomes a miss and never wrong KV.
 
-128 bytes of header, then the payload (the slot's bytes, in slot order). All integers little-endian:
+It is a header of 128 bytes, then the payload (the extent's bytes, in canonical order). All integers are little-endian:
 
     offset  size  field
          0     8  magic, "LMCframe"
          8     2  version, 1
         10     2  flags: bit 0, the checksum is keyed
         12     4  bytes of this header, 128
-        16    16  space: names layout and parallel split
+        16    16  space: fingerprint of the layout and the parallel split
         32    16  chunk: the chunk's hash
-        48     2  shard
-        50     2  shards
+        48     2  shard: index of the shard in its chunk
+        50     2  shards: number of shards of the chunk
         52     4  zero
         56     8  payload bytes
-        64    16  parent: hash of the chunk before, zeros before the first
+        64    16  parent: hash of the previous chunk, zeros before the first
         80    32  zero
-       112    16  checksum over the payload and then header bytes 0..112: xxh3-128 (big-endian, as its digest is canonically
+       112    16  checksum of the payload followed by header bytes 0..112: xxh3-128 (big-endian, as its digest is usually
                   written), or with flag bit 0 the first 16 bytes of keyed BLAKE3
 
-The payload comes first in the checksum, so that a store can take it piece by piece behind its reads and writes (`Checksum`)
-and need not know the header before.
+The checksum covers the payload first, so that a store can compute it piece by piece during its reads and writes (`Checksum`)
+without knowing the header.
 
-xxh3 finds damage and no forgery; a tier that others may write to wants a key. Source of xxh3: the `xxhash` library; it runs
-at 13 to 36 GB/s a core where BLAKE3 runs at 3 to 5, and with the interpreter's lock released.
+xxh3 detects damage but not forgery; a tier that other users may write to needs a key. The `xxhash` library computes xxh3 at 13
+to 36 GB/s a core, where BLAKE3 reaches 3 to 5, and releases the interpreter lock.
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ OTHER_SIZE = "other size"
 CHECKSUM = "checksum"
 TRUNCATED = "truncated"
 DAMAGE = (NOT_A_FRAME, OTHER_VERSION, OTHER_SHARD, OTHER_SIZE, CHECKSUM, TRUNCATED)
-"""All names of damage. Each is a miss, is counted under its name, and removes the shard."""
+"""All names of damage. A damaged shard is a miss, is counted under its name of damage, and is removed."""
 
 
 class Checksum:
-    """Of one frame, taken piece by piece while its payload is read or written. `secret`: 32 bytes, for a keyed one."""
+    """The checksum of one frame, computed piece by piece while the payload is read or written. `secret`: 32 bytes or b""."""
 
     def __init__(self, secret: bytes = b"") -> None:
         self._secret = secret
@@ -63,12 +63,12 @@ class Checksum:
         self._payload_bytes = 0
 
     def update(self, piece: bytes | memoryview) -> None:
-        """The next piece of the payload. Lets other threads run meanwhile."""
+        """Add the next piece of the payload. The interpreter lock is released meanwhile."""
         self._sum.update(piece)
         self._payload_bytes += memoryview(piece).nbytes
 
     def header(self, key: ShardKey, parent: bytes) -> bytes:
-        """The 128 bytes that belong to the payload seen. Ends the checksum."""
+        """Return the 128-byte header of a frame with the payload so far. Ends the checksum."""
         flags = _KEYED if self._secret else 0
         head = _HEAD.pack(
             _MAGIC,
@@ -86,7 +86,7 @@ class Checksum:
         return head + self._digest(head)
 
     def check(self, header: bytes | memoryview, key: ShardKey) -> str:
-        """OK when header and the payload seen are a whole frame of this shard; otherwise the name of the damage. Ends it."""
+        """Return OK when header and payload so far are a complete frame of this shard, else the name of the damage. Ends it."""
         wrong = check_header(header, key, self._payload_bytes, self._secret)
         if wrong:
             return wrong
@@ -99,14 +99,14 @@ class Checksum:
 
 
 def make_header(key: ShardKey, parent: bytes, payload: bytes | memoryview, secret: bytes = b"") -> bytes:
-    """The 128 bytes in front of `payload`. `secret`: 32 bytes, for a keyed checksum."""
+    """Return the 128-byte header of `payload`. `secret`: 32 bytes for a keyed checksum, or b""."""
     checksum = Checksum(secret)
     checksum.update(payload)
     return checksum.header(key, parent)
 
 
 def check_header(header: bytes | memoryview, key: ShardKey, payload_bytes: int, secret: bytes = b"") -> str:
-    """OK, or why this is not the header of a frame with so many bytes of this shard. The checksum is not looked at."""
+    """Return OK when this is the header of a frame of this shard with so many bytes, else why not. Ignores the checksum."""
     if len(header) < HEADER_BYTES:
         return TRUNCATED
     magic, version, flags, size, *name, zero, stored, _ = _HEAD.unpack_from(header)
@@ -122,7 +122,7 @@ def check_header(header: bytes | memoryview, key: ShardKey, payload_bytes: int, 
 def check_stored(
     header: bytes | memoryview, stored_bytes: int, key: ShardKey, payload_bytes: int, secret: bytes = b""
 ) -> str:
-    """As `check_header`, for a frame of which the store has `stored_bytes`, header included."""
+    """Check a header as `check_header`, for a frame of which the store holds `stored_bytes` including the header."""
     if stored_bytes < HEADER_BYTES:
         return TRUNCATED
     wrong = check_header(header, key, payload_bytes, secret)
@@ -132,7 +132,7 @@ def check_stored(
 
 
 def check(header: bytes | memoryview, payload: bytes | memoryview, key: ShardKey, secret: bytes = b"") -> str:
-    """OK when header and payload are a whole frame of this shard; otherwise the name of the damage."""
+    """Return OK when header and payload are a complete frame of this shard, else the name of the damage."""
     wrong = check_header(header, key, memoryview(payload).nbytes, secret)
     if wrong:
         return wrong
@@ -142,7 +142,7 @@ def check(header: bytes | memoryview, payload: bytes | memoryview, key: ShardKey
 
 
 def unpack(stored: bytes | memoryview, key: ShardKey, into: memoryview, secret: bytes = b"") -> str:
-    """Copy the payload of a stored frame into a buffer of just its size. OK, or the name of the damage: nothing is copied."""
+    """Copy the payload of a stored frame into a buffer of its size and return OK; or copy nothing and name the damage."""
     header, payload = memoryview(stored)[:HEADER_BYTES], memoryview(stored)[HEADER_BYTES:]
     outcome = check_stored(header, memoryview(stored).nbytes, key, into.nbytes, secret)
     if not outcome:
@@ -155,7 +155,7 @@ def unpack(stored: bytes | memoryview, key: ShardKey, into: memoryview, secret: 
 
 
 def check_digest(header: bytes, payload_bytes: int, digest: bytes, key: ShardKey) -> str:
-    """As `check`, with the checksum taken by somebody else: 16 bytes, not keyed, over the payload and the header before it."""
+    """Check a frame as `check`, by an unkeyed 16-byte digest of payload and header that native code has computed."""
     wrong = check_header(header, key, payload_bytes)
     if wrong:
         return wrong
@@ -163,7 +163,7 @@ def check_digest(header: bytes, payload_bytes: int, digest: bytes, key: ShardKey
 
 
 def read_header(header: bytes | memoryview) -> tuple[ShardKey, bytes, int] | None:
-    """(key, parent, payload bytes) of what looks like a frame's header, None for anything else. Unchecked: for indexes."""
+    """Return (key, parent, payload bytes) of a frame's header, None for anything else. The checksum is not checked."""
     if len(header) < HEADER_BYTES:
         return None
     magic, version, _, size, *name, zero, stored, parent = _HEAD.unpack_from(header)

@@ -1,7 +1,7 @@
-"""Frames between memory and a segment: in large pieces, direct where that can be, checksums taken meanwhile.
+"""Transfer of frames between memory and a segment file: in large pieces, by direct I/O where possible, with checksums.
 
-Large frames are read by native code, which pays for Python and its lock once a call. Where there is none, and when writing, one
-piece is summed up while the next one is on its way to or from the device. Nothing here knows an index.
+Native code reads large frames, so that Python and its lock cost only once a call. Without native code, and in writes, another
+thread computes the checksum of one piece while the next one is transferred. This module knows nothing of the index.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from lmcache.tiers.filesystem import BLOCK_BYTES, Bounces, Filesystem, address_o
 from lmcache.tiers.tier import Shard, ShardKey
 
 PIECE_BYTES = 8 << 20
-"""One request to the device: of 2, 8 and 32 MiB, 8 was the fastest or as fast as any."""
+"""Size of one request to the device: of 2, 8 and 32 MiB, 8 was the fastest or as fast as any."""
 BOUNCE_BYTES = 2 << 20
 GROUP_BYTES = 64 << 20
 GROUP_FRAMES = BOUNCE_BYTES // (2 * BLOCK_BYTES)
-"""How much one `write_large` is given at most: each frame takes two blocks of a bounce buffer, for the tail and the header."""
+"""The most bytes and frames in one `write_large`: each frame takes two blocks of a bounce buffer for its tail and header."""
 _CACHED_BYTES = 512 << 10
-"""Of a buffered read at once: of 0.25 to 8 MiB, the fastest or as fast as any, from the page cache and from the device."""
+"""Size of a buffered read: of 0.25 to 8 MiB, the fastest or as fast as any, from the page cache and from the device."""
 _INLINE_BYTES = 256 << 10
-"""Summed up by whoever reads or writes: waking another thread would take longer."""
+"""Checksums of smaller pieces are computed by the calling thread: waking another thread would take longer."""
 _GAP_BYTES = 16 << 10
-"""Packed frames that lie no farther apart are read at once."""
+"""Packed frames that lie no farther apart are read by one request."""
 UNREADABLE = "unreadable"
-"""Outcome of a load: the device could not read it, though it could read others."""
+"""Outcome of a load: the device could not read this frame, though it could read others."""
 
 
 class Found(NamedTuple):
-    """A frame to be read: where the index says it is."""
+    """A frame to read, at the place that the index gives."""
 
     place: int
     key: ShardKey
@@ -41,14 +41,14 @@ class Found(NamedTuple):
 
 
 class FrameIO:
-    """Reads and writes frames. `fd`s are opened for direct I/O when `direct` says so."""
+    """Reads and writes frames. With `direct`, all descriptors are opened for direct I/O."""
 
     def __init__(self, filesystem: Filesystem, secret: bytes, pool: ThreadPoolExecutor, direct: bool) -> None:
         self._filesystem, self._secret, self._pool, self._direct = filesystem, secret, pool, direct
         self._bounces = Bounces(BOUNCE_BYTES)
 
     def write_large(self, fd: int, offset: int, shards: Sequence[Shard]) -> None:
-        """One after another from `offset` on. Raises OSError."""
+        """Write frames one after another from `offset` on. Raises OSError."""
         sums = [self._begin_sum(shard.payload) for shard in shards]
         total = sum(frame_bytes(shard.payload.nbytes) for shard in shards)
         writer = _Pieces(self._filesystem, fd, offset, min(PIECE_BYTES, max(BOUNCE_BYTES, blocks(total // 4))))
@@ -75,8 +75,8 @@ class FrameIO:
             self._bounces.give(bounce)
 
     def read_large(self, fd: int, found: Sequence[Found]) -> Callable[[], list[str | OSError]]:
-        """Read frames of one file, in the order of their places. The outcome of each is told by the call that is returned, when
-        its checksum has been taken; an OSError where the device could not read it."""
+        """Read frames of one file, in the order of their places. The returned call waits for the checksums and returns the
+        outcome of each frame, which is an OSError where the device could not read it."""
         at_once = self._read_at_once(fd, found)
         if at_once is not None:
             return lambda: at_once
@@ -89,8 +89,8 @@ class FrameIO:
         return lambda: [end if isinstance(end, OSError) else end() for end in ends]
 
     def _read_at_once(self, fd: int, found: Sequence[Found]) -> list[str | OSError] | None:
-        """By native code, a call at a time; None where it cannot. A buffered piece is summed up while it is in the cache of the
-        core that copied it; the device is kept busy by other calls meanwhile, or other lanes."""
+        """Read by native code; return None where it cannot. The checksum of a buffered piece is computed while the piece is in
+        the cache of the core that copied it; other calls or lanes keep the device busy meanwhile."""
         if self._secret:
             return None
         asked = [(offset_of(one.place), one.into.nbytes, address_of(one.into)) for one in found]
@@ -110,7 +110,7 @@ class FrameIO:
         return outcomes
 
     def _read_pieces(self, fd: int, found: Found) -> Callable[[], str]:
-        """Read one; the outcome is told by the call that is returned, when its checksum has been taken. Raises OSError."""
+        """Read one frame. The returned call waits for the checksum and returns the outcome. Raises OSError."""
         payload = found.into.cast("B")
         offset, whole = offset_of(found.place), payload.nbytes // BLOCK_BYTES * BLOCK_BYTES
         end_bytes = blocks(payload.nbytes - whole) + BLOCK_BYTES
@@ -154,7 +154,7 @@ class FrameIO:
         return outcome
 
     def write_packed(self, fd: int, offset: int, shards: Sequence[Shard]) -> None:
-        """One after another from `offset` on, to the end of a block. Raises OSError."""
+        """Write frames one after another from `offset` on, padded to the end of a block. Raises OSError."""
         bounce = self._bounces.take()
         try:
             memory, at = memoryview(bounce), 0
@@ -173,7 +173,7 @@ class FrameIO:
             self._bounces.give(bounce)
 
     def read_packed(self, fd: int, found: Sequence[Found]) -> list[str]:
-        """Of one file, in the order of their places; neighbours are read at once. Raises OSError."""
+        """Read frames of one file, in the order of their places, neighbours by one request. Raises OSError."""
         outcomes: list[str] = []
         bounce = self._bounces.take()
         try:
@@ -211,7 +211,7 @@ class FrameIO:
     def _sum_next(
         self, checksum: frame.Checksum, piece: memoryview, before: Future[None] | None
     ) -> Future[None] | None:
-        """The piece is summed up after the one before. Workers take tasks in order, so that one is under way or done."""
+        """Add a piece to the checksum after the one before. Workers take tasks in order, so no task waits for a later one."""
         if before is None and piece.nbytes <= _INLINE_BYTES:
             checksum.update(piece)
             return None
@@ -237,14 +237,14 @@ class FrameIO:
 
     @staticmethod
     def _settle(sums: Sequence[object]) -> None:
-        """Nobody reads the caller's memory any more when this returns."""
+        """Wait until no thread reads the caller's memory any more."""
         for one in sums:
             if isinstance(one, Future):
                 one.result()
 
 
 class _Pieces:
-    """Buffers that lie one after another in a file, written in pieces of about one size."""
+    """Buffers that are adjacent in a file, written in pieces of about one size."""
 
     def __init__(self, filesystem: Filesystem, fd: int, offset: int, piece_bytes: int) -> None:
         self._filesystem, self._fd, self._offset, self._piece_bytes = filesystem, fd, offset, piece_bytes
@@ -253,7 +253,7 @@ class _Pieces:
         self._waiting = 0
 
     def add(self, buffer: memoryview, fill: Callable[[], None] | None = None) -> None:
-        """The next bytes. `fill` completes them right before they are written."""
+        """Add the next bytes. `fill` completes them right before they are written."""
         if fill is not None:
             self._fills.append(fill)
         while buffer.nbytes:
@@ -282,7 +282,7 @@ def _fill(into: memoryview, checksum: Future[frame.Checksum] | frame.Checksum, s
 
 
 def _run(found: Sequence[Found], first: int) -> tuple[int, int, int]:
-    """Frames that are read at once: (first byte, number behind the last frame, byte behind), whole blocks."""
+    """Return (first byte, number after the last frame, end byte) of frames to read by one request, in complete blocks."""
     begin = offset_of(found[first].place) // BLOCK_BYTES * BLOCK_BYTES
     behind, end = first, begin
     while behind < len(found):

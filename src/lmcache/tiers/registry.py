@@ -1,4 +1,4 @@
-"""Which tiers there are, and how one is made from what a user wrote."""
+"""The known tiers, and how a tier is made from the URL or JSON that a user wrote."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _OWN = {
     "rediss": ("lmcache.tiers.redis.tier", "RedisTier", "redis"),
     "s3": ("lmcache.tiers.s3.tier", "S3Tier", "s3"),
 }
-"""scheme -> module, class, the extra that it needs."""
+"""Maps each scheme to its module, its class, and the extra of the package that it needs."""
 
 
 @dataclass(frozen=True)
 class TierSpec:
-    """A tier and how the server uses it. `url` is redacted. write: when shards go there. read: whether lookups ask it."""
+    """A tier and how the server uses it. `url` is redacted. write: when shards are stored in it. read: whether lookups ask it."""
 
     name: str
     url: str
@@ -40,15 +40,15 @@ class TierSpec:
 
 
 def schemes() -> list[str]:
-    """All that can be written before `://`."""
+    """Return all schemes that a tier's URL may have."""
     return sorted({*_OWN, *(entry.name for entry in entry_points(group=ENTRY_POINTS))})
 
 
 def make_tier(text: str) -> TierSpec:
-    """The tier of one URL, not opened yet.
+    """Make the tier of one URL, without opening it.
 
     Raises:
-        ConfigError: an unknown scheme or option, a bad value, or the library that it needs is not installed.
+        ConfigError: a scheme or option is unknown, a value is invalid, or a library that the tier needs is not installed.
     """
     url = parse_url(text)
     write = url.take("write", word(*WRITE_MODES), "through")
@@ -65,10 +65,10 @@ def make_tier(text: str) -> TierSpec:
 
 
 def make_tiers(texts: list[str]) -> list[TierSpec]:
-    """As `make_tier`, in order; names are made unique by a number.
+    """Make the tiers of several URLs, in order. Default names are made unique by a number.
 
     Raises:
-        ConfigError: see `make_tier`, or two tiers were given the same name.
+        ConfigError: as `make_tier`, or two tiers were given the same name.
     """
     specs: list[TierSpec] = []
     for text in texts:
@@ -86,19 +86,19 @@ def make_tiers(texts: list[str]) -> list[TierSpec]:
 
 
 def tiers_of(l2: Iterable[str], l2_adapter: Iterable[str]) -> list[TierSpec]:
-    """What these settings of a server ask for, in order; nothing is opened.
+    """Make the tiers of a server's settings, in order, without opening them.
 
     Raises:
-        ConfigError: see `make_tiers` and `url_of_adapter`.
+        ConfigError: as `make_tiers` and `url_of_adapter`.
     """
     return make_tiers([*l2, *map(url_of_adapter, l2_adapter)])
 
 
 def url_of_adapter(text: str) -> str:
-    """The URL of the JSON spelling `{"type": "fs", "base_path": "/data", ...}`.
+    """Translate the JSON form `{"type": "fs", "base_path": "/data", ...}` to a URL.
 
     Raises:
-        ConfigError: not such JSON, or a type or key that has no counterpart; the message says what to write.
+        ConfigError: the JSON is invalid, or a type or key has no counterpart; the message says what to write.
     """
     try:
         given = json.loads(text)
@@ -108,12 +108,12 @@ def url_of_adapter(text: str) -> str:
         raise ConfigError('--l2-adapter: write {"type": "fs", "base_path": "/path"}, or --l2 disk:///path?max_gb=200')
     kind = given.pop("type")
     if kind not in _ADAPTERS:
-        raise ConfigError(f"--l2-adapter: type {kind!r} is not here; known: {', '.join(_ADAPTERS)}")
+        raise ConfigError(f"--l2-adapter: type {kind!r} is not supported; known: {', '.join(_ADAPTERS)}")
     values = {key: str(value) for key, value in given.items()}
     url = _ADAPTERS[kind](values)
     if values:
         raise ConfigError(
-            f"--l2-adapter: {kind} has no {sorted(values)[0]!r} here; write it as --l2 {url.partition('?')[0]}?..."
+            f"--l2-adapter: {kind} does not support {sorted(values)[0]!r}; write it as --l2 {url.partition('?')[0]}?..."
         )
     return url
 
@@ -168,7 +168,7 @@ def _class_of(url: TierURL) -> type[TierBase]:
     for entry in entry_points(group=ENTRY_POINTS, name=url.scheme):
         try:
             loaded = entry.load()
-        except Exception as error:  # whatever a third party's module raises
+        except Exception as error:  # a third party's module may raise anything
             raise ConfigError(f"{url.redacted}: cannot load {entry.value}: {type(error).__name__}: {error}") from error
         if not (isinstance(loaded, type) and issubclass(loaded, (Tier, AsyncTier))):
             raise ConfigError(
@@ -176,7 +176,7 @@ def _class_of(url: TierURL) -> type[TierBase]:
             )
         if getattr(loaded, "scheme", None) != url.scheme:
             raise ConfigError(
-                f"{url.redacted}: {entry.value} must say scheme = {url.scheme!r}, as its entry point does"
+                f"{url.redacted}: {entry.value} must have scheme = {url.scheme!r}, the name of its entry point"
             )
         return loaded
     raise ConfigError(f"{url.redacted}: unknown tier {url.scheme!r}; known: {', '.join(schemes())}")

@@ -1,7 +1,7 @@
 """A tier as a URL: `disk:///var/lib/lmcache?max_gb=200`, `redis://user:${REDIS_PASSWORD}@host:6379/0?max_gb=50`.
 
-Every option of the query is taken by somebody or is an error that names the nearest one. Secrets come from `${NAME}`
-references or `?password_file=`; `redacted` is what people, logs and /status see.
+Every option of the query must be taken by the tier, or `finish` raises an error that names the nearest one. Secrets come from
+`${NAME}` references or `?password_file=`; people, logs and /status see `redacted`.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ _PUBLIC = frozenset(
         "sweep",
     }
 )
-"""Options whose value may be shown; those of `*_file` are paths. Anything else is `***` to people."""
+"""Options whose values may be shown; those of `*_file` are paths. Values of all other options are shown as `***`."""
 T = TypeVar("T")
 
 
 @dataclass
 class TierURL:
-    """The parts of one tier's URL. `take` hands out options; `finish` says that nothing else is known."""
+    """The parts of one tier's URL. `take` reads options; `finish` checks that all were read."""
 
     scheme: str
     username: str = ""
@@ -51,15 +51,15 @@ class TierURL:
     host: str = ""
     port: int | None = None
     path: str = ""
-    """As in the URL, with its leading slash; percent signs decoded."""
+    """The path as in the URL, with its leading slash; percent-encoding is decoded."""
     options: dict[str, str] = field(default_factory=dict, repr=False)
     inline_secret: bool = False
-    """A password was written out in the URL itself, where every user of the machine can read it."""
+    """Whether the URL itself contains a password, which every user of the machine can read."""
     _taken: set[str] = field(default_factory=set, repr=False)
 
     @property
     def redacted(self) -> str:
-        """The URL for people: no password, no option that could be one."""
+        """The URL for people, without the password and without options that may be secret."""
         who = f"{self.username}:***@" if self.password else f"{self.username}@" if self.username else ""
         host = in_url(self.host)
         shown = (
@@ -71,10 +71,10 @@ class TierURL:
         return f"{self.scheme}://{who}{host}{port}{self.path}" + (f"?{query}" if query else "")
 
     def take(self, name: str, parse: Callable[[str], T], default: T) -> T:
-        """The value of an option, or the default.
+        """Return the value of an option, or the default.
 
         Raises:
-            ConfigError: `parse` (of `config.options`, or another) raised ValueError; its text says what the value must be.
+            ConfigError: `parse` raised ValueError, whose text says what the value must be.
         """
         self._taken.add(name)
         if name not in self.options:
@@ -85,26 +85,26 @@ class TierURL:
             raise ConfigError(f"{self.redacted}: {name}: {error}") from None
 
     def take_max_bytes(self) -> int | None:
-        """`max_gb` in bytes, GiB of 2^30; None where it is not given."""
+        """Return `max_gb` (GiB) in bytes; None where it is not given."""
         gigabytes = self.take("max_gb", number(0.001, 1e9), 0.0)
         return int(gigabytes * GIB) if gigabytes else None
 
     def take_frame_key(self) -> bytes:
-        """The 32 bytes of `key_file`, b"" without one: for keyed checksums.
+        """Return the 32 bytes of `key_file` for keyed checksums, b"" without the option.
 
         Raises:
-            ConfigError: the file is not 0600, or has not 32 bytes (64 hexadecimal digits will do as well).
+            ConfigError: the file's mode is not 0600, or it holds neither 32 bytes nor 64 hexadecimal digits.
         """
         path = self.take("key_file", str, "")
         return read_secret(path, self.redacted, 32) if path else b""
 
     def take_password(self) -> str:
-        """The URL's password, or the content of `password_file`."""
+        """Return the URL's password, or the content of `password_file`."""
         path = self.take("password_file", str, "")
         return read_secret(path, self.redacted).decode() if path else self.password
 
     def finish(self) -> None:
-        """Raises ConfigError for an option that nobody took."""
+        """Check that all options were taken. Raises ConfigError for one that was not."""
         for name in self.options:
             if name not in self._taken:
                 near = difflib.get_close_matches(name, self._taken, 1)
@@ -113,7 +113,7 @@ class TierURL:
 
 
 def parse_url(text: str, environ: Mapping[str, str] = os.environ) -> TierURL:
-    """Raises ConfigError: not a URL, or a `${NAME}` that is not set. The message shows no secret."""
+    """Parse the URL of a tier. Raises ConfigError for invalid text or an unset `${NAME}`. The message shows no secret."""
     scheme = text.partition("://")[0]
     if "://" not in text or not re.fullmatch(r"[a-z][a-z0-9+.-]*", scheme):
         raise ConfigError(
@@ -148,10 +148,10 @@ def parse_url(text: str, environ: Mapping[str, str] = os.environ) -> TierURL:
 
 
 def read_secret(path: str, said: str, binary_bytes: int = 0) -> bytes:
-    """The content of a file that only its owner may read; with `binary_bytes`, exactly so many, raw or in hexadecimal.
+    """Return the content of a file that only its owner may read. binary_bytes: its exact size, raw or in hexadecimal; 0: any.
 
     Raises:
-        ConfigError: it cannot be read, others may read it, or it has another size.
+        ConfigError: the file cannot be read, other users may read it, or it has another size.
     """
     try:
         mode = Path(path).stat().st_mode

@@ -1,4 +1,4 @@
-"""What a copy is asked to do, seen to be within its bounds before anything is touched."""
+"""Bounds checks of copies, made before any memory is touched."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _ANYWHERE = (1 << 63) - 1
 
 
 class Bounds:
-    """Of copies between `paged` and extents of `chunk_tokens` tokens."""
+    """Checks copies between `paged` and extents of `chunk_tokens` tokens."""
 
     def __init__(self, paged: PagedKV, chunk_tokens: int) -> None:
         native = load_native()
@@ -28,12 +28,12 @@ class Bounds:
     def checked(
         self, base: int, blocks: npt.NDArray[Any], runs: npt.NDArray[Any], arena_bytes: int | None = None
     ) -> tuple[Blocks, Runs]:
-        """Refuse whatever would touch memory out of bounds; returns blocks and runs as contiguous int32 and int64.
+        """Check all arguments and return blocks and runs as contiguous int32 and int64 arrays.
 
         Arguments as in `CpuCopier.gather`.
 
         Raises:
-            LayoutError: names what is out of bounds.
+            LayoutError: the copy would touch memory out of bounds; the message names what.
         """
         blocks, runs = np.asarray(blocks), np.asarray(runs)
         if (
@@ -47,11 +47,11 @@ class Bounds:
             if self._fits(*table, runs.ctypes.data, len(runs), self._chunk_tokens, *shape, farthest):
                 return blocks, runs
         self._check(base, blocks, runs, arena_bytes)
-        # Both are within int32 and int64 now, so these conversions lose nothing (and copy only what is not so already).
+        # All values fit in int32 and int64 now, so these conversions lose nothing. They copy only arrays of another type.
         return np.ascontiguousarray(blocks, dtype=np.int32), np.ascontiguousarray(runs, dtype=np.int64)
 
     def _check(self, base: int, blocks: npt.NDArray[Any], runs: npt.NDArray[Any], arena_bytes: int | None) -> None:
-        """Everything that `runs_fit` (native/copy.c) sees, to name what it is; and what is not plain."""
+        """Repeat the checks of `runs_fit` (native/copy.c) to name what is wrong. Accept arrays of other integer types."""
         if blocks.ndim != 1 or blocks.dtype.kind not in "iu":
             raise LayoutError(f"blocks is {blocks.dtype}{list(blocks.shape)}; it must be a flat array of integers")
         if runs.ndim != 2 or runs.shape[1] != 4 or runs.dtype != np.int64:
@@ -65,7 +65,7 @@ class Bounds:
         low = runs.min(axis=0)
         if low.min() < 0:
             raise LayoutError(f"runs has {low.min()}; every number in it must be at least 0")
-        # Each term is bounded before the terms are added, so that no sum can wrap round.
+        # Each term is bounded before the terms are added, so that no sum can overflow.
         offset, first, count, in_extent = (int(value) for value in runs.max(axis=0))
         if max(count, in_extent) > chunk_tokens or int((runs[:, 2] + runs[:, 3]).max()) > chunk_tokens:
             raise LayoutError(
@@ -85,7 +85,7 @@ class Bounds:
 
 
 def _is_plain(array: npt.NDArray[Any], dtype: type, shape: tuple[int, ...]) -> bool:
-    """What C may read. shape: -1 for any length."""
+    """Return whether C may read the array directly. shape: -1 stands for any length."""
     return (
         array.dtype == dtype and array.ndim == len(shape) and array.shape[1:] == shape[1:] and array.flags.c_contiguous
     )

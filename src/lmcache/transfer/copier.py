@@ -1,4 +1,4 @@
-"""What every copier can do, whatever the device of the paged KV; and the one place that chooses."""
+"""The interface of all copiers, whatever device the paged KV is on, and `make_copier`, which chooses one."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from lmcache.transfer.progress import Progress
 
 
 class Copier(Protocol):
-    """Copies between one rank's paged KV and extents; returns when the copy has ended. Arguments as in `CpuCopier`."""
+    """Copies between one rank's paged KV and extents; a call returns when its copy has ended. Arguments as in `CpuCopier`."""
 
     bytes_per_second: float
-    """About what it reaches on today's machines: for cutting work into steps."""
+    """A typical rate on current machines, used to cut work into steps."""
     zeroes_the_rest: bool
-    """Whether a gather writes zeros where a run leaves tokens of its extent out; else those stay as they were."""
+    """Whether a gather writes zeros to the tokens of an extent that its run leaves out; otherwise they keep their bytes."""
 
     def gather(
         self,
@@ -40,22 +40,22 @@ class Copier(Protocol):
     ) -> None: ...
 
     def adopt(self, address: int, size_bytes: int) -> None:
-        """The arena is mapped here: get ready for fast copies to and from it, in the background."""
+        """Prepare for fast copies to and from the arena, mapped at `address` in this process. Runs in the background."""
         ...
 
     def close(self) -> None:
-        """No copy runs any more: let go of the arena and of staging memory."""
+        """Release the arena and the staging memory. No copy may be running."""
         ...
 
 
 def make_copier(paged: PagedKV, chunk_tokens: int, threads: int = 1) -> Copier:
-    """The copier for the device that `paged` lies on.
+    """Return the copier for the device of `paged`.
 
     Raises:
-        LayoutError: paged KV that cannot be copied there.
+        LayoutError: this copier does not support the paged KV.
     """
     if paged.device == "cpu":
         return CpuCopier(paged, chunk_tokens, threads)
-    from lmcache.transfer.gpu.copier import CudaCopier  # torch and Triton are the engine's, never needed elsewhere
+    from lmcache.transfer.gpu.copier import CudaCopier  # imports torch and Triton, which only engines on a GPU have
 
     return CudaCopier(paged, chunk_tokens)

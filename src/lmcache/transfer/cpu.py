@@ -1,4 +1,4 @@
-"""Paged KV <-> extents on a CPU: one native call for all runs and planes, without the GIL; NumPy where that is missing."""
+"""Copies between paged KV and extents on a CPU: one native call for all runs and planes, without the GIL, or NumPy."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from lmcache.transfer.progress import Progress, planes_in_group
 
 logger = init_logger(__name__)
 
-# Below this a copy is over before another thread has woken up: waking one costs some 30 microseconds, 300 KB at 10 GB/s.
+# A smaller copy ends before another thread has woken up: waking one takes some 30 microseconds, in which 300 KB are copied.
 _SPLIT_BYTES = 1 << 20
-# Smaller groups of planes than this cost more to be told of than is won by their coming sooner.
+# Smaller groups of planes would cost more for their notification than their earlier arrival gains.
 _GROUP_BYTES = 4 << 20
 
 
 class CpuCopier:
     """Copies tokens between one rank's paged KV and extents that hold `chunk_tokens` tokens in canonical order.
 
-    A run is a row (slot_offset_bytes, first_token, token_count, token_in_slot): tokens [first_token, first_token +
-    token_count) of the sequence whose block table is `blocks` (token t lies in block blocks[t // block_tokens]) against
-    tokens [token_in_slot, ...) of the extent at base + slot_offset_bytes. Runs of one call must not share target tokens.
-    Safe to call from several threads at once.
+    A run is a row (extent_offset_bytes, first_token, token_count, token_in_extent). It copies tokens [first_token, first_token +
+    token_count) of the sequence whose block table is `blocks` (token t lies in block blocks[t // block_tokens]) to or from
+    tokens [token_in_extent, ...) of the extent at base + extent_offset_bytes. Runs of one call must not share target tokens.
+    Several threads may call it at the same time.
 
-    threads: how many threads share one call's work; the calling thread is one of them.
+    threads: how many threads share the work of one call, including the calling thread.
     """
 
     bytes_per_second = 6e9
@@ -53,7 +53,7 @@ class CpuCopier:
         self._planes = _packed_planes(paged, chunk_tokens)
         self._planes_address = self._planes.ctypes.data
         self._native = load_native()
-        self._isa = -1  # the best one that this CPU has; tests try each
+        self._isa = -1  # the best instruction set of this CPU; tests try each
         self._views: list[npt.NDArray[Any]] = []
         if self._native is None:
             _warn_no_native()
@@ -65,10 +65,10 @@ class CpuCopier:
         """Copy paged tokens into extents.
 
         base: address of the arena's mapping. blocks: int32 [blocks], the block table. runs: int64 [runs, 4], see the
-        class. arena_bytes: length of the mapping, so that an extent beyond it is refused instead of a crash.
+        class. arena_bytes: length of the mapping, by which an extent beyond it is refused instead of crashing the process.
 
         Raises:
-            LayoutError: a block, token or extent out of bounds; nothing was touched.
+            LayoutError: a block, token or extent is out of bounds; nothing was copied.
         """
         self._copy(0, base, blocks, runs, arena_bytes)
 
@@ -81,12 +81,12 @@ class CpuCopier:
         arena_bytes: int | None = None,
         progress: Progress | None = None,
     ) -> None:
-        """Copy extent tokens into paged memory; arguments and errors as in `gather`. progress: is told of planes as they arrive,
-        and then they come in order."""
+        """Copy tokens of extents into paged KV. Arguments and errors are as in `gather`. progress: is notified of planes as
+        they arrive; with it they arrive in order."""
         self._copy(1, base, blocks, runs, arena_bytes, progress)
 
     def adopt(self, address: int, size_bytes: int) -> None:
-        """Nothing to prepare: a CPU copies to any mapped memory."""
+        """Do nothing: a CPU copies to any mapped memory."""
 
     def close(self) -> None:
         """End the helper threads."""
@@ -126,9 +126,9 @@ class CpuCopier:
         group: range,
         size: int,
     ) -> None:
-        """Copy these planes of all runs: `size` bytes."""
+        """Copy the planes `group` of all runs, which are `size` bytes."""
         paged = self.paged
-        claimed = np.zeros(1, dtype=np.int64)  # the next piece of work; all threads of this call draw from it
+        claimed = np.zeros(1, dtype=np.int64)  # number of the next piece; all threads of this call take from it
         arguments = (
             scatter,
             self._isa,
@@ -145,12 +145,12 @@ class CpuCopier:
         if self._pool is None or size < _SPLIT_BYTES:
             copy(*arguments)
             return
-        kept = (claimed, blocks, runs)  # the other threads have only their addresses
+        kept = (claimed, blocks, runs)  # keeps the arrays alive, since the other threads have only their addresses
         others = [self._pool.submit(_call, copy, arguments, kept) for _ in range(self._helpers)]
         try:
             copy(*arguments)
         finally:
-            # One that never started has nothing left to do: all work was drawn. One that runs ends with its last piece.
+            # A helper that never started has nothing left to do: all pieces were taken. A running one ends with its piece.
             for other in others:
                 if not other.cancel():
                     other.result()
@@ -178,7 +178,7 @@ def _call(copy: Callable[..., None], arguments: tuple[int, ...], kept: object) -
 
 
 def _packed_planes(paged: PagedKV, chunk_tokens: int) -> npt.NDArray[np.int64]:
-    """What native code reads: a row a plane, of `Plane`'s fields in their order and the plane's offset in the extent."""
+    """Return the table that native code reads: one row a plane, the fields of `Plane` and the plane's offset in an extent."""
     rows, offset = [], 0
     for p in paged.planes:
         rows.append((*dataclasses.astuple(p), offset))
@@ -187,7 +187,7 @@ def _packed_planes(paged: PagedKV, chunk_tokens: int) -> npt.NDArray[np.int64]:
 
 
 def _plane_view(paged: PagedKV, plane: Plane) -> npt.NDArray[Any]:
-    """The plane as an array [block][token group][token in group][head][dim group][dim in group] over its own memory."""
+    """Return the plane as an array [block][token group][token in group][head][dim group][dim in group] over its memory."""
     groups, dim_groups = paged.block_tokens // plane.token_group, plane.dims // plane.dim_group
     shape = (paged.num_blocks, groups, plane.token_group, plane.heads, dim_groups, plane.dim_group)
     tokens = (plane.block_stride, plane.group_stride, plane.token_stride)
@@ -198,7 +198,7 @@ def _plane_view(paged: PagedKV, plane: Plane) -> npt.NDArray[Any]:
 
 
 def _memory(address: int, shape: tuple[int, ...], item_bytes: int) -> npt.NDArray[Any]:
-    """A C-contiguous array over memory that somebody else owns."""
+    """Return a C-contiguous array over memory that the caller keeps alive."""
     buffer = _buffer(address, math.prod(shape) * item_bytes)
     array: npt.NDArray[Any] = np.ndarray(shape, np.dtype(f"u{item_bytes}"), buffer)
     return array

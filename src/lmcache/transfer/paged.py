@@ -1,4 +1,4 @@
-"""Where an engine keeps its KV: planes of fixed-size blocks, by addresses and strides, whatever their order."""
+"""Descriptions of an engine's paged KV: planes of fixed-size blocks, given by addresses and strides, in any order."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _ADDRESS_END = 1 << 63
 
 @dataclass(frozen=True)
 class Plane:
-    """The K or the V of one layer (MLA: the latent) in paged memory. All strides are in bytes.
+    """The K or the V of one layer (MLA: the latent) in paged KV. All strides are in bytes.
 
     Element (block b, token t of the block, head h, dim d) starts at
         address + b * block_stride
                 + (t // token_group) * group_stride + (t % token_group) * token_stride
                 + h * head_stride
                 + (d // dim_group) * dim_group_stride + (d % dim_group) * dim_stride
-    Two levels for tokens and dims, because kernels for matrix units keep pairs or tiles of them together (VNNI).
+    Tokens and dims have two levels, because kernels for matrix units keep pairs or tiles of them together (VNNI).
     """
 
     address: int
@@ -46,7 +46,7 @@ class Plane:
         dims: int,
         dim_stride: int,
     ) -> Plane:
-        """A plane whose tokens and dims have one stride each: a plain tensor's `stride()` times its item size."""
+        """Return a plane whose tokens and dims have one stride each: a plain tensor's `stride()` times its item size."""
         return cls(
             address, block_stride, 1, token_stride, token_stride, heads, head_stride, dims, 1, dim_stride, dim_stride
         )
@@ -54,13 +54,13 @@ class Plane:
 
 @dataclass(frozen=True)
 class PagedKV:
-    """One rank's paged KV: its planes in extent order ([layer][K, V]; MLA: [layer]), all with the same blocks.
+    """One rank's paged KV: its planes in canonical order ([layer][K, V]; MLA: [layer]), all with the same blocks.
 
-    block_tokens: tokens a block. num_blocks: block ids are 0 .. num_blocks - 1. item_bytes: of one element.
-    keepalive: whatever owns the memory; held as long as this description is. device: where it lies, as PyTorch names it.
+    block_tokens: tokens in a block. num_blocks: block ids are 0 .. num_blocks - 1. item_bytes: bytes of one element.
+    keepalive: the owner of the memory, which this description keeps alive. device: the device's name in PyTorch.
 
     Raises:
-        LayoutError: a number that cannot be, or elements that would overlap.
+        LayoutError: a number is out of range, or elements would overlap.
     """
 
     planes: tuple[Plane, ...]
@@ -72,7 +72,7 @@ class PagedKV:
 
     def __post_init__(self) -> None:
         if not self.planes:
-            raise LayoutError("paged KV without planes; give one a layer for MLA, else K and V of each layer")
+            raise LayoutError("paged KV has no planes; give one for each layer for MLA, else K and V of each layer")
         for name in ("block_tokens", "num_blocks"):
             if getattr(self, name) < 1:
                 raise LayoutError(f"paged KV: {name} is {getattr(self, name)}; it must be at least 1")
@@ -94,17 +94,17 @@ class PagedKV:
         return sum(plane.heads * plane.dims for plane in self.planes) * self.item_bytes
 
     def shard_bytes(self, chunk_tokens: int) -> int:
-        """Bytes of an extent for `chunk_tokens` tokens."""
+        """Return the bytes of a shard of `chunk_tokens` tokens."""
         return self.token_bytes * chunk_tokens
 
 
 def plane_span_bytes(paged: PagedKV, plane: Plane) -> int:
-    """Bytes from the plane's address to just behind its last element."""
+    """Return the bytes from the plane's address to the end of its last element."""
     return paged.item_bytes + sum((count - 1) * stride for _, count, stride in _axes(paged, plane))
 
 
 def _axes(paged: PagedKV, plane: Plane) -> list[tuple[str, int, int]]:
-    """(name of the stride, count, stride in bytes) of each of the six axes."""
+    """Return (name of the stride, count, stride in bytes) for each of the six axes."""
     return [
         ("block_stride", paged.num_blocks, plane.block_stride),
         ("group_stride", paged.block_tokens // plane.token_group, plane.group_stride),
@@ -132,7 +132,7 @@ def _check_plane(paged: PagedKV, number: int, plane: Plane) -> None:
 
 
 def _check_no_overlap(paged: PagedKV, number: int, plane: Plane) -> None:
-    """Every axis must step over all that those with smaller strides cover, as in any permuted, padded or sliced tensor."""
+    """Check that each axis steps over all bytes that axes of smaller stride cover, as in any permuted or sliced tensor."""
     covered = paged.item_bytes
     for name, count, stride in sorted(_axes(paged, plane), key=lambda axis: axis[2]):
         if count == 1:

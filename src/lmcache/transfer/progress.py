@@ -1,4 +1,4 @@
-"""How far a scatter has come: layers lie one after the other in an extent, so the first ones can be used while the last arrive."""
+"""Progress of a scatter: an extent holds one layer after the other, so the engine can use the first while the last arrive."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ class Point(Protocol):
     """A point in a device's stream (`torch.cuda.Event`)."""
 
     def wait(self) -> None:
-        """Make the calling thread's current stream wait for it, not the thread."""
+        """Make the calling thread's current stream, not the thread itself, wait for this point."""
         ...
 
 
 class Progress:
-    """Of one load. The thread that copies tells it, threads of the engine wait; planes are counted in extent order."""
+    """The progress of one load, from the copying thread to the engine's threads. Planes are counted in canonical order."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -23,13 +23,13 @@ class Progress:
         self._ended = False
 
     def arrived(self, planes: int, point: Point | None = None) -> None:
-        """The first `planes` planes of all tokens are there; with `point`, once the device has passed it."""
+        """Report that the first `planes` planes of all tokens have arrived, or will have once the device passes `point`."""
         with self._changed:
             self._groups.append((planes, point))
             self._changed.notify_all()
 
     def end(self) -> None:
-        """The load has ended, well or not, and the device with it."""
+        """Report that the load has ended, on the device too, successfully or not."""
         with self._changed:
             self._ended = True
             self._changed.notify_all()
@@ -39,15 +39,15 @@ class Progress:
         return self._ended
 
     def wait_recorded(self, planes: int, timeout_seconds: float) -> bool:
-        """Until the first `planes` planes were told of, or the load has ended, or the time is over; whether they were."""
+        """Wait until the first `planes` planes are reported, the load ends or time runs out. Return whether they are."""
         with self._changed:
             self._changed.wait_for(lambda: self._ended or self._reached(planes) is not None, timeout_seconds)
             return self._reached(planes) is not None
 
     def wait(self, planes: int) -> None:
-        """Return when work that reads the first `planes` planes may begin, or the load has ended; whether well, its job tells.
+        """Return when work that reads the first `planes` planes may begin, or when the load has ended (see its job for how).
 
-        On a device that is work which the calling thread launches into its current stream.
+        On a device this holds for work that the calling thread launches into its current stream.
         """
         with self._changed:
             self._changed.wait_for(lambda: self._ended or self._reached(planes) is not None)
@@ -60,6 +60,6 @@ class Progress:
 
 
 def planes_in_group(plane_bytes: int, group_bytes: int, most: int) -> int:
-    """How many planes, `most` at most, go together so that a group has about `group_bytes`. K and V of a layer stay together."""
+    """Return how many planes, at most `most`, make a group of about `group_bytes`. K and V of a layer stay together."""
     pairs = -(-group_bytes // max(1, 2 * plane_bytes))
     return min(most, 2 * max(1, pairs))

@@ -1,1 +1,1 @@
-"""Names that engines import from `lmcache.v1`, and nothing else: the code is on its own floors."""
+"""Names that engines import from `lmcache.v1`. The package holds no code of its own."""

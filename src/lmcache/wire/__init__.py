@@ -1,5 +1,5 @@
-"""Floor 5: what engines and the server say to each other, and the two carriers: a Unix socket for this host, ZMQ for any.
+"""Floor 5: the messages between engines and the server, and their two transports: a Unix socket on one host, ZMQ between hosts.
 
-May import: `chunks`, `memory`, and the ground floor. Every message is a bounded msgspec struct;
-nothing is ever unpickled or evaluated. A carrier moves bytes and raises `WireError`; it decides nothing.
+May import: `chunks`, `memory`, and floor 0. Every message is a bounded msgspec struct; nothing is ever unpickled or evaluated.
+A carrier sends and receives bytes and raises `WireError`; it makes no decisions.
 """

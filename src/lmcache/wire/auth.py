@@ -1,13 +1,13 @@
-"""Who may speak over ZMQ: CURVE with one shared key file, or, on loopback, proofs by both sides that they can read the server's
+"""Authentication over ZMQ: CURVE with one shared key file, or, on loopback, proofs by both sides that they can read the server's
 cookie file.
 
-A proof is keyed BLAKE3 over the side that gives it, the server's id, a fresh nonce of either side, and the TCP connection: the
-addresses and ports of both its ends, as the kernel tells them to each end, and their network namespace. No two connections of a
-namespace have all that in common while either lasts. So a proof is worth nothing on another connection, in the other direction,
-or to a program that stands between the two, each of whom then has a connection to that program and sees other ends of it.
+A proof is keyed BLAKE3 over the proving side, the server's id, a fresh nonce from each side, and the TCP connection: the
+addresses and ports of both its ends, which each side reads from its kernel, and their network namespace. While a connection
+lasts, no other connection of the namespace has the same values. So a proof is worthless on another connection, in the other
+direction, or to a man in the middle, because each side then has a connection to the man in the middle, with other ends.
 
-The key file holds one Z85 secret (40 characters). The server's CURVE key is that secret; the engines' key is derived from it,
-so one file, given to server and engines, is all there is to manage. Without it nobody gets past the handshake.
+The key file holds one Z85 secret (40 characters). The secret is the server's CURVE key, and the engines' key is derived from
+it, so server and engines need only this one file. Without it no peer gets past the CURVE handshake.
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ BEYOND_LOOPBACK = "beyond loopback"
 REASONS = {
     NO_FILE: "it cannot read this server's cookie file: mount --socket-dir where the engine runs, at the same path",
     OTHER_USER: "it runs as another user than this server: run both as the same user",
-    UNSAFE_FILE: "this server's cookie file has been changed: start the server anew",
-    OTHER_PLACE: "it came through something that forwards to this server's port: give it the address of the port itself",
-    BEYOND_LOOPBACK: "this server has no key, and the engine no LMCACHE_INSECURE_NO_AUTH=1",
+    UNSAFE_FILE: "this server's cookie file has been changed: restart the server",
+    OTHER_PLACE: "it connected through something that forwards to this server's port: give it the address of the port itself",
+    BEYOND_LOOPBACK: "this server has no key, and the engine does not set LMCACHE_INSECURE_NO_AUTH=1",
 }
-"""Why an engine does without a server -> what the server's log says of it."""
+"""Maps the reason why an engine does not use a server to the explanation in the server's log."""
 
 
 class Unproven(LMCacheError):
-    """The server has not shown that it is this user's. `reason` is a key of `REASONS`, or "" where it seems to be no server of
-    ours."""
+    """The server has not proved that it runs as this user. `reason` is a key of `REASONS`, or "" where the peer seems to be no
+    LMCache server."""
 
     def __init__(self, reason: str, text: str) -> None:
         super().__init__(text)
@@ -66,7 +66,7 @@ def proof(
     server_nonce: bytes,
     where: str,
 ) -> bytes:
-    """What `by` shows to the other side instead of the cookie itself: 32 bytes. where: the connection's `place`."""
+    """Return the 32 bytes by which the side `by` proves that it knows the cookie. where: the connection's `place`."""
     hasher = blake3(key=cookie)
     for part in (by.encode(), server_id, engine_nonce, server_nonce, where.encode()):
         hasher.update(len(part).to_bytes(4, "little") + part)
@@ -74,11 +74,11 @@ def proof(
 
 
 def place(message: zmq.Frame, receiver: Literal["server", "engine"]) -> str:
-    """`127.0.0.1:40000 to 127.0.0.1:5555 in net:[4026531840]`: the connection that brought `message`, the engine's end first.
-    Each network namespace has a loopback of its own. Both ends of a connection within one say the same.
+    """Name the TCP connection that brought `message`, as `127.0.0.1:40000 to 127.0.0.1:5555 in net:[4026531840]`, the engine's
+    end first. Both ends of a connection within one network namespace get the same name; each namespace has its own loopback.
 
-    Where the kernel does not tell (the connection has ended, or there is no /proc), it is like no other, and nothing is proved.
-    After the end its descriptor may be another connection's: a proof made for that one helps nobody who is not an end of it.
+    Where the kernel gives no addresses (the connection has ended, or there is no /proc) the name is random, so that no proof
+    matches. A descriptor may be reused once its connection has ended; a proof for the new one helps only the peers at its ends.
     """
     try:
         own, other = (f"{in_url(host)}:{port}" for host, port in ends(int(message.get(zmq.SRCFD))))
@@ -89,18 +89,18 @@ def place(message: zmq.Frame, receiver: Literal["server", "engine"]) -> str:
 
 
 def read_cookie(path: str) -> bytes:
-    """The cookie at a path that a server told, which may be any: only this user's own file is read, and nothing waited for.
+    """Return the cookie at a path that an unproven server named. Only this user's own file is read, and nothing can block.
 
     Raises:
-        Unproven: it is not this user's own 0600 file of the right size and name.
+        Unproven: the file is not this user's own 0600 `.cookie` file of the right size.
     """
     shown = printable(path, 200)
     if not path.endswith(".cookie"):
-        raise Unproven(NO_FILE, f"{shown} is no cookie file")
+        raise Unproven(NO_FILE, f"{shown} is not named like a cookie file")
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except PermissionError:
-        raise Unproven(OTHER_USER, f"{shown} is another user's") from None
+        raise Unproven(OTHER_USER, f"{shown} belongs to another user") from None
     except (OSError, ValueError) as error:
         raise Unproven(NO_FILE, f"{shown} cannot be read: {getattr(error, 'strerror', error)}") from None
     try:
@@ -118,7 +118,7 @@ def read_cookie(path: str) -> bytes:
 def protect_server(
     context: zmq.Context[zmq.Socket[bytes]], socket: zmq.Socket[bytes], key_file: Path
 ) -> ThreadAuthenticator:
-    """Make a server socket speak CURVE, and only with engines that hold the same key file.
+    """Make a server socket speak CURVE, and only with engines that have the same key file.
 
     Raises:
         ConfigError: the file is missing, readable by others, or not a Z85 key.
@@ -130,7 +130,7 @@ def protect_server(
 
     class OneKey:
         def callback(self, domain: str, key: bytes) -> bool:
-            return hmac.compare_digest(key, allowed)  # pyzmq gives it in Z85, as keys are written
+            return hmac.compare_digest(key, allowed)  # both are in Z85
 
     authenticator.configure_curve_callback(domain="*", credentials_provider=OneKey())
     socket.curve_secretkey = secret
@@ -140,7 +140,7 @@ def protect_server(
 
 
 def protect_engine(socket: zmq.Socket[bytes], key_file: Path) -> None:
-    """Make an engine's socket speak CURVE with the server that holds the same key file. Raises ConfigError as above."""
+    """Make an engine's socket speak CURVE with the server that has the same key file. Raises ConfigError as `read_key`."""
     secret = read_key(key_file)
     own = _engine_secret(secret)
     socket.curve_secretkey = own
@@ -149,14 +149,14 @@ def protect_engine(socket: zmq.Socket[bytes], key_file: Path) -> None:
 
 
 def read_key(key_file: Path) -> bytes:
-    """The 40-character Z85 secret of a key file.
+    """Read the 40-character Z85 secret of a key file.
 
     Raises:
         ConfigError: the file is missing, readable by others, or not a Z85 key.
     """
     try:
         if stat.S_IMODE(key_file.stat().st_mode) & 0o077:
-            raise ConfigError(f"--auth-key-file {key_file}: others may read it; chmod 600 it")
+            raise ConfigError(f"--auth-key-file {key_file}: other users may read it; chmod 600 it")
         secret = key_file.read_bytes().strip()
         zmq.curve_public(secret)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The engine's ends of the two carriers: one request, one answer, one deadline. Not thread-safe; `engine.link` holds the lock."""
+"""The engine's transports to the server: one request, one answer, one deadline. Not thread-safe; `engine.link` holds the lock."""
 
 from __future__ import annotations
 
@@ -24,50 +24,50 @@ from lmcache.wire.frames import FrameReader, frame, peer_of
 from lmcache.wire.received import MONITOR_EVENT, bytes_received
 
 _LINGER_MILLISECONDS = 300
-"""How long ZMQ's own thread tries to deliver what was posted last (a `Bye`) after the socket was closed."""
+"""How long ZMQ's own thread tries to deliver the last posted message (a `Bye`) after the socket is closed."""
 _HOLD_MICROSECONDS = 200
-"""A server that has nothing to evict or to look up in a tier answers in less."""
+"""How long a call keeps the GIL. A server answers sooner unless it has to evict or to ask a tier."""
 _WAITING_ANSWERS = 8
-"""Messages of a server that ZMQ takes before they are read: a server that has not proved itself may send anything."""
+"""Messages that ZMQ receives ahead of reading. The bound is needed because an unproven server may send anything."""
 MAX_UNTRUSTED_BYTES = 1 << 20
 """A server that may be anybody's may send so many on one connection: ZMQ keeps a message until it is complete, however long."""
 _HANDSHAKE_FAILED = (
     zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
 )
 _LOOK_SECONDS = 0.01
-"""Between looks at how much such a server has sent, while an answer is waited for."""
+"""Interval between checks of how much an unproven server has sent, while an answer is awaited."""
 _MAX_SKIPPED = 64
 """Of answers to earlier posts, before the next one. There is one for each post, unless the server is a rogue."""
 
 
 class Carrier(Protocol):
-    """A connection to the server. Any failure raises ServerUnavailable, and the carrier must be closed then: what the
-    server did with the last request is unknown."""
+    """A connection to the server. Any failure raises ServerUnavailable; the caller must then close the carrier, because it
+    cannot know what the server did with the last request."""
 
     def exchange(
         self, request: m.Message, deadline_seconds: float, frames: Sequence[bytes | memoryview] = ()
     ) -> tuple[m.Answer, list[bytes]]: ...
 
     def post(self, request: m.Message) -> None:
-        """Send without waiting for the answer, which is skipped when it comes."""
+        """Send a request without waiting for its answer. The answer is discarded when it arrives."""
         ...
 
     def wait_for_end(self, timeout_seconds: float) -> bool:
-        """True when the other side has hung up."""
+        """Return True when the other side has hung up."""
         ...
 
     def close(self) -> None: ...
 
 
 class UnixCarrier:
-    """The Unix socket of a server on this host; the welcome brings the arena's descriptor."""
+    """A connection to the Unix socket of a server on this host. The arena's descriptor arrives with the welcome."""
 
     def __init__(self, path: str, hello: m.Hello, deadline_seconds: float) -> None:
         self._sequence = 0
         self._reader = FrameReader(m.MAX_ANSWER_BYTES)
         self._arrived: list[bytes] = []
         self.descriptor = -1
-        """The arena's, for the caller to close."""
+        """The arena's descriptor, which the caller has to close; -1 where the server sent none."""
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         deadline = time.monotonic() + deadline_seconds
         try:
@@ -87,7 +87,7 @@ class UnixCarrier:
             self._socket.close()
             if self.descriptor >= 0:
                 os.close(self.descriptor)
-            shown = printable(path.replace("\0", "@"), 200)  # a name that is no file is written with an @
+            shown = printable(path.replace("\0", "@"), 200)  # an abstract socket name is written with an @
             raise ServerUnavailable(f"{shown}: {error}") from error
 
     def exchange(
@@ -122,7 +122,7 @@ class UnixCarrier:
             poll.register(self._socket, select.POLLRDHUP)
             return bool(poll.poll(timeout_seconds * 1000))
         except (OSError, ValueError):
-            return True  # closed under us
+            return True  # another thread has closed the socket
 
     def close(self) -> None:
         try:
@@ -140,7 +140,7 @@ class UnixCarrier:
         return m.decode_answer(self._arrived.pop(0))
 
     def _round_trip(self, request: bytes, timeout_seconds: float) -> list[bytes]:
-        """Send `request`, receive once; the frames that are complete now, if any."""
+        """Send `request`, receive once, and return the frames that are complete now, if any."""
         try:
             data = exchange(self._socket, request, timeout_seconds)
         except TimeoutError as error:
@@ -150,7 +150,7 @@ class UnixCarrier:
         return self._reader.feed(data)
 
     def _skip_arrived(self) -> None:
-        """Throw away answers to earlier posts, so that they do not fill the socket."""
+        """Discard answers to earlier posts, so that they do not fill the socket's buffer."""
         self._arrived.clear()
         self._socket.setblocking(False)
         try:
@@ -161,10 +161,10 @@ class UnixCarrier:
 
 
 def exchange_in_python(connection: socket.socket, request: bytes, timeout_seconds: float) -> bytes:
-    """Send `request` (b"": nothing) and return what arrives first; b"" when the other side has hung up.
+    """Send `request` (b"": nothing) and return the bytes that arrive first, or b"" when the other side has hung up.
 
     Raises:
-        TimeoutError: nothing has arrived within the time.
+        TimeoutError: nothing has arrived within `timeout_seconds`.
     """
     deadline = time.monotonic() + timeout_seconds
     if request:
@@ -182,7 +182,7 @@ def _allow_until(connection: socket.socket, deadline: float) -> None:
 
 
 def _choose_exchange() -> Callable[[socket.socket, bytes, float], bytes]:
-    """The native one, which lets go of the GIL only when the server takes its time (`native/exchange.c` says why)."""
+    """Choose the native function, which releases the GIL only when the server takes long (`native/exchange.c` says why)."""
     native = load_native()
     if native is None:
         return exchange_in_python
@@ -199,11 +199,11 @@ exchange = _choose_exchange()
 
 
 class ZmqCarrier:
-    """A ZMQ socket to a server anywhere, for one connection, which ZMQ does not renew: whoever has the port after it has ended
-    may be another server, and gets nothing that was meant for this one.
+    """A ZMQ socket to a server on any host, for one connection. ZMQ may not reconnect it, because a later owner of the port may
+    be another server, which must not receive what was meant for this one.
 
-    address: tcp://host:port, the host as a number: ZMQ would look a name up without an end, and take one of its addresses.
-    key_file: switches CURVE on. `host` and `port` are the server's.
+    address: tcp://host:port with a numeric host, because ZMQ would resolve a name without a deadline and take any of its
+    addresses. key_file: the key file of CURVE; None for no CURVE. `host` and `port` are the server's.
     """
 
     def __init__(self, address: str, key_file: Path | None = None) -> None:
@@ -216,7 +216,7 @@ class ZmqCarrier:
         self._socket.setsockopt(zmq.MAXMSGSIZE, m.MAX_PAYLOAD_BYTES)
         self._socket.setsockopt(zmq.RCVHWM, _WAITING_ANSWERS)
         self._socket.setsockopt(zmq.RECONNECT_IVL, -1)
-        # Else the server's ZMQ counts; and whoever guesses the name of a connection that has just ended may go on as it.
+        # Without an id the server's ZMQ counts, and whoever guesses the id of a connection that just ended may continue it.
         self._socket.setsockopt(zmq.ROUTING_ID, b"e" + secrets.token_bytes(16))
         self._socket.setsockopt(zmq.IPV6, int(":" in self.host))
         if key_file is not None:
@@ -238,7 +238,7 @@ class ZmqCarrier:
         try:
             while True:
                 self._wait(deadline)
-                self._head = self._socket.recv(copy=False)  # it knows the connection that it came by
+                self._head = self._socket.recv(copy=False)  # this frame knows the connection that brought it
                 payload = self._socket.recv_multipart() if self._head.more else []
                 sequence, answer = m.decode_answer(self._head.bytes)
                 if sequence == self._sequence:
@@ -257,12 +257,12 @@ class ZmqCarrier:
                 self._socket.recv_multipart(zmq.NOBLOCK)
             self._socket.send_multipart([m.encode(self._sequence, request), *frames], zmq.NOBLOCK, copy=not frames)
         except zmq.Again as error:
-            raise ServerUnavailable("it has hung up") from error
+            raise ServerUnavailable("the server has hung up") from error
         except zmq.ZMQError as error:
             raise ServerUnavailable(str(error)) from error
 
     def place(self) -> str:
-        """The TCP connection that the last answer to `exchange` came by, as both of its ends name it (`wire.auth.place`)."""
+        """Name the TCP connection that brought the last answer to `exchange` (see `wire.auth.place`)."""
         return auth.place(self._head, "engine")
 
     def turned_away(self) -> bool:
@@ -271,11 +271,11 @@ class ZmqCarrier:
         return self._turned_away
 
     def wait_for_end(self, timeout_seconds: float) -> bool:
-        time.sleep(timeout_seconds)  # ZMQ does not tell; the heartbeat of `engine.link` finds out
+        time.sleep(timeout_seconds)  # ZMQ does not report the end; the heartbeat of `engine.link` detects it
         return False
 
     def trust(self) -> None:
-        """The server has proved whose it is, or the engine does without: it may send as much as it wants."""
+        """Lift the bound on received bytes, because the server is proved or the engine uses it without a proof."""
         self._trusted = True
 
     def close(self) -> None:
@@ -285,10 +285,10 @@ class ZmqCarrier:
             self._socket.close()
 
     def _wait(self, deadline: float) -> None:
-        """For a message. Raises ServerUnavailable where none comes in time, or too much of one."""
+        """Wait for a message. Raises ServerUnavailable when none comes in time or an unproven server sends too much."""
         while (remaining := deadline - time.monotonic()) > 0:
             if not self._trusted and self._received() > MAX_UNTRUSTED_BYTES:
-                raise ServerUnavailable(f"it has sent more than {MAX_UNTRUSTED_BYTES} bytes and not said whose it is")
+                raise ServerUnavailable(f"an unproven server has sent more than {MAX_UNTRUSTED_BYTES} bytes")
             step = remaining if self._trusted else min(remaining, _LOOK_SECONDS)
             if self._socket.poll(int(step * 1000) + 1, zmq.POLLIN):
                 return
@@ -302,7 +302,7 @@ class ZmqCarrier:
             return 0
         with connection:
             try:
-                # Where the connection has ended, its number may be another one's by now.
+                # After a connection has ended, its descriptor number may belong to another one.
                 is_ours = connection.getpeername()[:2] == (self.host, self.port)
             except OSError:
                 return 0

@@ -24,7 +24,7 @@ def frame(payload: bytes) -> bytes:
 
 
 class FrameReader:
-    """Cuts a byte stream into frames of at most `limit` bytes. Feed what `recv` gave; take whole frames out."""
+    """Cuts a byte stream, fed as `recv` returns it, into frames of at most `limit` bytes."""
 
     __slots__ = ("_buffer", "_limit")
 
@@ -33,12 +33,12 @@ class FrameReader:
         self._limit = limit
 
     def feed(self, data: bytes) -> list[bytes]:
-        """The frames that are complete now.
+        """Add received bytes and return the frames that are complete now.
 
         Raises:
             WireError: a frame announces more than the limit.
         """
-        if not self._buffer and len(data) >= 4:  # the usual case: one whole frame at once
+        if not self._buffer and len(data) >= 4:  # the usual case: exactly one complete frame
             (length,) = _LENGTH.unpack_from(data)
             if length + 4 == len(data) and length <= self._limit:
                 return [data[4:]]
@@ -47,7 +47,7 @@ class FrameReader:
         while len(buffer) >= 4:
             (length,) = _LENGTH.unpack_from(buffer)
             if length > self._limit:
-                raise WireError(f"a frame of {length} bytes is announced; at most {self._limit} are allowed")
+                raise WireError(f"the peer announced a frame of {length} bytes; at most {self._limit} are allowed")
             if len(buffer) < 4 + length:
                 break
             frames.append(bytes(buffer[4 : 4 + length]))

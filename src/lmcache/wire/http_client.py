@@ -1,4 +1,4 @@
-"""One call to a server's HTTP face, as the command line's verbs make it."""
+"""One call to a server's HTTP endpoint, for the subcommands of the command line."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from lmcache.wire.knock import ZMQ, ZMQ_SPEAKS_FIRST, Listener, knock
 DEFAULT_URL = "http://127.0.0.1:8080"
 DEADLINE_SECONDS = 3.0
 _KNOCK_SECONDS = 1.0
-"""How long to wait for what a port says unasked, before it is asked; less than an HTTP server waits for a request."""
+"""How long to wait for a port to send something unasked; shorter than an HTTP server waits for a request."""
 _LONGEST_ANSWER_BYTES = 16 << 20
 
 
 def ask(
     url: str, path: str, method: str = "GET", token: str = "", seconds: float | None = None
 ) -> tuple[int, dict[str, Any]]:
-    """(HTTP status, the JSON object of the answer). Proxies are not used; loopback needs no resolver.
+    """Call the server and return (HTTP status, the JSON object of the answer). Proxies are not used; loopback needs no resolver.
 
     Raises:
         ConfigError: not a URL of a server.
@@ -48,7 +48,7 @@ def ask(
         spoken = "NULL" if isinstance(reason, _Zmq) else "" if late else _spoken(parts)
         if spoken in ZMQ:
             raise ServerRefused(
-                f"{url} is an engines' port (ZMQ), where no HTTP is spoken: pass --url with the --http-port of "
+                f"{url} is an engines' port (ZMQ), which does not speak HTTP: pass --url with the --http-port of "
                 f"`lmcache server`, such as {DEFAULT_URL}"
             ) from None
         if spoken == "HTTP" and parts.scheme == "https":
@@ -71,7 +71,7 @@ def ask(
 
 
 class _Zmq(http.client.HTTPException):
-    """ZMQ is spoken there."""
+    """The peer speaks ZMQ."""
 
 
 class _NoConnection(TimeoutError):
@@ -79,7 +79,7 @@ class _NoConnection(TimeoutError):
 
 
 def _left(deadline: float) -> float:
-    """The seconds until then, of which there are some. Raises TimeoutError."""
+    """Return the positive number of seconds until `deadline`. Raises TimeoutError when it has passed."""
     left = deadline - time.monotonic()
     if left <= 0:
         raise TimeoutError
@@ -87,21 +87,21 @@ def _left(deadline: float) -> float:
 
 
 class _Timely(socket.socket):
-    """Nothing is read from it after `deadline`, however little comes at a time."""
+    """A socket that reads nothing after `deadline`, however little arrives at a time."""
 
     deadline = math.inf
 
-    def recv_into(self, *arguments: Any, **more: Any) -> int:  # all that http.client calls
+    def recv_into(self, *arguments: Any, **more: Any) -> int:  # the only method by which http.client reads
         self.settimeout(_left(self.deadline))
         return super().recv_into(*arguments, **more)
 
 
 class _TimelyTls(_Timely, ssl.SSLSocket):
-    """As `_Timely`, over TLS."""
+    """A `_Timely` over TLS."""
 
 
 class _Connection(http.client.HTTPConnection):
-    """One that is of no use after `deadline`."""
+    """An HTTP connection that fails after `deadline`."""
 
     def __init__(self, host: str, /, *, deadline: float = math.inf, **more: Any) -> None:
         super().__init__(host, **more)
@@ -116,10 +116,10 @@ class _Connection(http.client.HTTPConnection):
             plain.settimeout(_left(self._deadline))  # for a handshake
             self.sock = timely = self._timely(plain)
         timely.deadline = self._deadline
-        timely.settimeout(_left(self._deadline))  # for what is sent
+        timely.settimeout(_left(self._deadline))  # for sending
 
     def _timely(self, plain: socket.socket) -> _Timely:
-        """Takes the descriptor."""
+        """Wrap the connected socket, taking over its descriptor."""
         raise NotImplementedError
 
 
@@ -164,7 +164,7 @@ class _TlsHandler(urllib.request.HTTPSHandler):
 
 
 def _exchange(request: urllib.request.Request, deadline: float) -> tuple[int, bytes]:
-    """Status and body. However many connections that takes, and however little comes at a time: within so many seconds."""
+    """Return status and body within `deadline` seconds, however many connections that takes and however slowly bytes come."""
     end = time.monotonic() + deadline
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _Handler(end), _TlsHandler(end))
     try:
@@ -176,7 +176,7 @@ def _exchange(request: urllib.request.Request, deadline: float) -> tuple[int, by
 
 
 def _spoken(parts: urllib.parse.SplitResult) -> Listener | Literal[""]:
-    """What is spoken there instead. ZMQ with a key, for one, hangs up on HTTP before it says what it is."""
+    """Find out which protocol the port speaks instead of HTTP. ZMQ with a key, for example, hangs up on HTTP at once."""
     try:
         return knock(parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80), _KNOCK_SECONDS)
     except OSError:
@@ -189,5 +189,5 @@ def _parts(url: str) -> urllib.parse.SplitResult:
         if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
             return parts
     except ValueError:
-        pass  # a port that is none
+        pass  # the port is not a number
     raise ConfigError(f"--url {url}: must be like {DEFAULT_URL}")

@@ -1,4 +1,4 @@
-"""What listens at a port from which no answer has come: by its first bytes. Never in a request's way."""
+"""Identifies what listens at a port from which no answer came, by its first bytes. No request ever waits for this."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from lmcache.config.hosts import connect
 Listener = Literal["NULL", "CURVE", "HTTP", "silence", "something else"]
 ZMQ: tuple[Listener, ...] = ("NULL", "CURVE")
 _GREETING = struct.Struct("10s2s20s32s")
-"""Of ZMTP 3.1: signature, version, security mechanism, and what is of no interest here."""
+"""The greeting of ZMTP 3.1: signature, version, security mechanism, and fields that are not used here."""
 _SIGNATURE = b"\xff" + bytes(8) + b"\x7f"
 ZMQ_SPEAKS_FIRST = _SIGNATURE[:1]
-"""What a ZMQ socket says before it has heard anything."""
+"""The first byte that a ZMQ socket sends before it has received anything."""
 _SAID_FIRST = 11
-"""Bytes of ours, up to the major version, for which the other side gives all of its greeting. It hangs up at a mechanism that
-is not its own, and would not tell which that is."""
+"""Bytes of the greeting, up to the major version, after which the other side sends all of its own. Sending the mechanism as well
+would be too early: the other side hangs up at a mechanism that is not its own, without naming its own."""
 
 
 def knock(host: str, port: int, timeout_seconds: float, own: Literal["NULL", "CURVE"] = "NULL") -> Listener:
-    """Which protocol is spoken there: ZMQ's, with one of two security mechanisms, HTTP, none, or another one.
+    """Return what the port speaks: ZMQ with one of two security mechanisms, HTTP, nothing, or something else.
 
-    `own` is the caller's mechanism, so that a ZMQ server that has the other one learns that this caller cannot come in.
+    own: the caller's mechanism. It is sent, so that a ZMQ server with the other mechanism learns of a caller that cannot come in.
 
     Raises:
         OSError: nobody listens there, or the name does not resolve.
@@ -40,7 +40,7 @@ def knock(host: str, port: int, timeout_seconds: float, own: Literal["NULL", "CU
                 connection.sendall(greeting[_SAID_FIRST:])
                 return "CURVE" if mechanism == b"CURVE" else "NULL" if mechanism == b"NULL" else "something else"
             if not first:
-                connection.sendall(b"GET / HTTP/1.0\r\n\r\n")  # an HTTP server waits to be asked
+                connection.sendall(b"GET / HTTP/1.0\r\n\r\n")  # an HTTP server waits for a request
                 first = _receive(connection, 5, timeout_seconds)
         except (OSError, struct.error):
             return "something else"
@@ -49,7 +49,7 @@ def knock(host: str, port: int, timeout_seconds: float, own: Literal["NULL", "CU
 
 
 def _receive(connection: socket.socket, size: int, timeout_seconds: float) -> bytes:
-    """So many bytes; fewer where the other side hangs up or has not sent all of them in time."""
+    """Receive `size` bytes; fewer where the other side hangs up or does not send all of them in time."""
     received, deadline = b"", time.monotonic() + timeout_seconds
     try:
         while len(received) < size and (left := deadline - time.monotonic()) > 0:

@@ -1,8 +1,8 @@
-"""The message set, version 1.
+"""The messages of protocol version 1.
 
-A request travels as msgpack `[sequence, request]`, its answer as `[sequence, answer]`; every request has exactly one answer, an
-`Error` where it could not be served. Fields are positional: new ones are only ever appended, with defaults, and `Hello` keeps
-its first field for ever, so that any two versions can tell each other who has to upgrade.
+A request travels as msgpack `[sequence, request]`, its answer as `[sequence, answer]`. Every request has exactly one answer,
+which is `Error` where the request failed. Fields are positional: new ones are only appended, with defaults, and `Hello` keeps
+its first field for ever, so that any two versions can find out which side has to upgrade.
 
 Hashes are 16-byte chunk hashes joined; extents are little-endian u32 sector numbers (byte offset in the arena /
 `SECTOR_BYTES`), `NO_EXTENT` where there is none; both constants are those of `memory.slabs`.
@@ -20,9 +20,9 @@ from lmcache.observability.log import printable
 
 PROTOCOL_VERSION = 1
 MAX_MESSAGE_BYTES = 4 << 20
-"""Bound of one request without payload: 100,000 chunk hashes and to spare."""
+"""Bound of one request without payload frames; 100,000 chunk hashes fit."""
 MAX_ANSWER_BYTES = 16 << 20
-"""Bound of one answer without payload: the extents of a million tokens, in 16-token chunks of up to 63 shards."""
+"""Bound of one answer without payload frames; the extents of a million tokens fit, in 16-token chunks of up to 63 shards."""
 MAX_PAYLOAD_BYTES = 256 << 20
 """Bound of the payload frames of one message."""
 _ROOM_FOR_THE_REST = 1 << 16
@@ -30,17 +30,17 @@ _ROOM_FOR_THE_REST = 1 << 16
 NONCE_BYTES = 32
 
 MAX_RESERVED_CHUNKS = 16384
-"""In one `Reserve`, which makes room for each: some ten milliseconds of the server's time."""
+"""Bound of the chunks in one `Reserve`. The server needs some ten milliseconds to allocate extents for so many."""
 Nonce = Annotated[bytes, msgspec.Meta(min_length=NONCE_BYTES, max_length=NONCE_BYTES)]
 Leases = Annotated[list[int], msgspec.Meta(max_length=65536)]
 Id = Annotated[bytes, msgspec.Meta(max_length=64)]
 Software = Annotated[str, msgspec.Meta(max_length=200)]
 HostPath = Annotated[str, msgspec.Meta(max_length=4096)]
-"""As long as Linux lets a path be."""
+"""A path on the peer's host, of at most the length that Linux allows."""
 
 
 class Message(msgspec.Struct, frozen=True, array_like=True):
-    """Root of all messages: positional fields, an integer tag in front."""
+    """The base class of all messages: positional fields after an integer tag."""
 
 
 # Requests
@@ -56,15 +56,15 @@ class Hello(Message, frozen=True, tag=1):
     rank: int
     pid: int
     payload: bool = False
-    """The engine cannot map the arena, and wants payload frames."""
+    """True when the engine cannot map the arena and wants payload frames."""
     proof: bytes = b""
-    """Where the server has no key: the nonces of `Challenge` and `Proven`, and `wire.auth.proof` by the engine. 96 bytes."""
+    """For a server without a key: the nonces of `Challenge` and `Proven` and the engine's `wire.auth.proof`; 96 bytes."""
     session: bytes = b""
-    """Random and kept over reconnections: a session that says hello again has forgotten what it was filling."""
+    """Random, and kept over reconnections. A session that says hello again has given up its open reservations."""
 
 
 class Ping(Message, frozen=True, tag=2):
-    """Answered by `Ok`."""
+    """Check that the server answers. Answered by `Ok`."""
 
 
 class Register(Message, frozen=True, tag=3):
@@ -75,20 +75,20 @@ class Register(Message, frozen=True, tag=3):
     shard: int
     shard_bytes: int
     stages: Annotated[list[int], msgspec.Meta(max_length=4096)] = []
-    """Where each pipeline stage ends (`chunks.space_fingerprint`): equal counts of shards need not be equal splits."""
+    """The end layer of each pipeline stage (`chunks.space_fingerprint`), since equal numbers of shards can be unequal splits."""
 
 
 class Lookup(Message, frozen=True, tag=4):
-    """How many of these chunks, from the first on, are in L1? They are leased to the asking instance."""
+    """Ask how many of these chunks, from the first on, are in L1, and lease them to the asking instance."""
 
     space: int
     hashes: bytes
     first_wanted: int = 0
-    """Chunks before this one are touched but not leased: the engine has them already."""
+    """Number of the first chunk to lease. Chunks before it are touched only, because the engine has them already."""
     prefill_rate: float = 0.0
-    """Tokens a second that the engine was seen to compute, 0 where it does not know: is a load from a tier worth its wait?"""
+    """Tokens per second that the engine was measured to compute, 0 if unknown. It decides whether a load from a tier pays."""
     request: str = ""
-    """The engine's own id of the request, for the record of what tiers did for it."""
+    """The engine's own id of the request, for the record of what the tiers did for it."""
 
 
 class Release(Message, frozen=True, tag=5):
@@ -96,7 +96,7 @@ class Release(Message, frozen=True, tag=5):
 
 
 class Reserve(Message, frozen=True, tag=6):
-    """Room for this rank's shard of the chunks that follow `parent` (the root's hash before the first chunk)."""
+    """Allocate extents for this rank's shard of the chunks that follow `parent` (the root before the first chunk)."""
 
     space: int
     shard: int
@@ -108,14 +108,14 @@ class Reserve(Message, frozen=True, tag=6):
 
 
 class Commit(Message, frozen=True, tag=7):
-    """The reserved extents are filled (`ok`), or given back."""
+    """Commit the filled extents of a reservation (`ok`), or give them back."""
 
     reservation: int
     ok: bool
 
 
 class Copied(Message, frozen=True, tag=8):
-    """A rank's finished load or store: tokens really copied, and the seconds of the copies (not of their submission)."""
+    """Report a rank's finished load or store: the tokens copied, and the seconds of the copies without their queueing."""
 
     kind: Literal["load", "store"]
     tokens: int
@@ -125,7 +125,7 @@ class Copied(Message, frozen=True, tag=8):
 
 
 class Fetch(Message, frozen=True, tag=9):
-    """Payload mode: the bytes of this shard of leased chunks [first, first + count)."""
+    """Payload mode: ask for the bytes of this shard of the leased chunks [first, first + count)."""
 
     lease: int
     shard: int
@@ -134,48 +134,48 @@ class Fetch(Message, frozen=True, tag=9):
 
 
 class Fill(Message, frozen=True, tag=10):
-    """Payload mode: the bytes for reserved extents, one frame a chunk from number `first` of the reservation on."""
+    """Payload mode: send the bytes of reserved extents, one frame for each chunk from number `first` of the reservation on."""
 
     reservation: int
     first: int
 
 
 class Clear(Message, frozen=True, tag=11):
-    """Empty L1."""
+    """Remove all chunks from L1."""
 
 
 class Dropped(Message, frozen=True, tag=12):
-    """The engine could not store some chunks, and says why: counted under that reason."""
+    """Report that the engine could not store some chunks. The server counts them under `reason`."""
 
     chunks: int
     reason: str
 
 
 class Bye(Message, frozen=True, tag=13):
-    """This process touches no extent any more and will send nothing else: its claims end now."""
+    """Announce that this process touches no extent any more and sends nothing else. Its claims end now."""
 
 
 class Hold(Message, frozen=True, tag=14):
-    """All the leases this session knows of. Others that it took are answers that got lost on their way: they end now."""
+    """List all leases that this session knows of. Its other leases, whose answers were lost on the way, end now."""
 
     leases: Leases
 
 
 class Renew(Message, frozen=True, tag=15):
-    """These leases are still needed: their claims begin anew. Answered by `Ok` with how many of them there are."""
+    """Renew the deadlines of these leases. Answered by `Ok` with the number of them that still exist."""
 
     leases: Leases
 
 
 class Challenge(Message, frozen=True, tag=16):
-    """Before payload frames without a key: the server is to prove itself first. Answered by `Proven`."""
+    """Ask a server without a key to prove itself before payload frames are sent. Answered by `Proven`."""
 
     nonce: Nonce
-    """Fresh for this connection."""
+    """The engine's nonce, made for this connection."""
 
 
 class Declined(Message, frozen=True, tag=17):
-    """The engine does without this server, and says who it is and why, for the server's log. Answered by `Ok`."""
+    """Tell the server, for its log, who the engine is and why it does not use this server. Answered by `Ok`."""
 
     reason: str
     """One of `wire.auth.REASONS`."""
@@ -190,7 +190,7 @@ class Declined(Message, frozen=True, tag=17):
 
 
 class Welcome(Message, frozen=True, tag=64):
-    """Whoever says so may be no server of ours: what it names is bounded here, and goes to a log as `printable` shows it."""
+    """Accepts a `Hello`. The sender may be a rogue, so all fields are bounded, and logs show them through `printable`."""
 
     version: int
     software: Software
@@ -198,7 +198,7 @@ class Welcome(Message, frozen=True, tag=64):
     """Who serves: 16 random bytes, new at every start."""
     chunk_tokens: int
     socket_path: HostPath
-    """Where an engine on this host gets the arena; "" where the peer gets payload frames only."""
+    """The Unix socket where an engine on this host gets the arena; "" where the peer gets payload frames only."""
     arena: Id
     """Which memory it serves, which may outlive a server."""
     arena_bytes: int
@@ -219,7 +219,7 @@ class Ok(Message, frozen=True, tag=65):
 
 
 class Error(Message, frozen=True, tag=66):
-    """`code` is for programs (version, malformed, refused, unknown, full ...), `text` for people."""
+    """`code` is for programs (version, malformed, refused, unknown, full ...), `text` is for people."""
 
     code: str
     text: str
@@ -230,9 +230,9 @@ class Registered(Message, frozen=True, tag=67):
 
 
 class Found(Message, frozen=True, tag=68):
-    """`extents` holds `shards` sectors a chunk, for the leased chunks; `chunks` counts from the prompt's start.
+    """`chunks` is the length of the hit from the prompt's start; `extents` holds `shards` first sectors for each leased chunk.
 
-    `loading` chunks more are on their way from a tier: ask again, the same, soon. Nothing is leased meanwhile.
+    `loading` more chunks are on their way from a tier: the engine should soon ask the same again. Nothing is leased meanwhile.
     """
 
     chunks: int
@@ -242,7 +242,7 @@ class Found(Message, frozen=True, tag=68):
 
 
 class Reserved(Message, frozen=True, tag=69):
-    """One sector a chunk: `NO_EXTENT` where the chunk is there already, or is being filled, or (`refused`) got no room."""
+    """One first sector for each chunk; `NO_EXTENT` where the chunk is stored, being filled, or (`refused`) got no extent."""
 
     reservation: int
     extents: bytes
@@ -251,14 +251,14 @@ class Reserved(Message, frozen=True, tag=69):
 
 
 class Proven(Message, frozen=True, tag=71):
-    """The server's proof that it knows the cookie, and its own nonce for the engine's proof, which the next hello brings."""
+    """The server's proof that it knows the cookie, and its nonce for the engine's proof, which the next `Hello` contains."""
 
     nonce: Nonce
-    """Fresh for this connection."""
+    """The server's nonce, made for this connection."""
     proof: Annotated[bytes, msgspec.Meta(max_length=NONCE_BYTES)]
-    """`wire.auth.proof` by the server."""
+    """The server's `wire.auth.proof`."""
     place: Annotated[str, msgspec.Meta(max_length=200)] = ""
-    """The connection as the server sees it (`wire.auth.place`). The proof holds for no other."""
+    """The connection as the server sees it (`wire.auth.place`). The proof is valid for no other."""
 
 
 Request = (
@@ -283,7 +283,7 @@ Request = (
 Answer = Welcome | Ok | Error | Registered | Found | Reserved | Proven
 AnswerT = TypeVar("AnswerT", bound=Message)
 
-# What decoding raises: besides msgspec's own, text that is not UTF-8, nests too deep, and a layout that cannot be.
+# Decoding raises these: msgspec's own errors, and those for invalid UTF-8, deep nesting and an invalid layout.
 _UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError, LMCacheError)
 _encoder = msgspec.msgpack.Encoder()
 _requests = msgspec.msgpack.Decoder(tuple[int, Request])
@@ -292,7 +292,7 @@ _answers = msgspec.msgpack.Decoder(tuple[int, Answer])
 
 
 def most_looked_up(first_wanted: int, shards: int) -> int:
-    """How many chunks one `Lookup` may name: as many as its own hashes and the extents of its `Found` have room for."""
+    """Return the most chunks that one `Lookup` may name, so that its hashes and the extents of its `Found` fit."""
     return min(
         (MAX_MESSAGE_BYTES - _ROOM_FOR_THE_REST) // 16,
         first_wanted + (MAX_ANSWER_BYTES - _ROOM_FOR_THE_REST) // (4 * shards),
@@ -304,7 +304,7 @@ def encode(sequence: int, message: Message) -> bytes:
 
 
 def decode_request(raw: bytes | bytearray | memoryview) -> tuple[int, Request]:
-    """Raises WireError: not one of our requests."""
+    """Decode a request. Raises WireError when it is malformed."""
     try:
         return _requests.decode(raw)
     except _UNREADABLE as error:
@@ -312,7 +312,7 @@ def decode_request(raw: bytes | bytearray | memoryview) -> tuple[int, Request]:
 
 
 def sequence_of(raw: bytes | bytearray | memoryview) -> int:
-    """The sequence number of a message that cannot be decoded, so that its sender learns which; 0 where it has none."""
+    """Return the sequence number of a message that cannot be decoded, for the error answer; 0 where it has none."""
     try:
         return _envelopes.decode(raw)[0]
     except _UNREADABLE:
@@ -320,7 +320,7 @@ def sequence_of(raw: bytes | bytearray | memoryview) -> int:
 
 
 def decode_answer(raw: bytes | bytearray | memoryview) -> tuple[int, Answer]:
-    """Raises WireError: not one of our answers."""
+    """Decode an answer. Raises WireError when it is malformed."""
     try:
         return _answers.decode(raw)
     except _UNREADABLE as error:
@@ -328,7 +328,7 @@ def decode_answer(raw: bytes | bytearray | memoryview) -> tuple[int, Answer]:
 
 
 def version_error(engine: int, engine_software: str, server: int, server_software: str) -> str:
-    """One line for people when two protocol versions meet."""
+    """Return one line that says which side to upgrade when two protocol versions meet."""
     older = "the engine's lmcache package" if engine < server else "the lmcache server"
     return (
         f"the engine speaks protocol {engine} (lmcache {printable(engine_software, 40)}), the server {server} "

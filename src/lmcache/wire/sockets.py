@@ -1,7 +1,7 @@
-"""Listening Unix sockets: at a path in a folder that belongs to this user alone, or under a name that is no file.
+"""Listening Unix sockets: at a path in a directory that belongs to this user alone, or under an abstract name.
 
-An address is `unix:///path` or `unix://@name`. A name (Linux's abstract namespace) leaves nothing behind however its owner
-dies; anybody on the host may connect to it, so both ends look at the other's credentials, as they do anyway.
+An address is `unix:///path` or `unix://@name`. A name in Linux's abstract namespace leaves no file behind, however its owner
+ends. Any user of the host may connect to it, so both ends check the other's credentials, as they do for paths.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _BACKLOG = 128
 
 
 def socket_place(address: str) -> str:
-    """What to connect to for `unix:///path` or `unix://@name`."""
+    """Return the socket address to connect to for `unix:///path` or `unix://@name`."""
     place = address.removeprefix(UNIX)
     return "\0" + place[1:] if place.startswith("@") else place
 
@@ -26,7 +26,7 @@ def listen_named(name: str) -> socket.socket:
     """Listen at `unix://@name`.
 
     Raises:
-        ConfigError: another process has that name.
+        ConfigError: another process listens under that name.
     """
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:
@@ -41,12 +41,12 @@ def listen_named(name: str) -> socket.socket:
 
 
 def listen_unix(path: Path) -> socket.socket:
-    """Listen at `path`, mode 0600; the folder is made (0700) where it is missing. Sockets of dead servers there are removed.
+    """Listen at `path`, mode 0600. The directory is created (0700) if missing, and sockets of dead servers there are removed.
 
-    The name appears once the socket listens, so nobody who finds it is refused.
+    The path appears only once the socket listens, so no client that finds it is refused.
 
     Raises:
-        ConfigError: the folder cannot be made or others may write to it, the path is too long for a socket, or another
+        ConfigError: the directory cannot be created or others may write to it, the path is too long for a socket, or another
             server listens there.
     """
     directory, made = path.parent, path.with_suffix(".new")
@@ -70,7 +70,7 @@ def listen_unix(path: Path) -> socket.socket:
         raise ConfigError(f"another server listens at {path}: stop it, or give this one another name") from error
     except OSError as error:
         listener.close()
-        raise ConfigError(f"--socket-dir {directory}: cannot listen there: {error}: pass another") from error
+        raise ConfigError(f"--socket-dir {directory}: cannot listen there: {error}: pass another directory") from error
     except ConfigError:
         listener.close()
         raise
@@ -88,4 +88,4 @@ def _sweep(directory: Path) -> None:
                 path.unlink(missing_ok=True)
                 path.with_suffix(".cookie").unlink(missing_ok=True)
             except OSError:
-                pass  # frozen, not ours, or gone already
+                pass  # the server does not answer, the socket is another user's, or it is gone

@@ -1,13 +1,13 @@
-"""Who trims a directory that several machines share, and how: one at a time, by a lease that ends by itself.
+"""The janitor trims a directory that several machines share: one process at a time, elected by a lease that expires.
 
     FOLDER/SPACE/XX/CHUNK-SHARD-SHARDS   the shards; XX are the first two digits of CHUNK
-    FOLDER/tmp/                          being written
-    FOLDER/janitor                       the lease: who has it; it ends when nobody has touched the file for a minute
-    FOLDER/wanted                        somebody who is not elected has no room
-    FOLDER/usage                         what the janitor counted last: bytes, shards, and whether it left in order
+    FOLDER/tmp/                          files being written
+    FOLDER/janitor                       the lease: names its holder; expires when the file was not touched for a minute
+    FOLDER/wanted                        the bytes that a process which is not elected needs
+    FOLDER/usage                         the janitor's last count: bytes, shards, and whether it left in order
 
-Times are the file system's own, so clocks of machines may differ. Should a lease be taken by two in the same instant, both
-trim: too much goes, and nothing else happens.
+Times are those of the file system, so machines' clocks may differ. If two processes take a lease in the same instant, both trim;
+then too much is removed, and nothing worse happens.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ from lmcache.tiers.filesystem import Filesystem
 
 LEASE_SECONDS = 60.0
 LEFTOVER_SECONDS = 3600.0
-"""A file in tmp/ that nobody has written to for so long is a crashed writer's."""
+"""A file in tmp/ that was not written to for so long belongs to a crashed writer."""
 _RENEW_SECONDS = 10.0
 _SPACE, _FAN, _SHARD = (re.compile(one) for one in ("[0-9a-f]{32}", "[0-9a-f]{2}", "[0-9a-f]{32}-[0-9a-f]+-[0-9a-f]+"))
 _BYTES, _PROCESS = re.compile(rb"[0-9]{1,18}"), re.compile("[0-9]{1,9}")
-"""Numbers in files that others write, so short that no call refuses them."""
+"""Numbers in files that other processes write, bounded so that they fit the calls that take them."""
 
 
 class Count(NamedTuple):
-    """What is there: blocks of files and folders, in bytes, and shards."""
+    """The stored bytes (blocks of files and directories) and the number of shards."""
 
     stored_bytes: int
     shards: int
 
 
 class Published(NamedTuple):
-    """What a janitor counted; `in_order`: nothing was stored after it, since this was its last act. `stamp` tells two apart."""
+    """A janitor's count. `in_order`: it was the janitor's last act, so nothing was stored after it. `stamp` is unique."""
 
     counted: Count
     in_order: bool
@@ -53,10 +53,10 @@ class Published(NamedTuple):
 
 
 class Janitor:
-    """One process's candidacy. Not thread-safe: `DirectoryTier` calls it from one thread at a time."""
+    """The candidacy of one process. Not thread-safe: `DirectoryTier` calls it from one thread at a time."""
 
     def __init__(self, filesystem: Filesystem, folder: Path, stop: threading.Event | None = None) -> None:
-        """stop: once it is set, what looks at everything ends with an InterruptedError."""
+        """stop: once it is set, walks over the directory end with an InterruptedError."""
         self._stop = stop or threading.Event()
         self._filesystem, self._folder = filesystem, folder
         self._lease, self._usage, self._wanted = folder / "janitor", folder / "usage", folder / "wanted"
@@ -64,7 +64,7 @@ class Janitor:
         self._renewed = 0.0
 
     def elected(self) -> bool:
-        """Whether this process has the lease: renewed, or taken, where it was free, expired, or of a process here that is gone.
+        """Renew or take the lease where it is free, expired, or held by a dead process of this host. Return whether it is held.
 
         Raises:
             OSError
@@ -83,7 +83,7 @@ class Janitor:
             return False
         aside = self._folder / "tmp" / uuid.uuid4().hex
         try:
-            self._filesystem.rename(self._lease, aside)  # of several who try, one succeeds
+            self._filesystem.rename(self._lease, aside)  # only one of several processes succeeds
             self._filesystem.unlink(aside)
             self._write(self._lease, self._name, os.O_EXCL)
         except (FileNotFoundError, FileExistsError):
@@ -91,24 +91,24 @@ class Janitor:
         return self.holds()
 
     def holds(self) -> bool:
-        """Whether the lease is this process's now. Raises OSError."""
+        """Return whether this process holds the lease now. Raises OSError."""
         return self._holder()[0] == self._name
 
     def leave(self, count: Count) -> None:
-        """Publish the count and let the lease go, where it is ours. Raises OSError."""
+        """Publish the count and release the lease, if this process holds it. Raises OSError."""
         if self.holds():
             self.publish(count, in_order=True)
             self._filesystem.unlink(self._lease)
 
     def publish(self, count: Count, in_order: bool = False) -> None:
-        """For those who are not elected, and the next who is. Raises OSError."""
+        """Publish the count for processes that are not elected and for the next janitor. Raises OSError."""
         stamp = uuid.uuid4().hex
         aside = self._folder / "tmp" / stamp
         self._write(aside, f"{count.stored_bytes} {count.shards} {int(in_order)} {stamp}", os.O_EXCL)
         self._filesystem.rename(aside, self._usage)
 
     def published(self) -> Published | None:
-        """What was published last. None: nothing that can be read."""
+        """Return the last published count, None when there is none that can be read."""
         try:
             stored, shards, in_order, stamp = self._usage.read_bytes().split()
         except (OSError, ValueError):
@@ -118,11 +118,11 @@ class Janitor:
         return Published(Count(int(stored), int(shards)), in_order == b"1", stamp.decode("utf-8", "replace"))
 
     def ask_for_room(self, wanted_bytes: int) -> None:
-        """Of whoever is elected. Raises OSError."""
+        """Ask the elected process to free space. Raises OSError."""
         self._write(self._wanted, str(wanted_bytes), os.O_TRUNC)
 
     def asked_for_room(self) -> int:
-        """How many bytes somebody has wanted since this was asked last, 1 where that cannot be read. Raises OSError."""
+        """Return the bytes that a process has asked for since the last call, 1 where the number is invalid. Raises OSError."""
         try:
             said = self._wanted.read_bytes()
         except FileNotFoundError:
@@ -131,7 +131,7 @@ class Janitor:
         return int(said) if _BYTES.fullmatch(said) else 1
 
     def count(self) -> Count:
-        """Look at everything; sweep what crashed writers left. Raises OSError."""
+        """Count all files, and remove those that crashed writers left. Raises OSError."""
         now = self._file_system_time()
         total = shards = 0
         for entry in self._steps(self._folder / "tmp"):
@@ -151,9 +151,9 @@ class Janitor:
         return Count(total, shards)
 
     def trim(self, count: Count, to_bytes: int) -> Count:
-        """Remove what was used longest ago until `to_bytes` are left; the new count. Raises OSError.
+        """Remove the least recently used shards until `to_bytes` are left. Return the new count. Raises OSError.
 
-        Two looks, so that no list of all names is needed: the first finds the time, the second removes what is older.
+        It walks twice, so that no list of all names is needed: first to find the time limit, then to remove older shards.
         """
         excess = count.stored_bytes - to_bytes
         if excess <= 0:
@@ -175,7 +175,7 @@ class Janitor:
         return Count(stored, shards)
 
     def clear(self) -> None:
-        """Remove all shards, what is being written, and the folders that are empty then. Raises OSError."""
+        """Remove all shards, all files being written, and the directories that are empty then. Raises OSError."""
         for entry, _ in self._shards():
             self._filesystem.unlink(Path(entry.path))
         for entry in self._steps(self._folder / "tmp"):
@@ -184,7 +184,7 @@ class Janitor:
             try:
                 folder.rmdir()
             except OSError:
-                pass  # somebody stores there at this moment, or keeps a file of another kind
+                pass  # another process is storing there, or the directory holds a file of another kind
 
     def _shards(self) -> Iterator[tuple[os.DirEntry[str], os.stat_result]]:
         for folder in _folders(self._folder):
@@ -195,14 +195,14 @@ class Janitor:
                         yield entry, status
 
     def _steps(self, folder: Path) -> Iterator[os.DirEntry[str]]:
-        """What is in it, one after another however many there are."""
+        """Yield the entries of a directory one by one, and renew the lease meanwhile."""
         self._go_on()
         for entry in _scan(folder):
             self._go_on()
             yield entry
 
     def _go_on(self) -> None:
-        """Keep the lease. Raises OSError, InterruptedError once the tier is closed."""
+        """Renew the lease when due. Raises OSError, or InterruptedError once the tier is closed."""
         if self._stop.is_set():
             raise InterruptedError(errno.EINTR, "the tier is closed")
         if time.monotonic() - self._renewed > _RENEW_SECONDS:
@@ -211,7 +211,7 @@ class Janitor:
                 self._filesystem.touch(self._lease)
 
     def _holder(self) -> tuple[str, float]:
-        """Who has the lease, "" for nobody, and when it was touched last. What cannot be read is a name that nobody has."""
+        """Return the lease's holder ("" for none) and its last touch. Unreadable text is a name that no process has."""
         try:
             return self._lease.read_text("utf-8", "replace"), self._lease.stat().st_mtime
         except FileNotFoundError:
@@ -234,7 +234,7 @@ class Janitor:
 
 
 def _is_gone(holder: str) -> bool:
-    """A process of this very host that no longer runs."""
+    """Return whether the holder is a process of this host that no longer runs."""
     host, _, rest = holder.partition(" ")
     number = rest.partition(" ")[0]
     if host != socket.gethostname() or not _PROCESS.fullmatch(number):
@@ -249,7 +249,7 @@ def _is_gone(holder: str) -> bool:
 
 
 def _folders(root: Path) -> Iterator[Path]:
-    """Folders of spaces, and those in them."""
+    """Yield the directories of spaces and their subdirectories."""
     for space in _scan(root):
         if _SPACE.fullmatch(space.name) and space.is_dir(follow_symlinks=False):
             yield Path(space.path)
@@ -259,7 +259,7 @@ def _folders(root: Path) -> Iterator[Path]:
 
 
 def _scan(folder: Path) -> Iterator[os.DirEntry[str]]:
-    """As it is read, so that a folder of any size takes no more memory; what is removed meanwhile hides nothing else."""
+    """Yield entries while the directory is read, so that its size costs no memory. Removals meanwhile hide no other entry."""
     try:
         with os.scandir(folder) as entries:
             yield from entries

@@ -1,8 +1,8 @@
 """`dir:///mnt/shared?max_gb=200`: one file a shard in a directory that several machines may mount.
 
-A shard is written under a temporary name and renamed, so it is there whole or not at all. No index is kept, since another
-machine would make it wrong: the file system is asked. Each process counts what it writes on top of what the janitor counted
-(`janitor`) and stores nothing above the cap, so the whole is bounded by the cap and what others wrote since that count.
+A shard is written under a temporary name and renamed, so it is visible complete or not at all. No index is kept, because other
+machines would make it wrong: each call asks the file system. Each process adds what it writes to what the janitor counted last
+(`janitor`) and stores nothing above the cap. So the total is bounded by the cap and what others wrote since that count.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from lmcache.tiers.tier import ABSENT, KEPT, OK, Shard, ShardKey, Tier, TierErro
 from lmcache.tiers.url import TierURL
 
 TOUCH_SECONDS = 60.0
-"""A file's time of use is brought up to date at most so often."""
+"""A file's time of use is updated at most once in so many seconds."""
 COUNT_SECONDS = 60.0
-"""How often the janitor counts, and the others read what it counted."""
+"""Interval at which the janitor counts, and the other processes read its count."""
 ASK_SECONDS = 5.0
-"""How often the janitor looks whether somebody wants room."""
+"""Interval at which the janitor checks whether another process needs space."""
 _COUNTING_SHARE = 0.05
-"""At most this part of the janitor's time goes into counting."""
+"""The most of the janitor's time that it spends on counting."""
 ROOM_SECONDS = 5.0
-"""A call to store waits so long for room, and an opening for the first count; both go on in the background after that."""
+"""How long a store waits for free space, and `open` for the first count. Both continue in the background after that."""
 _PIECE_BYTES = 4 << 20
 _TRIM_SHARE = 20
-"""Trimming goes 1/20 of the cap below it, so that it is not done for every shard."""
+"""Trimming removes 1/20 of the cap more than needed, so that it does not run for every shard."""
 _TRIES = 3
 _GONE = frozenset({errno.ENOENT, errno.ESTALE, errno.ENOTDIR})
 log = init_logger(__name__)
@@ -49,7 +49,7 @@ R = TypeVar("R")
 
 
 class DirectoryTier(Tier):
-    """Shards as files. Any number of processes and machines at a time."""
+    """Stores shards as files. Any number of processes and machines may use the directory at the same time."""
 
     scheme = "dir"
     concurrency = 8
@@ -63,7 +63,7 @@ class DirectoryTier(Tier):
         filesystem: Filesystem | None = None,
         touch_seconds: float = TOUCH_SECONDS,
     ) -> None:
-        """max_bytes: None for no cap. threads: files that are read or written at once."""
+        """max_bytes: the cap, None for no cap. threads: how many files are read or written at once."""
         self._path, self._max_bytes, self._secret, self._threads = path, max_bytes, secret, threads
         self._touch_seconds = touch_seconds
         self._where = f"dir://{path}"
@@ -71,32 +71,32 @@ class DirectoryTier(Tier):
         self._life = threading.Lock()
         self._lock = threading.Lock()
         self._counting = threading.Lock()
-        """Over the janitor."""
+        """Protects the janitor."""
         self._counted = threading.Event()
-        """Somebody has counted what is there; until then nothing is stored under a cap."""
+        """Set once a process has counted the stored bytes. Until then a tier with a cap stores nothing."""
         self._wake = threading.Event()
-        """The janitor's thread has something to do."""
+        """Wakes the janitor's thread."""
         self._passed = threading.Condition(self._lock)
-        """The janitor's thread has looked after what was wanted when it began."""
+        """Notified when a pass of the janitor's thread has ended."""
         self._wanted_bytes = 0
-        """What stores wait for at this moment."""
+        """Bytes that stores are waiting for now."""
         self._begun = self._ended = 0
         """Looks of the janitor's thread: the last that has read `_wanted_bytes` to make room for, and the last that has ended."""
         self._trouble: OSError | None = None
-        """What the last of its looks came to."""
+        """The error of the last pass."""
         self._opened = False
         self._count = Count(0, 0)
         self._in_flight = 0
-        """Bytes that are counted and may not be there yet."""
+        """Bytes that are counted but may not be written yet."""
         self._stamp = ""
-        """Of what the janitor published, when this process last took it over."""
+        """Stamp of the janitor's published count that this process adopted last."""
         self._since = 0
-        """Bytes that this process has added since."""
+        """Bytes that this process has added since that count."""
 
     @classmethod
     def from_url(cls, url: TierURL) -> DirectoryTier:
         if url.host or not url.path.strip("/"):
-            raise ConfigError(f"{url.redacted}: write an absolute path behind three slashes: dir:///mnt/shared")
+            raise ConfigError(f"{url.redacted}: write an absolute path with three slashes: dir:///mnt/shared")
         return cls(
             Path(os.path.normpath(url.path)),
             url.take_max_bytes(),
@@ -172,7 +172,7 @@ class DirectoryTier(Tier):
                 self._janitor.publish(count)
 
     def usage(self) -> Usage:
-        """As counted last by the janitor, and by this process since."""
+        """Return the janitor's last count plus what this process has added since."""
         return Usage(*self._count, self._max_bytes)
 
     def close(self) -> None:
@@ -187,7 +187,7 @@ class DirectoryTier(Tier):
             try:
                 self._janitor.leave(self._count)
             except OSError as error:
-                log.warning("%s: the janitor's lease was not given back: %s", self._where, error.strerror)
+                log.warning("%s: the janitor's lease could not be released: %s", self._where, error.strerror)
 
     # ---- one shard
 
@@ -265,24 +265,24 @@ class DirectoryTier(Tier):
             try:
                 self._filesystem.write(fd, [header, payload], 0)
             finally:
-                self._filesystem.close(fd)  # where NFS says that it could not
+                self._filesystem.close(fd)  # NFS reports failed writes here
             for attempt in (1, 2):
                 _make_folders(path.parent)
                 try:
                     self._filesystem.rename(aside, path)
                     break
-                except FileNotFoundError:  # a clear took the folder away
+                except FileNotFoundError:  # a clear removed the directory meanwhile
                     if attempt == 2:
                         raise
         except OSError:
             try:
                 self._filesystem.unlink(aside)
             except OSError:
-                pass  # the janitor sweeps it
+                pass  # the janitor removes the file later
             raise
 
     def _unlink(self, path: Path, inode: int | None = None) -> None:
-        """`inode`: only while it is that file, and not one that another machine stored meanwhile."""
+        """Remove a file. `inode`: only if the file still has it, and another machine has not replaced it meanwhile."""
         status = _stat(path)
         if status and inode in (None, status.st_ino):
             self._filesystem.unlink(path)
@@ -292,9 +292,9 @@ class DirectoryTier(Tier):
         try:
             self._filesystem.touch(path)
         except OSError as error:
-            log.debug("%s: the time of use was not written down: %s", self._where, error.strerror)
+            log.debug("%s: could not update a file's time of use: %s", self._where, error.strerror)
 
-    # ---- room
+    # ---- space
 
     def _add(self, stored_bytes: int, shards: int) -> None:
         with self._lock:
@@ -302,7 +302,7 @@ class DirectoryTier(Tier):
             self._since += stored_bytes
 
     def _make_room(self, cost: int, deadline: float) -> str:
-        """OK, and the bytes are counted as taken; or why not. `deadline`: after it nobody waits for room. Raises OSError."""
+        """Reserve `cost` bytes and return OK, or return the reason of a refusal at the deadline at the latest. Raises OSError."""
         if self._max_bytes is not None and cost > self._max_bytes:
             return "too large"
         if self._max_bytes is not None and not self._counted.is_set():
@@ -310,7 +310,7 @@ class DirectoryTier(Tier):
         with self._passed:
             if self._taken(cost):
                 return OK
-            self._wanted_bytes += cost  # once, however often it tries, and only for as long as it waits
+            self._wanted_bytes += cost  # counted once, however often the loop tries, and only while it waits
             try:
                 for _ in range(_TRIES):
                     self._wait_for_room(deadline)
@@ -321,10 +321,10 @@ class DirectoryTier(Tier):
         return "full"
 
     def _wait_for_room(self, deadline: float) -> None:
-        """Wait until the janitor's thread has looked after what is wanted, or until the deadline. Call with `_passed` held.
+        """Wait until the janitor's thread has completed a pass, or until the deadline. Call with `_passed` held.
 
         Raises:
-            OSError: what its look came to.
+            OSError: the pass failed.
         """
         awaited = self._begun + 1
         self._wake.set()
@@ -333,7 +333,7 @@ class DirectoryTier(Tier):
             raise self._trouble.with_traceback(None)
 
     def _taken(self, cost: int) -> bool:
-        """Whether so much is free; it is counted then. Call with `_passed` held."""
+        """Reserve `cost` bytes if they are free, and return whether they are. Call with `_passed` held."""
         if self._max_bytes is not None and self._count.stored_bytes + cost > self._max_bytes:
             return False
         self._count = self._count._replace(stored_bytes=self._count.stored_bytes + cost)
@@ -347,7 +347,7 @@ class DirectoryTier(Tier):
         asked: bytes that other processes want room for.
         """
         with self._lock:
-            before, flying = self._count, self._in_flight  # what flies is seen by the look that follows, or not
+            before, flying = self._count, self._in_flight  # the count below may include bytes in flight or not
         if self._janitor.elected():
             count = self._janitor.count()
             room = self._room_to_make(asked)
@@ -365,7 +365,7 @@ class DirectoryTier(Tier):
                 self._janitor.ask_for_room(room)
             published = self._janitor.published()
             if published is not None and published.stamp != self._stamp:
-                with self._lock:  # some of what was added since is in that count already: too much, until the next one
+                with self._lock:  # the count includes some of `_since`, so the sum is too high until the next count
                     self._count = published.counted._replace(
                         stored_bytes=published.counted.stored_bytes + max(0, self._since)
                     )
@@ -379,7 +379,7 @@ class DirectoryTier(Tier):
             return self._wanted_bytes + (asked + spare if asked or not self._wanted_bytes else 0)
 
     def _keep_counting(self) -> None:
-        """The janitor's thread. It leaves some room, since others who are not elected can make none."""
+        """Run the janitor's thread. It keeps some space free, because processes that are not elected cannot free any."""
         due, told = time.monotonic() + COUNT_SECONDS, ""
         while not self._stop.is_set():
             trouble: OSError | None = None
@@ -387,7 +387,7 @@ class DirectoryTier(Tier):
                 due = self._look(due)
             except OSError as error:
                 trouble = error
-            except Exception as error:  # the edge of the thread: without it nobody would make room any more
+            except Exception as error:  # the thread must go on: without it nobody would free space
                 trouble = OSError(f"the janitor failed: {error!r}")
                 trouble.__cause__ = error
             if trouble:
@@ -401,11 +401,11 @@ class DirectoryTier(Tier):
             self._wake.clear()
 
     def _log(self, trouble: OSError | None, told: str) -> str:
-        """Log it, unless that was told the last time; what is told now."""
+        """Log the trouble unless `told` is the same, and return the text for the next call."""
         said = "" if trouble is None else trouble.strerror or str(trouble)
         if trouble and said != told and not self._stop.is_set():
             log.warning(
-                "%s: could not count what is there, later again: %s", self._where, said, exc_info=trouble.__cause__
+                "%s: could not count its shards, will try again: %s", self._where, said, exc_info=trouble.__cause__
             )
         return said
 
@@ -432,12 +432,12 @@ class DirectoryTier(Tier):
     # ---- calls
 
     def _each(self, call: Callable[[T], R], of: Sequence[T]) -> list[R]:
-        """Side by side, in order."""
+        """Make the calls in parallel and return their results in order."""
         if len(of) <= 1:
             return [call(one) for one in of]
         try:
             results = self._pool.map(call, of)
-        except RuntimeError:  # the pool takes nothing more
+        except RuntimeError:  # the pool has been shut down
             raise TierError("closed", f"{self._where}: it was closed meanwhile") from None
         return list(results)
 
@@ -463,7 +463,7 @@ def _stat(path: Path) -> os.stat_result | None:
 
 
 def _make_folders(path: Path) -> None:
-    """With their parents, each for this user only."""
+    """Create a directory and its parents, each accessible to this user only."""
     if not path.is_dir():
         _make_folders(path.parent)
         path.mkdir(mode=0o700, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The directory of a disk tier before anything in it is used: whose it is, that nobody else has it, what its file system can."""
+"""Checks of a disk tier's directory before it is used: its owner, its lock, and the features of its file system."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ log = init_logger(__name__)
 
 
 def take_folder(filesystem: Filesystem, path: Path, where: str) -> int:
-    """Make it or look at it, and lock it: the descriptor that holds the lock until it is closed.
+    """Create or check the directory and lock it. Return the descriptor that holds the lock until it is closed.
 
     Raises:
-        TierError: it is not ours alone, or another process has it.
+        TierError: other users may write to it, it holds other files, or another process has locked it.
         OSError
     """
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -31,7 +31,7 @@ def take_folder(filesystem: Filesystem, path: Path, where: str) -> int:
         raise TierError("denied", f"{where}: others may write to it; give it to this user: chown, and chmod 700 {path}")
     for file in path.iterdir():
         if file.name not in _OWN_FILES and file.suffix not in (".large", ".packed"):
-            raise TierError("denied", f"{where}: {file.name!r} is not the cache's; give it a directory of its own")
+            raise TierError("denied", f"{where}: {file.name!r} is not a cache file; give the tier its own directory")
     os.chmod(path, 0o700)
     fd = filesystem.open(path / "lock", os.O_RDWR | os.O_CREAT)
     try:
@@ -50,10 +50,10 @@ def take_folder(filesystem: Filesystem, path: Path, where: str) -> int:
 
 
 def can_be_direct(filesystem: Filesystem, path: Path, where: str, mode: str) -> bool:
-    """Whether to go past the page cache. Tried out, as holes are: some file systems refuse to open, others to write.
+    """Return whether to bypass the page cache. Both O_DIRECT and holes are tried: some file systems fail only at the write.
 
     Raises:
-        TierError: holes cannot be punched there, or `mode` is "direct" and there is no O_DIRECT.
+        TierError: the file system cannot punch holes, or `mode` is "direct" and there is no O_DIRECT.
         OSError
     """
     probe = path / "probe"
@@ -85,7 +85,7 @@ def can_be_direct(filesystem: Filesystem, path: Path, where: str, mode: str) -> 
 
 
 def part_of_free(path: Path) -> int:
-    """The cap where none is given: 90 % of what is free, and of what is ours already."""
+    """Return the cap where none is given: 90 % of the free space and of what the tier already holds."""
     status = os.statvfs(path)
     own = sum(file.stat().st_blocks * 512 for file in path.iterdir() if file.is_file())
     return int((status.f_bavail * status.f_frsize + own) * _PART_OF_FREE)

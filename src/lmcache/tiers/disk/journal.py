@@ -1,4 +1,4 @@
-"""The index file of a disk tier: what was put, removed and used, one entry an append, read back at the next start.
+"""The index file of a disk tier: a journal of puts, removals and uses, one entry an append, replayed at the next start.
 
     file   64 bytes: "LMCindex", u16 version 1, u16 zero, u32 64, u64 number of the next segment, 32 zero,
            u64 xxh3-64 of the 56 bytes before
@@ -6,8 +6,8 @@
            u64 xxh3-64 of these 24 bytes and the body, which follows
     body   kind 1 (put): 64 bytes a record, `shard_index.RECORD`; 2 (remove) and 3 (use): u64 places
 
-Reading ends at the first entry that is not whole or not the next one, which is where a crash cut it. It never says what the
-frames say: they are checked when they are loaded. A new file is written beside the old one and renamed over it.
+Reading ends at the first entry that is incomplete or out of sequence, where a crash cut the file. The journal does not replace
+the checks of frames, which are made at each load. A new file is written beside the old one and renamed over it.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ _SUM = struct.Struct("<Q")
 FILE_BYTES = _FILE.size + _SUM.size
 ENTRY_BYTES = _ENTRY.size + _SUM.size
 STEP_BYTES = 16 << 10
-"""Room is reserved ahead in these, so that evictions can still be written down when the file system is full."""
+"""Space is allocated ahead in such steps, so that evictions can still be recorded when the file system is full."""
 _RECORDS_AN_ENTRY = 1 << 16
 
 
 class Journal:
-    """One open index file. Methods are called under the tier's lock."""
+    """One open index file. Its methods are called with the tier's lock held."""
 
     def __init__(self, filesystem: Filesystem, folder: Path) -> None:
         self._filesystem, self._folder = filesystem, folder
@@ -51,11 +51,11 @@ class Journal:
         """Bytes written so far."""
 
     def open(self) -> tuple[Records, int]:
-        """What is there, used longest ago first, and the number of the next segment.
+        """Return the shards, least recently used first, and the number of the next segment.
 
         Raises:
-            TierError: the file is of another version, damaged at its head, or not an index at all.
-            OSError: it cannot be read or made.
+            TierError: the file has another version, a damaged head, or is not an index at all.
+            OSError: the file cannot be read or created.
         """
         self._filesystem.unlink(self._next_path)
         self._fd = self._filesystem.open(self._path, os.O_RDWR | os.O_CREAT)
@@ -70,7 +70,7 @@ class Journal:
         return records, max(next_segment, last + 1)
 
     def append(self, *entries: tuple[int, bytes]) -> None:
-        """(kind, body) each. All of them or, after an OSError, none."""
+        """Append one entry for each (kind, body): all of them or, after an OSError, none."""
         made = b"".join(_entry(kind, body, self._number + at) for at, (kind, body) in enumerate(entries))
         if self.end + len(made) + STEP_BYTES > self._allocator:
             wanted = self.end + len(made) + 2 * STEP_BYTES
@@ -85,7 +85,7 @@ class Journal:
         self._number += len(entries)
 
     def restart(self, records: Records, next_segment: int) -> None:
-        """Begin anew with these. After an OSError the old file goes on."""
+        """Replace the file by one with only these records. After an OSError the old file stays in use."""
         head = _FILE.pack(b"LMCindex", _VERSION, 0, FILE_BYTES, next_segment)
         parts: list[bytes | memoryview] = [head + _SUM.pack(xxhash.xxh3_64_intdigest(head))]
         number = 1
@@ -102,7 +102,7 @@ class Journal:
             try:
                 self._filesystem.unlink(self._next_path)
             except OSError:
-                pass  # the next start, or the next try, does away with it
+                pass  # the next start or the next try removes it
             raise
         self.close()
         self._fd, self._number = fd, number
@@ -122,7 +122,7 @@ class Journal:
 
 
 def places(of: Sequence[int]) -> bytes:
-    """The body of a `REMOVE` or `USE` entry."""
+    """Return the body of a `REMOVE` or `USE` entry."""
     return struct.pack(f"<{len(of)}Q", *of)
 
 
@@ -149,7 +149,7 @@ def _read_head(content: memoryview, path: Path) -> int:
 
 
 def _entries(content: memoryview) -> Iterator[tuple[int, int, memoryview, int]]:
-    """(kind, records, body, end) of each whole entry."""
+    """Yield (kind, records, body, end) of each complete entry."""
     at, number = FILE_BYTES, 1
     while at + ENTRY_BYTES <= len(content):
         magic, kind, count, _, found = _ENTRY.unpack_from(content, at)
@@ -167,9 +167,9 @@ def _entries(content: memoryview) -> Iterator[tuple[int, int, memoryview, int]]:
 
 
 def _replay(content: memoryview) -> tuple[Records, int, int, int]:
-    """The shards left, oldest use first; the highest segment named; where the next entry goes, and its number.
+    """Return the remaining shards, oldest use first; the highest segment; the end of the last entry; and the next number.
 
-    A place is given out once, so a shard is there when it was put and its place never removed, whatever the order; of two
+    A place is never reused, so a shard remains when it was put and its place never removed, in whatever order; of two shards
     with the same tag the later one replaced the other.
     """
     bodies: dict[int, list[memoryview]] = {PUT: [], REMOVE: [], USE: []}
@@ -203,7 +203,7 @@ def _replay(content: memoryview) -> tuple[Records, int, int, int]:
 
 
 def _times(firsts: list[int], counts: list[int]) -> npt.NDArray[Any]:
-    """The clock's value of each record of entries that began at `firsts`."""
+    """Return the clock value of each record of the entries that began at `firsts`."""
     sizes = np.asarray(counts, np.int64)
     within = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
     times: npt.NDArray[Any] = np.repeat(np.asarray(firsts, np.int64), sizes) + within

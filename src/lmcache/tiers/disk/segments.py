@@ -1,10 +1,10 @@
 """The files of a disk tier that hold frames: written from start to end, emptied by punching holes, deleted when empty.
 
-A frame with a payload of 64 KiB or more is *large*: its payload from the start of a block, then its header in a block of its
-own, so that direct I/O needs no copy. Smaller ones are *packed*: header, payload, up to the next 64 bytes, one after another;
-what one call stores begins a new block. The two kinds have files of their own. A packed block is given back with its last frame.
+A frame with a payload of 64 KiB or more is *large*: its payload begins at a block, and its header takes a block of its own, so
+that direct I/O needs no copy. Smaller frames are *packed* one after another: header, payload, padding to 64 bytes; each store
+call begins a new block. Large and packed frames have separate files. A packed block is freed together with its last frame.
 
-This is the book-keeping: which bytes of which file are in use. A place is given out once and never again.
+This module does the accounting: which bytes of which file are in use. A place is used once and never again.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from lmcache.tiers.frame import HEADER_BYTES
 LARGE_BYTES = 64 << 10
 _NAME = re.compile(r"([0-9a-f]{8})\.(large|packed)")
 _FILE_COST, _FRAME_COST = 2 * BLOCK_BYTES, 16
-"""What a file system may need beside the data, a file and a frame: an extent of ext4 takes 12 bytes of a block."""
+"""What a file system may need in addition for each file and each frame: an extent of ext4 takes 12 bytes of a block."""
 _OPEN_FILES = 128
 
 
 class Extent(NamedTuple):
-    """Bytes of one segment, whole blocks."""
+    """A range of complete blocks of one segment."""
 
     segment: Segment
     offset: int
@@ -37,7 +37,7 @@ class Extent(NamedTuple):
 
 
 class Handle:
-    """A descriptor that is closed with the last one who uses it."""
+    """A descriptor that is closed when its last user drops the handle."""
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
@@ -47,16 +47,16 @@ class Handle:
 
 
 class Segment:
-    """One file. `tail` is where the next frame goes, `used` the bytes of blocks in use, `frames` how many frames there are."""
+    """One file. `tail`: where the next frame begins. `used`: bytes of blocks in use. `frames`: number of frames."""
 
     def __init__(self, path: Path, number: int, packed: bool, size: int) -> None:
         self.path, self.number, self.packed, self.size = path, number, packed, size
         self.tail = self.used = self.frames = 0
         self.sharers = bytearray()
-        """Frames in each block, of packed files."""
+        """The number of frames in each block of a packed file."""
         self.handle: Handle | None = None
         self.made = self.gone = False
-        """The file is there; it was deleted, or just is."""
+        """made: the file exists. gone: it was or is being deleted."""
 
     @property
     def cost(self) -> int:
@@ -68,14 +68,14 @@ def is_large(payload_bytes: int) -> bool:
 
 
 def frame_bytes(payload_bytes: int) -> int:
-    """What a frame takes in its file, from its place on."""
+    """Return the bytes that a frame takes in its file, from its place on."""
     if is_large(payload_bytes):
         return blocks(payload_bytes) + BLOCK_BYTES
     return -(-(HEADER_BYTES + payload_bytes) // UNIT_BYTES) * UNIT_BYTES
 
 
 def cost_of(payloads: Iterable[int]) -> int:
-    """What frames of these payloads, all large or all packed, may add to `Segments.bytes`, a new file included."""
+    """Return the most that frames of these payloads, all large or all packed, add to `Segments.bytes`, with a new file."""
     sizes = [frame_bytes(one) for one in payloads]
     return blocks(sum(sizes)) + _FRAME_COST * len(sizes) + _FILE_COST
 
@@ -85,7 +85,7 @@ def offset_of(place: int) -> int:
 
 
 class Segments:
-    """All files of one tier. Called under the tier's lock, but for those that do I/O: `open_handle`, `punch`, `delete`."""
+    """All files of one tier. Call with the tier's lock held, except the methods that do I/O: `open_handle`, `punch`, `delete`."""
 
     def __init__(self, filesystem: Filesystem, folder: Path, segment_bytes: int, flags: int) -> None:
         self._filesystem, self._folder, self._flags = filesystem, folder, flags
@@ -95,16 +95,16 @@ class Segments:
         self._opened: list[Segment] = []
         self._pending: list[Extent] = []
         self.freed_bytes = 0
-        """What is yet to be given back, or just being so."""
+        """Bytes that are still to be returned to the file system, or just being returned."""
         self.next_number = 1
         self.bytes = 0
-        """On the medium, what is reserved and what is yet to be given back included."""
+        """Bytes on the device, including those that are reserved and those still to be returned."""
 
     def __getitem__(self, place: int) -> Segment:
         return self._all[place >> 32]
 
     def mount(self, records: Records, next_number: int) -> None:
-        """Take over the files of before; what no record speaks of is given back.
+        """Adopt the files of an earlier start. Blocks and files that no record names are returned to the file system.
 
         Raises:
             OSError
@@ -125,14 +125,14 @@ class Segments:
             self.next_number = max(self.next_number, number + 1)
 
     def reserve(self, payloads: list[int]) -> tuple[Segment, list[int]]:
-        """Room for frames with these payloads, all large or all packed: the file, and the place of each."""
+        """Reserve space for frames with these payloads, all large or all packed. Return the file, and the place of each."""
         packed = not is_large(payloads[0])
         sizes = [frame_bytes(one) for one in payloads]
         size = blocks(sum(sizes))
         segment = self._tails.get(packed)
         if segment is None or segment.tail + size > segment.size:
             if segment is not None:
-                self._pending.append(Extent(segment, 0, 0))  # to be deleted, should it be empty by now
+                self._pending.append(Extent(segment, 0, 0))  # deletes the file in case it is empty by now
             number, self.next_number = self.next_number, self.next_number + 1
             segment = Segment(self._path(number, packed), number, packed, max(size, self._segment_bytes))
             self._tails[packed] = self._all[number] = segment
@@ -153,7 +153,7 @@ class Segments:
         return segment, found
 
     def free(self, place: int, payload_bytes: int) -> None:
-        """A frame is no more; its blocks wait to be given back: `take_pending`, `punch` and `settle`, or `retire` for a file."""
+        """Free a frame. Its blocks stay pending until `take_pending`, `punch` and `settle`, or `retire` for a complete file."""
         segment, at = self[place], offset_of(place)
         size = frame_bytes(payload_bytes)
         segment.frames -= 1
@@ -169,7 +169,7 @@ class Segments:
                 self.freed_bytes += BLOCK_BYTES
 
     def take_pending(self) -> list[Extent]:
-        """What is to be given back, neighbours together."""
+        """Take the ranges that are to be returned to the file system, neighbours merged."""
         pending, self._pending = sorted(self._pending, key=lambda one: (one.segment.number, one.offset)), []
         merged: list[Extent] = []
         for one in pending:
@@ -181,17 +181,17 @@ class Segments:
         return merged
 
     def put_back(self, extents: Iterable[Extent]) -> None:
-        """These could not be given back; next time."""
+        """Make ranges pending again that could not be returned."""
         self._pending += extents
 
     def settle(self, extent: Extent) -> None:
-        """The extent was given back."""
+        """Account for a range that was returned to the file system."""
         extent.segment.used -= extent.size
         self.bytes -= extent.size
         self.freed_bytes -= extent.size
 
     def retire(self, segment: Segment) -> bool:
-        """Whether no frame is left in it, and none will come: then `delete` it and `forget` it, which gives back all at once."""
+        """Return True when the file holds no frame and will get none. The caller must then `delete` it and `forget` it."""
         if segment.gone or segment.frames or segment in self._tails.values():
             return False
         segment.gone = True
@@ -199,17 +199,17 @@ class Segments:
         return True
 
     def take_back(self, segment: Segment) -> None:
-        """It could not be deleted; next time."""
+        """Undo `retire` for a file that could not be deleted, so that it is retried."""
         segment.gone = False
         self._all[segment.number] = segment
 
     def forget(self, segment: Segment) -> None:
-        """Its file was deleted."""
+        """Account for a file that was deleted."""
         self.bytes -= segment.cost
         self.freed_bytes -= segment.used
 
     def drop_all(self) -> None:
-        """All frames are no more."""
+        """Free all frames."""
         self._tails.clear()
         self._pending = [Extent(segment, 0, 0) for segment in self._all.values()]
         for segment in self._all.values():
@@ -218,7 +218,7 @@ class Segments:
         self.freed_bytes = sum(segment.used for segment in self._all.values())
 
     def open_handle(self, segment: Segment, create: bool = False) -> Handle:
-        """Raises OSError."""
+        """Return an open handle of the file, creating the file if `create` is given. Raises OSError."""
         handle = segment.handle
         if handle is None or (create and not segment.made):
             handle = Handle(self._filesystem.open(segment.path, self._flags | (os.O_CREAT if create else 0)))
@@ -232,13 +232,13 @@ class Segments:
         return handle
 
     def punch(self, extent: Extent) -> None:
-        """Give back the blocks. Raises OSError."""
+        """Return the blocks of a range to the file system. Raises OSError."""
         if extent.size and extent.segment.made and not extent.segment.gone:
             handle = self.open_handle(extent.segment)
             self._filesystem.punch(handle.fd, extent.offset, extent.size)
 
     def delete(self, segment: Segment) -> None:
-        """Raises OSError."""
+        """Delete the file. Raises OSError."""
         segment.handle = None
         self._filesystem.unlink(segment.path)
 
@@ -251,7 +251,7 @@ class Segments:
         return self._folder / f"{number:08x}.{'packed' if packed else 'large'}"
 
     def _take_over(self, segment: Segment, records: Records) -> None:
-        """`records` of this file, in the order of their places."""
+        """Set up a segment from the `records` of its file, which are in the order of their places."""
         segment.frames = len(records)
         begins = (records["place"] & np.uint64(0xFFFFFFFF)).astype(np.int64) * UNIT_BYTES
         payloads = records["payload"].astype(np.int64)
@@ -264,14 +264,14 @@ class Segments:
         np.add.at(steps, first, 1)
         np.add.at(steps, behind, -1)
         sharers = np.cumsum(steps)[:-1]
-        segment.tail = segment.size  # a new start begins new files
+        segment.tail = segment.size  # each start begins new files
         segment.used = int(np.count_nonzero(sharers)) * BLOCK_BYTES
         if segment.packed:
             segment.sharers = bytearray(sharers.astype(np.uint8).tobytes())
         try:
             status = segment.path.stat()
         except FileNotFoundError:
-            return  # loads will find that its shards are gone
+            return  # loads will report its shards as damaged
         segment.made, segment.size = True, status.st_size
         if status.st_blocks * 512 > segment.used:
             fd = self.open_handle(segment).fd

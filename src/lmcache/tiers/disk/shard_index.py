@@ -1,7 +1,7 @@
 """Which shards a disk tier has, where, and in which order they go: 56 bytes a shard in flat arrays and one dict, with LRU.
 
 A shard is a *row* from 1 on. The dict maps a 60-bit hash of the key, which costs half of what the key itself would, to the
-row; the row holds the whole key, so a collision is seen.
+row. The row holds the complete key, so collisions are detected.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from lmcache.memory.order import LRU, Policy
 
 KEY_BYTES = 36
 UNIT_BYTES = 64
-"""Places are counted in these: (segment << 32 | offset / 64) fits 64 bits and names a shard of one tier for good."""
+"""Unit of places: (segment << 32 | offset / 64) fits in 64 bits and names a shard of one tier for good."""
 MAX_PAYLOAD_BYTES = (1 << 32) - 1
 RECORD = np.dtype(
     [("key", f"V{KEY_BYTES}"), ("zero", "<u4"), ("payload", "<u8"), ("place", "<u8"), ("tag", "<u8")], align=False
 )
-"""A shard as the journal has it, 64 bytes."""
+"""A shard's record in the journal, 64 bytes."""
 Records = npt.NDArray[Any]
 
 
 def tag_of(key: bytes) -> int:
-    """60 bits of xxh3 over the packed key."""
+    """Return 60 bits of xxh3 of the packed key."""
     return xxhash.xxh3_64_intdigest(key) >> 4
 
 
 class ShardIndex:
-    """Not thread-safe but for `find`, which any thread may call: at worst it misses what changes at this moment."""
+    """The index. Not thread-safe, except `find`, which any thread may call; at worst it misses a concurrent change."""
 
     def __init__(self, records: Records | None = None, policy: Policy | None = None) -> None:
         """records: first to be evicted first, without duplicates. policy: decides on that order, LRU unless given."""
@@ -53,7 +53,7 @@ class ShardIndex:
         return len(self._rows)
 
     def find(self, key: bytes) -> int:
-        """The row of a packed key, 0 when it is not there."""
+        """Return the row of a packed key, 0 when there is none."""
         row = self._rows.get(tag_of(key), 0)
         return row if row and self.key(row) == key else 0
 
@@ -61,14 +61,14 @@ class ShardIndex:
         return bytes(self._keys[row * KEY_BYTES : (row + 1) * KEY_BYTES])
 
     def payload(self, row: int) -> int:
-        """Bytes of the shard's payload."""
+        """Return the bytes of the shard's payload."""
         return self._payload[row]
 
     def place(self, row: int) -> int:
         return self._place[row]
 
     def in_the_way(self, key: bytes) -> int:
-        """The row that must be removed before `key` can be inserted: of the key itself, or of one with the same tag; or 0."""
+        """Return the row to remove before `key` can be inserted: that of the key, or of one with the same tag; or 0."""
         return self._rows.get(tag_of(key), 0)
 
     def insert(self, key: bytes, payload: int, place: int) -> int:
@@ -105,7 +105,7 @@ class ShardIndex:
         return made
 
     def memory_bytes(self) -> int:
-        """All of it, Python's objects included: 32 bytes each for a tag and a row's number."""
+        """Return the memory in use, including Python's objects: 32 bytes each for a tag and a row's number."""
         flat = (self._keys, self._payload, self._place, self._free, self._rows)
         return sum(sys.getsizeof(one) for one in flat) + self.order.memory_bytes() + 64 * len(self._rows)
 

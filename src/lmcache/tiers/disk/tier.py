@@ -1,8 +1,8 @@
-"""`disk:///var/lib/lmcache?max_gb=200`: a directory on a local disk, of one server alone.
+"""`disk:///var/lib/lmcache?max_gb=200`: a directory on a local disk, which one server uses alone.
 
-Segments hold the frames (`segments`, `frame_io`), a journal says what is where (`journal`), and an index of it is in memory
-(`shard_index`). The order of things makes it safe to die anywhere: a frame is written before the journal speaks of it and
-acknowledged after; an eviction is in the journal before its blocks are given back. Space is counted before it is taken.
+Segments hold the frames (`segments`, `frame_io`), a journal records their places (`journal`), and an index of the journal is in
+memory (`shard_index`). The order of writes makes a crash safe at any point: a frame is written before the journal records it and
+acknowledged after that; an eviction is in the journal before its blocks are freed. Space is counted before it is used.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ from lmcache.tiers.tier import ABSENT, KEPT, OK, Shard, ShardKey, Tier, TierErro
 from lmcache.tiers.url import TierURL
 
 NO_ROOM, TOO_LARGE = "full", "too large"
-"""Outcomes of a store: no room could be made; it would not fit into an empty tier."""
+"""Outcomes of a store: no space could be freed; the shard would not fit into an empty tier."""
 _FIXED_BYTES = 4 * BLOCK_BYTES
-"""The directory and the lock file."""
+"""Bytes of the directory and the lock file."""
 _SEGMENT_BYTES = (1 << 20, 1 << 30)
-"""Bounds of a segment's size, which is 1/64 of the cap in between."""
+"""Bounds of a segment's size, which is otherwise 1/64 of the cap."""
 _LANES = 4
-"""Threads that read for one call, and that take checksums."""
+"""Threads that read for one call, and threads that compute checksums."""
 _LANE_BYTES = 4 << 20
-"""A call of less is not spread over threads."""
+"""A smaller call is not spread over threads."""
 _ENTRY_RECORDS = 1024
-"""Removals and uses that go into one entry of the journal: it must fit into the room that is reserved ahead."""
+"""The most removals or uses in one entry of the journal, which must fit into the space that is allocated ahead."""
 _PAUSE_SECONDS = 2.0
-"""After the file system was full although older shards had made way: so long nothing more is dropped for it."""
+"""How long no more shards are dropped after the file system was full although older shards had been dropped."""
 log = init_logger(__name__)
 
 
@@ -57,7 +57,7 @@ class _Hit(NamedTuple):
 
 
 class DiskTier(Tier):
-    """Shards on a local disk. One process at a time (a lock says so); any number of its threads."""
+    """Stores shards on a local disk, for one process at a time (which a lock enforces) and any number of its threads."""
 
     scheme = "disk"
 
@@ -69,14 +69,14 @@ class DiskTier(Tier):
         secret: bytes = b"",
         filesystem: Filesystem | None = None,
     ) -> None:
-        """max_bytes: None for 90 % of what the file system has free. io: auto, direct or buffered."""
+        """max_bytes: the cap, None for 90 % of the file system's free space. io: auto, direct or buffered."""
         self._path, self._asked_bytes, self._mode, self._secret = path, max_bytes, io, secret
         self._where = f"disk://{path}"
         self._filesystem = filesystem or Filesystem()
         self._life = threading.Lock()
         self._lock = threading.Lock()
-        """Over the index, the journal and the segments' books. Nothing that may wait for the device is done under it,
-        but for the journal, which goes through the page cache."""
+        """Protects the index, the journal and the accounting of segments. Nothing that may wait for the device runs under it,
+        except writes of the journal, which go through the page cache."""
         self._punching = threading.Lock()
         self._idle = threading.Condition(self._lock)
         self._calls = 0
@@ -90,7 +90,7 @@ class DiskTier(Tier):
     @classmethod
     def from_url(cls, url: TierURL) -> DiskTier:
         if url.host or not url.path.strip("/"):
-            raise ConfigError(f"{url.redacted}: write an absolute path behind three slashes: disk:///var/lib/lmcache")
+            raise ConfigError(f"{url.redacted}: write an absolute path with three slashes: disk:///var/lib/lmcache")
         return cls(
             Path(os.path.normpath(url.path)),
             url.take_max_bytes(),
@@ -138,7 +138,7 @@ class DiskTier(Tier):
                     outcome = UNREADABLE
                 outcomes[number] = outcome
             if failed and len(failed) == len(hits):
-                raise tier_error(self._where, failed[0]) from failed[0]  # the device, and not one of its blocks
+                raise tier_error(self._where, failed[0]) from failed[0]  # all reads failed, so the device is in trouble
             self._after_load(hits, outcomes)
             return outcomes
 
@@ -192,11 +192,11 @@ class DiskTier(Tier):
             self._give_back()
 
     def usage(self) -> Usage:
-        """`stored_bytes`: blocks of frames, and what the index may take at most, even while it is being rewritten."""
+        """Return the usage. `stored_bytes`: the blocks of all frames and the most that the index may take during a rewrite."""
         return Usage(self._used() if self._opened else 0, len(self._index), self._max_bytes or None)
 
     def index_memory_bytes(self) -> int:
-        """What the index takes in this process."""
+        """Return the bytes that the index takes in this process."""
         return self._index.memory_bytes()
 
     def close(self) -> None:
@@ -210,11 +210,11 @@ class DiskTier(Tier):
             try:
                 self._compact()
             except OSError as error:
-                log.warning("%s: the index could not be rewritten: %s", self._where, error.strerror)
+                log.warning("%s: could not rewrite the index: %s", self._where, error.strerror)
             self._index = ShardIndex()
             self._closing.close()
 
-    # ---- coming and going
+    # ---- opening and calls
 
     def _mount(self) -> None:
         self._closing.callback(os.close, take_folder(self._filesystem, self._path, self._where))
@@ -237,7 +237,7 @@ class DiskTier(Tier):
         self._compact_above = 0
         self._compact_when_due()
         while self._used() > self._max_bytes and self._evict(self._used() - self._max_bytes):
-            self._give_back()  # max_gb is lower than it was
+            self._give_back()  # max_gb is lower than at the last start
         log.info(
             "%s: %d shards, %.2f of %.2f GiB, %s I/O",
             self._where,
@@ -249,7 +249,7 @@ class DiskTier(Tier):
 
     @contextmanager
     def _call(self, alone: bool = False) -> Iterator[None]:
-        """Of a tier that is open, and stays so until the call returns; `alone` when no other call may run beside it."""
+        """Keep the tier open during one call; with `alone`, no other call may run beside it. Raises TierError when closed."""
         with self._lock:
             while self._alone or (alone and self._calls and self._opened):
                 self._idle.wait()
@@ -272,17 +272,17 @@ class DiskTier(Tier):
         except OSError as error:
             raise tier_error(self._where, error) from error
 
-    # ---- room
+    # ---- space
 
     def _used(self) -> int:
         return self._segments.bytes + self._index_bytes(len(self._index)) + _FIXED_BYTES
 
     def _allocator(self) -> int:
-        """For one shard in an empty tier."""
+        """Return the bytes available for one shard in an empty tier."""
         return self._max_bytes - _FIXED_BYTES - self._index_bytes(1)
 
     def _index_bytes(self, shards: int) -> int:
-        """The most that the journal may take with so many, and the new one beside it while that is written."""
+        """Return the most bytes of the journal with so many shards, including the new one that is written beside it."""
         snapshot = shards * RECORD.itemsize + BLOCK_BYTES
         return snapshot + max(self._journal_limit(shards), self._compact_above) + 3 * STEP_BYTES
 
@@ -300,7 +300,7 @@ class DiskTier(Tier):
             self._compact()
         except OSError as error:
             self._compact_above = self._journal.end + self._slack()
-            log.warning("%s: the index could not be rewritten, later again: %s", self._where, error.strerror)
+            log.warning("%s: could not rewrite the index, will try again: %s", self._where, error.strerror)
 
     def _compact(self) -> None:
         self._journal.restart(self._index.records(), self._segments.next_number)
@@ -319,7 +319,7 @@ class DiskTier(Tier):
         return bool(rows)
 
     def _drop(self, rows: Iterable[int]) -> None:
-        """Said in the journal first; the blocks go to those that `_give_back` gives back."""
+        """Record removals in the journal, then free the places. `_give_back` returns their blocks to the file system."""
         for some in _parts(list(rows)):
             self._journal.append((REMOVE, places([self._index.place(row) for row in some])))
             for row in some:
@@ -328,17 +328,17 @@ class DiskTier(Tier):
             self._compact_when_due()
 
     def _use(self, rows: Iterable[int]) -> None:
-        """Used now. That a restart forgets about it when the journal cannot be written is no reason to fail."""
+        """Mark shards as used now. A journal that cannot be written does not fail the call: a restart forgets the use."""
         for some in _parts(list(rows)):
             self._index.order.touched(some)
             try:
                 self._journal.append((USE, places([self._index.place(row) for row in some])))
             except OSError as error:
-                log.debug("%s: the order of use was not written down: %s", self._where, error.strerror)
+                log.debug("%s: could not record the order of use: %s", self._where, error.strerror)
             self._compact_when_due()
 
     def _give_back(self) -> None:
-        """Blocks of what was dropped go back to the file system. Not to be called under the lock. Raises OSError."""
+        """Return the blocks of dropped shards to the file system. Must not be called with the lock held. Raises OSError."""
         with self._punching:
             with self._lock:
                 pending = self._segments.take_pending()
@@ -396,7 +396,7 @@ class DiskTier(Tier):
         return self._store_group(shards[:half]) + self._store_group(shards[half:])
 
     def _reserve(self, payloads: list[int]) -> tuple[Segment, list[int]] | None:
-        """Room is made, counted and taken; None where that cannot be. Raises OSError."""
+        """Count and take space for the payloads, evicting for it; return None where that fails. Raises OSError."""
         cost = cost_of(payloads)
         while True:
             with self._lock:
@@ -413,14 +413,14 @@ class DiskTier(Tier):
             self._give_back()
 
     def _commit(self, shards: list[Shard], found: list[int]) -> list[str]:
-        """They are written: say so in the journal, and let them be found. Raises OSError, and nothing is changed."""
+        """Record written shards in the journal and index them. Raises OSError, after which nothing has changed."""
         outcomes: list[str] = []
         spare: list[tuple[bytes, int, int]] = []
         puts: list[tuple[bytes, int, int]] = []
         for shard, place in zip(shards, found, strict=True):
             key, size = shard.key.packed, shard.payload.nbytes
             row = self._index.find(key)
-            kept = bool(row) and self._index.payload(row) == size  # another call was faster
+            kept = bool(row) and self._index.payload(row) == size  # another call has stored it meanwhile
             outcomes.append(KEPT if kept else OK)
             (spare if kept else puts).append((key, size, place))
         if puts:
@@ -430,7 +430,7 @@ class DiskTier(Tier):
             self._journal.append((PUT, records.tobytes()))
         for key, size, place in puts:
             row = self._index.in_the_way(key)
-            if row:  # a later put with its tag takes its place when the journal is read, too
+            if row:  # the journal's reader, too, lets a later put replace an earlier one with the same tag
                 self._segments.free(self._index.place(row), self._index.payload(row))
                 self._index.remove(row)
             self._index.insert(key, size, place)
@@ -440,7 +440,7 @@ class DiskTier(Tier):
         return outcomes
 
     def _undo(self, found: list[int], payloads: list[int], make_room: bool) -> None:
-        """A write failed. `make_room`: the file system is full before max_gb is reached; older shards make way, once."""
+        """Free the places of a failed write. `make_room`: evict too, as the file system was full before max_gb was reached."""
         with self._lock:
             for place, size in zip(found, payloads, strict=True):
                 self._segments.free(place, size)
@@ -451,7 +451,7 @@ class DiskTier(Tier):
     # ---- loading
 
     def _read(self, hits: list[_Hit]) -> list[tuple[int, str | OSError]]:
-        """The outcome of each: in lanes, when there is much to read."""
+        """Read all hits and return (number, outcome) of each, in several threads when there is much to read."""
         hits = sorted(hits, key=lambda hit: hit.found.place)
         total = sum(hit.found.into.nbytes for hit in hits)
         lanes = min(_LANES, len(hits), 1 + total // _LANE_BYTES)
@@ -465,7 +465,7 @@ class DiskTier(Tier):
         return [one for lane in self._readers.map(self._read_lane, parts) for one in lane]
 
     def _read_lane(self, hits: list[_Hit]) -> list[tuple[int, str | OSError]]:
-        """Large ones file by file, the checksum of one beside the reading of the next; packed ones file by file."""
+        """Read hits file by file in one thread. The checksum of a large frame is computed while the next one is read."""
         outcomes: list[tuple[int, str | OSError]] = []
         ends: list[tuple[list[_Hit], Callable[[], list[str | OSError]]]] = []
         large = [hit for hit in hits if is_large(hit.found.into.nbytes)]
@@ -491,11 +491,11 @@ class DiskTier(Tier):
         except OSError as error:
             if len(hits) == 1:
                 return [(hits[0].number, _outcome_of(error))]
-            return [one for hit in hits for one in self._read_packed([hit])]  # it may be one of them
+            return [one for hit in hits for one in self._read_packed([hit])]  # perhaps only one of them is unreadable
         return [(hit.number, outcome) for hit, outcome in zip(hits, said, strict=True)]
 
     def _after_load(self, hits: list[_Hit], outcomes: list[str]) -> None:
-        """What was read was used; what is damaged goes, unless it had gone already, which is no damage but a miss."""
+        """Mark loaded shards as used and drop damaged ones. One that was dropped during the read is absent, not damaged."""
         used, damaged = [], []
         with self._lock:
             for hit in hits:
@@ -518,7 +518,7 @@ class DiskTier(Tier):
 
 
 def _groups(numbers: list[int], shards: Sequence[Shard]) -> Iterator[list[int]]:
-    """What is written at once: all large or all packed, not more than the buffers hold."""
+    """Yield groups of shards to write at once: all large or all packed, and no more than the buffers hold."""
     group: list[int] = []
     size = 0
     for number in numbers:
@@ -539,5 +539,5 @@ def _parts(rows: list[int]) -> Iterator[list[int]]:
 
 
 def _outcome_of(error: OSError) -> str | OSError:
-    """A file that is gone is damage; anything else may be the device's."""
+    """Return the outcome of a failed read: a missing file is damage, any other error may be the device's."""
     return frame.TRUNCATED if error.errno == errno.ENOENT else error

@@ -1,7 +1,7 @@
-"""The Redis protocol (RESP2) over plain sockets: pipelines whose large values come from and go to the caller's memory.
+"""The Redis protocol (RESP2) over plain sockets: pipelines whose large values are sent from and received into caller's memory.
 
-Why not redis-py: a value there is copied out of small pieces, joined, and copied again by whoever wanted it in a slot, which
-takes three times as long as `recv_into` that slot. Here also every wait ends at the caller's deadline.
+redis-py is not used: it joins a value from small pieces, and the caller copies it once more, which takes three times as long as
+`recv_into` the target. Here every wait also ends at the caller's deadline.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from lmcache.observability.log import printable
 from lmcache.tiers.tier import TierError
 
 PIECE_BYTES = 512 << 10
-"""A value is moved in such pieces, and summed while they are in the processor's cache."""
+"""A value is transferred in such pieces; their checksums are computed while they are in the processor's cache."""
 _BUFFER_BYTES = 16 << 10
-"""For short replies. What of a large value arrives with them is copied once more, so this stays small."""
+"""Buffer for short replies. It is small, because the part of a large value that arrives in it is copied once more."""
 _MOST_BYTES, _MOST_ITEMS, _MOST_DEPTH = 1 << 20, 1 << 20, 4
-"""Of a reply that is not read into given memory."""
+"""Bounds of a reply that is not received into the caller's memory."""
 _SLOTS = 16384
 _KNOCK_SECONDS = 1.0
-"""Beyond the deadline, and only of a server that has never answered: to find out that it speaks TLS, or none."""
+"""Time beyond the deadline, only for a server that has never answered, to find out whether it speaks TLS."""
 
 Seen = Callable[[memoryview], object]
-"""Told of each piece of a value, in order, while it is moved."""
+"""Called with each piece of a value, in order, during its transfer."""
 
 
 @dataclass(frozen=True)
 class ReplyError:
-    """An error that the server answered with; `code` is its first word."""
+    """An error that the server answered. `code` is its first word."""
 
     code: str
     text: str
@@ -53,12 +53,12 @@ Reply: TypeAlias = "bytes | int | ReplyError | list[Reply] | None"
 
 
 class Moved(TierError):
-    """The key is on another node of the cluster: the map of nodes is out of date."""
+    """The key is on another node of the cluster, so the map of nodes is out of date."""
 
 
 @dataclass(frozen=True)
 class Login:
-    """How to come in. Empty username: the password alone; empty password: neither."""
+    """Credentials and database. An empty username means the password alone; an empty password means neither."""
 
     username: str = ""
     password: str = field(default="", repr=False)
@@ -67,9 +67,9 @@ class Login:
 
 
 class Connection:
-    """One connection to one server. Anything that goes wrong on it is a TierError, after which it is closed.
+    """One connection to one server. Any failure raises TierError and closes it.
 
-    `deadline` is in `time.monotonic` seconds, and whoever uses the connection sets it first.
+    `deadline` is in `time.monotonic` seconds; the user of the connection must set it first.
     """
 
     def __init__(self, host: str, port: int, login: Login, deadline: float) -> None:
@@ -107,22 +107,22 @@ class Connection:
             self._socket.close()
 
     def is_quiet(self) -> bool:
-        """Nothing has arrived: what an idle connection must be. One that the server has closed is not."""
+        """Return whether nothing has arrived, as an idle connection requires. One that the server has closed is not quiet."""
         poll = select.poll()
         poll.register(self._socket, select.POLLIN)
         return self._from == self._to and not self._out and not poll.poll(0)
 
-    # ---- what is said
+    # ---- requests
 
     def queue(self, *words: bytes | str | int) -> None:
-        """A command, sent with the next `flush`, `send_value` or reading of a reply."""
+        """Queue a command, which is sent by the next `flush`, `send_value` or read of a reply."""
         self._out += b"*%d\r\n" % len(words)
         for word in words:
             said = word if isinstance(word, bytes) else str(word).encode()
             self._out += b"$%d\r\n%b\r\n" % (len(said), said)
 
     def send_value(self, key: bytes, value: memoryview, seen: Seen, *options: bytes) -> None:
-        """`SET key value options`, now; the value is copied nowhere but into the socket."""
+        """Send `SET key value options` now, without copying the value anywhere but into the socket."""
         self._out += b"*%d\r\n$3\r\nSET\r\n$%d\r\n%b\r\n$%d\r\n" % (3 + len(options), len(key), key, len(value))
         self.flush()
         try:
@@ -144,10 +144,10 @@ class Connection:
                 raise self._failed(error) from None
             self._out.clear()
 
-    # ---- what is answered
+    # ---- replies
 
     def reply(self, depth: int = 0) -> Reply:
-        """The next reply, errors included."""
+        """Return the next reply, errors included."""
         self.flush()
         kind, rest = self._line()
         if kind == b"+":
@@ -171,14 +171,14 @@ class Connection:
         raise self._nonsense(kind + rest)
 
     def answer(self) -> Reply:
-        """The next reply, which is no error. Raises TierError for one; what is under way on the connection is lost then."""
+        """Return the next reply. Raises TierError for an error, after which the connection's other replies are lost."""
         reply = self.reply()
         if isinstance(reply, ReplyError):
             raise self.refused(reply)
         return reply
 
     def value_into(self, memory: memoryview, seen: Seen) -> int | ReplyError | None:
-        """The next reply, a value, straight into `memory`: its length (of another one nothing is kept), None for no value."""
+        """Receive a value into `memory` and return its length, None for none. A value of another length is discarded."""
         self.flush()
         kind, rest = self._line()
         if kind == b"-":
@@ -198,7 +198,7 @@ class Connection:
     # ---- bytes
 
     def _line(self) -> tuple[bytes, bytes]:
-        """Kind and rest of the next line of a reply."""
+        """Return the kind and the rest of the next line of a reply."""
         while (end := self._buffer.find(b"\r\n", self._from, self._to)) < 0:
             if self._from:
                 left = self._to - self._from
@@ -212,7 +212,7 @@ class Connection:
         return line[:1], line[1:]
 
     def _read(self, memory: memoryview, seen: Seen | None = None) -> None:
-        """Fill the memory."""
+        """Receive bytes until the memory is full."""
         got = min(len(memory), self._to - self._from)
         memory[:got] = self._view[self._from : self._from + got]
         self._from += got
@@ -248,7 +248,7 @@ class Connection:
             raise TimeoutError
         return left
 
-    # ---- what goes wrong
+    # ---- errors
 
     def _number(self, text: bytes) -> int:
         try:
@@ -261,7 +261,7 @@ class Connection:
         return TierError("protocol", f"{self.name} does not speak Redis: it answered {line[:40]!r}")
 
     def _failed(self, error: OSError) -> TierError:
-        """The connection's end, as a TierError."""
+        """Close the connection and return the error as a TierError."""
         if hasattr(self, "_socket"):
             self.close()
         if isinstance(error, TimeoutError):
@@ -271,7 +271,7 @@ class Connection:
         return TierError("unreachable", f"Redis at {self.name}: {error.strerror or error}")
 
     def refused(self, error: ReplyError) -> TierError:
-        """An error reply that ends the conversation, as a TierError."""
+        """Close the connection and return an error reply as a TierError."""
         self.close()
         if error.code == "MOVED":
             return Moved("moved", f"Redis at {self.name} is a node of a cluster: add ?cluster=yes")
@@ -296,11 +296,11 @@ _REMEDIES = {
     "ASK": ("not ready", ""),
     "BUSY": ("not ready", ""),
 }
-"""First word of an error -> reason, what to do."""
+"""Maps the first word of an error to the tier's reason and a remedy."""
 
 
 class Node:
-    """The connections to one server; at most `limit` are in use at once."""
+    """The connections to one server, of which at most `limit` are in use at once."""
 
     def __init__(self, host: str, port: int, login: Login, limit: int) -> None:
         self.host, self.port, self._login = host, port, login
@@ -310,7 +310,7 @@ class Node:
 
     @contextlib.contextmanager
     def connection(self, deadline: float) -> Iterator[Connection]:
-        """For one conversation; used again after it unless an exception came out."""
+        """Lend a connection for one conversation. It is reused unless an exception is raised."""
         if not self._free.acquire(timeout=max(0.0, deadline - time.monotonic())):
             raise TierError(
                 "timeout", f"Redis at {self.host}:{self.port}: all connections were busy; ?connections= sets how many"
@@ -328,7 +328,7 @@ class Node:
 
     def _take(self, deadline: float) -> Connection:
         while self._idle:
-            with contextlib.suppress(IndexError):  # another thread was faster
+            with contextlib.suppress(IndexError):  # another thread has taken it
                 found = self._idle.pop()
                 if found.is_quiet():
                     found.deadline = deadline
@@ -342,7 +342,7 @@ class Node:
         return found
 
     def _explained(self, error: TierError) -> TierError:
-        """The failure of a server that has never answered: `error`, unless the URL's scheme is the wrong one for the port."""
+        """Return the error of a server that never answered: `error`, or that the URL's scheme does not fit the port."""
         has_tls = self._login.tls is not None
         if error.reason in (("timeout", "unreachable") if has_tls else ("protocol", "unreachable")):
             with contextlib.suppress(OSError), connect(self.host, self.port, _KNOCK_SECONDS) as other:
@@ -368,13 +368,13 @@ def _is_plain_redis(connection: socket.socket) -> bool:
 
 def _is_tls(connection: socket.socket) -> bool:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # nothing is said to it
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # no data is sent to it
     context.wrap_socket(connection).close()
     return True
 
 
 class Nodes:
-    """One server, or the primaries of a cluster and which hash slots each of them has."""
+    """One server, or the primaries of a cluster and the hash slots of each."""
 
     def __init__(self, host: str, port: int, login: Login, limit: int, is_cluster: bool) -> None:
         self._login, self._limit, self.is_cluster = login, limit, is_cluster
@@ -385,21 +385,21 @@ class Nodes:
         self.stale = is_cluster
 
     def all(self) -> list[Node]:
-        """The servers that hold keys."""
+        """Return the servers that hold keys."""
         return list({id(node): node for _, _, node in self._ranges}.values()) if self.is_cluster else [self._seed]
 
     def of(self, tag: bytes) -> Node:
-        """Who has the keys with this hash tag, given with its braces."""
+        """Return the server of the keys with this hash tag, which includes its braces."""
         if not self.is_cluster:
             return self._seed
         extent = binascii.crc_hqx(tag[1:-1], 0) % _SLOTS
         for first, last, node in self._ranges:
             if first <= extent <= last:
                 return node
-        raise TierError("not ready", f"Redis Cluster at {self._seed.host}:{self._seed.port}: nobody has slot {extent}")
+        raise TierError("not ready", f"Redis Cluster at {self._seed.host}:{self._seed.port}: no node has slot {extent}")
 
     def refresh(self, deadline: float) -> None:
-        """Ask anybody of the cluster who has what. Raises TierError when nobody answers."""
+        """Ask any node of the cluster for the map of hash slots. Raises TierError when no node answers."""
         with self._lock:
             trouble: TierError | None = None
             for node in [self._seed, *(node for node in self._nodes.values() if node is not self._seed)]:

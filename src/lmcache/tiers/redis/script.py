@@ -1,29 +1,29 @@
-"""The books of the Redis tier, kept by the server itself: one Lua script (Redis 6 and later, Valkey), run with EVAL.
+"""The accounting of the Redis tier, done by the server: one Lua script (Redis 6 and later, Valkey), run with EVAL.
 
-KEYS[1] is the hash tag T. The books are two keys, `T.index`, a hash of shard name -> "booked bytes, parts, o" with the sum of the
-booked bytes as field `used`, and `T.uses`, a sorted set of shard name -> time of last use in microseconds. The o (open) is there
-while the shard is being written; its time is then the end of the writer's lease plus 2^52, so that it sorts behind all others.
-Shard `name` has its header at `T/name` and its parts at `T/name.0`, `T/name.1` ... Each verb answers (what, used bytes, shards).
+KEYS[1] is the hash tag T. The accounting has two keys: `T.index`, a hash of shard name -> "booked bytes, parts, o" with the sum
+of the booked bytes as field `used`, and `T.uses`, a sorted set of shard name -> time of last use in microseconds. The o (open) is
+present while the shard is being written; its time is then the end of the writer's lease plus 2^52, so that it sorts last.
+Shard `name` has its header at `T/name` and its parts at `T/name.0`, `T/name.1` ... Verbs answer (result, used bytes, shards).
 
-The server answers nobody else while a script runs, so no call removes or touches more than `ENOUGH_KEYS` keys and one shard,
-however much is there: what is left to do is answered (`MORE`, `NOT_READY`), and whoever called calls again.
+The server answers no other client while a script runs, so no call removes or touches more than `ENOUGH_KEYS` keys and one shard,
+whatever the store holds. The answer says when work is left (`MORE`, `NOT_READY`), and the client calls again.
 
-Books that have to go, because one half of them was lost or because of a `clear`, are renamed to `T.index.torn` and `T.uses.torn`.
-As long as one of these is there, each call removes some of the shards that they name, and no shard is booked. So it does not
-matter who goes on with it, or when: the new books are empty and right, and what is left of the old shards is read by its header.
+When one of the two keys was lost, or at a `clear`, the accounting starts anew: its keys are renamed to `T.index.torn` and
+`T.uses.torn`. While one of these exists, each call removes some of the shards that they name, and no shard is booked. So any
+client may continue at any time: the new accounting is empty and right, and old shards that remain are checked by their headers.
 """
 
 from __future__ import annotations
 
 ADMITTED = "go"
 MORE = "more"
-"""The call has done as much as one call may, and it was not enough."""
+"""The call has removed as much as one call may, and more has to go."""
 NOT_READY = "not ready"
-"""Torn books are being emptied, and nothing is booked until then."""
+"""Torn accounting is being emptied, and nothing is booked until that has ended."""
 ENOUGH_KEYS = 256
-"""A call that has removed so many keys stops, and one that touches shards is asked for no more."""
+"""A call that has removed so many keys stops. Clients touch no more keys in one call."""
 MAX_PARTS = 511
-"""Of a shard, since a call deals with a whole one."""
+"""The most parts of a shard, since one call handles all of them."""
 
 _TEXT = rb"""
 local call = redis.call
@@ -115,7 +115,7 @@ local function answer(what)
   return { what, used(), call('ZCOUNT', uses, '-inf', OPEN) }
 end
 
--- After a first write that needs no memory a script may go on although `maxmemory` is reached. A reservation must not.
+-- After a first write that needs no memory a script may continue although `maxmemory` is reached. A reservation must not.
 if verb ~= 'reserve' then call('UNLINK', tag .. '.nothing') end
 
 local function is_torn() return call('EXISTS', torn_index, torn_uses) > 0 end
@@ -151,13 +151,13 @@ local function go_on_emptying()
   forget_all(call('ZRANGE', torn_uses, 0, ENOUGH_KEYS / 2 - 1), torn_index, torn_uses)
 end
 
--- A server that drops keys by its own policy may have dropped one half of the books: the other half says what must go.
+-- A server that drops keys by its own policy may have dropped one of the two keys: the other one names what must be removed.
 local torn = is_torn()
 if not torn and (verb == 'clear' or math.max(call('HLEN', index) - 1, 0) ~= call('ZCARD', uses)) then
   tear()
   torn = is_torn()
 end
-if torn and verb ~= 'mend' then -- that is asked for each shard of a load, which need not wait for the others
+if torn and verb ~= 'mend' then -- a load sends mend for each shard, which need not wait for this
   go_on_emptying()
   torn = is_torn()
 end
@@ -175,7 +175,7 @@ if verb == 'reserve' then
   call('HINCRBY', index, 'used', 0) -- fails where `maxmemory` is reached
   if most > 0 and bytes > most then return answer('too large') end
   if had == bytes and is_open and call('ZSCORE', uses, name) - OPEN > now then
-    -- somebody else writes the very same parts: whoever is done first commits them
+    -- another client writes the very same parts: the first to finish commits them
     call('ZADD', uses, OPEN + now + lease, name)
     return answer('go')
   end
@@ -193,7 +193,7 @@ elseif verb == 'commit' then
   local name, bytes, parts = ARGV[4], tonumber(ARGV[5]), tonumber(ARGV[6])
   local had = record(name)
   if not had then unlink(name, parts) end
-  if had ~= bytes then return answer('') end -- removed meanwhile, as if it had been right after
+  if had ~= bytes then return answer('') end -- removed meanwhile, as if it were removed right after the commit
   local names = part_names(name, parts)
   if parts > 0 and call('EXISTS', unpack(names)) ~= parts then
     forget(name)
@@ -238,4 +238,4 @@ return answer(torn and 'not ready' or '')
 
 _lines = (line.partition(b"--")[0].strip() for line in _TEXT.splitlines())
 SCRIPT = b"local ENOUGH_KEYS, MAX_PARTS = %d, %d\n" % (ENOUGH_KEYS, MAX_PARTS) + b"\n".join(filter(None, _lines))
-"""Without comments and indentation, since it is sent with every call."""
+"""The script without comments and indentation, since it is sent with every call."""

@@ -1,8 +1,8 @@
 """Shards in Redis or Valkey, shared by all servers that name the same store; docs/tiers/redis.md gives the exact keys.
 
-A shard is its frame header under one key and its payload in parts of nearly 4 MiB under others. Parts are written first and
-the header last, by the same script that books the bytes, so what is half written or half evicted is a miss. Who is there, how
-large it is and when it was last used is kept in the store: the cap holds for all servers together and outlives them.
+A shard is its frame header under one key and its payload in parts of nearly 4 MiB under others. The parts are written first and
+the header last, by the script that also does the accounting, so a partly written or partly evicted shard is a miss. The store
+itself records the shards, their sizes and times of last use: the cap holds for all servers together and outlives them.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ from lmcache.tiers.tier import ABSENT, OK, Shard, ShardKey, Tier, TierError, Usa
 from lmcache.tiers.url import TierURL
 
 PART_BYTES = (4 << 20) - 64
-"""Values of 8 MiB and more run at a third of the speed; a little less than 4 MiB leaves the server room for its own header."""
+"""Values of 8 MiB and more run at a third of the speed; a little less than 4 MiB leaves room for the server's own header."""
 BOOKED_BYTES = 1024
-"""What a shard is booked with beside its parts: its header, its keys' names, its record and its place in the order of use."""
+"""What a shard counts beside its parts: its header, the names of its keys, its record and its place in the order of use."""
 BOOKED_PART_BYTES = 256
-"""What each part is booked with beside its bytes: its key."""
+"""What each part counts beside its bytes: its key."""
 PARTITIONS = 64
-"""A cluster has so many indexes, each for the chunks of one first byte modulo this, with its part of `max_gb`."""
+"""Number of indexes in a cluster. Each has the chunks of one first byte modulo this number, and its share of `max_gb`."""
 TOO_LARGE, FULL = "too large", "full"
-"""Outcomes of a store: larger than the cap, or than what a shard may be; no room under it, or in the server."""
+"""Outcomes of a store: the shard exceeds the cap or the size of any shard; no space under the cap or in the server."""
 _NO_MEMORY = "no memory"
-"""Of a store, before it becomes FULL: `maxmemory` is reached, so the oldest must go although the cap is not."""
+"""Outcome of a store before it becomes FULL: `maxmemory` is reached, so the oldest shards must go although the cap is not."""
 _PARTLY = "partly there"
-"""Of a load, before it becomes ABSENT: what is left of the shard must go."""
+"""Outcome of a load before it becomes ABSENT: only a part of the shard is left, which must be removed."""
 _WINDOW_BYTES = 64 << 20
-"""Of a load, so much is asked for before it is read: the server holds what nobody has read yet."""
+"""A load asks for so many bytes ahead of reading, because the server holds replies in memory until they are read."""
 
 
 class RedisTier(Tier):
-    """One store, a server or a cluster. A call has one connection to each server that it needs."""
+    """One store, which is a server or a cluster. A call uses one connection to each server that it needs."""
 
     scheme = "redis"
 
@@ -64,7 +64,7 @@ class RedisTier(Tier):
             self._pattern = f"{{{prefix}}}/*"
         self._is_open = False
         self._used: dict[bytes, tuple[int, int]] = {}
-        """Tag -> bytes and shards, as the store said last."""
+        """Maps each tag to its bytes and shards in the store's last answer."""
 
     @classmethod
     def from_url(cls, url: TierURL) -> Tier:
@@ -138,7 +138,7 @@ class RedisTier(Tier):
         outcomes = [TOO_LARGE] * len(shards)
 
         def say(connection: Connection, which: list[int]) -> None:
-            last_try = connection.deadline - self._timeout_seconds / 2  # what is granted has to be written, too
+            last_try = connection.deadline - self._timeout_seconds / 2  # leaves time to write what is granted
             left = [index for index in which if _parts(shards[index].payload.nbytes) <= MAX_PARTS]
             while left:
                 for index in left:
@@ -148,7 +148,7 @@ class RedisTier(Tier):
                 granted = [index for index in left if outcomes[index] == ADMITTED]
                 for index in granted:
                     self._write(connection, shards[index])
-                # what is being written cannot be evicted; once it is there, the rest of a call above the cap finds room
+                # shards being written cannot be evicted; once they are committed, they can make way for the rest of the call
                 again = {FULL} if granted else set()
                 if time.monotonic() < last_try:
                     again |= {MORE, NOT_READY}
@@ -199,7 +199,7 @@ class RedisTier(Tier):
             connection.queue(b"GET", b"%b.%x" % (name, part))
 
     def _receive(self, connection: Connection, key: ShardKey, memory: memoryview) -> str:
-        """The outcome; all replies to `_ask_for` are read in any case."""
+        """Read all replies to `_ask_for` and return the outcome."""
         header = connection.reply()
         if isinstance(header, bytes):
             outcome = frame.check_header(header, key, len(memory), self._secret)
@@ -224,7 +224,7 @@ class RedisTier(Tier):
         return outcome or checksum.check(header, key) if isinstance(header, bytes) else outcome
 
     def _no_value(self, connection: Connection, reply: Reply) -> str:
-        """What an error says about one shard. Raises TierError where it says something about the server."""
+        """Return the outcome of an error about one shard. Raises TierError for an error about the server."""
         if isinstance(reply, ReplyError) and reply.code != "WRONGTYPE":
             raise connection.refused(reply)
         return frame.NOT_A_FRAME
@@ -249,7 +249,7 @@ class RedisTier(Tier):
         return self._said(connection, self._tag(key), reply)
 
     def _write(self, connection: Connection, shard: Shard) -> None:
-        """Parts, then the script that writes the header, all without waiting."""
+        """Send the parts, then the script that writes the header, without waiting for replies."""
         payload, name = shard.payload, self._name(shard.key)
         checksum = frame.Checksum(self._secret)
         for part, start in enumerate(range(0, payload.nbytes, PART_BYTES)):
@@ -268,7 +268,7 @@ class RedisTier(Tier):
         )
 
     def _written(self, connection: Connection, shard: Shard) -> str:
-        """The outcome of `_write`."""
+        """Read the replies to `_write` and return the outcome."""
         trouble = ""
         for _ in range(_parts(shard.payload.nbytes)):
             reply = connection.reply()
@@ -280,7 +280,7 @@ class RedisTier(Tier):
         return trouble or outcome
 
     def _make_room(self, connection: Connection, shard: Shard, last_try: float) -> None:
-        """The server's memory is full before `max_gb` is: the oldest go, so that the next store finds room."""
+        """Evict the oldest shards because the server's memory is full before `max_gb` is, so that the next store succeeds."""
         tag, wanted_bytes, freed_bytes = self._tag(shard.key), booked_bytes(shard.payload.nbytes), 1
         while wanted_bytes > 0 and freed_bytes and time.monotonic() < last_try:
             self._script(connection, tag, "shrink", wanted_bytes)
@@ -290,9 +290,9 @@ class RedisTier(Tier):
     # ---- several shards on one connection
 
     def _ask_to_touch(self, connection: Connection, asked: list[tuple[ShardKey, int]]) -> list[tuple[bytes, list[int]]]:
-        """They are used now, the first of a call last: what follows in a prompt hangs on it.
+        """Mark shards as used now, the first of a call last, because the later chunks of a prompt depend on it.
 
-        `asked`: key and payload bytes of each. Returns tag and places of each call of the script, in the order of the answers.
+        `asked`: key and payload bytes of each. Return (tag, places) for each call of the script, in the order of the answers.
         """
         by_tag: dict[bytes, list[int]] = {}
         for place, (key, _) in enumerate(asked):
@@ -300,18 +300,18 @@ class RedisTier(Tier):
         calls = []
         for tag, places in by_tag.items():
             most = max(1, ENOUGH_KEYS // max(self._touched_keys(asked[place][1]) for place in places))
-            for first in reversed(range(0, len(places), most)):  # the script's clock goes on between them
+            for first in reversed(range(0, len(places), most)):  # the script's clock advances between the calls
                 some = places[first : first + most]
                 self._script(connection, tag, "touch", self._ttl_us, first, *(asked[place][0].text for place in some))
                 calls.append((tag, some))
         return calls
 
     def _touched_keys(self, payload_bytes: int) -> int:
-        """So many keys of a shard are written to when it is used: its times of expiry, or only its place in the order."""
+        """Return how many keys of a shard a use writes: all of them for their expiry, or only its place in the order."""
         return 2 + _parts(payload_bytes) if self._ttl_us else 1
 
     def _touched(self, connection: Connection, calls: list[tuple[bytes, list[int]]], count: int) -> list[bool]:
-        """Which of those are booked."""
+        """Return which of the touched shards the accounting knows."""
         known = [False] * count
         for tag, places in calls:
             flags = self._said(connection, tag, connection.reply())
@@ -320,7 +320,7 @@ class RedisTier(Tier):
         return known
 
     def _mend(self, connection: Connection, wrong: list[tuple[ShardKey, int, str]]) -> None:
-        """Damaged shards go; where books and shards differ, the server looks again and puts the books right."""
+        """Remove damaged shards. Where accounting and shards differ, let the script check them and correct the accounting."""
         self._remove(connection, [key for key, _, outcome in wrong if outcome not in (OK, ABSENT)])
         differing = [(key, size) for key, size, outcome in wrong if outcome in (OK, ABSENT)]
         most = (self._max_bytes or 0) // len(self._tags)
@@ -338,7 +338,7 @@ class RedisTier(Tier):
     # ---- conversations
 
     def _converse(self, keys: Sequence[ShardKey], work: Callable[[Connection, list[int]], None]) -> None:
-        """Do `work` for all keys, server by server; in a cluster once more for what has moved meanwhile."""
+        """Do `work` for all keys, server by server; in a cluster again for keys that have moved meanwhile."""
         self._must_be_open()
         deadline, left = self._deadline(), list(range(len(keys)))
         for attempt in range(3):
@@ -364,7 +364,7 @@ class RedisTier(Tier):
                 return
 
     def _everywhere(self, verb: str, tags: list[bytes] | None = None) -> str:
-        """Run one verb of the script for each tag; the last answer."""
+        """Run one verb of the script for each tag and return the last answer."""
         deadline, said = self._deadline(), ""
         for tag in tags or self._tags:
             with self._nodes.of(tag).connection(deadline) as connection:
@@ -376,7 +376,7 @@ class RedisTier(Tier):
         connection.queue(b"EVAL", SCRIPT, 1, tag, verb, *arguments)
 
     def _said(self, connection: Connection, tag: bytes, reply: Reply) -> str:
-        """The script's answer; with each it tells what is there now."""
+        """Return the script's answer, and note the usage that each answer contains."""
         if isinstance(reply, ReplyError):
             raise connection.refused(reply)
         match reply:
@@ -407,14 +407,14 @@ class _TLSTier(RedisTier):
 
 
 def booked_bytes(payload_bytes: int) -> int:
-    """What a shard counts against `max_gb`; the memory that it takes in the server is not more (tests measure it)."""
+    """Return what a shard counts against `max_gb`. Its memory in the server is not more (tests measure it)."""
     full, rest = divmod(payload_bytes, PART_BYTES)
     parts = full * _allocated(PART_BYTES) + (_allocated(rest) if rest else 0)
     return BOOKED_BYTES + BOOKED_PART_BYTES * _parts(payload_bytes) + parts
 
 
 def _allocated(size: int) -> int:
-    """What jemalloc gives for a value of that size: a multiple of a quarter of the power of two below."""
+    """Return what jemalloc allocates for a value of that size: a multiple of a quarter of the power of two below it."""
     size += 32
     step = max(16, 1 << (size - 1).bit_length() - 3)
     return -(-size // step) * step
@@ -429,7 +429,7 @@ def _parts(payload_bytes: int) -> int:
 
 
 def _unlink_all(connection: Connection, pattern: str) -> Iterator[None]:
-    """Unlink all keys that match, one step after another."""
+    """Unlink all keys that match, step by step."""
     cursor = b"0"
     while True:
         connection.queue(b"SCAN", cursor, b"MATCH", pattern, b"COUNT", ENOUGH_KEYS)

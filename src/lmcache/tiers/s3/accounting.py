@@ -1,8 +1,8 @@
-"""What one server knows of the S3 store: which shards are there, how large they are, when they were used last.
+"""The accounting of one server for the S3 store: which shards it holds, their sizes, and their times of last use.
 
-S3 knows when an object was written and not when it was read, and a write for every read would cost more than the read. So each
-server notes uses in memory, writes them as one small object a sweep, and a janitor, elected by a lease, merges all of them into
-the object `recency` that every server and every restart reads.
+S3 records when an object was written but not when it was read, and a write for every read would cost more than the read. So each
+server records uses in memory and writes them as one small object a sweep. A janitor, elected by a lease, merges all of them into
+the object `recency`, which every server reads, also after a restart.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ _SIZE_BITS = 41
 _RECORD = struct.Struct("<36sQ")
 _MAGIC = b"LMCuses1"
 MOST_USES = 200_000
-"""Uses in one object, the latest ones: 8.8 MB."""
+"""The most uses in one object, which are the latest ones: 8.8 MB."""
 
 
 class Changes(NamedTuple):
-    """What a listing may not know of: packed keys that came, that went, and that were used since it began."""
+    """Changes that a running listing may miss: packed keys that were added, removed, and used since it began."""
 
     came: set[bytes]
     went: set[bytes]
@@ -35,35 +35,35 @@ class Changes(NamedTuple):
 
 
 class Accounting:
-    """Thread-safe. Times are Unix time in milliseconds, made unique; a shard is an entry of one dict, about 190 bytes.
+    """The accounting, which is thread-safe. Times are Unix milliseconds, made unique. A shard takes about 190 bytes of a dict.
 
-    Loads and stores never wait for work that grows with the number of shards: that is done without the lock.
+    Loads and stores never wait for work that grows with the number of shards: such work runs without the lock.
     """
 
     def __init__(self, notes_uses: bool = True) -> None:
         """notes_uses: for `new_uses`, which forgets the oldest of them; whoever does not call it has no use for them."""
         self._lock, self._notes_uses = threading.Lock(), notes_uses
         self._entries: dict[bytes, int] = {}
-        """Packed key -> last use << 41 | bytes; what was used longest ago comes first."""
+        """Packed key -> last use << 41 | bytes, the least recently used first."""
         self._fresh: dict[bytes, int] = {}
-        """What was used here of late, and when."""
+        """Packed key -> time of the recent uses by this server."""
         self._has_new = False
         self._latest = 0
         self._under_way: set[bytes] = set()
-        """Being written: a listing may not show them."""
+        """Shards being written, which a listing may not show."""
         self._census = threading.Lock()
-        """Held while a listing is made and taken over."""
+        """Held while a listing is made and adopted."""
         self._changes: Changes | None = None
-        """Since it was begun; None where there is none, so that nothing piles up."""
+        """Changes since the running listing began; None when there is none, so that nothing accumulates."""
         self.stored_bytes = 0
         self.other_bytes = 0
-        """Of the objects that hold no shards."""
+        """Bytes of the objects that hold no shards."""
 
     def __len__(self) -> int:
         return len(self._entries)
 
     def begin(self, key: ShardKey, size: int) -> None:
-        """It will be written now, until `end`."""
+        """Book a shard that will be written now, until `end`."""
         with self._lock:
             packed = key.packed
             self._under_way.add(packed)
@@ -74,12 +74,12 @@ class Accounting:
             self._under_way.discard(key.packed)
 
     def seen(self, key: ShardKey, size: int) -> None:
-        """It is there, and counts as used now."""
+        """Book a shard that the store holds, and mark it as used now."""
         with self._lock:
             self._add(key.packed, size)
 
     def use(self, keys: Sequence[ShardKey]) -> None:
-        """Used now, the first of them last: what follows in a prompt hangs on it."""
+        """Mark shards as used now, the first of them last, because the later chunks of a prompt depend on it."""
         with self._lock:
             for key in reversed(keys):
                 packed = key.packed
@@ -98,7 +98,7 @@ class Accounting:
                     self._changes.went.add(key.packed)
 
     def oldest(self, wanted_bytes: int, most: int) -> list[ShardKey]:
-        """Those used longest ago that hold so many bytes together, but no more than `most` of them."""
+        """Return the least recently used shards that hold so many bytes together, but at most `most` of them."""
         found: list[ShardKey] = []
         with self._lock:
             freed = 0
@@ -109,11 +109,11 @@ class Accounting:
                 freed += entry & _SIZE_MASK
         return found
 
-    # ---- what all servers know together
+    # ---- the knowledge shared by all servers
 
     @contextmanager
     def census(self) -> Iterator[None]:
-        """While a listing is made and taken over, one at a time: what changes meanwhile is noted."""
+        """Record the changes while a listing is made and adopted. Only one runs at a time."""
         with self._census:
             with self._lock:
                 self._changes = Changes(set(self._under_way), set(), set())
@@ -124,19 +124,19 @@ class Accounting:
                     self._changes = None
 
     def take_over(self, listed: dict[bytes, tuple[int, int]], uses: dict[bytes, int], other_bytes: int) -> None:
-        """`listed`: packed key -> time written, bytes. What is not listed is gone, unless it came while the listing was made.
+        """Adopt a listing (packed key -> time written, bytes). Shards that it lacks are gone, unless they came during it.
 
-        Call in a `census` that was begun before the listing.
+        Call this in a `census` that was begun before the listing.
         """
         before, when = self._entries, np.empty(len(listed), np.int64)
         for place, (packed, (written, _)) in enumerate(listed.items()):
             when[place] = max(written, before.get(packed, 0) >> _SIZE_BITS, uses.get(packed, 0))
         names, entries, stored_bytes = list(listed), {}, 0
-        for place in np.argsort(when, kind="stable"):  # unlike `sorted` it lets other threads run
+        for place in np.argsort(when, kind="stable"):  # unlike `sorted` it releases the GIL
             packed = names[place]
             entries[packed] = int(when[place]) << _SIZE_BITS | listed[packed][1]
             stored_bytes += listed[packed][1]
-        with self._lock:  # only for what has changed since the listing began
+        with self._lock:  # held only for the changes since the listing began
             assert self._changes is not None
             changed = self._changes.came | {packed for packed in self._changes.used if packed in entries}
             now = {packed: self._entries[packed] for packed in changed if packed in self._entries}
@@ -148,7 +148,7 @@ class Accounting:
             self._entries, self.stored_bytes, self.other_bytes = entries, stored_bytes, other_bytes
 
     def new_uses(self, since: int) -> dict[bytes, int]:
-        """What was used here since then; nothing when nothing was used since this was asked last."""
+        """Return this server's uses since then; an empty dict when there was none since the last call."""
         with self._lock:
             if not self._has_new:
                 return {}
@@ -157,7 +157,7 @@ class Accounting:
             return dict(self._fresh)
 
     def uses(self) -> dict[bytes, int]:
-        """All last uses."""
+        """Return the last use of every shard."""
         with self._lock:
             entries = self._entries.copy()
         return {packed: entry >> _SIZE_BITS for packed, entry in entries.items()}
@@ -193,13 +193,13 @@ _SIZE_MASK = (1 << _SIZE_BITS) - 1
 
 
 def pack_uses(uses: dict[bytes, int]) -> bytes:
-    """An object of uses: 8 bytes of magic, then 36 bytes of key and u64 milliseconds for each."""
+    """Return an object of uses: 8 bytes of magic, then 36 bytes of key and u64 milliseconds for each."""
     latest = heapq.nlargest(MOST_USES, uses.items(), key=lambda use: use[1])
     return _MAGIC + b"".join(_RECORD.pack(packed, when) for packed, when in latest)
 
 
 def unpack_uses(data: bytes, now: int) -> dict[bytes, int]:
-    """What such an object says; nothing for one that is not of this kind, and no use lies in the future."""
+    """Read an object of uses; return an empty dict for other data. Times in the future become `now`."""
     if data[:8] != _MAGIC or (len(data) - 8) % _RECORD.size:
         return {}
     return {packed: min(when, now) for packed, when in _RECORD.iter_unpack(data[8:])}

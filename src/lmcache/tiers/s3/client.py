@@ -1,5 +1,5 @@
-"""The requests that the S3 tier makes, through obstore, and what their errors mean. No text of a server or library is passed on:
-what people see is the place, the operation, the status and S3's own code, so that no credential can be among it.
+"""The S3 tier's requests, through obstore, and the meaning of their errors. No text of a server or library is passed on: people
+see the place, the operation, the status and S3's own code, so that no credential can leak.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from obstore.store import S3Store
 from lmcache.tiers.tier import TierError
 
 STREAM_BYTES = 1 << 20
-"""An object arrives in pieces of at least this, each copied to its place while the next is under way."""
+"""An object arrives in pieces of at least this size. Each is copied to its target while the next one is received."""
 MULTIPART_FROM_BYTES = 64 << 20
-"""Smaller objects are one PUT: it is there or not, where a multipart upload that is cut off leaves hidden parts behind."""
+"""Smaller objects are one PUT, which is atomic. An interrupted multipart upload leaves hidden parts behind."""
 MULTIPART_BYTES = 16 << 20
 _METADATA = re.compile(r"/meta-data/iam/|/latest/api/token|//169\.254\.")
-"""Where instances and containers are told of their role: an error there is about credentials, not about the bucket."""
+"""Endpoints where instances and containers get their role: an error there is about credentials, not about the bucket."""
 LIST_BYTES_LIMIT = 64 << 20
-"""Books of other servers that are larger are not read."""
+"""Larger objects of other servers' uses are not read."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where the objects are. `endpoint`: empty for AWS itself."""
+    """The location of the objects. `endpoint`: "" for AWS itself."""
 
     bucket: str
     prefix: str = ""
@@ -47,14 +47,14 @@ class Place:
 
     @property
     def text(self) -> str:
-        """For people."""
+        """The name of the location for people."""
         at = f" at {self.endpoint}" if self.endpoint else ""
         return f"S3 bucket {self.bucket}{at}"
 
 
 @dataclass(frozen=True)
 class Listed:
-    """An object of a listing; `path` is relative to the prefix."""
+    """One object in a listing. `path` is relative to the prefix."""
 
     path: str
     size: int
@@ -62,7 +62,7 @@ class Listed:
 
 
 class Client:
-    """Requests for objects under the prefix. Each ends within `timeout_seconds`, one retry included where that is allowed."""
+    """Requests for objects under the prefix. Each ends within `timeout_seconds`, including one retry where that is allowed."""
 
     def __init__(self, place: Place, timeout_seconds: float) -> None:
         self.place = place
@@ -88,7 +88,7 @@ class Client:
         )
 
     def size(self, path: str) -> int | None:
-        """HEAD: bytes of the object, None where there is none."""
+        """HEAD: return the bytes of the object, None where there is none."""
         try:
             return int(obstore.head(self._store, path)["size"])
         except FileNotFoundError:
@@ -99,10 +99,10 @@ class Client:
     def read(
         self, path: str, start: int, memories: Sequence[memoryview], arrived: Callable[[memoryview], None] | None = None
     ) -> int | None:
-        """GET of a range, into these one after another. Bytes of the whole object, None where there is none.
+        """GET a range into these memories, one after another. Return the bytes of the complete object, None where there is none.
 
-        Where the object ends before the range does, what is missing is not written. `arrived` is told each piece of the last
-        memory, in order, while it is still in the processor's cache.
+        Memory beyond the end of the object is not written. `arrived` is called with each piece of the last memory, in order,
+        while the piece is still in the processor's cache.
         """
         wanted = sum(len(memory) for memory in memories)
         try:
@@ -126,12 +126,12 @@ class Client:
         except StopIteration:
             raise TierError("protocol", f"{self.place.text}: GET answered with more than was asked for") from None
         except (BaseError, OSError) as error:
-            if _status(error) == 416:  # it ends before the range begins
+            if _status(error) == 416:  # the object ends before the range begins
                 return self.size(path)
             raise self._failed("GET", error) from None
 
     def read_all(self, path: str) -> tuple[bytes, str] | None:
-        """A small object and its ETag; None where there is none, or it is larger than `LIST_BYTES_LIMIT`."""
+        """GET a small object and its ETag; None where there is none, or it is larger than `LIST_BYTES_LIMIT`."""
         try:
             answer = obstore.get(self._store, path)
             if answer.meta["size"] > LIST_BYTES_LIMIT:
@@ -144,7 +144,7 @@ class Client:
             raise self._failed("GET", error) from None
 
     def write(self, path: str, pieces: Sequence[bytes | memoryview], if_etag: str | None = None) -> bool:
-        """PUT of one object, whole or not at all. if_etag: only over this version, "": only where none is; else False."""
+        """PUT one object atomically. if_etag: write only over this version, "" only if there is none; else return False."""
         size = sum(memoryview(piece).nbytes for piece in pieces)
         mode: Any = None if if_etag is None else {"e_tag": if_etag} if if_etag else "create"
         try:
@@ -163,7 +163,7 @@ class Client:
         return True
 
     def delete(self, paths: Sequence[str]) -> None:
-        """Those that are there, a thousand a request."""
+        """Delete the objects that exist, a thousand a request."""
         try:
             if paths:
                 obstore.delete(self._store, list(paths))
@@ -173,7 +173,7 @@ class Client:
             raise self._failed("DELETE", error) from None
 
     def list(self) -> Iterator[Listed]:
-        """All objects under the prefix, a thousand a request."""
+        """Yield all objects under the prefix, a thousand a request."""
         try:
             for batch in obstore.list(self._store, chunk_size=1000):
                 for meta in batch:
@@ -182,7 +182,7 @@ class Client:
             raise self._failed("LIST", error) from None
 
     def _must_exist(self, verb: str, error: Exception) -> None:
-        """A 404 may mean the bucket."""
+        """Raise TierError when a 404 means that the bucket does not exist."""
         if _code(error) == "NoSuchBucket":
             raise self._failed(verb, error)
 
@@ -212,7 +212,7 @@ class Client:
 
 
 def profile_of(environ: Mapping[str, str]) -> dict[str, str]:
-    """Credentials and region of the shared files, as obstore's settings, where the environment has no keys of its own."""
+    """Return credentials and region of the shared files as obstore's settings, where the environment has no keys itself."""
     home = Path(environ.get("HOME", "/"))
     name = environ.get("AWS_PROFILE", "default")
     found: dict[str, str] = {}
@@ -224,7 +224,7 @@ def profile_of(environ: Mapping[str, str]) -> dict[str, str]:
         try:
             parser.read(environ.get(variable, default), encoding="utf-8")
         except (OSError, ValueError, configparser.Error):
-            continue  # the next of the chain may do; without any the first request says that there are none
+            continue  # a later source may have them; without any, the first request reports it
         if parser.has_section(section):
             for theirs, ours in _PROFILE.items():
                 if value := parser.get(section, theirs, fallback=""):

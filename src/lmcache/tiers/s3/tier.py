@@ -1,7 +1,7 @@
-"""Shards in S3 or what speaks like it, shared by all servers that name the same bucket and prefix: one object a shard.
+"""Shards in S3 or a compatible store, shared by all servers that name the same bucket and prefix: one object a shard.
 
-An object is a frame: header, then payload (docs/tiers/s3.md). Nothing is listed when shards are looked for, loaded or stored;
-the listing that the cap needs is made by a sweep in the background, and not at all without `max_gb`.
+An object is a frame: header, then payload (docs/tiers/s3.md). Lookups, loads and stores never list objects. Only the cap needs
+a listing, which a sweep in the background makes; without `max_gb` there is none.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from lmcache.tiers.tier import ABSENT, KEPT, OK, Shard, ShardKey, Tier, TierErro
 from lmcache.tiers.url import TierURL
 
 RANGE_BYTES = 8 << 20
-"""A large shard is read in such ranges side by side: one connection to S3 gives some 100 MB/s."""
+"""A large shard is read in such ranges in parallel, since one connection to S3 gives some 100 MB/s."""
 FULL, TOO_LARGE, NOT_READY = "full", "too large", "not ready"
-"""Outcomes of a store: no room; larger than the cap; what is in the store already is still being listed."""
+"""Outcomes of a store: no space; larger than the cap; the first listing of the store has not ended."""
 OWN = "_lmcache/"
-"""Under this are the objects that are no shards."""
+"""Prefix of the objects that are no shards."""
 _JANITOR, _RECENCY, _USES = f"{OWN}janitor", f"{OWN}recency", f"{OWN}uses/"
 _ROOM_PART = 64
-"""What makes room deletes at least this part of the cap, so that it is seldom done."""
+"""Trimming deletes at least this part of the cap, so that it seldom runs."""
 _BULK = 1000
-"""Objects that S3 deletes in one request; nobody waits for more than one."""
+"""Objects that S3 deletes in one request. No caller waits for more than one such request."""
 _FORGOTTEN_MS = 86_400_000
-"""The uses of a server that wrote none for so long are in `recency` by then."""
+"""A server's object of uses that is older than this has been merged into `recency` and is deleted."""
 
 log = init_logger(__name__)
 
 
 class S3Tier(Tier):
-    """One bucket and prefix. `connections` requests are under way at once, whoever asked for them."""
+    """One bucket and prefix. At most `connections` requests are in flight at once, for all calls together."""
 
     scheme = "s3"
     concurrency = 8
@@ -69,13 +69,13 @@ class S3Tier(Tier):
         self._sweeper: threading.Thread | None = None
         self._closing = threading.Event()
         self._swept = threading.Event()
-        """A sweep has ended well: the books are complete."""
+        """Set after the first complete sweep, when the accounting is complete."""
 
     @classmethod
     def from_url(cls, url: TierURL) -> Tier:
         if not re.fullmatch(r"[a-z0-9][a-z0-9.-]{2,62}", url.host) or url.port:
             raise ConfigError(
-                f"{url.redacted}: write s3://bucket/prefix; ?endpoint=http://host:port for what is not AWS"
+                f"{url.redacted}: write s3://bucket/prefix; ?endpoint=http://host:port for stores other than AWS"
             )
         if url.username or url.password:
             raise ConfigError(
@@ -95,7 +95,7 @@ class S3Tier(Tier):
     def open(self) -> None:
         if self._pool:
             return
-        self._client.read_all(_JANITOR)  # raises where bucket, credentials or network will not do
+        self._client.read_all(_JANITOR)  # raises when bucket, credentials or network do not work
         self._closing.clear()
         self._pool = ThreadPoolExecutor(self._connections, "lmcache-s3")
         if self._max_bytes is not None:
@@ -118,7 +118,7 @@ class S3Tier(Tier):
         outcomes = [ABSENT] * len(keys)
         sums = [frame.Checksum(self._secret) for _ in keys]
         summed = [0] * len(keys)
-        """Payload bytes whose checksum has been taken, in the shard's order: of a range as it arrives, where it is its turn."""
+        """Payload bytes in each shard's checksum. A range is added as it arrives if it is next, otherwise by `done`."""
 
         def read(index: int, start: int) -> None:
             memory = into[index][start : start + RANGE_BYTES]
@@ -132,7 +132,7 @@ class S3Tier(Tier):
                 summed[index] += len(memory)
 
         def done(index: int, start: int) -> None:
-            """In this thread, in order, while others read on."""
+            """Finish a range. Called in the caller's thread, in order, while the pool reads on."""
             size, memory = sizes[index], into[index]
             behind = min(start + RANGE_BYTES, len(memory))
             if size is None:
@@ -158,7 +158,7 @@ class S3Tier(Tier):
         return outcomes
 
     def _check(self, header: bytes, size: int, checksum: frame.Checksum, key: ShardKey, payload_bytes: int) -> str:
-        """`size` of the object. What it lacks was not read, so it tells, not the memory: that may hold it from before."""
+        """Check a frame by the object's `size`: memory that was not read into may hold the same shard from before."""
         wrong = frame.check_stored(header, size, key, payload_bytes, self._secret)
         return wrong or checksum.check(header, key)
 
@@ -180,7 +180,7 @@ class S3Tier(Tier):
                 self._client.write(shard.key.text, [header, shard.payload])
             except TierError as error:
                 if error.reason != "full":
-                    raise  # it stays booked, since it may have arrived; the next sweep knows
+                    raise  # the object may have been written, so it stays booked until the next sweep
                 self._accounting.drop([shard.key])
                 outcomes[index] = FULL
             finally:
@@ -188,7 +188,7 @@ class S3Tier(Tier):
 
         self._side_by_side([(write, (index,)) for index in range(len(shards))])
         kept = [shard.key for shard, outcome in zip(shards, outcomes, strict=True) if outcome in (OK, KEPT)]
-        self._accounting.use(kept[::-1])  # in the order asked, whoever was faster
+        self._accounting.use(kept[::-1])  # in the order of the call, whichever write ended first
         return outcomes
 
     def remove(self, keys: Sequence[ShardKey]) -> None:
@@ -231,7 +231,7 @@ class S3Tier(Tier):
     # ---- the cap
 
     def _admit(self, key: ShardKey, size: int) -> str:
-        """OK when there is room, made by deleting what was used longest ago; the bytes are booked then."""
+        """Book `size` bytes and return OK when there is space, evicting for it; else return why not."""
         if self._max_bytes is None:
             self._accounting.begin(key, size)
             return OK
@@ -247,9 +247,9 @@ class S3Tier(Tier):
         return OK
 
     def _trim(self, wanted_bytes: int, at_least: int) -> bool:
-        """Delete the oldest, one request's worth, so that so many bytes fit under the cap. Call with `_allocator` held.
+        """Delete the oldest shards, at most one request's worth, until so many bytes fit under the cap.
 
-        Whether there was anything to delete.
+        Call with `_allocator` held. Return whether there was anything to delete.
         """
         assert self._max_bytes is not None
         above = self._accounting.stored_bytes + self._accounting.other_bytes + wanted_bytes - self._max_bytes
@@ -263,15 +263,15 @@ class S3Tier(Tier):
             try:
                 self._sweep()
                 told = ""
-            except Exception as error:  # the edge of the thread: without it nothing would be trimmed any more
+            except Exception as error:  # the thread must go on: without it nothing would be trimmed
                 if str(error) != told:
                     unforeseen = not isinstance(error, TierError)
-                    log.warning("the S3 tier cannot be swept, later again: %s", error, exc_info=unforeseen)
+                    log.warning("the S3 tier could not be swept, will try again: %s", error, exc_info=unforeseen)
                 told = str(error)
             self._closing.wait(self._sweep_seconds if self._swept.is_set() else min(5.0, self._sweep_seconds))
 
     def _sweep(self) -> None:
-        """Write own uses, take stock of what is there; as the janitor, merge all uses and trim."""
+        """Write this server's uses and list all objects; as the janitor, also merge all uses and trim."""
         self._write_uses()
         is_janitor = self._be_janitor()
         with self._accounting.census():
@@ -307,12 +307,12 @@ class S3Tier(Tier):
             self._client.write(_RECENCY, [recency])
 
     def _write_uses(self) -> None:
-        """Those of some sweeps: the janitor may have missed the last object."""
+        """Write the uses of the last few sweeps, since the janitor may have missed the previous object."""
         if fresh := self._accounting.new_uses(now_ms() - int(4000 * self._sweep_seconds) - 1000):
             self._client.write(f"{_USES}{self._identity}", [pack_uses(fresh)])
 
     def _be_janitor(self) -> bool:
-        """Take or renew the lease, by a write that only one server can win."""
+        """Take or renew the lease by a conditional write, which only one server can win. Return whether it is held."""
         read, now = self._client.read_all(_JANITOR), time.time()
         if read:
             with contextlib.suppress(ValueError, TypeError, KeyError, OverflowError, RecursionError):
@@ -327,15 +327,15 @@ class S3Tier(Tier):
         if read and self._identity.encode() in read[0]:
             self._client.write(_JANITOR, [b"{}"], if_etag=read[1])
 
-    # ---- requests side by side
+    # ---- requests in parallel
 
     def _side_by_side(
         self, work: Sequence[tuple[Callable[..., None], tuple[int, ...]]], done: Callable[..., None] | None = None
     ) -> None:
-        """Do all of it in the pool; `done` is called here, in order, with the same numbers. All has ended on return.
+        """Do all of `work` in the pool and wait for it. `done` is called in this thread, in order, with the same numbers.
 
         Raises:
-            TierError: one of them did; or the time was over before all had begun.
+            TierError: a request failed, or the time was over before all had begun.
         """
         if not self._pool:
             raise TierError("closed", f"{self._client.place.text}: the tier is not open")
@@ -362,7 +362,7 @@ class S3Tier(Tier):
 
 
 def _key_of(path: str) -> ShardKey | None:
-    """The shard that an object is named after, None for another object."""
+    """Return the shard that an object is named after, None for other objects."""
     found = re.fullmatch(r"([0-9a-f]{32})/([0-9a-f]{32})-([0-9a-f]{1,4})-([0-9a-f]{1,4})", path)
     if not found:
         return None

@@ -16,12 +16,12 @@ from lmcache.transfer.progress import Progress
 
 logger = init_logger(__name__)
 STAGING_BYTES = staging_bytes()
-"""Device memory of one copier, both directions together."""
+"""Device memory of one copier for both directions together."""
 
 
 class CudaCopier:
-    """The `Copier` for paged KV on a GPU. Stores and loads have a staging ring and streams each, and so run at once: one
-    storing thread and two loading threads may call it at the same time.
+    """The `Copier` for paged KV on a GPU. Stores and loads have separate staging rings and streams, so they run concurrently:
+    one storing thread and two loading threads may call it at the same time.
 
     Raises:
         LayoutError: planes of different strides, tiled interiors, or no GPU memory for the staging rings.
@@ -46,7 +46,7 @@ class CudaCopier:
         logger.info("GPU staging: %d MiB on %s", STAGING_BYTES >> 20, device)
 
     def gather(self, base: int, blocks: Blocks, runs: Runs, *, arena_bytes: int | None = None) -> None:
-        """Copy paged tokens, which the engine must have computed, to extents. An extent holds nothing else afterwards."""
+        """Copy paged tokens, which the engine must have computed, to extents. The rest of each extent becomes zeros."""
         self._rings[True].run(base, *self._bounds.checked(base, blocks, runs, arena_bytes))
 
     def scatter(
@@ -58,18 +58,18 @@ class CudaCopier:
         arena_bytes: int | None = None,
         progress: Progress | None = None,
     ) -> None:
-        """Copy extents to paged tokens, in blocks that nothing in flight touches.
+        """Copy extents to paged tokens, in blocks that no work in flight touches.
 
         progress: gets an event of the kernels' stream for each group of planes. The groups then arrive in order.
         """
         self._rings[False].run(base, *self._bounds.checked(base, blocks, runs, arena_bytes), progress)
 
     def adopt(self, address: int, size_bytes: int) -> None:
-        """The arena is mapped at `address`: register it with the driver, in the background."""
+        """Register the arena, which is mapped at `address`, with the driver in the background."""
         self._arena.register(address, size_bytes)
 
     def wait_adopted(self) -> None:
-        """Return when registration has ended."""
+        """Wait until registration has ended, successfully or not."""
         self._arena.wait_registered()
 
     def close(self) -> None:
@@ -80,16 +80,16 @@ class CudaCopier:
 
 
 def _shape_of(paged: PagedKV) -> Shape:
-    """The strides that all planes share, in the widest words that fit them.
+    """Return the strides that all planes share, in the largest word that divides them.
 
     Raises:
-        LayoutError: planes that differ, or interiors tiled for a CPU's matrix units.
+        LayoutError: the planes differ, or are tiled for a CPU's matrix units.
     """
     planes = [_plain(plane, paged.item_bytes) for plane in paged.planes]
     if any(plane[1:] != planes[0][1:] for plane in planes):
-        raise LayoutError("the layers' KV tensors have different strides; this copier needs them alike")
+        raise LayoutError("the layers' KV tensors have different strides; the GPU copier needs equal ones")
     _, block, token, heads, head, head_bytes = planes[0]
-    if head == head_bytes or heads == 1:  # heads side by side: one long row
+    if head == head_bytes or heads == 1:  # the heads are contiguous, so they are one long row
         head, head_bytes, heads = heads * head_bytes, heads * head_bytes, 1
     for word in (8, 4, 2, 1):
         if all(value % word == 0 for value in (block, token, head, head_bytes, *(plane[0] for plane in planes))):
@@ -98,7 +98,7 @@ def _shape_of(paged: PagedKV) -> Shape:
 
 
 def _plain(plane: Plane, item: int) -> tuple[int, int, int, int, int, int]:
-    """(address, block, token and head stride, heads, bytes of a head) of a plane.
+    """Return (address, block stride, token stride, heads, head stride, bytes of a head) of a plane.
 
     Raises:
         LayoutError: the plane's tokens or dims are tiled.

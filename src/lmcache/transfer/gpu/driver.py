@@ -1,4 +1,4 @@
-"""The GPU's driver, reached past PyTorch: CUDA's or HIP's."""
+"""Direct access to the GPU's driver, CUDA's or HIP's, without PyTorch."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _NAMES = {
         "hipThreadExchangeStreamCaptureMode",
     ),
 }
-"""Whether it is HIP -> the library's names, the functions that launch a copy (in the order of `Driver.functions`), and the one
+"""Maps "is HIP" to the library's names, the functions that launch a copy (in the order of `Driver.functions`), and the function
 that sets a thread's capture mode."""
 _THREAD_LOCAL = 1  # cudaStreamCaptureModeThreadLocal
 
@@ -37,18 +37,18 @@ class Driver:
     functions: addresses of launch, upload, download, record and wait, as `Launcher` takes them.
 
     Raises:
-        OSError, AttributeError: no such library, no such function in it.
+        OSError, AttributeError: the library, or a function in it, does not exist.
     """
 
     def __init__(self, hip: bool) -> None:
         names, *functions, exchange = _NAMES[hip]
-        library = _library(names)  # for good: libraries are never unloaded
+        library = _library(names)  # is never unloaded, so the addresses stay valid
         self._exchange = getattr(library, exchange)
         self.functions = tuple(ctypes.cast(getattr(library, one), ctypes.c_void_p).value or 0 for one in functions)
 
     @contextmanager
     def beside_captures(self) -> Iterator[None]:
-        """Run the thread's work beside other threads' captures; see the function of that name."""
+        """Keep the thread's work out of other threads' captures; see the function of that name."""
         mode = ctypes.c_int(_THREAD_LOCAL)
         self._exchange(ctypes.byref(mode))
         try:
@@ -66,18 +66,18 @@ def _library(names: Sequence[str]) -> ctypes.CDLL:
 
 @cache
 def find_driver(hip: bool) -> Driver | None:
-    """The driver; None, and a line in the log, where it cannot be reached past PyTorch."""
+    """Return the driver; None, after a warning in the log, where its library or a function is missing."""
     try:
         return Driver(hip)
     except (OSError, AttributeError) as error:
         logger.warning(
-            "The GPU's driver is not reached: copies take more CPU time, and must not meet a capture: %s", error
+            "Cannot call the GPU's driver: copies take more CPU time, and can make graph captures fail: %s", error
         )
         return None
 
 
 def beside_captures(device: str) -> AbstractContextManager[None]:
-    """A context for a thread that uses a GPU while the engine may be capturing CUDA graphs in another thread; empty for a CPU.
+    """Return a context for a thread that uses a GPU while another thread may be capturing CUDA graphs; empty for a CPU.
 
     What the thread does inside the context is no part of such captures. Without it, memory that is allocated or registered, a
     kernel that is loaded, or an event that is waited for, anywhere in the process, makes a capture fail.

@@ -1,6 +1,6 @@
 """The Triton kernel that moves tokens between paged KV and the staging ring.
 
-The kernel knows blocks, tokens, heads and strides, and nothing of CUDA alone: ROCm's Triton runs the same code (untested).
+The kernel knows blocks, tokens, heads and strides and uses nothing specific to CUDA: ROCm's Triton runs it too (untested).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ WORD_TYPES: dict[int, tuple[torch.dtype, Any]] = {
     2: (torch.int16, tl.int16),
     1: (torch.int8, tl.int8),
 }
-"""Bytes of a word -> its types in PyTorch and in Triton."""
+"""Maps the bytes of a word to its types in PyTorch and in Triton."""
 
 
 @triton.jit(do_not_specialize=["blocks", "meta", "first_plane"])  # type: ignore[untyped-decorator]
@@ -46,10 +46,10 @@ def copy_kernel(  # type: ignore[no-untyped-def]
 ):
     """Program (tile, plane, chunk) copies TOKENS rows of one plane of one chunk. Strides are in words of type WORD.
 
-    `meta` holds (first_token, token_count, token_in_slot) for each chunk. A row is the heads x dims of one token in one plane.
+    `meta` holds (first_token, token_count, token_in_extent) for each chunk. A row is the heads x dims of one token in one plane.
     A copy to the staging ring writes all rows of the chunk, and zeros for tokens outside the run: the complete piece goes to
     the extent, and the ring may still hold another prompt's KV. What a model fixes is a compile-time constant, because fewer
-    arguments make a launch cheaper, and launches are where this code spends its time.
+    arguments make a launch cheaper, and launches take most of the time of this code.
     """
     row_tiles: tl.constexpr = (ROW_WORDS + WORDS - 1) // WORDS
     tile = tl.program_id(0) // row_tiles
@@ -79,7 +79,7 @@ def copy_kernel(  # type: ignore[no-untyped-def]
 
 
 def kernel_constants(shape: Shape, chunk_tokens: int, block_tokens: int, to_host: bool) -> dict[str, Any]:
-    """The values that the kernel is compiled for."""
+    """Return the compile-time constants of the kernel."""
     words = min(triton.next_power_of_2(shape.row_words), 1024)
     return {
         "CHUNK_TOKENS": chunk_tokens,

@@ -1,7 +1,7 @@
 """Launches the pieces of a GPU copy from C, by calls to the driver (`native/device.c`).
 
-No release of Triton promises how it lays out a kernel's parameters. So a launcher is used only after `Launcher.copies_right` has
-sent random bytes through the ring and has seen them arrive; otherwise the ring launches its pieces from Python.
+No release of Triton guarantees how it lays out a kernel's parameters. So a launcher is used only after `Launcher.copies_right`
+has sent random bytes through the ring and received them unchanged; otherwise the ring launches its pieces from Python.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _DRIVER = ("launch", "upload", "download", "record", "wait")
 
 
 def _layout(name: str) -> np.dtype[np.void]:
-    """The C struct `name` of native/device.c, whose fields are 64-bit numbers and events of a ring's places."""
+    """Return the dtype of the C struct `name` of native/device.c: 64-bit numbers, and arrays of a ring's events."""
     fields: Sequence[tuple[str, int]] = load_native().layouts[name]
     return np.dtype([(field, "<i8") if count == 1 else (field, "<i8", (count,)) for field, count in fields])
 
@@ -48,7 +48,7 @@ class Shape:
 class Tables:
     """Addresses of a copy's block table and of (first token, token count, token in extent) of its runs.
 
-    upload_bytes: how much has to go from `host` to the device first; `blocks` and `meta` lie in that.
+    upload_bytes: bytes to upload from `host` to the device first; `blocks` and `meta` lie in the upload.
     """
 
     host: int
@@ -58,10 +58,10 @@ class Tables:
 
 
 def staging_bytes() -> int:
-    """Device memory of one copier, both directions together: LMCACHE_GPU_STAGING_MB, or 128 MiB.
+    """Return the device memory of one copier for both directions: LMCACHE_GPU_STAGING_MB, or 128 MiB.
 
     Raises:
-        LayoutError: it is set to something else than a number of MiB.
+        LayoutError: the setting is not a positive number of MiB.
     """
     text = os.environ.get("LMCACHE_GPU_STAGING_MB", "").strip() or "128"
     if not (text.isascii() and text.isdecimal() and int(text) > 0):
@@ -72,7 +72,7 @@ def staging_bytes() -> int:
 
 
 class Launcher:
-    """Launches the pieces of one staging ring from C. Needs the native part.
+    """Launches the pieces of one staging ring from C. Needs the native module.
 
     driver: `Driver.functions`. filled, emptied: the driver's handles of the events of the ring's places.
     fields: the other fields of the C struct.
@@ -90,12 +90,12 @@ class Launcher:
     def launch(
         self, base: int, registered_from: int, tables: Tables, runs: Runs, planes: range, runs_in_piece: int
     ) -> None:
-        """Launch all of these planes (`planes.step` a piece) of these runs.
+        """Launch the planes `planes` of these runs, `planes.step` planes a piece.
 
-        registered_from: where registrations with the driver begin; 0: `base` is not registered.
+        registered_from: address where registrations with the driver begin; 0: `base` is not registered.
 
         Raises:
-            RuntimeError: the driver refused a piece. The pieces before it are under way.
+            RuntimeError: the driver refused a piece. The pieces before it are in flight.
         """
         runs = np.ascontiguousarray(runs)
         self._copy[0] = (
@@ -110,8 +110,8 @@ class Launcher:
     def copies_right(
         self, shape: Shape, chunk_tokens: int, runs_in_piece: int, planes: range, last: torch.cuda.Stream
     ) -> bool:
-        """Whether a row of random bytes goes through each plane to where it belongs. last: the stream of a piece's last step.
-        The engine's KV is not touched."""
+        """Return whether a row of random bytes passes through each plane to the right address. last: the stream of a piece's
+        second step. The engine's KV is not touched."""
         import torch
 
         ring, device, count = self._ring[0], last.device, planes.stop
@@ -119,7 +119,7 @@ class Launcher:
         span = (shape.row_words // shape.head_words - 1) * shape.head_stride + shape.head_words
         if count * span * shape.word_bytes > _MOST_TRIAL_BYTES:
             return False
-        # Made and compared on the host: PyTorch's kernels for it keep 92 MiB of an H200 where nobody else has loaded them.
+        # Made and compared on the host: PyTorch's kernels for it take 92 MiB of an H200 that nothing else may have loaded.
         drawn = np.random.default_rng().integers(-128, 128, (count, span * shape.word_bytes), dtype=np.int8)
         expected = _rows(torch.from_numpy(drawn).view(words), shape)
         extent = torch.full((int(ring["plane_bytes"]) * count,), 90, dtype=torch.int8)
@@ -129,7 +129,7 @@ class Launcher:
             drawn = np.full_like(drawn, -1)
         paged = torch.from_numpy(drawn).to(device)
         bases = torch.tensor([plane.data_ptr() for plane in paged], device=device)
-        host = torch.tensor([0, 0, 1, chunk_tokens - 1])  # the block table, and the run's meta
+        host = torch.tensor([0, 0, 1, chunk_tokens - 1])  # the block table, then the run's meta
         on_device = torch.empty_like(host, device=device)
         tables = Tables(host.data_ptr(), on_device.data_ptr(), on_device.data_ptr() + 8, 8 * len(host))
         run = np.array([[0, *host[1:]]], dtype=np.int64)
@@ -144,7 +144,7 @@ class Launcher:
 
 
 def _rows(paged: torch.Tensor, shape: Shape) -> torch.Tensor:
-    """The heads of one token of each plane, side by side: [planes, words of a row]."""
+    """Return the heads of one token of each plane side by side: [planes, words of a row]."""
     planes, span = paged.shape
     heads = shape.row_words // shape.head_words
     rows = paged.as_strided((planes, heads, shape.head_words), (span, shape.head_stride, 1))

@@ -1,4 +1,4 @@
-"""The arena's mapping, registered with the GPU driver so that the copy engine reaches it."""
+"""Registration of the arena's mapping with the GPU driver, so that the copy engine can reach it."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from lmcache.transfer.gpu.driver import using_device
 
 logger = init_logger(__name__)
 REGISTRATION_BYTES = 1 << 30
-"""Size of one registration. The driver takes no copy that crosses from one registration into the next."""
+"""Size of one registration. The driver refuses a copy that crosses from one registration into the next."""
 _PORTABLE = 1  # cudaHostRegisterPortable
 
 
 class PinnedArena:
-    """One mapping of the arena in this process. Registration runs in a background thread, one GiB at a time; the driver copies
-    what is not registered yet through its own, slower staging."""
+    """One mapping of the arena in this process. A background thread registers it, one GiB at a time. The driver copies parts that
+    are not registered yet through its own, slower staging."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self.address = 0
-        """The address at which the mapping begins; it is 0 before `register` was called."""
+        """The address at which the mapping begins; 0 before the call of `register`."""
         self._bytes: torch.Tensor | None = None
         self._registered_bytes = 0
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
     def register(self, address: int, size_bytes: int) -> None:
-        """Begin to register `size_bytes` bytes from `address` on."""
+        """Start the registration of `size_bytes` bytes from `address` on."""
         self.address = address
         self._bytes = _host_bytes(address, size_bytes)
         self._thread = threading.Thread(
@@ -40,7 +40,7 @@ class PinnedArena:
         self._thread.start()
 
     def wait_registered(self) -> None:
-        """Return when registration has ended, successfully or not."""
+        """Wait until registration has ended, successfully or not."""
         if self._thread is not None:
             self._thread.join()
 
@@ -55,11 +55,11 @@ class PinnedArena:
         self._bytes = None
 
     def registrations_from(self, base: int) -> int:
-        """Where registrations begin for copies to or from `base`; 0 where `base` is not this mapping."""
+        """Return where registrations begin for copies to or from `base`; 0 where `base` is not this mapping."""
         return self.address if base == self.address else 0
 
     def pieces(self, base: int, offset: int, length: int) -> Iterator[torch.Tensor]:
-        """Host memory [base + offset, base + offset + length) as byte tensors, none of which crosses a registration's end."""
+        """Yield host memory [base + offset, base + offset + length) as byte tensors that cross no registration's end."""
         own = self._bytes if base == self.address else None
         if own is None:
             yield _host_bytes(base + offset, length)
@@ -87,5 +87,5 @@ class PinnedArena:
 
 
 def _host_bytes(address: int, length: int) -> torch.Tensor:
-    """Host memory as a byte tensor, which does not keep the memory mapped."""
+    """Return host memory as a byte tensor, which does not keep the memory mapped."""
     return torch.frombuffer((ctypes.c_uint8 * length).from_address(address), dtype=torch.uint8)

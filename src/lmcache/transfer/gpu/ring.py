@@ -1,7 +1,7 @@
 """The staging ring: one direction's copies, cut into pieces that pass through GPU memory.
 
-Each piece takes the next place of the ring. The kernels and the DMA transfers have a stream each, and two events a place say
-when it has been filled and when it has been emptied. Host threads wait on blocking events and do not hold the GIL.
+Each piece takes the next place of the ring. The kernels and the DMA transfers have a stream each, and each place has two events,
+recorded when it has been filled and when it has been emptied. Host threads wait on blocking events and do not hold the GIL.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from lmcache.transfer.progress import Progress, planes_in_group
 logger = init_logger(__name__)
 
 _PIECES_IN_RING = 4
-"""Measured on an H200: 8 pieces of half the size cost a quarter of the rate when both directions run, in launches."""
+"""Measured on an H200: 8 pieces of half the size lose a quarter of the rate to launches when both directions run."""
 _SPIN_BYTES = 64 << 20
-"""A copy of less ends within a millisecond, and waking up from a blocking wait would take a tenth of that."""
+"""A smaller copy ends within a millisecond; waking up from a blocking wait would take a tenth of that, so the thread spins."""
 _GROUP_BYTES = 4 << 20
-"""Size of one transfer, in bytes of a chunk, where the engine waits for layers one by one. Smaller transfers cost rate."""
+"""Bytes of one chunk in one transfer, where the engine waits for layers one by one. Smaller transfers lower the rate."""
 _YIELD_BYTES = 90 << 20
-"""After so many bytes a copy waits for the kernel of the piece before, 19 microseconds. The copy engine serves one queue for as
-long as that queue need not wait, and the engine's own small copies (token ids in, tokens out) are in another: on an H100 a step
-of 1.5 ms beside a load of 45 ms took 46 ms without this wait, and takes 2.0 with it, for 1 % of the rate."""
+"""After so many bytes a copy waits 19 microseconds for the kernel of the previous piece. The copy engine serves one queue for as
+long as that queue need not wait, and the engine's own small copies (token ids in and out) are in another queue. On an H100 a step
+of 1.5 ms beside a load of 45 ms took 46 ms without this wait and takes 2.0 ms with it, at a cost of 1 % of the rate."""
 _COPIES_LAUNCHED = 2
-"""Copies of one direction at a time: while one runs, the next one is launched behind it."""
+"""Copies of one direction in flight: while one runs, the next one is launched behind it."""
 
 
 @dataclass(frozen=True)
 class Source:
     """The paged KV that a ring copies from or to.
 
-    bases: int64 [planes], the planes' addresses, on `device`. slot_bytes: size of an extent of `chunk_tokens` tokens.
+    bases: int64 [planes], the planes' addresses, on `device`. slot_bytes: bytes of the extent of a full chunk.
     """
 
     device: torch.device
@@ -58,11 +58,11 @@ class Source:
 
 
 class _DeviceTables:
-    """The block table of a copy and (first token, token count, token in extent) of each run, in pinned memory and on the device."""
+    """The block table of a copy and (first token, token count, token in extent) of its runs, in pinned and device memory."""
 
     def __init__(self, words: int, device: torch.device) -> None:
         self.used = torch.cuda.Event()
-        """Recorded behind the last kernel that reads the tables."""
+        """The event after the last kernel that reads the tables."""
         self._make(words, device)
 
     def _make(self, words: int, device: torch.device) -> None:
@@ -72,7 +72,7 @@ class _DeviceTables:
         self._addresses = self._host.data_ptr(), self._device.data_ptr()
 
     def fill(self, blocks: Blocks, runs: Runs) -> None:
-        """Replace the tables by those of the next copy, once the device has read the previous ones."""
+        """Overwrite the tables with those of the next copy, once the device has read the previous ones."""
         self.used.synchronize()
         self._blocks, words = len(blocks), len(blocks) + 3 * len(runs)
         if words > len(self._words):
@@ -82,14 +82,14 @@ class _DeviceTables:
         self._filled = self._unsent = words
 
     def addresses(self) -> Tables:
-        """Where the tables are, for a launcher, which uploads them before its first kernel."""
+        """Return where the tables are, for a launcher, which uploads them before its first kernel."""
         words, self._unsent = self._unsent, 0
         host, device = self._addresses
         return Tables(host, device, device + 8 * self._blocks, 8 * words)
 
     def uploaded(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(blocks, runs) on the device, for kernels of the current stream. The first call uploads them: by then a load's first
-        transfer is under way."""
+        """Return (blocks, runs) on the device, for kernels of the current stream. The first call uploads them, after a load's
+        first transfer has been launched."""
         if self._unsent:
             words, self._unsent = self._unsent, 0
             self._device[:words].copy_(self._host[:words], non_blocking=True)
@@ -97,12 +97,12 @@ class _DeviceTables:
 
 
 class StagingRing:
-    """The copies of one direction. One copy is launched at a time, and `_COPIES_LAUNCHED` may be under way.
+    """The copies of one direction. One thread launches at a time, and `_COPIES_LAUNCHED` copies may be in flight.
 
     ring_bytes: GPU memory of the ring. to_host: whether copies go from the paged KV to the arena.
 
     Raises:
-        LayoutError: there is no GPU memory for the ring.
+        LayoutError: the ring does not fit in GPU memory.
     """
 
     def __init__(self, source: Source, arena: PinnedArena, ring_bytes: int, to_host: bool) -> None:
@@ -111,7 +111,9 @@ class StagingRing:
         self._plane_bytes = extent // planes
         target = ring_bytes // _PIECES_IN_RING
         in_piece = max(1, min(planes, target // self._plane_bytes))
-        self._planes_in_piece = -(-planes // -(-planes // in_piece))  # even pieces: the last one is not tiny
+        self._planes_in_piece = -(
+            -planes // -(-planes // in_piece)
+        )  # evens out the pieces, so that the last is not tiny
         self._chunks_in_piece = max(1, target // extent) if in_piece == planes else 1
         piece_bytes = self._planes_in_piece * self._plane_bytes * self._chunks_in_piece
         self._planes_in_group = planes_in_group(self._plane_bytes, _GROUP_BYTES, self._planes_in_piece)
@@ -126,7 +128,7 @@ class StagingRing:
         self._places = [(piece, piece.view(WORD_TYPES[source.shape.word_bytes][0])) for piece in ring]
         self._kernels, self._copies = torch.cuda.Stream(device), torch.cuda.Stream(device)
         self._last_step = self._copies if to_host else self._kernels
-        """The stream of a piece's second step."""
+        """The stream of a piece's second step (the transfer of a store, the kernel of a load)."""
         self._filled = [torch.cuda.Event() for _ in range(count)]
         self._emptied = [torch.cuda.Event() for _ in range(count)]
         self._tables = [_DeviceTables(1 << 12, device) for _ in range(_COPIES_LAUNCHED)]
@@ -136,15 +138,15 @@ class StagingRing:
         self._launcher = self._make_launcher()
 
     def run(self, base: int, blocks: Blocks, runs: Runs, progress: Progress | None = None) -> None:
-        """Copy all runs and return when the copy has ended. Another thread may launch the next copy meanwhile, and the device
-        goes on without a pause."""
+        """Copy all runs and return when the copy has ended. Another thread may launch the next copy meanwhile, so that the
+        device need not pause between copies."""
         if not len(runs):
             return
         with using_device(self._source.device):
             self._launch_all(base, blocks, runs, progress).synchronize()
 
     def _launch_all(self, base: int, blocks: Blocks, runs: Runs, progress: Progress | None) -> torch.cuda.Event:
-        """Launch all pieces; returns the event behind the last one."""
+        """Launch all pieces and return the event after the last one."""
         with self._lock:
             before = torch.cuda.current_stream()
             try:
@@ -160,9 +162,7 @@ class StagingRing:
                 last = torch.cuda.Event(blocking=len(runs) * self._source.shard_bytes > _SPIN_BYTES)
                 last.record(self._last_step)
                 return last
-            except (
-                Exception
-            ):  # the caller learns of the failure and may use the blocks and the extents for something else
+            except Exception:  # the caller learns of the failure and may reuse the blocks and the extents
                 self._copies.synchronize()
                 self._kernels.synchronize()
                 raise
@@ -183,7 +183,7 @@ class StagingRing:
             progress.arrived(end, point)
 
     def _pieces(self, base: int, tables: _DeviceTables, runs: Runs, planes: range, chunks: int) -> None:
-        """Launch all of these planes, `planes.step` planes of `chunks` chunks a piece."""
+        """Launch the planes `planes` of all runs, `planes.step` planes of `chunks` chunks a piece."""
         if self._launcher is not None:
             registered_from = self._arena.registrations_from(base)
             self._launcher.launch(base, registered_from, tables.addresses(), runs, planes, chunks)
@@ -193,7 +193,7 @@ class StagingRing:
                 self._piece(base, tables, runs[at : at + chunks], at, plane, min(planes.step, planes.stop - plane))
 
     def _make_launcher(self) -> Launcher | None:
-        """What launches pieces from C; None where they have to be launched from Python."""
+        """Return a launcher of pieces from C; None where they have to be launched from Python."""
         source, constants = self._source, self._constants
         plane_words = self._plane_bytes // source.shape.word_bytes
         driver = find_driver(torch.version.hip is not None)
@@ -203,12 +203,12 @@ class StagingRing:
         try:
             with torch.cuda.stream(self._kernels):
                 nothing = torch.tensor([0] * 4, device=source.device)
-                # Compiled for what holds of every piece: the alignment of the ring's places, and of planes in them.
+                # Compiled for the alignment that all pieces share: that of the ring's places and of planes in them.
                 kernel = copy_kernel[(1, 1, 1)](
                     source.bases, nothing, nothing, self._places[1][1], 0, plane_words, **constants, num_warps=WARPS
                 )
                 for event in self._filled + self._emptied:
-                    event.record(self._kernels)  # the driver knows an event from its first use on
+                    event.record(self._kernels)  # the driver has a handle only after the first record
                 launcher = Launcher(
                     driver.functions,
                     [event.cuda_event for event in self._filled],
@@ -235,14 +235,14 @@ class StagingRing:
                     source.shape, source.chunk_tokens, self._chunks_in_piece, planes, self._last_step
                 ):
                     return launcher
-            why: object = "the kernel was not seen to copy right"
+            why: object = "the kernel did not copy random bytes correctly"
         except (AttributeError, RuntimeError) as error:
             why = error
         logger.warning("GPU copies are launched from Python, at several times the CPU time: %s", why)
         return None
 
     def _piece(self, base: int, tables: _DeviceTables, runs: Runs, first: int, plane: int, planes: int) -> None:
-        """Launch planes [plane, plane + planes) of these runs through the next place of the ring, once that place is empty.
+        """Launch planes [plane, plane + planes) of these runs through the next place of the ring, once it is empty.
 
         first: the position of `runs` among the copy's runs.
         """
@@ -272,7 +272,7 @@ class StagingRing:
     def _launch(
         self, words: torch.Tensor, tables: _DeviceTables, runs: Runs, first: int, plane: int, planes: int
     ) -> None:
-        """Launch the kernel in the kernels' stream, which is the thread's current one."""
+        """Launch the kernel in the kernels' stream, which is the thread's current stream."""
         source, constants = self._source, self._constants
         table, meta = tables.uploaded()
         row_tiles = -(-constants["ROW_WORDS"] // constants["WORDS"])
@@ -291,7 +291,7 @@ class StagingRing:
         )
 
     def _transfer(self, staged: torch.Tensor, base: int, runs: Runs, plane: int, planes: int) -> None:
-        """Move the piece's chunks between its place and the arena, one DMA each; neighbours in the arena share one."""
+        """Move the piece's chunks between its place and the arena by one DMA each, or one for neighbours in the arena."""
         length = planes * self._plane_bytes
         starts = (runs[:, 0] + plane * self._plane_bytes).tolist()
         torch.cuda.set_stream(self._copies)

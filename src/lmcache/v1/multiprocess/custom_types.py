@@ -1,4 +1,4 @@
-"""What vLLM's own connector reports about the blocks it gave out. We need none of it, so these only have to exist."""
+"""Types in which vLLM's own connector reports block allocations. LMCache ignores the reports, but vLLM imports the types."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass
 class RequestAllocationRecord:
-    """Blocks newly given to a request, and the tokens they will hold."""
+    """Blocks newly allocated to a request, and the ids of the tokens that they will hold."""
 
     req_id: str
     new_block_ids: list[int]
