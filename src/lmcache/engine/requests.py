@@ -207,20 +207,21 @@ class Requests(Generic[RequestT]):
         first_token: what lies before it is not there to be stored. ends: with `computed` the prompt ends, so an unfull chunk is
         its tail. None where there is nothing to store, or not where it lies.
         """
-        session = self.session
-        if session is None or not request.cacheable or session.chunk_tokens is None:
+        session, chain = self.session, request.chain
+        if session is None or not request.cacheable:
             return None
-        size = request.chain.chunk_tokens if request.chain is not None else 1
-        ends = ends and self._save_tail and computed % size > 0 and not request.tail
-        if computed // size <= request.stored and not ends and request.epoch == session.epoch:
-            return None
-        chain = self.chain(request)
+        ends = ends and self._save_tail
+        if chain is not None and request.epoch == session.epoch:  # schedulers ask at every step, and mostly for nothing
+            size = chain.chunk_tokens
+            if computed // size <= request.stored and (request.tail or not (ends and computed % size)):
+                return None
+        chain = self.chain(request) if session.chunk_tokens is not None else None
         if chain is None:
             return None
         size = chain.chunk_tokens
         first, chunks = max(request.stored, -(-first_token // size)), computed // size
         chain.extend(tokens)
-        tail = chain.tail(tokens[:computed]) if ends else b""
+        tail = chain.tail(tokens[:computed]) if ends and not request.tail else b""
         end = computed if tail else chunks * size
         needed = -(-end // self._block_tokens) if self._block_tokens else 0
         if end <= first * size or needed > len(request.blocks):

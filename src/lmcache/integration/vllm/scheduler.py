@@ -142,10 +142,10 @@ class SchedulerSide:
             plan.loads.append(load)
         self._admitted.clear()
         if self._can_store and self.requests.session is not None:
-            drafts = output.scheduled_spec_decode_tokens
+            drafts, waits = output.scheduled_spec_decode_tokens, self._synchronous and self._ranks > 1
             for request_id, scheduled in output.num_scheduled_tokens.items():
                 known = self.requests.open.get(request_id)
-                if known is not None and known.cacheable and not self._awaits_ranks(known):
+                if known is not None and known.cacheable and not (waits and self._awaits_ranks(known)):
                     self._plan_store(plan, known, scheduled - len(drafts.get(request_id, ())))
         return plan
 
@@ -274,7 +274,7 @@ class SchedulerSide:
 
     def _awaits_ranks(self, tracker: Tracker) -> bool:
         """Its tokens are computed from a load that some rank may still fail, and other ranks would keep what comes of it."""
-        if not self._synchronous or self._ranks == 1:
+        if not self.requests.loading:
             return False
         blocks = set(tracker.blocks)
         return any(not blocks.isdisjoint(load.filled(self._block_tokens)) for load in self.requests.loading.values())
