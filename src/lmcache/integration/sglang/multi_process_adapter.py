@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from lmcache.config.engine import EngineConfig
 from lmcache.engine.connection import server_address
+from lmcache.engine.settings import ServerSettings
 from lmcache.errors import ConfigError
 from lmcache.integration.sglang.older import Found, LoadMetadata, OlderConnector, StoreMetadata, tokens_had
-from lmcache.integration.sglang.settings import Settings
 
 
 class LMCacheMPConnector(OlderConnector):
@@ -32,7 +33,7 @@ class LMCacheMPConnector(OlderConnector):
         except (TypeError, ValueError) as error:
             raise ConfigError(f"mp_host {host!r} with mp_port {port!r} is no address: {error}") from error
         super().__init__(
-            replace(Settings(), address=address),
+            ServerSettings(address, deadline_seconds=EngineConfig().blocking_timeout_secs),
             sgl_config=sgl_config,
             tp_size=tp_size,
             rank=rank,

@@ -14,10 +14,10 @@ import numpy as np
 
 from lmcache.engine.agreement import Agreement
 from lmcache.engine.points import WholeDevice
+from lmcache.engine.settings import ServerSettings
 from lmcache.errors import LayoutError
 from lmcache.integration.sglang.model import Buffers, Ranks, dtype_name, lora_enabled
 from lmcache.integration.sglang.ranks import Tokens, Tracker, block_table, open_rank
-from lmcache.integration.sglang.settings import Settings
 from lmcache.integration.sglang.weights import RadixTree, forget, on_new_weights
 from lmcache.observability.log import init_logger
 
@@ -64,7 +64,7 @@ class OlderConnector:
 
     def __init__(
         self,
-        settings: Settings,
+        settings: ServerSettings,
         *,
         sgl_config: Any,
         tp_size: int,

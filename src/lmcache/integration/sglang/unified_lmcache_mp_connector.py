@@ -109,7 +109,7 @@ class UnifiedLMCacheMPConnector:
         settings = read_settings(config_file)
         self.chunk_size = page_size
         """The steps in which SGLang hands over tokens: whole pages. Chunks are cut by us, and may have any size."""
-        self.operation_timeout = settings.config.blocking_timeout_secs
+        self.operation_timeout = settings.deadline_seconds
         self._min_tokens = settings.config.min_retrieve_tokens
         self._page_size = page_size
         self._window = sliding_window_size or 0

@@ -13,14 +13,13 @@ from typing import Any
 from tensorrt_llm._utils import mpi_allgather, mpi_broadcast, mpi_rank
 
 from lmcache.engine import SchedulerSession, WorkerSession
-from lmcache.engine.connection import Endpoint
 from lmcache.engine.embedded import start_own_server, wait_connected
 from lmcache.engine.rank_arenas import RankReporter, RankWatch
 from lmcache.engine.served import NOT_SERVED, ServedKV, refusal_of
+from lmcache.engine.settings import ServerSettings
 from lmcache.integration.tensorrt_llm.model import describe_pool
 from lmcache.integration.tensorrt_llm.plan import StepPlan
 from lmcache.integration.tensorrt_llm.scheduler import SchedulerSide
-from lmcache.integration.tensorrt_llm.settings import Settings
 from lmcache.integration.tensorrt_llm.worker import LoadFailed, WorkerSide
 from lmcache.observability.log import init_logger
 
@@ -137,7 +136,7 @@ class Worker(KvCacheConnectorWorker):  # type: ignore[misc]
         self._meeting = meet(llm_args) if self._rank == 0 else None
         self._side: WorkerSide | None = None
 
-    def settings(self) -> Settings:
+    def settings(self) -> ServerSettings:
         """Where the server is, and what it is asked for.
 
         Raises:
@@ -215,24 +214,22 @@ class Worker(KvCacheConnectorWorker):  # type: ignore[misc]
             return list(finished_gen_req_ids), list(started_loading_req_ids)
         return self._side.finished(finished_gen_req_ids), list(started_loading_req_ids)
 
-    def _open(self, kv: ServedKV, settings: Settings, instance: str) -> bytes:
+    def _open(self, kv: ServedKV, settings: ServerSettings, instance: str) -> bytes:
         """Sessions of this rank and, on rank 0, of the scheduler. They end with this object, or with the process.
 
         Returns the arena that is mapped by now.
         """
         scheduler: SchedulerSide | None = None
         with ExitStack() as opened:
-            if self._meeting is not None and settings.own is not None:
-                own = start_own_server(instance, settings.own)
+            if self._meeting is not None and not settings.address:
+                own = start_own_server(instance, settings.config)
                 if own is None:
                     return b""
                 opened.callback(own.close)
-            endpoint = Endpoint(
-                settings.address(instance), instance, "worker", self._rank, deadline_seconds=settings.deadline_seconds
-            )
             if self._meeting is not None:
-                scheduler = self._open_scheduler(kv, settings, endpoint)
+                scheduler = self._open_scheduler(kv, settings, instance)
                 opened.callback(scheduler.close)
+            endpoint = settings.endpoint(instance, "worker", self._rank)
             session = WorkerSession(endpoint, kv.layout, kv.shard, kv.paged)
             opened.callback(session.close)
             if session.identified:
@@ -247,17 +244,16 @@ class Worker(KvCacheConnectorWorker):  # type: ignore[misc]
         logger.info("Registering kv caches!")
         return arena
 
-    def _open_scheduler(self, kv: ServedKV, settings: Settings, endpoint: Endpoint) -> SchedulerSide:
-        where = Endpoint(endpoint.address, endpoint.instance, "scheduler", deadline_seconds=endpoint.deadline_seconds)
-        session = SchedulerSession(where, kv.layout, kv.shard.count)
+    def _open_scheduler(self, kv: ServedKV, settings: ServerSettings, instance: str) -> SchedulerSide:
+        session = SchedulerSession(settings.endpoint(instance, "scheduler"), kv.layout, kv.shard.count)
         if session.identified:
             wait_connected((session,), _CONNECT_SECONDS)
         return SchedulerSide(
             session,
-            RankWatch(endpoint.instance, self._ranks),
+            RankWatch(instance, self._ranks),
             kv.paged.block_tokens,
-            stores_answers=settings.stores_answers,
-            least_gain=settings.least_gain,
+            stores_answers=settings.config.save_decode_cache,
+            least_gain=settings.config.min_retrieve_tokens,
         )
 
     def _refuse(self, why: str) -> None:

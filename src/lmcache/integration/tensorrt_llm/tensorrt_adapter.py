@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from lmcache.engine.settings import ServerSettings
 from lmcache.integration.tensorrt_llm.connector import Scheduler, Worker
-from lmcache.integration.tensorrt_llm.settings import Settings, own_settings
+from lmcache.integration.tensorrt_llm.settings import own_settings
 
 __all__ = ["LMCacheKvConnectorScheduler", "LMCacheKvConnectorWorker"]
 
@@ -15,5 +16,5 @@ class LMCacheKvConnectorScheduler(Scheduler):
 class LMCacheKvConnectorWorker(Worker):
     """One a rank; that of rank 0 starts the server."""
 
-    def settings(self) -> Settings:
+    def settings(self) -> ServerSettings:
         return own_settings()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from lmcache.engine.settings import ServerSettings
 from lmcache.integration.tensorrt_llm.connector import Scheduler, Worker
-from lmcache.integration.tensorrt_llm.settings import Settings, daemon_settings
+from lmcache.integration.tensorrt_llm.settings import daemon_settings
 
 __all__ = ["LMCacheMPKvConnectorScheduler", "LMCacheMPKvConnectorWorker"]
 
@@ -15,5 +16,5 @@ class LMCacheMPKvConnectorScheduler(Scheduler):
 class LMCacheMPKvConnectorWorker(Worker):
     """One a rank."""
 
-    def settings(self) -> Settings:
+    def settings(self) -> ServerSettings:
         return daemon_settings(self._args)
