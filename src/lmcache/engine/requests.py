@@ -91,6 +91,8 @@ class Requests(Generic[RequestT]):
         self.loading: dict[str, LoadPlan] = {}
         """Loads that some rank has not ended yet, by job."""
         self.resets = self._generation = self._generation_before = 0
+        self.emptied, self._emptied_before = 0, -1
+        """How often the engine's own cache has been emptied: by now, and when the last of what a reset gave up was computed."""
         self._lessor = session
         """Leases are given back to it even after `stop`."""
         self._block_tokens, self._ranks, self._save_tail = block_tokens, ranks, save_tail
@@ -264,13 +266,27 @@ class Requests(Generic[RequestT]):
         if self.session is not None:
             self.session.forgone(tokens)
 
-    def reset(self) -> None:
-        """Nothing kept so far is served to this engine again, since its weights may have changed. Others keep what they have."""
+    def reset(self, emptied: int | None = None) -> None:
+        """Nothing kept so far is served to this engine again, since its weights may have changed. Others keep what they have.
+
+        emptied: how often the engine's own cache had been `emptied` when the last KV of the old weights was computed; None for
+        now, -1 where the engine holds no such KV.
+        """
+        self._emptied_before = max(self._emptied_before, self.emptied if emptied is None else emptied)
         self.resets += 1
         self._generation_before, self._generation = self._generation, self.resets
         for request in self.open.values():
             request.cacheable = False  # some of it may be of the old weights, so it stores no more
             self.give_back(request)
+
+    def own_cache_emptied(self) -> None:
+        """The engine's own cache is empty: what is computed from now on owes nothing to what was there."""
+        self.emptied += 1
+
+    @property
+    def own_cache_outdated(self) -> bool:
+        """Whether the engine's own cache may hold KV from before a reset: then what is computed upon it is no better."""
+        return self.emptied <= self._emptied_before
 
     def undo_reset(self) -> None:
         """The weights are those of before the last reset."""

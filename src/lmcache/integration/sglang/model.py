@@ -162,16 +162,9 @@ def paged_kv(buffers: Buffers, page_size: int) -> PagedKV:
     if len(first.shape) != 3 or len({(tuple(t.shape), str(t.dtype), str(t.device)) for t in tensors}) != 1:
         shapes = ", ".join(sorted({str(tuple(t.shape)) for t in tensors}))
         raise LayoutError(f"KV tensors of shapes {shapes} are not supported; expected [slots, heads, dims], all alike")
-    planes = tuple(_plane(tensor, page_size) for tensor in tensors)
+    planes = tuple(Plane.of(tensor, "thd", page_size) for tensor in tensors)
     blocks = first.shape[0] // page_size
     return PagedKV(planes, page_size, blocks, first.element_size(), tuple(tensors), str(first.device))
-
-
-def _plane(tensor: Any, page_size: int) -> Plane:
-    item = tensor.element_size()
-    slot, head, dim = (step * item for step in tensor.stride())
-    _, heads, dims = tensor.shape
-    return Plane.strided(tensor.data_ptr(), slot * page_size, slot, heads, head, dims, dim)
 
 
 def model_identity(model_config: Any, load_format: str, engine_id: str) -> Identity:

@@ -122,6 +122,12 @@ class SGLangRank(LocalRank[Tracker]):
             skipped = chunked - sum(copy.done.tokens for copy in copies if copy.done is not None)
             logger.info("%s; skipped: %d tokens%s", line, skipped, whose)
 
+    def new_weights(self, kv_in_use: bool) -> None:
+        """The KV of before is not served to this engine again, and that of the new weights to nobody else. kv_in_use: the radix
+        tree has KV, or a request that runs has some, which will get into the tree."""
+        self.requests.reset(None if kv_in_use else -1)
+        logger.info("The weights of this engine change: what LMCache holds of it so far is not used any more")
+
     def close(self) -> None:
         super().close()
         if self._server is not None:

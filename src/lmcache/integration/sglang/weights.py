@@ -31,21 +31,6 @@ Listener = Callable[[bool], None]
 _listeners: list[Listener] = []
 
 
-class RadixTree:
-    """Whether SGLang's radix tree may hold KV of other weights than those of now: an update need not empty it
-    (`flush_cache=False`), and then a prompt goes on computing upon what it finds there."""
-
-    def __init__(self) -> None:
-        self.outdated = False
-
-    def emptied(self) -> None:
-        self.outdated = False
-
-    def weights_change(self, kv_in_use: bool) -> None:
-        """kv_in_use: the tree has KV, or a request that runs has some, which will get into the tree."""
-        self.outdated |= kv_in_use
-
-
 def on_new_weights(listener: Listener) -> None:
     """Call `listener` whenever this process is about to change its weights."""
     if not _listeners and not call_before(_owner(), UPDATES, _notify):

@@ -191,5 +191,5 @@ class Connector:
     def reset_cache(self) -> bool:
         """What was kept so far is not served to this engine any more; other engines' KV stays where it is."""
         if self._scheduler is not None:
-            self._scheduler.reset()
+            self._scheduler.requests.reset()
         return True
