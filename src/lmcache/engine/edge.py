@@ -18,7 +18,7 @@ class LoadFailed(LMCacheError):
 
 
 def never_raises(otherwise: Callable[[], Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Let a method that an engine calls answer `otherwise()` where it raises, and say so in the log; `LoadFailed` gets through."""
+    """Let a method that an engine calls answer `otherwise()` where it raises, and log that; `LoadFailed` gets through."""
 
     def around(method: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(method)

@@ -84,3 +84,15 @@ class StorePlan:
     def job(self, blocks: Blocks, after: Event | None) -> Store:
         """The store of a rank; `blocks` is its block table."""
         return Store(self.chunk_tokens, self.parent, self.hashes, self.first_chunk, blocks, after, self.end_token)
+
+
+@dataclass
+class StepPlan:
+    """What ranks are to do in one step of an engine that plans for all of them.
+
+    settle: store jobs whose blocks were taken away, to be settled before the step writes to any block.
+    """
+
+    loads: list[LoadPlan] = field(default_factory=list)
+    stores: list[StorePlan] = field(default_factory=list)
+    settle: list[str] = field(default_factory=list)

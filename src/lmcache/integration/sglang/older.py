@@ -14,9 +14,10 @@ import numpy as np
 
 from lmcache.engine.agreement import Agreement
 from lmcache.engine.points import WholeDevice
+from lmcache.engine.served import kv_dtype
 from lmcache.engine.settings import ServerSettings
 from lmcache.errors import LayoutError
-from lmcache.integration.sglang.model import Buffers, Ranks, dtype_name, lora_enabled
+from lmcache.integration.sglang.model import DTYPES, Buffers, Ranks, lora_enabled
 from lmcache.integration.sglang.ranks import Tokens, Tracker, block_table, open_rank
 from lmcache.integration.sglang.weights import forget, on_new_weights
 from lmcache.observability.log import init_logger
@@ -80,7 +81,7 @@ class OlderConnector:
         def buffers() -> Buffers:
             if lora_enabled():
                 raise LayoutError("this release of SGLang does not tell whose KV a LoRA adapter's is; 0.5.23 does")
-            return Buffers(tuple(k_pool), tuple(v_pool), dtype_name(k_pool[0].dtype))
+            return Buffers(tuple(k_pool), tuple(v_pool), kv_dtype(k_pool[0].dtype, DTYPES))
 
         self._rank = open_rank(
             settings, buffers, sgl_config, page_size, ranks, self._agreement, self._agreement.name("sglang")

@@ -17,8 +17,7 @@ from lmcache.engine.rank_arenas import RankReporter, RankWatch
 from lmcache.engine.served import NOT_SERVED, ServedKV, refusal_of
 from lmcache.engine.settings import ServerSettings
 from lmcache.integration.tensorrt_llm.model import describe_pool
-from lmcache.integration.tensorrt_llm.plan import StepPlan
-from lmcache.integration.tensorrt_llm.scheduler import SchedulerSide
+from lmcache.integration.tensorrt_llm.scheduler import SchedulerSide, StepPlan
 from lmcache.integration.tensorrt_llm.worker import WorkerSide
 from lmcache.observability.log import init_logger
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from lmcache.config.engine import load_engine
 from lmcache.engine.settings import ServerSettings
 from lmcache.integration.tensorrt_llm.connector import Scheduler, Worker
-from lmcache.integration.tensorrt_llm.settings import own_settings
+from lmcache.observability.log import init_logger
+
+logger = init_logger(__name__)
 
 __all__ = ["LMCacheKvConnectorScheduler", "LMCacheKvConnectorWorker"]
 
@@ -17,4 +20,8 @@ class LMCacheKvConnectorWorker(Worker):
     """One a rank; that of rank 0 starts the server."""
 
     def settings(self) -> ServerSettings:
-        return own_settings()
+        """Of LMCACHE_CONFIG_FILE and the LMCACHE_* variables."""
+        found = load_engine()
+        for warning in found.warnings:
+            logger.warning("%s", warning)
+        return ServerSettings("", found.config, found.config.blocking_timeout_secs)

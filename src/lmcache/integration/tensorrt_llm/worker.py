@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from typing import Any
 
 from lmcache.engine import Copies, WorkerSession
+from lmcache.engine.plans import StepPlan
 from lmcache.engine.points import stream_point
 from lmcache.engine.rank_arenas import RankReporter
-from lmcache.integration.tensorrt_llm.plan import StepPlan
 from lmcache.observability.log import init_logger
 
 logger = init_logger(__name__)

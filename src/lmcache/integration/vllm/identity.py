@@ -20,8 +20,8 @@ from lmcache.engine.identity import (
     plain,
     repository_identity,
 )
+from lmcache.engine.load_formats import files_read, refuse_weights_from_anywhere
 from lmcache.errors import LayoutError
-from lmcache.integration.load_formats import files_read, refuse_weights_from_anywhere
 
 _WRITTEN_BY_MODELS = frozenset({"dtype", "torch_dtype", "max_model_len"})
 """What classes of models write into the configuration when they are made, which the scheduler's process may not see."""
