@@ -51,10 +51,6 @@ class Ranks:
     pp_rank: int = 0
 
     @property
-    def count(self) -> int:
-        return self.tp_size * self.pp_size
-
-    @property
     def number(self) -> int:
         return self.pp_rank * self.tp_size + self.tp_rank
 
