@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from lmcache.engine import Done
+from lmcache.engine.connection import server_address
+from lmcache.engine.settings import ServerSettings
 from lmcache.integration.vllm import own_server
 from lmcache.integration.vllm.plan import StepReport
-from lmcache.integration.vllm.settings import Settings
 from ports import free_port
 from servers import unresolved
 from test_vllm_units import Ranks, Request, Session, half, rank, step
@@ -206,6 +207,8 @@ def test_an_engine_says_why_it_starts_a_server_of_its_own(said: Any, monkeypatch
         ("no.such.host", logging.WARNING, "does not resolve: Name or service not known"),
     ):
         said.clear()
-        assert own_server.server_for_offloading("engine", config, Settings(host=host, port=free_port())) == (None, "")
+        assert own_server.server_for_offloading(
+            "engine", config, ServerSettings(server_address(host, free_port()))
+        ) == (None, "")
         (record,) = said.records
         assert record.levelno == level and why in record.message and "starting one of 0.5 GiB" in record.message

@@ -17,10 +17,10 @@ from zmq.utils.monitor import recv_monitor_message
 
 from lmcache.cache import L1
 from lmcache.chunks import Layout
-from lmcache.engine.connection import given_address, probe
+from lmcache.engine.connection import given_address, probe, server_address
 from lmcache.engine.proofs import prove
+from lmcache.engine.settings import ServerSettings
 from lmcache.errors import ConfigError, ServerRefused, ServerUnavailable
-from lmcache.integration.vllm.settings import Settings
 from lmcache.memory.arena import Arena
 from lmcache.server import sessions, strangers, zmq_endpoint
 from lmcache.server.handshakes import _host_behind
@@ -45,7 +45,7 @@ def payload_hello(proof: bytes = b"", session: bytes = b"x") -> m.Hello:
 def test_an_address_is_whole_or_refused_by_name() -> None:
     assert given_address("tcp://h:5") == given_address("h:5") == "tcp://h:5"
     assert given_address(":5") == "tcp://localhost:5"
-    assert given_address("tcp://[::1]:5") == "tcp://[::1]:5" == Settings(host="::1", port=5).address
+    assert given_address("tcp://[::1]:5") == "tcp://[::1]:5" == server_address("::1", 5)
     for text in ("tcp://127.0.0.1", "localhost", "", "h:", "h:p"):
         with pytest.raises(ValueError, match=f"address '{text}': give tcp://host:port"):
             given_address(text)
@@ -585,19 +585,19 @@ def handshake(door: zmq.Socket, address: str) -> zmq.Event:
 
 
 def test_engines_take_the_key_file_from_the_environment(monkeypatch):
-    assert Settings().endpoint("e", "worker").auth_key_file is None
+    assert ServerSettings().endpoint("e", "worker").auth_key_file is None
     monkeypatch.setenv("LMCACHE_AUTH_KEY_FILE", "/etc/lmcache.key")
-    assert Settings().endpoint("e", "worker").auth_key_file == Path("/etc/lmcache.key")
+    assert ServerSettings().endpoint("e", "worker").auth_key_file == Path("/etc/lmcache.key")
 
 
 def test_engines_take_the_waiver_from_the_environment(monkeypatch):
-    assert not Settings().endpoint("e", "worker").insecure_no_auth
+    assert not ServerSettings().endpoint("e", "worker").insecure_no_auth
     for text, waived in (("1", True), ("true", True), ("", False), ("no", False)):
         monkeypatch.setenv("LMCACHE_INSECURE_NO_AUTH", text)
-        assert Settings().endpoint("e", "worker").insecure_no_auth == waived
+        assert ServerSettings().endpoint("e", "worker").insecure_no_auth == waived
     monkeypatch.setenv("LMCACHE_INSECURE_NO_AUTH", "perhaps")
     with pytest.raises(ValueError, match="LMCACHE_INSECURE_NO_AUTH is 'perhaps': it must be true or false"):
-        Settings().endpoint("e", "worker")
+        ServerSettings().endpoint("e", "worker")
 
 
 def test_beyond_loopback_nothing_starts_without_a_key(server):

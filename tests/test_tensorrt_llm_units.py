@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import enum
 import json
+import pickle
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+import engine_process
 from lmcache.chunks import TokenChain
 from lmcache.errors import LayoutError
 from lmcache.integration.tensorrt_llm.model import MODEL_ID_VARIABLE, describe_pool
 from lmcache.integration.tensorrt_llm.scheduler import SchedulerSide
+from lmcache.integration.tensorrt_llm.worker import WorkerSide
+from servers import eventually
 
 
 class Session:
@@ -52,6 +56,53 @@ def test_how_fast_prompts_were_computed_is_told() -> None:
         half.plan_step(SimpleNamespace(new_requests=step[0], cached_requests=step[1]))
     half.match(Request(request_id=2), 0)
     assert session.rates == [0.0, pytest.approx(2000 - 0.05 * (2000 - 500))], "decodes and pauses count little"
+
+
+class Engine:
+    """The scheduler and one rank of the engine, whose steps run one request after the other."""
+
+    def __init__(self, one: engine_process.Engine) -> None:
+        self.one, self.told = one, list[bytes]()
+        assert one.scheduler is not None
+        watch = SimpleNamespace(all_have=lambda arena: bool(arena))
+        self.half = SchedulerSide(one.scheduler, watch, one.block_tokens)  # type: ignore[arg-type]
+        reporter = SimpleNamespace(tell=self.told.append)
+        self.worker = WorkerSide(one.worker, reporter, 0)  # type: ignore[arg-type]
+
+    def run(self, number: int, tokens: list[int], position: int) -> bool:
+        """A step that computes the tokens from `position` on, behind what is loaded; whether all loads worked."""
+        data = SimpleNamespace(
+            request_id=number,
+            new_tokens=tokens,
+            new_block_ids=self.one.table(len(tokens)),
+            computed_position=position,
+            num_scheduled_tokens=len(tokens) - position,
+        )
+        plan = pickle.loads(pickle.dumps(self.half.plan_step(SimpleNamespace(new_requests=[data], cached_requests=[]))))
+        ok = self.worker.load(plan, None)
+        self.half.loaded(plan)
+        self.loaded = [(load.start_token, load.end_token) for load in plan.loads]
+        if not plan.loads:
+            self.one.fill(tokens)
+        self.worker.start_stores(plan, None)
+        return ok
+
+
+def test_what_a_request_computed_the_next_one_loads_up_to_a_block(server: Any, engine: Any) -> None:
+    one = engine(server(chunk=20))
+    drive, tokens = Engine(one), [number % 500 for number in range(100)]
+    first, second = (Request(request_id=number, get_tokens=lambda beam: tokens) for number in (1, 2))
+    assert drive.half.match(first, 0) == 0 and drive.run(1, tokens, 0)
+    ended = [1] if drive.half.finished(first) else []
+    assert ended, "the engine keeps the blocks until its ranks have stored them"
+    eventually(lambda: drive.worker.finished(ended) == [1])
+    one.poison()
+    assert drive.half.match(second, 16) == 96 - 16, "all is there, the last token is computed, and blocks are of 16"
+    assert drive.half.owes and one.scheduler._held
+    drive.half.cancelled(second, 64)
+    assert drive.run(2, tokens, 64) and drive.loaded == [(16, 64)] and one.right(tokens, 16, 64)
+    assert not one.scheduler._held and not drive.half.owes and drive.told[-1] == one.worker.mapped_arena
+    assert not drive.half.finished(second), "all that it computed was there"
 
 
 class LoadFormat(enum.Enum):

@@ -390,8 +390,8 @@ def test_an_adapter_whose_files_may_not_be_the_loaded_ones_is_not_cached(
     gone = [line.getMessage() for line in caplog.records if "no longer cached" in line.getMessage()]
     assert len(gone) == 2, "one line for each adapter"
     for line, path in zip(gone, (connection, one), strict=True):
-        assert f"adapter 'x' (lora_int_id {numbers[path]}, first loaded from {path})" in line
-        assert "its files have changed since" in line and "under another lora_int_id" in line
+        assert f"adapter 'x' (number {numbers[path]}, first loaded from {path})" in line
+        assert "its files have changed since" in line and "under another number" in line
 
 
 @pytest.fixture
@@ -453,7 +453,7 @@ def test_reset_serves_nothing_older() -> None:
     scheduler.match(request, 0)
     scheduler.allocated(request, [1], 0)
     (before,) = scheduler.plan_step(step({"a": 64})).stores
-    scheduler.reset()
+    scheduler.requests.reset()
     request.num_computed_tokens = 64
     request.all_token_ids += range(32)
     assert not scheduler.plan_step(step({"a": 32})).stores, "computed in part by the old weights"
@@ -475,10 +475,10 @@ def stored(scheduler: SchedulerSide, name: str, local_tokens: int) -> int:
 def test_what_vllms_own_cache_holds_from_before_a_reset_is_not_stored() -> None:
     scheduler = half(Session())
     assert stored(scheduler, "a", 128) == 16
-    scheduler.reset()
+    scheduler.requests.reset()
     assert stored(scheduler, "b", 128) == 0, "vLLM's own cache could not be emptied, or was not"
     assert stored(scheduler, "c", 0) == 16
-    scheduler.emptied()
+    scheduler.requests.own_cache_emptied()
     assert stored(scheduler, "d", 128) == 16
 
 
@@ -504,14 +504,14 @@ def test_ranks_tell_whether_vllms_own_cache_was_emptied_after_the_last_step_of_t
             run_step()
             for order in (1, 2):
                 if order == emptied:
-                    scheduler.emptied()
+                    scheduler.requests.own_cache_emptied()
                 if order == changed:
                     changes += 1
             run_step()
         assert stored(scheduler, f"b{emptied}", 128) == 16, (
             "no step of the old weights came after vLLM's cache was emptied"
         )
-    scheduler.emptied()
+    scheduler.requests.own_cache_emptied()
     run_step()
     changes += 1
     run_step()
@@ -531,11 +531,11 @@ class Core:
             self.waiting.append(Future())
             return self.waiting[-1]
         if level:
-            self.connector.reset()
+            self.connector.requests.reset()
         return None
 
     def release_kv_cache_memory(self) -> None:
-        self.connector.reset()
+        self.connector.requests.reset()
 
     def wake_up(self, tags: list[str] | None = None) -> bool:
         return tags is None
@@ -544,7 +544,7 @@ class Core:
         return bool(lora_request.lora_int_id)
 
     def drain(self) -> None:
-        self.connector.reset()
+        self.connector.requests.reset()
         self.waiting.pop().set_result(None)
 
 
@@ -578,7 +578,7 @@ def test_a_sleep_that_keeps_the_weights_keeps_the_cache(core: Core) -> None:
     core.release_kv_cache_memory()
     core.wake_up(tags=["kv_cache"])
     assert salt_of(core) == ""
-    core.connector.reset()
+    core.connector.requests.reset()
     own = salt_of(core)
     core.sleep(level=1)
     assert salt_of(core) == own != "", "what the user has reset stays reset"
@@ -591,7 +591,7 @@ def test_a_sleep_that_waits_for_requests_keeps_the_cache_unless_somebody_else_re
     core.drain()
     assert salt_of(core) == ""
     core.sleep(mode="wait")
-    core.connector.reset()
+    core.connector.requests.reset()
     core.drain()
     assert salt_of(core) != ""
 

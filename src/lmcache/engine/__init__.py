@@ -1,4 +1,5 @@
-"""Floor 7: the engine's side, free of any engine's types. Sessions with the server, lookups, load and store jobs, deadlines.
+"""Floor 7: the engine's side, free of any engine's types: what all engines do alike for their requests (`Requests`) and on their
+ranks (`Copies`), and below that the sessions with the server, their jobs and deadlines.
 
 Nothing here raises into an engine's path and nothing takes longer than its deadline: trouble becomes a miss, counted and logged
 once. May import every floor below.

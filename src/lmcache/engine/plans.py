@@ -93,3 +93,15 @@ class StorePlan:
             self.end_token,
             str(self.request_id),
         )
+
+
+@dataclass
+class StepPlan:
+    """What ranks are to do in one step of an engine that plans for all of them.
+
+    settle: store jobs whose blocks were taken away, to be settled before the step writes to any block.
+    """
+
+    loads: list[LoadPlan] = field(default_factory=list)
+    stores: list[StorePlan] = field(default_factory=list)
+    settle: list[str] = field(default_factory=list)

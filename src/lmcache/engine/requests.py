@@ -91,6 +91,8 @@ class Requests(Generic[RequestT]):
         self.loading: dict[str, LoadPlan] = {}
         """Loads that some rank has not ended yet, by job."""
         self.resets = self._generation = self._generation_before = 0
+        self.emptied, self._emptied_before = 0, -1
+        """How often the engine's own cache has been emptied: by now, and when the last of what a reset gave up was computed."""
         self._lessor = session
         """Leases are given back to it even after `stop`."""
         self._block_tokens, self._ranks, self._save_tail = block_tokens, ranks, save_tail
@@ -207,20 +209,21 @@ class Requests(Generic[RequestT]):
         first_token: what lies before it is not there to be stored. ends: with `computed` the prompt ends, so an unfull chunk is
         its tail. None where there is nothing to store, or not where it lies.
         """
-        session = self.session
-        if session is None or not request.cacheable or session.chunk_tokens is None:
+        session, chain = self.session, request.chain
+        if session is None or not request.cacheable:
             return None
-        size = request.chain.chunk_tokens if request.chain is not None else 1
-        ends = ends and self._save_tail and computed % size > 0 and not request.tail
-        if computed // size <= request.stored and not ends and request.epoch == session.epoch:
-            return None
-        chain = self.chain(request)
+        ends = ends and self._save_tail
+        if chain is not None and request.epoch == session.epoch:  # schedulers ask at every step, and mostly for nothing
+            size = chain.chunk_tokens
+            if computed // size <= request.stored and (request.tail or not (ends and computed % size)):
+                return None
+        chain = self.chain(request) if session.chunk_tokens is not None else None
         if chain is None:
             return None
         size = chain.chunk_tokens
         first, chunks = max(request.stored, -(-first_token // size)), computed // size
         chain.extend(tokens)
-        tail = chain.tail(tokens[:computed]) if ends else b""
+        tail = chain.tail(tokens[:computed]) if ends and not request.tail else b""
         end = computed if tail else chunks * size
         needed = -(-end // self._block_tokens) if self._block_tokens else 0
         if end <= first * size or needed > len(request.blocks):
@@ -263,13 +266,27 @@ class Requests(Generic[RequestT]):
         if self.session is not None:
             self.session.forgone(tokens)
 
-    def reset(self) -> None:
-        """Nothing kept so far is served to this engine again, since its weights may have changed. Others keep what they have."""
+    def reset(self, emptied: int | None = None) -> None:
+        """Nothing kept so far is served to this engine again, since its weights may have changed. Others keep what they have.
+
+        emptied: how often the engine's own cache had been `emptied` when the last KV of the old weights was computed; None for
+        now, -1 where the engine holds no such KV.
+        """
+        self._emptied_before = max(self._emptied_before, self.emptied if emptied is None else emptied)
         self.resets += 1
         self._generation_before, self._generation = self._generation, self.resets
         for request in self.open.values():
             request.cacheable = False  # some of it may be of the old weights, so it stores no more
             self.give_back(request)
+
+    def own_cache_emptied(self) -> None:
+        """The engine's own cache is empty: what is computed from now on owes nothing to what was there."""
+        self.emptied += 1
+
+    @property
+    def own_cache_outdated(self) -> bool:
+        """Whether the engine's own cache may hold KV from before a reset: then what is computed upon it is no better."""
+        return self.emptied <= self._emptied_before
 
     def undo_reset(self) -> None:
         """The weights are those of before the last reset."""

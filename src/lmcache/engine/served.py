@@ -25,6 +25,14 @@ NOT_SERVED = (
 """Whatever a release of an engine that we do not know may raise where we look into it: that engine must run on without us."""
 
 
+KV_DTYPES = {
+    "float32": "float32",
+    "float16": "float16",
+    "bfloat16": "bfloat16",
+    "float8_e4m3fn": "fp8_e4m3",
+    "float8_e5m2": "fp8_e5m2",
+}
+"""Our names of the dtypes that KV may have, by PyTorch's."""
 _LENGTH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope", "su", "yarn-dynamic"})
 
 
@@ -58,6 +66,18 @@ def stores_its_shard(model: Layout, tp_rank: int, tp_size: int) -> bool:
         shard_of_rank(model, tp_rank, tp_size, *layers).index
         != shard_of_rank(model, tp_rank - 1, tp_size, *layers).index
     )
+
+
+def kv_dtype(dtype: Any, remedy: str) -> str:
+    """Our name of KV's dtype, by PyTorch's. remedy: what to do where there is none.
+
+    Raises:
+        LayoutError: KV of that dtype is not supported.
+    """
+    name = str(dtype).removeprefix("torch.")
+    if name not in KV_DTYPES:
+        raise LayoutError(f"KV of dtype {name} is not supported; {remedy}")
+    return KV_DTYPES[name]
 
 
 def refuse_encoder_decoder(config: Any) -> None:

@@ -22,9 +22,11 @@ def class_at(path: str) -> Any:
         return None
 
 
-def call_before(
-    owner: Any, names: Iterable[str], callback: Callable[[str, tuple[Any, ...], dict[str, Any]], None]
-) -> bool:
+Callback = Callable[[str, tuple[Any, ...], dict[str, Any]], None]
+"""Is called with the name and the arguments of a method."""
+
+
+def call_before(owner: Any, names: Iterable[str], callback: Callback) -> bool:
     """Make these methods of a class call `callback(name, args, kwargs)` before they run; a method is wrapped once.
 
     Returns whether the class has any of them.
@@ -39,6 +41,16 @@ def call_before(
 
     found = [call_around(owner, name, before(name)) for name in names]
     return any(found)
+
+
+def watch(owners: Iterable[tuple[Any, Iterable[str]]], callback: Callback, engine: str) -> None:
+    """Make the methods of these classes that change weights call back first; say so where an engine has none of them."""
+    noticed = [call_before(owner, names, callback) for owner, names in owners if owner is not None]
+    if not any(noticed):
+        logger.warning(
+            "This release of %s changes weights in a way that LMCache does not see: restart it after an update of weights",
+            engine,
+        )
 
 
 def call_around(owner: Any, name: str, around: Callable[..., Any]) -> bool:

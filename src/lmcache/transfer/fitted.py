@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from lmcache.errors import LayoutError
+from lmcache.transfer.paged import Plane
 
 _BASE = 128
 """Probed numbers are written in this base: its digits, and 128 itself, are exact in every float type."""
@@ -26,6 +27,14 @@ class Fit:
     dim_group: int
     dim_group_stride: int
     dim_stride: int
+
+    def plane(self, address: int, block_stride: int, item_bytes: int, heads: int, dims: int) -> Plane:
+        """The plane of blocks `block_stride` bytes apart that begins at this address."""
+        return Plane(
+            *(address, block_stride, self.token_group, self.group_stride * item_bytes, self.token_stride * item_bytes),
+            *(heads, self.head_stride * item_bytes),
+            *(dims, self.dim_group, self.dim_group_stride * item_bytes, self.dim_stride * item_bytes),
+        )
 
 
 def fit_strides(positions: np.ndarray[Any, np.dtype[np.int64]]) -> Fit:

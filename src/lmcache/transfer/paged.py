@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, fields
+from typing import Any
 
 from lmcache.errors import LayoutError
 
@@ -50,6 +51,17 @@ class Plane:
         return cls(
             address, block_stride, 1, token_stride, token_stride, heads, head_stride, dims, 1, dim_stride, dim_stride
         )
+
+    @classmethod
+    def of(cls, tensor: Any, axes: str, block_tokens: int = 0) -> Plane:
+        """The plane of a PyTorch tensor. axes: first letters of block, token, head and dim in the tensor's order, such as "btd".
+
+        Without blocks among them, `block_tokens` tokens in a row make one; without heads there is one.
+        """
+        sizes = dict(zip(axes, tensor.shape, strict=True))
+        steps = {axis: step * tensor.element_size() for axis, step in zip(axes, tensor.stride(), strict=True)}
+        block, heads = steps.get("b", steps["t"] * block_tokens), (sizes.get("h", 1), steps.get("h", 0))
+        return cls.strided(tensor.data_ptr(), block, steps["t"], *heads, sizes["d"], steps["d"])
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from typing import Any
 
 from lmcache.chunks import Layout, shard_of_rank
 from lmcache.engine.identity import Identity, digest_of, model_folder, named, path_identity, plain, repository_identity
-from lmcache.engine.served import ServedKV, refuse_encoder_decoder, stores_its_shard
+from lmcache.engine.load_formats import files_read, refuse_weights_from_anywhere
+from lmcache.engine.served import ServedKV, kv_dtype, refuse_encoder_decoder, stores_its_shard
 from lmcache.errors import LayoutError
-from lmcache.integration.load_formats import files_read, refuse_weights_from_anywhere
 from lmcache.transfer.paged import PagedKV, Plane
 
 REMEDY = "set model_id in the LMCache config file to a name of yours"
@@ -38,10 +38,7 @@ _CHANGE_NUMBERS = (
     "torchao_config",
 )
 """Arguments of the server that change KV by more than rounding, and that SGLang's configuration of the model does not show."""
-_DTYPES = {"float32": "float32", "float16": "float16", "bfloat16": "bfloat16"} | {
-    "float8_e4m3fn": "fp8_e4m3",
-    "float8_e5m2": "fp8_e5m2",
-}
+DTYPES = "use --kv-cache-dtype auto, fp8_e4m3 or fp8_e5m2"
 
 
 @dataclass(frozen=True)
@@ -52,10 +49,6 @@ class Ranks:
     tp_rank: int = 0
     pp_size: int = 1
     pp_rank: int = 0
-
-    @property
-    def count(self) -> int:
-        return self.tp_size * self.pp_size
 
     @property
     def number(self) -> int:
@@ -127,26 +120,12 @@ def pool_buffers(pool: Any) -> Buffers:
         )
     for name in ("k_scale_buffer", "v_scale_buffer", "kv_scale_buffer"):
         if getattr(pool, name, None) is not None:
-            raise LayoutError(
-                "KV with scales of its own is not supported; use --kv-cache-dtype auto, fp8_e4m3 or fp8_e5m2"
-            )
+            raise LayoutError(f"KV with scales of its own is not supported; {DTYPES}")
     if getattr(pool, "kv_cache_layout", "nhd") != "nhd":
         raise LayoutError(f"a KV pool in the order {pool.kv_cache_layout!r} is not supported; use the default, nhd")
     mla = kind.startswith("MLA")
     keys = tuple(pool.kv_buffer) if mla else tuple(pool.k_buffer)
-    return Buffers(keys, () if mla else tuple(pool.v_buffer), dtype_name(pool.dtype))
-
-
-def dtype_name(dtype: Any) -> str:
-    """Our name of a torch dtype.
-
-    Raises:
-        LayoutError: KV of that dtype is not supported.
-    """
-    name = str(dtype).removeprefix("torch.")
-    if name not in _DTYPES:
-        raise LayoutError(f"KV of dtype {name} is not supported; use --kv-cache-dtype auto, fp8_e4m3 or fp8_e5m2")
-    return _DTYPES[name]
+    return Buffers(keys, () if mla else tuple(pool.v_buffer), kv_dtype(pool.dtype, DTYPES))
 
 
 def paged_kv(buffers: Buffers, page_size: int) -> PagedKV:
@@ -162,16 +141,9 @@ def paged_kv(buffers: Buffers, page_size: int) -> PagedKV:
     if len(first.shape) != 3 or len({(tuple(t.shape), str(t.dtype), str(t.device)) for t in tensors}) != 1:
         shapes = ", ".join(sorted({str(tuple(t.shape)) for t in tensors}))
         raise LayoutError(f"KV tensors of shapes {shapes} are not supported; expected [slots, heads, dims], all alike")
-    planes = tuple(_plane(tensor, page_size) for tensor in tensors)
+    planes = tuple(Plane.of(tensor, "thd", page_size) for tensor in tensors)
     blocks = first.shape[0] // page_size
     return PagedKV(planes, page_size, blocks, first.element_size(), tuple(tensors), str(first.device))
-
-
-def _plane(tensor: Any, page_size: int) -> Plane:
-    item = tensor.element_size()
-    slot, head, dim = (step * item for step in tensor.stride())
-    _, heads, dims = tensor.shape
-    return Plane.strided(tensor.data_ptr(), slot * page_size, slot, heads, head, dims, dim)
 
 
 def model_identity(model_config: Any, load_format: str, engine_id: str) -> Identity:

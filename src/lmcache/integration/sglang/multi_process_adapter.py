@@ -5,42 +5,23 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from lmcache.config.engine import EngineConfig
 from lmcache.engine.connection import server_address
+from lmcache.engine.settings import ServerSettings
 from lmcache.errors import ConfigError
 from lmcache.integration.sglang.older import Found, LoadMetadata, OlderConnector, StoreMetadata, tokens_had
-from lmcache.integration.sglang.settings import Settings
 
 
 class LMCacheMPConnector(OlderConnector):
-    """host, port: of the daemon. The rest as in `sglang_adapter.LMCacheLayerwiseConnector`."""
+    """host, port: of the daemon. pools: as `OlderConnector` has them."""
 
-    def __init__(
-        self,
-        *,
-        page_size: int,
-        host: str,
-        port: int,
-        sgl_config: Any,
-        tp_size: int,
-        rank: int,
-        k_pool: Any,
-        v_pool: Any,
-        tp_group: Any = None,
-    ) -> None:
+    def __init__(self, *, page_size: int, host: str, port: int, **pools: Any) -> None:
         try:
             address = server_address(str(host), int(port))
         except (TypeError, ValueError) as error:
             raise ConfigError(f"mp_host {host!r} with mp_port {port!r} is no address: {error}") from error
-        super().__init__(
-            replace(Settings(), address=address),
-            sgl_config=sgl_config,
-            tp_size=tp_size,
-            rank=rank,
-            k_pool=k_pool,
-            v_pool=v_pool,
-            tp_group=tp_group,
-            page_size=page_size,
-        )
+        settings = ServerSettings(address, deadline_seconds=EngineConfig().blocking_timeout_secs)
+        super().__init__(settings, page_size=page_size, **pools)
         self._found: dict[str, Found] = {}
 
     def lookup_kv(self, token_ids: Any, request_id: str) -> int:

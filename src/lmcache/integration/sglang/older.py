@@ -14,11 +14,12 @@ import numpy as np
 
 from lmcache.engine.agreement import Agreement
 from lmcache.engine.points import WholeDevice
+from lmcache.engine.served import kv_dtype
+from lmcache.engine.settings import ServerSettings
 from lmcache.errors import LayoutError
-from lmcache.integration.sglang.model import Buffers, Ranks, dtype_name, lora_enabled
+from lmcache.integration.sglang.model import DTYPES, Buffers, Ranks, lora_enabled
 from lmcache.integration.sglang.ranks import Tokens, Tracker, block_table, open_rank
-from lmcache.integration.sglang.settings import Settings
-from lmcache.integration.sglang.weights import RadixTree, forget, on_new_weights
+from lmcache.integration.sglang.weights import forget, on_new_weights
 from lmcache.observability.log import init_logger
 
 logger = init_logger(__name__)
@@ -64,8 +65,7 @@ class OlderConnector:
 
     def __init__(
         self,
-        settings: Settings,
-        *,
+        settings: ServerSettings,
         sgl_config: Any,
         tp_size: int,
         rank: int,
@@ -77,12 +77,11 @@ class OlderConnector:
         self._page_size = page_size
         ranks = Ranks(tp_size, rank)
         self._agreement = Agreement((tp_group, tp_size), device=str(k_pool[0].device))
-        self._tree = RadixTree()
 
         def buffers() -> Buffers:
             if lora_enabled():
                 raise LayoutError("this release of SGLang does not tell whose KV a LoRA adapter's is; 0.5.23 does")
-            return Buffers(tuple(k_pool), tuple(v_pool), dtype_name(k_pool[0].dtype))
+            return Buffers(tuple(k_pool), tuple(v_pool), kv_dtype(k_pool[0].dtype, DTYPES))
 
         self._rank = open_rank(
             settings, buffers, sgl_config, page_size, ranks, self._agreement, self._agreement.name("sglang")
@@ -99,7 +98,7 @@ class OlderConnector:
         rank = self._rank
         if (
             rank is None
-            or self._tree.outdated
+            or rank.requests.own_cache_outdated
             or store.offset
             or getattr(getattr(store.last_node, "key", None), "extra_key", None)
         ):
@@ -116,7 +115,8 @@ class OlderConnector:
 
     def reset(self) -> None:
         """SGLang has emptied its radix tree. What LMCache keeps stays good."""
-        self._tree.emptied()
+        if self._rank is not None:
+            self._rank.requests.own_cache_emptied()
 
     def close(self) -> None:
         forget(self._new_weights)
@@ -157,10 +157,8 @@ class OlderConnector:
         return None if device == "cpu" else WholeDevice(device)
 
     def _new_weights(self, kv_in_use: bool) -> None:
-        self._tree.weights_change(kv_in_use)
         if self._rank is not None:
-            self._rank.requests.reset()
-        logger.info("The weights of this engine change: what LMCache holds of it so far is not used any more")
+            self._rank.new_weights(kv_in_use)
 
 
 def tokens_had(slot_mapping: Any) -> int:

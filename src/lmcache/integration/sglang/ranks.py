@@ -15,14 +15,13 @@ import numpy.typing as npt
 
 from lmcache.engine import Copies, Copy, LoadPlan, Request
 from lmcache.engine.agreement import Agreement
-from lmcache.engine.connection import Endpoint
 from lmcache.engine.copies import retrieved_line, stored_line
 from lmcache.engine.embedded import START_SECONDS, embedded_address, start_own_server
 from lmcache.engine.jobs import Event
 from lmcache.engine.local import LocalRank
 from lmcache.engine.served import NOT_SERVED, ServedKV, refusal_of
+from lmcache.engine.settings import ServerSettings
 from lmcache.integration.sglang.model import Buffers, Ranks, describe_rank
-from lmcache.integration.sglang.settings import Settings
 from lmcache.observability.log import init_logger
 from lmcache.transfer.bounds import Blocks
 from lmcache.transfer.progress import Progress
@@ -81,14 +80,13 @@ class Tracker(Request):
 class SGLangRank(LocalRank[Tracker]):
     """Requests and copies of one rank. Nothing raises. vocabulary: token ids from this one on stand for what is not text."""
 
-    def __init__(self, settings: Settings, kv: ServedKV, ranks: Ranks, name: str, vocabulary: int) -> None:
+    def __init__(self, settings: ServerSettings, kv: ServedKV, ranks: Ranks, name: str, vocabulary: int) -> None:
         self._vocabulary = vocabulary
         own = not settings.address and not ranks.number
         self._server = start_own_server(name, settings.config) if own else None
-        deadline = settings.config.blocking_timeout_secs
         # Each rank leases and copies for itself, in one process, so each is an engine of its own to the server.
         where = settings.address or embedded_address(name)
-        endpoint = Endpoint(where, f"{name}-{ranks.number}", "", ranks.number, deadline_seconds=deadline)
+        endpoint = settings.endpoint(f"{name}-{ranks.number}", "", ranks.number, where)
         super().__init__(endpoint, kv, name=name, ended=self._ended)
         server = self._server
         if server is None:
@@ -125,6 +123,12 @@ class SGLangRank(LocalRank[Tracker]):
             skipped = chunked - sum(copy.done.tokens for copy in copies if copy.done is not None)
             logger.info("%s; skipped: %d tokens%s", line, skipped, whose)
 
+    def new_weights(self, kv_in_use: bool) -> None:
+        """The KV of before is not served to this engine again, and that of the new weights to nobody else. kv_in_use: the radix
+        tree has KV, or a request that runs has some, which will get into the tree."""
+        self.requests.reset(None if kv_in_use else -1)
+        logger.info("The weights of this engine change: what LMCache holds of it so far is not used any more")
+
     def close(self) -> None:
         super().close()
         if self._server is not None:
@@ -136,7 +140,7 @@ class SGLangRank(LocalRank[Tracker]):
 
 
 def open_rank(
-    settings: Settings,
+    settings: ServerSettings,
     buffers: Callable[[], Buffers],
     model_config: Any,
     page_size: int,

@@ -4,30 +4,21 @@ server (`lmcache.config.engine`), and the keys that only SGLang has."""
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from lmcache.config.engine import FILE_VARIABLE, SGLANG_KEYS, EngineConfig, load_engine
+from lmcache.config.engine import FILE_VARIABLE, SGLANG_KEYS, load_engine
 from lmcache.engine.connection import server_address
+from lmcache.engine.settings import ServerSettings
 from lmcache.errors import ConfigError
 from lmcache.observability.log import init_logger
 
 logger = init_logger(__name__)
 
 
-@dataclass(frozen=True)
-class Settings:
-    """address: of the daemon, "" for a server of the engine's own, which is as `config` says. model_id: "" = find out."""
-
-    config: EngineConfig = field(default_factory=EngineConfig)
-    address: str = ""
-    model_id: str = ""
-
-
-def read_settings(config_file: str | None) -> Settings:
+def read_settings(config_file: str | None) -> ServerSettings:
     """The settings of `config_file`, or else of the file that LMCACHE_CONFIG_FILE names, and of LMCACHE_* variables.
 
     Raises:
@@ -39,7 +30,8 @@ def read_settings(config_file: str | None) -> Settings:
         if not any(f": {key} has " in warning for key in SGLANG_KEYS):
             logger.warning("%s", warning)
     own = _own_keys(Path(name)) if name else {}
-    return Settings(found.config, _address(own, name), str(own.get("model_id") or ""))
+    deadline, model_id = found.config.blocking_timeout_secs, str(own.get("model_id") or "")
+    return ServerSettings(_address(own, name), found.config, deadline, model_id=model_id)
 
 
 def _own_keys(path: Path) -> dict[str, Any]:

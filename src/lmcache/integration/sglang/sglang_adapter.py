@@ -28,14 +28,7 @@ class LMCacheLayerwiseConnector(OlderConnector):
         config_file: str | None = None,
     ) -> None:
         super().__init__(
-            read_settings(config_file),
-            sgl_config=sgl_config,
-            tp_size=tp_size,
-            rank=rank,
-            k_pool=k_pool,
-            v_pool=v_pool,
-            tp_group=tp_group,
-            page_size=engine_page_size(),
+            *(read_settings(config_file), sgl_config, tp_size, rank, k_pool, v_pool, tp_group, engine_page_size())
         )
 
     def start_load_kv(self, load: LoadMetadata) -> int:

@@ -35,7 +35,7 @@ from lmcache.integration.sglang.ranks import (
     open_rank,
 )
 from lmcache.integration.sglang.settings import read_settings
-from lmcache.integration.sglang.weights import RadixTree, forget, on_new_weights
+from lmcache.integration.sglang.weights import forget, on_new_weights
 from lmcache.observability.log import init_logger
 from lmcache.transfer.progress import Progress
 
@@ -109,14 +109,13 @@ class UnifiedLMCacheMPConnector:
         settings = read_settings(config_file)
         self.chunk_size = page_size
         """The steps in which SGLang hands over tokens: whole pages. Chunks are cut by us, and may have any size."""
-        self.operation_timeout = settings.config.blocking_timeout_secs
+        self.operation_timeout = settings.deadline_seconds
         self._min_tokens = settings.config.min_retrieve_tokens
         self._page_size = page_size
         self._window = sliding_window_size or 0
         self._ranks = Ranks(tp_size, tp_rank, pp_size, pp_rank)
         self._agreement = Agreement((tp_group, tp_size), (pp_group, pp_size))
         self._name = self._agreement.name("sglang")
-        self._tree = RadixTree()
         self._swept = 0.0
         self._stream: Any = None
         self._lora = lora_enabled()
@@ -252,7 +251,7 @@ class UnifiedLMCacheMPConnector:
         rank = self._rank
         if rank is None:
             return None
-        if self._tree.outdated:
+        if rank.requests.own_cache_outdated:  # the radix tree: an update of weights need not empty it
             return StoreOperation(request_id)
         text = rank.text_of(tokens)
         tracker = self._tracker(rank, request_id, text, cache_salt)
@@ -304,9 +303,10 @@ class UnifiedLMCacheMPConnector:
 
     def end_all_sessions(self) -> None:
         """SGLang's radix tree has been emptied, and no request runs."""
-        self._tree.emptied()
-        for request_id in list(self._rank.requests.open) if self._rank is not None else ():
-            self.finish_request(str(request_id))
+        if self._rank is not None:
+            self._rank.requests.own_cache_emptied()
+            for request_id in list(self._rank.requests.open):
+                self.finish_request(str(request_id))
 
     def clear(self) -> bool:
         """Empty the server, for all its engines: SGLang's `/hicache/storage-backend/clear`."""
@@ -363,10 +363,8 @@ class UnifiedLMCacheMPConnector:
 
     def _new_weights(self, kv_in_use: bool) -> None:
         """The KV of before is not served to this engine again, and that of the new weights to nobody else."""
-        self._tree.weights_change(kv_in_use)
         if self._rank is not None:
-            self._rank.requests.reset()
-        logger.info("The weights of this engine change: what LMCache holds of it so far is not used any more")
+            self._rank.new_weights(kv_in_use)
 
     def _device_event(self, rank: SGLangRank, also: Event | None) -> Event | None:
         """The point behind which all that SGLang has launched so far is done, and `also`. None on a CPU."""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from lmcache.integration.sglang.settings import read_settings
 
 
-@dataclass(frozen=True)
-class MPAddress:
+class MPAddress(NamedTuple):
     """What SGLang reads of the YAML file."""
 
     mp_host: str

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from lmcache.engine.wrapped import call_before
+from lmcache.engine.wrapped import class_at, watch
 from lmcache.integration.sglang.model import weights_are_backed_up
 from lmcache.observability.log import init_logger
 
@@ -31,27 +31,10 @@ Listener = Callable[[bool], None]
 _listeners: list[Listener] = []
 
 
-class RadixTree:
-    """Whether SGLang's radix tree may hold KV of other weights than those of now: an update need not empty it
-    (`flush_cache=False`), and then a prompt goes on computing upon what it finds there."""
-
-    def __init__(self) -> None:
-        self.outdated = False
-
-    def emptied(self) -> None:
-        self.outdated = False
-
-    def weights_change(self, kv_in_use: bool) -> None:
-        """kv_in_use: the tree has KV, or a request that runs has some, which will get into the tree."""
-        self.outdated |= kv_in_use
-
-
 def on_new_weights(listener: Listener) -> None:
     """Call `listener` whenever this process is about to change its weights."""
-    if not _listeners and not call_before(_owner(), UPDATES, _notify):
-        logger.warning(
-            "This release of SGLang updates weights in a way that LMCache does not see: start it anew after an update of weights"
-        )
+    if not _listeners:
+        watch([(_owner(), UPDATES)], _notify, "SGLang")
     _listeners.append(listener)
 
 
@@ -63,18 +46,10 @@ def forget(listener: Listener) -> None:
 
 def _owner() -> Any:
     """The class whose methods change weights; None where there is no such class."""
-    try:
-        from sglang.srt.managers.scheduler_components.weight_updater import SchedulerWeightUpdaterManager
-
-        return SchedulerWeightUpdaterManager
-    except ImportError:
-        pass
-    try:  # SGLang 0.5.10 and older
-        from sglang.srt.managers.scheduler_update_weights_mixin import SchedulerUpdateWeightsMixin
-
-        return SchedulerUpdateWeightsMixin
-    except ImportError:
-        return None
+    managers = "sglang.srt.managers"
+    newer = class_at(f"{managers}.scheduler_components.weight_updater.SchedulerWeightUpdaterManager")
+    # SGLang 0.5.10 and older
+    return newer or class_at(f"{managers}.scheduler_update_weights_mixin.SchedulerUpdateWeightsMixin")
 
 
 def _notify(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

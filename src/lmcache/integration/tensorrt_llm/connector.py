@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import functools
 import threading
 import uuid
 import weakref
-from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
 from tensorrt_llm._utils import mpi_allgather, mpi_broadcast, mpi_rank
 
 from lmcache.engine import SchedulerSession, WorkerSession
-from lmcache.engine.connection import Endpoint
+from lmcache.engine.edge import LoadFailed, never_raises
 from lmcache.engine.embedded import start_own_server
 from lmcache.engine.rank_arenas import RankReporter, RankWatch
 from lmcache.engine.served import NOT_SERVED, ServedKV, refusal_of
+from lmcache.engine.settings import ServerSettings
 from lmcache.integration.tensorrt_llm.model import describe_pool
-from lmcache.integration.tensorrt_llm.plan import StepPlan
-from lmcache.integration.tensorrt_llm.scheduler import SchedulerSide
-from lmcache.integration.tensorrt_llm.settings import Settings
-from lmcache.integration.tensorrt_llm.worker import LoadFailed, WorkerSide
+from lmcache.integration.tensorrt_llm.scheduler import SchedulerSide, StepPlan
+from lmcache.integration.tensorrt_llm.worker import WorkerSide
 from lmcache.observability.log import init_logger
 
 try:
@@ -59,25 +56,6 @@ def meet(llm_args: Any) -> Meeting:
         return meeting
 
 
-def _never_raises(otherwise: Callable[[], Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """The edge towards the engine: what goes wrong in us is logged and is nothing cached."""
-
-    def around(method: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(method)
-        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-            try:
-                return method(self, *args, **kwargs)
-            except LoadFailed:
-                raise
-            except Exception:
-                logger.exception("%s went wrong; the engine goes on without", method.__name__)
-                return otherwise()
-
-        return call
-
-    return around
-
-
 class Scheduler(KvCacheConnectorScheduler):  # type: ignore[misc]
     """Rank 0's, once for an engine."""
 
@@ -85,12 +63,12 @@ class Scheduler(KvCacheConnectorScheduler):  # type: ignore[misc]
         super().__init__(llm_args)
         self._meeting = meet(llm_args)
 
-    @_never_raises(lambda: (0, False))
+    @never_raises(lambda: (0, False))
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int, bool]:
         half = self._meeting.half
         return (half.match(request, num_computed_tokens) if half is not None else 0), False
 
-    @_never_raises(lambda: None)
+    @never_raises(lambda: None)
     def update_state_after_alloc(self, request: Any, block_ids: list[int]) -> None:
         if self._meeting.half is not None:
             self._meeting.half.allocated(request, block_ids)
@@ -105,11 +83,11 @@ class Scheduler(KvCacheConnectorScheduler):  # type: ignore[misc]
             logger.exception("build_connector_meta went wrong; the engine goes on without")
             return StepPlan(broken=half.owes)
 
-    @_never_raises(lambda: False)
+    @never_raises(lambda: False)
     def request_finished(self, request: Any, cache_block_ids: list[int]) -> bool:
         return self._meeting.half is not None and self._meeting.half.finished(request)
 
-    @_never_raises(lambda: None)
+    @never_raises(lambda: None)
     def request_reset(self, request: Any) -> None:
         """Newer releases: the blocks of a request that will run again are gone."""
         if self._meeting.half is not None and self._meeting.worker is not None:
@@ -117,7 +95,7 @@ class Scheduler(KvCacheConnectorScheduler):  # type: ignore[misc]
                 self._meeting.half.reset(request)
             )  # other ranks do before their next forward
 
-    @_never_raises(lambda: None)
+    @never_raises(lambda: None)
     def cancel_load(self, request: Any, start: int, end: int) -> None:
         """Newer releases: tokens [start, end) that were offered are not taken."""
         if self._meeting.half is not None:
@@ -136,7 +114,7 @@ class Worker(KvCacheConnectorWorker):  # type: ignore[misc]
         self._meeting = meet(llm_args) if self._rank == 0 else None
         self._side: WorkerSide | None = None
 
-    def settings(self) -> Settings:
+    def settings(self) -> ServerSettings:
         """Where the server is, and what it is asked for.
 
         Raises:
@@ -198,7 +176,7 @@ class Worker(KvCacheConnectorWorker):  # type: ignore[misc]
     def save_kv_layer(self, layer_idx: int, stream: Any) -> None:
         """All layers are stored together, behind the forward."""
 
-    @_never_raises(lambda: None)
+    @never_raises(lambda: None)
     def wait_for_save(self, stream: Any) -> None:
         """Start the stores: they run behind the forward, and the blocks stay until `get_finished` has told their request."""
         plan = self._metadata
@@ -206,7 +184,7 @@ class Worker(KvCacheConnectorWorker):  # type: ignore[misc]
         if self._side is not None and isinstance(plan, StepPlan):
             self._side.start_stores(plan, stream)
 
-    @_never_raises(lambda: ([], []))
+    @never_raises(lambda: ([], []))
     def get_finished(
         self, finished_gen_req_ids: list[int], started_loading_req_ids: list[int]
     ) -> tuple[list[int], list[int]]:
@@ -214,24 +192,22 @@ class Worker(KvCacheConnectorWorker):  # type: ignore[misc]
             return list(finished_gen_req_ids), list(started_loading_req_ids)
         return self._side.finished(finished_gen_req_ids), list(started_loading_req_ids)
 
-    def _open(self, kv: ServedKV, settings: Settings, instance: str) -> bytes:
+    def _open(self, kv: ServedKV, settings: ServerSettings, instance: str) -> bytes:
         """Sessions of this rank and, on rank 0, of the scheduler. They end with this object, or with the process.
 
         Returns the epoch whose arena is mapped by now.
         """
         scheduler: SchedulerSide | None = None
         with ExitStack() as opened:
-            if self._meeting is not None and settings.own is not None:
-                own = start_own_server(instance, settings.own)
+            if self._meeting is not None and not settings.address:
+                own = start_own_server(instance, settings.config)
                 if own is None:
                     return b""
                 opened.callback(own.close)
-            endpoint = Endpoint(
-                settings.address(instance), instance, "worker", self._rank, deadline_seconds=settings.deadline_seconds
-            )
             if self._meeting is not None:
-                scheduler = self._open_scheduler(kv, settings, endpoint)
+                scheduler = self._open_scheduler(kv, settings, instance)
                 opened.callback(scheduler.close)
+            endpoint = settings.endpoint(instance, "worker", self._rank)
             session = WorkerSession(endpoint, kv.layout, kv.shard, kv.paged)
             opened.callback(session.close)
             session.wait_for_server()
@@ -245,16 +221,15 @@ class Worker(KvCacheConnectorWorker):  # type: ignore[misc]
         logger.info("Registering kv caches!")
         return epoch
 
-    def _open_scheduler(self, kv: ServedKV, settings: Settings, endpoint: Endpoint) -> SchedulerSide:
-        where = Endpoint(endpoint.address, endpoint.instance, "scheduler", deadline_seconds=endpoint.deadline_seconds)
-        session = SchedulerSession(where, kv.layout, kv.shard.count)
+    def _open_scheduler(self, kv: ServedKV, settings: ServerSettings, instance: str) -> SchedulerSide:
+        session = SchedulerSession(settings.endpoint(instance, "scheduler"), kv.layout, kv.shard.count)
         session.wait_for_server()
         return SchedulerSide(
             session,
-            RankWatch(endpoint.instance, self._ranks),
+            RankWatch(instance, self._ranks),
             kv.paged.block_tokens,
-            stores_answers=settings.stores_answers,
-            least_gain=settings.least_gain,
+            stores_answers=settings.config.save_decode_cache,
+            least_gain=settings.config.min_retrieve_tokens,
         )
 
     def _refuse(self, why: str) -> None:

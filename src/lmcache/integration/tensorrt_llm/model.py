@@ -10,17 +10,11 @@ from typing import Any
 
 from lmcache.chunks import Layout, shard_of_rank
 from lmcache.engine.identity import Identity, digest_of, named, path_identity, plain
-from lmcache.engine.served import ServedKV, refuse_length_dependent_rope, stores_its_shard
+from lmcache.engine.served import KV_DTYPES, ServedKV, refuse_length_dependent_rope, stores_its_shard
 from lmcache.errors import LayoutError
 from lmcache.transfer.paged import PagedKV, Plane
 
 MODEL_ID_VARIABLE = "LMCACHE_MODEL_ID"
-_DTYPES = {
-    "torch.float32": "float32",
-    "torch.float16": "float16",
-    "torch.bfloat16": "bfloat16",
-    "torch.float8_e4m3fn": "fp8_e4m3",
-}
 _FP8_NAMES = ("fp8", "fp8_e4m3")
 _HEADS_OUTSIDE_TOKENS = "TRTLLM"
 """The attention backend whose blocks are [head][token][dim]. Others order them in ways that the pool's shape does not tell."""
@@ -131,7 +125,7 @@ def _heads(text: Mapping[str, Any], mla: bool) -> tuple[int, int]:
 
 def _kv_dtype(llm_args: Any, pool: Any) -> str:
     told = str(getattr(getattr(llm_args, "kv_cache_config", None), "dtype", "auto") or "auto").lower()
-    found = _DTYPES.get(str(pool.dtype))
+    found = KV_DTYPES.get(str(pool.dtype).removeprefix("torch."))
     if found is None and told in _FP8_NAMES and pool.element_size() == 1:
         return "fp8_e4m3"
     if found is None or told not in ("auto", found, *(_FP8_NAMES if found == "fp8_e4m3" else ())):

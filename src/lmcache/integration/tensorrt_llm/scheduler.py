@@ -10,14 +10,20 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from lmcache.engine import Request, Requests, SchedulerSession
+from lmcache.engine import Request, Requests, SchedulerSession, plans
 from lmcache.engine.rank_arenas import RankWatch
-from lmcache.integration.tensorrt_llm.plan import StepPlan
 from lmcache.observability.log import init_logger
 
 logger = init_logger(__name__)
 
 _BESIDE_TOKENS = ("multimodal_hashes", "multimodal_embedding", "prompt_embedding_table", "mrope_rotary_cos_sin")
+
+
+@dataclass
+class StepPlan(plans.StepPlan):
+    """broken: loads that the engine counts on could not be planned. The engine pickles it and broadcasts it."""
+
+    broken: bool = False
 
 
 @dataclass

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from lmcache.config.engine import EngineConfig
+from lmcache.engine.connection import given_address
+from lmcache.engine.settings import DEFAULT_ADDRESS, ServerSettings
+from lmcache.errors import ConfigError
 from lmcache.integration.tensorrt_llm.connector import Scheduler, Worker
-from lmcache.integration.tensorrt_llm.settings import Settings, daemon_settings
 
 __all__ = ["LMCacheMPKvConnectorScheduler", "LMCacheMPKvConnectorWorker"]
 
@@ -15,5 +18,10 @@ class LMCacheMPKvConnectorScheduler(Scheduler):
 class LMCacheMPKvConnectorWorker(Worker):
     """One a rank."""
 
-    def settings(self) -> Settings:
-        return daemon_settings(self._args)
+    def settings(self) -> ServerSettings:
+        """Of `kv_connector_config.server_url`."""
+        url = str(getattr(getattr(self._args, "kv_connector_config", None), "server_url", None) or DEFAULT_ADDRESS)
+        try:
+            return ServerSettings(given_address(url), EngineConfig(save_decode_cache=True))
+        except ValueError as error:
+            raise ConfigError(f"kv_connector_config.server_url is {url!r} ({error}); write {DEFAULT_ADDRESS}") from None

@@ -6,21 +6,15 @@ from collections.abc import Iterable
 from typing import Any
 
 from lmcache.engine import Copies, WorkerSession
+from lmcache.engine.plans import StepPlan
 from lmcache.engine.points import stream_point
 from lmcache.engine.rank_arenas import RankReporter
-from lmcache.errors import LMCacheError
-from lmcache.integration.tensorrt_llm.plan import StepPlan
 from lmcache.observability.log import init_logger
 
 logger = init_logger(__name__)
 
 _LOAD_SECONDS = 30.0
 """A copy from mapped memory ends; one that takes longer than this is not coming."""
-
-
-class LoadFailed(LMCacheError):
-    """KV that the engine counts on could not be loaded. Raised inside the step, whose requests the engine then fails: their
-    answers would be made from memory that nobody filled."""
 
 
 class WorkerSide:

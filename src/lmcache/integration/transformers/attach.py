@@ -173,7 +173,9 @@ class Attached:
         if request.hit is not None:
             # The last token is always computed: its logits are what the answer begins with.
             have = min(request.found_tokens, len(tokens) - 1)
-            copy = copies.load(requests.load(request, 0, have), pool.blocks, after=self._stream_point())
+            copy = copies.load(
+                requests.load(request, 0, have), pool.blocks, after=stream_point(str(self._shape.device))
+            )
             loaded = copies.settle([copy], self._endpoint.deadline_seconds, 0.0)
             if copies.running():
                 return None
@@ -204,7 +206,7 @@ class Attached:
         filled = min(len(sequence), *(layer.tokens_in_pool for layer in begun.cache.layers))
         plan = self._rank.requests.store(begun.request, sequence[:filled], filled)
         if plan is not None:
-            self._rank.copies.store(plan, self._pool.blocks, after=self._stream_point())
+            self._rank.copies.store(plan, self._pool.blocks, after=stream_point(str(self._shape.device)))
 
     def _ready(self, room: int) -> bool:
         """Whether there is a server, and a pool of our own that nothing touches and that is large enough.
@@ -245,10 +247,6 @@ class Attached:
     def _ended(self, copy: Copy) -> None:
         if isinstance(copy.plan, StorePlan) and copy.done is not None:
             self.stored_tokens += copy.done.tokens
-
-    def _stream_point(self) -> Any:
-        """Where the device's stream is now: what was launched before it comes before a copy. None on a CPU."""
-        return stream_point(str(self._shape.device))
 
     # Sessions
 

@@ -103,7 +103,7 @@ class Pool:
     def describe(self) -> PagedKV:
         """Where the KV lies, for LMCache's copier."""
         return PagedKV(
-            tuple(_plane(plane) for plane in self._planes),
+            tuple(Plane.of(plane, "htd", BLOCK_TOKENS) for plane in self._planes),
             BLOCK_TOKENS,
             len(self.blocks),
             self._memory.element_size(),
@@ -119,14 +119,6 @@ class Pool:
         cache = DynamicCache()
         cache.layers = [PoolLayer(*first, tokens, step), *(PoolLayer(*layer, tokens) for layer in others)]
         return cache
-
-
-def _plane(plane: torch.Tensor) -> Plane:
-    """One layer's K or V, [head][token][dim]."""
-    item = plane.element_size()
-    head, token, dim = (step * item for step in plane.stride())
-    heads, _, dims = plane.shape
-    return Plane.strided(plane.data_ptr(), token * BLOCK_TOKENS, token, heads, head, dims, dim)
 
 
 def _storage(tensor: torch.Tensor) -> int:

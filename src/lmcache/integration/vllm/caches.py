@@ -20,20 +20,6 @@ def describe_rank(
     Raises:
         LayoutError: the registered tensors cannot be described.
     """
-    tp_rank, pp_rank = rank_of()
-    shard = kv.shard(tp_rank, pp_rank, layer_range(vllm_config, kv))
-    registered = _describe_caches(vllm_config, kv_cache_config, kv, kv_caches)
-    watch_weights(vllm_config)
-    served = ServedKV(kv.identity, kv.model, shard, registered.paged, kv.stores(tp_rank))
-    return pp_rank * kv.tp_size + tp_rank, served, registered
-
-
-def _describe_caches(vllm_config: Any, kv_cache_config: Any, kv: ModelKV, kv_caches: dict[str, Any]) -> Registered:
-    """Where this rank's KV lies.
-
-    Raises:
-        LayoutError: the registered tensors cannot be described.
-    """
     missing = [name for name in kv.layer_names if name not in kv_caches]
     if missing:
         raise LayoutError(f"layer {missing[0]} has no KV tensor of its own")
@@ -44,7 +30,13 @@ def _describe_caches(vllm_config: Any, kv_cache_config: Any, kv: ModelKV, kv_cac
     on_cpu = str(tensors[0].device).startswith("cpu")
     isa = "" if shape.mla or not on_cpu else cpu_isa(vllm_config, kv.layer_names[0], tensors[0].dtype, shape)
     registered = describe_tensors(tensors, shape, kv_cache_config.num_blocks, isa)
-    return registered if on_cpu else replace(registered, loads_need_fence=_blocks_may_be_in_flight(kv_cache_config))
+    if not on_cpu and _blocks_may_be_in_flight(kv_cache_config):
+        registered = replace(registered, loads_need_fence=True)
+    tp_rank, pp_rank = rank_of()
+    shard = kv.shard(tp_rank, pp_rank, layer_range(vllm_config, kv))
+    watch_weights(vllm_config)
+    served = ServedKV(kv.identity, kv.model, shard, registered.paged, kv.stores(tp_rank))
+    return pp_rank * kv.tp_size + tp_rank, served, registered
 
 
 def _blocks_may_be_in_flight(kv_cache_config: Any) -> bool:

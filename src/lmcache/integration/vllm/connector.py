@@ -11,13 +11,14 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadat
 from lmcache.engine import SchedulerSession, WorkerSession
 from lmcache.engine.embedded import START_SECONDS, EmbeddedServer, wait_connected
 from lmcache.engine.served import NOT_SERVED, refusal_of
+from lmcache.engine.settings import ServerSettings
 from lmcache.integration.vllm.caches import describe_rank
 from lmcache.integration.vllm.layers import Layers
 from lmcache.integration.vllm.model import ModelKV, describe_model
 from lmcache.integration.vllm.plan import StepPlan, StepReport
 from lmcache.integration.vllm.resets import watch_resets
 from lmcache.integration.vllm.scheduler import SchedulerSide
-from lmcache.integration.vllm.settings import Settings, recompute_failed_loads
+from lmcache.integration.vllm.settings import recompute_failed_loads
 from lmcache.integration.vllm.worker import WorkerSide
 from lmcache.observability.log import init_logger
 
@@ -55,7 +56,7 @@ class Connector:
     _role: KVConnectorRole
     _connector_metadata: Any
 
-    def _describe(self, settings: Settings) -> None:
+    def _describe(self, settings: ServerSettings) -> None:
         """Find out what is served, and make the scheduler's side."""
         self._settings = settings
         self._scheduler: SchedulerSide | None = None
@@ -104,7 +105,7 @@ class Connector:
             else:
                 half.requests.stop("its own server has not started, and has said why")
 
-    def _attach(self, kv_caches: dict[str, Any], address: str, *, layerwise: bool = False) -> None:
+    def _attach(self, kv_caches: dict[str, Any], address: str = "", *, layerwise: bool = False) -> None:
         """Make this rank's side. layerwise: whether forwards wait for loads layer by layer, where they wait at all."""
         kv = self._kv
         if kv is None:
@@ -190,5 +191,5 @@ class Connector:
     def reset_cache(self) -> bool:
         """What was kept so far is not served to this engine any more; other engines' KV stays where it is."""
         if self._scheduler is not None:
-            self._scheduler.reset()
+            self._scheduler.requests.reset()
         return True

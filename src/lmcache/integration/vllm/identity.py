@@ -7,30 +7,21 @@ name would tell.
 from __future__ import annotations
 
 import json
-import os
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from lmcache.engine.adapters import AdapterFiles
 from lmcache.engine.identity import (
     REMEDY,
     Identity,
-    Mark,
     digest_of,
-    marks_of,
     model_folder,
     named,
     path_identity,
     plain,
     repository_identity,
-    unchanged,
 )
-from lmcache.engine.runtime import RUNTIME
-from lmcache.errors import IdentityUnknown, LayoutError
-from lmcache.integration.load_formats import files_read, refuse_weights_from_anywhere
-from lmcache.observability.log import init_logger
-
-logger = init_logger(__name__)
+from lmcache.engine.load_formats import files_read, refuse_weights_from_anywhere
+from lmcache.errors import LayoutError
 
 _WRITTEN_BY_MODELS = frozenset({"dtype", "torch_dtype", "max_model_len"})
 """What classes of models write into the configuration when they are made, which the scheduler's process may not see."""
@@ -91,73 +82,15 @@ def config_digest(vllm_config: Any) -> str:
     return digest_of(material)
 
 
-@dataclass(frozen=True)
-class _Adapter:
-    path: str
-    fused_experts: bool
-    marks: tuple[Mark, ...]
-    content: Identity
-
-
-class Adapters:
-    """The LoRA adapters that this engine has been given, each under a number. vLLM loads a number once, and answers with what it
-    has loaded, whatever path comes with the number later. Each is looked through at its first sight; later requests only find
-    out whether its files are still the same."""
-
-    def __init__(self) -> None:
-        self._since = RUNTIME.wall()
-        """Before any adapter was loaded."""
-        self._known: dict[int, _Adapter | None] = {}
-        """The adapters by their number; the value is None where it is not known what vLLM has loaded under it."""
+class Adapters(AdapterFiles):
+    """The LoRA adapters that vLLM has been given, each under a number."""
 
     def identity(self, lora: Any) -> tuple[str, str] | None:
         """Name and content of the adapter of a `LoRARequest`; None when it is not known what is loaded under its number, or while
         the adapter is hashed."""
-        number, path, fused = lora.lora_int_id, str(lora.lora_path), bool(getattr(lora, "is_3d_lora_weight", False))
-        if number not in self._known:
-            self._known[number] = _look_through(path, fused, self._since)
-        adapter = self._known[number]
-        if adapter is None:
-            return None
-        another = (path, fused) != (adapter.path, adapter.fused_experts)
-        if another or not unchanged(adapter.marks):
-            self._known[number] = None
-            logger.warning(
-                "Requests with the LoRA adapter %r (lora_int_id %d, first loaded from %s) are no longer cached: %s, and vLLM "
-                "does not say which weights it has loaded; load the new ones from another directory, under another lora_int_id",
-                *(lora.lora_name, number, adapter.path),
-                f"a request wants it from {path}" if another else "its files have changed since",
-            )
-            return None
-        try:
-            return (lora.lora_name, adapter.content.name + (" fused experts" if fused else ""))
-        except IdentityUnknown:
-            return None
-
-
-def _look_through(path: str, fused_experts: bool, unchanged_since: float) -> _Adapter | None:
-    """The adapter in a directory, None if it is not here to be looked at.
-
-    It is also None where a file is newer than `unchanged_since`, a time before this engine has loaded any adapter: vLLM may have
-    loaded the older files, and answers with them until the adapter is loaded again.
-    """
-    try:
-        marks = marks_of(Path(path)) if os.path.exists(path) else ()
-        content = path_identity(
-            path,
-            "load the adapter from another directory",
-            unchanged_since,
-            "requests with this adapter are not cached",
-        )
-    except (LayoutError, OSError) as error:
-        logger.info("Requests with the adapter %r are not cached: %s", path, error)
-        return None
-    if content is None:
-        logger.warning(
-            "Requests with the adapter %r are not cached: there is no such directory here; load it from one", path
-        )
-        return None
-    return _Adapter(path, fused_experts, marks, content)
+        variant = " fused experts" if getattr(lora, "is_3d_lora_weight", False) else ""
+        content = self.content(lora.lora_int_id, str(lora.lora_path), variant, lora.lora_name)
+        return None if content is None else (lora.lora_name, content)
 
 
 def _without(value: Any, names: frozenset[str]) -> Any:

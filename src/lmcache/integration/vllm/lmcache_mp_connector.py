@@ -59,7 +59,7 @@ class LMCacheMPConnector(Connector, KVConnectorBase_V1, _SupportsHMA):  # type: 
         if offloading_size_gb(self._vllm_config):
             self._kv_caches = kv_caches
         else:
-            self._attach(kv_caches, "")
+            self._attach(kv_caches)
 
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         """vLLM starts asynchronous loads after the forward; that may take seconds, and the loads need not wait for it."""

@@ -8,8 +8,8 @@ from typing import Any
 from lmcache.config.engine import EngineSettings, load_engine
 from lmcache.engine.connection import probe
 from lmcache.engine.embedded import EmbeddedServer, start_own_server
+from lmcache.engine.settings import ServerSettings
 from lmcache.errors import LMCacheError
-from lmcache.integration.vllm.settings import Settings
 from lmcache.observability.log import init_logger
 
 logger = init_logger(__name__)
@@ -33,7 +33,9 @@ def offloading_size_gb(vllm_config: Any) -> float:
     return float(getattr(cache, "kv_offloading_size", None) or 0.0)
 
 
-def server_for_offloading(instance: str, vllm_config: Any, settings: Settings) -> tuple[EmbeddedServer | None, str]:
+def server_for_offloading(
+    instance: str, vllm_config: Any, settings: ServerSettings
+) -> tuple[EmbeddedServer | None, str]:
     """The server that an engine with `--kv-offloading-backend lmcache` has started for want of one at host:port, and the
     address of the one to use: "" where its own does not start.
 

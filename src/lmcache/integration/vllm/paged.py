@@ -84,7 +84,7 @@ def strided_planes(tensor: Any, shape: Shape, block_axis: int) -> list[Plane]:
     heads, dims, tokens = shape.heads, shape.head_size, shape.block_tokens
     base = tensor.data_ptr()
     if shape.mla and sizes[1:] in ((tokens, dims), (1, tokens, dims)):
-        return [Plane.strided(base, stride[0], stride[-2], 1, 0, dims, stride[-1])]
+        return [Plane.of(tensor, "btd" if len(sizes) == 3 else "bhtd")]
     if len(sizes) == 5 and sizes[2:] == (tokens, heads, dims) and sizes[1 - block_axis] == 2:
         step = stride[1 - block_axis]
         starts = (base, base + step)
@@ -166,21 +166,8 @@ def _cpu_planes(tensor: Any, shape: Shape, fits: tuple[Fit, Fit], block_axis: in
         if block_axis == 1 and index == 1:
             # The scratch tensor has one block, so its V starts elsewhere than the real one's.
             start += tensor.stride(0) - shape.heads * shape.block_tokens * shape.head_size
-        planes.append(
-            Plane(
-                address=tensor.data_ptr() + start * item,
-                block_stride=tensor.stride(block_axis) * item,
-                token_group=fit.token_group,
-                group_stride=fit.group_stride * item,
-                token_stride=fit.token_stride * item,
-                heads=shape.heads,
-                head_stride=fit.head_stride * item,
-                dims=shape.head_size,
-                dim_group=fit.dim_group,
-                dim_group_stride=fit.dim_group_stride * item,
-                dim_stride=fit.dim_stride * item,
-            )
-        )
+        address, block_stride = tensor.data_ptr() + start * item, tensor.stride(block_axis) * item
+        planes.append(fit.plane(address, block_stride, item, shape.heads, shape.head_size))
     return planes
 
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from lmcache.engine import LoadPlan, StorePlan
+from lmcache.engine import plans
 
 
 @dataclass
-class StepPlan:
-    """settle: store jobs whose blocks were taken away, to be settled before the step writes to any block.
-    closing: finished requests whose blocks the engine keeps until their stores are done.
+class StepPlan(plans.StepPlan):
+    """closing: finished requests whose blocks the engine keeps until their stores are done.
     forward: the step computes something, so nobody waits for transfers alone.
     address: of the server, where the ranks cannot know it by themselves. known_failures: failed loads within a forward that the
     scheduler has come to know of, so that this step computes nothing from them any more.
@@ -18,9 +17,6 @@ class StepPlan:
     emptied: how often vLLM's own prefix cache has been emptied.
     """
 
-    loads: list[LoadPlan] = field(default_factory=list)
-    stores: list[StorePlan] = field(default_factory=list)
-    settle: list[str] = field(default_factory=list)
     closing: list[str] = field(default_factory=list)
     forward: bool = False
     address: str = ""

@@ -65,7 +65,7 @@ def wake_up(wake: Any, core: Any, tags: list[str] | None = None, *args: Any, **k
     new ones, and not all of their ways are seen by the ranks (`weights`)."""
     half = _side_of(core)
     if half is not None and tags is not None and "weights" in tags and "kv_cache" not in tags:
-        half.reset()
+        half.requests.reset()
     return wake(core, tags, *args, **kwargs)
 
 
@@ -82,7 +82,7 @@ def empty(reset: Any, scheduler: Any, *args: Any, **kwargs: Any) -> Any:
     emptied = reset(scheduler, *args, **kwargs)
     half = _side_of(scheduler)
     if emptied and half is not None:
-        half.emptied()
+        half.requests.own_cache_emptied()
     return emptied
 
 

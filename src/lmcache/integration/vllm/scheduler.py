@@ -77,8 +77,6 @@ class SchedulerSide:
         self.adapters = Adapters()
         self._weights = 0
         """Changes of the ranks' weights that this side knows of."""
-        self._emptied, self._emptied_before = 0, -1
-        """How often vLLM's own prefix cache has been emptied: by now, and when the last of what a reset gave up was computed."""
         self._tiers_load = False
         """Some request waits for a tier, in the step that is being planned."""
 
@@ -110,8 +108,7 @@ class SchedulerSide:
         expects from us."""
         tracker = self._tracker(request)
         tracker.blocks = blocks
-        if tracker.local_tokens and self._emptied <= self._emptied_before:
-            # vLLM's own cache still has blocks from before the reset, and what is computed upon them is no better.
+        if tracker.local_tokens and self.requests.own_cache_outdated:
             tracker.cacheable = False
         if tracker.hit is None or external_tokens <= 0:
             self.requests.give_back(tracker)
@@ -124,7 +121,7 @@ class SchedulerSide:
     def plan_step(self, output: Any) -> StepPlan:
         """What the ranks are to do in the step that `output` (a SchedulerOutput) describes."""
         plan, self._plan = self._plan, StepPlan()
-        plan.weights, plan.emptied = self._weights, self._emptied
+        plan.weights, plan.emptied = self._weights, self.requests.emptied
         plan.forward = output.total_num_scheduled_tokens > 0
         runtime = self.requests.runtime
         self.requests.prefill.step(runtime.now(), output.total_num_scheduled_tokens)
@@ -142,10 +139,10 @@ class SchedulerSide:
             plan.loads.append(load)
         self._admitted.clear()
         if self._can_store and self.requests.session is not None:
-            drafts = output.scheduled_spec_decode_tokens
+            drafts, waits = output.scheduled_spec_decode_tokens, self._synchronous and self._ranks > 1
             for request_id, scheduled in output.num_scheduled_tokens.items():
                 known = self.requests.open.get(request_id)
-                if known is not None and known.cacheable and not self._awaits_ranks(known):
+                if known is not None and known.cacheable and not (waits and self._awaits_ranks(known)):
                     self._plan_store(plan, known, scheduled - len(drafts.get(request_id, ())))
         return plan
 
@@ -180,7 +177,7 @@ class SchedulerSide:
         if report.weights > self._weights:
             self._weights = report.weights
             logger.info("This engine's weights have changed: what was cached for the old ones is not used any more")
-            self.reset(report.emptied)
+            requests.reset(report.emptied)
         if report.refusal:
             requests.stop(report.refusal)
 
@@ -197,18 +194,6 @@ class SchedulerSide:
         self._plan.closing.append(name)
         self._closing[name] = tracker
         return True
-
-    def reset(self, emptied: int | None = None) -> None:
-        """Nothing kept so far is served to this engine again: its weights may have changed. Others keep what they have.
-
-        emptied: how often vLLM's own prefix cache had been emptied when they changed; None for now.
-        """
-        self._emptied_before = max(self._emptied_before, self._emptied if emptied is None else emptied)
-        self.requests.reset()
-
-    def emptied(self) -> None:
-        """vLLM's own prefix cache is empty: what is computed from now on owes nothing to what was there."""
-        self._emptied += 1
 
     @property
     def changes(self) -> tuple[int, int]:
@@ -274,7 +259,7 @@ class SchedulerSide:
 
     def _awaits_ranks(self, tracker: Tracker) -> bool:
         """Its tokens are computed from a load that some rank may still fail, and other ranks would keep what comes of it."""
-        if not self._synchronous or self._ranks == 1:
+        if not self.requests.loading:
             return False
         blocks = set(tracker.blocks)
         return any(not blocks.isdisjoint(load.filled(self._block_tokens)) for load in self.requests.loading.values())

@@ -3,59 +3,23 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 from lmcache.config.load import nearest
-from lmcache.engine.connection import (
-    MOST_DEADLINE_SECONDS,
-    MOST_HEARTBEAT_SECONDS,
-    TRANSFER_MODES,
-    Endpoint,
-    server_address,
-)
+from lmcache.engine.connection import MOST_DEADLINE_SECONDS, MOST_HEARTBEAT_SECONDS, TRANSFER_MODES, server_address
+from lmcache.engine.settings import DEFAULT_DEADLINE_SECONDS, ServerSettings
 from lmcache.errors import ConfigError
 from lmcache.observability.log import init_logger
 
 logger = init_logger(__name__)
 
-DEFAULT_DEADLINE_SECONDS = 2.0
 _PREFIX = "lmcache.mp."
 _NAMES = [
     _PREFIX + name for name in ("host", "port", "mq_timeout", "heartbeat_interval", "mp_transfer_mode", "model_id")
 ]
 
 
-@dataclass(frozen=True)
-class Settings:
-    """host: without a scheme. deadline_seconds: the most that a request may be delayed by the server's silence.
-    model_id: the model's identity where it cannot be found out, or is to be another one ("" = find out)."""
-
-    host: str = "localhost"
-    port: int = 5555
-    deadline_seconds: float = DEFAULT_DEADLINE_SECONDS
-    heartbeat_seconds: float = 10.0
-    transfer_mode: str = "auto"
-    model_id: str = ""
-
-    @property
-    def address(self) -> str:
-        return server_address(self.host, self.port)
-
-    def endpoint(self, instance: str, role: str, rank: int = 0, address: str = "") -> Endpoint:
-        """How the engine `instance` reaches the server, at another `address` than the configured one where that is given."""
-        return Endpoint(
-            address=address or self.address,
-            instance=instance,
-            role=role,
-            rank=rank,
-            deadline_seconds=self.deadline_seconds,
-            heartbeat_seconds=self.heartbeat_seconds,
-            transfer_mode=self.transfer_mode,
-        )
-
-
-def read_settings(kv_transfer_config: Any) -> Settings:
+def read_settings(kv_transfer_config: Any) -> ServerSettings:
     """The settings of a `KVTransferConfig`.
 
     Raises:
@@ -81,9 +45,8 @@ def read_settings(kv_transfer_config: Any) -> Settings:
             MOST_HEARTBEAT_SECONDS,
         )
         heartbeat = MOST_HEARTBEAT_SECONDS
-    return Settings(
-        host=parse_host(get("lmcache.mp.host", "tcp://localhost")),
-        port=_port(get("lmcache.mp.port", 5555)),
+    return ServerSettings(
+        server_address(parse_host(get("lmcache.mp.host", "tcp://localhost")), _port(get("lmcache.mp.port", 5555))),
         deadline_seconds=_seconds("lmcache.mp.mq_timeout", get("lmcache.mp.mq_timeout", DEFAULT_DEADLINE_SECONDS)),
         heartbeat_seconds=heartbeat,
         transfer_mode=mode,

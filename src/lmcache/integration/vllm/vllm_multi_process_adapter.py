@@ -19,12 +19,13 @@ from typing import Any
 from lmcache.engine import Copy, Loading, LoadPlan, Request, Requests, SchedulerSession
 from lmcache.engine.local import LocalRank
 from lmcache.engine.served import NOT_SERVED, refusal_of
+from lmcache.engine.settings import ServerSettings
 from lmcache.errors import LayoutError
 from lmcache.integration.vllm.caches import describe_rank
 from lmcache.integration.vllm.model import ModelKV, describe_model
 from lmcache.integration.vllm.paged import Registered
 from lmcache.integration.vllm.rules import reads_nothing
-from lmcache.integration.vllm.settings import Settings, read_settings, recompute_failed_loads
+from lmcache.integration.vllm.settings import read_settings, recompute_failed_loads
 from lmcache.integration.vllm.weights import weight_changes
 from lmcache.observability.log import init_logger
 
@@ -73,7 +74,7 @@ class _Engine:
     vllm_config: Any
     kv_cache_config: Any
     kv: ModelKV
-    settings: Settings
+    settings: ServerSettings
 
     @property
     def instance(self) -> str:

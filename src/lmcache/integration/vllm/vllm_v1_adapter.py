@@ -12,10 +12,10 @@ from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorRole
 
-from lmcache.engine.embedded import embedded_address, start_own_server
+from lmcache.engine.embedded import start_own_server
+from lmcache.engine.settings import ServerSettings
 from lmcache.integration.vllm.connector import Connector
 from lmcache.integration.vllm.own_server import engine_settings, offloading_size_gb
-from lmcache.integration.vllm.settings import Settings
 from lmcache.integration.vllm.worker import WorkerSide
 from lmcache.observability.log import init_logger
 
@@ -49,7 +49,8 @@ class LMCacheConnectorV1Impl(Connector):
         for warning in found.warnings if role == KVConnectorRole.SCHEDULER else ():
             logger.warning("%s", warning)
         model_id = str(vllm_config.kv_transfer_config.get_from_extra_config("lmcache.mp.model_id", ""))
-        self._describe(Settings(deadline_seconds=self._config.blocking_timeout_secs, model_id=model_id))
+        deadline = self._config.blocking_timeout_secs
+        self._describe(ServerSettings("", self._config, deadline, model_id=model_id))
 
     @property
     def _connector_metadata(self) -> Any:
@@ -62,7 +63,7 @@ class LMCacheConnectorV1Impl(Connector):
         self._server = start_own_server(self._instance, config, offloading_size_gb(self._vllm_config))
         if self._server is not None:
             self._serve(
-                self._server.address,
+                "",
                 save_decode=config.save_decode_cache,
                 save_tail=config.save_unfull_chunk,
                 min_hit=config.min_retrieve_tokens,
@@ -73,7 +74,7 @@ class LMCacheConnectorV1Impl(Connector):
 
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
         logger.info("Registering kv caches!")
-        self._attach(kv_caches, embedded_address(self._instance), layerwise=self._config.use_layerwise)
+        self._attach(kv_caches, layerwise=self._config.use_layerwise)
 
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         if self._worker is not None:

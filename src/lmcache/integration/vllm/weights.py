@@ -7,9 +7,10 @@ that somebody writes into the parameters themselves, past all of these methods, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from lmcache.engine.wrapped import call_before, class_at
+from lmcache.engine.wrapped import class_at, watch
 from lmcache.observability.log import init_logger
 
 logger = init_logger(__name__)
@@ -38,19 +39,14 @@ def weight_changes() -> int:
 
 def watch_weights(vllm_config: Any) -> None:
     """Notice from now on when this process changes its weights. To be called once the model has been loaded."""
-    owners = [(class_at(path), names) for path, names in _OWNERS.items()]
-    noticed = [call_before(owner, names, _count) for owner, names in owners if owner is not None]
+    owners: list[tuple[Any, Sequence[str]]] = [(class_at(path), names) for path, names in _OWNERS.items()]
     try:
         from vllm.model_executor.model_loader.utils import get_model_architecture
 
-        model, _ = get_model_architecture(vllm_config.model_config)
-        noticed.append(call_before(model, ("load_weights",), _count))
+        owners.append((get_model_architecture(vllm_config.model_config)[0], ("load_weights",)))
     except Exception as error:  # a release that we do not know, or a model that the tests made up
         logger.debug("the model's class was not found: %r", error)
-    if not any(noticed):
-        logger.warning(
-            "This release of vLLM changes weights in a way that LMCache does not see: restart it after an update of weights"
-        )
+    watch(owners, _count, "vLLM")
 
 
 def _count(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
