@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 
+import zygotes
 from servers import Process
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -63,11 +65,15 @@ def _mapped() -> set[Path]:
 class Script(Process):
     """A script in an engine's environment that takes commands and says answers, as `scripts/commands.py` has it."""
 
+    MODULES: tuple[str, ...] = ()
+    """What it imports and a zygote can import for all of them."""
+
     def __init__(self, python: str, script: Path, *arguments: str, seconds: float, **environment: str) -> None:
         """seconds: for its start, and for each answer."""
         self._seconds = seconds
         path = os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests" / "scripts"), environment.pop("PYTHONPATH", "")])
-        super().__init__([python, str(script), *arguments], env={**environment, "PYTHONPATH": path}, cwd=ROOT)
+        start = functools.partial(zygotes.start, self.MODULES)
+        super().__init__([python, str(script), *arguments], start, env={**environment, "PYTHONPATH": path}, cwd=ROOT)
         assert self.hear() == "ready"
 
     def ask(self, do: str, **arguments: Any) -> Any:

@@ -93,8 +93,8 @@ def beside(call: Callable[[], T]) -> Future[T]:
 class Process:
     """A child whose lines of output arrive in a queue. Ended by its own pid, and never left behind."""
 
-    def __init__(self, command: list[str], **more: Any) -> None:
-        self.child = subprocess.Popen(
+    def __init__(self, command: list[str], start: Callable[..., Any] = subprocess.Popen, **more: Any) -> None:
+        self.child = start(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **more
         )
         self.pid = self.child.pid

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
+import functools
 import json
 import os
 import signal
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import zygotes
 from ports import free_port
 from prompts import tokens
 from servers import Process, Server, eventually
@@ -27,6 +28,11 @@ DEADLINE_SECONDS = 10.0
 POOL_TOKENS = 4096
 PREFILL_TOKENS = 256
 CHUNK = 16
+MODULES = (
+    *("sglang.launch_server", "sglang.srt.entrypoints.http_server", "sglang.srt.managers.scheduler"),
+    *("sglang.srt.managers.detokenizer_manager", "sglang.srt.models.registry"),
+)
+"""What SGLang's processes import."""
 LONG = tokens(1500, 20)
 """More than SGLang computes in one step."""
 Output = dict[str, Any]
@@ -45,11 +51,6 @@ def environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith("LMCACHE_")} | fixed
 
 
-def _die_with_parent() -> None:
-    """A test run that is killed leaves no engine behind (PR_SET_PDEATHSIG is 1)."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-
-
 class Engine(Process):
     """`python -m sglang.launch_server --enable-lmcache` with these settings in its config file; ready."""
 
@@ -58,9 +59,10 @@ class Engine(Process):
         file = folder / f"lmcache-{self.port}.yaml"
         settings = {"blocking_timeout_secs": DEADLINE_SECONDS} | settings
         file.write_text("".join(f"{key}: {json.dumps(value)}\n" for key, value in settings.items()))
-        command = [PYTHON, "-m", "sglang.launch_server", "--model-path", str(model), "--port", str(self.port), *_FLAGS]
+        launch = str(Path(__file__).with_name("launch.py"))
+        command = [PYTHON, launch, "--model-path", str(model), "--port", str(self.port), *_FLAGS]
         command += ["--page-size", str(page_size), "--enable-lmcache", "--lmcache-config-file", str(file)]
-        super().__init__(command, cwd=folder, env=environment(), start_new_session=True, preexec_fn=_die_with_parent)
+        super().__init__(command, functools.partial(zygotes.start, MODULES), cwd=folder, env=environment())
         self.page_size = page_size
         try:
             eventually(self._healthy, START_SECONDS)

@@ -31,6 +31,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 class Engines(Script):
     """`tensorrt_drive.py` in a process of its own; its calls are its commands."""
 
+    MODULES = ("torch",)
+
     def __init__(self, *arguments: str, **environment: str) -> None:
         kept = {name: value for name, value in os.environ.items() if not name.startswith("LMCACHE_")}
         script = Path(__file__).with_name("tensorrt_drive.py")

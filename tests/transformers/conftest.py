@@ -22,6 +22,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 class User(Script):
     """`models.py`, a user's script that does what it is told."""
 
+    MODULES = ("torch", "transformers.models.qwen3.modeling_qwen3")
+
     def __init__(self, model: Path) -> None:
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
         super().__init__(PYTHON, Path(__file__).with_name("models.py"), str(model), seconds=240.0, **environment)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
+import functools
 import json
 import os
 import selectors
@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 
+import zygotes
 from ports import free_port
 
 PYTHON = os.environ.get("LMCACHE_TEST_VLLM_PYTHON", "")
@@ -26,6 +27,11 @@ START_SECONDS = 240
 REPLY_SECONDS = 240
 FOR_EVER = 3000.0
 """Seconds of a deadline that must not be waited for: the engine's answer would not come in time."""
+MODULES = (
+    *("vllm", "vllm.entrypoints.llm", "vllm.v1.engine.core", "vllm.v1.worker.cpu_worker"),
+    *("vllm.model_executor.models.qwen3", "vllm.model_executor.model_loader"),
+)
+"""What `drive.py` imports, most of it when an engine starts: half of the time that a start takes."""
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -39,18 +45,15 @@ def environment(**more: str) -> dict[str, str]:
     return {**kept, **fixed, **more}
 
 
-def _die_with_parent() -> None:
-    """A test run that is killed leaves no server and no engine behind (PR_SET_PDEATHSIG is 1)."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-
-
 class Process:
     """A child in a session of its own, its output in a file, gone when the test is."""
 
-    def __init__(self, command: list[str], log: Path, **environ: str) -> None:
+    def __init__(
+        self, command: list[str], log: Path, start: Callable[..., Any] = subprocess.Popen, **environ: str
+    ) -> None:
         self.log = log
         with log.open("ab") as file:
-            self._process = subprocess.Popen(
+            self._process = start(
                 command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -58,7 +61,7 @@ class Process:
                 env=environment(**environ),
                 cwd=log.parent,
                 start_new_session=True,
-                preexec_fn=_die_with_parent,
+                preexec_fn=zygotes.die_with_parent,
                 text=True,
             )
 
@@ -148,7 +151,7 @@ class Engine(Process):
             str(Path(__file__).with_name("drive.py")),
             json.dumps({**options, "disable_log_stats": False}),
         ]
-        super().__init__(command, folder / f"{name}.log", **inside)
+        super().__init__(command, folder / f"{name}.log", functools.partial(zygotes.start, MODULES), **inside)
         self._answer(START_SECONDS)
 
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
