@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from vllm_processes import PYTHON, Server
 
-from real_engines import ROOT, make_model, mark, swept
+from real_engines import make_model, mark, swept
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -28,7 +28,6 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         swept("psm_*", "sem.mp-*", "vllm_dist_*"),
     ):
         patch.setenv("TMPDIR", scratch)  # sockets and the like
-        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(ROOT / ".cache" / "torchinductor"))  # used again
         yield tmp_path_factory.mktemp("vllm")
 
 

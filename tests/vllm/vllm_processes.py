@@ -25,6 +25,8 @@ from ports import free_port
 PYTHON = os.environ.get("LMCACHE_TEST_VLLM_PYTHON", "")
 START_SECONDS = 240
 REPLY_SECONDS = 240
+KV_BYTES = 256 << 20
+"""Of an engine's own cache: 16,384 tokens of the model. vLLM writes all of it when it starts."""
 FOR_EVER = 3000.0
 """Seconds of a deadline that must not be waited for: the engine's answer would not come in time."""
 MODULES = (
@@ -38,8 +40,8 @@ def environment(**more: str) -> dict[str, str]:
     fixed = {
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_SERVER_DEV_MODE": "1",
+        "TORCHDYNAMO_DISABLE": "1",  # it compiles a few small functions otherwise, in each process anew
     }
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("LMCACHE_", "VLLM_"))}
     return {**kept, **fixed, **more}
@@ -144,7 +146,8 @@ class Engine(Process):
     def __init__(
         self, folder: Path, name: str, model: Path, environ: dict[str, str] | None = None, **arguments: Any
     ) -> None:
-        options = {"model": str(model), "dtype": "float32", "enforce_eager": True, "max_model_len": 4096, **arguments}
+        options = {"model": str(model), "dtype": "float32", "enforce_eager": True, "max_model_len": 4096}
+        options |= {"kv_cache_memory_bytes": KV_BYTES, **arguments}
         inside = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", **(environ or {})}
         command = [
             PYTHON,
@@ -185,7 +188,8 @@ class Api(Process):
     def __init__(self, folder: Path, name: str, model: Path, *options: str, **environ: str) -> None:
         self.port = free_port()
         command = [str(Path(PYTHON).with_name("vllm")), "serve", str(model), "--dtype", "float32", "--enforce-eager"]
-        command += ["--max-model-len", "4096", "--port", str(self.port), "--served-model-name", "m", *options]
+        command += ["--kv-cache-memory-bytes", str(KV_BYTES), "--max-model-len", "4096"]
+        command += ["--port", str(self.port), "--served-model-name", "m", *options]
         super().__init__(command, folder / f"{name}.log", **environ)
         self.wait_until(self._healthy, "vllm serve", START_SECONDS)
 
