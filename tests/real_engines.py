@@ -21,16 +21,16 @@ SHARED_MEMORY = Path("/dev/shm")
 
 
 def mark(items: Iterable[pytest.Item], folder: Path, engine: str, timeout: float | None = None) -> None:
-    """Tests of the folder need this engine's environment. One worker runs them all: engines starve each other on two cores.
+    """Tests of the folder need this engine's environment. One worker runs all of a file, in their order: they share engines.
 
-    To be called from a hook that comes before xdist's, which looks at the groups.
+    All of SGLang's share one. To be called from a hook that comes before xdist's, which looks at the groups.
     """
     variable = f"LMCACHE_TEST_{engine.upper()}_PYTHON"
     skip = pytest.mark.skip(reason=f"{variable} is not set (./run test sets it)")
     for item in items:
         if folder in item.path.parents:
             item.add_marker(getattr(pytest.mark, engine))
-            item.add_marker(pytest.mark.xdist_group(engine))
+            item.add_marker(pytest.mark.xdist_group(engine if engine == "sglang" else item.path.stem))
             if timeout is not None:
                 item.add_marker(pytest.mark.timeout(timeout))
             if not os.environ.get(variable):

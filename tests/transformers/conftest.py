@@ -15,7 +15,7 @@ PYTHON = os.environ.get("LMCACHE_TEST_VLLM_PYTHON", "")
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """They run beside those with real vLLM, one at a time: torch takes both cores."""
+    """They run beside those with real vLLM, whose environment they use."""
     mark(items, Path(__file__).parent, "vllm")
 
 

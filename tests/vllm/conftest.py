@@ -21,7 +21,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Where everything lies. What a vLLM that is killed leaves behind, in shared memory and in /tmp, goes with the folder."""
     if getattr(request.config.option, "loadgroup", False):  # a worker of xdist
-        assert all("@vllm" in item.nodeid for item in request.session.items if item.get_closest_marker("vllm"))
+        assert all("@test_" in item.nodeid for item in request.session.items if item.get_closest_marker("vllm"))
     with (
         tempfile.TemporaryDirectory(prefix="lmvllm-", ignore_cleanup_errors=True) as scratch,
         pytest.MonkeyPatch.context() as patch,
