@@ -49,16 +49,19 @@ def swept(*patterns: str) -> Iterator[None]:
     before = {path for pattern in patterns for path in SHARED_MEMORY.glob(pattern)}
     yield
     left = {path for pattern in patterns for path in SHARED_MEMORY.glob(pattern)} - before
-    for path in left - _mapped():
-        path.unlink(missing_ok=True)
+    used = _mapped()
+    for path in left:
+        with contextlib.suppress(FileNotFoundError):
+            if path.stat().st_ino not in used:
+                path.unlink()
 
 
-def _mapped() -> set[Path]:
-    """Files in shared memory that some process still uses."""
+def _mapped() -> set[int]:
+    """Inodes in shared memory that some process still uses. A semaphore's name is not in the maps of who has made it."""
     used = set()
     for maps in Path("/proc").glob("[0-9]*/maps"):
         with contextlib.suppress(OSError):
-            used |= {Path(line.split()[-1]) for line in maps.read_text().splitlines() if str(SHARED_MEMORY) in line}
+            used |= {int(line.split()[4]) for line in maps.read_text().splitlines() if str(SHARED_MEMORY) in line}
     return used
 
 
