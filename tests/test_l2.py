@@ -548,7 +548,7 @@ def test_required_tiers_and_wrong_urls_end_the_start_with_one_line(folders: Call
     assert "unknown tier 'rediss2'" in start_fails("--l2", "rediss2://host")
     assert "unknown option 'max_bg'; did you mean max_gb?" in start_fails("--l2", "redis://h?max_bg=3")
     assert "${NOT_SET_ANYWHERE} is not set" in start_fails("--l2", "redis://:${NOT_SET_ANYWHERE}@h")
-    assert "type 'tape' is not here" in start_fails("--l2-adapter", '{"type": "tape"}')
+    assert "type 'tape' is not supported" in start_fails("--l2-adapter", '{"type": "tape"}')
 
 
 def test_clearing_reaches_the_tiers_that_are_named(

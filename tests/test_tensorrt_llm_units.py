@@ -101,7 +101,7 @@ def test_what_a_request_computed_the_next_one_loads_up_to_a_block(server: Any, e
     assert drive.half.owes and one.scheduler._held
     drive.half.cancelled(second, 64)
     assert drive.run(2, tokens, 64) and drive.loaded == [(16, 64)] and one.right(tokens, 16, 64)
-    assert not one.scheduler._held and not drive.half.owes and drive.told[-1] == one.worker.mapped_arena
+    assert not one.scheduler._held and not drive.half.owes and drive.told[-1] == one.worker.mapped_epoch
     assert not drive.half.finished(second), "all that it computed was there"
 
 

@@ -162,19 +162,19 @@ def test_a_library_that_is_missing_is_named_with_its_extra(monkeypatch: pytest.M
         ("disk:///a", "README"),
     ],
 )
-def test_the_sectors_have_every_option_and_no_other(url: str, sector: str) -> None:
-    sectors = Path(__file__).resolve().parents[1] / "docs" / "tiers"
-    told, everywhere = (options_on(sectors / f"{name}.md") for name in (sector, "README"))
+def test_the_pages_have_every_option_and_no_other(url: str, page: str) -> None:
+    pages = Path(__file__).resolve().parents[1] / "docs" / "tiers"
+    told, everywhere = (options_on(pages / f"{name}.md") for name in (page, "README"))
     with pytest.raises(ConfigError) as caught:
         make_tier(f"{url}?zzzzzz=1")
     known = set(str(caught.value).partition("known: ")[2].split(", "))
     assert {"max_gb", "read", "write", "name"} <= known
-    assert known == told | everywhere if sector != "README" else known >= told
+    assert known == told | everywhere if page != "README" else known >= told
 
 
-def options_on(sector: Path) -> set[str]:
+def options_on(page: Path) -> set[str]:
     """The first cells of the table that begins with `| option |`."""
-    table = sector.read_text().partition("\n| option |")[2].partition("\n\n")[0]
+    table = page.read_text().partition("\n| option |")[2].partition("\n\n")[0]
     return {name for line in table.splitlines() for name in re.findall(r"`(\w+)`", line.split("|")[1])}
 
 

@@ -280,7 +280,7 @@ def test_strided_is_a_tensor_s_own_strides() -> None:
 @pytest.mark.skipif(load_native() is None, reason="no native code here")
 def test_native_code_reads_the_fields_of_a_plane_in_their_order() -> None:
     fields = [(field.name, 1) for field in dataclasses.fields(Plane)]
-    assert load_native().layouts["plane"] == [*fields, ("slot_offset", 1)]
+    assert load_native().layouts["plane"] == [*fields, ("extent_offset", 1)]
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,7 @@ def test_round_trip(layout: str, dtype: torch.dtype, chunk: int, block: int, lau
 
 
 @pytest.mark.parametrize("chunk", [256, 48])
-@pytest.mark.parametrize(("count", "in_slot"), [(1, 0), (17, 0), (40, 3), (47, 1)])
+@pytest.mark.parametrize(("count", "in_extent"), [(1, 0), (17, 0), (40, 3), (47, 1)])
 def test_beside_the_tokens_of_a_run_its_extent_is_zero(chunk: int, count: int, in_extent: int) -> None:
     """The slot goes to tiers as a whole, and staging memory holds what was copied before: other prompts' KV."""
     layers, heads, dims, block = 4, 2, 64, 16

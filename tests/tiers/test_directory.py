@@ -211,7 +211,7 @@ def test_the_lease_of_the_dead_and_of_the_silent_is_taken(tmp_path: Path) -> Non
     assert not (tmp_path / "janitor").exists() and (one.published() or (None,))[:2] == (Count(5, 1), True)
     script = (
         "import sys; from pathlib import Path; from lmcache.tiers.directory.janitor import Janitor;"
-        "from lmcache.tiers.filesystem import Medium; assert Janitor(Medium(), Path(sys.argv[1])).elected()"
+        "from lmcache.tiers.filesystem import Filesystem; assert Janitor(Filesystem(), Path(sys.argv[1])).elected()"
     )
     subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True)
     assert one.elected()  # that process is gone, so nobody waits for its minute to end

@@ -43,7 +43,8 @@ class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     kind: Literal["mha", "mla"] = "mha"
     kv_scales: str = ""
     config_digest: str = ""
-    extent_order: int = EXTENT_ORDER_VERSION
+    slot_order: int = EXTENT_ORDER_VERSION
+    """Of an extent. The names of these fields are part of the fingerprint: another name would be another name for all stored KV."""
     codec: int = CODEC_RAW
 
     def __post_init__(self) -> None:
