@@ -134,7 +134,7 @@ def test_a_third_partys_tier(installed: None) -> None:
         make_tier("tape://?reel=3")
     for url, said in (
         ("rope://", "entry point .*:GIB is not a class derived from Tier or AsyncTier"),
-        ("wire://", ":Tape must say scheme = 'wire'"),
+        ("wire://", ":Tape must have scheme = 'wire'"),
         ("lost://", "cannot load no_such_module:Tier: ModuleNotFoundError: No module named 'no_such_module'"),
         ("less://", "cannot load .*:Less: AttributeError"),
     ):

@@ -383,6 +383,7 @@ class DirectoryTier(Tier):
         due, told = time.monotonic() + COUNT_SECONDS, ""
         while not self._stop.is_set():
             trouble: OSError | None = None
+            planned = due
             try:
                 due = self._look(due)
             except OSError as error:
@@ -392,7 +393,8 @@ class DirectoryTier(Tier):
                 trouble.__cause__ = error
             if trouble:
                 due = time.monotonic() + COUNT_SECONDS
-            told = self._log(trouble, told)
+            if trouble or due != planned:  # a pass that had nothing to do says nothing about the trouble before it
+                told = self._log(trouble, told)
             with self._passed:
                 self._begun = self._ended = self._ended + 1
                 self._trouble = trouble
