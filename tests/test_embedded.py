@@ -275,6 +275,7 @@ def test_its_end_is_that_of_a_daemon(
         assert says("Tier redis is left behind") != bool(drain_seconds)
         assert not drain_seconds or len(store.raw.keys("{lmcache}/*/*-0-1")) == 10
     finally:
+        print("".join(said))  # shown where the test fails
         store.end()
 
 

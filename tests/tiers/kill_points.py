@@ -171,6 +171,9 @@ def main(kind: str, root: Path) -> int:
         for torn in (False, True) if operation == "pwritev" else (False,):
             folder = root / "killed"
             lines = run(kind, folder, at, torn)
+            if lines[-1].startswith("ended "):  # the tier's own thread has done fewer operations this time
+                shutil.rmtree(folder)
+                continue
             assert lines[-1].startswith("killed "), lines[-1]
             found = wrongs(kind, folder, lines)
             tried[lines[-1].removeprefix("killed ") + (" torn" if torn else "")] += 1
