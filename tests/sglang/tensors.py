@@ -98,7 +98,7 @@ def agreement(store: str, rank: str) -> dict[str, Any]:
 
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=int(rank), world_size=2)
     together = Agreement((torch.distributed.group.WORLD, 2), (None, 1))
-    answer = {"name": together.name(), "least": together.least(7 - int(rank))}
+    answer = {"name": together.name("sglang"), "least": together.least(7 - int(rank))}
     torch.distributed.destroy_process_group()
     return answer
 
