@@ -377,9 +377,9 @@ def test_room_for_all_stores_that_wait_is_made_at_once(
     counting.clear()
     stores = []
     for number in range(20, 24):
-        waited = tier._wanted_bytes
+        waited = tier._wanted.total()
         stores.append(beside(lambda number=number: fill(tier, range(number, number + 1), MIB)))
-        eventually(lambda waited=waited: tier._wanted_bytes > waited)
+        eventually(lambda waited=waited: tier._wanted.total() > waited)
     counting.set()
     assert [store.result(PATIENCE) for store in stores] == [[OK]] * 4
     assert len(trimmed) == 1 and len(there(tier, range(15))) == 11

@@ -12,6 +12,7 @@ import os
 import threading
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -78,10 +79,10 @@ class DirectoryTier(Tier):
         """Wakes the janitor's thread."""
         self._passed = threading.Condition(self._lock)
         """Notified when a pass of the janitor's thread has ended."""
-        self._wanted_bytes = 0
-        """Bytes that stores are waiting for now."""
+        self._wanted: Counter[int] = Counter()
+        """Bytes that stores wait for now, by the number of the pass that makes room for them."""
         self._begun = self._ended = 0
-        """Looks of the janitor's thread: the last that has read `_wanted_bytes` to make room for, and the last that has ended."""
+        """Looks of the janitor's thread: the last that has read `_wanted` to make room for, and the last that has ended."""
         self._trouble: OSError | None = None
         """The error of the last pass."""
         self._opened = False
@@ -310,25 +311,23 @@ class DirectoryTier(Tier):
         with self._passed:
             if self._taken(cost):
                 return OK
-            self._wanted_bytes += cost  # counted once, however often the loop tries, and only while it waits
-            try:
-                for _ in range(_TRIES):
-                    self._wait_for_room(deadline)
-                    if self._taken(cost):
-                        return OK
-            finally:
-                self._wanted_bytes -= cost
+            for _ in range(_TRIES):
+                self._wait_for_room(cost, deadline)
+                if self._taken(cost):
+                    return OK
         return "full"
 
-    def _wait_for_room(self, deadline: float) -> None:
-        """Wait until the janitor's thread has completed a pass, or until the deadline. Call with `_passed` held.
+    def _wait_for_room(self, cost: int, deadline: float) -> None:
+        """Wait until a pass of the janitor's thread has made room for `cost` bytes, or until the deadline. Call with `_passed` held.
 
         Raises:
             OSError: the pass failed.
         """
         awaited = self._begun + 1
+        self._wanted[awaited] += cost
         self._wake.set()
-        self._passed.wait_for(lambda: self._ended >= awaited, max(0.0, deadline - time.monotonic()))
+        if not self._passed.wait_for(lambda: self._ended >= awaited, max(0.0, deadline - time.monotonic())):
+            self._wanted[awaited] -= cost
         if self._ended >= awaited and self._trouble:
             raise self._trouble.with_traceback(None)
 
@@ -376,7 +375,8 @@ class DirectoryTier(Tier):
         spare = (self._max_bytes or 0) // _TRIM_SHARE
         with self._lock:
             self._begun = self._ended + 1
-            return self._wanted_bytes + (asked + spare if asked or not self._wanted_bytes else 0)
+            wanted = self._wanted.total()
+            return wanted + (asked + spare if asked or not wanted else 0)
 
     def _keep_counting(self) -> None:
         """Run the janitor's thread. It keeps some space free, because processes that are not elected cannot free any."""
@@ -398,6 +398,7 @@ class DirectoryTier(Tier):
             with self._passed:
                 self._begun = self._ended = self._ended + 1
                 self._trouble = trouble
+                self._wanted.pop(self._ended, None)  # those stores have their room, though their threads may not run yet
                 self._passed.notify_all()
             self._wake.wait(ASK_SECONDS)
             self._wake.clear()
@@ -424,7 +425,7 @@ class DirectoryTier(Tier):
             self._counted.set()
         asked = self._janitor.asked_for_room() if self._janitor.holds() else 0
         with self._lock:
-            if not (self._wanted_bytes or asked or began >= due):
+            if not (self._wanted.total() or asked or began >= due):
                 self._begun += 1
                 return due
         with self._counting:
