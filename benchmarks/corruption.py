@@ -2,7 +2,7 @@
 
     python -m benchmarks.corruption [--only disk dir valkey s3] [--keep FILE] [--update benchmarks/README.md]
 
-Real shards are stored by the tier, their bytes are changed behind its back (`lmcache.testing.conformance.corrupted`: bits flipped,
+Real shards are stored by the tier, their bytes are changed behind its back (`corrupted` of the conformance suite: bits flipped,
 stretches zeroed or overwritten, frames cut off, mixed, moved and swapped, whole frames of another version), and one load asks
 for them again, into memory that holds what is right, as a slot that is used again may. One shard in twenty is left as it is and
 must come back right; what was damaged must be gone after the load. Valkey and SeaweedFS are started here, which needs the test

@@ -44,7 +44,7 @@ class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     kv_scales: str = ""
     config_digest: str = ""
     slot_order: int = EXTENT_ORDER_VERSION
-    """Of an extent. The names of these fields are part of the fingerprint: another name would be another name for all stored KV."""
+    """The field names are part of the fingerprint: with another name here, all stored KV would have another name, too."""
     codec: int = CODEC_RAW
 
     def __post_init__(self) -> None:

@@ -494,10 +494,9 @@ class WorkerSession:
         try:
             layout = self._layout_for(welcome.chunk_tokens)
             shard_bytes = self._shard.shard_bytes(layout)
-            if self._paged.shard_bytes(welcome.chunk_tokens) != shard_bytes:
-                raise LayoutError(
-                    f"the KV tensors make extents of {self._paged.shard_bytes(welcome.chunk_tokens)} bytes, the layout {shard_bytes}"
-                )
+            of_tensors = self._paged.shard_bytes(welcome.chunk_tokens)
+            if of_tensors != shard_bytes:
+                raise LayoutError(f"the KV tensors make shards of {of_tensors} bytes, the layout {shard_bytes}")
             request = m.Register(layout, self._shard.count, self._shard.index, shard_bytes, self._stages)
             registered = ask(carrier, request, m.Registered)
             with self._state:

@@ -318,7 +318,7 @@ class DirectoryTier(Tier):
         return "full"
 
     def _wait_for_room(self, cost: int, deadline: float) -> None:
-        """Wait until a pass of the janitor's thread has made room for `cost` bytes, or until the deadline. Call with `_passed` held.
+        """Wait until a pass of the janitor's thread has made room for `cost` bytes, or until the deadline. `_passed` is held.
 
         Raises:
             OSError: the pass failed.
