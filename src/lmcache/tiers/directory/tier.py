@@ -13,7 +13,6 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -25,6 +24,7 @@ from lmcache.tiers import frame
 from lmcache.tiers.directory.janitor import Count, Janitor
 from lmcache.tiers.filesystem import BLOCK_BYTES, FULL, Filesystem, blocks, tier_error
 from lmcache.tiers.frame_io import UNREADABLE
+from lmcache.tiers.threads import started_pool
 from lmcache.tiers.tier import ABSENT, KEPT, OK, Shard, ShardKey, Tier, TierError, Usage
 from lmcache.tiers.url import TierURL
 
@@ -122,7 +122,7 @@ class DirectoryTier(Tier):
                     if elected:
                         self._janitor.publish(self._count)
                 self._since = 0
-            self._pool = ThreadPoolExecutor(self._threads, "lmcache-dir")
+            self._pool = started_pool(self._threads, "lmcache-dir")
             self._watch = threading.Thread(target=self._keep_counting, name="lmcache-dir-janitor", daemon=True)
             self._opened = True
             self._watch.start()
