@@ -376,6 +376,7 @@ class DirectoryTier(Tier):
         spare = (self._max_bytes or 0) // _TRIM_SHARE
         with self._lock:
             self._begun = self._ended + 1
+            self._wake.clear()  # by those that wait already: another look would make room for them once more
             return self._wanted_bytes + (asked + spare if asked or not self._wanted_bytes else 0)
 
     def _keep_counting(self) -> None:
@@ -399,8 +400,9 @@ class DirectoryTier(Tier):
                 self._begun = self._ended = self._ended + 1
                 self._trouble = trouble
                 self._passed.notify_all()
-            self._wake.wait(ASK_SECONDS)
-            self._wake.clear()
+            if not self._stop.is_set():
+                self._wake.wait(ASK_SECONDS)
+                self._wake.clear()
 
     def _log(self, trouble: OSError | None, told: str) -> str:
         """Log the trouble unless `told` is the same, and return the text for the next call."""
