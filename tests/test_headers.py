@@ -10,9 +10,12 @@ import subprocess
 import time
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from lmcache.cache.l1 import first_number
+from lmcache.chunks import Layout
+from lmcache.engine.proofs import prove
 from lmcache.errors import ConfigError
 from lmcache.memory.arena import Arena, reclaim_stale
 from lmcache.memory.headers import (
@@ -24,7 +27,9 @@ from lmcache.memory.headers import (
     Writer,
     read_headers,
 )
-from servers import Raw, Server
+from lmcache.wire import messages as m
+from lmcache.wire.carriers import UnixCarrier, ZmqCarrier
+from servers import PATIENCE, Raw, Server
 
 ARENA_BYTES = 64 << 20
 FINGERPRINT = b"f" * 16
@@ -187,6 +192,27 @@ def test_a_server_killed_during_a_fill_leaves_word_of_who_writes(server, engine_
     assert fill.writer == Writer.of(process.pid) and fill.writer.may_write()
     process.kill()
     assert not fill.writer.may_write(), "nobody writes there any more"
+
+
+def test_a_session_that_writes_into_the_arena_itself_from_now_on_is_the_writer(server) -> None:
+    """The server has written for it before, and has kept its number."""
+    killed: Server = server(l1=8)
+    hello = m.Hello(m.PROTOCOL_VERSION, "test", "one", "worker", 0, os.getpid(), session=bytes(16))
+    door = ZmqCarrier(killed.address)
+    welcome = door.exchange(hello, PATIENCE)[0]
+    proof = prove(door, welcome, hello, False)
+    assert isinstance(door.exchange(msgspec.structs.replace(hello, payload=True, proof=proof), PATIENCE)[0], m.Welcome)
+    mapped = UnixCarrier(welcome.socket_path, hello, PATIENCE)
+    layout = Layout("r", "bfloat16", 1, 1, 64, 16, kind="mla")
+    space = mapped.exchange(m.Register(layout, 1, 0, 2048), PATIENCE)[0].space
+    assert mapped.exchange(m.Reserve(space, 0, b"", True, bytes(16)), PATIENCE)[0].reservation
+    assert len(killed.status()["engines"]) == 1
+    killed.kill()
+    (path,) = killed.arena_dir.glob("*.headers")
+    assert [fill.writer for fill in read_headers(path).open] == [Writer.of()]
+    os.close(mapped.descriptor)
+    mapped.close()
+    door.close()
 
 
 def test_stale_headers_go_with_their_arena(tmp_path: Path) -> None:

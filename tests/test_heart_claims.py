@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 
 from lmcache.cache import SERVER, Heart, Refusal, TooSmall
@@ -74,6 +76,21 @@ def test_a_writer_that_freezes_keeps_its_extents_and_no_chunk(writer: int, end: 
     assert heart.quarantined_bytes == 0 and heart.used_bytes() == 20 * SECTOR
     assert heart.lookup(LATER, 2, space, hashes(20)).chunks == 20, "what another has stored stays"
     assert heart.events.counters["reserved"] == heart.events.counters["committed"] + heart.events.counters["dropped"]
+
+
+@pytest.mark.parametrize("new_table", [PyTable, ChunkTable])
+def test_a_cleared_index_is_kept_no_longer_than_the_claims_on_it(new_table) -> None:
+    """Also where what hangs on a leased chunk is nobody's."""
+    heart, space = world(sectors=20, new_table=new_table)
+    store(heart, 0.0, 1, space, hashes(10))
+    lease = heart.lookup(0.0, 1, space, hashes(1)).lease
+    table = weakref.ref(heart.space(space).table) if new_table is PyTable else None
+    heart.clear()
+    empty = heart.space(space).table.memory_bytes()
+    assert heart.index_bytes() > empty
+    heart.release(1, lease)
+    heart.tick(0.0)
+    assert heart.index_bytes() == empty and (table is None or table() is None)
 
 
 def test_extents_in_quarantine_outlive_a_clear_and_an_engine_of_their_space() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 
+import pytest
+
 from lmcache.server.loop import Loop
 from servers import PATIENCE, eventually
 
@@ -44,6 +46,31 @@ def test_its_threads_end_with_it_but_for_those_that_hang() -> None:
     assert "lmcache-busy_0" in names_of_threads()
     gate.set()
     assert hanging.result(PATIENCE) is None and never.cancelled() and not late.is_set()
+
+
+def test_a_call_that_was_refused_for_want_of_a_thread_is_never_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever handed it in has given the memory away by then, on which a thread that becomes free would work."""
+    loop, gate, began, late = Loop(), threading.Event(), threading.Event(), threading.Event()
+    pool = loop.executor("few", 2)
+
+    def hang() -> None:
+        began.set()
+        assert gate.wait(PATIENCE)
+
+    def none_left(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    hanging = pool.submit(hang)
+    assert began.wait(PATIENCE)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", none_left)
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            pool.submit(late.set)
+    gate.set()
+    assert hanging.result(PATIENCE) is None and pool.submit(lambda: 7).result(PATIENCE) == 7
+    pool.shutdown(wait=True)
+    assert not late.is_set()
+    loop.close()
 
 
 def names_of_threads() -> list[str]:

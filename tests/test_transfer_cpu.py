@@ -456,6 +456,28 @@ def test_threads_share_one_call() -> None:
         assert np.array_equal(memory[body], kept[body])
 
 
+def test_a_copy_is_made_by_the_threads_that_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that failed for want of a thread would be made later all the same, when its memory has another owner."""
+
+    def none_left(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    paged, memory = build(Shape("bgthDd", 4, 64, 16, 1, 4, 64, 1, 2))
+    memory[:] = np.random.default_rng(5).integers(1, 256, len(memory), dtype=np.uint8)
+    blocks, runs = np.arange(64, dtype=np.int32), np.array([[0, 0, 1024, 0]], dtype=np.int64)
+    arenas = [np.zeros(paged.shard_bytes(1024), dtype=np.uint8) for _ in range(3)]
+    CpuCopier(paged, 1024, 1).gather(arenas[0].ctypes.data, blocks, runs)
+    copier = CpuCopier(paged, 1024, 3)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", none_left)
+        copier.gather(arenas[1].ctypes.data, blocks, runs)
+    assert np.array_equal(arenas[1], arenas[0])
+    arenas[1][:] = 0
+    copier.gather(arenas[2].ctypes.data, blocks, runs)
+    copier.close()
+    assert np.array_equal(arenas[2], arenas[0]) and not arenas[1].any()
+
+
 def test_one_copier_serves_many_threads() -> None:
     paged, memory = small()
     memory[:] = np.random.default_rng(5).integers(0, 256, len(memory), dtype=np.uint8)

@@ -226,6 +226,10 @@ class Claims:
         known = self._processes.get(process)
         return list(known.reservations) if known is not None else []
 
+    def tables(self) -> set[Table]:
+        """Those that somebody has a claim on chunks of. A cleared one is kept by its claims only."""
+        return {claim.table for claim in (*self.leases.values(), *self.reservations.values())}
+
     def unknown_leases(self, process: int, known: Iterable[int]) -> list[int]:
         """Those that this process took, but the ones in `known`."""
         kept = set(known)

@@ -365,7 +365,6 @@ class Heart(Index):
             left -= claim.chunks
             self._expired(claim)
         self._close_spaces()
-        self._cleared = [table for table in self._cleared if table.detached()]
         self._allocator.retry_shares()
 
     def _expired(self, claim: AnyClaim) -> None:
@@ -389,8 +388,6 @@ class Heart(Index):
             self._allocator.vacate(space, kept[space.number])
             self._emit_cleared(space, keys[space.number])
             gone += space.whole
-            if space.table.detached():
-                self._cleared.append(space.table)
             space.table, space.whole = self._new_table(space.shards), 0
             space.last_used.clear()
         self._note_cleared()
@@ -406,6 +403,11 @@ class Heart(Index):
     def quarantined_bytes(self) -> int:
         """Bytes of extents whose claim has ended and that somebody may still touch."""
         return self._claims.quarantine.bytes
+
+    def index_bytes(self) -> int:
+        """Of the tables of all spaces, and of those that were cleared while somebody had a claim on their chunks."""
+        tables = {space.table for space in self._spaces.values()} | self._claims.tables()
+        return sum(table.memory_bytes() for table in tables)
 
     @property
     def open_leases(self) -> int:

@@ -30,8 +30,6 @@ class Index:
         """Who reserves, in which space: whom the next eviction is for."""
         self._spaces: dict[int, Space] = {}
         self._space_of: dict[tuple[bytes, int], Space] = {}
-        self._cleared: list[Table] = []
-        """Tables that were cleared while somebody had a claim on their chunks."""
         self._next_space = 0
 
     # What there is
@@ -56,9 +54,6 @@ class Index:
     def used_bytes(self) -> int:
         """Bytes of extents that hold something or are being filled."""
         return self._allocator.used_bytes()
-
-    def index_bytes(self) -> int:
-        return sum(table.memory_bytes() for table in (*(one.table for one in self._spaces.values()), *self._cleared))
 
     # Spaces
 

@@ -13,11 +13,12 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
-from typing import TypeVar
+from typing import ParamSpec, TypeVar
 
 from lmcache.observability.log import init_logger
 
 logger = init_logger(__name__)
+P = ParamSpec("P")
 T = TypeVar("T")
 TICK_SECONDS = 0.25
 _END_SECONDS = 0.2
@@ -77,7 +78,7 @@ class Loop:
     def executor(self, name: str, threads: int) -> Executor:
         """A pool of so many threads at most, whose names begin with this one. It ends with the loop."""
         self._thread_names.append(f"lmcache-{name}")
-        self._executors.append(ThreadPoolExecutor(threads, thread_name_prefix=self._thread_names[-1]))
+        self._executors.append(_Pool(threads, thread_name_prefix=self._thread_names[-1]))
         return self._executors[-1]
 
     def ask(self, call: Callable[[], T], timeout_seconds: float = 1.0) -> T:
@@ -162,3 +163,25 @@ class Loop:
         except Exception:  # the edge of the thread: one bad event must not stop the server
             self.errors += 1
             logger.exception("An event could not be handled; the server goes on")
+
+
+class _Pool(ThreadPoolExecutor):
+    """Never makes a call that it has refused. Python's own pool queues a call before it starts a thread for it: where none can
+    be started it raises, and another of its threads makes the call later."""
+
+    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        future: Future[T] = Future()
+
+        def make() -> None:
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(fn(*args, **kwargs))
+                except BaseException as error:  # belongs to whoever waits for the result
+                    future.set_exception(error)
+
+        try:
+            super().submit(make).add_done_callback(lambda made: made.cancelled() and future.cancel())
+        except RuntimeError:
+            if future.cancel():  # no thread has begun with it meanwhile
+                raise
+        return future

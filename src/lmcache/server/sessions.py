@@ -83,7 +83,8 @@ class Sessions:
         if peer.process:
             return m.Error("refused", "hello was said on this connection before; open another one")
         who = (printable(hello.instance, 200), hello.pid, printable(hello.role, 40), hello.rank, hello.session[:16])
-        process = self._return(who) or self._enter(who, peer.writer)
+        process = self._return(who) or self._enter(who)
+        self._l1.join(process, who[0], peer.writer)
         peer.process, peer.payload = process, hello.payload
         peer.instance, peer.pid, peer.role, peer.rank, _ = who
         self.peers.add(peer)
@@ -134,10 +135,9 @@ class Sessions:
                 f"would pass {MAX_HELD_BYTES_OF_PEER}: read the answers before asking for more"
             )
 
-    def _enter(self, who: Who, writer: int | None) -> int:
+    def _enter(self, who: Who) -> int:
         process = self._participants[who] = self._next_process
         self._next_process += 1
-        self._l1.join(process, who[0], writer)
         return process
 
     def _return(self, who: Who) -> int:

@@ -7,7 +7,8 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -146,8 +147,11 @@ class CpuCopier:
             copy(*arguments)
             return
         kept = (claimed, blocks, runs)  # keeps the arrays alive, since the other threads have only their addresses
-        others = [self._pool.submit(_call, copy, arguments, kept) for _ in range(self._helpers)]
+        others: list[Future[None]] = []
         try:
+            with suppress(RuntimeError):  # no thread can be started: this one does it, with those that there are
+                for _ in range(self._helpers):
+                    others.append(self._pool.submit(_call, copy, arguments, kept))
             copy(*arguments)
         finally:
             # A helper that never started has nothing left to do: all pieces were taken. A running one ends with its piece.

@@ -14,7 +14,6 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -26,6 +25,7 @@ from lmcache.tiers import frame
 from lmcache.tiers.directory.janitor import Count, Janitor
 from lmcache.tiers.filesystem import BLOCK_BYTES, FULL, Filesystem, blocks, tier_error
 from lmcache.tiers.frame_io import UNREADABLE
+from lmcache.tiers.threads import started_pool
 from lmcache.tiers.tier import ABSENT, KEPT, OK, Shard, ShardKey, Tier, TierError, Usage
 from lmcache.tiers.url import TierURL
 
@@ -123,7 +123,7 @@ class DirectoryTier(Tier):
                     if elected:
                         self._janitor.publish(self._count)
                 self._since = 0
-            self._pool = ThreadPoolExecutor(self._threads, "lmcache-dir")
+            self._pool = started_pool(self._threads, "lmcache-dir")
             self._watch = threading.Thread(target=self._keep_counting, name="lmcache-dir-janitor", daemon=True)
             self._opened = True
             self._watch.start()
@@ -400,8 +400,9 @@ class DirectoryTier(Tier):
                 self._trouble = trouble
                 self._wanted.pop(self._ended, None)  # those stores have their room, though their threads may not run yet
                 self._passed.notify_all()
-            self._wake.wait(ASK_SECONDS)
-            self._wake.clear()
+            if not self._stop.is_set():
+                self._wake.wait(ASK_SECONDS)
+                self._wake.clear()
 
     def _log(self, trouble: OSError | None, told: str) -> str:
         """Log the trouble unless `told` is the same, and return the text for the next call."""

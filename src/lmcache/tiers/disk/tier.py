@@ -13,7 +13,6 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -30,6 +29,7 @@ from lmcache.tiers.disk.segments import Segment, Segments, cost_of, frame_bytes,
 from lmcache.tiers.disk.shard_index import MAX_PAYLOAD_BYTES, RECORD, ShardIndex, tag_of
 from lmcache.tiers.filesystem import BLOCK_BYTES, FULL, Filesystem, blocks, tier_error
 from lmcache.tiers.frame_io import BOUNCE_BYTES, GROUP_BYTES, GROUP_FRAMES, UNREADABLE, Found, FrameIO
+from lmcache.tiers.threads import started_pool
 from lmcache.tiers.tier import ABSENT, KEPT, OK, Shard, ShardKey, Tier, TierError, Usage
 from lmcache.tiers.url import TierURL
 
@@ -218,9 +218,9 @@ class DiskTier(Tier):
 
     def _mount(self) -> None:
         self._closing.callback(os.close, take_folder(self._filesystem, self._path, self._where))
-        sums = ThreadPoolExecutor(_LANES, "lmcache-disk-sum")
+        sums = started_pool(_LANES, "lmcache-disk-sum")
         self._closing.callback(sums.shutdown)
-        self._readers = ThreadPoolExecutor(_LANES, "lmcache-disk-read")
+        self._readers = started_pool(_LANES, "lmcache-disk-read")
         self._closing.callback(self._readers.shutdown)
         direct = can_be_direct(self._filesystem, self._path, self._where, self._mode)
         self._io = FrameIO(self._filesystem, self._secret, sums, direct)

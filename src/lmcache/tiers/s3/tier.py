@@ -21,6 +21,7 @@ from lmcache.observability.log import init_logger
 from lmcache.tiers import frame
 from lmcache.tiers.s3.accounting import Accounting, now_ms, pack_uses, unpack_uses
 from lmcache.tiers.s3.client import Client, Place
+from lmcache.tiers.threads import started_pool
 from lmcache.tiers.tier import ABSENT, KEPT, OK, Shard, ShardKey, Tier, TierError, Usage
 from lmcache.tiers.url import TierURL
 
@@ -97,7 +98,7 @@ class S3Tier(Tier):
             return
         self._client.read_all(_JANITOR)  # raises when bucket, credentials or network do not work
         self._closing.clear()
-        self._pool = ThreadPoolExecutor(self._connections, "lmcache-s3")
+        self._pool = started_pool(self._connections, "lmcache-s3")
         if self._max_bytes is not None:
             self._sweeper = threading.Thread(target=self._sweep_again_and_again, name="lmcache-s3-sweep", daemon=True)
             self._sweeper.start()

@@ -1,0 +1,56 @@
+"""Tiers in a process that may start no more threads."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lmcache.testing.conformance import payload_of, shard_key, shard_of
+from lmcache.tiers import OK, Tier, TierError
+from lmcache.tiers.directory.tier import DirectoryTier
+from lmcache.tiers.disk.tier import DiskTier
+
+SIZE = 5 << 20
+TIERS = [DiskTier, DirectoryTier]
+
+
+def none_left(thread: threading.Thread) -> None:
+    raise RuntimeError("can't start new thread")
+
+
+@pytest.mark.parametrize("kind", TIERS)
+def test_a_tier_that_is_open_starts_no_thread_in_the_middle_of_a_call(
+    kind: Callable[[Path, int], Tier], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The call would fail, and return the memory on which its first threads still work."""
+    tier, keys = kind(tmp_path / "tier", 64 << 20), [shard_key(number) for number in range(3)]
+    tier.open()
+    into = [bytearray(SIZE) for _ in keys]
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", none_left)
+        assert tier.store([shard_of(key, SIZE) for key in keys]) == [OK] * 3
+        assert tier.load(keys, [memoryview(one) for one in into]) == [OK] * 3
+    assert into == [payload_of(key, SIZE) for key in keys]
+    tier.close()
+
+
+@pytest.mark.parametrize("kind", TIERS)
+def test_a_tier_that_gets_too_few_threads_is_not_open_and_leaves_none(
+    kind: Callable[[Path, int], Tier], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tier, before, start = kind(tmp_path / "tier", 64 << 20), threading.active_count(), threading.Thread.start
+
+    def start_two(thread: threading.Thread) -> None:
+        (start if threading.active_count() < before + 2 else none_left)(thread)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start_two)
+        with pytest.raises(TierError, match="cannot be started: can't start new thread; allow more"):
+            tier.open()
+    assert threading.active_count() == before
+    tier.open()
+    assert tier.store([shard_of(shard_key(1), SIZE)]) == [OK]
+    tier.close()
