@@ -340,6 +340,27 @@ def test_a_rank_that_shares_its_shard_leaves_storing_to_the_first(bed: Bed) -> N
     assert bed.load(bed.open("other"), ids) == 0
 
 
+def test_another_thread_may_start_a_copy_while_one_looks_through_them(bed: Bed) -> None:
+    ids, begun = prompt(21, 64), list[Copy]()
+    bed.engine.fill(ids)
+
+    def begin() -> None:
+        plan = bed.requests.store(bed.open(str(len(begun)), salt=str(len(begun))), ids, 64)
+        assert plan is not None
+        begun.append(bed.copies.store(plan, bed.engine.table(64)))
+
+    class Interrupted(type):
+        """Another thread gets its turn at this moment."""
+
+        def __instancecheck__(cls, plan: object) -> bool:
+            begin()
+            return True
+
+    begin()
+    assert bed.copies.running(Interrupted("Kind", (), {})) == begun[:1]
+    assert len(begun) == 2 and bed.copies.wait(begun, PATIENCE) and not bed.copies.running()
+
+
 # Time and threads
 
 

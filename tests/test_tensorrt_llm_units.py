@@ -15,7 +15,7 @@ import engine_process
 from lmcache.chunks import TokenChain
 from lmcache.errors import LayoutError
 from lmcache.integration.tensorrt_llm.model import MODEL_ID_VARIABLE, describe_pool
-from lmcache.integration.tensorrt_llm.scheduler import SchedulerSide
+from lmcache.integration.tensorrt_llm.scheduler import SchedulerSide, Tracker
 from lmcache.integration.tensorrt_llm.worker import WorkerSide
 from servers import eventually
 
@@ -80,7 +80,7 @@ class Engine:
         )
         plan = pickle.loads(pickle.dumps(self.half.plan_step(SimpleNamespace(new_requests=[data], cached_requests=[]))))
         ok = self.worker.load(plan, None)
-        self.half.loaded(plan)
+        self.half.loaded()
         self.loaded = [(load.start_token, load.end_token) for load in plan.loads]
         if not plan.loads:
             self.one.fill(tokens)
@@ -103,6 +103,25 @@ def test_what_a_request_computed_the_next_one_loads_up_to_a_block(server: Any, e
     assert drive.run(2, tokens, 64) and drive.loaded == [(16, 64)] and one.right(tokens, 16, 64)
     assert not one.scheduler._held and not drive.half.owes and drive.told[-1] == one.worker.mapped_epoch
     assert not drive.half.finished(second), "all that it computed was there"
+
+
+def test_a_plan_that_goes_wrong_forgets_neither_loads_nor_stores_to_be_settled(server: Any, engine: Any) -> None:
+    """The engine takes the blocks of a load that no rank was told of for filled, and gives away those of a paused request."""
+    one = engine(server(chunk=20))
+    drive, tokens = Engine(one), [number % 500 for number in range(100)]
+    paused, loads = (Request(request_id=number, get_tokens=lambda beam: tokens) for number in (1, 2))
+    assert drive.half.match(paused, 0) == 0 and drive.run(1, tokens, 0)
+    assert drive.worker.copies.wait(drive.worker.copies.running(), engine_process.PATIENCE)
+    jobs = drive.half.reset(paused)
+    assert jobs and drive.half.match(loads, 0) == 96
+    drive.half.requests.open[3] = Tracker(3)
+    new = {"new_block_ids": one.table(100), "computed_position": 0, "num_scheduled_tokens": 100}
+    step = [SimpleNamespace(request_id=number, new_tokens=ids, **new) for number, ids in ((2, tokens), (3, [-1] * 100))]
+    with pytest.raises(OverflowError):
+        drive.half.plan_step(SimpleNamespace(new_requests=step, cached_requests=[]))
+    assert drive.half.owes and drive.half.settle == jobs
+    drive.half.loaded()
+    assert not drive.half.owes and not one.scheduler._held
 
 
 class LoadFormat(enum.Enum):

@@ -1316,6 +1316,13 @@ def test_settings_that_cannot_be_used_are_named(extra: dict[str, Any]) -> None:
         read_settings(transfer(**extra))
 
 
+def test_vllms_own_class_does_not_start_with_a_setting_that_cannot_be_used() -> None:
+    vllm_config, kv_cache_config = SimpleNamespace(kv_transfer_config=transfer(port="x")), object()
+    with pytest.raises(ConfigError, match=r"lmcache\.mp\.port is 'x'"):
+        adapter.LMCacheMPWorkerAdapter("tcp://localhost:5555")
+    assert vllm_config and kv_cache_config, "the adapter takes both from this frame"
+
+
 def test_failed_loads_are_recomputed() -> None:
     config = SimpleNamespace(kv_load_failure_policy="fail")
     recompute_failed_loads(config)

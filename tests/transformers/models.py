@@ -117,6 +117,17 @@ def do_close(state: State) -> dict[str, Any]:
     return {"own generate": state.model.generate.__func__ is type(state.model).generate}
 
 
+def do_close_within(state: State, ids: list[int]) -> bool:
+    """Call `close` while generate runs, as another thread may; whether the answer is right."""
+    tokens, options = prompt(*ids), {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    expected = state.plain(tokens, **options)
+    hook = state.model.register_forward_hook(lambda *_: state.attached.close())  # type: ignore[union-attr]
+    answer = state.model.generate(tokens, **options)
+    hook.remove()
+    state.attached = None
+    return bool(torch.equal(answer, expected))
+
+
 def do_generate(state: State, ids: list[int], new: int = 8, **more: Any) -> dict[str, Any]:
     """With LMCache and without, greedily: whether tokens and logits are the same, and what came from the cache."""
     assert state.attached is not None

@@ -258,6 +258,11 @@ def test_the_server_is_killed_and_comes_back(server: Servers, user: Any) -> None
     assert right(back) and back["hit"] == 288
 
 
+def test_a_close_in_the_middle_of_generate_costs_no_answer(server: Servers, user: Any) -> None:
+    user.ask("attach", address=server(l1=256, chunk=16).address)
+    assert user.ask("close_within", ids=[300, 9])
+
+
 def test_a_frozen_server_costs_a_deadline(server: Servers, user: Any) -> None:
     one = server(l1=256, chunk=16)
     user.ask("attach", address=one.address)

@@ -96,7 +96,9 @@ class Copies:
 
     def running(self, kind: type[LoadPlan | StorePlan] | None = None) -> list[Copy]:
         """The loads, the stores or all copies that had not ended at the last `collect`."""
-        return [copy for copy in self._running.values() if kind is None or isinstance(copy.plan, kind)]
+        # In one piece: another thread may start copies meanwhile (Transformers' `flush` beside a `generate`).
+        now = tuple(self._running.values())
+        return [copy for copy in now if kind is None or isinstance(copy.plan, kind)]
 
     def closed(self, ended: Iterable[Hashable]) -> set[Any]:
         """Of the requests that have ended (these, and those of earlier calls), those whose blocks no store reads, each once."""

@@ -79,9 +79,9 @@ class Scheduler(KvCacheConnectorScheduler):  # type: ignore[misc]
             return StepPlan()
         try:
             return half.plan_step(scheduler_output)
-        except Exception:  # the edge towards the engine; what it was promised must not be forgotten with it
+        except Exception:  # the edge towards the engine; neither promises nor lost blocks must be forgotten with it
             logger.exception("build_connector_meta went wrong; the engine goes on without")
-            return StepPlan(broken=half.owes)
+            return StepPlan(settle=half.settle, broken=half.owes)
 
     @never_raises(lambda: False)
     def request_finished(self, request: Any, cache_block_ids: list[int]) -> bool:
@@ -158,7 +158,7 @@ class Worker(KvCacheConnectorWorker):  # type: ignore[misc]
         if plan.loads and self._ranks > 1:  # the plan is the same on all ranks, so all come here
             ok = all(mpi_allgather(ok))
         if self._meeting is not None and self._meeting.half is not None:
-            self._meeting.half.loaded(plan)
+            self._meeting.half.loaded()
         self._load_failed = not ok
 
     def wait_for_layer_load(self, layer_idx: int, stream: Any) -> None:

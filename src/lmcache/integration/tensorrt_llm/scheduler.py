@@ -54,7 +54,8 @@ class SchedulerSide:
         self.requests: Requests[Tracker] = Requests(session, block_tokens=block_tokens)
         self.session, self.watch, self._block_tokens = session, watch, block_tokens
         self._stores_answers, self._least_gain = stores_answers, max(1, least_gain)
-        self._settle: list[str] = []
+        self.settle: list[str] = []
+        """Store jobs of blocks that are gone, which no plan has told the ranks of."""
         self._told: set[str] = set()
 
     def match(self, request: Any, computed_tokens: int) -> int:
@@ -89,7 +90,7 @@ class SchedulerSide:
 
     def plan_step(self, output: Any) -> StepPlan:
         """What the ranks are to do in the step that `output` (a SchedulerOutput) describes."""
-        plan, self._settle = StepPlan(settle=self._settle), []
+        plan = StepPlan(settle=self.settle)
         scheduled = (data.num_scheduled_tokens for data in (*output.new_requests, *output.cached_requests))
         self.requests.prefill.step(self.requests.runtime.now(), sum(scheduled))
         for data in output.new_requests:
@@ -111,17 +112,18 @@ class SchedulerSide:
             tracker.tokens.extend(data.new_tokens)
             tracker.blocks.extend(data.new_block_ids)
             self._plan_store(plan, tracker, data.computed_position + data.num_scheduled_tokens)
+        self.settle = []
         return plan
 
-    def loaded(self, plan: StepPlan) -> None:
-        """Every rank has ended the loads of this step."""
-        for load in plan.loads:
-            self.requests.loaded(load.job_id)
+    def loaded(self) -> None:
+        """Every rank has ended the loads of the step, and others are not planned yet."""
+        for job_id in tuple(self.requests.loading):
+            self.requests.loaded(job_id)
 
     @property
     def owes(self) -> bool:
-        """Whether there are hits that the engine was promised and no rank has been told of."""
-        return any(tracker.hit is not None for tracker in self.requests.open.values())
+        """Whether there are hits that the engine was promised and no rank has loaded."""
+        return bool(self.requests.loading) or any(tracker.hit is not None for tracker in self.requests.open.values())
 
     def finished(self, request: Any) -> bool:
         """The request has ended or its blocks are to go; whether the engine has to wait until ranks report it as saved."""
@@ -130,7 +132,7 @@ class SchedulerSide:
     def reset(self, request: Any) -> list[str]:
         """The request's blocks are gone already, and it will begin anew. Its store jobs, which the next step's plan settles."""
         jobs = self._end(request.request_id)
-        self._settle += jobs
+        self.settle += jobs
         return jobs
 
     def close(self) -> None:

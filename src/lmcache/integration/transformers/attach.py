@@ -164,8 +164,10 @@ class Attached:
             return None
 
     def _load(self, tokens: list[int]) -> _Begun | None:
-        assert self._rank is not None and self._pool is not None
-        requests, copies, pool = self._rank.requests, self._rank.copies, self._pool
+        rank, pool = self._rank, self._pool
+        if rank is None or pool is None:  # another thread has called `close` meanwhile
+            return None
+        requests, copies = rank.requests, rank.copies
         request, have = Request("", self._salt), 0
         requests.find(request, tokens, wait=True)
         if request.chain is None:
@@ -202,11 +204,13 @@ class Attached:
             self._refuse(error)
 
     def _store(self, begun: _Begun, sequence: list[int]) -> None:
-        assert self._rank is not None and self._pool is not None
+        rank, pool = self._rank, self._pool
+        if rank is None or pool is None:
+            return
         filled = min(len(sequence), *(layer.tokens_in_pool for layer in begun.cache.layers))
-        plan = self._rank.requests.store(begun.request, sequence[:filled], filled)
+        plan = rank.requests.store(begun.request, sequence[:filled], filled)
         if plan is not None:
-            self._rank.copies.store(plan, self._pool.blocks, after=stream_point(str(self._shape.device)))
+            rank.copies.store(plan, pool.blocks, after=stream_point(str(self._shape.device)))
 
     def _ready(self, room: int) -> bool:
         """Whether there is a server, and a pool of our own that nothing touches and that is large enough.

@@ -20,7 +20,7 @@ from lmcache.engine import Copy, Loading, LoadPlan, Request, Requests, Scheduler
 from lmcache.engine.local import LocalRank
 from lmcache.engine.served import NOT_SERVED, refusal_of
 from lmcache.engine.settings import ServerSettings
-from lmcache.errors import LayoutError
+from lmcache.errors import ConfigError, LayoutError
 from lmcache.integration.vllm.caches import describe_rank
 from lmcache.integration.vllm.model import ModelKV, describe_model
 from lmcache.integration.vllm.paged import Registered
@@ -293,6 +293,9 @@ def _engine_of_caller() -> _Engine | None:
 
     vLLM's class hands over neither its configuration nor the KV's layout, without which KV of one dtype, revision or RoPE
     would be served to another. Both are in the frames of its constructor, so that is where they are taken from.
+
+    Raises:
+        ConfigError: a setting cannot be used.
     """
     try:
         vllm_config, kv_cache_config = _configs_of_callers()
@@ -301,6 +304,8 @@ def _engine_of_caller() -> _Engine | None:
         return _Engine(
             vllm_config, kv_cache_config, describe_model(vllm_config, kv_cache_config, settings.model_id), settings
         )
+    except ConfigError:
+        raise
     except NOT_SERVED as error:
         logger.warning("LMCache serves nothing for this engine: %s", refusal_of(error, "vLLM"))
         return None
