@@ -104,7 +104,10 @@ HEAD = ["what", "unit", "limit", "ours", "p99", "spread", "of limit", "peer", "x
 
 def _spread(row: Row, ours: Figure) -> str:
     """A part of the median; for a percentage, which may be near 0, points."""
-    return f"{abs(ours.spread * ours.median):.1f} points" if row.unit == "%" else f"{ours.spread:.0%}"
+    width = ours.high - ours.low
+    if row.unit == "%":
+        return f"{width:.1f} points"
+    return f"{width / ours.median if ours.median else 0.0:.0%}"
 
 
 def cells(row: Row) -> list[str]:

@@ -293,7 +293,7 @@ def index(bench: Bench) -> list[Row]:
             row.add("ours", [time.perf_counter() - began])
             if rewritten == count and not number:
                 rows[3].add("ours", [(_rss() - before) / count])
-            rows[2].add("ours", [tier.index_memory_bytes() / count])
+            rows[2].add("ours", [tier._index.memory_bytes() / count])
             began = time.perf_counter()
             assert all(tier.known(asked))
             rows[4].add("ours", [(time.perf_counter() - began) * 1e3])

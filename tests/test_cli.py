@@ -445,18 +445,13 @@ def test_config_check_reads_tiers_as_their_server_would(tmp_path: Path, text: st
 
 def test_version_and_help() -> None:
     assert lmcache_command("--version").stdout == f"lmcache {lmcache.__version__}\n"
-    for verb in ("server", "ping", "describe", "clear", "config"):
+    for verb in ("server", "ping", "describe", "clear", "config", "bench"):
         text = lmcache_command(verb, "--help").stdout
         assert "examples:" in text and f"lmcache {verb}" in text
     assert "GiB (2^30 bytes)" in lmcache_command("server", "--help").stdout
     nothing = lmcache_command()
     assert nothing.returncode == 2 and nothing.stderr.count("\n") == 1
     assert lmcache_command("sever").returncode == 2
-
-
-def test_bench_parses_its_own_flags() -> None:
-    result = lmcache_command("bench", "--help")
-    assert result.returncode == 0 and "bench" in result.stdout
 
 
 def test_starting_is_light() -> None:

@@ -13,20 +13,13 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from extent_headers import DamagedHeaders, ExtentHeader, OpenReservation, may_write, read_headers
 from lmcache.cache.l1 import first_number
 from lmcache.chunks import Layout
 from lmcache.engine.proofs import prove
 from lmcache.errors import ConfigError
 from lmcache.memory.arena import Arena, reclaim_stale
-from lmcache.memory.headers import (
-    RECORD_BYTES,
-    DamagedHeaders,
-    ExtentHeader,
-    Headers,
-    OpenReservation,
-    Writer,
-    read_headers,
-)
+from lmcache.memory.headers import RECORD_BYTES, Headers, Writer
 from lmcache.wire import messages as m
 from lmcache.wire.carriers import UnixCarrier, ZmqCarrier
 from servers import PATIENCE, Raw, Server
@@ -157,15 +150,15 @@ def test_without_room_for_an_entry_nothing_counts(headers: Headers, monkeypatch:
 def test_a_writer_is_known_by_more_than_its_pid() -> None:
     child = subprocess.Popen(["sleep", "600"])
     writer = Writer.of(child.pid)
-    assert ME.may_write() and writer.may_write()
-    assert not writer._replace(start=writer.start + 1).may_write(), "another process has its pid now"
-    assert writer._replace(start=writer.start + 1, namespace=1).may_write(), "who knows what that pid means there"
-    assert Writer.of(0).may_write(), "who knows"
+    assert may_write(ME) and may_write(writer)
+    assert not may_write(writer._replace(start=writer.start + 1)), "another process has its pid now"
+    assert may_write(writer._replace(start=writer.start + 1, namespace=1)), "who knows what that pid means there"
+    assert may_write(Writer.of(0)), "who knows"
     child.kill()
     os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
-    assert not writer.may_write(), "it has ended, though its parent has not asked"
+    assert not may_write(writer), "it has ended, though its parent has not asked"
     child.wait()
-    assert not writer.may_write() and Writer.of(child.pid).start == 0
+    assert not may_write(writer) and Writer.of(child.pid).start == 0
 
 
 def test_no_two_epochs_of_an_arena_have_a_number_in_common() -> None:
@@ -189,9 +182,9 @@ def test_a_server_killed_during_a_fill_leaves_word_of_who_writes(server, engine_
     left = read_headers(path)
     (fill,) = left.open
     assert (left.epoch, left.extents, len(fill.sectors), fill.stored_bytes) == (1, [], 40, 4096)
-    assert fill.writer == Writer.of(process.pid) and fill.writer.may_write()
+    assert fill.writer == Writer.of(process.pid) and may_write(fill.writer)
     process.kill()
-    assert not fill.writer.may_write(), "nobody writes there any more"
+    assert not may_write(fill.writer), "nobody writes there any more"
 
 
 def test_a_session_that_writes_into_the_arena_itself_from_now_on_is_the_writer(server) -> None:

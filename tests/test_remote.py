@@ -500,7 +500,7 @@ def test_a_probe_says_why_no_server_answers(server, tmp_path, monkeypatch):
     with pytest.raises(ServerRefused, match="the server has none"):
         probe(plain.address, 2.0)
     key.chmod(0o644)
-    with pytest.raises(ConfigError, match=f"{key}: other users may read it"):
+    with pytest.raises(ConfigError, match=f"{key} holds a secret, but other users may read it"):
         probe(keyed.address, PATIENCE)
     monkeypatch.setattr(socket, "getaddrinfo", unresolved)
     with pytest.raises(ServerUnavailable, match=r"host 'no\.such\.host' does not resolve: Name or service not known"):

@@ -19,6 +19,7 @@ import msgspec
 import pytest
 import zmq
 
+from extent_headers import DamagedHeaders, read_headers
 from lmcache.cache import L1
 from lmcache.cache.heart import MAX_SHARDS
 from lmcache.chunks import Layout, TokenChain, space_fingerprint
@@ -27,7 +28,6 @@ from lmcache.config import ServerConfig
 from lmcache.engine.connection import Endpoint
 from lmcache.engine.scheduler import SchedulerSession
 from lmcache.memory.arena import Arena
-from lmcache.memory.headers import DamagedHeaders, read_headers
 from lmcache.observability.log import Seldom
 from lmcache.server import unix_endpoint
 from lmcache.server.http import HttpEndpoint

@@ -59,7 +59,7 @@ def test_extents_are_whole_sectors_and_the_lowest_free_one_comes_first() -> None
     assert second is not None and second.first_sector == first.end_sector
     for sector in (4, 0):
         slabs.free(7, sector)
-    assert first.sectors_in_use() == [2, 6] and slabs.used_extents(7) == slabs.used_in(first) == 2
+    assert first.sectors_in_use() == [2, 6] and slabs.used_extents(7) == first.used == 2
     assert [slabs.alloc(7) for _ in range(3)] == [0, 4, 8]
 
 
@@ -247,7 +247,7 @@ class Arena(RuleBasedStateMachine):
             own = sorted(self.slabs.regions(space), key=lambda region: region.first_sector)
             assert own == self.slabs.regions(space)
             assert {sector for region in own for sector in region.sectors_in_use()} == self.used[space]
-            assert self.slabs.used_extents(space) == len(self.used[space]) == sum(map(self.slabs.used_in, own))
+            assert self.slabs.used_extents(space) == len(self.used[space]) == sum(region.used for region in own)
             assert self.slabs.held_bytes(space) == sum(region.bytes for region in own)
             for region in own:
                 assert (

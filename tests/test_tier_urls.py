@@ -221,7 +221,7 @@ def test_secrets_in_files(tmp_path: Path) -> None:
     path = tmp_path / "secret"
     path.write_bytes(b"geheim\n")
     path.chmod(0o644)
-    with pytest.raises(ConfigError, match=f"others may read {path}; chmod 600"):
+    with pytest.raises(ConfigError, match=f"other users may read it: chmod 600 {path}"):
         read_secret(str(path), "tier")
     path.chmod(0o600)
     assert parse_url(f"redis://h?password_file={path}").take_password() == "geheim"

@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lmcache.chunks import Layout
+from lmcache.config import hosts
 from lmcache.errors import ConfigError, ServerUnavailable, WireError
 from lmcache.wire import auth, carriers
 from lmcache.wire import messages as m
@@ -270,7 +271,9 @@ def slow(monkeypatch):
     """Every socket of a carrier is a slow one, and the carriers' clock that of the slow sockets."""
     monkeypatch.setattr(carriers, "exchange", carriers.exchange_in_python)
     monkeypatch.setattr(carriers.socket, "socket", SlowSocket)
-    monkeypatch.setattr(carriers, "time", types.SimpleNamespace(monotonic=lambda: SlowSocket.now))
+    clock = types.SimpleNamespace(monotonic=lambda: SlowSocket.now)
+    monkeypatch.setattr(carriers, "time", clock)
+    monkeypatch.setattr(hosts, "time", clock)  # which counts the seconds left
     SlowSocket.now, SlowSocket.ends = 0.0, []
     return SlowSocket
 

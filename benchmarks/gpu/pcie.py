@@ -81,7 +81,7 @@ def rates(paged: PagedKV, mapping: Mapping, tokens: int, chunk: int, limit: dict
     free = torch.cuda.mem_get_info()[0]
     copier = CudaCopier(paged, chunk)
     copier.adopt(mapping.address, mapping.size_bytes)
-    copier.wait_adopted()
+    copier._arena.wait_registered()
     size, extent, chunks = paged.token_bytes * tokens, paged.shard_bytes(chunk), tokens // chunk
     rng = np.random.default_rng(0)
     table = rng.permutation(paged.num_blocks)[: tokens // BLOCK].astype(np.int32)

@@ -40,7 +40,7 @@ def main(path: Path, device: str) -> None:
     paged, views = paged_kv("HND [nb,2,H,bs,D]", LAYERS, HEADS, DIMS, BLOCK, COUNT, torch.bfloat16, device)
     copier = CudaCopier(paged, CHUNK)
     copier.adopt(mapping.address, mapping.size_bytes)
-    copier.wait_adopted()
+    copier._arena.wait_registered()
     table = np.random.default_rng(9).permutation(COUNT).astype(np.int32)
 
     def runs_of(part: str) -> npt.NDArray[np.int64]:

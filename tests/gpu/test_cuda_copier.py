@@ -134,7 +134,7 @@ def test_layers_can_be_read_as_they_arrive(layout: str, chunk: int, monkeypatch:
     arena = np.frombuffer(mmap.mmap(-1, tokens // chunk * size), dtype=np.uint8)
     arena[:] = np.random.default_rng(1).integers(0, 255, arena.nbytes, dtype=np.uint8)
     copier.adopt(arena.ctypes.data, arena.nbytes)
-    copier.wait_adopted()
+    copier._arena.wait_registered()
     runs = np.array([(i * size, i * chunk, chunk, 0) for i in range(tokens // chunk)], dtype=np.int64)
 
     copier.scatter(arena.ctypes.data, table, runs)
@@ -177,7 +177,7 @@ def test_two_threads_load_while_one_stores() -> None:
     arena = np.frombuffer(mmap.mmap(-1, 2 * extents * size), dtype=np.uint8)
     arena[: extents * size] = np.random.default_rng(1).integers(0, 255, extents * size, dtype=np.uint8)
     copier.adopt(arena.ctypes.data, arena.nbytes)
-    copier.wait_adopted()
+    copier._arena.wait_registered()
     rng = np.random.default_rng(3)
     in_chunk = chunk // block
     blocks = rng.permutation(count).astype(np.int32)

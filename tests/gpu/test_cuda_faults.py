@@ -64,7 +64,7 @@ def test_an_arena_that_cannot_be_registered_is_copied_all_the_same(caplog: pytes
     other, copier = CudaCopier(paged, CHUNK), CudaCopier(paged, CHUNK)
     for one in (other, copier):  # pages that are registered already cannot be registered again
         one.adopt(arena.ctypes.data, arena.nbytes)
-        one.wait_adopted()
+        one._arena.wait_registered()
     assert "cudaHostRegister failed at 0 MiB" in lines(caplog)
     other.close()
     table = np.random.default_rng(1).permutation(COUNT).astype(np.int32)
@@ -138,7 +138,7 @@ def test_an_engine_captures_cuda_graphs_meanwhile(launched_from: str, monkeypatc
                 copier = CudaCopier(paged, CHUNK)
                 copier.adopt(arena.ctypes.data, arena.nbytes)
                 copier.gather(arena.ctypes.data, table, runs, arena_bytes=arena.nbytes)
-                copier.wait_adopted()
+                copier._arena.wait_registered()
                 copier.scatter(arena.ctypes.data, table, runs, arena_bytes=arena.nbytes)
                 copier.close()
                 found.append(True)

@@ -299,7 +299,7 @@ def test_many_records_open_fast_and_take_little(tmp_path: Path) -> None:
     tier = DiskTier(tmp_path / "tier", 1 << 40)
     tier.open()
     assert tier.usage().shards == count
-    assert tier.index_memory_bytes() <= 200 * count
+    assert tier._index.memory_bytes() <= 200 * count
     assert all(tier.known([ShardKey.unpack(key.tobytes()) for key in keys[::9973]]))
     tier.close()
 

@@ -38,7 +38,7 @@ def test_a_checksum_in_pieces_is_the_same(secret: bytes) -> None:
     assert header == frame.make_header(KEY, bytes(16), payload, secret)
     head = header[:112]
     digest = blake3(payload + head, key=secret).digest(16) if secret else xxhash.xxh3_128_digest(payload + head)
-    assert header[112:] == digest and frame.read_header(header) == (KEY, bytes(16), 100_000)
+    assert header[112:] == digest
     assert frame.check(header, payload, KEY, bytes(32)) in (frame.OTHER_VERSION, frame.CHECKSUM)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import secrets
@@ -19,7 +20,7 @@ from lmcache.wire import messages as m
 from lmcache.wire.carriers import Carrier
 
 ITEM_BYTES = 2
-CONNECT_SECONDS = 10.0
+CONNECT_SECONDS, DEADLINE_SECONDS = 10.0, 30.0
 
 
 @dataclass(frozen=True)
@@ -60,23 +61,18 @@ class BenchEngine:
         ServerUnavailable: no server answers there within 10 seconds.
     """
 
-    def __init__(
-        self, model: Model, address: str, threads: int = 1, scheduler_only: bool = False, deadline_seconds: float = 30.0
-    ) -> None:
+    def __init__(self, model: Model, address: str, threads: int = 1, scheduler_only: bool = False) -> None:
         self.model = model
         instance = f"bench-{os.getpid()}-{secrets.token_hex(4)}"
+        endpoint = functools.partial(Endpoint, address, instance, deadline_seconds=DEADLINE_SECONDS)
         self._jobs = itertools.count()
-        self._scheduler = SchedulerSession(
-            Endpoint(address, instance, "scheduler", deadline_seconds=deadline_seconds), model.layout, 1
-        )
-        self._pinger = Connection(
-            Endpoint(address, instance, "ping", deadline_seconds=deadline_seconds), _nothing_to_register
-        )
+        self._scheduler = SchedulerSession(endpoint("scheduler"), model.layout, 1)
+        self._pinger = Connection(endpoint("ping"), _nothing_to_register)
         self._worker: WorkerSession | None = None
         if not scheduler_only:
             self.paged = make_paged(model)
             self._worker = WorkerSession(
-                Endpoint(address, instance, "worker", deadline_seconds=deadline_seconds),
+                endpoint("worker"),
                 model.layout,
                 shard_of_rank(model.layout(1), 0, 1, 0, model.layers),
                 self.paged,

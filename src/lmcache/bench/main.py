@@ -1,4 +1,4 @@
-"""`lmcache bench`: measure what a server gives an engine on this host. It leaves a few chunks behind, in tiers too."""
+"""The measurements of `lmcache bench`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 
 from lmcache.bench.engine import BenchEngine, Model
 from lmcache.bench.samples import Figure, align, figure
-from lmcache.config.load import load
+from lmcache.config.hosts import in_url
 from lmcache.errors import ConfigError, ServerRefused
 from lmcache.wire.http_client import DEFAULT_URL, ask
 
@@ -37,15 +37,15 @@ class Row:
     figure: Figure
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print a table or JSON, and return the exit code.
+def report(options: argparse.Namespace, token: str) -> str:
+    """Measure and return a table, or JSON. token: of the server's HTTP endpoint.
 
     Raises:
-        ConfigError: a flag is unknown, or the URL is not valid.
+        ConfigError: a number is too small, or the URL is not valid.
         ServerUnavailable: no server answers.
     """
-    options = _parse(argv)
-    token = load({"api_token_file": options.api_token_file}).config.api_token
+    if options.threads < 1 or options.rounds < 1:
+        raise ConfigError(f"--threads {options.threads} --rounds {options.rounds}: both must be at least 1")
     status = _status(options.url, token)
     engine = BenchEngine(MODELS[options.model], _engine_address(options.url, status), threads=options.threads)
     try:
@@ -54,10 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         engine.close()
     memory = _memory(status)
     if options.json:
-        print(json.dumps(_as_json(options, status, rows, memory), indent=1))
-    else:
-        print(_as_text(options, engine, rows, memory))
-    return 0
+        return json.dumps(_as_json(options, status, rows, memory), indent=1)
+    return _as_text(options, engine, rows, memory)
 
 
 def measure(engine: BenchEngine, rounds: int) -> list[Row]:
@@ -152,7 +150,7 @@ def _engine_address(url: str, status: dict[str, Any]) -> str:
     host = str(config.get("host", "127.0.0.1"))
     if host in ("0.0.0.0", "::"):
         host = urllib.parse.urlsplit(url).hostname or "127.0.0.1"
-    return f"tcp://{f'[{host}]' if ':' in host else host}:{config['port']}"
+    return f"tcp://{in_url(host)}:{config['port']}"
 
 
 def _memory(status: dict[str, Any]) -> dict[str, int]:
@@ -193,25 +191,3 @@ def _as_text(options: argparse.Namespace, engine: BenchEngine, rows: list[Row], 
         )
     sizes = ", ".join(f"{name} {size / _MIB:.0f} MiB" for name, size in memory.items())
     return f"{head}\n{align(table)}\n\nserver memory: {sizes}"
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        """Treat a wrong flag as a wrong setting: one line, exit code 2."""
-        raise ConfigError(f"{message} (try lmcache bench --help)")
-
-
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = _Parser("lmcache bench", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--url", default=DEFAULT_URL, help=f"HTTP endpoint of the server. Default: {DEFAULT_URL}.")
-    parser.add_argument(
-        "--api-token-file", metavar="FILE", help="File (0600) with the server's token [LMCACHE_SERVER_API_TOKEN_FILE]."
-    )
-    parser.add_argument("--model", choices=list(MODELS), default="small", help="Size of the KV. Default: small.")
-    parser.add_argument("--threads", type=int, default=1, help="Copy threads of the engine. Default: 1.")
-    parser.add_argument("--rounds", type=int, default=20, help="Samples of each copy. Default: 20.")
-    parser.add_argument("--json", action="store_true", help="Print JSON instead of a table.")
-    options = parser.parse_args(argv)
-    if options.threads < 1 or options.rounds < 1:
-        raise ConfigError(f"--threads {options.threads} --rounds {options.rounds}: both must be at least 1")
-    return options

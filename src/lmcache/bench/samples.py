@@ -17,11 +17,6 @@ class Figure:
     high: float
     samples: int
 
-    @property
-    def spread(self) -> float:
-        """Width of the middle 80 % divided by the median."""
-        return (self.high - self.low) / self.median if self.median else 0.0
-
 
 def quantile(samples: Sequence[float], part: float) -> float:
     """Return the sample at the fraction `part` (0 to 1) of the sorted samples.

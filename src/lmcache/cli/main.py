@@ -54,9 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         parser = build_parser()
         arguments, unknown = parser.parse_known_args(words)
-        if unknown and arguments.verb != "bench":
+        if unknown:
             raise ConfigError(_unknown(arguments, unknown[0]))
-        arguments.rest = unknown
         code: int = arguments.run(arguments)
         sys.stdout.flush()
         return code

@@ -258,7 +258,11 @@ def load_engine(
 def is_for_engines(path: Path) -> bool:
     """Return whether the file has a key, possibly misspelt, that only an engine's file can have and the daemon's cannot."""
     servers = {option.name for option in OPTIONS}
-    unknown = [key for key in _read_keys(path) if key.replace("-", "_") not in servers]
+    try:
+        keys = [str(key.value) for key, _ in _entries(path)]
+    except ConfigError:
+        return False  # whoever reads the file next reports its errors
+    unknown = [key for key in keys if key.replace("-", "_") not in servers]
     return any(_meant_for_engines(key, servers) for key in unknown)
 
 
@@ -306,53 +310,32 @@ def _redacted(value: Any) -> Any:
     return read.redacted_url(value) if isinstance(value, str) else value
 
 
-def _read(path: Path) -> bytes:
-    return read.read_file(path, str(path), f": {FILE_VARIABLE} must name a YAML file")
-
-
-def _read_keys(path: Path) -> list[str]:
-    """Return the keys of the file, [] when it cannot be read. `_from_file` reports the errors of such a file."""
-    import yaml
-
-    try:
-        root = yaml.compose(_read(path).decode(), Loader=yaml.SafeLoader)
-    except (ConfigError, UnicodeDecodeError, yaml.YAMLError):
-        return []
-    return [str(key.value) for key, _ in root.value] if isinstance(root, yaml.MappingNode) else []
+def _entries(path: Path) -> list[tuple[Any, Any]]:
+    return read.read_yaml(path, str(path), "chunk_size: 256", f": {FILE_VARIABLE} must name a YAML file")
 
 
 def _from_file(path: Path) -> dict[str, _Found]:
-    import yaml  # imported here, because most starts have no file
+    found: dict[str, _Found] = {}
+    for key_node, value_node in _entries(path):
+        key, where = str(key_node.value), f"{path}:{key_node.start_mark.line + 1}"
+        if key not in _BY_NAME:
+            raise ConfigError(f"{where}: unknown key {key!r}: {nearest(key, _BY_NAME)}")
+        if key in found:
+            raise ConfigError(f"{where}: {key} is given twice (first at {found[key].source}): remove one")
+        found[key] = _Found("" if value_node.tag.endswith(":null") else _text_of(value_node, where), where)
+    return {key: one for key, one in found.items() if one.text}
 
-    raw, loader = _read(path), None
+
+def _text_of(node: Any, where: str) -> str:
+    """Return the text of one value of the file, that of a list or a mapping as JSON."""
+    import yaml
+
+    if isinstance(node, yaml.ScalarNode):
+        return str(node.value)
     try:
-        loader = yaml.SafeLoader(raw.decode())
-        root = loader.get_single_node()
-        if root is None:
-            return {}
-        if not isinstance(root, yaml.MappingNode):
-            raise ConfigError(f"{path}: must be lines of `key: value`, such as `chunk_size: 256`")
-        found: dict[str, _Found] = {}
-        for key_node, value_node in root.value:
-            key, where = str(key_node.value), f"{path}:{key_node.start_mark.line + 1}"
-            if key not in _BY_NAME:
-                raise ConfigError(f"{where}: unknown key {key!r}: {nearest(key, _BY_NAME)}")
-            if key in found:
-                raise ConfigError(f"{where}: {key} is given twice (first at {found[key].source}): remove one")
-            scalar = isinstance(value_node, yaml.ScalarNode)
-            text = value_node.value if scalar else _as_text(loader.construct_object(value_node, deep=True))
-            found[key] = _Found("" if value_node.tag.endswith(":null") else str(text), where)
-        return {key: one for key, one in found.items() if one.text}
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: is not UTF-8 text (byte {error.start})") from None
+        return _as_text(yaml.SafeLoader("").construct_object(node, deep=True))
     except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        raise ConfigError(
-            f"{path}:{mark.line + 1 if mark else 1}: is not YAML: {getattr(error, 'problem', '')}"
-        ) from None
-    finally:
-        if loader is not None:
-            loader.dispose()
+        raise ConfigError(f"{where}: is not YAML: {getattr(error, 'problem', '')}") from None
 
 
 def _as_text(value: Any) -> str:

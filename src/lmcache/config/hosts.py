@@ -52,6 +52,14 @@ def connect(host: str, port: int, timeout_seconds: float) -> socket.socket:
     raise refusals[0]
 
 
+def seconds_left(deadline: float) -> float:
+    """Return the positive number of seconds until `deadline` of `time.monotonic`. Raises TimeoutError when it has passed."""
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError("no answer within the deadline")
+    return left
+
+
 def duplicate(descriptor: int) -> socket.socket | None:
     """Return a new socket for the same connection, which the caller closes; None where `descriptor` is not a socket."""
     try:

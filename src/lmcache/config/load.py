@@ -147,23 +147,8 @@ def _from_environment(environ: Mapping[str, str], warnings: list[str]) -> dict[s
 
 
 def _from_file(path: Path, environ: Mapping[str, str]) -> dict[str, _Given]:
-    import yaml  # imported here, because most starts have no file
-
-    raw = options.read_file(path, f"--config {path}")
-    try:
-        root = yaml.compose(raw.decode(), Loader=yaml.SafeLoader)
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"--config {path}: is not UTF-8 text (byte {error.start})") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise ConfigError(f"{where}: is not YAML: {getattr(error, 'problem', None) or 'unreadable'}") from None
-    if root is None:
-        return {}
-    if not isinstance(root, yaml.MappingNode):
-        raise ConfigError(f"--config {path}: must be lines of `key: value`, such as `l1-size-gb: 20`")
     found: dict[str, _Given] = {}
-    for key_node, value_node in root.value:
+    for key_node, value_node in options.read_yaml(path, f"--config {path}", "l1-size-gb: 20"):
         _read_entry(path, key_node, value_node, environ, found)
     return found
 

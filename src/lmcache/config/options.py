@@ -202,6 +202,28 @@ def read_file(path: Path, name: str, remedy: str = "") -> bytes:
     return raw
 
 
+def read_yaml(path: Path, name: str, example: str, remedy: str = "") -> list[tuple[Any, Any]]:
+    """Return the (key, value) nodes of a YAML file of settings. Arguments and errors are as in `read_file`.
+
+    Raises:
+        ConfigError: the file is not UTF-8, not YAML, or not a mapping, such as the line `example`.
+    """
+    import yaml  # imported here, because most starts have no file
+
+    raw = read_file(path, name, remedy)
+    try:
+        root = yaml.compose(raw.decode(), Loader=yaml.SafeLoader)
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{name}: is not UTF-8 text (byte {error.start})") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise ConfigError(f"{where}: is not YAML: {getattr(error, 'problem', None) or 'unreadable'}") from None
+    if not isinstance(root, yaml.MappingNode | None):
+        raise ConfigError(f"{name}: must be lines of `key: value`, such as `{example}`")
+    return list(root.value) if root else []
+
+
 def default_socket_dir() -> Path:
     """Return the user's runtime directory where there is one, else a private directory in /tmp."""
     runtime = os.environ.get("XDG_RUNTIME_DIR", "")

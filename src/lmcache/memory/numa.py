@@ -55,7 +55,9 @@ def place(address: int, size_bytes: int, policy: str, nodes_there: list[int] | N
     nodes = there if policy in ("auto", "spread") else nodes_of(policy)
     missing = sorted(set(nodes) - set(there))
     if missing:
-        raise ConfigError(f"--numa {policy}: there is no node {missing[0]} with memory; there are {_listed(there)}")
+        raise ConfigError(
+            f"--numa {policy}: there is no node {missing[0]} with memory; there are {', '.join(map(str, there))}"
+        )
     mask = (ctypes.c_ulong * (_MAX_NODES // 64))()
     for node in nodes:
         mask[node // 64] |= 1 << (node % 64)
@@ -77,7 +79,3 @@ def place(address: int, size_bytes: int, policy: str, nodes_there: list[int] | N
         why = "this kernel has no memory policies" if code == errno.ENOSYS else os.strerror(code)
         raise ConfigError(f"--numa {policy}: {why}; leave it at auto")
     return [] if failed else nodes
-
-
-def _listed(nodes: list[int]) -> str:
-    return ", ".join(map(str, nodes))

@@ -168,10 +168,6 @@ class Slabs:
         """Return the number of sectors in one extent of the space."""
         return self._space(space).extent_sectors
 
-    def used_in(self, region: Region) -> int:
-        """Return the number of extents of this region that are in use."""
-        return region.used
-
     # Extents
 
     def alloc(self, space: int) -> int | None:

@@ -11,7 +11,8 @@ import mmap
 import os
 import struct
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,15 @@ def tier_error(where: str, error: OSError) -> TierError:
     """Return the error of the tier `where` (its redacted URL), with a reason for counters and a remedy for people."""
     reason, text = _REASONS.get(error.errno or 0, ("io", error.strerror or str(error)))
     return TierError(reason, f"{where}: {text}")
+
+
+@contextmanager
+def named_errors(where: str) -> Iterator[None]:
+    """Raise each OSError of the tier `where` as a TierError."""
+    try:
+        yield
+    except OSError as error:
+        raise tier_error(where, error) from error
 
 
 def blocks(size: int) -> int:

@@ -37,7 +37,6 @@ from lmcache.tiers.tier import OK, ShardKey
 HEADER_BYTES = 128
 VERSION = 1
 KEY_BYTES = 32
-MAX_PAYLOAD_BYTES = 1 << 40
 _MAGIC = b"LMCframe"
 _KEYED = 1
 _HEAD = struct.Struct("<8sHHI16s16sHHIQ16s32x")
@@ -70,19 +69,7 @@ class Checksum:
     def header(self, key: ShardKey, parent: bytes) -> bytes:
         """Return the 128-byte header of a frame with the payload so far. Ends the checksum."""
         flags = _KEYED if self._secret else 0
-        head = _HEAD.pack(
-            _MAGIC,
-            VERSION,
-            flags,
-            HEADER_BYTES,
-            key.space,
-            key.chunk,
-            key.shard,
-            key.shards,
-            0,
-            self._payload_bytes,
-            parent,
-        )
+        head = _HEAD.pack(_MAGIC, VERSION, flags, HEADER_BYTES, *key, 0, self._payload_bytes, parent)
         return head + self._digest(head)
 
     def check(self, header: bytes | memoryview, key: ShardKey) -> str:
@@ -144,11 +131,9 @@ def check(header: bytes | memoryview, payload: bytes | memoryview, key: ShardKey
 def unpack(stored: bytes | memoryview, key: ShardKey, into: memoryview, secret: bytes = b"") -> str:
     """Copy the payload of a stored frame into a buffer of its size and return OK; or copy nothing and name the damage."""
     header, payload = memoryview(stored)[:HEADER_BYTES], memoryview(stored)[HEADER_BYTES:]
-    outcome = check_stored(header, memoryview(stored).nbytes, key, into.nbytes, secret)
-    if not outcome:
-        checksum = Checksum(secret)
-        checksum.update(payload)
-        outcome = checksum.check(header, key)
+    outcome = check_stored(header, memoryview(stored).nbytes, key, into.nbytes, secret) or check(
+        header, payload, key, secret
+    )
     if outcome == OK:
         into.cast("B")[:] = payload
     return outcome
@@ -160,13 +145,3 @@ def check_digest(header: bytes, payload_bytes: int, digest: bytes, key: ShardKey
     if wrong:
         return wrong
     return OK if digest == header[_CHECKED_BYTES:] else CHECKSUM
-
-
-def read_header(header: bytes | memoryview) -> tuple[ShardKey, bytes, int] | None:
-    """Return (key, parent, payload bytes) of a frame's header, None for anything else. The checksum is not checked."""
-    if len(header) < HEADER_BYTES:
-        return None
-    magic, version, _, size, *name, zero, stored, parent = _HEAD.unpack_from(header)
-    if (magic, version, size, zero) != (_MAGIC, VERSION, HEADER_BYTES, 0) or stored > MAX_PAYLOAD_BYTES:
-        return None
-    return ShardKey(*name), parent, stored

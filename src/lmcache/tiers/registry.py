@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
 from urllib.parse import quote, urlencode
 
@@ -78,9 +78,7 @@ def make_tiers(texts: list[str]) -> list[TierSpec]:
             if spec.name != spec.tier.scheme:
                 raise ConfigError(f"{spec.url}: name={spec.name} is taken by another tier")
             number = next(n for n in range(2, len(taken) + 3) if f"{spec.name}{n}" not in taken)
-            spec = TierSpec(
-                f"{spec.name}{number}", *(getattr(spec, f) for f in ("url", "write", "read", "tier", "warning"))
-            )
+            spec = replace(spec, name=f"{spec.name}{number}")
         specs.append(spec)
     return specs
 

@@ -16,12 +16,13 @@ from typing import TypeVar
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from lmcache.config.hosts import in_url
+from lmcache.config.load import check_secret_file
 from lmcache.config.options import GIB, number, redacted_url
 from lmcache.errors import ConfigError
 
 _REFERENCE = re.compile(r"\$\{(\w+)\}")
 _PUBLIC = frozenset(
-    {
+    [
         "max_gb",
         "read",
         "write",
@@ -35,7 +36,7 @@ _PUBLIC = frozenset(
         "io",
         "cluster",
         "sweep",
-    }
+    ]
 )
 """Options whose values may be shown; those of `*_file` are paths. Values of all other options are shown as `***`."""
 T = TypeVar("T")
@@ -153,13 +154,8 @@ def read_secret(path: str, said: str, binary_bytes: int = 0) -> bytes:
     Raises:
         ConfigError: the file cannot be read, other users may read it, or it has another size.
     """
-    try:
-        mode = Path(path).stat().st_mode
-        content = Path(path).read_bytes()
-    except OSError as error:
-        raise ConfigError(f"{said}: cannot read {path}: {error.strerror}") from None
-    if mode & 0o077:
-        raise ConfigError(f"{said}: others may read {path}; chmod 600 {path}")
+    check_secret_file(Path(path), said)
+    content = Path(path).read_bytes()
     if not binary_bytes:
         return content.strip()
     if len(content) == binary_bytes:

@@ -21,12 +21,7 @@ class Copier(Protocol):
     """Whether a gather writes zeros to the tokens of an extent that its run leaves out; otherwise they keep their bytes."""
 
     def gather(
-        self,
-        base: int,
-        blocks: npt.NDArray[np.int32],
-        runs: npt.NDArray[np.int64],
-        *,
-        arena_bytes: int | None = None,
+        self, base: int, blocks: npt.NDArray[np.int32], runs: npt.NDArray[np.int64], *, arena_bytes: int | None = None
     ) -> None: ...
 
     def scatter(

@@ -74,13 +74,7 @@ class CpuCopier:
         self._copy(0, base, blocks, runs, arena_bytes)
 
     def scatter(
-        self,
-        base: int,
-        blocks: Blocks,
-        runs: Runs,
-        *,
-        arena_bytes: int | None = None,
-        progress: Progress | None = None,
+        self, base: int, blocks: Blocks, runs: Runs, *, arena_bytes: int | None = None, progress: Progress | None = None
     ) -> None:
         """Copy tokens of extents into paged KV. Arguments and errors are as in `gather`. progress: is notified of planes as
         they arrive; with it they arrive in order."""
@@ -118,14 +112,7 @@ class CpuCopier:
                 progress.arrived(group.stop)
 
     def _copy_native(
-        self,
-        copy: Callable[..., None],
-        scatter: int,
-        base: int,
-        blocks: Blocks,
-        runs: Runs,
-        group: range,
-        size: int,
+        self, copy: Callable[..., None], scatter: int, base: int, blocks: Blocks, runs: Runs, group: range, size: int
     ) -> None:
         """Copy the planes `group` of all runs, which are `size` bytes."""
         paged = self.paged

@@ -26,7 +26,7 @@ from zmq.auth.thread import ThreadAuthenticator
 from zmq.utils import z85
 
 from lmcache.config.hosts import ends, in_url
-from lmcache.config.load import KEY_REMEDY
+from lmcache.config.load import KEY_REMEDY, check_secret_file
 from lmcache.errors import ConfigError, LMCacheError
 from lmcache.observability.log import printable
 
@@ -154,13 +154,10 @@ def read_key(key_file: Path) -> bytes:
     Raises:
         ConfigError: the file is missing, readable by others, or not a Z85 key.
     """
+    check_secret_file(key_file, "--auth-key-file", f"; {KEY_REMEDY}")
+    secret = key_file.read_bytes().strip()
     try:
-        if stat.S_IMODE(key_file.stat().st_mode) & 0o077:
-            raise ConfigError(f"--auth-key-file {key_file}: other users may read it; chmod 600 it")
-        secret = key_file.read_bytes().strip()
         zmq.curve_public(secret)
-    except OSError as error:
-        raise ConfigError(f"--auth-key-file {key_file}: {error.strerror}; {KEY_REMEDY}") from error
     except (ValueError, zmq.ZMQError) as error:
         raise ConfigError(f"--auth-key-file {key_file}: not one Z85 secret of 40 characters; {KEY_REMEDY}") from error
     return secret

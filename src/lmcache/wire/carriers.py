@@ -15,7 +15,7 @@ from typing import Protocol
 import zmq
 
 from lmcache.compiled import load_native
-from lmcache.config.hosts import duplicate, in_url
+from lmcache.config.hosts import duplicate, in_url, seconds_left
 from lmcache.errors import ServerUnavailable, WireError
 from lmcache.observability.log import printable
 from lmcache.wire import auth
@@ -71,14 +71,14 @@ class UnixCarrier:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         deadline = time.monotonic() + deadline_seconds
         try:
-            _allow_until(self._socket, deadline)
+            self._socket.settimeout(seconds_left(deadline))
             self._socket.connect(path)
             _, uid = peer_of(self._socket)
             if uid != os.getuid():
                 raise ServerUnavailable(f"the server there runs as user {uid}, this engine as {os.getuid()}")
-            _allow_until(self._socket, deadline)
+            self._socket.settimeout(seconds_left(deadline))
             self._socket.sendall(frame(m.encode(0, hello)))
-            _allow_until(self._socket, deadline)
+            self._socket.settimeout(seconds_left(deadline))
             data, descriptors, _, _ = socket.recv_fds(self._socket, 1 << 16, 1)
             self.descriptor = descriptors[0] if descriptors else -1
             self._arrived = self._reader.feed(data)
@@ -133,10 +133,7 @@ class UnixCarrier:
 
     def _next(self, deadline: float) -> tuple[int, m.Answer]:
         while not self._arrived:
-            remaining = deadline - time.monotonic()
-            if remaining <= 0:
-                raise ServerUnavailable("no answer within the deadline")
-            self._arrived = self._round_trip(b"", remaining)
+            self._arrived = self._round_trip(b"", seconds_left(deadline))
         return m.decode_answer(self._arrived.pop(0))
 
     def _round_trip(self, request: bytes, timeout_seconds: float) -> list[bytes]:
@@ -168,17 +165,10 @@ def exchange_in_python(connection: socket.socket, request: bytes, timeout_second
     """
     deadline = time.monotonic() + timeout_seconds
     if request:
-        _allow_until(connection, deadline)
+        connection.settimeout(seconds_left(deadline))
         connection.sendall(request)
-    _allow_until(connection, deadline)
+    connection.settimeout(seconds_left(deadline))
     return connection.recv(1 << 16)
-
-
-def _allow_until(connection: socket.socket, deadline: float) -> None:
-    """Let the next call on `connection` take until `deadline`. Raises TimeoutError where that has passed."""
-    if (remaining := deadline - time.monotonic()) <= 0:
-        raise TimeoutError("no answer within the deadline")
-    connection.settimeout(remaining)
 
 
 def _choose_exchange() -> Callable[[socket.socket, bytes, float], bytes]:

@@ -13,7 +13,7 @@ import urllib.parse
 import urllib.request
 from typing import Any, Literal
 
-from lmcache.config.hosts import connect
+from lmcache.config.hosts import connect, seconds_left
 from lmcache.errors import ConfigError, ServerRefused, ServerUnavailable
 from lmcache.wire.knock import ZMQ, ZMQ_SPEAKS_FIRST, Listener, knock
 
@@ -78,21 +78,13 @@ class _NoConnection(TimeoutError):
     """No connection could be made in time."""
 
 
-def _left(deadline: float) -> float:
-    """Return the positive number of seconds until `deadline`. Raises TimeoutError when it has passed."""
-    left = deadline - time.monotonic()
-    if left <= 0:
-        raise TimeoutError
-    return left
-
-
 class _Timely(socket.socket):
     """A socket that reads nothing after `deadline`, however little arrives at a time."""
 
     deadline = math.inf
 
     def recv_into(self, *arguments: Any, **more: Any) -> int:  # the only method by which http.client reads
-        self.settimeout(_left(self.deadline))
+        self.settimeout(seconds_left(self.deadline))
         return super().recv_into(*arguments, **more)
 
 
@@ -101,72 +93,52 @@ class _TimelyTls(_Timely, ssl.SSLSocket):
 
 
 class _Connection(http.client.HTTPConnection):
-    """An HTTP connection that fails after `deadline`."""
+    """An HTTP connection, over TLS if `tls`, that fails after `deadline`."""
 
-    def __init__(self, host: str, /, *, deadline: float = math.inf, **more: Any) -> None:
+    def __init__(self, host: str, /, *, deadline: float = math.inf, tls: bool = False, **more: Any) -> None:
+        self._deadline, self._tls = deadline, tls
+        self.default_port = http.client.HTTPS_PORT if tls else http.client.HTTP_PORT
         super().__init__(host, **more)
-        self._deadline = deadline
 
     def connect(self) -> None:
         try:
-            plain = connect(self.host, self.port, _left(self._deadline))
+            plain = connect(self.host, self.port, seconds_left(self._deadline))
         except TimeoutError as error:
             raise _NoConnection from error
         with plain:
-            plain.settimeout(_left(self._deadline))  # for a handshake
-            self.sock = timely = self._timely(plain)
-        timely.deadline = self._deadline
-        timely.settimeout(_left(self._deadline))  # for sending
-
-    def _timely(self, plain: socket.socket) -> _Timely:
-        """Wrap the connected socket, taking over its descriptor."""
-        raise NotImplementedError
-
-
-class _PlainConnection(_Connection):
-    def _timely(self, plain: socket.socket) -> _Timely:
-        return _Timely(fileno=plain.detach())
+            plain.settimeout(seconds_left(self._deadline))  # for a handshake
+            if self._tls:
+                context = ssl.create_default_context()
+                context.sslsocket_class = _TimelyTls
+                timely: Any = context.wrap_socket(plain, server_hostname=self.host)
+            else:
+                timely = _Timely(fileno=plain.detach())
+        self.sock, timely.deadline = timely, self._deadline
+        timely.settimeout(seconds_left(self._deadline))  # for sending
 
     def getresponse(self) -> http.client.HTTPResponse:
-        self.sock.settimeout(_left(self._deadline))
-        if self.sock.recv(1, socket.MSG_PEEK) == ZMQ_SPEAKS_FIRST:
+        self.sock.settimeout(seconds_left(self._deadline))
+        if not self._tls and self.sock.recv(1, socket.MSG_PEEK) == ZMQ_SPEAKS_FIRST:
             raise _Zmq
         return super().getresponse()
 
 
-class _TlsConnection(_Connection):
-    default_port = http.client.HTTPS_PORT
-
-    def _timely(self, plain: socket.socket) -> _Timely:
-        context = ssl.create_default_context()
-        context.sslsocket_class = _TimelyTls
-        wrapped = context.wrap_socket(plain, server_hostname=self.host)
-        assert isinstance(wrapped, _TimelyTls)
-        return wrapped
-
-
-class _Handler(urllib.request.HTTPHandler):
+class _Handler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
     def __init__(self, deadline: float) -> None:
         super().__init__()
         self._deadline = deadline
 
     def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
-        return self.do_open(_PlainConnection, request, deadline=self._deadline)
-
-
-class _TlsHandler(urllib.request.HTTPSHandler):
-    def __init__(self, deadline: float) -> None:
-        super().__init__()
-        self._deadline = deadline
+        return self.do_open(_Connection, request, deadline=self._deadline)
 
     def https_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
-        return self.do_open(_TlsConnection, request, deadline=self._deadline)
+        return self.do_open(_Connection, request, deadline=self._deadline, tls=True)
 
 
 def _exchange(request: urllib.request.Request, deadline: float) -> tuple[int, bytes]:
     """Return status and body within `deadline` seconds, however many connections that takes and however slowly bytes come."""
     end = time.monotonic() + deadline
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _Handler(end), _TlsHandler(end))
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _Handler(end))
     try:
         with opener.open(request) as response:
             return response.status, response.read(_LONGEST_ANSWER_BYTES)

@@ -244,7 +244,7 @@ def _is_gone(holder: str) -> bool:
     except ProcessLookupError:
         return True
     except PermissionError:
-        return False
+        pass  # another user's process has this number
     return False
 
 

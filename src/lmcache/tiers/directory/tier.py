@@ -13,8 +13,7 @@ import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -23,7 +22,7 @@ from lmcache.errors import ConfigError
 from lmcache.observability.log import init_logger
 from lmcache.tiers import frame
 from lmcache.tiers.directory.janitor import Count, Janitor
-from lmcache.tiers.filesystem import BLOCK_BYTES, FULL, Filesystem, blocks, tier_error
+from lmcache.tiers.filesystem import BLOCK_BYTES, FULL, Filesystem, blocks, named_errors, tier_error
 from lmcache.tiers.frame_io import UNREADABLE
 from lmcache.tiers.threads import started_pool
 from lmcache.tiers.tier import ABSENT, KEPT, OK, Shard, ShardKey, Tier, TierError, Usage
@@ -111,7 +110,7 @@ class DirectoryTier(Tier):
         with self._life:
             if self._opened:
                 return
-            with self._named_errors():
+            with named_errors(self._where):
                 _make_folders(self._path / "tmp")
                 self._stop = threading.Event()
                 self._janitor = Janitor(self._filesystem, self._path, self._stop)
@@ -143,28 +142,27 @@ class DirectoryTier(Tier):
 
     def store(self, shards: Sequence[Shard]) -> list[str]:
         self._check_open()
-        seen: set[ShardKey] = set()
-        later = [shard.key in seen or bool(seen.add(shard.key)) for shard in shards]  # type: ignore[func-returns-value]
+        first: dict[ShardKey, Shard] = {}
+        for shard in shards:
+            first.setdefault(shard.key, shard)
         deadline = time.monotonic() + ROOM_SECONDS
-        outcomes = self._each(
-            lambda shard: self._store_one(shard, deadline),
-            [one for one, again in zip(shards, later, strict=True) if not again],
-        )
-        said = iter(outcomes)
-        outcomes = [KEPT if again else next(said) for again in later]
-        for one in outcomes:
+        said: dict[ShardKey, str] = {}
+        for key, one in zip(
+            first, self._each(lambda shard: self._store_one(shard, deadline), [*first.values()]), strict=True
+        ):
             if isinstance(one, OSError):
                 raise tier_error(self._where, one) from one
-        return [one for one in outcomes if isinstance(one, str)]
+            said[key] = one
+        return [said.pop(shard.key, KEPT) for shard in shards]
 
     def remove(self, keys: Sequence[ShardKey]) -> None:
         self._check_open()
-        with self._named_errors():
+        with named_errors(self._where):
             self._each(lambda key: self._unlink(self._file(key)), keys)
 
     def clear(self) -> None:
         self._check_open()
-        with self._counting, self._named_errors():
+        with self._counting, named_errors(self._where):
             self._janitor.clear()
             count = self._janitor.count()
             with self._lock:
@@ -398,7 +396,9 @@ class DirectoryTier(Tier):
             with self._passed:
                 self._begun = self._ended = self._ended + 1
                 self._trouble = trouble
-                self._wanted.pop(self._ended, None)  # those stores have their room, though their threads may not run yet
+                self._wanted.pop(
+                    self._ended, None
+                )  # those stores have their room, though their threads may not run yet
                 self._passed.notify_all()
             if not self._stop.is_set():
                 self._wake.wait(ASK_SECONDS)
@@ -448,13 +448,6 @@ class DirectoryTier(Tier):
     def _check_open(self) -> None:
         if not self._opened:
             raise TierError("closed", f"{self._where}: it is not open")
-
-    @contextmanager
-    def _named_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise tier_error(self._where, error) from error
 
 
 def _stat(path: Path) -> os.stat_result | None:

@@ -27,7 +27,7 @@ from lmcache.tiers.disk.folder import can_be_direct, part_of_free, take_folder
 from lmcache.tiers.disk.journal import PUT, REMOVE, STEP_BYTES, USE, Journal, places
 from lmcache.tiers.disk.segments import Segment, Segments, cost_of, frame_bytes, is_large, offset_of
 from lmcache.tiers.disk.shard_index import MAX_PAYLOAD_BYTES, RECORD, ShardIndex, tag_of
-from lmcache.tiers.filesystem import BLOCK_BYTES, FULL, Filesystem, blocks, tier_error
+from lmcache.tiers.filesystem import BLOCK_BYTES, FULL, Filesystem, blocks, named_errors, tier_error
 from lmcache.tiers.frame_io import BOUNCE_BYTES, GROUP_BYTES, GROUP_FRAMES, UNREADABLE, Found, FrameIO
 from lmcache.tiers.threads import started_pool
 from lmcache.tiers.tier import ABSENT, KEPT, OK, Shard, ShardKey, Tier, TierError, Usage
@@ -105,7 +105,7 @@ class DiskTier(Tier):
             if self._opened:
                 return
             try:
-                with self._named_errors():
+                with named_errors(self._where):
                     self._mount()
             except TierError:
                 self._closing.close()
@@ -169,7 +169,7 @@ class DiskTier(Tier):
                     for number, outcome in zip(group, said, strict=True):
                         outcomes[number] = outcome
             if self._segments.freed_bytes:
-                with self._named_errors():
+                with named_errors(self._where):
                     self._give_back()
         if again:
             for number, outcome in zip(again, self.store([shards[number] for number in again]), strict=True):
@@ -177,13 +177,13 @@ class DiskTier(Tier):
         return outcomes
 
     def remove(self, keys: Sequence[ShardKey]) -> None:
-        with self._call(), self._named_errors():
+        with self._call(), named_errors(self._where):
             with self._lock:
                 self._drop({row for row in (self._index.find(key.packed) for key in keys) if row})
             self._give_back()
 
     def clear(self) -> None:
-        with self._call(alone=True), self._named_errors():
+        with self._call(alone=True), named_errors(self._where):
             with self._lock:
                 self._journal.restart(ShardIndex().records(), self._segments.next_number)
                 self._index = ShardIndex()
@@ -194,10 +194,6 @@ class DiskTier(Tier):
     def usage(self) -> Usage:
         """Return the usage. `stored_bytes`: the blocks of all frames and the most that the index may take during a rewrite."""
         return Usage(self._used() if self._opened else 0, len(self._index), self._max_bytes or None)
-
-    def index_memory_bytes(self) -> int:
-        """Return the bytes that the index takes in this process."""
-        return self._index.memory_bytes()
 
     def close(self) -> None:
         with self._life:
@@ -264,13 +260,6 @@ class DiskTier(Tier):
                 self._calls -= 1
                 self._alone = False
                 self._idle.notify_all()
-
-    @contextmanager
-    def _named_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise tier_error(self._where, error) from error
 
     # ---- space
 
@@ -348,7 +337,9 @@ class DiskTier(Tier):
                     last = self._segments.retire(segment)
                 try:
                     if last:
-                        self._delete(segment)
+                        self._segments.delete(segment)
+                        with self._lock:
+                            self._segments.forget(segment)
                     elif not segment.gone:
                         self._segments.punch(extent)
                         with self._lock:
@@ -360,17 +351,12 @@ class DiskTier(Tier):
                         self._segments.put_back(pending[number:])
                     raise
 
-    def _delete(self, segment: Segment) -> None:
-        self._segments.delete(segment)
-        with self._lock:
-            self._segments.forget(segment)
-
     # ---- storing
 
     def _store_group(self, shards: list[Shard]) -> list[str]:
         payloads = [shard.payload.nbytes for shard in shards]
         for first in (True, False):
-            with self._named_errors():
+            with named_errors(self._where):
                 reserved = self._reserve(payloads)
             if reserved is None:
                 break
@@ -383,7 +369,7 @@ class DiskTier(Tier):
                     return self._commit(shards, found)
             except OSError as error:
                 full = error.errno in FULL
-                with self._named_errors():
+                with named_errors(self._where):
                     self._undo(found, payloads, make_room=full and first)
                 if not full:
                     raise tier_error(self._where, error) from error

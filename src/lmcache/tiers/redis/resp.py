@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from lmcache.config.hosts import connect
+from lmcache.config.hosts import connect, seconds_left
 from lmcache.observability.log import printable
 from lmcache.tiers.tier import TierError
 
@@ -78,13 +78,13 @@ class Connection:
         self._buffer = bytearray(_BUFFER_BYTES)
         self._view, self._from, self._to = memoryview(self._buffer), 0, 0
         try:
-            self._socket = connect(host, port, self._left())
+            self._socket = connect(host, port, seconds_left(self.deadline))
         except OSError as error:
             raise self._failed(error) from None
         try:
             self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if login.tls:
-                self._socket.settimeout(self._left())
+                self._socket.settimeout(seconds_left(self.deadline))
                 self._socket = login.tls.wrap_socket(self._socket, server_hostname=host)
             self._enter(login)
         except OSError as error:
@@ -129,7 +129,7 @@ class Connection:
             for start in range(0, len(value), PIECE_BYTES):
                 piece = value[start : start + PIECE_BYTES]
                 seen(piece)
-                self._socket.settimeout(self._left())
+                self._socket.settimeout(seconds_left(self.deadline))
                 self._socket.sendall(piece)
         except OSError as error:
             raise self._failed(error) from None
@@ -138,7 +138,7 @@ class Connection:
     def flush(self) -> None:
         if self._out:
             try:
-                self._socket.settimeout(self._left())
+                self._socket.settimeout(seconds_left(self.deadline))
                 self._socket.sendall(self._out)
             except OSError as error:
                 raise self._failed(error) from None
@@ -235,18 +235,12 @@ class Connection:
 
     def _receive(self, memory: memoryview) -> int:
         try:
-            self._socket.settimeout(self._left())
+            self._socket.settimeout(seconds_left(self.deadline))
             if count := self._socket.recv_into(memory):
                 return count
         except OSError as error:
             raise self._failed(error) from None
         raise self._failed(ConnectionResetError("the server has closed the connection"))
-
-    def _left(self) -> float:
-        left = self.deadline - time.monotonic()
-        if left <= 0:
-            raise TimeoutError
-        return left
 
     # ---- errors
 

@@ -233,13 +233,7 @@ class RedisTier(Tier):
         size = shard.payload.nbytes
         most = (self._max_bytes or 0) // len(self._tags)
         self._script(
-            connection,
-            self._tag(shard.key),
-            "reserve",
-            most,
-            self._lease_us,
-            self._ttl_us,
-            *_booking(shard.key, size),
+            connection, self._tag(shard.key), "reserve", most, self._lease_us, self._ttl_us, *_booking(shard.key, size)
         )
 
     def _admission(self, connection: Connection, key: ShardKey) -> str:
@@ -257,15 +251,8 @@ class RedisTier(Tier):
             connection.send_value(
                 b"%b.%x" % (name, part), piece, checksum.update, b"PX", b"%d" % (self._lease_us // 1000)
             )
-        booking = _booking(shard.key, payload.nbytes)
-        self._script(
-            connection,
-            self._tag(shard.key),
-            "commit",
-            self._ttl_us,
-            checksum.header(shard.key, shard.parent),
-            *booking,
-        )
+        header, booking = checksum.header(shard.key, shard.parent), _booking(shard.key, payload.nbytes)
+        self._script(connection, self._tag(shard.key), "commit", self._ttl_us, header, *booking)
 
     def _written(self, connection: Connection, shard: Shard) -> str:
         """Read the replies to `_write` and return the outcome."""

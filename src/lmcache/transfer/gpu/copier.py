@@ -50,13 +50,7 @@ class CudaCopier:
         self._rings[True].run(base, *self._bounds.checked(base, blocks, runs, arena_bytes))
 
     def scatter(
-        self,
-        base: int,
-        blocks: Blocks,
-        runs: Runs,
-        *,
-        arena_bytes: int | None = None,
-        progress: Progress | None = None,
+        self, base: int, blocks: Blocks, runs: Runs, *, arena_bytes: int | None = None, progress: Progress | None = None
     ) -> None:
         """Copy extents to paged tokens, in blocks that no work in flight touches.
 
@@ -67,10 +61,6 @@ class CudaCopier:
     def adopt(self, address: int, size_bytes: int) -> None:
         """Register the arena, which is mapped at `address`, with the driver in the background."""
         self._arena.register(address, size_bytes)
-
-    def wait_adopted(self) -> None:
-        """Wait until registration has ended, successfully or not."""
-        self._arena.wait_registered()
 
     def close(self) -> None:
         """Undo registrations and free the rings. No copy may be running."""
