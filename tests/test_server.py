@@ -192,7 +192,7 @@ def test_an_effect_that_fails_fails_no_request(small, monkeypatch, caplog, kind)
         assert client.ask(m.Ping()) == m.Ok()
     counters = service.loop.ask(lambda: service.l1.events.counters | service.counters, PATIENCE)
     assert counters["failed_effects"] > 1 and "internal_errors" not in counters
-    told = [one for one in caplog.records if "could not be noted" in one.getMessage()]
+    told = [one for one in caplog.records if "Processing an L1 event" in one.getMessage()]
     assert len({id(one) for one in told}) == 1, "told once"
     with pytest.raises(DamagedHeaders):
         read_headers(headers.path)
