@@ -131,7 +131,7 @@ def test_a_server_whose_heart_stands_still_is_unhealthy(folders):
     endpoint.start()
     try:
         answer = httpx.get(f"http://127.0.0.1:{endpoint.port}/healthcheck", timeout=PATIENCE)
-        assert answer.status_code == 503 and "heart does not answer" in answer.json()["reason"]
+        assert answer.status_code == 503 and "main loop does not answer" in answer.json()["reason"]
     finally:
         endpoint.stop()
         arena.close()
