@@ -104,7 +104,7 @@ class Events:
         for listener in listeners:
             try:
                 listener(event)
-            except Exception:  # a fault of ours
+            except Exception:  # a bug in the listener
                 self.failed(kind)
 
     def failed(self, kind: str) -> None:

@@ -127,6 +127,6 @@ class L1(Heart):
         """Write to the headers. A failure is counted and makes the headers void; it does not fail this request or later ones."""
         try:
             write()
-        except Exception:  # a fault of ours
+        except Exception:  # a bug in the writing of headers
             self.events.failed(kind)
             self.arena.headers.void()

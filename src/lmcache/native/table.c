@@ -37,9 +37,9 @@ enum { COMPLETED = 1, RELEASED = 2 };
 enum {
     USED = 1,     /* not on the free list */
     ATTACHED = 2, /* in the index */
-    PASSED = 4,   /* LRU: the cursor has gone by */
+    PASSED = 4,   /* LRU: the cursor has passed it */
     QUEUED = 8,   /* LRU: waits in the heap with its present stamp */
-    SEEN = 16,    /* in the policy's order, or it or one that hangs on it is in use; set while `survey` runs */
+    SEEN = 16,    /* in the policy's order, or it or a descendant is in use; set while `survey` runs */
 };
 
 typedef struct {
@@ -79,7 +79,7 @@ struct table {
     PyObject_HEAD
     uint64_t seed[2];
     const policy_t *policy;
-    PyObject *plug; /* the object that `plugged` asks; it may not refer to the table */
+    PyObject *plug; /* the object that `plugged` calls; it must not refer to the table */
     uint32_t shards, shift;
     uint8_t **segments;
     size_t segment_count, segment_room;
@@ -248,7 +248,7 @@ static int add_piece(table_t *t)
     return 0;
 }
 
-/* Adds one bucket, which takes a part of the chain of the next bucket in turn. Without memory the chains just get longer. */
+/* Adds one bucket, which takes part of the chain of the bucket to split next. Without memory the chains only get longer. */
 static void split_bucket(table_t *t)
 {
     uint64_t made = t->buckets;
@@ -366,7 +366,7 @@ static void lru_removed(table_t *t, uint32_t id)
     unlink_age(t, at(t, id), id);
 }
 
-/* Restarts the walk of the cursor. Used where the heap cannot grow. */
+/* Restarts the walk of the cursor. Used if the heap cannot grow. */
 static void forget_passed(table_t *t)
 {
     for (uint32_t id = t->oldest; id != t->cursor; id = at(t, id)->newer)
@@ -644,7 +644,7 @@ static int plugged_victim(table_t *t, uint32_t *id)
 static int plugged_order(table_t *t, uint32_t *ids)
 {
     uint32_t room = t->attached, count = 0, id;
-    int right = 1; /* each one is attached, and was not seen before */
+    int right = 1; /* each record is attached, and was not named before */
     PyObject *order = PyObject_GetIter(t->plug), *row;
     while (order && right && (row = PyIter_Next(order))) {
         right = to_id(t, row, &id) == 0 && (at(t, id)->flags & (ATTACHED | SEEN)) == ATTACHED && count < room;
@@ -1126,7 +1126,7 @@ static long long range_of(const uint8_t *bounds, size_t count, uint32_t sector)
 /* Marks the attached records that are in use, and all their ancestors. */
 static void mark_held(const table_t *t)
 {
-    for (uint32_t id = 1; id < t->next_id; id++) /* as they lie in memory, which is faster than in the policy's order */
+    for (uint32_t id = 1; id < t->next_id; id++) /* in the order of memory, which is faster than the policy's order */
         if ((at(t, id)->flags & ATTACHED) && !is_idle(at(t, id)))
             for (uint32_t up = id; up != NONE && !(at(t, up)->flags & SEEN); up = at(t, up)->parent)
                 at(t, up)->flags |= SEEN;

@@ -81,7 +81,7 @@ class Sessions:
         if hello.version != m.PROTOCOL_VERSION:
             return self.refuse_version(hello, peer.host)
         if peer.process:
-            return m.Error("refused", "hello was said on this connection before; open another one")
+            return m.Error("refused", "a hello was sent on this connection before; open another connection")
         who = (printable(hello.instance, 200), hello.pid, printable(hello.role, 40), hello.rank, hello.session[:16])
         process = self._return(who) or self._enter(who, peer.writer)
         peer.process, peer.payload = process, hello.payload

@@ -239,7 +239,7 @@ class TierRunner:
     def _cancel(self, call: _Call) -> None:
         try:
             self._submitter.cancel(call.operation)
-        except Exception:  # as above; the operation goes on
+        except Exception:  # a third party's tier may raise anything; the operation goes on
             logger.exception("Tier %s could not cancel a %s", self.name, call.method)
 
     def _ended_in_thread(self, call: _Call, result: Any, error: Exception | None) -> None:

@@ -244,7 +244,7 @@ class ZmqEndpoint:
         elif request.proof:
             reason = "no proof"
             why = (
-                f"its proof is not one for this connection, or was used before, or came later than {PROOF_SECONDS:g} s after "
+                f"its proof is not for this connection, or was used before, or came later than {PROOF_SECONDS:g} s after "
                 f"this server's: an engine connects again by itself and gives a new one; if that fails too, {auth.KEY_FOR_BOTH}"
             )
         else:

@@ -288,7 +288,7 @@ class ConformanceSuite:
 
     def test_closed_and_opened_again(self, tmp_path: Path) -> None:
         tier = self.driven(tmp_path)
-        assert tier.usage().shards >= 0, "also where it is not open"
+        assert tier.usage().shards >= 0, "usage() must work on a tier that is not open"
         self.refuses(tier)
         for _ in range(2):
             tier.open()
@@ -296,7 +296,7 @@ class ConformanceSuite:
             assert tier.store([shard_of(shard_key(1), 5000)]) in ([OK], [KEPT])
             tier.close()
             tier.close()
-            assert tier.usage().shards >= 0, "also where it is not open"
+            assert tier.usage().shards >= 0, "usage() must work on a tier that is not open"
             self.refuses(tier)
 
     def test_a_restart_finds_all_again(self, tmp_path: Path) -> None:
