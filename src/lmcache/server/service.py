@@ -129,9 +129,7 @@ class Service:
         asked, shards = len(hashes) // 16, self.l1.shards(peer.process, request.space)
         most = m.most_looked_up(first, shards)
         if asked > most:
-            raise Refusal(
-                f"a lookup of {asked} chunks from chunk {first} on exceeds one answer; ask for at most {most}"
-            )
+            raise Refusal(f"a lookup of {asked} chunks from chunk {first} on exceeds one answer; ask for {most}")
         self.sessions.check_room(peer, 4 * shards * max(0, asked - first))
         name = printable(request.request, 200)
         lookup = time.monotonic(), peer.process, request.space, hashes, first, name
