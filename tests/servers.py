@@ -185,7 +185,7 @@ class Server(Process):
                     return json.load(answer)
             except urllib.error.HTTPError as error:
                 reason = error.read()
-                if b"heart does not answer" not in reason or time.monotonic() > deadline:
+                if b"main loop does not answer" not in reason or time.monotonic() > deadline:
                     raise AssertionError(f"{path}: {error.code} {reason!r}\n{self.complaints()}") from None
 
     def status(self) -> Any:

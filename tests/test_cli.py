@@ -57,7 +57,7 @@ def answered(*words: str) -> str:
 
 
 class Server:
-    """Just enough of a server behind a real HTTP face."""
+    """Just enough of a server behind a real HTTP endpoint."""
 
     healthy = True
     cleared = 0
@@ -70,7 +70,7 @@ class Server:
             "version": "0.1",
             "config": ServerConfig(api_token=TOKEN, port=6555).redacted(),
             "arena": {"bytes": 3 << 30, "used_bytes": 5 << 20, "spaces": {"one": 1234567}},
-            "engines": [{"instance": "a", "pid": 12345, "face": None}, {"instance": "bb", "rank": 1}],
+            "engines": [{"instance": "a", "pid": 12345, "endpoint": None}, {"instance": "bb", "rank": 1}],
             "sessions": [],
         }
 
@@ -405,7 +405,7 @@ def test_the_table() -> None:
     assert any(line.split() == ["used_bytes", "5.0", "MiB"] for line in lines)
     assert any(line.split() == ["spaces.one", "1,234,567"] for line in lines)
     at = lines.index("ENGINES (2)")
-    assert lines[at + 1].split() == ["instance", "pid", "face", "rank"]
+    assert lines[at + 1].split() == ["instance", "pid", "endpoint", "rank"]
     assert lines[at + 2].split() == ["a", "12345", "-", "-"]
     assert "SESSIONS (0)" in lines
 

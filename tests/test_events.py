@@ -88,7 +88,7 @@ def test_a_listener_that_fails_fails_nobody_else(caplog: pytest.LogCaptureFixtur
     life(heart)
     assert sum(event.chunks for event in heard) == heart.events.counters["stored"] == 6
     assert heart.events.counters["failed_effects"] > 3
-    assert len([one for one in caplog.records if "could not be noted" in one.getMessage()]) == 2, "once a kind"
+    assert len([one for one in caplog.records if "Processing an L1 event" in one.getMessage()]) == 2, "once a kind"
 
 
 def test_the_engines_request_is_named(folders, engine) -> None:

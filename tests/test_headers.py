@@ -134,7 +134,7 @@ def test_a_damaged_entry_makes_the_file_useless(headers: Headers) -> None:
     data = bytearray(headers.path.read_bytes())
     data[data.rindex((9).to_bytes(4, "little"))] ^= 1
     headers.path.write_bytes(data)
-    with pytest.raises(DamagedHeaders, match="unknown who may still write"):
+    with pytest.raises(DamagedHeaders, match="which processes may still write"):
         read_headers(headers.path)
 
 

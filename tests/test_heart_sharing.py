@@ -49,7 +49,7 @@ class Engine:
         return sum(self.heart.slabs.held_bytes(own) for own in set(space.classes))
 
     def whole(self) -> int:
-        return next(one.whole for one in self.heart.spaces if one.number == self.space)
+        return next(one.complete for one in self.heart.spaces if one.number == self.space)
 
 
 def prompt(dice: random.Random, length: int) -> list[bytes]:

@@ -1,4 +1,4 @@
-"""The HTTP face: a real one on a free port, with a small Control behind it."""
+"""The HTTP endpoint: a real one on a free port, with a small Control behind it."""
 
 from __future__ import annotations
 
@@ -222,7 +222,7 @@ def test_metrics_are_prometheus(served: Served) -> None:
     assert found["lmcache_stored_chunks"].type == "counter"
     assert (
         found["lmcache_stored_chunks"].documentation
-        == "Chunks that became whole, and readable: stored - evicted - cleared are there."
+        == "Chunks that became complete: L1 holds stored - evicted - cleared complete chunks."
     )
     assert found["lmcache_chunks"].type == "gauge" and found["lmcache_chunks"].samples[0].value == 2
     (missed,) = found["lmcache_missed_chunks"].samples

@@ -344,7 +344,7 @@ def test_a_message_without_end_is_cut_off_unless_it_is_an_engines(folders, deaf)
             pass
         assert hung_up_on(other)
         assert service.sessions.refused.counts["no hello"] == 1 and "more than 65536 bytes" in str(
-            service.sessions.refused.told()
+            service.sessions.refused.status()
         )
         engine.fetch(1)
         assert engine.read() == m.Ok(1)
@@ -564,12 +564,12 @@ def test_the_log_of_refused_engines_is_bounded_and_the_count_is_not(caplog):
         one.note(f"host {number}", "no key", "set it")
         one.note("host 0", "wrong key", "set another")
     assert one.counts["no key"] == one.counts["wrong key"] == 3 * MAX_REFUSED
-    assert len(one.told()) == MAX_REFUSED and {"host 0", "host 191"} <= {told["who"] for told in one.told()}
+    assert len(one.status()) == MAX_REFUSED and {"host 0", "host 191"} <= {told["who"] for told in one.status()}
     assert len(caplog.records) == MAX_REFUSED + 1
     clock[0] += 10.0
     one.note("host 1000", "no key", "set it")
     assert caplog.records[-1].message.startswith("Turned an engine away: host 1000: set it (")
-    assert one.told()[0]["who"] == "host 1000" and "host 1000: set it" in one.lately()
+    assert one.status()[0]["who"] == "host 1000" and "host 1000: set it" in one.lately()
 
 
 def handshake(door: zmq.Socket, address: str) -> zmq.Event:

@@ -131,7 +131,7 @@ def test_a_server_whose_heart_stands_still_is_unhealthy(folders):
     endpoint.start()
     try:
         answer = httpx.get(f"http://127.0.0.1:{endpoint.port}/healthcheck", timeout=PATIENCE)
-        assert answer.status_code == 503 and "heart does not answer" in answer.json()["reason"]
+        assert answer.status_code == 503 and "main loop does not answer" in answer.json()["reason"]
     finally:
         endpoint.stop()
         arena.close()
@@ -192,7 +192,7 @@ def test_an_effect_that_fails_fails_no_request(small, monkeypatch, caplog, kind)
         assert client.ask(m.Ping()) == m.Ok()
     counters = service.loop.ask(lambda: service.l1.events.counters | service.counters, PATIENCE)
     assert counters["failed_effects"] > 1 and "internal_errors" not in counters
-    told = [one for one in caplog.records if "could not be noted" in one.getMessage()]
+    told = [one for one in caplog.records if "Processing an L1 event" in one.getMessage()]
     assert len({id(one) for one in told}) == 1, "told once"
     with pytest.raises(DamagedHeaders):
         read_headers(headers.path)

@@ -273,10 +273,10 @@ def test_a_record_names_the_tiers_and_fits_json(rig: Callable[..., Rig]) -> None
     one.forget_l1()
     assert one.fetch(prompt, rate=1.0) == 4
     (record,) = one.ask(lambda: list(one.tiering.fetches.records))
-    told = one.tiering.report.told(record)
+    told = one.tiering.report.describe(record)
     assert told["from"] == {"near": 4} and told["left_out"] == {"far": "not serving"}
     assert told["recompute_seconds"] == 4 * 16 / 1.0 and told["expected_seconds"] is None
-    endless = one.tiering.report.told(record._replace(expected_seconds=float("inf")))
+    endless = one.tiering.report.describe(record._replace(expected_seconds=float("inf")))
     assert json.loads(json.dumps(endless, allow_nan=False))["expected_seconds"] is None
 
 
@@ -885,7 +885,7 @@ def test_losses_are_told_at_once_and_then_now_and_then(
     eventually(lambda: "store" in tier.calls)
     (hangs,) = told.later(60)
     assert hangs.startswith("Tier hand: store has not returned for "), "and no loss yet"
-    why = "queue full: a higher --l2-queue-gb lets more wait"
+    why = "queue full: a higher --l2-queue-gb lets more chunks wait"
     told.rig.store(chain(2, 3 + 384))
     assert told.later(0) == [f"Tier hand: not written: 384 chunks (1.5 MiB), {why}"], "at once"
     for seed in range(3, 7):
@@ -916,7 +916,7 @@ def test_what_a_tier_refuses_is_told_with_its_reasons_and_at_the_end_in_any_case
     answered(1, OK, KEPT, OK, OK)
     assert told.later(60) == []
     answered(2, "too large", "cursed", OK, "too large")
-    too_large = "too large: a higher max_gb or a lower --chunk-size makes it fit"
+    too_large = "too large: set a higher max_gb or a lower --chunk-size"
     assert told.later(0) == [f"Tier hand: not written: 2 shards (0.0 MiB), {too_large}; 1 shards (0.0 MiB), cursed"]
     answered(3, "cursed", OK, "cursed", "cursed")
     assert told.later(9) == []
@@ -1145,7 +1145,7 @@ def test_faults_of_an_asynchronous_tier_cost_no_extents_and_no_chunks(
     one, prompt = rig(spec(tier), clock=clock), chain(1, 3)
     tier.faults = {"twice"}
     one.store(prompt)
-    eventually(lambda: said == ["Tier hand has ended one store twice, which is a fault of the tier"])
+    eventually(lambda: said == ["Tier hand ended one store operation twice, which is a bug in the tier"])
     one.written()
     one.forget_l1()
     tier.faults = {"submit load", "cancel"}

@@ -1,8 +1,8 @@
-"""Floor 4: L1. Which chunks are where, who may read or fill which extents, what goes when room is needed.
+"""Floor 4: L1, which records where each chunk is stored, who may read or fill its extents, and what is evicted.
 
-No thread and no clock of its own: every call brings `now`. One thread of the server owns it, so it needs no lock. The decisions
-(`heart`, `claims`, `room`, `table`) are pure, so a test can run a million operations with made-up clocks and deaths; `l1` puts
-the arena and its extent headers behind them. May import: `memory`, `chunks`, and the ground floor.
+L1 has no thread and reads no clock: every call passes `now`. One thread of the server owns it, so it needs no lock. The modules
+that decide (`heart`, `claims`, `allocator`, `table`) do no I/O, so a test can run a million operations with an artificial clock.
+`l1` adds the arena and its extent headers. This package may import `memory`, `chunks` and the ground floor.
 """
 
 from lmcache.cache.claims import SERVER, Refusal

@@ -1,15 +1,15 @@
-"""Whose the memory is: extents for shards, and what goes when there are none left.
+"""The allocator assigns extents to shards, and decides which chunks are evicted when no extent is free.
 
-All extents of one size in one space are a *class*; the slabs know it by its number. The rules of this file:
-- Free memory is anybody's, and a region without an extent in use is free memory. When there is none, a space replaces its own
-  chunks, exactly in their order of eviction (`memory.order`), which is LRU.
-- A class's *share* is the arena divided by the spaces that engines use now, times the class's part of its space's chunks.
-  Nobody has a share in a space that no engine uses, so what it holds is taken first.
-- A class takes a region from another when that one, measured in shares, holds more than it will itself with the region. So
-  memory moves towards equal holdings and never back again. One that can evict nothing of its own takes from its equals too.
-- Of the regions that could be taken, the region goes whose last chunk in the order of eviction has the lowest place there. What
-  hangs on its chunks has a lower place still under LRU.
-  A region is left alone while a chunk in it, or one that hangs on a chunk in it, is being read or filled.
+All extents of one size in one space form a *class*, which the slabs identify by a number. The rules:
+- Any class may take free memory, and a region without an extent in use is free memory. When no memory is free, a space evicts
+  its own chunks, exactly in their order of eviction (`memory.order`), which is LRU.
+- The *share* of a class is the size of the arena, divided by the number of spaces that engines use now, times the fraction of a
+  chunk's bytes that the class holds. A class of a space that no engine uses has the share 0, so its memory is taken first.
+- Holdings are measured in shares. A class takes a region from another class that holds more than the taker will hold with the
+  region, so memory moves towards equal holdings and never back. A class that can evict nothing takes from equal holders too.
+- Among the regions that can be taken, the allocator picks the one whose last chunk to be evicted has the lowest place in the
+  order of eviction. Under LRU, the descendants of that region's chunks have still lower places.
+- A region is not taken while a chunk in it, or a descendant of one, is being read or filled.
 """
 
 from __future__ import annotations
@@ -24,33 +24,33 @@ from lmcache.memory.slabs import NO_EXTENT, SECTOR_BYTES, Region, Slabs
 
 @dataclass(slots=True, eq=False)
 class Space:
-    """One layout with one parallel split: its own index, order of eviction and memory."""
+    """One layout with one parallel split, with an index, an order of eviction and memory of its own."""
 
     number: int
     fingerprint: bytes
     shards: int
     table: Table
     classes: list[int]
-    """For each shard, the class its extents come from (-1 until a rank has told its extent size)."""
+    """The class of the extents of each shard; -1 until a rank has registered the shard's size."""
     shard_bytes: list[int]
     instances: set[str] = field(default_factory=set)
-    """Engine instances that use it now."""
-    whole: int = 0
-    """Chunks that have all their shards."""
+    """Engine instances that use the space now."""
+    complete: int = 0
+    """How many chunks are complete."""
     last_used: dict[int, float] = field(default_factory=dict)
-    """Record -> when; kept only while a listener asks for it."""
+    """Record -> time of its last use; kept only if a listener needs it."""
 
     @property
     def chunk_bytes(self) -> int:
-        """Of the arena, for all shards known so far."""
+        """Bytes of the arena that one chunk takes, for all shards registered so far."""
         return sum(-(-size // SECTOR_BYTES) * SECTOR_BYTES for size in self.shard_bytes)
 
 
 class Allocator:
-    """The extents of an arena of `total_bytes`.
+    """Allocates the extents of an arena of `total_bytes`.
 
-    `evict(space, record)` is called to make room: it must free the extents of the chunk, and of all that hang on it. It
-    returns their records.
+    The allocator calls `evict(space, record)` to free memory. The call must free the extents of the chunk and of all its
+    descendants, and return their records.
     """
 
     def __init__(self, total_bytes: int, evict: Callable[[Space, int], Iterable[int]]) -> None:
@@ -59,28 +59,28 @@ class Allocator:
         self._classes: dict[int, Space] = {}
         self._next_class = 0
         self._active = 0
-        """Spaces that an engine uses."""
+        """How many spaces engines use now."""
         self._settled: set[int] = set()
-        """Classes that looked in vain for something to take, since the last `retry_shares`."""
+        """Classes that have found no region to take since the last `retry_shares`."""
 
     def retry_shares(self) -> None:
-        """Something may be idle that was not: fair shares are looked at again."""
+        """Let every class look for regions to take again, since some may have become idle."""
         self._settled.clear()
 
     def join(self, space: Space, instance: str) -> None:
-        """An engine instance uses the space from now on."""
+        """Note that an engine instance uses the space from now on."""
         self._active += not space.instances
         space.instances.add(instance)
         self.retry_shares()
 
     def leave(self, space: Space, instance: str) -> None:
-        """It does not any more."""
+        """Note that an engine instance no longer uses the space."""
         space.instances.remove(instance)
         self._active -= not space.instances
         self.retry_shares()
 
     def open(self, space: Space, shard: int, shard_bytes: int) -> None:
-        """From now on there are extents for this shard."""
+        """Assign this shard to a class of extents of `shard_bytes`, rounded up to complete sectors."""
         sectors = -(-shard_bytes // SECTOR_BYTES)
         space.shard_bytes[shard] = shard_bytes
         for known in set(space.classes) - {-1}:
@@ -93,23 +93,22 @@ class Allocator:
         self._next_class += 1
 
     def close(self, space: Space) -> None:
-        """Forget a space that has no extent in use."""
+        """Remove the classes of a space that has no extent in use."""
         for own in set(space.classes) - {-1}:
             self.slabs.close(own)
             del self._classes[own]
 
     def used_bytes(self) -> int:
-        """Bytes of all extents in use."""
         return (
             sum(self.slabs.used_extents(own) * self.slabs.extent_sectors(own) for own in self._classes) * SECTOR_BYTES
         )
 
     def used_by(self, space: Space) -> int:
-        """Extents in use."""
+        """Return how many extents of the space are in use."""
         return sum(self.slabs.used_extents(own) for own in set(space.classes) - {-1})
 
     def find(self, space: Space, shard: int) -> int | None:
-        """The sector of an extent that is now in use, whatever has to go for it. None: nothing may go."""
+        """Allocate an extent, evicting chunks if necessary; return its sector, or None if nothing may be evicted."""
         own = space.classes[shard]
         while True:
             sector = self.slabs.alloc(own)
@@ -124,20 +123,20 @@ class Allocator:
                 return None
 
     def free(self, space: Space, sectors: Iterable[int]) -> None:
-        """Give back extents of a record: [record][shard], NO_EXTENT where there is none."""
+        """Free extents of records, given by sector as [record][shard]; NO_EXTENT entries are skipped."""
         shards = space.shards
         for at, sector in enumerate(sectors):
             if sector != NO_EXTENT:
                 self.free_one(space, at % shards, sector)
 
     def free_one(self, space: Space, shard: int, sector: int) -> None:
-        """Give back one extent, and its region with the last one."""
+        """Free one extent, and its region too if no other extent in the region is in use."""
         region = self.slabs.free(space.classes[shard], sector)
         if not region.used:
             self.slabs.take(region)
 
     def vacate(self, space: Space, keep: set[int]) -> None:
-        """Free all extents of the space but those at these sectors."""
+        """Free all extents of the space except those at the sectors in `keep`."""
         for own in set(space.classes) - {-1}:
             self.slabs.vacate(own, keep)
             for region in self.slabs.regions(own):
@@ -155,7 +154,8 @@ class Allocator:
         return taken
 
     def _take(self, own: int, least: float, more_than: bool = False) -> bool:
-        """Empty regions of classes that hold `least` shares or more, until `own` can grow. False: there are none."""
+        """Evict chunks from regions of classes that hold at least (`more_than`: more than) `least` shares, until `own` can grow.
+        Returns False if no region can be taken."""
         givers = {}
         for other, space in self._classes.items():
             holding = self._holding(other)
@@ -164,7 +164,7 @@ class Allocator:
         if not givers:
             return False
         costs = self._costs(givers)
-        spare = min(map(self._holding, givers)) - self._holding(own)  # shares that could change hands and not come back
+        spare = min(map(self._holding, givers)) - self._holding(own)  # shares that can move without moving back later
         most_bytes = int(min(spare * self._share(own), self.slabs.total_bytes // 8)) if more_than else 0
         regions = self.slabs.window(own, lambda region: costs.get(region.first_sector), most_bytes)
         for region in regions:
@@ -176,8 +176,8 @@ class Allocator:
         return bool(regions)
 
     def _costs(self, givers: dict[int, Space]) -> dict[int, float]:
-        """For regions that may be emptied, by first sector: which part of their space's order of eviction goes with them; less
-        than 0 where no engine uses the space."""
+        """Return what taking each region would cost, by first sector: the fraction of the space's order of eviction up to the
+        region's last chunk, less 1 if no engine uses the space. Regions that must not be emptied are absent."""
         costs = {}
         for space in set(givers.values()):
             regions: list[Region] = []
@@ -192,12 +192,12 @@ class Allocator:
         return costs
 
     def _holding(self, own: int, more_bytes: int = 0) -> float:
-        """Bytes of a class in shares."""
+        """Return the bytes that a class holds, measured in shares."""
         held, share = self.slabs.held_bytes(own) + more_bytes, self._share(own)
         return held / share if share else float("inf") if held else 0.0
 
     def _share(self, own: int) -> float:
-        """Bytes that a class may hold when all want more than there is."""
+        """Return the bytes that a class may hold when the demand of all classes exceeds the arena."""
         space = self._classes[own]
         if not space.instances:
             return 0.0

@@ -1,12 +1,12 @@
-"""Claims on extents: which processes there are, what they may read or fill, and what stays out of use after its deadline.
+"""Claims on extents: the registered processes, the leases and reservations that they hold, and the quarantine.
 
-- A *lease* (right to read) belongs to an engine instance; a *reservation* (right to fill) to one of its processes. Both end
-  by release or commit, or when every process that may still touch the extents is known to be gone. A deadline ends the claim
-  only: the extents stay out of use (quarantine) until then, are counted, and an instance with too many gets nothing new.
-- The server itself reads and fills extents on behalf of the tiers, as the process `SERVER`, which is always there. Each tier
-  has an account of its own, which is an instance: what a tier that hangs may still touch is in that tier's quarantine only.
+- A *lease* is the right of an engine instance to read extents; a *reservation* is the right of one process to fill extents. Each
+  ends by release or commit, or when every process that may still touch the extents has ended. Passing the deadline expires
+  only the claim: the extents are in quarantine until the end, and an instance with too many bytes there gets no new extents.
+- The server reads and fills extents for the tiers as the process `SERVER`, which always exists. Each tier has an `Instance` of
+  its own, so the extents that a hanging tier may still touch count against the quarantine of that tier only.
 
-What the end of a claim does to the index is decided in `cache.heart`.
+`cache.heart` decides what the end of a claim does to the index.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from lmcache.cache.table import Table
 from lmcache.errors import LMCacheError
 
 SERVER = 0
-"""The process that is the server itself. Engines' processes have numbers above."""
+"""The number of the server's own process. The processes of engines have greater numbers."""
 _OWN_INSTANCE = "\0server"
-"""No engine is called so: what engines say of themselves is printable."""
+"""The server's instance. No engine can have this name, since the names of engines are printable."""
 QUARANTINE_SHARE = 4
 """An instance (or tier) whose expired claims hold more than 1/4 of the arena gets no new extents."""
 MAX_LEASES = 4096
@@ -32,7 +32,7 @@ MAX_LEASES = 4096
 
 
 class Refusal(LMCacheError):
-    """A request that L1 declines: unknown space, lease or reservation, or too much in quarantine."""
+    """L1 declines a request, because it names an unknown space, lease or reservation, or has arguments that L1 cannot use."""
 
 
 @dataclass(slots=True)
@@ -41,7 +41,7 @@ class Claim:
     instance: Instance
     space: Space
     table: Table
-    """The space's, or the one that it had before it was cleared."""
+    """The table of the space when the claim was made. Clearing the cache gives the space a new table."""
     deadline: float
     expired: bool = field(default=False, init=False)
 
@@ -54,14 +54,14 @@ class Claim:
 class Lease(Claim):
     ids: bytes
     shard: int = field(default=-1, init=False)
-    """Of all shards."""
+    """A lease covers all shards."""
 
     @property
     def chunks(self) -> int:
         return len(self.ids) // 4
 
     def first_sectors(self) -> array[int]:
-        """The sector of each leased chunk's first shard, which identifies the chunk in the arena."""
+        """Return the sector of the first shard of each leased chunk, which identifies the chunk in the arena."""
         return array("I", self.table.extents(self.ids))[:: self.space.shards]
 
 
@@ -69,7 +69,7 @@ class Lease(Claim):
 class Reservation(Claim):
     shard: int
     ids: list[int]
-    """The chunks' numbers in `table`. They mean nothing once the reservation has expired."""
+    """The records of the chunks in `table`; not valid once the reservation has expired."""
     sectors: list[int]
 
     @property
@@ -85,15 +85,15 @@ AnyClaim = Lease | Reservation
 
 
 class Quarantine:
-    """Bytes of the extents of expired claims. A chunk that several leases hold counts once."""
+    """Counts the bytes of the extents of expired claims. A chunk that several leases hold counts once."""
 
     def __init__(self) -> None:
         self.bytes = 0
         self._leases: Counter[int] = Counter()
-        """First sector of a chunk -> expired leases on it."""
+        """First sector of a chunk -> number of expired leases on the chunk."""
 
     def add(self, claim: AnyClaim) -> None:
-        """The work is that of the claim's own chunks, however many other claims have expired."""
+        """Add an expired claim. The cost depends on the chunks of this claim only, not on other expired claims."""
         if isinstance(claim, Reservation):
             self.bytes += len(claim.sectors) * claim.shard_bytes
             return
@@ -115,7 +115,7 @@ class Quarantine:
 
 @dataclass(slots=True, eq=False)
 class Instance:
-    """An engine, of one or several processes; or a tier's account."""
+    """An engine of one or several processes, or the account of one tier."""
 
     name: str
     tier: str = ""
@@ -132,7 +132,7 @@ class Process:
 
 
 class Claims:
-    """All processes and claims. `seconds`: how long a claim lasts. Numbers of claims begin at `first_number`."""
+    """All processes and claims. A claim lasts `seconds`; the first claim gets `first_number`."""
 
     def __init__(self, total_bytes: int, seconds: float, first_number: int) -> None:
         self.seconds = seconds
@@ -145,28 +145,28 @@ class Claims:
         self._instances = {_OWN_INSTANCE: own}
         self._processes = {SERVER: Process(own)}
         self._due: OrderedDict[int, AnyClaim] = OrderedDict()
-        """Claims that have not expired, the next one to do so first: all last equally long."""
+        """Claims that have not expired, in the order of their deadlines, since all claims last equally long."""
         self._next = first_number
 
-    # Who is there
+    # Processes
 
     def join(self, process: int, instance: str) -> None:
-        """A process that is not there yet, or that is of this instance already."""
+        """Register a process, which must be unknown or belong to this instance already."""
         known = self._instances.setdefault(instance, Instance(instance))
         self._processes.setdefault(process, Process(known))
         known.processes.add(process)
 
     def leave(self, process: int) -> Instance | None:
-        """Forget a process without reservations. Returns its instance if that was its last process, and is gone as well."""
+        """Remove a process that has no reservations. Returns its instance if the instance is removed with its last process."""
         instance = self._processes.pop(process).instance
         instance.processes.discard(process)
         return None if instance.processes else self._instances.pop(instance.name)
 
     def instance_of(self, process: int, tier: str = "") -> Instance:
-        """The process's instance; of the server, the account of this tier.
+        """Return the instance of the process, or the account of `tier` if the process is the server.
 
         Raises:
-            Refusal: no such process has joined.
+            Refusal: the process has not joined.
         """
         if process == SERVER:
             name = f"{_OWN_INSTANCE} {tier}"
@@ -177,12 +177,12 @@ class Claims:
         return known.instance
 
     def known(self, process: int) -> Instance | None:
-        """The process's instance, if it has joined."""
+        """Return the instance of the process, or None if the process has not joined."""
         known = self._processes.get(process)
         return known.instance if known is not None else None
 
     def over_quota(self, instance: Instance) -> bool:
-        """Whether so much of the instance's is in quarantine that it gets nothing new."""
+        """Return whether the instance has too many bytes in quarantine to get new extents."""
         return instance.quarantine.bytes > self._quota
 
     def why_no_lease(self, instance: Instance) -> str:
@@ -190,10 +190,10 @@ class Claims:
             return "quarantine"
         return "too many leases" if len(instance.leases) >= MAX_LEASES else ""
 
-    # What they hold
+    # Leases and reservations
 
     def add(self, claim: AnyClaim) -> int:
-        """A new claim's number."""
+        """Record a new claim and return its number."""
         number, self._next = self._next, self._next + 1
         self._due[number] = claim
         if isinstance(claim, Lease):
@@ -205,17 +205,17 @@ class Claims:
         return number
 
     def lease(self, process: int, number: int) -> Lease | None:
-        """One that this process may read by."""
+        """Return the lease if this process took it or is of the instance that holds it, else None."""
         held = self.leases.get(number)
         if held is None or held.by[0] == process or held.instance is self.known(process):
             return held
         return None
 
     def reservation(self, process: int, number: int) -> Reservation:
-        """One of this process, which may have expired.
+        """Return a reservation of this process, expired or not.
 
         Raises:
-            Refusal: there is none.
+            Refusal: the process has no such reservation.
         """
         held = self.reservations.get(number)
         if held is None or held.process != process:
@@ -231,13 +231,13 @@ class Claims:
         return {claim.table for claim in (*self.leases.values(), *self.reservations.values())}
 
     def unknown_leases(self, process: int, known: Iterable[int]) -> list[int]:
-        """Those that this process took, but the ones in `known`."""
+        """Return the leases that this process took and that are not in `known`."""
         kept = set(known)
         leases = self.instance_of(process).leases
         return [number for number in leases if number not in kept and self.leases[number].process == process]
 
     def renew(self, now: float, process: int, numbers: Iterable[int]) -> int:
-        """Leases begin anew, those that have expired as well. Returns how many of them this process may read by."""
+        """Restart the time of these leases, including expired ones. Returns how many of them this process may use."""
         count = 0
         for number in numbers:
             held = self.lease(process, number)
@@ -273,7 +273,7 @@ class Claims:
         held.instance.quarantine.remove(held)
 
     def next_expired(self, now: float) -> AnyClaim | None:
-        """A claim whose deadline has passed: its extents are in quarantine from now on. None when there is no other."""
+        """Put the extents of one claim whose deadline has passed into quarantine. Returns the claim, or None if none is due."""
         number, held = next(iter(self._due.items()), (0, None))
         if held is None or now <= held.deadline:
             return None

@@ -1,6 +1,6 @@
-"""What happens to chunks in L1: one stream of events, followed by any number of listeners.
+"""Events report what happens to chunks in L1: one stream, with any number of listeners.
 
-Each event is counted. Its hashes are taken from the index only where a listener has asked for events of its kind.
+Every event is counted. Its hashes are read from the index only if a listener has asked for them.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ KINDS = (
 
 
 class Event(NamedTuple):
-    """Something that has happened to `chunks` chunks of a space.
+    """One event, which concerns `chunks` chunks of a space.
 
-    hit, missed    a lookup found them, or did not.
-    stored         they are complete: all their shards are there. evicted, cleared: they were complete and are gone. So
-                   stored - evicted - cleared are in the index.
-    reserved       a rank (or tier) got extents for its shards of them. committed, dropped: it has filled them, or did not.
-    incomplete     they were evicted before all ranks had stored their shards, though some had.
-    refused        they got no extents.
-    expired        a claim on them has passed its deadline. Those of a reservation are dropped with that.
+    hit, missed    A lookup found the chunks, or did not find them.
+    stored         The chunks have become complete. evicted, cleared: complete chunks were removed from the index.
+                   The index holds stored - evicted - cleared complete chunks.
+    reserved       A rank or a tier got extents for its shards. committed, dropped: it filled the extents, or did not.
+    incomplete     The chunks were evicted when only some ranks had stored or begun their shards.
+    refused        The chunks got no extents.
+    expired        A claim on the chunks has passed its deadline. The chunks of a reservation are dropped then.
     """
 
     kind: str
@@ -34,43 +34,43 @@ class Event(NamedTuple):
     chunks: int
     reason: str = ""
     process: int = 0
-    """Whose act it is: who looked up, reserved or committed; for evicted, whose reservation needed the room. 0: the server."""
+    """The process that looked up, reserved or committed; for evicted, the one whose reservation needed memory. 0: the server."""
     tier: str = ""
-    """The tier on whose behalf the server acts; "" where an engine does."""
+    """The tier for which the server acts; "" if an engine acts."""
     request: str = ""
-    """The engine's id of the request, where it has said one."""
+    """The engine's id of the request; "" if the engine gave none."""
     shard: int = -1
-    """Of a reservation; -1 where an event is about all shards."""
+    """The shard of a reservation; -1 if the event concerns all shards."""
     hashes: bytes = b""
-    """16 bytes a chunk."""
+    """The chunk hashes, 16 bytes each."""
     parents: bytes = b""
-    """For stored: the hashes of the chunks before them, 16 bytes each, zeros where there is none."""
+    """For stored: the hashes of the preceding chunks, 16 bytes each, zeros for a first chunk."""
     wanted_by: int = -1
-    """For evicted and incomplete: the space that needed the room."""
+    """For evicted and incomplete: the space that needed memory."""
     last_used: tuple[float | None, ...] = ()
-    """For evicted: when each chunk was last used; None where that was before anybody listened."""
+    """For evicted: when each chunk was last used; None if that was before the first listener."""
 
 
 Listener = Callable[[Event], None]
 By = tuple[int, str, str]
-"""Whose act it is: process, tier and request, as in `Event`."""
+"""Who acts: process, tier and request, as in `Event`."""
 NOBODY: By = 0, "", ""
 
 
 class Events:
-    """The stream. A listener runs in the middle of what it hears of: it may take note, and calls no verb of L1."""
+    """The stream of events. Listeners run while L1 is in the middle of an operation, so they must not call L1."""
 
     def __init__(self) -> None:
         self.counters: Counter[str] = Counter()
-        """Chunks by kind, and by `kind:reason`; `failed_effects`, also by kind: what listeners failed to take note of."""
+        """Chunks by kind and by `kind:reason`; `failed_effects` and `failed_effects_KIND` count the failures of listeners."""
         self.heard: dict[str, list[Listener]] = {}
-        """The listeners, by kind."""
+        """The listeners of each kind."""
         self.named: set[str] = set()
-        """Kinds whose events have to name their chunks."""
+        """Kinds whose events must carry hashes."""
 
     def listen(self, kinds: Iterable[str], listener: Listener, named: bool = True) -> None:
-        """Call the listener for each event of these kinds, from now on. named: it needs `hashes` and the fields after them,
-        which are empty otherwise, unless another listener needs them."""
+        """Call the listener for each event of these kinds from now on. named: the listener needs `hashes` and the fields after
+        it, which are empty if no listener of the kind needs them."""
         for kind in kinds:
             self.heard.setdefault(kind, []).append(listener)
             if named:
@@ -86,9 +86,9 @@ class Events:
         detail: Callable[[Event], Event],
         shard: int = -1,
     ) -> None:
-        """Count it, and call those who listen; `detail` adds what some of them have asked for.
+        """Count an event and call its listeners; `detail` adds the hashes and the fields after them, if a listener needs those.
 
-        A listener that fails is counted, and fails nobody else.
+        An exception in a listener is counted. It affects neither the other listeners nor the caller.
         """
         if not chunks:
             return
@@ -104,12 +104,12 @@ class Events:
         for listener in listeners:
             try:
                 listener(event)
-            except Exception:  # a fault of ours
+            except Exception:  # a bug in the listener
                 self.failed(kind)
 
     def failed(self, kind: str) -> None:
-        """Count, and the first time log, the exception at hand: a `kind` of chunks could not be noted."""
+        """Count the current exception, which an effect of the event `kind` has raised; log it the first time."""
         if not self.counters[f"failed_effects_{kind}"]:
-            logger.exception("A %s of chunks could not be noted; this is counted from now on, and L1 serves on", kind)
+            logger.exception("Processing an L1 event `%s` failed; L1 goes on, and only counts more failures", kind)
         self.counters[f"failed_effects_{kind}"] += 1
         self.counters["failed_effects"] += 1

@@ -1,17 +1,17 @@
-"""Fetching from tiers: what is asked, what is loaded, and how long anybody waits for it. Pure: `now` is an argument.
+"""Fetches decide what tiers are asked, what is loaded from them, and how long an engine waits. No I/O: `now` is an argument.
 
-A *fetch* is the part of a prompt that L1 lacks, looked for in the tiers. Its life:
+A *fetch* looks in the tiers for the part of a prompt that L1 lacks. It has three states:
 
-    asking   every usable tier is asked side by side which of the chunks it has
-    loading  chunks up to the first that nobody has are loaded, each from the nearest tier that has it, first ones first
-    ended    what has arrived is used; the engine computes the rest
+    asking   All usable tiers are asked at the same time which of the chunks they have.
+    loading  The chunks before the first one that no tier has are loaded in order, each from the nearest tier that has it.
+    ended    The engine uses the chunks that have arrived, and computes the rest.
 
-The engine asks again and again (`poll`) and is told to wait or to go. It goes when everything planned has arrived or
-failed, when loading is not worth it, or when the next chunk is later than planned by more than `worth.slack_seconds`: so a
-slow or stalled tier costs a small share of what computing would take. Loads that run go on and fill L1; those that have not
-begun are dropped when the last fetch that waits for them has ended. A chunk that is under way is loaded once, whoever wants
-it; a load that hangs counts as under way for `patience_seconds`, and then its chunks may come from elsewhere. What became
-of a fetch, and why, is its `FetchRecord`, of which each fetch leaves one.
+The engine calls `poll` repeatedly; the answer says how many chunks to wait for. The wait ends when every planned chunk has
+arrived or failed, when loading would take longer than computing, or when the next chunk is late by more than
+`load_cost.slack_seconds`. So a slow or stalled tier costs a small share of the time that computing takes. Running loads go on
+and fill L1; queued loads are dropped when the last fetch that waits for them ends. A chunk is loaded once, however many fetches
+want it. After `patience_seconds`, a hanging load no longer counts, and its chunks may be loaded from another tier. Every fetch
+leaves a `FetchRecord`, which says what happened and why.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ from lmcache.cache.load_cost import Pace, slack_seconds
 from lmcache.chunks import HASH_BYTES
 
 ASK_SECONDS = 0.5
-"""Tiers that have not answered by then are left out of a fetch."""
+"""A fetch goes on without the tiers that have not answered by then."""
 ENDED_SECONDS = 1.0
-"""How long the same request, asked for again, is told once more that there is nothing to wait for, unless a tier
-has got its next chunk meanwhile."""
+"""A lookup for the same chunks starts no new fetch for so long after the last one ended without them, unless a tier has stored
+the next chunk meanwhile."""
 MAX_FETCHES = 4096
 KEPT_RECORDS = 1000
-"""Of the fetches that ended last."""
+"""How many records of ended fetches are kept."""
 MAX_REQUESTS = 8
-"""Named in a record, of those that wanted the same."""
+"""How many request ids a record names at most."""
 PROBE_SECONDS = 15.0
-"""Between loads that only look whether a slow tier has become faster."""
+"""Time between loads that only measure whether a slow tier has become faster."""
 _BATCH_SECONDS = 0.03
 _FIRST_BATCH_BYTES = 4 << 20
 _NOT_WORTH_IT, _TOO_SLOW = "not worth it", "too slow to ask"
 _FAIR_TRY = 0.25
-"""Of what computing everything would take: so long is waited for a tier whose pace was never seen."""
+"""The share of the computing time for which a fetch waits for a tier whose pace is not known yet."""
 
 
 class Ask(NamedTuple):
-    """Effect: which of these chunks has the tier? Tell `answered`."""
+    """Effect: ask the tier which of these chunks it has, and pass the answer to `answered`."""
 
     fetch: int
     tier: int
@@ -54,8 +54,8 @@ class Ask(NamedTuple):
 
 
 class Load(NamedTuple):
-    """Effect: load these chunks, which follow `parent` (the root where `root`), from the tier into L1. Tell `loaded`, also
-    where the tier takes for ever: the load counts as one of those that run until then."""
+    """Effect: load these chunks, which follow `parent` (or the root if `root`), from the tier into L1. Call `loaded` when the
+    load has ended, however late; until then it counts as running."""
 
     number: int
     tier: int
@@ -66,7 +66,7 @@ class Load(NamedTuple):
 
 
 class Decided(NamedTuple):
-    """Effect: for the log. Whether a fetch is worth its load was decided."""
+    """Effect: log the decision whether a fetch loads its chunks."""
 
     requests: tuple[str, ...]
     prompt: bytes
@@ -76,37 +76,36 @@ class Decided(NamedTuple):
 
 
 class FetchRecord(NamedTuple):
-    """A fetch that has ended: what was asked for, what was decided by which numbers, and what came of it."""
+    """A fetch that has ended: the chunks asked for, the decision with its numbers, and the outcome."""
 
     requests: tuple[str, ...]
-    """The engines' own ids of those who asked, as far as they told."""
+    """The engines' ids of the requests, as far as they were given."""
     prompt: bytes
     """Hash of the last chunk asked for."""
     space: int
     asked_chunks: int
     l1_chunks: int
-    """Of these, from the start on, in L1 when it began."""
+    """How many leading chunks were in L1 when the fetch began."""
     planned: dict[int, int]
-    """Tier -> chunks that it was to bring."""
+    """Tier -> number of chunks to be loaded from it."""
     left_out: dict[int, str]
-    """Tier -> why it had no say."""
+    """Tier -> why it was not asked, or its answer not used."""
     expected_seconds: float | None
-    """What loading was to take; None where a tier's pace was unknown, or nothing was there."""
+    """Expected time of the load; None if a tier's pace was unknown, or no tier had a chunk."""
     recompute_seconds: float | None
-    """What computing the same chunks (all that were missing, where no tier had any) would take; None where the engine's
-    pace was unknown."""
+    """Time to compute the same chunks (all missing ones if no tier had any); None if the engine's pace was unknown."""
     decision: str
-    """load, not worth it, or "" where there was nothing to decide."""
+    """`load`, `not worth it`, or "" if there was nothing to decide."""
     waited_seconds: float
     outcome: str
-    """arrived, failed (planned chunks did not come), absent, not worth it, late, patience, too many."""
+    """arrived, failed (planned chunks did not arrive), absent, not worth it, late, patience, too many."""
     arrived_chunks: int
-    """Beyond those in L1 when it began, at its end."""
+    """Chunks that the fetch added to those that were in L1 at its beginning."""
     ended: float
 
 
 class TierTraits(NamedTuple):
-    """What the planning needs to know of a tier. usable(now): whether it may be asked now. batch_shards: the most of one load."""
+    """Properties of a tier for planning. usable(now): whether it may be asked now. batch_shards: the most of one load."""
 
     batch_bytes: int
     concurrency: int
@@ -120,33 +119,33 @@ class _Fetch:
     space: int
     hashes: bytes
     first: int
-    """Chunks before this one were in L1 when it began."""
+    """The number of leading chunks that were in L1 at the beginning."""
     began: float
     prefill_seconds: float
-    """To compute one chunk; 0 where unknown."""
+    """Time to compute one chunk; 0 if unknown."""
     chunk_bytes: int
     chunk_shards: int
     requests: list[str] = field(default_factory=list)
-    """Who asked, as far as that was told."""
+    """The ids of the requests, as far as they were given."""
     unanswered: set[int] = field(default_factory=set)
     left_out: dict[int, str] = field(default_factory=dict)
-    """Tier -> why."""
+    """Tier -> why it was not asked, or its answer not used."""
     has: dict[int, Sequence[bool]] = field(default_factory=dict)
     """Tier -> which of the missing chunks it has."""
     planned: int = 0
-    """Chunks that are to arrive, from `first` on."""
+    """How many chunks are loaded, from `first` on."""
     sources: Counter[int] = field(default_factory=Counter)
-    """How many of them each tier is to bring."""
+    """Tier -> number of chunks loaded from it."""
     in_l1: int = 0
-    """Leading chunks in L1 when somebody asked last."""
+    """How many leading chunks were in L1 at the last `poll`."""
     asked_at: float = 0.0
-    """When that was."""
+    """Time of the last `poll`."""
     expected_seconds: float | None = None
     recompute_seconds: float | None = None
-    """Of the decision."""
+    """The two times that the decision compared."""
     decision: str = ""
     due: list[float | None] = field(default_factory=list)
-    """When each of them is expected, in seconds after `began`; None while a tier's pace is unknown."""
+    """When each planned chunk is expected, in seconds after `began`; None while a tier's pace is unknown."""
     waiting: set[_Pending] = field(default_factory=set)
     ended: float | None = None
 
@@ -159,7 +158,7 @@ class _Fetch:
 
     @property
     def arrived(self) -> int:
-        """Planned chunks that were there when somebody asked last."""
+        """How many planned chunks were in L1 at the last `poll`."""
         return min(max(0, self.in_l1 - self.first), self.planned)
 
     def asked(self, now: float, in_l1: int, request: str) -> None:
@@ -188,7 +187,7 @@ class _Fetch:
 
 @dataclass(eq=False)
 class _Pending:
-    """A load that has not ended. began: when it did, None while it is queued."""
+    """A load that has not ended. began: time of its beginning; None while it is queued."""
 
     load: Load
     waiters: set[_Fetch] = field(default_factory=set)
@@ -200,18 +199,18 @@ class _Pending:
 
 
 class Fetches:
-    """All fetches over these tiers, nearest first.
+    """All fetches from these tiers, nearest first.
 
-    always: load whatever is there, and wait `patience_seconds` at most. Without it the worth of a load is judged.
+    always: load whatever a tier has, and wait up to `patience_seconds`. Otherwise load only if that is faster than computing.
     """
 
     def __init__(self, tiers: Sequence[TierTraits], always: bool = False, patience_seconds: float = 10.0) -> None:
         self.effects: list[Ask | Load | Decided] = []
-        """Drained by the server after every call."""
+        """The server carries these out after every call, and removes them."""
         self.counters: Counter[str] = Counter()
         self.paces = [Pace() for _ in tiers]
         self.records: deque[FetchRecord] = deque(maxlen=KEPT_RECORDS)
-        """Of fetches that have ended, the latest one last."""
+        """Records of ended fetches, the latest one last."""
         self.last: Decided | None = None
         self._tiers = tiers
         self._always = always
@@ -225,15 +224,15 @@ class Fetches:
         self._running: list[dict[int, _Pending]] = [{} for _ in tiers]
         """Loads that have begun and not returned, by number."""
         self._under_way: dict[tuple[int, bytes], _Pending] = {}
-        """By space and chunk: loads that are queued or run, but for those that hang."""
+        """(space, chunk hash) -> the queued or running load of the chunk; hanging loads are not in it."""
 
     @property
     def open(self) -> int:
-        """Fetches that somebody may be waiting for."""
+        """How many fetches have not ended."""
         return sum(fetch.ended is None for fetch in self._fetches.values())
 
     def knows(self, space: int, hashes: bytes) -> bool:
-        """Whether there is a fetch of these chunks, under way or just ended."""
+        """Return whether a fetch of these chunks is under way or has just ended."""
         return (space, hashes[-HASH_BYTES:]) in self._by_request
 
     def poll(
@@ -248,11 +247,11 @@ class Fetches:
         request: str = "",
         chunk_shards: int = 1,
     ) -> int:
-        """How many more chunks the asker should wait for; 0: go on with what is in L1.
+        """Return how many more chunks the engine should wait for; 0 if it should go on with the chunks in L1.
 
-        in_l1: leading chunks that are there now. chunk_bytes: all shards of one. prefill_seconds: to compute one chunk, 0
-        where unknown. known: for each tier, what it can tell of hashes at once, without I/O. request: how the asker calls it.
-        chunk_shards: of one chunk.
+        in_l1: number of leading chunks in L1 now. chunk_bytes, chunk_shards: all shards of one chunk. prefill_seconds: time to
+        compute one chunk, 0 if unknown. known: for each tier, a function that answers which hashes it has without I/O, or None.
+        request: the engine's id of the request.
         """
         fetch, full = self._by_request.get((space, hashes[-HASH_BYTES:])), in_l1 * HASH_BYTES >= len(hashes)
         is_new = fetch is None
@@ -283,7 +282,7 @@ class Fetches:
         return self._judge(now, fetch)
 
     def answered(self, now: float, number: int, tier: int, present: Sequence[bool] | None, seconds: float) -> None:
-        """A tier's answer to an `Ask`; None: it failed."""
+        """Take a tier's answer to an `Ask`, which took `seconds`; None if the tier failed."""
         if present is not None:
             self.paces[tier].answered(seconds)
         fetch = self._fetches.get(number)
@@ -298,25 +297,25 @@ class Fetches:
             self._plan(now, fetch)
 
     def loaded(self, now: float, load: Load, size_bytes: int | None) -> None:
-        """A load has ended; so many bytes of it are in L1 now. None: the tier failed as a whole."""
+        """Note that a load has ended and brought `size_bytes` into L1; None if the call of the tier failed."""
         self.paces[load.tier].ended(now, size_bytes)
         self._forget(self._running[load.tier].pop(load.number))
         self._pump(now, load.tier)
 
     def late(self, load: Load) -> None:
-        """A load that has begun has passed its deadline: its chunks will not come from it. `loaded` is still called when it
-        ends, and it counts as one of those that run until then."""
+        """Note that a running load has passed its deadline, so its chunks will not be used. It counts as running until `loaded`
+        is called."""
         self._forget(self._running[load.tier][load.number])
 
     def kept(self, space: int, hashes: bytes) -> None:
-        """A tier has these chunks now: whoever was told just now that there is nothing to wait for may ask again at once."""
+        """Note that a tier has stored these chunks, so a new fetch may look for them at once."""
         keys = set(_keys(hashes))
         for fetch in list(self._fetches.values()):
             if fetch.ended is not None and fetch.space == space and fetch.hash_of(fetch.first) in keys:
                 self._drop(fetch)
 
     def tick(self, now: float) -> None:
-        """Forget fetches that are over, those that nobody asks about any more, and loads that hang."""
+        """End fetches that have lasted too long, forget fetches that ended a while ago, and stop waiting for hanging loads."""
         for fetch in list(self._fetches.values()):
             if fetch.ended is None and now - fetch.began > self._patience_seconds:
                 self._end(now, fetch, "patience")
@@ -327,7 +326,7 @@ class Fetches:
                 if pending.began is not None and now - pending.began > self._patience_seconds:
                     self._forget(pending)
 
-    # A fetch's life
+    # The states of a fetch
 
     def _begin(self, now: float, fetch: _Fetch, known: Sequence[Callable[[bytes], Sequence[bool] | None]]) -> None:
         self._fetches[fetch.number] = self._by_request[fetch.space, fetch.hashes[-HASH_BYTES:]] = fetch
@@ -346,13 +345,14 @@ class Fetches:
             self._plan(now, fetch)
 
     def _too_slow_to_ask(self, tier: int, fetch: _Fetch) -> bool:
-        """Whether the tier's answer alone is expected to take longer than computing everything."""
+        """Return whether the tier's answer alone is expected to take longer than computing all missing chunks."""
         ask = self.paces[tier].ask_seconds
         recompute = fetch.prefill_seconds * fetch.missing
         return not self._always and bool(recompute) and ask is not None and ask > recompute
 
     def _ask_patience(self, fetch: _Fetch) -> float:
-        """Twice what the slowest tier was seen to take for an answer (a fair try where that is not known), and the slack."""
+        """Return how long to wait for answers: twice the measured time of the slowest tier (if that is unknown, a share of the
+        computing time), plus the slack."""
         if self._always:
             return self._patience_seconds
         if not fetch.prefill_seconds:
@@ -363,7 +363,7 @@ class Fetches:
         return min(ASK_SECONDS, expected + slack_seconds(recompute))
 
     def _plan(self, now: float, fetch: _Fetch) -> None:
-        """Who loads what, and when it is expected."""
+        """Choose the tier of each chunk, decide whether to load, and queue the loads."""
         sources: list[int] = []
         for at in range(fetch.missing):
             source = next((tier for tier in sorted(fetch.has) if fetch.has[tier][at]), None)
@@ -387,8 +387,7 @@ class Fetches:
         self._queue(now, fetch, sources)
 
     def _probe(self, now: float, fetch: _Fetch, sources: list[int]) -> None:
-        """Nobody waits for a tier that was slow, so nobody would ever see that it has become fast: now and then one batch is
-        loaded all the same, for L1."""
+        """Load one batch from a slow tier now and then, since otherwise nothing would show that it has become faster."""
         tier = sources[0]
         if now - self.paces[tier].measured_at > PROBE_SECONDS and not self._running[tier]:
             batch = self._batch_chunks(tier, fetch)
@@ -396,7 +395,7 @@ class Fetches:
             self.counters["probes"] += 1
 
     def _due(self, asked: float, fetch: _Fetch, sources: list[int]) -> list[float | None]:
-        """When each chunk is expected: a batch comes at once, and as many as run side by side may all come at the end."""
+        """Return when each chunk is expected. The chunks of a batch arrive together, and concurrent batches may end together."""
         total, ahead = Counter(sources), Counter[int]()
         due: list[float | None] = []
         for tier in sources:
@@ -409,7 +408,7 @@ class Fetches:
         return due
 
     def _batch_chunks(self, tier: int, fetch: _Fetch) -> int:
-        """Chunks in one load: what comes within `_BATCH_SECONDS`, so that progress shows, and no more than gains anything."""
+        """Return the most chunks of one load: those that arrive within `_BATCH_SECONDS`, to show progress, up to a full batch."""
         rate, traits = self.paces[tier].bytes_per_second, self._tiers[tier]
         most = _FIRST_BATCH_BYTES if rate is None else int(rate * _BATCH_SECONDS)
         by_size = min(traits.batch_bytes, most) // fetch.chunk_bytes
@@ -430,7 +429,7 @@ class Fetches:
         self.effects.append(self.last)
 
     def _queue(self, now: float, fetch: _Fetch, sources: list[int]) -> None:
-        """Cut into batches of chunks that follow each other in one tier; those under way are waited for only."""
+        """Queue loads of consecutive chunks from one tier each. For chunks that are being loaded already, only wait."""
         at = 0
         while at < len(sources):
             tier, first = sources[at], at
@@ -461,7 +460,7 @@ class Fetches:
         pending.waiters.add(fetch)
 
     def _judge(self, now: float, fetch: _Fetch) -> int:
-        """Chunks to wait for, or 0 when it is over."""
+        """Return how many chunks to wait for, or 0 if the fetch has ended."""
         if fetch.ended is not None:
             return 0
         if fetch.arrived >= fetch.planned or not fetch.waiting:
@@ -473,7 +472,7 @@ class Fetches:
         return fetch.planned - fetch.arrived
 
     def _patience(self, fetch: _Fetch) -> float:
-        """Seconds after the beginning until which the next chunk is waited for."""
+        """Return how long after the beginning the next chunk may arrive, in seconds."""
         if self._always or not fetch.prefill_seconds:
             return self._patience_seconds
         due = fetch.due[fetch.arrived]
@@ -483,13 +482,12 @@ class Fetches:
         return min(self._patience_seconds, due + slack)
 
     def _settle(self, now: float, fetch: _Fetch) -> None:
-        """Everything that was planned has come, or will not come."""
+        """End a fetch whose planned chunks have all arrived or failed."""
         self.counters["failed"] += fetch.planned - fetch.arrived
         self._end(now, fetch, "")
 
     def _end(self, now: float, fetch: _Fetch, reason: str) -> None:
-        """Once for each fetch, and from now on nothing happens for it. `reason`: why nobody waits any more; "" where nothing
-        is left to wait for."""
+        """End a fetch, once. `reason`: why the engine stops waiting; "" if all planned chunks have arrived or failed."""
         fetch.ended = now
         fetch.unanswered.clear()
         for pending in fetch.waiting:
@@ -503,7 +501,7 @@ class Fetches:
         self.records.append(fetch.record(now, reason or ("arrived" if fetch.arrived == fetch.planned else "failed")))
         if reason:
             self.counters[f"fetches:{reason}"] += 1
-        else:  # what came may be evicted again, and is then worth another
+        else:  # the chunks may be evicted, and a new fetch may then load them again
             self._drop(fetch)
 
     def _drop(self, fetch: _Fetch) -> None:
@@ -515,7 +513,7 @@ class Fetches:
         self._queued_chunks[pending.load.tier] -= len(pending.load.hashes) // HASH_BYTES
 
     def _forget(self, pending: _Pending) -> None:
-        """Its chunks are not under way any more, or by another load, and nobody waits for it."""
+        """Let no fetch wait for this load any more, and let its chunks be loaded again."""
         for key in pending.keys:
             if self._under_way.get(key) is pending:
                 del self._under_way[key]

@@ -1,16 +1,16 @@
-"""The heart of L1: index, leases, reservations, and what becomes of them.
+"""The heart of L1 decides about lookups, leases, reservations, commits and clears.
 
 The rules of this file:
-- A chunk is *complete* when all its shards are committed, and only complete chunks are answered. A lookup answers with a prefix.
-- An expired lease keeps its chunks, which others may go on reading, and can be renewed. An expired reservation keeps its extents
-  but not its chunks: whoever computes these next fills them, in other extents, and what the late writer commits is refused.
-- An extent is reused only when nobody may touch it: its chunk is not leased, and it is not being filled (`cache.claims`).
-- A chunk that is leased or being filled is never evicted, nor is one that it needs to be reachable (`room` says what is).
-- A shard that could not be filled leaves a gap in its chunk, which whoever computes it next fills: what hangs on it stays.
+- A chunk is *complete* when all its shards are committed. A lookup finds only complete chunks, and only a prefix of those asked.
+- An expired lease keeps its chunks, which others may go on reading, and it can be renewed. An expired reservation keeps its
+  extents but not its chunks: another process may fill these in other extents, and a late commit is refused.
+- An extent is reused only when no process may touch it: its chunk is not leased, and it is not being filled (`cache.claims`).
+- A chunk that is leased or being filled is never evicted, nor are its ancestors (`allocator` decides what is evicted).
+- If a shard could not be filled, its chunk becomes incomplete and keeps its descendants. A later reservation can fill the shard.
 - New data is refused only when nothing may be evicted for it; every refusal has a reason and is counted.
-- Clearing changes the index for an empty one. Claims on the old one keep it, and their extents, until they end.
-- The server fills and reads for the tiers as the process `SERVER`, which counts as no user of a space.
-- The work of a call is bounded by what it is given, or by what it ends; that of a tick by `EXPIRED_A_TICK`.
+- Clearing replaces the index by an empty one. Claims on the old index keep it and their extents until they end.
+- The server fills and reads for the tiers as the process `SERVER`, which does not count as a user of a space.
+- The work of a call is bounded by its arguments or by the claims that it ends, and the work of a tick by `EXPIRED_A_TICK`.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from lmcache.chunks import HASH_BYTES
 from lmcache.memory.slabs import NO_EXTENT
 
 MAX_SPACES_OF_INSTANCE = 64
-"""Of one engine instance, which needs one for each model that it serves."""
+"""The most spaces that one engine instance may open. An instance needs one for each model that it serves."""
 MAX_SHARDS = 1024
-"""The most shards that a chunk may have. The index keeps 5 bytes a shard for each chunk, however few of them are there."""
+"""The most shards that a chunk may have. The index keeps 5 bytes for each shard of each chunk, stored or not."""
 EXPIRED_A_TICK = 16384
-"""Chunks. A tick ends claims until it has ended claims on so many; the next tick goes on."""
+"""Chunks. A tick expires claims until these cover so many chunks; the next tick goes on."""
 
 
 class TooSmall(Refusal):
-    """L1 has no room for a single chunk of this layout."""
+    """One chunk of this layout is larger than L1."""
 
 
 class Hit(NamedTuple):
-    """`chunks` from the prompt's start are there; `extents` (u32 sectors, [chunk][shard]) are those of the leased ones."""
+    """The first `chunks` chunks of the prompt are in L1. `extents`: u32 sectors of the leased ones, [chunk][shard]."""
 
     chunks: int
     lease: int
@@ -48,7 +48,7 @@ class Hit(NamedTuple):
 
 
 class Grant(NamedTuple):
-    """A reservation: one sector a chunk, `NO_EXTENT` where nothing is to be filled; `refused` chunks got no room."""
+    """A reservation. `extents`: a u32 sector for each chunk, or `NO_EXTENT`. `refused`: how many chunks got none for `reason`."""
 
     reservation: int
     extents: bytes
@@ -57,17 +57,16 @@ class Grant(NamedTuple):
 
 
 class Heart(Index):
-    """All decisions about one arena of `total_bytes`. See the rules at the head of this file.
+    """Decides about one arena of `total_bytes`, by the rules at the head of this file.
 
-    The decisions are pure: there is no memory behind them. `L1` has it, and gives the methods that note what is in an extent
-    something to do.
+    This class has no memory. `L1` adds the arena, and overrides the `_note_` methods, which tell it what extents hold.
 
     Args:
         total_bytes: size of the arena.
-        claim_seconds: how long a lease or reservation is a claim, unless a lease is renewed; afterwards its extents are in
-            quarantine until given back.
-        new_table: makes the index of a space with so many shards.
-        first_number: of leases and reservations.
+        claim_seconds: time until a lease or reservation expires, unless a lease is renewed. Its extents are then in quarantine
+            until the lease is released or the reservation committed.
+        new_table: makes the table of a space from its number of shards.
+        first_number: the number of the first lease or reservation.
     """
 
     def __init__(
@@ -81,17 +80,17 @@ class Heart(Index):
         self.claim_seconds = claim_seconds
         self._claims = Claims(total_bytes, claim_seconds, first_number)
 
-    # Who is there
+    # Processes
 
     def join(self, process: int, instance: str) -> None:
-        """A process of an engine instance has connected (again)."""
+        """Register a process of an engine instance, which has connected for the first time or again."""
         known = self._claims.known(process)
         if known is not None and known.name != instance:
             self.leave(process)
         self._claims.join(process, instance)
 
     def leave(self, process: int) -> None:
-        """A process is gone for good and touches no extent any more: its reservations end; with the last one, the leases."""
+        """Remove a process that has ended. Its reservations end, and with the last process of an instance its leases too."""
         if self._claims.known(process) is None:
             return
         self._drop_reservations(process, "owner died")
@@ -103,7 +102,7 @@ class Heart(Index):
                 self._allocator.leave(self._spaces[space], instance.name)
 
     def leave_reservations(self, process: int) -> None:
-        """A process says that it fills no extent any more, though it did not commit."""
+        """End the reservations of a process that has reported that it no longer fills extents."""
         self._drop_reservations(process, "connection lost")
 
     def _drop_reservations(self, process: int, reason: str) -> None:
@@ -111,14 +110,14 @@ class Heart(Index):
             self._end_reservation(number, ok=False, reason=reason)
 
     def open_space(self, process: int, fingerprint: bytes, shards: int, shard: int = -1, shard_bytes: int = 0) -> int:
-        """The number of the space for this layout and split; a rank also tells its shard's extent size.
+        """Return the number of the space for this layout and split. A rank also gives its shard and the size of its extents.
 
         Raises:
-            TooSmall: a chunk of so many bytes, as far as its shards are known, does not fit in the arena.
-            Refusal: another rank told another size for this shard, or too many layouts.
+            TooSmall: one chunk, with the shards registered so far, is larger than the arena.
+            Refusal: another rank registered another size for this shard, or too many layouts are open.
         """
         if not 1 <= shards <= MAX_SHARDS or not -1 <= shard < shards:
-            raise Refusal(f"shard {shard} of {shards} makes no sense: a chunk has 1 to {MAX_SHARDS} shards")
+            raise Refusal(f"shard {shard} of {shards} is invalid: a chunk has 1 to {MAX_SHARDS} shards, counted from 0")
         known = self._space_of.get((fingerprint, shards))
         others = sum(size for number, size in enumerate(known.shard_bytes) if number != shard) if known else 0
         if shard_bytes + others > self.total_bytes:
@@ -136,13 +135,13 @@ class Heart(Index):
     def _admit(self, process: int, space_number: int, tier: str = "") -> tuple[Space, Instance]:
         instance, space = self._claims.instance_of(process, tier), self._spaces.get(space_number)
         if space is None or (process != SERVER and instance.name not in space.instances):
-            raise Refusal(f"space {space_number} is not one that this engine has registered")
+            raise Refusal(f"this engine has not registered space {space_number}: register the layout first")
         return space, instance
 
     # Reading
 
     def shards(self, process: int, space_number: int) -> int:
-        """How many shards a chunk of this space has.
+        """Return how many shards a chunk of this space has.
 
         Raises:
             Refusal: unknown space or process.
@@ -152,9 +151,9 @@ class Heart(Index):
     def lookup(
         self, now: float, process: int, space_number: int, hashes: bytes, first_wanted: int = 0, request: str = ""
     ) -> Hit:
-        """How many of these chunks are visible, from the first on; those from `first_wanted` on are leased.
+        """Count how many of these chunks, from the first on, are complete; lease those from `first_wanted` on.
 
-        request: the engine's id of the request, for events.
+        hashes: 16 bytes a chunk. request: the engine's id of the request, for events.
 
         Raises:
             Refusal: unknown space or process.
@@ -175,7 +174,7 @@ class Heart(Index):
     def lookup_all(
         self, now: float, process: int, space_number: int, hashes: bytes, first_wanted: int = 0, request: str = ""
     ) -> Hit | None:
-        """As `lookup` where all of these chunks are visible. Else None: nothing is touched, leased or counted.
+        """Do the same as `lookup` if all these chunks are complete. Otherwise touch, lease and count nothing, and return None.
 
         Raises:
             Refusal: unknown space or process.
@@ -189,7 +188,7 @@ class Heart(Index):
     def _lease(
         self, now: float, by: By, instance: Instance, space: Space, hashes: bytes, ids: bytes, first_wanted: int
     ) -> Hit:
-        """Touch and count the chunks that were found, the first ones of `hashes`, and lease those from `first_wanted` on."""
+        """Touch and count the chunks `ids`, which are the first ones of `hashes`, and lease those from `first_wanted` on."""
         chunks = len(ids) // 4
         if chunks:
             self._touch(now, space, ids)
@@ -207,7 +206,7 @@ class Heart(Index):
         return self._claims.add(lease)
 
     def peek(self, now: float, process: int, space_number: int, hashes: bytes) -> int:
-        """How many of these chunks are there from the first on. Touched, but neither leased nor counted: more are on their way.
+        """Count how many of these chunks, from the first on, are complete; touch them, but neither lease them nor count hits.
 
         Raises:
             Refusal: unknown space or process.
@@ -219,9 +218,9 @@ class Heart(Index):
         return len(ids) // 4
 
     def hold(self, now: float, space_number: int, hashes: bytes, tier: str = "") -> tuple[int, bytes, bytes]:
-        """For the server: lease those of these chunks that are complete, wherever they stand, and neither touch nor count them.
+        """Lease for the server, on behalf of `tier`, all complete chunks among these, without touching or counting them.
 
-        tier: on whose behalf. Returns (lease, their hashes, their extents as u32 sectors [chunk][shard]); lease 0 when none is there.
+        Returns (lease, hashes of the leased chunks, their extents as u32 sectors [chunk][shard]); lease 0 if none is complete.
         """
         space = self._spaces.get(space_number)
         if space is None:
@@ -235,28 +234,28 @@ class Heart(Index):
         return number, b"".join(key for key, _ in found), table.extents(ids)
 
     def release(self, process: int, lease: int) -> None:
-        """The instance reads these extents no more. An unknown lease is nothing to worry about: it has ended already."""
+        """End a lease whose extents the instance no longer reads. An unknown lease is ignored, because it has ended before."""
         if self._claims.lease(process, lease) is not None:
             self._end_lease(lease)
 
     def renew(self, now: float, process: int, leases: Iterable[int]) -> int:
-        """The instance goes on reading these: their claims begin anew, also those that have expired, since the extents of a
-        lease stay as they are until it ends. Returns how many there are; the others have ended, or are somebody else's."""
+        """Restart the time of these leases, including expired ones, since the extents of a lease do not change until it ends.
+        Returns how many were renewed; the others have ended, or belong to another instance."""
         return self._claims.renew(now, process, leases)
 
     def keep_leases(self, process: int, known: Iterable[int]) -> int:
-        """End the leases that this process took and does not know of: their answers never reached it. Returns how many."""
+        """End the leases of this process that are not in `known`, whose answers the process did not receive. Returns how many."""
         lost = self._claims.unknown_leases(process, known)
         for number in lost:
             self._end_lease(number)
         return len(lost)
 
     def leased_sectors(self, process: int, lease: int, shard: int, first: int, count: int) -> tuple[list[int], int]:
-        """(sectors, bytes of each) of a lease's chunks, for payload frames. One that has expired still keeps its extents as they
-        were.
+        """Return (sectors, bytes of each) of `count` leased chunks from `first` on, for payload frames. The lease may have
+        expired.
 
         Raises:
-            Refusal: not a lease of this process's instance, or not inside it.
+            Refusal: the process's instance has no such lease, or the chunks or the shard are outside it.
         """
         held = self._claims.lease(process, lease)
         if held is None:
@@ -280,16 +279,16 @@ class Heart(Index):
         tier: str = "",
         request: str = "",
     ) -> Grant:
-        """Extents for this rank's shard of the chunks after `parent`; what is there already or under way is skipped.
+        """Reserve extents for this rank's shard of the chunks after `parent`. Shards that are stored or being filled are skipped.
 
-        tier: where the server reserves, on whose behalf. request: the engine's id of the request, for events.
+        tier: the tier for which the server reserves. request: the engine's id of the request, for events.
 
         Raises:
             Refusal: unknown space, process or shard.
         """
         space, instance = self._admit(process, space_number, tier)
         if not 0 <= shard < space.shards or space.classes[shard] < 0:
-            raise Refusal(f"shard {shard} was not registered")
+            raise Refusal(f"shard {shard} is not registered: register it first")
         table, asked, by = space.table, len(hashes) // HASH_BYTES, (process, instance.tier, request)
         parent_id = -1 if root else table.get(parent)
         reason = ""
@@ -298,13 +297,13 @@ class Heart(Index):
         elif parent_id < 0 and not root:
             reason = "no parent"
         elif process == SERVER and not space.instances:
-            reason = "no engine"  # a tier's load for one that has gone: nothing in use makes room for it
+            reason = "no engine"  # the engine has gone: a load for it must not evict what other engines use
         if reason:
             self.events.emit(
                 "refused", space.number, asked, reason, by, lambda event: event._replace(hashes=hashes), shard
             )
             return Grant(0, pack_ids([NO_EXTENT] * asked), asked, reason)
-        self._room_for = by, space.number
+        self._reserving = by, space.number
         ids, sectors = self._fill_chain(now, space, shard, parent_id, hashes)
         refused = asked - len(sectors)
         if refused:
@@ -321,22 +320,22 @@ class Heart(Index):
         return Grant(number, extents, refused, reason)
 
     def commit(self, now: float, process: int, reservation: int, ok: bool, failed: Container[int] = ()) -> int:
-        """The extents are filled (`ok`), but those at the sectors in `failed`, or given back. Returns how many chunks' shards
-        count as stored.
+        """End a reservation whose extents are filled, except those at the sectors in `failed`; with `ok` false, none is filled.
+        Returns how many shards are stored.
 
         Raises:
-            Refusal: the reservation is unknown, or its claim had ended; the extents are free then, and nothing is stored.
+            Refusal: the reservation is unknown or has expired. The extents are free then, and nothing is stored.
         """
         held = self._claims.reservation(process, reservation)
         if held.expired or now > held.deadline:
             self._end_reservation(reservation, ok=False, reason="too late")
-            raise Refusal(f"reservation {reservation} took longer than {self.claim_seconds} s")
+            raise Refusal(f"reservation {reservation} expired after {self.claim_seconds} s: reserve the chunks again")
         reason = "copy failed" if failed or not ok else "cleared"
         return self._end_reservation(reservation, ok, reason, failed=failed)
 
     def give_up(self, process: int, reservation: int, lost: Container[int]) -> None:
-        """Nothing will be filled: the memory behind the extents at the sectors in `lost` cannot be had. These stay out of use
-        until the cache is cleared, so that the next reservation gets others, in the end those of older chunks.
+        """End a reservation without filling it, because no memory could be allocated for the extents at the sectors in `lost`.
+        These stay out of use until the cache is cleared, so that the next reservation gets others, if need be by eviction.
 
         Raises:
             Refusal: the reservation is unknown.
@@ -345,21 +344,21 @@ class Heart(Index):
         self._end_reservation(reservation, False, "no memory", lost)
 
     def reserved_sectors(self, process: int, reservation: int) -> tuple[list[int], int]:
-        """(sectors, bytes of each) of a reservation's extents, for payload frames.
+        """Return (sectors, bytes of each) of a reservation's extents, for payload frames.
 
         Raises:
-            Refusal: not a live reservation of this process.
+            Refusal: the process has no such reservation, or it has expired.
         """
         held = self._claims.reservation(process, reservation)
         if held.expired:
             raise Refusal(f"reservation {reservation} has expired")
         return held.sectors, held.shard_bytes
 
-    # Time, and emptying
+    # Expiry, and clearing
 
     def tick(self, now: float) -> None:
-        """End claims whose deadline has passed, as many as `EXPIRED_A_TICK` allows. Their extents go to quarantine, not back
-        into use."""
+        """Expire claims whose deadline has passed, as many as `EXPIRED_A_TICK` allows. Their extents are put into quarantine and
+        not reused."""
         left = EXPIRED_A_TICK
         while left > 0 and (claim := self._claims.next_expired(now)) is not None:
             left -= claim.chunks
@@ -375,7 +374,7 @@ class Heart(Index):
             self._emit("expired", claim, array("I", claim.ids), "lease")
 
     def clear(self) -> int:
-        """Forget every chunk; returns how many. Extents that somebody may still read or fill are freed when that has ended."""
+        """Remove all chunks; return how many were complete. Extents under a claim are freed when the claim ends."""
         kept: dict[int, set[int]] = {number: set() for number in self._spaces}
         keys = {number: self._complete_keys(space) for number, space in self._spaces.items()}
         for claim in self._claims.leases.values():
@@ -387,21 +386,23 @@ class Heart(Index):
         for space in self._spaces.values():
             self._allocator.vacate(space, kept[space.number])
             self._emit_cleared(space, keys[space.number])
-            gone += space.whole
-            space.table, space.whole = self._new_table(space.shards), 0
+            gone += space.complete
+            space.table, space.complete = self._new_table(space.shards), 0
             space.last_used.clear()
         self._note_cleared()
         self._allocator.retry_shares()
         return gone
 
     def _emit_cleared(self, space: Space, hashes: bytes) -> None:
-        self.events.emit("cleared", space.number, space.whole, "", NOBODY, lambda event: event._replace(hashes=hashes))
+        self.events.emit(
+            "cleared", space.number, space.complete, "", NOBODY, lambda event: event._replace(hashes=hashes)
+        )
 
-    # What there is
+    # State
 
     @property
     def quarantined_bytes(self) -> int:
-        """Bytes of extents whose claim has ended and that somebody may still touch."""
+        """Bytes of extents whose claim has expired and that a process may still touch."""
         return self._claims.quarantine.bytes
 
     def index_bytes(self) -> int:
@@ -417,7 +418,7 @@ class Heart(Index):
     def open_reservations(self) -> int:
         return len(self._claims.reservations)
 
-    # Ends
+    # The ends of claims
 
     def _end_lease(self, number: int) -> None:
         lease = self._claims.end_lease(number)
@@ -428,7 +429,7 @@ class Heart(Index):
     def _end_reservation(
         self, number: int, ok: bool, reason: str, lost: Container[int] = (), failed: Container[int] = ()
     ) -> int:
-        """Shards that are in the index now; `reason` is for the others. Extents that were not filled are freed unless lost."""
+        """Return how many shards were stored; the others are dropped for `reason`, and their extents freed unless in `lost`."""
         held = self._claims.end_reservation(number)
         empty = set(held.sectors if held.expired or not ok else [sector for sector in held.sectors if sector in failed])
         filled = 0 if held.expired else self._end_fills(held, empty, reason)
@@ -439,9 +440,9 @@ class Heart(Index):
         return filled
 
     def _end_fills(self, held: Reservation, empty: Container[int], reason: str) -> int:
-        """The chunks are this reservation's no more: their shards are there, but those that were to get the extents in `empty`.
-        These are anybody's to fill, and the extents the caller's to free. Returns how many are in the index now; `reason` is for
-        the others."""
+        """End the filling of a reservation's shards. Those whose extents are not in `empty` are stored. The others are dropped
+        for `reason`: any process may fill them next, and the caller frees their extents. Returns how many were stored in chunks
+        that are still in the index."""
         table, space = held.table, held.space
         pairs = list(zip(held.ids, held.sectors, strict=True))
         filled = [(one, sector) for one, sector in pairs if sector not in empty and table.attached(one)]
@@ -449,51 +450,53 @@ class Heart(Index):
             kept = {one for one, _ in filled}
             dropped = [one for one in held.ids if one not in kept]
             self._emit("dropped", held, dropped, reason)
-        whole: list[int] = []
+        completed: list[int] = []
         for one, sector in reversed(pairs):
             stays = sector not in empty
             outcome = table.end_fill(one, held.shard, stays)
             if outcome == COMPLETED:
-                whole.append(one)
-            elif outcome == RELEASED:  # it was cleared meanwhile, and nobody reads it
+                completed.append(one)
+            elif outcome == RELEASED:  # the cache was cleared meanwhile, and no lease holds the chunk
                 self._free(space, table, pack_ids([one]))
             elif not stays:
                 self._remove_bare(space, table, one)
-        space.whole += len(whole)
+        space.complete += len(completed)
         if filled:
             ids = [one for one, _ in filled]
             self._note_committed(held, [sector for _, sector in filled], *names_of(table, ids))
             self._emit("committed", held, ids)
-        if whole:
-            whole.reverse()
-            self.events.emit("stored", space.number, len(whole), "", held.by, lambda event: of_new(event, table, whole))
+        if completed:
+            completed.reverse()
+            self.events.emit(
+                "stored", space.number, len(completed), "", held.by, lambda event: of_new(event, table, completed)
+            )
         return len(filled)
 
     def _emit(self, kind: str, claim: AnyClaim, records: Sequence[int], reason: str = "") -> None:
-        """Something has happened to these of the claim's chunks."""
+        """Emit an event about these chunks of the claim."""
         self.events.emit(
             kind, claim.space.number, len(records), reason, claim.by,
             lambda event: of_records(event, claim.table, records), claim.shard,
         )  # fmt: skip
 
-    # What is in the extents, for the memory behind them
+    # Contents of extents, recorded by subclasses
 
     def _note_opened(self, number: int, held: Reservation) -> None:
-        """The reservation's process may write to its extents from now on."""
+        """Record that the reservation's process may write to its extents from now on."""
 
     def _note_ended(self, number: int) -> None:
-        """Nobody writes to the extents of this reservation any more."""
+        """Record that no process writes to the extents of this reservation any more."""
 
     def _note_committed(self, held: Reservation, sectors: list[int], keys: bytes, parents: bytes) -> None:
-        """The reservation's extents at these sectors hold what their keys say from now on. `keys` and `parents` are 16 bytes each,
-        zeros for no parent."""
+        """Record that the extents at these sectors hold the shards of the chunks `keys`. `keys` and `parents` hold 16 bytes a
+        chunk; zeros for no parent."""
 
     def _note_cleared(self) -> None:
-        """No extent at all holds anything of ours any more."""
+        """Record that no extent holds a stored shard any more."""
 
 
 def _leave_index(table: Table, ids: bytes) -> array[int]:
-    """Detach the chunks of a claim from an index that is about to go. Returns the sectors of all their extents."""
+    """Detach the chunks of a claim from a table that is about to be replaced. Returns the sectors of all their extents."""
     for one in array("I", ids):
         if table.attached(one):
             table.detach(one)

@@ -1,6 +1,6 @@
-"""The index of L1: the spaces with their tables, the extents of their chunks, and what happens to both.
+"""The index of L1 inserts, touches and evicts the chunks of all spaces, and frees their extents.
 
-Who may read or fill what is decided in `cache.heart`; here chunks come, are touched, and go.
+`cache.heart` decides which process may read or fill which extents.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ MAX_SPACES = 1024
 
 
 class Index:
-    """All spaces of an arena of `total_bytes`. `new_table` makes the index of a space with so many shards."""
+    """All spaces of an arena of `total_bytes`. `new_table` makes the table of a space from its number of shards."""
 
     def __init__(self, total_bytes: int, new_table: Callable[[int], Table]) -> None:
         self.total_bytes = total_bytes
         self.events = Events()
         self._new_table = new_table
         self._allocator = Allocator(total_bytes, self._evict)
-        self._room_for: tuple[By, int] = NOBODY, -1
-        """Who reserves, in which space: whom the next eviction is for."""
+        self._reserving: tuple[By, int] = NOBODY, -1
+        """The current reservation's owner and space, for which chunks are evicted."""
         self._spaces: dict[int, Space] = {}
         self._space_of: dict[tuple[bytes, int], Space] = {}
         self._next_space = 0
 
-    # What there is
+    # State
 
     @property
     def spaces(self) -> list[Space]:
@@ -43,16 +43,16 @@ class Index:
 
     @property
     def slabs(self) -> Slabs:
-        """The map of the arena; for looking only."""
+        """The map of the arena. Callers must not change it."""
         return self._allocator.slabs
 
     @property
     def chunks(self) -> int:
-        """Chunks in the index, those being filled included."""
+        """How many chunks are in the index, including those that are being filled."""
         return sum(len(space.table) for space in self._spaces.values())
 
     def used_bytes(self) -> int:
-        """Bytes of extents that hold something or are being filled."""
+        """Return the bytes of extents that hold shards or are being filled."""
         return self._allocator.used_bytes()
 
     # Spaces
@@ -67,36 +67,37 @@ class Index:
 
     def _open_shard(self, space: Space, shard: int, shard_bytes: int) -> None:
         if shard_bytes < 1:
-            raise Refusal(f"extent size {shard_bytes} of shard {shard} makes no sense")
+            raise Refusal(f"shard {shard} has {shard_bytes} bytes: a shard has at least 1 byte")
         if space.shard_bytes[shard] not in (0, shard_bytes):
-            raise Refusal(f"shard {shard} has extents of {space.shard_bytes[shard]} bytes, not {shard_bytes}")
+            raise Refusal(f"shard {shard} is registered with {space.shard_bytes[shard]} bytes, not {shard_bytes}")
         if not space.shard_bytes[shard]:
             self._allocator.open(space, shard, shard_bytes)
 
     def _close_spaces(self) -> None:
-        """Forget spaces that no engine uses and that have nothing in memory."""
+        """Remove spaces that no engine uses and that have no extent in use."""
         for space in [one for one in self._spaces.values() if not one.instances and not len(one.table)]:
             if not self._allocator.used_by(space):
                 self._allocator.close(space)
                 del self._spaces[space.number], self._space_of[space.fingerprint, space.shards]
 
     def _complete_keys(self, space: Space) -> bytes:
-        """The hashes of the space's complete chunks, where a listener has asked for those that are cleared."""
+        """Return the hashes of the space's complete chunks, or nothing if no listener needs the hashes of cleared chunks."""
         if "cleared" not in self.events.named:
             return b""
-        there = array("I", space.table.in_sectors(0, NO_EXTENT))
-        return b"".join(space.table.key(one) for one in there if space.table.complete(one))
+        stored = array("I", space.table.in_sectors(0, NO_EXTENT))
+        return b"".join(space.table.key(one) for one in stored if space.table.complete(one))
 
-    # Chunks come, and are used
+    # Inserting and touching
 
     def _fill_chain(
         self, now: float, space: Space, shard: int, parent: int, hashes: bytes
     ) -> tuple[list[int], list[int]]:
-        """Ids that are now being filled, and one sector a chunk until the memory ran out."""
+        """Begin to fill this shard of the chunks. Returns the ids that are filled, and the sector of each chunk until allocation
+        fails; NO_EXTENT if the chunk's shard is stored or being filled already."""
         table = space.table
         keys = [hashes[at : at + HASH_BYTES] for at in range(0, len(hashes), HASH_BYTES)]
         known = [number for number in map(table.get, keys) if number >= 0]
-        # First of all, so that what goes for the new ones is something else.
+        # Touch the known chunks first, so that the new chunks evict others.
         self._touch_path(now, space, known if parent < 0 else [parent, *known])
         ids: list[int] = []
         sectors: list[int] = []
@@ -107,7 +108,7 @@ class Index:
             if number >= 0:
                 table.pin(pack_ids([number]))
                 path.append(number)
-            sector = NO_EXTENT  # there, or under way by somebody else
+            sector = NO_EXTENT
             if number < 0 or table.state(number, shard) == EMPTY:
                 found = self._allocator.find(space, shard)
                 if found is None:
@@ -127,7 +128,7 @@ class Index:
         return ids, sectors
 
     def _touch_path(self, now: float, space: Space, path: list[int]) -> None:
-        """Touch chunks that follow each other, and all before them."""
+        """Touch consecutive chunks and all ancestors of the first one."""
         if path:
             self._touch(now, space, pack_ids(path))
             space.table.touch_path(path[0])
@@ -137,28 +138,28 @@ class Index:
                     space.last_used[above] = now
 
     def _touch(self, now: float, space: Space, ids: bytes) -> None:
-        """The table keeps the order of use; the times are kept only for who has asked for them."""
+        """Update the order of use, and the times of use if a listener needs them."""
         space.table.touch(ids)
         if "evicted" in self.events.named:
             space.last_used.update(dict.fromkeys(array("I", ids), now))
 
-    # Chunks go
+    # Evicting
 
     def _evict(self, space: Space, record: int) -> array[int]:
-        """Take an idle chunk, and what hangs on it, out of the index and out of memory."""
+        """Remove an idle chunk and its descendants from the index, and free their extents. Returns their records."""
         table = space.table
         ids = table.detach(record)
         gone = array("I", ids)
-        whole = [one for one in gone if table.complete(one)]
-        space.whole -= len(whole)
-        by, wanted_by = self._room_for
+        complete = [one for one in gone if table.complete(one)]
+        space.complete -= len(complete)
+        by, wanted_by = self._reserving
         self.events.emit(
-            "evicted", space.number, len(whole), "room", by,
-            lambda event: of_records(event, table, whole)._replace(
-                wanted_by=wanted_by, last_used=tuple(space.last_used.pop(one, None) for one in whole)
+            "evicted", space.number, len(complete), "room", by,
+            lambda event: of_records(event, table, complete)._replace(
+                wanted_by=wanted_by, last_used=tuple(space.last_used.pop(one, None) for one in complete)
             ),
         )  # fmt: skip
-        if len(whole) < len(gone):
+        if len(complete) < len(gone):
             begun = [one for one in gone if not table.complete(one) and _holds(table, one, space.shards)]
             self.events.emit(
                 "incomplete", space.number, len(begun), "room", by,
@@ -168,7 +169,7 @@ class Index:
         return gone
 
     def _free(self, space: Space, table: Table, ids: bytes) -> None:
-        """Free detached records that nobody touches, and their extents."""
+        """Free detached records that no process touches, and their extents."""
         sectors = array("I", table.extents(ids))
         self._allocator.free(space, sectors)
         self._note_freed(sectors)
@@ -176,7 +177,7 @@ class Index:
             table.free(one)
 
     def _remove_bare(self, space: Space, table: Table, record: int) -> None:
-        """Take the chunk out of the index if nothing is there of it, and then those before it of which that is true as well."""
+        """Remove the chunk from the index if none of its shards is stored or being filled, and then its ancestors likewise."""
         while record >= 0 and self._is_bare(table, record, space.shards):
             parent = table.parent(record)
             self._free(space, table, table.detach(record))
@@ -184,7 +185,7 @@ class Index:
 
     @staticmethod
     def _is_bare(table: Table, record: int, shards: int) -> bool:
-        """Whether nothing would be lost with it."""
+        """Return whether removing the chunk would lose no shard, no descendant and no lease."""
         idle = table.attached(record) and not table.pins(record) and not table.children(record)
         return idle and not _holds(table, record, shards)
 
@@ -195,7 +196,7 @@ class Index:
         return "being filled" if space.table.filling(missing) else "incomplete"
 
     def _note_freed(self, sectors: Iterable[int]) -> None:
-        """The extents at these sectors (`NO_EXTENT` is none) hold nothing of ours any more, and may be given away next."""
+        """Record that the extents at these sectors hold no shard any more and may be reused. NO_EXTENT entries are skipped."""
 
 
 def pack_ids(numbers: list[int]) -> bytes:
@@ -203,12 +204,12 @@ def pack_ids(numbers: list[int]) -> bytes:
 
 
 def _holds(table: Table, record: int, shards: int) -> bool:
-    """Whether any of its shards is there or being filled."""
+    """Return whether any shard of the record is stored or being filled."""
     return any(table.state(record, shard) != EMPTY for shard in range(shards))
 
 
 def names_of(table: Table, records: list[int]) -> tuple[bytes, bytes]:
-    """(hashes, hashes of the parents) of attached records, 16 bytes each; zeros where there is no parent."""
+    """Return (hashes, hashes of the parents) of attached records, 16 bytes each; zeros for no parent."""
     parents = [table.parent(one) for one in records]
     return (
         b"".join(map(table.key, records)),
@@ -226,5 +227,5 @@ def of_new(event: Event, table: Table, records: list[int]) -> Event:
 
 
 def of_last(event: Event, hashes: bytes) -> Event:
-    """With as many of these hashes, from the end, as it has chunks."""
+    """Add the last of these hashes to the event, one for each of its chunks."""
     return event._replace(hashes=hashes[-HASH_BYTES * event.chunks :])

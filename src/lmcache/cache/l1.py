@@ -1,7 +1,7 @@
-"""L1: the heart's decisions with an arena and its extent headers behind them.
+"""L1 joins the decisions of the heart with an arena and its extent headers.
 
-Every verb is complete when it returns: what it hands out has memory behind it, the headers say what is in the extents, and
-those who listen to its events have heard of them. One thread owns it.
+When a method returns, all its effects have happened: the extents that it grants have memory, the headers describe the contents of
+the extents, and the listeners have been called. One thread owns L1.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from lmcache.observability.log import init_logger
 
 logger = init_logger(__name__)
 MAX_GIVEN_UP = 16
-"""Reservations that are given up for want of memory before a request is refused."""
+"""Reservations that may fail for lack of memory before a request is refused."""
 _NUMBERS = 1 << 36
-"""Of leases and reservations, for one server."""
+"""How many leases and reservations one server can number."""
 
 
 def first_number(arena_id: bytes, epoch: int) -> int:
-    """The first number of a lease or reservation in this epoch of the arena. Two epochs of one arena share no number, so a lease
-    of a server that has gone means nothing to the next one, however late it is released there. Two arenas hardly ever do."""
+    """Return the first number of a lease or reservation in this epoch of the arena. Two epochs of one arena share no number, so a
+    server ignores the late release of a lease that a previous server granted. Two arenas are very unlikely to share one."""
     block = int.from_bytes(arena_id[:4], "little") + epoch
     return block % ((1 << 63) // _NUMBERS) * _NUMBERS + 1
 
 
 class L1(Heart):
-    """What one arena holds, and who may read or fill it. See `Heart` for the arguments."""
+    """The heart of one arena, with its memory. `Heart` describes the arguments."""
 
     def __init__(
         self, arena: Arena, claim_seconds: float = 30.0, new_table: Callable[[int], Table] = ChunkTable
@@ -43,11 +43,11 @@ class L1(Heart):
 
     @property
     def epoch(self) -> bytes:
-        """Names one server's time with one arena. A server that takes the arena over begins another epoch."""
+        """Identifies the period in which one server owns one arena. A server that takes the arena over begins another epoch."""
         return self.arena.id + self.arena.headers.epoch.to_bytes(8, "little")
 
     def join(self, process: int, instance: str, pid: int | None = None) -> None:
-        """As `Heart.join`. pid: the process that fills what is reserved; 0 where it is unknown, None for the server itself."""
+        """Do the same as `Heart.join`. pid: the process that will fill extents; 0 if unknown, None for the server itself."""
         super().join(process, instance)
         self._writers[process] = Writer.of(pid)
 
@@ -56,7 +56,7 @@ class L1(Heart):
         self._writers.pop(process, None)
 
     def view(self, sector: int, size_bytes: int) -> memoryview:
-        """The bytes of an extent, for whoever has a lease or reservation of it."""
+        """Return the bytes of an extent, for the holder of a lease or reservation of it."""
         return self.arena.mapping.view(sector * SECTOR_BYTES, size_bytes)
 
     def reserve(
@@ -71,19 +71,19 @@ class L1(Heart):
         tier: str = "",
         request: str = "",
     ) -> Grant:
-        """As `Heart.reserve`; there is memory behind all extents that it grants.
+        """Do the same as `Heart.reserve`, and allocate memory for all extents that it grants.
 
         Raises:
-            Refusal: unknown space, process or shard, or the memory file system is full and nothing older can go for it.
+            Refusal: unknown space, process or shard; or the memory file system is full, and no chunk can be evicted.
         """
         for _ in range(MAX_GIVEN_UP):
             grant = super().reserve(now, process, space_number, shard, parent, root, hashes, tier, request)
             if not grant.reservation or self._back(process, grant.reservation):
                 return grant
-        raise Refusal(f"{self.arena.path.parent} has no room for the arena: free some, or pass a smaller --l1-size-gb")
+        raise Refusal(f"{self.arena.path.parent} is full: free space there, or pass a smaller --l1-size-gb")
 
     def _back(self, process: int, reservation: int) -> bool:
-        """Whether there is memory behind the extents. If not they are given up; the next ones may be those of older chunks."""
+        """Allocate memory for the extents of a reservation. If that fails, give the reservation up and return False."""
         if self.arena.backed_bytes == self.arena.size_bytes:
             return True
         sectors, size = self.reserved_sectors(process, reservation)
@@ -91,15 +91,15 @@ class L1(Heart):
             self.arena.back((sector * SECTOR_BYTES for sector in sectors), size)
         except ArenaFull as error:
             counters = self.events.counters
-            if not counters["given_up_slots"]:
-                logger.warning("L1 stays smaller than it was to be, until it is cleared: %s", error)
+            if not counters["given_up_extents"]:
+                logger.warning("L1 stays smaller than configured until it is cleared: %s", error)
             lost = {sector for sector in sectors if not self.arena.has_sectors(sector * SECTOR_BYTES, size)}
-            counters["given_up_slots"] += len(lost)
+            counters["given_up_extents"] += len(lost)
             self.give_up(process, reservation, lost)
             return False
         return True
 
-    # What the headers say
+    # Extent headers
 
     def _note_opened(self, number: int, held: Reservation) -> None:
         writer = self._writers[held.process]
@@ -124,9 +124,9 @@ class L1(Heart):
         self._note("cleared", self.arena.headers.cleared)
 
     def _note(self, kind: str, write: Callable[[], None]) -> None:
-        """A failure is counted, and fails neither the request at hand nor those to come; the headers are void then."""
+        """Write to the headers. A failure is counted and makes the headers void; it does not fail this request or later ones."""
         try:
             write()
-        except Exception:  # a fault of ours
+        except Exception:  # a bug in the writing of headers
             self.events.failed(kind)
             self.arena.headers.void()

@@ -1,23 +1,23 @@
-"""Is a load worth its wait? A tier's measured pace against the engine's measured prefill. Pure arithmetic, no clock."""
+"""The load cost model measures the pace of tiers, to compare a load with computing. It reads no clock."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 SLACK_SHARE = 0.05
-"""A wait may exceed its plan by this share of the time that computing would take."""
+"""A wait may be longer than expected by this share of the time that computing would take, or by `SLACK_SECONDS`."""
 SLACK_SECONDS = 0.010
-"""... or by this, where that is more: recomputing less than 200 ms is judged so."""
+"""The greater slack for prompts that are computed in less than 200 ms."""
 _WINDOW_SECONDS = 4.0
-"""Busy seconds after which older measurements count half."""
+"""The weight of older measurements is halved after so many busy seconds."""
 _HALF_LIFE_SECONDS = 5.0
-"""After so much idle time, too."""
+"""Their weight is also halved after so many idle seconds."""
 _ASK_WEIGHT = 0.2
 
 
 @dataclass
 class Pace:
-    """What one tier does: bytes a second while it is busy, and seconds until it answers a question."""
+    """The pace of one tier: bytes per second while it is busy, and seconds until it answers which shards it has."""
 
     bytes_moved: float = 0.0
     busy_seconds: float = 0.0
@@ -28,7 +28,6 @@ class Pace:
     _since: float = 0.0
 
     def began(self, now: float) -> None:
-        """A load has begun."""
         if not self._running:
             self._since = now
             faded = 0.5 ** ((now - self.measured_at) / _HALF_LIFE_SECONDS)
@@ -37,7 +36,7 @@ class Pace:
         self._running += 1
 
     def ended(self, now: float, size_bytes: int | None) -> None:
-        """A load has ended; so many bytes of it were good. None: the tier failed, which says nothing of its pace."""
+        """Note that a load of `size_bytes` has ended; None if the tier failed, which does not change the pace."""
         self._running -= 1
         if size_bytes is None:
             self._since = now
@@ -51,7 +50,7 @@ class Pace:
             self.busy_seconds /= 2
 
     def answered(self, seconds: float) -> None:
-        """A question took so long."""
+        """Note that the tier has answered after so many seconds."""
         before = seconds if self.ask_seconds is None else self.ask_seconds
         self.ask_seconds = before + _ASK_WEIGHT * (seconds - before)
 
@@ -63,7 +62,7 @@ class Pace:
         return self.bytes_moved / self.busy_seconds
 
     def expected_seconds(self, size_bytes: int) -> float | None:
-        """From now until so many bytes have been loaded; None while nothing is known, infinite for a tier that gave nothing."""
+        """Return the time to load so many bytes: None if the pace is unknown, infinity for a tier that has loaded none."""
         rate = self.bytes_per_second
         if rate is None:
             return None
@@ -71,5 +70,5 @@ class Pace:
 
 
 def slack_seconds(recompute_seconds: float) -> float:
-    """How far a wait may exceed its plan."""
+    """Return by how much a wait may exceed the expected time."""
     return max(SLACK_SHARE * recompute_seconds, SLACK_SECONDS)

@@ -1,21 +1,20 @@
-"""The index of one space: which chunks it has, in which extents, how old they are, and who is using them.
+"""The table is the index of one space: its chunks, their extents, their order of eviction, and their readers and writers.
 
 A *record* is one chunk. It has an id (1 .. 2**32 - 2, reused after `free`), the chunk's 16-byte hash, a parent (the
 chunk before it in the prompt), and for every shard a state (empty, filling, done) with an extent, named by its sector.
 
-    attached  in the index: `match` and `get` find it, it has a place in the order of eviction and in its parent's children.
-    detached  out of all of these, for good. Extents and pins can still be read until `free`, which is refused while a
-              reader (pin) or a writer (filling) may still touch the extents.
+    attached  The record is in the index: `match` and `get` find it, the policy orders it, and its parent counts it as a child.
+    detached  The record has left the index for good. Its extents and pins can be read until `free`, which is refused while
+              a reader (pin) or a writer (filling) may still touch the extents.
 
-A record is *evictable* while it is attached and has no pins, no shards being filled and no children: so a prompt goes from
-its tail. In which order evictable records go is decided by a policy (`memory.order`), whose rows are the ids: LRU, unless
-another one is given as the second argument of a table. LRU is exact. A prefix is touched tail first, so under LRU a chunk never
-goes before what follows it.
+A record is *evictable* while it is attached and has no pins, no shards being filled and no children, so a prompt is evicted from
+its tail. A policy (`memory.order`), whose rows are the ids, decides the order of eviction. It is the second argument of a table;
+the default is an exact LRU. A prefix is touched tail first, so LRU never evicts a chunk before its descendants.
 
-The same table exists twice: `PyTable` here, which is the specification, and `lmcache._native.Table` in C, which takes a
-tenth of the memory and has an LRU of its own. `ChunkTable` is the native one where it was built, unless LMCACHE_NO_NATIVE is
-1. "ids" and "sectors" are bytes: little-endian u32, one after another. Every method raises ValueError for an id that no record
-has. A call that raises has changed nothing.
+There are two implementations of the table: `PyTable` here, which is the specification, and `lmcache._native.Table` in C, which
+takes a tenth of the memory and has its own LRU. `ChunkTable` is the native one if it was built and LMCACHE_NO_NATIVE is not 1.
+"ids" and "sectors" are bytes that hold consecutive little-endian u32. Every method raises ValueError for an id that no record
+has. A call that raises changes nothing.
 """
 
 from __future__ import annotations
@@ -39,13 +38,13 @@ MAX_PINS = 2**32 - 1
 
 
 def pack(numbers: Iterable[int]) -> bytes:
-    """Ids or sectors as bytes."""
+    """Pack ids or sectors into bytes."""
     values = list(numbers)
     return struct.pack(f"<{len(values)}I", *values)
 
 
 def unpack(packed: bytes) -> tuple[int, ...]:
-    """Bytes as ids or sectors; ValueError when they are no whole number of u32."""
+    """Unpack ids or sectors; ValueError if the length is not a multiple of 4."""
     if len(packed) % 4:
         raise ValueError(f"{len(packed)} bytes of ids; each id takes 4")
     return struct.unpack(f"<{len(packed) // 4}I", packed)
@@ -81,7 +80,7 @@ class _Record:
 
 
 class PyTable:
-    """The specification, and what runs where no C compiler was."""
+    """The specification of the table, which is used if the native table was not built."""
 
     def __init__(self, shards: int, policy: Policy | None = None, /) -> None:
         if not 1 <= shards <= MAX_SHARDS:
@@ -90,7 +89,7 @@ class PyTable:
         self._records: dict[int, _Record] = {}
         self._by_key: dict[bytes, int] = {}
         self._policy = LRU() if policy is None else policy  # of attached records
-        self._free: list[int] = []  # ids to reuse, the last one first
+        self._free: list[int] = []  # ids to reuse, last in, first out
         self._next_id = 1
 
     def _record(self, record: int) -> _Record:
@@ -108,7 +107,7 @@ class PyTable:
     # The index
 
     def match(self, hashes: bytes, /) -> bytes:
-        """Ids of the leading hashes (16 bytes each) whose records are attached and have all shards done."""
+        """Return the ids of the leading hashes (16 bytes each) whose records are attached and complete."""
         if len(hashes) % HASH_BYTES:
             raise ValueError(f"{len(hashes)} bytes of hashes; each hash takes {HASH_BYTES}")
         found = []
@@ -120,12 +119,12 @@ class PyTable:
         return pack(found)
 
     def get(self, key: bytes, /) -> int:
-        """The id of the attached record with this hash, in any state, or -1."""
+        """Return the id of the attached record with this hash, complete or not, or -1."""
         _check_key(key)
         return self._by_key.get(key, -1)
 
     def insert(self, key: bytes, parent: int, /) -> int:
-        """A new attached record. ValueError when the hash is there, or the parent (-1: none) is not."""
+        """Insert an attached record and return its id. ValueError if the hash is attached, or the parent (-1: none) is not."""
         _check_key(key)
         if key in self._by_key:
             raise ValueError(f"hash {key.hex()} is in the table already; get it instead")
@@ -145,7 +144,7 @@ class PyTable:
         return record
 
     def detach(self, record: int, /) -> bytes:
-        """Detach the record and all its descendants; their ids, descendants first. ValueError when it is detached."""
+        """Detach the record and all its descendants; return their ids, descendants first. ValueError if it is detached."""
         if not self._record(record).attached:
             raise ValueError(f"record {record} is detached already")
         family = [record]
@@ -164,7 +163,7 @@ class PyTable:
         return pack(reversed(family))
 
     def free(self, record: int, /) -> None:
-        """Forget a record that is detached, unpinned and not being filled; ValueError otherwise."""
+        """Free a record that is detached, unpinned and not being filled; ValueError otherwise."""
         found = self._record(record)
         if found.attached or not found.idle:
             raise ValueError(
@@ -177,12 +176,12 @@ class PyTable:
     # The order of eviction
 
     def touch(self, ids: bytes, /) -> None:
-        """These were used, the last one first, so that ids[0] is the most recent one. Detached ones are skipped."""
+        """Note the use of these records, the last one first, so that ids[0] is the most recent. Detached ones are skipped."""
         records = unpack(ids)
         self._policy.touched([one for one in reversed(records) if self._record(one).attached])
 
     def touch_path(self, record: int, /) -> None:
-        """The record and all its ancestors were used, deepest first, so that the root is the most recent one."""
+        """Note the use of the record and all its ancestors, deepest first, so that the root is the most recent one."""
         if not self._record(record).attached:
             return
         path = [record]
@@ -191,25 +190,25 @@ class PyTable:
         self._policy.touched(path)
 
     def victim(self) -> int:
-        """The evictable record that the policy names, or -1. ValueError when it names one that is not evictable."""
+        """Return the evictable record that the policy chooses, or -1. ValueError if the record is not evictable."""
         row = self._policy.victim(self.evictable)
         if row and not (row in self._records and self.evictable(row)):
-            raise ValueError(f"the policy chose record {row} as victim, which may not go now")
+            raise ValueError(f"the policy chose record {row} as victim, which is not evictable now")
         return row or -1
 
     def evictable(self, record: int, /) -> bool:
-        """Whether it is attached and has no pins, no shards being filled and no children."""
+        """Return whether the record is attached and has no pins, no shards being filled and no children."""
         return self._record(record).evictable
 
     def _unblock(self, record: int) -> None:
-        """Something that forbade evicting this record is gone."""
+        """Report the record to the policy if it has become evictable."""
         if self._records[record].evictable:
             self._policy.unblocked(record)
 
     # Readers and writers
 
     def pin(self, ids: bytes, /) -> None:
-        """One more reader of each."""
+        """Add one reader to each record."""
         records = unpack(ids)
         for record in records:
             if self._record(record).pins > MAX_PINS - len(records):
@@ -218,7 +217,7 @@ class PyTable:
             self._records[record].pins += 1
 
     def unpin(self, ids: bytes, /) -> bytes:
-        """One reader less of each; ValueError for one that has none. Returns the ids that the caller may free now."""
+        """Remove one reader from each record; ValueError if one has none. Returns the ids that the caller may free now."""
         records = unpack(ids)
         for record, count in Counter(records).items():
             if self._record(record).pins < count:
@@ -233,10 +232,10 @@ class PyTable:
         return pack(released)
 
     def begin_fill(self, record: int, shard: int, sector: int, /) -> None:
-        """empty -> filling, into the extent at `sector`. ValueError in any other state, or when the record is detached."""
+        """Change a shard from empty to filling, into the extent at `sector`. ValueError in any other state or if detached."""
         found = self._shard(record, shard)
         if not 0 <= sector < NO_EXTENT:
-            raise ValueError(f"sector {sector} is no sector of an arena; sectors are 0 to {NO_EXTENT - 1}")
+            raise ValueError(f"sector {sector} is out of range; sectors are 0 to {NO_EXTENT - 1}")
         if not found.attached or found.states[shard] != EMPTY:
             raise ValueError(
                 f"shard {shard} of record {record} cannot be filled: "
@@ -246,9 +245,9 @@ class PyTable:
         found.sectors[shard] = sector
 
     def end_fill(self, record: int, shard: int, ok: bool, /) -> int:
-        """filling -> done, or -> empty when not `ok` (its extent is then the caller's to free).
+        """Change a shard from filling to done or, if not `ok`, to empty; the caller then frees its extent.
 
-        Returns COMPLETED when the record is attached and has become complete, RELEASED when it is detached and may be
+        Returns COMPLETED if the record is attached and has become complete, RELEASED if it is detached and may be
         freed now, else 0.
         """
         found = self._shard(record, shard)
@@ -265,21 +264,21 @@ class PyTable:
     # Reading
 
     def state(self, record: int, shard: int, /) -> int:
-        """EMPTY, FILLING or DONE."""
+        """Return EMPTY, FILLING or DONE."""
         return self._shard(record, shard).states[shard]
 
     def extent(self, record: int, shard: int, /) -> int:
-        """The sector of its extent, or -1 when the shard is empty."""
+        """Return the sector of the shard's extent, or -1 if the shard is empty."""
         return self._shard(record, shard).sectors.get(shard, -1)
 
     def extents(self, ids: bytes, /) -> bytes:
-        """Sectors, [record][shard]; NO_EXTENT where a shard is empty."""
+        """Return the sectors of the records' extents, [record][shard]; NO_EXTENT for an empty shard."""
         shards = range(self._shards)
         sectors = [self._record(record).sectors for record in unpack(ids)]
         return pack(own.get(shard, NO_EXTENT) for own in sectors for shard in shards)
 
     def in_sectors(self, first_sector: int, end_sector: int, /) -> bytes:
-        """Ids, ascending, of attached records with an extent (filling or done) in first_page <= sector < end_page."""
+        """Return the ids, ascending, of attached records with an extent in first_sector <= sector < end_sector."""
         found = (
             record
             for record in self._by_key.values()
@@ -288,12 +287,12 @@ class PyTable:
         return pack(sorted(found))
 
     def survey(self, bounds: bytes, /) -> bytes:
-        """What would go with the extents in each range of sectors; a u32 pair each.
+        """Return, for each range of sectors, what emptying the range would evict, as a pair of u32.
 
-        `bounds` holds sectors, ascending: ranges [0] <= sector < [1], [2] <= sector < [3], and so on. The pair's first: extents there
-        of attached records. Its second: which place, counted from 1, the last of them to go has in the order of eviction;
-        NO_EXTENT where one there, or one that hangs on one there, is pinned or being filled. ValueError when the policy does not
-        name all attached records.
+        `bounds` holds ascending sectors: ranges [0] <= sector < [1], [2] <= sector < [3], and so on. The first number of a pair
+        counts the extents of attached records in the range. The second is the place, counted from 1, in the order of eviction of
+        the record that is evicted last; NO_EXTENT if a record in the range, or a descendant of one, is pinned or being filled.
+        ValueError if the policy does not order all attached records.
         """
         edges = unpack(bounds)
         if len(edges) % 2 or list(edges) != sorted(edges):
@@ -307,7 +306,7 @@ class PyTable:
         found = [0] * len(edges)
         order = list(self._policy)
         if sorted(order) != sorted(self._by_key.values()):
-            raise ValueError(f"the policy does not have just the {len(self)} attached records in its order")
+            raise ValueError(f"the policy does not order exactly the {len(self)} attached records")
         for place, record in enumerate(order, 1):
             for sector in self._records[record].sectors.values():
                 edge = bisect.bisect_right(edges, sector) - 1
@@ -317,52 +316,50 @@ class PyTable:
         return pack(found)
 
     def key(self, record: int, /) -> bytes:
-        """Its hash."""
         return self._record(record).key
 
     def parent(self, record: int, /) -> int:
-        """The parent's id; -1 for a root, and for every detached record."""
+        """Return the parent's id; -1 for a first chunk and for every detached record."""
         return self._record(record).parent
 
     def children(self, record: int, /) -> int:
-        """How many attached children it has."""
         return len(self._record(record).children)
 
     def pins(self, record: int, /) -> int:
-        """How many readers it has."""
+        """Return the number of readers."""
         return self._record(record).pins
 
     def filling(self, record: int, /) -> int:
-        """How many of its shards are being filled."""
+        """Return how many shards are being filled."""
         return self._record(record).filling
 
     def complete(self, record: int, /) -> bool:
-        """Whether all shards are done."""
+        """Return whether all shards are done."""
         return self._record(record).complete
 
     def attached(self, record: int, /) -> bool:
-        """Whether it is in the index."""
+        """Return whether the record is in the index."""
         return self._record(record).attached
 
     def __len__(self) -> int:
-        """Attached records."""
+        """Return the number of attached records."""
         return len(self._by_key)
 
     def detached(self) -> int:
-        """Detached records that were not freed yet."""
+        """Return the number of detached records that are not freed yet."""
         return len(self._records) - len(self._by_key)
 
     def memory_bytes(self) -> int:
-        """What the table and its policy take. Of `PyTable` this is an estimate, for CPython 3.11."""
+        """Return the memory of the table and its policy. For `PyTable` this is an estimate, made with CPython 3.11."""
         return len(self._records) * (700 + 100 * self._shards) + 4 * len(self._free) + self._policy.memory_bytes()
 
 
 def _check_key(key: bytes) -> None:
     if len(key) != HASH_BYTES:
-        raise ValueError(f"a hash of {len(key)} bytes; it takes {HASH_BYTES}")
+        raise ValueError(f"the hash has {len(key)} bytes; a hash has {HASH_BYTES}")
 
 
 Table: TypeAlias = PyTable
-"""Either of the two, which have the same methods."""
+"""Either implementation; both have the same methods."""
 _native = load_native()
 ChunkTable: Callable[..., Table] = PyTable if _native is None else _native.Table

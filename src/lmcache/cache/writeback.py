@@ -1,10 +1,10 @@
-"""Write-back: which chunks are still to be written to one tier, and in which order. Pure.
+"""Write-back decides which chunks are written to one tier, and in which order. It does no I/O.
 
-Chunks stand in the order in which they became whole, so a chunk never stands before one that it needs to be reachable,
-and what is written in time is a set of prefixes. The queue is bounded in bytes; beyond it the newest are not taken, which
-are the ends of prompts. The chunks themselves stay in L1, unpinned: one that is evicted before its turn is counted as lost.
+The queue holds chunks in the order in which they became complete, so no chunk precedes its parent, and the chunks written at any
+time form prefixes. The queue is bounded in bytes. Beyond the bound new chunks, which are the ends of prompts, are not queued.
+The chunks stay in L1 and are not pinned; a chunk that is evicted before it is written is counted as lost.
 
-Mode `on-evict` keeps chunks back until L1 runs full: then the longest stored go, before eviction can take them.
+The mode `on-evict` keeps chunks back until L1 is nearly full, and then writes the oldest ones before they are evicted.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from typing import NamedTuple
 from lmcache.chunks import HASH_BYTES
 
 KEEP_BACK_SHARE = 0.7
-"""`on-evict`: above this share of L1 in use, chunks are written ahead of eviction."""
+"""`on-evict`: chunks are written if more than this share of L1 is in use."""
 _WRITE_AHEAD_SHARE = 0.1
-"""... as many as take this share of L1, so that the next ones are written when it is full again."""
+"""`on-evict`: at most this share of L1 is queued to be written ahead of eviction."""
 
 
 class Batch(NamedTuple):
-    """Chunks of one space to write in one call: their hashes, and those of their parents, 16 bytes each. chunk_shards: of one
-    chunk."""
+    """Chunks of one space that are written in one call: their hashes and their parents' hashes, 16 bytes each. chunk_shards:
+    number of shards of one chunk."""
 
     space: int
     hashes: bytes
@@ -30,7 +30,7 @@ class Batch(NamedTuple):
     size_bytes: int
     chunk_shards: int = 1
     clears: int = 0
-    """How often the queue had been cleared when the batch was taken from it."""
+    """How many times the queue had been cleared when the batch was taken."""
 
 
 class _Chunk(NamedTuple):
@@ -42,15 +42,15 @@ class _Chunk(NamedTuple):
 
 
 class WriteQueue:
-    """Of one tier. max_bytes: of chunks that wait. batch_bytes, batch_shards: the most of one write. l1_bytes: what can be kept
-    back at most."""
+    """The write queue of one tier. max_bytes: the most bytes queued. batch_bytes, batch_shards: the most of one write. l1_bytes:
+    the most bytes kept back."""
 
     def __init__(
         self, max_bytes: int, batch_bytes: int, l1_bytes: int, on_evict: bool = False, batch_shards: int = 512
     ) -> None:
         self.counters: Counter[str] = Counter()
-        """Chunks: queued, and lost by reason: `queue full`, `evicted` (from L1, before their turn) and `cleared` (from L1 or from
-        the tier); and the bytes of those that were lost."""
+        """Chunks queued; chunks and bytes lost, by reason: `queue full`, `evicted` (from L1, before they were written) and
+        `cleared` (from L1 or from the tier)."""
         self.queued_bytes = 0
         self._max_bytes, self._batch_bytes, self._batch_shards = max_bytes, batch_bytes, batch_shards
         self._l1_bytes, self._kept_bytes = l1_bytes, 0
@@ -60,7 +60,7 @@ class WriteQueue:
         self._kept_back: deque[_Chunk] = deque()
 
     def __len__(self) -> int:
-        """Chunks to write now."""
+        """Return how many chunks can be written now."""
         return len(self._ready)
 
     @property
@@ -68,7 +68,7 @@ class WriteQueue:
         return len(self._kept_back)
 
     def add(self, space: int, hashes: bytes, parents: bytes, chunk_bytes: int, chunk_shards: int = 1) -> None:
-        """These chunks have become whole. chunk_bytes, chunk_shards: of one."""
+        """Queue chunks that have become complete. chunk_bytes, chunk_shards: size and number of shards of one chunk."""
         for at in range(0, len(hashes), HASH_BYTES):
             if self.queued_bytes + chunk_bytes > self._max_bytes and not self._on_evict:
                 left = (len(hashes) - at) // HASH_BYTES
@@ -81,22 +81,22 @@ class WriteQueue:
                 continue
             self._kept_back.append(one)
             self._kept_bytes += chunk_bytes
-            while self._kept_bytes > self._l1_bytes:  # L1 does not hold so much: the first ones have been evicted
+            while self._kept_bytes > self._l1_bytes:  # more than L1 can hold, so the first ones have been evicted
                 self._lose("evicted", 1, self._keep_no_longer().size_bytes)
 
     def make_ready(self, used_bytes: int) -> None:
-        """`on-evict`: let go of the longest kept chunks when L1 is that full."""
+        """`on-evict`: queue the oldest chunks kept back if `used_bytes` is above `KEEP_BACK_SHARE` of L1."""
         ahead = self._l1_bytes * _WRITE_AHEAD_SHARE
         while self._kept_back and used_bytes > self._l1_bytes * KEEP_BACK_SHARE and self.queued_bytes < ahead:
             self._push(self._keep_no_longer())
 
     def make_all_ready(self) -> None:
-        """Before the end: everything that was kept back."""
+        """Queue all chunks that were kept back, as the server does before it ends."""
         while self._kept_back:
             self._push(self._keep_no_longer())
 
     def take(self) -> Batch | None:
-        """The next batch: the longest waiting chunks of one space."""
+        """Remove the next batch from the queue and return it: the oldest chunks, all of one space. None if the queue is empty."""
         if not self._ready:
             return None
         first = self._ready[0]
@@ -110,7 +110,7 @@ class WriteQueue:
         return Batch(first.space, keys, parents, size, first.shards, self._clears)
 
     def still_there(self, batch: Batch, found: bytes) -> Batch:
-        """What can be written of a batch: `found`, in the batch's order. The rest was evicted before its turn."""
+        """Return the batch with only the chunks `found`, in the batch's order. The others are counted as lost by eviction."""
         count, gone = len(batch.hashes) // HASH_BYTES, (len(batch.hashes) - len(found)) // HASH_BYTES
         if not gone:
             return batch
@@ -122,7 +122,7 @@ class WriteQueue:
         return batch._replace(hashes=found, parents=b"".join(of_found), size_bytes=batch.size_bytes - gone_bytes)
 
     def put_back(self, batch: Batch) -> None:
-        """The tier could not take it now: it is first in line again, unless the queue has been cleared since it was taken."""
+        """Put a batch that the tier did not store back at the head, unless the queue has been cleared since it was taken."""
         count = len(batch.hashes) // HASH_BYTES
         if batch.clears != self._clears:
             self._lose("cleared", count, batch.size_bytes)
@@ -138,7 +138,7 @@ class WriteQueue:
             self._lose("queue full", 1, size)
 
     def clear(self) -> None:
-        """L1 or the tier has been cleared: nothing is written of what waits, nor of a batch that is put back from now on."""
+        """Drop all chunks, since L1 or the tier has been cleared, and any batch taken earlier that is put back later."""
         for one in (*self._ready, *self._kept_back):
             self._lose("cleared", 1, one.size_bytes)
         self._clears += 1

@@ -1,4 +1,4 @@
-"""Floor 2: the arena (one shared file), the allocation of its sectors to spaces (no I/O), and the LRU order.
+"""Floor 2: the arena (one shared file), the allocation of its sectors to spaces (no I/O), and the order of eviction.
 
-May import: `lmcache.chunks`, `lmcache.observability`, `lmcache.config`, `lmcache.errors`.
+This package may import `lmcache.chunks`, `lmcache.observability`, `lmcache.config` and `lmcache.errors`.
 """

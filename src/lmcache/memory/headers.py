@@ -1,7 +1,7 @@
-"""Extent headers: a file beside the arena that says which extents hold which committed shards, and which may still be written to,
-for the server after a crash.
+"""Extent headers: a file beside the arena that records which shard each extent holds, and which extents may still be written. A
+later server reads it after a crash.
 
-Engines do not get this file, so its contents are as trustworthy as the user is. The file begins with a header of its own (4 KiB).
+Engines do not get this file, so only the user can change its contents. The file begins with a header of its own (4 KiB).
 One record of fixed size follows for each sector of the arena; an extent's record is that of its first sector. The file is sparse:
 only extents take memory, 4 KiB for an extent of 170 KiB or more. The server writes records and does not map them, because a write
 to a full memory file system returns an error where an access to a mapping would kill the process. A record is valid when its
@@ -11,13 +11,13 @@ checksum is right and its generation and number of clears are those of the file,
     record  magic 4, version u16, state u16, generation 8, clears u32, sector u32, stored bytes u64, shard u16, shards u16,
             space fingerprint 16, chunk key 16, parent key 16 (zeros before the first chunk), crc32 u32
 
-Behind the records, open reservations have entries of a fixed stride, which outlive a clear. Extents are handed out only after
-their entry has been written, its magic last. So an entry with its magic and a wrong checksum is damage: the file is useless then.
+After the records, each open reservation has entries of a fixed stride, which a clear does not remove. Extents are granted only
+after their entry has been written, its magic last. So an entry with a magic and a wrong checksum means that the file is damaged.
 
     entry   magic 4, sectors u32, generation 8, stored bytes u64 (of each extent), writer: pid u64, start u64, pid namespace u64,
             first sector of each extent u32, crc32 u32
 
-The *epoch* counts the servers that an arena has had: each begins a new one, and claims given in another one mean nothing.
+The *epoch* counts the servers that have owned the arena. Each server begins a new epoch, in which earlier claims are not valid.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def beside(arena: Path) -> Path:
 
 
 class Writer(NamedTuple):
-    """A process that may write to extents. `start` is in clock ticks after the boot, 0 where it is unknown; a pid that the kernel
-    has given to another process is another writer by it. `namespace` is the inode of the pid namespace that `pid` belongs to."""
+    """A process that may write to extents. `start`: its start in clock ticks after the boot, 0 if unknown; it distinguishes
+    processes that have had the same pid. `namespace`: the inode of the pid namespace of `pid`."""
 
     pid: int
     start: int
@@ -67,7 +67,7 @@ class Writer(NamedTuple):
 
     @classmethod
     def of(cls, pid: int | None = None) -> Writer:
-        """The process with this pid in our pid namespace; 0 stands for one without a pid there, None for this process."""
+        """Return the writer with this pid in our pid namespace. 0: it has no pid there. None: this process."""
         pid = os.getpid() if pid is None else pid
         return cls(pid, _start_of(pid), _namespace())
 
@@ -77,7 +77,7 @@ def _namespace() -> int:
 
 
 def _start_of(pid: int) -> int:
-    """When the process has started; 0 where there is none, or where it has ended and waits for its parent."""
+    """Return the start of the process in clock ticks after the boot; 0 if there is no such process, or if it is a zombie."""
     with suppress(OSError):
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return 0 if state in "ZX" else int(fields[18])
@@ -85,7 +85,7 @@ def _start_of(pid: int) -> int:
 
 
 class Headers:
-    """The file of a running server, the arena's `epoch`th.
+    """The header file of a running server, which is the `epoch`th server of the arena.
 
     Raises:
         ConfigError: the file cannot be created.
@@ -94,16 +94,16 @@ class Headers:
     def __init__(self, path: Path, arena_id: bytes, arena_bytes: int, epoch: int = 1) -> None:
         self.path, self.epoch = path, epoch
         self.unwritten = 0
-        """Header writes that failed. Such extents are usable now, but a server that adopts the arena does not find them."""
+        """How many header writes failed. Their extents are usable, but a server that adopts the arena does not find them."""
         self._arena_id, self._arena_bytes = arena_id, arena_bytes
         self._generation = secrets.token_bytes(8)
         self._clears = 0
         self._void = False
         self._open: dict[int, list[tuple[int, bytes]]] = {}
-        """Open reservations: where their entries are, and what these hold."""
+        """Number of an open reservation -> (offset, bytes) of each of its entries."""
         self._free_entries: list[int] = []
         self._entries = _entries_at(arena_bytes)
-        """Where the next new one goes."""
+        """Offset of the next new entry."""
         try:
             self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         except OSError as error:
@@ -147,8 +147,8 @@ class Headers:
                 self._report_unwritten(error)
 
     def opened(self, number: int, stored_bytes: int, sectors: Sequence[int], writer: Writer) -> None:
-        """The writer is about to get these extents. Without room for the entry no header counts until everything is cleared:
-        a later server could not know that they may be written to."""
+        """Record that these extents are about to be granted to the writer. If the entry cannot be written, all headers become
+        void until the next clear, since a later server would not know that the extents may be written to."""
         entries = self._open[number] = []
         for at in range(0, len(sectors), _ENTRY_SECTORS):
             own = sectors[at : at + _ENTRY_SECTORS]
@@ -166,7 +166,7 @@ class Headers:
             self.void()
 
     def ended(self, number: int) -> None:
-        """Nobody writes to the extents of this reservation any more."""
+        """Record that no process writes to the extents of this reservation any more."""
         for place, _ in self._open.pop(number):
             self._free_entries.append(place)
             os.pwrite(self._descriptor, _NOTHING, place)
@@ -181,7 +181,7 @@ class Headers:
         self._void = False
 
     def void(self) -> None:
-        """Some records may be wrong, so none counts: the file is a damaged one until everything is cleared."""
+        """Invalidate the file until the next clear, because some records may be wrong."""
         self._void = True
         try:
             os.ftruncate(self._descriptor, 0)
@@ -211,5 +211,5 @@ class Headers:
 
 
 def _entries_at(arena_bytes: int) -> int:
-    """Where open reservations begin: behind the records of all sectors, at a sector of the file."""
+    """Return the offset of the first entry: after the records of all sectors, rounded up to 4 KiB."""
     return -(-(_FIRST_RECORD + arena_bytes // SECTOR_BYTES * RECORD_BYTES) // _FIRST_RECORD) * _FIRST_RECORD

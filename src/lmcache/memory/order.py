@@ -1,8 +1,8 @@
-"""The order of eviction: the policy that an index asks for it, and LRU, which is the one in use.
+"""The order of eviction: the interface of policies, and LRU, which is the policy in use.
 
-`cache.table` keeps the chunks in memory and `tiers.shard_index` the shards on a disk. Each index notifies a policy of what
-happens to its *rows*, and asks the policy which row goes first. Rows are numbered from 1; 0 stands for none. The index alone
-decides which rows may be evicted at the moment: those that nobody reads or fills and that no other row hangs on.
+`cache.table` is the index of the chunks in memory, and `tiers.shard_index` of the shards on a disk. Each index notifies a policy
+of changes to its *rows*, and asks it which row to evict next. Rows are numbered from 1; 0 means none. Only the index decides
+which rows are evictable: those that have no reader, no writer and no child.
 """
 
 from __future__ import annotations
@@ -14,58 +14,58 @@ from collections.abc import Callable, Iterator, Sequence
 
 
 class Policy(ABC):
-    """The notifications and questions of one index, which has one policy of its own.
+    """Takes the notifications of one index, and decides its order of eviction. Each index has a policy of its own.
 
-    The methods run inside the calls of the index, in its thread. They must be quick, must not raise, and may call nothing of
-    the index but `evictable`. A policy must not keep a reference to its index.
+    The methods run inside the calls of the index, in its thread. They must be quick and must not raise. The only function of the
+    index that they may call is `evictable`. A policy must not keep a reference to its index.
     """
 
     @abstractmethod
     def inserted(self, row: int, key: bytes, parent: int) -> None:
-        """The index has a new row, which was not there before or has been removed since.
+        """Note a new row. Its number is new, or the row with this number has been removed.
 
         Args:
-            key: names the content. A content that comes back later, in whichever row, has the same key.
-            parent: the row before this one in the prompt; 0 for the first one, and where the index knows no prompts.
+            key: identifies the content. If the same content is inserted again, in any row, it has the same key.
+            parent: the preceding row of the prompt; 0 for a first chunk, or if the index does not know prompts.
         """
 
     def restored(self, count: int, key: Callable[[int], bytes]) -> None:
-        """The index, which was empty, has the rows 1 to `count` from an earlier life. They were last used in this order."""
+        """Note that the index, which was empty, has restored the rows 1 to `count`, which were last used in this order."""
         for row in range(1, count + 1):
             self.inserted(row, key(row), 0)
 
     @abstractmethod
     def touched(self, rows: Sequence[int]) -> None:
-        """The rows were used together. The last one counts as the most recent: it is the first one of the prompt."""
+        """Note that the rows were used together. The last one, which is the first of the prompt, counts as the most recent."""
 
     def unblocked(self, row: int) -> None:  # noqa: B027 (most policies need not know)
-        """The row may be evicted again: what forbade it (a reader, a shard being filled, a row that hung on it) has gone.
+        """Note that the row is evictable again, since it has lost its last reader, writer or child.
 
-        A new row may be evicted from the start. There is no notification when a row may no longer be evicted, and there can be
-        more than one when it may.
+        A new row is evictable from the start. There is no notification when a row stops being evictable, and there can be
+        several when it becomes evictable.
         """
 
     @abstractmethod
     def removed(self, row: int) -> None:
-        """The index has the row no more. Its number may be used again."""
+        """Note that the index has removed the row. Its number may be used again."""
 
     @abstractmethod
     def __iter__(self) -> Iterator[int]:
-        """All rows, in the order in which they would be evicted; none is left out. Nothing changes during the iteration."""
+        """Iterate over all rows in the order of eviction. The index does not change during the iteration."""
 
     def victim(self, evictable: Callable[[int], bool]) -> int:
-        """The row to evict next, for which `evictable` must be true, or 0 when there is none."""
+        """Return the row to evict next, for which `evictable` must be true, or 0 if there is none."""
         return next(filter(evictable, self), 0)
 
     @abstractmethod
     def memory_bytes(self) -> int:
-        """What the policy itself takes."""
+        """Return the bytes of memory that the policy takes."""
 
 
 class LRU(Policy):
-    """The row that was used longest ago goes first: a ring through two flat arrays, 8 bytes a row.
+    """Evicts the least recently used row first. Two flat arrays form a doubly linked ring, with 8 bytes for each row.
 
-    Row 0 is the end of the ring. The table in C (`native/table.c`) does the same inside its records.
+    Row 0 marks the end of the ring. The table in C (`native/table.c`) keeps the same ring in its records.
     """
 
     def __init__(self) -> None:

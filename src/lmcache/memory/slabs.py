@@ -1,6 +1,6 @@
 """The assignment of the arena to spaces: regions are cut from free memory, extents are cut from regions.
 
-All extents of a *space* have one size. The space owns *regions*, each an integral number of adjacent extents, and hands out
+All extents of a *space* have one size. The space owns *regions*, each an integral number of adjacent extents, and allocates
 the extent with the lowest address first, so that memory which was touched (and faulted in) before is reused before memory that
 never was. All sizes are counted in sectors of 4096 bytes and are exact: a region wastes nothing, and only holes between regions
 that are smaller than an extent are lost. `window` names the regions to empty when another space needs memory and no hole of free
@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Set
 
 SECTOR_BYTES = 4096
 NO_EXTENT = 2**32 - 1
-"""Where a sector number names an extent, by its first sector: there is none. Sector numbers are u32, below this one."""
+"""Stands for no extent where an extent is named by its first sector. Sector numbers are u32 below this value."""
 
 # A region should be large, so that there are few of them, and small beside the arena, so that several spaces can share it.
 _REGION_BYTES = 64 << 20
@@ -29,7 +29,7 @@ _WASTE = 0.03
 
 
 class Region:
-    """Adjacent extents of one space: sectors [first_page, end_page). Callers may read it; only `Slabs` changes it."""
+    """Adjacent extents of one space, in sectors [first_sector, end_sector). Callers may read it; only `Slabs` changes it."""
 
     __slots__ = ("_hint", "_taken", "extent_sectors", "extents", "first_sector", "space", "used")
 
@@ -43,9 +43,7 @@ class Region:
         self._hint = 0  # no extent below this one is free
 
     def __repr__(self) -> str:
-        return (
-            f"Region(space={self.space}, pages={self.first_sector}..{self.end_sector}, used={self.used}/{self.extents})"
-        )
+        return f"Region(space={self.space}, sectors={self.first_sector}..{self.end_sector}, used={self.used}/{self.extents})"
 
     @property
     def end_sector(self) -> int:

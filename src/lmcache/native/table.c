@@ -8,12 +8,12 @@
  * than two buckets a record, each insert splits the next two. It is never rebuilt. Clients choose the hashes, so a secret is
  * mixed into the number of the bucket.
  *
- * In which order records go is decided by a policy, a `policy_t` here: `lru`, which keeps its list in the records, or `plugged`,
- * which asks an object in Python. The table itself says which record may go.
+ * A policy, a `policy_t` here, decides the order of eviction: `lru` keeps its list in the records, and `plugged` calls an object
+ * in Python. The table itself decides which records are evictable.
  *
- * LRU finds a victim in order of age by a cursor that walks from the old end of the list and passes what cannot go now. What
- * it has passed and can go later waits in a heap by age; everything there is older than the cursor. A record is passed once
- * for each time it is touched, so finding a victim costs O(1) in ordinary use and O(log n) at worst, amortised.
+ * LRU finds a victim with a cursor that walks from the oldest end of the list and passes records that are not evictable. A record
+ * that was passed and becomes evictable later enters a heap ordered by age; all records in the heap are older than the cursor. A
+ * record is passed once for each touch, so finding a victim costs O(1) in ordinary use and O(log n) at worst, amortised.
  */
 #include "native.h"
 
@@ -37,9 +37,9 @@ enum { COMPLETED = 1, RELEASED = 2 };
 enum {
     USED = 1,     /* not on the free list */
     ATTACHED = 2, /* in the index */
-    PASSED = 4,   /* LRU: the cursor has gone by */
+    PASSED = 4,   /* LRU: the cursor has passed it */
     QUEUED = 8,   /* LRU: waits in the heap with its present stamp */
-    SEEN = 16,    /* in the policy's order, or it or one that hangs on it is in use; set while `survey` runs */
+    SEEN = 16,    /* in the policy's order, or it or a descendant is in use; set while `survey` runs */
 };
 
 typedef struct {
@@ -63,7 +63,7 @@ typedef struct {
 
 typedef struct table table_t;
 
-/* Who decides in which order records go. `Policy` in lmcache/memory/order.py has the same verbs and says what they mean. */
+/* Decides the order of eviction. `Policy` in lmcache/memory/order.py has the same functions and documents them. */
 typedef struct {
     void (*inserted)(table_t *t, uint32_t id);
     void (*touched)(table_t *t, const uint8_t *ids, size_t count); /* u32 each, the last one first; detached ones are skipped */
@@ -79,7 +79,7 @@ struct table {
     PyObject_HEAD
     uint64_t seed[2];
     const policy_t *policy;
-    PyObject *plug; /* the object that `plugged` asks; it may not refer to the table */
+    PyObject *plug; /* the object that `plugged` calls; it must not refer to the table */
     uint32_t shards, shift;
     uint8_t **segments;
     size_t segment_count, segment_room;
@@ -248,7 +248,7 @@ static int add_piece(table_t *t)
     return 0;
 }
 
-/* Adds one bucket, which takes a part of the chain of the next bucket in turn. Without memory the chains just get longer. */
+/* Adds one bucket, which takes part of the chain of the bucket to split next. Without memory the chains only get longer. */
 static void split_bucket(table_t *t)
 {
     uint64_t made = t->buckets;
@@ -277,7 +277,7 @@ static void remove_from_bucket(table_t *t, uint32_t id)
     *link = at(t, id)->next;
 }
 
-/* Who may go */
+/* Evictability */
 
 static inline int is_idle(const record_t *r)
 {
@@ -289,7 +289,7 @@ static inline int is_evictable(const record_t *r)
     return (r->flags & ATTACHED) && is_idle(r) && r->children == 0;
 }
 
-/* Something that forbade evicting this record is gone. */
+/* Reports the record to the policy if it has become evictable. */
 static inline void unblock(table_t *t, uint32_t id)
 {
     if (is_evictable(at(t, id)))
@@ -366,7 +366,7 @@ static void lru_removed(table_t *t, uint32_t id)
     unlink_age(t, at(t, id), id);
 }
 
-/* Restarts the walk of the cursor. Used where the heap cannot grow. */
+/* Restarts the walk of the cursor. Used if the heap cannot grow. */
 static void forget_passed(table_t *t)
 {
     for (uint32_t id = t->oldest; id != t->cursor; id = at(t, id)->newer)
@@ -375,7 +375,7 @@ static void forget_passed(table_t *t)
     t->heap_count = 0;
 }
 
-/* If the cursor has passed it, it must wait in the heap. */
+/* Adds the record to the heap if the cursor has passed it. */
 static void lru_unblocked(table_t *t, uint32_t id)
 {
     record_t *r = at(t, id);
@@ -453,7 +453,7 @@ static const policy_t lru = {
     lru_inserted, lru_touched, lru_touched_path, lru_unblocked, lru_removed, lru_victim, lru_order, lru_memory_bytes,
 };
 
-/* Arguments. Each returns -1 with an error set when the argument will not do. */
+/* Parsing of arguments. Each function returns -1 with an error set if the argument is invalid. */
 
 static int to_number(PyObject *value, long long *number)
 {
@@ -541,7 +541,7 @@ static int to_key(PyObject *value, const uint8_t **key)
     if (PyBytes_AsStringAndSize(value, &bytes, &size) < 0)
         return -1;
     if (size != KEY_BYTES) {
-        PyErr_Format(PyExc_ValueError, "a hash of %zd bytes; it takes %d", size, KEY_BYTES);
+        PyErr_Format(PyExc_ValueError, "the hash has %zd bytes; a hash has %d", size, KEY_BYTES);
         return -1;
     }
     *key = (const uint8_t *)bytes;
@@ -561,7 +561,7 @@ static PyObject *id_or_none(uint32_t id)
     return PyLong_FromLongLong(id == NONE ? -1 : (long long)id);
 }
 
-/* A policy in Python. An error in a notification is written to standard error, and the table stays right. */
+/* A policy in Python. An error in a notification is written to standard error, and the table stays consistent. */
 
 /* Ends a notification. */
 static void drop_answer(table_t *t, PyObject *answer)
@@ -578,7 +578,7 @@ static void plugged_inserted(table_t *t, uint32_t id)
     drop_answer(t, PyObject_CallMethod(t->plug, "inserted", "Iy#I", id, r->key, (Py_ssize_t)KEY_BYTES, parent));
 }
 
-/* One row more, or NULL with an error set. Takes the list, and gives it back. */
+/* Appends a row to the list and returns the list, or NULL with an error set. */
 static PyObject *append_row(PyObject *rows, uint32_t id)
 {
     PyObject *row = rows ? PyLong_FromUnsignedLong(id) : NULL;
@@ -635,7 +635,7 @@ static int plugged_victim(table_t *t, uint32_t *id)
         return -1;
     *id = number ? (uint32_t)number : NONE;
     if (number && (number < 0 || number >= MAX_RECORDS || !is_used(t, *id) || !is_evictable(at(t, *id)))) {
-        PyErr_Format(PyExc_ValueError, "the policy chose record %lld as victim, which may not go now", number);
+        PyErr_Format(PyExc_ValueError, "the policy chose record %lld as victim, which is not evictable now", number);
         return -1;
     }
     return 0;
@@ -644,7 +644,7 @@ static int plugged_victim(table_t *t, uint32_t *id)
 static int plugged_order(table_t *t, uint32_t *ids)
 {
     uint32_t room = t->attached, count = 0, id;
-    int right = 1; /* each one is attached, and was not seen before */
+    int right = 1; /* each record is attached, and was not named before */
     PyObject *order = PyObject_GetIter(t->plug), *row;
     while (order && right && (row = PyIter_Next(order))) {
         right = to_id(t, row, &id) == 0 && (at(t, id)->flags & (ATTACHED | SEEN)) == ATTACHED && count < room;
@@ -661,7 +661,7 @@ static int plugged_order(table_t *t, uint32_t *ids)
         return -1;
     if (right && count == room)
         return 0;
-    PyErr_Format(PyExc_ValueError, "the policy does not have just the %u attached records in its order", room);
+    PyErr_Format(PyExc_ValueError, "the policy does not order exactly the %u attached records", room);
     return -1;
 }
 
@@ -680,7 +680,7 @@ static const policy_t plugged = {
     plugged_removed,   plugged_victim,  plugged_order,        plugged_memory_bytes,
 };
 
-/* Of bytes with ids, those with the first `count` ones. */
+/* Returns bytes with the first `count` of these ids. */
 static PyObject *shortened(PyObject *ids, size_t count)
 {
     if (PyBytes_Size(ids) == (Py_ssize_t)(4 * count))
@@ -890,7 +890,7 @@ static PyObject *table_free(PyObject *self, PyObject *arg)
     Py_RETURN_NONE;
 }
 
-/* Methods: the order in which records go */
+/* Methods: the order of eviction */
 
 static PyObject *table_touch(PyObject *self, PyObject *arg)
 {
@@ -989,7 +989,7 @@ static PyObject *table_begin_fill(PyObject *self, PyObject *const *args, Py_ssiz
         to_number(args[2], &sector) < 0)
         return NULL;
     if (sector < 0 || sector >= NONE) {
-        PyErr_Format(PyExc_ValueError, "sector %lld is no sector of an arena; sectors are 0 to %u", sector, NONE - 1);
+        PyErr_Format(PyExc_ValueError, "sector %lld is out of range; sectors are 0 to %u", sector, NONE - 1);
         return NULL;
     }
     record_t *r = at(t, id);
@@ -1123,16 +1123,16 @@ static long long range_of(const uint8_t *bounds, size_t count, uint32_t sector)
     return low % 2 ? (long long)(low - 1) : -1;
 }
 
-/* Mark the attached records that are in use, and all that they hang on. */
+/* Marks the attached records that are in use, and all their ancestors. */
 static void mark_held(const table_t *t)
 {
-    for (uint32_t id = 1; id < t->next_id; id++) /* as they lie in memory, which is faster than in the policy's order */
+    for (uint32_t id = 1; id < t->next_id; id++) /* in the order of memory, which is faster than the policy's order */
         if ((at(t, id)->flags & ATTACHED) && !is_idle(at(t, id)))
             for (uint32_t up = id; up != NONE && !(at(t, up)->flags & SEEN); up = at(t, up)->parent)
                 at(t, up)->flags |= SEEN;
 }
 
-/* found: for each range, two numbers as `survey` returns them. */
+/* Writes to `found` two numbers for each range, as `survey` returns them. */
 static void look_through(const table_t *t, const uint32_t *order, uint32_t records, const uint8_t *bounds, size_t count,
                          uint32_t *found)
 {

@@ -1,6 +1,6 @@
-"""Floor 8: the daemon. One thread runs L1 and both wire faces; HTTP, pre-faulting and payload copies have their own.
+"""Floor 8: the daemon. One thread runs L1 and both engine endpoints; other threads run HTTP, pre-faulting and payload copies.
 
-`main` starts and ends it, `loop` waits for events, `service` answers requests for those whom
-`sessions` knows, `payload` copies payload frames, `tiering` drives the tiers, `unix_endpoint` and `zmq_endpoint` carry them,
-`http` is the face for people and their tools. May import every floor below.
+`main` starts and stops the server, and `loop` waits for events. `unix_endpoint` and `zmq_endpoint` receive requests, `service`
+answers those of the processes in `sessions`, `payload` copies payload frames, and `tiering` drives the tiers. `http` is the
+endpoint for people and tools. This package may import every lower floor.
 """

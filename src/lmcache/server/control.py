@@ -1,4 +1,4 @@
-"""What the HTTP face sees of the server. The face asks; the server's own thread answers."""
+"""The interface through which the HTTP endpoint queries the server, whose main thread answers."""
 
 from __future__ import annotations
 
@@ -6,38 +6,38 @@ from typing import Protocol
 
 
 class Control(Protocol):
-    """Thread-safe questions to a running server. Each answers within a second or raises TimeoutError."""
+    """Queries to a running server. Each is thread-safe, and returns within a second or raises TimeoutError."""
 
     def health(self) -> tuple[bool, str]:
-        """(serving, why not)."""
+        """Return whether the server serves, and if not the reason."""
         ...
 
     def status(self) -> dict[str, object]:
-        """Configuration (secrets redacted), arena, index, sessions, engines, counters. JSON types only."""
+        """Return configuration (secrets redacted), arena, index, sessions, engines and counters. JSON types only."""
         ...
 
     def fetches(self) -> list[dict[str, object]]:
-        """Lookups that ended last of those that were looked for in the tiers, the latest first. JSON types only."""
+        """Return records of the fetches from tiers that ended last, the latest first. JSON types only."""
         ...
 
     def degraded(self) -> list[str]:
-        """Tiers that do not serve now, and why; the server is healthy without them."""
+        """Return the tiers that do not serve now, each with the reason. The server is healthy without them."""
         ...
 
     def refused(self) -> list[str]:
-        """Engines that the server turned away lately, and what to type; for others it is healthy."""
+        """Return the engines that the server refused lately, each with the remedy. The server is healthy for all others."""
         ...
 
     def clear(self, tiers: str = "") -> dict[str, object]:
-        """Empty L1, leased chunks too, and these tiers (`all`, or names with commas); what was dropped, for the answer.
+        """Empty L1, including leased chunks, and these tiers (`all`, or names separated by commas). Returns what was removed.
 
         Raises:
-            ConfigError: no such tier.
+            ConfigError: there is no tier of such a name.
         """
         ...
 
     def counters(self) -> dict[str, float]:
-        """Name -> value. Names in `_total` only count up, others are gauges; `name{reason="full"}` carries labels.
+        """Return name -> value. Names that end in `_total` are counters, others are gauges; `name{reason="full"}` has a label.
 
         `lmcache.server.metrics` lists the names with their help and adds the prefix.
         """

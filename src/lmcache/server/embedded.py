@@ -1,7 +1,7 @@
-"""The server as an engine's own child: `python -m lmcache.server.embedded SOCKET LIFELINE [flags of lmcache server]`.
+"""The server as a child process of one engine: `python -m lmcache.server.embedded SOCKET LIFELINE [flags of lmcache server]`.
 
-`lmcache.engine.embedded` starts it. SOCKET and LIFELINE are inherited descriptors: a Unix socket that listens, and one that
-becomes readable when the engine ends. There is no port for engines, and HTTP only where --http-port is given.
+`lmcache.engine.embedded` starts it. SOCKET and LIFELINE are inherited descriptors: a listening Unix socket, and a descriptor that
+becomes readable when the engine ends. The server opens no port for engines, and an HTTP port only if --http-port is given.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ logger = init_logger(__name__)
 
 
 def main(argv: Sequence[str]) -> int:
-    """Serve until the engine ends; the exit code is 2 where a setting is wrong or the machine has too little."""
+    """Serve until the engine ends. The exit code is 2 if a setting is wrong or the machine has not enough memory."""
     parser = argparse.ArgumentParser("lmcache.server.embedded", allow_abbrev=False)
     parser.add_argument("socket", type=int)
     parser.add_argument("lifeline", type=int)
@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
         config = check_machine(config, port=False, http=http)
         return serve(config, Owner(listener, arguments.lifeline, http))
     except ConfigError as error:
-        logger.error("The server of this engine does not start, and KV is not cached: %s", error)
+        logger.error("The LMCache server of this engine cannot start, so no KV is cached: %s", error)
         return 2
 
 

@@ -1,4 +1,4 @@
-"""Connections to the ZMQ socket that never come as far as a message, since the engine has a wrong key or none."""
+"""Failed handshakes: connections to the ZMQ socket that end before the first message, because of a wrong or missing key."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from lmcache.wire.received import MONITOR_EVENT
 _EVENTS = (
     zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
 )
-"""Not those of peers that hang up before they have said which mechanism they want: whoever looks at the port does so."""
+"""Failures without details are left out: any port scanner causes them by hanging up before the handshake."""
 
 
 class Handshakes:
-    """Notes in `refused` the handshakes that fail at `door`, which listens at `host`. `descriptor` is to be watched, and `hear`
-    to be called after every batch of the loop's events. `strangers` are the connections that were not let in yet."""
+    """Records in `refused` the handshakes that fail at the socket `door`, which listens at `host`. The owner watches `descriptor`
+    and calls `hear` after every batch of the loop's events. `strangers` holds the connections that are not admitted yet."""
 
     def __init__(
         self,
@@ -33,13 +33,13 @@ class Handshakes:
         self._door, self._key_file, self._refused = door, key_file, refused
         self._unknown = host if ip_address(host).is_loopback else "an address that could not be read in time"
         self._hosts: dict[int, str] = {}
-        """Of each connection, by its descriptor in this process."""
+        """Descriptor of a connection in this process -> address of the peer."""
         self._failed: Reason | None = None
         self.strangers = Strangers(refused)
         place = f"inproc://handshakes-{id(self)}"
         door.monitor(place, _EVENTS)
         self._monitor = context.socket(zmq.PAIR)
-        self._monitor.setsockopt(zmq.RCVHWM, 0)  # else ZMQ's own thread would wait for this one
+        self._monitor.setsockopt(zmq.RCVHWM, 0)  # with a limit, ZMQ's I/O thread could block on this one
         self._monitor.connect(place)
         self.descriptor: int = self._monitor.FD
 
@@ -53,7 +53,7 @@ class Handshakes:
             kind, value = MONITOR_EVENT.unpack(self._monitor.recv_multipart(zmq.NOBLOCK)[0])
             if kind == zmq.EVENT_ACCEPTED:
                 self._accepted(value)
-            elif kind == zmq.EVENT_DISCONNECTED:  # follows a failure at once, in the same thread of ZMQ
+            elif kind == zmq.EVENT_DISCONNECTED:  # ZMQ's I/O thread sends it directly after a failure
                 self.strangers.forget(value)
                 host = self._hosts.pop(value, self._unknown)
                 if self._failed is not None:
@@ -64,13 +64,13 @@ class Handshakes:
         self.strangers.close_excess()
 
     def let_in(self, descriptor: int) -> None:
-        """A message of this connection was the hello of an engine."""
-        self.hear()  # that it was accepted
+        """Admit a connection, after the hello of an engine has arrived on it."""
+        self.hear()  # the event of its acceptance may still be waiting
         self.strangers.forget(descriptor)
 
     def _accepted(self, descriptor: int) -> None:
         host, connection = _host_behind(descriptor), duplicate(descriptor)
-        # Where more has happened since, the descriptor may have been closed and be another connection's. Its end is told next.
+        # If more events wait, the descriptor may have been closed and reused. The event of its end then follows.
         self._hosts[descriptor] = self._unknown if self._waiting() else host or self._unknown
         if connection is not None:
             self.strangers.add(descriptor, connection, self._hosts[descriptor])
@@ -83,7 +83,7 @@ class Handshakes:
             return "wrong key"
         if value == zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH:
             return "unwanted key" if self._key_file is None else "no key"
-        return None  # no engine of ours
+        return None  # the peer is not one of our engines
 
     def _remedy(self, reason: Reason) -> str:
         if reason == "unwanted key":
@@ -96,7 +96,7 @@ class Handshakes:
 
 
 def _host_behind(descriptor: int) -> str:
-    """The address of the other end; "" where the connection has ended already, and its number may be another one's by now."""
+    """Return the address of the peer; "" if the connection has ended already."""
     try:
         return ends(descriptor)[1][0]
     except OSError:

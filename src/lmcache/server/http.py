@@ -1,8 +1,8 @@
-"""The HTTP face: health, status and metrics for people and their tools, in one thread with its own asyncio loop.
+"""The HTTP endpoint serves health, status and metrics to people and tools, in one thread with an asyncio loop of its own.
 
-Health, version and metrics answer whoever can connect. The rest tells paths, process ids and requests, or changes something, and
-takes the API token or a caller on this host: a loopback peer that addressed a loopback name, through no proxy. A change must
-not come from a web page either, so it must lack the headers that browsers add.
+Health, version and metrics are open to every caller that can connect. The other routes reveal paths, process ids and requests, or
+change state. They need the API token, or a caller on this host: a loopback peer that addresses a loopback name without a proxy.
+A request that changes state must not come from a web page, so it must lack the headers that browsers add.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ logger = init_logger(__name__)
 _T = TypeVar("_T")
 
 _CONTROL_SECONDS = 2.0
-"""Control promises an answer within one second; this is for when it breaks the promise."""
+"""Timeout of calls to `Control`, which should return within one second."""
 _CLEAR_SECONDS = 30.0
-"""The same for emptying L1, which visits every chunk."""
+"""Timeout of clearing L1, which visits every chunk."""
 _REQUEST_SECONDS = 10.0
-"""A connection carries one request, which must have arrived by then: nobody holds one open for nothing."""
+"""A connection carries one request. It is closed if the request has not arrived by then."""
 _CONNECTION_SECONDS = 40.0
-"""Nor does anybody by not reading the answer."""
+"""A connection is closed after so long, even if the peer has not read the answer."""
 _MOST_CONNECTIONS = 128
-"""Of other hosts together, so that they cannot use up the process's descriptors; loopback is not counted."""
+"""The most connections of all other hosts, so that they cannot exhaust descriptors; loopback is not counted."""
 _MOST_HEADER_BYTES = 16 << 10
 _MOST_BODY_BYTES = 64 << 10
 _START_SECONDS = 10.0
@@ -59,7 +59,7 @@ _HEADERS = [("Connection", "close"), ("X-Content-Type-Options", "nosniff"), ("Ca
 
 
 class HttpEndpoint:
-    """The face's life: `start` returns once it serves, `stop` once its thread has ended."""
+    """The HTTP endpoint of a server. `start` returns when it serves, and `stop` when its thread has ended."""
 
     def __init__(self, config: ServerConfig, control: Control) -> None:
         self._config = config
@@ -67,18 +67,18 @@ class HttpEndpoint:
         self._started = threading.Event()
         self._server: uvicorn.Server | None = None
         self._connections: dict[tuple[str, int], _Connection] = {}
-        """The open ones, by the peer's host and port."""
+        """(host, port) of the peer -> open connection."""
         self._thread: threading.Thread | None = None
         self.port = config.http_port
-        """The port it listens on; with `--http-port 0` known after `start`."""
+        """The port that it listens on; for `--http-port 0` it is known after `start`."""
         self.failures = 0
-        """Requests that failed by a fault of ours; each is in the log."""
+        """How many requests failed with an unexpected exception; each is logged."""
 
     def start(self) -> None:
         """Bind and serve.
 
         Raises:
-            ConfigError: the address cannot be had.
+            ConfigError: the address cannot be bound, or the endpoint did not start.
         """
         listener = _listen(self._config.http_host, self._config.http_port, self._connections)
         self.port = listener.getsockname()[1]
@@ -87,15 +87,15 @@ class HttpEndpoint:
         self._thread.start()
         if not self._started.wait(_START_SECONDS) or not self.serving:
             self.stop()
-            raise ConfigError(f"--http-port {self.port}: the HTTP face did not start; the log says why")
+            raise ConfigError(f"--http-port {self.port}: the HTTP endpoint did not start; the log says why")
 
     @property
     def serving(self) -> bool:
-        """Whether its thread runs; the face is one of the things that health is about."""
+        """Whether the endpoint's thread runs."""
         return self._thread is not None and self._thread.is_alive()
 
     def stop(self) -> None:
-        """Stop listening, give running answers a second, end."""
+        """Stop listening, wait up to a second for running answers, and end the thread."""
         if self._server is not None:
             self._server.should_exit = True
         if self._thread is not None:
@@ -111,9 +111,9 @@ class HttpEndpoint:
             lifespan="off",
             interface="asgi3",
             log_config=None,
-            log_level="critical",  # a stranger's garbage is no news; our own failures are logged here
+            log_level="critical",  # malformed requests are not logged; failures of routes are logged in `_edge`
             access_log=False,
-            proxy_headers=False,  # a header must not change who the peer is
+            proxy_headers=False,  # a header must not change the peer's address
             server_header=False,
             date_header=False,
             headers=_HEADERS,
@@ -123,15 +123,15 @@ class HttpEndpoint:
         )
 
     async def _serves(self) -> None:
-        """Called by uvicorn once it serves, and now and then afterwards."""
+        """Note that uvicorn serves. Uvicorn calls this when it has started, and periodically afterwards."""
         self._started.set()
 
     def _run(self, listener: socket.socket) -> None:
         assert self._server is not None
         try:
             self._server.run(sockets=[listener])
-        except BaseException:  # the thread's edge: whoever waits for health sees that the face is gone
-            logger.exception("The HTTP face has died")
+        except BaseException:  # top of the thread; health checks fail from now on
+            logger.exception("The HTTP endpoint has failed; restart the server to get it back")
         finally:
             listener.close()
             self._started.set()
@@ -153,7 +153,7 @@ class HttpEndpoint:
         return Starlette(routes=routes, exception_handlers={HTTPException: _http_error})
 
     def _edge(self, route: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
-        """Around every route: time-outs become 503, faults of ours 500 and a line in the log."""
+        """Wrap a route: a TimeoutError becomes status 503; any other exception becomes 500 and is logged."""
 
         async def answer(request: Request) -> Response:
             client = request.client
@@ -162,8 +162,8 @@ class HttpEndpoint:
             try:
                 response = await route(request)
             except TimeoutError:
-                response = _json({"status": "unhealthy", "reason": "the server's heart does not answer"}, 503)
-            except Exception as error:  # a request's edge
+                response = _json({"status": "unhealthy", "reason": "the server's main loop does not answer"}, 503)
+            except Exception as error:  # top of the request
                 self.failures += 1
                 logger.exception("HTTP %s %s failed", request.method, request.url.path)
                 response = _json({"status": "error", "reason": f"internal error: {type(error).__name__}"}, 500)
@@ -180,7 +180,7 @@ class HttpEndpoint:
     def _guarded(
         self, route: Callable[[Request], Awaitable[Response]], changes: bool = False
     ) -> Callable[[Request], Awaitable[Response]]:
-        """Answer this route only to callers on this host and to those who have the token."""
+        """Restrict a route to callers on this host and callers with the token."""
 
         async def answer(request: Request) -> Response:
             refusal = self._refusal(request, changes)
@@ -189,7 +189,8 @@ class HttpEndpoint:
         return answer
 
     async def _healthcheck(self, request: Request) -> Response:
-        """Reasons name paths and tiers' addresses, so only those who may read the status get them."""
+        """Answer whether the server is healthy. Reasons contain paths and addresses, so only callers allowed to read the status
+        get them."""
         open_to_caller = not self._refusal(request)
         serving, reason = await _ask(self._control.health)
         if not serving:
@@ -200,15 +201,15 @@ class HttpEndpoint:
                 "degraded": await _ask(self._control.degraded),
                 "refused_engines": await _ask(self._control.refused),
             }
-        return _json({"status": "healthy", **{name: told for name, told in details.items() if told}})
+        return _json({"status": "healthy", **{name: listed for name, listed in details.items() if listed}})
 
     async def _livez(self, request: Request) -> Response:
-        """The server's loop answers: if not, restart the server."""
+        """Answer that the server's main loop runs. If this route fails, the server has to be restarted."""
         await _ask(self._control.health)
         return _json({"status": "alive"})
 
     async def _readyz(self, request: Request) -> Response:
-        """Engines may use the server: it is healthy and, with --l2-required, all of its tiers serve."""
+        """Answer whether engines may use the server: it is healthy and, with --l2-required, all its tiers serve."""
         serving, _ = await _ask(self._control.health)
         if serving and self._config.l2_required:
             serving = not await _ask(self._control.degraded)
@@ -243,7 +244,7 @@ class HttpEndpoint:
             return _json({"status": "error", "reason": str(error)}, 404)
         if details.get("failed_tiers"):
             return _json({"status": "incomplete", **details}, 503)
-        return _json({"status": "ok", **details} if tiers else {"status": "ok"})  # to the letter what is documented
+        return _json({"status": "ok", **details} if tiers else {"status": "ok"})  # exactly the documented answer
 
     async def _page(self, request: Request) -> Response:
         serving, reason = await _ask(self._control.health)
@@ -257,9 +258,9 @@ class HttpEndpoint:
 
 
 def why_refused(peer: str, headers: Mapping[str, str], token: str, changes: bool) -> str:
-    """Why this caller may not read the server's state or, with `changes`, change it; "" when it may.
+    """Return why this caller may not read the server's state or, if `changes`, change it; "" if it may.
 
-    peer: the caller's address. headers: with lower-case names. token: the server's, "" where it has none.
+    peer: the caller's address. headers: with lower-case names. token: the server's token, or "".
     """
     authorization = headers.get("authorization")
     if authorization is not None:
@@ -274,7 +275,7 @@ def why_refused(peer: str, headers: Mapping[str, str], token: str, changes: bool
         return "this came through a proxy, so it needs the header `Authorization: Bearer TOKEN`"
     if changes and any(name in headers for name in _WEB_PAGE_HEADERS):
         return "this came from a web page, so it needs the header `Authorization: Bearer TOKEN`"
-    if not _LOCAL_NAME.fullmatch(headers.get("host", "")):  # a web page's own name may have come to mean this host
+    if not _LOCAL_NAME.fullmatch(headers.get("host", "")):  # DNS rebinding: a web page's name may resolve to this host
         return "without a token, ask localhost or 127.0.0.1, not another name of this host"
     return ""
 
@@ -304,10 +305,10 @@ def _declared_length(request: Request) -> int:
 
 
 async def _ask(call: Callable[[], _T], seconds: float = 0.0) -> _T:
-    """A blocking call to Control, in a thread; late answers are dropped.
+    """Make a blocking call to `Control` in a thread, and drop a late answer.
 
     Raises:
-        TimeoutError: no answer in time.
+        TimeoutError: the call has not returned in time.
     """
     with anyio.fail_after(seconds or _CONTROL_SECONDS):
         return await anyio.to_thread.run_sync(call, abandon_on_cancel=True)
@@ -333,7 +334,7 @@ _STYLE = "body{font:15px system-ui,sans-serif;margin:2em}td{padding:.1em 1.5em .
 
 
 def _html(health: str, status: Mapping[str, object]) -> str:
-    """A status page for people: every part of /status as a table."""
+    """Render the status page for people, which shows every part of /status as a table."""
     parts = [f"<h1>LMCache {__version__}: {html.escape(health)}</h1>"]
     plain = {key: value for key, value in status.items() if not isinstance(value, dict | list)}
     lists = [(f"{key} {number}", one) for key, value in status.items() for number, one in _numbered(value)]
@@ -348,7 +349,7 @@ def _html(health: str, status: Mapping[str, object]) -> str:
 
 
 def _numbered(value: object) -> list[tuple[int, Mapping[str, object]]]:
-    """The parts of a list such as that of engines or of tiers, counted from 1."""
+    """Number the items of a list, such as that of engines or tiers, from 1."""
     return (
         [(number, one) for number, one in enumerate(value, 1) if isinstance(one, dict)]
         if isinstance(value, list)
@@ -364,7 +365,7 @@ def _listen(host: str, port: int, connections: dict[tuple[str, int], _Connection
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
-        listener.listen(128)  # here, so that two servers cannot both believe that they have the port
+        listener.listen(128)  # not later: with SO_REUSEADDR, two servers can bind one port until one listens
     except OSError as error:
         listener.close()
         raise ConfigError(f"--http-port {port}: cannot listen on {host}: {error.strerror}: pass another") from error
@@ -372,18 +373,18 @@ def _listen(host: str, port: int, connections: dict[tuple[str, int], _Connection
 
 
 class _Listener(socket.socket):
-    """The listening socket. Each connection that it accepts is bounded in time; those of other hosts are bounded in number."""
+    """The listening socket. It bounds the duration of every connection, and the number of connections of other hosts."""
 
     def __init__(self, host: str, connections: dict[tuple[str, int], _Connection]) -> None:
         super().__init__(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
         self._connections = connections
 
     def accept(self) -> tuple[socket.socket, Any]:
-        """Called by the event loop.
+        """Accept a connection; the event loop calls this.
 
         Raises:
-            ConnectionAbortedError: other hosts have as many connections as they may, so this one was closed; to the event
-                loop it looks as if the peer had given up.
+            ConnectionAbortedError: other hosts have the most connections allowed, so this one was closed. The event loop treats
+                this as a connection that the peer has aborted.
         """
         accepted, address = super().accept()
         connection = _Connection(accepted.detach(), address[:2], self._connections)
@@ -395,7 +396,7 @@ class _Listener(socket.socket):
 
 
 class _Connection(socket.socket):
-    """One connection, which ends when its time is over, whatever the peer does. It stays in `connections` until it is closed."""
+    """One connection, which is shut down after a fixed time. It stays in `connections` until it is closed."""
 
     def __init__(self, descriptor: int, peer: tuple[str, int], connections: dict[tuple[str, int], _Connection]) -> None:
         super().__init__(fileno=descriptor)
@@ -407,16 +408,16 @@ class _Connection(socket.socket):
         connections[peer] = self
 
     def request_has_arrived(self) -> None:
-        """The rest of the time is the answer's."""
+        """Stop waiting for the request; the answer may take the rest of the connection's time."""
         self._request_due.cancel()
 
     def _end(self) -> None:
-        """The event loop finds that nothing can be read or written any more, and closes the connection."""
+        """Shut the connection down. The event loop notices this and closes it."""
         with contextlib.suppress(OSError):  # the peer has ended it
             self.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """Called by the event loop, once."""
+        """Close the connection; the event loop calls this once."""
         self._request_due.cancel()
         self._end_due.cancel()
         if self._connections.get(self._peer) is self:

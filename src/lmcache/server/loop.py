@@ -1,6 +1,6 @@
-"""The server's event loop: one thread, epoll, the clock, and a door through which other threads hand in calls.
+"""The server's event loop: one thread with epoll and the clock, which also runs the calls that other threads submit.
 
-It also makes the pools of threads that do what would hold it up.
+The loop also creates the thread pools for work that would block it.
 """
 
 from __future__ import annotations
@@ -22,38 +22,38 @@ P = ParamSpec("P")
 T = TypeVar("T")
 TICK_SECONDS = 0.25
 _END_SECONDS = 0.2
-"""`close` waits for so long, for all threads that it has made together; those that hang in a call go on."""
+"""`close` waits for so long in total for the threads of all executors. Threads that hang in a call go on."""
 
 
 class Loop:
-    """Runs callbacks of readable or writable descriptors, calls from other threads, and `on_tick` four times a second.
+    """Runs callbacks for readable or writable descriptors, calls from other threads, and `on_tick` four times a second.
 
-    A callback that raises is logged and counted in `errors`; the loop goes on.
+    If a callback raises, the exception is logged and counted in `errors`, and the loop goes on.
 
-    clock: seconds, as `time.monotonic` gives them. Whatever runs in the loop reads the time from `now`.
+    clock: returns seconds, as `time.monotonic` does. All code in the loop reads the time from `now`.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.now = clock
-        """What time it is. Any thread may ask."""
+        """Returns the time of the loop's clock. Any thread may call it."""
         self.errors = 0
         self.on_tick: list[Callable[[], None]] = []
         self.after_events: list[Callable[[], None]] = []
-        """Called after every batch of events: for sockets whose descriptor is edge-triggered (ZMQ)."""
+        """Called after every batch of events, for sockets whose descriptors are edge-triggered (ZMQ)."""
         self._selector = selectors.DefaultSelector()
         self._calls: deque[Callable[[], None]] = deque()
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._selector.register(self._wake_read, selectors.EVENT_READ, self._drain_wakes)
         self._wake_lock = threading.RLock()
-        """Over `_wake_write` while it is written to or closed. Signal handlers may interrupt its holder, and take it, too."""
+        """Guards writing to `_wake_write` and closing it. It is reentrant, since a signal handler may interrupt its holder."""
         self._executors: list[Executor] = []
         self._thread_names: list[str] = []
-        """What the names of the executors' threads begin with."""
+        """The prefixes of the names of the executors' threads."""
         self._stopping = False
         self._thread: int | None = None
 
     def watch(self, descriptor: int, callback: Callable[[], None], write: bool = False) -> None:
-        """Call `callback` when the descriptor is readable (and, with `write`, when it is writable)."""
+        """Call `callback` when the descriptor is readable and, if `write`, when it is writable."""
         events = selectors.EVENT_READ | (selectors.EVENT_WRITE if write else 0)
         if descriptor in self._selector.get_map():
             self._selector.modify(descriptor, events, callback)
@@ -65,7 +65,7 @@ class Loop:
             self._selector.unregister(descriptor)
 
     def call_soon(self, call: Callable[[], None]) -> None:
-        """Run `call` in the loop's thread. Safe from any thread, and from signal handlers; nothing happens after `close`."""
+        """Run `call` in the loop's thread. Any thread and any signal handler may call this; after `close` it does nothing."""
         with self._wake_lock:
             if self._wake_write < 0:
                 return
@@ -73,19 +73,19 @@ class Loop:
             try:
                 os.write(self._wake_write, b"x")
             except BlockingIOError:
-                pass  # the pipe is full of wakes already
+                pass  # the pipe is full, so the loop wakes anyway
 
     def executor(self, name: str, threads: int) -> Executor:
-        """A pool of so many threads at most, whose names begin with this one. It ends with the loop."""
+        """Create a pool of at most `threads` threads, whose names begin with `lmcache-NAME`. The pool ends with the loop."""
         self._thread_names.append(f"lmcache-{name}")
         self._executors.append(_Pool(threads, thread_name_prefix=self._thread_names[-1]))
         return self._executors[-1]
 
     def ask(self, call: Callable[[], T], timeout_seconds: float = 1.0) -> T:
-        """Run `call` in the loop's thread and wait for its result, from another thread.
+        """Run `call` in the loop's thread, and wait for its result in the calling thread.
 
         Raises:
-            TimeoutError: the loop did not get to it in time.
+            TimeoutError: the call has not ended in time.
         """
         future: Future[T] = Future()
 
@@ -93,7 +93,7 @@ class Loop:
             if future.set_running_or_notify_cancel():
                 try:
                     future.set_result(call())
-                except BaseException as error:  # belongs to whoever asked
+                except BaseException as error:  # raised in the thread that called `ask`
                     future.set_exception(error)
 
         if threading.get_ident() == self._thread:
@@ -106,7 +106,7 @@ class Loop:
             raise TimeoutError(f"the server's main loop did not answer within {timeout_seconds} s") from None
 
     def run(self) -> None:
-        """Until `stop`."""
+        """Handle events, calls and ticks until `stop` is called."""
         self._thread = threading.get_ident()
         next_tick = self.now() + TICK_SECONDS
         while not self._stopping:
@@ -117,19 +117,19 @@ class Loop:
                     self._guarded(call)
 
     def run_until(self, done: Callable[[], bool], seconds: float) -> None:
-        """Before or after `run`: handle events and calls until `done`, for so many seconds at most. Nothing ticks."""
+        """Handle events and calls, but no ticks, before or after `run`, until `done` returns true or `seconds` have passed."""
         self._thread = threading.get_ident()
         until = self.now() + seconds
         while not done() and (left := until - self.now()) > 0:
             self._turn(left)
 
     def stop(self) -> None:
-        """End `run` soon. Safe from any thread and from signal handlers."""
+        """End `run` soon. Any thread and any signal handler may call this."""
         self._stopping = True
         self.call_soon(lambda: None)
 
     def close(self) -> None:
-        """End the threads of the executors; those that hang in a call are left behind, and end with the process."""
+        """Close the loop and end the threads of its executors. Threads that hang in a call end with the process."""
         with self._wake_lock:
             os.close(self._wake_write)
             self._wake_write = -1
@@ -143,7 +143,7 @@ class Loop:
                 thread.join(max(0.0, ends - time.monotonic()))
 
     def _turn(self, seconds: float) -> None:
-        """Wait for events for so long at most, and handle them and what other threads have handed in."""
+        """Wait for events for at most `seconds`; handle the events and the calls of other threads."""
         for key, _ in self._selector.select(max(0.0, seconds)):
             self._guarded(key.data)
         while self._calls:
@@ -160,7 +160,7 @@ class Loop:
     def _guarded(self, call: Callable[[], None]) -> None:
         try:
             call()
-        except Exception:  # the edge of the thread: one bad event must not stop the server
+        except Exception:  # top of the thread: one failing callback must not stop the server
             self.errors += 1
             logger.exception("An event could not be handled; the server goes on")
 

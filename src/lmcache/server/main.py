@@ -1,4 +1,4 @@
-"""`lmcache server`: starts the daemon, says that it serves when it does, and ends it without leaving anything behind."""
+"""`lmcache server` starts the daemon, logs when it serves, and removes everything that it created when it ends."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ class _Closes(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Owner:
-    """The engine that a server is started by and for: it serves at the engine's socket only, its memory file has no name, and
-    it ends with the engine.
+    """The engine that has started the server for its own use. The server listens at the engine's socket only, unlinks its memory
+    file, and ends with the engine.
 
-    listener: where it is to be found. lifeline: a descriptor that becomes readable when the engine ends. http: whether the
-    HTTP port was asked for.
+    listener: the socket to listen at. lifeline: a descriptor that becomes readable when the engine ends. http: whether to open
+    the HTTP port.
     """
 
     listener: socket.socket
@@ -53,7 +53,7 @@ def serve(config: ServerConfig, owner: Owner | None = None) -> int:
     """Run until SIGINT or SIGTERM, or until the owner ends; return the exit code.
 
     Raises:
-        ConfigError: something cannot be had (a port, memory, a folder); nothing is left behind.
+        ConfigError: a port, memory or a folder is not available. Everything created before is removed.
     """
     set_level(config.log_level)
     _allow_many_descriptors()
@@ -75,7 +75,7 @@ def serve(config: ServerConfig, owner: Owner | None = None) -> int:
 
 
 def _end_at_once(fault: BaseException | None) -> NoReturn:
-    """End the process although threads hang in a tier, for which the interpreter would wait without end."""
+    """End the process although threads hang in a tier; the interpreter would wait for these forever."""
     if fault is not None:
         logger.error("%s", fault, exc_info=None if isinstance(fault, ConfigError) else fault)
     logging.shutdown()
@@ -83,16 +83,16 @@ def _end_at_once(fault: BaseException | None) -> NoReturn:
 
 
 def _tiers_of(config: ServerConfig) -> list[TierSpec]:
-    """The tiers that were asked for, not opened yet."""
+    """Return the configured tiers, not opened yet."""
     if not config.l2 and not config.l2_adapter:
         return []
-    from lmcache.tiers.registry import tiers_of  # a server without tiers is spared them
+    from lmcache.tiers.registry import tiers_of  # imported late, since most servers have no tiers
 
     return tiers_of(config.l2, config.l2_adapter)
 
 
 def _start_tiers(config: ServerConfig, loop: Loop, l1: L1, specs: list[TierSpec], started: ExitStack) -> Tiering:
-    """Open the tiers; from now on a signal to end lets them write first, and a second one does not wait."""
+    """Open the tiers. From now on the first SIGINT or SIGTERM writes queued chunks before the end; the second ends at once."""
     from lmcache.server.tiering import Tiering
     from lmcache.tiers import Region
 
@@ -124,7 +124,7 @@ def _start_tiers(config: ServerConfig, loop: Loop, l1: L1, specs: list[TierSpec]
 
 
 def _allow_many_descriptors() -> None:
-    """Two for each engine process: the usual soft limit of 1024 is fewer than `unix_endpoint` serves."""
+    """Raise the soft limit of descriptors. Each engine process takes two, so the usual 1024 are too few for `unix_endpoint`."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 1 << 16 if hard == resource.RLIM_INFINITY else min(hard, 1 << 16)
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -132,8 +132,8 @@ def _allow_many_descriptors() -> None:
 
 
 def _start(config: ServerConfig, owner: Owner | None, started: ExitStack) -> Loop:
-    """Bring up every part; `started` collects what ends them, in order."""
-    specs = _tiers_of(config)  # before anything is created
+    """Start every part. `started` collects the callbacks that stop them, in order."""
+    specs = _tiers_of(config)  # first, since a wrong URL must fail before anything is created
     loop = Loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: loop.stop())
@@ -158,14 +158,14 @@ def _start(config: ServerConfig, owner: Owner | None, started: ExitStack) -> Loo
         config.eviction_policy,
         config.chunk_size,
     )
-    logger.info("%s", config.reach if owner is None else "No port: reachable by the engine that started it only")
+    logger.info("%s", config.reach if owner is None else "No port: only the engine that started it can connect")
     if owner is None or owner.http:
         logger.info("Health, status and metrics: %s", config.http_url)
     return loop
 
 
 def _end_with(owner: Owner, loop: Loop) -> None:
-    """As a signal does it, and so after what is still to be written to tiers."""
+    """End the server when the engine ends, as SIGTERM does, so that queued chunks are written to tiers first."""
 
     def end() -> None:
         loop.unwatch(owner.lifeline)
@@ -177,7 +177,7 @@ def _end_with(owner: Owner, loop: Loop) -> None:
 def _open_doors(
     config: ServerConfig, owner: Owner | None, loop: Loop, service: Service, started: ExitStack
 ) -> ServerConfig:
-    """From now on engines are served; the configuration with the ports that were taken where any free one would do."""
+    """Open the endpoints. Returns the configuration, with the ports that were chosen for the port 0."""
     if owner is not None:
         started.callback(UnixEndpoint(loop, service, owner.listener, None).close)
     else:
@@ -190,7 +190,7 @@ def _open_doors(
 
 
 def _open_port(config: ServerConfig, loop: Loop, service: Service, started: ExitStack) -> int:
-    """The engines' port, in use from now on; a configured 0 was any free one."""
+    """Open the port for engines, and return its number; a configured 0 stands for any free port."""
     from lmcache.server.zmq_endpoint import ZmqEndpoint
 
     endpoint = ZmqEndpoint(
@@ -201,8 +201,10 @@ def _open_port(config: ServerConfig, loop: Loop, service: Service, started: Exit
 
 
 def _open_http(config: ServerConfig, report: Report, started: ExitStack) -> int:
-    """The port of health, status and metrics, serving from now on; a configured 0 was any free one."""
-    from lmcache.server.http import HttpEndpoint  # a third of a second, which an engine's own server is spared
+    """Open the port for health, status and metrics, and return its number; a configured 0 stands for any free port."""
+    from lmcache.server.http import (
+        HttpEndpoint,
+    )  # imported late: it takes 0.3 s, and an embedded server rarely needs it
 
     endpoint = HttpEndpoint(config, report)
     endpoint.start()

@@ -1,4 +1,4 @@
-"""The server's counters as Prometheus text: `lmcache_` + name, with help from one table."""
+"""Renders the server's counters as Prometheus text. Metric names are `lmcache_` + name; one table has the help texts."""
 
 from __future__ import annotations
 
@@ -10,72 +10,72 @@ from prometheus_client.core import Metric
 from prometheus_client.exposition import choose_encoder
 
 HELP: dict[str, str] = {
-    "hit_chunks_total": "Chunks that lookups found, all shards present.",
-    "missed_chunks_total": "Chunks that lookups asked for and did not get.",
-    "stored_chunks_total": "Chunks that became whole, and readable: stored - evicted - cleared are there.",
-    "evicted_chunks_total": "Whole chunks that made room for newer ones.",
-    "cleared_chunks_total": "Whole chunks removed on request.",
-    "incomplete_chunks_total": "Chunks evicted before all ranks had stored their parts.",
-    "reserved_chunks_total": "Ranks' parts of chunks that got room: reserved - committed - dropped are being filled.",
-    "committed_chunks_total": "Ranks' parts of chunks that were filled.",
-    "dropped_chunks_total": "Ranks' parts of chunks that got room and were not filled, by reason in dropped_chunks_by_reason.",
-    "refused_chunks_total": "Ranks' parts of chunks that got no room.",
+    "hit_chunks_total": "Chunks that lookups found complete.",
+    "missed_chunks_total": "Chunks that lookups asked for and did not find.",
+    "stored_chunks_total": "Chunks that became complete: L1 holds stored - evicted - cleared complete chunks.",
+    "evicted_chunks_total": "Complete chunks evicted for newer ones.",
+    "cleared_chunks_total": "Complete chunks removed on request.",
+    "incomplete_chunks_total": "Chunks evicted before all ranks had stored their shards.",
+    "reserved_chunks_total": "Shards that got extents: reserved - committed - dropped are being filled.",
+    "committed_chunks_total": "Shards that were filled.",
+    "dropped_chunks_total": "Shards that got extents and were not filled, by reason in dropped_chunks_by_reason.",
+    "refused_chunks_total": "Shards that got no extents.",
     "expired_chunks_total": "Leased or reserved chunks whose claim passed its deadline.",
-    "missed_chunks_by_reason_total": "Chunks that lookups did not get, by reason.",
-    "dropped_chunks_by_reason_total": "Chunks that could not be stored, by reason.",
-    "engine_dropped_chunks_total": "Chunks that engines themselves did not offer, by reason.",
+    "missed_chunks_by_reason_total": "Chunks that lookups did not find, by reason.",
+    "dropped_chunks_by_reason_total": "Shards that got extents and were not filled, by reason.",
+    "engine_dropped_chunks_total": "Chunks that engines decided not to store, by reason.",
     "stored_tokens_total": "Tokens whose KV engines stored.",
     "retrieved_tokens_total": "Tokens whose KV engines loaded instead of computing it.",
-    "renewed_leases_total": "Renewals of leases by engines that read what they were promised for longer than a claim lasts.",
+    "renewed_leases_total": "Renewals of leases by engines that read leased extents for longer than a claim lasts.",
     "store_seconds_total": "Seconds that finished store copies took, summed over jobs.",
     "retrieve_seconds_total": "Seconds that finished load copies took, summed over jobs.",
-    "failed_loads_total": "Loads that engines gave up; they computed instead.",
-    "failed_stores_total": "Stores that engines gave up; nothing of them is readable.",
-    "malformed_messages_total": "Messages that could not be understood; they were answered or dropped.",
+    "failed_loads_total": "Loads that failed in engines, which computed the tokens instead.",
+    "failed_stores_total": "Stores that failed in engines, so their chunks are not readable.",
+    "malformed_messages_total": "Messages that could not be decoded; they were answered with an error or dropped.",
     "refused_engines_total": "Connections of engines that were refused, by reason; the log names the engines and the remedy.",
-    "refused_requests_total": "Requests understood and declined.",
+    "refused_requests_total": "Valid requests that the server declined.",
     "failed_requests_total": "Requests that failed with a known error.",
-    "internal_errors_total": "Faults of ours; each has a traceback in the log.",
-    "failed_effects_total": "Internal steps that failed, such as writing a slot header; the log names the first of each kind.",
-    "unanswered_messages_total": "Messages of connections that were not let in, beyond those that are answered in a tick.",
-    "unsent_answers_total": "Answers that could not be sent: the engine had gone, or did not read.",
-    "loop_errors_total": "Faults caught at the edge of the server's loop.",
+    "internal_errors_total": "Unexpected exceptions; each has a traceback in the log.",
+    "failed_effects_total": "Internal steps that failed, such as writing an extent header; the log names the first of each kind.",
+    "unanswered_messages_total": "Messages of connections that are not admitted, beyond those that are answered in a tick.",
+    "unsent_answers_total": "Answers that could not be sent, because the engine had gone or did not read.",
+    "loop_errors_total": "Exceptions in callbacks of the server's main loop.",
     "chunks": "Chunks in L1 now.",
-    "leases": "Open leases: sets of slots promised to readers.",
-    "reservations": "Open reservations: sets of slots being filled.",
+    "leases": "Open leases: sets of extents that engines may read.",
+    "reservations": "Open reservations: sets of extents that are being filled.",
     "engine_processes": "Engine processes connected now.",
     "arena_bytes": "Size of the L1 arena.",
-    "arena_backed_bytes": "Bytes of the arena that have memory behind them.",
+    "arena_backed_bytes": "Bytes of the arena for which memory is allocated.",
     "arena_used_bytes": "Bytes of the arena that hold chunks.",
-    "quarantined_bytes": "Bytes that wait until a gone or slow engine, or a tier, can no longer touch them.",
+    "quarantined_bytes": "Bytes of extents that are not reused until a dead or slow engine, or a tier, can no longer touch them.",
     "index_bytes": "Memory of the index of chunks.",
-    "fetches_total": "Lookups whose missing part was looked for in the tiers.",
-    "fetches_by_end_total": "Lookups that tiers did not help, or not in time, by why: absent, not worth it, late, patience.",
+    "fetches_total": "Lookups whose missing chunks were looked for in the tiers.",
+    "fetches_by_end_total": "Lookups that ended without chunks from tiers, by reason: absent, not worth it, late, patience.",
     "fetches_open": "Lookups that wait for tiers now.",
     "fetched_chunks_arrived_total": "Chunks that arrived from tiers while a lookup waited for them.",
-    "fetched_chunks_failed_total": "Chunks that a tier said it had and did not give.",
-    "fetched_chunks_probes_total": "Loads that only looked whether a slow tier has become faster.",
-    "fetched_chunks_late_answers_total": "Questions that tiers did not answer in time.",
-    "last_fetch_expected_seconds": "Of the last decision whether a load is worth it: what the load was to take.",
-    "last_fetch_recompute_seconds": "Of the same decision: what computing would have taken; 0 where it is not known.",
-    "last_fetch_loaded": "Of the same decision: 1 where it was loaded.",
+    "fetched_chunks_failed_total": "Chunks that a tier reported to have and did not deliver.",
+    "fetched_chunks_probes_total": "Loads that only measured whether a slow tier has become faster.",
+    "fetched_chunks_late_answers_total": "Queries that tiers did not answer in time.",
+    "last_fetch_expected_seconds": "Expected time of the load in the last decision between loading and computing.",
+    "last_fetch_recompute_seconds": "Expected time of computing in the same decision; 0 if it is not known.",
+    "last_fetch_loaded": "Result of the same decision: 1 if the chunks were loaded.",
     "tier_serving": "Whether the tier serves in full: its circuit breakers are closed.",
     "tier_stored_bytes": "Bytes that the tier holds, as far as this server knows.",
     "tier_shards": "Shards that the tier holds, as far as this server knows.",
     "tier_queued_bytes": "Bytes of chunks that wait to be written to the tier.",
     "tier_load_bytes_per_second": "Measured rate of loads from the tier.",
-    "tier_ask_seconds": "Measured time until the tier answers what it has.",
-    "tier_loaded_shards_total": "Shards loaded from the tier, whole and checked.",
-    "tier_loaded_bytes_total": "Their bytes.",
-    "tier_missed_total": "Shards that the tier did not give, by reason; damage has its name here.",
-    "tier_kept_shards_total": "Shards that the tier acknowledged as kept.",
-    "tier_written_shards_total": "Shards that the tier acknowledged as kept, and did not have before.",
-    "tier_unwritten_total": "Shards that the tier did not take, by reason.",
-    "tier_unwritten_bytes_total": "Their bytes.",
+    "tier_ask_seconds": "Measured time until the tier answers which shards it has.",
+    "tier_loaded_shards_total": "Shards loaded from the tier, complete and checked.",
+    "tier_loaded_bytes_total": "Bytes of the shards loaded from the tier.",
+    "tier_missed_total": "Shards that the tier did not deliver, by reason, which includes the kinds of damage.",
+    "tier_kept_shards_total": "Shards that the tier acknowledged as stored.",
+    "tier_written_shards_total": "Shards that the tier acknowledged as stored, and did not have before.",
+    "tier_unwritten_total": "Shards that the tier did not store, by reason.",
+    "tier_unwritten_bytes_total": "Bytes of the shards that the tier did not store, by reason.",
     "tier_queued_total": "Chunks that were queued to be written to the tier.",
     "tier_lost_total": "Chunks that were not written to the tier, by reason.",
-    "tier_lost_bytes_total": "Their bytes.",
-    "tier_failed_total": "Calls of the tier that failed as a whole, by reason.",
+    "tier_lost_bytes_total": "Bytes of the chunks that were not written to the tier, by reason.",
+    "tier_failed_total": "Calls of the tier that failed, by reason.",
     "tier_opened_breaker_total": "How often one of the tier's circuit breakers opened.",
 }
 """Name without prefix -> what it counts, and its unit."""
@@ -85,13 +85,13 @@ _LABEL = re.compile(r'([a-z_]+)="(.*?)"(?:,(?=[a-z_]+=")|\Z)', re.DOTALL)  # a v
 
 
 def render(counters: Mapping[str, float], accept: str) -> tuple[bytes, str]:
-    """The body of /metrics and its content type; `accept` is the scraper's header."""
+    """Return the body of /metrics and its content type. `accept`: the value of the scraper's header."""
     encode, content_type = choose_encoder(accept)
     return encode(_Snapshot(counters)), content_type
 
 
 class _Snapshot:
-    """What a Prometheus encoder reads: these counters, and the process's own CPU, memory and descriptors."""
+    """A Prometheus collector of these counters and of the process's CPU time, memory and descriptors."""
 
     def __init__(self, counters: Mapping[str, float]) -> None:
         self._counters = counters
@@ -102,10 +102,10 @@ class _Snapshot:
 
 
 def families(counters: Mapping[str, float]) -> Iterable[Metric]:
-    """One metric a name; `missed_chunks_total{reason="evicted"}` is a line of its name's metric.
+    """Return one metric for each name; `missed_chunks_total{reason="evicted"}` becomes a sample of `missed_chunks_total`.
 
     Raises:
-        ValueError: a name that Prometheus does not take.
+        ValueError: a name is not valid in Prometheus.
     """
     found: dict[str, Metric] = {}
     for full_name, value in counters.items():

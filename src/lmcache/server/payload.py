@@ -1,4 +1,4 @@
-"""Payload frames: I/O threads copy between L1 and the messages of engines that cannot map the arena."""
+"""Payload frames carry KV for engines that cannot map the arena: I/O threads copy between L1 and the messages."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ Reply = Callable[[m.Message, list[bytes]], None]
 
 
 class PayloadCopies:
-    """All copies under way. The copies run in `workers`, everything else in the loop's thread."""
+    """All payload copies. The copies run in `workers`, everything else in the loop's thread."""
 
     def __init__(self, loop: Loop, l1: L1, sessions: Sessions, workers: Executor) -> None:
         self.filling: set[int] = set()
-        """Reservations that an I/O thread is writing to."""
+        """Reservations whose extents an I/O thread is writing."""
         self._loop, self._l1, self._sessions, self._workers = loop, l1, sessions, workers
 
     def fetch(self, peer: Peer, request: m.Fetch, reply: Reply) -> None:
@@ -41,9 +41,9 @@ class PayloadCopies:
         reserved, size = self._l1.reserved_sectors(peer.process, number)
         sectors = reserved[max(0, request.first) :][: len(frames)]
         if request.first < 0 or len(sectors) != len(frames):
-            raise Refusal(f"{len(frames)} frames from slot {request.first} on pass the end of reservation {number}")
+            raise Refusal(f"{len(frames)} frames from extent {request.first} on exceed reservation {number}")
         if any(len(one) != size for one in frames):
-            raise Refusal(f"payload frames must have the slot's {size} bytes")
+            raise Refusal(f"each payload frame must have {size} bytes, the size of an extent's shard")
         view = self._l1.view
 
         def copy() -> list[bytes]:
@@ -61,7 +61,7 @@ class PayloadCopies:
         self.filling.add(number)
 
     def _in_worker(self, peer: Peer, size: int, copy: Callable[[], list[bytes]], reply: Reply) -> None:
-        """Run `copy` in an I/O thread and answer with the frames it returns. Raises Refusal when too much is under way."""
+        """Run `copy` in an I/O thread and answer with the frames it returns. Raises Refusal if too many bytes are in flight."""
         sessions = self._sessions
         if size > m.MAX_PAYLOAD_BYTES:
             raise Refusal(f"{size} payload bytes in one message; at most {m.MAX_PAYLOAD_BYTES} are allowed")
@@ -82,8 +82,8 @@ class PayloadCopies:
             try:
                 frames = copy()
                 answer: m.Message = m.Ok(len(frames))
-            except Exception as error:  # the edge of the thread: whoever asked must hear of it
-                logger.exception("A payload copy failed")
+            except Exception as error:  # top of the thread: the engine must get an answer
+                logger.exception("A payload copy failed; the engine gets an error")
                 frames, answer = [], m.Error("internal", f"{type(error).__name__} in the server: see its log")
             self._loop.call_soon(lambda: finish(answer, frames))
 

@@ -1,6 +1,6 @@
-"""What the machine has, compared with what was asked for, before anything is created.
+"""Preflight checks compare the configuration with the machine before the server creates anything.
 
-Nothing here leaves a trace: ports are bound and let go, sizes are read, folders are looked at.
+The checks leave no trace: they bind and release ports, and read sizes and the state of folders.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from lmcache.observability.log import init_logger
 logger = init_logger(__name__)
 
 OWN_BYTES = 256 << 20
-"""Memory left for the server itself: twice what it weighs without the arena."""
+"""Memory left for the server's own process: twice what it takes without the arena."""
 _MEMORY_FILE_SYSTEMS = ("tmpfs", "ramfs", "hugetlbfs", "devtmpfs")
 _FREED_WITHIN_SECONDS = 3.0
-"""How long the pages of a dead server's arena may take to come free: engines that mapped it let go first."""
+"""How long to wait for the memory of a dead server's arena, which is free when all engines have unmapped it."""
 
 
 def check_machine(config: ServerConfig, *, port: bool = True, http: bool = True) -> ServerConfig:
-    """Compare with the machine; return the configuration with `--l1-size-gb auto` decided.
+    """Check the configuration against the machine; return it with a value for `--l1-size-gb auto`.
 
-    port, http: whether these ports will be opened.
+    port, http: whether the port for engines and the HTTP port will be opened.
 
     Raises:
-        ConfigError: a port is taken, a folder cannot be used, or the memory is not there; it says what to pass.
+        ConfigError: a port is taken, a folder cannot be used, or there is too little memory; the text says what to pass.
     """
     if port:
         _check_port("--host", config.host, "--port", config.port)
@@ -64,7 +64,7 @@ def _bind_error(host: str, port: int) -> OSError | None:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         with socket.socket(family, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do: TIME_WAIT is not in the way
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as for the server: ignore TIME_WAIT
             probe.bind((host, port))
     except OSError as error:
         return error
@@ -78,7 +78,7 @@ def _check_arena_dir(directory: Path) -> None:
         raise ConfigError(f"--arena-dir {directory}: is not writable for uid {os.getuid()}: pass one that is")
     kind = _file_system(directory)
     if kind not in _MEMORY_FILE_SYSTEMS:
-        logger.warning("--arena-dir %s is on %s, not in memory: the kernel writes the cache to it", directory, kind)
+        logger.warning("--arena-dir %s is on %s, not in memory: the kernel writes L1 to disk", directory, kind)
 
 
 def _check_socket_dir(directory: Path) -> None:
@@ -130,25 +130,25 @@ def _in_gib(size_bytes: int) -> str:
 
 
 def _passable(room: int) -> str:
-    """The largest size worth typing that fits: whole GiB, below two GiB thousandths."""
+    """Return the largest size that fits as a value for --l1-size-gb: in GiB, or below 2 GiB in thousandths of a GiB."""
     return str(room // GIB) if room >= 2 * GIB else f"{max(room, 0) * 1000 // GIB / 1000:g}"
 
 
 def free_bytes(directory: Path) -> int:
-    """Bytes that this user may still put into the file system of `directory`."""
+    """Return the bytes that this user can still write to the file system of `directory`."""
     found = os.statvfs(directory)
     return found.f_bavail * found.f_frsize
 
 
 def memory_available_bytes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
-    """Memory that can be had without swapping: the machine's, or what the tightest control group leaves."""
+    """Return the memory available without swapping: that of the machine, or less if a control group leaves less."""
     lines = (proc / "meminfo").read_text().splitlines()
     machine = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
     return min([machine, *_left_in_groups(proc, cgroups)])
 
 
 def _left_in_groups(proc: Path, cgroups: Path) -> list[int]:
-    """What each control group above this process leaves (v2: every level; v1: the memory controller's own)."""
+    """Return the bytes that each control group of this process leaves (v2: every level; v1: the memory controller)."""
     left: list[int] = []
     for line in _read(proc / "self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
@@ -168,9 +168,9 @@ def _left_in_groups(proc: Path, cgroups: Path) -> list[int]:
 def _left_in_group(group: Path, limit: str, used: str) -> list[int]:
     most, now = _read(group / limit).strip(), _read(group / used).strip()
     if not most.isdigit() or not now.isdigit():
-        return []  # "max", or no such file here
+        return []  # no limit ("max"), or no such file
     stats = dict(line.split(" ", 1) for line in _read(group / "memory.stat").splitlines() if " " in line)
-    return [int(most) - int(now) + int(stats.get("inactive_file", "0"))]  # the page cache gives way
+    return [int(most) - int(now) + int(stats.get("inactive_file", "0"))]  # the kernel can reclaim the page cache
 
 
 def _read(path: Path) -> str:
@@ -181,7 +181,7 @@ def _read(path: Path) -> str:
 
 
 def _file_system(directory: Path) -> str:
-    """The kind of file system below `directory` ("tmpfs", "ext4"), from the longest mount point above it."""
+    """Return the type of the file system of `directory` ("tmpfs", "ext4"), from the longest matching mount point."""
     resolved, best, kind = directory.resolve(), Path("/"), "unknown"
     for line in _read(Path("/proc/self/mounts")).splitlines():
         _, mount, found = line.split(" ")[:3]

@@ -1,4 +1,4 @@
-"""Who was turned away, and why: every connection is counted, and each peer told of in the log once for each reason."""
+"""Refused connections: each one is counted, and each peer is logged once for each reason."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ Reason = Literal[
     "no hello",
 ]
 MAX_PEERS = 64
-"""Of whom /status tells, and each of whom the log names at once."""
+"""How many refused peers are remembered, for /status and to log each once."""
 _FORGOTTEN_AFTER_SECONDS = 600.0
-"""An engine that goes on being refused tries every few seconds. One that comes back after so long is told of anew."""
+"""A peer is logged again if it was last refused so long ago. A refused engine normally tries again every few seconds."""
 _LATELY_SECONDS = 60.0
 
 
@@ -41,20 +41,20 @@ class _Peer:
 
 
 class Refused:
-    """`counts` has every reason from the start, so that a rate can be taken of the first refusal."""
+    """Refused peers. `counts` holds every reason from the start, so that the rate of the first refusal can be computed."""
 
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
         self.counts: Counter[str] = Counter(dict.fromkeys(get_args(Reason), 0))
         self._now = now
         self._peers: dict[tuple[str, str], _Peer] = {}
-        """The one that was refused last comes last."""
+        """(peer, reason) -> record; the latest refusal comes last."""
         self._more = Seldom(logger, now=now)
 
     def note(self, who: str, reason: Reason, remedy: str) -> None:
-        """Count a connection that was refused. `remedy`: why, and what is to be typed where.
+        """Count and log a refused connection. `remedy`: why it was refused, and what the user should do.
 
-        What an unproven peer says of itself may be always new. So the peer that was refused longest ago makes room, and then the
-        log has a line every few seconds.
+        A peer that is not authenticated may give a new name each time. So beyond `MAX_PEERS` the oldest peer is forgotten, and at
+        most one line every few seconds is logged.
         """
         now = self._now()
         self.counts[reason] += 1
@@ -72,12 +72,12 @@ class Refused:
         warn("Turned an engine away: %s: %s", who, remedy)
 
     def lately(self) -> list[str]:
-        """For /healthcheck: who was refused within the last minute, and the remedy. Engines try more often than that."""
+        """Return, for /healthcheck, the peers refused within the last minute and the remedies. Engines retry more often."""
         now = self._now()
         return [f"{one.who}: {one.remedy}" for one in self._peers.values() if now - one.last < _LATELY_SECONDS]
 
-    def told(self) -> list[dict[str, object]]:
-        """For /status: the latest first."""
+    def status(self) -> list[dict[str, object]]:
+        """Return the refused peers for /status, the latest first."""
         now = self._now()
         return [
             {

@@ -1,4 +1,4 @@
-"""What the server says about itself: health, status and counters, read in the loop's thread on behalf of the HTTP face."""
+"""Reports health, status and counters of the server. The HTTP endpoint asks; the loop's thread reads them."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from lmcache.server.loop import Loop
 from lmcache.server.service import Service
 
 REPORTED_FETCHES = 16
-"""In /status; /fetches tells all that are kept."""
+"""How many records of fetches /status contains. /fetches returns all records that are kept."""
 _CLEAR_TIERS_SECONDS = 25.0
-"""Below what the HTTP face waits."""
+"""Timeout of clearing tiers, below the timeout of the HTTP endpoint."""
 
 
 class Report:
-    """Implements `control.Control`. Every method may be called from any thread and answers within a second, or raises
-    TimeoutError, which the face tells as an unhealthy server."""
+    """Implements `control.Control`. Any thread may call any method. Each returns within a second or raises TimeoutError, which
+    the HTTP endpoint reports as an unhealthy server."""
 
     def __init__(self, config: ServerConfig, loop: Loop, service: Service) -> None:
         self._config, self._loop, self._service = config, loop, service
 
     def health(self) -> tuple[bool, str]:
-        """(True, "") when the heart answers; the faces live in the same thread as L1."""
+        """Return (True, "") if the loop's thread answers, which runs L1 and the engine endpoints, and the arena file exists."""
         arena = self._service.l1.arena
         if self._loop.ask(lambda: arena.named and not arena.path.exists()):
             return False, f"the arena file {arena.path} has been removed"
         return True, ""
 
     def clear(self, tiers: str = "") -> dict[str, object]:
-        """Empty L1; chunks that are leased vanish from the index at once and from memory when their readers are done.
+        """Empty L1. Leased chunks leave the index at once, and their memory is freed when the leases end.
 
-        tiers: empty these too, `all` or names separated by commas.
+        tiers: tiers to empty too: `all`, or names separated by commas.
 
         Raises:
             ConfigError: there is no tier of such a name.
@@ -63,24 +63,24 @@ class Report:
         try:
             return answer.result(_CLEAR_TIERS_SECONDS)
         except FutureTimeout:
-            raise TimeoutError("a tier is still being emptied") from None
+            raise TimeoutError(f"a tier is still being emptied after {_CLEAR_TIERS_SECONDS} s") from None
 
     def degraded(self) -> list[str]:
-        """Tiers that do not serve now, and why."""
+        """Return the tiers that do not serve now, each with the reason."""
         tiering = self._service.tiering
         return [] if tiering is None else self._loop.ask(tiering.report.degraded)
 
     def refused(self) -> list[str]:
-        """Engines that were turned away within the last minute, each with the remedy."""
+        """Return the engines that were refused within the last minute, each with the remedy."""
         return self._loop.ask(self._service.sessions.refused.lately)
 
     def fetches(self) -> list[dict[str, object]]:
-        """Records of the fetches that ended last, the latest first (`cache.fetch.FetchRecord`)."""
+        """Return records of the fetches that ended last, the latest first (`cache.fetch.FetchRecord`)."""
         tiering = self._service.tiering
         if tiering is None:
             return []
-        records = self._loop.ask(lambda: list(tiering.fetches.records))  # told here: a thousand would hold up the loop
-        return [tiering.report.told(one) for one in reversed(records)]
+        records = self._loop.ask(lambda: list(tiering.fetches.records))  # formatted in this thread, to spare the loop
+        return [tiering.report.describe(one) for one in reversed(records)]
 
     def status(self) -> dict[str, object]:
         return self._loop.ask(self._status)
@@ -115,7 +115,7 @@ class Report:
                         "space": space.number,
                         "shards": space.shards,
                         "chunks": len(space.table),
-                        "slot_bytes": space.shard_bytes,
+                        "shard_bytes": space.shard_bytes,
                     }
                     for space in l1.spaces
                 ],
@@ -126,14 +126,14 @@ class Report:
                     "role": peer.role,
                     "rank": peer.rank,
                     "pid": peer.pid,
-                    "face": peer.endpoint,
+                    "endpoint": peer.endpoint,
                     "payload_frames": peer.payload,
                     "connected_seconds": round(time.time() - peer.since, 1),
                     "layout": peer.layout,
                 }
                 for peer in service.sessions.peers
             ],
-            "refused_engines": service.sessions.refused.told(),
+            "refused_engines": service.sessions.refused.status(),
             "tiers": service.tiering.report.status() if service.tiering is not None else [],
             "fetches": self._last_fetches(),
             "counters": self._counters(),
@@ -143,7 +143,7 @@ class Report:
         tiering = self._service.tiering
         if tiering is None:
             return []
-        return [tiering.report.told(one) for one in islice(reversed(tiering.fetches.records), REPORTED_FETCHES)]
+        return [tiering.report.describe(one) for one in islice(reversed(tiering.fetches.records), REPORTED_FETCHES)]
 
     def _counters(self) -> dict[str, float]:
         service, l1, arena = self._service, self._service.l1, self._service.l1.arena

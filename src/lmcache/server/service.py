@@ -1,6 +1,6 @@
-"""What the server answers: requests in, answers out. Faces bring the requests; L1 decides; this file joins them.
+"""The service answers the requests that the endpoints receive, by calling L1 and the tiers.
 
-Everything here runs in the loop's thread. `sessions` has who is connected, `payload` the copies of payload frames.
+Everything here runs in the loop's thread. `sessions` holds the connected processes, and `payload` copies payload frames.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MAX_COPY_SECONDS = 86_400.0
 
 
 class Service:
-    """Answers every request with exactly one answer; an error of ours becomes an `Error` answer, never silence."""
+    """Gives every request exactly one answer. An unexpected exception becomes an `Error` answer."""
 
     def __init__(
         self, loop: Loop, l1: L1, chunk_tokens: int, workers: Executor, tiering: Tiering | None = None
@@ -62,7 +62,7 @@ class Service:
     # Requests
 
     def handle(self, peer: Peer, request: m.Request, frames: list[bytes], reply: Reply) -> None:
-        """Answer through `reply`, at once or, for payload frames, when the copy has ended."""
+        """Answer a request by calling `reply`, either at once or, for payload frames, when the copy has ended."""
         try:
             if isinstance(request, m.Hello):
                 reply(self.sessions.hello(peer, request), [])
@@ -82,7 +82,7 @@ class Service:
         except LMCacheError as error:
             self.counters["failed_requests"] += 1
             reply(m.Error("failed", str(error)), [])
-        except Exception as error:  # a bug of ours must not leave the engine waiting for its deadline
+        except Exception as error:  # without an answer the engine would wait until its deadline
             self.counters["internal_errors"] += 1
             logger.exception("A %s request failed", type(request).__name__)
             reply(m.Error("internal", f"{type(error).__name__} in the server: see its log"), [])
@@ -114,7 +114,7 @@ class Service:
             "kind": layout.kind,
             "fingerprint": layout.fingerprint.hex(),
             "shard": f"{request.shard + 1} of {request.shards}" if request.shard >= 0 else f"all {request.shards}",
-            "slot_bytes": request.shard_bytes,
+            "shard_bytes": request.shard_bytes,
         }
         if request.shard >= 0:
             logger.info("Registered KV cache for GPU ID %d with %d layers (%s)", peer.pid, layout.num_layers, peer.who)
@@ -124,14 +124,12 @@ class Service:
         assert isinstance(request, m.Lookup)
         hashes = request.hashes
         if len(hashes) % 16:
-            raise Refusal(f"{len(hashes)} bytes are not whole 16-byte hashes")
+            raise Refusal(f"{len(hashes)} bytes of hashes: the length must be a multiple of 16")
         first = max(0, request.first_wanted)
         asked, shards = len(hashes) // 16, self.l1.shards(peer.process, request.space)
         most = m.most_looked_up(first, shards)
         if asked > most:
-            raise Refusal(
-                f"a lookup of {asked} chunks from chunk {first} on is more than one answer holds; ask for {most}"
-            )
+            raise Refusal(f"a lookup of {asked} chunks from chunk {first} on exceeds one answer; ask for {most}")
         self.sessions.check_room(peer, 4 * shards * max(0, asked - first))
         name = printable(request.request, 200)
         lookup = time.monotonic(), peer.process, request.space, hashes, first, name
@@ -164,7 +162,7 @@ class Service:
     def _reserve(self, peer: Peer, request: m.Request) -> m.Message:
         assert isinstance(request, m.Reserve)
         if len(request.hashes) % 16 or (not request.root and len(request.parent) != 16):
-            raise Refusal("hashes must be whole 16-byte hashes")
+            raise Refusal("the hashes and the parent must consist of 16-byte hashes")
         return m.Reserved(
             *self.l1.reserve(
                 time.monotonic(),
@@ -191,7 +189,7 @@ class Service:
             logger.warning("Rank %d could not %s %d tokens", peer.rank, request.kind, request.tokens)
             return m.Ok()
         if request.tokens < 0 or not 0 <= request.seconds < MAX_COPY_SECONDS:
-            raise Refusal(f"{request.tokens} tokens in {request.seconds} seconds make no sense")
+            raise Refusal(f"{request.tokens} tokens in {request.seconds} seconds are out of range")
         past = "retrieved" if request.kind == "load" else "stored"
         self.counters[f"{past}_tokens"] += request.tokens
         self.counters[f"{past}_microseconds"] += int(request.seconds * 1e6)

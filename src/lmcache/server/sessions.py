@@ -1,4 +1,4 @@
-"""Sessions: which engine processes are connected, as whom they have joined L1, and how much memory is held for each."""
+"""Sessions record the connected engine processes, their numbers in L1, and the memory that the server holds for each."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from lmcache.wire import messages as m
 
 logger = init_logger(__name__)
 MAX_HELD_BYTES = 1 << 30
-"""Of all payload copies under way and all large answers that are not sent yet."""
+"""Bound of the bytes of all running payload copies and all large answers that are not sent yet."""
 MAX_HELD_BYTES_OF_PEER = 2 * m.MAX_PAYLOAD_BYTES
-"""Of those of one engine process: it may ask anew while its last answer is just leaving."""
+"""The same bound for one engine process. Two messages fit, so it may ask again while its last answer is being sent."""
 Who = tuple[str, int, str, int, bytes]
-"""What makes a session: instance, pid, role, rank, and the session's own random bytes."""
+"""The identity of a session: instance, pid, role, rank, and random bytes that the engine chose."""
 
 
 @dataclass(slots=True, eq=False)
 class Peer:
-    """One connected engine process, as its face knows it. `process` is its number in L1, 0 before its hello."""
+    """One connected engine process, as its endpoint knows it. `process` is its number in L1; 0 before its hello."""
 
     endpoint: str
     host: str = "this host"
@@ -35,17 +35,17 @@ class Peer:
     pid: int = 0
     payload: bool = False
     writer: int | None = None
-    """The pid of the process that fills what the peer reserves; 0 where it is unknown, None for the server (payload frames)."""
+    """The pid of the process that fills the peer's extents; 0 if unknown, None for the server (payload frames)."""
     busy: int = 0
-    """Payload copies under way on this peer's behalf."""
+    """How many payload copies are running for this peer."""
     held_bytes: int = 0
-    """Payload that is being copied on this peer's behalf, and large answers that ZMQ has not sent yet."""
+    """Bytes of payload being copied for this peer, and of large answers that ZMQ has not sent yet."""
     gone: bool = False
     replaced: Callable[[], None] | None = None
     """Called once when the same session has said hello on another connection."""
     since: float = field(default_factory=time.time)
     layout: dict[str, object] = field(default_factory=dict)
-    """Empty until its KV is registered."""
+    """The registered layout, for /status; empty until the peer registers its KV."""
 
     @property
     def who(self) -> str:
@@ -53,7 +53,7 @@ class Peer:
 
 
 def who_says(hello: m.Hello | m.Declined, host: str) -> str:
-    """For people: who has said this, from which host."""
+    """Describe the sender of a message for log lines, with its host."""
     return f"{_who(printable(hello.role, 40), hello.rank, hello.pid)}, from {host}"
 
 
@@ -62,7 +62,7 @@ def _who(role: str, rank: int, pid: int) -> str:
 
 
 class Sessions:
-    """All sessions of a server, and the welcome that begins each."""
+    """All sessions of a server."""
 
     def __init__(self, l1: L1, chunk_tokens: int) -> None:
         self.server_id = secrets.token_bytes(16)
@@ -71,17 +71,17 @@ class Sessions:
         self.peers: set[Peer] = set()
         self.refused = Refused()
         self.held_bytes = 0
-        """Of all peers, and of those that have gone and still have unsent answers."""
+        """Bytes held for all peers, including those that have gone and still have unsent answers."""
         self._l1, self._chunk_tokens = l1, chunk_tokens
         self._participants: dict[Who, int] = {}
         self._next_process = 1
 
     def hello(self, peer: Peer, hello: m.Hello) -> m.Message:
-        """The faces have checked who it is; here only the version counts, and the process joins L1."""
+        """Check the version of a hello and let the process join L1. The endpoint has authenticated the peer before."""
         if hello.version != m.PROTOCOL_VERSION:
             return self.refuse_version(hello, peer.host)
         if peer.process:
-            return m.Error("refused", "hello was said on this connection before; open another one")
+            return m.Error("refused", "a hello was sent on this connection before; open another connection")
         who = (printable(hello.instance, 200), hello.pid, printable(hello.role, 40), hello.rank, hello.session[:16])
         process = self._return(who) or self._enter(who)
         self._l1.join(process, who[0], peer.writer)
@@ -91,7 +91,7 @@ class Sessions:
         return self.welcome()
 
     def refuse_version(self, hello: m.Hello, host: str) -> m.Error:
-        """The answer to a hello of another protocol version, which is noted."""
+        """Record a hello of another protocol version as refused, and return the answer."""
         text = m.version_error(hello.version, hello.software, m.PROTOCOL_VERSION, __version__)
         self.refused.note(who_says(hello, host), "version", text)
         return m.Error("version", text)
@@ -111,7 +111,7 @@ class Sessions:
         )
 
     def gone(self, peer: Peer) -> None:
-        """The peer's process touches no extent any more. Its claims end, once no copy runs on its behalf."""
+        """Note that the peer's process no longer touches extents. Its claims end when no copy runs for it any more."""
         peer.gone = True
         if peer.busy or peer not in self.peers:
             return
@@ -123,16 +123,16 @@ class Sessions:
             logger.info("Engine process gone: %s", peer.who)
 
     def hold(self, peer: Peer, size: int) -> None:
-        """`size` more bytes of memory are held on the peer's behalf; fewer where it is negative."""
+        """Add `size`, which may be negative, to the bytes held for the peer."""
         peer.held_bytes += size
         self.held_bytes += size
 
     def check_room(self, peer: Peer, size: int) -> None:
-        """Raises Refusal: with so many bytes more, too many would be held for this peer."""
+        """Raise Refusal if `size` more bytes would exceed `MAX_HELD_BYTES_OF_PEER`."""
         if peer.held_bytes + size > MAX_HELD_BYTES_OF_PEER:
             raise Refusal(
-                f"{peer.held_bytes} bytes of this engine's are being copied or wait until it reads them, and {size} more "
-                f"would pass {MAX_HELD_BYTES_OF_PEER}: read the answers before asking for more"
+                f"{peer.held_bytes} bytes for this engine are being copied or are not read yet, and {size} more "
+                f"would exceed {MAX_HELD_BYTES_OF_PEER}: read the answers before asking for more"
             )
 
     def _enter(self, who: Who) -> int:
@@ -141,15 +141,14 @@ class Sessions:
         return process
 
     def _return(self, who: Who) -> int:
-        """The number of a session that has lost its connection and come back; 0 where it has to start anew.
+        """Return the number of a session that reconnects, or 0 if it has to start anew.
 
-        By its hello it says that no copy of it runs any more, so what it was filling is free again; and nothing that still
-        arrives on its former connection counts.
+        A hello implies that the process runs no copies any more. So its reservations end, and its former connection is closed.
         """
         process = self._participants.get(who, 0)
         former = [peer for peer in self.peers if peer.process == process]
         if not process or any(peer.busy for peer in former):
-            return 0  # a payload copy of ours still runs on its behalf
+            return 0  # the server still runs a payload copy for it
         for peer in former:
             peer.process = 0
             self.peers.discard(peer)

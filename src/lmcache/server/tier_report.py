@@ -1,4 +1,4 @@
-"""What the server reports about its tiers: /status, /metrics, records of fetches, and the log of what was not written."""
+"""Reports on the tiers: /status, /metrics, records of fetches, and log lines about chunks that were not written."""
 
 from __future__ import annotations
 
@@ -13,34 +13,34 @@ from lmcache.server.tier_runner import TierRunner
 
 logger = init_logger(__name__)
 _LOSSES_SECONDS = 10.0
-"""What could not be written is logged at most that often: one line for all that came since the last."""
+"""Losses of a tier are logged at most that often, in one line for all since the last line."""
 _REMEDIES = {
-    "queue full": "a higher --l2-queue-gb lets more wait",
+    "queue full": "a higher --l2-queue-gb lets more chunks wait",
     "evicted": "a higher --l1-size-gb keeps chunks longer",
-    "full": "its max_gb should be below what its store has room for",
-    "too large": "a higher max_gb or a lower --chunk-size makes it fit",
+    "full": "set its max_gb below the capacity of its store",
+    "too large": "set a higher max_gb or a lower --chunk-size",
 }
-"""By the reason for which something was not written."""
+"""Reason for which something was not written -> remedy."""
 
 
 class TierReport:
-    """About these tiers, nearest first, and the fetches from them. now: the loop's clock, in whose thread all methods but
-    `told` are called."""
+    """Reports on these tiers, nearest first, and the fetches from them. now: the loop's clock. All methods but `describe` are
+    called in the loop's thread."""
 
     def __init__(self, now: Callable[[], float], runners: Sequence[TierRunner], fetches: Fetches) -> None:
         self._now, self._runners, self._fetches = now, runners, fetches
         self._losses = {runner: (float("-inf"), Counter[str]()) for runner in runners}
-        """When losses were last logged, and all counters as they were then."""
+        """Runner -> time of the last line about losses, and all counters at that time."""
         self._unwritten: Counter[str] = Counter()
-        """Chunks by the tier's name, as logged last."""
+        """Name of the tier -> number of unwritten chunks in the last log line."""
 
     def degraded(self) -> list[str]:
-        """Tiers that do not serve now, or not in full, and why."""
+        """Return the tiers that do not serve now, or only in part, each with the reason."""
         states = [(runner.name, runner.state(self._now())[1]) for runner in self._runners]
         return [f"{name}: {trouble}" for name, trouble in states if trouble]
 
     def status(self) -> list[dict[str, object]]:
-        """For /status, nearest first; JSON types only."""
+        """Return the tiers for /status, nearest first. JSON types only."""
         found = []
         for runner, pace in zip(self._runners, self._fetches.paces, strict=True):
             usage, (state, trouble) = runner.tier.usage(), runner.state(self._now())
@@ -66,8 +66,8 @@ class TierReport:
             )
         return found
 
-    def told(self, record: FetchRecord) -> dict[str, object]:
-        """A fetch's record with the tiers' names; JSON types only."""
+    def describe(self, record: FetchRecord) -> dict[str, object]:
+        """Return a fetch's record with the names of the tiers. JSON types only."""
         expected = record.expected_seconds
         names = [runner.name for runner in self._runners]
         return {
@@ -88,7 +88,7 @@ class TierReport:
         }
 
     def counters(self) -> dict[str, float]:
-        """For /metrics, labelled by tier."""
+        """Return the counters for /metrics, labelled by tier."""
         out: dict[str, float] = {"fetches_open": self._fetches.open}
         now = self._now()
         for name, value in self._fetches.counters.items():
@@ -119,7 +119,7 @@ class TierReport:
         return out
 
     def log_losses(self, now: float) -> None:
-        """Warn of what could not be written since the last time, for each tier that has not just done so. inf: at the end."""
+        """Log what was not written since the last line, for each tier whose last line is old enough. now: infinity at the end."""
         for runner in self._runners:
             logged_at, before = self._losses[runner]
             counters = runner.counters + runner.queue.counters
@@ -129,7 +129,7 @@ class TierReport:
                 logger.warning("Tier %s: not written: %s", runner.name, "; ".join(parts))
 
     def log_drain(self, seconds: float) -> None:
-        """What is still to be written before the end, for so long at most."""
+        """Log how many chunks are still written before the end, which takes at most `seconds`."""
         waiting = sum(len(runner.queue) + runner.chunks_being_written for runner in self._runners)
         if waiting:
             logger.info(
@@ -139,7 +139,7 @@ class TierReport:
             )
 
     def log_left_behind(self, waited_seconds: float) -> None:
-        """Warn of tiers that could not be closed, since operations are under way that have not ended."""
+        """Log the tiers that could not be closed, because their operations have not ended."""
         for runner in (one for one in self._runners if not one.closed):
             methods = runner.under_way
             logger.warning(
@@ -152,7 +152,7 @@ class TierReport:
             )
 
     def log_unwritten(self, given_up: bool = False) -> None:
-        """Warn of chunks that still wait when the server ends. given_up: what is being written will not be, either."""
+        """Log the chunks that still wait when the server ends. given_up: count those being written as unwritten, too."""
         for runner in self._runners:
             left = len(runner.queue) + given_up * runner.chunks_being_written
             if left > self._unwritten[runner.name]:
@@ -161,7 +161,7 @@ class TierReport:
 
 
 def _losses(new: Counter[str]) -> list[str]:
-    """What these counters say of chunks and shards that were not written, by reason, with the remedy."""
+    """Describe the chunks and shards that these counters report as not written, by reason, with the remedy."""
     parts = []
     for name, count in new.items():
         kind, _, reason = name.partition(":")
@@ -174,12 +174,12 @@ def _losses(new: Counter[str]) -> list[str]:
 
 
 def log_decision(decided: Decided) -> None:
-    """Whether a load is worth its wait, and by which numbers."""
+    """Log the decision between loading and computing, with the two times."""
     if logger.isEnabledFor(logging.DEBUG):
         logger.debug(
             "Prompt %s (%s): loading is expected to take %.3f s, computing %.3f s: %s",
             decided.prompt[-4:].hex(),
-            " ".join(decided.requests) or "no request id told",
+            " ".join(decided.requests) or "no request id",
             decided.expected_seconds or 0.0,
             decided.recompute_seconds or 0.0,
             "loading" if decided.loads else "not worth it",

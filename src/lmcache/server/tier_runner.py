@@ -1,7 +1,7 @@
-"""What drives one tier: its operations under way and their deadlines, its breakers, and what waits to be written.
+"""The tier runner drives one tier: its operations with their deadlines, its circuit breakers, and its write queue.
 
-All methods run in the loop's thread. The tier completes operations in threads of its own, or in those of its adapter, and the
-results come back through the loop. So one slow or dead tier holds up nobody else.
+All methods run in the loop's thread. The tier completes operations in its own threads or in those of its adapter, and the loop
+receives the results. So a slow or dead tier does not block other tiers or engines.
 """
 
 from __future__ import annotations
@@ -24,29 +24,28 @@ from lmcache.tiers.registry import TierSpec
 
 logger = init_logger(__name__)
 OPEN_SECONDS = 15.0
-"""How long start-up waits for tiers; those that take longer serve later."""
+"""How long the start waits for tiers to open. Tiers that take longer serve later."""
 CLOSE_SECONDS = 3.0
-"""How long the end waits for operations under way and for tiers to close; those that take longer are left behind."""
+"""How long the end waits for operations to end and for tiers to close. Tiers that take longer are left behind."""
 _WRITE_SECONDS, _CLEAR_SECONDS = 60.0, 600.0
 _STALLED_SECONDS = 1.0
-"""A tier with a load or a question that has been under way for longer is not asked anything new: whoever asks would wait as
-well."""
+"""A tier with an older unfinished `load` or `contains` is not asked anything new, since new operations would wait as well."""
 _HANGS_SECONDS = 10.0
-"""An operation that has been under way for longer is reported: it may be on a mount whose server is gone, and never end."""
+"""An older unfinished operation is logged: it may be on a mount whose server has failed, and never end."""
 _LOG_SECONDS = 10.0
-"""A tier in trouble says so at most that often."""
+"""The failures of a tier are logged at most that often."""
 T = TypeVar("T")
 _READS, _WRITES = {"contains", "load"}, {"store", "remove", "clear"}
 _TIMED = {"open", "contains", "load", "store", "remove", "close"}
-"""`clear` may take as long as the tier is large, and whoever asked for it gets an answer."""
+"""Methods that can hang. `clear` is not among them: its time grows with the tier's size, and its caller gets an answer."""
 Done = Callable[[Any, Exception | None, float], None]
-"""Gets the result of an operation, None where it has failed, then the error, and the seconds that it took."""
+"""Takes the result of an operation (None if it failed), the error (None if it succeeded), and the seconds that it took."""
 
 
 @dataclass(eq=False)
 class _Call:
-    """An operation under way. asked: needs one answer each. late: called in the loop when the deadline has passed. judged: the
-    end concerns the breakers."""
+    """An unfinished operation. asked: the items, each of which needs one answer. late: called in the loop when the deadline has
+    passed. judged: whether the outcome counts for the breakers."""
 
     since: float
     done: Done
@@ -59,31 +58,30 @@ class _Call:
 
 
 class TierRunner:
-    """`spec`'s tier. max_queued_bytes: of chunks that wait to be written. l1_bytes: size of the arena."""
+    """Drives the tier of `spec`. max_queued_bytes: bound of the write queue. l1_bytes: size of the arena."""
 
     def __init__(self, loop: Loop, spec: TierSpec, max_queued_bytes: int, l1_bytes: int) -> None:
         self.spec, self.tier, self.name = spec, spec.tier, spec.name
         self.breaker = Breaker()
-        """Of the whole tier; a probe closes it again."""
+        """The breaker of the tier; a probe closes it again."""
         self.loads, self.stores = Breaker(), Breaker()
-        """A store may answer questions and yet refuse these. One that opens opens the tier's, too; then it stays open while
-        the rest goes on, and the next operation of its kind after the pause decides."""
+        """The breakers of loads and of stores, which may fail while other operations work. One that opens also opens `breaker`,
+        and stays open when that closes; the next operation of its kind after the pause decides whether it closes."""
         self._kinds = {"load": self.loads, "store": self.stores}
         self.counters: Counter[str] = Counter()
-        """Shards and bytes by what became of them; reasons after a colon."""
+        """Shards and bytes by outcome, with reasons after a colon."""
         self.generation = 0
-        """Counts clears: a write that began before one must not outlive it."""
+        """Number of clears. What a write that began before a clear has stored must be removed."""
         self.chunks_being_written = 0
         self.write_concurrency = write_concurrency(self.tier)
         self.queue = WriteQueue(
             max_queued_bytes, self.tier.batch_bytes, l1_bytes, spec.write == "on-evict", self.tier.batch_shards
         )
         self.closed = False
-        """Whether the tier has been closed."""
         self._loop = loop
         self._submitter = submitter(self.tier, self.name, loop.executor, loop.now)
         self._under_way: dict[_Call, None] = {}
-        """The operations that have been submitted and have not ended, in the order of their beginnings."""
+        """The operations that were submitted and have not ended, oldest first."""
         self._closing = False
         self._reported_hanging = False
         self._logged_at = float("-inf")
@@ -91,29 +89,29 @@ class TierRunner:
     # Operations
 
     def open(self, opened: Callable[[Exception | None], None]) -> None:
-        """Open the tier; `opened` gets None or the error."""
+        """Open the tier, and call `opened` with None or the error."""
         self._submit(Open, lambda result, error, seconds: opened(error), OPEN_SECONDS, judged=False)
 
     def opened(self, error: Exception | None) -> None:
-        """What became of `open` at start-up."""
+        """Take the outcome of `open` at the start."""
         if error is None:
             self.breaker.succeeded()
             return
         self.counters["failed:open"] += 1
         self.breaker.failed(self._loop.now(), str(error), at_once=True)
-        logger.warning("Tier %s does not serve yet, the server goes on without it: %s", self.name, error)
+        logger.warning("Tier %s does not serve yet; the server goes on without it: %s", self.name, error)
 
     def known(self, keys: Sequence[ShardKey]) -> list[bool] | None:
-        """What the tier can tell at once, for each key; None: it has to be asked."""
+        """Return for each key whether the tier has the shard, if it can answer at once; None if it has to be asked."""
         try:
             answers = self.tier.known(keys)
             return None if answers is None else one_each(answers, keys)
-        except Exception as error:  # this is the loop's thread, and the tier may be a third party's
+        except Exception as error:  # a third party's tier must not stop the loop
             self._failed(error, None)
             return None
 
     def contains(self, keys: Sequence[ShardKey], seconds: float, done: Done) -> None:
-        """Ask which shards are there; nobody wants the answers any more after `seconds`."""
+        """Ask which shards the tier has. The operation is cancelled after `seconds`."""
         self._submit(partial(Contains, keys=keys), done, seconds, keys)
 
     def load(
@@ -124,8 +122,8 @@ class TierRunner:
         late: Callable[[], None],
         done: Done,
     ) -> None:
-        """Load shards. late: called after `seconds` unless the load has ended. Nobody waits for it any more then, but the tier
-        may touch the memory until `done` is called."""
+        """Load shards. late: called after `seconds` unless the load has ended. The load is cancelled then, but the tier may touch
+        the memory until `done` is called."""
         self._submit(partial(Load, keys=keys, into=into), done, seconds, keys, late)
 
     def store(self, shards: Sequence[Shard], done: Done) -> None:
@@ -138,9 +136,9 @@ class TierRunner:
         self._submit(Clear, done, _CLEAR_SECONDS)
 
     def close(self) -> None:
-        """Cancel what is under way, and close the tier when all of it has ended; `closed` says when that is done.
+        """Cancel all operations, and close the tier when they have ended; `closed` becomes true then.
 
-        An operation that hangs never ends: the tier is not closed then, and `under_way` names what it is left behind with.
+        If an operation hangs, the tier is not closed, and `under_way` names the operation.
         """
         self._closing = True
         for call in list(self._under_way):
@@ -151,30 +149,29 @@ class TierRunner:
 
     @property
     def writing(self) -> int:
-        """Operations under way that change what the tier holds."""
+        """How many unfinished operations change the contents of the tier."""
         return sum(call.method in _WRITES for call in self._under_way)
 
     @property
     def under_way(self) -> Counter[str]:
-        """Operations that have not ended, by method."""
+        """Method -> number of its unfinished operations."""
         return Counter(call.method for call in self._under_way)
 
     def usable(self, now: float) -> bool:
-        """Whether lookups may ask it now."""
+        """Return whether lookups may ask the tier now."""
         stalled = now - self._oldest(_READS, now)[1] > _STALLED_SECONDS
         return self.spec.read and self.breaker.closed and (self.loads.closed or self.loads.due(now)) and not stalled
 
     def may_store(self, now: float) -> bool:
-        """Whether what waits may be written now."""
+        """Return whether queued chunks may be written now."""
         return self.breaker.closed and (self.stores.closed or self.stores.due(now))
 
     def may_store_by(self, moment: float) -> bool:
-        """Whether what waits may be written by then, as far as is known now."""
+        """Return whether queued chunks may be written at that time, as far as is known now."""
         return all(one.closed or one.state == "half-open" or one.due(moment) for one in (self.breaker, self.stores))
 
     def state(self, now: float) -> tuple[str, str]:
-        """What the tier is doing, as /status names it, and why it does not serve in full; "" where nothing is known to be
-        wrong."""
+        """Return the tier's state for /status, and why the tier does not serve or serves only in part; "" if it serves."""
         if not self.breaker.closed:
             return "failing" if self.breaker.state == "open" else "being tried", self.breaker.reason
         if not self.stores.closed and (len(self.queue) or not self.stores.due(now)):
@@ -185,8 +182,8 @@ class TierRunner:
         return "stalled" if hanging else "serving", hanging
 
     def tick(self, now: float) -> None:
-        """Give up operations whose deadline has passed, try a tier again when its pause is over, and report when an operation
-        begins or ceases to hang."""
+        """Cancel operations whose deadline has passed, open a failed tier again when its pause is over, and log when an operation
+        begins to hang and when none hangs any more."""
         for call in [one for one in self._under_way if now > one.operation.deadline and not one.is_late]:
             call.is_late = True
             self._cancel(call)
@@ -198,7 +195,7 @@ class TierRunner:
             self._reported_hanging = bool(hanging)
             if hanging:
                 logger.warning(
-                    "Tier %s: %s; the server goes on without this call: see whether %s answers",
+                    "Tier %s: %s; the server does not wait for this call: see whether %s answers",
                     self.name,
                     hanging,
                     self.spec.url,
@@ -207,15 +204,15 @@ class TierRunner:
                 logger.info("Tier %s: no call hangs any more", self.name)
 
     def _hanging(self, now: float) -> str:
-        """The operation that has been under way for longest, where that is too long; "" otherwise."""
+        """Describe the oldest unfinished operation if it hangs; "" otherwise."""
         method, since = self._oldest(_TIMED, now)
         return f"{method} has not returned for {now - since:.0f} s" if now - since > _HANGS_SECONDS else ""
 
     def _oldest(self, methods: set[str], now: float) -> tuple[str, float]:
-        """Of the operations under way with these methods, the one that began first: its method, and when that was."""
+        """Return method and start time of the oldest unfinished operation with one of these methods; ("", now) if none."""
         return next(((call.method, call.since) for call in self._under_way if call.method in methods), ("", now))
 
-    # How operations begin and end
+    # Submitting and ending operations
 
     def _submit(
         self,
@@ -236,13 +233,13 @@ class TierRunner:
         self._under_way[call] = None
         try:
             self._submitter.submit(call.operation)
-        except Exception as error:  # the tier may be a third party's
+        except Exception as error:  # a third party's tier may raise anything
             call.operation.fail(error)
 
     def _cancel(self, call: _Call) -> None:
         try:
             self._submitter.cancel(call.operation)
-        except Exception:  # as above; the operation goes on
+        except Exception:  # a third party's tier may raise anything; the operation goes on
             logger.exception("Tier %s could not cancel a %s", self.name, call.method)
 
     def _ended_in_thread(self, call: _Call, result: Any, error: Exception | None) -> None:
@@ -252,7 +249,7 @@ class TierRunner:
 
     def _ended(self, call: _Call, result: Any, error: Exception | None, seconds: float) -> None:
         if call not in self._under_way:
-            logger.error("Tier %s has ended one %s twice, which is a fault of the tier", self.name, call.method)
+            logger.error("Tier %s ended one %s operation twice, which is a bug in the tier", self.name, call.method)
             return
         del self._under_way[call]
         cancelled = isinstance(error, TierError) and error.reason == CANCELLED
@@ -274,11 +271,11 @@ class TierRunner:
 
     def _ended_close(self, result: None, error: Exception | None, seconds: float) -> None:
         self.closed = True
-        if error is not None:  # the other tiers and the server have to end as well
+        if error is not None:  # only logged, since the server must go on to end
             logger.error("Tier %s could not be closed", self.name, exc_info=error)
 
     def _opened_again(self, result: None, error: Exception | None, seconds: float) -> None:
-        """The answer to a question decides whether a tier that was opened again serves."""
+        """Ask a tier that was opened again for an unknown shard; the answer decides whether it serves."""
         if error is not None:
             self._failed(error, None)
         elif not self._closing:
@@ -315,11 +312,11 @@ class TierRunner:
 
 
 def one_each(answers: list[T], asked: Sequence[object]) -> list[T]:
-    """What a tier answered. Raises ValueError: more or fewer than it was asked; tiers of third parties may do so."""
+    """Return the answers of a tier. Raises ValueError unless there is one for each item; a third party's tier may be wrong."""
     if len(answers) != len(asked):
         raise ValueError(f"{len(answers)} answers for {len(asked)} shards")
     return answers
 
 
 def _nothing(result: Any, error: Exception | None, seconds: float) -> None:
-    """Nobody waits for it."""
+    """Ignore the outcome of an operation."""

@@ -1,8 +1,8 @@
-"""The tiers behind L1, as the server drives them: loads for lookups, writes of what has become whole.
+"""Tiering connects L1 with the tiers: it loads chunks for lookups, and writes chunks that have become complete.
 
-`cache.fetch` and `cache.writeback` decide; here their effects are carried out: extents are reserved and leased in L1
-as the process SERVER, a `TierRunner` for each tier moves the bytes, and what came of it goes back. Everything runs in the
-loop's thread.
+`cache.fetch` and `cache.writeback` decide, and this module carries out their effects. It reserves and leases extents in L1 as the
+process SERVER, a `TierRunner` for each tier moves the bytes, and the outcomes are reported back. Everything runs in the loop's
+thread.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from lmcache.tiers.registry import TierSpec
 
 logger = init_logger(__name__)
 _HURRY_SECONDS = 0.5
-"""The same after a second signal: enough for a tier that does not hang."""
+"""How long the end waits after a second signal; a tier that does not hang closes in that time."""
 _TOO_LATE = "too late"
-"""Outcome of a load that ended after the claims on its extents."""
+"""Outcome of a load that ended after its reservations had expired."""
 
 
 @dataclass(frozen=True)
 class _Part:
-    """One rank's share of a load: reserved extents at `sectors`, for the shards `keys`."""
+    """One rank's part of a load: reserved extents at `sectors`, for the shards `keys`."""
 
     reservation: int
     keys: list[ShardKey]
@@ -48,7 +48,7 @@ class _Part:
 class Tiering:
     """All tiers of one server, nearest first.
 
-    always, patience_seconds: as `Fetches` says. queue_bytes: of chunks that wait to be written, for each tier.
+    always, patience_seconds: as for `Fetches`. queue_bytes: bound of the write queue of each tier.
     """
 
     def __init__(
@@ -73,9 +73,9 @@ class Tiering:
         self.report = TierReport(loop.now, self.runners, self.fetches)
         self._region: Region | None = None
         self._late_loads = set[int]()
-        """Numbers of loads that run on after their deadline."""
+        """Numbers of loads that are still running after their deadline."""
         self._origin: dict[bytes, int] = {}
-        """Chunk -> the tier that it is being loaded from: it is not written back there."""
+        """Chunk hash -> the tier that the chunk is being loaded from, to which it is not written back."""
         self._drained: Callable[[], None] | None = None
         self._drain_until = 0.0
         self._closed = False
@@ -85,16 +85,16 @@ class Tiering:
         l1.events.listen(["cleared"], self._l1_cleared, named=False)
 
     def attach(self, region: Region) -> None:
-        """Before `open`: the memory that the tiers will be handed parts of."""
+        """Attach all tiers to the memory that their operations will use. Call this before `open`."""
         self._region = region
         for runner in self.runners:
             runner.tier.attach(region)
 
     def open(self, required: bool) -> None:
-        """Open all, side by side; an interrupt ends the waiting.
+        """Open all tiers concurrently; `interrupt` ends the wait.
 
         Raises:
-            ConfigError: `required`, and one does not serve.
+            ConfigError: `required` is set, and a tier could not be opened in time.
         """
         opened: dict[TierRunner, Exception | None] = {}
         for runner in self.runners:
@@ -116,15 +116,15 @@ class Tiering:
     # Reading
 
     def knows(self, space: int, hashes: bytes) -> bool:
-        """Whether tiers have lately been asked for these chunks."""
+        """Return whether a fetch of these chunks is under way or has just ended."""
         return self.fetches.knows(space, hashes)
 
     def wait_for(
         self, process: int, space_number: int, hashes: bytes, prefill_tokens_per_second: float, request: str = ""
     ) -> tuple[int, int]:
-        """How many of these chunks are in L1 from the first on, and how many more are on their way and worth waiting for.
+        """Return how many leading chunks are in L1, and how many more the engine should wait for.
 
-        request: how the engine calls it, for the fetch's record.
+        request: the engine's id of the request, for the fetch's record.
 
         Raises:
             Refusal: unknown space or process.
@@ -152,7 +152,7 @@ class Tiering:
 
     def _carry_out(self) -> None:
         while self.fetches.effects and not self._closed:
-            effect = self.fetches.effects.pop(0)  # before it is carried out: one that fails takes no other with it
+            effect = self.fetches.effects.pop(0)  # removed first, so that a failing effect does not repeat
             if isinstance(effect, Ask):
                 self._ask(effect)
             elif isinstance(effect, Load):
@@ -168,8 +168,8 @@ class Tiering:
         keys, shards = _keys(space, ask.hashes), space.shards
 
         def done(present: list[bool] | None, error: Exception | None, seconds: float) -> None:
-            whole = None if present is None else _complete(present, shards)
-            self.fetches.answered(self._loop.now(), ask.fetch, ask.tier, whole, seconds)
+            complete = None if present is None else _complete(present, shards)
+            self.fetches.answered(self._loop.now(), ask.fetch, ask.tier, complete, seconds)
             self._carry_out()
 
         runner.contains(keys, self._patience_seconds, done)
@@ -184,7 +184,7 @@ class Tiering:
         keys = [key for part in parts for key in part.keys]
         into = [self._l1.view(sector, part.shard_bytes) for part in parts for sector in part.sectors]
 
-        def late() -> None:  # the claims on the extents have ended, so what comes now is not used
+        def late() -> None:  # the reservations have expired, so what arrives from now on is not used
             self._late_loads.add(load.number)
             runner.counters[f"missed:{_TOO_LATE}"] += len(keys)
             self.fetches.late(load)
@@ -196,7 +196,7 @@ class Tiering:
         runner.load(keys, into, self._l1.claim_seconds, late, done)
 
     def _reserve(self, load: Load) -> list[_Part]:
-        """Extents for what the load brings; what is in L1 or under way by somebody else is left out."""
+        """Reserve extents for a load. Shards that are in L1 or being filled already are left out."""
         space, parts = self._l1.space(load.space), []
         if space is None:
             return []
@@ -204,7 +204,7 @@ class Tiering:
             now, tier = self._loop.now(), self.runners[load.tier].name
             try:
                 grant = self._l1.reserve(now, SERVER, load.space, shard, load.parent, load.root, load.hashes, tier)
-            except Refusal:  # there is no memory behind L1
+            except Refusal:  # no memory can be allocated for extents
                 continue
             if not grant.reservation:
                 continue
@@ -219,7 +219,7 @@ class Tiering:
         return parts
 
     def _loaded(self, load: Load, parts: list[_Part], outcomes: list[str] | None) -> None:
-        """Commit what has come. None: the tier failed, and nothing has."""
+        """Commit the shards that have arrived. outcomes: one for each shard; None if the tier failed."""
         runner, at, good_bytes = self.runners[load.tier], 0, 0
         for part in parts:
             own = outcomes[at : at + len(part.sectors)] if outcomes is not None else ["tier failed"] * len(part.sectors)
@@ -227,7 +227,7 @@ class Tiering:
             failed = {sector for sector, outcome in zip(part.sectors, own, strict=True) if outcome != OK}
             try:
                 self._l1.commit(self._loop.now(), SERVER, part.reservation, len(failed) < len(own), failed)
-            except Refusal:  # its claim has expired, and the chunks may be somebody else's by now
+            except Refusal:  # the reservation has expired, and others may be filling the chunks
                 failed, own = set(part.sectors), [_TOO_LATE] * len(own)
             good = len(own) - len(failed)
             good_bytes += good * part.shard_bytes
@@ -245,7 +245,7 @@ class Tiering:
     # Writing
 
     def _stored(self, event: Event) -> None:
-        """Chunks that have become readable are written to every tier that wants them; loaded ones to nearer tiers only."""
+        """Queue chunks that have become complete for every tier that stores; chunks loaded from a tier only for nearer tiers."""
         space = self._l1.space(event.space)
         if space is None:
             return
@@ -260,10 +260,10 @@ class Tiering:
                 cut = slice(at, at + HASH_BYTES)
                 if number < self._origin.get(event.hashes[cut], 0):
                     runner.queue.add(event.space, event.hashes[cut], event.parents[cut], chunk_bytes, space.shards)
-        self._loop.call_soon(self._pump)  # not now: a listener calls no verb of L1
+        self._loop.call_soon(self._pump)  # later, since a listener must not call L1
 
     def _l1_cleared(self, event: Event) -> None:
-        """What waits to be written is gone."""
+        """Drop all queued writes."""
         for runner in self.runners:
             runner.queue.clear()
 
@@ -322,7 +322,7 @@ class Tiering:
         outcomes: list[str] | None,
         generation: int,
     ) -> None:
-        cleared = generation != runner.generation  # meanwhile, and some of the batch may have been written since
+        cleared = generation != runner.generation  # some of the batch may have been stored after the clear
         if cleared and not self._closed:
             runner.remove([one.key for one in shards])
         if outcomes is None:
@@ -338,19 +338,19 @@ class Tiering:
         if OK in outcomes or KEPT in outcomes:
             self.fetches.kept(batch.space, batch.hashes)
 
-    # Upkeep
+    # Draining, clearing and closing
 
     @property
     def idle(self) -> bool:
-        """Whether nothing is being written, and nothing waits that may be written before the drain's end (or now, without one).
-        A tier in trouble is tried again, if its pause ends by then."""
+        """Whether nothing is being written, and no queued chunk may be written before the drain ends (without a drain: now). A
+        tier whose breaker is open counts if its pause ends before that."""
         until = max(self._loop.now(), self._drain_until)
         return all(
             not runner.writing and (not len(runner.queue) or not runner.may_store_by(until)) for runner in self.runners
         )
 
     def drain(self, seconds: float, then: Callable[[], None]) -> None:
-        """Write what waits, for so many seconds at most; then call."""
+        """Write queued chunks for at most `seconds`; call `then` afterwards."""
         for runner in self.runners:
             runner.queue.make_all_ready()
         self.report.log_drain(seconds)
@@ -358,9 +358,9 @@ class Tiering:
         self._pump()
 
     def clear(self, names: set[str] | None, done: Callable[[dict[str, str]], None]) -> None:
-        """Empty these tiers (None: all); `done` gets what went wrong, by name.
+        """Empty these tiers (None: all); `done` gets the failures, as name -> reason.
 
-        What waits to be written goes as well, and what is being written is removed again.
+        Queued writes are dropped, and what running writes store is removed.
         """
         chosen = [runner for runner in self.runners if names is None or runner.name in names]
         left = {runner.name for runner in chosen}
@@ -384,18 +384,17 @@ class Tiering:
             runner.generation += 1
             if runner.breaker.closed:
                 runner.clear(partial(cleared, runner))
-            else:  # and its reason stays the one for which it does not serve
+            else:  # report the reason for which the tier does not serve
                 cleared(runner, None, TierError("open", "it does not serve"))
 
     def interrupt(self) -> int:
-        """For signal handlers: the first time ends the waiting in `open`, the next that in `close`. Returns which it is."""
+        """Note a signal: the first ends the wait in `open`, the second that in `close`. Returns the number of signals so far."""
         self._interrupts += 1
-        self._loop.call_soon(lambda: None)  # the loop looks again whether to wait on
+        self._loop.call_soon(lambda: None)  # wakes the loop, which then checks whether to go on waiting
         return self._interrupts
 
     def close(self) -> None:
-        """After the loop has ended. Nothing holds a view of the arena afterwards, but for operations that hang and are left
-        behind."""
+        """Close all tiers after the loop has ended. Afterwards only operations that hang hold views of the arena."""
         self._closed = True
         begun = self._loop.now()
         for runner in self.runners:
@@ -406,8 +405,8 @@ class Tiering:
         self.report.log_left_behind(self._loop.now() - begun)
         if self._region is not None:
             _let_go([self._region.memory])
-        self.report.log_losses(math.inf)  # it is the last time
-        self.report.log_unwritten(given_up=True)  # again where the last writes have failed, too, or never began
+        self.report.log_losses(math.inf)  # the last line is not delayed
+        self.report.log_unwritten(given_up=True)  # logs again if the last writes failed or did not begin
 
     @property
     def _all_closed(self) -> bool:
@@ -424,7 +423,7 @@ class Tiering:
 
 
 def _keys(space: Space, hashes: bytes) -> list[ShardKey]:
-    """All shards of these chunks, [chunk][shard]."""
+    """Return the keys of all shards of these chunks, [chunk][shard]."""
     return [
         ShardKey(space.fingerprint, hashes[at : at + HASH_BYTES], shard, space.shards)
         for at in range(0, len(hashes), HASH_BYTES)
@@ -433,14 +432,14 @@ def _keys(space: Space, hashes: bytes) -> list[ShardKey]:
 
 
 def _let_go(views: Iterable[memoryview]) -> None:
-    """A tier that keeps one for itself keeps the arena mapped for longer; what the call leads to must go on."""
+    """Release these views. A view that a tier has exported cannot be released, and keeps the arena mapped for longer."""
     for one in views:
         with suppress(BufferError):
             one.release()
 
 
 def _complete(present: Sequence[bool], shards: int) -> Sequence[bool]:
-    """Which chunks are there with all their shards."""
+    """Return for each chunk whether all its shards are present."""
     if shards == 1:
         return present
     return [all(present[at : at + shards]) for at in range(0, len(present), shards)]

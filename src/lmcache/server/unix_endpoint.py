@@ -1,8 +1,8 @@
-"""The Unix socket: engines on this host, of this user. They get the arena's descriptor with the welcome.
+"""The Unix socket serves engines of the same user on this host. They get the arena's descriptor with the `Welcome`.
 
-A process counts as gone when it says `Bye` or when the kernel says so (pidfd), not when a connection ends: it may still be
-copying. Nor does the connection's end tell of a death in time: a child of the process may hold it open. Where the kernel gives
-no pidfd (before Linux 6.5, for another pid namespace), the connection's end has to do.
+A process counts as gone when it sends `Bye` or when the kernel reports its end (pidfd). The end of its connection is not used:
+the process may still be copying, or have ended while a child holds the connection open. Only if the kernel gives no pidfd
+(before Linux 6.5, for another pid namespace) does the end of the connection count as the end of the process.
 """
 
 from __future__ import annotations
@@ -28,28 +28,28 @@ logger = init_logger(__name__)
 _malformed = Seldom(logger)
 _SO_PEERPIDFD = 77  # asm-generic/socket.h, Linux 6.5
 MAX_CONNECTIONS = 1024
-"""Of all processes, with those that have ended while their process lives: what it was copying then it may still be copying."""
+"""The most connections of all processes. Those closed while their process lives count, since it may still be copying."""
 MAX_CONNECTIONS_OF_PROCESS = 128
 HELLO_SECONDS = 10.0
-"""A connection that has said no hello for so long is closed."""
+"""A connection is closed if no hello has arrived by then."""
 MAX_UNSENT_BYTES = 2 * m.MAX_ANSWER_BYTES
-"""Of one connection: an engine that asks anew before it has read its last answer is not hung up on."""
+"""Bound of the unsent bytes of one connection. Two answers fit, so an engine may ask again before it has read the last one."""
 MAX_ALL_UNSENT_BYTES = 256 << 20
-"""Bound of what waits for all connections together. Beyond it, the connection with the most is closed."""
+"""Bound of the unsent bytes of all connections. Beyond it, the connection with the most unsent bytes is closed."""
 _RECEIVE_BYTES = 1 << 18
 
 
 class UnixEndpoint:
-    """Serves whoever connects to `listener`, which is the face's to close, as is the `path` at which it listens, if any."""
+    """Serves the connections to `listener`. The endpoint closes the listener, and removes its `path` unless that is None."""
 
     def __init__(self, loop: Loop, service: Service, listener: socket.socket, path: Path | None) -> None:
         self.loop, self.service, self.path = loop, service, path
         self.connections: set[_Connection] = set()
         self.unfinished: set[_Connection] = set()
-        """Those that are open, and those whose process may still copy."""
+        """Open connections, and closed ones whose process may still be copying."""
         self.inbox = memoryview(bytearray(_RECEIVE_BYTES))
-        """What all connections receive into. `recv` would make a buffer of this size for each message, and where the allocator
-        takes that from the kernel and gives it back, its page faults are a fifth of a lookup's time."""
+        """The receive buffer of all connections. `recv` would allocate a buffer of this size for each message. If malloc takes
+        such buffers from the kernel and returns them, page faults take a fifth of the time of a lookup."""
         self._listener = listener
         self._paused = False
         service.sessions.socket_path = str(path) if path is not None else ""
@@ -72,7 +72,7 @@ class UnixEndpoint:
                 sock, _ = self._listener.accept()
             except BlockingIOError:
                 return
-            except OSError as error:  # no descriptor left: a listener that stays readable must not keep the loop busy
+            except OSError as error:  # no descriptor left: unwatch the listener, or it would keep the loop busy
                 why = f"{error.strerror}; the server tries again: raise its limit of open files (ulimit -n)"
                 self.service.sessions.refused.note("a connection that cannot be accepted", "no descriptor", why)
                 self.loop.unwatch(self._listener.fileno())
@@ -99,7 +99,7 @@ class UnixEndpoint:
             self.loop.watch(self._listener.fileno(), self._accept)
 
     def _close_silent(self) -> None:
-        """Whoever does not say what it wants must not keep others from being heard."""
+        """Close connections without a hello, which would otherwise use up the connections allowed."""
         limit = time.monotonic() - HELLO_SECONDS
         for connection in [one for one in self.connections if not one.peer.process and one.opened < limit]:
             connection.close()
@@ -128,7 +128,7 @@ class _Connection:
             endpoint.loop.watch(self._pidfd, self._process_ended)
 
     def close(self) -> None:
-        """Hang up. The process stays known, unless it has said `Bye` or hello elsewhere, or the kernel cannot tell its end."""
+        """Close the connection. The process stays known, unless it has sent `Bye` or a hello elsewhere, or has no pidfd."""
         if self.sock.fileno() >= 0:
             self.endpoint.loop.unwatch(self._descriptor)
             self.endpoint.connections.discard(self)
@@ -161,7 +161,7 @@ class _Connection:
             return
         try:
             frames = self._reader.feed(bytes(self.endpoint.inbox[:received]))
-        except WireError as error:  # where the next frame begins is unknown now
+        except WireError as error:  # the beginning of the next frame is unknown now
             self._complain(0, error)
             self.close()
             return
@@ -181,7 +181,7 @@ class _Connection:
         self._send(frame(m.encode(sequence, m.Error("malformed", str(error)))))
 
     def _serve(self, sequence: int, request: m.Request) -> None:
-        if type(request) is m.Hello and self.pid > 0:  # the kernel's word: its own pid may be of another namespace
+        if type(request) is m.Hello and self.pid > 0:  # use the kernel's pid: the engine's may be of another namespace
             request = msgspec.structs.replace(request, pid=self.pid)
         self.endpoint.service.handle(self.peer, request, [], lambda answer, _: self._answer(sequence, answer))
 

@@ -1,9 +1,8 @@
-"""The ZMQ socket: the documented door, for any host. It tells engines of this host the way to the Unix socket; others get
-their KV as payload frames.
+"""The ZMQ socket serves engines on any host. Engines on this host get the path of the Unix socket; others get payload frames.
 
-A message is [msgpack, frame...]; anything else is answered with an `Error` and forgotten. Beyond loopback the socket starts only
-with a key (CURVE) or an explicit waiver; on loopback, server and payload engines prove to each other that they can read a 0600
-cookie file. Whoever has not done so gets short answers to short messages, and nothing else.
+A message is [msgpack, frame...]; any other message gets an `Error` as answer and has no effect. Beyond loopback, the socket needs
+a key (CURVE) or an explicit waiver. On loopback, server and payload engines prove to each other that they can read a cookie file
+of mode 0600. A peer without a proof gets only short answers to short messages.
 """
 
 from __future__ import annotations
@@ -31,27 +30,27 @@ from lmcache.wire import messages as m
 logger = init_logger(__name__)
 _malformed, _unanswered = Seldom(logger), Seldom(logger)
 SILENCE_SECONDS = 30.0
-"""A payload engine that says nothing for so long is gone, as is one that takes none of the bytes that wait for it. It pings three
-times as often."""
+"""A payload engine counts as gone if it has sent nothing, or has taken none of its unsent bytes, for so long. It pings three
+times in this time."""
 PROOF_SECONDS = 30.0
-"""From our proof to the engine's, which comes within a second or two."""
+"""The longest time from the server's proof to the engine's, which normally takes a second or two."""
 MAX_PEERS = 1024
 MAX_HELLO_BYTES = 1 << 14
-"""Of a message, which is one frame, from somebody who is not an engine that was let in."""
+"""The size of a message, which must be a single frame, from a peer that is not admitted."""
 MAX_STRANGER_ANSWERS, MAX_STRANGERS_ANSWERS = 16, 512
-"""Messages that are answered from one tick to the next, a quarter of a second: of one connection that was not let in, and of all
-those. An engine needs three answers to be let in; one that gets none tries again after a second."""
+"""How many messages are answered in one tick (0.25 s): of one connection that is not admitted, and of all of them together. An
+engine needs three answers to be admitted, and tries again after a second if it gets none."""
 MAX_UNREAD_ANSWERS = 128
-"""For one engine, which is forgotten at the first one beyond."""
+"""The most unread answers of one engine, which counts as gone at the next answer."""
 _COPIED_BYTES = 1 << 16
-"""ZMQ gets a copy of answers up to this size, and they are not counted as held."""
+"""Answers up to this size are copied into ZMQ, and are not counted as held."""
 
 
 class ZmqEndpoint:
     """A ROUTER socket in the server's loop.
 
     Raises:
-        ConfigError: the port is taken, or the key file is no good.
+        ConfigError: the port is taken, or the key file cannot be used.
     """
 
     def __init__(
@@ -67,18 +66,18 @@ class ZmqEndpoint:
         self.loop, self.service = loop, service
         self._peers: dict[bytes, tuple[Peer, float]] = {}
         self._strangers_answers: Counter[bytes] = Counter()
-        """Since the last tick, by connections that were not let in."""
+        """Answers since the last tick, by connections that are not admitted."""
         self._unsent: list[tuple[zmq.MessageTracker, Peer, int]] = []
-        """Large answers, whose memory ZMQ holds until they are sent or their connection ends."""
+        """Large answers, whose memory ZMQ holds until they are sent or their connections end."""
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.MAXMSGSIZE, m.MAX_PAYLOAD_BYTES)
         self._socket.setsockopt(zmq.SNDTIMEO, 0)
         self._socket.setsockopt(zmq.SNDHWM, MAX_UNREAD_ANSWERS)
-        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # else an answer that cannot be sent is dropped without a word
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # else an answer that cannot be sent is dropped silently
         self._socket.setsockopt(zmq.TCP_MAXRT, int(SILENCE_SECONDS * 1000))
-        self._socket.copy_threshold = 0  # the end of a frame that was copied is not told
+        self._socket.copy_threshold = 0  # ZMQ does not report when a copied frame has been sent
         if ":" in host:
             self._socket.setsockopt(zmq.IPV6, 1)
         self._authenticator = auth.protect_server(self._context, self._socket, key_file) if key_file else None
@@ -86,7 +85,7 @@ class ZmqEndpoint:
         self._needs_proof = key_file is None and not open_door
         self._cookie = secrets.token_bytes(auth.COOKIE_BYTES)
         self._used: set[bytes] = set()
-        """Our nonces of the last `PROOF_SECONDS` that engines have proved themselves with."""
+        """The server's nonces that engines have used in proofs within the last `PROOF_SECONDS`."""
         self._cookie_path = cookie_dir / f"{service.sessions.server_id.hex()[:16]}.cookie"
         descriptor = os.open(self._cookie_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         with open(descriptor, "wb") as file:
@@ -103,7 +102,7 @@ class ZmqEndpoint:
         loop.watch(self._handshakes.descriptor, lambda: None)
         strangers = self._handshakes.strangers
         loop.watch(strangers.descriptor, strangers.look_at_arrivals)
-        loop.after_events.append(self._receive_all)  # ZMQ's descriptors are edge-triggered: always look
+        loop.after_events.append(self._receive_all)  # ZMQ's descriptors are edge-triggered: check after every batch
         loop.on_tick += [self._forget_silent, self._strangers_answers.clear, strangers.look_at_all]
 
     def close(self) -> None:
@@ -125,16 +124,16 @@ class ZmqEndpoint:
         for _ in range(256):
             if not int(self._socket.EVENTS) & zmq.POLLIN:
                 return
-            envelope = self._socket.recv(zmq.NOBLOCK, copy=False)  # it knows the sender's address
+            envelope = self._socket.recv(zmq.NOBLOCK, copy=False)  # an uncopied frame has the sender's address
             self._serve(envelope, self._socket.recv_multipart(zmq.NOBLOCK))
-        self.loop.call_soon(lambda: None)  # more may wait: let others have their turn first
+        self.loop.call_soon(lambda: None)  # more messages may wait: let other callbacks run first
 
     def _serve(self, envelope: zmq.Frame, frames: list[bytes]) -> None:
         identity = envelope.bytes
         if identity not in self._peers and not self._may_answer(identity):
             self.service.counters["unanswered_messages"] += 1
             _unanswered.warning(
-                "More messages than are answered come from connections that were not let in, such as one from %s; see what "
+                "Ignoring messages of connections that are not admitted, such as one from %s: there are too many; check what "
                 "connects to port %d",
                 *(_host_of(envelope), self.port),
             )
@@ -157,7 +156,7 @@ class ZmqEndpoint:
             self._send(identity, sequence, self._why_not(request, _host_of(envelope)), [])
 
     def _may_answer(self, identity: bytes) -> bool:
-        """Whether a connection that was not let in gets one more answer in this tick."""
+        """Return whether a connection that is not admitted gets one more answer in this tick, and count it."""
         answers = self._strangers_answers
         if answers[identity] >= MAX_STRANGER_ANSWERS or answers.total() >= MAX_STRANGERS_ANSWERS:
             return False
@@ -168,17 +167,17 @@ class ZmqEndpoint:
         return m.MAX_MESSAGE_BYTES if identity in self._peers else MAX_HELLO_BYTES
 
     def _decoded(self, identity: bytes, frames: list[bytes]) -> tuple[int, m.Request]:
-        """The message's number, and the request. Raises WireError where it is none, or is longer than this sender's may be."""
+        """Decode a message to (its number, the request). Raises WireError if it is malformed or too long for this sender."""
         size = len(frames[0]) if frames else 0
         if not frames or size > self._most_bytes(identity) or (len(frames) > 1 and identity not in self._peers):
             raise WireError(f"{len(frames)} frames, the first of {size} bytes")
         return m.decode_request(frames[0])
 
     def _answer_without_session(self, request: m.Request, envelope: zmq.Frame) -> m.Message | None:
-        """The answer to a request that needs no session and begins none; None for all others."""
+        """Answer a request that neither needs nor begins a session; None for all others."""
         match request:
             case m.Hello(payload=False, version=m.PROTOCOL_VERSION):
-                return self.service.sessions.welcome()  # it tells the way to the Unix socket
+                return self.service.sessions.welcome()  # contains the path of the Unix socket
             case m.Hello(payload=False):
                 return self.service.sessions.refuse_version(request, _host_of(envelope))
             case m.Challenge():
@@ -197,14 +196,14 @@ class ZmqEndpoint:
     def _serve_peer(
         self, peer: Peer, envelope: zmq.Frame, sequence: int, request: m.Request, payload: list[bytes]
     ) -> None:
-        """Let the service answer an engine that was let in, or whose hello is to be."""
+        """Pass a request to the service, from an engine that is admitted or that sends its hello."""
         identity = envelope.bytes
         known = identity in self._peers
         self._peers[identity] = peer, time.monotonic()
         self.service.handle(
             peer, request, payload, lambda answer, frames: self._send(identity, sequence, answer, frames)
         )
-        if not peer.process:  # it said `Bye`, or its hello was declined
+        if not peer.process:  # the request was a `Bye` or a hello that was refused
             self._peers.pop(identity, None)
         elif not known:
             self._handshakes.let_in(envelope.get(zmq.SRCFD))
@@ -218,17 +217,17 @@ class ZmqEndpoint:
         return Peer("ZMQ", _host_of(envelope)) if allowed else None
 
     def _prove(self, nonce: bytes, place: str) -> m.Proven:
-        """To an engine that does not know yet whether this is its user's server. Nothing is kept of it: who has proved nothing
-        could have what is kept of others pushed out."""
+        """Prove to an engine that this server belongs to the engine's user. The server stores nothing about the engine, since
+        peers without a proof could otherwise displace what is stored about others."""
         own = time.monotonic_ns().to_bytes(8, "big") + secrets.token_bytes(m.NONCE_BYTES - 8)
         return m.Proven(
             own, auth.proof(self._cookie, "server", self.service.sessions.server_id, nonce, own, place), place
         )
 
-    def _is_proven(self, told: bytes, place: str) -> bool:
-        """Whether this engine knows the cookie. Our nonce needs no looking up, since an engine makes a proof only after ours
-        for the same two nonces and the same connection. It must be fresh, and is good for one proof."""
-        nonce, own, proof = told[: m.NONCE_BYTES], told[m.NONCE_BYTES : 2 * m.NONCE_BYTES], told[2 * m.NONCE_BYTES :]
+    def _is_proven(self, sent: bytes, place: str) -> bool:
+        """Check whether the engine knows the cookie. The server need not store its own nonce, since an engine makes a proof only
+        after the server's proof for the same nonces and connection. The nonce must be fresh, and serves for one proof."""
+        nonce, own, proof = sent[: m.NONCE_BYTES], sent[m.NONCE_BYTES : 2 * m.NONCE_BYTES], sent[2 * m.NONCE_BYTES :]
         right = auth.proof(self._cookie, "engine", self.service.sessions.server_id, nonce, own, place)
         fresh = 0 <= _age_seconds(own) < PROOF_SECONDS and own not in self._used
         if not hmac.compare_digest(proof, right) or not fresh:
@@ -245,7 +244,7 @@ class ZmqEndpoint:
         elif request.proof:
             reason = "no proof"
             why = (
-                f"its proof is not one for this connection, or was used before, or came later than {PROOF_SECONDS:g} s after "
+                f"its proof is not for this connection, or was used before, or came later than {PROOF_SECONDS:g} s after "
                 f"this server's: an engine connects again by itself and gives a new one; if that fails too, {auth.KEY_FOR_BOTH}"
             )
         else:
@@ -262,7 +261,7 @@ class ZmqEndpoint:
         frames = [m.encode(sequence, answer), *payload]
         size = sum(map(len, frames))
         large = size > _COPIED_BYTES
-        if large and identity not in self._peers:  # forgotten while the answer was being made
+        if large and identity not in self._peers:  # the peer was removed while the answer was being made
             self.service.counters["unsent_answers"] += 1
             return
         try:
@@ -271,11 +270,11 @@ class ZmqEndpoint:
             if error.errno not in (zmq.EAGAIN, zmq.EHOSTUNREACH):
                 raise
             self.service.counters["unsent_answers"] += 1
-            # One that has hung up may come back on another connection; one that does not read has lost an answer for good.
+            # A peer that has disconnected may reconnect. A peer that does not read has lost an answer for good.
             if error.errno == zmq.EAGAIN and identity in self._peers:
                 peer, _ = self._peers[identity]
                 logger.warning(
-                    "Forgetting %s rank %d, pid %d: it leaves %d answers unread; see whether it hangs, it may say hello again",
+                    "Disconnecting %s rank %d, pid %d: it has not read %d answers; check whether it hangs, it may connect again",
                     *(peer.role, peer.rank, peer.pid, MAX_UNREAD_ANSWERS),
                 )
                 self._forget(identity)
@@ -286,7 +285,7 @@ class ZmqEndpoint:
             self._unsent.append((tracker, peer, size))
 
     def _release_sent(self) -> None:
-        """No longer count the answers that ZMQ has done with."""
+        """Stop counting the answers that ZMQ has sent or dropped."""
         waiting = []
         for one in self._unsent:
             tracker, peer, size = one
@@ -308,10 +307,10 @@ class ZmqEndpoint:
 
 
 def _age_seconds(nonce: bytes) -> float:
-    """Since it was made, by this server."""
+    """Return the time since this server made the nonce."""
     return time.monotonic() - int.from_bytes(nonce[:8], "big") / 1e9
 
 
 def _host_of(envelope: zmq.Frame) -> str:
-    """Where a message comes from."""
+    """Return the address of a message's sender."""
     return str(envelope.get("Peer-Address"))

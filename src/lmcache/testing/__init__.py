@@ -1,1 +1,1 @@
-"""What tests of third parties may use: the conformance suite for tiers."""
+"""Test support for third parties: the conformance suite for tiers."""

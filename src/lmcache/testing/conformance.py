@@ -1,17 +1,17 @@
-"""What every tier must do, as tests that anybody can run on theirs (docs/tiers/your-own.md is the whole way to a tier):
+"""The conformance suite tests what every tier must do (docs/tiers/your-own.md describes how to write a tier):
 
     from lmcache.testing.conformance import ConformanceSuite
 
     class TestMine(ConformanceSuite):
-        def url(self, place):                                    # a store of its own for each `place`
+        def url(self, place):                                    # a separate store for each `place`
             return f"mine://localhost/{place.name}"
 
         def stored_frame(self, place, tier, key): ...            # both or none: without them the tests of damage are skipped
         def replace_frame(self, place, tier, key, frame): ...
 
-pytest collects the class; nothing here imports it, and `lmcache` does not bring it. `place` is or lies in an empty folder of the
-test's (`tmp_path`) and names its store; a tier that keeps nothing on this machine uses its name. Attributes of the class say
-what a tier does not promise.
+pytest collects the class. This module does not import pytest, and `lmcache` does not depend on it. `place` is an empty folder of
+the test (`tmp_path`), or a path in it, and identifies a store; a tier that stores nothing on this machine uses its name. Class
+attributes state which guarantees a tier does not give.
 """
 
 from __future__ import annotations
@@ -59,17 +59,17 @@ SIZES = (
 )
 MIB = 1 << 20
 _HANGS_SECONDS = 600.0
-"""A call that takes longer fails its test."""
+"""A test fails if one of its calls takes longer."""
 _OPERATIONS = {one.method: one for one in (Open, Contains, Load, Store, Remove, Clear, Close)}
 
 
 def shard_key(number: int, space: int = 1, shard: int = 0, shards: int = 1) -> ShardKey:
-    """A key that nothing else has."""
+    """Return the key with this number."""
     return ShardKey(space.to_bytes(16, "little"), number.to_bytes(16, "little"), shard, shards)
 
 
 def payload_of(key: ShardKey, size: int) -> bytes:
-    """The only right content of this shard at this size. It repeats at a distance at which nothing is cut or aligned."""
+    """Return the correct content of this shard at this size. Its period is a prime, which matches no alignment or block size."""
     period = 65_521
     block = random.Random(key.packed + size.to_bytes(8, "little")).randbytes(min(size, period))
     return (block * (size // period + 1))[:size]
@@ -80,46 +80,46 @@ def shard_of(key: ShardKey, size: int) -> Shard:
 
 
 def load_one(tier: Tier, key: ShardKey, size: int) -> tuple[str, bytes]:
-    """The outcome, and what is in the buffer then."""
+    """Load one shard; return the outcome and the content of the buffer."""
     buffer = bytearray(size)
     (outcome,) = tier.load([key], [memoryview(buffer)])
     return outcome, bytes(buffer)
 
 
 def corrupted(stored: bytes, other: bytes, dice: random.Random) -> bytes:
-    """`stored` with some damage that a medium, a crash or a bug could do; never equal to it. `other`: another stored frame."""
+    """Return `stored` with random damage, as storage, a crash or a bug could cause; never unchanged. `other`: another frame."""
     while True:
         made = bytearray(stored)
         kind = dice.randrange(9)
         at = dice.randrange(len(made))
         size = dice.randint(1, max(1, len(made) - at))
-        if kind == 0:  # bits flip
+        if kind == 0:  # flip bits
             for _ in range(dice.randint(1, 4)):
                 made[dice.randrange(len(made))] ^= 1 << dice.randrange(8)
-        elif kind == 1:  # in the header
+        elif kind == 1:  # change a byte of the header
             made[dice.randrange(frame.HEADER_BYTES)] = dice.randrange(256)
-        elif kind == 2:  # a stretch is lost
+        elif kind == 2:  # zero a range
             made[at : at + size] = bytes(len(made[at : at + size]))
-        elif kind == 3:  # a stretch is something else
+        elif kind == 3:  # replace a range by random bytes
             made[at : at + min(size, 512)] = dice.randbytes(len(made[at : at + min(size, 512)]))
-        elif kind == 4:  # cut off
+        elif kind == 4:  # truncate
             del made[at:]
-        elif kind == 5:  # the other frame from somewhere on, or up to there
+        elif kind == 5:  # join parts of both frames at a random place
             made = made[:at] + other[at:] if dice.random() < 0.5 else bytearray(other[:at]) + made[at:]
-        elif kind == 6:  # moved
+        elif kind == 6:  # rotate
             made = made[at:] + made[:at]
-        elif kind == 7:  # whole, and of another version
+        elif kind == 7:  # change the version, with a valid checksum
             made[8] += dice.randint(1, 9)
             made[112:128] = xxhash.xxh3_128_digest(bytes(made[128:] + made[:112]))
-        else:  # all of the other frame
+        else:  # replace it by the other frame
             made = bytearray(other)
         if made != stored:
             return bytes(made)
 
 
 class DrivenTier:
-    """A tier of either kind as the server drives it, with the methods of a `Tier`: each submits an operation and waits for its
-    end. Other attributes are the tier's own."""
+    """Drives a tier of either kind as the server does. It has the methods of a `Tier`, each of which submits an operation and
+    waits for its end. All other attributes are those of the tier."""
 
     def __init__(self, tier: TierBase) -> None:
         self._tier = tier
@@ -144,42 +144,42 @@ class DrivenTier:
 
 
 class ConformanceSuite:
-    """Derive from it, give it `url` or `make`, and name the class Test..."""
+    """The tests of a tier. Derive a class named Test... from it, and override `url` or `make`."""
 
     largest_bytes = 64 * MIB
-    """The largest shard that is tried."""
+    """Size of the largest shard that is tested."""
     small_cap_bytes = 24 * MIB
-    """The cap where one is tested."""
+    """The cap of the tests that need one."""
     hard_cap = True
-    """`usage` is never above the cap, after any call."""
+    """`usage` never exceeds the cap after any call."""
     least_recent_goes = True
-    """Eviction is in the order of use, and a restart does not forget it."""
+    """The tier evicts in the order of use, also after a restart."""
     corruptions = 2000
-    """How many random ones are tried."""
+    """How many random corruptions are tested."""
 
-    # ---- what a tier's test gives
+    # ---- to be overridden
 
     def url(self, place: Path) -> str:
-        """The URL of the store named by `place`, without max_gb and key_file."""
+        """Return the URL of the store identified by `place`, without max_gb and key_file."""
         raise NotImplementedError("override url or make")
 
     def make(self, place: Path, max_bytes: int | None = None, key_file: Path | None = None) -> TierBase:
-        """A tier over the store named by `place`, not opened. The same place is the same store."""
+        """Create a tier for the store identified by `place`, without opening it. Equal places mean the same store."""
         url = self.url(place)
         options = [f"max_gb={max_bytes / GIB!r}"] if max_bytes else []
         options += [f"key_file={key_file}"] if key_file else []
         return make_tier(url + ("&" if "?" in url else "?") + "&".join(options) if options else url).tier
 
     def stored_frame(self, place: Path, tier: Tier, key: ShardKey) -> bytes:
-        """What is stored of a shard: header and payload."""
+        """Return the stored frame of a shard: header and payload."""
         raise SkipTest("this tier's tests cannot read what is stored")
 
     def replace_frame(self, place: Path, tier: Tier, key: ShardKey, stored: bytes) -> None:
-        """Store other bytes in its place behind the tier's back. Fewer than before: it was cut off."""
+        """Replace the stored frame of a shard without using the tier. `stored` may be shorter than before."""
         raise SkipTest("this tier's tests cannot change what is stored")
 
     def filesystem_bytes(self, place: Path, tier: Tier) -> int:
-        """What the store takes on its medium, measured, not asked of the tier."""
+        """Return the bytes that the store takes, measured without using the tier; 0 if that is not possible."""
         return 0
 
     # ---- the tests
@@ -288,7 +288,7 @@ class ConformanceSuite:
 
     def test_closed_and_opened_again(self, tmp_path: Path) -> None:
         tier = self.driven(tmp_path)
-        assert tier.usage().shards >= 0, "also where it is not open"
+        assert tier.usage().shards >= 0, "usage() must work on a tier that is not open"
         self.refuses(tier)
         for _ in range(2):
             tier.open()
@@ -296,7 +296,7 @@ class ConformanceSuite:
             assert tier.store([shard_of(shard_key(1), 5000)]) in ([OK], [KEPT])
             tier.close()
             tier.close()
-            assert tier.usage().shards >= 0, "also where it is not open"
+            assert tier.usage().shards >= 0, "usage() must work on a tier that is not open"
             self.refuses(tier)
 
     def test_a_restart_finds_all_again(self, tmp_path: Path) -> None:
@@ -419,7 +419,7 @@ class ConformanceSuite:
                     self.misses(tier, key, size, (expected,))
 
     def test_cut_off_frames_are_misses(self, tmp_path: Path) -> None:
-        """Also where the memory holds what is missing, left there by an earlier load."""
+        """A truncated frame is a miss even if the buffer holds the missing bytes from an earlier load."""
         with self.opened(tmp_path) as tier:
             for number, size in enumerate((2048, 100_000)):
                 for left in (
@@ -478,16 +478,16 @@ class ConformanceSuite:
                 with self.opened(place, key_file=read) as tier:
                     self.misses(tier, key, size, (frame.CHECKSUM, frame.OTHER_VERSION))
 
-    # ---- their words
+    # ---- helpers of the tests
 
     def driven(self, place: Path, max_bytes: int | None = None, key_file: Path | None = None) -> Tier:
-        """What `make` gives, behind the interface that the server uses."""
+        """Return the tier that `make` creates, driven as by the server."""
         driven: Any = DrivenTier(self.make(place, max_bytes, key_file))
         return driven  # type: ignore[no-any-return]
 
     @contextmanager
     def opened(self, place: Path, max_bytes: int | None = None, key_file: Path | None = None) -> Iterator[Tier]:
-        """An open tier, closed at the end."""
+        """Open a tier, and close it at the end."""
         tier = self.driven(place, max_bytes, key_file)
         tier.open()
         try:
@@ -496,9 +496,9 @@ class ConformanceSuite:
             tier.close()
 
     def misses(self, tier: Tier, key: ShardKey, size: int, names: Sequence[str], held: bytes = b"") -> None:
-        """The load has one of these outcomes, and after it the shard is gone and can be stored again.
+        """Check that the load has one of these outcomes, and that the shard is then absent and can be stored again.
 
-        `held`: what the memory that is loaded into holds before; zeros without.
+        `held`: content of the buffer before the load; zeros by default.
         """
         (outcome,) = tier.load([key], [memoryview(bytearray(held or size))])
         assert outcome in names, (size, outcome)
@@ -509,7 +509,7 @@ class ConformanceSuite:
         tier.remove([key])
 
     def refuses(self, tier: Tier) -> None:
-        """A tier that is not open says so."""
+        """Check that a tier that is not open raises TierError."""
         try:
             tier.load([shard_key(1)], [memoryview(bytearray(8))])
         except TierError:

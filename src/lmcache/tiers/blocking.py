@@ -1,4 +1,4 @@
-"""A blocking `Tier` behind the interface of an asynchronous one: threads call its methods and complete the operations."""
+"""The adapter gives a blocking `Tier` the interface of an asynchronous one: threads call its methods and end the operations."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from lmcache.tiers.operation import Contains, Load, Operation
 from lmcache.tiers.tier import AsyncTier, Tier, TierBase
 
 MakeExecutor = Callable[[str, int], Executor]
-"""Makes a pool of threads from a name for them and their greatest number."""
+"""Creates a thread pool from a name for the threads and their maximum number."""
 
 
 def write_concurrency(tier: TierBase) -> int:
-    """Stores that may be under way at once."""
+    """Return how many stores may run concurrently."""
     return max(1, tier.concurrency // 2)
 
 
 def submitter(
     tier: TierBase, name: str, executor: MakeExecutor, now: Callable[[], float]
 ) -> AsyncTier | BlockingAdapter:
-    """The asynchronous tier itself, or the adapter of a blocking one. now: the clock of the operations' deadlines."""
+    """Return an asynchronous tier itself, or an adapter for a blocking one. now: the clock of the operations' deadlines."""
     if isinstance(tier, AsyncTier):
         return tier
     assert isinstance(tier, Tier)
@@ -29,10 +29,10 @@ def submitter(
 
 
 class BlockingAdapter:
-    """Calls a tier's methods in threads: `concurrency` of them read, half as many (and one more) do everything else.
+    """Calls a tier's methods in threads: `concurrency` threads read, and half as many plus one do everything else.
 
-    An operation that has not begun can be cancelled. One that has begun goes on until the tier returns, since nothing
-    interrupts a thread.
+    An operation that has not begun can be cancelled. An operation that has begun goes on until the tier returns, since a thread
+    cannot be interrupted.
     """
 
     def __init__(self, tier: Tier, name: str, executor: MakeExecutor, now: Callable[[], float]) -> None:
@@ -40,7 +40,7 @@ class BlockingAdapter:
         self._readers = executor(f"{name}-read", tier.concurrency)
         self._writers = executor(f"{name}-write", write_concurrency(tier) + 1)
         self._waiting: dict[Operation[Any], None] = {}
-        """Operations that have not begun. Who takes one out, the thread or `cancel`, ends it."""
+        """Operations that have not begun. The thread or `cancel`, whichever removes an operation, ends it."""
 
     def submit(self, operation: Operation[Any]) -> None:
         self._waiting[operation] = None
@@ -64,7 +64,7 @@ class BlockingAdapter:
         operation.began = self._now()
         try:
             result = getattr(self._tier, operation.method)(*operation.arguments)
-        except Exception as error:  # the edge of the thread; the caller judges what is no TierError
+        except Exception as error:  # top of the thread; the caller handles errors that are no TierError
             operation.fail(error)
         else:
             operation.complete(result)

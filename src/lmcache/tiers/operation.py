@@ -1,7 +1,7 @@
-"""What an asynchronous tier is given to do: one object for each call, which the tier completes when it has ended.
+"""Operations are the calls of an asynchronous tier: one object for each call, which the tier completes when the call has ended.
 
-The caller makes the operation, hands it to `AsyncTier.submit`, and hears of its end through the callback that it has put
-into it. A blocking `Tier` is driven by the same operations (`lmcache.tiers.blocking`).
+The caller creates the operation with a callback and passes it to `AsyncTier.submit`. The callback is called when the operation
+ends. The same operations drive a blocking `Tier` (`lmcache.tiers.blocking`).
 """
 
 from __future__ import annotations
@@ -14,59 +14,59 @@ from typing import Any, ClassVar, Generic, TypeVar
 from lmcache.tiers.tier import Shard, ShardKey, TierError
 
 CANCELLED = "cancelled"
-"""Reason of the `TierError` with which a tier ends an operation because `AsyncTier.cancel` has asked for it."""
+"""Reason of the `TierError` with which a tier ends an operation after `AsyncTier.cancel`."""
 T = TypeVar("T")
 
 
 @dataclass(eq=False)
 class Operation(Generic[T]):
-    """One call of a tier, until `complete` or `fail`.
+    """One call of a tier, which ends with `complete` or `fail`.
 
-    The memory that it names may be used until then, and not afterwards. A tier ends every operation exactly once, from any
-    thread, also those that are late or cancelled: what the memory holds is nobody else's until then.
+    The tier may use the memory in the arguments until the end, and not afterwards. It must end every operation exactly once, from
+    any thread, including late and cancelled operations; the caller does not reuse the memory before.
 
-    deadline: the caller gives the result up at this time of `time.monotonic()`, and cancels the operation then.
-    ended: the caller's; it gets the result or the error, in the thread that has ended the operation, and returns at once.
+    deadline: time of `time.monotonic()` at which the caller cancels the operation and ignores its result.
+    ended: the caller's callback. It takes the result or the error, in the thread that ends the operation, and returns at once.
     """
 
     method: ClassVar[str]
-    """Name of the blocking method that does the same."""
+    """Name of the equivalent blocking method."""
     deadline: float
     ended: Callable[[T | None, Exception | None], None] = field(repr=False)
     began: float | None = field(default=None, init=False)
-    """When the tier has begun with it, where it has waited for its turn and the tier has set this. How long an operation takes is
-    counted from then on."""
+    """Time at which the operation began after waiting in the tier, if the tier sets it. The time that the operation takes is
+    measured from then on, or else from `submit`."""
 
     @property
     def arguments(self) -> tuple[Any, ...]:
-        """Those of the blocking method."""
+        """The arguments of the blocking method."""
         names: tuple[str, ...] = self.__match_args__
         return tuple([getattr(self, name) for name in names[2:]])
 
     def complete(self, result: T) -> None:
-        """The operation is done. The result is what the blocking method of this name returns."""
+        """End the operation with a result, which is of the type that the blocking method returns."""
         self.ended(result, None)
 
     def fail(self, error: Exception) -> None:
-        """The operation has failed, and nothing of it may be relied on. `TierError` says why; anything else is a fault."""
+        """End the operation with an error; its effects are undefined. An error that is no `TierError` counts as a bug."""
         _clear_frames(error)
         self.ended(None, error)
 
     def cancelled(self) -> None:
-        """The tier has given the operation up, as `AsyncTier.cancel` asked."""
+        """End an operation that the tier has given up after `AsyncTier.cancel`."""
         self.fail(TierError(CANCELLED, f"{self.method} was cancelled"))
 
 
 @dataclass(eq=False)
 class Open(Operation[None]):
-    """Connect or mount; does nothing where the tier is open."""
+    """Connect or mount; do nothing if the tier is open."""
 
     method = "open"
 
 
 @dataclass(eq=False)
 class Contains(Operation[list[bool]]):
-    """Which of these shards are there?"""
+    """Return which of these shards the tier has."""
 
     method = "contains"
     keys: Sequence[ShardKey]
@@ -74,7 +74,7 @@ class Contains(Operation[list[bool]]):
 
 @dataclass(eq=False)
 class Load(Operation[list[str]]):
-    """Read each shard into the buffer at the same place; one outcome each."""
+    """Read each shard into the buffer at the same index; return one outcome for each."""
 
     method = "load"
     keys: Sequence[ShardKey]
@@ -83,7 +83,7 @@ class Load(Operation[list[str]]):
 
 @dataclass(eq=False)
 class Store(Operation[list[str]]):
-    """Keep these shards; one outcome each."""
+    """Store these shards; return one outcome for each."""
 
     method = "store"
     shards: Sequence[Shard] = field(repr=False)
@@ -91,7 +91,7 @@ class Store(Operation[list[str]]):
 
 @dataclass(eq=False)
 class Remove(Operation[None]):
-    """Forget these shards."""
+    """Remove these shards."""
 
     method = "remove"
     keys: Sequence[ShardKey]
@@ -99,21 +99,21 @@ class Remove(Operation[None]):
 
 @dataclass(eq=False)
 class Clear(Operation[None]):
-    """Forget everything that is the cache's."""
+    """Remove all data of the cache."""
 
     method = "clear"
 
 
 @dataclass(eq=False)
 class Close(Operation[None]):
-    """Let everything go. No other operation is under way."""
+    """Close the tier. No other operation is unfinished."""
 
     method = "close"
 
 
 def _clear_frames(error: BaseException) -> None:
-    """Let go of what the frames of this error, and of the errors behind it, hold of the arena: it would outlive the call, and
-    keep the arena mapped."""
+    """Clear the stack frames of this error and of its causes. Views of the arena in them would keep the arena mapped after the
+    call."""
     behind: BaseException | None = error
     seen = set[int]()
     while behind is not None and id(behind) not in seen:

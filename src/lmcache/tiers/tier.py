@@ -1,4 +1,4 @@
-"""What a tier is asked, and what it answers."""
+"""The interface of tiers: the base classes, the types of their arguments, and the outcomes that they return."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ if TYPE_CHECKING:
     from lmcache.tiers.url import TierURL
 
 OK = ""
-"""Outcome of one shard: loaded, whole and checked; or stored."""
+"""Outcome of one shard: it was loaded completely and checked, or it was stored."""
 KEPT = "kept"
-"""Outcome of a store: the tier has this very shard already, and keeps it."""
+"""Outcome of a store: the tier already has this shard and keeps it."""
 ABSENT = "absent"
-"""Outcome of a load: the tier does not have it. Damage has other names (`frame` lists them)."""
+"""Outcome of a load: the tier does not have the shard. A damaged shard has another outcome (`frame` lists them)."""
 
 _KEY = struct.Struct("<16s16sHH")
 
 
 class TierError(LMCacheError):
-    """The tier itself is in trouble: it cannot be reached, or its medium fails. Nothing of the call may be relied on.
+    """The tier itself has failed: it cannot be reached, or its storage fails. The result of the call is undefined.
 
-    `reason` is one word for counters (unreachable, timeout, denied, full, io ...); the text is for people and names no secret.
+    `reason` is one word for counters (unreachable, timeout, denied, full, io ...); the text is for people and contains no secret.
     """
 
     def __init__(self, reason: str, text: str) -> None:
@@ -36,7 +36,7 @@ class TierError(LMCacheError):
 
 
 class ShardKey(NamedTuple):
-    """One rank's part of a chunk. `space` is 16 bytes that name layout and parallel split, `chunk` the 16-byte chunk hash."""
+    """The key of one rank's part of a chunk. `space`: 16 bytes for layout and parallel split. `chunk`: the 16-byte chunk hash."""
 
     space: bytes
     chunk: bytes
@@ -54,12 +54,12 @@ class ShardKey(NamedTuple):
 
     @property
     def text(self) -> str:
-        """For file, object and Redis names: `SPACE/CHUNK-SHARD-SHARDS`, numbers in hex."""
+        """The key as text for file, object and Redis names: `SPACE/CHUNK-SHARD-SHARDS`, with numbers in hexadecimal."""
         return f"{self.space.hex()}/{self.chunk.hex()}-{self.shard:x}-{self.shards:x}"
 
 
 class Shard(NamedTuple):
-    """What is to be stored. `parent` is the 16-byte hash of the chunk before (zeros for the first): what it is reachable by."""
+    """A shard to store. `parent`: the 16-byte hash of the preceding chunk, zeros for a first chunk."""
 
     key: ShardKey
     parent: bytes
@@ -67,7 +67,7 @@ class Shard(NamedTuple):
 
 
 class Usage(NamedTuple):
-    """`stored_bytes` as they count against `max_bytes` (None: no bound), frames, parts and index included."""
+    """The usage of a tier. `stored_bytes` count against `max_bytes` (None: no bound), with frames, parts and index."""
 
     stored_bytes: int
     shards: int
@@ -76,9 +76,9 @@ class Usage(NamedTuple):
 
 @dataclass(frozen=True)
 class Region:
-    """The memory that all payloads and buffers of a tier lie in: the arena, mapped into this process.
+    """The memory that contains all payloads and buffers of a tier: the arena, mapped into this process.
 
-    address: of its first byte here. descriptor: of its file, which another process could map. memory: its bytes.
+    address: address of its first byte. descriptor: descriptor of its file, which another process can map. memory: its bytes.
     """
 
     address: int
@@ -88,108 +88,107 @@ class Region:
 
 
 class TierBase(ABC):
-    """What the two kinds of tiers have in common: `Tier`, whose methods block, and `AsyncTier`."""
+    """The common base of `Tier`, whose methods block, and `AsyncTier`."""
 
     scheme: ClassVar[str]
-    """Of its URL: `disk`, `redis`, `s3` ... The name of its entry point."""
+    """The scheme of its URL (`disk`, `redis`, `s3` ...), which is also the name of its entry point."""
     concurrency: ClassVar[int] = 4
-    """Loads that may usefully be under way at once; half as many stores may."""
+    """The most useful number of concurrent loads. Half as many stores run concurrently."""
     batch_bytes: ClassVar[int] = 32 << 20
-    """Payload of one load or store from which on larger ones gain nothing."""
+    """The payload of one load or store above which throughput does not increase."""
     batch_shards: ClassVar[int] = 512
-    """The most shards of one load or store, so that one of tiny shards ends within the tier's time-outs, too."""
+    """The most shards of one load or store, so that a batch of tiny shards ends within the tier's timeouts."""
 
     @classmethod
     @abstractmethod
     def from_url(cls, url: TierURL) -> TierBase:
-        """Made from its URL, not opened: no I/O beyond reading secret files. Takes its own options from `url`.
+        """Create the tier from its URL without opening it. The tier takes its options from `url`, and reads only secret files.
 
         Raises:
-            ConfigError: a part or an option of the URL cannot be used.
+            ConfigError: a part or an option of the URL is invalid.
         """
 
     def attach(self, region: Region) -> None:  # noqa: B027
-        """Before the tier is opened for the first time: where payloads and buffers will lie, for stores that register memory.
+        """Take the memory of all payloads and buffers, for stores that register memory. It is called before the first `open`.
 
-        The region is there until the tier has been closed. Return at once: `open` is the place for what takes time. A tier that
-        keeps the region lets go of its memory in `close`, or the arena stays mapped until the process ends.
+        The region is valid until the tier has been closed. Return at once; `open` may take time. A tier that keeps the region
+        must release its memory in `close`, or the arena stays mapped until the process ends.
         """
 
     def known(self, keys: Sequence[ShardKey]) -> list[bool] | None:
-        """Which of these are there, told at once and without I/O; None where only the store itself can tell."""
+        """Return at once, without I/O, which of these shards the tier has; None if it has to ask the store."""
         return None
 
     @abstractmethod
     def usage(self) -> Usage:
-        """What is there, as far as this process knows; at once, without I/O, and also of a tier that is not open."""
+        """Return the usage that this process knows of: at once, without I/O, and also if the tier is not open."""
 
 
 class Tier(TierBase):
     """One store of shards whose methods block.
 
-    All methods may be called from several threads at once, may block, and touch the memory they were handed only until
-    they return. One outcome a shard, in the order asked: a shard's damage is an outcome and never an exception, and a
-    damaged shard is removed. `TierError` is for the store as a whole. No method but `clear` takes longer than the
-    tier's own time-outs, which its URL sets. docs/tiers/your-own.md says how the server uses them.
+    Several threads may call the methods concurrently. A method may block, and may touch the memory in its arguments only until it
+    returns. It returns one outcome for each shard, in the given order. Damage of a shard is an outcome, never an exception, and a
+    damaged shard is removed. `TierError` means that the store itself has failed. No method but `clear` may take longer than the
+    timeouts in the tier's URL. docs/tiers/your-own.md describes how the server uses a tier.
     """
 
     @abstractmethod
     def open(self) -> None:
-        """Connect or mount. May be called again after a TierError; does nothing when open.
+        """Connect or mount. It may be called again after a TierError, and does nothing if the tier is open.
 
         Raises:
-            TierError: it cannot serve now; one clear line says why and what to do.
+            TierError: the tier cannot serve now; the text says in one line why and what to do.
         """
 
     @abstractmethod
     def contains(self, keys: Sequence[ShardKey]) -> list[bool]:
-        """Which of these are there, in one pipelined question. A yes is no promise: a load may still find it damaged."""
+        """Return which of these shards the tier has, in one pipelined query. A load may still find such a shard damaged."""
 
     @abstractmethod
     def load(self, keys: Sequence[ShardKey], into: Sequence[memoryview]) -> list[str]:
-        """Read whole, checked payloads of exactly the buffers' sizes; a loaded shard counts as used now.
+        """Read each shard into its buffer and check it; its size must be that of the buffer. A loaded shard counts as used now.
 
-        After any outcome but OK the buffer's content is undefined, and the caller must not show it to anybody.
+        After any outcome but OK the content of the buffer is undefined, and the caller must not use it.
         """
 
     @abstractmethod
     def store(self, shards: Sequence[Shard]) -> list[str]:
-        """Keep these: OK and KEPT are acknowledged as kept; other outcomes name why not (`full`, `too large` ...).
+        """Store these shards. OK and KEPT acknowledge a shard as stored; another outcome is the reason (`full`, `too large` ...).
 
-        What must go to stay under the cap goes first. A crash at any moment leaves a shard whole or absent.
+        The tier first evicts what exceeds its cap. A crash at any moment leaves each shard either complete or absent.
         """
 
     @abstractmethod
     def remove(self, keys: Sequence[ShardKey]) -> None:
-        """Forget these, where they are there."""
+        """Remove these shards, as far as the tier has them."""
 
     @abstractmethod
     def clear(self) -> None:
-        """Forget everything that is the cache's, and nothing else."""
+        """Remove all data of the cache, and no other data."""
 
     @abstractmethod
     def close(self) -> None:
-        """Finish, flush what recovery needs, let everything go. The tier can be opened again."""
+        """End all work, flush what recovery needs, and release all resources. The tier can be opened again."""
 
 
 class AsyncTier(TierBase):
-    """One store of shards that waits for nothing: it is given operations, and completes each when the store has answered.
+    """One store of shards that does not block: it takes operations, and completes each when the store has answered.
 
-    What the methods of `Tier` promise holds for the operations of the same names. docs/tiers/your-own.md says how the server
-    uses both kinds.
+    The rules for the methods of `Tier` hold for the operations of the same names. docs/tiers/your-own.md describes how the server
+    uses both kinds of tiers.
     """
 
     @abstractmethod
     def submit(self, operation: Operation[Any]) -> None:
-        """Begin this (`lmcache.tiers.operation` has them all) and return at once. It may complete at once, too.
+        """Begin an operation (one of those in `lmcache.tiers.operation`) and return at once. It may complete before the return.
 
-        Called by one thread at a time. The tier's own limits decide how many run at once; the others wait in the tier.
+        One thread at a time calls this. The tier limits how many operations run concurrently; the others wait in the tier.
         """
 
     def cancel(self, operation: Operation[Any]) -> None:
-        """Nobody wants the result of this operation, which was submitted, any more: its deadline has passed, or the server
-        ends. Return at once.
+        """Cancel a submitted operation whose deadline has passed, or because the server ends. Return at once.
 
-        The operation must be ended all the same, when nothing touches its memory any more: as soon as possible, by
-        `operation.cancelled()` where it is given up. The default lets it go on.
+        The tier must still end the operation, as soon as nothing touches its memory any more; it calls `operation.cancelled()`
+        if it has given the operation up. The default implementation lets the operation go on.
         """
