@@ -30,7 +30,7 @@ prefills for milliseconds, and a GPU hundreds of tokens."""
 
 @dataclass
 class Tracker(Request):
-    """preemptions: vLLM's count when tracking began. local_tokens: in vLLM's own prefix cache. logged: numbers of the last line."""
+    """preemptions: vLLM's count when tracking began. local_tokens: in vLLM's own prefix cache. logged: last line's numbers."""
 
     request: Any = None
     preemptions: int = 0

@@ -50,7 +50,7 @@ class WorkerSide:
         self._unread: set[str] = set()
         """Jobs of loads whose KV a forward may have read before it had arrived."""
         self._spoiled: dict[str, set[int]] = {}
-        """Blocks of failed loads by job, until a plan of the scheduler reflects the failure: tokens computed meanwhile are wrong."""
+        """Blocks of failed loads by job, until a plan of the scheduler reflects the failure: tokens computed before are wrong."""
         self._waited = False
         self._received: set[Any] = set()
         self._invalid: set[int] = set()
