@@ -115,4 +115,4 @@ def _strings_at(config: Any, names: tuple[str, ...]) -> Iterator[str]:
 def refusal_of(error: Exception, engine: str) -> str:
     """Return for the log why an engine of this name cannot be served; `error` is one of `NOT_SERVED`."""
     known = isinstance(error, LMCacheError)
-    return str(error) if known else f"this release of {engine} is not supported ({error!r})"
+    return str(error) if known else f"this release of {engine} is not understood ({error!r})"
