@@ -1,4 +1,4 @@
-"""`./run demo`: which engine, and what to say when something fails."""
+"""`./run demo`: select the engine, run its demo, and report failures."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from demo.processes import CACHE, DemoFailed, end_on_signals
 
 
 def main() -> int:
-    """Run one demo; the exit code is 0 when every answer was right and came from where it should."""
+    """Run one demo. The exit code is 0 if every answer was correct and its KV came from the expected cache."""
     parser = argparse.ArgumentParser(prog="./run demo", description="Time to the first token with and without LMCache.")
     parser.add_argument(
         "--engine", choices=("vllm", "numpy"), default="vllm", help="real vLLM on the CPU, or the 10-second one"

@@ -2,7 +2,7 @@
 
     python -m demo.model FOLDER [--seed N]          (in the engine's environment: needs safetensors and tokenizers)
 
-The weights are made so that the answer depends on the whole prompt. vLLM's own dummy weights are so small that attention
+The weights are made so that the answer depends on the complete prompt. vLLM's own dummy weights are so small that attention
 does nothing: all prompts with the same end are answered alike, whatever KV a cache returns. Here
 - the query norm's weight is 2.5, so that attention's scores spread and some positions win, others in every head;
 - the attention's output is scaled by 2, so that what those positions say matters beside the last token's own embedding;
@@ -25,7 +25,7 @@ CONTEXT_TOKENS = 32_768
 
 
 def write_model(folder: Path, seed: int = 0) -> None:
-    """Write the folder whole; `config.json` last, so that a folder with one is complete."""
+    """Write the folder, `config.json` last, so that a folder with a `config.json` is complete."""
     folder.mkdir(parents=True, exist_ok=True)
     _write_weights(folder, seed)
     _write_tokenizer(folder)

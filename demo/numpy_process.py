@@ -1,4 +1,4 @@
-"""The quick demo: a small NumPy transformer with paged KV, its process restarted half-way. Needs the base install only."""
+"""The quick demo: a small NumPy transformer with paged KV, whose process is restarted midway. Needs the base install only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Processes of the demo: started with a log of their own, awaited with a line that moves, ended by process id."""
+"""Processes of the demo: each is started with its own log, awaited with a progress line, and ended by process id."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _RETRIEVED = "lmcache_retrieved_tokens_total"
 
 
 class DemoFailed(Exception):
-    """Something that the demo started did not do its part; the message says what, and where to read on."""
+    """A process of the demo failed; the message says which, and where its log is."""
 
 
 class Child:
@@ -72,12 +72,12 @@ class Child:
         return time.monotonic() - self.began
 
     def tail(self, lines: int = 15) -> str:
-        """The end of its log, and where the rest is."""
+        """Return the end of the log, and where the complete log is."""
         text = self.log.read_text(errors="replace").splitlines()[-lines:]
-        return "\n".join([*(f"    {line}" for line in text), f"  the whole log: {self.log}"])
+        return "\n".join([*(f"    {line}" for line in text), f"  the complete log: {self.log}"])
 
     def stop(self) -> None:
-        """Ask it to end, then its whole process group, then kill what is left.
+        """Ask the process to end, then its complete process group, then kill the processes that are left.
 
         The group is asked before it is killed, since only processes that end by themselves remove their shared memory.
         """
@@ -135,7 +135,7 @@ class Server(Child):
 
 
 def free_ports(count: int) -> list[int]:
-    """TCP ports of 127.0.0.1 that nobody uses now, each another one."""
+    """Return distinct TCP ports of 127.0.0.1 that no process uses now."""
     sockets = [socket.socket() for _ in range(count)]
     for one in sockets:
         one.bind(("127.0.0.1", 0))
@@ -146,7 +146,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def end_on_signals() -> None:
-    """Let SIGTERM and SIGHUP unwind as Ctrl-C does, so that what was started is ended."""
+    """Let SIGTERM and SIGHUP unwind as Ctrl-C does, so that all started processes are ended."""
 
     def leave(number: int, _frame: FrameType | None) -> None:
         sys.exit(128 + number)
@@ -156,7 +156,7 @@ def end_on_signals() -> None:
 
 
 def _arena_options(l1_size_gb: float) -> list[str]:
-    """A container's /dev/shm is often 64 MB; then the arena lies in a folder of ours."""
+    """Return flags that put the arena in a folder of the demo if /dev/shm is too small (64 MB in many containers)."""
     with suppress(OSError):
         if shutil.disk_usage("/dev/shm").free > (l1_size_gb + 0.25) * 2**30:
             return []

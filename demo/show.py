@@ -1,4 +1,4 @@
-"""What the demo prints and draws: a table, bars for the terminal, and a PNG where matplotlib is installed."""
+"""The output of the demo: a table, bars for the terminal, and a PNG if matplotlib is installed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The demo: real vLLM on the CPU, with and without LMCache, and restarted half-way."""
+"""The demo: real vLLM on the CPU, with and without LMCache, and restarted midway."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ _ENVIRONMENT = {
 
 
 def engine_folder() -> Path:
-    """The folder of the `vllm` program, which ./run tells."""
+    """Return the folder of the `vllm` program, which ./run gives."""
     return Path(os.environ["LMCACHE_DEMO_VLLM"])
 
 
@@ -186,7 +186,7 @@ def _model() -> Path:
 
 
 def _texts() -> list[str]:
-    """Long texts with nothing in common: source of Python's standard library."""
+    """Return long texts with nothing in common: source of Python's standard library."""
     files = ("argparse.py", "tarfile.py", "typing.py", "subprocess.py", "inspect.py")[:PROMPTS]
     folder = Path(sysconfig.get_path("stdlib"))
     return [f"# {name}\n" + (folder / name).read_text(encoding="utf-8")[:PROMPT_CHARACTERS] for name in files]

@@ -19,7 +19,7 @@ from servers import PATIENCE, Server
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGE, API = DOCS / "write-your-own-integration.md", DOCS / "api.md"
-PROMPT = "What you do for a prompt"
+PROMPT = "Steps for a prompt"
 """The section of what is done again and again; before it stands what is done once."""
 BLOCK_TOKENS, BLOCKS, LAYERS, KV_HEADS, HEAD_SIZE, CHUNK = 8, 20, 2, 3, 4, 16
 

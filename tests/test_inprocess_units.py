@@ -67,7 +67,7 @@ def test_a_step_that_does_not_tell_the_blocks_is_an_error_and_no_wrong_answer() 
     scheduler, request = in_process(Session(present=4)), Request("a", list(range(100)))
     scheduler.match(request, 0)
     scheduler.allocated(request, [], 64)
-    with pytest.raises(RuntimeError, match="has not told the blocks of request a"):
+    with pytest.raises(RuntimeError, match="has not given the blocks of request a"):
         scheduler.plan_step(step({"a": 36}))
 
 

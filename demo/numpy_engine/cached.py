@@ -1,4 +1,4 @@
-"""The engine's talk with LMCache: look up a prompt, load what is there, store what was computed.
+"""The engine's calls to LMCache: look up a prompt, load the KV that was found, store the KV that was computed.
 
 Nothing here raises for what the cache does or fails to do: the worst it can say is "nothing is there".
 """
@@ -18,7 +18,7 @@ from lmcache.engine.embedded import wait_connected
 
 @dataclass
 class Prompt(Request):
-    """What is known of one request. copies: those that may still touch paged KV."""
+    """The state of one request. copies: those that may still touch paged KV."""
 
     copies: list[Copy] = field(default_factory=list)
 
@@ -80,7 +80,7 @@ class CacheConnection:
 
     @property
     def chunk_tokens(self) -> int | None:
-        """The server's chunk size, None while no server has been reached."""
+        """The server's chunk size in tokens; None until a server has been reached."""
         return self._scheduler.chunk_tokens
 
     def wait_connected(self, timeout_seconds: float) -> bool:
@@ -118,7 +118,7 @@ class CacheConnection:
             prompt.copies += [rank.store(plan, list(blocks)) for rank in self._ranks]
 
     def poll(self) -> None:
-        """Take note of the copies that have ended."""
+        """Record the copies that have ended."""
         for rank in self._ranks:
             rank.collect()
 

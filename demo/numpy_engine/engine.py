@@ -16,7 +16,7 @@ from lmcache.engine import Copy
 
 
 class UnfilledKV(Exception):
-    """The logits are not finite: attention read KV that nobody computed or loaded."""
+    """The logits are not finite: attention read KV that was neither computed nor loaded."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Engine:
         """Answer greedily: look up, load, prefill the rest, store the full chunks, decode.
 
         Raises:
-            OutOfBlocks: prompt and answer do not fit in the free blocks. UnfilledKV: KV was read that nobody wrote.
+            OutOfBlocks: prompt and answer do not fit in the free blocks. UnfilledKV: unwritten KV was read.
         """
         began = time.perf_counter()
         tokens = [int(token) for token in token_ids]
@@ -138,7 +138,7 @@ class Engine:
         self._poison(self.pool.free_blocks())
 
     def close(self) -> None:
-        """Flush for at most a second, and leave the server."""
+        """Flush for at most a second, and close the connection to the server."""
         self.flush(1.0)
         if self.cache is not None:
             self.cache.close()

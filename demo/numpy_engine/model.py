@@ -1,7 +1,7 @@
 """The network: a decoder-only transformer with RMSNorm, RoPE, grouped-query attention with normed queries and keys, SwiGLU.
 
 Weights are random but not meaningless: attention is peaked (queries are normed to a length that makes some scores win)
-and yet spread over all positions, and the output matrix is its own, so that the answer depends on the whole prompt. With
+and yet spread over all positions, and the output matrix is its own, so that the answer depends on the complete prompt. With
 flat attention any KV would give the same tokens, and a test of a cache would prove nothing.
 """
 

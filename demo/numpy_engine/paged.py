@@ -1,7 +1,7 @@
 """Paged KV: blocks of tokens in one array a layer, in one of several memory orders, and the free list of the blocks.
 
 Whatever the order, this file makes of it views K and V [block][token][head][dim]; the model writes and reads those, and
-the strides of the same views are what LMCache is told.
+LMCache gets the strides of the same views.
 """
 
 from __future__ import annotations
@@ -69,13 +69,13 @@ class RankKV:
         self.poison(range(num_blocks))
 
     def poison(self, blocks: Sequence[int]) -> None:
-        """Fill blocks with NaN, so that whoever reads them unfilled is found out."""
+        """Fill blocks with NaN, so that a read of unfilled blocks is detected."""
         index = list(blocks)
         for view in (*self.keys, *self.values):
             view[index] = np.nan
 
     def describe(self) -> PagedKV:
-        """What LMCache's copier needs to know: address and strides of each plane, K then V of each layer."""
+        """Describe the KV for LMCache's copier: address and strides of each plane, K then V of each layer."""
         views = [view for pair in zip(self.keys, self.values, strict=True) for view in pair]
         planes = tuple(_plane(view) for view in views)
         return PagedKV(planes, self.block_tokens, self.num_blocks, views[0].itemsize, self.arrays)

@@ -92,7 +92,7 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> object:
-    """Import the module that defines `name`, the first time that somebody uses it."""
+    """Import the module that defines `name` when the name is first used."""
     from importlib import import_module
 
     for module, names in _MODULES.items():

@@ -105,7 +105,7 @@ def do_abort(name: str, prompts: list[list[int]], steps: int, again: bool = Fals
 def do_break(name: str, what: str) -> dict[str, Any]:
     """From now on one of our own methods goes wrong, as a bug would."""
     engine = engines[name]
-    half = engine.scheduler._meeting.half if what in ("match", "plan_step", "allocated") else engine.workers[-1]._side
+    half = engine.scheduler._meeting.side if what in ("match", "plan_step", "allocated") else engine.workers[-1]._side
 
     def broken(*args: Any, **kwargs: Any) -> None:
         raise ZeroDivisionError("a bug")
@@ -130,7 +130,7 @@ def do_ready(name: str) -> dict[str, Any]:
     """Turn the loop once; whether the scheduler and every rank are connected, and the ranks have told so."""
     engine = engines[name]
     engine._get_finished()
-    halves = [engine.scheduler._meeting.half, *(worker._side for worker in engine.workers)]
+    halves = [engine.scheduler._meeting.side, *(worker._side for worker in engine.workers)]
     connected = all(half is not None and half.session.connected for half in halves)
     return {"ready": connected and halves[0].watch.all_have(halves[0].session.epoch)}
 

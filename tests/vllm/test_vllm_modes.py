@@ -60,7 +60,7 @@ def test_other_weights_are_another_cache(folder: Path, model: Path, other_model:
         engine.ask("abort", prompts=[*long, tokens(500, 83)], after_steps=[0, 1, 2])
         engine.forget()
         assert_same(engine.generate(long), expected)
-        assert "whole blocks only" in engine.text()
+        assert "full blocks only" in engine.text()
         engine.forget()
         assert "Lost the LMCache server" not in engine.text()
         engine.ask("deadline", seconds=1.0)

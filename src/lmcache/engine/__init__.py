@@ -1,9 +1,8 @@
-"""Floor 7: the engine's side, free of any engine's types: what all engines do alike for their requests (`Requests`) and on their
-ranks (`Copies`), and below that the sessions with the server, their jobs and deadlines.
+"""Floor 7: what all engine integrations share, free of any engine's types.
 
-Nothing here raises into an engine's path and nothing takes longer than its deadline: trouble becomes a miss, counted and logged
-once. May import every floor below.
-"""
+`Requests` serves a scheduler's requests and `Copies` a rank's copies; both rest on sessions with the server, jobs and deadlines.
+No error reaches the engine, and no call exceeds its deadline: a failure becomes a miss, counted and logged once. This package may
+import every floor below."""
 
 from lmcache.engine.copies import Copies, Copy
 from lmcache.engine.jobs import Done, Load, Store

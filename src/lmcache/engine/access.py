@@ -1,4 +1,4 @@
-"""What a rank reaches one server's arena with, until another server takes over, or this one is gone for good."""
+"""A rank's access to the arena of one server, until another server takes over or this one has ended for good."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from lmcache.wire import messages as m
 
 
 class ArenaAccess:
-    """A copier, and its arena as mapped here; `mapping` is None for payload frames, where the server gave no descriptor."""
+    """A copier and its mapping of the arena. `mapping` is None with payload frames: the server then gave no descriptor."""
 
     def __init__(self, copier: Copier, welcome: m.Welcome, descriptor: int, runtime: Runtime) -> None:
         self.copier = copier
         self.mapping = Mapping(descriptor, welcome.arena_bytes) if descriptor >= 0 else None
         if self.mapping is None:
             return
-        # Fill this process's page table ahead of use: a store into mapped pages runs at twice the speed.
+        # Fill this process's page table ahead of use: a store into populated memory runs at twice the speed.
         mapping, self._stop = self.mapping, threading.Event()
         self._populating = runtime.start(lambda: populate_all(mapping, self._stop), "lmcache-map")
         copier.adopt(self.mapping.address, self.mapping.size_bytes)
 
     def close(self) -> None:
-        """Unmap; no copy runs any more."""
+        """Unmap the arena. The caller ensures that no copy runs any more."""
         self.copier.close()
         if self.mapping is not None:
             self._stop.set()

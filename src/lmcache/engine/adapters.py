@@ -1,4 +1,4 @@
-"""Which adapters (LoRA) an engine has loaded, by the files that they were in."""
+"""The LoRA adapters that an engine has loaded, identified by their files."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ class _Adapter:
 
 
 class AdapterFiles:
-    """The adapters that an engine has been given, each under a number. The engine loads a number once, and answers with what it
-    has loaded, whatever path comes with the number later. Each is looked through at its first sight; later requests only find
-    out whether its files are still the same."""
+    """The adapters of an engine, each under a number. The engine loads the adapter of a number once and keeps using it, whatever
+    path later requests give with that number. The first request with a number has the adapter's files hashed; later requests only
+    check whether the files have changed."""
 
     def __init__(self) -> None:
         self._since = RUNTIME.wall()
-        """Before any adapter was loaded."""
+        """A time before any adapter was loaded, in seconds since the epoch."""
         self._known: dict[Hashable, _Adapter | None] = {}
-        """The adapters by their number; the value is None where it is not known what has been loaded under it."""
+        """The adapters by number; None where it is unknown which weights the engine has loaded under the number."""
 
     def content(self, number: Hashable, path: str, variant: str = "", name: str = "") -> str | None:
-        """The name of what is loaded under a number; None when that is not known, or while the files are hashed. variant: how the
-        engine reads them. name: the adapter's, for the log."""
+        """Return the content name of the adapter that is loaded under a number; None if it is unknown, or while the files are
+        hashed. variant: how the engine reads the files. name: the adapter's name, for the log."""
         if number not in self._known:
             self._known[number] = _look_through(path, variant, self._since)
         adapter = self._known[number]
@@ -59,10 +59,10 @@ class AdapterFiles:
 
 
 def _look_through(path: str, variant: str, unchanged_since: float) -> _Adapter | None:
-    """The adapter in a directory, None if it is not here to be looked at.
+    """Return the adapter in a directory, or None if this process cannot read the directory.
 
-    It is also None where a file is newer than `unchanged_since`, a time before this engine has loaded any adapter: it may have
-    loaded the older files, and answers with them until the adapter is loaded again.
+    Return None too if a file is newer than `unchanged_since`, a time before this engine loaded any adapter: the engine may have
+    loaded the older file, and would use it until the adapter is loaded again.
     """
     try:
         marks = marks_of(Path(path)) if os.path.exists(path) else ()

@@ -1,4 +1,4 @@
-"""What the ranks of one engine decide together, where each of them runs the whole scheduler."""
+"""Decisions that the ranks of one engine take together, where each rank runs a complete scheduler."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 
 
 class Agreement:
-    """What the ranks of one engine say together.
+    """Collective decisions of the ranks of one engine.
 
-    groups: each a process group and its size; those of one rank are left out. device: of the tensors that the groups reduce.
+    groups: pairs of a process group and its size; groups of one rank are ignored. device: where the reduced tensors are.
     """
 
     def __init__(self, *groups: tuple[Any, int], device: str = "cpu") -> None:
@@ -24,7 +24,7 @@ class Agreement:
             torch.distributed.all_reduce(tensor, op=operation, group=group)
 
     def least(self, number: int) -> int:
-        """The smallest of the numbers that the ranks have."""
+        """Return the smallest of the ranks' numbers."""
         if not self._groups:
             return number
         import torch
@@ -34,5 +34,5 @@ class Agreement:
         return int(tensor.item())
 
     def name(self, engine: str) -> str:
-        """A name for an engine of this kind that no other has, the same in all ranks."""
+        """Return a unique name for an engine of this kind, the same in all ranks."""
         return f"{engine}-{self.least(secrets.randbits(62)):016x}"

@@ -1,6 +1,6 @@
-"""A process's link to the server: found by host and port, kept up in the background, given up at the first missed deadline.
+"""The connection of one engine process to the server: a thread keeps it up, and the first missed deadline closes it.
 
-While the link is down every call fails at once, so a dead server costs an engine one deadline and a missing one nothing.
+While there is no connection every call fails at once. So a dead server costs an engine one deadline, and a missing one nothing.
 """
 
 from __future__ import annotations
@@ -32,30 +32,30 @@ logger = init_logger(__name__)
 TRANSFER_MODES = ("auto", "engine_driven", "lmcache_driven", "payload")
 _BACKOFF_SECONDS = (0.2, 0.5, 1.0, 2.0)
 _USELESS_BACKOFF_SECONDS = (0.2, 1.0, 10.0)
-"""Where the server is there and of no use to this engine: one of them has to be started anew."""
+"""Pauses between attempts where a server answers but cannot serve this engine until one of the two has been restarted."""
 _SOCKET_SECONDS = 0.1
-"""Between looks at what is to come, a server's socket or the identity of the weights: a look costs microseconds, and the first
-prompt must not be missed."""
+"""Seconds between checks for something that is expected soon: a server's socket, or the identity of the weights. A check costs
+microseconds, and the first prompt must find the connection ready."""
 _STARTING_SECONDS = 60.0
-"""For how long the socket of a server that is to come may be missing without a word: ranks are ready before schedulers are."""
+"""How long the socket of an expected server may be missing before that is logged: ranks are ready before schedulers are."""
 START_SECONDS = 10.0
-"""How long the start of an engine waits for a server that listens and has not welcomed it: a busy one may take so long."""
+"""How long the start of an engine waits for a server that listens and has not answered the hello: a busy server is slow."""
 _CONNECT_SECONDS = 1.0
 _LOOK_SECONDS = 1.0
-"""Between looks at whether something is due, at most; a connection's end is noticed at once."""
+"""The longest time between two checks for due heartbeats and renewals. The end of a connection is noticed at once."""
 GONE_SECONDS = 10.0
-"""A server that has hung up and is not back after so long is taken for gone. What was planned with it has been loaded by then."""
+"""A server that ended and is not back after this time is taken for gone. Loads that were planned before have ended by then."""
 _PATH_CHARACTERS = 200
-"""The log shows no more characters than this of a path that a server names."""
+"""The log shows at most this many characters of a path that a server names."""
 RENEWALS = 4
-"""How often a lease is renewed within the life of a claim: one renewal that comes late or gets lost does no harm."""
+"""How often a lease is renewed within the life of a claim: one late or lost renewal does no harm."""
 MOST_DEADLINE_SECONDS = 3600.0
 MOST_HEARTBEAT_SECONDS = 10.0
-"""A server forgets an engine that gets payload frames after 30 s of silence."""
+"""A server forgets an engine with payload frames after 30 s without a message."""
 
 
 def server_address(host: str = "tcp://localhost", port: int = 5555) -> str:
-    """tcp://host:port, whatever of it the host has already. An IPv6 address gets its brackets.
+    """Return tcp://host:port for a host with or without the scheme. An IPv6 address gets its brackets.
 
     Raises:
         ValueError: another scheme than tcp, or a port out of range.
@@ -69,10 +69,10 @@ def server_address(host: str = "tcp://localhost", port: int = 5555) -> str:
 
 
 def given_address(text: str) -> str:
-    """tcp://host:port, out of one text.
+    """Return tcp://host:port for one text that gives host and port.
 
     Raises:
-        ValueError: something is missing, another scheme than tcp, or a port out of range.
+        ValueError: host or port is missing, the scheme is not tcp, or the port is out of range.
     """
     host, _, port = text.rpartition(":")
     if not port.isdecimal():
@@ -82,9 +82,9 @@ def given_address(text: str) -> str:
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where the server is and who asks. `instance` is shared by an engine's scheduler and all its ranks.
+    """The server's address and the identity of the process that connects. An engine's scheduler and ranks share one `instance`.
 
-    address: tcp://host:port, or of a server on this host unix:///path/of/its/socket or unix://@name.
+    address: tcp://host:port, or for a server on this host unix:///path/of/its/socket or unix://@name.
     """
 
     address: str
@@ -96,7 +96,7 @@ class Endpoint:
     transfer_mode: str = "auto"
     auth_key_file: Path | None = field(default_factory=lambda: _key_file())
     insecure_no_auth: bool = field(default_factory=lambda: _insecure())
-    """Without a key, payload frames go to a server that has not proved itself, too. LMCACHE_INSECURE_NO_AUTH unless given."""
+    """Without a key, send payload frames even to a server that has not proved itself. Default: LMCACHE_INSECURE_NO_AUTH."""
 
     def __post_init__(self) -> None:
         if self.transfer_mode not in TRANSFER_MODES:
@@ -110,27 +110,27 @@ class Endpoint:
 
 
 class _Absent(ServerUnavailable):
-    """Nothing listens at the address of a port, or something else than a server of ours."""
+    """Nothing listens at the port, or something that is no LMCache server."""
 
 
 class _NotThereYet(ServerUnavailable):
-    """Nothing listens at the address of a Unix socket."""
+    """Nothing listens at the Unix socket."""
 
 
 _connections: set[Connection] = set()
-"""Those of this process: what one of them has logged, another to the same server does not repeat."""
+"""The connections of this process. What one of them has logged, another one to the same server does not repeat."""
 _logging = threading.Lock()
-"""Over `_connections`, and what they have logged."""
+"""Guards `_connections` and what they have logged."""
 
 
 class Connection:
-    """Owns the connection. `on_welcome` runs in the link's thread at every new one, before anybody else may use it: it
-    registers through the carrier it is given, and may raise LMCacheError to say that this server is of no use; the
-    descriptor of the arena, where it is not -1, is its to close. `before_hello` runs before that, while there is no link,
-    and returns once this process fills no extent any more: the hello says so. While it raises IdentityUnknown there is nothing to
-    say hello with, and the link looks again without a word. `held` tells which leases this process holds: the
-    link renews them `RENEWALS` times within what the server says that a claim lasts. `on_gone` runs in the link's thread at each
-    attempt to connect that fails `GONE_SECONDS` after the server of a mapped arena has ended, or later."""
+    """Connects to the server and reconnects, in a thread of its own, which runs the callbacks.
+
+    on_welcome: registers through the carrier of a new connection, before any other use of it; raises LMCacheError if this server
+    cannot serve; must close the arena's descriptor unless it is -1. before_hello: runs while there is no connection and returns
+    once this process fills no extent any more, as the hello states; IdentityUnknown makes the thread try again, without a log
+    line. held: returns the leases of this process, renewed `RENEWALS` times within the life of a claim. on_gone: runs at each
+    attempt to connect that fails `GONE_SECONDS` or more after the server of a mapped arena has ended."""
 
     def __init__(
         self,
@@ -144,7 +144,7 @@ class Connection:
         self.endpoint, self._now = endpoint, runtime.now
         self._on_gone = on_gone
         self._ended_at = math.inf
-        """When the server hung up. It does so when it ends, and not while it is frozen."""
+        """When the server closed the connection. A server does so when it ends, and not while it is frozen."""
         self._before_hello, self._held = before_hello, held
         self._session = secrets.token_bytes(16)
         self._on_welcome = on_welcome
@@ -154,11 +154,11 @@ class Connection:
         self._wake = threading.Event()
         self._connected = threading.Event()
         self._settled = threading.Event()
-        """There is a connection, or the last attempt has found that there is no server, or none that is of use."""
+        """There is a connection, or the last attempt has found no server, or none that can serve this engine."""
         self._welcomed = False
-        """A server has said welcome, and this process is getting ready for it."""
-        self._told = ""
-        """Why no server serves this process, as logged last; "" since the last connection."""
+        """A server has answered the hello, and `on_welcome` has not returned yet."""
+        self._logged = ""
+        """Why no server serves this process, as last logged; "" since the last connection."""
         self._lost = False
         self._since = self._now()
         self._payload = False
@@ -175,24 +175,24 @@ class Connection:
         return self._connected.wait(timeout_seconds)
 
     def wait_for_server(self, seconds: float | None = None) -> None:
-        """Wait for the first connection while one is to be expected, until so many `seconds` (None: `START_SECONDS`) after this
-        connection was made. Where nothing listens, or no server that is of use, it returns as soon as that is known."""
+        """Wait for the first connection, at most until `seconds` (None: `START_SECONDS`) after this object was made. Return at
+        once when it is known that no server listens, or none that can serve this engine."""
         until = self._since + (START_SECONDS if seconds is None else seconds)
         self._settled.wait(max(0.0, until - self._now()))
 
     def wait_welcomed(self) -> None:
-        """Where a server is there and this process is still getting ready for it: wait for that, a deadline at most."""
+        """If a server has answered the hello and `on_welcome` still runs, wait for its end, at most one deadline."""
         if self._welcomed:
             self._connected.wait(self.endpoint.deadline_seconds)
 
     def call(
         self, request: m.Message, expect: type[m.AnswerT], frames: Sequence[bytes | memoryview] = ()
     ) -> tuple[m.AnswerT, list[bytes]]:
-        """One request and its answer.
+        """Send one request and return its answer and payload frames.
 
         Raises:
-            ServerUnavailable: no link, or no answer within the deadline (the link is then down until it is renewed).
-            ServerRefused: the server understood and declined.
+            ServerUnavailable: no connection, or no answer within the deadline, which closes the connection.
+            ServerRefused: the server understood the request and declined it.
         """
         with self._lock:
             carrier = self._carrier
@@ -204,7 +204,7 @@ class Connection:
                 self._give_up(str(error))
                 raise
             except BaseException:
-                # Ctrl-C: the answer, maybe a lease, is lost; what is held is told with the next hello.
+                # Ctrl-C: the answer, which may grant a lease, is lost. The next connection reports the leases that are held.
                 self._give_up("a call was interrupted")
                 raise
             if isinstance(answer, m.Error) and answer.code == "hello":
@@ -214,7 +214,7 @@ class Connection:
         raise _refusal(answer)
 
     def post(self, request: m.Message) -> None:
-        """Send and do not wait; lost where there is no link."""
+        """Send a message without waiting. It is lost if there is no connection."""
         with self._lock:
             if self._carrier is None:
                 return
@@ -222,12 +222,12 @@ class Connection:
                 self._carrier.post(request)
             except ServerUnavailable as error:
                 self._give_up(str(error))
-            except BaseException:  # half a message may have gone
+            except BaseException:  # a part of the message may have been sent
                 self._give_up("a call was interrupted")
                 raise
 
     def close(self, goodbye: bool = True) -> None:
-        """Say goodbye, hang up and end the thread. Without a goodbye the server keeps this process's claims until it ends."""
+        """Close the connection and end the thread. Without `goodbye` the server keeps this process's claims until it ends."""
         self._closed, self._goodbye = True, goodbye
         self._wake.set()
         self._hang_up()
@@ -236,7 +236,7 @@ class Connection:
             _connections.discard(self)
 
     def _give_up(self, why: str) -> None:
-        """Called with the lock held."""
+        """Close the carrier. The caller holds the lock."""
         if self._carrier is not None:
             if isinstance(self._carrier, UnixCarrier) and self._carrier.wait_for_end(0.0):
                 self._ended_at = self._now()
@@ -247,10 +247,10 @@ class Connection:
                 is_known, self._lost = any(other._lost for other in self._others()), True
             if not is_known:
                 address = self.endpoint.address
-                logger.warning("Lost the LMCache server at %s (%s); the engine goes on without", address, why)
+                logger.warning("Lost the LMCache server at %s (%s); the engine goes on without it", address, why)
         self._wake.set()
 
-    # The link's own thread
+    # The connection's thread
 
     def _keep_up(self) -> None:
         attempt = 0
@@ -261,7 +261,7 @@ class Connection:
                     self._connect()
                     attempt = 0
                     continue
-                except Exception as error:  # the edge of the thread: whatever a server sends, the next may be better
+                except Exception as error:  # the edge of the thread: no message of a server may end it
                     starting = self._now() - self._since < _STARTING_SECONDS
                     coming = isinstance(error, IdentityUnknown) or (isinstance(error, _NotThereYet) and starting)
                     if not coming:
@@ -269,7 +269,7 @@ class Connection:
                     if isinstance(error, _Absent) or not (coming or _is_away(error)):
                         self._settled.set()
                     if not isinstance(error, (LMCacheError, OSError)):
-                        logger.debug("while connecting", exc_info=True)
+                        logger.debug("Unexpected error while connecting", exc_info=True)
                     if self._now() - self._ended_at >= GONE_SECONDS:
                         self._on_gone()
                     backoff = _BACKOFF_SECONDS if _is_away(error) else _USELESS_BACKOFF_SECONDS
@@ -287,12 +287,12 @@ class Connection:
                     try:
                         self._carrier.post(m.Bye())
                     except ServerUnavailable as error:
-                        logger.debug("goodbye: %s", error)
+                        logger.debug("The goodbye was not sent: %s", error)
                 self._carrier.close()
                 self._carrier = None
 
     def _watch(self, carrier: Carrier) -> None:
-        """Until the connection ends, or a heartbeat or a renewal is due."""
+        """Wait until the connection ends, or a heartbeat or a renewal is due, and send what is due."""
         if self._payload:
             self._wake.wait(min(self.endpoint.heartbeat_seconds, self._renewal_seconds))
             self._wake.clear()
@@ -300,7 +300,7 @@ class Connection:
                 if not self._closed:
                     self.call(m.Ping(), m.Ok)
             except LMCacheError as error:
-                logger.debug("heartbeat: %s", error)
+                logger.debug("A heartbeat failed: %s", error)
         elif carrier.wait_for_end(min(_LOOK_SECONDS, self._renewal_seconds)) and not self._closed:
             with self._lock:
                 if self._carrier is carrier:
@@ -325,7 +325,7 @@ class Connection:
             self._on_welcome(carrier, welcome, descriptor)
             with self._lock:
                 self._carrier = carrier
-            self._told, self._lost, self._ended_at = "", False, math.inf
+            self._logged, self._lost, self._ended_at = "", False, math.inf
             self._connected.set()
             self._settled.set()
         except BaseException:
@@ -339,7 +339,7 @@ class Connection:
         )
 
     def _through_socket(self, hello: m.Hello) -> tuple[Carrier, m.Welcome, int]:
-        """The connection, the welcome, and the arena's descriptor."""
+        """Return the carrier, the welcome, and the arena's descriptor."""
         place = socket_place(self.endpoint.address)
         if not place.startswith("\0") and (why_not := _why_not_mine(place)):
             raise ServerRefused(why_not) if os.path.exists(place) else _NotThereYet(why_not)
@@ -356,7 +356,7 @@ class Connection:
             raise
 
     def _through_port(self, hello: m.Hello) -> tuple[Carrier, m.Welcome, int]:
-        """As `_through_socket`; -1 where payload frames are to be used."""
+        """As `_through_socket`; the descriptor is -1 where payload frames are to be used."""
         endpoint = self.endpoint
         door = ZmqCarrier(_reached(endpoint.address, _CONNECT_SECONDS), endpoint.auth_key_file)
         carrier: Carrier = door
@@ -371,7 +371,7 @@ class Connection:
                 door.close()
                 return unix, _welcome_with(unix), unix.descriptor
             try:
-                with_key = endpoint.auth_key_file is not None  # CURVE has seen to it that both have the same
+                with_key = endpoint.auth_key_file is not None  # CURVE ensures that both sides have the same key
                 proof = b"" if with_key else prove(door, welcome, hello, endpoint.insecure_no_auth)
                 door.trust()
                 hello = msgspec.structs.replace(hello, payload=True, proof=proof)
@@ -384,21 +384,21 @@ class Connection:
             raise
 
     def _unix(self, welcome: m.Welcome, hello: m.Hello) -> tuple[UnixCarrier | None, str]:
-        """The connection, or why there is none."""
+        """Return the carrier over the Unix socket, or None and the reason."""
         if self.endpoint.transfer_mode == "payload":
             return None, "this engine asks for payload frames"
         why_not = _why_not_mine(welcome.socket_path)
         return (None, why_not) if why_not else (UnixCarrier(welcome.socket_path, hello, _CONNECT_SECONDS), "")
 
     def _others(self) -> list[Connection]:
-        """The other links of this process to the same server."""
+        """Return this process's other connections to the same server."""
         return [one for one in _connections if one is not self and one.endpoint.address == self.endpoint.address]
 
     def _log_once(self, error: Exception) -> None:
         why = str(error) or type(error).__name__
         with _logging:
-            is_known = why == self._told or any(other._told == why for other in self._others())
-            self._told = why
+            is_known = why == self._logged or any(other._logged == why for other in self._others())
+            self._logged = why
         if is_known:
             return
         what = (
@@ -408,17 +408,17 @@ class Connection:
 
 
 def _is_away(error: Exception) -> bool:
-    """Whether it tells that no server is there, and not that one is of no use."""
+    """Whether the error means that no server answers, as opposed to one that cannot serve this engine."""
     return isinstance(error, (ServerUnavailable, OSError))
 
 
 def probe(address: str, timeout_seconds: float) -> None:
-    """Return where a server of ours answers at tcp://host:port, whatever its version.
+    """Return if an LMCache server of any version answers at tcp://host:port.
 
     Raises:
-        ServerUnavailable: nobody does; the text says why.
-        ServerRefused: one is there that lets this user's processes in with another key only, or without one.
-        ConfigError: the key file of this process is no good.
+        ServerUnavailable: no server answers; the text says why.
+        ServerRefused: a server answers that accepts only another key, or that has no key while this process has one.
+        ConfigError: the key file of this process cannot be used.
     """
     reached, key = _reached(address, timeout_seconds), _key_file()
     carrier = ZmqCarrier(reached, key)
@@ -431,11 +431,11 @@ def probe(address: str, timeout_seconds: float) -> None:
 
 
 def _reached(address: str, timeout_seconds: float) -> str:
-    """tcp://host:port with the one numeric address of the host at which somebody listens, for all that follows. ZMQ does not
-    tell that nobody does; TCP does, at once.
+    """Return tcp://host:port with a numeric address of the host at which a process listens, for all that follows. TCP reports
+    at once that no process listens; ZMQ does not report it.
 
     Raises:
-        ServerUnavailable: nobody does; the text says why.
+        ServerUnavailable: no process listens; the text says why.
     """
     host, _, port = address.removeprefix("tcp://").rpartition(":")
     try:
@@ -446,7 +446,7 @@ def _reached(address: str, timeout_seconds: float) -> str:
 
 
 def _explained(error: ServerUnavailable, door: ZmqCarrier, key: Path | None, timeout_seconds: float) -> LMCacheError:
-    """Why the hello had no answer. ZMQ does not tell; what listens there does."""
+    """Return why the hello had no answer, found by asking what listens there: ZMQ does not say."""
     try:
         listener = knock(door.host, door.port, timeout_seconds, "CURVE" if key else "NULL")
     except OSError as refusal:
@@ -470,7 +470,7 @@ def _explained(error: ServerUnavailable, door: ZmqCarrier, key: Path | None, tim
 
 
 def ask(carrier: Carrier, request: m.Message, expect: type[m.AnswerT]) -> m.AnswerT:
-    """One request outside a link, while it is being made.
+    """Send one request over a carrier whose connection is being made, and return the answer.
 
     Raises:
         ServerUnavailable, ServerRefused: as `Connection.call`.
@@ -482,7 +482,7 @@ def ask(carrier: Carrier, request: m.Message, expect: type[m.AnswerT]) -> m.Answ
 
 
 def _refusal(answer: m.Answer) -> ServerRefused:
-    """What to raise for an answer of another kind than was asked for. Whoever sent it may be no server of ours."""
+    """Return the error for an answer of an unexpected kind. Its sender may be no LMCache server."""
     if isinstance(answer, m.Error):
         return ServerRefused(printable(answer.text))
     return ServerRefused(f"unexpected answer {type(answer).__name__}")
@@ -495,7 +495,7 @@ def _welcome(answer: m.Answer) -> m.Welcome:
         raise ServerRefused(m.version_error(m.PROTOCOL_VERSION, __version__, answer.version, answer.software))
     if answer.chunk_tokens < 1 or not answer.arena:
         raise ServerRefused(
-            f"a server with {answer.chunk_tokens}-token chunks and arena {answer.arena[:32]!r} cannot be"
+            f"its welcome is invalid: {answer.chunk_tokens}-token chunks and arena {answer.arena[:32]!r}"
         )
     return answer
 
@@ -527,7 +527,7 @@ def _is_unix(endpoint: Endpoint) -> bool:
 
 
 def _why_not_mine(path: str) -> str:
-    """ "" where the socket is there and this user's own; behind another user's there is no arena for us."""
+    """Return why this user cannot map the arena behind a socket, or "" if the socket exists and belongs to this user."""
     shown = printable(path, _PATH_CHARACTERS)
     try:
         owner = os.stat(path).st_uid

@@ -1,4 +1,4 @@
-"""What every engine's rank does with plans: start the copies, learn how they ended, wait for them, call them off."""
+"""The copies of a rank: start them from plans, collect their results, wait for them, cancel them."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ _LET_GO_SECONDS = 1.0
 
 @dataclass(eq=False)
 class Copy:
-    """A load or a store of one rank. done: how it ended, None while it may touch paged KV."""
+    """A load or a store of one rank. done: its result, None while it may touch paged KV."""
 
     plan: LoadPlan | StorePlan
     done: Done | None = None
 
     @property
     def ok(self) -> bool:
-        """It has ended and did what it was to do."""
+        """Whether the copy has ended and succeeded."""
         return self.done is not None and self.done.ok
 
 
 class Copies:
-    """The copies of one rank. Nothing raises.
+    """The copies of one rank. No method raises.
 
     Args:
-        session: of this rank.
-        shard: number of the shard that it holds.
-        stores: False where another rank stores this shard; stores have then ended when they begin.
-        requests: those of the scheduler, where it is in this process: it hears of every end.
-        ended: is called with each copy when it is known to have ended, by the thread that asks.
+        session: the session of this rank.
+        shard: index of the shard that this rank holds.
+        stores: False where another rank stores this shard; a store then ends at once, without a copy.
+        requests: the scheduler's requests, if the scheduler is in this process; they are notified of every end.
+        ended: called with each copy once it is known to have ended, in the thread that collects.
     """
 
     def __init__(
@@ -65,8 +65,8 @@ class Copies:
         after: Event | None = None,
         progress: Progress | None = None,
     ) -> Copy:
-        """Begin to fill blocks. blocks: this rank's block table where it is not the plan's. after: a point in the engine's stream
-        that must have passed before the blocks may be written to. progress: is told of layers as they arrive."""
+        """Begin to fill blocks. blocks: this rank's block table if it is not the plan's. after: a point in the engine's stream
+        that must have passed before the blocks may be written. progress: notified of each layer that has arrived."""
         copy = self._running[plan.job_id] = Copy(plan)
         self.session.load(
             plan.job_id, plan.job(self._shard, plan.blocks if blocks is None else blocks, after, progress)
@@ -74,7 +74,7 @@ class Copies:
         return copy
 
     def store(self, plan: StorePlan, blocks: Blocks | None = None, after: Event | None = None) -> Copy:
-        """Begin to keep chunks; as `load`. after: the point behind which the blocks are filled."""
+        """Begin to store chunks; arguments as for `load`. after: the point in the stream behind which the blocks are filled."""
         if not self.stores:
             return self._end(Copy(plan), Done(plan.job_id, "store", True, 0, 0.0))
         copy = self._running[plan.job_id] = Copy(plan)
@@ -82,13 +82,13 @@ class Copies:
         return copy
 
     def drop(self, plan: StorePlan, reason: str) -> Copy:
-        """Count chunks that are not stored."""
+        """Count the plan's chunks as dropped, and return an ended copy that failed."""
         if self.stores:
             self.session.drop(plan.chunks, reason)
         return self._end(Copy(plan), Done(plan.job_id, "store", False, 0, 0.0))
 
     def collect(self) -> None:
-        """Take note of the copies that have ended; never waits."""
+        """Record the results of copies that have ended, without waiting."""
         for done in self.session.finished():
             copy = self._running.pop(done.job_id, None)
             if copy is not None:
@@ -101,7 +101,7 @@ class Copies:
         return [copy for copy in now if kind is None or isinstance(copy.plan, kind)]
 
     def closed(self, ended: Iterable[Hashable]) -> set[Any]:
-        """Of the requests that have ended (these, and those of earlier calls), those whose blocks no store reads, each once."""
+        """Return each ended request once (of this and earlier calls), as soon as no store reads its blocks."""
         self._closing.update(ended)
         self.collect()
         ready = self._closing - {copy.plan.request_id for copy in self.running(StorePlan)}
@@ -109,7 +109,7 @@ class Copies:
         return ready
 
     def wait(self, copies: Collection[Copy], seconds: float | None = None) -> bool:
-        """Until these have ended, or so many seconds have passed; whether they have."""
+        """Wait until these copies have ended, at most `seconds` (None: no limit). Return whether they have."""
         now = self.session.runtime.now
         end = None if seconds is None else now() + seconds
         self.collect()
@@ -122,9 +122,9 @@ class Copies:
         return True
 
     def settle(self, copies: Collection[Copy], seconds: float, hang_seconds: float | None = None) -> bool:
-        """Wait so long for these copies, then call off what has not begun. True when all did what they were to do.
+        """Wait `seconds` for these copies, then cancel those that have not begun. Return whether all succeeded.
 
-        What has begun is waited for `hang_seconds` more (None: for ever). A copy without `done` may touch paged KV after that.
+        Copies that have begun get `hang_seconds` more (None: no limit). A copy without `done` may touch paged KV after that.
         """
         if not self.wait(copies, seconds):
             self.session.wait([copy.plan.job_id for copy in copies if copy.done is None], hang_seconds)
@@ -132,7 +132,7 @@ class Copies:
         return all(copy.ok for copy in copies)
 
     def let_go(self, job_ids: Iterable[str]) -> None:
-        """Return when none of these jobs touches blocks that the engine has taken away."""
+        """Cancel these jobs and return once none of them touches blocks that the engine has taken away."""
         now, jobs = self.session.runtime.now, [job_id for job_id in job_ids if job_id in self._running]
         began, warned = now(), False
         while jobs:
@@ -154,13 +154,13 @@ class Copies:
 
 
 def cost(size_bytes: int, seconds: float) -> str:
-    """What copies have cost, for the log; GiB of this rank's shard."""
+    """Return size (GiB of this rank's shard), time and throughput of copies, for the log."""
     size = size_bytes / GIB
     return f"size: {size:.4f} gb, cost {seconds * 1e3:.2f} ms, throughput: {size / max(seconds, 1e-9):.2f} GB/s"
 
 
 def stored_line(copies: Iterable[Copy], total: int, token_bytes: int) -> str:
-    """What stores have come to, of `total` tokens; "" where nothing was copied."""
+    """Return the log line for stores of `total` tokens; "" if nothing was copied."""
     done = [copy.done for copy in copies if copy.done is not None and copy.done.ok]
     tokens = sum(one.tokens for one in done)
     if not tokens:
@@ -173,7 +173,7 @@ def stored_line(copies: Iterable[Copy], total: int, token_bytes: int) -> str:
 
 
 def retrieved_line(plan: LoadPlan, done: Done, token_bytes: int) -> str:
-    """What a load has come to."""
+    """Return the log line for a load."""
     return (
         f"Retrieved {done.tokens} out of {plan.end_token} required tokens (from {plan.request_tokens} total tokens). "
         f"{cost(done.tokens * token_bytes, done.seconds)}"

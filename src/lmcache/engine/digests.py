@@ -1,9 +1,9 @@
-"""BLAKE3 of files, of every byte, remembered on disk from one process to the next.
+"""BLAKE3 digests of files, over every byte, kept on disk for later processes.
 
-What is remembered is found by device, inode, size and both times of a file, never by its name: a file that was replaced, or
-written to by `write` and the like, is hashed again. A write through a mapping (`mmap`) moves the times at most with the first
-write to a page since that page was last written back, so later ones may leave a digest that is no longer the file's. Whatever is
-the matter with the memory, files are only hashed once more.
+A digest is found by the file's device, inode, size, mtime and ctime, never by its name: a file that was replaced, or written to
+by `write` and the like, is hashed again. A write through a mapping (`mmap`) changes the times at most with the first write to a
+memory page since that page was last written back, so later writes may leave a digest that is no longer the file's. If the kept
+digests cannot be used, the files are only hashed again.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from lmcache.observability.log import init_logger
 logger = init_logger(__name__)
 
 _PIECE_BYTES = 16 << 20
-"""Between two pieces Python's lock is waited for, 5 ms at a time where the engine computes in Python."""
+"""Bytes read at a time. Between two reads the thread waits for Python's lock, 5 ms where the engine computes in Python."""
 _MAX_THREADS = 4
 _NICENESS = 10
-"""About a tenth of a core that a thread of the engine wants, too. At 19 it would be a sixtieth: hours beside an engine that keeps
-all cores busy."""
+"""A thread of this niceness gets about a tenth of a core that an engine's thread also wants. At 19 it would get a sixtieth:
+hashing would take hours beside an engine that keeps all cores busy."""
 _MAX_REMEMBERED = 4096
 _MAX_MEMORY_BYTES = 4 << 20
 _TURNS = 8
-"""Number of lock files: two models rarely wait for each other, and the folder stays small."""
+"""Number of lock files: enough that two models rarely wait for each other, few enough for a small folder."""
 _PATIENCE_SECONDS = 300.0
-"""A process that keeps a lock for longer is stopped, or hashes more than it is worth waiting for."""
+"""A process that keeps a lock for longer is stopped, or hashes more than is worth waiting for."""
 _LOOK_SECONDS = 0.1
 
 
 class Stamp(NamedTuple):
-    """What tells that a file was replaced, or written to without a mapping. Times are in nanoseconds since the epoch."""
+    """What changes when a file is replaced, or written to without a mapping. Times are in nanoseconds since the epoch."""
 
     device: int
     inode: int
@@ -69,17 +69,17 @@ def hash_threads() -> int:
 
 
 def be_nice() -> None:
-    """Let this thread, and those that it starts, have only what the engine's own threads leave of the cores and the disk."""
+    """Lower the priority of this thread, and of those it starts, below the engine's threads, for the cores and the disk."""
     with contextlib.suppress(OSError):  # a sandbox may forbid it
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
 
 
 def digest_file(path: Path, stamp: Stamp) -> str:
-    """The BLAKE3 of a file, 64 hex digits. It is read, not mapped: a mapped file that is cut short kills the process.
+    """Return the BLAKE3 of a file, 64 hex digits. The file is read, not mapped: truncating a mapped file kills the process.
 
     Raises:
-        LayoutError: it is not the file of that stamp, or is no longer when it has been read.
-        OSError: it cannot be read.
+        LayoutError: the file does not have that stamp before or after it was read.
+        OSError: the file cannot be read.
     """
     digest, piece = blake3(max_threads=hash_threads()), bytearray(min(_PIECE_BYTES, max(1, stamp.size)))
     with path.open("rb", buffering=0) as file, memoryview(piece) as view:
@@ -92,18 +92,18 @@ def digest_file(path: Path, stamp: Stamp) -> str:
 
 
 class DigestMemory:
-    """Digests of files in one file of a folder, for all processes of a user. Nothing raises."""
+    """Digests of files, kept in one file of a folder for all processes of a user. No method raises."""
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._file = folder, folder / "digests"
 
     def find(self, stamps: Iterable[Stamp]) -> dict[Stamp, str]:
-        """The digests that are remembered of these files."""
+        """Return the kept digests of the files with these stamps."""
         known = self._read()
         return {stamp: known[stamp] for stamp in stamps if stamp in known}
 
     def add(self, digests: Mapping[Stamp, str]) -> None:
-        """Remember these as the newest; the oldest are forgotten."""
+        """Keep these digests as the newest, and delete the oldest beyond the limit."""
         with self._locked("lock-write"):
             known = {stamp: digest for stamp, digest in self._read().items() if stamp not in digests} | dict(digests)
             kept = list(known.items())[-_MAX_REMEMBERED:]
@@ -118,8 +118,8 @@ class DigestMemory:
                 )
 
     def turn(self, number: int) -> contextlib.AbstractContextManager[None]:
-        """Only one process at a time has the turn of this number: the others then find what it has added. Who has waited for five
-        minutes goes on without it."""
+        """Let one process at a time hash the files of this number, so that the others find its digests. A process that has
+        waited for five minutes goes on without the lock."""
         return self._locked(f"lock-{number % _TURNS}")
 
     def _read(self) -> dict[Stamp, str]:
@@ -138,7 +138,7 @@ class DigestMemory:
             return {}
 
     def _replace(self, content: bytes) -> None:
-        """Its mode is 0600, as that of every temporary file."""
+        """Replace the file with one of mode 0600, the mode of every temporary file."""
         descriptor, name = tempfile.mkstemp(prefix="digests-", dir=self._folder)
         try:
             with open(descriptor, "wb") as file:
@@ -150,7 +150,7 @@ class DigestMemory:
 
     @contextlib.contextmanager
     def _locked(self, name: str) -> Iterator[None]:
-        """Without a lock where there can be none, or another process keeps it too long: then the work is done twice."""
+        """Hold a lock file; go on without it if it cannot be made, or another process keeps it too long (work is done twice)."""
         descriptor = -1
         try:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -162,7 +162,7 @@ class DigestMemory:
             yield
         finally:
             if descriptor >= 0:
-                fcntl.flock(descriptor, fcntl.LOCK_UN)  # a process that the engine has forked meanwhile holds it, too
+                fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing is not enough: a forked child also holds the lock
                 os.close(descriptor)
 
 
@@ -171,8 +171,8 @@ def _lock(descriptor: int, path: Path) -> None:
     while not _try_lock(descriptor):
         if RUNTIME.now() >= deadline:
             logger.warning(
-                "Another process of this user has kept %s locked for %.0f s, and is waited for no longer: weights are hashed "
-                "here as well. If it hangs, end it (`fuser -v %s` names it)",
+                "Another process of this user has kept %s locked for %.0f s and is waited for no longer: this process "
+                "hashes the weights too. If the other process hangs, end it (`fuser -v %s` names it)",
                 path,
                 _PATIENCE_SECONDS,
                 path,

@@ -1,4 +1,4 @@
-"""The edge towards an engine: nothing that goes wrong in an integration gets past it, but a load that the engine counts on."""
+"""The boundary to an engine: no error of an integration passes it, except the failure of a load that the engine relies on."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ logger = init_logger(__name__)
 
 
 class LoadFailed(LMCacheError):
-    """KV that the engine counts on could not be loaded, and it has no other way to hear of it: its answers would be made from
-    memory that nobody filled."""
+    """KV that the engine relies on could not be loaded, and only an exception can report that to the engine: without it the
+    engine would compute answers from memory that was never filled."""
 
 
 def never_raises(otherwise: Callable[[], Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Let a method that an engine calls answer `otherwise()` where it raises, and log that; `LoadFailed` gets through."""
+    """Make a method that an engine calls log an exception and return `otherwise()`. `LoadFailed` is raised to the engine."""
 
     def around(method: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(method)
@@ -28,7 +28,7 @@ def never_raises(otherwise: Callable[[], Any]) -> Callable[[Callable[..., Any]],
             except LoadFailed:
                 raise
             except Exception:  # the edge
-                logger.exception("%s went wrong; the engine goes on without", method.__name__)
+                logger.exception("LMCache failed in %s; the engine goes on without it", method.__name__)
                 return otherwise()
 
         return call

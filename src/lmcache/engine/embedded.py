@@ -1,7 +1,7 @@
-"""In-process mode: an engine's own server, started as its child and ended with it.
+"""In-process mode: a server that an engine starts as its child process, and that ends with the engine.
 
-It is the daemon's code with its Unix socket only; its memory is private to the engine and gone with it. The engine's scheduler
-starts it, and the ranks, which may be there earlier, find it by the engine's name.
+The child runs the daemon's code with the Unix socket only. Its memory belongs to the engine and is freed with it. The engine's
+scheduler starts the server; the ranks, which may start earlier, find it by the engine's name.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ from lmcache.wire.sockets import UNIX, listen_named
 
 logger = init_logger(__name__)
 _BOOT = "import runpy, sys; sys.path.append(sys.argv.pop(1)); runpy.run_module('lmcache.server.embedded', run_name='__main__')"
-"""With this package's own place as the last one to look in: the engine may have found it by a path of its own."""
+"""Appends this package's folder to the module path: the engine may have found the package by a path of its own."""
 START_SECONDS = 30.0
-"""How long an engine waits at its start for a server of its own, on a machine that is busy."""
+"""How long an engine waits at its start for a server of its own; a busy machine needs seconds."""
 _LOOK_SECONDS = 0.1
 _STOP_SECONDS = 15.0
-"""How long the server's end may take beyond the writes to tiers; it leaves a tier that hangs behind after three seconds."""
+"""How long the server may take to end, beyond the writes to tiers. It abandons a tier that hangs after three seconds."""
 _KILL_SECONDS = 5.0
-"""How long the kernel may take to end a killed server: one of its threads may wait for a device that does not answer."""
+"""How long the kernel may take to end a killed server: a thread of the server may wait for a device that does not answer."""
 
 
 def embedded_address(instance: str) -> str:
-    """Where the server of the engine `instance` is, or will be: an address for `Endpoint`, the same in all its processes."""
+    """Return the address of the server of the engine `instance`, for `Endpoint`; the same in all processes of the engine."""
     return f"{UNIX}@{_name(instance)}"
 
 
 def start_own_server(instance: str, config: EngineConfig, size_gb: float = 0.0) -> EmbeddedServer | None:
-    """The server of the engine `instance`, as its settings say but for a size that is given; None, with a line in the log, where
-    it cannot be started."""
+    """Start the server of the engine `instance` with the engine's settings; `size_gb` overrides the size. Return None, and log
+    the reason, if it cannot be started."""
     quiet = () if "LMCACHE_LOG_LEVEL" in os.environ else ("--log-level", "WARNING")
     flags = (*quiet, *config.server_flags)
     try:
@@ -58,8 +58,8 @@ def start_own_server(instance: str, config: EngineConfig, size_gb: float = 0.0) 
 def wait_connected(
     sessions: Sequence[SchedulerSession | WorkerSession], seconds: float, running: Callable[[], bool] = lambda: True
 ) -> bool:
-    """Wait until all of these have reached their server; False when one has not after so many seconds, or nobody will answer
-    since the server is not `running`."""
+    """Wait until all of these sessions are connected. Return False if one is not after `seconds`, or if the server is not
+    `running` any more."""
     now = sessions[0].runtime.now
     end = now() + seconds
     while missing := [session for session in sessions if not session.connected]:
@@ -71,21 +71,21 @@ def wait_connected(
 
 
 class EmbeddedServer:
-    """The server of one engine, in a process of its own, from now until `close` or until this process ends in any way.
+    """The server of one engine, in a child process, from now until `close` or until this process ends in any way.
 
     Connections to `address` succeed at once and are answered when the server is up, a fraction of a second later.
 
     Args:
-        instance: the engine's name, that of its `Endpoint`s.
-        l1_size_gb: memory for KV in GiB; 0 takes a quarter of what is available.
+        instance: the engine's name, as in its `Endpoint`s.
+        l1_size_gb: memory for KV in GiB; 0 takes a quarter of the available memory.
         chunk_size: tokens in a chunk.
-        flags: more flags of `lmcache server`, as they would be typed, but for --drain-seconds. With --http-port it serves HTTP
-            too.
-        drain_seconds: what --drain-seconds is: how long the end waits for what is still to be written to tiers.
+        flags: more flags of `lmcache server`, as on its command line, except --drain-seconds. With --http-port the server also
+            serves HTTP.
+        drain_seconds: the value of --drain-seconds: how long the server, when it ends, goes on writing to tiers.
 
     Raises:
-        ConfigError: another engine of that name has a server. What else is wrong (too little memory,
-            a bad flag) the server says in the log when it ends; the engine then runs without it.
+        ConfigError: another engine of that name has a server. Other faults (too little memory, a bad
+            flag) are logged by the server, which then ends; the engine runs without it.
     """
 
     def __init__(
@@ -113,8 +113,8 @@ class EmbeddedServer:
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     env=_environment(),
-                    cwd="/",  # python -c looks for modules where it runs
-                    start_new_session=True,  # Ctrl-C is for the engine
+                    cwd="/",  # python -c looks for modules in its working directory
+                    start_new_session=True,  # Ctrl-C must reach the engine only
                 )
             except (OSError, ValueError) as error:
                 raise ConfigError(f"cannot start the engine's own server with {sys.executable}: {error}") from error
@@ -131,7 +131,7 @@ class EmbeddedServer:
         return self._process.poll() is None
 
     def close(self) -> None:
-        """End it and wait until its memory is free, or until it has had time enough even to be killed."""
+        """End the server and wait until its memory is free. A server that does not end in time is killed."""
         self._process.terminate()
         if not self._ended(self._drain_seconds + _STOP_SECONDS):
             logger.warning("This engine's LMCache server, pid %d, does not stop: it is killed", self.pid)
@@ -139,7 +139,7 @@ class EmbeddedServer:
             if not self._ended(_KILL_SECONDS):
                 logger.error(
                     "This engine's LMCache server, pid %d, was killed and is still there, with its memory: "
-                    "see whether the file systems of its tiers answer",
+                    "check whether the file systems of its tiers answer",
                     self.pid,
                 )
         if self._kept >= 0:
@@ -155,14 +155,14 @@ class EmbeddedServer:
 
 
 def _name(instance: str) -> str:
-    """Short: a socket's name has 107 bytes at most, an engine's may have any number."""
+    """Return a short name for the socket: it has 107 bytes at most, and an engine's name may have any number."""
     return f"lmcache-{os.getuid()}-{blake3(instance.encode()).hexdigest(16)}"
 
 
 def _lifeline() -> tuple[int, int]:
-    """A descriptor that becomes readable when this process ends, however; and one to be kept open until then, or -1.
+    """Return a descriptor that becomes readable when this process ends, and one to be kept open until then, or -1.
 
-    A pidfd where the kernel gives one. The end of a pipe otherwise, which a forked child of this process holds up.
+    The first is a pidfd, or a pipe's end if the kernel gives none. A forked child of this process keeps the pipe open longer.
     """
     try:
         return os.pidfd_open(os.getpid()), -1
@@ -171,5 +171,5 @@ def _lifeline() -> tuple[int, int]:
 
 
 def _environment() -> dict[str, str]:
-    """This process's, without what configures a daemon: an engine's own server is told everything by flags."""
+    """Return this process's environment without the daemon's settings: an engine's own server gets its settings by flags."""
     return {name: value for name, value in os.environ.items() if not name.startswith(ENV_PREFIX)}

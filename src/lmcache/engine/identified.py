@@ -1,5 +1,5 @@
-"""While it is not known which weights an engine serves, it has no layout and says hello to no server: every lookup is a miss, and
-every store is dropped, for the reason `UNKNOWN`."""
+"""Whether the weights of an engine are identified. Until then the engine has no layout and connects to no server: every lookup
+is a miss, and every store is dropped, for the reason `UNKNOWN`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lmcache.errors import IdentityUnknown
 
 UNKNOWN = "identity not known yet"
 LayoutFor = Callable[[int], Layout]
-"""The model's layout for a chunk size in tokens. Raises IdentityUnknown, for any size, until the weights' identity is known."""
+"""Returns the model's layout for a chunk size in tokens; raises IdentityUnknown until the identity of the weights is known."""
 
 
 def is_identified(layout_for: LayoutFor) -> bool:

@@ -1,9 +1,9 @@
-"""Which weights an engine serves, free of any engine's types.
+"""The identity of the weights that an engine serves, free of any engine's types.
 
-A repository is named with its resolved commit; a local directory by every byte of every file in it: weights, configuration, code.
-Two engines may exchange KV only if this agrees, so in doubt it differs. Weights are hashed once: the digests of large files are
-remembered on disk (`digests`). That takes seconds or minutes, in which the engine runs without a cache: `Identity.layout` raises
-until then, so the sessions of `lmcache.engine` say hello to no server.
+A repository is identified by its name and resolved commit, a local directory by every byte of its files: weights, configuration
+and code. Two engines may exchange KV only if their identities are equal, so in doubt they differ. Weights are hashed once: the
+digests of large files are kept on disk (`digests`). Hashing takes seconds or minutes, in which the engine runs without a cache:
+`Identity.layout` raises until then, so the sessions of `lmcache.engine` connect to no server.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ _SNAPSHOT = re.compile(r"models--(?P<repository>[^/]+)/snapshots/(?P<commit>[0-9
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 _PART = re.compile(r"(?P<before>.*)-\d{5}-of-(?P<after>\d{5}\.\w+)")
 _MAX_FILES, _MAX_DEPTH = 10_000, 16
-"""Bounds of a model's directory: more is a home directory, or links in a circle."""
+"""Bounds of a model's directory: beyond them it is taken for a home directory or a cycle of links."""
 _AT_ONCE_BYTES = 256 << 20
-"""So many bytes are hashed within the call, in a fraction of a second, and their digests are not kept on disk."""
+"""Up to this size files are hashed within the call, in a fraction of a second, and their digests are not kept on disk."""
 _VOLATILE = frozenset({"_name_or_path", "_commit_hash", "transformers_version", "name_or_path"})
 REMEDY = "set lmcache.mp.model_id to a name of yours"
 MEANWHILE = "nothing is served or stored"
@@ -45,24 +45,23 @@ _Files = tuple[tuple[Path, Stamp], ...]
 
 
 class Mark(NamedTuple):
-    """What one name on the way to a model's files, or a file, stood for when it was looked at."""
+    """The stamp of a file, or of one folder or link on the path to a model's files, when it was examined."""
 
     step: Path
     whole: bool
-    """Every change counts. False for a folder that is only passed through: then no more than which one it is."""
+    """True if every change counts. False for a folder that the path only passes through: then only device and inode count."""
     stamp: Stamp
 
 
 class Finding:
-    """A name that takes long to find out: `find` runs in a thread of low priority, which ends with the process. Where it reads
-    little, it runs within this call.
+    """A name that takes long to compute. `find` runs in a daemon thread of low priority, or within this call if it reads little.
 
-    what: whose name it is, for the log. remedy: what to do where `find` raises. size_bytes: to be read. meanwhile: what does not
-    happen until then, for the log. unwanted: is set when nobody wants the name any more; then nothing that `find` raises is told.
-    It should look at it often.
+    what: the thing that is named, for the log. remedy: what the user can do if `find` raises. size_bytes: how much `find` reads.
+    meanwhile: what does not happen until then, for the log. unwanted: set when the name is no longer needed. `find` should check
+    it often; what `find` raises after that is not logged.
 
     Raises:
-        LayoutError: it ran within this call and raised.
+        LayoutError: `find` ran within this call and raised.
     """
 
     def __init__(
@@ -85,7 +84,7 @@ class Finding:
             self._thread = RUNTIME.start(self._run, "lmcache-identity")
 
     def give_up(self) -> None:
-        """Nobody wants the name any more. Returns when `find` has ended."""
+        """Cancel `find`, and return when it has ended."""
         self._unwanted.set()
         if self._thread is not None:
             self._thread.join()
@@ -93,7 +92,7 @@ class Finding:
     def _found(self) -> str:
         try:
             return self._find()
-        except Exception as error:  # whatever it is, who waits for the name must hear that it will not come
+        except Exception as error:  # whatever it is, callers that wait for the name must learn that it will not come
             raise LayoutError(f"{error}; {self._remedy}") from error
 
     def _run(self) -> None:
@@ -112,16 +111,16 @@ class Finding:
 
 @dataclass(frozen=True)
 class Identity:
-    """The name of the weights that an engine serves; of several parts where those of a draft model are among them."""
+    """The name of the weights that an engine serves; it has several parts if the engine also serves a draft model."""
 
     parts: tuple[str | Finding, ...]
 
     @property
     def name(self) -> str:
-        """The parts' names, joined.
+        """The names of the parts, joined.
 
         Raises:
-            IdentityUnknown: not all of them are known (yet).
+            IdentityUnknown: at least one name is not known (yet).
         """
         names = [part if isinstance(part, str) else part.name for part in self.parts]
         if not all(names):
@@ -130,17 +129,17 @@ class Identity:
 
     @property
     def failure(self) -> str:
-        """Why the name will never be known, and what to do; "" where that is not so."""
+        """Why the name will never be known, and what to do; "" if it is known or still being computed."""
         return next((part.failure for part in self.parts if isinstance(part, Finding) and part.failure), "")
 
     def give_up(self) -> None:
-        """Nobody wants the name any more. Returns when no thread looks for it."""
+        """Cancel the computation of the name, and return when its threads have ended."""
         for part in self.parts:
             if isinstance(part, Finding):
                 part.give_up()
 
     def layout(self, model: Layout, chunk_tokens: int) -> Layout:
-        """The layout of `model`, whatever weights and chunks that names, with these.
+        """Return `model` with these weights and chunks of `chunk_tokens`.
 
         Raises:
             IdentityUnknown: as `name`.
@@ -152,21 +151,21 @@ class Identity:
 
 
 def named(name: str) -> Identity:
-    """The identity of weights whose name is known."""
+    """Return the identity of weights whose name is known."""
     return Identity((name,))
 
 
 def path_identity(
     name: str, remedy: str = REMEDY, unchanged_since: float | None = None, meanwhile: str = MEANWHILE
 ) -> Identity | None:
-    """The identity of a local directory or file, None if there is none of that name.
+    """Return the identity of a local directory or file, or None if it does not exist.
 
-    remedy: what the engine's user can do where there is none. unchanged_since: what was changed later, in seconds since the
-    epoch, may not be what the engine has read. None: later than the start of this process. meanwhile: what does not happen while
+    remedy: what the engine's user can do about an error. unchanged_since: a time in seconds since the epoch (None: the start of
+    this process); the engine may have read a file before it was changed after that time. meanwhile: what does not happen while
     the files are hashed, for the log.
 
     Raises:
-        LayoutError: there are no weights in it, or it was changed after `unchanged_since`.
+        LayoutError: there are no weights at `name`, or they were changed after `unchanged_since`.
     """
     path = Path(name)
     commit = _commit_of(Path(os.path.abspath(name)))
@@ -188,11 +187,11 @@ def path_identity(
 
 
 def marks_of(path: Path) -> tuple[Mark, ...]:
-    """Every name on the way to a model's files, and the files: by these `unchanged` finds out later whether they are the same.
+    """Return the marks of a model's files, and of every folder and link on the paths to them, for `unchanged`.
 
     Raises:
         LayoutError: there are more files than a model has.
-        OSError: one of them cannot be looked at.
+        OSError: one of them cannot be examined.
     """
     files = _listed(path)
     steps = dict.fromkeys(step for file, _ in files for step in _steps(file.absolute()))
@@ -203,7 +202,7 @@ def marks_of(path: Path) -> tuple[Mark, ...]:
 
 
 def unchanged(marks: Iterable[Mark]) -> bool:
-    """Whether all of these stand for what they did. No file is read, and no directory listed."""
+    """Return whether every mark still has its stamp. No file is read, and no directory listed."""
     try:
         return all(_look(step, whole) == stamp for step, whole, stamp in marks)
     except OSError:
@@ -211,7 +210,7 @@ def unchanged(marks: Iterable[Mark]) -> bool:
 
 
 def repository_identity(name: str, model_config: Any, remedy: str = REMEDY) -> Identity:
-    """A repository's name with the commit that was resolved for it.
+    """Return the identity of a repository: its name and the commit that the engine resolved for it.
 
     Raises:
         LayoutError: the commit is not known.
@@ -224,7 +223,7 @@ def repository_identity(name: str, model_config: Any, remedy: str = REMEDY) -> I
 
 
 def plain(value: Any) -> Any:
-    """`value` in JSON's terms, the same in every process: no object's address gets in."""
+    """Return `value` as JSON types, the same in every process: it contains no address of an object."""
     if isinstance(value, str | int | float | bool | None):
         return value
     if isinstance(value, Mapping):
@@ -240,12 +239,12 @@ def plain(value: Any) -> Any:
 
 
 def digest_of(material: Any) -> str:
-    """A digest of what changes the numbers, in JSON's terms (`plain`)."""
+    """Return a digest (32 hex digits) of settings that change the KV, given as JSON types (`plain`)."""
     return blake3(json.dumps(material, sort_keys=True).encode()).hexdigest(16)
 
 
 def _commit_of(path: Path) -> str:
-    """Repository and commit of a snapshot in a hub's cache; "" where a file in it is somebody's own and not the hub's."""
+    """Return repository@commit for a snapshot in a hub's cache; "" if a file in it does not come from the hub."""
     snapshot = _SNAPSHOT.search(str(path))
     if snapshot is None or not path.is_dir():
         return ""
@@ -257,11 +256,10 @@ def _commit_of(path: Path) -> str:
 
 
 def _files_below(folder: Path) -> tuple[Path, ...]:
-    """Every file below a directory, whatever it is called, but hidden ones: engines read weights, configuration and code under
-    many names.
+    """Return every file below a directory, except hidden ones: engines read weights, configuration and code under many names.
 
     Raises:
-        LayoutError: there are more than a model has.
+        LayoutError: there are more files than a model has.
     """
     found: list[Path] = []
     for parent, folders, names in os.walk(folder, followlinks=True):
@@ -275,7 +273,7 @@ def _files_below(folder: Path) -> tuple[Path, ...]:
 
 
 def _parts_of(file: Path) -> tuple[Path, ...]:
-    """The file, with all other parts where its name says that it is one of several (split GGUF)."""
+    """Return the file, with all other parts if its name says that it is one of several (split GGUF)."""
     part = _PART.fullmatch(file.name)
     if part is None:
         return (file,)
@@ -284,12 +282,12 @@ def _parts_of(file: Path) -> tuple[Path, ...]:
 
 
 def _listed(path: Path) -> _Files:
-    """Every file of a model, with its stamp, in one order: below a directory, or a file with its other parts."""
+    """Return every file of a model with its stamp, sorted: those below a directory, or a file with its other parts."""
     return tuple((file, stamp_of(file.stat())) for file in (_files_below(path) if path.is_dir() else _parts_of(path)))
 
 
 def _steps(path: Path) -> Iterator[Path]:
-    """Every folder and symbolic link that an absolute name leads through, also those behind links, and what it leads to."""
+    """Yield every folder and symbolic link on an absolute path, also those behind links, and the file at its end."""
     for step in (*reversed(path.parents), path):
         yield step
         if step.is_symlink():
@@ -302,10 +300,10 @@ def _look(step: Path, whole: bool) -> Stamp:
 
 
 def _newer(step: Path, whole: bool, limit: float) -> bool:
-    """Whether this name may have meant something else at `limit`.
+    """Return whether this name may have stood for another file or folder at `limit`.
 
-    A folder that was renamed has a new ctime, and so has the folder that it is in; its mtime stays. Files that come and go in a
-    folder set both of its times to the same.
+    Renaming a folder changes its ctime and that of its parent, but not its mtime. Adding or removing a file in a folder sets the
+    folder's ctime and mtime to the same time.
     """
     status = step.lstat()
     if whole or status.st_ctime <= limit:
@@ -315,20 +313,20 @@ def _newer(step: Path, whole: bool, limit: float) -> bool:
 
 @functools.lru_cache(maxsize=64)
 def _finding(path: Path, files: _Files, remedy: str, meanwhile: str) -> Finding:
-    """One for all who ask in this process."""
+    """Return one `Finding` for all callers in this process."""
     size, remedy = _missing_bytes(files, _remembered(files)), f"start the engine in a new process, or {remedy}"
     return Finding(repr(str(path)), remedy, lambda: _files_name(path, files), size, meanwhile)
 
 
-os.register_at_fork(after_in_child=_finding.cache_clear)  # the thread stays behind
+os.register_at_fork(after_in_child=_finding.cache_clear)  # a forked child does not have the thread
 
 
 def _files_name(path: Path, files: _Files) -> str:
-    """The name of these files, which follows from their names below the directory and all of their bytes: a copy has the same.
+    """Return the name of these files, a digest of their names below the directory and of all their bytes: a copy has the same.
 
     Raises:
-        LayoutError: they change meanwhile.
-        OSError: one of them cannot be read.
+        LayoutError: the files change meanwhile.
+        OSError: a file cannot be read.
     """
     memory, large = _memory(), _missing_bytes(files, _remembered(files)) > _AT_ONCE_BYTES
     with memory.turn(sum(stamp.inode for _, stamp in files)) if large else contextlib.nullcontext():
@@ -346,7 +344,7 @@ def _files_name(path: Path, files: _Files) -> str:
 
 
 def _remembered(files: _Files) -> dict[Stamp, str]:
-    """The digests that are known of these files. Of a small model none are kept."""
+    """Return the kept digests of these files. Those of a small model are not kept."""
     stamps = [stamp for _, stamp in files]
     return _memory().find(stamps) if sum(stamp.size for stamp in stamps) > _AT_ONCE_BYTES else {}
 
@@ -357,16 +355,16 @@ def _missing_bytes(files: _Files, digests: Iterable[Stamp]) -> int:
 
 
 def _memory() -> DigestMemory:
-    """The digests of this user; without a home directory none are kept."""
+    """Return this user's digests; without a home directory none are kept."""
     home = os.path.expanduser("~")
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(home if os.path.isabs(home) else os.devnull, ".cache")
     return DigestMemory(Path(cache) / "lmcache")
 
 
 def model_folder(name: str, commit: str | None, download_folder: str | None) -> Path | None:
-    """Where the files of a model are: its own directory, or that of its commit in the hub's cache. None where neither is there.
+    """Return a model's directory: its own, or that of its commit in the hub's cache; None if neither exists.
 
-    download_folder: the cache that the engine was given, None for the usual one.
+    download_folder: the hub's cache as configured in the engine, None for the default one.
     """
     return next((folder for folder in (Path(name), _snapshot(name, commit, download_folder)) if folder.is_dir()), None)
 
@@ -380,7 +378,7 @@ def _snapshot(name: str, commit: str | None, download_folder: str | None) -> Pat
 
 
 def has_one_set(folder: Path) -> bool:
-    """Whether no format has a choice among the safetensors below this directory: the index, if there is one, names them all."""
+    """Return whether all load formats read the same safetensors below this directory: the index, if any, names them all."""
     found = {str(file.relative_to(folder)) for file in folder.rglob("*.safetensors")}
     if any("/" in name or name.startswith("consolidated") for name in found):
         return False
@@ -390,4 +388,4 @@ def has_one_set(folder: Path) -> bool:
     except FileNotFoundError:
         return True
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return False  # whoever does not need the index reads the files without it
+        return False  # a format that does not need the index reads the files without it

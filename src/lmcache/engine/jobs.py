@@ -1,4 +1,4 @@
-"""What a rank is asked to copy, and what became of it."""
+"""The copy jobs of a rank, and their results."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import numpy.typing as npt
 from lmcache.transfer.progress import Progress
 
 Blocks: TypeAlias = Sequence[int] | npt.NDArray[np.int32]
-"""A block table: block numbers of a request, from token 0 on. Of a job with `after`, they are read behind that point."""
+"""A block table: the block numbers of a request, from token 0 on. A job with `after` reads the table behind that point."""
 
 
 class Event(Protocol):
     """A point in the engine's device stream (`torch.cuda.Event`) that a copy must not overtake."""
 
     def query(self) -> bool:
-        """Whether the device has passed it."""
+        """Return whether the device has passed this point."""
         ...
 
     def synchronize(self) -> None: ...
@@ -29,10 +29,10 @@ class Event(Protocol):
 class Load:
     """Extents -> paged KV: tokens [start_token, end_token) of a request.
 
-    extents: this shard's u32 sectors of the chunks from `first_chunk` on. blocks: the request's block table from token 0 on.
-    lease_chunk: place of `first_chunk` among the lease's chunks (payload frames are asked for by that). after: on a GPU, the
-    point in the engine's stream that must have passed before the blocks may be written. progress: is told of layers as they
-    arrive, where the engine waits for them one by one.
+    extents: this shard's first sectors, one u32 for each chunk from `first_chunk` on. blocks: the request's block table from
+    token 0 on. lease_chunk: index of `first_chunk` among the lease's chunks (names payload frames). after: on a GPU, the point in
+    the engine's stream that must have passed before the blocks may be written. progress: notified of each layer that has arrived,
+    if the engine waits for layers one by one.
     """
 
     epoch: bytes
@@ -51,10 +51,10 @@ class Load:
 class Store:
     """Paged KV -> extents: the chunks from `first_chunk` on, named by `hashes` (16 bytes each).
 
-    end_token: where the last of them is unfull, the token behind its last one; 0 where all are full.
-    parent: hash of the chunk before, or the root's (then `first_chunk` is 0). chunk_tokens: that of the hashes; a server that
-    came back with another one gets none of them. after: on a GPU, the point in the engine's stream behind which the blocks
-    are filled. request_id: the engine's own, for the server's events.
+    end_token: if the last chunk is not full, the token behind its last one; 0 if all are full. parent: hash of the
+    chunk before, or the root (then `first_chunk` is 0). chunk_tokens: chunk size of the hashes; a server that was restarted with
+    another chunk size gets none of them. after: on a GPU, the point in the engine's stream behind which the blocks
+    are filled. request_id: the engine's request id, for the server's events.
     """
 
     chunk_tokens: int
@@ -69,9 +69,9 @@ class Store:
 
 @dataclass(frozen=True)
 class Done:
-    """A finished job. `ok` is False for a load whose blocks were not filled, or a store of which nothing was kept.
+    """The result of a job. `ok` is False for a load whose blocks were not filled, or a store that stored nothing.
 
-    seconds: of the copies. put_seconds: of a store, for getting extents from the server and committing them.
+    seconds: time of the copies. put_seconds: time of a store for reserving extents at the server and committing them.
     """
 
     job_id: str

@@ -1,4 +1,4 @@
-"""An engine whose scheduler and one of its ranks live in one process."""
+"""An engine whose scheduler and one of its ranks run in one process."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from lmcache.engine.worker import WorkerSession
 
 
 class LocalRank(Generic[RequestT]):
-    """Both sessions of such a process, its requests and its copies. Nothing raises.
+    """The scheduler's and the rank's session of one process, its requests and its copies. No method raises.
 
     Args:
-        endpoint: where the server is and who asks, in whatever role.
+        endpoint: the server's address and this process's identity; its role is not used.
         kv: what this rank serves.
         threads: copy threads of one job.
-        stages: where each pipeline stage ends, where the model is split by layers.
-        name: of the engine, as `Requests` has it.
-        ended: is called with each copy that has ended.
+        stages: the layer at which each pipeline stage ends, if the model is split by layers.
+        name: the engine's name, as for `Requests`.
+        ended: called with each copy that has ended.
         runtime: clock and threads.
     """
 
@@ -61,6 +61,6 @@ class LocalRank(Generic[RequestT]):
         self.worker.wait_for_server(seconds)
 
     def close(self) -> None:
-        """Finish the copy at hand, drop what waits, and hang up."""
+        """Finish the running copies, drop the queued ones, and close the connections."""
         self.worker.close()
         self.requests.close()

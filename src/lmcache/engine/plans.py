@@ -1,4 +1,4 @@
-"""What a scheduler asks of every rank for one request. Plain data, which engines pickle on its way."""
+"""The loads and stores that a scheduler orders from every rank for one request. Engines pickle these plain data."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ class LoadPlan:
 
     @property
     def tokens(self) -> int:
-        """Number of tokens to be filled."""
+        """Number of tokens to be loaded."""
         return self.end_token - self.start_token
 
     def filled(self, block_tokens: int) -> list[int]:
-        """The blocks, of so many tokens each, that are written to."""
+        """Return the blocks, of `block_tokens` tokens each, that the load writes."""
         return self.blocks[self.start_token // block_tokens : -(-self.end_token // block_tokens)]
 
     def job(self, shard: int, blocks: Blocks, after: Event | None, progress: Progress | None) -> Load:
-        """The load of the rank that holds this shard."""
+        """Return the load job of the rank that holds this shard."""
         first, size = self.start_token // self.chunk_tokens, 4
         skipped, end = first - self.hit.first_chunk, -(-self.end_token // self.chunk_tokens) - self.hit.first_chunk
         extents = self.hit.shard_extents(shard)[size * skipped : size * end]
@@ -47,9 +47,9 @@ class LoadPlan:
 
 @dataclass
 class StorePlan:
-    """Keep the chunks from `first_chunk` on. `hashes` are theirs, joined; `parent` is the hash before the first of them.
+    """Store the chunks from `first_chunk` on. hashes: their hashes, joined. parent: the hash before the first of them.
 
-    end_token: where the last chunk is not full, the token behind its last one; 0 where all are full.
+    end_token: if the last chunk is not full, the token behind its last one; 0 if all are full.
     """
 
     job_id: str
@@ -63,26 +63,26 @@ class StorePlan:
 
     @property
     def chunks(self) -> int:
-        """Number of chunks to be kept."""
+        """Number of chunks to be stored."""
         return len(self.hashes) // HASH_BYTES
 
     @property
     def start(self) -> int:
-        """The first token that is kept."""
+        """The first token to be stored."""
         return self.first_chunk * self.chunk_tokens
 
     @property
     def end(self) -> int:
-        """The token behind the last one that is kept."""
+        """The token behind the last one to be stored."""
         return self.end_token or self.start + self.chunks * self.chunk_tokens
 
     @property
     def tokens(self) -> int:
-        """Number of tokens to be kept."""
+        """Number of tokens to be stored."""
         return self.end - self.start
 
     def job(self, blocks: Blocks, after: Event | None) -> Store:
-        """The store of a rank; `blocks` is its block table."""
+        """Return the store job of a rank; `blocks` is its block table."""
         return Store(
             self.chunk_tokens,
             self.parent,
@@ -97,9 +97,9 @@ class StorePlan:
 
 @dataclass
 class StepPlan:
-    """What ranks are to do in one step of an engine that plans for all of them.
+    """The plans for one step of an engine whose scheduler plans for all ranks.
 
-    settle: store jobs whose blocks were taken away, to be settled before the step writes to any block.
+    settle: store jobs whose blocks were taken away; ranks settle them before the step writes to any block.
     """
 
     loads: list[LoadPlan] = field(default_factory=list)

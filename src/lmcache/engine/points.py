@@ -1,4 +1,4 @@
-"""Points in the work of the engine's device, which copies must not overtake (`jobs.Event`)."""
+"""Points in the streams of the engine's device that copies must not overtake (`jobs.Event`)."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from lmcache.engine.jobs import Event
 
 
 def stream_point(device: str, stream: Any = None) -> Any:
-    """Where a device's stream (None: the current one) is now: a copy `after` it comes after what was launched before. None on a
-    CPU."""
+    """Record a point in a device's stream (None: the current one): a copy `after` it runs after what was launched before it.
+    Return None on a CPU."""
     if device.startswith("cpu"):
         return None
     import torch
@@ -20,13 +20,13 @@ def stream_point(device: str, stream: Any = None) -> Any:
 
 
 class Both:
-    """Two points in a device's streams."""
+    """Two points in a device's streams, as one that has passed when both have."""
 
     def __init__(self, one: Event, other: Event) -> None:
         self._points = one, other
 
     def query(self) -> bool:
-        """Whether the device has passed both."""
+        """Return whether the device has passed both."""
         return all(point.query() for point in self._points)
 
     def synchronize(self) -> None:
@@ -36,17 +36,17 @@ class Both:
 
 
 class WholeDevice:
-    """Everything that was launched on a device, where it is not known on which stream the engine computes."""
+    """All work that was launched on a device, for an engine that computes on an unknown stream."""
 
     def __init__(self, device: str) -> None:
         self._device = device
 
     def query(self) -> bool:
-        """Done, as far as one can tell without waiting."""
+        """Return True: without waiting it cannot be known whether work is left."""
         return True
 
     def synchronize(self) -> None:
-        """Wait until all of it is done."""
+        """Wait until all of the work is done."""
         import torch
 
         torch.cuda.synchronize(self._device)

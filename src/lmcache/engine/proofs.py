@@ -1,4 +1,4 @@
-"""Before payload frames without a key: the server proves itself to the engine, and only then the engine to the server."""
+"""The mutual proof before payload frames without a key: first the server proves itself to the engine, then the engine to it."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _STRANGER = "`ss -ltnp` shows what it is: stop it, or give the server another --
 
 
 def prove(door: ZmqCarrier, welcome: m.Welcome, hello: m.Hello, insecure: bool) -> bytes:
-    """This engine's proof for a server that has given its own; b"" where the engine does without both (`insecure`).
+    """Return this engine's proof for a server that has proved itself; b"" if it has not and `insecure` allows that.
 
     Raises:
-        ServerRefused: the server has not proved itself, and gets no payload. The message says what to do.
+        ServerRefused: the server has not proved itself and gets no payload. The message says what to do.
     """
     try:
         return _prove(door, welcome)

@@ -1,9 +1,9 @@
-"""What ranks report to a scheduler in another process: which arena they have mapped.
+"""Reports of ranks to a scheduler in another process: which arena each rank has mapped.
 
-Some engines (TensorRT-LLM) take a hit as a promise: they have no way to hear that a load failed, but to fail the step. So a hit
-is only offered when every rank has the arena mapped, from where a load succeeds even when the server dies. Such an engine's own
-messages go one way, from the scheduler to the ranks; these go the other way, as datagrams to a socket in Linux's abstract
-namespace, which leaves no file behind.
+Some engines (TensorRT-LLM) cannot handle a failed load except by failing the step. So a hit is offered to them only when every
+rank has the arena mapped: a load from a mapped arena succeeds even if the server dies. The messages of such an engine go from the
+scheduler to the ranks only; these reports go the other way, as datagrams to a socket in Linux's abstract namespace, which leaves
+no file behind.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ _MAX_BYTES = 4096
 
 
 class Report(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """A rank's: the epoch whose arena it has mapped, b"" for none."""
+    """A rank's report: the epoch whose arena it has mapped, b"" for none."""
 
     rank: int
     epoch: bytes
 
 
 class RankWatch:
-    """The scheduler's end.
+    """The scheduler's side, which receives the reports.
 
     Raises:
-        OSError: there is such a socket already.
+        OSError: the socket of this engine exists already.
     """
 
     def __init__(self, instance: str, ranks: int, runtime: Runtime = RUNTIME) -> None:
@@ -46,11 +46,11 @@ class RankWatch:
         self._thread = runtime.start(self._listen, "lmcache-ranks")
 
     def begin(self, epochs: list[bytes]) -> None:
-        """What the ranks had mapped, in their order, when the engine started."""
+        """Set the epochs that the ranks had mapped when the engine started, in the order of the ranks."""
         self._epochs = dict(enumerate(epochs)) | self._epochs
 
     def all_have(self, epoch: bytes) -> bool:
-        """Whether every rank has this epoch's arena mapped, as far as they have told."""
+        """Return whether every rank has reported that it has this epoch's arena mapped."""
         epochs = dict(self._epochs)
         return bool(epoch) and len(epochs) == self._ranks and all(other == epoch for other in epochs.values())
 
@@ -76,22 +76,22 @@ class RankWatch:
 
 
 class RankReporter:
-    """A rank's end. Never waits and never raises: what cannot be told now is told with the next step. told: known already."""
+    """A rank's side. No method waits or raises; the next step repeats a failed report. reported: the last epoch reported."""
 
-    def __init__(self, instance: str, rank: int, told: bytes) -> None:
+    def __init__(self, instance: str, rank: int, reported: bytes) -> None:
         self._name, self._rank = _name(instance), rank
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
-        self._told = told
+        self._reported = reported
 
     def tell(self, epoch: bytes) -> None:
-        """Send it if it is another than before."""
-        if epoch == self._told:
+        """Report the epoch if it differs from the last one reported."""
+        if epoch == self._reported:
             return
         try:
             self._socket.sendto(msgspec.msgpack.encode(Report(self._rank, epoch)), self._name)
-            self._told = epoch
+            self._reported = epoch
         except OSError as error:
-            logger.debug("not told yet: %s", error)
+            logger.debug("The mapped arena was not reported to the scheduler yet: %s", error)
 
     def close(self) -> None:
         self._socket.close()
@@ -102,5 +102,5 @@ def _name(instance: str) -> str:
 
 
 def _is_own(data: bytes) -> bool:
-    """Whether these are the credentials of a process of this user."""
+    """Return whether these are the credentials of a process of this user."""
     return len(data) >= _CREDENTIALS.size and _CREDENTIALS.unpack_from(data)[1] == os.getuid()

@@ -1,7 +1,7 @@
 """What every engine's scheduler does for its requests: hash, look up, hold the hit, give it back, plan loads and stores.
 
-An integration turns the engine's requests into `Request`s and these plans into what its ranks are told. Nothing here raises,
-and nothing waits longer than the session's deadline.
+An integration translates the engine's requests into `Request`s, and the plans into messages to the engine's ranks. No function
+here raises, and none waits longer than the session's deadline.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from lmcache.observability.log import init_logger
 logger = init_logger(__name__)
 
 HIT_SECONDS = 5.0
-"""A hit that waits longer than this for its load is given back and asked for again: its lease keeps others out."""
+"""A hit that waits longer than this for its load is given back and looked up again: its lease keeps extents occupied."""
 MISS_SECONDS = 0.25
-"""Schedulers ask about a request that waits at every step; so soon after a miss the answer is the same."""
+"""A miss is the answer again for this time: schedulers ask about a waiting request at every step."""
 _NEVER = float("-inf")
 
 
 @dataclass
 class Request:
-    """What is known of one request.
+    """The state of one request.
 
-    salt: only requests of the same salt share KV. adapter: name and content of the LoRA adapter. extras: what else decides the
-    numbers. cacheable: whether anything of the request is loaded or stored. hit: what was found and is not being loaded yet.
-    blocks: the engine's block table from token 0 on. stored: chunks, from the first on, that the server has or was sent; `tail`
-    is the hash of an unfull chunk that it has or was sent. jobs: stores under way, and how many ranks have not ended them.
+    salt: only requests of the same salt share KV. adapter: name and content name of the LoRA adapter. extras: what else changes
+    the KV. cacheable: whether the request may be loaded and stored. hit: the hit that is not being loaded yet. blocks: the
+    engine's block table from token 0 on. stored: number of leading chunks that the server has or was sent; tail: hash of the
+    unfull chunk that it has or was sent. jobs: running stores, each with the number of ranks that have not ended it.
     """
 
     id: Hashable
@@ -55,7 +55,7 @@ class Request:
 
     @property
     def found_tokens(self) -> int:
-        """Tokens of the hit from the prompt's start on, counting an unfull chunk as a full one; 0 without a hit."""
+        """Tokens of the hit from the start of the prompt, counting an unfull chunk as full; 0 without a hit."""
         return self.hit.chunks * self.chain.chunk_tokens if self.hit is not None and self.chain is not None else 0
 
 
@@ -66,12 +66,12 @@ class Requests(Generic[RequestT]):
     """The requests of one scheduler.
 
     Args:
-        session: of this scheduler. It is closed when this object is, or once `stop` was called and nothing is leased.
-        block_tokens: tokens of a block in the requests' tables; 0 where the tables are only known to the ranks.
+        session: the scheduler's session. It is closed with this object, or once `stop` was called and no load runs.
+        block_tokens: tokens of a block in the requests' block tables; 0 if only the ranks know the tables.
         ranks: how many ranks have to end a job.
-        save_tail: whether the last, unfull chunk of a prompt is stored too.
-        name: of this engine, the same in all of its schedulers. It names KV that is not to be shared, so no other engine may have
-            it; b"" makes one up.
+        save_tail: whether the last, unfull chunk of a prompt is also stored.
+        name: the engine's name, the same in all of its schedulers. It names KV that no other engine may share, so it must be
+            unique; "" generates one.
     """
 
     def __init__(
@@ -84,23 +84,23 @@ class Requests(Generic[RequestT]):
         name: str = "",
     ) -> None:
         self.session: SchedulerSession | None = session
-        """None once this engine runs without a cache."""
+        """None once `stop` or `close` was called: this engine then runs without a cache."""
         self.runtime = session.runtime
         self.prefill = PrefillRate()
         self.open: dict[Hashable, RequestT] = {}
         self.loading: dict[str, LoadPlan] = {}
-        """Loads that some rank has not ended yet, by job."""
+        """Loads that at least one rank has not ended yet, by job."""
         self.resets = self._generation = self._generation_before = 0
         self.emptied, self._emptied_before = 0, -1
-        """How often the engine's own cache has been emptied: by now, and when the last of what a reset gave up was computed."""
+        """How often the engine's own cache was emptied: by now, and when the last KV that a reset invalidated was computed."""
         self._lessor = session
-        """Leases are given back to it even after `stop`."""
+        """The session that leases are given back to, even after `stop`."""
         self._block_tokens, self._ranks, self._save_tail = block_tokens, ranks, save_tail
         self._name = name or secrets.token_hex(8)
         self._left: dict[str, int] = {}
-        """Ranks that have not ended a load, by job."""
+        """Number of ranks that have not ended a load, by job."""
         self.storing: dict[str, RequestT] = {}
-        """Whose stores some rank has not ended yet, by job."""
+        """Requests with a store that at least one rank has not ended yet, by job."""
         self._jobs = 0
 
     # Lookups
@@ -108,10 +108,10 @@ class Requests(Generic[RequestT]):
     def find(
         self, request: RequestT, tokens: Any, have: int = 0, *, fresh: float = HIT_SECONDS, wait: bool = False
     ) -> Hit | Loading | None:
-        """What the server has of these tokens, if that is more than the first `have` of them, which are in the engine.
+        """Look up which of these tokens the server has beyond the first `have`, which the engine has. None is a miss.
 
-        A hit becomes the request's, and is the answer again for `fresh` seconds; a miss is for `MISS_SECONDS`. wait: return when
-        tiers have loaded, and never `Loading`.
+        A hit is stored in the request and returned again for `fresh` seconds; a miss for `MISS_SECONDS`. wait: return when tiers
+        have loaded, and never return `Loading`.
         """
         session, now = self.session, self.runtime.now()
         if session is None or not (request.cacheable and request.may_load):
@@ -142,7 +142,7 @@ class Requests(Generic[RequestT]):
         return found
 
     def chain(self, request: RequestT) -> TokenChain | None:
-        """The request's chain under the server of now: a new one, with nothing stored, when the server is another."""
+        """Return the request's chain for the current server: a new one, with nothing stored, if the server has changed."""
         session = self.session
         if session is None or not request.cacheable:
             return None
@@ -153,28 +153,28 @@ class Requests(Generic[RequestT]):
         return request.chain
 
     def give_back(self, request: RequestT) -> None:
-        """The hit will not be loaded. Who wants it after all has to ask again."""
+        """Release the request's hit without loading it. A later load needs another `find`."""
         hit, request.hit, request.asked_at = request.hit, None, _NEVER
         if hit is not None:
             self.release(hit)
 
     def give_back_older(self, seconds: float) -> None:
-        """Give back all hits that have waited for their load longer than this."""
+        """Give back all hits that have waited for their load longer than `seconds`."""
         now = self.runtime.now()
         for request in self.open.values():
             if request.hit is not None and now - request.asked_at > seconds:
                 self.give_back(request)
 
     def release(self, hit: Hit) -> None:
-        """Nothing reads the hit's extents any more."""
+        """End the hit's lease. The caller ensures that nothing reads the hit's extents any more."""
         self._lessor.release(hit)
         self._hang_up_if_unused()
 
     # Loads and stores
 
     def load(self, request: RequestT, start: int, end: int, total: int = 0) -> LoadPlan:
-        """Plan to load tokens [start, end) of the request's hit, whose lease holds until all ranks have `loaded`. The request's
-        blocks may be filled in later. total: tokens of the request, for the log."""
+        """Plan to load tokens [start, end) of the request's hit. The lease holds until `loaded` was called for all ranks. The
+        plan's blocks may be filled in later. total: tokens of the request, for the log."""
         assert request.hit is not None and request.chain is not None
         plan = LoadPlan(
             self._job("load"),
@@ -191,7 +191,7 @@ class Requests(Generic[RequestT]):
         return plan
 
     def loaded(self, job_id: str, ranks: int = 0) -> None:
-        """So many ranks (0: all) have ended this load, well or not."""
+        """Record that `ranks` ranks (0: all) have ended this load, with success or without."""
         left = self._left.get(job_id, 0) - (ranks or self._ranks)
         if left > 0:
             self._left[job_id] = left
@@ -204,16 +204,16 @@ class Requests(Generic[RequestT]):
     def store(
         self, request: RequestT, tokens: Any, computed: int, *, first_token: int = 0, ends: bool = False
     ) -> StorePlan | None:
-        """Plan to store the chunks that are full with the first `computed` of these tokens, and were not stored before.
+        """Plan to store the chunks that the first `computed` of these tokens fill, and that were not stored before.
 
-        first_token: what lies before it is not there to be stored. ends: with `computed` the prompt ends, so an unfull chunk is
-        its tail. None where there is nothing to store, or not where it lies.
+        first_token: tokens before it are not available for storing. ends: the prompt ends at `computed`, so an unfull chunk is
+        its tail. Return None if there is nothing to store, or the blocks of the tokens are not known.
         """
         session, chain = self.session, request.chain
         if session is None or not request.cacheable:
             return None
         ends = ends and self._save_tail
-        if chain is not None and request.epoch == session.epoch:  # schedulers ask at every step, and mostly for nothing
+        if chain is not None and request.epoch == session.epoch:  # called at every step, mostly with nothing to store
             size = chain.chunk_tokens
             if computed // size <= request.stored and (request.tail or not (ends and computed % size)):
                 return None
@@ -238,7 +238,7 @@ class Requests(Generic[RequestT]):
         return plan
 
     def stored(self, job_id: str, ranks: int = 0) -> None:
-        """So many ranks (0: all) have ended this store, well or not."""
+        """Record that `ranks` ranks (0: all) have ended this store, with success or without."""
         request = self.storing.get(job_id)
         if request is None:
             return
@@ -253,7 +253,7 @@ class Requests(Generic[RequestT]):
     # Ends
 
     def finish(self, request_id: Hashable, computed: int = 0) -> RequestT | None:
-        """The request has ended; its stores may be under way. computed: tokens that could have been stored."""
+        """End a request; its stores may still run. computed: tokens that could have been stored."""
         request = self.open.pop(request_id, None)
         if request is not None:
             self.give_back(request)
@@ -262,38 +262,38 @@ class Requests(Generic[RequestT]):
         return request
 
     def forgone(self, tokens: int) -> None:
-        """So many tokens of a prompt have been computed that could not be looked up, nor stored, for want of a server."""
+        """Count tokens of a prompt that were computed but could be neither looked up nor stored, for want of a server."""
         if self.session is not None:
             self.session.forgone(tokens)
 
     def reset(self, emptied: int | None = None) -> None:
-        """Nothing kept so far is served to this engine again, since its weights may have changed. Others keep what they have.
+        """Serve none of the KV stored so far to this engine again, since its weights may have changed. Other engines keep theirs.
 
         emptied: how often the engine's own cache had been `emptied` when the last KV of the old weights was computed; None for
-        now, -1 where the engine holds no such KV.
+        now, -1 if the engine holds no such KV.
         """
         self._emptied_before = max(self._emptied_before, self.emptied if emptied is None else emptied)
         self.resets += 1
         self._generation_before, self._generation = self._generation, self.resets
         for request in self.open.values():
-            request.cacheable = False  # some of it may be of the old weights, so it stores no more
+            request.cacheable = False  # a part of its KV may be of the old weights, so it must not be stored
             self.give_back(request)
 
     def own_cache_emptied(self) -> None:
-        """The engine's own cache is empty: what is computed from now on owes nothing to what was there."""
+        """Record that the engine's own cache is empty: KV computed from now on does not depend on its former contents."""
         self.emptied += 1
 
     @property
     def own_cache_outdated(self) -> bool:
-        """Whether the engine's own cache may hold KV from before a reset: then what is computed upon it is no better."""
+        """Whether the engine's own cache may hold KV from before a reset: then KV computed from it is outdated too."""
         return self.emptied <= self._emptied_before
 
     def undo_reset(self) -> None:
-        """The weights are those of before the last reset."""
+        """Undo the last reset: the weights are again those of before it."""
         self._generation = self._generation_before
 
     def stop(self, reason: str) -> None:
-        """This engine cannot be served: from now on it runs without a cache."""
+        """Serve this engine no more, for `reason`: from now on it runs without a cache."""
         if self.session is not None:
             logger.warning("LMCache serves nothing for this engine: %s", reason)
             for request in self.open.values():
@@ -306,6 +306,6 @@ class Requests(Generic[RequestT]):
         self._lessor.close()
 
     def _hang_up_if_unused(self) -> None:
-        """Ranks that can serve may still load what is leased when another one cannot."""
+        """After `stop`, close the session once no load runs: ranks that can be served may still load what is leased."""
         if self.session is None and not self.loading:
             self._lessor.close()

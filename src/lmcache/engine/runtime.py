@@ -1,4 +1,4 @@
-"""The time and the threads of the engine's side: nothing else there reads a clock, sleeps or starts a thread.
+"""The clock and the threads of the engine's side: no other module there reads a clock, sleeps or starts a thread.
 
 A simulation of engines gives sessions a runtime of its own; everything above a session uses that session's runtime.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 
 
 def process_started() -> float:
-    """When this process began, in seconds since the epoch, and no earlier: the kernel counts in ticks."""
+    """Return when this process began, in seconds since the epoch, rounded up: the kernel counts in ticks."""
     ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) + 1
     return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + ticks / os.sysconf("SC_CLK_TCK")
 
@@ -27,8 +27,8 @@ def _start_thread(run: Callable[[], object], name: str) -> threading.Thread:
 
 @dataclass(frozen=True)
 class Runtime:
-    """now: seconds of a clock that never goes back. wall: seconds since the epoch, which files have, too. sleep: returns after so
-    many seconds. start: runs a function in a thread of this name, which ends with the process at the latest."""
+    """A clock and a way to start threads. now: seconds of a clock that never goes back. wall: seconds since the epoch, as in file
+    times. sleep: waits for some seconds. start: runs a function in a daemon thread of the given name."""
 
     now: Callable[[], float] = time.monotonic
     wall: Callable[[], float] = time.time
@@ -37,4 +37,4 @@ class Runtime:
 
 
 RUNTIME = Runtime()
-"""The real one, which every session has unless it is given another."""
+"""The runtime of the operating system, and the default of every session."""

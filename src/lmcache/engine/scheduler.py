@@ -1,4 +1,4 @@
-"""The scheduler's side of an engine: what is there, and until when may it be read."""
+"""The session of an engine's scheduler: it looks up chunks, and holds and renews the leases on them."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from lmcache.wire.carriers import Carrier
 
 logger = init_logger(__name__)
 _SHORTEST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.0005, 0.008
-"""Between two questions of `lookup` while a tier loads."""
+"""Bounds of the pause between two polls of `lookup` while a tier loads."""
 
 
 class Hit(NamedTuple):
-    """Chunks [0, chunks) are in L1; those from `first_chunk` on are leased, with `extents` (u32 sectors, [chunk][shard]).
+    """The answer to a lookup: chunks [0, chunks) are in L1; those from `first_chunk` on are leased.
 
-    `epoch` says which server gave the lease, for which arena: a rank that knows another one must not load from these extents.
-    """
+    extents: their first sectors, u32 [chunk][shard]. epoch: names the server that gave the lease, and its arena; a rank with
+    another epoch must not load from these extents."""
 
     chunks: int
     first_chunk: int
@@ -36,7 +36,7 @@ class Hit(NamedTuple):
     epoch: bytes
 
     def shard_extents(self, shard: int) -> bytes:
-        """The sectors of one shard, one u32 a leased chunk."""
+        """Return the sectors of one shard, one u32 per leased chunk."""
         if self.shards == 1:
             return self.extents
         step = 4 * self.shards
@@ -44,21 +44,21 @@ class Hit(NamedTuple):
 
 
 class Loading(NamedTuple):
-    """`chunks` are in L1, `coming` more are on their way from a tier: ask again soon."""
+    """The answer to a lookup while a tier loads: `chunks` are in L1, `coming` more are being loaded. Poll again soon."""
 
     chunks: int
     coming: int
 
 
 class SchedulerSession:
-    """One engine's scheduler. Nothing raises, and nothing takes longer than the deadline.
+    """The session of one engine's scheduler. No method raises, and none takes longer than the deadline.
 
     Args:
-        endpoint: where the server is; its `instance` is that of the workers.
-        layout_for: the model's layout for a chunk size in tokens, which is the server's and learned from it. While it raises
-            IdentityUnknown no server hears of this engine.
-        shards: parts of a chunk, as `Shard.count` says.
-        stages: where each pipeline stage ends, where the model is split by layers; as the workers have it.
+        endpoint: the server's address; its `instance` is that of the workers.
+        layout_for: returns the model's layout for a chunk size in tokens, which the server gives. While it raises
+            IdentityUnknown this session connects to no server.
+        shards: number of shards of a chunk, as in `Shard.count`.
+        stages: the layer at which each pipeline stage ends, if the model is split by layers; the same as the workers'.
         runtime: clock and threads.
     """
 
@@ -74,23 +74,23 @@ class SchedulerSession:
         self._layout_for, self._shards, self._stages = layout_for, shards, list(stages)
         self._space, self._chunk_tokens, self._epoch, self._fingerprint = 0, 0, b"", b""
         self.misses: Counter[str] = Counter()
-        """Lookups that got no answer and so count as misses, by reason."""
+        """Lookups that became misses because they got no usable answer, by reason."""
         self._forgone_tokens = 0
-        """Tokens that were not stored since it was not known which weights computed them, until a server has been told."""
+        """Tokens not stored because the weights were not identified yet; kept until they are reported to a server."""
         self._held: set[int] = set()
-        """Leases that no `release` has ended yet."""
+        """Leases that have not been released yet."""
         self._late: list[int] = []
-        """Leases to be ended with the next message."""
+        """Released leases that are reported to the server with the next message."""
         self.claim_seconds = 0.0
-        """How long the server lets a lease live that is not renewed, as the last one has told; 0 where it does not tell. What
-        this session holds is renewed in the background."""
+        """How many seconds a lease lives without renewal, as the last server stated; 0 if it did not. The connection renews the
+        leases of this session in the background."""
         self._connection = Connection(
             endpoint, self._register, lambda: layout_for(1), lambda: list(self._held), runtime=runtime
         )
 
     @property
     def chunk_tokens(self) -> int | None:
-        """The server's chunk size; None while none was ever reached."""
+        """The server's chunk size in tokens; None until a server has been reached."""
         return self._chunk_tokens or None
 
     @property
@@ -99,12 +99,12 @@ class SchedulerSession:
 
     @property
     def identified(self) -> bool:
-        """Whether it is known which weights are served. Until then no server is reached, and there is none to wait for."""
+        """Whether the weights are identified. Until then this session connects to no server, and waits for none."""
         return is_identified(self._layout_for)
 
     @property
     def epoch(self) -> bytes:
-        """Changes whenever the server does: hits of another epoch are void. b"" before the first one."""
+        """Names the current server; hits of another epoch are void. b"" before the first server."""
         return self._epoch
 
     def wait_connected(self, timeout_seconds: float) -> bool:
@@ -112,15 +112,15 @@ class SchedulerSession:
         return self._connection.wait_connected(timeout_seconds)
 
     def wait_for_server(self, seconds: float | None = None) -> None:
-        """At engine start: wait for the first connection, unless there is no server that is of use. One that listens and has
-        not answered is waited for until so many `seconds` (None: ten) after this session was made."""
+        """At engine start: wait for the first connection, unless no server listens or none can serve this engine. The wait for a
+        server that listens and has not answered ends `seconds` (None: ten) after this session was made."""
         if self.identified:
             self._connection.wait_for_server(seconds)
 
     def new_chain(
         self, cache_salt: str = "", lora_name: str = "", lora_id: str = "", extras: Extras | None = None
     ) -> TokenChain | None:
-        """The chunk hashes of one prompt, to be extended with its tokens; None, and a miss, while no server was ever reached."""
+        """Return the chain of one prompt, to be extended with its tokens; None, counted as a miss, until a server was reached."""
         if not self._chunk_tokens:
             self.misses["no server" if self.identified else UNKNOWN] += 1
             return None
@@ -135,8 +135,8 @@ class SchedulerSession:
         tail: bytes = b"",
         request_id: str = "",
     ) -> Hit | None:
-        """As `poll`, and wait for what comes from tiers: for as long as the server finds worth it, and at most so long (None:
-        the deadline of a call)."""
+        """Poll until tiers have loaded what the server finds worth waiting for, or `wait_seconds` (None: the deadline of a call)
+        have passed. Arguments as for `poll`."""
         end = self.runtime.now() + (
             self._connection.endpoint.deadline_seconds if wait_seconds is None else wait_seconds
         )
@@ -158,16 +158,16 @@ class SchedulerSession:
         tail: bytes = b"",
         request_id: str = "",
     ) -> Hit | Loading | None:
-        """Which leading chunks of the chain are in L1, and a lease on those past the first `skip_tokens` tokens.
+        """Look up which leading chunks of the chain are in L1, and lease those behind the first `skip_tokens` tokens.
 
-        None when nothing is there beyond them, or no answer came within the deadline. `Loading` while a tier brings more that
-        is worth waiting for, by the engine's `prefill_rate` (tokens a second, 0: not known). tail: hash of an unfull chunk
-        behind the chain, which may be the last one of the hit. request_id: under which the server records what tiers did.
+        Return None if no chunk is there beyond them, or no answer came within the deadline; `Loading` while a tier loads more
+        that is worth waiting for at the engine's `prefill_rate` (tokens per second, 0: unknown). tail: hash of an unfull chunk
+        behind the chain, which may be the last one of the hit. request_id: under which the server records the work of tiers.
         """
         if chain.chunk_tokens != self._chunk_tokens:
             return None
         first = skip_tokens // chain.chunk_tokens
-        # What one lookup cannot ask for is not looked for, and so computed.
+        # Chunks beyond the limit of one lookup are not looked up, so the engine computes them.
         hashes = (chain.hashes + tail)[: HASH_BYTES * m.most_looked_up(first, self._shards)]
         if first * HASH_BYTES >= len(hashes):
             return None
@@ -188,13 +188,13 @@ class SchedulerSession:
         plausible = first < found.chunks <= most and len(found.extents) == 4 * self._shards * (found.chunks - first)
         if not plausible or epoch != self._epoch:
             self.misses["another server"] += 1
-            # A server that came meanwhile gave this lease, and it alone knows the number.
+            # A server that has replaced the former one meanwhile gave this lease, so it is released there.
             self.release(hit._replace(epoch=self._epoch))
             return None
         return hit
 
     def release(self, hit: Hit) -> None:
-        """No rank reads the hit's extents any more. Does not wait; kept for later while the link is down."""
+        """End the hit's lease: no rank reads its extents any more. Without a connection the release is sent with a later one."""
         self._held.discard(hit.lease)
         if hit.epoch != self._epoch:
             return
@@ -204,13 +204,13 @@ class SchedulerSession:
             self._connection.post(m.Release(leases))
 
     def forgone(self, tokens: int) -> None:
-        """So many tokens of a prompt for which there was no chain have been computed. Where that was for want of the weights'
-        identity, the first server to be reached counts their full chunks as dropped."""
+        """Count computed tokens of a prompt that had no chain. If the reason was that the weights are not identified yet, the
+        first server to be reached counts their full chunks as dropped."""
         if not self._chunk_tokens and not self.identified:
             self._forgone_tokens += tokens
 
     def clear(self) -> bool:
-        """Empty the server's memory, for all its engines. False when no answer came within the deadline."""
+        """Empty L1, for all engines of the server. Return False if no answer came within the deadline."""
         try:
             self._connection.call(m.Clear(), m.Ok)
         except LMCacheError as error:

@@ -1,4 +1,4 @@
-"""What one rank of an engine serves, and what engines that cannot be served are told."""
+"""The KV that one rank of an engine serves, and the reasons why an engine cannot be served."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NOT_SERVED = (
     TypeError,
     ValueError,
 )
-"""Whatever a release of an engine that we do not know may raise where we look into it: that engine must run on without us."""
+"""The errors that reading the objects of an unknown release of an engine may raise. That engine must run on without LMCache."""
 
 
 KV_DTYPES = {
@@ -32,16 +32,16 @@ KV_DTYPES = {
     "float8_e4m3fn": "fp8_e4m3",
     "float8_e5m2": "fp8_e5m2",
 }
-"""Our names of the dtypes that KV may have, by PyTorch's."""
+"""The names of KV dtypes in a layout, by PyTorch's names."""
 _LENGTH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope", "su", "yarn-dynamic"})
 
 
 @dataclass(frozen=True)
 class ServedKV:
-    """The KV of a model, and the part of it on this rank.
+    """The KV of a model, and the part of it that is on this rank.
 
-    model: the layout in chunks of one token, without a name of the weights. stores: whether this rank is the one, of those that
-    hold this shard, which stores it.
+    model: the layout with one-token chunks and without the weights' name. stores: whether this rank, of all ranks that hold this
+    shard, is the one that stores it.
     """
 
     identity: Identity
@@ -51,16 +51,16 @@ class ServedKV:
     stores: bool
 
     def layout(self, chunk_tokens: int) -> Layout:
-        """The model's layout for chunks of so many tokens.
+        """Return the model's layout for chunks of `chunk_tokens` tokens.
 
         Raises:
-            IdentityUnknown: it is not known (yet) which weights are served.
+            IdentityUnknown: the weights are not identified (yet).
         """
         return self.identity.layout(self.model, chunk_tokens)
 
 
 def stores_its_shard(model: Layout, tp_rank: int, tp_size: int) -> bool:
-    """Whether this tensor-parallel rank is the first of those that hold the same heads."""
+    """Return whether this tensor-parallel rank is the first of those that hold the same KV heads."""
     layers = 0, model.num_layers
     return not tp_rank or (
         shard_of_rank(model, tp_rank, tp_size, *layers).index
@@ -69,7 +69,7 @@ def stores_its_shard(model: Layout, tp_rank: int, tp_size: int) -> bool:
 
 
 def kv_dtype(dtype: Any, remedy: str) -> str:
-    """Our name of KV's dtype, by PyTorch's. remedy: what to do where there is none.
+    """Return the layout's name for a PyTorch dtype. remedy: what to do about an unsupported dtype.
 
     Raises:
         LayoutError: KV of that dtype is not supported.
@@ -81,7 +81,7 @@ def kv_dtype(dtype: Any, remedy: str) -> str:
 
 
 def refuse_encoder_decoder(config: Any) -> None:
-    """Return if a model of this configuration is no encoder with a decoder.
+    """Return if a model of this configuration is not an encoder-decoder model.
 
     Raises:
         LayoutError: it is one.
@@ -93,7 +93,7 @@ def refuse_encoder_decoder(config: Any) -> None:
 
 
 def refuse_length_dependent_rope(config: Any) -> None:
-    """Return if no RoPE of this configuration turns keys by angles that depend on how long the whole prompt is.
+    """Return if no RoPE of this configuration rotates keys by angles that depend on the length of the prompt.
 
     Raises:
         LayoutError: one does.
@@ -104,7 +104,7 @@ def refuse_length_dependent_rope(config: Any) -> None:
 
 
 def _strings_at(config: Any, names: tuple[str, ...]) -> Iterator[str]:
-    """Every string at one of these keys, however deep."""
+    """Yield every string at one of these keys, at any depth."""
     if isinstance(config, dict):
         for key, value in config.items():
             if key in names and isinstance(value, str):
@@ -113,6 +113,6 @@ def _strings_at(config: Any, names: tuple[str, ...]) -> Iterator[str]:
 
 
 def refusal_of(error: Exception, engine: str) -> str:
-    """Why an engine of this name cannot be served, for people; `error` is one of `NOT_SERVED`."""
+    """Return for the log why an engine of this name cannot be served; `error` is one of `NOT_SERVED`."""
     known = isinstance(error, LMCacheError)
     return str(error) if known else f"this release of {engine} is not understood ({error!r})"

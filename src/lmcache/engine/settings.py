@@ -1,4 +1,4 @@
-"""Where an engine's server is, and how the engine asks it; integrations read it from wherever their engine keeps settings."""
+"""The settings of an engine's connection to its server; each integration reads them from the engine's own settings."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ DEFAULT_DEADLINE_SECONDS = 2.0
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """address: of the daemon, "" for a server of the engine's own. config: what that one is like, and what is loaded and stored.
-    deadline_seconds: the most that a request may be delayed by the server's silence. model_id: the weights' name where it cannot
-    be found out, or is to be another one ("" = find out)."""
+    """address: the daemon's address, "" for a server of the engine's own. config: settings of that server, and of loads and
+    stores. deadline_seconds: how long a silent server may delay a request. model_id: name of the weights, for weights that cannot
+    be identified, or to override their identity ("" = identify them)."""
 
     address: str = DEFAULT_ADDRESS
     config: EngineConfig = field(default_factory=EngineConfig)
@@ -26,7 +26,7 @@ class ServerSettings:
     model_id: str = ""
 
     def endpoint(self, instance: str, role: str, rank: int = 0, address: str = "") -> Endpoint:
-        """How the engine `instance` reaches the server, at another `address` than the configured one where that is given."""
+        """Return the endpoint of the engine `instance`, with `address`, if given, in place of the configured address."""
         return Endpoint(
             address or self.address or embedded_address(instance),
             *(instance, role, rank, self.deadline_seconds, self.heartbeat_seconds, self.transfer_mode),

@@ -1,4 +1,4 @@
-"""Which weights a PyTorch model has in memory, whatever files they came from, and whether they have changed."""
+"""The identity of the weights that a PyTorch model has in memory, whatever files they came from, and whether they changed."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ logger = init_logger(__name__)
 _PIECE_BYTES = 64 << 20
 _ROW_WORDS = 4096
 _PIECE_ROWS = 2048
-"""So many rows are weighed at once, in 64 MiB of the device's memory."""
+"""Rows that are summed at once, in 64 MiB of the device's memory."""
 
 
 def weights_identity(model: Any) -> Identity:
-    """That of every byte of the weights as they are in memory: trained, merged and quantized ones are what they are.
+    """Return the identity of every byte of the weights in memory, so that trained, merged and quantized weights differ.
 
     Raises:
-        LayoutError: weights that are not in memory, or not plain tensors.
+        LayoutError: some weights are not in memory, or are not plain tensors.
     """
     tensors, stamp, unwanted = list(_tensors(model)), weights_stamp(model), threading.Event()
 
@@ -47,14 +47,14 @@ def weights_identity(model: Any) -> Identity:
 
 
 def _digest_of(tensors: Iterable[tuple[str, torch.Tensor]], unwanted: threading.Event) -> str:
-    """Raises LayoutError: the bytes cannot be read, or nobody wants their digest any more."""
+    """Return the digest of all bytes. Raises LayoutError: the bytes cannot be read, or the digest is no longer needed."""
     digest = blake3(max_threads=hash_threads())
     for name, tensor in tensors:
         digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
         try:
             for piece in tensor.detach().reshape(-1).contiguous().view(torch.uint8).split(_PIECE_BYTES):
                 if unwanted.is_set():
-                    raise LayoutError("other weights are hashed by now")
+                    raise LayoutError("other weights are hashed by now, so this digest is not needed")
                 digest.update(piece.cpu().numpy())
         except (NotImplementedError, RuntimeError, TypeError) as error:
             raise LayoutError(f"the bytes of weight {name} cannot be read ({error})") from None
@@ -62,23 +62,23 @@ def _digest_of(tensors: Iterable[tuple[str, torch.Tensor]], unwanted: threading.
 
 
 def weights_stamp(model: Any) -> int:
-    """Another number whenever a weight was replaced or changed in place, in whatever way.
+    """Return a number that differs whenever a weight was replaced or changed in place, in whatever way.
 
-    Writes through `.data` leave no trace but the bytes themselves. So every byte is read, which takes as long as one token.
+    Writes through `.data` change nothing but the bytes. So every byte is read, which takes as long as computing one token.
 
     Raises:
-        LayoutError: weights that do not tell.
+        LayoutError: changes of a weight cannot be detected.
     """
     try:
         tensors = [tensor.detach() for _, tensor in _tensors(model)]
-        told = [(tensor.data_ptr(), tensor._version) for tensor in tensors]
-        return hash((*told, *_checksums(tensors)))
+        versions = [(tensor.data_ptr(), tensor._version) for tensor in tensors]
+        return hash((*versions, *_checksums(tensors)))
     except (NotImplementedError, RuntimeError, TypeError) as error:
-        raise LayoutError(f"the weights do not tell when they change ({error}); pass model_id=") from None
+        raise LayoutError(f"changes of the weights cannot be detected ({error}); pass model_id=") from None
 
 
 def _checksums(tensors: Sequence[torch.Tensor]) -> Iterator[int]:
-    """A number for each tensor on the host, and one for each of the others, which their device computes."""
+    """Yield a checksum for each tensor on the host, then one for each other tensor, computed on its device."""
     on_devices: dict[torch.device, list[torch.Tensor]] = {}
     for tensor in tensors:
         flat = tensor.reshape(-1).contiguous().view(torch.uint8)
@@ -91,16 +91,16 @@ def _checksums(tensors: Sequence[torch.Tensor]) -> Iterator[int]:
 
 
 def checksum(flat: torch.Tensor) -> torch.Tensor:
-    """A scalar of the bytes in `flat` (uint8, one axis) and of their order, int64 on their device, modulo 2**64.
+    """Return a checksum of the bytes in `flat` (uint8, one axis) and their order: an int64 scalar on the device, modulo 2**64.
 
-    Each word of 32 bits is multiplied by its column's factor and its row's, and all are added up. A word that changes, and two
-    words of a row that change places, always make another number: differences of words are divisible by 2**31 at most, and
-    those of factors by 2**32.
+    Each 32-bit word is multiplied by the factors of its column and its row, and all products are added up. A change of one word,
+    or a swap of two words of a row, always changes the sum: differences of words are divisible by 2**31 at most, and those of
+    factors by 2**32.
     """
     if flat.storage_offset() % 4:
         flat = flat.clone()
-    whole = flat.numel() // (4 * _ROW_WORDS) * 4 * _ROW_WORDS
-    rows, rest = flat[:whole].view(torch.int32).view(-1, _ROW_WORDS), flat[whole:]
+    full = flat.numel() // (4 * _ROW_WORDS) * 4 * _ROW_WORDS
+    rows, rest = flat[:full].view(torch.int32).view(-1, _ROW_WORDS), flat[full:]
     columns = _factors(_ROW_WORDS, flat.device)
     sums = torch.cat([*((piece * columns).sum(dim=1) for piece in rows.split(_PIECE_ROWS)), rest.long()])
     return (sums * _factors(len(sums), flat.device)).sum()
@@ -108,7 +108,7 @@ def checksum(flat: torch.Tensor) -> torch.Tensor:
 
 @functools.lru_cache(maxsize=64)
 def _factors(count: int, device: torch.device) -> torch.Tensor:
-    """Odd numbers below 2**33 [count], int64, all different and in no order that could cancel: mixed bits of 0, 1, 2 ..."""
+    """Return int64 [count]: distinct odd numbers below 2**33, in an order that cannot cancel (mixed bits of 0, 1, 2 ...)."""
     bits = torch.arange(count, device=device)
     for shift, odd in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
         bits = (bits ^ bits >> shift) * odd & 0xFFFFFFFF

@@ -1,8 +1,8 @@
-"""A rank's side of an engine: its threads copy between paged KV and extents, and never hold up the engine.
+"""The session of one rank of an engine: its threads copy between paged KV and extents, and never hold up the engine.
 
-One thread loads, one stores; for a GPU a second one loads, too: it launches its copy while the one before it runs. The arena is
-mapped when the link comes up and let go when another server takes over, once no copy runs; so a load from the mapped arena
-succeeds even when the server has died meanwhile.
+One thread loads and one stores. With a GPU a second thread loads too: it launches its copy while the copy before it runs. The
+arena is mapped with the first connection, and unmapped when another server takes over and no copy runs; so a load from the mapped
+arena succeeds even if the server has died meanwhile.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ from lmcache.wire.carriers import Carrier
 
 logger = init_logger(__name__)
 _BATCH_SECONDS = 0.01
-"""A store's extents are reserved, filled and committed in steps that take about this long: a preemption waits for one at most."""
+"""A store reserves, fills and commits extents in steps of about this length; a preemption waits for at most one step."""
 _STEP_END_SECONDS = 0.002
-"""After a forward the engine samples, fetches the token and tells of it. A store that begins at once is in the way of the
-token's copy and of the threads that tell: 0.6 ms of 51 on an H200."""
+"""A store waits this long after a forward, while the engine samples, fetches the token and reports it. A store that begins
+at once slows down the token's copy and the threads that report it: by 0.6 ms of 51 on an H200."""
 _PAYLOAD_BYTES = 64 << 20
 _MAX_QUEUED_STORES = 1024
 _STORING = "store"
 _LAST_COPY_SECONDS = 30.0
-"""How long a connection to a new server waits for copies in the old one's arena, and the end for what is under way."""
+"""How long a connection to a new server waits for copies in the old server's arena, and `close` for running copies."""
 
 
 class _Cancelled(LMCacheError):
@@ -55,15 +55,15 @@ class _Cancelled(LMCacheError):
 
 
 class WorkerSession:
-    """One rank. `load` and `store` only enqueue; `finished` tells what has ended; nothing raises into the engine.
+    """The session of one rank. `load` and `store` only enqueue jobs, `finished` returns the results. No method raises.
 
     Args:
-        endpoint: where the server is; `instance` is the scheduler's, `rank` this rank's number.
-        layout_for: the model's layout for a chunk size in tokens. While it raises IdentityUnknown no server hears of this rank.
+        endpoint: the server's address; `instance` is the scheduler's, `rank` this rank's number.
+        layout_for: the model's layout for a chunk size in tokens. While it raises IdentityUnknown this rank does not connect.
         shard: the part of every chunk that this rank holds.
         paged: this rank's paged KV.
         threads: copy threads of one job.
-        stages: where each pipeline stage ends, where the model is split by layers; as the scheduler has it.
+        stages: the layer at which each pipeline stage ends, if the model is split by layers; the same as the scheduler's.
         runtime: clock and threads.
     """
 
@@ -79,18 +79,18 @@ class WorkerSession:
     ) -> None:
         self.runtime = runtime
         self.counters: Counter[str] = Counter()
-        """Jobs and chunks by what became of them; reasons after a colon."""
+        """Counts of failed jobs and dropped chunks; a reason follows a colon."""
         self._layout_for, self._shard, self._paged, self._threads = layout_for, shard, paged, threads
         self._stages = list(stages)
         self._space, self._chunk_tokens, self._arena, self._epoch = 0, 0, b"", b""
         self._shard_bytes = 0
         self._access: ArenaAccess | None = None
         self._left_behind: ArenaAccess | None = None
-        """The arena that stays mapped because a copy hung when the session was closed, and may still touch it."""
+        """The arena that stays mapped because a copy hung when the session was closed and may still touch it."""
         lock = threading.Lock()
         self._state = threading.Condition(lock)
         self._ready = {"load": threading.Condition(lock), "store": threading.Condition(lock)}
-        """One for each thread: waking the others as well would cost a small job more than its copy."""
+        """One condition for each kind of job: waking the other threads too would cost a small job more than its copy."""
         self._queues: dict[str, deque[tuple[str, Load | Store]]] = {"load": deque(), "store": deque()}
         self._running: dict[str, str] = {}
         """Thread -> id of the job whose copy may be touching memory now."""
@@ -98,16 +98,16 @@ class WorkerSession:
         """Thread -> id of the job that reads or writes paged KV at this moment."""
         self._cancelled: set[str] = set()
         self._done: deque[Done] = deque()
-        self._untold: Counter[str] = Counter()
-        """Dropped chunks by reason, for the storing thread to tell the server: the engine's thread waits for no answer, nor for
-        those who do."""
+        self._unreported: Counter[str] = Counter()
+        """Dropped chunks by reason, for the storing thread to report to the server: the engine's thread must wait neither for an
+        answer nor for a thread that waits for one."""
         self._counting = threading.Lock()
-        """Over `_untold`."""
+        """Guards `_unreported`."""
         self._closed = False
         self._loading: dict[str, Load] = {}
-        """Thread -> its load."""
+        """Thread -> the load that it runs."""
         self._in_vain = b""
-        """The epoch that a load has waited for and not got: the next one does not wait as well."""
+        """The epoch that a load has waited for in vain, so that the next load does not wait again."""
         self._load_ended = 0.0
         self._copying: set[str] = set()
         """Threads that may be touching the arena now."""
@@ -127,12 +127,12 @@ class WorkerSession:
 
     @property
     def identified(self) -> bool:
-        """Whether it is known which weights are served. Until then this rank has no server, and waits for none."""
+        """Whether the weights are identified. Until then this rank connects to no server, and waits for none."""
         return is_identified(self._layout_for)
 
     @property
     def mapped_epoch(self) -> bytes:
-        """The epoch whose arena this process has mapped, from where a load needs no server; b"" for none (payload frames)."""
+        """The epoch whose arena this process has mapped, so that a load needs no server; b"" for none (payload frames)."""
         with self._state:
             return self._epoch if self._mapped() else b""
 
@@ -141,17 +141,17 @@ class WorkerSession:
         return self._connection.wait_connected(timeout_seconds)
 
     def wait_for_server(self, seconds: float | None = None) -> None:
-        """At engine start: wait for the first connection, unless there is no server that is of use. One that listens and has
-        not answered is waited for until so many `seconds` (None: ten) after this session was made."""
+        """At engine start: wait for the first connection, unless no server listens or none can serve this engine. The wait for a
+        server that listens and has not answered ends `seconds` (None: ten) after this session was made."""
         if self.identified:
             self._connection.wait_for_server(seconds)
 
     def load(self, job_id: str, load: Load) -> None:
-        """Fill paged KV from extents; the scheduler's lease must hold until the job is reported."""
+        """Enqueue a job that fills paged KV from extents. The scheduler's lease must hold until `finished` returns the job."""
         self._enqueue("load", job_id, load)
 
     def store(self, job_id: str, store: Store) -> None:
-        """Copy chunks into extents; the blocks must stay as they are until the job is reported."""
+        """Enqueue a job that copies chunks into extents. The blocks must stay unchanged until `finished` returns the job."""
         if len(self._queues["store"]) >= _MAX_QUEUED_STORES:
             self.drop(len(store.hashes) // HASH_BYTES, "queue full")
             self._done.append(Done(job_id, "store", False, 0, 0.0))
@@ -159,28 +159,28 @@ class WorkerSession:
         self._enqueue("store", job_id, store)
 
     def drop(self, chunks: int, reason: str) -> None:
-        """Count chunks that are not stored, here and at the server. Does not wait."""
+        """Count chunks that are not stored, here and at the server, without waiting."""
         self._count_drop(chunks, reason)
         with self._state:
             self._ready["store"].notify()
 
     def finished(self) -> list[Done]:
-        """Jobs that ended since the last call; never waits."""
+        """Return the jobs that ended since the last call, without waiting."""
         done = []
         while self._done:
             done.append(self._done.popleft())
         return done
 
     def wait_finished(self, timeout_seconds: float) -> bool:
-        """Until some job can be reported, or nothing is under way. True when `finished` has something to tell."""
+        """Wait until a job has ended, or no job is queued or running. Return whether `finished` will return a job."""
         with self._state:
             self._state.wait_for(lambda: self._done or not self._busy(), timeout_seconds)
         return bool(self._done)
 
     def wait(self, job_ids: Iterable[str], timeout_seconds: float | None = None) -> set[str]:
-        """Until none of these jobs touches paged KV, now or later; what has not been copied of them is cancelled.
+        """Cancel what these jobs have not copied yet, and wait until none of them touches paged KV, now or later.
 
-        A job that waits for the server's answer touches nothing. Returns those still copying after the timeout.
+        A job that waits for the server's answer does not touch paged KV. Return the jobs that still copy after the timeout.
         """
         wanted = set(job_ids)
         with self._state:
@@ -190,10 +190,10 @@ class WorkerSession:
             return wanted & set(self._touching.values())
 
     def close(self) -> None:
-        """Finish the copy at hand, drop what waits, and let the arena go.
+        """Finish the running copies, drop the queued jobs, and unmap the arena.
 
-        A copy that hangs (in a device that does not answer) is left behind after a while: the arena stays mapped then, and the
-        server counts its extents as in use until this process has ended.
+        A copy that hangs (in a device that does not answer) is abandoned after 30 s. The arena then stays mapped, and the
+        server counts the copy's extents as in use until this process has ended.
         """
         with self._state:
             self._closed = True
@@ -209,7 +209,7 @@ class WorkerSession:
         if hanging:
             self._left_behind = access
             logger.error(
-                "%s: a copy has not ended within %g s and is left behind; see whether the engine's device answers",
+                "%s: a copy has not ended within %g s and is left behind; check whether the engine's device answers",
                 ", ".join(hanging),
                 _LAST_COPY_SECONDS,
             )
@@ -226,13 +226,13 @@ class WorkerSession:
     def _count_drop(self, chunks: int, reason: str) -> None:
         self.counters[f"dropped_chunks:{reason}"] += chunks
         with self._counting:
-            self._untold[reason] += chunks
+            self._unreported[reason] += chunks
 
     def _report_drops(self) -> None:
         with self._counting:
-            untold = dict(self._untold)
-            self._untold.clear()
-        for reason, chunks in untold.items():
+            unreported = dict(self._unreported)
+            self._unreported.clear()
+        for reason, chunks in unreported.items():
             self._connection.post(m.Dropped(chunks, reason))
 
     def _busy(self) -> bool:
@@ -243,12 +243,12 @@ class WorkerSession:
             self._work(kind, thread)
 
     def _work(self, kind: Literal["load", "store"], thread: str) -> None:
-        queue, untold = self._queues[kind], self._untold if kind == "store" else {}
+        queue, unreported = self._queues[kind], self._unreported if kind == "store" else {}
         while True:
-            if untold:
+            if unreported:
                 self._report_drops()
             with self._state:
-                self._ready[kind].wait_for(lambda: queue or untold or self._closed)
+                self._ready[kind].wait_for(lambda: queue or unreported or self._closed)
                 if self._closed:
                     return
                 if not queue:
@@ -274,7 +274,7 @@ class WorkerSession:
                 failed = False
             except LMCacheError as error:
                 logger.debug("A %s failed: %s", kind, error)
-            except Exception:  # the edge of the thread: a bug must not end it, and costs this job only
+            except Exception:  # the edge of the thread: a bug must fail this job only and not end the thread
                 logger.exception("A %s failed", kind)
             if isinstance(job, Load) and job.progress is not None:
                 job.progress.end()
@@ -293,17 +293,17 @@ class WorkerSession:
                 self._connection.post(m.Copied(kind, job.end_token - job.start_token, 0.0, self._shard.index, ok=False))
 
     def _wait_for_step(self, point: Event, leave_end: bool) -> None:
-        """Until the device has passed it. leave_end: if that was only now, give the rest of the engine's step its time, too."""
+        """Wait until the device has passed `point`. leave_end: if it had not yet, wait for the rest of the engine's step too."""
         passed = point.query()
         point.synchronize()
         if leave_end and not passed:
             self.runtime.sleep(_STEP_END_SECONDS)
 
     def _load(self, thread: str, load: Load) -> tuple[int, float]:
-        """Tokens loaded, and seconds of the copy, without those that it waited for the one before it.
+        """Run a load. Return the tokens loaded and the seconds of its copy, without its wait for the copy before it.
 
         Raises:
-            LMCacheError: nothing may be used of these blocks.
+            LMCacheError: the load failed, and the engine must not use the blocks.
         """
         with self._using(thread, load.epoch) as (copier, mapping):
             runs = self._load_runs(load)
@@ -327,7 +327,7 @@ class WorkerSession:
         return runs[count > 0]
 
     def _fetch(self, copier: Copier, load: Load, blocks: npt.NDArray[np.int32], runs: Runs) -> None:
-        """Payload frames: as many chunks a message as make up a batch."""
+        """Load by payload frames, in messages of at most 64 MiB of chunks."""
         step = max(1, _PAYLOAD_BYTES // self._shard_bytes)
         for at in range(0, len(runs), step):
             part = runs[at : at + step].copy()
@@ -340,7 +340,7 @@ class WorkerSession:
                 copier.scatter(np.frombuffer(one, dtype=np.uint8).ctypes.data, blocks, run[None])
 
     def _store(self, job_id: str, store: Store) -> tuple[int, float, float]:
-        """Tokens that were copied and committed, seconds of the copies, and of asking for and committing the extents."""
+        """Run a store. Return the tokens stored, the seconds of the copies, and those of reserving and committing extents."""
         self._connection.wait_welcomed()
         if store.chunk_tokens != self._chunk_tokens:
             reason = "another chunk size" if self.identified else UNKNOWN
@@ -399,7 +399,7 @@ class WorkerSession:
             if mapping is not None and int(runs[:, 0].max()) + self._shard_bytes > mapping.size_bytes:
                 raise LayoutError(f"the server gave an extent beyond the arena's {mapping.size_bytes} bytes")
             if mapping is not None and count[-1] < size and not copier.zeroes_the_rest:
-                # What is behind an unfull chunk goes to tiers with it: not what lay there before.
+                # Tiers store the complete extent, so the rest behind an unfull chunk must not hold bytes of a former chunk.
                 ctypes.memset(mapping.address + int(runs[-1, 0]), 0, self._shard_bytes)
             buffer = self._gather(job_id, copier, mapping, blocks, runs)
             if buffer is not None:
@@ -413,10 +413,10 @@ class WorkerSession:
     def _gather(
         self, job_id: str, copier: Copier, mapping: Mapping | None, blocks: npt.NDArray[np.int32], runs: Runs
     ) -> npt.NDArray[np.uint8] | None:
-        """Copy into the extents, or, without a mapping, into the buffer that is returned: the extents' bytes one after the other.
+        """Copy into the extents; without a mapping, into a returned buffer uint8 [chunk][byte of the shard].
 
         Raises:
-            _Cancelled: the blocks were taken away meanwhile.
+            _Cancelled: the engine took the blocks away meanwhile.
         """
         with self._state:
             if job_id in self._cancelled:
@@ -426,9 +426,9 @@ class WorkerSession:
             if mapping is not None:
                 copier.gather(mapping.address, blocks, runs, arena_bytes=mapping.size_bytes)
                 return None
-            # Behind an unfull chunk a buffer would tell the server of this process's memory.
-            whole = bool((runs[:, 2] == self._chunk_tokens).all())
-            buffer = (np.empty if whole else np.zeros)((len(runs), self._shard_bytes), dtype=np.uint8)
+            # Behind an unfull chunk an uninitialized buffer would send this process's memory to the server.
+            full = bool((runs[:, 2] == self._chunk_tokens).all())
+            buffer = (np.empty if full else np.zeros)((len(runs), self._shard_bytes), dtype=np.uint8)
             runs[:, 0] = np.arange(len(runs)) * self._shard_bytes
             copier.gather(buffer.ctypes.data, blocks, runs)
             return buffer
@@ -445,11 +445,11 @@ class WorkerSession:
 
     @contextmanager
     def _using(self, thread: str, epoch: bytes | None = None) -> Iterator[tuple[Copier, Mapping | None]]:
-        """What copies to and from the arena of this epoch (None: the present one), which stays mapped meanwhile. None for the
-        mapping means payload frames.
+        """Give the copier and the mapping of this epoch's arena (None: the current one), which stays mapped meanwhile. With
+        payload frames the mapping is None.
 
         Raises:
-            ServerUnavailable: this rank does not (or no longer) have that epoch's server.
+            ServerUnavailable: this rank is not, or no longer, connected to that epoch's server.
         """
         with self._state:
             if (  # the scheduler may have found a new server before this rank
@@ -460,7 +460,7 @@ class WorkerSession:
             ):
                 self._in_vain = epoch
             if epoch not in (None, self._epoch) or self._access is None:
-                raise ServerUnavailable("this rank has not got the server that the hit is from")
+                raise ServerUnavailable("this rank is not connected to the server that gave the hit")
             access = self._access
             self._copying.add(thread)
         try:
@@ -470,13 +470,13 @@ class WorkerSession:
                 self._copying.discard(thread)
                 self._state.notify_all()
 
-    # The link's thread
+    # The connection's thread
 
     def _before_hello(self) -> None:
-        """A hello says that this session fills no extent any more; the link being down, no new store can begin one.
+        """Wait until this session fills no extent any more, as a hello states. Without a connection no new store can begin.
 
         Raises:
-            IdentityUnknown: there is no layout to register yet.
+            IdentityUnknown, ServerUnavailable: there is no layout to register yet; a copy into the arena does not end.
         """
         self._layout_for(1)
         with self._state:
@@ -484,7 +484,7 @@ class WorkerSession:
                 raise ServerUnavailable("a copy into the arena does not end")
 
     def _may_unmap(self) -> bool:
-        """No copy runs, and no load waits for the arena that is mapped now."""
+        """Return whether no copy runs, and no load waits for the arena that is mapped now."""
         loads = [job for _, job in self._queues["load"] if isinstance(job, Load)]
         loads += self._loading.values()
         return not self._copying and not any(load.epoch == self._epoch for load in loads)
@@ -505,7 +505,7 @@ class WorkerSession:
                     raise ServerUnavailable("a copy in the old arena does not end")
                 access = self._access if known else self._taken_away()
             if not known:
-                # Not under the lock, which the engine's thread takes: pinned memory is let go of in seconds, not milliseconds.
+                # Not under the lock, which the engine's thread takes: unpinning memory takes seconds.
                 if access is not None:
                     access.close()
                 copier = make_copier(self._paged, welcome.chunk_tokens, self._threads)
@@ -519,18 +519,18 @@ class WorkerSession:
                 os.close(descriptor)
 
     def _let_go(self) -> None:
-        """Unmap the arena of a server that is gone, unless a copy or a load still needs it: its memory is not free before that,
-        and the next server may find too little."""
+        """Unmap the arena of a server that has ended, unless a copy or a load still needs it. Its memory is freed only then, and
+        the next server may need it."""
         with self._state:
             access = self._taken_away() if self._mapped() and self._may_unmap() else None
         if access is not None:
             access.close()
-            logger.info("The memory of the LMCache server that has ended is no longer mapped")
+            logger.info("Unmapped the memory of the LMCache server that has ended")
 
     def _mapped(self) -> bool:
         return self._access is not None and self._access.mapping is not None
 
     def _taken_away(self) -> ArenaAccess | None:
-        """What the caller is to close, without the lock. Called with it, while no copy runs; none begins afterwards."""
+        """Detach the arena, for the caller to close without the lock. Called with it, while no copy runs; none begins later."""
         access, self._access, self._arena, self._epoch = self._access, None, b"", b""
         return access

@@ -1,4 +1,4 @@
-"""Engines that change their weights while they run tell nobody, so the methods that do it are wrapped."""
+"""Wrappers around methods of engines that change their weights while they run: engines do not report such changes."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ logger = init_logger(__name__)
 
 
 def class_at(path: str) -> Any:
-    """The class of this dotted name, None where the engine's release has none there."""
+    """Return the class of this dotted name, or None if the engine's release does not have it."""
     module, _, name = path.rpartition(".")
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
-        logger.debug("%s: %r", path, error)
+        logger.debug("The class %s was not found: %r", path, error)
         return None
 
 
 Callback = Callable[[str, tuple[Any, ...], dict[str, Any]], None]
-"""Is called with the name and the arguments of a method."""
+"""Called with the name, the positional and the keyword arguments of a method."""
 
 
 def call_before(owner: Any, names: Iterable[str], callback: Callback) -> bool:
-    """Make these methods of a class call `callback(name, args, kwargs)` before they run; a method is wrapped once.
+    """Make these methods of a class call `callback(name, args, kwargs)` before they run. A method is wrapped once.
 
-    Returns whether the class has any of them.
+    Return whether the class has any of them.
     """
 
     def before(name: str) -> Callable[..., Any]:
@@ -44,19 +44,19 @@ def call_before(owner: Any, names: Iterable[str], callback: Callback) -> bool:
 
 
 def watch(owners: Iterable[tuple[Any, Iterable[str]]], callback: Callback, engine: str) -> None:
-    """Make the methods of these classes that change weights call back first; say so where an engine has none of them."""
+    """Make these methods, which change weights, call `callback` first. Log a warning if the engine has none of them."""
     noticed = [call_before(owner, names, callback) for owner, names in owners if owner is not None]
     if not any(noticed):
         logger.warning(
-            "This release of %s changes weights in a way that LMCache does not see: restart it after an update of weights",
+            "This release of %s changes weights in a way that LMCache does not see: restart it after each update of weights",
             engine,
         )
 
 
 def call_around(owner: Any, name: str, around: Callable[..., Any]) -> bool:
-    """Make a method of a class run as `around(method, *args, **kwargs)`, which decides when to call it; it is wrapped once.
+    """Make a method of a class run as `around(method, *args, **kwargs)`, which calls the method itself. It is wrapped once.
 
-    Returns whether the class has it.
+    Return whether the class has the method.
     """
     method = getattr(owner, name, None)
     if method is not None and not getattr(method, "tells_lmcache", False):

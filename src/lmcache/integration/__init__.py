@@ -1,6 +1,5 @@
-"""Floor 10: what engines import, at the names they dictate. It turns an engine's terms into ours; what all engines do alike is
+"""Floor 10: the modules that engines import, with names that engines dictate. They translate an engine's terms; shared code is
 in `lmcache.engine`.
 
-One folder an engine. `numpy/` is an engine of our own, small but real: it is how the fast tests and the quick demo use
-the cache, and the shortest example of how an engine does. May import every floor below.
+One folder per engine. May import every floor below. `demo/numpy_engine` is a small engine whose code shows an integration.
 """

@@ -1,8 +1,8 @@
 """Loads that a forward of SGLang waits for layer by layer.
 
-SGLang's KV pools hold a counter for its own host cache, and ask it before they hand out a layer's KV; where a CUDA graph of a
-whole prefill is replayed, SGLang asks it for the last layer first. An object of the same calls (`LayerDoneCounter` in
-`managers/cache_controller.py` of SGLang 0.5.23) in its place makes them wait for ours.
+SGLang's KV pools call a counter of SGLang's own host cache before they return a layer's KV; where a CUDA graph of a complete
+prefill is replayed, SGLang calls it for the last layer first. Replacing the counter by an object with the same methods
+(`LayerDoneCounter` in `managers/cache_controller.py` of SGLang 0.5.23) makes forwards wait for loads of LMCache.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ logger = init_logger(__name__)
 
 
 class LayerLoads:
-    """The loads that are under way. planes: of all layers together."""
+    """The running loads. planes: number of planes of all layers together."""
 
     def __init__(self, num_layers: int, planes: int) -> None:
         self.num_layers = num_layers
@@ -30,7 +30,7 @@ class LayerLoads:
         return 0 if self._loads else -1
 
     def begin(self, load: Progress) -> None:
-        """Forwards that are launched from now on wait for it."""
+        """Make forwards that are launched from now on wait for `load`."""
         self._loads.append(load)
 
     def wait_until(self, layer: int) -> None:
@@ -42,7 +42,7 @@ class LayerLoads:
 
 
 def layer_loads(pool: Any, num_layers: int, planes: int, wanted: bool) -> LayerLoads | None:
-    """What `pool` asks from now on; None where forwards cannot wait, or shall not: loads end before them then."""
+    """Return the counter that `pool` calls from now on; None if forwards cannot or must not wait: then loads end before them."""
     free = getattr(pool, "layer_transfer_counter", pool) is None
     if not wanted or not free:
         return None

@@ -1,4 +1,4 @@
-"""The two records that SGLang's unified radix cache keeps of a request. It makes, reads and writes them; we only give them."""
+"""The two records that SGLang's unified radix cache keeps of a request. SGLang makes, reads and writes them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What SGLang's KV pool holds, in our terms: whose KV it is, and where each token's lies.
+"""The description of SGLang's KV pool: the layout and identity of its KV, and where each token's KV lies.
 
-The pool has a K and a V tensor [slot, head, dim] a layer (MLA: one latent [slot, 1, dim]). A page is `page_size` slots
-in a row, so pages are the blocks of our copies; with page size 1 every slot is one.
+The pool has a K and a V tensor [slot, head, dim] per layer (MLA: one latent [slot, 1, dim]). A page is `page_size` consecutive
+slots of SGLang. Copies use pages as blocks; with page size 1 every slot is a block.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ DTYPES = "use --kv-cache-dtype auto, fp8_e4m3 or fp8_e5m2"
 
 @dataclass(frozen=True)
 class Ranks:
-    """How the model is split, and this process's place in it."""
+    """The model's parallel split, and this process's rank in it."""
 
     tp_size: int = 1
     tp_rank: int = 0
@@ -57,7 +57,7 @@ class Ranks:
 
 @dataclass(frozen=True)
 class Buffers:
-    """The tensors of a KV pool. values: () with MLA. dtype: our name of the KV's."""
+    """The tensors of a KV pool. values: () with MLA. dtype: the layout's name of the KV's dtype."""
 
     keys: tuple[Any, ...]
     values: tuple[Any, ...]
@@ -162,7 +162,7 @@ def model_identity(model_config: Any, load_format: str, engine_id: str) -> Ident
 def config_digest(model_config: Any) -> str:
     """A digest of whatever else changes the numbers, and of the engine's name.
 
-    It takes in the whole configuration, so a harmless difference costs a miss, and no harmful one a wrong answer.
+    It covers the complete configuration. A harmless difference costs a miss, and no harmful difference causes a wrong answer.
     """
     args = _server_args()
     hf_config = getattr(model_config, "hf_config", None)
@@ -186,7 +186,7 @@ def load_format() -> str:
 
 
 def weights_are_backed_up() -> bool:
-    """Whether weights whose memory was released come back as they were."""
+    """Return whether weights whose memory was released come back unchanged."""
     return bool(getattr(_server_args(), "enable_weights_cpu_backup", False))
 
 

@@ -1,8 +1,8 @@
-"""What the radix cache of SGLang before 0.5.20 asks of LMCache, in either of its two modes.
+"""The connector of the radix cache of SGLang before 0.5.20, for both of its modes.
 
-It hands over whole sequences of tokens: a prompt to be found and loaded, and what a finished request has computed. Loads and
-stores end before the call does, since it says nothing of when it overwrites slots. It does not tell one request's `extra_key`
-from another's when it looks up, so KV of requests with such a key is never kept, and engines with LoRA adapters are refused.
+SGLang passes complete sequences of tokens: a prompt to be looked up and loaded, and the tokens of a finished request. Loads and
+stores end within the call, since SGLang does not say when it overwrites slots. Its lookups give no `extra_key` of the request, so
+KV of requests with such a key is never stored, and engines with LoRA adapters are refused.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ class StoreMetadata:
 
 @dataclass(frozen=True)
 class Found:
-    """tokens: that can be loaded, from the prompt's start on, in whole pages."""
+    """tokens: how many can be loaded, from the start of the prompt, in complete pages."""
 
     tokens: int
     request: Tracker
 
 
 class OlderConnector:
-    """What both modes share. Nothing raises but the constructor.
+    """The base of both modes. No method raises except the constructor.
 
     Raises:
         ConfigError: a setting cannot be used. Whatever else is wrong, SGLang runs on without LMCache, and one line says why.
@@ -90,7 +90,7 @@ class OlderConnector:
             on_new_weights(self._new_weights)
 
     def chunk_size(self) -> int:
-        """The steps in which tokens are loaded: whole pages. Chunks are cut by us, and may have any size."""
+        """Return the unit of loads in tokens: one page. LMCache cuts chunks itself, and they may have any size."""
         return self._page_size
 
     def store_kv(self, store: StoreMetadata) -> None:
@@ -114,7 +114,7 @@ class OlderConnector:
             rank.log_stores([copy], len(store.token_ids), plan.end)
 
     def reset(self) -> None:
-        """SGLang has emptied its radix tree. What LMCache keeps stays good."""
+        """Record that SGLang has emptied its radix tree. LMCache's KV stays valid."""
         if self._rank is not None:
             self._rank.requests.own_cache_emptied()
 

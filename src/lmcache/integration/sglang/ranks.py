@@ -40,7 +40,7 @@ class Future:
 
     @property
     def ok(self) -> bool:
-        """It has ended and did what it was to do."""
+        """Whether it has ended and succeeded."""
         return self.copy is None or self.copy.ok
 
     def ended(self) -> bool:
@@ -50,7 +50,7 @@ class Future:
         return self.copy is None or self.copy.done is not None
 
     def result(self, timeout: float | None = None) -> bool:
-        """Wait until it has ended; True when it did what it was to do.
+        """Wait until it has ended. Return whether it succeeded.
 
         Raises:
             TimeoutError: it has not ended after `timeout` seconds.
@@ -95,8 +95,8 @@ class SGLangRank(LocalRank[Tracker]):
             self.wait_connected(START_SECONDS, lambda: server.running)
 
     def text_of(self, tokens: Any) -> Tokens:
-        """The leading tokens that are text, in a copy of their own: SGLang's arrays grow under our hands. For what is in an image
-        it writes numbers beyond the vocabulary."""
+        """Return a copy of the leading tokens that are text: SGLang's arrays may grow meanwhile. SGLang represents images by
+        numbers beyond the vocabulary."""
         ids = np.array(tokens, dtype=np.int64)
         other = (ids < 0) | (ids >= self._vocabulary)
         return ids[: int(other.argmax())] if other.any() else ids

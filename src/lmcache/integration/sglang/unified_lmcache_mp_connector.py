@@ -1,4 +1,4 @@
-"""`UnifiedLMCacheMPConnector`: what the unified radix cache of SGLang 0.5.23 asks of LMCache.
+"""`UnifiedLMCacheMPConnector`: the connector of the unified radix cache of SGLang 0.5.23.
 
 The radix cache looks up a prompt when it arrives (`submit_lookup`, `poll_lookup`), takes slots of its own for what was found
 and has them filled before the request is computed (`submit_load`, `prepare_load_on_stream`); after each prefill and at the
@@ -42,7 +42,7 @@ from lmcache.transfer.progress import Progress
 logger = init_logger(__name__)
 
 FRESH_SECONDS = 0.25
-"""What `submit_lookup` was told is good for so long; a request that waits longer asks again when its turn comes."""
+"""How long the answer of `submit_lookup` is valid; a request that waits longer is looked up again when its turn comes."""
 COMING = -1
 """In place of a number of tokens: a tier loads, ask again. Less than any number, so that all ranks wait for the slowest."""
 
@@ -108,7 +108,7 @@ class UnifiedLMCacheMPConnector:
     ) -> None:
         settings = read_settings(config_file)
         self.chunk_size = page_size
-        """The steps in which SGLang hands over tokens: whole pages. Chunks are cut by us, and may have any size."""
+        """The unit of SGLang's calls in tokens: one page. LMCache cuts chunks itself, and they may have any size."""
         self.operation_timeout = settings.deadline_seconds
         self._min_tokens = settings.config.min_retrieve_tokens
         self._page_size = page_size
@@ -134,9 +134,7 @@ class UnifiedLMCacheMPConnector:
         self._layers = layer_loads(pool, kv.model.num_layers, len(kv.paged.planes), settings.config.use_layerwise)
         size = self._rank.scheduler.chunk_tokens
         if size and size % page_size and page_size % size:
-            logger.info(
-                "Chunks of %d tokens and pages of %d: hits end with the last page that is whole", size, page_size
-            )
+            logger.info("Chunks of %d tokens and pages of %d: hits end with the last complete page", size, page_size)
         on_new_weights(self._new_weights)
 
     # Lookup
@@ -162,7 +160,7 @@ class UnifiedLMCacheMPConnector:
         return lookup
 
     def poll_lookup(self, lookup: Lookup) -> int | None:
-        """Tokens from the prompt's start that can be loaded, whole pages of them, the same on every rank. None: ask again."""
+        """Return how many leading tokens can be loaded, in complete pages, the same on every rank. None: ask again."""
         rank, tracker = self._rank, lookup.tracker
         if rank is not None and tracker is not None:
             self._ask(rank, lookup, tracker)
@@ -180,7 +178,7 @@ class UnifiedLMCacheMPConnector:
         return found
 
     def free_lookup_locks(self, request_id: str, *, start: int, end: int) -> None:
-        """Tokens [start, end) of the hit will not be loaded. Our lease is one thing: it goes when nothing is left to load."""
+        """Tokens [start, end) of the hit will not be loaded. The lease cannot be split: it ends when nothing is left to load."""
         tracker = self._rank.requests.open.get(request_id) if self._rank is not None else None
         if self._rank is not None and tracker is not None and end >= tracker.hit_tokens:
             self._rank.requests.give_back(tracker)
@@ -237,7 +235,7 @@ class UnifiedLMCacheMPConnector:
     # Store
 
     def get_store_start(self, request_id: str, length: int) -> int:
-        """How many of the request's first `length` tokens need not be handed over again, in whole pages."""
+        """Return how many of the request's first `length` tokens need not be passed again, in complete pages."""
         rank, stored = self._rank, 0
         tracker = rank.requests.open.get(request_id) if rank is not None else None
         if rank is not None and tracker is not None and tracker.chain and tracker.epoch == rank.scheduler.epoch:
@@ -325,11 +323,11 @@ class UnifiedLMCacheMPConnector:
     # What models with sliding windows or Mamba layers would need: they have no hits, so these are asked in vain
 
     def aligned_swa_window_size(self) -> int:
-        """The sliding window in whole pages, 0 for a model without one."""
+        """The sliding window, rounded up to complete pages; 0 for a model without one."""
         return -(-self._window // self._page_size) * self._page_size
 
     def reset_mamba_checkpoint_metadata(self, slots: Any) -> None:
-        """We keep no Mamba states, and so nothing about them."""
+        """Do nothing: no Mamba states are stored."""
 
     # Within
 
@@ -348,7 +346,7 @@ class UnifiedLMCacheMPConnector:
         return fresh
 
     def _ask(self, rank: SGLangRank, lookup: Lookup, tracker: Tracker) -> None:
-        """Look up, and note how many whole pages' tokens there are, or that a tier brings more that is worth waiting for."""
+        """Look up, and record the tokens of complete pages that were found, or that a tier loads more worth waiting for."""
         found = rank.requests.find(tracker, lookup.tokens, lookup.local_tokens, fresh=FRESH_SECONDS)
         lookup.mine = min(tracker.found_tokens, len(lookup.tokens)) // self._page_size * self._page_size
         if isinstance(found, Loading) and rank.requests.runtime.now() - lookup.began < self.operation_timeout:

@@ -1,5 +1,5 @@
-"""When SGLang loads new weights into a running engine, it tells its radix cache nothing but to forget. A cache that outlives
-the radix tree has to know: KV of the old weights must not be served, and that of the new ones is not what the model's name says.
+"""Detection of new weights in a running SGLang engine. SGLang only tells its radix cache to drop its KV. But LMCache outlives the
+radix tree: it must not serve KV of the old weights, nor store KV of the new weights under the model's name.
 
 So the methods that change weights are wrapped, in this process, to call back first.
 """
@@ -27,7 +27,7 @@ UPDATES = (
 )
 """Between the beginning and the end of an update others may write into the weights' memory."""
 Listener = Callable[[bool], None]
-"""Told of new weights, and whether any KV is in use at that moment."""
+"""Called before the weights change, with whether any KV is in use at that moment."""
 _listeners: list[Listener] = []
 
 

@@ -1,4 +1,4 @@
-"""What both presets share: the engine's two base classes, filled in. Nothing here raises, but for a load that has failed."""
+"""The base of both presets: the engine's two abstract classes, implemented. No method raises, except for a failed load."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ logger = init_logger(__name__)
 
 
 class Meeting:
-    """What the scheduler and the worker of rank 0, which live in one process, have in common. The worker knows the KV's layout
-    when it gets the pool; the scheduler begins its work then."""
+    """The shared state of the scheduler and the worker of rank 0, which are in one process. The worker learns the KV's layout
+    with the pool; the scheduler begins its work then."""
 
     def __init__(self, llm_args: Any) -> None:
         self.llm_args = llm_args
         self.instance = f"tensorrt-llm-{uuid.uuid4().hex}"
-        self.half: SchedulerSide | None = None
+        self.side: SchedulerSide | None = None
         self.worker: WorkerSide | None = None
 
 
@@ -48,7 +48,7 @@ _meetings_lock = threading.Lock()
 
 
 def meet(llm_args: Any) -> Meeting:
-    """The meeting of those who were made with this very object; the engine makes both at once, in two threads."""
+    """Return the shared state for this object of arguments; the engine makes scheduler and worker at once, in two threads."""
     with _meetings_lock:
         meeting = _meetings.get(id(llm_args))
         if meeting is None:
@@ -57,7 +57,7 @@ def meet(llm_args: Any) -> Meeting:
 
 
 class Scheduler(KvCacheConnectorScheduler):  # type: ignore[misc]
-    """Rank 0's, once for an engine."""
+    """The scheduler's connector, on rank 0 only."""
 
     def __init__(self, llm_args: Any) -> None:
         super().__init__(llm_args)
@@ -65,45 +65,45 @@ class Scheduler(KvCacheConnectorScheduler):  # type: ignore[misc]
 
     @never_raises(lambda: (0, False))
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int, bool]:
-        half = self._meeting.half
-        return (half.match(request, num_computed_tokens) if half is not None else 0), False
+        side = self._meeting.side
+        return (side.match(request, num_computed_tokens) if side is not None else 0), False
 
     @never_raises(lambda: None)
     def update_state_after_alloc(self, request: Any, block_ids: list[int]) -> None:
-        if self._meeting.half is not None:
-            self._meeting.half.allocated(request, block_ids)
+        if self._meeting.side is not None:
+            self._meeting.side.allocated(request, block_ids)
 
     def build_connector_meta(self, scheduler_output: Any) -> StepPlan:
-        half = self._meeting.half
-        if half is None:
+        side = self._meeting.side
+        if side is None:
             return StepPlan()
         try:
-            return half.plan_step(scheduler_output)
+            return side.plan_step(scheduler_output)
         except Exception:  # the edge towards the engine; neither promises nor lost blocks must be forgotten with it
             logger.exception("build_connector_meta went wrong; the engine goes on without")
-            return StepPlan(settle=half.settle, broken=half.owes)
+            return StepPlan(settle=side.settle, broken=side.owes)
 
     @never_raises(lambda: False)
     def request_finished(self, request: Any, cache_block_ids: list[int]) -> bool:
-        return self._meeting.half is not None and self._meeting.half.finished(request)
+        return self._meeting.side is not None and self._meeting.side.finished(request)
 
     @never_raises(lambda: None)
     def request_reset(self, request: Any) -> None:
-        """Newer releases: the blocks of a request that will run again are gone."""
-        if self._meeting.half is not None and self._meeting.worker is not None:
+        """Newer releases: the engine has taken away the blocks of a request that will run again."""
+        if self._meeting.side is not None and self._meeting.worker is not None:
             self._meeting.worker.copies.let_go(
-                self._meeting.half.reset(request)
+                self._meeting.side.reset(request)
             )  # other ranks do before their next forward
 
     @never_raises(lambda: None)
     def cancel_load(self, request: Any, start: int, end: int) -> None:
-        """Newer releases: tokens [start, end) that were offered are not taken."""
-        if self._meeting.half is not None:
-            self._meeting.half.cancelled(request, start)
+        """Newer releases: the engine does not load the offered tokens [start, end)."""
+        if self._meeting.side is not None:
+            self._meeting.side.cancelled(request, start)
 
 
 class Worker(KvCacheConnectorWorker):  # type: ignore[misc]
-    """One a rank."""
+    """The connector of one rank."""
 
     def __init__(self, llm_args: Any) -> None:
         super().__init__(llm_args)
@@ -115,10 +115,10 @@ class Worker(KvCacheConnectorWorker):  # type: ignore[misc]
         self._side: WorkerSide | None = None
 
     def settings(self) -> ServerSettings:
-        """Where the server is, and what it is asked for.
+        """Return the settings of the server's address and of loads and stores.
 
         Raises:
-            ConfigError: a setting that cannot be used.
+            ConfigError: a setting cannot be used.
         """
         raise NotImplementedError
 
@@ -131,8 +131,8 @@ class Worker(KvCacheConnectorWorker):  # type: ignore[misc]
         except NOT_SERVED as error:
             self._refuse(refusal_of(error, "TensorRT-LLM"))
         epochs = mpi_allgather(epoch) if self._ranks > 1 else [epoch]
-        if self._meeting is not None and self._meeting.half is not None:
-            self._meeting.half.watch.begin(epochs)
+        if self._meeting is not None and self._meeting.side is not None:
+            self._meeting.side.watch.begin(epochs)
 
     def register_kv_cache_layout(self, layout: Any) -> None:
         """Newer releases, for caches of layer groups; one group is a pool like any other."""
@@ -144,7 +144,7 @@ class Worker(KvCacheConnectorWorker):  # type: ignore[misc]
             self._refuse("this KV cache is not one pool; set kv_cache_config.use_kv_cache_manager_v2=False")
 
     def start_load_kv(self, stream: Any) -> None:
-        """Load what the step needs, and return when it is there, on this rank and on all others."""
+        """Load the KV that the step needs, and return when it has arrived on all ranks."""
         plan = self._metadata
         if not isinstance(plan, StepPlan) or plan is self._started:
             return
@@ -153,19 +153,19 @@ class Worker(KvCacheConnectorWorker):  # type: ignore[misc]
             ok = not plan.broken and (self._side is not None or not plan.loads)
             ok = ok and (self._side is None or self._side.load(plan, stream))
         except Exception:  # the edge towards the engine
-            logger.exception("start_load_kv went wrong")
+            logger.exception("LMCache failed in start_load_kv")
             ok = not plan.loads
-        if plan.loads and self._ranks > 1:  # the plan is the same on all ranks, so all come here
+        if plan.loads and self._ranks > 1:  # the plan is the same on all ranks, so all ranks reduce
             ok = all(mpi_allgather(ok))
-        if self._meeting is not None and self._meeting.half is not None:
-            self._meeting.half.loaded()
+        if self._meeting is not None and self._meeting.side is not None:
+            self._meeting.side.loaded()
         self._load_failed = not ok
 
     def wait_for_layer_load(self, layer_idx: int, stream: Any) -> None:
-        """Everything was loaded when `start_load_kv` returned; a failure is told here, inside the step.
+        """Do nothing, since `start_load_kv` returns with all layers loaded; report a failed load inside the step.
 
         Raises:
-            LoadFailed: the engine counts on KV that is not there.
+            LoadFailed: the engine relies on KV that was not loaded.
         """
         if self._load_failed:
             self._load_failed = False
@@ -174,11 +174,11 @@ class Worker(KvCacheConnectorWorker):  # type: ignore[misc]
             )
 
     def save_kv_layer(self, layer_idx: int, stream: Any) -> None:
-        """All layers are stored together, behind the forward."""
+        """Do nothing: all layers are stored together, behind the forward."""
 
     @never_raises(lambda: None)
     def wait_for_save(self, stream: Any) -> None:
-        """Start the stores: they run behind the forward, and the blocks stay until `get_finished` has told their request."""
+        """Start the stores. They run behind the forward, and the blocks stay until `get_finished` has returned their request."""
         plan = self._metadata
         self.wait_for_layer_load(0, stream)  # where no layer has called it
         if self._side is not None and isinstance(plan, StepPlan):
@@ -193,9 +193,9 @@ class Worker(KvCacheConnectorWorker):  # type: ignore[misc]
         return self._side.finished(finished_gen_req_ids), list(started_loading_req_ids)
 
     def _open(self, kv: ServedKV, settings: ServerSettings, instance: str) -> bytes:
-        """Sessions of this rank and, on rank 0, of the scheduler. They end with this object, or with the process.
+        """Make the sessions of this rank and, on rank 0, of the scheduler. They end with this object, or with the process.
 
-        Returns the epoch whose arena is mapped by now.
+        Return the epoch whose arena is mapped by now.
         """
         scheduler: SchedulerSide | None = None
         with ExitStack() as opened:
@@ -214,10 +214,10 @@ class Worker(KvCacheConnectorWorker):  # type: ignore[misc]
             epoch = session.mapped_epoch
             reporter = RankReporter(instance, self._rank, epoch)
             opened.callback(reporter.close)
-            self._side = half = WorkerSide(session, reporter, kv.shard.index, kv.paged.device, stores=kv.stores)
+            self._side = side = WorkerSide(session, reporter, kv.shard.index, kv.paged.device, stores=kv.stores)
             weakref.finalize(self, opened.pop_all().close)
         if self._meeting is not None:
-            self._meeting.half, self._meeting.worker = scheduler, half
+            self._meeting.side, self._meeting.worker = scheduler, side
         logger.info("Registering kv caches!")
         return epoch
 

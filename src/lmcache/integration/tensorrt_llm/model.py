@@ -1,4 +1,4 @@
-"""What the KV of the served model looks like in the engine's pool, and which engines we can do nothing for."""
+"""The layout of the served model's KV in the engine's pool, and the engines whose KV cannot be cached."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lmcache.transfer.paged import PagedKV, Plane
 MODEL_ID_VARIABLE = "LMCACHE_MODEL_ID"
 _FP8_NAMES = ("fp8", "fp8_e4m3")
 _HEADS_OUTSIDE_TOKENS = "TRTLLM"
-"""The attention backend whose blocks are [head][token][dim]. Others order them in ways that the pool's shape does not tell."""
+"""The attention backend whose blocks are [head][token][dim]. The pool's shape does not show the order of other backends."""
 
 
 def describe_pool(llm_args: Any, pool: Any, rank: int) -> ServedKV:
@@ -115,7 +115,7 @@ def _refuse_windows(text: Mapping[str, Any]) -> None:
 
 
 def _heads(text: Mapping[str, Any], mla: bool) -> tuple[int, int]:
-    """(KV heads of the whole model, elements of one)."""
+    """Return (KV heads of the complete model, elements of one head)."""
     if mla:
         return 1, int(text["kv_lora_rank"]) + int(text["qk_rope_head_dim"])
     queries = int(text["num_attention_heads"])
@@ -124,12 +124,12 @@ def _heads(text: Mapping[str, Any], mla: bool) -> tuple[int, int]:
 
 
 def _kv_dtype(llm_args: Any, pool: Any) -> str:
-    told = str(getattr(getattr(llm_args, "kv_cache_config", None), "dtype", "auto") or "auto").lower()
+    given = str(getattr(getattr(llm_args, "kv_cache_config", None), "dtype", "auto") or "auto").lower()
     found = KV_DTYPES.get(str(pool.dtype).removeprefix("torch."))
-    if found is None and told in _FP8_NAMES and pool.element_size() == 1:
+    if found is None and given in _FP8_NAMES and pool.element_size() == 1:
         return "fp8_e4m3"
-    if found is None or told not in ("auto", found, *(_FP8_NAMES if found == "fp8_e4m3" else ())):
-        raise LayoutError(f"KV of dtype {told!r} in a pool of {pool.dtype} is not supported; use auto or fp8")
+    if found is None or given not in ("auto", found, *(_FP8_NAMES if found == "fp8_e4m3" else ())):
+        raise LayoutError(f"KV of dtype {given!r} in a pool of {pool.dtype} is not supported; use auto or fp8")
     return found
 
 
@@ -149,8 +149,8 @@ def _config_digest(llm_args: Any, config: Any) -> str:
 
 
 def _tokens_per_block(llm_args: Any) -> int | None:
-    told = getattr(getattr(llm_args, "kv_cache_config", None), "tokens_per_block", None)
-    return int(told) if told else None
+    given = getattr(getattr(llm_args, "kv_cache_config", None), "tokens_per_block", None)
+    return int(given) if given else None
 
 
 def _paged(pool: Any, heads: int, layout: Layout, told_tokens: int | None) -> PagedKV:

@@ -1,4 +1,4 @@
-"""The scheduler's side: the engine's requests and steps in the terms of `lmcache.engine.requests`.
+"""The scheduler's side: it translates the engine's requests and steps for `lmcache.engine.requests`.
 
 Loads are synchronous, in the step that runs the request first: only there can the engine be told that one has failed. Hits end
 with a block of the engine's (`tokens_per_block`), wherever that is in a chunk. Stores run on while the engine does; a request
@@ -21,15 +21,15 @@ _BESIDE_TOKENS = ("multimodal_hashes", "multimodal_embedding", "prompt_embedding
 
 @dataclass
 class StepPlan(plans.StepPlan):
-    """broken: loads that the engine counts on could not be planned. The engine pickles it and broadcasts it."""
+    """The plan of a step, which the engine pickles and broadcasts. broken: loads that the engine relies on were not planned."""
 
     broken: bool = False
 
 
 @dataclass
 class Tracker(Request):
-    """computed: tokens that could have been stored. asked: the engine wanted to know of hits. matched: tokens that it had itself.
-    granted: tokens after those that it takes from us. prompt_tokens: 0 until the first step."""
+    """computed: tokens that could have been stored. asked: whether the engine asked for hits. matched: tokens that it had itself.
+    granted: tokens after those that it loads from LMCache. prompt_tokens: 0 until the first step."""
 
     computed: int = 0
     asked: bool = False
@@ -40,7 +40,7 @@ class Tracker(Request):
 
 
 class SchedulerSide:
-    """stores_answers: whether generated tokens are stored too. least_gain: tokens that a load must bring."""
+    """stores_answers: whether generated tokens are stored too. least_gain: the fewest tokens that are loaded."""
 
     def __init__(
         self,
@@ -56,10 +56,10 @@ class SchedulerSide:
         self._stores_answers, self._least_gain = stores_answers, max(1, least_gain)
         self.settle: list[str] = []
         """Store jobs of blocks that are gone, which no plan has told the ranks of."""
-        self._told: set[str] = set()
+        self._logged: set[str] = set()
 
     def match(self, request: Any, computed_tokens: int) -> int:
-        """How many tokens beyond `computed_tokens` the request may take from us."""
+        """Return how many tokens beyond `computed_tokens` the request may load."""
         tracker = self._begin(request)
         tracker.asked, tracker.matched = True, computed_tokens
         tokens = request.get_tokens(0)
@@ -75,13 +75,13 @@ class SchedulerSide:
         return tracker.granted
 
     def allocated(self, request: Any, blocks: list[int]) -> None:
-        """The request's blocks so far."""
+        """Record the request's blocks so far."""
         # An engine without block reuse does not ask.
         tracker = self.requests.open.get(request.request_id) or self._begin(request)
         tracker.blocks = list(blocks)
 
     def cancelled(self, request: Any, start: int) -> None:
-        """The engine will not take what lies from token `start` on."""
+        """Record that the engine will not load the tokens from `start` on."""
         tracker = self.requests.open.get(request.request_id)
         if tracker is not None and tracker.hit is not None:
             tracker.granted = max(0, min(tracker.granted, start - tracker.matched))
@@ -100,7 +100,7 @@ class SchedulerSide:
             tracker.tokens, tracker.prompt_tokens = list(data.new_tokens), len(data.new_tokens)
             tracker.blocks = list(data.new_block_ids) or tracker.blocks
             start, position = self._plan_load(plan, tracker), data.computed_position
-            # Releases differ in whether the position counts what comes from us; a cache of layer groups may have taken less.
+            # Releases differ in whether the position counts loaded tokens; a cache of layer groups may have taken fewer.
             grouped = bool(getattr(data, "new_block_ids_by_layer_group", None))
             if tracker.asked and not grouped and position == tracker.matched:
                 position = start
@@ -126,11 +126,11 @@ class SchedulerSide:
         return bool(self.requests.loading) or any(tracker.hit is not None for tracker in self.requests.open.values())
 
     def finished(self, request: Any) -> bool:
-        """The request has ended or its blocks are to go; whether the engine has to wait until ranks report it as saved."""
+        """End a request, or release its blocks. Return whether the engine has to wait until ranks report it as saved."""
         return bool(self._end(request.request_id))
 
     def reset(self, request: Any) -> list[str]:
-        """The request's blocks are gone already, and it will begin anew. Its store jobs, which the next step's plan settles."""
+        """Restart a request whose blocks are taken away already. Return its store jobs, which the next step's plan settles."""
         jobs = self._end(request.request_id)
         self.settle += jobs
         return jobs
@@ -140,7 +140,7 @@ class SchedulerSide:
         self.requests.close()
 
     def _begin(self, request: Any) -> Tracker:
-        """A new tracker: the engine asks once for each allocation."""
+        """Make a new tracker: the engine asks once for each allocation."""
         self.reset(request)
         salt, number = getattr(request, "cache_salt", None), getattr(request, "cache_salt_id", None)
         tracker = Tracker(request.request_id, salt or ("" if number is None else f"\0{number}"))
@@ -149,7 +149,7 @@ class SchedulerSide:
         return tracker
 
     def _end(self, request_id: int) -> list[str]:
-        """The request's stores. The engine hears from the ranks when they have ended, and so it need not be counted here."""
+        """Return the request's store jobs. The ranks report their end to the engine, so it is not counted here."""
         tracker = self.requests.open.get(request_id)
         if tracker is None:
             return []
@@ -160,10 +160,10 @@ class SchedulerSide:
         return jobs
 
     def _cacheable(self, request: Any) -> bool:
-        """Whether the tokens and the salt alone decide the KV."""
+        """Return whether only the tokens and the salt determine the KV."""
         if getattr(request, "lora_task_id", None) is not None:
             self._log(
-                "requests with LoRA adapters are not cached: the engine tells a number of theirs, not what they hold"
+                "requests with LoRA adapters are not cached: the engine gives an adapter's number, not its weights"
             )
             return False
         beside = [name for name in _BESIDE_TOKENS if getattr(request, name, None) is not None]
@@ -172,9 +172,9 @@ class SchedulerSide:
         return not beside
 
     def _plan_load(self, plan: StepPlan, tracker: Tracker) -> int:
-        """The token that the engine's own work begins with."""
+        """Plan the load; return the first token that the engine computes itself."""
         start = tracker.matched
-        # Blocks that are not there yet are none that the engine has taken from us.
+        # The engine loads only into blocks that it has given.
         end = min(start + tracker.granted, len(tracker.blocks) * self._block_tokens)
         if tracker.hit is None or end <= start:
             self.requests.give_back(tracker)
@@ -183,13 +183,13 @@ class SchedulerSide:
         return end
 
     def _plan_store(self, plan: StepPlan, tracker: Tracker, computed: int) -> None:
-        """Store the chunks that are full once this step has run. Drafts are no known tokens, so they do not count."""
+        """Plan to store the chunks that are full after this step. Draft tokens do not count, since they may be rejected."""
         tracker.computed = min(computed, len(tracker.tokens) if self._stores_answers else tracker.prompt_tokens)
         store = self.requests.store(tracker, tracker.tokens, tracker.computed)
         if store is not None:
             plan.stores.append(store)
 
     def _log(self, what: str) -> None:
-        if what not in self._told:
-            self._told.add(what)
+        if what not in self._logged:
+            self._logged.add(what)
             logger.warning("%s", what)

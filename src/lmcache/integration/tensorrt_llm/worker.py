@@ -1,4 +1,4 @@
-"""The worker's side: one rank's loads, before the forward, and stores, behind it."""
+"""The worker's side: it loads before the forward, and stores behind it."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from lmcache.observability.log import init_logger
 logger = init_logger(__name__)
 
 _LOAD_SECONDS = 30.0
-"""A copy from mapped memory ends; one that takes longer than this is not coming."""
+"""How long a load is waited for: a copy from mapped memory that takes longer has failed."""
 
 
 class WorkerSide:
-    """shard: which part of a chunk this rank holds. device: of the pool. stores: False where another rank stores that part."""
+    """shard: index of this rank's shard. device: the pool's device. stores: False if another rank stores that shard."""
 
     def __init__(
         self, session: WorkerSession, reporter: RankReporter, shard: int, device: str = "cpu", *, stores: bool = True
@@ -34,7 +34,7 @@ class WorkerSide:
         loads = [self.copies.load(load, after=fence) for load in plan.loads]
         if not self.copies.wait(loads, _LOAD_SECONDS):
             logger.warning("%d loads do not end within %.0f s", len(self.copies.running()), _LOAD_SECONDS)
-        ok = self.copies.settle(loads, 0.0)  # they write to blocks: nobody may go on before they have ended
+        ok = self.copies.settle(loads, 0.0)  # they write to blocks: the step must not go on before they have ended
         self.report()
         return ok
 
@@ -47,7 +47,7 @@ class WorkerSide:
         self._stored = plan
 
     def finished(self, ended: Iterable[int]) -> list[int]:
-        """Of the requests that have ended (these and earlier ones), those whose blocks nothing of ours reads any more."""
+        """Return each ended request (of this and earlier calls) once, as soon as no store reads its blocks."""
         ready = self.copies.closed(ended)
         self.report()
         return list(ready)

@@ -1,4 +1,4 @@
-"""`model.generate` with KV that comes from LMCache and goes there. Nothing of ours raises into it: trouble is a miss."""
+"""`model.generate` with KV that is loaded from and stored in LMCache. No error of LMCache reaches it: a failure is a miss."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ logger = init_logger(__name__)
 
 _ROOM_TOKENS = 1024
 _FORESEEN_TOKENS = 2048
-"""Room for an answer; a longer one goes on outside the pool, and its tail is not stored."""
+"""Tokens of the pool for an answer; a longer answer goes on outside the pool, and its tail is not stored."""
 _COPY_THREADS = 8
 _PLAIN_OPTIONS = ("assistant_model", "prompt_lookup_num_tokens", "custom_generate", "cache_implementation")
 _PLAIN_TENSORS = ("inputs", "input_ids", "attention_mask")
@@ -68,7 +68,7 @@ def attach(
 
 @dataclass(frozen=True)
 class _Begun:
-    """A prompt that `generate` is at."""
+    """The prompt that `generate` works on."""
 
     request: Request
     cache: Any
@@ -86,9 +86,9 @@ class Attached:
         own: EmbeddedServer | None = None,
     ) -> None:
         self.refusal = ""
-        """Why this model is not cached; "" where it is."""
+        """Why this model is not cached; "" if it is."""
         self.hit_tokens = self.stored_tokens = 0
-        """Tokens whose KV came from the cache, and that went there, so far."""
+        """Tokens whose KV was loaded from the cache so far, and tokens that were stored in it."""
         self._model, self._generate, self._endpoint = model, model.generate, endpoint
         self._model_id, self._salt, self._own = model_id, cache_salt, own
         self._rank: LocalRank[Request] | None = None
@@ -97,7 +97,7 @@ class Attached:
         self._stamp = 0
         self._identity: Identity | None = None
         """The identity that was found for the weights while they had the stamp `_stamp`; None before that."""
-        self._told: set[str] = set()
+        self._logged: set[str] = set()
         self._lock = threading.Lock()
         try:
             self._shape = kv_shape(model)
@@ -126,16 +126,16 @@ class Attached:
             self._lock.release()
 
     def wait_connected(self, timeout_seconds: float) -> bool:
-        """Wait until the server has taken this model; False when it has not after the timeout, or when its own has ended."""
+        """Wait until the server has registered this model. Return False after the timeout, or if its own server has ended."""
         own, rank = self._own, self._rank
         return rank is not None and rank.wait_connected(timeout_seconds, lambda: own is None or own.running)
 
     def flush(self, timeout_seconds: float = 30.0) -> bool:
-        """Wait until all KV so far has been stored; False when some is not after the timeout."""
+        """Wait until all KV so far has been stored. Return False if some has not been after the timeout."""
         return self._rank is None or self._rank.copies.wait(self._rank.copies.running(), timeout_seconds)
 
     def close(self) -> None:
-        """Store what is still on its way, hang up, and give the model its own `generate` back."""
+        """Finish the running stores, close the connection, and restore the model's own `generate`."""
         atexit.unregister(self.close)
         self._model.__dict__.pop("generate", None)
         self.flush()
@@ -152,7 +152,7 @@ class Attached:
     # One prompt
 
     def _begin(self, tokens: list[int], new_tokens: int) -> _Begun | None:
-        """A cache for `generate`, with what LMCache has of the prompt; None where it has to go on without us."""
+        """Return a cache for `generate` with LMCache's KV of the prompt; None if `generate` must run without LMCache."""
         try:
             if not self._ready(len(tokens) + new_tokens):
                 if self._rank is not None:
@@ -192,7 +192,7 @@ class Attached:
             self._prefill.step(self._rank.requests.runtime.now(), tokens)
 
     def _end(self, begun: _Begun, answer: Any) -> None:
-        """Store the full chunks that LMCache has not got yet; the copy runs while the caller goes on."""
+        """Store the full chunks that LMCache does not have yet; the copy runs while the caller goes on."""
         self._step(0)
         try:
             sequence = answer if isinstance(answer, torch.Tensor) else answer.sequences
@@ -311,13 +311,13 @@ class Attached:
             own.close()
 
     def _log(self, why: str) -> None:
-        if why not in self._told:
-            self._told.add(why)
+        if why not in self._logged:
+            self._logged.add(why)
             logger.warning("generate goes on without LMCache: %s", why)
 
 
 def _unsuited(model: Any, ids: Any, args: tuple[Any, ...], options: dict[str, Any]) -> str:
-    """Why this call is none for us; "" for one prompt of plain tokens and plain decoding."""
+    """Return why this call is not cached; "" for one prompt of plain tokens and plain decoding."""
     if not isinstance(ids, torch.Tensor) or ids.ndim != 2:
         return "no input_ids of shape [1, tokens]"
     if ids.shape[0] != 1 or ids.shape[1] < 1:

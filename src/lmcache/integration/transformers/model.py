@@ -1,4 +1,4 @@
-"""What the KV of a Transformers model looks like, and which models are refused."""
+"""The layout of a Transformers model's KV, and the models that are refused."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def kv_shape(model: Any) -> Shape:
 
 
 def refuse_unsupported(model: Any) -> None:
-    """Return if KV of a model of this kind can be cached, as far as the model as it is now tells.
+    """Return if KV of a model of this kind, in its present state, can be cached.
 
     Raises:
         LayoutError: it cannot; the message says why.
@@ -59,7 +59,7 @@ def layout_of(model: Any, shape: Shape) -> Layout:
     """The layout of the model's KV in chunks of one token, without a name of the weights.
 
     Raises:
-        LayoutError: KV of a dtype that no slot can hold.
+        LayoutError: KV of a dtype that is not supported.
     """
     return Layout(
         model_id="",

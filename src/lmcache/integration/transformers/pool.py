@@ -1,6 +1,6 @@
 """The memory of one sequence's KV: LMCache copies into it and out of it, and the model's attention reads it where it lies.
 
-So a hit costs one copy, from the slots. A token that is computed is written behind the others, where a plain `DynamicLayer`
+So a hit costs one copy, from the extents. A computed token is written behind the others, whereas a plain `DynamicLayer`
 makes a new tensor and copies all before it.
 """
 

@@ -1,4 +1,4 @@
-"""A rank's registered KV tensors, and which rank it is."""
+"""The description of one rank: its number, its KV tensors and its part of the model's KV."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lmcache.integration.vllm.weights import watch_weights
 def describe_rank(
     vllm_config: Any, kv_cache_config: Any, kv: ModelKV, kv_caches: dict[str, Any]
 ) -> tuple[int, ServedKV, Registered]:
-    """This rank's number, its part of the model's KV, and where that lies. From now on changes of its weights are counted.
+    """Return this rank's number, its part of the model's KV, and where that lies. Begin to count changes of its weights.
 
     Raises:
         LayoutError: the registered tensors cannot be described.
@@ -40,7 +40,7 @@ def describe_rank(
 
 
 def _blocks_may_be_in_flight(kv_cache_config: Any) -> bool:
-    """False where the scheduler gives out a block only when no step in flight writes to it, and zeroes none either."""
+    """Return False if the scheduler gives out a block only when no step in flight writes to it, and zeroes no blocks."""
     from vllm.v1.core.sched.scheduler import Scheduler
 
     return not hasattr(Scheduler, "_drain_deferred_frees") or bool(
@@ -49,7 +49,7 @@ def _blocks_may_be_in_flight(kv_cache_config: Any) -> bool:
 
 
 def rank_of() -> tuple[int, int]:
-    """(tensor-parallel rank, pipeline rank) of this process."""
+    """Return (tensor-parallel rank, pipeline rank) of this process."""
     from vllm.distributed.parallel_state import get_pp_group, get_tp_group
 
     return get_tp_group().rank_in_group, get_pp_group().rank_in_group

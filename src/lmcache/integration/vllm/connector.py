@@ -1,4 +1,4 @@
-"""What both of vLLM's classes for LMCache share: the two sides of a connector, and the calls that mean the same in both."""
+"""The base of both vLLM connector classes for LMCache: the two sides of a connector, and the calls that both classes share."""
 
 from __future__ import annotations
 
@@ -46,18 +46,18 @@ class LMCacheWorkerMetadata(_WorkerMetadata):  # type: ignore[misc]
 
 
 class Connector:
-    """One role of a connector: the scheduler's or a rank's. The class that inherits sets the attributes that vLLM's base class
-    has, then calls `_describe`."""
+    """One role of a connector: the scheduler's or a rank's. A subclass sets the attributes of vLLM's base class, then calls
+    `_describe`."""
 
     _synchronous = False
-    """Forwards wait for loads."""
+    """Whether forwards wait for loads."""
     _vllm_config: Any
     _kv_cache_config: Any
     _role: KVConnectorRole
     _connector_metadata: Any
 
     def _describe(self, settings: ServerSettings) -> None:
-        """Find out what is served, and make the scheduler's side."""
+        """Describe the served model, and make the scheduler's side."""
         self._settings = settings
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
@@ -76,17 +76,17 @@ class Connector:
                 self._start()
 
     def _start(self) -> None:
-        """Make the scheduler's side with `_serve`, after a server of the engine's own where it has to have one."""
+        """Make the scheduler's side with `_serve`, after starting the engine's own server if it needs one."""
         raise NotImplementedError
 
     def _serve(self, address: str, **rules: Any) -> None:
-        """Make the scheduler's side; `address` is that of the server where it is not the configured one. rules: keyword arguments
-        of `SchedulerSide`."""
+        """Make the scheduler's side. address: the server's address if it is not the configured one, else "". rules: keyword
+        arguments of `SchedulerSide`."""
         kv, server, transfer = self._kv, self._server, self._vllm_config.kv_transfer_config
         assert kv is not None
         endpoint = self._settings.endpoint(self._instance, "scheduler", address=address)
         session = SchedulerSession(endpoint, kv.layout, kv.shards, kv.stages)
-        self._scheduler = half = SchedulerSide(
+        self._scheduler = side = SchedulerSide(
             session,
             kv.block_tokens,
             kv.ranks,
@@ -96,17 +96,17 @@ class Connector:
             device=str(self._vllm_config.device_config.device_type),
             **rules,
         )
-        watch_resets(self._instance, half)
+        watch_resets(self._instance, side)
         if server is None:
             session.wait_for_server()
         elif session.identified and not wait_connected((session,), START_SECONDS, lambda: server.running):
             if server.running:
                 logger.warning("This engine's LMCache server was not up within %.0f s; it may come yet", START_SECONDS)
             else:
-                half.requests.stop("its own server has not started, and has said why")
+                side.requests.stop("its own server has not started; the server's log lines say why")
 
     def _attach(self, kv_caches: dict[str, Any], address: str = "", *, layerwise: bool = False) -> None:
-        """Make this rank's side. layerwise: whether forwards wait for loads layer by layer, where they wait at all."""
+        """Make this rank's side. layerwise: whether forwards that wait for loads do so layer by layer."""
         kv = self._kv
         if kv is None:
             return
@@ -189,7 +189,7 @@ class Connector:
         return (self._scheduler is not None and self._scheduler.finished(request)), None
 
     def reset_cache(self) -> bool:
-        """What was kept so far is not served to this engine any more; other engines' KV stays where it is."""
+        """Serve none of the KV stored so far to this engine any more. Other engines keep their KV."""
         if self._scheduler is not None:
             self._scheduler.requests.reset()
         return True

@@ -1,7 +1,7 @@
-"""Which weights vLLM serves, and what of its configuration changes the numbers.
+"""The identity of the weights that vLLM serves, and a digest of the configuration that changes the KV.
 
-Engines with `--load-format dummy` share nothing: their weights depend on shapes, seed and vLLM's version, none of which a
-name would tell.
+Engines with `--load-format dummy` share nothing: their weights depend on shapes, seed and vLLM's version, which no name
+contains.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from lmcache.engine.load_formats import files_read, refuse_weights_from_anywhere
 from lmcache.errors import LayoutError
 
 _WRITTEN_BY_MODELS = frozenset({"dtype", "torch_dtype", "max_model_len"})
-"""What classes of models write into the configuration when they are made, which the scheduler's process may not see."""
+"""Fields that a model's class writes into the configuration; the scheduler's process may not see these changes."""
 
 
 def served_identity(vllm_config: Any, model_id: str) -> Identity:
-    """The identity of all weights that make KV: the model's, or its name `model_id` where that is given, and a draft model's.
+    """Return the identity of all weights that compute KV: the model's (`model_id` if given), and a draft model's.
 
     Raises:
-        LayoutError: it cannot be found out; the message says what to set.
+        LayoutError: the weights cannot be identified; the message says what to set.
     """
     engine_id, load_format = str(vllm_config.kv_transfer_config.engine_id), str(vllm_config.load_config.load_format)
     identity = named(model_id) if model_id else model_identity(vllm_config.model_config, load_format, engine_id)
@@ -40,10 +40,10 @@ def served_identity(vllm_config: Any, model_id: str) -> Identity:
 
 
 def model_identity(model_config: Any, load_format: str, engine_id: str) -> Identity:
-    """The identity of the served model's own weights.
+    """Return the identity of the served model's own weights.
 
     Raises:
-        LayoutError: it cannot be found out; the message says what to set.
+        LayoutError: the weights cannot be identified; the message says what to set.
     """
     if load_format == "dummy":
         return named(f"dummy:{engine_id}")
@@ -55,10 +55,10 @@ def model_identity(model_config: Any, load_format: str, engine_id: str) -> Ident
 
 
 def config_digest(vllm_config: Any) -> str:
-    """A digest of the effective configuration: RoPE, overrides, windows, quantization, computing dtype, draft model ...
+    """Return a digest of the effective configuration: RoPE, overrides, windows, quantization, computing dtype, draft model ...
 
-    It takes in everything that changes the numbers by more than rounding, so a harmless difference costs a miss, and no harmful
-    one a wrong answer.
+    The digest covers everything that changes the KV by more than rounding. A harmless difference then costs a miss, and no
+    harmful difference causes a wrong answer.
     """
     model, cache, load = vllm_config.model_config, vllm_config.cache_config, vllm_config.load_config
     described = _without(plain(getattr(model, "hf_config", None)), _WRITTEN_BY_MODELS)
@@ -70,7 +70,7 @@ def config_digest(vllm_config: Any) -> str:
         "dtype": str(model.dtype),
         "quantization": plain([getattr(model, "quantization", None), getattr(model, "quantization_config", None)]),
         "no_window": bool(getattr(model, "disable_sliding_window", False)),
-        # LongRoPE takes its factors by the longest prompt that the engine admits.
+        # LongRoPE selects its factors by the longest prompt that the engine admits.
         "longest": getattr(model, "max_model_len", None) if '"longrope"' in json.dumps(described) else None,
         "cache_dtype": [str(cache.cache_dtype), plain(getattr(cache, "kv_cache_dtype_skip_layers", None))],
         "load": _files_read(model, load),
@@ -83,11 +83,11 @@ def config_digest(vllm_config: Any) -> str:
 
 
 class Adapters(AdapterFiles):
-    """The LoRA adapters that vLLM has been given, each under a number."""
+    """The LoRA adapters of a vLLM engine, each under a number."""
 
     def identity(self, lora: Any) -> tuple[str, str] | None:
-        """Name and content of the adapter of a `LoRARequest`; None when it is not known what is loaded under its number, or while
-        the adapter is hashed."""
+        """Return name and content name of a `LoRARequest`'s adapter; None if it is unknown which weights are loaded under its
+        number, or while the adapter is hashed."""
         variant = " fused experts" if getattr(lora, "is_3d_lora_weight", False) else ""
         content = self.content(lora.lora_int_id, str(lora.lora_path), variant, lora.lora_name)
         return None if content is None else (lora.lora_name, content)
@@ -102,7 +102,7 @@ def _without(value: Any, names: frozenset[str]) -> Any:
 
 
 def _processing(multimodal: Any) -> Any:
-    """How images and the like become what the model sees. vLLM names an item by its content and its request's options alone."""
+    """Return the options of multimodal processing: vLLM names an item by its content and its request's options only."""
     names = ("mm_processor_kwargs", "media_io_kwargs", "video_pruning_rate", "mm_encoder_attn_dtype")
     options = {name: plain(value) for name in names if (value := getattr(multimodal, name, None))}
     if "video_pruning_rate" in options:
@@ -111,7 +111,7 @@ def _processing(multimodal: Any) -> Any:
 
 
 def _lora(lora: Any, model: Any) -> Any:
-    """How adapters are applied, where it is not how it usually is."""
+    """Return how adapters are applied; None for the default way."""
     if lora is None:
         return None
     dtype = str(getattr(lora, "lora_dtype", "auto"))
@@ -124,16 +124,16 @@ def _lora(lora: Any, model: Any) -> Any:
 
 
 def _files_read(model: Any, load: Any) -> Any:
-    """Which of the model's files have been read. It is asked for after that, so a repository's are in the hub's cache."""
+    """Return which of the model's files have been read. The caller asks after that, so a repository's are in the hub's cache."""
     commit = _commit(getattr(model, "hf_config", None))
     folder = model_folder(str(model.model), commit, getattr(load, "download_dir", None))
     return files_read(str(load.load_format), getattr(load, "model_loader_extra_config", None), folder)
 
 
 def _drafting(speculative: Any, load: Any) -> Any:
-    """How the draft model's layers are made. None where there is none; whose weights it has is a part of the identity.
+    """Return how the draft model's layers are made; None without a draft model. Its weights are a part of the identity.
 
-    load: how the target model is loaded, and the draft model where nothing else is said.
+    load: how the target model is loaded, and by default the draft model.
     """
     model = _draft(speculative)
     if model is None:
@@ -143,20 +143,20 @@ def _drafting(speculative: Any, load: Any) -> Any:
 
 
 def _draft(speculative: Any) -> Any:
-    """vLLM's configuration of the draft model, which may add layers to the KV. None for methods without one (ngram, suffix), for
-    which vLLM names the target model: they propose tokens and change no KV."""
+    """Return vLLM's configuration of the draft model, which may add layers to the KV. None for methods without one (ngram,
+    suffix), for which vLLM names the target model: they propose tokens and change no KV."""
     model = getattr(speculative, "draft_model_config", None)
     return None if model is getattr(speculative, "target_model_config", None) else model
 
 
 def _draft_identity(draft: Any, engine_id: str) -> Identity:
-    """Of a repository whose commit is not known, one that no other engine has."""
+    """Return the identity of a draft model; for a repository with unknown commit, one that no other engine has."""
     name = str(draft.model)
     return path_identity(name) or named(f"{name}@{_commit(getattr(draft, 'hf_config', None)) or engine_id}")
 
 
 def _commit(config: Any) -> str | None:
-    """The commit of the repository that a model's configuration is from."""
+    """Return the commit of the repository of a model's configuration; None if it is unknown."""
     commits = (
         getattr(one, "_commit_hash", None) for one in (config, getattr(config, "model", None))
     )  # vLLM wraps EAGLE's

@@ -1,8 +1,8 @@
-"""`LMCacheMPConnector`: vLLM's KV connector for an LMCache server. It only turns vLLM's calls into those of two sides.
+"""`LMCacheMPConnector`: vLLM's KV connector for an LMCache server. It forwards vLLM's calls to the scheduler or worker side.
 
-Loads are asynchronous: the request waits, unscheduled, while the ranks copy, so no forward pass ever waits for a load
-and `wait_for_layer_load`/`save_kv_layer` have nothing to do. What to copy travels in our own metadata; the forward
-context is never looked at (with CUDA graphs it says nothing).
+Loads are asynchronous: the request waits, unscheduled, while the ranks copy, so no forward pass waits for a load and
+`wait_for_layer_load`/`save_kv_layer` do nothing. The connector's own metadata say what to copy; the forward context is not used
+(with CUDA graphs it is empty).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class LMCacheMPConnector(Connector, KVConnectorBase_V1, _SupportsHMA):  # type: 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any = None) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         self._kv_caches: dict[str, Any] | None = None
-        """Registered, while the scheduler has not told where the server is."""
+        """The registered KV tensors, until the scheduler has sent the server's address."""
         self._describe(read_settings(vllm_config.kv_transfer_config))
 
     def _start(self) -> None:
@@ -49,7 +49,7 @@ class LMCacheMPConnector(Connector, KVConnectorBase_V1, _SupportsHMA):  # type: 
 
     @property
     def requires_kv_delivery(self) -> bool:
-        """A cache: what is not stored is a later miss."""
+        """False: KV that is not stored only causes a later miss."""
         return False
 
     # Worker
@@ -62,7 +62,7 @@ class LMCacheMPConnector(Connector, KVConnectorBase_V1, _SupportsHMA):  # type: 
             self._attach(kv_caches)
 
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
-        """vLLM starts asynchronous loads after the forward; that may take seconds, and the loads need not wait for it."""
+        """Start the loads now: vLLM calls `start_load_kv` after the forward, which may take seconds."""
         super().bind_connector_metadata(connector_metadata)
         plan = self._plan()
         if self._kv_caches is not None and plan.address:
@@ -101,7 +101,7 @@ class LMCacheMPConnector(Connector, KVConnectorBase_V1, _SupportsHMA):  # type: 
     # Scheduler
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
-        """None: a tier is loading, ask again at the next step."""
+        """Return the tokens that can be loaded; None while a tier loads, so that vLLM asks again at the next step."""
         tokens = self._scheduler.match(request, num_computed_tokens) if self._scheduler is not None else 0
         return tokens, bool(tokens)
 

@@ -1,4 +1,4 @@
-"""What the KV of the served model looks like, in our terms, and which engines we can do nothing for."""
+"""The layout of the served model's KV, and the engines whose KV cannot be cached."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _PLAIN_DTYPES = ("float32", "float16", "bfloat16")
 
 @dataclass(frozen=True)
 class ModelKV:
-    """The KV of a whole model, and how it is split.
+    """The KV of a complete model, and its split among ranks.
 
-    model: its layout in chunks of one token, without a name of the weights. block_tokens: tokens of a block of the scheduler's.
-    layer_names: of this rank, in slot order. stages: the layer before which each pipeline stage ends (empty without a pipeline).
-    """
+    model: the layout with one-token chunks, without the weights' name. block_tokens: tokens of a scheduler block. layer_names:
+    this rank's layers, in the order of the extent. stages: the layer before which each pipeline stage ends (empty without
+    pipeline)."""
 
     model: Layout
     block_tokens: int
@@ -35,24 +35,24 @@ class ModelKV:
 
     @property
     def ranks(self) -> int:
-        """Workers of this engine."""
+        """Number of this engine's workers."""
         return self.tp_size * self.pp_size
 
     def layout(self, chunk_tokens: int) -> Layout:
-        """The model's layout for chunks of so many tokens.
+        """Return the model's layout for chunks of `chunk_tokens` tokens.
 
         Raises:
-            IdentityUnknown: it is not known (yet) which weights are served.
+            IdentityUnknown: the weights are not identified (yet).
         """
         return self.identity.layout(self.model, chunk_tokens)
 
     @property
     def shards(self) -> int:
-        """Parts that a chunk is kept in."""
+        """Number of shards of a chunk."""
         return self.shard(0, 0, (0, self.model.num_layers)).count
 
     def shard(self, tp_rank: int, pp_rank: int, layers: tuple[int, int]) -> Shard:
-        """The part that one rank holds.
+        """Return the shard that one rank holds.
 
         Raises:
             LayoutError: the heads do not divide among the ranks.
@@ -60,7 +60,7 @@ class ModelKV:
         return shard_of_rank(self.model, tp_rank, self.tp_size, *layers, pp_rank=pp_rank, pp_size=self.pp_size)
 
     def stores(self, tp_rank: int) -> bool:
-        """Whether this rank is the one of those sharing its part that stores it."""
+        """Return whether this rank, of all ranks that hold its shard, is the one that stores it."""
         return stores_its_shard(self.model, tp_rank, self.tp_size)
 
 
@@ -92,7 +92,7 @@ def describe_model(vllm_config: Any, kv_cache_config: Any, model_id: str = "") -
         kind=kind,
         config_digest=config_digest(vllm_config),
     )
-    # The identity comes last: to hash the weights of an engine that is refused is in vain.
+    # The identity comes last: the weights of a refused engine need not be hashed.
     identity = served_identity(vllm_config, model_id)
     split = parallel.tensor_parallel_size, pp_size, _stages(layers, pp_size)
     return ModelKV(layout, spec.block_size, names, *split, identity)
@@ -107,10 +107,10 @@ def _stages(layers: int, pp_size: int) -> tuple[int, ...]:
 
 
 def layer_range(vllm_config: Any, kv: ModelKV) -> tuple[int, int]:
-    """The half-open range of layers that this rank holds.
+    """Return (first, end) of the layers that this rank holds; `end` is excluded.
 
     Raises:
-        LayoutError: the rank's layers are not the ones that its place in the pipeline says.
+        LayoutError: the rank's layers are not those of its pipeline stage.
     """
     if kv.pp_size == 1:
         return 0, kv.model.num_layers
@@ -150,7 +150,7 @@ def _only_group(kv_cache_config: Any) -> tuple[Any, Any]:
 
 
 def _kv_dtype(dtype: str, cache_dtype: str) -> str:
-    """Our name of the KV's dtype, from torch's ("torch.bfloat16") and vLLM's ("auto", "fp8_e4m3" ...)."""
+    """Return the layout's name of the KV dtype, from torch's ("torch.bfloat16") and vLLM's ("auto", "fp8_e4m3" ...)."""
     if cache_dtype in _FP8_NAMES:
         return _FP8_NAMES[cache_dtype]
     plain = dtype.removeprefix("torch.")
@@ -160,6 +160,6 @@ def _kv_dtype(dtype: str, cache_dtype: str) -> str:
 
 
 def _layer_order(name: str) -> tuple[int, str]:
-    """By the first number in the name, as vLLM numbers its layers."""
+    """Return a sort key: the first number in the name, as vLLM numbers its layers, then the name."""
     number = next((int(part) for part in name.split(".") if part.isdigit()), -1)
     return number, name

@@ -1,4 +1,4 @@
-"""The server that an engine starts for itself: in-process mode, and `--kv-offloading-backend lmcache` where no server is."""
+"""The server that an engine starts for itself: in-process mode, and `--kv-offloading-backend lmcache` if no server runs."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ _PROBE_SECONDS = 1.0
 
 
 def engine_settings(vllm_config: Any) -> EngineSettings:
-    """The settings of in-process mode, from this process's environment and vLLM's `kv_connector_extra_config`.
+    """Return the settings of in-process mode, from this process's environment and vLLM's `kv_connector_extra_config`.
 
     Raises:
-        ConfigError: one of them is wrong.
+        ConfigError: a setting is wrong.
     """
     return load_engine(extra=getattr(vllm_config.kv_transfer_config, "kv_connector_extra_config", None) or {})
 
 
 def offloading_size_gb(vllm_config: Any) -> float:
-    """The size of `--kv-offloading-backend lmcache --kv-offloading-size N` in GiB, 0 where vLLM was not started so."""
+    """Return the size of `--kv-offloading-backend lmcache --kv-offloading-size N` in GiB; 0 without these flags."""
     cache = vllm_config.cache_config
     if getattr(cache, "kv_offloading_backend", None) != "lmcache":
         return 0.0
@@ -36,10 +36,10 @@ def offloading_size_gb(vllm_config: Any) -> float:
 def server_for_offloading(
     instance: str, vllm_config: Any, settings: ServerSettings
 ) -> tuple[EmbeddedServer | None, str]:
-    """The server that an engine with `--kv-offloading-backend lmcache` has started for want of one at host:port, and the
-    address of the one to use: "" where its own does not start.
+    """Return the server that this call started because none answers at host:port (else None), and the address of the server
+    to use: "" if the engine's own server does not start.
 
-    Asked once: an engine never changes its server later.
+    To be called once, for an engine with `--kv-offloading-backend lmcache`: an engine never changes its server later.
 
     Raises:
         ConfigError: a setting of its own server is wrong.
@@ -55,7 +55,7 @@ def server_for_offloading(
         )
     else:
         logger.info(
-            "--kv-offloading-size %.15g is that of no server: using the one at %s, whose own size counts",
+            "A server runs, so --kv-offloading-size %.15g is ignored: using the one at %s, whose own size counts",
             size_gb,
             settings.address,
         )

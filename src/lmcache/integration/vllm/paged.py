@@ -1,8 +1,8 @@
-"""Where vLLM's KV lies: planes by strides for plain tensors, by asking the engine's own kernel on a CPU.
+"""The planes of vLLM's KV: from the strides of plain tensors, or by probing the engine's kernel on a CPU.
 
 vLLM-CPU packs the inside of a block by instruction set (keys transposed, pairs interleaved for matrix units), and no
-tensor says how. So at registration the kernel writes known numbers into one block of our own, and strides are fitted to
-where they landed; what no strides describe is refused.
+tensor says how. So at registration the kernel writes known numbers into a scratch block, and strides are fitted to the places of
+these numbers. A packing that strides cannot describe is refused.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lmcache.transfer.paged import PagedKV, Plane
 
 @dataclass(frozen=True)
 class Shape:
-    """What the KV cache spec says. block_tokens: of the scheduler's blocks; those of the tensors may be smaller."""
+    """The KV cache spec. block_tokens: tokens of a scheduler block; the blocks of the tensors may be smaller."""
 
     heads: int
     head_size: int
@@ -28,7 +28,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Registered:
-    """The paged KV, and how many of its blocks make one block of the scheduler's.
+    """The paged KV, and how many of its blocks make one scheduler block.
 
     loads_need_fence: work in flight on the device may still write to blocks that the scheduler gives to a load.
     """
@@ -38,13 +38,13 @@ class Registered:
     loads_need_fence: bool = False
 
     def blocks(self, table: Sequence[int]) -> list[int]:
-        """A block table of the scheduler's in blocks of the tensors."""
+        """Return a block table of the scheduler in blocks of the tensors."""
         ratio = self.blocks_per_block
         return list(table) if ratio == 1 else [block * ratio + part for block in table for part in range(ratio)]
 
 
 def describe_tensors(tensors: Sequence[Any], shape: Shape, num_blocks: int, isa: str = "") -> Registered:
-    """Describe one KV tensor a layer, in slot order. isa: what vLLM-CPU's attention runs with ("" elsewhere).
+    """Describe one KV tensor per layer, in the order of the extent. isa: vLLM-CPU's instruction set ("" elsewhere).
 
     Raises:
         LayoutError: the tensors cannot be described; the message names what they are.
@@ -73,7 +73,7 @@ def describe_tensors(tensors: Sequence[Any], shape: Shape, num_blocks: int, isa:
 
 
 def strided_planes(tensor: Any, shape: Shape, block_axis: int) -> list[Plane]:
-    """The planes of a tensor whose elements lie where its strides say.
+    """Return the planes of a tensor whose elements lie where its strides say.
 
     Known: [2, blocks, tokens, heads, dims] and [blocks, 2, tokens, heads, dims] in any order of memory;
     [blocks, heads, tokens, 2 * dims] with keys before values; MLA [blocks, tokens, latent] and [blocks, 1, tokens,
@@ -100,10 +100,10 @@ def strided_planes(tensor: Any, shape: Shape, block_axis: int) -> list[Plane]:
 
 
 def probe_cpu_block(tensor: Any, shape: Shape, isa: str, block_axis: int) -> tuple[Fit, Fit]:
-    """Where vLLM-CPU's kernel puts K and V inside a block.
+    """Return where vLLM-CPU's kernel puts K and V inside a block.
 
     Raises:
-        LayoutError: there is no such kernel for these tensors, or strides cannot describe what it does.
+        LayoutError: there is no such kernel for these tensors, or strides cannot describe its packing.
     """
     import torch
 
@@ -136,10 +136,10 @@ def probe_cpu_block(tensor: Any, shape: Shape, isa: str, block_axis: int) -> tup
 
 
 def _cpu_axes(tensor: Any, shape: Shape, block_axis: int) -> tuple[int, ...]:
-    """The axes inside a block.
+    """Return the axes inside a block.
 
     Raises:
-        LayoutError: not one of the two shapes that vLLM-CPU has had.
+        LayoutError: the shape is none of the two that vLLM-CPU has used.
     """
     sizes = tuple(tensor.shape)
     if len(sizes) == 4 and sizes[1:] == (shape.heads, shape.block_tokens, 2 * shape.head_size):
@@ -150,7 +150,7 @@ def _cpu_axes(tensor: Any, shape: Shape, block_axis: int) -> tuple[int, ...]:
 
 
 def _cpu_views(scratch: Any) -> tuple[Any, Any]:
-    """K and V of one block as vLLM-CPU hands them to its kernel."""
+    """Return K and V of one block as vLLM-CPU passes them to its kernel."""
     if len(scratch.shape) == 5:
         return scratch[0], scratch[1]
     blocks, heads, tokens, _ = scratch.shape
@@ -164,7 +164,7 @@ def _cpu_planes(tensor: Any, shape: Shape, fits: tuple[Fit, Fit], block_axis: in
     for index, fit in enumerate(fits):
         start = fit.start
         if block_axis == 1 and index == 1:
-            # The scratch tensor has one block, so its V starts elsewhere than the real one's.
+            # The scratch tensor has one block, so its V starts at another offset than that of the real tensor.
             start += tensor.stride(0) - shape.heads * shape.block_tokens * shape.head_size
         address, block_stride = tensor.data_ptr() + start * item, tensor.stride(block_axis) * item
         planes.append(fit.plane(address, block_stride, item, shape.heads, shape.head_size))
@@ -172,7 +172,7 @@ def _cpu_planes(tensor: Any, shape: Shape, fits: tuple[Fit, Fit], block_axis: in
 
 
 def cpu_isa(vllm_config: Any, layer_name: str, dtype: Any, shape: Shape) -> str:
-    """The instruction set that vLLM-CPU's attention was set up with, as its backend named it to the layer."""
+    """Return the instruction set of vLLM-CPU's attention, as its backend named it to the layer."""
     layer = vllm_config.compilation_config.static_forward_context.get(layer_name)
     isa = getattr(layer, "isa", None)
     if isa:

@@ -1,4 +1,4 @@
-"""What the scheduler's side asks of every rank for one step, and what ranks report. Plain data: the engine pickles it."""
+"""The scheduler side's plan of one step for every rank, and the ranks' reports. Plain data: the engine pickles them."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from lmcache.engine import plans
 
 @dataclass
 class StepPlan(plans.StepPlan):
-    """closing: finished requests whose blocks the engine keeps until their stores are done.
-    forward: the step computes something, so nobody waits for transfers alone.
-    address: of the server, where the ranks cannot know it by themselves. known_failures: failed loads within a forward that the
-    scheduler has come to know of, so that this step computes nothing from them any more.
-    weights: how many changes of the weights the scheduler knows of. A rank that has seen another number neither loads nor stores.
+    """The plan of one step. closing: finished requests whose blocks the engine keeps until their stores have ended.
+    forward: whether the step computes anything; if not, ranks may wait for transfers.
+    address: the server's address if the ranks cannot know it, else "". known_failures: jobs of failed loads within a forward that
+    the scheduler knows of, so that this step computes nothing from them any more.
+    weights: number of weight changes that the scheduler knows of. A rank that has seen another number neither loads nor stores.
     emptied: how often vLLM's own prefix cache has been emptied.
     """
 
@@ -27,11 +27,11 @@ class StepPlan(plans.StepPlan):
 
 @dataclass
 class StepReport:
-    """What ranks report to the scheduler's side: by how many of them each job was ended, and why one cannot serve.
+    """The ranks' report to the scheduler's side: how many ranks have ended each job, and why a rank cannot serve.
 
     loaded: only loads that a forward waited for; vLLM itself reports the others.
-    weights: how many changes of its weights a rank has seen, where the step's plan knew of another number.
-    emptied: what the plan said of the last step before the change, -1 where it was before any.
+    weights: number of weight changes that a rank has seen, if it differs from the plan's, else 0.
+    emptied: the value in the plan of the last step before the change, -1 if the change came before any step.
     """
 
     stored: dict[str, int] = field(default_factory=dict)

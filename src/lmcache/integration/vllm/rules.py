@@ -1,7 +1,7 @@
-"""Where vLLM itself rules out that KV of a prefix is used again: for a whole engine, and for one request.
+"""The cases in which vLLM itself excludes that KV of a prefix is reused: for an engine, and for one request.
 
-vLLM writes its rule and the user's `--no-enable-prefix-caching` into the same flag. The user's flag is about vLLM's own
-cache and leaves ours alone, so what is asked here are the rules behind the flag.
+vLLM writes its own decision and the user's `--no-enable-prefix-caching` into the same flag. The user's flag concerns only vLLM's
+own cache and not LMCache, so this module checks the rules behind the flag.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def refuse_what_vllm_rules_out(vllm_config: Any) -> None:
     """Return if vLLM may compute a prompt of this model from the KV of its prefix.
 
     Raises:
-        LayoutError: it may not; the message names the cause.
+        LayoutError: vLLM may not; the message names the cause.
     """
     model = vllm_config.model_config
     if not getattr(model, "is_prefix_caching_supported", True):
@@ -26,7 +26,7 @@ def refuse_what_vllm_rules_out(vllm_config: Any) -> None:
     if getattr(vllm_config.cache_config, "enable_prefix_caching", True):
         return
     if not getattr(getattr(vllm_config, "scheduler_config", None), "enable_chunked_prefill", True):
-        # An engine that cannot compute a prompt in parts cannot compute the rest of one either: vLLM then switches both off.
+        # An engine that cannot compute a prompt in parts cannot compute the rest of a prompt: vLLM then switches both off.
         cause = "for MLA on this CPU" if _mla_on_a_cpu(vllm_config) else "for this model or platform"
         raise LayoutError(
             f"vLLM runs without chunked prefill and prefix caching {cause}; if both were switched off by hand, leave chunked "
@@ -40,17 +40,17 @@ def refuse_what_vllm_rules_out(vllm_config: Any) -> None:
 
 
 def _batch_invariant() -> bool:
-    """Whether vLLM promises the same bits whatever else is computed beside them."""
+    """Return whether vLLM guarantees the same bits for a request, whatever else is in its batch."""
     return os.environ.get(_BATCH_INVARIANT, "0") not in ("", "0")
 
 
 def reads_nothing(request: Any) -> bool:
-    """Whether vLLM has to compute every token of this request, for its prompt's log probabilities or for its pooler."""
+    """Return whether vLLM has to compute every token of this request, for prompt log probabilities or for its pooler."""
     return bool(getattr(request, "skip_reading_prefix_cache", False))
 
 
 def _kind(model: Any) -> str:
-    """The kind of model, in vLLM's own words."""
+    """Return the kind of model in vLLM's terms."""
     attention = getattr(model, "attn_type", "unknown")
     pooler = getattr(model, "pooler_config", None)
     if pooler is None:

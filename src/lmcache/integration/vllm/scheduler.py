@@ -1,9 +1,9 @@
-"""The scheduler's side of the connector: vLLM's requests and steps in the terms of `lmcache.engine.requests`.
+"""The scheduler's side of the connector: it translates vLLM's requests and steps for `lmcache.engine.requests`.
 
-Blocks and who owns them. A load writes into blocks that the engine has given to the request, and the engine waits for
-it. A store reads blocks while the engine goes on: so a request that ends keeps its blocks until its stores are done
-(`request_finished` -> True, then `StepPlan.closing`), and where the engine takes blocks away (preemption) the ranks
-settle the stores that read them before anything is computed (`StepPlan.settle`).
+Ownership of blocks: a load writes into blocks that the engine has given to the request, and the engine waits for the load. A
+store reads blocks while the engine goes on. So a request that ends keeps its blocks until its stores have ended
+(`request_finished` -> True, then `StepPlan.closing`). If the engine takes blocks away (preemption), the ranks settle the stores
+that read these blocks before anything is computed (`StepPlan.settle`).
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ logger = init_logger(__name__)
 TIER_PAUSE_SECONDS = 0.001
 MIN_GAIN_TOKENS = {"cpu": 16}
 MIN_GAIN_TOKENS_ON_A_DEVICE = 64
-"""Beyond a local hit, fewer tokens than this are computed sooner than fetched: a load costs a scheduler step, which is worth
-milliseconds of a CPU's prefill, and hundreds of tokens of a GPU's."""
+"""Beyond a local hit, fewer tokens than this are computed faster than loaded: a load costs a scheduler step, in which a CPU
+prefills for milliseconds, and a GPU hundreds of tokens."""
 
 
 @dataclass
 class Tracker(Request):
-    """request: vLLM's. preemptions: of it, when this began. local_tokens: in vLLM's own prefix cache. told: what the log said."""
+    """preemptions: vLLM's count when tracking began. local_tokens: in vLLM's own prefix cache. logged: last line's numbers."""
 
     request: Any = None
     preemptions: int = 0
     local_tokens: int = 0
-    told: tuple[int, int] = (-1, -1)
+    logged: tuple[int, int] = (-1, -1)
 
 
 class SchedulerSide:
-    """ranks: reports that complete a job. can_load, can_store: what the KV role allows.
+    """The scheduler's side. ranks: number of reports that complete a job. can_load, can_store: what the KV role allows.
 
     synchronous: a load is part of the request's first step, whose forward waits for it; so the last token is always computed,
-    and nothing is too little to be loaded. Otherwise the request waits, unscheduled. save_decode: whether generated tokens
-    are stored. save_tail: whether the last, unfull chunk of a prompt is. min_hit: smaller hits are not loaded.
-    priority_limit: requests with a larger priority number are left alone.
+    and no hit is too small to be loaded. Otherwise the request waits, unscheduled. save_decode: whether generated tokens
+    are stored. save_tail: whether the last, unfull chunk of a prompt is stored. min_hit: hits of fewer tokens are not loaded.
+    priority_limit: requests with a larger priority number are not cached.
     """
 
     def __init__(
@@ -76,12 +76,12 @@ class SchedulerSide:
         self._plan = StepPlan()
         self.adapters = Adapters()
         self._weights = 0
-        """Changes of the ranks' weights that this side knows of."""
+        """Number of changes of the ranks' weights that this side knows of."""
         self._tiers_load = False
-        """Some request waits for a tier, in the step that is being planned."""
+        """Whether a request waits for a tier, in the step that is being planned."""
 
     def match(self, request: Any, local_tokens: int) -> int | None:
-        """How many tokens beyond `local_tokens` can be loaded. Asked again for every step that the request waits.
+        """Return how many tokens beyond `local_tokens` can be loaded. vLLM calls this for every step that the request waits.
 
         None: not known yet, since a tier is loading.
         """
@@ -104,8 +104,8 @@ class SchedulerSide:
         return gain
 
     def allocated(self, request: Any, blocks: list[int], external_tokens: int) -> None:
-        """The request's block table (empty where the step's output will tell), and how many tokens after the local hit it
-        expects from us."""
+        """Record the request's block table (empty if only the step's output contains it), and plan to load the `external_tokens`
+        after the local hit."""
         tracker = self._tracker(request)
         tracker.blocks = blocks
         if tracker.local_tokens and self.requests.own_cache_outdated:
@@ -119,14 +119,14 @@ class SchedulerSide:
         )
 
     def plan_step(self, output: Any) -> StepPlan:
-        """What the ranks are to do in the step that `output` (a SchedulerOutput) describes."""
+        """Return the ranks' plan for the step that `output` (a SchedulerOutput) describes."""
         plan, self._plan = self._plan, StepPlan()
         plan.weights, plan.emptied = self._weights, self.requests.emptied
         plan.forward = output.total_num_scheduled_tokens > 0
         runtime = self.requests.runtime
         self.requests.prefill.step(runtime.now(), output.total_num_scheduled_tokens)
         if self._tiers_load and not plan.forward:
-            runtime.sleep(TIER_PAUSE_SECONDS)  # nobody computes: leave the cores to those who load
+            runtime.sleep(TIER_PAUSE_SECONDS)  # nothing is computed: leave the cores to the loads
         self._tiers_load = False
         plan.settle += [job for job, tracker in self.requests.storing.items() if _was_preempted(tracker)]
         self._grow_tables(output)
@@ -134,7 +134,7 @@ class SchedulerSide:
             load.blocks = list(tracker.blocks)
             if len(load.filled(self._block_tokens)) * self._block_tokens < load.tokens:  # vLLM takes them for filled
                 raise RuntimeError(
-                    f"vLLM has not told the blocks of request {tracker.id}: this release cannot be served"
+                    f"vLLM has not given the blocks of request {tracker.id}: this release cannot be served"
                 )
             plan.loads.append(load)
         self._admitted.clear()
@@ -153,7 +153,7 @@ class SchedulerSide:
         invalid_blocks: Iterable[int] = (),
         report: StepReport | None = None,
     ) -> None:
-        """What all ranks have done: loads they ended, requests they closed, blocks they could not fill; their reports."""
+        """Process the results of all ranks: ended loads, closed requests, blocks that could not be filled, and reports."""
         report, invalid = report or StepReport(), frozenset(invalid_blocks)
         requests = self.requests
         for job_id, load in requests.loading.items() if invalid else ():
@@ -171,18 +171,18 @@ class SchedulerSide:
         for job_id, count in report.stored.items():
             requests.stored(job_id, count)
         for request_id in closed:
-            # Releases of vLLM without worker metadata tell of stores in no other way.
+            # Releases of vLLM without worker metadata report stores in no other way.
             for job_id in tuple(self._closing.pop(request_id).jobs if request_id in self._closing else ()):
                 requests.stored(job_id)
         if report.weights > self._weights:
             self._weights = report.weights
-            logger.info("This engine's weights have changed: what was cached for the old ones is not used any more")
+            logger.info("This engine's weights have changed: KV of the old weights is not used any more")
             requests.reset(report.emptied)
         if report.refusal:
             requests.stop(report.refusal)
 
     def finished(self, request: Any) -> bool:
-        """The request has ended; whether the engine has to keep its blocks until we report it as sent."""
+        """End a request. Return whether the engine has to keep its blocks until the connector reports it as sent."""
         name = request.request_id
         tracker = self.requests.finish(name, request.num_computed_tokens if self._can_store else 0)
         loads = not self._synchronous and any(load.request_id == name for load in self.requests.loading.values())
@@ -197,11 +197,11 @@ class SchedulerSide:
 
     @property
     def changes(self) -> tuple[int, int]:
-        """How often what was kept has been given up, and which change of the ranks' weights this side knows of."""
+        """The number of resets so far, and the number of changes of the ranks' weights that this side knows of."""
         return self.requests.resets, self._weights
 
     def take_back_reset(self, before: tuple[int, int]) -> None:
-        """What was kept is served again, if there was one reset since `changes` was `before`, and no rank told of new weights."""
+        """Undo the reset if it is the only one since `changes` was `before`, and no rank has reported new weights since."""
         if self.changes == (before[0] + 1, before[1]):
             self.requests.undo_reset()
 
@@ -209,7 +209,7 @@ class SchedulerSide:
         self.requests.close()
 
     def _tracker(self, request: Any) -> Tracker:
-        """The request's tracker; a fresh one when the request was preempted since."""
+        """Return the request's tracker; a new one if the request was preempted since."""
         tracker = self.requests.open.get(request.request_id)
         if tracker is not None and tracker.request is request and not _was_preempted(tracker):
             return tracker
@@ -225,7 +225,7 @@ class SchedulerSide:
         fresh.adapter = adapter or fresh.adapter
         if tracker is not None:
             fresh.may_load, fresh.cacheable = tracker.may_load, fresh.cacheable and tracker.cacheable
-            # Not settled yet: preempted outside a step (a reset of the engine's own prefix cache).
+            # These jobs are not settled yet if the preemption came outside a step (a reset of the engine's prefix cache).
             self._plan.settle.extend(tracker.jobs)
             self.requests.give_back(tracker)
         self.requests.open[fresh.id] = fresh
@@ -246,8 +246,8 @@ class SchedulerSide:
                 tracker.blocks.extend(new_blocks[0])
 
     def _plan_store(self, plan: StepPlan, tracker: Tracker, scheduled: int) -> None:
-        """Store the chunks that are full once this step has run, and the tail of a prompt that ends with it. Only known tokens
-        count: drafts may be rejected."""
+        """Plan to store the chunks that are full after this step, and the tail of a prompt that ends with it. Draft tokens do not
+        count, since they may be rejected."""
         request = tracker.request
         computed = min(request.num_computed_tokens + scheduled, request.num_tokens)
         if not self._save_decode:
@@ -258,16 +258,16 @@ class SchedulerSide:
             plan.stores.append(store)
 
     def _awaits_ranks(self, tracker: Tracker) -> bool:
-        """Its tokens are computed from a load that some rank may still fail, and other ranks would keep what comes of it."""
+        """Return whether a rank may still fail a load that the request's tokens depend on: other ranks would store them."""
         if not self.requests.loading:
             return False
         blocks = set(tracker.blocks)
         return any(not blocks.isdisjoint(load.filled(self._block_tokens)) for load in self.requests.loading.values())
 
     def _log(self, tracker: Tracker, found: int, gain: int) -> None:
-        """The line that users of in-process mode look for, once for each answer."""
-        if self._synchronous and tracker.told != (found, gain):
-            tracker.told = found, gain
+        """Log the line that users of in-process mode look for, once per answer."""
+        if self._synchronous and tracker.logged != (found, gain):
+            tracker.logged = found, gain
             text = "Reqid: %s, Total tokens %d, LMCache hit tokens: %d, need to load: %d"
             logger.info(text, tracker.id, tracker.request.num_tokens, found, gain)
 
@@ -277,7 +277,7 @@ def _was_preempted(tracker: Tracker) -> bool:
 
 
 def _extras(request: Any) -> Extras | None:
-    """What besides the tokens decides the numbers: the images, sounds ... that lie in a chunk, with their places."""
+    """Return what besides the tokens changes the KV: the images, sounds ... in a chunk, with their positions."""
     items = [
         (feature.mm_position.offset, feature.mm_position.offset + feature.mm_position.length, feature.identifier)
         for feature in getattr(request, "mm_features", None) or ()

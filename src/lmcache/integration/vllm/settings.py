@@ -1,4 +1,4 @@
-"""What a user may set in `kv_connector_extra_config`, checked once."""
+"""The user's settings in `kv_connector_extra_config`, checked once."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _NAMES = [
 
 
 def read_settings(kv_transfer_config: Any) -> ServerSettings:
-    """The settings of a `KVTransferConfig`.
+    """Return the settings of a `KVTransferConfig`.
 
     Raises:
-        ConfigError: a value cannot be used; the message names it and what to write in its place.
+        ConfigError: a value cannot be used; the message names the value and what to write in its place.
     """
     for name in getattr(kv_transfer_config, "kv_connector_extra_config", None) or {}:
         if name.startswith(_PREFIX) and name not in _NAMES:
@@ -40,7 +40,7 @@ def read_settings(kv_transfer_config: Any) -> ServerSettings:
     heartbeat = _seconds("lmcache.mp.heartbeat_interval", get("lmcache.mp.heartbeat_interval", MOST_HEARTBEAT_SECONDS))
     if heartbeat > MOST_HEARTBEAT_SECONDS:
         logger.warning(
-            "lmcache.mp.heartbeat_interval is %g: a server forgets who is silent for 30 s, so it is %g",
+            "lmcache.mp.heartbeat_interval is %g: a server forgets an engine that is silent for 30 s, so %g is used",
             heartbeat,
             MOST_HEARTBEAT_SECONDS,
         )
@@ -55,14 +55,14 @@ def read_settings(kv_transfer_config: Any) -> ServerSettings:
 
 
 def recompute_failed_loads(kv_transfer_config: Any) -> None:
-    """A load that fails must cost time, not the request. vLLM reads the policy after it has made this connector."""
+    """Set the policy so that a failed load costs time, not the request. vLLM reads it after making the connector."""
     if getattr(kv_transfer_config, "kv_load_failure_policy", "recompute") == "fail":
         kv_transfer_config.kv_load_failure_policy = "recompute"
         logger.info('kv_load_failure_policy is now "recompute": KV that cannot be loaded is computed')
 
 
 def parse_host(value: object) -> str:
-    """ "tcp://localhost", "localhost", an address -> the bare host.
+    """Return the bare host of "tcp://localhost", "localhost" or an address.
 
     Raises:
         ConfigError: another scheme, a port inside, or nothing at all.

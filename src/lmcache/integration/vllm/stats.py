@@ -1,4 +1,4 @@
-"""What this engine loaded, stored and failed to load, in the form that vLLM logs and exports."""
+"""Counters of this engine's loads, stores and failed loads, in the form that vLLM logs and exports."""
 
 from __future__ import annotations
 

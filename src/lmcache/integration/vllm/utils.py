@@ -6,5 +6,5 @@ from typing import Any
 
 
 def mla_enabled(model_config: Any) -> bool:
-    """Whether the model keeps one latent a token (MLA) in place of keys and values."""
+    """Return whether the model keeps one latent per token (MLA) instead of keys and values."""
     return bool(getattr(model_config, "use_mla", False))

@@ -1,9 +1,9 @@
-"""What vLLM's own connector class calls (LMCACHE_USE_UPSTREAM_MP=1, and vLLM releases that know no other).
+"""The adapters that vLLM's own connector class calls (LMCACHE_USE_UPSTREAM_MP=1, and vLLM releases that know no other class).
 
-That class works in whole blocks: it asserts hits of whole chunks of whole blocks, so with 128-token blocks a shared prefix
-of 100 tokens shows nothing, whatever the chunk size. It tells its adapters neither LoRA adapter, nor images, nor prompt
-embeddings, nor which blocks a preemption took away. So an engine with any of the first three is not cached through it, and
-stores are waited for within the step. `LMCacheMPConnector` of `lmcache_mp_connector` has none of these limits.
+That class works in full blocks: it asserts that hits are full chunks of full blocks, so with 128-token blocks a shared prefix
+of 100 tokens is no hit, whatever the chunk size. It gives its adapters neither the LoRA adapter, nor images, nor prompt
+embeddings, nor the blocks that a preemption took away. So an engine with any of the first three is not cached through this class,
+and each step waits for its stores. `LMCacheMPConnector` of `lmcache_mp_connector` has none of these limits.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ logger = init_logger(__name__)
 
 _UPSTREAM = "vllm.distributed.kv_transfer.kv_connector.v1.lmcache_mp_connector"
 STORE_SECONDS = 0.5
-"""A step waits this long for its stores; then those that still wait for the server are dropped, so a silent one costs no more."""
+"""How long a step waits for its stores. Then it drops those that still wait for the server: a silent server costs no more."""
 _LIMITS = (
-    "vLLM's own connector class caches whole blocks only, and no LoRA, multimodal or prompt-embedding requests; unset "
-    'LMCACHE_USE_UPSTREAM_MP for ours. kv_load_failure_policy is "recompute"'
+    "vLLM's own connector class caches full blocks only, and no LoRA, multimodal or prompt-embedding requests; unset "
+    'LMCACHE_USE_UPSTREAM_MP to use LMCache\'s own class. kv_load_failure_policy is "recompute"'
 )
 
 
 @dataclass
 class LoadStoreOp:
-    """Tokens [start, end) of a request and the blocks they lie in. The first `skip_first_n_tokens` of them are not loaded."""
+    """Tokens [start, end) of a request, and their blocks. The first `skip_first_n_tokens` of them are not loaded."""
 
     token_ids: list[int] = field(default_factory=list)
     block_ids: list[int] = field(default_factory=list)
@@ -56,7 +56,7 @@ class LoadStoreOp:
 
 @dataclass
 class ParallelStrategy:
-    """How the engine is split, in vLLM's order of fields."""
+    """The engine's parallel split, in vLLM's order of fields."""
 
     use_mla: bool = False
     kv_world_size: int = 1
@@ -86,14 +86,14 @@ class _Engine:
 
 
 class LMCacheMPSchedulerAdapter:
-    """Answers how much of a prompt is there, in whole blocks."""
+    """The scheduler's adapter: it answers how much of a prompt is cached, in full blocks."""
 
     def __init__(self, server_url: str, *_: Any, **__: Any) -> None:
         self._requests: Requests[Request] | None = None
         self._found: dict[str, int] = {}
-        """Tokens that requests were answered."""
+        """Request id -> tokens of the hit, as answered."""
         self._unit_tokens = 0
-        """Tokens of the smallest run that is both whole chunks and whole blocks; settled with the first server."""
+        """The smallest number of tokens that is a multiple of both chunk and block; fixed with the first server."""
         engine = _engine_of_caller()
         if engine is not None:
             self._block_tokens = engine.kv.block_tokens
@@ -102,52 +102,52 @@ class LMCacheMPSchedulerAdapter:
             self._requests = Requests(engine.scheduler_session())
 
     def num_blocks_per_chunk(self) -> int:
-        """Blocks of that smallest run."""
+        """Return the number of blocks in the smallest number of tokens that fills both chunks and blocks."""
         chunk_tokens = self._chunk_tokens()
         if not self._unit_tokens and chunk_tokens:
             self._unit_tokens = math.lcm(chunk_tokens, self._block_tokens)
         return max(1, self._unit_tokens // self._block_tokens) if self._requests is not None else 1
 
     def maybe_submit_lookup_request(self, request_id: str, token_ids: Sequence[int], cache_salt: str = "") -> None:
-        """Ask the server, once for each request and again while a tier loads for it; takes at most the deadline."""
+        """Look the request up, once and again while a tier loads for it. Takes at most the deadline."""
         requests = self._requests
         if requests is None or requests.session is None or request_id in self._found:
             return
         if requests.session.claim_seconds:
-            # The scheduler is not told when a load has ended. After the life of a claim, the ranks have leases of their own.
+            # vLLM does not report the end of a load here. After the life of a claim, the ranks have leases of their own.
             requests.give_back_older(requests.session.claim_seconds)
         self.num_blocks_per_chunk()
         request = requests.open.setdefault(request_id, Request(request_id, cache_salt or ""))
-        whole = math.lcm(self._chunk_tokens() or 1, self._block_tokens) == self._unit_tokens
-        request.may_load = whole and not reads_nothing(_local_of_callers("request"))
+        same_unit = math.lcm(self._chunk_tokens() or 1, self._block_tokens) == self._unit_tokens
+        request.may_load = same_unit and not reads_nothing(_local_of_callers("request"))
         if not isinstance(requests.find(request, token_ids), Loading):
             self._found[request_id] = request.found_tokens // max(1, self._unit_tokens) * self._unit_tokens
 
     def check_lookup_result(self, request_id: str) -> int | None:
-        """Tokens that are there, from the prompt's start. None, which means "ask later", only while a tier loads."""
+        """Return the cached tokens from the start of the prompt; None ("ask later") only while a tier loads."""
         waits = self._requests is not None and request_id in self._requests.open
         return self._found.get(request_id, None if waits else 0)
 
     def cleanup_lookup_result(self, request_id: str) -> None:
-        """The request has its blocks; the lease holds until the ranks have taken theirs.
+        """Answer 0 for this request from now on; it has its blocks, and the lease holds until the ranks have leases of their own.
 
-        From now on nothing is there for it: vLLM's class asks again when a load has failed, and would then wait for ever
-        for a second one, which it does not start.
+        vLLM's class asks again when a load has failed, and after a hit would wait for ever for a second load, which it does not
+        start.
         """
         if request_id in self._found:
             self._found[request_id] = 0
 
     def free_lookup_locks(self, *_: Any, **__: Any) -> None:
-        """Of parts of a lease: not needed, since all of it ends within seconds."""
+        """Do nothing: a part of a lease need not be released, since the complete lease ends within seconds."""
 
     def end_session(self, request_id: str) -> None:
-        """The request has ended."""
+        """End a request."""
         self._found.pop(request_id, None)
         if self._requests is not None:
             self._requests.finish(request_id)
 
     def report_block_allocations(self, records: Iterable[Any]) -> None:
-        """Of no use to us."""
+        """Do nothing: block allocations are not used."""
 
     def shutdown(self) -> None:
         if self._requests is not None:
@@ -162,7 +162,7 @@ class LMCacheMPWorkerAdapter:
     """Loads and stores for one rank."""
 
     use_mla = False
-    """Which rank stores is decided here, not by vLLM's class."""
+    """False, so that this adapter and not vLLM's class decides which rank stores."""
     is_first_rank_of_pp_group = True
 
     def __init__(self, server_url: str, *_: Any, **__: Any) -> None:
@@ -170,13 +170,13 @@ class LMCacheMPWorkerAdapter:
         self._rank: LocalRank[Request] | None = None
         self._registered: Registered | None = None
         self._weights = 0
-        """Changes of the weights before this rank began to serve."""
+        """Number of changes of the weights before this rank began to serve."""
         self._received: set[Any] = set()
         self._invalid: set[int] = set()
         _stand_in_for_cuda()
 
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
-        """Describe this rank's KV and connect; an engine that cannot be served runs on without us."""
+        """Describe this rank's KV and connect. An engine that cannot be served runs on without LMCache."""
         engine = self._engine
         if engine is None:
             return
@@ -198,7 +198,7 @@ class LMCacheMPWorkerAdapter:
         *,
         cache_salts: Sequence[str] = (),
     ) -> None:
-        """Start the loads. What cannot be started is reported as failed, so its tokens are computed."""
+        """Start the loads. A load that cannot be started is reported as failed, so vLLM computes its tokens."""
         salts = cache_salts or [""] * len(ops)
         for request_id, op, salt in zip(request_ids, ops, salts, strict=True):
             if not self._start_load(Request(request_id, salt or ""), op, event):
@@ -213,7 +213,7 @@ class LMCacheMPWorkerAdapter:
         *,
         cache_salts: Sequence[str] = (),
     ) -> None:
-        """Store, and return when the blocks are no longer read: nobody would tell us that they were given away."""
+        """Store, and return when the blocks are no longer read: vLLM's class does not report that it gives blocks away."""
         if self._rank is None or not self._rank.copies.stores:
             return
         salts = cache_salts or [""] * len(ops)
@@ -221,7 +221,7 @@ class LMCacheMPWorkerAdapter:
         self._rank.copies.settle([copy for copy in begun if copy is not None], STORE_SECONDS)
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
-        """vLLM's class keeps the blocks of every request that ends, so each is reported: once, and not by its load too."""
+        """Return (sent, received). vLLM's class keeps the blocks of every ended request, so each is reported exactly once."""
         loading: set[Any] = set()
         if self._rank is not None:
             self._rank.copies.collect()
@@ -253,7 +253,7 @@ class LMCacheMPWorkerAdapter:
         return True
 
     def _start_store(self, request: Request, op: LoadStoreOp, event: Any) -> Copy | None:
-        """The copy; None where there is nothing to store or nobody to store it."""
+        """Return the copy; None if there is nothing to store or this rank cannot store it."""
         rank, registered = self._rank, self._registered
         if rank is None or registered is None:
             return None
@@ -266,15 +266,15 @@ class LMCacheMPWorkerAdapter:
         return rank.copies.store(plan, registered.blocks(self._from_token_0(op)), self._after(event))
 
     def _after(self, event: Any) -> Any:
-        """The point that copies have to wait for."""
+        """Return the point in the stream that copies have to wait for."""
         return None if self._registered is None or self._registered.paged.device == "cpu" else event
 
     def _weights_changed(self) -> bool:
-        """Once they have, this rank serves nothing any more: nobody here can tell the scheduler's adapter of it."""
+        """Return whether the weights changed; then this rank serves nothing more, as it cannot notify the scheduler's adapter."""
         return weight_changes() != self._weights
 
     def _from_token_0(self, op: LoadStoreOp) -> list[int]:
-        """A block table whose first entries, before `op.start`, are never looked at."""
+        """Return a block table from token 0 on; its entries before `op.start` are never used."""
         return [0] * (op.start // self._block_tokens) + list(op.block_ids)
 
     @property
@@ -289,7 +289,7 @@ class LMCacheMPWorkerAdapter:
 
 
 def _engine_of_caller() -> _Engine | None:
-    """The engine that is making an adapter; None, and one line, where it cannot be served.
+    """Return the engine that makes an adapter; None, with one log line, if it cannot be served.
 
     vLLM's class hands over neither its configuration nor the KV's layout, without which KV of one dtype, revision or RoPE
     would be served to another. Both are in the frames of its constructor, so that is where they are taken from.
@@ -312,7 +312,7 @@ def _engine_of_caller() -> _Engine | None:
 
 
 def _local_of_callers(name: str) -> Any:
-    """The local variable of this name of our nearest caller that has one; None where no caller has."""
+    """Return the local variable of this name in the nearest caller that has one; None if no caller has it."""
     frame = inspect.currentframe()
     while frame is not None and frame.f_locals.get(name) is None:
         frame = frame.f_back
@@ -323,7 +323,7 @@ def _configs_of_callers() -> tuple[Any, Any]:
     vllm_config, kv_cache_config = _local_of_callers("vllm_config"), _local_of_callers("kv_cache_config")
     if getattr(vllm_config, "kv_transfer_config", None) is None or kv_cache_config is None:
         raise LayoutError(
-            "this release of vLLM does not show its configuration to the adapters; use LMCacheMPConnector of ours"
+            "this release of vLLM does not show its configuration to the adapters; use LMCache's own LMCacheMPConnector"
         )
     return vllm_config, kv_cache_config
 
@@ -348,9 +348,9 @@ def _refuse_what_is_not_told(vllm_config: Any) -> None:
 def _stand_in_for_cuda() -> None:
     """Let vLLM's class run on a machine without CUDA.
 
-    It records a `torch.cuda.Event` on `torch.cuda.current_stream()` before it calls us, and both raise where torch has no
-    CUDA. There is nothing to order there: the forward has ended when it calls. So the name `torch` in that one module is
-    replaced by one that gives inert stand-ins for the two and everything else from torch. torch itself stays as it is.
+    The class records a `torch.cuda.Event` on `torch.cuda.current_stream()` before it calls an adapter; both raise if torch has
+    no CUDA. No order is needed there: the forward has ended before the call. So the name `torch` in that one module is replaced
+    by an object with inert stand-ins for the two and everything else from torch. torch itself is not changed.
     """
     import torch
 

@@ -1,8 +1,8 @@
-"""In-process mode: what vLLM's `LMCacheConnectorV1` forwards its calls to.
+"""In-process mode: the implementation that vLLM's `LMCacheConnectorV1` forwards its calls to.
 
-The engine has a server of its own (`lmcache.engine.embedded`), started by the scheduler and found by the ranks. The class that
-calls has its own contract, older than the connector's: a load is part of the step that needs it, block tables are known from the
-scheduler's output only, and some calls are not forwarded. Those are bound to the calling object itself, so that both modes
+The scheduler starts a server for the engine (`lmcache.engine.embedded`), and the ranks find it. `LMCacheConnectorV1` has an older
+contract than the connector's: a load is part of the step that needs it, only the scheduler's output contains the block tables,
+and some calls are not forwarded. The methods for those calls are set on the calling object itself, so that both modes
 run the same two sides.
 """
 
@@ -33,7 +33,7 @@ class LMCacheConnectorV1Impl(Connector):
     """One role of the connector: the scheduler's or a rank's.
 
     Raises:
-        ConfigError: a setting is wrong. Whatever else is the matter, the engine runs on without a cache, and the log says why.
+        ConfigError: a setting is wrong. After any other fault the engine runs on without a cache, and the log says why.
     """
 
     _synchronous = True
@@ -57,9 +57,9 @@ class LMCacheConnectorV1Impl(Connector):
         return getattr(self._parent, "_connector_metadata", None)
 
     def _start(self) -> None:
-        """Start the server and make the scheduler's side; without the one there is not the other."""
+        """Start the server and, if it has started, make the scheduler's side."""
         config = self._config
-        # Releases whose --kv-offloading-backend lmcache means this class give each rank its part of the size.
+        # In releases that use this class for --kv-offloading-backend lmcache, vLLM gives each rank its part of the size.
         self._server = start_own_server(self._instance, config, offloading_size_gb(self._vllm_config))
         if self._server is not None:
             self._serve(
@@ -81,9 +81,9 @@ class LMCacheConnectorV1Impl(Connector):
             self._begin(self._worker)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        """What is computed next reads what is loaded here; releases from 0.32 on come here first where there are loads."""
+        """Start and await the loads that the next forward reads; releases from 0.32 on call this first if there are loads."""
         if self._worker is not None:
-            self._begin(self._worker)  # once a step; releases before 0.32 do not tell of the binding
+            self._begin(self._worker)  # runs once per step; releases before 0.32 do not call bind_connector_metadata
             self._worker.wait_before_forward(forward_context)
 
     def _begin(self, worker: WorkerSide) -> None:
@@ -97,7 +97,7 @@ class LMCacheConnectorV1Impl(Connector):
             self._worker.wait_layer(layer_name)
 
     def wait_for_save(self) -> None:
-        """Stores go on behind the engine; it keeps the blocks until they have ended."""
+        """Start the stores, which run beside the engine; it keeps the blocks until the stores have ended."""
         if self._worker is not None:
             self._worker.wait_after_forward()
             self._worker.start_stores(self._plan())

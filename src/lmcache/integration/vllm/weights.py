@@ -1,8 +1,8 @@
-"""How often this rank's weights have changed since it began to serve.
+"""A counter of the changes of this rank's weights since it began to serve.
 
 RL loops load new weights into a running vLLM (`collective_rpc("reload_weights")`, weight transfer, `model.load_weights`). vLLM
-tells its connectors nothing of it, and KV of the old weights must be neither served nor stored as that of the new ones. Weights
-that somebody writes into the parameters themselves, past all of these methods, are not noticed.
+does not report this to its connectors, but KV of the old weights must be neither served nor stored as that of the new weights.
+Direct writes to the parameters, past all of these methods, are not noticed.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ _OWNERS = {
         "sleep",
     ),
 }
-"""Class -> its methods that change weights. CPU's runner and worker inherit them."""
+"""Class -> its methods that change weights. The CPU runner and worker inherit them."""
 _changes = 0
 
 
 def weight_changes() -> int:
-    """How often the weights of this process have changed since it was first asked to watch them."""
+    """Return how often the weights of this process have changed since `watch_weights` was first called."""
     return _changes
 
 
 def watch_weights(vllm_config: Any) -> None:
-    """Notice from now on when this process changes its weights. To be called once the model has been loaded."""
+    """Count from now on the changes of this process's weights. Call this after the model has been loaded."""
     owners: list[tuple[Any, Sequence[str]]] = [(class_at(path), names) for path, names in _OWNERS.items()]
     try:
         from vllm.model_executor.model_loader.utils import get_model_architecture
 
         owners.append((get_model_architecture(vllm_config.model_config)[0], ("load_weights",)))
-    except Exception as error:  # a release that we do not know, or a model that the tests made up
-        logger.debug("the model's class was not found: %r", error)
+    except Exception as error:  # an unknown release of vLLM, or a model made up by tests
+        logger.debug("The model's class was not found: %r", error)
     watch(owners, _count, "vLLM")
 
 

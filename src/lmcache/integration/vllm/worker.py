@@ -1,4 +1,4 @@
-"""The worker's side of the connector: one rank's copies in vLLM's steps, and what vLLM asks about them."""
+"""The worker's side of the connector: it runs one rank's copies in vLLM's steps and reports their results."""
 
 from __future__ import annotations
 
@@ -23,11 +23,10 @@ _START_SECONDS = 5.0
 
 
 class WorkerSide:
-    """shard: which part of a chunk this rank holds. stores: False where another rank stores it.
+    """The worker's side. shard: index of this rank's shard. stores: False if another rank stores that shard.
 
-    synchronous: forwards wait for loads (`wait_loaded`), and the log tells of every copy, as users of in-process mode expect.
-    layers: where they wait layer by layer, as far as that can be relied on. refusal: why this rank can never serve, "" while
-    that is not so.
+    synchronous: forwards wait for loads (`wait_loaded`), and every copy is logged, as users of in-process mode expect.
+    layers: if given, reliable forwards wait layer by layer. refusal: returns why this rank can never serve, "" as long as it may.
     """
 
     def __init__(
@@ -44,28 +43,28 @@ class WorkerSide:
         self._session, self._registered = session, registered
         self._copies = Copies(session, shard, stores=stores, ended=self._ended)
         self._block_tokens = registered.paged.block_tokens * registered.blocks_per_block
-        """Of the scheduler's blocks."""
+        """Tokens of a scheduler block."""
         self._synchronous, self._layers, self._refusal = synchronous, layers, refusal
         self._arriving: list[Progress] = []
-        """Of the loads of a step whose forward waits for each layer."""
+        """The progress of loads of a step whose forward waits for each layer."""
         self._unread: set[str] = set()
-        """Loads whose KV a forward may have read before it had arrived."""
+        """Jobs of loads whose KV a forward may have read before it had arrived."""
         self._spoiled: dict[str, set[int]] = {}
-        """Failed loads and their blocks, until the scheduler plans by it: what steps compute from them till then is wrong."""
+        """Blocks of failed loads by job, until a plan of the scheduler reflects the failure: tokens computed before are wrong."""
         self._waited = False
         self._received: set[Any] = set()
         self._invalid: set[int] = set()
         self._report = StepReport()
         self._started: StepPlan | None = None
         self._weights_before, self._weights = weight_changes(), 0
-        """Changes of the weights before this side was made, and since."""
+        """Number of changes of the weights before this side was made, and since."""
         self._emptied = -1
         """How often vLLM's own prefix cache had been emptied when the last step before the change was planned."""
         self.reports_stats = False
         self.loaded_tokens = self.stored_tokens = self.failed_loads = 0
 
     def settle(self, plan: StepPlan) -> None:
-        """Return when the stores whose blocks were taken away no longer read them."""
+        """Return when stores whose blocks were taken away no longer read these blocks."""
         self._copies.let_go(plan.settle)
 
     def start_loads(self, plan: StepPlan) -> None:
@@ -90,7 +89,7 @@ class WorkerSide:
             self._copies.load(load, self._registered.blocks(load.blocks), fence, progress)
 
     def _notice_weights(self) -> None:
-        """What loads under way bring is of the old weights once the weights have changed, so they count as failed."""
+        """Count running loads as failed if the weights have changed, since their KV is of the old weights."""
         changes = weight_changes() - self._weights_before
         if changes != self._weights:
             self._weights = changes
@@ -108,7 +107,7 @@ class WorkerSide:
             self._layers.wait(name, self._arriving)
 
     def wait_after_forward(self) -> None:
-        """Return when no load of the step is under way. What the forward read before it had arrived counts as failed."""
+        """Return when no load of the step runs. Loads whose KV the forward read before it had arrived count as failed."""
         if self._layers is None:
             return
         complete, loads = self._layers.end(), self._copies.running(LoadPlan)
@@ -118,15 +117,15 @@ class WorkerSide:
         self.wait_loaded()
 
     def wait_loaded(self) -> None:
-        """Return when no load is under way: those of the step are part of it."""
+        """Return when no load runs: a step is complete only with its loads."""
         self._notice_weights()
         self._copies.wait(self._copies.running(LoadPlan))
         self._arriving.clear()
         self._unread.clear()
 
     def wait_connected(self, plan: StepPlan) -> None:
-        """At the first step with something to copy, give the server the time to start: what is not stored is a later miss. A
-        rank that does not know yet which weights it serves connects to none, and does not hold up the step."""
+        """At the first step with copies, wait for the server's start: KV that is not stored is a later miss. A rank whose weights
+        are not identified yet does not connect, so it does not wait."""
         if not self._waited and (plan.loads or plan.stores) and self._session.identified:
             self._waited = True
             self._session.wait_connected(_START_SECONDS)
@@ -147,7 +146,7 @@ class WorkerSide:
                 self._copies.store(store, self._registered.blocks(store.blocks), now)
 
     def finished(self, plan: StepPlan) -> tuple[set[str], set[str]]:
-        """(requests whose blocks we are done with, requests whose KV has arrived) since the last call."""
+        """Return (requests whose blocks are no longer read, requests whose KV has arrived) since the last call."""
         self._notice_weights()
         sent = self._copies.closed(plan.closing)
         if not plan.forward and not (sent or self._received) and self._copies.running():
@@ -157,7 +156,7 @@ class WorkerSide:
         return sent, received
 
     def take_invalid_blocks(self) -> set[int]:
-        """Blocks that a load could not fill. To be asked after `finished`, in the same step."""
+        """Return the blocks that loads could not fill. Call this after `finished`, in the same step."""
         invalid, self._invalid = self._invalid, set()
         return invalid
 
@@ -169,7 +168,7 @@ class WorkerSide:
         return report
 
     def take_stats(self) -> dict[str, int]:
-        """Counters since the last call; they start again at 0."""
+        """Return the counters since the last call, and reset them to 0."""
         names = "loaded_tokens", "stored_tokens", "failed_loads"
         stats = {name: getattr(self, name) for name in names}
         vars(self).update(dict.fromkeys(names, 0))
@@ -199,11 +198,11 @@ class WorkerSide:
             logger.info("%s", retrieved_line(load, done, self._registered.paged.token_bytes))
 
     def _distrust_loads(self) -> None:
-        """Loads under way bring nothing that may be used."""
+        """Mark the running loads so that they count as failed."""
         self._unread.update(copy.plan.job_id for copy in self._copies.running(LoadPlan))
 
     def _fail(self, load: LoadPlan) -> None:
-        """Report a load that has ended, or never began, and whose blocks do not hold what was asked for."""
+        """Report a load that has ended or never began as failed: its blocks do not hold the KV."""
         self._unread.discard(load.job_id)
         self._report_loaded(load)
         self.failed_loads += 1
