@@ -111,7 +111,7 @@ def _read_entry(path: Path, entry: bytes, generation: bytes) -> OpenReservation:
     end = _ENTRY.size + 4 * count
     if (magic, of) != (_ENTRY_MAGIC, generation) or _CRC.pack(zlib.crc32(entry[:end])) != entry[end : end + _CRC.size]:
         raise DamagedHeaders(
-            f"{path} is damaged: it is unknown who may still write to the arena beside it; delete both files"
+            f"{path} is damaged: it is unknown which processes may still write to the arena beside it; delete both files"
         )
     return OpenReservation(stored_bytes, struct.unpack_from(f"<{count}I", entry, _ENTRY.size), Writer(*writer))
 

@@ -164,14 +164,14 @@ def test_config_check_tells_an_engines_file_from_the_daemons(file: Path, capsys:
     assert "did you mean l1-size-gb?" in capsys.readouterr().err
 
 
-def test_the_sector_for_users_has_every_setting_and_the_right_defaults() -> None:
-    sector = (Path(__file__).parents[1] / "docs/in-process.md").read_text()
-    lines = [line for line in sector.splitlines() if line.startswith("| `")]
+def test_the_page_for_users_has_every_setting_and_the_right_defaults() -> None:
+    page = (Path(__file__).parents[1] / "docs/in-process.md").read_text()
+    lines = [line for line in page.splitlines() if line.startswith("| `")]
     said = set(re.findall(r"`([a-z0-9_*]+)`", " ".join(line.split("|")[1] for line in lines)))
     wild = tuple(name[:-1] for name in said if name.endswith("*"))
     for row in ROWS:
-        others = "other settings of what is off" in sector and row.effect.startswith("no effect: it belongs")
+        others = "other settings of disabled features" in page and row.effect.startswith("no effect: it belongs")
         assert row.name in said or row.name.startswith(wild) or others, row.name
         if row.refusal:
             assert any(f"`{row.name}`" in line and "refused" in line for line in lines), row.name
-    assert "| `chunk_size` | 256 |" in sector and "| `max_local_cpu_size` | 5.0 |" in sector
+    assert "| `chunk_size` | 256 |" in page and "| `max_local_cpu_size` | 5.0 |" in page

@@ -211,7 +211,7 @@ def test_the_memory_of_a_server_that_is_gone_is_free_for_the_next_one(server, en
     assert reading.wait(PATIENCE)
     maps = Path("/proc/self/maps")
     cache.signal(signal.SIGTERM)
-    eventually(lambda: "Connection refused" in one.worker._connection._told)
+    eventually(lambda: "Connection refused" in one.worker._connection._logged)
     assert f"{cache.arena_dir}/" in maps.read_text()
     go.set()
     assert one.wait(job).ok
@@ -311,7 +311,7 @@ def test_a_start_waits_for_a_server_that_listens_and_for_no_other(server, engine
     cache.freeze()
     one = engine(cache, connect=False)
     starting = [beside(session.wait_for_server) for session in (one.scheduler, one.worker)]
-    eventually(lambda: one.scheduler._connection._told)  # a first attempt has had no answer
+    eventually(lambda: one.scheduler._connection._logged)  # a first attempt has had no answer
     assert not any(start.done() for start in starting)
     cache.thaw()
     for start in starting:
@@ -334,7 +334,7 @@ def test_the_sessions_of_a_process_log_once_that_their_server_has_gone(server, e
     one = engine(cache)
     for times in (1, 2):
         cache.kill()
-        eventually(lambda: one.scheduler._connection._told and one.worker._connection._told)
+        eventually(lambda: one.scheduler._connection._logged and one.worker._connection._logged)
         assert lines("Lost the LMCache server") == lines("Connection refused") == times
         cache = server(port=cache.port)
         one.connect()
@@ -431,7 +431,7 @@ def test_what_is_dropped_while_the_storing_thread_hangs_takes_no_memory(server, 
     for _ in range(5000):
         one.worker.drop(1, "queue full")
         one.worker.drop(2, "weights changed")
-    assert len(one.worker._untold) == 2
+    assert len(one.worker._unreported) == 2
     point.answer.set()
     assert one.wait("hangs").tokens == 64
     eventually(lambda: engine_dropped(cache, "queue full") == 5000)

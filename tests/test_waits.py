@@ -26,7 +26,7 @@ ENDS = {
     ): "`_stop` is set, and the thread looks at it after each step of a few MiB",
     (
         "engine/worker.py",
-        "self._ready[kind].wait_for(lambda: queue or untold or self._closed)",
+        "self._ready[kind].wait_for(lambda: queue or unreported or self._closed)",
     ): "a copying thread's work comes, or `close` notifies it",
     ("engine/worker.py", "point.synchronize()"): THE_DEVICE,
     ("engine/identity.py", "self._thread.join()"): "the thread looks at `_unwanted` after each tensor",
@@ -52,6 +52,7 @@ ENDS = {
     ("tiers/frame_io.py", "one.result()"): OUR_OWN_COPY,
     ("tiers/s3/tier.py", "self._sweeper.join()"): THE_TIERS_CALL,
     ("tiers/s3/tier.py", "self._pool.shutdown()"): THE_TIERS_CALL,
+    ("tiers/threads.py", "pool.shutdown()"): "its threads wait at a barrier that was aborted, and end",
     ("tiers/s3/tier.py", "future.result()"): THE_TIERS_CALL,
     ("transfer/cpu.py", "self._pool.shutdown()"): OUR_OWN_COPY,
     ("server/http.py", "super().accept()"): "the event loop calls it for a socket that does not block",

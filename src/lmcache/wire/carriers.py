@@ -8,6 +8,7 @@ import select
 import socket
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Protocol
@@ -77,7 +78,10 @@ class UnixCarrier:
             if uid != os.getuid():
                 raise ServerUnavailable(f"the server there runs as user {uid}, this engine as {os.getuid()}")
             self._socket.settimeout(seconds_left(deadline))
-            self._socket.sendall(frame(m.encode(0, hello)))
+            with suppress(
+                BrokenPipeError
+            ):  # a server that refuses this process has answered, and closed its end, already
+                self._socket.sendall(frame(m.encode(0, hello)))
             self._socket.settimeout(seconds_left(deadline))
             data, descriptors, _, _ = socket.recv_fds(self._socket, 1 << 16, 1)
             self.descriptor = descriptors[0] if descriptors else -1
