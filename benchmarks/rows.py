@@ -138,18 +138,18 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
 
 
-def replace_figures(sector: Path, name: str, text: str) -> None:
+def replace_figures(page: Path, name: str, text: str) -> None:
     """Put `text` between `<!-- begin NAME -->` and `<!-- end NAME -->` of a page.
 
     Raises:
         ValueError: the page has no such place.
     """
     begin, end = f"<!-- begin {name} -->\n", f"<!-- end {name} -->"
-    head, found, rest = sector.read_text().partition(begin)
+    head, found, rest = page.read_text().partition(begin)
     _, closed, tail = rest.partition(end)
     if not found or not closed:
-        raise ValueError(f"{sector} has no lines {begin.strip()} and {end}; add them where the figures belong")
-    sector.write_text(f"{head}{begin}{text}\n{end}{tail}")
+        raise ValueError(f"{page} has no lines {begin.strip()} and {end}; add them where the figures belong")
+    page.write_text(f"{head}{begin}{text}\n{end}{tail}")
 
 
 def report(facts: dict[str, object], rows: Sequence[Row], as_markdown: bool) -> str:

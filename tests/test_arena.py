@@ -43,7 +43,7 @@ def memory(folders):
     return folders("/dev/shm")
 
 
-def test_the_size_is_a_cap_and_the_sectors_come_in_the_background(server):
+def test_the_size_is_a_cap_and_its_memory_comes_in_the_background(server):
     cache = server(l1=48)
     (path,) = cache.arena_dir.glob("*.arena")
     assert path.stat().st_mode & 0o777 == 0o600

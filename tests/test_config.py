@@ -182,7 +182,7 @@ def test_an_unknown_variable_is_warned_of() -> None:
     assert "LMCACHE_SERVER_L1_SISE_GB" in warning and "did you mean LMCACHE_SERVER_L1_SIZE_GB?" in warning
 
 
-def test_gigabytes_are_gibibytes_in_whole_sectors() -> None:
+def test_gigabytes_are_gibibytes_in_complete_sectors() -> None:
     assert ServerConfig(l1_size_gb=20).l1_bytes == 20 * GIB
 
 

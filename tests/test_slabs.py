@@ -48,7 +48,7 @@ def test_one_space_can_use_95_percent(arena: int, part: float) -> None:
     assert len(slabs.regions(1)) <= 160
 
 
-def test_extents_are_whole_sectors_and_the_lowest_free_one_comes_first() -> None:
+def test_extents_are_complete_sectors_and_the_lowest_free_one_comes_first() -> None:
     slabs = Slabs(1 << 30)
     slabs.open(7, 5000)
     assert slabs.extent_sectors(7) == 2 and slabs.alloc(7) is None
@@ -98,7 +98,7 @@ def test_refusals_change_nothing() -> None:
             Slabs(arena)
 
 
-def test_a_extent_larger_than_the_arena_finds_no_room() -> None:
+def test_an_extent_larger_than_the_arena_finds_no_room() -> None:
     slabs = Slabs(1 << 20)
     slabs.open(1, 2 << 20)
     slabs.open(2, 4096)

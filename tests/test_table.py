@@ -186,7 +186,7 @@ def test_victims_are_exact_under_heavy_pinning(table_type: NewTable) -> None:
 
 
 @both
-def test_in_sectors_names_attached_records_with_a_extent_there(table_type: NewTable) -> None:
+def test_in_sectors_names_attached_records_with_an_extent_there(table_type: NewTable) -> None:
     table = table_type(2)
     a, b, c = (table.insert(key_of(number), -1) for number in range(3))
     table.begin_fill(a, 0, 10)

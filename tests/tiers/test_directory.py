@@ -77,7 +77,7 @@ def test_what_one_stores_the_other_finds_at_once(directory: Callable[..., Direct
     assert fill(one, range(1, 2), 70_000) == [OK]
 
 
-def test_files_are_this_users_and_lie_where_the_sector_says(
+def test_files_are_this_users_and_lie_where_the_page_says(
     directory: Callable[..., DirectoryTier], tmp_path: Path
 ) -> None:
     old = os.umask(0)

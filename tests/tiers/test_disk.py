@@ -428,7 +428,7 @@ def test_a_store_that_fails_is_said_and_costs_nothing(
     tier = disk(filesystem=filesystem)
     assert fill(tier, range(5), size) == [OK] * 5
     for operation, after in (("pwritev", 0), ("pwritev", 1), ("allocate", 0)):
-        tier._journal._allocator = tier._journal.end if operation == "allocate" else tier._journal._allocator
+        tier._journal._allocated = tier._journal.end if operation == "allocate" else tier._journal._allocated
         filesystem.fail, filesystem.after = {operation: code}, {operation: after}
         with pytest.raises(TierError) as caught:
             fill(tier, range(5, 8), size)

@@ -20,7 +20,7 @@ SECTOR = Path(__file__).resolve().parents[2] / "docs/tiers/frame.md"
 KEY = ShardKey(bytes(range(16)), bytes(range(16, 32)), 1, 2)
 
 
-def test_the_sector_s_vector() -> None:
+def test_the_pages_vector() -> None:
     found = re.search(r"`hello`:\n\n((?:    .*\n)+)", SECTOR.read_text())
     assert found
     header = bytes.fromhex(re.sub(r"\s", "", found[1]))
@@ -61,7 +61,7 @@ def test_a_whole_frame_is_unpacked_and_nothing_of_another_is(secret: bytes) -> N
     assert frame.unpack(stored, shard_key(2), memoryview(bytearray(3000)), secret) == frame.OTHER_SHARD
 
 
-def test_a_reader_written_from_the_sector_reads_a_disk_tier(tmp_path: Path) -> None:
+def test_a_reader_written_from_the_page_reads_a_disk_tier(tmp_path: Path) -> None:
     tier = DiskTier(tmp_path / "tier", 32 << 20)
     tier.open()
     sizes = {number: (1000, 65_535, 65_536, 300_001)[number % 4] for number in range(12)}

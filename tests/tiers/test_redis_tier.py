@@ -660,7 +660,7 @@ def test_tls_with_a_ca_file_and_without(empty: RedisServer, proxy: Callable[...,
         make_tier(f"{empty.url()}?ca_file={certificate}")
 
 
-def test_a_cluster_spreads_shards_and_a_moved_extent_is_followed(start: Callable[..., RedisServer]) -> None:
+def test_a_cluster_spreads_shards_and_a_moved_slot_is_followed(start: Callable[..., RedisServer]) -> None:
     nodes = [start("--cluster-enabled", "yes", "--cluster-port", str(port)) for port in (free_port(), free_port())]
     one, two = nodes
     one.raw.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 8191)
@@ -679,14 +679,14 @@ def test_a_cluster_spreads_shards_and_a_moved_extent_is_followed(start: Callable
     assert tier.contains([shard.key for shard in shards]) == [True] * 80
     # one slot, emptied first, goes to the other node behind the client's back
     moved = [shard for shard in shards if tier._tag(shard.key) == tier._tag(shards[0].key)]
-    extent = one.raw.execute_command("CLUSTER", "KEYSLOT", tier._tag(shards[0].key))
+    slot = one.raw.execute_command("CLUSTER", "KEYSLOT", tier._tag(shards[0].key))
     tier.remove([shard.key for shard in moved])
-    source, target = (one, two) if extent < 8192 else (two, one)
-    for key in source.raw.execute_command("CLUSTER", "GETKEYSINSLOT", extent, 100):
+    source, target = (one, two) if slot < 8192 else (two, one)
+    for key in source.raw.execute_command("CLUSTER", "GETKEYSINSLOT", slot, 100):
         source.raw.delete(key)
     identity = target.raw.execute_command("CLUSTER", "MYID")
     for node in (target, source):
-        node.raw.execute_command("CLUSTER", "SETSLOT", extent, "NODE", identity)
+        node.raw.execute_command("CLUSTER", "SETSLOT", slot, "NODE", identity)
     assert tier.store(moved) == [OK] * len(moved) and load(tier, shards) == [OK] * 80
     tier.clear()
     assert [node.raw.dbsize() for node in nodes] == [0, 0] and tier.usage().shards == 0

@@ -71,13 +71,13 @@ def keep(cache: Server, engine: Any, wanted: list[list[int]]) -> None:
 def said(cache: Server) -> str:
     """All that people can see of the server."""
     url = f"http://127.0.0.1:{cache.http_port}"
-    sectors = [
+    pages = [
         urllib.request.urlopen(url + path, timeout=PATIENCE).read().decode()
         for path in ("/", "/status", "/healthcheck", "/metrics")
     ]
     command = [sys.executable, "-m", "lmcache.cli.main", "describe", "tiers", "--url", url]
     table = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=True).stdout
-    return "\n".join([*cache.log, *sectors, table])
+    return "\n".join([*cache.log, *pages, table])
 
 
 def ends_well(cache: Server, engine: Any) -> None:

@@ -48,7 +48,7 @@ def installed(folders: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -
     return place
 
 
-def run_the_tests_of_the_sector(installed: Path, name: str, *options: str) -> str:
+def run_the_tests_of_the_page(installed: Path, name: str, *options: str) -> str:
     """What pytest says of them."""
     (installed / name).write_text(file_of(name))
     (installed / "pytest.ini").touch()  # nothing of whoever runs this
@@ -60,9 +60,9 @@ def run_the_tests_of_the_sector(installed: Path, name: str, *options: str) -> st
 
 
 @pytest.mark.parametrize("name", ["test_lmcache_sqlite.py", "test_lmcache_ram.py"])
-def test_the_tiers_of_the_sector_pass_the_tests_of_the_sector(installed: Path, name: str) -> None:
+def test_the_tiers_of_the_page_pass_the_tests_of_the_page(installed: Path, name: str) -> None:
     count = sum(test.startswith("test_") for test in dir(ConformanceSuite))
-    said = run_the_tests_of_the_sector(installed, name)
+    said = run_the_tests_of_the_page(installed, name)
     assert f"\n{count} passed in " in said, said
     assert f"All {count} must pass" in SECTOR
 
@@ -79,13 +79,13 @@ def test_the_tiers_of_the_sector_pass_the_tests_of_the_sector(installed: Path, n
         ("if not self._make_room(db, pages):", "if False:", "test_the_cap_is_hard", "<= 25165824"),
     ],
 )
-def test_the_tests_of_the_sector_find_what_is_broken(
+def test_the_tests_of_the_page_find_what_is_broken(
     installed: Path, line: str, instead: str, test: str, shown: str
 ) -> None:
     whole = file_of("lmcache_sqlite.py")
     assert whole.count(line) == 1
     (installed / "site" / "lmcache_sqlite.py").write_text(whole.replace(line, instead))
-    said = run_the_tests_of_the_sector(installed, "test_lmcache_sqlite.py", "-k", test)
+    said = run_the_tests_of_the_page(installed, "test_lmcache_sqlite.py", "-k", test)
     assert f"FAILED test_lmcache_sqlite.py::TestSqlite::{test}" in said and shown in said, said
 
 
@@ -117,7 +117,7 @@ def test_a_server_finds_again_what_it_and_another_one_stored(
         assert one.healthy()
 
 
-def test_a_server_drives_the_asynchronous_tier_of_the_sector(
+def test_a_server_drives_the_asynchronous_tier_of_the_page(
     installed: Path, server: Callable[..., Server], engine: Callable[..., Any]
 ) -> None:
     cache = server(flags=("--l2", "ram:///kv?max_gb=1", "--worth", "always", "--l2-patience-seconds", "600"))

@@ -46,7 +46,7 @@ class Journal:
         self._filesystem, self._folder = filesystem, folder
         self._path, self._next_path = folder / "index", folder / "index.new"
         self._fd = -1
-        self._number = self._allocator = 0
+        self._number = self._allocated = 0
         self.end = 0
         """Bytes written so far."""
 
@@ -66,17 +66,17 @@ class Journal:
             return nothing, 1
         next_segment = _read_head(content, self._path)
         records, last, self.end, self._number = _replay(content)
-        self._allocator = self.end
+        self._allocated = self.end
         return records, max(next_segment, last + 1)
 
     def append(self, *entries: tuple[int, bytes]) -> None:
         """Append one entry for each (kind, body): all of them or, after an OSError, none."""
         made = b"".join(_entry(kind, body, self._number + at) for at, (kind, body) in enumerate(entries))
-        if self.end + len(made) + STEP_BYTES > self._allocator:
+        if self.end + len(made) + STEP_BYTES > self._allocated:
             wanted = self.end + len(made) + 2 * STEP_BYTES
             try:
-                self._filesystem.allocate(self._fd, self._allocator, wanted - self._allocator)
-                self._allocator = wanted
+                self._filesystem.allocate(self._fd, self._allocated, wanted - self._allocated)
+                self._allocated = wanted
             except OSError as error:
                 if error.errno not in FULL:
                     raise
@@ -106,7 +106,7 @@ class Journal:
             raise
         self.close()
         self._fd, self._number = fd, number
-        self.end = self._allocator = sum(len(one) for one in parts)
+        self.end = self._allocated = sum(len(one) for one in parts)
 
     def sync(self) -> None:
         self._filesystem.sync(self._fd)

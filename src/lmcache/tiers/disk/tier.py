@@ -157,7 +157,7 @@ class DiskTier(Tier):
                         again.append(number)
                     elif row and self._index.payload(row) == size:
                         kept.append(row)
-                    elif size > MAX_PAYLOAD_BYTES or cost_of([size]) > self._allocator():
+                    elif size > MAX_PAYLOAD_BYTES or cost_of([size]) > self._largest_bytes():
                         outcomes[number] = TOO_LARGE
                     else:
                         seen.add(shard.key)
@@ -266,7 +266,7 @@ class DiskTier(Tier):
     def _used(self) -> int:
         return self._segments.bytes + self._index_bytes(len(self._index)) + _FIXED_BYTES
 
-    def _allocator(self) -> int:
+    def _largest_bytes(self) -> int:
         """Return the bytes available for one shard in an empty tier."""
         return self._max_bytes - _FIXED_BYTES - self._index_bytes(1)
 

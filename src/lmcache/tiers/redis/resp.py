@@ -386,11 +386,11 @@ class Nodes:
         """Return the server of the keys with this hash tag, which includes its braces."""
         if not self.is_cluster:
             return self._seed
-        extent = binascii.crc_hqx(tag[1:-1], 0) % _SLOTS
+        slot = binascii.crc_hqx(tag[1:-1], 0) % _SLOTS
         for first, last, node in self._ranges:
-            if first <= extent <= last:
+            if first <= slot <= last:
                 return node
-        raise TierError("not ready", f"Redis Cluster at {self._seed.host}:{self._seed.port}: no node has slot {extent}")
+        raise TierError("not ready", f"Redis Cluster at {self._seed.host}:{self._seed.port}: no node has slot {slot}")
 
     def refresh(self, deadline: float) -> None:
         """Ask any node of the cluster for the map of hash slots. Raises TierError when no node answers."""
@@ -409,9 +409,9 @@ class Nodes:
             assert trouble
             raise trouble
 
-    def _parse(self, asked: Node, extents: Reply) -> list[tuple[int, int, Node]]:
+    def _parse(self, asked: Node, slots: Reply) -> list[tuple[int, int, Node]]:
         ranges = []
-        for entry in extents if isinstance(extents, list) else [extents]:
+        for entry in slots if isinstance(slots, list) else [slots]:
             match entry:
                 case [int(first), int(last), [host, int(port), *_], *_]:
                     address = (host.decode() if isinstance(host, bytes) and host else asked.host, port)

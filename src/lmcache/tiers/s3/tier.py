@@ -64,7 +64,7 @@ class S3Tier(Tier):
         self._connections = connections
         self._accounting = Accounting(notes_uses=max_bytes is not None)
         """Without a cap nothing is swept, and they tell `usage` only."""
-        self._allocator = threading.Lock()
+        self._trimming = threading.Lock()
         self._identity = os.urandom(8).hex()
         self._pool: ThreadPoolExecutor | None = None
         self._sweeper: threading.Thread | None = None
@@ -240,7 +240,7 @@ class S3Tier(Tier):
             return TOO_LARGE
         if not self._swept.is_set():
             return NOT_READY
-        with self._allocator:
+        with self._trimming:
             self._trim(size, self._max_bytes // _ROOM_PART)
             if self._accounting.stored_bytes + self._accounting.other_bytes + size > self._max_bytes:
                 return FULL
@@ -250,7 +250,7 @@ class S3Tier(Tier):
     def _trim(self, wanted_bytes: int, at_least: int) -> bool:
         """Delete the oldest shards, at most one request's worth, until so many bytes fit under the cap.
 
-        Call with `_allocator` held. Return whether there was anything to delete.
+        Call with `_trimming` held. Return whether there was anything to delete.
         """
         assert self._max_bytes is not None
         above = self._accounting.stored_bytes + self._accounting.other_bytes + wanted_bytes - self._max_bytes
@@ -303,7 +303,7 @@ class S3Tier(Tier):
             self._accounting.other_bytes += max(0, len(recency) - recency_bytes)
             above = True
             while above and not self._closing.is_set():
-                with self._allocator:
+                with self._trimming:
                     above = self._trim(0, 0)
             self._client.write(_RECENCY, [recency])
 
