@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import os
 import struct
@@ -14,7 +15,7 @@ from typing import ClassVar
 
 import pytest
 
-from lmcache.cache import L1
+from lmcache.cache import L1, Refusal
 from lmcache.chunks import Layout
 from lmcache.engine import connection
 from lmcache.errors import ConfigError
@@ -237,3 +238,18 @@ def test_a_server_says_at_once_when_the_folder_has_no_room(server, tiny):
     with pytest.raises(AssertionError, match=r"ended with 2 (.|\n)*--l1-size-gb"):
         server(l1=64, arena=tiny)
     assert files(tiny) == []
+
+
+def test_a_file_system_that_fails_gives_no_memory_and_leaves_no_reservation(tmp_path, monkeypatch):
+    l1 = L1(Arena(tmp_path, 4 << 20))
+    l1.join(1, "engine")
+    space = l1.open_space(1, b"f" * 16, 1, 0, 4096)
+
+    def fail(descriptor: int, first: int, length: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "posix_fallocate", fail)
+    with pytest.raises(Refusal):
+        l1.reserve(0.0, 1, space, 0, b"", True, bytes(16))
+    assert l1.open_reservations == 0 and l1.quarantined_bytes == 0
+    l1.arena.close()

@@ -43,7 +43,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class ArenaFull(LMCacheError):
-    """The memory file system has no free page left, although the arena has not reached `--l1-size-gb`."""
+    """The file system gives no more memory, although the arena has not reached `--l1-size-gb`."""
 
 
 class Mapping:
@@ -199,10 +199,10 @@ class Arena:
             try:
                 os.posix_fallocate(self.descriptor, first, length)
             except OSError as error:
-                if error.errno not in (errno.ENOSPC, errno.ENOMEM, errno.EFBIG, errno.EDQUOT):
-                    raise
-                room = f"{self.path.parent} is full: it holds only {self.backed_bytes >> 20} MiB of the arena"
-                raise ArenaFull(f"{room}: free some memory there, or start with a smaller --l1-size-gb") from error
+                is_full = error.errno in (errno.ENOSPC, errno.ENOMEM, errno.EFBIG, errno.EDQUOT)
+                why = "is full" if is_full else f"gives no more memory ({error.strerror})"
+                held = f"{self.path.parent} {why}: it holds only {self.backed_bytes >> 20} MiB of the arena"
+                raise ArenaFull(f"{held}: free some memory there, or start with a smaller --l1-size-gb") from error
             self._backed[step] = 1
             self.backed_bytes += length
 
