@@ -83,7 +83,11 @@ class Script(Process):
         assert self.child.stdin is not None
         self.child.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
         self.child.stdin.flush()
-        return self.hear()
+        try:
+            return self.hear()
+        except BaseException:  # the answer may come yet, and would be taken for that to the next command
+            self.kill()
+            raise
 
     def hear(self) -> Any:
         """The next answer; lines of logs are passed over."""
