@@ -36,7 +36,7 @@ CAP = 16 * MIB
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Callable[..., DiskTier]]:
-    """Open tiers over one folder: disk(max_bytes=..., medium=...); those still open are closed at the end."""
+    """Open tiers over one folder: disk(max_bytes=..., filesystem=...); those still open are closed at the end."""
     made: list[DiskTier] = []
 
     def make(

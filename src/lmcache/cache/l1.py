@@ -74,13 +74,15 @@ class L1(Heart):
         """Do the same as `Heart.reserve`, and allocate memory for all extents that it grants.
 
         Raises:
-            Refusal: unknown space, process or shard; or the memory file system is full, and no chunk can be evicted.
+            Refusal: unknown space, process or shard; or the file system gives no memory, and no chunk can be evicted.
         """
         for _ in range(MAX_GIVEN_UP):
             grant = super().reserve(now, process, space_number, shard, parent, root, hashes, tier, request)
             if not grant.reservation or self._back(process, grant.reservation):
                 return grant
-        raise Refusal(f"{self.arena.path.parent} is full: free space there, or pass a smaller --l1-size-gb")
+        raise Refusal(
+            f"{self.arena.path.parent} gives no memory for the arena: free some there, or pass a smaller --l1-size-gb"
+        )
 
     def _back(self, process: int, reservation: int) -> bool:
         """Allocate memory for the extents of a reservation. If that fails, give the reservation up and return False."""

@@ -34,7 +34,7 @@ static inline int lmcache_integers(const char *name, PyObject *const *args, Py_s
 #define FIELD(name) int64_t name;
 #define NAME_OF(name) #name,
 
-/* A plane of paged KV: Plane of lmcache.transfer.paged, and where the plane begins in a extent. Strides and offsets are in bytes. */
+/* A plane of paged KV: Plane of lmcache.transfer.paged, and where the plane begins in an extent. Strides and offsets are in bytes. */
 /* clang-format off */
 #define PLANE_NUMBERS(X)                                   \
     X(address) X(block_stride)                             \

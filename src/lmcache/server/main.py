@@ -202,9 +202,8 @@ def _open_port(config: ServerConfig, loop: Loop, service: Service, started: Exit
 
 def _open_http(config: ServerConfig, report: Report, started: ExitStack) -> int:
     """Open the port for health, status and metrics, and return its number; a configured 0 stands for any free port."""
-    from lmcache.server.http import (
-        HttpEndpoint,
-    )  # imported late: it takes 0.3 s, and an embedded server rarely needs it
+    # Imported late: it takes 0.3 s, and an embedded server rarely needs it.
+    from lmcache.server.http import HttpEndpoint
 
     endpoint = HttpEndpoint(config, report)
     endpoint.start()

@@ -1,4 +1,4 @@
-"""The engine's transports to the server: one request, one answer, one deadline. Not thread-safe; `engine.link` holds the lock."""
+"""The engine's transports to the server: one request, one answer, one deadline. Not thread-safe: `engine.connection` locks."""
 
 from __future__ import annotations
 
@@ -265,7 +265,7 @@ class ZmqCarrier:
         return self._turned_away
 
     def wait_for_end(self, timeout_seconds: float) -> bool:
-        time.sleep(timeout_seconds)  # ZMQ does not report the end; the heartbeat of `engine.link` detects it
+        time.sleep(timeout_seconds)  # ZMQ does not report the end; the heartbeat of `engine.connection` detects it
         return False
 
     def trust(self) -> None:

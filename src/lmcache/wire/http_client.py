@@ -32,7 +32,7 @@ def ask(
     Raises:
         ConfigError: not a URL of a server.
         ServerUnavailable: nobody listens there, or what listens there does not answer within three seconds, or so many.
-        ServerRefused: what answers is not an LMCache server's HTTP face.
+        ServerRefused: what answers is not an LMCache server's HTTP endpoint.
     """
     parts = _parts(url)
     base = f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}"
