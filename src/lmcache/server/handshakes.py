@@ -19,8 +19,8 @@ _EVENTS = (
 
 
 class Handshakes:
-    """Records in `refused` the handshakes that fail at the socket `door`, which listens at `host`. The owner watches `descriptor`
-    and calls `hear` after every batch of the loop's events. `strangers` holds the connections that are not admitted yet."""
+    """Records in `refused` the handshakes that fail at the socket `door`, which listens at `host`. The owner calls `hear` once,
+    and then whenever `descriptor` is readable. `strangers` holds the connections that are not admitted yet."""
 
     def __init__(
         self,

@@ -6,7 +6,7 @@ The loop also creates the thread pools for work that would block it.
 from __future__ import annotations
 
 import os
-import selectors
+import select
 import threading
 import time
 from collections import deque
@@ -38,12 +38,12 @@ class Loop:
         """Returns the time of the loop's clock. Any thread may call it."""
         self.errors = 0
         self.on_tick: list[Callable[[], None]] = []
-        self.after_events: list[Callable[[], None]] = []
-        """Called after every batch of events, for sockets whose descriptors are edge-triggered (ZMQ)."""
-        self._selector = selectors.DefaultSelector()
+        self._epoll = select.epoll()
+        self._watched: dict[int, Callable[[], None]] = {}
+        """Descriptor -> callback."""
         self._calls: deque[Callable[[], None]] = deque()
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self._selector.register(self._wake_read, selectors.EVENT_READ, self._drain_wakes)
+        self.watch(self._wake_read, self._drain_wakes)
         self._wake_lock = threading.RLock()
         """Guards writing to `_wake_write` and closing it. It is reentrant, since a signal handler may interrupt its holder."""
         self._executors: list[Executor] = []
@@ -54,15 +54,13 @@ class Loop:
 
     def watch(self, descriptor: int, callback: Callable[[], None], write: bool = False) -> None:
         """Call `callback` when the descriptor is readable and, if `write`, when it is writable."""
-        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if write else 0)
-        if descriptor in self._selector.get_map():
-            self._selector.modify(descriptor, events, callback)
-        else:
-            self._selector.register(descriptor, events, callback)
+        change = self._epoll.modify if descriptor in self._watched else self._epoll.register
+        change(descriptor, select.EPOLLIN | (select.EPOLLOUT if write else 0))
+        self._watched[descriptor] = callback
 
     def unwatch(self, descriptor: int) -> None:
-        if descriptor in self._selector.get_map():
-            self._selector.unregister(descriptor)
+        if self._watched.pop(descriptor, None) is not None:
+            self._epoll.unregister(descriptor)
 
     def call_soon(self, call: Callable[[], None]) -> None:
         """Run `call` in the loop's thread. Any thread and any signal handler may call this; after `close` it does nothing."""
@@ -134,7 +132,7 @@ class Loop:
             os.close(self._wake_write)
             self._wake_write = -1
         os.close(self._wake_read)
-        self._selector.close()
+        self._epoll.close()
         for executor in self._executors:
             executor.shutdown(wait=False, cancel_futures=True)
         ends = time.monotonic() + _END_SECONDS
@@ -144,12 +142,11 @@ class Loop:
 
     def _turn(self, seconds: float) -> None:
         """Wait for events for at most `seconds`; handle the events and the calls of other threads."""
-        for key, _ in self._selector.select(max(0.0, seconds)):
-            self._guarded(key.data)
+        # A callback may close a descriptor, whose number then stands for another one, so all are looked up first.
+        for callback in [self._watched[descriptor] for descriptor, _ in self._epoll.poll(max(0.0, seconds))]:
+            self._guarded(callback)
         while self._calls:
             self._guarded(self._calls.popleft())
-        for call in self.after_events:
-            self._guarded(call)
 
     def _drain_wakes(self) -> None:
         try:

@@ -98,19 +98,18 @@ class ZmqEndpoint:
             raise ConfigError(f"--port {port}: cannot listen on {host}: {error.strerror}; pass another port") from error
         self.port = int(self._socket.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2])
         self._descriptor: int = self._socket.FD
-        loop.watch(self._descriptor, lambda: None)
-        loop.watch(self._handshakes.descriptor, lambda: None)
+        loop.watch(self._descriptor, self._receive_all)
+        loop.watch(self._handshakes.descriptor, self._handshakes.hear)
         strangers = self._handshakes.strangers
         loop.watch(strangers.descriptor, strangers.look_at_arrivals)
-        loop.after_events.append(self._receive_all)  # ZMQ's descriptors are edge-triggered: check after every batch
-        loop.on_tick += [self._forget_silent, self._strangers_answers.clear, strangers.look_at_all]
+        loop.call_soon(self._receive_all)  # ZMQ signals only what arrives after it was found empty
+        loop.on_tick += [self._forget_silent, self._strangers_answers.clear, strangers.look_at_all, self._release_sent]
 
     def close(self) -> None:
         if hasattr(self, "_descriptor"):
             self.loop.unwatch(self._descriptor)
             self.loop.unwatch(self._handshakes.descriptor)
             self.loop.unwatch(self._handshakes.strangers.descriptor)
-            self.loop.after_events.remove(self._receive_all)
         self._cookie_path.unlink(missing_ok=True)
         if self._authenticator is not None:
             self._authenticator.stop()
@@ -119,6 +118,8 @@ class ZmqEndpoint:
         self._context.term()
 
     def _receive_all(self) -> None:
+        """Handle messages until none waits. Every use of the socket may take the signal of an arrival from its descriptor, so this
+        must follow each."""
         self._release_sent()
         self._handshakes.hear()
         for _ in range(256):
@@ -126,7 +127,7 @@ class ZmqEndpoint:
                 return
             envelope = self._socket.recv(zmq.NOBLOCK, copy=False)  # an uncopied frame has the sender's address
             self._serve(envelope, self._socket.recv_multipart(zmq.NOBLOCK))
-        self.loop.call_soon(lambda: None)  # more messages may wait: let other callbacks run first
+        self.loop.call_soon(self._receive_all)  # more messages may wait: let other callbacks run first
 
     def _serve(self, envelope: zmq.Frame, frames: list[bytes]) -> None:
         identity = envelope.bytes
@@ -258,6 +259,7 @@ class ZmqEndpoint:
         return m.Error("refused", why)
 
     def _send(self, identity: bytes, sequence: int, answer: m.Message, payload: list[bytes]) -> None:
+        self.loop.call_soon(self._receive_all)
         frames = [m.encode(sequence, answer), *payload]
         size = sum(map(len, frames))
         large = size > _COPIED_BYTES
