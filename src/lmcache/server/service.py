@@ -64,18 +64,19 @@ class Service:
     def handle(self, peer: Peer, request: m.Request, frames: list[bytes], reply: Reply) -> None:
         """Answer a request by calling `reply`, either at once or, for payload frames, when the copy has ended."""
         try:
+            answer = self._answers.get(type(request))
             if isinstance(request, m.Hello):
                 reply(self.sessions.hello(peer, request), [])
             elif not peer.process:
                 reply(m.Error("hello", "say hello first"), [])
+            elif answer is not None:
+                reply(answer(peer, request), [])
             elif isinstance(request, m.Fetch):
                 self._payload.fetch(peer, request, reply)
             elif isinstance(request, m.Fill):
                 self._payload.fill(peer, request, frames, reply)
-            elif type(request) not in self._answers:
-                reply(m.Error("refused", f"{type(request).__name__} is not for this connection"), [])
             else:
-                reply(self._answers[type(request)](peer, request), [])
+                reply(m.Error("refused", f"{type(request).__name__} is not for this connection"), [])
         except Refusal as error:
             self.counters["refused_requests"] += 1
             reply(m.Error("refused", str(error)), [])

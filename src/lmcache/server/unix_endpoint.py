@@ -37,6 +37,8 @@ MAX_UNSENT_BYTES = 2 * m.MAX_ANSWER_BYTES
 MAX_ALL_UNSENT_BYTES = 256 << 20
 """Bound of the unsent bytes of all connections. Beyond it, the connection with the most unsent bytes is closed."""
 _RECEIVE_BYTES = 1 << 18
+_BATCH_BYTES = 1 << 16
+"""The answers to messages that arrived together are sent together while they are shorter than this."""
 
 
 class UnixEndpoint:
@@ -119,6 +121,8 @@ class _Connection:
         self.opened = time.monotonic()
         self.peer = Peer("unix socket", writer=pid, replaced=self.close)
         self._reader = FrameReader(m.MAX_MESSAGE_BYTES)
+        self._more, self._answers = False, b""
+        """Whether more messages have arrived, and the answers that wait for theirs: the engine then wakes up only once."""
         self._unsent: deque[memoryview] = deque()
         self.unsent_bytes = 0
         self._descriptor = sock.fileno()
@@ -165,7 +169,8 @@ class _Connection:
             self._complain(0, error)
             self.close()
             return
-        for raw in frames:
+        for number, raw in enumerate(frames, 1):
+            self._more = number < len(frames)
             try:
                 sequence, request = m.decode_request(raw)
             except WireError as error:
@@ -178,7 +183,7 @@ class _Connection:
     def _complain(self, sequence: int, error: WireError) -> None:
         self.endpoint.service.counters["malformed_messages"] += 1
         _malformed.warning("A malformed message from pid %d: %s", self.pid, error)
-        self._send(frame(m.encode(sequence, m.Error("malformed", str(error)))))
+        self._answer(sequence, m.Error("malformed", str(error)))
 
     def _serve(self, sequence: int, request: m.Request) -> None:
         if type(request) is m.Hello and self.pid > 0:  # use the kernel's pid: the engine's may be of another namespace
@@ -187,9 +192,13 @@ class _Connection:
 
     def _answer(self, sequence: int, answer: m.Message) -> None:
         descriptors = (self.endpoint.service.l1.arena.descriptor,) if type(answer) is m.Welcome else ()
-        self._send(frame(m.encode(sequence, answer)), descriptors)
+        data, self._answers = self._answers + frame(m.encode(sequence, answer)), b""
+        if self._more and not descriptors and len(data) < _BATCH_BYTES:
+            self._answers = data
+        else:
+            self._send(data, descriptors)
 
-    def _send(self, data: bytes, descriptors: tuple[int, ...] = ()) -> None:
+    def _send(self, data: bytes, descriptors: tuple[int, ...]) -> None:
         if self.sock.fileno() < 0:
             return
         if self._unsent:
