@@ -12,7 +12,8 @@ checksum is right and its generation and number of clears are those of the file,
             space fingerprint 16, chunk key 16, parent key 16 (zeros before the first chunk), crc32 u32
 
 After the records, each open reservation has entries of a fixed stride, which a clear does not remove. Extents are granted only
-after their entry has been written, its magic last. So an entry with a magic and a wrong checksum means that the file is damaged.
+after their entry has been written, the page with its magic last; a process is not killed within a page that the kernel writes.
+So an entry with a magic and a wrong checksum means that the file is damaged.
 
     entry   magic 4, sectors u32, generation 8, stored bytes u64 (of each extent), writer: pid u64, start u64, pid namespace u64,
             first sector of each extent u32, crc32 u32
@@ -42,7 +43,8 @@ RECORD_BYTES = 96
 VERSION = 2
 COMMITTED = 1
 _MAGIC, _RECORD_MAGIC, _ENTRY_MAGIC = b"lmcachHD", b"LMsl", b"LMop"
-_FIRST_RECORD = 4096
+_PAGE_BYTES = 4096
+_FIRST_RECORD = _PAGE_BYTES
 _FILE = struct.Struct("<8sII8sQ16sQQ")
 _RECORD = struct.Struct("<4sHH8sIIQHH16s16s16s")
 _ENTRY = struct.Struct("<4sI8sQQQQ")
@@ -195,8 +197,9 @@ class Headers:
 
     def _write_entries(self, entries: list[tuple[int, bytes]]) -> None:
         for place, entry in entries:
-            os.pwrite(self._descriptor, entry[8:], place + 8)
-            os.pwrite(self._descriptor, entry[:8], place)
+            if len(entry) > _PAGE_BYTES:
+                os.pwrite(self._descriptor, entry[_PAGE_BYTES:], place + _PAGE_BYTES)
+            os.pwrite(self._descriptor, entry[:_PAGE_BYTES], place)
 
     def _write_own(self) -> None:
         header = _FILE.pack(
