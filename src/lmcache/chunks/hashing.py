@@ -28,6 +28,8 @@ HASH_BYTES = 16
 _ROOT_CONTEXT = "lmcache chunk v1"
 _U32 = struct.Struct("<I")
 _TYPECODE = "I" if array("I").itemsize == 4 else "L"
+_ENCODED_TOKENS = 4096
+"""How many tokens are encoded at a time. The page faults of larger buffers would take as long as the hashing of their tokens."""
 
 Extras = Callable[[int, int], bytes]
 """Returns the encoded extras inside a half-open token range, or b"" where there are none."""
@@ -46,7 +48,7 @@ def chunk_hash(parent: bytes, token_ids: Tokens, extras: bytes = b"") -> bytes:
     Raises:
         OverflowError: a token id is negative or does not fit in 32 bits.
     """
-    return _hash(parent, len(token_ids), token_bytes(token_ids), extras)
+    return blake3(_material(parent, len(token_ids), token_bytes(token_ids), extras)).digest(HASH_BYTES)
 
 
 def encode_extra(identifier: str | bytes, offset: int) -> bytes:
@@ -72,11 +74,10 @@ def token_bytes(token_ids: Tokens) -> bytes:
     return ids.tobytes()
 
 
-def _hash(parent: bytes, count: int, ids: bytes, extras: bytes) -> bytes:
+def _material(parent: bytes, count: int, ids: bytes, extras: bytes) -> bytes:
+    """Return what is hashed for a chunk."""
     material = parent + _U32.pack(count) + ids
-    if extras:
-        material += _U32.pack(len(extras)) + extras
-    return blake3(material).digest(HASH_BYTES)
+    return material + _U32.pack(len(extras)) + extras if extras else material
 
 
 class TokenChain:
@@ -127,12 +128,16 @@ class TokenChain:
         total = len(token_ids) // size
         if total <= done:
             return total
-        fresh = token_bytes(token_ids[done * size : total * size])
-        parent, out, step = self.parent(done), [], size * 4
+        parent, out, encoded, step = self.parent(done), [], b"", max(1, _ENCODED_TOKENS // size)
+        hasher = blake3()
         for number in range(done, total):
-            at = (number - done) * step
+            at = (number - done) % step * size * 4
+            if not at:
+                encoded = token_bytes(token_ids[number * size : min(number + step, total) * size])
             extras = self._extras(number * size, (number + 1) * size) if self._extras else b""
-            parent = _hash(parent, size, fresh[at : at + step], extras)
+            hasher.update(_material(parent, size, encoded[at : at + size * 4], extras))
+            parent = hasher.digest(HASH_BYTES)
+            hasher.reset()
             out.append(parent)
         self.hashes += b"".join(out)
         return total
