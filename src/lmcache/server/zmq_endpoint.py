@@ -118,8 +118,8 @@ class ZmqEndpoint:
         self._context.term()
 
     def _receive_all(self) -> None:
-        """Handle messages until none waits. Every use of the socket may take the signal of an arrival from its descriptor, so this
-        must follow each."""
+        """Handle messages until none waits. This must follow each use of the socket, which may take the signal of an arrival from
+        its descriptor."""
         self._release_sent()
         self._handshakes.hear()
         for _ in range(256):
