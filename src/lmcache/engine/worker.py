@@ -91,6 +91,8 @@ class WorkerSession:
         self._state = threading.Condition(lock)
         self._ready = {"load": threading.Condition(lock), "store": threading.Condition(lock)}
         """One condition for each kind of job: waking the other threads too would cost a small job more than its copy."""
+        self._ended = threading.Condition(lock)
+        """Notified when a job has ended, and not at its steps, for the same reason."""
         self._queues: dict[str, deque[tuple[str, Load | Store]]] = {"load": deque(), "store": deque()}
         self._running: dict[str, str] = {}
         """Thread -> id of the job whose copy may be touching memory now."""
@@ -174,7 +176,7 @@ class WorkerSession:
     def wait_finished(self, timeout_seconds: float) -> bool:
         """Wait until a job has ended, or no job is queued or running. Return whether `finished` will return a job."""
         with self._state:
-            self._state.wait_for(lambda: self._done or not self._busy(), timeout_seconds)
+            self._ended.wait_for(lambda: self._done or not self._busy(), timeout_seconds)
         return bool(self._done)
 
     def wait(self, job_ids: Iterable[str], timeout_seconds: float | None = None) -> set[str]:
@@ -287,6 +289,7 @@ class WorkerSession:
                 self._cancelled.discard(job_id)
                 self._done.append(Done(job_id, kind, tokens > 0, tokens, seconds, put_seconds))
                 self._state.notify_all()
+                self._ended.notify_all()
             if tokens:
                 self._connection.post(m.Copied(kind, tokens, seconds, self._shard.index))
             elif isinstance(job, Load):
@@ -321,7 +324,9 @@ class WorkerSession:
         chunks = np.arange(load.first_chunk, load.first_chunk + len(sectors))
         first = np.maximum(chunks * self._chunk_tokens, load.start_token)
         count = np.minimum((chunks + 1) * self._chunk_tokens, load.end_token) - first
-        runs = np.stack([sectors * SECTOR_BYTES, first, count, first - chunks * self._chunk_tokens], axis=1)
+        runs = np.empty((len(sectors), 4), dtype=np.int64)
+        runs[:, 0], runs[:, 1], runs[:, 2] = sectors * SECTOR_BYTES, first, count
+        runs[:, 3] = first - chunks * self._chunk_tokens
         if len(sectors) == 0 or first[0] != load.start_token or int(count.sum()) != load.end_token - load.start_token:
             raise LayoutError(f"{len(sectors)} extents do not cover tokens {load.start_token}..{load.end_token}")
         return runs[count > 0]
@@ -392,7 +397,8 @@ class WorkerSession:
             return 0, 0.0
         first = (first_chunk + wanted) * size
         count = np.minimum(first + size, store.end_token or first[-1] + size) - first
-        runs = np.stack([sectors[wanted].astype(np.int64) * SECTOR_BYTES, first, count, 0 * first], axis=1)
+        runs = np.zeros((len(wanted), 4), dtype=np.int64)
+        runs[:, 0], runs[:, 1], runs[:, 2] = sectors[wanted].astype(np.int64) * SECTOR_BYTES, first, count
         blocks = np.asarray(store.blocks, dtype=np.int32)
         begin, ok = self.runtime.now(), False
         try:
