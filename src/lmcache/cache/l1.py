@@ -7,6 +7,7 @@ the extents, and the listeners have been called. One thread owns L1.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import ParamSpec
 
 from lmcache.cache.claims import SERVER, Refusal, Reservation
 from lmcache.cache.heart import Grant, Heart
@@ -17,6 +18,7 @@ from lmcache.memory.slabs import NO_EXTENT, SECTOR_BYTES
 from lmcache.observability.log import init_logger
 
 logger = init_logger(__name__)
+P = ParamSpec("P")
 MAX_GIVEN_UP = 16
 """Reservations that may fail for lack of memory before a request is refused."""
 _NUMBERS = 1 << 36
@@ -105,30 +107,26 @@ class L1(Heart):
 
     def _note_opened(self, number: int, held: Reservation) -> None:
         writer = self._writers[held.process]
-        self._note("opened", lambda: self.arena.headers.opened(number, held.shard_bytes, held.sectors, writer))
+        self._note("opened", self.arena.headers.opened, number, held.shard_bytes, held.sectors, writer)
 
     def _note_ended(self, number: int) -> None:
-        self._note("ended", lambda: self.arena.headers.ended(number))
+        self._note("ended", self.arena.headers.ended, number)
 
     def _note_committed(self, held: Reservation, sectors: list[int], keys: bytes, parents: bytes) -> None:
-        space = held.space
-        self._note(
-            "committed",
-            lambda: self.arena.headers.committed(
-                space.fingerprint, space.shards, held.shard, held.shard_bytes, sectors, keys, parents
-            ),
-        )
+        space, write = held.space, self.arena.headers.committed
+        shard = space.fingerprint, space.shards, held.shard, held.shard_bytes
+        self._note("committed", write, *shard, sectors, keys, parents)
 
     def _note_freed(self, sectors: Iterable[int]) -> None:
-        self._note("freed", lambda: self.arena.headers.freed(sector for sector in sectors if sector != NO_EXTENT))
+        self._note("freed", self.arena.headers.freed, [sector for sector in sectors if sector != NO_EXTENT])
 
     def _note_cleared(self) -> None:
         self._note("cleared", self.arena.headers.cleared)
 
-    def _note(self, kind: str, write: Callable[[], None]) -> None:
+    def _note(self, kind: str, write: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
         """Write to the headers. A failure is counted and makes the headers void; it does not fail this request or later ones."""
         try:
-            write()
+            write(*args, **kwargs)
         except Exception:  # a bug in the writing of headers
             self.events.failed(kind)
             self.arena.headers.void()
