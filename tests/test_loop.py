@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 
 import pytest
@@ -27,6 +28,28 @@ def test_it_runs_until_something_is_done_or_its_clock_says_that_the_time_is_over
     loop.run_until(lambda: False, 10.0)
     assert loop.now() == 110.0 and not ticks
     loop.close()
+
+
+def test_what_gets_the_number_of_a_descriptor_that_was_closed_is_not_taken_for_readable() -> None:
+    loop, calls = Loop(), list[str]()
+    (first, begin), (second, also), (silent, never) = os.pipe(), os.pipe(), os.pipe()
+
+    def replace() -> None:
+        if not calls:
+            calls.append("first")
+            loop.unwatch(second)
+            os.dup2(silent, second)
+            loop.watch(second, lambda: calls.append("silent"))
+
+    loop.watch(first, replace)
+    loop.watch(second, lambda: calls.append("second"))
+    for one in (begin, also):
+        os.write(one, b"x")
+    loop.run_until(lambda: bool(calls), PATIENCE)
+    assert "silent" not in calls
+    loop.close()
+    for one in (first, begin, second, also, silent, never):
+        os.close(one)
 
 
 def test_its_threads_end_with_it_but_for_those_that_hang() -> None:

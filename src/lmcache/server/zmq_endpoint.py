@@ -69,6 +69,7 @@ class ZmqEndpoint:
         """Answers since the last tick, by connections that are not admitted."""
         self._unsent: list[tuple[zmq.MessageTracker, Peer, int]] = []
         """Large answers, whose memory ZMQ holds until they are sent or their connections end."""
+        self._receiving = False
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)
@@ -103,13 +104,14 @@ class ZmqEndpoint:
         strangers = self._handshakes.strangers
         loop.watch(strangers.descriptor, strangers.look_at_arrivals)
         loop.call_soon(self._receive_all)  # ZMQ signals only what arrives after it was found empty
-        loop.on_tick += [self._forget_silent, self._strangers_answers.clear, strangers.look_at_all, self._release_sent]
+        loop.on_tick += [self._forget_silent, self._strangers_answers.clear, strangers.look_at_all, self._receive_all]
 
     def close(self) -> None:
         if hasattr(self, "_descriptor"):
             self.loop.unwatch(self._descriptor)
             self.loop.unwatch(self._handshakes.descriptor)
             self.loop.unwatch(self._handshakes.strangers.descriptor)
+            self.loop.on_tick.remove(self._receive_all)
         self._cookie_path.unlink(missing_ok=True)
         if self._authenticator is not None:
             self._authenticator.stop()
@@ -120,13 +122,19 @@ class ZmqEndpoint:
     def _receive_all(self) -> None:
         """Handle messages until none waits. This must follow each use of the socket, which may take the signal of an arrival from
         its descriptor."""
+        if self._socket.closed:
+            return
         self._release_sent()
         self._handshakes.hear()
-        for _ in range(256):
-            if not int(self._socket.EVENTS) & zmq.POLLIN:
-                return
-            envelope = self._socket.recv(zmq.NOBLOCK, copy=False)  # an uncopied frame has the sender's address
-            self._serve(envelope, self._socket.recv_multipart(zmq.NOBLOCK))
+        self._receiving = True
+        try:
+            for _ in range(256):
+                if not int(self._socket.EVENTS) & zmq.POLLIN:
+                    return
+                envelope = self._socket.recv(zmq.NOBLOCK, copy=False)  # an uncopied frame has the sender's address
+                self._serve(envelope, self._socket.recv_multipart(zmq.NOBLOCK))
+        finally:
+            self._receiving = False
         self.loop.call_soon(self._receive_all)  # more messages may wait: let other callbacks run first
 
     def _serve(self, envelope: zmq.Frame, frames: list[bytes]) -> None:
@@ -259,7 +267,8 @@ class ZmqEndpoint:
         return m.Error("refused", why)
 
     def _send(self, identity: bytes, sequence: int, answer: m.Message, payload: list[bytes]) -> None:
-        self.loop.call_soon(self._receive_all)
+        if not self._receiving:
+            self.loop.call_soon(self._receive_all)
         frames = [m.encode(sequence, answer), *payload]
         size = sum(map(len, frames))
         large = size > _COPIED_BYTES
