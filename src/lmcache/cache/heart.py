@@ -140,14 +140,6 @@ class Heart(Index):
 
     # Reading
 
-    def shards(self, process: int, space_number: int) -> int:
-        """Return how many shards a chunk of this space has.
-
-        Raises:
-            Refusal: unknown space or process.
-        """
-        return self._admit(process, space_number)[0].shards
-
     def lookup(
         self, now: float, process: int, space_number: int, hashes: bytes, first_wanted: int = 0, request: str = ""
     ) -> Hit:

@@ -127,7 +127,8 @@ class Service:
         if len(hashes) % 16:
             raise Refusal(f"{len(hashes)} bytes of hashes: the length must be a multiple of 16")
         first = max(0, request.first_wanted)
-        asked, shards = len(hashes) // 16, self.l1.shards(peer.process, request.space)
+        asked, space = len(hashes) // 16, self.l1.space(request.space)
+        shards = 1 if space is None else space.shards  # L1 refuses an unknown space
         most = m.most_looked_up(first, shards)
         if asked > most:
             raise Refusal(f"a lookup of {asked} chunks from chunk {first} on exceeds one answer; ask for {most}")
