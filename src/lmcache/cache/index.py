@@ -16,6 +16,7 @@ from lmcache.chunks import HASH_BYTES
 from lmcache.memory.slabs import NO_EXTENT, Slabs
 
 MAX_SPACES = 1024
+_NO_PARENT = bytes(HASH_BYTES)
 
 
 class Index:
@@ -210,11 +211,8 @@ def _holds(table: Table, record: int, shards: int) -> bool:
 
 def names_of(table: Table, records: list[int]) -> tuple[bytes, bytes]:
     """Return (hashes, hashes of the parents) of attached records, 16 bytes each; zeros for no parent."""
-    parents = [table.parent(one) for one in records]
-    return (
-        b"".join(map(table.key, records)),
-        b"".join(table.key(one) if one >= 0 else bytes(HASH_BYTES) for one in parents),
-    )
+    parents = [table.key(one) if one >= 0 else _NO_PARENT for one in map(table.parent, records)]
+    return b"".join(map(table.key, records)), b"".join(parents)
 
 
 def of_records(event: Event, table: Table, records: Iterable[int]) -> Event:
