@@ -127,15 +127,14 @@ class ZmqEndpoint:
         self._release_sent()
         self._handshakes.hear()
         self._receiving = True
-        try:
-            for _ in range(256):
-                if not int(self._socket.EVENTS) & zmq.POLLIN:
-                    return
-                envelope = self._socket.recv(zmq.NOBLOCK, copy=False)  # an uncopied frame has the sender's address
-                self._serve(envelope, self._socket.recv_multipart(zmq.NOBLOCK))
-        finally:
-            self._receiving = False
-        self.loop.call_soon(self._receive_all)  # more messages may wait: let other callbacks run first
+        for _ in range(256):
+            if not int(self._socket.EVENTS) & zmq.POLLIN:
+                break
+            envelope = self._socket.recv(zmq.NOBLOCK, copy=False)  # an uncopied frame has the sender's address
+            self._serve(envelope, self._socket.recv_multipart(zmq.NOBLOCK))
+        else:
+            self.loop.call_soon(self._receive_all)  # more messages may wait: let other callbacks run first
+        self._receiving = False
 
     def _serve(self, envelope: zmq.Frame, frames: list[bytes]) -> None:
         identity = envelope.bytes
