@@ -60,10 +60,10 @@ class FrameIO:
                 end = ends[number * 2 * BLOCK_BYTES :][: 2 * BLOCK_BYTES]
                 payload = shard.payload.cast("B")
                 whole = payload.nbytes // BLOCK_BYTES * BLOCK_BYTES
-                if self._direct and not is_aligned(payload):
-                    self._write_copied(writer, payload[:whole])
-                else:
-                    writer.add(payload[:whole])
+                aligned = self._aligned(payload)
+                if aligned is not payload:
+                    aligned[:] = payload
+                writer.add(aligned[:whole])
                 tail = payload[whole:]
                 end[:] = bytes(2 * BLOCK_BYTES)
                 end[: tail.nbytes] = tail
@@ -108,7 +108,7 @@ class FrameIO:
         return outcomes
 
     def _aligned(self, memory: memoryview) -> memoryview:
-        """Return memory of this size that the device can read into: `memory` itself, unless direct I/O cannot."""
+        """Return memory of this size that direct I/O, if that is used, can access: `memory` itself if possible."""
         return memory if not self._direct or is_aligned(memory) else memoryview(mmap.mmap(-1, memory.nbytes))
 
     def write_packed(self, fd: int, offset: int, shards: Sequence[Shard]) -> None:
@@ -165,18 +165,6 @@ class FrameIO:
             return checksum
 
         return self._pool.submit(whole)
-
-    def _write_copied(self, writer: _Pieces, payload: memoryview) -> None:
-        bounce = self._bounces.take()
-        try:
-            for at in range(0, payload.nbytes, BOUNCE_BYTES):
-                piece = payload[at : at + BOUNCE_BYTES]
-                memory = memoryview(bounce)[: piece.nbytes]
-                memory[:] = piece
-                writer.add(memory)
-                writer.flush()
-        finally:
-            self._bounces.give(bounce)
 
     @staticmethod
     def _settle(sums: Sequence[object]) -> None:
