@@ -219,9 +219,13 @@ class Slabs:
         """
         own = self._space(space)
         extents = max(1, self._region_sectors // own.extent_sectors)
-        # The key is equal for all holes that can hold a region of standard size, so `max` finds the lowest of them.
-        fitting = ((start, (end - start) // own.extent_sectors) for start, end in self._holes)
-        sector, hole_extents = max(fitting, key=lambda hole: min(hole[1], extents), default=(0, 0))
+        sector, sectors = 0, own.extent_sectors - 1
+        for start, end in self._holes:
+            if end - start > sectors:
+                sector, sectors = start, end - start
+                if sectors >= extents * own.extent_sectors:
+                    break
+        hole_extents = sectors // own.extent_sectors
         if not hole_extents:
             return None
         region = Region(space, sector, own.extent_sectors, extents if hole_extents >= 2 * extents else hole_extents)
