@@ -1,17 +1,14 @@
-"""The native part: plain C against Python's stable ABI, so one build serves every Python from 3.10 on.
-
-Where nothing can compile it the package installs all the same, as a wheel for every machine (py3-none-any) that copies with
-NumPy. A compiler that is there must succeed: a wheel that says cp310-abi3 has the native part in it.
-"""
+"""The native part: plain C against Python's stable ABI, so one build serves every Python from 3.10 on."""
 
 import os
 import shlex
 import shutil
-import sys
 import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import PlatformError
 
 native = Extension(
     "lmcache._native",
@@ -24,21 +21,24 @@ native = Extension(
 
 
 def obstacle() -> str:
-    """Why the native part is left out, "" where it is to be built. A compiler that CC names counts as there."""
+    """Why the native part cannot be compiled here, "" where it can. A compiler that CC names counts as there."""
     compiler = shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc")[0]
-    if os.environ.get("LMCACHE_NO_NATIVE_BUILD") == "1":
-        return "LMCACHE_NO_NATIVE_BUILD is 1"
     if sysconfig.get_config_var("Py_GIL_DISABLED"):
-        return "free-threaded Python has no stable ABI"
+        return "free-threaded Python has no stable ABI; use a Python with the GIL"
     if not os.environ.get("CC") and not shutil.which(compiler):
-        return f"there is no C compiler {compiler!r} (install one, or name yours in CC)"
+        return f"there is no C compiler {compiler!r}; install one (package gcc), or name yours in CC"
     if not Path(sysconfig.get_path("include"), "Python.h").exists():
-        return "Python's headers are not installed (package python3-dev or python3-devel)"
+        return "Python's headers are not installed; install them (package python3-dev or python3-devel)"
     return ""
 
 
-if why := obstacle():
-    print(f"lmcache: the native part is left out, and KV is copied with NumPy, which is slower: {why}", file=sys.stderr)
-    setup()
-else:
-    setup(ext_modules=[native], options={"bdist_wheel": {"py_limited_api": "cp310"}})
+class BuildNative(build_ext):
+    def run(self) -> None:
+        if why := obstacle():
+            raise PlatformError(
+                f"LMCache's native part cannot be compiled: {why}. Where a wheel fits, none of this is needed."
+            )
+        super().run()
+
+
+setup(ext_modules=[native], cmdclass={"build_ext": BuildNative}, options={"bdist_wheel": {"py_limited_api": "cp310"}})

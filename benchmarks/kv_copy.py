@@ -149,7 +149,7 @@ def measure(name: str, model: Model, seconds: float, threads: list[int], isa: in
     blocks = np.random.default_rng(7).permutation(paged.num_blocks).astype(np.int32).reshape(sets, -1)
     for number in threads:
         copier = CpuCopier(paged, model.chunk_tokens, number)
-        copier._isa = isa if copier._native is not None else -1
+        copier._isa = isa
         for chunks in (CHUNKS, 1):
             tokens = model.chunk_tokens
             total = sets * CHUNKS

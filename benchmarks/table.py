@@ -16,14 +16,14 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 
-from lmcache.cache.table import ChunkTable, Table
+from lmcache.cache.table import Table
 
 KEY_BYTES = 16
 
 
 def build(records: int, shards: int, chunks: int) -> tuple[Table, list[bytes], float, float]:
     """A table of chains of `chunks` records; its hashes, seconds an insert, and the longest insert in seconds."""
-    table = ChunkTable(shards)
+    table = Table(shards)
     keys = [os.urandom(KEY_BYTES) for _ in range(records)]
     longest, parent, began = 0.0, -1, time.perf_counter()
     before = began

@@ -11,8 +11,6 @@ import pytest
 from lmcache.errors import LayoutError
 from lmcache.transfer.gpu.launch import Launcher, Tables, staging_bytes
 
-pytest.importorskip("lmcache._native")
-
 pointer, u32, u64, size_t = ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint64, ctypes.c_size_t
 LAUNCH = ctypes.CFUNCTYPE(ctypes.c_int, pointer, *(u32,) * 7, pointer, ctypes.POINTER(pointer), pointer)
 UPLOAD = ctypes.CFUNCTYPE(ctypes.c_int, u64, pointer, size_t, pointer)

@@ -43,7 +43,7 @@ class World:
         self.free_at = [0.0] * len(tiers)
         self.order = 0
         traits = [
-            TierTraits(batch_chunks * CHUNK_BYTES, 2, lambda now, tier=tier: self.serving[tier])
+            TierTraits(batch_chunks * CHUNK_BYTES, 2, lambda now, tier=tier: self.serving[tier], 512)
             for tier in range(len(tiers))
         ]
         self.fetches = Fetches(traits, always)
@@ -511,7 +511,11 @@ def test_a_load_has_no_more_shards_than_its_tier_takes() -> None:
 @pytest.mark.parametrize("seed", range(40))
 def test_a_fetch_has_one_record_and_leaves_nothing_behind_whatever_its_tiers_do(seed: int) -> None:
     """Answers and loads that come in any order, late, as failures or never; prompts that share their beginnings."""
-    dice, fetches, now = random.Random(seed), Fetches([TierTraits(2 * CHUNK_BYTES, 2, lambda now: True)] * 2), 100.0
+    dice, fetches, now = (
+        random.Random(seed),
+        Fetches([TierTraits(2 * CHUNK_BYTES, 2, lambda now: True, 512)] * 2),
+        100.0,
+    )
     fetches.records = deque()
     stem = chain(4, 1)
     prompts = [stem[: 16 * dice.randint(0, 4)] + chain(dice.randint(1, 5), 2 + number) for number in range(6)]
@@ -612,7 +616,7 @@ def test_pace_is_bytes_over_busy_time_and_old_measurements_fade() -> None:
 
 
 def test_chunks_are_written_in_the_order_in_which_they_became_whole() -> None:
-    queue = WriteQueue(100, 25, 1000)
+    queue = WriteQueue(100, 25, 512, 1000)
     first, second = chain(3, 1), chain(2, 2)
     queue.add(1, first, chain(3, 3), 10)
     queue.add(2, second, chain(2, 4), 10)
@@ -627,7 +631,7 @@ def test_chunks_are_written_in_the_order_in_which_they_became_whole() -> None:
 def test_a_batch_has_no_more_shards_than_its_tier_takes() -> None:
     """However small they are, also when it is tried again; a chunk is not divided."""
     for most, chunks in ((6, 2), (2, 1)):
-        queue, prompt = WriteQueue(1000, 1000, 1000, batch_shards=most), chain(5)
+        queue, prompt = WriteQueue(1000, 1000, most, 1000), chain(5)
         queue.add(1, prompt, prompt, 10, 3)
         for _ in range(2):
             batch = queue.take()
@@ -636,7 +640,7 @@ def test_a_batch_has_no_more_shards_than_its_tier_takes() -> None:
 
 
 def test_a_full_queue_keeps_the_beginnings_of_prompts() -> None:
-    queue = WriteQueue(30, 100, 1000)
+    queue = WriteQueue(30, 100, 512, 1000)
     prompt = chain(5)
     queue.add(1, prompt, prompt, 10)
     assert queue.counters["lost:queue full"] == 2 and len(queue) == 3 and queue.counters["lost_bytes:queue full"] == 20
@@ -651,7 +655,7 @@ def test_a_full_queue_keeps_the_beginnings_of_prompts() -> None:
 
 
 def test_what_was_evicted_is_no_part_of_a_batch_any_more() -> None:
-    queue = WriteQueue(100, 100, 1000)
+    queue = WriteQueue(100, 100, 512, 1000)
     prompt = chain(4)
     queue.add(1, prompt, bytes(16) + prompt[:-16], 10)
     batch = queue.take()
@@ -664,7 +668,7 @@ def test_what_was_evicted_is_no_part_of_a_batch_any_more() -> None:
 
 
 def test_on_evict_writes_ahead_of_eviction_and_everything_at_the_end() -> None:
-    queue = WriteQueue(1000, 10, 100, on_evict=True)
+    queue = WriteQueue(1000, 10, 512, 100, on_evict=True)
     prompt = chain(9)
     queue.add(1, prompt, prompt, 10)
     queue.make_ready(60)

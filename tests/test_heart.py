@@ -13,9 +13,10 @@ import pytest
 from lmcache.cache import KINDS, SERVER, Event, Grant, Heart, Hit, Refusal, TooSmall
 from lmcache.cache.claims import MAX_LEASES
 from lmcache.cache.claims import Reservation as Held
-from lmcache.cache.table import ChunkTable, PyTable, Table, unpack
+from lmcache.cache.table import Table, unpack
 from lmcache.memory.slabs import NO_EXTENT
 from policies import TwoQueues
+from py_table import PyTable
 
 SECTOR = 4096
 CLAIM_SECONDS = 10.0
@@ -884,15 +885,15 @@ def live(seed: int, steps: int, new_table: NewTable, lru: bool = True) -> None:
 
 @pytest.mark.parametrize("seed", range(50))
 def test_the_promises_hold_after_every_step(seed: int) -> None:
-    live(seed, 2_000, ChunkTable)
+    live(seed, 2_000, Table)
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_they_hold_without_the_native_table(seed: int) -> None:
+def test_they_hold_with_the_table_in_python(seed: int) -> None:
     live(seed, 500, PyTable)
 
 
 @pytest.mark.parametrize("seed", range(10))
-@pytest.mark.parametrize("table_type", [PyTable, ChunkTable])
+@pytest.mark.parametrize("table_type", [PyTable, Table])
 def test_they_hold_with_another_policy(seed: int, table_type: Callable[..., Table]) -> None:
     live(seed, 500, lambda shards: table_type(shards, TwoQueues()), lru=False)

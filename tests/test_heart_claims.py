@@ -9,9 +9,10 @@ import pytest
 from lmcache.cache import SERVER, Heart, Refusal, TooSmall
 from lmcache.cache.claims import MAX_LEASES
 from lmcache.cache.heart import EXPIRED_A_TICK
-from lmcache.cache.table import ChunkTable, PyTable, unpack
+from lmcache.cache.table import Table, unpack
 from lmcache.chunks import HASH_BYTES
 from lmcache.memory.slabs import NO_EXTENT
+from py_table import PyTable
 
 SECTOR = 4096
 CLAIM_SECONDS = 10.0
@@ -36,7 +37,7 @@ def hashes(count: int, first: int = 1) -> bytes:
     return b"".join(number.to_bytes(HASH_BYTES, "little") for number in range(first, first + count))
 
 
-def world(sectors: int, engines: int = 2, new_table=ChunkTable) -> tuple[Heart, int]:
+def world(sectors: int, engines: int = 2, new_table=Table) -> tuple[Heart, int]:
     """A heart with engines 1, 2 ... of one process each, which share a space of one shard."""
     heart = Heart(sectors * SECTOR, CLAIM_SECONDS, new_table)
     for process in range(1, engines + 1):
@@ -78,7 +79,7 @@ def test_a_writer_that_freezes_keeps_its_extents_and_no_chunk(writer: int, end: 
     assert heart.events.counters["reserved"] == heart.events.counters["committed"] + heart.events.counters["dropped"]
 
 
-@pytest.mark.parametrize("new_table", [PyTable, ChunkTable])
+@pytest.mark.parametrize("new_table", [PyTable, Table])
 def test_a_cleared_index_is_kept_no_longer_than_the_claims_on_it(new_table) -> None:
     """Also where what hangs on a leased chunk is nobody's."""
     heart, space = world(sectors=20, new_table=new_table)

@@ -10,12 +10,12 @@ import pytest
 
 from lmcache.cache import Heart, Refusal
 from lmcache.cache.heart import MAX_SPACES_OF_INSTANCE
-from lmcache.cache.table import ChunkTable, PyTable, unpack
+from lmcache.cache.table import Table, unpack
 from lmcache.chunks import HASH_BYTES
 from lmcache.memory.slabs import NO_EXTENT
+from py_table import PyTable
 
 MIB = 1 << 20
-needs_native = pytest.mark.skipif(ChunkTable is PyTable, reason="the native module was not built")
 
 
 class Engine:
@@ -95,7 +95,7 @@ def test_hits_are_those_of_exact_lru(favourites: float) -> None:
     assert 0.4 < hits / asked < 1.0 and heart.chunks == capacity
 
 
-@pytest.mark.parametrize("table", [PyTable, pytest.param(ChunkTable, marks=needs_native)])
+@pytest.mark.parametrize("table", [PyTable, Table])
 def test_what_a_prompt_grows_on_is_as_young_as_the_prompt(table) -> None:
     """A store far down a prompt touches all that is above: it would be of no use without."""
     heart = Heart(6 * 4096, new_table=table)
@@ -274,7 +274,6 @@ def test_chunks_that_hang_on_a_failed_one_come_back_with_it() -> None:
     assert head.reservation and two.lookup(keys) == 4
 
 
-@needs_native
 @pytest.mark.parametrize("leased", [False, True])
 def test_clearing_a_large_index_is_quick(leased: bool) -> None:
     dice, count = random.Random(11), 200_000

@@ -8,10 +8,11 @@ from collections.abc import Callable
 
 import pytest
 
-from lmcache.cache.table import ChunkTable, PyTable, pack
+from lmcache.cache.table import Table, pack
 from lmcache.memory.order import LRU, Policy
 from lmcache.tiers.disk.shard_index import ShardIndex
 from policies import TwoQueues
+from py_table import PyTable
 
 
 @pytest.mark.parametrize("begin", [0, 1, 40])
@@ -42,10 +43,10 @@ def test_lru_takes_eight_bytes_a_row() -> None:
     assert order.memory_bytes() <= 8 * 100_000 + 400
 
 
-@pytest.mark.parametrize("table_type", [PyTable, ChunkTable])
+@pytest.mark.parametrize("table_type", [PyTable, Table])
 @pytest.mark.parametrize("policy", [LRU, TwoQueues])
 def test_memory_and_disk_let_the_same_things_go_first(
-    table_type: Callable[..., PyTable], policy: Callable[[], Policy]
+    table_type: Callable[..., Table], policy: Callable[[], Policy]
 ) -> None:
     dice, table, index = random.Random(5), table_type(1, policy()), ShardIndex(policy=policy())
     keys = [dice.randbytes(16) + bytes(20) for _ in range(200)]

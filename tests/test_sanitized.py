@@ -10,15 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from lmcache.compiled import load_native
+from lmcache.compiled import native
 
 SITE = os.environ.get("LMCACHE_TEST_SANITIZED", "")
 pytestmark = pytest.mark.skipif(not SITE, reason="`./run sanitize` runs this")
 
 
 def test_the_native_part_in_use_is_the_sanitized_one() -> None:
-    native = load_native()
-    assert native is not None and Path(native.__file__).is_relative_to(SITE)
+    assert Path(native.__file__).is_relative_to(SITE)
     assert ctypes.CDLL(native.__file__).__asan_version_mismatch_check_v8, "the library does not call AddressSanitizer"
 
 

@@ -1,4 +1,4 @@
-"""Wheels by setup.py: what is in them, what they are called, and what happens where the native part cannot be compiled."""
+"""Wheels by setup.py: their content and their names, and what happens where the native part cannot be compiled or loaded."""
 
 from __future__ import annotations
 
@@ -21,7 +21,15 @@ NATIVE = "lmcache/_native.abi3.so"
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
     """The least of the source tree that a wheel can be built of, with a native part from an earlier build in place."""
-    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "src/lmcache/__init__.py"):
+    for name in (
+        "setup.py",
+        "pyproject.toml",
+        "MANIFEST.in",
+        "README.md",
+        "LICENSE",
+        "src/lmcache/__init__.py",
+        "src/lmcache/_native.pyi",
+    ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     shutil.copytree(ROOT / "src/lmcache/native", tmp_path / "src/lmcache/native")
@@ -30,7 +38,7 @@ def tree(tmp_path: Path) -> Path:
 
 
 def build(tree: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    kept = {name: text for name, text in os.environ.items() if name not in ("CC", "LMCACHE_NO_NATIVE_BUILD")}
+    kept = {name: text for name, text in os.environ.items() if name != "CC"}
     command = [sys.executable, "setup.py", "-q", "bdist_wheel", "--dist-dir", "wheels"]
     return subprocess.run(command, cwd=tree, env={**kept, **variables}, capture_output=True, text=True, check=False)
 
@@ -52,28 +60,36 @@ def test_a_compiler_that_fails_fails_the_build(tree: Path, compiler: str) -> Non
     assert not (tree / "wheels").exists()
 
 
-@pytest.mark.parametrize(
-    ("variables", "why"),
-    [({"LMCACHE_NO_NATIVE_BUILD": "1"}, "LMCACHE_NO_NATIVE_BUILD is 1"), ({"PATH": ""}, "there is no C compiler")],
-)
-def test_without_a_compiler_the_wheel_says_so(tree: Path, variables: dict[str, str], why: str) -> None:
-    run = build(tree, **variables)
-    assert run.returncode == 0, run.stderr
-    assert f"the native part is left out, and KV is copied with NumPy, which is slower: {why}" in run.stderr
-    tag, names = wheel(tree)
-    assert tag == "py3-none-any"
-    assert not [name for name in names if name.endswith((".so", ".c", ".h"))]
+def test_without_a_compiler_the_build_says_what_to_install(tree: Path) -> None:
+    run = build(tree, PATH="")
+    assert run.returncode != 0
+    assert "native part cannot be compiled: there is no C compiler" in run.stderr
+    assert not (tree / "wheels").exists()
 
 
-def test_with_a_compiler_the_native_part_is_inside_and_its_source_is_not(tree: Path) -> None:
+def test_the_native_part_is_inside_and_its_source_is_not(tree: Path) -> None:
     run = build(tree)
-    if "the native part is left out" in run.stderr:
+    if "cannot be compiled" in run.stderr:
         pytest.skip(run.stderr)
     assert run.returncode == 0, run.stderr
     tag, names = wheel(tree)
     assert tag.startswith("cp310-abi3-linux_")
-    assert NATIVE in names
+    assert NATIVE in names and "lmcache/_native.pyi" in names
     assert not [name for name in names if name.endswith((".c", ".h"))]
+
+
+def test_a_native_part_that_cannot_be_loaded_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
+    package = tmp_path / "lmcache"
+    package.mkdir()
+    for name in ("__init__.py", "compiled.py"):
+        shutil.copy(ROOT / "src/lmcache" / name, package)
+    command = [sys.executable, "-c", "import lmcache.compiled"]
+    run = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True
+    )
+    assert run.returncode != 0
+    assert "ImportError: LMCache's compiled module lmcache._native cannot be loaded" in run.stderr
+    assert "a C compiler" in run.stderr
 
 
 def test_the_version_is_above_the_public_releases_of_this_name() -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import random
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -22,16 +20,13 @@ from hypothesis.stateful import (
     rule,
 )
 
-from lmcache.cache.table import COMPLETED, DONE, EMPTY, FILLING, RELEASED, PyTable, Table, pack, unpack
-from lmcache.compiled import load_native
+from lmcache.cache.table import COMPLETED, DONE, EMPTY, FILLING, RELEASED, Table, pack, unpack
 from lmcache.memory.order import LRU, Policy
 from lmcache.memory.slabs import NO_EXTENT
 from policies import TwoQueues
+from py_table import PyTable
 
-native = load_native()
-NativeTable = None if native is None else native.Table
-needs_native = pytest.mark.skipif(NativeTable is None, reason="the native module was not built")
-both = pytest.mark.parametrize("table_type", [PyTable, pytest.param(NativeTable, marks=needs_native, id="native")])
+both = pytest.mark.parametrize("table_type", [PyTable, Table])
 NewTable = Callable[..., Table]
 
 
@@ -109,7 +104,7 @@ def test_detached_records_are_released_by_their_last_user(table_type: NewTable) 
     table.begin_fill(child, 0, 5)
     table.pin(pack([root, root, child]))
     assert unpack(table.detach(root)) == (child, root)
-    assert len(table) == 0 and table.detached() == 2 and table.parent(child) == -1
+    assert len(table) == 0 and table.parent(child) == -1
     assert unpack(table.unpin(pack([child, root]))) == ()
     with pytest.raises(ValueError):
         table.free(child)
@@ -118,7 +113,6 @@ def test_detached_records_are_released_by_their_last_user(table_type: NewTable) 
     assert unpack(table.unpin(pack([root]))) == (root,)
     table.free(child)
     table.free(root)
-    assert table.detached() == 0
     assert {table.insert(key_of(3), -1), table.insert(key_of(4), -1)} == {root, child}
 
 
@@ -400,7 +394,7 @@ def snapshot(table: Table, records: list[int]) -> object:
     ]
     keys = b"".join(map(table.key, records))
     ends = table.match(keys), table.victim(), table.in_sectors(0, 2**32)
-    return described, len(table), table.detached(), ends, table.survey(pack([0, 10, 10, 35, 40, 60]))
+    return described, len(table), ends, table.survey(pack([0, 10, 10, 35, 40, 60]))
 
 
 # All at once, against a model of the order
@@ -416,9 +410,8 @@ class Twins(RuleBasedStateMachine):
     def begin(self, shards: int, lru: bool) -> None:
         self.shards = shards
         new_policy = LRU if lru else TwoQueues
-        self.tables: list[Table] = [PyTable(shards, new_policy())]
-        if NativeTable is not None:
-            self.tables += [NativeTable(shards, new_policy())] + [NativeTable(shards)] * lru
+        self.tables: list[Any] = [PyTable(shards, new_policy())]
+        self.tables += [Table(shards, new_policy())] + [Table(shards)] * lru
         self.live: set[int] = set()
         self.order: Policy = Ages() if lru else TwoQueues()
         self.attached: set[int] = set()
@@ -576,12 +569,11 @@ TestTwins.settings = settings(
 )
 
 
-@needs_native
 @pytest.mark.parametrize("policy", [None, LRU, lambda: TwoQueues(2000, 5000)], ids=["built in", "lru", "2q"])
 def test_both_agree_over_a_long_random_life(policy: Callable[[], Policy] | None) -> None:
     """What small examples do not reach: growth of the hash table, ids reused, the heap behind the victim's cursor."""
     plug = [] if policy is None else [policy()], [] if policy is None else [policy()]
-    dice, tables = random.Random(7), [PyTable(1, *plug[0]), NativeTable(1, *plug[1])]
+    dice, tables = random.Random(7), [PyTable(1, *plug[0]), Table(1, *plug[1])]
     python, native = tables
     pinned: list[int] = []
     recent: list[int] = []
@@ -614,21 +606,15 @@ def test_both_agree_over_a_long_random_life(policy: Callable[[], Policy] | None)
             for table in tables:
                 table.free(victim)
             recent = [one for one in recent if one != victim]
-    assert len(python) == len(native) and python.detached() == native.detached()
+    assert len(python) == len(native)
 
 
-@needs_native
 @pytest.mark.parametrize(("shards", "most"), [(1, 150), (2, 158), (8, 206)])
 def test_memory_a_record(shards: int, most: int) -> None:
-    table, count = NativeTable(shards), 40_000
+    table, count = Table(shards), 40_000
     records = [table.insert(key_of(number), -1) for number in range(count)]
     table.pin(pack(records))
     assert table.victim() == -1
     for record in records:
         table.unpin(pack([record]))  # the heap behind the victim's cursor is as large as it can be now
     assert table.memory_bytes() / count <= most
-
-
-def test_no_native_on_request() -> None:
-    code = "from lmcache.cache.table import ChunkTable, PyTable; assert ChunkTable is PyTable"
-    subprocess.run([sys.executable, "-c", code], env={**os.environ, "LMCACHE_NO_NATIVE": "1"}, check=True, timeout=60)

@@ -13,10 +13,10 @@ from unittest import mock
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmcache.compiled import load_native
+from lmcache.compiled import native
 from lmcache.errors import LayoutError
 from lmcache.transfer.bounds import Bounds
 from lmcache.transfer.cpu import CpuCopier
@@ -172,19 +172,16 @@ def aligned(size: int, shift: int = 0) -> Bytes:
     return raw[start : start + size]
 
 
-def copiers(paged: PagedKV, chunk_tokens: int, monkeypatch: pytest.MonkeyPatch) -> dict[str, CpuCopier]:
-    """Every way to copy that this machine has."""
-    with monkeypatch.context() as patch:
-        patch.setenv("LMCACHE_NO_NATIVE", "1")
-        found = {"numpy": CpuCopier(paged, chunk_tokens)}
-    native = load_native()
-    for name, number in (native.copy_isas() if native is not None else {}).items():
+def copiers(paged: PagedKV, chunk_tokens: int) -> dict[str, CpuCopier]:
+    """One for every instruction set that this machine has."""
+    found = {}
+    for name, number in native.copy_isas().items():
         found[name] = CpuCopier(paged, chunk_tokens)
         found[name]._isa = number
     return found
 
 
-def check(case: Case, monkeypatch: pytest.MonkeyPatch, threads: int = 1) -> None:
+def check(case: Case) -> None:
     random = np.random.default_rng(case.seed)
     paged, memory = build(case.shape)
     source_arena = aligned(case.arena_bytes, case.shift)
@@ -200,7 +197,7 @@ def check(case: Case, monkeypatch: pytest.MonkeyPatch, threads: int = 1) -> None
         wanted_arena[in_arena] = source_paged[inside]
         wanted_paged[inside] = source_arena[in_arena]
 
-    for name, copier in copiers(paged, case.chunk_tokens, monkeypatch).items():
+    for name, copier in copiers(paged, case.chunk_tokens).items():
         memory[:] = source_paged
         arena = aligned(case.arena_bytes, case.shift)
         arena[:] = POISON
@@ -216,9 +213,9 @@ def check(case: Case, monkeypatch: pytest.MonkeyPatch, threads: int = 1) -> None
 
 
 @given(case=cases())
-@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_every_layout_byte_for_byte(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    check(case, monkeypatch)
+@settings(max_examples=250, deadline=None)
+def test_every_layout_byte_for_byte(case: Case) -> None:
+    check(case)
 
 
 # (order, token_group, dim_group, item_bytes): the layouts that engines really have, at sizes that reach the fast paths.
@@ -238,7 +235,7 @@ REAL = {
 @pytest.mark.parametrize("dims", [64, 72, 128])
 @pytest.mark.parametrize("block_tokens", [16, 128])
 @pytest.mark.parametrize("shift", [0, 4])
-def test_real_layouts(name: str, dims: int, block_tokens: int, shift: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_real_layouts(name: str, dims: int, block_tokens: int, shift: int) -> None:
     order, token_group, dim_group, item_bytes = REAL[name]
     dim_group = dim_group if dims % dim_group == 0 else 8
     shape = Shape(order, 2, 640 // block_tokens, block_tokens, token_group, 2, dims, dim_group, item_bytes)
@@ -246,7 +243,7 @@ def test_real_layouts(name: str, dims: int, block_tokens: int, shift: int, monke
     blocks = np.random.default_rng(1).permutation(shape.num_blocks).tolist()
     # A whole chunk, one that ends inside a block, a few tokens inside a block.
     runs = [(GUARD, 0, 256, 0), (2 * GUARD + extent, 256, 211, 0), (3 * GUARD + 2 * extent, 500, 7, 100)]
-    check(Case(shape, 256, blocks, runs, 4 * GUARD + 3 * extent, shift, 7), monkeypatch)
+    check(Case(shape, 256, blocks, runs, 4 * GUARD + 3 * extent, shift, 7))
 
 
 def small() -> tuple[PagedKV, Bytes]:
@@ -259,9 +256,9 @@ def test_sizes() -> None:
     assert paged.shard_bytes(256) == 256 * 64
 
 
-def test_mla_has_one_plane_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mla_has_one_plane_a_layer() -> None:
     shape = Shape("bgthDd", 3, 5, 64, 1, 1, 576, 1, 2)
-    check(Case(shape, 100, [4, 0, 2], [(GUARD, 50, 100, 0)], 2 * GUARD + 3 * 576 * 2 * 100, 0, 3), monkeypatch)
+    check(Case(shape, 100, [4, 0, 2], [(GUARD, 50, 100, 0)], 2 * GUARD + 3 * 576 * 2 * 100, 0, 3))
 
 
 def test_planes_of_different_sizes() -> None:
@@ -277,10 +274,9 @@ def test_strided_is_a_tensor_s_own_strides() -> None:
     assert plane == Plane(4096, 4096, 1, 128, 128, 2, 64, 32, 1, 2, 2)
 
 
-@pytest.mark.skipif(load_native() is None, reason="no native code here")
 def test_native_code_reads_the_fields_of_a_plane_in_their_order() -> None:
     fields = [(field.name, 1) for field in dataclasses.fields(Plane)]
-    assert load_native().layouts["plane"] == [*fields, ("extent_offset", 1)]
+    assert native.layouts["plane"] == [*fields, ("extent_offset", 1)]
 
 
 @pytest.mark.parametrize(
@@ -343,11 +339,7 @@ def test_planes_may_not_share_memory() -> None:
         ([], (0, 0, 1, 0), "ends at token 1"),
     ],
 )
-@pytest.mark.parametrize("no_native", ["0", "1"])
-def test_out_of_bounds_touches_nothing(
-    blocks: list[int], run: tuple[int, ...], named: str, no_native: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("LMCACHE_NO_NATIVE", no_native)
+def test_out_of_bounds_touches_nothing(blocks: list[int], run: tuple[int, ...], named: str) -> None:
     paged, memory = small()
     arena = np.full(100 * 64, POISON, dtype=np.uint8)
     copier = CpuCopier(paged, 100)
@@ -378,14 +370,10 @@ def test_wrong_arguments(blocks: npt.NDArray[np.int32], runs: npt.NDArray[np.int
         CpuCopier(small()[0], 100).gather(base, blocks, runs)
 
 
-@pytest.mark.skipif(load_native() is None, reason="no native code here")
-def test_native_code_and_numpy_draw_the_same_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_native_code_and_numpy_draw_the_same_bounds() -> None:
     """Random runs around every bound: native code alone would let a wrong copy through, and is asked first."""
     paged, rng = small()[0], np.random.default_rng(1)
-    native = Bounds(paged, 100)
-    monkeypatch.setenv("LMCACHE_NO_NATIVE", "1")
-    numpy, named = Bounds(paged, 100), Counter[str]()
-    assert native._fits is not None and numpy._fits is None
+    bounds, named = Bounds(paged, 100), Counter[str]()
     for _ in range(4000):
         blocks = rng.choice(np.array([0, 1, 2, 3, 3, 3, -1, 4], np.int32), rng.integers(0, 9))
         runs = rng.integers((0, 0, 0, 0), (3, 40, 30, 90), (rng.integers(0, 4), 4))
@@ -395,16 +383,16 @@ def test_native_code_and_numpy_draw_the_same_bounds(monkeypatch: pytest.MonkeyPa
             runs[rng.integers(len(runs)), rng.integers(4)] = odd
         arena_bytes = [None, 12800, 100][rng.integers(3)]
         try:
-            numpy.checked(4096, blocks, runs, arena_bytes)
+            bounds._check(4096, blocks, runs, arena_bytes)
             named["nothing"] += 1
         except LayoutError as error:
             named[str(error).split(" is ")[0][:8]] += 1
             with pytest.raises(LayoutError, match=re.escape(str(error))):
-                native.checked(4096, blocks, runs, arena_bytes)
+                bounds.checked(4096, blocks, runs, arena_bytes)
         else:
-            native._check = mock.Mock(side_effect=AssertionError("only native code is needed"))  # type: ignore[method-assign]
-            native.checked(4096, blocks, runs, arena_bytes)
-            del native._check
+            bounds._check = mock.Mock(side_effect=AssertionError("only native code is needed"))  # type: ignore[method-assign]
+            bounds.checked(4096, blocks, runs, arena_bytes)
+            del bounds._check
     assert min(named.values()) > 50 and len(named) == 7, named
 
 
@@ -500,7 +488,6 @@ def test_one_copier_serves_many_threads() -> None:
     assert (arena.reshape(8, -1) == arena[:6400]).all()
 
 
-@pytest.mark.skipif(load_native() is None, reason="no native code here")
 def test_the_gil_is_released() -> None:
     """With so long a switch interval a second thread runs only when the first gives the GIL away, and only copies do."""
     paged, _ = build(Shape("bgthDd", 1, 64, 64, 1, 4, 64, 1, 2))
@@ -508,7 +495,7 @@ def test_the_gil_is_released() -> None:
     copier = CpuCopier(paged, 4096)
     blocks = np.arange(64, dtype=np.int32)
     runs = np.array([(0, 0, 4096, 0)] * 100, dtype=np.int64)  # 200 MiB
-    native, before = load_native(), sys.getswitchinterval()
+    before = sys.getswitchinterval()
 
     def ran_meanwhile() -> bool:
         ready, start, ran = threading.Event(), threading.Lock(), []
@@ -538,21 +525,7 @@ def test_the_gil_is_released() -> None:
         sys.setswitchinterval(before)
 
 
-def test_no_native_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lmcache.transfer import cpu
-
-    told: list[str] = []
-    monkeypatch.setenv("LMCACHE_NO_NATIVE", "1")
-    monkeypatch.setattr(cpu.logger, "warning", lambda text, *_: told.append(text))
-    cpu._warn_no_native.cache_clear()
-    CpuCopier(small()[0], 16)
-    CpuCopier(small()[0], 16)
-    assert len(told) == 1
-
-
-@pytest.mark.skipif(load_native() is None, reason="no native code here")
 def test_native_refuses_what_it_cannot_do() -> None:
-    native = load_native()
     with pytest.raises(TypeError, match="11 integers"):
         native.copy(1, 2, 3)
     with pytest.raises(ValueError, match="instruction set number 99"):

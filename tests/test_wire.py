@@ -145,19 +145,8 @@ def test_a_frame_beyond_the_bound_is_refused_before_it_is_awaited(first):
 # The carriers' ends
 
 
-@pytest.fixture(params=["native", "python"])
-def exchange(request, monkeypatch):
-    """Both ways to make a round trip, each in the place of the other."""
-    if request.param == "native":
-        pytest.importorskip("lmcache._native")
-        assert carriers.exchange is not carriers.exchange_in_python
-    else:
-        monkeypatch.setattr(carriers, "exchange", carriers.exchange_in_python)
-    return carriers.exchange
-
-
 @pytest.fixture
-def pairs(folders, exchange):
+def pairs(folders):
     """Unix carriers, each with the other side of its socket, which has said welcome: pairs()."""
     opened = []
 
@@ -269,7 +258,6 @@ class SlowSocket(socket.socket):
 @pytest.fixture
 def slow(monkeypatch):
     """Every socket of a carrier is a slow one, and the carriers' clock that of the slow sockets."""
-    monkeypatch.setattr(carriers, "exchange", carriers.exchange_in_python)
     monkeypatch.setattr(carriers.socket, "socket", SlowSocket)
     clock = types.SimpleNamespace(monotonic=lambda: SlowSocket.now)
     monkeypatch.setattr(carriers, "time", clock)
@@ -295,15 +283,6 @@ def test_a_connection_and_its_welcome_share_one_deadline(folders, slow):
     assert slow.ends == [0.75] * 3
 
 
-def test_a_request_and_its_answer_share_one_deadline(slow):
-    mine, other = socket.socketpair()
-    with mine, other:
-        os.write(other.fileno(), b"answer")
-        with SlowSocket(fileno=os.dup(mine.fileno())) as one:
-            assert carriers.exchange_in_python(one, b"request", 0.75) == b"answer"
-    assert slow.ends == [0.75] * 2
-
-
 def test_a_name_is_told_as_it_is_written():
     with pytest.raises(ServerUnavailable, match=r"^@nobody-here: ") as caught:
         UnixCarrier("\0nobody-here", REQUESTS[0], 1.0)
@@ -317,7 +296,7 @@ def test_a_path_that_a_server_names_is_shown_cut_and_in_one_line():
         assert str(caught.value).isprintable() and len(str(caught.value)) < 300
 
 
-def test_a_round_trip_sends_all_of_a_request_and_returns_what_arrives_first(exchange):
+def test_a_round_trip_sends_all_of_a_request_and_returns_what_arrives_first():
     mine, other = socket.socketpair()
     with mine, other:
         big = os.urandom(4 << 20)  # more than the socket holds: the rest is sent while the other side reads
@@ -330,25 +309,25 @@ def test_a_round_trip_sends_all_of_a_request_and_returns_what_arrives_first(exch
 
         thread = threading.Thread(target=answer)
         thread.start()
-        assert exchange(mine, big, PATIENCE) == b"whole"
+        assert carriers.exchange(mine, big, PATIENCE) == b"whole"
         thread.join()
         assert read == big
         other.sendall(b"late")
-        assert exchange(mine, b"", PATIENCE) == b"late"
+        assert carriers.exchange(mine, b"", PATIENCE) == b"late"
         other.close()
-        assert exchange(mine, b"", PATIENCE) == b""
+        assert carriers.exchange(mine, b"", PATIENCE) == b""
         with pytest.raises(OSError, match="Broken pipe"):
-            exchange(mine, b"nobody reads this", PATIENCE)
+            carriers.exchange(mine, b"nobody reads this", PATIENCE)
 
 
-def test_a_round_trip_ends_at_its_deadline_and_keeps_no_thread_from_running(exchange):
+def test_a_round_trip_ends_at_its_deadline_and_keeps_no_thread_from_running():
     mine, other = socket.socketpair()
     with mine, other:
         with pytest.raises(TimeoutError):
-            exchange(mine, b"x", 0.05)
+            carriers.exchange(mine, b"x", 0.05)
         thread = threading.Thread(target=lambda: (other.recv(1), other.recv(1), other.sendall(b"y")))
         thread.start()
-        assert exchange(mine, b"x", PATIENCE) == b"y"  # the thread needed the GIL to say so
+        assert carriers.exchange(mine, b"x", PATIENCE) == b"y"  # the thread needed the GIL to say so
         thread.join()
 
 

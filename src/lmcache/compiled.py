@@ -1,21 +1,14 @@
-"""Import of the native module `lmcache._native`, which is missing where the package was installed without a C compiler."""
+"""The native module `lmcache._native`, under the name `native`. Its source is in `native/`, its interface in `_native.pyi`."""
 
 from __future__ import annotations
 
-import functools
-import importlib
-import os
-from typing import Any
+try:
+    from lmcache import _native as native
+except ImportError as error:
+    raise ImportError(
+        f"LMCache's compiled module lmcache._native cannot be loaded ({error}). Install LMCache's wheel for this platform, or "
+        "build it here, which needs a C compiler and Python's headers: "
+        "pip install --force-reinstall --no-deps --no-binary lmcache lmcache (in a source tree: pip install -e .)"
+    ) from error
 
-
-def load_native() -> Any:
-    """Return the native module; None where it was not built, or LMCACHE_NO_NATIVE is 1 (which tests the Python twins)."""
-    return None if os.environ.get("LMCACHE_NO_NATIVE") == "1" else _import()
-
-
-@functools.lru_cache(maxsize=1)
-def _import() -> Any:
-    try:
-        return importlib.import_module("lmcache._native")
-    except ImportError:
-        return None
+__all__ = ["native"]

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import os
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lmcache.tiers.filesystem import Filesystem
+import xxhash
+
+from lmcache.tiers.filesystem import BLOCK_BYTES, Filesystem, blocks
+from lmcache.tiers.frame import HEADER_BYTES
 
 WRITES = ("open", "close", "pwritev", "allocate", "punch", "truncate", "sync", "rename", "unlink", "touch")
 """All that changes something; each is a boundary at which a crash can come."""
@@ -40,8 +45,23 @@ class FaultyFilesystem(Filesystem):
 
         return call
 
-    def read_frames(self, *arguments: Any) -> None:
-        """No native code, so that each read is a `preadv`."""
+    def read_frames(
+        self, fd: int, frames: Sequence[tuple[int, int, int]], piece_bytes: int
+    ) -> list[tuple[int, bytes, bytes]]:
+        """As the native code does it, except that each read is a `preadv`."""
+        return [self.read_frame(fd, *one) for one in frames]
+
+    def read_frame(self, fd: int, offset: int, size: int, address: int) -> tuple[int, bytes, bytes]:
+        complete = blocks(size) + BLOCK_BYTES
+        memory = memoryview(mmap.mmap(-1, complete))
+        try:
+            if self.read(fd, [memory], offset) < complete:
+                return -1, b"", b""
+        except OSError as error:
+            return error.errno or 0, b"", b""
+        payload, header = bytes(memory[:size]), bytes(memory[blocks(size) :][:HEADER_BYTES])
+        ctypes.memmove(address, payload, size)
+        return 0, header, xxhash.xxh3_128_digest(payload + header[:112])
 
     def applies(self, name: str, arguments: Sequence[Any]) -> bool:
         """For tests that fail one file only."""

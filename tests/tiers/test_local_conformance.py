@@ -12,7 +12,7 @@ import xxhash
 from memory_tier import STORES, MemoryTier
 
 from lmcache.testing.conformance import ConformanceSuite, corrupted, payload_of, shard_key, shard_of
-from lmcache.tiers import OK, Shard, ShardKey, Tier, filesystem, frame
+from lmcache.tiers import OK, Shard, ShardKey, Tier, frame
 
 
 class TestMemory(ConformanceSuite):
@@ -43,12 +43,6 @@ class TestDisk(ConformanceSuite):
 class TestDiskBuffered(TestDisk):
     def url(self, place: Path) -> str:
         return f"disk://{place}/tier?io=buffered"
-
-
-class TestDiskInPython(TestDiskBuffered):
-    @pytest.fixture(autouse=True)
-    def without_native_code(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(filesystem, "_read_frames", None)
 
 
 class TestDirectory(ConformanceSuite):

@@ -1,4 +1,4 @@
-"""Large frames read by native code: the same checksums and outcomes as from Python, aligned or not, one by one or together."""
+"""Large frames read by native code: the same checksums and outcomes as by Python, one by one or together."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 import xxhash
 from disk_files import replace_frame, stored_frame, where
+from filesystems import FaultyFilesystem
 
+from lmcache.compiled import native
 from lmcache.testing.conformance import corrupted, payload_of, shard_key
 from lmcache.tiers import ABSENT, OK, Shard, ShardKey, frame
-from lmcache.tiers import filesystem as filesystem_module
 from lmcache.tiers.disk.tier import DiskTier
 from lmcache.tiers.filesystem import BLOCK_BYTES, Filesystem, address_of, blocks
 
-pytestmark = pytest.mark.skipif(filesystem_module._read_frames is None, reason="no native code")
 MIB = 1 << 20
 SIZES = (65_536, 65_537, 69_631, 69_632, 200_000, 524_288, MIB, 3 * MIB + 1000)
 
@@ -60,11 +60,9 @@ def read(
     asked = [(starts[number], size, address + starts[number]) for number, size in enumerate(sizes)]
     fd = os.open(path, os.O_RDONLY | flags)
     try:
-        told = Filesystem().read_frames(fd, asked, piece)
+        return Filesystem().read_frames(fd, asked, piece)
     finally:
         os.close(fd)
-    assert told is not None
-    return told
 
 
 @pytest.mark.parametrize("piece", [BLOCK_BYTES, 64 << 10, 512 << 10, 8 * MIB])
@@ -96,41 +94,28 @@ def test_an_error_is_told_by_its_number(tmp_path: Path, memory: memoryview) -> N
 
 
 def test_what_makes_no_sense_is_refused() -> None:
-    from lmcache._native import read_frames
-
-    assert read_frames(0, b"", BLOCK_BYTES) == b""
+    assert native.read_frames(0, b"", BLOCK_BYTES) == b""
     one = (0).to_bytes(8, "little") + (4095).to_bytes(8, "little") + bytes(8)
     for frames, piece in ((one[:-1], BLOCK_BYTES), (one, BLOCK_BYTES), (b"", 0), (b"", 5000)):
         with pytest.raises(ValueError, match="read_frames"):
-            read_frames(0, frames, piece)
+            native.read_frames(0, frames, piece)
 
 
 @pytest.mark.parametrize("io", ["buffered", "auto"])
-def test_damage_has_the_same_names(
-    tmp_path: Path, memory: memoryview, monkeypatch: pytest.MonkeyPatch, io: str
-) -> None:
-    calls: list[int] = []
-    native = filesystem_module._read_frames
-    assert native is not None
-
-    def counted(fd: int, frames: bytes, piece_bytes: int) -> bytes:
-        calls.append(len(frames))
-        return native(fd, frames, piece_bytes)
-
-    outcomes = []
-    for reader in (counted, None):
-        monkeypatch.setattr(filesystem_module, "_read_frames", reader)
-        outcomes.append(list(damaged_loads(tmp_path / str(reader is None), memory, io)))
+def test_damage_has_the_same_names(tmp_path: Path, memory: memoryview, io: str) -> None:
+    outcomes = [
+        list(damaged_loads(tmp_path / str(number), memory, io, filesystem))
+        for number, filesystem in enumerate((Filesystem(), FaultyFilesystem()))  # the latter reads by Python
+    ]
     assert outcomes[0] == outcomes[1]
-    assert calls, "native code was not used"
     seen = {one for some in outcomes[0] for one in some}
     assert {OK, frame.CHECKSUM, frame.OTHER_SHARD, frame.TRUNCATED} <= seen
 
 
-def damaged_loads(folder: Path, memory: memoryview, io: str) -> Iterator[list[str]]:
+def damaged_loads(folder: Path, memory: memoryview, io: str, filesystem: Filesystem) -> Iterator[list[str]]:
     """What loads of a few shards say, of which one is damaged."""
     dice = random.Random(1)
-    tier = DiskTier(folder, 64 * MIB, io)
+    tier = DiskTier(folder, 64 * MIB, io, filesystem=filesystem)
     tier.open()
     try:
         for turn in range(60):
@@ -158,18 +143,20 @@ def store(tier: DiskTier, keys: Sequence[ShardKey], sizes: Sequence[int]) -> Non
     assert tier.store(shards) == [OK] * len(keys)
 
 
-def test_a_keyed_checksum_is_not_its_business(
-    tmp_path: Path, memory: memoryview, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def never(fd: int, frames: bytes, piece_bytes: int) -> bytes:
-        raise AssertionError("read without the key")
-
-    monkeypatch.setattr(filesystem_module, "_read_frames", never)
-    tier = DiskTier(tmp_path / "tier", 64 * MIB, "buffered", bytes(32))
+@pytest.mark.parametrize("io", ["buffered", "auto"])
+@pytest.mark.parametrize("secret", [b"", bytes(32)], ids=["plain", "keyed"])
+def test_memory_need_not_be_aligned(tmp_path: Path, memory: memoryview, io: str, secret: bytes) -> None:
+    tier = DiskTier(tmp_path / "tier", 64 * MIB, io, secret)
     tier.open()
     try:
-        store(tier, [shard_key(1)], [200_000])
-        assert tier.load([shard_key(1)], [memory[:200_000]]) == [OK]
-        assert memory[:200_000] == payload_of(shard_key(1), 200_000)
+        keys = [shard_key(number) for number in range(4)]
+        store(tier, keys, [200_000] * 4)
+        into = [memory[number * MIB + number :][:200_000] for number in range(4)]
+        assert tier.load(keys, into) == [OK] * 4
+        assert into == [payload_of(key, 200_000) for key in keys]
+        replace_frame(
+            tier, keys[1], corrupted(stored_frame(tier, keys[1]), stored_frame(tier, keys[2]), random.Random(1))
+        )
+        assert [outcome == OK for outcome in tier.load(keys, into)] == [True, False, True, True]
     finally:
         tier.close()

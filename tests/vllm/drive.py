@@ -194,15 +194,13 @@ def slow_layers(llm: Any, seconds: float, forget: str = "") -> dict[str, Any]:
     waits, undo = changed.pop("waits", []), changed.pop("undo", None)
     if undo is not None:
         undo()
-    group_bytes, copy, wait = cpu._GROUP_BYTES, cpu.CpuCopier._copy_native, Progress.wait
+    group_bytes, copy, wait = cpu._GROUP_BYTES, cpu.CpuCopier._copy_planes, Progress.wait
     engine = get_kv_transfer_group()._lmcache_engine
     call, waited = engine.wait_for_layer_load, changed.setdefault("waits", [])
 
-    def slow_copy(
-        self: Any, copy_native: Any, scatter: int, base: int, blocks: Any, runs: Any, group: range, *more: Any
-    ):
+    def slow_copy(self: Any, scatter: int, base: int, blocks: Any, runs: Any, group: range, *more: Any) -> None:
         time.sleep(seconds if scatter and group.start else 0)
-        copy(self, copy_native, scatter, base, blocks, runs, group, *more)
+        copy(self, scatter, base, blocks, runs, group, *more)
 
     def watched_wait(self: Any, planes: int) -> None:
         waited.append(planes)
@@ -213,10 +211,10 @@ def slow_layers(llm: Any, seconds: float, forget: str = "") -> dict[str, Any]:
             call(name)
 
     def put_back() -> None:
-        cpu._GROUP_BYTES, cpu.CpuCopier._copy_native, Progress.wait = group_bytes, copy, wait
+        cpu._GROUP_BYTES, cpu.CpuCopier._copy_planes, Progress.wait = group_bytes, copy, wait
         engine.wait_for_layer_load = call
 
-    cpu._GROUP_BYTES, cpu.CpuCopier._copy_native, Progress.wait = 1, slow_copy, watched_wait
+    cpu._GROUP_BYTES, cpu.CpuCopier._copy_planes, Progress.wait = 1, slow_copy, watched_wait
     engine.wait_for_layer_load = forgetful
     changed["undo"] = put_back
     return {"waits": waits}

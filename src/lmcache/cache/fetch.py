@@ -110,7 +110,7 @@ class TierTraits(NamedTuple):
     batch_bytes: int
     concurrency: int
     usable: Callable[[float], bool]
-    batch_shards: int = 512
+    batch_shards: int
 
 
 @dataclass(eq=False)

@@ -23,7 +23,7 @@ from lmcache.cache.allocator import Space
 from lmcache.cache.claims import SERVER, AnyClaim, Claims, Instance, Lease, Refusal, Reservation
 from lmcache.cache.events import NOBODY, By
 from lmcache.cache.index import Index, names_of, of_last, of_new, of_records, pack_ids
-from lmcache.cache.table import COMPLETED, RELEASED, ChunkTable, Table
+from lmcache.cache.table import COMPLETED, RELEASED, Table
 from lmcache.chunks import HASH_BYTES
 from lmcache.memory.slabs import NO_EXTENT
 
@@ -73,7 +73,7 @@ class Heart(Index):
         self,
         total_bytes: int,
         claim_seconds: float = 30.0,
-        new_table: Callable[[int], Table] = ChunkTable,
+        new_table: Callable[[int], Table] = Table,
         first_number: int = 1,
     ) -> None:
         super().__init__(total_bytes, new_table)

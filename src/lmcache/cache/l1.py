@@ -11,7 +11,7 @@ from typing import ParamSpec
 
 from lmcache.cache.claims import SERVER, Refusal, Reservation
 from lmcache.cache.heart import Grant, Heart
-from lmcache.cache.table import ChunkTable, Table
+from lmcache.cache.table import Table
 from lmcache.memory.arena import Arena, ArenaFull
 from lmcache.memory.headers import Writer
 from lmcache.memory.slabs import NO_EXTENT, SECTOR_BYTES
@@ -35,9 +35,7 @@ def first_number(arena_id: bytes, epoch: int) -> int:
 class L1(Heart):
     """The heart of one arena, with its memory. `Heart` describes the arguments."""
 
-    def __init__(
-        self, arena: Arena, claim_seconds: float = 30.0, new_table: Callable[[int], Table] = ChunkTable
-    ) -> None:
+    def __init__(self, arena: Arena, claim_seconds: float = 30.0, new_table: Callable[[int], Table] = Table) -> None:
         number = first_number(arena.id, arena.headers.epoch)
         super().__init__(arena.size_bytes, claim_seconds, new_table, number)
         self.arena = arena

@@ -46,7 +46,7 @@ class WriteQueue:
     the most bytes kept back."""
 
     def __init__(
-        self, max_bytes: int, batch_bytes: int, l1_bytes: int, on_evict: bool = False, batch_shards: int = 512
+        self, max_bytes: int, batch_bytes: int, batch_shards: int, l1_bytes: int, on_evict: bool = False
     ) -> None:
         self.counters: Counter[str] = Counter()
         """Chunks queued; chunks and bytes lost, by reason: `queue full`, `evicted` (from L1, before they were written) and

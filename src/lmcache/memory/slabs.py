@@ -115,18 +115,16 @@ class Slabs:
         self._spaces: dict[int, _Space] = {}
         self._regions: dict[int, Region] = {}  # by first sector
         self._starts: list[int] = []  # first sectors of all regions, ascending
-        self._hole_starts: list[int] = [0]  # runs of free sectors, ascending, never adjacent
-        self._hole_ends: list[int] = [sectors]
-        self._free_sectors = sectors
+        self._holes = [(0, sectors)]  # what `holes` returns, found anew when a region is cut or taken
 
     @property
     def free_bytes(self) -> int:
         """Bytes of the arena that belong to no region."""
-        return self._free_sectors * SECTOR_BYTES
+        return self.total_bytes - sum(own.held for own in self._spaces.values()) * SECTOR_BYTES
 
     def holes(self) -> list[tuple[int, int]]:
         """Return the runs of free sectors as (first sector, end sector), ascending."""
-        return list(zip(self._hole_starts, self._hole_ends, strict=True))
+        return list(self._holes)
 
     # Spaces
 
@@ -221,19 +219,21 @@ class Slabs:
         """
         own = self._space(space)
         extents = max(1, self._region_sectors // own.extent_sectors)
-        at = self._hole_for(extents * own.extent_sectors, own.extent_sectors)
-        if at is None:
+        sector, sectors = 0, own.extent_sectors - 1
+        for start, end in self._holes:
+            if end - start > sectors:
+                sector, sectors = start, end - start
+                if sectors >= extents * own.extent_sectors:
+                    break
+        hole_extents = sectors // own.extent_sectors
+        if not hole_extents:
             return None
-        sector, hole_extents = (
-            self._hole_starts[at],
-            (self._hole_ends[at] - self._hole_starts[at]) // own.extent_sectors,
-        )
         region = Region(space, sector, own.extent_sectors, extents if hole_extents >= 2 * extents else hole_extents)
-        self._shrink_hole(at, region.end_sector)
         self._regions[sector] = region
         bisect.insort(self._starts, sector)
         bisect.insort(own.room, sector)
         own.held += region.end_sector - sector
+        self._find_holes()
         return region
 
     def take(self, region: Region) -> None:
@@ -247,7 +247,7 @@ class Slabs:
         own = self._spaces[region.space]
         own.held -= region.end_sector - region.first_sector
         del own.room[bisect.bisect_left(own.room, region.first_sector)]
-        self._add_hole(region.first_sector, region.end_sector)
+        self._find_holes()
 
     def window(self, space_needing: int, cost: Callable[[Region], float | None], most_bytes: int = 0) -> list[Region]:
         """Choose the adjacent regions to empty and take so that `grow(space_needing)` succeeds.
@@ -292,42 +292,17 @@ class Slabs:
 
     def _by_address(self) -> Iterator[tuple[int, int, Region | None]]:
         """Yield holes and regions by address as (first sector, end sector, region or None). Together they are the arena."""
-        items: list[tuple[int, int, Region | None]] = [(start, end, None) for start, end in self.holes()]
+        items: list[tuple[int, int, Region | None]] = [(start, end, None) for start, end in self._holes]
         items += [(region.first_sector, region.end_sector, region) for region in self._regions.values()]
         return iter(sorted(items, key=lambda item: item[0]))
+
+    def _find_holes(self) -> None:
+        starts = [0, *(self._regions[start].end_sector for start in self._starts)]
+        ends = [*self._starts, self.total_bytes // SECTOR_BYTES]
+        self._holes = [(start, end) for start, end in zip(starts, ends, strict=True) if start < end]
 
     def _space(self, space: int) -> _Space:
         found = self._spaces.get(space)
         if found is None:
             raise ValueError(f"space {space} is not open; open it first")
         return found
-
-    # Free memory
-
-    def _hole_for(self, wanted: int, least: int) -> int | None:
-        largest, largest_sectors = None, least - 1
-        for at, (start, end) in enumerate(zip(self._hole_starts, self._hole_ends, strict=True)):
-            if end - start >= wanted:
-                return at
-            if end - start > largest_sectors:
-                largest, largest_sectors = at, end - start
-        return largest
-
-    def _shrink_hole(self, at: int, start: int) -> None:
-        self._free_sectors -= start - self._hole_starts[at]
-        if start == self._hole_ends[at]:
-            del self._hole_starts[at], self._hole_ends[at]
-        else:
-            self._hole_starts[at] = start
-
-    def _add_hole(self, start: int, end: int) -> None:
-        self._free_sectors += end - start
-        at = bisect.bisect_left(self._hole_starts, start)
-        if at < len(self._hole_starts) and self._hole_starts[at] == end:
-            end = self._hole_ends[at]
-            del self._hole_starts[at], self._hole_ends[at]
-        if at and self._hole_ends[at - 1] == start:
-            self._hole_ends[at - 1] = end
-        else:
-            self._hole_starts.insert(at, start)
-            self._hole_ends.insert(at, end)

@@ -1,5 +1,5 @@
-/* The type `Table`: the index of one space. lmcache/cache/table.py documents every method; its PyTable does the same, and tests
- * compare the two. This comment describes the data structure.
+/* The type `Table`: the index of one space. lmcache/_native.pyi documents every method; PyTable of tests/py_table.py does the
+ * same, and tests compare the two. This comment describes the data structure.
  *
  * Records lie in segments that never move, so the table grows without a pause. A record has 64 bytes, one cache line; the
  * sectors and states of all shards, 5 bytes a shard, follow the records of a segment.
@@ -84,7 +84,7 @@ struct table {
     uint8_t **segments;
     size_t segment_count, segment_room;
     uint32_t next_id, free_head;
-    uint32_t attached, detached;
+    uint32_t attached;
     uint32_t **pieces; /* pieces of the array of buckets */
     size_t piece_count, piece_room;
     uint64_t buckets, low_mask; /* low_mask + 1 <= buckets < 2 * (low_mask + 1) */
@@ -851,7 +851,6 @@ static PyObject *table_detach(PyObject *self, PyObject *arg)
         if (parent != NONE)
             leave_parent(t, root);
         t->attached -= (uint32_t)family.count;
-        t->detached += (uint32_t)family.count;
         for (size_t i = family.count; i-- > 0; out += 4) {
             uint32_t id = family.ids[i];
             record_t *r = at(t, id);
@@ -886,7 +885,6 @@ static PyObject *table_free(PyObject *self, PyObject *arg)
     r->stamp = 0;
     r->next = t->free_head;
     t->free_head = id;
-    t->detached--;
     Py_RETURN_NONE;
 }
 
@@ -1246,12 +1244,6 @@ static Py_ssize_t table_length(PyObject *self)
     return (Py_ssize_t)((table_t *)self)->attached;
 }
 
-static PyObject *table_detached(PyObject *self, PyObject *unused)
-{
-    (void)unused;
-    return PyLong_FromUnsignedLong(((table_t *)self)->detached);
-}
-
 static PyObject *table_memory_bytes(PyObject *self, PyObject *unused)
 {
     table_t *t = (table_t *)self;
@@ -1340,11 +1332,11 @@ static PyMethodDef methods[] = {
     ONE(touch_path),    NOTHING(victim),    ONE(evictable),     ONE(pin),       ONE(unpin),      SEVERAL(begin_fill),
     SEVERAL(end_fill),  SEVERAL(state),     SEVERAL(extent),      ONE(extents),     ONE(key),        SEVERAL(in_sectors),
     ONE(parent),        ONE(children),      ONE(pins),          ONE(filling),   ONE(complete),   ONE(attached),
-    NOTHING(detached),  NOTHING(memory_bytes), ONE(survey),        {NULL, NULL, 0, NULL},
+    NOTHING(memory_bytes), ONE(survey),     {NULL, NULL, 0, NULL},
 };
 
 static PyType_Slot type_slots[] = {
-    {Py_tp_doc, "Table(shards[, policy]): the index of one space; see lmcache.cache.table.PyTable."},
+    {Py_tp_doc, "Table(shards[, policy]): the index of one space; see lmcache/_native.pyi."},
     {Py_tp_new, table_new},
     {Py_tp_dealloc, table_dealloc},
     {Py_tp_methods, methods},

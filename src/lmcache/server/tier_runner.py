@@ -75,7 +75,7 @@ class TierRunner:
         self.chunks_being_written = 0
         self.write_concurrency = write_concurrency(self.tier)
         self.queue = WriteQueue(
-            max_queued_bytes, self.tier.batch_bytes, l1_bytes, spec.write == "on-evict", self.tier.batch_shards
+            max_queued_bytes, self.tier.batch_bytes, self.tier.batch_shards, l1_bytes, spec.write == "on-evict"
         )
         self.closed = False
         self._loop = loop

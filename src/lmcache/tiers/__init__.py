@@ -1,4 +1,4 @@
-"""Floor 3: places behind memory (L2). One protocol (`tier`; its calls are the objects of `operation`), one frame
+"""Floor 3: places behind memory (L2). One protocol (`tier`, and `operation` for asynchronous tiers), one frame
 format (`frame`), one folder for each store.
 
 A tier keeps shards under keys that are the same for every engine and machine, and returns complete shards or none. It knows
@@ -7,7 +7,8 @@ their tiers under the entry point `lmcache.tiers` (docs/tiers/your-own.md); `lmc
 May import: `memory`, `chunks`, floor 0; a store's client library only in that store's folder.
 """
 
-from lmcache.tiers.tier import ABSENT, KEPT, OK, AsyncTier, Region, Shard, ShardKey, Tier, TierError, Usage
+from lmcache.tiers.operation import AsyncTier
+from lmcache.tiers.tier import ABSENT, KEPT, OK, Region, Shard, ShardKey, Tier, TierError, Usage
 from lmcache.tiers.url import TierURL
 
 __all__ = ["ABSENT", "KEPT", "OK", "AsyncTier", "Region", "Shard", "ShardKey", "Tier", "TierError", "TierURL", "Usage"]

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from concurrent.futures import Executor
 from typing import Any
 
-from lmcache.tiers.operation import Contains, Load, Operation
-from lmcache.tiers.tier import AsyncTier, Tier, TierBase
+from lmcache.tiers.operation import AsyncTier, Contains, Load, Operation
+from lmcache.tiers.tier import Tier, TierBase
 
 MakeExecutor = Callable[[str, int], Executor]
 """Creates a thread pool from a name for the threads and their maximum number."""

@@ -10,14 +10,13 @@ import errno
 import mmap
 import os
 import struct
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
-from lmcache.compiled import load_native
+from lmcache.compiled import native
 from lmcache.tiers.tier import TierError
 
 BLOCK_BYTES = 4096
@@ -126,14 +125,13 @@ class Filesystem:
 
     def read_frames(
         self, fd: int, frames: Sequence[tuple[int, int, int]], piece_bytes: int
-    ) -> list[tuple[int, bytes, bytes]] | None:
-        """Read large frames, given as (offset, payload bytes, target address), by native code, `piece_bytes` at a time.
+    ) -> list[tuple[int, bytes, bytes]]:
+        """Read large frames, given as (offset, payload bytes, target address), `piece_bytes` at a time.
 
-        Return for each 0, -1 where the file ends too early, or errno; its header; its digest. None: there is no native code.
+        Return for each 0, -1 where the file ends too early, or errno; its header; its digest.
         """
-        if _read_frames is None:
-            return None
-        return list(_READ.iter_unpack(_read_frames(fd, b"".join(_FRAME.pack(*one) for one in frames), piece_bytes)))
+        asked = b"".join(_FRAME.pack(*one) for one in frames)
+        return list(_READ.iter_unpack(native.read_frames(fd, asked, piece_bytes)))
 
     def allocate(self, fd: int, offset: int, size: int) -> None:
         """Allocate space without changing the file's size. Does nothing where the file system cannot."""
@@ -163,17 +161,6 @@ class Filesystem:
     def touch(self, path: Path) -> None:
         """Set a file's time of last use to now."""
         os.utime(path)
-
-
-def _choose_read_frames() -> Callable[[int, bytes, int], bytes] | None:
-    native = load_native()
-    if native is None or sys.byteorder != "little":
-        return None
-    read: Callable[[int, bytes, int], bytes] = native.read_frames
-    return read
-
-
-_read_frames = _choose_read_frames()
 
 
 def _fallocate(fd: int, mode: int, offset: int, size: int) -> None:

@@ -1,11 +1,12 @@
 """Transfer of frames between memory and a segment file: in large pieces, by direct I/O where possible, with checksums.
 
-Native code reads large frames, so that Python and its lock cost only once a call. Without native code, and in writes, another
-thread computes the checksum of one piece while the next one is transferred. This module knows nothing of the index.
+Native code reads large frames and computes their checksums, so that Python and its lock cost only once a call. In writes, and
+where checksums are keyed, other threads compute them meanwhile. This module knows nothing of the index.
 """
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -59,10 +60,10 @@ class FrameIO:
                 end = ends[number * 2 * BLOCK_BYTES :][: 2 * BLOCK_BYTES]
                 payload = shard.payload.cast("B")
                 whole = payload.nbytes // BLOCK_BYTES * BLOCK_BYTES
-                if self._direct and not is_aligned(payload):
-                    self._write_copied(writer, payload[:whole])
-                else:
-                    writer.add(payload[:whole])
+                aligned = self._aligned(payload)
+                if aligned is not payload:
+                    aligned[:] = payload
+                writer.add(aligned[:whole])
                 tail = payload[whole:]
                 end[:] = bytes(2 * BLOCK_BYTES)
                 end[: tail.nbytes] = tail
@@ -77,81 +78,38 @@ class FrameIO:
     def read_large(self, fd: int, found: Sequence[Found]) -> Callable[[], list[str | OSError]]:
         """Read frames of one file, in the order of their places. The returned call waits for the checksums and returns the
         outcome of each frame, which is an OSError where the device could not read it."""
-        at_once = self._read_at_once(fd, found)
-        if at_once is not None:
-            return lambda: at_once
-        ends: list[Callable[[], str] | OSError] = []
-        for one in found:
-            try:
-                ends.append(self._read_pieces(fd, one))
-            except OSError as error:
-                ends.append(error)
-        return lambda: [end if isinstance(end, OSError) else end() for end in ends]
+        group = 1 if self._secret else len(found)  # a keyed checksum is computed while the next frame is read
+        outcomes: list[str | OSError | Future[str]] = []
+        for first in range(0, len(found), group):
+            outcomes += self._read_frames(fd, found[first : first + group])
+        return lambda: [one.result() if isinstance(one, Future) else one for one in outcomes]
 
-    def _read_at_once(self, fd: int, found: Sequence[Found]) -> list[str | OSError] | None:
-        """Read by native code; return None where it cannot. The checksum of a buffered piece is computed while the piece is in
-        the cache of the core that copied it; other calls or lanes keep the device busy meanwhile."""
-        if self._secret:
-            return None
-        asked = [(offset_of(one.place), one.into.nbytes, address_of(one.into)) for one in found]
-        if self._direct and any(address % BLOCK_BYTES for _, _, address in asked):
-            return None
+    def _read_frames(self, fd: int, found: Sequence[Found]) -> list[str | OSError | Future[str]]:
+        """Read by native code. It computes the checksum of a buffered piece while the piece is in the cache of the core that
+        copied it; other calls or lanes keep the device busy meanwhile."""
+        targets = [self._aligned(one.into) for one in found]
+        asked = [
+            (offset_of(one.place), one.into.nbytes, address_of(target))
+            for one, target in zip(found, targets, strict=True)
+        ]
         read = self._filesystem.read_frames(fd, asked, PIECE_BYTES if self._direct else _CACHED_BYTES)
-        if read is None:
-            return None
-        outcomes: list[str | OSError] = []
-        for one, (error, header, digest) in zip(found, read, strict=True):
+        outcomes: list[str | OSError | Future[str]] = []
+        for one, target, (error, header, digest) in zip(found, targets, read, strict=True):
+            if target is not one.into:
+                one.into.cast("B")[:] = target
             if error > 0:
                 outcomes.append(OSError(error, os.strerror(error)))
             elif error:
                 outcomes.append(frame.TRUNCATED)
+            elif self._secret:
+                outcomes.append(self._pool.submit(frame.check, header, one.into, one.key, self._secret))
             else:
                 outcomes.append(frame.check_digest(header, one.into.nbytes, digest, one.key))
         return outcomes
 
-    def _read_pieces(self, fd: int, found: Found) -> Callable[[], str]:
-        """Read one frame. The returned call waits for the checksum and returns the outcome. Raises OSError."""
-        payload = found.into.cast("B")
-        offset, whole = offset_of(found.place), payload.nbytes // BLOCK_BYTES * BLOCK_BYTES
-        end_bytes = blocks(payload.nbytes - whole) + BLOCK_BYTES
-        in_place = not self._direct or is_aligned(payload)
-        step = PIECE_BYTES if in_place else BOUNCE_BYTES - 2 * BLOCK_BYTES
-        checksum, before, short = frame.Checksum(self._secret), None, False
-        bounce = self._bounces.take()
-        try:
-            memory = memoryview(bounce)
-            at = 0
-            while True:
-                size = min(step, whole - at)
-                last = at + size == whole
-                target = payload[at : at + size] if in_place else memory[2 * BLOCK_BYTES :][:size]
-                buffers = [target, memory[:end_bytes]] if last else [target]
-                got = self._filesystem.read(fd, [one for one in buffers if one.nbytes], offset + at)
-                if got < size + (end_bytes if last else 0):
-                    short = True
-                    break
-                if not in_place:
-                    payload[at : at + size] = target
-                before = self._sum_next(checksum, payload[at : at + size], before)
-                at += size
-                if last:
-                    break
-            payload[whole:] = memory[: payload.nbytes - whole]
-            header = bytes(memory[end_bytes - BLOCK_BYTES :][: frame.HEADER_BYTES])
-        except BaseException:
-            self._settle([before])
-            raise
-        finally:
-            self._bounces.give(bounce)
-
-        def outcome() -> str:
-            self._settle([before])
-            if short:
-                return frame.TRUNCATED
-            checksum.update(payload[whole:])
-            return checksum.check(header, found.key)
-
-        return outcome
+    def _aligned(self, memory: memoryview) -> memoryview:
+        """Return memory of this size that direct I/O, if that is used, can access: `memory` itself if possible."""
+        return memory if not self._direct or is_aligned(memory) else memoryview(mmap.mmap(-1, memory.nbytes))
 
     def write_packed(self, fd: int, offset: int, shards: Sequence[Shard]) -> None:
         """Write frames one after another from `offset` on, padded to the end of a block. Raises OSError."""
@@ -207,33 +165,6 @@ class FrameIO:
             return checksum
 
         return self._pool.submit(whole)
-
-    def _sum_next(
-        self, checksum: frame.Checksum, piece: memoryview, before: Future[None] | None
-    ) -> Future[None] | None:
-        """Add a piece to the checksum after the one before. Workers take tasks in order, so no task waits for a later one."""
-        if before is None and piece.nbytes <= _INLINE_BYTES:
-            checksum.update(piece)
-            return None
-
-        def one() -> None:
-            if before is not None:
-                before.result()
-            checksum.update(piece)
-
-        return self._pool.submit(one)
-
-    def _write_copied(self, writer: _Pieces, payload: memoryview) -> None:
-        bounce = self._bounces.take()
-        try:
-            for at in range(0, payload.nbytes, BOUNCE_BYTES):
-                piece = payload[at : at + BOUNCE_BYTES]
-                memory = memoryview(bounce)[: piece.nbytes]
-                memory[:] = piece
-                writer.add(memory)
-                writer.flush()
-        finally:
-            self._bounces.give(bounce)
 
     @staticmethod
     def _settle(sums: Sequence[object]) -> None:

@@ -1,4 +1,4 @@
-"""Operations are the calls of an asynchronous tier: one object for each call, which the tier completes when the call has ended.
+"""Asynchronous tiers and their calls, the operations: one object for each call, which the tier completes when the call has ended.
 
 The caller creates the operation with a callback and passes it to `AsyncTier.submit`. The callback is called when the operation
 ends. The same operations drive a blocking `Tier` (`lmcache.tiers.blocking`).
@@ -7,11 +7,12 @@ ends. The same operations drive a blocking `Tier` (`lmcache.tiers.blocking`).
 from __future__ import annotations
 
 import traceback
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, TypeVar
 
-from lmcache.tiers.tier import Shard, ShardKey, TierError
+from lmcache.tiers.tier import Shard, ShardKey, TierBase, TierError
 
 CANCELLED = "cancelled"
 """Reason of the `TierError` with which a tier ends an operation after `AsyncTier.cancel`."""
@@ -109,6 +110,28 @@ class Close(Operation[None]):
     """Close the tier. No other operation is unfinished."""
 
     method = "close"
+
+
+class AsyncTier(TierBase):
+    """One store of shards that does not block: it takes operations, and completes each when the store has answered.
+
+    The rules for the methods of `Tier` hold for the operations of the same names. docs/tiers/your-own.md describes how the server
+    uses both kinds of tiers.
+    """
+
+    @abstractmethod
+    def submit(self, operation: Operation[Any]) -> None:
+        """Begin an operation (one of the classes above) and return at once. It may complete before the return.
+
+        One thread at a time calls this. The tier limits how many operations run concurrently; the others wait in the tier.
+        """
+
+    def cancel(self, operation: Operation[Any]) -> None:
+        """Cancel a submitted operation whose deadline has passed, or because the server ends. Return at once.
+
+        The tier must still end the operation, as soon as nothing touches its memory any more; it calls `operation.cancelled()`
+        if it has given the operation up. The default implementation lets the operation go on.
+        """
 
 
 def _clear_frames(error: BaseException) -> None:

@@ -11,7 +11,8 @@ from urllib.parse import quote, urlencode
 
 from lmcache.config.options import word
 from lmcache.errors import ConfigError
-from lmcache.tiers.tier import AsyncTier, Tier, TierBase
+from lmcache.tiers.operation import AsyncTier
+from lmcache.tiers.tier import Tier, TierBase
 from lmcache.tiers.url import TierURL, parse_url
 
 ENTRY_POINTS = "lmcache.tiers"

@@ -1,4 +1,4 @@
-"""The interface of tiers: the base classes, the types of their arguments, and the outcomes that they return."""
+"""The interface of tiers: the base class of all, that of blocking tiers, the types of their arguments, and their outcomes."""
 
 from __future__ import annotations
 
@@ -6,13 +6,10 @@ import struct
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 from lmcache.errors import LMCacheError
-
-if TYPE_CHECKING:
-    from lmcache.tiers.operation import Operation
-    from lmcache.tiers.url import TierURL
+from lmcache.tiers.url import TierURL
 
 OK = ""
 """Outcome of one shard: it was loaded completely and checked, or it was stored."""
@@ -88,7 +85,7 @@ class Region:
 
 
 class TierBase(ABC):
-    """The common base of `Tier`, whose methods block, and `AsyncTier`."""
+    """The common base of `Tier`, whose methods block, and `AsyncTier` (`lmcache.tiers.operation`)."""
 
     scheme: ClassVar[str]
     """The scheme of its URL (`disk`, `redis`, `s3` ...), which is also the name of its entry point."""
@@ -170,25 +167,3 @@ class Tier(TierBase):
     @abstractmethod
     def close(self) -> None:
         """End all work, flush what recovery needs, and release all resources. The tier can be opened again."""
-
-
-class AsyncTier(TierBase):
-    """One store of shards that does not block: it takes operations, and completes each when the store has answered.
-
-    The rules for the methods of `Tier` hold for the operations of the same names. docs/tiers/your-own.md describes how the server
-    uses both kinds of tiers.
-    """
-
-    @abstractmethod
-    def submit(self, operation: Operation[Any]) -> None:
-        """Begin an operation (one of those in `lmcache.tiers.operation`) and return at once. It may complete before the return.
-
-        One thread at a time calls this. The tier limits how many operations run concurrently; the others wait in the tier.
-        """
-
-    def cancel(self, operation: Operation[Any]) -> None:
-        """Cancel a submitted operation whose deadline has passed, or because the server ends. Return at once.
-
-        The tier must still end the operation, as soon as nothing touches its memory any more; it calls `operation.cancelled()`
-        if it has given the operation up. The default implementation lets the operation go on.
-        """

@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from lmcache.compiled import load_native
+from lmcache.compiled import native
 from lmcache.errors import LayoutError
 from lmcache.transfer.paged import PagedKV
 
@@ -20,8 +20,6 @@ class Bounds:
     """Checks copies between `paged` and extents of `chunk_tokens` tokens."""
 
     def __init__(self, paged: PagedKV, chunk_tokens: int) -> None:
-        native = load_native()
-        self._fits = None if native is None else native.runs_fit
         self._paged, self._chunk_tokens = paged, chunk_tokens
         self._shard_bytes = paged.shard_bytes(chunk_tokens)
 
@@ -36,15 +34,10 @@ class Bounds:
             LayoutError: the copy would touch memory out of bounds; the message names what.
         """
         blocks, runs = np.asarray(blocks), np.asarray(runs)
-        if (
-            self._fits is not None
-            and base > 0
-            and _is_plain(blocks, np.int32, (-1,))
-            and _is_plain(runs, np.int64, (-1, 4))
-        ):
+        if base > 0 and _is_plain(blocks, np.int32, (-1,)) and _is_plain(runs, np.int64, (-1, 4)):
             farthest = _ANYWHERE if arena_bytes is None else arena_bytes - self._shard_bytes
             table, shape = (blocks.ctypes.data, len(blocks)), (self._paged.block_tokens, self._paged.num_blocks)
-            if self._fits(*table, runs.ctypes.data, len(runs), self._chunk_tokens, *shape, farthest):
+            if native.runs_fit(*table, runs.ctypes.data, len(runs), self._chunk_tokens, *shape, farthest):
                 return blocks, runs
         self._check(base, blocks, runs, arena_bytes)
         # All values fit in int32 and int64 now, so these conversions lose nothing. They copy only arrays of another type.

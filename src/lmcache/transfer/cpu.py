@@ -1,12 +1,8 @@
-"""Copies between paged KV and extents on a CPU: one native call for all runs and planes, without the GIL, or NumPy."""
+"""Copies between paged KV and extents on a CPU: one native call for all runs and planes, without the GIL."""
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
-import functools
-import math
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
@@ -14,14 +10,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lmcache.compiled import load_native
+from lmcache.compiled import native
 from lmcache.errors import LayoutError
-from lmcache.observability.log import init_logger
 from lmcache.transfer.bounds import Blocks, Bounds, Runs
-from lmcache.transfer.paged import PagedKV, Plane, plane_span_bytes
+from lmcache.transfer.paged import PagedKV
 from lmcache.transfer.progress import Progress, planes_in_group
-
-logger = init_logger(__name__)
 
 # A smaller copy ends before another thread has woken up: waking one takes some 30 microseconds, in which 300 KB are copied.
 _SPLIT_BYTES = 1 << 20
@@ -53,12 +46,7 @@ class CpuCopier:
         self._bounds = Bounds(paged, chunk_tokens)
         self._planes = _packed_planes(paged, chunk_tokens)
         self._planes_address = self._planes.ctypes.data
-        self._native = load_native()
         self._isa = -1  # the best instruction set of this CPU; tests try each
-        self._views: list[npt.NDArray[Any]] = []
-        if self._native is None:
-            _warn_no_native()
-            self._views = [_plane_view(paged, plane) for plane in paged.planes]
         self._pool = ThreadPoolExecutor(threads - 1, "lmcache-copy") if threads > 1 else None
         self._helpers = threads - 1
 
@@ -104,16 +92,11 @@ class CpuCopier:
         step = planes if progress is None else planes_in_group(size // planes, _GROUP_BYTES, planes)
         for first in range(0, planes, step):
             group = range(first, min(first + step, planes))
-            if self._native is None:
-                self._copy_numpy(scatter, base, blocks, runs, group)
-            else:
-                self._copy_native(self._native.copy, scatter, base, blocks, runs, group, size * len(group) // planes)
+            self._copy_planes(scatter, base, blocks, runs, group, size * len(group) // planes)
             if progress is not None:
                 progress.arrived(group.stop)
 
-    def _copy_native(
-        self, copy: Callable[..., None], scatter: int, base: int, blocks: Blocks, runs: Runs, group: range, size: int
-    ) -> None:
+    def _copy_planes(self, scatter: int, base: int, blocks: Blocks, runs: Runs, group: range, size: int) -> None:
         """Copy the planes `group` of all runs, which are `size` bytes."""
         paged = self.paged
         claimed = np.zeros(1, dtype=np.int64)  # number of the next piece; all threads of this call take from it
@@ -131,41 +114,24 @@ class CpuCopier:
             claimed.ctypes.data,
         )
         if self._pool is None or size < _SPLIT_BYTES:
-            copy(*arguments)
+            native.copy(*arguments)
             return
         kept = (claimed, blocks, runs)  # keeps the arrays alive, since the other threads have only their addresses
         others: list[Future[None]] = []
         try:
             with suppress(RuntimeError):  # no thread can be started: this one does it, with those that there are
                 for _ in range(self._helpers):
-                    others.append(self._pool.submit(_call, copy, arguments, kept))
-            copy(*arguments)
+                    others.append(self._pool.submit(_call, arguments, kept))
+            native.copy(*arguments)
         finally:
             # A helper that never started has nothing left to do: all pieces were taken. A running one ends with its piece.
             for other in others:
                 if not other.cancel():
                     other.result()
 
-    def _copy_numpy(self, scatter: int, base: int, blocks: Blocks, runs: Runs, group: range) -> None:
-        paged = self.paged
-        for offset, first, count, in_extent in runs.tolist():
-            tokens = np.arange(first, first + count)
-            block, token = blocks[tokens // paged.block_tokens], tokens % paged.block_tokens
-            for number in group:
-                plane, view, packed = paged.planes[number], self._views[number], self._planes[number]
-                where = (block, token // plane.token_group, token % plane.token_group)
-                shape = (self.chunk_tokens, *view.shape[3:])
-                extent = _memory(base + offset + int(packed[-1]), shape, paged.item_bytes)[
-                    in_extent : in_extent + count
-                ]
-                if scatter:
-                    view[where] = extent
-                else:
-                    extent[...] = view[where]
 
-
-def _call(copy: Callable[..., None], arguments: tuple[int, ...], kept: object) -> None:
-    copy(*arguments)
+def _call(arguments: tuple[Any, ...], kept: object) -> None:
+    native.copy(*arguments)
 
 
 def _packed_planes(paged: PagedKV, chunk_tokens: int) -> npt.NDArray[np.int64]:
@@ -175,32 +141,3 @@ def _packed_planes(paged: PagedKV, chunk_tokens: int) -> npt.NDArray[np.int64]:
         rows.append((*dataclasses.astuple(p), offset))
         offset += chunk_tokens * p.heads * p.dims * paged.item_bytes
     return np.array(rows, dtype=np.int64)
-
-
-def _plane_view(paged: PagedKV, plane: Plane) -> npt.NDArray[Any]:
-    """Return the plane as an array [block][token group][token in group][head][dim group][dim in group] over its memory."""
-    groups, dim_groups = paged.block_tokens // plane.token_group, plane.dims // plane.dim_group
-    shape = (paged.num_blocks, groups, plane.token_group, plane.heads, dim_groups, plane.dim_group)
-    tokens = (plane.block_stride, plane.group_stride, plane.token_stride)
-    strides = (*tokens, plane.head_stride, plane.dim_group_stride, plane.dim_stride)
-    buffer = _buffer(plane.address, plane_span_bytes(paged, plane))
-    view: npt.NDArray[Any] = np.ndarray(shape, np.dtype(f"u{paged.item_bytes}"), buffer, strides=strides)
-    return view
-
-
-def _memory(address: int, shape: tuple[int, ...], item_bytes: int) -> npt.NDArray[Any]:
-    """Return a C-contiguous array over memory that the caller keeps alive."""
-    buffer = _buffer(address, math.prod(shape) * item_bytes)
-    array: npt.NDArray[Any] = np.ndarray(shape, np.dtype(f"u{item_bytes}"), buffer)
-    return array
-
-
-def _buffer(address: int, size: int) -> npt.NDArray[np.uint8]:
-    return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
-
-
-@functools.lru_cache(maxsize=1)
-def _warn_no_native() -> None:
-    logger.warning(
-        "No native code (lmcache._native): KV copies use NumPy, at half the speed or less; install with a C compiler"
-    )

@@ -7,7 +7,7 @@ import secrets
 import select
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from ipaddress import ip_address
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Protocol
 
 import zmq
 
-from lmcache.compiled import load_native
+from lmcache.compiled import native
 from lmcache.config.hosts import duplicate, in_url, seconds_left
 from lmcache.errors import ServerUnavailable, WireError
 from lmcache.observability.log import printable
@@ -161,35 +161,14 @@ class UnixCarrier:
             pass
 
 
-def exchange_in_python(connection: socket.socket, request: bytes, timeout_seconds: float) -> bytes:
-    """Send `request` (b"": nothing) and return the bytes that arrive first, or b"" when the other side has hung up.
+def exchange(connection: socket.socket, request: bytes, timeout_seconds: float) -> bytes:
+    """Send `request` (b"": nothing) and return the bytes that arrive first, or b"" when the other side has hung up. The GIL is
+    released only when the server takes long (`native/exchange.c` says why).
 
     Raises:
         TimeoutError: nothing has arrived within `timeout_seconds`.
     """
-    deadline = time.monotonic() + timeout_seconds
-    if request:
-        connection.settimeout(seconds_left(deadline))
-        connection.sendall(request)
-    connection.settimeout(seconds_left(deadline))
-    return connection.recv(1 << 16)
-
-
-def _choose_exchange() -> Callable[[socket.socket, bytes, float], bytes]:
-    """Choose the native function, which releases the GIL only when the server takes long (`native/exchange.c` says why)."""
-    native = load_native()
-    if native is None:
-        return exchange_in_python
-    round_trip = native.exchange
-
-    def exchange(connection: socket.socket, request: bytes, timeout_seconds: float) -> bytes:
-        answer: bytes = round_trip(connection.fileno(), request, _HOLD_MICROSECONDS, int(timeout_seconds * 1e6))
-        return answer
-
-    return exchange
-
-
-exchange = _choose_exchange()
+    return native.exchange(connection.fileno(), request, _HOLD_MICROSECONDS, int(timeout_seconds * 1e6))
 
 
 class ZmqCarrier:

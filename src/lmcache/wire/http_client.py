@@ -8,9 +8,7 @@ import math
 import socket
 import ssl
 import time
-import urllib.error
 import urllib.parse
-import urllib.request
 from typing import Any, Literal
 
 from lmcache.config.hosts import connect, seconds_left
@@ -27,7 +25,8 @@ _LONGEST_ANSWER_BYTES = 16 << 20
 def ask(
     url: str, path: str, method: str = "GET", token: str = "", seconds: float | None = None
 ) -> tuple[int, dict[str, Any]]:
-    """Call the server and return (HTTP status, the JSON object of the answer). Proxies are not used; loopback needs no resolver.
+    """Call the server and return (HTTP status, the JSON object of the answer). No proxy is used and no redirect followed, and
+    loopback needs no resolver.
 
     Raises:
         ConfigError: not a URL of a server.
@@ -35,17 +34,16 @@ def ask(
         ServerRefused: what answers is not an LMCache server's HTTP endpoint.
     """
     parts = _parts(url)
-    base = f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}"
-    request = urllib.request.Request(base + path, method=method, headers={"Accept": "application/json"})
-    if token:
-        request.add_unredirected_header("Authorization", f"Bearer {token}")
+    headers = {"Accept": "application/json", **({"Authorization": f"Bearer {token}"} if token else {})}
     deadline = DEADLINE_SECONDS if seconds is None else seconds
+    connection = _Connection(parts, time.monotonic() + deadline)
     try:
-        status, body = _exchange(request, deadline)
+        connection.request(method, parts.path.rstrip("/") + path, headers=headers)
+        with connection.getresponse() as response:
+            status, body = response.status, response.read(_LONGEST_ANSWER_BYTES)
     except (OSError, http.client.HTTPException) as error:
-        reason = getattr(error, "reason", error)
-        late = isinstance(reason, TimeoutError)
-        spoken = "NULL" if isinstance(reason, _Zmq) else "" if late else _spoken(parts)
+        late = isinstance(error, TimeoutError)
+        spoken = "NULL" if isinstance(error, _Zmq) else "" if late else _spoken(parts)
         if spoken in ZMQ:
             raise ServerRefused(
                 f"{url} is an engines' port (ZMQ), which does not speak HTTP: pass --url with the --http-port of "
@@ -53,14 +51,16 @@ def ask(
             ) from None
         if spoken == "HTTP" and parts.scheme == "https":
             raise ServerRefused(f"{url} speaks HTTP without TLS: pass --url http://{parts.netloc}") from None
-        why = f"no answer within {deadline:g} s" if late else f"{reason}"
-        if late and not isinstance(reason, _NoConnection):
+        why = f"no answer within {deadline:g} s" if late else f"{error}"
+        if late and not isinstance(error, _NoConnection):
             later = " (it may still do what it was asked to, once it goes on)" if method == "POST" else ""
             raise ServerUnavailable(
                 f"{url} accepts connections, but there was {why}{later}: if this is `lmcache server`, its process is stopped, "
                 "hangs or is overloaded: look at its state (ps) and its log, and restart it if need be; otherwise pass --url"
             ) from None
         raise ServerUnavailable(f"no server at {url}: {why}: start `lmcache server`, or pass --url") from None
+    finally:
+        connection.close()
     try:
         answer = json.loads(body)
     except ValueError:
@@ -93,12 +93,12 @@ class _TimelyTls(_Timely, ssl.SSLSocket):
 
 
 class _Connection(http.client.HTTPConnection):
-    """An HTTP connection, over TLS if `tls`, that fails after `deadline`."""
+    """An HTTP connection, over TLS for https, that fails after `deadline`, however slowly bytes come."""
 
-    def __init__(self, host: str, /, *, deadline: float = math.inf, tls: bool = False, **more: Any) -> None:
-        self._deadline, self._tls = deadline, tls
-        self.default_port = http.client.HTTPS_PORT if tls else http.client.HTTP_PORT
-        super().__init__(host, **more)
+    def __init__(self, parts: urllib.parse.SplitResult, deadline: float) -> None:
+        self._deadline, self._tls = deadline, parts.scheme == "https"
+        self.default_port = http.client.HTTPS_PORT if self._tls else http.client.HTTP_PORT
+        super().__init__(parts.hostname or "", parts.port or self.default_port)
 
     def connect(self) -> None:
         try:
@@ -121,30 +121,6 @@ class _Connection(http.client.HTTPConnection):
         if not self._tls and self.sock.recv(1, socket.MSG_PEEK) == ZMQ_SPEAKS_FIRST:
             raise _Zmq
         return super().getresponse()
-
-
-class _Handler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
-    def __init__(self, deadline: float) -> None:
-        super().__init__()
-        self._deadline = deadline
-
-    def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
-        return self.do_open(_Connection, request, deadline=self._deadline)
-
-    def https_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
-        return self.do_open(_Connection, request, deadline=self._deadline, tls=True)
-
-
-def _exchange(request: urllib.request.Request, deadline: float) -> tuple[int, bytes]:
-    """Return status and body within `deadline` seconds, however many connections that takes and however slowly bytes come."""
-    end = time.monotonic() + deadline
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _Handler(end))
-    try:
-        with opener.open(request) as response:
-            return response.status, response.read(_LONGEST_ANSWER_BYTES)
-    except urllib.error.HTTPError as error:
-        with error:
-            return error.code, error.read(_LONGEST_ANSWER_BYTES)
 
 
 def _spoken(parts: urllib.parse.SplitResult) -> Listener | Literal[""]:

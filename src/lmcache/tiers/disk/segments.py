@@ -56,7 +56,7 @@ class Segment:
         """The number of frames in each block of a packed file."""
         self.handle: Handle | None = None
         self.made = self.gone = False
-        """made: the file exists. gone: it was or is being deleted."""
+        """made: the file exists. gone: it was deleted."""
 
     @property
     def cost(self) -> int:
@@ -153,7 +153,7 @@ class Segments:
         return segment, found
 
     def free(self, place: int, payload_bytes: int) -> None:
-        """Free a frame. Its blocks stay pending until `take_pending`, `punch` and `settle`, or `retire` for a complete file."""
+        """Free a frame. Its blocks stay pending until `take_pending`, `punch` and `settle`; a complete file until `forget`."""
         segment, at = self[place], offset_of(place)
         size = frame_bytes(payload_bytes)
         segment.frames -= 1
@@ -190,21 +190,14 @@ class Segments:
         self.bytes -= extent.size
         self.freed_bytes -= extent.size
 
-    def retire(self, segment: Segment) -> bool:
-        """Return True when the file holds no frame and will get none. The caller must then `delete` it and `forget` it."""
-        if segment.gone or segment.frames or segment in self._tails.values():
-            return False
-        segment.gone = True
-        del self._all[segment.number]
-        return True
-
-    def take_back(self, segment: Segment) -> None:
-        """Undo `retire` for a file that could not be deleted, so that it is retried."""
-        segment.gone = False
-        self._all[segment.number] = segment
+    def is_spent(self, segment: Segment) -> bool:
+        """Return whether the file is there, holds no frame and will get none. The caller must then `delete` and `forget` it."""
+        return not (segment.gone or segment.frames or segment in self._tails.values())
 
     def forget(self, segment: Segment) -> None:
         """Account for a file that was deleted."""
+        segment.gone = True
+        del self._all[segment.number]
         self.bytes -= segment.cost
         self.freed_bytes -= segment.used
 

@@ -334,9 +334,9 @@ class DiskTier(Tier):
             for number, extent in enumerate(pending):
                 segment = extent.segment
                 with self._lock:
-                    last = self._segments.retire(segment)
+                    spent = self._segments.is_spent(segment)
                 try:
-                    if last:
+                    if spent:
                         self._segments.delete(segment)
                         with self._lock:
                             self._segments.forget(segment)
@@ -346,8 +346,6 @@ class DiskTier(Tier):
                             self._segments.settle(extent)
                 except OSError:
                     with self._lock:
-                        if last:
-                            self._segments.take_back(segment)
                         self._segments.put_back(pending[number:])
                     raise
 

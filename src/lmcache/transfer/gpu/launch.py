@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lmcache.compiled import load_native
+from lmcache.compiled import native
 from lmcache.errors import LayoutError
 from lmcache.transfer.bounds import Runs
 
@@ -28,7 +28,7 @@ _DRIVER = ("launch", "upload", "download", "record", "wait")
 
 def _layout(name: str) -> np.dtype[np.void]:
     """Return the dtype of the C struct `name` of native/device.c: 64-bit numbers, and arrays of a ring's events."""
-    fields: Sequence[tuple[str, int]] = load_native().layouts[name]
+    fields = native.layouts[name]
     return np.dtype([(field, "<i8") if count == 1 else (field, "<i8", (count,)) for field, count in fields])
 
 
@@ -72,14 +72,13 @@ def staging_bytes() -> int:
 
 
 class Launcher:
-    """Launches the pieces of one staging ring from C. Needs the native module.
+    """Launches the pieces of one staging ring from C.
 
     driver: `Driver.functions`. filled, emptied: the driver's handles of the events of the ring's places.
     fields: the other fields of the C struct.
     """
 
     def __init__(self, driver: Sequence[int], filled: Sequence[int], emptied: Sequence[int], **fields: int) -> None:
-        self._launch_copy = load_native().launch_copy
         self._ring, self._copy = np.zeros(1, _layout("ring")), np.zeros(1, _layout("copy"))
         ring = self._ring[0]
         for field, value in (*zip(_DRIVER, driver, strict=True), *fields.items()):
@@ -103,7 +102,7 @@ class Launcher:
             *(tables.blocks, tables.meta, tables.host, tables.blocks, tables.upload_bytes),
             *(planes.start, planes.stop, planes.step, runs_in_piece),
         )
-        error = self._launch_copy(*self._arguments)
+        error = native.launch_copy(*self._arguments)
         if error:
             raise RuntimeError(f"the GPU's driver refused a copy: error {error}")
 

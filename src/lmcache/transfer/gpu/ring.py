@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 import triton
 
-from lmcache.compiled import load_native
 from lmcache.errors import LayoutError
 from lmcache.observability.log import init_logger
 from lmcache.transfer.bounds import Blocks, Runs
@@ -197,7 +196,7 @@ class StagingRing:
         source, constants = self._source, self._constants
         plane_words = self._plane_bytes // source.shape.word_bytes
         driver = find_driver(torch.version.hip is not None)
-        if load_native() is None or driver is None or len(self._places) > MAX_PLACES or plane_words == 1:
+        if driver is None or len(self._places) > MAX_PLACES or plane_words == 1:
             return None
         planes = range(0, source.planes, self._planes_in_piece)
         try:
