@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any
 
@@ -17,6 +17,7 @@ import numpy.typing as npt
 from lmcache.compiled import load_native
 from lmcache.errors import LayoutError
 from lmcache.observability.log import init_logger
+from lmcache.runtime import RUNTIME, Runtime
 from lmcache.transfer.bounds import Blocks, Bounds, Runs
 from lmcache.transfer.paged import PagedKV, Plane, plane_span_bytes
 from lmcache.transfer.progress import Progress, planes_in_group
@@ -43,7 +44,7 @@ class CpuCopier:
     bytes_per_second = 6e9
     zeroes_the_rest = False
 
-    def __init__(self, paged: PagedKV, chunk_tokens: int, threads: int = 1) -> None:
+    def __init__(self, paged: PagedKV, chunk_tokens: int, threads: int = 1, runtime: Runtime = RUNTIME) -> None:
         if chunk_tokens < 1:
             raise LayoutError(f"chunk_tokens is {chunk_tokens}; it must be at least 1")
         if threads < 1:
@@ -59,7 +60,7 @@ class CpuCopier:
         if self._native is None:
             _warn_no_native()
             self._views = [_plane_view(paged, plane) for plane in paged.planes]
-        self._pool = ThreadPoolExecutor(threads - 1, "lmcache-copy") if threads > 1 else None
+        self._pool = runtime.pool(threads - 1, "lmcache-copy") if threads > 1 else None
         self._helpers = threads - 1
 
     def gather(self, base: int, blocks: Blocks, runs: Runs, *, arena_bytes: int | None = None) -> None:

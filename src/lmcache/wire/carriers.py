@@ -19,11 +19,13 @@ from lmcache.compiled import load_native
 from lmcache.config.hosts import duplicate, in_url, seconds_left
 from lmcache.errors import ServerUnavailable, WireError
 from lmcache.observability.log import printable
+from lmcache.runtime import RUNTIME
 from lmcache.wire import auth
 from lmcache.wire import messages as m
 from lmcache.wire.frames import FrameReader, frame, peer_of
 from lmcache.wire.received import MONITOR_EVENT, bytes_received
 
+Poll = Callable[[select.epoll, float], list[tuple[int, int]]]
 _LINGER_MILLISECONDS = 300
 """How long ZMQ's own thread tries to deliver the last posted message (a `Bye`) after the socket is closed."""
 _HOLD_MICROSECONDS = 200
@@ -51,10 +53,6 @@ class Carrier(Protocol):
 
     def post(self, request: m.Message) -> None:
         """Send a request without waiting for its answer. The answer is discarded when it arrives."""
-        ...
-
-    def wait_for_end(self, timeout_seconds: float) -> bool:
-        """Return True when the other side has hung up."""
         ...
 
     def close(self) -> None: ...
@@ -120,11 +118,13 @@ class UnixCarrier:
         except (OSError, WireError) as error:
             raise ServerUnavailable(str(error) or type(error).__name__) from error
 
-    def wait_for_end(self, timeout_seconds: float) -> bool:
-        poll = select.poll()
+    def wait_for_end(self, timeout_seconds: float, poll: Poll = RUNTIME.poll) -> bool:
+        """Return True when the other side has hung up. poll: as in `Runtime`, whose clock counts the seconds."""
         try:
-            poll.register(self._socket, select.POLLRDHUP)
-            return bool(poll.poll(timeout_seconds * 1000))
+            # Of the duplicate, since a descriptor that another thread closes leaves the epoll object without an event.
+            with self._socket.dup() as connection, select.epoll() as epoll:
+                epoll.register(connection, select.EPOLLRDHUP)
+                return bool(poll(epoll, timeout_seconds))
         except (OSError, ValueError):
             return True  # another thread has closed the socket
 
@@ -263,10 +263,6 @@ class ZmqCarrier:
         """Whether the handshake of ZMQ has failed. With CURVE on both sides that means that the keys differ."""
         self._read_monitor()
         return self._turned_away
-
-    def wait_for_end(self, timeout_seconds: float) -> bool:
-        time.sleep(timeout_seconds)  # ZMQ does not report the end; the heartbeat of `engine.connection` detects it
-        return False
 
     def trust(self) -> None:
         """Lift the bound on received bytes, because the server is proved or the engine uses it without a proof."""
