@@ -39,24 +39,25 @@ BESIDE = {("cli", "bench"), ("config", "errors"), ("observability", "errors")}
 """On the same floor, and allowed in this direction only."""
 NATIVE_USERS = {"transfer", "cache", "tiers", "wire"}
 """Of `compiled`, which alone imports `_native`."""
-SPEAKS_TO_REAL_PEERS = (
-    "lmcache.config.hosts",
-    "lmcache.wire.",
-    "lmcache.tiers.redis.",
-    "lmcache.server.http",
-    "lmcache.server.loop",
-    "lmcache.server.report",
-)
 REAL_TIME = {
-    "lmcache.config.hosts": "time-outs of connecting to real peers; a name is resolved in a thread since a resolver has none",
-    "lmcache.wire.": "time-outs of sockets, whose other side is real",
-    "lmcache.tiers.redis.": "time-outs of sockets, whose other side is real",
-    "lmcache.server.http": "its thread answers when the loop does not, and its callers are real",
-    "lmcache.memory.arena": "measures how busy the machine is",
-    "lmcache.bench.": "measures real servers",
-    "lmcache.testing.": "threads of tests",
+    "lmcache.runtime": ("time Thread", "it is the clock"),
+    "lmcache.config.hosts": (
+        "time Thread",
+        "connects to real peers; resolvers have no time-out, so a thread waits for them",
+    ),
+    "lmcache.wire.": ("time", "time-outs of sockets, whose other side is real"),
+    "lmcache.tiers.redis.": ("time BoundedSemaphore", "time-outs of sockets, whose other side is real"),
+    "lmcache.server.http": (
+        "asyncio Thread Event",
+        "its thread answers when the loop does not, and its callers are real",
+    ),
+    "lmcache.server.loop": ("result", "the thread of HTTP waits for the loop"),
+    "lmcache.server.report": ("result", "the thread of HTTP waits for tiers to be cleared"),
+    "lmcache.memory.arena": ("time", "measures how busy the machine is"),
+    "lmcache.bench.": ("time", "measures real servers"),
+    "lmcache.testing.": ("Thread result", "the tests of a tier, which do what several servers do"),
 }
-"""Module, or folder with a dot -> why it reads a real clock, waits for real time or makes threads."""
+"""Module, or folder with a dot -> what of real time and threads it uses all the same, and why."""
 NAMES_WITHOUT_FLOOR = {"__version__"}
 
 
@@ -119,25 +120,33 @@ def test_the_heart_is_pure() -> None:
 
 
 def test_one_module_reads_the_clock_and_makes_threads() -> None:
-    """All others take a `Runtime` as an argument, so that servers and engines can run by a made-up clock."""
-    banned = {"time", "datetime", "sched", "concurrent.futures.thread"}
-    made = {"Thread", "Timer", "ThreadPoolExecutor", "ProcessPoolExecutor"}
-    made |= {"Event", "Condition", "Semaphore", "BoundedSemaphore"}  # which can wait for real time
-    found = {}
+    """All others take a `Runtime` as an argument, so that servers and engines can run by a made-up clock (`test_simulation`)."""
+    found: dict[str, set[str]] = {}
     for path in files():
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-        imported |= {
-            node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and not node.level
-        }
-        called = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
-        threads = {name for name in called if name.removeprefix("threading.") in made}
         module = ".".join(("lmcache", *path.relative_to(PACKAGE).with_suffix("").parts))
-        if imported & banned or threads:
-            found[module] = imported & banned | threads
-    allowed = {"lmcache.runtime": "it is that module", **REAL_TIME}
-    assert {name: what for name, what in found.items() if not name.startswith(tuple(allowed))} == {}
-    assert [name for name in allowed if not any(one.startswith(name) for one in found)] == []
+        for place in [place for place in REAL_TIME if module.startswith(place)] or [module]:
+            found.setdefault(place, set()).update(real_time_of(path))
+    assert {place: used for place, used in found.items() if used} == {
+        place: set(uses.split()) for place, (uses, _) in REAL_TIME.items()
+    }
+
+
+def real_time_of(path: Path) -> Iterator[str]:
+    """What a file imports or calls that reads a clock of the operating system, makes threads, or can wait for real time."""
+    threads = {"Thread", "Timer", "Event", "Condition", "Semaphore", "BoundedSemaphore"}
+    pools, clocks = {"ThreadPoolExecutor", "ProcessPoolExecutor"}, {"datetime.now", "datetime.utcnow"}
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from {alias.name for alias in node.names} & {"asyncio", "sched", "selectors", "time"}
+        elif isinstance(node, ast.ImportFrom):
+            yield from {node.module or ""} & {"time"}
+            yield from {alias.name for alias in node.names if node.module == "threading"} & threads
+        elif isinstance(node, ast.Call):
+            name = ast.unparse(node.func)
+            yield from {name.removeprefix("threading.")} & threads if name.startswith("threading.") else {name} & pools
+            yield from {".".join(name.split(".")[-2:])} & clocks
+            if name.endswith(".result") and node.args:
+                yield "result"
 
 
 def test_every_folder_says_what_lives_there() -> None:
