@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import select
+import socket
 import threading
 import time
 from collections import deque
@@ -63,6 +64,7 @@ class MadeUpTime:
             event=lambda: _Event(self),
             condition=lambda lock: _Condition(self, lock),
             poll=self._poll,
+            hung_up=self._hung_up,
             start=self._start,
             pool=lambda threads, name: _Pool(self, threads, name),
         )
@@ -160,6 +162,15 @@ class MadeUpTime:
         finally:
             epoll.unregister(waiter.alarm)
             os.close(waiter.alarm)
+
+    def _hung_up(self, connection: socket.socket, seconds: float) -> bool:
+        try:
+            # Of a duplicate: a descriptor that another thread closes leaves the epoll object without an event.
+            with connection.dup() as own, select.epoll() as epoll:
+                epoll.register(own, select.EPOLLRDHUP)
+                return bool(self._poll(epoll, seconds))
+        except OSError:
+            return True
 
     def _start(self, run: Callable[[], object], name: str) -> threading.Thread:
         def counted() -> None:

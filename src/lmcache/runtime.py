@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import select
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -29,6 +30,15 @@ def _start_thread(run: Callable[[], object], name: str) -> threading.Thread:
     thread = threading.Thread(target=run, name=name, daemon=True)
     thread.start()
     return thread
+
+
+def _hung_up(connection: socket.socket, seconds: float) -> bool:
+    poll = select.poll()
+    try:
+        poll.register(connection, select.POLLRDHUP)
+        return bool(poll.poll(seconds * 1000))
+    except (OSError, ValueError):
+        return True  # another thread has closed the socket
 
 
 class Pool(ThreadPoolExecutor):
@@ -55,22 +65,25 @@ class Pool(ThreadPoolExecutor):
 
 @dataclass(frozen=True)
 class Runtime:
-    """A clock, and the ways to wait and to start threads.
-
-    now: returns the seconds of a clock that never goes back. wall: returns the seconds since the epoch, as in file times.
-    sleep: waits for some seconds. event, condition: make objects whose timed waits take seconds of this clock; `condition` takes
-    the lock. poll: waits for events of an epoll object for some seconds. start: runs a function in a daemon thread of the given
-    name. pool: makes an executor of at most so many threads, whose names begin with the given text.
-    """
+    """A clock, and the ways to wait and to start threads."""
 
     now: Callable[[], float] = time.monotonic
+    """Returns the seconds of a clock that never goes back."""
     wall: Callable[[], float] = time.time
+    """Returns the seconds since the epoch, as in file times."""
     sleep: Callable[[float], None] = time.sleep
     event: Callable[[], threading.Event] = threading.Event
+    """Makes an event whose timed waits count the seconds of this clock."""
     condition: Callable[[threading.Lock], threading.Condition] = threading.Condition
+    """Makes a condition of this lock, whose timed waits count the seconds of this clock."""
     poll: Callable[[select.epoll, float], list[tuple[int, int]]] = select.epoll.poll
+    """Waits for events for some seconds; returns (descriptor, events) of each."""
+    hung_up: Callable[[socket.socket, float], bool] = _hung_up
+    """Waits for some seconds until the other side of a connection hangs up; returns whether it has."""
     start: Callable[[Callable[[], object], str], threading.Thread] = _start_thread
+    """Runs a function in a daemon thread of the given name."""
     pool: Callable[[int, str], Executor] = Pool
+    """Makes an executor of at most so many threads, whose names begin with the given text."""
 
 
 RUNTIME = Runtime()

@@ -141,7 +141,7 @@ class Connection:
         on_gone: Callable[[], None] = lambda: None,
         runtime: Runtime = RUNTIME,
     ) -> None:
-        self.endpoint, self._now, self._poll = endpoint, runtime.now, runtime.poll
+        self.endpoint, self._now, self._runtime = endpoint, runtime.now, runtime
         self._on_gone = on_gone
         self._ended_at = math.inf
         """When the server closed the connection. A server does so when it ends, and not while it is frozen."""
@@ -301,7 +301,7 @@ class Connection:
                     self.call(m.Ping(), m.Ok)
             except LMCacheError as error:
                 logger.debug("A heartbeat failed: %s", error)
-        elif carrier.wait_for_end(min(_LOOK_SECONDS, self._renewal_seconds), self._poll) and not self._closed:
+        elif carrier.wait_for_end(min(_LOOK_SECONDS, self._renewal_seconds), self._runtime) and not self._closed:
             with self._lock:
                 if self._carrier is carrier:
                     self._give_up("it has hung up")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import select
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -19,13 +18,12 @@ from lmcache.compiled import load_native
 from lmcache.config.hosts import duplicate, in_url, seconds_left
 from lmcache.errors import ServerUnavailable, WireError
 from lmcache.observability.log import printable
-from lmcache.runtime import RUNTIME
+from lmcache.runtime import RUNTIME, Runtime
 from lmcache.wire import auth
 from lmcache.wire import messages as m
 from lmcache.wire.frames import FrameReader, frame, peer_of
 from lmcache.wire.received import MONITOR_EVENT, bytes_received
 
-Poll = Callable[[select.epoll, float], list[tuple[int, int]]]
 _LINGER_MILLISECONDS = 300
 """How long ZMQ's own thread tries to deliver the last posted message (a `Bye`) after the socket is closed."""
 _HOLD_MICROSECONDS = 200
@@ -118,15 +116,9 @@ class UnixCarrier:
         except (OSError, WireError) as error:
             raise ServerUnavailable(str(error) or type(error).__name__) from error
 
-    def wait_for_end(self, timeout_seconds: float, poll: Poll = RUNTIME.poll) -> bool:
-        """Return True when the other side has hung up. poll: as in `Runtime`, whose clock counts the seconds."""
-        try:
-            # Of the duplicate, since a descriptor that another thread closes leaves the epoll object without an event.
-            with self._socket.dup() as connection, select.epoll() as epoll:
-                epoll.register(connection, select.EPOLLRDHUP)
-                return bool(poll(epoll, timeout_seconds))
-        except (OSError, ValueError):
-            return True  # another thread has closed the socket
+    def wait_for_end(self, timeout_seconds: float, runtime: Runtime = RUNTIME) -> bool:
+        """Return True when the other side has hung up, or another thread has closed the socket. runtime: counts the seconds."""
+        return runtime.hung_up(self._socket, timeout_seconds)
 
     def close(self) -> None:
         try:
