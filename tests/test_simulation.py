@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
+import socket
 import sys
 import threading
 import time
@@ -110,9 +112,13 @@ class World:
         assert engine.wait_connected(10.0)
         return engine
 
-    def status(self) -> Any:
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.http_port}/status", timeout=PATIENCE) as answer:
+    def get(self, path: str, method: str = "GET") -> Any:
+        request = urllib.request.Request(f"http://127.0.0.1:{self.http_port}{path}", method=method)
+        with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
             return json.load(answer)
+
+    def status(self) -> Any:
+        return self.get("/status")
 
     def tier(self, name: str) -> Any:
         return next(one for one in self.status()["tiers"] if one["name"] == name)
@@ -175,6 +181,13 @@ def no_real_time(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
                 object.__setattr__(RUNTIME, name, call)
 
 
+def has_ended(connection: socket.socket) -> bool:
+    """Whether the other side has closed it; what it has sent before is left out of account."""
+    poll = select.poll()
+    poll.register(connection, select.POLLRDHUP)
+    return bool(poll.poll(0))
+
+
 def test_a_server_its_tiers_and_two_engines_live_by_a_made_up_clock(world: World) -> None:
     began = time.perf_counter()
     prompt, one, two = list(range(10 * CHUNK)), world.engine(), world.engine()
@@ -194,13 +207,22 @@ def test_a_server_its_tiers_and_two_engines_live_by_a_made_up_clock(world: World
     raw = Raw(world, "silent", shard_bytes=4096)  # type: ignore[arg-type]
     raw.store(b"c" * 16)
     assert raw.ask(m.Lookup(raw.space, b"c" * 16)).lease
-    world.time.advance(29.75)
+    silent = [socket.socket(socket.AF_UNIX), socket.create_connection(("127.0.0.1", world.port))]
+    silent[0].connect(world.socket_path())
+    assert silent[1].recv(1)  # ZMQ has accepted it
+    world.time.advance(9.75)
+    assert not any(map(has_ended, silent))
+    world.time.advance(0.5)
+    assert all(map(has_ended, silent)), "connections that say nothing are closed after 10 seconds"
+    world.time.advance(19.5)
     assert not world.status()["arena"]["quarantined_bytes"]
     world.time.advance(0.5)
     status = world.status()
     assert status["arena"]["quarantined_bytes"] == 4096 and status["counters"]["expired_chunks_total"] == 1
     assert status["counters"]["renewed_leases_total"] == 3
     two.cache._scheduler.release(hit)
+    for connection in silent:
+        connection.close()
     raw.close()
 
     # A tier that fails is probed after pauses of 1, 2, 4 ... seconds, and serves again at the first probe after it was mended.
@@ -211,6 +233,11 @@ def test_a_server_its_tiers_and_two_engines_live_by_a_made_up_clock(world: World
     assert world.tier("failing")["state"] == "failing"
     world.time.advance(0.5)
     assert world.tier("failing")["state"] == "serving"
+
+    # What L1 has lost comes back from the shared directory.
+    assert world.get("/clear-cache", "POST")["status"] == "ok"
+    assert one.generate(prompt).hit_tokens == 10 * CHUNK - 1
+    assert world.status()["counters"]['tier_loaded_shards_total{tier="dir"}'] == 10
 
     # What other machines write to the shared directory is found by the next count, and what exceeds the cap is removed.
     assert world.tier("dir")["shards"] == 11
