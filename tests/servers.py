@@ -26,6 +26,7 @@ import zmq
 from lmcache.cache import L1
 from lmcache.chunks import Layout
 from lmcache.memory.arena import Arena
+from lmcache.runtime import RUNTIME, Runtime
 from lmcache.server.loop import Loop
 from lmcache.server.service import Service
 from lmcache.server.unix_endpoint import UnixEndpoint
@@ -214,13 +215,17 @@ class Server(Process):
 
 @contextlib.contextmanager
 def server_parts(
-    folders: Callable[[str], Path], l1_bytes: int, key: Path | None = None, open_door: bool = True
+    folders: Callable[[str], Path],
+    l1_bytes: int,
+    key: Path | None = None,
+    open_door: bool = True,
+    runtime: Runtime = RUNTIME,
 ) -> Iterator[tuple[Service, int]]:
     """A server's parts in this process, in a running loop and without prefaulting: its service, and the port of its ZMQ face.
 
     open_door: nobody needs a proof.
     """
-    loop, arena, folder = Loop(), Arena(folders("/dev/shm"), l1_bytes), folders("/tmp")
+    loop, arena, folder = Loop(runtime), Arena(folders("/dev/shm"), l1_bytes), folders("/tmp")
     workers = ThreadPoolExecutor(1)
     service = Service(loop, L1(arena), 16, workers)
     unix = UnixEndpoint(loop, service, listen_unix(folder / "socket"), folder / "socket")

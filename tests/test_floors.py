@@ -28,6 +28,7 @@ FLOORS = {
     "observability": 0,
     "config": 0,
     "errors": 0,
+    "runtime": 0,
     "compiled": 0,
     "utils": 10,
     "__init__": 8,
@@ -38,6 +39,25 @@ BESIDE = {("cli", "bench"), ("config", "errors"), ("observability", "errors")}
 """On the same floor, and allowed in this direction only."""
 NATIVE_USERS = {"transfer", "cache", "tiers", "wire"}
 """Of `compiled`, which alone imports `_native`."""
+REAL_TIME = {
+    "lmcache.runtime": ("time Thread", "it is the clock"),
+    "lmcache.config.hosts": (
+        "time Thread",
+        "connects to real peers; resolvers have no time-out, so a thread waits for them",
+    ),
+    "lmcache.wire.": ("time", "time-outs of sockets, whose other side is real"),
+    "lmcache.tiers.redis.": ("time BoundedSemaphore", "time-outs of sockets, whose other side is real"),
+    "lmcache.server.http": (
+        "asyncio Thread Event",
+        "its thread answers when the loop does not, and its callers are real",
+    ),
+    "lmcache.server.loop": ("result", "the thread of HTTP waits for the loop"),
+    "lmcache.server.report": ("result", "the thread of HTTP waits for tiers to be cleared"),
+    "lmcache.memory.arena": ("time", "measures how busy the machine is"),
+    "lmcache.bench.": ("time", "measures real servers"),
+    "lmcache.testing.": ("Thread result", "the tests of a tier, which do what several servers do"),
+}
+"""Module, or folder with a dot -> what of real time and threads it uses all the same, and why."""
 NAMES_WITHOUT_FLOOR = {"__version__"}
 
 
@@ -99,37 +119,34 @@ def test_the_heart_is_pure() -> None:
             assert not banned & {name.split(".")[0] for name in names}, f"{path.name}:{node.lineno} imports {names}"
 
 
-def test_one_place_gives_the_engines_side_its_time_and_its_threads() -> None:
-    """Only `engine/runtime.py` reads a clock, sleeps or starts a thread; the NumPy engine is an engine and times itself."""
-    for folder in ("engine", "integration"):
-        for path in (PACKAGE / folder).rglob("*.py"):
-            if path.name == "runtime.py" or "numpy" in path.parts:
-                continue
-            tree = ast.parse(path.read_text(encoding="utf-8"))
-            names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-            names |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-            made = {
-                node.attr
-                for node in ast.walk(tree)
-                if isinstance(node, ast.Call)
-                for node in [node.func]
-                if isinstance(node, ast.Attribute)
-            }
-            assert not names & {"time", "datetime", "concurrent.futures.thread"}, path
-            assert not made & {"Thread", "Timer", "ThreadPoolExecutor"}, path
+def test_one_module_reads_the_clock_and_makes_threads() -> None:
+    """All others take a `Runtime` as an argument, so that servers and engines can run by a made-up clock (`test_simulation`)."""
+    found: dict[str, set[str]] = {}
+    for path in files():
+        module = ".".join(("lmcache", *path.relative_to(PACKAGE).with_suffix("").parts))
+        for place in [place for place in REAL_TIME if module.startswith(place)] or [module]:
+            found.setdefault(place, set()).update(real_time_of(path))
+    assert {place: used for place, used in found.items() if used} == {
+        place: set(uses.split()) for place, (uses, _) in REAL_TIME.items()
+    }
 
 
-def test_the_loop_makes_the_servers_threads_and_tells_its_tiers_the_time() -> None:
-    """HTTP has a thread of its own, which answers when the loop does not."""
-    for path in (PACKAGE / "server").rglob("*.py"):
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        called = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
-        made = {name for name in called if name.rpartition(".")[2] in ("Thread", "ThreadPoolExecutor", "Timer")}
-        assert not made or path.name in ("loop.py", "http.py"), (
-            f"{path.name} calls {made}: ask the loop for an executor"
-        )
-        imported = {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
-        assert not (path.name.startswith("tier") and "time" in imported), f"{path.name}: ask the loop for the time"
+def real_time_of(path: Path) -> Iterator[str]:
+    """What a file imports or calls that reads a clock of the operating system, makes threads, or can wait for real time."""
+    threads = {"Thread", "Timer", "Event", "Condition", "Semaphore", "BoundedSemaphore"}
+    pools, clocks = {"ThreadPoolExecutor", "ProcessPoolExecutor"}, {"datetime.now", "datetime.utcnow"}
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from {alias.name for alias in node.names} & {"asyncio", "sched", "selectors", "time"}
+        elif isinstance(node, ast.ImportFrom):
+            yield from {node.module or ""} & {"time"}
+            yield from {alias.name for alias in node.names if node.module == "threading"} & threads
+        elif isinstance(node, ast.Call):
+            name = ast.unparse(node.func)
+            yield from {name.removeprefix("threading.")} & threads if name.startswith("threading.") else {name} & pools
+            yield from {".".join(name.split(".")[-2:])} & clocks
+            if name.endswith(".result") and node.args:
+                yield "result"
 
 
 def test_every_folder_says_what_lives_there() -> None:

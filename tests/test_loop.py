@@ -7,13 +7,14 @@ import threading
 
 import pytest
 
+from lmcache.runtime import Runtime
 from lmcache.server.loop import Loop
 from servers import PATIENCE, eventually
 
 
 def test_it_runs_until_something_is_done_or_its_clock_says_that_the_time_is_over() -> None:
     time = 100.0
-    loop, done, ticks = Loop(lambda: time), list[int](), list[int]()
+    loop, done, ticks = Loop(Runtime(now=lambda: time)), list[int](), list[int]()
     loop.on_tick.append(lambda: ticks.append(1))
 
     def pass_time() -> None:

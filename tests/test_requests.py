@@ -15,7 +15,7 @@ from lmcache.chunks import HASH_BYTES
 from lmcache.engine import Copies, Copy, Hit, Loading, Request, Requests
 from lmcache.engine.embedded import wait_connected
 from lmcache.engine.requests import HIT_SECONDS, MISS_SECONDS
-from lmcache.engine.runtime import RUNTIME, Runtime
+from lmcache.runtime import RUNTIME, Runtime
 from servers import Server, eventually
 from test_engine import prompt
 

@@ -28,7 +28,7 @@ from lmcache.config import ServerConfig
 from lmcache.engine.connection import Endpoint
 from lmcache.engine.scheduler import SchedulerSession
 from lmcache.memory.arena import Arena
-from lmcache.observability.log import Seldom
+from lmcache.runtime import Runtime
 from lmcache.server import unix_endpoint
 from lmcache.server.http import HttpEndpoint
 from lmcache.server.loop import Loop
@@ -517,27 +517,26 @@ def test_a_session_that_comes_back_again_and_again_takes_one_place(small, monkey
         client.connect()
 
 
-def test_a_flood_of_malformed_messages_is_counted_and_hardly_logged(small, monkeypatch, caplog):
+def test_a_flood_of_malformed_messages_is_counted_and_hardly_logged(folders, caplog):
     clock = [100.0]
-    monkeypatch.setattr(unix_endpoint, "_malformed", Seldom(unix_endpoint.logger, 10.0, lambda: clock[0]))
-    service, path = small
-    client = Client(path)
-    sock, reader = client.carrier._socket, FrameReader(m.MAX_MESSAGE_BYTES)
-    sock.settimeout(PATIENCE)
+    with server_parts(folders, 8 << 20, runtime=Runtime(now=lambda: clock[0])) as (service, _):
+        client = Client(Path(service.sessions.socket_path))
+        sock, reader = client.carrier._socket, FrameReader(m.MAX_MESSAGE_BYTES)
+        sock.settimeout(PATIENCE)
 
-    def send(count: int) -> list[str]:
-        caplog.clear()
-        sock.sendall(frame(b"\xc1") * count)
-        answers = 0
-        while answers < count:
-            answers += len(reader.feed(sock.recv(1 << 16)))
-        return [one.getMessage() for one in caplog.records if "malformed" in one.getMessage()]
+        def send(count: int) -> list[str]:
+            caplog.clear()
+            sock.sendall(frame(b"\xc1") * count)
+            answers = 0
+            while answers < count:
+                answers += len(reader.feed(sock.recv(1 << 16)))
+            return [one.getMessage() for one in caplog.records if "malformed" in one.getMessage()]
 
-    assert len(send(1000)) == 1
-    clock[0] += 10.0
-    (line,) = send(1)
-    assert "999 more such lines were left out" in line
-    assert service.counters["malformed_messages"] == 1001
+        assert len(send(1000)) == 1
+        clock[0] += 10.0
+        (line,) = send(1)
+        assert "999 more such lines were left out" in line
+        assert service.counters["malformed_messages"] == 1001
 
 
 def test_a_layout_whose_name_is_a_book_is_refused(small):

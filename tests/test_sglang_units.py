@@ -20,7 +20,6 @@ from hashing import Turns
 from lmcache.config.engine import FILE_VARIABLE
 from lmcache.engine import Loading, connection
 from lmcache.engine.agreement import Agreement
-from lmcache.engine.runtime import RUNTIME
 from lmcache.errors import ConfigError, LayoutError
 from lmcache.integration.sglang import model as model_of_sglang
 from lmcache.integration.sglang import unified_lmcache_mp_connector as unified
@@ -31,6 +30,7 @@ from lmcache.integration.sglang.ranks import block_table
 from lmcache.integration.sglang.settings import read_settings
 from lmcache.integration.sglang.sglang_adapter import LMCacheLayerwiseConnector, LoadMetadata, StoreMetadata
 from lmcache.integration.sglang.utils import lmcache_get_config
+from lmcache.runtime import RUNTIME
 from lmcache.transfer.progress import Progress
 from servers import PATIENCE, Server, eventually
 from sglang_pool import HEADS, VOCABULARY, MHATokenToKVPool, MLATokenToKVPool, ModelConfig, SGLang

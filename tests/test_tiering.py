@@ -21,6 +21,7 @@ from lmcache.cache import L1, SERVER
 from lmcache.errors import ConfigError
 from lmcache.memory.arena import Arena
 from lmcache.memory.slabs import NO_EXTENT
+from lmcache.runtime import Runtime
 from lmcache.server.loop import Loop
 from lmcache.server.tiering import Tiering
 from lmcache.tiers import (
@@ -130,7 +131,7 @@ class Rig:
         clock: Callable[[], float] = time.monotonic,
         **more: Any,
     ) -> None:
-        self.loop, self.folder = Loop(clock), tempfile.TemporaryDirectory(dir="/dev/shm")
+        self.loop, self.folder = Loop(Runtime(now=clock)), tempfile.TemporaryDirectory(dir="/dev/shm")
         self.l1 = L1(Arena(Path(self.folder.name), sectors * SECTOR))
         options = {
             "chunk_tokens": 16,

@@ -14,6 +14,7 @@ from lmcache.chunks import Layout, shard_of_rank
 from lmcache.engine import Copies, Copy, Request, Requests, SchedulerSession, StorePlan, WorkerSession
 from lmcache.engine.connection import Endpoint, server_address
 from lmcache.engine.embedded import wait_connected
+from lmcache.runtime import RUNTIME, Runtime
 
 
 @dataclass
@@ -42,6 +43,7 @@ class CacheConnection:
         ranks: Sequence[RankKV],
         deadline_seconds: float = 2.0,
         transfer_mode: str = "auto",
+        runtime: Runtime = RUNTIME,
     ) -> None:
         def layout_for(chunk_tokens: int) -> Layout:
             return layout_of(model, chunk_tokens)
@@ -56,13 +58,14 @@ class CacheConnection:
             transfer_mode=transfer_mode,
         )
         count = len(ranks)
-        self._scheduler = SchedulerSession(scheduler, layout_for, count)
+        self._scheduler = SchedulerSession(scheduler, layout_for, count, runtime=runtime)
         self._workers = [
             WorkerSession(
                 replace(scheduler, role="worker", rank=rank),
                 layout_for,
                 shard_of_rank(layout_for(1), rank, count, 0, model.layers),
                 kv.describe(),
+                runtime=runtime,
             )
             for rank, kv in enumerate(ranks)
         ]

@@ -13,6 +13,7 @@ from demo.numpy_engine.cached import CacheConnection, Prompt
 from demo.numpy_engine.model import Context, Floats, Model, ModelConfig
 from demo.numpy_engine.paged import BlockPool, OutOfBlocks, RankKV
 from lmcache.engine import Copy
+from lmcache.runtime import RUNTIME, Runtime
 
 
 class UnfilledKV(Exception):
@@ -68,6 +69,7 @@ class Engine:
         instance_id: str = "",
         deadline_seconds: float = 2.0,
         transfer_mode: str = "auto",
+        runtime: Runtime = RUNTIME,
     ) -> None:
         self.config = config = config or EngineConfig()
         if config.model.kv_heads % config.ranks:
@@ -83,7 +85,7 @@ class Engine:
         self.cache: CacheConnection | None = None
         if address is not None:
             self.cache = CacheConnection(
-                address, self.instance_id, config.model, self.ranks, deadline_seconds, transfer_mode
+                address, self.instance_id, config.model, self.ranks, deadline_seconds, transfer_mode, runtime
             )
         self._requests = 0
         self._held: list[tuple[list[int], list[Copy]]] = []

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import threading
-
-from lmcache.engine.runtime import Runtime
 from lmcache.memory.arena import Mapping, populate_all
+from lmcache.runtime import Runtime
 from lmcache.transfer.copier import Copier
 from lmcache.wire import messages as m
 
@@ -19,7 +17,7 @@ class ArenaAccess:
         if self.mapping is None:
             return
         # Fill this process's page table ahead of use: a store into populated memory runs at twice the speed.
-        mapping, self._stop = self.mapping, threading.Event()
+        mapping, self._stop = self.mapping, runtime.event()
         self._populating = runtime.start(lambda: populate_all(mapping, self._stop), "lmcache-map")
         copier.adopt(self.mapping.address, self.mapping.size_bytes)
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lmcache.engine.identity import Identity, Mark, marks_of, path_identity, unchanged
-from lmcache.engine.runtime import RUNTIME
 from lmcache.errors import IdentityUnknown, LayoutError
 from lmcache.observability.log import init_logger
+from lmcache.runtime import RUNTIME, Runtime
 
 logger = init_logger(__name__)
 
@@ -28,8 +28,8 @@ class AdapterFiles:
     path later requests give with that number. The first request with a number has the adapter's files hashed; later requests only
     check whether the files have changed."""
 
-    def __init__(self) -> None:
-        self._since = RUNTIME.wall()
+    def __init__(self, runtime: Runtime = RUNTIME) -> None:
+        self._runtime, self._since = runtime, runtime.wall()
         """A time before any adapter was loaded, in seconds since the epoch."""
         self._known: dict[Hashable, _Adapter | None] = {}
         """The adapters by number; None where it is unknown which weights the engine has loaded under the number."""
@@ -38,7 +38,7 @@ class AdapterFiles:
         """Return the content name of the adapter that is loaded under a number; None if it is unknown, or while the files are
         hashed. variant: how the engine reads the files. name: the adapter's name, for the log."""
         if number not in self._known:
-            self._known[number] = _look_through(path, variant, self._since)
+            self._known[number] = _look_through(path, variant, self._since, self._runtime)
         adapter = self._known[number]
         if adapter is None:
             return None
@@ -58,7 +58,7 @@ class AdapterFiles:
             return None
 
 
-def _look_through(path: str, variant: str, unchanged_since: float) -> _Adapter | None:
+def _look_through(path: str, variant: str, unchanged_since: float, runtime: Runtime) -> _Adapter | None:
     """Return the adapter in a directory, or None if this process cannot read the directory.
 
     Return None too if a file is newer than `unchanged_since`, a time before this engine loaded any adapter: the engine may have
@@ -71,6 +71,7 @@ def _look_through(path: str, variant: str, unchanged_since: float) -> _Adapter |
             "load the adapter from another directory",
             unchanged_since,
             "requests with this adapter are not cached",
+            runtime,
         )
     except (LayoutError, OSError) as error:
         logger.info("Requests with the adapter %r are not cached: %s", path, error)

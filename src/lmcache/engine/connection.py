@@ -19,9 +19,9 @@ from lmcache import __version__
 from lmcache.config.hosts import connect, in_url
 from lmcache.config.options import switch
 from lmcache.engine.proofs import prove
-from lmcache.engine.runtime import RUNTIME, Runtime
 from lmcache.errors import IdentityUnknown, LMCacheError, ServerRefused, ServerUnavailable
 from lmcache.observability.log import init_logger, printable
+from lmcache.runtime import RUNTIME, Runtime
 from lmcache.wire import messages as m
 from lmcache.wire.carriers import Carrier, UnixCarrier, ZmqCarrier
 from lmcache.wire.knock import knock
@@ -141,7 +141,7 @@ class Connection:
         on_gone: Callable[[], None] = lambda: None,
         runtime: Runtime = RUNTIME,
     ) -> None:
-        self.endpoint, self._now = endpoint, runtime.now
+        self.endpoint, self._now, self._runtime = endpoint, runtime.now, runtime
         self._on_gone = on_gone
         self._ended_at = math.inf
         """When the server closed the connection. A server does so when it ends, and not while it is frozen."""
@@ -151,9 +151,9 @@ class Connection:
         self._carrier: Carrier | None = None
         self._lock = threading.Lock()
         self._closed, self._goodbye = False, True
-        self._wake = threading.Event()
-        self._connected = threading.Event()
-        self._settled = threading.Event()
+        self._wake = runtime.event()
+        self._connected = runtime.event()
+        self._settled = runtime.event()
         """There is a connection, or the last attempt has found no server, or none that can serve this engine."""
         self._welcomed = False
         """A server has answered the hello, and `on_welcome` has not returned yet."""
@@ -293,7 +293,7 @@ class Connection:
 
     def _watch(self, carrier: Carrier) -> None:
         """Wait until the connection ends, or a heartbeat or a renewal is due, and send what is due."""
-        if self._payload:
+        if not isinstance(carrier, UnixCarrier):  # ZMQ does not report the end of a connection
             self._wake.wait(min(self.endpoint.heartbeat_seconds, self._renewal_seconds))
             self._wake.clear()
             try:
@@ -301,7 +301,7 @@ class Connection:
                     self.call(m.Ping(), m.Ok)
             except LMCacheError as error:
                 logger.debug("A heartbeat failed: %s", error)
-        elif carrier.wait_for_end(min(_LOOK_SECONDS, self._renewal_seconds)) and not self._closed:
+        elif carrier.wait_for_end(min(_LOOK_SECONDS, self._renewal_seconds), self._runtime) and not self._closed:
             with self._lock:
                 if self._carrier is carrier:
                     self._give_up("it has hung up")

@@ -20,9 +20,9 @@ from typing import Annotated, NamedTuple
 import msgspec
 from blake3 import blake3
 
-from lmcache.engine.runtime import RUNTIME
 from lmcache.errors import LayoutError
 from lmcache.observability.log import init_logger
+from lmcache.runtime import RUNTIME, Runtime
 
 logger = init_logger(__name__)
 
@@ -94,8 +94,8 @@ def digest_file(path: Path, stamp: Stamp) -> str:
 class DigestMemory:
     """Digests of files, kept in one file of a folder for all processes of a user. No method raises."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder, self._file = folder, folder / "digests"
+    def __init__(self, folder: Path, runtime: Runtime = RUNTIME) -> None:
+        self._folder, self._file, self._runtime = folder, folder / "digests", runtime
 
     def find(self, stamps: Iterable[Stamp]) -> dict[Stamp, str]:
         """Return the kept digests of the files with these stamps."""
@@ -155,7 +155,7 @@ class DigestMemory:
         try:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             descriptor = os.open(self._folder / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            _lock(descriptor, self._folder / name)
+            _lock(descriptor, self._folder / name, self._runtime)
         except OSError as error:
             logger.debug("No lock %s in %s: %s", name, self._folder, error)
         try:
@@ -166,10 +166,10 @@ class DigestMemory:
                 os.close(descriptor)
 
 
-def _lock(descriptor: int, path: Path) -> None:
-    deadline = RUNTIME.now() + _PATIENCE_SECONDS
+def _lock(descriptor: int, path: Path, runtime: Runtime) -> None:
+    deadline = runtime.now() + _PATIENCE_SECONDS
     while not _try_lock(descriptor):
-        if RUNTIME.now() >= deadline:
+        if runtime.now() >= deadline:
             logger.warning(
                 "Another process of this user has kept %s locked for %.0f s and is waited for no longer: this process "
                 "hashes the weights too. If the other process hangs, end it (`fuser -v %s` names it)",
@@ -178,7 +178,7 @@ def _lock(descriptor: int, path: Path) -> None:
                 path,
             )
             return
-        RUNTIME.sleep(_LOOK_SECONDS)
+        runtime.sleep(_LOOK_SECONDS)
 
 
 def _try_lock(descriptor: int) -> bool:

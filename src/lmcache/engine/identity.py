@@ -25,9 +25,9 @@ from blake3 import blake3
 
 from lmcache.chunks import Layout
 from lmcache.engine.digests import DigestMemory, Stamp, be_nice, digest_file, stamp_of
-from lmcache.engine.runtime import RUNTIME, process_started
 from lmcache.errors import IdentityUnknown, LayoutError
 from lmcache.observability.log import init_logger
+from lmcache.runtime import RUNTIME, Runtime, process_started
 
 logger = init_logger(__name__)
 
@@ -72,16 +72,17 @@ class Finding:
         size_bytes: int,
         meanwhile: str = MEANWHILE,
         unwanted: threading.Event | None = None,
+        runtime: Runtime = RUNTIME,
     ) -> None:
         self.name = self.failure = ""
-        self._unwanted = unwanted or threading.Event()
+        self._unwanted, self._now = unwanted or runtime.event(), runtime.now
         self._thread: threading.Thread | None = None
         self._what, self._remedy, self._find, self._gigabytes = what, remedy, find, size_bytes / 1e9
         if size_bytes <= _AT_ONCE_BYTES:
             self.name = self._found()
         else:
             logger.info("Hashing %.1f GB of %s: %s until it is done", self._gigabytes, what, meanwhile)
-            self._thread = RUNTIME.start(self._run, "lmcache-identity")
+            self._thread = runtime.start(self._run, "lmcache-identity")
 
     def give_up(self) -> None:
         """Cancel `find`, and return when it has ended."""
@@ -97,7 +98,7 @@ class Finding:
 
     def _run(self) -> None:
         be_nice()
-        began = RUNTIME.now()
+        began = self._now()
         try:
             self.name = self._found()
         except LayoutError as error:
@@ -105,7 +106,7 @@ class Finding:
             if not self._unwanted.is_set():
                 logger.warning("LMCache serves nothing of %s: %s", self._what, self.failure)
         else:
-            seconds = RUNTIME.now() - began
+            seconds = self._now() - began
             logger.info("Hashed %.1f GB of %s in %.1f s: LMCache serves it now", self._gigabytes, self._what, seconds)
 
 
@@ -156,7 +157,11 @@ def named(name: str) -> Identity:
 
 
 def path_identity(
-    name: str, remedy: str = REMEDY, unchanged_since: float | None = None, meanwhile: str = MEANWHILE
+    name: str,
+    remedy: str = REMEDY,
+    unchanged_since: float | None = None,
+    meanwhile: str = MEANWHILE,
+    runtime: Runtime = RUNTIME,
 ) -> Identity | None:
     """Return the identity of a local directory or file, or None if it does not exist.
 
@@ -183,7 +188,7 @@ def path_identity(
                 f"{str(step)!r} has changed since the engine may have read it, so it is not known which weights it serves; "
                 f"start the engine in a new process, or {remedy}"
             )
-    return Identity((_finding(path, files, remedy, meanwhile),))
+    return Identity((_finding(path, files, remedy, meanwhile, runtime),))
 
 
 def marks_of(path: Path) -> tuple[Mark, ...]:
@@ -312,25 +317,26 @@ def _newer(step: Path, whole: bool, limit: float) -> bool:
 
 
 @functools.lru_cache(maxsize=64)
-def _finding(path: Path, files: _Files, remedy: str, meanwhile: str) -> Finding:
+def _finding(path: Path, files: _Files, remedy: str, meanwhile: str, runtime: Runtime) -> Finding:
     """Return one `Finding` for all callers in this process."""
-    size, remedy = _missing_bytes(files, _remembered(files)), f"start the engine in a new process, or {remedy}"
-    return Finding(repr(str(path)), remedy, lambda: _files_name(path, files), size, meanwhile)
+    memory = _memory(runtime)
+    size, remedy = _missing_bytes(files, _remembered(files, memory)), f"start the engine in a new process, or {remedy}"
+    return Finding(repr(str(path)), remedy, lambda: _files_name(path, files, memory), size, meanwhile, runtime=runtime)
 
 
 os.register_at_fork(after_in_child=_finding.cache_clear)  # a forked child does not have the thread
 
 
-def _files_name(path: Path, files: _Files) -> str:
+def _files_name(path: Path, files: _Files, memory: DigestMemory) -> str:
     """Return the name of these files, a digest of their names below the directory and of all their bytes: a copy has the same.
 
     Raises:
         LayoutError: the files change meanwhile.
         OSError: a file cannot be read.
     """
-    memory, large = _memory(), _missing_bytes(files, _remembered(files)) > _AT_ONCE_BYTES
+    large = _missing_bytes(files, _remembered(files, memory)) > _AT_ONCE_BYTES
     with memory.turn(sum(stamp.inode for _, stamp in files)) if large else contextlib.nullcontext():
-        digests = _remembered(files)
+        digests = _remembered(files, memory)
         fresh = {stamp: digest_file(file, stamp) for file, stamp in files if stamp not in digests}
         if _listed(path) != files:
             raise LayoutError(f"the files of {str(path)!r} have changed while they were hashed")
@@ -343,10 +349,10 @@ def _files_name(path: Path, files: _Files) -> str:
     return "files:" + together.hexdigest(16)
 
 
-def _remembered(files: _Files) -> dict[Stamp, str]:
+def _remembered(files: _Files, memory: DigestMemory) -> dict[Stamp, str]:
     """Return the kept digests of these files. Those of a small model are not kept."""
     stamps = [stamp for _, stamp in files]
-    return _memory().find(stamps) if sum(stamp.size for stamp in stamps) > _AT_ONCE_BYTES else {}
+    return memory.find(stamps) if sum(stamp.size for stamp in stamps) > _AT_ONCE_BYTES else {}
 
 
 def _missing_bytes(files: _Files, digests: Iterable[Stamp]) -> int:
@@ -354,11 +360,11 @@ def _missing_bytes(files: _Files, digests: Iterable[Stamp]) -> int:
     return sum(stamp.size for _, stamp in files if stamp not in known)
 
 
-def _memory() -> DigestMemory:
+def _memory(runtime: Runtime) -> DigestMemory:
     """Return this user's digests; without a home directory none are kept."""
     home = os.path.expanduser("~")
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(home if os.path.isabs(home) else os.devnull, ".cache")
-    return DigestMemory(Path(cache) / "lmcache")
+    return DigestMemory(Path(cache) / "lmcache", runtime)
 
 
 def model_folder(name: str, commit: str | None, download_folder: str | None) -> Path | None:

@@ -10,10 +10,10 @@ from lmcache.engine.connection import Endpoint
 from lmcache.engine.copies import Copies, Copy
 from lmcache.engine.embedded import wait_connected
 from lmcache.engine.requests import Requests, RequestT
-from lmcache.engine.runtime import RUNTIME, Runtime
 from lmcache.engine.scheduler import SchedulerSession
 from lmcache.engine.served import ServedKV
 from lmcache.engine.worker import WorkerSession
+from lmcache.runtime import RUNTIME, Runtime
 
 
 class LocalRank(Generic[RequestT]):

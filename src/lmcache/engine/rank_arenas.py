@@ -14,8 +14,8 @@ import struct
 
 import msgspec
 
-from lmcache.engine.runtime import RUNTIME, Runtime
 from lmcache.observability.log import init_logger
+from lmcache.runtime import RUNTIME, Runtime
 
 logger = init_logger(__name__)
 _CREDENTIALS = struct.Struct("3i")

@@ -11,9 +11,9 @@ from lmcache.chunks import TokenChain, chunk_root
 from lmcache.chunks.hashing import HASH_BYTES, Extras
 from lmcache.engine.connection import Connection, Endpoint, ask
 from lmcache.engine.identified import UNKNOWN, LayoutFor, is_identified
-from lmcache.engine.runtime import RUNTIME, Runtime
 from lmcache.errors import LMCacheError
 from lmcache.observability.log import init_logger
+from lmcache.runtime import RUNTIME, Runtime
 from lmcache.wire import messages as m
 from lmcache.wire.carriers import Carrier
 

@@ -15,6 +15,7 @@ from lmcache.engine.digests import hash_threads
 from lmcache.engine.identity import Finding, Identity
 from lmcache.errors import LayoutError
 from lmcache.observability.log import init_logger
+from lmcache.runtime import RUNTIME, Runtime
 from lmcache.transfer.gpu.driver import beside_captures
 
 logger = init_logger(__name__)
@@ -25,13 +26,13 @@ _PIECE_ROWS = 2048
 """Rows that are summed at once, in 64 MiB of the device's memory."""
 
 
-def weights_identity(model: Any) -> Identity:
+def weights_identity(model: Any, runtime: Runtime = RUNTIME) -> Identity:
     """Return the identity of every byte of the weights in memory, so that trained, merged and quantized weights differ.
 
     Raises:
         LayoutError: some weights are not in memory, or are not plain tensors.
     """
-    tensors, stamp, unwanted = list(_tensors(model)), weights_stamp(model), threading.Event()
+    tensors, stamp, unwanted = list(_tensors(model)), weights_stamp(model), runtime.event()
 
     def find() -> str:
         with beside_captures(str(model.device)):
@@ -43,7 +44,7 @@ def weights_identity(model: Any) -> Identity:
         return name
 
     size = sum(tensor.numel() * tensor.element_size() for _, tensor in tensors)
-    return Identity((Finding("the model's weights", "pass model_id=", find, size, unwanted=unwanted),))
+    return Identity((Finding("the model's weights", "pass model_id=", find, size, unwanted=unwanted, runtime=runtime),))
 
 
 def _digest_of(tensors: Iterable[tuple[str, torch.Tensor]], unwanted: threading.Event) -> str:

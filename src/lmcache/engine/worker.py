@@ -25,11 +25,11 @@ from lmcache.engine.access import ArenaAccess
 from lmcache.engine.connection import Connection, Endpoint, ask
 from lmcache.engine.identified import UNKNOWN, LayoutFor, is_identified
 from lmcache.engine.jobs import Done, Event, Load, Store
-from lmcache.engine.runtime import RUNTIME, Runtime
 from lmcache.errors import LayoutError, LMCacheError, ServerRefused, ServerUnavailable
 from lmcache.memory.arena import Mapping
 from lmcache.memory.slabs import NO_EXTENT, SECTOR_BYTES
 from lmcache.observability.log import init_logger
+from lmcache.runtime import RUNTIME, Runtime
 from lmcache.transfer.bounds import Runs
 from lmcache.transfer.copier import Copier, make_copier
 from lmcache.transfer.gpu.driver import beside_captures
@@ -88,8 +88,8 @@ class WorkerSession:
         self._left_behind: ArenaAccess | None = None
         """The arena that stays mapped because a copy hung when the session was closed and may still touch it."""
         lock = threading.Lock()
-        self._state = threading.Condition(lock)
-        self._ready = {"load": threading.Condition(lock), "store": threading.Condition(lock)}
+        self._state = runtime.condition(lock)
+        self._ready = {"load": runtime.condition(lock), "store": runtime.condition(lock)}
         """One condition for each kind of job: waking the other threads too would cost a small job more than its copy."""
         self._ended = threading.Condition(lock)
         """Notified when a job has ended, and not at its steps, for the same reason."""
@@ -514,7 +514,7 @@ class WorkerSession:
                 # Not under the lock, which the engine's thread takes: unpinning memory takes seconds.
                 if access is not None:
                     access.close()
-                copier = make_copier(self._paged, welcome.chunk_tokens, self._threads)
+                copier = make_copier(self._paged, welcome.chunk_tokens, self._threads, self.runtime)
                 access = ArenaAccess(copier, welcome, descriptor, self.runtime)
             with self._state:
                 self._space, self._chunk_tokens, self._shard_bytes = registered.space, welcome.chunk_tokens, shard_bytes

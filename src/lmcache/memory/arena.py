@@ -25,6 +25,7 @@ from lmcache.memory import headers
 from lmcache.memory.numa import place
 from lmcache.memory.slabs import SECTOR_BYTES
 from lmcache.observability.log import init_logger
+from lmcache.runtime import RUNTIME, Runtime
 
 logger = init_logger(__name__)
 
@@ -114,7 +115,7 @@ class Arena:
         ConfigError: the file cannot be created in `directory`, or its pages cannot be placed by the `numa` policy.
     """
 
-    def __init__(self, directory: Path, size_bytes: int, numa: str = "auto") -> None:
+    def __init__(self, directory: Path, size_bytes: int, numa: str = "auto", runtime: Runtime = RUNTIME) -> None:
         size_bytes -= size_bytes % SECTOR_BYTES
         self.id = secrets.token_bytes(ARENA_ID_BYTES)
         self.path = directory / f"{_PREFIX}{os.getuid()}-{self.id.hex()}{_SUFFIX}"
@@ -125,8 +126,8 @@ class Arena:
         """Whether `path` still names the file (False after `unlink`)."""
         self._backed = bytearray(-(-size_bytes // _STEP_BYTES))  # one byte a step
         self._lock = threading.Lock()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._prefault, name="lmcache-prefault", daemon=True)
+        self._stop, self._start = runtime.event(), runtime.start
+        self._thread: threading.Thread | None = None
         try:
             self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         except OSError as error:
@@ -157,7 +158,7 @@ class Arena:
 
     def start_prefault(self) -> None:
         """Allocate and touch all pages in a background thread, lowest addresses first."""
-        self._thread.start()
+        self._thread = self._start(self._prefault, "lmcache-prefault")
 
     def back(self, offsets: Iterable[int], length: int) -> None:
         """Allocate memory pages for the `length` bytes at each of these byte offsets.
@@ -179,7 +180,7 @@ class Arena:
     def close(self) -> None:
         """Remove the file. Its memory is freed once the last engine has unmapped it."""
         self._stop.set()
-        if self._thread.ident is not None:
+        if self._thread is not None:
             self._thread.join()
         self.headers.close()
         self._remove()
@@ -237,7 +238,7 @@ def _claim(path: Path, descriptor: int) -> int:
     return claim
 
 
-def reclaim_stale(directory: Path) -> int:
+def reclaim_stale(directory: Path, runtime: Runtime = RUNTIME) -> int:
     """Remove the arenas of this user's dead servers with their extent headers. Return the bytes of these arenas.
 
     A live server holds a lock on its arena. It creates the arena before its headers and removes it after them.
@@ -253,7 +254,7 @@ def reclaim_stale(directory: Path) -> int:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             status = os.fstat(descriptor)
-            just_made = not status.st_size and time.time() - status.st_mtime < _STARTING_SECONDS
+            just_made = not status.st_size and runtime.wall() - status.st_mtime < _STARTING_SECONDS
             if status.st_uid == os.getuid() and not just_made:
                 headers.beside(path).unlink(missing_ok=True)
                 path.unlink(missing_ok=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import time
 from collections.abc import Callable
 
 _FORMAT = "[%(asctime)s] LMCache %(levelname)s: %(message)s (%(filename)s:%(lineno)d)"
@@ -40,9 +39,7 @@ class Seldom:
     """Logs warnings about what peers send, which they can send at any rate: at most one line every `seconds`, so that no peer
     fills the disk. The next line says how many were left out."""
 
-    def __init__(
-        self, logger: logging.Logger, seconds: float = 10.0, now: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, logger: logging.Logger, now: Callable[[], float], seconds: float = 10.0) -> None:
         self._logger, self._seconds, self._now = logger, seconds, now
         self._next = float("-inf")
         self._left_out = 0

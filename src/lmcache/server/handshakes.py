@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from ipaddress import ip_address
 from pathlib import Path
 
@@ -29,13 +30,14 @@ class Handshakes:
         host: str,
         key_file: Path | None,
         refused: Refused,
+        now: Callable[[], float],
     ) -> None:
         self._door, self._key_file, self._refused = door, key_file, refused
         self._unknown = host if ip_address(host).is_loopback else "an address that could not be read in time"
         self._hosts: dict[int, str] = {}
         """Descriptor of a connection in this process -> address of the peer."""
         self._failed: Reason | None = None
-        self.strangers = Strangers(refused)
+        self.strangers = Strangers(refused, now)
         place = f"inproc://handshakes-{id(self)}"
         door.monitor(place, _EVENTS)
         self._monitor = context.socket(zmq.PAIR)

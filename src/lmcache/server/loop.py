@@ -8,17 +8,17 @@ from __future__ import annotations
 import os
 import select
 import threading
-import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future
 from concurrent.futures import TimeoutError as FutureTimeout
-from typing import ParamSpec, TypeVar
+from contextlib import suppress
+from typing import TypeVar
 
 from lmcache.observability.log import init_logger
+from lmcache.runtime import RUNTIME, Runtime
 
 logger = init_logger(__name__)
-P = ParamSpec("P")
 T = TypeVar("T")
 TICK_SECONDS = 0.25
 _END_SECONDS = 0.2
@@ -30,12 +30,12 @@ class Loop:
 
     If a callback raises, the exception is logged and counted in `errors`, and the loop goes on.
 
-    clock: returns seconds, as `time.monotonic` does. All code in the loop reads the time from `now`.
+    runtime: clock and threads. All code in the loop reads the time from `now`.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self.now = clock
-        """Returns the time of the loop's clock. Any thread may call it."""
+    def __init__(self, runtime: Runtime = RUNTIME) -> None:
+        self.runtime, self.now = runtime, runtime.now
+        """`now` returns the time of the loop's clock. Any thread may call it."""
         self.errors = 0
         self.on_tick: list[Callable[[], None]] = []
         self._epoll = select.epoll()
@@ -60,7 +60,8 @@ class Loop:
 
     def unwatch(self, descriptor: int) -> None:
         if self._watched.pop(descriptor, None) is not None:
-            self._epoll.unregister(descriptor)
+            with suppress(OSError):  # the descriptor has been closed
+                self._epoll.unregister(descriptor)
 
     def call_soon(self, call: Callable[[], None]) -> None:
         """Run `call` in the loop's thread. Any thread and any signal handler may call this; after `close` it does nothing."""
@@ -76,7 +77,7 @@ class Loop:
     def executor(self, name: str, threads: int) -> Executor:
         """Create a pool of at most `threads` threads, whose names begin with `lmcache-NAME`. The pool ends with the loop."""
         self._thread_names.append(f"lmcache-{name}")
-        self._executors.append(_Pool(threads, thread_name_prefix=self._thread_names[-1]))
+        self._executors.append(self.runtime.pool(threads, self._thread_names[-1]))
         return self._executors[-1]
 
     def ask(self, call: Callable[[], T], timeout_seconds: float = 1.0) -> T:
@@ -135,15 +136,16 @@ class Loop:
         self._epoll.close()
         for executor in self._executors:
             executor.shutdown(wait=False, cancel_futures=True)
-        ends = time.monotonic() + _END_SECONDS
+        ends = self.now() + _END_SECONDS
         for thread in threading.enumerate():
             if thread.name.startswith(tuple(self._thread_names)):
-                thread.join(max(0.0, ends - time.monotonic()))
+                thread.join(max(0.0, ends - self.now()))
 
     def _turn(self, seconds: float) -> None:
         """Wait for events for at most `seconds`; handle the events and the calls of other threads."""
         # A callback may close a descriptor, whose number then stands for another one, so all are looked up first.
-        for callback in [self._watched[descriptor] for descriptor, _ in self._epoll.poll(max(0.0, seconds))]:
+        events = self.runtime.poll(self._epoll, max(0.0, seconds))
+        for callback in [self._watched[descriptor] for descriptor, _ in events]:
             self._guarded(callback)
         while self._calls:
             self._guarded(self._calls.popleft())
@@ -160,25 +162,3 @@ class Loop:
         except Exception:  # top of the thread: one failing callback must not stop the server
             self.errors += 1
             logger.exception("An event could not be handled; the server goes on")
-
-
-class _Pool(ThreadPoolExecutor):
-    """Never makes a call that it has refused. Python's own pool queues a call before it starts a thread for it: where none can
-    be started it raises, and another of its threads makes the call later."""
-
-    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-        future: Future[T] = Future()
-
-        def make() -> None:
-            if future.set_running_or_notify_cancel():
-                try:
-                    future.set_result(fn(*args, **kwargs))
-                except BaseException as error:  # belongs to whoever waits for the result
-                    future.set_exception(error)
-
-        try:
-            super().submit(make).add_done_callback(lambda made: made.cancelled() and future.cancel())
-        except RuntimeError:
-            if future.cancel():  # no thread has begun with it meanwhile
-                raise
-        return future

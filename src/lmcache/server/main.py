@@ -18,6 +18,7 @@ from lmcache.config.server import ServerConfig
 from lmcache.errors import ConfigError
 from lmcache.memory.arena import Arena, reclaim_stale
 from lmcache.observability.log import init_logger, set_level
+from lmcache.runtime import RUNTIME, Runtime
 from lmcache.server.loop import Loop
 from lmcache.server.report import Report
 from lmcache.server.service import Service
@@ -49,7 +50,7 @@ class Owner:
     http: bool
 
 
-def serve(config: ServerConfig, owner: Owner | None = None) -> int:
+def serve(config: ServerConfig, owner: Owner | None = None, runtime: Runtime = RUNTIME) -> int:
     """Run until SIGINT or SIGTERM, or until the owner ends; return the exit code.
 
     Raises:
@@ -57,11 +58,11 @@ def serve(config: ServerConfig, owner: Owner | None = None) -> int:
     """
     set_level(config.log_level)
     _allow_many_descriptors()
-    reclaim_stale(config.arena_dir)
+    reclaim_stale(config.arena_dir, runtime)
     fault: BaseException | None = None
     try:
         with ExitStack() as started:
-            loop = _start(config, owner, started)
+            loop = start(config, owner, runtime, started)
             logger.info("LMCache cache server is running...")
             loop.run()
         logger.info("LMCache cache server has stopped")
@@ -82,13 +83,13 @@ def _end_at_once(fault: BaseException | None) -> NoReturn:
     os._exit(0 if fault is None else 2 if isinstance(fault, ConfigError) else 1)
 
 
-def _tiers_of(config: ServerConfig) -> list[TierSpec]:
+def _tiers_of(config: ServerConfig, runtime: Runtime) -> list[TierSpec]:
     """Return the configured tiers, not opened yet."""
     if not config.l2 and not config.l2_adapter:
         return []
     from lmcache.tiers.registry import tiers_of  # imported late, since most servers have no tiers
 
-    return tiers_of(config.l2, config.l2_adapter)
+    return tiers_of(config.l2, config.l2_adapter, runtime)
 
 
 def _start_tiers(config: ServerConfig, loop: Loop, l1: L1, specs: list[TierSpec], started: ExitStack) -> Tiering:
@@ -131,16 +132,16 @@ def _allow_many_descriptors() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def _start(config: ServerConfig, owner: Owner | None, started: ExitStack) -> Loop:
+def start(config: ServerConfig, owner: Owner | None, runtime: Runtime, started: ExitStack) -> Loop:
     """Start every part. `started` collects the callbacks that stop them, in order."""
-    specs = _tiers_of(config)  # first, since a wrong URL must fail before anything is created
-    loop = Loop()
+    specs = _tiers_of(config, runtime)  # first, since a wrong URL must fail before anything is created
+    loop = Loop(runtime)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: loop.stop())
     started.callback(loop.close)
     if owner is not None:
         _end_with(owner, loop)
-    arena = Arena(Path(config.arena_dir), config.l1_bytes, config.numa)
+    arena = Arena(Path(config.arena_dir), config.l1_bytes, config.numa, runtime)
     started.callback(arena.close)
     if owner is not None:
         arena.unlink()

@@ -10,7 +10,6 @@ import errno
 import os
 import socket
 import stat
-import time
 from pathlib import Path
 
 from lmcache.config.options import GIB
@@ -18,6 +17,7 @@ from lmcache.config.server import ServerConfig
 from lmcache.errors import ConfigError
 from lmcache.memory.arena import reclaim_stale
 from lmcache.observability.log import init_logger
+from lmcache.runtime import RUNTIME, Runtime
 
 logger = init_logger(__name__)
 
@@ -28,7 +28,9 @@ _FREED_WITHIN_SECONDS = 3.0
 """How long to wait for the memory of a dead server's arena, which is free when all engines have unmapped it."""
 
 
-def check_machine(config: ServerConfig, *, port: bool = True, http: bool = True) -> ServerConfig:
+def check_machine(
+    config: ServerConfig, *, port: bool = True, http: bool = True, runtime: Runtime = RUNTIME
+) -> ServerConfig:
     """Check the configuration against the machine; return it with a value for `--l1-size-gb auto`.
 
     port, http: whether the port for engines and the HTTP port will be opened.
@@ -42,7 +44,7 @@ def check_machine(config: ServerConfig, *, port: bool = True, http: bool = True)
         _check_port("--http-host", config.http_host, "--http-port", config.http_port)
     _check_arena_dir(config.arena_dir)
     _check_socket_dir(config.socket_dir)
-    return _check_l1(config)
+    return _check_l1(config, runtime)
 
 
 def _check_port(host_flag: str, host: str, port_flag: str, port: int) -> None:
@@ -99,8 +101,8 @@ def _check_socket_dir(directory: Path) -> None:
         raise ConfigError(f"--socket-dir {directory}: others may write to it: chmod 700 {directory}")
 
 
-def _check_l1(config: ServerConfig) -> ServerConfig:
-    deadline = time.monotonic() + (_FREED_WITHIN_SECONDS if reclaim_stale(config.arena_dir) else 0)
+def _check_l1(config: ServerConfig, runtime: Runtime) -> ServerConfig:
+    deadline = runtime.now() + (_FREED_WITHIN_SECONDS if reclaim_stale(config.arena_dir, runtime) else 0)
     while True:
         free, memory = free_bytes(config.arena_dir), memory_available_bytes()
         room = min(free, memory - OWN_BYTES) if _file_system(config.arena_dir) in _MEMORY_FILE_SYSTEMS else free
@@ -108,9 +110,9 @@ def _check_l1(config: ServerConfig) -> ServerConfig:
             return _decide_l1(config, room)
         if config.l1_bytes <= room:
             return config
-        if time.monotonic() >= deadline:
+        if runtime.now() >= deadline:
             break
-        time.sleep(0.1)
+        runtime.sleep(0.1)
     has = f"{config.arena_dir} has {_in_gib(free)} GiB free, and {_in_gib(memory)} GiB of memory are available"
     remedy = f"pass --l1-size-gb {_passable(room)} or less"
     if free < memory - OWN_BYTES:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -43,12 +42,12 @@ class _Peer:
 class Refused:
     """Refused peers. `counts` holds every reason from the start, so that the rate of the first refusal can be computed."""
 
-    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, now: Callable[[], float]) -> None:
         self.counts: Counter[str] = Counter(dict.fromkeys(get_args(Reason), 0))
         self._now = now
         self._peers: dict[tuple[str, str], _Peer] = {}
         """(peer, reason) -> record; the latest refusal comes last."""
-        self._more = Seldom(logger, now=now)
+        self._more = Seldom(logger, now)
 
     def note(self, who: str, reason: Reason, remedy: str) -> None:
         """Count and log a refused connection. `remedy`: why it was refused, and what the user should do.

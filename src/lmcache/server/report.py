@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from itertools import islice
@@ -89,12 +88,12 @@ class Report:
         return self._loop.ask(self._counters)
 
     def _status(self) -> dict[str, object]:
-        service, l1, arena = self._service, self._service.l1, self._service.l1.arena
+        service, l1, arena, now = self._service, self._service.l1, self._service.l1.arena, self._loop.now()
         return {
             "version": __version__,
             "pid": os.getpid(),
             "server_id": service.sessions.server_id.hex(),
-            "uptime_seconds": round(time.time() - service.started, 1),
+            "uptime_seconds": round(now - service.started, 1),
             "config": self._config.redacted(),
             "arena": {
                 "path": str(arena.path),
@@ -128,7 +127,7 @@ class Report:
                     "pid": peer.pid,
                     "endpoint": peer.endpoint,
                     "payload_frames": peer.payload,
-                    "connected_seconds": round(time.time() - peer.since, 1),
+                    "connected_seconds": round(now - peer.since, 1),
                     "layout": peer.layout,
                 }
                 for peer in service.sessions.peers

@@ -6,7 +6,6 @@ Everything here runs in the loop's thread. `sessions` holds the connected proces
 from __future__ import annotations
 
 import logging
-import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Executor
@@ -36,9 +35,9 @@ class Service:
         self, loop: Loop, l1: L1, chunk_tokens: int, workers: Executor, tiering: Tiering | None = None
     ) -> None:
         self.loop, self.l1, self.chunk_tokens, self.tiering = loop, l1, chunk_tokens, tiering
-        self.sessions = Sessions(l1, chunk_tokens)
+        self.sessions = Sessions(l1, chunk_tokens, loop.now)
         self.counters: Counter[str] = Counter()
-        self.started = time.time()
+        self._now, self.started = loop.now, loop.now()
         self._payload = PayloadCopies(loop, l1, self.sessions, workers)
         self._drop_reasons: set[str] = set()
         self._answers: dict[type, Callable[[Peer, m.Request], m.Message]] = {
@@ -57,7 +56,7 @@ class Service:
         }
         if logger.isEnabledFor(logging.DEBUG):
             l1.events.listen(KINDS, _log, named=False)
-        loop.on_tick.append(lambda: l1.tick(time.monotonic()))
+        loop.on_tick.append(lambda: l1.tick(loop.now()))
 
     # Requests
 
@@ -134,7 +133,7 @@ class Service:
             raise Refusal(f"a lookup of {asked} chunks from chunk {first} on exceeds one answer; ask for {most}")
         self.sessions.check_room(peer, 4 * shards * max(0, asked - first))
         name = printable(request.request, 200)
-        lookup = time.monotonic(), peer.process, request.space, hashes, first, name
+        lookup = self._now(), peer.process, request.space, hashes, first, name
         if self.tiering is not None:
             if not self.tiering.knows(request.space, hashes):
                 found = self.l1.lookup_all(*lookup)
@@ -157,7 +156,7 @@ class Service:
 
     def _renew(self, peer: Peer, request: m.Request) -> m.Message:
         assert isinstance(request, m.Renew)
-        count = self.l1.renew(time.monotonic(), peer.process, request.leases)
+        count = self.l1.renew(self._now(), peer.process, request.leases)
         self.counters["renewed_leases"] += count
         return m.Ok(count)
 
@@ -167,7 +166,7 @@ class Service:
             raise Refusal("the hashes and the parent must consist of 16-byte hashes")
         return m.Reserved(
             *self.l1.reserve(
-                time.monotonic(),
+                self._now(),
                 peer.process,
                 request.space,
                 request.shard,
@@ -182,7 +181,7 @@ class Service:
         assert isinstance(request, m.Commit)
         if request.reservation in self._payload.filling:
             raise Refusal(f"reservation {request.reservation} is still being filled")
-        return m.Ok(self.l1.commit(time.monotonic(), peer.process, request.reservation, request.ok))
+        return m.Ok(self.l1.commit(self._now(), peer.process, request.reservation, request.ok))
 
     def _copied(self, peer: Peer, request: m.Request) -> m.Message:
         assert isinstance(request, m.Copied)

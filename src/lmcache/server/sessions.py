@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -43,7 +42,8 @@ class Peer:
     gone: bool = False
     replaced: Callable[[], None] | None = None
     """Called once when the same session has said hello on another connection."""
-    since: float = field(default_factory=time.time)
+    since: float = 0.0
+    """When its hello was accepted, in seconds of the loop's clock."""
     layout: dict[str, object] = field(default_factory=dict)
     """The registered layout, for /status; empty until the peer registers its KV."""
 
@@ -64,12 +64,13 @@ def _who(role: str, rank: int, pid: int) -> str:
 class Sessions:
     """All sessions of a server."""
 
-    def __init__(self, l1: L1, chunk_tokens: int) -> None:
+    def __init__(self, l1: L1, chunk_tokens: int, now: Callable[[], float]) -> None:
+        self._now = now
         self.server_id = secrets.token_bytes(16)
         self.socket_path = ""
         self.cookie_path = ""
         self.peers: set[Peer] = set()
-        self.refused = Refused()
+        self.refused = Refused(now)
         self.held_bytes = 0
         """Bytes held for all peers, including those that have gone and still have unsent answers."""
         self._l1, self._chunk_tokens = l1, chunk_tokens
@@ -85,7 +86,7 @@ class Sessions:
         who = (printable(hello.instance, 200), hello.pid, printable(hello.role, 40), hello.rank, hello.session[:16])
         process = self._return(who) or self._enter(who)
         self._l1.join(process, who[0], peer.writer)
-        peer.process, peer.payload = process, hello.payload
+        peer.process, peer.payload, peer.since = process, hello.payload, self._now()
         peer.instance, peer.pid, peer.role, peer.rank, _ = who
         self.peers.add(peer)
         return self.welcome()

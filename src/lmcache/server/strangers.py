@@ -11,7 +11,7 @@ import resource
 import select
 import socket
 import struct
-import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from lmcache.server.refused import Reason, Refused
@@ -38,8 +38,8 @@ class Strangers:
     """Closes connections that exceed a bound, and records them in `refused`. The owner watches `descriptor` and then calls
     `look_at_arrivals`, and calls `look_at_all` on every tick."""
 
-    def __init__(self, refused: Refused) -> None:
-        self._refused = refused
+    def __init__(self, refused: Refused, now: Callable[[], float]) -> None:
+        self._refused, self._now = refused, now
         self._all: dict[int, _Stranger] = {}
         """ZMQ's descriptor -> stranger, the oldest first."""
         self._numbers: dict[int, int] = {}
@@ -56,7 +56,7 @@ class Strangers:
     def add(self, number: int, connection: socket.socket, host: str) -> None:
         """Watch an accepted connection. `number`: ZMQ's descriptor. `connection`: a duplicate, which this object closes."""
         self.forget(number)
-        self._all[number] = _Stranger(connection, host, time.monotonic())
+        self._all[number] = _Stranger(connection, host, self._now())
         self._numbers[connection.fileno()] = number
         # Edge-triggered, since received bytes may wait for a long time until ZMQ reads them.
         self._arrivals.register(connection, select.EPOLLIN | select.EPOLLET)
@@ -80,7 +80,7 @@ class Strangers:
             self._close_talkative(self._numbers[descriptor])
 
     def look_at_all(self) -> None:
-        limit = time.monotonic() - HELLO_SECONDS
+        limit = self._now() - HELLO_SECONDS
         for number, stranger in list(self._all.items()):
             if stranger.opened < limit:
                 self._end(number, "no hello", f"it was not admitted within {HELLO_SECONDS:.0f} s")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import socket
-import time
 from collections import deque
 from pathlib import Path
 
@@ -25,7 +24,6 @@ from lmcache.wire import messages as m
 from lmcache.wire.frames import FrameReader, frame, peer_of
 
 logger = init_logger(__name__)
-_malformed = Seldom(logger)
 _SO_PEERPIDFD = 77  # asm-generic/socket.h, Linux 6.5
 MAX_CONNECTIONS = 1024
 """The most connections of all processes. Those closed while their process lives count, since it may still be copying."""
@@ -52,6 +50,7 @@ class UnixEndpoint:
         self.inbox = memoryview(bytearray(_RECEIVE_BYTES))
         """The receive buffer of all connections. `recv` would allocate a buffer of this size for each message. If malloc takes
         such buffers from the kernel and returns them, page faults take a fifth of the time of a lookup."""
+        self.malformed = Seldom(logger, loop.now)
         self._listener = listener
         self._paused = False
         service.sessions.socket_path = str(path) if path is not None else ""
@@ -102,7 +101,7 @@ class UnixEndpoint:
 
     def _close_silent(self) -> None:
         """Close connections without a hello, which would otherwise use up the connections allowed."""
-        limit = time.monotonic() - HELLO_SECONDS
+        limit = self.loop.now() - HELLO_SECONDS
         for connection in [one for one in self.connections if not one.peer.process and one.opened < limit]:
             connection.close()
 
@@ -118,7 +117,7 @@ class UnixEndpoint:
 class _Connection:
     def __init__(self, endpoint: UnixEndpoint, sock: socket.socket, pid: int) -> None:
         self.endpoint, self.sock, self.pid = endpoint, sock, pid
-        self.opened = time.monotonic()
+        self.opened = endpoint.loop.now()
         self.peer = Peer("unix socket", writer=pid, replaced=self.close)
         self._reader = FrameReader(m.MAX_MESSAGE_BYTES)
         self._more, self._answers = False, b""
@@ -182,7 +181,7 @@ class _Connection:
 
     def _complain(self, sequence: int, error: WireError) -> None:
         self.endpoint.service.counters["malformed_messages"] += 1
-        _malformed.warning("A malformed message from pid %d: %s", self.pid, error)
+        self.endpoint.malformed.warning("A malformed message from pid %d: %s", self.pid, error)
         self._answer(sequence, m.Error("malformed", str(error)))
 
     def _serve(self, sequence: int, request: m.Request) -> None:

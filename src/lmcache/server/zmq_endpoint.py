@@ -10,7 +10,6 @@ from __future__ import annotations
 import hmac
 import os
 import secrets
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -28,7 +27,6 @@ from lmcache.wire import auth
 from lmcache.wire import messages as m
 
 logger = init_logger(__name__)
-_malformed, _unanswered = Seldom(logger), Seldom(logger)
 SILENCE_SECONDS = 30.0
 """A payload engine counts as gone if it has sent nothing, or has taken none of its unsent bytes, for so long. It pings three
 times in this time."""
@@ -63,7 +61,8 @@ class ZmqEndpoint:
         key_file: Path | None,
         open_door: bool,
     ) -> None:
-        self.loop, self.service = loop, service
+        self.loop, self.service, self._now = loop, service, loop.now
+        self._malformed, self._unanswered = Seldom(logger, loop.now), Seldom(logger, loop.now)
         self._peers: dict[bytes, tuple[Peer, float]] = {}
         self._strangers_answers: Counter[bytes] = Counter()
         """Answers since the last tick, by connections that are not admitted."""
@@ -82,7 +81,7 @@ class ZmqEndpoint:
         if ":" in host:
             self._socket.setsockopt(zmq.IPV6, 1)
         self._authenticator = auth.protect_server(self._context, self._socket, key_file) if key_file else None
-        self._handshakes = Handshakes(self._context, self._socket, host, key_file, service.sessions.refused)
+        self._handshakes = Handshakes(self._context, self._socket, host, key_file, service.sessions.refused, loop.now)
         self._needs_proof = key_file is None and not open_door
         self._cookie = secrets.token_bytes(auth.COOKIE_BYTES)
         self._used: set[bytes] = set()
@@ -140,7 +139,7 @@ class ZmqEndpoint:
         identity = envelope.bytes
         if identity not in self._peers and not self._may_answer(identity):
             self.service.counters["unanswered_messages"] += 1
-            _unanswered.warning(
+            self._unanswered.warning(
                 "Ignoring messages of connections that are not admitted, such as one from %s: there are too many; check what "
                 "connects to port %d",
                 *(_host_of(envelope), self.port),
@@ -150,7 +149,7 @@ class ZmqEndpoint:
             sequence, request = self._decoded(identity, frames)
         except WireError as error:
             self.service.counters["malformed_messages"] += 1
-            _malformed.warning("A malformed ZMQ message: %s", error)
+            self._malformed.warning("A malformed ZMQ message: %s", error)
             readable = bool(frames) and len(frames[0]) <= self._most_bytes(identity)
             sequence = m.sequence_of(frames[0]) if readable else 0
             self._send(identity, sequence, m.Error("malformed", str(error)), [])
@@ -207,7 +206,7 @@ class ZmqEndpoint:
         """Pass a request to the service, from an engine that is admitted or that sends its hello."""
         identity = envelope.bytes
         known = identity in self._peers
-        self._peers[identity] = peer, time.monotonic()
+        self._peers[identity] = peer, self._now()
         self.service.handle(
             peer, request, payload, lambda answer, frames: self._send(identity, sequence, answer, frames)
         )
@@ -227,7 +226,7 @@ class ZmqEndpoint:
     def _prove(self, nonce: bytes, place: str) -> m.Proven:
         """Prove to an engine that this server belongs to the engine's user. The server stores nothing about the engine, since
         peers without a proof could otherwise displace what is stored about others."""
-        own = time.monotonic_ns().to_bytes(8, "big") + secrets.token_bytes(m.NONCE_BYTES - 8)
+        own = int(self._now() * 1e9).to_bytes(8, "big") + secrets.token_bytes(m.NONCE_BYTES - 8)
         return m.Proven(
             own, auth.proof(self._cookie, "server", self.service.sessions.server_id, nonce, own, place), place
         )
@@ -237,7 +236,7 @@ class ZmqEndpoint:
         after the server's proof for the same nonces and connection. The nonce must be fresh, and serves for one proof."""
         nonce, own, proof = sent[: m.NONCE_BYTES], sent[m.NONCE_BYTES : 2 * m.NONCE_BYTES], sent[2 * m.NONCE_BYTES :]
         right = auth.proof(self._cookie, "engine", self.service.sessions.server_id, nonce, own, place)
-        fresh = 0 <= _age_seconds(own) < PROOF_SECONDS and own not in self._used
+        fresh = 0 <= self._age_seconds(own) < PROOF_SECONDS and own not in self._used
         if not hmac.compare_digest(proof, right) or not fresh:
             return False
         self._used.add(own)
@@ -310,15 +309,14 @@ class ZmqEndpoint:
         self.service.sessions.gone(peer)
 
     def _forget_silent(self) -> None:
-        limit = time.monotonic() - SILENCE_SECONDS
+        limit = self._now() - SILENCE_SECONDS
         for identity in [one for one, (_, heard) in self._peers.items() if heard < limit]:
             self._forget(identity)
-        self._used = {nonce for nonce in self._used if _age_seconds(nonce) < PROOF_SECONDS}
+        self._used = {nonce for nonce in self._used if self._age_seconds(nonce) < PROOF_SECONDS}
 
-
-def _age_seconds(nonce: bytes) -> float:
-    """Return the time since this server made the nonce."""
-    return time.monotonic() - int.from_bytes(nonce[:8], "big") / 1e9
+    def _age_seconds(self, nonce: bytes) -> float:
+        """Return the time since this server made the nonce."""
+        return self._now() - int.from_bytes(nonce[:8], "big") / 1e9
 
 
 def _host_of(envelope: zmq.Frame) -> str:

@@ -18,9 +18,8 @@ from __future__ import annotations
 
 import random
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -31,6 +30,7 @@ import xxhash
 
 from lmcache.chunks.hashing import chunk_hash, chunk_root
 from lmcache.config.options import GIB
+from lmcache.runtime import RUNTIME
 from lmcache.tiers import frame
 from lmcache.tiers.blocking import submitter
 from lmcache.tiers.operation import Clear, Close, Contains, Load, Open, Operation, Remove, Store
@@ -123,9 +123,7 @@ class DrivenTier:
 
     def __init__(self, tier: TierBase) -> None:
         self._tier = tier
-        self._submitter = submitter(
-            tier, tier.scheme, lambda name, threads: ThreadPoolExecutor(threads, name), time.monotonic
-        )
+        self._submitter = submitter(tier, tier.scheme, lambda name, threads: RUNTIME.pool(threads, name), RUNTIME.now)
 
     def __getattr__(self, name: str) -> Any:
         return partial(self._call, _OPERATIONS[name]) if name in _OPERATIONS else getattr(self._tier, name)
@@ -139,7 +137,7 @@ class DrivenTier:
             else:
                 future.set_exception(error)
 
-        self._submitter.submit(operation(time.monotonic() + _HANGS_SECONDS, ended, *arguments))
+        self._submitter.submit(operation(RUNTIME.now() + _HANGS_SECONDS, ended, *arguments))
         return future.result(_HANGS_SECONDS)
 
 

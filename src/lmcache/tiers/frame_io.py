@@ -9,7 +9,7 @@ from __future__ import annotations
 import mmap
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future
 from typing import NamedTuple
 
 from lmcache.tiers import frame
@@ -44,7 +44,7 @@ class Found(NamedTuple):
 class FrameIO:
     """Reads and writes frames. With `direct`, all descriptors are opened for direct I/O."""
 
-    def __init__(self, filesystem: Filesystem, secret: bytes, pool: ThreadPoolExecutor, direct: bool) -> None:
+    def __init__(self, filesystem: Filesystem, secret: bytes, pool: Executor, direct: bool) -> None:
         self._filesystem, self._secret, self._pool, self._direct = filesystem, secret, pool, direct
         self._bounces = Bounces(BOUNCE_BYTES)
 

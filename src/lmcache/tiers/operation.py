@@ -26,7 +26,7 @@ class Operation(Generic[T]):
     The tier may use the memory in the arguments until the end, and not afterwards. It must end every operation exactly once, from
     any thread, including late and cancelled operations; the caller does not reuse the memory before.
 
-    deadline: time of `time.monotonic()` at which the caller cancels the operation and ignores its result.
+    deadline: time of the runtime's `now` at which the caller cancels the operation and ignores its result.
     ended: the caller's callback. It takes the result or the error, in the thread that ends the operation, and returns at once.
     """
 

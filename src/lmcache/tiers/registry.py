@@ -11,6 +11,7 @@ from urllib.parse import quote, urlencode
 
 from lmcache.config.options import word
 from lmcache.errors import ConfigError
+from lmcache.runtime import RUNTIME, Runtime
 from lmcache.tiers.operation import AsyncTier
 from lmcache.tiers.tier import Tier, TierBase
 from lmcache.tiers.url import TierURL, parse_url
@@ -45,13 +46,13 @@ def schemes() -> list[str]:
     return sorted({*_OWN, *(entry.name for entry in entry_points(group=ENTRY_POINTS))})
 
 
-def make_tier(text: str) -> TierSpec:
+def make_tier(text: str, runtime: Runtime = RUNTIME) -> TierSpec:
     """Make the tier of one URL, without opening it.
 
     Raises:
         ConfigError: a scheme or option is unknown, a value is invalid, or a library that the tier needs is not installed.
     """
-    url = parse_url(text)
+    url = parse_url(text, runtime=runtime)
     write = url.take("write", word(*WRITE_MODES), "through")
     read = url.take("read", word("yes", "no"), "yes") == "yes"
     name = url.take("name", str, url.scheme)
@@ -65,7 +66,7 @@ def make_tier(text: str) -> TierSpec:
     return TierSpec(name, url.redacted, write, read, tier, warning)
 
 
-def make_tiers(texts: list[str]) -> list[TierSpec]:
+def make_tiers(texts: list[str], runtime: Runtime = RUNTIME) -> list[TierSpec]:
     """Make the tiers of several URLs, in order. Default names are made unique by a number.
 
     Raises:
@@ -73,7 +74,7 @@ def make_tiers(texts: list[str]) -> list[TierSpec]:
     """
     specs: list[TierSpec] = []
     for text in texts:
-        spec = make_tier(text)
+        spec = make_tier(text, runtime)
         taken = {one.name for one in specs}
         if spec.name in taken:
             if spec.name != spec.tier.scheme:
@@ -84,13 +85,13 @@ def make_tiers(texts: list[str]) -> list[TierSpec]:
     return specs
 
 
-def tiers_of(l2: Iterable[str], l2_adapter: Iterable[str]) -> list[TierSpec]:
+def tiers_of(l2: Iterable[str], l2_adapter: Iterable[str], runtime: Runtime = RUNTIME) -> list[TierSpec]:
     """Make the tiers of a server's settings, in order, without opening them.
 
     Raises:
         ConfigError: as `make_tiers` and `url_of_adapter`.
     """
-    return make_tiers([*l2, *map(url_of_adapter, l2_adapter)])
+    return make_tiers([*l2, *map(url_of_adapter, l2_adapter)], runtime)
 
 
 def url_of_adapter(text: str) -> str:

@@ -19,6 +19,7 @@ from lmcache.config.hosts import in_url
 from lmcache.config.load import check_secret_file
 from lmcache.config.options import GIB, number, redacted_url
 from lmcache.errors import ConfigError
+from lmcache.runtime import RUNTIME, Runtime
 
 _REFERENCE = re.compile(r"\$\{(\w+)\}")
 _PUBLIC = frozenset(
@@ -56,6 +57,8 @@ class TierURL:
     options: dict[str, str] = field(default_factory=dict, repr=False)
     inline_secret: bool = False
     """Whether the URL itself contains a password, which every user of the machine can read."""
+    runtime: Runtime = RUNTIME
+    """Clock and threads for the tier."""
     _taken: set[str] = field(default_factory=set, repr=False)
 
     @property
@@ -113,7 +116,7 @@ class TierURL:
                 raise ConfigError(f"{self.redacted}: unknown option {name!r}; {hint}")
 
 
-def parse_url(text: str, environ: Mapping[str, str] = os.environ) -> TierURL:
+def parse_url(text: str, environ: Mapping[str, str] = os.environ, runtime: Runtime = RUNTIME) -> TierURL:
     """Parse the URL of a tier. Raises ConfigError for invalid text or an unset `${NAME}`. The message shows no secret."""
     scheme = text.partition("://")[0]
     if "://" not in text or not re.fullmatch(r"[a-z][a-z0-9+.-]*", scheme):
@@ -145,6 +148,7 @@ def parse_url(text: str, environ: Mapping[str, str] = os.environ) -> TierURL:
         path=unquote(parts.path),
         options=options,
         inline_secret=bool(raw_password) and not _REFERENCE.fullmatch(raw_password),
+        runtime=runtime,
     )
 
 

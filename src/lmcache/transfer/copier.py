@@ -7,6 +7,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from lmcache.runtime import RUNTIME, Runtime
 from lmcache.transfer.cpu import CpuCopier
 from lmcache.transfer.paged import PagedKV
 from lmcache.transfer.progress import Progress
@@ -43,14 +44,14 @@ class Copier(Protocol):
         ...
 
 
-def make_copier(paged: PagedKV, chunk_tokens: int, threads: int = 1) -> Copier:
+def make_copier(paged: PagedKV, chunk_tokens: int, threads: int = 1, runtime: Runtime = RUNTIME) -> Copier:
     """Return the copier for the device of `paged`.
 
     Raises:
         LayoutError: this copier does not support the paged KV.
     """
     if paged.device == "cpu":
-        return CpuCopier(paged, chunk_tokens, threads)
+        return CpuCopier(paged, chunk_tokens, threads, runtime)
     from lmcache.transfer.gpu.copier import CudaCopier  # imports torch and Triton, which only engines on a GPU have
 
-    return CudaCopier(paged, chunk_tokens)
+    return CudaCopier(paged, chunk_tokens, runtime)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from lmcache.compiled import native
 from lmcache.errors import LayoutError
+from lmcache.runtime import RUNTIME, Runtime
 from lmcache.transfer.bounds import Blocks, Bounds, Runs
 from lmcache.transfer.paged import PagedKV
 from lmcache.transfer.progress import Progress, planes_in_group
@@ -36,7 +37,7 @@ class CpuCopier:
     bytes_per_second = 6e9
     zeroes_the_rest = False
 
-    def __init__(self, paged: PagedKV, chunk_tokens: int, threads: int = 1) -> None:
+    def __init__(self, paged: PagedKV, chunk_tokens: int, threads: int = 1, runtime: Runtime = RUNTIME) -> None:
         if chunk_tokens < 1:
             raise LayoutError(f"chunk_tokens is {chunk_tokens}; it must be at least 1")
         if threads < 1:
@@ -47,7 +48,7 @@ class CpuCopier:
         self._planes = _packed_planes(paged, chunk_tokens)
         self._planes_address = self._planes.ctypes.data
         self._isa = -1  # the best instruction set of this CPU; tests try each
-        self._pool = ThreadPoolExecutor(threads - 1, "lmcache-copy") if threads > 1 else None
+        self._pool = runtime.pool(threads - 1, "lmcache-copy") if threads > 1 else None
         self._helpers = threads - 1
 
     def gather(self, base: int, blocks: Blocks, runs: Runs, *, arena_bytes: int | None = None) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 from typing import Protocol
 
+from lmcache.runtime import RUNTIME, Runtime
+
 
 class Point(Protocol):
     """A point in a device's stream (`torch.cuda.Event`)."""
@@ -17,8 +19,8 @@ class Point(Protocol):
 class Progress:
     """The progress of one load, from the copying thread to the engine's threads. Planes are counted in canonical order."""
 
-    def __init__(self) -> None:
-        self._changed = threading.Condition()
+    def __init__(self, runtime: Runtime = RUNTIME) -> None:
+        self._changed = runtime.condition(threading.Lock())
         self._groups: list[tuple[int, Point | None]] = []
         self._ended = False
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import select
 import socket
 import time
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from lmcache.compiled import native
 from lmcache.config.hosts import duplicate, in_url, seconds_left
 from lmcache.errors import ServerUnavailable, WireError
 from lmcache.observability.log import printable
+from lmcache.runtime import RUNTIME, Runtime
 from lmcache.wire import auth
 from lmcache.wire import messages as m
 from lmcache.wire.frames import FrameReader, frame, peer_of
@@ -51,10 +51,6 @@ class Carrier(Protocol):
 
     def post(self, request: m.Message) -> None:
         """Send a request without waiting for its answer. The answer is discarded when it arrives."""
-        ...
-
-    def wait_for_end(self, timeout_seconds: float) -> bool:
-        """Return True when the other side has hung up."""
         ...
 
     def close(self) -> None: ...
@@ -120,13 +116,9 @@ class UnixCarrier:
         except (OSError, WireError) as error:
             raise ServerUnavailable(str(error) or type(error).__name__) from error
 
-    def wait_for_end(self, timeout_seconds: float) -> bool:
-        poll = select.poll()
-        try:
-            poll.register(self._socket, select.POLLRDHUP)
-            return bool(poll.poll(timeout_seconds * 1000))
-        except (OSError, ValueError):
-            return True  # another thread has closed the socket
+    def wait_for_end(self, timeout_seconds: float, runtime: Runtime = RUNTIME) -> bool:
+        """Return True when the other side has hung up, or another thread has closed the socket. runtime: counts the seconds."""
+        return runtime.hung_up(self._socket, timeout_seconds)
 
     def close(self) -> None:
         try:
@@ -242,10 +234,6 @@ class ZmqCarrier:
         """Whether the handshake of ZMQ has failed. With CURVE on both sides that means that the keys differ."""
         self._read_monitor()
         return self._turned_away
-
-    def wait_for_end(self, timeout_seconds: float) -> bool:
-        time.sleep(timeout_seconds)  # ZMQ does not report the end; the heartbeat of `engine.connection` detects it
-        return False
 
     def trust(self) -> None:
         """Lift the bound on received bytes, because the server is proved or the engine uses it without a proof."""

@@ -17,7 +17,6 @@ import os
 import re
 import socket
 import threading
-import time
 import uuid
 from array import array
 from collections.abc import Iterator
@@ -26,6 +25,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lmcache.runtime import RUNTIME, Runtime
 from lmcache.tiers.filesystem import Filesystem
 
 LEASE_SECONDS = 60.0
@@ -55,9 +55,15 @@ class Published(NamedTuple):
 class Janitor:
     """The candidacy of one process. Not thread-safe: `DirectoryTier` calls it from one thread at a time."""
 
-    def __init__(self, filesystem: Filesystem, folder: Path, stop: threading.Event | None = None) -> None:
+    def __init__(
+        self,
+        filesystem: Filesystem,
+        folder: Path,
+        stop: threading.Event | None = None,
+        runtime: Runtime = RUNTIME,
+    ) -> None:
         """stop: once it is set, walks over the directory end with an InterruptedError."""
-        self._stop = stop or threading.Event()
+        self._stop, self._now = stop or runtime.event(), runtime.now
         self._filesystem, self._folder = filesystem, folder
         self._lease, self._usage, self._wanted = folder / "janitor", folder / "usage", folder / "wanted"
         self._name = f"{socket.gethostname()} {os.getpid()} {uuid.uuid4().hex}"
@@ -77,7 +83,7 @@ class Janitor:
         holder, touched = self._holder()
         if holder == self._name:
             self._filesystem.touch(self._lease)
-            self._renewed = time.monotonic()
+            self._renewed = self._now()
             return True
         if self._file_system_time() - touched < LEASE_SECONDS and not _is_gone(holder):
             return False
@@ -205,8 +211,8 @@ class Janitor:
         """Renew the lease when due. Raises OSError, or InterruptedError once the tier is closed."""
         if self._stop.is_set():
             raise InterruptedError(errno.EINTR, "the tier is closed")
-        if time.monotonic() - self._renewed > _RENEW_SECONDS:
-            self._renewed = time.monotonic()
+        if self._now() - self._renewed > _RENEW_SECONDS:
+            self._renewed = self._now()
             if self.holds():
                 self._filesystem.touch(self._lease)
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import os
 import threading
-import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -20,6 +19,7 @@ from typing import TypeVar
 from lmcache.config.options import integer
 from lmcache.errors import ConfigError
 from lmcache.observability.log import init_logger
+from lmcache.runtime import RUNTIME, Runtime
 from lmcache.tiers import frame
 from lmcache.tiers.directory.janitor import Count, Janitor
 from lmcache.tiers.filesystem import BLOCK_BYTES, FULL, Filesystem, blocks, named_errors, tier_error
@@ -62,21 +62,22 @@ class DirectoryTier(Tier):
         threads: int = 8,
         filesystem: Filesystem | None = None,
         touch_seconds: float = TOUCH_SECONDS,
+        runtime: Runtime = RUNTIME,
     ) -> None:
         """max_bytes: the cap, None for no cap. threads: how many files are read or written at once."""
         self._path, self._max_bytes, self._secret, self._threads = path, max_bytes, secret, threads
-        self._touch_seconds = touch_seconds
+        self._touch_seconds, self._runtime, self._now = touch_seconds, runtime, runtime.now
         self._where = f"dir://{path}"
         self._filesystem = filesystem or Filesystem()
         self._life = threading.Lock()
         self._lock = threading.Lock()
         self._counting = threading.Lock()
         """Protects the janitor."""
-        self._counted = threading.Event()
+        self._counted = runtime.event()
         """Set once a process has counted the stored bytes. Until then a tier with a cap stores nothing."""
-        self._wake = threading.Event()
+        self._wake = runtime.event()
         """Wakes the janitor's thread."""
-        self._passed = threading.Condition(self._lock)
+        self._passed = runtime.condition(self._lock)
         """Notified when a pass of the janitor's thread has ended."""
         self._wanted: Counter[int] = Counter()
         """Bytes that stores wait for now, by the number of the pass that makes room for them."""
@@ -102,6 +103,7 @@ class DirectoryTier(Tier):
             url.take_max_bytes(),
             url.take_frame_key(),
             url.take("connections", integer(1, 256), 8),
+            runtime=url.runtime,
         )
 
     # ---- the protocol
@@ -112,8 +114,8 @@ class DirectoryTier(Tier):
                 return
             with named_errors(self._where):
                 _make_folders(self._path / "tmp")
-                self._stop = threading.Event()
-                self._janitor = Janitor(self._filesystem, self._path, self._stop)
+                self._stop = self._runtime.event()
+                self._janitor = Janitor(self._filesystem, self._path, self._stop, self._runtime)
                 elected, published = self._janitor.elected(), self._janitor.published()
                 self._counted.clear()
                 if published and (published.in_order or not elected):
@@ -122,10 +124,9 @@ class DirectoryTier(Tier):
                     if elected:
                         self._janitor.publish(self._count)
                 self._since = 0
-            self._pool = started_pool(self._threads, "lmcache-dir")
-            self._watch = threading.Thread(target=self._keep_counting, name="lmcache-dir-janitor", daemon=True)
+            self._pool = started_pool(self._runtime, self._threads, "lmcache-dir")
             self._opened = True
-            self._watch.start()
+            self._watch = self._runtime.start(self._keep_counting, "lmcache-dir-janitor")
             self._counted.wait(ROOM_SECONDS)
 
     def contains(self, keys: Sequence[ShardKey]) -> list[bool]:
@@ -145,7 +146,7 @@ class DirectoryTier(Tier):
         first: dict[ShardKey, Shard] = {}
         for shard in shards:
             first.setdefault(shard.key, shard)
-        deadline = time.monotonic() + ROOM_SECONDS
+        deadline = self._now() + ROOM_SECONDS
         said: dict[ShardKey, str] = {}
         for key, one in zip(
             first, self._each(lambda shard: self._store_one(shard, deadline), [*first.values()]), strict=True
@@ -206,7 +207,7 @@ class DirectoryTier(Tier):
             outcome = self._read(fd, status.st_size, key, into.cast("B"))
             if outcome != OK:
                 self._unlink(path, status.st_ino)
-            elif time.time() - status.st_mtime >= self._touch_seconds:
+            elif self._runtime.wall() - status.st_mtime >= self._touch_seconds:
                 self._touch(path)
             return outcome
         except OSError as error:
@@ -324,7 +325,7 @@ class DirectoryTier(Tier):
         awaited = self._begun + 1
         self._wanted[awaited] += cost
         self._wake.set()
-        if not self._passed.wait_for(lambda: self._ended >= awaited, max(0.0, deadline - time.monotonic())):
+        if not self._passed.wait_for(lambda: self._ended >= awaited, max(0.0, deadline - self._now())):
             self._wanted[awaited] -= cost
         if self._ended >= awaited and self._trouble:
             raise self._trouble.with_traceback(None)
@@ -378,7 +379,7 @@ class DirectoryTier(Tier):
 
     def _keep_counting(self) -> None:
         """Run the janitor's thread. It keeps some space free, because processes that are not elected cannot free any."""
-        due, told = time.monotonic() + COUNT_SECONDS, ""
+        due, told = self._now() + COUNT_SECONDS, ""
         while not self._stop.is_set():
             trouble: OSError | None = None
             planned = due
@@ -390,7 +391,7 @@ class DirectoryTier(Tier):
                 trouble = OSError(f"the janitor failed: {error!r}")
                 trouble.__cause__ = error
             if trouble:
-                due = time.monotonic() + COUNT_SECONDS
+                due = self._now() + COUNT_SECONDS
             if trouble or due != planned:  # a pass that had nothing to do says nothing about the trouble before it
                 told = self._log(trouble, told)
             with self._passed:
@@ -415,7 +416,7 @@ class DirectoryTier(Tier):
 
     def _look(self, due: float) -> float:
         """Count and make room where that is due or wanted, here or elsewhere; when it is due again. Raises OSError."""
-        began = time.monotonic()
+        began = self._now()
         if not self._counted.is_set():
             with self._counting:
                 count = self._janitor.count()
@@ -431,7 +432,7 @@ class DirectoryTier(Tier):
                 return due
         with self._counting:
             self._tidy(asked)
-        return time.monotonic() + max(COUNT_SECONDS, (time.monotonic() - began) / _COUNTING_SHARE)
+        return self._now() + max(COUNT_SECONDS, (self._now() - began) / _COUNTING_SHARE)
 
     # ---- calls
 

@@ -11,7 +11,6 @@ import errno
 import itertools
 import os
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -22,6 +21,7 @@ import numpy as np
 from lmcache.config.options import GIB, word
 from lmcache.errors import ConfigError
 from lmcache.observability.log import init_logger
+from lmcache.runtime import RUNTIME, Runtime
 from lmcache.tiers import frame
 from lmcache.tiers.disk.folder import can_be_direct, part_of_free, take_folder
 from lmcache.tiers.disk.journal import PUT, REMOVE, STEP_BYTES, USE, Journal, places
@@ -68,17 +68,19 @@ class DiskTier(Tier):
         io: str = "auto",
         secret: bytes = b"",
         filesystem: Filesystem | None = None,
+        runtime: Runtime = RUNTIME,
     ) -> None:
         """max_bytes: the cap, None for 90 % of the file system's free space. io: auto, direct or buffered."""
         self._path, self._asked_bytes, self._mode, self._secret = path, max_bytes, io, secret
         self._where = f"disk://{path}"
         self._filesystem = filesystem or Filesystem()
+        self._runtime, self._now = runtime, runtime.now
         self._life = threading.Lock()
         self._lock = threading.Lock()
         """Protects the index, the journal and the accounting of segments. Nothing that may wait for the device runs under it,
         except writes of the journal, which go through the page cache."""
         self._punching = threading.Lock()
-        self._idle = threading.Condition(self._lock)
+        self._idle = runtime.condition(self._lock)
         self._calls = 0
         self._opened = self._alone = False
         self._closing = ExitStack()
@@ -96,6 +98,7 @@ class DiskTier(Tier):
             url.take_max_bytes(),
             url.take("io", word("auto", "direct", "buffered"), "auto"),
             url.take_frame_key(),
+            runtime=url.runtime,
         )
 
     # ---- the protocol
@@ -214,9 +217,9 @@ class DiskTier(Tier):
 
     def _mount(self) -> None:
         self._closing.callback(os.close, take_folder(self._filesystem, self._path, self._where))
-        sums = started_pool(_LANES, "lmcache-disk-sum")
+        sums = started_pool(self._runtime, _LANES, "lmcache-disk-sum")
         self._closing.callback(sums.shutdown)
-        self._readers = started_pool(_LANES, "lmcache-disk-read")
+        self._readers = started_pool(self._runtime, _LANES, "lmcache-disk-read")
         self._closing.callback(self._readers.shutdown)
         direct = can_be_direct(self._filesystem, self._path, self._where, self._mode)
         self._io = FrameIO(self._filesystem, self._secret, sums, direct)
@@ -372,9 +375,9 @@ class DiskTier(Tier):
                 if not full:
                     raise tier_error(self._where, error) from error
         else:
-            self._full_until = time.monotonic() + _PAUSE_SECONDS
+            self._full_until = self._now() + _PAUSE_SECONDS
             return [NO_ROOM] * len(shards)
-        if len(shards) == 1 or time.monotonic() < self._full_until:
+        if len(shards) == 1 or self._now() < self._full_until:
             return [NO_ROOM] * len(shards)
         half = len(shards) // 2
         return self._store_group(shards[:half]) + self._store_group(shards[half:])
@@ -384,7 +387,7 @@ class DiskTier(Tier):
         cost = cost_of(payloads)
         while True:
             with self._lock:
-                if time.monotonic() < self._full_until:
+                if self._now() < self._full_until:
                     return None
                 count = len(self._index)
                 index = self._index_bytes(count + len(payloads)) - self._index_bytes(count)

@@ -10,13 +10,13 @@ from __future__ import annotations
 import heapq
 import struct
 import threading
-import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
 
+from lmcache.runtime import RUNTIME
 from lmcache.tiers.tier import ShardKey
 
 _SIZE_BITS = 41
@@ -40,9 +40,10 @@ class Accounting:
     Loads and stores never wait for work that grows with the number of shards: such work runs without the lock.
     """
 
-    def __init__(self, notes_uses: bool = True) -> None:
-        """notes_uses: for `new_uses`, which forgets the oldest of them; whoever does not call it has no use for them."""
-        self._lock, self._notes_uses = threading.Lock(), notes_uses
+    def __init__(self, notes_uses: bool = True, wall: Callable[[], float] = RUNTIME.wall) -> None:
+        """notes_uses: for `new_uses`, which forgets the oldest of them; whoever does not call it has no use for them.
+        wall: returns the seconds since the epoch."""
+        self._lock, self._notes_uses, self._wall = threading.Lock(), notes_uses, wall
         self._entries: dict[bytes, int] = {}
         """Packed key -> last use << 41 | bytes, the least recently used first."""
         self._fresh: dict[bytes, int] = {}
@@ -179,14 +180,14 @@ class Accounting:
 
     def _tick(self, packed: bytes) -> int:
         """Now, later than ever before."""
-        self._latest = max(now_ms(), self._latest + 1)
+        self._latest = max(self.now_ms(), self._latest + 1)
         if self._notes_uses:
             self._fresh[packed], self._has_new = self._latest, True
         return self._latest
 
-
-def now_ms() -> int:
-    return time.time_ns() // 1_000_000
+    def now_ms(self) -> int:
+        """Return the Unix milliseconds."""
+        return int(self._wall() * 1000)
 
 
 _SIZE_MASK = (1 << _SIZE_BITS) - 1

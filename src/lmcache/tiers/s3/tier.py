@@ -11,15 +11,15 @@ import json
 import os
 import re
 import threading
-import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future
 
 from lmcache.config.options import integer, number
 from lmcache.errors import ConfigError
 from lmcache.observability.log import init_logger
+from lmcache.runtime import RUNTIME, Runtime
 from lmcache.tiers import frame
-from lmcache.tiers.s3.accounting import Accounting, now_ms, pack_uses, unpack_uses
+from lmcache.tiers.s3.accounting import Accounting, pack_uses, unpack_uses
 from lmcache.tiers.s3.client import Client, Place
 from lmcache.tiers.threads import started_pool
 from lmcache.tiers.tier import ABSENT, KEPT, OK, Shard, ShardKey, Tier, TierError, Usage
@@ -58,18 +58,19 @@ class S3Tier(Tier):
         connections: int = 16,
         sweep_seconds: float = 600.0,
         secret: bytes = b"",
+        runtime: Runtime = RUNTIME,
     ) -> None:
         self._client, self._max_bytes, self._secret = client, max_bytes, secret
         self._timeout_seconds, self._sweep_seconds = timeout_seconds, sweep_seconds
-        self._connections = connections
-        self._accounting = Accounting(notes_uses=max_bytes is not None)
+        self._connections, self._runtime, self._now = connections, runtime, runtime.now
+        self._accounting = Accounting(notes_uses=max_bytes is not None, wall=runtime.wall)
         """Without a cap nothing is swept, and they tell `usage` only."""
         self._trimming = threading.Lock()
         self._identity = os.urandom(8).hex()
-        self._pool: ThreadPoolExecutor | None = None
+        self._pool: Executor | None = None
         self._sweeper: threading.Thread | None = None
-        self._closing = threading.Event()
-        self._swept = threading.Event()
+        self._closing = runtime.event()
+        self._swept = runtime.event()
         """Set after the first complete sweep, when the accounting is complete."""
 
     @classmethod
@@ -91,6 +92,7 @@ class S3Tier(Tier):
             connections=url.take("connections", integer(1, 256), 16),
             sweep_seconds=url.take("sweep", number(0.1, 1e6), 600.0),
             secret=url.take_frame_key(),
+            runtime=url.runtime,
         )
 
     def open(self) -> None:
@@ -98,10 +100,9 @@ class S3Tier(Tier):
             return
         self._client.read_all(_JANITOR)  # raises when bucket, credentials or network do not work
         self._closing.clear()
-        self._pool = started_pool(self._connections, "lmcache-s3")
+        self._pool = started_pool(self._runtime, self._connections, "lmcache-s3")
         if self._max_bytes is not None:
-            self._sweeper = threading.Thread(target=self._sweep_again_and_again, name="lmcache-s3-sweep", daemon=True)
-            self._sweeper.start()
+            self._sweeper = self._runtime.start(self._sweep_again_and_again, "lmcache-s3-sweep")
             self._swept.wait(self._timeout_seconds)
 
     def contains(self, keys: Sequence[ShardKey]) -> list[bool]:
@@ -290,11 +291,11 @@ class S3Tier(Tier):
                     recency_bytes += one.size if one.path == _RECENCY else 0
                 if one.path.startswith(_USES) and (is_janitor or not self._swept.is_set()):
                     others.append(one.path)
-                    if is_janitor and written < now_ms() - _FORGOTTEN_MS:
+                    if is_janitor and written < self._accounting.now_ms() - _FORGOTTEN_MS:
                         self._client.delete([one.path])
             for path in others:
                 if read := self._client.read_all(path):
-                    for packed, when in unpack_uses(read[0], now_ms()).items():
+                    for packed, when in unpack_uses(read[0], self._accounting.now_ms()).items():
                         uses[packed] = max(when, uses.get(packed, 0))
             self._accounting.take_over(listed, uses, other_bytes)
         self._swept.set()
@@ -309,12 +310,12 @@ class S3Tier(Tier):
 
     def _write_uses(self) -> None:
         """Write the uses of the last few sweeps, since the janitor may have missed the previous object."""
-        if fresh := self._accounting.new_uses(now_ms() - int(4000 * self._sweep_seconds) - 1000):
+        if fresh := self._accounting.new_uses(self._accounting.now_ms() - int(4000 * self._sweep_seconds) - 1000):
             self._client.write(f"{_USES}{self._identity}", [pack_uses(fresh)])
 
     def _be_janitor(self) -> bool:
         """Take or renew the lease by a conditional write, which only one server can win. Return whether it is held."""
-        read, now = self._client.read_all(_JANITOR), time.time()
+        read, now = self._client.read_all(_JANITOR), self._runtime.wall()
         if read:
             with contextlib.suppress(ValueError, TypeError, KeyError, OverflowError, RecursionError):
                 lease = json.loads(read[0])
@@ -340,10 +341,10 @@ class S3Tier(Tier):
         """
         if not self._pool:
             raise TierError("closed", f"{self._client.place.text}: the tier is not open")
-        deadline = time.monotonic() + self._timeout_seconds
+        deadline = self._now() + self._timeout_seconds
 
         def run(call: Callable[..., None], *numbers: int) -> None:
-            if time.monotonic() > deadline:
+            if self._now() > deadline:
                 raise TierError(
                     "timeout", f"{self._client.place.text}: not all could begin in time; ?timeout=, ?connections="
                 )

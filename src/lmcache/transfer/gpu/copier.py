@@ -6,6 +6,7 @@ import torch
 
 from lmcache.errors import LayoutError
 from lmcache.observability.log import init_logger
+from lmcache.runtime import RUNTIME, Runtime
 from lmcache.transfer.bounds import Blocks, Bounds, Runs
 from lmcache.transfer.gpu.driver import using_device
 from lmcache.transfer.gpu.launch import Shape, staging_bytes
@@ -30,10 +31,10 @@ class CudaCopier:
     bytes_per_second = 50e9
     zeroes_the_rest = True
 
-    def __init__(self, paged: PagedKV, chunk_tokens: int) -> None:
+    def __init__(self, paged: PagedKV, chunk_tokens: int, runtime: Runtime = RUNTIME) -> None:
         device = torch.device(paged.device)
         self._bounds = Bounds(paged, chunk_tokens)
-        self._arena = PinnedArena(device)
+        self._arena = PinnedArena(device, runtime)
         with using_device(device):
             bases = torch.tensor([plane.address for plane in paged.planes], dtype=torch.int64, device=device)
             source = Source(

@@ -5,10 +5,12 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 
 from lmcache.observability.log import init_logger
+from lmcache.runtime import RUNTIME, Runtime
 from lmcache.transfer.gpu.driver import using_device
 
 logger = init_logger(__name__)
@@ -21,23 +23,20 @@ class PinnedArena:
     """One mapping of the arena in this process. A background thread registers it, one GiB at a time. The driver copies parts that
     are not registered yet through its own, slower staging."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, runtime: Runtime = RUNTIME) -> None:
+        self._device, self._start = device, runtime.start
         self.address = 0
         """The address at which the mapping begins; 0 before the call of `register`."""
         self._bytes: torch.Tensor | None = None
         self._registered_bytes = 0
-        self._stop = threading.Event()
+        self._stop = runtime.event()
         self._thread: threading.Thread | None = None
 
     def register(self, address: int, size_bytes: int) -> None:
         """Start the registration of `size_bytes` bytes from `address` on."""
         self.address = address
         self._bytes = _host_bytes(address, size_bytes)
-        self._thread = threading.Thread(
-            target=self._register, args=(address, size_bytes), name="lmcache-register", daemon=True
-        )
-        self._thread.start()
+        self._thread = self._start(partial(self._register, address, size_bytes), "lmcache-register")
 
     def wait_registered(self) -> None:
         """Wait until registration has ended, successfully or not."""
