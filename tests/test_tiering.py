@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from lmcache.cache import L1, SERVER
+from lmcache.cache import L1, SERVER, Event
 from lmcache.errors import ConfigError
 from lmcache.memory.arena import Arena
 from lmcache.memory.slabs import NO_EXTENT
@@ -262,6 +262,19 @@ def test_what_is_stored_comes_back_from_the_tier(rig: Callable[..., Rig], knows:
         "not written back where it came from"
     )
     assert one.ask(lambda: one.l1.open_leases) == one.ask(lambda: one.l1.open_reservations) == 0
+
+
+def test_what_is_loaded_for_a_request_is_reserved_and_stored_under_its_id(rig: Callable[..., Rig]) -> None:
+    tier, events = HandTier(True), list[Event]()
+    one, prompt = rig(spec(tier)), chain(1, 6)
+    one.store(prompt)
+    one.written()
+    one.forget_l1()
+    one.ask(lambda: one.l1.events.listen(["reserved", "committed", "stored"], events.append))
+    eventually(lambda: one.ask(lambda: one.tiering.wait_for(ENGINE, one.space, prompt, 0.0, "cmpl-1"))[0] == 6)
+    assert {(event.process, event.tier, event.request) for event in events} == {(SERVER, "hand", "cmpl-1")}
+    for kind in ("reserved", "committed", "stored"):
+        assert b"".join(event.hashes for event in events if event.kind == kind) == prompt
 
 
 def test_a_record_names_the_tiers_and_fits_json(rig: Callable[..., Rig]) -> None:

@@ -63,6 +63,8 @@ class Load(NamedTuple):
     parent: bytes
     root: bool
     hashes: bytes
+    request: str = ""
+    """The engine's id of the request whose lookup has started the fetch."""
 
 
 class Decided(NamedTuple):
@@ -446,7 +448,8 @@ class Fetches:
             if hashes:
                 chunk = fetch.first + first
                 parent = fetch.hash_of(chunk - 1) if chunk else b""
-                load = Load(next(self._numbers), tier, fetch.space, parent, not chunk, b"".join(hashes))
+                request = fetch.requests[0] if fetch.requests else ""
+                load = Load(next(self._numbers), tier, fetch.space, parent, not chunk, b"".join(hashes), request)
                 self._queues[tier][load.number] = pending = _Pending(load)
                 self._queued_chunks[tier] += len(hashes)
                 self._under_way.update(dict.fromkeys(pending.keys, pending))

@@ -203,7 +203,9 @@ class Tiering:
         for shard in range(space.shards):
             now, tier = self._loop.now(), self.runners[load.tier].name
             try:
-                grant = self._l1.reserve(now, SERVER, load.space, shard, load.parent, load.root, load.hashes, tier)
+                grant = self._l1.reserve(
+                    now, SERVER, load.space, shard, load.parent, load.root, load.hashes, tier, load.request
+                )
             except Refusal:  # no memory can be allocated for extents
                 continue
             if not grant.reservation:
