@@ -277,6 +277,26 @@ def test_what_is_loaded_for_a_request_is_reserved_and_stored_under_its_id(rig: C
         assert b"".join(event.hashes for event in events if event.kind == kind) == prompt
 
 
+def test_the_nearer_tiers_get_each_split_from_the_tier_that_had_it(rig: Callable[..., Rig]) -> None:
+    """The chunks of two splits of one layout have equal hashes, and are loaded at the same time."""
+    near, far = HandTier(True), HandTier(True)
+    one, prompt = rig(spec(near, "near"), spec(far, "far")), chain(1, 1)
+    split = one.ask(lambda: [one.l1.open_space(ENGINE, b"f" * 16, 2, shard, SECTOR) for shard in range(2)])[0]
+    keys = [ShardKey(b"f" * 16, prompt, shard, 2) for shard in range(2)]
+    for tier, kept in ((far, keys), (near, [ShardKey(b"f" * 16, prompt, 0, 1)])):
+        tier.kept = {key: content(prompt, key.shard) for key in kept}
+        tier.hold("load")
+    assert one.ask(lambda: one.tiering.wait_for(ENGINE, split, prompt, 0.0)) == (0, 1)
+    assert one.wait_for(prompt) == 1
+    eventually(lambda: "load" in far.calls and "load" in near.calls)
+    far.let_go()
+    eventually(lambda: one.ask(lambda: one.l1.peek(0.0, ENGINE, split, prompt)))
+    near.let_go()
+    assert one.fetch(prompt) == 1
+    one.written()
+    assert set(near.kept) > set(keys) and set(far.kept) == set(keys)
+
+
 def test_a_record_names_the_tiers_and_fits_json(rig: Callable[..., Rig]) -> None:
     near, far = HandTier(True), HandTier(True)
     one = rig(spec(near, "near"), spec(far, "far", read=False))

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import takewhile
 
 from lmcache.cache import L1, SERVER, Event, Refusal
 from lmcache.cache.allocator import Space
@@ -74,8 +75,6 @@ class Tiering:
         self._region: Region | None = None
         self._late_loads = set[int]()
         """Numbers of loads that are still running after their deadline."""
-        self._origin: dict[bytes, int] = {}
-        """Chunk hash -> the tier that the chunk is being loaded from, to which it is not written back."""
         self._drained: Callable[[], None] | None = None
         self._drain_until = 0.0
         self._closed = False
@@ -179,8 +178,6 @@ class Tiering:
         if not parts:
             self._loop.call_soon(lambda: self._loaded(load, [], None))
             return
-        for at in range(0, len(load.hashes), HASH_BYTES):
-            self._origin[load.hashes[at : at + HASH_BYTES]] = load.tier
         keys = [key for part in parts for key in part.keys]
         into = [self._l1.view(sector, part.shard_bytes) for part in parts for sector in part.sectors]
 
@@ -239,8 +236,6 @@ class Tiering:
                     runner.counters[f"missed:{outcome}"] += 1
         self._late_loads.discard(load.number)
         runner.counters["loaded_bytes"] += good_bytes
-        for begin in range(0, len(load.hashes), HASH_BYTES):
-            self._origin.pop(load.hashes[begin : begin + HASH_BYTES], None)
         self.fetches.loaded(self._loop.now(), load, None if outcomes is None and parts else good_bytes)
         self._carry_out()
 
@@ -252,16 +247,9 @@ class Tiering:
         if space is None:
             return
         chunk_bytes = sum(space.shard_bytes)
-        for number, runner in enumerate(self.runners):
-            if runner.spec.write == "none":
-                continue
-            if event.process != SERVER:
+        for runner in takewhile(lambda one: one.name != event.tier, self.runners):
+            if runner.spec.write != "none":
                 runner.queue.add(event.space, event.hashes, event.parents, chunk_bytes, space.shards)
-                continue
-            for at in range(0, len(event.hashes), HASH_BYTES):
-                cut = slice(at, at + HASH_BYTES)
-                if number < self._origin.get(event.hashes[cut], 0):
-                    runner.queue.add(event.space, event.hashes[cut], event.parents[cut], chunk_bytes, space.shards)
         self._loop.call_soon(self._pump)  # later, since a listener must not call L1
 
     def _l1_cleared(self, event: Event) -> None:
