@@ -41,7 +41,7 @@ def life(heart: Heart) -> None:
 
 def test_every_event_says_what_where_who_and_why() -> None:
     heart, events = Heart(4 * SECTOR), list[Event]()
-    heart.events.listen(KINDS, events.append)
+    heart.events.listen(KINDS, events.append, timed=True)
     life(heart)
     keys = chain(1, 5)
     assert events[:5] == [

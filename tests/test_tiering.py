@@ -264,6 +264,35 @@ def test_what_is_stored_comes_back_from_the_tier(rig: Callable[..., Rig], knows:
     assert one.ask(lambda: one.l1.open_leases) == one.ask(lambda: one.l1.open_reservations) == 0
 
 
+def test_a_record_says_what_l1_did_with_the_chunks_that_were_loaded(rig: Callable[..., Rig]) -> None:
+    tier = HandTier(True)
+    one, prompt = rig(spec(tier), sectors=8), chain(1, 6)
+    one.store(prompt)
+    one.written()
+    one.forget_l1()
+    tier.hold("load")
+    assert one.wait_for(prompt) == 6
+    eventually(lambda: "load" in tier.calls)
+    lost = next(key for key in tier.kept if key.chunk == prompt[32:48])
+    shard = tier.kept.pop(lost)
+    tier.let_go()
+    assert one.fetch(prompt) == 2
+    eventually(lambda: not one.ask(lambda: one.l1.open_reservations))
+    first = one.ask(lambda: one.tiering.fetches.records[-1])
+    assert first.l1_events == {"stored": 5, "dropped:copy failed": 1} and first.outcome == "failed"
+    one.store(prompt)  # the engine has computed what did not come
+    one.written()
+    one.store(chain(2, 8))
+    assert first.l1_events == {"stored": 5, "dropped:copy failed": 1, "evicted:room": 5}
+    tier.kept[lost] = shard
+    lease = one.ask(lambda: one.l1.lookup(one.loop.now(), ENGINE, one.space, chain(2, 8)).lease)
+    assert one.fetch(prompt) == 0
+    second = one.ask(lambda: one.tiering.fetches.records[-1])
+    assert set(second.l1_events) == {"refused:no room", "refused:no parent"} and second.l1_events.total() == 6
+    assert one.tiering.report.describe(second)["l1_events"] == second.l1_events
+    one.ask(lambda: one.l1.release(ENGINE, lease))
+
+
 def test_what_is_loaded_for_a_request_is_reserved_and_stored_under_its_id(rig: Callable[..., Rig]) -> None:
     tier, events = HandTier(True), list[Event]()
     one, prompt = rig(spec(tier)), chain(1, 6)

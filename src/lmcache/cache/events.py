@@ -48,7 +48,7 @@ class Event(NamedTuple):
     wanted_by: int = -1
     """For evicted and incomplete: the space that needed memory."""
     last_used: tuple[float | None, ...] = ()
-    """For evicted: when each chunk was last used; None if that was before the first listener."""
+    """For evicted: when each chunk was last used; None if that was before the first listener with `timed`. Empty without one."""
 
 
 Listener = Callable[[Event], None]
@@ -67,10 +67,13 @@ class Events:
         """The listeners of each kind."""
         self.named: set[str] = set()
         """Kinds whose events must carry hashes."""
+        self.timed = False
+        """Whether a listener needs `last_used`, so that the time of each use must be noted."""
 
-    def listen(self, kinds: Iterable[str], listener: Listener, named: bool = True) -> None:
-        """Call the listener for each event of these kinds from now on. named: the listener needs `hashes` and the fields after
-        it, which are empty if no listener of the kind needs them."""
+    def listen(self, kinds: Iterable[str], listener: Listener, named: bool = True, timed: bool = False) -> None:
+        """Call the listener for each event of these kinds from now on. named: the listener needs `hashes`, `parents` and
+        `wanted_by`, which are empty if no listener of the kind needs them. timed: the listener needs `last_used`, too."""
+        self.timed |= timed
         for kind in kinds:
             self.heard.setdefault(kind, []).append(listener)
             if named:

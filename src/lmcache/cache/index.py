@@ -132,7 +132,7 @@ class Index:
         if path:
             self._touch(now, space, pack_ids(path))
             space.table.touch_path(path[0])
-            if "evicted" in self.events.named:
+            if self.events.timed:
                 above = path[0]
                 while (above := space.table.parent(above)) >= 0:
                     space.last_used[above] = now
@@ -140,7 +140,7 @@ class Index:
     def _touch(self, now: float, space: Space, ids: bytes) -> None:
         """Update the order of use, and the times of use if a listener needs them."""
         space.table.touch(ids)
-        if "evicted" in self.events.named:
+        if self.events.timed:
             space.last_used.update(dict.fromkeys(array("I", ids), now))
 
     # Evicting
@@ -156,7 +156,8 @@ class Index:
         self.events.emit(
             "evicted", space.number, len(complete), "room", by,
             lambda event: of_records(event, table, complete)._replace(
-                wanted_by=wanted_by, last_used=tuple(space.last_used.pop(one, None) for one in complete)
+                wanted_by=wanted_by,
+                last_used=tuple(space.last_used.pop(one, None) for one in complete) if self.events.timed else (),
             ),
         )  # fmt: skip
         if len(complete) < len(gone):

@@ -67,7 +67,7 @@ class Tiering:
         self._chunk_tokens, self._patience_seconds = chunk_tokens, patience_seconds
         self.runners = [TierRunner(loop, spec, queue_bytes, l1.total_bytes) for spec in specs]
         traits = [
-            TierTraits(one.tier.batch_bytes, one.tier.concurrency, one.usable, one.tier.batch_shards)
+            TierTraits(one.tier.batch_bytes, one.tier.concurrency, one.usable, one.tier.batch_shards, one.name)
             for one in self.runners
         ]
         self.fetches = Fetches(traits, always, patience_seconds)
@@ -81,6 +81,7 @@ class Tiering:
         self._interrupts = 0
         loop.on_tick.append(self._tick)
         l1.events.listen(["stored"], self._stored)
+        l1.events.listen(["stored", "refused", "dropped", "evicted"], self.fetches.heard)
         l1.events.listen(["cleared"], self._l1_cleared, named=False)
 
     def attach(self, region: Region) -> None:
