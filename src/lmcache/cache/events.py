@@ -48,7 +48,7 @@ class Event(NamedTuple):
     wanted_by: int = -1
     """For evicted and incomplete: the space that needed memory."""
     last_used: tuple[float | None, ...] = ()
-    """For evicted: when each chunk was last used; None if that was before the first listener with `timed`. Empty without one."""
+    """For evicted and incomplete: when each chunk was last used; None if that was before somebody listened with `timed`."""
 
 
 Listener = Callable[[Event], None]
