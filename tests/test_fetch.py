@@ -451,7 +451,7 @@ def test_records_follow_only_so_many_chunks(monkeypatch: pytest.MonkeyPatch) -> 
         world.wait_for(prompt)
     for prompt in prompts:
         world.fetches.heard(Event("evicted", SPACE, 2, "room", hashes=prompt))
-    assert [record.l1_events for record in world.fetches.records] == [{"evicted:room": 1}, {"evicted:room": 2}]
+    assert [record.events for record in world.fetches.records] == [{"evicted:room": 1}, {"evicted:room": 2}]
 
 
 @pytest.mark.parametrize("there", [True, False])

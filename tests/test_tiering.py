@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from lmcache.cache import L1, SERVER, Event
+from lmcache.cache import L1, SERVER, TIER_KINDS, Event
 from lmcache.errors import ConfigError
 from lmcache.memory.arena import Arena
 from lmcache.memory.slabs import NO_EXTENT
@@ -279,18 +279,75 @@ def test_a_record_says_what_l1_did_with_the_chunks_that_were_loaded(rig: Callabl
     assert one.fetch(prompt) == 2
     eventually(lambda: not one.ask(lambda: one.l1.open_reservations))
     first = one.ask(lambda: one.tiering.fetches.records[-1])
-    assert first.l1_events == {"stored": 5, "dropped:copy failed": 1} and first.outcome == "failed"
+    assert (
+        first.events == {"stored": 5, "dropped:copy failed": 1, "load_failed:absent": 1} and first.outcome == "failed"
+    )
     one.store(prompt)  # the engine has computed what did not come
     one.written()
     one.store(chain(2, 8))
-    assert first.l1_events == {"stored": 5, "dropped:copy failed": 1, "evicted:room": 5}
+    assert first.events == {"stored": 5, "dropped:copy failed": 1, "load_failed:absent": 1, "evicted:room": 5}
     tier.kept[lost] = shard
     lease = one.ask(lambda: one.l1.lookup(one.loop.now(), ENGINE, one.space, chain(2, 8)).lease)
     assert one.fetch(prompt) == 0
     second = one.ask(lambda: one.tiering.fetches.records[-1])
-    assert set(second.l1_events) == {"refused:no room", "refused:no parent"} and second.l1_events.total() == 6
-    assert one.tiering.report.describe(second)["l1_events"] == second.l1_events
+    assert set(second.events) == {"refused:no room", "refused:no parent"} and second.events.total() == 6
+    assert one.tiering.report.describe(second)["events"] == second.events
     one.ask(lambda: one.l1.release(ENGINE, lease))
+
+
+def test_what_a_tier_did_is_on_the_stream_of_events(rig: Callable[..., Rig]) -> None:
+    tier, events, clock = HandTier(True), list[Event](), HandClock()
+    one, prompt = rig(spec(tier), shards=2, clock=clock, always=True, patience_seconds=3600.0), chain(1, 2)
+    one.ask(lambda: one.l1.events.listen(TIER_KINDS, events.append))
+
+    def told(kind: str, reason: str = "", request: str = "") -> None:
+        """Such an event for each shard of both chunks, and nothing else, once nothing is under way."""
+        one.written()
+        eventually(lambda: not one.ask(lambda: one.l1.open_reservations))
+        assert {event._replace(chunks=0, shard=0, hashes=b"") for event in events} == {
+            Event(kind, one.space, 0, reason, SERVER, "hand", request, 0)
+        }
+        shards = [(event.hashes[16 * at : 16 * at + 16], event.shard) for event in events for at in range(event.chunks)]
+        assert sorted(shards) == sorted((prompt[at : at + 16], shard) for at in (0, 16) for shard in range(2))
+        events.clear()
+
+    def load(request: str) -> None:
+        one.forget_l1()
+        eventually(lambda: one.ask(lambda: one.tiering.wait_for(ENGINE, one.space, prompt, 0.0, request))[1])
+
+    one.store(prompt)
+    told("written")
+    one.forget_l1()
+    one.store(prompt)
+    told("written", KEPT)
+    load("r-1")
+    told("loaded", request="r-1")
+    tier.hold("load")
+    load("r-2")
+    eventually(lambda: "load" in tier.calls)
+    tier.kept.clear()
+    tier.let_go()
+    told("load_failed", ABSENT, "r-2")
+    tier.hold("store")
+    tier.refuses = "store"
+    one.forget_l1()
+    one.store(prompt)
+    eventually(lambda: tier.calls.count("store") == 3)
+    one.forget_l1()  # so that it does not try again
+    tier.let_go()
+    told("write_failed", "tier failed")
+    tier.kept = {
+        ShardKey(b"f" * 16, prompt[at : at + 16], shard, 2): bytes(SECTOR) for at in (0, 16) for shard in (0, 1)
+    }
+    calls = len(tier.calls)
+    tier.hold("load")
+    load("r-3")
+    eventually(lambda: "load" in tier.calls[calls:])
+    clock.time += one.l1.claim_seconds + 1
+    one.ask(one.tiering._tick)
+    one.ask(lambda: one.l1.tick(clock()))
+    tier.let_go()
+    told("load_failed", "too late", "r-3")
 
 
 def test_what_is_loaded_for_a_request_is_reserved_and_stored_under_its_id(rig: Callable[..., Rig]) -> None:

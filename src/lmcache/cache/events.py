@@ -1,4 +1,4 @@
-"""Events report what happens to chunks in L1: one stream, with any number of listeners.
+"""Events report what happens to chunks in L1 and in the tiers: one stream, with any number of listeners.
 
 Every event is counted. Its hashes are read from the index only if a listener has asked for them.
 """
@@ -15,6 +15,8 @@ logger = init_logger(__name__)
 KINDS = (
     "hit", "missed", "stored", "evicted", "cleared", "incomplete", "reserved", "committed", "dropped", "refused", "expired",
 )  # fmt: skip
+TIER_KINDS = "loaded", "load_failed", "written", "write_failed"
+"""Kinds of events of tiers; `KINDS` are those of L1."""
 
 
 class Event(NamedTuple):
@@ -27,12 +29,15 @@ class Event(NamedTuple):
     incomplete     The chunks were evicted when only some ranks had stored or begun their shards.
     refused        The chunks got no extents.
     expired        A claim on the chunks has passed its deadline. The chunks of a reservation are dropped then.
+    loaded         A tier has delivered a shard of each chunk, for which the server had reserved extents. load_failed: it has not.
+    written        A tier has stored a shard of each chunk; reason `kept`: it had the shard already. write_failed: it has not.
     """
 
     kind: str
     space: int
     chunks: int
     reason: str = ""
+    """For missed: why the first one was not found; the chunks after it were not looked for."""
     process: int = 0
     """The process that looked up, reserved or committed; for evicted, the one whose reservation needed memory. 0: the server."""
     tier: str = ""
@@ -40,7 +45,7 @@ class Event(NamedTuple):
     request: str = ""
     """The engine's id of the request; "" if the engine gave none."""
     shard: int = -1
-    """The shard of a reservation; -1 if the event concerns all shards."""
+    """The shard of a reservation, a load or a write; -1 if the event concerns all shards."""
     hashes: bytes = b""
     """The chunk hashes, 16 bytes each."""
     parents: bytes = b""

@@ -35,7 +35,7 @@ MAX_FETCHES = 4096
 KEPT_RECORDS = 1000
 """How many records of ended fetches are kept."""
 FOLLOWED_CHUNKS = 16384
-"""What L1 does is noted in the records for so many chunks, those whose loads have begun last."""
+"""Events are added to the records for so many chunks, those whose loads have begun last."""
 MAX_REQUESTS = 8
 """How many request ids a record names at most."""
 PROBE_SECONDS = 15.0
@@ -107,9 +107,9 @@ class FetchRecord(NamedTuple):
     arrived_chunks: int
     """Chunks that the fetch added to those that were in L1 at its beginning."""
     ended: float
-    l1_events: Counter[str]
-    """What L1 has done with the chunks whose loads this fetch has begun: stored, refused and dropped (shards), evicted and so on,
-    as `kind` or `kind:reason`. Events after the end of the fetch are added, too."""
+    events: Counter[str]
+    """Events of the chunks whose loads this fetch has begun, as `kind` or `kind:reason`: stored, evicted (chunks), and refused,
+    dropped, load_failed (shards). Events after the end of the fetch are added, too."""
 
 
 class TierTraits(NamedTuple):
@@ -157,7 +157,7 @@ class _Fetch:
     due: list[float | None] = field(default_factory=list)
     """When each planned chunk is expected, in seconds after `began`; None while a tier's pace is unknown."""
     waiting: set[_Pending] = field(default_factory=set)
-    l1_events: Counter[str] = field(default_factory=Counter)
+    events: Counter[str] = field(default_factory=Counter)
     ended: float | None = None
 
     def hash_of(self, chunk: int) -> bytes:
@@ -193,16 +193,16 @@ class _Fetch:
             outcome,
             self.arrived,
             now,
-            self.l1_events,
+            self.events,
         )
 
 
 @dataclass(eq=False)
 class _Pending:
-    """A load. began: time of its beginning; None while it is queued. l1_events: of the fetch that has begun it."""
+    """A load. began: time of its beginning; None while it is queued. events: of the fetch that has begun it."""
 
     load: Load
-    l1_events: Counter[str]
+    events: Counter[str]
     waiters: set[_Fetch] = field(default_factory=set)
     began: float | None = None
 
@@ -323,14 +323,14 @@ class Fetches:
         self._forget(self._running[load.tier][load.number])
 
     def heard(self, event: Event) -> None:
-        """Add an event of L1 to the records of the fetches that have loaded its chunks."""
+        """Add an event to the records of the fetches that have loaded its chunks."""
         for key in _keys(event.hashes) if self._followed else ():
             pending = self._followed.get((event.space, key))
             if pending is None:
                 continue
             evicted, of_load = event.kind == "evicted", event.tier == self._tiers[pending.load.tier].name
             if evicted or of_load:
-                pending.l1_events[f"{event.kind}:{event.reason}" if event.reason else event.kind] += 1
+                pending.events[f"{event.kind}:{event.reason}" if event.reason else event.kind] += 1
             if evicted or (event.kind == "stored" and not of_load):  # what an engine has stored was not loaded
                 del self._followed[event.space, key]
 
@@ -475,7 +475,7 @@ class Fetches:
                 parent = fetch.hash_of(chunk - 1) if chunk else b""
                 request = fetch.requests[0] if fetch.requests else ""
                 load = Load(next(self._numbers), tier, fetch.space, parent, not chunk, b"".join(hashes), request)
-                self._queues[tier][load.number] = pending = _Pending(load, fetch.l1_events)
+                self._queues[tier][load.number] = pending = _Pending(load, fetch.events)
                 self._queued_chunks[tier] += len(hashes)
                 self._under_way.update(dict.fromkeys(pending.keys, pending))
                 self._wait(fetch, pending)

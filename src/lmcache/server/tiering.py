@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from array import array
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -32,8 +33,10 @@ from lmcache.tiers.registry import TierSpec
 logger = init_logger(__name__)
 _HURRY_SECONDS = 0.5
 """How long the end waits after a second signal; a tier that does not hang closes in that time."""
-_TOO_LATE = "too late"
-"""Outcome of a load that ended after its reservations had expired."""
+_TOO_LATE, _TIER_FAILED = "too late", "tier failed"
+"""Outcomes of the shards of a load that ended after its reservations had expired, and of an operation that failed."""
+_LOAD, _WRITE = ("loaded", "load_failed"), ("written", "write_failed")
+"""Kinds of events: of good outcomes, and of the others."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ class Tiering:
         self._interrupts = 0
         loop.on_tick.append(self._tick)
         l1.events.listen(["stored"], self._stored)
-        l1.events.listen(["stored", "refused", "dropped", "evicted"], self.fetches.heard)
+        l1.events.listen(["stored", "refused", "dropped", "evicted", "load_failed"], self.fetches.heard)
         l1.events.listen(["cleared"], self._l1_cleared, named=False)
 
     def attach(self, region: Region) -> None:
@@ -185,6 +188,7 @@ class Tiering:
         def late() -> None:  # the reservations have expired, so what arrives from now on is not used
             self._late_loads.add(load.number)
             runner.counters[f"missed:{_TOO_LATE}"] += len(keys)
+            self._emit(_LOAD, load.space, runner, keys, [_TOO_LATE] * len(keys), load.request)
             self.fetches.late(load)
 
         def done(outcomes: list[str] | None, error: Exception | None, seconds: float) -> None:
@@ -222,7 +226,7 @@ class Tiering:
         """Commit the shards that have arrived. outcomes: one for each shard; None if the tier failed."""
         runner, at, good_bytes = self.runners[load.tier], 0, 0
         for part in parts:
-            own = outcomes[at : at + len(part.sectors)] if outcomes is not None else ["tier failed"] * len(part.sectors)
+            own = outcomes[at : at + len(part.sectors)] if outcomes is not None else [_TIER_FAILED] * len(part.sectors)
             at += len(part.sectors)
             failed = {sector for sector, outcome in zip(part.sectors, own, strict=True) if outcome != OK}
             try:
@@ -232,9 +236,11 @@ class Tiering:
             good = len(own) - len(failed)
             good_bytes += good * part.shard_bytes
             runner.counters["loaded_shards"] += good
-            for outcome in own:
-                if outcome != OK and load.number not in self._late_loads:
-                    runner.counters[f"missed:{outcome}"] += 1
+            if load.number not in self._late_loads:
+                self._emit(_LOAD, load.space, runner, part.keys, own, load.request)
+                for outcome in own:
+                    if outcome != OK:
+                        runner.counters[f"missed:{outcome}"] += 1
         self._late_loads.discard(load.number)
         runner.counters["loaded_bytes"] += good_bytes
         self.fetches.loaded(self._loop.now(), load, None if outcomes is None and parts else good_bytes)
@@ -316,6 +322,8 @@ class Tiering:
         cleared = generation != runner.generation  # some of the batch may have been stored after the clear
         if cleared and not self._closed:
             runner.remove([one.key for one in shards])
+        reported = [_TIER_FAILED] * len(shards) if outcomes is None else outcomes
+        self._emit(_WRITE, batch.space, runner, [one.key for one in shards], reported, "")
         if outcomes is None:
             runner.queue.put_back(batch)
             return
@@ -328,6 +336,24 @@ class Tiering:
                 runner.counters[f"unwritten_bytes:{outcome}"] += size
         if OK in outcomes or KEPT in outcomes:
             self.fetches.kept(batch.space, batch.hashes)
+
+    def _emit(
+        self,
+        kinds: tuple[str, str],
+        space: int,
+        runner: TierRunner,
+        keys: list[ShardKey],
+        outcomes: list[str],
+        request: str,
+    ) -> None:
+        """Emit an event for each shard number and outcome of a load or a write."""
+        found: defaultdict[tuple[str, int], list[bytes]] = defaultdict(list)
+        for key, outcome in zip(keys, outcomes, strict=True):
+            found[outcome, key.shard].append(key.chunk)
+        for (outcome, shard), chunks in found.items():
+            kind, by = kinds[outcome not in (OK, KEPT)], (SERVER, runner.name, request)
+            detail = partial(Event._replace, hashes=b"".join(chunks))
+            self._l1.events.emit(kind, space, len(chunks), outcome, by, detail, shard)
 
     # Draining, clearing and closing
 
