@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 import tracemalloc
 from collections import Counter
 from collections.abc import Callable
@@ -12,10 +13,11 @@ from typing import Any
 
 import pytest
 
-from lmcache.cache import KINDS, L1, Event, Heart
+from lmcache.cache import KINDS, L1, TIER_KINDS, Event, Heart
+from lmcache.chunks import TokenChain
 from lmcache.engine import Store
 from lmcache.memory.arena import Arena, ArenaFull
-from servers import PATIENCE, server_parts
+from servers import PATIENCE, eventually, server_parts
 
 SECTOR = 4096
 
@@ -234,15 +236,65 @@ def test_a_listener_that_fails_fails_nobody_else(caplog: pytest.LogCaptureFixtur
     assert len([one for one in caplog.records if "Processing an L1 event" in one.getMessage()]) == 2, "once a kind"
 
 
-def test_the_engines_request_is_named(folders, engine) -> None:
-    with server_parts(folders, 8 << 20) as (service, port):
-        heard: list[Event] = []
-        service.loop.ask(lambda: service.l1.events.listen(["missed", "stored"], heard.append), PATIENCE)
+def test_a_real_engine_and_a_real_tier_are_named_in_what_they_cause(folders, engine) -> None:
+    """L1 has room for 16 chunks: `b` evicts the end of `a`, which is loaded again; then `c` finds no room, and `d` no blocks."""
+    with server_parts(folders, 16 * SECTOR, l2=[f"disk://{folders('/tmp')}?max_gb=1"]) as (service, port):
+        events = list[Event]()
+        service.loop.ask(lambda: service.l1.events.listen(KINDS + TIER_KINDS, events.append, timed=True), PATIENCE)
         one = engine(SimpleNamespace(address=f"tcp://127.0.0.1:{port}"))
-        chain = one.chain(list(range(64)))
-        one.scheduler.lookup(chain, request_id="cmpl-7")
-        one.worker.store("job", Store(16, chain.parent(0), chain.hashes, 0, one.table(64), request_id="cmpl-8"))
-        one.wait("job")
-        missed, stored = heard
-        assert (missed.kind, missed.request, missed.reason) == ("missed", "cmpl-7", "absent")
-        assert (stored.kind, stored.request) == ("stored", "cmpl-8") and stored.hashes == missed.hashes == chain.hashes
+        a, b, c, d = (one.chain(range(seed, seed + 16 * chunks)) for seed, chunks in ((1, 8), (2, 12), (3, 10), (4, 1)))
+
+        def lookup(request: str) -> Any:
+            return one.scheduler.lookup(a, request_id=request)
+
+        def store(chain: TokenChain, request: str, blocks: list[int]) -> None:
+            one.worker.store(request, Store(16, chain.parent(0), chain.hashes, 0, blocks, request_id=request))
+            one.wait(request)
+            eventually(lambda: service.loop.ask(lambda: service.tiering.idle, PATIENCE))
+
+        assert lookup("a-1") is None
+        store(a, "a-2", one.table(8 * 16))
+        store(b, "b-1", one.table(12 * 16))
+        assert lookup("a-3").chunks == 8
+        store(c, "c-1", one.table(10 * 16))
+        store(d, "d-1", [1 << 20])
+        service.loop.ask(lambda: service.l1.tick(time.monotonic() + 100.0), PATIENCE)
+        service.loop.ask(service.clear, PATIENCE)
+    (lookups,) = {event.process for event in events if event.kind == "hit"}
+    (stores,) = {event.process for event in events if event.kind == "reserved" and not event.tier}
+    caused = {(event.kind, event.reason, event.process, event.tier, event.request): b"" for event in events}
+    for event in events:
+        assert event.space == 0 and len(event.hashes) == 16 * event.chunks
+        assert len(event.parents) == 16 * event.chunks * (event.kind == "stored")
+        assert len(event.last_used) == event.chunks * (event.kind == "evicted") and None not in event.last_used
+        assert event.wanted_by == (0 if event.kind == "evicted" else -1)
+        of_shard = event.kind in ("reserved", "committed", "dropped", "refused", *TIER_KINDS)
+        assert event.shard == (0 if of_shard else -1)
+        caused[event.kind, event.reason, event.process, event.tier, event.request] += event.hashes
+    filled = "reserved", "committed", "stored"
+    disk, a_end = (0, "disk"), a.hashes[-4 * 16 :]
+    expected = {
+        ("missed", "absent", lookups, "", "a-1"): a.hashes,
+        **{(kind, "", stores, "", "a-2"): a.hashes for kind in filled},
+        ("evicted", "room", stores, "", "b-1"): a_end,
+        **{(kind, "", stores, "", "b-1"): b.hashes for kind in filled},
+        **{(kind, "", *disk, "a-3"): a_end for kind in (*filled, "loaded")},
+        ("evicted", "room", *disk, "a-3"): b.hashes[-4 * 16 :],
+        ("hit", "", lookups, "", "a-3"): a.hashes,
+        ("evicted", "room", stores, "", "c-1"): b.hashes[: 8 * 16],
+        **{(kind, "", stores, "", "c-1"): c.hashes[: 8 * 16] for kind in filled},
+        ("refused", "no room", stores, "", "c-1"): c.hashes[8 * 16 :],
+        ("evicted", "room", stores, "", "d-1"): c.hashes[7 * 16 : 8 * 16],
+        ("reserved", "", stores, "", "d-1"): d.hashes,
+        ("dropped", "copy failed", stores, "", "d-1"): d.hashes,
+        ("expired", "lease", lookups, "", "a-3"): a.hashes,
+        ("cleared", "", 0, "", ""): a.hashes + c.hashes[: 7 * 16],
+        ("written", "", *disk, ""): a.hashes + b.hashes + c.hashes[: 8 * 16],
+    }
+
+    def chunks(hashes: bytes) -> list[bytes]:
+        return sorted(hashes[at : at + 16] for at in range(0, len(hashes), 16))
+
+    assert {key: chunks(hashes) for key, hashes in caused.items()} == {
+        key: chunks(hashes) for key, hashes in expected.items()
+    }
