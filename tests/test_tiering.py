@@ -11,6 +11,7 @@ import random
 import tempfile
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from lmcache.tiers import (
     TierError,
     Usage,
 )
+from lmcache.tiers.blocking import BlockingAdapter
 from lmcache.tiers.breaker import FIRST_PAUSE_SECONDS
 from lmcache.tiers.operation import Load, Operation
 from lmcache.tiers.registry import TierSpec
@@ -1241,6 +1243,39 @@ def test_the_time_that_a_question_waits_for_a_thread_is_not_the_tiers(rig: Calla
     eventually(lambda: not one.ask(lambda: one.tiering.runners[0].under_way))
     ask_seconds = one.tiering.fetches.paces[0].ask_seconds
     assert ask_seconds is not None and ask_seconds < 0.45, "0.5, 0.5 and 0.0 s, of which the last two are in any order"
+
+
+def test_an_operation_that_gets_no_thread_is_not_kept_while_the_tier_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tier may hang for hours, and is tried now and then."""
+    loop, tier, ended = Loop(), HandTier(), list[Any]()
+    adapter = BlockingAdapter(tier, "hand", loop.executor, loop.now)
+
+    def load() -> Load:
+        return Load(
+            0.0, lambda result, error: ended.append(result), [ShardKey(b"f" * 16, b"c" * 16, 0, 1)], [bytearray(1)]
+        )
+
+    def none_left(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    tier.hold("load")
+    adapter.submit(load())
+    eventually(lambda: tier.calls == ["load"])
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", none_left)
+        refused = [load() for _ in range(3)]
+        for operation in refused:
+            with pytest.raises(RuntimeError, match="can't start new thread"):
+                adapter.submit(operation)
+    operations = [weakref.ref(operation) for operation in refused]
+    del refused, operation
+    gc.collect()
+    assert [operation() for operation in operations] == [None] * 3
+    tier.let_go()
+    adapter.submit(load())
+    eventually(lambda: len(ended) == 2)
+    assert tier.calls == ["load"] * 2
+    loop.close()
 
 
 def test_what_a_tier_has_not_stored_in_time_is_stored_again(rig: Callable[..., Rig]) -> None:
