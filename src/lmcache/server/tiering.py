@@ -18,6 +18,7 @@ from itertools import takewhile
 
 from lmcache.cache import L1, SERVER, Event, Refusal
 from lmcache.cache.allocator import Space
+from lmcache.cache.events import By
 from lmcache.cache.fetch import Ask, Fetches, Load, TierTraits
 from lmcache.cache.writeback import Batch
 from lmcache.chunks import HASH_BYTES
@@ -182,13 +183,13 @@ class Tiering:
         if not parts:
             self._loop.call_soon(lambda: self._loaded(load, [], None))
             return
-        keys = [key for part in parts for key in part.keys]
+        keys, by = [key for part in parts for key in part.keys], (SERVER, runner.name, load.request)
         into = [self._l1.view(sector, part.shard_bytes) for part in parts for sector in part.sectors]
 
         def late() -> None:  # the reservations have expired, so what arrives from now on is not used
             self._late_loads.add(load.number)
             runner.counters[f"missed:{_TOO_LATE}"] += len(keys)
-            self._emit(_LOAD, load.space, runner, keys, [_TOO_LATE] * len(keys), load.request)
+            self._emit(_LOAD, load.space, by, keys, [_TOO_LATE] * len(keys))
             self.fetches.late(load)
 
         def done(outcomes: list[str] | None, error: Exception | None, seconds: float) -> None:
@@ -225,6 +226,7 @@ class Tiering:
     def _loaded(self, load: Load, parts: list[_Part], outcomes: list[str] | None) -> None:
         """Commit the shards that have arrived. outcomes: one for each shard; None if the tier failed."""
         runner, at, good_bytes = self.runners[load.tier], 0, 0
+        by = SERVER, runner.name, load.request
         for part in parts:
             own = outcomes[at : at + len(part.sectors)] if outcomes is not None else [_TIER_FAILED] * len(part.sectors)
             at += len(part.sectors)
@@ -237,7 +239,7 @@ class Tiering:
             good_bytes += good * part.shard_bytes
             runner.counters["loaded_shards"] += good
             if load.number not in self._late_loads:
-                self._emit(_LOAD, load.space, runner, part.keys, own, load.request)
+                self._emit(_LOAD, load.space, by, part.keys, own)
                 for outcome in own:
                     if outcome != OK:
                         runner.counters[f"missed:{outcome}"] += 1
@@ -323,7 +325,7 @@ class Tiering:
         if cleared and not self._closed:
             runner.remove([one.key for one in shards])
         reported = [_TIER_FAILED] * len(shards) if outcomes is None else outcomes
-        self._emit(_WRITE, batch.space, runner, [one.key for one in shards], reported, "")
+        self._emit(_WRITE, batch.space, (SERVER, runner.name, ""), [one.key for one in shards], reported)
         if outcomes is None:
             runner.queue.put_back(batch)
             return
@@ -337,22 +339,13 @@ class Tiering:
         if OK in outcomes or KEPT in outcomes:
             self.fetches.kept(batch.space, batch.hashes)
 
-    def _emit(
-        self,
-        kinds: tuple[str, str],
-        space: int,
-        runner: TierRunner,
-        keys: list[ShardKey],
-        outcomes: list[str],
-        request: str,
-    ) -> None:
+    def _emit(self, kinds: tuple[str, str], space: int, by: By, keys: list[ShardKey], outcomes: list[str]) -> None:
         """Emit an event for each shard number and outcome of a load or a write."""
         found: defaultdict[tuple[str, int], list[bytes]] = defaultdict(list)
         for key, outcome in zip(keys, outcomes, strict=True):
             found[outcome, key.shard].append(key.chunk)
         for (outcome, shard), chunks in found.items():
-            kind, by = kinds[outcome not in (OK, KEPT)], (SERVER, runner.name, request)
-            detail = partial(Event._replace, hashes=b"".join(chunks))
+            kind, detail = kinds[outcome not in (OK, KEPT)], partial(Event._replace, hashes=b"".join(chunks))
             self._l1.events.emit(kind, space, len(chunks), outcome, by, detail, shard)
 
     # Draining, clearing and closing
