@@ -15,7 +15,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,8 +29,11 @@ from lmcache.memory.arena import Arena
 from lmcache.runtime import RUNTIME, Runtime
 from lmcache.server.loop import Loop
 from lmcache.server.service import Service
+from lmcache.server.tiering import Tiering
 from lmcache.server.unix_endpoint import UnixEndpoint
 from lmcache.server.zmq_endpoint import ZmqEndpoint
+from lmcache.tiers import Region
+from lmcache.tiers.registry import tiers_of
 from lmcache.wire import messages as m
 from lmcache.wire.carriers import UnixCarrier
 from lmcache.wire.sockets import listen_unix
@@ -220,14 +223,26 @@ def server_parts(
     key: Path | None = None,
     open_door: bool = True,
     runtime: Runtime = RUNTIME,
+    l2: Sequence[str] = (),
 ) -> Iterator[tuple[Service, int]]:
     """A server's parts in this process, in a running loop and without prefaulting: its service, and the port of its ZMQ face.
 
-    open_door: nobody needs a proof.
+    open_door: nobody needs a proof. l2: URLs of tiers, which are waited for.
     """
     loop, arena, folder = Loop(runtime), Arena(folders("/dev/shm"), l1_bytes), folders("/tmp")
-    workers = ThreadPoolExecutor(1)
-    service = Service(loop, L1(arena), 16, workers)
+    workers, l1 = ThreadPoolExecutor(1), L1(arena)
+    patient: dict[str, Any] = {
+        "chunk_tokens": 16,
+        "always": True,
+        "patience_seconds": PATIENCE,
+        "queue_bytes": l1_bytes,
+    }
+    tiering = Tiering(loop, l1, tiers_of(l2, ()), **patient) if l2 else None
+    if tiering is not None:
+        memory = arena.mapping.view(0, arena.size_bytes)
+        tiering.attach(Region(arena.mapping.address, arena.size_bytes, arena.descriptor, memory))
+        tiering.open(required=True)
+    service = Service(loop, l1, 16, workers, tiering)
     unix = UnixEndpoint(loop, service, listen_unix(folder / "socket"), folder / "socket")
     door = ZmqEndpoint(loop, service, "127.0.0.1", 0, folder, key, open_door)
     thread = threading.Thread(target=loop.run)
@@ -237,6 +252,8 @@ def server_parts(
     finally:
         loop.stop()
         thread.join()
+        if tiering is not None:
+            tiering.close()
         workers.shutdown()
         unix.close()
         door.close()

@@ -340,6 +340,24 @@ def test_the_sessions_of_a_process_log_once_that_their_server_has_gone(server, e
         one.connect()
 
 
+def test_a_session_that_never_returns_silences_no_later_loss(server, engine, caplog):
+    """The second server is too small for what the rank stores, and serves the scheduler."""
+    cache = server()
+    one = engine(cache, layers=32, heads=8, dims=128, num_blocks=4)
+
+    def lost() -> int:
+        return sum("Lost the LMCache server" in record.getMessage() for record in caplog.records)
+
+    for times, size in ((1, 1.25), (2, 8)):
+        cache.kill()
+        eventually(lambda: one.scheduler._connection._logged and one.worker._connection._logged)
+        assert lost() == times
+        cache = server(l1=size, port=cache.port)
+        assert one.scheduler.wait_connected(PATIENCE)
+        eventually(lambda: one.worker.connected or "is of no use" in caplog.text)
+    one.connect()
+
+
 @pytest.mark.parametrize("mode", ["auto", "payload"])
 def test_a_frozen_server_costs_one_deadline_not_one_a_call(server, engine, unanswered, mode):
     """Of the scheduler, and one of the rank; all of this ends before the server wakes up."""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
+from lmcache.cache.events import Event
 from lmcache.cache.fetch import ASK_SECONDS, KEPT_RECORDS, Ask, Decided, Fetches, Load, TierTraits
 from lmcache.cache.load_cost import SLACK_SECONDS, Pace, slack_seconds
 from lmcache.cache.writeback import Batch, WriteQueue
@@ -440,6 +441,17 @@ def test_only_so_many_records_are_kept() -> None:
     for number in range(KEPT_RECORDS + 5):
         world.poll(chain(1, number), request=str(number))
     assert [world.fetches.records[at].requests for at in (0, -1)] == [("5",), (str(KEPT_RECORDS + 4),)]
+
+
+def test_records_follow_only_so_many_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lmcache.cache.fetch.FOLLOWED_CHUNKS", 3)
+    world, prompts = World((None, 1e9)), [chain(2, 1), chain(2, 2)]
+    for prompt in prompts:
+        world.has[0].update(keys(prompt))
+        world.wait_for(prompt)
+    for prompt in prompts:
+        world.fetches.heard(Event("evicted", SPACE, 2, "room", hashes=prompt))
+    assert [record.events for record in world.fetches.records] == [{"evicted:room": 1}, {"evicted:room": 2}]
 
 
 @pytest.mark.parametrize("there", [True, False])

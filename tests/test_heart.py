@@ -146,7 +146,7 @@ class Life:
         self.heart = NotingHeart(self.sectors_total * SECTOR + self.dice.choice([0, 100]), new_table)
         self.events: list[Event] = []
         """Of this step."""
-        self.heart.events.listen(KINDS, self.events.append)
+        self.heart.events.listen(KINDS, self.events.append, timed=True)
         self.now = 0.0
         self.spaces: list[ModelSpace] = []
         self.processes: dict[int, str] = {}

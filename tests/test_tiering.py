@@ -11,13 +11,14 @@ import random
 import tempfile
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lmcache.cache import L1, SERVER
+from lmcache.cache import L1, SERVER, TIER_KINDS, Event
 from lmcache.errors import ConfigError
 from lmcache.memory.arena import Arena
 from lmcache.memory.slabs import NO_EXTENT
@@ -36,6 +37,7 @@ from lmcache.tiers import (
     TierError,
     Usage,
 )
+from lmcache.tiers.blocking import BlockingAdapter
 from lmcache.tiers.breaker import FIRST_PAUSE_SECONDS
 from lmcache.tiers.operation import Load, Operation
 from lmcache.tiers.registry import TierSpec
@@ -263,6 +265,125 @@ def test_what_is_stored_comes_back_from_the_tier(rig: Callable[..., Rig], knows:
         "not written back where it came from"
     )
     assert one.ask(lambda: one.l1.open_leases) == one.ask(lambda: one.l1.open_reservations) == 0
+
+
+def test_a_record_says_what_l1_did_with_the_chunks_that_were_loaded(rig: Callable[..., Rig]) -> None:
+    tier = HandTier(True)
+    one, prompt = rig(spec(tier), sectors=8), chain(1, 6)
+    one.store(prompt)
+    one.written()
+    one.forget_l1()
+    tier.hold("load")
+    assert one.wait_for(prompt) == 6
+    eventually(lambda: "load" in tier.calls)
+    lost = next(key for key in tier.kept if key.chunk == prompt[32:48])
+    shard = tier.kept.pop(lost)
+    tier.let_go()
+    assert one.fetch(prompt) == 2
+    eventually(lambda: not one.ask(lambda: one.l1.open_reservations))
+    first = one.ask(lambda: one.tiering.fetches.records[-1])
+    assert (
+        first.events == {"stored": 5, "dropped:copy failed": 1, "load_failed:absent": 1} and first.outcome == "failed"
+    )
+    one.store(prompt)  # the engine has computed what did not come
+    one.written()
+    one.store(chain(2, 8))
+    assert first.events == {"stored": 5, "dropped:copy failed": 1, "load_failed:absent": 1, "evicted:room": 5}
+    tier.kept[lost] = shard
+    lease = one.ask(lambda: one.l1.lookup(one.loop.now(), ENGINE, one.space, chain(2, 8)).lease)
+    assert one.fetch(prompt) == 0
+    second = one.ask(lambda: one.tiering.fetches.records[-1])
+    assert set(second.events) == {"refused:no room", "refused:no parent"} and second.events.total() == 6
+    assert one.tiering.report.describe(second)["events"] == second.events
+    one.ask(lambda: one.l1.release(ENGINE, lease))
+
+
+def test_what_a_tier_did_is_on_the_stream_of_events(rig: Callable[..., Rig]) -> None:
+    tier, events, clock = HandTier(True), list[Event](), HandClock()
+    one, prompt = rig(spec(tier), shards=2, clock=clock, always=True, patience_seconds=3600.0), chain(1, 2)
+    one.ask(lambda: one.l1.events.listen(TIER_KINDS, events.append))
+
+    def told(kind: str, reason: str = "", request: str = "") -> None:
+        """Such an event for each shard of both chunks, and nothing else, once nothing is under way."""
+        one.written()
+        eventually(lambda: not one.ask(lambda: one.l1.open_reservations))
+        assert {event._replace(chunks=0, shard=0, hashes=b"") for event in events} == {
+            Event(kind, one.space, 0, reason, SERVER, "hand", request, 0)
+        }
+        shards = [(event.hashes[16 * at : 16 * at + 16], event.shard) for event in events for at in range(event.chunks)]
+        assert sorted(shards) == sorted((prompt[at : at + 16], shard) for at in (0, 16) for shard in range(2))
+        events.clear()
+
+    def load(request: str) -> None:
+        one.forget_l1()
+        eventually(lambda: one.ask(lambda: one.tiering.wait_for(ENGINE, one.space, prompt, 0.0, request))[1])
+
+    one.store(prompt)
+    told("written")
+    one.forget_l1()
+    one.store(prompt)
+    told("written", KEPT)
+    load("r-1")
+    told("loaded", request="r-1")
+    tier.hold("load")
+    load("r-2")
+    eventually(lambda: "load" in tier.calls)
+    tier.kept.clear()
+    tier.let_go()
+    told("load_failed", ABSENT, "r-2")
+    tier.hold("store")
+    tier.refuses = "store"
+    one.forget_l1()
+    one.store(prompt)
+    eventually(lambda: tier.calls.count("store") == 3)
+    one.forget_l1()  # so that it does not try again
+    tier.let_go()
+    told("write_failed", "tier failed")
+    tier.kept = {
+        ShardKey(b"f" * 16, prompt[at : at + 16], shard, 2): bytes(SECTOR) for at in (0, 16) for shard in (0, 1)
+    }
+    calls = len(tier.calls)
+    tier.hold("load")
+    load("r-3")
+    eventually(lambda: "load" in tier.calls[calls:])
+    clock.time += one.l1.claim_seconds + 1
+    one.ask(one.tiering._tick)
+    one.ask(lambda: one.l1.tick(clock()))
+    tier.let_go()
+    told("load_failed", "too late", "r-3")
+
+
+def test_what_is_loaded_for_a_request_is_reserved_and_stored_under_its_id(rig: Callable[..., Rig]) -> None:
+    tier, events = HandTier(True), list[Event]()
+    one, prompt = rig(spec(tier)), chain(1, 6)
+    one.store(prompt)
+    one.written()
+    one.forget_l1()
+    one.ask(lambda: one.l1.events.listen(["reserved", "committed", "stored"], events.append))
+    eventually(lambda: one.ask(lambda: one.tiering.wait_for(ENGINE, one.space, prompt, 0.0, "cmpl-1"))[0] == 6)
+    assert {(event.process, event.tier, event.request) for event in events} == {(SERVER, "hand", "cmpl-1")}
+    for kind in ("reserved", "committed", "stored"):
+        assert b"".join(event.hashes for event in events if event.kind == kind) == prompt
+
+
+def test_the_nearer_tiers_get_each_split_from_the_tier_that_had_it(rig: Callable[..., Rig]) -> None:
+    """The chunks of two splits of one layout have equal hashes, and are loaded at the same time."""
+    near, far = HandTier(True), HandTier(True)
+    one, prompt = rig(spec(near, "near"), spec(far, "far")), chain(1, 1)
+    split = one.ask(lambda: [one.l1.open_space(ENGINE, b"f" * 16, 2, shard, SECTOR) for shard in range(2)])[0]
+    keys = [ShardKey(b"f" * 16, prompt, shard, 2) for shard in range(2)]
+    for tier, kept in ((far, keys), (near, [ShardKey(b"f" * 16, prompt, 0, 1)])):
+        tier.kept = {key: content(prompt, key.shard) for key in kept}
+        tier.hold("load")
+    assert one.ask(lambda: one.tiering.wait_for(ENGINE, split, prompt, 0.0)) == (0, 1)
+    assert one.wait_for(prompt) == 1
+    eventually(lambda: "load" in far.calls and "load" in near.calls)
+    far.let_go()
+    eventually(lambda: one.ask(lambda: one.l1.peek(0.0, ENGINE, split, prompt)))
+    near.let_go()
+    assert one.fetch(prompt) == 1
+    one.written()
+    assert set(near.kept) > set(keys) and set(far.kept) == set(keys)
 
 
 def test_a_record_names_the_tiers_and_fits_json(rig: Callable[..., Rig]) -> None:
@@ -1123,6 +1244,39 @@ def test_the_time_that_a_question_waits_for_a_thread_is_not_the_tiers(rig: Calla
     eventually(lambda: not one.ask(lambda: one.tiering.runners[0].under_way))
     ask_seconds = one.tiering.fetches.paces[0].ask_seconds
     assert ask_seconds is not None and ask_seconds < 0.45, "0.5, 0.5 and 0.0 s, of which the last two are in any order"
+
+
+def test_an_operation_that_gets_no_thread_is_not_kept_while_the_tier_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tier may hang for hours, and is tried now and then."""
+    loop, tier, ended = Loop(), HandTier(), list[Any]()
+    adapter = BlockingAdapter(tier, "hand", loop.executor, loop.now)
+
+    def load() -> Load:
+        return Load(
+            0.0, lambda result, error: ended.append(result), [ShardKey(b"f" * 16, b"c" * 16, 0, 1)], [bytearray(1)]
+        )
+
+    def none_left(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    tier.hold("load")
+    adapter.submit(load())
+    eventually(lambda: tier.calls == ["load"])
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", none_left)
+        refused = [load() for _ in range(3)]
+        for operation in refused:
+            with pytest.raises(RuntimeError, match="can't start new thread"):
+                adapter.submit(operation)
+    operations = [weakref.ref(operation) for operation in refused]
+    del refused, operation
+    gc.collect()
+    assert [operation() for operation in operations] == [None] * 3
+    tier.let_go()
+    adapter.submit(load())
+    eventually(lambda: len(ended) == 2)
+    assert tier.calls == ["load"] * 2
+    loop.close()
 
 
 def test_what_a_tier_has_not_stored_in_time_is_stored_again(rig: Callable[..., Rig]) -> None:

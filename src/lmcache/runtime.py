@@ -59,6 +59,7 @@ class Pool(ThreadPoolExecutor):
             super().submit(make).add_done_callback(lambda made: made.cancelled() and future.cancel())
         except RuntimeError:
             if future.cancel():  # no thread has begun with it meanwhile
+                del fn, args, kwargs  # `make` stays in the queue until a thread is free
                 raise
         return future
 

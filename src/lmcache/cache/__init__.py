@@ -6,8 +6,8 @@ that decide (`heart`, `claims`, `allocator`, `table`) do no I/O, so a test can r
 """
 
 from lmcache.cache.claims import SERVER, Refusal
-from lmcache.cache.events import KINDS, Event
+from lmcache.cache.events import KINDS, TIER_KINDS, Event
 from lmcache.cache.heart import Grant, Heart, Hit, TooSmall
 from lmcache.cache.l1 import L1
 
-__all__ = ["KINDS", "L1", "SERVER", "Event", "Grant", "Heart", "Hit", "Refusal", "TooSmall"]
+__all__ = ["KINDS", "L1", "SERVER", "TIER_KINDS", "Event", "Grant", "Heart", "Hit", "Refusal", "TooSmall"]

@@ -1,4 +1,4 @@
-"""Events report what happens to chunks in L1: one stream, with any number of listeners.
+"""Events report what happens to chunks in L1 and in the tiers: one stream, with any number of listeners.
 
 Every event is counted. Its hashes are read from the index only if a listener has asked for them.
 """
@@ -15,6 +15,8 @@ logger = init_logger(__name__)
 KINDS = (
     "hit", "missed", "stored", "evicted", "cleared", "incomplete", "reserved", "committed", "dropped", "refused", "expired",
 )  # fmt: skip
+TIER_KINDS = "loaded", "load_failed", "written", "write_failed"
+"""Kinds of events of tiers; `KINDS` are those of L1."""
 
 
 class Event(NamedTuple):
@@ -27,12 +29,15 @@ class Event(NamedTuple):
     incomplete     The chunks were evicted when only some ranks had stored or begun their shards.
     refused        The chunks got no extents.
     expired        A claim on the chunks has passed its deadline. The chunks of a reservation are dropped then.
+    loaded         A tier has delivered a shard of each chunk, for which the server had reserved extents. load_failed: it has not.
+    written        A tier has stored a shard of each chunk; reason `kept`: it had the shard already. write_failed: it has not.
     """
 
     kind: str
     space: int
     chunks: int
     reason: str = ""
+    """For missed: why the first one was not found; the chunks after it were not looked for."""
     process: int = 0
     """The process that looked up, reserved or committed; for evicted, the one whose reservation needed memory. 0: the server."""
     tier: str = ""
@@ -40,7 +45,7 @@ class Event(NamedTuple):
     request: str = ""
     """The engine's id of the request; "" if the engine gave none."""
     shard: int = -1
-    """The shard of a reservation; -1 if the event concerns all shards."""
+    """The shard of a reservation, a load or a write; -1 if the event concerns all shards."""
     hashes: bytes = b""
     """The chunk hashes, 16 bytes each."""
     parents: bytes = b""
@@ -48,7 +53,7 @@ class Event(NamedTuple):
     wanted_by: int = -1
     """For evicted and incomplete: the space that needed memory."""
     last_used: tuple[float | None, ...] = ()
-    """For evicted: when each chunk was last used; None if that was before the first listener."""
+    """For evicted and incomplete: when each chunk was last used; None if that was before somebody listened with `timed`."""
 
 
 Listener = Callable[[Event], None]
@@ -67,10 +72,13 @@ class Events:
         """The listeners of each kind."""
         self.named: set[str] = set()
         """Kinds whose events must carry hashes."""
+        self.timed = False
+        """Whether a listener needs `last_used`, so that the time of each use must be noted."""
 
-    def listen(self, kinds: Iterable[str], listener: Listener, named: bool = True) -> None:
-        """Call the listener for each event of these kinds from now on. named: the listener needs `hashes` and the fields after
-        it, which are empty if no listener of the kind needs them."""
+    def listen(self, kinds: Iterable[str], listener: Listener, named: bool = True, timed: bool = False) -> None:
+        """Call the listener for each event of these kinds from now on. named: the listener needs `hashes`, `parents` and
+        `wanted_by`, which are empty if no listener of the kind needs them. timed: the listener needs `last_used`, too."""
+        self.timed |= timed
         for kind in kinds:
             self.heard.setdefault(kind, []).append(listener)
             if named:

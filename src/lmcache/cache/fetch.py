@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from lmcache.cache.events import Event
 from lmcache.cache.load_cost import Pace, slack_seconds
 from lmcache.chunks import HASH_BYTES
 
@@ -33,6 +34,8 @@ the next chunk meanwhile."""
 MAX_FETCHES = 4096
 KEPT_RECORDS = 1000
 """How many records of ended fetches are kept."""
+FOLLOWED_CHUNKS = 16384
+"""Events are added to the records for so many chunks, those whose loads have begun last."""
 MAX_REQUESTS = 8
 """How many request ids a record names at most."""
 PROBE_SECONDS = 15.0
@@ -63,6 +66,8 @@ class Load(NamedTuple):
     parent: bytes
     root: bool
     hashes: bytes
+    request: str = ""
+    """The engine's id of the request whose lookup has started the fetch."""
 
 
 class Decided(NamedTuple):
@@ -102,15 +107,20 @@ class FetchRecord(NamedTuple):
     arrived_chunks: int
     """Chunks that the fetch added to those that were in L1 at its beginning."""
     ended: float
+    events: Counter[str]
+    """Events of the chunks whose loads this fetch has begun, as `kind` or `kind:reason`: stored, evicted (chunks), and refused,
+    dropped, load_failed (shards). Events after the end of the fetch are added, too."""
 
 
 class TierTraits(NamedTuple):
-    """Properties of a tier for planning. usable(now): whether it may be asked now. batch_shards: the most of one load."""
+    """Properties of a tier for planning. usable(now): whether it may be asked now. batch_shards: the most of one load. name: of
+    the tier, in events."""
 
     batch_bytes: int
     concurrency: int
     usable: Callable[[float], bool]
     batch_shards: int
+    name: str = ""
 
 
 @dataclass(eq=False)
@@ -147,6 +157,7 @@ class _Fetch:
     due: list[float | None] = field(default_factory=list)
     """When each planned chunk is expected, in seconds after `began`; None while a tier's pace is unknown."""
     waiting: set[_Pending] = field(default_factory=set)
+    events: Counter[str] = field(default_factory=Counter)
     ended: float | None = None
 
     def hash_of(self, chunk: int) -> bytes:
@@ -182,14 +193,16 @@ class _Fetch:
             outcome,
             self.arrived,
             now,
+            self.events,
         )
 
 
 @dataclass(eq=False)
 class _Pending:
-    """A load that has not ended. began: time of its beginning; None while it is queued."""
+    """A load. began: time of its beginning; None while it is queued. events: of the fetch that has begun it."""
 
     load: Load
+    events: Counter[str]
     waiters: set[_Fetch] = field(default_factory=set)
     began: float | None = None
 
@@ -225,6 +238,8 @@ class Fetches:
         """Loads that have begun and not returned, by number."""
         self._under_way: dict[tuple[int, bytes], _Pending] = {}
         """(space, chunk hash) -> the queued or running load of the chunk; hanging loads are not in it."""
+        self._followed: OrderedDict[tuple[int, bytes], _Pending] = OrderedDict()
+        """(space, chunk hash) -> the last load of the chunk that has begun, until L1 loses the chunk."""
 
     @property
     def open(self) -> int:
@@ -306,6 +321,18 @@ class Fetches:
         """Note that a running load has passed its deadline, so its chunks will not be used. It counts as running until `loaded`
         is called."""
         self._forget(self._running[load.tier][load.number])
+
+    def heard(self, event: Event) -> None:
+        """Add an event to the records of the fetches that have loaded its chunks."""
+        for key in _keys(event.hashes) if self._followed else ():
+            pending = self._followed.get((event.space, key))
+            if pending is None:
+                continue
+            evicted, of_load = event.kind == "evicted", event.tier == self._tiers[pending.load.tier].name
+            if evicted or of_load:
+                pending.events[f"{event.kind}:{event.reason}" if event.reason else event.kind] += 1
+            if evicted or (event.kind == "stored" and not of_load):  # what an engine has stored was not loaded
+                del self._followed[event.space, key]
 
     def kept(self, space: int, hashes: bytes) -> None:
         """Note that a tier has stored these chunks, so a new fetch may look for them at once."""
@@ -446,8 +473,9 @@ class Fetches:
             if hashes:
                 chunk = fetch.first + first
                 parent = fetch.hash_of(chunk - 1) if chunk else b""
-                load = Load(next(self._numbers), tier, fetch.space, parent, not chunk, b"".join(hashes))
-                self._queues[tier][load.number] = pending = _Pending(load)
+                request = fetch.requests[0] if fetch.requests else ""
+                load = Load(next(self._numbers), tier, fetch.space, parent, not chunk, b"".join(hashes), request)
+                self._queues[tier][load.number] = pending = _Pending(load, fetch.events)
                 self._queued_chunks[tier] += len(hashes)
                 self._under_way.update(dict.fromkeys(pending.keys, pending))
                 self._wait(fetch, pending)
@@ -529,6 +557,11 @@ class Fetches:
             running[number], pending.began = pending, now
             self.paces[tier].began(now)
             self.effects.append(pending.load)
+            for key in pending.keys:
+                self._followed[key] = pending
+                self._followed.move_to_end(key)
+            while len(self._followed) > FOLLOWED_CHUNKS:
+                self._followed.popitem(last=False)
 
 
 def _keys(hashes: bytes) -> list[bytes]:

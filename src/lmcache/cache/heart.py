@@ -295,8 +295,8 @@ class Heart(Index):
                 "refused", space.number, asked, reason, by, lambda event: event._replace(hashes=hashes), shard
             )
             return Grant(0, pack_ids([NO_EXTENT] * asked), asked, reason)
-        self._reserving = by, space.number
         ids, sectors = self._fill_chain(now, space, shard, parent_id, hashes)
+        self._emit_evicted(by, space.number)
         refused = asked - len(sectors)
         if refused:
             reason = "no room"

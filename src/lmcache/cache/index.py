@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 from array import array
+from collections import defaultdict
 from collections.abc import Callable, Iterable
+from functools import partial
 
 from lmcache.cache.allocator import Allocator, Space
 from lmcache.cache.claims import Refusal
-from lmcache.cache.events import NOBODY, By, Event, Events
+from lmcache.cache.events import By, Event, Events
 from lmcache.cache.table import EMPTY, Table
 from lmcache.chunks import HASH_BYTES
 from lmcache.memory.slabs import NO_EXTENT, Slabs
@@ -27,8 +29,10 @@ class Index:
         self.events = Events()
         self._new_table = new_table
         self._allocator = Allocator(total_bytes, self._evict)
-        self._reserving: tuple[By, int] = NOBODY, -1
-        """The current reservation's owner and space, for which chunks are evicted."""
+        self._evicted: defaultdict[tuple[str, int], tuple[list[bytes], list[float | None]]]
+        self._evicted = defaultdict(lambda: ([], []))
+        """(kind of event, space) -> hashes and times of last use of the chunks that the current reservation has evicted. Hashes
+        are empty, and times are missing, if no listener needs them."""
         self._spaces: dict[int, Space] = {}
         self._space_of: dict[tuple[bytes, int], Space] = {}
         self._next_space = 0
@@ -133,7 +137,7 @@ class Index:
         if path:
             self._touch(now, space, pack_ids(path))
             space.table.touch_path(path[0])
-            if "evicted" in self.events.named:
+            if self.events.timed:
                 above = path[0]
                 while (above := space.table.parent(above)) >= 0:
                     space.last_used[above] = now
@@ -141,7 +145,7 @@ class Index:
     def _touch(self, now: float, space: Space, ids: bytes) -> None:
         """Update the order of use, and the times of use if a listener needs them."""
         space.table.touch(ids)
-        if "evicted" in self.events.named:
+        if self.events.timed:
             space.last_used.update(dict.fromkeys(array("I", ids), now))
 
     # Evicting
@@ -153,21 +157,26 @@ class Index:
         gone = array("I", ids)
         complete = [one for one in gone if table.complete(one)]
         space.complete -= len(complete)
-        by, wanted_by = self._reserving
-        self.events.emit(
-            "evicted", space.number, len(complete), "room", by,
-            lambda event: of_records(event, table, complete)._replace(
-                wanted_by=wanted_by, last_used=tuple(space.last_used.pop(one, None) for one in complete)
-            ),
-        )  # fmt: skip
+        self._collect("evicted", space, complete)
         if len(complete) < len(gone):
             begun = [one for one in gone if not table.complete(one) and _holds(table, one, space.shards)]
-            self.events.emit(
-                "incomplete", space.number, len(begun), "room", by,
-                lambda event: of_records(event, table, begun)._replace(wanted_by=wanted_by),
-            )  # fmt: skip
+            self._collect("incomplete", space, begun)
         self._free(space, table, ids)
         return gone
+
+    def _collect(self, kind: str, space: Space, records: list[int]) -> None:
+        """Add evicted chunks to the event of this kind that `_emit_evicted` emits."""
+        hashes, last_used = self._evicted[kind, space.number]
+        hashes += map(space.table.key, records) if kind in self.events.named else [b""] * len(records)
+        if self.events.timed:
+            last_used += [space.last_used.pop(one, None) for one in records]
+
+    def _emit_evicted(self, by: By, wanted_by: int) -> None:
+        """Emit one event for each kind and space of the chunks that a reservation of the space `wanted_by` has evicted."""
+        for (kind, space), (hashes, last_used) in self._evicted.items():
+            detail = partial(Event._replace, hashes=b"".join(hashes), wanted_by=wanted_by, last_used=tuple(last_used))
+            self.events.emit(kind, space, len(hashes), "room", by, detail)
+        self._evicted.clear()
 
     def _free(self, space: Space, table: Table, ids: bytes) -> None:
         """Free detached records that no process touches, and their extents."""

@@ -119,8 +119,10 @@ class _NotThereYet(ServerUnavailable):
 
 _connections: set[Connection] = set()
 """The connections of this process. What one of them has logged, another one to the same server does not repeat."""
+_lost: set[str] = set()
+"""Addresses of servers whose loss has been logged, until a connection to the server has been made again."""
 _logging = threading.Lock()
-"""Guards `_connections` and what they have logged."""
+"""Guards `_connections`, `_lost` and what the connections have logged."""
 
 
 class Connection:
@@ -159,7 +161,6 @@ class Connection:
         """A server has answered the hello, and `on_welcome` has not returned yet."""
         self._logged = ""
         """Why no server serves this process, as last logged; "" since the last connection."""
-        self._lost = False
         self._since = self._now()
         self._payload = False
         self._renewal_seconds = self._renewed = math.inf
@@ -243,10 +244,11 @@ class Connection:
             self._carrier.close()
             self._carrier = None
             self._connected.clear()
+            address = self.endpoint.address
             with _logging:
-                is_known, self._lost = any(other._lost for other in self._others()), True
+                is_known = address in _lost
+                _lost.add(address)
             if not is_known:
-                address = self.endpoint.address
                 logger.warning("Lost the LMCache server at %s (%s); the engine goes on without it", address, why)
         self._wake.set()
 
@@ -323,9 +325,11 @@ class Connection:
         self._renewed = self._now()
         try:
             self._on_welcome(carrier, welcome, descriptor)
+            with _logging:
+                _lost.discard(endpoint.address)
             with self._lock:
                 self._carrier = carrier
-            self._logged, self._lost, self._ended_at = "", False, math.inf
+            self._logged, self._ended_at = "", math.inf
             self._connected.set()
             self._settled.set()
         except BaseException:

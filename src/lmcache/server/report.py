@@ -8,6 +8,7 @@ from concurrent.futures import TimeoutError as FutureTimeout
 from itertools import islice
 
 from lmcache import __version__
+from lmcache.cache import KINDS
 from lmcache.config.server import ServerConfig
 from lmcache.errors import ConfigError
 from lmcache.server.loop import Loop
@@ -147,12 +148,11 @@ class Report:
     def _counters(self) -> dict[str, float]:
         service, l1, arena = self._service, self._service.l1, self._service.l1.arena
         out: dict[str, float] = {}
-        for kind in ("hit", "missed", "stored", "evicted", "cleared", "incomplete", "reserved", "committed", "dropped",
-                     "refused", "expired"):  # fmt: skip
+        for kind in KINDS:
             out[f"{kind}_chunks_total"] = l1.events.counters[kind]
         for name, value in l1.events.counters.items():
             kind, _, reason = name.partition(":")
-            if reason:
+            if reason and kind in KINDS:
                 out[f'{kind}_chunks_by_reason_total{{reason="{reason}"}}'] = value
         for name in ("stored_tokens", "retrieved_tokens", "renewed_leases", "failed_loads", "failed_stores", "malformed_messages",
                      "refused_requests", "failed_requests", "internal_errors",

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import Executor
 from typing import TYPE_CHECKING
 
-from lmcache.cache import KINDS, L1, Event, Refusal, TooSmall
+from lmcache.cache import KINDS, L1, TIER_KINDS, Event, Refusal, TooSmall
 from lmcache.chunks import space_fingerprint
 from lmcache.errors import LMCacheError
 from lmcache.observability.log import init_logger, printable
@@ -55,7 +55,7 @@ class Service:
             m.Bye: self._bye,
         }
         if logger.isEnabledFor(logging.DEBUG):
-            l1.events.listen(KINDS, _log, named=False)
+            l1.events.listen(KINDS + TIER_KINDS, _log, named=False)
         loop.on_tick.append(lambda: l1.tick(loop.now()))
 
     # Requests

@@ -84,6 +84,7 @@ class TierReport:
             "outcome": record.outcome,
             "arrived_chunks": record.arrived_chunks,
             "from": {names[tier]: chunks for tier, chunks in record.planned.items()},
+            "events": dict(record.events),
             "left_out": {names[tier]: why for tier, why in record.left_out.items()},
         }
 

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import math
 from array import array
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import takewhile
 
 from lmcache.cache import L1, SERVER, Event, Refusal
 from lmcache.cache.allocator import Space
+from lmcache.cache.events import By
 from lmcache.cache.fetch import Ask, Fetches, Load, TierTraits
 from lmcache.cache.writeback import Batch
 from lmcache.chunks import HASH_BYTES
@@ -31,8 +34,10 @@ from lmcache.tiers.registry import TierSpec
 logger = init_logger(__name__)
 _HURRY_SECONDS = 0.5
 """How long the end waits after a second signal; a tier that does not hang closes in that time."""
-_TOO_LATE = "too late"
-"""Outcome of a load that ended after its reservations had expired."""
+_TOO_LATE, _TIER_FAILED = "too late", "tier failed"
+"""Outcomes of the shards of a load that ended after its reservations had expired, and of an operation that failed."""
+_LOAD, _WRITE = ("loaded", "load_failed"), ("written", "write_failed")
+"""Kinds of events: of good outcomes, and of the others."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,7 @@ class Tiering:
         self._chunk_tokens, self._patience_seconds = chunk_tokens, patience_seconds
         self.runners = [TierRunner(loop, spec, queue_bytes, l1.total_bytes) for spec in specs]
         traits = [
-            TierTraits(one.tier.batch_bytes, one.tier.concurrency, one.usable, one.tier.batch_shards)
+            TierTraits(one.tier.batch_bytes, one.tier.concurrency, one.usable, one.tier.batch_shards, one.name)
             for one in self.runners
         ]
         self.fetches = Fetches(traits, always, patience_seconds)
@@ -74,14 +79,13 @@ class Tiering:
         self._region: Region | None = None
         self._late_loads = set[int]()
         """Numbers of loads that are still running after their deadline."""
-        self._origin: dict[bytes, int] = {}
-        """Chunk hash -> the tier that the chunk is being loaded from, to which it is not written back."""
         self._drained: Callable[[], None] | None = None
         self._drain_until = 0.0
         self._closed = False
         self._interrupts = 0
         loop.on_tick.append(self._tick)
         l1.events.listen(["stored"], self._stored)
+        l1.events.listen(["stored", "refused", "dropped", "evicted", "load_failed"], self.fetches.heard)
         l1.events.listen(["cleared"], self._l1_cleared, named=False)
 
     def attach(self, region: Region) -> None:
@@ -179,14 +183,13 @@ class Tiering:
         if not parts:
             self._loop.call_soon(lambda: self._loaded(load, [], None))
             return
-        for at in range(0, len(load.hashes), HASH_BYTES):
-            self._origin[load.hashes[at : at + HASH_BYTES]] = load.tier
-        keys = [key for part in parts for key in part.keys]
+        keys, by = [key for part in parts for key in part.keys], (SERVER, runner.name, load.request)
         into = [self._l1.view(sector, part.shard_bytes) for part in parts for sector in part.sectors]
 
         def late() -> None:  # the reservations have expired, so what arrives from now on is not used
             self._late_loads.add(load.number)
             runner.counters[f"missed:{_TOO_LATE}"] += len(keys)
+            self._emit(_LOAD, load.space, by, keys, [_TOO_LATE] * len(keys))
             self.fetches.late(load)
 
         def done(outcomes: list[str] | None, error: Exception | None, seconds: float) -> None:
@@ -203,7 +206,9 @@ class Tiering:
         for shard in range(space.shards):
             now, tier = self._loop.now(), self.runners[load.tier].name
             try:
-                grant = self._l1.reserve(now, SERVER, load.space, shard, load.parent, load.root, load.hashes, tier)
+                grant = self._l1.reserve(
+                    now, SERVER, load.space, shard, load.parent, load.root, load.hashes, tier, load.request
+                )
             except Refusal:  # no memory can be allocated for extents
                 continue
             if not grant.reservation:
@@ -221,8 +226,9 @@ class Tiering:
     def _loaded(self, load: Load, parts: list[_Part], outcomes: list[str] | None) -> None:
         """Commit the shards that have arrived. outcomes: one for each shard; None if the tier failed."""
         runner, at, good_bytes = self.runners[load.tier], 0, 0
+        by = SERVER, runner.name, load.request
         for part in parts:
-            own = outcomes[at : at + len(part.sectors)] if outcomes is not None else ["tier failed"] * len(part.sectors)
+            own = outcomes[at : at + len(part.sectors)] if outcomes is not None else [_TIER_FAILED] * len(part.sectors)
             at += len(part.sectors)
             failed = {sector for sector, outcome in zip(part.sectors, own, strict=True) if outcome != OK}
             try:
@@ -232,13 +238,13 @@ class Tiering:
             good = len(own) - len(failed)
             good_bytes += good * part.shard_bytes
             runner.counters["loaded_shards"] += good
-            for outcome in own:
-                if outcome != OK and load.number not in self._late_loads:
-                    runner.counters[f"missed:{outcome}"] += 1
+            if load.number not in self._late_loads:
+                self._emit(_LOAD, load.space, by, part.keys, own)
+                for outcome in own:
+                    if outcome != OK:
+                        runner.counters[f"missed:{outcome}"] += 1
         self._late_loads.discard(load.number)
         runner.counters["loaded_bytes"] += good_bytes
-        for begin in range(0, len(load.hashes), HASH_BYTES):
-            self._origin.pop(load.hashes[begin : begin + HASH_BYTES], None)
         self.fetches.loaded(self._loop.now(), load, None if outcomes is None and parts else good_bytes)
         self._carry_out()
 
@@ -250,16 +256,9 @@ class Tiering:
         if space is None:
             return
         chunk_bytes = sum(space.shard_bytes)
-        for number, runner in enumerate(self.runners):
-            if runner.spec.write == "none":
-                continue
-            if event.process != SERVER:
+        for runner in takewhile(lambda one: one.name != event.tier, self.runners):
+            if runner.spec.write != "none":
                 runner.queue.add(event.space, event.hashes, event.parents, chunk_bytes, space.shards)
-                continue
-            for at in range(0, len(event.hashes), HASH_BYTES):
-                cut = slice(at, at + HASH_BYTES)
-                if number < self._origin.get(event.hashes[cut], 0):
-                    runner.queue.add(event.space, event.hashes[cut], event.parents[cut], chunk_bytes, space.shards)
         self._loop.call_soon(self._pump)  # later, since a listener must not call L1
 
     def _l1_cleared(self, event: Event) -> None:
@@ -325,6 +324,8 @@ class Tiering:
         cleared = generation != runner.generation  # some of the batch may have been stored after the clear
         if cleared and not self._closed:
             runner.remove([one.key for one in shards])
+        reported = [_TIER_FAILED] * len(shards) if outcomes is None else outcomes
+        self._emit(_WRITE, batch.space, (SERVER, runner.name, ""), [one.key for one in shards], reported)
         if outcomes is None:
             runner.queue.put_back(batch)
             return
@@ -337,6 +338,15 @@ class Tiering:
                 runner.counters[f"unwritten_bytes:{outcome}"] += size
         if OK in outcomes or KEPT in outcomes:
             self.fetches.kept(batch.space, batch.hashes)
+
+    def _emit(self, kinds: tuple[str, str], space: int, by: By, keys: list[ShardKey], outcomes: list[str]) -> None:
+        """Emit an event for each shard number and outcome of a load or a write."""
+        found: defaultdict[tuple[str, int], list[bytes]] = defaultdict(list)
+        for key, outcome in zip(keys, outcomes, strict=True):
+            found[outcome, key.shard].append(key.chunk)
+        for (outcome, shard), chunks in found.items():
+            kind, detail = kinds[outcome not in (OK, KEPT)], partial(Event._replace, hashes=b"".join(chunks))
+            self._l1.events.emit(kind, space, len(chunks), outcome, by, detail, shard)
 
     # Draining, clearing and closing
 
