@@ -91,6 +91,15 @@ def test_what_one_request_stores_another_loads_and_no_lease_is_left(bed: Bed) ->
     assert not first.jobs and not second.jobs
 
 
+@pytest.mark.parametrize("name", ["x" * (5 << 20), "\ud800", "a\nb\x1b"], ids=["long", "surrogate", "control"])
+def test_ids_and_salts_of_any_length_and_content_are_cached(bed: Bed, name: str) -> None:
+    ids = prompt(9, 64)
+    assert bed.store(bed.open(name, salt=name), ids) == 64
+    assert bed.load(bed.open(name + "again", salt=name), ids) == 64
+    assert bed.load(bed.open("another", salt=name + "x"), ids) == 0
+    assert bed.session.connected and not bed.session.misses
+
+
 def test_a_waiting_request_is_answered_from_memory_until_the_answer_is_old(bed: Bed) -> None:
     ids, waits = prompt(4, 100), bed.open("waits")
     assert bed.requests.find(waits, ids) is bed.requests.find(waits, ids) is None and bed.asked == 1

@@ -380,7 +380,8 @@ class WorkerSession:
         hashes: bytes,
     ) -> tuple[int, float]:
         size = self._chunk_tokens
-        request = m.Reserve(self._space, self._shard.index, parent, first_chunk == 0, hashes, store.request_id)
+        name = m.request_name(store.request_id)
+        request = m.Reserve(self._space, self._shard.index, parent, first_chunk == 0, hashes, name)
         granted, _ = self._connection.call(request, m.Reserved)
         if granted.refused:
             self.counters[f"dropped_chunks:{granted.reason}"] += granted.refused
