@@ -45,7 +45,11 @@ class BlockingAdapter:
     def submit(self, operation: Operation[Any]) -> None:
         self._waiting[operation] = None
         reads = isinstance(operation, (Contains, Load))
-        (self._readers if reads else self._writers).submit(self._run, operation)
+        try:
+            (self._readers if reads else self._writers).submit(self._run, operation)
+        except RuntimeError:  # no thread can be started; the caller ends the operation
+            del self._waiting[operation]
+            raise
 
     def cancel(self, operation: Operation[Any]) -> None:
         if self._begins(operation):
