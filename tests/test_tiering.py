@@ -415,6 +415,11 @@ class CarelessTier(HandTier):
             raise OSError("close failed")
         super().close()
 
+    def usage(self) -> Usage:
+        if self.careless == "usage":
+            raise KeyError("usage")
+        return super().usage()
+
 
 @pytest.mark.parametrize("careless", ["contains", "load"])
 def test_a_tier_that_breaks_its_word_costs_no_extents(rig: Callable[..., Rig], careless: str) -> None:
@@ -445,6 +450,39 @@ def test_a_tier_that_does_not_know_what_it_has_is_asked(rig: Callable[..., Rig],
     assert one.fetch(hashes) == 6
     (runner,) = one.ask(one.tiering.report.status)
     assert runner["counters"]["failed:internal"] == 1 and "contains" in tier.calls and one.loop.errors == 0
+
+
+def test_a_tier_that_does_not_tell_its_usage_hides_nothing_else(rig: Callable[..., Rig]) -> None:
+    tier, other = CarelessTier(), HandTier()
+    one = rig(spec(tier), spec(other, "other"))
+    one.store(chain(1, 6))
+    one.written()
+    one.ask(one.tiering.report.status)
+    tier.careless = "usage"
+    assert [told["shards"] for told in one.ask(one.tiering.report.status)] == [6, 6]
+    for _ in range(5):
+        counters = one.ask(one.tiering.report.counters)
+    assert counters['tier_shards{tier="hand"}'] == counters['tier_shards{tier="other"}'] == 6
+    assert counters['tier_failed_total{tier="hand",reason="internal"}'] == 6 and counters['tier_serving{tier="hand"}']
+
+
+class WordyTier(HandTier):
+    """A third party's, in whose reasons each shard has its name."""
+
+    def store(self, shards: Sequence[Shard]) -> list[str]:
+        return [f"no room\nfor {one.key.chunk.hex()}" for one in shards]
+
+
+def test_the_reasons_that_a_tier_makes_up_are_bounded(rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lmcache.server.tier_runner.MAX_COUNTERS", 8)
+    one = rig(spec(WordyTier()))
+    for seed in range(4):
+        one.store(chain(seed, 12))
+        one.written()
+    (runner,) = one.tiering.runners
+    unwritten = {name: count for name, count in runner.counters.items() if name.startswith("unwritten:")}
+    assert sum(unwritten.values()) == 48 and unwritten["unwritten:other"] > 40
+    assert len(runner.counters) <= 10 and all(name.isprintable() and len(name) < 60 for name in runner.counters)
 
 
 class ClingingTier(HandTier):

@@ -186,7 +186,7 @@ class Tiering:
 
         def late() -> None:  # the reservations have expired, so what arrives from now on is not used
             self._late_loads.add(load.number)
-            runner.counters[f"missed:{_TOO_LATE}"] += len(keys)
+            runner.count("missed", _TOO_LATE, len(keys))
             self.fetches.late(load)
 
         def done(outcomes: list[str] | None, error: Exception | None, seconds: float) -> None:
@@ -234,7 +234,7 @@ class Tiering:
             runner.counters["loaded_shards"] += good
             for outcome in own:
                 if outcome != OK and load.number not in self._late_loads:
-                    runner.counters[f"missed:{outcome}"] += 1
+                    runner.count("missed", outcome)
         self._late_loads.discard(load.number)
         runner.counters["loaded_bytes"] += good_bytes
         for begin in range(0, len(load.hashes), HASH_BYTES):
@@ -333,8 +333,8 @@ class Tiering:
             if outcome in (OK, KEPT):
                 runner.counters["kept_shards"] += 1
             else:
-                runner.counters[f"unwritten:{outcome}"] += 1
-                runner.counters[f"unwritten_bytes:{outcome}"] += size
+                runner.count("unwritten", outcome)
+                runner.count("unwritten_bytes", outcome, size)
         if OK in outcomes or KEPT in outcomes:
             self.fetches.kept(batch.space, batch.hashes)
 
