@@ -115,6 +115,7 @@ class Request:
     prompt_embeds: Any = None
     priority: int = 0
     num_prompt_tokens: int = 0
+    skip_reading_prefix_cache: bool = False
 
     def __post_init__(self) -> None:
         self.num_prompt_tokens = len(self.all_token_ids)
@@ -359,6 +360,9 @@ def test_roles_embeddings_and_unknown_adapters() -> None:
         assert scheduler.match(other, 0) == 0
         scheduler.allocated(other, [1], 0)
         assert not scheduler.plan_step(step({other.request_id: 100})).stores
+    # of prompt log probabilities
+    assert scheduler.match(Request("d", list(range(100)), skip_reading_prefix_cache=True), 0) == 0
+    assert scheduler.match(Request("e", list(range(100))), 0) == 64
 
 
 def test_an_adapter_whose_files_may_not_be_the_loaded_ones_is_not_cached(
@@ -1033,22 +1037,25 @@ def test_a_session_that_goes_on_is_not_cached() -> None:
 
 
 def test_whatever_changes_the_numbers_changes_the_layout(weights: Path, tmp_path: Path) -> None:
-    def fingerprint(**more: Any) -> bytes:
-        return describe_model(vllm_config(str(weights), **more), cache_config(FULL)).layout(16).fingerprint
+    def fingerprint(engine: str = "engine", **more: Any) -> bytes:
+        config = vllm_config(str(weights), **more)
+        config.kv_transfer_config.engine_id = engine
+        return describe_model(config, cache_config(FULL)).layout(16).fingerprint
 
     plain = fingerprint()
-    assert fingerprint() == plain and fingerprint(tp=2) == plain
+    assert fingerprint() == fingerprint("another") == fingerprint(tp=2) == plain
     half = FullAttentionSpec(**{**vars(FULL), "dtype": "torch.bfloat16"})
     others = [
         fingerprint(dtype="torch.float16"),
         fingerprint(hf={"rope_theta": 1e4}),
         fingerprint(load_format="dummy"),
+        fingerprint("another", load_format="dummy"),
         fingerprint(load_format="pt"),
         describe_model(vllm_config(str(weights)), cache_config(half)).layout(16).fingerprint,
     ]
     write_weights(weights / "model.safetensors", 2)
     others.append(fingerprint())
-    assert len({plain, *others}) == 7
+    assert len({plain, *others}) == 8
 
 
 READ_ALIKE = ("auto", "hf", "safetensors", "runai_streamer")
