@@ -466,6 +466,29 @@ def test_a_tier_that_does_not_tell_its_usage_hides_nothing_else(rig: Callable[..
     assert counters['tier_failed_total{tier="hand",reason="internal"}'] == 6 and counters['tier_serving{tier="hand"}']
 
 
+@pytest.mark.parametrize("knows", [True, False])
+@pytest.mark.parametrize("shards", [1, 3])
+def test_no_tier_is_asked_about_all_of_a_very_long_prompt_at_once(
+    rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch, knows: bool, shards: int
+) -> None:
+    """The names of its shards are made in the loop, which serves nobody meanwhile."""
+    monkeypatch.setattr("lmcache.server.tiering.MOST_ASKED", 8)
+    tier, asked = HandTier(knows), list[int]()
+    one, hashes = rig(spec(tier), shards=shards), chain(1, 20)
+    for name in ("known", "contains"):
+        ask = getattr(tier, name)
+        monkeypatch.setattr(tier, name, lambda keys, ask=ask: (asked.append(len(keys)), ask(keys))[1])
+    one.store(hashes)
+    one.written()
+    one.forget_l1()
+    assert one.fetch(hashes) == 20 and max(asked) <= 8
+    assert one.fetch(hashes + chain(2, 9)) == 20
+    records = one.ask(lambda: [(one.outcome, one.arrived_chunks) for one in one.tiering.fetches.records])
+    part = 8 // shards
+    assert records[: 20 // part] == [("arrived", part)] * (20 // part)
+    assert sum(chunks for _, chunks in records) == 20 and one.ask(lambda: one.tiering.fetches.open) <= 1
+
+
 class WordyTier(HandTier):
     """A third party's, in whose reasons each shard has its name."""
 
