@@ -27,6 +27,7 @@ from lmcache.engine.served import NOT_SERVED, refusal_of
 from lmcache.errors import ConfigError, LayoutError
 from lmcache.integration.vllm import settings as settings_of_vllm
 from lmcache.integration.vllm import vllm_multi_process_adapter as adapter
+from lmcache.integration.vllm import weights as weights_of_vllm
 from lmcache.integration.vllm.identity import config_digest, model_identity
 from lmcache.integration.vllm.model import describe_model
 from lmcache.integration.vllm.paged import Registered, Shape, describe_tensors
@@ -1011,6 +1012,29 @@ def test_where_vllm_rules_prefixes_out_nothing_is_served(
         return
     with pytest.raises(LayoutError, match=words):
         describe_model(config, cache_config(FULL))
+
+
+class UpdatedWorker:
+    """A worker of vLLM whose weights change while it runs."""
+
+    def reload_weights(self) -> str:
+        return "reloaded"
+
+    def sleep(self, level: int = 1) -> int:
+        return level
+
+
+def test_calls_that_change_the_weights_of_a_rank_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once each, however often a connector is made; a sleep at level 1 keeps the weights."""
+    watched = {f"{__name__}.UpdatedWorker": ("reload_weights", "sleep", "a method of another release")}
+    monkeypatch.setattr(weights_of_vllm, "_OWNERS", watched)
+    for _ in range(2):
+        weights_of_vllm.watch_weights(SimpleNamespace(model_config=None))
+    worker, before = UpdatedWorker(), weights_of_vllm.weight_changes()
+    assert worker.reload_weights() == "reloaded" and weights_of_vllm.weight_changes() == before + 1
+    assert [worker.sleep(), worker.sleep(1), worker.sleep(level=1)] == [1, 1, 1]
+    assert weights_of_vllm.weight_changes() == before + 1
+    assert [worker.sleep(2), worker.sleep(level=2)] == [2, 2] and weights_of_vllm.weight_changes() == before + 3
 
 
 def test_ranks_with_new_weights_end_what_was_cached() -> None:
