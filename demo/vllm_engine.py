@@ -20,8 +20,8 @@ PROMPT_TOKENS = 4_160
 PROMPTS = 3
 ANSWER_TOKENS = 8
 MAX_MODEL_TOKENS = 8_192
-START_SECONDS = 300.0
-"""The longest start seen on two slow cores is 100 s."""
+START_SECONDS = 900.0
+"""The longest start seen on two slow cores is 100 s, and 240 s where others kept them busy."""
 TWO_ENGINES_GIB = 10.0
 """Two engines take 2.6 GiB each, L1 2 GiB. Starting both at once saves 20 s; an idle one takes no time from the other."""
 
@@ -128,7 +128,10 @@ def engine_folder() -> Path:
 
 def run(png: Path) -> bool:
     """Run the demo; True when every answer was right."""
-    print("The vLLM demo takes about 90 seconds: vLLM starts three times, at 15 to 60 seconds each.", flush=True)
+    print(
+        "The vLLM demo takes 90 seconds on two free cores: vLLM starts three times, at 15 to 60 seconds each.",
+        flush=True,
+    )
     began = time.monotonic()
     model = _model()
     running: list[Child] = []

@@ -91,6 +91,15 @@ def test_what_one_request_stores_another_loads_and_no_lease_is_left(bed: Bed) ->
     assert not first.jobs and not second.jobs
 
 
+@pytest.mark.parametrize("name", ["x" * (5 << 20), "\ud800", "a\nb\x1b"], ids=["long", "surrogate", "control"])
+def test_ids_and_salts_of_any_length_and_content_are_cached(bed: Bed, name: str) -> None:
+    ids = prompt(9, 64)
+    assert bed.store(bed.open(name, salt=name), ids) == 64
+    assert bed.load(bed.open(name + "again", salt=name), ids) == 64
+    assert bed.load(bed.open("another", salt=name + "x"), ids) == 0
+    assert bed.session.connected and not bed.session.misses
+
+
 def test_a_waiting_request_is_answered_from_memory_until_the_answer_is_old(bed: Bed) -> None:
     ids, waits = prompt(4, 100), bed.open("waits")
     assert bed.requests.find(waits, ids) is bed.requests.find(waits, ids) is None and bed.asked == 1
@@ -303,6 +312,35 @@ def test_a_copy_that_hangs_is_called_off_and_known_until_it_ends(bed: Bed) -> No
     assert copies.wait(both, PATIENCE)
     assert [copy.ok for copy in both] == [True, False], "what had not begun never does"
     assert set(ended) == set(both) and not copies.running() and not held(bed)
+
+
+def test_copies_that_have_not_begun_end_with_their_session(server: Servers, engine: Engines) -> None:
+    """Whoever waits for one in another thread would wait for ever."""
+    cache = server(chunk=CHUNK)
+    bed, ids = Bed(engine(cache)), prompt(21, 192)
+    bed.engine.fill(ids)
+    midway, request, worker = Midway(bed, "gather"), bed.open("a"), bed.engine.worker
+
+    def start(tokens: int) -> Copy:
+        plan = bed.requests.store(request, ids, tokens)
+        assert plan is not None
+        return bed.copies.store(plan, bed.engine.table(192))
+
+    copies = [start(64), start(128)]
+    waits = threading.Thread(target=bed.copies.wait, args=(copies,), daemon=True)
+    waits.start()
+    assert midway.began.wait(PATIENCE)
+    ends = threading.Thread(target=worker.close)
+    ends.start()
+    eventually(lambda: worker._closed)
+    midway.may_end.set()
+    for thread in (ends, waits):
+        thread.join(PATIENCE)
+        assert not thread.is_alive()
+    copies.append(start(192))
+    assert bed.copies.wait(copies, PATIENCE) and [copy.ok for copy in copies] == [True, False, False]
+    assert worker.counters["dropped_chunks:closed"] == 8
+    eventually(lambda: cache.counters().get('engine_dropped_chunks_total{reason="closed"}') == 4)
 
 
 def test_blocks_that_are_taken_away_are_let_go_of(bed: Bed) -> None:

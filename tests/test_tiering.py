@@ -537,6 +537,11 @@ class CarelessTier(HandTier):
             raise OSError("close failed")
         super().close()
 
+    def usage(self) -> Usage:
+        if self.careless == "usage":
+            raise KeyError("usage")
+        return super().usage()
+
 
 @pytest.mark.parametrize("careless", ["contains", "load"])
 def test_a_tier_that_breaks_its_word_costs_no_extents(rig: Callable[..., Rig], careless: str) -> None:
@@ -567,6 +572,62 @@ def test_a_tier_that_does_not_know_what_it_has_is_asked(rig: Callable[..., Rig],
     assert one.fetch(hashes) == 6
     (runner,) = one.ask(one.tiering.report.status)
     assert runner["counters"]["failed:internal"] == 1 and "contains" in tier.calls and one.loop.errors == 0
+
+
+def test_a_tier_that_does_not_tell_its_usage_hides_nothing_else(rig: Callable[..., Rig]) -> None:
+    tier, other = CarelessTier(), HandTier()
+    one = rig(spec(tier), spec(other, "other"))
+    one.store(chain(1, 6))
+    one.written()
+    one.ask(one.tiering.report.status)
+    tier.careless = "usage"
+    assert [told["shards"] for told in one.ask(one.tiering.report.status)] == [6, 6]
+    for _ in range(5):
+        counters = one.ask(one.tiering.report.counters)
+    assert counters['tier_shards{tier="hand"}'] == counters['tier_shards{tier="other"}'] == 6
+    assert counters['tier_failed_total{tier="hand",reason="internal"}'] == 6 and counters['tier_serving{tier="hand"}']
+
+
+@pytest.mark.parametrize("knows", [True, False])
+@pytest.mark.parametrize("shards", [1, 3])
+def test_no_tier_is_asked_about_all_of_a_very_long_prompt_at_once(
+    rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch, knows: bool, shards: int
+) -> None:
+    """The names of its shards are made in the loop, which serves nobody meanwhile."""
+    monkeypatch.setattr("lmcache.server.tiering.MOST_ASKED", 8)
+    tier, asked = HandTier(knows), list[int]()
+    one, hashes = rig(spec(tier), shards=shards), chain(1, 20)
+    for name in ("known", "contains"):
+        ask = getattr(tier, name)
+        monkeypatch.setattr(tier, name, lambda keys, ask=ask: (asked.append(len(keys)), ask(keys))[1])
+    one.store(hashes)
+    one.written()
+    one.forget_l1()
+    assert one.fetch(hashes) == 20 and max(asked) <= 8
+    assert one.fetch(hashes + chain(2, 9)) == 20
+    records = one.ask(lambda: [(one.outcome, one.arrived_chunks) for one in one.tiering.fetches.records])
+    part = 8 // shards
+    assert records[: 20 // part] == [("arrived", part)] * (20 // part)
+    assert sum(chunks for _, chunks in records) == 20 and one.ask(lambda: one.tiering.fetches.open) <= 1
+
+
+class WordyTier(HandTier):
+    """A third party's, in whose reasons each shard has its name."""
+
+    def store(self, shards: Sequence[Shard]) -> list[str]:
+        return [f"no room\nfor {one.key.chunk.hex()}" for one in shards]
+
+
+def test_the_reasons_that_a_tier_makes_up_are_bounded(rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lmcache.server.tier_runner.MAX_COUNTERS", 8)
+    one = rig(spec(WordyTier()))
+    for seed in range(4):
+        one.store(chain(seed, 12))
+        one.written()
+    (runner,) = one.tiering.runners
+    unwritten = {name: count for name, count in runner.counters.items() if name.startswith("unwritten:")}
+    assert sum(unwritten.values()) == 48 and unwritten["unwritten:other"] > 40
+    assert len(runner.counters) <= 10 and all(name.isprintable() and len(name) < 60 for name in runner.counters)
 
 
 class ClingingTier(HandTier):

@@ -27,6 +27,7 @@ from lmcache.engine.served import NOT_SERVED, refusal_of
 from lmcache.errors import ConfigError, LayoutError
 from lmcache.integration.vllm import settings as settings_of_vllm
 from lmcache.integration.vllm import vllm_multi_process_adapter as adapter
+from lmcache.integration.vllm import weights as weights_of_vllm
 from lmcache.integration.vllm.identity import config_digest, model_identity
 from lmcache.integration.vllm.model import describe_model
 from lmcache.integration.vllm.paged import Registered, Shape, describe_tensors
@@ -115,6 +116,7 @@ class Request:
     prompt_embeds: Any = None
     priority: int = 0
     num_prompt_tokens: int = 0
+    skip_reading_prefix_cache: bool = False
 
     def __post_init__(self) -> None:
         self.num_prompt_tokens = len(self.all_token_ids)
@@ -359,6 +361,9 @@ def test_roles_embeddings_and_unknown_adapters() -> None:
         assert scheduler.match(other, 0) == 0
         scheduler.allocated(other, [1], 0)
         assert not scheduler.plan_step(step({other.request_id: 100})).stores
+    # of prompt log probabilities
+    assert scheduler.match(Request("d", list(range(100)), skip_reading_prefix_cache=True), 0) == 0
+    assert scheduler.match(Request("e", list(range(100))), 0) == 64
 
 
 def test_an_adapter_whose_files_may_not_be_the_loaded_ones_is_not_cached(
@@ -1009,6 +1014,29 @@ def test_where_vllm_rules_prefixes_out_nothing_is_served(
         describe_model(config, cache_config(FULL))
 
 
+class UpdatedWorker:
+    """A worker of vLLM whose weights change while it runs."""
+
+    def reload_weights(self) -> str:
+        return "reloaded"
+
+    def sleep(self, level: int = 1) -> int:
+        return level
+
+
+def test_calls_that_change_the_weights_of_a_rank_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once each, however often a connector is made; a sleep at level 1 keeps the weights."""
+    watched = {f"{__name__}.UpdatedWorker": ("reload_weights", "sleep", "a method of another release")}
+    monkeypatch.setattr(weights_of_vllm, "_OWNERS", watched)
+    for _ in range(2):
+        weights_of_vllm.watch_weights(SimpleNamespace(model_config=None))
+    worker, before = UpdatedWorker(), weights_of_vllm.weight_changes()
+    assert worker.reload_weights() == "reloaded" and weights_of_vllm.weight_changes() == before + 1
+    assert [worker.sleep(), worker.sleep(1), worker.sleep(level=1)] == [1, 1, 1]
+    assert weights_of_vllm.weight_changes() == before + 1
+    assert [worker.sleep(2), worker.sleep(level=2)] == [2, 2] and weights_of_vllm.weight_changes() == before + 3
+
+
 def test_ranks_with_new_weights_end_what_was_cached() -> None:
     session = Session(present=40)
     scheduler = half(session)
@@ -1033,22 +1061,25 @@ def test_a_session_that_goes_on_is_not_cached() -> None:
 
 
 def test_whatever_changes_the_numbers_changes_the_layout(weights: Path, tmp_path: Path) -> None:
-    def fingerprint(**more: Any) -> bytes:
-        return describe_model(vllm_config(str(weights), **more), cache_config(FULL)).layout(16).fingerprint
+    def fingerprint(engine: str = "engine", **more: Any) -> bytes:
+        config = vllm_config(str(weights), **more)
+        config.kv_transfer_config.engine_id = engine
+        return describe_model(config, cache_config(FULL)).layout(16).fingerprint
 
     plain = fingerprint()
-    assert fingerprint() == plain and fingerprint(tp=2) == plain
+    assert fingerprint() == fingerprint("another") == fingerprint(tp=2) == plain
     half = FullAttentionSpec(**{**vars(FULL), "dtype": "torch.bfloat16"})
     others = [
         fingerprint(dtype="torch.float16"),
         fingerprint(hf={"rope_theta": 1e4}),
         fingerprint(load_format="dummy"),
+        fingerprint("another", load_format="dummy"),
         fingerprint(load_format="pt"),
         describe_model(vllm_config(str(weights)), cache_config(half)).layout(16).fingerprint,
     ]
     write_weights(weights / "model.safetensors", 2)
     others.append(fingerprint())
-    assert len({plain, *others}) == 7
+    assert len({plain, *others}) == 8
 
 
 READ_ALIKE = ("auto", "hf", "safetensors", "runai_streamer")

@@ -12,6 +12,7 @@ WAITING = {"wait", "wait_for", "join", "result", "get", "acquire", "accept", "co
 """Names of methods that return only when something has happened, unless they are given a time. A socket's time-out is set on
 the socket."""
 OUR_OWN_COPY = "it ends with a copy between memories of this process, which waits for nothing"
+A_COPY = "each copy ends with its session: those that have begun by themselves, the others when it is closed"
 THE_DEVICE = (
     "it ends with work that was launched on the device before; a device that hangs, hangs the engine's step as well"
 )
@@ -35,6 +36,7 @@ ENDS = {
         "engine/rank_arenas.py",
         "self._thread.join()",
     ): "the datagram before it wakes the thread, which sees `_closed`",
+    ("integration/vllm/worker.py", "self._copies.wait(self._copies.running(LoadPlan))"): A_COPY,
     ("integration/transformers/attach.py", "self._lock.acquire(blocking=False)"): "it does not wait",
     (
         "memory/arena.py",
@@ -74,11 +76,14 @@ ENDS = {
 
 
 def may_wait_for_ever(call: ast.Call) -> bool:
-    """Whether it waits and is given no time. The first argument of `wait_for` is its condition; other names with arguments are
-    those of strings (`join`) and mappings (`get`), or the argument is the time."""
+    """Whether it waits and is given no time. The first argument of `wait_for` is its condition, and of `Copies.wait` and
+    `WorkerSession.wait` what is waited for; other names with arguments are those of strings (`join`) and mappings (`get`), or the
+    argument is the time."""
     if not isinstance(call.func, ast.Attribute) or call.func.attr not in WAITING:
         return False
-    timed = len(call.args) > (call.func.attr == "wait_for") or any("time" in (word.arg or "") for word in call.keywords)
+    owner = ast.unparse(call.func.value).rpartition(".")[2].lstrip("_")
+    has_object = call.func.attr == "wait_for" or (call.func.attr == "wait" and owner in ("copies", "session"))
+    timed = len(call.args) > has_object or any("time" in (word.arg or "") for word in call.keywords)
     return not timed
 
 

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from lmcache.server.loop import Loop
 from lmcache.testing.conformance import payload_of, shard_key, shard_of
 from lmcache.tiers import OK, Tier, TierError
+from lmcache.tiers.blocking import BlockingAdapter
 from lmcache.tiers.directory.tier import DirectoryTier
 from lmcache.tiers.disk.tier import DiskTier
+from lmcache.tiers.operation import Load
+from servers import PATIENCE
 
 SIZE = 5 << 20
 TIERS = [DiskTier, DirectoryTier]
@@ -54,3 +60,23 @@ def test_a_tier_that_gets_too_few_threads_is_not_open_and_leaves_none(
     tier.open()
     assert tier.store([shard_of(shard_key(1), SIZE)]) == [OK]
     tier.close()
+
+
+def test_an_operation_that_no_thread_can_be_started_for_is_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It names memory, and nobody would end it."""
+    loop, ended = Loop(), threading.Event()
+    adapter = BlockingAdapter(DiskTier(tmp_path / "tier", 64 << 20), "few", loop.executor, loop.now)
+    operation = Load(loop.now(), lambda result, error: None, [shard_key(1)], [memoryview(bytearray(SIZE))])
+    kept = weakref.ref(operation)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", none_left)
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            adapter.submit(operation)
+    del operation
+    adapter.submit(Load(loop.now(), lambda result, error: ended.set(), [], []))  # a thread passes the refused one over
+    assert ended.wait(PATIENCE)
+    gc.collect()
+    assert kept() is None
+    loop.close()

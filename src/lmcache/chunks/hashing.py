@@ -37,7 +37,7 @@ Extras = Callable[[int, int], bytes]
 
 def chunk_root(fingerprint: bytes, cache_salt: str = "", lora_name: str = "", lora_id: str = "") -> bytes:
     """Return the 16-byte root, which takes the place of the parent of a prompt's first chunk."""
-    fields = (fingerprint, cache_salt.encode(), lora_name.encode(), lora_id.encode())
+    fields = (fingerprint, _utf8(cache_salt), _utf8(lora_name), _utf8(lora_id))
     material = b"".join(_U32.pack(len(field)) + field for field in fields)
     return blake3(material, derive_key_context=_ROOT_CONTEXT).digest(HASH_BYTES)
 
@@ -53,7 +53,7 @@ def chunk_hash(parent: bytes, token_ids: Tokens, extras: bytes = b"") -> bytes:
 
 def encode_extra(identifier: str | bytes, offset: int) -> bytes:
     """Encode one extra (for example a multimodal item) with its token offset from the prompt's start, length-prefixed."""
-    raw = identifier.encode() if isinstance(identifier, str) else identifier
+    raw = _utf8(identifier) if isinstance(identifier, str) else identifier
     return _U32.pack(len(raw)) + raw + struct.pack("<q", offset)
 
 
@@ -72,6 +72,11 @@ def token_bytes(token_ids: Tokens) -> bytes:
     if sys.byteorder == "big":
         ids.byteswap()
     return ids.tobytes()
+
+
+def _utf8(text: str) -> bytes:
+    """Encode text that a user has chosen, which may hold half of a surrogate pair: JSON can express it, and UTF-8 cannot."""
+    return text.encode("utf-8", "surrogatepass")
 
 
 def _material(parent: bytes, count: int, ids: bytes, extras: bytes) -> bytes:

@@ -173,7 +173,8 @@ class SchedulerSession:
             return None
         epoch = self._epoch
         try:
-            found, _ = self._connection.call(m.Lookup(self._space, hashes, first, prefill_rate, request_id), m.Found)
+            request = m.Lookup(self._space, hashes, first, prefill_rate, m.request_name(request_id))
+            found, _ = self._connection.call(request, m.Found)
         except LMCacheError as error:
             self.misses["no answer"] += 1
             logger.debug("A lookup became a miss: %s", error)

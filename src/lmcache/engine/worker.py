@@ -91,9 +91,12 @@ class WorkerSession:
         self._state = runtime.condition(lock)
         self._ready = {"load": runtime.condition(lock), "store": runtime.condition(lock)}
         """One condition for each kind of job: waking the other threads too would cost a small job more than its copy."""
-        self._ended = threading.Condition(lock)
+        self._ended = runtime.condition(lock)
         """Notified when a job has ended, and not at its steps, for the same reason."""
-        self._queues: dict[str, deque[tuple[str, Load | Store]]] = {"load": deque(), "store": deque()}
+        self._queues: dict[Literal["load", "store"], deque[tuple[str, Load | Store]]] = {
+            "load": deque(),
+            "store": deque(),
+        }
         self._running: dict[str, str] = {}
         """Thread -> id of the job whose copy may be touching memory now."""
         self._touching: dict[str, str] = {}
@@ -192,19 +195,21 @@ class WorkerSession:
             return wanted & set(self._touching.values())
 
     def close(self) -> None:
-        """Finish the running copies, drop the queued jobs, and unmap the arena.
+        """Finish the running copies, end the queued jobs as failed, as well as all that come later, and unmap the arena.
 
         A copy that hangs (in a device that does not answer) is abandoned after 30 s. The arena then stays mapped, and the
         server counts the copy's extents as in use until this process has ended.
         """
         with self._state:
             self._closed = True
+            self._end_queued()
             for ready in self._ready.values():
                 ready.notify_all()
         until = self.runtime.now() + _LAST_COPY_SECONDS
         for thread in self._threads_running:
             thread.join(max(0.0, until - self.runtime.now()))
         hanging = [thread.name for thread in self._threads_running if thread.is_alive()]
+        self._report_drops()
         self._connection.close(goodbye=not hanging)
         with self._state:
             access = self._taken_away()
@@ -223,7 +228,21 @@ class WorkerSession:
     def _enqueue(self, kind: Literal["load", "store"], job_id: str, job: Load | Store) -> None:
         with self._state:
             self._queues[kind].append((job_id, job))
+            if self._closed:
+                self._end_queued()
             self._ready[kind].notify()
+
+    def _end_queued(self) -> None:
+        """End the jobs that have not begun, which no thread will take, as failed. The caller holds the lock."""
+        for kind, queue in self._queues.items():
+            for job_id, job in queue:
+                if isinstance(job, Store):
+                    self._count_drop(len(job.hashes) // HASH_BYTES, "closed")
+                elif job.progress is not None:
+                    job.progress.end()
+                self._done.append(Done(job_id, kind, False, 0, 0.0))
+            queue.clear()
+        self._state.notify_all()
 
     def _count_drop(self, chunks: int, reason: str) -> None:
         self.counters[f"dropped_chunks:{reason}"] += chunks
@@ -385,7 +404,8 @@ class WorkerSession:
         hashes: bytes,
     ) -> tuple[int, float]:
         size = self._chunk_tokens
-        request = m.Reserve(self._space, self._shard.index, parent, first_chunk == 0, hashes, store.request_id)
+        name = m.request_name(store.request_id)
+        request = m.Reserve(self._space, self._shard.index, parent, first_chunk == 0, hashes, name)
         granted, _ = self._connection.call(request, m.Reserved)
         if granted.refused:
             self.counters[f"dropped_chunks:{granted.reason}"] += granted.refused

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from lmcache.cache import KINDS, L1, TIER_KINDS, Event, Refusal, TooSmall
 from lmcache.chunks import space_fingerprint
 from lmcache.errors import LMCacheError
-from lmcache.observability.log import init_logger, printable
+from lmcache.observability.log import init_logger
 from lmcache.server.loop import Loop
 from lmcache.server.payload import PayloadCopies, Reply
 from lmcache.server.sessions import Peer, Sessions
@@ -132,7 +132,7 @@ class Service:
         if asked > most:
             raise Refusal(f"a lookup of {asked} chunks from chunk {first} on exceeds one answer; ask for {most}")
         self.sessions.check_room(peer, 4 * shards * max(0, asked - first))
-        name = printable(request.request, 200)
+        name = m.request_name(request.request)
         lookup = self._now(), peer.process, request.space, hashes, first, name
         if self.tiering is not None:
             if not self.tiering.knows(request.space, hashes):
@@ -173,7 +173,7 @@ class Service:
                 request.parent,
                 request.root,
                 request.hashes,
-                request=printable(request.request, 200),
+                request=m.request_name(request.request),
             )
         )
 

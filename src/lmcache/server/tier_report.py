@@ -43,7 +43,7 @@ class TierReport:
         """Return the tiers for /status, nearest first. JSON types only."""
         found = []
         for runner, pace in zip(self._runners, self._fetches.paces, strict=True):
-            usage, (state, trouble) = runner.tier.usage(), runner.state(self._now())
+            usage, (state, trouble) = runner.usage(), runner.state(self._now())
             rate, ask = pace.bytes_per_second, pace.ask_seconds
             found.append(
                 {
@@ -104,7 +104,7 @@ class TierReport:
             out["last_fetch_recompute_seconds"] = last.recompute_seconds or 0.0
             out["last_fetch_loaded"] = last.loads
         for runner, pace in zip(self._runners, self._fetches.paces, strict=True):
-            label, usage = f'{{tier="{runner.name}"}}', runner.tier.usage()
+            label, usage = f'{{tier="{runner.name}"}}', runner.usage()
             out |= {
                 f"tier_serving{label}": not runner.state(now)[1],
                 f"tier_stored_bytes{label}": usage.stored_bytes,

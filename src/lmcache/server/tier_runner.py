@@ -14,9 +14,9 @@ from functools import partial
 from typing import Any, TypeVar
 
 from lmcache.cache.writeback import WriteQueue
-from lmcache.observability.log import init_logger
+from lmcache.observability.log import init_logger, printable
 from lmcache.server.loop import Loop
-from lmcache.tiers import Shard, ShardKey, TierError
+from lmcache.tiers import Shard, ShardKey, TierError, Usage
 from lmcache.tiers.blocking import submitter, write_concurrency
 from lmcache.tiers.breaker import Breaker
 from lmcache.tiers.operation import CANCELLED, Clear, Close, Contains, Load, Open, Operation, Remove, Store
@@ -34,6 +34,8 @@ _HANGS_SECONDS = 10.0
 """An older unfinished operation is logged: it may be on a mount whose server has failed, and never end."""
 _LOG_SECONDS = 10.0
 """The failures of a tier are logged at most that often."""
+MAX_COUNTERS = 128
+"""The most counters of a tier. Tiers make up reasons; those beyond are counted as `other`."""
 T = TypeVar("T")
 _READS, _WRITES = {"contains", "load"}, {"store", "remove", "clear"}
 _TIMED = {"open", "contains", "load", "store", "remove", "close"}
@@ -82,9 +84,16 @@ class TierRunner:
         self._submitter = submitter(self.tier, self.name, loop.executor, loop.now)
         self._under_way: dict[_Call, None] = {}
         """The operations that were submitted and have not ended, oldest first."""
+        self._usage = Usage(0, 0, None)
         self._closing = False
         self._reported_hanging = False
         self._logged_at = float("-inf")
+
+    def count(self, kind: str, reason: str, number: int = 1) -> None:
+        """Add to the counter of this kind for a reason that the tier may have made up."""
+        name = f"{kind}:{printable(str(reason), 40)}"
+        known = name in self.counters or len(self.counters) < MAX_COUNTERS
+        self.counters[name if known else f"{kind}:other"] += number
 
     # Operations
 
@@ -109,6 +118,14 @@ class TierRunner:
         except Exception as error:  # a third party's tier must not stop the loop
             self._failed(error, None)
             return None
+
+    def usage(self) -> Usage:
+        """Return the tier's usage, or the last one that it told."""
+        try:
+            self._usage = self.tier.usage()
+        except Exception as error:  # a third party's tier must not take /status and /metrics away
+            self._note(error)
+        return self._usage
 
     def contains(self, keys: Sequence[ShardKey], seconds: float, done: Done) -> None:
         """Ask which shards the tier has. The operation is cancelled after `seconds`."""
@@ -296,19 +313,23 @@ class TierRunner:
             logger.info("Tier %s serves again", self.name)
 
     def _failed(self, error: Exception, kind: Breaker | None) -> None:
-        now = self._loop.now()
-        reason = error.reason if isinstance(error, TierError) else "internal"
-        self.counters[f"failed:{reason}"] += 1
-        text = str(error) if isinstance(error, TierError) else f"internal error {type(error).__name__}: {error}"
+        now, text = self._loop.now(), self._note(error)
         of_the_tier = kind is None or kind.closed
         opened = kind is not None and kind.failed(now, text)
         if of_the_tier:
             opened |= self.breaker.failed(now, text, at_once=opened)
         if opened:
             self.counters["opened_breaker"] += 1
+
+    def _note(self, error: Exception) -> str:
+        """Count and log a failure. Returns its text."""
+        now, known = self._loop.now(), isinstance(error, TierError)
+        self.count("failed", error.reason if isinstance(error, TierError) else "internal")
+        text = str(error) if known else f"internal error {type(error).__name__}: {error}"
         if now - self._logged_at > _LOG_SECONDS:
             self._logged_at = now
-            logger.warning("Tier %s: %s", self.name, text, exc_info=None if isinstance(error, TierError) else error)
+            logger.warning("Tier %s: %s", self.name, text, exc_info=None if known else error)
+        return text
 
 
 def one_each(answers: list[T], asked: Sequence[object]) -> list[T]:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import takewhile
+from itertools import product, takewhile
 
 from lmcache.cache import L1, SERVER, Event, Refusal
 from lmcache.cache.allocator import Space
@@ -30,10 +30,14 @@ from lmcache.server.tier_report import TierReport, log_decision
 from lmcache.server.tier_runner import CLOSE_SECONDS, OPEN_SECONDS, TierRunner
 from lmcache.tiers import KEPT, OK, Region, Shard, ShardKey, TierError
 from lmcache.tiers.registry import TierSpec
+from lmcache.tiers.tier import TierBase
 
 logger = init_logger(__name__)
 _HURRY_SECONDS = 0.5
 """How long the end waits after a second signal; a tier that does not hang closes in that time."""
+MOST_ASKED = 32768
+"""Shards. A fetch covers so many, and the next one what follows: naming the shards of a million tokens at once would keep all
+other engines waiting for longer than their deadlines."""
 _TOO_LATE, _TIER_FAILED = "too late", "tier failed"
 """Outcomes of the shards of a load that ended after its reservations had expired, and of an operation that failed."""
 _LOAD, _WRITE = ("loaded", "load_failed"), ("written", "write_failed")
@@ -120,8 +124,14 @@ class Tiering:
     # Reading
 
     def knows(self, space: int, hashes: bytes) -> bool:
-        """Return whether a fetch of these chunks is under way or has just ended."""
-        return self.fetches.knows(space, hashes)
+        """Return whether a fetch of these chunks, or of one of their parts, is under way or has just ended."""
+        return any(self.fetches.knows(space, hashes[:end]) for end in self._ends(space, len(hashes)))
+
+    def _ends(self, space_number: int, size: int) -> range:
+        """Return where the parts of `size` bytes of hashes end that fetches cover; the last one may end behind them."""
+        space = self._l1.space(space_number)
+        step = max(1, MOST_ASKED // space.shards if space is not None else MOST_ASKED) * HASH_BYTES
+        return range(step, size + step, step)
 
     def wait_for(
         self, process: int, space_number: int, hashes: bytes, prefill_tokens_per_second: float, request: str = ""
@@ -139,16 +149,22 @@ class Tiering:
         if space is None or not all(space.shard_bytes):
             return in_l1, 0
         seconds = self._chunk_tokens / prefill_tokens_per_second if prefill_tokens_per_second > 0 else 0.0
-        full = in_l1 * HASH_BYTES >= len(hashes)
-        known = [] if full else [self._knower(runner, space) for runner in self.runners]
-        chunk_bytes = sum(space.shard_bytes)
-        coming = self.fetches.poll(now, space_number, hashes, in_l1, chunk_bytes, seconds, known, request, space.shards)
+        knowers, coming = [self._knower(runner, space) for runner in self.runners], 0
+        for end in self._ends(space_number, len(hashes)):
+            part, found = hashes[:end], min(in_l1, end // HASH_BYTES)
+            coming = self.fetches.poll(
+                now, space_number, part, found, sum(space.shard_bytes), seconds, knowers, request, space.shards
+            )
+            if found * HASH_BYTES < len(part):
+                break
         self._carry_out()
         return in_l1, coming
 
     @staticmethod
     def _knower(runner: TierRunner, space: Space) -> Callable[[bytes], Sequence[bool] | None]:
         def known(hashes: bytes) -> Sequence[bool] | None:
+            if type(runner.tier).known is TierBase.known:
+                return None  # without the work of naming the shards
             present = runner.known(_keys(space, hashes))
             return None if present is None else _complete(present, space.shards)
 
@@ -188,7 +204,7 @@ class Tiering:
 
         def late() -> None:  # the reservations have expired, so what arrives from now on is not used
             self._late_loads.add(load.number)
-            runner.counters[f"missed:{_TOO_LATE}"] += len(keys)
+            runner.count("missed", _TOO_LATE, len(keys))
             self._emit(_LOAD, load.space, by, keys, [_TOO_LATE] * len(keys))
             self.fetches.late(load)
 
@@ -242,7 +258,7 @@ class Tiering:
                 self._emit(_LOAD, load.space, by, part.keys, own)
                 for outcome in own:
                     if outcome != OK:
-                        runner.counters[f"missed:{outcome}"] += 1
+                        runner.count("missed", outcome)
         self._late_loads.discard(load.number)
         runner.counters["loaded_bytes"] += good_bytes
         self.fetches.loaded(self._loop.now(), load, None if outcomes is None and parts else good_bytes)
@@ -334,8 +350,8 @@ class Tiering:
             if outcome in (OK, KEPT):
                 runner.counters["kept_shards"] += 1
             else:
-                runner.counters[f"unwritten:{outcome}"] += 1
-                runner.counters[f"unwritten_bytes:{outcome}"] += size
+                runner.count("unwritten", outcome)
+                runner.count("unwritten_bytes", outcome, size)
         if OK in outcomes or KEPT in outcomes:
             self.fetches.kept(batch.space, batch.hashes)
 
@@ -434,11 +450,9 @@ class Tiering:
 
 def _keys(space: Space, hashes: bytes) -> list[ShardKey]:
     """Return the keys of all shards of these chunks, [chunk][shard]."""
-    return [
-        ShardKey(space.fingerprint, hashes[at : at + HASH_BYTES], shard, space.shards)
-        for at in range(0, len(hashes), HASH_BYTES)
-        for shard in range(space.shards)
-    ]
+    chunks = [hashes[at : at + HASH_BYTES] for at in range(0, len(hashes), HASH_BYTES)]
+    fields = product((space.fingerprint,), chunks, range(space.shards), (space.shards,))
+    return list(map(partial(tuple.__new__, ShardKey), fields))  # three times as fast as calls of ShardKey
 
 
 def _let_go(views: Iterable[memoryview]) -> None:

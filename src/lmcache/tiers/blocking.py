@@ -47,7 +47,7 @@ class BlockingAdapter:
         reads = isinstance(operation, (Contains, Load))
         try:
             (self._readers if reads else self._writers).submit(self._run, operation)
-        except RuntimeError:  # no thread can be started
+        except RuntimeError:  # no thread can be started; the caller ends the operation
             self._waiting.pop(operation, None)
             raise
 

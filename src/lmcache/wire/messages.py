@@ -88,7 +88,7 @@ class Lookup(Message, frozen=True, tag=4):
     prefill_rate: float = 0.0
     """Tokens per second that the engine was measured to compute, 0 if unknown. It decides whether a load from a tier pays."""
     request: str = ""
-    """The engine's own id of the request, for the record of what the tiers did for it."""
+    """The engine's own id of the request as `request_name` gives it, for the record of what the tiers did for it."""
 
 
 class Release(Message, frozen=True, tag=5):
@@ -104,7 +104,7 @@ class Reserve(Message, frozen=True, tag=6):
     root: bool
     hashes: Annotated[bytes, msgspec.Meta(max_length=16 * MAX_RESERVED_CHUNKS)]
     request: str = ""
-    """The engine's own id of the request, for events."""
+    """The engine's own id of the request as `request_name` gives it, for events."""
 
 
 class Commit(Message, frozen=True, tag=7):
@@ -297,6 +297,11 @@ def most_looked_up(first_wanted: int, shards: int) -> int:
         (MAX_MESSAGE_BYTES - _ROOM_FOR_THE_REST) // 16,
         first_wanted + (MAX_ANSWER_BYTES - _ROOM_FOR_THE_REST) // (4 * shards),
     )
+
+
+def request_name(request_id: object) -> str:
+    """Return an engine's id of a request as messages and records show it. Users may choose ids of any length and content."""
+    return printable(str(request_id), 200)
 
 
 def encode(sequence: int, message: Message) -> bytes:
