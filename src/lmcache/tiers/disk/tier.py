@@ -331,8 +331,8 @@ class DiskTier(Tier):
         with self._punching:
             with self._lock:
                 pending = self._segments.take_pending()
-            for number, extent in enumerate(pending):
-                segment = extent.segment
+            for number, freed in enumerate(pending):
+                segment = freed.segment
                 with self._lock:
                     last = self._segments.retire(segment)
                 try:
@@ -341,9 +341,9 @@ class DiskTier(Tier):
                         with self._lock:
                             self._segments.forget(segment)
                     elif not segment.gone:
-                        self._segments.punch(extent)
+                        self._segments.punch(freed)
                         with self._lock:
-                            self._segments.settle(extent)
+                            self._segments.settle(freed)
                 except OSError:
                     with self._lock:
                         if last:
