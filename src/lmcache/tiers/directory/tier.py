@@ -81,7 +81,7 @@ class DirectoryTier(Tier):
         self._wanted: Counter[int] = Counter()
         """Bytes that stores wait for now, by the number of the pass that makes room for them."""
         self._begun = self._ended = 0
-        """Looks of the janitor's thread: the last that has read `_wanted` to make room for, and the last that has ended."""
+        """Numbers of passes of the janitor's thread: the last one that has read `_wanted`, and the last one that has ended."""
         self._trouble: OSError | None = None
         """The error of the last pass."""
         self._opened = False
@@ -339,12 +339,12 @@ class DirectoryTier(Tier):
         return True
 
     def _tidy(self, asked: int) -> None:
-        """As janitor count and trim, else read what the janitor counted. Under `_counting`. Raises OSError.
+        """If this process is elected, count and trim; otherwise read the janitor's count. Raises OSError.
 
-        asked: bytes that other processes want room for.
+        Call with `_counting` held. asked: bytes that another process has requested.
         """
         with self._lock:
-            before, flying = self._count, self._in_flight  # the count below may include bytes in flight or not
+            before, flying = self._count, self._in_flight  # bytes in flight may or may not be in the count below
         if self._janitor.elected():
             count = self._janitor.count()
             room = self._room_to_make(asked)
@@ -359,7 +359,7 @@ class DirectoryTier(Tier):
         else:
             room = self._room_to_make(asked)
             if self._max_bytes is not None and before.stored_bytes + room > self._max_bytes:
-                self._janitor.ask_for_room(room)
+                self._janitor.request_bytes(room)
             published = self._janitor.published()
             if published is not None and published.stamp != self._stamp:
                 with self._lock:  # the count includes some of `_since`, so the sum is too high until the next count
@@ -369,7 +369,7 @@ class DirectoryTier(Tier):
                     self._since, self._stamp = 0, published.stamp
 
     def _room_to_make(self, asked: int) -> int:
-        """For all stores that wait at this moment, and for other processes; in bytes. Who waits later waits for the next look."""
+        """Return the bytes to free for all stores that wait now and for other processes. Later stores wait for the next pass."""
         spare = (self._max_bytes or 0) // _TRIM_SHARE
         with self._lock:
             self._begun = self._ended + 1
@@ -391,7 +391,7 @@ class DirectoryTier(Tier):
                 trouble.__cause__ = error
             if trouble:
                 due = time.monotonic() + COUNT_SECONDS
-            if trouble or due != planned:  # a pass that had nothing to do says nothing about the trouble before it
+            if trouble or due != planned:  # a pass that had nothing to do does not show that an earlier trouble is over
                 told = self._log(trouble, told)
             with self._passed:
                 self._begun = self._ended = self._ended + 1
@@ -414,7 +414,10 @@ class DirectoryTier(Tier):
         return said
 
     def _look(self, due: float) -> float:
-        """Count and make room where that is due or wanted, here or elsewhere; when it is due again. Raises OSError."""
+        """Count and free space if that is due, or if a store of this or another process waits for space.
+
+        Return when it is due again. Raises OSError.
+        """
         began = time.monotonic()
         if not self._counted.is_set():
             with self._counting:
@@ -424,7 +427,7 @@ class DirectoryTier(Tier):
             with self._lock:
                 self._count = count
             self._counted.set()
-        asked = self._janitor.asked_for_room() if self._janitor.holds() else 0
+        asked = self._janitor.requested_bytes() if self._janitor.holds() else 0
         with self._lock:
             if not (self._wanted.total() or asked or began >= due):
                 self._begun += 1
