@@ -51,7 +51,7 @@ COMING = -1
 class Lookup:
     """The lookup of one request.
 
-    local_tokens: leading tokens that the radix tree has. tracker: None if LMCache serves nothing. lock_start: `start` of the first
+    local_tokens: leading tokens that the radix tree has. tracker: None if LMCache serves nothing. lock_start: `start` of
     `free_lookup_locks`. mine: tokens that this rank can load, or `COMING`. began: time of the first question.
     """
 
