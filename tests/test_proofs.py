@@ -262,11 +262,11 @@ def test_a_replayed_handshake_gets_nothing_and_is_counted(server, engine, carrie
         assert isinstance(answer, m.Error) and answer.code == "refused" and len(before) == len(messages) - 1
     assert ask(attacker, m.Lookup(0, bytes(16))).code == "hello"
     assert refused(cache) == 3
-    assert f"worker rank 0, pid {os.getpid()}, from 127.0.0.1" in cache.line_with("Turned an engine away")
+    assert f"worker rank 0, pid {os.getpid()}, from 127.0.0.1" in cache.line_with("Refused an engine")
     attacker.close()
     fresh = carrier(cache.address)
     assert ask(fresh, said(fresh, ask(fresh, hello))).server == ask(fresh, hello).server
-    assert sum("Turned an engine away" in line for line in cache.log) == 1
+    assert sum("Refused an engine" in line for line in cache.log) == 1
 
 
 def test_a_proof_counts_once_and_on_its_own_connection(folders, carrier):

@@ -158,7 +158,9 @@ def _start(config: ServerConfig, owner: Owner | None, started: ExitStack) -> Loo
         config.eviction_policy,
         config.chunk_size,
     )
-    logger.info("%s", config.reach if owner is None else "No port: only the engine that started it can connect")
+    logger.info(
+        "%s", config.reach if owner is None else "This server has no port: only the engine that started it can connect"
+    )
     if owner is None or owner.http:
         logger.info("Health, status and metrics: %s", config.http_url)
     return loop

@@ -55,12 +55,14 @@ def _check_port(host_flag: str, host: str, port_flag: str, port: int) -> None:
     if error.errno == errno.EADDRINUSE:
         free = next((n for n in range(port + 1, min(port + 100, 65536)) if _bind_error(host, n) is None), None)
         advice = f"pass another, such as {port_flag} {free}" if free else f"pass another {port_flag}"
-        raise ConfigError(f"{port_flag} {port}: taken by another process on {host}: stop that, or {advice}")
+        raise ConfigError(f"{port_flag} {port}: taken by another process on {host}: stop that process, or {advice}")
     if error.errno == errno.EADDRNOTAVAIL:
         raise ConfigError(f"{host_flag} {host}: not an address of this machine: pass 127.0.0.1, or 0.0.0.0 for all")
     if error.errno == errno.EACCES:
         raise ConfigError(f"{port_flag} {port}: ports below 1024 need root: pass one from 1024 to 65535")
-    raise ConfigError(f"{port_flag} {port}: cannot listen on {host}: {error.strerror}")
+    raise ConfigError(
+        f"{port_flag} {port}: cannot listen on {host}: {error.strerror}: pass another {port_flag} or {host_flag}"
+    )
 
 
 def _bind_error(host: str, port: int) -> OSError | None:
@@ -125,7 +127,7 @@ def _decide_l1(config: ServerConfig, available: int) -> ServerConfig:
     size_gb = available // 4 * 1000 // GIB / 1000
     if size_gb < 0.001:
         raise ConfigError(
-            f"--l1-size-gb auto: only {available >> 20} MiB are available in {config.arena_dir}: free some"
+            f"--l1-size-gb auto: only {available >> 20} MiB are available in {config.arena_dir}: free some memory"
         )
     return dataclasses.replace(config, l1_size_gb=size_gb)
 

@@ -216,7 +216,9 @@ class _Connection:
 
     def hang_up_on_deaf(self) -> None:
         logger.warning(
-            "Closing a connection of pid %d: it does not read its answers, %d bytes wait", self.pid, self.unsent_bytes
+            "Closing a connection of pid %d: the process does not read its answers (%d bytes wait); check whether it hangs",
+            self.pid,
+            self.unsent_bytes,
         )
         self.close()
 

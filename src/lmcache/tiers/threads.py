@@ -22,5 +22,7 @@ def started_pool(threads: int, name: str) -> ThreadPoolExecutor:
     except RuntimeError as error:
         all_there.abort()
         pool.shutdown()
-        raise TierError("no threads", f"{threads} threads {name} cannot be started: {error}; allow more") from error
+        raise TierError(
+            "no threads", f"{threads} threads {name} cannot be started: {error}; raise the limit (ulimit -u, pids.max)"
+        ) from error
     return pool

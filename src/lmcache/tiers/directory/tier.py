@@ -186,7 +186,11 @@ class DirectoryTier(Tier):
             try:
                 self._janitor.leave(self._count)
             except OSError as error:
-                log.warning("%s: the janitor's lease could not be released: %s", self._where, error.strerror)
+                log.warning(
+                    "%s: the janitor lease could not be released, so other servers wait a minute for it: %s",
+                    self._where,
+                    error.strerror,
+                )
 
     # ---- one shard
 
@@ -409,7 +413,10 @@ class DirectoryTier(Tier):
         said = "" if trouble is None else trouble.strerror or str(trouble)
         if trouble and said != told and not self._stop.is_set():
             log.warning(
-                "%s: could not count its shards, will try again: %s", self._where, said, exc_info=trouble.__cause__
+                "%s: could not count or remove shards, will try again: %s",
+                self._where,
+                said,
+                exc_info=trouble.__cause__,
             )
         return said
 
@@ -445,7 +452,7 @@ class DirectoryTier(Tier):
         try:
             results = self._pool.map(call, of)
         except RuntimeError:  # the pool has been shut down
-            raise TierError("closed", f"{self._where}: it was closed meanwhile") from None
+            raise TierError("closed", f"{self._where}: it was closed during the call") from None
         return list(results)
 
     def _check_open(self) -> None:

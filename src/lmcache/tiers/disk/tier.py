@@ -206,7 +206,11 @@ class DiskTier(Tier):
             try:
                 self._compact()
             except OSError as error:
-                log.warning("%s: could not rewrite the index: %s", self._where, error.strerror)
+                log.warning(
+                    "%s: could not rewrite the index at the end, so the next start may take longer: %s",
+                    self._where,
+                    error.strerror,
+                )
             self._index = ShardIndex()
             self._closing.close()
 
@@ -500,7 +504,7 @@ class DiskTier(Tier):
                     self._drop(set(damaged))
                 self._give_back()
             except OSError as error:
-                log.warning("%s: damaged shards could not be removed: %s", self._where, error.strerror)
+                log.warning("%s: damaged shards could not be removed, and stay misses: %s", self._where, error.strerror)
 
 
 def _groups(numbers: list[int], shards: Sequence[Shard]) -> Iterator[list[int]]:
