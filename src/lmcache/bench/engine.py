@@ -82,9 +82,7 @@ class BenchEngine:
         waits += [self._worker.wait_connected] if self._worker else []
         if not all(wait(CONNECT_SECONDS) for wait in waits):
             self.close()
-            raise ServerUnavailable(
-                f"no LMCache server at {address} that may be used: see the warnings above, or start `lmcache server`"
-            )
+            raise ServerUnavailable(f"no usable LMCache server at {address}: see the warnings above, or start one")
         assert self._scheduler.chunk_tokens is not None
         self.chunk_tokens: int = self._scheduler.chunk_tokens
 

@@ -159,7 +159,7 @@ def _start(config: ServerConfig, owner: Owner | None, started: ExitStack) -> Loo
         config.chunk_size,
     )
     logger.info(
-        "%s", config.reach if owner is None else "This server has no port: only the engine that started it can connect"
+        "%s", config.reach if owner is None else "No port: only the engine that started this server can connect"
     )
     if owner is None or owner.http:
         logger.info("Health, status and metrics: %s", config.http_url)

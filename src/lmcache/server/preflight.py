@@ -60,9 +60,7 @@ def _check_port(host_flag: str, host: str, port_flag: str, port: int) -> None:
         raise ConfigError(f"{host_flag} {host}: not an address of this machine: pass 127.0.0.1, or 0.0.0.0 for all")
     if error.errno == errno.EACCES:
         raise ConfigError(f"{port_flag} {port}: ports below 1024 need root: pass one from 1024 to 65535")
-    raise ConfigError(
-        f"{port_flag} {port}: cannot listen on {host}: {error.strerror}: pass another {port_flag} or {host_flag}"
-    )
+    raise ConfigError(f"{port_flag} {port}: cannot listen on {host}: {error.strerror}: pass another")
 
 
 def _bind_error(host: str, port: int) -> OSError | None:

@@ -187,7 +187,7 @@ class Service:
         if not request.ok:
             self.counters[f"failed_{request.kind}s"] += 1
             logger.warning(
-                "An engine could not %s %d tokens: %s; its log says why", request.kind, request.tokens, peer.who
+                "An engine could not %s %d tokens: see the log of %s", request.kind, request.tokens, peer.who
             )
             return m.Ok()
         if request.tokens < 0 or not 0 <= request.seconds < MAX_COPY_SECONDS:

@@ -99,9 +99,7 @@ class TierRunner:
             return
         self.counters["failed:open"] += 1
         self.breaker.failed(self._loop.now(), str(error), at_once=True)
-        logger.warning(
-            "Tier %s does not serve yet; the server goes on without it and tries again: %s", self.name, error
-        )
+        logger.warning("Tier %s does not serve yet; the server goes on and tries again: %s", self.name, error)
 
     def known(self, keys: Sequence[ShardKey]) -> list[bool] | None:
         """Return for each key whether the tier has the shard, if it can answer at once; None if it has to be asked."""

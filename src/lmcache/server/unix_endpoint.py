@@ -216,7 +216,7 @@ class _Connection:
 
     def hang_up_on_deaf(self) -> None:
         logger.warning(
-            "Closing a connection of pid %d: the process does not read its answers (%d bytes wait); check whether it hangs",
+            "Closing a connection of pid %d, which does not read %d bytes of answers: does it hang?",
             self.pid,
             self.unsent_bytes,
         )

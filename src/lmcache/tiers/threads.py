@@ -23,6 +23,6 @@ def started_pool(threads: int, name: str) -> ThreadPoolExecutor:
         all_there.abort()
         pool.shutdown()
         raise TierError(
-            "no threads", f"{threads} threads {name} cannot be started: {error}; raise the limit (ulimit -u, pids.max)"
+            "no threads", f"{threads} threads {name} cannot be started: {error}; raise the limit"
         ) from error
     return pool

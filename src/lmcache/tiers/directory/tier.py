@@ -186,11 +186,7 @@ class DirectoryTier(Tier):
             try:
                 self._janitor.leave(self._count)
             except OSError as error:
-                log.warning(
-                    "%s: the janitor lease could not be released, so other servers wait a minute for it: %s",
-                    self._where,
-                    error.strerror,
-                )
+                log.warning("%s: the janitor lease could not be released, and ends in a minute: %s", self._where, error)
 
     # ---- one shard
 
@@ -413,10 +409,7 @@ class DirectoryTier(Tier):
         said = "" if trouble is None else trouble.strerror or str(trouble)
         if trouble and said != told and not self._stop.is_set():
             log.warning(
-                "%s: could not count or remove shards, will try again: %s",
-                self._where,
-                said,
-                exc_info=trouble.__cause__,
+                "%s: could not count or trim, will try again: %s", self._where, said, exc_info=trouble.__cause__
             )
         return said
 

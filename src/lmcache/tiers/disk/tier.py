@@ -206,11 +206,7 @@ class DiskTier(Tier):
             try:
                 self._compact()
             except OSError as error:
-                log.warning(
-                    "%s: could not rewrite the index at the end, so the next start may take longer: %s",
-                    self._where,
-                    error.strerror,
-                )
+                log.warning("%s: could not rewrite the index at its end: %s", self._where, error.strerror)
             self._index = ShardIndex()
             self._closing.close()
 

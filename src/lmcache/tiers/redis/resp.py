@@ -261,9 +261,7 @@ class Connection:
         if isinstance(error, TimeoutError):
             return TierError("timeout", f"Redis at {self.name} did not answer in time; check it, or raise ?timeout=")
         if isinstance(error, ssl.SSLCertVerificationError):
-            return TierError(
-                "denied", f"Redis at {self.name}: {error.verify_message}; name the file of its authority with ?ca_file="
-            )
+            return TierError("denied", f"Redis at {self.name}: {error.verify_message}; give its signer with ?ca_file=")
         return TierError("unreachable", f"Redis at {self.name}: {error.strerror or error}")
 
     def refused(self, error: ReplyError) -> TierError:
