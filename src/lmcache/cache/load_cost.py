@@ -1,7 +1,6 @@
-"""The load cost model: how fast each tier is, and how much longer than expected a load may take.
+"""The load cost model: how fast each tier is, and how much longer than expected a load may take. It reads no clock.
 
-`cache.fetch` compares these numbers with the time that the engine would need to compute the same tokens, and decides. This module
-reads no clock: its callers pass the time in seconds.
+`cache.fetch` compares these numbers with the time that the engine would need to compute the same tokens, and decides.
 """
 
 from __future__ import annotations
@@ -45,11 +44,7 @@ class Pace:
         self._running += 1
 
     def ended(self, now: float, size_bytes: int | None) -> None:
-        """Note that a load has ended.
-
-        size_bytes: the bytes that the load has brought, without shards that were missing or damaged; None if the call of the tier
-        failed. A failed call counts neither as bytes nor as time.
-        """
+        """Note that a load has ended. size_bytes: of the shards that arrived; None if the call failed, which does not count."""
         self._running -= 1
         if size_bytes is None:
             self._since = now

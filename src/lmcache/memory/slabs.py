@@ -30,10 +30,7 @@ _WASTE = 0.03
 
 
 class Region:
-    """Adjacent extents of one space, in sectors [first_sector, end_sector). Only `Slabs` changes it; others may read it.
-
-    extents: how many extents it has. used: how many of them are allocated.
-    """
+    """Adjacent extents of one space, in sectors [first_sector, end_sector). Only `Slabs` changes it; others may read it."""
 
     __slots__ = ("_hint", "_taken", "extent_sectors", "extents", "first_sector", "space", "used")
 
@@ -42,7 +39,7 @@ class Region:
         self.first_sector = first_sector
         self.extent_sectors = extent_sectors
         self.extents = extents
-        self.used = 0
+        self.used = 0  # extents that are allocated
         self._taken = bytearray()  # one byte for each extent that was ever allocated: 1 allocated, 0 free again
         self._hint = 0  # no extent before this one is free
 
@@ -106,11 +103,7 @@ class _Space:
 
 
 class Slabs:
-    """The allocation map of one arena of `total_bytes`, rounded down to complete sectors.
-
-    Spaces are identified by numbers that the caller chooses. A method that gets the number of a space that is not open raises
-    ValueError.
-    """
+    """The allocation map of one arena of `total_bytes`, rounded down to complete sectors. The caller numbers the spaces."""
 
     def __init__(self, total_bytes: int) -> None:
         sectors = total_bytes // SECTOR_BYTES
@@ -177,10 +170,7 @@ class Slabs:
     # Extents
 
     def alloc(self, space: int) -> int | None:
-        """Allocate the space's free extent with the lowest address, and return its first sector.
-
-        Return None if the space has no free extent; `grow` gives it more.
-        """
+        """Allocate the space's lowest free extent and return its first sector; None if it has no free extent (then `grow`)."""
         own = self._space(space)
         if not own.with_free:
             return None
@@ -248,11 +238,7 @@ class Slabs:
         return region
 
     def take(self, region: Region) -> None:
-        """Take an empty region from its space and make it free memory.
-
-        Raises:
-            ValueError: an extent of the region is allocated, or it is not a region of this arena.
-        """
+        """Make an empty region free memory. Raises ValueError when an extent is allocated or the region is unknown."""
         if self._regions.get(region.first_sector) is not region:
             raise ValueError(f"{region!r} is not a region of this arena; it may have been taken already")
         if region.used:

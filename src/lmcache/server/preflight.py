@@ -32,8 +32,6 @@ _FREED_WITHIN_SECONDS = 3.0
 def check_machine(config: ServerConfig, *, port: bool = True, http: bool = True) -> ServerConfig:
     """Check the configuration against the machine. Return it, with a quarter of the available memory for `--l1-size-gb auto`.
 
-    This takes up to three seconds if a dead server's arena has just been removed and its memory is needed.
-
     port, http: whether the server will open the port for engines and the HTTP port.
 
     Raises:

@@ -1,8 +1,4 @@
-"""Descriptions of an engine's paged KV for the copiers, which need no tensors: addresses and strides of each plane.
-
-An engine may order the axes of its KV tensors in any way. An extent of the arena always has the same order:
-[layer][K, V][token][KV head][head dim].
-"""
+"""Descriptions of an engine's paged KV for the copiers: addresses and strides of each plane, whose axes may have any order."""
 
 from __future__ import annotations
 
@@ -26,7 +22,6 @@ class Plane:
                 + h * head_stride
                 + (d // dim_group) * dim_group_stride + (d % dim_group) * dim_stride
     Tokens and dims have two levels each, because kernels for matrix units keep pairs or tiles of them together (VNNI).
-
     heads: KV heads of this rank. dims: elements of one head. `PagedKV` checks the numbers.
     """
 
@@ -152,10 +147,7 @@ def _check_plane(paged: PagedKV, number: int, plane: Plane) -> None:
 
 
 def _check_no_overlap(paged: PagedKV, number: int, plane: Plane) -> None:
-    """Check that no two elements overlap: one step of each axis must pass all bytes that the axes of smaller stride cover.
-
-    This holds for any permuted or sliced tensor.
-    """
+    """Check that a step of each axis passes all bytes that axes of smaller stride cover, as in any permuted or sliced tensor."""
     covered = paged.item_bytes
     for name, count, stride in sorted(_axes(paged, plane), key=lambda axis: axis[2]):
         if count == 1:

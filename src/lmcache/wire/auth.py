@@ -33,7 +33,6 @@ from lmcache.observability.log import printable
 
 COOKIE_BYTES = 32
 KEY_FOR_BOTH = "give both the same key file (server: --auth-key-file, engine: LMCACHE_AUTH_KEY_FILE)"
-"""The remedy that works whatever the reason is."""
 NO_FILE, OTHER_USER, UNSAFE_FILE, OTHER_ADDRESS = (
     "no cookie file",
     "another user",
@@ -52,10 +51,7 @@ REASONS = {
 
 
 class Unproven(LMCacheError):
-    """The server has not proved that it runs as this user.
-
-    reason: a key of `REASONS`; "" if the peer seems to be no LMCache server of this user. The server is told nothing else.
-    """
+    """The server has not proved that it runs as this user. reason: a key of `REASONS`; "" if it seems to be no LMCache server."""
 
     def __init__(self, reason: str, text: str) -> None:
         super().__init__(text)
@@ -70,10 +66,7 @@ def proof(
     server_nonce: bytes,
     connection: str,
 ) -> bytes:
-    """Return the 32 bytes by which the side `by` proves to the other one that it knows the cookie.
-
-    cookie: `COOKIE_BYTES` bytes. connection: the name of the connection, as `connection_name` returns it.
-    """
+    """Return the 32 bytes by which the side `by` proves that it knows the cookie. connection: its `connection_name`."""
     hasher = blake3(key=cookie)
     for part in (by.encode(), server_id, engine_nonce, server_nonce, connection.encode()):
         hasher.update(len(part).to_bytes(4, "little") + part)
@@ -128,9 +121,7 @@ def read_cookie(path: str) -> bytes:
 def protect_server(
     context: zmq.Context[zmq.Socket[bytes]], socket: zmq.Socket[bytes], key_file: Path
 ) -> ThreadAuthenticator:
-    """Make a server's socket accept only engines that have the same key file, by CURVE. Call this before the socket is bound.
-
-    Return the thread that checks the engines' keys. The caller has to `stop()` it.
+    """Make a server's socket, not bound yet, accept only engines with the same key file. The caller has to `stop()` the result.
 
     Raises:
         ConfigError: the file is missing, readable by others, or not a Z85 key.
@@ -152,11 +143,7 @@ def protect_server(
 
 
 def protect_engine(socket: zmq.Socket[bytes], key_file: Path) -> None:
-    """Make an engine's socket connect only to a server that has the same key file, by CURVE.
-
-    Raises:
-        ConfigError: as `read_key`.
-    """
+    """Make an engine's socket connect only to a server that has the same key file, by CURVE. Raises ConfigError as `read_key`."""
     secret = read_key(key_file)
     own = _engine_secret(secret)
     socket.curve_secretkey = own

@@ -28,9 +28,7 @@ logger = init_logger(__name__)
 @dataclass
 class LoadMetadata:
     """What SGLang asks for. token_ids: the prompt. slot_mapping [tokens]: each token's slot, -1 for tokens in the radix tree.
-
-    offset: the number of tokens in the radix tree, rounded down to a multiple of `chunk_size()`; the answer counts from there.
-    """
+    offset: the number of tokens in the radix tree, rounded down to a multiple of `chunk_size()`; the answer counts from there."""
 
     token_ids: Any
     slot_mapping: Any
@@ -142,10 +140,7 @@ class OlderConnector:
         return None
 
     def _fill(self, found: Found, have: int, slots: Any, total: int) -> int:
-        """Fill the slots of tokens [have, found.tokens), which are slots[have : found.tokens].
-
-        Return how many tokens were filled: all of them, or 0 if a rank has failed.
-        """
+        """Fill slots[have : found.tokens] with these tokens. Return how many were filled: all, or 0 if a rank has failed."""
         rank, request, ok = self._rank, found.request, False
         if rank is not None and request.hit is not None:
             blocks, _ = block_table(slots[have : found.tokens], self._page_size, have)
@@ -156,10 +151,8 @@ class OlderConnector:
         return found.tokens - have if self._agreement.least(int(ok)) else 0
 
     def _fence(self) -> WholeDevice | None:
-        """Return an event after everything that SGLang has launched on any stream; None on a CPU.
-
-        SGLang does not say on which stream it may still write to the slots. The block table is filled by then, too.
-        """
+        """Return an event after everything that SGLang has launched, since it does not name its stream; None on a CPU.
+        The block table is filled by then, too."""
         device = self._rank.kv.paged.device if self._rank is not None else "cpu"
         return None if device == "cpu" else WholeDevice(device)
 

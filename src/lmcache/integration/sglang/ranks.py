@@ -84,11 +84,9 @@ class Tracker(Request):
 
 
 class SGLangRank(LocalRank[Tracker]):
-    """The requests and copies of one rank. Methods do not raise.
+    """The requests and copies of one rank. If the settings name no server, rank 0 starts one. Methods do not raise.
 
-    The constructor starts the engine's own server on rank 0 if the settings name no server, and waits for the server as long as
-    `LocalRank.wait_for_server` does. name: the engine's name, the same on all ranks. vocabulary: how many token ids stand for
-    text; SGLang represents images by other numbers.
+    name: the engine's name, the same on all ranks. vocabulary: how many token ids stand for text; images have other numbers.
     """
 
     def __init__(self, settings: ServerSettings, kv: ServedKV, ranks: Ranks, name: str, vocabulary: int) -> None:
@@ -114,9 +112,8 @@ class SGLangRank(LocalRank[Tracker]):
     def settle(self, future: Future, progress: Progress | None = None) -> bool:
         """Wait for a load and return whether it succeeded. A load that has not ended within the deadline is cancelled.
 
-        When this returns, the load no longer touches paged KV, with one exception: with the load's `progress`, this returns True
-        as soon as all of the load has been handed to the device. From then on only the device itself can fail, and the forward
-        has to wait for the layers.
+        The load then no longer touches paged KV. With its `progress`, however, this returns True as soon as all of the load has
+        been handed to the device. From then on only the device can fail, and the forward has to wait for the layers.
         """
         copy, now = future.copy, self.requests.runtime.now
         if copy is None:
@@ -127,10 +124,9 @@ class SGLangRank(LocalRank[Tracker]):
         return self.copies.settle([copy], max(0.0, end - now()))
 
     def log_stores(self, copies: Sequence[Copy], total: int, chunked: int, whose: str = "") -> None:
-        """Log what the stores of one request have copied.
+        """Log what the stores of one request have copied, of its `total` tokens, of which `chunked` are in full chunks.
 
-        total: tokens of the request. chunked: how many of them are in full chunks. whose: appended to the line. The line counts
-        tokens in full chunks that were not copied as skipped: the server had them, or had no memory for them.
+        Tokens in full chunks that were not copied count as skipped: the server had them, or had no memory for them.
         """
         line = stored_line(copies, total, self.kv.paged.token_bytes)
         if line:

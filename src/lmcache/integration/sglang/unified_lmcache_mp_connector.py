@@ -67,9 +67,7 @@ class Lookup:
 @dataclass
 class LoadOperation:
     """One load. device_indices: the slots of the tokens from `local_hit_tokens` on. result: None until `complete_load`.
-
-    progress: lets a forward wait for the load layer by layer; None if the load has to end before the forward.
-    """
+    progress: lets a forward wait for the load layer by layer; None if the load has to end before the forward."""
 
     request_id: str
     device_indices: Any
@@ -183,10 +181,7 @@ class UnifiedLMCacheMPConnector:
         return found
 
     def free_lookup_locks(self, request_id: str, *, start: int, end: int) -> None:
-        """Note that tokens [start, end) of the hit will not be loaded.
-
-        A lease cannot be split, so it is given back only when nothing of the hit is left to load.
-        """
+        """Note that tokens [start, end) of the hit will not be loaded. The lease ends when nothing of the hit is left to load."""
         tracker = self._rank.requests.open.get(request_id) if self._rank is not None else None
         if self._rank is not None and tracker is not None and end >= tracker.hit_tokens:
             self._rank.requests.give_back(tracker)
@@ -225,9 +220,7 @@ class UnifiedLMCacheMPConnector:
 
     def prepare_load_on_stream(self, load: LoadOperation, stream: Any) -> bool:
         """Return True when the slots are filled, or when the load can no longer fail and the forward waits for its layers.
-
-        Return False if the load has failed on any rank. SGLang then frees the slots and computes these tokens.
-        """
+        False: the load has failed on a rank, so SGLang frees the slots and computes these tokens."""
         rank = self._rank
         ok = rank is not None and rank.settle(load.future, load.progress)
         ok = bool(self._agreement.least(int(ok)))
@@ -363,10 +356,7 @@ class UnifiedLMCacheMPConnector:
             lookup.mine = COMING
 
     def _note_pace(self, rank: SGLangRank, tracker: Tracker) -> None:
-        """Measure the prefill rate: the tokens that SGLang has passed are computed. Answers are not measured.
-
-        The time may include a wait in SGLang's queue, which makes the rate seem lower; that does little harm.
-        """
+        """Measure how fast prompts are computed: the tokens that SGLang has passed are. A wait in its queue may be included."""
         tokens, now = min(tracker.handed, tracker.prompt_tokens), rank.requests.runtime.now()
         rank.requests.prefill.took(tokens - tracker.computed, now - tracker.since)
         tracker.computed, tracker.since = max(tokens, tracker.computed), now

@@ -44,9 +44,7 @@ class PoolLayer(DynamicLayer):  # type: ignore[misc]
         appends: Callable[[int], None] | None = None,
     ) -> None:
         """keys, values: the layer's part of the pool, [1, heads, pool tokens, head size]; the first `tokens` tokens are filled.
-
-        appends: called with the number of new tokens before each update.
-        """
+        appends: called with the number of new tokens before each update."""
         super().__init__()
         self._appends = appends
         self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
@@ -114,10 +112,8 @@ class Pool:
         )
 
     def cache(self, tokens: int, step: Callable[[int], None]) -> DynamicCache:
-        """Return a cache for `generate` whose first `tokens` tokens are those in the pool.
-
-        step: called with the number of new tokens when a forward reaches the first layer's KV.
-        """
+        """Return a cache for `generate` whose first `tokens` tokens are those in the pool. step: called with the number of new
+        tokens when a forward reaches the first layer's KV."""
         views = [plane.unsqueeze(0) for plane in self._planes]
         first, *others = zip(views[::2], views[1::2], strict=True)
         cache = DynamicCache()

@@ -49,11 +49,7 @@ class Count(NamedTuple):
 
 
 class Published(NamedTuple):
-    """A count that a janitor has published.
-
-    in_order: the janitor published it when it left, so the next one need not count again. stamp: unique to this publication, so
-    that a process can tell whether it has read it before.
-    """
+    """A janitor's count. in_order: it was published when the janitor left, so it still holds. stamp: unique to this count."""
 
     counted: Count
     in_order: bool
@@ -129,10 +125,7 @@ class Janitor:
         self._write(self._wanted, str(wanted_bytes), os.O_TRUNC)
 
     def requested_bytes(self) -> int:
-        """Return and delete the last request of another process, in bytes: 0 if there is none, 1 if it is invalid.
-
-        Raises OSError.
-        """
+        """Return and delete the last request of another process: 0 if there is none, 1 if it is invalid. Raises OSError."""
         try:
             text = self._wanted.read_bytes()
         except FileNotFoundError:
@@ -222,10 +215,7 @@ class Janitor:
                 self._filesystem.touch(self._lease)
 
     def _holder(self) -> tuple[str, float]:
-        """Return the holder of the lease ("" if nobody holds it) and the time of its last touch.
-
-        Text that is not UTF-8 becomes a name that no process has.
-        """
+        """Return the holder of the lease ("" if none) and the time of its last touch. Invalid text matches no process."""
         try:
             return self._lease.read_text("utf-8", "replace"), self._lease.stat().st_mtime
         except FileNotFoundError:
@@ -273,10 +263,7 @@ def _folders(root: Path) -> Iterator[Path]:
 
 
 def _scan(folder: Path) -> Iterator[os.DirEntry[str]]:
-    """Yield the entries while the directory is read, so that a large one takes no more memory than a small one.
-
-    Entries that are removed meanwhile hide no other entry.
-    """
+    """Yield the entries while the directory is read, which takes little memory. Removals meanwhile hide no other entry."""
     try:
         with os.scandir(folder) as entries:
             yield from entries

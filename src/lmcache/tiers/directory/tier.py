@@ -414,10 +414,7 @@ class DirectoryTier(Tier):
         return said
 
     def _look(self, due: float) -> float:
-        """Count and free space if that is due, or if a store of this or another process waits for space.
-
-        Return when it is due again. Raises OSError.
-        """
+        """Count and free space if that is due or a store waits for space. Return when it is due again. Raises OSError."""
         began = time.monotonic()
         if not self._counted.is_set():
             with self._counting:

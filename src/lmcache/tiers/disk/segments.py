@@ -5,13 +5,11 @@ frame it is deleted. All sizes are counted in *blocks* of 4096 bytes, the unit o
 
 A frame with a payload of 64 KiB or more is *large*: its payload begins at a block, and its header follows in a block of its
 own, so that direct I/O needs no copy. Smaller frames are *packed* one after another: header, payload, padding to 64 bytes; each
-store call begins a new block. Large and packed frames have separate files. A block of packed frames is freed together with the
-last of them.
+store call begins a new block, and a block is freed together with its last frame. Large and packed frames have separate files.
 
-The *place* of a frame says where it lies: the number of its segment << 32 | its offset in the file / 64. No two frames ever
-have the same place. This module does the accounting: which blocks of which file are in use. Freeing a frame has two steps,
-since the file system may be slow: `free` makes its blocks *pending*, and later `punch` or `delete` returns them to the file
-system.
+The *place* of a frame says where it lies: number of the segment << 32 | offset in the file / 64. No two frames ever have the
+same place. A frame is freed in two steps, since the file system may be slow: `free` makes its blocks *pending*, and later `punch`
+or `delete` returns them to the file system.
 """
 
 from __future__ import annotations
@@ -54,9 +52,8 @@ class Handle:
 
 
 class Segment:
-    """One file of `size` bytes.
+    """One file of `size` bytes. tail: the offset of the next frame. used: bytes of blocks in use or pending. frames: how many.
 
-    tail: the offset of the next frame. used: bytes of blocks that hold frames or are pending. frames: how many frames it holds.
     made: the file exists. gone: the file has been deleted, or is being deleted.
     """
 
@@ -87,10 +84,7 @@ def frame_bytes(payload_bytes: int) -> int:
 
 
 def cost_of(payloads: Iterable[int]) -> int:
-    """Return the most bytes that frames of these payloads add to `Segments.bytes` if they need a new file.
-
-    payloads: sizes in bytes, all of large or all of packed frames.
-    """
+    """Return the most bytes that frames of these payload sizes, all large or all packed, add to `Segments.bytes`."""
     sizes = [frame_bytes(one) for one in payloads]
     return blocks(sum(sizes)) + _FRAME_COST * len(sizes) + _FILE_COST
 
@@ -101,13 +95,10 @@ def offset_of(place: int) -> int:
 
 
 class Segments:
-    """All segments of one tier.
-
-    Call all methods with the tier's lock held, except those that do I/O: `open_handle`, `punch` and `delete`. Several threads may
-    call `open_handle` at the same time.
+    """All segments of one tier. Call with the tier's lock held, except the methods that do I/O: `open_handle`, `punch`, `delete`.
 
     bytes: bytes on the device, including those that are reserved or pending. freed_bytes: those that are pending, or are just
-    being returned to the file system. next_number: the number of the next segment.
+    being returned to the file system.
     """
 
     def __init__(self, filesystem: Filesystem, folder: Path, segment_bytes: int, flags: int) -> None:
@@ -126,13 +117,9 @@ class Segments:
         return self._all[place >> 32]
 
     def mount(self, records: Records, next_number: int) -> None:
-        """Adopt the segments that an earlier start has left.
+        """Adopt the segments that an earlier start has left. Raises OSError.
 
-        Blocks and files that no record names are returned to the file system. A record whose file is missing is kept; a load of
-        its shard will find the damage.
-
-        Raises:
-            OSError: a file could not be opened, punched or deleted.
+        Blocks and files that no record names are returned to the file system. A load finds out that a record's file is missing.
         """
         self.next_number = next_number
         files = {int(path.name[:8], 16): path for path in self._folder.iterdir() if _NAME.fullmatch(path.name)}
@@ -178,10 +165,9 @@ class Segments:
         return segment, found
 
     def free(self, place: int, payload_bytes: int) -> None:
-        """Free a frame. The blocks that no other frame uses become pending.
+        """Free a frame. The blocks that no other frame uses become pending, for the caller of `take_pending`.
 
-        The caller then gets them from `take_pending`. For each range it either `retire`s and `delete`s the segment and calls
-        `forget`, or it calls `punch` and `settle`.
+        For each range it calls either `punch` and `settle`, or `retire`, `delete` and `forget` if the segment is empty.
         """
         segment, at = self[place], offset_of(place)
         size = frame_bytes(payload_bytes)

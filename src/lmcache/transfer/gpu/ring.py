@@ -60,10 +60,7 @@ class Source:
 
 
 class _DeviceTables:
-    """The block table of one copy and its runs, in pinned host memory and in device memory.
-
-    A run is (first token, token count, token in extent) here; the kernel needs no offsets of extents.
-    """
+    """The block table of a copy and (first token, token count, token in extent) of its runs, in pinned and device memory."""
 
     def __init__(self, words: int, device: torch.device) -> None:
         self.used = torch.cuda.Event()
@@ -93,10 +90,8 @@ class _DeviceTables:
         return Tables(host, device, device + 8 * self._blocks, 8 * words)
 
     def uploaded(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (blocks, runs) on the device, for kernels of the current stream.
-
-        The first call uploads them. So a load launches its first transfer before the upload.
-        """
+        """Return (blocks, runs) on the device, for kernels of the current stream. The first call uploads them, behind a load's
+        first transfer."""
         if self._unsent:
             words, self._unsent = self._unsent, 0
             self._device[:words].copy_(self._host[:words], non_blocking=True)
