@@ -356,7 +356,7 @@ class UnifiedLMCacheMPConnector:
             lookup.mine = COMING
 
     def _note_pace(self, rank: SGLangRank, tracker: Tracker) -> None:
-        """Measure how fast prompts are computed: the tokens that SGLang has passed are. A wait in its queue may be included."""
+        """Note that SGLang has computed the tokens that it passed, and how long that took, waits in its queue included."""
         tokens, now = min(tracker.handed, tracker.prompt_tokens), rank.requests.runtime.now()
         rank.requests.prefill.took(tokens - tracker.computed, now - tracker.since)
         tracker.computed, tracker.since = max(tokens, tracker.computed), now
