@@ -266,13 +266,13 @@ def test_its_end_is_that_of_a_daemon(
         closing = threading.Thread(target=server.close)
         closing.start()
         if drain_seconds:
-            eventually(lambda: says("10 chunks are written to tiers before the end"))
+            eventually(lambda: says("Writing 10 chunks to tiers before the server ends"))
             assert server.running
             store.child.send_signal(signal.SIGCONT)
         closing.join(PATIENCE)
         assert not closing.is_alive()
         assert says("has stopped") and not says("it is killed")
-        assert says("Tier redis is left behind") != bool(drain_seconds)
+        assert says("Tier redis is abandoned") != bool(drain_seconds)
         assert not drain_seconds or len(store.raw.keys("{lmcache}/*/*-0-1")) == 10
     finally:
         print("".join(said))  # shown where the test fails

@@ -70,7 +70,7 @@ def test_an_l1_smaller_than_a_chunk_is_said_on_both_sides_and_not_tried_all_the_
     one.close()
     assert cache.counters()['refused_engines_total{reason="small L1"}'] == 3
     who = f"worker rank 0, pid {os.getpid()}, from this host"
-    cache.said_once(f"Turned an engine away: {who}: {remedy}")
+    cache.said_once(f"Refused an engine: {who}: {remedy}")
     assert "Engine process connected: worker" not in "".join(cache.log)
     (told,) = cache.get("/healthcheck")["refused_engines"]
     assert told.startswith(f"{who}: {remedy}") and cache.status()["refused_engines"][0]["reason"] == "small L1"

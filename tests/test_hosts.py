@@ -133,7 +133,7 @@ def test_a_thread_that_cannot_be_started_fails_one_call(
     with socket.create_server(("127.0.0.1", 0)) as server:
         with monkeypatch.context() as broken:
             broken.setattr(threading.Thread, "start", refused)
-            with pytest.raises(OSError, match=f"host '{NAME}' was not looked up: can't start new thread"):
+            with pytest.raises(OSError, match=f"host '{NAME}' could not be looked up: can't start new thread"):
                 hosts.connect(NAME, server.getsockname()[1], PATIENCE)
         hosts.connect(NAME, server.getsockname()[1], PATIENCE).close()
 

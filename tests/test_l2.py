@@ -132,7 +132,7 @@ def test_the_end_waits_as_long_as_it_was_told(
         cache.line_with("has stopped")
         kept = [name for name in valkey.raw.keys("{lmcache}/*") if b"." not in name.partition(b"/")[2]]
         assert (len(kept) == 6 * 10) == everything, len(kept)
-        assert any("could not be written before the end" in line for line in cache.log) == (not everything)
+        assert any("could not be written before the server ended" in line for line in cache.log) == (not everything)
     finally:
         proxy.close()
 
@@ -300,7 +300,7 @@ def test_the_end_does_not_wait_for_a_tier_that_hangs(
 
 def ended_without(server: Server, tier: str, calls: str) -> float:
     """The server ends by itself, cleanly but for these calls of a tier; how long it has waited for them."""
-    line = server.line_with(f"Tier {tier} is left behind: {calls} have not returned after ")
+    line = server.line_with(f"Tier {tier} is abandoned: {calls} have not returned after ")
     server.line_with("has stopped")
     assert server.child.wait(PATIENCE) == 0
     assert not list(server.arena_dir.glob("*.arena*")) and "Traceback" not in "".join(server.log)
@@ -342,7 +342,7 @@ def test_a_second_signal_does_not_wait_for_a_tier_that_hangs(
     bring_about("store", cache, engine(cache))
     cache.line_with("store hangs")
     cache.signal(signal.SIGTERM)
-    cache.line_with("10 chunks are written to tiers before the end, for up to 3600 s")
+    cache.line_with("Writing 10 chunks to tiers before the server ends, for up to 3600 s")
     cache.signal(signal.SIGTERM)
     assert ended_without(cache, "hanging", "1 calls (1 of store)") < CLOSE_SECONDS
 
@@ -359,7 +359,7 @@ def test_a_store_that_is_frozen_does_not_hold_up_the_end(
     eventually(lambda: not tiers_of(cache)["redis"]["queued_chunks"])  # the write is under way
     cache.signal(signal.SIGTERM)
     if signals == 2:
-        cache.line_with("chunks are written to tiers before the end")
+        cache.line_with("chunks to tiers before the server ends")
         cache.signal(signal.SIGTERM)
     waited = ended_without(cache, "redis", "1 calls (1 of store)")
     assert (waited < CLOSE_SECONDS) == (signals == 2)

@@ -211,7 +211,7 @@ def test_a_relay_that_had_the_port_before_the_server_is_refused(server, carrier,
     with front, back:
         with pytest.raises(ServerRefused, match=told):
             prove(one, ask(one, HELLO), HELLO, False)
-        assert one.place().startswith(names[1].decode()), "the engine has got an answer to its challenge"
+        assert one.connection_name().startswith(names[1].decode()), "the engine has got an answer to its challenge"
         for end in (front, back):
             end.shutdown(socket.SHUT_RDWR)
         for each in pumps:
@@ -221,12 +221,15 @@ def test_a_relay_that_had_the_port_before_the_server_is_refused(server, carrier,
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="needs root")
-def test_loopback_of_another_network_namespace_is_another_place(impostor, carrier):
+def test_loopback_of_another_network_namespace_is_another_connection(impostor, carrier):
     """The same connection, seen by a process there that was given its descriptor."""
     rogue = impostor(lambda sequence, request: [m.encode(sequence, m.Ok())])
     one = carrier(rogue.address)
     ask(one, m.Ping())
-    show = "import sys, types; from lmcache.wire import auth; print(auth.place(types.SimpleNamespace(get=lambda _: 0), 'engine'))"
+    show = (
+        "import types; from lmcache.wire.auth import connection_name;"
+        "print(connection_name(types.SimpleNamespace(get=lambda _: 0), 'engine'))"
+    )
     descriptor = int(one._head.get(zmq.SRCFD))
     here, there = (
         subprocess.run([*prefix, sys.executable, "-c", show], stdin=descriptor, capture_output=True, text=True)
@@ -234,8 +237,8 @@ def test_loopback_of_another_network_namespace_is_another_place(impostor, carrie
     )
     if there.returncode:
         pytest.skip(f"no network namespaces here: {there.stderr}")
-    assert here.stdout.strip() == one.place()
-    ends, _, _ = one.place().partition("net:")
+    assert here.stdout.strip() == one.connection_name()
+    ends, _, _ = one.connection_name().partition("net:")
     assert there.stdout.startswith(f"{ends}net:") and there.stdout != here.stdout
 
 
@@ -259,11 +262,11 @@ def test_a_replayed_handshake_gets_nothing_and_is_counted(server, engine, carrie
         assert isinstance(answer, m.Error) and answer.code == "refused" and len(before) == len(messages) - 1
     assert ask(attacker, m.Lookup(0, bytes(16))).code == "hello"
     assert refused(cache) == 3
-    assert f"worker rank 0, pid {os.getpid()}, from 127.0.0.1" in cache.line_with("Turned an engine away")
+    assert f"worker rank 0, pid {os.getpid()}, from 127.0.0.1" in cache.line_with("Refused an engine")
     attacker.close()
     fresh = carrier(cache.address)
     assert ask(fresh, said(fresh, ask(fresh, hello))).server == ask(fresh, hello).server
-    assert sum("Turned an engine away" in line for line in cache.log) == 1
+    assert sum("Refused an engine" in line for line in cache.log) == 1
 
 
 def test_a_proof_counts_once_and_on_its_own_connection(folders, carrier):

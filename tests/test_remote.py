@@ -454,7 +454,7 @@ def test_both_sides_say_why_an_engine_gets_nothing_from_a_default_server(server,
         assert [one["reason"] for one in told] == ["no proof"] * 2
         for one in told:
             assert f"pid {os.getpid()}, from 127.0.0.1" in one["who"] and str(cache.socket_dir) in one["remedy"]
-            cache.said_once(f"Turned an engine away: {one['who']}: {one['remedy']}")
+            cache.said_once(f"Refused an engine: {one['who']}: {one['remedy']}")
     finally:
         if hidden.exists():
             hidden.rename(cache.socket_dir)
@@ -483,7 +483,7 @@ def test_an_engine_with_a_key_and_a_server_without_one_both_say_so(server, engin
             f"is of no use to this engine (this engine has the key file {key}, and the server has none" in caplog.text
         )
     )
-    cache.said_once("Turned an engine away")
+    cache.said_once("Refused an engine")
 
 
 def test_a_probe_says_why_no_server_answers(server, tmp_path, monkeypatch):
@@ -568,7 +568,7 @@ def test_the_log_of_refused_engines_is_bounded_and_the_count_is_not(caplog):
     assert len(caplog.records) == MAX_REFUSED + 1
     clock[0] += 10.0
     one.note("host 1000", "no key", "set it")
-    assert caplog.records[-1].message.startswith("Turned an engine away: host 1000: set it (")
+    assert caplog.records[-1].message.startswith("Refused an engine: host 1000: set it (")
     assert one.status()[0]["who"] == "host 1000" and "host 1000: set it" in one.lately()
 
 

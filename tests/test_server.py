@@ -340,7 +340,7 @@ def test_another_user_is_turned_away(server, folders):
     assert cache.counters()['refused_engines_total{reason="other user"}'] == 1
     (told,) = cache.status()["refused_engines"]
     assert told["who"].endswith("of user 65534") and "run the engine as the same user" in told["remedy"]
-    assert told["who"] in cache.line_with("Turned an engine away")
+    assert told["who"] in cache.line_with("Refused an engine")
 
 
 # What strangers send

@@ -995,7 +995,7 @@ def test_what_was_lost_or_missed_is_counted_with_its_reason(
     metrics = one.ask(one.tiering.report.counters)
     assert metrics['tier_lost_total{tier="hand",reason="queue full"}'] == 2
     one.ask(lambda: one.tiering.drain(0.05, drained.set))
-    assert drained.wait(PATIENCE) and "Tier hand: 3 chunks could not be written before the end" in said
+    assert drained.wait(PATIENCE) and "Tier hand: 3 chunks could not be written before the server ended" in said
     tier.let_go()
     one.written()
     one.forget_l1()
@@ -1019,8 +1019,8 @@ def test_a_last_write_that_fails_is_told_of_as_well(rig: Callable[..., Rig], mon
     tier.trouble = "on fire"
     tier.let_go()
     one.close()
-    assert [line for line in said if "before the end" in line] == [
-        "Tier hand: 4 chunks could not be written before the end"
+    assert [line for line in said if "before the server ended" in line] == [
+        "Tier hand: 4 chunks could not be written before the server ended"
     ]
 
 
@@ -1391,7 +1391,7 @@ def test_the_end_cancels_what_is_under_way_and_leaves_behind_what_goes_on(
     one.store(chain(1, 4))
     (store,) = eventually(lambda: list(tier.held))
     one.close(let_go=False)
-    assert tier.cancels == ["store"] and "Tier hand: 4 chunks could not be written before the end" in said
-    behind = [line for line in said if "left behind: 1 calls (1 of store)" in line]
+    assert tier.cancels == ["store"] and "Tier hand: 4 chunks could not be written before the server ended" in said
+    behind = [line for line in said if "abandoned: 1 calls (1 of store)" in line]
     assert ("close" in tier.hand.calls, len(behind)) == ((True, 0) if gives_up else (False, 1))
     store.cancelled()  # it does no harm to a loop that has been closed

@@ -466,7 +466,7 @@ def test_only_ones_own_private_cookie_is_read(tmp_path):
 def test_a_proof_holds_for_its_words_alone():
     words = (bytes(32), "server", b"id", b"n1", b"n2", "127.0.0.1:1 in net:[1]")
     others = (b"1" * 32, "engine", b"idn", b"1", b"n", "127.0.0.1:1 in net:[2]")
-    proofs = {auth.proof(*words[:place], other, *words[place + 1 :]) for place, other in enumerate(others)}
+    proofs = {auth.proof(*words[:at], other, *words[at + 1 :]) for at, other in enumerate(others)}
     proofs |= {auth.proof(*words), auth.proof(*words[:2], b"i", b"dn1", *words[4:])}
     assert len(proofs) == 8
 
@@ -481,15 +481,17 @@ def test_both_ends_name_a_connection_alike_and_no_other_so(bound, reached):
             pytest.skip(f"no IPv6 here: {error}")
         named = []
         for carrier in (ZmqCarrier(f"tcp://{reached}:{port}"), ZmqCarrier(f"tcp://{reached}:{port}")):
-            assert carrier.place().startswith("an unknown connection"), "nothing has come yet"
+            assert carrier.connection_name().startswith("an unknown connection"), "nothing has come yet"
             asked = beside(lambda carrier=carrier: carrier.exchange(m.Ping(), PATIENCE))
             name, _ = router.recv_multipart(copy=False)
             router.send_multipart([name.bytes, m.encode(1, m.Ok())])
             assert asked.result(PATIENCE) == (m.Ok(), [])
-            named.append(carrier.place())
-            assert named[-1] == auth.place(name, "server") and f" to {reached}:{port} in net:" in named[-1]
+            named.append(carrier.connection_name())
+            assert named[-1] == auth.connection_name(name, "server") and f" to {reached}:{port} in net:" in named[-1]
             carrier.close()
-        assert named[0] != named[1] and auth.place(zmq.Frame(), "server") != auth.place(zmq.Frame(), "server")
+        assert named[0] != named[1] and auth.connection_name(zmq.Frame(), "server") != auth.connection_name(
+            zmq.Frame(), "server"
+        )
 
 
 def test_a_key_file_that_is_no_good_is_named(tmp_path):

@@ -54,7 +54,7 @@ def test_a_tier_that_gets_too_few_threads_is_not_open_and_leaves_none(
 
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", start_two)
-        with pytest.raises(TierError, match="cannot be started: can't start new thread; allow more"):
+        with pytest.raises(TierError, match="cannot be started: can't start new thread; raise the limit"):
             tier.open()
     assert threading.active_count() == before
     tier.open()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import subprocess
@@ -16,16 +17,16 @@ from lmcache.testing.conformance import ConformanceSuite
 from servers import PATIENCE, Server, eventually
 
 pytestmark = pytest.mark.xdist_group("your own")  # long tests, which begin early as a group
-SECTOR = (Path(__file__).resolve().parents[2] / "docs" / "tiers" / "your-own.md").read_text()
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "tiers" / "your-own.md").read_text()
 TOKENS = list(range(160))
 """Ten chunks."""
 
 
 def file_of(name: str) -> str:
     """The block of code under the line that names it."""
-    found = re.search(rf"^`{re.escape(name)}`:\n\n((?:    .*\n|\n)+)", SECTOR, re.MULTILINE)
+    found = re.search(rf"^`{re.escape(name)}`:\n\n((?:    .*\n|\n)+)", PAGE, re.MULTILINE)
     assert found, name
-    return re.sub(r"^    ", "", found[1].split("\n    pytest ")[0], flags=re.MULTILINE).rstrip("\n") + "\n"
+    return re.sub(r"^    ", "", found[1], flags=re.MULTILINE).rstrip("\n") + "\n"
 
 
 @pytest.fixture
@@ -39,7 +40,7 @@ def installed(folders: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -
     told = folder / "lmcache_sqlite-1.0.dist-info"
     told.mkdir(parents=True)
     (told / "METADATA").write_text("Metadata-Version: 2.1\nName: lmcache-sqlite\nVersion: 1.0\n")
-    ram = re.search(r'`(ram) = "(lmcache_ram:RamTier)"`', SECTOR)
+    ram = re.search(r'`(ram) = "(lmcache_ram:RamTier)"`', PAGE)
     assert ram
     (told / "entry_points.txt").write_text(f"[lmcache.tiers]\n{entry[1]} = {entry[2]}\n{ram[1]} = {ram[2]}\n")
     for name in ("lmcache_sqlite.py", "lmcache_ram.py"):
@@ -64,7 +65,14 @@ def test_the_tiers_of_the_page_pass_the_tests_of_the_page(installed: Path, name:
     count = sum(test.startswith("test_") for test in dir(ConformanceSuite))
     said = run_the_tests_of_the_page(installed, name)
     assert f"\n{count} passed in " in said, said
-    assert f"All {count} must pass" in SECTOR
+    assert f"All {count} must pass" in PAGE
+
+
+@pytest.mark.parametrize("name", ["test_lmcache_sqlite.py", "test_lmcache_ram.py"])
+def test_the_classes_of_the_page_define_only_what_the_suite_calls(name: str) -> None:
+    (defined,) = [one for one in ast.parse(file_of(name)).body if isinstance(one, ast.ClassDef)]
+    methods = {one.name for one in defined.body if isinstance(one, ast.FunctionDef)}
+    assert methods <= vars(ConformanceSuite).keys()
 
 
 @pytest.mark.parametrize(
@@ -92,7 +100,7 @@ def test_the_tests_of_the_page_find_what_is_broken(
 def test_a_server_finds_again_what_it_and_another_one_stored(
     installed: Path, server: Callable[..., Server], engine: Callable[..., Any]
 ) -> None:
-    command = re.search(r"^    lmcache server --l1-size-gb \d+ --l2 '(\S+)'$", SECTOR, re.MULTILINE)
+    command = re.search(r"^    lmcache server --l1-size-gb \d+ --l2 '(\S+)'$", PAGE, re.MULTILINE)
     assert command and command[1].count("/var/lib/lmcache/") == 1
     url = command[1].replace("/var/lib/lmcache", str(installed))
     first = server(flags=("--l2", url))

@@ -82,7 +82,7 @@ class BenchEngine:
         waits += [self._worker.wait_connected] if self._worker else []
         if not all(wait(CONNECT_SECONDS) for wait in waits):
             self.close()
-            raise ServerUnavailable(f"no lmcache server at {address}: start `lmcache server`, or name another address")
+            raise ServerUnavailable(f"no usable LMCache server at {address}: see the warnings above, or start one")
         assert self._scheduler.chunk_tokens is not None
         self.chunk_tokens: int = self._scheduler.chunk_tokens
 

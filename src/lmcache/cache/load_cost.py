@@ -1,33 +1,41 @@
-"""The load cost model measures the pace of tiers, to compare a load with computing. It reads no clock."""
+"""The load cost model: how fast each tier is, and how much longer than expected a load may take. It reads no clock.
+
+`cache.fetch` compares these numbers with the time that the engine would need to compute the same tokens, and decides.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 SLACK_SHARE = 0.05
-"""A wait may be longer than expected by this share of the time that computing would take, or by `SLACK_SECONDS`."""
+"""A wait may be longer than expected by this share of the time that computing would take, but at least by `SLACK_SECONDS`."""
 SLACK_SECONDS = 0.010
-"""The greater slack for prompts that are computed in less than 200 ms."""
+"""The least slack. It applies to prompts that are computed in less than 200 ms."""
 _WINDOW_SECONDS = 4.0
-"""The weight of older measurements is halved after so many busy seconds."""
+"""Older measurements lose half their weight whenever the tier has been busy for so many seconds more."""
 _HALF_LIFE_SECONDS = 5.0
-"""Their weight is also halved after so many idle seconds."""
+"""They also lose half their weight each time that the tier has been idle for so many seconds."""
 _ASK_WEIGHT = 0.2
+"""The weight of the latest answer in the moving average of response times."""
 
 
 @dataclass
 class Pace:
-    """The pace of one tier: bytes per second while it is busy, and seconds until it answers which shards it has."""
+    """The measured pace of one tier, for all spaces together. A tier is busy while at least one load runs.
+
+    bytes_moved, busy_seconds: bytes loaded, and the time in which the tier was busy with them; both fade. ask_seconds: how long
+    the tier takes to answer which shards it has; None until it has answered. measured_at: when the last load ended.
+    """
 
     bytes_moved: float = 0.0
     busy_seconds: float = 0.0
     ask_seconds: float | None = None
     measured_at: float = float("-inf")
-    """When the last load ended."""
     _running: int = 0
     _since: float = 0.0
 
     def began(self, now: float) -> None:
+        """Note that a load has begun."""
         if not self._running:
             self._since = now
             faded = 0.5 ** ((now - self.measured_at) / _HALF_LIFE_SECONDS)
@@ -36,7 +44,7 @@ class Pace:
         self._running += 1
 
     def ended(self, now: float, size_bytes: int | None) -> None:
-        """Note that a load of `size_bytes` has ended; None if the tier failed, which does not change the pace."""
+        """Note that a load has ended. size_bytes: of the shards that arrived; None if the call failed, which does not count."""
         self._running -= 1
         if size_bytes is None:
             self._since = now
@@ -50,19 +58,19 @@ class Pace:
             self.busy_seconds /= 2
 
     def answered(self, seconds: float) -> None:
-        """Note that the tier has answered after so many seconds."""
+        """Note that the tier took so many seconds to answer which shards it has."""
         before = seconds if self.ask_seconds is None else self.ask_seconds
         self.ask_seconds = before + _ASK_WEIGHT * (seconds - before)
 
     @property
     def bytes_per_second(self) -> float | None:
-        """None until a load has ended."""
+        """The measured rate; None until a load has ended."""
         if not self.busy_seconds:
             return None
         return self.bytes_moved / self.busy_seconds
 
     def expected_seconds(self, size_bytes: int) -> float | None:
-        """Return the time to load so many bytes: None if the pace is unknown, infinity for a tier that has loaded none."""
+        """Return the time to load so many bytes: None if no load has ended yet, infinity if none of them brought any byte."""
         rate = self.bytes_per_second
         if rate is None:
             return None
@@ -70,5 +78,5 @@ class Pace:
 
 
 def slack_seconds(recompute_seconds: float) -> float:
-    """Return by how much a wait may exceed the expected time."""
+    """Return by how many seconds a wait may exceed the expected time, if computing would take `recompute_seconds`."""
     return max(SLACK_SHARE * recompute_seconds, SLACK_SECONDS)

@@ -119,7 +119,7 @@ class EngineConfig:
     priority_limit: int | None = _row(_optional(read.integer(-(1 << 31), 1 << 31)), None)
     min_retrieve_tokens: int = _row(read.integer(0, 1 << 31), 0)
     use_layerwise: bool = _row(
-        read.switch, True, "vLLM: forwards wait for loads layer by layer; other engines wait for complete loads"
+        read.switch, True, "vLLM, SGLang: forwards wait for loads layer by layer; other engines wait for complete loads"
     )
     extra_config: dict[str, Any] | None = _row(_mapping, None, "no effect: nothing in it is read")
     internal_api_server_enabled: bool = _row(

@@ -105,7 +105,7 @@ def _addresses_within(host: str, timeout_seconds: float) -> tuple[str, ...]:
             try:
                 threading.Thread(target=_ask, args=(host, answer), name="lmcache-resolve", daemon=True).start()
             except RuntimeError as error:
-                raise OSError(f"host {host!r} was not looked up: {error}") from error
+                raise OSError(f"host {host!r} could not be looked up: {error}") from error
             _under_way[host] = answer  # the thread cannot remove it before this, since it needs the lock
     if not wait([answer], timeout_seconds).done:
         raise OSError(

@@ -198,7 +198,7 @@ def read_file(path: Path, name: str, remedy: str = "") -> bytes:
     except OSError as error:
         raise ConfigError(f"{name}: cannot be read: {error.strerror}{remedy}") from error
     if len(raw) > _LONGEST_FILE_BYTES:
-        raise ConfigError(f"{name}: larger than {_LONGEST_FILE_BYTES >> 20} MiB; that is no configuration")
+        raise ConfigError(f"{name}: larger than {_LONGEST_FILE_BYTES >> 20} MiB: name a configuration file")
     return raw
 
 

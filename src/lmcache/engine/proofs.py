@@ -17,7 +17,7 @@ _REMEDIES = {
     auth.NO_FILE: "mount the server's --socket-dir here at the same path",
     auth.OTHER_USER: "run server and engine as the same user",
     auth.UNSAFE_FILE: "start the server anew",
-    auth.OTHER_PLACE: "a program in between passes it on: give the engine the server's own address, or stop that program",
+    auth.OTHER_ADDRESS: "a program in between passes it on: give the engine the server's own address, or stop that program",
     auth.BEYOND_LOOPBACK: "if everybody on that network may read and write the cache, set LMCACHE_INSECURE_NO_AUTH=1",
 }
 _STRANGER = "`ss -ltnp` shows what it is: stop it, or give the server another --port and the engine the same"
@@ -51,11 +51,11 @@ def _prove(door: ZmqCarrier, welcome: m.Welcome) -> bytes:
     except ServerUnavailable as error:
         raise auth.Unproven("", f"what listens there does not prove itself ({error})") from error
     if isinstance(proven, m.Proven):
-        here = door.place()
+        here = door.connection_name()
         words = welcome.server, nonce, proven.nonce
         if hmac.compare_digest(proven.proof, auth.proof(cookie, "server", *words, here)):
             return nonce + proven.nonce + auth.proof(cookie, "engine", *words, here)
-        if hmac.compare_digest(proven.proof, auth.proof(cookie, "server", *words, proven.place)):
-            why = f"this connection is {here} at this end, and {proven.place} at the server's"
-            raise auth.Unproven(auth.OTHER_PLACE, why)
+        if hmac.compare_digest(proven.proof, auth.proof(cookie, "server", *words, proven.connection)):
+            why = f"this connection is {here} at this end, and {proven.connection} at the server's"
+            raise auth.Unproven(auth.OTHER_ADDRESS, why)
     raise auth.Unproven("", "what listens there is no server of this user")

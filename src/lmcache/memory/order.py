@@ -1,8 +1,9 @@
 """The order of eviction: the interface of policies, and LRU, which is the policy in use.
 
-`cache.table` is the index of the chunks in memory, and `tiers.shard_index` of the shards on a disk. Each index notifies a policy
-of changes to its *rows*, and asks it which row to evict next. Rows are numbered from 1; 0 means none. Only the index decides
-which rows are evictable: those that have no reader, no writer and no child.
+There are two indexes: `cache.table` has a row for each chunk in memory, `tiers.disk.shard_index` for each shard on a disk. Each
+index notifies a policy of changes to its *rows*, and asks it which row to evict next. Rows are numbered from 1; 0 means none.
+Only the index decides which rows are evictable: those that have no reader, no writer and no child. A child of a row is a chunk
+that follows its chunk in a prompt; a disk's index knows no children.
 """
 
 from __future__ import annotations
@@ -25,24 +26,29 @@ class Policy(ABC):
         """Note a new row. Its number is new, or the row with this number has been removed.
 
         Args:
-            key: identifies the content. If the same content is inserted again, in any row, it has the same key.
-            parent: the preceding row of the prompt; 0 for a first chunk, or if the index does not know prompts.
+            key: identifies the content: the chunk hash (16 bytes) in memory, the packed `ShardKey` (36 bytes) on a disk. If the
+                same content is inserted again, in any row, it has the same key.
+            parent: the row of the preceding chunk of the prompt; 0 for a first chunk, or if the index does not know prompts.
         """
 
     def restored(self, count: int, key: Callable[[int], bytes]) -> None:
-        """Note that the index, which was empty, has restored the rows 1 to `count`, which were last used in this order."""
+        """Note that the index, which was empty, has restored the rows 1 to `count`. Row 1 is the one to be evicted first."""
         for row in range(1, count + 1):
             self.inserted(row, key(row), 0)
 
     @abstractmethod
     def touched(self, rows: Sequence[int]) -> None:
-        """Note that the rows were used together. The last one, which is the first of the prompt, counts as the most recent."""
+        """Note that the rows were used together, the last of `rows` most recently.
+
+        The index of the memory passes a prompt's chunks in reverse order, so that the end of a prompt is evicted before its
+        beginning, without which nothing of the prompt could be found.
+        """
 
     def unblocked(self, row: int) -> None:  # noqa: B027 (most policies need not know)
         """Note that the row is evictable again, since it has lost its last reader, writer or child.
 
-        A new row is evictable from the start. There is no notification when a row stops being evictable, and there can be
-        several when it becomes evictable.
+        A new row is evictable from the start. There is no notification when a row stops being evictable. There can be several
+        notifications when it becomes evictable.
         """
 
     @abstractmethod
@@ -65,7 +71,7 @@ class Policy(ABC):
 class LRU(Policy):
     """Evicts the least recently used row first. Two flat arrays form a doubly linked ring, with 8 bytes for each row.
 
-    Row 0 marks the end of the ring. The table in C (`native/table.c`) keeps the same ring in its records.
+    Row 0 stands between the newest and the oldest row. The table in C (`native/table.c`) keeps the same ring in its records.
     """
 
     def __init__(self) -> None:

@@ -1,13 +1,14 @@
 """The assignment of the arena to spaces: regions are cut from free memory, extents are cut from regions.
 
-All extents of a *space* have one size. The space owns *regions*, each an integral number of adjacent extents, and allocates
-the extent with the lowest address first, so that memory which was touched (and faulted in) before is reused before memory that
-never was. All sizes are counted in sectors of 4096 bytes and are exact: a region wastes nothing, and only holes between regions
-that are smaller than an extent are lost. `window` names the regions to empty when another space needs memory and no hole of free
-memory is large enough.
+All extents of a *space* have one size. (The allocator opens a space here for each class of extents, so one space of the cache
+may be several spaces of this module.) The space owns *regions*, each of which consists of adjacent extents. It allocates the
+free extent with the lowest address, so that memory which has been used before is used again before memory that the kernel would
+have to provide first. Sizes are counted in sectors of 4096 bytes, and a region has no unused sectors. A *hole* is a run of
+sectors that belong to no region. Only holes that are smaller than an extent are lost. When no hole is large enough for a space
+that needs memory, `window` chooses the regions of other spaces to empty.
 
-There is no Python object for an extent: a region keeps one byte for each extent that it ever handed out, and a frontier behind
-them. This module does bookkeeping only and never touches the arena's memory.
+There is no Python object for an extent: a region keeps one byte for each extent up to the highest one that it has ever
+allocated. This module does the accounting only and never touches the arena's memory.
 """
 
 from __future__ import annotations
@@ -18,18 +19,18 @@ from collections.abc import Callable, Iterator, Mapping, Set
 
 SECTOR_BYTES = 4096
 NO_EXTENT = 2**32 - 1
-"""Stands for no extent where an extent is named by its first sector. Sector numbers are u32 below this value."""
+"""In place of an extent's first sector: there is no extent. All sector numbers are smaller, so they fit in 32 bits."""
 
 # A region should be large, so that there are few of them, and small beside the arena, so that several spaces can share it.
 _REGION_BYTES = 64 << 20
 _REGION_PART = 64
 _REGION_PART_SMALL_ARENA = 16
 _WASTE = 0.03
-"""Largest fraction of a window that may be left over at its end; what is left over is lost between regions."""
+"""A window wastes little if extents fill all of it but this fraction. The rest at its end would be a hole, which may be lost."""
 
 
 class Region:
-    """Adjacent extents of one space, in sectors [first_sector, end_sector). Callers may read it; only `Slabs` changes it."""
+    """Adjacent extents of one space, in sectors [first_sector, end_sector). Only `Slabs` changes it; others may read it."""
 
     __slots__ = ("_hint", "_taken", "extent_sectors", "extents", "first_sector", "space", "used")
 
@@ -38,9 +39,9 @@ class Region:
         self.first_sector = first_sector
         self.extent_sectors = extent_sectors
         self.extents = extents
-        self.used = 0  # extents in use
-        self._taken = bytearray()  # one byte for each extent before the frontier: 1 in use, 0 free again
-        self._hint = 0  # no extent below this one is free
+        self.used = 0  # extents that are allocated
+        self._taken = bytearray()  # one byte for each extent that was ever allocated: 1 allocated, 0 free again
+        self._hint = 0  # no extent before this one is free
 
     def __repr__(self) -> str:
         return f"Region(space={self.space}, sectors={self.first_sector}..{self.end_sector}, used={self.used}/{self.extents})"
@@ -65,9 +66,8 @@ class Region:
         ]
 
     def _alloc(self) -> int:
-        frontier = len(self._taken)
-        if self.used == frontier:
-            extent = frontier
+        if self.used == len(self._taken):
+            extent = self.used
             self._taken.append(1)
         else:
             extent = self._taken.find(0, self._hint)
@@ -77,8 +77,8 @@ class Region:
         return self.first_sector + extent * self.extent_sectors
 
     def _free(self, sector: int) -> None:
-        extent, odd = divmod(sector - self.first_sector, self.extent_sectors)
-        if odd or extent >= len(self._taken) or not self._taken[extent]:
+        extent, remainder = divmod(sector - self.first_sector, self.extent_sectors)
+        if remainder or extent >= len(self._taken) or not self._taken[extent]:
             raise ValueError(f"sector {sector} does not begin an extent in use of {self!r}; free each extent once")
         self._taken[extent] = 0
         self._hint = min(self._hint, extent)
@@ -93,17 +93,17 @@ class Region:
 
 
 class _Space:
-    __slots__ = ("extent_sectors", "held", "room", "used")
+    __slots__ = ("extent_sectors", "held", "used", "with_free")
 
     def __init__(self, extent_sectors: int) -> None:
         self.extent_sectors = extent_sectors
-        self.used = 0  # extents
-        self.held = 0  # sectors
-        self.room: list[int] = []  # first sectors of its regions that have a free extent, ascending
+        self.used = 0  # extents that are allocated
+        self.held = 0  # sectors of all its regions
+        self.with_free: list[int] = []  # first sectors of its regions that have a free extent, ascending
 
 
 class Slabs:
-    """The allocation map of one arena of `total_bytes`, rounded down to complete sectors."""
+    """The allocation map of one arena of `total_bytes`, rounded down to complete sectors. The caller numbers the spaces."""
 
     def __init__(self, total_bytes: int) -> None:
         sectors = total_bytes // SECTOR_BYTES
@@ -129,7 +129,7 @@ class Slabs:
     # Spaces
 
     def open(self, space: int, shard_bytes: int) -> None:
-        """Add a space, whose extents are `shard_bytes` rounded up to complete sectors. It holds no memory until `grow`."""
+        """Add a space, whose extents have `shard_bytes`, rounded up to complete sectors. It holds no memory until `grow`."""
         if space in self._spaces:
             raise ValueError(f"space {space} is already open; close it first")
         if shard_bytes < 1:
@@ -153,11 +153,12 @@ class Slabs:
         return self._space(space).held * SECTOR_BYTES
 
     def region_bytes(self, space: int) -> int:
-        """Return the standard size of a region of this space, which `grow` takes where free memory allows."""
+        """Return the standard size of a region of this space. `grow` chooses it where free memory allows."""
         extent_sectors = self._space(space).extent_sectors
         return max(1, self._region_sectors // extent_sectors) * extent_sectors * SECTOR_BYTES
 
     def used_extents(self, space: int) -> int:
+        """Return how many extents of the space are allocated."""
         return self._space(space).used
 
     def extent_sectors(self, space: int) -> int:
@@ -167,19 +168,19 @@ class Slabs:
     # Extents
 
     def alloc(self, space: int) -> int | None:
-        """Take the space's lowest free extent and return its first sector; None when there is none (then call `grow`)."""
+        """Allocate the space's lowest free extent and return its first sector; None if it has no free extent (then `grow`)."""
         own = self._space(space)
-        if not own.room:
+        if not own.with_free:
             return None
-        region = self._regions[own.room[0]]
+        region = self._regions[own.with_free[0]]
         sector = region._alloc()
         own.used += 1
         if region.used == region.extents:
-            del own.room[0]
+            del own.with_free[0]
         return sector
 
     def free(self, space: int, sector: int) -> Region:
-        """Free an extent and return its region. Raises ValueError when `sector` begins no extent in use of that space."""
+        """Free an extent and return its region. Raises ValueError when `sector` begins no allocated extent of that space."""
         own = self._space(space)
         region = self.region_of(sector)
         if region is None or region.space != space:
@@ -188,18 +189,18 @@ class Slabs:
         region._free(sector)
         own.used -= 1
         if was_full:
-            bisect.insort(own.room, region.first_sector)
+            bisect.insort(own.with_free, region.first_sector)
         return region
 
     def vacate(self, space: int, keep: Set[int]) -> None:
-        """Free all extents of the space at once, except those whose first sector is in `keep`."""
+        """Free all extents of the space at once, except those whose first sector is in `keep`. Its regions stay its own."""
         own = self._space(space)
-        own.used, own.room = 0, []
+        own.used, own.with_free = 0, []
         for region in self.regions(space):
             region._vacate(keep)
             own.used += region.used
             if region.used < region.extents:
-                own.room.append(region.first_sector)
+                own.with_free.append(region.first_sector)
 
     # Regions
 
@@ -231,13 +232,13 @@ class Slabs:
         region = Region(space, sector, own.extent_sectors, extents if hole_extents >= 2 * extents else hole_extents)
         self._regions[sector] = region
         bisect.insort(self._starts, sector)
-        bisect.insort(own.room, sector)
+        bisect.insort(own.with_free, sector)
         own.held += region.end_sector - sector
         self._find_holes()
         return region
 
     def take(self, region: Region) -> None:
-        """Return an empty region to free memory. Raises ValueError when it is in use or not a region of this arena."""
+        """Make an empty region free memory. Raises ValueError when an extent is allocated or the region is unknown."""
         if self._regions.get(region.first_sector) is not region:
             raise ValueError(f"{region!r} is not a region of this arena; it may have been taken already")
         if region.used:
@@ -246,16 +247,19 @@ class Slabs:
         del self._starts[bisect.bisect_left(self._starts, region.first_sector)]
         own = self._spaces[region.space]
         own.held -= region.end_sector - region.first_sector
-        del own.room[bisect.bisect_left(own.room, region.first_sector)]
+        del own.with_free[bisect.bisect_left(own.with_free, region.first_sector)]
         self._find_holes()
 
     def window(self, space_needing: int, cost: Callable[[Region], float | None], most_bytes: int = 0) -> list[Region]:
-        """Choose the adjacent regions to empty and take so that `grow(space_needing)` succeeds.
+        """Choose adjacent regions. Once the caller has emptied and taken them, `grow(space_needing)` succeeds.
 
-        Windows that leave little behind that is too small for an extent are preferred; among these the one whose most expensive
-        region costs least. A region whose cost is None is never chosen. The window is large enough for a region of standard
-        size, or for a single extent where that is impossible; it may grow to `most_bytes` of regions where that wastes less.
-        The list is empty when no window exists, or when free memory is already large enough.
+        Call this after `grow` has returned None. A window consists of adjacent regions and the holes between and beside them. It
+        is large enough for a region of standard size or, where no such window exists, for a single extent. Windows that waste
+        little (`_WASTE`) are preferred, and among these the one whose most expensive region costs least. The list is empty if
+        no window exists.
+
+        cost: returns the cost of emptying a region, in any unit and of any sign; None for a region that must not be emptied.
+        most_bytes: a window may have more regions than it needs, up to so many bytes of them, where it then wastes less.
         """
         costs = {start: cost(region) for start, region in self._regions.items()}
         extent_sectors = self._space(space_needing).extent_sectors
@@ -273,25 +277,26 @@ class Slabs:
         best_cost: tuple[bool, float, int] | None = None
         parts = list(self._by_address())
         for first, (start, _, _) in enumerate(parts):
-            named: list[Region] = []
-            dearest, emptied = 0.0, 0
+            chosen: list[Region] = []
+            highest_cost, emptied = 0.0, 0
             for _, end, region in itertools.islice(parts, first, None):
                 if region is not None:
-                    price = costs[region.first_sector]
+                    region_cost = costs[region.first_sector]
                     enough = region.first_sector - start >= need_sectors
-                    if price is None or (enough and emptied + end - region.first_sector > most_sectors):
+                    if region_cost is None or (enough and emptied + end - region.first_sector > most_sectors):
                         break
-                    named.append(region)
-                    dearest, emptied = max(dearest, price) if emptied else price, emptied + end - region.first_sector
+                    chosen.append(region)
+                    highest_cost = max(highest_cost, region_cost) if emptied else region_cost
+                    emptied += end - region.first_sector
                 length = end - start
                 if length >= need_sectors:
-                    total = length % extent_sectors > _WASTE * length, dearest, emptied
+                    total = length % extent_sectors > _WASTE * length, highest_cost, emptied
                     if best_cost is None or total < best_cost:
-                        best, best_cost = list(named), total
+                        best, best_cost = list(chosen), total
         return best
 
     def _by_address(self) -> Iterator[tuple[int, int, Region | None]]:
-        """Yield holes and regions by address as (first sector, end sector, region or None). Together they are the arena."""
+        """Yield all holes and regions by address as (first sector, end sector, region or None). Together they cover the arena."""
         items: list[tuple[int, int, Region | None]] = [(start, end, None) for start, end in self._holes]
         items += [(region.first_sector, region.end_sector, region) for region in self._regions.values()]
         return iter(sorted(items, key=lambda item: item[0]))

@@ -161,4 +161,4 @@ class Loop:
             call()
         except Exception:  # top of the thread: one failing callback must not stop the server
             self.errors += 1
-            logger.exception("An event could not be handled; the server goes on")
+            logger.exception("A callback of the main loop failed; the server goes on, but a request may have no answer")

@@ -159,7 +159,9 @@ def start(config: ServerConfig, owner: Owner | None, runtime: Runtime, started: 
         config.eviction_policy,
         config.chunk_size,
     )
-    logger.info("%s", config.reach if owner is None else "No port: only the engine that started it can connect")
+    logger.info(
+        "%s", config.reach if owner is None else "No port: only the engine that started this server can connect"
+    )
     if owner is None or owner.http:
         logger.info("Health, status and metrics: %s", config.http_url)
     return loop

@@ -1,6 +1,7 @@
 """Preflight checks compare the configuration with the machine before the server creates anything.
 
-The checks leave no trace: they bind and release ports, and read sizes and the state of folders.
+They bind and release ports, and read sizes and the state of folders. They change one thing: the arenas that dead servers of this
+user have left in `--arena-dir` are removed, since their memory may be needed.
 """
 
 from __future__ import annotations
@@ -22,21 +23,21 @@ from lmcache.runtime import RUNTIME, Runtime
 logger = init_logger(__name__)
 
 OWN_BYTES = 256 << 20
-"""Memory left for the server's own process: twice what it takes without the arena."""
+"""Memory that L1 must leave for the server's process, which takes about half of it."""
 _MEMORY_FILE_SYSTEMS = ("tmpfs", "ramfs", "hugetlbfs", "devtmpfs")
 _FREED_WITHIN_SECONDS = 3.0
-"""How long to wait for the memory of a dead server's arena, which is free when all engines have unmapped it."""
+"""How long to wait for the memory of a dead server's arena. It becomes free when all engines have unmapped the arena."""
 
 
 def check_machine(
     config: ServerConfig, *, port: bool = True, http: bool = True, runtime: Runtime = RUNTIME
 ) -> ServerConfig:
-    """Check the configuration against the machine; return it with a value for `--l1-size-gb auto`.
+    """Check the configuration against the machine. Return it, with a quarter of the available memory for `--l1-size-gb auto`.
 
-    port, http: whether the port for engines and the HTTP port will be opened.
+    port, http: whether the server will open the port for engines and the HTTP port.
 
     Raises:
-        ConfigError: a port is taken, a folder cannot be used, or there is too little memory; the text says what to pass.
+        ConfigError: a port is taken, a folder cannot be used, or there is too little memory. The text says what to pass.
     """
     if port:
         _check_port("--host", config.host, "--port", config.port)
@@ -54,12 +55,12 @@ def _check_port(host_flag: str, host: str, port_flag: str, port: int) -> None:
     if error.errno == errno.EADDRINUSE:
         free = next((n for n in range(port + 1, min(port + 100, 65536)) if _bind_error(host, n) is None), None)
         advice = f"pass another, such as {port_flag} {free}" if free else f"pass another {port_flag}"
-        raise ConfigError(f"{port_flag} {port}: taken by another process on {host}: stop that, or {advice}")
+        raise ConfigError(f"{port_flag} {port}: taken by another process on {host}: stop that process, or {advice}")
     if error.errno == errno.EADDRNOTAVAIL:
         raise ConfigError(f"{host_flag} {host}: not an address of this machine: pass 127.0.0.1, or 0.0.0.0 for all")
     if error.errno == errno.EACCES:
         raise ConfigError(f"{port_flag} {port}: ports below 1024 need root: pass one from 1024 to 65535")
-    raise ConfigError(f"{port_flag} {port}: cannot listen on {host}: {error.strerror}")
+    raise ConfigError(f"{port_flag} {port}: cannot listen on {host}: {error.strerror}: pass another")
 
 
 def _bind_error(host: str, port: int) -> OSError | None:
@@ -105,52 +106,54 @@ def _check_l1(config: ServerConfig, runtime: Runtime) -> ServerConfig:
     deadline = runtime.now() + (_FREED_WITHIN_SECONDS if reclaim_stale(config.arena_dir, runtime) else 0)
     while True:
         free, memory = free_bytes(config.arena_dir), memory_available_bytes()
-        room = min(free, memory - OWN_BYTES) if _file_system(config.arena_dir) in _MEMORY_FILE_SYSTEMS else free
+        available = min(free, memory - OWN_BYTES) if _file_system(config.arena_dir) in _MEMORY_FILE_SYSTEMS else free
         if not config.l1_size_gb:
-            return _decide_l1(config, room)
-        if config.l1_bytes <= room:
+            return _decide_l1(config, available)
+        if config.l1_bytes <= available:
             return config
         if runtime.now() >= deadline:
             break
         runtime.sleep(0.1)
     has = f"{config.arena_dir} has {_in_gib(free)} GiB free, and {_in_gib(memory)} GiB of memory are available"
-    remedy = f"pass --l1-size-gb {_passable(room)} or less"
+    remedy = f"pass --l1-size-gb {_as_l1_size(available)} or less"
     if free < memory - OWN_BYTES:
         remedy += f", or enlarge {config.arena_dir} (containers: --shm-size)"
     raise ConfigError(f"--l1-size-gb {config.l1_size_gb!s}: {has}: {remedy}")
 
 
-def _decide_l1(config: ServerConfig, room: int) -> ServerConfig:
-    size_gb = room // 4 * 1000 // GIB / 1000
+def _decide_l1(config: ServerConfig, available: int) -> ServerConfig:
+    size_gb = available // 4 * 1000 // GIB / 1000
     if size_gb < 0.001:
-        raise ConfigError(f"--l1-size-gb auto: only {room >> 20} MiB are available in {config.arena_dir}: free some")
+        raise ConfigError(
+            f"--l1-size-gb auto: only {available >> 20} MiB are available in {config.arena_dir}: free some memory"
+        )
     return dataclasses.replace(config, l1_size_gb=size_gb)
 
 
 def _in_gib(size_bytes: int) -> str:
-    return f"{size_bytes / GIB:.1f}" if size_bytes >= 2 * GIB else _passable(size_bytes)
+    return f"{size_bytes / GIB:.1f}" if size_bytes >= 2 * GIB else _as_l1_size(size_bytes)
 
 
-def _passable(room: int) -> str:
-    """Return the largest size that fits as a value for --l1-size-gb: in GiB, or below 2 GiB in thousandths of a GiB."""
-    return str(room // GIB) if room >= 2 * GIB else f"{max(room, 0) * 1000 // GIB / 1000:g}"
+def _as_l1_size(size_bytes: int) -> str:
+    """Return a number of bytes as a value for --l1-size-gb, rounded down: to GiB, or below 2 GiB to thousandths of a GiB."""
+    return str(size_bytes // GIB) if size_bytes >= 2 * GIB else f"{max(size_bytes, 0) * 1000 // GIB / 1000:g}"
 
 
 def free_bytes(directory: Path) -> int:
-    """Return the bytes that this user can still write to the file system of `directory`."""
+    """Return the bytes that this user can still write to the file system of `directory`. Raises OSError."""
     found = os.statvfs(directory)
     return found.f_bavail * found.f_frsize
 
 
 def memory_available_bytes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
-    """Return the memory available without swapping: that of the machine, or less if a control group leaves less."""
+    """Return the bytes of memory available without swapping: the machine's, or less if a control group (cgroup) leaves less."""
     lines = (proc / "meminfo").read_text().splitlines()
     machine = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
     return min([machine, *_left_in_groups(proc, cgroups)])
 
 
 def _left_in_groups(proc: Path, cgroups: Path) -> list[int]:
-    """Return the bytes that each control group of this process leaves (v2: every level; v1: the memory controller)."""
+    """Return the bytes that each control group of this process leaves, from its own up to the root (cgroup v2 and v1)."""
     left: list[int] = []
     for line in _read(proc / "self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)

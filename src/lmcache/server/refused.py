@@ -68,7 +68,7 @@ class Refused:
             del self._peers[next(iter(self._peers))]
             warn = self._more.warning
         self._peers[who, reason] = _Peer(who, reason, remedy, 1, now)
-        warn("Turned an engine away: %s: %s", who, remedy)
+        warn("Refused an engine: %s: %s", who, remedy)
 
     def lately(self) -> list[str]:
         """Return, for /healthcheck, the peers refused within the last minute and the remedies. Engines retry more often."""

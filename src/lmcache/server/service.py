@@ -84,7 +84,7 @@ class Service:
             reply(m.Error("failed", str(error)), [])
         except Exception as error:  # without an answer the engine would wait until its deadline
             self.counters["internal_errors"] += 1
-            logger.exception("A %s request failed", type(request).__name__)
+            logger.exception("A %s request of %s failed in the server", type(request).__name__, peer.who)
             reply(m.Error("internal", f"{type(error).__name__} in the server: see its log"), [])
 
     def clear(self) -> int:
@@ -187,7 +187,9 @@ class Service:
         assert isinstance(request, m.Copied)
         if not request.ok:
             self.counters[f"failed_{request.kind}s"] += 1
-            logger.warning("Rank %d could not %s %d tokens", peer.rank, request.kind, request.tokens)
+            logger.warning(
+                "An engine could not %s %d tokens: see the log of %s", request.kind, request.tokens, peer.who
+            )
             return m.Ok()
         if request.tokens < 0 or not 0 <= request.seconds < MAX_COPY_SECONDS:
             raise Refusal(f"{request.tokens} tokens in {request.seconds} seconds are out of range")

@@ -134,7 +134,7 @@ class TierReport:
         waiting = sum(len(runner.queue) + runner.chunks_being_written for runner in self._runners)
         if waiting:
             logger.info(
-                "%d chunks are written to tiers before the end, for up to %g s; a second signal ends this",
+                "Writing %d chunks to tiers before the server ends, for up to %g s; a second signal ends this",
                 waiting,
                 seconds,
             )
@@ -144,7 +144,7 @@ class TierReport:
         for runner in (one for one in self._runners if not one.closed):
             methods = runner.under_way
             logger.warning(
-                "Tier %s is left behind: %d calls (%s) have not returned after %.1f s; see whether %s answers",
+                "Tier %s is abandoned: %d calls (%s) have not returned after %.1f s; check whether %s answers",
                 runner.name,
                 methods.total(),
                 ", ".join(f"{count} of {method}" for method, count in methods.items()),
@@ -157,7 +157,7 @@ class TierReport:
         for runner in self._runners:
             left = len(runner.queue) + given_up * runner.chunks_being_written
             if left > self._unwritten[runner.name]:
-                logger.warning("Tier %s: %d chunks could not be written before the end", runner.name, left)
+                logger.warning("Tier %s: %d chunks could not be written before the server ended", runner.name, left)
                 self._unwritten[runner.name] = left
 
 

@@ -108,7 +108,7 @@ class TierRunner:
             return
         self.counters["failed:open"] += 1
         self.breaker.failed(self._loop.now(), str(error), at_once=True)
-        logger.warning("Tier %s does not serve yet; the server goes on without it: %s", self.name, error)
+        logger.warning("Tier %s does not serve yet; the server goes on and tries again: %s", self.name, error)
 
     def known(self, keys: Sequence[ShardKey]) -> list[bool] | None:
         """Return for each key whether the tier has the shard, if it can answer at once; None if it has to be asked."""
@@ -212,7 +212,7 @@ class TierRunner:
             self._reported_hanging = bool(hanging)
             if hanging:
                 logger.warning(
-                    "Tier %s: %s; the server does not wait for this call: see whether %s answers",
+                    "Tier %s: %s; the server goes on without this call: check whether %s answers",
                     self.name,
                     hanging,
                     self.spec.url,
@@ -257,7 +257,7 @@ class TierRunner:
         try:
             self._submitter.cancel(call.operation)
         except Exception:  # a third party's tier may raise anything; the operation goes on
-            logger.exception("Tier %s could not cancel a %s", self.name, call.method)
+            logger.exception("Tier %s could not cancel an operation (%s)", self.name, call.method)
 
     def _ended_in_thread(self, call: _Call, result: Any, error: Exception | None) -> None:
         began = call.operation.began

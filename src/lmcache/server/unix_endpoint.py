@@ -224,7 +224,9 @@ class _Connection:
 
     def hang_up_on_deaf(self) -> None:
         logger.warning(
-            "Closing a connection of pid %d: it does not read its answers, %d bytes wait", self.pid, self.unsent_bytes
+            "Closing a connection of pid %d, which does not read %d bytes of answers: does it hang?",
+            self.pid,
+            self.unsent_bytes,
         )
         self.close()
 

@@ -188,7 +188,7 @@ class ZmqEndpoint:
             case m.Hello(payload=False):
                 return self.service.sessions.refuse_version(request, _host_of(envelope))
             case m.Challenge():
-                return self._prove(request.nonce, auth.place(envelope, "server"))
+                return self._prove(request.nonce, auth.connection_name(envelope, "server"))
             case m.Declined():
                 return self._note_declined(request, _host_of(envelope))
         return None
@@ -220,22 +220,22 @@ class ZmqEndpoint:
             return self._peers[identity][0]
         if not isinstance(request, m.Hello) or len(self._peers) >= MAX_PEERS:
             return None
-        allowed = not self._needs_proof or self._is_proven(request.proof, auth.place(envelope, "server"))
+        allowed = not self._needs_proof or self._is_proven(request.proof, auth.connection_name(envelope, "server"))
         return Peer("ZMQ", _host_of(envelope)) if allowed else None
 
-    def _prove(self, nonce: bytes, place: str) -> m.Proven:
+    def _prove(self, nonce: bytes, connection: str) -> m.Proven:
         """Prove to an engine that this server belongs to the engine's user. The server stores nothing about the engine, since
         peers without a proof could otherwise displace what is stored about others."""
         own = int(self._now() * 1e9).to_bytes(8, "big") + secrets.token_bytes(m.NONCE_BYTES - 8)
         return m.Proven(
-            own, auth.proof(self._cookie, "server", self.service.sessions.server_id, nonce, own, place), place
+            own, auth.proof(self._cookie, "server", self.service.sessions.server_id, nonce, own, connection), connection
         )
 
-    def _is_proven(self, sent: bytes, place: str) -> bool:
+    def _is_proven(self, sent: bytes, connection: str) -> bool:
         """Check whether the engine knows the cookie. The server need not store its own nonce, since an engine makes a proof only
         after the server's proof for the same nonces and connection. The nonce must be fresh, and serves for one proof."""
         nonce, own, proof = sent[: m.NONCE_BYTES], sent[m.NONCE_BYTES : 2 * m.NONCE_BYTES], sent[2 * m.NONCE_BYTES :]
-        right = auth.proof(self._cookie, "engine", self.service.sessions.server_id, nonce, own, place)
+        right = auth.proof(self._cookie, "engine", self.service.sessions.server_id, nonce, own, connection)
         fresh = 0 <= self._age_seconds(own) < PROOF_SECONDS and own not in self._used
         if not hmac.compare_digest(proof, right) or not fresh:
             return False

@@ -176,7 +176,7 @@ class ConformanceSuite:
         """Replace the stored frame of a shard without using the tier. `stored` may be shorter than before."""
         raise SkipTest("this tier's tests cannot change what is stored")
 
-    def filesystem_bytes(self, place: Path, tier: Tier) -> int:
+    def bytes_in_store(self, place: Path, tier: Tier) -> int:
         """Return the bytes that the store takes, measured without using the tier; 0 if that is not possible."""
         return 0
 
@@ -345,7 +345,7 @@ class ConformanceSuite:
                 assert usage.max_bytes == cap
                 if self.hard_cap:
                     assert usage.stored_bytes <= cap
-                    assert number % 5 or self.filesystem_bytes(tmp_path, tier) <= cap
+                    assert number % 5 or self.bytes_in_store(tmp_path, tier) <= cap
                 last = shards[-1]
                 assert load_one(tier, last.key, last.payload.nbytes)[0] == OK
             assert stored > 3 * cap

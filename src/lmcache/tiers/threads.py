@@ -23,5 +23,7 @@ def started_pool(runtime: Runtime, threads: int, name: str) -> Executor:
     except RuntimeError as error:
         all_there.abort()
         pool.shutdown()
-        raise TierError("no threads", f"{threads} threads {name} cannot be started: {error}; allow more") from error
+        raise TierError(
+            "no threads", f"{threads} threads {name} cannot be started: {error}; raise the limit"
+        ) from error
     return pool

@@ -1,4 +1,4 @@
-"""Descriptions of an engine's paged KV: planes of fixed-size blocks, given by addresses and strides, in any order."""
+"""Descriptions of an engine's paged KV for the copiers: addresses and strides of each plane, whose axes may have any order."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ _ADDRESS_END = 1 << 63
 
 @dataclass(frozen=True)
 class Plane:
-    """The K or the V of one layer (MLA: the latent) in paged KV. All strides are in bytes.
+    """The K or the V of one layer (MLA: the latent) in one rank's paged KV. All strides are in bytes.
 
     Element (block b, token t of the block, head h, dim d) starts at
         address + b * block_stride
                 + (t // token_group) * group_stride + (t % token_group) * token_stride
                 + h * head_stride
                 + (d // dim_group) * dim_group_stride + (d % dim_group) * dim_stride
-    Tokens and dims have two levels, because kernels for matrix units keep pairs or tiles of them together (VNNI).
+    Tokens and dims have two levels each, because kernels for matrix units keep pairs or tiles of them together (VNNI).
+    heads: KV heads of this rank. dims: elements of one head. `PagedKV` checks the numbers.
     """
 
     address: int
@@ -47,16 +48,17 @@ class Plane:
         dims: int,
         dim_stride: int,
     ) -> Plane:
-        """Return a plane whose tokens and dims have one stride each: a plain tensor's `stride()` times its item size."""
+        """Return a plane whose tokens and dims have one stride each: the tensor's `stride()` times its item size."""
         return cls(
             address, block_stride, 1, token_stride, token_stride, heads, head_stride, dims, 1, dim_stride, dim_stride
         )
 
     @classmethod
     def of(cls, tensor: Any, axes: str, block_tokens: int = 0) -> Plane:
-        """The plane of a PyTorch tensor. axes: first letters of block, token, head and dim in the tensor's order, such as "btd".
+        """Return the plane of a PyTorch tensor.
 
-        Without blocks among them, `block_tokens` tokens in a row make one; without heads there is one.
+        axes: the meaning of each dimension of the tensor, by its first letter: "b" block, "t" token, "h" head, "d" dim, such as
+        "btd". Without "b", each `block_tokens` consecutive tokens are a block; without "h", there is one head.
         """
         sizes = dict(zip(axes, tensor.shape, strict=True))
         steps = {axis: step * tensor.element_size() for axis, step in zip(axes, tensor.stride(), strict=True)}
@@ -66,13 +68,14 @@ class Plane:
 
 @dataclass(frozen=True)
 class PagedKV:
-    """One rank's paged KV: its planes in canonical order ([layer][K, V]; MLA: [layer]), all with the same blocks.
+    """One rank's paged KV: its planes in the order of an extent ([layer][K, V]; MLA: [layer]), all with the same blocks.
 
     block_tokens: tokens in a block. num_blocks: block ids are 0 .. num_blocks - 1. item_bytes: bytes of one element.
     keepalive: the owner of the memory, which this description keeps alive. device: the device's name in PyTorch.
 
     Raises:
-        LayoutError: a number is out of range, or elements would overlap.
+        LayoutError: a number is out of range, elements of one plane overlap, or two planes begin at the same address. Planes that
+            overlap otherwise are not detected.
     """
 
     planes: tuple[Plane, ...]
@@ -102,7 +105,7 @@ class PagedKV:
 
     @functools.cached_property
     def token_bytes(self) -> int:
-        """Bytes of one token over all planes."""
+        """Bytes of one token in all planes together."""
         return sum(plane.heads * plane.dims for plane in self.planes) * self.item_bytes
 
     def shard_bytes(self, chunk_tokens: int) -> int:
@@ -116,7 +119,7 @@ def plane_span_bytes(paged: PagedKV, plane: Plane) -> int:
 
 
 def _axes(paged: PagedKV, plane: Plane) -> list[tuple[str, int, int]]:
-    """Return (name of the stride, count, stride in bytes) for each of the six axes."""
+    """Return (name of the stride, number of elements, stride in bytes) for each of the six axes."""
     return [
         ("block_stride", paged.num_blocks, plane.block_stride),
         ("group_stride", paged.block_tokens // plane.token_group, plane.group_stride),
@@ -144,7 +147,7 @@ def _check_plane(paged: PagedKV, number: int, plane: Plane) -> None:
 
 
 def _check_no_overlap(paged: PagedKV, number: int, plane: Plane) -> None:
-    """Check that each axis steps over all bytes that axes of smaller stride cover, as in any permuted or sliced tensor."""
+    """Check that a step of each axis passes all bytes that axes of smaller stride cover, as in any permuted or sliced tensor."""
     covered = paged.item_bytes
     for name, count, stride in sorted(_axes(paged, plane), key=lambda axis: axis[2]):
         if count == 1:

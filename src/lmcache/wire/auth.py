@@ -1,10 +1,11 @@
-"""Authentication over ZMQ: CURVE with one shared key file, or, on loopback, proofs by both sides that they can read the server's
-cookie file.
+"""Authentication over ZMQ: with a shared key file by CURVE, or, on loopback, by proofs of both sides that they can read a cookie.
 
-A proof is keyed BLAKE3 over the proving side, the server's id, a fresh nonce from each side, and the TCP connection: the
-addresses and ports of both its ends, which each side reads from its kernel, and their network namespace. While a connection
-lasts, no other connection of the namespace has the same values. So a proof is worthless on another connection, in the other
-direction, or to a man in the middle, because each side then has a connection to the man in the middle, with other ends.
+The *cookie* is a file of random bytes that the ZMQ endpoint of the server creates, readable for the server's user only. A proof
+is keyed BLAKE3 (the key is the cookie) over the proving side, the server's id, a fresh nonce from each side, and the name of the
+TCP connection: the addresses and ports of both its ends, which each side reads from its kernel, and its network namespace. While
+a connection lasts, no other connection of the namespace has the same values. So a proof is worthless on another connection and in
+the other direction. It is worthless to a man in the middle, too, because server and engine each have a connection to him, and
+these connections have different names.
 
 The key file holds one Z85 secret (40 characters). The secret is the server's CURVE key, and the engines' key is derived from
 it, so server and engines need only this one file. Without it no peer gets past the CURVE handshake.
@@ -32,7 +33,7 @@ from lmcache.observability.log import printable
 
 COOKIE_BYTES = 32
 KEY_FOR_BOTH = "give both the same key file (server: --auth-key-file, engine: LMCACHE_AUTH_KEY_FILE)"
-NO_FILE, OTHER_USER, UNSAFE_FILE, OTHER_PLACE = (
+NO_FILE, OTHER_USER, UNSAFE_FILE, OTHER_ADDRESS = (
     "no cookie file",
     "another user",
     "unsafe cookie file",
@@ -43,15 +44,14 @@ REASONS = {
     NO_FILE: "it cannot read this server's cookie file: mount --socket-dir where the engine runs, at the same path",
     OTHER_USER: "it runs as another user than this server: run both as the same user",
     UNSAFE_FILE: "this server's cookie file has been changed: restart the server",
-    OTHER_PLACE: "it connected through something that forwards to this server's port: give it the address of the port itself",
+    OTHER_ADDRESS: "it connected through something that forwards to this server's port: give it the address of the port itself",
     BEYOND_LOOPBACK: "this server has no key, and the engine does not set LMCACHE_INSECURE_NO_AUTH=1",
 }
-"""Maps the reason why an engine does not use a server to the explanation in the server's log."""
+"""Maps the reason why an engine without a key sends no payload to a server to the explanation in the server's log."""
 
 
 class Unproven(LMCacheError):
-    """The server has not proved that it runs as this user. `reason` is a key of `REASONS`, or "" where the peer seems to be no
-    LMCache server."""
+    """The server has not proved that it runs as this user. reason: a key of `REASONS`; "" if it seems to be no LMCache server."""
 
     def __init__(self, reason: str, text: str) -> None:
         super().__init__(text)
@@ -64,21 +64,22 @@ def proof(
     server_id: bytes,
     engine_nonce: bytes,
     server_nonce: bytes,
-    where: str,
+    connection: str,
 ) -> bytes:
-    """Return the 32 bytes by which the side `by` proves that it knows the cookie. where: the connection's `place`."""
+    """Return the 32 bytes by which the side `by` proves that it knows the cookie. connection: its `connection_name`."""
     hasher = blake3(key=cookie)
-    for part in (by.encode(), server_id, engine_nonce, server_nonce, where.encode()):
+    for part in (by.encode(), server_id, engine_nonce, server_nonce, connection.encode()):
         hasher.update(len(part).to_bytes(4, "little") + part)
     return hasher.digest()
 
 
-def place(message: zmq.Frame, receiver: Literal["server", "engine"]) -> str:
-    """Name the TCP connection that brought `message`, as `127.0.0.1:40000 to 127.0.0.1:5555 in net:[4026531840]`, the engine's
-    end first. Both ends of a connection within one network namespace get the same name; each namespace has its own loopback.
+def connection_name(message: zmq.Frame, receiver: Literal["server", "engine"]) -> str:
+    """Name the TCP connection that brought `message`: `127.0.0.1:40000 to 127.0.0.1:5555 in net:[4026531840]`, the engine's end
+    first. receiver: which side calls this.
 
-    Where the kernel gives no addresses (the connection has ended, or there is no /proc) the name is random, so that no proof
-    matches. A descriptor may be reused once its connection has ended; a proof for the new one helps only the peers at its ends.
+    Both ends of a connection within one network namespace get the same name. Each namespace has a loopback of its own. If the
+    kernel gives no addresses (the connection has ended, or there is no /proc), the name is random, so that no proof matches. If
+    the connection has ended and its descriptor is in use for a new one, that one is named; its proof helps only its own peers.
     """
     try:
         own, other = (f"{in_url(host)}:{port}" for host, port in ends(int(message.get(zmq.SRCFD))))
@@ -89,10 +90,12 @@ def place(message: zmq.Frame, receiver: Literal["server", "engine"]) -> str:
 
 
 def read_cookie(path: str) -> bytes:
-    """Return the cookie at a path that an unproven server named. Only this user's own file is read, and nothing can block.
+    """Return the cookie at a path that a server has named which has proved nothing yet.
+
+    No file of another user is read, and no kind of file (such as a FIFO) can make this call block.
 
     Raises:
-        Unproven: the file is not this user's own 0600 `.cookie` file of the right size.
+        Unproven: there is no such file, or it is not this user's own 0600 `.cookie` file of `COOKIE_BYTES` bytes.
     """
     shown = printable(path, 200)
     if not path.endswith(".cookie"):
@@ -118,7 +121,7 @@ def read_cookie(path: str) -> bytes:
 def protect_server(
     context: zmq.Context[zmq.Socket[bytes]], socket: zmq.Socket[bytes], key_file: Path
 ) -> ThreadAuthenticator:
-    """Make a server socket speak CURVE, and only with engines that have the same key file.
+    """Make a server's socket, not bound yet, accept only engines with the same key file. The caller has to `stop()` the result.
 
     Raises:
         ConfigError: the file is missing, readable by others, or not a Z85 key.
@@ -140,7 +143,7 @@ def protect_server(
 
 
 def protect_engine(socket: zmq.Socket[bytes], key_file: Path) -> None:
-    """Make an engine's socket speak CURVE with the server that has the same key file. Raises ConfigError as `read_key`."""
+    """Make an engine's socket connect only to a server that has the same key file, by CURVE. Raises ConfigError as `read_key`."""
     secret = read_key(key_file)
     own = _engine_secret(secret)
     socket.curve_secretkey = own
@@ -149,10 +152,10 @@ def protect_engine(socket: zmq.Socket[bytes], key_file: Path) -> None:
 
 
 def read_key(key_file: Path) -> bytes:
-    """Read the 40-character Z85 secret of a key file.
+    """Return the Z85 secret (40 characters) in a key file of a server or an engine.
 
     Raises:
-        ConfigError: the file is missing, readable by others, or not a Z85 key.
+        ConfigError: the file is missing, readable by others, or not a Z85 key. The message names the server's flag.
     """
     check_secret_file(key_file, "--auth-key-file", f"; {KEY_REMEDY}")
     secret = key_file.read_bytes().strip()

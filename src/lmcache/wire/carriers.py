@@ -226,9 +226,9 @@ class ZmqCarrier:
         except zmq.ZMQError as error:
             raise ServerUnavailable(str(error)) from error
 
-    def place(self) -> str:
-        """Name the TCP connection that brought the last answer to `exchange` (see `wire.auth.place`)."""
-        return auth.place(self._head, "engine")
+    def connection_name(self) -> str:
+        """Name the TCP connection that brought the last answer to `exchange` (see `auth.connection_name`)."""
+        return auth.connection_name(self._head, "engine")
 
     def turned_away(self) -> bool:
         """Whether the handshake of ZMQ has failed. With CURVE on both sides that means that the keys differ."""

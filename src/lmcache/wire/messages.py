@@ -257,8 +257,8 @@ class Proven(Message, frozen=True, tag=71):
     """The server's nonce, made for this connection."""
     proof: Annotated[bytes, msgspec.Meta(max_length=NONCE_BYTES)]
     """The server's `wire.auth.proof`."""
-    place: Annotated[str, msgspec.Meta(max_length=200)] = ""
-    """The connection as the server sees it (`wire.auth.place`). The proof is valid for no other."""
+    connection: Annotated[str, msgspec.Meta(max_length=200)] = ""
+    """The connection as the server sees it (`wire.auth.connection_name`). The proof is valid for no other one."""
 
 
 Request = (

@@ -1,8 +1,8 @@
-"""The connector of the radix cache of SGLang before 0.5.20, for both of its modes.
+"""What the two connectors for the radix cache of SGLang before 0.5.20 have in common (`multi_process_adapter`, `sglang_adapter`).
 
-SGLang passes complete sequences of tokens: a prompt to be looked up and loaded, and the tokens of a finished request. Loads and
-stores end within the call, since SGLang does not say when it overwrites slots. Its lookups give no `extra_key` of the request, so
-KV of requests with such a key is never stored, and engines with LoRA adapters are refused.
+SGLang passes complete sequences of tokens: a prompt to look up and load, and the tokens of a finished request. Loads and
+stores end within the call, since SGLang does not say when it overwrites slots. Its lookups do not tell a request's `extra_key`,
+so KV of requests with such a key is never stored, and engines with LoRA adapters are refused.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ logger = init_logger(__name__)
 
 @dataclass
 class LoadMetadata:
-    """token_ids: the prompt. slot_mapping: of each token [tokens], -1 for those that the radix tree has. offset: the token from
-    which on the answer counts, the last multiple of `chunk_size()` that the radix tree has."""
+    """What SGLang asks for. token_ids: the prompt. slot_mapping [tokens]: each token's slot, -1 for tokens in the radix tree.
+    offset: the number of tokens in the radix tree, rounded down to a multiple of `chunk_size()`; the answer counts from there."""
 
     token_ids: Any
     slot_mapping: Any
@@ -39,7 +39,7 @@ class LoadMetadata:
 
 @dataclass
 class StoreMetadata:
-    """token_ids, kv_indices: a finished request's tokens and their slots [tokens], from token `offset` (0) on."""
+    """What SGLang passes of a finished request: its tokens and their slots [tokens], from token `offset` on, which is 0."""
 
     last_node: Any
     token_ids: Any
@@ -50,17 +50,17 @@ class StoreMetadata:
 
 @dataclass(frozen=True)
 class Found:
-    """tokens: how many can be loaded, from the start of the prompt, in complete pages."""
+    """A hit. tokens: how many leading tokens of the prompt can be loaded, in complete pages."""
 
     tokens: int
     request: Tracker
 
 
 class OlderConnector:
-    """The base of both modes. No method raises except the constructor.
+    """The base class of both connectors. No method raises except the constructor.
 
     Raises:
-        ConfigError: a setting cannot be used. Whatever else is wrong, SGLang runs on without LMCache, and one line says why.
+        ConfigError: a setting cannot be used. After any other failure SGLang runs without LMCache, and one log line says why.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class OlderConnector:
         return self._page_size
 
     def store_kv(self, store: StoreMetadata) -> None:
-        """Keep the full chunks that are not there yet; returns when SGLang may reuse the slots."""
+        """Store the full chunks that the server does not have. Return when SGLang may reuse the slots."""
         rank = self._rank
         if (
             rank is None
@@ -125,7 +125,7 @@ class OlderConnector:
             self._rank = None
 
     def _find(self, token_ids: Any, have: int, request_id: str = "") -> Found | None:
-        """What all ranks can load of a prompt of which the radix tree has `have` tokens; None if that is no more."""
+        """Return what all ranks can load of a prompt; None if that is not more than the `have` tokens in the radix tree."""
         rank = self._rank
         if rank is None:
             return None
@@ -140,7 +140,7 @@ class OlderConnector:
         return None
 
     def _fill(self, found: Found, have: int, slots: Any, total: int) -> int:
-        """Fill the slots of tokens [have, found.tokens), the first of them at slots[have]; how many were filled on all ranks."""
+        """Fill slots[have : found.tokens] with these tokens. Return how many were filled: all, or 0 if a rank has failed."""
         rank, request, ok = self._rank, found.request, False
         if rank is not None and request.hit is not None:
             blocks, _ = block_table(slots[have : found.tokens], self._page_size, have)
@@ -151,8 +151,8 @@ class OlderConnector:
         return found.tokens - have if self._agreement.least(int(ok)) else 0
 
     def _fence(self) -> WholeDevice | None:
-        """Whatever SGLang has launched may still write to these slots, and it does not say on which stream; nor are block
-        tables filled before."""
+        """Return an event after everything that SGLang has launched, since it does not name its stream; None on a CPU.
+        The block table is filled by then, too."""
         device = self._rank.kv.paged.device if self._rank is not None else "cpu"
         return None if device == "cpu" else WholeDevice(device)
 
@@ -162,7 +162,7 @@ class OlderConnector:
 
 
 def tokens_had(slot_mapping: Any) -> int:
-    """How many leading tokens have no slot of their own, because the radix tree has them."""
+    """Return how many leading tokens have no slot of their own, because the radix tree has them."""
     host = slot_mapping.cpu() if hasattr(slot_mapping, "cpu") else slot_mapping
     slots: Tokens = np.asarray(host, dtype=np.int64)
     return int((slots < 0).sum())

@@ -1,7 +1,7 @@
 """One scheduler process of SGLang, which is also one rank of the model: its requests and its copies.
 
-Every rank runs the same scheduler and must come to the same decisions, so whatever a decision hangs on is agreed among them
-(`Agreement`). Each rank looks up for itself and leases for itself; a load is of as many tokens as all of them were granted.
+Every rank runs the same scheduler and must come to the same decisions. So the ranks agree (`Agreement`) on every value that a
+decision depends on. Each rank looks up and leases for itself; the number of tokens to load is the least that any rank has found.
 """
 
 from __future__ import annotations
@@ -33,27 +33,27 @@ Tokens = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Future:
-    """A load or store, as SGLang waits for it; one without a copy has nothing to do and has ended."""
+    """A load or store that SGLang waits for. Without a copy there was nothing to do, and it has ended and succeeded."""
 
     copies: Copies | None = None
     copy: Copy | None = None
 
     @property
     def ok(self) -> bool:
-        """Whether it has ended and succeeded."""
+        """Whether the copy has ended and succeeded. Call `ended` first: only that notices the end."""
         return self.copy is None or self.copy.ok
 
     def ended(self) -> bool:
-        """Whether it touches paged KV no more; does not wait."""
+        """Return whether the copy has ended and no longer touches paged KV. Does not wait."""
         if self.copies is not None:
             self.copies.collect()
         return self.copy is None or self.copy.done is not None
 
     def result(self, timeout: float | None = None) -> bool:
-        """Wait until it has ended. Return whether it succeeded.
+        """Wait until the copy has ended. Return whether it succeeded.
 
         Raises:
-            TimeoutError: it has not ended after `timeout` seconds.
+            TimeoutError: the copy has not ended after `timeout` seconds.
         """
         if self.copies is not None and self.copy is not None and not self.copies.wait([self.copy], timeout):
             raise TimeoutError(
@@ -64,9 +64,15 @@ class Future:
 
 @dataclass
 class Tracker(Request):
-    """One request. tokens: all that are known. hit_tokens: those that all ranks can load. copies: its stores, for the log.
-    handed: tokens that were handed over. prompt_tokens, computed, since: its prompt, where nothing of it is loaded; of that, what
-    is there; the rest is being computed since then."""
+    """One request of SGLang.
+
+    tokens: int64 [tokens], all tokens of the request that are known so far. hit_tokens: how many leading tokens all ranks can
+    load. copies: its stores, for the log. handed: how many leading tokens SGLang has passed for storing.
+
+    The next three measure how fast this engine computes prompts. prompt_tokens: length of the prompt; 0 if a part of it is
+    loaded, since then nothing is measured. computed: how many of its leading tokens have KV. since: when that was so, in seconds
+    of the runtime's clock.
+    """
 
     tokens: Tokens = field(default_factory=lambda: np.zeros(0, np.int64))
     hit_tokens: int = 0
@@ -78,13 +84,16 @@ class Tracker(Request):
 
 
 class SGLangRank(LocalRank[Tracker]):
-    """Requests and copies of one rank. Nothing raises. vocabulary: token ids from this one on stand for what is not text."""
+    """The requests and copies of one rank. If the settings name no server, rank 0 starts one. Methods do not raise.
+
+    name: the engine's name, the same on all ranks. vocabulary: how many token ids stand for text; images have other numbers.
+    """
 
     def __init__(self, settings: ServerSettings, kv: ServedKV, ranks: Ranks, name: str, vocabulary: int) -> None:
         self._vocabulary = vocabulary
         own = not settings.address and not ranks.number
         self._server = start_own_server(name, settings.config) if own else None
-        # Each rank leases and copies for itself, in one process, so each is an engine of its own to the server.
+        # Each rank leases and copies for itself in one process, so the server treats each rank as an engine of its own.
         where = settings.address or embedded_address(name)
         endpoint = settings.endpoint(f"{name}-{ranks.number}", "", ranks.number, where)
         super().__init__(endpoint, kv, name=name, ended=self._ended)
@@ -95,17 +104,16 @@ class SGLangRank(LocalRank[Tracker]):
             self.wait_connected(START_SECONDS, lambda: server.running)
 
     def text_of(self, tokens: Any) -> Tokens:
-        """Return a copy of the leading tokens that are text: SGLang's arrays may grow meanwhile. SGLang represents images by
-        numbers beyond the vocabulary."""
+        """Return the leading tokens that are text, as int64 [tokens]. This is a copy, since SGLang's arrays may grow later."""
         ids = np.array(tokens, dtype=np.int64)
         other = (ids < 0) | (ids >= self._vocabulary)
         return ids[: int(other.argmax())] if other.any() else ids
 
     def settle(self, future: Future, progress: Progress | None = None) -> bool:
-        """Wait for a load, a deadline at most: then it is called off. It touches paged KV no more. True when it succeeded.
+        """Wait for a load and return whether it succeeded. A load that has not ended within the deadline is cancelled.
 
-        progress: of the load, where it need not have ended. Then wait until all of it has been handed to the device: from there
-        on it cannot fail, short of the device itself.
+        The load then no longer touches paged KV. With its `progress`, however, this returns True as soon as all of the load has
+        been handed to the device. From then on only the device can fail, and the forward has to wait for the layers.
         """
         copy, now = future.copy, self.requests.runtime.now
         if copy is None:
@@ -116,18 +124,23 @@ class SGLangRank(LocalRank[Tracker]):
         return self.copies.settle([copy], max(0.0, end - now()))
 
     def log_stores(self, copies: Sequence[Copy], total: int, chunked: int, whose: str = "") -> None:
-        """What stores have come to: of `total` tokens `chunked` are in full chunks. Those that were not copied were there before,
-        or got no room."""
+        """Log what the stores of one request have copied, of its `total` tokens, of which `chunked` are in full chunks.
+
+        Tokens in full chunks that were not copied count as skipped: the server had them, or had no memory for them.
+        """
         line = stored_line(copies, total, self.kv.paged.token_bytes)
         if line:
             skipped = chunked - sum(copy.done.tokens for copy in copies if copy.done is not None)
             logger.info("%s; skipped: %d tokens%s", line, skipped, whose)
 
     def new_weights(self, kv_in_use: bool) -> None:
-        """The KV of before is not served to this engine again, and that of the new weights to nobody else. kv_in_use: the radix
-        tree has KV, or a request that runs has some, which will get into the tree."""
+        """Serve none of the KV that was stored before to this engine, and none that it stores from now on to another engine.
+
+        kv_in_use: whether SGLang still has KV of the old weights, in the radix tree or in a running request. Nothing is stored
+        then until SGLang has emptied the tree.
+        """
         self.requests.reset(None if kv_in_use else -1)
-        logger.info("The weights of this engine change: what LMCache holds of it so far is not used any more")
+        logger.info("The weights of this engine change: it no longer uses the KV that it has stored in LMCache so far")
 
     def close(self) -> None:
         super().close()
@@ -148,7 +161,10 @@ def open_rank(
     agreement: Agreement,
     name: str,
 ) -> SGLangRank | None:
-    """This rank, if the KV of every rank can be described: they all serve from LMCache, or none does, and a line says why."""
+    """Return this rank, or None if the KV of any rank cannot be cached. All ranks get the same answer; a log line has the reason.
+
+    buffers: returns the tensors of SGLang's KV pool. page_size: tokens in a page. name: the engine's name, the same on all ranks.
+    """
     kv, vocabulary, refusal = None, 0, "another rank's KV cannot be cached"
     try:
         vocabulary = int(model_config.vocab_size)
@@ -162,10 +178,12 @@ def open_rank(
 
 
 def block_table(indices: Any, page_size: int, start: int) -> tuple[Blocks, Event | None]:
-    """Pages from token 0 on of which those before token `start`, which begins a page, are never looked at.
+    """Return a block table, int32 [pages], for a copy of the tokens from `start` on, and the event after which it is filled.
 
-    indices: a tensor [tokens] on any device, the slots of the tokens from `start` on. Returns int32 [pages], and the point behind
-    which they are filled: to wait for a GPU's here would be to wait for the forward that it computes. None: they are.
+    indices: a tensor [tokens] on any device: the slots in SGLang's KV pool of the tokens from `start` on. start: the first token
+    of a page. The table begins at token 0; its entries before `start` are 0, and the copy does not use them. The event is None if
+    the table is filled already. From a GPU the table is copied in the background: waiting here would mean waiting for the forward
+    that runs there.
     """
     slots, before = indices[::page_size], start // page_size
     if not getattr(slots, "is_cuda", False):

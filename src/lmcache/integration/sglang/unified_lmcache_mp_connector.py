@@ -1,12 +1,12 @@
 """`UnifiedLMCacheMPConnector`: the connector of the unified radix cache of SGLang 0.5.23.
 
-The radix cache looks up a prompt when it arrives (`submit_lookup`, `poll_lookup`), takes slots of its own for what was found
-and has them filled before the request is computed (`submit_load`, `prepare_load_on_stream`); after each prefill and at the
-end it hands over what has been computed (`submit_store`), and holds those slots until the copy has ended. It unlocks and frees by
-what `ready_prefix_count` says. All calls come from the scheduler's thread, on every rank in the same order.
+The radix cache looks up a prompt when it arrives (`submit_lookup`, `poll_lookup`). It allocates slots of SGLang's KV pool for the
+tokens that were found, and has them filled before the request is computed (`submit_load`, `prepare_load_on_stream`). After each
+prefill and at the end of a request it passes the computed tokens (`submit_store`), and keeps their slots until the copy has
+ended, which it learns from `ready_prefix_count`. All calls come from the scheduler's thread, on every rank in the same order.
 
-Once `prepare_load_on_stream` has returned, SGLang computes with the slots, filled or not. So a load has ended by then, or cannot
-fail any more and the forward waits for each of its layers (`layers.py`).
+Once `prepare_load_on_stream` has returned, SGLang computes with the slots, filled or not. So a load has ended by then, or it can
+no longer fail and the forward waits for each of its layers (`layers.py`).
 """
 
 from __future__ import annotations
@@ -44,13 +44,16 @@ logger = init_logger(__name__)
 FRESH_SECONDS = 0.25
 """How long the answer of `submit_lookup` is valid; a request that waits longer is looked up again when its turn comes."""
 COMING = -1
-"""In place of a number of tokens: a tier loads, ask again. Less than any number, so that all ranks wait for the slowest."""
+"""In place of a number of tokens: a tier is loading, so ask again. Less than any number, so all ranks wait for the slowest."""
 
 
 @dataclass
 class Lookup:
-    """One request's question. lock_start: where the locks of SGLang's terms begin. tracker: None where nothing is served.
-    mine: tokens that this rank can load, or `COMING`. began: when it was asked first."""
+    """The lookup of one request.
+
+    local_tokens: leading tokens that the radix tree has. tracker: None if LMCache serves nothing. lock_start: `start` of
+    `free_lookup_locks`. mine: tokens that this rank can load, or `COMING`. began: time of the first question.
+    """
 
     request_id: str
     local_tokens: int
@@ -63,8 +66,8 @@ class Lookup:
 
 @dataclass
 class LoadOperation:
-    """device_indices: the slots to be filled, the token after `local_hit_tokens` first. result: None until it is complete.
-    progress: where a forward can wait for it layer by layer."""
+    """One load. device_indices: the slots of the tokens from `local_hit_tokens` on. result: None until `complete_load`.
+    progress: lets a forward wait for the load layer by layer; None if the load has to end before the forward."""
 
     request_id: str
     device_indices: Any
@@ -82,10 +85,10 @@ class StoreOperation:
 
 
 class UnifiedLMCacheMPConnector:
-    """One rank's connector, at the name and with the arguments that SGLang has for it.
+    """The connector of one rank, under the name and with the arguments that SGLang expects.
 
     Raises:
-        ConfigError: a setting cannot be used. Whatever else is wrong, SGLang runs on without LMCache, and one line says why.
+        ConfigError: a setting cannot be used. After any other failure SGLang runs without LMCache, and one log line says why.
     """
 
     def __init__(
@@ -140,14 +143,14 @@ class UnifiedLMCacheMPConnector:
     # Lookup
 
     def build_cache_salt(self, cache_salt: str | None, extra_key: str | None) -> str:
-        """Whatever, besides the tokens, one request's KV must have in common with another's."""
+        """Return what two requests must have in common, besides their tokens, to share KV."""
         parts = [cache_salt or "", extra_key or ""]
         if extra_key and self._lora:
-            parts.append(self._name)  # the key may name an adapter, but not what is in it
+            parts.append(self._name)  # the key may name a LoRA adapter, but does not identify its content
         return json.dumps(parts) if any(parts) else ""
 
     def submit_lookup(self, request_id: str, tokens: Any, *, local_hit_tokens: int, cache_salt: str) -> Lookup:
-        """Ask what there is of a prompt; `local_hit_tokens` are in the radix tree already. Tiers begin to load."""
+        """Look up a prompt, of which the radix tree has the first `local_hit_tokens` tokens. Tiers begin to load."""
         lookup, rank = Lookup(request_id, local_hit_tokens), self._rank
         if rank is not None:
             lookup.tokens = text = rank.text_of(tokens)
@@ -169,7 +172,7 @@ class UnifiedLMCacheMPConnector:
             return None
         found = found if found - lookup.local_tokens >= self._min_tokens else 0
         if rank is not None and tracker is not None:
-            missed = found <= lookup.local_tokens  # else what comes next is a load as well
+            missed = found <= lookup.local_tokens
             if missed:
                 rank.requests.give_back(tracker)
             tracker.hit_tokens = found
@@ -178,7 +181,7 @@ class UnifiedLMCacheMPConnector:
         return found
 
     def free_lookup_locks(self, request_id: str, *, start: int, end: int) -> None:
-        """Tokens [start, end) of the hit will not be loaded. The lease cannot be split: it ends when nothing is left to load."""
+        """Note that tokens [start, end) of the hit will not be loaded. The lease ends when nothing of the hit is left to load."""
         tracker = self._rank.requests.open.get(request_id) if self._rank is not None else None
         if self._rank is not None and tracker is not None and end >= tracker.hit_tokens:
             self._rank.requests.give_back(tracker)
@@ -188,7 +191,7 @@ class UnifiedLMCacheMPConnector:
     def device_indices_by_group(
         self, indices: Any, *, mamba_value: Any = None, mamba_transfer_tokens: int | None = None
     ) -> Any:
-        """There is one group of layers."""
+        """Return the slots of each group of layers. There is one group."""
         return indices
 
     def submit_load(
@@ -206,7 +209,7 @@ class UnifiedLMCacheMPConnector:
         future, progress = Future(), Progress() if self._layers is not None else None
         rank, tracker = self._rank, lookup.tracker
         if rank is not None and tracker is not None:
-            # It was given back if it had waited too long, and the tree may have lost some of its own part since.
+            # A hit that had waited too long was given back, and the radix tree may have evicted some of its own tokens since.
             rank.requests.find(tracker, lookup.tokens, start)
             if start < end <= tracker.found_tokens:
                 blocks, filled = block_table(indices, self._page_size, start)
@@ -216,26 +219,26 @@ class UnifiedLMCacheMPConnector:
         return LoadOperation(lookup.request_id, owned_device_indices, start, future, progress=progress)
 
     def prepare_load_on_stream(self, load: LoadOperation, stream: Any) -> bool:
-        """Return when the slots are filled, or certainly will be while the forward waits for them, or will not be: then False,
-        and SGLang computes these tokens."""
+        """Return True when the slots are filled, or when the load can no longer fail and the forward waits for its layers.
+        False: the load has failed on a rank, so SGLang frees the slots and computes these tokens."""
         rank = self._rank
         ok = rank is not None and rank.settle(load.future, load.progress)
         ok = bool(self._agreement.least(int(ok)))
         if rank is not None and not ok:
-            rank.settle(load.future)  # another rank's has failed: SGLang frees the slots
+            rank.settle(load.future)  # another rank's load has failed, so SGLang frees the slots
         if ok and self._layers is not None and load.progress is not None and not load.future.ended():
             self._layers.begin(load.progress)
         return ok
 
     def complete_load(self, load: LoadOperation, synchronize: bool = True) -> bool:
-        """Its slots belong to the request now. Loads that did not work never come here."""
+        """Note that the load's slots belong to the request now. SGLang does not call this for failed loads."""
         load.result = load.future.ended() and load.future.ok
         return load.result
 
     # Store
 
     def get_store_start(self, request_id: str, length: int) -> int:
-        """Return how many of the request's first `length` tokens need not be passed again, in complete pages."""
+        """Return how many of the request's first `length` tokens need not be passed to `submit_store`, in complete pages."""
         rank, stored = self._rank, 0
         tracker = rank.requests.open.get(request_id) if rank is not None else None
         if rank is not None and tracker is not None and tracker.chain and tracker.epoch == rank.scheduler.epoch:
@@ -245,11 +248,11 @@ class UnifiedLMCacheMPConnector:
     def submit_store(
         self, request_id: str, tokens: Any, indices: Any, *, device_indices_start: int, cache_salt: str
     ) -> StoreOperation | None:
-        """Keep the full chunks of these tokens; `indices` are the slots of those from `device_indices_start` on."""
+        """Store the full chunks of these tokens; `indices` are the slots of the tokens from `device_indices_start` on."""
         rank = self._rank
         if rank is None:
             return None
-        if rank.requests.own_cache_outdated:  # the radix tree: an update of weights need not empty it
+        if rank.requests.own_cache_outdated:  # an update of weights need not empty the radix tree
             return StoreOperation(request_id)
         text = rank.text_of(tokens)
         tracker = self._tracker(rank, request_id, text, cache_salt)
@@ -264,12 +267,12 @@ class UnifiedLMCacheMPConnector:
         return StoreOperation(request_id, Future(rank.copies, copy))
 
     def complete_store(self, operation: StoreOperation, synchronize: bool = True) -> bool:
-        """SGLang lets go of the slots after this."""
+        """Return whether the store has succeeded. SGLang may free the slots after this call."""
         operation.result = operation.future.ended() and operation.future.ok
         return operation.result
 
     def ready_prefix_count(self, operations: Sequence[LoadOperation | StoreOperation]) -> int:
-        """How many of the operations, from the first on, have ended on every rank. Asked at every step of the scheduler."""
+        """Return how many leading operations have ended on every rank. SGLang asks at every step of its scheduler."""
         rank = self._rank
         if rank is not None:
             rank.copies.collect()
@@ -284,14 +287,14 @@ class UnifiedLMCacheMPConnector:
             count += 1
         return self._agreement.least(count)
 
-    # Requests and the rest
+    # Requests, and all others
 
     def parallel_all_reduce(self, tensor: Any, operation: Any) -> None:
         """All-reduce a CPU tensor over the ranks of this engine, in place."""
         self._agreement.reduce(tensor, operation)
 
     def finish_request(self, request_id: str) -> None:
-        """The request has ended, and so have its stores."""
+        """Note that the request and its stores have ended."""
         rank = self._rank
         tracker = rank.requests.open.get(request_id) if rank is not None else None
         if rank is not None and tracker is not None:
@@ -300,7 +303,7 @@ class UnifiedLMCacheMPConnector:
             rank.log_stores(tracker.copies, len(tracker.tokens), chunked, f" (request {request_id})")
 
     def end_all_sessions(self) -> None:
-        """SGLang's radix tree has been emptied, and no request runs."""
+        """Note that SGLang's radix tree has been emptied and no request runs."""
         if self._rank is not None:
             self._rank.requests.own_cache_emptied()
             for request_id in list(self._rank.requests.open):
@@ -311,7 +314,7 @@ class UnifiedLMCacheMPConnector:
         if self._rank is None:
             return False
         for tracker in self._rank.requests.open.values():
-            tracker.epoch = None  # nothing of it is stored any more
+            tracker.epoch = None  # the server no longer has anything of it
         return self._rank.scheduler.clear()
 
     def close(self) -> None:
@@ -320,19 +323,19 @@ class UnifiedLMCacheMPConnector:
             self._rank.close()
             self._rank = None
 
-    # What models with sliding windows or Mamba layers would need: they have no hits, so these are asked in vain
+    # For models with sliding windows or Mamba layers. SGLang may call these methods, but such models never have a hit.
 
     def aligned_swa_window_size(self) -> int:
-        """The sliding window, rounded up to complete pages; 0 for a model without one."""
+        """Return the sliding window in tokens, rounded up to complete pages; 0 for a model without one."""
         return -(-self._window // self._page_size) * self._page_size
 
     def reset_mamba_checkpoint_metadata(self, slots: Any) -> None:
         """Do nothing: no Mamba states are stored."""
 
-    # Within
+    # Internal
 
     def _tracker(self, rank: SGLangRank, request_id: str, tokens: Tokens, salt: str) -> Tracker:
-        """The request's tracker; a fresh one if the text is another."""
+        """Return the request's tracker; a new one if the request's text or salt has changed."""
         former = rank.requests.open.get(request_id)
         shared = min(len(tokens), len(former.tokens)) if former is not None else 0
         if former is not None and former.salt == salt and np.array_equal(tokens[:shared], former.tokens[:shared]):
@@ -346,26 +349,25 @@ class UnifiedLMCacheMPConnector:
         return fresh
 
     def _ask(self, rank: SGLangRank, lookup: Lookup, tracker: Tracker) -> None:
-        """Look up, and record the tokens of complete pages that were found, or that a tier loads more worth waiting for."""
+        """Look up, and set `lookup.mine`: the tokens found, in complete pages, or `COMING` while a tier loads more."""
         found = rank.requests.find(tracker, lookup.tokens, lookup.local_tokens, fresh=FRESH_SECONDS)
         lookup.mine = min(tracker.found_tokens, len(lookup.tokens)) // self._page_size * self._page_size
         if isinstance(found, Loading) and rank.requests.runtime.now() - lookup.began < self.operation_timeout:
             lookup.mine = COMING
 
     def _note_pace(self, rank: SGLangRank, tracker: Tracker) -> None:
-        """The tokens that were handed over are there. The request may have waited for its turn as well: then the pace seems
-        slower, which counts little. Answers say nothing of prefill."""
+        """Note that SGLang has computed the tokens that it passed, and how long that took, waits in its queue included."""
         tokens, now = min(tracker.handed, tracker.prompt_tokens), rank.requests.runtime.now()
         rank.requests.prefill.took(tokens - tracker.computed, now - tracker.since)
         tracker.computed, tracker.since = max(tokens, tracker.computed), now
 
     def _new_weights(self, kv_in_use: bool) -> None:
-        """The KV of before is not served to this engine again, and that of the new weights to nobody else."""
+        """See `SGLangRank.new_weights`."""
         if self._rank is not None:
             self._rank.new_weights(kv_in_use)
 
     def _device_event(self, rank: SGLangRank, also: Event | None) -> Event | None:
-        """The point behind which all that SGLang has launched so far is done, and `also`. None on a CPU."""
+        """Return the event after all that SGLang has launched so far, and after `also`; None on a CPU."""
         device = rank.kv.paged.device
         if self._stream is None and device != "cpu":
             return WholeDevice(device)
@@ -374,7 +376,7 @@ class UnifiedLMCacheMPConnector:
 
 
 def _refuse_components(components: Sequence[Any], mamba: Any, window: int) -> None:
-    """Raises LayoutError: the radix tree keeps more than the KV of full attention."""
+    """Raise LayoutError if the radix tree holds anything but the KV of full attention."""
     names = [str(getattr(one, "name", one)).rpartition(".")[2].lower() for one in components]
     if mamba is not None or window or any(name != "full" for name in names):
         raise LayoutError(f"models with sliding windows or Mamba states are not supported yet ({', '.join(names)})")

@@ -1,4 +1,4 @@
-"""`model.generate` with KV that is loaded from and stored in LMCache. No error of LMCache reaches it: a failure is a miss."""
+"""`attach`: lets a model's `generate` load KV from LMCache and store it there. A failure in LMCache is a miss, never an error."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ logger = init_logger(__name__)
 
 _ROOM_TOKENS = 1024
 _FORESEEN_TOKENS = 2048
-"""Tokens of the pool for an answer; a longer answer goes on outside the pool, and its tail is not stored."""
+"""Tokens of the pool for an answer of unknown length. A longer answer goes on outside the pool, and its end is not stored."""
 _COPY_THREADS = 8
 _PLAIN_OPTIONS = ("assistant_model", "prompt_lookup_num_tokens", "custom_generate", "cache_implementation")
 _PLAIN_TENSORS = ("inputs", "input_ids", "attention_mask")
@@ -48,16 +48,19 @@ def attach(
     cache_salt: str = "",
     deadline_seconds: float = 2.0,
 ) -> Attached:
-    """Let `model.generate` use the LMCache server at `address`, until `close`.
+    """Let `model.generate` use the LMCache server at `address`, until `close` is called on the result.
 
-    embedded_gb: where it is not 0, a server of this process's own with so many GiB takes the place of `address`; what it holds
-    ends with it. model_id: a name for the weights that is yours to keep unique; without one every byte of them is hashed, once
-    and again whenever they have changed. cache_salt: only who gives the same one shares. deadline_seconds: the most that a
-    silent server may cost a call.
+    Args:
+        embedded_gb: if not 0, this process starts a server of its own with so many GiB and uses that instead of `address`. The
+            server ends with the process, and its KV with it.
+        model_id: a name for the weights, which you have to keep unique. Without one, every byte of the weights is hashed, now and
+            after each change.
+        cache_salt: only processes with the same salt share KV.
+        deadline_seconds: how long one call of `generate` may wait for a server that does not answer.
 
     Raises:
-        ValueError: an address that is not tcp://host:port, or a deadline out of range.
-        ConfigError: the server of one's own cannot be started.
+        ValueError: the address is not tcp://host:port, or the deadline is out of range.
+        ConfigError: the process's own server cannot be started.
     """
     instance = f"transformers-{uuid.uuid4().hex}"
     where = embedded_address(instance) if embedded_gb else given_address(address)
@@ -68,14 +71,14 @@ def attach(
 
 @dataclass(frozen=True)
 class _Begun:
-    """The prompt that `generate` works on."""
+    """The prompt of a running `generate`, and the cache that it works with."""
 
     request: Request
     cache: Any
 
 
 class Attached:
-    """A model whose `generate` uses LMCache. A context manager: leaving it is `close`."""
+    """A model whose `generate` uses LMCache. As a context manager, it calls `close` at the end."""
 
     def __init__(
         self,
@@ -88,7 +91,7 @@ class Attached:
         self.refusal = ""
         """Why this model is not cached; "" if it is."""
         self.hit_tokens = self.stored_tokens = 0
-        """Tokens whose KV was loaded from the cache so far, and tokens that were stored in it."""
+        """How many tokens were loaded from the cache so far, and how many were stored in it."""
         self._model, self._generate, self._endpoint = model, model.generate, endpoint
         self._model_id, self._salt, self._own = model_id, cache_salt, own
         self._rank: LocalRank[Request] | None = None
@@ -96,7 +99,7 @@ class Attached:
         self._prefill = PrefillRate()
         self._stamp = 0
         self._identity: Identity | None = None
-        """The identity that was found for the weights while they had the stamp `_stamp`; None before that."""
+        """The identity of the weights when they had the stamp `_stamp`; None before the first one."""
         self._logged: set[str] = set()
         self._lock = threading.Lock()
         try:
@@ -109,7 +112,7 @@ class Attached:
         atexit.register(self.close)
 
     def generate(self, inputs: Any = None, *args: Any, **options: Any) -> Any:
-        """`model.generate`, with its arguments and its answer."""
+        """Call the model's own `generate` with these arguments, and with KV from LMCache where possible. Return its answer."""
         ids: Any = inputs if inputs is not None else options.get("input_ids")
         unsuited = self.refusal or _unsuited(self._model, ids, args, options)
         if unsuited or not self._lock.acquire(blocking=False):
@@ -126,12 +129,12 @@ class Attached:
             self._lock.release()
 
     def wait_connected(self, timeout_seconds: float) -> bool:
-        """Wait until the server has registered this model. Return False after the timeout, or if its own server has ended."""
+        """Wait until the server has accepted this model. Return False after the timeout, or if its own server has ended."""
         own, rank = self._own, self._rank
         return rank is not None and rank.wait_connected(timeout_seconds, lambda: own is None or own.running)
 
     def flush(self, timeout_seconds: float = 30.0) -> bool:
-        """Wait until all KV so far has been stored. Return False if some has not been after the timeout."""
+        """Wait until all running stores have ended. Return False if some are still running after the timeout."""
         return self._rank is None or self._rank.copies.wait(self._rank.copies.running(), timeout_seconds)
 
     def close(self) -> None:
@@ -173,7 +176,7 @@ class Attached:
         if request.chain is None:
             return None
         if request.hit is not None:
-            # The last token is always computed: its logits are what the answer begins with.
+            # The last token is always computed, since the answer begins with its logits.
             have = min(request.found_tokens, len(tokens) - 1)
             copy = copies.load(
                 requests.load(request, 0, have), pool.blocks, after=stream_point(str(self._shape.device))
@@ -187,7 +190,7 @@ class Attached:
         return _Begun(request, pool.cache(have, self._step))
 
     def _step(self, tokens: int) -> None:
-        """A forward over so many tokens begins; 0: none does, and the last one has ended."""
+        """Note that a forward over so many tokens begins; 0: the last one has ended and no other begins."""
         if self._rank is not None:
             self._prefill.step(self._rank.requests.runtime.now(), tokens)
 
@@ -197,7 +200,7 @@ class Attached:
         try:
             sequence = answer if isinstance(answer, torch.Tensor) else answer.sequences
             self._store(begun, sequence[0].tolist())
-            # The caller may keep the cache that is in the answer, and the pool is for the next prompt.
+            # The caller may keep the cache that is in the answer, so its KV must leave the pool, which the next prompt needs.
             for layer in begun.cache.layers if sequence is not answer else ():
                 layer.leave()
         except NOT_SERVED as error:
@@ -213,7 +216,9 @@ class Attached:
             rank.copies.store(plan, pool.blocks, after=stream_point(str(self._shape.device)))
 
     def _ready(self, room: int) -> bool:
-        """Whether there is a server, and a pool of our own that nothing touches and that is large enough.
+        """Make ready for a prompt and its answer of together `room` tokens. Return False if `generate` must run without LMCache.
+
+        It needs a server, and a pool that is large enough and that no copy touches.
 
         Raises:
             LayoutError: this model's KV cannot be cached.
@@ -222,7 +227,7 @@ class Attached:
             return False
         reached = self._connected()
         if not reached and self._rank is not None and self._rank.scheduler.identified:
-            # There is no server, and the weights need not be read: they are at the first call that has one.
+            # There is no server, so the weights need not be read for a change now. The first call with a server does that.
             return False
         pool, stamp = self._pool, self._stamp
         if not self._model_id:
@@ -240,11 +245,11 @@ class Attached:
     # Copies
 
     def _settle(self) -> bool:
-        """Wait, a deadline at most, until no copy touches the pool. True when there is none."""
+        """Wait until no copy touches the pool, for one deadline at most. Return whether that is so."""
         if self._rank is None:
             return True
         copies = self._rank.copies
-        # What has not begun never will; what has may end after all, and a later call sees it.
+        # Copies that have not begun are cancelled. One that runs longer may end later, and a later call sees that.
         copies.settle(copies.running(), self._endpoint.deadline_seconds, 0.0)
         return not copies.running()
 
@@ -255,7 +260,9 @@ class Attached:
     # Sessions
 
     def _open(self, room: int, wait_seconds: float | None) -> None:
-        """A pool for at least `room` tokens, and sessions for the weights as they are now, which are waited for so long.
+        """Make a pool for at least `room` tokens, and sessions for the weights as they are now.
+
+        wait_seconds: how long to wait for the server; None for the usual time.
 
         Raises:
             LayoutError: this model's KV cannot be cached.
@@ -275,14 +282,14 @@ class Attached:
             self.wait_connected(wait_seconds)
 
     def _identified(self) -> Identity:
-        """The identity of the weights as they are now, which are hashed once for as long as they stay so.
+        """Return the identity of the weights as they are now. They are hashed again only after a change.
 
         Raises:
-            LayoutError: they have none.
+            LayoutError: the weights cannot be identified.
         """
         if self._model_id:
             return named(self._model_id)
-        refuse_unsupported(self._model)  # as it is now: an adapter may have been put in
+        refuse_unsupported(self._model)  # again, since an adapter may have been added
         stamp = weights_stamp(self._model)
         if self._identity is None or stamp != self._stamp:
             self._give_up_hashing()
@@ -317,7 +324,7 @@ class Attached:
 
 
 def _unsuited(model: Any, ids: Any, args: tuple[Any, ...], options: dict[str, Any]) -> str:
-    """Return why this call is not cached; "" for one prompt of plain tokens and plain decoding."""
+    """Return why this call is not cached; "" for a call with one prompt of plain tokens and plain decoding, which is."""
     if not isinstance(ids, torch.Tensor) or ids.ndim != 2:
         return "no input_ids of shape [1, tokens]"
     if ids.shape[0] != 1 or ids.shape[1] < 1:
@@ -341,13 +348,13 @@ def _unsuited(model: Any, ids: Any, args: tuple[Any, ...], options: dict[str, An
 
 
 def _foreseen_tokens(model: Any, args: tuple[Any, ...], options: dict[str, Any]) -> int:
-    """Tokens to have room for behind the prompt."""
+    """Return the number of tokens that the pool needs for the answer."""
     asked = _option(model, "max_new_tokens", args, options)
     return min(int(asked), _FORESEEN_TOKENS) if asked else _FORESEEN_TOKENS
 
 
 def _option(model: Any, name: str, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
-    """A setting of this call: its own, or that of its generation config, or the model's."""
+    """Return a setting of this call: from its arguments, else from its generation config, else from the model's."""
     config = args[0] if args else options.get("generation_config")
     own = options.get(name)
     return own if own is not None else getattr(config or model.generation_config, name, None)

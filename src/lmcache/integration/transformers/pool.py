@@ -1,7 +1,7 @@
-"""The memory of one sequence's KV: LMCache copies into it and out of it, and the model's attention reads it where it lies.
+"""The pool: memory for one sequence's KV. LMCache copies into it and out of it, and the model's attention reads it in place.
 
-So a hit costs one copy, from the extents. A computed token is written behind the others, whereas a plain `DynamicLayer`
-makes a new tensor and copies all before it.
+So a hit costs one copy, from the extents. The KV of a computed token is written behind that of the others, whereas a plain
+`DynamicLayer` makes a new tensor for each token and copies all KV into it.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from lmcache.transfer.paged import PagedKV, Plane
 
 BLOCK_TOKENS = 64
-"""The pool is one run of tokens; blocks only say how it is counted, the same for a pool of every size."""
+"""The unit in which LMCache's copier counts the tokens of a pool. The tokens lie one after another, whatever the block size."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What each layer of a model keeps of a token: `heads` keys and values of `head_size` elements."""
+    """The shape of a model's KV: for each token, each layer holds `heads` keys and values of `head_size` elements."""
 
     layers: int
     heads: int
@@ -31,9 +31,9 @@ class Shape:
 
 
 class PoolLayer(DynamicLayer):  # type: ignore[misc]
-    """One layer's keys and values in the pool, [1, heads, tokens, head size] as every DynamicLayer's.
+    """One layer's keys and values in the pool, [1, heads, tokens, head size] as in every DynamicLayer.
 
-    What does not fit or is no longer one sequence (beams, a longer answer than was foreseen) goes on as a DynamicLayer.
+    If the pool is full (the answer is longer than expected), or the sequence is split (beams), it goes on as a DynamicLayer.
     """
 
     def __init__(
@@ -43,8 +43,8 @@ class PoolLayer(DynamicLayer):  # type: ignore[misc]
         tokens: int,
         appends: Callable[[int], None] | None = None,
     ) -> None:
-        """keys, values: [1, heads, room, head size], of which the first `tokens` tokens are filled. appends: is called with the
-        number of new tokens before each update."""
+        """keys, values: the layer's part of the pool, [1, heads, pool tokens, head size]; the first `tokens` tokens are filled.
+        appends: called with the number of new tokens before each update."""
         super().__init__()
         self._appends = appends
         self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
@@ -54,13 +54,13 @@ class PoolLayer(DynamicLayer):  # type: ignore[misc]
 
     @property
     def tokens_in_pool(self) -> int:
-        """Tokens from the first on whose KV lies in the pool."""
+        """How many leading tokens have their KV in the pool."""
         return int(self.keys.shape[-2]) if self._in_pool() else self._left_at
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append [1, heads, new tokens, head size]; returns all keys and values so far."""
+        """Append keys and values, [1, heads, new tokens, head size]. Return all keys and values so far."""
         if self._appends is not None:
             self._appends(int(key_states.shape[-2]))
         start = int(self.keys.shape[-2]) if self.keys is not None else 0
@@ -76,7 +76,7 @@ class PoolLayer(DynamicLayer):  # type: ignore[misc]
         return self.keys, self.values
 
     def leave(self) -> None:
-        """Take the KV along: whoever keeps this layer keeps it when the pool has gone on to another prompt."""
+        """Copy the KV out of the pool, so that this layer stays valid when the pool is used for another prompt."""
         self._appends = None
         if self._in_pool():
             self._left_at = self.tokens_in_pool
@@ -87,10 +87,10 @@ class PoolLayer(DynamicLayer):  # type: ignore[misc]
 
 
 class Pool:
-    """Room for the KV of `tokens` tokens (rounded up to whole blocks), [layer][K, V][head][token][head size].
+    """Memory for the KV of `tokens` tokens (rounded up to complete blocks), [layer][K, V][head][token][head size].
 
-    That is the order which attention reads fastest: on a CPU the step of one token at 4,096 takes 21 ms, with tokens outside
-    heads 25.
+    Attention reads this order fastest: on a CPU a step of one token after 4,096 takes 21 ms, and 25 ms with the order
+    [token][head].
     """
 
     def __init__(self, shape: Shape, tokens: int) -> None:
@@ -101,7 +101,7 @@ class Pool:
         self._planes = [plane for layer in self._memory for plane in layer]
 
     def describe(self) -> PagedKV:
-        """Where the KV lies, for LMCache's copier."""
+        """Describe where the KV lies, for LMCache's copier."""
         return PagedKV(
             tuple(Plane.of(plane, "htd", BLOCK_TOKENS) for plane in self._planes),
             BLOCK_TOKENS,
@@ -112,8 +112,8 @@ class Pool:
         )
 
     def cache(self, tokens: int, step: Callable[[int], None]) -> DynamicCache:
-        """A cache for `generate` whose first `tokens` tokens are those in the pool. step: is called with the number of new tokens
-        when a forward comes to the first layer's KV."""
+        """Return a cache for `generate` whose first `tokens` tokens are those in the pool. step: called with the number of new
+        tokens when a forward reaches the first layer's KV."""
         views = [plane.unsqueeze(0) for plane in self._planes]
         first, *others = zip(views[::2], views[1::2], strict=True)
         cache = DynamicCache()

@@ -1,13 +1,16 @@
-"""The janitor trims a directory that several machines share: one process at a time, elected by a lease that expires.
+"""The janitor of a directory that several machines share: the process that counts its shards and removes the least recently used.
+
+Each process that uses the directory is a candidate. One at a time is elected: it holds the *janitor lease*, a file that names its
+holder and expires if nobody touches it for a minute. (This is no lease of extents.)
 
     FOLDER/SPACE/XX/CHUNK-SHARD-SHARDS   the shards; XX are the first two digits of CHUNK
     FOLDER/tmp/                          files being written
-    FOLDER/janitor                       the lease: names its holder; expires when the file was not touched for a minute
+    FOLDER/janitor                       the janitor lease
     FOLDER/wanted                        the bytes that a process which is not elected needs
-    FOLDER/usage                         the janitor's last count: bytes, shards, and whether it left in order
+    FOLDER/usage                         the janitor's last count: bytes, shards, whether it left in order, and a stamp
 
-Times are those of the file system, so machines' clocks may differ. If two processes take a lease in the same instant, both trim;
-then too much is removed, and nothing worse happens.
+Times are those of the file system, so the machines' clocks may differ. If two processes take the lease in the same instant, both
+remove shards; then more is removed than necessary, and nothing worse happens.
 """
 
 from __future__ import annotations
@@ -30,22 +33,23 @@ from lmcache.tiers.filesystem import Filesystem
 
 LEASE_SECONDS = 60.0
 LEFTOVER_SECONDS = 3600.0
-"""A file in tmp/ that was not written to for so long belongs to a crashed writer."""
+"""A file in tmp/ that has not been written to for so long was left by a crashed writer."""
 _RENEW_SECONDS = 10.0
+"""Interval at which the janitor touches its lease during a long count or removal."""
 _SPACE, _FAN, _SHARD = (re.compile(one) for one in ("[0-9a-f]{32}", "[0-9a-f]{2}", "[0-9a-f]{32}-[0-9a-f]+-[0-9a-f]+"))
 _BYTES, _PROCESS = re.compile(rb"[0-9]{1,18}"), re.compile("[0-9]{1,9}")
-"""Numbers in files that other processes write, bounded so that they fit the calls that take them."""
+"""The form of numbers in files that other processes write. Their length is bounded, so that system calls accept them."""
 
 
 class Count(NamedTuple):
-    """The stored bytes (blocks of files and directories) and the number of shards."""
+    """stored_bytes: the blocks of all files and directories. shards: how many shards there are."""
 
     stored_bytes: int
     shards: int
 
 
 class Published(NamedTuple):
-    """A janitor's count. `in_order`: it was the janitor's last act, so nothing was stored after it. `stamp` is unique."""
+    """A janitor's count. in_order: it was published when the janitor left, so it still holds. stamp: unique to this count."""
 
     counted: Count
     in_order: bool
@@ -53,7 +57,7 @@ class Published(NamedTuple):
 
 
 class Janitor:
-    """The candidacy of one process. Not thread-safe: `DirectoryTier` calls it from one thread at a time."""
+    """One process as a candidate. Two threads must not call `elected`, `count`, `trim` or `clear` at the same time."""
 
     def __init__(
         self,
@@ -62,7 +66,7 @@ class Janitor:
         stop: threading.Event | None = None,
         runtime: Runtime = RUNTIME,
     ) -> None:
-        """stop: once it is set, walks over the directory end with an InterruptedError."""
+        """stop: once it is set, `count`, `trim` and `clear` end with an InterruptedError."""
         self._stop, self._now = stop or runtime.event(), runtime.now
         self._filesystem, self._folder = filesystem, folder
         self._lease, self._usage, self._wanted = folder / "janitor", folder / "usage", folder / "wanted"
@@ -70,10 +74,9 @@ class Janitor:
         self._renewed = 0.0
 
     def elected(self) -> bool:
-        """Renew or take the lease where it is free, expired, or held by a dead process of this host. Return whether it is held.
+        """Renew the lease, or take it if it is free, expired, or held by a dead process of this host.
 
-        Raises:
-            OSError
+        Return whether this process holds the lease now. Raises OSError.
         """
         try:
             self._write(self._lease, self._name, os.O_EXCL)
@@ -107,14 +110,14 @@ class Janitor:
             self._filesystem.unlink(self._lease)
 
     def publish(self, count: Count, in_order: bool = False) -> None:
-        """Publish the count for processes that are not elected and for the next janitor. Raises OSError."""
+        """Publish the count for the processes that are not elected and for the next janitor. Raises OSError."""
         stamp = uuid.uuid4().hex
         aside = self._folder / "tmp" / stamp
         self._write(aside, f"{count.stored_bytes} {count.shards} {int(in_order)} {stamp}", os.O_EXCL)
         self._filesystem.rename(aside, self._usage)
 
     def published(self) -> Published | None:
-        """Return the last published count, None when there is none that can be read."""
+        """Return the count that was published last; None if there is none or it cannot be read."""
         try:
             stored, shards, in_order, stamp = self._usage.read_bytes().split()
         except (OSError, ValueError):
@@ -123,21 +126,21 @@ class Janitor:
             return None
         return Published(Count(int(stored), int(shards)), in_order == b"1", stamp.decode("utf-8", "replace"))
 
-    def ask_for_room(self, wanted_bytes: int) -> None:
-        """Ask the elected process to free space. Raises OSError."""
+    def request_bytes(self, wanted_bytes: int) -> None:
+        """Ask the elected process to make so many bytes free. A later request replaces an earlier one. Raises OSError."""
         self._write(self._wanted, str(wanted_bytes), os.O_TRUNC)
 
-    def asked_for_room(self) -> int:
-        """Return the bytes that a process has asked for since the last call, 1 where the number is invalid. Raises OSError."""
+    def requested_bytes(self) -> int:
+        """Return and delete the last request of another process: 0 if there is none, 1 if it is invalid. Raises OSError."""
         try:
-            said = self._wanted.read_bytes()
+            text = self._wanted.read_bytes()
         except FileNotFoundError:
             return 0
         self._filesystem.unlink(self._wanted)
-        return int(said) if _BYTES.fullmatch(said) else 1
+        return int(text) if _BYTES.fullmatch(text) else 1
 
     def count(self) -> Count:
-        """Count all files, and remove those that crashed writers left. Raises OSError."""
+        """Count all files, and remove those that crashed writers have left. Any process may count. Raises OSError."""
         now = self._file_system_time()
         total = shards = 0
         for entry in self._steps(self._folder / "tmp"):
@@ -159,29 +162,30 @@ class Janitor:
     def trim(self, count: Count, to_bytes: int) -> Count:
         """Remove the least recently used shards until `to_bytes` are left. Return the new count. Raises OSError.
 
-        It walks twice, so that no list of all names is needed: first to find the time limit, then to remove older shards.
+        count: the result of `count`. This method reads the directory twice, so that no list of all names is needed: first to
+        find the time of last use up to which shards must go, then to remove them.
         """
         excess = count.stored_bytes - to_bytes
         if excess <= 0:
             return count
-        times, sizes = array("d"), array("q")  # a time beyond the year 2262 has more nanoseconds than "q" holds
+        times, sizes = array("d"), array("q")  # "q" could not hold times after the year 2262 in nanoseconds
         for _, status in self._shards():
             times.append(status.st_mtime)
             sizes.append(status.st_blocks * 512)
         order = np.argsort(np.frombuffer(times, np.float64), kind="stable") if times else np.empty(0, np.int64)
         freed = np.cumsum(np.frombuffer(sizes, np.int64)[order]) if times else order
         last = int(np.searchsorted(freed, excess))
-        until = times[int(order[min(last, len(order) - 1)])] if times else 0
+        newest = times[int(order[min(last, len(order) - 1)])] if times else 0
         stored, shards = count
         for entry, status in self._shards():
-            if status.st_mtime <= until and stored > to_bytes:
+            if status.st_mtime <= newest and stored > to_bytes:
                 self._filesystem.unlink(Path(entry.path))
                 stored -= status.st_blocks * 512
                 shards -= 1
         return Count(stored, shards)
 
     def clear(self) -> None:
-        """Remove all shards, all files being written, and the directories that are empty then. Raises OSError."""
+        """Remove all shards, all files being written, and the directories that are then empty. Raises OSError."""
         for entry, _ in self._shards():
             self._filesystem.unlink(Path(entry.path))
         for entry in self._steps(self._folder / "tmp"):
@@ -201,14 +205,14 @@ class Janitor:
                         yield entry, status
 
     def _steps(self, folder: Path) -> Iterator[os.DirEntry[str]]:
-        """Yield the entries of a directory one by one, and renew the lease meanwhile."""
-        self._go_on()
+        """Yield the entries of a directory one by one, and renew the lease between them."""
+        self._renew_when_due()
         for entry in _scan(folder):
-            self._go_on()
+            self._renew_when_due()
             yield entry
 
-    def _go_on(self) -> None:
-        """Renew the lease when due. Raises OSError, or InterruptedError once the tier is closed."""
+    def _renew_when_due(self) -> None:
+        """Renew the lease if `_RENEW_SECONDS` have passed. Raises OSError, or InterruptedError once the tier is closed."""
         if self._stop.is_set():
             raise InterruptedError(errno.EINTR, "the tier is closed")
         if self._now() - self._renewed > _RENEW_SECONDS:
@@ -217,7 +221,7 @@ class Janitor:
                 self._filesystem.touch(self._lease)
 
     def _holder(self) -> tuple[str, float]:
-        """Return the lease's holder ("" for none) and its last touch. Unreadable text is a name that no process has."""
+        """Return the holder of the lease ("" if none) and the time of its last touch. Invalid text matches no process."""
         try:
             return self._lease.read_text("utf-8", "replace"), self._lease.stat().st_mtime
         except FileNotFoundError:
@@ -240,7 +244,7 @@ class Janitor:
 
 
 def _is_gone(holder: str) -> bool:
-    """Return whether the holder is a process of this host that no longer runs."""
+    """Return whether the holder of a lease is a process of this host that has ended."""
     host, _, rest = holder.partition(" ")
     number = rest.partition(" ")[0]
     if host != socket.gethostname() or not _PROCESS.fullmatch(number):
@@ -265,7 +269,7 @@ def _folders(root: Path) -> Iterator[Path]:
 
 
 def _scan(folder: Path) -> Iterator[os.DirEntry[str]]:
-    """Yield entries while the directory is read, so that its size costs no memory. Removals meanwhile hide no other entry."""
+    """Yield the entries while the directory is read, which takes little memory. Removals meanwhile hide no other entry."""
     try:
         with os.scandir(folder) as entries:
             yield from entries

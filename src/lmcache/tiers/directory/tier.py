@@ -82,7 +82,7 @@ class DirectoryTier(Tier):
         self._wanted: Counter[int] = Counter()
         """Bytes that stores wait for now, by the number of the pass that makes room for them."""
         self._begun = self._ended = 0
-        """Looks of the janitor's thread: the last that has read `_wanted` to make room for, and the last that has ended."""
+        """Numbers of passes of the janitor's thread: the last one that has read `_wanted`, and the last one that has ended."""
         self._trouble: OSError | None = None
         """The error of the last pass."""
         self._opened = False
@@ -187,7 +187,7 @@ class DirectoryTier(Tier):
             try:
                 self._janitor.leave(self._count)
             except OSError as error:
-                log.warning("%s: the janitor's lease could not be released: %s", self._where, error.strerror)
+                log.warning("%s: the janitor lease could not be released, and ends in a minute: %s", self._where, error)
 
     # ---- one shard
 
@@ -340,12 +340,12 @@ class DirectoryTier(Tier):
         return True
 
     def _tidy(self, asked: int) -> None:
-        """As janitor count and trim, else read what the janitor counted. Under `_counting`. Raises OSError.
+        """If this process is elected, count and trim; otherwise read the janitor's count. Raises OSError.
 
-        asked: bytes that other processes want room for.
+        Call with `_counting` held. asked: bytes that another process has requested.
         """
         with self._lock:
-            before, flying = self._count, self._in_flight  # the count below may include bytes in flight or not
+            before, flying = self._count, self._in_flight  # bytes in flight may or may not be in the count below
         if self._janitor.elected():
             count = self._janitor.count()
             room = self._room_to_make(asked)
@@ -360,7 +360,7 @@ class DirectoryTier(Tier):
         else:
             room = self._room_to_make(asked)
             if self._max_bytes is not None and before.stored_bytes + room > self._max_bytes:
-                self._janitor.ask_for_room(room)
+                self._janitor.request_bytes(room)
             published = self._janitor.published()
             if published is not None and published.stamp != self._stamp:
                 with self._lock:  # the count includes some of `_since`, so the sum is too high until the next count
@@ -370,7 +370,7 @@ class DirectoryTier(Tier):
                     self._since, self._stamp = 0, published.stamp
 
     def _room_to_make(self, asked: int) -> int:
-        """For all stores that wait at this moment, and for other processes; in bytes. Who waits later waits for the next look."""
+        """Return the bytes to free for all stores that wait now and for other processes. Later stores wait for the next pass."""
         spare = (self._max_bytes or 0) // _TRIM_SHARE
         with self._lock:
             self._begun = self._ended + 1
@@ -392,7 +392,7 @@ class DirectoryTier(Tier):
                 trouble.__cause__ = error
             if trouble:
                 due = self._now() + COUNT_SECONDS
-            if trouble or due != planned:  # a pass that had nothing to do says nothing about the trouble before it
+            if trouble or due != planned:  # a pass that had nothing to do does not show that an earlier trouble is over
                 told = self._log(trouble, told)
             with self._passed:
                 self._begun = self._ended = self._ended + 1
@@ -410,12 +410,12 @@ class DirectoryTier(Tier):
         said = "" if trouble is None else trouble.strerror or str(trouble)
         if trouble and said != told and not self._stop.is_set():
             log.warning(
-                "%s: could not count its shards, will try again: %s", self._where, said, exc_info=trouble.__cause__
+                "%s: could not count or trim, will try again: %s", self._where, said, exc_info=trouble.__cause__
             )
         return said
 
     def _look(self, due: float) -> float:
-        """Count and make room where that is due or wanted, here or elsewhere; when it is due again. Raises OSError."""
+        """Count and free space if that is due or a store waits for space. Return when it is due again. Raises OSError."""
         began = self._now()
         if not self._counted.is_set():
             with self._counting:
@@ -425,7 +425,7 @@ class DirectoryTier(Tier):
             with self._lock:
                 self._count = count
             self._counted.set()
-        asked = self._janitor.asked_for_room() if self._janitor.holds() else 0
+        asked = self._janitor.requested_bytes() if self._janitor.holds() else 0
         with self._lock:
             if not (self._wanted.total() or asked or began >= due):
                 self._begun += 1
@@ -443,7 +443,7 @@ class DirectoryTier(Tier):
         try:
             results = self._pool.map(call, of)
         except RuntimeError:  # the pool has been shut down
-            raise TierError("closed", f"{self._where}: it was closed meanwhile") from None
+            raise TierError("closed", f"{self._where}: it was closed during the call") from None
         return list(results)
 
     def _check_open(self) -> None:

@@ -41,7 +41,7 @@ def take_folder(filesystem: Filesystem, path: Path, where: str) -> int:
         owner = os.pread(fd, 20, 0).decode("ascii", "replace").strip() or "of unknown number"
         os.close(fd)
         raise TierError(
-            "locked", f"{where}: in use by process {owner}; end it, or give this one another directory"
+            "locked", f"{where}: in use by process {owner}; end that process, or give this server another directory"
         ) from None
     except OSError:
         os.close(fd)

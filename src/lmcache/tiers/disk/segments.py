@@ -1,10 +1,15 @@
-"""The files of a disk tier that hold frames: written from start to end, emptied by punching holes, deleted when empty.
+"""The *segments* of a disk tier: the files that hold its frames.
 
-A frame with a payload of 64 KiB or more is *large*: its payload begins at a block, and its header takes a block of its own, so
-that direct I/O needs no copy. Smaller frames are *packed* one after another: header, payload, padding to 64 bytes; each store
-call begins a new block. Large and packed frames have separate files. A packed block is freed together with its last frame.
+A segment is written from start to end. Where its frames have been removed, holes are punched into it, and when it holds no
+frame it is deleted. All sizes are counted in *blocks* of 4096 bytes, the unit of direct I/O.
 
-This module does the accounting: which bytes of which file are in use. A place is used once and never again.
+A frame with a payload of 64 KiB or more is *large*: its payload begins at a block, and its header follows in a block of its
+own, so that direct I/O needs no copy. Smaller frames are *packed* one after another: header, payload, padding to 64 bytes; each
+store call begins a new block, and a block is freed together with its last frame. Large and packed frames have separate files.
+
+The *place* of a frame says where it lies: number of the segment << 32 | offset in the file / 64. No two frames ever have the
+same place. A frame is freed in two steps, since the file system may be slow: `free` makes its blocks *pending*, and later `punch`
+or `delete` returns them to the file system.
 """
 
 from __future__ import annotations
@@ -28,8 +33,8 @@ _FILE_COST, _FRAME_COST = 2 * BLOCK_BYTES, 16
 _OPEN_FILES = 128
 
 
-class Extent(NamedTuple):
-    """A range of complete blocks of one segment."""
+class BlockRange(NamedTuple):
+    """A range of complete blocks of one segment. offset, size: in bytes. A size of 0 only asks whether to delete the segment."""
 
     segment: Segment
     offset: int
@@ -37,7 +42,7 @@ class Extent(NamedTuple):
 
 
 class Handle:
-    """A descriptor that is closed when its last user drops the handle."""
+    """A file descriptor that is closed when the last reference to the handle is gone."""
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
@@ -47,7 +52,10 @@ class Handle:
 
 
 class Segment:
-    """One file. `tail`: where the next frame begins. `used`: bytes of blocks in use. `frames`: number of frames."""
+    """One file of `size` bytes. tail: the offset of the next frame. used: bytes of blocks in use or pending. frames: how many.
+
+    made: the file exists. gone: the file has been deleted, or is being deleted.
+    """
 
     def __init__(self, path: Path, number: int, packed: bool, size: int) -> None:
         self.path, self.number, self.packed, self.size = path, number, packed, size
@@ -56,36 +64,42 @@ class Segment:
         """The number of frames in each block of a packed file."""
         self.handle: Handle | None = None
         self.made = self.gone = False
-        """made: the file exists. gone: it was deleted."""
 
     @property
     def cost(self) -> int:
+        """Return the bytes on the device that the file takes at most."""
         return self.used + _FILE_COST + self.frames * _FRAME_COST
 
 
 def is_large(payload_bytes: int) -> bool:
+    """Return whether a frame with this payload is large; otherwise it is packed."""
     return payload_bytes >= LARGE_BYTES
 
 
 def frame_bytes(payload_bytes: int) -> int:
-    """Return the bytes that a frame takes in its file, from its place on."""
+    """Return the bytes that a frame takes in its file, from its offset on."""
     if is_large(payload_bytes):
         return blocks(payload_bytes) + BLOCK_BYTES
     return -(-(HEADER_BYTES + payload_bytes) // UNIT_BYTES) * UNIT_BYTES
 
 
 def cost_of(payloads: Iterable[int]) -> int:
-    """Return the most that frames of these payloads, all large or all packed, add to `Segments.bytes`, with a new file."""
+    """Return the most bytes that frames of these payload sizes, all large or all packed, add to `Segments.bytes`."""
     sizes = [frame_bytes(one) for one in payloads]
     return blocks(sum(sizes)) + _FRAME_COST * len(sizes) + _FILE_COST
 
 
 def offset_of(place: int) -> int:
+    """Return the offset of a frame in its file, in bytes."""
     return (place & 0xFFFFFFFF) * UNIT_BYTES
 
 
 class Segments:
-    """All files of one tier. Call with the tier's lock held, except the methods that do I/O: `open_handle`, `punch`, `delete`."""
+    """All segments of one tier. Call with the tier's lock held, except the methods that do I/O: `open_handle`, `punch`, `delete`.
+
+    bytes: bytes on the device, including those that are reserved or pending. freed_bytes: those that are pending, or are just
+    being returned to the file system.
+    """
 
     def __init__(self, filesystem: Filesystem, folder: Path, segment_bytes: int, flags: int) -> None:
         self._filesystem, self._folder, self._flags = filesystem, folder, flags
@@ -93,21 +107,19 @@ class Segments:
         self._all: dict[int, Segment] = {}
         self._tails: dict[bool, Segment] = {}
         self._opened: list[Segment] = []
-        self._pending: list[Extent] = []
+        self._pending: list[BlockRange] = []
         self.freed_bytes = 0
-        """Bytes that are still to be returned to the file system, or just being returned."""
         self.next_number = 1
         self.bytes = 0
-        """Bytes on the device, including those that are reserved and those still to be returned."""
 
     def __getitem__(self, place: int) -> Segment:
+        """Return the segment that holds the frame at `place`."""
         return self._all[place >> 32]
 
     def mount(self, records: Records, next_number: int) -> None:
-        """Adopt the files of an earlier start. Blocks and files that no record names are returned to the file system.
+        """Adopt the segments that an earlier start has left. Raises OSError.
 
-        Raises:
-            OSError
+        Blocks and files that no record names are returned to the file system. A load finds out that a record's file is missing.
         """
         self.next_number = next_number
         files = {int(path.name[:8], 16): path for path in self._folder.iterdir() if _NAME.fullmatch(path.name)}
@@ -125,14 +137,14 @@ class Segments:
             self.next_number = max(self.next_number, number + 1)
 
     def reserve(self, payloads: list[int]) -> tuple[Segment, list[int]]:
-        """Reserve space for frames with these payloads, all large or all packed. Return the file, and the place of each."""
+        """Reserve blocks for frames with these payloads, all large or all packed. Return the segment, and each frame's place."""
         packed = not is_large(payloads[0])
         sizes = [frame_bytes(one) for one in payloads]
         size = blocks(sum(sizes))
         segment = self._tails.get(packed)
         if segment is None or segment.tail + size > segment.size:
             if segment is not None:
-                self._pending.append(Extent(segment, 0, 0))  # deletes the file in case it is empty by now
+                self._pending.append(BlockRange(segment, 0, 0))  # deletes the file in case it is empty by now
             number, self.next_number = self.next_number, self.next_number + 1
             segment = Segment(self._path(number, packed), number, packed, max(size, self._segment_bytes))
             self._tails[packed] = self._all[number] = segment
@@ -153,25 +165,28 @@ class Segments:
         return segment, found
 
     def free(self, place: int, payload_bytes: int) -> None:
-        """Free a frame. Its blocks stay pending until `take_pending`, `punch` and `settle`; a complete file until `forget`."""
+        """Free a frame. The blocks that no other frame uses become pending, for the caller of `take_pending`.
+
+        For each range it calls either `punch` and `settle` or, if the segment `is_spent`, `delete` and `forget`.
+        """
         segment, at = self[place], offset_of(place)
         size = frame_bytes(payload_bytes)
         segment.frames -= 1
         self.bytes -= _FRAME_COST
         if not segment.packed:
-            self._pending.append(Extent(segment, at, size))
+            self._pending.append(BlockRange(segment, at, size))
             self.freed_bytes += size
             return
         for block in range(at // BLOCK_BYTES, -(-(at + size) // BLOCK_BYTES)):
             segment.sharers[block] -= 1
             if not segment.sharers[block]:
-                self._pending.append(Extent(segment, block * BLOCK_BYTES, BLOCK_BYTES))
+                self._pending.append(BlockRange(segment, block * BLOCK_BYTES, BLOCK_BYTES))
                 self.freed_bytes += BLOCK_BYTES
 
-    def take_pending(self) -> list[Extent]:
-        """Take the ranges that are to be returned to the file system, neighbours merged."""
+    def take_pending(self) -> list[BlockRange]:
+        """Return all pending ranges, adjacent ones as one, and forget them. The caller returns them to the file system."""
         pending, self._pending = sorted(self._pending, key=lambda one: (one.segment.number, one.offset)), []
-        merged: list[Extent] = []
+        merged: list[BlockRange] = []
         for one in pending:
             last = merged[-1] if merged else None
             if last and last.segment is one.segment and last.offset + last.size == one.offset:
@@ -180,38 +195,38 @@ class Segments:
                 merged.append(one)
         return merged
 
-    def put_back(self, extents: Iterable[Extent]) -> None:
-        """Make ranges pending again that could not be returned."""
-        self._pending += extents
+    def put_back(self, ranges: Iterable[BlockRange]) -> None:
+        """Make ranges pending again, because they could not be returned to the file system."""
+        self._pending += ranges
 
-    def settle(self, extent: Extent) -> None:
-        """Account for a range that was returned to the file system."""
-        extent.segment.used -= extent.size
-        self.bytes -= extent.size
-        self.freed_bytes -= extent.size
+    def settle(self, freed: BlockRange) -> None:
+        """Account for a range that has been returned to the file system."""
+        freed.segment.used -= freed.size
+        self.bytes -= freed.size
+        self.freed_bytes -= freed.size
 
     def is_spent(self, segment: Segment) -> bool:
-        """Return whether the file is there, holds no frame and will get none. The caller must then `delete` and `forget` it."""
+        """Return whether the file exists, holds no frame and will get none. The caller must then `delete` and `forget` it."""
         return not (segment.gone or segment.frames or segment in self._tails.values())
 
     def forget(self, segment: Segment) -> None:
-        """Account for a file that was deleted."""
+        """Account for a segment that has been deleted."""
         segment.gone = True
         del self._all[segment.number]
         self.bytes -= segment.cost
         self.freed_bytes -= segment.used
 
     def drop_all(self) -> None:
-        """Free all frames."""
+        """Free all frames. The blocks of all segments become pending."""
         self._tails.clear()
-        self._pending = [Extent(segment, 0, 0) for segment in self._all.values()]
+        self._pending = [BlockRange(segment, 0, 0) for segment in self._all.values()]
         for segment in self._all.values():
             self.bytes -= segment.frames * _FRAME_COST
             segment.frames = 0
         self.freed_bytes = sum(segment.used for segment in self._all.values())
 
     def open_handle(self, segment: Segment, create: bool = False) -> Handle:
-        """Return an open handle of the file, creating the file if `create` is given. Raises OSError."""
+        """Return an open handle of the segment's file. With `create`, create the file if it does not exist. Raises OSError."""
         handle = segment.handle
         if handle is None or (create and not segment.made):
             handle = Handle(self._filesystem.open(segment.path, self._flags | (os.O_CREAT if create else 0)))
@@ -224,11 +239,11 @@ class Segments:
                 self._opened.pop(0).handle = None
         return handle
 
-    def punch(self, extent: Extent) -> None:
-        """Return the blocks of a range to the file system. Raises OSError."""
-        if extent.size and extent.segment.made and not extent.segment.gone:
-            handle = self.open_handle(extent.segment)
-            self._filesystem.punch(handle.fd, extent.offset, extent.size)
+    def punch(self, freed: BlockRange) -> None:
+        """Return the blocks of a range to the file system, unless the file is gone. Raises OSError."""
+        if freed.size and freed.segment.made and not freed.segment.gone:
+            handle = self.open_handle(freed.segment)
+            self._filesystem.punch(handle.fd, freed.offset, freed.size)
 
     def delete(self, segment: Segment) -> None:
         """Delete the file. Raises OSError."""
@@ -236,6 +251,7 @@ class Segments:
         self._filesystem.unlink(segment.path)
 
     def close(self) -> None:
+        """Close all files."""
         for segment in self._all.values():
             segment.handle = None
         self._opened.clear()

@@ -1,7 +1,8 @@
-"""Which shards a disk tier has, where, and in which order they go: 56 bytes a shard in flat arrays and one dict, with LRU.
+"""The index of a disk tier: which shards it has, where they lie, and in which order they are evicted.
 
-A shard is a *row* from 1 on. The dict maps a 60-bit hash of the key, which costs half of what the key itself would, to the
-row. The row holds the complete key, so collisions are detected.
+It takes 56 bytes for each shard in flat arrays (with LRU), and one dict. Each shard has a *row*; rows are numbered from 1. The
+dict maps a 60-bit hash of the key to the row, since that takes half the memory of the key itself. The row holds the complete
+key, so collisions are detected.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from lmcache.memory.order import LRU, Policy
 
 KEY_BYTES = 36
 UNIT_BYTES = 64
-"""Unit of places: (segment << 32 | offset / 64) fits in 64 bits and names a shard of one tier for good."""
+"""The unit of offsets in places (see `segments`), which therefore fit in 64 bits."""
 MAX_PAYLOAD_BYTES = (1 << 32) - 1
 RECORD = np.dtype(
     [("key", f"V{KEY_BYTES}"), ("zero", "<u4"), ("payload", "<u8"), ("place", "<u8"), ("tag", "<u8")], align=False
@@ -36,7 +37,8 @@ class ShardIndex:
     """The index. Not thread-safe, except `find`, which any thread may call; at worst it misses a concurrent change."""
 
     def __init__(self, records: Records | None = None, policy: Policy | None = None) -> None:
-        """records: first to be evicted first, without duplicates. policy: decides on that order, LRU unless given."""
+        """records: shards without duplicates, the one to be evicted first at the beginning. policy: decides on that order; LRU
+        unless given."""
         if records is None:
             records = np.empty(0, RECORD)
         count = len(records)
@@ -45,7 +47,7 @@ class ShardIndex:
         self._payload = array("I", bytes(4)) + _array("I", records["payload"].astype(np.uint32))
         self._place = array("Q", bytes(8)) + _array("Q", records["place"])
         self.order = LRU() if policy is None else policy
-        """Of the rows that are there."""
+        """The policy, which knows the order of eviction of all rows."""
         self.order.restored(count, self.key)
         self._free = array("I")
 
@@ -68,11 +70,11 @@ class ShardIndex:
         return self._place[row]
 
     def in_the_way(self, key: bytes) -> int:
-        """Return the row to remove before `key` can be inserted: that of the key, or of one with the same tag; or 0."""
+        """Return the row to remove before `key` can be inserted: that of the key or of another one with its tag; 0 if none."""
         return self._rows.get(tag_of(key), 0)
 
     def insert(self, key: bytes, payload: int, place: int) -> int:
-        """The row of a shard that is not there yet."""
+        """Add a shard that is not in the index, and return its row."""
         if self._free:
             row = self._free.pop()
             self._keys[row * KEY_BYTES : (row + 1) * KEY_BYTES] = key
@@ -93,7 +95,7 @@ class ShardIndex:
         self._free.append(row)
 
     def records(self) -> Records:
-        """All of them, first to be evicted first."""
+        """Return the records of all shards, the one to be evicted first at the beginning."""
         rows = np.fromiter(self.order, np.uint32, len(self))
         keys = np.frombuffer(self._keys, f"V{KEY_BYTES}")[rows]
         made = np.zeros(len(rows), RECORD)

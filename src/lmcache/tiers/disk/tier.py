@@ -209,7 +209,7 @@ class DiskTier(Tier):
             try:
                 self._compact()
             except OSError as error:
-                log.warning("%s: could not rewrite the index: %s", self._where, error.strerror)
+                log.warning("%s: could not rewrite the index at its end: %s", self._where, error.strerror)
             self._index = ShardIndex()
             self._closing.close()
 
@@ -334,8 +334,8 @@ class DiskTier(Tier):
         with self._punching:
             with self._lock:
                 pending = self._segments.take_pending()
-            for number, extent in enumerate(pending):
-                segment = extent.segment
+            for number, freed in enumerate(pending):
+                segment = freed.segment
                 with self._lock:
                     spent = self._segments.is_spent(segment)
                 try:
@@ -344,9 +344,9 @@ class DiskTier(Tier):
                         with self._lock:
                             self._segments.forget(segment)
                     elif not segment.gone:
-                        self._segments.punch(extent)
+                        self._segments.punch(freed)
                         with self._lock:
-                            self._segments.settle(extent)
+                            self._segments.settle(freed)
                 except OSError:
                     with self._lock:
                         self._segments.put_back(pending[number:])
@@ -501,7 +501,7 @@ class DiskTier(Tier):
                     self._drop(set(damaged))
                 self._give_back()
             except OSError as error:
-                log.warning("%s: damaged shards could not be removed: %s", self._where, error.strerror)
+                log.warning("%s: damaged shards could not be removed, and stay misses: %s", self._where, error.strerror)
 
 
 def _groups(numbers: list[int], shards: Sequence[Shard]) -> Iterator[list[int]]:

@@ -259,9 +259,9 @@ class Connection:
         if hasattr(self, "_socket"):
             self.close()
         if isinstance(error, TimeoutError):
-            return TierError("timeout", f"Redis at {self.name} did not answer in time; ?timeout= sets the seconds")
+            return TierError("timeout", f"Redis at {self.name} did not answer in time; check it, or raise ?timeout=")
         if isinstance(error, ssl.SSLCertVerificationError):
-            return TierError("denied", f"Redis at {self.name}: {error.verify_message}; ?ca_file= names who signed it")
+            return TierError("denied", f"Redis at {self.name}: {error.verify_message}; give its signer with ?ca_file=")
         return TierError("unreachable", f"Redis at {self.name}: {error.strerror or error}")
 
     def refused(self, error: ReplyError) -> TierError:
@@ -307,7 +307,7 @@ class Node:
         """Lend a connection for one conversation. It is reused unless an exception is raised."""
         if not self._free.acquire(timeout=max(0.0, deadline - time.monotonic())):
             raise TierError(
-                "timeout", f"Redis at {self.host}:{self.port}: all connections were busy; ?connections= sets how many"
+                "timeout", f"Redis at {self.host}:{self.port}: all connections were busy; raise ?connections="
             )
         try:
             found = self._take(deadline)

@@ -207,7 +207,7 @@ class Client:
         if "credential" in text.lower():
             return TierError("denied", no_credentials)
         if "Timeout" in text or "timed out" in text:
-            return TierError("timeout", f"{self.place.text}: {verb} did not end in time; ?timeout= sets the seconds")
+            return TierError("timeout", f"{self.place.text}: {verb} did not end in time; raise ?timeout=")
         return TierError("unreachable", f"{self.place.text}: {verb} got no answer; check the endpoint and the network")
 
 

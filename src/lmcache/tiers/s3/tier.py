@@ -268,7 +268,7 @@ class S3Tier(Tier):
             except Exception as error:  # the thread must go on: without it nothing would be trimmed
                 if str(error) != told:
                     unforeseen = not isinstance(error, TierError)
-                    log.warning("the S3 tier could not be swept, will try again: %s", error, exc_info=unforeseen)
+                    log.warning("The S3 tier could not be trimmed, will try again: %s", error, exc_info=unforeseen)
                 told = str(error)
             self._closing.wait(self._sweep_seconds if self._swept.is_set() else min(5.0, self._sweep_seconds))
 
@@ -346,7 +346,7 @@ class S3Tier(Tier):
         def run(call: Callable[..., None], *numbers: int) -> None:
             if self._now() > deadline:
                 raise TierError(
-                    "timeout", f"{self._client.place.text}: not all could begin in time; ?timeout=, ?connections="
+                    "timeout", f"{self._client.place.text}: no connection was free in time; raise ?connections="
                 )
             call(*numbers)
 

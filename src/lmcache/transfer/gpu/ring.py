@@ -1,7 +1,8 @@
-"""The staging ring: one direction's copies, cut into pieces that pass through GPU memory.
+"""The staging ring: the copies of one direction (stores or loads), cut into pieces that pass through GPU memory.
 
-Each piece takes the next place of the ring. The kernels and the DMA transfers have a stream each, and each place has two events,
-recorded when it has been filled and when it has been emptied. Host threads wait on blocking events and do not hold the GIL.
+The ring is an array of equal buffers in GPU memory, called *places*. Each piece of a copy takes the next place. The kernels and
+the DMA transfers have a CUDA stream each, and each place has two events, recorded when the place has been filled and when it has
+been emptied. The host waits for the end of a copy, not of each piece, and does not hold the GIL meanwhile.
 """
 
 from __future__ import annotations
@@ -26,22 +27,23 @@ logger = init_logger(__name__)
 _PIECES_IN_RING = 4
 """Measured on an H200: 8 pieces of half the size lose a quarter of the rate to launches when both directions run."""
 _SPIN_BYTES = 64 << 20
-"""A smaller copy ends within a millisecond; waking up from a blocking wait would take a tenth of that, so the thread spins."""
+"""The host spins while it waits for a smaller copy, which ends within a millisecond: waking up would take a tenth of that."""
 _GROUP_BYTES = 4 << 20
-"""Bytes of one chunk in one transfer, where the engine waits for layers one by one. Smaller transfers lower the rate."""
+"""Bytes of one chunk in one transfer if the engine waits for layers one by one. Smaller transfers lower the rate."""
 _YIELD_BYTES = 90 << 20
 """After so many bytes a copy waits 19 microseconds for the kernel of the previous piece. The copy engine serves one queue for as
 long as that queue need not wait, and the engine's own small copies (token ids in and out) are in another queue. On an H100 a step
 of 1.5 ms beside a load of 45 ms took 46 ms without this wait and takes 2.0 ms with it, at a cost of 1 % of the rate."""
 _COPIES_LAUNCHED = 2
-"""Copies of one direction in flight: while one runs, the next one is launched behind it."""
+"""How many copies of one direction may be in flight: while one runs, the next one is launched behind it."""
 
 
 @dataclass(frozen=True)
 class Source:
     """The paged KV that a ring copies from or to.
 
-    bases: int64 [planes], the planes' addresses, on `device`. slot_bytes: bytes of the extent of a full chunk.
+    bases: int64 [planes], the planes' addresses, on `device`. shape: the strides that all planes share. shard_bytes: bytes of the
+    extent of a full chunk, which has `chunk_tokens` tokens.
     """
 
     device: torch.device
@@ -81,14 +83,14 @@ class _DeviceTables:
         self._filled = self._unsent = words
 
     def addresses(self) -> Tables:
-        """Return where the tables are, for a launcher, which uploads them before its first kernel."""
+        """Return where the tables are. The launcher uploads them before its first kernel."""
         words, self._unsent = self._unsent, 0
         host, device = self._addresses
         return Tables(host, device, device + 8 * self._blocks, 8 * words)
 
     def uploaded(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (blocks, runs) on the device, for kernels of the current stream. The first call uploads them, after a load's
-        first transfer has been launched."""
+        """Return (blocks, runs) on the device, for kernels of the current stream. The first call uploads them, behind a load's
+        first transfer."""
         if self._unsent:
             words, self._unsent = self._unsent, 0
             self._device[:words].copy_(self._host[:words], non_blocking=True)
@@ -96,9 +98,9 @@ class _DeviceTables:
 
 
 class StagingRing:
-    """The copies of one direction. One thread launches at a time, and `_COPIES_LAUNCHED` copies may be in flight.
+    """The copies of one direction. Any thread may call `run`. One launches at a time; `_COPIES_LAUNCHED` may be in flight.
 
-    ring_bytes: GPU memory of the ring. to_host: whether copies go from the paged KV to the arena.
+    ring_bytes: GPU memory of the ring. to_host: True for stores (paged KV to arena), False for loads.
 
     Raises:
         LayoutError: the ring does not fit in GPU memory.
@@ -137,8 +139,14 @@ class StagingRing:
         self._launcher = self._make_launcher()
 
     def run(self, base: int, blocks: Blocks, runs: Runs, progress: Progress | None = None) -> None:
-        """Copy all runs and return when the copy has ended. Another thread may launch the next copy meanwhile, so that the
-        device need not pause between copies."""
+        """Copy all runs and return when the copy has ended. Another thread may launch the next copy meanwhile.
+
+        base: the address at which the arena is mapped. blocks, runs: as in `CpuCopier`, and checked. progress: for loads only;
+        the planes are then copied in order, and each group of them is reported.
+
+        Raises:
+            RuntimeError: the driver refused the copy, or the device failed.
+        """
         if not len(runs):
             return
         with using_device(self._source.device):
@@ -182,7 +190,7 @@ class StagingRing:
             progress.arrived(end, point)
 
     def _pieces(self, base: int, tables: _DeviceTables, runs: Runs, planes: range, chunks: int) -> None:
-        """Launch the planes `planes` of all runs, `planes.step` planes of `chunks` chunks a piece."""
+        """Launch the planes `planes` of all runs. Each piece has `planes.step` planes of `chunks` chunks."""
         if self._launcher is not None:
             registered_from = self._arena.registrations_from(base)
             self._launcher.launch(base, registered_from, tables.addresses(), runs, planes, chunks)
@@ -192,7 +200,7 @@ class StagingRing:
                 self._piece(base, tables, runs[at : at + chunks], at, plane, min(planes.step, planes.stop - plane))
 
     def _make_launcher(self) -> Launcher | None:
-        """Return a launcher of pieces from C; None where they have to be launched from Python."""
+        """Return an object that launches pieces from C; None if they have to be launched from Python."""
         source, constants = self._source, self._constants
         plane_words = self._plane_bytes // source.shape.word_bytes
         driver = find_driver(torch.version.hip is not None)
@@ -290,7 +298,7 @@ class StagingRing:
         )
 
     def _transfer(self, staged: torch.Tensor, base: int, runs: Runs, plane: int, planes: int) -> None:
-        """Move the piece's chunks between its place and the arena by one DMA each, or one for neighbours in the arena."""
+        """Move the piece's chunks between its place and the arena, by one DMA transfer for each run of adjacent chunks."""
         length = planes * self._plane_bytes
         starts = (runs[:, 0] + plane * self._plane_bytes).tolist()
         torch.cuda.set_stream(self._copies)
