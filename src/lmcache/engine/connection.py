@@ -40,6 +40,8 @@ _STARTING_SECONDS = 60.0
 """How long the socket of an expected server may be missing before that is logged: ranks are ready before schedulers are."""
 START_SECONDS = 10.0
 """How long the start of an engine waits for a server that listens and has not answered the hello: a busy server is slow."""
+OWN_START_SECONDS = 30.0
+"""How long the start of an engine waits for a server of its own, which starts at the same time; a busy machine needs seconds."""
 _CONNECT_SECONDS = 1.0
 _LOOK_SECONDS = 1.0
 """The longest time between two checks for due heartbeats and renewals. The end of a connection is noticed at once."""
@@ -175,9 +177,11 @@ class Connection:
         return self._connected.wait(timeout_seconds)
 
     def wait_for_server(self, seconds: float | None = None) -> None:
-        """Wait for the first connection, at most until `seconds` (None: `START_SECONDS`) after this object was made. Return at
-        once when it is known that no server listens, or none that can serve this engine."""
-        until = self._since + (START_SECONDS if seconds is None else seconds)
+        """Wait for the first connection, at most until `seconds` after this object was made. Return at once when it is known that
+        no server listens, or none that can serve this engine. None: `START_SECONDS`, or `OWN_START_SECONDS` at a Unix socket."""
+        if seconds is None:
+            seconds = OWN_START_SECONDS if _is_unix(self.endpoint) else START_SECONDS
+        until = self._since + seconds
         self._settled.wait(max(0.0, until - self._now()))
 
     def wait_welcomed(self) -> None:

@@ -23,9 +23,9 @@ from lmcache.chunks import Shard
 from lmcache.chunks.hashing import HASH_BYTES
 from lmcache.engine.access import ArenaAccess
 from lmcache.engine.connection import Connection, Endpoint, ask
-from lmcache.engine.identified import UNKNOWN, LayoutFor, is_identified
 from lmcache.engine.jobs import Done, Event, Load, Store
 from lmcache.engine.runtime import RUNTIME, Runtime
+from lmcache.engine.session import UNKNOWN, LayoutFor, Session
 from lmcache.errors import LayoutError, LMCacheError, ServerRefused, ServerUnavailable
 from lmcache.memory.arena import Mapping
 from lmcache.memory.slabs import NO_EXTENT, SECTOR_BYTES
@@ -54,7 +54,7 @@ class _Cancelled(LMCacheError):
     """The engine has taken away the blocks of a store that had not been copied yet."""
 
 
-class WorkerSession:
+class WorkerSession(Session):
     """The session of one rank. `load` and `store` only enqueue jobs, `finished` returns the results. No method raises.
 
     Args:
@@ -77,10 +77,10 @@ class WorkerSession:
         stages: Sequence[int] = (),
         runtime: Runtime = RUNTIME,
     ) -> None:
-        self.runtime = runtime
+        super().__init__(layout_for, runtime)
         self.counters: Counter[str] = Counter()
         """Counts of failed jobs and dropped chunks; a reason follows a colon."""
-        self._layout_for, self._shard, self._paged, self._threads = layout_for, shard, paged, threads
+        self._shard, self._paged, self._threads = shard, paged, threads
         self._stages = list(stages)
         self._space, self._chunk_tokens, self._arena, self._epoch = 0, 0, b"", b""
         self._shard_bytes = 0
@@ -122,29 +122,10 @@ class WorkerSession:
         ]
 
     @property
-    def connected(self) -> bool:
-        return self._connection.connected
-
-    @property
-    def identified(self) -> bool:
-        """Whether the weights are identified. Until then this rank connects to no server, and waits for none."""
-        return is_identified(self._layout_for)
-
-    @property
     def mapped_epoch(self) -> bytes:
         """The epoch whose arena this process has mapped, so that a load needs no server; b"" for none (payload frames)."""
         with self._state:
             return self._epoch if self._mapped() else b""
-
-    def wait_connected(self, timeout_seconds: float) -> bool:
-        """Wait for the first connection."""
-        return self._connection.wait_connected(timeout_seconds)
-
-    def wait_for_server(self, seconds: float | None = None) -> None:
-        """At engine start: wait for the first connection, unless no server listens or none can serve this engine. The wait for a
-        server that listens and has not answered ends `seconds` (None: ten) after this session was made."""
-        if self.identified:
-            self._connection.wait_for_server(seconds)
 
     def load(self, job_id: str, load: Load) -> None:
         """Enqueue a job that fills paged KV from extents. The scheduler's lease must hold until `finished` returns the job."""

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from lmcache.engine import Copies, Copy, LoadPlan, Request
 from lmcache.engine.agreement import Agreement
 from lmcache.engine.copies import retrieved_line, stored_line
-from lmcache.engine.embedded import START_SECONDS, embedded_address, start_own_server
+from lmcache.engine.embedded import NOT_STARTED, EmbeddedServer, embedded_address, start_own_server
 from lmcache.engine.jobs import Event
 from lmcache.engine.local import LocalRank
 from lmcache.engine.served import NOT_SERVED, ServedKV, refusal_of
@@ -78,21 +78,24 @@ class Tracker(Request):
 
 
 class SGLangRank(LocalRank[Tracker]):
-    """Requests and copies of one rank. Nothing raises. vocabulary: token ids from this one on stand for what is not text."""
+    """Requests and copies of one rank. Nothing raises. vocabulary: token ids from this one on stand for what is not text.
+    server: the engine's own server, if this process has started it; it is closed with this object."""
 
-    def __init__(self, settings: ServerSettings, kv: ServedKV, ranks: Ranks, name: str, vocabulary: int) -> None:
-        self._vocabulary = vocabulary
-        own = not settings.address and not ranks.number
-        self._server = start_own_server(name, settings.config) if own else None
+    def __init__(
+        self,
+        settings: ServerSettings,
+        kv: ServedKV,
+        ranks: Ranks,
+        name: str,
+        vocabulary: int,
+        server: EmbeddedServer | None,
+    ) -> None:
+        self._vocabulary, self._server = vocabulary, server
         # Each rank leases and copies for itself, in one process, so each is an engine of its own to the server.
         where = settings.address or embedded_address(name)
         endpoint = settings.endpoint(f"{name}-{ranks.number}", "", ranks.number, where)
         super().__init__(endpoint, kv, name=name, ended=self._ended)
-        server = self._server
-        if server is None:
-            self.wait_for_server()
-        elif self.scheduler.identified:
-            self.wait_connected(START_SECONDS, lambda: server.running)
+        self.wait_for_server(server)
 
     def text_of(self, tokens: Any) -> Tokens:
         """Return a copy of the leading tokens that are text: SGLang's arrays may grow meanwhile. SGLang represents images by
@@ -148,15 +151,21 @@ def open_rank(
     agreement: Agreement,
     name: str,
 ) -> SGLangRank | None:
-    """This rank, if the KV of every rank can be described: they all serve from LMCache, or none does, and a line says why."""
-    kv, vocabulary, refusal = None, 0, "another rank's KV cannot be cached"
+    """This rank, if every rank can be served: they all serve from LMCache, or none does, and a line says why. Rank 0 starts the
+    engine's own server, if it is to have one."""
+    kv, server, vocabulary, refusal = None, None, 0, "another rank cannot be served; its log says why"
     try:
         vocabulary = int(model_config.vocab_size)
         kv = describe_rank(buffers(), model_config, page_size, ranks, model_id=settings.model_id, engine_id=name)
+        if not settings.address and not ranks.number:
+            server = start_own_server(name, settings.config)
+            kv, refusal = (kv, refusal) if server is not None else (None, NOT_STARTED)
     except NOT_SERVED as error:
         refusal = refusal_of(error, "SGLang")
     if agreement.least(int(kv is not None)) and kv is not None:
-        return SGLangRank(settings, kv, ranks, name, vocabulary)
+        return SGLangRank(settings, kv, ranks, name, vocabulary, server)
+    if server is not None:
+        server.close()
     logger.warning("LMCache serves nothing for this engine: %s", refusal)
     return None
 

@@ -13,7 +13,7 @@ import torch
 from lmcache.chunks import Shard
 from lmcache.engine import Copy, Request, StorePlan
 from lmcache.engine.connection import Endpoint, given_address
-from lmcache.engine.embedded import START_SECONDS, EmbeddedServer, embedded_address
+from lmcache.engine.embedded import EmbeddedServer, embedded_address
 from lmcache.engine.identity import Identity, named
 from lmcache.engine.local import LocalRank
 from lmcache.engine.points import stream_point
@@ -101,7 +101,7 @@ class Attached:
         self._lock = threading.Lock()
         try:
             self._shape = kv_shape(model)
-            self._open(_ROOM_TOKENS, None if own is None else START_SECONDS)
+            self._open(_ROOM_TOKENS)
         except NOT_SERVED as error:
             self._refuse(error)
             return
@@ -127,8 +127,7 @@ class Attached:
 
     def wait_connected(self, timeout_seconds: float) -> bool:
         """Wait until the server has registered this model. Return False after the timeout, or if its own server has ended."""
-        own, rank = self._own, self._rank
-        return rank is not None and rank.wait_connected(timeout_seconds, lambda: own is None or own.running)
+        return self._rank is not None and self._rank.wait_connected(timeout_seconds, self._own)
 
     def flush(self, timeout_seconds: float = 30.0) -> bool:
         """Wait until all KV so far has been stored. Return False if some has not been after the timeout."""
@@ -254,8 +253,9 @@ class Attached:
 
     # Sessions
 
-    def _open(self, room: int, wait_seconds: float | None) -> None:
-        """A pool for at least `room` tokens, and sessions for the weights as they are now, which are waited for so long.
+    def _open(self, room: int, wait_seconds: float | None = None) -> None:
+        """Make a pool for at least `room` tokens, and sessions for the weights as they are now. wait_seconds: how long to wait
+        for the server, as for `LocalRank.wait_for_server`.
 
         Raises:
             LayoutError: this model's KV cannot be cached.
@@ -269,10 +269,7 @@ class Attached:
         kv = ServedKV(identity, layout, whole, self._pool.describe(), stores=True)
         self._rank = LocalRank(self._endpoint, kv, threads=threads, ended=self._ended)
         self._rank.requests.prefill = self._prefill
-        if self._own is None or wait_seconds is None:
-            self._rank.wait_for_server(wait_seconds)
-        elif self._rank.scheduler.identified:
-            self.wait_connected(wait_seconds)
+        self._rank.wait_for_server(self._own, wait_seconds)
 
     def _identified(self) -> Identity:
         """The identity of the weights as they are now, which are hashed once for as long as they stay so.

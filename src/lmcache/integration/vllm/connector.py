@@ -9,7 +9,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1 import base
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorRole
 
 from lmcache.engine import SchedulerSession, WorkerSession
-from lmcache.engine.embedded import START_SECONDS, EmbeddedServer, wait_connected
+from lmcache.engine.embedded import NOT_STARTED, EmbeddedServer, wait_for_server
 from lmcache.engine.served import NOT_SERVED, refusal_of
 from lmcache.engine.settings import ServerSettings
 from lmcache.integration.vllm.caches import describe_rank
@@ -82,7 +82,7 @@ class Connector:
     def _serve(self, address: str, **rules: Any) -> None:
         """Make the scheduler's side. address: the server's address if it is not the configured one, else "". rules: keyword
         arguments of `SchedulerSide`."""
-        kv, server, transfer = self._kv, self._server, self._vllm_config.kv_transfer_config
+        kv, transfer = self._kv, self._vllm_config.kv_transfer_config
         assert kv is not None
         endpoint = self._settings.endpoint(self._instance, "scheduler", address=address)
         session = SchedulerSession(endpoint, kv.layout, kv.shards, kv.stages)
@@ -97,13 +97,8 @@ class Connector:
             **rules,
         )
         watch_resets(self._instance, side)
-        if server is None:
-            session.wait_for_server()
-        elif session.identified and not wait_connected((session,), START_SECONDS, lambda: server.running):
-            if server.running:
-                logger.warning("This engine's LMCache server was not up within %.0f s; it may come yet", START_SECONDS)
-            else:
-                side.requests.stop("its own server has not started; the server's log lines say why")
+        if not wait_for_server((session,), self._server):
+            side.requests.stop(NOT_STARTED)
 
     def _attach(self, kv_caches: dict[str, Any], address: str = "", *, layerwise: bool = False) -> None:
         """Make this rank's side. layerwise: whether forwards that wait for loads do so layer by layer."""
