@@ -69,12 +69,12 @@ class Engine:
         reporter = SimpleNamespace(tell=self.told.append)
         self.worker = WorkerSide(one.worker, reporter, 0)  # type: ignore[arg-type]
 
-    def run(self, number: int, tokens: list[int], position: int) -> bool:
+    def run(self, number: int, tokens: list[int], position: int, blocks: list[int] | None = None) -> bool:
         """A step that computes the tokens from `position` on, behind what is loaded; whether all loads worked."""
         data = SimpleNamespace(
             request_id=number,
             new_tokens=tokens,
-            new_block_ids=self.one.table(len(tokens)),
+            new_block_ids=blocks or self.one.table(len(tokens)),
             computed_position=position,
             num_scheduled_tokens=len(tokens) - position,
         )
@@ -103,6 +103,19 @@ def test_what_a_request_computed_the_next_one_loads_up_to_a_block(server: Any, e
     assert drive.run(2, tokens, 64) and drive.loaded == [(16, 64)] and one.right(tokens, 16, 64)
     assert not one.scheduler._held and not drive.half.owes and drive.told[-1] == one.worker.mapped_epoch
     assert not drive.half.finished(second), "all that it computed was there"
+
+
+def test_nothing_is_stored_from_a_block_on_that_does_not_exist(server: Any, engine: Any) -> None:
+    one = engine(server(chunk=20))
+    drive, tokens = Engine(one), [number % 500 for number in range(100)]
+    first, second = (Request(request_id=number, get_tokens=lambda beam: tokens) for number in (1, 2))
+    blocks = one.table(100)
+    blocks[3] = -1
+    assert drive.half.match(first, 0) == 0 and drive.run(1, tokens, 0, blocks)
+    assert drive.half.requests.open[1].stored == 2, "the blocks of 48 tokens are there, which are two chunks and a part"
+    ended = [1] if drive.half.finished(first) else []
+    eventually(lambda: drive.worker.finished(ended) == ended)
+    assert drive.half.match(second, 0) == 32 and not one.worker.counters["failed_stores"]
 
 
 def test_a_plan_that_goes_wrong_forgets_neither_loads_nor_stores_to_be_settled(server: Any, engine: Any) -> None:

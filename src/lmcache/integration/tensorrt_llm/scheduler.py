@@ -28,10 +28,12 @@ class StepPlan(plans.StepPlan):
 
 @dataclass
 class Tracker(Request):
-    """computed: tokens that could have been stored. asked: whether the engine asked for hits. matched: tokens that it had itself.
-    granted: tokens after those that it loads from LMCache. prompt_tokens: 0 until the first step."""
+    """computed: tokens that could have been stored. given: number of leading blocks that the engine has given. asked: whether it
+    asked for hits. matched: tokens that it had itself. granted: tokens after those that it loads from LMCache. prompt_tokens: 0
+    until the first step."""
 
     computed: int = 0
+    given: int = 0
     asked: bool = False
     matched: int = 0
     granted: int = 0
@@ -183,9 +185,13 @@ class SchedulerSide:
         return end
 
     def _plan_store(self, plan: StepPlan, tracker: Tracker, computed: int) -> None:
-        """Plan to store the chunks that are full after this step. Draft tokens do not count, since they may be rejected."""
+        """Plan to store the chunks that are full after this step. Draft tokens do not count, since they may be rejected. From the
+        first block with the number -1 on nothing is stored: such a block does not exist."""
         tracker.computed = min(computed, len(tracker.tokens) if self._stores_answers else tracker.prompt_tokens)
-        store = self.requests.store(tracker, tracker.tokens, tracker.computed)
+        while tracker.given < len(tracker.blocks) and tracker.blocks[tracker.given] >= 0:
+            tracker.given += 1
+        end = min(tracker.computed, tracker.given * self._block_tokens)
+        store = self.requests.store(tracker, tracker.tokens, end)
         if store is not None:
             plan.stores.append(store)
 
