@@ -5,22 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from lmcache.config.engine import EngineConfig
-from lmcache.engine.connection import server_address
 from lmcache.engine.settings import ServerSettings
-from lmcache.errors import ConfigError
 from lmcache.integration.sglang.older import Found, LoadMetadata, OlderConnector, StoreMetadata, tokens_had
+from lmcache.integration.sglang.settings import daemon_address
 
 
 class LMCacheMPConnector(OlderConnector):
     """host, port: of the daemon. pools: as `OlderConnector` has them."""
 
     def __init__(self, *, page_size: int, host: str, port: int, **pools: Any) -> None:
-        try:
-            address = server_address(str(host), int(port))
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"mp_host {host!r} with mp_port {port!r} is no address: {error}") from error
-        settings = ServerSettings(address, deadline_seconds=EngineConfig().blocking_timeout_secs)
+        settings = ServerSettings(daemon_address(host, port))
         super().__init__(settings, page_size=page_size, **pools)
         self._found: dict[str, Found] = {}
 
