@@ -18,8 +18,9 @@ import pytest
 from engine_process import Engine
 from lmcache.config.engine import EngineConfig
 from lmcache.engine import Store
-from lmcache.engine.connection import Endpoint, probe
 from lmcache.engine.embedded import EmbeddedServer, embedded_address, wait_for_server
+from lmcache.engine.endpoint import Endpoint
+from lmcache.engine.hello import probe
 from lmcache.errors import ConfigError, ServerUnavailable
 from ports import free_port
 from servers import PATIENCE, READY, Process, Server, beside, eventually

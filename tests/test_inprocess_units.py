@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from lmcache.engine import Done
-from lmcache.engine.connection import server_address
+from lmcache.engine.endpoint import server_address
 from lmcache.engine.settings import ServerSettings
 from lmcache.integration.vllm import own_server
 from lmcache.integration.vllm.plan import StepReport

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
         Store,
         WorkerSession,
     )
-    from lmcache.engine.connection import Endpoint
     from lmcache.engine.embedded import EmbeddedServer, embedded_address
+    from lmcache.engine.endpoint import Endpoint
     from lmcache.engine.identity import named, path_identity
     from lmcache.engine.local import LocalRank
     from lmcache.engine.served import ServedKV
@@ -80,7 +80,7 @@ _MODULES = {
     "chunks": "HASH_BYTES Layout Shard TokenChain shard_of_rank",
     "engine": "Copies Done Hit Load Loading Request Requests SchedulerSession Store WorkerSession",
     "engine.embedded": "EmbeddedServer embedded_address",
-    "engine.connection": "Endpoint",
+    "engine.endpoint": "Endpoint",
     "engine.identity": "named path_identity",
     "engine.local": "LocalRank",
     "engine.served": "ServedKV",

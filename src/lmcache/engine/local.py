@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Generic
 
-from lmcache.engine.connection import Endpoint
 from lmcache.engine.copies import Copies, Copy
 from lmcache.engine.embedded import NOT_STARTED, EmbeddedServer, wait_connected, wait_for_server
+from lmcache.engine.endpoint import Endpoint
 from lmcache.engine.requests import Requests, RequestT
 from lmcache.engine.runtime import RUNTIME, Runtime
 from lmcache.engine.scheduler import SchedulerSession

@@ -9,7 +9,9 @@ from typing import NamedTuple
 
 from lmcache.chunks import TokenChain, chunk_root
 from lmcache.chunks.hashing import HASH_BYTES, Extras
-from lmcache.engine.connection import Connection, Endpoint, ask
+from lmcache.engine.connection import Connection
+from lmcache.engine.endpoint import Endpoint
+from lmcache.engine.hello import ask
 from lmcache.engine.runtime import RUNTIME, Runtime
 from lmcache.engine.session import UNKNOWN, LayoutFor, Session
 from lmcache.errors import LMCacheError

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from lmcache.config.engine import EngineConfig
-from lmcache.engine.connection import MOST_HEARTBEAT_SECONDS, Endpoint
 from lmcache.engine.embedded import embedded_address
+from lmcache.engine.endpoint import MOST_HEARTBEAT_SECONDS, Endpoint
 
 DEFAULT_ADDRESS = "tcp://localhost:5555"
 DEFAULT_DEADLINE_SECONDS = 2.0

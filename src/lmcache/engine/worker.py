@@ -22,7 +22,9 @@ import numpy.typing as npt
 from lmcache.chunks import Shard
 from lmcache.chunks.hashing import HASH_BYTES
 from lmcache.engine.access import ArenaAccess
-from lmcache.engine.connection import Connection, Endpoint, ask
+from lmcache.engine.connection import Connection
+from lmcache.engine.endpoint import Endpoint
+from lmcache.engine.hello import ask
 from lmcache.engine.jobs import Done, Event, Load, Store
 from lmcache.engine.runtime import RUNTIME, Runtime
 from lmcache.engine.session import UNKNOWN, LayoutFor, Session

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from lmcache.config.engine import FILE_VARIABLE, SGLANG_KEYS, load_engine
-from lmcache.engine.connection import server_address
+from lmcache.engine.endpoint import server_address
 from lmcache.engine.settings import ServerSettings
 from lmcache.errors import ConfigError
 from lmcache.observability.log import init_logger

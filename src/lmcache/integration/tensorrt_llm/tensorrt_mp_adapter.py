@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lmcache.config.engine import EngineConfig
-from lmcache.engine.connection import given_address
+from lmcache.engine.endpoint import given_address
 from lmcache.engine.settings import DEFAULT_ADDRESS, ServerSettings
 from lmcache.errors import ConfigError
 from lmcache.integration.tensorrt_llm.connector import Scheduler, Worker

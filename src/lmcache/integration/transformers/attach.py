@@ -12,8 +12,8 @@ import torch
 
 from lmcache.chunks import Shard
 from lmcache.engine import Copy, Request, StorePlan
-from lmcache.engine.connection import Endpoint, given_address
 from lmcache.engine.embedded import EmbeddedServer, embedded_address
+from lmcache.engine.endpoint import Endpoint, given_address
 from lmcache.engine.identity import Identity, named
 from lmcache.engine.local import LocalRank
 from lmcache.engine.points import stream_point

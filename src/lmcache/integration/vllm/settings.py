@@ -7,7 +7,7 @@ from typing import Any
 
 from lmcache.config.given import nearest
 from lmcache.config.options import deadline, integer, word
-from lmcache.engine.connection import MOST_HEARTBEAT_SECONDS, TRANSFER_MODES, server_address
+from lmcache.engine.endpoint import MOST_HEARTBEAT_SECONDS, TRANSFER_MODES, server_address
 from lmcache.engine.settings import DEFAULT_DEADLINE_SECONDS, ServerSettings
 from lmcache.errors import ConfigError
 from lmcache.observability.log import init_logger
