@@ -225,13 +225,7 @@ class Worker(KvCacheConnectorWorker):  # type: ignore[misc]
 
     def _open_scheduler(self, kv: ServedKV, settings: ServerSettings, instance: str) -> SchedulerSide:
         session = SchedulerSession(settings.endpoint(instance, "scheduler"), kv.layout, kv.shard.count)
-        return SchedulerSide(
-            session,
-            RankWatch(instance, self._ranks),
-            kv.paged.block_tokens,
-            stores_answers=settings.config.save_decode_cache,
-            least_gain=settings.config.min_retrieve_tokens,
-        )
+        return SchedulerSide(session, RankWatch(instance, self._ranks), kv.paged.block_tokens, settings.config)
 
     def _refuse(self, why: str) -> None:
         logger.warning("LMCache serves nothing for this engine: %s", why)

@@ -10,8 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from lmcache.config.engine import EngineConfig
 from lmcache.engine import Request, Requests, SchedulerSession, plans
 from lmcache.engine.rank_arenas import RankWatch
+from lmcache.engine.settings import WITH_A_DAEMON
 from lmcache.observability.log import init_logger
 
 logger = init_logger(__name__)
@@ -42,20 +44,14 @@ class Tracker(Request):
 
 
 class SchedulerSide:
-    """stores_answers: whether generated tokens are stored too. least_gain: the fewest tokens that are loaded."""
+    """config: settings of loads and stores."""
 
     def __init__(
-        self,
-        session: SchedulerSession,
-        watch: RankWatch,
-        block_tokens: int,
-        *,
-        stores_answers: bool = True,
-        least_gain: int = 1,
+        self, session: SchedulerSession, watch: RankWatch, block_tokens: int, config: EngineConfig = WITH_A_DAEMON
     ) -> None:
         self.requests: Requests[Tracker] = Requests(session, block_tokens=block_tokens)
         self.session, self.watch, self._block_tokens = session, watch, block_tokens
-        self._stores_answers, self._least_gain = stores_answers, max(1, least_gain)
+        self._stores_answers, self._least_gain = config.save_decode_cache, max(1, config.min_retrieve_tokens)
         self.settle: list[str] = []
         """Store jobs of blocks that are gone, which no plan has told the ranks of."""
         self._logged: set[str] = set()

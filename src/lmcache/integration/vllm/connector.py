@@ -79,9 +79,8 @@ class Connector:
         """Make the scheduler's side with `_serve`, after starting the engine's own server if it needs one."""
         raise NotImplementedError
 
-    def _serve(self, address: str, **rules: Any) -> None:
-        """Make the scheduler's side. address: the server's address if it is not the configured one, else "". rules: keyword
-        arguments of `SchedulerSide`."""
+    def _serve(self, address: str = "") -> None:
+        """Make the scheduler's side. address: the server's address if it is not the configured one, else ""."""
         kv, transfer = self._kv, self._vllm_config.kv_transfer_config
         assert kv is not None
         endpoint = self._settings.endpoint(self._instance, "scheduler", address=address)
@@ -94,14 +93,14 @@ class Connector:
             can_store=transfer.is_kv_producer,
             synchronous=self._synchronous,
             device=str(self._vllm_config.device_config.device_type),
-            **rules,
+            config=self._settings.config,
         )
         watch_resets(self._instance, side)
         if not wait_for_server((session,), self._server):
             side.requests.stop(NOT_STARTED)
 
-    def _attach(self, kv_caches: dict[str, Any], address: str = "", *, layerwise: bool = False) -> None:
-        """Make this rank's side. layerwise: whether forwards that wait for loads do so layer by layer."""
+    def _attach(self, kv_caches: dict[str, Any], address: str = "") -> None:
+        """Make this rank's side. address: as for `_serve`."""
         kv = self._kv
         if kv is None:
             return
@@ -111,6 +110,7 @@ class Connector:
             self._refuse(refusal_of(error, "vLLM"))
             return
         endpoint = self._settings.endpoint(self._instance, "worker", number, address)
+        layerwise = self._synchronous and self._settings.config.use_layerwise
         self._worker = WorkerSide(
             WorkerSession(endpoint, served.layout, served.shard, served.paged, stages=kv.stages),
             registered,
@@ -136,6 +136,45 @@ class Connector:
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
         if self._worker is not None and isinstance(kv_connector_metadata, LMCacheMetadata):
             self._worker.settle(kv_connector_metadata.plan)
+
+    def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
+        logger.info("Registering kv caches!")
+        self._attach(kv_caches)
+
+    def _begin(self) -> None:
+        """Start the loads of the step. This does nothing more when it is called again for the same step."""
+        plan, worker = self._plan(), self._worker
+        if worker is not None:
+            if self._synchronous or plan.address:
+                worker.wait_connected(plan)
+            worker.settle(plan)
+            worker.start_loads(plan)
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        """Start the loads, and if forwards wait for loads, wait for those that the next forward reads."""
+        self._begin()  # releases of vLLM differ in whether they bind the metadata before
+        if self._worker is not None and self._synchronous:
+            self._worker.wait_before_forward(forward_context)
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        if self._worker is not None:
+            self._worker.wait_layer(layer_name)
+
+    def wait_for_save(self) -> None:
+        """Start the stores, which run beside the engine; it keeps the blocks until the stores have ended."""
+        if self._worker is not None:
+            self._worker.wait_after_forward()
+            self._worker.start_stores(self._plan())
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        plan = self._plan()
+        if self._worker is not None:
+            self._worker.wait_after_forward()  # here too: with a drafter, vLLM asks this before it waits for stores
+            sent, received = self._worker.finished(plan)
+        else:
+            loads = () if self._synchronous else plan.loads
+            sent, received = set(plan.closing), {str(load.request_id) for load in loads}
+        return sent or None, received or None
 
     def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any) -> None:
         return
