@@ -259,7 +259,7 @@ def test_new_weights(server: Servers, sglang: Engines, updater: type[Updater]) -
     engine.compute_and_store("a", text, salt=salt)
     asked = engine.connector.submit_lookup("asked before", text, local_hit_tokens=0, cache_salt=salt)
     assert engine.connector.poll_lookup(asked) == 160
-    weights.forget(other.connector._new_weights)  # another process, really
+    weights.forget(other.connector._rank._new_weights)  # another process, really
     assert updater(160).update_weights_from_disk("x") == "loaded x"
     slots = engine.slots(160, 12)
     load = engine.connector.submit_load(asked, slots, local_hit_tokens=0, owned_device_indices=slots)

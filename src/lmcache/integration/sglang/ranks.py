@@ -22,6 +22,7 @@ from lmcache.engine.local import LocalRank
 from lmcache.engine.served import NOT_SERVED, ServedKV, refusal_of
 from lmcache.engine.settings import ServerSettings
 from lmcache.integration.sglang.model import Buffers, Ranks, describe_rank
+from lmcache.integration.sglang.weights import forget, on_new_weights
 from lmcache.observability.log import init_logger
 from lmcache.transfer.bounds import Blocks
 from lmcache.transfer.progress import Progress
@@ -96,6 +97,7 @@ class SGLangRank(LocalRank[Tracker]):
         endpoint = settings.endpoint(f"{name}-{ranks.number}", "", ranks.number, where)
         super().__init__(endpoint, kv, name=name, ended=self._ended)
         self.wait_for_server(server)
+        on_new_weights(self._new_weights)
 
     def text_of(self, tokens: Any) -> Tokens:
         """Return a copy of the leading tokens that are text: SGLang's arrays may grow meanwhile. SGLang represents images by
@@ -126,13 +128,14 @@ class SGLangRank(LocalRank[Tracker]):
             skipped = chunked - sum(copy.done.tokens for copy in copies if copy.done is not None)
             logger.info("%s; skipped: %d tokens%s", line, skipped, whose)
 
-    def new_weights(self, kv_in_use: bool) -> None:
-        """The KV of before is not served to this engine again, and that of the new weights to nobody else. kv_in_use: the radix
-        tree has KV, or a request that runs has some, which will get into the tree."""
+    def _new_weights(self, kv_in_use: bool) -> None:
+        """Serve the KV of before to this engine no more, and that of the new weights to nobody else. kv_in_use: the radix tree
+        has KV, or a request that runs has some, which will get into the tree."""
         self.requests.reset(None if kv_in_use else -1)
         logger.info("The weights of this engine change: what LMCache holds of it so far is not used any more")
 
     def close(self) -> None:
+        forget(self._new_weights)
         super().close()
         if self._server is not None:
             self._server.close()
