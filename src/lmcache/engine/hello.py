@@ -57,31 +57,37 @@ def _through_socket(endpoint: Endpoint, hello: m.Hello) -> tuple[Carrier, m.Welc
     if not place.startswith("\0") and (why_not := _why_not_mine(place)):
         raise ServerRefused(why_not) if os.path.exists(place) else NotThereYet(why_not)
     try:
-        unix = UnixCarrier(place, hello, _CONNECT_SECONDS)
+        return _at_socket(place, hello)
     except ServerUnavailable as error:
         if isinstance(error.__cause__, ConnectionRefusedError):
             raise NotThereYet("nobody listens there") from error
         raise
+
+
+def _at_socket(place: str, hello: m.Hello) -> tuple[Carrier, m.Welcome, int]:
+    unix = UnixCarrier(place, hello, _CONNECT_SECONDS)
     try:
-        return unix, _welcome_with(unix), unix.descriptor
-    except LMCacheError:
+        return unix, _welcome(unix.welcome), unix.descriptor
+    except ServerRefused:
+        if unix.descriptor >= 0:
+            os.close(unix.descriptor)
         unix.close()
         raise
 
 
 def _through_port(endpoint: Endpoint, hello: m.Hello) -> tuple[Carrier, m.Welcome, int]:
     door = ZmqCarrier(_reached(endpoint.address, _CONNECT_SECONDS), endpoint.auth_key_file)
-    carrier: Carrier = door
     try:
         try:
             welcome = _welcome(door.exchange(hello, _CONNECT_SECONDS)[0])
         except ServerUnavailable as error:
             raise _explained(error, door, endpoint.auth_key_file, _CONNECT_SECONDS) from error
-        unix, why_not = _unix(endpoint, welcome, hello)
-        if unix is not None:
-            carrier = unix
+        by_payload = endpoint.transfer_mode == "payload"
+        why_not = "this engine asks for payload frames" if by_payload else _why_not_mine(welcome.socket_path)
+        if not why_not:
+            at_socket = _at_socket(welcome.socket_path, hello)
             door.close()
-            return unix, _welcome_with(unix), unix.descriptor
+            return at_socket
         try:
             with_key = endpoint.auth_key_file is not None  # CURVE ensures that both sides have the same key
             proof = b"" if with_key else prove(door, welcome, hello, endpoint.insecure_no_auth)
@@ -91,17 +97,8 @@ def _through_port(endpoint: Endpoint, hello: m.Hello) -> tuple[Carrier, m.Welcom
         except ServerRefused as error:
             raise ServerRefused(f"{why_not}: {error}") from error
     except BaseException:
-        carrier.close()
         door.close()
         raise
-
-
-def _unix(endpoint: Endpoint, welcome: m.Welcome, hello: m.Hello) -> tuple[UnixCarrier | None, str]:
-    """Return the carrier over the Unix socket, or None and the reason."""
-    if endpoint.transfer_mode == "payload":
-        return None, "this engine asks for payload frames"
-    why_not = _why_not_mine(welcome.socket_path)
-    return (None, why_not) if why_not else (UnixCarrier(welcome.socket_path, hello, _CONNECT_SECONDS), "")
 
 
 def probe(address: str, timeout_seconds: float) -> None:
@@ -190,15 +187,6 @@ def _welcome(answer: m.Answer) -> m.Welcome:
             f"its welcome is invalid: {answer.chunk_tokens}-token chunks and arena {answer.arena[:32]!r}"
         )
     return answer
-
-
-def _welcome_with(unix: UnixCarrier) -> m.Welcome:
-    try:
-        return _welcome(unix.welcome)
-    except ServerRefused:
-        if unix.descriptor >= 0:
-            os.close(unix.descriptor)
-        raise
 
 
 def _why_not_mine(path: str) -> str:
