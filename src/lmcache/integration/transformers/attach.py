@@ -138,9 +138,7 @@ class Attached:
         atexit.unregister(self.close)
         self._model.__dict__.pop("generate", None)
         self.flush()
-        self._give_up_hashing()
-        self._hang_up()
-        self._end_own()
+        self._end_all()
 
     def __enter__(self) -> Attached:
         return self
@@ -296,13 +294,14 @@ class Attached:
         self._rank = self._pool = None
 
     def _refuse(self, error: Exception) -> None:
-        self._give_up_hashing()
-        self._hang_up()
-        self._end_own()
+        self._end_all()
         self.refusal = str(error) or type(error).__name__
         logger.warning("LMCache serves nothing for this model: %s", self.refusal)
 
-    def _end_own(self) -> None:
+    def _end_all(self) -> None:
+        """End the hashing of weights, the sessions, and the server of one's own."""
+        self._give_up_hashing()
+        self._hang_up()
         own, self._own = self._own, None
         if own is not None:
             own.close()
