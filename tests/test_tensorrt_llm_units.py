@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 import engine_process
@@ -143,18 +144,28 @@ class LoadFormat(enum.Enum):
 
 
 class Pool:
-    """Of 5 blocks, 2 layers, K and V, 4 heads of 8 tokens of 16 elements."""
+    """Of 5 blocks, 2 layers, K and V, 4 heads of 8 tokens of 16 elements, with the part of torch's face that we use."""
 
-    shape, dtype, device = (5, 2, 2, 4 * 8 * 16), "torch.bfloat16", "cuda:0"
+    dtype, device = "torch.bfloat16", "cuda:0"
+
+    def __init__(self, array: np.ndarray[Any, Any] | None = None) -> None:
+        self.array = np.zeros((5, 2, 2, 4 * 8 * 16), dtype=np.uint16) if array is None else array
+        self.shape = self.array.shape
 
     def element_size(self) -> int:
-        return 2
+        return self.array.itemsize
 
     def stride(self) -> tuple[int, ...]:
-        return (2048, 1024, 512, 1)
+        return tuple(step // self.array.itemsize for step in self.array.strides)
 
     def data_ptr(self) -> int:
-        return 4096
+        return int(self.array.ctypes.data)
+
+    def unflatten(self, axis: int, sizes: tuple[int, ...]) -> Pool:
+        return Pool(self.array.reshape(*self.shape[:axis], *sizes))
+
+    def __getitem__(self, index: Any) -> Pool:
+        return Pool(self.array[index])
 
 
 @pytest.fixture

@@ -818,6 +818,12 @@ class Tensor:
     def data_ptr(self) -> int:
         return int(self.array.ctypes.data)
 
+    def unbind(self, axis: int) -> list[Tensor]:
+        return [Tensor(part, self.device) for part in np.moveaxis(self.array, axis, 0)]
+
+    def chunk(self, count: int, axis: int) -> list[Tensor]:
+        return [Tensor(part, self.device) for part in np.split(self.array, count, axis)]
+
 
 def read(plane: Any, array: np.ndarray[Any, Any], block: int, token: int, head: int, dim: int) -> float:
     at = plane.address + block * plane.block_stride + head * plane.head_stride

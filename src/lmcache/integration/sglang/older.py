@@ -19,9 +19,6 @@ from lmcache.engine.settings import ServerSettings
 from lmcache.errors import LayoutError
 from lmcache.integration.sglang.model import DTYPES, Buffers, Ranks, lora_enabled
 from lmcache.integration.sglang.ranks import Tokens, Tracker, block_table, open_rank
-from lmcache.observability.log import init_logger
-
-logger = init_logger(__name__)
 
 
 @dataclass
