@@ -101,6 +101,7 @@ class Connector:
 
     def _attach(self, kv_caches: dict[str, Any], address: str = "") -> None:
         """Make this rank's side. address: as for `_serve`."""
+        logger.info("Registering kv caches!")
         kv = self._kv
         if kv is None:
             return
@@ -138,7 +139,6 @@ class Connector:
             self._worker.settle(kv_connector_metadata.plan)
 
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
-        logger.info("Registering kv caches!")
         self._attach(kv_caches)
 
     def _begin(self) -> None:
