@@ -5,12 +5,11 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-from lmcache.engine.connection import Connection
 from lmcache.engine.jobs import Load
 from lmcache.engine.runtime import Runtime
 from lmcache.errors import LayoutError
@@ -88,18 +87,20 @@ class ArenaAccess(Access):
 
 
 class PayloadAccess(Access):
-    """Access by payload frames, which a server gives that is on another host or of another user."""
+    """Access by payload frames, which a server gives that is on another host or of another user. fetch: asks the server for
+    frames."""
 
-    def __init__(self, copier: Copier, chunk_tokens: int, shard: int, shard_bytes: int, connection: Connection) -> None:
+    def __init__(
+        self, copier: Copier, chunk_tokens: int, shard: int, shard_bytes: int, fetch: Callable[[m.Fetch], list[bytes]]
+    ) -> None:
         super().__init__(copier, chunk_tokens, shard, shard_bytes)
-        self._connection = connection
+        self._fetch = fetch
 
     def load(self, load: Load, blocks: Blocks, runs: Runs) -> None:
         step = max(1, _PAYLOAD_BYTES // self._shard_bytes)
         for at in range(0, len(runs), step):
             part = runs[at : at + step].copy()
-            request = m.Fetch(load.lease, self._shard, load.lease_chunk + at, len(part))
-            _, frames = self._connection.call(request, m.Ok)
+            frames = self._fetch(m.Fetch(load.lease, self._shard, load.lease_chunk + at, len(part)))
             if len(frames) != len(part) or any(len(one) != self._shard_bytes for one in frames):
                 raise LayoutError(f"{len(frames)} payload frames for {len(part)} chunks")
             part[:, 0] = 0

@@ -302,6 +302,10 @@ class WorkerSession(Session):
             raise LayoutError(f"{len(sectors)} extents do not cover tokens {load.start_token}..{load.end_token}")
         return runs[count > 0]
 
+    def _fetch(self, request: m.Fetch) -> list[bytes]:
+        """Return the payload frames of chunks that a load has leased."""
+        return self._connection.call(request, m.Ok)[1]
+
     def _store(self, job_id: str, store: Store) -> tuple[int, float, float]:
         """Run a store. Return the tokens stored, the seconds of the copies, and those of reserving and committing extents."""
         self._connection.wait_welcomed()
@@ -447,7 +451,7 @@ class WorkerSession(Session):
                 shard = welcome.chunk_tokens, self._shard.index, shard_bytes
                 copier = make_copier(self._paged, welcome.chunk_tokens, self._threads)
                 if descriptor < 0:
-                    access = PayloadAccess(copier, *shard, self._connection)
+                    access = PayloadAccess(copier, *shard, self._fetch)
                 else:
                     access = ArenaAccess(copier, *shard, Mapping(descriptor, welcome.arena_bytes), self.runtime)
             with self._state:
