@@ -956,12 +956,8 @@ def test_a_models_layout(weights: Path) -> None:
     assert kv.layout(16).fingerprint != kv.layout(17).fingerprint
     assert kv.shard(1, 0, (0, 2)).first_head == 2 and stores_its_shard(kv.model, 1, 2)
     shared = describe_model(vllm_config(str(weights), tp=8), cache_config(FULL))
-    assert shared.shards == 4 and [stores_its_shard(shared.model, number, 4) for number in range(4)] == [
-        True,
-        False,
-        True,
-        False,
-    ]
+    stores = [stores_its_shard(shared.model, rank, shared.tp_size) for rank in range(4)]
+    assert shared.shards == 4 and stores == [True, False, True, False]
 
 
 def test_a_draft_models_weights_count_and_speculation_without_one_shares_the_kv(weights: Path, tmp_path: Path) -> None:
