@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from lmcache.chunks import Layout, TokenChain, shard_of_rank
 from lmcache.engine import Done, Hit, Load, SchedulerSession, Store, WorkerSession
-from lmcache.engine.connection import Endpoint
+from lmcache.engine.endpoint import Endpoint
 from lmcache.engine.identity import Identity, named
 from lmcache.transfer.paged import PagedKV, Plane
 

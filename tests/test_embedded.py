@@ -18,8 +18,9 @@ import pytest
 from engine_process import Engine
 from lmcache.config.engine import EngineConfig
 from lmcache.engine import Store
-from lmcache.engine.connection import Endpoint, probe
-from lmcache.engine.embedded import EmbeddedServer, embedded_address
+from lmcache.engine.embedded import EmbeddedServer, embedded_address, wait_for_server
+from lmcache.engine.endpoint import Endpoint
+from lmcache.engine.hello import probe
 from lmcache.errors import ConfigError, ServerUnavailable
 from ports import free_port
 from servers import PATIENCE, READY, Process, Server, beside, eventually
@@ -101,6 +102,25 @@ def test_an_engine_that_is_there_first_finds_its_server(embedded: Callable[..., 
         tokens = list(range(64))
         engine.store(tokens)
         assert engine.hit_tokens(tokens) == 64
+    finally:
+        engine.close()
+
+
+def test_a_start_waits_for_its_own_server_while_that_runs(embedded: Callable[..., EmbeddedServer]) -> None:
+    server, engine = embedded(), engine_of("engine")
+    try:
+        assert engine.scheduler is not None
+        sessions = engine.scheduler, engine.worker
+        assert wait_for_server(sessions, server, PATIENCE) and engine.scheduler.connected and engine.worker.connected
+        other = engine_of("other")
+        ended = embedded("other", flags=("--numa", "9999"))
+        try:
+            assert not wait_for_server((other.worker,), ended, 1000 * PATIENCE), (
+                "it has ended, so nothing is waited for"
+            )
+            assert not ended.running
+        finally:
+            other.close()
     finally:
         engine.close()
 

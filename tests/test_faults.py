@@ -16,8 +16,7 @@ import msgspec
 import pytest
 
 from engine_process import pause_once
-from lmcache.engine import Load, Store, connection
-from lmcache.engine.connection import Connection
+from lmcache.engine import Load, Store, connection, hello
 from lmcache.wire import messages as m
 from lmcache.wire.frames import frame
 from ports import free_port
@@ -579,17 +578,17 @@ def test_something_else_on_the_port_costs_nothing(engine, monkeypatch, what):
         "junk": lambda sock: sock.sendall(os.urandom(100_000)),
         "http": lambda sock: sock.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n"),
     }
-    attempt, tried, go, ended = Connection._through_port, threading.Event(), threading.Event(), threading.Event()
+    attempt, tried, go, ended = hello._through_port, threading.Event(), threading.Event(), threading.Event()
 
-    def slow_attempt(connection, hello):
+    def slow_attempt(endpoint, words):
         try:
-            return attempt(connection, hello)
+            return attempt(endpoint, words)
         finally:
             tried.set()
             go.wait(PATIENCE)
             ended.set()
 
-    monkeypatch.setattr(Connection, "_through_port", slow_attempt)
+    monkeypatch.setattr(hello, "_through_port", slow_attempt)
     stranger = Nonsense(acts[what])
     one = engine(stranger, connect=False)
     assert tried.wait(PATIENCE) and eventually(lambda: stranger.open)

@@ -12,8 +12,10 @@ from types import SimpleNamespace
 import pytest
 
 from lmcache.config import hosts
-from lmcache.engine import connection
-from lmcache.engine.connection import Connection, Endpoint, probe
+from lmcache.engine import hello
+from lmcache.engine.connection import Connection
+from lmcache.engine.endpoint import Endpoint
+from lmcache.engine.hello import probe
 from lmcache.errors import ServerUnavailable
 from lmcache.tiers import TierError
 from lmcache.tiers.registry import make_tier
@@ -63,7 +65,7 @@ def test_a_resolver_that_does_not_answer_costs_a_tier_its_timeout_and_one_thread
 def test_a_resolver_that_does_not_answer_holds_up_no_end_of_a_link(
     resolver: SimpleNamespace, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(connection, "_CONNECT_SECONDS", 0.1)
+    monkeypatch.setattr(hello, "_CONNECT_SECONDS", 0.1)
     one = Connection(Endpoint(f"tcp://{NAME}:5555", "engine", "worker"), lambda *_: None)
     eventually(lambda: f"yet (host '{NAME}' was not resolved in 0.1 s" in caplog.text, PATIENCE / 2)
     beside(one.close).result(PATIENCE)

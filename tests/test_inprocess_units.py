@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from lmcache.config.engine import EngineConfig
 from lmcache.engine import Done
-from lmcache.engine.connection import server_address
+from lmcache.engine.endpoint import server_address
 from lmcache.engine.settings import ServerSettings
 from lmcache.integration.vllm import own_server
 from lmcache.integration.vllm.plan import StepReport
@@ -19,8 +20,8 @@ from servers import unresolved
 from test_vllm_units import Ranks, Request, Session, half, rank, step
 
 
-def in_process(session: Session, **options: Any) -> Any:
-    return half(session, **{"synchronous": True, "save_decode": False, "save_tail": True, **options})
+def in_process(session: Session, ranks: int = 1, **settings: Any) -> Any:
+    return half(session, synchronous=True, ranks=ranks, config=EngineConfig(**settings))
 
 
 @pytest.fixture
@@ -93,7 +94,7 @@ def test_the_tail_of_a_prompt_is_stored_once_and_generated_tokens_are_not() -> N
 
 
 def test_a_chunk_that_becomes_full_hangs_on_the_full_one_before_it_not_on_the_tail() -> None:
-    scheduler, request = in_process(Session(), save_decode=True), Request("a", list(range(20)))
+    scheduler, request = in_process(Session(), save_decode_cache=True), Request("a", list(range(20)))
     scheduler.match(request, 0)
     scheduler.allocated(request, [], 0)
     (first,) = scheduler.plan_step(step({"a": 20}, new={"a": [3]})).stores
@@ -119,7 +120,7 @@ def test_a_prompt_shorter_than_a_chunk_is_a_tail_alone() -> None:
 
 
 def test_without_unfull_chunks_only_full_ones_are_stored() -> None:
-    scheduler, request = in_process(Session(), save_tail=False), Request("a", list(range(70)))
+    scheduler, request = in_process(Session(), save_unfull_chunk=False), Request("a", list(range(70)))
     scheduler.match(request, 0)
     scheduler.allocated(request, [], 0)
     (store,) = scheduler.plan_step(step({"a": 70}, new={"a": [3]})).stores
@@ -127,7 +128,7 @@ def test_without_unfull_chunks_only_full_ones_are_stored() -> None:
 
 
 def test_small_hits_and_low_priorities_are_left_alone_where_the_settings_say_so() -> None:
-    scheduler = in_process(Session(present=2), min_hit=40, priority_limit=3)
+    scheduler = in_process(Session(present=2), min_retrieve_tokens=40, priority_limit=3)
     assert scheduler.match(Request("a", list(range(100))), 0) == 0
     assert in_process(Session(present=2)).match(Request("a", list(range(100))), 0) == 32
     late = Request("b", list(range(100)), priority=4)

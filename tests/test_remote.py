@@ -17,7 +17,8 @@ from zmq.utils.monitor import recv_monitor_message
 
 from lmcache.cache import L1
 from lmcache.chunks import Layout
-from lmcache.engine.connection import given_address, probe, server_address
+from lmcache.engine.endpoint import given_address, server_address
+from lmcache.engine.hello import probe
 from lmcache.engine.proofs import prove
 from lmcache.engine.settings import ServerSettings
 from lmcache.errors import ConfigError, ServerRefused, ServerUnavailable

@@ -430,7 +430,8 @@ def test_clock_and_threads_come_from_the_runtime(server: Servers, engine: Engine
 def test_a_server_that_is_not_running_is_not_waited_for(bed: Bed) -> None:
     missing = SimpleNamespace(runtime=bed.session.runtime, connected=False, wait_connected=lambda seconds: None)
     assert wait_connected((bed.session, bed.engine.worker), 0.0)
-    assert not wait_connected((bed.session, missing), PATIENCE, lambda: False)  # type: ignore[arg-type]
+    ended = SimpleNamespace(running=False)
+    assert not wait_connected((bed.session, missing), PATIENCE, ended)  # type: ignore[arg-type]
 
     def passes(seconds: float) -> None:
         bed.now += seconds

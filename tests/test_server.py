@@ -25,7 +25,7 @@ from lmcache.cache.heart import MAX_SHARDS
 from lmcache.chunks import Layout, TokenChain, space_fingerprint
 from lmcache.cli.main import main
 from lmcache.config import ServerConfig
-from lmcache.engine.connection import Endpoint
+from lmcache.engine.endpoint import Endpoint
 from lmcache.engine.scheduler import SchedulerSession
 from lmcache.memory.arena import Arena
 from lmcache.runtime import Runtime

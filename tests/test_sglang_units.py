@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import random
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -75,6 +76,20 @@ def sglang(tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> Itera
 
 
 # The unified radix cache
+
+
+def test_an_engine_whose_own_server_cannot_be_started_waits_for_none(
+    tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "nothing"))
+    monkeypatch.setattr(connection, "START_SECONDS", 1000 * PATIENCE)
+    monkeypatch.setattr(connection, "OWN_START_SECONDS", 1000 * PATIENCE)
+    settings = tmp_path / "own.yaml"
+    settings.write_text("max_local_cpu_size: 0.1\n")
+    one = SGLang(str(settings), model, 16)
+    assert one.load("a", tokens(64, 1))[0] == 0 and one.compute_and_store("b", tokens(64, 1)) is None
+    assert "its own server has not started" in caplog.text
+    one.connector.close()
 
 
 @pytest.mark.parametrize("page_size", [1, 16, 64])
@@ -259,7 +274,7 @@ def test_new_weights(server: Servers, sglang: Engines, updater: type[Updater]) -
     engine.compute_and_store("a", text, salt=salt)
     asked = engine.connector.submit_lookup("asked before", text, local_hit_tokens=0, cache_salt=salt)
     assert engine.connector.poll_lookup(asked) == 160
-    weights.forget(other.connector._new_weights)  # another process, really
+    weights.forget(other.connector._rank._new_weights)  # another process, really
     assert updater(160).update_weights_from_disk("x") == "loaded x"
     slots = engine.slots(160, 12)
     load = engine.connector.submit_load(asked, slots, local_hit_tokens=0, owned_device_indices=slots)

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 import engine_process
@@ -69,12 +70,12 @@ class Engine:
         reporter = SimpleNamespace(tell=self.told.append)
         self.worker = WorkerSide(one.worker, reporter, 0)  # type: ignore[arg-type]
 
-    def run(self, number: int, tokens: list[int], position: int) -> bool:
+    def run(self, number: int, tokens: list[int], position: int, blocks: list[int] | None = None) -> bool:
         """A step that computes the tokens from `position` on, behind what is loaded; whether all loads worked."""
         data = SimpleNamespace(
             request_id=number,
             new_tokens=tokens,
-            new_block_ids=self.one.table(len(tokens)),
+            new_block_ids=blocks or self.one.table(len(tokens)),
             computed_position=position,
             num_scheduled_tokens=len(tokens) - position,
         )
@@ -105,6 +106,19 @@ def test_what_a_request_computed_the_next_one_loads_up_to_a_block(server: Any, e
     assert not drive.half.finished(second), "all that it computed was there"
 
 
+def test_nothing_is_stored_from_a_block_on_that_does_not_exist(server: Any, engine: Any) -> None:
+    one = engine(server(chunk=20))
+    drive, tokens = Engine(one), [number % 500 for number in range(100)]
+    first, second = (Request(request_id=number, get_tokens=lambda beam: tokens) for number in (1, 2))
+    blocks = one.table(100)
+    blocks[3] = -1
+    assert drive.half.match(first, 0) == 0 and drive.run(1, tokens, 0, blocks)
+    assert drive.half.requests.open[1].stored == 2, "the blocks of 48 tokens are there, which are two chunks and a part"
+    ended = [1] if drive.half.finished(first) else []
+    eventually(lambda: drive.worker.finished(ended) == ended)
+    assert drive.half.match(second, 0) == 32 and not one.worker.counters["failed_stores"]
+
+
 def test_a_plan_that_goes_wrong_forgets_neither_loads_nor_stores_to_be_settled(server: Any, engine: Any) -> None:
     """The engine takes the blocks of a load that no rank was told of for filled, and gives away those of a paused request."""
     one = engine(server(chunk=20))
@@ -130,18 +144,28 @@ class LoadFormat(enum.Enum):
 
 
 class Pool:
-    """Of 5 blocks, 2 layers, K and V, 4 heads of 8 tokens of 16 elements."""
+    """Of 5 blocks, 2 layers, K and V, 4 heads of 8 tokens of 16 elements, with the part of torch's face that we use."""
 
-    shape, dtype, device = (5, 2, 2, 4 * 8 * 16), "torch.bfloat16", "cuda:0"
+    dtype, device = "torch.bfloat16", "cuda:0"
+
+    def __init__(self, array: np.ndarray[Any, Any] | None = None) -> None:
+        self.array = np.zeros((5, 2, 2, 4 * 8 * 16), dtype=np.uint16) if array is None else array
+        self.shape = self.array.shape
 
     def element_size(self) -> int:
-        return 2
+        return self.array.itemsize
 
     def stride(self) -> tuple[int, ...]:
-        return (2048, 1024, 512, 1)
+        return tuple(step // self.array.itemsize for step in self.array.strides)
 
     def data_ptr(self) -> int:
-        return 4096
+        return int(self.array.ctypes.data)
+
+    def unflatten(self, axis: int, sizes: tuple[int, ...]) -> Pool:
+        return Pool(self.array.reshape(*self.shape[:axis], *sizes))
+
+    def __getitem__(self, index: Any) -> Pool:
+        return Pool(self.array[index])
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from lmcache.chunks.hashing import Extras
 from lmcache.engine import Done, Hit, Load, Loading, Store, identity
 from lmcache.engine.identity import path_identity
 from lmcache.engine.requests import HIT_SECONDS
-from lmcache.engine.served import NOT_SERVED, refusal_of
+from lmcache.engine.served import NOT_SERVED, refusal_of, stores_its_shard
 from lmcache.errors import ConfigError, LayoutError
 from lmcache.integration.vllm import settings as settings_of_vllm
 from lmcache.integration.vllm import vllm_multi_process_adapter as adapter
@@ -823,6 +823,12 @@ class Tensor:
     def data_ptr(self) -> int:
         return int(self.array.ctypes.data)
 
+    def unbind(self, axis: int) -> list[Tensor]:
+        return [Tensor(part, self.device) for part in np.moveaxis(self.array, axis, 0)]
+
+    def chunk(self, count: int, axis: int) -> list[Tensor]:
+        return [Tensor(part, self.device) for part in np.split(self.array, count, axis)]
+
 
 def read(plane: Any, array: np.ndarray[Any, Any], block: int, token: int, head: int, dim: int) -> float:
     at = plane.address + block * plane.block_stride + head * plane.head_stride
@@ -953,9 +959,10 @@ def test_a_models_layout(weights: Path) -> None:
     assert kv.layer_names == ("model.layers.2.attn", "model.layers.10.attn")
     assert (kv.shards, kv.ranks) == (2, 2)
     assert kv.layout(16).fingerprint != kv.layout(17).fingerprint
-    assert kv.shard(1, 0, (0, 2)).first_head == 2 and kv.stores(1)
+    assert kv.shard(1, 0, (0, 2)).first_head == 2 and stores_its_shard(kv.model, 1, 2)
     shared = describe_model(vllm_config(str(weights), tp=8), cache_config(FULL))
-    assert shared.shards == 4 and [shared.stores(number) for number in range(4)] == [True, False, True, False]
+    stores = [stores_its_shard(shared.model, rank, shared.tp_size) for rank in range(4)]
+    assert shared.shards == 4 and stores == [True, False, True, False]
 
 
 def test_a_draft_models_weights_count_and_speculation_without_one_shares_the_kv(weights: Path, tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ from demo.numpy_engine.model import ModelConfig
 from demo.numpy_engine.paged import RankKV
 from lmcache.chunks import Layout, shard_of_rank
 from lmcache.engine import Copies, Copy, Request, Requests, SchedulerSession, StorePlan, WorkerSession
-from lmcache.engine.connection import Endpoint, server_address
 from lmcache.engine.embedded import wait_connected
+from lmcache.engine.endpoint import Endpoint, server_address
 from lmcache.runtime import RUNTIME, Runtime
 
 

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from lmcache.engine import SchedulerSession as SchedulerSession
     from lmcache.engine import Store as Store
     from lmcache.engine import WorkerSession as WorkerSession
-    from lmcache.engine.connection import Endpoint as Endpoint
     from lmcache.engine.embedded import EmbeddedServer as EmbeddedServer
     from lmcache.engine.embedded import embedded_address as embedded_address
+    from lmcache.engine.endpoint import Endpoint as Endpoint
     from lmcache.engine.identity import named as named
     from lmcache.engine.identity import path_identity as path_identity
     from lmcache.engine.local import LocalRank as LocalRank
@@ -50,7 +50,7 @@ _MODULES = {
     "chunks": "HASH_BYTES Layout Shard TokenChain shard_of_rank",
     "engine": "Copies Done Hit Load Loading Request Requests SchedulerSession Store WorkerSession",
     "engine.embedded": "EmbeddedServer embedded_address",
-    "engine.connection": "Endpoint",
+    "engine.endpoint": "Endpoint",
     "engine.identity": "named path_identity",
     "engine.local": "LocalRank",
     "engine.served": "ServedKV",

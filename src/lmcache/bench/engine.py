@@ -13,7 +13,8 @@ import numpy as np
 
 from lmcache.chunks import HASH_BYTES, Layout, TokenChain, shard_of_rank
 from lmcache.engine import Done, Hit, Load, SchedulerSession, Store, WorkerSession
-from lmcache.engine.connection import Connection, Endpoint
+from lmcache.engine.connection import Connection
+from lmcache.engine.endpoint import Endpoint
 from lmcache.errors import ServerUnavailable
 from lmcache.transfer.paged import PagedKV, Plane
 from lmcache.wire import messages as m

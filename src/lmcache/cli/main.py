@@ -10,7 +10,7 @@ from typing import NoReturn
 
 from lmcache import __version__
 from lmcache.cli import bench, clear, describe, ping, server, settings
-from lmcache.config.load import nearest
+from lmcache.config.given import nearest
 from lmcache.errors import ConfigError, LMCacheError
 from lmcache.observability.log import printable
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from lmcache.cli.verbs import Verbs, add
-from lmcache.config.engine import ROWS, is_for_engines, load_engine
-from lmcache.config.load import load
+from lmcache.config.engine import ROWS, EngineSettings, is_for_engines, load_engine
+from lmcache.config.load import Settings, load
 from lmcache.config.server import OPTIONS, shown
 from lmcache.errors import ConfigError
 
@@ -33,33 +33,31 @@ def add_verb(verbs: Verbs) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the name, the value and the source of each setting."""
-    if arguments.in_process or is_for_engines(Path(arguments.file)):
-        return _check_engine(Path(arguments.file))
-    settings = load({"config": arguments.file})
-    rows = [("setting", "value", "from")]
-    for option in OPTIONS:
-        value = shown(option, getattr(settings.config, option.name))
-        rows.append((option.key, "-" if value in (None, "") else str(value), settings.sources[option.name]))
-    _print_table(rows)
-    _print_warnings(settings.warnings)
-    _check_tiers(settings.config.l2, settings.config.l2_adapter, settings.sources["l2"])
+    """Print the name, the value and the source of each setting, and for an engine's those that are in effect or were given."""
+    path = Path(arguments.file)
+    settings: Settings | EngineSettings
+    tiers: tuple[Sequence[str], Sequence[str]]
+    if arguments.in_process or is_for_engines(path):
+        settings = engine = load_engine(file=path)
+        given = [row for row in ROWS if hasattr(engine.config, row.name) or engine.sources[row.name] != "default"]
+        rows = [(row.name, engine.values[row.name], engine.sources[row.name], row.effect) for row in given]
+        tiers, source = (engine.config.tiers, ()), str(path)
+    else:
+        settings = server = load({"config": arguments.file})
+        values = ((option, shown(option, getattr(server.config, option.name))) for option in OPTIONS)
+        rows = [(option.key, value, server.sources[option.name], "") for option, value in values]
+        tiers, source = (server.config.l2, server.config.l2_adapter), server.sources["l2"]
+    _print_table([("setting", "value", "from", ""), *(_cells(*row) for row in rows)])
+    for warning in settings.warnings:
+        print(f"warning: {warning}")
+    _check_tiers(*tiers, source)
     return 0
 
 
-def _check_engine(path: Path) -> int:
-    """Print the settings that have an effect or were given. Those that do something else than their name says explain it."""
-    settings = load_engine(file=path)
-    rows = [("setting", "value", "from", "")]
-    for row in ROWS:
-        source, value = settings.sources[row.name], settings.values[row.name]
-        if source != "default" or hasattr(settings.config, row.name):
-            text = str(value).lower() if isinstance(value, bool) else "-" if value in (None, "") else str(value)
-            rows.append((row.name, text, source, row.effect if source != "default" else ""))
-    _print_table(rows)
-    _print_warnings(settings.warnings)
-    _check_tiers(settings.config.tiers, (), str(path))
-    return 0
+def _cells(name: str, value: object, source: str, effect: str) -> tuple[str, ...]:
+    """Return one line of the table. A setting that does something else than its name says explains it where it was given."""
+    text = str(value).lower() if isinstance(value, bool) else "-" if value in (None, "") else str(value)
+    return name, text, source, effect if source != "default" else ""
 
 
 def _check_tiers(l2: Sequence[str], l2_adapter: Sequence[str], source: str) -> None:
@@ -73,12 +71,6 @@ def _check_tiers(l2: Sequence[str], l2_adapter: Sequence[str], source: str) -> N
 
 
 def _print_table(rows: Sequence[tuple[str, ...]]) -> None:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
-    for *cells, last in rows:
-        line = "".join(f"{cell:<{width}}  " for cell, width in zip(cells, widths, strict=True)) + last
-        print(line.rstrip())
-
-
-def _print_warnings(warnings: Iterable[str]) -> None:
-    for warning in warnings:
-        print(f"warning: {warning}")
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("".join(f"{cell:<{width}}  " for cell, width in zip(row, widths, strict=True)).rstrip())

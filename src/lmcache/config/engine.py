@@ -19,7 +19,7 @@ from typing import Any
 from urllib.parse import quote, urlsplit
 
 from lmcache.config import options as read
-from lmcache.config.load import nearest
+from lmcache.config.given import Given, entries, is_null, nearest, read_yaml
 from lmcache.config.server import OPTIONS, POLICIES
 from lmcache.errors import ConfigError
 
@@ -112,9 +112,9 @@ class EngineConfig:
     remote_serde: str = _row(_serde, "naive")
     save_decode_cache: bool = _row(read.switch, False)
     save_unfull_chunk: bool = _row(read.switch, True)
-    cache_policy: str = _row(read.choice(POLICIES), "LRU")
+    cache_policy: str = _row(read.word(*POLICIES), "LRU")
     blocking_timeout_secs: float = _row(
-        read.number(0.001, 3599), 2.0, "how long a server that does not answer may delay a request, once"
+        read.deadline, 2.0, "how long a server that does not answer may delay a request, once"
     )
     priority_limit: int | None = _row(_optional(read.integer(-(1 << 31), 1 << 31)), None)
     min_retrieve_tokens: int = _row(read.integer(0, 1 << 31), 0)
@@ -214,12 +214,6 @@ class EngineSettings:
     warnings: tuple[str, ...] = ()
 
 
-@dataclasses.dataclass(frozen=True)
-class _Found:
-    text: str
-    source: str
-
-
 def load_engine(
     environ: Mapping[str, str] | None = None, extra: Mapping[str, Any] | None = None, file: Path | None = None
 ) -> EngineSettings:
@@ -237,12 +231,9 @@ def load_engine(
     values: dict[str, Any] = {}
     for name, one in found.items():
         row = _BY_NAME[name]
-        try:
-            value = row.parse(one.text)
-        except ValueError as error:
-            raise ConfigError(f"{one.source}: {name}: {one.text}: {error}") from None
+        value = one.parsed(row.parse)
         if row.refusal and value != row.default:
-            raise ConfigError(f"{one.source}: {name}: {one.text}: is not supported: {row.refusal}")
+            raise ConfigError(f"{one.said}: is not supported: {row.refusal}")
         if row.effect.startswith("no effect") and value and value != row.default:
             warnings.append(f"{one.source}: {name} has {row.effect}")
         values[name] = value
@@ -259,7 +250,7 @@ def is_for_engines(path: Path) -> bool:
     """Return whether the file has a key, possibly misspelt, that only an engine's file can have and the daemon's cannot."""
     servers = {option.name for option in OPTIONS}
     try:
-        keys = [str(key.value) for key, _ in _entries(path)]
+        keys = [str(key.value) for key, _ in read_yaml(path, str(path), "")]
     except ConfigError:
         return False  # whoever reads the file next reports its errors
     unknown = [key for key in keys if key.replace("-", "_") not in servers]
@@ -272,27 +263,27 @@ def _meant_for_engines(key: str, servers: set[str]) -> bool:
     return bool(meant) and meant[0] not in servers
 
 
-def _check_tiers(config: EngineConfig, found: Mapping[str, _Found]) -> None:
+def _check_tiers(config: EngineConfig, found: Mapping[str, Given]) -> None:
     if config.local_disk is not None and not config.max_local_disk_size:
         source = found["local_disk"].source
         raise ConfigError(f"{source}: local_disk: {config.local_disk}: limit its size with max_local_disk_size (GB)")
 
 
-def _from_environment(environ: Mapping[str, str], warnings: list[str]) -> dict[str, _Found]:
+def _from_environment(environ: Mapping[str, str], warnings: list[str]) -> dict[str, Given]:
     found = {}
     for variable in sorted(environ):
         if not variable.startswith(ENV_PREFIX) or not environ[variable]:
             continue
         name = variable.removeprefix(ENV_PREFIX)
         if name.lower() in _BY_NAME:
-            found[name.lower()] = _Found(environ[variable], variable)
+            found[name.lower()] = _given(name.lower(), environ[variable], variable)
         elif name not in _OTHERS and not name.startswith(_OTHER_PREFIXES):
             near = nearest(variable, [row.variable for row in ROWS])
             warnings.append(f"{variable} is not a setting and is ignored{': ' + near if 'did' in near else ''}")
     return found
 
 
-def _from_extra(extra: Mapping[str, Any], warnings: list[str]) -> dict[str, _Found]:
+def _from_extra(extra: Mapping[str, Any], warnings: list[str]) -> dict[str, Given]:
     """Read keys under `lmcache.`, except `lmcache.mp.`, which a daemon's engine reads. Other prefixes are not LMCache's."""
     found = {}
     for key, value in extra.items():
@@ -300,7 +291,7 @@ def _from_extra(extra: Mapping[str, Any], warnings: list[str]) -> dict[str, _Fou
         if not key.startswith(PREFIX_OF_EXTRA) or name.startswith("mp."):
             continue
         if name in _BY_NAME:
-            found[name] = _Found(_as_text(value), where)
+            found[name] = _given(name, _as_text(value), where)
         else:
             warnings.append(f"{where} is not a setting and is ignored: {nearest(name, _BY_NAME)}")
     return found
@@ -310,20 +301,17 @@ def _redacted(value: Any) -> Any:
     return read.redacted_url(value) if isinstance(value, str) else value
 
 
-def _entries(path: Path) -> list[tuple[Any, Any]]:
-    return read.read_yaml(path, str(path), "chunk_size: 256", f": {FILE_VARIABLE} must name a YAML file")
-
-
-def _from_file(path: Path) -> dict[str, _Found]:
-    found: dict[str, _Found] = {}
-    for key_node, value_node in _entries(path):
-        key, where = str(key_node.value), f"{path}:{key_node.start_mark.line + 1}"
-        if key not in _BY_NAME:
-            raise ConfigError(f"{where}: unknown key {key!r}: {nearest(key, _BY_NAME)}")
-        if key in found:
-            raise ConfigError(f"{where}: {key} is given twice (first at {found[key].source}): remove one")
-        found[key] = _Found("" if value_node.tag.endswith(":null") else _text_of(value_node, where), where)
+def _from_file(path: Path) -> dict[str, Given]:
+    remedy = f": {FILE_VARIABLE} must name a YAML file"
+    found = {
+        key: _given(key, "" if is_null(node) else _text_of(node, where), where)
+        for key, node, where in entries(path, str(path), "chunk_size: 256", _BY_NAME, remedy)
+    }
     return {key: one for key, one in found.items() if one.text}
+
+
+def _given(name: str, text: str, source: str) -> Given:
+    return Given(text, source, f"{source}: {name}: {text}")
 
 
 def _text_of(node: Any, where: str) -> str:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import os
 import re
-import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lmcache.config import options
+from lmcache.config.given import Given, check_secret_file, entries, is_null, nearest
 from lmcache.config.options import ENV_PREFIX, redacted_url
 from lmcache.config.server import GROUPS, OPTIONS, ServerConfig
 from lmcache.errors import ConfigError
@@ -22,7 +21,6 @@ _KUBERNETES_LINK = re.compile(r"(tcp|udp|sctp)://")
 _KUBERNETES_NAME = re.compile(r"(_|^)(SERVICE_HOST|SERVICE_PORT(_.*)?|PORT_\d+_(TCP|UDP|SCTP)(_.*)?)$")
 KEY_REMEDY = 'make one with: (umask 077; python3 -c "import zmq; print(zmq.curve_keypair()[1].decode())" > FILE)'
 _REFERENCE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
-_BY_KEY = {option.key: option for option in OPTIONS}
 _BY_NAME = {option.name: option for option in OPTIONS}
 
 
@@ -34,15 +32,6 @@ class Settings:
     sources: Mapping[str, str]
     """Maps each field name to the source of its value: a flag, a variable, FILE:LINE, or `default`."""
     warnings: tuple[str, ...] = ()
-
-
-@dataclasses.dataclass(frozen=True)
-class _Given:
-    """One setting as found: its text, its source, and (`said`) how messages quote it."""
-
-    text: str
-    source: str
-    said: str
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -75,9 +64,9 @@ def load(flags: Mapping[str, str | list[str] | None], environ: Mapping[str, str]
     given = _from_environment(environ, warnings)
     given |= {name: _from_flag(name, text) for name, text in flags.items() if text is not None}
     if "config" in given:
-        path = _value("config", given["config"])
+        path = given["config"].parsed(_BY_NAME["config"].parse)
         given = {**_from_file(path, environ), **given}
-    values = {name: _value(name, found) for name, found in given.items()}
+    values = {name: found.parsed(_BY_NAME[name].parse) for name, found in given.items()}
     if "api_token" in given and given["api_token"].source == "--api-token":
         warnings.append("--api-token is visible to every user of this machine (ps): prefer --api-token-file")
     values |= _token_from_file(values, given)
@@ -89,48 +78,16 @@ def load(flags: Mapping[str, str | list[str] | None], environ: Mapping[str, str]
     return Settings(config, sources, tuple(warnings))
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Return a remedy for an unknown name: the known name that was probably meant, or all known names."""
-    names = list(known)
-    found = difflib.get_close_matches(name, names, n=1)
-    return f"did you mean {found[0]}?" if found else f"known: {', '.join(names)}"
-
-
-def check_secret_file(path: Path, said: str, remedy: str = "") -> None:
-    """Check that a file with a secret can be read, and by its owner only. remedy: appended when it cannot be read.
-
-    Raises:
-        ConfigError: the check failed; the message contains the chmod command.
-    """
-    try:
-        mode = path.stat().st_mode
-        if not stat.S_ISREG(mode):
-            raise ConfigError(f"{said}: {path} is not a file")
-        path.open("rb").close()
-    except OSError as error:
-        raise ConfigError(f"{said}: cannot read {path}: {error.strerror}{remedy}") from error
-    if mode & 0o077:
-        raise ConfigError(f"{said}: {path} holds a secret, but other users may read it: chmod 600 {path}")
-
-
-def _from_flag(name: str, text: str | list[str]) -> _Given:
+def _from_flag(name: str, text: str | list[str]) -> Given:
     option = _BY_NAME[name]
     if isinstance(text, list):
-        return _Given("\n".join(text), option.flag, option.flag)
-    return _Given(text, option.flag, option.flag if option.secret or option.is_switch else f"{option.flag} {text}")
+        return Given("\n".join(text), option.flag, option.flag)
+    return Given(text, option.flag, option.flag if option.secret or option.is_switch else f"{option.flag} {text}")
 
 
-def _value(name: str, given: _Given) -> Any:
-    option = _BY_NAME[name]
-    try:
-        return option.parse(given.text)
-    except ValueError as error:
-        raise ConfigError(f"{given.said}: {error}") from None
-
-
-def _from_environment(environ: Mapping[str, str], warnings: list[str]) -> dict[str, _Given]:
+def _from_environment(environ: Mapping[str, str], warnings: list[str]) -> dict[str, Given]:
     """Return every LMCACHE_SERVER_* variable that is set and not empty."""
-    found: dict[str, _Given] = {}
+    found: dict[str, Given] = {}
     for option in OPTIONS:
         for variable in (option.extra_env, option.env):
             text = environ.get(variable, "") if variable else ""
@@ -138,7 +95,7 @@ def _from_environment(environ: Mapping[str, str], warnings: list[str]) -> dict[s
                 warnings.append(f"{variable}={text} is Kubernetes' link to a service, not a port: ignored")
             elif text:
                 plain = not option.secret and not option.repeat
-                found[option.name] = _Given(text, variable, f"{variable}={text}" if plain else variable)
+                found[option.name] = Given(text, variable, f"{variable}={text}" if plain else variable)
     names = [option.env for option in OPTIONS]
     for variable in sorted(environ):
         if variable.startswith(ENV_PREFIX) and variable not in names and not _KUBERNETES_NAME.search(variable):
@@ -146,36 +103,25 @@ def _from_environment(environ: Mapping[str, str], warnings: list[str]) -> dict[s
     return found
 
 
-def _from_file(path: Path, environ: Mapping[str, str]) -> dict[str, _Given]:
-    found: dict[str, _Given] = {}
-    for key_node, value_node in options.read_yaml(path, f"--config {path}", "l1-size-gb: 20"):
-        _read_entry(path, key_node, value_node, environ, found)
+def _from_file(path: Path, environ: Mapping[str, str]) -> dict[str, Given]:
+    found: dict[str, Given] = {}
+    known = [option.key for option in OPTIONS if option.in_file]
+    for key, node, where in entries(path, f"--config {path}", "l1-size-gb: 20", known, spelling=_as_key):
+        option, said = _BY_NAME[key.replace("-", "_")], f"{where}: {key}"
+        if option.repeat:
+            found[option.name] = Given(_listed(path, where, key, node), where, said)
+        elif not isinstance(node.value, str):
+            raise ConfigError(f"{said} must be one value, not a list or a mapping")
+        elif not is_null(node):
+            text = _resolved(node.value, said, environ)
+            if option.secret and text == node.value:
+                check_secret_file(path, said)
+            found[option.name] = Given(text, where, said if option.secret else f"{said}: {text}")
     return found
 
 
-def _read_entry(
-    path: Path, key_node: Any, value_node: Any, environ: Mapping[str, str], found: dict[str, _Given]
-) -> None:
-    """Read one `key: value` of the file into `found`."""
-    where = f"{path}:{key_node.start_mark.line + 1}"
-    key = str(key_node.value).replace("_", "-")
-    option = _BY_KEY.get(key)
-    if option is None or not option.in_file:
-        known = [option.key for option in OPTIONS if option.in_file]
-        raise ConfigError(f"{where}: unknown key {str(key_node.value)!r}: {nearest(key, known)}")
-    if option.name in found:
-        raise ConfigError(f"{where}: {key} is given twice (first at {found[option.name].source}): remove one")
-    if option.repeat:
-        found[option.name] = _Given(_listed(path, where, key, value_node), where, f"{where}: {key}")
-        return
-    if not isinstance(value_node.value, str):
-        raise ConfigError(f"{where}: {key} must be one value, not a list or a mapping")
-    if value_node.tag.endswith(":null"):
-        return
-    text = _REFERENCE.sub(lambda match: _referenced(match[1], f"{where}: {key}", environ), value_node.value)
-    if option.secret and text == value_node.value:
-        check_secret_file(path, f"{where}: {key}")
-    found[option.name] = _Given(text, where, f"{where}: {key}" if option.secret else f"{where}: {key}: {text}")
+def _as_key(text: str) -> str:
+    return text.replace("_", "-")
 
 
 def _listed(path: Path, where: str, key: str, value_node: Any) -> str:
@@ -189,13 +135,19 @@ def _listed(path: Path, where: str, key: str, value_node: Any) -> str:
     return "\n".join(texts)
 
 
-def _referenced(name: str, said: str, environ: Mapping[str, str]) -> str:
-    if name not in environ:
-        raise ConfigError(f"{said}: ${{{name}}} is not set: export {name}, or write the value")
-    return environ[name]
+def _resolved(text: str, said: str, environ: Mapping[str, str]) -> str:
+    """Replace each `${NAME}` by the variable of that name."""
+
+    def value(reference: re.Match[str]) -> str:
+        name = reference[1]
+        if name not in environ:
+            raise ConfigError(f"{said}: ${{{name}}} is not set: export {name}, or write the value")
+        return environ[name]
+
+    return _REFERENCE.sub(value, text)
 
 
-def _token_from_file(values: Mapping[str, Any], given: Mapping[str, _Given]) -> dict[str, str]:
+def _token_from_file(values: Mapping[str, Any], given: Mapping[str, Given]) -> dict[str, str]:
     if values.get("api_token_file") is None:
         return {}
     said = given["api_token_file"].said
@@ -210,7 +162,7 @@ def _token_from_file(values: Mapping[str, Any], given: Mapping[str, _Given]) -> 
         raise ConfigError(f"{said}: the token in {path} {error}") from None
 
 
-def _check_together(config: ServerConfig, given: Mapping[str, _Given]) -> None:
+def _check_together(config: ServerConfig, given: Mapping[str, Given]) -> None:
     """Check settings against each other."""
 
     def said(name: str) -> str:

@@ -10,11 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lmcache.errors import ConfigError
-
 ENV_PREFIX = "LMCACHE_SERVER_"
 GIB = 1 << 30
-_LONGEST_FILE_BYTES = 1 << 20
 _LONGEST_SOCKET_DIR = 80  # bytes: sun_path holds 108, and the socket's own name needs its share
 
 
@@ -96,20 +93,13 @@ def number(low: float, high: float) -> Callable[[str], float]:
     return parse
 
 
+deadline = number(0.001, 3599)
+"""Parses how many seconds a server that does not answer may delay a request."""
+
+
 def l1_size(text: str) -> float:
     """Parse GiB. `auto` is 0, which `lmcache.server.preflight` replaces by a size that suits the machine."""
     return 0.0 if text.lower() == "auto" else number(0.001, 1e6)(text)
-
-
-def choice(names: tuple[str, ...]) -> Callable[[str], str]:
-    """Return a parser of one of the upper-case `names`, typed in any case."""
-
-    def parse(text: str) -> str:
-        if text.upper() not in names:
-            raise ValueError(f"unknown; known: {', '.join(names)}")
-        return text.upper()
-
-    return parse
 
 
 def address(text: str) -> str:
@@ -144,12 +134,13 @@ def switch(text: str) -> bool:
 
 
 def word(*names: str) -> Callable[[str], str]:
-    """Return a parser of one of the lower-case `names`, typed in any case."""
+    """Return a parser of one of the `names`, typed in any case."""
 
     def parse(text: str) -> str:
-        if text.lower() not in names:
-            raise ValueError(f"unknown; known: {', '.join(names)}")
-        return text.lower()
+        for name in names:
+            if name.lower() == text.lower():
+                return name
+        raise ValueError(f"unknown; known: {', '.join(names)}")
 
     return parse
 
@@ -188,40 +179,6 @@ def token(text: str) -> str:
     if not re.fullmatch(r"[!-~]{1,512}", text):
         raise ValueError("must be 1 to 512 printable ASCII characters without spaces")
     return text
-
-
-def read_file(path: Path, name: str, remedy: str = "") -> bytes:
-    """What a configuration file holds. ConfigError, which calls it `name`, where it cannot be read or is larger than 1 MiB."""
-    try:
-        with path.open("rb") as file:
-            raw = file.read(_LONGEST_FILE_BYTES + 1)
-    except OSError as error:
-        raise ConfigError(f"{name}: cannot be read: {error.strerror}{remedy}") from error
-    if len(raw) > _LONGEST_FILE_BYTES:
-        raise ConfigError(f"{name}: larger than {_LONGEST_FILE_BYTES >> 20} MiB: name a configuration file")
-    return raw
-
-
-def read_yaml(path: Path, name: str, example: str, remedy: str = "") -> list[tuple[Any, Any]]:
-    """Return the (key, value) nodes of a YAML file of settings. Arguments and errors are as in `read_file`.
-
-    Raises:
-        ConfigError: the file is not UTF-8, not YAML, or not a mapping, such as the line `example`.
-    """
-    import yaml  # imported here, because most starts have no file
-
-    raw = read_file(path, name, remedy)
-    try:
-        root = yaml.compose(raw.decode(), Loader=yaml.SafeLoader)
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{name}: is not UTF-8 text (byte {error.start})") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise ConfigError(f"{where}: is not YAML: {getattr(error, 'problem', None) or 'unreadable'}") from None
-    if not isinstance(root, yaml.MappingNode | None):
-        raise ConfigError(f"{name}: must be lines of `key: value`, such as `{example}`")
-    return list(root.value) if root else []
 
 
 def default_socket_dir() -> Path:

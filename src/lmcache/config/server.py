@@ -59,7 +59,7 @@ class ServerConfig:
     )
     eviction_policy: str = _cache(
         "NAME",
-        read.choice(POLICIES),
+        read.word(*POLICIES),
         "LRU",
         help="Which chunks a full L1 evicts. LRU: those unused for longest go first, a prompt's end before its start.",
     )
@@ -205,7 +205,7 @@ class ServerConfig:
     )
     log_level: str = _machine(
         "LEVEL",
-        read.choice(LOG_LEVELS),
+        read.word(*LOG_LEVELS),
         "INFO",
         extra_env="LMCACHE_LOG_LEVEL",
         help=f"How much to log: {', '.join(LOG_LEVELS)}.",

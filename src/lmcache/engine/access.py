@@ -1,30 +1,115 @@
-"""A rank's access to the arena of one server, until another server takes over or this one has ended for good."""
+"""A rank's access to the extents of one server: in the mapped arena, or by payload frames. It lasts until another server takes
+over, or this one has ended for good."""
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from lmcache.engine.jobs import Load
+from lmcache.errors import LayoutError
 from lmcache.memory.arena import Mapping, populate_all
 from lmcache.runtime import Runtime
+from lmcache.transfer.bounds import Runs
 from lmcache.transfer.copier import Copier
 from lmcache.wire import messages as m
 
+_BATCH_SECONDS = 0.01
+"""A store reserves, fills and commits extents in steps of about this length; a preemption waits for at most one step."""
+_PAYLOAD_BYTES = 64 << 20
+"""One message holds at most so many bytes of chunks."""
+Blocks = npt.NDArray[np.int32]
 
-class ArenaAccess:
-    """A copier and its mapping of the arena. `mapping` is None with payload frames: the server then gave no descriptor."""
 
-    def __init__(self, copier: Copier, welcome: m.Welcome, descriptor: int, runtime: Runtime) -> None:
-        self.copier = copier
-        self.mapping = Mapping(descriptor, welcome.arena_bytes) if descriptor >= 0 else None
-        if self.mapping is None:
-            return
-        # Fill this process's page table ahead of use: a store into populated memory runs at twice the speed.
-        mapping, self._stop = self.mapping, runtime.event()
-        self._populating = runtime.start(lambda: populate_all(mapping, self._stop), "lmcache-map")
-        copier.adopt(self.mapping.address, self.mapping.size_bytes)
+class Access:
+    """What both kinds share. shard, shard_bytes: index and size of the part of a chunk that this rank holds.
+
+    `runs` are those of a copier, one for each chunk. A shard is full if its run has `chunk_tokens` tokens."""
+
+    mapped = False
+    batch_bytes = _PAYLOAD_BYTES
+    """How many bytes a store copies in one step."""
+
+    def __init__(self, copier: Copier, chunk_tokens: int, shard: int, shard_bytes: int) -> None:
+        self.copier, self._chunk_tokens, self._shard, self._shard_bytes = copier, chunk_tokens, shard, shard_bytes
+
+    def load(self, load: Load, blocks: Blocks, runs: Runs) -> None:
+        """Fill blocks from the extents of a load."""
+        raise NotImplementedError
+
+    def gather(self, blocks: Blocks, runs: Runs) -> Sequence[memoryview]:
+        """Copy blocks into extents. Return the payload frames, a shard each, that the server needs to fill the extents itself."""
+        raise NotImplementedError
 
     def close(self) -> None:
-        """Unmap the arena. The caller ensures that no copy runs any more."""
+        """End the access. The caller ensures that no copy runs any more."""
         self.copier.close()
-        if self.mapping is not None:
-            self._stop.set()
-            self._populating.join()
-            self.mapping.close()
+
+
+class ArenaAccess(Access):
+    """Access to the mapped arena."""
+
+    mapped = True
+
+    def __init__(
+        self, copier: Copier, chunk_tokens: int, shard: int, shard_bytes: int, mapping: Mapping, runtime: Runtime
+    ) -> None:
+        super().__init__(copier, chunk_tokens, shard, shard_bytes)
+        self.batch_bytes = int(copier.bytes_per_second * _BATCH_SECONDS)
+        # Fill this process's page table ahead of use: a store into populated memory runs at twice the speed.
+        self._mapping, self._stop = mapping, runtime.event()
+        self._populating = runtime.start(lambda: populate_all(mapping, self._stop), "lmcache-map")
+        copier.adopt(mapping.address, mapping.size_bytes)
+
+    def load(self, load: Load, blocks: Blocks, runs: Runs) -> None:
+        arena = self._mapping
+        self.copier.scatter(arena.address, blocks, runs, arena_bytes=arena.size_bytes, progress=load.progress)
+
+    def gather(self, blocks: Blocks, runs: Runs) -> Sequence[memoryview]:
+        arena = self._mapping
+        if int(runs[:, 0].max()) + self._shard_bytes > arena.size_bytes:
+            raise LayoutError(f"the server gave an extent beyond the arena's {arena.size_bytes} bytes")
+        if runs[-1, 2] < self._chunk_tokens and not self.copier.zeroes_the_rest:
+            # Tiers store the complete extent, so the rest behind an unfull chunk must not hold bytes of a former chunk.
+            ctypes.memset(arena.address + int(runs[-1, 0]), 0, self._shard_bytes)
+        self.copier.gather(arena.address, blocks, runs, arena_bytes=arena.size_bytes)
+        return ()
+
+    def close(self) -> None:
+        super().close()
+        self._stop.set()
+        self._populating.join()
+        self._mapping.close()
+
+
+class PayloadAccess(Access):
+    """Access by payload frames, which a server gives that is on another host or of another user. fetch: asks the server for
+    frames."""
+
+    def __init__(
+        self, copier: Copier, chunk_tokens: int, shard: int, shard_bytes: int, fetch: Callable[[m.Fetch], list[bytes]]
+    ) -> None:
+        super().__init__(copier, chunk_tokens, shard, shard_bytes)
+        self._fetch = fetch
+
+    def load(self, load: Load, blocks: Blocks, runs: Runs) -> None:
+        step = max(1, _PAYLOAD_BYTES // self._shard_bytes)
+        for at in range(0, len(runs), step):
+            part = runs[at : at + step].copy()
+            frames = self._fetch(m.Fetch(load.lease, self._shard, load.lease_chunk + at, len(part)))
+            if len(frames) != len(part) or any(len(one) != self._shard_bytes for one in frames):
+                raise LayoutError(f"{len(frames)} payload frames for {len(part)} chunks")
+            part[:, 0] = 0
+            for run, one in zip(part, frames, strict=True):
+                self.copier.scatter(np.frombuffer(one, dtype=np.uint8).ctypes.data, blocks, run[None])
+
+    def gather(self, blocks: Blocks, runs: Runs) -> Sequence[memoryview]:
+        # Behind an unfull chunk an uninitialized buffer would send this process's memory to the server.
+        full = bool((runs[:, 2] == self._chunk_tokens).all())
+        buffer = (np.empty if full else np.zeros)((len(runs), self._shard_bytes), dtype=np.uint8)
+        runs[:, 0] = np.arange(len(runs)) * self._shard_bytes
+        self.copier.gather(buffer.ctypes.data, blocks, runs)
+        return [row.data for row in buffer]

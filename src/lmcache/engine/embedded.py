@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from blake3 import blake3
@@ -18,8 +18,8 @@ import lmcache
 from lmcache.config.engine import EngineConfig
 from lmcache.config.options import ENV_PREFIX
 from lmcache.config.server import ServerConfig
-from lmcache.engine.scheduler import SchedulerSession
-from lmcache.engine.worker import WorkerSession
+from lmcache.engine.connection import OWN_START_SECONDS
+from lmcache.engine.session import Session
 from lmcache.errors import ConfigError
 from lmcache.observability.log import init_logger
 from lmcache.wire.sockets import UNIX, listen_named
@@ -27,8 +27,7 @@ from lmcache.wire.sockets import UNIX, listen_named
 logger = init_logger(__name__)
 _BOOT = "import runpy, sys; sys.path.append(sys.argv.pop(1)); runpy.run_module('lmcache.server.embedded', run_name='__main__')"
 """Appends this package's folder to the module path: the engine may have found the package by a path of its own."""
-START_SECONDS = 30.0
-"""How long an engine waits at its start for a server of its own; a busy machine needs seconds."""
+NOT_STARTED = "its own server has not started; the server's log lines say why"
 _LOOK_SECONDS = 0.1
 _STOP_SECONDS = 15.0
 """How long the server may take to end, beyond the writes to tiers. It abandons a tier that hangs after three seconds."""
@@ -55,19 +54,38 @@ def start_own_server(instance: str, config: EngineConfig, size_gb: float = 0.0) 
         return None
 
 
-def wait_connected(
-    sessions: Sequence[SchedulerSession | WorkerSession], seconds: float, running: Callable[[], bool] = lambda: True
-) -> bool:
-    """Wait until all of these sessions are connected. Return False if one is not after `seconds`, or if the server is not
-    `running` any more."""
+def wait_connected(sessions: Sequence[Session], seconds: float, own: EmbeddedServer | None = None) -> bool:
+    """Wait until all of these sessions are connected. Return False if one is not after `seconds`, or if the engine's `own` server
+    does not run any more."""
     now = sessions[0].runtime.now
     end = now() + seconds
     while missing := [session for session in sessions if not session.connected]:
         left = end - now()
-        if left <= 0 or not running():
+        if left <= 0 or (own is not None and not own.running):
             return False
         missing[0].wait_connected(min(left, _LOOK_SECONDS))
     return True
+
+
+def wait_for_server(
+    sessions: Sequence[Session], own: EmbeddedServer | None = None, seconds: float | None = None
+) -> bool:
+    """Wait for the server at the start of an engine. Sessions whose weights are not identified yet are not waited for.
+
+    own: the server that this process has started for the engine; it is waited for `seconds` (None: 30) while it runs. A server
+    that another process has started is waited for as `Session.wait_for_server` says. Return False if `own` has not started.
+    """
+    if own is None:
+        for session in sessions:
+            session.wait_for_server(seconds)
+        return True
+    limit = OWN_START_SECONDS if seconds is None else seconds
+    waiting = [session for session in sessions if session.identified]
+    if not waiting or wait_connected(waiting, limit, own):
+        return True
+    if own.running and seconds is None:
+        logger.warning("This engine's LMCache server was not up within %.0f s; it may come yet", limit)
+    return own.running
 
 
 class EmbeddedServer:

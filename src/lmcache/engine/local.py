@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Generic
 
-from lmcache.engine.connection import Endpoint
 from lmcache.engine.copies import Copies, Copy
-from lmcache.engine.embedded import wait_connected
+from lmcache.engine.embedded import NOT_STARTED, EmbeddedServer, wait_connected, wait_for_server
+from lmcache.engine.endpoint import Endpoint
 from lmcache.engine.requests import Requests, RequestT
 from lmcache.engine.scheduler import SchedulerSession
 from lmcache.engine.served import ServedKV
@@ -51,14 +51,14 @@ class LocalRank(Generic[RequestT]):
     def connected(self) -> bool:
         return self.scheduler.connected and self.worker.connected
 
-    def wait_connected(self, seconds: float, running: Callable[[], bool] = lambda: True) -> bool:
+    def wait_connected(self, seconds: float, own: EmbeddedServer | None = None) -> bool:
         """As `embedded.wait_connected`, for both sessions."""
-        return wait_connected((self.scheduler, self.worker), seconds, running)
+        return wait_connected((self.scheduler, self.worker), seconds, own)
 
-    def wait_for_server(self, seconds: float | None = None) -> None:
-        """As `SchedulerSession.wait_for_server`, for both sessions."""
-        self.scheduler.wait_for_server(seconds)
-        self.worker.wait_for_server(seconds)
+    def wait_for_server(self, own: EmbeddedServer | None = None, seconds: float | None = None) -> None:
+        """As `embedded.wait_for_server`, for both sessions. Serve nothing if the engine's own server has not started."""
+        if not wait_for_server((self.scheduler, self.worker), own, seconds):
+            self.requests.stop(NOT_STARTED)
 
     def close(self) -> None:
         """Finish the running copies, drop the queued ones, and close the connections."""

@@ -9,8 +9,10 @@ from typing import NamedTuple
 
 from lmcache.chunks import TokenChain, chunk_root
 from lmcache.chunks.hashing import HASH_BYTES, Extras
-from lmcache.engine.connection import Connection, Endpoint, ask
-from lmcache.engine.identified import UNKNOWN, LayoutFor, is_identified
+from lmcache.engine.connection import Connection
+from lmcache.engine.endpoint import Endpoint
+from lmcache.engine.hello import ask
+from lmcache.engine.session import UNKNOWN, LayoutFor, Session
 from lmcache.errors import LMCacheError
 from lmcache.observability.log import init_logger
 from lmcache.runtime import RUNTIME, Runtime
@@ -50,7 +52,7 @@ class Loading(NamedTuple):
     coming: int
 
 
-class SchedulerSession:
+class SchedulerSession(Session):
     """The session of one engine's scheduler. No method raises, and none takes longer than the deadline.
 
     Args:
@@ -70,8 +72,8 @@ class SchedulerSession:
         stages: Sequence[int] = (),
         runtime: Runtime = RUNTIME,
     ) -> None:
-        self.runtime = runtime
-        self._layout_for, self._shards, self._stages = layout_for, shards, list(stages)
+        super().__init__(layout_for, runtime)
+        self._shards, self._stages = shards, list(stages)
         self._space, self._chunk_tokens, self._epoch, self._fingerprint = 0, 0, b"", b""
         self.misses: Counter[str] = Counter()
         """Lookups that became misses because they got no usable answer, by reason."""
@@ -94,28 +96,9 @@ class SchedulerSession:
         return self._chunk_tokens or None
 
     @property
-    def connected(self) -> bool:
-        return self._connection.connected
-
-    @property
-    def identified(self) -> bool:
-        """Whether the weights are identified. Until then this session connects to no server, and waits for none."""
-        return is_identified(self._layout_for)
-
-    @property
     def epoch(self) -> bytes:
         """Names the current server; hits of another epoch are void. b"" before the first server."""
         return self._epoch
-
-    def wait_connected(self, timeout_seconds: float) -> bool:
-        """Wait for the first connection."""
-        return self._connection.wait_connected(timeout_seconds)
-
-    def wait_for_server(self, seconds: float | None = None) -> None:
-        """At engine start: wait for the first connection, unless no server listens or none can serve this engine. The wait for a
-        server that listens and has not answered ends `seconds` (None: ten) after this session was made."""
-        if self.identified:
-            self._connection.wait_for_server(seconds)
 
     def new_chain(
         self, cache_salt: str = "", lora_name: str = "", lora_id: str = "", extras: Extras | None = None

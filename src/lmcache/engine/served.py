@@ -37,18 +37,11 @@ _LENGTH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope", "su", "yarn-dynamic"}
 
 
 @dataclass(frozen=True)
-class ServedKV:
-    """The KV of a model, and the part of it that is on this rank.
-
-    model: the layout with one-token chunks and without the weights' name. stores: whether this rank, of all ranks that hold this
-    shard, is the one that stores it.
-    """
+class ServedModel:
+    """The KV of a complete model. model: the layout with one-token chunks and without the weights' name."""
 
     identity: Identity
     model: Layout
-    shard: Shard
-    paged: PagedKV
-    stores: bool
 
     def layout(self, chunk_tokens: int) -> Layout:
         """Return the model's layout for chunks of `chunk_tokens` tokens.
@@ -57,6 +50,16 @@ class ServedKV:
             IdentityUnknown: the weights are not identified (yet).
         """
         return self.identity.layout(self.model, chunk_tokens)
+
+
+@dataclass(frozen=True)
+class ServedKV(ServedModel):
+    """The KV of a model, and the part of it that is on this rank. stores: whether this rank, of all ranks that hold this shard,
+    is the one that stores it."""
+
+    shard: Shard
+    paged: PagedKV
+    stores: bool
 
 
 def stores_its_shard(model: Layout, tp_rank: int, tp_size: int) -> bool:

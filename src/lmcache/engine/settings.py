@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from lmcache.config.engine import EngineConfig
-from lmcache.engine.connection import MOST_HEARTBEAT_SECONDS, Endpoint
 from lmcache.engine.embedded import embedded_address
+from lmcache.engine.endpoint import MOST_HEARTBEAT_SECONDS, Endpoint
 
 DEFAULT_ADDRESS = "tcp://localhost:5555"
 DEFAULT_DEADLINE_SECONDS = 2.0
+WITH_A_DAEMON = EngineConfig(save_decode_cache=True, save_unfull_chunk=False)
+"""The settings of loads and stores for an engine that uses a daemon."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,7 @@ class ServerSettings:
     be identified, or to override their identity ("" = identify them)."""
 
     address: str = DEFAULT_ADDRESS
-    config: EngineConfig = field(default_factory=EngineConfig)
+    config: EngineConfig = WITH_A_DAEMON
     deadline_seconds: float = DEFAULT_DEADLINE_SECONDS
     heartbeat_seconds: float = MOST_HEARTBEAT_SECONDS
     transfer_mode: str = "auto"

@@ -7,7 +7,6 @@ arena succeeds even if the server has died meanwhile.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import threading
 from collections import Counter, deque
@@ -21,29 +20,28 @@ import numpy.typing as npt
 
 from lmcache.chunks import Shard
 from lmcache.chunks.hashing import HASH_BYTES
-from lmcache.engine.access import ArenaAccess
-from lmcache.engine.connection import Connection, Endpoint, ask
-from lmcache.engine.identified import UNKNOWN, LayoutFor, is_identified
+from lmcache.engine.access import Access, ArenaAccess, PayloadAccess
+from lmcache.engine.connection import Connection
+from lmcache.engine.endpoint import Endpoint
+from lmcache.engine.hello import ask
 from lmcache.engine.jobs import Done, Event, Load, Store
+from lmcache.engine.session import UNKNOWN, LayoutFor, Session
 from lmcache.errors import LayoutError, LMCacheError, ServerRefused, ServerUnavailable
 from lmcache.memory.arena import Mapping
 from lmcache.memory.slabs import NO_EXTENT, SECTOR_BYTES
 from lmcache.observability.log import init_logger
 from lmcache.runtime import RUNTIME, Runtime
 from lmcache.transfer.bounds import Runs
-from lmcache.transfer.copier import Copier, make_copier
+from lmcache.transfer.copier import make_copier
 from lmcache.transfer.gpu.driver import beside_captures
 from lmcache.transfer.paged import PagedKV
 from lmcache.wire import messages as m
 from lmcache.wire.carriers import Carrier
 
 logger = init_logger(__name__)
-_BATCH_SECONDS = 0.01
-"""A store reserves, fills and commits extents in steps of about this length; a preemption waits for at most one step."""
 _STEP_END_SECONDS = 0.002
 """A store waits this long after a forward, while the engine samples, fetches the token and reports it. A store that begins
 at once slows down the token's copy and the threads that report it: by 0.6 ms of 51 on an H200."""
-_PAYLOAD_BYTES = 64 << 20
 _MAX_QUEUED_STORES = 1024
 _STORING = "store"
 _LAST_COPY_SECONDS = 30.0
@@ -54,7 +52,7 @@ class _Cancelled(LMCacheError):
     """The engine has taken away the blocks of a store that had not been copied yet."""
 
 
-class WorkerSession:
+class WorkerSession(Session):
     """The session of one rank. `load` and `store` only enqueue jobs, `finished` returns the results. No method raises.
 
     Args:
@@ -77,15 +75,15 @@ class WorkerSession:
         stages: Sequence[int] = (),
         runtime: Runtime = RUNTIME,
     ) -> None:
-        self.runtime = runtime
+        super().__init__(layout_for, runtime)
         self.counters: Counter[str] = Counter()
         """Counts of failed jobs and dropped chunks; a reason follows a colon."""
-        self._layout_for, self._shard, self._paged, self._threads = layout_for, shard, paged, threads
+        self._shard, self._paged, self._threads = shard, paged, threads
         self._stages = list(stages)
         self._space, self._chunk_tokens, self._arena, self._epoch = 0, 0, b"", b""
         self._shard_bytes = 0
-        self._access: ArenaAccess | None = None
-        self._left_behind: ArenaAccess | None = None
+        self._access: Access | None = None
+        self._left_behind: Access | None = None
         """The arena that stays mapped because a copy hung when the session was closed and may still touch it."""
         lock = threading.Lock()
         self._state = runtime.condition(lock)
@@ -127,29 +125,10 @@ class WorkerSession:
         ]
 
     @property
-    def connected(self) -> bool:
-        return self._connection.connected
-
-    @property
-    def identified(self) -> bool:
-        """Whether the weights are identified. Until then this rank connects to no server, and waits for none."""
-        return is_identified(self._layout_for)
-
-    @property
     def mapped_epoch(self) -> bytes:
         """The epoch whose arena this process has mapped, so that a load needs no server; b"" for none (payload frames)."""
         with self._state:
             return self._epoch if self._mapped() else b""
-
-    def wait_connected(self, timeout_seconds: float) -> bool:
-        """Wait for the first connection."""
-        return self._connection.wait_connected(timeout_seconds)
-
-    def wait_for_server(self, seconds: float | None = None) -> None:
-        """At engine start: wait for the first connection, unless no server listens or none can serve this engine. The wait for a
-        server that listens and has not answered ends `seconds` (None: ten) after this session was made."""
-        if self.identified:
-            self._connection.wait_for_server(seconds)
 
     def load(self, job_id: str, load: Load) -> None:
         """Enqueue a job that fills paged KV from extents. The scheduler's lease must hold until `finished` returns the job."""
@@ -327,13 +306,10 @@ class WorkerSession:
         Raises:
             LMCacheError: the load failed, and the engine must not use the blocks.
         """
-        with self._using(thread, load.epoch) as (copier, mapping):
+        with self._using(thread, load.epoch) as access:
             runs = self._load_runs(load)
             blocks, begin = np.asarray(load.blocks, dtype=np.int32), self.runtime.now()
-            if mapping is not None:
-                copier.scatter(mapping.address, blocks, runs, arena_bytes=mapping.size_bytes, progress=load.progress)
-            else:
-                self._fetch(copier, load, blocks, runs)
+            access.load(load, blocks, runs)
             end = self.runtime.now()
             begin, self._load_ended = max(begin, self._load_ended), end
             return load.end_token - load.start_token, end - begin
@@ -350,18 +326,9 @@ class WorkerSession:
             raise LayoutError(f"{len(sectors)} extents do not cover tokens {load.start_token}..{load.end_token}")
         return runs[count > 0]
 
-    def _fetch(self, copier: Copier, load: Load, blocks: npt.NDArray[np.int32], runs: Runs) -> None:
-        """Load by payload frames, in messages of at most 64 MiB of chunks."""
-        step = max(1, _PAYLOAD_BYTES // self._shard_bytes)
-        for at in range(0, len(runs), step):
-            part = runs[at : at + step].copy()
-            request = m.Fetch(load.lease, self._shard.index, load.lease_chunk + at, len(part))
-            _, frames = self._connection.call(request, m.Ok)
-            if len(frames) != len(part) or any(len(one) != self._shard_bytes for one in frames):
-                raise LayoutError(f"{len(frames)} payload frames for {len(part)} chunks")
-            part[:, 0] = 0
-            for run, one in zip(part, frames, strict=True):
-                copier.scatter(np.frombuffer(one, dtype=np.uint8).ctypes.data, blocks, run[None])
+    def _fetch(self, request: m.Fetch) -> list[bytes]:
+        """Return the payload frames of chunks that a load has leased."""
+        return self._connection.call(request, m.Ok)[1]
 
     def _store(self, job_id: str, store: Store) -> tuple[int, float, float]:
         """Run a store. Return the tokens stored, the seconds of the copies, and those of reserving and committing extents."""
@@ -372,15 +339,17 @@ class WorkerSession:
             return 0, 0.0, 0.0
         total, tokens, seconds, parent = len(store.hashes) // HASH_BYTES, 0, 0.0, store.parent
         begin = self.runtime.now()
-        step = min(max(1, self._batch_bytes() // self._shard_bytes), m.MAX_RESERVED_CHUNKS)
+        access = self._access
+        batch_bytes = access.batch_bytes if access is not None else self._shard_bytes
+        step = min(max(1, batch_bytes // self._shard_bytes), m.MAX_RESERVED_CHUNKS)
         for at in range(0, total, step):
             if job_id in self._cancelled:
                 self._count_drop(total - at, "preempted")
                 break
             hashes = store.hashes[at * HASH_BYTES : (at + step) * HASH_BYTES]
             try:
-                with self._using(_STORING) as (copier, mapping):
-                    batch = self._store_batch(job_id, copier, mapping, store, parent, store.first_chunk + at, hashes)
+                with self._using(_STORING) as access:
+                    batch = self._store_batch(job_id, access, store, parent, store.first_chunk + at, hashes)
                 tokens, seconds = tokens + batch[0], seconds + batch[1]
             except _Cancelled:
                 self._count_drop(total - at, "preempted")
@@ -394,14 +363,7 @@ class WorkerSession:
         return tokens, seconds, self.runtime.now() - begin - seconds
 
     def _store_batch(
-        self,
-        job_id: str,
-        copier: Copier,
-        mapping: Mapping | None,
-        store: Store,
-        parent: bytes,
-        first_chunk: int,
-        hashes: bytes,
+        self, job_id: str, access: Access, store: Store, parent: bytes, first_chunk: int, hashes: bytes
     ) -> tuple[int, float]:
         size = self._chunk_tokens
         name = m.request_name(store.request_id)
@@ -422,24 +384,17 @@ class WorkerSession:
         blocks = np.asarray(store.blocks, dtype=np.int32)
         begin, ok = self.runtime.now(), False
         try:
-            if mapping is not None and int(runs[:, 0].max()) + self._shard_bytes > mapping.size_bytes:
-                raise LayoutError(f"the server gave an extent beyond the arena's {mapping.size_bytes} bytes")
-            if mapping is not None and count[-1] < size and not copier.zeroes_the_rest:
-                # Tiers store the complete extent, so the rest behind an unfull chunk must not hold bytes of a former chunk.
-                ctypes.memset(mapping.address + int(runs[-1, 0]), 0, self._shard_bytes)
-            buffer = self._gather(job_id, copier, mapping, blocks, runs)
-            if buffer is not None:
-                self._connection.call(m.Fill(granted.reservation, 0), m.Ok, [row.data for row in buffer])
+            frames = self._gather(job_id, access, blocks, runs)
+            if frames:
+                self._connection.call(m.Fill(granted.reservation, 0), m.Ok, frames)
             ok = True
         finally:
             seconds = self.runtime.now() - begin
             self._connection.call(m.Commit(granted.reservation, ok), m.Ok)
         return int(count.sum()), seconds
 
-    def _gather(
-        self, job_id: str, copier: Copier, mapping: Mapping | None, blocks: npt.NDArray[np.int32], runs: Runs
-    ) -> npt.NDArray[np.uint8] | None:
-        """Copy into the extents; without a mapping, into a returned buffer uint8 [chunk][byte of the shard].
+    def _gather(self, job_id: str, access: Access, blocks: npt.NDArray[np.int32], runs: Runs) -> Sequence[memoryview]:
+        """As `Access.gather`.
 
         Raises:
             _Cancelled: the engine took the blocks away meanwhile.
@@ -449,30 +404,15 @@ class WorkerSession:
                 raise _Cancelled("the blocks were taken away")
             self._touching[_STORING] = job_id
         try:
-            if mapping is not None:
-                copier.gather(mapping.address, blocks, runs, arena_bytes=mapping.size_bytes)
-                return None
-            # Behind an unfull chunk an uninitialized buffer would send this process's memory to the server.
-            full = bool((runs[:, 2] == self._chunk_tokens).all())
-            buffer = (np.empty if full else np.zeros)((len(runs), self._shard_bytes), dtype=np.uint8)
-            runs[:, 0] = np.arange(len(runs)) * self._shard_bytes
-            copier.gather(buffer.ctypes.data, blocks, runs)
-            return buffer
+            return access.gather(blocks, runs)
         finally:
             with self._state:
                 self._touching.pop(_STORING, None)
                 self._state.notify_all()
 
-    def _batch_bytes(self) -> int:
-        access = self._access
-        if access is None or access.mapping is None:
-            return _PAYLOAD_BYTES
-        return int(access.copier.bytes_per_second * _BATCH_SECONDS)
-
     @contextmanager
-    def _using(self, thread: str, epoch: bytes | None = None) -> Iterator[tuple[Copier, Mapping | None]]:
-        """Give the copier and the mapping of this epoch's arena (None: the current one), which stays mapped meanwhile. With
-        payload frames the mapping is None.
+    def _using(self, thread: str, epoch: bytes | None = None) -> Iterator[Access]:
+        """Give the access to this epoch's extents (None: the current ones), which is not closed meanwhile.
 
         Raises:
             ServerUnavailable: this rank is not, or no longer, connected to that epoch's server.
@@ -490,7 +430,7 @@ class WorkerSession:
             access = self._access
             self._copying.add(thread)
         try:
-            yield access.copier, access.mapping
+            yield access
         finally:
             with self._state:
                 self._copying.discard(thread)
@@ -534,8 +474,12 @@ class WorkerSession:
                 # Not under the lock, which the engine's thread takes: unpinning memory takes seconds.
                 if access is not None:
                     access.close()
+                shard = welcome.chunk_tokens, self._shard.index, shard_bytes
                 copier = make_copier(self._paged, welcome.chunk_tokens, self._threads, self.runtime)
-                access = ArenaAccess(copier, welcome, descriptor, self.runtime)
+                if descriptor < 0:
+                    access = PayloadAccess(copier, *shard, self._fetch)
+                else:
+                    access = ArenaAccess(copier, *shard, Mapping(descriptor, welcome.arena_bytes), self.runtime)
             with self._state:
                 self._space, self._chunk_tokens, self._shard_bytes = registered.space, welcome.chunk_tokens, shard_bytes
                 self._access, self._arena, self._epoch = access, welcome.arena, welcome.holds_for
@@ -554,9 +498,9 @@ class WorkerSession:
             logger.info("Unmapped the memory of the LMCache server that has ended")
 
     def _mapped(self) -> bool:
-        return self._access is not None and self._access.mapping is not None
+        return self._access is not None and self._access.mapped
 
-    def _taken_away(self) -> ArenaAccess | None:
+    def _taken_away(self) -> Access | None:
         """Detach the arena, for the caller to close without the lock. Called with it, while no copy runs; none begins later."""
         access, self._access, self._arena, self._epoch = self._access, None, b"", b""
         return access

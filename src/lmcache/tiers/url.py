@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TypeVar
 from urllib.parse import parse_qsl, unquote, urlsplit
 
+from lmcache.config.given import check_secret_file
 from lmcache.config.hosts import in_url
-from lmcache.config.load import check_secret_file
 from lmcache.config.options import GIB, number, redacted_url
 from lmcache.errors import ConfigError
 from lmcache.runtime import RUNTIME, Runtime

@@ -26,8 +26,9 @@ from blake3 import blake3
 from zmq.auth.thread import ThreadAuthenticator
 from zmq.utils import z85
 
+from lmcache.config.given import check_secret_file
 from lmcache.config.hosts import ends, in_url
-from lmcache.config.load import KEY_REMEDY, check_secret_file
+from lmcache.config.load import KEY_REMEDY
 from lmcache.errors import ConfigError, LMCacheError
 from lmcache.observability.log import printable
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lmcache.chunks import Layout, shard_of_rank
-from lmcache.engine.identity import Identity, digest_of, model_folder, named, path_identity, plain, repository_identity
-from lmcache.engine.load_formats import files_read, refuse_weights_from_anywhere
+from lmcache.engine.identity import digest_of, model_folder, named, plain
+from lmcache.engine.load_formats import files_read, weights_identity
 from lmcache.engine.served import ServedKV, kv_dtype, refuse_encoder_decoder, stores_its_shard
 from lmcache.errors import LayoutError
 from lmcache.transfer.paged import PagedKV, Plane
@@ -91,7 +91,8 @@ def describe_rank(
     paged = paged_kv(buffers, page_size)
     if shard.token_bytes(layout) != paged.token_bytes:
         raise LayoutError(f"the KV pool has {paged.token_bytes} bytes a token, the model {shard.token_bytes(layout)}")
-    identity = named(model_id) if model_id else model_identity(model_config, load_format(), engine_id)
+    weights = str(model_config.model_path), load_format(), model_config, engine_id
+    identity = named(model_id) if model_id else weights_identity(*weights, REMEDY)
     return ServedKV(identity, layout, shard, paged, stores_its_shard(layout, ranks.tp_rank, ranks.tp_size))
 
 
@@ -144,19 +145,6 @@ def paged_kv(buffers: Buffers, page_size: int) -> PagedKV:
     planes = tuple(Plane.of(tensor, "thd", page_size) for tensor in tensors)
     blocks = first.shape[0] // page_size
     return PagedKV(planes, page_size, blocks, first.element_size(), tuple(tensors), str(first.device))
-
-
-def model_identity(model_config: Any, load_format: str, engine_id: str) -> Identity:
-    """The identity of the served weights; dummy ones are shared with nobody.
-
-    Raises:
-        LayoutError: it cannot be found out; the message says what to set.
-    """
-    if load_format == "dummy":
-        return named(f"dummy:{engine_id}")
-    name = str(model_config.model_path)
-    refuse_weights_from_anywhere(load_format, REMEDY)
-    return path_identity(name, REMEDY) or repository_identity(name, model_config, REMEDY)
 
 
 def config_digest(model_config: Any) -> str:

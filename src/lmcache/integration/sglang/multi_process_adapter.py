@@ -2,50 +2,36 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
-from lmcache.config.engine import EngineConfig
-from lmcache.engine.connection import server_address
 from lmcache.engine.settings import ServerSettings
-from lmcache.errors import ConfigError
-from lmcache.integration.sglang.older import Found, LoadMetadata, OlderConnector, StoreMetadata, tokens_had
+from lmcache.integration.sglang.older import LoadMetadata, OlderConnector, StoreMetadata, tokens_had
+from lmcache.integration.sglang.settings import daemon_address
 
 
 class LMCacheMPConnector(OlderConnector):
     """host, port: of the daemon. pools: as `OlderConnector` has them."""
 
     def __init__(self, *, page_size: int, host: str, port: int, **pools: Any) -> None:
-        try:
-            address = server_address(str(host), int(port))
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"mp_host {host!r} with mp_port {port!r} is no address: {error}") from error
-        settings = ServerSettings(address, deadline_seconds=EngineConfig().blocking_timeout_secs)
+        settings = ServerSettings(daemon_address(host, port))
         super().__init__(settings, page_size=page_size, **pools)
-        self._found: dict[str, Found] = {}
 
     def lookup_kv(self, token_ids: Any, request_id: str) -> int:
         """Tokens of the prompt, from its start on, that can be loaded; they stay until `release_pending` or `end_session`."""
         self.release_pending(request_id)
         found = self._find(token_ids, 0, request_id)
-        if found is None:
-            return 0
-        self._found[request_id] = found
-        return found.tokens
+        return found.hit_tokens if found is not None else 0
 
     def retrieve_kv(self, load: LoadMetadata) -> int:
         """Fill the slots of what was found; tokens from `load.offset` on that are there now, 0 for none."""
-        found = self._found.pop(load.request_id, None)
+        found = self._rank.requests.open.get(load.request_id) if self._rank is not None else None
         if found is None:
             return 0
-        have = tokens_had(load.slot_mapping)
-        end = min(found.tokens, len(load.slot_mapping))
-        filled = self._fill(replace(found, tokens=end), have, load.slot_mapping, len(load.token_ids))
-        return have + filled - load.offset if filled else 0
+        found.hit_tokens = min(found.hit_tokens, len(load.slot_mapping))
+        return self._fill(found, tokens_had(load.slot_mapping), load)
 
     def release_pending(self, request_id: str) -> None:
         """What was found for the request will not be loaded."""
-        self._found.pop(request_id, None)
         if self._rank is not None:
             self._rank.requests.finish(request_id)
 

@@ -19,10 +19,6 @@ from lmcache.engine.settings import ServerSettings
 from lmcache.errors import LayoutError
 from lmcache.integration.sglang.model import DTYPES, Buffers, Ranks, lora_enabled
 from lmcache.integration.sglang.ranks import Tokens, Tracker, block_table, open_rank
-from lmcache.integration.sglang.weights import forget, on_new_weights
-from lmcache.observability.log import init_logger
-
-logger = init_logger(__name__)
 
 
 @dataclass
@@ -46,14 +42,6 @@ class StoreMetadata:
     kv_indices: Any
     offset: int
     request_id: str = ""
-
-
-@dataclass(frozen=True)
-class Found:
-    """A hit. tokens: how many leading tokens of the prompt can be loaded, in complete pages."""
-
-    tokens: int
-    request: Tracker
 
 
 class OlderConnector:
@@ -86,8 +74,6 @@ class OlderConnector:
         self._rank = open_rank(
             settings, buffers, sgl_config, page_size, ranks, self._agreement, self._agreement.name("sglang")
         )
-        if self._rank is not None:
-            on_new_weights(self._new_weights)
 
     def chunk_size(self) -> int:
         """Return the unit of loads in tokens: one page. LMCache cuts chunks itself, and they may have any size."""
@@ -119,13 +105,13 @@ class OlderConnector:
             self._rank.requests.own_cache_emptied()
 
     def close(self) -> None:
-        forget(self._new_weights)
         if self._rank is not None:
             self._rank.close()
             self._rank = None
 
-    def _find(self, token_ids: Any, have: int, request_id: str = "") -> Found | None:
-        """Return what all ranks can load of a prompt; None if that is not more than the `have` tokens in the radix tree."""
+    def _find(self, token_ids: Any, have: int, request_id: str = "") -> Tracker | None:
+        """Look up a prompt of which the radix tree has `have` tokens. Return the request; its `hit_tokens` are those in complete
+        pages, from the start of the prompt on, that all ranks can load. Return None if these are no more than `have`."""
         rank = self._rank
         if rank is None:
             return None
@@ -133,32 +119,29 @@ class OlderConnector:
         rank.requests.open[request_id] = request
         rank.requests.find(request, tokens, have, wait=True)
         count = min(request.found_tokens, len(tokens)) // self._page_size * self._page_size
-        count = self._agreement.least(count)
-        if count > have:
-            return Found(count, request)
+        request.hit_tokens = self._agreement.least(count)
+        if request.hit_tokens > have:
+            return request
         rank.requests.finish(request_id)
         return None
 
-    def _fill(self, found: Found, have: int, slots: Any, total: int) -> int:
-        """Fill slots[have : found.tokens] with these tokens. Return how many were filled: all, or 0 if a rank has failed."""
-        rank, request, ok = self._rank, found.request, False
+    def _fill(self, request: Tracker, have: int, load: LoadMetadata) -> int:
+        """Fill the slots of the hit's tokens from token `have` on. Return how many tokens from `load.offset` on are there then, 0
+        if they were not filled on all ranks."""
+        rank, end, ok = self._rank, request.hit_tokens, False
         if rank is not None and request.hit is not None:
-            blocks, _ = block_table(slots[have : found.tokens], self._page_size, have)
-            plan = rank.requests.load(request, have, found.tokens, total)
+            blocks, _ = block_table(load.slot_mapping[have:end], self._page_size, have)
+            plan = rank.requests.load(request, have, end, len(load.token_ids))
             ok = rank.copies.settle([rank.copies.load(plan, blocks, self._fence())], rank.deadline_seconds)
         if rank is not None:
             rank.requests.finish(request.id)
-        return found.tokens - have if self._agreement.least(int(ok)) else 0
+        return end - load.offset if self._agreement.least(int(ok)) else 0
 
     def _fence(self) -> WholeDevice | None:
         """Return an event after everything that SGLang has launched, since it does not name its stream; None on a CPU.
         The block table is filled by then, too."""
         device = self._rank.kv.paged.device if self._rank is not None else "cpu"
         return None if device == "cpu" else WholeDevice(device)
-
-    def _new_weights(self, kv_in_use: bool) -> None:
-        if self._rank is not None:
-            self._rank.new_weights(kv_in_use)
 
 
 def tokens_had(slot_mapping: Any) -> int:

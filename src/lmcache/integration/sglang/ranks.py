@@ -16,12 +16,13 @@ import numpy.typing as npt
 from lmcache.engine import Copies, Copy, LoadPlan, Request
 from lmcache.engine.agreement import Agreement
 from lmcache.engine.copies import retrieved_line, stored_line
-from lmcache.engine.embedded import START_SECONDS, embedded_address, start_own_server
+from lmcache.engine.embedded import NOT_STARTED, EmbeddedServer, embedded_address, start_own_server
 from lmcache.engine.jobs import Event
 from lmcache.engine.local import LocalRank
 from lmcache.engine.served import NOT_SERVED, ServedKV, refusal_of
 from lmcache.engine.settings import ServerSettings
 from lmcache.integration.sglang.model import Buffers, Ranks, describe_rank
+from lmcache.integration.sglang.weights import forget, on_new_weights
 from lmcache.observability.log import init_logger
 from lmcache.transfer.bounds import Blocks
 from lmcache.transfer.progress import Progress
@@ -84,24 +85,28 @@ class Tracker(Request):
 
 
 class SGLangRank(LocalRank[Tracker]):
-    """The requests and copies of one rank. If the settings name no server, rank 0 starts one. Methods do not raise.
+    """The requests and copies of one rank. Methods do not raise.
 
     name: the engine's name, the same on all ranks. vocabulary: how many token ids stand for text; images have other numbers.
+    server: the engine's own server, if this process has started it; it is closed with this object.
     """
 
-    def __init__(self, settings: ServerSettings, kv: ServedKV, ranks: Ranks, name: str, vocabulary: int) -> None:
-        self._vocabulary = vocabulary
-        own = not settings.address and not ranks.number
-        self._server = start_own_server(name, settings.config) if own else None
+    def __init__(
+        self,
+        settings: ServerSettings,
+        kv: ServedKV,
+        ranks: Ranks,
+        name: str,
+        vocabulary: int,
+        server: EmbeddedServer | None,
+    ) -> None:
+        self._vocabulary, self._server = vocabulary, server
         # Each rank leases and copies for itself in one process, so the server treats each rank as an engine of its own.
         where = settings.address or embedded_address(name)
         endpoint = settings.endpoint(f"{name}-{ranks.number}", "", ranks.number, where)
         super().__init__(endpoint, kv, name=name, ended=self._ended)
-        server = self._server
-        if server is None:
-            self.wait_for_server()
-        elif self.scheduler.identified:
-            self.wait_connected(START_SECONDS, lambda: server.running)
+        self.wait_for_server(server)
+        on_new_weights(self._new_weights)
 
     def text_of(self, tokens: Any) -> Tokens:
         """Return the leading tokens that are text, as int64 [tokens]. This is a copy, since SGLang's arrays may grow later."""
@@ -133,7 +138,7 @@ class SGLangRank(LocalRank[Tracker]):
             skipped = chunked - sum(copy.done.tokens for copy in copies if copy.done is not None)
             logger.info("%s; skipped: %d tokens%s", line, skipped, whose)
 
-    def new_weights(self, kv_in_use: bool) -> None:
+    def _new_weights(self, kv_in_use: bool) -> None:
         """Serve none of the KV that was stored before to this engine, and none that it stores from now on to another engine.
 
         kv_in_use: whether SGLang still has KV of the old weights, in the radix tree or in a running request. Nothing is stored
@@ -143,6 +148,7 @@ class SGLangRank(LocalRank[Tracker]):
         logger.info("The weights of this engine change: it no longer uses the KV that it has stored in LMCache so far")
 
     def close(self) -> None:
+        forget(self._new_weights)
         super().close()
         if self._server is not None:
             self._server.close()
@@ -162,17 +168,23 @@ def open_rank(
     name: str,
 ) -> SGLangRank | None:
     """Return this rank, or None if the KV of any rank cannot be cached. All ranks get the same answer; a log line has the reason.
+    Rank 0 starts the engine's own server if the settings name none.
 
     buffers: returns the tensors of SGLang's KV pool. page_size: tokens in a page. name: the engine's name, the same on all ranks.
     """
-    kv, vocabulary, refusal = None, 0, "another rank's KV cannot be cached"
+    kv, server, vocabulary, refusal = None, None, 0, "another rank's KV cannot be cached"
     try:
         vocabulary = int(model_config.vocab_size)
         kv = describe_rank(buffers(), model_config, page_size, ranks, model_id=settings.model_id, engine_id=name)
+        if not settings.address and not ranks.number:
+            server = start_own_server(name, settings.config)
+            kv, refusal = (kv, refusal) if server is not None else (None, NOT_STARTED)
     except NOT_SERVED as error:
         refusal = refusal_of(error, "SGLang")
     if agreement.least(int(kv is not None)) and kv is not None:
-        return SGLangRank(settings, kv, ranks, name, vocabulary)
+        return SGLangRank(settings, kv, ranks, name, vocabulary, server)
+    if server is not None:
+        server.close()
     logger.warning("LMCache serves nothing for this engine: %s", refusal)
     return None
 

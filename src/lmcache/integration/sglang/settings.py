@@ -5,12 +5,9 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from lmcache.config.engine import FILE_VARIABLE, SGLANG_KEYS, load_engine
-from lmcache.engine.connection import server_address
+from lmcache.engine.endpoint import server_address
 from lmcache.engine.settings import ServerSettings
 from lmcache.errors import ConfigError
 from lmcache.observability.log import init_logger
@@ -19,7 +16,7 @@ logger = init_logger(__name__)
 
 
 def read_settings(config_file: str | None) -> ServerSettings:
-    """The settings of `config_file`, or else of the file that LMCACHE_CONFIG_FILE names, and of LMCACHE_* variables.
+    """Return the settings of `config_file`, or else of the file that LMCACHE_CONFIG_FILE names, and of LMCACHE_* variables.
 
     Raises:
         ConfigError: the file cannot be read, a key is unknown, or a value cannot be used; the message says what to write.
@@ -29,22 +26,21 @@ def read_settings(config_file: str | None) -> ServerSettings:
     for warning in found.warnings:
         if not any(f": {key} has " in warning for key in SGLANG_KEYS):
             logger.warning("%s", warning)
-    own = _own_keys(Path(name)) if name else {}
-    deadline, model_id = found.config.blocking_timeout_secs, str(own.get("model_id") or "")
-    return ServerSettings(_address(own, name), found.config, deadline, model_id=model_id)
+    own = {key: found.values[key] for key in SGLANG_KEYS if found.sources[key].startswith(f"{name}:")}
+    address = ""
+    if "mp_host" in own or "mp_port" in own:
+        address = daemon_address(own.get("mp_host", "localhost"), own.get("mp_port", 5555), f"{name}: ")
+    deadline, model_id = found.config.blocking_timeout_secs, own.get("model_id", "")
+    return ServerSettings(address, found.config, deadline, model_id=model_id)
 
 
-def _own_keys(path: Path) -> dict[str, Any]:
-    """SGLang's keys of a file that has been read once, and is in order."""
-    values = yaml.safe_load(path.read_text()) or {}
-    return {key: values[key] for key in SGLANG_KEYS if key in values}
+def daemon_address(host: object, port: object, where: str = "") -> str:
+    """Return tcp://host:port of a daemon. where: begins the message of the error.
 
-
-def _address(values: dict[str, Any], name: str) -> str:
-    if "mp_host" not in values and "mp_port" not in values:
-        return ""
-    host, port = values.get("mp_host", "localhost"), values.get("mp_port", 5555)
+    Raises:
+        ConfigError: host and port are no address.
+    """
     try:
-        return server_address(str(host), int(port))
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{name}: mp_host {host!r} with mp_port {port!r} is no address: {error}") from error
+        return server_address(str(host), int(str(port)))
+    except ValueError as error:
+        raise ConfigError(f"{where}mp_host {host!r} with mp_port {port!r} is no address: {error}") from error

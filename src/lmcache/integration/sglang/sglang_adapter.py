@@ -35,8 +35,7 @@ class LMCacheLayerwiseConnector(OlderConnector):
         """Fill the slots of what is found; tokens from `load.offset` on that are there now, 0 for none."""
         have = tokens_had(load.slot_mapping)
         found = self._find(load.token_ids, have)
-        filled = self._fill(found, have, load.slot_mapping, len(load.token_ids)) if found is not None else 0
-        return have + filled - load.offset if filled else 0
+        return self._fill(found, have, load) if found is not None else 0
 
     def load_kv_layerwise(self, layer_id: int) -> None:
         """Layer `layer_id` is needed now, and is there."""

@@ -35,7 +35,6 @@ from lmcache.integration.sglang.ranks import (
     open_rank,
 )
 from lmcache.integration.sglang.settings import read_settings
-from lmcache.integration.sglang.weights import forget, on_new_weights
 from lmcache.observability.log import init_logger
 from lmcache.transfer.progress import Progress
 
@@ -138,7 +137,6 @@ class UnifiedLMCacheMPConnector:
         size = self._rank.scheduler.chunk_tokens
         if size and size % page_size and page_size % size:
             logger.info("Chunks of %d tokens and pages of %d: hits end with the last complete page", size, page_size)
-        on_new_weights(self._new_weights)
 
     # Lookup
 
@@ -318,7 +316,6 @@ class UnifiedLMCacheMPConnector:
         return self._rank.scheduler.clear()
 
     def close(self) -> None:
-        forget(self._new_weights)
         if self._rank is not None:
             self._rank.close()
             self._rank = None
@@ -360,11 +357,6 @@ class UnifiedLMCacheMPConnector:
         tokens, now = min(tracker.handed, tracker.prompt_tokens), rank.requests.runtime.now()
         rank.requests.prefill.took(tokens - tracker.computed, now - tracker.since)
         tracker.computed, tracker.since = max(tokens, tracker.computed), now
-
-    def _new_weights(self, kv_in_use: bool) -> None:
-        """See `SGLangRank.new_weights`."""
-        if self._rank is not None:
-            self._rank.new_weights(kv_in_use)
 
     def _device_event(self, rank: SGLangRank, also: Event | None) -> Event | None:
         """Return the event after all that SGLang has launched so far, and after `also`; None on a CPU."""

@@ -12,7 +12,7 @@ from tensorrt_llm._utils import mpi_allgather, mpi_broadcast, mpi_rank
 
 from lmcache.engine import SchedulerSession, WorkerSession
 from lmcache.engine.edge import LoadFailed, never_raises
-from lmcache.engine.embedded import start_own_server
+from lmcache.engine.embedded import NOT_STARTED, start_own_server, wait_for_server
 from lmcache.engine.rank_arenas import RankReporter, RankWatch
 from lmcache.engine.served import NOT_SERVED, ServedKV, refusal_of
 from lmcache.engine.settings import ServerSettings
@@ -197,7 +197,7 @@ class Worker(KvCacheConnectorWorker):  # type: ignore[misc]
 
         Return the epoch whose arena is mapped by now.
         """
-        scheduler: SchedulerSide | None = None
+        own, scheduler = None, None
         with ExitStack() as opened:
             if self._meeting is not None and not settings.address:
                 own = start_own_server(instance, settings.config)
@@ -210,7 +210,9 @@ class Worker(KvCacheConnectorWorker):  # type: ignore[misc]
             endpoint = settings.endpoint(instance, "worker", self._rank)
             session = WorkerSession(endpoint, kv.layout, kv.shard, kv.paged)
             opened.callback(session.close)
-            session.wait_for_server()
+            started = wait_for_server((session, *([scheduler.session] if scheduler is not None else [])), own)
+            if scheduler is not None and not started:
+                scheduler.requests.stop(NOT_STARTED)
             epoch = session.mapped_epoch
             reporter = RankReporter(instance, self._rank, epoch)
             opened.callback(reporter.close)
@@ -223,14 +225,7 @@ class Worker(KvCacheConnectorWorker):  # type: ignore[misc]
 
     def _open_scheduler(self, kv: ServedKV, settings: ServerSettings, instance: str) -> SchedulerSide:
         session = SchedulerSession(settings.endpoint(instance, "scheduler"), kv.layout, kv.shard.count)
-        session.wait_for_server()
-        return SchedulerSide(
-            session,
-            RankWatch(instance, self._ranks),
-            kv.paged.block_tokens,
-            stores_answers=settings.config.save_decode_cache,
-            least_gain=settings.config.min_retrieve_tokens,
-        )
+        return SchedulerSide(session, RankWatch(instance, self._ranks), kv.paged.block_tokens, settings.config)
 
     def _refuse(self, why: str) -> None:
         logger.warning("LMCache serves nothing for this engine: %s", why)

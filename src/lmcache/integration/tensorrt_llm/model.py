@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -155,30 +156,18 @@ def _tokens_per_block(llm_args: Any) -> int | None:
 
 def _paged(pool: Any, heads: int, layout: Layout, told_tokens: int | None) -> PagedKV:
     """Planes of a pool whose blocks are [layer][K, V][head][token][dim]; the last three may be one axis."""
-    sizes, item = tuple(pool.shape), pool.element_size()
-    row = heads * layout.head_size
+    sizes, row = tuple(pool.shape), heads * layout.head_size
     if len(sizes) not in (4, 6) or sizes[2] != layout.planes_per_layer:
         raise LayoutError(f"a KV pool of shape {sizes} with {heads} heads of {layout.head_size} is not understood")
-    elements = sizes[3] if len(sizes) == 4 else sizes[3] * sizes[4] * sizes[5]
+    elements = math.prod(sizes[3:])
     tokens = elements // row
     if elements % row or told_tokens not in (None, tokens):
         raise LayoutError(
             f"a KV pool of shape {sizes} does not hold blocks of {told_tokens} tokens of {heads} heads of {layout.head_size}"
         )
-    stride = [step * item for step in pool.stride()]
-    if len(sizes) == 6:
-        if sizes[3:] != (heads, tokens, layout.head_size):
-            raise LayoutError(f"a KV pool of shape {sizes} is not [blocks, layers, K and V, heads, tokens, dims]")
-        head, token, dim = stride[3:]
-    else:
-        dim = stride[3]
-        token = dim * layout.head_size
-        head = token * tokens
-    planes = tuple(
-        Plane.strided(
-            pool.data_ptr() + layer * stride[1] + part * stride[2], stride[0], token, heads, head, layout.head_size, dim
-        )
-        for layer in range(sizes[1])
-        for part in range(sizes[2])
-    )
-    return PagedKV(planes, tokens, sizes[0], item, pool, str(pool.device))
+    inner = heads, tokens, layout.head_size
+    if len(sizes) == 6 and sizes[3:] != inner:
+        raise LayoutError(f"a KV pool of shape {sizes} is not [blocks, layers, K and V, heads, tokens, dims]")
+    blocks = pool if len(sizes) == 6 else pool.unflatten(3, inner)
+    planes = tuple(Plane.of(blocks[:, layer, part], "bhtd") for layer in range(sizes[1]) for part in range(sizes[2]))
+    return PagedKV(planes, tokens, sizes[0], pool.element_size(), pool, str(pool.device))

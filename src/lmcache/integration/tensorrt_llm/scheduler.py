@@ -10,8 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from lmcache.config.engine import EngineConfig
 from lmcache.engine import Request, Requests, SchedulerSession, plans
 from lmcache.engine.rank_arenas import RankWatch
+from lmcache.engine.settings import WITH_A_DAEMON
 from lmcache.observability.log import init_logger
 
 logger = init_logger(__name__)
@@ -28,10 +30,12 @@ class StepPlan(plans.StepPlan):
 
 @dataclass
 class Tracker(Request):
-    """computed: tokens that could have been stored. asked: whether the engine asked for hits. matched: tokens that it had itself.
-    granted: tokens after those that it loads from LMCache. prompt_tokens: 0 until the first step."""
+    """computed: tokens that could have been stored. given: number of leading blocks that the engine has given. asked: whether it
+    asked for hits. matched: tokens that it had itself. granted: tokens after those that it loads from LMCache. prompt_tokens: 0
+    until the first step."""
 
     computed: int = 0
+    given: int = 0
     asked: bool = False
     matched: int = 0
     granted: int = 0
@@ -40,20 +44,14 @@ class Tracker(Request):
 
 
 class SchedulerSide:
-    """stores_answers: whether generated tokens are stored too. least_gain: the fewest tokens that are loaded."""
+    """config: settings of loads and stores."""
 
     def __init__(
-        self,
-        session: SchedulerSession,
-        watch: RankWatch,
-        block_tokens: int,
-        *,
-        stores_answers: bool = True,
-        least_gain: int = 1,
+        self, session: SchedulerSession, watch: RankWatch, block_tokens: int, config: EngineConfig = WITH_A_DAEMON
     ) -> None:
         self.requests: Requests[Tracker] = Requests(session, block_tokens=block_tokens)
         self.session, self.watch, self._block_tokens = session, watch, block_tokens
-        self._stores_answers, self._least_gain = stores_answers, max(1, least_gain)
+        self._stores_answers, self._least_gain = config.save_decode_cache, max(1, config.min_retrieve_tokens)
         self.settle: list[str] = []
         """Store jobs of blocks that are gone, which no plan has told the ranks of."""
         self._logged: set[str] = set()
@@ -183,9 +181,13 @@ class SchedulerSide:
         return end
 
     def _plan_store(self, plan: StepPlan, tracker: Tracker, computed: int) -> None:
-        """Plan to store the chunks that are full after this step. Draft tokens do not count, since they may be rejected."""
+        """Plan to store the chunks that are full after this step. Draft tokens do not count, since they may be rejected. From the
+        first block with the number -1 on nothing is stored: such a block does not exist."""
         tracker.computed = min(computed, len(tracker.tokens) if self._stores_answers else tracker.prompt_tokens)
-        store = self.requests.store(tracker, tracker.tokens, tracker.computed)
+        while tracker.given < len(tracker.blocks) and tracker.blocks[tracker.given] >= 0:
+            tracker.given += 1
+        end = min(tracker.computed, tracker.given * self._block_tokens)
+        store = self.requests.store(tracker, tracker.tokens, end)
         if store is not None:
             plan.stores.append(store)
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from lmcache.config.engine import EngineConfig
-from lmcache.engine.connection import given_address
+from lmcache.engine.endpoint import given_address
 from lmcache.engine.settings import DEFAULT_ADDRESS, ServerSettings
 from lmcache.errors import ConfigError
 from lmcache.integration.tensorrt_llm.connector import Scheduler, Worker
@@ -22,6 +21,6 @@ class LMCacheMPKvConnectorWorker(Worker):
         """Of `kv_connector_config.server_url`."""
         url = str(getattr(getattr(self._args, "kv_connector_config", None), "server_url", None) or DEFAULT_ADDRESS)
         try:
-            return ServerSettings(given_address(url), EngineConfig(save_decode_cache=True))
+            return ServerSettings(given_address(url))
         except ValueError as error:
             raise ConfigError(f"kv_connector_config.server_url is {url!r} ({error}); write {DEFAULT_ADDRESS}") from None

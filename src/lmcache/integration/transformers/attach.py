@@ -12,8 +12,8 @@ import torch
 
 from lmcache.chunks import Shard
 from lmcache.engine import Copy, Request, StorePlan
-from lmcache.engine.connection import Endpoint, given_address
-from lmcache.engine.embedded import START_SECONDS, EmbeddedServer, embedded_address
+from lmcache.engine.embedded import EmbeddedServer, embedded_address
+from lmcache.engine.endpoint import Endpoint, given_address
 from lmcache.engine.identity import Identity, named
 from lmcache.engine.local import LocalRank
 from lmcache.engine.points import stream_point
@@ -104,7 +104,7 @@ class Attached:
         self._lock = threading.Lock()
         try:
             self._shape = kv_shape(model)
-            self._open(_ROOM_TOKENS, None if own is None else START_SECONDS)
+            self._open(_ROOM_TOKENS)
         except NOT_SERVED as error:
             self._refuse(error)
             return
@@ -130,8 +130,7 @@ class Attached:
 
     def wait_connected(self, timeout_seconds: float) -> bool:
         """Wait until the server has accepted this model. Return False after the timeout, or if its own server has ended."""
-        own, rank = self._own, self._rank
-        return rank is not None and rank.wait_connected(timeout_seconds, lambda: own is None or own.running)
+        return self._rank is not None and self._rank.wait_connected(timeout_seconds, self._own)
 
     def flush(self, timeout_seconds: float = 30.0) -> bool:
         """Wait until all running stores have ended. Return False if some are still running after the timeout."""
@@ -142,9 +141,7 @@ class Attached:
         atexit.unregister(self.close)
         self._model.__dict__.pop("generate", None)
         self.flush()
-        self._give_up_hashing()
-        self._hang_up()
-        self._end_own()
+        self._end_all()
 
     def __enter__(self) -> Attached:
         return self
@@ -259,10 +256,10 @@ class Attached:
 
     # Sessions
 
-    def _open(self, room: int, wait_seconds: float | None) -> None:
+    def _open(self, room: int, wait_seconds: float | None = None) -> None:
         """Make a pool for at least `room` tokens, and sessions for the weights as they are now.
 
-        wait_seconds: how long to wait for the server; None for the usual time.
+        wait_seconds: how long to wait for the server, as for `LocalRank.wait_for_server`; None for the usual time.
 
         Raises:
             LayoutError: this model's KV cannot be cached.
@@ -276,10 +273,7 @@ class Attached:
         kv = ServedKV(identity, layout, whole, self._pool.describe(), stores=True)
         self._rank = LocalRank(self._endpoint, kv, threads=threads, ended=self._ended)
         self._rank.requests.prefill = self._prefill
-        if self._own is None or wait_seconds is None:
-            self._rank.wait_for_server(wait_seconds)
-        elif self._rank.scheduler.identified:
-            self.wait_connected(wait_seconds)
+        self._rank.wait_for_server(self._own, wait_seconds)
 
     def _identified(self) -> Identity:
         """Return the identity of the weights as they are now. They are hashed again only after a change.
@@ -306,13 +300,14 @@ class Attached:
         self._rank = self._pool = None
 
     def _refuse(self, error: Exception) -> None:
-        self._give_up_hashing()
-        self._hang_up()
-        self._end_own()
+        self._end_all()
         self.refusal = str(error) or type(error).__name__
         logger.warning("LMCache serves nothing for this model: %s", self.refusal)
 
-    def _end_own(self) -> None:
+    def _end_all(self) -> None:
+        """End the hashing of weights, the sessions, and the server of one's own."""
+        self._give_up_hashing()
+        self._hang_up()
         own, self._own = self._own, None
         if own is not None:
             own.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from lmcache.engine.served import ServedKV
+from lmcache.engine.served import ServedKV, stores_its_shard
 from lmcache.errors import LayoutError
 from lmcache.integration.vllm.model import ModelKV, layer_range
 from lmcache.integration.vllm.paged import Registered, Shape, cpu_isa, describe_tensors
@@ -35,7 +35,7 @@ def describe_rank(
     tp_rank, pp_rank = rank_of()
     shard = kv.shard(tp_rank, pp_rank, layer_range(vllm_config, kv))
     watch_weights(vllm_config)
-    served = ServedKV(kv.identity, kv.model, shard, registered.paged, kv.stores(tp_rank))
+    served = ServedKV(kv.identity, kv.model, shard, registered.paged, stores_its_shard(kv.model, tp_rank, kv.tp_size))
     return pp_rank * kv.tp_size + tp_rank, served, registered
 
 

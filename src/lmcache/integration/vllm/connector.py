@@ -9,7 +9,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1 import base
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorRole
 
 from lmcache.engine import SchedulerSession, WorkerSession
-from lmcache.engine.embedded import START_SECONDS, EmbeddedServer, wait_connected
+from lmcache.engine.embedded import NOT_STARTED, EmbeddedServer, wait_for_server
 from lmcache.engine.served import NOT_SERVED, refusal_of
 from lmcache.engine.settings import ServerSettings
 from lmcache.integration.vllm.caches import describe_rank
@@ -79,10 +79,9 @@ class Connector:
         """Make the scheduler's side with `_serve`, after starting the engine's own server if it needs one."""
         raise NotImplementedError
 
-    def _serve(self, address: str, **rules: Any) -> None:
-        """Make the scheduler's side. address: the server's address if it is not the configured one, else "". rules: keyword
-        arguments of `SchedulerSide`."""
-        kv, server, transfer = self._kv, self._server, self._vllm_config.kv_transfer_config
+    def _serve(self, address: str = "") -> None:
+        """Make the scheduler's side. address: the server's address if it is not the configured one, else ""."""
+        kv, transfer = self._kv, self._vllm_config.kv_transfer_config
         assert kv is not None
         endpoint = self._settings.endpoint(self._instance, "scheduler", address=address)
         session = SchedulerSession(endpoint, kv.layout, kv.shards, kv.stages)
@@ -94,19 +93,15 @@ class Connector:
             can_store=transfer.is_kv_producer,
             synchronous=self._synchronous,
             device=str(self._vllm_config.device_config.device_type),
-            **rules,
+            config=self._settings.config,
         )
         watch_resets(self._instance, side)
-        if server is None:
-            session.wait_for_server()
-        elif session.identified and not wait_connected((session,), START_SECONDS, lambda: server.running):
-            if server.running:
-                logger.warning("This engine's LMCache server was not up within %.0f s; it may come yet", START_SECONDS)
-            else:
-                side.requests.stop("its own server has not started; the server's log lines say why")
+        if not wait_for_server((session,), self._server):
+            side.requests.stop(NOT_STARTED)
 
-    def _attach(self, kv_caches: dict[str, Any], address: str = "", *, layerwise: bool = False) -> None:
-        """Make this rank's side. layerwise: whether forwards that wait for loads do so layer by layer."""
+    def _attach(self, kv_caches: dict[str, Any], address: str = "") -> None:
+        """Make this rank's side. address: as for `_serve`."""
+        logger.info("Registering kv caches!")
         kv = self._kv
         if kv is None:
             return
@@ -116,6 +111,7 @@ class Connector:
             self._refuse(refusal_of(error, "vLLM"))
             return
         endpoint = self._settings.endpoint(self._instance, "worker", number, address)
+        layerwise = self._synchronous and self._settings.config.use_layerwise
         self._worker = WorkerSide(
             WorkerSession(endpoint, served.layout, served.shard, served.paged, stages=kv.stages),
             registered,
@@ -141,6 +137,44 @@ class Connector:
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
         if self._worker is not None and isinstance(kv_connector_metadata, LMCacheMetadata):
             self._worker.settle(kv_connector_metadata.plan)
+
+    def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
+        self._attach(kv_caches)
+
+    def _begin(self) -> None:
+        """Start the loads of the step. This does nothing more when it is called again for the same step."""
+        plan, worker = self._plan(), self._worker
+        if worker is not None:
+            if self._synchronous or plan.address:
+                worker.wait_connected(plan)
+            worker.settle(plan)
+            worker.start_loads(plan)
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        """Start the loads, and if forwards wait for loads, wait for those that the next forward reads."""
+        self._begin()  # releases of vLLM differ in whether they bind the metadata before
+        if self._worker is not None and self._synchronous:
+            self._worker.wait_before_forward(forward_context)
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        if self._worker is not None:
+            self._worker.wait_layer(layer_name)
+
+    def wait_for_save(self) -> None:
+        """Start the stores, which run beside the engine; it keeps the blocks until the stores have ended."""
+        if self._worker is not None:
+            self._worker.wait_after_forward()
+            self._worker.start_stores(self._plan())
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        plan = self._plan()
+        if self._worker is not None:
+            self._worker.wait_after_forward()  # here too: with a drafter, vLLM asks this before it waits for stores
+            sent, received = self._worker.finished(plan)
+        else:
+            loads = () if self._synchronous else plan.loads
+            sent, received = set(plan.closing), {str(load.request_id) for load in loads}
+        return sent or None, received or None
 
     def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any) -> None:
         return

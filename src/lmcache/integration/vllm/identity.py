@@ -18,9 +18,8 @@ from lmcache.engine.identity import (
     named,
     path_identity,
     plain,
-    repository_identity,
 )
-from lmcache.engine.load_formats import files_read, refuse_weights_from_anywhere
+from lmcache.engine.load_formats import files_read, weights_identity
 from lmcache.errors import LayoutError
 
 _WRITTEN_BY_MODELS = frozenset({"dtype", "torch_dtype", "max_model_len"})
@@ -45,13 +44,9 @@ def model_identity(model_config: Any, load_format: str, engine_id: str) -> Ident
     Raises:
         LayoutError: the weights cannot be identified; the message says what to set.
     """
-    if load_format == "dummy":
-        return named(f"dummy:{engine_id}")
-    if getattr(model_config, "model_weights", ""):
+    if load_format != "dummy" and getattr(model_config, "model_weights", None):
         raise LayoutError(f"weights streamed from {model_config.model!r} have no identity; {REMEDY}")
-    refuse_weights_from_anywhere(load_format)
-    name = str(model_config.model)
-    return path_identity(name) or repository_identity(name, model_config)
+    return weights_identity(str(model_config.model), load_format, model_config, engine_id)
 
 
 def config_digest(vllm_config: Any) -> str:

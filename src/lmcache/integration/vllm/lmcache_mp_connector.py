@@ -1,8 +1,7 @@
-"""`LMCacheMPConnector`: vLLM's KV connector for an LMCache server. It forwards vLLM's calls to the scheduler or worker side.
+"""`LMCacheMPConnector`: vLLM's KV connector for an LMCache server.
 
-Loads are asynchronous: the request waits, unscheduled, while the ranks copy, so no forward pass waits for a load and
-`wait_for_layer_load`/`save_kv_layer` do nothing. The connector's own metadata say what to copy; the forward context is not used
-(with CUDA graphs it is empty).
+Loads are asynchronous: the request waits, unscheduled, while the ranks copy, so no forward pass waits for a load. The connector's
+own metadata say what to copy; the forward context is not used (with CUDA graphs it is empty).
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 from lmcache.integration.vllm.connector import Connector
 from lmcache.integration.vllm.own_server import offloading_size_gb, server_for_offloading
 from lmcache.integration.vllm.settings import read_settings
-from lmcache.observability.log import init_logger
 
 try:
     from vllm.v1.metrics.cache_hit_source import CacheHitSource
@@ -24,8 +22,6 @@ try:
 except ImportError:  # before vLLM 0.30
     _HIT_SOURCE = None
 _SupportsHMA: Any = getattr(base, "SupportsHMA", object)
-
-logger = init_logger(__name__)
 
 
 class LMCacheMPConnector(Connector, KVConnectorBase_V1, _SupportsHMA):  # type: ignore[misc]
@@ -55,11 +51,10 @@ class LMCacheMPConnector(Connector, KVConnectorBase_V1, _SupportsHMA):  # type: 
     # Worker
 
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
-        logger.info("Registering kv caches!")
         if offloading_size_gb(self._vllm_config):
             self._kv_caches = kv_caches
         else:
-            self._attach(kv_caches)
+            super().register_kv_caches(kv_caches)
 
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         """Start the loads now: vLLM calls `start_load_kv` after the forward, which may take seconds."""
@@ -68,29 +63,7 @@ class LMCacheMPConnector(Connector, KVConnectorBase_V1, _SupportsHMA):  # type: 
         if self._kv_caches is not None and plan.address:
             kv_caches, self._kv_caches = self._kv_caches, None
             self._attach(kv_caches, plan.address)
-        if self._worker is not None:
-            if plan.address:
-                self._worker.wait_connected(plan)
-            self._worker.start_loads(plan)
-
-    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        if self._worker is not None:
-            self._worker.start_loads(self._plan())
-
-    def wait_for_layer_load(self, layer_name: str) -> None:
-        return
-
-    def wait_for_save(self) -> None:
-        if self._worker is not None:
-            self._worker.start_stores(self._plan())
-
-    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
-        plan = self._plan()
-        if self._worker is not None:
-            sent, received = self._worker.finished(plan)
-        else:
-            sent, received = set(plan.closing), {str(load.request_id) for load in plan.loads}
-        return sent or None, received or None
+        self._begin()
 
     def get_kv_connector_stats(self) -> Any:
         if self._worker is None or not self._worker.reports_stats:

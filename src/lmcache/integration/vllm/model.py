@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lmcache.chunks import Layout, Shard, shard_of_rank
-from lmcache.engine.identity import Identity
-from lmcache.engine.served import refuse_encoder_decoder, stores_its_shard
+from lmcache.engine.served import ServedModel, refuse_encoder_decoder
 from lmcache.errors import LayoutError
 from lmcache.integration.vllm.identity import config_digest, served_identity
 from lmcache.integration.vllm.rules import refuse_what_vllm_rules_out
@@ -18,33 +17,22 @@ _PLAIN_DTYPES = ("float32", "float16", "bfloat16")
 
 
 @dataclass(frozen=True)
-class ModelKV:
+class ModelKV(ServedModel):
     """The KV of a complete model, and its split among ranks.
 
-    model: the layout with one-token chunks, without the weights' name. block_tokens: tokens of a scheduler block. layer_names:
-    this rank's layers, in the order of the extent. stages: the layer before which each pipeline stage ends (empty without
-    pipeline)."""
+    block_tokens: tokens of a scheduler block. layer_names: this rank's layers, in the order of the extent. stages: the layer
+    before which each pipeline stage ends (empty without pipeline)."""
 
-    model: Layout
     block_tokens: int
     layer_names: tuple[str, ...]
     tp_size: int
     pp_size: int
     stages: tuple[int, ...]
-    identity: Identity
 
     @property
     def ranks(self) -> int:
         """Number of this engine's workers."""
         return self.tp_size * self.pp_size
-
-    def layout(self, chunk_tokens: int) -> Layout:
-        """Return the model's layout for chunks of `chunk_tokens` tokens.
-
-        Raises:
-            IdentityUnknown: the weights are not identified (yet).
-        """
-        return self.identity.layout(self.model, chunk_tokens)
 
     @property
     def shards(self) -> int:
@@ -58,10 +46,6 @@ class ModelKV:
             LayoutError: the heads do not divide among the ranks.
         """
         return shard_of_rank(self.model, tp_rank, self.tp_size, *layers, pp_rank=pp_rank, pp_size=self.pp_size)
-
-    def stores(self, tp_rank: int) -> bool:
-        """Return whether this rank, of all ranks that hold its shard, is the one that stores it."""
-        return stores_its_shard(self.model, tp_rank, self.tp_size)
 
 
 def describe_model(vllm_config: Any, kv_cache_config: Any, model_id: str = "") -> ModelKV:
@@ -95,7 +79,7 @@ def describe_model(vllm_config: Any, kv_cache_config: Any, model_id: str = "") -
     # The identity comes last: the weights of a refused engine need not be hashed.
     identity = served_identity(vllm_config, model_id)
     split = parallel.tensor_parallel_size, pp_size, _stages(layers, pp_size)
-    return ModelKV(layout, spec.block_size, names, *split, identity)
+    return ModelKV(identity, layout, spec.block_size, names, *split)
 
 
 def _stages(layers: int, pp_size: int) -> tuple[int, ...]:

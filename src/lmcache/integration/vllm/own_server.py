@@ -6,8 +6,8 @@ import logging
 from typing import Any
 
 from lmcache.config.engine import EngineSettings, load_engine
-from lmcache.engine.connection import probe
 from lmcache.engine.embedded import EmbeddedServer, start_own_server
+from lmcache.engine.hello import probe
 from lmcache.engine.settings import ServerSettings
 from lmcache.errors import LMCacheError
 from lmcache.observability.log import init_logger

@@ -79,21 +79,13 @@ def strided_planes(tensor: Any, shape: Shape, block_axis: int) -> list[Plane]:
     [blocks, heads, tokens, 2 * dims] with keys before values; MLA [blocks, tokens, latent] and [blocks, 1, tokens,
     latent].
     """
-    item, sizes = tensor.element_size(), tuple(tensor.shape)
-    stride = [step * item for step in tensor.stride()]
-    heads, dims, tokens = shape.heads, shape.head_size, shape.block_tokens
-    base = tensor.data_ptr()
+    sizes, heads, dims, tokens = tuple(tensor.shape), shape.heads, shape.head_size, shape.block_tokens
     if shape.mla and sizes[1:] in ((tokens, dims), (1, tokens, dims)):
         return [Plane.of(tensor, "btd" if len(sizes) == 3 else "bhtd")]
     if len(sizes) == 5 and sizes[2:] == (tokens, heads, dims) and sizes[1 - block_axis] == 2:
-        step = stride[1 - block_axis]
-        starts = (base, base + step)
-        return [
-            Plane.strided(start, stride[block_axis], stride[2], heads, stride[3], dims, stride[4]) for start in starts
-        ]
+        return [Plane.of(part, "bthd") for part in tensor.unbind(1 - block_axis)]
     if not shape.mla and sizes[1:] == (heads, tokens, 2 * dims):
-        starts = (base, base + dims * stride[3])
-        return [Plane.strided(start, stride[0], stride[2], heads, stride[1], dims, stride[3]) for start in starts]
+        return [Plane.of(part, "bhtd") for part in tensor.chunk(2, -1)]
     raise LayoutError(
         f"KV tensors of shape {sizes} with {heads} heads of {dims} and {tokens} tokens a block are of an unknown order"
     )

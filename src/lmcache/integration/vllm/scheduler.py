@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from lmcache.chunks.hashing import Extras, encode_extra
+from lmcache.config.engine import EngineConfig
 from lmcache.engine import Loading, LoadPlan, Request, Requests, SchedulerSession
+from lmcache.engine.settings import WITH_A_DAEMON
 from lmcache.integration.vllm.identity import Adapters
 from lmcache.integration.vllm.plan import StepPlan, StepReport
 from lmcache.integration.vllm.rules import reads_nothing
@@ -42,9 +44,7 @@ class SchedulerSide:
     """The scheduler's side. ranks: number of reports that complete a job. can_load, can_store: what the KV role allows.
 
     synchronous: a load is part of the request's first step, whose forward waits for it; so the last token is always computed,
-    and no hit is too small to be loaded. Otherwise the request waits, unscheduled. save_decode: whether generated tokens
-    are stored. save_tail: whether the last, unfull chunk of a prompt is stored. min_hit: hits of fewer tokens are not loaded.
-    priority_limit: requests with a larger priority number are not cached.
+    and no hit is too small to be loaded. Otherwise the request waits, unscheduled. config: settings of loads and stores.
     """
 
     def __init__(
@@ -56,19 +56,15 @@ class SchedulerSide:
         can_load: bool = True,
         can_store: bool = True,
         synchronous: bool = False,
-        save_decode: bool = True,
-        save_tail: bool = False,
-        min_hit: int = 0,
-        priority_limit: int | None = None,
+        config: EngineConfig = WITH_A_DAEMON,
         device: str = "cpu",
     ) -> None:
         self.requests: Requests[Tracker] = Requests(
-            session, block_tokens=block_tokens, ranks=ranks, save_tail=save_tail
+            session, block_tokens=block_tokens, ranks=ranks, save_tail=config.save_unfull_chunk
         )
         self._block_tokens, self._ranks = block_tokens, ranks
         self._can_load, self._can_store = can_load, can_store
-        self._synchronous = synchronous
-        self._save_decode, self._min_hit, self._priority_limit = save_decode, min_hit, priority_limit
+        self._synchronous, self._config = synchronous, config
         self._min_gain = 1 if synchronous else MIN_GAIN_TOKENS.get(device, MIN_GAIN_TOKENS_ON_A_DEVICE)
         self._admitted: list[tuple[Tracker, LoadPlan]] = []
         """Loads of the coming step."""
@@ -99,7 +95,9 @@ class SchedulerSide:
             return 0
         found = min(tracker.found_tokens, request.num_tokens)
         gain = min(found, request.num_tokens - self._synchronous) - local_tokens
-        gain = gain if gain >= (self._min_gain if local_tokens else 1) and found >= self._min_hit else 0
+        gain = (
+            gain if gain >= (self._min_gain if local_tokens else 1) and found >= self._config.min_retrieve_tokens else 0
+        )
         self._log(tracker, found, gain)
         return gain
 
@@ -217,7 +215,8 @@ class SchedulerSide:
         fresh.preemptions = request.num_preemptions
         lora = getattr(request, "lora_request", None)
         adapter = self.adapters.identity(lora) if lora is not None else ("", "")
-        late = self._priority_limit is not None and request.priority > self._priority_limit
+        limit = self._config.priority_limit
+        late = limit is not None and request.priority > limit
         # Later inputs of a resumable session may bring images, which the chain made now would not include in its hashes.
         resumable = getattr(request, "resumable", False)
         if adapter is None or late or resumable or getattr(request, "prompt_embeds", None) is not None:
@@ -250,7 +249,7 @@ class SchedulerSide:
         count, since they may be rejected."""
         request = tracker.request
         computed = min(request.num_computed_tokens + scheduled, request.num_tokens)
-        if not self._save_decode:
+        if not self._config.save_decode_cache:
             computed = min(computed, request.num_prompt_tokens)
         ends = computed == request.num_prompt_tokens
         store = self.requests.store(tracker, request.all_token_ids, computed, ends=ends)

@@ -16,7 +16,6 @@ from lmcache.engine.embedded import start_own_server
 from lmcache.engine.settings import ServerSettings
 from lmcache.integration.vllm.connector import Connector
 from lmcache.integration.vllm.own_server import engine_settings, offloading_size_gb
-from lmcache.integration.vllm.worker import WorkerSide
 from lmcache.observability.log import init_logger
 
 logger = init_logger(__name__)
@@ -40,7 +39,6 @@ class LMCacheConnectorV1Impl(Connector):
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, parent_connector: Any) -> None:
         found = engine_settings(vllm_config)
-        self._config = found.config
         self._vllm_config, self._role, self._parent = vllm_config, role, parent_connector
         self._kv_cache_config = getattr(parent_connector, "_kv_cache_config", None)
         self._notify_parent = parent_connector.update_connector_output
@@ -49,8 +47,8 @@ class LMCacheConnectorV1Impl(Connector):
         for warning in found.warnings if role == KVConnectorRole.SCHEDULER else ():
             logger.warning("%s", warning)
         model_id = str(vllm_config.kv_transfer_config.get_from_extra_config("lmcache.mp.model_id", ""))
-        deadline = self._config.blocking_timeout_secs
-        self._describe(ServerSettings("", self._config, deadline, model_id=model_id))
+        deadline = found.config.blocking_timeout_secs
+        self._describe(ServerSettings("", found.config, deadline, model_id=model_id))
 
     @property
     def _connector_metadata(self) -> Any:
@@ -58,56 +56,15 @@ class LMCacheConnectorV1Impl(Connector):
 
     def _start(self) -> None:
         """Start the server and, if it has started, make the scheduler's side."""
-        config = self._config
         # In releases that use this class for --kv-offloading-backend lmcache, vLLM gives each rank its part of the size.
-        self._server = start_own_server(self._instance, config, offloading_size_gb(self._vllm_config))
+        self._server = start_own_server(self._instance, self._settings.config, offloading_size_gb(self._vllm_config))
         if self._server is not None:
-            self._serve(
-                "",
-                save_decode=config.save_decode_cache,
-                save_tail=config.save_unfull_chunk,
-                min_hit=config.min_retrieve_tokens,
-                priority_limit=config.priority_limit,
-            )
+            self._serve()
 
     # Worker
 
-    def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
-        logger.info("Registering kv caches!")
-        self._attach(kv_caches, layerwise=self._config.use_layerwise)
-
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
-        if self._worker is not None:
-            self._begin(self._worker)
-
-    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        """Start and await the loads that the next forward reads; releases from 0.32 on call this first if there are loads."""
-        if self._worker is not None:
-            self._begin(self._worker)  # runs once per step; releases before 0.32 do not call bind_connector_metadata
-            self._worker.wait_before_forward(forward_context)
-
-    def _begin(self, worker: WorkerSide) -> None:
-        plan = self._plan()
-        worker.wait_connected(plan)
-        worker.settle(plan)
-        worker.start_loads(plan)
-
-    def wait_for_layer_load(self, layer_name: str) -> None:
-        if self._worker is not None:
-            self._worker.wait_layer(layer_name)
-
-    def wait_for_save(self) -> None:
-        """Start the stores, which run beside the engine; it keeps the blocks until the stores have ended."""
-        if self._worker is not None:
-            self._worker.wait_after_forward()
-            self._worker.start_stores(self._plan())
-
-    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
-        plan = self._plan()
-        if self._worker is None:
-            return set(plan.closing) or None, None
-        self._worker.wait_after_forward()  # here too: with a drafter, vLLM asks this before it waits for stores
-        return self._worker.finished(plan)[0] or None, None
+        self._begin()
 
     def get_kv_events(self) -> list[Any]:
         return []
