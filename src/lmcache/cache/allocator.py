@@ -33,6 +33,9 @@ class Space:
     classes: list[int]
     """The class of the extents of each shard; -1 until a rank has registered the shard's size."""
     shard_bytes: list[int]
+    reach_chunks: int = 0
+    """How many chunks before the end of a prefix are needed to go on from there; 0 for all of them. Chunks of a space with a reach
+    are evicted one by one, the least recently used first, since no chunk needs the ones before it."""
     instances: set[str] = field(default_factory=set)
     """Engine instances that use the space now."""
     complete: int = 0

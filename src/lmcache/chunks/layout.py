@@ -7,6 +7,7 @@ The engine's block size, strides and attention backend are not part of a layout:
 from __future__ import annotations
 
 import functools
+import itertools
 import struct
 from collections.abc import Sequence
 from typing import Literal
@@ -69,8 +70,32 @@ class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return _fingerprint(self)
 
 
-def space_fingerprint(layout: Layout, stages: Sequence[int] = ()) -> bytes:
-    """Return 16 bytes that identify a layout together with its pipeline split.
+class Group(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One kind of KV of a model that has several. The layout of a group describes the layers of that group only.
+
+    layers: numbers of the group's layers in the model, ascending. reach_tokens: how far back attention looks from a token, itself
+    included; 0 for everything.
+    """
+
+    layers: tuple[int, ...]
+    reach_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.layers or any(a >= b for a, b in itertools.pairwise((-1, *self.layers))):
+            raise LayoutError(f"layers {list(self.layers)[:20]} of a group are not ascending numbers from 0 on")
+        if self.reach_tokens < 0:
+            raise LayoutError(f"reach_tokens is {self.reach_tokens}; it must be 0 (everything) or more")
+
+    def reach_chunks(self, chunk_tokens: int) -> int:
+        """Return how many chunks before the end of a prefix of complete chunks the next token attends to; 0 for all of them.
+
+        A window of W tokens needs the tokens [N - W + 1, N) of a prefix of N tokens.
+        """
+        return max(1, -(-(self.reach_tokens - 1) // chunk_tokens)) if self.reach_tokens else 0
+
+
+def space_fingerprint(layout: Layout, stages: Sequence[int] = (), group: Group | None = None) -> bytes:
+    """Return 16 bytes that identify a layout together with its pipeline split and, in a model with several kinds of KV, its group.
 
     stages: for each pipeline stage the first layer after it; empty or one entry for a model that is not split by layers. Shards
     are numbered by stage and head group, so 4 shards may be 4 head groups or 2 stages of 2, with equal sizes but different
@@ -79,6 +104,9 @@ def space_fingerprint(layout: Layout, stages: Sequence[int] = ()) -> bytes:
     Raises:
         LayoutError: the stages do not cover the layers in order.
     """
+    if group is not None:
+        one = space_fingerprint(layout, stages)
+        return blake3(b"group" + one + msgspec.msgpack.encode(group, order="deterministic")).digest(FINGERPRINT_BYTES)
     if len(stages) < 2:
         return layout.fingerprint
     ends = [0, *stages]
