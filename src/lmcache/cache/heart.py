@@ -112,7 +112,15 @@ class Heart(Index):
         for number in self._claims.reservations_of(process):
             self._end_reservation(number, ok=False, reason=reason)
 
-    def open_space(self, process: int, fingerprint: bytes, shards: int, shard: int = -1, shard_bytes: int = 0, reach_chunks: int = 0) -> int:
+    def open_space(
+        self,
+        process: int,
+        fingerprint: bytes,
+        shards: int,
+        shard: int = -1,
+        shard_bytes: int = 0,
+        reach_chunks: int = 0,
+    ) -> int:
         """Return the number of the space for this layout and split. A rank also gives its shard and the size of its extents.
 
         reach_chunks: as in `Space`; a part of what the fingerprint stands for.
@@ -222,7 +230,12 @@ class Heart(Index):
         chunks = found.chunks
         if chunks:
             self.events.emit(
-                "hit", spaces[0].number, chunks, "", by, lambda event: event._replace(hashes=hashes[: chunks * HASH_BYTES])
+                "hit",
+                spaces[0].number,
+                chunks,
+                "",
+                by,
+                lambda event: event._replace(hashes=hashes[: chunks * HASH_BYTES]),
             )
         leases = []
         for one, ids in zip(spaces, found.records, strict=True):

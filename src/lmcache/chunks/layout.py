@@ -73,8 +73,9 @@ class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Group(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One kind of KV of a model that has several. The layout of a group describes the layers of that group only.
 
-    layers: numbers of the group's layers in the model, ascending. reach_tokens: how far back attention looks from a token, itself
-    included; 0 for everything.
+    layers: numbers of the group's layers in the model, ascending. reach_tokens: how many tokens before the end of a prefix the
+    engine needs in order to go on from there, in complete blocks; 0 for all of them. An extent holds the last `kept_tokens` of its
+    chunk.
     """
 
     layers: tuple[int, ...]
@@ -87,11 +88,12 @@ class Group(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise LayoutError(f"reach_tokens is {self.reach_tokens}; it must be 0 (everything) or more")
 
     def reach_chunks(self, chunk_tokens: int) -> int:
-        """Return how many chunks before the end of a prefix of complete chunks the next token attends to; 0 for all of them.
+        """Return how many chunks before the end of a prefix are needed; 0 for all of them."""
+        return -(-self.reach_tokens // chunk_tokens)
 
-        A window of W tokens needs the tokens [N - W + 1, N) of a prefix of N tokens.
-        """
-        return max(1, -(-(self.reach_tokens - 1) // chunk_tokens)) if self.reach_tokens else 0
+    def kept_tokens(self, chunk_tokens: int) -> int:
+        """Return how many tokens of each chunk are stored, which are the last ones: the others are out of reach at its end."""
+        return min(chunk_tokens, self.reach_tokens) if self.reach_tokens else chunk_tokens
 
 
 def space_fingerprint(layout: Layout, stages: Sequence[int] = (), group: Group | None = None) -> bytes:

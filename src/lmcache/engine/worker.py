@@ -19,10 +19,11 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from lmcache.chunks import Shard
+from lmcache.chunks import Group, Shard
 from lmcache.chunks.hashing import HASH_BYTES
 from lmcache.engine.access import ArenaAccess
 from lmcache.engine.connection import Connection, Endpoint, ask
+from lmcache.engine.groups import RankGroup
 from lmcache.engine.identified import UNKNOWN, LayoutFor, is_identified
 from lmcache.engine.jobs import Done, Event, Load, Store
 from lmcache.engine.runtime import RUNTIME, Runtime
@@ -64,6 +65,8 @@ class WorkerSession:
         paged: this rank's paged KV.
         threads: copy threads of one job.
         stages: the layer at which each pipeline stage ends, if the model is split by layers; the same as the scheduler's.
+        others: the further groups of a model with several kinds of KV; `layout_for`, `shard`, `paged` and `group` are those of
+            the first one.
         runtime: clock and threads.
     """
 
@@ -76,14 +79,19 @@ class WorkerSession:
         threads: int = 1,
         stages: Sequence[int] = (),
         runtime: Runtime = RUNTIME,
+        group: Group | None = None,
+        others: Sequence[RankGroup] = (),
     ) -> None:
         self.runtime = runtime
         self.counters: Counter[str] = Counter()
         """Counts of failed jobs and dropped chunks; a reason follows a colon."""
         self._layout_for, self._shard, self._paged, self._threads = layout_for, shard, paged, threads
+        self._groups = (RankGroup(layout_for, shard, paged, group), *others)
         self._stages = list(stages)
-        self._space, self._chunk_tokens, self._arena, self._epoch = 0, 0, b"", b""
-        self._shard_bytes = 0
+        self._chunk_tokens, self._arena, self._epoch = 0, b"", b""
+        self._spaces: list[int] = []
+        self._shard_bytes: list[int] = []
+        """Of each group."""
         self._access: ArenaAccess | None = None
         self._left_behind: ArenaAccess | None = None
         """The arena that stays mapped because a copy hung when the session was closed and may still touch it."""
@@ -305,58 +313,72 @@ class WorkerSession:
         Raises:
             LMCacheError: the load failed, and the engine must not use the blocks.
         """
-        with self._using(thread, load.epoch) as (copier, mapping):
-            runs = self._load_runs(load)
-            blocks, begin = np.asarray(load.blocks, dtype=np.int32), self.runtime.now()
-            if mapping is not None:
-                copier.scatter(mapping.address, blocks, runs, arena_bytes=mapping.size_bytes, progress=load.progress)
-            else:
-                self._fetch(copier, load, blocks, runs)
+        with self._using(thread, load.epoch) as access:
+            begin, mapping = self.runtime.now(), access.mapping
+            for number, part in enumerate((load, *load.others)):
+                runs, blocks = self._load_runs(number, part), np.asarray(part.blocks, dtype=np.int32)
+                copier = access.copiers[number]
+                if mapping is not None:
+                    copier.scatter(
+                        mapping.address, blocks, runs, arena_bytes=mapping.size_bytes, progress=part.progress
+                    )
+                else:
+                    self._fetch(number, copier, part, blocks, runs)
             end = self.runtime.now()
             begin, self._load_ended = max(begin, self._load_ended), end
             return load.end_token - load.start_token, end - begin
 
-    def _load_runs(self, load: Load) -> Runs:
+    def _load_runs(self, number: int, load: Load) -> Runs:
+        kept = self._groups[number].kept_tokens(self._chunk_tokens)
         sectors = np.frombuffer(load.extents, dtype="<u4").astype(np.int64)
         chunks = np.arange(load.first_chunk, load.first_chunk + len(sectors))
-        first = np.maximum(chunks * self._chunk_tokens, load.start_token)
+        held = (chunks + 1) * self._chunk_tokens - kept  # the first token that each extent holds
+        first = np.maximum(held, load.start_token)
         count = np.minimum((chunks + 1) * self._chunk_tokens, load.end_token) - first
-        runs = np.stack([sectors * SECTOR_BYTES, first, count, first - chunks * self._chunk_tokens], axis=1)
+        runs = np.stack([sectors * SECTOR_BYTES, first, count, first - held], axis=1)
         if len(sectors) == 0 or first[0] != load.start_token or int(count.sum()) != load.end_token - load.start_token:
             raise LayoutError(f"{len(sectors)} extents do not cover tokens {load.start_token}..{load.end_token}")
         return runs[count > 0]
 
-    def _fetch(self, copier: Copier, load: Load, blocks: npt.NDArray[np.int32], runs: Runs) -> None:
+    def _fetch(self, number: int, copier: Copier, load: Load, blocks: npt.NDArray[np.int32], runs: Runs) -> None:
         """Load by payload frames, in messages of at most 64 MiB of chunks."""
-        step = max(1, _PAYLOAD_BYTES // self._shard_bytes)
+        shard_bytes, shard = self._shard_bytes[number], self._groups[number].shard.index
+        step = max(1, _PAYLOAD_BYTES // shard_bytes)
         for at in range(0, len(runs), step):
             part = runs[at : at + step].copy()
-            request = m.Fetch(load.lease, self._shard.index, load.lease_chunk + at, len(part))
+            request = m.Fetch(load.lease, shard, load.lease_chunk + at, len(part))
             _, frames = self._connection.call(request, m.Ok)
-            if len(frames) != len(part) or any(len(one) != self._shard_bytes for one in frames):
+            if len(frames) != len(part) or any(len(one) != shard_bytes for one in frames):
                 raise LayoutError(f"{len(frames)} payload frames for {len(part)} chunks")
             part[:, 0] = 0
             for run, one in zip(part, frames, strict=True):
                 copier.scatter(np.frombuffer(one, dtype=np.uint8).ctypes.data, blocks, run[None])
 
     def _store(self, job_id: str, store: Store) -> tuple[int, float, float]:
-        """Run a store. Return the tokens stored, the seconds of the copies, and those of reserving and committing extents."""
+        """Run a store. Return the tokens stored in the group that stored most, the seconds of the copies, and those of reserving
+        and committing extents."""
         self._connection.wait_welcomed()
         if store.chunk_tokens != self._chunk_tokens:
             reason = "another chunk size" if self.identified else UNKNOWN
             self._count_drop(len(store.hashes) // HASH_BYTES, reason)
             return 0, 0.0, 0.0
-        total, tokens, seconds, parent = len(store.hashes) // HASH_BYTES, 0, 0.0, store.parent
         begin = self.runtime.now()
-        step = min(max(1, self._batch_bytes() // self._shard_bytes), m.MAX_RESERVED_CHUNKS)
+        parts = [self._store_group(job_id, number, part) for number, part in enumerate((store, *store.others))]
+        tokens, seconds = max(part[0] for part in parts), sum(part[1] for part in parts)
+        return tokens, seconds, self.runtime.now() - begin - seconds
+
+    def _store_group(self, job_id: str, number: int, store: Store) -> tuple[int, float]:
+        """Store the chunks of one group. Return the tokens stored, and the seconds of the copies."""
+        total, tokens, seconds, parent = len(store.hashes) // HASH_BYTES, 0, 0.0, store.parent
+        step = min(max(1, self._batch_bytes() // self._shard_bytes[number]), m.MAX_RESERVED_CHUNKS)
         for at in range(0, total, step):
             if job_id in self._cancelled:
                 self._count_drop(total - at, "preempted")
                 break
             hashes = store.hashes[at * HASH_BYTES : (at + step) * HASH_BYTES]
             try:
-                with self._using(_STORING) as (copier, mapping):
-                    batch = self._store_batch(job_id, copier, mapping, store, parent, store.first_chunk + at, hashes)
+                with self._using(_STORING) as access:
+                    batch = self._store_batch(job_id, number, access, store, parent, store.first_chunk + at, hashes)
                 tokens, seconds = tokens + batch[0], seconds + batch[1]
             except _Cancelled:
                 self._count_drop(total - at, "preempted")
@@ -367,20 +389,21 @@ class WorkerSession:
                 logger.debug("%d chunks of a store were dropped: %s", total - at, error)
                 break
             parent = hashes[-HASH_BYTES:]
-        return tokens, seconds, self.runtime.now() - begin - seconds
+        return tokens, seconds
 
     def _store_batch(
         self,
         job_id: str,
-        copier: Copier,
-        mapping: Mapping | None,
+        number: int,
+        access: ArenaAccess,
         store: Store,
         parent: bytes,
         first_chunk: int,
         hashes: bytes,
     ) -> tuple[int, float]:
-        size = self._chunk_tokens
-        request = m.Reserve(self._space, self._shard.index, parent, first_chunk == 0, hashes, store.request_id)
+        own, shard_bytes, size = self._groups[number], self._shard_bytes[number], self._chunk_tokens
+        copier, mapping, kept = access.copiers[number], access.mapping, own.kept_tokens(size)
+        request = m.Reserve(self._spaces[number], own.shard.index, parent, first_chunk == 0, hashes, store.request_id)
         granted, _ = self._connection.call(request, m.Reserved)
         if granted.refused:
             self.counters[f"dropped_chunks:{granted.reason}"] += granted.refused
@@ -390,18 +413,18 @@ class WorkerSession:
             raise LayoutError(f"{len(sectors)} extents for {len(hashes) // HASH_BYTES} chunks")
         if not len(wanted):
             return 0, 0.0
-        first = (first_chunk + wanted) * size
-        count = np.minimum(first + size, store.end_token or first[-1] + size) - first
+        first = (first_chunk + wanted + 1) * size - kept
+        count = np.minimum(first + kept, store.end_token or first[-1] + kept) - first
         runs = np.stack([sectors[wanted].astype(np.int64) * SECTOR_BYTES, first, count, 0 * first], axis=1)
         blocks = np.asarray(store.blocks, dtype=np.int32)
         begin, ok = self.runtime.now(), False
         try:
-            if mapping is not None and int(runs[:, 0].max()) + self._shard_bytes > mapping.size_bytes:
+            if mapping is not None and int(runs[:, 0].max()) + shard_bytes > mapping.size_bytes:
                 raise LayoutError(f"the server gave an extent beyond the arena's {mapping.size_bytes} bytes")
-            if mapping is not None and count[-1] < size and not copier.zeroes_the_rest:
+            if mapping is not None and count[-1] < kept and not copier.zeroes_the_rest:
                 # Tiers store the complete extent, so the rest behind an unfull chunk must not hold bytes of a former chunk.
-                ctypes.memset(mapping.address + int(runs[-1, 0]), 0, self._shard_bytes)
-            buffer = self._gather(job_id, copier, mapping, blocks, runs)
+                ctypes.memset(mapping.address + int(runs[-1, 0]), 0, shard_bytes)
+            buffer = self._gather(job_id, copier, mapping, blocks, runs, shard_bytes, kept)
             if buffer is not None:
                 self._connection.call(m.Fill(granted.reservation, 0), m.Ok, [row.data for row in buffer])
             ok = True
@@ -411,7 +434,14 @@ class WorkerSession:
         return int(count.sum()), seconds
 
     def _gather(
-        self, job_id: str, copier: Copier, mapping: Mapping | None, blocks: npt.NDArray[np.int32], runs: Runs
+        self,
+        job_id: str,
+        copier: Copier,
+        mapping: Mapping | None,
+        blocks: npt.NDArray[np.int32],
+        runs: Runs,
+        shard_bytes: int,
+        kept_tokens: int,
     ) -> npt.NDArray[np.uint8] | None:
         """Copy into the extents; without a mapping, into a returned buffer uint8 [chunk][byte of the shard].
 
@@ -427,9 +457,9 @@ class WorkerSession:
                 copier.gather(mapping.address, blocks, runs, arena_bytes=mapping.size_bytes)
                 return None
             # Behind an unfull chunk an uninitialized buffer would send this process's memory to the server.
-            full = bool((runs[:, 2] == self._chunk_tokens).all())
-            buffer = (np.empty if full else np.zeros)((len(runs), self._shard_bytes), dtype=np.uint8)
-            runs[:, 0] = np.arange(len(runs)) * self._shard_bytes
+            full = bool((runs[:, 2] == kept_tokens).all())
+            buffer = (np.empty if full else np.zeros)((len(runs), shard_bytes), dtype=np.uint8)
+            runs[:, 0] = np.arange(len(runs)) * shard_bytes
             copier.gather(buffer.ctypes.data, blocks, runs)
             return buffer
         finally:
@@ -441,12 +471,11 @@ class WorkerSession:
         access = self._access
         if access is None or access.mapping is None:
             return _PAYLOAD_BYTES
-        return int(access.copier.bytes_per_second * _BATCH_SECONDS)
+        return int(access.copiers[0].bytes_per_second * _BATCH_SECONDS)
 
     @contextmanager
-    def _using(self, thread: str, epoch: bytes | None = None) -> Iterator[tuple[Copier, Mapping | None]]:
-        """Give the copier and the mapping of this epoch's arena (None: the current one), which stays mapped meanwhile. With
-        payload frames the mapping is None.
+    def _using(self, thread: str, epoch: bytes | None = None) -> Iterator[ArenaAccess]:
+        """Give access to this epoch's arena (None: the current one), which stays mapped meanwhile.
 
         Raises:
             ServerUnavailable: this rank is not, or no longer, connected to that epoch's server.
@@ -464,7 +493,7 @@ class WorkerSession:
             access = self._access
             self._copying.add(thread)
         try:
-            yield access.copier, access.mapping
+            yield access
         finally:
             with self._state:
                 self._copying.discard(thread)
@@ -492,13 +521,13 @@ class WorkerSession:
     def _register(self, carrier: Carrier, welcome: m.Welcome, descriptor: int) -> None:
         """Map the new arena once no copy runs in the old one, and register this rank's part of the layout."""
         try:
-            layout = self._layout_for(welcome.chunk_tokens)
-            shard_bytes = self._shard.shard_bytes(layout)
-            of_tensors = self._paged.shard_bytes(welcome.chunk_tokens)
-            if of_tensors != shard_bytes:
-                raise LayoutError(f"the KV tensors make shards of {of_tensors} bytes, the layout {shard_bytes}")
-            request = m.Register(layout, self._shard.count, self._shard.index, shard_bytes, self._stages)
-            registered = ask(carrier, request, m.Registered)
+            size = welcome.chunk_tokens
+            shard_bytes = [one.shard_bytes(size) for one in self._groups]
+            spaces = []
+            for one, own_bytes in zip(self._groups, shard_bytes, strict=True):
+                shard = one.shard.count, one.shard.index, own_bytes
+                request = m.Register(one.layout_for(size), *shard, self._stages, one.group)
+                spaces.append(ask(carrier, request, m.Registered).space)
             with self._state:
                 known = welcome.arena == self._arena and (descriptor < 0 or self._mapped())
                 if not known and not self._state.wait_for(self._may_unmap, _LAST_COPY_SECONDS) and self._copying:
@@ -508,10 +537,10 @@ class WorkerSession:
                 # Not under the lock, which the engine's thread takes: unpinning memory takes seconds.
                 if access is not None:
                     access.close()
-                copier = make_copier(self._paged, welcome.chunk_tokens, self._threads)
-                access = ArenaAccess(copier, welcome, descriptor, self.runtime)
+                copiers = [make_copier(one.paged, one.kept_tokens(size), self._threads) for one in self._groups]
+                access = ArenaAccess(copiers, welcome, descriptor, self.runtime)
             with self._state:
-                self._space, self._chunk_tokens, self._shard_bytes = registered.space, welcome.chunk_tokens, shard_bytes
+                self._spaces, self._chunk_tokens, self._shard_bytes = spaces, size, shard_bytes
                 self._access, self._arena, self._epoch = access, welcome.arena, welcome.holds_for
                 self._state.notify_all()
         finally:

@@ -14,12 +14,24 @@ from lmcache.integration.vllm.weights import watch_weights
 
 def describe_rank(
     vllm_config: Any, kv_cache_config: Any, kv: ModelKV, kv_caches: dict[str, Any]
-) -> tuple[int, ServedKV, Registered]:
-    """Return this rank's number, its part of the model's KV, and where that lies. Begin to count changes of its weights.
+) -> tuple[int, list[ServedKV], list[Registered]]:
+    """Return this rank's number and, for each group, its part of the model's KV, and where that lies. Begin to count changes of
+    its weights.
 
     Raises:
         LayoutError: the registered tensors cannot be described.
     """
+    tp_rank, pp_rank = rank_of()
+    described = [
+        _describe_group(vllm_config, kv_cache_config, group, kv_caches, tp_rank, pp_rank) for group in kv.groups
+    ]
+    watch_weights(vllm_config)
+    return pp_rank * kv.tp_size + tp_rank, [one[0] for one in described], [one[1] for one in described]
+
+
+def _describe_group(
+    vllm_config: Any, kv_cache_config: Any, kv: ModelKV, kv_caches: dict[str, Any], tp_rank: int, pp_rank: int
+) -> tuple[ServedKV, Registered]:
     missing = [name for name in kv.layer_names if name not in kv_caches]
     if missing:
         raise LayoutError(f"layer {missing[0]} has no KV tensor of its own")
@@ -32,11 +44,8 @@ def describe_rank(
     registered = describe_tensors(tensors, shape, kv_cache_config.num_blocks, isa)
     if not on_cpu and _blocks_may_be_in_flight(kv_cache_config):
         registered = replace(registered, loads_need_fence=True)
-    tp_rank, pp_rank = rank_of()
     shard = kv.shard(tp_rank, pp_rank, layer_range(vllm_config, kv))
-    watch_weights(vllm_config)
-    served = ServedKV(kv.identity, kv.model, shard, registered.paged, kv.stores(tp_rank))
-    return pp_rank * kv.tp_size + tp_rank, served, registered
+    return ServedKV(kv.identity, kv.model, shard, registered.paged, kv.stores(tp_rank)), registered
 
 
 def _blocks_may_be_in_flight(kv_cache_config: Any) -> bool:

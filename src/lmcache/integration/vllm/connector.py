@@ -9,6 +9,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1 import base
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorRole
 
 from lmcache.engine import SchedulerSession, WorkerSession
+from lmcache.engine.groups import GroupShape, RankGroup
+from lmcache.engine.requests import GroupTable
 from lmcache.engine.embedded import START_SECONDS, EmbeddedServer, wait_connected
 from lmcache.engine.served import NOT_SERVED, refusal_of
 from lmcache.engine.settings import ServerSettings
@@ -85,11 +87,13 @@ class Connector:
         kv, server, transfer = self._kv, self._server, self._vllm_config.kv_transfer_config
         assert kv is not None
         endpoint = self._settings.endpoint(self._instance, "scheduler", address=address)
-        session = SchedulerSession(endpoint, kv.layout, kv.shards, kv.stages)
+        others = [GroupShape(one.layout, one.shards, one.group) for one in kv.others]
+        session = SchedulerSession(endpoint, kv.layout, kv.shards, kv.stages, group=kv.group, others=others)
         self._scheduler = side = SchedulerSide(
             session,
-            kv.block_tokens,
+            [GroupTable(one.block_tokens, one.reach_tokens) for one in kv.groups],
             kv.ranks,
+            numbers=[one.number for one in kv.groups],
             can_load=transfer.is_kv_consumer,
             can_store=transfer.is_kv_producer,
             synchronous=self._synchronous,
@@ -116,13 +120,25 @@ class Connector:
             self._refuse(refusal_of(error, "vLLM"))
             return
         endpoint = self._settings.endpoint(self._instance, "worker", number, address)
+        first, *further = [
+            RankGroup(one.layout, one.shard, one.paged, group.group)
+            for one, group in zip(served, kv.groups, strict=True)
+        ]
         self._worker = WorkerSide(
-            WorkerSession(endpoint, served.layout, served.shard, served.paged, stages=kv.stages),
+            WorkerSession(
+                endpoint,
+                first.layout_for,
+                first.shard,
+                first.paged,
+                stages=kv.stages,
+                group=first.group,
+                others=further,
+            ),
             registered,
-            served.shard.index,
-            stores=served.stores,
+            [one.shard.index for one in served],
+            stores=served[0].stores,
             synchronous=self._synchronous,
-            layers=Layers(kv.layer_names, len(registered.paged.planes)) if layerwise else None,
+            layers=Layers(kv.layer_names, len(registered[0].paged.planes)) if layerwise else None,
             refusal=lambda: kv.identity.failure,
         )
         self._worker.reports_stats = number == 0
@@ -148,6 +164,8 @@ class Connector:
     def get_block_ids_with_load_errors(self) -> set[int]:
         if self._worker is not None:
             return self._worker.take_invalid_blocks()
+        if len(self._kv_cache_config.kv_cache_groups) > 1:
+            return set()  # `get_transfer_results` reports the requests
         size = self._vllm_config.cache_config.block_size
         return {block for load in self._plan().loads for block in load.filled(size)}
 
@@ -183,7 +201,8 @@ class Connector:
         report = meta.report if isinstance(meta, LMCacheWorkerMetadata) else None
         invalid: Iterable[int] = getattr(connector_output, "invalid_block_ids", None) or ()
         received, sent = connector_output.finished_recving or (), connector_output.finished_sending or ()
-        self._scheduler.transferred(received, sent, invalid, report)
+        failed = getattr(connector_output, "failed_recving", None) or ()
+        self._scheduler.transferred(received, sent, invalid, report, failed)
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         return (self._scheduler is not None and self._scheduler.finished(request)), None

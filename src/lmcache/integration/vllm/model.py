@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
 
-from lmcache.chunks import Layout, Shard, shard_of_rank
-from lmcache.engine.identity import Identity
+from lmcache.chunks import Group, Layout, Shard, shard_of_rank
+from lmcache.engine.identity import Identity, named
 from lmcache.engine.served import refuse_encoder_decoder, stores_its_shard
 from lmcache.errors import LayoutError
 from lmcache.integration.vllm.identity import config_digest, served_identity
 from lmcache.integration.vllm.rules import refuse_what_vllm_rules_out
 
 _FULL_ATTENTION = ("FullAttentionSpec", "MLAAttentionSpec")
+_WINDOW = "SlidingWindowSpec"
 _FP8_NAMES = {"fp8": "fp8_e4m3", "fp8_e4m3": "fp8_e4m3", "fp8_e5m2": "fp8_e5m2"}
 _PLAIN_DTYPES = ("float32", "float16", "bfloat16")
 
 
 @dataclass(frozen=True)
 class ModelKV:
-    """The KV of a complete model, and its split among ranks.
+    """The KV of a complete model, and its split among ranks. Of a model with several groups, this is the first one.
 
     model: the layout with one-token chunks, without the weights' name. block_tokens: tokens of a scheduler block. layer_names:
     this rank's layers, in the order of the extent. stages: the layer before which each pipeline stage ends (empty without
-    pipeline)."""
+    pipeline). group: which group this is; None if the model has one kind of KV. number: vLLM's number of the group. others: the
+    further groups."""
 
     model: Layout
     block_tokens: int
@@ -32,6 +34,18 @@ class ModelKV:
     pp_size: int
     stages: tuple[int, ...]
     identity: Identity
+    group: Group | None = None
+    number: int = 0
+    others: tuple[ModelKV, ...] = ()
+
+    @property
+    def groups(self) -> tuple[ModelKV, ...]:
+        """All groups, this one first."""
+        return self, *self.others
+
+    @property
+    def reach_tokens(self) -> int:
+        return self.group.reach_tokens if self.group is not None else 0
 
     @property
     def ranks(self) -> int:
@@ -73,8 +87,32 @@ def describe_model(vllm_config: Any, kv_cache_config: Any, model_id: str = "") -
     parallel, model = vllm_config.parallel_config, vllm_config.model_config
     _refuse_unsupported(vllm_config)
     refuse_what_vllm_rules_out(vllm_config)
-    group, spec = _only_group(kv_cache_config)
-    names = tuple(sorted(group.layer_names, key=_layer_order))
+    groups = _groups(kv_cache_config)
+    if len(groups) > 1 or groups[0].reach_tokens:
+        _refuse_with_groups(vllm_config)
+    # The identity comes last: the weights of a refused engine need not be hashed.
+    digest, layers = (
+        config_digest(vllm_config),
+        sorted((name for one in groups for name in one.names), key=_layer_order),
+    )
+    described = [_describe_group(vllm_config, one, layers, digest) for one in groups]
+    identity = served_identity(vllm_config, model_id)
+    parts = [replace(one, identity=identity) for one in described]
+    return replace(parts[0], others=tuple(parts[1:]))
+
+
+class _Group(NamedTuple):
+    """A group of vLLM's. number: its place in vLLM's list. reach_tokens: as in `Group`."""
+
+    number: int
+    names: tuple[str, ...]
+    spec: Any
+    reach_tokens: int
+
+
+def _describe_group(vllm_config: Any, one: _Group, all_layers: list[str], digest: str) -> ModelKV:
+    """Describe one group, without the identity of the weights."""
+    parallel, model, spec, names = vllm_config.parallel_config, vllm_config.model_config, one.spec, one.names
     kind: Literal["mla", "mha"] = "mla" if type(spec).__name__ == "MLAAttentionSpec" else "mha"
     if kind == "mha" and getattr(spec, "head_size_v", None) not in (None, spec.head_size):
         raise LayoutError(
@@ -90,12 +128,13 @@ def describe_model(vllm_config: Any, kv_cache_config: Any, model_id: str = "") -
         head_size=spec.head_size,
         chunk_tokens=1,
         kind=kind,
-        config_digest=config_digest(vllm_config),
+        config_digest=digest,
     )
-    # The identity comes last: the weights of a refused engine need not be hashed.
-    identity = served_identity(vllm_config, model_id)
+    group = None
+    if len(names) < len(all_layers) or one.reach_tokens:
+        group = Group(tuple(all_layers.index(name) for name in names), one.reach_tokens)
     split = parallel.tensor_parallel_size, pp_size, _stages(layers, pp_size)
-    return ModelKV(layout, spec.block_size, names, *split, identity)
+    return ModelKV(layout, spec.block_size, names, *split, named(""), group, one.number)
 
 
 def _stages(layers: int, pp_size: int) -> tuple[int, ...]:
@@ -134,19 +173,49 @@ def _refuse_unsupported(vllm_config: Any) -> None:
         raise LayoutError("--kv-sharing-fast-prefill leaves KV of shared layers unwritten")
 
 
-def _only_group(kv_cache_config: Any) -> tuple[Any, Any]:
-    groups = kv_cache_config.kv_cache_groups
-    if len(groups) != 1:
-        kinds = ", ".join(sorted({type(group.kv_cache_spec).__name__ for group in groups})) or "none"
+def _groups(kv_cache_config: Any) -> list[_Group]:
+    """Return the model's groups: those of full attention first.
+
+    Raises:
+        LayoutError: a group's kind of KV cannot be cached.
+    """
+    found = []
+    for number, group in enumerate(kv_cache_config.kv_cache_groups):
+        spec = group.kv_cache_spec
+        kind = type(spec).__name__
+        if kind not in (*_FULL_ATTENTION, _WINDOW):
+            raise LayoutError(f"KV of kind {kind}; only full attention and sliding windows are supported yet")
+        if getattr(spec, "tokens_per_state", 1) != 1 or getattr(spec, "non_causal", False):
+            raise LayoutError("KV that does not hold one causal state a token is not supported")
+        reach = 0
+        if kind == _WINDOW:  # vLLM keeps the blocks from the window's first token on
+            seen = spec.sliding_window - 1 + getattr(spec, "extra_retained_tokens", 0)
+            reach = max(1, -(-seen // spec.block_size)) * spec.block_size
+        found.append(_Group(number, tuple(sorted(group.layer_names, key=_layer_order)), spec, reach))
+    if not found:
+        raise LayoutError("vLLM has no KV cache groups for this model")
+    return sorted(found, key=lambda one: (one.reach_tokens > 0, one.number))
+
+
+def _refuse_with_groups(vllm_config: Any) -> None:
+    """Refuse what is supported only for models with one group of full attention.
+
+    Raises:
+        LayoutError: the engine uses one of these.
+    """
+    from vllm.distributed.kv_transfer.kv_connector.v1 import base
+
+    kinds = "models with sliding windows"
+    if not hasattr(base, "KVConnectorTransferResults") or not hasattr(base.KVConnectorBase_V1, "bind_gpu_block_pool"):
+        raise LayoutError(f"{kinds} need a later release of vLLM, or --disable-hybrid-kv-cache-manager")
+    if vllm_config.parallel_config.pipeline_parallel_size > 1:
         raise LayoutError(
-            f"{len(groups)} KV cache groups ({kinds}); only models with one group of full attention are supported yet"
+            f"{kinds} are not supported with pipeline parallelism yet; --disable-hybrid-kv-cache-manager may help"
         )
-    spec = groups[0].kv_cache_spec
-    if type(spec).__name__ not in _FULL_ATTENTION:
-        raise LayoutError(f"KV of kind {type(spec).__name__}; only full attention is supported yet")
-    if getattr(spec, "tokens_per_state", 1) != 1 or getattr(spec, "non_causal", False):
-        raise LayoutError("KV that does not hold one causal state a token is not supported")
-    return groups[0], spec
+    if getattr(vllm_config, "speculative_config", None) is not None:
+        raise LayoutError(
+            f"{kinds} are not supported with speculative decoding yet; --disable-hybrid-kv-cache-manager may help"
+        )
 
 
 def _kv_dtype(dtype: str, cache_dtype: str) -> str:

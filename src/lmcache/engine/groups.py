@@ -1,0 +1,56 @@
+"""The groups of a model with several kinds of KV, as sessions register them. A model with one kind has one group, `None`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from lmcache.chunks import Group, Shard
+from lmcache.engine.identified import LayoutFor
+from lmcache.errors import LayoutError
+from lmcache.transfer.paged import PagedKV
+
+
+class GroupShape(NamedTuple):
+    """A group as the scheduler knows it. shards: how many shards a chunk has in this group."""
+
+    layout_for: LayoutFor
+    shards: int
+    group: Group | None = None
+
+
+@dataclass(frozen=True)
+class RankGroup:
+    """A group as one rank knows it. shard: the part of every chunk that the rank holds. paged: the rank's paged KV."""
+
+    layout_for: LayoutFor
+    shard: Shard
+    paged: PagedKV
+    group: Group | None = None
+
+    def kept_tokens(self, chunk_tokens: int) -> int:
+        """Return how many tokens of a chunk an extent holds.
+
+        Raises:
+            LayoutError: chunks do not end where blocks end, so that a block would be loaded in part.
+        """
+        kept = self.group.kept_tokens(chunk_tokens) if self.group is not None else chunk_tokens
+        if kept < chunk_tokens and chunk_tokens % self.paged.block_tokens:
+            raise LayoutError(
+                f"chunks of {chunk_tokens} tokens do not end at the blocks of {self.paged.block_tokens} tokens of a layer "
+                f"with a sliding window; start the server with a --chunk-size that is a multiple of the block size"
+            )
+        return kept
+
+    def shard_bytes(self, chunk_tokens: int) -> int:
+        """Return the bytes of an extent.
+
+        Raises:
+            LayoutError: the KV tensors do not have the layout's size.
+        """
+        kept = self.kept_tokens(chunk_tokens)
+        of_layout = self.shard.token_bytes(self.layout_for(chunk_tokens)) * kept
+        of_tensors = self.paged.shard_bytes(kept)
+        if of_tensors != of_layout:
+            raise LayoutError(f"the KV tensors make shards of {of_tensors} bytes, the layout {of_layout}")
+        return of_layout
