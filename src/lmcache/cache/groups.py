@@ -1,8 +1,7 @@
 """Which prefix of a prompt can be used when a model has several kinds of KV, each in a space of its own.
 
-A prefix of N chunks can be used if every space without a reach has all of its chunks, and every space with a reach of R chunks has
-the last R of them. The engine then goes on from token N as if it had computed the prefix.
-"""
+A prefix of N chunks can be used if every space without a reach has all of its chunks, and every space with a reach of R chunks
+has the last R of them. The engine then goes on from token N as if it had computed the prefix. """
 
 from __future__ import annotations
 
@@ -14,8 +13,8 @@ from lmcache.chunks import HASH_BYTES
 
 
 class Usable(NamedTuple):
-    """The longest prefix that can be used. records: for each space, the ids of the chunks that the prefix needs there: the last ones
-    before its end."""
+    """The longest prefix that can be used. records: for each space, the ids of the chunks that the prefix needs there: the last
+    ones before its end."""
 
     chunks: int
     records: list[bytes]

@@ -41,8 +41,9 @@ class TooSmall(Refusal):
 
 
 class Hit(NamedTuple):
-    """The first `chunks` chunks of the prompt can be used from L1. `extents`: u32 sectors of the leased ones, [chunk][shard], which
-    are the last ones before the end of the hit. `groups`: (lease, extents) in each further space of a model with several groups."""
+    """The first `chunks` chunks of the prompt can be used from L1. `extents`: u32 sectors of the leased ones, [chunk][shard],
+    which are the last ones before the end of the hit. `groups`: (lease, extents) in each further space of a model with several
+    groups."""
 
     chunks: int
     lease: int
@@ -120,10 +121,11 @@ class Heart(Index):
         shard: int = -1,
         shard_bytes: int = 0,
         reach_chunks: int = 0,
+        share: float = 1.0,
     ) -> int:
         """Return the number of the space for this layout and split. A rank also gives its shard and the size of its extents.
 
-        reach_chunks: as in `Space`; a part of what the fingerprint stands for.
+        reach_chunks: as in `Space`; a part of what the fingerprint stands for. share: as in `Space`, for a new space.
 
         Raises:
             TooSmall: one chunk, with the shards registered so far, is larger than the arena.
@@ -138,7 +140,7 @@ class Heart(Index):
         instance = self._claims.instance_of(process)
         if (known is None or known.number not in instance.spaces) and len(instance.spaces) >= MAX_SPACES_OF_INSTANCE:
             raise Refusal(f"this engine has {MAX_SPACES_OF_INSTANCE} layouts open already: restart it to close them")
-        space = known or self._new_space(fingerprint, shards, reach_chunks)
+        space = known or self._new_space(fingerprint, shards, reach_chunks, share)
         if shard >= 0:
             self._open_shard(space, shard, shard_bytes)
         instance.spaces.add(space.number)
@@ -225,8 +227,8 @@ class Heart(Index):
         found: Usable,
         first_wanted: int,
     ) -> Hit:
-        """Touch and count the chunks that can be used, which are the first ones of `hashes`, and lease in each space those that are
-        needed from `first_wanted` on."""
+        """Touch and count the chunks that can be used, which are the first ones of `hashes`, and lease in each space those that
+        are needed from `first_wanted` on."""
         chunks = found.chunks
         if chunks:
             self.events.emit(

@@ -57,11 +57,13 @@ class Index:
 
     # Spaces
 
-    def _new_space(self, fingerprint: bytes, shards: int, reach_chunks: int) -> Space:
+    def _new_space(self, fingerprint: bytes, shards: int, reach_chunks: int, share: float) -> Space:
         if len(self._spaces) >= MAX_SPACES:
             raise Refusal(f"{MAX_SPACES} layouts are open already: close some engines, or clear the cache")
         number, self._next_space = self._next_space, self._next_space + 1
-        space = Space(number, fingerprint, shards, self._new_table(shards), [-1] * shards, [0] * shards, reach_chunks)
+        space = Space(
+            number, fingerprint, shards, self._new_table(shards), [-1] * shards, [0] * shards, reach_chunks, share
+        )
         self._space_of[fingerprint, shards] = self._spaces[number] = space
         return space
 

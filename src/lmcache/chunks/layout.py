@@ -74,9 +74,8 @@ class Group(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One kind of KV of a model that has several. The layout of a group describes the layers of that group only.
 
     layers: numbers of the group's layers in the model, ascending. reach_tokens: how many tokens before the end of a prefix the
-    engine needs in order to go on from there, in complete blocks; 0 for all of them. An extent holds the last `kept_tokens` of its
-    chunk.
-    """
+    engine needs in order to go on from there, in complete blocks; 0 for all of them. An extent holds the last `kept_tokens` of
+    its chunk. """
 
     layers: tuple[int, ...]
     reach_tokens: int = 0
@@ -97,7 +96,8 @@ class Group(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def space_fingerprint(layout: Layout, stages: Sequence[int] = (), group: Group | None = None) -> bytes:
-    """Return 16 bytes that identify a layout together with its pipeline split and, in a model with several kinds of KV, its group.
+    """Return 16 bytes that identify a layout together with its pipeline split and, in a model with several kinds of KV, its
+    group.
 
     stages: for each pipeline stage the first layer after it; empty or one entry for a model that is not split by layers. Shards
     are numbered by stage and head group, so 4 shards may be 4 head groups or 2 stages of 2, with equal sizes but different

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,23 +11,29 @@ from lmcache.engine.identified import LayoutFor
 from lmcache.errors import LayoutError
 from lmcache.transfer.paged import PagedKV
 
+_REACH_TO_KEEP_ALL = 2048
+"""Tokens. A group with a shorter reach needs a part of the memory only, since prompts are longer."""
+
 
 class GroupShape(NamedTuple):
-    """A group as the scheduler knows it. shards: how many shards a chunk has in this group."""
+    """A group as the scheduler knows it. shards: how many shards a chunk has in this group. share: as in `shares`."""
 
     layout_for: LayoutFor
     shards: int
     group: Group | None = None
+    share: float = 1.0
 
 
 @dataclass(frozen=True)
 class RankGroup:
-    """A group as one rank knows it. shard: the part of every chunk that the rank holds. paged: the rank's paged KV."""
+    """A group as one rank knows it. shard: the part of every chunk that the rank holds. paged: the rank's paged KV. share: as in
+    `shares`."""
 
     layout_for: LayoutFor
     shard: Shard
     paged: PagedKV
     group: Group | None = None
+    share: float = 1.0
 
     def kept_tokens(self, chunk_tokens: int) -> int:
         """Return how many tokens of a chunk an extent holds.
@@ -54,3 +61,13 @@ class RankGroup:
         if of_tensors != of_layout:
             raise LayoutError(f"the KV tensors make shards of {of_tensors} bytes, the layout {of_layout}")
         return of_layout
+
+
+def shares(groups: Sequence[tuple[int, int]]) -> list[float]:
+    """Return which part of a model's memory each of its groups should hold when memory is short; the sum is 1.
+
+    groups: (bytes of a token, reach in tokens or 0 for everything). A prompt of many tokens is usable with few tokens of a group
+    with a reach. These are kept at several places of it: where prompts begin to differ, and where each of them ends.
+    """
+    needed = [size * min(1.0, reach / _REACH_TO_KEEP_ALL if reach else 1.0) for size, reach in groups]
+    return [one / sum(needed) for one in needed]

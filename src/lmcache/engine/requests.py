@@ -33,9 +33,9 @@ class Request:
 
     salt: only requests of the same salt share KV. adapter: name and content name of the LoRA adapter. extras: what else changes
     the KV. cacheable: whether the request may be loaded and stored. hit: the hit that is not being loaded yet. blocks: the
-    engine's block table from token 0 on; tables: those of the model's further groups. stored: number of leading chunks that the server has or was sent; tail: hash of the
-    unfull chunk that it has or was sent. jobs: running stores, each with the number of ranks that have not ended it.
-    """
+    engine's block table from token 0 on; tables: those of the model's further groups. stored: number of leading chunks that the
+    server has or was sent; tail: hash of the unfull chunk that it has or was sent. jobs: running stores, each with the number of
+    ranks that have not ended it. """
 
     id: Hashable
     salt: str = ""
@@ -64,8 +64,8 @@ RequestT = TypeVar("RequestT", bound=Request)
 
 
 class GroupTable(NamedTuple):
-    """What a scheduler knows of the block tables of one group. block_tokens: tokens of a block; 0 if only the ranks know the tables.
-    reach_tokens: as in `Group`."""
+    """What a scheduler knows of the block tables of one group. block_tokens: tokens of a block; 0 if only the ranks know the
+    tables. reach_tokens: as in `Group`."""
 
     block_tokens: int
     reach_tokens: int = 0

@@ -63,8 +63,8 @@ class SchedulerSession:
             IdentityUnknown this session connects to no server.
         shards: number of shards of a chunk, as in `Shard.count`.
         stages: the layer at which each pipeline stage ends, if the model is split by layers; the same as the workers'.
-        others: the further groups of a model with several kinds of KV, in the order of the workers'; `layout_for`, `shards` and
-            `group` are those of the first one.
+        others: the further groups of a model with several kinds of KV, in the order of the workers'; `layout_for`, `shards`,
+            `group` and `share` are those of the first one.
         runtime: clock and threads.
     """
 
@@ -76,11 +76,12 @@ class SchedulerSession:
         stages: Sequence[int] = (),
         runtime: Runtime = RUNTIME,
         group: Group | None = None,
+        share: float = 1.0,
         others: Sequence[GroupShape] = (),
     ) -> None:
         self.runtime = runtime
         self._layout_for, self._stages = layout_for, list(stages)
-        self._groups = (GroupShape(layout_for, shards, group), *others)
+        self._groups = (GroupShape(layout_for, shards, group, share), *others)
         self._others: list[int] = []
         """The spaces of the further groups."""
         self._space, self._chunk_tokens, self._epoch, self._fingerprint = 0, 0, b"", b""
@@ -260,7 +261,7 @@ class SchedulerSession:
         spaces = [
             ask(
                 carrier,
-                m.Register(one.layout_for(welcome.chunk_tokens), one.shards, -1, 0, self._stages, one.group),
+                m.Register(one.layout_for(welcome.chunk_tokens), one.shards, -1, 0, self._stages, one.group, one.share),
                 m.Registered,
             ).space
             for one in self._groups

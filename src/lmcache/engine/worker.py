@@ -65,8 +65,8 @@ class WorkerSession:
         paged: this rank's paged KV.
         threads: copy threads of one job.
         stages: the layer at which each pipeline stage ends, if the model is split by layers; the same as the scheduler's.
-        others: the further groups of a model with several kinds of KV; `layout_for`, `shard`, `paged` and `group` are those of
-            the first one.
+        others: the further groups of a model with several kinds of KV; `layout_for`, `shard`, `paged`, `group`
+            and `share` are those of the first one.
         runtime: clock and threads.
     """
 
@@ -80,13 +80,14 @@ class WorkerSession:
         stages: Sequence[int] = (),
         runtime: Runtime = RUNTIME,
         group: Group | None = None,
+        share: float = 1.0,
         others: Sequence[RankGroup] = (),
     ) -> None:
         self.runtime = runtime
         self.counters: Counter[str] = Counter()
         """Counts of failed jobs and dropped chunks; a reason follows a colon."""
         self._layout_for, self._shard, self._paged, self._threads = layout_for, shard, paged, threads
-        self._groups = (RankGroup(layout_for, shard, paged, group), *others)
+        self._groups = (RankGroup(layout_for, shard, paged, group, share), *others)
         self._stages = list(stages)
         self._chunk_tokens, self._arena, self._epoch = 0, b"", b""
         self._spaces: list[int] = []
@@ -526,7 +527,7 @@ class WorkerSession:
             spaces = []
             for one, own_bytes in zip(self._groups, shard_bytes, strict=True):
                 shard = one.shard.count, one.shard.index, own_bytes
-                request = m.Register(one.layout_for(size), *shard, self._stages, one.group)
+                request = m.Register(one.layout_for(size), *shard, self._stages, one.group, one.share)
                 spaces.append(ask(carrier, request, m.Registered).space)
             with self._state:
                 known = welcome.arena == self._arena and (descriptor < 0 or self._mapped())

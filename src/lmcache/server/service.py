@@ -100,7 +100,9 @@ class Service:
         name = space_fingerprint(layout, request.stages, request.group)
         reach = request.group.reach_chunks(layout.chunk_tokens) if request.group is not None else 0
         try:
-            space = self.l1.open_space(peer.process, name, request.shards, request.shard, request.shard_bytes, reach)
+            space = self.l1.open_space(
+                peer.process, name, request.shards, request.shard, request.shard_bytes, reach, request.share
+            )
         except TooSmall as error:
             self.sessions.refused.note(f"{peer.who}, from {peer.host}", "small L1", str(error))
             raise

@@ -80,6 +80,8 @@ class Register(Message, frozen=True, tag=3):
     """The end layer of each pipeline stage (`chunks.space_fingerprint`), since equal numbers of shards can be unequal splits."""
     group: Group | None = None
     """Which of the model's kinds of KV `layout` describes; None for a model with one."""
+    share: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
+    """Which part of the model's memory this group needs, as the engine expects."""
 
 
 class Lookup(Message, frozen=True, tag=4):

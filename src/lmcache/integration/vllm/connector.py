@@ -9,9 +9,9 @@ from vllm.distributed.kv_transfer.kv_connector.v1 import base
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorRole
 
 from lmcache.engine import SchedulerSession, WorkerSession
+from lmcache.engine.embedded import START_SECONDS, EmbeddedServer, wait_connected
 from lmcache.engine.groups import GroupShape, RankGroup
 from lmcache.engine.requests import GroupTable
-from lmcache.engine.embedded import START_SECONDS, EmbeddedServer, wait_connected
 from lmcache.engine.served import NOT_SERVED, refusal_of
 from lmcache.engine.settings import ServerSettings
 from lmcache.integration.vllm.caches import describe_rank
@@ -87,8 +87,13 @@ class Connector:
         kv, server, transfer = self._kv, self._server, self._vllm_config.kv_transfer_config
         assert kv is not None
         endpoint = self._settings.endpoint(self._instance, "scheduler", address=address)
-        others = [GroupShape(one.layout, one.shards, one.group) for one in kv.others]
-        session = SchedulerSession(endpoint, kv.layout, kv.shards, kv.stages, group=kv.group, others=others)
+        first, *further = [
+            GroupShape(one.layout, one.shards, one.group, share)
+            for one, share in zip(kv.groups, kv.shares, strict=True)
+        ]
+        session = SchedulerSession(
+            *(endpoint, kv.layout, kv.shards, kv.stages), group=first.group, share=first.share, others=further
+        )
         self._scheduler = side = SchedulerSide(
             session,
             [GroupTable(one.block_tokens, one.reach_tokens) for one in kv.groups],
@@ -121,8 +126,8 @@ class Connector:
             return
         endpoint = self._settings.endpoint(self._instance, "worker", number, address)
         first, *further = [
-            RankGroup(one.layout, one.shard, one.paged, group.group)
-            for one, group in zip(served, kv.groups, strict=True)
+            RankGroup(one.layout, one.shard, one.paged, group.group, share)
+            for one, group, share in zip(served, kv.groups, kv.shares, strict=True)
         ]
         self._worker = WorkerSide(
             WorkerSession(
@@ -132,12 +137,14 @@ class Connector:
                 first.paged,
                 stages=kv.stages,
                 group=first.group,
+                share=first.share,
                 others=further,
             ),
             registered,
             [one.shard.index for one in served],
             stores=served[0].stores,
             synchronous=self._synchronous,
+            fails_by_request=kv.fails_by_request,
             layers=Layers(kv.layer_names, len(registered[0].paged.planes)) if layerwise else None,
             refusal=lambda: kv.identity.failure,
         )
@@ -164,7 +171,7 @@ class Connector:
     def get_block_ids_with_load_errors(self) -> set[int]:
         if self._worker is not None:
             return self._worker.take_invalid_blocks()
-        if len(self._kv_cache_config.kv_cache_groups) > 1:
+        if self._kv is not None and self._kv.fails_by_request:
             return set()  # `get_transfer_results` reports the requests
         size = self._vllm_config.cache_config.block_size
         return {block for load in self._plan().loads for block in load.filled(size)}

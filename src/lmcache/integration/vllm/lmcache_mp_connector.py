@@ -93,12 +93,12 @@ class LMCacheMPConnector(Connector, KVConnectorBase_V1, _SupportsHMA):  # type: 
         return sent or None, received or None
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
-        """Return the ends of transfers. A model with several groups reports failed loads here, because numbers of blocks do not say
-        which group they belong to."""
+        """Return the ends of transfers. A model with several groups reports failed loads here, because numbers of blocks do not
+        say which group they belong to."""
         results = super().get_transfer_results(finished_req_ids)
         if self._worker is not None:
             results.failed_recving |= self._worker.take_failed_requests()
-        elif len(self._kv_cache_config.kv_cache_groups) > 1:
+        elif self._kv is not None and self._kv.fails_by_request:
             results.failed_recving |= {str(load.request_id) for load in self._plan().loads}
         return results
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 from lmcache.chunks import Group, Layout, Shard, shard_of_rank
+from lmcache.engine.groups import shares
 from lmcache.engine.identity import Identity, named
 from lmcache.engine.served import refuse_encoder_decoder, stores_its_shard
 from lmcache.errors import LayoutError
@@ -42,6 +43,18 @@ class ModelKV:
     def groups(self) -> tuple[ModelKV, ...]:
         """All groups, this one first."""
         return self, *self.others
+
+    @property
+    def fails_by_request(self) -> bool:
+        """Whether vLLM has to compute a request from its start if a load fails: what is in reach of a shorter prefix was not loaded,
+        and numbers of blocks do not say which group they belong to."""
+        return bool(self.others or self.reach_tokens)
+
+    @property
+    def shares(self) -> list[float]:
+        """Which part of the model's memory each group should hold."""
+        tokens = [shard_of_rank(one.model, 0, 1, 0, one.model.num_layers).token_bytes(one.model) for one in self.groups]
+        return shares([(size, one.reach_tokens) for size, one in zip(tokens, self.groups, strict=True)])
 
     @property
     def reach_tokens(self) -> int:
@@ -84,7 +97,6 @@ def describe_model(vllm_config: Any, kv_cache_config: Any, model_id: str = "") -
     Raises:
         LayoutError: this engine's KV cannot be cached; the message says why.
     """
-    parallel, model = vllm_config.parallel_config, vllm_config.model_config
     _refuse_unsupported(vllm_config)
     refuse_what_vllm_rules_out(vllm_config)
     groups = _groups(kv_cache_config)

@@ -40,7 +40,8 @@ class Tracker(Request):
 
 
 class SchedulerSide:
-    """The scheduler's side. groups, numbers: the block tables of the model's groups, and vLLM's numbers of these. ranks: number of reports that complete a job. can_load, can_store: what the KV role allows.
+    """The scheduler's side. groups, numbers: the block tables of the model's groups, and vLLM's numbers of these. ranks: number
+    of reports that complete a job. can_load, can_store: what the KV role allows.
 
     synchronous: a load is part of the request's first step, whose forward waits for it; so the last token is always computed,
     and no hit is too small to be loaded. Otherwise the request waits, unscheduled. save_decode: whether generated tokens

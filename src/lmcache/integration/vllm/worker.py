@@ -23,9 +23,11 @@ _START_SECONDS = 5.0
 
 
 class WorkerSide:
-    """The worker's side. registered, shards: for each group, where its KV lies and the index of this rank's shard. stores: False if another rank stores that shard.
+    """The worker's side. registered, shards: for each group, where its KV lies and the index of this rank's shard. stores: False
+    if another rank stores that shard.
 
     synchronous: forwards wait for loads (`wait_loaded`), and every copy is logged, as users of in-process mode expect.
+    fails_by_request: whether failed loads are reported as requests (`take_failed_requests`) instead of blocks.
     layers: if given, reliable forwards wait layer by layer. refusal: returns why this rank can never serve, "" as long as it may.
     """
 
@@ -37,6 +39,7 @@ class WorkerSide:
         *,
         stores: bool = True,
         synchronous: bool = False,
+        fails_by_request: bool = False,
         layers: Layers | None = None,
         refusal: Callable[[], str] = str,
     ) -> None:
@@ -45,6 +48,7 @@ class WorkerSide:
         self._block_tokens = registered[0].paged.block_tokens * registered[0].blocks_per_block
         """Tokens of a scheduler block."""
         self._synchronous, self._layers, self._refusal = synchronous, layers, refusal
+        self._fails_by_request = fails_by_request
         self._arriving: list[Progress] = []
         """The progress of loads of a step whose forward waits for each layer."""
         self._unread: set[str] = set()
@@ -165,7 +169,8 @@ class WorkerSide:
         return invalid
 
     def take_failed_requests(self) -> set[Any]:
-        """Return the requests with loads that failed, of a model with several groups. Call this after `finished`, in the same step."""
+        """Return the requests with loads that failed, of a model with several groups. Call this after `finished`, in the same
+        step."""
         failed, self._failed = self._failed, set()
         return failed
 
@@ -220,7 +225,7 @@ class WorkerSide:
         self._report_loaded(load)
         self.failed_loads += 1
         blocks = load.filled(self._block_tokens)
-        if len(self._groups) > 1:
+        if self._fails_by_request:
             self._failed.add(load.request_id)
         else:
             self._invalid.update(blocks)
