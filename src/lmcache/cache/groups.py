@@ -1,7 +1,7 @@
 """Which prefix of a prompt can be used when a model has several kinds of KV, each in a space of its own.
 
 A prefix of N chunks can be used if every space without a reach has all of its chunks, and every space with a reach of R chunks
-has the last R of them. The engine then goes on from token N as if it had computed the prefix. """
+has the last R of them. The engine then goes on from token N as if it had computed the prefix."""
 
 from __future__ import annotations
 

@@ -29,11 +29,11 @@ DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "fp8_e4m3": 1, "fp8_e5
 class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The shape, dtype and identity of a model's KV, independent of how ranks split it.
 
-    model_id: identity of the weights (repository and commit, or a digest of a local directory).
-    kv_dtype: a key of `DTYPE_BYTES`. kv_scales: digest of static KV scales, "" where there are none.
-    num_kv_heads: KV heads of the model before any parallel split (1 for MLA). head_size: elements of one head's K or V (MLA: of
-    the latent). config_digest: digest of the RoPE settings and of every other override that changes the KV.
-    """
+    model_id: identity of the weights (repository and commit, or a digest of a local directory). kv_dtype: a key of `DTYPE_BYTES`.
+    kv_scales: digest of static KV scales, "" where there are none. num_kv_heads: KV heads of the model before any parallel split
+    (1 for MLA). head_size: elements of one head's K or V (MLA: of the latent). kind: `state` is what a recurrent layer (Mamba,
+    linear attention) knows after a chunk, `head_size` elements for each of `num_kv_heads` parts that ranks hold; it is not
+    divided by tokens. config_digest: digest of the RoPE settings and of every other override that changes the KV."""
 
     model_id: str
     kv_dtype: str
@@ -41,7 +41,7 @@ class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     num_kv_heads: int
     head_size: int
     chunk_tokens: int
-    kind: Literal["mha", "mla"] = "mha"
+    kind: Literal["mha", "mla", "state"] = "mha"
     kv_scales: str = ""
     config_digest: str = ""
     slot_order: int = EXTENT_ORDER_VERSION
@@ -61,8 +61,8 @@ class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def planes_per_layer(self) -> int:
-        """2 (K and V), or 1 for MLA, whose latent serves as both K and V."""
-        return 1 if self.kind == "mla" else 2
+        """2 (K and V); 1 for MLA, whose latent serves as both K and V, and for states."""
+        return 2 if self.kind == "mha" else 1
 
     @property
     def fingerprint(self) -> bytes:
@@ -74,8 +74,8 @@ class Group(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One kind of KV of a model that has several. The layout of a group describes the layers of that group only.
 
     layers: numbers of the group's layers in the model, ascending. reach_tokens: how many tokens before the end of a prefix the
-    engine needs in order to go on from there, in complete blocks; 0 for all of them. An extent holds the last `kept_tokens` of
-    its chunk. """
+    engine needs in order to go on from there, in complete blocks; 0 for all of them; 1 for states. An extent holds the last
+    `kept_tokens` of its chunk."""
 
     layers: tuple[int, ...]
     reach_tokens: int = 0

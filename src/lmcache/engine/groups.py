@@ -6,9 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+
 from lmcache.chunks import Group, Shard
 from lmcache.engine.identified import LayoutFor
 from lmcache.errors import LayoutError
+from lmcache.transfer.bounds import Runs
 from lmcache.transfer.paged import PagedKV
 
 _REACH_TO_KEEP_ALL = 2048
@@ -34,6 +38,19 @@ class RankGroup:
     paged: PagedKV
     group: Group | None = None
     share: float = 1.0
+    state_tokens: int = 0
+    """For states: a block of the engine's table holds the state after so many tokens, or a multiple of them. 0 for KV of
+    tokens."""
+
+    def first_token(self, chunk: npt.NDArray[np.int64], chunk_tokens: int) -> npt.NDArray[np.int64]:
+        """Return the first token of each of these chunks that its extent holds."""
+        return (chunk + 1) * chunk_tokens - self.kept_tokens(chunk_tokens)
+
+    def in_table(self, runs: Runs) -> Runs:
+        """Return runs that count the engine's tokens as runs of the paged KV, where a state is one token."""
+        if self.state_tokens:
+            runs[:, 1] //= self.state_tokens
+        return runs
 
     def kept_tokens(self, chunk_tokens: int) -> int:
         """Return how many tokens of a chunk an extent holds.
@@ -42,10 +59,11 @@ class RankGroup:
             LayoutError: chunks do not end where blocks end, so that a block would be loaded in part.
         """
         kept = self.group.kept_tokens(chunk_tokens) if self.group is not None else chunk_tokens
-        if kept < chunk_tokens and chunk_tokens % self.paged.block_tokens:
+        block = self.state_tokens or self.paged.block_tokens
+        if kept < chunk_tokens and chunk_tokens % block:
             raise LayoutError(
-                f"chunks of {chunk_tokens} tokens do not end at the blocks of {self.paged.block_tokens} tokens of a layer "
-                f"with a sliding window; start the server with a --chunk-size that is a multiple of the block size"
+                f"chunks of {chunk_tokens} tokens do not end where the engine has the state or the window of its layers, "
+                f"which is every {block} tokens: start the server with --chunk-size {block} or a multiple of it"
             )
         return kept
 

@@ -33,7 +33,7 @@ class Load:
     token 0 on. lease_chunk: index of `first_chunk` among the lease's chunks (names payload frames). after: on a GPU, the point in
     the engine's stream that must have passed before the blocks may be written. progress: notified of each layer that has arrived,
     if the engine waits for layers one by one. others: the same for each further group of the model; all succeed, or the load
-    fails. """
+    fails."""
 
     epoch: bytes
     lease: int
@@ -55,7 +55,7 @@ class Store:
     end_token: if the last chunk is not full, the token behind its last one; 0 if all are full. parent: hash of the chunk before,
     or the root (then `first_chunk` is 0). chunk_tokens: chunk size of the hashes; a server that was restarted with another chunk
     size gets none of them. after: on a GPU, the point in the engine's stream behind which the blocks are filled. request_id: the
-    engine's request id, for the server's events. others: the same for each further group of the model. """
+    engine's request id, for the server's events. others: the same for each further group of the model."""
 
     chunk_tokens: int
     parent: bytes

@@ -16,7 +16,7 @@ class LoadPlan:
     """Fill tokens [start_token, end_token) of a request's blocks from the extents of a hit.
 
     blocks: the request's block table from token 0 on. request_tokens: tokens of the request, for the log. others: the same for
-    each further group of the model, with its own block table. """
+    each further group of the model, with its own block table."""
 
     job_id: str
     request_id: Hashable

@@ -35,7 +35,7 @@ class Request:
     the KV. cacheable: whether the request may be loaded and stored. hit: the hit that is not being loaded yet. blocks: the
     engine's block table from token 0 on; tables: those of the model's further groups. stored: number of leading chunks that the
     server has or was sent; tail: hash of the unfull chunk that it has or was sent. jobs: running stores, each with the number of
-    ranks that have not ended it. """
+    ranks that have not ended it."""
 
     id: Hashable
     salt: str = ""
@@ -65,10 +65,11 @@ RequestT = TypeVar("RequestT", bound=Request)
 
 class GroupTable(NamedTuple):
     """What a scheduler knows of the block tables of one group. block_tokens: tokens of a block; 0 if only the ranks know the
-    tables. reach_tokens: as in `Group`."""
+    tables. reach_tokens: as in `Group`. only_last: the engine has the state of this group only where a step ends."""
 
     block_tokens: int
     reach_tokens: int = 0
+    only_last: bool = False
 
 
 class Requests(Generic[RequestT]):
@@ -81,8 +82,7 @@ class Requests(Generic[RequestT]):
         save_tail: whether the last, unfull chunk of a prompt is also stored.
         name: the engine's name, the same in all of its schedulers. It names KV that no other engine may share, so it must be
             unique; "" generates one.
-        reach_tokens: as in `Group`, of the model's first group.
-        others: the further groups of a model with several kinds of KV.
+        groups: the groups of a model with several kinds of KV, in place of `block_tokens`.
     """
 
     def __init__(
@@ -93,8 +93,7 @@ class Requests(Generic[RequestT]):
         ranks: int = 1,
         save_tail: bool = False,
         name: str = "",
-        reach_tokens: int = 0,
-        others: Sequence[GroupTable] = (),
+        groups: Sequence[GroupTable] = (),
     ) -> None:
         self.session: SchedulerSession | None = session
         """None once `stop` or `close` was called: this engine then runs without a cache."""
@@ -108,7 +107,7 @@ class Requests(Generic[RequestT]):
         """How often the engine's own cache was emptied: by now, and when the last KV that a reset invalidated was computed."""
         self._lessor = session
         """The session that leases are given back to, even after `stop`."""
-        self._groups = (GroupTable(block_tokens, reach_tokens), *others)
+        self._groups = tuple(groups) or (GroupTable(block_tokens),)
         self._reaching = any(group.reach_tokens for group in self._groups)
         """Whether the engine keeps of some layers only what is in reach."""
         self._ranks, self._save_tail = ranks, save_tail
@@ -264,6 +263,8 @@ class Requests(Generic[RequestT]):
             if needed > len(blocks):
                 return None
             begin = min(max(first, before // size), chunks) if group.reach_tokens else first
+            if group.only_last:
+                begin = max(begin, chunks - (computed == chunks * size))
             hashes = chain.hashes[begin * HASH_BYTES : chunks * HASH_BYTES] + tail
             plans.append(
                 StorePlan(

@@ -330,16 +330,15 @@ class WorkerSession:
             return load.end_token - load.start_token, end - begin
 
     def _load_runs(self, number: int, load: Load) -> Runs:
-        kept = self._groups[number].kept_tokens(self._chunk_tokens)
         sectors = np.frombuffer(load.extents, dtype="<u4").astype(np.int64)
         chunks = np.arange(load.first_chunk, load.first_chunk + len(sectors))
-        held = (chunks + 1) * self._chunk_tokens - kept  # the first token that each extent holds
+        held = self._groups[number].first_token(chunks, self._chunk_tokens)
         first = np.maximum(held, load.start_token)
         count = np.minimum((chunks + 1) * self._chunk_tokens, load.end_token) - first
         runs = np.stack([sectors * SECTOR_BYTES, first, count, first - held], axis=1)
         if len(sectors) == 0 or first[0] != load.start_token or int(count.sum()) != load.end_token - load.start_token:
             raise LayoutError(f"{len(sectors)} extents do not cover tokens {load.start_token}..{load.end_token}")
-        return runs[count > 0]
+        return self._groups[number].in_table(runs[count > 0])
 
     def _fetch(self, number: int, copier: Copier, load: Load, blocks: npt.NDArray[np.int32], runs: Runs) -> None:
         """Load by payload frames, in messages of at most 64 MiB of chunks."""
@@ -414,9 +413,11 @@ class WorkerSession:
             raise LayoutError(f"{len(sectors)} extents for {len(hashes) // HASH_BYTES} chunks")
         if not len(wanted):
             return 0, 0.0
-        first = (first_chunk + wanted + 1) * size - kept
+        first = own.first_token(first_chunk + wanted, size)
         count = np.minimum(first + kept, store.end_token or first[-1] + kept) - first
-        runs = np.stack([sectors[wanted].astype(np.int64) * SECTOR_BYTES, first, count, 0 * first], axis=1)
+        runs = own.in_table(
+            np.stack([sectors[wanted].astype(np.int64) * SECTOR_BYTES, first, count, 0 * first], axis=1)
+        )
         blocks = np.asarray(store.blocks, dtype=np.int32)
         begin, ok = self.runtime.now(), False
         try:

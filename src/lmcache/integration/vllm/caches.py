@@ -8,7 +8,7 @@ from typing import Any
 from lmcache.engine.served import ServedKV
 from lmcache.errors import LayoutError
 from lmcache.integration.vllm.model import ModelKV, layer_range
-from lmcache.integration.vllm.paged import Registered, Shape, cpu_isa, describe_tensors
+from lmcache.integration.vllm.paged import Registered, Shape, cpu_isa, describe_states, describe_tensors
 from lmcache.integration.vllm.weights import watch_weights
 
 
@@ -36,6 +36,12 @@ def _describe_group(
     if missing:
         raise LayoutError(f"layer {missing[0]} has no KV tensor of its own")
     tensors = [kv_caches[name] for name in kv.layer_names]
+    if kv.model.kind == "state":
+        registered = describe_states(tensors, kv_cache_config.num_blocks, kv.model.head_size)
+        if registered.paged.device != "cpu":
+            raise LayoutError("Mamba states on a GPU are not supported yet")
+        shard = kv.shard(tp_rank, pp_rank, layer_range(vllm_config, kv))
+        return ServedKV(kv.identity, kv.model, shard, registered.paged, kv.stores(tp_rank)), registered
     mla = kv.model.kind == "mla"
     heads = 1 if mla else max(1, kv.model.num_kv_heads // kv.tp_size)
     shape = Shape(heads, kv.model.head_size, kv.block_tokens, mla)

@@ -96,7 +96,7 @@ class Connector:
         )
         self._scheduler = side = SchedulerSide(
             session,
-            [GroupTable(one.block_tokens, one.reach_tokens) for one in kv.groups],
+            [GroupTable(one.block_tokens, one.reach_tokens, one.model.kind == "state") for one in kv.groups],
             kv.ranks,
             numbers=[one.number for one in kv.groups],
             can_load=transfer.is_kv_consumer,
@@ -126,7 +126,7 @@ class Connector:
             return
         endpoint = self._settings.endpoint(self._instance, "worker", number, address)
         first, *further = [
-            RankGroup(one.layout, one.shard, one.paged, group.group, share)
+            RankGroup(one.layout, one.shard, one.paged, group.group, share, group.state_tokens)
             for one, group, share in zip(served, kv.groups, kv.shares, strict=True)
         ]
         self._worker = WorkerSide(

@@ -7,14 +7,14 @@ from typing import Any, Literal, NamedTuple
 
 from lmcache.chunks import Group, Layout, Shard, shard_of_rank
 from lmcache.engine.groups import shares
-from lmcache.engine.identity import Identity, named
+from lmcache.engine.identity import Identity, digest_of, named
 from lmcache.engine.served import refuse_encoder_decoder, stores_its_shard
 from lmcache.errors import LayoutError
 from lmcache.integration.vllm.identity import config_digest, served_identity
 from lmcache.integration.vllm.rules import refuse_what_vllm_rules_out
 
 _FULL_ATTENTION = ("FullAttentionSpec", "MLAAttentionSpec")
-_WINDOW = "SlidingWindowSpec"
+_WINDOW, _STATE = "SlidingWindowSpec", "MambaSpec"
 _FP8_NAMES = {"fp8": "fp8_e4m3", "fp8_e4m3": "fp8_e4m3", "fp8_e5m2": "fp8_e5m2"}
 _PLAIN_DTYPES = ("float32", "float16", "bfloat16")
 
@@ -45,9 +45,14 @@ class ModelKV:
         return self, *self.others
 
     @property
+    def state_tokens(self) -> int:
+        """For states: the tokens after which the engine has one; 0 for KV of tokens."""
+        return self.block_tokens if self.model.kind == "state" else 0
+
+    @property
     def fails_by_request(self) -> bool:
-        """Whether vLLM has to compute a request from its start if a load fails: what is in reach of a shorter prefix was not loaded,
-        and numbers of blocks do not say which group they belong to."""
+        """Whether vLLM has to compute a request from its start if a load fails: what is in reach of a shorter prefix was not
+        loaded, and numbers of blocks do not say which group they belong to."""
         return bool(self.others or self.reach_tokens)
 
     @property
@@ -125,28 +130,50 @@ class _Group(NamedTuple):
 def _describe_group(vllm_config: Any, one: _Group, all_layers: list[str], digest: str) -> ModelKV:
     """Describe one group, without the identity of the weights."""
     parallel, model, spec, names = vllm_config.parallel_config, vllm_config.model_config, one.spec, one.names
+    pp_size, tp_size = parallel.pipeline_parallel_size, parallel.tensor_parallel_size
+    layers = len(names) if pp_size == 1 else model.get_total_num_hidden_layers()
+    if type(spec).__name__ == _STATE:
+        layout = _state_layout(spec, layers, 1 if getattr(spec, "tp_replicated", False) else tp_size, digest)
+    else:
+        layout = _token_layout(vllm_config, spec, layers, digest)
+    group = None
+    if len(names) < len(all_layers) or one.reach_tokens:
+        group = Group(tuple(all_layers.index(name) for name in names), one.reach_tokens)
+    split = tp_size, pp_size, _stages(layers, pp_size)
+    return ModelKV(layout, spec.block_size, names, *split, named(""), group, one.number)
+
+
+def _token_layout(vllm_config: Any, spec: Any, layers: int, digest: str) -> Layout:
     kind: Literal["mla", "mha"] = "mla" if type(spec).__name__ == "MLAAttentionSpec" else "mha"
     if kind == "mha" and getattr(spec, "head_size_v", None) not in (None, spec.head_size):
         raise LayoutError(
             f"keys of {spec.head_size} and values of {spec.head_size_v} elements a head are not supported yet"
         )
-    pp_size = parallel.pipeline_parallel_size
-    layers = len(names) if pp_size == 1 else model.get_total_num_hidden_layers()
-    layout = Layout(
+    return Layout(
         model_id="",
         kv_dtype=_kv_dtype(str(spec.dtype), str(vllm_config.cache_config.cache_dtype)),
         num_layers=layers,
-        num_kv_heads=1 if kind == "mla" else model.get_total_num_kv_heads(),
+        num_kv_heads=1 if kind == "mla" else vllm_config.model_config.get_total_num_kv_heads(),
         head_size=spec.head_size,
         chunk_tokens=1,
         kind=kind,
         config_digest=digest,
     )
-    group = None
-    if len(names) < len(all_layers) or one.reach_tokens:
-        group = Group(tuple(all_layers.index(name) for name in names), one.reach_tokens)
-    split = parallel.tensor_parallel_size, pp_size, _stages(layers, pp_size)
-    return ModelKV(layout, spec.block_size, names, *split, named(""), group, one.number)
+
+
+def _state_layout(spec: Any, layers: int, ranks: int, digest: str) -> Layout:
+    """Return the layout of states, as bytes. What they mean depends on shapes, dtypes and the kind of layer."""
+    meaning = [[list(shape) for shape in spec.shapes], [str(one) for one in spec.dtypes], str(spec.mamba_type), digest]
+    return Layout(
+        model_id="",
+        kv_dtype="uint8",
+        num_layers=layers,
+        num_kv_heads=ranks,
+        head_size=spec.state_content_size_bytes,
+        chunk_tokens=1,
+        kind="state",
+        config_digest=digest_of(meaning),
+    )
 
 
 def _stages(layers: int, pp_size: int) -> tuple[int, ...]:
@@ -195,14 +222,23 @@ def _groups(kv_cache_config: Any) -> list[_Group]:
     for number, group in enumerate(kv_cache_config.kv_cache_groups):
         spec = group.kv_cache_spec
         kind = type(spec).__name__
-        if kind not in (*_FULL_ATTENTION, _WINDOW):
-            raise LayoutError(f"KV of kind {kind}; only full attention and sliding windows are supported yet")
-        if getattr(spec, "tokens_per_state", 1) != 1 or getattr(spec, "non_causal", False):
+        if kind not in (*_FULL_ATTENTION, _WINDOW, _STATE):
+            raise LayoutError(
+                f"KV of kind {kind}; only full attention, sliding windows and Mamba states are supported yet"
+            )
+        if (kind != _STATE and getattr(spec, "tokens_per_state", 1) != 1) or getattr(spec, "non_causal", False):
             raise LayoutError("KV that does not hold one causal state a token is not supported")
         reach = 0
         if kind == _WINDOW:  # vLLM keeps the blocks from the window's first token on
             seen = spec.sliding_window - 1 + getattr(spec, "extra_retained_tokens", 0)
             reach = max(1, -(-seen // spec.block_size)) * spec.block_size
+        if kind == _STATE:
+            if spec.mamba_cache_mode != "align":
+                raise LayoutError(
+                    f"Mamba states kept in mode {spec.mamba_cache_mode!r}; start vLLM with --enable-prefix-caching "
+                    "--mamba-cache-mode align"
+                )
+            reach = 1
         found.append(_Group(number, tuple(sorted(group.layer_names, key=_layer_order)), spec, reach))
     if not found:
         raise LayoutError("vLLM has no KV cache groups for this model")

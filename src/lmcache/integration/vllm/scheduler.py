@@ -65,14 +65,7 @@ class SchedulerSide:
         priority_limit: int | None = None,
         device: str = "cpu",
     ) -> None:
-        self.requests: Requests[Tracker] = Requests(
-            session,
-            block_tokens=groups[0].block_tokens,
-            ranks=ranks,
-            save_tail=save_tail,
-            reach_tokens=groups[0].reach_tokens,
-            others=groups[1:],
-        )
+        self.requests: Requests[Tracker] = Requests(session, ranks=ranks, save_tail=save_tail, groups=groups)
         self._groups, self._numbers = groups, numbers
         self._block_tokens, self._ranks = groups[0].block_tokens, ranks
         self._pool: Any = None
