@@ -133,7 +133,8 @@ class Index:
         """Touch consecutive chunks and all ancestors of the first one."""
         if path:
             self._touch(now, space, pack_ids(path))
-            space.table.touch_path(path[0])
+            if not space.reach_chunks:
+                space.table.touch_path(path[0])
             if "evicted" in self.events.named:
                 above = path[0]
                 while (above := space.table.parent(above)) >= 0:
