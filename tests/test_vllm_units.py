@@ -1164,7 +1164,7 @@ def test_a_rank_whose_weights_have_no_identity_ends_what_is_served() -> None:
 def test_models_that_are_not_served_are_named(weights: Path) -> None:
     config = vllm_config(str(weights))
     state = MambaSpec(**vars(FULL))
-    with pytest.raises(LayoutError, match="Mamba states kept in mode .none."):
+    with pytest.raises(LayoutError, match="Mamba states kept in mode 'none'"):
         describe_model(config, cache_config(FULL, state))
     with pytest.raises(LayoutError, match="nvfp4"):
         describe_model(vllm_config(str(weights), cache_dtype="nvfp4"), cache_config(FULL))

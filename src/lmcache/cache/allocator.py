@@ -22,6 +22,9 @@ from dataclasses import dataclass, field
 from lmcache.cache.table import Table
 from lmcache.memory.slabs import NO_EXTENT, SECTOR_BYTES, Region, Slabs
 
+_PASSED = 64
+"""How many chunks in reach of an end are passed at most in the search for a victim."""
+
 
 @dataclass(slots=True, eq=False)
 class Space:
@@ -37,6 +40,8 @@ class Space:
     reach_chunks: int = 0
     """How many chunks before the end of a prefix are needed to go on from there; 0 for all of them. Chunks of a space with a
     reach are evicted one by one, the least recently used first, since no chunk needs the ones before it."""
+    main: Space | None = None
+    """For a group with a reach: the group of the same model that has everything."""
     share: float = 1.0
     """How much of the memory of one model this space may hold when memory is short; less than 1 for a group of a model."""
     instances: set[str] = field(default_factory=set)
@@ -123,7 +128,7 @@ class Allocator:
                 return sector
             if self.slabs.grow(own) is not None or self._take_fairly(own):
                 continue
-            victim = space.table.victim()
+            victim = _victim(space)
             if victim >= 0:
                 self._evict(space, victim)
             elif not self._take(own, self._holding(own)):
@@ -211,3 +216,29 @@ class Allocator:
         class_bytes = self.slabs.extent_sectors(own) * SECTOR_BYTES * space.classes.count(own)
         part = space.share / sum(one.share for one in self._active)
         return self.slabs.total_bytes * part * class_bytes / space.chunk_bytes
+
+
+def _victim(space: Space) -> int:
+    """Return the record to evict next, or -1. In a group with a reach, chunks in the middle of prompts go before those that an
+    end or a fork needs, where later prompts go on. The search is bounded; chunks that it passes count as used."""
+    victim = space.table.victim()
+    if space.main is not None:
+        for _ in range(_PASSED):
+            if victim < 0 or not _in_reach_of_an_end(space, space.main.table, victim):
+                break
+            space.table.touch(victim.to_bytes(4, "little"))
+            victim = space.table.victim()
+    return victim
+
+
+def _in_reach_of_an_end(space: Space, main: Table, record: int) -> bool:
+    """Return whether a prompt ends, or prompts part, at this chunk or so soon after it that its window reaches back to it."""
+    at = main.get(space.table.key(record))
+    for _ in range(space.reach_chunks):
+        if at < 0:
+            return False  # evicted
+        following = main.only_child(at)
+        if following < 0:
+            return True
+        at = following
+    return False

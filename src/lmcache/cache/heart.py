@@ -153,6 +153,11 @@ class Heart(Index):
             raise Refusal(f"this engine has not registered space {space_number}: register the layout first")
         return space, instance
 
+    def _other_group(self, process: int, space_number: int, first: Space) -> Space:
+        space = self._admit(process, space_number)[0]
+        space.main = first if space.reach_chunks and not first.reach_chunks else None
+        return space
+
     # Reading
 
     def shards(self, process: int, space_number: int) -> int:
@@ -182,7 +187,7 @@ class Heart(Index):
             Refusal: unknown space or process.
         """
         space, instance = self._admit(process, space_number)
-        spaces = [space, *(self._admit(process, other)[0] for other in others)]
+        spaces = [space, *(self._other_group(process, other, space) for other in others)]
         asked, by = len(hashes) // HASH_BYTES, (process, instance.tier, request)
         reason = self._claims.why_no_lease(instance)
         if reason:
@@ -211,7 +216,7 @@ class Heart(Index):
             Refusal: unknown space or process.
         """
         space, instance = self._admit(process, space_number)
-        spaces = [space, *(self._admit(process, other)[0] for other in others)]
+        spaces = [space, *(self._other_group(process, other, space) for other in others)]
         found = usable_prefix(spaces, hashes)
         if found.chunks < len(hashes) // HASH_BYTES or self._claims.why_no_lease(instance):
             return None

@@ -62,7 +62,7 @@ class Index:
             raise Refusal(f"{MAX_SPACES} layouts are open already: close some engines, or clear the cache")
         number, self._next_space = self._next_space, self._next_space + 1
         space = Space(
-            number, fingerprint, shards, self._new_table(shards), [-1] * shards, [0] * shards, reach_chunks, share
+            number, fingerprint, shards, self._new_table(shards), [-1] * shards, [0] * shards, reach_chunks, share=share
         )
         self._space_of[fingerprint, shards] = self._spaces[number] = space
         return space

@@ -325,6 +325,11 @@ class PyTable:
     def children(self, record: int, /) -> int:
         return len(self._record(record).children)
 
+    def only_child(self, record: int, /) -> int:
+        """Return the id of the record's child if it has exactly one, else -1."""
+        children = self._record(record).children
+        return next(iter(children)) if len(children) == 1 else -1
+
     def pins(self, record: int, /) -> int:
         """Return the number of readers."""
         return self._record(record).pins

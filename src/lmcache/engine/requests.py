@@ -54,6 +54,10 @@ class Request:
     tail: bytes = b""
     jobs: dict[str, int] = field(default_factory=dict)
 
+    def all_tables(self, groups: int) -> list[list[int]]:
+        """Return the block table of each group; empty ones if only the ranks know them."""
+        return [self.blocks, *(self.tables or [[] for _ in range(groups - 1)])]
+
     @property
     def found_tokens(self) -> int:
         """Tokens of the hit from the start of the prompt, counting an unfull chunk as full; 0 without a hit."""
@@ -203,7 +207,7 @@ class Requests(Generic[RequestT]):
                 total,
             )
             for group, part, blocks in zip(
-                self._groups, (hit, *hit.others), (request.blocks, *request.tables), strict=False
+                self._groups, (hit, *hit.others), request.all_tables(len(self._groups)), strict=True
             )
         ]
         plan = replace(plans[0], others=plans[1:]) if len(plans) > 1 else plans[0]
@@ -258,7 +262,7 @@ class Requests(Generic[RequestT]):
         if end <= first * size:
             return None
         job, plans = self._job("store"), []
-        for group, blocks in zip(self._groups, (request.blocks, *request.tables), strict=False):
+        for group, blocks in zip(self._groups, request.all_tables(len(self._groups)), strict=True):
             needed = -(-end // group.block_tokens) if group.block_tokens else 0
             if needed > len(blocks):
                 return None

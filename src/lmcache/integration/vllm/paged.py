@@ -73,8 +73,9 @@ def describe_tensors(tensors: Sequence[Any], shape: Shape, num_blocks: int, isa:
 
 
 def describe_states(layers: Sequence[Any], num_blocks: int, state_bytes: int) -> Registered:
-    """Describe the states of recurrent layers: for each layer a tensor [block, ...] whose blocks begin with `state_bytes` of state, or
-    a sequence of such tensors that hold a state together. A block is one token of the paged KV, and its elements are bytes.
+    """Describe the states of recurrent layers: for each layer a tensor [block, ...] whose blocks begin with `state_bytes` of
+    state, or a sequence of such tensors that hold a state together. A block is one token of the paged KV, and its elements are
+    bytes.
 
     Raises:
         LayoutError: the tensors cannot be described; the message names what they are.
