@@ -6,30 +6,22 @@ has the last R of them. The engine then goes on from token N as if it had comput
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from lmcache.cache.allocator import Space
 from lmcache.chunks import HASH_BYTES
 
-
-class Usable(NamedTuple):
-    """The longest prefix that can be used. records: for each space, the ids of the chunks that the prefix needs there: the last
-    ones before its end."""
-
-    chunks: int
-    records: list[bytes]
+Found = list[tuple[Space, bytes]]
+"""Each space with the ids of the chunks that a prefix needs there: the last ones before its end."""
 
 
-def usable_prefix(spaces: Sequence[Space], hashes: bytes) -> Usable:
-    """Return the longest prefix of `hashes` that can be used from these spaces.
+def usable_prefix(spaces: Sequence[Space], hashes: bytes) -> tuple[int, Found]:
+    """Return the length in chunks of the longest prefix of `hashes` that can be used from these spaces, and what it needs.
 
     The work is at most proportional to the number of hashes, times the number of spaces, times the longest reach.
     """
-    records = [b"" if space.reach_chunks else space.table.match(hashes) for space in spaces]
-    if len(spaces) == 1 and records[0]:  # nearly all models
-        return Usable(len(records[0]) // 4, records)
+    matched = [b"" if space.reach_chunks else space.table.match(hashes) for space in spaces]
     chunks = len(hashes) // HASH_BYTES
-    for space, ids in zip(spaces, records, strict=True):
+    for space, ids in zip(spaces, matched, strict=True):
         if not space.reach_chunks:
             chunks = min(chunks, len(ids) // 4)
     reaching, agreed = [space for space in spaces if space.reach_chunks], 0
@@ -39,13 +31,13 @@ def usable_prefix(spaces: Sequence[Space], hashes: bytes) -> Usable:
             own = _longest(space, hashes, chunks)
             agreed += own == chunks
             chunks = own
-    for at, space in enumerate(spaces):
+    found = []
+    for space, ids in zip(spaces, matched, strict=True):
         if space.reach_chunks:
             first = max(0, chunks - space.reach_chunks)
-            records[at] = space.table.match(hashes[first * HASH_BYTES : chunks * HASH_BYTES])
-        else:
-            records[at] = records[at][: 4 * chunks]
-    return Usable(chunks, records)
+            ids = space.table.match(hashes[first * HASH_BYTES : chunks * HASH_BYTES])
+        found.append((space, ids[: 4 * chunks]))
+    return chunks, found
 
 
 def _longest(space: Space, hashes: bytes, chunks: int) -> int:

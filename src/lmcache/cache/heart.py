@@ -22,7 +22,7 @@ from typing import NamedTuple
 from lmcache.cache.allocator import Space
 from lmcache.cache.claims import SERVER, AnyClaim, Claims, Instance, Lease, Refusal, Reservation
 from lmcache.cache.events import NOBODY, By
-from lmcache.cache.groups import Usable, usable_prefix
+from lmcache.cache.groups import Found, usable_prefix
 from lmcache.cache.index import Index, names_of, of_last, of_new, of_records, pack_ids
 from lmcache.cache.table import COMPLETED, RELEASED, ChunkTable, Table
 from lmcache.chunks import HASH_BYTES
@@ -153,11 +153,6 @@ class Heart(Index):
             raise Refusal(f"this engine has not registered space {space_number}: register the layout first")
         return space, instance
 
-    def _other_group(self, process: int, space_number: int, first: Space) -> Space:
-        space = self._admit(process, space_number)[0]
-        space.main = first if space.reach_chunks and not first.reach_chunks else None
-        return space
-
     # Reading
 
     def shards(self, process: int, space_number: int) -> int:
@@ -187,16 +182,16 @@ class Heart(Index):
             Refusal: unknown space or process.
         """
         space, instance = self._admit(process, space_number)
-        spaces = [space, *(self._other_group(process, other, space) for other in others)]
         asked, by = len(hashes) // HASH_BYTES, (process, instance.tier, request)
         reason = self._claims.why_no_lease(instance)
         if reason:
             self.events.emit("missed", space.number, asked, reason, by, lambda event: event._replace(hashes=hashes))
             return Hit(0, 0, b"")
-        hit = self._lease(now, by, instance, spaces, hashes, usable_prefix(spaces, hashes), first_wanted)
-        missed = asked - hit.chunks
+        chunks, found = self._usable(process, space, others, hashes)
+        hit = self._lease(now, by, instance, hashes, chunks, found, first_wanted)
+        missed = asked - chunks
         if missed:
-            reason = self._why_missed(spaces, hashes, hit.chunks)
+            reason = self._why_missed([one for one, _ in found], hashes, chunks)
             self.events.emit("missed", space.number, missed, reason, by, lambda event: of_last(event, hashes))
         return hit
 
@@ -216,45 +211,45 @@ class Heart(Index):
             Refusal: unknown space or process.
         """
         space, instance = self._admit(process, space_number)
-        spaces = [space, *(self._other_group(process, other, space) for other in others)]
-        found = usable_prefix(spaces, hashes)
-        if found.chunks < len(hashes) // HASH_BYTES or self._claims.why_no_lease(instance):
+        chunks, found = self._usable(process, space, others, hashes)
+        if chunks < len(hashes) // HASH_BYTES or self._claims.why_no_lease(instance):
             return None
-        return self._lease(now, (process, instance.tier, request), instance, spaces, hashes, found, first_wanted)
+        return self._lease(now, (process, instance.tier, request), instance, hashes, chunks, found, first_wanted)
+
+    def _usable(self, process: int, space: Space, others: Sequence[int], hashes: bytes) -> tuple[int, Found]:
+        """Return how many chunks can be used, and what they need in each space."""
+        if not others and not space.reach_chunks:  # nearly all models
+            ids = space.table.match(hashes)
+            return len(ids) // 4, [(space, ids)]
+        spaces = [space]
+        for number in others:
+            other = self._admit(process, number)[0]
+            other.main = space if other.reach_chunks and not space.reach_chunks else None
+            spaces.append(other)
+        return usable_prefix(spaces, hashes)
 
     def _lease(
-        self,
-        now: float,
-        by: By,
-        instance: Instance,
-        spaces: Sequence[Space],
-        hashes: bytes,
-        found: Usable,
-        first_wanted: int,
+        self, now: float, by: By, instance: Instance, hashes: bytes, chunks: int, found: Found, first_wanted: int
     ) -> Hit:
         """Touch and count the chunks that can be used, which are the first ones of `hashes`, and lease in each space those that
         are needed from `first_wanted` on."""
-        chunks = found.chunks
         if chunks:
             self.events.emit(
-                "hit",
-                spaces[0].number,
-                chunks,
-                "",
-                by,
+                "hit", found[0][0].number, chunks, "", by,
                 lambda event: event._replace(hashes=hashes[: chunks * HASH_BYTES]),
-            )
+            )  # fmt: skip
         leases = []
-        for one, ids in zip(spaces, found.records, strict=True):
+        for space, ids in found:
             if ids:
-                self._touch(now, one, ids)
-            leased = ids[4 * max(0, first_wanted - (chunks - len(ids) // 4)) :]
+                self._touch(now, space, ids)
+            leased = ids[4 * max(0, first_wanted - chunks + len(ids) // 4) :]
             if leased:
-                lease = Lease(by, instance, one, one.table, now + self.claim_seconds, leased)
-                leases.append((self._new_lease(lease), one.table.extents(leased)))
+                lease = Lease(by, instance, space, space.table, now + self.claim_seconds, leased)
+                leases.append((self._new_lease(lease), space.table.extents(leased)))
             else:
                 leases.append((0, b""))
-        return Hit(chunks, *leases[0], tuple(leases[1:]))
+        number, extents = leases[0]
+        return Hit(chunks, number, extents, tuple(leases[1:]))
 
     def _new_lease(self, lease: Lease) -> int:
         lease.table.pin(lease.ids)

@@ -104,6 +104,7 @@ class Index:
         ids: list[int] = []
         sectors: list[int] = []
         path = [parent] if parent >= 0 else []
+        above = len(path)
         table.pin(pack_ids(path))
         for key in keys:
             number = table.get(key)
@@ -126,7 +127,7 @@ class Index:
             sectors.append(sector)
             parent = -1 if space.reach_chunks else number
         table.unpin(pack_ids(path))
-        self._touch_path(now, space, path)
+        self._touch_path(now, space, path[: above + len(sectors)])
         return ids, sectors
 
     def _touch_path(self, now: float, space: Space, path: list[int]) -> None:
