@@ -94,8 +94,7 @@ class HybridEngine:
         shape = (len(kind.layers), BLOCKS, 12) if kind.state else (len(kind.layers), 2, BLOCKS, BLOCK, 2, 8)
         return np.full(shape, POISON, dtype=np.uint16)
 
-    @staticmethod
-    def _paged(kind: Kind, kv: npt.NDArray[np.uint16]) -> PagedKV:
+    def _paged(self, kind: Kind, kv: npt.NDArray[np.uint16]) -> PagedKV:
         if kind.state:
             planes = [Plane.strided(one.ctypes.data, one.strides[0], 0, 1, 0, 24, 1) for one in kv]
             return PagedKV(tuple(planes), 1, BLOCKS, 1, kv)
@@ -104,6 +103,11 @@ class HybridEngine:
             for one in kv.reshape(-1, *kv.shape[2:])
         ]
         return PagedKV(tuple(planes), BLOCK, BLOCKS, 2, kv)
+
+    def upload(self) -> None:
+        """Bring `kv` to where the engine computes. An engine on a device overrides this and `download`."""
+
+    def download(self) -> None: ...
 
     def close(self) -> None:
         self.worker.close()
@@ -153,6 +157,7 @@ class HybridEngine:
                         self.at(number, table, token)[...] = self.value(number, ids, token)
                 if kind.state:
                     self.at(number, table, end - 1)[...] = self.value(number, ids, end - 1)
+            self.upload()
             plan = self.requests.store(request, ids[:end], end, before=before)
             if plan is not None:
                 copy = self.copies.store(plan, plan.blocks, others=[part.blocks for part in plan.others])
@@ -169,6 +174,7 @@ class HybridEngine:
         request = request or self.open()
         for kv in self.kv:
             kv[...] = POISON
+        self.upload()
         found = self.requests.find(request, ids, have, wait=True)
         if not isinstance(found, Hit):
             return 0
@@ -183,6 +189,7 @@ class HybridEngine:
             part.blocks = table
         copy = self.copies.load(plan, plan.blocks, others=[part.blocks for part in plan.others])
         assert self.copies.settle([copy], PATIENCE)
+        self.download()
         for number, (kind, table) in enumerate(zip(self.kinds, tables, strict=True)):
             first = max(have, end - kind.reach) if kind.reach else have
             for token in range(first, end):

@@ -32,7 +32,7 @@ from lmcache.memory.arena import Mapping
 from lmcache.memory.slabs import NO_EXTENT, SECTOR_BYTES
 from lmcache.observability.log import init_logger
 from lmcache.transfer.bounds import Runs
-from lmcache.transfer.copier import Copier, make_copier
+from lmcache.transfer.copier import Copier, make_copiers
 from lmcache.transfer.gpu.driver import beside_captures
 from lmcache.transfer.paged import PagedKV
 from lmcache.wire import messages as m
@@ -539,7 +539,7 @@ class WorkerSession:
                 # Not under the lock, which the engine's thread takes: unpinning memory takes seconds.
                 if access is not None:
                     access.close()
-                copiers = [make_copier(one.paged, one.kept_tokens(size), self._threads) for one in self._groups]
+                copiers = make_copiers([(one.paged, one.kept_tokens(size)) for one in self._groups], self._threads)
                 access = ArenaAccess(copiers, welcome, descriptor, self.runtime)
             with self._state:
                 self._spaces, self._chunk_tokens, self._shard_bytes = spaces, size, shard_bytes

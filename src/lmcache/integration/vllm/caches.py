@@ -38,8 +38,6 @@ def _describe_group(
     tensors = [kv_caches[name] for name in kv.layer_names]
     if kv.model.kind == "state":
         registered = describe_states(tensors, kv_cache_config.num_blocks, kv.model.head_size)
-        if registered.paged.device != "cpu":
-            raise LayoutError("Mamba states on a GPU are not supported yet")
         shard = kv.shard(tp_rank, pp_rank, layer_range(vllm_config, kv))
         return ServedKV(kv.identity, kv.model, shard, registered.paged, kv.stores(tp_rank)), registered
     mla = kv.model.kind == "mla"

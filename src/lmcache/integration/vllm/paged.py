@@ -83,17 +83,20 @@ def describe_states(layers: Sequence[Any], num_blocks: int, state_bytes: int) ->
     planes = []
     for layer in layers:
         tensors = (layer,) if hasattr(layer, "stride") else tuple(layer)
-        sizes = [tensor[0].numel() * tensor.element_size() for tensor in tensors]
-        if len(tensors) == 1:
-            sizes = [min(state_bytes, sizes[0])]
-        if sum(sizes) != state_bytes:
-            raise LayoutError(f"states of {sum(sizes)} bytes, where vLLM's cache spec has {state_bytes}")
-        for tensor, size in zip(tensors, sizes, strict=True):
+        for tensor in tensors:
             if tensor.shape[0] != num_blocks or not tensor[0].is_contiguous():
                 raise LayoutError(
                     f"states of shape {tuple(tensor.shape)} and strides {tuple(tensor.stride())} are of an unknown order"
                 )
-            planes.append(Plane.strided(tensor.data_ptr(), tensor.stride(0) * tensor.element_size(), 0, 1, 0, size, 1))
+        step, address = tensors[0].stride(0) * tensors[0].element_size(), tensors[0].data_ptr()
+        end = address
+        for tensor in tensors:
+            if tensor.data_ptr() != end or tensor.stride(0) * tensor.element_size() != step:
+                raise LayoutError(f"the {len(tensors)} states of a layer do not lie behind one another in their blocks")
+            end += tensor[0].numel() * tensor.element_size()
+        if end - address < state_bytes:
+            raise LayoutError(f"states of {end - address} bytes, where vLLM's cache spec has {state_bytes}")
+        planes.append(Plane.strided(address, step, 0, 1, 0, state_bytes, 1))
     first = layers[0] if hasattr(layers[0], "device") else layers[0][0]
     return Registered(PagedKV(tuple(planes), 1, num_blocks, 1, tuple(layers), str(first.device)), 1)
 
