@@ -257,7 +257,7 @@ def main() -> None:
                 held += [hit] if hit else []
                 say(hit.chunks if hit else 0)
             case "pause":  # the next copies stop midway
-                pause_once(engine.worker._access.copier, command["what"], midway)
+                pause_once(engine.worker._access.parts[0].copier, command["what"], midway)
                 say("ok")
             case "fork":  # a child that keeps every descriptor open
                 import os

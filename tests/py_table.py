@@ -261,6 +261,10 @@ class PyTable:
     def children(self, record: int, /) -> int:
         return len(self._record(record).children)
 
+    def only_child(self, record: int, /) -> int:
+        children = self._record(record).children
+        return next(iter(children)) if len(children) == 1 else -1
+
     def pins(self, record: int, /) -> int:
         return self._record(record).pins
 

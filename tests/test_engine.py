@@ -42,7 +42,7 @@ def test_the_log_lines_that_users_look_for(server, engine):
     one.worker.runtime = replace(one.worker.runtime, now=lambda: now[0])
     cache.line_with(f"Registered KV cache for GPU ID {os.getpid()} with 2 layers (worker rank 0, pid {os.getpid()})")
     for what, said in (("gather", "Stored"), ("scatter", "Retrieved")):
-        pause_once(one.worker._access.copier, what, lambda: now.append(now.pop() + 7.25))
+        pause_once(one.worker._access.parts[0].copier, what, lambda: now.append(now.pop() + 7.25))
         assert (one.store(ids) if what == "gather" else one.load(ids)) == 320
         cache.line_with(f"{said} 320 tokens in 7.250 seconds")
 

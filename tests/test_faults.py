@@ -205,7 +205,7 @@ def test_the_memory_of_a_server_that_is_gone_is_free_for_the_next_one(server, en
     one.store(ids)
     hit = one.lookup(ids)
     reading, go = threading.Event(), threading.Event()
-    pause_once(one.worker._access.copier, "scatter", lambda: (reading.set(), go.wait(PATIENCE)))
+    pause_once(one.worker._access.parts[0].copier, "scatter", lambda: (reading.set(), go.wait(PATIENCE)))
     job = one.submit_load(hit, 16, 0, 1600, ids)
     assert reading.wait(PATIENCE)
     maps = Path("/proc/self/maps")
@@ -463,7 +463,7 @@ def test_the_end_of_an_engine_does_not_wait_for_a_device_that_hangs(server, engi
     one, ids = engine(cache, "closes"), prompt(19, 64)
     if midway:
         point = Hangs()
-        pause_once(one.worker._access.copier, "gather", point.synchronize)
+        pause_once(one.worker._access.parts[0].copier, "gather", point.synchronize)
         one.submit_store(ids)
         assert point.asked.wait(PATIENCE)
     else:
@@ -524,7 +524,7 @@ def test_no_extent_is_freed_under_a_copy_when_the_connection_is_lost(server, eng
     cache = server(l1=8)
     one, ids = engine(cache, num_blocks=64), prompt(11, 640)
     midway, go = threading.Event(), threading.Event()
-    pause_once(one.worker._access.copier, "gather", lambda: (midway.set(), go.wait(PATIENCE)))
+    pause_once(one.worker._access.parts[0].copier, "gather", lambda: (midway.set(), go.wait(PATIENCE)))
     job = one.submit_store(ids)
     assert midway.wait(PATIENCE)
     one.worker._connection._carrier._socket.shutdown(socket.SHUT_RDWR)  # as when the server hangs up

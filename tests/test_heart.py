@@ -60,13 +60,15 @@ class ModelSpace:
     fingerprint: bytes
     shards: int
     shard_bytes: list[int]
+    reach: int = 0
+    """In chunks, of a group of a model; 0 for everything."""
     chunks: OrderedDict[bytes, Chunk] = field(default_factory=OrderedDict)
     """Attached, the oldest first."""
     instances: set[str] = field(default_factory=set)
 
     def touch(self, path: list[Chunk], now: float) -> None:
-        """Tail first; then what comes before the first one."""
-        for chunk in reversed(path):
+        """Tail first; then what comes before the first one. With a reach, in order: the last one is needed for longest."""
+        for chunk in path if self.reach else reversed(path):
             self.chunks.move_to_end(chunk.key)
             chunk.used = now
         above = path[0].parent if path else None
@@ -169,14 +171,15 @@ class Life:
         self.steps = 0
         self.kinds = self.plans()
 
-    def plans(self) -> list[tuple[bytes, int, list[int]]]:
-        """(fingerprint, shards, slot sizes) of the layouts in this life."""
+    def plans(self) -> list[tuple[bytes, int, list[int], int]]:
+        """(fingerprint, shards, slot sizes, reach) of the layouts in this life."""
         plans = []
         for number in range(1 if self.exact else self.dice.randint(2, 4)):
             shards = self.dice.choice([1, 1, 2, 3])
             widest = max(1, min(5, self.sectors_total // 8))
             sizes = [self.dice.randint(1, widest * SECTOR) for _ in range(shards)]
-            plans.append((bytes([number]) * 16, shards, sizes[:1] * shards if self.exact else sizes))
+            reach = self.dice.choice([0, 0, 0, 1, 2, 3])
+            plans.append((bytes([number]) * 16, shards, sizes[:1] * shards if self.exact else sizes, reach))
         return plans
 
     # One step, and what must hold after it
@@ -282,12 +285,13 @@ class Life:
             self.processes[process] = self.dice.choice("abc")
             self.heart.join(process, self.processes[process])
         process = self.dice.choice(list(self.processes))
-        fingerprint, shards, sizes = self.dice.choice(self.kinds)
+        fingerprint, shards, sizes, reach = self.dice.choice(self.kinds)
         for shard in range(-1, shards):
-            number = self.heart.open_space(process, fingerprint, shards, shard, sizes[shard] if shard >= 0 else 0)
+            size = sizes[shard] if shard >= 0 else 0
+            number = self.heart.open_space(process, fingerprint, shards, shard, size, reach)
         space = next((one for one in self.spaces if one.number == number), None)
         if space is None:
-            space = ModelSpace(number, fingerprint, shards, sizes)
+            space = ModelSpace(number, fingerprint, shards, sizes, reach)
             self.spaces.append(space)
         space.instances.add(self.processes[process])
         with pytest.raises(Refusal):
@@ -345,36 +349,48 @@ class Life:
             assert self.heart.peek(self.now, process, space.number, b"".join(keys)) == len(found)
             space.touch(found, self.now)
         skip = self.dice.choice([0, 0, 0, 1, 3, 20])
-        hit = None
+        others = [one for one in self.spaces if one is not space and self.may_use(process, one)]
+        others = self.dice.sample(others, self.dice.randint(0, len(others)))
+        asked = self.now, process, space.number, b"".join(keys), skip, "", [one.number for one in others]
+        hit, usable = None, longest_usable([space, *others], keys)
         if self.dice.random() < 0.5:
             events = len(self.events)
-            hit = self.heart.lookup_all(self.now, process, space.number, b"".join(keys), skip)
+            hit = self.heart.lookup_all(*asked)
             over = self.why_no_lease(self.instance(process))
-            assert (hit is None) == (bool(over) or len(leading_whole(space, keys)) < len(keys))
+            assert (hit is None) == (bool(over) or usable < len(keys))
             assert hit is not None or len(self.events) == events
         if hit is None:
-            hit = self.heart.lookup(self.now, process, space.number, b"".join(keys), skip)
+            hit = self.heart.lookup(*asked)
         if reason := self.why_no_lease(self.instance(process)):
             assert hit == Hit(0, 0, b"") and self.events[-1].reason == reason
             self.tell("missed", keys)
             return
-        found = leading_whole(space, keys)
-        assert hit.chunks == len(found)
-        space.touch(found, self.now)
-        if len(found) < len(keys):
-            missing = space.chunks.get(keys[len(found)])
-            reason = "absent" if missing is None else "being filled" if missing.filling else "incomplete"
-            assert self.events[-1].reason == reason
-        self.tell("hit", found)
-        self.tell("missed", keys[len(found) :])
-        leased = found[skip:]
-        assert bool(hit.lease) == bool(leased) and hit.lease not in self.leases
-        assert list(unpack(hit.extents)) == [chunk.sectors[shard] for chunk in leased for shard in range(space.shards)]
+        assert hit.chunks == usable
+        if usable < len(keys):
+            assert self.events[-1].reason == why_missed([space, *others], keys[usable])
+        self.tell("hit", keys[:usable])
+        self.tell("missed", keys[usable:])
+        for one, (number, extents) in zip([space, *others], [(hit.lease, hit.extents), *hit.groups], strict=True):
+            self.check_lease(process, one, keys[:usable], skip, number, extents)
+
+    def may_use(self, process: int, space: ModelSpace) -> bool:
+        return process == SERVER or self.processes[process] in space.instances
+
+    def check_lease(
+        self, process: int, space: ModelSpace, hit: list[bytes], skip: int, number: int, extents: bytes
+    ) -> None:
+        """A hit leases, in each space, what the engine needs and does not have."""
+        first = max(0, len(hit) - space.reach) if space.reach else 0
+        needed = [space.chunks[key] for key in hit[first:]]
+        space.touch(needed, self.now)
+        leased = needed[max(0, skip - first) :]
+        assert bool(number) == bool(leased) and number not in self.leases
+        assert list(unpack(extents)) == [chunk.sectors[shard] for chunk in leased for shard in range(space.shards)]
         if leased:
-            self.leases[hit.lease] = Lease(process, self.instance(process), space, leased, self.now + CLAIM_SECONDS)
+            self.leases[number] = Lease(process, self.instance(process), space, leased, self.now + CLAIM_SECONDS)
             for chunk in leased:
                 chunk.readers += 1
-            self.check_payload(process, hit.lease)
+            self.check_payload(process, number)
 
     def check_payload(self, process: int, number: int) -> None:
         lease = self.leases[number]
@@ -469,6 +485,7 @@ class Life:
             self.now, process, space.number, shard, parent or b"", parent is None, b"".join(keys), tier
         )
         sectors = list(unpack(grant.extents))
+        parent = None if space.reach else parent
         if quota or (parent is not None and parent not in space.chunks):
             assert grant == Grant(0, b"\xff" * 4 * len(keys), len(keys), "quarantine" if quota else "no parent")
             self.tell("refused", keys)
@@ -505,7 +522,7 @@ class Life:
         path = [above] if above else []
         parent = above
         for key, sector in zip(keys, sectors, strict=False):
-            chunk = space.chunks.setdefault(key, Chunk(key, parent, space.shards))
+            chunk = space.chunks.setdefault(key, Chunk(key, None if space.reach else parent, space.shards))
             assert (sector == NO_EXTENT) == (shard in chunk.sectors)
             if sector != NO_EXTENT:
                 self.own(chunk, shard, sector, space.shard_bytes[shard])
@@ -577,7 +594,7 @@ class Life:
         while up is not None:
             touched.insert(0, up)
             up = up.parent
-        order = [chunk for chunk in order if chunk not in touched] + touched[::-1]
+        order = [chunk for chunk in order if chunk not in touched] + (path if space.reach else touched[::-1])
         width = -(-space.shard_bytes[0] // SECTOR)
         free = self.sectors_total // width - len(self.owner) // width
         safe = {above}
@@ -821,13 +838,13 @@ class Life:
         self.heart.join(process, self.processes[process])
         return process
 
-    def store_and_hit(self, process: int, kind: tuple[bytes, int, list[int]], room_for_all: bool) -> None:
+    def store_and_hit(self, process: int, kind: tuple[bytes, int, list[int], int], room_for_all: bool) -> None:
         """Every first chunk of a prompt, and one behind it."""
-        fingerprint, shards, sizes = kind
+        fingerprint, shards, sizes, reach = kind
         for shard, size in enumerate(sizes):
-            number = self.heart.open_space(process, fingerprint, shards, shard, size)
+            number = self.heart.open_space(process, fingerprint, shards, shard, size, reach)
         if not any(one.number == number for one in self.spaces):
-            self.spaces.append(ModelSpace(number, fingerprint, shards, sizes))
+            self.spaces.append(ModelSpace(number, fingerprint, shards, sizes, reach))
         (space,) = [one for one in self.spaces if one.number == number]
         space.instances.add(self.processes[process])
         for first in (0, 1, 2):
@@ -855,10 +872,11 @@ class Life:
                 self.check()
             assert not refused or not room_for_all
             hit = self.heart.lookup(self.now, process, number, b"".join(keys))
-            found = leading_whole(space, keys)
-            space.touch(found, self.now)
-            assert hit.chunks == (2 if room_for_all else len(found))
-            self.tell("hit", found)
+            usable = longest_usable([space], keys)
+            first = max(0, usable - space.reach) if space.reach else 0
+            space.touch([space.chunks[key] for key in keys[first:usable]], self.now)
+            assert hit.chunks == usable and (usable == 2 or not room_for_all)
+            self.tell("hit", keys[:usable])
             self.tell("missed", keys[hit.chunks :])
             self.heart.release(process, hit.lease)
             self.check()
@@ -872,6 +890,27 @@ def leading_whole(space: ModelSpace, keys: list[bytes]) -> list[Chunk]:
             break
         found.append(chunk)
     return found
+
+
+def longest_usable(spaces: list[ModelSpace], keys: list[bytes]) -> int:
+    """By trying each length: full groups need everything before, the others what is in reach."""
+
+    def has(space: ModelSpace, needed: list[bytes]) -> bool:
+        return all(key in space.chunks and space.chunks[key].whole for key in needed)
+
+    return next(
+        length
+        for length in range(len(keys), -1, -1)
+        if all(has(one, keys[max(0, length - one.reach) if one.reach else 0 : length]) for one in spaces)
+    )
+
+
+def why_missed(spaces: list[ModelSpace], key: bytes) -> str:
+    for space in spaces:
+        missing = space.chunks.get(key)
+        if missing is None or not missing.whole:
+            return "absent" if missing is None else "being filled" if missing.filling else "incomplete"
+    return "other groups"
 
 
 def live(seed: int, steps: int, new_table: NewTable, lru: bool = True) -> None:

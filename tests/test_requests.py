@@ -288,7 +288,7 @@ class Midway:
 
     def __init__(self, bed: Bed, what: str) -> None:
         self.began, self.may_end = threading.Event(), threading.Event()
-        pause_once(bed.engine.worker._access.copier, what, self._hold)  # type: ignore[union-attr]
+        pause_once(bed.engine.worker._access.parts[0].copier, what, self._hold)  # type: ignore[union-attr]
 
     def _hold(self) -> None:
         self.began.set()

@@ -520,7 +520,7 @@ def test_a_forward_waits_for_each_layer_of_the_loads_under_way(
     counter = engine.pool.layer_transfer_counter
     assert (counter.num_layers, counter.consumer_index) == (3, -1)
     worker = engine.connector._rank.worker
-    real, held = worker._access.copier, Held(6, points=True)
+    real, held = worker._access.parts[0].copier, Held(6, points=True)
     worker._access.copier = held
     try:
         load, found = begin_load(engine, "b", text)
@@ -555,7 +555,7 @@ def test_a_load_that_fails_before_it_is_certain_is_no_load(server: Servers, sgla
     engine = sglang(daemon, 1)
     engine.compute_and_store("a", text)
     worker = engine.connector._rank.worker
-    real, held = worker._access.copier, Held(6, points=False)
+    real, held = worker._access.parts[0].copier, Held(6, points=False)
     worker._access.copier = held
     held.may_end.set()
     try:

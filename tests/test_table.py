@@ -380,6 +380,7 @@ def snapshot(table: Table, records: list[int]) -> object:
             table.key(record),
             table.parent(record),
             table.children(record),
+            table.only_child(record),
             table.pins(record),
             table.filling(record),
             table.complete(record),

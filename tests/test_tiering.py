@@ -177,7 +177,7 @@ class Rig:
         self.ask(fill)
 
     def wait_for(self, hashes: bytes, rate: float = 0.0) -> int:
-        return self.ask(lambda: self.tiering.wait_for(ENGINE, self.space, hashes, rate)[1])
+        return self.ask(lambda: self.tiering.wait_for(ENGINE, [self.space], hashes, rate)[1])
 
     def fetch(self, hashes: bytes, rate: float = 0.0) -> int:
         """Wait as an engine does; then how many chunks are there, checked byte by byte."""

@@ -22,7 +22,7 @@ from lmcache.chunks import TokenChain, chunk_root
 from lmcache.chunks.hashing import Extras
 from lmcache.engine import Done, Hit, Load, Loading, Store, identity
 from lmcache.engine.identity import path_identity
-from lmcache.engine.requests import HIT_SECONDS
+from lmcache.engine.requests import HIT_SECONDS, GroupTable
 from lmcache.engine.served import NOT_SERVED, refusal_of, stores_its_shard
 from lmcache.errors import ConfigError, LayoutError
 from lmcache.integration.vllm import settings as settings_of_vllm
@@ -75,6 +75,7 @@ class Session:
         prefill_rate: float = 0.0,
         tail: bytes = b"",
         request_id: str = "",
+        chunks: int | None = None,
     ) -> Hit | Loading | None:
         self.requests.append(request_id)
         self.lookups.append(len(chain))
@@ -148,14 +149,14 @@ def step(
 
 
 def half(session: Session, **options: Any) -> SchedulerSide:
-    return SchedulerSide(session, BLOCK, options.pop("ranks", 1), **options)  # type: ignore[arg-type]
+    return SchedulerSide(session, [GroupTable(BLOCK)], options.pop("ranks", 1), **options)  # type: ignore[arg-type]
 
 
 def test_a_hit_is_loaded_and_its_lease_released_when_all_ranks_are_done() -> None:
     session = Session(present=40)
     scheduler, request = half(session), Request("a", list(range(700)))
     assert scheduler.match(request, 0) == 640
-    scheduler.allocated(request, list(range(10, 16)), 640)
+    scheduler.allocated(request, (list(range(10, 16)),), 640)
     plan = pickle.loads(pickle.dumps(scheduler.plan_step(step())))
     (load,) = plan.loads
     assert (load.start_token, load.end_token, load.blocks, load.hit.first_chunk) == (0, 640, list(range(10, 16)), 0)
@@ -173,7 +174,7 @@ def test_only_what_lies_beyond_the_local_hit_is_leased_and_loaded() -> None:
     session = Session(present=40)
     scheduler, request = half(session), Request("a", list(range(700)))
     assert scheduler.match(request, 256) == 384
-    scheduler.allocated(request, list(range(6)), 384)
+    scheduler.allocated(request, (list(range(6)),), 384)
     (load,) = scheduler.plan_step(step()).loads
     assert (load.hit.first_chunk, load.start_token, load.end_token) == (16, 256, 640)
 
@@ -230,7 +231,7 @@ def test_a_lease_that_starts_behind_a_shrunken_local_hit_is_not_used() -> None:
     scheduler, request = half(session), Request("a", list(range(700)))
     assert scheduler.match(request, 256) == 384
     assert scheduler.match(request, 128) == 512
-    scheduler.allocated(request, list(range(6)), 512)
+    scheduler.allocated(request, (list(range(6)),), 512)
     (load,) = scheduler.plan_step(step()).loads
     assert load.hit.first_chunk * CHUNK <= load.start_token == 128
 
@@ -239,7 +240,7 @@ def test_a_request_that_gets_no_external_tokens_gives_its_lease_back() -> None:
     session = Session(present=4)
     scheduler, request = half(session), Request("a", list(range(100)))
     scheduler.match(request, 0)
-    scheduler.allocated(request, [1], 0)
+    scheduler.allocated(request, ([1],), 0)
     assert not session.leased and not scheduler.plan_step(step()).loads
 
 
@@ -247,7 +248,7 @@ def test_chunks_are_stored_as_they_fill_and_drafts_do_not_count() -> None:
     session = Session()
     scheduler, request = half(session), Request("a", list(range(200)))
     scheduler.match(request, 0)
-    scheduler.allocated(request, [1, 2], 0)
+    scheduler.allocated(request, ([1, 2],), 0)
     (store,) = scheduler.plan_step(step({"a": 100})).stores
     assert (store.first_chunk, len(store.hashes) // 16, store.blocks) == (0, 6, [1])
     request.num_computed_tokens = 100
@@ -266,7 +267,7 @@ def test_tokens_that_are_not_known_yet_are_not_stored() -> None:
     """With asynchronous scheduling a step is planned before the last one's token is known."""
     scheduler, request = half(Session()), Request("a", list(range(31)))
     scheduler.match(request, 0)
-    scheduler.allocated(request, [1], 0)
+    scheduler.allocated(request, ([1],), 0)
     assert len(scheduler.plan_step(step({"a": 31})).stores[0].hashes) == 16
     request.num_computed_tokens = 31
     assert not scheduler.plan_step(step({"a": 1})).stores
@@ -275,14 +276,14 @@ def test_tokens_that_are_not_known_yet_are_not_stored() -> None:
 def test_a_finished_request_keeps_its_blocks_while_a_rank_still_stores() -> None:
     scheduler, request = half(Session(), ranks=2), Request("a", list(range(64)))
     scheduler.match(request, 0)
-    scheduler.allocated(request, [1], 0)
+    scheduler.allocated(request, ([1],), 0)
     (store,) = scheduler.plan_step(step({"a": 64})).stores
     scheduler.transferred(report=StepReport(stored={store.job_id: 1}))
     assert scheduler.finished(request), "one of two ranks is done"
     assert scheduler.plan_step(step()).closing == ["a"]
     other = Request("b", list(range(64)))
     scheduler.match(other, 0)
-    scheduler.allocated(other, [1], 0)
+    scheduler.allocated(other, ([1],), 0)
     (store,) = scheduler.plan_step(step({"b": 64})).stores
     scheduler.transferred(report=StepReport(stored={store.job_id: 2}))
     assert not scheduler.finished(other)
@@ -292,7 +293,7 @@ def test_a_request_that_ends_while_it_loads_is_reported_by_its_load_alone() -> N
     session = Session(present=4)
     scheduler, request = half(session), Request("a", list(range(100)))
     scheduler.match(request, 0)
-    scheduler.allocated(request, [1], 64)
+    scheduler.allocated(request, ([1],), 64)
     scheduler.plan_step(step())
     assert not scheduler.finished(request)
     assert session.leased, "ranks may still read"
@@ -304,7 +305,7 @@ def test_stores_of_a_preempted_request_are_settled_first() -> None:
     session = Session()
     scheduler, request = half(session), Request("a", list(range(64)))
     scheduler.match(request, 0)
-    scheduler.allocated(request, [1], 0)
+    scheduler.allocated(request, ([1],), 0)
     (store,) = scheduler.plan_step(step({"a": 64})).stores
     request.num_preemptions, request.num_computed_tokens = 1, 0
     assert scheduler.plan_step(step()).settle == [store.job_id]
@@ -315,7 +316,7 @@ def test_stores_of_a_preempted_request_are_settled_first() -> None:
 def test_stores_of_a_request_preempted_outside_a_step_and_then_aborted_are_settled() -> None:
     scheduler, request = half(Session()), Request("a", list(range(64)))
     scheduler.match(request, 0)
-    scheduler.allocated(request, [1], 0)
+    scheduler.allocated(request, ([1],), 0)
     (store,) = scheduler.plan_step(step({"a": 64})).stores
     request.num_preemptions = 1
     assert not scheduler.finished(request)
@@ -326,7 +327,7 @@ def test_a_failed_load_is_not_tried_again() -> None:
     session = Session(present=4)
     scheduler, request = half(session), Request("a", list(range(100)))
     scheduler.match(request, 0)
-    scheduler.allocated(request, [7], 64)
+    scheduler.allocated(request, ([7],), 64)
     scheduler.plan_step(step())
     scheduler.transferred(["a"], invalid_blocks=[7])
     assert scheduler.match(request, 0) == 0 and not session.leased
@@ -336,7 +337,7 @@ def test_a_new_server_is_sent_everything_from_the_first_chunk() -> None:
     session = Session()
     scheduler, request = half(session), Request("a", list(range(64)))
     scheduler.match(request, 0)
-    scheduler.allocated(request, [1], 0)
+    scheduler.allocated(request, ([1],), 0)
     scheduler.plan_step(step({"a": 64}))
     session.epoch, session.chunk_tokens = b"server 2", 10
     request.num_computed_tokens = 64
@@ -350,7 +351,7 @@ def test_roles_embeddings_and_unknown_adapters() -> None:
     assert half(session, can_load=False).match(Request("a", list(range(100))), 0) == 0
     consumer, request = half(session, can_store=False), Request("a", list(range(100)))
     assert consumer.match(request, 0) == 64
-    consumer.allocated(request, [1], 64)
+    consumer.allocated(request, ([1],), 64)
     assert not consumer.plan_step(step({"a": 100})).stores
     scheduler = half(session)
     lora = SimpleNamespace(lora_name="x", lora_path="/nowhere", lora_int_id=1)
@@ -359,7 +360,7 @@ def test_roles_embeddings_and_unknown_adapters() -> None:
         Request("c", list(range(100)), lora_request=lora),
     ):
         assert scheduler.match(other, 0) == 0
-        scheduler.allocated(other, [1], 0)
+        scheduler.allocated(other, ([1],), 0)
         assert not scheduler.plan_step(step({other.request_id: 100})).stores
     # of prompt log probabilities
     assert scheduler.match(Request("d", list(range(100)), skip_reading_prefix_cache=True), 0) == 0
@@ -382,7 +383,7 @@ def test_an_adapter_whose_files_may_not_be_the_loaded_ones_is_not_cached(
         lora = SimpleNamespace(lora_name="x", lora_path=str(path), lora_int_id=numbers[path])
         request = Request(name, list(range(100)), lora_request=lora)
         hit = scheduler.match(request, 0)
-        scheduler.allocated(request, [1], hit or 0)
+        scheduler.allocated(request, ([1],), hit or 0)
         return bool(hit) or bool(scheduler.plan_step(step({name: 100})).stores)
 
     assert cached("a", one) and cached("b", connection)
@@ -434,7 +435,7 @@ def test_images_salts_and_adapters_change_the_hashes_that_follow(tmp_path: Path)
     def hashes(**more: Any) -> bytes:
         scheduler, request = half(Session()), Request("a", list(range(64)), **more)
         scheduler.match(request, 0)
-        scheduler.allocated(request, [1], 0)
+        scheduler.allocated(request, ([1],), 0)
         return scheduler.plan_step(step({"a": 64})).stores[0].hashes
 
     def image(name: str, offset: int) -> Any:
@@ -456,7 +457,7 @@ def test_reset_serves_nothing_older() -> None:
     session = Session()
     scheduler, request = half(session), Request("a", list(range(64)))
     scheduler.match(request, 0)
-    scheduler.allocated(request, [1], 0)
+    scheduler.allocated(request, ([1],), 0)
     (before,) = scheduler.plan_step(step({"a": 64})).stores
     scheduler.requests.reset()
     request.num_computed_tokens = 64
@@ -464,7 +465,7 @@ def test_reset_serves_nothing_older() -> None:
     assert not scheduler.plan_step(step({"a": 32})).stores, "computed in part by the old weights"
     fresh = Request("b", list(range(64)))
     scheduler.match(fresh, 0)
-    scheduler.allocated(fresh, [1], 0)
+    scheduler.allocated(fresh, ([1],), 0)
     (after,) = scheduler.plan_step(step({"b": 64})).stores
     assert before.hashes != after.hashes
 
@@ -473,7 +474,7 @@ def stored(scheduler: SchedulerSide, name: str, local_tokens: int) -> int:
     """Chunks of a request of 256 tokens that are stored, where so many tokens lie in vLLM's own cache."""
     request = Request(name, list(range(256)), num_computed_tokens=local_tokens)
     scheduler.match(request, local_tokens)
-    scheduler.allocated(request, [1, 2], 0)
+    scheduler.allocated(request, ([1, 2],), 0)
     return sum(len(store.hashes) // 16 for store in scheduler.plan_step(step({name: 256 - local_tokens})).stores)
 
 
@@ -634,7 +635,7 @@ def test_leases_end_when_a_rank_refuses_those_that_others_load_from_after_the_lo
     session = Session(present=40)
     scheduler, loads, waits = half(session), Request("a", list(range(700))), Request("b", list(range(700)))
     assert scheduler.match(loads, 0) == scheduler.match(waits, 0) == 640
-    scheduler.allocated(loads, list(range(44)), 640)
+    scheduler.allocated(loads, (list(range(44)),), 640)
     scheduler.plan_step(step())
     scheduler.transferred(report=StepReport(refusal="unknown order"))
     assert session.leased == {1} and not session.closed
@@ -675,14 +676,14 @@ class Ranks:
 
 def rank(session: Ranks, shard: int = 0, **options: Any) -> WorkerSide:
     paged = SimpleNamespace(block_tokens=BLOCK, device="cpu", token_bytes=1 << 20)
-    return WorkerSide(session, Registered(paged, 1), shard, **options)  # type: ignore[arg-type]
+    return WorkerSide(session, [Registered(paged, 1)], [shard], **options)  # type: ignore[arg-type]
 
 
 def test_each_rank_takes_its_own_slots_and_reports_its_blocks() -> None:
     session, ranks = Session(present=40), Ranks()
     scheduler, request = half(session), Request("a", list(range(700)))
     scheduler.match(request, 256)
-    scheduler.allocated(request, list(range(20, 26)), 384)
+    scheduler.allocated(request, (list(range(20, 26)),), 384)
     plan = scheduler.plan_step(step())
     (load,) = plan.loads
     two = struct.pack("<48I", *range(48))
@@ -701,7 +702,7 @@ def test_a_closing_request_is_reported_once_its_stores_are_done() -> None:
     session, ranks = Session(), Ranks()
     scheduler, request, worker = half(session), Request("a", list(range(64))), rank(ranks)
     scheduler.match(request, 0)
-    scheduler.allocated(request, [1], 0)
+    scheduler.allocated(request, ([1],), 0)
     plan = scheduler.plan_step(step({"a": 64}))
     worker.start_stores(plan)
     assert scheduler.finished(request)
@@ -716,7 +717,7 @@ def test_a_rank_that_shares_its_part_leaves_storing_to_the_first() -> None:
     session, ranks = Session(), Ranks()
     scheduler, request, worker = half(session), Request("a", list(range(64))), rank(ranks, stores=False)
     scheduler.match(request, 0)
-    scheduler.allocated(request, [1], 0)
+    scheduler.allocated(request, ([1],), 0)
     plan = scheduler.plan_step(step({"a": 64}))
     worker.start_stores(plan)
     assert not ranks.stores and worker.take_report().stored == {plan.stores[0].job_id: 1}
@@ -726,7 +727,7 @@ def test_settling_waits_for_this_ranks_jobs_only() -> None:
     session, ranks = Session(), Ranks()
     scheduler, request, worker = half(session), Request("a", list(range(64))), rank(ranks)
     scheduler.match(request, 0)
-    scheduler.allocated(request, [1], 0)
+    scheduler.allocated(request, ([1],), 0)
     plan = scheduler.plan_step(step({"a": 64}))
     worker.start_stores(plan)
     plan.settle = [plan.stores[0].job_id, "store-of-another"]
@@ -927,7 +928,8 @@ def vllm_config(model: str, **more: Any) -> Any:
 class FullAttentionSpec(SimpleNamespace): ...
 
 
-class SlidingWindowSpec(SimpleNamespace): ...
+class MambaSpec(SimpleNamespace):
+    mamba_cache_mode = "none"
 
 
 def cache_config(*specs: Any) -> Any:
@@ -1177,7 +1179,7 @@ def test_what_is_computed_before_the_weights_are_known_is_counted() -> None:
     session.epoch, session.chunk_tokens = b"", None
     scheduler = half(session)
     assert scheduler.match(request, 0) == 0 and not session.lookups
-    scheduler.allocated(request, list(range(6)), 0)
+    scheduler.allocated(request, (list(range(6)),), 0)
     request.num_computed_tokens = 700
     assert not scheduler.plan_step(step({"a": 1})).stores
     assert not scheduler.finished(request) and session.forgone_tokens == 700
@@ -1199,11 +1201,9 @@ def test_a_rank_whose_weights_have_no_identity_ends_what_is_served() -> None:
 
 def test_models_that_are_not_served_are_named(weights: Path) -> None:
     config = vllm_config(str(weights))
-    window = SlidingWindowSpec(**vars(FULL))
-    with pytest.raises(LayoutError, match=r"2 KV cache groups .*SlidingWindowSpec"):
-        describe_model(config, cache_config(FULL, window))
-    with pytest.raises(LayoutError, match="SlidingWindowSpec"):
-        describe_model(config, cache_config(window))
+    state = MambaSpec(**vars(FULL))
+    with pytest.raises(LayoutError, match="Mamba states kept in mode 'none'"):
+        describe_model(config, cache_config(FULL, state))
     with pytest.raises(LayoutError, match="nvfp4"):
         describe_model(vllm_config(str(weights), cache_dtype="nvfp4"), cache_config(FULL))
     with pytest.raises(LayoutError, match=r"lmcache\.mp\.model_id"):

@@ -120,6 +120,8 @@ class Table:
     def parent(self, record: int, /) -> int:
         """Return the parent's id; -1 for a first chunk and for every detached record."""
     def children(self, record: int, /) -> int: ...
+    def only_child(self, record: int, /) -> int:
+        """Return the id of the record's child if it has exactly one, else -1."""
     def pins(self, record: int, /) -> int:
         """Return the number of readers."""
     def filling(self, record: int, /) -> int:

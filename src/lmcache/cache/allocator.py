@@ -3,8 +3,9 @@
 All extents of one size in one space form a *class*, which the slabs identify by a number. The rules:
 - Any class may take free memory, and a region without an extent in use is free memory. When no memory is free, a space evicts
   its own chunks, exactly in their order of eviction (`memory.order`), which is LRU.
-- The *share* of a class is the size of the arena, divided by the number of spaces that engines use now, times the fraction of a
-  chunk's bytes that the class holds. A class of a space that no engine uses has the share 0, so its memory is taken first.
+- The *share* of a class is the size of the arena, divided by the number of models that engines use now, times the fraction of a
+  chunk's bytes that the class holds. A group of a model with several groups has a part of the model's share. A class of a space
+  that no engine uses has the share 0, so its memory is taken first.
 - Holdings are measured in shares. A class takes a region from another class that holds more than the taker will hold with the
   region, so memory moves towards equal holdings and never back. A class that can evict nothing takes from equal holders too.
 - Among the regions that can be taken, the allocator picks the one whose last chunk to be evicted has the lowest place in the
@@ -21,6 +22,9 @@ from dataclasses import dataclass, field
 from lmcache.cache.table import Table
 from lmcache.memory.slabs import NO_EXTENT, SECTOR_BYTES, Region, Slabs
 
+_PASSED = 64
+"""How many chunks in reach of an end are passed at most in the search for a victim."""
+
 
 @dataclass(slots=True, eq=False)
 class Space:
@@ -33,6 +37,13 @@ class Space:
     classes: list[int]
     """The class of the extents of each shard; -1 until a rank has registered the shard's size."""
     shard_bytes: list[int]
+    reach_chunks: int = 0
+    """How many chunks before the end of a prefix are needed to go on from there; 0 for all of them. Chunks of a space with a
+    reach are evicted one by one, the least recently used first, since no chunk needs the ones before it."""
+    main: Space | None = None
+    """For a group with a reach: the group of the same model that has everything."""
+    share: float = 1.0
+    """How much of the memory of one model this space may hold when memory is short; less than 1 for a group of a model."""
     instances: set[str] = field(default_factory=set)
     """Engine instances that use the space now."""
     complete: int = 0
@@ -58,8 +69,8 @@ class Allocator:
         self._evict = evict
         self._classes: dict[int, Space] = {}
         self._next_class = 0
-        self._active = 0
-        """How many spaces engines use now."""
+        self._active: set[Space] = set()
+        """The spaces that engines use now."""
         self._settled: set[int] = set()
         """Classes that have found no region to take since the last `retry_shares`."""
 
@@ -69,14 +80,15 @@ class Allocator:
 
     def join(self, space: Space, instance: str) -> None:
         """Note that an engine instance uses the space from now on."""
-        self._active += not space.instances
+        self._active.add(space)
         space.instances.add(instance)
         self.retry_shares()
 
     def leave(self, space: Space, instance: str) -> None:
         """Note that an engine instance no longer uses the space."""
         space.instances.remove(instance)
-        self._active -= not space.instances
+        if not space.instances:
+            self._active.discard(space)
         self.retry_shares()
 
     def open(self, space: Space, shard: int, shard_bytes: int) -> None:
@@ -116,7 +128,7 @@ class Allocator:
                 return sector
             if self.slabs.grow(own) is not None or self._take_fairly(own):
                 continue
-            victim = space.table.victim()
+            victim = _victim(space)
             if victim >= 0:
                 self._evict(space, victim)
             elif not self._take(own, self._holding(own)):
@@ -202,4 +214,31 @@ class Allocator:
         if not space.instances:
             return 0.0
         class_bytes = self.slabs.extent_sectors(own) * SECTOR_BYTES * space.classes.count(own)
-        return self.slabs.total_bytes / self._active * class_bytes / space.chunk_bytes
+        part = space.share / sum(one.share for one in self._active)
+        return self.slabs.total_bytes * part * class_bytes / space.chunk_bytes
+
+
+def _victim(space: Space) -> int:
+    """Return the record to evict next, or -1. In a group with a reach, chunks in the middle of prompts go before those that an
+    end or a fork needs, where later prompts go on. The search is bounded; chunks that it passes count as used."""
+    victim = space.table.victim()
+    if space.main is not None:
+        for _ in range(_PASSED):
+            if victim < 0 or not _in_reach_of_an_end(space, space.main.table, victim):
+                break
+            space.table.touch(victim.to_bytes(4, "little"))
+            victim = space.table.victim()
+    return victim
+
+
+def _in_reach_of_an_end(space: Space, main: Table, record: int) -> bool:
+    """Return whether a prompt ends, or prompts part, at this chunk or so soon after it that its window reaches back to it."""
+    at = main.get(space.table.key(record))
+    for _ in range(space.reach_chunks):
+        if at < 0:
+            return False  # evicted
+        following = main.only_child(at)
+        if following < 0:
+            return True
+        at = following
+    return False

@@ -22,6 +22,7 @@ from typing import NamedTuple
 from lmcache.cache.allocator import Space
 from lmcache.cache.claims import SERVER, AnyClaim, Claims, Instance, Lease, Refusal, Reservation
 from lmcache.cache.events import NOBODY, By
+from lmcache.cache.groups import Found, usable_prefix
 from lmcache.cache.index import Index, names_of, of_last, of_new, of_records, pack_ids
 from lmcache.cache.table import COMPLETED, RELEASED, Table
 from lmcache.chunks import HASH_BYTES
@@ -40,11 +41,14 @@ class TooSmall(Refusal):
 
 
 class Hit(NamedTuple):
-    """The first `chunks` chunks of the prompt are in L1. `extents`: u32 sectors of the leased ones, [chunk][shard]."""
+    """The first `chunks` chunks of the prompt can be used from L1. `extents`: u32 sectors of the leased ones, [chunk][shard],
+    which are the last ones before the end of the hit. `groups`: (lease, extents) in each further space of a model with several
+    groups."""
 
     chunks: int
     lease: int
     extents: bytes
+    groups: tuple[tuple[int, bytes], ...] = ()
 
 
 class Grant(NamedTuple):
@@ -109,8 +113,19 @@ class Heart(Index):
         for number in self._claims.reservations_of(process):
             self._end_reservation(number, ok=False, reason=reason)
 
-    def open_space(self, process: int, fingerprint: bytes, shards: int, shard: int = -1, shard_bytes: int = 0) -> int:
+    def open_space(
+        self,
+        process: int,
+        fingerprint: bytes,
+        shards: int,
+        shard: int = -1,
+        shard_bytes: int = 0,
+        reach_chunks: int = 0,
+        share: float = 1.0,
+    ) -> int:
         """Return the number of the space for this layout and split. A rank also gives its shard and the size of its extents.
+
+        reach_chunks: as in `Space`; a part of what the fingerprint stands for. share: as in `Space`, for a new space.
 
         Raises:
             TooSmall: one chunk, with the shards registered so far, is larger than the arena.
@@ -125,7 +140,7 @@ class Heart(Index):
         instance = self._claims.instance_of(process)
         if (known is None or known.number not in instance.spaces) and len(instance.spaces) >= MAX_SPACES_OF_INSTANCE:
             raise Refusal(f"this engine has {MAX_SPACES_OF_INSTANCE} layouts open already: restart it to close them")
-        space = known or self._new_space(fingerprint, shards)
+        space = known or self._new_space(fingerprint, shards, reach_chunks, share)
         if shard >= 0:
             self._open_shard(space, shard, shard_bytes)
         instance.spaces.add(space.number)
@@ -141,11 +156,19 @@ class Heart(Index):
     # Reading
 
     def lookup(
-        self, now: float, process: int, space_number: int, hashes: bytes, first_wanted: int = 0, request: str = ""
+        self,
+        now: float,
+        process: int,
+        space_number: int,
+        hashes: bytes,
+        first_wanted: int = 0,
+        request: str = "",
+        others: Sequence[int] = (),
     ) -> Hit:
-        """Count how many of these chunks, from the first on, are complete; lease those from `first_wanted` on.
+        """Count how many of these chunks, from the first on, can be used; lease those that are needed from `first_wanted` on.
 
-        hashes: 16 bytes a chunk. request: the engine's id of the request, for events.
+        hashes: 16 bytes a chunk. request: the engine's id of the request, for events. others: the spaces of the model's other
+        groups, if it has several; a prefix can be used if all groups have what they need of it (`cache.groups`).
 
         Raises:
             Refusal: unknown space or process.
@@ -156,42 +179,69 @@ class Heart(Index):
         if reason:
             self.events.emit("missed", space.number, asked, reason, by, lambda event: event._replace(hashes=hashes))
             return Hit(0, 0, b"")
-        hit = self._lease(now, by, instance, space, hashes, space.table.match(hashes), first_wanted)
-        missed = asked - hit.chunks
+        chunks, found = self._usable(process, space, others, hashes)
+        hit = self._lease(now, by, instance, hashes, chunks, found, first_wanted)
+        missed = asked - chunks
         if missed:
-            reason = self._why_missed(space, hashes, hit.chunks)
+            reason = self._why_missed([one for one, _ in found], hashes, chunks)
             self.events.emit("missed", space.number, missed, reason, by, lambda event: of_last(event, hashes))
         return hit
 
     def lookup_all(
-        self, now: float, process: int, space_number: int, hashes: bytes, first_wanted: int = 0, request: str = ""
+        self,
+        now: float,
+        process: int,
+        space_number: int,
+        hashes: bytes,
+        first_wanted: int = 0,
+        request: str = "",
+        others: Sequence[int] = (),
     ) -> Hit | None:
-        """Do the same as `lookup` if all these chunks are complete. Otherwise touch, lease and count nothing, and return None.
+        """Do the same as `lookup` if all these chunks can be used. Otherwise touch, lease and count nothing, and return None.
 
         Raises:
             Refusal: unknown space or process.
         """
         space, instance = self._admit(process, space_number)
-        ids = space.table.match(hashes)
-        if len(ids) // 4 < len(hashes) // HASH_BYTES or self._claims.why_no_lease(instance):
+        chunks, found = self._usable(process, space, others, hashes)
+        if chunks < len(hashes) // HASH_BYTES or self._claims.why_no_lease(instance):
             return None
-        return self._lease(now, (process, instance.tier, request), instance, space, hashes, ids, first_wanted)
+        return self._lease(now, (process, instance.tier, request), instance, hashes, chunks, found, first_wanted)
+
+    def _usable(self, process: int, space: Space, others: Sequence[int], hashes: bytes) -> tuple[int, Found]:
+        """Return how many chunks can be used, and what they need in each space."""
+        if not others and not space.reach_chunks:  # nearly all models
+            ids = space.table.match(hashes)
+            return len(ids) // 4, [(space, ids)]
+        spaces = [space]
+        for number in others:
+            other = self._admit(process, number)[0]
+            other.main = space if other.reach_chunks and not space.reach_chunks else None
+            spaces.append(other)
+        return usable_prefix(spaces, hashes)
 
     def _lease(
-        self, now: float, by: By, instance: Instance, space: Space, hashes: bytes, ids: bytes, first_wanted: int
+        self, now: float, by: By, instance: Instance, hashes: bytes, chunks: int, found: Found, first_wanted: int
     ) -> Hit:
-        """Touch and count the chunks `ids`, which are the first ones of `hashes`, and lease those from `first_wanted` on."""
-        chunks = len(ids) // 4
+        """Touch and count the chunks that can be used, which are the first ones of `hashes`, and lease in each space those that
+        are needed from `first_wanted` on."""
         if chunks:
-            self._touch(now, space, ids)
             self.events.emit(
-                "hit", space.number, chunks, "", by, lambda event: event._replace(hashes=hashes[: chunks * HASH_BYTES])
-            )
-        leased = ids[4 * first_wanted :]
-        if not leased:
-            return Hit(chunks, 0, b"")
-        lease = Lease(by, instance, space, space.table, now + self.claim_seconds, leased)
-        return Hit(chunks, self._new_lease(lease), space.table.extents(leased))
+                "hit", found[0][0].number, chunks, "", by,
+                lambda event: event._replace(hashes=hashes[: chunks * HASH_BYTES]),
+            )  # fmt: skip
+        leases = []
+        for space, ids in found:
+            if ids:
+                self._touch(now, space, ids)
+            leased = ids[4 * max(0, first_wanted - chunks + len(ids) // 4) :]
+            if leased:
+                lease = Lease(by, instance, space, space.table, now + self.claim_seconds, leased)
+                leases.append((self._new_lease(lease), space.table.extents(leased)))
+            else:
+                leases.append((0, b""))
+        number, extents = leases[0]
+        return Hit(chunks, number, extents, tuple(leases[1:]))
 
     def _new_lease(self, lease: Lease) -> int:
         lease.table.pin(lease.ids)
@@ -282,6 +332,7 @@ class Heart(Index):
         if not 0 <= shard < space.shards or space.classes[shard] < 0:
             raise Refusal(f"shard {shard} is not registered: register it first")
         table, asked, by = space.table, len(hashes) // HASH_BYTES, (process, instance.tier, request)
+        root = root or space.reach_chunks > 0  # such a chunk needs none of those before it
         parent_id = -1 if root else table.get(parent)
         reason = ""
         if self._claims.over_quota(instance):

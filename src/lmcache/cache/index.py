@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from array import array
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 from lmcache.cache.allocator import Allocator, Space
@@ -62,11 +62,13 @@ class Index:
 
     # Spaces
 
-    def _new_space(self, fingerprint: bytes, shards: int) -> Space:
+    def _new_space(self, fingerprint: bytes, shards: int, reach_chunks: int, share: float) -> Space:
         if len(self._spaces) >= MAX_SPACES:
             raise Refusal(f"{MAX_SPACES} layouts are open already: close some engines, or clear the cache")
         number, self._next_space = self._next_space, self._next_space + 1
-        space = Space(number, fingerprint, shards, self._new_table(shards), [-1] * shards, [0] * shards)
+        space = Space(
+            number, fingerprint, shards, self._new_table(shards), [-1] * shards, [0] * shards, reach_chunks, share=share
+        )
         self._space_of[fingerprint, shards] = self._spaces[number] = space
         return space
 
@@ -107,6 +109,7 @@ class Index:
         ids: list[int] = []
         sectors: list[int] = []
         path = [parent] if parent >= 0 else []
+        above = len(path)
         table.pin(pack_ids(path))
         for key in keys:
             number = table.get(key)
@@ -127,24 +130,26 @@ class Index:
                 table.begin_fill(number, shard, sector)
                 ids.append(number)
             sectors.append(sector)
-            parent = number
+            parent = -1 if space.reach_chunks else number
         table.unpin(pack_ids(path))
-        self._touch_path(now, space, path)
+        self._touch_path(now, space, path[: above + len(sectors)])
         return ids, sectors
 
     def _touch_path(self, now: float, space: Space, path: list[int]) -> None:
         """Touch consecutive chunks and all ancestors of the first one."""
         if path:
             self._touch(now, space, pack_ids(path))
-            space.table.touch_path(path[0])
+            if not space.reach_chunks:
+                space.table.touch_path(path[0])
             if self.events.timed:
                 above = path[0]
                 while (above := space.table.parent(above)) >= 0:
                     space.last_used[above] = now
 
     def _touch(self, now: float, space: Space, ids: bytes) -> None:
-        """Update the order of use, and the times of use if a listener needs them."""
-        space.table.touch(ids)
+        """Update the order of use, and the times of use if a listener needs them. In a space with a reach, the last chunk becomes
+        the most recently used one, because more of the prefixes that are yet to come need it."""
+        space.table.touch(pack_ids(list(array("I", ids))[::-1]) if space.reach_chunks else ids)
         if self.events.timed:
             space.last_used.update(dict.fromkeys(array("I", ids), now))
 
@@ -199,11 +204,16 @@ class Index:
         idle = table.attached(record) and not table.pins(record) and not table.children(record)
         return idle and not _holds(table, record, shards)
 
-    def _why_missed(self, space: Space, hashes: bytes, chunks: int) -> str:
-        missing = space.table.get(hashes[chunks * HASH_BYTES : (chunks + 1) * HASH_BYTES])
-        if missing < 0:
-            return "absent"
-        return "being filled" if space.table.filling(missing) else "incomplete"
+    def _why_missed(self, spaces: Sequence[Space], hashes: bytes, chunks: int) -> str:
+        """Return why the first chunk after a hit is missing: in the first of these spaces that lacks it."""
+        key = hashes[chunks * HASH_BYTES : (chunks + 1) * HASH_BYTES]
+        for one in spaces:
+            missing = one.table.get(key)
+            if missing < 0:
+                return "absent"
+            if not one.table.complete(missing):
+                return "being filled" if one.table.filling(missing) else "incomplete"
+        return "other groups"  # all spaces have this chunk, and one of them lacks a chunk that its window reaches
 
     def _note_freed(self, sectors: Iterable[int]) -> None:
         """Record that the extents at these sectors hold no shard any more and may be reused. NO_EXTENT entries are skipped."""

@@ -7,6 +7,7 @@ The engine's block size, strides and attention backend are not part of a layout:
 from __future__ import annotations
 
 import functools
+import itertools
 import struct
 from collections.abc import Sequence
 from typing import Literal
@@ -28,11 +29,11 @@ DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "fp8_e4m3": 1, "fp8_e5
 class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The shape, dtype and identity of a model's KV, independent of how ranks split it.
 
-    model_id: identity of the weights (repository and commit, or a digest of a local directory).
-    kv_dtype: a key of `DTYPE_BYTES`. kv_scales: digest of static KV scales, "" where there are none.
-    num_kv_heads: KV heads of the model before any parallel split (1 for MLA). head_size: elements of one head's K or V (MLA: of
-    the latent). config_digest: digest of the RoPE settings and of every other override that changes the KV.
-    """
+    model_id: identity of the weights (repository and commit, or a digest of a local directory). kv_dtype: a key of `DTYPE_BYTES`.
+    kv_scales: digest of static KV scales, "" where there are none. num_kv_heads: KV heads of the model before any parallel split
+    (1 for MLA). head_size: elements of one head's K or V (MLA: of the latent). kind: `state` is what a recurrent layer (Mamba,
+    linear attention) knows after a chunk, `head_size` elements for each of `num_kv_heads` parts that ranks hold; it is not
+    divided by tokens. config_digest: digest of the RoPE settings and of every other override that changes the KV."""
 
     model_id: str
     kv_dtype: str
@@ -40,7 +41,7 @@ class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     num_kv_heads: int
     head_size: int
     chunk_tokens: int
-    kind: Literal["mha", "mla"] = "mha"
+    kind: Literal["mha", "mla", "state"] = "mha"
     kv_scales: str = ""
     config_digest: str = ""
     slot_order: int = EXTENT_ORDER_VERSION
@@ -60,8 +61,8 @@ class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def planes_per_layer(self) -> int:
-        """2 (K and V), or 1 for MLA, whose latent serves as both K and V."""
-        return 1 if self.kind == "mla" else 2
+        """2 (K and V); 1 for MLA, whose latent serves as both K and V, and for states."""
+        return 2 if self.kind == "mha" else 1
 
     @property
     def fingerprint(self) -> bytes:
@@ -69,8 +70,34 @@ class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return _fingerprint(self)
 
 
-def space_fingerprint(layout: Layout, stages: Sequence[int] = ()) -> bytes:
-    """Return 16 bytes that identify a layout together with its pipeline split.
+class Group(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One kind of KV of a model that has several. The layout of a group describes the layers of that group only.
+
+    layers: numbers of the group's layers in the model, ascending. reach_tokens: how many tokens before the end of a prefix the
+    engine needs in order to go on from there, in complete blocks; 0 for all of them; 1 for states. An extent holds the last
+    `kept_tokens` of its chunk."""
+
+    layers: tuple[int, ...]
+    reach_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.layers or any(a >= b for a, b in itertools.pairwise((-1, *self.layers))):
+            raise LayoutError(f"layers {list(self.layers)[:20]} of a group are not ascending numbers from 0 on")
+        if self.reach_tokens < 0:
+            raise LayoutError(f"reach_tokens is {self.reach_tokens}; it must be 0 (everything) or more")
+
+    def reach_chunks(self, chunk_tokens: int) -> int:
+        """Return how many chunks before the end of a prefix are needed; 0 for all of them."""
+        return -(-self.reach_tokens // chunk_tokens)
+
+    def kept_tokens(self, chunk_tokens: int) -> int:
+        """Return how many tokens of each chunk are stored, which are the last ones: the others are out of reach at its end."""
+        return min(chunk_tokens, self.reach_tokens) if self.reach_tokens else chunk_tokens
+
+
+def space_fingerprint(layout: Layout, stages: Sequence[int] = (), group: Group | None = None) -> bytes:
+    """Return 16 bytes that identify a layout together with its pipeline split and, in a model with several kinds of KV, its
+    group.
 
     stages: for each pipeline stage the first layer after it; empty or one entry for a model that is not split by layers. Shards
     are numbered by stage and head group, so 4 shards may be 4 head groups or 2 stages of 2, with equal sizes but different
@@ -79,6 +106,9 @@ def space_fingerprint(layout: Layout, stages: Sequence[int] = ()) -> bytes:
     Raises:
         LayoutError: the stages do not cover the layers in order.
     """
+    if group is not None:
+        one = space_fingerprint(layout, stages)
+        return blake3(b"group" + one + msgspec.msgpack.encode(group, order="deterministic")).digest(FINGERPRINT_BYTES)
     if len(stages) < 2:
         return layout.fingerprint
     ends = [0, *stages]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,29 +25,41 @@ _PAYLOAD_BYTES = 64 << 20
 Blocks = npt.NDArray[np.int32]
 
 
-class Access:
-    """What both kinds share. shard, shard_bytes: index and size of the part of a chunk that this rank holds.
+class Part(NamedTuple):
+    """How one group of KV is copied. extent_tokens: tokens of an extent. shard, shard_bytes: index and size of the part of a
+    chunk that this rank holds."""
 
-    `runs` are those of a copier, one for each chunk. A shard is full if its run has `chunk_tokens` tokens."""
+    copier: Copier
+    extent_tokens: int
+    shard: int
+    shard_bytes: int
+
+
+class Access:
+    """What both kinds share. parts: one for each group.
+
+    `runs` are those of a copier, one for each chunk. A shard is full if its run has `extent_tokens` tokens."""
 
     mapped = False
     batch_bytes = _PAYLOAD_BYTES
     """How many bytes a store copies in one step."""
 
-    def __init__(self, copier: Copier, chunk_tokens: int, shard: int, shard_bytes: int) -> None:
-        self.copier, self._chunk_tokens, self._shard, self._shard_bytes = copier, chunk_tokens, shard, shard_bytes
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self.parts = parts
 
-    def load(self, load: Load, blocks: Blocks, runs: Runs) -> None:
-        """Fill blocks from the extents of a load."""
+    def load(self, group: int, load: Load, blocks: Blocks, runs: Runs) -> None:
+        """Fill blocks of one group from the extents of a load."""
         raise NotImplementedError
 
-    def gather(self, blocks: Blocks, runs: Runs) -> Sequence[memoryview]:
-        """Copy blocks into extents. Return the payload frames, a shard each, that the server needs to fill the extents itself."""
+    def gather(self, group: int, blocks: Blocks, runs: Runs) -> Sequence[memoryview]:
+        """Copy blocks of one group into extents. Return the payload frames, a shard each, that the server needs to fill the
+        extents itself."""
         raise NotImplementedError
 
     def close(self) -> None:
         """End the access. The caller ensures that no copy runs any more."""
-        self.copier.close()
+        for part in self.parts:
+            part.copier.close()
 
 
 class ArenaAccess(Access):
@@ -54,28 +67,29 @@ class ArenaAccess(Access):
 
     mapped = True
 
-    def __init__(
-        self, copier: Copier, chunk_tokens: int, shard: int, shard_bytes: int, mapping: Mapping, runtime: Runtime
-    ) -> None:
-        super().__init__(copier, chunk_tokens, shard, shard_bytes)
+    def __init__(self, parts: Sequence[Part], mapping: Mapping, runtime: Runtime) -> None:
+        super().__init__(parts)
+        copier = parts[0].copier
         self.batch_bytes = int(copier.bytes_per_second * _BATCH_SECONDS)
         # Fill this process's page table ahead of use: a store into populated memory runs at twice the speed.
         self._mapping, self._stop = mapping, runtime.event()
         self._populating = runtime.start(lambda: populate_all(mapping, self._stop), "lmcache-map")
         copier.adopt(mapping.address, mapping.size_bytes)
 
-    def load(self, load: Load, blocks: Blocks, runs: Runs) -> None:
+    def load(self, group: int, load: Load, blocks: Blocks, runs: Runs) -> None:
         arena = self._mapping
-        self.copier.scatter(arena.address, blocks, runs, arena_bytes=arena.size_bytes, progress=load.progress)
+        self.parts[group].copier.scatter(
+            arena.address, blocks, runs, arena_bytes=arena.size_bytes, progress=load.progress
+        )
 
-    def gather(self, blocks: Blocks, runs: Runs) -> Sequence[memoryview]:
-        arena = self._mapping
-        if int(runs[:, 0].max()) + self._shard_bytes > arena.size_bytes:
+    def gather(self, group: int, blocks: Blocks, runs: Runs) -> Sequence[memoryview]:
+        arena, part = self._mapping, self.parts[group]
+        if int(runs[:, 0].max()) + part.shard_bytes > arena.size_bytes:
             raise LayoutError(f"the server gave an extent beyond the arena's {arena.size_bytes} bytes")
-        if runs[-1, 2] < self._chunk_tokens and not self.copier.zeroes_the_rest:
+        if runs[-1, 2] < part.extent_tokens and not part.copier.zeroes_the_rest:
             # Tiers store the complete extent, so the rest behind an unfull chunk must not hold bytes of a former chunk.
-            ctypes.memset(arena.address + int(runs[-1, 0]), 0, self._shard_bytes)
-        self.copier.gather(arena.address, blocks, runs, arena_bytes=arena.size_bytes)
+            ctypes.memset(arena.address + int(runs[-1, 0]), 0, part.shard_bytes)
+        part.copier.gather(arena.address, blocks, runs, arena_bytes=arena.size_bytes)
         return ()
 
     def close(self) -> None:
@@ -89,27 +103,27 @@ class PayloadAccess(Access):
     """Access by payload frames, which a server gives that is on another host or of another user. fetch: asks the server for
     frames."""
 
-    def __init__(
-        self, copier: Copier, chunk_tokens: int, shard: int, shard_bytes: int, fetch: Callable[[m.Fetch], list[bytes]]
-    ) -> None:
-        super().__init__(copier, chunk_tokens, shard, shard_bytes)
+    def __init__(self, parts: Sequence[Part], fetch: Callable[[m.Fetch], list[bytes]]) -> None:
+        super().__init__(parts)
         self._fetch = fetch
 
-    def load(self, load: Load, blocks: Blocks, runs: Runs) -> None:
-        step = max(1, _PAYLOAD_BYTES // self._shard_bytes)
+    def load(self, group: int, load: Load, blocks: Blocks, runs: Runs) -> None:
+        own = self.parts[group]
+        step = max(1, _PAYLOAD_BYTES // own.shard_bytes)
         for at in range(0, len(runs), step):
             part = runs[at : at + step].copy()
-            frames = self._fetch(m.Fetch(load.lease, self._shard, load.lease_chunk + at, len(part)))
-            if len(frames) != len(part) or any(len(one) != self._shard_bytes for one in frames):
+            frames = self._fetch(m.Fetch(load.lease, own.shard, load.lease_chunk + at, len(part)))
+            if len(frames) != len(part) or any(len(one) != own.shard_bytes for one in frames):
                 raise LayoutError(f"{len(frames)} payload frames for {len(part)} chunks")
             part[:, 0] = 0
             for run, one in zip(part, frames, strict=True):
-                self.copier.scatter(np.frombuffer(one, dtype=np.uint8).ctypes.data, blocks, run[None])
+                own.copier.scatter(np.frombuffer(one, dtype=np.uint8).ctypes.data, blocks, run[None])
 
-    def gather(self, blocks: Blocks, runs: Runs) -> Sequence[memoryview]:
+    def gather(self, group: int, blocks: Blocks, runs: Runs) -> Sequence[memoryview]:
+        own = self.parts[group]
         # Behind an unfull chunk an uninitialized buffer would send this process's memory to the server.
-        full = bool((runs[:, 2] == self._chunk_tokens).all())
-        buffer = (np.empty if full else np.zeros)((len(runs), self._shard_bytes), dtype=np.uint8)
-        runs[:, 0] = np.arange(len(runs)) * self._shard_bytes
-        self.copier.gather(buffer.ctypes.data, blocks, runs)
+        full = bool((runs[:, 2] == own.extent_tokens).all())
+        buffer = (np.empty if full else np.zeros)((len(runs), own.shard_bytes), dtype=np.uint8)
+        runs[:, 0] = np.arange(len(runs)) * own.shard_bytes
+        own.copier.gather(buffer.ctypes.data, blocks, runs)
         return [row.data for row in buffer]

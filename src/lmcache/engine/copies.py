@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Iterable
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +38,7 @@ class Copies:
 
     Args:
         session: the session of this rank.
-        shard: index of the shard that this rank holds.
+        shard: index of the shard that this rank holds; for a model with several groups, a sequence of one for each.
         stores: False where another rank stores this shard; a store then ends at once, without a copy.
         requests: the scheduler's requests, if the scheduler is in this process; they are notified of every end.
         ended: called with each copy once it is known to have ended, in the thread that collects.
@@ -47,13 +47,14 @@ class Copies:
     def __init__(
         self,
         session: WorkerSession,
-        shard: int,
+        shard: int | Sequence[int],
         *,
         stores: bool = True,
         requests: Requests[Any] | None = None,
         ended: Callable[[Copy], None] | None = None,
     ) -> None:
-        self.session, self._shard, self.stores = session, shard, stores
+        self.session, self.stores = session, stores
+        self._shards = (shard,) if isinstance(shard, int) else tuple(shard)
         self._requests, self._ended = requests, ended
         self._running: dict[str, Copy] = {}
         self._closing: set[Hashable] = set()
@@ -64,21 +65,28 @@ class Copies:
         blocks: Blocks | None = None,
         after: Event | None = None,
         progress: Progress | None = None,
+        others: Sequence[Blocks] = (),
     ) -> Copy:
         """Begin to fill blocks. blocks: this rank's block table if it is not the plan's. after: a point in the engine's stream
-        that must have passed before the blocks may be written. progress: notified of each layer that has arrived."""
+        that must have passed before the blocks may be written. progress: notified of each layer that has arrived. others: the
+        block tables of the model's further groups."""
         copy = self._running[plan.job_id] = Copy(plan)
-        self.session.load(
-            plan.job_id, plan.job(self._shard, plan.blocks if blocks is None else blocks, after, progress)
-        )
+        tables = plan.blocks if blocks is None else blocks, *others
+        self.session.load(plan.job_id, plan.job(self._shards, tables, after, progress))
         return copy
 
-    def store(self, plan: StorePlan, blocks: Blocks | None = None, after: Event | None = None) -> Copy:
+    def store(
+        self,
+        plan: StorePlan,
+        blocks: Blocks | None = None,
+        after: Event | None = None,
+        others: Sequence[Blocks] = (),
+    ) -> Copy:
         """Begin to store chunks; arguments as for `load`. after: the point in the stream behind which the blocks are filled."""
         if not self.stores:
             return self._end(Copy(plan), Done(plan.job_id, "store", True, 0, 0.0))
         copy = self._running[plan.job_id] = Copy(plan)
-        self.session.store(plan.job_id, plan.job(plan.blocks if blocks is None else blocks, after))
+        self.session.store(plan.job_id, plan.job((plan.blocks if blocks is None else blocks, *others), after))
         return copy
 
     def drop(self, plan: StorePlan, reason: str) -> Copy:

@@ -32,8 +32,8 @@ class Load:
     extents: this shard's first sectors, one u32 for each chunk from `first_chunk` on. blocks: the request's block table from
     token 0 on. lease_chunk: index of `first_chunk` among the lease's chunks (names payload frames). after: on a GPU, the point in
     the engine's stream that must have passed before the blocks may be written. progress: notified of each layer that has arrived,
-    if the engine waits for layers one by one.
-    """
+    if the engine waits for layers one by one. others: the same for each further group of the model; all succeed, or the load
+    fails."""
 
     epoch: bytes
     lease: int
@@ -45,17 +45,17 @@ class Load:
     lease_chunk: int = 0
     after: Event | None = None
     progress: Progress | None = None
+    others: tuple[Load, ...] = ()
 
 
 @dataclass(frozen=True)
 class Store:
     """Paged KV -> extents: the chunks from `first_chunk` on, named by `hashes` (16 bytes each).
 
-    end_token: if the last chunk is not full, the token behind its last one; 0 if all are full. parent: hash of the
-    chunk before, or the root (then `first_chunk` is 0). chunk_tokens: chunk size of the hashes; a server that was restarted with
-    another chunk size gets none of them. after: on a GPU, the point in the engine's stream behind which the blocks
-    are filled. request_id: the engine's request id, for the server's events.
-    """
+    end_token: if the last chunk is not full, the token behind its last one; 0 if all are full. parent: hash of the chunk before,
+    or the root (then `first_chunk` is 0). chunk_tokens: chunk size of the hashes; a server that was restarted with another chunk
+    size gets none of them. after: on a GPU, the point in the engine's stream behind which the blocks are filled. request_id: the
+    engine's request id, for the server's events. others: the same for each further group of the model."""
 
     chunk_tokens: int
     parent: bytes
@@ -65,6 +65,7 @@ class Store:
     after: Event | None = None
     end_token: int = 0
     request_id: str = ""
+    others: tuple[Store, ...] = ()
 
 
 @dataclass(frozen=True)

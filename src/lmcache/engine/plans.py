@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field, replace
 
 from lmcache.chunks import HASH_BYTES
 from lmcache.engine.jobs import Blocks, Event, Load, Store
@@ -15,8 +15,8 @@ from lmcache.transfer.progress import Progress
 class LoadPlan:
     """Fill tokens [start_token, end_token) of a request's blocks from the extents of a hit.
 
-    blocks: the request's block table from token 0 on. request_tokens: tokens of the request, for the log.
-    """
+    blocks: the request's block table from token 0 on. request_tokens: tokens of the request, for the log. others: the same for
+    each further group of the model, with its own block table."""
 
     job_id: str
     request_id: Hashable
@@ -26,6 +26,7 @@ class LoadPlan:
     end_token: int
     blocks: list[int] = field(default_factory=list)
     request_tokens: int = 0
+    others: list[LoadPlan] = field(default_factory=list)
 
     @property
     def tokens(self) -> int:
@@ -36,8 +37,17 @@ class LoadPlan:
         """Return the blocks, of `block_tokens` tokens each, that the load writes."""
         return self.blocks[self.start_token // block_tokens : -(-self.end_token // block_tokens)]
 
-    def job(self, shard: int, blocks: Blocks, after: Event | None, progress: Progress | None) -> Load:
-        """Return the load job of the rank that holds this shard."""
+    def job(
+        self, shards: Sequence[int], tables: Sequence[Blocks], after: Event | None, progress: Progress | None
+    ) -> Load:
+        """Return the load job of the rank that holds these shards, one for each group, and has these block tables."""
+        one = self._part(shards[0], tables[0], after, progress)
+        if not self.others:
+            return one
+        rest = zip(self.others, shards[1:], tables[1:], strict=True)
+        return replace(one, others=tuple(plan._part(shard, blocks, None, None) for plan, shard, blocks in rest))
+
+    def _part(self, shard: int, blocks: Blocks, after: Event | None, progress: Progress | None) -> Load:
         first, size = self.start_token // self.chunk_tokens, 4
         skipped, end = first - self.hit.first_chunk, -(-self.end_token // self.chunk_tokens) - self.hit.first_chunk
         extents = self.hit.shard_extents(shard)[size * skipped : size * end]
@@ -49,7 +59,8 @@ class LoadPlan:
 class StorePlan:
     """Store the chunks from `first_chunk` on. hashes: their hashes, joined. parent: the hash before the first of them.
 
-    end_token: if the last chunk is not full, the token behind its last one; 0 if all are full.
+    end_token: if the last chunk is not full, the token behind its last one; 0 if all are full. others: the same for each further
+    group of the model, with its own block table.
     """
 
     job_id: str
@@ -60,6 +71,7 @@ class StorePlan:
     first_chunk: int
     blocks: list[int] = field(default_factory=list)
     end_token: int = 0
+    others: list[StorePlan] = field(default_factory=list)
 
     @property
     def chunks(self) -> int:
@@ -81,8 +93,15 @@ class StorePlan:
         """Number of tokens to be stored."""
         return self.end - self.start
 
-    def job(self, blocks: Blocks, after: Event | None) -> Store:
-        """Return the store job of a rank; `blocks` is its block table."""
+    def job(self, tables: Sequence[Blocks], after: Event | None) -> Store:
+        """Return the store job of a rank. tables: its block tables, one for each group."""
+        one = self._part(tables[0], after)
+        if not self.others:
+            return one
+        rest = zip(self.others, tables[1:], strict=True)
+        return replace(one, others=tuple(plan._part(blocks, None) for plan, blocks in rest))
+
+    def _part(self, blocks: Blocks, after: Event | None) -> Store:
         return Store(
             self.chunk_tokens,
             self.parent,

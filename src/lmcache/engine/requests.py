@@ -7,9 +7,9 @@ here raises, and none waits longer than the session's deadline.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from lmcache.chunks import HASH_BYTES, TokenChain
 from lmcache.chunks.hashing import Extras
@@ -33,9 +33,9 @@ class Request:
 
     salt: only requests of the same salt share KV. adapter: name and content name of the LoRA adapter. extras: what else changes
     the KV. cacheable: whether the request may be loaded and stored. hit: the hit that is not being loaded yet. blocks: the
-    engine's block table from token 0 on. stored: number of leading chunks that the server has or was sent; tail: hash of the
-    unfull chunk that it has or was sent. jobs: running stores, each with the number of ranks that have not ended it.
-    """
+    engine's block table from token 0 on; tables: those of the model's further groups. stored: number of leading chunks that the
+    server has or was sent; tail: hash of the unfull chunk that it has or was sent. jobs: running stores, each with the number of
+    ranks that have not ended it."""
 
     id: Hashable
     salt: str = ""
@@ -49,9 +49,14 @@ class Request:
     asked_at: float = _NEVER
     asked_tokens: int = -1
     blocks: list[int] = field(default_factory=list)
+    tables: list[list[int]] = field(default_factory=list)
     stored: int = 0
     tail: bytes = b""
     jobs: dict[str, int] = field(default_factory=dict)
+
+    def all_tables(self, groups: int) -> list[list[int]]:
+        """Return the block table of each group; empty ones if only the ranks know them."""
+        return [self.blocks, *(self.tables or [[] for _ in range(groups - 1)])]
 
     @property
     def found_tokens(self) -> int:
@@ -60,6 +65,15 @@ class Request:
 
 
 RequestT = TypeVar("RequestT", bound=Request)
+
+
+class GroupTable(NamedTuple):
+    """What a scheduler knows of the block tables of one group. block_tokens: tokens of a block; 0 if only the ranks know the
+    tables. reach_tokens: as in `Group`. only_last: the engine has the state of this group only where a step ends."""
+
+    block_tokens: int
+    reach_tokens: int = 0
+    only_last: bool = False
 
 
 class Requests(Generic[RequestT]):
@@ -72,6 +86,7 @@ class Requests(Generic[RequestT]):
         save_tail: whether the last, unfull chunk of a prompt is also stored.
         name: the engine's name, the same in all of its schedulers. It names KV that no other engine may share, so it must be
             unique; "" generates one.
+        groups: the groups of a model with several kinds of KV, in place of `block_tokens`.
     """
 
     def __init__(
@@ -82,6 +97,7 @@ class Requests(Generic[RequestT]):
         ranks: int = 1,
         save_tail: bool = False,
         name: str = "",
+        groups: Sequence[GroupTable] = (),
     ) -> None:
         self.session: SchedulerSession | None = session
         """None once `stop` or `close` was called: this engine then runs without a cache."""
@@ -95,7 +111,10 @@ class Requests(Generic[RequestT]):
         """How often the engine's own cache was emptied: by now, and when the last KV that a reset invalidated was computed."""
         self._lessor = session
         """The session that leases are given back to, even after `stop`."""
-        self._block_tokens, self._ranks, self._save_tail = block_tokens, ranks, save_tail
+        self._groups = tuple(groups) or (GroupTable(block_tokens),)
+        self._reaching = any(group.reach_tokens for group in self._groups)
+        """Whether the engine keeps of some layers only what is in reach."""
+        self._ranks, self._save_tail = ranks, save_tail
         self._name = name or secrets.token_hex(8)
         self._left: dict[str, int] = {}
         """Number of ranks that have not ended a load, by job."""
@@ -132,7 +151,9 @@ class Requests(Generic[RequestT]):
             tail = chain.tail(tokens) if self._save_tail else b""
         if chain is not None and (len(chain) or tail):
             ask: Callable[..., Hit | Loading | None] = session.lookup if wait else session.poll
-            found = ask(chain, have, self.prefill.tokens_per_second, tail=tail, request_id=str(request.id))
+            # The engine computes at least the last token, for which a window reaches one token less far back than the hit's end.
+            most = (len(tokens) - 1) // chain.chunk_tokens if self._reaching else None
+            found = ask(chain, have, self.prefill.tokens_per_second, tail=tail, request_id=str(request.id), chunks=most)
         if isinstance(found, Loading):
             return found
         if found is not None and chain is not None:
@@ -176,16 +197,20 @@ class Requests(Generic[RequestT]):
         """Plan to load tokens [start, end) of the request's hit. The lease holds until `loaded` was called for all ranks. The
         plan's blocks may be filled in later. total: tokens of the request, for the log."""
         assert request.hit is not None and request.chain is not None
-        plan = LoadPlan(
-            self._job("load"),
-            request.id,
-            request.hit,
-            request.chain.chunk_tokens,
-            start,
-            end,
-            list(request.blocks),
-            total,
-        )
+        job, size, hit = self._job("load"), request.chain.chunk_tokens, request.hit
+        plans = [
+            LoadPlan(
+                *(job, request.id, part, size),
+                max(start, end - group.reach_tokens) if group.reach_tokens else start,
+                end,
+                list(blocks),
+                total,
+            )
+            for group, part, blocks in zip(
+                self._groups, (hit, *hit.others), request.all_tables(len(self._groups)), strict=True
+            )
+        ]
+        plan = replace(plans[0], others=plans[1:]) if len(plans) > 1 else plans[0]
         request.hit = None
         self.loading[plan.job_id], self._left[plan.job_id] = plan, self._ranks
         return plan
@@ -202,12 +227,21 @@ class Requests(Generic[RequestT]):
             self.release(plan.hit)
 
     def store(
-        self, request: RequestT, tokens: Any, computed: int, *, first_token: int = 0, ends: bool = False
+        self,
+        request: RequestT,
+        tokens: Any,
+        computed: int,
+        *,
+        first_token: int = 0,
+        ends: bool = False,
+        before: int = 0,
     ) -> StorePlan | None:
         """Plan to store the chunks that the first `computed` of these tokens fill, and that were not stored before.
 
         first_token: tokens before it are not available for storing. ends: the prompt ends at `computed`, so an unfull chunk is
-        its tail. Return None if there is nothing to store, or the blocks of the tokens are not known.
+        its tail. before: tokens computed before this step. A group with a reach still has only the tokens in reach of these, so
+        its chunks that ended before are not stored. Return None if there is nothing to store, or the blocks of the tokens are
+        not known.
         """
         session, chain = self.session, request.chain
         if session is None or not request.cacheable:
@@ -225,14 +259,24 @@ class Requests(Generic[RequestT]):
         chain.extend(tokens)
         tail = chain.tail(tokens[:computed]) if ends and not request.tail else b""
         end = computed if tail else chunks * size
-        needed = -(-end // self._block_tokens) if self._block_tokens else 0
-        if end <= first * size or needed > len(request.blocks):
+        if end <= first * size:
             return None
-        hashes = chain.hashes[first * HASH_BYTES : chunks * HASH_BYTES] + tail
-        plan = StorePlan(
-            *(self._job("store"), request.id, size, chain.parent(first), hashes, first, request.blocks[:needed]),
-            end_token=end if tail else 0,
-        )
+        job, plans = self._job("store"), []
+        for group, blocks in zip(self._groups, request.all_tables(len(self._groups)), strict=True):
+            needed = -(-end // group.block_tokens) if group.block_tokens else 0
+            if needed > len(blocks):
+                return None
+            begin = min(max(first, before // size), chunks) if group.reach_tokens else first
+            if group.only_last:
+                begin = max(begin, chunks - (computed == chunks * size))
+            hashes = chain.hashes[begin * HASH_BYTES : chunks * HASH_BYTES] + tail
+            plans.append(
+                StorePlan(
+                    *(job, request.id, size, chain.parent(begin), hashes, begin, blocks[:needed]),
+                    end_token=end if tail else 0,
+                )
+            )
+        plan = replace(plans[0], others=plans[1:]) if len(plans) > 1 else plans[0]
         request.stored, request.tail = chunks, tail or request.tail
         request.jobs[plan.job_id], self.storing[plan.job_id] = self._ranks, request
         return plan

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from lmcache.chunks import TokenChain, chunk_root
+from lmcache.chunks import Group, TokenChain, chunk_root
 from lmcache.chunks.hashing import HASH_BYTES, Extras
 from lmcache.engine.connection import Connection
 from lmcache.engine.endpoint import Endpoint
+from lmcache.engine.groups import GroupShape
 from lmcache.engine.hello import ask
 from lmcache.engine.session import UNKNOWN, LayoutFor, Session
 from lmcache.errors import LMCacheError
@@ -36,6 +38,8 @@ class Hit(NamedTuple):
     extents: bytes
     shards: int
     epoch: bytes
+    others: tuple[Hit, ...] = ()
+    """The same in each further group of the model. A group with a reach leases only the last chunks before the end of the hit."""
 
     def shard_extents(self, shard: int) -> bytes:
         """Return the sectors of one shard, one u32 per leased chunk."""
@@ -61,6 +65,8 @@ class SchedulerSession(Session):
             IdentityUnknown this session connects to no server.
         shards: number of shards of a chunk, as in `Shard.count`.
         stages: the layer at which each pipeline stage ends, if the model is split by layers; the same as the workers'.
+        others: the further groups of a model with several kinds of KV, in the order of the workers'; `layout_for`, `shards`,
+            `group` and `share` are those of the first one.
         runtime: clock and threads.
     """
 
@@ -71,9 +77,15 @@ class SchedulerSession(Session):
         shards: int,
         stages: Sequence[int] = (),
         runtime: Runtime = RUNTIME,
+        group: Group | None = None,
+        share: float = 1.0,
+        others: Sequence[GroupShape] = (),
     ) -> None:
         super().__init__(layout_for, runtime)
-        self._shards, self._stages = shards, list(stages)
+        self._stages = list(stages)
+        self._groups = (GroupShape(layout_for, shards, group, share), *others)
+        self._others: list[int] = []
+        """The spaces of the further groups."""
         self._space, self._chunk_tokens, self._epoch, self._fingerprint = 0, 0, b"", b""
         self.misses: Counter[str] = Counter()
         """Lookups that became misses because they got no usable answer, by reason."""
@@ -117,6 +129,7 @@ class SchedulerSession(Session):
         wait_seconds: float | None = None,
         tail: bytes = b"",
         request_id: str = "",
+        chunks: int | None = None,
     ) -> Hit | None:
         """Poll until tiers have loaded what the server finds worth waiting for, or `wait_seconds` (None: the deadline of a call)
         have passed. Arguments as for `poll`."""
@@ -125,7 +138,7 @@ class SchedulerSession(Session):
         )
         pause = _SHORTEST_PAUSE_SECONDS
         while True:
-            found = self.poll(chain, skip_tokens, prefill_rate, tail, request_id)
+            found = self.poll(chain, skip_tokens, prefill_rate, tail, request_id, chunks)
             if not isinstance(found, Loading):
                 return found
             if self.runtime.now() > end:
@@ -140,23 +153,27 @@ class SchedulerSession(Session):
         prefill_rate: float = 0.0,
         tail: bytes = b"",
         request_id: str = "",
+        chunks: int | None = None,
     ) -> Hit | Loading | None:
         """Look up which leading chunks of the chain are in L1, and lease those behind the first `skip_tokens` tokens.
 
         Return None if no chunk is there beyond them, or no answer came within the deadline; `Loading` while a tier loads more
         that is worth waiting for at the engine's `prefill_rate` (tokens per second, 0: unknown). tail: hash of an unfull chunk
         behind the chain, which may be the last one of the hit. request_id: under which the server records the work of tiers.
+        chunks: look up only so many.
         """
         if chain.chunk_tokens != self._chunk_tokens:
             return None
         first = skip_tokens // chain.chunk_tokens
         # Chunks beyond the limit of one lookup are not looked up, so the engine computes them.
-        hashes = (chain.hashes + tail)[: HASH_BYTES * m.most_looked_up(first, self._shards)]
+        known = chain.hashes if chunks is None else chain.hashes[: HASH_BYTES * chunks]
+        hashes = (known + tail)[: HASH_BYTES * m.most_looked_up(first, sum(one.shards for one in self._groups))]
         if first * HASH_BYTES >= len(hashes):
             return None
         epoch = self._epoch
         try:
-            request = m.Lookup(self._space, hashes, first, prefill_rate, m.request_name(request_id))
+            name = m.request_name(request_id)
+            request = m.Lookup(self._space, hashes, first, prefill_rate, name, self._others)
             found, _ = self._connection.call(request, m.Found)
         except LMCacheError as error:
             self.misses["no answer"] += 1
@@ -166,10 +183,19 @@ class SchedulerSession(Session):
             return Loading(found.chunks, found.loading)
         if not found.lease:
             return None
-        self._held.add(found.lease)
-        hit = Hit(found.chunks, first, found.lease, found.extents, self._shards, epoch)
-        most = len(hashes) // HASH_BYTES
-        plausible = first < found.chunks <= most and len(found.extents) == 4 * self._shards * (found.chunks - first)
+        parts = [
+            Hit(found.chunks, found.chunks - len(extents) // (4 * shape.shards), lease, extents, shape.shards, epoch)
+            for shape, (lease, extents) in zip(
+                self._groups, [(found.lease, found.extents), *found.others], strict=False
+            )
+        ]
+        self._held.update(part.lease for part in parts)
+        hit = parts[0]._replace(others=tuple(parts[1:]))
+        plausible = (
+            first < found.chunks <= len(hashes) // HASH_BYTES
+            and len(parts) == len(self._groups)
+            and all(map(self._plausible, self._groups, parts, itertools.repeat(first)))
+        )
         if not plausible or epoch != self._epoch:
             self.misses["another server"] += 1
             # A server that has replaced the former one meanwhile gave this lease, so it is released there.
@@ -177,12 +203,19 @@ class SchedulerSession(Session):
             return None
         return hit
 
+    def _plausible(self, shape: GroupShape, part: Hit, first: int) -> bool:
+        """Return whether the answer leases the chunks that this group needs of the hit, from chunk `first` on."""
+        reach = shape.group.reach_chunks(self._chunk_tokens) if shape.group is not None else 0
+        needed = max(first, part.chunks - reach) if reach else first
+        return bool(part.lease) and part.first_chunk == needed and not len(part.extents) % (4 * part.shards)
+
     def release(self, hit: Hit) -> None:
         """End the hit's lease: no rank reads its extents any more. Without a connection the release is sent with a later one."""
-        self._held.discard(hit.lease)
+        leases = [part.lease for part in (hit, *hit.others) if part.lease]
+        self._held.difference_update(leases)
         if hit.epoch != self._epoch:
             return
-        self._late.append(hit.lease)
+        self._late += leases
         if self._connection.connected:
             leases, self._late = self._late, []
             self._connection.post(m.Release(leases))
@@ -209,15 +242,19 @@ class SchedulerSession(Session):
         if descriptor >= 0:
             os.close(descriptor)  # the scheduler copies nothing
         layout = self._layout_for(welcome.chunk_tokens)
-        registered = ask(carrier, m.Register(layout, self._shards, -1, 0, self._stages), m.Registered)
+        spaces = [
+            ask(
+                carrier,
+                m.Register(one.layout_for(welcome.chunk_tokens), one.shards, -1, 0, self._stages, one.group, one.share),
+                m.Registered,
+            ).space
+            for one in self._groups
+        ]
         if welcome.holds_for != self._epoch:
             self._late, self._held = [], set()
         ask(carrier, m.Hold(list(self._held)), m.Ok)
-        self._space, self._chunk_tokens, self.claim_seconds = (
-            registered.space,
-            welcome.chunk_tokens,
-            welcome.claim_seconds,
-        )
+        self._space, *self._others = spaces
+        self._chunk_tokens, self.claim_seconds = welcome.chunk_tokens, welcome.claim_seconds
         self._fingerprint, self._epoch = layout.fingerprint, welcome.holds_for
         if chunks := self._forgone_tokens // welcome.chunk_tokens:
             carrier.post(m.Dropped(chunks, UNKNOWN))

@@ -18,11 +18,12 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from lmcache.chunks import Shard
+from lmcache.chunks import Group, Shard
 from lmcache.chunks.hashing import HASH_BYTES
-from lmcache.engine.access import Access, ArenaAccess, PayloadAccess
+from lmcache.engine.access import Access, ArenaAccess, Part, PayloadAccess
 from lmcache.engine.connection import Connection
 from lmcache.engine.endpoint import Endpoint
+from lmcache.engine.groups import RankGroup
 from lmcache.engine.hello import ask
 from lmcache.engine.jobs import Done, Event, Load, Store
 from lmcache.engine.session import UNKNOWN, LayoutFor, Session
@@ -32,7 +33,7 @@ from lmcache.memory.slabs import NO_EXTENT, SECTOR_BYTES
 from lmcache.observability.log import init_logger
 from lmcache.runtime import RUNTIME, Runtime
 from lmcache.transfer.bounds import Runs
-from lmcache.transfer.copier import make_copier
+from lmcache.transfer.copier import make_copiers
 from lmcache.transfer.gpu.driver import beside_captures
 from lmcache.transfer.paged import PagedKV
 from lmcache.wire import messages as m
@@ -62,6 +63,8 @@ class WorkerSession(Session):
         paged: this rank's paged KV.
         threads: copy threads of one job.
         stages: the layer at which each pipeline stage ends, if the model is split by layers; the same as the scheduler's.
+        others: the further groups of a model with several kinds of KV; `layout_for`, `shard`, `paged`, `group` and `share` are
+            those of the first one.
         runtime: clock and threads.
     """
 
@@ -74,14 +77,18 @@ class WorkerSession(Session):
         threads: int = 1,
         stages: Sequence[int] = (),
         runtime: Runtime = RUNTIME,
+        group: Group | None = None,
+        share: float = 1.0,
+        others: Sequence[RankGroup] = (),
     ) -> None:
         super().__init__(layout_for, runtime)
         self.counters: Counter[str] = Counter()
         """Counts of failed jobs and dropped chunks; a reason follows a colon."""
         self._shard, self._paged, self._threads = shard, paged, threads
+        self._groups = (RankGroup(layout_for, shard, paged, group, share), *others)
         self._stages = list(stages)
-        self._space, self._chunk_tokens, self._arena, self._epoch = 0, 0, b"", b""
-        self._shard_bytes = 0
+        self._chunk_tokens, self._arena, self._epoch = 0, b"", b""
+        self._spaces: list[int] = []
         self._access: Access | None = None
         self._left_behind: Access | None = None
         """The arena that stays mapped because a copy hung when the session was closed and may still touch it."""
@@ -307,41 +314,49 @@ class WorkerSession(Session):
             LMCacheError: the load failed, and the engine must not use the blocks.
         """
         with self._using(thread, load.epoch) as access:
-            runs = self._load_runs(load)
-            blocks, begin = np.asarray(load.blocks, dtype=np.int32), self.runtime.now()
-            access.load(load, blocks, runs)
+            begin = self.runtime.now()
+            for number, part in enumerate((load, *load.others)):
+                access.load(number, part, np.asarray(part.blocks, dtype=np.int32), self._load_runs(number, part))
             end = self.runtime.now()
             begin, self._load_ended = max(begin, self._load_ended), end
             return load.end_token - load.start_token, end - begin
 
-    def _load_runs(self, load: Load) -> Runs:
+    def _load_runs(self, number: int, load: Load) -> Runs:
         sectors = np.frombuffer(load.extents, dtype="<u4").astype(np.int64)
         chunks = np.arange(load.first_chunk, load.first_chunk + len(sectors))
-        first = np.maximum(chunks * self._chunk_tokens, load.start_token)
+        held = self._groups[number].first_token(chunks, self._chunk_tokens)
+        first = np.maximum(held, load.start_token)
         count = np.minimum((chunks + 1) * self._chunk_tokens, load.end_token) - first
         runs = np.empty((len(sectors), 4), dtype=np.int64)
         runs[:, 0], runs[:, 1], runs[:, 2] = sectors * SECTOR_BYTES, first, count
-        runs[:, 3] = first - chunks * self._chunk_tokens
+        runs[:, 3] = first - held
         if len(sectors) == 0 or first[0] != load.start_token or int(count.sum()) != load.end_token - load.start_token:
             raise LayoutError(f"{len(sectors)} extents do not cover tokens {load.start_token}..{load.end_token}")
-        return runs[count > 0]
+        return self._groups[number].in_table(runs[count > 0])
 
     def _fetch(self, request: m.Fetch) -> list[bytes]:
         """Return the payload frames of chunks that a load has leased."""
         return self._connection.call(request, m.Ok)[1]
 
     def _store(self, job_id: str, store: Store) -> tuple[int, float, float]:
-        """Run a store. Return the tokens stored, the seconds of the copies, and those of reserving and committing extents."""
+        """Run a store. Return the tokens stored in the group that stored most, the seconds of the copies, and those of reserving
+        and committing extents."""
         self._connection.wait_welcomed()
         if store.chunk_tokens != self._chunk_tokens:
             reason = "another chunk size" if self.identified else UNKNOWN
             self._count_drop(len(store.hashes) // HASH_BYTES, reason)
             return 0, 0.0, 0.0
-        total, tokens, seconds, parent = len(store.hashes) // HASH_BYTES, 0, 0.0, store.parent
         begin = self.runtime.now()
+        parts = [self._store_group(job_id, number, part) for number, part in enumerate((store, *store.others))]
+        tokens, seconds = max(part[0] for part in parts), sum(part[1] for part in parts)
+        return tokens, seconds, self.runtime.now() - begin - seconds
+
+    def _store_group(self, job_id: str, number: int, store: Store) -> tuple[int, float]:
+        """Store the chunks of one group. Return the tokens stored, and the seconds of the copies."""
+        total, tokens, seconds, parent = len(store.hashes) // HASH_BYTES, 0, 0.0, store.parent
         access = self._access
-        batch_bytes = access.batch_bytes if access is not None else self._shard_bytes
-        step = min(max(1, batch_bytes // self._shard_bytes), m.MAX_RESERVED_CHUNKS)
+        step = 1 if access is None else max(1, access.batch_bytes // access.parts[number].shard_bytes)
+        step = min(step, m.MAX_RESERVED_CHUNKS)
         for at in range(0, total, step):
             if job_id in self._cancelled:
                 self._count_drop(total - at, "preempted")
@@ -349,7 +364,7 @@ class WorkerSession(Session):
             hashes = store.hashes[at * HASH_BYTES : (at + step) * HASH_BYTES]
             try:
                 with self._using(_STORING) as access:
-                    batch = self._store_batch(job_id, access, store, parent, store.first_chunk + at, hashes)
+                    batch = self._store_batch(job_id, number, access, store, parent, store.first_chunk + at, hashes)
                 tokens, seconds = tokens + batch[0], seconds + batch[1]
             except _Cancelled:
                 self._count_drop(total - at, "preempted")
@@ -360,14 +375,14 @@ class WorkerSession(Session):
                 logger.debug("%d chunks of a store were dropped: %s", total - at, error)
                 break
             parent = hashes[-HASH_BYTES:]
-        return tokens, seconds, self.runtime.now() - begin - seconds
+        return tokens, seconds
 
     def _store_batch(
-        self, job_id: str, access: Access, store: Store, parent: bytes, first_chunk: int, hashes: bytes
+        self, job_id: str, number: int, access: Access, store: Store, parent: bytes, first_chunk: int, hashes: bytes
     ) -> tuple[int, float]:
-        size = self._chunk_tokens
-        name = m.request_name(store.request_id)
-        request = m.Reserve(self._space, self._shard.index, parent, first_chunk == 0, hashes, name)
+        own, size, name = self._groups[number], self._chunk_tokens, m.request_name(store.request_id)
+        kept = own.kept_tokens(size)
+        request = m.Reserve(self._spaces[number], own.shard.index, parent, first_chunk == 0, hashes, name)
         granted, _ = self._connection.call(request, m.Reserved)
         if granted.refused:
             self.counters[f"dropped_chunks:{granted.reason}"] += granted.refused
@@ -377,14 +392,14 @@ class WorkerSession(Session):
             raise LayoutError(f"{len(sectors)} extents for {len(hashes) // HASH_BYTES} chunks")
         if not len(wanted):
             return 0, 0.0
-        first = (first_chunk + wanted) * size
-        count = np.minimum(first + size, store.end_token or first[-1] + size) - first
+        first = own.first_token(first_chunk + wanted, size)
+        count = np.minimum(first + kept, store.end_token or first[-1] + kept) - first
         runs = np.zeros((len(wanted), 4), dtype=np.int64)
         runs[:, 0], runs[:, 1], runs[:, 2] = sectors[wanted].astype(np.int64) * SECTOR_BYTES, first, count
         blocks = np.asarray(store.blocks, dtype=np.int32)
         begin, ok = self.runtime.now(), False
         try:
-            frames = self._gather(job_id, access, blocks, runs)
+            frames = self._gather(job_id, number, access, blocks, own.in_table(runs))
             if frames:
                 self._connection.call(m.Fill(granted.reservation, 0), m.Ok, frames)
             ok = True
@@ -393,7 +408,9 @@ class WorkerSession(Session):
             self._connection.call(m.Commit(granted.reservation, ok), m.Ok)
         return int(count.sum()), seconds
 
-    def _gather(self, job_id: str, access: Access, blocks: npt.NDArray[np.int32], runs: Runs) -> Sequence[memoryview]:
+    def _gather(
+        self, job_id: str, number: int, access: Access, blocks: npt.NDArray[np.int32], runs: Runs
+    ) -> Sequence[memoryview]:
         """As `Access.gather`.
 
         Raises:
@@ -404,7 +421,7 @@ class WorkerSession(Session):
                 raise _Cancelled("the blocks were taken away")
             self._touching[_STORING] = job_id
         try:
-            return access.gather(blocks, runs)
+            return access.gather(number, blocks, runs)
         finally:
             with self._state:
                 self._touching.pop(_STORING, None)
@@ -458,13 +475,12 @@ class WorkerSession(Session):
     def _register(self, carrier: Carrier, welcome: m.Welcome, descriptor: int) -> None:
         """Map the new arena once no copy runs in the old one, and register this rank's part of the layout."""
         try:
-            layout = self._layout_for(welcome.chunk_tokens)
-            shard_bytes = self._shard.shard_bytes(layout)
-            of_tensors = self._paged.shard_bytes(welcome.chunk_tokens)
-            if of_tensors != shard_bytes:
-                raise LayoutError(f"the KV tensors make shards of {of_tensors} bytes, the layout {shard_bytes}")
-            request = m.Register(layout, self._shard.count, self._shard.index, shard_bytes, self._stages)
-            registered = ask(carrier, request, m.Registered)
+            size, spaces = welcome.chunk_tokens, []
+            sizes = [one.shard_bytes(size) for one in self._groups]
+            for one, shard_bytes in zip(self._groups, sizes, strict=True):
+                shard = one.shard.count, one.shard.index, shard_bytes
+                request = m.Register(one.layout_for(size), *shard, self._stages, one.group, one.share)
+                spaces.append(ask(carrier, request, m.Registered).space)
             with self._state:
                 known = welcome.arena == self._arena and (descriptor < 0 or self._mapped())
                 if not known and not self._state.wait_for(self._may_unmap, _LAST_COPY_SECONDS) and self._copying:
@@ -474,14 +490,17 @@ class WorkerSession(Session):
                 # Not under the lock, which the engine's thread takes: unpinning memory takes seconds.
                 if access is not None:
                     access.close()
-                shard = welcome.chunk_tokens, self._shard.index, shard_bytes
-                copier = make_copier(self._paged, welcome.chunk_tokens, self._threads, self.runtime)
+                kept = [one.kept_tokens(size) for one in self._groups]
+                planes = [(one.paged, tokens) for one, tokens in zip(self._groups, kept, strict=True)]
+                copiers = make_copiers(planes, self._threads, self.runtime)
+                indices = [one.shard.index for one in self._groups]
+                parts = list(map(Part, copiers, kept, indices, sizes))
                 if descriptor < 0:
-                    access = PayloadAccess(copier, *shard, self._fetch)
+                    access = PayloadAccess(parts, self._fetch)
                 else:
-                    access = ArenaAccess(copier, *shard, Mapping(descriptor, welcome.arena_bytes), self.runtime)
+                    access = ArenaAccess(parts, Mapping(descriptor, welcome.arena_bytes), self.runtime)
             with self._state:
-                self._space, self._chunk_tokens, self._shard_bytes = registered.space, welcome.chunk_tokens, shard_bytes
+                self._spaces, self._chunk_tokens = spaces, size
                 self._access, self._arena, self._epoch = access, welcome.arena, welcome.holds_for
                 self._state.notify_all()
         finally:

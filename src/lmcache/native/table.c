@@ -1211,6 +1211,16 @@ static PyObject *table_children(PyObject *self, PyObject *arg)
     return to_id(t, arg, &id) < 0 ? NULL : PyLong_FromUnsignedLong(at(t, id)->children);
 }
 
+static PyObject *table_only_child(PyObject *self, PyObject *arg)
+{
+    const table_t *t = (const table_t *)self;
+    uint32_t id;
+    if (to_id(t, arg, &id) < 0)
+        return NULL;
+    const record_t *r = at(t, id);
+    return PyLong_FromLongLong(r->children == 1 ? (long long)r->first_child : -1);
+}
+
 static PyObject *table_pins(PyObject *self, PyObject *arg)
 {
     const table_t *t = (const table_t *)self;
@@ -1331,8 +1341,8 @@ static PyMethodDef methods[] = {
     ONE(match),         ONE(get),           SEVERAL(insert),    ONE(detach),    ONE(free),       ONE(touch),
     ONE(touch_path),    NOTHING(victim),    ONE(evictable),     ONE(pin),       ONE(unpin),      SEVERAL(begin_fill),
     SEVERAL(end_fill),  SEVERAL(state),     SEVERAL(extent),      ONE(extents),     ONE(key),        SEVERAL(in_sectors),
-    ONE(parent),        ONE(children),      ONE(pins),          ONE(filling),   ONE(complete),   ONE(attached),
-    NOTHING(memory_bytes), ONE(survey),     {NULL, NULL, 0, NULL},
+    ONE(parent),        ONE(children),      ONE(only_child),    ONE(pins),          ONE(filling),   ONE(complete),
+    ONE(attached),      NOTHING(memory_bytes), ONE(survey),     {NULL, NULL, 0, NULL},
 };
 
 static PyType_Slot type_slots[] = {

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import Executor
 from typing import TYPE_CHECKING
 
-from lmcache.cache import KINDS, L1, TIER_KINDS, Event, Refusal, TooSmall
+from lmcache.cache import KINDS, L1, TIER_KINDS, Event, Hit, Refusal, TooSmall
 from lmcache.chunks import space_fingerprint
 from lmcache.errors import LMCacheError
 from lmcache.observability.log import init_logger
@@ -97,9 +97,12 @@ class Service:
         layout = request.layout
         if layout.chunk_tokens != self.chunk_tokens:
             raise Refusal(f"the layout has {layout.chunk_tokens}-token chunks, this server {self.chunk_tokens}")
-        name = space_fingerprint(layout, request.stages)
+        name = space_fingerprint(layout, request.stages, request.group)
+        reach = request.group.reach_chunks(layout.chunk_tokens) if request.group is not None else 0
         try:
-            space = self.l1.open_space(peer.process, name, request.shards, request.shard, request.shard_bytes)
+            space = self.l1.open_space(
+                peer.process, name, request.shards, request.shard, request.shard_bytes, reach, request.share
+            )
         except TooSmall as error:
             self.sessions.refused.note(f"{peer.who}, from {peer.host}", "small L1", str(error))
             raise
@@ -126,23 +129,25 @@ class Service:
         if len(hashes) % 16:
             raise Refusal(f"{len(hashes)} bytes of hashes: the length must be a multiple of 16")
         first = max(0, request.first_wanted)
-        asked, space = len(hashes) // 16, self.l1.space(request.space)
-        shards = 1 if space is None else space.shards  # L1 refuses an unknown space
+        asked, spaces = len(hashes) // 16, (request.space, *request.others)
+        # L1 refuses an unknown space.
+        shards = sum(space.shards for number in spaces if (space := self.l1.space(number)) is not None) or 1
         most = m.most_looked_up(first, shards)
         if asked > most:
             raise Refusal(f"a lookup of {asked} chunks from chunk {first} on exceeds one answer; ask for {most}")
         self.sessions.check_room(peer, 4 * shards * max(0, asked - first))
         name = m.request_name(request.request)
-        lookup = self._now(), peer.process, request.space, hashes, first, name
+        lookup = self._now(), peer.process, request.space, hashes, first, name, request.others
         if self.tiering is not None:
-            if not self.tiering.knows(request.space, hashes):
-                found = self.l1.lookup_all(*lookup)
-                if found is not None:
-                    return m.Found(*found)
-            in_l1, coming = self.tiering.wait_for(peer.process, request.space, hashes, request.prefill_rate, name)
+            spaces = request.space, *request.others
+            if not any(self.tiering.knows(space, hashes) for space in spaces):
+                hit = self.l1.lookup_all(*lookup)
+                if hit is not None:
+                    return _found(hit)
+            in_l1, coming = self.tiering.wait_for(peer.process, spaces, hashes, request.prefill_rate, name)
             if coming:
                 return m.Found(in_l1, 0, b"", coming)
-        return m.Found(*self.l1.lookup(*lookup))
+        return _found(self.l1.lookup(*lookup))
 
     def _release(self, peer: Peer, request: m.Request) -> m.Message:
         assert isinstance(request, m.Release)
@@ -211,6 +216,10 @@ class Service:
     def _bye(self, peer: Peer, request: m.Request) -> m.Message:
         self.sessions.gone(peer)
         return m.Ok()
+
+
+def _found(hit: Hit) -> m.Found:
+    return m.Found(hit.chunks, hit.lease, hit.extents, others=list(hit.groups))
 
 
 def _log(event: Event) -> None:

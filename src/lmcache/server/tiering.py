@@ -134,15 +134,34 @@ class Tiering:
         return range(step, size + step, step)
 
     def wait_for(
-        self, process: int, space_number: int, hashes: bytes, prefill_tokens_per_second: float, request: str = ""
+        self, process: int, spaces: Sequence[int], hashes: bytes, prefill_tokens_per_second: float, request: str = ""
     ) -> tuple[int, int]:
         """Return how many leading chunks are in L1, and how many more the engine should wait for.
 
-        request: the engine's id of the request, for the fetch's record.
+        spaces: of all groups of the model. Those without a reach are asked first, for all chunks; the others then for the last
+        chunks before the end of what the first ones have. request: the engine's id of the request, for the fetch's record.
 
         Raises:
             Refusal: unknown space or process.
         """
+        reaches = {number: space.reach_chunks for number in spaces if (space := self._l1.space(number)) is not None}
+        chunks, rate = len(hashes) // HASH_BYTES, prefill_tokens_per_second
+        for number in sorted(spaces, key=lambda one: reaches.get(one, 0) > 0):
+            first = max(0, chunks - reaches.get(number, 0)) if reaches.get(number, 0) else 0
+            needed = hashes[first * HASH_BYTES : chunks * HASH_BYTES]
+            if not needed:
+                return 0, 0
+            # Without these chunks, all `chunks` would have to be computed.
+            in_l1, coming = self._wait_for(process, number, needed, rate * (chunks - first) / chunks, request)
+            if coming:
+                return first + in_l1, coming
+            if not first:
+                chunks = in_l1
+        return chunks, 0
+
+    def _wait_for(
+        self, process: int, space_number: int, hashes: bytes, prefill_tokens_per_second: float, request: str
+    ) -> tuple[int, int]:
         now = self._loop.now()
         in_l1 = self._l1.peek(now, process, space_number, hashes)
         space = self._l1.space(space_number)

@@ -1,7 +1,8 @@
-"""The interface of all copiers, whatever device the paged KV is on, and `make_copier`, which chooses one."""
+"""The interface of all copiers, whatever device the paged KV is on, and `make_copiers`, which chooses."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -44,14 +45,15 @@ class Copier(Protocol):
         ...
 
 
-def make_copier(paged: PagedKV, chunk_tokens: int, threads: int = 1, runtime: Runtime = RUNTIME) -> Copier:
-    """Return the copier for the device of `paged`.
+def make_copiers(groups: Sequence[tuple[PagedKV, int]], threads: int = 1, runtime: Runtime = RUNTIME) -> list[Copier]:
+    """Return the copiers of a model's groups, given as (paged KV, tokens of an extent), which copy from and to one arena. On a
+    GPU they share its registration and the staging memory. Only the first one may `adopt` the arena.
 
     Raises:
-        LayoutError: this copier does not support the paged KV.
+        LayoutError: a copier does not support the paged KV.
     """
-    if paged.device == "cpu":
-        return CpuCopier(paged, chunk_tokens, threads, runtime)
-    from lmcache.transfer.gpu.copier import CudaCopier  # imports torch and Triton, which only engines on a GPU have
+    if groups[0][0].device == "cpu":
+        return [CpuCopier(paged, tokens, threads, runtime) for paged, tokens in groups]
+    from lmcache.transfer.gpu.copier import cuda_copiers  # imports torch and Triton, which only engines on a GPU have
 
-    return CudaCopier(paged, chunk_tokens, runtime)
+    return list(cuda_copiers(groups, runtime))

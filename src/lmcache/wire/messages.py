@@ -14,7 +14,7 @@ from typing import Annotated, Literal, TypeVar
 
 import msgspec
 
-from lmcache.chunks import Layout
+from lmcache.chunks import Group, Layout
 from lmcache.errors import LMCacheError, WireError
 from lmcache.observability.log import printable
 
@@ -29,6 +29,8 @@ _ROOM_FOR_THE_REST = 1 << 16
 """Bytes of a message that a lookup's hashes and extents leave to its other fields."""
 NONCE_BYTES = 32
 
+MAX_GROUPS = 32
+"""Bound of the groups of a model beside the first one."""
 MAX_RESERVED_CHUNKS = 16384
 """Bound of the chunks in one `Reserve`. The server needs some ten milliseconds to allocate extents for so many."""
 Nonce = Annotated[bytes, msgspec.Meta(min_length=NONCE_BYTES, max_length=NONCE_BYTES)]
@@ -76,6 +78,10 @@ class Register(Message, frozen=True, tag=3):
     shard_bytes: int
     stages: Annotated[list[int], msgspec.Meta(max_length=4096)] = []
     """The end layer of each pipeline stage (`chunks.space_fingerprint`), since equal numbers of shards can be unequal splits."""
+    group: Group | None = None
+    """Which of the model's kinds of KV `layout` describes; None for a model with one."""
+    share: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
+    """Which part of the model's memory this group needs, as the engine expects."""
 
 
 class Lookup(Message, frozen=True, tag=4):
@@ -89,6 +95,8 @@ class Lookup(Message, frozen=True, tag=4):
     """Tokens per second that the engine was measured to compute, 0 if unknown. It decides whether a load from a tier pays."""
     request: str = ""
     """The engine's own id of the request as `request_name` gives it, for the record of what the tiers did for it."""
+    others: Annotated[list[int], msgspec.Meta(max_length=MAX_GROUPS)] = []
+    """The spaces of the model's other groups. Only a prefix that all groups can serve is a hit."""
 
 
 class Release(Message, frozen=True, tag=5):
@@ -239,6 +247,8 @@ class Found(Message, frozen=True, tag=68):
     lease: int
     extents: bytes
     loading: int = 0
+    others: Annotated[list[tuple[int, bytes]], msgspec.Meta(max_length=MAX_GROUPS)] = []
+    """Lease and extents in each of the other spaces: of the last chunks before the end of the hit, as many as the group needs."""
 
 
 class Reserved(Message, frozen=True, tag=69):

@@ -5,25 +5,42 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from lmcache.chunks import Shard
 from lmcache.engine.served import ServedKV, stores_its_shard
 from lmcache.errors import LayoutError
 from lmcache.integration.vllm.model import ModelKV, layer_range
-from lmcache.integration.vllm.paged import Registered, Shape, cpu_isa, describe_tensors
+from lmcache.integration.vllm.paged import Registered, Shape, cpu_isa, describe_states, describe_tensors
 from lmcache.integration.vllm.weights import watch_weights
 
 
 def describe_rank(
     vllm_config: Any, kv_cache_config: Any, kv: ModelKV, kv_caches: dict[str, Any]
-) -> tuple[int, ServedKV, Registered]:
-    """Return this rank's number, its part of the model's KV, and where that lies. Begin to count changes of its weights.
+) -> tuple[int, list[ServedKV], list[Registered]]:
+    """Return this rank's number and, for each group, its part of the model's KV, and where that lies. Begin to count changes of
+    its weights.
 
     Raises:
         LayoutError: the registered tensors cannot be described.
     """
+    tp_rank, pp_rank = rank_of()
+    described = [
+        _describe_group(vllm_config, kv_cache_config, group, kv_caches, tp_rank, pp_rank) for group in kv.groups
+    ]
+    watch_weights(vllm_config)
+    return pp_rank * kv.tp_size + tp_rank, [one[0] for one in described], [one[1] for one in described]
+
+
+def _describe_group(
+    vllm_config: Any, kv_cache_config: Any, kv: ModelKV, kv_caches: dict[str, Any], tp_rank: int, pp_rank: int
+) -> tuple[ServedKV, Registered]:
     missing = [name for name in kv.layer_names if name not in kv_caches]
     if missing:
         raise LayoutError(f"layer {missing[0]} has no KV tensor of its own")
     tensors = [kv_caches[name] for name in kv.layer_names]
+    if kv.model.kind == "state":
+        registered = describe_states(tensors, kv_cache_config.num_blocks, kv.model.head_size)
+        shard = kv.shard(tp_rank, pp_rank, layer_range(vllm_config, kv))
+        return _served(kv, shard, registered, tp_rank), registered
     mla = kv.model.kind == "mla"
     heads = 1 if mla else max(1, kv.model.num_kv_heads // kv.tp_size)
     shape = Shape(heads, kv.model.head_size, kv.block_tokens, mla)
@@ -32,11 +49,12 @@ def describe_rank(
     registered = describe_tensors(tensors, shape, kv_cache_config.num_blocks, isa)
     if not on_cpu and _blocks_may_be_in_flight(kv_cache_config):
         registered = replace(registered, loads_need_fence=True)
-    tp_rank, pp_rank = rank_of()
     shard = kv.shard(tp_rank, pp_rank, layer_range(vllm_config, kv))
-    watch_weights(vllm_config)
-    served = ServedKV(kv.identity, kv.model, shard, registered.paged, stores_its_shard(kv.model, tp_rank, kv.tp_size))
-    return pp_rank * kv.tp_size + tp_rank, served, registered
+    return _served(kv, shard, registered, tp_rank), registered
+
+
+def _served(kv: ModelKV, shard: Shard, registered: Registered, tp_rank: int) -> ServedKV:
+    return ServedKV(kv.identity, kv.model, shard, registered.paged, stores_its_shard(kv.model, tp_rank, kv.tp_size))
 
 
 def _blocks_may_be_in_flight(kv_cache_config: Any) -> bool:

@@ -10,6 +10,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadat
 
 from lmcache.engine import SchedulerSession, WorkerSession
 from lmcache.engine.embedded import NOT_STARTED, EmbeddedServer, wait_for_server
+from lmcache.engine.groups import GroupShape, RankGroup
+from lmcache.engine.requests import GroupTable
 from lmcache.engine.served import NOT_SERVED, refusal_of
 from lmcache.engine.settings import ServerSettings
 from lmcache.integration.vllm.caches import describe_rank
@@ -84,11 +86,18 @@ class Connector:
         kv, transfer = self._kv, self._vllm_config.kv_transfer_config
         assert kv is not None
         endpoint = self._settings.endpoint(self._instance, "scheduler", address=address)
-        session = SchedulerSession(endpoint, kv.layout, kv.shards, kv.stages)
+        first, *further = [
+            GroupShape(one.layout, one.shards, one.group, share)
+            for one, share in zip(kv.groups, kv.shares, strict=True)
+        ]
+        session = SchedulerSession(
+            *(endpoint, kv.layout, kv.shards, kv.stages), group=first.group, share=first.share, others=further
+        )
         self._scheduler = side = SchedulerSide(
             session,
-            kv.block_tokens,
+            [GroupTable(one.block_tokens, one.reach_tokens, one.model.kind == "state") for one in kv.groups],
             kv.ranks,
+            numbers=[one.number for one in kv.groups],
             can_load=transfer.is_kv_consumer,
             can_store=transfer.is_kv_producer,
             synchronous=self._synchronous,
@@ -112,13 +121,27 @@ class Connector:
             return
         endpoint = self._settings.endpoint(self._instance, "worker", number, address)
         layerwise = self._synchronous and self._settings.config.use_layerwise
+        first, *further = [
+            RankGroup(one.layout, one.shard, one.paged, group.group, share, group.state_tokens)
+            for one, group, share in zip(served, kv.groups, kv.shares, strict=True)
+        ]
         self._worker = WorkerSide(
-            WorkerSession(endpoint, served.layout, served.shard, served.paged, stages=kv.stages),
+            WorkerSession(
+                endpoint,
+                first.layout_for,
+                first.shard,
+                first.paged,
+                stages=kv.stages,
+                group=first.group,
+                share=first.share,
+                others=further,
+            ),
             registered,
-            served.shard.index,
-            stores=served.stores,
+            [one.shard.index for one in served],
+            stores=served[0].stores,
             synchronous=self._synchronous,
-            layers=Layers(kv.layer_names, len(registered.paged.planes)) if layerwise else None,
+            fails_by_request=kv.fails_by_request,
+            layers=Layers(kv.layer_names, len(registered[0].paged.planes)) if layerwise else None,
             refusal=lambda: kv.identity.failure,
         )
         self._worker.reports_stats = number == 0
@@ -182,6 +205,8 @@ class Connector:
     def get_block_ids_with_load_errors(self) -> set[int]:
         if self._worker is not None:
             return self._worker.take_invalid_blocks()
+        if self._kv is not None and self._kv.fails_by_request:
+            return set()  # `get_transfer_results` reports the requests
         size = self._vllm_config.cache_config.block_size
         return {block for load in self._plan().loads for block in load.filled(size)}
 
@@ -217,7 +242,8 @@ class Connector:
         report = meta.report if isinstance(meta, LMCacheWorkerMetadata) else None
         invalid: Iterable[int] = getattr(connector_output, "invalid_block_ids", None) or ()
         received, sent = connector_output.finished_recving or (), connector_output.finished_sending or ()
-        self._scheduler.transferred(received, sent, invalid, report)
+        failed = getattr(connector_output, "failed_recving", None) or ()
+        self._scheduler.transferred(received, sent, invalid, report, failed)
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         return (self._scheduler is not None and self._scheduler.finished(request)), None

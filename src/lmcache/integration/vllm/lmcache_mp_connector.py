@@ -65,6 +65,20 @@ class LMCacheMPConnector(Connector, KVConnectorBase_V1, _SupportsHMA):  # type: 
             self._attach(kv_caches, plan.address)
         self._begin()
 
+    def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
+        """Return the ends of transfers. A model with several groups reports failed loads here, because numbers of blocks do not
+        say which group they belong to."""
+        results = super().get_transfer_results(finished_req_ids)
+        if self._worker is not None:
+            results.failed_recving |= self._worker.take_failed_requests()
+        elif self._kv is not None and self._kv.fails_by_request:
+            results.failed_recving |= {str(load.request_id) for load in self._plan().loads}
+        return results
+
+    def bind_gpu_block_pool(self, gpu_block_pool: Any) -> None:
+        if self._scheduler is not None:
+            self._scheduler.bind_pool(gpu_block_pool)
+
     def get_kv_connector_stats(self) -> Any:
         if self._worker is None or not self._worker.reports_stats:
             return None
@@ -80,7 +94,7 @@ class LMCacheMPConnector(Connector, KVConnectorBase_V1, _SupportsHMA):  # type: 
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         if self._scheduler is not None:
-            self._scheduler.allocated(request, list(blocks.get_block_ids()[0]), num_external_tokens)
+            self._scheduler.allocated(request, blocks.get_block_ids(), num_external_tokens)
 
     def request_finished_all_groups(
         self, request: Any, block_ids: tuple[list[int], ...]

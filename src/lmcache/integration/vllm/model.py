@@ -2,32 +2,65 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
 
-from lmcache.chunks import Layout, Shard, shard_of_rank
+from lmcache.chunks import Group, Layout, Shard, shard_of_rank
+from lmcache.engine.groups import shares
+from lmcache.engine.identity import digest_of, named
 from lmcache.engine.served import ServedModel, refuse_encoder_decoder
 from lmcache.errors import LayoutError
 from lmcache.integration.vllm.identity import config_digest, served_identity
 from lmcache.integration.vllm.rules import refuse_what_vllm_rules_out
 
 _FULL_ATTENTION = ("FullAttentionSpec", "MLAAttentionSpec")
+_WINDOW, _STATE = "SlidingWindowSpec", "MambaSpec"
 _FP8_NAMES = {"fp8": "fp8_e4m3", "fp8_e4m3": "fp8_e4m3", "fp8_e5m2": "fp8_e5m2"}
 _PLAIN_DTYPES = ("float32", "float16", "bfloat16")
 
 
 @dataclass(frozen=True)
 class ModelKV(ServedModel):
-    """The KV of a complete model, and its split among ranks.
+    """The KV of a complete model, and its split among ranks. Of a model with several groups, this is the first one.
 
     block_tokens: tokens of a scheduler block. layer_names: this rank's layers, in the order of the extent. stages: the layer
-    before which each pipeline stage ends (empty without pipeline)."""
+    before which each pipeline stage ends (empty without pipeline). group: which group this is; None if the model has one kind of
+    KV. number: vLLM's number of the group. others: the further groups."""
 
     block_tokens: int
     layer_names: tuple[str, ...]
     tp_size: int
     pp_size: int
     stages: tuple[int, ...]
+    group: Group | None = None
+    number: int = 0
+    others: tuple[ModelKV, ...] = ()
+
+    @property
+    def groups(self) -> tuple[ModelKV, ...]:
+        """All groups, this one first."""
+        return self, *self.others
+
+    @property
+    def state_tokens(self) -> int:
+        """For states: the tokens after which the engine has one; 0 for KV of tokens."""
+        return self.block_tokens if self.model.kind == "state" else 0
+
+    @property
+    def fails_by_request(self) -> bool:
+        """Whether vLLM has to compute a request from its start if a load fails: what is in reach of a shorter prefix was not
+        loaded, and numbers of blocks do not say which group they belong to."""
+        return bool(self.others or self.reach_tokens)
+
+    @property
+    def shares(self) -> list[float]:
+        """Which part of the model's memory each group should hold."""
+        tokens = [shard_of_rank(one.model, 0, 1, 0, one.model.num_layers).token_bytes(one.model) for one in self.groups]
+        return shares([(size, one.reach_tokens) for size, one in zip(tokens, self.groups, strict=True)])
+
+    @property
+    def reach_tokens(self) -> int:
+        return self.group.reach_tokens if self.group is not None else 0
 
     @property
     def ranks(self) -> int:
@@ -54,32 +87,78 @@ def describe_model(vllm_config: Any, kv_cache_config: Any, model_id: str = "") -
     Raises:
         LayoutError: this engine's KV cannot be cached; the message says why.
     """
-    parallel, model = vllm_config.parallel_config, vllm_config.model_config
     _refuse_unsupported(vllm_config)
     refuse_what_vllm_rules_out(vllm_config)
-    group, spec = _only_group(kv_cache_config)
-    names = tuple(sorted(group.layer_names, key=_layer_order))
+    groups = _groups(kv_cache_config)
+    if len(groups) > 1 or groups[0].reach_tokens:
+        _refuse_with_groups(vllm_config)
+    # The identity comes last: the weights of a refused engine need not be hashed.
+    digest, layers = (
+        config_digest(vllm_config),
+        sorted((name for one in groups for name in one.names), key=_layer_order),
+    )
+    described = [_describe_group(vllm_config, one, layers, digest) for one in groups]
+    identity = served_identity(vllm_config, model_id)
+    parts = [replace(one, identity=identity) for one in described]
+    return replace(parts[0], others=tuple(parts[1:]))
+
+
+class _Group(NamedTuple):
+    """A group of vLLM's. number: its place in vLLM's list. reach_tokens: as in `Group`."""
+
+    number: int
+    names: tuple[str, ...]
+    spec: Any
+    reach_tokens: int
+
+
+def _describe_group(vllm_config: Any, one: _Group, all_layers: list[str], digest: str) -> ModelKV:
+    """Describe one group, without the identity of the weights."""
+    parallel, model, spec, names = vllm_config.parallel_config, vllm_config.model_config, one.spec, one.names
+    pp_size, tp_size = parallel.pipeline_parallel_size, parallel.tensor_parallel_size
+    layers = len(names) if pp_size == 1 else model.get_total_num_hidden_layers()
+    if type(spec).__name__ == _STATE:
+        layout = _state_layout(spec, layers, 1 if getattr(spec, "tp_replicated", False) else tp_size, digest)
+    else:
+        layout = _token_layout(vllm_config, spec, layers, digest)
+    group = None
+    if len(names) < len(all_layers) or one.reach_tokens:
+        group = Group(tuple(all_layers.index(name) for name in names), one.reach_tokens)
+    split = tp_size, pp_size, _stages(layers, pp_size)
+    return ModelKV(named(""), layout, spec.block_size, names, *split, group, one.number)
+
+
+def _token_layout(vllm_config: Any, spec: Any, layers: int, digest: str) -> Layout:
     kind: Literal["mla", "mha"] = "mla" if type(spec).__name__ == "MLAAttentionSpec" else "mha"
     if kind == "mha" and getattr(spec, "head_size_v", None) not in (None, spec.head_size):
         raise LayoutError(
             f"keys of {spec.head_size} and values of {spec.head_size_v} elements a head are not supported yet"
         )
-    pp_size = parallel.pipeline_parallel_size
-    layers = len(names) if pp_size == 1 else model.get_total_num_hidden_layers()
-    layout = Layout(
+    return Layout(
         model_id="",
         kv_dtype=_kv_dtype(str(spec.dtype), str(vllm_config.cache_config.cache_dtype)),
         num_layers=layers,
-        num_kv_heads=1 if kind == "mla" else model.get_total_num_kv_heads(),
+        num_kv_heads=1 if kind == "mla" else vllm_config.model_config.get_total_num_kv_heads(),
         head_size=spec.head_size,
         chunk_tokens=1,
         kind=kind,
-        config_digest=config_digest(vllm_config),
+        config_digest=digest,
     )
-    # The identity comes last: the weights of a refused engine need not be hashed.
-    identity = served_identity(vllm_config, model_id)
-    split = parallel.tensor_parallel_size, pp_size, _stages(layers, pp_size)
-    return ModelKV(identity, layout, spec.block_size, names, *split)
+
+
+def _state_layout(spec: Any, layers: int, ranks: int, digest: str) -> Layout:
+    """Return the layout of states, as bytes. What they mean depends on shapes, dtypes and the kind of layer."""
+    meaning = [[list(shape) for shape in spec.shapes], [str(one) for one in spec.dtypes], str(spec.mamba_type), digest]
+    return Layout(
+        model_id="",
+        kv_dtype="uint8",
+        num_layers=layers,
+        num_kv_heads=ranks,
+        head_size=spec.state_content_size_bytes,
+        chunk_tokens=1,
+        kind="state",
+        config_digest=digest_of(meaning),
+    )
 
 
 def _stages(layers: int, pp_size: int) -> tuple[int, ...]:
@@ -118,19 +197,58 @@ def _refuse_unsupported(vllm_config: Any) -> None:
         raise LayoutError("--kv-sharing-fast-prefill leaves KV of shared layers unwritten")
 
 
-def _only_group(kv_cache_config: Any) -> tuple[Any, Any]:
-    groups = kv_cache_config.kv_cache_groups
-    if len(groups) != 1:
-        kinds = ", ".join(sorted({type(group.kv_cache_spec).__name__ for group in groups})) or "none"
+def _groups(kv_cache_config: Any) -> list[_Group]:
+    """Return the model's groups: those of full attention first.
+
+    Raises:
+        LayoutError: a group's kind of KV cannot be cached.
+    """
+    found = []
+    for number, group in enumerate(kv_cache_config.kv_cache_groups):
+        spec = group.kv_cache_spec
+        kind = type(spec).__name__
+        if kind not in (*_FULL_ATTENTION, _WINDOW, _STATE):
+            raise LayoutError(
+                f"KV of kind {kind}; only full attention, sliding windows and Mamba states are supported yet"
+            )
+        if (kind != _STATE and getattr(spec, "tokens_per_state", 1) != 1) or getattr(spec, "non_causal", False):
+            raise LayoutError("KV that does not hold one causal state a token is not supported")
+        reach = 0
+        if kind == _WINDOW:  # vLLM keeps the blocks from the window's first token on
+            seen = spec.sliding_window - 1 + getattr(spec, "extra_retained_tokens", 0)
+            reach = max(1, -(-seen // spec.block_size)) * spec.block_size
+        if kind == _STATE:
+            if spec.mamba_cache_mode != "align":
+                raise LayoutError(
+                    f"Mamba states kept in mode {spec.mamba_cache_mode!r}; start vLLM with --enable-prefix-caching "
+                    "--mamba-cache-mode align"
+                )
+            reach = 1
+        found.append(_Group(number, tuple(sorted(group.layer_names, key=_layer_order)), spec, reach))
+    if not found:
+        raise LayoutError("vLLM has no KV cache groups for this model")
+    return sorted(found, key=lambda one: (one.reach_tokens > 0, one.number))
+
+
+def _refuse_with_groups(vllm_config: Any) -> None:
+    """Refuse what is supported only for models with one group of full attention.
+
+    Raises:
+        LayoutError: the engine uses one of these.
+    """
+    from vllm.distributed.kv_transfer.kv_connector.v1 import base
+
+    kinds = "models with sliding windows"
+    if not hasattr(base, "KVConnectorTransferResults") or not hasattr(base.KVConnectorBase_V1, "bind_gpu_block_pool"):
+        raise LayoutError(f"{kinds} need a later release of vLLM, or --disable-hybrid-kv-cache-manager")
+    if vllm_config.parallel_config.pipeline_parallel_size > 1:
         raise LayoutError(
-            f"{len(groups)} KV cache groups ({kinds}); only models with one group of full attention are supported yet"
+            f"{kinds} are not supported with pipeline parallelism yet; --disable-hybrid-kv-cache-manager may help"
         )
-    spec = groups[0].kv_cache_spec
-    if type(spec).__name__ not in _FULL_ATTENTION:
-        raise LayoutError(f"KV of kind {type(spec).__name__}; only full attention is supported yet")
-    if getattr(spec, "tokens_per_state", 1) != 1 or getattr(spec, "non_causal", False):
-        raise LayoutError("KV that does not hold one causal state a token is not supported")
-    return groups[0], spec
+    if getattr(vllm_config, "speculative_config", None) is not None:
+        raise LayoutError(
+            f"{kinds} are not supported with speculative decoding yet; --disable-hybrid-kv-cache-manager may help"
+        )
 
 
 def _kv_dtype(dtype: str, cache_dtype: str) -> str:

@@ -72,6 +72,35 @@ def describe_tensors(tensors: Sequence[Any], shape: Shape, num_blocks: int, isa:
     return Registered(paged, ratio)
 
 
+def describe_states(layers: Sequence[Any], num_blocks: int, state_bytes: int) -> Registered:
+    """Describe the states of recurrent layers: for each layer a tensor [block, ...] whose blocks begin with `state_bytes` of
+    state, or a sequence of such tensors that hold a state together. A block is one token of the paged KV, and its elements are
+    bytes.
+
+    Raises:
+        LayoutError: the tensors cannot be described; the message names what they are.
+    """
+    planes = []
+    for layer in layers:
+        tensors = (layer,) if hasattr(layer, "stride") else tuple(layer)
+        for tensor in tensors:
+            if tensor.shape[0] != num_blocks or not tensor[0].is_contiguous():
+                raise LayoutError(
+                    f"states of shape {tuple(tensor.shape)} and strides {tuple(tensor.stride())} are of an unknown order"
+                )
+        step, address = tensors[0].stride(0) * tensors[0].element_size(), tensors[0].data_ptr()
+        end = address
+        for tensor in tensors:
+            if tensor.data_ptr() != end or tensor.stride(0) * tensor.element_size() != step:
+                raise LayoutError(f"the {len(tensors)} states of a layer do not lie behind one another in their blocks")
+            end += tensor[0].numel() * tensor.element_size()
+        if end - address < state_bytes:
+            raise LayoutError(f"states of {end - address} bytes, where vLLM's cache spec has {state_bytes}")
+        planes.append(Plane.strided(address, step, 0, 1, 0, state_bytes, 1))
+    first = layers[0] if hasattr(layers[0], "device") else layers[0][0]
+    return Registered(PagedKV(tuple(planes), 1, num_blocks, 1, tuple(layers), str(first.device)), 1)
+
+
 def strided_planes(tensor: Any, shape: Shape, block_axis: int) -> list[Plane]:
     """Return the planes of a tensor whose elements lie where its strides say.
 

@@ -8,13 +8,14 @@ that read these blocks before anything is computed (`StepPlan.settle`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lmcache.chunks.hashing import Extras, encode_extra
 from lmcache.config.engine import EngineConfig
-from lmcache.engine import Loading, LoadPlan, Request, Requests, SchedulerSession
+from lmcache.engine import Loading, LoadPlan, Request, Requests, SchedulerSession, StorePlan
+from lmcache.engine.requests import GroupTable
 from lmcache.engine.settings import WITH_A_DAEMON
 from lmcache.integration.vllm.identity import Adapters
 from lmcache.integration.vllm.plan import StepPlan, StepReport
@@ -41,7 +42,8 @@ class Tracker(Request):
 
 
 class SchedulerSide:
-    """The scheduler's side. ranks: number of reports that complete a job. can_load, can_store: what the KV role allows.
+    """The scheduler's side. groups, numbers: the block tables of the model's groups, and vLLM's numbers of these. ranks: number
+    of reports that complete a job. can_load, can_store: what the KV role allows.
 
     synchronous: a load is part of the request's first step, whose forward waits for it; so the last token is always computed,
     and no hit is too small to be loaded. Otherwise the request waits, unscheduled. config: settings of loads and stores.
@@ -50,9 +52,10 @@ class SchedulerSide:
     def __init__(
         self,
         session: SchedulerSession,
-        block_tokens: int,
+        groups: Sequence[GroupTable],
         ranks: int,
         *,
+        numbers: Sequence[int] = (0,),
         can_load: bool = True,
         can_store: bool = True,
         synchronous: bool = False,
@@ -60,9 +63,14 @@ class SchedulerSide:
         device: str = "cpu",
     ) -> None:
         self.requests: Requests[Tracker] = Requests(
-            session, block_tokens=block_tokens, ranks=ranks, save_tail=config.save_unfull_chunk
+            session, ranks=ranks, save_tail=config.save_unfull_chunk, groups=groups
         )
-        self._block_tokens, self._ranks = block_tokens, ranks
+        self._groups, self._numbers = groups, numbers
+        self._block_tokens, self._ranks = groups[0].block_tokens, ranks
+        self._pool: Any = None
+        """vLLM's block pool, for models with windows: blocks out of the window are freed while stores may read them."""
+        self._held: dict[str, list[Any]] = {}
+        """Store job -> vLLM's blocks that it reads."""
         self._can_load, self._can_store = can_load, can_store
         self._synchronous, self._config = synchronous, config
         self._min_gain = 1 if synchronous else MIN_GAIN_TOKENS.get(device, MIN_GAIN_TOKENS_ON_A_DEVICE)
@@ -101,11 +109,15 @@ class SchedulerSide:
         self._log(tracker, found, gain)
         return gain
 
-    def allocated(self, request: Any, blocks: list[int], external_tokens: int) -> None:
-        """Record the request's block table (empty if only the step's output contains it), and plan to load the `external_tokens`
-        after the local hit."""
+    def bind_pool(self, pool: Any) -> None:
+        if any(group.reach_tokens for group in self._groups):
+            self._pool = pool
+
+    def allocated(self, request: Any, blocks: Sequence[Sequence[int]] | None, external_tokens: int) -> None:
+        """Record the request's block tables by vLLM's groups (None if only the step's output contains them), and plan to load the
+        `external_tokens` after the local hit."""
         tracker = self._tracker(request)
-        tracker.blocks = blocks
+        self._set_tables(tracker, blocks)
         if tracker.local_tokens and self.requests.own_cache_outdated:
             tracker.cacheable = False
         if tracker.hit is None or external_tokens <= 0:
@@ -129,7 +141,8 @@ class SchedulerSide:
         plan.settle += [job for job, tracker in self.requests.storing.items() if _was_preempted(tracker)]
         self._grow_tables(output)
         for tracker, load in self._admitted:
-            load.blocks = list(tracker.blocks)
+            for part, table in zip((load, *load.others), (tracker.blocks, *tracker.tables), strict=True):
+                part.blocks = list(table)
             if len(load.filled(self._block_tokens)) * self._block_tokens < load.tokens:  # vLLM takes them for filled
                 raise RuntimeError(
                     f"vLLM has not given the blocks of request {tracker.id}: this release cannot be served"
@@ -150,8 +163,10 @@ class SchedulerSide:
         closed: Iterable[str] = (),
         invalid_blocks: Iterable[int] = (),
         report: StepReport | None = None,
+        failed: Iterable[str] = (),
     ) -> None:
-        """Process the results of all ranks: ended loads, closed requests, blocks that could not be filled, and reports."""
+        """Process the results of all ranks: ended loads, closed requests, blocks that could not be filled, and reports. failed:
+        requests whose loads failed, of a model with several groups."""
         report, invalid = report or StepReport(), frozenset(invalid_blocks)
         requests = self.requests
         for job_id, load in requests.loading.items() if invalid else ():
@@ -161,6 +176,9 @@ class SchedulerSide:
                 self._plan.known_failures.append(job_id)
             if load.request_id in requests.open:
                 requests.open[load.request_id].may_load = False
+        for request_id in failed:
+            if request_id in requests.open:
+                requests.open[request_id].may_load = False
         ended = set(finished_loads)
         for job_id in [job for job, load in requests.loading.items() if load.request_id in ended]:
             requests.loaded(job_id)
@@ -172,6 +190,8 @@ class SchedulerSide:
             # Releases of vLLM without worker metadata report stores in no other way.
             for job_id in tuple(self._closing.pop(request_id).jobs if request_id in self._closing else ()):
                 requests.stored(job_id)
+        for job_id in [job for job in self._held if job not in requests.storing]:
+            self._pool.free_blocks(reversed(self._held.pop(job_id)))
         if report.weights > self._weights:
             self._weights = report.weights
             logger.info("This engine's weights have changed: KV of the old weights is not used any more")
@@ -234,15 +254,20 @@ class SchedulerSide:
         cached, known = output.scheduled_cached_reqs, self.requests.open
         for new in output.scheduled_new_reqs:
             if new.req_id in known:
-                known[new.req_id].blocks = list(new.block_ids[0])
+                self._set_tables(known[new.req_id], new.block_ids)
         for request_id, new_blocks in zip(cached.req_ids, cached.new_block_ids, strict=True):
             tracker = known.get(request_id)
             if tracker is None or not new_blocks:
                 continue
             if request_id in cached.resumed_req_ids:
-                tracker.blocks = list(new_blocks[0])
+                self._set_tables(tracker, new_blocks)
             else:
-                tracker.blocks.extend(new_blocks[0])
+                for table, number in zip((tracker.blocks, *tracker.tables), self._numbers, strict=True):
+                    table.extend(new_blocks[number])
+
+    def _set_tables(self, tracker: Tracker, blocks: Sequence[Sequence[int]] | None) -> None:
+        tables = [list(blocks[number]) if blocks is not None else [] for number in self._numbers]
+        tracker.blocks, *tracker.tables = tables
 
     def _plan_store(self, plan: StepPlan, tracker: Tracker, scheduled: int) -> None:
         """Plan to store the chunks that are full after this step, and the tail of a prompt that ends with it. Draft tokens do not
@@ -252,9 +277,33 @@ class SchedulerSide:
         if not self._config.save_decode_cache:
             computed = min(computed, request.num_prompt_tokens)
         ends = computed == request.num_prompt_tokens
-        store = self.requests.store(tracker, request.all_token_ids, computed, ends=ends)
+        before = request.num_computed_tokens
+        store = self.requests.store(tracker, request.all_token_ids, computed, ends=ends, before=before)
         if store is not None:
+            self._hold(store)
             plan.stores.append(store)
+
+    def _hold(self, store: StorePlan) -> None:
+        """Keep vLLM from reusing the blocks that a store reads before it has ended."""
+        if self._pool is None:
+            return
+        held = self._held[store.job_id] = []
+        for group, part in zip(self._groups, (store, *store.others), strict=True):
+            first = part.start // group.block_tokens
+            if group.reach_tokens:  # of each chunk, the blocks in reach of its end; those before may be null or reused
+                ends = range(part.start + part.chunk_tokens, part.end + 1, part.chunk_tokens)
+                numbers = {
+                    at
+                    for end in ends
+                    for at in range(
+                        (end - min(group.reach_tokens, part.chunk_tokens)) // group.block_tokens,
+                        end // group.block_tokens,
+                    )
+                }
+            else:
+                numbers = set(range(first, len(part.blocks)))
+            held += [self._pool.blocks[part.blocks[number]] for number in sorted(numbers)]
+        self._pool.touch(held)
 
     def _awaits_ranks(self, tracker: Tracker) -> bool:
         """Return whether a rank may still fail a load that the request's tokens depend on: other ranks would store them."""

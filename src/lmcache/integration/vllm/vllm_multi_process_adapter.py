@@ -182,7 +182,9 @@ class LMCacheMPWorkerAdapter:
             return
         kv = engine.kv
         try:
-            number, served, self._registered = describe_rank(engine.vllm_config, engine.kv_cache_config, kv, kv_caches)
+            number, (served,), (self._registered,) = describe_rank(
+                engine.vllm_config, engine.kv_cache_config, kv, kv_caches
+            )
         except NOT_SERVED as error:
             logger.warning("LMCache serves nothing for this engine: %s", refusal_of(error, "vLLM"))
             return

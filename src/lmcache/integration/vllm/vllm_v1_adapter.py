@@ -76,7 +76,7 @@ class LMCacheConnectorV1Impl(Connector):
 
     def update_state_after_alloc(self, request: Any, num_external_tokens: int) -> None:
         if self._scheduler is not None:
-            self._scheduler.allocated(request, [], num_external_tokens)
+            self._scheduler.allocated(request, None, num_external_tokens)
 
     def update_connector_output(self, connector_output: Any) -> None:
         self._notify_parent(connector_output)

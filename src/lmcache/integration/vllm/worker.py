@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from lmcache.engine import Copies, Copy, Done, LoadPlan, WorkerSession
+from lmcache.engine import Copies, Copy, Done, LoadPlan, StorePlan, WorkerSession
 from lmcache.engine.copies import retrieved_line, stored_line
 from lmcache.engine.points import stream_point
 from lmcache.integration.vllm.layers import Layers
@@ -23,28 +23,32 @@ _START_SECONDS = 5.0
 
 
 class WorkerSide:
-    """The worker's side. shard: index of this rank's shard. stores: False if another rank stores that shard.
+    """The worker's side. registered, shards: for each group, where its KV lies and the index of this rank's shard. stores: False
+    if another rank stores that shard.
 
     synchronous: forwards wait for loads (`wait_loaded`), and every copy is logged, as users of in-process mode expect.
+    fails_by_request: whether failed loads are reported as requests (`take_failed_requests`) instead of blocks.
     layers: if given, reliable forwards wait layer by layer. refusal: returns why this rank can never serve, "" as long as it may.
     """
 
     def __init__(
         self,
         session: WorkerSession,
-        registered: Registered,
-        shard: int,
+        registered: Sequence[Registered],
+        shards: Sequence[int],
         *,
         stores: bool = True,
         synchronous: bool = False,
+        fails_by_request: bool = False,
         layers: Layers | None = None,
         refusal: Callable[[], str] = str,
     ) -> None:
-        self._session, self._registered = session, registered
-        self._copies = Copies(session, shard, stores=stores, ended=self._ended)
-        self._block_tokens = registered.paged.block_tokens * registered.blocks_per_block
+        self._session, self._registered, self._groups = session, registered[0], registered
+        self._copies = Copies(session, shards, stores=stores, ended=self._ended)
+        self._block_tokens = registered[0].paged.block_tokens * registered[0].blocks_per_block
         """Tokens of a scheduler block."""
         self._synchronous, self._layers, self._refusal = synchronous, layers, refusal
+        self._fails_by_request = fails_by_request
         self._arriving: list[Progress] = []
         """The progress of loads of a step whose forward waits for each layer."""
         self._unread: set[str] = set()
@@ -54,6 +58,8 @@ class WorkerSide:
         self._waited = False
         self._received: set[Any] = set()
         self._invalid: set[int] = set()
+        self._failed: set[Any] = set()
+        """Requests with a failed load, of a model with several groups."""
         self._report = StepReport()
         self._started: StepPlan | None = None
         self._weights_before, self._weights = weight_changes(), 0
@@ -86,7 +92,8 @@ class WorkerSide:
             progress = Progress() if self._layers is not None else None
             if progress is not None:
                 self._arriving.append(progress)
-            self._copies.load(load, self._registered.blocks(load.blocks), fence, progress)
+            table, *tables = self._tables(load)
+            self._copies.load(load, table, fence, progress, tables)
 
     def _notice_weights(self) -> None:
         """Count running loads as failed if the weights have changed, since their KV is of the old weights."""
@@ -143,7 +150,8 @@ class WorkerSide:
                 if self._synchronous and self._copies.stores:
                     text = "Storing KV cache for %d out of %d tokens (skip_leading_tokens=%d) for request %s"
                     logger.info(text, store.tokens, store.end, store.start, store.request_id)
-                self._copies.store(store, self._registered.blocks(store.blocks), now)
+                table, *tables = self._tables(store)
+                self._copies.store(store, table, now, tables)
 
     def finished(self, plan: StepPlan) -> tuple[set[str], set[str]]:
         """Return (requests whose blocks are no longer read, requests whose KV has arrived) since the last call."""
@@ -159,6 +167,12 @@ class WorkerSide:
         """Return the blocks that loads could not fill. Call this after `finished`, in the same step."""
         invalid, self._invalid = self._invalid, set()
         return invalid
+
+    def take_failed_requests(self) -> set[Any]:
+        """Return the requests with loads that failed, of a model with several groups. Call this after `finished`, in the same
+        step."""
+        failed, self._failed = self._failed, set()
+        return failed
 
     def take_report(self) -> StepReport:
         report, self._report = self._report, StepReport()
@@ -176,6 +190,10 @@ class WorkerSide:
 
     def close(self) -> None:
         self._session.close()
+
+    def _tables(self, plan: LoadPlan | StorePlan) -> list[list[int]]:
+        """Return the plan's block table of each group, in blocks of the tensors."""
+        return [own.blocks(part.blocks) for own, part in zip(self._groups, (plan, *plan.others), strict=True)]
 
     def _ended(self, copy: Copy) -> None:
         plan, done = copy.plan, copy.done
@@ -207,7 +225,10 @@ class WorkerSide:
         self._report_loaded(load)
         self.failed_loads += 1
         blocks = load.filled(self._block_tokens)
-        self._invalid.update(blocks)
+        if self._fails_by_request:
+            self._failed.add(load.request_id)
+        else:
+            self._invalid.update(blocks)
         if self._synchronous:
             self._spoiled[load.job_id] = set(blocks)
 

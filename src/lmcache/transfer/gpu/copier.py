@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from lmcache.errors import LayoutError
@@ -21,8 +23,9 @@ STAGING_BYTES = staging_bytes()
 
 
 class CudaCopier:
-    """The `Copier` for paged KV on a GPU. Stores and loads have separate staging rings and streams, so they run concurrently:
-    one storing thread and two loading threads may call it at the same time.
+    """The `Copier` for paged KV on a GPU. arena: the registered arena, if another copier registers it. Stores and loads have
+    separate staging rings and streams, so they run concurrently: one storing thread and two loading threads may call it at the
+    same time.
 
     Raises:
         LayoutError: planes of different strides, tiled interiors, or no GPU memory for the staging rings.
@@ -31,20 +34,29 @@ class CudaCopier:
     bytes_per_second = 50e9
     zeroes_the_rest = True
 
-    def __init__(self, paged: PagedKV, chunk_tokens: int, runtime: Runtime = RUNTIME) -> None:
+    def __init__(
+        self,
+        paged: PagedKV,
+        chunk_tokens: int,
+        runtime: Runtime = RUNTIME,
+        arena: PinnedArena | None = None,
+        staging_bytes: int = STAGING_BYTES,
+    ) -> None:
         device = torch.device(paged.device)
         self._bounds = Bounds(paged, chunk_tokens)
-        self._arena = PinnedArena(device, runtime)
+        self._own_arena = PinnedArena(device, runtime) if arena is None else None
+        self._arena = self._own_arena or arena
+        assert self._arena is not None
         with using_device(device):
             bases = torch.tensor([plane.address for plane in paged.planes], dtype=torch.int64, device=device)
             source = Source(
                 device, bases, _shape_of(paged), paged.block_tokens, chunk_tokens, paged.shard_bytes(chunk_tokens)
             )
             self._rings = {
-                to_host: StagingRing(source, self._arena, STAGING_BYTES // 2, to_host) for to_host in (True, False)
+                to_host: StagingRing(source, self._arena, staging_bytes // 2, to_host) for to_host in (True, False)
             }
         self._device = device
-        logger.info("GPU staging: %d MiB on %s", STAGING_BYTES >> 20, device)
+        logger.info("GPU staging: %d MiB on %s", staging_bytes >> 20, device)
 
     def gather(self, base: int, blocks: Blocks, runs: Runs, *, arena_bytes: int | None = None) -> None:
         """Copy paged tokens, which the engine must have computed, to extents. The rest of each extent becomes zeros."""
@@ -61,13 +73,22 @@ class CudaCopier:
 
     def adopt(self, address: int, size_bytes: int) -> None:
         """Register the arena, which is mapped at `address`, with the driver in the background."""
-        self._arena.register(address, size_bytes)
+        assert self._own_arena is not None, "another copier registers the arena"
+        self._own_arena.register(address, size_bytes)
 
     def close(self) -> None:
         """Undo registrations and free the rings. No copy may be running."""
-        self._arena.close()
+        if self._own_arena is not None:
+            self._own_arena.close()
         with using_device(self._device):
             self._rings.clear()
+
+
+def cuda_copiers(groups: Sequence[tuple[PagedKV, int]], runtime: Runtime = RUNTIME) -> list[CudaCopier]:
+    """Return one copier for each (paged KV, tokens of an extent). They use one arena, and share the staging memory."""
+    size = STAGING_BYTES // len(groups)
+    first = CudaCopier(*groups[0], runtime, staging_bytes=size)
+    return [first, *(CudaCopier(*group, runtime, first._arena, size) for group in groups[1:])]
 
 
 def _shape_of(paged: PagedKV) -> Shape:

@@ -1,0 +1,91 @@
+"""The groups of a model with several kinds of KV, as sessions register them. A model with one kind has one group, `None`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from lmcache.chunks import Group, Shard
+from lmcache.engine.session import LayoutFor
+from lmcache.errors import LayoutError
+from lmcache.transfer.bounds import Runs
+from lmcache.transfer.paged import PagedKV
+
+_REACH_TO_KEEP_ALL = 2048
+"""Tokens. A group with a shorter reach needs a part of the memory only, since prompts are longer."""
+
+
+class GroupShape(NamedTuple):
+    """A group as the scheduler knows it. shards: how many shards a chunk has in this group. share: as in `shares`."""
+
+    layout_for: LayoutFor
+    shards: int
+    group: Group | None = None
+    share: float = 1.0
+
+
+@dataclass(frozen=True)
+class RankGroup:
+    """A group as one rank knows it. shard: the part of every chunk that the rank holds. paged: the rank's paged KV. share: as in
+    `shares`."""
+
+    layout_for: LayoutFor
+    shard: Shard
+    paged: PagedKV
+    group: Group | None = None
+    share: float = 1.0
+    state_tokens: int = 0
+    """For states: a block of the engine's table holds the state after so many tokens, or a multiple of them. 0 for KV of
+    tokens."""
+
+    def first_token(self, chunk: npt.NDArray[np.int64], chunk_tokens: int) -> npt.NDArray[np.int64]:
+        """Return the first token of each of these chunks that its extent holds."""
+        return (chunk + 1) * chunk_tokens - self.kept_tokens(chunk_tokens)
+
+    def in_table(self, runs: Runs) -> Runs:
+        """Return runs that count the engine's tokens as runs of the paged KV, where a state is one token."""
+        if self.state_tokens:
+            runs[:, 1] //= self.state_tokens
+        return runs
+
+    def kept_tokens(self, chunk_tokens: int) -> int:
+        """Return how many tokens of a chunk an extent holds.
+
+        Raises:
+            LayoutError: chunks do not end where blocks end, so that a block would be loaded in part.
+        """
+        kept = self.group.kept_tokens(chunk_tokens) if self.group is not None else chunk_tokens
+        block = self.state_tokens or self.paged.block_tokens
+        if kept < chunk_tokens and chunk_tokens % block:
+            raise LayoutError(
+                f"chunks of {chunk_tokens} tokens do not end where the engine has the state or the window of its layers, "
+                f"which is every {block} tokens: start the server with --chunk-size {block} or a multiple of it"
+            )
+        return kept
+
+    def shard_bytes(self, chunk_tokens: int) -> int:
+        """Return the bytes of an extent.
+
+        Raises:
+            LayoutError: the KV tensors do not have the layout's size.
+        """
+        kept = self.kept_tokens(chunk_tokens)
+        of_layout = self.shard.token_bytes(self.layout_for(chunk_tokens)) * kept
+        of_tensors = self.paged.shard_bytes(kept)
+        if of_tensors != of_layout:
+            raise LayoutError(f"the KV tensors make shards of {of_tensors} bytes, the layout {of_layout}")
+        return of_layout
+
+
+def shares(groups: Sequence[tuple[int, int]]) -> list[float]:
+    """Return which part of a model's memory each of its groups should hold when memory is short; the sum is 1.
+
+    groups: (bytes of a token, reach in tokens or 0 for everything). A prompt of many tokens is usable with few tokens of a group
+    with a reach. These are kept at several places of it: where prompts begin to differ, and where each of them ends.
+    """
+    needed = [size * min(1.0, reach / _REACH_TO_KEEP_ALL if reach else 1.0) for size, reach in groups]
+    return [one / sum(needed) for one in needed]

@@ -1,0 +1,392 @@
+"""Models with several kinds of KV: what groups store, what a hit needs of each, and what goes first when memory is short."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from lmcache.cache import Heart
+from lmcache.chunks import Group, Layout, shard_of_rank
+from lmcache.engine import Copies, Hit, Request, Requests, SchedulerSession, WorkerSession
+from lmcache.engine.endpoint import Endpoint
+from lmcache.engine.groups import GroupShape, RankGroup, shares
+from lmcache.engine.requests import GroupTable
+from lmcache.errors import LayoutError
+from lmcache.transfer.paged import PagedKV, Plane
+from servers import PATIENCE, Server, eventually
+from test_l2 import tiers_of
+
+SECTOR = 4096
+CHUNK, BLOCK, BLOCKS = 32, 16, 200
+NULL = 0
+"""The block that the engine names where it keeps nothing, as vLLM does."""
+POISON = 0xDEAD
+Servers = Callable[..., Server]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One group of the test's model. reach: in tokens; 0 for everything. state: whether it is a state in place of tokens."""
+
+    layers: tuple[int, ...]
+    reach: int = 0
+    state: bool = False
+
+    @property
+    def group(self) -> Group:
+        return Group(self.layers, self.reach)
+
+    def layout(self, chunk_tokens: int) -> Layout:
+        if self.state:
+            return Layout("model", "uint8", len(self.layers), 1, 24, chunk_tokens, kind="state")
+        return Layout("model", "bfloat16", len(self.layers), 2, 8, chunk_tokens)
+
+
+FULL, SHORT, LONG, STATE = Kind((0, 5)), Kind((1, 4), 16), Kind((2,), 48), Kind((3,), 1, state=True)
+MODEL = (FULL, SHORT, LONG, STATE)
+
+
+class HybridEngine:
+    """An engine with all kinds of KV. Every element follows from the kind, its layer and all tokens up to its own.
+
+    It computes prompts in steps, as vLLM does: blocks out of a window's reach are given to others after each step, and a state is
+    kept only where a step ends.
+    """
+
+    def __init__(self, address: str, kinds: Sequence[Kind] = MODEL, mode: str = "auto", name: str = "engine") -> None:
+        self.kinds = kinds
+        self.kv = [self._memory(kind) for kind in kinds]
+        self.blocks = [np.random.default_rng(at).permutation(np.arange(1, BLOCKS)).tolist() for at in range(len(kinds))]
+        endpoint = Endpoint(address, name, "scheduler", 0, PATIENCE, transfer_mode=mode)
+        parts = shares([(1 if kind.state else len(kind.layers), kind.reach) for kind in kinds])
+        first, *others = [
+            GroupShape(kind.layout, 1, kind.group, share) for kind, share in zip(kinds, parts, strict=True)
+        ]
+        self.scheduler = SchedulerSession(
+            endpoint, first.layout_for, 1, group=first.group, share=first.share, others=others
+        )
+        ranks = [
+            RankGroup(
+                *(kind.layout, shard_of_rank(kind.layout(1), 0, 1, 0, len(kind.layers)), self._paged(kind, memory)),
+                *(kind.group, share, BLOCK if kind.state else 0),
+            )
+            for kind, memory, share in zip(kinds, self.kv, parts, strict=True)
+        ]
+        self.worker = WorkerSession(
+            Endpoint(address, name, "worker", 0, PATIENCE, transfer_mode=mode),
+            *(ranks[0].layout_for, ranks[0].shard, ranks[0].paged),
+            group=ranks[0].group, share=ranks[0].share, others=ranks[1:],
+        )  # fmt: skip
+        assert self.scheduler.wait_connected(PATIENCE) and self.worker.wait_connected(PATIENCE)
+        tables = [GroupTable(BLOCK, kind.reach, kind.state) for kind in kinds]
+        self.requests: Requests[Request] = Requests(self.scheduler, groups=tables)
+        self.copies = Copies(self.worker, [0] * len(kinds), requests=self.requests)
+        self.opened = 0
+
+    @staticmethod
+    def _memory(kind: Kind) -> npt.NDArray[np.uint16]:
+        shape = (len(kind.layers), BLOCKS, 12) if kind.state else (len(kind.layers), 2, BLOCKS, BLOCK, 2, 8)
+        return np.full(shape, POISON, dtype=np.uint16)
+
+    def _paged(self, kind: Kind, kv: npt.NDArray[np.uint16]) -> PagedKV:
+        if kind.state:
+            planes = [Plane.strided(one.ctypes.data, one.strides[0], 0, 1, 0, 24, 1) for one in kv]
+            return PagedKV(tuple(planes), 1, BLOCKS, 1, kv)
+        planes = [
+            Plane.strided(one.ctypes.data, one.strides[0], one.strides[1], 2, one.strides[2], 8, one.strides[3])
+            for one in kv.reshape(-1, *kv.shape[2:])
+        ]
+        return PagedKV(tuple(planes), BLOCK, BLOCKS, 2, kv)
+
+    def upload(self) -> None:
+        """Bring `kv` to where the engine computes. An engine on a device overrides this and `download`."""
+
+    def download(self) -> None: ...
+
+    def close(self) -> None:
+        self.worker.close()
+        self.scheduler.close()
+
+    # What the engine computes
+
+    def value(self, number: int, ids: Sequence[int], token: int) -> npt.NDArray[np.uint16]:
+        """The KV of this token in group `number`, or the state behind it."""
+        kv = self.kv[number]
+        shape = kv.shape[:1] + kv.shape[2:] if self.kinds[number].state else kv.shape[:2] + kv.shape[4:]
+        seed = [number, token, *(int(one) for one in ids[: token + 1])]
+        return np.random.default_rng(seed).integers(0, 1 << 16, shape, dtype=np.uint16)
+
+    def at(self, number: int, table: Sequence[int], token: int) -> npt.NDArray[np.uint16]:
+        """Where that lies, by the group's block table."""
+        block, kv = table[token // BLOCK], self.kv[number]
+        return kv[:, block] if self.kinds[number].state else kv[:, :, block, token % BLOCK]
+
+    def tables(self, tokens: int) -> list[list[int]]:
+        return [blocks[: -(-tokens // BLOCK)] for blocks in self.blocks]
+
+    def open(self, salt: str = "") -> Request:
+        self.opened += 1
+        request = self.requests.open[str(self.opened)] = Request(str(self.opened), salt=salt)
+        return request
+
+    def compute(
+        self,
+        ids: Sequence[int],
+        steps: Sequence[int],
+        request: Request | None = None,
+        have: int = 0,
+        raced: bool = False,
+    ) -> Request:
+        """Compute a prompt in steps that end at these tokens, and store what is new. What is out of reach is overwritten."""
+        request = request or self.open()
+        if not have and not raced:
+            assert self.requests.find(request, ids, wait=True) is None
+        before = have
+        for end in steps:
+            request.blocks, *request.tables = self.tables(end)
+            for number, kind in enumerate(self.kinds):
+                table = (request.blocks, *request.tables)[number]
+                for token in range(before, end):
+                    if not kind.state:
+                        self.at(number, table, token)[...] = self.value(number, ids, token)
+                if kind.state:
+                    self.at(number, table, end - 1)[...] = self.value(number, ids, end - 1)
+            self.upload()
+            plan = self.requests.store(request, ids[:end], end, before=before)
+            if plan is not None:
+                copy = self.copies.store(plan, plan.blocks, others=[part.blocks for part in plan.others])
+                assert self.copies.wait([copy], PATIENCE) and (copy.ok or raced)
+            for number, kind in enumerate(self.kinds):
+                gone = max(0, end - kind.reach) // BLOCK if kind.reach else 0
+                for block in self.blocks[number][:gone]:
+                    self.kv[number][(slice(None), block) if kind.state else (slice(None), slice(None), block)] = POISON
+            before = end
+        return request
+
+    def load(self, ids: Sequence[int], have: int = 0, request: Request | None = None) -> int:
+        """Look up, load into tables with null blocks where vLLM has them, and check each token; return the tokens of the hit."""
+        request = request or self.open()
+        for kv in self.kv:
+            kv[...] = POISON
+        self.upload()
+        found = self.requests.find(request, ids, have, wait=True)
+        if not isinstance(found, Hit):
+            return 0
+        end = request.found_tokens
+        tables = self.tables(end)
+        for table, kind in zip(tables, self.kinds, strict=True):
+            if kind.reach:
+                gone = (end - kind.reach) // BLOCK
+                table[: max(0, gone)] = [NULL] * max(0, gone)
+        plan = self.requests.load(request, have, end)
+        for part, table in zip((plan, *plan.others), tables, strict=True):
+            part.blocks = table
+        copy = self.copies.load(plan, plan.blocks, others=[part.blocks for part in plan.others])
+        assert self.copies.settle([copy], PATIENCE)
+        self.download()
+        for number, (kind, table) in enumerate(zip(self.kinds, tables, strict=True)):
+            first = max(have, end - kind.reach) if kind.reach else have
+            for token in range(first, end):
+                assert (self.at(number, table, token) == self.value(number, ids, token)).all(), (number, token)
+            null = self.kv[number][:, NULL] if kind.state else self.kv[number][:, :, NULL]
+            assert (null == POISON).all(), "something was written to the null block"
+        return end
+
+
+@pytest.fixture
+def engines() -> Iterator[Callable[..., HybridEngine]]:
+    made: list[HybridEngine] = []
+
+    def make(one: Server, **options: object) -> HybridEngine:
+        made.append(HybridEngine(one.address, name=f"engine-{len(made)}", **options))  # type: ignore[arg-type]
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+def ids_of(seed: int, count: int) -> list[int]:
+    return np.random.default_rng(seed).integers(0, 30_000, count).tolist()
+
+
+@pytest.mark.parametrize("mode", ["auto", "payload"])
+@pytest.mark.parametrize("kinds", [MODEL, (SHORT,), (LONG, STATE), (FULL, SHORT)], ids=str)
+def test_what_one_engine_stores_of_all_kinds_another_loads(
+    server: Servers, engines: Callable[..., HybridEngine], kinds: tuple[Kind, ...], mode: str
+) -> None:
+    one = server(chunk=CHUNK)
+    writer, reader = engines(one, kinds=kinds, mode=mode), engines(one, kinds=kinds, mode=mode)
+    ids = ids_of(1, 200)
+    writer.compute(ids, [64, 96, 160, 192, 200])
+    assert reader.load(ids) == 192
+    assert reader.load(ids, have=64) == 192
+    assert reader.load([*ids[:170], 1, 2]) == 160
+    assert reader.load(ids[:192]) == 160, "the last token is always computed, and its window begins one token earlier"
+    assert reader.load(ids_of(2, 200)) == 0
+    assert eventually(lambda: one.status()["index"]["leases"] == 0)
+
+
+def test_a_state_is_used_only_where_a_step_has_ended(server: Servers, engines: Callable[..., HybridEngine]) -> None:
+    engine = engines(server(chunk=CHUNK))
+    ids = ids_of(3, 200)
+    request = engine.compute(ids, [64, 100, 180, 200])
+    assert engine.load(ids) == 64, "the other boundaries were passed in the middle of steps"
+    engine.compute(ids, [96, 128, 160, 192], have=64, request=engine.open())
+    assert engine.load(ids) == 192
+    assert request.stored == 6
+
+
+def test_a_window_that_has_moved_on_is_not_stored_from_blocks_that_others_have(
+    server: Servers, engines: Callable[..., HybridEngine]
+) -> None:
+    """The server comes late: the full group still has the prompt's first chunks, and the window's blocks have others."""
+    engine = engines(server(chunk=CHUNK), kinds=(FULL, SHORT))
+    ids, request = ids_of(4, 200), engine.open()
+    request.cacheable = False
+    engine.compute(ids, [64, 128], request=request, have=0)
+    request.cacheable = True
+    engine.compute(ids, [160, 192], request=request, have=128)
+    assert engine.load(ids) == 192
+    assert engine.load([*ids[:130], 7]) == 0, "no window ends there"
+
+
+def test_chunks_that_do_not_end_where_blocks_end_are_refused_with_what_to_type() -> None:
+    kv = np.zeros((1, 2, 4, 48, 2, 8), np.uint16)
+    planes = [
+        Plane.strided(one.ctypes.data, one.strides[0], one.strides[1], 2, one.strides[2], 8, one.strides[3])
+        for one in kv.reshape(-1, *kv.shape[2:])
+    ]
+    kind = Kind((0,), 16)
+    rank = RankGroup(
+        kind.layout, shard_of_rank(kind.layout(1), 0, 1, 0, 1), PagedKV(tuple(planes), 48, 4, 2), kind.group
+    )
+    with pytest.raises(LayoutError, match="--chunk-size 48 or a multiple"):
+        rank.shard_bytes(32)
+    assert rank.shard_bytes(96) == 16 * 64, "an extent holds only what is in reach of its end"
+
+
+def test_a_tier_brings_back_all_groups(
+    server: Servers, engines: Callable[..., HybridEngine], folders: Callable[[str], Path]
+) -> None:
+    one = server(chunk=CHUNK, flags=("--l2", f"dir://{folders('/dev/shm')}/store"))
+    engine = engines(one)
+    ids = ids_of(5, 200)
+    engine.compute(ids, [64, 96, 160, 192])
+    eventually(lambda: tiers_of(one)["dir"]["counters"]["written_shards"] >= 6 + 6 + 6 + 4)
+    assert engine.scheduler.clear()
+    assert engine.load(ids) == 192
+
+
+def test_an_engine_with_another_window_gets_nothing(server: Servers, engines: Callable[..., HybridEngine]) -> None:
+    one, ids = server(chunk=CHUNK), ids_of(6, 100)
+    engines(one, kinds=(FULL, SHORT)).compute(ids, [96])
+    assert engines(one, kinds=(FULL, Kind(SHORT.layers, 32))).load(ids) == 0
+    assert engines(one, kinds=(FULL, Kind((1, 3), 16))).load(ids) == 0, "other layers"
+    assert engines(one, kinds=(FULL, SHORT)).load(ids) == 96
+
+
+# What goes first
+
+
+def keys_of(seed: int, count: int) -> list[bytes]:
+    rng = np.random.default_rng(seed)
+    return [rng.bytes(16) for _ in range(count)]
+
+
+def fill(heart: Heart, space: int, keys: Sequence[bytes], now: float) -> None:
+    grant = heart.reserve(now, 1, space, 0, b"", True, b"".join(keys))
+    assert not grant.refused
+    if grant.reservation:
+        heart.commit(now, 1, grant.reservation, True)
+
+
+def test_windows_in_the_middle_of_prompts_go_before_those_at_ends_and_forks() -> None:
+    """Prompts of 20 chunks, of which always two share the first 10. Windows of 2 chunks have room for few prompts with all their
+    chunks; for many with those at the end and the fork only."""
+    heart = Heart(4000 * SECTOR)
+    heart.join(1, "engine")
+    full, window = shares([(1, 0), (1, 2 * 128)])
+    first = heart.open_space(1, b"f" * 16, 1, 0, SECTOR, share=full)
+    second = heart.open_space(1, b"w" * 16, 1, 0, SECTOR, 2, share=window)
+    prompts = []
+    for turn in range(200):
+        begin = keys_of(turn, 10)
+        for half in (1, 2):
+            keys = begin + keys_of(1000 * half + turn, 10)
+            usable(heart, first, second, keys, float(turn))
+            fill_chain(heart, first, keys, 0, 10, float(turn))
+            fill_chain(heart, first, keys, 10, 20, float(turn))
+            fill(heart, second, keys, float(turn))
+            prompts.append(keys)
+        heart.tick(float(turn))
+    ends = [usable(heart, first, second, keys) for keys in prompts]
+    forks = [usable(heart, first, second, keys[:10]) for keys in prompts]
+    held = {space.number: len(space.table) for space in heart.spaces}
+    assert held[second] < 0.25 * held[first]
+    assert ends[-30:] == [20] * 30 and forks[-30:] == [10] * 30
+    assert held[second] < 0.6 * 15 * 30, "there is no room for all 30 chunks of these 15 pairs"
+
+
+def usable(heart: Heart, first: int, second: int, keys: Sequence[bytes], now: float = 999.0) -> int:
+    hit = heart.lookup(now, 1, first, b"".join(keys), others=[second])
+    for lease in (hit.lease, *(lease for lease, _ in hit.groups)):
+        heart.release(1, lease)
+    return hit.chunks
+
+
+def fill_chain(heart: Heart, space: int, keys: Sequence[bytes], begin: int, end: int, now: float) -> None:
+    grant = heart.reserve(now, 1, space, 0, keys[begin - 1] if begin else b"", not begin, b"".join(keys[begin:end]))
+    assert not grant.refused
+    if grant.reservation:
+        heart.commit(now, 1, grant.reservation, True)
+
+
+def test_a_model_with_groups_has_the_share_of_one_model() -> None:
+    """Two models want more than there is, one of them with five groups: each keeps about half."""
+    heart = Heart(16000 * SECTOR)
+    heart.join(1, "engine")
+    heart.join(2, "other")
+    parts = shares([(1, 0), *[(1, 1024)] * 4])
+    assert sum(parts) == pytest.approx(1.0) and parts[0] > parts[1]
+    groups = [
+        heart.open_space(1, bytes([number]) * 16, 1, 0, SECTOR, 4 * bool(number), share)
+        for number, share in enumerate(parts)
+    ]
+    plain = heart.open_space(2, b"p" * 16, 1, 0, SECTOR)
+    for turn in range(500):
+        for space in groups:
+            fill(heart, space, keys_of(turn * 10 + space, 40), float(turn))
+        grant = heart.reserve(float(turn), 2, plain, 0, b"", True, b"".join(keys_of(5000 + turn, 40)))
+        heart.commit(float(turn), 2, grant.reservation, True)
+        heart.tick(float(turn))
+    held = {space.number: len(space.table) for space in heart.spaces}
+    assert 0.4 < held[plain] / sum(held.values()) < 0.6
+    assert held[groups[0]] > 1.5 * held[groups[1]]
+
+
+def test_stores_and_loads_of_groups_run_side_by_side(server: Servers, engines: Callable[..., HybridEngine]) -> None:
+    """Two engines with the same prompts at the same time: each group's chunks are filled by whoever comes first."""
+    one = server(chunk=CHUNK)
+    both, prompts = [engines(one), engines(one)], [ids_of(20 + number, 200) for number in range(6)]
+
+    def run(engine: HybridEngine) -> None:
+        for ids in prompts:
+            request = engine.open()
+            request.chain = engine.requests.chain(request)
+            if not engine.load(ids):
+                engine.compute(ids, [64, 96, 128, 160, 192], request=request, raced=True)
+
+    threads = [threading.Thread(target=run, args=(engine,)) for engine in both]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE)
+        assert not thread.is_alive()
+    assert [both[0].load(ids) for ids in prompts] == [192] * 6
