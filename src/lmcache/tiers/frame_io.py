@@ -80,8 +80,11 @@ class FrameIO:
         could not read it."""
         group = 1 if self._secret else len(found)  # a keyed checksum is computed while the next frame is read
         outcomes: list[str | OSError | Future[str]] = []
-        for first in range(0, len(found), group):
-            outcomes += self._read_frames(fd, found[first : first + group])
+        try:
+            for first in range(0, len(found), group):
+                outcomes += self._read_frames(fd, found[first : first + group])
+        finally:
+            self._settle(outcomes)
         return [one.result() if isinstance(one, Future) else one for one in outcomes]
 
     def _read_frames(self, fd: int, found: Sequence[Found]) -> list[str | OSError | Future[str]]:
