@@ -316,7 +316,7 @@ def test_what_a_tier_did_is_on_the_stream_of_events(rig: Callable[..., Rig]) -> 
 
     def load(request: str) -> None:
         one.forget_l1()
-        eventually(lambda: one.ask(lambda: one.tiering.wait_for(ENGINE, one.space, prompt, 0.0, request))[1])
+        eventually(lambda: one.ask(lambda: one.tiering.wait_for(ENGINE, [one.space], prompt, 0.0, request))[1])
 
     one.store(prompt)
     told("written")
@@ -360,7 +360,7 @@ def test_what_is_loaded_for_a_request_is_reserved_and_stored_under_its_id(rig: C
     one.written()
     one.forget_l1()
     one.ask(lambda: one.l1.events.listen(["reserved", "committed", "stored"], events.append))
-    eventually(lambda: one.ask(lambda: one.tiering.wait_for(ENGINE, one.space, prompt, 0.0, "cmpl-1"))[0] == 6)
+    eventually(lambda: one.ask(lambda: one.tiering.wait_for(ENGINE, [one.space], prompt, 0.0, "cmpl-1"))[0] == 6)
     assert {(event.process, event.tier, event.request) for event in events} == {(SERVER, "hand", "cmpl-1")}
     for kind in ("reserved", "committed", "stored"):
         assert b"".join(event.hashes for event in events if event.kind == kind) == prompt
@@ -375,7 +375,7 @@ def test_the_nearer_tiers_get_each_split_from_the_tier_that_had_it(rig: Callable
     for tier, kept in ((far, keys), (near, [ShardKey(b"f" * 16, prompt, 0, 1)])):
         tier.kept = {key: content(prompt, key.shard) for key in kept}
         tier.hold("load")
-    assert one.ask(lambda: one.tiering.wait_for(ENGINE, split, prompt, 0.0)) == (0, 1)
+    assert one.ask(lambda: one.tiering.wait_for(ENGINE, [split], prompt, 0.0)) == (0, 1)
     assert one.wait_for(prompt) == 1
     eventually(lambda: "load" in far.calls and "load" in near.calls)
     far.let_go()

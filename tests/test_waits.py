@@ -50,7 +50,6 @@ ENDS = {
     ("tiers/directory/tier.py", "self._pool.shutdown()"): THE_TIERS_CALL,
     ("tiers/disk/tier.py", "self._idle.wait()"): THE_TIERS_CALL,
     ("tiers/frame_io.py", "checksum.result()"): OUR_OWN_COPY,
-    ("tiers/frame_io.py", "before.result()"): OUR_OWN_COPY,
     ("tiers/frame_io.py", "one.result()"): OUR_OWN_COPY,
     ("tiers/s3/tier.py", "self._sweeper.join()"): THE_TIERS_CALL,
     ("tiers/s3/tier.py", "self._pool.shutdown()"): THE_TIERS_CALL,

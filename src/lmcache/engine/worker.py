@@ -229,6 +229,7 @@ class WorkerSession(Session):
                 self._done.append(Done(job_id, kind, False, 0, 0.0))
             queue.clear()
         self._state.notify_all()
+        self._ended.notify_all()
 
     def _count_drop(self, chunks: int, reason: str) -> None:
         self.counters[f"dropped_chunks:{reason}"] += chunks

@@ -75,14 +75,17 @@ class FrameIO:
             self._settle(sums)
             self._bounces.give(bounce)
 
-    def read_large(self, fd: int, found: Sequence[Found]) -> Callable[[], list[str | OSError]]:
-        """Read frames of one file, in the order of their places. The returned call waits for the checksums and returns the
-        outcome of each frame, which is an OSError where the device could not read it."""
+    def read_large(self, fd: int, found: Sequence[Found]) -> list[str | OSError]:
+        """Read frames of one file, in the order of their places. Return the outcome of each, which is an OSError where the device
+        could not read it."""
         group = 1 if self._secret else len(found)  # a keyed checksum is computed while the next frame is read
         outcomes: list[str | OSError | Future[str]] = []
-        for first in range(0, len(found), group):
-            outcomes += self._read_frames(fd, found[first : first + group])
-        return lambda: [one.result() if isinstance(one, Future) else one for one in outcomes]
+        try:
+            for first in range(0, len(found), group):
+                outcomes += self._read_frames(fd, found[first : first + group])
+        finally:
+            self._settle(outcomes)
+        return [one.result() if isinstance(one, Future) else one for one in outcomes]
 
     def _read_frames(self, fd: int, found: Sequence[Found]) -> list[str | OSError | Future[str]]:
         """Read by native code. It computes the checksum of a buffered piece while the piece is in the cache of the core that

@@ -11,7 +11,7 @@ import errno
 import itertools
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -452,20 +452,17 @@ class DiskTier(Tier):
         return [one for lane in self._readers.map(self._read_lane, parts) for one in lane]
 
     def _read_lane(self, hits: list[_Hit]) -> list[tuple[int, str | OSError]]:
-        """Read hits file by file in one thread. The checksum of a large frame is computed while the next one is read."""
+        """Read hits file by file in one thread."""
         outcomes: list[tuple[int, str | OSError]] = []
-        ends: list[tuple[list[_Hit], Callable[[], list[str | OSError]]]] = []
         large = [hit for hit in hits if is_large(hit.found.into.nbytes)]
         for _, of_file in itertools.groupby(large, key=lambda hit: hit.segment.number):
             some = list(of_file)
             try:
                 handle = self._segments.open_handle(some[0].segment)
-                ends.append((some, self._io.read_large(handle.fd, [hit.found for hit in some])))
+                said = self._io.read_large(handle.fd, [hit.found for hit in some])
+                outcomes += [(hit.number, one) for hit, one in zip(some, said, strict=True)]
             except OSError as error:
                 outcomes += [(hit.number, _outcome_of(error)) for hit in some]
-        for some, end in ends:
-            for hit, said in zip(some, end(), strict=True):
-                outcomes.append((hit.number, _outcome_of(said) if isinstance(said, OSError) else said))
         packed = [hit for hit in hits if not is_large(hit.found.into.nbytes)]
         for _, of_file in itertools.groupby(packed, key=lambda hit: hit.segment.number):
             outcomes += self._read_packed(list(of_file))
