@@ -422,7 +422,7 @@ def test_a_call_that_does_not_return_costs_its_tier_alone_and_is_told(
     bring_about(call, cache, one)
     cache.line_with(f"{call} hangs")
     told = cache.line_with(f"Tier hanging: {call} has not returned for ")
-    assert f"see whether hanging://{hanging}" in told
+    assert f"check whether hanging://{hanging}" in told
     assert tiers_of(cache)["hanging"]["state"] == "stalled" and tiers_of(cache)["dir"]["state"] == "serving"
     (degraded,) = cache.get("/healthcheck")["degraded"]
     assert degraded.startswith(f"hanging: {call} has not returned for ")
