@@ -2,7 +2,7 @@
 
 Each lies in a folder of FOLDER that is named as in MODELS. TOKENIZER is the folder of a model whose tokenizer they get.
 The weights are random and so large that an answer depends on the whole prompt, through every kind of layer: Gemma 3 and gpt-oss
-have sliding windows of 128 tokens and full attention, Mistral has windows only, Qwen3-Next has linear attention and full attention.
+have sliding windows of 128 tokens and full attention, Mistral has windows only, and Qwen3-Next has linear and full attention.
 """
 
 from __future__ import annotations

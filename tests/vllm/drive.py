@@ -240,9 +240,9 @@ def spoil(llm: Any, group: int, fail: bool = False) -> dict[str, Any]:
     import ctypes
 
     import numpy as np
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
 
     from lmcache.errors import ServerUnavailable
-    from vllm.distributed.kv_transfer import get_kv_transfer_group
 
     session = get_kv_transfer_group()._worker._session
     copier, size = session._access.copiers[group], session._shard_bytes[group]

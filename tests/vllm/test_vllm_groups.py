@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from vllm_processes import PYTHON, Engine, Server
 
-from prompts import assert_same, differs, tokens
+from prompts import assert_same, tokens
 from real_engines import ROOT
 
 CHUNK = 128
