@@ -53,6 +53,8 @@ class Connector:
 
     _synchronous = False
     """Whether forwards wait for loads."""
+    _serves_groups = False
+    """Whether vLLM tells this class all that models with windows or states need (`describe_model`)."""
     _vllm_config: Any
     _kv_cache_config: Any
     _role: KVConnectorRole
@@ -69,7 +71,9 @@ class Connector:
         transfer = self._vllm_config.kv_transfer_config
         self._instance = str(transfer.engine_id)
         try:
-            self._kv = describe_model(self._vllm_config, self._kv_cache_config, settings.model_id)
+            self._kv = describe_model(
+                self._vllm_config, self._kv_cache_config, settings.model_id, with_groups=self._serves_groups
+            )
         except NOT_SERVED as error:
             self._refuse(refusal_of(error, "vLLM"))
         if self._role == KVConnectorRole.SCHEDULER:
