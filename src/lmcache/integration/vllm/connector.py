@@ -130,7 +130,7 @@ class Connector:
             return
         endpoint = self._settings.endpoint(self._instance, "worker", number, address)
         first, *further = [
-            RankGroup(one.layout, one.shard, one.paged, group.group, share, group.state_tokens)
+            RankGroup(one.layout, one.shard, one.paged, group.group, share, group.state_tokens, group.block_tokens)
             for one, group, share in zip(served, kv.groups, kv.shares, strict=True)
         ]
         self._worker = WorkerSide(
@@ -143,6 +143,8 @@ class Connector:
                 group=first.group,
                 share=first.share,
                 others=further,
+                state_tokens=first.state_tokens,
+                block_tokens=first.block_tokens,
             ),
             registered,
             [one.shard.index for one in served],
