@@ -30,13 +30,13 @@ def mixed() -> list[list[int]]:
     ]
 
 
-def assert_same(found: list[dict[str, Any]], expected: list[dict[str, Any]], tolerance: float = TOLERANCE) -> None:
-    """Greedy tokens are equal, and so are their log probabilities, within float32's noise or another tolerance."""
+def assert_same(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
+    """Greedy tokens are equal, and so are their log probabilities, within float32's noise."""
     assert len(found) == len(expected)
     for number, (one, other) in enumerate(zip(found, expected, strict=True)):
         assert one["tokens"] == other["tokens"], f"prompt {number}: {one['tokens']} instead of {other['tokens']}"
         worst = max(abs(a - b) for a, b in zip(one["logprobs"], other["logprobs"], strict=True))
-        assert worst < tolerance, f"prompt {number}: log probabilities differ by {worst}"
+        assert worst < TOLERANCE, f"prompt {number}: log probabilities differ by {worst}"
 
 
 def differs(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> bool:

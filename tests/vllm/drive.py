@@ -232,11 +232,15 @@ def null_block(llm: Any, poison: bool = False) -> dict[str, Any]:
     return {"poisoned": all(bool((view == 1024.0).all()) for view in views)}
 
 
-def spoil(llm: Any, group: int, fail: bool = False) -> dict[str, Any]:
-    """Before the next load copies this group, write something else over its extents in the arena; with `fail`, let it end there.
+def groups(llm: Any) -> dict[str, Any]:
+    """How many groups of KV the rank serves."""
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
 
-    Answers how many groups there are.
-    """
+    return {"groups": len(get_kv_transfer_group()._worker._session._groups)}
+
+
+def spoil(llm: Any, group: int, fail: bool = False) -> dict[str, Any]:
+    """Before the next load copies this group, write something else over its extents in the arena; with `fail`, end it there."""
     import ctypes
 
     import numpy as np
@@ -257,7 +261,7 @@ def spoil(llm: Any, group: int, fail: bool = False) -> dict[str, Any]:
         scatter(base, blocks, runs, **more)
 
     copier.scatter = spoiled
-    return {"groups": len(session._groups)}
+    return {"ok": True}
 
 
 changed: dict[str, Any] = {}
@@ -283,6 +287,7 @@ COMMANDS = {
     "digests": digests,
     "slow_layers": slow_layers,
     "null_block": null_block,
+    "groups": groups,
     "spoil": spoil,
 }
 
