@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 
 from engine_process import PATIENCE, Engine, pause_once
-from lmcache.chunks import HASH_BYTES
+from lmcache.chunks import HASH_BYTES, Group
 from lmcache.engine import Copies, Copy, Hit, Loading, Request, Requests
 from lmcache.engine.embedded import wait_connected
-from lmcache.engine.requests import HIT_SECONDS, MISS_SECONDS
+from lmcache.engine.groups import RankGroup
+from lmcache.engine.requests import HIT_SECONDS, MISS_SECONDS, GroupTable
+from lmcache.errors import LayoutError
 from lmcache.runtime import RUNTIME, Runtime
 from servers import Server, eventually
 from test_engine import prompt
@@ -438,3 +440,33 @@ def test_a_server_that_is_not_running_is_not_waited_for(bed: Bed) -> None:
 
     missing.wait_connected = passes
     assert not wait_connected((missing,), 3.0) and bed.now == pytest.approx(1003.0)  # type: ignore[arg-type]
+
+
+def test_windows_and_states_are_stored_where_steps_begin_and_end(bed: Bed) -> None:
+    """Each step: tokens before it, tokens known after it, and (first chunk, chunks) of full attention, a window and a state."""
+    groups = GroupTable(CHUNK), GroupTable(CHUNK, 2 * CHUNK), GroupTable(CHUNK, 1, only_last=True)
+    requests: Requests[Request] = Requests(bed.session, groups=groups)
+    table = list(range(9))
+    request = requests.open["a"] = Request("a", blocks=table, tables=[table, table])
+    steps = {
+        (0, 64): [(0, 4), (0, 4), (3, 1)],
+        (80, 80): [
+            (4, 1),
+            (4, 1),
+            (4, 1),
+        ],  # asynchronous scheduling: token 80 was not known at the step that computed it
+        (100, 112): [(5, 2), (6, 1), (6, 1)],
+        (112, 140): [(7, 1), (7, 1), (8, 0)],
+    }
+    for (before, computed), expected in steps.items():
+        plan = requests.store(request, prompt(9, 144), computed, before=before)
+        assert plan is not None
+        assert [(part.first_chunk, part.chunks) for part in (plan, *plan.others)] == expected, (before, computed)
+
+
+def test_chunks_of_windows_end_where_blocks_end(bed: Bed) -> None:
+    worker = bed.engine.worker
+    group = RankGroup(worker._layout_for, worker._shard, worker._paged, Group((0, 1), 64), block_tokens=32)
+    assert group.kept_tokens(96) == 64
+    with pytest.raises(LayoutError, match="--chunk-size 32"):
+        group.kept_tokens(48)

@@ -220,6 +220,48 @@ def slow_layers(llm: Any, seconds: float, forget: str = "") -> dict[str, Any]:
     return {"waits": waits}
 
 
+def null_block(llm: Any, poison: bool = False) -> dict[str, Any]:
+    """Whether block 0, which vLLM reads for tokens that nothing needs, holds the poison; with `poison`, put it there first."""
+    import torch
+
+    views = [part[0] for cache in caches_of(llm) for part in ([cache] if torch.is_tensor(cache) else cache)]
+    for view in views if poison else ():
+        view.fill_(1024.0)
+    return {"poisoned": all(bool((view == 1024.0).all()) for view in views)}
+
+
+def groups(llm: Any) -> dict[str, Any]:
+    """How many groups of KV the rank serves."""
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    return {"groups": len(get_kv_transfer_group()._worker._session._groups)}
+
+
+def spoil(llm: Any, group: int, fail: bool = False) -> dict[str, Any]:
+    """Before the next load copies this group, write something else over its extents in the arena; with `fail`, end it there."""
+    import ctypes
+
+    import numpy as np
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    from lmcache.errors import ServerUnavailable
+
+    session = get_kv_transfer_group()._worker._session
+    copier, size = session._access.copiers[group], session._shard_bytes[group]
+    scatter, token = copier.scatter, np.full(size // 2, 0x3F80, np.uint16)  # 1.0 in bfloat16, and about that in float32
+
+    def spoiled(base: int, blocks: Any, runs: Any, **more: Any) -> None:
+        copier.scatter = scatter
+        if fail:
+            raise ServerUnavailable("the test ends this load")
+        for start in runs[:, 0].tolist():
+            ctypes.memmove(base + start, token.ctypes.data, size)
+        scatter(base, blocks, runs, **more)
+
+    copier.scatter = spoiled
+    return {"ok": True}
+
+
 changed: dict[str, Any] = {}
 
 
@@ -242,6 +284,9 @@ COMMANDS = {
     "mix_up": mix_up,
     "digests": digests,
     "slow_layers": slow_layers,
+    "null_block": null_block,
+    "groups": groups,
+    "spoil": spoil,
 }
 
 if __name__ == "__main__":

@@ -41,6 +41,8 @@ class RankGroup:
     state_tokens: int = 0
     """For states: a block of the engine's table holds the state after so many tokens, or a multiple of them. 0 for KV of
     tokens."""
+    block_tokens: int = 0
+    """Tokens of a block of the engine's scheduler; 0 if it has the blocks of the paged KV."""
 
     def first_token(self, chunk: npt.NDArray[np.int64], chunk_tokens: int) -> npt.NDArray[np.int64]:
         """Return the first token of each of these chunks that its extent holds."""
@@ -56,16 +58,17 @@ class RankGroup:
         """Return how many tokens of a chunk an extent holds.
 
         Raises:
-            LayoutError: chunks do not end where blocks end, so that a block would be loaded in part.
+            LayoutError: chunks do not end where blocks end. Of the first block in reach a load would then fill a part only, and
+                the engine would later use all of it for a shorter prefix.
         """
-        kept = self.group.kept_tokens(chunk_tokens) if self.group is not None else chunk_tokens
-        block = self.state_tokens or self.paged.block_tokens
-        if kept < chunk_tokens and chunk_tokens % block:
+        reach = self.group.reach_tokens if self.group is not None else 0
+        block = self.block_tokens or self.paged.block_tokens
+        if reach and chunk_tokens % block:
             raise LayoutError(
                 f"chunks of {chunk_tokens} tokens do not end where the engine has the state or the window of its layers, "
                 f"which is every {block} tokens: start the server with --chunk-size {block} or a multiple of it"
             )
-        return kept
+        return self.group.kept_tokens(chunk_tokens) if self.group is not None else chunk_tokens
 
     def shard_bytes(self, chunk_tokens: int) -> int:
         """Return the bytes of an extent.

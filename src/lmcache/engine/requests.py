@@ -69,7 +69,7 @@ RequestT = TypeVar("RequestT", bound=Request)
 
 class GroupTable(NamedTuple):
     """What a scheduler knows of the block tables of one group. block_tokens: tokens of a block; 0 if only the ranks know the
-    tables. reach_tokens: as in `Group`. only_last: the engine has the state of this group only where a step ends."""
+    tables. reach_tokens: as in `Group`. only_last: the engine has the state of this group only where a step begins and ends."""
 
     block_tokens: int
     reach_tokens: int = 0
@@ -240,7 +240,7 @@ class Requests(Generic[RequestT]):
 
         first_token: tokens before it are not available for storing. ends: the prompt ends at `computed`, so an unfull chunk is
         its tail. before: tokens computed before this step. A group with a reach still has only the tokens in reach of these, so
-        its chunks that ended before are not stored. Return None if there is nothing to store, or the blocks of the tokens are
+        its chunks that ended earlier are not stored. Return None if there is nothing to store, or the blocks of the tokens are
         not known.
         """
         session, chain = self.session, request.chain
@@ -266,7 +266,9 @@ class Requests(Generic[RequestT]):
             needed = -(-end // group.block_tokens) if group.block_tokens else 0
             if needed > len(blocks):
                 return None
-            begin = min(max(first, before // size), chunks) if group.reach_tokens else first
+            # Where `before` is a boundary, what is in reach of it is still there. With asynchronous scheduling a chunk that ends in an
+            # answer is stored only then, one step late, because its last token is not known earlier.
+            begin = min(max(first, (before - 1) // size), chunks) if group.reach_tokens else first
             if group.only_last:
                 begin = max(begin, chunks - (computed == chunks * size))
             hashes = chain.hashes[begin * HASH_BYTES : chunks * HASH_BYTES] + tail

@@ -63,8 +63,8 @@ class WorkerSession(Session):
         paged: this rank's paged KV.
         threads: copy threads of one job.
         stages: the layer at which each pipeline stage ends, if the model is split by layers; the same as the scheduler's.
-        others: the further groups of a model with several kinds of KV; `layout_for`, `shard`, `paged`, `group` and `share` are
-            those of the first one.
+        others: the further groups of a model with several kinds of KV; `layout_for`, `shard`, `paged`, `group`, `share`,
+            `state_tokens` and `block_tokens` are those of the first one.
         runtime: clock and threads.
     """
 
@@ -80,12 +80,14 @@ class WorkerSession(Session):
         group: Group | None = None,
         share: float = 1.0,
         others: Sequence[RankGroup] = (),
+        state_tokens: int = 0,
+        block_tokens: int = 0,
     ) -> None:
         super().__init__(layout_for, runtime)
         self.counters: Counter[str] = Counter()
         """Counts of failed jobs and dropped chunks; a reason follows a colon."""
         self._shard, self._paged, self._threads = shard, paged, threads
-        self._groups = (RankGroup(layout_for, shard, paged, group, share), *others)
+        self._groups = (RankGroup(layout_for, shard, paged, group, share, state_tokens, block_tokens), *others)
         self._stages = list(stages)
         self._chunk_tokens, self._arena, self._epoch = 0, b"", b""
         self._spaces: list[int] = []

@@ -53,6 +53,8 @@ class Connector:
 
     _synchronous = False
     """Whether forwards wait for loads."""
+    _serves_groups = False
+    """Whether vLLM tells this class all that models with windows or states need (`describe_model`)."""
     _vllm_config: Any
     _kv_cache_config: Any
     _role: KVConnectorRole
@@ -69,7 +71,9 @@ class Connector:
         transfer = self._vllm_config.kv_transfer_config
         self._instance = str(transfer.engine_id)
         try:
-            self._kv = describe_model(self._vllm_config, self._kv_cache_config, settings.model_id)
+            self._kv = describe_model(
+                self._vllm_config, self._kv_cache_config, settings.model_id, with_groups=self._serves_groups
+            )
         except NOT_SERVED as error:
             self._refuse(refusal_of(error, "vLLM"))
         if self._role == KVConnectorRole.SCHEDULER:
@@ -122,7 +126,7 @@ class Connector:
         endpoint = self._settings.endpoint(self._instance, "worker", number, address)
         layerwise = self._synchronous and self._settings.config.use_layerwise
         first, *further = [
-            RankGroup(one.layout, one.shard, one.paged, group.group, share, group.state_tokens)
+            RankGroup(one.layout, one.shard, one.paged, group.group, share, group.state_tokens, group.block_tokens)
             for one, group, share in zip(served, kv.groups, kv.shares, strict=True)
         ]
         self._worker = WorkerSide(
@@ -135,6 +139,8 @@ class Connector:
                 group=first.group,
                 share=first.share,
                 others=further,
+                state_tokens=first.state_tokens,
+                block_tokens=first.block_tokens,
             ),
             registered,
             [one.shard.index for one in served],

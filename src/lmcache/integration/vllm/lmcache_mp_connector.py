@@ -29,6 +29,7 @@ class LMCacheMPConnector(Connector, KVConnectorBase_V1, _SupportsHMA):  # type: 
 
     if _HIT_SOURCE is not None:
         _cache_hit_source = _HIT_SOURCE
+    _serves_groups = True
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any = None) -> None:
         super().__init__(vllm_config, role, kv_cache_config)

@@ -81,8 +81,11 @@ class ModelKV(ServedModel):
         return shard_of_rank(self.model, tp_rank, self.tp_size, *layers, pp_rank=pp_rank, pp_size=self.pp_size)
 
 
-def describe_model(vllm_config: Any, kv_cache_config: Any, model_id: str = "") -> ModelKV:
+def describe_model(vllm_config: Any, kv_cache_config: Any, model_id: str = "", *, with_groups: bool = False) -> ModelKV:
     """Describe the KV of the model that vLLM serves.
+
+    with_groups: whether the caller serves models with windows or states, too. vLLM has to tell it the block tables of all groups
+    and its block pool (their blocks are freed while stores read them), and to hear from it which requests' loads have failed.
 
     Raises:
         LayoutError: this engine's KV cannot be cached; the message says why.
@@ -91,6 +94,11 @@ def describe_model(vllm_config: Any, kv_cache_config: Any, model_id: str = "") -
     refuse_what_vllm_rules_out(vllm_config)
     groups = _groups(kv_cache_config)
     if len(groups) > 1 or groups[0].reach_tokens:
+        if not with_groups:
+            raise LayoutError(
+                "models with sliding windows or Mamba states are served with LMCache's own class of LMCacheMPConnector only, or "
+                "with --disable-hybrid-kv-cache-manager if some layers have full attention"
+            )
         _refuse_with_groups(vllm_config)
     # The identity comes last: the weights of a refused engine need not be hashed.
     digest, layers = (
@@ -238,7 +246,7 @@ def _refuse_with_groups(vllm_config: Any) -> None:
     """
     from vllm.distributed.kv_transfer.kv_connector.v1 import base
 
-    kinds = "models with sliding windows"
+    kinds = "models with sliding windows or Mamba states"
     if not hasattr(base, "KVConnectorTransferResults") or not hasattr(base.KVConnectorBase_V1, "bind_gpu_block_pool"):
         raise LayoutError(f"{kinds} need a later release of vLLM, or --disable-hybrid-kv-cache-manager")
     if vllm_config.parallel_config.pipeline_parallel_size > 1:

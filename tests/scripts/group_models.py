@@ -1,0 +1,112 @@
+"""Write small models with several kinds of KV: `python group_models.py FOLDER TOKENIZER`, in an engine's environment.
+
+Each lies in a folder of FOLDER that is named as in MODELS. TOKENIZER is the folder of a model whose tokenizer they get.
+The weights are random and so large that an answer depends on the whole prompt, through every kind of layer: Gemma 3 and gpt-oss
+have sliding windows of 128 tokens and full attention, Mistral has windows only, and Qwen3-Next has linear and full attention.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+COMMON: dict[str, Any] = {
+    "vocab_size": 8192,
+    "hidden_size": 256,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": False,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+EXPERTS = {"num_experts_per_tok": 2, "router_aux_loss_coef": 0.0}
+MODELS: dict[str, dict[str, Any]] = {
+    "gemma3": {
+        "model_type": "gemma3_text",
+        "intermediate_size": 512,
+        "num_hidden_layers": 6,
+        "layer_types": ["sliding_attention"] * 5 + ["full_attention"],
+        "sliding_window": 128,
+        "query_pre_attn_scalar": 64,
+        "tie_word_embeddings": True,  # vLLM knows no other
+    },
+    "mistral": {
+        "model_type": "mistral",
+        "intermediate_size": 512,
+        "num_hidden_layers": 3,
+        "sliding_window": 128,
+    },
+    "gptoss": EXPERTS
+    | {
+        "model_type": "gpt_oss",
+        "intermediate_size": 256,
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "sliding_window": 128,
+        "num_local_experts": 4,
+    },
+    "qwen3next": EXPERTS
+    | {
+        "model_type": "qwen3_next",
+        "intermediate_size": 512,
+        "num_hidden_layers": 4,
+        "layer_types": ["linear_attention"] * 3 + ["full_attention"],
+        "linear_key_head_dim": 64,
+        "linear_value_head_dim": 64,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "num_experts": 4,
+        "moe_intermediate_size": 128,
+        "shared_expert_intermediate_size": 128,
+        "torch_dtype": "bfloat16",  # vLLM-CPU has the kernels of linear attention for no other
+    },
+}
+
+
+def write(folder: Path, tokenizer: Path, config: dict[str, Any]) -> None:
+    described = COMMON | config
+    dtype = described.pop("torch_dtype", "float32")
+    made = CONFIG_MAPPING[described.pop("model_type")](**described)
+    model = AutoModelForCausalLM.from_config(made, dtype=torch.float32)
+    noise = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            value = gain(name, weight)
+            if value:
+                weight.copy_(value * torch.randn(weight.shape, generator=noise))
+            elif "q_norm" in name:
+                weight += 1.5  # scores spread, and some positions win
+            elif "A_log" in name:
+                weight.copy_(torch.linspace(-6.0, -2.0, weight.numel()))  # states that do not forget
+        if made.tie_word_embeddings:
+            model.get_input_embeddings().weight /= made.hidden_size**0.5  # by which the model multiplies them
+    model.to(getattr(torch, dtype)).save_pretrained(folder)
+    kept = json.loads((folder / "config.json").read_text()) | {"torch_dtype": dtype}
+    (folder / "config.json").write_text(json.dumps(kept))
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tokenizer / file, folder)
+
+
+def gain(name: str, weight: torch.Tensor) -> float:
+    """The standard deviation of a random matrix; 0 for what keeps its own values."""
+    if weight.dim() < 2 or "norm" in name or "conv1d" in name:
+        return 0.0
+    if "embed_tokens" in name:
+        return 1.0
+    inputs = weight.shape[-2] if "experts" in name else weight.shape[-1]
+    return float((3.0 if "lm_head" in name else 2.0 if "o_proj" in name or "out_proj" in name else 1.5) / inputs**0.5)
+
+
+if __name__ == "__main__":
+    for name, config in MODELS.items():
+        write(Path(sys.argv[1]) / name, Path(sys.argv[2]), config)

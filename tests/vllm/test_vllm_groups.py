@@ -1,0 +1,233 @@
+"""Models with several kinds of KV: what is loaded gives the answers of what was computed, and every kind of it matters."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm_processes import PYTHON, Engine, Server
+
+from prompts import assert_same, tokens
+from real_engines import ROOT
+
+CHUNK = 128
+"""Tokens. vLLM-CPU keeps a state of linear attention after so many tokens."""
+KINDS = {"gemma3": 12, "mistral": 6, "gptoss": 8, "qwen3next": 4}
+"""Model -> MiB of KV, for two or three of the long prompts at once."""
+STEM = tokens(1000, 600)
+PROMPTS = [
+    STEM,
+    STEM[:300] + tokens(500, 601),  # shared up to within a chunk
+    STEM[:640] + tokens(1, 602),
+    STEM[:768],  # whole chunks,
+    STEM[:769],  # one token more,
+    STEM[:767],  # and one less
+    tokens(90, 603),
+]
+LONG = [tokens(500, 610 + number) for number in range(5)]
+Outputs = list[dict[str, Any]]
+
+
+@dataclass
+class Serving:
+    """A model, the engine that serves it, and its server. expected: what vLLM has computed without a hit."""
+
+    folder: Path
+    kind: str
+    path: Path
+    server: Server
+    engine: Engine
+    expected: dict[str, Outputs] = field(default_factory=dict)
+
+    def options(self, **more: Any) -> dict[str, Any]:
+        dtype = "bfloat16" if self.kind == "qwen3next" else "float32"
+        return {"dtype": dtype, "max_model_len": 2048, "kv_transfer_config": self.server.config(), **more}
+
+    def another_server(self, name: str, *flags: str, chunk: int = CHUNK) -> None:
+        """kill -9, and a new one on the same port. Returns once the engine has found it."""
+        self.server.end(signal.SIGKILL)
+        self.server = Server(self.folder, chunk, self.server.port, f"{self.kind}-{name}", *flags)
+
+    def found(self) -> None:
+        self.server.wait_until(lambda: len(self.server.status()["engines"]) == 2, "scheduler and worker connect", 60)
+
+    def warm(self, prompts: list[list[int]] = PROMPTS, **more: Any) -> Outputs:
+        """The answers when the engine's own cache is empty."""
+        self.engine.forget()
+        return self.engine.generate(prompts, **more)
+
+    def same(self, outputs: Outputs, expected: Outputs) -> None:
+        """In bfloat16 the first tokens only, and roughly: rounding differs with the sizes of the steps."""
+        if self.kind != "qwen3next":
+            assert_same(outputs, expected)
+            return
+        for one, other in zip(outputs, expected, strict=True):
+            assert one["tokens"][0] == other["tokens"][0]
+            assert abs(one["logprobs"][0] - other["logprobs"][0]) < 0.25
+
+
+def whole(prompts: list[list[int]]) -> list[int]:
+    """The tokens that a load can bring: whole chunks before the last token, which vLLM computes."""
+    return [(len(prompt) - 1) // CHUNK * CHUNK for prompt in prompts]
+
+
+def cached(outputs: Outputs) -> list[int]:
+    return [output["cached"] for output in outputs]
+
+
+@pytest.fixture(scope="module")
+def models(folder: Path, model: Path) -> Path:
+    path = folder / "group-models"
+    subprocess.run(
+        [PYTHON, str(ROOT / "tests/scripts/group_models.py"), str(path), str(model)], check=True, timeout=240
+    )
+    return path
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def serving(folder: Path, models: Path, request: pytest.FixtureRequest) -> Iterator[Serving]:
+    """Little KV space and few tokens a step: prompts are computed in parts, windows slide meanwhile, requests are preempted."""
+    kind = request.param
+    server = Server(folder, CHUNK, 0, f"{kind}-first")
+    one = Serving(folder, kind, models / kind, server, None)  # type: ignore[arg-type]
+    one.engine = Engine(
+        folder, kind, one.path, **one.options(max_num_batched_tokens=192, kv_cache_memory_bytes=KINDS[kind] << 20)
+    )
+    one.engine.connected()
+    yield one
+    one.engine.end()
+    one.server.end()
+
+
+def test_warm_answers_are_cold_ones(serving: Serving) -> None:
+    cold = serving.expected["prompts"] = [serving.engine.generate([prompt])[0] for prompt in PROMPTS]
+    serving.engine.forget()  # returns once the stores have let go of their blocks
+    alone = [serving.warm([prompt])[0] for prompt in PROMPTS]
+    serving.same(alone, cold)
+    assert cached(alone) == whole(PROMPTS)
+    together = serving.warm()
+    serving.same(together, cold)
+    assert [serving.engine.text().count(line) for line in ("Traceback", "LMCache serves nothing")] == [0, 0]
+
+
+def test_many_requests_in_little_space(serving: Serving) -> None:
+    cold = serving.expected["long"] = [serving.engine.generate([prompt], max_tokens=24)[0] for prompt in LONG]
+    for salts in ([f"salt {at}" for at in range(len(LONG))], None):
+        for _ in range(2):
+            serving.same(serving.warm(LONG, max_tokens=24, salts=salts), cold)
+
+
+def test_own_hits_go_on_with_loads(serving: Serving) -> None:
+    """vLLM's own cache has the beginning of the prompts, or some groups of it."""
+    serving.engine.forget()
+    serving.engine.generate([STEM[:400]], max_tokens=1)
+    for prompt, expected in zip(PROMPTS, serving.expected["prompts"], strict=True):
+        serving.same(serving.engine.generate([prompt]), [expected])
+
+
+def test_the_next_turn_uses_the_answer(serving: Serving) -> None:
+    prompt = tokens(120, 620)
+    turn = serving.engine.generate([prompt], max_tokens=20)[0]
+    following = [prompt + turn["tokens"] + tokens(40, 621)]
+    warm = serving.warm(following)
+    assert cached(warm) == [CHUNK]
+    serving.same(warm, serving.warm(following, salts=["nothing is stored for it"]))
+
+
+def test_aborted_requests(serving: Serving) -> None:
+    serving.engine.forget()
+    prompts = [*PROMPTS[:3], tokens(700, 630), tokens(900, 631)]
+    serving.engine.ask("abort", prompts=prompts, after_steps=[0, 1, 3, 2, 4])
+    serving.same(serving.engine.generate(PROMPTS), serving.expected["prompts"])
+    serving.same(serving.warm(), serving.expected["prompts"])
+    stems = [prompt[:600] for prompt in prompts[3:]]
+    serving.same(serving.warm(stems), serving.warm(stems, salts=["one", "two"]))
+
+
+def test_the_null_block_is_never_written(serving: Serving) -> None:
+    serving.engine.ask("null_block", poison=True)
+    serving.same(serving.warm(PROMPTS[:3]), serving.expected["prompts"][:3])
+    assert serving.engine.ask("null_block")["poisoned"]
+    serving.same(serving.warm(PROMPTS[:2], salts=["cold", "cold"]), serving.expected["prompts"][:2])
+
+
+def test_each_group_matters_and_may_fail(serving: Serving) -> None:
+    """KV of one group that is not the prompt's changes the answer; a load that fails within a group does not."""
+    expected, groups = serving.expected["prompts"][:1], serving.engine.ask("groups")["groups"]
+    for group in range(groups):
+        serving.engine.forget()
+        serving.engine.ask("spoil", group=group, fail=True)
+        serving.same(serving.engine.generate(PROMPTS[:1]), expected)
+        serving.same(serving.warm(PROMPTS[:1]), expected)
+    for group in range(groups):
+        salts = [f"spoiled {group}"]
+        serving.warm(PROMPTS[:1], salts=salts)
+        serving.engine.forget()
+        serving.engine.ask("spoil", group=group)
+        wrong = serving.engine.generate(PROMPTS[:1], salts=salts)
+        assert cached(wrong) == whole(PROMPTS[:1])
+        with pytest.raises(AssertionError):
+            serving.same(wrong, expected)
+
+
+def test_another_server_its_tier_and_another_engine(serving: Serving) -> None:
+    """Cold after kill -9 of the server; then warm, also from a tier alone, and for an engine that comes after kill -9 of this."""
+    expected = serving.expected["prompts"][:3]
+    tier = ("--l2", f"disk://{serving.folder}/{serving.kind}-disk?max_gb=1", "--worth", "always")
+    serving.engine.forget()
+    serving.another_server("writes", *tier)
+    serving.found()
+    for at, output in enumerate(expected):
+        cold = serving.engine.generate([PROMPTS[at]])
+        serving.same(cold, [output])
+        assert at or cached(cold) == [0]
+    serving.same(serving.warm(PROMPTS[:3]), expected)
+    serving.engine.forget()
+    serving.server.wait_until(lambda: _kept(serving.server), "all that is stored is in the tier", 60)
+    serving.another_server("reads", *tier)
+    serving.found()
+    warm = serving.warm(PROMPTS[:3])
+    serving.same(warm, expected)
+    assert cached(warm) == whole(PROMPTS[:3])
+    serving.engine.end(signal.SIGKILL)
+    serving.engine = Engine(serving.folder, f"{serving.kind}-again", serving.path, **serving.options())
+    serving.engine.connected()
+    warm = serving.engine.generate(PROMPTS[:3])
+    serving.same(warm, expected)
+    assert cached(warm) == whole(PROMPTS[:3])
+
+
+def _kept(server: Server) -> bool:
+    status = server.status()
+    return 0 < status["counters"]["committed_chunks_total"] == status["tiers"][0]["counters"].get("kept_shards", 0)
+
+
+def test_chunks_that_do_not_end_where_blocks_do_are_refused(serving: Serving) -> None:
+    serving.engine.forget()
+    serving.another_server("small-chunks", chunk=48)
+    line = "start the server with --chunk-size"
+    serving.engine.wait_until(lambda: line in serving.engine.text(), line, 60)
+    for _ in range(2):
+        outputs = serving.warm(PROMPTS[:2])
+        serving.same(outputs, serving.expected["prompts"][:2])
+        assert cached(outputs) == [0, 0]
+
+
+def test_without_the_hybrid_manager(folder: Path, models: Path) -> None:
+    server = Server(folder, 16, 0, "no-hybrid-manager-server")
+    one = Serving(folder, "gptoss", models / "gptoss", server, None)  # type: ignore[arg-type]
+    one.engine = Engine(folder, "no-hybrid-manager", one.path, **one.options(disable_hybrid_kv_cache_manager=True))
+    try:
+        one.engine.connected()
+        cold = one.engine.generate(PROMPTS[:2])
+        warm = one.warm(PROMPTS[:2])
+        one.same(warm, cold)
+        assert cached(warm) == [992, 800]
+    finally:
+        one.engine.end()
+        server.end()
