@@ -266,8 +266,8 @@ class Requests(Generic[RequestT]):
             needed = -(-end // group.block_tokens) if group.block_tokens else 0
             if needed > len(blocks):
                 return None
-            # Where `before` is a boundary, what is in reach of it is still there. With asynchronous scheduling a chunk that ends in an
-            # answer is stored only then, one step late, because its last token is not known earlier.
+            # Where `before` is a boundary, what is in reach of it is still there. With asynchronous scheduling a chunk that ends
+            # in an answer is stored only then, one step late, because its last token is not known earlier.
             begin = min(max(first, (before - 1) // size), chunks) if group.reach_tokens else first
             if group.only_last:
                 begin = max(begin, chunks - (computed == chunks * size))
