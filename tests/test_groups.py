@@ -20,7 +20,6 @@ from lmcache.engine.requests import GroupTable
 from lmcache.errors import LayoutError
 from lmcache.transfer.paged import PagedKV, Plane
 from servers import PATIENCE, Server, eventually
-from test_l2 import tiers_of
 
 SECTOR = 4096
 CHUNK, BLOCK, BLOCKS = 32, 16, 200
@@ -279,7 +278,7 @@ def test_a_tier_brings_back_all_groups(
     engine = engines(one)
     ids = ids_of(5, 200)
     engine.compute(ids, [64, 96, 160, 192])
-    eventually(lambda: tiers_of(one)["dir"]["counters"]["written_shards"] >= 6 + 6 + 6 + 4)
+    eventually(lambda: one.status()["tiers"][0]["counters"]["written_shards"] >= 6 + 6 + 6 + 4)
     assert engine.scheduler.clear()
     assert engine.load(ids) == 192
 

@@ -81,9 +81,10 @@ def test_one_way_is_held_at_a_byte_until_its_release(echo: int) -> None:
 
 def test_a_freeze_holds_both_ways_until_the_thaw(echo: int) -> None:
     with Proxy(echo) as proxy, connect(proxy) as client:
-        proxy.answers.after(1, proxy.freeze)
+        frozen = threading.Event()
+        proxy.answers.after(1, lambda: (proxy.freeze(), frozen.set()))
         client.sendall(b"ab")
-        assert receive(client, 1) == b"a"
+        assert receive(client, 1) == b"a" and frozen.wait(PATIENCE)
         client.sendall(b"c")
         eventually(lambda: proxy.questions.arrived == 3)
         assert (proxy.questions.passed, proxy.answers.passed) == (2, 1)

@@ -521,7 +521,7 @@ def test_a_forward_waits_for_each_layer_of_the_loads_under_way(
     assert (counter.num_layers, counter.consumer_index) == (3, -1)
     worker = engine.connector._rank.worker
     real, held = worker._access.parts[0].copier, Held(6, points=True)
-    worker._access.copier = held
+    worker._access.parts[0] = worker._access.parts[0]._replace(copier=held)
     try:
         load, found = begin_load(engine, "b", text)
         assert found == 160
@@ -547,7 +547,7 @@ def test_a_forward_waits_for_each_layer_of_the_loads_under_way(
         assert caplog.text.count("Retrieved 160 out of 160 required tokens") == said > 0
         eventually(lambda: daemon.status()["index"]["leases"] == 0)
     finally:
-        worker._access.copier = real
+        worker._access.parts[0] = worker._access.parts[0]._replace(copier=real)
 
 
 def test_a_load_that_fails_before_it_is_certain_is_no_load(server: Servers, sglang: Engines) -> None:
@@ -556,14 +556,14 @@ def test_a_load_that_fails_before_it_is_certain_is_no_load(server: Servers, sgla
     engine.compute_and_store("a", text)
     worker = engine.connector._rank.worker
     real, held = worker._access.parts[0].copier, Held(6, points=False)
-    worker._access.copier = held
+    worker._access.parts[0] = worker._access.parts[0]._replace(copier=held)
     held.may_end.set()
     try:
         load, _ = begin_load(engine, "b", text)
         assert not engine.connector.prepare_load_on_stream(load, None)
         assert engine.pool.layer_transfer_counter.consumer_index == -1
     finally:
-        worker._access.copier = real
+        worker._access.parts[0] = worker._access.parts[0]._replace(copier=real)
     assert engine.load("c", text)[0] == 160
 
 

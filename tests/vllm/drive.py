@@ -247,7 +247,7 @@ def spoil(llm: Any, group: int, fail: bool = False) -> dict[str, Any]:
     from lmcache.errors import ServerUnavailable
 
     session = get_kv_transfer_group()._worker._session
-    copier, size = session._access.copiers[group], session._shard_bytes[group]
+    copier, size = session._access.parts[group].copier, session._access.parts[group].shard_bytes
     scatter, token = copier.scatter, np.full(size // 2, 0x3F80, np.uint16)  # 1.0 in bfloat16, and about that in float32
 
     def spoiled(base: int, blocks: Any, runs: Any, **more: Any) -> None:
