@@ -253,7 +253,8 @@ def test_a_window_that_has_moved_on_is_not_stored_from_blocks_that_others_have(
     request.cacheable = True
     engine.compute(ids, [160, 192], request=request, have=128)
     assert engine.load(ids) == 192
-    assert engine.load([*ids[:130], 7]) == 0, "no window ends there"
+    assert engine.load([*ids[:130], 7]) == 128, "what is in reach of the boundary is still there"
+    assert engine.load([*ids[:110], 7]) == 0, "no window that ends before is"
 
 
 def test_chunks_that_do_not_end_where_blocks_end_are_refused_with_what_to_type() -> None:

@@ -439,7 +439,7 @@ def test_nobody_there_a_silent_server_and_one_that_is_none(proxy: Callable[..., 
     patient = beside(lambda: opened(empty.url(PATIENT, port=silent.port)))
     eventually(lambda: silent.questions.arrived)
     began = time.monotonic()
-    with pytest.raises(TierError, match=r"did not answer in time; \?timeout=") as caught:
+    with pytest.raises(TierError, match=r"did not answer in time; check it, or raise \?timeout=") as caught:
         tier_of(empty.url("?timeout=0.3", port=silent.port))
     assert caught.value.reason == "timeout" and time.monotonic() - began >= 0.3
     assert not patient.done()

@@ -225,9 +225,13 @@ def null_block(llm: Any, poison: bool = False) -> dict[str, Any]:
     import torch
 
     views = [part[0] for cache in caches_of(llm) for part in ([cache] if torch.is_tensor(cache) else cache)]
-    for view in views if poison else ():
-        view.fill_(1024.0)
-    return {"poisoned": all(bool((view == 1024.0).all()) for view in views)}
+    found = True
+    for view in views:  # several views of the same bytes, which are all 0x44: a large number in every dtype
+        large = torch.full((view.element_size(),), 0x44, dtype=torch.uint8).view(view.dtype)[0]
+        if poison:
+            view.fill_(large)
+        found &= bool((view == large).all())
+    return {"poisoned": found}
 
 
 def groups(llm: Any) -> dict[str, Any]:

@@ -32,10 +32,10 @@ class Request:
     """The state of one request.
 
     salt: only requests of the same salt share KV. adapter: name and content name of the LoRA adapter. extras: what else changes
-    the KV. cacheable: whether the request may be loaded and stored. hit: the hit that is not being loaded yet. blocks: the
-    engine's block table from token 0 on; tables: those of the model's further groups. stored: number of leading chunks that the
-    server has or was sent; tail: hash of the unfull chunk that it has or was sent. jobs: running stores, each with the number of
-    ranks that have not ended it."""
+    the KV. cacheable: whether the request may be loaded and stored. hit: the hit that is not being loaded yet; asked_from: the
+    token from which on it was asked for, at the start of a chunk. blocks: the engine's block table from token 0 on; tables: those
+    of the model's further groups. stored: number of leading chunks that the server has or was sent; tail: hash of the unfull
+    chunk that it has or was sent. jobs: running stores, each with the number of ranks that have not ended it."""
 
     id: Hashable
     salt: str = ""
@@ -48,6 +48,7 @@ class Request:
     hit: Hit | None = None
     asked_at: float = _NEVER
     asked_tokens: int = -1
+    asked_from: int = 0
     blocks: list[int] = field(default_factory=list)
     tables: list[list[int]] = field(default_factory=list)
     stored: int = 0
@@ -138,8 +139,7 @@ class Requests(Generic[RequestT]):
         age = now - request.asked_at
         same = len(tokens) == request.asked_tokens and request.epoch == session.epoch
         if request.hit is not None:
-            leased_from = request.hit.first_chunk * (request.chain.chunk_tokens if request.chain else 0)
-            if same and age < fresh and leased_from <= have:
+            if same and age < fresh and request.asked_from <= have:
                 return request.hit
             self.give_back(request)
         elif same and age < MISS_SECONDS:
@@ -160,6 +160,7 @@ class Requests(Generic[RequestT]):
             request.stored = max(request.stored, min(found.chunks, len(chain)))
             request.tail = tail if found.chunks > len(chain) else request.tail
         request.hit, request.asked_at, request.asked_tokens = found, self.runtime.now(), len(tokens)
+        request.asked_from = have - have % chain.chunk_tokens if chain is not None else 0
         return found
 
     def chain(self, request: RequestT) -> TokenChain | None:

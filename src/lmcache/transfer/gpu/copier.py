@@ -40,8 +40,9 @@ class CudaCopier:
         chunk_tokens: int,
         runtime: Runtime = RUNTIME,
         arena: PinnedArena | None = None,
-        staging_bytes: int = STAGING_BYTES,
+        staging_bytes: int = 0,
     ) -> None:
+        staging_bytes = staging_bytes or STAGING_BYTES
         device = torch.device(paged.device)
         self._bounds = Bounds(paged, chunk_tokens)
         self._own_arena = PinnedArena(device, runtime) if arena is None else None
