@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 from collections import Counter
 from collections.abc import Sequence
+from itertools import repeat
 from typing import NamedTuple
 
 from lmcache.chunks import Group, TokenChain, chunk_root
@@ -84,8 +84,11 @@ class SchedulerSession(Session):
         super().__init__(layout_for, runtime)
         self._stages = list(stages)
         self._groups = (GroupShape(layout_for, shards, group, share), *others)
+        self._all_shards = sum(one.shards for one in self._groups)
         self._others: list[int] = []
         """The spaces of the further groups."""
+        self._reaches: list[int] = []
+        """How many chunks before the end of a hit each group needs; 0 for all of them."""
         self._space, self._chunk_tokens, self._epoch, self._fingerprint = 0, 0, b"", b""
         self.misses: Counter[str] = Counter()
         """Lookups that became misses because they got no usable answer, by reason."""
@@ -167,7 +170,7 @@ class SchedulerSession(Session):
         first = skip_tokens // chain.chunk_tokens
         # Chunks beyond the limit of one lookup are not looked up, so the engine computes them.
         known = chain.hashes if chunks is None else chain.hashes[: HASH_BYTES * chunks]
-        hashes = (known + tail)[: HASH_BYTES * m.most_looked_up(first, sum(one.shards for one in self._groups))]
+        hashes = (known + tail)[: HASH_BYTES * m.most_looked_up(first, self._all_shards)]
         if first * HASH_BYTES >= len(hashes):
             return None
         epoch = self._epoch
@@ -183,19 +186,11 @@ class SchedulerSession(Session):
             return Loading(found.chunks, found.loading)
         if not found.lease:
             return None
-        parts = [
-            Hit(found.chunks, found.chunks - len(extents) // (4 * shape.shards), lease, extents, shape.shards, epoch)
-            for shape, (lease, extents) in zip(
-                self._groups, [(found.lease, found.extents), *found.others], strict=False
-            )
-        ]
-        self._held.update(part.lease for part in parts)
-        hit = parts[0]._replace(others=tuple(parts[1:]))
-        plausible = (
-            first < found.chunks <= len(hashes) // HASH_BYTES
-            and len(parts) == len(self._groups)
-            and all(map(self._plausible, self._groups, parts, itertools.repeat(first)))
-        )
+        hit = self._hit(self._groups[0], found.chunks, found.lease, found.extents, epoch)
+        if found.others:
+            others = zip(self._groups[1:], found.others, strict=False)
+            hit = hit._replace(others=tuple(self._hit(one, found.chunks, *leased, epoch) for one, leased in others))
+        plausible = first < found.chunks <= len(hashes) // HASH_BYTES and self._is_plausible(hit, first)
         if not plausible or epoch != self._epoch:
             self.misses["another server"] += 1
             # A server that has replaced the former one meanwhile gave this lease, so it is released there.
@@ -203,15 +198,25 @@ class SchedulerSession(Session):
             return None
         return hit
 
-    def _plausible(self, shape: GroupShape, part: Hit, first: int) -> bool:
-        """Return whether the answer leases the chunks that this group needs of the hit, from chunk `first` on."""
-        reach = shape.group.reach_chunks(self._chunk_tokens) if shape.group is not None else 0
+    def _hit(self, shape: GroupShape, chunks: int, lease: int, extents: bytes, epoch: bytes) -> Hit:
+        """Return the hit in one group, where the last chunks before its end are leased."""
+        self._held.add(lease)
+        return Hit(chunks, chunks - len(extents) // (4 * shape.shards), lease, extents, shape.shards, epoch)
+
+    def _is_plausible(self, hit: Hit, first: int) -> bool:
+        """Return whether the answer leases in each group the chunks that are needed of the hit, from chunk `first` on."""
+        if len(hit.others) + 1 != len(self._groups) or not self._fits(hit, self._reaches[0], first):
+            return False
+        return not hit.others or all(map(self._fits, hit.others, self._reaches[1:], repeat(first)))
+
+    @staticmethod
+    def _fits(part: Hit, reach: int, first: int) -> bool:
         needed = max(first, part.chunks - reach) if reach else first
         return bool(part.lease) and part.first_chunk == needed and not len(part.extents) % (4 * part.shards)
 
     def release(self, hit: Hit) -> None:
         """End the hit's lease: no rank reads its extents any more. Without a connection the release is sent with a later one."""
-        leases = [part.lease for part in (hit, *hit.others) if part.lease]
+        leases = [hit.lease, *[part.lease for part in hit.others]] if hit.others else [hit.lease]
         self._held.difference_update(leases)
         if hit.epoch != self._epoch:
             return
@@ -254,6 +259,7 @@ class SchedulerSession(Session):
             self._late, self._held = [], set()
         ask(carrier, m.Hold(list(self._held)), m.Ok)
         self._space, *self._others = spaces
+        self._reaches = [one.group.reach_chunks(welcome.chunk_tokens) if one.group else 0 for one in self._groups]
         self._chunk_tokens, self.claim_seconds = welcome.chunk_tokens, welcome.claim_seconds
         self._fingerprint, self._epoch = layout.fingerprint, welcome.holds_for
         if chunks := self._forgone_tokens // welcome.chunk_tokens:

@@ -9,6 +9,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Executor
+from itertools import repeat
 from typing import TYPE_CHECKING
 
 from lmcache.cache import KINDS, L1, TIER_KINDS, Event, Hit, Refusal, TooSmall
@@ -129,9 +130,9 @@ class Service:
         if len(hashes) % 16:
             raise Refusal(f"{len(hashes)} bytes of hashes: the length must be a multiple of 16")
         first = max(0, request.first_wanted)
-        asked, spaces = len(hashes) // 16, (request.space, *request.others)
-        # L1 refuses an unknown space.
-        shards = sum(space.shards for number in spaces if (space := self.l1.space(number)) is not None) or 1
+        asked, shards = len(hashes) // 16, self._shards(request.space)
+        for other in request.others:
+            shards += self._shards(other)
         most = m.most_looked_up(first, shards)
         if asked > most:
             raise Refusal(f"a lookup of {asked} chunks from chunk {first} on exceeds one answer; ask for {most}")
@@ -139,8 +140,8 @@ class Service:
         name = m.request_name(request.request)
         lookup = self._now(), peer.process, request.space, hashes, first, name, request.others
         if self.tiering is not None:
-            spaces = request.space, *request.others
-            if not any(self.tiering.knows(space, hashes) for space in spaces):
+            spaces = [request.space, *request.others]
+            if not any(map(self.tiering.knows, spaces, repeat(hashes))):
                 hit = self.l1.lookup_all(*lookup)
                 if hit is not None:
                     return _found(hit)
@@ -148,6 +149,10 @@ class Service:
             if coming:
                 return m.Found(in_l1, 0, b"", coming)
         return _found(self.l1.lookup(*lookup))
+
+    def _shards(self, number: int) -> int:
+        space = self.l1.space(number)
+        return 1 if space is None else space.shards  # L1 refuses an unknown space
 
     def _release(self, peer: Peer, request: m.Request) -> m.Message:
         assert isinstance(request, m.Release)
@@ -219,7 +224,7 @@ class Service:
 
 
 def _found(hit: Hit) -> m.Found:
-    return m.Found(hit.chunks, hit.lease, hit.extents, others=list(hit.groups))
+    return m.Found(hit.chunks, hit.lease, hit.extents, 0, list(hit.groups))
 
 
 def _log(event: Event) -> None:
