@@ -186,20 +186,46 @@ def test_what_it_is_told_counts_and_a_daemons_settings_do_not(
         engine.close()
 
 
-def test_http_is_there_where_it_is_asked_for(
-    embedded: Callable[..., EmbeddedServer], capfd: pytest.CaptureFixture[str]
-) -> None:
+class Said:
+    """What this process and its servers write to standard error, in a file, from `begin` on. (Pytest's own capture loses what a
+    server writes between its reading and its truncating, and this is read again and again.)"""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._before = path, -1
+
+    def begin(self) -> None:
+        """To be called in the test itself: pytest redirects standard error anew after the fixtures."""
+        self._before = os.dup(2)
+        with self._path.open("ab") as file:
+            os.dup2(file.fileno(), 2)
+
+    def __call__(self) -> str:
+        return self._path.read_text(errors="replace")
+
+    def end(self) -> None:
+        os.dup2(self._before, 2)
+        os.close(self._before)
+        print(self())  # shown where the test fails
+
+
+@pytest.fixture
+def said(tmp_path: Path) -> Said:
+    return Said(tmp_path / "said")
+
+
+def test_http_is_there_where_it_is_asked_for(embedded: Callable[..., EmbeddedServer], said: Said) -> None:
     import httpx
 
-    embedded(flags=("--http-host", "127.0.0.1", "--http-port", "0"))
-    said: list[str] = []
-
     def url() -> str:
-        said.append(capfd.readouterr().err)
-        return next((word for word in "".join(said).split() if word.startswith("http://")), "")
+        return next((word for word in said().split() if word.startswith("http://")), "")
 
-    answer: Any = httpx.get(f"{eventually(url)}/healthcheck", timeout=PATIENCE)
-    assert answer.json() == {"status": "healthy"}
+    said.begin()
+    try:
+        embedded(flags=("--http-host", "127.0.0.1", "--http-port", "0"))
+        answer: Any = httpx.get(f"{eventually(url)}/healthcheck", timeout=PATIENCE)
+        assert answer.json() == {"status": "healthy"}
+    finally:
+        said.end()
 
 
 def test_a_second_engine_of_the_same_name_is_told(embedded: Callable[..., EmbeddedServer]) -> None:
@@ -264,17 +290,16 @@ def test_its_end_is_that_of_a_daemon(
     embedded: Callable[..., EmbeddedServer],
     folders: Callable[[str], Path],
     monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
+    said: Said,
     drain_seconds: float,
 ) -> None:
     """It is not killed while its time to write lasts, nor where a tier hangs beyond that time."""
     store = RedisServer(binary_of("valkey"), folders("/tmp"))
-    said: list[str] = []
 
     def says(word: str) -> bool:
-        said.append(capfd.readouterr().err)
-        return word in "".join(said)
+        return word in said()
 
+    said.begin()
     try:
         if drain_seconds:
             monkeypatch.setattr("lmcache.engine.embedded._STOP_SECONDS", 0.0)
@@ -295,7 +320,7 @@ def test_its_end_is_that_of_a_daemon(
         assert says("Tier redis is abandoned") != bool(drain_seconds)
         assert not drain_seconds or len(store.raw.keys("{lmcache}/*/*-0-1")) == 10
     finally:
-        print("".join(said))  # shown where the test fails
+        said.end()
         store.end()
 
 

@@ -47,16 +47,17 @@ def test_a_tier_that_is_open_starts_no_thread_in_the_middle_of_a_call(
 def test_a_tier_that_gets_too_few_threads_is_not_open_and_leaves_none(
     kind: Callable[[Path, int], Tier], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tier, before, start = kind(tmp_path / "tier", 64 << 20), threading.active_count(), threading.Thread.start
+    tier, start, started = kind(tmp_path / "tier", 64 << 20), threading.Thread.start, []
 
     def start_two(thread: threading.Thread) -> None:
-        (start if threading.active_count() < before + 2 else none_left)(thread)
+        (start if len(started) < 2 else none_left)(thread)
+        started.append(thread)
 
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", start_two)
         with pytest.raises(TierError, match="cannot be started: can't start new thread; raise the limit"):
             tier.open()
-    assert threading.active_count() == before
+    assert len(started) == 2 and not any(thread.is_alive() for thread in started)
     tier.open()
     assert tier.store([shard_of(shard_key(1), SIZE)]) == [OK]
     tier.close()
