@@ -122,6 +122,8 @@ class _Connection:
         self._reader = FrameReader(m.MAX_MESSAGE_BYTES)
         self._more, self._answers = False, b""
         """Whether more messages have arrived, and the answers that wait for theirs: the engine then wakes up only once."""
+        self._hears = True
+        """Whether answers still reach the engine. Once one did not, what the engine has sent before it hung up is still read."""
         self._unsent: deque[memoryview] = deque()
         self.unsent_bytes = 0
         self._descriptor = sock.fileno()
@@ -151,8 +153,8 @@ class _Connection:
             self.close()
 
     def _ready(self) -> None:
-        if self._unsent and not self._flush():
-            return
+        if self._unsent:
+            self._flush()
         try:
             received = self.sock.recv_into(self.endpoint.inbox)
         except BlockingIOError:
@@ -198,7 +200,7 @@ class _Connection:
             self._send(data, descriptors)
 
     def _send(self, data: bytes, descriptors: tuple[int, ...]) -> None:
-        if self.sock.fileno() < 0:
+        if self.sock.fileno() < 0 or not self._hears:
             return
         if self._unsent:
             self._keep(memoryview(data))
@@ -208,7 +210,7 @@ class _Connection:
         except BlockingIOError:
             sent = 0
         except OSError:
-            self.close()
+            self._hears = False
             return
         if sent < len(data):
             self._keep(memoryview(data)[sent:])
@@ -230,22 +232,23 @@ class _Connection:
         )
         self.close()
 
-    def _flush(self) -> bool:
+    def _flush(self) -> None:
         while self._unsent:
             try:
                 sent = self.sock.send(self._unsent[0])
             except BlockingIOError:
-                return True
+                return
             except OSError:
-                self.close()
-                return False
+                self._hears = False
+                self._unsent.clear()
+                self.unsent_bytes = 0
+                break
             self.unsent_bytes -= sent
             if sent < len(self._unsent[0]):
                 self._unsent[0] = self._unsent[0][sent:]
-                return True
+                return
             self._unsent.popleft()
         self.endpoint.loop.watch(self._descriptor, self._ready)
-        return True
 
 
 def _open_pidfd(sock: socket.socket, pid: int) -> int | None:
