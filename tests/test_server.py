@@ -306,19 +306,20 @@ def test_one_connection_is_one_session(server, raw):
     assert cache.counters()["engine_processes"] == 1
 
 
-def test_what_an_engine_said_before_it_hung_up_is_heard_though_answers_no_longer_reach_it(server, raw):
-    """The server is behind: it finds that it cannot answer the first message while later ones have not been read yet."""
-    cache = server(chunk=16)
-    last = raw(cache, "hasty").carrier
-    cache.freeze()
-    try:
-        last.post(m.Ping())
-        last.post(m.Lookup(0, bytes(16 * 6000)))  # more than the server reads at once
-        last.post(m.Dropped(7, "last words"))
-        last.close()
-    finally:
-        cache.thaw()
-    eventually(lambda: cache.counters().get('engine_dropped_chunks_total{reason="last words"}') == 7)
+def test_what_an_engine_said_before_it_hung_up_is_heard_though_answers_no_longer_reach_it(small, monkeypatch):
+    """While the server handles one message, the engine sends its last one and hangs up."""
+    service, path = small
+    client, handle = Client(path), service.handle
+
+    def slowly(peer, request, frames, reply):
+        if type(request) is m.Ping:
+            client.carrier.post(m.Dropped(7, "last words"))
+            client.close()
+        handle(peer, request, frames, reply)
+
+    monkeypatch.setattr(service, "handle", slowly)
+    client.carrier.post(m.Ping())
+    eventually(lambda: service.counters["engine_dropped:last words"] == 7)
 
 
 def test_goodbye_ends_every_claim(server, raw):
