@@ -286,6 +286,19 @@ def test_a_tier_brings_back_all_groups(
     assert engine.load(ids) == 192
 
 
+def test_ranks_that_share_the_shard_of_one_group_store_those_of_the_others(
+    server: Servers, engines: Callable[..., HybridEngine]
+) -> None:
+    """With more ranks than KV heads several ranks have the same heads, which the first of them stores, and each has states of its
+    own."""
+    engine, ids = engines(server(chunk=CHUNK)), ids_of(7, 100)
+    for stores in ([False, False, False, True], [True, True, True, False]):
+        assert engine.load(ids) == 0
+        engine.copies = Copies(engine.worker, [0] * 4, stores=stores, requests=engine.requests)
+        engine.compute(ids, [96])
+    assert engine.load(ids) == 96
+
+
 def test_an_engine_with_another_window_gets_nothing(server: Servers, engines: Callable[..., HybridEngine]) -> None:
     one, ids = server(chunk=CHUNK), ids_of(6, 100)
     engines(one, kinds=(FULL, SHORT)).compute(ids, [96])
