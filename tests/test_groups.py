@@ -6,12 +6,14 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 
 from lmcache.cache import Heart
+from lmcache.cache.table import Table
 from lmcache.chunks import Group, Layout, shard_of_rank
 from lmcache.engine import Copies, Hit, Request, Requests, SchedulerSession, WorkerSession
 from lmcache.engine.endpoint import Endpoint
@@ -284,6 +286,19 @@ def test_a_tier_brings_back_all_groups(
     assert engine.load(ids) == 192
 
 
+def test_ranks_that_share_the_shard_of_one_group_store_those_of_the_others(
+    server: Servers, engines: Callable[..., HybridEngine]
+) -> None:
+    """With more ranks than KV heads several ranks have the same heads, which the first of them stores, and each has states of its
+    own."""
+    engine, ids = engines(server(chunk=CHUNK)), ids_of(7, 100)
+    for stores in ([False, False, False, True], [True, True, True, False]):
+        assert engine.load(ids) == 0
+        engine.copies = Copies(engine.worker, [0] * 4, stores=stores, requests=engine.requests)
+        engine.compute(ids, [96])
+    assert engine.load(ids) == 96
+
+
 def test_an_engine_with_another_window_gets_nothing(server: Servers, engines: Callable[..., HybridEngine]) -> None:
     one, ids = server(chunk=CHUNK), ids_of(6, 100)
     engines(one, kinds=(FULL, SHORT)).compute(ids, [96])
@@ -332,6 +347,42 @@ def test_windows_in_the_middle_of_prompts_go_before_those_at_ends_and_forks() ->
     assert held[second] < 0.25 * held[first]
     assert ends[-30:] == [20] * 30 and forks[-30:] == [10] * 30
     assert held[second] < 0.6 * 15 * 30, "there is no room for all 30 chunks of these 15 pairs"
+
+
+class CountingTable:
+    """A table that counts what is looked for in it."""
+
+    looked_for = 0
+
+    def __init__(self, shards: int) -> None:
+        self._table = Table(shards)
+
+    def match(self, hashes: bytes) -> bytes:
+        self.looked_for += 1
+        return self._table.match(hashes)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._table, name)
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+
+def test_a_lookup_looks_for_no_chunk_of_a_group_twice() -> None:
+    """Two groups whose states never lie at the same place, beside a window that has everything: the server's loop must not spend
+    the length of the window on each of these places."""
+    heart = Heart(4000 * SECTOR, new_table=CountingTable)  # type: ignore[arg-type]
+    heart.join(1, "engine")
+    full = heart.open_space(1, b"f" * 16, 1, 0, SECTOR)
+    window, *states = [
+        heart.open_space(1, bytes([name]) * 16, 1, 0, SECTOR, reach) for name, reach in enumerate((60, 1, 1))
+    ]
+    keys = keys_of(1, 300)
+    fill_chain(heart, full, keys, 0, 300, 0.0)
+    for space, kept in zip((window, *states), (keys, keys[::2], keys[1::2]), strict=True):
+        fill(heart, space, kept, 0.0)
+    assert heart.lookup(0.0, 1, full, b"".join(keys), others=[states[0], window, states[1]]).chunks == 0
+    assert max(space.table.looked_for for space in heart.spaces) <= 300 + 1  # type: ignore[attr-defined]
 
 
 def usable(heart: Heart, first: int, second: int, keys: Sequence[bytes], now: float = 999.0) -> int:

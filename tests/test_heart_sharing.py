@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 import time
 from collections import OrderedDict
 
@@ -292,3 +293,28 @@ def test_clearing_a_large_index_is_quick(leased: bool) -> None:
     assert heart.used_bytes() == (500 * 4096 if leased else 0)
     heart.release(1, hit.lease)
     assert heart.used_bytes() == 0
+
+
+def test_the_work_for_memory_grows_with_the_number_of_models_and_not_with_its_square() -> None:
+    """Every model of every engine has a share, and the server's loop serves nobody while it compares them."""
+
+    def calls(models: int) -> int:
+        """How many Python functions run while a full cache of so many models stores one more prompt."""
+        heart, dice, count = Heart(20000 * 4096), random.Random(1), 0
+        engines = [Engine(heart, 1 + number, [4096], number.to_bytes(2, "big")) for number in range(models)]
+        for one in engines:
+            one.store(prompt(dice, 20000 // models))
+        heart.tick(0.0)
+
+        def note(frame: object, event: str, argument: object) -> None:
+            nonlocal count
+            count += event == "call"
+
+        sys.setprofile(note)
+        try:
+            engines[0].store(prompt(dice, 1))
+        finally:
+            sys.setprofile(None)
+        return count
+
+    assert calls(200) < 6 * calls(50)

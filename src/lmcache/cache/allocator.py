@@ -71,6 +71,8 @@ class Allocator:
         self._next_class = 0
         self._active: set[Space] = set()
         """The spaces that engines use now."""
+        self._shares = 0.0
+        """The sum of their shares."""
         self._settled: set[int] = set()
         """Classes that have found no region to take since the last `retry_shares`."""
 
@@ -78,18 +80,22 @@ class Allocator:
         """Let every class look for regions to take again, since some may have become idle."""
         self._settled.clear()
 
+    def _count_shares(self) -> None:
+        self._shares = sum(one.share for one in self._active)
+        self.retry_shares()
+
     def join(self, space: Space, instance: str) -> None:
         """Note that an engine instance uses the space from now on."""
         self._active.add(space)
         space.instances.add(instance)
-        self.retry_shares()
+        self._count_shares()
 
     def leave(self, space: Space, instance: str) -> None:
         """Note that an engine instance no longer uses the space."""
         space.instances.remove(instance)
         if not space.instances:
             self._active.discard(space)
-        self.retry_shares()
+        self._count_shares()
 
     def open(self, space: Space, shard: int, shard_bytes: int) -> None:
         """Assign this shard to a class of extents of `shard_bytes`, rounded up to complete sectors."""
@@ -214,8 +220,7 @@ class Allocator:
         if not space.instances:
             return 0.0
         class_bytes = self.slabs.extent_sectors(own) * SECTOR_BYTES * space.classes.count(own)
-        part = space.share / sum(one.share for one in self._active)
-        return self.slabs.total_bytes * part * class_bytes / space.chunk_bytes
+        return self.slabs.total_bytes * space.share / self._shares * class_bytes / space.chunk_bytes
 
 
 def _victim(space: Space) -> int:

@@ -17,7 +17,7 @@ Found = list[tuple[Space, bytes]]
 def usable_prefix(spaces: Sequence[Space], hashes: bytes) -> tuple[int, Found]:
     """Return the length in chunks of the longest prefix of `hashes` that can be used from these spaces, and what it needs.
 
-    The work is at most proportional to the number of hashes, times the number of spaces, times the longest reach.
+    The work is at most proportional to the number of hashes times the number of spaces.
     """
     matched = [b"" if space.reach_chunks else space.table.match(hashes) for space in spaces]
     chunks = len(hashes) // HASH_BYTES
@@ -25,10 +25,11 @@ def usable_prefix(spaces: Sequence[Space], hashes: bytes) -> tuple[int, Found]:
         if not space.reach_chunks:
             chunks = min(chunks, len(ids) // 4)
     reaching, agreed = [space for space in spaces if space.reach_chunks], 0
+    firsts = [chunks] * len(reaching)
     while agreed < len(reaching):  # each round either shortens the prefix or is the last one
         agreed = 0
-        for space in reaching:
-            own = _longest(space, hashes, chunks)
+        for number, space in enumerate(reaching):
+            own, firsts[number] = _longest(space, hashes, chunks, firsts[number])
             agreed += own == chunks
             chunks = own
     found = []
@@ -40,13 +41,12 @@ def usable_prefix(spaces: Sequence[Space], hashes: bytes) -> tuple[int, Found]:
     return chunks, found
 
 
-def _longest(space: Space, hashes: bytes, chunks: int) -> int:
-    """Return the most chunks, at most `chunks`, of which the space has the last `reach_chunks`."""
-    at, present = chunks, 0
-    while at and present < space.reach_chunks:
-        at -= 1
-        if space.table.match(hashes[at * HASH_BYTES : (at + 1) * HASH_BYTES]):
-            present += 1
-        else:
-            chunks, present = at, 0
-    return chunks
+def _longest(space: Space, hashes: bytes, chunks: int, first: int) -> tuple[int, int]:
+    """Return the most chunks, at most `chunks`, of which the space has the last `reach_chunks`, and the first chunk from which on
+    it is now known to have all of them. first: as that was known before, so that no chunk is looked for twice."""
+    first = min(first, chunks)
+    while first and chunks - first < space.reach_chunks:
+        first -= 1
+        if not space.table.match(hashes[first * HASH_BYTES : (first + 1) * HASH_BYTES]):
+            chunks = first
+    return chunks, first

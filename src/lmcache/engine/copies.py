@@ -39,7 +39,8 @@ class Copies:
     Args:
         session: the session of this rank.
         shard: index of the shard that this rank holds; for a model with several groups, a sequence of one for each.
-        stores: False where another rank stores this shard; a store then ends at once, without a copy.
+        stores: False where another rank stores this shard, again for each group; a store ends at once, without a copy, where
+            all are False.
         requests: the scheduler's requests, if the scheduler is in this process; they are notified of every end.
         ended: called with each copy once it is known to have ended, in the thread that collects.
     """
@@ -49,12 +50,14 @@ class Copies:
         session: WorkerSession,
         shard: int | Sequence[int],
         *,
-        stores: bool = True,
+        stores: bool | Sequence[bool] = True,
         requests: Requests[Any] | None = None,
         ended: Callable[[Copy], None] | None = None,
     ) -> None:
-        self.session, self.stores = session, stores
+        self.session = session
         self._shards = (shard,) if isinstance(shard, int) else tuple(shard)
+        self._stores = (stores,) * len(self._shards) if isinstance(stores, bool) else tuple(stores)
+        self.stores = any(self._stores)
         self._requests, self._ended = requests, ended
         self._running: dict[str, Copy] = {}
         self._closing: set[Hashable] = set()
@@ -86,7 +89,8 @@ class Copies:
         if not self.stores:
             return self._end(Copy(plan), Done(plan.job_id, "store", True, 0, 0.0))
         copy = self._running[plan.job_id] = Copy(plan)
-        self.session.store(plan.job_id, plan.job((plan.blocks if blocks is None else blocks, *others), after))
+        tables = plan.blocks if blocks is None else blocks, *others
+        self.session.store(plan.job_id, plan.job(self._stores, tables, after))
         return copy
 
     def drop(self, plan: StorePlan, reason: str) -> Copy:

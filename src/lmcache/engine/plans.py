@@ -93,19 +93,19 @@ class StorePlan:
         """Number of tokens to be stored."""
         return self.end - self.start
 
-    def job(self, tables: Sequence[Blocks], after: Event | None) -> Store:
-        """Return the store job of a rank. tables: its block tables, one for each group."""
-        one = self._part(tables[0], after)
+    def job(self, stores: Sequence[bool], tables: Sequence[Blocks], after: Event | None) -> Store:
+        """Return the store job of a rank. stores, tables: for each group, whether it stores its shard, and its block table."""
+        one = self._part(stores[0], tables[0], after)
         if not self.others:
             return one
-        rest = zip(self.others, tables[1:], strict=True)
-        return replace(one, others=tuple(plan._part(blocks, None) for plan, blocks in rest))
+        rest = zip(self.others, stores[1:], tables[1:], strict=True)
+        return replace(one, others=tuple(plan._part(kept, blocks, None) for plan, kept, blocks in rest))
 
-    def _part(self, blocks: Blocks, after: Event | None) -> Store:
+    def _part(self, stores: bool, blocks: Blocks, after: Event | None) -> Store:
         return Store(
             self.chunk_tokens,
             self.parent,
-            self.hashes,
+            self.hashes if stores else b"",
             self.first_chunk,
             blocks,
             after,

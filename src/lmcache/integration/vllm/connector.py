@@ -144,7 +144,7 @@ class Connector:
             ),
             registered,
             [one.shard.index for one in served],
-            stores=served[0].stores,
+            stores=[one.stores for one in served],
             synchronous=self._synchronous,
             fails_by_request=kv.fails_by_request,
             layers=Layers(kv.layer_names, len(registered[0].paged.planes)) if layerwise else None,

@@ -23,8 +23,8 @@ _START_SECONDS = 5.0
 
 
 class WorkerSide:
-    """The worker's side. registered, shards: for each group, where its KV lies and the index of this rank's shard. stores: False
-    if another rank stores that shard.
+    """The worker's side. registered, shards: for each group, where its KV lies and the index of this rank's shard. stores: as
+    for `Copies`.
 
     synchronous: forwards wait for loads (`wait_loaded`), and every copy is logged, as users of in-process mode expect.
     fails_by_request: whether failed loads are reported as requests (`take_failed_requests`) instead of blocks.
@@ -37,7 +37,7 @@ class WorkerSide:
         registered: Sequence[Registered],
         shards: Sequence[int],
         *,
-        stores: bool = True,
+        stores: bool | Sequence[bool] = True,
         synchronous: bool = False,
         fails_by_request: bool = False,
         layers: Layers | None = None,
