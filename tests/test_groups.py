@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -347,6 +348,33 @@ def test_windows_in_the_middle_of_prompts_go_before_those_at_ends_and_forks() ->
     assert held[second] < 0.25 * held[first]
     assert ends[-30:] == [20] * 30 and forks[-30:] == [10] * 30
     assert held[second] < 0.6 * 15 * 30, "there is no room for all 30 chunks of these 15 pairs"
+
+
+def test_the_search_for_the_window_to_evict_is_short_however_far_windows_reach() -> None:
+    """All chunks are in reach of the ends of their prompts. The server's loop serves nobody while it searches."""
+    heart, calls = Heart(1500 * SECTOR), 0
+    heart.join(1, "engine")
+    first = heart.open_space(1, b"f" * 16, 1, 0, SECTOR, share=0.8)
+    second = heart.open_space(1, b"w" * 16, 1, 0, SECTOR, 200, share=0.2)
+    for turn in range(6):
+        keys = keys_of(turn, 200)
+        usable(heart, first, second, keys, float(turn))
+        fill_chain(heart, first, keys, 0, 200, float(turn))
+        if turn < 5:
+            fill(heart, second, keys, float(turn))
+    before = heart.events.counters["evicted"]
+
+    def note(frame: object, event: str, argument: object) -> None:
+        nonlocal calls
+        calls += event == "c_call"
+
+    sys.setprofile(note)
+    try:
+        fill(heart, second, keys, 9.0)
+    finally:
+        sys.setprofile(None)
+    evicted = heart.events.counters["evicted"] - before
+    assert evicted > 50 and calls < 1000 * evicted
 
 
 class CountingTable:

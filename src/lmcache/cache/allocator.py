@@ -22,8 +22,9 @@ from dataclasses import dataclass, field
 from lmcache.cache.table import Table
 from lmcache.memory.slabs import NO_EXTENT, SECTOR_BYTES, Region, Slabs
 
-_PASSED = 64
-"""How many chunks in reach of an end are passed at most in the search for a victim."""
+_PASSED, _WALKED = 64, 256
+"""How many chunks in reach of an end are passed at most in the search for a victim, and how many chunks behind them are looked at
+in order to find that end."""
 
 
 @dataclass(slots=True, eq=False)
@@ -226,24 +227,26 @@ class Allocator:
 def _victim(space: Space) -> int:
     """Return the record to evict next, or -1. In a group with a reach, chunks in the middle of prompts go before those that an
     end or a fork needs, where later prompts go on. The search is bounded; chunks that it passes count as used."""
-    victim = space.table.victim()
-    if space.main is not None:
-        for _ in range(_PASSED):
-            if victim < 0 or not _in_reach_of_an_end(space, space.main.table, victim):
-                break
-            space.table.touch(victim.to_bytes(4, "little"))
-            victim = space.table.victim()
+    victim, left = space.table.victim(), _WALKED
+    for _ in range(_PASSED if space.main is not None else 0):
+        most = min(left, space.reach_chunks)
+        steps = _steps_to_an_end(space, victim, most)
+        if steps == most:
+            break
+        space.table.touch(victim.to_bytes(4, "little"))
+        victim, left = space.table.victim(), left - steps
     return victim
 
 
-def _in_reach_of_an_end(space: Space, main: Table, record: int) -> bool:
-    """Return whether a prompt ends, or prompts part, at this chunk or so soon after it that its window reaches back to it."""
+def _steps_to_an_end(space: Space, record: int, most: int) -> int:
+    """Return how many chunks follow this one until a prompt ends or prompts part; at most `most`, also if it cannot be known."""
+    if space.main is None or record < 0:
+        return most
+    main = space.main.table
     at = main.get(space.table.key(record))
-    for _ in range(space.reach_chunks):
-        if at < 0:
-            return False  # evicted
+    for steps in range(most if at >= 0 else 0):
         following = main.only_child(at)
         if following < 0:
-            return True
+            return steps
         at = following
-    return False
+    return most
