@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
             except RuntimeError as error:
                 failed = True
                 print(f"{TITLES[name]}: {error}", file=sys.stderr)
-    size = prompt_bytes(options.model, options.prompts * options.tokens)
+    size = prompt_bytes(options, options.prompts * options.tokens)
     print(
         f"{machine()}, {gpu_name()}, PCIe to the device {rate:.1f} GB/s: {size / rate / 1e9:.3f} s for {size / 1e9:.2f} GB\n"
     )

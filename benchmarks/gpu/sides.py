@@ -1,8 +1,8 @@
-"""Which engines are compared on a GPU, and how each is started: vLLM alone, its own offloading, LMCache 0.5.3, ours.
+"""Which engines are compared on a GPU, and how each is started: vLLM alone, its own offloading, LMCache 0.5.3, PegaFlow, ours.
 
 `--python` has vLLM and what our package needs; ours is on PYTHONPATH or installed. `--peer-path` is a folder that holds LMCache
-0.5.3 and goes first on PYTHONPATH of its server and engine. With `--model` a real checkpoint is served, on whatever device
-vLLM finds.
+0.5.3 and goes first on PYTHONPATH of its server and engine; `--pegaflow-path` is the same for PegaFlow. With `--model` a real
+checkpoint is served, on whatever device vLLM finds.
 """
 
 from __future__ import annotations
@@ -11,18 +11,20 @@ import argparse
 import contextlib
 import json
 import os
+import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.child import Child
-from benchmarks.gpu.model import TOKEN_BYTES, VOCABULARY, write_shape
+from benchmarks.child import Child, end_with_parent
+from benchmarks.gpu.model import SHAPES
 from benchmarks.run import machine
-from benchmarks.sides import PROJECT, Side
+from benchmarks.sides import PROJECT, Side, free_port
 
 ENVIRONMENT = {
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
@@ -45,6 +47,7 @@ TITLES = {
     "peer-in-process": "LMCache 0.5.3 in process",
     "ours": "ours",
     "in-process": "ours in process",
+    "pegaflow": "PegaFlow",
 }
 
 
@@ -52,7 +55,9 @@ class Engine(Child):
     """`benchmarks.gpu.engine` in a process of its own; `call` runs one of its methods there."""
 
     def __init__(self, name: str, side: Side, settings: dict[str, Any], log: Path, environment: dict[str, str]) -> None:
-        path = [side.path, str(PROJECT)] if side.path else [str(PROJECT), os.environ.get("PYTHONPATH", "")]
+        path = [side.path, str(PROJECT)]
+        if side.name != "peer":  # which has our package's name
+            path.append(os.environ.get("PYTHONPATH", ""))
         environment = os.environ | ENVIRONMENT | environment | {"PYTHONPATH": ":".join(filter(None, path))}
         command = [side.python, "-m", "benchmarks.gpu.engine", json.dumps(settings)]
         super().__init__(name, command, log, environment, log.parent)
@@ -76,19 +81,21 @@ class Engine(Child):
 
 @dataclass(frozen=True)
 class Hosts:
-    """What all sides of a run share. `settings` are vLLM's own."""
+    """What all sides of a run share. `settings` are vLLM's own. paths: of rivals, the folder that goes first on PYTHONPATH."""
 
     python: str
-    peer_path: str
+    paths: dict[str, str]
     settings: dict[str, Any]
     cache_gb: float
+    chunk_tokens: int
     directory: Path
 
     @contextlib.contextmanager
     def engine(self, name: str, **more: Any) -> Iterator[Engine]:
         """The engine `name` of `TITLES`, ready, with its server where it needs one. more: settings of vLLM."""
-        peer = name.startswith("peer")
-        side = Side("peer" if peer else "ours", self.python, self.peer_path if peer else "", "gpu")
+        rival = name.partition("-")[0]
+        peer = rival == "peer"
+        side = Side("peer" if peer else "ours", self.python, self.paths.get(rival, ""), "gpu")
         settings, environment = self.settings | more, {}
         with contextlib.ExitStack() as stack:
             if name == "native":
@@ -96,8 +103,12 @@ class Hosts:
             elif name.endswith("in-process"):
                 settings["kv_transfer_config"] = {"kv_connector": "LMCacheConnectorV1", "kv_role": "kv_both"}
                 environment["LMCACHE_MAX_LOCAL_CPU_SIZE"] = str(self.cache_gb)
+            elif name == "pegaflow":
+                port = stack.enter_context(pegaflow(side, self.cache_gb, self.directory))
+                settings["kv_transfer_config"] = PEGAFLOW_CONFIG
+                environment |= {"PEGAFLOW_HOST": "http://127.0.0.1", "PEGAFLOW_PORT": str(port), "PYTHONHASHSEED": "0"}
             elif name != "alone":
-                server = stack.enter_context(side.serve(self.cache_gb))
+                server = stack.enter_context(side.serve(self.cache_gb, self.chunk_tokens))
                 settings["kv_transfer_config"] = transfer_config(server.port)
             engine = Engine(name, side, settings, self.directory / f"{name}.log", environment)
             stack.callback(engine.stop, END_SECONDS)
@@ -107,6 +118,46 @@ class Hosts:
             if name in ("ours", "in-process"):
                 engine.settle()
             yield engine
+
+
+PEGAFLOW_CONFIG = {
+    "kv_connector": "PegaKVConnector",
+    "kv_connector_module_path": "pegaflow.connector",
+    "kv_role": "kv_both",
+}
+
+
+@contextlib.contextmanager
+def pegaflow(side: Side, cache_gb: float, directory: Path) -> Iterator[int]:
+    """Run PegaFlow's server; give its port."""
+    port, http = free_port(), free_port()
+    command = [str(Path(side.path) / "pegaflow" / "pegaflow-server-py"), "--addr", f"127.0.0.1:{port}"]
+    command += ["--http-addr", f"127.0.0.1:{http}", "--devices", "0", "--pool-size", f"{cache_gb:g}gb"]
+    with (directory / "pegaflow-server.log").open("w") as log:
+        process = subprocess.Popen(
+            command, stdout=log, stderr=log, env=os.environ | {"PYTHONPATH": side.path}, preexec_fn=end_with_parent
+        )
+    try:
+        limit = time.monotonic() + SETTLE_SECONDS
+        while answers(f"http://127.0.0.1:{http}/health") != 200:
+            if process.poll() is not None or time.monotonic() > limit:
+                raise RuntimeError(
+                    f"PegaFlow does not answer: {(directory / 'pegaflow-server.log').read_text()[-2000:]}"
+                )
+            time.sleep(0.1)
+        yield port
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def answers(url: str) -> int:
+    """The HTTP status of a GET; 0 where nothing answers."""
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            return int(answer.status)
+    except OSError:
+        return 0
 
 
 def transfer_config(port: int) -> dict[str, Any]:
@@ -131,9 +182,10 @@ def parser(program: str, about: str | None) -> argparse.ArgumentParser:
         "--python", metavar="PATH", default=sys.executable, help="Python with vLLM and us; default: this one"
     )
     made.add_argument("--peer-path", metavar="DIR", default="", help="folder with LMCache 0.5.3, for its rows")
-    made.add_argument(
-        "--model", metavar="DIR", type=Path, help="a checkpoint; default: random weights of Qwen3-8B's shape"
-    )
+    made.add_argument("--model", metavar="DIR", type=Path, help="a checkpoint; default: random weights of --shape")
+    made.add_argument("--shape", choices=[*SHAPES], default="qwen3-8b", help="of the model. Default: qwen3-8b")
+    made.add_argument("--chunk-tokens", metavar="N", type=int, help="of our server; default: what fits the shape")
+    made.add_argument("--pegaflow-path", metavar="DIR", default="", help="folder with PegaFlow, for its rows")
     made.add_argument("--set", metavar="JSON", type=json.loads, default={}, help="further settings of vLLM")
     made.add_argument("--cache-gb", metavar="N", type=float, default=40, help="memory of each cache. Default: 40")
     made.add_argument("--rounds", metavar="N", type=int, default=10, help="after one to warm up. Default: 10")
@@ -151,24 +203,29 @@ def hosts(options: argparse.Namespace, **settings: Any) -> Iterator[Hosts]:
             "max_model_len": 40000,
             "max_num_batched_tokens": 8192,
             "enable_prefix_caching": True,
-            "disable_hybrid_kv_cache_manager": True,
             "seed": 0,
             "redraw": options.model is None,
-            "vocabulary": VOCABULARY,
         }
+        chunk_tokens = options.chunk_tokens
         if options.model is None:
-            shared |= {"model": str(write_shape(directory / "qwen3-8b-shape")), "load_format": "dummy"}
+            shape = SHAPES[options.shape]()
+            shared |= {"model": str(shape.write(directory / options.shape)), "load_format": "dummy"}
+            shared |= {"vocabulary": shape.vocabulary}
+            chunk_tokens = chunk_tokens or shape.chunk_tokens
         else:
             config = json.loads((options.model / "config.json").read_text())
             shared |= {"model": str(options.model.resolve()), "vocabulary": config["vocab_size"]}
-        yield Hosts(options.python, options.peer_path, shared | settings | options.set, options.cache_gb, directory)
+        paths = {"peer": options.peer_path, "pegaflow": options.pegaflow_path}
+        yield Hosts(
+            options.python, paths, shared | settings | options.set, options.cache_gb, chunk_tokens or 256, directory
+        )
 
 
-def prompt_bytes(model: Path | None, tokens: int) -> int:
+def prompt_bytes(options: argparse.Namespace, tokens: int) -> int:
     """KV of a prompt. For a checkpoint from its `config.json`, at the width of its `torch_dtype`."""
-    if model is None:
-        return tokens * TOKEN_BYTES
-    config = json.loads((model / "config.json").read_text())
+    if options.model is None:
+        return SHAPES[options.shape]().kv_bytes(tokens)
+    config = json.loads((options.model / "config.json").read_text())
     width = 4 if config["torch_dtype"] == "float32" else 2
     return int(tokens * config["num_hidden_layers"] * 2 * config["num_key_value_heads"] * config["head_dim"] * width)
 

@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
                 print(f"{TITLES[name]}: {error}", file=sys.stderr)
             keep(options.json, rate, samples=samples)
     print(f"{machine()}, {gpu_name()}, PCIe to the device {rate:.1f} GB/s\n")
-    print(align(table(samples, rate, lambda tokens: prompt_bytes(options.model, tokens))))
+    print(align(table(samples, rate, lambda tokens: prompt_bytes(options, tokens))))
     return int(failed)
 
 
