@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,12 @@ CONTEXT_TOKENS = 40960
 @dataclass(frozen=True)
 class Shape:
     """A model by its `config.json`. kv_bytes: the KV in bfloat16 that a prompt of so many tokens needs to go on from its end.
-    chunk_tokens: chunks must end where the engine keeps states or windows."""
+    chunk_tokens: chunks must end where the engine keeps states or windows. settings: further ones of vLLM."""
 
     config: dict[str, Any]
     kv_bytes: Callable[[int], int]
     chunk_tokens: int = 256
+    settings: dict[str, Any] = field(default_factory=dict)
 
     @property
     def vocabulary(self) -> int:
@@ -77,8 +78,9 @@ def _qwen3_next() -> Shape:
         "norm_topk_prob": True, "mlp_only_layers": [], "rope_theta": 10_000_000, "hidden_act": "silu",
         "attention_bias": False, "tie_word_embeddings": False, "bos_token_id": 0, "eos_token_id": 0,
     }  # fmt: skip
+    triton = {"additional_config": {"gdn_prefill_backend": "triton"}}  # the default needs FlashInfer
     state = (32 * 128 * 128 + 3 * (2 * 16 * 128 + 32 * 128)) * 2
-    return Shape(config, lambda tokens: 12 * 2 * 2 * 256 * 2 * tokens + 36 * state, chunk_tokens=544)
+    return Shape(config, lambda tokens: 12 * 2 * 2 * 256 * 2 * tokens + 36 * state, 544, triton)
 
 
 SHAPES: dict[str, Callable[[], Shape]] = {"qwen3-8b": _qwen3_8b, "gemma3-12b": _gemma3_12b, "qwen3-next": _qwen3_next}

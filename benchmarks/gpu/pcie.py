@@ -1,4 +1,5 @@
-"""Slot <-> paged KV on a GPU, against PCIe in the same run: store, load, both at once; large chunks, one chunk, small chunks.
+"""Extents <-> paged KV on a GPU, against PCIe in the same run: store, load, both at once; large chunks, one chunk, small chunks.
+Then the six groups of Gemma 3's shape, one of full attention and five with a window of 1,024 tokens.
 
 usage: python -m benchmarks.gpu.pcie [--tokens 32768]      Qwen3-8B shape: 36 layers x 8 KV heads x 128, bf16, 16-token blocks
 """
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 
 from lmcache.memory.arena import Mapping
-from lmcache.transfer.gpu.copier import STAGING_BYTES, CudaCopier
+from lmcache.transfer.gpu.copier import STAGING_BYTES, CudaCopier, cuda_copiers
 from lmcache.transfer.paged import PagedKV, Plane
 
 LAYERS, HEADS, DIMS, BLOCK = 36, 8, 128, 16
@@ -36,15 +37,15 @@ def measured(call: Callable[[], object], rounds: int = 7) -> float:
     return statistics.median(times)
 
 
-def paged_kv(blocks: int) -> PagedKV:
+def paged_kv(blocks: int, layers: int = LAYERS, dims: int = DIMS) -> PagedKV:
     """Random KV in FlashAttention's order, [2, blocks, tokens, heads, dims] a layer."""
     kv = [
-        torch.empty(2, blocks, BLOCK, HEADS, DIMS, dtype=torch.bfloat16, device="cuda").normal_() for _ in range(LAYERS)
+        torch.empty(2, blocks, BLOCK, HEADS, dims, dtype=torch.bfloat16, device="cuda").normal_() for _ in range(layers)
     ]
     planes = []
     for part in (part for tensor in kv for part in tensor):
         block, token, head, dim = (stride * 2 for stride in part.stride())
-        planes.append(Plane.strided(part.data_ptr(), block, token, HEADS, head, DIMS, dim))
+        planes.append(Plane.strided(part.data_ptr(), block, token, HEADS, head, dims, dim))
     return PagedKV(tuple(planes), BLOCK, blocks, 2, kv, "cuda:0")
 
 
@@ -117,6 +118,39 @@ def rates(paged: PagedKV, mapping: Mapping, tokens: int, chunk: int, limit: dict
     return out
 
 
+def of_groups(mapping: Mapping, tokens: int, limit: dict[str, float], chunk: int = 256) -> dict[str, Any]:
+    """What the copiers of Gemma 3's groups reach together: the store of a prompt in all groups, and the load of a hit, which is
+    the whole prompt in one group and the last 1,024 tokens in the others. 8 layers a group, 8 heads x 256."""
+    paged = [paged_kv(tokens // BLOCK + 64, 8, 256) for _ in range(6)]
+    copiers = cuda_copiers([(one, chunk) for one in paged])
+    copiers[0].adopt(mapping.address, mapping.size_bytes)
+    copiers[0]._arena.wait_registered()
+    table, extent, chunks = np.arange(tokens // BLOCK, dtype=np.int32), paged[0].shard_bytes(chunk), tokens // chunk
+    runs = np.array([(i * extent, i * chunk, chunk, 0) for i in range(chunks)], dtype=np.int64)
+    offsets = [runs + np.array([number * chunks * extent, 0, 0, 0]) for number in range(6)]
+    window = max(0, chunks - 1024 // chunk)
+
+    def store() -> None:
+        for copier, these in zip(copiers, offsets, strict=True):
+            copier.gather(mapping.address, table, these)
+
+    def load() -> None:
+        for number, (copier, these) in enumerate(zip(copiers, offsets, strict=True)):
+            copier.scatter(mapping.address, table, these[window:] if number else these)
+
+    stored, loaded = 6 * chunks * extent, (chunks + 5 * (chunks - window)) * extent
+    there, back = stored / measured(store) / 1e9, loaded / measured(load) / 1e9
+    for copier in copiers:
+        copier.close()
+    return {
+        "tokens": tokens,
+        "store": round(there, 1),
+        "load": round(back, 1),
+        "store_of_pcie": round(there / limit["to_host"], 3),
+        "load_of_pcie": round(back / limit["to_device"], 3),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=32768)
@@ -134,6 +168,9 @@ def main() -> None:
     out["pcie"] = {name: round(rate, 1) for name, rate in limit.items()}
     for chunk in (256, 16):
         out[f"{chunk}_token_chunks"] = rates(paged, mapping, tokens, chunk, limit)
+    del paged
+    torch.cuda.empty_cache()
+    out["groups"] = [of_groups(mapping, length, limit) for length in (2048, 8192, 16384)]
     print(json.dumps(out, indent=1))
 
 

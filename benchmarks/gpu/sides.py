@@ -210,7 +210,7 @@ def hosts(options: argparse.Namespace, **settings: Any) -> Iterator[Hosts]:
         if options.model is None:
             shape = SHAPES[options.shape]()
             shared |= {"model": str(shape.write(directory / options.shape)), "load_format": "dummy"}
-            shared |= {"vocabulary": shape.vocabulary}
+            shared |= {"vocabulary": shape.vocabulary} | shape.settings
             chunk_tokens = chunk_tokens or shape.chunk_tokens
         else:
             config = json.loads((options.model / "config.json").read_text())
