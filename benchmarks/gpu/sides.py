@@ -24,7 +24,7 @@ from typing import Any
 from benchmarks.child import Child, end_with_parent
 from benchmarks.gpu.model import SHAPES
 from benchmarks.run import machine
-from benchmarks.sides import PROJECT, Side, free_port
+from benchmarks.sides import PROJECT, Server, Side, free_port
 
 ENVIRONMENT = {
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
@@ -91,8 +91,9 @@ class Hosts:
     directory: Path
 
     @contextlib.contextmanager
-    def engine(self, name: str, **more: Any) -> Iterator[Engine]:
-        """The engine `name` of `TITLES`, ready, with its server where it needs one. more: settings of vLLM."""
+    def engine(self, name: str, server: Server | None = None, **more: Any) -> Iterator[Engine]:
+        """The engine `name` of `TITLES`, ready, with a server of its own where it needs one and none is given. more: settings of
+        vLLM."""
         rival = name.partition("-")[0]
         peer = rival == "peer"
         side = Side("peer" if peer else "ours", self.python, self.paths.get(rival, ""), "gpu")
@@ -104,16 +105,17 @@ class Hosts:
                 settings["kv_transfer_config"] = {"kv_connector": "LMCacheConnectorV1", "kv_role": "kv_both"}
                 environment["LMCACHE_MAX_LOCAL_CPU_SIZE"] = str(self.cache_gb)
             elif name == "pegaflow":
-                port = stack.enter_context(pegaflow(side, self.cache_gb, self.directory))
+                gpus = int(settings.get("tensor_parallel_size", 1))
+                port = stack.enter_context(pegaflow(side, self.cache_gb, gpus, self.directory))
                 settings["kv_transfer_config"] = PEGAFLOW_CONFIG
                 environment |= {"PEGAFLOW_HOST": "http://127.0.0.1", "PEGAFLOW_PORT": str(port), "PYTHONHASHSEED": "0"}
             elif name != "alone":
-                server = stack.enter_context(side.serve(self.cache_gb, self.chunk_tokens))
+                server = server or stack.enter_context(side.serve(self.cache_gb, self.chunk_tokens))
                 settings["kv_transfer_config"] = transfer_config(server.port)
-            engine = Engine(name, side, settings, self.directory / f"{name}.log", environment)
+            engine = Engine(name, side, settings, self.directory / f"{name}-{time.time_ns()}.log", environment)
             stack.callback(engine.stop, END_SECONDS)
             engine.call("ready")
-            if name == "ours":
+            if name == "ours" and server is not None:
                 server.settle()
             if name in ("ours", "in-process"):
                 engine.settle()
@@ -128,11 +130,18 @@ PEGAFLOW_CONFIG = {
 
 
 @contextlib.contextmanager
-def pegaflow(side: Side, cache_gb: float, directory: Path) -> Iterator[int]:
-    """Run PegaFlow's server; give its port."""
+def pegaflow(side: Side, cache_gb: float, gpus: int, directory: Path) -> Iterator[int]:
+    """Run PegaFlow's server for an engine on so many GPUs; give its port."""
     port, http = free_port(), free_port()
     command = [str(Path(side.path) / "pegaflow" / "pegaflow-server-py"), "--addr", f"127.0.0.1:{port}"]
-    command += ["--http-addr", f"127.0.0.1:{http}", "--devices", "0", "--pool-size", f"{cache_gb:g}gb"]
+    command += [
+        "--http-addr",
+        f"127.0.0.1:{http}",
+        "--devices",
+        ",".join(map(str, range(gpus))),
+        "--pool-size",
+        f"{cache_gb:g}gb",
+    ]
     with (directory / "pegaflow-server.log").open("w") as log:
         process = subprocess.Popen(
             command, stdout=log, stderr=log, env=os.environ | {"PYTHONPATH": side.path}, preexec_fn=end_with_parent
