@@ -173,7 +173,7 @@ class Worker(Child):
 
     def __init__(self, side: Side, server: Server, shape: Shape, directory: Path, seed: int, **arguments: Any) -> None:
         command = [side.python, "-m", "benchmarks.worker", side.name]
-        super().__init__(side.name, command, directory / f"{side.name}-worker.log", side.environment, PROJECT)
+        super().__init__(side.name, command, directory / f"{side.name}-worker.log", side.environment, side.checkout)
         self.call("open", address=server.address, shape=shape.name, seed=seed, **arguments)
 
     def end(self) -> Any:
@@ -185,12 +185,14 @@ class Worker(Child):
 
 @dataclasses.dataclass(frozen=True)
 class Side:
-    """`ours` or `peer`: which Python, which `lmcache`. path: first on PYTHONPATH. device: the engines'."""
+    """`ours` or `peer`: which Python, which `lmcache`. path: first on PYTHONPATH. device: the engines'. checkout: of this
+    project, whose benchmarks run."""
 
     name: str
     python: str
     path: str = ""
     device: str = "cpu"
+    checkout: Path = PROJECT
 
     @property
     def server_command(self) -> list[str]:
@@ -203,7 +205,7 @@ class Side:
         if self.name == "peer":
             inherited = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
             return inherited | PEER_ENVIRONMENT | ({"PYTHONPATH": self.path} if self.path else {})
-        return dict(os.environ, LMCACHE_LOG_LEVEL="WARNING")
+        return os.environ | {"LMCACHE_LOG_LEVEL": "WARNING"} | ({"PYTHONPATH": self.path} if self.path else {})
 
     def version(self) -> str:
         program = "import importlib.metadata as m; print(m.version('lmcache'))"

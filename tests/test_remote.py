@@ -189,6 +189,32 @@ def test_a_session_back_while_its_bytes_are_copied_gets_a_new_number(folders):
     loop.close()
 
 
+def test_a_request_that_fails_keeps_no_later_one_waiting(folders, monkeypatch):
+    """ZMQ has given its signal for both of them, and this loop has no ticks in which the server would look again."""
+    loop, arena, folder = Loop(), Arena(folders("/dev/shm"), 8 << 20), folders("/tmp")
+    door = zmq_endpoint.ZmqEndpoint(loop, Service(loop, L1(arena), 16, None), "127.0.0.1", 0, folder, None, False)
+    serve, hello, served = door._serve, m.Hello(m.PROTOCOL_VERSION, "test", "remote", "worker", 0, 1), []
+    with zmq.Context() as context, context.socket(zmq.DEALER) as engine:
+        engine.setsockopt(zmq.LINGER, 0)
+        engine.connect(f"tcp://127.0.0.1:{door.port}")
+
+        def fail_first(*message):
+            served.append(message)
+            if len(served) == 1:
+                engine.send(m.encode(2, hello))
+                assert door._socket.poll(PATIENCE * 1000)
+                raise RuntimeError("this one fails")
+            serve(*message)
+
+        monkeypatch.setattr(door, "_serve", fail_first)
+        engine.send(m.encode(1, hello))
+        loop.run_until(lambda: engine.poll(0), PATIENCE)
+        assert m.decode_answer(engine.recv(zmq.NOBLOCK))[0] == 2 and loop.errors == 1 and not door._receiving
+    door.close()
+    arena.close()
+    loop.close()
+
+
 class Deaf:
     """A payload engine with one stored chunk of 1 MiB and a lease on it, that sends requests and reads answers when told to."""
 

@@ -357,6 +357,16 @@ def test_a_server_that_does_not_read_cannot_block_a_post(pair):
     assert isinstance(beside(post).exception(PATIENCE), ServerUnavailable)
 
 
+def test_posts_take_in_the_answers_to_earlier_ones(pair):
+    """A socket that nobody reads holds some hundreds of them, and then its writer has to wait."""
+    carrier, other = pair
+    other.setblocking(False)
+    for number in range(1, 3000):
+        carrier.post(m.Ping())
+        assert other.recv(1 << 16)
+        other.sendall(frame(m.encode(number, m.Ok())))
+
+
 def test_a_hang_up_is_seen(pair):
     carrier, other = pair
     assert not carrier.wait_for_end(0.01)

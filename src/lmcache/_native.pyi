@@ -51,6 +51,9 @@ def exchange(fd: int, request: bytes, hold_us: int, timeout_us: int, /) -> bytes
     """Send all of `request` on the socket and return the bytes that arrive first, at most 64 KiB; b"" when the other side has
     hung up. The GIL is kept for `hold_us` microseconds. Raises TimeoutError after `timeout_us`, OSError for other errors."""
 
+def post(fd: int, request: bytes, hold_us: int, timeout_us: int, /) -> bytes:
+    """Send all of `request` as `exchange` does, and return what had arrived before, at most 64 KiB; b"" if nothing had."""
+
 def launch_copy(ring: int, ring_bytes: int, copy: int, copy_bytes: int, /) -> int:
     """Hand all pieces of a copy to the device's driver. ring, copy: addresses of structs with the layouts "ring" and "copy". The
     calling thread's device must be the ring's. Returns the driver's error, 0 for none; the pieces before it are in flight."""

@@ -132,7 +132,7 @@ class Connection:
                 # Ctrl-C: the answer, which may grant a lease, is lost. The next connection reports the leases that are held.
                 self._give_up("a call was interrupted")
                 raise
-            if isinstance(answer, m.Error) and answer.code == "hello":
+            if type(answer) is m.Error and answer.code == "hello":
                 self._give_up("it has forgotten this engine")
         if isinstance(answer, expect):
             return answer, payload

@@ -1,8 +1,8 @@
-/* One round trip on a Unix socket that keeps the GIL for a short time.
+/* Round trips and posts on a Unix socket that keep the GIL for a short time.
  *
  * Python's socket calls release the GIL at once, four times a round trip, and each time a busy thread may keep it for 5 ms
  * (the interpreter's switch interval): beside vLLM's input thread a lookup that the server answered in 0.1 ms took 18 ms.
- * So this function waits with the GIL for as long as servers usually take, and releases it only after that.
+ * So these functions wait with the GIL for as long as servers usually take, and release it only after that.
  */
 #include "native.h"
 
@@ -31,7 +31,8 @@ static int await_event(int fd, short event, long long deadline)
     return ppoll(&one, 1, &rest, NULL);
 }
 
-/* Sends the rest of the request, then receives once. Returns the bytes received; -1 with errno, ETIMEDOUT at the deadline. */
+/* Sends the rest of the request and, if there is a buffer, receives once. Returns the bytes received; -1 with errno, ETIMEDOUT at
+ * the deadline. */
 static ssize_t step(int fd, const char **rest, size_t *left, char *buffer, long long deadline)
 {
     while (*left) {
@@ -49,6 +50,8 @@ static ssize_t step(int fd, const char **rest, size_t *left, char *buffer, long 
             }
         }
     }
+    if (!buffer)
+        return 0;
     for (;;) {
         int ready = await_event(fd, POLLIN, deadline);
         if (ready <= 0) {
@@ -61,23 +64,33 @@ static ssize_t step(int fd, const char **rest, size_t *left, char *buffer, long 
     }
 }
 
-static PyObject *exchange(PyObject *module, PyObject *args)
+/* Parses the arguments of both functions: the descriptor, the request, and the microseconds of `hold` and `timeout`. */
+static int parse(PyObject *const *args, Py_ssize_t nargs, const char **request, size_t *size, int64_t n[3])
 {
-    int fd;
-    const char *rest;
-    Py_ssize_t size;
-    long long hold, timeout;
-    char buffer[BUFFER_BYTES];
-    (void)module;
-    if (!PyArg_ParseTuple(args, "iy#LL:exchange", &fd, &rest, &size, &hold, &timeout))
-        return NULL;
-    size_t left = (size_t)size;
-    long long begin = now_us(), deadline = begin + timeout, held = begin + hold;
+    char *bytes;
+    Py_ssize_t length;
+    if (nargs != 4) {
+        PyErr_Format(PyExc_TypeError, "%zd arguments given, 4 wanted", nargs);
+        return -1;
+    }
+    PyObject *const integers[3] = {args[0], args[2], args[3]};
+    if (PyBytes_AsStringAndSize(args[1], &bytes, &length) < 0 || lmcache_integers("it", integers, 3, n, 3) < 0)
+        return -1;
+    *request = bytes;
+    *size = (size_t)length;
+    return 0;
+}
+
+/* Takes the steps with the GIL until `hold` has passed, and then without it. Returns as `step`; -1 with a Python error set. */
+static ssize_t carry_out(const int64_t n[3], const char *rest, size_t left, char *buffer)
+{
+    int fd = (int)n[0];
+    long long begin = now_us(), deadline = begin + n[2], held = begin + n[1];
     ssize_t got = step(fd, &rest, &left, buffer, held < deadline ? held : deadline);
     while (got < 0 && (errno == EINTR || (errno == ETIMEDOUT && now_us() < deadline))) {
         int error;
         if (PyErr_CheckSignals() < 0)
-            return NULL;
+            return -1;
         Py_BEGIN_ALLOW_THREADS
         got = step(fd, &rest, &left, buffer, deadline);
         error = errno;
@@ -85,14 +98,49 @@ static PyObject *exchange(PyObject *module, PyObject *args)
         errno = error;
     }
     if (got < 0)
-        return PyErr_SetFromErrno(PyExc_OSError);
-    return PyBytes_FromStringAndSize(buffer, got);
+        PyErr_SetFromErrno(PyExc_OSError);
+    return got;
 }
 
+static PyObject *exchange(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
+{
+    const char *request;
+    size_t size;
+    int64_t n[3];
+    char buffer[BUFFER_BYTES];
+    (void)module;
+    if (parse(args, nargs, &request, &size, n) < 0)
+        return NULL;
+    ssize_t got = carry_out(n, request, size, buffer);
+    return got < 0 ? NULL : PyBytes_FromStringAndSize(buffer, got);
+}
+
+static PyObject *post(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
+{
+    const char *request;
+    size_t size;
+    int64_t n[3];
+    char buffer[BUFFER_BYTES];
+    (void)module;
+    if (parse(args, nargs, &request, &size, n) < 0)
+        return NULL;
+    ssize_t got = recv((int)n[0], buffer, BUFFER_BYTES, MSG_DONTWAIT);
+    if (got < 0 && errno != EAGAIN && errno != EWOULDBLOCK && errno != EINTR)
+        return PyErr_SetFromErrno(PyExc_OSError);
+    if (carry_out(n, request, size, NULL) < 0)
+        return NULL;
+    return PyBytes_FromStringAndSize(buffer, got < 0 ? 0 : got);
+}
+
+#define SEVERAL(name) #name, (PyCFunction)(void (*)(void))name, METH_FASTCALL
+
 PyMethodDef lmcache_exchange_methods[] = {
-    {"exchange", exchange, METH_VARARGS,
+    {SEVERAL(exchange),
      "exchange(fd, request, hold_us, timeout_us) -> bytes\n\n"
      "Send all of `request` on the socket and return the bytes that arrive first, at most 64 KiB; b\"\" when the other side has\n"
      "hung up. The GIL is kept for `hold_us` microseconds. Raise TimeoutError after `timeout_us`, OSError for other errors."},
+    {SEVERAL(post),
+     "post(fd, request, hold_us, timeout_us) -> bytes\n\n"
+     "Send all of `request` as `exchange` does, and return what had arrived before, at most 64 KiB; b\"\" if nothing had."},
     {NULL, NULL, 0, NULL},
 };

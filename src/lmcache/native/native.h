@@ -52,7 +52,7 @@ typedef struct {
 /* copy.c: paged KV <-> extents. Ends with a zero entry. */
 extern PyMethodDef lmcache_copy_methods[];
 
-/* exchange.c: one round trip on a Unix socket. Ends with a zero entry. */
+/* exchange.c: round trips and posts on a Unix socket. Ends with a zero entry. */
 extern PyMethodDef lmcache_exchange_methods[];
 
 /* device.c: launches of a copy's pieces through a device's driver. Ends with a zero entry. */

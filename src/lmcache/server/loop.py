@@ -107,13 +107,16 @@ class Loop:
     def run(self) -> None:
         """Handle events, calls and ticks until `stop` is called."""
         self._thread = threading.get_ident()
-        next_tick = self.now() + TICK_SECONDS
+        now = self.now()
+        next_tick = now + TICK_SECONDS
         while not self._stopping:
-            self._turn(next_tick - self.now())
-            if self.now() >= next_tick:
-                next_tick = self.now() + TICK_SECONDS
+            self._turn(next_tick - now)
+            now = self.now()
+            if now >= next_tick:
+                next_tick = now + TICK_SECONDS
                 for call in self.on_tick:
                     self._guarded(call)
+                now = self.now()
 
     def run_until(self, done: Callable[[], bool], seconds: float) -> None:
         """Handle events and calls, but no ticks, before or after `run`, until `done` returns true or `seconds` have passed."""
@@ -144,7 +147,7 @@ class Loop:
     def _turn(self, seconds: float) -> None:
         """Wait for events for at most `seconds`; handle the events and the calls of other threads."""
         # A callback may close a descriptor, whose number then stands for another one, so all are looked up first.
-        events = self.runtime.poll(self._epoll, max(0.0, seconds))
+        events = self.runtime.poll(self._epoll, seconds if seconds > 0.0 else 0.0)
         for callback in [self._watched[descriptor] for descriptor, _ in events]:
             self._guarded(callback)
         while self._calls:

@@ -65,12 +65,12 @@ class Service:
         """Answer a request by calling `reply`, either at once or, for payload frames, when the copy has ended."""
         try:
             answer = self._answers.get(type(request))
-            if isinstance(request, m.Hello):
+            if answer is not None and peer.process:
+                reply(answer(peer, request), [])
+            elif isinstance(request, m.Hello):
                 reply(self.sessions.hello(peer, request), [])
             elif not peer.process:
                 reply(m.Error("hello", "say hello first"), [])
-            elif answer is not None:
-                reply(answer(peer, request), [])
             elif isinstance(request, m.Fetch):
                 self._payload.fetch(peer, request, reply)
             elif isinstance(request, m.Fill):

@@ -165,7 +165,9 @@ class _Connection:
             self.close()
             return
         try:
-            frames = self._reader.feed(bytes(self.endpoint.inbox[:received]))
+            frames = self._reader.feed(
+                self.endpoint.inbox[:received]
+            )  # all of them are decoded before the next ones arrive
         except WireError as error:  # the beginning of the next frame is unknown now
             self._complain(0, error)
             self.close()

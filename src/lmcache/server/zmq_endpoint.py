@@ -125,15 +125,20 @@ class ZmqEndpoint:
             return
         self._release_sent()
         self._handshakes.hear()
-        self._receiving = True
-        for _ in range(256):
-            if not int(self._socket.EVENTS) & zmq.POLLIN:
-                break
-            envelope = self._socket.recv(zmq.NOBLOCK, copy=False)  # an uncopied frame has the sender's address
-            self._serve(envelope, self._socket.recv_multipart(zmq.NOBLOCK))
-        else:
-            self.loop.call_soon(self._receive_all)  # more messages may wait: let other callbacks run first
-        self._receiving = False
+        self._receiving, may_wait = True, False
+        try:
+            for _ in range(256):
+                may_wait = False
+                if not int(self._socket.EVENTS) & zmq.POLLIN:
+                    break
+                envelope = self._socket.recv(zmq.NOBLOCK, copy=False)  # an uncopied frame has the sender's address
+                frames = self._socket.recv_multipart(zmq.NOBLOCK)
+                may_wait = True
+                self._serve(envelope, frames)
+        finally:
+            self._receiving = False
+            if may_wait:  # more messages may wait, also after one that failed: let other callbacks run first
+                self.loop.call_soon(self._receive_all)
 
     def _serve(self, envelope: zmq.Frame, frames: list[bytes]) -> None:
         identity = envelope.bytes

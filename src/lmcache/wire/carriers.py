@@ -28,6 +28,8 @@ _LINGER_MILLISECONDS = 300
 """How long ZMQ's own thread tries to deliver the last posted message (a `Bye`) after the socket is closed."""
 _HOLD_MICROSECONDS = 200
 """How long a call keeps the GIL. A server answers sooner unless it has to evict or to ask a tier."""
+_POST_MICROSECONDS = 1_000_000
+"""How long a post may take whose message the server's full socket does not take at once."""
 _WAITING_ANSWERS = 8
 """Messages that ZMQ receives ahead of reading. The bound is needed because an unproven server may send anything."""
 MAX_UNTRUSTED_BYTES = 1 << 20
@@ -62,7 +64,7 @@ class UnixCarrier:
     def __init__(self, path: str, hello: m.Hello, deadline_seconds: float) -> None:
         self._sequence = 0
         self._reader = FrameReader(m.MAX_ANSWER_BYTES)
-        self._arrived: list[bytes] = []
+        self._arrived: list[bytes | memoryview] = []
         self.descriptor = -1
         """The arena's descriptor, which the caller has to close; -1 where the server sent none."""
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -109,10 +111,10 @@ class UnixCarrier:
 
     def post(self, request: m.Message) -> None:
         self._sequence += 1
+        self._arrived.clear()  # answers to earlier posts
         try:
-            self._skip_arrived()
-            self._socket.settimeout(1.0)
-            self._socket.sendall(frame(m.encode(self._sequence, request)))
+            message = frame(m.encode(self._sequence, request))
+            self._reader.feed(native.post(self._socket.fileno(), message, _HOLD_MICROSECONDS, _POST_MICROSECONDS))
         except (OSError, WireError) as error:
             raise ServerUnavailable(str(error) or type(error).__name__) from error
 
@@ -132,7 +134,7 @@ class UnixCarrier:
             self._arrived = self._round_trip(b"", seconds_left(deadline))
         return m.decode_answer(self._arrived.pop(0))
 
-    def _round_trip(self, request: bytes, timeout_seconds: float) -> list[bytes]:
+    def _round_trip(self, request: bytes, timeout_seconds: float) -> list[bytes | memoryview]:
         """Send `request`, receive once, and return the frames that are complete now, if any."""
         try:
             data = exchange(self._socket, request, timeout_seconds)
@@ -141,16 +143,6 @@ class UnixCarrier:
         if not data:
             raise ServerUnavailable("the server has hung up")
         return self._reader.feed(data)
-
-    def _skip_arrived(self) -> None:
-        """Discard answers to earlier posts, so that they do not fill the socket's buffer."""
-        self._arrived.clear()
-        self._socket.setblocking(False)
-        try:
-            while data := self._socket.recv(1 << 16):
-                self._reader.feed(data)
-        except BlockingIOError:
-            pass
 
 
 def exchange(connection: socket.socket, request: bytes, timeout_seconds: float) -> bytes:

@@ -32,8 +32,8 @@ class FrameReader:
         self._buffer = bytearray()
         self._limit = limit
 
-    def feed(self, data: bytes) -> list[bytes]:
-        """Add received bytes and return the frames that are complete now.
+    def feed(self, data: bytes | memoryview) -> list[bytes | memoryview]:
+        """Add received bytes and return the frames that are complete now, which are parts of `data` where possible.
 
         Raises:
             WireError: a frame announces more than the limit.
@@ -42,7 +42,8 @@ class FrameReader:
             (length,) = _LENGTH.unpack_from(data)
             if length + 4 == len(data) and length <= self._limit:
                 return [data[4:]]
-        buffer, frames = self._buffer, []
+        buffer = self._buffer
+        frames: list[bytes | memoryview] = []
         buffer += data
         while len(buffer) >= 4:
             (length,) = _LENGTH.unpack_from(buffer)

@@ -27,6 +27,8 @@ MAX_PAYLOAD_BYTES = 256 << 20
 """Bound of the payload frames of one message."""
 _ROOM_FOR_THE_REST = 1 << 16
 """Bytes of a message that a lookup's hashes and extents leave to its other fields."""
+_MOST_HASHES = (MAX_MESSAGE_BYTES - _ROOM_FOR_THE_REST) // 16
+_EXTENTS_BYTES = MAX_ANSWER_BYTES - _ROOM_FOR_THE_REST
 NONCE_BYTES = 32
 
 MAX_GROUPS = 32
@@ -303,10 +305,8 @@ _answers = msgspec.msgpack.Decoder(tuple[int, Answer])
 
 def most_looked_up(first_wanted: int, shards: int) -> int:
     """Return the most chunks that one `Lookup` may name, so that its hashes and the extents of its `Found` fit."""
-    return min(
-        (MAX_MESSAGE_BYTES - _ROOM_FOR_THE_REST) // 16,
-        first_wanted + (MAX_ANSWER_BYTES - _ROOM_FOR_THE_REST) // (4 * shards),
-    )
+    answered = first_wanted + _EXTENTS_BYTES // (4 * shards)
+    return answered if answered < _MOST_HASHES else _MOST_HASHES
 
 
 def request_name(request_id: object) -> str:
