@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from lmcache.cache.table import Table
+from lmcache.chunks import Split
 from lmcache.memory.slabs import NO_EXTENT, SECTOR_BYTES, Region, Slabs
 
 _PASSED, _WALKED = 64, 256
@@ -43,6 +44,12 @@ class Space:
     reach are evicted one by one, the least recently used first, since no chunk needs the ones before it."""
     main: Space | None = None
     """For a group with a reach: the group of the same model that has everything."""
+    split: Split | None = None
+    """How the layout is split; None if that is unknown, and then the space has no sisters."""
+    family: bytes = b""
+    """What identifies the space and its sisters: the layout, and the group."""
+    sisters: tuple[Space, ...] = ()
+    """The spaces of the same layout and group with other splits."""
     share: float = 1.0
     """How much of the memory of one model this space may hold when memory is short; less than 1 for a group of a model."""
     instances: set[str] = field(default_factory=set)

@@ -4,13 +4,14 @@ May import: `lmcache.errors` and nothing else of this package.
 """
 
 from lmcache.chunks.hashing import HASH_BYTES, TokenChain, chunk_hash, chunk_root
-from lmcache.chunks.layout import Group, Layout, Shard, shard_of_rank, space_fingerprint
+from lmcache.chunks.layout import Group, Layout, Shard, Split, shard_of_rank, space_fingerprint
 
 __all__ = [
     "HASH_BYTES",
     "Group",
     "Layout",
     "Shard",
+    "Split",
     "TokenChain",
     "chunk_hash",
     "chunk_root",

@@ -10,12 +10,14 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from lmcache.engine.jobs import Load
+from lmcache.chunks import Split
+from lmcache.engine.groups import RankGroup
 from lmcache.errors import LayoutError
 from lmcache.memory.arena import Mapping, populate_all
 from lmcache.runtime import Runtime
 from lmcache.transfer.bounds import Runs
 from lmcache.transfer.copier import Copier
+from lmcache.transfer.progress import Progress
 from lmcache.wire import messages as m
 
 _BATCH_SECONDS = 0.01
@@ -27,12 +29,20 @@ Blocks = npt.NDArray[np.int32]
 
 class Part(NamedTuple):
     """How one group of KV is copied. extent_tokens: tokens of an extent. shard, shard_bytes: index and size of the part of a
-    chunk that this rank holds."""
+    chunk that this rank holds; for loads, of a shard of another split that has something in common with it."""
 
     copier: Copier
     extent_tokens: int
     shard: int
     shard_bytes: int
+
+
+class Leased(NamedTuple):
+    """Where the chunks of a load are in a lease, which names their payload frames: those from `first_chunk` of a part on."""
+
+    lease: int
+    part: int
+    first_chunk: int
 
 
 class Access:
@@ -46,9 +56,28 @@ class Access:
 
     def __init__(self, parts: Sequence[Part]) -> None:
         self.parts = parts
+        self._readers: dict[tuple[int, Split], list[Part]] = {}
 
-    def load(self, group: int, load: Load, blocks: Blocks, runs: Runs) -> None:
-        """Fill blocks of one group from the extents of a load."""
+    def readers(self, number: int, group: RankGroup, split: Split, chunk_tokens: int) -> list[Part]:
+        """Return how to load what the shards of another split have in common with this rank's part of group `number`.
+
+        Raises:
+            LayoutError: the layout cannot be split like this, or the copier cannot load it.
+        """
+        known = self._readers.get((number, split))
+        if known is None:
+            own = self.parts[number]
+            known = [
+                Part(own.copier.reader(part, shape), own.extent_tokens, index, shape.size_bytes)
+                for index in range(split.count)
+                if (overlap := group.overlap(split, index, chunk_tokens)) is not None
+                for part, shape in (overlap,)
+            ]
+            self._readers[number, split] = known
+        return known
+
+    def load(self, part: Part, leased: Leased, blocks: Blocks, runs: Runs, progress: Progress | None = None) -> None:
+        """Fill blocks from extents. leased: which chunks those of the runs are. progress: as for a copier."""
         raise NotImplementedError
 
     def gather(self, group: int, blocks: Blocks, runs: Runs) -> Sequence[memoryview]:
@@ -76,11 +105,9 @@ class ArenaAccess(Access):
         self._populating = runtime.start(lambda: populate_all(mapping, self._stop), "lmcache-map")
         copier.adopt(mapping.address, mapping.size_bytes)
 
-    def load(self, group: int, load: Load, blocks: Blocks, runs: Runs) -> None:
+    def load(self, part: Part, leased: Leased, blocks: Blocks, runs: Runs, progress: Progress | None = None) -> None:
         arena = self._mapping
-        self.parts[group].copier.scatter(
-            arena.address, blocks, runs, arena_bytes=arena.size_bytes, progress=load.progress
-        )
+        part.copier.scatter(arena.address, blocks, runs, arena_bytes=arena.size_bytes, progress=progress)
 
     def gather(self, group: int, blocks: Blocks, runs: Runs) -> Sequence[memoryview]:
         arena, part = self._mapping, self.parts[group]
@@ -107,17 +134,16 @@ class PayloadAccess(Access):
         super().__init__(parts)
         self._fetch = fetch
 
-    def load(self, group: int, load: Load, blocks: Blocks, runs: Runs) -> None:
-        own = self.parts[group]
-        step = max(1, _PAYLOAD_BYTES // own.shard_bytes)
+    def load(self, part: Part, leased: Leased, blocks: Blocks, runs: Runs, progress: Progress | None = None) -> None:
+        step = max(1, _PAYLOAD_BYTES // part.shard_bytes)
         for at in range(0, len(runs), step):
-            part = runs[at : at + step].copy()
-            frames = self._fetch(m.Fetch(load.lease, own.shard, load.lease_chunk + at, len(part)))
-            if len(frames) != len(part) or any(len(one) != own.shard_bytes for one in frames):
-                raise LayoutError(f"{len(frames)} payload frames for {len(part)} chunks")
-            part[:, 0] = 0
-            for run, one in zip(part, frames, strict=True):
-                own.copier.scatter(np.frombuffer(one, dtype=np.uint8).ctypes.data, blocks, run[None])
+            some = runs[at : at + step].copy()
+            frames = self._fetch(m.Fetch(leased.lease, part.shard, leased.first_chunk + at, len(some), leased.part))
+            if len(frames) != len(some) or any(len(one) != part.shard_bytes for one in frames):
+                raise LayoutError(f"{len(frames)} payload frames for {len(some)} chunks")
+            some[:, 0] = 0
+            for run, one in zip(some, frames, strict=True):
+                part.copier.scatter(np.frombuffer(one, dtype=np.uint8).ctypes.data, blocks, run[None])
 
     def gather(self, group: int, blocks: Blocks, runs: Runs) -> Sequence[memoryview]:
         own = self.parts[group]

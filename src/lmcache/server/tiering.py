@@ -134,12 +134,19 @@ class Tiering:
         return range(step, size + step, step)
 
     def wait_for(
-        self, process: int, spaces: Sequence[int], hashes: bytes, prefill_tokens_per_second: float, request: str = ""
+        self,
+        process: int,
+        spaces: Sequence[int],
+        hashes: bytes,
+        prefill_tokens_per_second: float,
+        request: str = "",
+        sisters: bool = False,
     ) -> tuple[int, int]:
         """Return how many leading chunks are in L1, and how many more the engine should wait for.
 
         spaces: of all groups of the model. Those without a reach are asked first, for all chunks; the others then for the last
         chunks before the end of what the first ones have. request: the engine's id of the request, for the fetch's record.
+        sisters: whether the engine can use what sisters of the spaces have.
 
         Raises:
             Refusal: unknown space or process.
@@ -152,7 +159,7 @@ class Tiering:
             if not needed:
                 return 0, 0
             # Without these chunks, all `chunks` would have to be computed.
-            in_l1, coming = self._wait_for(process, number, needed, rate * (chunks - first) / chunks, request)
+            in_l1, coming = self._wait_for(process, number, needed, rate * (chunks - first) / chunks, request, sisters)
             if coming:
                 return first + in_l1, coming
             if not first:
@@ -160,10 +167,16 @@ class Tiering:
         return chunks, 0
 
     def _wait_for(
-        self, process: int, space_number: int, hashes: bytes, prefill_tokens_per_second: float, request: str
+        self,
+        process: int,
+        space_number: int,
+        hashes: bytes,
+        prefill_tokens_per_second: float,
+        request: str,
+        sisters: bool,
     ) -> tuple[int, int]:
         now = self._loop.now()
-        in_l1 = self._l1.peek(now, process, space_number, hashes)
+        in_l1 = self._l1.peek(now, process, space_number, hashes, sisters)
         space = self._l1.space(space_number)
         if space is None or not all(space.shard_bytes):
             return in_l1, 0

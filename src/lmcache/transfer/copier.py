@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from lmcache.runtime import RUNTIME, Runtime
 from lmcache.transfer.cpu import CpuCopier
-from lmcache.transfer.paged import PagedKV
+from lmcache.transfer.paged import ExtentShape, PagedKV
 from lmcache.transfer.progress import Progress
 
 
@@ -35,6 +35,14 @@ class Copier(Protocol):
         arena_bytes: int | None = None,
         progress: Progress | None = None,
     ) -> None: ...
+
+    def reader(self, part: PagedKV, shape: ExtentShape) -> Copier:
+        """Return a copier that fills a part of the paged KV from extents of another shape, and is closed with this one.
+
+        Raises:
+            LayoutError: this copier cannot do that.
+        """
+        ...
 
     def adopt(self, address: int, size_bytes: int) -> None:
         """Prepare for fast copies to and from the arena, mapped at `address` in this process. Runs in the background."""

@@ -14,7 +14,7 @@ from lmcache.transfer.gpu.driver import using_device
 from lmcache.transfer.gpu.launch import Shape, staging_bytes
 from lmcache.transfer.gpu.pinned import PinnedArena
 from lmcache.transfer.gpu.ring import Source, StagingRing
-from lmcache.transfer.paged import PagedKV, Plane
+from lmcache.transfer.paged import ExtentShape, PagedKV, Plane
 from lmcache.transfer.progress import Progress
 
 logger = init_logger(__name__)
@@ -44,7 +44,7 @@ class CudaCopier:
     ) -> None:
         staging_bytes = staging_bytes or STAGING_BYTES
         device = torch.device(paged.device)
-        self._bounds = Bounds(paged, chunk_tokens)
+        self._bounds = Bounds(paged, chunk_tokens, paged.shard_bytes(chunk_tokens))
         self._own_arena = PinnedArena(device, runtime) if arena is None else None
         self._arena = self._own_arena or arena
         assert self._arena is not None
@@ -71,6 +71,14 @@ class CudaCopier:
         progress: gets an event of the kernels' stream for each group of planes. The groups then arrive in order.
         """
         self._rings[False].run(base, *self._bounds.checked(base, blocks, runs, arena_bytes), progress)
+
+    def reader(self, part: PagedKV, shape: ExtentShape) -> CudaCopier:
+        """Refuse: the staging ring moves complete extents of one shape.
+
+        Raises:
+            LayoutError: always.
+        """
+        raise LayoutError("KV that another parallel split has stored cannot be loaded into a GPU yet")
 
     def adopt(self, address: int, size_bytes: int) -> None:
         """Register the arena, which is mapped at `address`, with the driver in the background."""
