@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
 import pytest
 
 from engine_process import Engine
-from lmcache.chunks import Split
+from lmcache.chunks import Layout, Split, shard_of_rank
+from lmcache.engine.groups import RankGroup
+from lmcache.errors import LayoutError
+from lmcache.transfer.cpu import CpuCopier
+from lmcache.transfer.paged import PagedKV, Plane
 from servers import Server
 from test_engine import prompt
 
@@ -90,3 +96,104 @@ def test_each_split_reads_what_another_has_stored(server: Servers, ranks, one: S
     assert second.load(there) == first.load(back) == 192
     assert second.load(there, 37, 101) == first.load(back, 16, 17) == 192
     assert cache.status()["index"]["leases"] == 0
+
+
+def describe(kv: np.ndarray) -> PagedKV:  # type: ignore[type-arg]
+    """kv: [layers, K and V, blocks, tokens of a block, heads, dims]."""
+    planes = [
+        Plane.strided(one.ctypes.data, *one.strides[:2], one.shape[2], one.strides[2], one.shape[3], one.strides[3])
+        for one in kv.reshape(-1, *kv.shape[2:])
+    ]
+    return PagedKV(tuple(planes), kv.shape[3], kv.shape[2], kv.itemsize, kv)
+
+
+@pytest.mark.parametrize("reader", SPLITS, ids=str)
+def test_every_split_is_put_together_from_every_other_one(reader: Split) -> None:
+    """Three chunks of 8 tokens, of which tokens 3 to 20 are loaded; block tables and extents are scattered."""
+    layout, chunk, block, tokens = Layout("m", "bfloat16", LAYERS, HEADS, DIMS, 8), 8, 4, 24
+    whole = np.random.default_rng(3).integers(0, 1 << 16, (LAYERS, 2, tokens, HEADS, DIMS), dtype=np.uint16)
+    table = np.array([6, 1, 5, 0, 3, 2], dtype=np.int32)
+    at = np.arange(3, 20)
+    for writer, index in itertools.product(SPLITS, range(reader.count)):
+        own = reader.shard(layout, index)
+        layers, heads = slice(own.first_layer, own.end_layer), slice(own.first_head, own.end_head)
+        kv = np.zeros((own.end_layer - own.first_layer, 2, 7, block, own.end_head - own.first_head, DIMS), np.uint16)
+        group, copier = RankGroup(lambda tokens: layout, own, describe(kv)), CpuCopier(describe(kv), chunk)
+        copied = 0
+        for number in range(writer.count):
+            overlap = group.overlap(writer, number, chunk)
+            if overlap is None:
+                continue
+            part, shape = overlap
+            other = writer.shard(layout, number)
+            theirs = whole[other.first_layer : other.end_layer, :, :, other.first_head : other.end_head]
+            extents = np.stack([theirs[:, :, c * chunk : (c + 1) * chunk] for c in (2, 0, 1)])
+            assert extents[0].nbytes == shape.size_bytes == other.shard_bytes(layout)
+            places = {c: place * shape.size_bytes for place, c in enumerate((2, 0, 1))}
+            runs = np.array([[places[0], 3, 5, 3], [places[1], 8, 8, 0], [places[2], 16, 4, 0]], dtype=np.int64)
+            reading = copier.reader(part, shape)
+            reading.scatter(extents.ctypes.data, table, runs, arena_bytes=extents.nbytes)
+            copied += part.token_bytes
+            with pytest.raises(LayoutError, match="passes the arena's end"):
+                reading.scatter(extents.ctypes.data, table, runs, arena_bytes=extents.nbytes - 1)
+        assert copied == describe(kv).token_bytes, "every element comes from one shard"
+        assert (kv[:, :, table[at // block], at % block] == whole[layers, :, 3:20, heads]).all(), writer
+        kv[:, :, table[at // block], at % block] = 0
+        assert not kv.any(), "something else was written"
+
+
+def test_a_split_numbers_its_shards_as_ranks_do() -> None:
+    layout = Layout("m", "bfloat16", LAYERS, HEADS, DIMS, 8)
+    for split in SPLITS:
+        ends = split.stages or (LAYERS,)
+        parts = split.count // len(ends)
+        for stage, (first, end) in enumerate(itertools.pairwise((0, *ends))):
+            for rank in range(parts):
+                shard = shard_of_rank(layout, rank, parts, first, end, stage, len(ends))
+                assert split.shard(layout, stage * parts + rank) == shard
+
+
+@pytest.mark.parametrize(
+    ("split", "index"),
+    [
+        (Split((), 3), 0),
+        (Split((), 16), 0),
+        (Split((), 2), 2),
+        (Split((), 2), -1),
+        (Split((3, 6), 3), 0),
+        (Split((3, 6), 1), 0),
+        (Split((3, 5), 2), 0),
+        (Split((6, 3), 2), 0),
+    ],
+    ids=str,
+)
+def test_what_is_no_split_of_the_layout_is_refused(split: Split, index: int) -> None:
+    with pytest.raises(LayoutError):
+        split.shard(Layout("m", "bfloat16", LAYERS, HEADS, DIMS, 8), index)
+
+
+def test_a_prefix_goes_on_where_another_split_has_more(server: Servers, ranks) -> None:  # type: ignore[no-untyped-def]
+    """[one][two][one]: what is stored behind chunks of another split is found there, under one lease."""
+    cache = server(chunk=CHUNK)
+    one, two = ranks(cache, "one", Split((), 2)), ranks(cache, "two", Split((), 4))
+    ids = prompt(3, 160)
+    one.store(ids[:64])
+    assert two.load(ids) == 64
+    two.store(ids[:112], first_chunk=4)
+    assert one.load(ids) == two.load(ids) == 112
+    one.store(ids, first_chunk=7)
+    assert one.load(ids) == two.load(ids) == 160
+    assert one.load(ids, 70, 150) == two.load(ids, 20, 90) == 160
+    hit = one.first.lookup(ids)
+    assert hit is not None and cache.status()["index"]["leases"] == 1
+    assert [(part.first_chunk, part.split.count) for part in hit.foreign] == [(4, 4), (7, 2)]
+    one.first.scheduler.release(hit)
+    assert sum(space["chunks"] for space in cache.status()["index"]["spaces"]) == 10, "nothing is stored twice"
+
+
+def test_what_an_engine_has_left_behind_is_read_by_one_with_another_split(server: Servers, ranks) -> None:  # type: ignore[no-untyped-def]
+    cache, ids = server(chunk=CHUNK), prompt(4, 96)
+    gone = ranks(cache, "gone", Split((2, 6), 4))
+    gone.store(ids)
+    gone.close()
+    assert ranks(cache, "next", Split((), 8)).load(ids) == 96
