@@ -14,7 +14,7 @@ from lmcache.engine.groups import RankGroup
 from lmcache.errors import LayoutError
 from lmcache.transfer.cpu import CpuCopier
 from lmcache.transfer.paged import PagedKV, Plane
-from servers import Server
+from servers import Server, eventually
 from test_engine import prompt
 
 LAYERS, HEADS, DIMS, CHUNK = 6, 8, 16, 16
@@ -197,3 +197,21 @@ def test_what_an_engine_has_left_behind_is_read_by_one_with_another_split(server
     gone.store(ids)
     gone.close()
     assert ranks(cache, "next", Split((), 8)).load(ids) == 96
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["free memory", "a full arena"])
+def test_what_a_tier_has_of_another_split_is_loaded(server: Servers, ranks, folders, full: bool) -> None:  # type: ignore[no-untyped-def]
+    """The engine that has stored it has gone, and L1 is empty, or full of what the reader has stored."""
+    flags = ("--l2", f"disk://{folders('/tmp')}?io=buffered&max_gb=1", "--worth", "always", "--l2-patience-seconds", "600")
+    cache, ids = server(chunk=CHUNK, l1=4, flags=flags), prompt(5, 160)
+    reader, gone = ranks(cache, "reader", Split((), 1)), ranks(cache, "gone", Split((3, 6), 4))
+    gone.store(ids)
+    eventually(lambda: cache.status()["tiers"][0]["counters"].get("kept_shards", 0) == 40)
+    gone.close()
+    assert gone.first.scheduler is not None and reader.first.scheduler is not None
+    assert reader.first.scheduler.clear()
+    for number in range(30 if full else 0):
+        reader.store(prompt(10 + number, 160))
+    assert not full or cache.counters()["evicted_chunks_total"] > 0
+    assert reader.load(ids) == 160
+    assert cache.status()["index"]["leases"] == 0

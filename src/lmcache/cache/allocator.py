@@ -5,7 +5,8 @@ All extents of one size in one space form a *class*, which the slabs identify by
   its own chunks, exactly in their order of eviction (`memory.order`), which is LRU.
 - The *share* of a class is the size of the arena, divided by the number of models that engines use now, times the fraction of a
   chunk's bytes that the class holds. A group of a model with several groups has a part of the model's share. A class of a space
-  that no engine uses has the share 0, so its memory is taken first.
+  that no engine uses has the share 0, so its memory is taken first. If engines use a sister of the space, such a class may take
+  memory as if it had their share: a tier loads into it what they are about to read.
 - Holdings are measured in shares. A class takes a region from another class that holds more than the taker will hold with the
   region, so memory moves towards equal holdings and never back. A class that can evict nothing takes from equal holders too.
 - Among the regions that can be taken, the allocator picks the one whose last chunk to be evicted has the lowest place in the
@@ -145,7 +146,7 @@ class Allocator:
             victim = _victim(space)
             if victim >= 0:
                 self._evict(space, victim)
-            elif not self._take(own, self._holding(own)):
+            elif not self._take(own, self._holding(own, taking=True)):
                 return None
 
     def free(self, space: Space, sectors: Iterable[int]) -> None:
@@ -174,7 +175,7 @@ class Allocator:
     def _take_fairly(self, own: int) -> bool:
         if own in self._settled:
             return False
-        taken = self._take(own, self._holding(own, self.slabs.region_bytes(own)), more_than=True)
+        taken = self._take(own, self._holding(own, self.slabs.region_bytes(own), taking=True), more_than=True)
         if not taken:
             self._settled.add(own)
         return taken
@@ -190,8 +191,9 @@ class Allocator:
         if not givers:
             return False
         costs = self._costs(givers)
-        spare = min(map(self._holding, givers)) - self._holding(own)  # shares that can move without moving back later
-        most_bytes = int(min(spare * self._share(own), self.slabs.total_bytes // 8)) if more_than else 0
+        # Shares that can move without moving back later.
+        spare = min(map(self._holding, givers)) - self._holding(own, taking=True)
+        most_bytes = int(min(spare * self._share(own, taking=True), self.slabs.total_bytes // 8)) if more_than else 0
         regions = self.slabs.window(own, lambda region: costs.get(region.first_sector), most_bytes)
         for region in regions:
             space = self._classes[region.space]
@@ -217,18 +219,24 @@ class Allocator:
                     costs[region.first_sector] = depth / max(1, len(space.table)) - (not space.instances)
         return costs
 
-    def _holding(self, own: int, more_bytes: int = 0) -> float:
-        """Return the bytes that a class holds, measured in shares."""
-        held, share = self.slabs.held_bytes(own) + more_bytes, self._share(own)
+    def _holding(self, own: int, more_bytes: int = 0, taking: bool = False) -> float:
+        """Return the bytes that a class holds, measured in shares; `taking`: as in `_share`."""
+        held, share = self.slabs.held_bytes(own) + more_bytes, self._share(own, taking)
         return held / share if share else float("inf") if held else 0.0
 
-    def _share(self, own: int) -> float:
-        """Return the bytes that a class may hold when the demand of all classes exceeds the arena."""
+    def _share(self, own: int, taking: bool = False) -> float:
+        """Return the bytes that a class may hold when the demand of all classes exceeds the arena. taking: may take, to be read
+        at once by engines that use a sister of its space."""
         space = self._classes[own]
-        if not space.instances:
+        if not (in_use(space) if taking else space.instances):
             return 0.0
         class_bytes = self.slabs.extent_sectors(own) * SECTOR_BYTES * space.classes.count(own)
         return self.slabs.total_bytes * space.share / self._shares * class_bytes / space.chunk_bytes
+
+
+def in_use(space: Space) -> bool:
+    """Return whether an engine uses this space or a sister of it now."""
+    return bool(space.instances) or any(one.instances for one in space.sisters)
 
 
 def _victim(space: Space) -> int:

@@ -20,11 +20,11 @@ from collections.abc import Callable, Container, Iterable, Sequence
 from functools import partial
 from typing import NamedTuple
 
-from lmcache.cache.allocator import Space
+from lmcache.cache.allocator import Space, in_use
 from lmcache.cache.claims import SERVER, AnyClaim, Claims, Held, Instance, Lease, Refusal, Reservation
 from lmcache.cache.events import NOBODY, By
 from lmcache.cache.groups import Found, Part, parts_of, usable_prefix
-from lmcache.cache.index import Index, in_use, names_of, of_last, of_new, of_records, pack_ids
+from lmcache.cache.index import Index, names_of, of_last, of_new, of_records, pack_ids
 from lmcache.cache.table import COMPLETED, RELEASED, Table
 from lmcache.chunks import HASH_BYTES, Split
 from lmcache.memory.slabs import NO_EXTENT
@@ -260,6 +260,8 @@ class Heart(Index):
         for group, parts in enumerate(found):
             for part in parts:
                 self._touch_part(now, part)
+                if part.space is not spaces[group]:
+                    self.events.counters["hit:other split"] += len(part.ids) // 4
                 first = max(part.first, first_wanted)
                 held = Held(part.space, part.space.table, part.ids[4 * (first - part.first) :])
                 if held.ids and part.space is spaces[group] and part is parts[0]:

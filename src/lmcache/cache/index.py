@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
-from lmcache.cache.allocator import Allocator, Space
+from lmcache.cache.allocator import Allocator, Space, in_use
 from lmcache.cache.claims import Refusal
 from lmcache.cache.events import By, Event, Events
 from lmcache.cache.table import EMPTY, Table
@@ -235,11 +235,6 @@ class Index:
 
     def _note_freed(self, sectors: Iterable[int]) -> None:
         """Record that the extents at these sectors hold no shard any more and may be reused. NO_EXTENT entries are skipped."""
-
-
-def in_use(space: Space) -> bool:
-    """Return whether an engine uses this space or a sister of it now."""
-    return bool(space.instances) or any(one.instances for one in space.sisters)
 
 
 def pack_ids(numbers: list[int]) -> bytes:

@@ -143,7 +143,7 @@ class Service:
         name = m.request_name(request.request)
         lookup = self._now(), peer.process, request.space, hashes, first, name, request.others, request.sisters
         if self.tiering is not None:
-            if not any(map(self.tiering.knows, spaces, repeat(hashes))):
+            if not any(map(self.tiering.knows, spaces, repeat(hashes), repeat(request.sisters))):
                 hit = self.l1.lookup_all(*lookup)
                 if hit is not None:
                     return _found(hit)

@@ -123,9 +123,18 @@ class Tiering:
 
     # Reading
 
-    def knows(self, space: int, hashes: bytes) -> bool:
-        """Return whether a fetch of these chunks, or of one of their parts, is under way or has just ended."""
-        return any(self.fetches.knows(space, hashes[:end]) for end in self._ends(space, len(hashes)))
+    def knows(self, space: int, hashes: bytes, sisters: bool = False) -> bool:
+        """Return whether a fetch of these chunks, or of one of their parts, is under way or has just ended; with `sisters`, in
+        the space or a sister of it."""
+        return any(
+            self.fetches.knows(one, hashes[:end])
+            for one in self._family(space, sisters)
+            for end in self._ends(one, len(hashes))
+        )
+
+    def _family(self, number: int, sisters: bool) -> list[int]:
+        space = self._l1.space(number)
+        return [number, *(one.number for one in space.sisters)] if sisters and space is not None else [number]
 
     def _ends(self, space_number: int, size: int) -> range:
         """Return where the parts of `size` bytes of hashes end that fetches cover; the last one may end behind them."""
@@ -175,22 +184,31 @@ class Tiering:
         request: str,
         sisters: bool,
     ) -> tuple[int, int]:
-        now = self._loop.now()
-        in_l1 = self._l1.peek(now, process, space_number, hashes, sisters)
+        in_l1 = self._l1.peek(self._loop.now(), process, space_number, hashes, sisters)
+        seconds = self._chunk_tokens / prefill_tokens_per_second if prefill_tokens_per_second > 0 else 0.0
+        for number in self._family(
+            space_number, sisters
+        ):  # a sister only for what the tiers do not have of the space itself
+            coming = self._poll(number, hashes, in_l1, seconds, request)
+            if coming:
+                return in_l1, coming
+        return in_l1, 0
+
+    def _poll(self, space_number: int, hashes: bytes, in_l1: int, prefill_seconds: float, request: str) -> int:
+        """Return how many chunks of this space the engine should wait for."""
         space = self._l1.space(space_number)
         if space is None or not all(space.shard_bytes):
-            return in_l1, 0
-        seconds = self._chunk_tokens / prefill_tokens_per_second if prefill_tokens_per_second > 0 else 0.0
-        knowers, coming = [self._knower(runner, space) for runner in self.runners], 0
+            return 0
+        now, coming, knowers = self._loop.now(), 0, [self._knower(runner, space) for runner in self.runners]
         for end in self._ends(space_number, len(hashes)):
             part, found = hashes[:end], min(in_l1, end // HASH_BYTES)
             coming = self.fetches.poll(
-                now, space_number, part, found, sum(space.shard_bytes), seconds, knowers, request, space.shards
+                now, space_number, part, found, sum(space.shard_bytes), prefill_seconds, knowers, request, space.shards
             )
             if found * HASH_BYTES < len(part):
                 break
         self._carry_out()
-        return in_l1, coming
+        return coming
 
     @staticmethod
     def _knower(runner: TierRunner, space: Space) -> Callable[[bytes], Sequence[bool] | None]:
