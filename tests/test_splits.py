@@ -202,7 +202,14 @@ def test_what_an_engine_has_left_behind_is_read_by_one_with_another_split(server
 @pytest.mark.parametrize("full", [False, True], ids=["free memory", "a full arena"])
 def test_what_a_tier_has_of_another_split_is_loaded(server: Servers, ranks, folders, full: bool) -> None:  # type: ignore[no-untyped-def]
     """The engine that has stored it has gone, and L1 is empty, or full of what the reader has stored."""
-    flags = ("--l2", f"disk://{folders('/tmp')}?io=buffered&max_gb=1", "--worth", "always", "--l2-patience-seconds", "600")
+    flags = (
+        "--l2",
+        f"disk://{folders('/tmp')}?io=buffered&max_gb=1",
+        "--worth",
+        "always",
+        "--l2-patience-seconds",
+        "600",
+    )
     cache, ids = server(chunk=CHUNK, l1=4, flags=flags), prompt(5, 160)
     reader, gone = ranks(cache, "reader", Split((), 1)), ranks(cache, "gone", Split((3, 6), 4))
     gone.store(ids)
