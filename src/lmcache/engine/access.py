@@ -16,7 +16,7 @@ from lmcache.errors import LayoutError
 from lmcache.memory.arena import Mapping, populate_all
 from lmcache.runtime import Runtime
 from lmcache.transfer.bounds import Runs
-from lmcache.transfer.copier import Copier
+from lmcache.transfer.copier import Copier, Reader
 from lmcache.transfer.progress import Progress
 from lmcache.wire import messages as m
 
@@ -27,14 +27,27 @@ _PAYLOAD_BYTES = 64 << 20
 Blocks = npt.NDArray[np.int32]
 
 
+class Source(NamedTuple):
+    """How the extents of one shard are loaded. shard, shard_bytes: its index and size."""
+
+    reader: Reader
+    shard: int
+    shard_bytes: int
+
+
 class Part(NamedTuple):
     """How one group of KV is copied. extent_tokens: tokens of an extent. shard, shard_bytes: index and size of the part of a
-    chunk that this rank holds; for loads, of a shard of another split that has something in common with it."""
+    chunk that this rank holds."""
 
     copier: Copier
     extent_tokens: int
     shard: int
     shard_bytes: int
+
+    @property
+    def source(self) -> Source:
+        """How this rank's own shard is loaded."""
+        return Source(self.copier, self.shard, self.shard_bytes)
 
 
 class Leased(NamedTuple):
@@ -56,27 +69,28 @@ class Access:
 
     def __init__(self, parts: Sequence[Part]) -> None:
         self.parts = parts
-        self._readers: dict[tuple[int, Split], list[Part]] = {}
+        self._sources: dict[tuple[int, Split], list[Source]] = {}
 
-    def readers(self, number: int, group: RankGroup, split: Split, chunk_tokens: int) -> list[Part]:
+    def sources(self, number: int, group: RankGroup, split: Split, chunk_tokens: int) -> list[Source]:
         """Return how to load what the shards of another split have in common with this rank's part of group `number`.
 
         Raises:
             LayoutError: the layout cannot be split like this, or the copier cannot load it.
         """
-        known = self._readers.get((number, split))
+        known = self._sources.get((number, split))
         if known is None:
-            own = self.parts[number]
             known = [
-                Part(own.copier.reader(part, shape), own.extent_tokens, index, shape.size_bytes)
+                Source(self.parts[number].copier.reader(part, shape), index, shape.size_bytes)
                 for index in range(split.count)
                 if (overlap := group.overlap(split, index, chunk_tokens)) is not None
                 for part, shape in (overlap,)
             ]
-            self._readers[number, split] = known
+            self._sources[number, split] = known
         return known
 
-    def load(self, part: Part, leased: Leased, blocks: Blocks, runs: Runs, progress: Progress | None = None) -> None:
+    def load(
+        self, source: Source, leased: Leased, blocks: Blocks, runs: Runs, progress: Progress | None = None
+    ) -> None:
         """Fill blocks from extents. leased: which chunks those of the runs are. progress: as for a copier."""
         raise NotImplementedError
 
@@ -105,9 +119,11 @@ class ArenaAccess(Access):
         self._populating = runtime.start(lambda: populate_all(mapping, self._stop), "lmcache-map")
         copier.adopt(mapping.address, mapping.size_bytes)
 
-    def load(self, part: Part, leased: Leased, blocks: Blocks, runs: Runs, progress: Progress | None = None) -> None:
+    def load(
+        self, source: Source, leased: Leased, blocks: Blocks, runs: Runs, progress: Progress | None = None
+    ) -> None:
         arena = self._mapping
-        part.copier.scatter(arena.address, blocks, runs, arena_bytes=arena.size_bytes, progress=progress)
+        source.reader.scatter(arena.address, blocks, runs, arena_bytes=arena.size_bytes, progress=progress)
 
     def gather(self, group: int, blocks: Blocks, runs: Runs) -> Sequence[memoryview]:
         arena, part = self._mapping, self.parts[group]
@@ -134,16 +150,18 @@ class PayloadAccess(Access):
         super().__init__(parts)
         self._fetch = fetch
 
-    def load(self, part: Part, leased: Leased, blocks: Blocks, runs: Runs, progress: Progress | None = None) -> None:
-        step = max(1, _PAYLOAD_BYTES // part.shard_bytes)
+    def load(
+        self, source: Source, leased: Leased, blocks: Blocks, runs: Runs, progress: Progress | None = None
+    ) -> None:
+        step = max(1, _PAYLOAD_BYTES // source.shard_bytes)
         for at in range(0, len(runs), step):
             some = runs[at : at + step].copy()
-            frames = self._fetch(m.Fetch(leased.lease, part.shard, leased.first_chunk + at, len(some), leased.part))
-            if len(frames) != len(some) or any(len(one) != part.shard_bytes for one in frames):
+            frames = self._fetch(m.Fetch(leased.lease, source.shard, leased.first_chunk + at, len(some), leased.part))
+            if len(frames) != len(some) or any(len(one) != source.shard_bytes for one in frames):
                 raise LayoutError(f"{len(frames)} payload frames for {len(some)} chunks")
             some[:, 0] = 0
             for run, one in zip(some, frames, strict=True):
-                part.copier.scatter(np.frombuffer(one, dtype=np.uint8).ctypes.data, blocks, run[None])
+                source.reader.scatter(np.frombuffer(one, dtype=np.uint8).ctypes.data, blocks, run[None])
 
     def gather(self, group: int, blocks: Blocks, runs: Runs) -> Sequence[memoryview]:
         own = self.parts[group]

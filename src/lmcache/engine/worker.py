@@ -337,12 +337,12 @@ class WorkerSession(Session):
         _check_covered(load, np.concatenate([runs, *foreign]) if foreign else runs)
         for one, others in zip(load.foreign, foreign, strict=True):
             shards = np.frombuffer(one.extents, dtype="<u4").reshape(-1, one.split.count)
-            for part in access.readers(number, group, one.split, self._chunk_tokens):
+            for source in access.sources(number, group, one.split, self._chunk_tokens):
                 leased = Leased(load.lease, one.part, one.lease_chunk)
-                access.load(part, leased, blocks, _placed(group, others, shards[:, part.shard]))
+                access.load(source, leased, blocks, _placed(group, others, shards[:, source.shard]))
         if len(runs):
             leased = Leased(load.lease, number, load.lease_chunk)
-            access.load(own, leased, blocks, _placed(group, runs, sectors), load.progress)
+            access.load(own.source, leased, blocks, _placed(group, runs, sectors), load.progress)
         elif load.progress is not None:
             load.progress.arrived(len(group.paged.planes))
 

@@ -14,17 +14,8 @@ from lmcache.transfer.paged import ExtentShape, PagedKV
 from lmcache.transfer.progress import Progress
 
 
-class Copier(Protocol):
-    """Copies between one rank's paged KV and extents; a call returns when its copy has ended. Arguments as in `CpuCopier`."""
-
-    bytes_per_second: float
-    """A typical rate on current machines, used to cut work into steps."""
-    zeroes_the_rest: bool
-    """Whether a gather writes zeros to the tokens of an extent that its run leaves out; otherwise they keep their bytes."""
-
-    def gather(
-        self, base: int, blocks: npt.NDArray[np.int32], runs: npt.NDArray[np.int64], *, arena_bytes: int | None = None
-    ) -> None: ...
+class Reader(Protocol):
+    """Copies from extents to paged KV; a call returns when its copy has ended. Arguments as in `CpuCopier`."""
 
     def scatter(
         self,
@@ -36,8 +27,21 @@ class Copier(Protocol):
         progress: Progress | None = None,
     ) -> None: ...
 
-    def reader(self, part: PagedKV, shape: ExtentShape) -> Copier:
-        """Return a copier that fills a part of the paged KV from extents of another shape, and is closed with this one.
+
+class Copier(Reader, Protocol):
+    """Copies between one rank's paged KV and extents; a call returns when its copy has ended. Arguments as in `CpuCopier`."""
+
+    bytes_per_second: float
+    """A typical rate on current machines, used to cut work into steps."""
+    zeroes_the_rest: bool
+    """Whether a gather writes zeros to the tokens of an extent that its run leaves out; otherwise they keep their bytes."""
+
+    def gather(
+        self, base: int, blocks: npt.NDArray[np.int32], runs: npt.NDArray[np.int64], *, arena_bytes: int | None = None
+    ) -> None: ...
+
+    def reader(self, part: PagedKV, shape: ExtentShape) -> Reader:
+        """Return what fills a part of the paged KV from extents of another shape, until this copier is closed.
 
         Raises:
             LayoutError: this copier cannot do that.
