@@ -187,7 +187,7 @@ class Engine:
 
     def lookup(self, ids: Sequence[int], skip_tokens: int = 0) -> Hit | None:
         assert self.scheduler is not None
-        return self.scheduler.lookup(self.chain(ids), skip_tokens)
+        return self.scheduler.lookup(self.chain(ids), skip_tokens, any_split=True)
 
     def hit_tokens(self, ids: Sequence[int]) -> int:
         """Tokens that are there; leaves no lease behind."""

@@ -137,6 +137,7 @@ class SchedulerSession(Session):
         tail: bytes = b"",
         request_id: str = "",
         chunks: int | None = None,
+        any_split: bool = False,
     ) -> Hit | None:
         """Poll until tiers have loaded what the server finds worth waiting for, or `wait_seconds` (None: the deadline of a call)
         have passed. Arguments as for `poll`."""
@@ -145,7 +146,7 @@ class SchedulerSession(Session):
         )
         pause = _SHORTEST_PAUSE_SECONDS
         while True:
-            found = self.poll(chain, skip_tokens, prefill_rate, tail, request_id, chunks)
+            found = self.poll(chain, skip_tokens, prefill_rate, tail, request_id, chunks, any_split)
             if not isinstance(found, Loading):
                 return found
             if self.runtime.now() > end:
@@ -161,13 +162,15 @@ class SchedulerSession(Session):
         tail: bytes = b"",
         request_id: str = "",
         chunks: int | None = None,
+        any_split: bool = False,
     ) -> Hit | Loading | None:
         """Look up which leading chunks of the chain are in L1, and lease those behind the first `skip_tokens` tokens.
 
         Return None if no chunk is there beyond them, or no answer came within the deadline; `Loading` while a tier loads more
         that is worth waiting for at the engine's `prefill_rate` (tokens per second, 0: unknown). tail: hash of an unfull chunk
         behind the chain, which may be the last one of the hit. request_id: under which the server records the work of tiers.
-        chunks: look up only so many.
+        chunks: look up only so many. any_split: find also what ranks of other parallel splits have stored, which is `foreign` in
+        the hit, for `LoadPlan` to make loads of.
         """
         if chain.chunk_tokens != self._chunk_tokens:
             return None
@@ -180,7 +183,7 @@ class SchedulerSession(Session):
         epoch = self._epoch
         try:
             name = m.request_name(request_id)
-            request = m.Lookup(self._space, hashes, first, prefill_rate, name, self._others, sisters=True)
+            request = m.Lookup(self._space, hashes, first, prefill_rate, name, self._others, any_split)
             found, _ = self._connection.call(request, m.Found)
         except LMCacheError as error:
             self.misses["no answer"] += 1
