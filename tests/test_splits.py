@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import pytest
 
-from engine_process import Engine
-from lmcache.chunks import Layout, Split, shard_of_rank
-from lmcache.engine.groups import RankGroup
+from engine_process import PATIENCE, POISON, Engine, kv_of
+from lmcache.chunks import Group, Layout, Split, shard_of_rank
+from lmcache.engine import Copies, Hit, Request, Requests, SchedulerSession, WorkerSession
+from lmcache.engine.endpoint import Endpoint
+from lmcache.engine.groups import GroupShape, RankGroup
+from lmcache.engine.requests import GroupTable
 from lmcache.errors import LayoutError
 from lmcache.transfer.cpu import CpuCopier
 from lmcache.transfer.paged import PagedKV, Plane
@@ -222,3 +226,112 @@ def test_what_a_tier_has_of_another_split_is_loaded(server: Servers, ranks, fold
     assert not full or cache.counters()["evicted_chunks_total"] > 0
     assert reader.load(ids) == 160
     assert cache.status()["index"]["leases"] == 0
+
+
+class HybridRanks:
+    """All ranks of an engine whose model has full attention in some layers and a window of one block in the others."""
+
+    LAYERS, REACH, CHUNK, BLOCK, HEADS = ((0, 1, 3, 4), (2, 5)), (0, 16), 32, 16, 4
+
+    def __init__(self, cache: Server, name: str, count: int, mode: str) -> None:
+        self.count = count
+        kinds = [Group(layers, reach) for layers, reach in zip(self.LAYERS, self.REACH, strict=True)]
+        layouts = [partial(Layout, "m", "bfloat16", len(layers), self.HEADS, 8) for layers in self.LAYERS]
+        shapes = [GroupShape(layout, count, kind, 0.5) for layout, kind in zip(layouts, kinds, strict=True)]
+        endpoint = Endpoint(cache.address, name, "scheduler", 0, PATIENCE, transfer_mode=mode)
+        self.scheduler = SchedulerSession(endpoint, layouts[0], count, group=kinds[0], share=0.5, others=shapes[1:])
+        own = self.HEADS // count
+        self.kv = [
+            [np.full((len(layers), 2, 40, self.BLOCK, own, 8), POISON, dtype=np.uint16) for layers in self.LAYERS]
+            for _ in range(count)
+        ]
+        self.workers, self.copies = [], []
+        self.requests: Requests[Request] = Requests(
+            self.scheduler, groups=[GroupTable(self.BLOCK, reach) for reach in self.REACH], ranks=count
+        )
+        for rank, arrays in enumerate(self.kv):
+            groups = [
+                RankGroup(layout, shard_of_rank(layout(1), rank, count, 0, len(kind.layers)), describe(kv), kind, 0.5)
+                for layout, kind, kv in zip(layouts, kinds, arrays, strict=True)
+            ]
+            endpoint = Endpoint(cache.address, name, "worker", rank, PATIENCE, transfer_mode=mode)
+            self.workers.append(
+                WorkerSession(
+                    *(endpoint, layouts[0], groups[0].shard, groups[0].paged),
+                    group=kinds[0], share=0.5, others=groups[1:],
+                )
+            )  # fmt: skip
+            self.copies.append(Copies(self.workers[-1], [rank] * 2, requests=self.requests))
+        assert all(session.wait_connected(PATIENCE) for session in (self.scheduler, *self.workers))
+        self.tables = [np.random.default_rng(seed).permutation(40).tolist() for seed in (1, 2)]
+
+    def close(self) -> None:
+        for session in (*self.workers, self.scheduler):
+            session.close()
+
+    def at(self, rank: int, group: int, first: int, end: int) -> tuple[object, ...]:
+        """Where tokens [first, end) are."""
+        token = np.arange(first, end)
+        return slice(None), slice(None), np.array(self.tables[group])[token // self.BLOCK], token % self.BLOCK
+
+    def want(self, rank: int, group: int, ids: Sequence[int], first: int, end: int) -> np.ndarray:  # type: ignore[type-arg]
+        heads = slice(rank * self.HEADS // self.count, (rank + 1) * self.HEADS // self.count)
+        return kv_of(ids, 6, self.HEADS, 8)[list(self.LAYERS[group]), :, first:end, heads]
+
+    def compute(self, ids: Sequence[int], have: int = 0) -> None:
+        """Compute what the engine does not have, in steps of a chunk, and store what is new."""
+        request = self.requests.open["store"] = Request("store")
+        assert not isinstance(self.requests.find(request, ids, have, wait=True), Hit)
+        for end in range(have + self.CHUNK, len(ids) + 1, self.CHUNK):
+            request.stored = max(request.stored, have // self.CHUNK)
+            request.blocks, *request.tables = [table[: -(-end // self.BLOCK)] for table in self.tables]
+            for rank, group in itertools.product(range(self.count), range(2)):
+                first = end - self.CHUNK
+                self.kv[rank][group][self.at(rank, group, first, end)] = self.want(rank, group, ids, first, end)
+            plan = self.requests.store(request, ids[:end], end, before=end - self.CHUNK)
+            assert plan is not None
+            running = [
+                one.store(plan, plan.blocks, others=[part.blocks for part in plan.others]) for one in self.copies
+            ]
+            assert all(one.wait([copy], PATIENCE) and copy.ok for one, copy in zip(self.copies, running, strict=True))
+        self.requests.finish("store")
+
+    def load(self, ids: Sequence[int]) -> int:
+        request = self.requests.open["load"] = Request("load")
+        found = self.requests.find(request, ids, wait=True)
+        if not isinstance(found, Hit):
+            return 0
+        request.blocks, *request.tables = self.tables
+        end = request.found_tokens
+        for arrays in self.kv:
+            for kv in arrays:
+                kv[...] = POISON
+        plan = self.requests.load(request, 0, end)
+        running = [one.load(plan, plan.blocks, others=[part.blocks for part in plan.others]) for one in self.copies]
+        assert all(one.settle([copy], PATIENCE) for one, copy in zip(self.copies, running, strict=True))
+        for rank, (group, reach) in itertools.product(range(self.count), enumerate(self.REACH)):
+            kv, where = self.kv[rank][group], self.at(rank, group, end - reach if reach else 0, end)
+            assert (kv[where] == self.want(rank, group, ids, end - reach if reach else 0, end)).all(), (rank, group)
+            kv[where] = POISON
+            assert (kv == POISON).all(), "something else was written"
+        self.requests.finish("load")
+        return end
+
+
+@pytest.mark.parametrize("mode", ["auto", "payload"])
+def test_a_model_with_a_window_is_read_with_another_split(server: Servers, mode: str) -> None:
+    """Each group finds its chunks in whatever space has them, and a hit is one lease."""
+    cache, ids = server(chunk=HybridRanks.CHUNK), prompt(6, 225)
+    one, two, four = (HybridRanks(cache, str(count), count, mode) for count in (1, 2, 4))
+    try:
+        two.compute(ids[:96])
+        assert one.load(ids) == four.load(ids) == 96
+        four.compute(ids[:192], have=96)
+        assert one.load(ids) == two.load(ids) == four.load(ids) == 192
+        request = Request("held")
+        found = one.requests.find(request, ids, wait=True)
+        assert isinstance(found, Hit) and cache.status()["index"]["leases"] == 1
+        one.requests.release(found)
+    finally:
+        for engine in (one, two, four):
+            engine.close()
