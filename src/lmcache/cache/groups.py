@@ -38,9 +38,6 @@ def usable_prefix(spaces: Sequence[Space], hashes: bytes, sisters: bool = False)
     sisters: whether the engine can also use what the spaces' sisters have. The work is at most proportional to the number of
     hashes times the number of spaces, with their sisters.
     """
-    if len(spaces) == 1 and not spaces[0].reach_chunks:  # nearly all models
-        parts = parts_of(spaces[0], hashes, sisters)
-        return parts[-1].end, [parts]
     matched = [[] if space.reach_chunks else parts_of(space, hashes, sisters) for space in spaces]
     chunks = len(hashes) // HASH_BYTES
     for space, parts in zip(spaces, matched, strict=True):

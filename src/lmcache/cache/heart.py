@@ -191,13 +191,13 @@ class Heart(Index):
         Raises:
             Refusal: unknown space or process.
         """
-        spaces, instance = self._admit_all(process, space_number, others)
+        space, instance = self._admit(process, space_number)
         asked, by = len(hashes) // HASH_BYTES, (process, instance.tier, request)
         reason = self._claims.why_no_lease(instance)
         if reason:
             self.events.emit("missed", space_number, asked, reason, by, lambda event: event._replace(hashes=hashes))
             return Hit(0, 0, b"")
-        chunks, found = usable_prefix(spaces, hashes, sisters)
+        chunks, spaces, found = self._usable(process, space, others, hashes, sisters)
         hit = self._lease(now, by, instance, spaces, hashes, chunks, found, first_wanted)
         missed = asked - chunks
         if missed:
@@ -221,22 +221,28 @@ class Heart(Index):
         Raises:
             Refusal: unknown space or process.
         """
-        spaces, instance = self._admit_all(process, space_number, others)
-        chunks, found = usable_prefix(spaces, hashes, sisters)
+        space, instance = self._admit(process, space_number)
+        chunks, spaces, found = self._usable(process, space, others, hashes, sisters)
         if chunks < len(hashes) // HASH_BYTES or self._claims.why_no_lease(instance):
             return None
         by = process, instance.tier, request
         return self._lease(now, by, instance, spaces, hashes, chunks, found, first_wanted)
 
-    def _admit_all(self, process: int, number: int, others: Sequence[int]) -> tuple[list[Space], Instance]:
-        """Return the spaces of all groups of a model, the first one first."""
-        space, instance = self._admit(process, number)
+    def _usable(
+        self, process: int, space: Space, others: Sequence[int], hashes: bytes, sisters: bool
+    ) -> tuple[int, Sequence[Space], Found | bytes]:
+        """Return how many chunks can be used, the spaces of all groups, and what the chunks need there: for a single group whose
+        space has no sisters only the ids of their records, since that is nearly all models."""
+        if not others and not space.reach_chunks and not (sisters and space.sisters):
+            ids = space.table.match(hashes)
+            return len(ids) // 4, (space,), ids
         spaces = [space]
         for number in others:
             other = self._admit(process, number)[0]
             other.main = space if other.reach_chunks and not space.reach_chunks else None
             spaces.append(other)
-        return spaces, instance
+        chunks, found = usable_prefix(spaces, hashes, sisters)
+        return chunks, spaces, found
 
     def _lease(
         self,
@@ -246,7 +252,7 @@ class Heart(Index):
         spaces: Sequence[Space],
         hashes: bytes,
         chunks: int,
-        found: Found,
+        found: Found | bytes,
         first_wanted: int,
     ) -> Hit:
         """Touch and count the chunks that can be used, which are the first ones of `hashes`, and lease those that are needed from
@@ -256,6 +262,8 @@ class Heart(Index):
                 "hit", spaces[0].number, chunks, "", by,
                 lambda event: event._replace(hashes=hashes[: chunks * HASH_BYTES]),
             )  # fmt: skip
+        if isinstance(found, bytes):
+            return self._lease_own(now, by, instance, spaces[0], found, first_wanted)
         own, foreign = [Held(space, space.table, b"") for space in spaces], []
         for group, parts in enumerate(found):
             for part in parts:
@@ -278,6 +286,17 @@ class Heart(Index):
             for (group, first, held), sectors in zip(foreign, extents[len(own) :], strict=True)
         ]
         return Hit(chunks, number, extents[0], tuple(extents[1 : len(own)]), tuple(further))
+
+    def _lease_own(self, now: float, by: By, instance: Instance, space: Space, ids: bytes, first_wanted: int) -> Hit:
+        """Do the same as `_lease` for a prefix that is in the only group's own space."""
+        leased, table, chunks = ids[4 * first_wanted :], space.table, len(ids) // 4
+        if ids:
+            self._touch(now, space, ids)
+        if not leased:
+            return Hit(chunks, 0, b"")
+        table.pin(leased)
+        number = self._claims.add(Lease(by, instance, now + self.claim_seconds, (Held(space, table, leased),)))
+        return Hit(chunks, number, table.extents(leased))
 
     def _touch_part(self, now: float, part: Part) -> None:
         if part.first and not part.space.reach_chunks:

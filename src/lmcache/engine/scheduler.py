@@ -208,10 +208,13 @@ class SchedulerSession(Session):
 
     def _hit(self, group: int, found: m.Found, extents: bytes, epoch: bytes) -> Hit:
         """Return the hit in one group, where the last chunks before its end are leased."""
-        shards, numbered = self._groups[group].shards, enumerate(found.foreign, len(self._groups))
-        foreign = tuple(
-            Foreign(one.first, one.split, one.extents, part) for part, one in numbered if one.group == group
-        )
+        shards = self._groups[group].shards
+        foreign: tuple[Foreign, ...] = ()
+        if found.foreign:
+            numbered = enumerate(found.foreign, len(self._groups))
+            foreign = tuple(
+                Foreign(one.first, one.split, one.extents, part) for part, one in numbered if one.group == group
+            )
         own = len(extents) // (4 * shards)
         first = (foreign[0].first_chunk if foreign else found.chunks) - own
         return Hit(found.chunks, first, found.lease, extents, shards, epoch, foreign=foreign)

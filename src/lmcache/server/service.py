@@ -136,9 +136,11 @@ class Service:
         most = m.most_looked_up(first, shards)
         if asked > most:
             raise Refusal(f"a lookup of {asked} chunks from chunk {first} on exceeds one answer; ask for {most}")
-        if request.sisters:
-            shards = sum(map(self._most_shards, spaces))
-            hashes = hashes[: 16 * m.most_looked_up(first, shards)]  # extents of a sister may take more of the answer
+        if request.sisters and (widest := sum(map(self._most_shards, spaces))) > shards:
+            shards, hashes = (
+                widest,
+                hashes[: 16 * m.most_looked_up(first, widest)],
+            )  # so that extents of sisters fit, too
         self.sessions.check_room(peer, 4 * shards * max(0, asked - first))
         name = m.request_name(request.request)
         lookup = self._now(), peer.process, request.space, hashes, first, name, request.others, request.sisters
@@ -161,7 +163,9 @@ class Service:
     def _most_shards(self, number: int) -> int:
         """Return the most shards that a chunk has in this space or a sister of it."""
         space = self.l1.space(number)
-        return max((one.shards for one in (space, *space.sisters)), default=1) if space is not None else 1
+        if space is None or not space.sisters:
+            return self._shards(number)
+        return max(one.shards for one in (space, *space.sisters))
 
     def _release(self, peer: Peer, request: m.Request) -> m.Message:
         assert isinstance(request, m.Release)
