@@ -335,3 +335,29 @@ def test_a_model_with_a_window_is_read_with_another_split(server: Servers, mode:
     finally:
         for engine in (one, two, four):
             engine.close()
+
+
+def test_a_restarted_server_finds_what_another_split_has_left_in_a_tier(server: Servers, ranks, folders) -> None:  # type: ignore[no-untyped-def]
+    """The names of splits by heads are known without an engine that has one; those of pipeline stages are not."""
+    flags = (
+        "--l2",
+        f"disk://{folders('/tmp')}?io=buffered&max_gb=1",
+        "--worth",
+        "always",
+        "--l2-patience-seconds",
+        "600",
+    )
+    first = server(chunk=CHUNK, flags=flags)
+    by_heads, by_layers = prompt(7, 160), prompt(8, 160)
+    for name, split, ids in (("heads", Split((), 4), by_heads), ("layers", Split((2, 6), 2), by_layers)):
+        ranks(first, name, split).store(ids)
+    eventually(lambda: first.status()["tiers"][0]["counters"].get("kept_shards", 0) == 60)
+    first.end()
+    second = server(chunk=CHUNK, flags=flags)
+    reader = ranks(second, "reader", Split((), 2))
+    assert reader.load(by_heads) == 160
+    assert reader.load(by_layers) == 0
+    assert len(second.status()["index"]["spaces"]) == 2
+    stages = ranks(second, "stages", Split((2, 6), 2))
+    assert reader.load(by_layers) == 160, "now the server knows the split"
+    assert stages.load(by_heads) == 160

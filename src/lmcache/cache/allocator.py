@@ -17,7 +17,7 @@ All extents of one size in one space form a *class*, which the slabs identify by
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from lmcache.cache.table import Table
@@ -48,7 +48,10 @@ class Space:
     split: Split | None = None
     """How the layout is split; None if that is unknown, and then the space has no sisters."""
     family: bytes = b""
-    """What identifies the space and its sisters: the layout, and the group."""
+    """What identifies the space and its sisters: the layout, and the group. It is also the fingerprint of those among them that
+    are not split by layers."""
+    expected: Sequence[Split] = ()
+    """Splits of the layout that sisters may have whose chunks are in tiers, from before this server's start."""
     sisters: tuple[Space, ...] = ()
     """The spaces of the same layout and group with other splits."""
     share: float = 1.0

@@ -135,11 +135,12 @@ class Heart(Index):
         share: float = 1.0,
         family: bytes = b"",
         split: Split | None = None,
+        expected: Sequence[Split] = (),
     ) -> int:
         """Return the number of the space for this layout and split. A rank also gives its shard and the size of its extents.
 
         reach_chunks: as in `Space`; a part of what the fingerprint stands for. share: as in `Space`, for a new space. family,
-        split: as in `Space`; a space for which they are missing once has no sisters from then on.
+        split: as in `Space`; a space for which they are missing once has no sisters from then on. expected: as in `Space`.
 
         Raises:
             TooSmall: one chunk, with the shards registered so far, is larger than the arena.
@@ -159,9 +160,24 @@ class Heart(Index):
             self._open_shard(space, shard, shard_bytes)
         if not family and space.family:
             self._leave_family(space)
+        space.expected = expected if space.family else ()
         instance.spaces.add(space.number)
         self._allocator.join(space, instance.name)
         return space.number
+
+    def open_sister(self, number: int, split: Split) -> None:
+        """Open the sister of a space with this split, which is not by layers. No engine uses it.
+
+        Raises:
+            Refusal: too many layouts are open.
+        """
+        space = self._spaces[number]
+        if (space.family, split.count) in self._space_of:
+            return
+        size = sum(space.shard_bytes) // split.count
+        sister = self._new_space(space.family, split.count, space.reach_chunks, space.share, space.family, split)
+        for shard in range(split.count):
+            self._open_shard(sister, shard, size)
 
     def _admit(self, process: int, space_number: int, tier: str = "") -> tuple[Space, Instance]:
         instance, space = self._claims.instance_of(process, tier), self._spaces.get(space_number)

@@ -176,6 +176,11 @@ class Split(msgspec.Struct, frozen=True, array_like=True):
         return Shard(index, self.count, first, stages[stage], part * width, (part + 1) * width)
 
 
+def tensor_splits(layout: Layout) -> list[Split]:
+    """Return all splits of a layout by KV heads only."""
+    return [Split((), count) for count in range(1, layout.num_kv_heads + 1) if layout.num_kv_heads % count == 0]
+
+
 def shard_of_rank(
     layout: Layout, tp_rank: int, tp_size: int, first_layer: int, end_layer: int, pp_rank: int = 0, pp_size: int = 1
 ) -> Shard:

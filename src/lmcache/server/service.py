@@ -13,7 +13,7 @@ from itertools import repeat
 from typing import TYPE_CHECKING
 
 from lmcache.cache import KINDS, L1, TIER_KINDS, Event, Hit, Refusal, TooSmall
-from lmcache.chunks import Split, space_fingerprint
+from lmcache.chunks import Split, space_fingerprint, tensor_splits
 from lmcache.errors import LayoutError, LMCacheError
 from lmcache.observability.log import init_logger
 from lmcache.server.loop import Loop
@@ -102,9 +102,10 @@ class Service:
         reach = request.group.reach_chunks(layout.chunk_tokens) if request.group is not None else 0
         split = Split(tuple(request.stages), request.shards)
         family = space_fingerprint(layout, (), request.group) if _is_rectangular(request, split) else b""
+        expected = [one for one in tensor_splits(layout) if one != split] if family and self.tiering is not None else ()
         shard = request.shards, request.shard, request.shard_bytes
         try:
-            space = self.l1.open_space(peer.process, name, *shard, reach, request.share, family, split)
+            space = self.l1.open_space(peer.process, name, *shard, reach, request.share, family, split, expected)
         except TooSmall as error:
             self.sessions.refused.note(f"{peer.who}, from {peer.host}", "small L1", str(error))
             raise
