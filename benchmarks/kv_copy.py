@@ -1,10 +1,12 @@
 """How fast KV moves between paged memory and slots on this machine, beside what its memory can do at all.
 
-    python benchmarks/kv_copy.py [--seconds 0.5] [--threads 1 2] [--only big small ...]
+    python benchmarks/kv_copy.py [--seconds 0.5] [--threads 1 2] [--only big small ...] [--splits]
 
 Every row copies 8 chunks a call between anonymous memory and a mapping of /dev/shm whose pages were touched, both far
 larger than the caches. GB/s counts the bytes of KV once (1 GB = 1e9 bytes). `memcpy` and `contiguous` are the limits: the C
-library's copy, and ours of one long run. Machines are noisy: compare rows of one run, and read the best beside the median.
+library's copy, and ours of one long run. With `--splits`, rank 0 of each tensor-parallel size loads what each size has stored,
+and the last columns are the times (median, best) divided by those of an equal split. Machines are noisy: compare rows of one
+run, and read the best beside the median.
 """
 
 from __future__ import annotations
@@ -18,11 +20,13 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from lmcache.chunks import Layout, Split
+from lmcache.engine.groups import RankGroup
 from lmcache.transfer.cpu import CpuCopier
 from lmcache.transfer.paged import PagedKV, Plane
 
@@ -162,18 +166,64 @@ def measure(name: str, model: Model, seconds: float, threads: list[int], isa: in
                 print(f"{f'{name}, {chunks} x {extent / (1 << 20):g} MiB {way}':34} {number:3} {text}", flush=True)
 
 
+def measure_splits(name: str, model: Model, seconds: float) -> None:
+    """One chunk a call, in CPU time of one thread. Both splits divide the KV heads only. Each is measured in turn with an equal
+    split, call by call."""
+    tokens, total = model.chunk_tokens, 2 * CHUNKS
+    dtype = {2: "bfloat16", 4: "float32"}[model.item_bytes]
+    layout = Layout("bench", dtype, model.layers, model.heads, model.dims, tokens)
+    sizes = [size for size in (1, 2, 4, 8) if model.heads % size == 0]
+    arena = touched(total * Split((), 1).shard(layout, 0).shard_bytes(layout), shared=True)
+    for reader in sizes:
+        own = Split((), reader).shard(layout, 0)
+        paged = paged_kv(replace(model, heads=model.heads // reader), total * -(-tokens // model.block_tokens))
+        tables = np.random.default_rng(7).permutation(paged.num_blocks).astype(np.int32).reshape(total, -1)
+        copier, group = CpuCopier(paged, tokens), RankGroup(lambda tokens: layout, own, paged)
+
+        def load(i: int, copies: list[Any], tables: Any = tables) -> float:
+            begin = time.thread_time()
+            for scatter, base, size in copies:
+                scatter(base, tables[i % total], np.array([(i % total * size, 0, tokens, 0)], dtype=np.int64))
+            return time.thread_time() - begin
+
+        equal = [(copier.scatter, address_of(arena), paged.shard_bytes(tokens))]
+        for writer in sizes:
+            copies, at = [], address_of(arena)
+            for index in range(writer):
+                overlap = group.overlap(Split((), writer), index, tokens)
+                if overlap is not None:
+                    copies.append((copier.reader(*overlap).scatter, at, overlap[1].size_bytes))
+                    at += total * overlap[1].size_bytes
+            times, end = [], time.perf_counter() + seconds
+            while len(times) < 3 * total or time.perf_counter() < end:
+                i = len(times)
+                times.append((load(i, equal), load(i + CHUNKS, copies if writer != reader else equal)))
+            medians, best = (tuple(map(how, zip(*times, strict=True))) for how in (statistics.median, min))
+            text = (
+                f"{paged.shard_bytes(tokens) / medians[1] / 1e9:7.2f} {paged.shard_bytes(tokens) / best[1] / 1e9:7.2f}"
+            )
+            ratios = f"{medians[1] / medians[0]:7.2f} {best[1] / best[0]:7.2f}"
+            print(
+                f"{f'{name}, TP {reader} loads of TP {writer}':34}   1 {text} {medians[1] * 1e6:10.1f} {ratios}",
+                flush=True,
+            )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seconds", type=float, default=0.5, help="for each row (default 0.5)")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--only", nargs="+", choices=["limits", *MODELS], help="these rows only")
     parser.add_argument("--isa", type=int, default=-1, help="number of the instruction set (default: the best)")
+    parser.add_argument("--splits", action="store_true", help="loads of other parallel splits only")
     options = parser.parse_args()
     print(f"{'what':34} {'thr':>3} {'GB/s':>7} {'best':>7} {'us':>10}")
-    if not options.only or "limits" in options.only:
+    if not options.splits and (not options.only or "limits" in options.only):
         limits(options.seconds, options.threads)
     for name, model in MODELS.items():
-        if not options.only or name in options.only:
+        if options.splits and (not options.only or name in options.only):
+            measure_splits(name, model, options.seconds)
+        elif not options.only or name in options.only:
             measure(name, model, options.seconds, options.threads, options.isa)
 
 

@@ -17,9 +17,10 @@ import numpy as np
 import numpy.typing as npt
 
 from lmcache.chunks import Layout, TokenChain, shard_of_rank
-from lmcache.engine import Done, Hit, Load, SchedulerSession, Store, WorkerSession
+from lmcache.engine import Done, Hit, SchedulerSession, Store, WorkerSession
 from lmcache.engine.endpoint import Endpoint
 from lmcache.engine.identity import Identity, named
+from lmcache.engine.plans import LoadPlan
 from lmcache.transfer.paged import PagedKV, Plane
 
 POISON = 0xDEAD
@@ -39,6 +40,8 @@ def kv_of(ids: Sequence[int], layers: int, heads: int, dims: int) -> npt.NDArray
 
 class Engine:
     """Scheduler and one rank of an engine, or (`shards` > 1) the rank of one shard, with a scheduler where `scheduler` is.
+
+    stages: where pipeline stages end.
 
     deadline: seconds; where it is not the deadline that is tested, so long that no busy machine makes a miss of a hit.
     """
@@ -60,11 +63,9 @@ class Engine:
         mode: str = "auto",
         key_file: str | None = None,
         model: str | Identity = "model",
+        stages: tuple[int, ...] = (),
     ) -> None:
         self.layers, self.heads, self.dims, self.block_tokens = layers, heads, dims, block_tokens
-        own = heads // shards
-        self.own_heads = slice(shard * own, (shard + 1) * own)
-        self.kv = np.full((layers, 2, num_blocks, block_tokens, own, dims), POISON, dtype=np.uint16)
         self.blocks = np.random.default_rng(7).permutation(num_blocks).tolist()
         self.jobs = 0
         self.done: dict[str, Done] = {}
@@ -74,15 +75,22 @@ class Engine:
             Layout("", "bfloat16", layers, heads, dims, 1),
         )
 
+        pp_size = max(1, len(stages))
+        tp_size = shards // pp_size
+        stage, ends = shard // tp_size, stages or (layers,)
+        held = (0, *ends)[stage], ends[stage]
+        self.shard = shard_of_rank(whole, shard % tp_size, tp_size, *held, stage, pp_size)
+        own = self.shard.end_head - self.shard.first_head
+        self.kv = np.full((held[1] - held[0], 2, num_blocks, block_tokens, own, dims), POISON, dtype=np.uint16)
+
         def layout(chunk_tokens: int) -> Layout:
             return identity.layout(whole, chunk_tokens)
 
         def endpoint(role: str) -> Endpoint:
             return Endpoint(address, instance, role, shard, deadline, transfer_mode=mode, auth_key_file=key)
 
-        self.scheduler = SchedulerSession(endpoint("scheduler"), layout, shards) if scheduler else None
-        self.shard = shard_of_rank(whole, shard, shards, 0, layers)
-        self.worker = WorkerSession(endpoint("worker"), layout, self.shard, self._describe())
+        self.scheduler = SchedulerSession(endpoint("scheduler"), layout, shards, stages) if scheduler else None
+        self.worker = WorkerSession(endpoint("worker"), layout, self.shard, self._describe(), stages=stages)
 
     def _describe(self) -> PagedKV:
         planes = []
@@ -115,8 +123,14 @@ class Engine:
         """What a prefill leaves in the blocks."""
         tokens = np.arange(len(ids))
         table = np.asarray(self.table(len(ids)))
-        fresh = kv_of(ids, self.layers, self.heads, self.dims)[:, :, :, self.own_heads]
+        fresh = self.kv_of(ids)
         self.kv[:, :, table[tokens // self.block_tokens], tokens % self.block_tokens] = fresh
+
+    def kv_of(self, ids: Sequence[int]) -> npt.NDArray[np.uint16]:
+        """This rank's part of the prompt's KV."""
+        layers = slice(self.shard.first_layer, self.shard.end_layer)
+        heads = slice(self.shard.first_head, self.shard.end_head)
+        return kv_of(ids, self.layers, self.heads, self.dims)[layers, :, :, heads]
 
     def poison(self) -> None:
         self.kv[...] = POISON
@@ -129,7 +143,7 @@ class Engine:
 
     def right(self, ids: Sequence[int], start: int, end: int) -> bool:
         """Whether tokens [start, end) are this prompt's, bit for bit, and nothing outside of them was written."""
-        have, want = self.tokens(len(ids)), kv_of(ids, self.layers, self.heads, self.dims)[:, :, :, self.own_heads]
+        have, want = self.tokens(len(ids)), self.kv_of(ids)
         outside = np.concatenate([have[:, :, :start], have[:, :, end:]], axis=2)
         return bool((have[:, :, start:end] == want[:, :, start:end]).all() and (outside == POISON).all())
 
@@ -154,13 +168,9 @@ class Engine:
 
     def submit_load(self, hit: Hit, chunk_tokens: int, start: int, end: int, ids: Sequence[int]) -> str:
         self.jobs += 1
-        first = start // chunk_tokens
-        extents = hit.shard_extents(self.shard.index)[4 * (first - hit.first_chunk) :]
-        extents = extents[: 4 * (-(-end // chunk_tokens) - first)]
-        load = Load(
-            hit.epoch, hit.lease, first, extents, start, end, self.table(len(ids)), lease_chunk=first - hit.first_chunk
-        )
-        self.worker.load(f"l{self.jobs}", load)
+        table = self.table(len(ids))
+        plan = LoadPlan(f"l{self.jobs}", "", hit, chunk_tokens, start, end, table)
+        self.worker.load(plan.job_id, plan.job([self.shard.index], [table], None, None))
         return f"l{self.jobs}"
 
     def wait(self, job: str, seconds: float = PATIENCE) -> Done:
@@ -177,7 +187,7 @@ class Engine:
 
     def lookup(self, ids: Sequence[int], skip_tokens: int = 0) -> Hit | None:
         assert self.scheduler is not None
-        return self.scheduler.lookup(self.chain(ids), skip_tokens)
+        return self.scheduler.lookup(self.chain(ids), skip_tokens, any_split=True)
 
     def hit_tokens(self, ids: Sequence[int]) -> int:
         """Tokens that are there; leaves no lease behind."""

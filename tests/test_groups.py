@@ -415,8 +415,7 @@ def test_a_lookup_looks_for_no_chunk_of_a_group_twice() -> None:
 
 def usable(heart: Heart, first: int, second: int, keys: Sequence[bytes], now: float = 999.0) -> int:
     hit = heart.lookup(now, 1, first, b"".join(keys), others=[second])
-    for lease in (hit.lease, *(lease for lease, _ in hit.groups)):
-        heart.release(1, lease)
+    heart.release(1, hit.lease)
     return hit.chunks
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import struct
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from lmcache.cache import KINDS, SERVER, Event, Grant, Heart, Hit, Refusal, TooS
 from lmcache.cache.claims import MAX_LEASES
 from lmcache.cache.claims import Reservation as Held
 from lmcache.cache.table import Table, unpack
+from lmcache.chunks import Split
 from lmcache.memory.slabs import NO_EXTENT
 from policies import TwoQueues
 from py_table import PyTable
@@ -62,6 +64,8 @@ class ModelSpace:
     shard_bytes: list[int]
     reach: int = 0
     """In chunks, of a group of a model; 0 for everything."""
+    family: bytes = b""
+    """Spaces of one family are sisters: the same layout with other splits."""
     chunks: OrderedDict[bytes, Chunk] = field(default_factory=OrderedDict)
     """Attached, the oldest first."""
     instances: set[str] = field(default_factory=set)
@@ -94,8 +98,7 @@ class ModelSpace:
 class Lease:
     process: int
     instance: str
-    space: ModelSpace
-    chunks: list[Chunk]
+    parts: list[tuple[ModelSpace, list[Chunk]]]
     deadline: float
     expired: bool = False
 
@@ -171,15 +174,17 @@ class Life:
         self.steps = 0
         self.kinds = self.plans()
 
-    def plans(self) -> list[tuple[bytes, int, list[int], int]]:
-        """(fingerprint, shards, slot sizes, reach) of the layouts in this life."""
-        plans = []
+    def plans(self) -> list[tuple[bytes, int, list[int], int, bytes]]:
+        """(fingerprint, shards, slot sizes, reach, family) of the layouts in this life."""
+        plans: list[tuple[bytes, int, list[int], int, bytes]] = []
         for number in range(1 if self.exact else self.dice.randint(2, 4)):
             shards = self.dice.choice([1, 1, 2, 3])
             widest = max(1, min(5, self.sectors_total // 8))
             sizes = [self.dice.randint(1, widest * SECTOR) for _ in range(shards)]
-            reach = self.dice.choice([0, 0, 0, 1, 2, 3])
-            plans.append((bytes([number]) * 16, shards, sizes[:1] * shards if self.exact else sizes, reach))
+            reach, family = self.dice.choice([0, 0, 0, 1, 2, 3]), self.dice.choice([b"", bytes([number])])
+            if plans and self.dice.random() < 0.5:
+                *_, reach, family = plans[-1]
+            plans.append((bytes([number]) * 16, shards, sizes[:1] * shards if self.exact else sizes, reach, family))
         return plans
 
     # One step, and what must hold after it
@@ -285,13 +290,14 @@ class Life:
             self.processes[process] = self.dice.choice("abc")
             self.heart.join(process, self.processes[process])
         process = self.dice.choice(list(self.processes))
-        fingerprint, shards, sizes, reach = self.dice.choice(self.kinds)
+        fingerprint, shards, sizes, reach, family = self.dice.choice(self.kinds)
+        more, split = {"family": family}, Split((), shards)
         for shard in range(-1, shards):
             size = sizes[shard] if shard >= 0 else 0
-            number = self.heart.open_space(process, fingerprint, shards, shard, size, reach)
+            number = self.heart.open_space(process, fingerprint, shards, shard, size, reach, split=split, **more)
         space = next((one for one in self.spaces if one.number == number), None)
         if space is None:
-            space = ModelSpace(number, fingerprint, shards, sizes, reach)
+            space = ModelSpace(number, fingerprint, shards, sizes, reach, family)
             self.spaces.append(space)
         space.instances.add(self.processes[process])
         with pytest.raises(Refusal):
@@ -343,16 +349,18 @@ class Life:
         if picked is None:
             return
         process, space = picked
-        keys = self.prompt()
+        keys, sisters = self.prompt(), self.dice.random() < 0.7
         if self.dice.random() < 0.2:
-            found = leading_whole(space, keys)
-            assert self.heart.peek(self.now, process, space.number, b"".join(keys)) == len(found)
-            space.touch(found, self.now)
+            parts = self.parts(space, keys, sisters)
+            found = sum(len(chunks) for _, _, chunks in parts)
+            assert self.heart.peek(self.now, process, space.number, b"".join(keys), sisters) == found
+            for one, _, chunks in parts:
+                one.touch(chunks, self.now)
         skip = self.dice.choice([0, 0, 0, 1, 3, 20])
         others = [one for one in self.spaces if one is not space and self.may_use(process, one)]
         others = self.dice.sample(others, self.dice.randint(0, len(others)))
-        asked = self.now, process, space.number, b"".join(keys), skip, "", [one.number for one in others]
-        hit, usable = None, longest_usable([space, *others], keys)
+        asked = self.now, process, space.number, b"".join(keys), skip, "", [one.number for one in others], sisters
+        hit, usable = None, longest_usable([self.family(one, sisters) for one in (space, *others)], keys)
         if self.dice.random() < 0.5:
             events = len(self.events)
             hit = self.heart.lookup_all(*asked)
@@ -370,37 +378,71 @@ class Life:
             assert self.events[-1].reason == why_missed([space, *others], keys[usable])
         self.tell("hit", keys[:usable])
         self.tell("missed", keys[usable:])
-        for one, (number, extents) in zip([space, *others], [(hit.lease, hit.extents), *hit.groups], strict=True):
-            self.check_lease(process, one, keys[:usable], skip, number, extents)
+        self.check_lease(process, [space, *others], keys[:usable], skip, sisters, hit)
 
     def may_use(self, process: int, space: ModelSpace) -> bool:
         return process == SERVER or self.processes[process] in space.instances
 
+    def family(self, space: ModelSpace, sisters: bool) -> list[ModelSpace]:
+        """The space, and if the engine can use them its sisters, the oldest first."""
+        known = [one for one in self.spaces if sisters and space.family and one.family == space.family]
+        return [space, *(one for one in known if one is not space)]
+
+    def parts(
+        self, space: ModelSpace, keys: list[bytes], sisters: bool, first: int = 0
+    ) -> list[tuple[ModelSpace, int, list[Chunk]]]:
+        """Who has which of these chunks, from the first on: as many as possible of the space's own, then of whoever has most."""
+        found: list[tuple[ModelSpace, int, list[Chunk]]] = []
+        at = first
+        while at < len(keys):
+            runs = [(one, leading_whole(one, keys[at:])) for one in self.family(space, sisters)]
+            best = runs[0] if at == first and runs[0][1] else max(runs, key=lambda run: len(run[1]))
+            if not best[1]:
+                break
+            found.append((best[0], at, best[1]))
+            at += len(best[1])
+        return found
+
     def check_lease(
-        self, process: int, space: ModelSpace, hit: list[bytes], skip: int, number: int, extents: bytes
+        self, process: int, spaces: list[ModelSpace], keys: list[bytes], skip: int, sisters: bool, hit: Hit
     ) -> None:
-        """A hit leases, in each space, what the engine needs and does not have."""
-        first = max(0, len(hit) - space.reach) if space.reach else 0
-        needed = [space.chunks[key] for key in hit[first:]]
-        space.touch(needed, self.now)
-        leased = needed[max(0, skip - first) :]
-        assert bool(number) == bool(leased) and number not in self.leases
-        assert list(unpack(extents)) == [chunk.sectors[shard] for chunk in leased for shard in range(space.shards)]
-        if leased:
-            self.leases[number] = Lease(process, self.instance(process), space, leased, self.now + CLAIM_SECONDS)
-            for chunk in leased:
-                chunk.readers += 1
-            self.check_payload(process, number)
+        """A hit leases, of each group, what the engine needs and does not have."""
+        foreign = [(one.group, one.first, one.space.number, one.extents) for one in hit.foreign]
+        own, further = [], []
+        for group, (space, extents) in enumerate(zip(spaces, [hit.extents, *hit.groups], strict=True)):
+            first = max(0, len(keys) - space.reach) if space.reach else 0
+            of_group: list[Chunk] = []
+            for number, (one, begin, chunks) in enumerate(self.parts(space, keys, sisters, first)):
+                one.touch(chunks, self.now)
+                wanted, begin = chunks[max(0, skip - begin) :], max(skip, begin)
+                if one is space and not number:
+                    of_group = wanted
+                elif wanted:
+                    told = foreign.pop(0)
+                    assert told == (group, begin, one.number, sectors_of_chunks(one, wanted))
+                    further.append((one, wanted))
+            assert extents == sectors_of_chunks(space, of_group)
+            own.append((space, of_group))
+        parts = [*own, *further]
+        assert not foreign and bool(hit.lease) == any(chunks for _, chunks in parts) and hit.lease not in self.leases
+        if hit.lease:
+            self.leases[hit.lease] = Lease(process, self.instance(process), parts, self.now + CLAIM_SECONDS)
+            for _, chunks in parts:
+                for chunk in chunks:
+                    chunk.readers += 1
+            self.check_payload(process, hit.lease)
 
     def check_payload(self, process: int, number: int) -> None:
         lease = self.leases[number]
-        shard = self.dice.randrange(lease.space.shards)
-        sectors, size = self.heart.leased_sectors(process, number, shard, 0, len(lease.chunks))
-        assert size == lease.space.shard_bytes[shard]
-        assert sectors == [chunk.sectors[shard] for chunk in lease.chunks]
-        for first, count in ((0, len(sectors) + 1), (-1, 1), (len(sectors), 1)):
+        part = self.dice.randrange(len(lease.parts))
+        space, chunks = lease.parts[part]
+        shard = self.dice.randrange(space.shards)
+        sectors, size = self.heart.leased_sectors(process, number, shard, 0, len(chunks), part)
+        assert size == space.shard_bytes[shard]
+        assert sectors == [chunk.sectors[shard] for chunk in chunks]
+        for first, count, one in ((0, len(sectors) + 1, part), (-1, 1, part), (0, 0, len(lease.parts)), (0, 0, -1)):
             with pytest.raises(Refusal):
-                self.heart.leased_sectors(process, number, shard, first, count)
+                self.heart.leased_sectors(process, number, shard, first, count, one)
         for stranger in [one for one in self.processes if self.processes[one] != lease.instance]:
             with pytest.raises(Refusal):
                 self.heart.leased_sectors(stranger, number, shard, 0, 1)
@@ -425,7 +467,8 @@ class Life:
         chunks = [space.chunks[key] for key in whole]
         assert list(unpack(extents)) == [chunk.sectors[shard] for chunk in chunks for shard in range(space.shards)]
         if number:
-            self.leases[number] = Lease(SERVER, self.instance(SERVER, tier), space, chunks, self.now + CLAIM_SECONDS)
+            parts = [(space, chunks)]
+            self.leases[number] = Lease(SERVER, self.instance(SERVER, tier), parts, self.now + CLAIM_SECONDS)
             for chunk in chunks:
                 chunk.readers += 1
         assert self.heart.hold(self.now, 4711, b"".join(keys)) == (0, b"", b"")
@@ -463,9 +506,10 @@ class Life:
     def end_lease(self, number: int) -> None:
         lease = self.leases.pop(number)
         self.ended.append(number)
-        for chunk in lease.chunks:
-            chunk.readers -= 1
-            self.free_if_nobody_cares(chunk, lease.space)
+        for space, chunks in lease.parts:
+            for chunk in chunks:
+                chunk.readers -= 1
+                self.free_if_nobody_cares(chunk, space)
 
     # Filling
 
@@ -486,15 +530,16 @@ class Life:
         )
         sectors = list(unpack(grant.extents))
         parent = None if space.reach else parent
-        if quota or (parent is not None and parent not in space.chunks):
+        family = self.family(space, sisters=True)
+        if quota or (parent is not None and not any(parent in one.chunks for one in family)):
             assert grant == Grant(0, b"\xff" * 4 * len(keys), len(keys), "quarantine" if quota else "no parent")
             self.tell("refused", keys)
             return
-        if process == SERVER and not space.instances:
+        if process == SERVER and not any(one.instances for one in family):
             assert grant == Grant(0, b"\xff" * 4 * len(keys), len(keys), "no engine")
             self.tell("refused", keys)
             return
-        above = space.chunks[parent] if parent else None
+        above = space.chunks.get(parent) if parent else None  # a sister may have it
         foretold = self.foretell(space, shard, above, keys) if self.exact and self.lru else None
         space.touch(([above] if above else []) + [space.chunks[key] for key in keys if key in space.chunks], self.now)
         vanished = self.vanished(space, shard, keys, sectors)
@@ -721,7 +766,8 @@ class Life:
         for lease in self.leases.values():
             if not lease.expired and self.now > lease.deadline:
                 lease.expired = True
-                self.tell("expired", lease.chunks)
+                for _, chunks in lease.parts:
+                    self.tell("expired", chunks)
         for held in self.reservations.values():
             if not held.expired and self.now > held.deadline:
                 held.expired = True
@@ -735,9 +781,10 @@ class Life:
             reader = next((one for one in self.processes if self.processes[one] == lease.instance), None)
             if lease.expired and reader is not None:
                 self.check_payload(reader, number)
-        numbers = {space.number for space in self.heart.spaces}
+        numbers, before = {space.number for space in self.heart.spaces}, self.spaces
         self.spaces = [space for space in self.spaces if space.number in numbers or space.chunks]
         assert len(self.spaces) == len(numbers)
+        assert all(one.number in numbers for one in before if any(other.instances for other in self.family(one, True)))
 
     def clear(self) -> None:
         whole = 0
@@ -770,8 +817,9 @@ class Life:
         extents: dict[int, int] = {}
         for lease in self.leases.values():
             if lease.expired and instance in (None, lease.instance):
-                for chunk in lease.chunks:
-                    extents |= {sector: lease.space.shard_bytes[shard] for shard, sector in chunk.sectors.items()}
+                for space, chunks in lease.parts:
+                    for chunk in chunks:
+                        extents |= {sector: space.shard_bytes[shard] for shard, sector in chunk.sectors.items()}
         for held in self.reservations.values():
             if held.expired and instance in (None, held.instance):
                 extents |= dict.fromkeys(held.sectors, held.space.shard_bytes[held.shard])
@@ -838,13 +886,14 @@ class Life:
         self.heart.join(process, self.processes[process])
         return process
 
-    def store_and_hit(self, process: int, kind: tuple[bytes, int, list[int], int], room_for_all: bool) -> None:
+    def store_and_hit(self, process: int, kind: tuple[bytes, int, list[int], int, bytes], room_for_all: bool) -> None:
         """Every first chunk of a prompt, and one behind it."""
-        fingerprint, shards, sizes, reach = kind
+        fingerprint, shards, sizes, reach, family = kind
+        more, split = {"family": family}, Split((), shards)
         for shard, size in enumerate(sizes):
-            number = self.heart.open_space(process, fingerprint, shards, shard, size, reach)
+            number = self.heart.open_space(process, fingerprint, shards, shard, size, reach, split=split, **more)
         if not any(one.number == number for one in self.spaces):
-            self.spaces.append(ModelSpace(number, fingerprint, shards, sizes, reach))
+            self.spaces.append(ModelSpace(number, fingerprint, shards, sizes, reach, family))
         (space,) = [one for one in self.spaces if one.number == number]
         space.instances.add(self.processes[process])
         for first in (0, 1, 2):
@@ -872,7 +921,7 @@ class Life:
                 self.check()
             assert not refused or not room_for_all
             hit = self.heart.lookup(self.now, process, number, b"".join(keys))
-            usable = longest_usable([space], keys)
+            usable = longest_usable([[space]], keys)
             first = max(0, usable - space.reach) if space.reach else 0
             space.touch([space.chunks[key] for key in keys[first:usable]], self.now)
             assert hit.chunks == usable and (usable == 2 or not room_for_all)
@@ -892,17 +941,22 @@ def leading_whole(space: ModelSpace, keys: list[bytes]) -> list[Chunk]:
     return found
 
 
-def longest_usable(spaces: list[ModelSpace], keys: list[bytes]) -> int:
-    """By trying each length: full groups need everything before, the others what is in reach."""
+def longest_usable(groups: list[list[ModelSpace]], keys: list[bytes]) -> int:
+    """By trying each length: full groups need everything before, the others what is in reach; from any space of theirs."""
 
-    def has(space: ModelSpace, needed: list[bytes]) -> bool:
-        return all(key in space.chunks and space.chunks[key].whole for key in needed)
+    def has(spaces: list[ModelSpace], needed: list[bytes]) -> bool:
+        return all(any(key in one.chunks and one.chunks[key].whole for one in spaces) for key in needed)
 
     return next(
         length
         for length in range(len(keys), -1, -1)
-        if all(has(one, keys[max(0, length - one.reach) if one.reach else 0 : length]) for one in spaces)
+        if all(has(one, keys[max(0, length - one[0].reach) if one[0].reach else 0 : length]) for one in groups)
     )
+
+
+def sectors_of_chunks(space: ModelSpace, chunks: list[Chunk]) -> bytes:
+    sectors = [chunk.sectors[shard] for chunk in chunks for shard in range(space.shards)]
+    return struct.pack(f"<{len(sectors)}I", *sectors)
 
 
 def why_missed(spaces: list[ModelSpace], key: bytes) -> str:

@@ -276,7 +276,7 @@ def test_strided_is_a_tensor_s_own_strides() -> None:
 
 def test_native_code_reads_the_fields_of_a_plane_in_their_order() -> None:
     fields = [(field.name, 1) for field in dataclasses.fields(Plane)]
-    assert native.layouts["plane"] == [*fields, ("extent_offset", 1)]
+    assert native.layouts["plane"] == [*fields, ("extent_offset", 1), ("extent_row", 1)]
 
 
 @pytest.mark.parametrize(
@@ -373,7 +373,7 @@ def test_wrong_arguments(blocks: npt.NDArray[np.int32], runs: npt.NDArray[np.int
 def test_native_code_and_numpy_draw_the_same_bounds() -> None:
     """Random runs around every bound: native code alone would let a wrong copy through, and is asked first."""
     paged, rng = small()[0], np.random.default_rng(1)
-    bounds, named = Bounds(paged, 100), Counter[str]()
+    bounds, named = Bounds(paged, 100, paged.shard_bytes(100)), Counter[str]()
     for _ in range(4000):
         blocks = rng.choice(np.array([0, 1, 2, 3, 3, 3, -1, 4], np.int32), rng.integers(0, 9))
         runs = rng.integers((0, 0, 0, 0), (3, 40, 30, 90), (rng.integers(0, 4), 4))

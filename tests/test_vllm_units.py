@@ -76,6 +76,7 @@ class Session:
         tail: bytes = b"",
         request_id: str = "",
         chunks: int | None = None,
+        any_split: bool = False,
     ) -> Hit | Loading | None:
         self.requests.append(request_id)
         self.lookups.append(len(chain))

@@ -17,6 +17,8 @@ if not torch.cuda.is_available():
 
 from gpu_kv import LAYOUTS, paged_kv  # noqa: E402
 
+from lmcache.chunks import Layout, Split  # noqa: E402
+from lmcache.engine.groups import RankGroup  # noqa: E402
 from lmcache.transfer.gpu import ring  # noqa: E402
 from lmcache.transfer.gpu.copier import CudaCopier  # noqa: E402
 from lmcache.transfer.progress import Progress  # noqa: E402
@@ -82,6 +84,60 @@ def test_round_trip(layout: str, dtype: torch.dtype, chunk: int, block: int, lau
         filled = plane[start:end].cuda().contiguous().view(dtype).reshape(end - start, *view.shape[2:])
         expected[block_of, inside] = filled
         assert torch.equal(view.contiguous().view(torch.uint8), expected.contiguous().view(torch.uint8))
+    copier.close()
+
+
+SPLITS = [Split(stages, heads * max(1, len(stages))) for stages in ((), (1, 4), (2, 3, 4)) for heads in (1, 2, 4, 8)]
+
+
+@pytest.mark.parametrize("layout", ["NHD [2,nb,bs,H,D]", "HND [nb,2,H,bs,D]", "NHD [nb,L,2,bs,H,D]"])
+@pytest.mark.parametrize("dims", [64, 9])
+@pytest.mark.parametrize("reader", SPLITS, ids=str)
+def test_extents_of_another_split_are_put_together(layout: str, dims: int, reader: Split, launched_from: str) -> None:
+    """Of every other split, by the last rank, between loads of its own extents; what is not asked for stays as it was."""
+    rng, model, chunk, block, count = random.Random(str(reader)), Layout("m", "bfloat16", 4, 8, dims, 48), 48, 16, 60
+    own, tokens = reader.shard(model, reader.count - 1), 10 * 48
+    paged, views = paged_kv(
+        layout, own.end_layer - own.first_layer, own.end_head - own.first_head, dims, block, count, torch.bfloat16
+    )
+    copier, group = CudaCopier(paged, chunk), RankGroup(lambda tokens: model, own, paged)
+    whole = torch.randint(-(1 << 15), 1 << 15, (4, 2, tokens, 8, dims), dtype=torch.int16)
+    mine = whole[own.first_layer : own.end_layer, :, :, own.first_head : own.end_head].flatten(0, 1)
+    table = np.array(rng.sample(range(count), tokens // block), dtype=np.int32)
+    start, end = 5, tokens - 7
+    for writer in SPLITS:
+        before = [view.clone() for view in views]
+        for index in range(writer.count):
+            overlap = group.overlap(writer, index, chunk)
+            if overlap is None:
+                continue
+            shard, size = writer.shard(model, index), overlap[1].size_bytes
+            theirs = whole[shard.first_layer : shard.end_layer, :, :, shard.first_head : shard.end_head]
+            order = rng.sample(range(10), 10)
+            extents = np.empty((10, size), dtype=np.uint8)
+            for at, place in enumerate(order):
+                part = theirs[:, :, at * chunk : (at + 1) * chunk].contiguous()
+                extents[place] = part.view(torch.uint8).flatten().numpy()
+            runs = [
+                (order[at] * size, first := max(start, at * chunk), min(end, (at + 1) * chunk) - first, first % chunk)
+                for at in range(10)
+            ]
+            copies = copier.reader(*overlap)
+            assert (copies._ring._launcher is not None) == (launched_from == "C")
+            copies.scatter(extents.ctypes.data, table, np.array(runs, dtype=np.int64), arena_bytes=extents.nbytes)
+        at = np.arange(start, end)
+        blocks = torch.from_numpy(table[at // block].astype(np.int64)).cuda()
+        inside = torch.from_numpy(at % block).cuda()
+        for view, old, plane in zip(views, before, mine, strict=True):
+            old.view(torch.int16)[blocks, inside] = plane[start:end].cuda()
+            assert torch.equal(view.view(torch.int16), old.view(torch.int16)), writer
+            view.view(torch.int16).fill_(writer.count)
+        arena = np.random.default_rng(2).integers(0, 255, copier._bounds._shard_bytes, dtype=np.uint8)
+        run = np.array([(0, 0, chunk, 0)], dtype=np.int64)
+        copier.scatter(arena.ctypes.data, table, run, arena_bytes=arena.nbytes)
+        back = np.zeros_like(arena)
+        copier.gather(back.ctypes.data, table, run, arena_bytes=back.nbytes)
+        assert (back == arena).all(), "the ring that was lent works on"
     copier.close()
 
 

@@ -18,6 +18,8 @@ from real_engines import ROOT
 
 PROMPTS = [tokens(300, 70), tokens(300, 70)[:200] + tokens(90, 71)]
 """Two whole blocks and a part; the second one leaves the first within a block."""
+PROMPTS_OF_TWO = [tokens(300, 75), tokens(300, 75)[:200] + tokens(90, 76)]
+"""The same with other tokens."""
 
 
 def test_other_weights_are_another_cache(folder: Path, model: Path, other_model: Path, server: Server) -> None:
@@ -329,30 +331,39 @@ def test_mla_that_vllm_computes_only_as_a_whole_is_answered_as_without_us(
 
 
 def test_tensor_parallel_two(folder: Path, model: Path, server: Server) -> None:
-    """Each rank stores and loads its own heads; the answer is that of one rank."""
-    single = Engine(folder, "single", model, max_model_len=1024)
+    """Each rank stores and loads its own heads, and what one rank has stored of all heads; and one rank loads what two have."""
+    of_one, of_two = [tokens(300, 74)], PROMPTS_OF_TWO
+    single = Engine(folder, "single", model, max_model_len=1024, kv_transfer_config=server.config())
+    engine = None
     try:
-        expected = single.generate(PROMPTS, max_tokens=4)
-    finally:
-        single.end()
-    engine = Engine(
-        folder,
-        "tensor-parallel",
-        model,
-        {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
-        tensor_parallel_size=2,
-        max_model_len=1024,
-        kv_transfer_config=server.config(),
-    )
-    try:
+        single.connected()
+        expected_of_one = single.generate(of_one, max_tokens=4)
+        expected = single.generate(of_two, max_tokens=4, salts=["apart"] * len(of_two))
+        engine = Engine(
+            folder,
+            "tensor-parallel",
+            model,
+            {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
+            tensor_parallel_size=2,
+            max_model_len=1024,
+            kv_transfer_config=server.config(),
+        )
         engine.connected(3)
-        assert_same(engine.generate(PROMPTS, max_tokens=4), expected)
+        cold = engine.generate(of_two, max_tokens=4)
+        assert_same(cold, expected)
+        assert cold[0]["cached"] == 0
         engine.forget()
-        warm = engine.generate(PROMPTS, max_tokens=4)
+        warm = engine.generate([*of_two, *of_one], max_tokens=4)
+        assert_same(warm, [*expected, *expected_of_one])
+        assert [output["cached"] for output in warm] == [288, 288, 288]
+        single.forget()
+        warm = single.generate(of_two, max_tokens=4)
         assert_same(warm, expected)
         assert [output["cached"] for output in warm] == [288, 288]
     finally:
-        engine.end()
+        single.end()
+        if engine is not None:
+            engine.end()
 
 
 def test_vllm_serve_started_before_its_server(folder: Path, model: Path) -> None:

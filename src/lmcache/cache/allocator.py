@@ -5,7 +5,8 @@ All extents of one size in one space form a *class*, which the slabs identify by
   its own chunks, exactly in their order of eviction (`memory.order`), which is LRU.
 - The *share* of a class is the size of the arena, divided by the number of models that engines use now, times the fraction of a
   chunk's bytes that the class holds. A group of a model with several groups has a part of the model's share. A class of a space
-  that no engine uses has the share 0, so its memory is taken first.
+  that no engine uses has the share 0, so its memory is taken first. If engines use a sister of the space, such a class may take
+  memory as if it had their share: a tier loads into it what they are about to read.
 - Holdings are measured in shares. A class takes a region from another class that holds more than the taker will hold with the
   region, so memory moves towards equal holdings and never back. A class that can evict nothing takes from equal holders too.
 - Among the regions that can be taken, the allocator picks the one whose last chunk to be evicted has the lowest place in the
@@ -16,10 +17,11 @@ All extents of one size in one space form a *class*, which the slabs identify by
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from lmcache.cache.table import Table
+from lmcache.chunks import Split
 from lmcache.memory.slabs import NO_EXTENT, SECTOR_BYTES, Region, Slabs
 
 _PASSED, _WALKED = 64, 256
@@ -43,6 +45,15 @@ class Space:
     reach are evicted one by one, the least recently used first, since no chunk needs the ones before it."""
     main: Space | None = None
     """For a group with a reach: the group of the same model that has everything."""
+    split: Split | None = None
+    """How the layout is split; None if that is unknown, and then the space has no sisters."""
+    family: bytes = b""
+    """What identifies the space and its sisters: the layout, and the group. It is also the fingerprint of those among them that
+    are not split by layers."""
+    expected: Sequence[Split] = ()
+    """Splits of the layout that sisters may have whose chunks are in tiers, from before this server's start."""
+    sisters: tuple[Space, ...] = ()
+    """The spaces of the same layout and group with other splits."""
     share: float = 1.0
     """How much of the memory of one model this space may hold when memory is short; less than 1 for a group of a model."""
     instances: set[str] = field(default_factory=set)
@@ -138,7 +149,7 @@ class Allocator:
             victim = _victim(space)
             if victim >= 0:
                 self._evict(space, victim)
-            elif not self._take(own, self._holding(own)):
+            elif not self._take(own, self._holding(own, taking=True)):
                 return None
 
     def free(self, space: Space, sectors: Iterable[int]) -> None:
@@ -167,7 +178,7 @@ class Allocator:
     def _take_fairly(self, own: int) -> bool:
         if own in self._settled:
             return False
-        taken = self._take(own, self._holding(own, self.slabs.region_bytes(own)), more_than=True)
+        taken = self._take(own, self._holding(own, self.slabs.region_bytes(own), taking=True), more_than=True)
         if not taken:
             self._settled.add(own)
         return taken
@@ -183,8 +194,9 @@ class Allocator:
         if not givers:
             return False
         costs = self._costs(givers)
-        spare = min(map(self._holding, givers)) - self._holding(own)  # shares that can move without moving back later
-        most_bytes = int(min(spare * self._share(own), self.slabs.total_bytes // 8)) if more_than else 0
+        # Shares that can move without moving back later.
+        spare = min(map(self._holding, givers)) - self._holding(own, taking=True)
+        most_bytes = int(min(spare * self._share(own, taking=True), self.slabs.total_bytes // 8)) if more_than else 0
         regions = self.slabs.window(own, lambda region: costs.get(region.first_sector), most_bytes)
         for region in regions:
             space = self._classes[region.space]
@@ -210,18 +222,24 @@ class Allocator:
                     costs[region.first_sector] = depth / max(1, len(space.table)) - (not space.instances)
         return costs
 
-    def _holding(self, own: int, more_bytes: int = 0) -> float:
-        """Return the bytes that a class holds, measured in shares."""
-        held, share = self.slabs.held_bytes(own) + more_bytes, self._share(own)
+    def _holding(self, own: int, more_bytes: int = 0, taking: bool = False) -> float:
+        """Return the bytes that a class holds, measured in shares; `taking`: as in `_share`."""
+        held, share = self.slabs.held_bytes(own) + more_bytes, self._share(own, taking)
         return held / share if share else float("inf") if held else 0.0
 
-    def _share(self, own: int) -> float:
-        """Return the bytes that a class may hold when the demand of all classes exceeds the arena."""
+    def _share(self, own: int, taking: bool = False) -> float:
+        """Return the bytes that a class may hold when the demand of all classes exceeds the arena. taking: may take, to be read
+        at once by engines that use a sister of its space."""
         space = self._classes[own]
-        if not space.instances:
+        if not (in_use(space) if taking else space.instances):
             return 0.0
         class_bytes = self.slabs.extent_sectors(own) * SECTOR_BYTES * space.classes.count(own)
         return self.slabs.total_bytes * space.share / self._shares * class_bytes / space.chunk_bytes
+
+
+def in_use(space: Space) -> bool:
+    """Return whether an engine uses this space or a sister of it now."""
+    return bool(space.instances) or any(one.instances for one in space.sisters)
 
 
 def _victim(space: Space) -> int:

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter, OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from lmcache.cache.allocator import Space
 from lmcache.cache.events import By
@@ -39,9 +40,6 @@ class Refusal(LMCacheError):
 class Claim:
     by: By
     instance: Instance
-    space: Space
-    table: Table
-    """The table of the space when the claim was made. Clearing the cache gives the space a new table."""
     deadline: float
     expired: bool = field(default=False, init=False)
 
@@ -50,15 +48,13 @@ class Claim:
         return self.by[0]
 
 
-@dataclass(slots=True)
-class Lease(Claim):
-    ids: bytes
-    shard: int = field(default=-1, init=False)
-    """A lease covers all shards."""
+class Held(NamedTuple):
+    """Leased chunks of one space. table: that of the space when the lease was given: clearing the cache gives the space a new
+    one."""
 
-    @property
-    def chunks(self) -> int:
-        return len(self.ids) // 4
+    space: Space
+    table: Table
+    ids: bytes
 
     def first_sectors(self) -> array[int]:
         """Return the sector of the first shard of each leased chunk, which identifies the chunk in the arena."""
@@ -66,7 +62,21 @@ class Lease(Claim):
 
 
 @dataclass(slots=True)
+class Lease(Claim):
+    """The right to read all shards of chunks in one or several spaces."""
+
+    parts: Sequence[Held]
+
+    @property
+    def chunks(self) -> int:
+        return sum(len(part.ids) for part in self.parts) // 4
+
+
+@dataclass(slots=True)
 class Reservation(Claim):
+    space: Space
+    table: Table
+    """The table of the space when the claim was made. Clearing the cache gives the space a new table."""
     shard: int
     ids: list[int]
     """The records of the chunks in `table`; not valid once the reservation has expired."""
@@ -97,20 +107,23 @@ class Quarantine:
         if isinstance(claim, Reservation):
             self.bytes += len(claim.sectors) * claim.shard_bytes
             return
-        before = len(self._leases)
-        self._leases.update(claim.first_sectors())
-        self.bytes += (len(self._leases) - before) * sum(claim.space.shard_bytes)
+        for part in claim.parts:
+            before = len(self._leases)
+            self._leases.update(part.first_sectors())
+            self.bytes += (len(self._leases) - before) * sum(part.space.shard_bytes)
 
     def remove(self, claim: AnyClaim) -> None:
         if isinstance(claim, Reservation):
             self.bytes -= len(claim.sectors) * claim.shard_bytes
             return
-        leases, before = self._leases, len(self._leases)
-        for sector in claim.first_sectors():
-            leases[sector] -= 1
-            if not leases[sector]:
-                del leases[sector]
-        self.bytes -= (before - len(leases)) * sum(claim.space.shard_bytes)
+        leases = self._leases
+        for part in claim.parts:
+            before = len(leases)
+            for sector in part.first_sectors():
+                leases[sector] -= 1
+                if not leases[sector]:
+                    del leases[sector]
+            self.bytes -= (before - len(leases)) * sum(part.space.shard_bytes)
 
 
 @dataclass(slots=True, eq=False)
@@ -228,7 +241,8 @@ class Claims:
 
     def tables(self) -> set[Table]:
         """Those that somebody has a claim on chunks of. A cleared one is kept by its claims only."""
-        return {claim.table for claim in (*self.leases.values(), *self.reservations.values())}
+        leased = {part.table for lease in self.leases.values() for part in lease.parts}
+        return leased | {held.table for held in self.reservations.values()}
 
     def unknown_leases(self, process: int, known: Iterable[int]) -> list[int]:
         """Return the leases that this process took and that are not in `known`."""

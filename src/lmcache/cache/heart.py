@@ -17,15 +17,16 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Container, Iterable, Sequence
+from functools import partial
 from typing import NamedTuple
 
-from lmcache.cache.allocator import Space
-from lmcache.cache.claims import SERVER, AnyClaim, Claims, Instance, Lease, Refusal, Reservation
+from lmcache.cache.allocator import Space, in_use
+from lmcache.cache.claims import SERVER, AnyClaim, Claims, Held, Instance, Lease, Refusal, Reservation
 from lmcache.cache.events import NOBODY, By
-from lmcache.cache.groups import Found, usable_prefix
+from lmcache.cache.groups import Found, Part, parts_of, usable_prefix
 from lmcache.cache.index import Index, names_of, of_last, of_new, of_records, pack_ids
 from lmcache.cache.table import COMPLETED, RELEASED, Table
-from lmcache.chunks import HASH_BYTES
+from lmcache.chunks import HASH_BYTES, Split
 from lmcache.memory.slabs import NO_EXTENT
 
 MAX_SPACES_OF_INSTANCE = 64
@@ -40,15 +41,25 @@ class TooSmall(Refusal):
     """One chunk of this layout is larger than L1."""
 
 
+class Foreign(NamedTuple):
+    """Leased chunks of a group, from chunk `first` on: in a sister of the group's space, or behind chunks that are in one."""
+
+    group: int
+    first: int
+    space: Space
+    extents: bytes
+
+
 class Hit(NamedTuple):
-    """The first `chunks` chunks of the prompt can be used from L1. `extents`: u32 sectors of the leased ones, [chunk][shard],
-    which are the last ones before the end of the hit. `groups`: (lease, extents) in each further space of a model with several
-    groups."""
+    """The first `chunks` chunks of the prompt can be used from L1. One lease holds those that are needed, which are the last ones
+    before the end of the hit. `extents`: u32 sectors of the first of them, [chunk][shard], as many as the engine's own space has.
+    `groups`: the same in each further space of a model with several groups. `foreign`: what follows them in each group."""
 
     chunks: int
     lease: int
     extents: bytes
-    groups: tuple[tuple[int, bytes], ...] = ()
+    groups: tuple[bytes, ...] = ()
+    foreign: tuple[Foreign, ...] = ()
 
 
 class Grant(NamedTuple):
@@ -122,10 +133,14 @@ class Heart(Index):
         shard_bytes: int = 0,
         reach_chunks: int = 0,
         share: float = 1.0,
+        family: bytes = b"",
+        split: Split | None = None,
+        expected: Sequence[Split] = (),
     ) -> int:
         """Return the number of the space for this layout and split. A rank also gives its shard and the size of its extents.
 
-        reach_chunks: as in `Space`; a part of what the fingerprint stands for. share: as in `Space`, for a new space.
+        reach_chunks: as in `Space`; a part of what the fingerprint stands for. share: as in `Space`, for a new space. family,
+        split: as in `Space`; a space for which they are missing once has no sisters from then on. expected: as in `Space`.
 
         Raises:
             TooSmall: one chunk, with the shards registered so far, is larger than the arena.
@@ -140,12 +155,29 @@ class Heart(Index):
         instance = self._claims.instance_of(process)
         if (known is None or known.number not in instance.spaces) and len(instance.spaces) >= MAX_SPACES_OF_INSTANCE:
             raise Refusal(f"this engine has {MAX_SPACES_OF_INSTANCE} layouts open already: restart it to close them")
-        space = known or self._new_space(fingerprint, shards, reach_chunks, share)
+        space = known or self._new_space(fingerprint, shards, reach_chunks, share, family, split)
         if shard >= 0:
             self._open_shard(space, shard, shard_bytes)
+        if not family and space.family:
+            self._leave_family(space)
+        space.expected = expected if space.family else ()
         instance.spaces.add(space.number)
         self._allocator.join(space, instance.name)
         return space.number
+
+    def open_sister(self, number: int, split: Split) -> None:
+        """Open the sister of a space with this split, which is not by layers. No engine uses it.
+
+        Raises:
+            Refusal: too many layouts are open.
+        """
+        space = self._spaces[number]
+        if (space.family, split.count) in self._space_of:
+            return
+        size = sum(space.shard_bytes) // split.count
+        sister = self._new_space(space.family, split.count, space.reach_chunks, space.share, space.family, split)
+        for shard in range(split.count):
+            self._open_shard(sister, shard, size)
 
     def _admit(self, process: int, space_number: int, tier: str = "") -> tuple[Space, Instance]:
         instance, space = self._claims.instance_of(process, tier), self._spaces.get(space_number)
@@ -164,11 +196,13 @@ class Heart(Index):
         first_wanted: int = 0,
         request: str = "",
         others: Sequence[int] = (),
+        sisters: bool = False,
     ) -> Hit:
         """Count how many of these chunks, from the first on, can be used; lease those that are needed from `first_wanted` on.
 
         hashes: 16 bytes a chunk. request: the engine's id of the request, for events. others: the spaces of the model's other
-        groups, if it has several; a prefix can be used if all groups have what they need of it (`cache.groups`).
+        groups, if it has several; a prefix can be used if all groups have what they need of it (`cache.groups`). sisters: whether
+        the engine can use what sisters of its spaces have.
 
         Raises:
             Refusal: unknown space or process.
@@ -177,14 +211,14 @@ class Heart(Index):
         asked, by = len(hashes) // HASH_BYTES, (process, instance.tier, request)
         reason = self._claims.why_no_lease(instance)
         if reason:
-            self.events.emit("missed", space.number, asked, reason, by, lambda event: event._replace(hashes=hashes))
+            self.events.emit("missed", space_number, asked, reason, by, lambda event: event._replace(hashes=hashes))
             return Hit(0, 0, b"")
-        chunks, found = self._usable(process, space, others, hashes)
-        hit = self._lease(now, by, instance, hashes, chunks, found, first_wanted)
+        chunks, spaces, found = self._usable(process, space, others, hashes, sisters)
+        hit = self._lease(now, by, instance, spaces, hashes, chunks, found, first_wanted)
         missed = asked - chunks
         if missed:
-            reason = self._why_missed([one for one, _ in found], hashes, chunks)
-            self.events.emit("missed", space.number, missed, reason, by, lambda event: of_last(event, hashes))
+            reason = self._why_missed(spaces, hashes, chunks)
+            self.events.emit("missed", space_number, missed, reason, by, lambda event: of_last(event, hashes))
         return hit
 
     def lookup_all(
@@ -196,6 +230,7 @@ class Heart(Index):
         first_wanted: int = 0,
         request: str = "",
         others: Sequence[int] = (),
+        sisters: bool = False,
     ) -> Hit | None:
         """Do the same as `lookup` if all these chunks can be used. Otherwise touch, lease and count nothing, and return None.
 
@@ -203,61 +238,105 @@ class Heart(Index):
             Refusal: unknown space or process.
         """
         space, instance = self._admit(process, space_number)
-        chunks, found = self._usable(process, space, others, hashes)
+        chunks, spaces, found = self._usable(process, space, others, hashes, sisters)
         if chunks < len(hashes) // HASH_BYTES or self._claims.why_no_lease(instance):
             return None
-        return self._lease(now, (process, instance.tier, request), instance, hashes, chunks, found, first_wanted)
+        by = process, instance.tier, request
+        return self._lease(now, by, instance, spaces, hashes, chunks, found, first_wanted)
 
-    def _usable(self, process: int, space: Space, others: Sequence[int], hashes: bytes) -> tuple[int, Found]:
-        """Return how many chunks can be used, and what they need in each space."""
-        if not others and not space.reach_chunks:  # nearly all models
+    def _usable(
+        self, process: int, space: Space, others: Sequence[int], hashes: bytes, sisters: bool
+    ) -> tuple[int, Sequence[Space], Found | bytes]:
+        """Return how many chunks can be used, the spaces of all groups, and what the chunks need there: for a single group whose
+        space has no sisters only the ids of their records, since that is nearly all models."""
+        if not others and not space.reach_chunks and not (sisters and space.sisters):
             ids = space.table.match(hashes)
-            return len(ids) // 4, [(space, ids)]
+            return len(ids) // 4, (space,), ids
         spaces = [space]
         for number in others:
             other = self._admit(process, number)[0]
             other.main = space if other.reach_chunks and not space.reach_chunks else None
             spaces.append(other)
-        return usable_prefix(spaces, hashes)
+        chunks, found = usable_prefix(spaces, hashes, sisters)
+        return chunks, spaces, found
 
     def _lease(
-        self, now: float, by: By, instance: Instance, hashes: bytes, chunks: int, found: Found, first_wanted: int
+        self,
+        now: float,
+        by: By,
+        instance: Instance,
+        spaces: Sequence[Space],
+        hashes: bytes,
+        chunks: int,
+        found: Found | bytes,
+        first_wanted: int,
     ) -> Hit:
-        """Touch and count the chunks that can be used, which are the first ones of `hashes`, and lease in each space those that
-        are needed from `first_wanted` on."""
+        """Touch and count the chunks that can be used, which are the first ones of `hashes`, and lease those that are needed from
+        `first_wanted` on."""
         if chunks:
             self.events.emit(
-                "hit", found[0][0].number, chunks, "", by,
+                "hit", spaces[0].number, chunks, "", by,
                 lambda event: event._replace(hashes=hashes[: chunks * HASH_BYTES]),
             )  # fmt: skip
-        leases = []
-        for space, ids in found:
-            if ids:
-                self._touch(now, space, ids)
-            leased = ids[4 * max(0, first_wanted - chunks + len(ids) // 4) :]
-            if leased:
-                lease = Lease(by, instance, space, space.table, now + self.claim_seconds, leased)
-                leases.append((self._new_lease(lease), space.table.extents(leased)))
-            else:
-                leases.append((0, b""))
-        number, extents = leases[0]
-        return Hit(chunks, number, extents, tuple(leases[1:]))
+        if isinstance(found, bytes):
+            return self._lease_own(now, by, instance, spaces[0], found, first_wanted)
+        own, foreign = [Held(space, space.table, b"") for space in spaces], []
+        for group, parts in enumerate(found):
+            for part in parts:
+                self._touch_part(now, part)
+                if part.space is not spaces[group]:
+                    self.events.counters["hit:other split"] += len(part.ids) // 4
+                first = max(part.first, first_wanted)
+                held = Held(part.space, part.space.table, part.ids[4 * (first - part.first) :])
+                if held.ids and part.space is spaces[group] and part is parts[0]:
+                    own[group] = held
+                elif held.ids:
+                    foreign.append((group, first, held))
+        leased = [*own, *(held for _, _, held in foreign)]
+        if not any(held.ids for held in leased):
+            return Hit(chunks, 0, b"", (b"",) * len(own[1:]))
+        number = self._new_lease(Lease(by, instance, now + self.claim_seconds, leased))
+        extents = [held.table.extents(held.ids) for held in leased]
+        further = [
+            Foreign(group, first, held.space, sectors)
+            for (group, first, held), sectors in zip(foreign, extents[len(own) :], strict=True)
+        ]
+        return Hit(chunks, number, extents[0], tuple(extents[1 : len(own)]), tuple(further))
+
+    def _lease_own(self, now: float, by: By, instance: Instance, space: Space, ids: bytes, first_wanted: int) -> Hit:
+        """Do the same as `_lease` for a prefix that is in the only group's own space."""
+        leased, table, chunks = ids[4 * first_wanted :], space.table, len(ids) // 4
+        if ids:
+            self._touch(now, space, ids)
+        if not leased:
+            return Hit(chunks, 0, b"")
+        table.pin(leased)
+        number = self._claims.add(Lease(by, instance, now + self.claim_seconds, (Held(space, table, leased),)))
+        return Hit(chunks, number, table.extents(leased))
+
+    def _touch_part(self, now: float, part: Part) -> None:
+        if part.first and not part.space.reach_chunks:
+            self._touch_path(now, part.space, list(array("I", part.ids)))
+        elif part.ids:
+            self._touch(now, part.space, part.ids)
 
     def _new_lease(self, lease: Lease) -> int:
-        lease.table.pin(lease.ids)
+        for part in lease.parts:
+            part.table.pin(part.ids)
         return self._claims.add(lease)
 
-    def peek(self, now: float, process: int, space_number: int, hashes: bytes) -> int:
+    def peek(self, now: float, process: int, space_number: int, hashes: bytes, sisters: bool = False) -> int:
         """Count how many of these chunks, from the first on, are complete; touch them, but neither lease them nor count hits.
+        sisters: as in `lookup`.
 
         Raises:
             Refusal: unknown space or process.
         """
         space, _ = self._admit(process, space_number)
-        ids = space.table.match(hashes)
-        if ids:
-            self._touch(now, space, ids)
-        return len(ids) // 4
+        parts = parts_of(space, hashes, sisters)
+        for part in parts:
+            self._touch_part(now, part)
+        return parts[-1].end
 
     def hold(self, now: float, space_number: int, hashes: bytes, tier: str = "") -> tuple[int, bytes, bytes]:
         """Lease for the server, on behalf of `tier`, all complete chunks among these, without touching or counting them.
@@ -272,7 +351,9 @@ class Heart(Index):
         if not found:
             return 0, b"", b""
         ids, instance = pack_ids([one for _, one in found]), self._claims.instance_of(SERVER, tier)
-        number = self._new_lease(Lease((SERVER, tier, ""), instance, space, table, now + self.claim_seconds, ids))
+        number = self._new_lease(
+            Lease((SERVER, tier, ""), instance, now + self.claim_seconds, [Held(space, table, ids)])
+        )
         return number, b"".join(key for key, _ in found), table.extents(ids)
 
     def release(self, process: int, lease: int) -> None:
@@ -292,16 +373,21 @@ class Heart(Index):
             self._end_lease(number)
         return len(lost)
 
-    def leased_sectors(self, process: int, lease: int, shard: int, first: int, count: int) -> tuple[list[int], int]:
-        """Return (sectors, bytes of each) of `count` leased chunks from `first` on, for payload frames. The lease may have
-        expired.
+    def leased_sectors(
+        self, process: int, lease: int, shard: int, first: int, count: int, part: int = 0
+    ) -> tuple[list[int], int]:
+        """Return (sectors, bytes of each) of `count` chunks from `first` on, for payload frames. part: of which part of the
+        lease; the groups are counted first, and then the `foreign` parts of the hit. The lease may have expired.
 
         Raises:
-            Refusal: the process's instance has no such lease, or the chunks or the shard are outside it.
+            Refusal: the process's instance has no such lease, or the part, the chunks or the shard are outside it.
         """
-        held = self._claims.lease(process, lease)
-        if held is None:
+        claim = self._claims.lease(process, lease)
+        if claim is None:
             raise Refusal(f"lease {lease} is unknown or has ended")
+        if not 0 <= part < len(claim.parts):
+            raise Refusal(f"part {part} is outside lease {lease}, which has {len(claim.parts)}")
+        held = claim.parts[part]
         sectors = array("I", held.table.extents(held.ids))[shard :: held.space.shards]
         if not 0 <= shard < held.space.shards or not 0 <= first <= first + count <= len(sectors):
             raise Refusal(f"chunks {first}..{first + count} of shard {shard} are outside lease {lease}")
@@ -334,12 +420,14 @@ class Heart(Index):
         table, asked, by = space.table, len(hashes) // HASH_BYTES, (process, instance.tier, request)
         root = root or space.reach_chunks > 0  # such a chunk needs none of those before it
         parent_id = -1 if root else table.get(parent)
+        # Behind what only a sister has, the chunks begin a path of their own.
+        root = root or parent_id >= 0 or any(one.table.get(parent) >= 0 for one in space.sisters)
         reason = ""
         if self._claims.over_quota(instance):
             reason = "quarantine"
-        elif parent_id < 0 and not root:
+        elif not root:
             reason = "no parent"
-        elif process == SERVER and not space.instances:
+        elif process == SERVER and not in_use(space):
             reason = "no engine"  # the engine has gone: a load for it must not evict what other engines use
         if reason:
             self.events.emit(
@@ -355,7 +443,7 @@ class Heart(Index):
         number = 0
         if ids:
             filled = [sector for sector in sectors if sector != NO_EXTENT]
-            held = Reservation(by, instance, space, table, now + self.claim_seconds, shard, ids, filled)
+            held = Reservation(by, instance, now + self.claim_seconds, space, table, shard, ids, filled)
             number = self._claims.add(held)
             self._note_opened(number, held)
             self._emit("reserved", held, ids)
@@ -413,15 +501,18 @@ class Heart(Index):
         if isinstance(claim, Reservation):
             self._emit("expired", claim, claim.ids, "reservation")
             self._end_fills(claim, set(claim.sectors), "too late")
-        else:
-            self._emit("expired", claim, array("I", claim.ids), "lease")
+            return
+        for space, table, ids in claim.parts:
+            detail = partial(of_records, table=table, records=array("I", ids))
+            self.events.emit("expired", space.number, len(ids) // 4, "lease", claim.by, detail)
 
     def clear(self) -> int:
         """Remove all chunks; return how many were complete. Extents under a claim are freed when the claim ends."""
         kept: dict[int, set[int]] = {number: set() for number in self._spaces}
         keys = {number: self._complete_keys(space) for number, space in self._spaces.items()}
         for claim in self._claims.leases.values():
-            kept[claim.space.number].update(_leave_index(claim.table, claim.ids))
+            for part in claim.parts:
+                kept[part.space.number].update(_leave_index(part.table, part.ids))
         for held in self._claims.reservations.values():
             sectors = held.sectors if held.expired else _leave_index(held.table, pack_ids(held.ids))
             kept[held.space.number].update(sectors)
@@ -464,10 +555,10 @@ class Heart(Index):
     # The ends of claims
 
     def _end_lease(self, number: int) -> None:
-        lease = self._claims.end_lease(number)
-        released = lease.table.unpin(lease.ids)
-        if released:
-            self._free(lease.space, lease.table, released)
+        for space, table, ids in self._claims.end_lease(number).parts:
+            released = table.unpin(ids)
+            if released:
+                self._free(space, table, released)
 
     def _end_reservation(
         self, number: int, ok: bool, reason: str, lost: Container[int] = (), failed: Container[int] = ()
@@ -515,8 +606,8 @@ class Heart(Index):
             )
         return len(filled)
 
-    def _emit(self, kind: str, claim: AnyClaim, records: Sequence[int], reason: str = "") -> None:
-        """Emit an event about these chunks of the claim."""
+    def _emit(self, kind: str, claim: Reservation, records: Sequence[int], reason: str = "") -> None:
+        """Emit an event about these chunks of the reservation."""
         self.events.emit(
             kind, claim.space.number, len(records), reason, claim.by,
             lambda event: of_records(event, claim.table, records), claim.shard,

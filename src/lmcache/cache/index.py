@@ -10,11 +10,11 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
-from lmcache.cache.allocator import Allocator, Space
+from lmcache.cache.allocator import Allocator, Space, in_use
 from lmcache.cache.claims import Refusal
 from lmcache.cache.events import By, Event, Events
 from lmcache.cache.table import EMPTY, Table
-from lmcache.chunks import HASH_BYTES
+from lmcache.chunks import HASH_BYTES, Split
 from lmcache.memory.slabs import NO_EXTENT, Slabs
 
 MAX_SPACES = 1024
@@ -62,15 +62,31 @@ class Index:
 
     # Spaces
 
-    def _new_space(self, fingerprint: bytes, shards: int, reach_chunks: int, share: float) -> Space:
+    def _new_space(
+        self, fingerprint: bytes, shards: int, reach_chunks: int, share: float, family: bytes, split: Split | None
+    ) -> Space:
         if len(self._spaces) >= MAX_SPACES:
             raise Refusal(f"{MAX_SPACES} layouts are open already: close some engines, or clear the cache")
         number, self._next_space = self._next_space, self._next_space + 1
         space = Space(
-            number, fingerprint, shards, self._new_table(shards), [-1] * shards, [0] * shards, reach_chunks, share=share
+            *(number, fingerprint, shards, self._new_table(shards), [-1] * shards, [0] * shards, reach_chunks),
+            split=split,
+            family=family,
+            share=share,
         )
         self._space_of[fingerprint, shards] = self._spaces[number] = space
+        self._note_family(family)
         return space
+
+    def _note_family(self, family: bytes) -> None:
+        """Tell the spaces of a family who their sisters are."""
+        members = [one for one in self._spaces.values() if family and one.family == family]
+        for space in members:
+            space.sisters = tuple(one for one in members if one is not space)
+
+    def _leave_family(self, space: Space) -> None:
+        family, space.family, space.split, space.sisters = space.family, b"", None, ()
+        self._note_family(family)
 
     def _open_shard(self, space: Space, shard: int, shard_bytes: int) -> None:
         if shard_bytes < 1:
@@ -81,11 +97,13 @@ class Index:
             self._allocator.open(space, shard, shard_bytes)
 
     def _close_spaces(self) -> None:
-        """Remove spaces that no engine uses and that have no extent in use."""
-        for space in [one for one in self._spaces.values() if not one.instances and not len(one.table)]:
+        """Remove spaces that no engine uses and that have no extent in use. An engine uses the sisters of its spaces, too: it
+        reads what tiers have of them."""
+        for space in [one for one in self._spaces.values() if not in_use(one) and not len(one.table)]:
             if not self._allocator.used_by(space):
                 self._allocator.close(space)
                 del self._spaces[space.number], self._space_of[space.fingerprint, space.shards]
+                self._leave_family(space)
 
     def _complete_keys(self, space: Space) -> bytes:
         """Return the hashes of the space's complete chunks, or nothing if no listener needs the hashes of cleared chunks."""

@@ -4,16 +4,18 @@ May import: `lmcache.errors` and nothing else of this package.
 """
 
 from lmcache.chunks.hashing import HASH_BYTES, TokenChain, chunk_hash, chunk_root
-from lmcache.chunks.layout import Group, Layout, Shard, shard_of_rank, space_fingerprint
+from lmcache.chunks.layout import Group, Layout, Shard, Split, shard_of_rank, space_fingerprint, tensor_splits
 
 __all__ = [
     "HASH_BYTES",
     "Group",
     "Layout",
     "Shard",
+    "Split",
     "TokenChain",
     "chunk_hash",
     "chunk_root",
     "shard_of_rank",
     "space_fingerprint",
+    "tensor_splits",
 ]

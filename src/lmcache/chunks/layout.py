@@ -10,7 +10,7 @@ import functools
 import itertools
 import struct
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 from blake3 import blake3
@@ -111,12 +111,15 @@ def space_fingerprint(layout: Layout, stages: Sequence[int] = (), group: Group |
         return blake3(b"group" + one + msgspec.msgpack.encode(group, order="deterministic")).digest(FINGERPRINT_BYTES)
     if len(stages) < 2:
         return layout.fingerprint
-    ends = [0, *stages]
-    if stages[-1] != layout.num_layers or any(end <= start for start, end in zip(ends, stages, strict=False)):
+    _check_stages(layout, stages)
+    return blake3(layout.fingerprint + struct.pack(f"<{len(stages)}I", *stages)).digest(FINGERPRINT_BYTES)
+
+
+def _check_stages(layout: Layout, stages: Sequence[int]) -> None:
+    if stages[-1] != layout.num_layers or any(end <= start for start, end in itertools.pairwise((0, *stages))):
         raise LayoutError(
             f"pipeline stages that end before layers {list(stages)} do not cover {layout.num_layers} layers"
         )
-    return blake3(layout.fingerprint + struct.pack(f"<{len(stages)}I", *stages)).digest(FINGERPRINT_BYTES)
 
 
 @functools.lru_cache(maxsize=256)
@@ -144,6 +147,38 @@ class Shard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """Return the raw bytes of this shard for one token."""
         layers, heads = self.end_layer - self.first_layer, self.end_head - self.first_head
         return layers * layout.planes_per_layer * heads * layout.head_size * DTYPE_BYTES[layout.kv_dtype]
+
+
+class Split(msgspec.Struct, frozen=True, array_like=True):
+    """How the ranks of an engine divide each chunk of a layout into `count` shards.
+
+    stages: for each pipeline stage the first layer after it; empty or one entry for a model that is not split by layers. Each
+    stage has equally many shards, of equally many KV heads. A split by tokens (decode context parallel) is none of these."""
+
+    stages: tuple[int, ...]
+    count: Annotated[int, msgspec.Meta(ge=1)]
+
+    def shard(self, layout: Layout, index: int) -> Shard:
+        """Return the layers and heads of one shard, which is the one of `shard_of_rank` with the same index.
+
+        Raises:
+            LayoutError: the layout cannot be split like this.
+        """
+        stages = self.stages if len(self.stages) > 1 else (layout.num_layers,)
+        _check_stages(layout, stages)
+        parts, heads = self.count // len(stages), layout.num_kv_heads
+        if parts < 1 or self.count % len(stages) or heads % parts or not 0 <= index < self.count:
+            raise LayoutError(
+                f"there is no shard {index} of {self.count} in {len(stages)} stages of a model with {heads} KV heads"
+            )
+        stage, part = divmod(index, parts)
+        first, width = (0, *stages)[stage], heads // parts
+        return Shard(index, self.count, first, stages[stage], part * width, (part + 1) * width)
+
+
+def tensor_splits(layout: Layout) -> list[Split]:
+    """Return all splits of a layout by KV heads only."""
+    return [Split((), count) for count in range(1, layout.num_kv_heads + 1) if layout.num_kv_heads % count == 0]
 
 
 def shard_of_rank(

@@ -10,12 +10,14 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from lmcache.engine.jobs import Load
+from lmcache.chunks import Split
+from lmcache.engine.groups import RankGroup
 from lmcache.errors import LayoutError
 from lmcache.memory.arena import Mapping, populate_all
 from lmcache.runtime import Runtime
 from lmcache.transfer.bounds import Runs
-from lmcache.transfer.copier import Copier
+from lmcache.transfer.copier import Copier, Reader
+from lmcache.transfer.progress import Progress
 from lmcache.wire import messages as m
 
 _BATCH_SECONDS = 0.01
@@ -23,6 +25,14 @@ _BATCH_SECONDS = 0.01
 _PAYLOAD_BYTES = 64 << 20
 """One message holds at most so many bytes of chunks."""
 Blocks = npt.NDArray[np.int32]
+
+
+class Source(NamedTuple):
+    """How the extents of one shard are loaded. shard, shard_bytes: its index and size."""
+
+    reader: Reader
+    shard: int
+    shard_bytes: int
 
 
 class Part(NamedTuple):
@@ -33,6 +43,19 @@ class Part(NamedTuple):
     extent_tokens: int
     shard: int
     shard_bytes: int
+
+    @property
+    def source(self) -> Source:
+        """How this rank's own shard is loaded."""
+        return Source(self.copier, self.shard, self.shard_bytes)
+
+
+class Leased(NamedTuple):
+    """Where the chunks of a load are in a lease, which names their payload frames: those from `first_chunk` of a part on."""
+
+    lease: int
+    part: int
+    first_chunk: int
 
 
 class Access:
@@ -46,9 +69,29 @@ class Access:
 
     def __init__(self, parts: Sequence[Part]) -> None:
         self.parts = parts
+        self._sources: dict[tuple[int, Split], list[Source]] = {}
 
-    def load(self, group: int, load: Load, blocks: Blocks, runs: Runs) -> None:
-        """Fill blocks of one group from the extents of a load."""
+    def sources(self, number: int, group: RankGroup, split: Split, chunk_tokens: int) -> list[Source]:
+        """Return how to load what the shards of another split have in common with this rank's part of group `number`.
+
+        Raises:
+            LayoutError: the layout cannot be split like this, or the copier cannot load it.
+        """
+        known = self._sources.get((number, split))
+        if known is None:
+            known = [
+                Source(self.parts[number].copier.reader(part, shape), index, shape.size_bytes)
+                for index in range(split.count)
+                if (overlap := group.overlap(split, index, chunk_tokens)) is not None
+                for part, shape in (overlap,)
+            ]
+            self._sources[number, split] = known
+        return known
+
+    def load(
+        self, source: Source, leased: Leased, blocks: Blocks, runs: Runs, progress: Progress | None = None
+    ) -> None:
+        """Fill blocks from extents. leased: which chunks those of the runs are. progress: as for a copier."""
         raise NotImplementedError
 
     def gather(self, group: int, blocks: Blocks, runs: Runs) -> Sequence[memoryview]:
@@ -76,11 +119,11 @@ class ArenaAccess(Access):
         self._populating = runtime.start(lambda: populate_all(mapping, self._stop), "lmcache-map")
         copier.adopt(mapping.address, mapping.size_bytes)
 
-    def load(self, group: int, load: Load, blocks: Blocks, runs: Runs) -> None:
+    def load(
+        self, source: Source, leased: Leased, blocks: Blocks, runs: Runs, progress: Progress | None = None
+    ) -> None:
         arena = self._mapping
-        self.parts[group].copier.scatter(
-            arena.address, blocks, runs, arena_bytes=arena.size_bytes, progress=load.progress
-        )
+        source.reader.scatter(arena.address, blocks, runs, arena_bytes=arena.size_bytes, progress=progress)
 
     def gather(self, group: int, blocks: Blocks, runs: Runs) -> Sequence[memoryview]:
         arena, part = self._mapping, self.parts[group]
@@ -107,17 +150,18 @@ class PayloadAccess(Access):
         super().__init__(parts)
         self._fetch = fetch
 
-    def load(self, group: int, load: Load, blocks: Blocks, runs: Runs) -> None:
-        own = self.parts[group]
-        step = max(1, _PAYLOAD_BYTES // own.shard_bytes)
+    def load(
+        self, source: Source, leased: Leased, blocks: Blocks, runs: Runs, progress: Progress | None = None
+    ) -> None:
+        step = max(1, _PAYLOAD_BYTES // source.shard_bytes)
         for at in range(0, len(runs), step):
-            part = runs[at : at + step].copy()
-            frames = self._fetch(m.Fetch(load.lease, own.shard, load.lease_chunk + at, len(part)))
-            if len(frames) != len(part) or any(len(one) != own.shard_bytes for one in frames):
-                raise LayoutError(f"{len(frames)} payload frames for {len(part)} chunks")
-            part[:, 0] = 0
-            for run, one in zip(part, frames, strict=True):
-                own.copier.scatter(np.frombuffer(one, dtype=np.uint8).ctypes.data, blocks, run[None])
+            some = runs[at : at + step].copy()
+            frames = self._fetch(m.Fetch(leased.lease, source.shard, leased.first_chunk + at, len(some), leased.part))
+            if len(frames) != len(some) or any(len(one) != source.shard_bytes for one in frames):
+                raise LayoutError(f"{len(frames)} payload frames for {len(some)} chunks")
+            some[:, 0] = 0
+            for run, one in zip(some, frames, strict=True):
+                source.reader.scatter(np.frombuffer(one, dtype=np.uint8).ctypes.data, blocks, run[None])
 
     def gather(self, group: int, blocks: Blocks, runs: Runs) -> Sequence[memoryview]:
         own = self.parts[group]

@@ -9,11 +9,12 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from lmcache.chunks import Group, Shard
+from lmcache.chunks import Group, Shard, Split
+from lmcache.chunks.layout import DTYPE_BYTES
 from lmcache.engine.session import LayoutFor
 from lmcache.errors import LayoutError
 from lmcache.transfer.bounds import Runs
-from lmcache.transfer.paged import PagedKV
+from lmcache.transfer.paged import ExtentShape, PagedKV
 
 _REACH_TO_KEEP_ALL = 2048
 """Tokens. A group with a shorter reach needs a part of the memory only, since prompts are longer."""
@@ -69,6 +70,30 @@ class RankGroup:
                 f"which is every {block} tokens: start the server with --chunk-size {block} or a multiple of it"
             )
         return self.group.kept_tokens(chunk_tokens) if self.group is not None else chunk_tokens
+
+    def overlap(self, split: Split, index: int, chunk_tokens: int) -> tuple[PagedKV, ExtentShape] | None:
+        """Return the part of the paged KV that shard `index` of another split holds, too, and the shape of that shard's extents;
+        None if they have nothing in common.
+
+        Raises:
+            LayoutError: the layout cannot be split like this.
+        """
+        layout, own = self.layout_for(chunk_tokens), self.shard
+        other, item = split.shard(layout, index), DTYPE_BYTES[layout.kv_dtype]
+        layers = range(max(own.first_layer, other.first_layer), min(own.end_layer, other.end_layer))
+        heads = range(max(own.first_head, other.first_head), min(own.end_head, other.end_head))
+        if not layers or not heads:
+            return None
+        each, head, kept = layout.planes_per_layer, layout.head_size * item, self.kept_tokens(chunk_tokens)
+        row = (other.end_head - other.first_head) * head
+        first, end = ((layer - own.first_layer) * each for layer in (layers.start, layers.stop))
+        skipped = (layers.start - other.first_layer) * each
+        planes = tuple(
+            ((skipped + plane) * kept * row + (heads.start - other.first_head) * head, row)
+            for plane in range(end - first)
+        )
+        part = self.paged.part(first, end, heads.start - own.first_head, heads.stop - own.first_head)
+        return part, ExtentShape(planes, other.token_bytes(layout) * kept)
 
     def shard_bytes(self, chunk_tokens: int) -> int:
         """Return the bytes of an extent.

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
+from lmcache.chunks import Split
 from lmcache.transfer.progress import Progress
 
 Blocks: TypeAlias = Sequence[int] | npt.NDArray[np.int32]
@@ -26,6 +27,37 @@ class Event(Protocol):
 
 
 @dataclass(frozen=True)
+class Foreign:
+    """Chunks of a load as ranks of another split have stored them. extents: first sectors, u32 [chunk][shard], of the chunks from
+    `first_chunk` on. part, lease_chunk: the part of the lease and the place of `first_chunk` in it (names payload frames)."""
+
+    first_chunk: int
+    split: Split
+    extents: bytes
+    part: int
+    lease_chunk: int = 0
+
+    @property
+    def chunks(self) -> int:
+        """Number of the chunks."""
+        return len(self.extents) // (4 * self.split.count)
+
+    @property
+    def end_chunk(self) -> int:
+        """The chunk behind the last one."""
+        return self.first_chunk + self.chunks
+
+    def within(self, first_chunk: int, end_chunk: int) -> Foreign | None:
+        """Return those of the chunks that are in this range; None if none is."""
+        first, end, size = max(first_chunk, self.first_chunk), min(end_chunk, self.end_chunk), 4 * self.split.count
+        if first >= end:
+            return None
+        skipped = first - self.first_chunk
+        extents = self.extents[skipped * size : (end - self.first_chunk) * size]
+        return replace(self, first_chunk=first, extents=extents, lease_chunk=self.lease_chunk + skipped)
+
+
+@dataclass(frozen=True)
 class Load:
     """Extents -> paged KV: tokens [start_token, end_token) of a request.
 
@@ -33,7 +65,7 @@ class Load:
     token 0 on. lease_chunk: index of `first_chunk` among the lease's chunks (names payload frames). after: on a GPU, the point in
     the engine's stream that must have passed before the blocks may be written. progress: notified of each layer that has arrived,
     if the engine waits for layers one by one. others: the same for each further group of the model; all succeed, or the load
-    fails."""
+    fails. foreign: what other splits have stored, in order: the chunks behind those of `extents`."""
 
     epoch: bytes
     lease: int
@@ -46,6 +78,7 @@ class Load:
     after: Event | None = None
     progress: Progress | None = None
     others: tuple[Load, ...] = ()
+    foreign: tuple[Foreign, ...] = ()
 
 
 @dataclass(frozen=True)

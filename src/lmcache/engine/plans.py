@@ -48,11 +48,14 @@ class LoadPlan:
         return replace(one, others=tuple(plan._part(shard, blocks, None, None) for plan, shard, blocks in rest))
 
     def _part(self, shard: int, blocks: Blocks, after: Event | None, progress: Progress | None) -> Load:
-        first, size = self.start_token // self.chunk_tokens, 4
-        skipped, end = first - self.hit.first_chunk, -(-self.end_token // self.chunk_tokens) - self.hit.first_chunk
-        extents = self.hit.shard_extents(shard)[size * skipped : size * end]
+        first, end, hit = self.start_token // self.chunk_tokens, -(-self.end_token // self.chunk_tokens), self.hit
+        skipped, size = first - hit.first_chunk, 4
+        extents = hit.shard_extents(shard)[size * skipped : size * (end - hit.first_chunk)]
+        foreign = (
+            tuple(part for one in hit.foreign if (part := one.within(first, end)) is not None) if hit.foreign else ()
+        )
         tokens = self.start_token, self.end_token
-        return Load(self.hit.epoch, self.hit.lease, first, extents, *tokens, blocks, skipped, after, progress)
+        return Load(hit.epoch, hit.lease, first, extents, *tokens, blocks, skipped, after, progress, foreign=foreign)
 
 
 @dataclass

@@ -153,7 +153,8 @@ class Requests(Generic[RequestT]):
             ask: Callable[..., Hit | Loading | None] = session.lookup if wait else session.poll
             # The engine computes at least the last token, for which a window reaches one token less far back than the hit's end.
             most = (len(tokens) - 1) // chain.chunk_tokens if self._reaching else None
-            found = ask(chain, have, self.prefill.tokens_per_second, tail=tail, request_id=str(request.id), chunks=most)
+            named = {"tail": tail, "request_id": str(request.id), "chunks": most}
+            found = ask(chain, have, self.prefill.tokens_per_second, any_split=True, **named)
         if isinstance(found, Loading):
             return found
         if found is not None and chain is not None:

@@ -14,6 +14,7 @@ from lmcache.engine.connection import Connection
 from lmcache.engine.endpoint import Endpoint
 from lmcache.engine.groups import GroupShape
 from lmcache.engine.hello import ask
+from lmcache.engine.jobs import Foreign
 from lmcache.engine.session import UNKNOWN, LayoutFor, Session
 from lmcache.errors import LMCacheError
 from lmcache.observability.log import init_logger
@@ -29,8 +30,8 @@ _SHORTEST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.0005, 0.008
 class Hit(NamedTuple):
     """The answer to a lookup: chunks [0, chunks) are in L1; those from `first_chunk` on are leased.
 
-    extents: their first sectors, u32 [chunk][shard]. epoch: names the server that gave the lease, and its arena; a rank with
-    another epoch must not load from these extents."""
+    extents: first sectors, u32 [chunk][shard], of as many of them as ranks of the engine's own split have stored. epoch: names
+    the server that gave the lease, and its arena; a rank with another epoch must not load from these extents."""
 
     chunks: int
     first_chunk: int
@@ -39,7 +40,10 @@ class Hit(NamedTuple):
     shards: int
     epoch: bytes
     others: tuple[Hit, ...] = ()
-    """The same in each further group of the model. A group with a reach leases only the last chunks before the end of the hit."""
+    """The same in each further group of the model, under the same lease. A group with a reach needs only the last chunks before
+    the end of the hit."""
+    foreign: tuple[Foreign, ...] = ()
+    """The chunks behind those of `extents`, as ranks of other splits have stored them."""
 
     def shard_extents(self, shard: int) -> bytes:
         """Return the sectors of one shard, one u32 per leased chunk."""
@@ -133,6 +137,7 @@ class SchedulerSession(Session):
         tail: bytes = b"",
         request_id: str = "",
         chunks: int | None = None,
+        any_split: bool = False,
     ) -> Hit | None:
         """Poll until tiers have loaded what the server finds worth waiting for, or `wait_seconds` (None: the deadline of a call)
         have passed. Arguments as for `poll`."""
@@ -141,7 +146,7 @@ class SchedulerSession(Session):
         )
         pause = _SHORTEST_PAUSE_SECONDS
         while True:
-            found = self.poll(chain, skip_tokens, prefill_rate, tail, request_id, chunks)
+            found = self.poll(chain, skip_tokens, prefill_rate, tail, request_id, chunks, any_split)
             if not isinstance(found, Loading):
                 return found
             if self.runtime.now() > end:
@@ -157,13 +162,15 @@ class SchedulerSession(Session):
         tail: bytes = b"",
         request_id: str = "",
         chunks: int | None = None,
+        any_split: bool = False,
     ) -> Hit | Loading | None:
         """Look up which leading chunks of the chain are in L1, and lease those behind the first `skip_tokens` tokens.
 
         Return None if no chunk is there beyond them, or no answer came within the deadline; `Loading` while a tier loads more
         that is worth waiting for at the engine's `prefill_rate` (tokens per second, 0: unknown). tail: hash of an unfull chunk
         behind the chain, which may be the last one of the hit. request_id: under which the server records the work of tiers.
-        chunks: look up only so many.
+        chunks: look up only so many. any_split: find also what ranks of other parallel splits have stored, which is `foreign` in
+        the hit, for `LoadPlan` to make loads of.
         """
         if chain.chunk_tokens != self._chunk_tokens:
             return None
@@ -176,7 +183,7 @@ class SchedulerSession(Session):
         epoch = self._epoch
         try:
             name = m.request_name(request_id)
-            request = m.Lookup(self._space, hashes, first, prefill_rate, name, self._others)
+            request = m.Lookup(self._space, hashes, first, prefill_rate, name, self._others, any_split)
             found, _ = self._connection.call(request, m.Found)
         except LMCacheError as error:
             self.misses["no answer"] += 1
@@ -186,10 +193,11 @@ class SchedulerSession(Session):
             return Loading(found.chunks, found.loading)
         if not found.lease:
             return None
-        hit = self._hit(self._groups[0], found.chunks, found.lease, found.extents, epoch)
+        self._held.add(found.lease)
+        hit = self._hit(0, found, found.extents, epoch)
         if found.others:
-            others = zip(self._groups[1:], found.others, strict=False)
-            hit = hit._replace(others=tuple(self._hit(one, found.chunks, *leased, epoch) for one, leased in others))
+            others = enumerate(found.others[: len(self._others)], 1)
+            hit = hit._replace(others=tuple(self._hit(group, found, extents, epoch) for group, (_, extents) in others))
         plausible = first < found.chunks <= len(hashes) // HASH_BYTES and self._is_plausible(hit, first)
         if not plausible or epoch != self._epoch:
             self.misses["another server"] += 1
@@ -198,10 +206,18 @@ class SchedulerSession(Session):
             return None
         return hit
 
-    def _hit(self, shape: GroupShape, chunks: int, lease: int, extents: bytes, epoch: bytes) -> Hit:
+    def _hit(self, group: int, found: m.Found, extents: bytes, epoch: bytes) -> Hit:
         """Return the hit in one group, where the last chunks before its end are leased."""
-        self._held.add(lease)
-        return Hit(chunks, chunks - len(extents) // (4 * shape.shards), lease, extents, shape.shards, epoch)
+        shards = self._groups[group].shards
+        foreign: tuple[Foreign, ...] = ()
+        if found.foreign:
+            numbered = enumerate(found.foreign, len(self._groups))
+            foreign = tuple(
+                Foreign(one.first, one.split, one.extents, part) for part, one in numbered if one.group == group
+            )
+        own = len(extents) // (4 * shards)
+        first = (foreign[0].first_chunk if foreign else found.chunks) - own
+        return Hit(found.chunks, first, found.lease, extents, shards, epoch, foreign=foreign)
 
     def _is_plausible(self, hit: Hit, first: int) -> bool:
         """Return whether the answer leases in each group the chunks that are needed of the hit, from chunk `first` on."""
@@ -212,15 +228,21 @@ class SchedulerSession(Session):
     @staticmethod
     def _fits(part: Hit, reach: int, first: int) -> bool:
         needed = max(first, part.chunks - reach) if reach else first
-        return bool(part.lease) and part.first_chunk == needed and not len(part.extents) % (4 * part.shards)
+        if part.first_chunk != needed or len(part.extents) % (4 * part.shards):
+            return False
+        end = part.chunks
+        for one in reversed(part.foreign):
+            if one.end_chunk != end or not one.chunks or len(one.extents) % (4 * one.split.count):
+                return False
+            end = one.first_chunk
+        return True
 
     def release(self, hit: Hit) -> None:
         """End the hit's lease: no rank reads its extents any more. Without a connection the release is sent with a later one."""
-        leases = [hit.lease, *[part.lease for part in hit.others]] if hit.others else [hit.lease]
-        self._held.difference_update(leases)
+        self._held.discard(hit.lease)
         if hit.epoch != self._epoch:
             return
-        self._late += leases
+        self._late.append(hit.lease)
         if self._connection.connected:
             leases, self._late = self._late, []
             self._connection.post(m.Release(leases))

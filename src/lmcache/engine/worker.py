@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from lmcache.chunks import Group, Shard
 from lmcache.chunks.hashing import HASH_BYTES
-from lmcache.engine.access import Access, ArenaAccess, Part, PayloadAccess
+from lmcache.engine.access import Access, ArenaAccess, Leased, Part, PayloadAccess
 from lmcache.engine.connection import Connection
 from lmcache.engine.endpoint import Endpoint
 from lmcache.engine.groups import RankGroup
@@ -319,23 +319,43 @@ class WorkerSession(Session):
         with self._using(thread, load.epoch) as access:
             begin = self.runtime.now()
             for number, part in enumerate((load, *load.others)):
-                access.load(number, part, np.asarray(part.blocks, dtype=np.int32), self._load_runs(number, part))
+                self._load_group(access, number, part)
             end = self.runtime.now()
             begin, self._load_ended = max(begin, self._load_ended), end
             return load.end_token - load.start_token, end - begin
 
-    def _load_runs(self, number: int, load: Load) -> Runs:
-        sectors = np.frombuffer(load.extents, dtype="<u4").astype(np.int64)
-        chunks = np.arange(load.first_chunk, load.first_chunk + len(sectors))
-        held = self._groups[number].first_token(chunks, self._chunk_tokens)
+    def _load_group(self, access: Access, number: int, load: Load) -> None:
+        """Load one group: what other splits have stored first, since the own part reports the layers that have arrived.
+
+        Raises:
+            LMCacheError: the extents do not cover the load's tokens, or could not be copied.
+        """
+        own, group, blocks = access.parts[number], self._groups[number], np.asarray(load.blocks, dtype=np.int32)
+        sectors = np.frombuffer(load.extents, dtype="<u4")
+        runs = self._load_runs(group, load, load.first_chunk, len(sectors))
+        foreign = [self._load_runs(group, load, one.first_chunk, one.chunks) for one in load.foreign]
+        _check_covered(load, np.concatenate([runs, *foreign]) if foreign else runs)
+        for one, others in zip(load.foreign, foreign, strict=True):
+            shards = np.frombuffer(one.extents, dtype="<u4").reshape(-1, one.split.count)
+            for source in access.sources(number, group, one.split, self._chunk_tokens):
+                leased = Leased(load.lease, one.part, one.lease_chunk)
+                access.load(source, leased, blocks, _placed(group, others, shards[:, source.shard]))
+        if len(runs):
+            leased = Leased(load.lease, number, load.lease_chunk)
+            access.load(own.source, leased, blocks, _placed(group, runs, sectors), load.progress)
+        elif load.progress is not None:
+            load.progress.arrived(len(group.paged.planes))
+
+    def _load_runs(self, group: RankGroup, load: Load, first_chunk: int, count: int) -> Runs:
+        """Return the runs of these chunks of a load, with a chunk's number among them in place of its extent."""
+        chunks = np.arange(first_chunk, first_chunk + count)
+        held = group.first_token(chunks, self._chunk_tokens)
         first = np.maximum(held, load.start_token)
-        count = np.minimum((chunks + 1) * self._chunk_tokens, load.end_token) - first
-        runs = np.empty((len(sectors), 4), dtype=np.int64)
-        runs[:, 0], runs[:, 1], runs[:, 2] = sectors * SECTOR_BYTES, first, count
-        runs[:, 3] = first - held
-        if len(sectors) == 0 or first[0] != load.start_token or int(count.sum()) != load.end_token - load.start_token:
-            raise LayoutError(f"{len(sectors)} extents do not cover tokens {load.start_token}..{load.end_token}")
-        return self._groups[number].in_table(runs[count > 0])
+        runs = np.empty((count, 4), dtype=np.int64)
+        runs[:, 0], runs[:, 1], runs[:, 3] = chunks - first_chunk, first, first - held
+        runs[:, 2] = np.minimum((chunks + 1) * self._chunk_tokens, load.end_token) - first
+        filled: Runs = runs[runs[:, 2] != 0]
+        return filled
 
     def _fetch(self, request: m.Fetch) -> list[bytes]:
         """Return the payload frames of chunks that a load has leased."""
@@ -526,3 +546,17 @@ class WorkerSession(Session):
         """Detach the arena, for the caller to close without the lock. Called with it, while no copy runs; none begins later."""
         access, self._access, self._arena, self._epoch = self._access, None, b"", b""
         return access
+
+
+def _check_covered(load: Load, runs: Runs) -> None:
+    """Raise LayoutError unless the runs cover the load's tokens one after the other."""
+    ends = runs[:, 1] + runs[:, 2]
+    if not len(runs) or [*runs[:, 1], load.end_token] != [load.start_token, *ends]:
+        raise LayoutError(f"{len(runs)} extents do not cover tokens {load.start_token}..{load.end_token}")
+
+
+def _placed(group: RankGroup, runs: Runs, sectors: npt.NDArray[np.uint32]) -> Runs:
+    """Return the runs of a load with the extents at these sectors."""
+    placed = runs.copy()
+    placed[:, 0] = sectors[runs[:, 0]].astype(np.int64) * SECTOR_BYTES
+    return group.in_table(placed)

@@ -129,7 +129,7 @@ static int move_dense(Pattern *p, int extent_side, int to)
 /* Returns the pattern of `groups` token groups of `tokens` tokens each, in a plane of items of `item` bytes. */
 static Pattern make_pattern(const Plane *plane, int64_t item, int64_t groups, int64_t tokens, int scatter)
 {
-    int64_t head = plane->dims * item, row = plane->heads * head;
+    int64_t head = plane->dims * item, row = plane->extent_row;
     Pattern p = {
         .axes = {{groups, plane->group_stride, plane->token_group * row},
                  {tokens, plane->token_stride, row},
@@ -231,7 +231,7 @@ static void copy_part(const Job *job, Memo *memo, const Plane *plane, int64_t gr
 static void copy_in_block(const Job *job, Memo *memo, const Plane *plane, char *block, int64_t token, int64_t count,
                           char *extent, const char *next)
 {
-    int64_t group = plane->token_group, row = plane->heads * plane->dims * job->item;
+    int64_t group = plane->token_group, row = plane->extent_row;
     if (group == 1) {
         copy_part(job, memo, plane, count, 1, block + token * plane->group_stride, extent, next);
         return;
@@ -252,7 +252,7 @@ static void copy_in_block(const Job *job, Memo *memo, const Plane *plane, char *
 
 static void copy_run(const Job *job, Memo *memo, const Plane *plane, const Run *run)
 {
-    int64_t row = plane->heads * plane->dims * job->item, block_tokens = job->block_tokens;
+    int64_t row = plane->extent_row, block_tokens = job->block_tokens;
     char *extent = job->base + run->extent_offset + plane->extent_offset + run->token_in_extent * row;
     int64_t token = run->first_token, end = token + run->tokens;
     while (token < end) {

@@ -34,14 +34,15 @@ static inline int lmcache_integers(const char *name, PyObject *const *args, Py_s
 #define FIELD(name) int64_t name;
 #define NAME_OF(name) #name,
 
-/* A plane of paged KV: Plane of lmcache.transfer.paged, and where the plane begins in an extent. Strides and offsets are in bytes. */
+/* A plane of paged KV: Plane of lmcache.transfer.paged, where the plane begins in an extent, and the step from token to token there.
+ * Strides and offsets are in bytes. */
 /* clang-format off */
 #define PLANE_NUMBERS(X)                                   \
     X(address) X(block_stride)                             \
     X(token_group) X(group_stride) X(token_stride)         \
     X(heads) X(head_stride)                                \
     X(dims) X(dim_group) X(dim_group_stride) X(dim_stride) \
-    X(extent_offset)
+    X(extent_offset) X(extent_row)
 /* clang-format on */
 
 /* A row of `runs`. */

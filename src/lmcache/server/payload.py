@@ -26,7 +26,7 @@ class PayloadCopies:
     def fetch(self, peer: Peer, request: m.Fetch, reply: Reply) -> None:
         """Answer with the bytes of leased chunks."""
         sectors, size = self._l1.leased_sectors(
-            peer.process, request.lease, request.shard, request.first, request.count
+            peer.process, request.lease, request.shard, request.first, request.count, request.part
         )
         view = self._l1.view
 

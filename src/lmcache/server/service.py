@@ -13,8 +13,8 @@ from itertools import repeat
 from typing import TYPE_CHECKING
 
 from lmcache.cache import KINDS, L1, TIER_KINDS, Event, Hit, Refusal, TooSmall
-from lmcache.chunks import space_fingerprint
-from lmcache.errors import LMCacheError
+from lmcache.chunks import Split, space_fingerprint, tensor_splits
+from lmcache.errors import LayoutError, LMCacheError
 from lmcache.observability.log import init_logger
 from lmcache.server.loop import Loop
 from lmcache.server.payload import PayloadCopies, Reply
@@ -100,10 +100,12 @@ class Service:
             raise Refusal(f"the layout has {layout.chunk_tokens}-token chunks, this server {self.chunk_tokens}")
         name = space_fingerprint(layout, request.stages, request.group)
         reach = request.group.reach_chunks(layout.chunk_tokens) if request.group is not None else 0
+        split = Split(tuple(request.stages), request.shards)
+        family = space_fingerprint(layout, (), request.group) if _is_rectangular(request, split) else b""
+        expected = [one for one in tensor_splits(layout) if one != split] if family and self.tiering is not None else ()
+        shard = request.shards, request.shard, request.shard_bytes
         try:
-            space = self.l1.open_space(
-                peer.process, name, request.shards, request.shard, request.shard_bytes, reach, request.share
-            )
+            space = self.l1.open_space(peer.process, name, *shard, reach, request.share, family, split, expected)
         except TooSmall as error:
             self.sessions.refused.note(f"{peer.who}, from {peer.host}", "small L1", str(error))
             raise
@@ -130,22 +132,27 @@ class Service:
         if len(hashes) % 16:
             raise Refusal(f"{len(hashes)} bytes of hashes: the length must be a multiple of 16")
         first = max(0, request.first_wanted)
-        asked, shards = len(hashes) // 16, self._shards(request.space)
-        for other in request.others:
-            shards += self._shards(other)
+        asked, spaces = len(hashes) // 16, [request.space, *request.others]
+        shards = sum(map(self._shards, spaces))
         most = m.most_looked_up(first, shards)
         if asked > most:
             raise Refusal(f"a lookup of {asked} chunks from chunk {first} on exceeds one answer; ask for {most}")
+        if request.sisters and (widest := sum(map(self._most_shards, spaces))) > shards:
+            shards, hashes = (
+                widest,
+                hashes[: 16 * m.most_looked_up(first, widest)],
+            )  # so that extents of sisters fit, too
         self.sessions.check_room(peer, 4 * shards * max(0, asked - first))
         name = m.request_name(request.request)
-        lookup = self._now(), peer.process, request.space, hashes, first, name, request.others
+        lookup = self._now(), peer.process, request.space, hashes, first, name, request.others, request.sisters
         if self.tiering is not None:
-            spaces = [request.space, *request.others]
-            if not any(map(self.tiering.knows, spaces, repeat(hashes))):
+            if not any(map(self.tiering.knows, spaces, repeat(hashes), repeat(request.sisters))):
                 hit = self.l1.lookup_all(*lookup)
                 if hit is not None:
                     return _found(hit)
-            in_l1, coming = self.tiering.wait_for(peer.process, spaces, hashes, request.prefill_rate, name)
+            in_l1, coming = self.tiering.wait_for(
+                peer.process, spaces, hashes, request.prefill_rate, name, request.sisters
+            )
             if coming:
                 return m.Found(in_l1, 0, b"", coming)
         return _found(self.l1.lookup(*lookup))
@@ -153,6 +160,13 @@ class Service:
     def _shards(self, number: int) -> int:
         space = self.l1.space(number)
         return 1 if space is None else space.shards  # L1 refuses an unknown space
+
+    def _most_shards(self, number: int) -> int:
+        """Return the most shards that a chunk has in this space or a sister of it."""
+        space = self.l1.space(number)
+        if space is None or not space.sisters:
+            return self._shards(number)
+        return max(one.shards for one in (space, *space.sisters))
 
     def _release(self, peer: Peer, request: m.Request) -> m.Message:
         assert isinstance(request, m.Release)
@@ -224,7 +238,22 @@ class Service:
 
 
 def _found(hit: Hit) -> m.Found:
-    return m.Found(hit.chunks, hit.lease, hit.extents, 0, list(hit.groups))
+    others = [(hit.lease, extents) for extents in hit.groups]
+    foreign = [
+        m.Foreign(group, first, space.split, extents) for group, first, space, extents in hit.foreign if space.split
+    ]
+    return m.Found(hit.chunks, hit.lease, hit.extents, 0, others, foreign)
+
+
+def _is_rectangular(request: m.Register, split: Split) -> bool:
+    """Return whether each shard holds some layers and KV heads of the layout and nothing else, as far as this request shows."""
+    layout, group = request.layout, request.group
+    kept = group.kept_tokens(layout.chunk_tokens) if group is not None else layout.chunk_tokens
+    try:
+        size = split.shard(layout, max(0, request.shard)).token_bytes(layout) * kept
+    except LayoutError:
+        return False
+    return request.shard < 0 or size == request.shard_bytes
 
 
 def _log(event: Event) -> None:

@@ -38,10 +38,21 @@ _HURRY_SECONDS = 0.5
 MOST_ASKED = 32768
 """Shards. A fetch covers so many, and the next one what follows: naming the shards of a million tokens at once would keep all
 other engines waiting for longer than their deadlines."""
+_PROBE_PAUSE_SECONDS, _LONGEST_PROBE_PAUSE_SECONDS = 1.0, 600.0
+"""Bounds of the time between two searches for other splits of a layout in tiers; it doubles from one to the next."""
 _TOO_LATE, _TIER_FAILED = "too late", "tier failed"
 """Outcomes of the shards of a load that ended after its reservations had expired, and of an operation that failed."""
 _LOAD, _WRITE = ("loaded", "load_failed"), ("written", "write_failed")
 """Kinds of events: of good outcomes, and of the others."""
+
+
+@dataclass
+class _Probe:
+    """The search of tiers for other splits of one layout. running: how many tiers are being asked. due: when to ask next."""
+
+    due: float
+    pause: float = _PROBE_PAUSE_SECONDS
+    running: int = 0
 
 
 @dataclass(frozen=True)
@@ -81,6 +92,8 @@ class Tiering:
         self.fetches = Fetches(traits, always, patience_seconds)
         self.report = TierReport(loop.now, self.runners, self.fetches)
         self._region: Region | None = None
+        self._probes: dict[bytes, _Probe] = {}
+        """By family."""
         self._late_loads = set[int]()
         """Numbers of loads that are still running after their deadline."""
         self._drained: Callable[[], None] | None = None
@@ -123,9 +136,18 @@ class Tiering:
 
     # Reading
 
-    def knows(self, space: int, hashes: bytes) -> bool:
-        """Return whether a fetch of these chunks, or of one of their parts, is under way or has just ended."""
-        return any(self.fetches.knows(space, hashes[:end]) for end in self._ends(space, len(hashes)))
+    def knows(self, space: int, hashes: bytes, sisters: bool = False) -> bool:
+        """Return whether a fetch of these chunks, or of one of their parts, is under way or has just ended; with `sisters`, in
+        the space or a sister of it."""
+        return any(
+            self.fetches.knows(one, hashes[:end])
+            for one in self._family(space, sisters)
+            for end in self._ends(one, len(hashes))
+        )
+
+    def _family(self, number: int, sisters: bool) -> list[int]:
+        space = self._l1.space(number)
+        return [number, *(one.number for one in space.sisters)] if sisters and space is not None else [number]
 
     def _ends(self, space_number: int, size: int) -> range:
         """Return where the parts of `size` bytes of hashes end that fetches cover; the last one may end behind them."""
@@ -134,12 +156,19 @@ class Tiering:
         return range(step, size + step, step)
 
     def wait_for(
-        self, process: int, spaces: Sequence[int], hashes: bytes, prefill_tokens_per_second: float, request: str = ""
+        self,
+        process: int,
+        spaces: Sequence[int],
+        hashes: bytes,
+        prefill_tokens_per_second: float,
+        request: str = "",
+        sisters: bool = False,
     ) -> tuple[int, int]:
         """Return how many leading chunks are in L1, and how many more the engine should wait for.
 
         spaces: of all groups of the model. Those without a reach are asked first, for all chunks; the others then for the last
         chunks before the end of what the first ones have. request: the engine's id of the request, for the fetch's record.
+        sisters: whether the engine can use what sisters of the spaces have.
 
         Raises:
             Refusal: unknown space or process.
@@ -152,7 +181,7 @@ class Tiering:
             if not needed:
                 return 0, 0
             # Without these chunks, all `chunks` would have to be computed.
-            in_l1, coming = self._wait_for(process, number, needed, rate * (chunks - first) / chunks, request)
+            in_l1, coming = self._wait_for(process, number, needed, rate * (chunks - first) / chunks, request, sisters)
             if coming:
                 return first + in_l1, coming
             if not first:
@@ -160,24 +189,75 @@ class Tiering:
         return chunks, 0
 
     def _wait_for(
-        self, process: int, space_number: int, hashes: bytes, prefill_tokens_per_second: float, request: str
+        self,
+        process: int,
+        space_number: int,
+        hashes: bytes,
+        prefill_tokens_per_second: float,
+        request: str,
+        sisters: bool,
     ) -> tuple[int, int]:
-        now = self._loop.now()
-        in_l1 = self._l1.peek(now, process, space_number, hashes)
+        in_l1 = self._l1.peek(self._loop.now(), process, space_number, hashes, sisters)
+        seconds = self._chunk_tokens / prefill_tokens_per_second if prefill_tokens_per_second > 0 else 0.0
+        for number in self._family(
+            space_number, sisters
+        ):  # a sister only for what the tiers do not have of the space itself
+            coming = self._poll(number, hashes, in_l1, seconds, request)
+            if coming:
+                return in_l1, coming
+        missing = hashes[in_l1 * HASH_BYTES :]
+        return in_l1, len(missing) // HASH_BYTES if sisters and missing and self._probing(space_number, missing) else 0
+
+    def _probing(self, number: int, missing: bytes) -> bool:
+        """Return whether tiers are being asked for the first of these chunks as other splits would have stored it, before this
+        server's start. The sister of a split that is found is opened. The tiers are asked now and then, for all of a family."""
+        space, now = self._l1.space(number), self._loop.now()
+        if space is None or not space.expected or not all(space.shard_bytes):
+            return False
+        probe = self._probes.setdefault(space.family, _Probe(now))
+        if probe.running or now < probe.due:
+            return probe.running > 0
+        probe.due, probe.pause = now + probe.pause, min(2 * probe.pause, _LONGEST_PROBE_PAUSE_SECONDS)
+        known = {one.split for one in space.sisters}
+        splits = [split for split in space.expected if split not in known]
+        if not splits:
+            return False
+        keys = [
+            ShardKey(space.family, missing[:HASH_BYTES], shard, split.count)
+            for split in splits
+            for shard in range(split.count)
+        ]
+
+        def done(present: list[bool] | None, error: Exception | None, seconds: float) -> None:
+            probe.running -= 1
+            has = {key for key, found in zip(keys, present or (), strict=False) if found}
+            for split in splits:
+                if all(key in has for key in keys if key.shards == split.count) and self._l1.space(number) is space:
+                    with suppress(Refusal):
+                        self._l1.open_sister(number, split)
+                    probe.due, probe.pause = 0.0, _PROBE_PAUSE_SECONDS
+
+        for runner in self.runners:
+            if runner.usable(now):
+                probe.running += 1
+                runner.contains(keys, self._patience_seconds, done)
+        return probe.running > 0
+
+    def _poll(self, space_number: int, hashes: bytes, in_l1: int, prefill_seconds: float, request: str) -> int:
+        """Return how many chunks of this space the engine should wait for."""
         space = self._l1.space(space_number)
         if space is None or not all(space.shard_bytes):
-            return in_l1, 0
-        seconds = self._chunk_tokens / prefill_tokens_per_second if prefill_tokens_per_second > 0 else 0.0
-        knowers, coming = [self._knower(runner, space) for runner in self.runners], 0
+            return 0
+        now, coming, knowers = self._loop.now(), 0, [self._knower(runner, space) for runner in self.runners]
         for end in self._ends(space_number, len(hashes)):
             part, found = hashes[:end], min(in_l1, end // HASH_BYTES)
             coming = self.fetches.poll(
-                now, space_number, part, found, sum(space.shard_bytes), seconds, knowers, request, space.shards
+                now, space_number, part, found, sum(space.shard_bytes), prefill_seconds, knowers, request, space.shards
             )
             if found * HASH_BYTES < len(part):
                 break
         self._carry_out()
-        return in_l1, coming
+        return coming
 
     @staticmethod
     def _knower(runner: TierRunner, space: Space) -> Callable[[bytes], Sequence[bool] | None]:

@@ -17,11 +17,11 @@ _ANYWHERE = (1 << 63) - 1
 
 
 class Bounds:
-    """Checks copies between `paged` and extents of `chunk_tokens` tokens."""
+    """Checks copies between `paged` and extents of `chunk_tokens` tokens and `extent_bytes` bytes."""
 
-    def __init__(self, paged: PagedKV, chunk_tokens: int) -> None:
+    def __init__(self, paged: PagedKV, chunk_tokens: int, extent_bytes: int) -> None:
         self._paged, self._chunk_tokens = paged, chunk_tokens
-        self._shard_bytes = paged.shard_bytes(chunk_tokens)
+        self._shard_bytes = extent_bytes
 
     def checked(
         self, base: int, blocks: npt.NDArray[Any], runs: npt.NDArray[Any], arena_bytes: int | None = None

@@ -10,11 +10,25 @@ import numpy.typing as npt
 
 from lmcache.runtime import RUNTIME, Runtime
 from lmcache.transfer.cpu import CpuCopier
-from lmcache.transfer.paged import PagedKV
+from lmcache.transfer.paged import ExtentShape, PagedKV
 from lmcache.transfer.progress import Progress
 
 
-class Copier(Protocol):
+class Reader(Protocol):
+    """Copies from extents to paged KV; a call returns when its copy has ended. Arguments as in `CpuCopier`."""
+
+    def scatter(
+        self,
+        base: int,
+        blocks: npt.NDArray[np.int32],
+        runs: npt.NDArray[np.int64],
+        *,
+        arena_bytes: int | None = None,
+        progress: Progress | None = None,
+    ) -> None: ...
+
+
+class Copier(Reader, Protocol):
     """Copies between one rank's paged KV and extents; a call returns when its copy has ended. Arguments as in `CpuCopier`."""
 
     bytes_per_second: float
@@ -26,15 +40,13 @@ class Copier(Protocol):
         self, base: int, blocks: npt.NDArray[np.int32], runs: npt.NDArray[np.int64], *, arena_bytes: int | None = None
     ) -> None: ...
 
-    def scatter(
-        self,
-        base: int,
-        blocks: npt.NDArray[np.int32],
-        runs: npt.NDArray[np.int64],
-        *,
-        arena_bytes: int | None = None,
-        progress: Progress | None = None,
-    ) -> None: ...
+    def reader(self, part: PagedKV, shape: ExtentShape) -> Reader:
+        """Return what fills a part of the paged KV from extents of another shape, until this copier is closed.
+
+        Raises:
+            LayoutError: this copier cannot do that.
+        """
+        ...
 
     def adopt(self, address: int, size_bytes: int) -> None:
         """Prepare for fast copies to and from the arena, mapped at `address` in this process. Runs in the background."""

@@ -14,7 +14,7 @@ from lmcache.compiled import native
 from lmcache.errors import LayoutError
 from lmcache.runtime import RUNTIME, Runtime
 from lmcache.transfer.bounds import Blocks, Bounds, Runs
-from lmcache.transfer.paged import PagedKV
+from lmcache.transfer.paged import ExtentShape, PagedKV
 from lmcache.transfer.progress import Progress, planes_in_group
 
 # A smaller copy ends before another thread has woken up: waking one takes some 30 microseconds, in which 300 KB are copied.
@@ -31,25 +31,41 @@ class CpuCopier:
     tokens [token_in_extent, ...) of the extent at base + extent_offset_bytes. Runs of one call must not share target tokens.
     Several threads may call it at the same time.
 
-    threads: how many threads share the work of one call, including the calling thread.
+    threads: how many threads share the work of one call, including the calling thread. shape: of extents that hold more than
+    this paged KV.
     """
 
     bytes_per_second = 6e9
     zeroes_the_rest = False
 
-    def __init__(self, paged: PagedKV, chunk_tokens: int, threads: int = 1, runtime: Runtime = RUNTIME) -> None:
+    def __init__(
+        self,
+        paged: PagedKV,
+        chunk_tokens: int,
+        threads: int = 1,
+        runtime: Runtime = RUNTIME,
+        shape: ExtentShape | None = None,
+    ) -> None:
         if chunk_tokens < 1:
             raise LayoutError(f"chunk_tokens is {chunk_tokens}; it must be at least 1")
         if threads < 1:
             raise LayoutError(f"threads is {threads}; it must be at least 1")
         self.paged = paged
         self.chunk_tokens = chunk_tokens
-        self._bounds = Bounds(paged, chunk_tokens)
-        self._planes = _packed_planes(paged, chunk_tokens)
+        shape = shape or ExtentShape.of(paged, chunk_tokens)
+        self._bounds = Bounds(paged, chunk_tokens, shape.size_bytes)
+        self._planes = _packed_planes(paged, shape)
         self._planes_address = self._planes.ctypes.data
         self._isa = -1  # the best instruction set of this CPU; tests try each
         self._pool = runtime.pool(threads - 1, "lmcache-copy") if threads > 1 else None
         self._helpers = threads - 1
+
+    def reader(self, part: PagedKV, shape: ExtentShape) -> CpuCopier:
+        """Return a copier that fills a part of this paged KV from extents of another shape. It uses the threads of this one, so
+        it is closed with it."""
+        reader = CpuCopier(part, self.chunk_tokens, shape=shape)
+        reader._isa, reader._pool, reader._helpers = self._isa, self._pool, self._helpers
+        return reader
 
     def gather(self, base: int, blocks: Blocks, runs: Runs, *, arena_bytes: int | None = None) -> None:
         """Copy paged tokens into extents.
@@ -135,10 +151,7 @@ def _call(arguments: tuple[Any, ...], kept: object) -> None:
     native.copy(*arguments)
 
 
-def _packed_planes(paged: PagedKV, chunk_tokens: int) -> npt.NDArray[np.int64]:
-    """Return the table that native code reads: one row a plane, the fields of `Plane` and the plane's offset in an extent."""
-    rows, offset = [], 0
-    for p in paged.planes:
-        rows.append((*dataclasses.astuple(p), offset))
-        offset += chunk_tokens * p.heads * p.dims * paged.item_bytes
+def _packed_planes(paged: PagedKV, shape: ExtentShape) -> npt.NDArray[np.int64]:
+    """Return the table that native code reads: one row a plane, the fields of `Plane` and the plane's place in an extent."""
+    rows = [(*dataclasses.astuple(plane), *place) for plane, place in zip(paged.planes, shape.planes, strict=True)]
     return np.array(rows, dtype=np.int64)

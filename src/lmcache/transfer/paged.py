@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, fields
+import itertools
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from lmcache.errors import LayoutError
@@ -103,6 +104,14 @@ class PagedKV:
                     f"planes {other} and {number} both start at {plane.address:#x}; each needs its own memory"
                 )
 
+    def part(self, first_plane: int, end_plane: int, first_head: int, end_head: int) -> PagedKV:
+        """Return these heads, counted from 0, of these planes."""
+        planes = tuple(
+            replace(plane, address=plane.address + first_head * plane.head_stride, heads=end_head - first_head)
+            for plane in self.planes[first_plane:end_plane]
+        )
+        return replace(self, planes=planes)
+
     @functools.cached_property
     def token_bytes(self) -> int:
         """Bytes of one token in all planes together."""
@@ -111,6 +120,22 @@ class PagedKV:
     def shard_bytes(self, chunk_tokens: int) -> int:
         """Return the bytes of a shard of `chunk_tokens` tokens."""
         return self.token_bytes * chunk_tokens
+
+
+@dataclass(frozen=True)
+class ExtentShape:
+    """Where the planes of paged KV are in an extent. planes: (offset of its first token, bytes from token to token) for each
+    plane. size_bytes: of the complete extent, which may hold more layers and heads than the paged KV."""
+
+    planes: tuple[tuple[int, int], ...]
+    size_bytes: int
+
+    @classmethod
+    def of(cls, paged: PagedKV, tokens: int) -> ExtentShape:
+        """Return the shape of extents of `tokens` tokens that hold these planes and nothing else."""
+        rows = [plane.heads * plane.dims * paged.item_bytes for plane in paged.planes]
+        starts = itertools.accumulate((tokens * row for row in rows), initial=0)
+        return cls(tuple(zip(starts, rows, strict=False)), paged.shard_bytes(tokens))
 
 
 def plane_span_bytes(paged: PagedKV, plane: Plane) -> int:

@@ -14,7 +14,7 @@ from typing import Annotated, Literal, TypeVar
 
 import msgspec
 
-from lmcache.chunks import Group, Layout
+from lmcache.chunks import Group, Layout, Split
 from lmcache.errors import LMCacheError, WireError
 from lmcache.observability.log import printable
 
@@ -99,6 +99,8 @@ class Lookup(Message, frozen=True, tag=4):
     """The engine's own id of the request as `request_name` gives it, for the record of what the tiers did for it."""
     others: Annotated[list[int], msgspec.Meta(max_length=MAX_GROUPS)] = []
     """The spaces of the model's other groups. Only a prefix that all groups can serve is a hit."""
+    sisters: bool = False
+    """Whether the engine can also load what ranks of another parallel split have stored (`Found.foreign`)."""
 
 
 class Release(Message, frozen=True, tag=5):
@@ -141,6 +143,8 @@ class Fetch(Message, frozen=True, tag=9):
     shard: int
     first: int
     count: int
+    part: int = 0
+    """Which part of the lease: the number of the group, or the number of groups and a place in `Found.foreign`."""
 
 
 class Fill(Message, frozen=True, tag=10):
@@ -239,6 +243,16 @@ class Registered(Message, frozen=True, tag=67):
     space: int
 
 
+class Foreign(msgspec.Struct, frozen=True, array_like=True):
+    """A part of a hit: chunks of one group from number `first` on, as a split has stored them that need not be the engine's.
+    `extents` holds `split.count` first sectors for each."""
+
+    group: int
+    first: int
+    split: Split
+    extents: bytes
+
+
 class Found(Message, frozen=True, tag=68):
     """`chunks` is the length of the hit from the prompt's start; `extents` holds `shards` first sectors for each leased chunk.
 
@@ -250,7 +264,10 @@ class Found(Message, frozen=True, tag=68):
     extents: bytes
     loading: int = 0
     others: Annotated[list[tuple[int, bytes]], msgspec.Meta(max_length=MAX_GROUPS)] = []
-    """Lease and extents in each of the other spaces: of the last chunks before the end of the hit, as many as the group needs."""
+    """Lease (the same one) and extents in each of the other spaces: of the last chunks before the end of the hit, as many as the
+    group needs."""
+    foreign: Annotated[list[Foreign], msgspec.Meta(max_length=65536)] = []
+    """What follows these extents, up to the end of the hit, in each group; under the same lease."""
 
 
 class Reserved(Message, frozen=True, tag=69):
