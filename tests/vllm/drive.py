@@ -23,7 +23,12 @@ os.dup2(2, 1)  # whatever the engine prints goes to stderr
 def main() -> None:
     from vllm import LLM
 
-    llm = LLM(**json.loads(sys.argv[1]))
+    arguments = json.loads(sys.argv[1])
+    if os.environ.get("KERNELS_IN_PYTORCH"):
+        from quantized_kv import install
+
+        install(arguments["kv_cache_dtype"])
+    llm = LLM(**arguments)
     answer({"ready": True})
     for line in sys.stdin:
         command = json.loads(line)
