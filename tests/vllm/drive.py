@@ -246,8 +246,9 @@ def groups(llm: Any) -> dict[str, Any]:
     return {"groups": len(get_kv_transfer_group()._worker._session._groups)}
 
 
-def spoil(llm: Any, group: int, fail: bool = False) -> dict[str, Any]:
-    """Before the next load copies this group, write something else over its extents in the arena; with `fail`, end it there."""
+def spoil(llm: Any, group: int, fail: bool = False, scales: bool = False) -> dict[str, Any]:
+    """Before the next load copies this group, write something else over its extents in the arena; with `fail`, end it there; with
+    `scales`, write 1.0 over the scales behind the heads only."""
     import ctypes
 
     import numpy as np
@@ -264,7 +265,11 @@ def spoil(llm: Any, group: int, fail: bool = False) -> dict[str, Any]:
         if fail:
             raise ServerUnavailable("the test ends this load")
         for start in runs[:, 0].tolist():
-            ctypes.memmove(base + start, token.ctypes.data, size)
+            if scales:
+                extent = np.frombuffer((ctypes.c_uint8 * size).from_address(base + start), np.uint8)
+                extent.reshape(-1, copier.paged.planes[0].dims)[:, -4:] = np.float32([1.0]).view(np.uint8)
+            else:
+                ctypes.memmove(base + start, token.ctypes.data, size)
         scatter(base, blocks, runs, **more)
 
     copier.scatter = spoiled
