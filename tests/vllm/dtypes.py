@@ -60,7 +60,7 @@ def tokens_of(cache: torch.Tensor, blocks: list[int]) -> torch.Tensor:
 
 def copied(dtype: str, layout: Any) -> str:
     spec = spec_of(dtype)
-    name, size, scales = _elements(spec, SimpleNamespace(cache_dtype=dtype))
+    _, size, scales = _elements(spec, SimpleNamespace(cache_dtype=dtype))
     one, other = caches(spec, layout, 1), caches(spec, layout, 2)
     described = []
     for tensors in (one, other):
@@ -110,9 +110,8 @@ def probed(dtype: str) -> str:
         first = plane.address + plane.block_stride - start
         sizes = (BLOCK // plane.token_group, plane.token_group, HEADS, DIMS // plane.dim_group, plane.dim_group)
         steps = (plane.group_stride, plane.token_stride, plane.head_stride, plane.dim_group_stride, plane.dim_stride)
-        if not torch.equal(
-            raw.as_strided(sizes, steps, first).reshape(-1), source.to(kept_as(dtype)).view(torch.uint8).reshape(-1)
-        ):
+        numbers = source.to(kept_as(dtype)).view(torch.uint8)
+        if not torch.equal(raw.as_strided(sizes, steps, first).reshape(-1), numbers.reshape(-1)):
             return "elements are elsewhere"
     return ""
 

@@ -97,11 +97,9 @@ def write_fp8(
 
 def turned(numbers: Any) -> Any:
     """The same memory as [block, head, dim, token]."""
-    return numbers.as_strided(
-        (*numbers.shape[:2], numbers.shape[3], numbers.shape[2]),
-        (*numbers.stride()[:2], numbers.shape[2], 1),
-        numbers.storage_offset(),
-    )
+    blocks, heads, tokens, dims = numbers.shape
+    strides = (*numbers.stride()[:2], tokens, 1)
+    return numbers.as_strided((blocks, heads, dims, tokens), strides, numbers.storage_offset())
 
 
 def read_fp8(
