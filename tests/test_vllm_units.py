@@ -1264,7 +1264,9 @@ def test_layers_that_are_exempt_from_quantization_have_their_own_dtype(
 
 
 def layers_with(**more: Any) -> Any:
-    return SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context={"a": SimpleNamespace(**more)}))
+    """Layer a, and one that shares its KV."""
+    layers = {name: SimpleNamespace(**more, kv_sharing_target_layer_name=of) for name, of in (("a", None), ("b", "a"))}
+    return SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context=layers))
 
 
 def test_kernels_that_keep_other_numbers_under_the_name_of_a_dtype_are_refused() -> None:
@@ -1291,7 +1293,7 @@ def test_scales_that_lie_elsewhere_are_refused() -> None:
         own_scales(layers_with(impl=kernel), ["a"], [whole], paged)
 
     own(keys)
-    assert made == [whole]
+    assert made == [whole, whole], "each layer has views of its own"
     with pytest.raises(LayoutError, match="VLLM_KV_CACHE_LAYOUT=NHD"):
         own(Tensor(scales[:, 0]))
 

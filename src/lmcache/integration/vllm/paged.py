@@ -145,10 +145,13 @@ def own_scales(vllm_config: Any, names: Sequence[str], tensors: Sequence[Any], p
     Raises:
         LayoutError: a view is not where `paged` has the last bytes of each head.
     """
-    for number, (name, tensor) in enumerate(zip(names, tensors, strict=True)):
-        kernel = vllm_config.compilation_config.static_forward_context[name].impl
-        kernel._ensure_scale_caches(tensor)
-        views = kernel._k_scale_cache, kernel._v_scale_cache
+    layers, caches = vllm_config.compilation_config.static_forward_context, dict(zip(names, tensors, strict=True))
+    for name, layer in layers.items():
+        source = getattr(layer, "kv_sharing_target_layer_name", None) or name  # a layer may read another one's KV
+        if source in caches:
+            layer.impl._ensure_scale_caches(caches[source])
+    for number, name in enumerate(names):
+        views = layers[name].impl._k_scale_cache, layers[name].impl._v_scale_cache
         for plane, view in zip(paged.planes[2 * number : 2 * number + 2], views, strict=True):
             place = (view.data_ptr(), *(step * view.element_size() for step in view.stride()))
             end = plane.address + plane.dims * paged.item_bytes
