@@ -52,16 +52,16 @@ def environment() -> dict[str, str]:
 
 
 class Engine(Process):
-    """`python -m sglang.launch_server --enable-lmcache` with these settings in its config file; ready."""
+    """`python -m sglang.launch_server --enable-lmcache` with these settings in its config file, and these flags; ready."""
 
-    def __init__(self, folder: Path, model: Path, page_size: int, settings: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, model: Path, page_size: int, settings: dict[str, Any], *flags: str) -> None:
         self.port = free_port()
         file = folder / f"lmcache-{self.port}.yaml"
         settings = {"blocking_timeout_secs": DEADLINE_SECONDS} | settings
         file.write_text("".join(f"{key}: {json.dumps(value)}\n" for key, value in settings.items()))
         launch = str(Path(__file__).with_name("launch.py"))
         command = [PYTHON, launch, "--model-path", str(model), "--port", str(self.port), *_FLAGS]
-        command += ["--page-size", str(page_size), "--enable-lmcache", "--lmcache-config-file", str(file)]
+        command += ["--page-size", str(page_size), "--enable-lmcache", "--lmcache-config-file", str(file), *flags]
         super().__init__(command, functools.partial(zygotes.start, MODULES), cwd=folder, env=environment())
         self.page_size = page_size
         try:
@@ -92,6 +92,13 @@ class Engine(Process):
         """All prompts at once."""
         with ThreadPoolExecutor(len(prompts)) as pool:
             return list(pool.map(lambda prompt: self.answer(prompt, max_tokens, **more), prompts))
+
+    def alone(self, prompt: list[int]) -> Output:
+        """One prompt, with an empty radix tree before and after: KV of few bits differs where steps do."""
+        self.flush()
+        output = self.answer(prompt)
+        self.flush()
+        return output
 
     def post(self, path: str, body: Any = None) -> str:
         data = json.dumps(body or {}).encode()
