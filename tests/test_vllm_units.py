@@ -1204,9 +1204,6 @@ def test_models_that_are_not_served_are_named(weights: Path) -> None:
     state = MambaSpec(**vars(FULL))
     with pytest.raises(LayoutError, match="Mamba states kept in mode 'none'"):
         describe_model(config, cache_config(FULL, state))
-    window = type("SlidingWindowSpec", (), {**vars(FULL), "sliding_window": 128})()
-    with pytest.raises(LayoutError, match="LMCache's own class of LMCacheMPConnector only"):
-        describe_model(config, cache_config(window))
     with pytest.raises(LayoutError, match="nvfp4"):
         describe_model(vllm_config(str(weights), cache_dtype="nvfp4"), cache_config(FULL))
     with pytest.raises(LayoutError, match=r"lmcache\.mp\.model_id"):

@@ -84,7 +84,7 @@ class Requests(Generic[RequestT]):
         session: the scheduler's session. It is closed with this object, or once `stop` was called and no load runs.
         block_tokens: tokens of a block in the requests' block tables; 0 if only the ranks know the tables.
         ranks: how many ranks have to end a job.
-        save_tail: whether the last, unfull chunk of a prompt is also stored.
+        save_tail: whether the last, unfull chunk of a prompt is also stored, unless a group has a reach.
         name: the engine's name, the same in all of its schedulers. It names KV that no other engine may share, so it must be
             unique; "" generates one.
         groups: the groups of a model with several kinds of KV, in place of `block_tokens`.
@@ -115,7 +115,7 @@ class Requests(Generic[RequestT]):
         self._groups = tuple(groups) or (GroupTable(block_tokens),)
         self._reaching = any(group.reach_tokens for group in self._groups)
         """Whether the engine keeps of some layers only what is in reach."""
-        self._ranks, self._save_tail = ranks, save_tail
+        self._ranks, self._save_tail = ranks, save_tail and not self._reaching
         self._name = name or secrets.token_hex(8)
         self._left: dict[str, int] = {}
         """Number of ranks that have not ended a load, by job."""

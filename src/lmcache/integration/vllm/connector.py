@@ -51,10 +51,11 @@ class Connector:
     """One role of a connector: the scheduler's or a rank's. A subclass sets the attributes of vLLM's base class, then calls
     `_describe`."""
 
+    _in_process = False
+    """Whether this is a class of in-process mode: the first step waits for the server, copies are logged, and forwards wait for
+    loads wherever vLLM can hear that such a load has failed."""
     _synchronous = False
     """Whether forwards wait for loads."""
-    _serves_groups = False
-    """Whether vLLM tells this class all that models with windows or states need (`describe_model`)."""
     _vllm_config: Any
     _kv_cache_config: Any
     _role: KVConnectorRole
@@ -71,9 +72,8 @@ class Connector:
         transfer = self._vllm_config.kv_transfer_config
         self._instance = str(transfer.engine_id)
         try:
-            self._kv = describe_model(
-                self._vllm_config, self._kv_cache_config, settings.model_id, with_groups=self._serves_groups
-            )
+            self._kv = describe_model(self._vllm_config, self._kv_cache_config, settings.model_id)
+            self._synchronous = self._in_process and not self._kv.fails_by_request
         except NOT_SERVED as error:
             self._refuse(refusal_of(error, "vLLM"))
         if self._role == KVConnectorRole.SCHEDULER:
@@ -105,6 +105,7 @@ class Connector:
             can_load=transfer.is_kv_consumer,
             can_store=transfer.is_kv_producer,
             synchronous=self._synchronous,
+            logs=self._in_process,
             device=str(self._vllm_config.device_config.device_type),
             config=self._settings.config,
         )
@@ -146,6 +147,7 @@ class Connector:
             [one.shard.index for one in served],
             stores=[one.stores for one in served],
             synchronous=self._synchronous,
+            logs=self._in_process,
             fails_by_request=kv.fails_by_request,
             layers=Layers(kv.layer_names, len(registered[0].paged.planes)) if layerwise else None,
             refusal=lambda: kv.identity.failure,
@@ -174,7 +176,7 @@ class Connector:
         """Start the loads of the step. This does nothing more when it is called again for the same step."""
         plan, worker = self._plan(), self._worker
         if worker is not None:
-            if self._synchronous or plan.address:
+            if self._in_process or plan.address:
                 worker.wait_connected(plan)
             worker.settle(plan)
             worker.start_loads(plan)
@@ -205,6 +207,17 @@ class Connector:
             sent, received = set(plan.closing), {str(load.request_id) for load in loads}
         return sent or None, received or None
 
+    def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
+        """Return the ends of transfers. A model with several groups reports failed loads here, because numbers of blocks do not
+        say which group they belong to."""
+        sent, received = self.get_finished(finished_req_ids)
+        failed: set[str] = set()
+        if self._worker is not None:
+            failed = self._worker.take_failed_requests()
+        elif self._kv is not None and self._kv.fails_by_request:
+            failed = {str(load.request_id) for load in self._plan().loads}
+        return base.KVConnectorTransferResults(sent or set(), received or set(), failed)
+
     def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any) -> None:
         return
 
@@ -234,6 +247,20 @@ class Connector:
 
     # Scheduler
 
+    def bind_gpu_block_pool(self, gpu_block_pool: Any) -> None:
+        if self._scheduler is not None:
+            self._scheduler.bind_pool(gpu_block_pool)
+
+    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
+        """Return the tokens that can be loaded, and whether the request waits for them, unscheduled; None while a tier loads, so
+        that vLLM asks again at the next step."""
+        tokens = self._scheduler.match(request, num_computed_tokens) if self._scheduler is not None else 0
+        return tokens, bool(tokens) and not self._synchronous
+
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        if self._scheduler is not None:
+            self._scheduler.allocated(request, blocks.get_block_ids(), num_external_tokens)
+
     def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
         if self._scheduler is None:
             return LMCacheMetadata(StepPlan(forward=scheduler_output.total_num_scheduled_tokens > 0))
@@ -253,6 +280,11 @@ class Connector:
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         return (self._scheduler is not None and self._scheduler.finished(request)), None
+
+    def request_finished_all_groups(
+        self, request: Any, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        return self.request_finished(request, block_ids[0])
 
     def reset_cache(self) -> bool:
         """Serve none of the KV stored so far to this engine any more. Other engines keep their KV."""

@@ -81,11 +81,8 @@ class ModelKV(ServedModel):
         return shard_of_rank(self.model, tp_rank, self.tp_size, *layers, pp_rank=pp_rank, pp_size=self.pp_size)
 
 
-def describe_model(vllm_config: Any, kv_cache_config: Any, model_id: str = "", *, with_groups: bool = False) -> ModelKV:
+def describe_model(vllm_config: Any, kv_cache_config: Any, model_id: str = "") -> ModelKV:
     """Describe the KV of the model that vLLM serves.
-
-    with_groups: whether the caller serves models with windows or states, too. vLLM has to tell it the block tables of all groups
-    and its block pool (their blocks are freed while stores read them), and to hear from it which requests' loads have failed.
 
     Raises:
         LayoutError: this engine's KV cannot be cached; the message says why.
@@ -94,11 +91,6 @@ def describe_model(vllm_config: Any, kv_cache_config: Any, model_id: str = "", *
     refuse_what_vllm_rules_out(vllm_config)
     groups = _groups(kv_cache_config)
     if len(groups) > 1 or groups[0].reach_tokens:
-        if not with_groups:
-            raise LayoutError(
-                "models with sliding windows or Mamba states are served with LMCache's own class of LMCacheMPConnector only, or "
-                "with --disable-hybrid-kv-cache-manager if some layers have full attention"
-            )
         _refuse_with_groups(vllm_config)
     # The identity comes last: the weights of a refused engine need not be hashed.
     digest, layers = (

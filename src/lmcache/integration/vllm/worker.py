@@ -26,7 +26,7 @@ class WorkerSide:
     """The worker's side. registered, shards: for each group, where its KV lies and the index of this rank's shard. stores: as
     for `Copies`.
 
-    synchronous: forwards wait for loads (`wait_loaded`), and every copy is logged, as users of in-process mode expect.
+    synchronous: forwards wait for loads (`wait_loaded`). logs: whether every copy is logged, as users of in-process mode expect.
     fails_by_request: whether failed loads are reported as requests (`take_failed_requests`) instead of blocks.
     layers: if given, reliable forwards wait layer by layer. refusal: returns why this rank can never serve, "" as long as it may.
     """
@@ -39,6 +39,7 @@ class WorkerSide:
         *,
         stores: bool | Sequence[bool] = True,
         synchronous: bool = False,
+        logs: bool = False,
         fails_by_request: bool = False,
         layers: Layers | None = None,
         refusal: Callable[[], str] = str,
@@ -48,7 +49,7 @@ class WorkerSide:
         self._block_tokens = registered[0].paged.block_tokens * registered[0].blocks_per_block
         """Tokens of a scheduler block."""
         self._synchronous, self._layers, self._refusal = synchronous, layers, refusal
-        self._fails_by_request = fails_by_request
+        self._logs, self._fails_by_request = logs, fails_by_request
         self._arriving: list[Progress] = []
         """The progress of loads of a step whose forward waits for each layer."""
         self._unread: set[str] = set()
@@ -147,7 +148,7 @@ class WorkerSide:
             elif any(not blocks.isdisjoint(store.blocks) for blocks in self._spoiled.values()):
                 self._copies.drop(store, "computed from a failed load")
             else:
-                if self._synchronous and self._copies.stores:
+                if self._logs and self._copies.stores:
                     text = "Storing KV cache for %d out of %d tokens (skip_leading_tokens=%d) for request %s"
                     logger.info(text, store.tokens, store.end, store.start, store.request_id)
                 table, *tables = self._tables(store)
@@ -203,7 +204,7 @@ class WorkerSide:
             return
         self._report.stored[plan.job_id] = 1
         self.stored_tokens += done.tokens if done.ok else 0
-        if self._synchronous and done.ok and done.tokens:
+        if self._logs and done.ok and done.tokens:
             logger.info("%s", stored_line([copy], plan.tokens, self._registered.paged.token_bytes))
 
     def _loaded(self, load: LoadPlan, done: Done) -> None:
@@ -212,7 +213,7 @@ class WorkerSide:
             return
         self._report_loaded(load)
         self.loaded_tokens += load.tokens
-        if self._synchronous:
+        if self._logs:
             logger.info("%s", retrieved_line(load, done, self._registered.paged.token_bytes))
 
     def _distrust_loads(self) -> None:
