@@ -20,12 +20,14 @@ _REACH_TO_KEEP_ALL = 2048
 
 
 class GroupShape(NamedTuple):
-    """A group as the scheduler knows it. shards: how many shards a chunk has in this group. share: as in `shares`."""
+    """A group as the scheduler knows it. shards: how many shards a chunk has in this group. share: as in `shares`. stages: as for
+    `RankGroup`."""
 
     layout_for: LayoutFor
     shards: int
     group: Group | None = None
     share: float = 1.0
+    stages: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ class RankGroup:
     tokens."""
     block_tokens: int = 0
     """Tokens of a block of the engine's scheduler; 0 if it has the blocks of the paged KV."""
+    stages: tuple[int, ...] = ()
+    """The layer of the group before which each pipeline stage with layers of it ends, if there are several."""
 
     def first_token(self, chunk: npt.NDArray[np.int64], chunk_tokens: int) -> npt.NDArray[np.int64]:
         """Return the first token of each of these chunks that its extent holds."""

@@ -87,8 +87,8 @@ class WorkerSession(Session):
         self.counters: Counter[str] = Counter()
         """Counts of failed jobs and dropped chunks; a reason follows a colon."""
         self._shard, self._paged, self._threads = shard, paged, threads
-        self._groups = (RankGroup(layout_for, shard, paged, group, share, state_tokens, block_tokens), *others)
-        self._stages = list(stages)
+        own = RankGroup(layout_for, shard, paged, group, share, state_tokens, block_tokens, tuple(stages))
+        self._groups = (own, *others)
         self._chunk_tokens, self._arena, self._epoch = 0, b"", b""
         self._spaces: list[int] = []
         self._access: Access | None = None
@@ -482,7 +482,7 @@ class WorkerSession(Session):
             sizes = [one.shard_bytes(size) for one in self._groups]
             for one, shard_bytes in zip(self._groups, sizes, strict=True):
                 shard = one.shard.count, one.shard.index, shard_bytes
-                request = m.Register(one.layout_for(size), *shard, self._stages, one.group, one.share)
+                request = m.Register(one.layout_for(size), *shard, list(one.stages), one.group, one.share)
                 spaces.append(ask(carrier, request, m.Registered).space)
             with self._state:
                 known = welcome.arena == self._arena and (descriptor < 0 or self._mapped())

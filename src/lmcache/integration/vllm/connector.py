@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1 import base
@@ -14,9 +15,9 @@ from lmcache.engine.groups import GroupShape, RankGroup
 from lmcache.engine.requests import GroupTable
 from lmcache.engine.served import NOT_SERVED, refusal_of
 from lmcache.engine.settings import ServerSettings
-from lmcache.integration.vllm.caches import describe_rank
+from lmcache.integration.vllm.caches import describe_rank, layers_of_all_stages
 from lmcache.integration.vllm.layers import Layers
-from lmcache.integration.vllm.model import ModelKV, describe_model
+from lmcache.integration.vllm.model import ModelKV, Stages, describe_model, spans_stages
 from lmcache.integration.vllm.plan import StepPlan, StepReport
 from lmcache.integration.vllm.resets import watch_resets
 from lmcache.integration.vllm.scheduler import SchedulerSide
@@ -26,6 +27,7 @@ from lmcache.observability.log import init_logger
 
 logger = init_logger(__name__)
 _WorkerMetadata: Any = getattr(base, "KVConnectorWorkerMetadata", object)
+_HandshakeMetadata: Any = getattr(base, "KVConnectorHandshakeMetadata", object)
 
 
 class LMCacheMetadata(KVConnectorMetadata):  # type: ignore[misc]
@@ -45,6 +47,13 @@ class LMCacheWorkerMetadata(_WorkerMetadata):  # type: ignore[misc]
     def aggregate(self, other: LMCacheWorkerMetadata) -> LMCacheWorkerMetadata:
         self.report.merge(other.report)
         return self
+
+
+@dataclass
+class LMCacheHandshake(_HandshakeMetadata):  # type: ignore[misc]
+    """What each rank reports to the scheduler once, before the first step: the layers of all stages."""
+
+    stages: Stages
 
 
 class Connector:
@@ -69,17 +78,26 @@ class Connector:
         self._server: EmbeddedServer | None = None
         self._address = self._refusal = ""
         self._kv: ModelKV | None = None
+        self._pool: Any = None
+        self._stages: Stages = ()
         transfer = self._vllm_config.kv_transfer_config
         self._instance = str(transfer.engine_id)
+        if self._role == KVConnectorRole.SCHEDULER:
+            recompute_failed_loads(transfer)
+        if spans_stages(self._vllm_config, self._kv_cache_config):
+            if self._role == KVConnectorRole.SCHEDULER:
+                return  # until the ranks have reported the layers of all stages
+            self._stages = layers_of_all_stages(self._kv_cache_config)
+        self._describe_stages(self._stages)
+
+    def _describe_stages(self, stages: Stages) -> None:
         try:
-            self._kv = describe_model(self._vllm_config, self._kv_cache_config, settings.model_id)
+            self._kv = describe_model(self._vllm_config, self._kv_cache_config, self._settings.model_id, stages)
             self._synchronous = self._in_process and not self._kv.fails_by_request
         except NOT_SERVED as error:
             self._refuse(refusal_of(error, "vLLM"))
-        if self._role == KVConnectorRole.SCHEDULER:
-            recompute_failed_loads(transfer)
-            if self._kv is not None:
-                self._start()
+        if self._role == KVConnectorRole.SCHEDULER and self._kv is not None:
+            self._start()
 
     def _start(self) -> None:
         """Make the scheduler's side with `_serve`, after starting the engine's own server if it needs one."""
@@ -91,7 +109,7 @@ class Connector:
         assert kv is not None
         endpoint = self._settings.endpoint(self._instance, "scheduler", address=address)
         first, *further = [
-            GroupShape(one.layout, one.shards, one.group, share)
+            GroupShape(one.layout, one.shards, one.group, share, one.stages)
             for one, share in zip(kv.groups, kv.shares, strict=True)
         ]
         session = SchedulerSession(
@@ -109,6 +127,7 @@ class Connector:
             device=str(self._vllm_config.device_config.device_type),
             config=self._settings.config,
         )
+        side.bind_pool(self._pool)
         watch_resets(self._instance, side)
         if not wait_for_server((session,), self._server):
             side.requests.stop(NOT_STARTED)
@@ -126,9 +145,13 @@ class Connector:
             return
         endpoint = self._settings.endpoint(self._instance, "worker", number, address)
         layerwise = self._synchronous and self._settings.config.use_layerwise
+        held = [at for at, group in enumerate(kv.groups) if group.layer_names]
         first, *further = [
-            RankGroup(one.layout, one.shard, one.paged, group.group, share, group.state_tokens, group.block_tokens)
-            for one, group, share in zip(served, kv.groups, kv.shares, strict=True)
+            RankGroup(
+                *(one.layout, one.shard, one.paged, kv.groups[at].group, kv.shares[at]),
+                *(kv.groups[at].state_tokens, kv.groups[at].block_tokens, kv.groups[at].stages),
+            )
+            for one, at in zip(served, held, strict=True)
         ]
         self._worker = WorkerSide(
             WorkerSession(
@@ -136,7 +159,7 @@ class Connector:
                 first.layout_for,
                 first.shard,
                 first.paged,
-                stages=kv.stages,
+                stages=first.stages,
                 group=first.group,
                 share=first.share,
                 others=further,
@@ -145,6 +168,7 @@ class Connector:
             ),
             registered,
             [one.shard.index for one in served],
+            held=held if further or kv.others else (),
             stores=[one.stores for one in served],
             synchronous=self._synchronous,
             logs=self._in_process,
@@ -171,6 +195,9 @@ class Connector:
 
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
         self._attach(kv_caches)
+
+    def get_handshake_metadata(self) -> LMCacheHandshake | None:
+        return LMCacheHandshake(self._stages) if self._stages else None
 
     def _begin(self) -> None:
         """Start the loads of the step. This does nothing more when it is called again for the same step."""
@@ -247,7 +274,12 @@ class Connector:
 
     # Scheduler
 
+    def set_xfer_handshake_metadata_pp_aware(self, metadata: dict[tuple[int, int], Any]) -> None:
+        if metadata:  # the same from every rank
+            self._describe_stages(next(iter(metadata.values())).stages)
+
     def bind_gpu_block_pool(self, gpu_block_pool: Any) -> None:
+        self._pool = gpu_block_pool
         if self._scheduler is not None:
             self._scheduler.bind_pool(gpu_block_pool)
 

@@ -4,8 +4,8 @@ The scheduler starts a server for the engine (`lmcache.engine.embedded`), and th
 contract than the connector's: some calls are not forwarded, or only a part of them is. The methods for those calls are set on the
 calling object itself, so that both modes run the same two sides.
 
-A load is part of the step that needs it. Of a model with several kinds of KV vLLM cannot hear that such a load has failed, so there
-the request waits, unscheduled, as with a daemon.
+A load is part of the step that needs it. vLLM cannot hear that such a load has failed if the model has several kinds of KV, so
+there the request waits, unscheduled, as with a daemon.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ _NOT_FORWARDED = (
     "get_num_new_matched_tokens",
     "update_state_after_alloc",
     "bind_gpu_block_pool",
+    "get_handshake_metadata",
+    "set_xfer_handshake_metadata_pp_aware",
     "handle_preemptions",
     "get_transfer_results",
     "build_connector_worker_meta",
