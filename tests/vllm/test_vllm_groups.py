@@ -17,7 +17,7 @@ from real_engines import ROOT
 
 CHUNK = 128
 """Tokens. vLLM-CPU keeps a state of linear attention after so many tokens."""
-KINDS = {"gemma3": 12, "mistral": 6, "gptoss": 8, "qwen3next": 4}
+KINDS = {"gemma3": 12, "mistral": 6, "gptoss": 8, "qwen3next": 4, "llama4": 8}
 """Model -> MiB of KV, for two or three of the long prompts at once."""
 IN_PROCESS = {
     "kv_connector": "LMCacheConnectorV1",

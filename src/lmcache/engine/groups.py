@@ -48,6 +48,9 @@ class RankGroup:
     stages: tuple[int, ...] = ()
     """The layer of the group before which each pipeline stage with layers of it ends, if there are several."""
 
+    local_tokens: int = 0
+    """As in `GroupTable`."""
+
     def first_token(self, chunk: npt.NDArray[np.int64], chunk_tokens: int) -> npt.NDArray[np.int64]:
         """Return the first token of each of these chunks that its extent holds."""
         return (chunk + 1) * chunk_tokens - self.kept_tokens(chunk_tokens)
@@ -71,6 +74,11 @@ class RankGroup:
             raise LayoutError(
                 f"chunks of {chunk_tokens} tokens do not end where the engine has the state or the window of its layers, "
                 f"which is every {block} tokens: start the server with --chunk-size {block} or a multiple of it"
+            )
+        if self.local_tokens and chunk_tokens % self.local_tokens and self.local_tokens % chunk_tokens:
+            raise LayoutError(
+                f"chunks of {chunk_tokens} tokens do not end where chunks of attention do, which is every {self.local_tokens} "
+                f"tokens: start the server with --chunk-size {self.local_tokens}, or a multiple or divisor of it"
             )
         return self.group.kept_tokens(chunk_tokens) if self.group is not None else chunk_tokens
 

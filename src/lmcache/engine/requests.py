@@ -70,11 +70,18 @@ RequestT = TypeVar("RequestT", bound=Request)
 
 class GroupTable(NamedTuple):
     """What a scheduler knows of the block tables of one group. block_tokens: tokens of a block; 0 if only the ranks know the
-    tables. reach_tokens: as in `Group`. only_last: the engine has the state of this group only where a step begins and ends."""
+    tables. reach_tokens: as in `Group`. only_last: the engine has the state of this group only where a step begins and ends.
+    local_tokens: a token sees nothing before the last multiple of so many tokens (chunked local attention); 0 otherwise."""
 
     block_tokens: int
     reach_tokens: int = 0
     only_last: bool = False
+    local_tokens: int = 0
+
+    def needed_from(self, end: int) -> int:
+        """Return the first token that the engine needs in order to go on from `end`. It has no memory for those before."""
+        first = max(0, end - self.reach_tokens) if self.reach_tokens else 0
+        return max(first, end - end % self.local_tokens) if self.local_tokens else first
 
 
 class Requests(Generic[RequestT]):
@@ -202,7 +209,7 @@ class Requests(Generic[RequestT]):
         plans = [
             LoadPlan(
                 *(job, request.id, part, size),
-                max(start, end - group.reach_tokens) if group.reach_tokens else start,
+                max(start, group.needed_from(end)),
                 end,
                 list(blocks),
                 total,
@@ -269,7 +276,8 @@ class Requests(Generic[RequestT]):
                 return None
             # Where `before` is a boundary, what is in reach of it is still there. With asynchronous scheduling a chunk that ends
             # in an answer is stored only then, one step late, because its last token is not known earlier.
-            begin = min(max(first, (before - 1) // size), chunks) if group.reach_tokens else first
+            last = before - (group.needed_from(before) < before)
+            begin = min(max(first, last // size), chunks) if group.reach_tokens else first
             if group.only_last:
                 begin = max(begin, chunks - (computed == chunks * size))
             hashes = chain.hashes[begin * HASH_BYTES : chunks * HASH_BYTES] + tail

@@ -64,7 +64,7 @@ class WorkerSession(Session):
         threads: copy threads of one job.
         stages: the layer at which each pipeline stage ends, if the model is split by layers; the same as the scheduler's.
         others: the further groups of a model with several kinds of KV; `layout_for`, `shard`, `paged`, `group`, `share`,
-            `state_tokens` and `block_tokens` are those of the first one.
+            `state_tokens`, `block_tokens` and `local_tokens` are those of the first one.
         runtime: clock and threads.
     """
 
@@ -82,12 +82,13 @@ class WorkerSession(Session):
         others: Sequence[RankGroup] = (),
         state_tokens: int = 0,
         block_tokens: int = 0,
+        local_tokens: int = 0,
     ) -> None:
         super().__init__(layout_for, runtime)
         self.counters: Counter[str] = Counter()
         """Counts of failed jobs and dropped chunks; a reason follows a colon."""
         self._shard, self._paged, self._threads = shard, paged, threads
-        own = RankGroup(layout_for, shard, paged, group, share, state_tokens, block_tokens, tuple(stages))
+        own = RankGroup(layout_for, shard, paged, group, share, state_tokens, block_tokens, tuple(stages), local_tokens)
         self._groups = (own, *others)
         self._chunk_tokens, self._arena, self._epoch = 0, b"", b""
         self._spaces: list[int] = []
@@ -318,11 +319,12 @@ class WorkerSession(Session):
         """
         with self._using(thread, load.epoch) as access:
             begin = self.runtime.now()
-            for number, part in enumerate((load, *load.others)):
+            parts = [one for one in enumerate((load, *load.others)) if one[1].start_token < one[1].end_token]
+            for number, part in parts:
                 access.load(number, part, np.asarray(part.blocks, dtype=np.int32), self._load_runs(number, part))
             end = self.runtime.now()
             begin, self._load_ended = max(begin, self._load_ended), end
-            return load.end_token - load.start_token, end - begin
+            return max((part.end_token - part.start_token for _, part in parts), default=0), end - begin
 
     def _load_runs(self, number: int, load: Load) -> Runs:
         sectors = np.frombuffer(load.extents, dtype="<u4").astype(np.int64)

@@ -117,7 +117,10 @@ class Connector:
         )
         self._scheduler = side = SchedulerSide(
             session,
-            [GroupTable(one.block_tokens, one.reach_tokens, one.model.kind == "state") for one in kv.groups],
+            [
+                GroupTable(one.block_tokens, one.reach_tokens, one.model.kind == "state", one.local_tokens)
+                for one in kv.groups
+            ],
             kv.ranks,
             numbers=[one.number for one in kv.groups],
             can_load=transfer.is_kv_consumer,
@@ -150,6 +153,7 @@ class Connector:
             RankGroup(
                 *(one.layout, one.shard, one.paged, kv.groups[at].group, kv.shares[at]),
                 *(kv.groups[at].state_tokens, kv.groups[at].block_tokens, kv.groups[at].stages),
+                kv.groups[at].local_tokens,
             )
             for one, at in zip(served, held, strict=True)
         ]
@@ -165,6 +169,7 @@ class Connector:
                 others=further,
                 state_tokens=first.state_tokens,
                 block_tokens=first.block_tokens,
+                local_tokens=first.local_tokens,
             ),
             registered,
             [one.shard.index for one in served],

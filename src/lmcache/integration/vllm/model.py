@@ -15,7 +15,7 @@ from lmcache.integration.vllm.identity import config_digest, served_identity
 from lmcache.integration.vllm.rules import refuse_what_vllm_rules_out
 
 _FULL_ATTENTION = ("FullAttentionSpec", "MLAAttentionSpec")
-_WINDOW, _STATE = "SlidingWindowSpec", "MambaSpec"
+_WINDOW, _LOCAL, _STATE = "SlidingWindowSpec", "ChunkedLocalAttentionSpec", "MambaSpec"
 _FP8_NAMES = {"fp8": "fp8_e4m3", "fp8_e4m3": "fp8_e4m3", "fp8_e5m2": "fp8_e5m2"}
 _PLAIN_DTYPES = ("float32", "float16", "bfloat16")
 
@@ -26,7 +26,7 @@ class ModelKV(ServedModel):
 
     block_tokens: tokens of a scheduler block. layer_names: this rank's layers, in the order of the extent. counts: how many
     layers each pipeline stage has. group: which group this is; None if the model has one kind of KV. number: vLLM's number of the
-    group. others: the further groups."""
+    group. local_tokens: as in `GroupTable`. others: the further groups."""
 
     block_tokens: int
     layer_names: tuple[str, ...]
@@ -34,6 +34,7 @@ class ModelKV(ServedModel):
     counts: tuple[int, ...]
     group: Group | None = None
     number: int = 0
+    local_tokens: int = 0
     others: tuple[ModelKV, ...] = ()
 
     @property
@@ -129,12 +130,13 @@ def describe_model(vllm_config: Any, kv_cache_config: Any, model_id: str = "", s
 
 
 class _Group(NamedTuple):
-    """A group of vLLM's. number: its place in vLLM's list. reach_tokens: as in `Group`."""
+    """A group of vLLM's. number: its place in vLLM's list. reach_tokens, local_tokens: as in `GroupTable`."""
 
     number: int
     names: tuple[str, ...]
     spec: Any
     reach_tokens: int
+    local_tokens: int
 
 
 def _describe_group(vllm_config: Any, one: _Group, stages: Stages, digest: str) -> ModelKV:
@@ -154,7 +156,7 @@ def _describe_group(vllm_config: Any, one: _Group, stages: Stages, digest: str) 
         group = Group(
             tuple(sorted(model.index(name) for stage in stages for name in stage[one.number])), one.reach_tokens
         )
-    return ModelKV(named(""), layout, spec.block_size, one.names, tp_size, counts, group, one.number)
+    return ModelKV(named(""), layout, spec.block_size, one.names, tp_size, counts, group, one.number, one.local_tokens)
 
 
 def _token_layout(vllm_config: Any, spec: Any, layers: int, digest: str) -> Layout:
@@ -222,13 +224,15 @@ def _groups(kv_cache_config: Any) -> list[_Group]:
     for number, group in enumerate(kv_cache_config.kv_cache_groups):
         spec = group.kv_cache_spec
         kind = type(spec).__name__
-        if kind not in (*_FULL_ATTENTION, _WINDOW, _STATE):
+        if kind not in (*_FULL_ATTENTION, _WINDOW, _LOCAL, _STATE):
             raise LayoutError(
-                f"KV of kind {kind}; only full attention, sliding windows and Mamba states are supported yet"
+                f"KV of kind {kind}; only full attention, sliding windows, chunked attention and Mamba states are supported yet"
             )
         if (kind != _STATE and getattr(spec, "tokens_per_state", 1) != 1) or getattr(spec, "non_causal", False):
             raise LayoutError("KV that does not hold one causal state a token is not supported")
-        reach = 0
+        reach = local = getattr(spec, "attention_chunk_size", None) or 0 if kind == _LOCAL else 0
+        if local % spec.block_size:
+            raise LayoutError(f"chunks of attention of {local} tokens do not end where blocks of {spec.block_size} do")
         if kind == _WINDOW:  # vLLM keeps the blocks from the window's first token on
             seen = spec.sliding_window - 1 + getattr(spec, "extra_retained_tokens", 0)
             reach = max(1, -(-seen // spec.block_size)) * spec.block_size
@@ -239,7 +243,7 @@ def _groups(kv_cache_config: Any) -> list[_Group]:
                     "--mamba-cache-mode align"
                 )
             reach = 1
-        found.append(_Group(number, tuple(sorted(group.layer_names, key=_layer_order)), spec, reach))
+        found.append(_Group(number, tuple(sorted(group.layer_names, key=_layer_order)), spec, reach, local))
     if not found:
         raise LayoutError("vLLM has no KV cache groups for this model")
     return sorted(found, key=lambda one: (one.reach_tokens > 0, one.number))
