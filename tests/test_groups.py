@@ -34,11 +34,17 @@ Servers = Callable[..., Server]
 
 @dataclass(frozen=True)
 class Kind:
-    """One group of the test's model. reach: in tokens; 0 for everything. state: whether it is a state in place of tokens."""
+    """One group of the test's model. reach: in tokens; 0 for everything. state: whether it is a state in place of tokens. local:
+    whether attention is in chunks of `reach` tokens."""
 
     layers: tuple[int, ...]
     reach: int = 0
     state: bool = False
+    local: bool = False
+
+    def needed_from(self, end: int) -> int:
+        """The first token that the engine keeps when it has computed `end` tokens."""
+        return end // self.reach * self.reach if self.local else max(0, end - self.reach) if self.reach else 0
 
     @property
     def group(self) -> Group:
@@ -51,6 +57,7 @@ class Kind:
 
 
 FULL, SHORT, LONG, STATE = Kind((0, 5)), Kind((1, 4), 16), Kind((2,), 48), Kind((3,), 1, state=True)
+LOCAL = Kind((1, 2), 64, local=True)
 MODEL = (FULL, SHORT, LONG, STATE)
 
 
@@ -77,6 +84,7 @@ class HybridEngine:
             RankGroup(
                 *(kind.layout, shard_of_rank(kind.layout(1), 0, 1, 0, len(kind.layers)), self._paged(kind, memory)),
                 *(kind.group, share, BLOCK if kind.state else 0),
+                local_tokens=kind.reach if kind.local else 0,
             )
             for kind, memory, share in zip(kinds, self.kv, parts, strict=True)
         ]
@@ -86,7 +94,7 @@ class HybridEngine:
             group=ranks[0].group, share=ranks[0].share, others=ranks[1:],
         )  # fmt: skip
         assert self.scheduler.wait_connected(PATIENCE) and self.worker.wait_connected(PATIENCE)
-        tables = [GroupTable(BLOCK, kind.reach, kind.state) for kind in kinds]
+        tables = [GroupTable(BLOCK, kind.reach, kind.state, kind.reach if kind.local else 0) for kind in kinds]
         self.requests: Requests[Request] = Requests(self.scheduler, groups=tables)
         self.copies = Copies(self.worker, [0] * len(kinds), requests=self.requests)
         self.opened = 0
@@ -165,7 +173,7 @@ class HybridEngine:
                 copy = self.copies.store(plan, plan.blocks, others=[part.blocks for part in plan.others])
                 assert self.copies.wait([copy], PATIENCE) and (copy.ok or raced)
             for number, kind in enumerate(self.kinds):
-                gone = max(0, end - kind.reach) // BLOCK if kind.reach else 0
+                gone = kind.needed_from(end) // BLOCK
                 for block in self.blocks[number][:gone]:
                     self.kv[number][(slice(None), block) if kind.state else (slice(None), slice(None), block)] = POISON
             before = end
@@ -183,9 +191,8 @@ class HybridEngine:
         end = request.found_tokens
         tables = self.tables(end)
         for table, kind in zip(tables, self.kinds, strict=True):
-            if kind.reach:
-                gone = (end - kind.reach) // BLOCK
-                table[: max(0, gone)] = [NULL] * max(0, gone)
+            gone = kind.needed_from(end) // BLOCK
+            table[:gone] = [NULL] * gone
         plan = self.requests.load(request, have, end)
         for part, table in zip((plan, *plan.others), tables, strict=True):
             part.blocks = table
@@ -193,7 +200,7 @@ class HybridEngine:
         assert self.copies.settle([copy], PATIENCE)
         self.download()
         for number, (kind, table) in enumerate(zip(self.kinds, tables, strict=True)):
-            first = max(have, end - kind.reach) if kind.reach else have
+            first = max(have, kind.needed_from(end))
             for token in range(first, end):
                 assert (self.at(number, table, token) == self.value(number, ids, token)).all(), (number, token)
             null = self.kv[number][:, NULL] if kind.state else self.kv[number][:, :, NULL]
@@ -219,7 +226,7 @@ def ids_of(seed: int, count: int) -> list[int]:
 
 
 @pytest.mark.parametrize("mode", ["auto", "payload"])
-@pytest.mark.parametrize("kinds", [MODEL, (SHORT,), (LONG, STATE), (FULL, SHORT)], ids=str)
+@pytest.mark.parametrize("kinds", [MODEL, (SHORT,), (LONG, STATE), (FULL, SHORT), (FULL, LOCAL)], ids=str)
 def test_what_one_engine_stores_of_all_kinds_another_loads(
     server: Servers, engines: Callable[..., HybridEngine], kinds: tuple[Kind, ...], mode: str
 ) -> None:
@@ -258,6 +265,22 @@ def test_a_window_that_has_moved_on_is_not_stored_from_blocks_that_others_have(
     assert engine.load(ids) == 192
     assert engine.load([*ids[:130], 7]) == 128, "what is in reach of the boundary is still there"
     assert engine.load([*ids[:110], 7]) == 0, "no window that ends before is"
+
+
+def test_what_has_left_a_chunk_of_attention_is_not_stored(
+    server: Servers, engines: Callable[..., HybridEngine]
+) -> None:
+    """As above. Nothing of the chunk that ended at the last step's end is there, as nothing of it is needed."""
+    engine = engines(server(chunk=CHUNK), kinds=(FULL, LOCAL))
+    ids, request = ids_of(8, 300), engine.open()
+    request.cacheable = False
+    engine.compute(ids, [64, 128], request=request, have=0)
+    request.cacheable = True
+    engine.compute(ids, [192, 256], request=request, have=128)
+    assert engine.load(ids) == 256
+    assert engine.load([*ids[:200], 7]) == 192
+    assert engine.load([*ids[:170], 7]) == 0, "two chunks before the end are asked for, though one is needed"
+    assert engine.load([*ids[:140], 7]) == 0
 
 
 def test_chunks_that_do_not_end_where_blocks_end_are_refused_with_what_to_type() -> None:

@@ -21,7 +21,7 @@ from test_vllm_units import Ranks, Request, Session, half, rank, step
 
 
 def in_process(session: Session, ranks: int = 1, **settings: Any) -> Any:
-    return half(session, synchronous=True, ranks=ranks, config=EngineConfig(**settings))
+    return half(session, synchronous=True, logs=True, ranks=ranks, config=EngineConfig(**settings))
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def test_a_load_is_part_of_the_step_and_its_blocks_come_with_it() -> None:
     session = Session(present=4)
     scheduler, request = in_process(session), Request("a", list(range(100)))
     assert scheduler.match(request, 0) == 64
-    scheduler.allocated(request, None, 64)
+    scheduler.allocated(request, ([],), 64)
     plan = scheduler.plan_step(step({"a": 36}, new={"a": [7]}))
     (load,) = plan.loads
     assert (load.start_token, load.end_token, load.blocks, load.request_tokens) == (0, 64, [7], 100)
@@ -49,13 +49,13 @@ def test_a_lease_ends_when_every_rank_has_loaded_even_where_the_request_loads_ag
     session = Session(present=4)
     scheduler, request = in_process(session, ranks=2), Request("a", list(range(100)))
     scheduler.match(request, 0)
-    scheduler.allocated(request, None, 64)
+    scheduler.allocated(request, ([],), 64)
     (first,) = scheduler.plan_step(step({"a": 36}, new={"a": [7]})).loads
     scheduler.transferred(report=StepReport(loaded={first.job_id: 1}))
     assert len(session.leased) == 1
     request.num_preemptions, request.num_computed_tokens = 1, 0
     scheduler.match(request, 0)
-    scheduler.allocated(request, None, 64)
+    scheduler.allocated(request, ([],), 64)
     (second,) = scheduler.plan_step(step({"a": 36}, blocks={"a": [8]}, resumed=["a"])).loads
     assert second.blocks == [8] and len(session.leased) == 2
     scheduler.transferred(report=StepReport(loaded={first.job_id: 1}))
@@ -67,7 +67,7 @@ def test_a_lease_ends_when_every_rank_has_loaded_even_where_the_request_loads_ag
 def test_a_step_that_does_not_tell_the_blocks_is_an_error_and_no_wrong_answer() -> None:
     scheduler, request = in_process(Session(present=4)), Request("a", list(range(100)))
     scheduler.match(request, 0)
-    scheduler.allocated(request, None, 64)
+    scheduler.allocated(request, ([],), 64)
     with pytest.raises(RuntimeError, match="has not given the blocks of request a"):
         scheduler.plan_step(step({"a": 36}))
 
@@ -83,7 +83,7 @@ def test_the_last_token_is_computed_whatever_is_there() -> None:
 def test_the_tail_of_a_prompt_is_stored_once_and_generated_tokens_are_not() -> None:
     scheduler, request = in_process(Session()), Request("a", list(range(70)))
     scheduler.match(request, 0)
-    scheduler.allocated(request, None, 0)
+    scheduler.allocated(request, ([],), 0)
     assert not scheduler.plan_step(step({"a": 10}, new={"a": [3]})).stores, "no chunk is full, and it goes on"
     request.num_computed_tokens = 10
     (store,) = scheduler.plan_step(step({"a": 60})).stores
@@ -96,7 +96,7 @@ def test_the_tail_of_a_prompt_is_stored_once_and_generated_tokens_are_not() -> N
 def test_a_chunk_that_becomes_full_hangs_on_the_full_one_before_it_not_on_the_tail() -> None:
     scheduler, request = in_process(Session(), save_decode_cache=True), Request("a", list(range(20)))
     scheduler.match(request, 0)
-    scheduler.allocated(request, None, 0)
+    scheduler.allocated(request, ([],), 0)
     (first,) = scheduler.plan_step(step({"a": 20}, new={"a": [3]})).stores
     request.num_computed_tokens, request.all_token_ids = 20, list(range(32))
     (second,) = scheduler.plan_step(step({"a": 12})).stores
@@ -108,13 +108,13 @@ def test_a_prompt_shorter_than_a_chunk_is_a_tail_alone() -> None:
     session = Session()
     scheduler, request = in_process(session), Request("a", list(range(5)))
     scheduler.match(request, 0)
-    scheduler.allocated(request, None, 0)
+    scheduler.allocated(request, ([],), 0)
     (store,) = scheduler.plan_step(step({"a": 5}, new={"a": [3]})).stores
     assert (store.first_chunk, len(store.hashes), store.start, store.end) == (0, 16, 0, 5)
     session.present = 1
     again = Request("b", list(range(5)))
     assert scheduler.match(again, 0) == 4
-    scheduler.allocated(again, None, 4)
+    scheduler.allocated(again, ([],), 4)
     plan = scheduler.plan_step(step({"b": 1}, new={"b": [4]}))
     assert (plan.loads[0].end_token, plan.stores) == (4, []), "what was a hit is not stored again"
 
@@ -122,7 +122,7 @@ def test_a_prompt_shorter_than_a_chunk_is_a_tail_alone() -> None:
 def test_without_unfull_chunks_only_full_ones_are_stored() -> None:
     scheduler, request = in_process(Session(), save_unfull_chunk=False), Request("a", list(range(70)))
     scheduler.match(request, 0)
-    scheduler.allocated(request, None, 0)
+    scheduler.allocated(request, ([],), 0)
     (store,) = scheduler.plan_step(step({"a": 70}, new={"a": [3]})).stores
     assert (len(store.hashes) // 16, store.end_token) == (4, 0)
 
@@ -133,7 +133,7 @@ def test_small_hits_and_low_priorities_are_left_alone_where_the_settings_say_so(
     assert in_process(Session(present=2)).match(Request("a", list(range(100))), 0) == 32
     late = Request("b", list(range(100)), priority=4)
     scheduler.match(late, 0)
-    scheduler.allocated(late, None, 0)
+    scheduler.allocated(late, ([],), 0)
     assert not scheduler.plan_step(step({"b": 100}, new={"b": [3]})).stores
 
 
@@ -149,9 +149,9 @@ def test_each_answer_is_told_once(said: Any) -> None:
 def test_a_rank_waits_for_its_loads_and_tells_what_they_cost(said: Any) -> None:
     ranks = Ranks()
     scheduler, request = in_process(Session(present=4)), Request("a", list(range(100)))
-    worker = rank(ranks, synchronous=True)
+    worker = rank(ranks, synchronous=True, logs=True)
     scheduler.match(request, 0)
-    scheduler.allocated(request, None, 64)
+    scheduler.allocated(request, ([],), 64)
     request.num_computed_tokens = 64
     plan = scheduler.plan_step(step({"a": 36}, new={"a": [7]}))
     worker.start_loads(plan)
@@ -177,7 +177,7 @@ def test_a_failed_load_is_told_in_its_own_step_and_not_tried_again() -> None:
     scheduler, request = in_process(session), Request("a", list(range(100)))
     worker = rank(ranks, synchronous=True)
     scheduler.match(request, 0)
-    scheduler.allocated(request, None, 64)
+    scheduler.allocated(request, ([],), 64)
     plan = scheduler.plan_step(step({"a": 36}, new={"a": [7]}))
     worker.start_loads(plan)
     ranks.done = [Done(plan.loads[0].job_id, "load", False, 0, 0.0)]

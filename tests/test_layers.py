@@ -251,7 +251,7 @@ def started(copies: Copies) -> tuple[WorkerSide, Any, Any]:
     worker = rank(copies, synchronous=True, layers=layers)
     scheduler, request = in_process(Session(present=4)), Request("a", list(range(100)))
     scheduler.match(request, 0)
-    scheduler.allocated(request, None, 64)
+    scheduler.allocated(request, ([],), 64)
     request.num_computed_tokens = 64
     plan = scheduler.plan_step(step({"a": 36}, new={"a": [7]}))
     worker.start_loads(plan)
@@ -307,7 +307,7 @@ def test_what_is_computed_from_a_failed_load_is_not_stored_until_the_scheduler_k
     scheduler.requests.session.present = 0
     for request, table in ((Request("b", list(range(64))), [7]), (Request("c", list(range(64))), [8])):
         scheduler.match(request, 0)
-        scheduler.allocated(request, None, 0)
+        scheduler.allocated(request, ([],), 0)
         meanwhile = scheduler.plan_step(step({request.request_id: 64}, new={request.request_id: table}))
         worker.start_loads(meanwhile)
         worker.start_stores(meanwhile)
@@ -316,7 +316,7 @@ def test_what_is_computed_from_a_failed_load_is_not_stored_until_the_scheduler_k
     scheduler.transferred(invalid_blocks=worker.take_invalid_blocks(), report=worker.take_report())
     request = Request("d", list(range(64)))
     scheduler.match(request, 0)
-    scheduler.allocated(request, None, 0)
+    scheduler.allocated(request, ([],), 0)
     after = scheduler.plan_step(step({"d": 64}, new={"d": [7]}))
     assert after.known_failures == [plan.loads[0].job_id]
     worker.start_loads(after)
@@ -328,7 +328,7 @@ def test_several_ranks_store_what_follows_a_load_once_all_have_loaded() -> None:
     """One of them may fail, and a chunk of its right shard and of another rank's wrong one would be wrong."""
     scheduler, request = in_process(Session(present=2), ranks=2), Request("a", list(range(100)))
     scheduler.match(request, 0)
-    scheduler.allocated(request, None, 32)
+    scheduler.allocated(request, ([],), 32)
     request.num_computed_tokens = 32
     plan = scheduler.plan_step(step({"a": 40}, new={"a": [7]}))
     request.num_computed_tokens = 72

@@ -443,25 +443,29 @@ def test_a_server_that_is_not_running_is_not_waited_for(bed: Bed) -> None:
 
 
 def test_windows_and_states_are_stored_where_steps_begin_and_end(bed: Bed) -> None:
-    """Each step: tokens before it, tokens known after it, and (first chunk, chunks) of full attention, a window and a state."""
-    groups = GroupTable(CHUNK), GroupTable(CHUNK, 2 * CHUNK), GroupTable(CHUNK, 1, only_last=True)
+    """Each step: tokens before it, tokens known after it, and (first chunk, chunks) of full attention, a window, a state and
+    chunks of attention of 80 tokens."""
+    local = GroupTable(CHUNK, 5 * CHUNK, local_tokens=5 * CHUNK)
+    groups = GroupTable(CHUNK), GroupTable(CHUNK, 2 * CHUNK), GroupTable(CHUNK, 1, only_last=True), local
     requests: Requests[Request] = Requests(bed.session, groups=groups)
     table = list(range(9))
-    request = requests.open["a"] = Request("a", blocks=table, tables=[table, table])
+    request = requests.open["a"] = Request("a", blocks=table, tables=[table, table, table])
     steps = {
-        (0, 64): [(0, 4), (0, 4), (3, 1)],
+        (0, 64): [(0, 4), (0, 4), (3, 1), (0, 4)],
         (80, 80): [
             (4, 1),
             (4, 1),
             (4, 1),
+            (5, 0),
         ],  # asynchronous scheduling: token 80 was not known at the step that computed it
-        (100, 112): [(5, 2), (6, 1), (6, 1)],
-        (112, 140): [(7, 1), (7, 1), (8, 0)],
+        (100, 112): [(5, 2), (6, 1), (6, 1), (6, 1)],
+        (112, 140): [(7, 1), (7, 1), (8, 0), (7, 1)],
     }
     for (before, computed), expected in steps.items():
         plan = requests.store(request, prompt(9, 144), computed, before=before)
         assert plan is not None
         assert [(part.first_chunk, part.chunks) for part in (plan, *plan.others)] == expected, (before, computed)
+    assert [local.needed_from(end) for end in (0, 79, 80, 100, 160)] == [0, 0, 80, 80, 160]
 
 
 def test_chunks_of_windows_end_where_blocks_end(bed: Bed) -> None:
@@ -470,3 +474,7 @@ def test_chunks_of_windows_end_where_blocks_end(bed: Bed) -> None:
     assert group.kept_tokens(96) == 64
     with pytest.raises(LayoutError, match="--chunk-size 32"):
         group.kept_tokens(48)
+    local = RankGroup(worker._layout_for, worker._shard, worker._paged, Group((0, 1), 64), local_tokens=64)
+    assert [local.kept_tokens(chunk) for chunk in (32, 64, 128)] == [32, 64, 64]
+    with pytest.raises(LayoutError, match="every 64 tokens: start the server with --chunk-size 64"):
+        local.kept_tokens(96)

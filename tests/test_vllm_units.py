@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from msgspec import structs
 
-from lmcache.chunks import TokenChain, chunk_root
+from lmcache.chunks import Shard, TokenChain, chunk_root
 from lmcache.chunks.hashing import Extras
 from lmcache.engine import Done, Hit, Load, Loading, Store, identity
 from lmcache.engine.identity import path_identity
@@ -31,7 +31,7 @@ from lmcache.integration.vllm import settings as settings_of_vllm
 from lmcache.integration.vllm import vllm_multi_process_adapter as adapter
 from lmcache.integration.vllm import weights as weights_of_vllm
 from lmcache.integration.vllm.identity import config_digest, model_identity
-from lmcache.integration.vllm.model import describe_model
+from lmcache.integration.vllm.model import describe_model, spans_stages
 from lmcache.integration.vllm.paged import Registered, Shape, describe_tensors, own_scales, refuse_other_numbers
 from lmcache.integration.vllm.plan import StepReport
 from lmcache.integration.vllm.resets import watch_resets
@@ -964,7 +964,7 @@ def test_a_models_layout(weights: Path) -> None:
     assert kv.layer_names == ("model.layers.2.attn", "model.layers.10.attn")
     assert (kv.shards, kv.ranks) == (2, 2)
     assert kv.layout(16).fingerprint != kv.layout(17).fingerprint
-    assert kv.shard(1, 0, (0, 2)).first_head == 2 and stores_its_shard(kv.model, 1, 2)
+    assert kv.shard(1, 0).first_head == 2 and stores_its_shard(kv.model, 1, 2)
     shared = describe_model(vllm_config(str(weights), tp=8), cache_config(FULL))
     stores = [stores_its_shard(shared.model, rank, shared.tp_size) for rank in range(4)]
     assert shared.shards == 4 and stores == [True, False, True, False]
@@ -1214,14 +1214,67 @@ def test_a_rank_whose_weights_have_no_identity_ends_what_is_served() -> None:
     assert scheduler.match(Request("a", list(range(700))), 0) == 0
 
 
+@pytest.fixture
+def release_with_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A release of vLLM whose connectors hear of all groups."""
+    base = SimpleNamespace(KVConnectorTransferResults=1, KVConnectorBase_V1=SimpleNamespace(bind_gpu_block_pool=1))
+    path = "vllm.distributed.kv_transfer.kv_connector.v1"
+    for at in range(1, 6):
+        monkeypatch.setitem(sys.modules, ".".join(path.split(".")[:at]), SimpleNamespace(base=base))
+
+
+@pytest.mark.usefixtures("release_with_groups")
+def test_kinds_of_kv_that_are_not_served_are_named(weights: Path) -> None:
+    config, aligned = vllm_config(str(weights)), {**vars(FULL), "mamba_cache_mode": "align"}
+    local = type("ChunkedLocalAttentionSpec", (), {**vars(FULL), "attention_chunk_size": 256})()
+    assert [one.local_tokens for one in describe_model(config, cache_config(FULL, local)).groups] == [0, 256]
+    local.attention_chunk_size = 200
+    with pytest.raises(LayoutError, match="of attention of 200 tokens do not end where blocks of 128 do"):
+        describe_model(config, cache_config(FULL, local))
+    with pytest.raises(LayoutError, match="KV of kind CircularBufferSpec"):
+        describe_model(config, cache_config(FULL, type("CircularBufferSpec", (), vars(FULL))()))
+    config.speculative_config = SimpleNamespace(method="ngram")
+    with pytest.raises(LayoutError, match="with speculative decoding the states of Mamba layers"):
+        describe_model(config, cache_config(FULL, MambaSpec(**aligned)))
+
+
+@pytest.mark.usefixtures("release_with_groups")
+def test_each_stage_of_a_pipeline_has_its_layers_of_each_group(weights: Path) -> None:
+    """Groups that lie on one stage have the names of an engine without stages."""
+    window = type("SlidingWindowSpec", (), {**vars(FULL), "sliding_window": 128})()
+
+    def described(*stages: list[list[str]], own: int = 0) -> Any:
+        config = vllm_config(str(weights))
+        config.parallel_config.pipeline_parallel_size = len(stages)
+        caches = cache_config(FULL, window)
+        for group, names in zip(caches.kv_cache_groups, stages[own], strict=True):
+            group.layer_names = names
+        assert spans_stages(config, caches) == (len(stages) > 1)
+        return describe_model(config, caches, stages=stages)
+
+    full, windows = described([["l.2", "l.5"], ["l.0", "l.1", "l.3", "l.4"]]).groups
+    for own in (0, 1):
+        kv = described([["l.2"], ["l.0", "l.1"]], [["l.5"], ["l.3", "l.4"]], own=own)
+        assert [one.layout(16) for one in kv.groups] == [full.layout(16), windows.layout(16)]
+        assert [one.group for one in kv.groups] == [full.group, windows.group]
+        assert [(one.stages, one.shards) for one in kv.groups] == [((1, 2), 2), ((2, 4), 2)]
+        assert [one.shard(0, own) for one in kv.groups] == [
+            Shard(own, 2, own, own + 1, 0, 4),
+            Shard(own, 2, *(2 * own, 2 * own + 2), 0, 4),
+        ]
+    kv = described([["l.2"], ["l.0", "l.1"]], [["l.5"], []], own=1)
+    assert [(one.stages, one.shards, one.ranks) for one in kv.groups] == [((1, 2), 2, 2), ((), 1, 2)]
+    assert [one.layer_names for one in kv.groups] == [("l.5",), ()]
+    assert kv.groups[1].shard(0, 0) == Shard(0, 1, 0, 2, 0, 4)
+    alone = described([["l.2", "l.5"], ["l.0", "l.1"]]).groups[1]
+    assert alone.group == kv.groups[1].group and alone.stages == kv.groups[1].stages
+
+
 def test_models_that_are_not_served_are_named(weights: Path) -> None:
     config = vllm_config(str(weights))
     state = MambaSpec(**vars(FULL))
     with pytest.raises(LayoutError, match="Mamba states kept in mode 'none'"):
         describe_model(config, cache_config(FULL, state))
-    window = type("SlidingWindowSpec", (), {**vars(FULL), "sliding_window": 128})()
-    with pytest.raises(LayoutError, match="LMCache's own class of LMCacheMPConnector only"):
-        describe_model(config, cache_config(window))
     with pytest.raises(LayoutError, match="nvfp4"):
         describe_model(vllm_config(str(weights), cache_dtype="nvfp4"), cache_config(FULL))
     with pytest.raises(LayoutError, match=r"lmcache\.mp\.model_id"):

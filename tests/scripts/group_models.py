@@ -2,7 +2,8 @@
 
 Each lies in a folder of FOLDER that is named as in MODELS. TOKENIZER is the folder of a model whose tokenizer they get.
 The weights are random and so large that an answer depends on the whole prompt, through every kind of layer: Gemma 3 and gpt-oss
-have sliding windows of 128 tokens and full attention, Mistral has windows only, and Qwen3-Next has linear and full attention.
+have sliding windows of 128 tokens and full attention, Mistral has windows only, Qwen3-Next has linear and full attention, and
+Llama 4 attends to chunks of 256 tokens and to everything.
 """
 
 from __future__ import annotations
@@ -40,6 +41,14 @@ MODELS: dict[str, dict[str, Any]] = {
         "query_pre_attn_scalar": 64,
         "tie_word_embeddings": True,  # vLLM knows no other
     },
+    "drafter": {  # for Gemma 3; vLLM wants all of its layers in one group
+        "model_type": "gemma3_text",
+        "intermediate_size": 512,
+        "num_hidden_layers": 1,
+        "layer_types": ["full_attention"],
+        "query_pre_attn_scalar": 64,
+        "tie_word_embeddings": True,
+    },
     "mistral": {
         "model_type": "mistral",
         "intermediate_size": 512,
@@ -54,6 +63,20 @@ MODELS: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention"] * 2,
         "sliding_window": 128,
         "num_local_experts": 4,
+    },
+    "llama4": EXPERTS
+    | {
+        "model_type": "llama4_text",
+        "intermediate_size": 256,
+        "intermediate_size_mlp": 512,
+        "num_hidden_layers": 4,
+        "layer_types": ["chunked_attention"] * 3 + ["full_attention"],
+        "no_rope_layers": [1, 1, 1, 0],
+        "attention_chunk_size": 256,
+        "attn_temperature_tuning": False,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 1,  # vLLM-CPU knows no other
+        "interleave_moe_layer_step": 2,
     },
     "qwen3next": EXPERTS
     | {

@@ -50,8 +50,9 @@ def generate(
     max_tokens: int = 8,
     salts: list[str] | None = None,
     prompt_logprobs: bool = False,
+    priority: list[int] | None = None,
 ) -> dict[str, Any]:
-    """All prompts at once. Of each: tokens, their log probabilities, tokens that were cached."""
+    """All prompts at once. Of each: tokens, their log probabilities, tokens that were cached. priority: of each prompt."""
     from vllm import SamplingParams
 
     parameters = SamplingParams(
@@ -65,8 +66,32 @@ def generate(
         {"prompt_token_ids": prompt} | ({"cache_salt": salts[at]} if salts and salts[at] else {})
         for at, prompt in enumerate(prompts)
     ]
-    outputs = llm.generate(inputs, parameters, use_tqdm=False)
+    outputs = llm.generate(inputs, parameters, use_tqdm=False, priority=priority)
     return {"outputs": [describe(output) for output in outputs]}
+
+
+def ways(llm: Any, prompt: list[int]) -> dict[str, Any]:
+    """What vLLM makes of a prompt in other ways: several samples, beams, tokens of a given form, and the prompt's own numbers."""
+    from vllm.sampling_params import BeamSearchParams, StructuredOutputsParams
+
+    from vllm import SamplingParams
+
+    given: Any = {"prompt_token_ids": prompt}
+
+    def made(**options: Any) -> Any:
+        (output,) = llm.generate([given], SamplingParams(max_tokens=6, **options), use_tqdm=False)
+        return output
+
+    beams = BeamSearchParams(beam_width=3, max_tokens=4, ignore_eos=True)
+    formed = made(temperature=0.0, structured_outputs=StructuredOutputsParams(regex="[a-z]{4,6}"))
+    told = made(temperature=0.0, prompt_logprobs=0)
+    numbers = [step[token].logprob for token, step in zip(prompt[1:], told.prompt_logprobs[1:], strict=True)]
+    return {
+        "several": [list(one.token_ids) for one in made(n=3, temperature=1.0, seed=5, ignore_eos=True).outputs],
+        "beams": [one.tokens for one in llm.beam_search([given], beams)[0].sequences],
+        "formed": formed.outputs[0].text,
+        "numbers": numbers,
+    }
 
 
 def embed(llm: Any, prompts: list[list[int]]) -> dict[str, Any]:
@@ -102,6 +127,12 @@ def reset(llm: Any, connector: bool = False) -> dict[str, Any]:
 def reload(llm: Any, path: str) -> dict[str, Any]:
     """Load other weights into the running engine."""
     llm.collective_rpc("reload_weights", kwargs={"weights_path": path})
+    return {"ok": True}
+
+
+def warm_up(llm: Any) -> dict[str, Any]:
+    """What vLLM-CPU 0.32 leaves out in eager mode, and without which pipeline stages fail."""
+    llm.collective_rpc("execute_dummy_batch")
     return {"ok": True}
 
 
@@ -241,9 +272,7 @@ def null_block(llm: Any, poison: bool = False) -> dict[str, Any]:
 
 def groups(llm: Any) -> dict[str, Any]:
     """How many groups of KV the rank serves."""
-    from vllm.distributed.kv_transfer import get_kv_transfer_group
-
-    return {"groups": len(get_kv_transfer_group()._worker._session._groups)}
+    return {"groups": len(rank_session()._groups)}
 
 
 def spoil(llm: Any, group: int, fail: bool = False, scales: bool = False) -> dict[str, Any]:
@@ -252,11 +281,10 @@ def spoil(llm: Any, group: int, fail: bool = False, scales: bool = False) -> dic
     import ctypes
 
     import numpy as np
-    from vllm.distributed.kv_transfer import get_kv_transfer_group
 
     from lmcache.errors import ServerUnavailable
 
-    session = get_kv_transfer_group()._worker._session
+    session = rank_session()
     copier, size = session._access.parts[group].copier, session._access.parts[group].shard_bytes
     scatter, token = copier.scatter, np.full(size // 2, 0x3F80, np.uint16)  # 1.0 in bfloat16, and about that in float32
 
@@ -276,6 +304,13 @@ def spoil(llm: Any, group: int, fail: bool = False, scales: bool = False) -> dic
     return {"ok": True}
 
 
+def rank_session() -> Any:
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    group = get_kv_transfer_group()
+    return getattr(group, "_lmcache_engine", group)._worker._session
+
+
 changed: dict[str, Any] = {}
 
 
@@ -287,9 +322,11 @@ def caches_of(llm: Any) -> list[Any]:
 
 COMMANDS = {
     "generate": generate,
+    "ways": ways,
     "embed": embed,
     "reset": reset,
     "reload": reload,
+    "warm_up": warm_up,
     "sleep": sleep,
     "abort": abort,
     "deadline": deadline,

@@ -17,8 +17,13 @@ from real_engines import ROOT
 
 CHUNK = 128
 """Tokens. vLLM-CPU keeps a state of linear attention after so many tokens."""
-KINDS = {"gemma3": 12, "mistral": 6, "gptoss": 8, "qwen3next": 4}
+KINDS = {"gemma3": 12, "mistral": 6, "gptoss": 8, "qwen3next": 4, "llama4": 8}
 """Model -> MiB of KV, for two or three of the long prompts at once."""
+IN_PROCESS = {
+    "kv_connector": "LMCacheConnectorV1",
+    "kv_connector_module_path": "lmcache.integration.vllm.lmcache_connector",
+    "kv_role": "kv_both",
+}
 STEM = tokens(1000, 600)
 PROMPTS = [
     STEM,
@@ -35,18 +40,20 @@ Outputs = list[dict[str, Any]]
 
 @dataclass
 class Serving:
-    """A model, the engine that serves it, and its server. expected: what vLLM has computed without a hit."""
+    """A model, the engine that serves it, and its server (None: the engine's own). expected: what vLLM has computed without a
+    hit."""
 
     folder: Path
     kind: str
     path: Path
-    server: Server
+    server: Server | None
     engine: Engine
     expected: dict[str, Outputs] = field(default_factory=dict)
 
     def options(self, **more: Any) -> dict[str, Any]:
         dtype = "bfloat16" if self.kind == "qwen3next" else "float32"
-        return {"dtype": dtype, "max_model_len": 2048, "kv_transfer_config": self.server.config(), **more}
+        config = self.server.config() if self.server is not None else IN_PROCESS
+        return {"dtype": dtype, "max_model_len": 2048, "kv_transfer_config": config, **more}
 
     def another_server(self, name: str, *flags: str, chunk: int = CHUNK) -> None:
         """kill -9, and a new one on the same port. Returns once the engine has found it."""
@@ -95,9 +102,8 @@ def serving(folder: Path, models: Path, request: pytest.FixtureRequest) -> Itera
     kind = request.param
     server = Server(folder, CHUNK, 0, f"{kind}-first")
     one = Serving(folder, kind, models / kind, server, None)  # type: ignore[arg-type]
-    one.engine = Engine(
-        folder, kind, one.path, **one.options(max_num_batched_tokens=192, kv_cache_memory_bytes=KINDS[kind] << 20)
-    )
+    small = {"max_num_batched_tokens": 192, "kv_cache_memory_bytes": KINDS[kind] << 20}
+    one.engine = Engine(folder, kind, one.path, **one.options(**small, scheduling_policy="priority"))
     one.engine.connected()
     yield one
     one.engine.end()
@@ -118,8 +124,8 @@ def test_warm_answers_are_cold_ones(serving: Serving) -> None:
 def test_many_requests_in_little_space(serving: Serving) -> None:
     cold = serving.expected["long"] = [serving.engine.generate([prompt], max_tokens=24)[0] for prompt in LONG]
     for salts in ([f"salt {at}" for at in range(len(LONG))], None):
-        for _ in range(2):
-            serving.same(serving.warm(LONG, max_tokens=24, salts=salts), cold)
+        for priority in (None, [4, 3, 2, 1, 0]):
+            serving.same(serving.warm(LONG, max_tokens=24, salts=salts, priority=priority), cold)
 
 
 def test_own_hits_go_on_with_loads(serving: Serving) -> None:
@@ -144,6 +150,27 @@ def test_the_next_turn_uses_the_answer(serving: Serving) -> None:
         serving.same(warm, serving.warm(following, salts=["nothing is stored for it"]))
 
 
+def test_other_ways_to_answer(serving: Serving) -> None:
+    """Several samples, beam search, log probabilities of the prompt and structured output: as computed, as after vLLM's own hit,
+    and as after a load."""
+    prompt = tokens(300, 640)
+    computed, own = [serving.engine.ask("ways", prompt=prompt) for _ in range(2)]
+    serving.engine.forget()
+    loaded = serving.engine.ask("ways", prompt=prompt)
+    assert loaded.pop("numbers") == pytest.approx(computed.pop("numbers"), abs=1e-3), "such requests load nothing"
+    assert loaded["formed"] and len(set(map(tuple, loaded["several"]))) == 3
+    assert (loaded["several"], loaded["beams"], loaded["formed"]) == (own["several"], own["beams"], own["formed"])
+    if serving.kind != "qwen3next":
+        assert loaded == computed
+
+
+def test_sleep_keeps_what_is_stored(serving: Serving) -> None:
+    assert serving.engine.ask("sleep", level=1, wake=[None])["awake"] == [True]
+    warm = serving.warm(PROMPTS[:1])
+    serving.same(warm, serving.expected["prompts"][:1])
+    assert cached(warm) == whole(PROMPTS[:1])
+
+
 def test_aborted_requests(serving: Serving) -> None:
     serving.engine.forget()
     prompts = [*PROMPTS[:3], tokens(700, 630), tokens(900, 631)]
@@ -162,6 +189,10 @@ def test_the_null_block_is_never_written(serving: Serving) -> None:
 
 
 def test_each_group_matters_and_may_fail(serving: Serving) -> None:
+    each_group_matters_and_may_fail(serving)
+
+
+def each_group_matters_and_may_fail(serving: Serving) -> None:
     """KV of one group that is not the prompt's changes the answer; a load that fails within a group does not."""
     expected, groups = serving.expected["prompts"][:1], serving.engine.ask("groups")["groups"]
     for group in range(groups):
@@ -223,6 +254,90 @@ def test_chunks_that_do_not_end_where_blocks_do_are_refused(serving: Serving) ->
         outputs = serving.warm(PROMPTS[:2])
         serving.same(outputs, serving.expected["prompts"][:2])
         assert cached(outputs) == [0, 0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_in_process(folder: Path, models: Path, kind: str) -> None:
+    """A server of the engine's own, and the lines that its users look for. vLLM's own class serves a model with windows only."""
+    one = Serving(folder, kind, models / kind, None, None)  # type: ignore[arg-type]
+    small = {"max_num_batched_tokens": 192, "kv_cache_memory_bytes": KINDS[kind] << 20}
+    if kind == "mistral":
+        small["kv_transfer_config"] = {name: IN_PROCESS[name] for name in ("kv_connector", "kv_role")}
+    environ = {"LMCACHE_CHUNK_SIZE": str(CHUNK), "LMCACHE_MAX_LOCAL_CPU_SIZE": "0.5"}
+    one.engine = Engine(folder, f"{kind}-in-process", one.path, environ, **one.options(**small))
+    try:
+        one.engine.connected()
+        cold = one.expected["prompts"] = [one.engine.generate([prompt])[0] for prompt in PROMPTS]
+        one.engine.forget()
+        alone = [one.warm([prompt])[0] for prompt in PROMPTS]
+        one.same(alone, cold)
+        assert cached(alone) == whole(PROMPTS)
+        one.same(one.warm(), cold)
+        each_group_matters_and_may_fail(one)
+        for line in (
+            "Total tokens 1000, LMCache hit tokens: 896, need to load: 896",
+            "Retrieved 896 out of 896 required tokens (from 1000 total tokens)",
+            "Storing KV cache for 128 out of 896 tokens (skip_leading_tokens=768)",
+        ):
+            assert line in one.engine.text(), line
+        one.engine.ask("reload", path=str(one.path))
+        fresh = one.warm(PROMPTS[:1])
+        one.same(fresh, cold[:1])
+        assert cached(fresh) == [0], "nobody says that these weights are the same"
+        warm = one.warm(PROMPTS[:1])
+        one.same(warm, cold[:1])
+        assert cached(warm) == whole(PROMPTS[:1])
+    finally:
+        one.engine.end()
+
+
+def test_pipeline_stages(folder: Path, models: Path) -> None:
+    """Each stage has layers of some groups only. And the KV of the stages is that of an engine without them."""
+    one = Serving(folder, "gemma3", models / "gemma3", Server(folder, CHUNK, 0, "stages-server"), None)  # type: ignore[arg-type]
+    environ = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    try:
+        one.engine = Engine(folder, "stages", one.path, environ, **one.options(pipeline_parallel_size=2))
+        one.engine.ask("warm_up")
+        one.engine.connected(3)
+        cold = [one.engine.generate([prompt])[0] for prompt in PROMPTS]
+        warm = one.warm()
+        one.same(warm, cold)
+        assert cached(warm) == whole(PROMPTS)
+        one.engine.end()
+        one.engine = Engine(folder, "no-stages", one.path, **one.options())
+        one.engine.connected()
+        warm = one.engine.generate(PROMPTS[:2])
+        one.same(warm, cold[:2])
+        assert cached(warm) == whole(PROMPTS[:2])
+    finally:
+        if one.engine is not None:
+            one.engine.end()
+        one.server.end()
+
+
+@pytest.mark.parametrize("method", ["ngram", "draft_model"])
+def test_speculative_decoding(folder: Path, models: Path, method: str) -> None:
+    """Drafts from the prompt, and of a model whose layer belongs to the group of full attention."""
+    one = Serving(folder, "gemma3", models / "gemma3", Server(folder, CHUNK, 0, f"{method}-server"), None)  # type: ignore[arg-type]
+    speculative: dict[str, Any] = {"method": method, "num_speculative_tokens": 3}
+    speculative |= {"prompt_lookup_max": 2} if method == "ngram" else {"model": str(models / "drafter")}
+    small = {"max_num_batched_tokens": 192, "max_num_seqs": 8, "kv_cache_memory_bytes": 24 << 20}
+    one.engine = Engine(folder, method, one.path, **one.options(**small, speculative_config=speculative))
+    prompts, most = [*PROMPTS[:3], (tokens(20, 650) * 20)[:390]], {"max_tokens": 16}
+    try:
+        one.engine.connected()
+        cold = [one.engine.generate([prompt], **most)[0] for prompt in prompts]
+        one.engine.forget()
+        alone = [one.warm([prompt], **most)[0] for prompt in prompts]
+        one.same(alone, cold)
+        assert cached(alone) == whole(prompts)
+        one.same(one.warm(prompts, **most), cold)
+        turns = [prompt + output["tokens"] for prompt, output in zip(prompts, cold, strict=True)]
+        one.same(one.warm(turns), one.warm(turns, salts=[f"cold {at}" for at in range(len(turns))]))
+        assert one.engine.ask("metrics")["vllm:spec_decode_num_draft_tokens"] > 0
+    finally:
+        one.engine.end()
+        one.server.end()
 
 
 def test_without_the_hybrid_manager(folder: Path, models: Path) -> None:

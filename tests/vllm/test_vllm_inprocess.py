@@ -262,7 +262,7 @@ def arena_of(pid: int) -> tuple[str, str]:
 def test_offloading_without_a_server_starts_one(folder: Path, model: Path) -> None:
     """`vllm serve MODEL --kv-offloading-backend lmcache --kv-offloading-size N`, away from the default port."""
     port = json.dumps({"kv_connector_extra_config": {"lmcache.mp.port": free_port()}})
-    options = ["--kv-offloading-backend", "lmcache", "--kv-offloading-size", "0.5", "--disable-hybrid-kv-cache-manager"]
+    options = ["--kv-offloading-backend", "lmcache", "--kv-offloading-size", "0.5"]
     environ = {"LMCACHE_CHUNK_SIZE": "16"}
     api = Api(folder, "offloading", model, *options, "--kv-transfer-config", port, **environ)
     try:

@@ -21,12 +21,14 @@ _REACH_TO_KEEP_ALL = 2048
 
 
 class GroupShape(NamedTuple):
-    """A group as the scheduler knows it. shards: how many shards a chunk has in this group. share: as in `shares`."""
+    """A group as the scheduler knows it. shards: how many shards a chunk has in this group. share: as in `shares`. stages: as for
+    `RankGroup`."""
 
     layout_for: LayoutFor
     shards: int
     group: Group | None = None
     share: float = 1.0
+    stages: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,11 @@ class RankGroup:
     tokens."""
     block_tokens: int = 0
     """Tokens of a block of the engine's scheduler; 0 if it has the blocks of the paged KV."""
+    stages: tuple[int, ...] = ()
+    """The layer of the group before which each pipeline stage with layers of it ends, if there are several."""
+
+    local_tokens: int = 0
+    """As in `GroupTable`."""
 
     def first_token(self, chunk: npt.NDArray[np.int64], chunk_tokens: int) -> npt.NDArray[np.int64]:
         """Return the first token of each of these chunks that its extent holds."""
@@ -68,6 +75,11 @@ class RankGroup:
             raise LayoutError(
                 f"chunks of {chunk_tokens} tokens do not end where the engine has the state or the window of its layers, "
                 f"which is every {block} tokens: start the server with --chunk-size {block} or a multiple of it"
+            )
+        if self.local_tokens and chunk_tokens % self.local_tokens and self.local_tokens % chunk_tokens:
+            raise LayoutError(
+                f"chunks of {chunk_tokens} tokens do not end where chunks of attention do, which is every {self.local_tokens} "
+                f"tokens: start the server with --chunk-size {self.local_tokens}, or a multiple or divisor of it"
             )
         return self.group.kept_tokens(chunk_tokens) if self.group is not None else chunk_tokens
 

@@ -70,11 +70,18 @@ RequestT = TypeVar("RequestT", bound=Request)
 
 class GroupTable(NamedTuple):
     """What a scheduler knows of the block tables of one group. block_tokens: tokens of a block; 0 if only the ranks know the
-    tables. reach_tokens: as in `Group`. only_last: the engine has the state of this group only where a step begins and ends."""
+    tables. reach_tokens: as in `Group`. only_last: the engine has the state of this group only where a step begins and ends.
+    local_tokens: a token sees nothing before the last multiple of so many tokens (chunked local attention); 0 otherwise."""
 
     block_tokens: int
     reach_tokens: int = 0
     only_last: bool = False
+    local_tokens: int = 0
+
+    def needed_from(self, end: int) -> int:
+        """Return the first token that the engine needs in order to go on from `end`. It has no memory for those before."""
+        first = max(0, end - self.reach_tokens) if self.reach_tokens else 0
+        return max(first, end - end % self.local_tokens) if self.local_tokens else first
 
 
 class Requests(Generic[RequestT]):
@@ -84,7 +91,7 @@ class Requests(Generic[RequestT]):
         session: the scheduler's session. It is closed with this object, or once `stop` was called and no load runs.
         block_tokens: tokens of a block in the requests' block tables; 0 if only the ranks know the tables.
         ranks: how many ranks have to end a job.
-        save_tail: whether the last, unfull chunk of a prompt is also stored.
+        save_tail: whether the last, unfull chunk of a prompt is also stored, unless a group has a reach.
         name: the engine's name, the same in all of its schedulers. It names KV that no other engine may share, so it must be
             unique; "" generates one.
         groups: the groups of a model with several kinds of KV, in place of `block_tokens`.
@@ -115,7 +122,7 @@ class Requests(Generic[RequestT]):
         self._groups = tuple(groups) or (GroupTable(block_tokens),)
         self._reaching = any(group.reach_tokens for group in self._groups)
         """Whether the engine keeps of some layers only what is in reach."""
-        self._ranks, self._save_tail = ranks, save_tail
+        self._ranks, self._save_tail = ranks, save_tail and not self._reaching
         self._name = name or secrets.token_hex(8)
         self._left: dict[str, int] = {}
         """Number of ranks that have not ended a load, by job."""
@@ -203,7 +210,7 @@ class Requests(Generic[RequestT]):
         plans = [
             LoadPlan(
                 *(job, request.id, part, size),
-                max(start, end - group.reach_tokens) if group.reach_tokens else start,
+                max(start, group.needed_from(end)),
                 end,
                 list(blocks),
                 total,
@@ -270,7 +277,8 @@ class Requests(Generic[RequestT]):
                 return None
             # Where `before` is a boundary, what is in reach of it is still there. With asynchronous scheduling a chunk that ends
             # in an answer is stored only then, one step late, because its last token is not known earlier.
-            begin = min(max(first, (before - 1) // size), chunks) if group.reach_tokens else first
+            last = before - (group.needed_from(before) < before)
+            begin = min(max(first, last // size), chunks) if group.reach_tokens else first
             if group.only_last:
                 begin = max(begin, chunks - (computed == chunks * size))
             hashes = chain.hashes[begin * HASH_BYTES : chunks * HASH_BYTES] + tail

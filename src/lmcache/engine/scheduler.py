@@ -86,8 +86,7 @@ class SchedulerSession(Session):
         others: Sequence[GroupShape] = (),
     ) -> None:
         super().__init__(layout_for, runtime)
-        self._stages = list(stages)
-        self._groups = (GroupShape(layout_for, shards, group, share), *others)
+        self._groups = (GroupShape(layout_for, shards, group, share, tuple(stages)), *others)
         self._all_shards = sum(one.shards for one in self._groups)
         self._others: list[int] = []
         """The spaces of the further groups."""
@@ -272,7 +271,9 @@ class SchedulerSession(Session):
         spaces = [
             ask(
                 carrier,
-                m.Register(one.layout_for(welcome.chunk_tokens), one.shards, -1, 0, self._stages, one.group, one.share),
+                m.Register(
+                    *(one.layout_for(welcome.chunk_tokens), one.shards, -1, 0, list(one.stages), one.group, one.share)
+                ),
                 m.Registered,
             ).space
             for one in self._groups

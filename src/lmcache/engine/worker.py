@@ -64,7 +64,7 @@ class WorkerSession(Session):
         threads: copy threads of one job.
         stages: the layer at which each pipeline stage ends, if the model is split by layers; the same as the scheduler's.
         others: the further groups of a model with several kinds of KV; `layout_for`, `shard`, `paged`, `group`, `share`,
-            `state_tokens` and `block_tokens` are those of the first one.
+            `state_tokens`, `block_tokens` and `local_tokens` are those of the first one.
         runtime: clock and threads.
     """
 
@@ -82,13 +82,14 @@ class WorkerSession(Session):
         others: Sequence[RankGroup] = (),
         state_tokens: int = 0,
         block_tokens: int = 0,
+        local_tokens: int = 0,
     ) -> None:
         super().__init__(layout_for, runtime)
         self.counters: Counter[str] = Counter()
         """Counts of failed jobs and dropped chunks; a reason follows a colon."""
         self._shard, self._paged, self._threads = shard, paged, threads
-        self._groups = (RankGroup(layout_for, shard, paged, group, share, state_tokens, block_tokens), *others)
-        self._stages = list(stages)
+        own = RankGroup(layout_for, shard, paged, group, share, state_tokens, block_tokens, tuple(stages), local_tokens)
+        self._groups = (own, *others)
         self._chunk_tokens, self._arena, self._epoch = 0, b"", b""
         self._spaces: list[int] = []
         self._access: Access | None = None
@@ -318,11 +319,12 @@ class WorkerSession(Session):
         """
         with self._using(thread, load.epoch) as access:
             begin = self.runtime.now()
-            for number, part in enumerate((load, *load.others)):
+            parts = [one for one in enumerate((load, *load.others)) if one[1].start_token < one[1].end_token]
+            for number, part in parts:
                 self._load_group(access, number, part)
             end = self.runtime.now()
             begin, self._load_ended = max(begin, self._load_ended), end
-            return load.end_token - load.start_token, end - begin
+            return max((part.end_token - part.start_token for _, part in parts), default=0), end - begin
 
     def _load_group(self, access: Access, number: int, load: Load) -> None:
         """Load one group: what other splits have stored first, since the own part reports the layers that have arrived.
@@ -502,7 +504,7 @@ class WorkerSession(Session):
             sizes = [one.shard_bytes(size) for one in self._groups]
             for one, shard_bytes in zip(self._groups, sizes, strict=True):
                 shard = one.shard.count, one.shard.index, shard_bytes
-                request = m.Register(one.layout_for(size), *shard, self._stages, one.group, one.share)
+                request = m.Register(one.layout_for(size), *shard, list(one.stages), one.group, one.share)
                 spaces.append(ask(carrier, request, m.Registered).space)
             with self._state:
                 known = welcome.arena == self._arena and (descriptor < 0 or self._mapped())

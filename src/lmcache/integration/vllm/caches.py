@@ -8,7 +8,7 @@ from typing import Any
 from lmcache.chunks import Shard
 from lmcache.engine.served import ServedKV, stores_its_shard
 from lmcache.errors import LayoutError
-from lmcache.integration.vllm.model import ModelKV, layer_range
+from lmcache.integration.vllm.model import ModelKV, Stages
 from lmcache.integration.vllm.paged import (
     Registered,
     Shape,
@@ -24,16 +24,20 @@ from lmcache.integration.vllm.weights import watch_weights
 def describe_rank(
     vllm_config: Any, kv_cache_config: Any, kv: ModelKV, kv_caches: dict[str, Any]
 ) -> tuple[int, list[ServedKV], list[Registered]]:
-    """Return this rank's number and, for each group, its part of the model's KV, and where that lies. Begin to count changes of
-    its weights.
+    """Return this rank's number and, for each group of which it has layers, its part of the model's KV, and where that lies.
+    Begin to count changes of its weights.
 
     Raises:
         LayoutError: the registered tensors cannot be described.
     """
     tp_rank, pp_rank = rank_of()
     described = [
-        _describe_group(vllm_config, kv_cache_config, group, kv_caches, tp_rank, pp_rank) for group in kv.groups
+        _describe_group(vllm_config, kv_cache_config, group, kv_caches, tp_rank, pp_rank)
+        for group in kv.groups
+        if group.layer_names
     ]
+    if not described:
+        raise LayoutError("a pipeline stage has no layers with KV; use fewer stages")
     watch_weights(vllm_config)
     return pp_rank * kv.tp_size + tp_rank, [one[0] for one in described], [one[1] for one in described]
 
@@ -41,14 +45,17 @@ def describe_rank(
 def _describe_group(
     vllm_config: Any, kv_cache_config: Any, kv: ModelKV, kv_caches: dict[str, Any], tp_rank: int, pp_rank: int
 ) -> tuple[ServedKV, Registered]:
+    if len(kv.layer_names) != kv.counts[pp_rank]:
+        raise LayoutError(
+            f"{len(kv.layer_names)} layers with KV on a rank of {kv.counts[pp_rank]} layers are not supported with pipelines"
+        )
     missing = [name for name in kv.layer_names if name not in kv_caches]
     if missing:
         raise LayoutError(f"layer {missing[0]} has no KV tensor of its own")
     tensors = [kv_caches[name] for name in kv.layer_names]
     if kv.model.kind == "state":
         registered = describe_states(tensors, kv_cache_config.num_blocks, kv.model.head_size)
-        shard = kv.shard(tp_rank, pp_rank, layer_range(vllm_config, kv))
-        return _served(kv, shard, registered, tp_rank), registered
+        return _served(kv, kv.shard(tp_rank, pp_rank), registered, tp_rank), registered
     mla = kv.model.kind == "mla"
     heads = 1 if mla else max(1, kv.model.num_kv_heads // kv.tp_size)
     shape = Shape(heads, kv.model.head_size, kv.block_tokens, mla)
@@ -61,8 +68,7 @@ def _describe_group(
         refuse_other_numbers(vllm_config, kv.layer_names[0])
     if not on_cpu and _blocks_may_be_in_flight(kv_cache_config):
         registered = replace(registered, loads_need_fence=True)
-    shard = kv.shard(tp_rank, pp_rank, layer_range(vllm_config, kv))
-    return _served(kv, shard, registered, tp_rank), registered
+    return _served(kv, kv.shard(tp_rank, pp_rank), registered, tp_rank), registered
 
 
 def _served(kv: ModelKV, shard: Shard, registered: Registered, tp_rank: int) -> ServedKV:
@@ -76,6 +82,18 @@ def _blocks_may_be_in_flight(kv_cache_config: Any) -> bool:
     return not hasattr(Scheduler, "_drain_deferred_frees") or bool(
         getattr(kv_cache_config, "needs_kv_cache_zeroing", False)
     )
+
+
+def layers_of_all_stages(kv_cache_config: Any) -> Stages:
+    """Return the names of all stages' layers, as `describe_model` needs them. All ranks of a pipeline have to call this."""
+    from torch import distributed
+    from vllm.distributed.parallel_state import get_pp_group
+
+    pipeline = get_pp_group()
+    stages: list[Any] = [None] * pipeline.world_size
+    own = [list(group.layer_names) for group in kv_cache_config.kv_cache_groups]
+    distributed.all_gather_object(stages, own, group=pipeline.cpu_group)
+    return stages
 
 
 def rank_of() -> tuple[int, int]:

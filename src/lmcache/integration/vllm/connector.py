@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1 import base
@@ -14,9 +15,9 @@ from lmcache.engine.groups import GroupShape, RankGroup
 from lmcache.engine.requests import GroupTable
 from lmcache.engine.served import NOT_SERVED, refusal_of
 from lmcache.engine.settings import ServerSettings
-from lmcache.integration.vllm.caches import describe_rank
+from lmcache.integration.vllm.caches import describe_rank, layers_of_all_stages
 from lmcache.integration.vllm.layers import Layers
-from lmcache.integration.vllm.model import ModelKV, describe_model
+from lmcache.integration.vllm.model import ModelKV, Stages, describe_model, spans_stages
 from lmcache.integration.vllm.plan import StepPlan, StepReport
 from lmcache.integration.vllm.resets import watch_resets
 from lmcache.integration.vllm.scheduler import SchedulerSide
@@ -26,6 +27,7 @@ from lmcache.observability.log import init_logger
 
 logger = init_logger(__name__)
 _WorkerMetadata: Any = getattr(base, "KVConnectorWorkerMetadata", object)
+_HandshakeMetadata: Any = getattr(base, "KVConnectorHandshakeMetadata", object)
 
 
 class LMCacheMetadata(KVConnectorMetadata):  # type: ignore[misc]
@@ -47,14 +49,22 @@ class LMCacheWorkerMetadata(_WorkerMetadata):  # type: ignore[misc]
         return self
 
 
+@dataclass
+class LMCacheHandshake(_HandshakeMetadata):  # type: ignore[misc]
+    """What each rank reports to the scheduler once, before the first step: the layers of all stages."""
+
+    stages: Stages
+
+
 class Connector:
     """One role of a connector: the scheduler's or a rank's. A subclass sets the attributes of vLLM's base class, then calls
     `_describe`."""
 
+    _in_process = False
+    """Whether this is a class of in-process mode: the first step waits for the server, copies are logged, and forwards wait for
+    loads wherever vLLM can hear that such a load has failed."""
     _synchronous = False
     """Whether forwards wait for loads."""
-    _serves_groups = False
-    """Whether vLLM tells this class all that models with windows or states need (`describe_model`)."""
     _vllm_config: Any
     _kv_cache_config: Any
     _role: KVConnectorRole
@@ -68,18 +78,26 @@ class Connector:
         self._server: EmbeddedServer | None = None
         self._address = self._refusal = ""
         self._kv: ModelKV | None = None
+        self._pool: Any = None
+        self._stages: Stages = ()
         transfer = self._vllm_config.kv_transfer_config
         self._instance = str(transfer.engine_id)
-        try:
-            self._kv = describe_model(
-                self._vllm_config, self._kv_cache_config, settings.model_id, with_groups=self._serves_groups
-            )
-        except NOT_SERVED as error:
-            self._refuse(refusal_of(error, "vLLM"))
         if self._role == KVConnectorRole.SCHEDULER:
             recompute_failed_loads(transfer)
-            if self._kv is not None:
-                self._start()
+        if spans_stages(self._vllm_config, self._kv_cache_config):
+            if self._role == KVConnectorRole.SCHEDULER:
+                return  # until the ranks have reported the layers of all stages
+            self._stages = layers_of_all_stages(self._kv_cache_config)
+        self._describe_stages(self._stages)
+
+    def _describe_stages(self, stages: Stages) -> None:
+        try:
+            self._kv = describe_model(self._vllm_config, self._kv_cache_config, self._settings.model_id, stages)
+            self._synchronous = self._in_process and not self._kv.fails_by_request
+        except NOT_SERVED as error:
+            self._refuse(refusal_of(error, "vLLM"))
+        if self._role == KVConnectorRole.SCHEDULER and self._kv is not None:
+            self._start()
 
     def _start(self) -> None:
         """Make the scheduler's side with `_serve`, after starting the engine's own server if it needs one."""
@@ -91,7 +109,7 @@ class Connector:
         assert kv is not None
         endpoint = self._settings.endpoint(self._instance, "scheduler", address=address)
         first, *further = [
-            GroupShape(one.layout, one.shards, one.group, share)
+            GroupShape(one.layout, one.shards, one.group, share, one.stages)
             for one, share in zip(kv.groups, kv.shares, strict=True)
         ]
         session = SchedulerSession(
@@ -99,15 +117,20 @@ class Connector:
         )
         self._scheduler = side = SchedulerSide(
             session,
-            [GroupTable(one.block_tokens, one.reach_tokens, one.model.kind == "state") for one in kv.groups],
+            [
+                GroupTable(one.block_tokens, one.reach_tokens, one.model.kind == "state", one.local_tokens)
+                for one in kv.groups
+            ],
             kv.ranks,
             numbers=[one.number for one in kv.groups],
             can_load=transfer.is_kv_consumer,
             can_store=transfer.is_kv_producer,
             synchronous=self._synchronous,
+            logs=self._in_process,
             device=str(self._vllm_config.device_config.device_type),
             config=self._settings.config,
         )
+        side.bind_pool(self._pool)
         watch_resets(self._instance, side)
         if not wait_for_server((session,), self._server):
             side.requests.stop(NOT_STARTED)
@@ -125,9 +148,14 @@ class Connector:
             return
         endpoint = self._settings.endpoint(self._instance, "worker", number, address)
         layerwise = self._synchronous and self._settings.config.use_layerwise
+        held = [at for at, group in enumerate(kv.groups) if group.layer_names]
         first, *further = [
-            RankGroup(one.layout, one.shard, one.paged, group.group, share, group.state_tokens, group.block_tokens)
-            for one, group, share in zip(served, kv.groups, kv.shares, strict=True)
+            RankGroup(
+                *(one.layout, one.shard, one.paged, kv.groups[at].group, kv.shares[at]),
+                *(kv.groups[at].state_tokens, kv.groups[at].block_tokens, kv.groups[at].stages),
+                kv.groups[at].local_tokens,
+            )
+            for one, at in zip(served, held, strict=True)
         ]
         self._worker = WorkerSide(
             WorkerSession(
@@ -135,17 +163,20 @@ class Connector:
                 first.layout_for,
                 first.shard,
                 first.paged,
-                stages=kv.stages,
+                stages=first.stages,
                 group=first.group,
                 share=first.share,
                 others=further,
                 state_tokens=first.state_tokens,
                 block_tokens=first.block_tokens,
+                local_tokens=first.local_tokens,
             ),
             registered,
             [one.shard.index for one in served],
+            held=held if further or kv.others else (),
             stores=[one.stores for one in served],
             synchronous=self._synchronous,
+            logs=self._in_process,
             fails_by_request=kv.fails_by_request,
             layers=Layers(kv.layer_names, len(registered[0].paged.planes)) if layerwise else None,
             refusal=lambda: kv.identity.failure,
@@ -170,11 +201,14 @@ class Connector:
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
         self._attach(kv_caches)
 
+    def get_handshake_metadata(self) -> LMCacheHandshake | None:
+        return LMCacheHandshake(self._stages) if self._stages else None
+
     def _begin(self) -> None:
         """Start the loads of the step. This does nothing more when it is called again for the same step."""
         plan, worker = self._plan(), self._worker
         if worker is not None:
-            if self._synchronous or plan.address:
+            if self._in_process or plan.address:
                 worker.wait_connected(plan)
             worker.settle(plan)
             worker.start_loads(plan)
@@ -205,6 +239,17 @@ class Connector:
             sent, received = set(plan.closing), {str(load.request_id) for load in loads}
         return sent or None, received or None
 
+    def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
+        """Return the ends of transfers. A model with several groups reports failed loads here, because numbers of blocks do not
+        say which group they belong to."""
+        sent, received = self.get_finished(finished_req_ids)
+        failed: set[str] = set()
+        if self._worker is not None:
+            failed = self._worker.take_failed_requests()
+        elif self._kv is not None and self._kv.fails_by_request:
+            failed = {str(load.request_id) for load in self._plan().loads}
+        return base.KVConnectorTransferResults(sent or set(), received or set(), failed)
+
     def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any) -> None:
         return
 
@@ -234,6 +279,25 @@ class Connector:
 
     # Scheduler
 
+    def set_xfer_handshake_metadata_pp_aware(self, metadata: dict[tuple[int, int], Any]) -> None:
+        if metadata:  # the same from every rank
+            self._describe_stages(next(iter(metadata.values())).stages)
+
+    def bind_gpu_block_pool(self, gpu_block_pool: Any) -> None:
+        self._pool = gpu_block_pool
+        if self._scheduler is not None:
+            self._scheduler.bind_pool(gpu_block_pool)
+
+    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
+        """Return the tokens that can be loaded, and whether the request waits for them, unscheduled; None while a tier loads, so
+        that vLLM asks again at the next step."""
+        tokens = self._scheduler.match(request, num_computed_tokens) if self._scheduler is not None else 0
+        return tokens, bool(tokens) and not self._synchronous
+
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        if self._scheduler is not None:
+            self._scheduler.allocated(request, blocks.get_block_ids(), num_external_tokens)
+
     def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
         if self._scheduler is None:
             return LMCacheMetadata(StepPlan(forward=scheduler_output.total_num_scheduled_tokens > 0))
@@ -253,6 +317,11 @@ class Connector:
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         return (self._scheduler is not None and self._scheduler.finished(request)), None
+
+    def request_finished_all_groups(
+        self, request: Any, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        return self.request_finished(request, block_ids[0])
 
     def reset_cache(self) -> bool:
         """Serve none of the KV stored so far to this engine any more. Other engines keep their KV."""

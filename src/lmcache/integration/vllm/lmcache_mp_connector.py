@@ -29,7 +29,6 @@ class LMCacheMPConnector(Connector, KVConnectorBase_V1, _SupportsHMA):  # type: 
 
     if _HIT_SOURCE is not None:
         _cache_hit_source = _HIT_SOURCE
-    _serves_groups = True
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any = None) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
@@ -66,41 +65,11 @@ class LMCacheMPConnector(Connector, KVConnectorBase_V1, _SupportsHMA):  # type: 
             self._attach(kv_caches, plan.address)
         self._begin()
 
-    def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
-        """Return the ends of transfers. A model with several groups reports failed loads here, because numbers of blocks do not
-        say which group they belong to."""
-        results = super().get_transfer_results(finished_req_ids)
-        if self._worker is not None:
-            results.failed_recving |= self._worker.take_failed_requests()
-        elif self._kv is not None and self._kv.fails_by_request:
-            results.failed_recving |= {str(load.request_id) for load in self._plan().loads}
-        return results
-
-    def bind_gpu_block_pool(self, gpu_block_pool: Any) -> None:
-        if self._scheduler is not None:
-            self._scheduler.bind_pool(gpu_block_pool)
-
     def get_kv_connector_stats(self) -> Any:
         if self._worker is None or not self._worker.reports_stats:
             return None
         stats = self.build_kv_connector_stats(self._worker.take_stats())
         return None if stats.is_empty() else stats
-
-    # Scheduler
-
-    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
-        """Return the tokens that can be loaded; None while a tier loads, so that vLLM asks again at the next step."""
-        tokens = self._scheduler.match(request, num_computed_tokens) if self._scheduler is not None else 0
-        return tokens, bool(tokens)
-
-    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
-        if self._scheduler is not None:
-            self._scheduler.allocated(request, blocks.get_block_ids(), num_external_tokens)
-
-    def request_finished_all_groups(
-        self, request: Any, block_ids: tuple[list[int], ...]
-    ) -> tuple[bool, dict[str, Any] | None]:
-        return self.request_finished(request, block_ids[0])
 
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
@@ -14,7 +15,7 @@ from lmcache.integration.vllm.identity import config_digest, served_identity
 from lmcache.integration.vllm.rules import refuse_what_vllm_rules_out
 
 _FULL_ATTENTION = ("FullAttentionSpec", "MLAAttentionSpec")
-_WINDOW, _STATE = "SlidingWindowSpec", "MambaSpec"
+_WINDOW, _LOCAL, _STATE = "SlidingWindowSpec", "ChunkedLocalAttentionSpec", "MambaSpec"
 _FP8_NAMES = {"fp8": "fp8_e4m3", "fp8_e4m3": "fp8_e4m3", "fp8_e5m2": "fp8_e5m2"}
 _PLAIN_DTYPES = ("float32", "float16", "bfloat16")
 _WITH_SCALES = {
@@ -29,17 +30,17 @@ _WITH_SCALES = {
 class ModelKV(ServedModel):
     """The KV of a complete model, and its split among ranks. Of a model with several groups, this is the first one.
 
-    block_tokens: tokens of a scheduler block. layer_names: this rank's layers, in the order of the extent. stages: the layer
-    before which each pipeline stage ends (empty without pipeline). group: which group this is; None if the model has one kind of
-    KV. number: vLLM's number of the group. others: the further groups."""
+    block_tokens: tokens of a scheduler block. layer_names: this rank's layers, in the order of the extent. counts: how many
+    layers each pipeline stage has. group: which group this is; None if the model has one kind of KV. number: vLLM's number of the
+    group. local_tokens: as in `GroupTable`. others: the further groups."""
 
     block_tokens: int
     layer_names: tuple[str, ...]
     tp_size: int
-    pp_size: int
-    stages: tuple[int, ...]
+    counts: tuple[int, ...]
     group: Group | None = None
     number: int = 0
+    local_tokens: int = 0
     others: tuple[ModelKV, ...] = ()
 
     @property
@@ -71,27 +72,49 @@ class ModelKV(ServedModel):
     @property
     def ranks(self) -> int:
         """Number of this engine's workers."""
-        return self.tp_size * self.pp_size
+        return self.tp_size * len(self.counts)
+
+    @property
+    def stages(self) -> tuple[int, ...]:
+        """The layer before which each pipeline stage with layers of this group ends; empty if there is only one."""
+        ends = [sum(self.counts[: stage + 1]) for stage in self._holders]
+        return tuple(ends) if len(ends) > 1 else ()
 
     @property
     def shards(self) -> int:
         """Number of shards of a chunk."""
-        return self.shard(0, 0, (0, self.model.num_layers)).count
+        return self.shard(0, self._holders[0]).count
 
-    def shard(self, tp_rank: int, pp_rank: int, layers: tuple[int, int]) -> Shard:
-        """Return the shard that one rank holds.
+    def shard(self, tp_rank: int, pp_rank: int) -> Shard:
+        """Return the shard that a rank holds which has layers of this group.
 
         Raises:
             LayoutError: the heads do not divide among the ranks.
         """
-        return shard_of_rank(self.model, tp_rank, self.tp_size, *layers, pp_rank=pp_rank, pp_size=self.pp_size)
+        first, holders = sum(self.counts[:pp_rank]), self._holders
+        place = holders.index(pp_rank), len(holders)
+        return shard_of_rank(self.model, tp_rank, self.tp_size, first, first + self.counts[pp_rank], *place)
+
+    @property
+    def _holders(self) -> list[int]:
+        """The pipeline stages that have layers of this group."""
+        return [stage for stage, count in enumerate(self.counts) if count]
 
 
-def describe_model(vllm_config: Any, kv_cache_config: Any, model_id: str = "", *, with_groups: bool = False) -> ModelKV:
-    """Describe the KV of the model that vLLM serves.
+Stages = Sequence[Sequence[Sequence[str]]]
+"""For each pipeline stage, the names of its layers in each of vLLM's groups."""
 
-    with_groups: whether the caller serves models with windows or states, too. vLLM has to tell it the block tables of all groups
-    and its block pool (their blocks are freed while stores read them), and to hear from it which requests' loads have failed.
+
+def spans_stages(vllm_config: Any, kv_cache_config: Any) -> bool:
+    """Return whether `describe_model` needs the names of all stages' layers: a rank knows of a group only the layers it has."""
+    if vllm_config.parallel_config.pipeline_parallel_size == 1:
+        return False
+    groups = kv_cache_config.kv_cache_groups
+    return len(groups) > 1 or any(type(group.kv_cache_spec).__name__ not in _FULL_ATTENTION for group in groups)
+
+
+def describe_model(vllm_config: Any, kv_cache_config: Any, model_id: str = "", stages: Stages = ()) -> ModelKV:
+    """Describe the KV of the model that vLLM serves. stages: needed if the model `spans_stages`.
 
     Raises:
         LayoutError: this engine's KV cannot be cached; the message says why.
@@ -100,46 +123,45 @@ def describe_model(vllm_config: Any, kv_cache_config: Any, model_id: str = "", *
     refuse_what_vllm_rules_out(vllm_config)
     groups = _groups(kv_cache_config)
     if len(groups) > 1 or groups[0].reach_tokens:
-        if not with_groups:
-            raise LayoutError(
-                "models with sliding windows or Mamba states are served with LMCache's own class of LMCacheMPConnector only, or "
-                "with --disable-hybrid-kv-cache-manager if some layers have full attention"
-            )
-        _refuse_with_groups(vllm_config)
+        _refuse_with_groups(vllm_config, groups)
     # The identity comes last: the weights of a refused engine need not be hashed.
-    digest, layers = (
-        config_digest(vllm_config),
-        sorted((name for one in groups for name in one.names), key=_layer_order),
-    )
-    described = [_describe_group(vllm_config, one, layers, digest) for one in groups]
+    digest = config_digest(vllm_config)
+    if not stages:
+        stages = [[list(group.layer_names) for group in kv_cache_config.kv_cache_groups]]
+    described = [_describe_group(vllm_config, one, stages, digest) for one in groups]
     identity = served_identity(vllm_config, model_id)
     parts = [replace(one, identity=identity) for one in described]
     return replace(parts[0], others=tuple(parts[1:]))
 
 
 class _Group(NamedTuple):
-    """A group of vLLM's. number: its place in vLLM's list. reach_tokens: as in `Group`."""
+    """A group of vLLM's. number: its place in vLLM's list. reach_tokens, local_tokens: as in `GroupTable`."""
 
     number: int
     names: tuple[str, ...]
     spec: Any
     reach_tokens: int
+    local_tokens: int
 
 
-def _describe_group(vllm_config: Any, one: _Group, all_layers: list[str], digest: str) -> ModelKV:
+def _describe_group(vllm_config: Any, one: _Group, stages: Stages, digest: str) -> ModelKV:
     """Describe one group, without the identity of the weights."""
-    parallel, model, spec, names = vllm_config.parallel_config, vllm_config.model_config, one.spec, one.names
-    pp_size, tp_size = parallel.pipeline_parallel_size, parallel.tensor_parallel_size
-    layers = len(names) if pp_size == 1 else model.get_total_num_hidden_layers()
+    parallel, spec = vllm_config.parallel_config, one.spec
+    tp_size, counts = parallel.tensor_parallel_size, tuple(len(stage[one.number]) for stage in stages)
+    if len(counts) < parallel.pipeline_parallel_size:
+        counts = _even_counts(vllm_config)
+    layers = sum(counts)
     if type(spec).__name__ == _STATE:
         layout = _state_layout(spec, layers, 1 if getattr(spec, "tp_replicated", False) else tp_size, digest)
     else:
         layout = _token_layout(vllm_config, spec, layers, digest)
     group = None
-    if len(names) < len(all_layers) or one.reach_tokens:
-        group = Group(tuple(all_layers.index(name) for name in names), one.reach_tokens)
-    split = tp_size, pp_size, _stages(layers, pp_size)
-    return ModelKV(named(""), layout, spec.block_size, names, *split, group, one.number)
+    if len(stages[0]) > 1 or one.reach_tokens:
+        model = sorted((name for stage in stages for names in stage for name in names), key=_layer_order)
+        group = Group(
+            tuple(sorted(model.index(name) for stage in stages for name in stage[one.number])), one.reach_tokens
+        )
+    return ModelKV(named(""), layout, spec.block_size, one.names, tp_size, counts, group, one.number, one.local_tokens)
 
 
 def _token_layout(vllm_config: Any, spec: Any, layers: int, digest: str) -> Layout:
@@ -177,28 +199,14 @@ def _state_layout(spec: Any, layers: int, ranks: int, digest: str) -> Layout:
     )
 
 
-def _stages(layers: int, pp_size: int) -> tuple[int, ...]:
-    if pp_size == 1:
-        return ()
+def _even_counts(vllm_config: Any) -> tuple[int, ...]:
+    """Return how many layers vLLM gives each pipeline stage of a model whose layers are all alike."""
     from vllm.distributed.utils import get_pp_indices
 
-    return tuple(int(get_pp_indices(layers, rank, pp_size)[1]) for rank in range(pp_size))
-
-
-def layer_range(vllm_config: Any, kv: ModelKV) -> tuple[int, int]:
-    """Return (first, end) of the layers that this rank holds; `end` is excluded.
-
-    Raises:
-        LayoutError: the rank's layers are not those of its pipeline stage.
-    """
-    if kv.pp_size == 1:
-        return 0, kv.model.num_layers
-    start, end = vllm_config.model_config.get_layers_start_end_indices(vllm_config.parallel_config)
-    if end not in kv.stages or end - start != len(kv.layer_names):
-        raise LayoutError(
-            f"{len(kv.layer_names)} layers with KV on a rank of {end - start} layers are not supported with pipelines"
-        )
-    return start, end
+    layers = vllm_config.model_config.get_total_num_hidden_layers()
+    size = vllm_config.parallel_config.pipeline_parallel_size
+    ranges = [get_pp_indices(layers, rank, size) for rank in range(size)]
+    return tuple(int(end - first) for first, end in ranges)
 
 
 def _refuse_unsupported(vllm_config: Any) -> None:
@@ -226,13 +234,15 @@ def _groups(kv_cache_config: Any) -> list[_Group]:
     for number, group in enumerate(kv_cache_config.kv_cache_groups):
         spec = group.kv_cache_spec
         kind = type(spec).__name__
-        if kind not in (*_FULL_ATTENTION, _WINDOW, _STATE):
+        if kind not in (*_FULL_ATTENTION, _WINDOW, _LOCAL, _STATE):
             raise LayoutError(
-                f"KV of kind {kind}; only full attention, sliding windows and Mamba states are supported yet"
+                f"KV of kind {kind}; only full attention, sliding windows, chunked attention and Mamba states are supported yet"
             )
         if (kind != _STATE and getattr(spec, "tokens_per_state", 1) != 1) or getattr(spec, "non_causal", False):
             raise LayoutError("KV that does not hold one causal state a token is not supported")
-        reach = 0
+        reach = local = getattr(spec, "attention_chunk_size", None) or 0 if kind == _LOCAL else 0
+        if local % spec.block_size:
+            raise LayoutError(f"chunks of attention of {local} tokens do not end where blocks of {spec.block_size} do")
         if kind == _WINDOW:  # vLLM keeps the blocks from the window's first token on
             seen = spec.sliding_window - 1 + getattr(spec, "extra_retained_tokens", 0)
             reach = max(1, -(-seen // spec.block_size)) * spec.block_size
@@ -243,13 +253,13 @@ def _groups(kv_cache_config: Any) -> list[_Group]:
                     "--mamba-cache-mode align"
                 )
             reach = 1
-        found.append(_Group(number, tuple(sorted(group.layer_names, key=_layer_order)), spec, reach))
+        found.append(_Group(number, tuple(sorted(group.layer_names, key=_layer_order)), spec, reach, local))
     if not found:
         raise LayoutError("vLLM has no KV cache groups for this model")
     return sorted(found, key=lambda one: (one.reach_tokens > 0, one.number))
 
 
-def _refuse_with_groups(vllm_config: Any) -> None:
+def _refuse_with_groups(vllm_config: Any, groups: Sequence[_Group]) -> None:
     """Refuse what is supported only for models with one group of full attention.
 
     Raises:
@@ -260,13 +270,9 @@ def _refuse_with_groups(vllm_config: Any) -> None:
     kinds = "models with sliding windows or Mamba states"
     if not hasattr(base, "KVConnectorTransferResults") or not hasattr(base.KVConnectorBase_V1, "bind_gpu_block_pool"):
         raise LayoutError(f"{kinds} need a later release of vLLM, or --disable-hybrid-kv-cache-manager")
-    if vllm_config.parallel_config.pipeline_parallel_size > 1:
+    if getattr(vllm_config, "speculative_config", None) is not None and any(one.reach_tokens == 1 for one in groups):
         raise LayoutError(
-            f"{kinds} are not supported with pipeline parallelism yet; --disable-hybrid-kv-cache-manager may help"
-        )
-    if getattr(vllm_config, "speculative_config", None) is not None:
-        raise LayoutError(
-            f"{kinds} are not supported with speculative decoding yet; --disable-hybrid-kv-cache-manager may help"
+            "with speculative decoding the states of Mamba layers do not end where chunks do; leave --speculative-config out"
         )
 
 

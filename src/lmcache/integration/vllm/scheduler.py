@@ -46,7 +46,8 @@ class SchedulerSide:
     of reports that complete a job. can_load, can_store: what the KV role allows.
 
     synchronous: a load is part of the request's first step, whose forward waits for it; so the last token is always computed,
-    and no hit is too small to be loaded. Otherwise the request waits, unscheduled. config: settings of loads and stores.
+    and no hit is too small to be loaded. Otherwise the request waits, unscheduled. config: settings of loads and stores. logs:
+    whether each lookup is logged, as users of in-process mode expect.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class SchedulerSide:
         can_load: bool = True,
         can_store: bool = True,
         synchronous: bool = False,
+        logs: bool = False,
         config: EngineConfig = WITH_A_DAEMON,
         device: str = "cpu",
     ) -> None:
@@ -72,7 +74,7 @@ class SchedulerSide:
         self._held: dict[str, list[Any]] = {}
         """Store job -> vLLM's blocks that it reads."""
         self._can_load, self._can_store = can_load, can_store
-        self._synchronous, self._config = synchronous, config
+        self._synchronous, self._logs, self._config = synchronous, logs, config
         self._min_gain = 1 if synchronous else MIN_GAIN_TOKENS.get(device, MIN_GAIN_TOKENS_ON_A_DEVICE)
         self._admitted: list[tuple[Tracker, LoadPlan]] = []
         """Loads of the coming step."""
@@ -113,9 +115,8 @@ class SchedulerSide:
         if any(group.reach_tokens for group in self._groups):
             self._pool = pool
 
-    def allocated(self, request: Any, blocks: Sequence[Sequence[int]] | None, external_tokens: int) -> None:
-        """Record the request's block tables by vLLM's groups (None if only the step's output contains them), and plan to load the
-        `external_tokens` after the local hit."""
+    def allocated(self, request: Any, blocks: Sequence[Sequence[int]], external_tokens: int) -> None:
+        """Record the request's block tables by vLLM's groups, and plan to load the `external_tokens` after the local hit."""
         tracker = self._tracker(request)
         self._set_tables(tracker, blocks)
         if tracker.local_tokens and self.requests.own_cache_outdated:
@@ -265,9 +266,8 @@ class SchedulerSide:
                 for table, number in zip((tracker.blocks, *tracker.tables), self._numbers, strict=True):
                     table.extend(new_blocks[number])
 
-    def _set_tables(self, tracker: Tracker, blocks: Sequence[Sequence[int]] | None) -> None:
-        tables = [list(blocks[number]) if blocks is not None else [] for number in self._numbers]
-        tracker.blocks, *tracker.tables = tables
+    def _set_tables(self, tracker: Tracker, blocks: Sequence[Sequence[int]]) -> None:
+        tracker.blocks, *tracker.tables = [list(blocks[number]) for number in self._numbers]
 
     def _plan_store(self, plan: StepPlan, tracker: Tracker, scheduled: int) -> None:
         """Plan to store the chunks that are full after this step, and the tail of a prompt that ends with it. Draft tokens do not
@@ -314,7 +314,7 @@ class SchedulerSide:
 
     def _log(self, tracker: Tracker, found: int, gain: int) -> None:
         """Log the line that users of in-process mode look for, once per answer."""
-        if self._synchronous and tracker.logged != (found, gain):
+        if self._logs and tracker.logged != (found, gain):
             tracker.logged = found, gain
             text = "Reqid: %s, Total tokens %d, LMCache hit tokens: %d, need to load: %d"
             logger.info(text, tracker.id, tracker.request.num_tokens, found, gain)

@@ -303,9 +303,13 @@ def _engine_of_caller() -> _Engine | None:
         vllm_config, kv_cache_config = _configs_of_callers()
         settings = read_settings(vllm_config.kv_transfer_config)
         _refuse_what_is_not_told(vllm_config)
-        return _Engine(
-            vllm_config, kv_cache_config, describe_model(vllm_config, kv_cache_config, settings.model_id), settings
-        )
+        kv = describe_model(vllm_config, kv_cache_config, settings.model_id)
+        if kv.fails_by_request:
+            raise LayoutError(
+                "vLLM's own class of LMCacheMPConnector does not tell which blocks belong to which kind of KV of a model with "
+                "sliding windows or Mamba states; unset LMCACHE_USE_UPSTREAM_MP, or use a later release of vLLM"
+            )
+        return _Engine(vllm_config, kv_cache_config, kv, settings)
     except ConfigError:
         raise
     except NOT_SERVED as error:

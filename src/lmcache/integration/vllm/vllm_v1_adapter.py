@@ -1,9 +1,11 @@
 """In-process mode: the implementation that vLLM's `LMCacheConnectorV1` forwards its calls to.
 
 The scheduler starts a server for the engine (`lmcache.engine.embedded`), and the ranks find it. `LMCacheConnectorV1` has an older
-contract than the connector's: a load is part of the step that needs it, only the scheduler's output contains the block tables,
-and some calls are not forwarded. The methods for those calls are set on the calling object itself, so that both modes
-run the same two sides.
+contract than the connector's: some calls are not forwarded, or only a part of them is. The methods for those calls are set on the
+calling object itself, so that both modes run the same two sides.
+
+A load is part of the step that needs it. vLLM cannot hear that such a load has failed if the model has several kinds of KV, so
+there the request waits, unscheduled, as with a daemon.
 """
 
 from __future__ import annotations
@@ -20,7 +22,13 @@ from lmcache.observability.log import init_logger
 
 logger = init_logger(__name__)
 _NOT_FORWARDED = (
+    "get_num_new_matched_tokens",
+    "update_state_after_alloc",
+    "bind_gpu_block_pool",
+    "get_handshake_metadata",
+    "set_xfer_handshake_metadata_pp_aware",
     "handle_preemptions",
+    "get_transfer_results",
     "build_connector_worker_meta",
     "update_connector_output",
     "reset_cache",
@@ -35,7 +43,7 @@ class LMCacheConnectorV1Impl(Connector):
         ConfigError: a setting is wrong. After any other fault the engine runs on without a cache, and the log says why.
     """
 
-    _synchronous = True
+    _in_process = True
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, parent_connector: Any) -> None:
         found = engine_settings(vllm_config)
@@ -70,13 +78,6 @@ class LMCacheConnectorV1Impl(Connector):
         return []
 
     # Scheduler
-
-    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> int | None:
-        return self._scheduler.match(request, num_computed_tokens) if self._scheduler is not None else 0
-
-    def update_state_after_alloc(self, request: Any, num_external_tokens: int) -> None:
-        if self._scheduler is not None:
-            self._scheduler.allocated(request, None, num_external_tokens)
 
     def update_connector_output(self, connector_output: Any) -> None:
         self._notify_parent(connector_output)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeVar
 
 from lmcache.engine import Copies, Copy, Done, LoadPlan, StorePlan, WorkerSession
 from lmcache.engine.copies import retrieved_line, stored_line
@@ -16,6 +17,7 @@ from lmcache.observability.log import init_logger
 from lmcache.transfer.progress import Progress
 
 logger = init_logger(__name__)
+PlanT = TypeVar("PlanT", LoadPlan, StorePlan)
 
 LINGER_SECONDS = 0.002
 """A step without a forward waits this long for transfers: they take milliseconds, and the engine would spin."""
@@ -23,10 +25,10 @@ _START_SECONDS = 5.0
 
 
 class WorkerSide:
-    """The worker's side. registered, shards: for each group, where its KV lies and the index of this rank's shard. stores: as
-    for `Copies`.
+    """The worker's side. registered, shards: for each group of which this rank has layers, where its KV lies, and the index of
+    this rank's shard. held: numbers of these groups among those of a plan (empty: all). stores: as for `Copies`.
 
-    synchronous: forwards wait for loads (`wait_loaded`), and every copy is logged, as users of in-process mode expect.
+    synchronous: forwards wait for loads (`wait_loaded`). logs: whether every copy is logged, as users of in-process mode expect.
     fails_by_request: whether failed loads are reported as requests (`take_failed_requests`) instead of blocks.
     layers: if given, reliable forwards wait layer by layer. refusal: returns why this rank can never serve, "" as long as it may.
     """
@@ -37,18 +39,21 @@ class WorkerSide:
         registered: Sequence[Registered],
         shards: Sequence[int],
         *,
+        held: Sequence[int] = (),
         stores: bool | Sequence[bool] = True,
         synchronous: bool = False,
+        logs: bool = False,
         fails_by_request: bool = False,
         layers: Layers | None = None,
         refusal: Callable[[], str] = str,
     ) -> None:
         self._session, self._registered, self._groups = session, registered[0], registered
+        self._held = held or range(len(registered))
         self._copies = Copies(session, shards, stores=stores, ended=self._ended)
         self._block_tokens = registered[0].paged.block_tokens * registered[0].blocks_per_block
         """Tokens of a scheduler block."""
         self._synchronous, self._layers, self._refusal = synchronous, layers, refusal
-        self._fails_by_request = fails_by_request
+        self._logs, self._fails_by_request = logs, fails_by_request
         self._arriving: list[Progress] = []
         """The progress of loads of a step whose forward waits for each layer."""
         self._unread: set[str] = set()
@@ -92,8 +97,9 @@ class WorkerSide:
             progress = Progress() if self._layers is not None else None
             if progress is not None:
                 self._arriving.append(progress)
-            table, *tables = self._tables(load)
-            self._copies.load(load, table, fence, progress, tables)
+            part = self._part(load)
+            table, *tables = self._tables(part)
+            self._copies.load(part, table, fence, progress, tables)
 
     def _notice_weights(self) -> None:
         """Count running loads as failed if the weights have changed, since their KV is of the old weights."""
@@ -147,11 +153,12 @@ class WorkerSide:
             elif any(not blocks.isdisjoint(store.blocks) for blocks in self._spoiled.values()):
                 self._copies.drop(store, "computed from a failed load")
             else:
-                if self._synchronous and self._copies.stores:
+                if self._logs and self._copies.stores:
                     text = "Storing KV cache for %d out of %d tokens (skip_leading_tokens=%d) for request %s"
                     logger.info(text, store.tokens, store.end, store.start, store.request_id)
-                table, *tables = self._tables(store)
-                self._copies.store(store, table, now, tables)
+                part = self._part(store)
+                table, *tables = self._tables(part)
+                self._copies.store(part, table, now, tables)
 
     def finished(self, plan: StepPlan) -> tuple[set[str], set[str]]:
         """Return (requests whose blocks are no longer read, requests whose KV has arrived) since the last call."""
@@ -191,6 +198,15 @@ class WorkerSide:
     def close(self) -> None:
         self._session.close()
 
+    def _part(self, plan: PlanT) -> PlanT:
+        """Return the plan for the groups of which this rank has layers."""
+        groups: list[Any] = [plan, *plan.others]
+        if len(groups) == len(self._held):
+            return plan
+        first, *others = [groups[number] for number in self._held]
+        part: PlanT = replace(first, others=others)
+        return part
+
     def _tables(self, plan: LoadPlan | StorePlan) -> list[list[int]]:
         """Return the plan's block table of each group, in blocks of the tensors."""
         return [own.blocks(part.blocks) for own, part in zip(self._groups, (plan, *plan.others), strict=True)]
@@ -203,7 +219,7 @@ class WorkerSide:
             return
         self._report.stored[plan.job_id] = 1
         self.stored_tokens += done.tokens if done.ok else 0
-        if self._synchronous and done.ok and done.tokens:
+        if self._logs and done.ok and done.tokens:
             logger.info("%s", stored_line([copy], plan.tokens, self._registered.paged.token_bytes))
 
     def _loaded(self, load: LoadPlan, done: Done) -> None:
@@ -212,7 +228,7 @@ class WorkerSide:
             return
         self._report_loaded(load)
         self.loaded_tokens += load.tokens
-        if self._synchronous:
+        if self._logs:
             logger.info("%s", retrieved_line(load, done, self._registered.paged.token_bytes))
 
     def _distrust_loads(self) -> None:
