@@ -578,14 +578,17 @@ class Heart(Index):
         for `reason`: any process may fill them next, and the caller frees their extents. Returns how many were stored in chunks
         that are still in the index."""
         table, space = held.table, held.space
-        pairs = list(zip(held.ids, held.sectors, strict=True))
-        filled = [(one, sector) for one, sector in pairs if sector not in empty and table.attached(one)]
-        if len(filled) < len(pairs):
-            kept = {one for one, _ in filled}
-            dropped = [one for one in held.ids if one not in kept]
+        filled, sectors, dropped = list[int](), list[int](), list[int]()
+        for one, sector in zip(held.ids, held.sectors, strict=True):
+            if sector not in empty and table.attached(one):
+                filled.append(one)
+                sectors.append(sector)
+            else:
+                dropped.append(one)
+        if dropped:
             self._emit("dropped", held, dropped, reason)
         completed: list[int] = []
-        for one, sector in reversed(pairs):
+        for one, sector in zip(reversed(held.ids), reversed(held.sectors), strict=True):
             stays = sector not in empty
             outcome = table.end_fill(one, held.shard, stays)
             if outcome == COMPLETED:
@@ -596,9 +599,8 @@ class Heart(Index):
                 self._remove_bare(space, table, one)
         space.complete += len(completed)
         if filled:
-            ids = [one for one, _ in filled]
-            self._note_committed(held, [sector for _, sector in filled], *names_of(table, ids))
-            self._emit("committed", held, ids)
+            self._note_committed(held, sectors, *names_of(table, filled))
+            self._emit("committed", held, filled)
         if completed:
             completed.reverse()
             self.events.emit(

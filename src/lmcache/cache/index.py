@@ -128,11 +128,12 @@ class Index:
         sectors: list[int] = []
         path = [parent] if parent >= 0 else []
         above = len(path)
-        table.pin(pack_ids(path))
+        if path:
+            table.pin(pack_ids(path))
         for key in keys:
             number = table.get(key)
             if number >= 0:
-                table.pin(pack_ids([number]))
+                table.pin(number.to_bytes(4, "little"))
                 path.append(number)
             sector = NO_EXTENT
             if number < 0 or table.state(number, shard) == EMPTY:
@@ -142,7 +143,7 @@ class Index:
                 sector = found
             if number < 0:
                 number = table.insert(key, parent)
-                table.pin(pack_ids([number]))
+                table.pin(number.to_bytes(4, "little"))
                 path.append(number)
             if sector != NO_EXTENT:
                 table.begin_fill(number, shard, sector)
@@ -196,6 +197,8 @@ class Index:
 
     def _emit_evicted(self, by: By, wanted_by: int) -> None:
         """Emit one event for each kind and space of the chunks that a reservation of the space `wanted_by` has evicted."""
+        if not self._evicted:
+            return
         for (kind, space), (hashes, last_used) in self._evicted.items():
             detail = partial(Event._replace, hashes=b"".join(hashes), wanted_by=wanted_by, last_used=tuple(last_used))
             self.events.emit(kind, space, len(hashes), "room", by, detail)

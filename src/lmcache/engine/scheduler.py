@@ -88,6 +88,8 @@ class SchedulerSession(Session):
         super().__init__(layout_for, runtime)
         self._groups = (GroupShape(layout_for, shards, group, share, tuple(stages)), *others)
         self._all_shards = sum(one.shards for one in self._groups)
+        self._most_hashes = HASH_BYTES * m.most_looked_up(0, self._all_shards)
+        """How many bytes of hashes fit into any lookup."""
         self._others: list[int] = []
         """The spaces of the further groups."""
         self._reaches: list[int] = []
@@ -176,7 +178,9 @@ class SchedulerSession(Session):
         first = skip_tokens // chain.chunk_tokens
         # Chunks beyond the limit of one lookup are not looked up, so the engine computes them.
         known = chain.hashes if chunks is None else chain.hashes[: HASH_BYTES * chunks]
-        hashes = (known + tail)[: HASH_BYTES * m.most_looked_up(first, self._all_shards)]
+        hashes = known + tail
+        if len(hashes) > self._most_hashes:
+            hashes = hashes[: HASH_BYTES * m.most_looked_up(first, self._all_shards)]
         if first * HASH_BYTES >= len(hashes):
             return None
         epoch = self._epoch

@@ -27,7 +27,8 @@ from lmcache.wire.received import MONITOR_EVENT, bytes_received
 _LINGER_MILLISECONDS = 300
 """How long ZMQ's own thread tries to deliver the last posted message (a `Bye`) after the socket is closed."""
 _HOLD_MICROSECONDS = 200
-"""How long a call keeps the GIL. A server answers sooner unless it has to evict or to ask a tier."""
+"""How long a call keeps the GIL, and a post too (`native/exchange.c` says why). A server answers sooner unless it has to evict or
+to ask a tier."""
 _POST_MICROSECONDS = 1_000_000
 """How long a post may take whose message the server's full socket does not take at once."""
 _WAITING_ANSWERS = 8
@@ -135,24 +136,14 @@ class UnixCarrier:
         return m.decode_answer(self._arrived.pop(0))
 
     def _round_trip(self, request: bytes, timeout_seconds: float) -> list[bytes | memoryview]:
-        """Send `request`, receive once, and return the frames that are complete now, if any."""
+        """Send `request` (b"": nothing), receive once, and return the frames that are complete now, if any."""
         try:
-            data = exchange(self._socket, request, timeout_seconds)
+            data = native.exchange(self._socket.fileno(), request, _HOLD_MICROSECONDS, int(timeout_seconds * 1_000_000))
         except TimeoutError as error:
             raise ServerUnavailable("no answer within the deadline") from error
         if not data:
             raise ServerUnavailable("the server has hung up")
         return self._reader.feed(data)
-
-
-def exchange(connection: socket.socket, request: bytes, timeout_seconds: float) -> bytes:
-    """Send `request` (b"": nothing) and return the bytes that arrive first, or b"" when the other side has hung up. The GIL is
-    released only when the server takes long (`native/exchange.c` says why).
-
-    Raises:
-        TimeoutError: nothing has arrived within `timeout_seconds`.
-    """
-    return native.exchange(connection.fileno(), request, _HOLD_MICROSECONDS, int(timeout_seconds * 1e6))
 
 
 class ZmqCarrier:

@@ -328,7 +328,8 @@ def most_looked_up(first_wanted: int, shards: int) -> int:
 
 def request_name(request_id: object) -> str:
     """Return an engine's id of a request as messages and records show it. Users may choose ids of any length and content."""
-    return printable(str(request_id), 200)
+    text = str(request_id)
+    return text if len(text) <= 200 and text.isprintable() else printable(text, 200)
 
 
 def encode(sequence: int, message: Message) -> bytes:
