@@ -183,6 +183,7 @@ def test_a_prefix_goes_on_where_another_split_has_more(server: Servers, ranks) -
     ids = prompt(3, 160)
     one.store(ids[:64])
     assert two.load(ids) == 64
+    assert cache.counters()['hit_chunks_by_reason_total{reason="other split"}'] == 4
     two.store(ids[:112], first_chunk=4)
     assert one.load(ids) == two.load(ids) == 112
     one.store(ids, first_chunk=7)
