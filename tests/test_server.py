@@ -22,7 +22,7 @@ import zmq
 from extent_headers import DamagedHeaders, read_headers
 from lmcache.cache import L1
 from lmcache.cache.heart import MAX_SHARDS
-from lmcache.chunks import Layout, TokenChain, space_fingerprint
+from lmcache.chunks import Layout, Split, TokenChain, space_fingerprint
 from lmcache.cli.main import main
 from lmcache.config import ServerConfig
 from lmcache.engine.endpoint import Endpoint
@@ -727,5 +727,11 @@ def test_another_pipeline_split_is_another_space(server, raw):
         granted = heads.reserve(hashes, shard=shard)
         heads.ask(m.Commit(granted.reservation, True))
     assert (heads.hits(hashes), stages.hits(hashes)) == (4, 0)
+    found = stages.ask(m.Lookup(stages.space, hashes, sisters=True))
+    assert found.chunks == 4 and found.extents == b"" and [one.split for one in found.foreign] == [Split((), 2)]
+    stages.ask(m.Release([found.lease]))
+    stages.space = stages.ask(m.Register(layout, 1, 0, 2 * size + 16)).space
+    other = stages.ask(m.Lookup(stages.space, hashes, sisters=True))
+    assert other.chunks == 0, "what does not hold exactly its layers and heads has nothing in common with others"
     refused = stages.ask(m.Register(layout, 2, 0, size, [1, 3]))
     assert isinstance(refused, m.Error) and "do not cover 2 layers" in refused.text

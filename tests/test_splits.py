@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -111,17 +112,27 @@ def describe(kv: np.ndarray) -> PagedKV:  # type: ignore[type-arg]
     return PagedKV(tuple(planes), kv.shape[3], kv.shape[2], kv.itemsize, kv)
 
 
-@pytest.mark.parametrize("reader", SPLITS, ids=str)
-def test_every_split_is_put_together_from_every_other_one(reader: Split) -> None:
+@pytest.mark.parametrize(
+    ("kind", "reader"),
+    [*(("mha", one) for one in SPLITS), *(("mla", Split(stages, max(1, len(stages)))) for stages in STAGES)],
+    ids=str,
+)
+def test_every_split_is_put_together_from_every_other_one(kind: Literal["mha", "mla"], reader: Split) -> None:
     """Three chunks of 8 tokens, of which tokens 3 to 20 are loaded; block tables and extents are scattered."""
-    layout, chunk, block, tokens = Layout("m", "bfloat16", LAYERS, HEADS, DIMS, 8), 8, 4, 24
-    whole = np.random.default_rng(3).integers(0, 1 << 16, (LAYERS, 2, tokens, HEADS, DIMS), dtype=np.uint16)
+    heads_of_all, chunk, block, tokens = HEADS if kind == "mha" else 1, 8, 4, 24
+    layout = Layout("m", "bfloat16", LAYERS, heads_of_all, DIMS, chunk, kind)
+    each, writers = (
+        layout.planes_per_layer,
+        [one for one in SPLITS if kind == "mha" or one.count == max(1, len(one.stages))],
+    )
+    whole = np.random.default_rng(3).integers(0, 1 << 16, (LAYERS, each, tokens, heads_of_all, DIMS), dtype=np.uint16)
     table = np.array([6, 1, 5, 0, 3, 2], dtype=np.int32)
     at = np.arange(3, 20)
-    for writer, index in itertools.product(SPLITS, range(reader.count)):
+    for writer, index in itertools.product(writers, range(reader.count)):
         own = reader.shard(layout, index)
         layers, heads = slice(own.first_layer, own.end_layer), slice(own.first_head, own.end_head)
-        kv = np.zeros((own.end_layer - own.first_layer, 2, 7, block, own.end_head - own.first_head, DIMS), np.uint16)
+        held = own.end_layer - own.first_layer, own.end_head - own.first_head
+        kv = np.zeros((held[0], each, 7, block, held[1], DIMS), np.uint16)
         group, copier = RankGroup(lambda tokens: layout, own, describe(kv)), CpuCopier(describe(kv), chunk)
         copied = 0
         for number in range(writer.count):
@@ -183,6 +194,7 @@ def test_a_prefix_goes_on_where_another_split_has_more(server: Servers, ranks) -
     ids = prompt(3, 160)
     one.store(ids[:64])
     assert two.load(ids) == 64
+    assert cache.counters()['hit_chunks_by_reason_total{reason="other split"}'] == 4
     two.store(ids[:112], first_chunk=4)
     assert one.load(ids) == two.load(ids) == 112
     one.store(ids, first_chunk=7)

@@ -177,7 +177,10 @@ static void run_pattern(const Pattern *p, const Isa *isa, char *paged, char *ext
     int outer = p->transpose ? p->count - 2 : p->count ? p->count - 1 : 0;
     int64_t at[MAX_AXES] = {0};
     for (;;) {
-        run_inner(p, isa, paged, extent, scatter, next);
+        const char *soon = next; /* what is read after this */
+        if (outer && at[outer - 1] + 1 < p->axes[outer - 1].count)
+            soon = scatter ? extent + p->axes[outer - 1].extent : paged + p->axes[outer - 1].paged;
+        run_inner(p, isa, paged, extent, scatter, soon);
         int i = outer - 1;
         for (; i >= 0; i--) {
             const Axis *a = &p->axes[i];

@@ -53,12 +53,15 @@ AVX2 static void rows_avx2(char *to, int64_t to_stride, const char *from, int64_
             row_avx2(to + i * to_stride, from + i * from_stride, bytes,
                      i + 1 < count ? from + (i + 1) * from_stride : next);
     } else if (bytes % LINE == 0 && starts_lines(to, to_stride)) {
-        int64_t ahead = PREFETCH_BYTES / bytes * from_stride; /* in rows: what lies between them is not read */
-        for (int64_t i = 0; i < count; i++)
+        int64_t ahead = PREFETCH_BYTES / bytes; /* in rows: what lies between them is not read */
+        ahead = ahead < count ? ahead : count;
+        for (int64_t i = 0; i < count; i++) {
+            const char *soon = i + ahead < count ? from + (i + ahead) * from_stride : next + (i + ahead - count) * from_stride;
             for (int64_t at = 0; at < bytes; at += LINE) {
-                _mm_prefetch(from + i * from_stride + at + ahead, _MM_HINT_NTA);
+                _mm_prefetch(soon + at, _MM_HINT_NTA);
                 line_avx2(to + i * to_stride + at, from + i * from_stride + at);
             }
+        }
     } else if (bytes % 32 == 0) {
         for (int64_t i = 0; i < count; i++)
             for (int64_t at = 0; at < bytes; at += 32)

@@ -21,6 +21,7 @@ HELP: dict[str, str] = {
     "dropped_chunks_total": "Shards that got extents and were not filled, by reason in dropped_chunks_by_reason.",
     "refused_chunks_total": "Shards that got no extents.",
     "expired_chunks_total": "Leased or reserved chunks whose claim passed its deadline.",
+    "hit_chunks_by_reason_total": "Chunks that lookups found as ranks of another parallel split have stored them.",
     "missed_chunks_by_reason_total": "Chunks that lookups did not find, by reason.",
     "dropped_chunks_by_reason_total": "Shards that got extents and were not filled, by reason.",
     "engine_dropped_chunks_total": "Chunks that engines decided not to store, by reason.",

@@ -116,6 +116,7 @@ class Report:
                         "shards": space.shards,
                         "chunks": len(space.table),
                         "shard_bytes": space.shard_bytes,
+                        "sisters": [one.number for one in space.sisters],
                     }
                     for space in l1.spaces
                 ],

@@ -100,7 +100,7 @@ class Service:
             raise Refusal(f"the layout has {layout.chunk_tokens}-token chunks, this server {self.chunk_tokens}")
         name = space_fingerprint(layout, request.stages, request.group)
         reach = request.group.reach_chunks(layout.chunk_tokens) if request.group is not None else 0
-        split = Split(tuple(request.stages), request.shards)
+        split = Split(tuple(request.stages) if len(request.stages) > 1 else (), request.shards)
         family = space_fingerprint(layout, (), request.group) if _is_rectangular(request, split) else b""
         expected = [one for one in tensor_splits(layout) if one != split] if family and self.tiering is not None else ()
         shard = request.shards, request.shard, request.shard_bytes

@@ -40,6 +40,8 @@ MOST_ASKED = 32768
 other engines waiting for longer than their deadlines."""
 _PROBE_PAUSE_SECONDS, _LONGEST_PROBE_PAUSE_SECONDS = 1.0, 600.0
 """Bounds of the time between two searches for other splits of a layout in tiers; it doubles from one to the next."""
+_PROBE_SECONDS = 0.02
+"""How long lookups wait for such a search. What it finds later is for later lookups."""
 _TOO_LATE, _TIER_FAILED = "too late", "tier failed"
 """Outcomes of the shards of a load that ended after its reservations had expired, and of an operation that failed."""
 _LOAD, _WRITE = ("loaded", "load_failed"), ("written", "write_failed")
@@ -48,9 +50,11 @@ _LOAD, _WRITE = ("loaded", "load_failed"), ("written", "write_failed")
 
 @dataclass
 class _Probe:
-    """The search of tiers for other splits of one layout. running: how many tiers are being asked. due: when to ask next."""
+    """The search of tiers for other splits of one layout. due: when to ask next. began: when it was asked last. running: how many
+    tiers have not answered."""
 
     due: float
+    began: float = 0.0
     pause: float = _PROBE_PAUSE_SECONDS
     running: int = 0
 
@@ -92,6 +96,7 @@ class Tiering:
         self.fetches = Fetches(traits, always, patience_seconds)
         self.report = TierReport(loop.now, self.runners, self.fetches)
         self._region: Region | None = None
+        self._probe_seconds = patience_seconds if always else _PROBE_SECONDS
         self._probes: dict[bytes, _Probe] = {}
         """By family."""
         self._late_loads = set[int]()
@@ -199,9 +204,7 @@ class Tiering:
     ) -> tuple[int, int]:
         in_l1 = self._l1.peek(self._loop.now(), process, space_number, hashes, sisters)
         seconds = self._chunk_tokens / prefill_tokens_per_second if prefill_tokens_per_second > 0 else 0.0
-        for number in self._family(
-            space_number, sisters
-        ):  # a sister only for what the tiers do not have of the space itself
+        for number in self._family(space_number, sisters):  # sisters for what the tiers do not have of the space itself
             coming = self._poll(number, hashes, in_l1, seconds, request)
             if coming:
                 return in_l1, coming
@@ -209,15 +212,17 @@ class Tiering:
         return in_l1, len(missing) // HASH_BYTES if sisters and missing and self._probing(space_number, missing) else 0
 
     def _probing(self, number: int, missing: bytes) -> bool:
-        """Return whether tiers are being asked for the first of these chunks as other splits would have stored it, before this
-        server's start. The sister of a split that is found is opened. The tiers are asked now and then, for all of a family."""
+        """Return whether to wait until tiers have told whether they have the first of these chunks as other splits would have
+        stored it, before this server's start. The sister of a split that is found is opened. Tiers are asked now and then, once
+        for all of a family."""
         space, now = self._l1.space(number), self._loop.now()
         if space is None or not space.expected or not all(space.shard_bytes):
             return False
         probe = self._probes.setdefault(space.family, _Probe(now))
         if probe.running or now < probe.due:
-            return probe.running > 0
-        probe.due, probe.pause = now + probe.pause, min(2 * probe.pause, _LONGEST_PROBE_PAUSE_SECONDS)
+            return probe.running > 0 and now - probe.began < self._probe_seconds
+        probe.began, probe.due = now, now + probe.pause
+        probe.pause = min(2 * probe.pause, _LONGEST_PROBE_PAUSE_SECONDS)
         known = {one.split for one in space.sisters}
         splits = [split for split in space.expected if split not in known]
         if not splits:
