@@ -179,6 +179,16 @@ class Rig:
     def wait_for(self, hashes: bytes, rate: float = 0.0) -> int:
         return self.ask(lambda: self.tiering.wait_for(ENGINE, [self.space], hashes, rate)[1])
 
+    def held_up(self, tier: HandTier | OwnThreadTier, prompt: bytes, rate: float = 0.0) -> None:
+        """Store a prompt and forget it in L1. Then begin its loads, which the tier holds up until it lets go."""
+        self.store(prompt)
+        self.written()
+        self.forget_l1()
+        tier.hold("load")
+        assert self.wait_for(prompt, rate) == len(prompt) // 16
+        if isinstance(tier, HandTier):
+            eventually(lambda: "load" in tier.calls)
+
     def fetch(self, hashes: bytes, rate: float = 0.0) -> int:
         """Wait as an engine does; then how many chunks are there, checked byte by byte."""
         eventually(lambda: not self.wait_for(hashes, rate))
@@ -270,12 +280,7 @@ def test_what_is_stored_comes_back_from_the_tier(rig: Callable[..., Rig], knows:
 def test_a_record_says_what_l1_did_with_the_chunks_that_were_loaded(rig: Callable[..., Rig]) -> None:
     tier = HandTier(True)
     one, prompt = rig(spec(tier), sectors=8), chain(1, 6)
-    one.store(prompt)
-    one.written()
-    one.forget_l1()
-    tier.hold("load")
-    assert one.wait_for(prompt) == 6
-    eventually(lambda: "load" in tier.calls)
+    one.held_up(tier, prompt)
     lost = next(key for key in tier.kept if key.chunk == prompt[32:48])
     shard = tier.kept.pop(lost)
     tier.let_go()
@@ -428,12 +433,7 @@ def test_damaged_and_lost_shards_are_misses_with_a_name(rig: Callable[..., Rig])
     tier = HandTier()
     one = rig(spec(tier))
     prompt = chain(1, 6)
-    one.store(prompt)
-    one.written()
-    one.forget_l1()
-    tier.hold("load")
-    assert one.wait_for(prompt) == 6
-    eventually(lambda: "load" in tier.calls)
+    one.held_up(tier, prompt)
     del tier.kept[next(key for key in tier.kept if key.chunk == prompt[32:48])]
     tier.let_go()
     assert one.fetch(prompt) == 2
@@ -444,13 +444,8 @@ def test_a_load_that_hangs_blocks_no_chunk_and_what_it_brings_at_last_is_not_use
     tier = HandTier()
     one = rig(spec(tier))
     prompt, other = chain(1, 6), chain(2, 4)
-    for stored in (prompt, other):
-        one.store(stored)
-    one.written()
-    one.forget_l1()
-    tier.hold("load")
-    one.wait_for(prompt)
-    eventually(lambda: "load" in tier.calls)
+    one.store(other)
+    one.held_up(tier, prompt)
     one.ask(lambda: one.l1.tick(time.monotonic() + one.l1.claim_seconds + 1))
     assert one.ask(lambda: one.l1.quarantined_bytes) == 6 * SECTOR
     one.store(prompt)  # as an engine that has computed it meanwhile
@@ -865,12 +860,7 @@ def amid_a_load(rig: Callable[..., Rig]) -> tuple[HandTier, Rig, bytes]:
     tier = HandTier()
     one = rig(spec(tier))
     prompt = chain(1, 8)
-    one.store(prompt)
-    one.written()
-    one.forget_l1()
-    tier.hold("load")
-    assert one.wait_for(prompt) == 8
-    eventually(lambda: "load" in tier.calls)
+    one.held_up(tier, prompt)
     return tier, one, prompt
 
 
@@ -927,11 +917,7 @@ def test_what_comes_too_late_is_there_for_the_next(rig: Callable[..., Rig]) -> N
     tier = HandTier(True)
     one = rig(spec(tier))
     prompt = chain(1, 4)
-    one.store(prompt)
-    one.written()
-    one.forget_l1()
-    tier.hold("load")
-    assert one.wait_for(prompt, rate=1000.0) == 4
+    one.held_up(tier, prompt, rate=1000.0)
     assert one.fetch(prompt, rate=1000.0) == 0, "it was given up"
     assert one.ask(lambda: one.tiering.fetches.records[-1].outcome) == "late"
     tier.let_go()
@@ -1219,11 +1205,7 @@ def test_an_asynchronous_tier_is_written_to_and_read_from(rig: Callable[..., Rig
 def test_a_tier_is_told_where_all_memory_lies_that_it_is_handed(rig: Callable[..., Rig]) -> None:
     tier = OwnThreadTier()
     one, prompt = rig(spec(tier)), chain(1, 3)
-    one.store(prompt)
-    one.written()
-    one.forget_l1()
-    tier.hold("load")
-    assert one.wait_for(prompt) == 3
+    one.held_up(tier, prompt)
     (load,) = eventually(lambda: list(tier.held))
     region = tier.region
     assert region is not None and isinstance(load, Load)
@@ -1245,11 +1227,7 @@ def test_a_load_that_passes_its_deadline_is_a_miss_at_once_and_keeps_its_memory_
 ) -> None:
     tier, clock = tier_of(kind), HandClock()
     one, prompt = rig(spec(tier), clock=clock, always=True, patience_seconds=3600.0), chain(1, 6)
-    one.store(prompt)
-    one.written()
-    one.forget_l1()
-    tier.hold("load")
-    assert one.wait_for(prompt) == 6
+    one.held_up(tier, prompt)
     calls = tier.calls if isinstance(tier, HandTier) else tier.held
     eventually(lambda: sum("load" in (call if isinstance(call, str) else call.method) for call in calls) == 2)
 
