@@ -74,6 +74,16 @@ class TierURL:
         port = f":{self.port}" if self.port is not None else ""
         return f"{self.scheme}://{who}{host}{port}{self.path}" + (f"?{query}" if query else "")
 
+    def folder(self, example: str) -> Path:
+        """Return the path, of a tier in the file system. example: such a path, for the message.
+
+        Raises:
+            ConfigError: the URL has a host, or no path.
+        """
+        if self.host or not self.path.strip("/"):
+            raise ConfigError(f"{self.redacted}: write an absolute path with three slashes: {self.scheme}://{example}")
+        return Path(os.path.normpath(self.path))
+
     def take(self, name: str, parse: Callable[[str], T], default: T) -> T:
         """Return the value of an option, or the default.
 

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TypeVar
 
 from lmcache.config.options import integer
-from lmcache.errors import ConfigError
 from lmcache.observability.log import init_logger
 from lmcache.runtime import RUNTIME, Runtime
 from lmcache.tiers import frame
@@ -96,10 +95,8 @@ class DirectoryTier(Tier):
 
     @classmethod
     def from_url(cls, url: TierURL) -> DirectoryTier:
-        if url.host or not url.path.strip("/"):
-            raise ConfigError(f"{url.redacted}: write an absolute path with three slashes: dir:///mnt/shared")
         return cls(
-            Path(os.path.normpath(url.path)),
+            url.folder("/mnt/shared"),
             url.take_max_bytes(),
             url.take_frame_key(),
             url.take("connections", integer(1, 256), 8),

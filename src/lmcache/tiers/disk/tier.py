@@ -19,7 +19,6 @@ from typing import NamedTuple
 import numpy as np
 
 from lmcache.config.options import GIB, word
-from lmcache.errors import ConfigError
 from lmcache.observability.log import init_logger
 from lmcache.runtime import RUNTIME, Runtime
 from lmcache.tiers import frame
@@ -91,10 +90,8 @@ class DiskTier(Tier):
 
     @classmethod
     def from_url(cls, url: TierURL) -> DiskTier:
-        if url.host or not url.path.strip("/"):
-            raise ConfigError(f"{url.redacted}: write an absolute path with three slashes: disk:///var/lib/lmcache")
         return cls(
-            Path(os.path.normpath(url.path)),
+            url.folder("/var/lib/lmcache"),
             url.take_max_bytes(),
             url.take("io", word("auto", "direct", "buffered"), "auto"),
             url.take_frame_key(),
