@@ -10,13 +10,14 @@ import struct
 import sys
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from msgspec import structs
 
 from lmcache.chunks import TokenChain, chunk_root
 from lmcache.chunks.hashing import Extras
@@ -30,7 +31,7 @@ from lmcache.integration.vllm import vllm_multi_process_adapter as adapter
 from lmcache.integration.vllm import weights as weights_of_vllm
 from lmcache.integration.vllm.identity import config_digest, model_identity
 from lmcache.integration.vllm.model import describe_model
-from lmcache.integration.vllm.paged import Registered, Shape, describe_tensors
+from lmcache.integration.vllm.paged import Registered, Shape, describe_tensors, own_scales, refuse_other_numbers
 from lmcache.integration.vllm.plan import StepReport
 from lmcache.integration.vllm.resets import watch_resets
 from lmcache.integration.vllm.scheduler import SchedulerSide
@@ -1223,6 +1224,78 @@ def test_models_that_are_not_served_are_named(weights: Path) -> None:
     config.model_config.model_weights = "s3://bucket/weights"
     with pytest.raises(LayoutError, match=r"streamed from .*lmcache\.mp\.model_id"):
         describe_model(config, cache_config(FULL))
+
+
+@pytest.fixture
+def platform(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """vLLM's platform, of a GPU whose e4m3 is that of the OCP."""
+    made = SimpleNamespace(is_fp8_fnuz=lambda: False)
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "vllm.platforms", SimpleNamespace(current_platform=made))
+    return made
+
+
+def test_each_kv_dtype_is_another_layout(weights: Path, platform: SimpleNamespace) -> None:
+    def layout(cache_dtype: str, dtype: str = "torch.uint8") -> Any:
+        spec = FullAttentionSpec(block_size=128, head_size=64, head_size_v=64, dtype=dtype)
+        config = vllm_config(str(weights), cache_dtype=cache_dtype)
+        return structs.replace(describe_model(config, cache_config(spec), "mine").layout(16), config_digest="")
+
+    layouts = [layout(one) for one in ("fp8", "fp8_e5m2", "fp8_per_token_head", "int4_per_token_head")]
+    layouts += [layout("int8_per_token_head", "torch.int8"), layout("auto", "torch.bfloat16")]
+    assert [one.head_size for one in layouts] == [64, 64, 68, 36, 68, 64], "a scale lies behind each head"
+    assert [bool(one.kv_scales) for one in layouts] == [False, False, True, True, True, False]
+    assert len({one.fingerprint for one in layouts}) == len(layouts)
+    before = layouts[0].fingerprint, layouts[2].fingerprint
+    platform.is_fp8_fnuz = lambda: True
+    after = layout("fp8").fingerprint, layout("fp8_per_token_head").fingerprint
+    assert len({*before, *after}) == 4, "the same bits are other numbers there"
+
+
+def test_layers_that_are_exempt_from_quantization_have_their_own_dtype(
+    weights: Path, platform: SimpleNamespace
+) -> None:
+    config = vllm_config(str(weights), cache_dtype="fp8")
+    plain = FullAttentionSpec(block_size=128, head_size=64, head_size_v=64, dtype="torch.bfloat16")
+    with pytest.raises(LayoutError, match=r"'fp8' \(kept as bfloat16\)"):
+        describe_model(config, cache_config(plain))
+    config.cache_config.kv_cache_dtype_skip_layers = ["sliding_window"]
+    assert describe_model(config, cache_config(plain)).model.kv_dtype == "bfloat16"
+
+
+def layers_with(**more: Any) -> Any:
+    """Layer a, and one that shares its KV."""
+    layers = {name: SimpleNamespace(**more, kv_sharing_target_layer_name=of) for name, of in (("a", None), ("b", "a"))}
+    return SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context=layers))
+
+
+def test_kernels_that_keep_other_numbers_under_the_name_of_a_dtype_are_refused() -> None:
+    def layer(backend: str) -> Any:
+        return layers_with(get_attn_backend=lambda: SimpleNamespace(get_name=lambda: backend))
+
+    refuse_other_numbers(layer("FLASHINFER"), "a")
+    with pytest.raises(LayoutError, match=r"TRITON_ATTN .*e5m2"):
+        refuse_other_numbers(layer("TRITON_ATTN"), "a")
+
+
+def test_scales_that_lie_elsewhere_are_refused() -> None:
+    """vLLM 0.25 with VLLM_KV_CACHE_LAYOUT=HND takes the memory of its blocks for one of another order."""
+    blocks, heads, tokens, dims = 5, 3, 4, 12
+    array = np.zeros((blocks, 2, heads, tokens, dims), dtype=np.int8)
+    whole = Tensor(array.transpose(0, 1, 3, 2, 4))
+    paged = replace(describe_tensors([whole], Shape(heads, dims, tokens, False), blocks).paged, device="cpu")
+    scales = array[..., dims - 4 :].view(np.float32)[..., 0]  # [block, K and V, head, token]
+    keys, values = (Tensor(scales[:, part].transpose(0, 2, 1)) for part in (0, 1))
+    made: list[Any] = []
+
+    def own(keys: Any) -> None:
+        kernel = SimpleNamespace(_k_scale_cache=keys, _v_scale_cache=values, _ensure_scale_caches=made.append)
+        own_scales(layers_with(impl=kernel), ["a"], [whole], paged)
+
+    own(keys)
+    assert made == [whole, whole], "each layer has views of its own"
+    with pytest.raises(LayoutError, match="VLLM_KV_CACHE_LAYOUT=NHD"):
+        own(Tensor(scales[:, 0]))
 
 
 def name_of(path: object) -> str:

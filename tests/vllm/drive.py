@@ -23,7 +23,12 @@ os.dup2(2, 1)  # whatever the engine prints goes to stderr
 def main() -> None:
     from vllm import LLM
 
-    llm = LLM(**json.loads(sys.argv[1]))
+    arguments = json.loads(sys.argv[1])
+    if os.environ.get("KERNELS_IN_PYTORCH"):
+        from quantized_kv import install
+
+        install(arguments["kv_cache_dtype"])
+    llm = LLM(**arguments)
     answer({"ready": True})
     for line in sys.stdin:
         command = json.loads(line)
@@ -241,8 +246,9 @@ def groups(llm: Any) -> dict[str, Any]:
     return {"groups": len(get_kv_transfer_group()._worker._session._groups)}
 
 
-def spoil(llm: Any, group: int, fail: bool = False) -> dict[str, Any]:
-    """Before the next load copies this group, write something else over its extents in the arena; with `fail`, end it there."""
+def spoil(llm: Any, group: int, fail: bool = False, scales: bool = False) -> dict[str, Any]:
+    """Before the next load copies this group, write something else over its extents in the arena; with `fail`, end it there; with
+    `scales`, write 1.0 over the scales behind the heads only."""
     import ctypes
 
     import numpy as np
@@ -259,7 +265,11 @@ def spoil(llm: Any, group: int, fail: bool = False) -> dict[str, Any]:
         if fail:
             raise ServerUnavailable("the test ends this load")
         for start in runs[:, 0].tolist():
-            ctypes.memmove(base + start, token.ctypes.data, size)
+            if scales:
+                extent = np.frombuffer((ctypes.c_uint8 * size).from_address(base + start), np.uint8)
+                extent.reshape(-1, copier.paged.planes[0].dims)[:, -4:] = np.float32([1.0]).view(np.uint8)
+            else:
+                ctypes.memmove(base + start, token.ctypes.data, size)
         scatter(base, blocks, runs, **more)
 
     copier.scatter = spoiled

@@ -4,10 +4,20 @@ May import: `lmcache.errors` and nothing else of this package.
 """
 
 from lmcache.chunks.hashing import HASH_BYTES, TokenChain, chunk_hash, chunk_root
-from lmcache.chunks.layout import Group, Layout, Shard, shard_of_rank, space_fingerprint
+from lmcache.chunks.layout import (
+    PER_TOKEN_HEAD,
+    SCALE_BYTES,
+    Group,
+    Layout,
+    Shard,
+    shard_of_rank,
+    space_fingerprint,
+)
 
 __all__ = [
     "HASH_BYTES",
+    "PER_TOKEN_HEAD",
+    "SCALE_BYTES",
     "Group",
     "Layout",
     "Shard",

@@ -23,17 +23,32 @@ FINGERPRINT_BYTES = 16
 MAX_NAME_CHARACTERS = 4096
 """The most characters in one text field of a layout, which is the longest path that Linux allows."""
 
-DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "fp8_e4m3": 1, "fp8_e5m2": 1, "int8": 1, "uint8": 1}
+DTYPE_BYTES = {
+    "float32": 4,
+    "float16": 2,
+    "bfloat16": 2,
+    "fp8_e4m3": 1,
+    "fp8_e4m3fnuz": 1,
+    "fp8_e5m2": 1,
+    "int8": 1,
+    "uint8": 1,
+}
+PER_TOKEN_HEAD = "per_token_head"
+"""Scales that the engine computes for each KV head of each token."""
+SCALE_BYTES = 4
+"""Of one such scale, a float32."""
 
 
 class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The shape, dtype and identity of a model's KV, independent of how ranks split it.
 
     model_id: identity of the weights (repository and commit, or a digest of a local directory). kv_dtype: a key of `DTYPE_BYTES`.
-    kv_scales: digest of static KV scales, "" where there are none. num_kv_heads: KV heads of the model before any parallel split
-    (1 for MLA). head_size: elements of one head's K or V (MLA: of the latent). kind: `state` is what a recurrent layer (Mamba,
-    linear attention) knows after a chunk, `head_size` elements for each of `num_kv_heads` parts that ranks hold; it is not
-    divided by tokens. config_digest: digest of the RoPE settings and of every other override that changes the KV."""
+    kv_scales: `PER_TOKEN_HEAD` if the scale of each head of each token lies behind its elements and travels with them; "" where
+    there are no scales, or where they are part of the weights. num_kv_heads: KV heads of the model before any parallel split (1
+    for MLA). head_size: elements of one head's K or V (MLA: of the latent), with the bytes of its scale, if it has one. kind:
+    `state` is what a recurrent layer (Mamba, linear attention) knows after a chunk, `head_size` elements for each of
+    `num_kv_heads` parts that ranks hold; it is not divided by tokens. config_digest: digest of the RoPE settings and of every
+    other override that changes the KV."""
 
     model_id: str
     kv_dtype: str

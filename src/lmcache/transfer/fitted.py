@@ -11,8 +11,8 @@ import numpy as np
 from lmcache.errors import LayoutError
 from lmcache.transfer.paged import Plane
 
-_BASE = 128
-"""Probed numbers are written in this base: its digits, and 128 itself, are exact in every float type."""
+_BASE = 8
+"""Probed numbers are written in this base: its digits, and 8 itself, are exact in every float type, also in those of 8 bits."""
 
 
 @dataclass(frozen=True)

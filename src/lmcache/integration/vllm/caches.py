@@ -9,7 +9,15 @@ from lmcache.chunks import Shard
 from lmcache.engine.served import ServedKV, stores_its_shard
 from lmcache.errors import LayoutError
 from lmcache.integration.vllm.model import ModelKV, layer_range
-from lmcache.integration.vllm.paged import Registered, Shape, cpu_isa, describe_states, describe_tensors
+from lmcache.integration.vllm.paged import (
+    Registered,
+    Shape,
+    cpu_kernel,
+    describe_states,
+    describe_tensors,
+    own_scales,
+    refuse_other_numbers,
+)
 from lmcache.integration.vllm.weights import watch_weights
 
 
@@ -44,9 +52,13 @@ def _describe_group(
     mla = kv.model.kind == "mla"
     heads = 1 if mla else max(1, kv.model.num_kv_heads // kv.tp_size)
     shape = Shape(heads, kv.model.head_size, kv.block_tokens, mla)
-    on_cpu = str(tensors[0].device).startswith("cpu")
-    isa = "" if shape.mla or not on_cpu else cpu_isa(vllm_config, kv.layer_names[0], tensors[0].dtype, shape)
-    registered = describe_tensors(tensors, shape, kv_cache_config.num_blocks, isa)
+    on_cpu, packed = str(tensors[0].device).startswith("cpu"), not shape.mla and not kv.model.kv_scales
+    kernel = cpu_kernel(vllm_config, kv.layer_names[0], kv.model.kv_dtype, shape) if on_cpu and packed else None
+    registered = describe_tensors(tensors, shape, kv_cache_config.num_blocks, kernel)
+    if kv.model.kv_scales:
+        own_scales(vllm_config, kv.layer_names, tensors, registered.paged)
+    if kv.model.kv_dtype == "fp8_e5m2":
+        refuse_other_numbers(vllm_config, kv.layer_names[0])
     if not on_cpu and _blocks_may_be_in_flight(kv_cache_config):
         registered = replace(registered, loads_need_fence=True)
     shard = kv.shard(tp_rank, pp_rank, layer_range(vllm_config, kv))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
-from lmcache.chunks import Group, Layout, Shard, shard_of_rank
+from lmcache.chunks import PER_TOKEN_HEAD, SCALE_BYTES, Group, Layout, Shard, shard_of_rank
 from lmcache.engine.groups import shares
 from lmcache.engine.identity import digest_of, named
 from lmcache.engine.served import ServedModel, refuse_encoder_decoder
@@ -17,6 +17,12 @@ _FULL_ATTENTION = ("FullAttentionSpec", "MLAAttentionSpec")
 _WINDOW, _STATE = "SlidingWindowSpec", "MambaSpec"
 _FP8_NAMES = {"fp8": "fp8_e4m3", "fp8_e4m3": "fp8_e4m3", "fp8_e5m2": "fp8_e5m2"}
 _PLAIN_DTYPES = ("float32", "float16", "bfloat16")
+_WITH_SCALES = {
+    "int8_per_token_head": ("int8", 1),
+    "fp8_per_token_head": ("fp8_e4m3", 1),
+    "int4_per_token_head": ("uint8", 2),
+}
+"""vLLM's KV dtypes with a scale for each head of each token: the layout's dtype, and how many elements one of it holds."""
 
 
 @dataclass(frozen=True)
@@ -142,14 +148,16 @@ def _token_layout(vllm_config: Any, spec: Any, layers: int, digest: str) -> Layo
         raise LayoutError(
             f"keys of {spec.head_size} and values of {spec.head_size_v} elements a head are not supported yet"
         )
+    kv_dtype, head_size, kv_scales = _elements(spec, vllm_config.cache_config)
     return Layout(
         model_id="",
-        kv_dtype=_kv_dtype(str(spec.dtype), str(vllm_config.cache_config.cache_dtype)),
+        kv_dtype=kv_dtype,
         num_layers=layers,
         num_kv_heads=1 if kind == "mla" else vllm_config.model_config.get_total_num_kv_heads(),
-        head_size=spec.head_size,
+        head_size=head_size,
         chunk_tokens=1,
         kind=kind,
+        kv_scales=kv_scales,
         config_digest=digest,
     )
 
@@ -200,7 +208,10 @@ def _refuse_unsupported(vllm_config: Any) -> None:
             raise LayoutError(f"KV split by tokens over ranks ({name}={getattr(parallel, name)}) is not supported yet")
     refuse_encoder_decoder(model)
     if getattr(cache, "calculate_kv_scales", False):
-        raise LayoutError("KV scales computed at run time (--calculate-kv-scales) differ between engines")
+        raise LayoutError(
+            "KV scales that follow from the first request (--calculate-kv-scales) differ between engines; use scales of the "
+            "checkpoint, or --kv-cache-dtype fp8_per_token_head"
+        )
     if getattr(cache, "kv_sharing_fast_prefill", False):
         raise LayoutError("--kv-sharing-fast-prefill leaves KV of shared layers unwritten")
 
@@ -259,14 +270,35 @@ def _refuse_with_groups(vllm_config: Any) -> None:
         )
 
 
-def _kv_dtype(dtype: str, cache_dtype: str) -> str:
-    """Return the layout's name of the KV dtype, from torch's ("torch.bfloat16") and vLLM's ("auto", "fp8_e4m3" ...)."""
-    if cache_dtype in _FP8_NAMES:
-        return _FP8_NAMES[cache_dtype]
-    plain = dtype.removeprefix("torch.")
-    if plain not in _PLAIN_DTYPES or cache_dtype not in ("auto", plain, "half", "float"):
-        raise LayoutError(f"KV dtype {cache_dtype!r} ({plain}) is not supported; use auto, bfloat16, float16 or fp8")
-    return plain
+def _elements(spec: Any, cache_config: Any) -> tuple[str, int, str]:
+    """Return the layout's `kv_dtype`, `head_size` and `kv_scales` of a group.
+
+    The group's spec knows its dtype in PyTorch (uint8 for most of the quantized ones), and vLLM's configuration the name of the
+    quantization ("auto", "fp8_e4m3" ...), which the layers of a group may be exempt from.
+    """
+    given = str(getattr(spec, "cache_dtype_str", None) or cache_config.cache_dtype)
+    dtype = str(spec.dtype).removeprefix("torch.")
+    exempt = bool(getattr(cache_config, "kv_cache_dtype_skip_layers", None))
+    if dtype in _PLAIN_DTYPES and (exempt or given in ("auto", dtype, "half", "float")):
+        return dtype, spec.head_size, ""
+    if given in _FP8_NAMES and dtype not in _PLAIN_DTYPES:
+        return _fp8(_FP8_NAMES[given]), spec.head_size, ""
+    if given in _WITH_SCALES and dtype not in _PLAIN_DTYPES:
+        name, packed = _WITH_SCALES[given]
+        return _fp8(name), spec.head_size // packed + SCALE_BYTES, PER_TOKEN_HEAD
+    raise LayoutError(
+        f"KV dtype {given!r} (kept as {dtype}) is not supported; use --kv-cache-dtype bfloat16, float16, fp8, "
+        "fp8_per_token_head or int8_per_token_head"
+    )
+
+
+def _fp8(name: str) -> str:
+    """Return the name of a dtype as this platform has it: some GPUs of AMD have an e4m3 whose bits mean half as much."""
+    if name != "fp8_e4m3":
+        return name
+    from vllm.platforms import current_platform
+
+    return "fp8_e4m3fnuz" if current_platform.is_fp8_fnuz() else name
 
 
 def _layer_order(name: str) -> tuple[int, str]:

@@ -11,19 +11,35 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lmcache.chunks import SCALE_BYTES
+from lmcache.engine.points import stream_point
 from lmcache.errors import LayoutError
 from lmcache.transfer.fitted import Fit, fit_strides, probe_places
 from lmcache.transfer.paged import PagedKV, Plane
 
+_E5M2 = ("CPU_ATTN", "FLASHINFER")
+"""The attention backends that keep numbers of e5m2 for `--kv-cache-dtype fp8_e5m2`."""
+
 
 @dataclass(frozen=True)
 class Shape:
-    """The KV cache spec. block_tokens: tokens of a scheduler block; the blocks of the tensors may be smaller."""
+    """The KV cache spec. head_size: including the bytes of a scale behind each head, if there is one. block_tokens: tokens of a
+    scheduler block; the blocks of the tensors may be smaller."""
 
     heads: int
     head_size: int
     block_tokens: int
     mla: bool
+
+
+@dataclass(frozen=True)
+class CpuKernel:
+    """The kernel of vLLM-CPU that packs KV into blocks. isa: its instruction set, as vLLM names it. dtype: of K and V as the
+    model computes them, in PyTorch. kv_dtype: of the layout."""
+
+    isa: str
+    dtype: Any
+    kv_dtype: str
 
 
 @dataclass(frozen=True)
@@ -43,8 +59,11 @@ class Registered:
         return list(table) if ratio == 1 else [block * ratio + part for block in table for part in range(ratio)]
 
 
-def describe_tensors(tensors: Sequence[Any], shape: Shape, num_blocks: int, isa: str = "") -> Registered:
-    """Describe one KV tensor per layer, in the order of the extent. isa: vLLM-CPU's instruction set ("" elsewhere).
+def describe_tensors(
+    tensors: Sequence[Any], shape: Shape, num_blocks: int, kernel: CpuKernel | None = None
+) -> Registered:
+    """Describe one KV tensor per layer, in the order of the extent. kernel: what packs KV into the blocks, None if elements lie
+    where the strides of the tensors say.
 
     Raises:
         LayoutError: the tensors cannot be described; the message names what they are.
@@ -62,9 +81,8 @@ def describe_tensors(tensors: Sequence[Any], shape: Shape, num_blocks: int, isa:
         )
     ratio = total // num_blocks
     inner = Shape(shape.heads, shape.head_size, shape.block_tokens // ratio, shape.mla)
-    on_cpu = str(first.device).startswith("cpu") and not shape.mla
-    if on_cpu:
-        offsets = probe_cpu_block(first, inner, isa, block_axis)
+    if kernel is not None:
+        offsets = probe_cpu_block(first, inner, kernel, block_axis)
         planes = [plane for tensor in tensors for plane in _cpu_planes(tensor, inner, offsets, block_axis)]
     else:
         planes = [plane for tensor in tensors for plane in strided_planes(tensor, inner, block_axis)]
@@ -120,7 +138,46 @@ def strided_planes(tensor: Any, shape: Shape, block_axis: int) -> list[Plane]:
     )
 
 
-def probe_cpu_block(tensor: Any, shape: Shape, isa: str, block_axis: int) -> tuple[Fit, Fit]:
+def own_scales(vllm_config: Any, names: Sequence[str], tensors: Sequence[Any], paged: PagedKV) -> None:
+    """Let vLLM make its views of the scales behind the heads. It would make them in the first forward, and then set all scales to
+    1.0, those that loads have brought before, too.
+
+    Raises:
+        LayoutError: a view is not where `paged` has the last bytes of each head.
+    """
+    layers, caches = vllm_config.compilation_config.static_forward_context, dict(zip(names, tensors, strict=True))
+    for name, layer in layers.items():
+        source = getattr(layer, "kv_sharing_target_layer_name", None) or name  # a layer may read another one's KV
+        if source in caches:
+            layer.impl._ensure_scale_caches(caches[source])
+    for number, name in enumerate(names):
+        views = layers[name].impl._k_scale_cache, layers[name].impl._v_scale_cache
+        for plane, view in zip(paged.planes[2 * number : 2 * number + 2], views, strict=True):
+            place = (view.data_ptr(), *(step * view.element_size() for step in view.stride()))
+            end = plane.address + plane.dims * paged.item_bytes
+            if place != (end - SCALE_BYTES, plane.block_stride, plane.token_stride, plane.head_stride):
+                raise LayoutError(
+                    f"vLLM keeps the scales of {name} elsewhere than behind each head of each token; with "
+                    "VLLM_KV_CACHE_LAYOUT=NHD they may be there"
+                )
+    if (written := stream_point(paged.device)) is not None:
+        written.synchronize()  # a load that overtook it would be overwritten
+
+
+def refuse_other_numbers(vllm_config: Any, name: str) -> None:
+    """Return if this layer's kernel keeps numbers of e5m2 under that name.
+
+    Raises:
+        LayoutError: it is not known to do so. vLLM's Triton kernel keeps numbers of e4m3.
+    """
+    backend = vllm_config.compilation_config.static_forward_context[name].get_attn_backend().get_name()
+    if backend not in _E5M2:
+        raise LayoutError(
+            f"{backend} does not keep numbers of e5m2 for --kv-cache-dtype fp8_e5m2 as other attention backends do; use fp8"
+        )
+
+
+def probe_cpu_block(tensor: Any, shape: Shape, kernel: CpuKernel, block_axis: int) -> tuple[Fit, Fit]:
     """Return where vLLM-CPU's kernel puts K and V inside a block.
 
     Raises:
@@ -130,7 +187,9 @@ def probe_cpu_block(tensor: Any, shape: Shape, isa: str, block_axis: int) -> tup
 
     from vllm import _custom_ops as ops
 
-    if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+    quantized = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}.get(kernel.kv_dtype)
+    kept, more = (quantized, {"kv_cache_dtype": kernel.kv_dtype}) if quantized else (tensor.dtype, {})
+    if not kept.is_floating_point:
         raise LayoutError(f"KV of dtype {tensor.dtype} on a CPU is not supported yet")
     sizes = list(tensor.shape)
     sizes[block_axis] = 1
@@ -145,14 +204,14 @@ def probe_cpu_block(tensor: Any, shape: Shape, isa: str, block_axis: int) -> tup
 
     def write(numbers: Any) -> None:
         scratch.zero_()
-        source = numbers.to(tensor.dtype)
+        source = numbers.to(kernel.dtype if quantized else tensor.dtype)
         try:
-            ops.cpu_attn_reshape_and_cache(source, source.clone(), keys, values, slots, isa)
+            ops.cpu_attn_reshape_and_cache(source, source.clone(), keys, values, slots, kernel.isa, **more)
         except (AttributeError, RuntimeError, TypeError) as error:
             raise LayoutError(f"vLLM-CPU's kernel cannot be asked for its order of KV: {error}") from None
 
     elements = shape.block_tokens, shape.heads, shape.head_size
-    key_places, value_places = probe_places(write, (keys[0], values[0]), elements)
+    key_places, value_places = probe_places(write, (keys[0].view(kept), values[0].view(kept)), elements)
     return fit_strides(key_places), fit_strides(value_places)
 
 
@@ -192,12 +251,12 @@ def _cpu_planes(tensor: Any, shape: Shape, fits: tuple[Fit, Fit], block_axis: in
     return planes
 
 
-def cpu_isa(vllm_config: Any, layer_name: str, dtype: Any, shape: Shape) -> str:
-    """Return the instruction set of vLLM-CPU's attention, as its backend named it to the layer."""
-    layer = vllm_config.compilation_config.static_forward_context.get(layer_name)
+def cpu_kernel(vllm_config: Any, layer_name: str, kv_dtype: str, shape: Shape) -> CpuKernel:
+    """Return the kernel of vLLM-CPU's attention, with the instruction set that its backend named to the layer."""
+    layer, dtype = vllm_config.compilation_config.static_forward_context.get(layer_name), vllm_config.model_config.dtype
     isa = getattr(layer, "isa", None)
-    if isa:
-        return str(isa)
-    from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+    if not isa:
+        from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
-    return str(_get_attn_isa(dtype, shape.block_tokens, shape.head_size))
+        isa = _get_attn_isa(dtype, shape.block_tokens, shape.head_size)
+    return CpuKernel(str(isa), dtype, kv_dtype)
