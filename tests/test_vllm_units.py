@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import pickle
@@ -1027,6 +1028,10 @@ def test_where_vllm_rules_prefixes_out_nothing_is_served(
 class UpdatedWorker:
     """A worker of vLLM whose weights change while it runs."""
 
+    cache_config = SimpleNamespace(cache_dtype="auto")
+
+    def init_fp8_kv_scales(self) -> None: ...
+
     def reload_weights(self) -> str:
         return "reloaded"
 
@@ -1035,8 +1040,11 @@ class UpdatedWorker:
 
 
 def test_calls_that_change_the_weights_of_a_rank_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once each, however often a connector is made; a sleep at level 1 keeps the weights."""
-    watched = {f"{__name__}.UpdatedWorker": ("reload_weights", "sleep", "a method of another release")}
+    """Once each, however often a connector is made; a sleep at level 1 keeps the weights, and waking up from it keeps those of
+    KV without scales."""
+    methods = "reload_weights", "sleep", "init_fp8_kv_scales", "a method of another release"
+    watched = {f"{__name__}.UpdatedWorker": methods}
+    assert "init_fp8_kv_scales" in itertools.chain(*weights_of_vllm._OWNERS.values())
     monkeypatch.setattr(weights_of_vllm, "_OWNERS", watched)
     for _ in range(2):
         weights_of_vllm.watch_weights(SimpleNamespace(model_config=None))
@@ -1045,6 +1053,11 @@ def test_calls_that_change_the_weights_of_a_rank_are_counted(monkeypatch: pytest
     assert [worker.sleep(), worker.sleep(1), worker.sleep(level=1)] == [1, 1, 1]
     assert weights_of_vllm.weight_changes() == before + 1
     assert [worker.sleep(2), worker.sleep(level=2)] == [2, 2] and weights_of_vllm.weight_changes() == before + 3
+    worker.init_fp8_kv_scales()
+    assert weights_of_vllm.weight_changes() == before + 3
+    worker.cache_config = SimpleNamespace(cache_dtype="fp8")
+    worker.init_fp8_kv_scales()
+    assert weights_of_vllm.weight_changes() == before + 4
 
 
 def test_ranks_with_new_weights_end_what_was_cached() -> None:

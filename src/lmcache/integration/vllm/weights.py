@@ -15,7 +15,7 @@ from lmcache.observability.log import init_logger
 
 logger = init_logger(__name__)
 _OWNERS = {
-    "vllm.v1.worker.gpu_model_runner.GPUModelRunner": ("reload_weights",),
+    "vllm.v1.worker.gpu_model_runner.GPUModelRunner": ("reload_weights", "init_fp8_kv_scales"),
     "vllm.v1.worker.gpu.model_runner.GPUModelRunner": ("reload_weights",),
     "vllm.v1.worker.gpu_worker.Worker": (
         "load_model",
@@ -29,6 +29,7 @@ _OWNERS = {
     ),
 }
 """Class -> its methods that change weights. The CPU runner and worker inherit them."""
+_WITHOUT_SCALES = ("auto", "bfloat16", "float16")
 _changes = 0
 
 
@@ -53,4 +54,6 @@ def _count(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     global _changes
     if name == "sleep" and kwargs.get("level", args[1] if len(args) > 1 else 1) == 1:
         return  # the weights are kept, and come back as they were
+    if name == "init_fp8_kv_scales" and str(args[0].cache_config.cache_dtype) in _WITHOUT_SCALES:
+        return  # releases before 0.32 call it whenever they wake up; it sets static scales of quantized KV to 1.0
     _changes += 1
