@@ -55,6 +55,9 @@ class Child:
             raise RuntimeError(f"{self.name} has ended:\n{self._log.read_text()[-6000:]}")
         return json.loads(line)
 
+    def runs(self) -> bool:
+        return self._process.poll() is None
+
     def stop(self, patience_seconds: float = 30) -> None:
         """Let it end by itself: nothing more will be asked."""
         assert self._process.stdin is not None and self._process.stdout is not None

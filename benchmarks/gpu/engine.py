@@ -45,6 +45,10 @@ class Engine:
         that were not computed, the first token's logprobs, and the answer's token ids."""
         await self._answer(self._random(SHORT), 1)
         await asyncio.sleep(0.05)
+        return await self.answers(prompts, tokens)
+
+    async def answers(self, prompts: list[list[int]], tokens: int = 1) -> list[dict[str, Any]]:
+        """As `first_tokens`, without a step before."""
         return list(await asyncio.gather(*(self._answer(prompt, tokens) for prompt in prompts)))
 
     async def forget(self) -> dict[str, bool]:

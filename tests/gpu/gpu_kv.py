@@ -8,7 +8,7 @@ from lmcache.transfer.paged import PagedKV, Plane
 
 LAYOUTS = (
     *("NHD [2,nb,bs,H,D]", "NHD [nb,2,bs,H,D]", "HND [2,nb,H,bs,D]", "HND [nb,2,H,bs,D]"),
-    *("NHD [nb,L,2,bs,H,D]", "HND [nb,L,2,H,bs,D]", "MLA [nb,bs,D]"),
+    *("NHD [nb,L,2,bs,H,D]", "HND [nb,L,2,H,bs,D]", "MLA [nb,bs,D]", "HND [nb,H,bs,2D]"),
 )
 
 
@@ -28,6 +28,8 @@ def paged_kv(
         views = [random(count, block, dims).unsqueeze(2) for _ in range(layers)]
     elif "L" in layout:
         views = list(random(count, layers, 2, *inner).flatten(1, 2).unbind(1))
+    elif "2D" in layout:
+        views = [part for _ in range(layers) for part in random(count, heads, block, 2 * dims).chunk(2, -1)]
     elif "[2,nb" in layout:
         views = [part for _ in range(layers) for part in random(2, count, *inner).unbind(0)]
     else:

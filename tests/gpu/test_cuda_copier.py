@@ -35,7 +35,14 @@ def launched_from(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(("chunk", "block"), [(256, 16), (16, 128), (48, 32), (1, 16), (250, 64)])
 def test_round_trip(layout: str, dtype: torch.dtype, chunk: int, block: int, launched_from: str) -> None:
     rng = random.Random(f"{layout}{dtype}{chunk}{block}")
-    layers, heads, dims = rng.choice([(4, 2, 64), (3, 1, 128), (5, 8, 80)])
+    shapes = [
+        (4, 2, 64),
+        (3, 1, 128),
+        (5, 8, 80),
+        (3, 2, 132),
+        (4, 8, 68),
+    ]  # the last two as with a scale behind each head
+    layers, heads, dims = rng.choice(shapes)
     count = 40 if block >= 64 else 200
     paged, views = paged_kv(layout, layers, heads, dims, block, count, dtype)
     copier = CudaCopier(paged, chunk)
