@@ -1,6 +1,6 @@
 """Run in SGLang's environment: the older connectors and the ranks' agreement, on PyTorch's own tensors and groups.
 
-    python tensors.py layerwise CONFIG_FILE MODEL | multi_process CONFIG_FILE MODEL | agreement STORE RANK
+    python tensors.py layerwise CONFIG_FILE MODEL | multi_process CONFIG_FILE MODEL | agreement STORE RANK | fp8 DTYPE
 
 The calls are those of `LMCRadixCache` in SGLang 0.5.10 and 0.5.17. Prints one line of JSON on stdout.
 """
@@ -103,6 +103,35 @@ def agreement(store: str, rank: str) -> dict[str, Any]:
     return answer
 
 
+def fp8(name: str) -> dict[str, Any]:
+    """Tokens that SGLang's own pool has quantized, copied to other slots."""
+    import numpy as np
+    from sglang.srt.layers.quantization.fp4_kv_cache_quant_method import get_kv_cache_quant_method
+    from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+
+    from lmcache.integration.sglang.model import paged_kv, pool_buffers
+    from lmcache.transfer.cpu import CpuCopier
+
+    dtype, page = getattr(torch, name), 16
+    method = get_kv_cache_quant_method("cpu_fp8_e4m3") if name == "float8_e4m3fn" else None
+    shape = {"head_num": HEADS, "head_dim": DIMS, "layer_num": LAYERS}
+    pool = MHATokenToKVPool(SLOTS, page, dtype, **shape, device="cpu", enable_memory_saver=False, quant_method=method)
+    buffers = pool_buffers(pool)
+    paged = paged_kv(buffers, page)
+    source, target = torch.arange(64, 128), torch.arange(256, 320)
+    tensors = (*buffers.keys, *buffers.values)
+    for tensor in tensors:
+        tensor[source] = torch.randn(64, HEADS, DIMS).to(dtype).view(tensor.dtype)
+    extent = np.zeros(64 * paged.token_bytes, np.uint8)
+    run, copier = np.array([(0, 0, 64, 0)], np.int64), CpuCopier(paged, 64)
+    copier.gather(extent.ctypes.data, np.arange(4, 8, dtype=np.int32), run)
+    copier.scatter(extent.ctypes.data, np.arange(16, 20, dtype=np.int32), run)
+    bits = [tensor.view(torch.uint8) for tensor in tensors]
+    copied = all(torch.equal(one[source], one[target]) and bool(one[target].any()) for one in bits)
+    return {"dtype": buffers.dtype, "token_bytes": paged.token_bytes, "same": copied}
+
+
 if __name__ == "__main__":
-    what = {"layerwise": layerwise, "multi_process": multi_process, "agreement": agreement}[sys.argv[1]]
+    scripts = {"layerwise": layerwise, "multi_process": multi_process, "agreement": agreement, "fp8": fp8}
+    what = scripts[sys.argv[1]]
     print(json.dumps(what(*sys.argv[2:])))

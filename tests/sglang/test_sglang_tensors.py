@@ -32,6 +32,13 @@ def test_older_calls(folder: Path, daemons: Daemons, calls: str) -> None:
     assert answer_of(start(calls, str(config), str(model))) == {"loaded": 128 - 32, "same": True}
 
 
+@pytest.mark.parametrize(("dtype", "name"), [("float8_e4m3fn", "fp8_e4m3"), ("float8_e5m2", "fp8_e5m2")])
+def test_fp8_in_sglangs_own_pool(dtype: str, name: str) -> None:
+    """Without AMX, SGLang does not run with KV of fp8 on a CPU; its pool does."""
+    token_bytes = 2 * 3 * 4 * 8
+    assert answer_of(start("fp8", dtype)) == {"dtype": name, "token_bytes": token_bytes, "same": True}
+
+
 def test_two_ranks_agree(folder: Path) -> None:
     one, other = [start("agreement", str(folder / "store"), rank) for rank in ("0", "1")]
     answers = answer_of(one), answer_of(other)

@@ -43,7 +43,7 @@ class PerTokenHead(triton_attn.TritonAttentionBackend):
 
 class PerTokenHeadKernels(triton_attn.TritonAttentionImpl):
     def forward(
-        self, layer: Any, query: Any, key: Any, value: Any, kv_cache: Any, attn_metadata: Any, output: Any, *more: Any
+        self, layer: Any, query: Any, key: Any, value: Any, kv_cache: Any, attn_metadata: Any, output: Any, **more: Any
     ) -> Any:
         if attn_metadata is None:
             return output
