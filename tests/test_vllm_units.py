@@ -1199,12 +1199,33 @@ def test_a_rank_whose_weights_have_no_identity_ends_what_is_served() -> None:
     assert scheduler.match(Request("a", list(range(700))), 0) == 0
 
 
-def test_each_stage_of_a_pipeline_has_its_layers_of_each_group(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Groups that lie on one stage have the names of an engine without stages."""
+@pytest.fixture
+def release_with_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A release of vLLM whose connectors hear of all groups."""
     base = SimpleNamespace(KVConnectorTransferResults=1, KVConnectorBase_V1=SimpleNamespace(bind_gpu_block_pool=1))
     path = "vllm.distributed.kv_transfer.kv_connector.v1"
     for at in range(1, 6):
         monkeypatch.setitem(sys.modules, ".".join(path.split(".")[:at]), SimpleNamespace(base=base))
+
+
+@pytest.mark.usefixtures("release_with_groups")
+def test_kinds_of_kv_that_are_not_served_are_named(weights: Path) -> None:
+    config, aligned = vllm_config(str(weights)), {**vars(FULL), "mamba_cache_mode": "align"}
+    local = type("ChunkedLocalAttentionSpec", (), {**vars(FULL), "attention_chunk_size": 256})()
+    assert [one.local_tokens for one in describe_model(config, cache_config(FULL, local)).groups] == [0, 256]
+    local.attention_chunk_size = 200
+    with pytest.raises(LayoutError, match="of attention of 200 tokens do not end where blocks of 128 do"):
+        describe_model(config, cache_config(FULL, local))
+    with pytest.raises(LayoutError, match="KV of kind CircularBufferSpec"):
+        describe_model(config, cache_config(FULL, type("CircularBufferSpec", (), vars(FULL))()))
+    config.speculative_config = SimpleNamespace(method="ngram")
+    with pytest.raises(LayoutError, match="with speculative decoding the states of Mamba layers"):
+        describe_model(config, cache_config(FULL, MambaSpec(**aligned)))
+
+
+@pytest.mark.usefixtures("release_with_groups")
+def test_each_stage_of_a_pipeline_has_its_layers_of_each_group(weights: Path) -> None:
+    """Groups that lie on one stage have the names of an engine without stages."""
     window = type("SlidingWindowSpec", (), {**vars(FULL), "sliding_window": 128})()
 
     def described(*stages: list[list[str]], own: int = 0) -> Any:

@@ -101,11 +101,10 @@ Stages = Sequence[Sequence[Sequence[str]]]
 
 def spans_stages(vllm_config: Any, kv_cache_config: Any) -> bool:
     """Return whether `describe_model` needs the names of all stages' layers: a rank knows of a group only the layers it has."""
+    if vllm_config.parallel_config.pipeline_parallel_size == 1:
+        return False
     groups = kv_cache_config.kv_cache_groups
-    kinds = {type(group.kv_cache_spec).__name__ for group in groups}
-    return vllm_config.parallel_config.pipeline_parallel_size > 1 and (
-        len(groups) > 1 or not kinds.issubset(_FULL_ATTENTION)
-    )
+    return len(groups) > 1 or any(type(group.kv_cache_spec).__name__ not in _FULL_ATTENTION for group in groups)
 
 
 def describe_model(vllm_config: Any, kv_cache_config: Any, model_id: str = "", stages: Stages = ()) -> ModelKV:
