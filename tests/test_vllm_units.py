@@ -1236,6 +1236,11 @@ def test_kinds_of_kv_that_are_not_served_are_named(weights: Path) -> None:
     config.speculative_config = SimpleNamespace(method="ngram")
     with pytest.raises(LayoutError, match="with speculative decoding the states of Mamba layers"):
         describe_model(config, cache_config(FULL, MambaSpec(**aligned)))
+    local.attention_chunk_size = 256
+    assert len(describe_model(config, cache_config(FULL, local)).groups) == 2
+    config.speculative_config.draft_model_config = SimpleNamespace()
+    with pytest.raises(LayoutError, match="not supported with a draft model yet; use the method ngram"):
+        describe_model(config, cache_config(FULL, local))
 
 
 @pytest.mark.usefixtures("release_with_groups")

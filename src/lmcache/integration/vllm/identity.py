@@ -34,7 +34,7 @@ def served_identity(vllm_config: Any, model_id: str) -> Identity:
     """
     engine_id, load_format = str(vllm_config.kv_transfer_config.engine_id), str(vllm_config.load_config.load_format)
     identity = named(model_id) if model_id else model_identity(vllm_config.model_config, load_format, engine_id)
-    draft = _draft(getattr(vllm_config, "speculative_config", None))
+    draft = draft_model_of(getattr(vllm_config, "speculative_config", None))
     return identity if draft is None else identity + _draft_identity(draft, engine_id)
 
 
@@ -130,14 +130,14 @@ def _drafting(speculative: Any, load: Any) -> Any:
 
     load: how the target model is loaded, and by default the draft model.
     """
-    model = _draft(speculative)
+    model = draft_model_of(speculative)
     if model is None:
         return None
     method, quantization = str(getattr(speculative, "method", "")), plain(getattr(model, "quantization", None))
     return [method, quantization, _files_read(model, getattr(speculative, "draft_load_config", None) or load)]
 
 
-def _draft(speculative: Any) -> Any:
+def draft_model_of(speculative: Any) -> Any:
     """Return vLLM's configuration of the draft model, which may add layers to the KV. None for methods without one (ngram,
     suffix), for which vLLM names the target model: they propose tokens and change no KV."""
     model = getattr(speculative, "draft_model_config", None)

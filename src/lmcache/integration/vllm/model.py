@@ -11,7 +11,7 @@ from lmcache.engine.groups import shares
 from lmcache.engine.identity import digest_of, named
 from lmcache.engine.served import ServedModel, refuse_encoder_decoder
 from lmcache.errors import LayoutError
-from lmcache.integration.vllm.identity import config_digest, served_identity
+from lmcache.integration.vllm.identity import config_digest, draft_model_of, served_identity
 from lmcache.integration.vllm.rules import refuse_what_vllm_rules_out
 
 _FULL_ATTENTION = ("FullAttentionSpec", "MLAAttentionSpec")
@@ -270,9 +270,14 @@ def _refuse_with_groups(vllm_config: Any, groups: Sequence[_Group]) -> None:
     kinds = "models with sliding windows or Mamba states"
     if not hasattr(base, "KVConnectorTransferResults") or not hasattr(base.KVConnectorBase_V1, "bind_gpu_block_pool"):
         raise LayoutError(f"{kinds} need a later release of vLLM, or --disable-hybrid-kv-cache-manager")
-    if getattr(vllm_config, "speculative_config", None) is not None and any(one.reach_tokens == 1 for one in groups):
+    speculative = getattr(vllm_config, "speculative_config", None)
+    if speculative is not None and any(one.reach_tokens == 1 for one in groups):
         raise LayoutError(
             "with speculative decoding the states of Mamba layers do not end where chunks do; leave --speculative-config out"
+        )
+    if draft_model_of(speculative) is not None:
+        raise LayoutError(
+            f"{kinds} are not supported with a draft model yet; use the method ngram or suffix, or leave --speculative-config out"
         )
 
 
