@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from lmcache.chunks import Shard
 from lmcache.engine import Copy, Request, StorePlan
 from lmcache.engine.embedded import EmbeddedServer, embedded_address
 from lmcache.engine.endpoint import Endpoint, given_address
@@ -18,13 +17,13 @@ from lmcache.engine.identity import Identity, named
 from lmcache.engine.local import LocalRank
 from lmcache.engine.points import stream_point
 from lmcache.engine.prefill import PrefillRate
-from lmcache.engine.served import NOT_SERVED, ServedKV
+from lmcache.engine.served import NOT_SERVED
 from lmcache.engine.tensors import weights_identity, weights_stamp
 from lmcache.errors import LayoutError
 from lmcache.integration.transformers.model import (
     kv_shape,
-    layout_of,
     refuse_unsupported,
+    served_kv,
 )
 from lmcache.integration.transformers.pool import Pool
 from lmcache.observability.log import init_logger
@@ -175,9 +174,9 @@ class Attached:
         if request.hit is not None:
             # The last token is always computed, since the answer begins with its logits.
             have = min(request.found_tokens, len(tokens) - 1)
-            copy = copies.load(
-                requests.load(request, 0, have), pool.blocks, after=stream_point(str(self._shape.device))
-            )
+            first, *others = pool.tables
+            point = stream_point(str(self._shape.device))
+            copy = copies.load(requests.load(request, 0, have), first, after=point, others=others)
             loaded = copies.settle([copy], self._endpoint.deadline_seconds, 0.0)
             if copies.running():
                 return None
@@ -210,7 +209,8 @@ class Attached:
         filled = min(len(sequence), *(layer.tokens_in_pool for layer in begun.cache.layers))
         plan = rank.requests.store(begun.request, sequence[:filled], filled)
         if plan is not None:
-            rank.copies.store(plan, pool.blocks, after=stream_point(str(self._shape.device)))
+            first, *others = pool.tables
+            rank.copies.store(plan, first, after=stream_point(str(self._shape.device)), others=others)
 
     def _ready(self, room: int) -> bool:
         """Make ready for a prompt and its answer of together `room` tokens. Return False if `generate` must run without LMCache.
@@ -265,13 +265,11 @@ class Attached:
             LayoutError: this model's KV cannot be cached.
         """
         shape, step = self._shape, max(_ROOM_TOKENS, 1 << max(0, room.bit_length() - 3))
-        identity, layout = self._identified(), layout_of(self._model, shape)
-
+        identity = self._identified()
         self._pool = Pool(shape, -(-room // step) * step)
         threads = min(_COPY_THREADS, torch.get_num_threads()) if shape.device.type == "cpu" else 1
-        whole = Shard(0, 1, 0, shape.layers, 0, shape.heads)
-        kv = ServedKV(identity, layout, whole, self._pool.describe(), stores=True)
-        self._rank = LocalRank(self._endpoint, kv, threads=threads, ended=self._ended)
+        first, *others = served_kv(self._model, shape, self._pool, identity)
+        self._rank = LocalRank(self._endpoint, first, threads=threads, ended=self._ended, others=others)
         self._rank.requests.prefill = self._prefill
         self._rank.wait_for_server(self._own, wait_seconds)
 
