@@ -6,16 +6,22 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicCache
 
 from lmcache.chunks import Group, Layout, Shard
 from lmcache.engine.identity import Identity, digest_of, plain
 from lmcache.engine.served import ServedKV, refuse_encoder_decoder, refuse_length_dependent_rope
 from lmcache.errors import LayoutError
-from lmcache.integration.transformers.pool import Kind, Pool, Shape
-from lmcache.transfer.paged import PagedKV
+from lmcache.integration.transformers.pool import Kind, Pool, Shape, States, StateTensor
 
-_SERVED = (DynamicLayer, DynamicSlidingWindowLayer)
+_SERVED = (
+    "DynamicLayer",
+    "DynamicSlidingWindowLayer",
+    "LinearAttentionLayer",
+    "LinearAttentionAndFullAttentionLayer",
+    "LinearAttentionAndSlidingWindowAttentionLayer",
+)
+"""The kinds of Transformers' cache layers."""
 
 
 def kv_shape(model: Any) -> Shape:
@@ -32,19 +38,28 @@ def kv_shape(model: Any) -> Shape:
     with torch.no_grad():
         one = torch.zeros((1, 1), dtype=torch.long, device=model.device)
         model(input_ids=one, past_key_values=cache, use_cache=True)
-    others = sorted({type(layer).__name__ for layer in cache.layers if type(layer) not in _SERVED})
+    others = sorted({type(layer).__name__ for layer in cache.layers if not _is_served(layer)})
     if others:
-        raise LayoutError(
-            f"cache layers of kind {', '.join(others)}; only full attention and sliding windows are supported"
-        )
-    found: dict[Kind, list[int]] = {}
+        raise LayoutError(f"cache layers of kind {', '.join(others)} are not supported")
+    kv: dict[Kind, list[int]] = {}
+    states: dict[States, list[int]] = {}
     for number, layer in enumerate(cache.layers):
-        found.setdefault(_kind_of(layer), []).append(number)
-    kinds = [replace(kind, layers=tuple(layers)) for kind, layers in found.items()]
-    devices = {layer.keys.device for layer in cache.layers}
+        if hasattr(layer, "keys"):
+            kv.setdefault(_kind_of(layer), []).append(number)
+        if tensors := _state_of(layer):
+            states.setdefault(States((), tensors), []).append(number)
+    if not kv:
+        raise LayoutError("a model without attention: Transformers does not go on from a cache that counts no tokens")
+    kinds = [replace(kind, layers=tuple(layers)) for kind, layers in kv.items()]
+    state_kinds = tuple(replace(kind, layers=tuple(layers)) for kind, layers in states.items())
+    devices = {layer.device for layer in cache.layers if getattr(layer, "device", None) is not None}
     if len(devices) != 1:
         raise LayoutError(f"layers with KV on {len(devices)} devices are not supported")
-    return Shape(tuple(sorted(kinds, key=lambda kind: kind.window > 0)), devices.pop())
+    return Shape(tuple(sorted(kinds, key=lambda kind: kind.window > 0)), state_kinds, devices.pop(), model.config)
+
+
+def _is_served(layer: Any) -> bool:
+    return type(layer).__module__ == DynamicCache.__module__ and type(layer).__name__ in _SERVED
 
 
 def _kind_of(layer: Any) -> Kind:
@@ -61,6 +76,16 @@ def _kind_of(layer: Any) -> Kind:
     return Kind((), shape[1], shape[3], layer.keys.dtype, int(getattr(layer, "sliding_window", 0)))
 
 
+def _state_of(layer: Any) -> tuple[StateTensor, ...]:
+    """Return what a layer's state is made of; nothing for a layer without one."""
+    return tuple(
+        StateTensor(name, number, tuple(tensor.shape), tensor.dtype)
+        for name in ("conv", "recurrent")
+        for number, tensor in getattr(layer, f"{name}_states", {}).items()
+        if tensor is not None
+    )
+
+
 def refuse_unsupported(model: Any) -> None:
     """Return if KV of a model of this kind, in its present state, can be cached.
 
@@ -74,19 +99,31 @@ def refuse_unsupported(model: Any) -> None:
 
 
 def served_kv(model: Any, shape: Shape, pool: Pool, identity: Identity) -> list[ServedKV]:
-    """What is served of the model, for each kind of its KV.
+    """What is served of the model, for each kind of its KV and of its states.
 
     Raises:
         LayoutError: KV of a dtype that is not supported.
     """
     digest = digest_of(["transformers", plain(model.config)])
-    return [
-        _served(kind, len(shape.kinds), paged, identity, digest)
-        for kind, paged in zip(shape.kinds, pool.describe(), strict=True)
-    ]
+    kinds: list[Kind | States] = [*shape.kinds, *shape.states]
+    described = [_described(kind, digest) for kind in kinds]
+    served = []
+    for (layout, group), paged in zip(described, pool.describe(), strict=True):
+        whole = Shard(0, 1, 0, layout.num_layers, 0, layout.num_kv_heads)
+        own = group if len(described) > 1 or group.reach_tokens else None
+        served.append(ServedKV(identity, layout, whole, paged, stores=True, group=own, block_tokens=1))
+    return served
 
 
-def _served(kind: Kind, kinds: int, paged: PagedKV, identity: Identity, digest: str) -> ServedKV:
+def _described(kind: Kind | States, digest: str) -> tuple[Layout, Group]:
+    """Return the layout of a kind without a name of the weights, and its group. digest: of the model's configuration."""
+    if isinstance(kind, States):
+        # What the bytes of a state mean depends on its tensors.
+        meaning = [[one.name, one.number, list(one.shape), str(one.dtype)] for one in kind.tensors]
+        layout = Layout(
+            *("", "uint8", len(kind.layers), 1, kind.size_bytes, 1, "state"), config_digest=digest_of([meaning, digest])
+        )
+        return layout, Group(kind.layers, 1)
     layout = Layout(
         model_id="",
         kv_dtype=str(kind.dtype).removeprefix("torch."),
@@ -96,8 +133,5 @@ def _served(kind: Kind, kinds: int, paged: PagedKV, identity: Identity, digest: 
         chunk_tokens=1,
         config_digest=digest,
     )
-    whole = Shard(0, 1, 0, layout.num_layers, 0, kind.heads)
     # A token's attention sees the token itself, so the next one sees one token less of those before it than the window has.
-    reach = max(1, kind.window - 1) if kind.window else 0
-    group = Group(kind.layers, reach) if reach or kinds > 1 else None
-    return ServedKV(identity, layout, whole, paged, stores=True, group=group, block_tokens=1)
+    return layout, Group(kind.layers, max(1, kind.window - 1) if kind.window else 0)
