@@ -101,9 +101,8 @@ class Pooled:
     values: torch.Tensor | None
     get_seq_length: Callable[[], int]
 
-    @classmethod
     def begin(
-        cls,
+        self,
         layer: Any,
         keys: torch.Tensor,
         values: torch.Tensor,
@@ -111,16 +110,16 @@ class Pooled:
         window: int = 0,
         appends: Callable[[int], None] | None = None,
     ) -> None:
-        """Let an empty layer of a cache go on from the first `tokens` tokens of the pool.
+        """Stand in for an empty layer of a cache, and go on from the first `tokens` tokens of the pool.
 
-        keys, values: the layer's part of the pool, [1, heads, pool tokens, head size]. window: as in `Kind`. appends: called with
-        the number of new tokens before each update."""
-        layer.__class__ = _pooled(type(layer))
-        layer._appends, layer._window = appends, window
-        layer.dtype, layer.device, layer.is_initialized = keys.dtype, keys.device, True
-        layer._room_keys, layer._room_values = keys, values
-        layer._left_at = 0
-        layer._hold(tokens)
+        layer: as Transformers has made it by the model's configuration. keys, values: the layer's part of the pool, [1, heads,
+        pool tokens, head size]. window: as in `Kind`. appends: called with the number of new tokens before each update."""
+        self.__dict__.update(layer.__dict__)
+        self._appends, self._window = appends, window
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+        self._room_keys, self._room_values = keys, values
+        self._left_at = 0
+        self._hold(tokens)
 
     @property
     def tokens_in_pool(self) -> int:
@@ -174,10 +173,11 @@ class Pooled:
         return self.keys is not None and _storage(self.keys) == _storage(self._room_keys)
 
 
-_KINDS: dict[type, type] = {}
+_KINDS: dict[type, type[Pooled]] = {}
+"""The pooled form of each kind of layer."""
 
 
-def _pooled(kind: type) -> type:
+def _pooled(kind: type) -> type[Pooled]:
     return _KINDS.setdefault(kind, type(f"Pooled{kind.__name__}", (Pooled, kind), {}))
 
 
@@ -228,7 +228,10 @@ class Pool:
             for number, layer in zip(kind.layers, memory, strict=True):
                 keys, values = (plane.unsqueeze(0) for plane in layer)
                 appends = step if number == first else None
-                Pooled.begin(cache.layers[number], keys, values, tokens, kind.window, appends)
+                pooled = _pooled(type(cache.layers[number]))
+                own = pooled.__new__(pooled)
+                own.begin(cache.layers[number], keys, values, tokens, kind.window, appends)
+                cache.layers[number] = own
         if tokens:
             for layer, tensor, copy in self._copies(cache, 0):
                 getattr(layer, f"update_{tensor.name}_state")(copy, state_idx=tensor.number)
