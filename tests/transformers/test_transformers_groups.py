@@ -44,7 +44,7 @@ def user(kind: str, group_models: Path) -> Iterator[User]:
 def test_warm_answers_are_cold_ones(server: Servers, user: User, kind: str, chunk: int) -> None:
     """Also for prompts that part within a chunk, and for those that end where a chunk does, or one token before or after."""
     assert user.ask("attach", address=server(l1=64, chunk=chunk).address)["refusal"] == ""
-    for tokens in (40, 2 * chunk - 1, 2 * chunk, 2 * chunk + 1, 600):
+    for tokens in (40, 2 * chunk - 1, 2 * chunk, 2 * chunk + 1):
         cold = user.ask("generate", ids=[tokens, tokens])
         kept = min(chunk, 127) if kind == "mistral" else chunk  # of each chunk, where there are windows only
         assert right(cold) and cold["hit"] == 0 and cold["stored"] == (tokens + 7) // chunk * kept
@@ -76,6 +76,13 @@ def test_each_group_matters(server: Servers, user: User) -> None:
         user.ask("spoil", group=None)
         again = user.ask("generate", ids=[500, 5])
         assert right(again) and again["hit"] == whole(500)
+
+
+def test_a_forward_beside_generate_is_not_ours(server: Servers, user: User) -> None:
+    """It ends while some layers' states are behind a token more than others'."""
+    user.ask("attach", address=server(l1=64, chunk=CHUNK).address)
+    warm = user.ask("beside", ids=[300, 10], other=[3, 11])
+    assert right(warm) and warm["hit"] == whole(300)
 
 
 def test_a_longer_answer_than_foreseen(server: Servers, user: User) -> None:

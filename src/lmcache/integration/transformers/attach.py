@@ -40,7 +40,15 @@ _ROOM_TOKENS = 1024
 _FORESEEN_TOKENS = 2048
 """Tokens of the pool for an answer of unknown length. A longer answer goes on outside the pool, and its end is not stored."""
 _COPY_THREADS = 8
-_PLAIN_OPTIONS = ("assistant_model", "prompt_lookup_num_tokens", "custom_generate", "cache_implementation")
+_PLAIN_OPTIONS = (
+    "assistant_model",
+    "assistant_early_exit",
+    "use_mtp",
+    "prompt_lookup_num_tokens",
+    "custom_generate",
+    "cache_implementation",
+    "prefill_chunk_size",
+)
 _PLAIN_TENSORS = ("inputs", "input_ids", "attention_mask")
 
 
