@@ -157,27 +157,6 @@ def do_generate(state: State, ids: list[int], new: int = 8, **more: Any) -> dict
     }
 
 
-def do_beside(state: State, ids: list[int], other: list[int]) -> dict[str, Any]:
-    """As `generate`, while another thread's forward of other tokens ends in the middle of each forward."""
-    assert state.attached is not None
-    tokens, inside = prompt(*ids), threading.local()
-    layers = state.model.model.layers
-
-    def another(*_: Any) -> None:
-        if not getattr(inside, "busy", False):
-            inside.busy = True
-            state.model(prompt(*other), use_cache=False)
-            inside.busy = False
-
-    hook = layers[len(layers) - 1].register_forward_pre_hook(another)
-    try:
-        state.model.generate(tokens, max_new_tokens=8, min_new_tokens=8, do_sample=False)
-    finally:
-        hook.remove()
-    state.attached.flush()
-    return do_generate(state, ids)
-
-
 def do_continue(state: State, ids: list[int], turns: int) -> dict[str, Any]:
     """A conversation: each prompt is the one before, with its answer and more. Hits of each turn."""
     assert state.attached is not None

@@ -78,13 +78,6 @@ def test_each_group_matters(server: Servers, user: User) -> None:
         assert right(again) and again["hit"] == whole(500)
 
 
-def test_a_forward_beside_generate_is_not_ours(server: Servers, user: User) -> None:
-    """It ends while some layers' states are behind a token more than others'."""
-    user.ask("attach", address=server(l1=64, chunk=CHUNK).address)
-    warm = user.ask("beside", ids=[300, 10], other=[3, 11])
-    assert right(warm) and warm["hit"] == whole(300)
-
-
 def test_a_longer_answer_than_foreseen(server: Servers, user: User) -> None:
     """It goes on outside the pool; and a cache that was given back is the caller's."""
     user.ask("foresee", tokens=4)
