@@ -18,6 +18,7 @@ import types
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -54,6 +55,16 @@ class _Base:
 
     def wait_for_initialization(self) -> None:
         return None
+
+
+class _SchedulerBase(_Base):
+    """The forms of two callbacks for caches of layer groups; one group is passed on in the flat form."""
+
+    def update_state_after_alloc_by_layer_group(self, request: Any, block_ids_by_layer_group: list[list[int]]) -> None:
+        self.update_state_after_alloc(request, *block_ids_by_layer_group)  # type: ignore[attr-defined]
+
+    def request_finished_by_layer_group(self, request: Any, cache_block_ids_by_layer_group: list[list[int]]) -> bool:
+        return bool(self.request_finished(request, *cache_block_ids_by_layer_group))  # type: ignore[attr-defined]
 
 
 class RanksDisagree(BaseException):
@@ -99,7 +110,7 @@ def install(old: bool = False) -> None:
     utils.mpi_allgather = lambda value: _rank.ranks.allgather(value)  # type: ignore[attr-defined]
     utils.mpi_broadcast = lambda value, root=0: _rank.ranks.allgather(value)[root]  # type: ignore[attr-defined]
     bases = types.ModuleType("bases")
-    bases.KvCacheConnectorScheduler = type("KvCacheConnectorScheduler", (_Base,), {})  # type: ignore[attr-defined]
+    bases.KvCacheConnectorScheduler = type("KvCacheConnectorScheduler", (_SchedulerBase,), {})  # type: ignore[attr-defined]
     bases.KvCacheConnectorWorker = type("KvCacheConnectorWorker", (_Base,), {})  # type: ignore[attr-defined]
     home = "tensorrt_llm._torch.pyexecutor"
     packages = ["tensorrt_llm", "tensorrt_llm._torch", home] + ([] if old else [f"{home}.connectors"])
@@ -134,7 +145,9 @@ class Executor:
     """An engine with `ranks` tensor-parallel ranks in threads of this process.
 
     grouped: as with KVCacheManagerV2: blocks are given out chunk by chunk, and only what they cover of a hit is taken. tells:
-    by `cancel_load`, as newer releases do.
+    by `cancel_load`, as newer releases do. windows: with KVCacheManagerV2, the attention window of each layer group, None for
+    full attention; such a cache is described instead of passed on as one tensor, and its blocks are told for each group. Nothing
+    of the double slides: it is for connectors that refuse such caches.
     """
 
     def __init__(
@@ -154,10 +167,11 @@ class Executor:
         grouped: bool = False,
         tells: bool = True,
         flat: bool = True,
+        windows: list[int | None] | None = None,
     ) -> None:
         self.ranks = Ranks(llm_args.tensor_parallel_size)
         self.block_tokens, self.chunk_tokens = block_tokens, chunk_tokens
-        self.grouped, self.tells = grouped, tells
+        self.grouped, self.tells, self.windows = grouped, tells, windows
         self.layers, self.parts = layers, parts
         own = max(1, heads // self.ranks.count)
         self.heads = [(rank * heads // self.ranks.count, own) for rank in range(self.ranks.count)]
@@ -182,7 +196,16 @@ class Executor:
 
         self.workers = self.ranks.everywhere(make)
         self.scheduler = made[0]
-        self.ranks.everywhere(lambda rank: self.workers[rank].register_kv_caches(self.pools[rank]))
+        if windows is None:
+            self.ranks.everywhere(lambda rank: self.workers[rank].register_kv_caches(self.pools[rank]))
+        else:
+            forms = "update_state_after_alloc_by_layer_group", "request_finished_by_layer_group"
+            flat_only = [name for name in forms if getattr(type(self.scheduler), name) is getattr(_SchedulerBase, name)]
+            if flat_only:
+                raise NotImplementedError(f"the scheduler must implement {' and '.join(flat_only)}")
+            groups = tuple(SimpleNamespace(layer_group_id=at, window_size=one) for at, one in enumerate(windows))
+            layout = SimpleNamespace(tokens_per_block=block_tokens, groups=groups, as_single_pool_tensor=lambda: None)
+            self.ranks.everywhere(lambda rank: self.workers[rank].register_kv_cache_layout(layout))
         self.scheduler.wait_for_initialization()
 
     def add(self, request: Request) -> Request:
@@ -210,7 +233,7 @@ class Executor:
 
     def terminate(self, request: Request, state: str = "done") -> None:
         """The end of a request, answered or cancelled."""
-        if request.state != "waiting" and self.scheduler.request_finished(request, list(request.blocks)):
+        if request.state != "waiting" and self._finished(request):
             request.state = "saving"
             self.saving[request.request_id] = request
             self.new_saving.append(request.request_id)
@@ -252,7 +275,10 @@ class Executor:
                     self._grow(request, len(request.tokens))
                 self.external[request.request_id] = request.matched = matched
                 request.position = request.local + matched
-                self.scheduler.update_state_after_alloc(request, list(request.blocks))
+                if self.windows is None:
+                    self.scheduler.update_state_after_alloc(request, list(request.blocks))
+                else:
+                    self.scheduler.update_state_after_alloc_by_layer_group(request, self._by_group(request.blocks))
             scheduled = min(self.chunk_tokens, len(request.tokens) - request.position)
             self._grow(request, request.position + scheduled)
             batch.append((request, scheduled))
@@ -266,6 +292,8 @@ class Executor:
             position = request.position - self.external.pop(key, 0)
             fresh = request.blocks[blocks:]
             groups = [list(fresh)] if self.grouped else []
+            if self.windows is not None:
+                fresh, groups = [], self._by_group(fresh)
             data = RequestData(key, request.tokens[tokens:], fresh, position, scheduled, groups)
             (output.cached_requests if key in self.seen else output.new_requests).append(data)
             self.seen[key] = (len(request.tokens), len(request.blocks))
@@ -319,6 +347,14 @@ class Executor:
                 mine.discard(key)
             self._give_back(request)
             request.state = "done" if request.right else "failed"
+
+    def _finished(self, request: Request) -> bool:
+        if self.windows is None:
+            return bool(self.scheduler.request_finished(request, list(request.blocks)))
+        return bool(self.scheduler.request_finished_by_layer_group(request, self._by_group(request.blocks)))
+
+    def _by_group(self, blocks: list[int]) -> list[list[int]]:
+        return [list(blocks) for _ in self.windows or ()]
 
     # Blocks
 

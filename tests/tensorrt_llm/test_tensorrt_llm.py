@@ -275,6 +275,16 @@ def test_what_is_refused(
     assert process.said("LMCache serves nothing for this engine") and process.said(why)
 
 
+def test_windows_of_several_sizes_are_refused(server: Servers, process: Any, model: Models) -> None:
+    """The engine starts and runs without LMCache, whose scheduler has the forms of callbacks that it asks for."""
+    one = server(chunk=16)
+    process.ask("engine", model=model(), url=one.address, ranks=2, windows=[None, 128])
+    for _ in range(2):
+        answer = process.ask("ask", prompts=[[100, 1]])
+        assert right(answer) and answer[0]["matched"] == 0
+    assert process.said("LMCache serves nothing for this engine: attention windows of 128 tokens and full attention")
+
+
 def test_in_process(engines: Starts, model: Models) -> None:
     """Preset `lmcache`: a server of the engine's own, as LMCACHE_* says; it ends with the engine."""
     process = engines(LMCACHE_CHUNK_SIZE="12", LMCACHE_MAX_LOCAL_CPU_SIZE="0.0625")

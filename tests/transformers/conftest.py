@@ -2,31 +2,20 @@
 
 from __future__ import annotations
 
-import os
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from transformers_user import PYTHON, User
 
-from real_engines import Script, make_model, mark
-
-PYTHON = os.environ.get("LMCACHE_TEST_VLLM_PYTHON", "")
+from real_engines import ROOT, make_model, mark
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """They run beside those with real vLLM, whose environment they use."""
     mark(items, Path(__file__).parent, "vllm")
-
-
-class User(Script):
-    """`models.py`, a user's script that does what it is told."""
-
-    MODULES = ("torch", "transformers.models.qwen3.modeling_qwen3")
-
-    def __init__(self, model: Path) -> None:
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-        super().__init__(PYTHON, Path(__file__).with_name("models.py"), str(model), seconds=240.0, **environment)
 
 
 @pytest.fixture(scope="session")
@@ -39,6 +28,15 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same shapes and configuration with other weights."""
     return make_model(PYTHON, tmp_path_factory.mktemp("transformers") / "other", 7)
+
+
+@pytest.fixture(scope="session")
+def group_models(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
+    """The folder of small models with several kinds of KV."""
+    path = tmp_path_factory.mktemp("transformers-groups")
+    command = [PYTHON, str(ROOT / "tests/scripts/group_models.py"), str(path), str(model)]
+    subprocess.run(command, check=True, timeout=240)
+    return path
 
 
 @pytest.fixture(scope="module")

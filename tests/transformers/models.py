@@ -34,6 +34,7 @@ class State:
         self.plain = self.model.generate
         self.attached: Attached | None = None
         self.kept: Any = None
+        self.make_cache: Any = None
         self.gone_on = threading.Event()
         self.stamps: Mock | None = None
 
@@ -177,7 +178,8 @@ def do_keep(state: State, ids: list[int]) -> dict[str, Any]:
     expected, answer = state.plain(tokens, **options), state.model.generate(tokens, **options)
     for seed in range(3):
         state.model.generate(prompt(len(tokens[0]), 300 + seed), max_new_tokens=4, do_sample=False)
-    pairs = list(zip(answer.past_key_values.layers, expected.past_key_values.layers, strict=True))
+    both = zip(answer.past_key_values.layers, expected.past_key_values.layers, strict=True)
+    pairs = [(a, b) for a, b in both if hasattr(b, "keys")]
     kept = all(
         torch.allclose(a.keys, b.keys, atol=1e-4) and torch.allclose(a.values, b.values, atol=1e-4) for a, b in pairs
     )
@@ -186,6 +188,26 @@ def do_keep(state: State, ids: list[int]) -> dict[str, Any]:
         for given in (answer, expected)
     ]
     return {"kept": kept, "same": torch.equal(*more)}
+
+
+def do_spoil(state: State, group: int | None) -> int:
+    """From now on the KV of one group is not the prompt's once it has been loaded; None: it is again. Returns how many groups
+    there are."""
+    from lmcache.integration.transformers.pool import Pool
+
+    if state.make_cache is None:
+        state.make_cache = Pool.cache
+    make = state.make_cache
+
+    def spoiled(pool: Pool, tokens: int, *more: Any) -> Any:
+        if tokens and group is not None:
+            numbers = [*pool._memory, *pool._states][group].view(torch.float32)
+            numbers.copy_(torch.randn(numbers.shape, generator=torch.Generator().manual_seed(group)))
+        return make(pool, tokens, *more)
+
+    Pool.cache = spoiled  # type: ignore[method-assign]
+    assert state.attached is not None and state.attached._pool is not None
+    return len(state.attached._pool.tables())
 
 
 def do_train(state: State, layer: int, scale: float, one: bool = False) -> dict[str, Any]:
@@ -238,14 +260,18 @@ def do_checksums(state: State) -> list[int]:
 
 def do_layouts(state: State) -> list[str]:
     """Digests of the model's configuration as it is, and with another base of RoPE."""
-    from lmcache.integration.transformers.model import kv_shape, layout_of
+    from lmcache.engine.identity import named
+    from lmcache.integration.transformers.model import kv_shape, served_kv
+    from lmcache.integration.transformers.pool import Pool
 
     shape, before = kv_shape(state.model), state.model.config
-    state.model.config = copy.deepcopy(before)
-    state.model.config.rope_parameters = {**before.rope_parameters, "rope_theta": 12345.0}
-    other = layout_of(state.model, shape).config_digest
+    pool, configs = Pool(shape, 1), [before, copy.deepcopy(before)]
+    configs[1].rope_parameters = {**before.rope_parameters, "rope_theta": 12345.0}
+    digests = []
+    for state.model.config in configs:
+        digests += [one.model.config_digest for one in served_kv(state.model, shape, pool, named("model"))]
     state.model.config = before
-    return [layout_of(state.model, shape).config_digest, other]
+    return digests
 
 
 def do_mode(state: State, training: bool) -> dict[str, Any]:

@@ -88,6 +88,18 @@ class Scheduler(KvCacheConnectorScheduler):  # type: ignore[misc]
         return self._meeting.side is not None and self._meeting.side.finished(request)
 
     @never_raises(lambda: None)
+    def update_state_after_alloc_by_layer_group(self, request: Any, block_ids_by_layer_group: list[list[int]]) -> None:
+        """Newer releases, for caches of layer groups. Such an engine does not start without this method."""
+        if len(block_ids_by_layer_group) == 1:
+            self.update_state_after_alloc(request, block_ids_by_layer_group[0])
+
+    @never_raises(lambda: False)
+    def request_finished_by_layer_group(self, request: Any, cache_block_ids_by_layer_group: list[list[int]]) -> bool:
+        """As `update_state_after_alloc_by_layer_group`."""
+        groups = cache_block_ids_by_layer_group
+        return len(groups) == 1 and self.request_finished(request, groups[0])
+
+    @never_raises(lambda: None)
     def request_reset(self, request: Any) -> None:
         """Newer releases: the engine has taken away the blocks of a request that will run again."""
         if self._meeting.side is not None and self._meeting.worker is not None:
@@ -140,6 +152,15 @@ class Worker(KvCacheConnectorWorker):  # type: ignore[misc]
         pool = single() if single is not None else None
         if pool is not None:
             self.register_kv_caches(pool)
+            return
+        sizes = {getattr(group, "window_size", None) for group in getattr(layout, "groups", ())}
+        if len(sizes) > 1:
+            windows = ", ".join(str(size) for size in sorted(size for size in sizes if size is not None))
+            full = " and full attention" if None in sizes else ""
+            self._refuse(
+                f"attention windows of {windows} tokens{full} in one model are not supported: the engine may use less of a hit "
+                "than it was offered without telling how much, and would then read windows that were not loaded"
+            )
         else:
             self._refuse("this KV cache is not one pool; set kv_cache_config.use_kv_cache_manager_v2=False")
 

@@ -3,31 +3,36 @@
 from __future__ import annotations
 
 import atexit
+import inspect
 import threading
 import uuid
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 
-from lmcache.chunks import Shard
 from lmcache.engine import Copy, Request, StorePlan
 from lmcache.engine.embedded import EmbeddedServer, embedded_address
 from lmcache.engine.endpoint import Endpoint, given_address
+from lmcache.engine.forks import Forks
 from lmcache.engine.identity import Identity, named
 from lmcache.engine.local import LocalRank
 from lmcache.engine.points import stream_point
 from lmcache.engine.prefill import PrefillRate
-from lmcache.engine.served import NOT_SERVED, ServedKV
+from lmcache.engine.served import NOT_SERVED
 from lmcache.engine.tensors import weights_identity, weights_stamp
 from lmcache.errors import LayoutError
 from lmcache.integration.transformers.model import (
     kv_shape,
-    layout_of,
     refuse_unsupported,
+    served_kv,
 )
-from lmcache.integration.transformers.pool import Pool
+from lmcache.integration.transformers.pool import PLACES, Pool, pooled_layers
 from lmcache.observability.log import init_logger
+from transformers import DynamicCache
 
 logger = init_logger(__name__)
 
@@ -35,7 +40,15 @@ _ROOM_TOKENS = 1024
 _FORESEEN_TOKENS = 2048
 """Tokens of the pool for an answer of unknown length. A longer answer goes on outside the pool, and its end is not stored."""
 _COPY_THREADS = 8
-_PLAIN_OPTIONS = ("assistant_model", "prompt_lookup_num_tokens", "custom_generate", "cache_implementation")
+_PLAIN_OPTIONS = (
+    "assistant_model",
+    "assistant_early_exit",
+    "use_mtp",
+    "prompt_lookup_num_tokens",
+    "custom_generate",
+    "cache_implementation",
+    "prefill_chunk_size",
+)
 _PLAIN_TENSORS = ("inputs", "input_ids", "attention_mask")
 
 
@@ -71,10 +84,12 @@ def attach(
 
 @dataclass(frozen=True)
 class _Begun:
-    """The prompt of a running `generate`, and the cache that it works with."""
+    """The prompt of a running `generate`, and the cache that it works with. states: how many leading tokens are behind the copy
+    of the states in each of the pool's places, ascending."""
 
     request: Request
-    cache: Any
+    cache: DynamicCache
+    states: list[int] = field(default_factory=list)
 
 
 class Attached:
@@ -96,7 +111,7 @@ class Attached:
         self._model_id, self._salt, self._own = model_id, cache_salt, own
         self._rank: LocalRank[Request] | None = None
         self._pool: Pool | None = None
-        self._prefill = PrefillRate()
+        self._prefill, self._forks = PrefillRate(), Forks()
         self._stamp = 0
         self._identity: Identity | None = None
         """The identity of the weights when they had the stamp `_stamp`; None before the first one."""
@@ -119,10 +134,11 @@ class Attached:
             self._log(unsuited or "another thread is in generate")
             return self._generate(inputs, *args, **options)
         try:
-            begun = self._begin(ids[0].tolist(), _foreseen_tokens(self._model, args, options))
+            begun = self._begin(ids, _foreseen_tokens(self._model, args, options))
             if begun is None:
                 return self._generate(inputs, *args, **options)
-            answer = self._generate(inputs, *args, past_key_values=begun.cache, **options)
+            with self._watched(begun):
+                answer = self._generate(inputs, *args, past_key_values=begun.cache, **options)
             self._end(begun, answer)
             return answer
         finally:
@@ -151,14 +167,19 @@ class Attached:
 
     # One prompt
 
-    def _begin(self, tokens: list[int], new_tokens: int) -> _Begun | None:
+    def _begin(self, ids: torch.Tensor, new_tokens: int) -> _Begun | None:
         """Return a cache for `generate` with LMCache's KV of the prompt; None if `generate` must run without LMCache."""
+        tokens: list[int] = ids[0].tolist()
         try:
             if not self._ready(len(tokens) + new_tokens):
                 if self._rank is not None:
                     self._rank.requests.forgone(len(tokens))
                 return None
-            return self._load(tokens)
+            begun = self._load(tokens)
+            if begun is not None and self._shape.states:
+                with self._watched(begun):
+                    self._compute_to_boundaries(begun, ids)
+            return begun
         except NOT_SERVED as error:
             self._refuse(error)
             return None
@@ -175,9 +196,9 @@ class Attached:
         if request.hit is not None:
             # The last token is always computed, since the answer begins with its logits.
             have = min(request.found_tokens, len(tokens) - 1)
-            copy = copies.load(
-                requests.load(request, 0, have), pool.blocks, after=stream_point(str(self._shape.device))
-            )
+            first, *others = pool.tables()
+            point = stream_point(str(self._shape.device))
+            copy = copies.load(requests.load(request, 0, have), first, after=point, others=others)
             loaded = copies.settle([copy], self._endpoint.deadline_seconds, 0.0)
             if copies.running():
                 return None
@@ -185,6 +206,46 @@ class Attached:
                 have = request.stored = 0
         self.hit_tokens += have
         return _Begun(request, pool.cache(have, self._step))
+
+    def _compute_to_boundaries(self, begun: _Begun, ids: torch.Tensor) -> None:
+        """Compute the prompt in forwards that end where its states are to be kept, up to the end of its last whole chunk."""
+        done, chain = begun.cache.get_seq_length(), begun.request.chain
+        if chain is None:
+            return
+        once = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(self._model.forward).parameters else {}
+        for end in self._forks.boundaries(chain, ids.shape[1]):
+            if end > done:
+                with torch.no_grad():
+                    self._model(ids[:, done:end], past_key_values=begun.cache, use_cache=True, **once)
+                done = end
+
+    @contextmanager
+    def _watched(self, begun: _Begun) -> Iterator[None]:
+        """Keep copies of the states behind full chunks meanwhile."""
+        if not self._shape.states:
+            yield
+            return
+        hook = self._model.register_forward_hook(partial(self._keep_states, begun), with_kwargs=True)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    def _keep_states(self, begun: _Begun, _model: Any, _args: Any, options: dict[str, Any], _output: Any) -> None:
+        """Keep the states at the end of a forward if a full chunk ends there. The pool's last place is used again and again."""
+        pool, chain = self._pool, begun.request.chain
+        tokens, ours = begun.cache.get_seq_length(), options.get("past_key_values") is begun.cache
+        if pool is None or chain is None or not ours or tokens % chain.chunk_tokens:
+            return
+        if any(layer.tokens_in_pool < tokens for layer in pooled_layers(begun.cache)):
+            return
+        try:
+            if len(begun.states) == PLACES:
+                begun.states.pop()
+            pool.keep_states(begun.cache, len(begun.states))
+            begun.states.append(tokens)
+        except NOT_SERVED as error:
+            self._refuse(error)
 
     def _step(self, tokens: int) -> None:
         """Note that a forward over so many tokens begins; 0: the last one has ended and no other begins."""
@@ -198,7 +259,7 @@ class Attached:
             sequence = answer if isinstance(answer, torch.Tensor) else answer.sequences
             self._store(begun, sequence[0].tolist())
             # The caller may keep the cache that is in the answer, so its KV must leave the pool, which the next prompt needs.
-            for layer in begun.cache.layers if sequence is not answer else ():
+            for layer in pooled_layers(begun.cache) if sequence is not answer else ():
                 layer.leave()
         except NOT_SERVED as error:
             self._refuse(error)
@@ -207,10 +268,14 @@ class Attached:
         rank, pool = self._rank, self._pool
         if rank is None or pool is None:
             return
-        filled = min(len(sequence), *(layer.tokens_in_pool for layer in begun.cache.layers))
-        plan = rank.requests.store(begun.request, sequence[:filled], filled)
-        if plan is not None:
-            rank.copies.store(plan, pool.blocks, after=stream_point(str(self._shape.device)))
+        filled = min(len(sequence), *(layer.tokens_in_pool for layer in pooled_layers(begun.cache)))
+        # A model with states goes on only where there is a copy of these.
+        ends = [end for end in begun.states if end <= filled] if self._shape.states else [filled]
+        for place, end in enumerate(ends):
+            plan = rank.requests.store(begun.request, sequence[:end], end)
+            if plan is not None:
+                first, *others = pool.tables(place)
+                rank.copies.store(plan, first, after=stream_point(str(self._shape.device)), others=others)
 
     def _ready(self, room: int) -> bool:
         """Make ready for a prompt and its answer of together `room` tokens. Return False if `generate` must run without LMCache.
@@ -265,13 +330,11 @@ class Attached:
             LayoutError: this model's KV cannot be cached.
         """
         shape, step = self._shape, max(_ROOM_TOKENS, 1 << max(0, room.bit_length() - 3))
-        identity, layout = self._identified(), layout_of(self._model, shape)
-
+        identity = self._identified()
         self._pool = Pool(shape, -(-room // step) * step)
         threads = min(_COPY_THREADS, torch.get_num_threads()) if shape.device.type == "cpu" else 1
-        whole = Shard(0, 1, 0, shape.layers, 0, shape.heads)
-        kv = ServedKV(identity, layout, whole, self._pool.describe(), stores=True)
-        self._rank = LocalRank(self._endpoint, kv, threads=threads, ended=self._ended)
+        first, *others = served_kv(self._model, shape, self._pool, identity)
+        self._rank = LocalRank(self._endpoint, first, threads=threads, ended=self._ended, others=others)
         self._rank.requests.prefill = self._prefill
         self._rank.wait_for_server(self._own, wait_seconds)
 
