@@ -9,7 +9,8 @@ from typing import Generic
 from lmcache.engine.copies import Copies, Copy
 from lmcache.engine.embedded import NOT_STARTED, EmbeddedServer, wait_connected, wait_for_server
 from lmcache.engine.endpoint import Endpoint
-from lmcache.engine.requests import Requests, RequestT
+from lmcache.engine.groups import GroupShape, RankGroup, shares
+from lmcache.engine.requests import GroupTable, Requests, RequestT
 from lmcache.engine.scheduler import SchedulerSession
 from lmcache.engine.served import ServedKV
 from lmcache.engine.worker import WorkerSession
@@ -21,12 +22,13 @@ class LocalRank(Generic[RequestT]):
 
     Args:
         endpoint: the server's address and this process's identity; its role is not used.
-        kv: what this rank serves.
+        kv: what this rank serves; of a model with several groups, the first one.
         threads: copy threads of one job.
         stages: the layer at which each pipeline stage ends, if the model is split by layers.
         name: the engine's name, as for `Requests`.
         ended: called with each copy that has ended.
         runtime: clock and threads.
+        others: the further groups. A block of a group of states holds the state after as many tokens as its place in the table.
     """
 
     def __init__(
@@ -39,13 +41,27 @@ class LocalRank(Generic[RequestT]):
         name: str = "",
         ended: Callable[[Copy], None] | None = None,
         runtime: Runtime = RUNTIME,
+        others: Sequence[ServedKV] = (),
     ) -> None:
         self.kv, self.deadline_seconds = kv, endpoint.deadline_seconds
         scheduler, worker = (replace(endpoint, role=role) for role in ("scheduler", "worker"))
-        self.scheduler = SchedulerSession(scheduler, kv.layout, kv.shard.count, stages, runtime)
-        self.worker = WorkerSession(worker, kv.layout, kv.shard, kv.paged, threads, stages, runtime)
-        self.requests: Requests[RequestT] = Requests(self.scheduler, name=name)
-        self.copies = Copies(self.worker, kv.shard.index, stores=kv.stores, requests=self.requests, ended=ended)
+        served = (kv, *others)
+        first, *further = _rank_groups(served)
+        self.scheduler = SchedulerSession(
+            *(scheduler, kv.layout, kv.shard.count, stages, runtime, first.group, first.share),
+            [GroupShape(one.layout_for, one.shard.count, one.group, one.share) for one in further],
+        )
+        self.worker = WorkerSession(
+            *(worker, kv.layout, kv.shard, kv.paged, threads, stages, runtime, first.group, first.share, further),
+            *(first.state_tokens, first.block_tokens),
+        )
+        tables = [
+            GroupTable(0, one.group.reach_tokens if one.group else 0, one.only_last or one.model.kind == "state")
+            for one in served
+        ]
+        self.requests: Requests[RequestT] = Requests(self.scheduler, name=name, groups=tables)
+        shards, stores = [one.shard.index for one in served], [one.stores for one in served]
+        self.copies = Copies(self.worker, shards, stores=stores, requests=self.requests, ended=ended)
 
     @property
     def connected(self) -> bool:
@@ -64,3 +80,13 @@ class LocalRank(Generic[RequestT]):
         """Finish the running copies, drop the queued ones, and close the connections."""
         self.worker.close()
         self.requests.close()
+
+
+def _rank_groups(served: Sequence[ServedKV]) -> list[RankGroup]:
+    sizes = [(one.shard.token_bytes(one.model), one.group.reach_tokens if one.group else 0) for one in served]
+    return [
+        RankGroup(
+            *(one.layout, one.shard, one.paged, one.group, share), int(one.model.kind == "state"), one.block_tokens
+        )
+        for one, share in zip(served, shares(sizes), strict=True)
+    ]
