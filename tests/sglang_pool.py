@@ -139,7 +139,9 @@ class SGLang:
         self.pool.fill(slots, tokens, self.tp_rank * self.heads)
         start = self.connector.get_store_start(request, length)
         operation = self.connector.submit_store(
-            request, tokens[:length], slots[start:length], device_indices_start=start, cache_salt=salt
+            *(request, tokens[:length], self.connector.device_indices_by_group(slots[start:length])),
+            device_indices_start=start,
+            cache_salt=salt,
         )
         if operation is not None:
             operation.future.result(timeout=PATIENCE)

@@ -443,23 +443,20 @@ def test_a_server_that_is_not_running_is_not_waited_for(bed: Bed) -> None:
 
 
 def test_windows_and_states_are_stored_where_steps_begin_and_end(bed: Bed) -> None:
-    """Each step: tokens before it, tokens known after it, and (first chunk, chunks) of full attention, a window, a state and
-    chunks of attention of 80 tokens."""
+    """Each step: tokens before it, tokens known after it, and (first chunk, chunks) of full attention, a window, a state, chunks
+    of attention of 80 tokens, and windows of two chunks and of half a chunk that are kept only where steps end."""
     local = GroupTable(CHUNK, 5 * CHUNK, local_tokens=5 * CHUNK)
     groups = GroupTable(CHUNK), GroupTable(CHUNK, 2 * CHUNK), GroupTable(CHUNK, 1, only_last=True), local
-    requests: Requests[Request] = Requests(bed.session, groups=groups)
+    last = GroupTable(CHUNK, 2 * CHUNK, only_last=True), GroupTable(CHUNK, CHUNK // 2, only_last=True)
+    requests: Requests[Request] = Requests(bed.session, groups=[*groups, *last])
     table = list(range(9))
-    request = requests.open["a"] = Request("a", blocks=table, tables=[table, table, table])
+    request = requests.open["a"] = Request("a", blocks=table, tables=[table] * 5)
     steps = {
-        (0, 64): [(0, 4), (0, 4), (3, 1), (0, 4)],
-        (80, 80): [
-            (4, 1),
-            (4, 1),
-            (4, 1),
-            (5, 0),
-        ],  # asynchronous scheduling: token 80 was not known at the step that computed it
-        (100, 112): [(5, 2), (6, 1), (6, 1), (6, 1)],
-        (112, 140): [(7, 1), (7, 1), (8, 0), (7, 1)],
+        (0, 64): [(0, 4), (0, 4), (3, 1), (0, 4), (2, 2), (3, 1)],
+        # asynchronous scheduling: token 80 was not known at the step that computed it
+        (80, 80): [(4, 1), (4, 1), (4, 1), (5, 0), (4, 1), (4, 1)],
+        (100, 112): [(5, 2), (6, 1), (6, 1), (6, 1), (6, 1), (6, 1)],
+        (112, 140): [(7, 1), (7, 1), (8, 0), (7, 1), (7, 1), (8, 0)],
     }
     for (before, computed), expected in steps.items():
         plan = requests.store(request, prompt(9, 144), computed, before=before)

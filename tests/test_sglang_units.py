@@ -25,7 +25,7 @@ from lmcache.errors import ConfigError, LayoutError
 from lmcache.integration.sglang import model as model_of_sglang
 from lmcache.integration.sglang import unified_lmcache_mp_connector as unified
 from lmcache.integration.sglang import weights
-from lmcache.integration.sglang.model import Ranks, describe_rank, pool_buffers
+from lmcache.integration.sglang.model import Ranks, describe_rank, pool_groups
 from lmcache.integration.sglang.multi_process_adapter import LMCacheMPConnector
 from lmcache.integration.sglang.ranks import block_table
 from lmcache.integration.sglang.settings import read_settings
@@ -190,12 +190,12 @@ def test_a_hit_that_waits_is_given_back_and_asked_for_again(
     engine.connector.ready_prefix_count([])
     assert lookup.tracker.hit is None
     slots = engine.slots(160, 9)
-    load = engine.connector.submit_load(lookup, slots, local_hit_tokens=0, owned_device_indices=slots)
+    load = engine.connector.submit_load(lookup, [slots], local_hit_tokens=0, owned_device_indices=slots)
     assert engine.connector.prepare_load_on_stream(load, None)
     assert np.array_equal(engine.pool.read(slots), engine.expected(text))
     daemon.clear()
     lookup = engine.connector.submit_lookup("c", text, local_hit_tokens=0, cache_salt="")
-    load = engine.connector.submit_load(lookup, slots, local_hit_tokens=0, owned_device_indices=slots)
+    load = engine.connector.submit_load(lookup, [slots], local_hit_tokens=0, owned_device_indices=slots)
     assert not engine.connector.prepare_load_on_stream(load, None), "gone meanwhile: computed"
 
 
@@ -206,7 +206,7 @@ def test_the_tree_may_lose_its_part_before_the_load(server: Servers, sglang: Eng
     lookup = engine.connector.submit_lookup("b", text, local_hit_tokens=96, cache_salt="")
     assert engine.connector.poll_lookup(lookup) == 160
     slots = engine.slots(128, 19)
-    load = engine.connector.submit_load(lookup, slots, local_hit_tokens=32, owned_device_indices=slots)
+    load = engine.connector.submit_load(lookup, [slots], local_hit_tokens=32, owned_device_indices=slots)
     assert engine.connector.prepare_load_on_stream(load, None)
     assert np.array_equal(engine.pool.read(slots), engine.expected(text)[:, :, 32:])
     engine.connector.finish_request("b")
@@ -277,7 +277,7 @@ def test_new_weights(server: Servers, sglang: Engines, updater: type[Updater]) -
     weights.forget(other.connector._rank._new_weights)  # another process, really
     assert updater(160).update_weights_from_disk("x") == "loaded x"
     slots = engine.slots(160, 12)
-    load = engine.connector.submit_load(asked, slots, local_hit_tokens=0, owned_device_indices=slots)
+    load = engine.connector.submit_load(asked, [slots], local_hit_tokens=0, owned_device_indices=slots)
     assert not engine.connector.prepare_load_on_stream(load, None)
     fresh = engine.connector.build_cache_salt(None, None)
     assert engine.load("b", text, salt=fresh)[0] == 0
@@ -333,8 +333,8 @@ def test_arguments_that_change_the_numbers_change_the_layout(
 ) -> None:
     def fingerprint(**arguments: Any) -> bytes:
         monkeypatch.setattr(model_of_sglang, "_server_args", lambda: SimpleNamespace(**arguments))
-        buffers = pool_buffers(MHATokenToKVPool(64))
-        return describe_rank(buffers, ModelConfig(model), 1, Ranks()).layout(16).fingerprint
+        (described,) = describe_rank(pool_groups(MHATokenToKVPool(64), 1), ModelConfig(model), 1, Ranks())
+        return described.layout(16).fingerprint
 
     assert fingerprint() == fingerprint(load_format="fastsafetensors", attention_backend="any", page_size=64)
     assert fingerprint(**arguments) != fingerprint()
@@ -343,7 +343,9 @@ def test_arguments_that_change_the_numbers_change_the_layout(
 def test_random_weights_are_shared_with_nobody(monkeypatch: pytest.MonkeyPatch, model: str) -> None:
     monkeypatch.setattr(model_of_sglang, "_server_args", lambda: SimpleNamespace(load_format="dummy"))
     described = [
-        describe_rank(pool_buffers(MHATokenToKVPool(64)), ModelConfig(model), 1, Ranks(), engine_id=name).layout(16)
+        describe_rank(pool_groups(MHATokenToKVPool(64), 1), ModelConfig(model), 1, Ranks(), engine_id=name)[0].layout(
+            16
+        )
         for name in ("one", "one", "other")
     ]
     assert described[0] == described[1] != described[2]
@@ -363,7 +365,7 @@ def test_what_no_identity_tells_is_refused(
 ) -> None:
     monkeypatch.setattr(model_of_sglang, "_server_args", lambda: SimpleNamespace(**arguments))
     with pytest.raises(LayoutError, match=why):
-        describe_rank(pool_buffers(MHATokenToKVPool(64)), ModelConfig(model, hf_config), 1, Ranks())
+        describe_rank(pool_groups(MHATokenToKVPool(64), 1), ModelConfig(model, hf_config), 1, Ranks())
 
 
 def test_clear_and_close(server: Servers, sglang: Engines) -> None:
@@ -408,9 +410,11 @@ def test_the_log_says_what_happened(
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"mamba_component": object()}, "sliding windows or Mamba"),
-        ({"tree_components": (SimpleNamespace(name="FULL"), SimpleNamespace(name="SWA"))}, "sliding windows or Mamba"),
-        ({"sliding_window_size": 100}, "sliding windows or Mamba"),
+        ({"tree_components": (SimpleNamespace(name="FULL"), SimpleNamespace(name="C128"))}, "keeps full, c128"),
+        (
+            {"tree_components": (SimpleNamespace(name="SWA"),), "sliding_window_size": 100},
+            "keeps swa, its pools hold full",
+        ),
         ({"pool": SimpleNamespace(k_buffer=[])}, "KV pool of kind SimpleNamespace"),
         ({"model_config": ModelConfig("none/such")}, "set model_id in the LMCache config file"),
         ({"model_config": None}, "release of SGLang is not understood"),
@@ -444,10 +448,62 @@ def test_pools_that_keep_something_else_are_refused(server: Servers, sglang: Eng
     assert sglang(server(), 16, pool=pool).connector._rank is None
 
 
+def made(kind: str, **attributes: Any) -> Any:
+    """An object of a class of this name."""
+    return type(kind, (), attributes)()
+
+
+def with_states(states: Any) -> Any:
+    return made(
+        "HybridLinearKVPool",
+        full_attention_layer_id_mapping={1: 0},
+        full_kv_pool=MHATokenToKVPool(64),
+        mamba_pool=states,
+    )
+
+
+@pytest.mark.parametrize(
+    ("pool", "why"),
+    [
+        (made("SWAKVPool", layers_mapping={0: (0, True), 1: (1, True)}), "layers all have sliding windows"),
+        (made("UnifiedSWAKVPool"), "pool of kind UnifiedSWAKVPool"),
+        (with_states(made("UnifiedMambaPool")), "pool of states of kind UnifiedMambaPool"),
+        (
+            with_states(
+                made(
+                    "MambaPool",
+                    mamba_cache=SimpleNamespace(conv=[], temporal=None, replayssm_d=object()),
+                    _slot_siblings=(made("NGramPool"),),
+                )
+            ),
+            "more than a plain state .replayssm_d, NGramPool.",
+        ),
+    ],
+)
+def test_pools_of_windows_and_states_that_keep_something_else_are_refused(pool: Any, why: str) -> None:
+    with pytest.raises(LayoutError, match=why):
+        pool_groups(pool, 16, 127)
+
+
+def test_chunks_fill_the_window_or_are_longer(model: str) -> None:
+    """Else SGLang never has all of the chunks that the window reaches into."""
+    places = {0: (0, True), 1: (0, False), 2: (1, True), 3: (1, False), 4: (2, True), 5: (2, False)}
+    pools = {"full_kv_pool": MHATokenToKVPool(64), "swa_kv_pool": MHATokenToKVPool(32)}
+    groups = pool_groups(made("SWAKVPool", layers_mapping=places, **pools), 16, 127)
+    assert [(one.layers, one.reach_tokens) for one in groups] == [((1, 3, 5), 0), ((0, 2, 4), 128)]
+    full, window = describe_rank(groups, ModelConfig(model), 16, Ranks())
+    assert full.layout(48).num_layers == window.layout(64).num_layers == 3
+    for chunk in (1, 16, 64, 128, 144, 256):
+        window.layout(chunk)
+    for chunk in (48, 96):
+        with pytest.raises(LayoutError, match="--chunk-size 128, or with one that divides 128"):
+            window.layout(chunk)
+
+
 def test_pipelines_are_refused() -> None:
     pool = MHATokenToKVPool(64)
     with pytest.raises(LayoutError, match="pp_size=2"):
-        describe_rank(pool_buffers(pool), ModelConfig("none/such"), 1, Ranks(pp_size=2), model_id="mine")
+        describe_rank(pool_groups(pool, 1), ModelConfig("none/such"), 1, Ranks(pp_size=2), model_id="mine")
 
 
 def test_mla_is_one_latent_a_token(server: Servers, sglang: Engines) -> None:
@@ -505,7 +561,7 @@ def begin_load(engine: SGLang, request: str, text: list[int]) -> tuple[Any, int]
     found = engine.connector.poll_lookup(lookup)
     slots = engine.slots(found, 3)
     load = engine.connector.submit_load(
-        lookup, slots, local_hit_tokens=0, owned_device_indices=slots, producer_stream=None
+        lookup, [slots], local_hit_tokens=0, owned_device_indices=slots, producer_stream=None
     )
     return load, found
 

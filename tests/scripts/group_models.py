@@ -1,9 +1,9 @@
-"""Write small models with several kinds of KV: `python group_models.py FOLDER TOKENIZER`, in an engine's environment.
+"""Write small models with several kinds of KV: `python group_models.py FOLDER TOKENIZER [NAME...]`, in an engine's environment.
 
-Each lies in a folder of FOLDER that is named as in MODELS. TOKENIZER is the folder of a model whose tokenizer they get.
-The weights are random and so large that an answer depends on the whole prompt, through every kind of layer: Gemma 3 and gpt-oss
-have sliding windows of 128 tokens and full attention, Mistral has windows only, Qwen3-Next has linear and full attention, and
-Llama 4 attends to chunks of 256 tokens and to everything.
+Each lies in a folder of FOLDER that is named as in MODELS; without names, all are written. TOKENIZER is the folder of a model
+whose tokenizer they get. The weights are random and so large that an answer depends on the whole prompt, through every kind of
+layer: Gemma 3, gpt-oss and Mellum have sliding windows of 128 tokens and full attention, Mistral has windows only, Qwen3-Next has
+linear and full attention, and Llama 4 attends to chunks of 256 tokens and to everything.
 """
 
 from __future__ import annotations
@@ -70,6 +70,14 @@ MODELS: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 1,  # vLLM-CPU knows no other
         "interleave_moe_layer_step": 2,
     },
+    "mellum": {
+        "model_type": "mellum",
+        "intermediate_size": 512,
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
+        "mlp_layer_types": ["dense"] * 4,
+        "sliding_window": 128,
+    },
     "qwen3next": EXPERTS
     | {
         "model_type": "qwen3_next",
@@ -123,5 +131,5 @@ def gain(name: str, weight: torch.Tensor) -> float:
 
 
 if __name__ == "__main__":
-    for name, config in MODELS.items():
-        write(Path(sys.argv[1]) / name, Path(sys.argv[2]), config)
+    for name in sys.argv[3:] or MODELS:
+        write(Path(sys.argv[1]) / name, Path(sys.argv[2]), MODELS[name])

@@ -36,12 +36,12 @@ def model(folder: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def daemons() -> Iterator[Daemons]:
-    """Start daemons: daemons(port, chunk=16). They share their folders, as the same user's on one machine do."""
+    """Start daemons: daemons(port, chunk=16, flags=()). They share their folders, as the same user's on one machine do."""
     running: list[Server] = []
     sockets, arenas = (Path(tempfile.mkdtemp(prefix="lmtest-", dir=parent)) for parent in ("/tmp", "/dev/shm"))
 
-    def start(port: int = 0, chunk: int = 16) -> Server:
-        running.append(Server(sockets, arenas, 512, chunk, port or free_port(), ()))
+    def start(port: int = 0, chunk: int = 16, flags: tuple[str, ...] = ()) -> Server:
+        running.append(Server(sockets, arenas, 512, chunk, port or free_port(), flags))
         running[-1].line_with(READY)
         return running[-1]
 

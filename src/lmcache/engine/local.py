@@ -56,7 +56,8 @@ class LocalRank(Generic[RequestT]):
             *(first.state_tokens, first.block_tokens),
         )
         tables = [
-            GroupTable(0, one.group.reach_tokens if one.group else 0, one.model.kind == "state") for one in served
+            GroupTable(0, one.group.reach_tokens if one.group else 0, one.only_last or one.model.kind == "state")
+            for one in served
         ]
         self.requests: Requests[RequestT] = Requests(self.scheduler, name=name, groups=tables)
         shards, stores = [one.shard.index for one in served], [one.stores for one in served]

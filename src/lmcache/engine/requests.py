@@ -70,7 +70,7 @@ RequestT = TypeVar("RequestT", bound=Request)
 
 class GroupTable(NamedTuple):
     """What a scheduler knows of the block tables of one group. block_tokens: tokens of a block; 0 if only the ranks know the
-    tables. reach_tokens: as in `Group`. only_last: the engine has the state of this group only where a step begins and ends.
+    tables. reach_tokens: as in `Group`. only_last: the engine has only what is in reach where a step ends, nothing before it.
     local_tokens: a token sees nothing before the last multiple of so many tokens (chunked local attention); 0 otherwise."""
 
     block_tokens: int
@@ -133,12 +133,19 @@ class Requests(Generic[RequestT]):
     # Lookups
 
     def find(
-        self, request: RequestT, tokens: Any, have: int = 0, *, fresh: float = HIT_SECONDS, wait: bool = False
+        self,
+        request: RequestT,
+        tokens: Any,
+        have: int = 0,
+        *,
+        fresh: float = HIT_SECONDS,
+        wait: bool = False,
+        ends: bool = True,
     ) -> Hit | Loading | None:
         """Look up which of these tokens the server has beyond the first `have`, which the engine has. None is a miss.
 
         A hit is stored in the request and returned again for `fresh` seconds; a miss for `MISS_SECONDS`. wait: return when tiers
-        have loaded, and never return `Loading`.
+        have loaded, and never return `Loading`. ends: whether the prompt ends with these tokens.
         """
         session, now = self.session, self.runtime.now()
         if session is None or not (request.cacheable and request.may_load):
@@ -159,7 +166,7 @@ class Requests(Generic[RequestT]):
         if chain is not None and (len(chain) or tail):
             ask: Callable[..., Hit | Loading | None] = session.lookup if wait else session.poll
             # The engine computes at least the last token, for which a window reaches one token less far back than the hit's end.
-            most = (len(tokens) - 1) // chain.chunk_tokens if self._reaching else None
+            most = (len(tokens) - ends) // chain.chunk_tokens if self._reaching else None
             named = {"tail": tail, "request_id": str(request.id), "chunks": most}
             found = ask(chain, have, self.prefill.tokens_per_second, any_split=True, **named)
         if isinstance(found, Loading):
@@ -279,8 +286,8 @@ class Requests(Generic[RequestT]):
             # in an answer is stored only then, one step late, because its last token is not known earlier.
             last = before - (group.needed_from(before) < before)
             begin = min(max(first, last // size), chunks) if group.reach_tokens else first
-            if group.only_last:
-                begin = max(begin, chunks - (computed == chunks * size))
+            if group.only_last:  # the first chunk of which all that is stored is in reach
+                begin = max(begin, -(-(computed - group.reach_tokens + min(size, group.reach_tokens)) // size) - 1)
             hashes = chain.hashes[begin * HASH_BYTES : chunks * HASH_BYTES] + tail
             plans.append(
                 StorePlan(

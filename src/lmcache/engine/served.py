@@ -55,13 +55,14 @@ class ServedModel:
 @dataclass(frozen=True)
 class ServedKV(ServedModel):
     """The KV of a model, or of one group of it, and the part of it that is on this rank. stores: whether this rank, of all ranks
-    that hold this shard, is the one that stores it. group, block_tokens: as in `RankGroup`."""
+    that hold this shard, is the one that stores it. group, block_tokens: as in `RankGroup`. only_last: as in `GroupTable`."""
 
     shard: Shard
     paged: PagedKV
     stores: bool
     group: Group | None = None
     block_tokens: int = 0
+    only_last: bool = False
 
 
 def stores_its_shard(model: Layout, tp_rank: int, tp_size: int) -> bool:

@@ -66,10 +66,10 @@ class OlderConnector:
         ranks = Ranks(tp_size, rank)
         self._agreement = Agreement((tp_group, tp_size), device=str(k_pool[0].device))
 
-        def buffers() -> Buffers:
+        def buffers() -> list[Buffers]:
             if lora_enabled():
                 raise LayoutError("this release of SGLang does not tell whose KV a LoRA adapter's is; 0.5.23 does")
-            return Buffers(tuple(k_pool), tuple(v_pool), kv_dtype(k_pool[0].dtype, DTYPES))
+            return [Buffers(tuple(k_pool), tuple(v_pool), kv_dtype(k_pool[0].dtype, DTYPES))]
 
         self._rank = open_rank(
             settings, buffers, sgl_config, page_size, ranks, self._agreement, self._agreement.name("sglang")

@@ -87,14 +87,15 @@ class Tracker(Request):
 class SGLangRank(LocalRank[Tracker]):
     """The requests and copies of one rank. Methods do not raise.
 
-    name: the engine's name, the same on all ranks. vocabulary: how many token ids stand for text; images have other numbers.
-    server: the engine's own server, if this process has started it; it is closed with this object.
+    kv: the groups of the model's KV. name: the engine's name, the same on all ranks. vocabulary: how many token ids stand for
+    text; images have other numbers. server: the engine's own server, if this process has started it; it is closed with this
+    object.
     """
 
     def __init__(
         self,
         settings: ServerSettings,
-        kv: ServedKV,
+        kv: Sequence[ServedKV],
         ranks: Ranks,
         name: str,
         vocabulary: int,
@@ -104,7 +105,8 @@ class SGLangRank(LocalRank[Tracker]):
         # Each rank leases and copies for itself in one process, so the server treats each rank as an engine of its own.
         where = settings.address or embedded_address(name)
         endpoint = settings.endpoint(f"{name}-{ranks.number}", "", ranks.number, where)
-        super().__init__(endpoint, kv, name=name, ended=self._ended)
+        super().__init__(endpoint, kv[0], name=name, ended=self._ended, others=kv[1:])
+        self.groups = tuple(kv)
         self.wait_for_server(server)
         on_new_weights(self._new_weights)
 
@@ -113,6 +115,17 @@ class SGLangRank(LocalRank[Tracker]):
         ids = np.array(tokens, dtype=np.int64)
         other = (ids < 0) | (ids >= self._vocabulary)
         return ids[: int(other.argmax())] if other.any() else ids
+
+    def tables(self, slots: Sequence[Any], page_size: int, start: int, end: int) -> tuple[list[Blocks], Event | None]:
+        """Return the block table of each group for a copy of tokens [start, end), and the event after which all are filled.
+
+        slots: for each group a tensor: the slots of the tokens from `start` on, or the one slot of the state at `end`.
+        """
+        made = [
+            block_table(one, 1, end - 1) if kv.model.kind == "state" else block_table(one, page_size, start)
+            for kv, one in zip(self.groups, slots, strict=True)
+        ]
+        return [table for table, _ in made], made[-1][1]  # in a stream, the last one is filled after all others
 
     def settle(self, future: Future, progress: Progress | None = None) -> bool:
         """Wait for a load and return whether it succeeded. A load that has not ended within the deadline is cancelled.
@@ -160,7 +173,7 @@ class SGLangRank(LocalRank[Tracker]):
 
 def open_rank(
     settings: ServerSettings,
-    buffers: Callable[[], Buffers],
+    buffers: Callable[[], Sequence[Buffers]],
     model_config: Any,
     page_size: int,
     ranks: Ranks,
@@ -170,7 +183,8 @@ def open_rank(
     """Return this rank, or None if the KV of any rank cannot be cached. All ranks get the same answer; a log line has the reason.
     Rank 0 starts the engine's own server if the settings name none.
 
-    buffers: returns the tensors of SGLang's KV pool. page_size: tokens in a page. name: the engine's name, the same on all ranks.
+    buffers: returns the groups of layers in SGLang's KV pool. page_size: tokens in a page. name: the engine's name, the same on
+    all ranks.
     """
     kv, server, vocabulary, refusal = None, None, 0, "another rank's KV cannot be cached"
     try:

@@ -25,13 +25,12 @@ from lmcache.engine.points import Both, WholeDevice, stream_point
 from lmcache.engine.requests import HIT_SECONDS
 from lmcache.errors import LayoutError
 from lmcache.integration.sglang.layers import LayerLoads, layer_loads
-from lmcache.integration.sglang.model import Buffers, Ranks, lora_enabled, pool_buffers
+from lmcache.integration.sglang.model import Buffers, Ranks, lora_enabled, pool_groups
 from lmcache.integration.sglang.ranks import (
     Future,
     SGLangRank,
     Tokens,
     Tracker,
-    block_table,
     open_rank,
 )
 from lmcache.integration.sglang.settings import read_settings
@@ -42,6 +41,11 @@ logger = init_logger(__name__)
 
 FRESH_SECONDS = 0.25
 """How long the answer of `submit_lookup` is valid; a request that waits longer is looked up again when its turn comes."""
+LONG_CHUNKS = (
+    "Chunks of %d tokens are longer than pages of %d: SGLang keeps the sliding window before a prompt's last complete page, and "
+    "few prompts have a chunk's end there. Start the server with --chunk-size %d, or SGLang with the variable "
+    "SGLANG_OPT_UNIFIED_CACHE_FREE_OUT_OF_WINDOW_SLOTS=0"
+)
 COMING = -1
 """In place of a number of tokens: a tier is loading, so ask again. Less than any number, so all ranks wait for the slowest."""
 
@@ -103,6 +107,7 @@ class UnifiedLMCacheMPConnector:
         pp_group: Any,
         page_size: int,
         token_to_kv_pool_allocator: Any,
+        req_to_token_pool: Any = None,
         tree_components: Sequence[Any] = (),
         mamba_component: Any = None,
         sliding_window_size: int | None = None,
@@ -110,7 +115,8 @@ class UnifiedLMCacheMPConnector:
     ) -> None:
         settings = read_settings(config_file)
         self.chunk_size = page_size
-        """The unit of SGLang's calls in tokens: one page. LMCache cuts chunks itself, and they may have any size."""
+        """The unit of SGLang's calls in tokens. One page: LMCache cuts chunks itself, and they may have any size. Of a model with
+        windows or states one chunk, once it is known: SGLang then passes prefixes for storing that end at a chunk's end."""
         self.operation_timeout = settings.deadline_seconds
         self._min_tokens = settings.config.min_retrieve_tokens
         self._page_size = page_size
@@ -122,21 +128,33 @@ class UnifiedLMCacheMPConnector:
         self._stream: Any = None
         self._lora = lora_enabled()
         self._layers: LayerLoads | None = None
+        self._reaching = False
+        """Whether the model has layers of which SGLang keeps only what is in reach."""
 
-        def buffers() -> Buffers:
-            _refuse_components(tree_components, mamba_component, self._window)
-            return pool_buffers(token_to_kv_pool_allocator.get_kvcache())
+        self._pool: Any = None
+        self._states_of = req_to_token_pool
+
+        def buffers() -> list[Buffers]:
+            self._pool = token_to_kv_pool_allocator.get_kvcache()
+            groups = pool_groups(self._pool, page_size, self._window)
+            _refuse_other_components(tree_components, groups)
+            return groups
 
         self._rank: SGLangRank | None = open_rank(
             settings, buffers, model_config, page_size, self._ranks, self._agreement, self._name
         )
         if self._rank is None:
             return
-        kv, pool = self._rank.kv, token_to_kv_pool_allocator.get_kvcache()
-        self._layers = layer_loads(pool, kv.model.num_layers, len(kv.paged.planes), settings.config.use_layerwise)
+        kv, alike = self._rank.kv, len(self._rank.groups) == 1
+        # Forwards copy states before they read the first layer, and count the layers of a group in another way.
+        wanted = settings.config.use_layerwise and alike
+        self._layers = layer_loads(self._pool, kv.model.num_layers, len(kv.paged.planes), wanted)
+        self._reaching = not alike
         size = self._rank.scheduler.chunk_tokens
         if size and size % page_size and page_size % size:
             logger.info("Chunks of %d tokens and pages of %d: hits end with the last complete page", size, page_size)
+        if size and size > page_size and self._window and not alike:
+            logger.warning(LONG_CHUNKS, size, page_size, page_size)
 
     # Lookup
 
@@ -165,6 +183,9 @@ class UnifiedLMCacheMPConnector:
         rank, tracker = self._rank, lookup.tracker
         if rank is not None and tracker is not None:
             self._ask(rank, lookup, tracker)
+        if self._reaching:  # the ranks have to agree on what SGLang's collective calls depend on
+            size = rank.scheduler.chunk_tokens if rank is not None else None
+            self.chunk_size = self._agreement.least(size or self._page_size)
         found = self._agreement.least(lookup.mine)
         if found == COMING:
             return None
@@ -188,31 +209,43 @@ class UnifiedLMCacheMPConnector:
 
     def device_indices_by_group(
         self, indices: Any, *, mamba_value: Any = None, mamba_transfer_tokens: int | None = None
-    ) -> Any:
-        """Return the slots of each group of layers. There is one group."""
-        return indices
+    ) -> list[Any]:
+        """Return for each group of layers the slots of the tokens whose slots of full attention are `indices`, or of the state
+        that follows them, which SGLang calls `mamba_value`."""
+        slots = []
+        for one in self._rank.groups if self._rank is not None else ():
+            if one.model.kind == "state":
+                slots.append(self._states_of.translate_mamba_indices(mamba_value))
+            else:
+                slots.append(self._pool.translate_loc_from_full_to_swa(indices) if one.only_last else indices)
+        return slots
 
     def submit_load(
         self,
         lookup: Lookup,
-        indices: Any,
+        indices: Sequence[Any],
         *,
         local_hit_tokens: int,
         owned_device_indices: Any,
         producer_stream: Any = None,
     ) -> LoadOperation:
-        """Begin to fill the slots with the tokens that follow the first `local_hit_tokens`."""
+        """Begin to fill the slots with the tokens that follow the first `local_hit_tokens`. indices: as
+        `device_indices_by_group` has returned them."""
         self._stream = producer_stream
-        start, end = local_hit_tokens, local_hit_tokens + len(indices)
+        start, end = local_hit_tokens, local_hit_tokens + len(owned_device_indices)
         future, progress = Future(), Progress() if self._layers is not None else None
         rank, tracker = self._rank, lookup.tracker
         if rank is not None and tracker is not None:
             # A hit that had waited too long was given back, and the radix tree may have evicted some of its own tokens since.
-            rank.requests.find(tracker, lookup.tokens, start)
-            if start < end <= tracker.found_tokens:
-                blocks, filled = block_table(indices, self._page_size, start)
+            rank.requests.find(tracker, lookup.tokens, start, ends=False)
+            most = tracker.found_tokens
+            if self._reaching and end < most:  # another rank has found less, for which other extents are in reach
+                rank.requests.find(tracker, lookup.tokens[:end], start, ends=False)
+                most = tracker.found_tokens
+            if start < end <= most:
+                (blocks, *others), filled = rank.tables(indices, self._page_size, start, end)
                 plan = rank.requests.load(tracker, start, end, len(lookup.tokens))
-                copy = rank.copies.load(plan, blocks, self._device_event(rank, filled), progress)
+                copy = rank.copies.load(plan, blocks, self._device_event(rank, filled), progress, others)
                 future = Future(rank.copies, copy)
         return LoadOperation(lookup.request_id, owned_device_indices, start, future, progress=progress)
 
@@ -244,23 +277,26 @@ class UnifiedLMCacheMPConnector:
         return self._agreement.least(min(stored, length))
 
     def submit_store(
-        self, request_id: str, tokens: Any, indices: Any, *, device_indices_start: int, cache_salt: str
+        self, request_id: str, tokens: Any, indices: Sequence[Any], *, device_indices_start: int, cache_salt: str
     ) -> StoreOperation | None:
-        """Store the full chunks of these tokens; `indices` are the slots of the tokens from `device_indices_start` on."""
+        """Store the full chunks of these tokens. indices: as `device_indices_by_group` has returned them for the tokens from
+        `device_indices_start` on."""
         rank = self._rank
         if rank is None:
             return None
         if rank.requests.own_cache_outdated:  # an update of weights need not empty the radix tree
             return StoreOperation(request_id)
         text = rank.text_of(tokens)
+        if self._reaching and len(text) < len(tokens):  # windows and states are those behind an image
+            return StoreOperation(request_id)
         tracker = self._tracker(rank, request_id, text, cache_salt)
         tracker.handed = len(text)
         self._note_pace(rank, tracker)
         plan = rank.requests.store(tracker, text, len(text), first_token=device_indices_start)
         if plan is None:
             return StoreOperation(request_id)
-        blocks, filled = block_table(indices, self._page_size, device_indices_start)
-        copy = rank.copies.store(plan, blocks, self._device_event(rank, filled))
+        (blocks, *others), filled = rank.tables(indices, self._page_size, device_indices_start, len(tokens))
+        copy = rank.copies.store(plan, blocks, self._device_event(rank, filled), others)
         tracker.copies.append(copy)
         return StoreOperation(request_id, Future(rank.copies, copy))
 
@@ -320,14 +356,14 @@ class UnifiedLMCacheMPConnector:
             self._rank.close()
             self._rank = None
 
-    # For models with sliding windows or Mamba layers. SGLang may call these methods, but such models never have a hit.
+    # For models with sliding windows or Mamba layers
 
     def aligned_swa_window_size(self) -> int:
         """Return the sliding window in tokens, rounded up to complete pages; 0 for a model without one."""
         return -(-self._window // self._page_size) * self._page_size
 
     def reset_mamba_checkpoint_metadata(self, slots: Any) -> None:
-        """Do nothing: no Mamba states are stored."""
+        """Do nothing: models whose states have metadata are refused."""
 
     # Internal
 
@@ -347,7 +383,8 @@ class UnifiedLMCacheMPConnector:
 
     def _ask(self, rank: SGLangRank, lookup: Lookup, tracker: Tracker) -> None:
         """Look up, and set `lookup.mine`: the tokens found, in complete pages, or `COMING` while a tier loads more."""
-        found = rank.requests.find(tracker, lookup.tokens, lookup.local_tokens, fresh=FRESH_SECONDS)
+        # SGLang leaves the prompt's last token out: it computes that one in any case.
+        found = rank.requests.find(tracker, lookup.tokens, lookup.local_tokens, fresh=FRESH_SECONDS, ends=False)
         lookup.mine = min(tracker.found_tokens, len(lookup.tokens)) // self._page_size * self._page_size
         if isinstance(found, Loading) and rank.requests.runtime.now() - lookup.began < self.operation_timeout:
             lookup.mine = COMING
@@ -367,8 +404,9 @@ class UnifiedLMCacheMPConnector:
         return recorded if also is None or recorded is None else Both(recorded, also)
 
 
-def _refuse_components(components: Sequence[Any], mamba: Any, window: int) -> None:
-    """Raise LayoutError if the radix tree holds anything but the KV of full attention."""
+def _refuse_other_components(components: Sequence[Any], groups: Sequence[Buffers]) -> None:
+    """Raise LayoutError if the radix tree holds anything but the KV of these groups."""
     names = [str(getattr(one, "name", one)).rpartition(".")[2].lower() for one in components]
-    if mamba is not None or window or any(name != "full" for name in names):
-        raise LayoutError(f"models with sliding windows or Mamba states are not supported yet ({', '.join(names)})")
+    known = dict.fromkeys("mamba" if one.state else "swa" if one.reach_tokens else "full" for one in groups)
+    if names != list(known):
+        raise LayoutError(f"SGLang's radix tree keeps {', '.join(names)}, its pools hold {', '.join(known)}")

@@ -1,0 +1,39 @@
+"""Makes a load go wrong on demand, in an SGLang that `launch.py` has started: a test writes a file for the next load."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+FOLDER = "LMTEST_SPOIL"
+"""The variable that names the folder of the files. A file is named as the number of a group; its text is `spoil` or `fail`."""
+
+
+def install() -> None:
+    """Before a load copies a group: write something else over its extents in the arena, or end it there."""
+    folder = os.environ.get(FOLDER)
+    if not folder:
+        return
+    from lmcache.engine.access import ArenaAccess
+    from lmcache.errors import ServerUnavailable
+
+    copy = ArenaAccess.load
+
+    def load(access: ArenaAccess, group: int, load: Any, blocks: Any, runs: Any) -> None:
+        file = Path(folder, str(group))
+        if file.exists():
+            wish = file.read_text()
+            file.unlink()
+            if wish == "fail":
+                raise ServerUnavailable("the test ends this load")
+            size = access.parts[group].shard_bytes
+            other = np.full(size // 4, 0.7, np.float32)
+            for start in runs[:, 0].tolist():
+                ctypes.memmove(access._mapping.address + start, other.ctypes.data, size)
+        copy(access, group, load, blocks, runs)
+
+    ArenaAccess.load = load  # type: ignore[method-assign]
