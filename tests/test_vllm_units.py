@@ -1238,8 +1238,8 @@ def test_kinds_of_kv_that_are_not_served_are_named(weights: Path) -> None:
         describe_model(config, cache_config(FULL, MambaSpec(**aligned)))
     local.attention_chunk_size = 256
     assert len(describe_model(config, cache_config(FULL, local)).groups) == 2
-    config.speculative_config.draft_model_config = SimpleNamespace()
-    with pytest.raises(LayoutError, match="not supported with a draft model yet; use the method ngram"):
+    config.speculative_config = SimpleNamespace(method="eagle3", draft_model_config=SimpleNamespace())
+    with pytest.raises(LayoutError, match="not supported with drafts of method 'eagle3' yet; use ngram"):
         describe_model(config, cache_config(FULL, local))
 
 

@@ -41,6 +41,14 @@ MODELS: dict[str, dict[str, Any]] = {
         "query_pre_attn_scalar": 64,
         "tie_word_embeddings": True,  # vLLM knows no other
     },
+    "drafter": {  # for Gemma 3; vLLM wants all of its layers in one group
+        "model_type": "gemma3_text",
+        "intermediate_size": 512,
+        "num_hidden_layers": 1,
+        "layer_types": ["full_attention"],
+        "query_pre_attn_scalar": 64,
+        "tie_word_embeddings": True,
+    },
     "mistral": {
         "model_type": "mistral",
         "intermediate_size": 512,

@@ -109,14 +109,14 @@ def fp8(name: str) -> dict[str, Any]:
     from sglang.srt.layers.quantization.fp4_kv_cache_quant_method import get_kv_cache_quant_method
     from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
-    from lmcache.integration.sglang.model import paged_kv, pool_buffers
+    from lmcache.integration.sglang.model import paged_kv, pool_groups
     from lmcache.transfer.cpu import CpuCopier
 
     dtype, page = getattr(torch, name), 16
     method = get_kv_cache_quant_method("cpu_fp8_e4m3") if name == "float8_e4m3fn" else None
     shape = {"head_num": HEADS, "head_dim": DIMS, "layer_num": LAYERS}
     pool = MHATokenToKVPool(SLOTS, page, dtype, **shape, device="cpu", enable_memory_saver=False, quant_method=method)
-    buffers = pool_buffers(pool)
+    (buffers,) = pool_groups(pool, page)
     paged = paged_kv(buffers, page)
     source, target = torch.arange(64, 128), torch.arange(256, 320)
     tensors = (*buffers.keys, *buffers.values)

@@ -275,9 +275,9 @@ def _refuse_with_groups(vllm_config: Any, groups: Sequence[_Group]) -> None:
         raise LayoutError(
             "with speculative decoding the states of Mamba layers do not end where chunks do; leave --speculative-config out"
         )
-    if draft_model_of(speculative) is not None:
+    if speculative is not None and draft_model_of(speculative) is not None and speculative.method != "draft_model":
         raise LayoutError(
-            f"{kinds} are not supported with a draft model yet; use the method ngram or suffix, or leave --speculative-config out"
+            f"{kinds} are not supported with drafts of method {speculative.method!r} yet; use ngram, suffix or draft_model"
         )
 
 
