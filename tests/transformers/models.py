@@ -281,7 +281,7 @@ def do_mode(state: State, training: bool) -> dict[str, Any]:
 
 def do_kinds(state: State, address: str) -> dict[str, Any]:
     """What attach says of small models of other kinds: name -> refusal, and whether generate works."""
-    from transformers import GPT2Config, LlamaConfig, MistralConfig, Qwen2Config
+    from transformers import GPT2Config, JambaConfig, LlamaConfig, MistralConfig, Qwen2Config
 
     small = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 128}
     heads = {
@@ -298,6 +298,9 @@ def do_kinds(state: State, address: str) -> dict[str, Any]:
         "mixed": Qwen2Config(**small, **heads, use_sliding_window=True, sliding_window=16, max_window_layers=1),
         "dynamic rope": LlamaConfig(
             **small, **heads, rope_scaling={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+        ),
+        "forgetting": JambaConfig(
+            **small, **heads, attn_layer_period=2, attn_layer_offset=1, num_experts=1, use_mamba_kernels=False
         ),
     }
     answers = {}

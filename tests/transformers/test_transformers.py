@@ -238,7 +238,9 @@ def test_kinds_of_models(server: Servers, user: Any) -> None:
         "sliding": 48,
         "mixed": 48,
         "dynamic rope": 0,
+        "forgetting": 0,
     }
+    assert "begin with empty states" in answers["forgetting"]["refusal"]
     assert "'dynamic'" in answers["dynamic rope"]["refusal"]
 
 

@@ -55,7 +55,35 @@ def kv_shape(model: Any) -> Shape:
     devices = {layer.device for layer in cache.layers if getattr(layer, "device", None) is not None}
     if len(devices) != 1:
         raise LayoutError(f"layers with KV on {len(devices)} devices are not supported")
+    for states_of in state_kinds:
+        _refuse_forgetting(model, states_of)
     return Shape(tuple(sorted(kinds, key=lambda kind: kind.window > 0)), state_kinds, devices.pop(), model.config)
+
+
+def _refuse_forgetting(model: Any, kind: States) -> None:
+    """Return if a forward over several tokens goes on from the states of this kind: some models begin with empty ones.
+
+    Raises:
+        LayoutError: the states after such a forward do not depend on those before it.
+    """
+    recurrent = [tensor for tensor in kind.tensors if tensor.name == "recurrent"]
+    ends = []
+    for value in (0.0, 1e4):
+        cache = DynamicCache(config=model.config)
+        with torch.no_grad():
+            for tokens in (1, 2):
+                ids = torch.zeros((1, tokens), dtype=torch.long, device=model.device)
+                model(input_ids=ids, past_key_values=cache, use_cache=True)
+                found = [tensor.of(cache.layers[kind.layers[0]]) for tensor in recurrent]
+                if tokens == 1:
+                    for one in found:
+                        one.fill_(value)
+        ends.append(found)
+    if recurrent and all(map(torch.equal, *ends)):
+        raise LayoutError(
+            "this release of transformers computes several tokens of the model as if no token were before them (its recurrent "
+            "layers begin with empty states), so a hit cannot be gone on from"
+        )
 
 
 def _is_served(layer: Any) -> bool:
