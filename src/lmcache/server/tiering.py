@@ -38,25 +38,10 @@ _HURRY_SECONDS = 0.5
 MOST_ASKED = 32768
 """Shards. A fetch covers so many, and the next one what follows: naming the shards of a million tokens at once would keep all
 other engines waiting for longer than their deadlines."""
-_PROBE_PAUSE_SECONDS, _LONGEST_PROBE_PAUSE_SECONDS = 1.0, 600.0
-"""Bounds of the time between two searches for other splits of a layout in tiers; it doubles from one to the next."""
-_PROBE_SECONDS = 0.02
-"""How long lookups wait for such a search. What it finds later is for later lookups."""
 _TOO_LATE, _TIER_FAILED = "too late", "tier failed"
 """Outcomes of the shards of a load that ended after its reservations had expired, and of an operation that failed."""
 _LOAD, _WRITE = ("loaded", "load_failed"), ("written", "write_failed")
 """Kinds of events: of good outcomes, and of the others."""
-
-
-@dataclass
-class _Probe:
-    """The search of tiers for other splits of one layout. due: when to ask next. began: when it was asked last. running: how many
-    tiers have not answered."""
-
-    due: float
-    began: float = 0.0
-    pause: float = _PROBE_PAUSE_SECONDS
-    running: int = 0
 
 
 @dataclass(frozen=True)
@@ -96,9 +81,6 @@ class Tiering:
         self.fetches = Fetches(traits, always, patience_seconds)
         self.report = TierReport(loop.now, self.runners, self.fetches)
         self._region: Region | None = None
-        self._probe_seconds = patience_seconds if always else _PROBE_SECONDS
-        self._probes: dict[bytes, _Probe] = {}
-        """By family."""
         self._late_loads = set[int]()
         """Numbers of loads that are still running after their deadline."""
         self._drained: Callable[[], None] | None = None
@@ -209,44 +191,23 @@ class Tiering:
             if coming:
                 return in_l1, coming
         missing = hashes[in_l1 * HASH_BYTES :]
-        return in_l1, len(missing) // HASH_BYTES if sisters and missing and self._probing(space_number, missing) else 0
+        if sisters and missing and self._discover(space_number, missing[:HASH_BYTES]):
+            return self._wait_for(process, space_number, hashes, prefill_tokens_per_second, request, sisters)
+        return in_l1, 0
 
-    def _probing(self, number: int, missing: bytes) -> bool:
-        """Return whether to wait until tiers have told whether they have the first of these chunks as other splits would have
-        stored it, before this server's start. The sister of a split that is found is opened. Tiers are asked now and then, once
-        for all of a family."""
-        space, now = self._l1.space(number), self._loop.now()
+    def _discover(self, number: int, chunk: bytes) -> bool:
+        """Open the sisters of splits that have stored this chunk in a tier before this server's start, as far as tiers know that
+        without I/O. Return whether there are any."""
+        space, before = self._l1.space(number), len(self._l1.spaces)
         if space is None or not space.expected or not all(space.shard_bytes):
             return False
-        probe = self._probes.setdefault(space.family, _Probe(now))
-        if probe.running or now < probe.due:
-            return probe.running > 0 and now - probe.began < self._probe_seconds
-        probe.began, probe.due = now, now + probe.pause
-        probe.pause = min(2 * probe.pause, _LONGEST_PROBE_PAUSE_SECONDS)
         known = {one.split for one in space.sisters}
-        splits = [split for split in space.expected if split not in known]
-        if not splits:
-            return False
-        keys = [
-            ShardKey(space.family, missing[:HASH_BYTES], shard, split.count)
-            for split in splits
-            for shard in range(split.count)
-        ]
-
-        def done(present: list[bool] | None, error: Exception | None, seconds: float) -> None:
-            probe.running -= 1
-            has = {key for key, found in zip(keys, present or (), strict=False) if found}
-            for split in splits:
-                if all(key in has for key in keys if key.shards == split.count) and self._l1.space(number) is space:
-                    with suppress(Refusal):
-                        self._l1.open_sister(number, split)
-                    probe.due, probe.pause = 0.0, _PROBE_PAUSE_SECONDS
-
-        for runner in self.runners:
-            if runner.usable(now):
-                probe.running += 1
-                runner.contains(keys, self._patience_seconds, done)
-        return probe.running > 0
+        for split in [split for split in space.expected if split not in known]:
+            keys = [ShardKey(space.family, chunk, shard, split.count) for shard in range(split.count)]
+            if any(all(runner.known(keys) or (False,)) for runner in self.runners):
+                with suppress(Refusal):
+                    self._l1.open_sister(number, split)
+        return len(self._l1.spaces) > before
 
     def _poll(self, space_number: int, hashes: bytes, in_l1: int, prefill_seconds: float, request: str) -> int:
         """Return how many chunks of this space the engine should wait for."""
