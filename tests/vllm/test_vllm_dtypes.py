@@ -53,12 +53,12 @@ def comes_back(engine: Engine) -> Outputs:
     assert cached(cold) == [0, 0], "nobody's KV of another dtype or of other scales is ours"
     engine.forget()  # returns once the stores have let go of their blocks
     stored = engine.ask("digests", wipe=True)["blocks"]
-    first = engine.generate(PROMPTS[:1])
+    last = engine.generate(PROMPTS[1:])  # the blocks of the first prompt may have been given to it
     loaded = [digest for digest in engine.ask("digests")["blocks"] if digest in stored and digest != stored[-1]]
-    assert len(loaded) == 2, "the two whole blocks of the prompt are back, byte for byte"
+    assert len(loaded) == 3, "the three whole blocks of the prompt are back, byte for byte"
     warm = one_by_one(engine)
     assert cached(warm) == WHOLE
-    assert_same(first + warm, cold[:1] + cold)
+    assert_same(warm + last, cold + cold[1:])
     return cold
 
 
