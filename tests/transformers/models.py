@@ -142,6 +142,9 @@ def do_generate(state: State, ids: list[int], new: int = 8, **more: Any) -> dict
     options |= {"return_dict_in_generate": True, "output_logits": True}
     expected = state.plain(tokens, **options)
     before = state.attached.hit_tokens, state.attached.stored_tokens
+    if state.attached.flush() and state.attached._pool is not None:  # nothing that an earlier prompt has left is right
+        for memory in (*state.attached._pool._memory, *state.attached._pool._states):
+            memory.view(torch.float32).fill_(torch.nan)
     answer = state.model.generate(tokens, **options)
     flushed = state.attached.flush()
     return {
