@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 
 from lmcache.errors import LayoutError
@@ -14,6 +13,7 @@ from lmcache.transfer.bounds import Blocks, Bounds, Runs
 from lmcache.transfer.gpu.driver import using_device
 from lmcache.transfer.gpu.launch import Shape, staging_bytes
 from lmcache.transfer.gpu.pinned import PinnedArena
+from lmcache.transfer.gpu.reader import CudaReader
 from lmcache.transfer.gpu.ring import Source, StagingRing
 from lmcache.transfer.paged import ExtentShape, PagedKV, Plane
 from lmcache.transfer.progress import Progress
@@ -50,11 +50,16 @@ class CudaCopier:
         self._arena = self._own_arena or arena
         assert self._arena is not None
         with using_device(device):
-            source = _source_of(paged, chunk_tokens, ExtentShape.of(paged, chunk_tokens))
+            bases = torch.tensor([plane.address for plane in paged.planes], dtype=torch.int64, device=device)
+            source = Source(
+                device, bases, _shape_of(paged), paged.block_tokens, chunk_tokens, paged.shard_bytes(chunk_tokens)
+            )
             self._rings = {
                 to_host: StagingRing(source, self._arena, staging_bytes // 2, to_host) for to_host in (True, False)
             }
         self._device, self._chunk_tokens = device, chunk_tokens
+        self._reading: torch.cuda.Stream | None = None
+        """The stream of what `reader` has made."""
         logger.info("GPU staging: %d MiB on %s", staging_bytes >> 20, device)
 
     def gather(self, base: int, blocks: Blocks, runs: Runs, *, arena_bytes: int | None = None) -> None:
@@ -71,13 +76,11 @@ class CudaCopier:
         self._rings[False].run(base, *self._bounds.checked(base, blocks, runs, arena_bytes), progress)
 
     def reader(self, part: PagedKV, shape: ExtentShape) -> CudaReader:
-        """Return a copier of loads that fills a part of this paged KV from extents of another shape. It is of no use after
-        `close`.
-
-        Raises:
-            LayoutError: the extents' rows do not fit in this copier's staging ring.
-        """
-        return CudaReader(part, self._chunk_tokens, shape, self._rings[False])
+        """Return a copier that fills a part of this paged KV from extents of another shape."""
+        assert self._arena is not None
+        with using_device(self._device):
+            self._reading = self._reading or torch.cuda.Stream(self._device)
+        return CudaReader(part, _shape_of(part), shape, self._chunk_tokens, self._arena, self._reading)
 
     def adopt(self, address: int, size_bytes: int) -> None:
         """Register the arena, which is mapped at `address`, with the driver in the background."""
@@ -92,29 +95,6 @@ class CudaCopier:
             self._rings.clear()
 
 
-class CudaReader:
-    """Fills a part of a copier's paged KV from extents of another shape, through the memory of that copier's ring of loads. All
-    heads of the planes in question cross the bus, also those that the paged KV does not have."""
-
-    def __init__(self, part: PagedKV, chunk_tokens: int, shape: ExtentShape, lender: StagingRing) -> None:
-        self._bounds, self._lender = Bounds(part, chunk_tokens, shape.size_bytes), lender
-        start, row = shape.planes[0]
-        self._skipped = start - start % row
-        """Where the first plane begins in an extent."""
-        with using_device(torch.device(part.device)), lender.lent():
-            source = _source_of(part, chunk_tokens, shape)
-            self._ring = StagingRing(source, lender.arena, lender.lent_bytes, False, lender)
-
-    def scatter(
-        self, base: int, blocks: Blocks, runs: Runs, *, arena_bytes: int | None = None, progress: Progress | None = None
-    ) -> None:
-        """Do the same as `CudaCopier.scatter`, while that copier loads nothing else."""
-        blocks, runs = self._bounds.checked(base, blocks, runs, arena_bytes)
-        placed = runs + np.array([self._skipped, 0, 0, 0])
-        with self._lender.lent():
-            self._ring.run(base, blocks, placed, progress)
-
-
 def cuda_copiers(groups: Sequence[tuple[PagedKV, int]], runtime: Runtime = RUNTIME) -> list[CudaCopier]:
     """Return one copier for each (paged KV, tokens of an extent). They use one arena, and share the staging memory."""
     size = STAGING_BYTES // len(groups)
@@ -122,19 +102,7 @@ def cuda_copiers(groups: Sequence[tuple[PagedKV, int]], runtime: Runtime = RUNTI
     return [first, *(CudaCopier(*group, runtime, first._arena, size) for group in groups[1:])]
 
 
-def _source_of(paged: PagedKV, chunk_tokens: int, extent: ExtentShape) -> Source:
-    """Return the description of the paged KV and of its planes in an extent. The device is the current one.
-
-    Raises:
-        LayoutError: as for `_shape_of`.
-    """
-    device, shape = torch.device(paged.device), _shape_of(paged, extent)
-    bases = torch.tensor([plane.address for plane in paged.planes], dtype=torch.int64, device=device)
-    size = len(paged.planes) * chunk_tokens * shape.extent_row_words * shape.word_bytes
-    return Source(device, bases, shape, paged.block_tokens, chunk_tokens, size)
-
-
-def _shape_of(paged: PagedKV, extent: ExtentShape) -> Shape:
+def _shape_of(paged: PagedKV) -> Shape:
     """Return the strides that all planes share, in the largest word that divides them.
 
     Raises:
@@ -146,11 +114,10 @@ def _shape_of(paged: PagedKV, extent: ExtentShape) -> Shape:
     _, block, token, heads, head, head_bytes = planes[0]
     if head == head_bytes or heads == 1:  # the heads are contiguous, so they are one long row
         head, head_bytes, heads = heads * head_bytes, heads * head_bytes, 1
-    start, row = extent.planes[0]
-    sizes = block, token, head, head_bytes, row, start % row, *(plane[0] for plane in planes)
-    word = next(word for word in (8, 4, 2, 1) if all(value % word == 0 for value in sizes))
-    strides = block // word, token // word, head // word
-    return Shape(word, *strides, head_bytes // word, heads * head_bytes // word, row // word, start % row // word)
+    for word in (8, 4, 2, 1):
+        if all(value % word == 0 for value in (block, token, head, head_bytes, *(plane[0] for plane in planes))):
+            break
+    return Shape(word, block // word, token // word, head // word, head_bytes // word, heads * head_bytes // word)
 
 
 def _plain(plane: Plane, item: int) -> tuple[int, int, int, int, int, int]:

@@ -39,8 +39,6 @@ def copy_kernel(  # type: ignore[no-untyped-def]
     HEAD_STRIDE: tl.constexpr,
     HEAD_WORDS: tl.constexpr,
     ROW_WORDS: tl.constexpr,
-    EXTENT_ROW_WORDS: tl.constexpr,
-    FIRST_WORD: tl.constexpr,
     TO_STAGING: tl.constexpr,
     WORD: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -49,7 +47,6 @@ def copy_kernel(  # type: ignore[no-untyped-def]
     """Program (tile, plane, chunk) copies TOKENS rows of one plane of one chunk. Strides are in words of type WORD.
 
     `meta` holds (first_token, token_count, token_in_extent) for each chunk. A row is the heads x dims of one token in one plane.
-    In an extent of another parallel split it is a part of a row of EXTENT_ROW_WORDS, from FIRST_WORD on.
     A copy to the staging ring writes all rows of the chunk, and zeros for tokens outside the run: the complete piece goes to
     the extent, and the ring may still hold another prompt's KV. What a model fixes is a compile-time constant, because fewer
     arguments make a launch cheaper, and launches take most of the time of this code.
@@ -71,7 +68,7 @@ def copy_kernel(  # type: ignore[no-untyped-def]
     row = block * BLOCK_STRIDE + (position % BLOCK_TOKENS) * TOKEN_STRIDE
     column = (word // HEAD_WORDS).to(tl.int64) * HEAD_STRIDE + word % HEAD_WORDS
     paged = tl.load(bases + first_plane + plane).to(tl.pointer_type(WORD)) + row[:, None] + column[None, :]
-    extent_row = (plane * CHUNK_TOKENS + in_extent + token) * EXTENT_ROW_WORDS + FIRST_WORD
+    extent_row = (plane * CHUNK_TOKENS + in_extent + token) * ROW_WORDS
     staged = staging + chunk.to(tl.int64) * piece_words + extent_row[:, None] + word[None, :]
     in_row = (word < ROW_WORDS)[None, :]
     mask = live[:, None] & in_row
@@ -92,8 +89,6 @@ def kernel_constants(shape: Shape, chunk_tokens: int, block_tokens: int, to_host
         "HEAD_STRIDE": shape.head_stride,
         "HEAD_WORDS": shape.head_words,
         "ROW_WORDS": shape.row_words,
-        "EXTENT_ROW_WORDS": shape.extent_row_words,
-        "FIRST_WORD": shape.first_word,
         "TO_STAGING": to_host,
         "WORD": WORD_TYPES[shape.word_bytes][1],
         "TOKENS": max(1, _TILE_WORDS // words),

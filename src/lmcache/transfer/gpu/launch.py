@@ -34,8 +34,7 @@ def _layout(name: str) -> np.dtype[np.void]:
 
 @dataclass(frozen=True)
 class Shape:
-    """The strides and sizes that all planes of paged KV share, in words of `word_bytes` bytes. extent_row_words: of a token of a
-    plane in an extent, where the paged KV's own heads begin at `first_word`."""
+    """The strides and sizes that all planes of paged KV share, in words of `word_bytes` bytes."""
 
     word_bytes: int
     block_stride: int
@@ -43,8 +42,6 @@ class Shape:
     head_stride: int
     head_words: int
     row_words: int
-    extent_row_words: int
-    first_word: int
 
 
 @dataclass(frozen=True)
@@ -125,8 +122,7 @@ class Launcher:
         drawn = np.random.default_rng().integers(-128, 128, (count, span * shape.word_bytes), dtype=np.int8)
         expected = _rows(torch.from_numpy(drawn).view(words), shape)
         extent = torch.full((int(ring["plane_bytes"]) * count,), 90, dtype=torch.int8)
-        rows = extent.view(words).view(count, chunk_tokens, -1)
-        in_extent = rows[:, -1, shape.first_word : shape.first_word + shape.row_words]
+        in_extent = extent.view(words).view(count, chunk_tokens, -1)[:, -1]
         if not ring["to_host"]:
             in_extent.copy_(expected)
             drawn = np.full_like(drawn, -1)

@@ -16,7 +16,7 @@ from lmcache.transfer.gpu.driver import using_device
 logger = init_logger(__name__)
 REGISTRATION_BYTES = 1 << 30
 """Size of one registration. The driver refuses a copy that crosses from one registration into the next."""
-_PORTABLE = 1  # cudaHostRegisterPortable
+_PORTABLE_AND_MAPPED = 3  # cudaHostRegisterPortable, and cudaHostRegisterMapped for kernels that read the arena
 
 
 class PinnedArena:
@@ -57,6 +57,10 @@ class PinnedArena:
         """Return where registrations begin for copies to or from `base`; 0 where `base` is not this mapping."""
         return self.address if base == self.address else 0
 
+    def covers(self, base: int, offset: int, length: int) -> bool:
+        """Return whether kernels can read [base + offset, base + offset + length): it is registered."""
+        return base == self.address and offset + length <= self._registered_bytes
+
     def pieces(self, base: int, offset: int, length: int) -> Iterator[torch.Tensor]:
         """Yield host memory [base + offset, base + offset + length) as byte tensors that cross no registration's end."""
         own = self._bytes if base == self.address else None
@@ -75,7 +79,7 @@ class PinnedArena:
                 if self._stop.is_set():
                     return
                 length = min(REGISTRATION_BYTES, size_bytes - offset)
-                error = int(torch.cuda.cudart().cudaHostRegister(address + offset, length, _PORTABLE))
+                error = int(torch.cuda.cudart().cudaHostRegister(address + offset, length, _PORTABLE_AND_MAPPED))
                 if error:
                     logger.warning(
                         "cudaHostRegister failed at %d MiB (error %d): copies are slower beyond", offset >> 20, error

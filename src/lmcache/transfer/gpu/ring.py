@@ -8,8 +8,6 @@ been emptied. The host waits for the end of a copy, not of each piece, and does 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -44,8 +42,8 @@ _COPIES_LAUNCHED = 2
 class Source:
     """The paged KV that a ring copies from or to.
 
-    bases: int64 [planes], the planes' addresses, on `device`. shape: the strides that all planes share. shard_bytes: bytes of
-    these planes in the extent of a full chunk, which has `chunk_tokens` tokens.
+    bases: int64 [planes], the planes' addresses, on `device`. shape: the strides that all planes share. shard_bytes: bytes of the
+    extent of a full chunk, which has `chunk_tokens` tokens.
     """
 
     device: torch.device
@@ -102,17 +100,14 @@ class _DeviceTables:
 class StagingRing:
     """The copies of one direction. Any thread may call `run`. One launches at a time; `_COPIES_LAUNCHED` may be in flight.
 
-    ring_bytes: GPU memory of the ring. to_host: True for stores (paged KV to arena), False for loads. lender: the ring whose
-    memory this one uses, for calls within its `lent`.
+    ring_bytes: GPU memory of the ring. to_host: True for stores (paged KV to arena), False for loads.
 
     Raises:
         LayoutError: the ring does not fit in GPU memory.
     """
 
-    def __init__(
-        self, source: Source, arena: PinnedArena, ring_bytes: int, to_host: bool, lender: StagingRing | None = None
-    ) -> None:
-        self._source, self.arena, self._to_host = source, arena, to_host
+    def __init__(self, source: Source, arena: PinnedArena, ring_bytes: int, to_host: bool) -> None:
+        self._source, self._arena, self._to_host = source, arena, to_host
         extent, planes, device = source.shard_bytes, source.planes, source.device
         self._plane_bytes = extent // planes
         target = ring_bytes // _PIECES_IN_RING
@@ -126,13 +121,7 @@ class StagingRing:
         self._chunks_of_group = piece_bytes // (self._planes_in_group * self._plane_bytes)
         count = max(2, ring_bytes // piece_bytes)
         try:
-            if lender is None:
-                self._memory = torch.empty(count * piece_bytes, dtype=torch.uint8, device=device)
-            elif count * piece_bytes > len(lender._memory):
-                raise LayoutError(f"two planes of {self._plane_bytes} bytes do not fit in the staging ring")
-            else:
-                self._memory = lender._memory[: count * piece_bytes]
-            ring = self._memory.view(count, piece_bytes)
+            ring = torch.empty((count, piece_bytes), dtype=torch.uint8, device=device)
         except torch.OutOfMemoryError as error:
             raise LayoutError(
                 f"no {ring_bytes >> 20} MiB of GPU memory for staging: lower LMCACHE_GPU_STAGING_MB"
@@ -148,18 +137,6 @@ class StagingRing:
         self._constants = kernel_constants(source.shape, source.chunk_tokens, source.block_tokens, to_host)
         self._lock = threading.Lock()
         self._launcher = self._make_launcher()
-
-    @contextmanager
-    def lent(self) -> Iterator[None]:
-        """Lend the memory to another ring. Nothing of this one is in flight meanwhile."""
-        with self._lock, using_device(self._source.device):
-            self._copies.synchronize()
-            self._kernels.synchronize()
-            yield
-
-    @property
-    def lent_bytes(self) -> int:
-        return len(self._memory)
 
     def run(self, base: int, blocks: Blocks, runs: Runs, progress: Progress | None = None) -> None:
         """Copy all runs and return when the copy has ended. Another thread may launch the next copy meanwhile.
@@ -215,7 +192,7 @@ class StagingRing:
     def _pieces(self, base: int, tables: _DeviceTables, runs: Runs, planes: range, chunks: int) -> None:
         """Launch the planes `planes` of all runs. Each piece has `planes.step` planes of `chunks` chunks."""
         if self._launcher is not None:
-            registered_from = self.arena.registrations_from(base)
+            registered_from = self._arena.registrations_from(base)
             self._launcher.launch(base, registered_from, tables.addresses(), runs, planes, chunks)
             return
         for at in range(0, len(runs), chunks):
@@ -330,7 +307,7 @@ class StagingRing:
             end = at + 1
             while end < len(starts) and starts[end] == starts[end - 1] + length:
                 end += 1
-            for host in self.arena.pieces(base, starts[at], (end - at) * length):
+            for host in self._arena.pieces(base, starts[at], (end - at) * length):
                 device, staged = staged[: len(host)], staged[len(host) :]
                 if self._to_host:
                     host.copy_(device, non_blocking=True)
