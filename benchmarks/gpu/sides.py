@@ -71,7 +71,8 @@ class Engine(Child):
         limit = time.monotonic() + SETTLE_SECONDS
         while gpu_name() != NO_GPU and "of the arena with the GPU driver" not in self._log.read_text():
             if time.monotonic() > limit:
-                raise RuntimeError(f"{TITLES[self.name]}: the arena is not registered after {SETTLE_SECONDS} s")
+                said = [line for line in self._log.read_text().splitlines() if "LMCache WARNING" in line]
+                raise RuntimeError(f"the arena is not registered after {SETTLE_SECONDS} s; the log says: {said[-1:]}")
             time.sleep(0.1)
 
     def forget(self) -> None:
