@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
 import os
@@ -9,7 +10,7 @@ import pickle
 import shutil
 import struct
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -1273,6 +1274,58 @@ def test_each_stage_of_a_pipeline_has_its_layers_of_each_group(weights: Path) ->
     assert kv.groups[1].shard(0, 0) == Shard(0, 1, 0, 2, 0, 4)
     alone = described([["l.2", "l.5"], ["l.0", "l.1"]]).groups[1]
     assert alone.group == kv.groups[1].group and alone.stages == kv.groups[1].stages
+
+
+@pytest.fixture
+def connector(monkeypatch: pytest.MonkeyPatch, weights: Path) -> Iterator[Callable[..., Any]]:
+    """The scheduler's connector of an engine with a window on two stages, in a release of vLLM with these calls."""
+    path, name = "vllm.distributed.kv_transfer.kv_connector.v1", "lmcache.integration.vllm.connector"
+    calls = SimpleNamespace()
+    base = SimpleNamespace(
+        **dict.fromkeys(("KVConnectorMetadata", "KVConnectorWorkerMetadata", "KVConnectorHandshakeMetadata"), object),
+        KVConnectorTransferResults=1,
+        KVConnectorBase_V1=calls,
+        KVConnectorRole=SimpleNamespace(SCHEDULER=1),
+    )
+    for at in range(1, 7):
+        monkeypatch.setitem(sys.modules, ".".join([*path.split("."), "base"][:at]), SimpleNamespace(base=base))
+    monkeypatch.setitem(sys.modules, path + ".base", base)
+    window = type("SlidingWindowSpec", (), {**vars(FULL), "sliding_window": 128})()
+
+    def made(*known: str) -> Any:
+        vars(calls).update(dict.fromkeys(known, 1))
+        one = importlib.import_module(name).Connector()
+        one._vllm_config, one._kv_cache_config, one._role = vllm_config(str(weights)), cache_config(FULL, window), 1
+        one._vllm_config.parallel_config.pipeline_parallel_size = 2
+        one._start = lambda: None
+        one._describe(SimpleNamespace(model_id=""))
+        return one
+
+    yield made
+    sys.modules.pop(name, None)
+
+
+def test_only_our_own_ranks_tell_the_layers_of_all_stages(connector: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """vLLM's `MultiConnector` passes on what the first of its connectors has reported, on engines with one stage, too."""
+    one = connector("bind_gpu_block_pool", "set_xfer_handshake_metadata_pp_aware")
+    handshake = vars(sys.modules[type(one).__module__])["LMCacheHandshake"]
+    assert one._kv is None and not caplog.messages
+    one.set_xfer_handshake_metadata_pp_aware({(0, 0): SimpleNamespace(agent="another's")})
+    assert "name LMCache's connector first in MultiConnector" in caplog.text
+    stages = [[["l.2"], ["l.0"]], [["l.5"], ["l.3"]]]
+    one.set_xfer_handshake_metadata_pp_aware({(0, 0): handshake(stages), (1, 0): handshake(stages)})
+    assert one._kv is not None and len(one._kv.groups) == 2
+    one._vllm_config.parallel_config.pipeline_parallel_size = 1
+    caplog.clear()
+    one.set_xfer_handshake_metadata_pp_aware({(0, 0): SimpleNamespace(agent="another's")})
+    assert not caplog.messages
+
+
+def test_a_release_that_passes_no_layers_of_stages_on_is_refused(
+    connector: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    connector("bind_gpu_block_pool")
+    assert "need a later release of vLLM, or --disable-hybrid-kv-cache-manager" in caplog.text
 
 
 def test_models_that_are_not_served_are_named(weights: Path) -> None:

@@ -86,6 +86,11 @@ class Connector:
             recompute_failed_loads(transfer)
         if spans_stages(self._vllm_config, self._kv_cache_config):
             if self._role == KVConnectorRole.SCHEDULER:
+                if not hasattr(base.KVConnectorBase_V1, "set_xfer_handshake_metadata_pp_aware"):
+                    self._refuse(
+                        "models with several kinds of KV on pipeline stages need a later release of vLLM, or "
+                        "--disable-hybrid-kv-cache-manager"
+                    )
                 return  # until the ranks have reported the layers of all stages
             self._stages = layers_of_all_stages(self._kv_cache_config)
         self._describe_stages(self._stages)
@@ -280,8 +285,18 @@ class Connector:
     # Scheduler
 
     def set_xfer_handshake_metadata_pp_aware(self, metadata: dict[tuple[int, int], Any]) -> None:
-        if metadata:  # the same from every rank
-            self._describe_stages(next(iter(metadata.values())).stages)
+        """Describe the model if its ranks have reported the layers of all stages. vLLM's `MultiConnector` passes on what the
+        first of its connectors has reported, which may be another one's."""
+        ours = next(
+            (one for one in metadata.values() if isinstance(one, LMCacheHandshake)), None
+        )  # every rank's is the same
+        if ours is not None and self._kv is None:
+            self._describe_stages(ours.stages)
+        elif ours is None and spans_stages(self._vllm_config, self._kv_cache_config):
+            self._refuse(
+                "another connector's handshake has taken the place of the one with the layers of all pipeline stages; name "
+                "LMCache's connector first in MultiConnector, or use --disable-hybrid-kv-cache-manager"
+            )
 
     def bind_gpu_block_pool(self, gpu_block_pool: Any) -> None:
         self._pool = gpu_block_pool
