@@ -1283,7 +1283,7 @@ def connector(monkeypatch: pytest.MonkeyPatch, weights: Path) -> Iterator[Callab
     calls = SimpleNamespace()
     base = SimpleNamespace(
         **dict.fromkeys(("KVConnectorMetadata", "KVConnectorWorkerMetadata", "KVConnectorHandshakeMetadata"), object),
-        KVConnectorTransferResults=1,
+        KVConnectorTransferResults=lambda *a: SimpleNamespace(failed_recving=a[2]),
         KVConnectorBase_V1=calls,
         KVConnectorRole=SimpleNamespace(SCHEDULER=1),
     )
@@ -1297,6 +1297,7 @@ def connector(monkeypatch: pytest.MonkeyPatch, weights: Path) -> Iterator[Callab
         one = importlib.import_module(name).Connector()
         one._vllm_config, one._kv_cache_config, one._role = vllm_config(str(weights)), cache_config(FULL, window), 1
         one._vllm_config.parallel_config.pipeline_parallel_size = 2
+        one._vllm_config.cache_config.block_size = BLOCK
         one._start = lambda: None
         one._describe(SimpleNamespace(model_id=""))
         return one
@@ -1326,6 +1327,29 @@ def test_a_release_that_passes_no_layers_of_stages_on_is_refused(
 ) -> None:
     connector("bind_gpu_block_pool")
     assert "need a later release of vLLM, or --disable-hybrid-kv-cache-manager" in caplog.text
+
+
+@pytest.mark.parametrize(("synchronous", "groups"), [(True, 1), (False, 1), (False, 2)])
+def test_a_rank_whose_weights_are_unknown_fails_loads_as_the_scheduler_expects(
+    connector: Any, synchronous: bool, groups: int
+) -> None:
+    """vLLM ends if it is told of a load within a step that it has arrived, or of blocks of a model with several groups."""
+    session = Session(present=4)
+    tables = [GroupTable(BLOCK), GroupTable(BLOCK, BLOCK)][:groups]
+    scheduler = SchedulerSide(session, tables, 1, numbers=range(groups), synchronous=synchronous)  # type: ignore[arg-type]
+    request, poll = Request("a", list(range(100))), session.poll
+    session.poll = lambda *a, **more: (hit := poll(*a, **more)) and hit._replace(others=(hit,) * (groups - 1))  # type: ignore
+    gain = scheduler.match(request, 0)
+    scheduler.allocated(request, ([7],) * groups, gain or 0)
+    rank = connector("bind_gpu_block_pool", "set_xfer_handshake_metadata_pp_aware")  # it knows of no weights
+    rank._role, metadata = 0, vars(sys.modules[type(rank).__module__])["LMCacheMetadata"]
+    rank._connector_metadata = metadata(scheduler.plan_step(step()))
+    received, blocks = rank.get_finished(set())[1], rank.get_block_ids_with_load_errors()
+    assert received == (None if synchronous else {"a"})
+    assert blocks == ({7} if groups == 1 else set())
+    assert rank.get_transfer_results(set()).failed_recving == (set() if groups == 1 else {"a"})
+    report = rank.build_connector_worker_meta()
+    assert (report.report.loaded if report is not None else {}) == ({"load-1": 1} if synchronous else {})
 
 
 def test_models_that_are_not_served_are_named(weights: Path) -> None:

@@ -240,7 +240,7 @@ class Connector:
             self._worker.wait_after_forward()  # here too: with a drafter, vLLM asks this before it waits for stores
             sent, received = self._worker.finished(plan)
         else:
-            loads = () if self._synchronous else plan.loads
+            loads = () if plan.synchronous else plan.loads
             sent, received = set(plan.closing), {str(load.request_id) for load in loads}
         return sent or None, received or None
 
@@ -251,7 +251,7 @@ class Connector:
         failed: set[str] = set()
         if self._worker is not None:
             failed = self._worker.take_failed_requests()
-        elif self._kv is not None and self._kv.fails_by_request:
+        elif self._plan().fails_by_request:
             failed = {str(load.request_id) for load in self._plan().loads}
         return base.KVConnectorTransferResults(sent or set(), received or set(), failed)
 
@@ -261,7 +261,7 @@ class Connector:
     def get_block_ids_with_load_errors(self) -> set[int]:
         if self._worker is not None:
             return self._worker.take_invalid_blocks()
-        if self._kv is not None and self._kv.fails_by_request:
+        if self._plan().fails_by_request:
             return set()  # `get_transfer_results` reports the requests
         size = self._vllm_config.cache_config.block_size
         return {block for load in self._plan().loads for block in load.filled(size)}
@@ -271,7 +271,7 @@ class Connector:
             report = self._worker.take_report()
         else:
             plan, refusal = self._plan(), self._refusal
-            loads = plan.loads if self._synchronous else ()
+            loads = plan.loads if plan.synchronous else ()
             stored, loaded = {store.job_id: 1 for store in plan.stores}, {load.job_id: 1 for load in loads}
             report, self._refusal = StepReport(stored, loaded, refusal), ""
         return LMCacheWorkerMetadata(report) if report else None
