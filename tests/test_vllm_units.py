@@ -1422,9 +1422,15 @@ def test_kernels_that_keep_other_numbers_under_the_name_of_a_dtype_are_refused()
     def layer(backend: str) -> Any:
         return layers_with(get_attn_backend=lambda: SimpleNamespace(get_name=lambda: backend))
 
-    refuse_other_numbers(layer("FLASHINFER"), "a")
+    refuse_other_numbers(layer("FLASHINFER"), ["a"])
     with pytest.raises(LayoutError, match=r"TRITON_ATTN .*e5m2"):
-        refuse_other_numbers(layer("TRITON_ATTN"), "a")
+        refuse_other_numbers(layer("TRITON_ATTN"), ["a"])
+    both = layer("FLASHINFER")  # of the draft model's layer
+    both.compilation_config.static_forward_context |= {
+        "b": layer("TRITON_ATTN").compilation_config.static_forward_context["a"]
+    }
+    with pytest.raises(LayoutError, match=r"TRITON_ATTN .*e5m2"):
+        refuse_other_numbers(both, ["a", "b"])
 
 
 def test_scales_that_lie_elsewhere_are_refused() -> None:
