@@ -84,11 +84,12 @@ def attach(
 
 @dataclass(frozen=True)
 class _Begun:
-    """The prompt of a running `generate`, and the cache that it works with. states: how many leading tokens are behind the copy
-    of the states in each of the pool's places, ascending."""
+    """The prompt of a running `generate`, and the cache that it works with. loaded: its leading tokens that were loaded. states:
+    how many leading tokens are behind the copy of the states in each of the pool's places, ascending."""
 
     request: Request
     cache: DynamicCache
+    loaded: int = 0
     states: list[int] = field(default_factory=list)
 
 
@@ -205,7 +206,7 @@ class Attached:
             if not loaded:
                 have = request.stored = 0
         self.hit_tokens += have
-        return _Begun(request, pool.cache(have, self._step))
+        return _Begun(request, pool.cache(have, self._step), have)
 
     def _compute_to_boundaries(self, begun: _Begun, ids: torch.Tensor) -> None:
         """Compute the prompt in forwards that end where its states are to be kept, up to the end of its last whole chunk."""
@@ -272,7 +273,8 @@ class Attached:
         # A model with states goes on only where there is a copy of these.
         ends = [end for end in begun.states if end <= filled] if self._shape.states else [filled]
         for place, end in enumerate(ends):
-            plan = rank.requests.store(begun.request, sequence[:end], end)
+            # Of a window the pool lacks what was out of reach of what was loaded, and a new server is sent all chunks there are.
+            plan = rank.requests.store(begun.request, sequence[:end], end, before=begun.loaded)
             if plan is not None:
                 first, *others = pool.tables(place)
                 rank.copies.store(plan, first, after=stream_point(str(self._shape.device)), others=others)
