@@ -397,6 +397,8 @@ def _unsuited(model: Any, ids: Any, args: tuple[Any, ...], options: dict[str, An
     mask = options.get("attention_mask")
     if mask is not None and not bool(mask.all()):
         return "padding in attention_mask"
+    if mask is None and _taken_for_padding(model, ids, args, options):
+        return "the padding token is in input_ids, and Transformers hides it; pass attention_mask with a one for each token"
     if options.get("past_key_values") is not None or _option(model, "use_cache", args, options) is False:
         return "past_key_values are the caller's, or there are none"
     used = [name for name in _PLAIN_OPTIONS if _option(model, name, args, options)]
@@ -405,6 +407,14 @@ def _unsuited(model: Any, ids: Any, args: tuple[Any, ...], options: dict[str, An
     if any((_option(model, name, args, options) or 1) > 1 for name in ("num_beams", "num_return_sequences")):
         return "several sequences for one prompt"
     return ""
+
+
+def _taken_for_padding(model: Any, ids: torch.Tensor, args: tuple[Any, ...], options: dict[str, Any]) -> bool:
+    """Return whether `generate` makes a mask that hides some of these tokens: it does without `attention_mask`, unless the
+    padding token also ends answers."""
+    padding, end = (_option(model, name, args, options) for name in ("pad_token_id", "eos_token_id"))
+    ends = torch.as_tensor([] if end is None else end)
+    return padding is not None and not bool((ends == padding).any()) and bool((ids == padding).any())
 
 
 def _foreseen_tokens(model: Any, args: tuple[Any, ...], options: dict[str, Any]) -> int:
