@@ -226,7 +226,7 @@ def ids_of(seed: int, count: int) -> list[int]:
 
 
 @pytest.mark.parametrize("mode", ["auto", "payload"])
-@pytest.mark.parametrize("kinds", [MODEL, (SHORT,), (LONG, STATE), (FULL, SHORT), (FULL, LOCAL)], ids=str)
+@pytest.mark.parametrize("kinds", [MODEL, (SHORT,), (LONG, STATE), (FULL, SHORT), (FULL, LOCAL), (LOCAL,)], ids=str)
 def test_what_one_engine_stores_of_all_kinds_another_loads(
     server: Servers, engines: Callable[..., HybridEngine], kinds: tuple[Kind, ...], mode: str
 ) -> None:

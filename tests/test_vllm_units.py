@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
 import os
@@ -9,7 +10,7 @@ import pickle
 import shutil
 import struct
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -1275,6 +1276,82 @@ def test_each_stage_of_a_pipeline_has_its_layers_of_each_group(weights: Path) ->
     assert alone.group == kv.groups[1].group and alone.stages == kv.groups[1].stages
 
 
+@pytest.fixture
+def connector(monkeypatch: pytest.MonkeyPatch, weights: Path) -> Iterator[Callable[..., Any]]:
+    """The scheduler's connector of an engine with a window on two stages, in a release of vLLM with these calls."""
+    path, name = "vllm.distributed.kv_transfer.kv_connector.v1", "lmcache.integration.vllm.connector"
+    calls = SimpleNamespace()
+    base = SimpleNamespace(
+        **dict.fromkeys(("KVConnectorMetadata", "KVConnectorWorkerMetadata", "KVConnectorHandshakeMetadata"), object),
+        KVConnectorTransferResults=lambda *a: SimpleNamespace(failed_recving=a[2]),
+        KVConnectorBase_V1=calls,
+        KVConnectorRole=SimpleNamespace(SCHEDULER=1),
+    )
+    for at in range(1, 7):
+        monkeypatch.setitem(sys.modules, ".".join([*path.split("."), "base"][:at]), SimpleNamespace(base=base))
+    monkeypatch.setitem(sys.modules, path + ".base", base)
+    window = type("SlidingWindowSpec", (), {**vars(FULL), "sliding_window": 128})()
+
+    def made(*known: str) -> Any:
+        vars(calls).update(dict.fromkeys(known, 1))
+        one = importlib.import_module(name).Connector()
+        one._vllm_config, one._kv_cache_config, one._role = vllm_config(str(weights)), cache_config(FULL, window), 1
+        one._vllm_config.parallel_config.pipeline_parallel_size = 2
+        one._vllm_config.cache_config.block_size = BLOCK
+        one._start = lambda: None
+        one._describe(SimpleNamespace(model_id=""))
+        return one
+
+    yield made
+    sys.modules.pop(name, None)
+
+
+def test_only_our_own_ranks_tell_the_layers_of_all_stages(connector: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """vLLM's `MultiConnector` passes on what the first of its connectors has reported, on engines with one stage, too."""
+    one = connector("bind_gpu_block_pool", "set_xfer_handshake_metadata_pp_aware")
+    handshake = vars(sys.modules[type(one).__module__])["LMCacheHandshake"]
+    assert one._kv is None and not caplog.messages
+    one.set_xfer_handshake_metadata_pp_aware({(0, 0): SimpleNamespace(agent="another's")})
+    assert "name LMCache's connector first in MultiConnector" in caplog.text
+    stages = [[["l.2"], ["l.0"]], [["l.5"], ["l.3"]]]
+    one.set_xfer_handshake_metadata_pp_aware({(0, 0): handshake(stages), (1, 0): handshake(stages)})
+    assert one._kv is not None and len(one._kv.groups) == 2
+    one._vllm_config.parallel_config.pipeline_parallel_size = 1
+    caplog.clear()
+    one.set_xfer_handshake_metadata_pp_aware({(0, 0): SimpleNamespace(agent="another's")})
+    assert not caplog.messages
+
+
+def test_a_release_that_passes_no_layers_of_stages_on_is_refused(
+    connector: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    connector("bind_gpu_block_pool")
+    assert "need a later release of vLLM, or --disable-hybrid-kv-cache-manager" in caplog.text
+
+
+@pytest.mark.parametrize(("synchronous", "groups"), [(True, 1), (False, 1), (False, 2)])
+def test_a_rank_whose_weights_are_unknown_fails_loads_as_the_scheduler_expects(
+    connector: Any, synchronous: bool, groups: int
+) -> None:
+    """vLLM ends if it is told of a load within a step that it has arrived, or of blocks of a model with several groups."""
+    session = Session(present=4)
+    tables = [GroupTable(BLOCK), GroupTable(BLOCK, BLOCK)][:groups]
+    scheduler = SchedulerSide(session, tables, 1, numbers=range(groups), synchronous=synchronous)  # type: ignore[arg-type]
+    request, poll = Request("a", list(range(100))), session.poll
+    session.poll = lambda *a, **more: (hit := poll(*a, **more)) and hit._replace(others=(hit,) * (groups - 1))  # type: ignore
+    gain = scheduler.match(request, 0)
+    scheduler.allocated(request, ([7],) * groups, gain or 0)
+    rank = connector("bind_gpu_block_pool", "set_xfer_handshake_metadata_pp_aware")  # it knows of no weights
+    rank._role, metadata = 0, vars(sys.modules[type(rank).__module__])["LMCacheMetadata"]
+    rank._connector_metadata = metadata(scheduler.plan_step(step()))
+    received, blocks = rank.get_finished(set())[1], rank.get_block_ids_with_load_errors()
+    assert received == (None if synchronous else {"a"})
+    assert blocks == ({7} if groups == 1 else set())
+    assert rank.get_transfer_results(set()).failed_recving == (set() if groups == 1 else {"a"})
+    report = rank.build_connector_worker_meta()
+    assert (report.report.loaded if report is not None else {}) == ({"load-1": 1} if synchronous else {})
+
+
 def test_models_that_are_not_served_are_named(weights: Path) -> None:
     config = vllm_config(str(weights))
     state = MambaSpec(**vars(FULL))
@@ -1345,9 +1422,15 @@ def test_kernels_that_keep_other_numbers_under_the_name_of_a_dtype_are_refused()
     def layer(backend: str) -> Any:
         return layers_with(get_attn_backend=lambda: SimpleNamespace(get_name=lambda: backend))
 
-    refuse_other_numbers(layer("FLASHINFER"), "a")
+    refuse_other_numbers(layer("FLASHINFER"), ["a"])
     with pytest.raises(LayoutError, match=r"TRITON_ATTN .*e5m2"):
-        refuse_other_numbers(layer("TRITON_ATTN"), "a")
+        refuse_other_numbers(layer("TRITON_ATTN"), ["a"])
+    both = layer("FLASHINFER")  # of the draft model's layer
+    both.compilation_config.static_forward_context |= {
+        "b": layer("TRITON_ATTN").compilation_config.static_forward_context["a"]
+    }
+    with pytest.raises(LayoutError, match=r"TRITON_ATTN .*e5m2"):
+        refuse_other_numbers(both, ["a", "b"])
 
 
 def test_scales_that_lie_elsewhere_are_refused() -> None:

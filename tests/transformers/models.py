@@ -129,6 +129,25 @@ def do_close_within(state: State, ids: list[int]) -> bool:
     return bool(torch.equal(answer, expected))
 
 
+def do_outlive(state: State, ids: list[int]) -> dict[str, Any]:
+    """`generate` whose server ends once the prompt has been loaded; it goes on when there is another."""
+    assert state.attached is not None and state.attached._rank is not None
+    rank, waiting, hit = state.attached._rank, [True], state.attached.hit_tokens
+    before = rank.scheduler.epoch
+
+    def wait(*_: Any) -> None:
+        if waiting:
+            waiting.clear()
+            print("it waits for another server", file=sys.stderr, flush=True)
+            while before == rank.scheduler.epoch or rank.worker.mapped_epoch != rank.scheduler.epoch:
+                threading.Event().wait(0.01)
+
+    hook = state.model.register_forward_pre_hook(wait)
+    answer = state.model.generate(prompt(*ids), max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    hook.remove()
+    return {"tokens": len(answer[0]), "hit": state.attached.hit_tokens - hit, "flushed": state.attached.flush()}
+
+
 def do_generate(state: State, ids: list[int], new: int = 8, **more: Any) -> dict[str, Any]:
     """With LMCache and without, greedily: whether tokens and logits are the same, and what came from the cache."""
     assert state.attached is not None
@@ -138,7 +157,12 @@ def do_generate(state: State, ids: list[int], new: int = 8, **more: Any) -> dict
         mask[:, :3] = 0
     else:
         mask = torch.ones_like(tokens)
-    options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "attention_mask": mask, **more}
+    masked = more.pop("masked", True)
+    if (pad := more.get("pad_token_id")) is not None:
+        tokens[:, :3] = pad
+    options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, **more}
+    if masked:
+        options["attention_mask"] = mask
     options |= {"return_dict_in_generate": True, "output_logits": True}
     expected = state.plain(tokens, **options)
     before = state.attached.hit_tokens, state.attached.stored_tokens

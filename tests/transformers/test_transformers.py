@@ -221,6 +221,19 @@ def test_what_is_none_of_ours(server: Servers, user: Any) -> None:
     assert user.ask("generate", ids=[64, 7])["hit"] == 63
 
 
+def test_padding_that_nobody_has_named(server: Servers, user: Any) -> None:
+    """Without a mask Transformers takes each padding token for padding, and hides it from the others."""
+    user.ask("attach", address=server(l1=64, chunk=16).address)
+    ids, tokens = [64, 12], {"pad_token_id": 0, "eos_token_id": 1}
+    assert right(user.ask("generate", ids=ids, **tokens))
+    hidden = user.ask("generate", ids=ids, masked=False, **tokens)
+    assert right(hidden) and hidden["hit"] == hidden["stored"] == 0 and user.said("pass attention_mask")
+    seen = user.ask("generate", ids=ids, **tokens)
+    assert right(seen) and seen["hit"] == 63
+    same = user.ask("generate", ids=ids, masked=False, pad_token_id=0, eos_token_id=0)
+    assert right(same) and same["hit"] == 63, "then it stands for itself"
+
+
 def test_a_cache_that_was_given_back_stays(server: Servers, user: Any) -> None:
     one = server(l1=256, chunk=16)
     user.ask("attach", address=one.address)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,23 @@ def test_another_server_its_tier_and_another_process(
         assert right(warm) and warm["hit"] == whole(500)
     finally:
         other.end()
+
+
+def test_another_server_between_load_and_store(server: Servers, user: User) -> None:
+    """It is sent only what the pool has of the prompt: of a window not what was before the reach of what was loaded."""
+    one = server(l1=64, chunk=CHUNK)
+    user.ask("attach", address=one.address)
+    for seed, shared in ((2, 500), (11, 0)):  # the second one's KV fills the pool
+        assert right(user.ask("generate", ids=[650, seed, shared]))
+    user.log.clear()
+    with ThreadPoolExecutor(1) as pool:
+        outlived = pool.submit(user.ask, "outlive", ids=[650, 2, 500])
+        eventually(lambda: user.said("it waits for another server"))
+        one.kill()
+        server(l1=64, chunk=CHUNK, port=one.port)
+        assert outlived.result() == {"tokens": 654, "hit": whole(650), "flushed": True}
+    for seed in (3, 2):
+        assert right(user.ask("generate", ids=[650, seed, 500]))
 
 
 def _all_kept(one: Server) -> bool:

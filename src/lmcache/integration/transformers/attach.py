@@ -84,11 +84,12 @@ def attach(
 
 @dataclass(frozen=True)
 class _Begun:
-    """The prompt of a running `generate`, and the cache that it works with. states: how many leading tokens are behind the copy
-    of the states in each of the pool's places, ascending."""
+    """The prompt of a running `generate`, and the cache that it works with. loaded: its leading tokens that were loaded. states:
+    how many leading tokens are behind the copy of the states in each of the pool's places, ascending."""
 
     request: Request
     cache: DynamicCache
+    loaded: int = 0
     states: list[int] = field(default_factory=list)
 
 
@@ -205,7 +206,7 @@ class Attached:
             if not loaded:
                 have = request.stored = 0
         self.hit_tokens += have
-        return _Begun(request, pool.cache(have, self._step))
+        return _Begun(request, pool.cache(have, self._step), have)
 
     def _compute_to_boundaries(self, begun: _Begun, ids: torch.Tensor) -> None:
         """Compute the prompt in forwards that end where its states are to be kept, up to the end of its last whole chunk."""
@@ -272,7 +273,8 @@ class Attached:
         # A model with states goes on only where there is a copy of these.
         ends = [end for end in begun.states if end <= filled] if self._shape.states else [filled]
         for place, end in enumerate(ends):
-            plan = rank.requests.store(begun.request, sequence[:end], end)
+            # Of a window the pool lacks what was out of reach of what was loaded, and a new server is sent all chunks there are.
+            plan = rank.requests.store(begun.request, sequence[:end], end, before=begun.loaded)
             if plan is not None:
                 first, *others = pool.tables(place)
                 rank.copies.store(plan, first, after=stream_point(str(self._shape.device)), others=others)
@@ -395,6 +397,8 @@ def _unsuited(model: Any, ids: Any, args: tuple[Any, ...], options: dict[str, An
     mask = options.get("attention_mask")
     if mask is not None and not bool(mask.all()):
         return "padding in attention_mask"
+    if mask is None and _taken_for_padding(model, ids, args, options):
+        return "the padding token is in input_ids, and Transformers hides it; pass attention_mask with a one for each token"
     if options.get("past_key_values") is not None or _option(model, "use_cache", args, options) is False:
         return "past_key_values are the caller's, or there are none"
     used = [name for name in _PLAIN_OPTIONS if _option(model, name, args, options)]
@@ -403,6 +407,14 @@ def _unsuited(model: Any, ids: Any, args: tuple[Any, ...], options: dict[str, An
     if any((_option(model, name, args, options) or 1) > 1 for name in ("num_beams", "num_return_sequences")):
         return "several sequences for one prompt"
     return ""
+
+
+def _taken_for_padding(model: Any, ids: torch.Tensor, args: tuple[Any, ...], options: dict[str, Any]) -> bool:
+    """Return whether `generate` makes a mask that hides some of these tokens: it does without `attention_mask`, unless the
+    padding token also ends answers."""
+    padding, end = (_option(model, name, args, options) for name in ("pad_token_id", "eos_token_id"))
+    ends = torch.as_tensor([] if end is None else end)
+    return padding is not None and not bool((ends == padding).any()) and bool((ids == padding).any())
 
 
 def _foreseen_tokens(model: Any, args: tuple[Any, ...], options: dict[str, Any]) -> int:

@@ -65,7 +65,7 @@ def _describe_group(
     if kv.model.kv_scales:
         own_scales(vllm_config, kv.layer_names, tensors, registered.paged)
     if kv.model.kv_dtype == "fp8_e5m2":
-        refuse_other_numbers(vllm_config, kv.layer_names[0])
+        refuse_other_numbers(vllm_config, kv.layer_names)
     if not on_cpu and _blocks_may_be_in_flight(kv_cache_config):
         registered = replace(registered, loads_need_fence=True)
     return _served(kv, kv.shard(tp_rank, pp_rank), registered, tp_rank), registered

@@ -86,6 +86,11 @@ class Connector:
             recompute_failed_loads(transfer)
         if spans_stages(self._vllm_config, self._kv_cache_config):
             if self._role == KVConnectorRole.SCHEDULER:
+                if not hasattr(base.KVConnectorBase_V1, "set_xfer_handshake_metadata_pp_aware"):
+                    self._refuse(
+                        "models with several kinds of KV on pipeline stages need a later release of vLLM, or "
+                        "--disable-hybrid-kv-cache-manager"
+                    )
                 return  # until the ranks have reported the layers of all stages
             self._stages = layers_of_all_stages(self._kv_cache_config)
         self._describe_stages(self._stages)
@@ -235,7 +240,7 @@ class Connector:
             self._worker.wait_after_forward()  # here too: with a drafter, vLLM asks this before it waits for stores
             sent, received = self._worker.finished(plan)
         else:
-            loads = () if self._synchronous else plan.loads
+            loads = () if plan.synchronous else plan.loads
             sent, received = set(plan.closing), {str(load.request_id) for load in loads}
         return sent or None, received or None
 
@@ -246,7 +251,7 @@ class Connector:
         failed: set[str] = set()
         if self._worker is not None:
             failed = self._worker.take_failed_requests()
-        elif self._kv is not None and self._kv.fails_by_request:
+        elif self._plan().fails_by_request:
             failed = {str(load.request_id) for load in self._plan().loads}
         return base.KVConnectorTransferResults(sent or set(), received or set(), failed)
 
@@ -256,7 +261,7 @@ class Connector:
     def get_block_ids_with_load_errors(self) -> set[int]:
         if self._worker is not None:
             return self._worker.take_invalid_blocks()
-        if self._kv is not None and self._kv.fails_by_request:
+        if self._plan().fails_by_request:
             return set()  # `get_transfer_results` reports the requests
         size = self._vllm_config.cache_config.block_size
         return {block for load in self._plan().loads for block in load.filled(size)}
@@ -266,7 +271,7 @@ class Connector:
             report = self._worker.take_report()
         else:
             plan, refusal = self._plan(), self._refusal
-            loads = plan.loads if self._synchronous else ()
+            loads = plan.loads if plan.synchronous else ()
             stored, loaded = {store.job_id: 1 for store in plan.stores}, {load.job_id: 1 for load in loads}
             report, self._refusal = StepReport(stored, loaded, refusal), ""
         return LMCacheWorkerMetadata(report) if report else None
@@ -280,8 +285,18 @@ class Connector:
     # Scheduler
 
     def set_xfer_handshake_metadata_pp_aware(self, metadata: dict[tuple[int, int], Any]) -> None:
-        if metadata:  # the same from every rank
-            self._describe_stages(next(iter(metadata.values())).stages)
+        """Describe the model if its ranks have reported the layers of all stages. vLLM's `MultiConnector` passes on what the
+        first of its connectors has reported, which may be another one's."""
+        ours = next(
+            (one for one in metadata.values() if isinstance(one, LMCacheHandshake)), None
+        )  # every rank's is the same
+        if ours is not None and self._kv is None:
+            self._describe_stages(ours.stages)
+        elif ours is None and spans_stages(self._vllm_config, self._kv_cache_config):
+            self._refuse(
+                "another connector's handshake has taken the place of the one with the layers of all pipeline stages; name "
+                "LMCache's connector first in MultiConnector, or use --disable-hybrid-kv-cache-manager"
+            )
 
     def bind_gpu_block_pool(self, gpu_block_pool: Any) -> None:
         self._pool = gpu_block_pool

@@ -109,7 +109,7 @@ def spans_stages(vllm_config: Any, kv_cache_config: Any) -> bool:
     """Return whether `describe_model` needs the names of all stages' layers: a rank knows of a group only the layers it has."""
     if vllm_config.parallel_config.pipeline_parallel_size == 1:
         return False
-    groups = kv_cache_config.kv_cache_groups
+    groups = getattr(kv_cache_config, "kv_cache_groups", ())  # `describe_model` refuses a release that tells no groups
     return len(groups) > 1 or any(type(group.kv_cache_spec).__name__ not in _FULL_ATTENTION for group in groups)
 
 

@@ -164,14 +164,15 @@ def own_scales(vllm_config: Any, names: Sequence[str], tensors: Sequence[Any], p
         written.synchronize()  # a load that overtook it would be overwritten
 
 
-def refuse_other_numbers(vllm_config: Any, name: str) -> None:
-    """Return if this layer's kernel keeps numbers of e5m2 under that name.
+def refuse_other_numbers(vllm_config: Any, names: Sequence[str]) -> None:
+    """Return if the kernels of all these layers keep numbers of e5m2 under that name. Layers of a draft model may have another
+    kernel.
 
     Raises:
-        LayoutError: it is not known to do so. vLLM's Triton kernel keeps numbers of e4m3.
+        LayoutError: one is not known to do so. vLLM's Triton kernel keeps numbers of e4m3.
     """
-    backend = vllm_config.compilation_config.static_forward_context[name].get_attn_backend().get_name()
-    if backend not in _E5M2:
+    layers = vllm_config.compilation_config.static_forward_context
+    for backend in {layers[name].get_attn_backend().get_name() for name in names} - set(_E5M2):
         raise LayoutError(
             f"{backend} does not keep numbers of e5m2 for --kv-cache-dtype fp8_e5m2 as other attention backends do; use fp8"
         )

@@ -15,6 +15,7 @@ class StepPlan(plans.StepPlan):
     the scheduler knows of, so that this step computes nothing from them any more.
     weights: number of weight changes that the scheduler knows of. A rank that has seen another number neither loads nor stores.
     emptied: how often vLLM's own prefix cache has been emptied.
+    synchronous, fails_by_request: as for `WorkerSide`, for ranks without one, which fail every load.
     """
 
     closing: list[str] = field(default_factory=list)
@@ -23,6 +24,8 @@ class StepPlan(plans.StepPlan):
     known_failures: list[str] = field(default_factory=list)
     weights: int = 0
     emptied: int = 0
+    synchronous: bool = False
+    fails_by_request: bool = False
 
 
 @dataclass

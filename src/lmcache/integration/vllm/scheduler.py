@@ -68,6 +68,7 @@ class SchedulerSide:
             session, ranks=ranks, save_tail=config.save_unfull_chunk, groups=groups
         )
         self._groups, self._numbers = groups, numbers
+        self._fails_by_request = len(groups) > 1 or groups[0].reach_tokens > 0  # as in `ModelKV`
         self._block_tokens, self._ranks = groups[0].block_tokens, ranks
         self._pool: Any = None
         """vLLM's block pool, for models with windows: blocks out of the window are freed while stores may read them."""
@@ -133,6 +134,7 @@ class SchedulerSide:
         """Return the ranks' plan for the step that `output` (a SchedulerOutput) describes."""
         plan, self._plan = self._plan, StepPlan()
         plan.weights, plan.emptied = self._weights, self.requests.emptied
+        plan.synchronous, plan.fails_by_request = self._synchronous, self._fails_by_request
         plan.forward = output.total_num_scheduled_tokens > 0
         runtime = self.requests.runtime
         self.requests.prefill.step(runtime.now(), output.total_num_scheduled_tokens)
