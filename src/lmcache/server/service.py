@@ -240,7 +240,7 @@ class Service:
 
 
 def _found(hit: Hit) -> m.Found:
-    others = [(hit.lease, extents) for extents in hit.groups]
+    others = [(0, extents) for extents in hit.groups]
     foreign = [
         m.Foreign(group, first, space.split, extents) for group, first, space, extents in hit.foreign if space.split
     ]
