@@ -240,7 +240,7 @@ class Tiering:
                 if all(key in has for key in keys if key.shards == split.count) and self._l1.space(number) is space:
                     with suppress(Refusal):
                         self._l1.open_sister(number, split)
-                    probe.due, probe.pause = 0.0, _PROBE_PAUSE_SECONDS
+                        probe.due, probe.pause = 0.0, _PROBE_PAUSE_SECONDS
 
         for runner in self.runners:
             if runner.usable(now):
