@@ -348,6 +348,15 @@ def fill(heart: Heart, space: int, keys: Sequence[bytes], now: float) -> None:
         heart.commit(now, 1, grant.reservation, True)
 
 
+def test_a_hit_that_ends_with_a_chunk_of_attention_needs_no_copy(
+    server: Servers, engines: Callable[..., HybridEngine]
+) -> None:
+    engine, ids = engines(server(chunk=CHUNK), kinds=(LOCAL,)), ids_of(6, 200)
+    engine.compute(ids, [64, 128, 192, 200])
+    assert engine.load(ids) == 192
+    assert engine.load(ids[:170]) == 160
+
+
 def test_a_version_with_a_lease_for_each_group_gets_misses_and_not_the_bytes_of_another_group(
     server: Servers, engines: Callable[..., HybridEngine], monkeypatch: pytest.MonkeyPatch
 ) -> None:

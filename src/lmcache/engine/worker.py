@@ -296,12 +296,14 @@ class WorkerSession(Session):
                 self._touching.pop(thread, None)
                 self._loading.pop(thread, None)
                 self._cancelled.discard(job_id)
-                self._done.append(Done(job_id, kind, tokens > 0, tokens, seconds, put_seconds))
+                # A load of nothing succeeds: where a chunk of attention ends, the engine needs none of its tokens to go on.
+                ok = tokens > 0 or (isinstance(job, Load) and not failed and not cancelled)
+                self._done.append(Done(job_id, kind, ok, tokens, seconds, put_seconds))
                 self._state.notify_all()
                 self._ended.notify_all()
             if tokens:
                 self._connection.post(m.Copied(kind, tokens, seconds, self._shard.index))
-            elif isinstance(job, Load):
+            elif isinstance(job, Load) and not ok:
                 self._connection.post(m.Copied(kind, job.end_token - job.start_token, 0.0, self._shard.index, ok=False))
 
     def _wait_for_step(self, point: Event, leave_end: bool) -> None:
