@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -22,6 +23,7 @@ from lmcache.engine.groups import GroupShape, RankGroup, shares
 from lmcache.engine.requests import GroupTable
 from lmcache.errors import LayoutError
 from lmcache.transfer.paged import PagedKV, Plane
+from lmcache.wire import messages as m
 from servers import PATIENCE, Server, eventually
 
 SECTOR = 4096
@@ -344,6 +346,46 @@ def fill(heart: Heart, space: int, keys: Sequence[bytes], now: float) -> None:
     assert not grant.refused
     if grant.reservation:
         heart.commit(now, 1, grant.reservation, True)
+
+
+def test_a_hit_that_ends_with_a_chunk_of_attention_needs_no_copy(
+    server: Servers, engines: Callable[..., HybridEngine]
+) -> None:
+    engine, ids = engines(server(chunk=CHUNK), kinds=(LOCAL,)), ids_of(6, 200)
+    engine.compute(ids, [64, 128, 192, 200])
+    assert engine.load(ids) == 192
+    assert engine.load(ids[:170]) == 160
+
+
+def test_a_version_with_a_lease_for_each_group_gets_misses_and_not_the_bytes_of_another_group(
+    server: Servers, engines: Callable[..., HybridEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An older engine takes 0 for no lease. The answers of an older server are made here from those of this one."""
+    one = server(chunk=CHUNK)
+    engine, ids = engines(one, kinds=(FULL, SHORT), mode="payload"), ids_of(5, 200)
+    engine.compute(ids, [96, 192, 200])
+    connection, leases, released = engine.scheduler._connection, list[int](), list[int]()
+    call, post = connection.call, connection.post
+
+    def older(request: m.Message, expect: type[m.AnswerT]) -> tuple[m.AnswerT, list[bytes]]:
+        answer, frames = call(request, expect)
+        if isinstance(answer, m.Found):
+            leases.extend(lease for lease, _ in answer.others)
+            own = [(answer.lease + 1, extents) for _, extents in answer.others]
+            answer = msgspec.structs.replace(answer, others=own)
+        return answer, frames
+
+    def posted(request: m.Message) -> None:
+        released.extend(request.leases if isinstance(request, m.Release) else ())
+        post(request)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(connection, "call", older)
+        patched.setattr(connection, "post", posted)
+        assert engine.load(ids) == 0
+    assert leases == [0] and len(released) == 2, "each of the older server's leases ends"
+    assert engine.load(ids) == 192
+    assert eventually(lambda: one.status()["index"]["leases"] == 0)
 
 
 def test_windows_in_the_middle_of_prompts_go_before_those_at_ends_and_forks() -> None:

@@ -672,6 +672,14 @@ def test_a_lookup_beyond_what_one_answer_holds_is_refused(server, raw):
     assert client.ask(m.Lookup(client.space, chain(18, most))) == m.Found(0, 0, b"")
 
 
+def test_a_layout_of_any_number_of_heads_keeps_nobody_waiting(server, raw, folders):
+    """With a tier, the server lists by which splits of the heads KV may be there."""
+    client = raw(server(l1=8, flags=("--l2", f"disk://{folders('/tmp')}?io=buffered&max_gb=1")))
+    layout = Layout("wide", "bfloat16", 1, 1 << 40, 1, 16)
+    assert isinstance(client.ask(m.Register(layout, 1, -1, 0)), m.Registered)
+    assert client.store(chain(19, 4)) == 4
+
+
 def test_a_message_costs_no_large_buffer(folders):
     """From the kernel it would come as pages that have to be faulted in, for each message anew."""
     loop, arena, path = Loop(), Arena(folders("/dev/shm"), 1 << 20), folders("/tmp") / "socket"

@@ -157,6 +157,17 @@ def test_every_split_is_put_together_from_every_other_one(kind: Literal["mha", "
         assert not kv.any(), "something else was written"
 
 
+def test_planes_that_hide_their_heads_are_not_filled_from_another_split() -> None:
+    """A plane of one head that is as long as all of them has the right size, but no part of it is a KV head."""
+    layout, split = Layout("m", "bfloat16", LAYERS, HEADS, DIMS, 8), Split((), 2)
+    kv = np.zeros((LAYERS, 2, 7, 4, 1, HEADS // 2 * DIMS), np.uint16)
+    group = RankGroup(lambda tokens: layout, split.shard(layout, 0), describe(kv))
+    assert group.shard_bytes(8) == split.shard(layout, 0).shard_bytes(layout)
+    for other in (Split((), 1), Split((), 8)):
+        with pytest.raises(LayoutError, match="describe the 4 KV heads of 32 bytes"):
+            group.overlap(other, 0, 8)
+
+
 def test_a_split_numbers_its_shards_as_ranks_do() -> None:
     layout = Layout("m", "bfloat16", LAYERS, HEADS, DIMS, 8)
     for split in SPLITS:

@@ -19,6 +19,8 @@ from typing import Any
 import pytest
 
 from lmcache.cache import L1, SERVER, TIER_KINDS, Event
+from lmcache.cache.fetch import ENDED_SECONDS
+from lmcache.chunks import Split
 from lmcache.errors import ConfigError
 from lmcache.memory.arena import Arena
 from lmcache.memory.slabs import NO_EXTENT
@@ -1373,3 +1375,59 @@ def test_the_end_cancels_what_is_under_way_and_leaves_behind_what_goes_on(
     behind = [line for line in said if "abandoned: 1 calls (1 of store)" in line]
     assert ("close" in tier.hand.calls, len(behind)) == ((True, 0) if gives_up else (False, 1))
     store.cancelled()  # it does no harm to a loop that has been closed
+
+
+def test_a_split_that_cannot_be_read_is_not_looked_for_at_every_lookup() -> None:
+    """The tier has it, but another engine has registered the same name for shards that are no parts of the layout."""
+    tier, family, prompt = HandTier(), b"s" * 16, chain(80, 4)
+    rig = Rig(spec(tier), clock=lambda: 1000.0)
+
+    def open_spaces() -> int:
+        for shard in range(2):
+            rig.l1.open_space(ENGINE, family, 2, shard, 3 * SECTOR)
+        return rig.l1.open_space(ENGINE, family, 1, 0, 2 * SECTOR, 0, 1.0, family, Split((), 1), [Split((), 2)])
+
+    def asked() -> int:
+        """Look up until nothing is to be waited for; return how often the tier was asked so far."""
+        eventually(lambda: not rig.ask(lambda: rig.tiering.wait_for(ENGINE, [space], prompt, 0.0, "", True))[1])
+        return tier.calls.count("contains")
+
+    try:
+        space = rig.ask(open_spaces)
+        tier.kept = {ShardKey(family, prompt[:16], shard, 2): bytes(SECTOR) for shard in range(2)}
+        once = asked()
+        assert once == 2, "for the space itself, and for other splits"
+        assert [asked() for _ in range(3)] == [once] * 3
+    finally:
+        rig.close()
+
+
+def test_slow_loads_that_fail_are_not_begun_again_while_a_lookup_asks_for_another_split() -> None:
+    """Otherwise each of the two would be forgotten while the lookup waits for the other one, and the wait would never end."""
+    clock, family, prompt = HandClock(), b"s" * 16, chain(81, 2)
+
+    class Slow(HandTier):
+        def load(self, keys: Sequence[ShardKey], into: Sequence[memoryview]) -> list[str]:
+            self._called("load")
+            clock.time += 2 * ENDED_SECONDS
+            return [ABSENT] * len(keys)
+
+    tier = Slow()
+    rig = Rig(spec(tier), clock=clock)
+
+    def open_spaces() -> int:
+        for shard in range(2):
+            rig.l1.open_space(ENGINE, family, 2, shard, SECTOR, 0, 1.0, family, Split((), 2))
+        return rig.l1.open_space(ENGINE, family + b"1", 1, 0, 2 * SECTOR, 0, 1.0, family, Split((), 1))
+
+    try:
+        space = rig.ask(open_spaces)
+        tier.kept = {ShardKey(family + b"1", prompt[at : at + 16], 0, 1): b"" for at in range(0, len(prompt), 16)}
+
+        def wait() -> int:
+            return rig.ask(lambda: rig.tiering.wait_for(ENGINE, [space], prompt, 0.0, "", True))[1]
+
+        eventually(lambda: not wait() or tier.calls.count("load") > 4)
+        assert tier.calls.count("load") == 1
+    finally:
+        rig.close()

@@ -250,6 +250,11 @@ class Fetches:
         """Return whether a fetch of these chunks is under way or has just ended."""
         return (space, hashes[-HASH_BYTES:]) in self._by_request
 
+    def is_open(self, space: int, hashes: bytes) -> bool:
+        """Return whether a fetch of these chunks is under way."""
+        fetch = self._by_request.get((space, hashes[-HASH_BYTES:]))
+        return fetch is not None and fetch.ended is None
+
     def poll(
         self,
         now: float,

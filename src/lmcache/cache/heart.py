@@ -169,10 +169,13 @@ class Heart(Index):
         """Open the sister of a space with this split, which is not by layers. No engine uses it.
 
         Raises:
-            Refusal: too many layouts are open.
+            Refusal: too many layouts are open, or the space of this name is no sister.
         """
         space = self._spaces[number]
-        if (space.family, split.count) in self._space_of:
+        known = self._space_of.get((space.family, split.count))
+        if known is not None:
+            if known.family != space.family:
+                raise Refusal(f"the shards of space {known.number} are not the KV heads and layers that its split has")
             return
         size = sum(space.shard_bytes) // split.count
         sister = self._new_space(space.family, split.count, space.reach_chunks, space.share, space.family, split)

@@ -191,9 +191,10 @@ class Split(msgspec.Struct, frozen=True, array_like=True):
         return Shard(index, self.count, first, stages[stage], part * width, (part + 1) * width)
 
 
-def tensor_splits(layout: Layout) -> list[Split]:
-    """Return all splits of a layout by KV heads only."""
-    return [Split((), count) for count in range(1, layout.num_kv_heads + 1) if layout.num_kv_heads % count == 0]
+def tensor_splits(layout: Layout, most: int) -> list[Split]:
+    """Return all splits of a layout by KV heads only, into at most `most` shards. An engine may claim any number of heads."""
+    heads = layout.num_kv_heads
+    return [Split((), count) for count in range(1, min(heads, most) + 1) if heads % count == 0]
 
 
 def shard_of_rank(

@@ -88,10 +88,18 @@ class RankGroup:
         None if they have nothing in common.
 
         Raises:
-            LayoutError: the layout cannot be split like this.
+            LayoutError: the layout cannot be split like this, or the planes do not have its heads.
         """
         layout, own = self.layout_for(chunk_tokens), self.shard
         other, item = split.shard(layout, index), DTYPE_BYTES[layout.kv_dtype]
+        wanted = own.end_head - own.first_head, layout.head_size * item
+        for plane in self.paged.planes:
+            held = plane.heads, plane.dims * self.paged.item_bytes
+            if held != wanted:
+                raise LayoutError(
+                    f"planes of {held[0]} heads of {held[1]} bytes cannot be filled from shards of another split: describe the "
+                    f"{wanted[0]} KV heads of {wanted[1]} bytes that this rank has"
+                )
         layers = range(max(own.first_layer, other.first_layer), min(own.end_layer, other.end_layer))
         heads = range(max(own.first_head, other.first_head), min(own.end_head, other.end_head))
         if not layers or not heads:

@@ -201,9 +201,12 @@ class SchedulerSession(Session):
         if found.others:
             others = enumerate(found.others[: len(self._others)], 1)
             hit = hit._replace(others=tuple(self._hit(group, found, extents, epoch) for group, (_, extents) in others))
+        # A server of an older version leases each group by itself, and does not know that `Fetch` names a part of a lease.
+        older = [lease for lease, _ in found.others if lease]
         plausible = first < found.chunks <= len(hashes) // HASH_BYTES and self._is_plausible(hit, first)
-        if not plausible or epoch != self._epoch:
+        if older or not plausible or epoch != self._epoch:
             self.misses["another server"] += 1
+            self._late += older
             # A server that has replaced the former one meanwhile gave this lease, so it is released there.
             self.release(hit._replace(epoch=self._epoch))
             return None

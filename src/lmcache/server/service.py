@@ -13,6 +13,7 @@ from itertools import repeat
 from typing import TYPE_CHECKING
 
 from lmcache.cache import KINDS, L1, TIER_KINDS, Event, Hit, Refusal, TooSmall
+from lmcache.cache.heart import MAX_SHARDS
 from lmcache.chunks import Split, space_fingerprint, tensor_splits
 from lmcache.errors import LayoutError, LMCacheError
 from lmcache.observability.log import init_logger
@@ -102,7 +103,8 @@ class Service:
         reach = request.group.reach_chunks(layout.chunk_tokens) if request.group is not None else 0
         split = Split(tuple(request.stages) if len(request.stages) > 1 else (), request.shards)
         family = space_fingerprint(layout, (), request.group) if _is_rectangular(request, split) else b""
-        expected = [one for one in tensor_splits(layout) if one != split] if family and self.tiering is not None else ()
+        known = tensor_splits(layout, MAX_SHARDS) if family and self.tiering is not None else ()
+        expected = [one for one in known if one != split]
         shard = request.shards, request.shard, request.shard_bytes
         try:
             space = self.l1.open_space(peer.process, name, *shard, reach, request.share, family, split, expected)
@@ -238,7 +240,7 @@ class Service:
 
 
 def _found(hit: Hit) -> m.Found:
-    others = [(hit.lease, extents) for extents in hit.groups]
+    others = [(0, extents) for extents in hit.groups]
     foreign = [
         m.Foreign(group, first, space.split, extents) for group, first, space, extents in hit.foreign if space.split
     ]

@@ -126,11 +126,10 @@ class Tiering:
     def knows(self, space: int, hashes: bytes, sisters: bool = False) -> bool:
         """Return whether a fetch of these chunks, or of one of their parts, is under way or has just ended; with `sisters`, in
         the space or a sister of it."""
-        return any(
-            self.fetches.knows(one, hashes[:end])
-            for one in self._family(space, sisters)
-            for end in self._ends(one, len(hashes))
-        )
+        return any(self._any_part(self.fetches.knows, one, hashes) for one in self._family(space, sisters))
+
+    def _any_part(self, holds: Callable[[int, bytes], bool], space: int, hashes: bytes) -> bool:
+        return any(holds(space, hashes[:end]) for end in self._ends(space, len(hashes)))
 
     def _family(self, number: int, sisters: bool) -> list[int]:
         space = self._l1.space(number)
@@ -186,7 +185,8 @@ class Tiering:
     ) -> tuple[int, int]:
         in_l1 = self._l1.peek(self._loop.now(), process, space_number, hashes, sisters)
         seconds = self._chunk_tokens / prefill_tokens_per_second if prefill_tokens_per_second > 0 else 0.0
-        for number in self._family(space_number, sisters):  # sisters for what the tiers do not have of the space itself
+        family = self._family(space_number, sisters)  # sisters for what the tiers do not have of the space itself
+        for number in family[self._first_to_poll(family, hashes) :]:
             coming = self._poll(number, hashes, in_l1, seconds, request)
             if coming:
                 return in_l1, coming
@@ -194,6 +194,14 @@ class Tiering:
         if sisters and missing and self._discover(space_number, missing[:HASH_BYTES]):
             return self._wait_for(process, space_number, hashes, prefill_tokens_per_second, request, sisters)
         return in_l1, 0
+
+    def _first_to_poll(self, family: Sequence[int], hashes: bytes) -> int:
+        """Return the place in the family of the first fetch that is under way, else of the last one that has just ended, else 0:
+        a fetch that has failed is forgotten, and must not begin again while the lookup waits for those after it."""
+        places, fetches = range(len(family)), self.fetches
+        under_way = (at for at in places if self._any_part(fetches.is_open, family[at], hashes))
+        ended = (at for at in reversed(places) if self._any_part(fetches.knows, family[at], hashes))
+        return next(under_way, next(ended, 0))
 
     def _discover(self, number: int, chunk: bytes) -> bool:
         """Open the sisters of splits that have stored this chunk in a tier before this server's start, as far as tiers know that

@@ -264,8 +264,9 @@ class Found(Message, frozen=True, tag=68):
     extents: bytes
     loading: int = 0
     others: Annotated[list[tuple[int, bytes]], msgspec.Meta(max_length=MAX_GROUPS)] = []
-    """Lease (the same one) and extents in each of the other spaces: of the last chunks before the end of the hit, as many as the
-    group needs."""
+    """0 and extents in each of the other spaces: of the last chunks before the end of the hit, as many as the group needs. They
+    are under the same lease. In older versions the number was a lease of each group, by which payload frames of another group
+    would be fetched now. So their engines take a 0 for a miss, and today's engines any other number."""
     foreign: Annotated[list[Foreign], msgspec.Meta(max_length=65536)] = []
     """What follows these extents, up to the end of the hit, in each group; under the same lease."""
 
