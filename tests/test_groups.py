@@ -312,6 +312,35 @@ def test_a_tier_brings_back_all_groups(
     assert engine.load(ids) == 192
 
 
+def test_a_tier_that_lacks_what_an_end_needs_brings_back_an_earlier_one(
+    server: Servers, engines: Callable[..., HybridEngine], folders: Callable[[str], Path]
+) -> None:
+    """States exist only where steps have ended, and a tier may have lost shards of some groups. What is in memory and in tiers is
+    found as if all of it were in memory."""
+    store = folders("/dev/shm") / "store"
+    one = server(chunk=CHUNK, flags=("--l2", f"dir://{store}", "--worth", "always"))
+    engine, ids = engines(one, kinds=(FULL, LONG, STATE)), ids_of(9, 200)
+    engine.compute(ids, [64, 96, 160, 192])
+    assert eventually(lambda: len(list(store.glob("*/*/*-0-1"))) == 6 + 6 + 4)
+    request = engine.open()
+    assert engine.load(ids, request=request) == 192 and request.chain is not None
+    hashes = request.chain.hashes.hex()
+
+    def load(prompt: Sequence[int]) -> int:
+        assert engine.scheduler.clear()
+        return engine.load(prompt)
+
+    assert load([*ids[:150], 7]) == 96, "no step has ended after the fourth chunk"
+    shards = {(path.name[:32], path.stat().st_size): path for path in store.glob("*/*/*-0-1")}
+    state, window, full = sorted({size for _, size in shards})
+    shards[hashes[160:192], window].unlink()  # of the sixth chunk
+    assert load(ids) == 160
+    for size in (state, full):
+        shards[hashes[32:64], size].unlink(missing_ok=True)  # of the second one
+    shards[hashes[64:96], state].unlink()  # of the third one
+    assert load(ids) == 0, "the second chunk of full attention is needed for all that follows"
+
+
 def test_ranks_that_share_the_shard_of_one_group_store_those_of_the_others(
     server: Servers, engines: Callable[..., HybridEngine]
 ) -> None:

@@ -1245,6 +1245,22 @@ def test_kinds_of_kv_that_are_not_served_are_named(weights: Path) -> None:
 
 
 @pytest.mark.usefixtures("release_with_groups")
+def test_an_engines_own_server_has_chunks_that_the_model_can_be_served_with(weights: Path) -> None:
+    state = MambaSpec(**vars(FULL), mamba_cache_mode="align", mamba_type="m", shapes=(), dtypes=())
+    state.block_size, state.state_content_size_bytes = 528, 64
+    window = type("SlidingWindowSpec", (), {**vars(FULL), "sliding_window": 128})()
+    local = type("ChunkedLocalAttentionSpec", (), {**vars(FULL), "attention_chunk_size": 512})()
+
+    def fitting(least: int, *specs: Any) -> int:
+        return describe_model(vllm_config(str(weights)), cache_config(FULL, *specs)).chunk_tokens(least)
+
+    assert fitting(100) == 100
+    assert fitting(256, state) == 528
+    assert [fitting(least, window) for least in (16, 256, 257)] == [128, 256, 384]
+    assert [fitting(least, window, local) for least in (256, 257, 513)] == [256, 512, 1024]
+
+
+@pytest.mark.usefixtures("release_with_groups")
 def test_each_stage_of_a_pipeline_has_its_layers_of_each_group(weights: Path) -> None:
     """Groups that lie on one stage have the names of an engine without stages."""
     window = type("SlidingWindowSpec", (), {**vars(FULL), "sliding_window": 128})()

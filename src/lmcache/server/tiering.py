@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import product, takewhile
 
 from lmcache.cache import L1, SERVER, Event, Refusal
 from lmcache.cache.allocator import Space
 from lmcache.cache.events import By
-from lmcache.cache.fetch import Ask, Fetches, Load, TierTraits
+from lmcache.cache.fetch import ASK_SECONDS, ENDED_SECONDS, Ask, Fetches, Load, TierTraits
 from lmcache.cache.writeback import Batch
 from lmcache.chunks import HASH_BYTES
 from lmcache.errors import ConfigError
@@ -38,10 +38,23 @@ _HURRY_SECONDS = 0.5
 MOST_ASKED = 32768
 """Shards. A fetch covers so many, and the next one what follows: naming the shards of a million tokens at once would keep all
 other engines waiting for longer than their deadlines."""
+_MOST_ENDS = 8
+"""How many earlier ends a lookup tries: what tiers say they have may fail to load at each of them."""
+_SHARE = 0.25
+"""Of the time of computing a prompt, for which a lookup waits to hear where an earlier end is."""
 _TOO_LATE, _TIER_FAILED = "too late", "tier failed"
 """Outcomes of the shards of a load that ended after its reservations had expired, and of an operation that failed."""
 _LOAD, _WRITE = ("loaded", "load_failed"), ("written", "write_failed")
 """Kinds of events: of good outcomes, and of the others."""
+
+
+@dataclass
+class _Survey:
+    """Which chunks of a prompt the tiers have of a group with a reach. running: how many tiers have not answered."""
+
+    began: float
+    running: int = 0
+    has: set[int] = field(default_factory=set)
 
 
 @dataclass(frozen=True)
@@ -72,7 +85,7 @@ class Tiering:
         queue_bytes: int,
     ) -> None:
         self._loop, self._l1 = loop, l1
-        self._chunk_tokens, self._patience_seconds = chunk_tokens, patience_seconds
+        self._chunk_tokens, self._always, self._patience_seconds = chunk_tokens, always, patience_seconds
         self.runners = [TierRunner(loop, spec, queue_bytes, l1.total_bytes) for spec in specs]
         traits = [
             TierTraits(one.tier.batch_bytes, one.tier.concurrency, one.usable, one.tier.batch_shards, one.name)
@@ -81,6 +94,8 @@ class Tiering:
         self.fetches = Fetches(traits, always, patience_seconds)
         self.report = TierReport(loop.now, self.runners, self.fetches)
         self._region: Region | None = None
+        self._surveys: dict[tuple[int, bytes], _Survey] = {}
+        """By space and the hash of the last chunk. Remembered for as long as a fetch that has ended."""
         self._late_loads = set[int]()
         """Numbers of loads that are still running after their deadline."""
         self._drained: Callable[[], None] | None = None
@@ -153,26 +168,77 @@ class Tiering:
         """Return how many leading chunks are in L1, and how many more the engine should wait for.
 
         spaces: of all groups of the model. Those without a reach are asked first, for all chunks; the others then for the last
-        chunks before the end of what the first ones have. request: the engine's id of the request, for the fetch's record.
-        sisters: whether the engine can use what sisters of the spaces have.
+        chunks before the end of what the first ones have, or before the next earlier end at which all of them are there. request:
+        the engine's id of the request, for the fetch's record. sisters: whether the engine can use what sisters of the spaces
+        have.
 
         Raises:
             Refusal: unknown space or process.
         """
         reaches = {number: space.reach_chunks for number in spaces if (space := self._l1.space(number)) is not None}
-        chunks, rate = len(hashes) // HASH_BYTES, prefill_tokens_per_second
-        for number in sorted(spaces, key=lambda one: reaches.get(one, 0) > 0):
-            first = max(0, chunks - reaches.get(number, 0)) if reaches.get(number, 0) else 0
+        chunks, agreed, rate = len(hashes) // HASH_BYTES, 0, prefill_tokens_per_second
+        tries = _MOST_ENDS
+        queue = deque(sorted(spaces, key=lambda one: reaches.get(one, 0) > 0))
+        while chunks and agreed < len(queue):  # each round either shortens the prefix or is the last one
+            number, reach = queue[0], reaches.get(queue[0], 0)
+            first = max(0, chunks - reach) if reach else 0
             needed = hashes[first * HASH_BYTES : chunks * HASH_BYTES]
-            if not needed:
-                return 0, 0
             # Without these chunks, all `chunks` would have to be computed.
             in_l1, coming = self._wait_for(process, number, needed, rate * (chunks - first) / chunks, request, sisters)
             if coming:
                 return first + in_l1, coming
-            if not first:
-                chunks = in_l1
+            end, agreed = first + in_l1, agreed + 1
+            if end < chunks and not reach:
+                agreed = 1
+            elif end < chunks:
+                agreed, tries = 0, tries - 1
+                earlier = self._earlier_end(number, hashes[: chunks * HASH_BYTES], rate) if tries else 0
+                if earlier is None:
+                    return end, chunks - end
+                end = earlier
+            chunks = end
+            queue.rotate(-1)
         return chunks, 0
+
+    def _earlier_end(self, number: int, hashes: bytes, prefill_tokens_per_second: float) -> int | None:
+        """Return the largest number of chunks, fewer than all of these, at whose end L1 and the tiers have what is in reach of
+        this space; None while the tiers have not answered, and waiting takes a small part of the time of computing the chunks.
+        They are asked once for all chunks of a prompt."""
+        space, now = self._l1.space(number), self._loop.now()
+        if space is None or not all(space.shard_bytes):
+            return 0
+        chunks, most = len(hashes) // HASH_BYTES, max(1, MOST_ASKED // space.shards)
+        skipped = max(0, chunks - most)
+        survey = self._surveys.get(key := (number, hashes[-HASH_BYTES:]))
+        if survey is None:
+            survey = self._surveys[key] = self._begin_survey(space, hashes, skipped)
+        patience = self._patience_seconds if self._always else ASK_SECONDS
+        if prefill_tokens_per_second > 0 and not self._always:
+            patience = min(patience, _SHARE * chunks * self._chunk_tokens / prefill_tokens_per_second)
+        if survey.running and now - survey.began < patience:
+            return None
+        run = 0  # chunks from `at` on that are all there
+        for at in range(chunks - 2, skipped - 1, -1):
+            one = hashes[at * HASH_BYTES : (at + 1) * HASH_BYTES]
+            run = run + 1 if at in survey.has or space.table.match(one) else 0
+            if run and (run == space.reach_chunks or not at):
+                return at + run
+        return 0
+
+    def _begin_survey(self, space: Space, hashes: bytes, skipped: int) -> _Survey:
+        now, keys = self._loop.now(), _keys(space, hashes[skipped * HASH_BYTES :])
+        survey = _Survey(now)
+
+        def done(present: list[bool] | None, error: Exception | None, seconds: float) -> None:
+            survey.running -= 1
+            has = _complete(present, space.shards) if present is not None else ()
+            survey.has.update(skipped + at for at, one in enumerate(has) if one)
+
+        for runner in self.runners:
+            if runner.usable(now):
+                survey.running += 1
+                runner.contains(keys, self._patience_seconds, done)
+        return survey
 
     def _wait_for(
         self,
@@ -514,6 +580,9 @@ class Tiering:
     def _tick(self) -> None:
         now = self._loop.now()
         self.fetches.tick(now)
+        for key, survey in list(self._surveys.items()):
+            if now - survey.began > ENDED_SECONDS and not survey.running:
+                del self._surveys[key]
         for runner in self.runners:
             runner.tick(now)
         self.report.log_losses(now)

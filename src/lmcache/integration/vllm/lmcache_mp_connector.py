@@ -38,7 +38,10 @@ class LMCacheMPConnector(Connector, KVConnectorBase_V1, _SupportsHMA):  # type: 
 
     def _start(self) -> None:
         if offloading_size_gb(self._vllm_config):
-            self._server, self._address = server_for_offloading(self._instance, self._vllm_config, self._settings)
+            assert self._kv is not None
+            self._server, self._address = server_for_offloading(
+                *(self._instance, self._vllm_config, self._settings, self._kv)
+            )
             if not self._address:
                 return
         self._serve(self._address)

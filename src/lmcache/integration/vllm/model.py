@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
@@ -64,6 +66,14 @@ class ModelKV(ServedModel):
         """Which part of the model's memory each group should hold."""
         tokens = [shard_of_rank(one.model, 0, 1, 0, one.model.num_layers).token_bytes(one.model) for one in self.groups]
         return shares([(size, one.reach_tokens) for size, one in zip(tokens, self.groups, strict=True)])
+
+    def chunk_tokens(self, least: int) -> int:
+        """Return the smallest size of chunks, of `least` tokens or more, that all groups can serve: every chunk ends where the
+        engine has the windows and the states."""
+        blocks = math.lcm(*(one.block_tokens for one in self.groups if one.reach_tokens))
+        local = [one.local_tokens for one in self.groups if one.local_tokens]
+        sizes = itertools.count(-(-least // blocks) * blocks, blocks)
+        return next(size for size in sizes if all(size % one == 0 or one % size == 0 for one in local))
 
     @property
     def reach_tokens(self) -> int:

@@ -14,10 +14,9 @@ from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorRole
 
-from lmcache.engine.embedded import start_own_server
 from lmcache.engine.settings import ServerSettings
 from lmcache.integration.vllm.connector import Connector
-from lmcache.integration.vllm.own_server import engine_settings, offloading_size_gb
+from lmcache.integration.vllm.own_server import engine_settings, offloading_size_gb, start_fitting_server
 from lmcache.observability.log import init_logger
 
 logger = init_logger(__name__)
@@ -65,7 +64,9 @@ class LMCacheConnectorV1Impl(Connector):
     def _start(self) -> None:
         """Start the server and, if it has started, make the scheduler's side."""
         # In releases that use this class for --kv-offloading-backend lmcache, vLLM gives each rank its part of the size.
-        self._server = start_own_server(self._instance, self._settings.config, offloading_size_gb(self._vllm_config))
+        assert self._kv is not None
+        size_gb = offloading_size_gb(self._vllm_config)
+        self._server = start_fitting_server(self._instance, self._settings.config, self._kv, size_gb)
         if self._server is not None:
             self._serve()
 
