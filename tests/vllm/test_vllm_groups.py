@@ -276,9 +276,10 @@ def test_in_process(folder: Path, models: Path, kind: str) -> None:
         assert cached(alone) == whole(PROMPTS)
         one.same(one.warm(), cold)
         each_group_matters_and_may_fail(one)
+        loaded = CHUNK if kind == "mistral" else 896  # of windows, only what is in reach
         for line in (
             "Total tokens 1000, LMCache hit tokens: 896, need to load: 896",
-            "Retrieved 896 out of 896 required tokens (from 1000 total tokens)",
+            f"Retrieved {loaded} out of 896 required tokens (from 1000 total tokens)",
             "Storing KV cache for 128 out of 896 tokens (skip_leading_tokens=768)",
         ):
             assert line in one.engine.text(), line
