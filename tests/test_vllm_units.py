@@ -1225,6 +1225,18 @@ def release_with_groups(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("release_with_groups")
+def test_layers_of_a_group_may_have_another_number_of_heads(weights: Path) -> None:
+    """As in Gemma 4, or in a draft model. The specs have the heads of a rank."""
+    config = vllm_config(str(weights))
+    few = FullAttentionSpec(**vars(FULL) | {"num_kv_heads": 2})
+    usual = FullAttentionSpec(**vars(FULL) | {"num_kv_heads": 4})
+    assert [one.model.num_kv_heads for one in describe_model(config, cache_config(usual, few)).groups] == [4, 2]
+    config.parallel_config.tensor_parallel_size = 2
+    halves = [FullAttentionSpec(**vars(FULL) | {"num_kv_heads": heads}) for heads in (2, 1)]
+    assert [one.model.num_kv_heads for one in describe_model(config, cache_config(*halves)).groups] == [4, 2]
+
+
+@pytest.mark.usefixtures("release_with_groups")
 def test_kinds_of_kv_that_are_not_served_are_named(weights: Path) -> None:
     config, aligned = vllm_config(str(weights)), {**vars(FULL), "mamba_cache_mode": "align"}
     local = type("ChunkedLocalAttentionSpec", (), {**vars(FULL), "attention_chunk_size": 256})()

@@ -185,13 +185,25 @@ def _token_layout(vllm_config: Any, spec: Any, layers: int, digest: str) -> Layo
         model_id="",
         kv_dtype=kv_dtype,
         num_layers=layers,
-        num_kv_heads=1 if kind == "mla" else vllm_config.model_config.get_total_num_kv_heads(),
+        num_kv_heads=1 if kind == "mla" else _heads(vllm_config, spec),
         head_size=head_size,
         chunk_tokens=1,
         kind=kind,
         kv_scales=kv_scales,
         config_digest=digest,
     )
+
+
+def _heads(vllm_config: Any, spec: Any) -> int:
+    """Return the KV heads of all ranks together in layers of this spec, which has those of a rank. Some layers, as those of a
+    draft model, may have another number than the model's configuration says."""
+    heads, ranks = (
+        int(vllm_config.model_config.get_total_num_kv_heads()),
+        vllm_config.parallel_config.tensor_parallel_size,
+    )
+    usual = max(1, heads // ranks)
+    own = int(getattr(spec, "num_kv_heads", usual))
+    return heads if own == usual else own * ranks
 
 
 def _state_layout(spec: Any, layers: int, ranks: int, digest: str) -> Layout:
