@@ -203,13 +203,14 @@ def test_an_engine_says_why_it_starts_a_server_of_its_own(said: Any, monkeypatch
         cache_config=SimpleNamespace(kv_offloading_backend="lmcache", kv_offloading_size=0.5),
         kv_transfer_config=SimpleNamespace(kv_connector_extra_config={}),
     )
+    kv: Any = SimpleNamespace(chunk_tokens=lambda tokens: tokens)
     for host, level, why in (
         ("127.0.0.1", logging.INFO, "refused"),
         ("no.such.host", logging.WARNING, "does not resolve: Name or service not known"),
     ):
         said.clear()
         assert own_server.server_for_offloading(
-            "engine", config, ServerSettings(server_address(host, free_port()))
+            "engine", config, ServerSettings(server_address(host, free_port())), kv
         ) == (None, "")
         (record,) = said.records
         assert record.levelno == level and why in record.message and "starting one of 0.5 GiB" in record.message
