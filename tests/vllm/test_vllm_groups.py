@@ -341,9 +341,9 @@ def test_speculative_decoding(folder: Path, models: Path, method: str) -> None:
         alone = [one.warm([prompt], **most)[0] for prompt in prompts]
         one.same(alone, own)
         assert cached(alone) == cached(own) == whole(prompts)
-        assert [output["tokens"] for output in alone] == [output["tokens"] for output in cold]
         if method == "draft_model":
-            return  # with a drafter, hits in vLLM's own cache change its log probabilities by up to 0.2
+            return  # with a drafter, hits in vLLM's own cache change its answers, without LMCache too
+        assert [output["tokens"] for output in alone] == [output["tokens"] for output in cold]
         one.same(alone, cold)
         one.same(one.warm(prompts, **most), cold)
         turns = [prompt + output["tokens"] for prompt, output in zip(prompts, cold, strict=True)]
