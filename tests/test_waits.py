@@ -32,6 +32,7 @@ ENDS = {
     ("engine/worker.py", "point.synchronize()"): THE_DEVICE,
     ("engine/identity.py", "self._thread.join()"): "the thread looks at `_unwanted` after each tensor",
     ("engine/points.py", "point.synchronize()"): THE_DEVICE,
+    ("integration/vllm/paged.py", "written.synchronize()"): THE_DEVICE,
     (
         "engine/rank_arenas.py",
         "self._thread.join()",
@@ -61,6 +62,7 @@ ENDS = {
     ("transfer/gpu/launch.py", "torch.cuda.current_stream().synchronize()"): THE_DEVICE,
     ("transfer/gpu/launch.py", "last.synchronize()"): THE_DEVICE,
     ("transfer/gpu/pinned.py", "self._thread.join()"): "the driver registers one piece of the arena, or has failed to",
+    ("transfer/gpu/reader.py", "self._stream.synchronize()"): THE_DEVICE,
     ("transfer/gpu/ring.py", "self.used.synchronize()"): THE_DEVICE,
     ("transfer/gpu/ring.py", "self._launch_all(base, blocks, runs, progress).synchronize()"): THE_DEVICE,
     ("transfer/gpu/ring.py", "self._copies.synchronize()"): THE_DEVICE,
