@@ -226,17 +226,15 @@ def test_what_an_engine_has_left_behind_is_read_by_one_with_another_split(server
     assert ranks(cache, "next", Split((), 8)).load(ids) == 96
 
 
+def disk_flags(folder: object) -> tuple[str, ...]:
+    """A disk tier whose loads are always waited for."""
+    return "--l2", f"disk://{folder}?io=buffered&max_gb=1", "--worth", "always", "--l2-patience-seconds", "600"
+
+
 @pytest.mark.parametrize("full", [False, True], ids=["free memory", "a full arena"])
 def test_what_a_tier_has_of_another_split_is_loaded(server: Servers, ranks, folders, full: bool) -> None:  # type: ignore[no-untyped-def]
     """The engine that has stored it has gone, and L1 is empty, or full of what the reader has stored."""
-    flags = (
-        "--l2",
-        f"disk://{folders('/tmp')}?io=buffered&max_gb=1",
-        "--worth",
-        "always",
-        "--l2-patience-seconds",
-        "600",
-    )
+    flags = disk_flags(folders("/tmp"))
     cache, ids = server(chunk=CHUNK, l1=4, flags=flags), prompt(5, 160)
     reader, gone = ranks(cache, "reader", Split((), 1)), ranks(cache, "gone", Split((3, 6), 4))
     gone.store(ids)
@@ -362,14 +360,7 @@ def test_a_model_with_a_window_is_read_with_another_split(server: Servers, mode:
 
 def test_a_restarted_server_finds_what_another_split_has_left_in_a_tier(server: Servers, ranks, folders) -> None:  # type: ignore[no-untyped-def]
     """The names of splits by heads are known without an engine that has one; those of pipeline stages are not."""
-    flags = (
-        "--l2",
-        f"disk://{folders('/tmp')}?io=buffered&max_gb=1",
-        "--worth",
-        "always",
-        "--l2-patience-seconds",
-        "600",
-    )
+    flags = disk_flags(folders("/tmp"))
     first = server(chunk=CHUNK, flags=flags)
     by_heads, by_layers = prompt(7, 160), prompt(8, 160)
     for name, split, ids in (("heads", Split((), 4), by_heads), ("layers", Split((2, 6), 2), by_layers)):

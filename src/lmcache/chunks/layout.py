@@ -36,7 +36,7 @@ DTYPE_BYTES = {
 PER_TOKEN_HEAD = "per_token_head"
 """Scales that the engine computes for each KV head of each token."""
 SCALE_BYTES = 4
-"""Of one such scale, a float32."""
+"""The size of one such scale, which is a float32."""
 
 
 class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -46,7 +46,7 @@ class Part(NamedTuple):
 
     @property
     def source(self) -> Source:
-        """How this rank's own shard is loaded."""
+        """Return how the extents of this rank's own shard are loaded."""
         return Source(self.copier, self.shard, self.shard_bytes)
 
 

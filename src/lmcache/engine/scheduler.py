@@ -89,7 +89,7 @@ class SchedulerSession(Session):
         self._groups = (GroupShape(layout_for, shards, group, share, tuple(stages)), *others)
         self._all_shards = sum(one.shards for one in self._groups)
         self._most_hashes = HASH_BYTES * m.most_looked_up(0, self._all_shards)
-        """How many bytes of hashes fit into any lookup."""
+        """The answer to a lookup with at most so many bytes of hashes always fits into one message."""
         self._others: list[int] = []
         """The spaces of the further groups."""
         self._reaches: list[int] = []

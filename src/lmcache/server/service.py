@@ -140,10 +140,8 @@ class Service:
         if asked > most:
             raise Refusal(f"a lookup of {asked} chunks from chunk {first} on exceeds one answer; ask for {most}")
         if request.sisters and (widest := sum(map(self._most_shards, spaces))) > shards:
-            shards, hashes = (
-                widest,
-                hashes[: 16 * m.most_looked_up(first, widest)],
-            )  # so that extents of sisters fit, too
+            # The extents of sisters have to fit into the answer, too.
+            shards, hashes = widest, hashes[: 16 * m.most_looked_up(first, widest)]
         self.sessions.check_room(peer, 4 * shards * max(0, asked - first))
         name = m.request_name(request.request)
         lookup = self._now(), peer.process, request.space, hashes, first, name, request.others, request.sisters
