@@ -117,6 +117,15 @@ class Engine(Process):
     def text(self) -> str:
         return "".join(self.log)
 
+    def text_of_serving(self) -> str:
+        """
+        What SGLang has logged since it said that it is ready. Before that it asks itself over HTTP to freeze the garbage
+        collector; with --skip-server-warmup it may ask before it listens, and it logs a traceback of its own.
+        """
+        _, ready, text = self.text().partition("The server is fired up and ready to roll!")
+        assert ready, self.text()
+        return text
+
     def kill(self) -> None:
         """kill -9 of all its processes."""
         with contextlib.suppress(ProcessLookupError):

@@ -98,7 +98,8 @@ def test_warm_answers_are_cold_ones(serving: Serving) -> None:
     assert cached(found) == usable(PROMPTS)
     serving.engine.flush()
     assert_same(serving.engine.answers(PROMPTS), cold)
-    assert [serving.engine.text().count(line) for line in ("Traceback", "LMCache serves nothing")] == [0, 0]
+    assert "Traceback" not in serving.engine.text_of_serving()
+    assert "LMCache serves nothing" not in serving.engine.text()
 
 
 def test_many_requests_in_little_space(serving: Serving) -> None:
