@@ -184,6 +184,12 @@ def do_generate(state: State, ids: list[int], new: int = 8, **more: Any) -> dict
     }
 
 
+def do_generate_in_inference_mode(state: State, ids: list[int]) -> dict[str, Any]:
+    """As `do_generate`, within `torch.inference_mode`."""
+    with torch.inference_mode():
+        return do_generate(state, ids)
+
+
 def do_continue(state: State, ids: list[int], turns: int) -> dict[str, Any]:
     """A conversation: each prompt is the one before, with its answer and more. Hits of each turn."""
     assert state.attached is not None

@@ -84,6 +84,17 @@ def test_a_longer_answer_than_foreseen(server: Servers, user: Any) -> None:
     user.ask("foresee", tokens=2048)
 
 
+def test_inference_mode_once_and_then_not(server: Servers, user: Any) -> None:
+    """A tensor that is made in inference mode can be written to in no other mode."""
+    user.ask("attach", address=server(l1=512, chunk=16).address)
+    assert right(
+        user.ask("generate_in_inference_mode", ids=[1500, 17])
+    )  # the pool is made anew, since it was too small
+    again = user.ask("generate", ids=[1500, 17])
+    assert right(again) and again["hit"] == 1488
+    assert right(user.ask("generate_in_inference_mode", ids=[1500, 17]))
+
+
 def test_another_process_and_another_model(server: Servers, script: Scripts, model: Path, other_model: Path) -> None:
     one, first = server(l1=256, chunk=16), script(model)
     first.ask("attach", address=one.address)

@@ -194,14 +194,17 @@ class Pool:
         self.tokens = blocks * BLOCK_TOKENS
         self._shape, self._blocks = shape, list(range(blocks))
         sizes = [(len(kind.layers), 2, kind.heads, self.tokens, kind.head_size) for kind in shape.kinds]
-        self._memory = [
-            torch.empty(size, dtype=kind.dtype, device=shape.device)
-            for size, kind in zip(sizes, shape.kinds, strict=True)
-        ]
-        self._states = [
-            torch.zeros((len(kind.layers), PLACES, kind.size_bytes), dtype=torch.uint8, device=shape.device)
-            for kind in shape.states
-        ]
+        with torch.inference_mode(
+            mode=False
+        ):  # a tensor made in the caller's inference mode cannot be written to outside of it
+            self._memory = [
+                torch.empty(size, dtype=kind.dtype, device=shape.device)
+                for size, kind in zip(sizes, shape.kinds, strict=True)
+            ]
+            self._states = [
+                torch.zeros((len(kind.layers), PLACES, kind.size_bytes), dtype=torch.uint8, device=shape.device)
+                for kind in shape.states
+            ]
 
     def describe(self) -> list[PagedKV]:
         """Describe where the KV of each kind lies, then the states of each kind, for LMCache's copier."""
