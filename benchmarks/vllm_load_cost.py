@@ -27,7 +27,7 @@ from benchmarks.child import end_with_parent
 from benchmarks.rows import Goal, Row, report
 from benchmarks.run import about
 from benchmarks.sides import PROJECT, Side, free_port
-from benchmarks.vllm_ttft import PROMPT_TOKENS, VOCABULARY, Engine, _transfer, write_model
+from benchmarks.vllm_ttft import PROMPT_TOKENS, VOCABULARY, Engine, transfer_config, write_model
 
 sys.path.insert(0, str(PROJECT / "tests"))  # the proxy and the store are the tests' own
 
@@ -147,7 +147,7 @@ def main(argv: list[str] | None = None) -> int:
         store = RedisServer(binary_of("valkey"), directory)
         proxy = Proxy(store.port)
         engine = Engine("ours", options.vllm_python, write_model(options.vllm_python, directory / "model"), directory,
-                        _transfer("ours", server.port))  # fmt: skip
+                        transfer_config("ours", server.port))  # fmt: skip
         try:
             engine.call("ready")
             slow = store.url(f"?connections={CONNECTIONS}&timeout=60&write=none", port=proxy.port)

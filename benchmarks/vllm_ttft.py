@@ -50,8 +50,11 @@ ENVIRONMENT = {
 class Engine(Child):
     """`vllm_engine` in a process of its own."""
 
-    def __init__(self, name: str, python: str, model: Path, directory: Path, transfer: dict[str, Any] | None) -> None:
-        settings = {**SETTINGS, "model": str(model)} | ({"kv_transfer_config": transfer} if transfer else {})
+    def __init__(
+        self, name: str, python: str, model: Path, directory: Path, transfer: dict[str, Any] | None, **more: Any
+    ) -> None:
+        """transfer: vLLM's `kv_transfer_config`. more: other settings of vLLM's."""
+        settings = {**SETTINGS, "model": str(model), **more} | ({"kv_transfer_config": transfer} if transfer else {})
         inherited = {key: value for key, value in os.environ.items() if not key.startswith(("LMCACHE_", "VLLM_"))}
         if name == "peer":
             inherited.pop("PYTHONPATH", None)
@@ -170,12 +173,12 @@ def engines(options: argparse.Namespace, model: Path, directory: Path) -> Iterat
                 side = Side(name, sys.executable if name == "ours" else python)
                 # The peer stops vLLM unless its chunk is a multiple of the CPU's 128-token blocks.
                 server = stack.enter_context(side.serve(2, 256 if name == "ours" else 128))
-                start(name, python, _transfer(name, server.port))
+                start(name, python, transfer_config(name, server.port))
                 server.settle()
         yield started
 
 
-def _transfer(name: str, port: int) -> dict[str, Any]:
+def transfer_config(name: str, port: int) -> dict[str, Any]:
     extra: dict[str, Any] = {"lmcache.mp.host": "tcp://127.0.0.1", "lmcache.mp.port": port}
     if name == "peer":
         extra["lmcache.mp.mp_transfer_mode"] = "engine_driven"

@@ -208,8 +208,9 @@ def test_a_request_that_fails_keeps_no_later_one_waiting(folders, monkeypatch):
 
         monkeypatch.setattr(door, "_serve", fail_first)
         engine.send(m.encode(1, hello))
-        loop.run_until(lambda: engine.poll(0), PATIENCE)
-        assert m.decode_answer(engine.recv(zmq.NOBLOCK))[0] == 2 and loop.errors == 1 and not door._receiving
+        loop.run_until(lambda: len(served) == 2, PATIENCE)
+        assert engine.poll(PATIENCE * 1000) and m.decode_answer(engine.recv())[0] == 2
+        assert loop.errors == 1 and not door._receiving
     door.close()
     arena.close()
     loop.close()
