@@ -147,8 +147,8 @@ class Service:
         lookup = self._now(), peer.process, request.space, hashes, first, name, request.others, request.sisters
         if self.tiering is not None:
             if not any(map(self.tiering.knows, spaces, repeat(hashes), repeat(request.sisters))):
-                hit = self.l1.lookup_all(*lookup)
-                if hit is not None:
+                hit = self.l1.lookup(*lookup, partly=False)
+                if 16 * hit.chunks == len(hashes):
                     return _found(hit)
             in_l1, coming = self.tiering.wait_for(
                 peer.process, spaces, hashes, request.prefill_rate, name, request.sisters
