@@ -24,7 +24,7 @@ from lmcache.cache.allocator import Space, in_use
 from lmcache.cache.claims import SERVER, AnyClaim, Claims, Held, Instance, Lease, Refusal, Reservation
 from lmcache.cache.events import NOBODY, By
 from lmcache.cache.groups import Found, Part, parts_of, usable_prefix
-from lmcache.cache.index import Index, names_of, of_last, of_new, of_records, pack_ids
+from lmcache.cache.index import MAX_SISTERS, Index, names_of, of_last, of_new, of_records, pack_ids
 from lmcache.cache.table import COMPLETED, RELEASED, Table
 from lmcache.chunks import HASH_BYTES, Split
 from lmcache.memory.slabs import NO_EXTENT
@@ -137,11 +137,12 @@ class Heart(Index):
         family: bytes = b"",
         split: Split | None = None,
         expected: Sequence[Split] = (),
+        main: int = -1,
     ) -> int:
         """Return the number of the space for this layout and split. A rank also gives its shard and the size of its extents.
 
-        reach_chunks: as in `Space`; a part of what the fingerprint stands for. share: as in `Space`, for a new space. family,
-        split: as in `Space`; a space for which they are missing once has no sisters from then on. expected: as in `Space`.
+        The others as in `Space`; `reach_chunks` is a part of what the fingerprint stands for, and `share` counts for a new space.
+        A space for which `family` and `split` are missing once has no sisters from then on. main: the number of that space.
 
         Raises:
             TooSmall: one chunk, with the shards registered so far, is larger than the arena.
@@ -162,6 +163,9 @@ class Heart(Index):
         if not family and space.family:
             self._leave_family(space)
         space.expected = expected if space.family else ()
+        group = self._spaces.get(main)
+        if group is not None and space.reach_chunks and not group.reach_chunks:
+            space.main = group
         instance.spaces.add(space.number)
         self._allocator.join(space, instance.name)
         return space.number
@@ -178,6 +182,8 @@ class Heart(Index):
             if known.family != space.family:
                 raise Refusal(f"the shards of space {known.number} are not the KV heads and layers that its split has")
             return
+        if len(space.sisters) >= MAX_SISTERS:
+            raise Refusal(f"{MAX_SISTERS} other splits of this model are open already")
         size = sum(space.shard_bytes) // split.count
         sister = self._new_space(space.family, split.count, space.reach_chunks, space.share, space.family, split)
         for shard in range(split.count):
@@ -238,11 +244,7 @@ class Heart(Index):
         if not others and not space.reach_chunks and not (sisters and space.sisters):
             ids = space.table.match(hashes)
             return len(ids) // 4, (space,), ids
-        spaces = [space]
-        for number in others:
-            other = self._admit(process, number)[0]
-            other.main = space if other.reach_chunks and not space.reach_chunks else None
-            spaces.append(other)
+        spaces = [space, *(self._admit(process, number)[0] for number in others)]
         chunks, found = usable_prefix(spaces, hashes, sisters)
         return chunks, spaces, found
 

@@ -15,6 +15,7 @@ from lmcache.engine.session import LayoutFor
 from lmcache.errors import LayoutError
 from lmcache.transfer.bounds import Runs
 from lmcache.transfer.paged import ExtentShape, PagedKV
+from lmcache.wire import messages as m
 
 _REACH_TO_KEEP_ALL = 2048
 """Tokens. A group with a shorter reach needs a part of the memory only, since prompts are longer."""
@@ -51,6 +52,10 @@ class RankGroup:
 
     local_tokens: int = 0
     """As in `GroupTable`."""
+
+    @property
+    def shards(self) -> int:
+        return self.shard.count
 
     def first_token(self, chunk: npt.NDArray[np.int64], chunk_tokens: int) -> npt.NDArray[np.int64]:
         """Return the first token of each of these chunks that its extent holds."""
@@ -127,6 +132,14 @@ class RankGroup:
         if of_tensors != of_layout:
             raise LayoutError(f"the KV tensors make shards of {of_tensors} bytes, the layout {of_layout}")
         return of_layout
+
+
+def registration(
+    one: GroupShape | RankGroup, chunk_tokens: int, shard: int = -1, shard_bytes: int = 0, main: int = -1
+) -> m.Register:
+    """Return the request that registers a group, as the scheduler or as the rank that holds `shard`. main: as in `Register`."""
+    layout, stages = one.layout_for(chunk_tokens), list(one.stages)
+    return m.Register(layout, one.shards, shard, shard_bytes, stages, one.group, one.share, main)
 
 
 def shares(groups: Sequence[tuple[int, int]]) -> list[float]:

@@ -12,7 +12,7 @@ from lmcache.chunks import Group, TokenChain, chunk_root
 from lmcache.chunks.hashing import HASH_BYTES, Extras
 from lmcache.engine.connection import Connection
 from lmcache.engine.endpoint import Endpoint
-from lmcache.engine.groups import GroupShape
+from lmcache.engine.groups import GroupShape, registration
 from lmcache.engine.hello import ask
 from lmcache.engine.jobs import Foreign
 from lmcache.engine.session import UNKNOWN, LayoutFor, Session
@@ -275,16 +275,10 @@ class SchedulerSession(Session):
         if descriptor >= 0:
             os.close(descriptor)  # the scheduler copies nothing
         layout = self._layout_for(welcome.chunk_tokens)
-        spaces = [
-            ask(
-                carrier,
-                m.Register(
-                    *(one.layout_for(welcome.chunk_tokens), one.shards, -1, 0, list(one.stages), one.group, one.share)
-                ),
-                m.Registered,
-            ).space
-            for one in self._groups
-        ]
+        spaces: list[int] = []
+        for one in self._groups:  # the first group has all of a prompt, if any has
+            request = registration(one, welcome.chunk_tokens, main=spaces[0] if spaces else -1)
+            spaces.append(ask(carrier, request, m.Registered).space)
         if welcome.holds_for != self._epoch:
             self._late, self._held = [], set()
         ask(carrier, m.Hold(list(self._held)), m.Ok)

@@ -18,7 +18,7 @@ from lmcache.engine.access import Access, ArenaAccess, Part, PayloadAccess
 from lmcache.engine.connection import Connection
 from lmcache.engine.copy_threads import STORING, Cancelled, CopyThreads, Outcome
 from lmcache.engine.endpoint import Endpoint
-from lmcache.engine.groups import RankGroup
+from lmcache.engine.groups import RankGroup, registration
 from lmcache.engine.hello import ask
 from lmcache.engine.jobs import Load, Store
 from lmcache.engine.runs import load_group, store_runs
@@ -241,8 +241,7 @@ class WorkerSession(CopyThreads):
             size, spaces = welcome.chunk_tokens, []
             sizes = [one.shard_bytes(size) for one in self._groups]
             for one, shard_bytes in zip(self._groups, sizes, strict=True):
-                shard = one.shard.count, one.shard.index, shard_bytes
-                request = m.Register(one.layout_for(size), *shard, list(one.stages), one.group, one.share)
+                request = registration(one, size, one.shard.index, shard_bytes)
                 spaces.append(ask(carrier, request, m.Registered).space)
             with self._state:
                 known = welcome.arena == self._arena and (descriptor < 0 or self._mapped())

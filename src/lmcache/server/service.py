@@ -107,7 +107,9 @@ class Service:
         expected = [one for one in known if one != split]
         shard = request.shards, request.shard, request.shard_bytes
         try:
-            space = self.l1.open_space(peer.process, name, *shard, reach, request.share, family, split, expected)
+            space = self.l1.open_space(
+                peer.process, name, *shard, reach, request.share, family, split, expected, request.main
+            )
         except TooSmall as error:
             self.sessions.refused.note(f"{peer.who}, from {peer.host}", "small L1", str(error))
             raise
