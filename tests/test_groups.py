@@ -77,12 +77,8 @@ class HybridEngine:
         self.blocks = [np.random.default_rng(at).permutation(np.arange(1, BLOCKS)).tolist() for at in range(len(kinds))]
         endpoint = Endpoint(address, name, "scheduler", 0, PATIENCE, transfer_mode=mode)
         parts = shares([(1 if kind.state else len(kind.layers), kind.reach) for kind in kinds])
-        first, *others = [
-            GroupShape(kind.layout, 1, kind.group, share) for kind, share in zip(kinds, parts, strict=True)
-        ]
-        self.scheduler = SchedulerSession(
-            endpoint, first.layout_for, 1, group=first.group, share=first.share, others=others
-        )
+        shapes = [GroupShape(kind.layout, 1, kind.group, share) for kind, share in zip(kinds, parts, strict=True)]
+        self.scheduler = SchedulerSession(endpoint, *shapes)
         ranks = [
             RankGroup(
                 *(kind.layout, shard_of_rank(kind.layout(1), 0, 1, 0, len(kind.layers)), self._paged(kind, memory)),
@@ -91,11 +87,7 @@ class HybridEngine:
             )
             for kind, memory, share in zip(kinds, self.kv, parts, strict=True)
         ]
-        self.worker = WorkerSession(
-            Endpoint(address, name, "worker", 0, PATIENCE, transfer_mode=mode),
-            *(ranks[0].layout_for, ranks[0].shard, ranks[0].paged),
-            group=ranks[0].group, share=ranks[0].share, others=ranks[1:],
-        )  # fmt: skip
+        self.worker = WorkerSession(Endpoint(address, name, "worker", 0, PATIENCE, transfer_mode=mode), *ranks)
         assert self.scheduler.wait_connected(PATIENCE) and self.worker.wait_connected(PATIENCE)
         tables = [GroupTable(BLOCK, kind.reach, kind.state, kind.reach if kind.local else 0) for kind in kinds]
         self.requests: Requests[Request] = Requests(self.scheduler, groups=tables)

@@ -414,10 +414,9 @@ def test_clock_and_threads_come_from_the_runtime(server: Servers, engine: Engine
 
     runtime = Runtime(now=lambda: 5.0, sleep=lambda seconds: None, start=start)
     assert one.scheduler is not None
-    described = one.worker._layout_for, one.worker._groups[0].shard, one.worker._groups[0].paged
-    worker = type(one.worker)(replace(one.worker._connection.endpoint, rank=1), *described, runtime=runtime)
+    worker = type(one.worker)(replace(one.worker._connection.endpoint, rank=1), *one.worker._groups, runtime=runtime)
     endpoint = replace(one.scheduler._connection.endpoint, rank=1)
-    scheduler = type(one.scheduler)(endpoint, one.worker._layout_for, 1, runtime=runtime)
+    scheduler = type(one.scheduler)(endpoint, *one.scheduler._groups, runtime=runtime)
     try:
         eventually(lambda: worker.connected and scheduler.connected)
         assert {"lmcache-link-worker", "lmcache-link-scheduler", "lmcache-load", "lmcache-store", "lmcache-map"} == set(

@@ -31,6 +31,11 @@ class GroupShape(NamedTuple):
     share: float = 1.0
     stages: tuple[int, ...] = ()
 
+    def registration(self, chunk_tokens: int, shard: int = -1, shard_bytes: int = 0, main: int = -1) -> m.Register:
+        """Return the request that registers the group, as the scheduler or as a rank that holds `shard`. main: as there."""
+        layout, stages = self.layout_for(chunk_tokens), list(self.stages)
+        return m.Register(layout, self.shards, shard, shard_bytes, stages, self.group, self.share, main)
+
 
 @dataclass(frozen=True)
 class RankGroup:
@@ -54,8 +59,9 @@ class RankGroup:
     """As in `GroupTable`."""
 
     @property
-    def shards(self) -> int:
-        return self.shard.count
+    def shape(self) -> GroupShape:
+        """The group as the scheduler knows it."""
+        return GroupShape(self.layout_for, self.shard.count, self.group, self.share, self.stages)
 
     def first_token(self, chunk: npt.NDArray[np.int64], chunk_tokens: int) -> npt.NDArray[np.int64]:
         """Return the first token of each of these chunks that its extent holds."""
@@ -132,14 +138,6 @@ class RankGroup:
         if of_tensors != of_layout:
             raise LayoutError(f"the KV tensors make shards of {of_tensors} bytes, the layout {of_layout}")
         return of_layout
-
-
-def registration(
-    one: GroupShape | RankGroup, chunk_tokens: int, shard: int = -1, shard_bytes: int = 0, main: int = -1
-) -> m.Register:
-    """Return the request that registers a group, as the scheduler or as the rank that holds `shard`. main: as in `Register`."""
-    layout, stages = one.layout_for(chunk_tokens), list(one.stages)
-    return m.Register(layout, one.shards, shard, shard_bytes, stages, one.group, one.share, main)
 
 
 def shares(groups: Sequence[tuple[int, int]]) -> list[float]:

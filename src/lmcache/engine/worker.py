@@ -7,28 +7,26 @@ mapped arena succeeds even if the server has died meanwhile.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
 
-from lmcache.chunks import Group, Shard
 from lmcache.chunks.hashing import HASH_BYTES
 from lmcache.engine.access import Access, ArenaAccess, Part, PayloadAccess
 from lmcache.engine.connection import Connection
 from lmcache.engine.copy_threads import STORING, Cancelled, CopyThreads, Outcome
 from lmcache.engine.endpoint import Endpoint
-from lmcache.engine.groups import RankGroup, registration
+from lmcache.engine.groups import RankGroup
 from lmcache.engine.hello import ask
 from lmcache.engine.jobs import Load, Store
 from lmcache.engine.runs import load_group, store_runs
-from lmcache.engine.session import UNKNOWN, LayoutFor
+from lmcache.engine.session import UNKNOWN
 from lmcache.errors import ServerRefused, ServerUnavailable
 from lmcache.memory.arena import Mapping
 from lmcache.observability.log import init_logger
 from lmcache.runtime import RUNTIME, Runtime
 from lmcache.transfer.copier import make_copiers
-from lmcache.transfer.paged import PagedKV
 from lmcache.wire import messages as m
 from lmcache.wire.carriers import Carrier
 
@@ -42,36 +40,16 @@ class WorkerSession(CopyThreads):
 
     Args:
         endpoint: the server's address; `instance` is the scheduler's, `rank` this rank's number.
-        layout_for: the model's layout for a chunk size in tokens. While it raises IdentityUnknown this rank does not connect.
-        shard: the part of every chunk that this rank holds.
-        paged: this rank's paged KV.
+        groups: what this rank holds: one, or several of a model with several kinds of KV. While the first one's `layout_for`
+            raises IdentityUnknown this rank does not connect.
         threads: copy threads of one job.
-        stages: the layer at which each pipeline stage ends, if the model is split by layers; the same as the scheduler's.
-        others: the further groups of a model with several kinds of KV; `layout_for`, `shard`, `paged`, `group`, `share`,
-            `state_tokens`, `block_tokens` and `local_tokens` are those of the first one.
         runtime: clock and threads.
     """
 
-    def __init__(
-        self,
-        endpoint: Endpoint,
-        layout_for: LayoutFor,
-        shard: Shard,
-        paged: PagedKV,
-        threads: int = 1,
-        stages: Sequence[int] = (),
-        runtime: Runtime = RUNTIME,
-        group: Group | None = None,
-        share: float = 1.0,
-        others: Sequence[RankGroup] = (),
-        state_tokens: int = 0,
-        block_tokens: int = 0,
-        local_tokens: int = 0,
-    ) -> None:
-        super().__init__(layout_for, runtime, paged.device, shard.index)
-        self._copy_threads = threads
-        own = RankGroup(layout_for, shard, paged, group, share, state_tokens, block_tokens, tuple(stages), local_tokens)
-        self._groups = (own, *others)
+    def __init__(self, endpoint: Endpoint, *groups: RankGroup, threads: int = 1, runtime: Runtime = RUNTIME) -> None:
+        first = groups[0]
+        super().__init__(first.layout_for, runtime, first.paged.device, first.shard.index)
+        self._groups, self._copy_threads = groups, threads
         self._chunk_tokens, self._arena, self._epoch = 0, b"", b""
         self._spaces: list[int] = []
         self._access: Access | None = None
@@ -241,7 +219,7 @@ class WorkerSession(CopyThreads):
             size, spaces = welcome.chunk_tokens, []
             sizes = [one.shard_bytes(size) for one in self._groups]
             for one, shard_bytes in zip(self._groups, sizes, strict=True):
-                request = registration(one, size, one.shard.index, shard_bytes)
+                request = one.shape.registration(size, one.shard.index, shard_bytes)
                 spaces.append(ask(carrier, request, m.Registered).space)
             with self._state:
                 known = welcome.arena == self._arena and (descriptor < 0 or self._mapped())
