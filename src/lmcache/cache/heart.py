@@ -413,15 +413,7 @@ class Heart(Index):
                 return grant
 
     def _grant(
-        self,
-        now: float,
-        by: By,
-        instance: Instance,
-        space: Space,
-        shard: int,
-        parent: bytes,
-        root: bool,
-        hashes: bytes,
+        self, now: float, by: By, instance: Instance, space: Space, shard: int, parent: bytes, root: bool, hashes: bytes
     ) -> Grant:
         table, asked = space.table, len(hashes) // HASH_BYTES
         root = root or space.reach_chunks > 0  # such a chunk needs none of those before it
