@@ -7,7 +7,7 @@ mapped arena succeeds even if the server has died meanwhile.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -230,15 +230,7 @@ class WorkerSession(CopyThreads):
                 # Not under the lock, which the engine's thread takes: unpinning memory takes seconds.
                 if access is not None:
                     access.close()
-                kept = [one.kept_tokens(size) for one in self._groups]
-                planes = [(one.paged, tokens) for one, tokens in zip(self._groups, kept, strict=True)]
-                copiers = make_copiers(planes, self._copy_threads, self.runtime)
-                indices = [one.shard.index for one in self._groups]
-                parts = list(map(Part, copiers, kept, indices, sizes))
-                if descriptor < 0:
-                    access = PayloadAccess(parts, self._fetch)
-                else:
-                    access = ArenaAccess(parts, Mapping(descriptor, welcome.arena_bytes), self.runtime)
+                access = self._new_access(welcome, descriptor, sizes)
             with self._state:
                 self._spaces, self._chunk_tokens = spaces, size
                 self._access, self._arena, self._epoch = access, welcome.arena, welcome.holds_for
@@ -246,6 +238,16 @@ class WorkerSession(CopyThreads):
         finally:
             if descriptor >= 0:
                 os.close(descriptor)
+
+    def _new_access(self, welcome: m.Welcome, descriptor: int, sizes: Sequence[int]) -> Access:
+        """Map the arena, or prepare for payload frames without a descriptor. sizes: bytes of an extent of each group."""
+        kept = [one.kept_tokens(welcome.chunk_tokens) for one in self._groups]
+        planes = [(one.paged, tokens) for one, tokens in zip(self._groups, kept, strict=True)]
+        copiers = make_copiers(planes, self._copy_threads, self.runtime)
+        parts = list(map(Part, copiers, kept, [one.shard.index for one in self._groups], sizes))
+        if descriptor < 0:
+            return PayloadAccess(parts, self._fetch)
+        return ArenaAccess(parts, Mapping(descriptor, welcome.arena_bytes), self.runtime)
 
     def _let_go(self) -> None:
         """Unmap the arena of a server that has ended, unless a copy or a load still needs it. Its memory is freed only then, and
