@@ -19,6 +19,7 @@ import numpy.typing as npt
 from lmcache.chunks import Layout, TokenChain, shard_of_rank
 from lmcache.engine import Done, Hit, SchedulerSession, Store, WorkerSession
 from lmcache.engine.endpoint import Endpoint
+from lmcache.engine.groups import GroupShape, RankGroup
 from lmcache.engine.identity import Identity, named
 from lmcache.engine.plans import LoadPlan
 from lmcache.transfer.paged import PagedKV, Plane
@@ -89,8 +90,10 @@ class Engine:
         def endpoint(role: str) -> Endpoint:
             return Endpoint(address, instance, role, shard, deadline, transfer_mode=mode, auth_key_file=key)
 
-        self.scheduler = SchedulerSession(endpoint("scheduler"), layout, shards, stages) if scheduler else None
-        self.worker = WorkerSession(endpoint("worker"), layout, self.shard, self._describe(), stages=stages)
+        group = RankGroup(layout, self.shard, self._describe(), stages=tuple(stages))
+        shape = GroupShape(layout, shards, stages=tuple(stages))
+        self.scheduler = SchedulerSession(endpoint("scheduler"), shape) if scheduler else None
+        self.worker = WorkerSession(endpoint("worker"), group)
 
     def _describe(self) -> PagedKV:
         planes = []

@@ -14,9 +14,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from lmcache.cache import Heart
+from lmcache.cache import Heart, Refusal
+from lmcache.cache.index import MAX_SISTERS
 from lmcache.cache.table import Table
-from lmcache.chunks import Group, Layout, shard_of_rank
+from lmcache.chunks import Group, Layout, Split, shard_of_rank
 from lmcache.engine import Copies, Hit, Request, Requests, SchedulerSession, WorkerSession
 from lmcache.engine.endpoint import Endpoint
 from lmcache.engine.groups import GroupShape, RankGroup, shares
@@ -76,12 +77,8 @@ class HybridEngine:
         self.blocks = [np.random.default_rng(at).permutation(np.arange(1, BLOCKS)).tolist() for at in range(len(kinds))]
         endpoint = Endpoint(address, name, "scheduler", 0, PATIENCE, transfer_mode=mode)
         parts = shares([(1 if kind.state else len(kind.layers), kind.reach) for kind in kinds])
-        first, *others = [
-            GroupShape(kind.layout, 1, kind.group, share) for kind, share in zip(kinds, parts, strict=True)
-        ]
-        self.scheduler = SchedulerSession(
-            endpoint, first.layout_for, 1, group=first.group, share=first.share, others=others
-        )
+        shapes = [GroupShape(kind.layout, 1, kind.group, share) for kind, share in zip(kinds, parts, strict=True)]
+        self.scheduler = SchedulerSession(endpoint, *shapes)
         ranks = [
             RankGroup(
                 *(kind.layout, shard_of_rank(kind.layout(1), 0, 1, 0, len(kind.layers)), self._paged(kind, memory)),
@@ -90,11 +87,7 @@ class HybridEngine:
             )
             for kind, memory, share in zip(kinds, self.kv, parts, strict=True)
         ]
-        self.worker = WorkerSession(
-            Endpoint(address, name, "worker", 0, PATIENCE, transfer_mode=mode),
-            *(ranks[0].layout_for, ranks[0].shard, ranks[0].paged),
-            group=ranks[0].group, share=ranks[0].share, others=ranks[1:],
-        )  # fmt: skip
+        self.worker = WorkerSession(Endpoint(address, name, "worker", 0, PATIENCE, transfer_mode=mode), *ranks)
         assert self.scheduler.wait_connected(PATIENCE) and self.worker.wait_connected(PATIENCE)
         tables = [GroupTable(BLOCK, kind.reach, kind.state, kind.reach if kind.local else 0) for kind in kinds]
         self.requests: Requests[Request] = Requests(self.scheduler, groups=tables)
@@ -424,7 +417,7 @@ def test_windows_in_the_middle_of_prompts_go_before_those_at_ends_and_forks() ->
     heart.join(1, "engine")
     full, window = shares([(1, 0), (1, 2 * 128)])
     first = heart.open_space(1, b"f" * 16, 1, 0, SECTOR, share=full)
-    second = heart.open_space(1, b"w" * 16, 1, 0, SECTOR, 2, share=window)
+    second = heart.open_space(1, b"w" * 16, 1, 0, SECTOR, 2, share=window, main=first)
     prompts = []
     for turn in range(200):
         begin = keys_of(turn, 10)
@@ -449,7 +442,7 @@ def test_the_search_for_the_window_to_evict_is_short_however_far_windows_reach()
     heart, calls = Heart(1500 * SECTOR), 0
     heart.join(1, "engine")
     first = heart.open_space(1, b"f" * 16, 1, 0, SECTOR, share=0.8)
-    second = heart.open_space(1, b"w" * 16, 1, 0, SECTOR, 200, share=0.2)
+    second = heart.open_space(1, b"w" * 16, 1, 0, SECTOR, 200, share=0.2, main=first)
     for turn in range(6):
         keys = keys_of(turn, 200)
         usable(heart, first, second, keys, float(turn))
@@ -474,13 +467,13 @@ def test_the_search_for_the_window_to_evict_is_short_however_far_windows_reach()
 class CountingTable:
     """A table that counts what is looked for in it."""
 
-    looked_for = 0
+    looked_for = steps = 0
 
     def __init__(self, shards: int) -> None:
         self._table = Table(shards)
 
     def match(self, hashes: bytes) -> bytes:
-        self.looked_for += 1
+        self.looked_for, self.steps = self.looked_for + 1, self.steps + len(hashes) // 16
         return self._table.match(hashes)
 
     def __getattr__(self, name: str) -> Any:
@@ -505,6 +498,63 @@ def test_a_lookup_looks_for_no_chunk_of_a_group_twice() -> None:
         fill(heart, space, kept, 0.0)
     assert heart.lookup(0.0, 1, full, b"".join(keys), others=[states[0], window, states[1]]).chunks == 0
     assert max(space.table.looked_for for space in heart.spaces) <= 300 + 1  # type: ignore[attr-defined]
+
+
+def split_space(heart: Heart, process: int, shards: int) -> int:
+    """Open the space of one more split of a model."""
+    name, more = f"split {shards}".encode().ljust(16), {"family": b"m" * 16}
+    for shard in range(shards):
+        space = heart.open_space(process, name, shards, shard, SECTOR, split=Split((), shards), **more)
+    return space
+
+
+def test_a_lookup_looks_into_few_splits_however_many_have_stored_the_prompt() -> None:
+    """Of a model whose splits are all in use, those above the bound share nothing; an idle one makes place for a new one."""
+    heart, keys, counts = Heart(1 << 28, new_table=CountingTable), keys_of(1, 100), range(1, 21)  # type: ignore[arg-type]
+    for count in counts:
+        heart.join(count, f"engine {count}")
+        space = split_space(heart, count, count)
+        if count > 1:
+            for shard in range(count):
+                grant = heart.reserve(0.0, count, space, shard, b"", True, b"".join(keys))
+                heart.commit(0.0, count, grant.reservation, True)
+    assert heart.events.counters["spaces_without_sisters"] == len(counts) - MAX_SISTERS - 1
+    first, second, *_, last = heart.spaces
+    assert len(first.sisters) == MAX_SISTERS and not last.sisters
+
+    def looked_up(process: int, space: int) -> tuple[int, int]:
+        before = steps()
+        return heart.lookup(0.0, process, space, b"".join(keys), sisters=True).chunks, steps() - before
+
+    def steps() -> int:
+        return sum(one.table.steps for one in heart.spaces)  # type: ignore[attr-defined]
+
+    chunks, taken = looked_up(1, first.number)
+    assert chunks == 100 and taken <= (MAX_SISTERS + 1) * 101
+    chunks, taken = looked_up(20, last.number)
+    assert chunks == 100 and taken == 100
+    heart.leave(2)
+    heart.join(21, "engine 21")
+    newest = split_space(heart, 21, 21)
+    assert not second.sisters and len(first.sisters) == MAX_SISTERS
+    assert looked_up(21, newest)[0] == 100
+    with pytest.raises(Refusal, match="8 other splits"):
+        heart.open_sister(newest, Split((), 22))
+
+
+def test_a_window_forgets_the_index_of_a_model_that_is_closed() -> None:
+    """The space of the group that has everything is closed before that of the window: it is another model's, too."""
+    heart = Heart(100 * SECTOR)
+    heart.join(1, "engine")
+    heart.join(2, "other")
+    first = heart.open_space(1, b"f" * 16, 1, 0, SECTOR)
+    second = heart.open_space(1, b"w" * 16, 1, 0, SECTOR, 2, main=first)
+    assert heart.open_space(2, b"w" * 16, 1, 0, SECTOR, 2) == second
+    window = heart.space(second)
+    assert window is not None and window.main is heart.space(first)
+    heart.leave(1)
+    heart.tick(0.0)
+    assert heart.space(first) is None and window.main is None
 
 
 def usable(heart: Heart, first: int, second: int, keys: Sequence[bytes], now: float = 999.0) -> int:

@@ -360,14 +360,14 @@ class Life:
         others = [one for one in self.spaces if one is not space and self.may_use(process, one)]
         others = self.dice.sample(others, self.dice.randint(0, len(others)))
         asked = self.now, process, space.number, b"".join(keys), skip, "", [one.number for one in others], sisters
-        hit, usable = None, longest_usable([self.family(one, sisters) for one in (space, *others)], keys)
+        hit, usable = Hit(0, 0, b""), longest_usable([self.family(one, sisters) for one in (space, *others)], keys)
         if self.dice.random() < 0.5:
             events = len(self.events)
-            hit = self.heart.lookup_all(*asked)
+            hit = self.heart.lookup(*asked, partly=False)
             over = self.why_no_lease(self.instance(process))
-            assert (hit is None) == (bool(over) or usable < len(keys))
-            assert hit is not None or len(self.events) == events
-        if hit is None:
+            assert hit.chunks == (usable if usable == len(keys) and not over else 0)
+            assert hit.chunks or len(self.events) == events
+        if not hit.chunks:
             hit = self.heart.lookup(*asked)
         if reason := self.why_no_lease(self.instance(process)):
             assert hit == Hit(0, 0, b"") and self.events[-1].reason == reason

@@ -183,7 +183,7 @@ def test_an_engine_with_too_many_leases_gets_misses_and_goes_on() -> None:
     leases = [heart.lookup(0.0, 1, space, hashes(2)).lease for _ in range(MAX_LEASES)]
     assert all(leases)
     assert heart.lookup(0.0, 1, space, hashes(2)) == Hit(0, 0, b"")
-    assert heart.lookup_all(0.0, 1, space, hashes(2)) is None
+    assert heart.lookup(0.0, 1, space, hashes(2), partly=False) == Hit(0, 0, b"")
     assert heart.events.counters["missed:too many leases"] == 2
     assert heart.lookup(0.0, 2, space, hashes(2)).chunks == 2, "another engine's are its own"
     store(heart, 0.0, 1, space, hashes(2, 50))

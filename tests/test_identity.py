@@ -63,7 +63,7 @@ def test_a_rank_that_still_hashes_holds_up_no_step(
     hit = other.lookup(TOKENS)
     assert hit is not None
     rank = engine(cache, "rank", connect=False, scheduler=False, model=found(weights), deadline=1000.0)
-    half = WorkerSide(rank.worker, [Registered(rank.worker._paged, 1)], [0])
+    half = WorkerSide(rank.worker, [Registered(rank.worker._groups[0].paged, 1)], [0])
     half.wait_connected(StepPlan(stores=[StorePlan("job", "request", 16, bytes(16), bytes(16), 0, [0])]))
     assert not half._waited, "it waits for the server at the first step after that"
     assert not rank.wait(rank.submit_load(hit, 16, 0, 96, TOKENS)).ok

@@ -414,10 +414,9 @@ def test_clock_and_threads_come_from_the_runtime(server: Servers, engine: Engine
 
     runtime = Runtime(now=lambda: 5.0, sleep=lambda seconds: None, start=start)
     assert one.scheduler is not None
-    described = one.worker._layout_for, one.worker._shard, one.worker._paged
-    worker = type(one.worker)(replace(one.worker._connection.endpoint, rank=1), *described, runtime=runtime)
+    worker = type(one.worker)(replace(one.worker._connection.endpoint, rank=1), *one.worker._groups, runtime=runtime)
     endpoint = replace(one.scheduler._connection.endpoint, rank=1)
-    scheduler = type(one.scheduler)(endpoint, one.worker._layout_for, 1, runtime=runtime)
+    scheduler = type(one.scheduler)(endpoint, *one.scheduler._groups, runtime=runtime)
     try:
         eventually(lambda: worker.connected and scheduler.connected)
         assert {"lmcache-link-worker", "lmcache-link-scheduler", "lmcache-load", "lmcache-store", "lmcache-map"} == set(
@@ -466,12 +465,12 @@ def test_windows_and_states_are_stored_where_steps_begin_and_end(bed: Bed) -> No
 
 
 def test_chunks_of_windows_end_where_blocks_end(bed: Bed) -> None:
-    worker = bed.engine.worker
-    group = RankGroup(worker._layout_for, worker._shard, worker._paged, Group((0, 1), 64), block_tokens=32)
+    worker, own = bed.engine.worker, bed.engine.worker._groups[0]
+    group = RankGroup(worker._layout_for, own.shard, own.paged, Group((0, 1), 64), block_tokens=32)
     assert group.kept_tokens(96) == 64
     with pytest.raises(LayoutError, match="--chunk-size 32"):
         group.kept_tokens(48)
-    local = RankGroup(worker._layout_for, worker._shard, worker._paged, Group((0, 1), 64), local_tokens=64)
+    local = RankGroup(worker._layout_for, own.shard, own.paged, Group((0, 1), 64), local_tokens=64)
     assert [local.kept_tokens(chunk) for chunk in (32, 64, 128)] == [32, 64, 64]
     with pytest.raises(LayoutError, match="every 64 tokens: start the server with --chunk-size 64"):
         local.kept_tokens(96)

@@ -26,6 +26,7 @@ from lmcache.chunks import Layout, Split, TokenChain, space_fingerprint
 from lmcache.cli.main import main
 from lmcache.config import ServerConfig
 from lmcache.engine.endpoint import Endpoint
+from lmcache.engine.groups import GroupShape
 from lmcache.engine.scheduler import SchedulerSession
 from lmcache.memory.arena import Arena
 from lmcache.runtime import Runtime
@@ -607,7 +608,9 @@ def session():
         address = f"unix://{service.sessions.socket_path}" if endpoint == "unix" else f"tcp://127.0.0.1:{port}"
         mode = "auto" if endpoint == "unix" else "payload"
         endpoint = Endpoint(address, "long", "scheduler", deadline_seconds=PATIENCE, transfer_mode=mode)
-        made.append(SchedulerSession(endpoint, lambda chunk: Layout("l", "bfloat16", 1, 1, 64, chunk), shards))
+        made.append(
+            SchedulerSession(endpoint, GroupShape(lambda chunk: Layout("l", "bfloat16", 1, 1, 64, chunk), shards))
+        )
         assert made[-1].wait_connected(PATIENCE)
         return made[-1]
 

@@ -260,7 +260,7 @@ class HybridRanks:
         layouts = [partial(Layout, "m", "bfloat16", len(layers), self.HEADS, 8) for layers in self.LAYERS]
         shapes = [GroupShape(layout, count, kind, 0.5) for layout, kind in zip(layouts, kinds, strict=True)]
         endpoint = Endpoint(cache.address, name, "scheduler", 0, PATIENCE, transfer_mode=mode)
-        self.scheduler = SchedulerSession(endpoint, layouts[0], count, group=kinds[0], share=0.5, others=shapes[1:])
+        self.scheduler = SchedulerSession(endpoint, *shapes)
         own = self.HEADS // count
         self.kv = [
             [np.full((len(layers), 2, 40, self.BLOCK, own, 8), POISON, dtype=np.uint16) for layers in self.LAYERS]
@@ -276,12 +276,7 @@ class HybridRanks:
                 for layout, kind, kv in zip(layouts, kinds, arrays, strict=True)
             ]
             endpoint = Endpoint(cache.address, name, "worker", rank, PATIENCE, transfer_mode=mode)
-            self.workers.append(
-                WorkerSession(
-                    *(endpoint, layouts[0], groups[0].shard, groups[0].paged),
-                    group=kinds[0], share=0.5, others=groups[1:],
-                )
-            )  # fmt: skip
+            self.workers.append(WorkerSession(endpoint, *groups))
             self.copies.append(Copies(self.workers[-1], [rank] * 2, requests=self.requests))
         assert all(session.wait_connected(PATIENCE) for session in (self.scheduler, *self.workers))
         self.tables = [np.random.default_rng(seed).permutation(40).tolist() for seed in (1, 2)]

@@ -591,7 +591,7 @@ def test_no_tier_is_asked_about_all_of_a_very_long_prompt_at_once(
     rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch, knows: bool, shards: int
 ) -> None:
     """The names of its shards are made in the loop, which serves nobody meanwhile."""
-    monkeypatch.setattr("lmcache.server.tiering.MOST_ASKED", 8)
+    monkeypatch.setattr("lmcache.server.tier_contents.MOST_ASKED", 8)
     tier, asked = HandTier(knows), list[int]()
     one, hashes = rig(spec(tier), shards=shards), chain(1, 20)
     for name in ("known", "contains"):

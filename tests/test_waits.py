@@ -26,10 +26,10 @@ ENDS = {
         "self._populating.join()",
     ): "`_stop` is set, and the thread looks at it after each step of a few MiB",
     (
-        "engine/worker.py",
+        "engine/copy_threads.py",
         "self._ready[kind].wait_for(lambda: queue or unreported or self._closed)",
     ): "a copying thread's work comes, or `close` notifies it",
-    ("engine/worker.py", "point.synchronize()"): THE_DEVICE,
+    ("engine/copy_threads.py", "point.synchronize()"): THE_DEVICE,
     ("engine/identity.py", "self._thread.join()"): "the thread looks at `_unwanted` after each tensor",
     ("engine/points.py", "point.synchronize()"): THE_DEVICE,
     ("integration/vllm/paged.py", "written.synchronize()"): THE_DEVICE,

@@ -14,6 +14,7 @@ from lmcache.chunks import Layout, shard_of_rank
 from lmcache.engine import Copies, Copy, Request, Requests, SchedulerSession, StorePlan, WorkerSession
 from lmcache.engine.embedded import wait_connected
 from lmcache.engine.endpoint import Endpoint, server_address
+from lmcache.engine.groups import GroupShape, RankGroup
 from lmcache.runtime import RUNTIME, Runtime
 
 
@@ -58,13 +59,11 @@ class CacheConnection:
             transfer_mode=transfer_mode,
         )
         count = len(ranks)
-        self._scheduler = SchedulerSession(scheduler, layout_for, count, runtime=runtime)
+        self._scheduler = SchedulerSession(scheduler, GroupShape(layout_for, count), runtime=runtime)
         self._workers = [
             WorkerSession(
                 replace(scheduler, role="worker", rank=rank),
-                layout_for,
-                shard_of_rank(layout_for(1), rank, count, 0, model.layers),
-                kv.describe(),
+                RankGroup(layout_for, shard_of_rank(layout_for(1), rank, count, 0, model.layers), kv.describe()),
                 runtime=runtime,
             )
             for rank, kv in enumerate(ranks)

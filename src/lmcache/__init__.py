@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from lmcache.engine.embedded import EmbeddedServer as EmbeddedServer
     from lmcache.engine.embedded import embedded_address as embedded_address
     from lmcache.engine.endpoint import Endpoint as Endpoint
+    from lmcache.engine.groups import GroupShape as GroupShape
+    from lmcache.engine.groups import RankGroup as RankGroup
     from lmcache.engine.identity import named as named
     from lmcache.engine.identity import path_identity as path_identity
     from lmcache.engine.local import LocalRank as LocalRank
@@ -51,6 +53,7 @@ _MODULES = {
     "engine": "Copies Done Hit Load Loading Request Requests SchedulerSession Store WorkerSession",
     "engine.embedded": "EmbeddedServer embedded_address",
     "engine.endpoint": "Endpoint",
+    "engine.groups": "GroupShape RankGroup",
     "engine.identity": "named path_identity",
     "engine.local": "LocalRank",
     "engine.served": "ServedKV",

@@ -15,6 +15,7 @@ from lmcache.chunks import HASH_BYTES, Layout, TokenChain, shard_of_rank
 from lmcache.engine import Done, Hit, Load, SchedulerSession, Store, WorkerSession
 from lmcache.engine.connection import Connection
 from lmcache.engine.endpoint import Endpoint
+from lmcache.engine.groups import GroupShape, RankGroup
 from lmcache.errors import ServerUnavailable
 from lmcache.transfer.paged import PagedKV, Plane
 from lmcache.wire import messages as m
@@ -67,18 +68,14 @@ class BenchEngine:
         instance = f"bench-{os.getpid()}-{secrets.token_hex(4)}"
         endpoint = functools.partial(Endpoint, address, instance, deadline_seconds=DEADLINE_SECONDS)
         self._jobs = itertools.count()
-        self._scheduler = SchedulerSession(endpoint("scheduler"), model.layout, 1)
+        self._scheduler = SchedulerSession(endpoint("scheduler"), GroupShape(model.layout, 1))
         self._pinger = Connection(endpoint("ping"), _nothing_to_register)
         self._worker: WorkerSession | None = None
         if not scheduler_only:
             self.paged = make_paged(model)
-            self._worker = WorkerSession(
-                endpoint("worker"),
-                model.layout,
-                shard_of_rank(model.layout(1), 0, 1, 0, model.layers),
-                self.paged,
-                threads=threads,
-            )
+            shard = shard_of_rank(model.layout(1), 0, 1, 0, model.layers)
+            group = RankGroup(model.layout, shard, self.paged)
+            self._worker = WorkerSession(endpoint("worker"), group, threads=threads)
         waits = [self._scheduler.wait_connected, self._pinger.wait_connected]
         waits += [self._worker.wait_connected] if self._worker else []
         if not all(wait(CONNECT_SECONDS) for wait in waits):

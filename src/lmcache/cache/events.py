@@ -85,14 +85,7 @@ class Events:
                 self.named.add(kind)
 
     def emit(
-        self,
-        kind: str,
-        space: int,
-        chunks: int,
-        reason: str,
-        by: By,
-        detail: Callable[[Event], Event],
-        shard: int = -1,
+        self, kind: str, space: int, chunks: int, reason: str, by: By, detail: Callable[[Event], Event], shard: int = -1
     ) -> None:
         """Count an event and call its listeners; `detail` adds the hashes and the fields after them, if a listener needs those.
 

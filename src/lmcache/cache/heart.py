@@ -24,7 +24,7 @@ from lmcache.cache.allocator import Space, in_use
 from lmcache.cache.claims import SERVER, AnyClaim, Claims, Held, Instance, Lease, Refusal, Reservation
 from lmcache.cache.events import NOBODY, By
 from lmcache.cache.groups import Found, Part, parts_of, usable_prefix
-from lmcache.cache.index import Index, names_of, of_last, of_new, of_records, pack_ids
+from lmcache.cache.index import MAX_SISTERS, Index, names_of, of_last, of_new, of_records, pack_ids
 from lmcache.cache.table import COMPLETED, RELEASED, Table
 from lmcache.chunks import HASH_BYTES, Split
 from lmcache.memory.slabs import NO_EXTENT
@@ -74,7 +74,8 @@ class Grant(NamedTuple):
 class Heart(Index):
     """Decides about one arena of `total_bytes`, by the rules at the head of this file.
 
-    This class has no memory. `L1` adds the arena, and overrides the `_note_` methods, which tell it what extents hold.
+    This class has no memory. `L1` adds the arena, and overrides `_back`, which allocates the memory of extents, and the `_note_`
+    methods, which tell it what extents hold.
 
     Args:
         total_bytes: size of the arena.
@@ -136,11 +137,12 @@ class Heart(Index):
         family: bytes = b"",
         split: Split | None = None,
         expected: Sequence[Split] = (),
+        main: int = -1,
     ) -> int:
         """Return the number of the space for this layout and split. A rank also gives its shard and the size of its extents.
 
-        reach_chunks: as in `Space`; a part of what the fingerprint stands for. share: as in `Space`, for a new space. family,
-        split: as in `Space`; a space for which they are missing once has no sisters from then on. expected: as in `Space`.
+        The others as in `Space`; `reach_chunks` is a part of what the fingerprint stands for, and `share` counts for a new space.
+        A space for which `family` and `split` are missing once has no sisters from then on. main: the number of that space.
 
         Raises:
             TooSmall: one chunk, with the shards registered so far, is larger than the arena.
@@ -161,6 +163,9 @@ class Heart(Index):
         if not family and space.family:
             self._leave_family(space)
         space.expected = expected if space.family else ()
+        group = self._spaces.get(main)
+        if group is not None and space.reach_chunks and not group.reach_chunks:
+            space.main = group
         instance.spaces.add(space.number)
         self._allocator.join(space, instance.name)
         return space.number
@@ -177,6 +182,8 @@ class Heart(Index):
             if known.family != space.family:
                 raise Refusal(f"the shards of space {known.number} are not the KV heads and layers that its split has")
             return
+        if len(space.sisters) >= MAX_SISTERS:
+            raise Refusal(f"{MAX_SISTERS} other splits of this model are open already")
         size = sum(space.shard_bytes) // split.count
         sister = self._new_space(space.family, split.count, space.reach_chunks, space.share, space.family, split)
         for shard in range(split.count):
@@ -200,12 +207,14 @@ class Heart(Index):
         request: str = "",
         others: Sequence[int] = (),
         sisters: bool = False,
+        partly: bool = True,
     ) -> Hit:
         """Count how many of these chunks, from the first on, can be used; lease those that are needed from `first_wanted` on.
 
         hashes: 16 bytes a chunk. request: the engine's id of the request, for events. others: the spaces of the model's other
         groups, if it has several; a prefix can be used if all groups have what they need of it (`cache.groups`). sisters: whether
-        the engine can use what sisters of its spaces have.
+        the engine can use what sisters of its spaces have. partly: if false, and not all these chunks can be used, return a hit
+        of no chunks, and touch, lease and count nothing.
 
         Raises:
             Refusal: unknown space or process.
@@ -214,38 +223,18 @@ class Heart(Index):
         asked, by = len(hashes) // HASH_BYTES, (process, instance.tier, request)
         reason = self._claims.why_no_lease(instance)
         if reason:
-            self.events.emit("missed", space_number, asked, reason, by, lambda event: event._replace(hashes=hashes))
+            if partly:
+                self.events.emit("missed", space_number, asked, reason, by, lambda event: event._replace(hashes=hashes))
             return Hit(0, 0, b"")
         chunks, spaces, found = self._usable(process, space, others, hashes, sisters)
-        hit = self._lease(now, by, instance, spaces, hashes, chunks, found, first_wanted)
         missed = asked - chunks
+        if missed and not partly:
+            return Hit(0, 0, b"")
+        hit = self._lease(now, by, instance, spaces, hashes, chunks, found, first_wanted)
         if missed:
             reason = self._why_missed(spaces, hashes, chunks)
             self.events.emit("missed", space_number, missed, reason, by, lambda event: of_last(event, hashes))
         return hit
-
-    def lookup_all(
-        self,
-        now: float,
-        process: int,
-        space_number: int,
-        hashes: bytes,
-        first_wanted: int = 0,
-        request: str = "",
-        others: Sequence[int] = (),
-        sisters: bool = False,
-    ) -> Hit | None:
-        """Do the same as `lookup` if all these chunks can be used. Otherwise touch, lease and count nothing, and return None.
-
-        Raises:
-            Refusal: unknown space or process.
-        """
-        space, instance = self._admit(process, space_number)
-        chunks, spaces, found = self._usable(process, space, others, hashes, sisters)
-        if chunks < len(hashes) // HASH_BYTES or self._claims.why_no_lease(instance):
-            return None
-        by = process, instance.tier, request
-        return self._lease(now, by, instance, spaces, hashes, chunks, found, first_wanted)
 
     def _usable(
         self, process: int, space: Space, others: Sequence[int], hashes: bytes, sisters: bool
@@ -255,11 +244,7 @@ class Heart(Index):
         if not others and not space.reach_chunks and not (sisters and space.sisters):
             ids = space.table.match(hashes)
             return len(ids) // 4, (space,), ids
-        spaces = [space]
-        for number in others:
-            other = self._admit(process, number)[0]
-            other.main = space if other.reach_chunks and not space.reach_chunks else None
-            spaces.append(other)
+        spaces = [space, *(self._admit(process, number)[0] for number in others)]
         chunks, found = usable_prefix(spaces, hashes, sisters)
         return chunks, spaces, found
 
@@ -415,12 +400,22 @@ class Heart(Index):
         tier: the tier for which the server reserves. request: the engine's id of the request, for events.
 
         Raises:
-            Refusal: unknown space, process or shard.
+            Refusal: unknown space, process or shard; or there is no memory for extents, and no chunk can be evicted.
         """
         space, instance = self._admit(process, space_number, tier)
         if not 0 <= shard < space.shards or space.classes[shard] < 0:
             raise Refusal(f"shard {shard} is not registered: register it first")
-        table, asked, by = space.table, len(hashes) // HASH_BYTES, (process, instance.tier, request)
+        by, tries = (process, instance.tier, request), 0
+        while True:
+            grant = self._grant(now, by, instance, space, shard, parent, root, hashes)
+            tries += 1
+            if not grant.reservation or self._back(process, grant.reservation, tries):
+                return grant
+
+    def _grant(
+        self, now: float, by: By, instance: Instance, space: Space, shard: int, parent: bytes, root: bool, hashes: bytes
+    ) -> Grant:
+        table, asked = space.table, len(hashes) // HASH_BYTES
         root = root or space.reach_chunks > 0  # such a chunk needs none of those before it
         parent_id = -1 if root else table.get(parent)
         # Behind what only a sister has, the chunks begin a path of their own.
@@ -430,7 +425,7 @@ class Heart(Index):
             reason = "quarantine"
         elif not root:
             reason = "no parent"
-        elif process == SERVER and not in_use(space):
+        elif by[0] == SERVER and not in_use(space):
             reason = "no engine"  # the engine has gone: a load for it must not evict what other engines use
         if reason:
             self.events.emit(
@@ -618,7 +613,16 @@ class Heart(Index):
             lambda event: of_records(event, claim.table, records), claim.shard,
         )  # fmt: skip
 
-    # Contents of extents, recorded by subclasses
+    # Memory and contents of extents, which subclasses have
+
+    def _back(self, process: int, reservation: int, tries: int) -> bool:
+        """Allocate memory for the extents of a reservation. If there is none, give the reservation up and return False, for the
+        chunks to be reserved in other extents. tries: how many reservations the request has made, with this one.
+
+        Raises:
+            Refusal: enough of them have failed.
+        """
+        return True
 
     def _note_opened(self, number: int, held: Reservation) -> None:
         """Record that the reservation's process may write to its extents from now on."""

@@ -16,8 +16,12 @@ from lmcache.cache.events import By, Event, Events
 from lmcache.cache.table import EMPTY, Table
 from lmcache.chunks import HASH_BYTES, Split
 from lmcache.memory.slabs import NO_EXTENT, Slabs
+from lmcache.observability.log import init_logger
 
+logger = init_logger(__name__)
 MAX_SPACES = 1024
+MAX_SISTERS = 8
+"""The most sisters of a space: in the worst case a lookup looks for all of its chunks in each of them."""
 _NO_PARENT = bytes(HASH_BYTES)
 
 
@@ -68,6 +72,8 @@ class Index:
         if len(self._spaces) >= MAX_SPACES:
             raise Refusal(f"{MAX_SPACES} layouts are open already: close some engines, or clear the cache")
         number, self._next_space = self._next_space, self._next_space + 1
+        if family and not self._make_place(family):
+            family, split = b"", None
         space = Space(
             *(number, fingerprint, shards, self._new_table(shards), [-1] * shards, [0] * shards, reach_chunks),
             split=split,
@@ -77,6 +83,21 @@ class Index:
         self._space_of[fingerprint, shards] = self._spaces[number] = space
         self._note_family(family)
         return space
+
+    def _make_place(self, family: bytes) -> bool:
+        """Return whether one more space can join this family. From a full one the oldest space that no engine uses goes."""
+        members = [one for one in self._spaces.values() if one.family == family]
+        if len(members) <= MAX_SISTERS:
+            return True
+        idle = next((one for one in members if not one.instances), None)
+        if idle is not None:
+            self._leave_family(idle)
+        self.events.counters["spaces_without_sisters"] += 1
+        logger.warning(
+            "%d splits of one model are open (parallel sizes): engines load no KV across more, so %s shares none with them",
+            *(len(members), "the newest one" if idle is None else "the oldest one that no engine uses"),
+        )
+        return idle is not None
 
     def _note_family(self, family: bytes) -> None:
         """Tell the spaces of a family who their sisters are."""
@@ -104,6 +125,8 @@ class Index:
                 self._allocator.close(space)
                 del self._spaces[space.number], self._space_of[space.fingerprint, space.shards]
                 self._leave_family(space)
+                for one in self._spaces.values():
+                    one.main = None if one.main is space else one.main
 
     def _complete_keys(self, space: Space) -> bytes:
         """Return the hashes of the space's complete chunks, or nothing if no listener needs the hashes of cleared chunks."""

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import ParamSpec
 
 from lmcache.cache.claims import SERVER, Refusal, Reservation
-from lmcache.cache.heart import Grant, Heart
+from lmcache.cache.heart import Heart
 from lmcache.cache.table import Table
 from lmcache.memory.arena import Arena, ArenaFull
 from lmcache.memory.headers import Writer
@@ -59,33 +59,7 @@ class L1(Heart):
         """Return the bytes of an extent, for the holder of a lease or reservation of it."""
         return self.arena.mapping.view(sector * SECTOR_BYTES, size_bytes)
 
-    def reserve(
-        self,
-        now: float,
-        process: int,
-        space_number: int,
-        shard: int,
-        parent: bytes,
-        root: bool,
-        hashes: bytes,
-        tier: str = "",
-        request: str = "",
-    ) -> Grant:
-        """Do the same as `Heart.reserve`, and allocate memory for all extents that it grants.
-
-        Raises:
-            Refusal: unknown space, process or shard; or the file system gives no memory, and no chunk can be evicted.
-        """
-        for _ in range(MAX_GIVEN_UP):
-            grant = super().reserve(now, process, space_number, shard, parent, root, hashes, tier, request)
-            if not grant.reservation or self._back(process, grant.reservation):
-                return grant
-        raise Refusal(
-            f"{self.arena.path.parent} gives no memory for the arena: free some there, or pass a smaller --l1-size-gb"
-        )
-
-    def _back(self, process: int, reservation: int) -> bool:
-        """Allocate memory for the extents of a reservation. If that fails, give the reservation up and return False."""
+    def _back(self, process: int, reservation: int, tries: int) -> bool:
         if self.arena.backed_bytes == self.arena.size_bytes:
             return True
         sectors, size = self.reserved_sectors(process, reservation)
@@ -98,7 +72,11 @@ class L1(Heart):
             lost = {sector for sector in sectors if not self.arena.has_sectors(sector * SECTOR_BYTES, size)}
             counters["given_up_extents"] += len(lost)
             self.give_up(process, reservation, lost)
-            return False
+            if tries < MAX_GIVEN_UP:
+                return False
+            raise Refusal(
+                f"{self.arena.path.parent} gives no memory for the arena: free some there, or pass a smaller --l1-size-gb"
+            ) from None
         return True
 
     # Extent headers

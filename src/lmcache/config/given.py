@@ -59,12 +59,7 @@ def check_secret_file(path: Path, said: str, remedy: str = "") -> None:
 
 
 def entries(
-    path: Path,
-    name: str,
-    example: str,
-    known: Collection[str],
-    remedy: str = "",
-    spelling: Callable[[str], str] = str,
+    path: Path, name: str, example: str, known: Collection[str], remedy: str = "", spelling: Callable[[str], str] = str
 ) -> Iterator[tuple[str, Any, str]]:
     """Yield (key, node of the value, FILE:LINE) of a YAML file of settings. Arguments and errors are as in `read_yaml`.
 

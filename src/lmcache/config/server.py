@@ -51,43 +51,31 @@ class ServerConfig:
     """All settings of `lmcache server`, checked for meaning. `load` fills it; code may also construct it directly."""
 
     l1_size_gb: float = _cache(
-        "GB",
-        read.l1_size,
-        0.0,
+        *("GB", read.l1_size, 0.0),
         default_text="auto, a quarter of what is available",
         help="Memory for KV, in GiB (2^30 bytes); fractions are fine. The arena never grows past it.",
     )
     eviction_policy: str = _cache(
-        "NAME",
-        read.word(*POLICIES),
-        "LRU",
+        *("NAME", read.word(*POLICIES), "LRU"),
         help="Which chunks a full L1 evicts. LRU: those unused for longest go first, a prompt's end before its start.",
     )
     chunk_size: int = _cache(
-        "TOKENS",
-        read.integer(1, 1 << 20),
-        256,
+        *("TOKENS", read.integer(1, 1 << 20), 256),
         help="Tokens in a chunk, the unit of reuse. Small chunks find more in short prompts and cost more per token; "
         "any size works with any block size of the engine. Engines learn the size from the server.",
     )
     lease_seconds: float = _cache(
-        "SECONDS",
-        read.number(1, 3600),
-        30.0,
+        *("SECONDS", read.number(1, 3600), 30.0),
         help="How long an engine may take to load what a lookup found or to store what it reserved, and a tier to finish a "
         "load. After that their memory counts as quarantined: out of use until they release it or have ended.",
     )
     max_workers: int = _cache(
-        "N",
-        read.integer(1, 256),
-        2,
+        *("N", read.integer(1, 256), 2),
         help="I/O threads for engines on other hosts. Engines on this host copy by themselves; tiers have their own threads.",
     )
 
     l2: tuple[str, ...] = _tiers(
-        "URL",
-        read.urls,
-        (),
+        *("URL", read.urls, ()),
         default_text="none",
         repeat=True,
         help="A tier behind L1; may be given several times, the nearest first: disk:///var/lib/lmcache?max_gb=200, "
@@ -95,95 +83,69 @@ class ServerConfig:
         "write=through|on-evict|none, read=yes|no, name=NAME. docs/tiers has a page for each.",
     )
     l2_adapter: tuple[str, ...] = _tiers(
-        "JSON",
-        read.lines,
-        (),
+        *("JSON", read.lines, ()),
         default_text="none",
         repeat=True,
         help="""A tier as JSON: '{"type": "fs", "base_path": "/data"}'. Types: fs, resp (Redis), s3.""",
     )
     l2_required: bool = _tiers(
-        "",
-        read.switch,
-        False,
+        *("", read.switch, False),
         default_text="off",
         help="Refuse to start when a tier cannot be reached. Otherwise the server starts without it and tries again.",
     )
     l2_patience_seconds: float = _tiers(
-        "SECONDS",
-        read.number(0.01, 600),
-        10.0,
+        *("SECONDS", read.number(0.01, 600), 10.0),
         help="The longest that a request waits for loads from tiers, where the measured speeds suggest nothing shorter.",
     )
     l2_queue_gb: float = _tiers(
-        "GB",
-        read.number(0, 1e6),
-        0.0,
+        *("GB", read.number(0, 1e6), 0.0),
         default_text="half of L1",
         help="Bytes of chunks that may wait to be written to a tier, in GiB; beyond it the newest chunks are not written.",
     )
     worth: str = _tiers(
-        "WHEN",
-        read.word("auto", "always"),
-        "auto",
+        *("WHEN", read.word("auto", "always"), "auto"),
         help="auto: do not load what the engine computes sooner, by the measured speeds. always: load whatever a tier holds.",
     )
     drain_seconds: float = _tiers(
-        "SECONDS",
-        read.number(0, 3600),
-        10.0,
+        *("SECONDS", read.number(0, 3600), 10.0),
         help="How long the server, after SIGTERM, goes on writing queued chunks to tiers.",
     )
 
     host: str = _network(
-        "ADDRESS",
-        read.address,
-        "127.0.0.1",
+        *("ADDRESS", read.address, "127.0.0.1"),
         help="Address that engines connect to (ZMQ). Beyond loopback it needs --auth-key-file or --insecure-no-auth.",
     )
     port: int = _network(
-        "PORT",
-        read.integer(0, 65535),
-        5555,
+        *("PORT", read.integer(0, 65535), 5555),
         help="TCP port for engines (ZMQ). 0 takes a free one, which the log names.",
     )
     http_host: str = _network(
-        "ADDRESS",
-        read.address,
-        "0.0.0.0",
+        *("ADDRESS", read.address, "0.0.0.0"),
         help="Address of health, status and metrics (HTTP). Calls that change something need a local client or the token.",
     )
     http_port: int = _network(
         "PORT", read.integer(0, 65535), 8080, help="TCP port of health, status and metrics. 0 takes a free one."
     )
     socket_dir: Path = _network(
-        "DIR",
-        read.socket_dir,
-        read.default_socket_dir,
+        *("DIR", read.socket_dir, read.default_socket_dir),
         default_text="$XDG_RUNTIME_DIR/lmcache or /tmp/lmcache-UID",
         help="Directory (0700) of the Unix socket through which engines on this host get the arena. "
         "Mount it in an engine's container so that the engine maps the arena too.",
     )
 
     auth_key_file: Path | None = _security(
-        "FILE",
-        read.path,
-        None,
+        *("FILE", read.path, None),
         help="CURVE key file (0600) that engines on other hosts must prove to know; needed for --host beyond loopback. "
         "Engines take theirs from LMCACHE_AUTH_KEY_FILE.",
     )
     insecure_no_auth: bool = _security(
-        "",
-        read.switch,
-        False,
+        *("", read.switch, False),
         default_text="off",
         help="Let anybody who can reach --host read and write the cache. For closed networks only. "
         "Engines need LMCACHE_INSECURE_NO_AUTH=1, since they cannot tell that it is this server.",
     )
     api_token: str = _security(
-        "TOKEN",
-        read.token,
-        "",
+        *("TOKEN", read.token, ""),
         secret=True,
         help="Bearer token for HTTP calls that change something, from other hosts. On the command line it is visible "
         "to every user of this machine: prefer --api-token-file or the environment.",
@@ -191,29 +153,21 @@ class ServerConfig:
     api_token_file: Path | None = _security("FILE", read.path, None, help="File (0600) that holds the token.")
 
     arena_dir: Path = _machine(
-        "DIR",
-        read.path,
-        Path("/dev/shm"),
+        *("DIR", read.path, Path("/dev/shm")),
         help="Directory of the L1 memory file, in a memory file system (tmpfs, hugetlbfs).",
     )
     numa: str = _machine(
-        "NODES",
-        read.numa,
-        "auto",
+        *("NODES", read.numa, "auto"),
         help="Memory nodes of L1. auto and spread: interleaved over all nodes (auto does nothing on a single node); "
         "0 or 0,2-3: only these, for engines whose GPUs are attached to them.",
     )
     log_level: str = _machine(
-        "LEVEL",
-        read.word(*LOG_LEVELS),
-        "INFO",
+        *("LEVEL", read.word(*LOG_LEVELS), "INFO"),
         extra_env="LMCACHE_LOG_LEVEL",
         help=f"How much to log: {', '.join(LOG_LEVELS)}.",
     )
     config: Path | None = _machine(
-        "FILE",
-        read.path,
-        None,
+        *("FILE", read.path, None),
         in_file=False,
         help="YAML file with any of these settings, `l1-size-gb: 20` for --l1-size-gb 20; ${NAME} takes a value from "
         "the environment. `lmcache config check FILE` prints the result.",

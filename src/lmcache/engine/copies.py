@@ -79,11 +79,7 @@ class Copies:
         return copy
 
     def store(
-        self,
-        plan: StorePlan,
-        blocks: Blocks | None = None,
-        after: Event | None = None,
-        others: Sequence[Blocks] = (),
+        self, plan: StorePlan, blocks: Blocks | None = None, after: Event | None = None, others: Sequence[Blocks] = ()
     ) -> Copy:
         """Begin to store chunks; arguments as for `load`. after: the point in the stream behind which the blocks are filled."""
         if not self.stores:

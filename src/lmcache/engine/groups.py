@@ -15,6 +15,7 @@ from lmcache.engine.session import LayoutFor
 from lmcache.errors import LayoutError
 from lmcache.transfer.bounds import Runs
 from lmcache.transfer.paged import ExtentShape, PagedKV
+from lmcache.wire import messages as m
 
 _REACH_TO_KEEP_ALL = 2048
 """Tokens. A group with a shorter reach needs a part of the memory only, since prompts are longer."""
@@ -29,6 +30,11 @@ class GroupShape(NamedTuple):
     group: Group | None = None
     share: float = 1.0
     stages: tuple[int, ...] = ()
+
+    def registration(self, chunk_tokens: int, shard: int = -1, shard_bytes: int = 0, main: int = -1) -> m.Register:
+        """Return the request that registers the group, as the scheduler or as a rank that holds `shard`. main: as there."""
+        layout, stages = self.layout_for(chunk_tokens), list(self.stages)
+        return m.Register(layout, self.shards, shard, shard_bytes, stages, self.group, self.share, main)
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,11 @@ class RankGroup:
 
     local_tokens: int = 0
     """As in `GroupTable`."""
+
+    @property
+    def shape(self) -> GroupShape:
+        """The group as the scheduler knows it."""
+        return GroupShape(self.layout_for, self.shard.count, self.group, self.share, self.stages)
 
     def first_token(self, chunk: npt.NDArray[np.int64], chunk_tokens: int) -> npt.NDArray[np.int64]:
         """Return the first token of each of these chunks that its extent holds."""

@@ -9,7 +9,7 @@ from typing import Generic
 from lmcache.engine.copies import Copies, Copy
 from lmcache.engine.embedded import NOT_STARTED, EmbeddedServer, wait_connected, wait_for_server
 from lmcache.engine.endpoint import Endpoint
-from lmcache.engine.groups import GroupShape, RankGroup, shares
+from lmcache.engine.groups import RankGroup, shares
 from lmcache.engine.requests import GroupTable, Requests, RequestT
 from lmcache.engine.scheduler import SchedulerSession
 from lmcache.engine.served import ServedKV
@@ -46,15 +46,9 @@ class LocalRank(Generic[RequestT]):
         self.kv, self.deadline_seconds = kv, endpoint.deadline_seconds
         scheduler, worker = (replace(endpoint, role=role) for role in ("scheduler", "worker"))
         served = (kv, *others)
-        first, *further = _rank_groups(served)
-        self.scheduler = SchedulerSession(
-            *(scheduler, kv.layout, kv.shard.count, stages, runtime, first.group, first.share),
-            [GroupShape(one.layout_for, one.shard.count, one.group, one.share) for one in further],
-        )
-        self.worker = WorkerSession(
-            *(worker, kv.layout, kv.shard, kv.paged, threads, stages, runtime, first.group, first.share, further),
-            *(first.state_tokens, first.block_tokens),
-        )
+        groups = _rank_groups(served, tuple(stages))
+        self.scheduler = SchedulerSession(scheduler, *(one.shape for one in groups), runtime=runtime)
+        self.worker = WorkerSession(worker, *groups, threads=threads, runtime=runtime)
         tables = [
             GroupTable(0, one.group.reach_tokens if one.group else 0, one.only_last or one.model.kind == "state")
             for one in served
@@ -82,11 +76,12 @@ class LocalRank(Generic[RequestT]):
         self.requests.close()
 
 
-def _rank_groups(served: Sequence[ServedKV]) -> list[RankGroup]:
+def _rank_groups(served: Sequence[ServedKV], stages: tuple[int, ...]) -> list[RankGroup]:
     sizes = [(one.shard.token_bytes(one.model), one.group.reach_tokens if one.group else 0) for one in served]
     return [
         RankGroup(
-            *(one.layout, one.shard, one.paged, one.group, share), int(one.model.kind == "state"), one.block_tokens
+            *(one.layout, one.shard, one.paged, one.group, share, int(one.model.kind == "state"), one.block_tokens),
+            stages=() if number else stages,
         )
-        for one, share in zip(served, shares(sizes), strict=True)
+        for number, (one, share) in enumerate(zip(served, shares(sizes), strict=True))
     ]

@@ -215,13 +215,7 @@ class Requests(Generic[RequestT]):
         assert request.hit is not None and request.chain is not None
         job, size, hit = self._job("load"), request.chain.chunk_tokens, request.hit
         plans = [
-            LoadPlan(
-                *(job, request.id, part, size),
-                max(start, group.needed_from(end)),
-                end,
-                list(blocks),
-                total,
-            )
+            LoadPlan(*(job, request.id, part, size), max(start, group.needed_from(end)), end, list(blocks), total)
             for group, part, blocks in zip(
                 self._groups, (hit, *hit.others), request.all_tables(len(self._groups)), strict=True
             )

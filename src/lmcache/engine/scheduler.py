@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Sequence
 from itertools import repeat
 from typing import NamedTuple
 
-from lmcache.chunks import Group, TokenChain, chunk_root
+from lmcache.chunks import TokenChain, chunk_root
 from lmcache.chunks.hashing import HASH_BYTES, Extras
 from lmcache.engine.connection import Connection
 from lmcache.engine.endpoint import Endpoint
 from lmcache.engine.groups import GroupShape
 from lmcache.engine.hello import ask
 from lmcache.engine.jobs import Foreign
-from lmcache.engine.session import UNKNOWN, LayoutFor, Session
+from lmcache.engine.session import UNKNOWN, Session
 from lmcache.errors import LMCacheError
 from lmcache.observability.log import init_logger
 from lmcache.runtime import RUNTIME, Runtime
@@ -65,28 +64,14 @@ class SchedulerSession(Session):
 
     Args:
         endpoint: the server's address; its `instance` is that of the workers.
-        layout_for: returns the model's layout for a chunk size in tokens, which the server gives. While it raises
+        groups: the model's kinds of KV, one or several, in the order of the workers'. While the first one's `layout_for` raises
             IdentityUnknown this session connects to no server.
-        shards: number of shards of a chunk, as in `Shard.count`.
-        stages: the layer at which each pipeline stage ends, if the model is split by layers; the same as the workers'.
-        others: the further groups of a model with several kinds of KV, in the order of the workers'; `layout_for`, `shards`,
-            `group` and `share` are those of the first one.
         runtime: clock and threads.
     """
 
-    def __init__(
-        self,
-        endpoint: Endpoint,
-        layout_for: LayoutFor,
-        shards: int,
-        stages: Sequence[int] = (),
-        runtime: Runtime = RUNTIME,
-        group: Group | None = None,
-        share: float = 1.0,
-        others: Sequence[GroupShape] = (),
-    ) -> None:
-        super().__init__(layout_for, runtime)
-        self._groups = (GroupShape(layout_for, shards, group, share, tuple(stages)), *others)
+    def __init__(self, endpoint: Endpoint, *groups: GroupShape, runtime: Runtime = RUNTIME) -> None:
+        super().__init__(groups[0].layout_for, runtime)
+        self._groups = groups
         self._all_shards = sum(one.shards for one in self._groups)
         self._most_hashes = HASH_BYTES * m.most_looked_up(0, self._all_shards)
         """The answer to a lookup with at most so many bytes of hashes always fits into one message."""
@@ -107,7 +92,7 @@ class SchedulerSession(Session):
         """How many seconds a lease lives without renewal, as the last server stated; 0 if it did not. The connection renews the
         leases of this session in the background."""
         self._connection = Connection(
-            endpoint, self._register, lambda: layout_for(1), lambda: list(self._held), runtime=runtime
+            endpoint, self._register, lambda: self._layout_for(1), lambda: list(self._held), runtime=runtime
         )
 
     @property
@@ -275,16 +260,10 @@ class SchedulerSession(Session):
         if descriptor >= 0:
             os.close(descriptor)  # the scheduler copies nothing
         layout = self._layout_for(welcome.chunk_tokens)
-        spaces = [
-            ask(
-                carrier,
-                m.Register(
-                    *(one.layout_for(welcome.chunk_tokens), one.shards, -1, 0, list(one.stages), one.group, one.share)
-                ),
-                m.Registered,
-            ).space
-            for one in self._groups
-        ]
+        spaces: list[int] = []
+        for one in self._groups:  # the first group has all of a prompt, if any has
+            request = one.registration(welcome.chunk_tokens, main=spaces[0] if spaces else -1)
+            spaces.append(ask(carrier, request, m.Registered).space)
         if welcome.holds_for != self._epoch:
             self._late, self._held = [], set()
         ask(carrier, m.Hold(list(self._held)), m.Ok)

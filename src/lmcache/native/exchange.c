@@ -64,23 +64,6 @@ static ssize_t step(int fd, const char **rest, size_t *left, char *buffer, long 
     }
 }
 
-/* Parses the arguments of both functions: the descriptor, the request, and the microseconds of `hold` and `timeout`. */
-static int parse(PyObject *const *args, Py_ssize_t nargs, const char **request, size_t *size, int64_t n[3])
-{
-    char *bytes;
-    Py_ssize_t length;
-    if (nargs != 4) {
-        PyErr_Format(PyExc_TypeError, "%zd arguments given, 4 wanted", nargs);
-        return -1;
-    }
-    PyObject *const integers[3] = {args[0], args[2], args[3]};
-    if (PyBytes_AsStringAndSize(args[1], &bytes, &length) < 0 || lmcache_integers("it", integers, 3, n, 3) < 0)
-        return -1;
-    *request = bytes;
-    *size = (size_t)length;
-    return 0;
-}
-
 /* Takes the steps with the GIL until `hold` has passed, and then without it. Returns as `step`; -1 with a Python error set. */
 static ssize_t carry_out(const int64_t n[3], const char *rest, size_t left, char *buffer)
 {
@@ -102,34 +85,38 @@ static ssize_t carry_out(const int64_t n[3], const char *rest, size_t left, char
     return got;
 }
 
+/* Does the work of both functions: sends the request, and returns what arrives then (`answered`) or what had arrived before. */
+static PyObject *talk(PyObject *const *args, Py_ssize_t nargs, int answered)
+{
+    char *request, buffer[BUFFER_BYTES];
+    Py_ssize_t size;
+    ssize_t early = 0;
+    int64_t n[3]; /* the descriptor, and the microseconds of `hold` and `timeout` */
+    if (nargs != 4)
+        return PyErr_Format(PyExc_TypeError, "%zd arguments given, 4 wanted", nargs);
+    PyObject *const integers[3] = {args[0], args[2], args[3]};
+    if (PyBytes_AsStringAndSize(args[1], &request, &size) < 0 || lmcache_integers("it", integers, 3, n, 3) < 0)
+        return NULL;
+    if (!answered)
+        early = recv((int)n[0], buffer, BUFFER_BYTES, MSG_DONTWAIT);
+    if (early < 0 && errno != EAGAIN && errno != EWOULDBLOCK && errno != EINTR)
+        return PyErr_SetFromErrno(PyExc_OSError);
+    ssize_t got = carry_out(n, request, (size_t)size, answered ? buffer : NULL);
+    if (got < 0)
+        return NULL;
+    return PyBytes_FromStringAndSize(buffer, answered ? got : early < 0 ? 0 : early);
+}
+
 static PyObject *exchange(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
 {
-    const char *request;
-    size_t size;
-    int64_t n[3];
-    char buffer[BUFFER_BYTES];
     (void)module;
-    if (parse(args, nargs, &request, &size, n) < 0)
-        return NULL;
-    ssize_t got = carry_out(n, request, size, buffer);
-    return got < 0 ? NULL : PyBytes_FromStringAndSize(buffer, got);
+    return talk(args, nargs, 1);
 }
 
 static PyObject *post(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
 {
-    const char *request;
-    size_t size;
-    int64_t n[3];
-    char buffer[BUFFER_BYTES];
     (void)module;
-    if (parse(args, nargs, &request, &size, n) < 0)
-        return NULL;
-    ssize_t got = recv((int)n[0], buffer, BUFFER_BYTES, MSG_DONTWAIT);
-    if (got < 0 && errno != EAGAIN && errno != EWOULDBLOCK && errno != EINTR)
-        return PyErr_SetFromErrno(PyExc_OSError);
-    if (carry_out(n, request, size, NULL) < 0)
-        return NULL;
-    return PyBytes_FromStringAndSize(buffer, got < 0 ? 0 : got);
+    return talk(args, nargs, 0);
 }
 
 #define SEVERAL(name) #name, (PyCFunction)(void (*)(void))name, METH_FASTCALL

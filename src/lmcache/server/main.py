@@ -11,7 +11,7 @@ import socket
 import threading
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, Protocol
+from typing import TYPE_CHECKING, NoReturn
 
 from lmcache.cache import L1
 from lmcache.config.server import ServerConfig
@@ -30,10 +30,6 @@ if TYPE_CHECKING:
     from lmcache.tiers.registry import TierSpec
 
 logger = init_logger(__name__)
-
-
-class _Closes(Protocol):
-    def close(self) -> None: ...
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Executor
 from itertools import repeat
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lmcache.cache import KINDS, L1, TIER_KINDS, Event, Hit, Refusal, TooSmall
 from lmcache.cache.heart import MAX_SHARDS
@@ -42,7 +42,7 @@ class Service:
         self._now, self.started = loop.now, loop.now()
         self._payload = PayloadCopies(loop, l1, self.sessions, workers)
         self._drop_reasons: set[str] = set()
-        self._answers: dict[type, Callable[[Peer, m.Request], m.Message]] = {
+        self._answers: dict[type, Callable[[Peer, Any], m.Message]] = {
             m.Ping: lambda peer, request: m.Ok(),
             m.Register: self._register,
             m.Lookup: self._lookup,
@@ -94,8 +94,7 @@ class Service:
         logger.info("L1 cleared: %d chunks", count)
         return count
 
-    def _register(self, peer: Peer, request: m.Request) -> m.Message:
-        assert isinstance(request, m.Register)
+    def _register(self, peer: Peer, request: m.Register) -> m.Message:
         layout = request.layout
         if layout.chunk_tokens != self.chunk_tokens:
             raise Refusal(f"the layout has {layout.chunk_tokens}-token chunks, this server {self.chunk_tokens}")
@@ -107,7 +106,9 @@ class Service:
         expected = [one for one in known if one != split]
         shard = request.shards, request.shard, request.shard_bytes
         try:
-            space = self.l1.open_space(peer.process, name, *shard, reach, request.share, family, split, expected)
+            space = self.l1.open_space(
+                peer.process, name, *shard, reach, request.share, family, split, expected, request.main
+            )
         except TooSmall as error:
             self.sessions.refused.note(f"{peer.who}, from {peer.host}", "small L1", str(error))
             raise
@@ -128,8 +129,7 @@ class Service:
             logger.info("Registered KV cache for GPU ID %d with %d layers (%s)", peer.pid, layout.num_layers, peer.who)
         return m.Registered(space)
 
-    def _lookup(self, peer: Peer, request: m.Request) -> m.Message:
-        assert isinstance(request, m.Lookup)
+    def _lookup(self, peer: Peer, request: m.Lookup) -> m.Message:
         hashes = request.hashes
         if len(hashes) % 16:
             raise Refusal(f"{len(hashes)} bytes of hashes: the length must be a multiple of 16")
@@ -147,8 +147,8 @@ class Service:
         lookup = self._now(), peer.process, request.space, hashes, first, name, request.others, request.sisters
         if self.tiering is not None:
             if not any(map(self.tiering.knows, spaces, repeat(hashes), repeat(request.sisters))):
-                hit = self.l1.lookup_all(*lookup)
-                if hit is not None:
+                hit = self.l1.lookup(*lookup, partly=False)
+                if 16 * hit.chunks == len(hashes):
                     return _found(hit)
             in_l1, coming = self.tiering.wait_for(
                 peer.process, spaces, hashes, request.prefill_rate, name, request.sisters
@@ -168,24 +168,20 @@ class Service:
             return self._shards(number)
         return max(one.shards for one in (space, *space.sisters))
 
-    def _release(self, peer: Peer, request: m.Request) -> m.Message:
-        assert isinstance(request, m.Release)
+    def _release(self, peer: Peer, request: m.Release) -> m.Message:
         for lease in request.leases:
             self.l1.release(peer.process, lease)
         return m.Ok(len(request.leases))
 
-    def _hold(self, peer: Peer, request: m.Request) -> m.Message:
-        assert isinstance(request, m.Hold)
+    def _hold(self, peer: Peer, request: m.Hold) -> m.Message:
         return m.Ok(self.l1.keep_leases(peer.process, request.leases))
 
-    def _renew(self, peer: Peer, request: m.Request) -> m.Message:
-        assert isinstance(request, m.Renew)
+    def _renew(self, peer: Peer, request: m.Renew) -> m.Message:
         count = self.l1.renew(self._now(), peer.process, request.leases)
         self.counters["renewed_leases"] += count
         return m.Ok(count)
 
-    def _reserve(self, peer: Peer, request: m.Request) -> m.Message:
-        assert isinstance(request, m.Reserve)
+    def _reserve(self, peer: Peer, request: m.Reserve) -> m.Message:
         if len(request.hashes) % 16 or (not request.root and len(request.parent) != 16):
             raise Refusal("the hashes and the parent must consist of 16-byte hashes")
         return m.Reserved(
@@ -201,14 +197,12 @@ class Service:
             )
         )
 
-    def _commit(self, peer: Peer, request: m.Request) -> m.Message:
-        assert isinstance(request, m.Commit)
+    def _commit(self, peer: Peer, request: m.Commit) -> m.Message:
         if request.reservation in self._payload.filling:
             raise Refusal(f"reservation {request.reservation} is still being filled")
         return m.Ok(self.l1.commit(self._now(), peer.process, request.reservation, request.ok))
 
-    def _copied(self, peer: Peer, request: m.Request) -> m.Message:
-        assert isinstance(request, m.Copied)
+    def _copied(self, peer: Peer, request: m.Copied) -> m.Message:
         if not request.ok:
             self.counters[f"failed_{request.kind}s"] += 1
             logger.warning(
@@ -223,8 +217,7 @@ class Service:
         logger.info("%s %d tokens in %.3f seconds", past.capitalize(), request.tokens, request.seconds)
         return m.Ok()
 
-    def _dropped(self, peer: Peer, request: m.Request) -> m.Message:
-        assert isinstance(request, m.Dropped)
+    def _dropped(self, peer: Peer, request: m.Dropped) -> m.Message:
         reason = "".join(char if char.isalnum() else " " for char in request.reason[:40])
         if reason not in self._drop_reasons and len(self._drop_reasons) >= MAX_DROP_REASONS:
             reason = "other"

@@ -132,12 +132,7 @@ class TierRunner:
         self._submit(partial(Contains, keys=keys), done, seconds, keys)
 
     def load(
-        self,
-        keys: Sequence[ShardKey],
-        into: Sequence[memoryview],
-        seconds: float,
-        late: Callable[[], None],
-        done: Done,
+        self, keys: Sequence[ShardKey], into: Sequence[memoryview], seconds: float, late: Callable[[], None], done: Done
     ) -> None:
         """Load shards. late: called after `seconds` unless the load has ended. The load is cancelled then, but the tier may touch
         the memory until `done` is called."""

@@ -12,32 +12,36 @@ from array import array
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from itertools import product, takewhile
+from itertools import takewhile
 
 from lmcache.cache import L1, SERVER, Event, Refusal
 from lmcache.cache.allocator import Space
 from lmcache.cache.events import By
-from lmcache.cache.fetch import ASK_SECONDS, ENDED_SECONDS, Ask, Fetches, Load, TierTraits
+from lmcache.cache.fetch import ASK_SECONDS, Ask, Fetches, Load, TierTraits
 from lmcache.cache.writeback import Batch
 from lmcache.chunks import HASH_BYTES
 from lmcache.errors import ConfigError
 from lmcache.memory.slabs import NO_EXTENT
 from lmcache.observability.log import init_logger
 from lmcache.server.loop import Loop
+from lmcache.server.tier_contents import (
+    EarlierEnds,
+    complete_chunks,
+    known_chunks,
+    known_splits,
+    most_asked,
+    shard_keys,
+)
 from lmcache.server.tier_report import TierReport, log_decision
 from lmcache.server.tier_runner import CLOSE_SECONDS, OPEN_SECONDS, TierRunner
 from lmcache.tiers import KEPT, OK, Region, Shard, ShardKey, TierError
 from lmcache.tiers.registry import TierSpec
-from lmcache.tiers.tier import TierBase
 
 logger = init_logger(__name__)
 _HURRY_SECONDS = 0.5
 """How long the end waits after a second signal; a tier that does not hang closes in that time."""
-MOST_ASKED = 32768
-"""Shards. A fetch covers so many, and the next one what follows: naming the shards of a million tokens at once would keep all
-other engines waiting for longer than their deadlines."""
 _MOST_ENDS = 8
 """How many earlier ends a lookup tries: what tiers say they have may fail to load at each of them."""
 _SHARE = 0.25
@@ -46,15 +50,6 @@ _TOO_LATE, _TIER_FAILED = "too late", "tier failed"
 """Outcomes of the shards of a load that ended after its reservations had expired, and of an operation that failed."""
 _LOAD, _WRITE = ("loaded", "load_failed"), ("written", "write_failed")
 """Kinds of events: of good outcomes, and of the others."""
-
-
-@dataclass
-class _Survey:
-    """Which chunks of a prompt the tiers have of a group with a reach. running: how many tiers have not answered."""
-
-    began: float
-    running: int = 0
-    has: set[int] = field(default_factory=set)
 
 
 @dataclass(frozen=True)
@@ -92,10 +87,9 @@ class Tiering:
             for one in self.runners
         ]
         self.fetches = Fetches(traits, always, patience_seconds)
+        self._earlier_ends = EarlierEnds(self.runners, patience_seconds)
         self.report = TierReport(loop.now, self.runners, self.fetches)
         self._region: Region | None = None
-        self._surveys: dict[tuple[int, bytes], _Survey] = {}
-        """By space and the hash of the last chunk. Remembered for as long as a fetch that has ended."""
         self._late_loads = set[int]()
         """Numbers of loads that are still running after their deadline."""
         self._drained: Callable[[], None] | None = None
@@ -143,18 +137,13 @@ class Tiering:
         the space or a sister of it."""
         return any(self._any_part(self.fetches.knows, one, hashes) for one in self._family(space, sisters))
 
-    def _any_part(self, holds: Callable[[int, bytes], bool], space: int, hashes: bytes) -> bool:
-        return any(holds(space, hashes[:end]) for end in self._ends(space, len(hashes)))
+    @staticmethod
+    def _any_part(holds: Callable[[int, bytes], bool], space: Space, hashes: bytes) -> bool:
+        return any(holds(space.number, hashes[:end]) for end in _ends(space, len(hashes)))
 
-    def _family(self, number: int, sisters: bool) -> list[int]:
+    def _family(self, number: int, sisters: bool) -> list[Space]:
         space = self._l1.space(number)
-        return [number, *(one.number for one in space.sisters)] if sisters and space is not None else [number]
-
-    def _ends(self, space_number: int, size: int) -> range:
-        """Return where the parts of `size` bytes of hashes end that fetches cover; the last one may end behind them."""
-        space = self._l1.space(space_number)
-        step = max(1, MOST_ASKED // space.shards if space is not None else MOST_ASKED) * HASH_BYTES
-        return range(step, size + step, step)
+        return [] if space is None else [space, *(space.sisters if sisters else ())]
 
     def wait_for(
         self,
@@ -201,44 +190,15 @@ class Tiering:
         return chunks, 0
 
     def _earlier_end(self, number: int, hashes: bytes, prefill_tokens_per_second: float) -> int | None:
-        """Return the largest number of chunks, fewer than all of these, at whose end L1 and the tiers have what is in reach of
-        this space; None while the tiers have not answered, and waiting takes a small part of the time of computing the chunks.
-        They are asked once for all chunks of a prompt."""
-        space, now = self._l1.space(number), self._loop.now()
+        """Return as `EarlierEnds.last`. Waiting for it takes a small part of the time of computing the chunks."""
+        space = self._l1.space(number)
         if space is None or not all(space.shard_bytes):
             return 0
-        chunks, most = len(hashes) // HASH_BYTES, max(1, MOST_ASKED // space.shards)
-        skipped = max(0, chunks - most)
-        survey = self._surveys.get(key := (number, hashes[-HASH_BYTES:]))
-        if survey is None:
-            survey = self._surveys[key] = self._begin_survey(space, hashes, skipped)
-        patience = self._patience_seconds if self._always else ASK_SECONDS
+        wait = self._patience_seconds if self._always else ASK_SECONDS
         if prefill_tokens_per_second > 0 and not self._always:
-            patience = min(patience, _SHARE * chunks * self._chunk_tokens / prefill_tokens_per_second)
-        if survey.running and now - survey.began < patience:
-            return None
-        run = 0  # chunks from `at` on that are all there
-        for at in range(chunks - 2, skipped - 1, -1):
-            one = hashes[at * HASH_BYTES : (at + 1) * HASH_BYTES]
-            run = run + 1 if at in survey.has or space.table.match(one) else 0
-            if run and (run == space.reach_chunks or not at):
-                return at + run
-        return 0
-
-    def _begin_survey(self, space: Space, hashes: bytes, skipped: int) -> _Survey:
-        now, keys = self._loop.now(), _keys(space, hashes[skipped * HASH_BYTES :])
-        survey = _Survey(now)
-
-        def done(present: list[bool] | None, error: Exception | None, seconds: float) -> None:
-            survey.running -= 1
-            has = _complete(present, space.shards) if present is not None else ()
-            survey.has.update(skipped + at for at, one in enumerate(has) if one)
-
-        for runner in self.runners:
-            if runner.usable(now):
-                survey.running += 1
-                runner.contains(keys, self._patience_seconds, done)
-        return survey
+            tokens = len(hashes) // HASH_BYTES * self._chunk_tokens
+            wait = min(wait, _SHARE * tokens / prefill_tokens_per_second)
+        return self._earlier_ends.last(self._loop.now(), space, hashes, wait)
 
     def _wait_for(
         self,
@@ -252,16 +212,16 @@ class Tiering:
         in_l1 = self._l1.peek(self._loop.now(), process, space_number, hashes, sisters)
         seconds = self._chunk_tokens / prefill_tokens_per_second if prefill_tokens_per_second > 0 else 0.0
         family = self._family(space_number, sisters)  # sisters for what the tiers do not have of the space itself
-        for number in family[self._first_to_poll(family, hashes) :]:
-            coming = self._poll(number, hashes, in_l1, seconds, request)
+        for space in family[self._first_to_poll(family, hashes) :]:
+            coming = self._poll(space, hashes, in_l1, seconds, request)
             if coming:
                 return in_l1, coming
         missing = hashes[in_l1 * HASH_BYTES :]
-        if sisters and missing and self._discover(space_number, missing[:HASH_BYTES]):
+        if sisters and missing and self._discover(family[0], missing[:HASH_BYTES]):
             return self._wait_for(process, space_number, hashes, prefill_tokens_per_second, request, sisters)
         return in_l1, 0
 
-    def _first_to_poll(self, family: Sequence[int], hashes: bytes) -> int:
+    def _first_to_poll(self, family: Sequence[Space], hashes: bytes) -> int:
         """Return the place in the family of the first fetch that is under way, else of the last one that has just ended, else 0:
         a fetch that has failed is forgotten, and must not begin again while the lookup waits for those after it."""
         places, fetches = range(len(family)), self.fetches
@@ -269,45 +229,29 @@ class Tiering:
         ended = (at for at in reversed(places) if self._any_part(fetches.knows, family[at], hashes))
         return next(under_way, next(ended, 0))
 
-    def _discover(self, number: int, chunk: bytes) -> bool:
+    def _discover(self, space: Space, chunk: bytes) -> bool:
         """Open the sisters of splits that have stored this chunk in a tier before this server's start, as far as tiers know that
         without I/O. Return whether there are any."""
-        space, before = self._l1.space(number), len(self._l1.spaces)
-        if space is None or not space.expected or not all(space.shard_bytes):
-            return False
-        known = {one.split for one in space.sisters}
-        for split in [split for split in space.expected if split not in known]:
-            keys = [ShardKey(space.family, chunk, shard, split.count) for shard in range(split.count)]
-            if any(all(runner.known(keys) or (False,)) for runner in self.runners):
-                with suppress(Refusal):
-                    self._l1.open_sister(number, split)
+        before = len(self._l1.spaces)
+        for split in known_splits(self.runners, space, chunk) if all(space.shard_bytes) else ():
+            with suppress(Refusal):
+                self._l1.open_sister(space.number, split)
         return len(self._l1.spaces) > before
 
-    def _poll(self, space_number: int, hashes: bytes, in_l1: int, prefill_seconds: float, request: str) -> int:
+    def _poll(self, space: Space, hashes: bytes, in_l1: int, prefill_seconds: float, request: str) -> int:
         """Return how many chunks of this space the engine should wait for."""
-        space = self._l1.space(space_number)
-        if space is None or not all(space.shard_bytes):
+        if not all(space.shard_bytes):
             return 0
-        now, coming, knowers = self._loop.now(), 0, [self._knower(runner, space) for runner in self.runners]
-        for end in self._ends(space_number, len(hashes)):
+        now, coming, knowers = self._loop.now(), 0, [partial(known_chunks, one, space) for one in self.runners]
+        for end in _ends(space, len(hashes)):
             part, found = hashes[:end], min(in_l1, end // HASH_BYTES)
             coming = self.fetches.poll(
-                now, space_number, part, found, sum(space.shard_bytes), prefill_seconds, knowers, request, space.shards
+                now, space.number, part, found, sum(space.shard_bytes), prefill_seconds, knowers, request, space.shards
             )
             if found * HASH_BYTES < len(part):
                 break
         self._carry_out()
         return coming
-
-    @staticmethod
-    def _knower(runner: TierRunner, space: Space) -> Callable[[bytes], Sequence[bool] | None]:
-        def known(hashes: bytes) -> Sequence[bool] | None:
-            if type(runner.tier).known is TierBase.known:
-                return None  # without the work of naming the shards
-            present = runner.known(_keys(space, hashes))
-            return None if present is None else _complete(present, space.shards)
-
-        return known
 
     def _carry_out(self) -> None:
         while self.fetches.effects and not self._closed:
@@ -324,10 +268,10 @@ class Tiering:
         if space is None:
             self.fetches.answered(self._loop.now(), ask.fetch, ask.tier, None, 0.0)
             return
-        keys, shards = _keys(space, ask.hashes), space.shards
+        keys, shards = shard_keys(space, ask.hashes), space.shards
 
         def done(present: list[bool] | None, error: Exception | None, seconds: float) -> None:
-            complete = None if present is None else _complete(present, shards)
+            complete = None if present is None else complete_chunks(present, shards)
             self.fetches.answered(self._loop.now(), ask.fetch, ask.tier, complete, seconds)
             self._carry_out()
 
@@ -580,9 +524,7 @@ class Tiering:
     def _tick(self) -> None:
         now = self._loop.now()
         self.fetches.tick(now)
-        for key, survey in list(self._surveys.items()):
-            if now - survey.began > ENDED_SECONDS and not survey.running:
-                del self._surveys[key]
+        self._earlier_ends.tick(now)
         for runner in self.runners:
             runner.tick(now)
         self.report.log_losses(now)
@@ -590,11 +532,10 @@ class Tiering:
         self._pump()
 
 
-def _keys(space: Space, hashes: bytes) -> list[ShardKey]:
-    """Return the keys of all shards of these chunks, [chunk][shard]."""
-    chunks = [hashes[at : at + HASH_BYTES] for at in range(0, len(hashes), HASH_BYTES)]
-    fields = product((space.fingerprint,), chunks, range(space.shards), (space.shards,))
-    return list(map(partial(tuple.__new__, ShardKey), fields))  # three times as fast as calls of ShardKey
+def _ends(space: Space, size: int) -> range:
+    """Return where the parts of `size` bytes of hashes end that fetches cover; the last one may end behind them."""
+    step = most_asked(space) * HASH_BYTES
+    return range(step, size + step, step)
 
 
 def _let_go(views: Iterable[memoryview]) -> None:
@@ -602,10 +543,3 @@ def _let_go(views: Iterable[memoryview]) -> None:
     for one in views:
         with suppress(BufferError):
             one.release()
-
-
-def _complete(present: Sequence[bool], shards: int) -> Sequence[bool]:
-    """Return for each chunk whether all its shards are present."""
-    if shards == 1:
-        return present
-    return [all(present[at : at + shards]) for at in range(0, len(present), shards)]

@@ -38,25 +38,8 @@ from lmcache.tiers.registry import make_tier
 from lmcache.tiers.tier import ABSENT, KEPT, OK, Shard, ShardKey, Tier, TierBase, TierError
 
 SIZES = (
-    1,
-    2,
-    63,
-    64,
-    127,
-    128,
-    129,
-    2048,
-    4095,
-    4096,
-    4097,
-    65535,
-    65536,
-    65537,
-    70001,
-    1 << 20,
-    (1 << 20) + 1,
-    9_000_001,
-)
+    1, 2, 63, 64, 127, 128, 129, 2048, 4095, 4096, 4097, 65535, 65536, 65537, 70001, 1 << 20, (1 << 20) + 1, 9_000_001,
+)  # fmt: skip
 MIB = 1 << 20
 _HANGS_SECONDS = 600.0
 """A test fails if one of its calls takes longer."""
@@ -419,16 +402,9 @@ class ConformanceSuite:
     def test_cut_off_frames_are_misses(self, tmp_path: Path) -> None:
         """A truncated frame is a miss even if the buffer holds the missing bytes from an earlier load."""
         with self.opened(tmp_path) as tier:
+            head = frame.HEADER_BYTES
             for number, size in enumerate((2048, 100_000)):
-                for left in (
-                    0,
-                    1,
-                    100,
-                    frame.HEADER_BYTES,
-                    frame.HEADER_BYTES + 1,
-                    size,
-                    frame.HEADER_BYTES + size - 1,
-                ):
+                for left in (0, 1, 100, head, head + 1, size, head + size - 1):
                     key = shard_key(number * MIB + left)
                     tier.store([shard_of(key, size)])
                     self.replace_frame(tmp_path, tier, key, self.stored_frame(tmp_path, tier, key)[:left])

@@ -84,6 +84,8 @@ class Register(Message, frozen=True, tag=3):
     """Which of the model's kinds of KV `layout` describes; None for a model with one."""
     share: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
     """Which part of the model's memory this group needs, as the engine expects."""
+    main: int = -1
+    """For a group with a reach: the space of the group without one, which has all of a prompt; -1 if there is none."""
 
 
 class Lookup(Message, frozen=True, tag=4):

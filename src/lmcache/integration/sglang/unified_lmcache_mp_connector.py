@@ -26,13 +26,7 @@ from lmcache.engine.requests import HIT_SECONDS
 from lmcache.errors import LayoutError
 from lmcache.integration.sglang.layers import LayerLoads, layer_loads
 from lmcache.integration.sglang.model import Buffers, Ranks, lora_enabled, pool_groups
-from lmcache.integration.sglang.ranks import (
-    Future,
-    SGLangRank,
-    Tokens,
-    Tracker,
-    open_rank,
-)
+from lmcache.integration.sglang.ranks import Future, SGLangRank, Tokens, Tracker, open_rank
 from lmcache.integration.sglang.settings import read_settings
 from lmcache.observability.log import init_logger
 from lmcache.transfer.progress import Progress

@@ -13,6 +13,7 @@ from tensorrt_llm._utils import mpi_allgather, mpi_broadcast, mpi_rank
 from lmcache.engine import SchedulerSession, WorkerSession
 from lmcache.engine.edge import LoadFailed, never_raises
 from lmcache.engine.embedded import NOT_STARTED, start_own_server, wait_for_server
+from lmcache.engine.groups import GroupShape, RankGroup
 from lmcache.engine.rank_arenas import RankReporter, RankWatch
 from lmcache.engine.served import NOT_SERVED, ServedKV, refusal_of
 from lmcache.engine.settings import ServerSettings
@@ -229,7 +230,7 @@ class Worker(KvCacheConnectorWorker):  # type: ignore[misc]
                 scheduler = self._open_scheduler(kv, settings, instance)
                 opened.callback(scheduler.close)
             endpoint = settings.endpoint(instance, "worker", self._rank)
-            session = WorkerSession(endpoint, kv.layout, kv.shard, kv.paged)
+            session = WorkerSession(endpoint, RankGroup(kv.layout, kv.shard, kv.paged))
             opened.callback(session.close)
             started = wait_for_server((session, *([scheduler.session] if scheduler is not None else [])), own)
             if scheduler is not None and not started:
@@ -245,7 +246,8 @@ class Worker(KvCacheConnectorWorker):  # type: ignore[misc]
         return epoch
 
     def _open_scheduler(self, kv: ServedKV, settings: ServerSettings, instance: str) -> SchedulerSide:
-        session = SchedulerSession(settings.endpoint(instance, "scheduler"), kv.layout, kv.shard.count)
+        endpoint = settings.endpoint(instance, "scheduler")
+        session = SchedulerSession(endpoint, GroupShape(kv.layout, kv.shard.count))
         return SchedulerSide(session, RankWatch(instance, self._ranks), kv.paged.block_tokens, settings.config)
 
     def _refuse(self, why: str) -> None:

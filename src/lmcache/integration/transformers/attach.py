@@ -25,11 +25,7 @@ from lmcache.engine.prefill import PrefillRate
 from lmcache.engine.served import NOT_SERVED
 from lmcache.engine.tensors import weights_identity, weights_stamp
 from lmcache.errors import LayoutError
-from lmcache.integration.transformers.model import (
-    kv_shape,
-    refuse_unsupported,
-    served_kv,
-)
+from lmcache.integration.transformers.model import kv_shape, refuse_unsupported, served_kv
 from lmcache.integration.transformers.pool import PLACES, Pool, pooled_layers
 from lmcache.observability.log import init_logger
 from transformers import DynamicCache

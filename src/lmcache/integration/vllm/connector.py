@@ -113,13 +113,11 @@ class Connector:
         kv, transfer = self._kv, self._vllm_config.kv_transfer_config
         assert kv is not None
         endpoint = self._settings.endpoint(self._instance, "scheduler", address=address)
-        first, *further = [
+        groups = [
             GroupShape(one.layout, one.shards, one.group, share, one.stages)
             for one, share in zip(kv.groups, kv.shares, strict=True)
         ]
-        session = SchedulerSession(
-            *(endpoint, kv.layout, kv.shards, kv.stages), group=first.group, share=first.share, others=further
-        )
+        session = SchedulerSession(endpoint, *groups)
         self._scheduler = side = SchedulerSide(
             session,
             [
@@ -154,7 +152,7 @@ class Connector:
         endpoint = self._settings.endpoint(self._instance, "worker", number, address)
         layerwise = self._synchronous and self._settings.config.use_layerwise
         held = [at for at, group in enumerate(kv.groups) if group.layer_names]
-        first, *further = [
+        groups = [
             RankGroup(
                 *(one.layout, one.shard, one.paged, kv.groups[at].group, kv.shares[at]),
                 *(kv.groups[at].state_tokens, kv.groups[at].block_tokens, kv.groups[at].stages),
@@ -163,22 +161,10 @@ class Connector:
             for one, at in zip(served, held, strict=True)
         ]
         self._worker = WorkerSide(
-            WorkerSession(
-                endpoint,
-                first.layout_for,
-                first.shard,
-                first.paged,
-                stages=first.stages,
-                group=first.group,
-                share=first.share,
-                others=further,
-                state_tokens=first.state_tokens,
-                block_tokens=first.block_tokens,
-                local_tokens=first.local_tokens,
-            ),
+            WorkerSession(endpoint, *groups),
             registered,
             [one.shard.index for one in served],
-            held=held if further or kv.others else (),
+            held=held if kv.others else (),
             stores=[one.stores for one in served],
             synchronous=self._synchronous,
             logs=self._in_process,

@@ -10,15 +10,7 @@ import json
 from typing import Any
 
 from lmcache.engine.adapters import AdapterFiles
-from lmcache.engine.identity import (
-    REMEDY,
-    Identity,
-    digest_of,
-    model_folder,
-    named,
-    path_identity,
-    plain,
-)
+from lmcache.engine.identity import REMEDY, Identity, digest_of, model_folder, named, path_identity, plain
 from lmcache.engine.load_formats import files_read, weights_identity
 from lmcache.errors import LayoutError
 

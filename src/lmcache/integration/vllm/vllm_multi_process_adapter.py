@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lmcache.engine import Copy, Loading, LoadPlan, Request, Requests, SchedulerSession
+from lmcache.engine.groups import GroupShape
 from lmcache.engine.local import LocalRank
 from lmcache.engine.served import NOT_SERVED, refusal_of
 from lmcache.engine.settings import ServerSettings
@@ -82,7 +83,7 @@ class _Engine:
 
     def scheduler_session(self) -> SchedulerSession:
         endpoint = self.settings.endpoint(self.instance, "scheduler")
-        return SchedulerSession(endpoint, self.kv.layout, self.kv.shards, self.kv.stages)
+        return SchedulerSession(endpoint, GroupShape(self.kv.layout, self.kv.shards, stages=self.kv.stages))
 
 
 class LMCacheMPSchedulerAdapter:

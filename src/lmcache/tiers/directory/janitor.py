@@ -60,11 +60,7 @@ class Janitor:
     """One process as a candidate. Two threads must not call `elected`, `count`, `trim` or `clear` at the same time."""
 
     def __init__(
-        self,
-        filesystem: Filesystem,
-        folder: Path,
-        stop: threading.Event | None = None,
-        runtime: Runtime = RUNTIME,
+        self, filesystem: Filesystem, folder: Path, stop: threading.Event | None = None, runtime: Runtime = RUNTIME
     ) -> None:
         """stop: once it is set, `count`, `trim` and `clear` end with an InterruptedError."""
         self._stop, self._now = stop or runtime.event(), runtime.now
