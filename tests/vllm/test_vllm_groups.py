@@ -17,7 +17,7 @@ from real_engines import ROOT
 
 CHUNK = 128
 """Tokens. vLLM-CPU keeps a state of linear attention after so many tokens."""
-KINDS = {"gemma3": 12, "mistral": 6, "gptoss": 8, "qwen3next": 4, "llama4": 8}
+KINDS = {"gemma3": 12, "mistral": 6, "gptoss": 8, "qwen3next": 4, "llama4": 8, "nemotron_nas": 12}
 """Model -> MiB of KV, for two or three of the long prompts at once."""
 IN_PROCESS = {
     "kv_connector": "LMCacheConnectorV1",
@@ -53,6 +53,8 @@ class Serving:
     def options(self, **more: Any) -> dict[str, Any]:
         dtype = "bfloat16" if self.kind == "qwen3next" else "float32"
         config = self.server.config() if self.server is not None else IN_PROCESS
+        if self.kind == "nemotron_nas":
+            more["trust_remote_code"] = True  # its configuration is code of its own
         return {"dtype": dtype, "max_model_len": 2048, "kv_transfer_config": config, **more}
 
     def another_server(self, name: str, *flags: str, chunk: int = CHUNK) -> None:
@@ -257,7 +259,7 @@ def test_chunks_that_do_not_end_where_blocks_do_are_refused(serving: Serving) ->
         assert cached(outputs) == [0]
 
 
-@pytest.mark.parametrize("kind", ["gemma3", "gptoss", "mistral", "qwen3next"])
+@pytest.mark.parametrize("kind", ["gemma3", "gptoss", "mistral", "qwen3next", "nemotron_nas"])
 def test_in_process(folder: Path, models: Path, kind: str) -> None:
     """A server of the engine's own, and the lines that its users look for. vLLM's own class serves a model with windows only."""
     one = Serving(folder, kind, models / kind, None, None)  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ from typing import Any
 from lmcache.chunks import Shard
 from lmcache.engine.served import ServedKV, stores_its_shard
 from lmcache.errors import LayoutError
-from lmcache.integration.vllm.model import ModelKV, Stages
+from lmcache.integration.vllm.model import ModelKV, Stages, layer_specs
 from lmcache.integration.vllm.paged import (
     Registered,
     Shape,
@@ -85,14 +85,13 @@ def _blocks_may_be_in_flight(kv_cache_config: Any) -> bool:
 
 
 def layers_of_all_stages(kv_cache_config: Any) -> Stages:
-    """Return the names of all stages' layers, as `describe_model` needs them. All ranks of a pipeline have to call this."""
+    """Return the specs of all stages' layers, as `describe_model` needs them. All ranks of a pipeline have to call this."""
     from torch import distributed
     from vllm.distributed.parallel_state import get_pp_group
 
     pipeline = get_pp_group()
     stages: list[Any] = [None] * pipeline.world_size
-    own = [list(group.layer_names) for group in kv_cache_config.kv_cache_groups]
-    distributed.all_gather_object(stages, own, group=pipeline.cpu_group)
+    distributed.all_gather_object(stages, layer_specs(kv_cache_config), group=pipeline.cpu_group)
     return stages
 
 
