@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 from lmcache.chunks import PER_TOKEN_HEAD, SCALE_BYTES, Group, Layout, Shard, shard_of_rank
+from lmcache.chunks.layout import DTYPE_BYTES
 from lmcache.engine.groups import shares
 from lmcache.engine.identity import digest_of, named, plain
 from lmcache.engine.served import ServedModel, refuse_encoder_decoder
@@ -19,8 +20,21 @@ from lmcache.integration.vllm.rules import refuse_what_vllm_rules_out
 _FULL_ATTENTION = ("FullAttentionSpec", "MLAAttentionSpec")
 _WINDOW, _LOCAL, _STATE = "SlidingWindowSpec", "ChunkedLocalAttentionSpec", "MambaSpec"
 _FP8_NAMES = {"fp8": "fp8_e4m3", "fp8_e4m3": "fp8_e4m3", "fp8_e5m2": "fp8_e5m2"}
-_SHAPE = ("block_size", "num_kv_heads", "head_size", "head_size_v", "dtype", "cache_dtype_str", "shapes", "dtypes")
+_SHAPE = (
+    "block_size",
+    "num_kv_heads",
+    "head_size",
+    "head_size_v",
+    "dtype",
+    "cache_dtype_str",
+    "cache_role",
+    "shapes",
+    "dtypes",
+)
 """The attributes of a spec that say what the KV of a layer looks like."""
+INDEXER_PARTS = {"values": ("fp8_e4m3", 0, 128), "scales": ("float32", 128, 4)}
+"""What blocks of the KV of DeepSeek V3.2's indexers hold, one after the other and each for all tokens of the block: its dtype,
+and for each token the bytes before it and of it. A scale is not with its values, so each part is a group of its own."""
 _HEADS_KEYS = ("kv_heads", "key_value_heads", "heads_in_group", "attention_groups")
 _PLAIN_DTYPES = ("float32", "float16", "bfloat16")
 _WITH_SCALES = {
@@ -37,7 +51,8 @@ class ModelKV(ServedModel):
 
     block_tokens: tokens of a scheduler block. layer_names: this rank's layers, in the order of the extent. counts: how many
     layers each pipeline stage has. group: which group this is; None if the model has one kind of KV. number: vLLM's number of the
-    group. local_tokens: as in `GroupTable`. others: the further groups."""
+    group. local_tokens: as in `GroupTable`. part: the part of `INDEXER_PARTS` that this group holds of an indexer's KV, else "".
+    others: the further groups."""
 
     block_tokens: int
     layer_names: tuple[str, ...]
@@ -46,6 +61,7 @@ class ModelKV(ServedModel):
     group: Group | None = None
     number: int = 0
     local_tokens: int = 0
+    part: str = ""
     others: tuple[ModelKV, ...] = ()
 
     @property
@@ -170,7 +186,8 @@ def describe_model(vllm_config: Any, kv_cache_config: Any, model_id: str = "", s
 
 class _Group(NamedTuple):
     """A group of ours: the layers of one of vLLM's groups whose KV has the same shape. number: the place of that group in vLLM's
-    list. own: this rank's layers. stages: those of each pipeline stage. reach_tokens, local_tokens: as in `GroupTable`."""
+    list. own: this rank's layers. stages: those of each pipeline stage. reach_tokens, local_tokens: as in `GroupTable`. part: as
+    in `ModelKV`."""
 
     number: int
     own: tuple[str, ...]
@@ -178,6 +195,7 @@ class _Group(NamedTuple):
     spec: Any
     reach_tokens: int
     local_tokens: int
+    part: str
 
 
 def _describe_group(vllm_config: Any, one: _Group, groups: Sequence[_Group], digest: str) -> ModelKV:
@@ -189,13 +207,16 @@ def _describe_group(vllm_config: Any, one: _Group, groups: Sequence[_Group], dig
     layers = sum(counts)
     if type(spec).__name__ == _STATE:
         layout = _state_layout(spec, layers, 1 if getattr(spec, "tp_replicated", False) else tp_size, digest)
+    elif one.part:
+        layout = _indexer_layout(one.part, layers, digest)
     else:
         layout = _token_layout(vllm_config, spec, layers, digest)
     group = None
     if len(groups) > 1 or one.reach_tokens:
-        model = sorted((name for any_ in groups for names in any_.stages for name in names), key=_layer_order)
+        model = sorted({name for any_ in groups for names in any_.stages for name in names}, key=_layer_order)
         group = Group(tuple(sorted(model.index(name) for names in one.stages for name in names)), one.reach_tokens)
-    return ModelKV(named(""), layout, spec.block_size, one.own, tp_size, counts, group, one.number, one.local_tokens)
+    tables = group, one.number, one.local_tokens, one.part
+    return ModelKV(named(""), layout, spec.block_size, one.own, tp_size, counts, *tables)
 
 
 def _token_layout(vllm_config: Any, spec: Any, layers: int, digest: str) -> Layout:
@@ -216,6 +237,11 @@ def _token_layout(vllm_config: Any, spec: Any, layers: int, digest: str) -> Layo
         kv_scales=kv_scales,
         config_digest=digest,
     )
+
+
+def _indexer_layout(part: str, layers: int, digest: str) -> Layout:
+    dtype, _, size = INDEXER_PARTS[part]
+    return Layout("", _fp8(dtype), layers, 1, size // DTYPE_BYTES[dtype], 1, kind="mla", config_digest=digest)
 
 
 def _heads(vllm_config: Any, spec: Any) -> int:
@@ -310,12 +336,26 @@ def _groups(stages: Stages, kv_cache_config: Any) -> list[_Group]:
         for names in alike.values():
             spec = specs[names[0]]
             parts = tuple(tuple(name for name in names if name in stage) for stage in held)
-            found.append(
-                _Group(number, tuple(name for name in names if name in own), parts, spec, *_needed_tokens(spec))
-            )
+            needed = _needed_tokens(spec)
+            for part in _parts(spec):
+                found.append(_Group(number, tuple(name for name in names if name in own), parts, spec, *needed, part))
     if not found:
         raise LayoutError("vLLM has no KV cache groups for this model")
     return sorted(found, key=lambda one: (one.reach_tokens > 0, one.number))
+
+
+def _parts(spec: Any) -> tuple[str, ...]:
+    """Return the parts of these layers' KV that are groups of their own: all `INDEXER_PARTS` of an indexer, else only "".
+
+    Raises:
+        LayoutError: it is an indexer whose KV has another order.
+    """
+    if getattr(spec, "cache_role", None) != "indexer":
+        return ("",)
+    dtype = str(spec.dtype).removeprefix("torch.")
+    if (dtype, spec.head_size) != ("uint8", sum(size for _, _, size in INDEXER_PARTS.values())):
+        raise LayoutError(f"KV of an indexer with {spec.head_size} elements of {dtype} a token is not supported")
+    return tuple(INDEXER_PARTS)
 
 
 def _shape(spec: Any) -> tuple[str, ...]:
@@ -336,10 +376,6 @@ def _needed_tokens(spec: Any) -> tuple[int, int]:
         )
     if (kind != _STATE and getattr(spec, "tokens_per_state", 1) != 1) or getattr(spec, "non_causal", False):
         raise LayoutError("KV that does not hold one causal state a token is not supported")
-    if getattr(spec, "cache_role", None) == "indexer":
-        raise LayoutError(
-            "KV of an indexer (sparse attention), whose blocks have the scales of all tokens at their end"
-        )
     reach = local = getattr(spec, "attention_chunk_size", None) or 0 if kind == _LOCAL else 0
     if local % spec.block_size:
         raise LayoutError(f"chunks of attention of {local} tokens do not end where blocks of {spec.block_size} do")
