@@ -1418,6 +1418,20 @@ def test_only_our_own_ranks_tell_the_layers_of_all_stages(connector: Any, caplog
     assert not caplog.messages
 
 
+def test_a_scheduler_that_took_layers_for_alike_stops(connector: Any) -> None:
+    """Those of the first stage are, and it is told of no others."""
+    one, stopped = connector("bind_gpu_block_pool", "set_xfer_handshake_metadata_pp_aware"), []
+    handshake = vars(sys.modules[type(one).__module__])["LMCacheHandshake"]
+    one._kv_cache_config = cache_config(FULL)
+    one._describe(one._settings)
+    assert one._kv is not None
+    one._scheduler = SimpleNamespace(requests=SimpleNamespace(stop=stopped.append))
+    one.set_xfer_handshake_metadata_pp_aware({(0, 0): SimpleNamespace(agent="another's")})
+    assert not stopped
+    one.set_xfer_handshake_metadata_pp_aware({(1, 0): handshake([[{"l.0": FULL}], [{"l.1": FULL}]])})
+    assert "use other stages" in stopped[0]
+
+
 def test_a_release_that_passes_no_layers_of_stages_on_is_refused(
     connector: Any, caplog: pytest.LogCaptureFixture
 ) -> None:

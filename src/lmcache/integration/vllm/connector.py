@@ -290,7 +290,10 @@ class Connector:
             self._stages = ours.stages if ours is not None else ()
             self._describe_stages(self._stages)
         elif self._scheduler is not None and ours is not None and not self._stages:
-            self._scheduler.requests.stop("the layers of the first pipeline stage are alike, those of others are not")
+            self._scheduler.requests.stop(
+                "the layers of the first pipeline stage have KV of one shape and those of others do not; use other stages "
+                "(--pipeline-parallel-size, or VLLM_PP_LAYER_PARTITION)"
+            )
 
     def bind_gpu_block_pool(self, gpu_block_pool: Any) -> None:
         self._pool = gpu_block_pool

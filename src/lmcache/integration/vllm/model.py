@@ -213,7 +213,7 @@ def _describe_group(vllm_config: Any, one: _Group, groups: Sequence[_Group], dig
         layout = _token_layout(vllm_config, spec, layers, digest)
     group = None
     if len(groups) > 1 or one.reach_tokens:
-        model = sorted({name for any_ in groups for names in any_.stages for name in names}, key=_layer_order)
+        model = sorted({name for each in groups for names in each.stages for name in names}, key=_layer_order)
         group = Group(tuple(sorted(model.index(name) for names in one.stages for name in names)), one.reach_tokens)
     tables = group, one.number, one.local_tokens, one.part
     return ModelKV(named(""), layout, spec.block_size, one.own, tp_size, counts, *tables)
