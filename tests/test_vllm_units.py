@@ -10,7 +10,7 @@ import pickle
 import shutil
 import struct
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -32,7 +32,7 @@ from lmcache.integration.vllm import settings as settings_of_vllm
 from lmcache.integration.vllm import vllm_multi_process_adapter as adapter
 from lmcache.integration.vllm import weights as weights_of_vllm
 from lmcache.integration.vllm.identity import config_digest, model_identity
-from lmcache.integration.vllm.model import describe_model, spans_stages
+from lmcache.integration.vllm.model import describe_model, needs_ranks
 from lmcache.integration.vllm.paged import Registered, Shape, describe_tensors, own_scales, refuse_other_numbers
 from lmcache.integration.vllm.plan import StepReport
 from lmcache.integration.vllm.resets import watch_resets
@@ -1236,6 +1236,72 @@ def test_layers_of_a_group_may_have_another_number_of_heads(weights: Path) -> No
     assert [one.model.num_kv_heads for one in describe_model(config, cache_config(*halves)).groups] == [4, 2]
 
 
+def test_ranks_share_a_head_only_if_all_layers_have_as_many(weights: Path) -> None:
+    """With more ranks than heads each rank has one head, in layers with 4 heads and in layers with 8."""
+    one = FullAttentionSpec(**vars(FULL) | {"num_kv_heads": 1})
+
+    def heads(speculative: Any = None, **hf: Any) -> int:
+        config = vllm_config(str(weights), tp=8, hf=hf)
+        config.speculative_config = speculative
+        return int(describe_model(config, cache_config(one)).model.num_kv_heads)
+
+    def drafts(number: int) -> Any:
+        draft = SimpleNamespace(model=str(weights), get_total_num_kv_heads=lambda: number)
+        return SimpleNamespace(method="eagle", draft_model_config=draft)
+
+    assert heads(num_key_value_heads=4, swa_num_key_value_heads=4) == 4
+    assert heads(num_key_value_heads=4, swa_num_key_value_heads=8) == 8
+    assert heads(blocks=[{"attention": {"n_heads_in_group": number}} for number in (8, 4, None)]) == 8
+    assert [heads(drafts(number), num_key_value_heads=4) for number in (4, 8)] == [4, 8]
+
+
+def uniform(specs: dict[str, Any]) -> Any:
+    """The spec of a group of vLLM whose layers differ, as ranks get it."""
+    return type("UniformTypeKVCacheSpecs", (), {"kv_cache_specs": specs, "block_size": 128})()
+
+
+def test_layers_of_one_group_that_differ_are_groups_of_ours(weights: Path) -> None:
+    few, many = [FullAttentionSpec(**vars(FULL) | {"num_kv_heads": heads}) for heads in (2, 4)]
+    specs = {"l.0": many, "l.1": few, "l.2": many, "l.10": few}
+
+    def caches(names: Iterable[str], told: bool = True, apart: bool = True) -> Any:
+        """apart: in which tensors vLLM has the layers, which its scheduler knows, too."""
+        held = {name: specs[name] for name in names}
+        spec = uniform(held) if told else next(iter(held.values()))
+        found = SimpleNamespace(kv_cache_groups=[SimpleNamespace(layer_names=list(held), kv_cache_spec=spec)])
+        if apart:
+            kinds = {id(spec): [name for name in held if held[name] is spec] for spec in held.values()}
+            found.kv_cache_tensors = [SimpleNamespace(layers=layers) for layers in kinds.values()]
+        return found
+
+    config = vllm_config(str(weights))
+    both = [needs_ranks(config, caches(specs, told)) for told in (True, False)]
+    assert both == [True, True] and not needs_ranks(config, caches(["l.0", "l.2"]))
+    stages = [[specs]]
+    rank, scheduler = [describe_model(config, caches(specs, told), stages=stages) for told in (True, False)]
+    assert [one.model for one in rank.groups] == [one.model for one in scheduler.groups]
+    assert [(one.model.num_kv_heads, one.layer_names, one.group.layers, one.number) for one in rank.groups] == [
+        (4, ("l.0", "l.2"), (0, 2), 0),
+        (2, ("l.1", "l.10"), (1, 3), 0),
+    ]
+    assert not rank.fails_by_request, "there is one block table"
+    plain, alone = describe_model(config, cache_config(many)), describe_model(config, caches(["l.0", "l.2"]))
+    assert (alone.layout(16), alone.group) == (plain.layout(16), None), (
+        "a group whose layers do not differ is as before"
+    )
+    for apart in (True, False):
+        with pytest.raises(LayoutError, match="whose layers differ in the shape of their KV"):
+            describe_model(config, caches(specs, apart=apart))
+
+    config.parallel_config.pipeline_parallel_size = 2
+    parts = ["l.0", "l.2"], ["l.1", "l.10"]
+    stages = [[{name: specs[name] for name in names}] for names in parts]
+    assert needs_ranks(config, caches(parts[1])), "all ranks of a pipeline ask each other, or none"
+    kv = describe_model(config, caches(parts[1]), stages=stages)
+    assert [(one.model, one.group) for one in kv.groups] == [(one.model, one.group) for one in rank.groups]
+    assert [(one.layer_names, one.counts) for one in kv.groups] == [((), (2, 0)), (("l.1", "l.10"), (0, 2))]
+
+
 @pytest.mark.usefixtures("release_with_groups")
 def test_kinds_of_kv_that_are_not_served_are_named(weights: Path) -> None:
     config, aligned = vllm_config(str(weights)), {**vars(FULL), "mamba_cache_mode": "align"}
@@ -1283,8 +1349,9 @@ def test_each_stage_of_a_pipeline_has_its_layers_of_each_group(weights: Path) ->
         caches = cache_config(FULL, window)
         for group, names in zip(caches.kv_cache_groups, stages[own], strict=True):
             group.layer_names = names
-        assert spans_stages(config, caches) == (len(stages) > 1)
-        return describe_model(config, caches, stages=stages)
+        assert needs_ranks(config, caches) == (len(stages) > 1)
+        told = [[dict.fromkeys(names, spec) for names, spec in zip(one, (FULL, window), strict=True)] for one in stages]
+        return describe_model(config, caches, stages=told)
 
     full, windows = described([["l.2", "l.5"], ["l.0", "l.1", "l.3", "l.4"]]).groups
     for own in (0, 1):
@@ -1340,8 +1407,9 @@ def test_only_our_own_ranks_tell_the_layers_of_all_stages(connector: Any, caplog
     handshake = vars(sys.modules[type(one).__module__])["LMCacheHandshake"]
     assert one._kv is None and not caplog.messages
     one.set_xfer_handshake_metadata_pp_aware({(0, 0): SimpleNamespace(agent="another's")})
-    assert "name LMCache's connector first in MultiConnector" in caplog.text
-    stages = [[["l.2"], ["l.0"]], [["l.5"], ["l.3"]]]
+    assert "the first place in MultiConnector" in caplog.text
+    window = one._kv_cache_config.kv_cache_groups[1].kv_cache_spec
+    stages = [[{full: FULL}, {sliding: window}] for full, sliding in (("l.2", "l.0"), ("l.5", "l.3"))]
     one.set_xfer_handshake_metadata_pp_aware({(0, 0): handshake(stages), (1, 0): handshake(stages)})
     assert one._kv is not None and len(one._kv.groups) == 2
     one._vllm_config.parallel_config.pipeline_parallel_size = 1
@@ -1350,11 +1418,25 @@ def test_only_our_own_ranks_tell_the_layers_of_all_stages(connector: Any, caplog
     assert not caplog.messages
 
 
+def test_a_scheduler_that_took_layers_for_alike_stops(connector: Any) -> None:
+    """Those of the first stage are, and it is told of no others."""
+    one, stopped = connector("bind_gpu_block_pool", "set_xfer_handshake_metadata_pp_aware"), []
+    handshake = vars(sys.modules[type(one).__module__])["LMCacheHandshake"]
+    one._kv_cache_config = cache_config(FULL)
+    one._describe(one._settings)
+    assert one._kv is not None
+    one._scheduler = SimpleNamespace(requests=SimpleNamespace(stop=stopped.append))
+    one.set_xfer_handshake_metadata_pp_aware({(0, 0): SimpleNamespace(agent="another's")})
+    assert not stopped
+    one.set_xfer_handshake_metadata_pp_aware({(1, 0): handshake([[{"l.0": FULL}], [{"l.1": FULL}]])})
+    assert "use other stages" in stopped[0]
+
+
 def test_a_release_that_passes_no_layers_of_stages_on_is_refused(
     connector: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     connector("bind_gpu_block_pool")
-    assert "need a later release of vLLM, or --disable-hybrid-kv-cache-manager" in caplog.text
+    assert "need a later release of vLLM" in caplog.text
 
 
 @pytest.mark.parametrize(("synchronous", "groups"), [(True, 1), (False, 1), (False, 2)])

@@ -3,7 +3,8 @@
 Each lies in a folder of FOLDER that is named as in MODELS; without names, all are written. TOKENIZER is the folder of a model
 whose tokenizer they get. The weights are random and so large that an answer depends on the whole prompt, through every kind of
 layer: Gemma 3, gpt-oss and Mellum have sliding windows of 128 tokens and full attention, Mistral has windows only, Qwen3-Next has
-linear and full attention, and Llama 4 attends to chunks of 256 tokens and to everything.
+linear and full attention, and Llama 4 attends to chunks of 256 tokens and to everything. Nemotron-NAS has full attention with
+another number of KV heads in each layer, and one layer without attention.
 """
 
 from __future__ import annotations
@@ -78,6 +79,13 @@ MODELS: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 1,  # vLLM-CPU knows no other
         "interleave_moe_layer_step": 2,
     },
+    "nemotron_nas": {
+        "model_type": "llama",  # but for the heads, its layers are Llama's
+        "intermediate_size": 512,
+        "num_hidden_layers": 5,
+        "num_key_value_heads": 4,
+        "kv_heads": [4, 1, 0, 2, 1],
+    },
     "mellum": {
         "model_type": "mellum",
         "intermediate_size": 512,
@@ -102,11 +110,31 @@ MODELS: dict[str, dict[str, Any]] = {
         "torch_dtype": "bfloat16",  # vLLM-CPU has the kernels of linear attention for no other
     },
 }
+BLOCKS = """
+from transformers import LlamaConfig
+
+
+class Block(dict):
+    def __getattr__(self, name):
+        if name not in self:
+            raise AttributeError(name)
+        value = self[name]
+        return Block(value) if isinstance(value, dict) else value
+
+
+class BlocksConfig(LlamaConfig):
+    model_type = "nemotron-nas"
+
+    def __init__(self, block_configs=(), **more):
+        super().__init__(**more)
+        self.block_configs = [Block(one) for one in block_configs]
+"""
+"""The configuration of Nemotron-NAS is code in its repositories, which neither Transformers nor vLLM has."""
 
 
 def write(folder: Path, tokenizer: Path, config: dict[str, Any]) -> None:
     described = COMMON | config
-    dtype = described.pop("torch_dtype", "float32")
+    dtype, kv_heads = described.pop("torch_dtype", "float32"), described.pop("kv_heads", [])
     made = CONFIG_MAPPING[described.pop("model_type")](**described)
     model = AutoModelForCausalLM.from_config(made, dtype=torch.float32)
     noise = torch.Generator().manual_seed(0)
@@ -121,11 +149,27 @@ def write(folder: Path, tokenizer: Path, config: dict[str, Any]) -> None:
                 weight.copy_(torch.linspace(-6.0, -2.0, weight.numel()))  # states that do not forget
         if made.tie_word_embeddings:
             model.get_input_embeddings().weight /= made.hidden_size**0.5  # by which the model multiplies them
+    for layer, heads in zip(model.model.layers, kv_heads, strict=False):
+        for part in (layer.self_attn.k_proj, layer.self_attn.v_proj):
+            part.weight = torch.nn.Parameter(part.weight[: heads * made.head_dim].clone())
+        if not heads:
+            del layer.self_attn, layer.input_layernorm
     model.to(getattr(torch, dtype)).save_pretrained(folder)
     kept = json.loads((folder / "config.json").read_text()) | {"torch_dtype": dtype}
+    if kv_heads:
+        (folder / "blocks.py").write_text(BLOCKS)
+        kept |= {"model_type": "nemotron-nas", "architectures": ["DeciLMForCausalLM"]}
+        kept |= {"auto_map": {"AutoConfig": "blocks.BlocksConfig"}, "block_configs": blocks(made, kv_heads)}
     (folder / "config.json").write_text(json.dumps(kept))
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(tokenizer / file, folder)
+
+
+def blocks(config: Any, kv_heads: list[int]) -> list[dict[str, Any]]:
+    """The blocks of Nemotron-NAS with so many KV heads each; a block with none has no attention."""
+    groups = [config.num_attention_heads // heads if heads else None for heads in kv_heads]
+    ffn = {"no_op": False, "intermediate_size": config.intermediate_size}
+    return [{"attention": {"no_op": one is None, "n_heads_in_group": one}, "ffn": ffn} for one in groups]
 
 
 def gain(name: str, weight: torch.Tensor) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -10,15 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from vllm_processes import PYTHON, Engine, Server
+from vllm_processes import PYTHON, Engine, Server, environment
 
 from prompts import assert_same, tokens
 from real_engines import ROOT
 
 CHUNK = 128
 """Tokens. vLLM-CPU keeps a state of linear attention after so many tokens."""
-KINDS = {"gemma3": 12, "mistral": 6, "gptoss": 8, "qwen3next": 4, "llama4": 8}
+KINDS = {"gemma3": 12, "mistral": 6, "gptoss": 8, "qwen3next": 4, "llama4": 8, "nemotron_nas": 12}
 """Model -> MiB of KV, for two or three of the long prompts at once."""
+FULL = ("nemotron_nas",)
+"""Of these all layers need all tokens; they differ in the shape of their KV, in one group of vLLM."""
 IN_PROCESS = {
     "kv_connector": "LMCacheConnectorV1",
     "kv_connector_module_path": "lmcache.integration.vllm.lmcache_connector",
@@ -53,6 +56,8 @@ class Serving:
     def options(self, **more: Any) -> dict[str, Any]:
         dtype = "bfloat16" if self.kind == "qwen3next" else "float32"
         config = self.server.config() if self.server is not None else IN_PROCESS
+        if self.kind == "nemotron_nas":
+            more["trust_remote_code"] = True  # its configuration is code of its own
         return {"dtype": dtype, "max_model_len": 2048, "kv_transfer_config": config, **more}
 
     def another_server(self, name: str, *flags: str, chunk: int = CHUNK) -> None:
@@ -77,10 +82,12 @@ class Serving:
             assert one["tokens"][0] == other["tokens"][0]
             assert abs(one["logprobs"][0] - other["logprobs"][0]) < 0.25
 
-
-def whole(prompts: list[list[int]]) -> list[int]:
-    """The tokens that a load can bring: whole chunks before the last token, which vLLM computes."""
-    return [(len(prompt) - 1) // CHUNK * CHUNK for prompt in prompts]
+    def whole(self, prompts: list[list[int]] = PROMPTS) -> list[int]:
+        """The tokens that a load can bring: whole chunks, before the last token where windows or states end or where a forward
+        waits for the load. vLLM computes that token."""
+        if self.kind in FULL:
+            return [min(len(one) // CHUNK * CHUNK, len(one) - (self.server is None)) for one in prompts]
+        return [(len(one) - 1) // CHUNK * CHUNK for one in prompts]
 
 
 def cached(outputs: Outputs) -> list[int]:
@@ -115,7 +122,7 @@ def test_warm_answers_are_cold_ones(serving: Serving) -> None:
     serving.engine.forget()  # returns once the stores have let go of their blocks
     alone = [serving.warm([prompt])[0] for prompt in PROMPTS]
     serving.same(alone, cold)
-    assert cached(alone) == whole(PROMPTS)
+    assert cached(alone) == serving.whole()
     together = serving.warm()
     serving.same(together, cold)
     assert [serving.engine.text().count(line) for line in ("Traceback", "LMCache serves nothing")] == [0, 0]
@@ -169,7 +176,7 @@ def test_sleep_keeps_what_is_stored(serving: Serving) -> None:
     assert serving.engine.ask("sleep", level=1, wake=[None])["awake"] == [True]
     warm = serving.warm(PROMPTS[:1])
     serving.same(warm, serving.expected["prompts"][:1])
-    assert cached(warm) == whole(PROMPTS[:1])
+    assert cached(warm) == serving.whole(PROMPTS[:1])
 
 
 def test_aborted_requests(serving: Serving) -> None:
@@ -209,7 +216,7 @@ def each_group_matters_and_may_fail(serving: Serving) -> None:
         serving.engine.forget()
         serving.engine.ask("spoil", group=group)
         wrong = serving.engine.generate(PROMPTS[:1], salts=salts)
-        assert cached(wrong) == cached(right[0]) == whole(PROMPTS[:1])
+        assert cached(wrong) == cached(right[0]) == serving.whole(PROMPTS[:1])
         with pytest.raises(AssertionError):
             assert_same(wrong, right[0])
 
@@ -232,13 +239,13 @@ def test_another_server_its_tier_and_another_engine(serving: Serving) -> None:
     serving.found()
     warm = serving.warm(PROMPTS[:3])
     serving.same(warm, expected)
-    assert cached(warm) == whole(PROMPTS[:3])
+    assert cached(warm) == serving.whole(PROMPTS[:3])
     serving.engine.end(signal.SIGKILL)
     serving.engine = Engine(serving.folder, f"{serving.kind}-again", serving.path, **serving.options())
     serving.engine.connected()
     warm = serving.engine.generate(PROMPTS[:3])
     serving.same(warm, expected)
-    assert cached(warm) == whole(PROMPTS[:3])
+    assert cached(warm) == serving.whole(PROMPTS[:3])
 
 
 def _kept(server: Server) -> bool:
@@ -249,6 +256,13 @@ def _kept(server: Server) -> bool:
 def test_chunks_that_do_not_end_where_blocks_do_are_refused(serving: Serving) -> None:
     serving.engine.forget()
     serving.another_server("small-chunks", chunk=48)
+    if serving.kind in FULL:  # they may end anywhere
+        serving.found()
+        for hit in (0, 960):
+            outputs = serving.warm(PROMPTS[:1])
+            serving.same(outputs, serving.expected["prompts"][:1])
+            assert cached(outputs) == [hit]
+        return
     line = "start the server with --chunk-size"
     serving.engine.wait_until(lambda: line in serving.engine.text(), line, 60)
     for _ in range(2):
@@ -257,15 +271,18 @@ def test_chunks_that_do_not_end_where_blocks_do_are_refused(serving: Serving) ->
         assert cached(outputs) == [0]
 
 
-@pytest.mark.parametrize("kind", ["gemma3", "gptoss", "mistral", "qwen3next"])
+@pytest.mark.parametrize("kind", ["gemma3", "gptoss", "mistral", "qwen3next", "nemotron_nas"])
 def test_in_process(folder: Path, models: Path, kind: str) -> None:
-    """A server of the engine's own, and the lines that its users look for. vLLM's own class serves a model with windows only."""
+    """A server of the engine's own, and the lines that its users look for. vLLM's own class serves a model with one
+    group."""
     one = Serving(folder, kind, models / kind, None, None)  # type: ignore[arg-type]
     small = {"max_num_batched_tokens": 192, "kv_cache_memory_bytes": KINDS[kind] << 20}
-    if kind == "mistral":
+    one_group = kind in ("mistral", *FULL)
+    if one_group:
         small["kv_transfer_config"] = {name: IN_PROCESS[name] for name in ("kv_connector", "kv_role")}
     # With the hybrid manager, no chunks of fewer tokens than a block are possible.
-    environ = {"LMCACHE_CHUNK_SIZE": str(CHUNK if kind == "mistral" else 100), "LMCACHE_MAX_LOCAL_CPU_SIZE": "0.5"}
+    environ = {"LMCACHE_CHUNK_SIZE": str(CHUNK if one_group else 100), "LMCACHE_MAX_LOCAL_CPU_SIZE": "0.5"}
+    environ["LMCACHE_SAVE_UNFULL_CHUNK"] = "false"  # as it is with windows and states
     one.engine = Engine(folder, f"{kind}-in-process", one.path, environ, **one.options(**small))
     try:
         one.engine.connected()
@@ -273,7 +290,7 @@ def test_in_process(folder: Path, models: Path, kind: str) -> None:
         one.engine.forget()
         alone = [one.warm([prompt])[0] for prompt in PROMPTS]
         one.same(alone, cold)
-        assert cached(alone) == whole(PROMPTS)
+        assert cached(alone) == one.whole()
         one.same(one.warm(), cold)
         each_group_matters_and_may_fail(one)
         loaded = CHUNK if kind == "mistral" else 896  # of windows, only what is in reach
@@ -292,29 +309,30 @@ def test_in_process(folder: Path, models: Path, kind: str) -> None:
         assert cached(fresh) == [0], "nobody says that these weights are the same"
         warm = one.warm(PROMPTS[:1])
         one.same(warm, computed)
-        assert cached(warm) == whole(PROMPTS[:1])
+        assert cached(warm) == one.whole(PROMPTS[:1])
     finally:
         one.engine.end()
 
 
-def test_pipeline_stages(folder: Path, models: Path) -> None:
+@pytest.mark.parametrize("kind", ["gemma3", *FULL])
+def test_pipeline_stages(folder: Path, models: Path, kind: str) -> None:
     """Each stage has layers of some groups only. And the KV of the stages is that of an engine without them."""
-    one = Serving(folder, "gemma3", models / "gemma3", Server(folder, CHUNK, 0, "stages-server"), None)  # type: ignore[arg-type]
+    one = Serving(folder, kind, models / kind, Server(folder, CHUNK, 0, f"{kind}-stages-server"), None)  # type: ignore[arg-type]
     environ = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     try:
-        one.engine = Engine(folder, "stages", one.path, environ, **one.options(pipeline_parallel_size=2))
+        one.engine = Engine(folder, f"{kind}-stages", one.path, environ, **one.options(pipeline_parallel_size=2))
         one.engine.ask("warm_up")
         one.engine.connected(3)
         cold = [one.engine.generate([prompt])[0] for prompt in PROMPTS]
         warm = one.warm()
         one.same(warm, cold)
-        assert cached(warm) == whole(PROMPTS)
+        assert cached(warm) == one.whole()
         one.engine.end()
-        one.engine = Engine(folder, "no-stages", one.path, **one.options())
+        one.engine = Engine(folder, f"{kind}-no-stages", one.path, **one.options())
         one.engine.connected()
         warm = one.engine.generate(PROMPTS[:2])
         one.same(warm, cold[:2])
-        assert cached(warm) == whole(PROMPTS[:2])
+        assert cached(warm) == one.whole(PROMPTS[:2])
     finally:
         if one.engine is not None:
             one.engine.end()
@@ -340,7 +358,7 @@ def test_speculative_decoding(folder: Path, models: Path, method: str) -> None:
         one.engine.forget()
         alone = [one.warm([prompt], **most)[0] for prompt in prompts]
         one.same(alone, own)
-        assert cached(alone) == cached(own) == whole(prompts)
+        assert cached(alone) == cached(own) == one.whole(prompts)
         if method == "draft_model":
             return  # with a drafter, hits in vLLM's own cache change its answers, without LMCache too
         assert [output["tokens"] for output in alone] == [output["tokens"] for output in cold]
@@ -367,3 +385,20 @@ def test_without_the_hybrid_manager(folder: Path, models: Path) -> None:
     finally:
         one.engine.end()
         server.end()
+
+
+def test_indexers_of_sparse_attention() -> None:
+    """The scale of an indexer's values lies elsewhere in the block, so each of both is a group."""
+    script = [PYTHON, str(ROOT / "tests/vllm/indexers.py")]
+    done = subprocess.run(script, env=environment(), stdout=subprocess.PIPE, text=True, timeout=240, check=True)
+    answer = json.loads(done.stdout.splitlines()[-1])
+    assert len(answer["found"]) > 2 and set(answer["found"].values()) == {""}, answer
+    latents, indexers = [0, 2, 4], [1, 3, 5]
+    assert answer["groups"] == [
+        ["mla", "bfloat16", 576, latents],
+        ["mla", "fp8_e4m3", 128, indexers],
+        ["mla", "float32", 1, indexers],
+    ]
+    assert answer["shards"] == [1, 1, 1], "all ranks have the same"
+    elsewhere, other = answer["refused"]
+    assert "of DeepseekV32IndexerCache on cpu" in elsewhere and "128 elements of bfloat16 a token" in other

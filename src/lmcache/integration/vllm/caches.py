@@ -8,11 +8,12 @@ from typing import Any
 from lmcache.chunks import Shard
 from lmcache.engine.served import ServedKV, stores_its_shard
 from lmcache.errors import LayoutError
-from lmcache.integration.vllm.model import ModelKV, Stages
+from lmcache.integration.vllm.model import ModelKV, Stages, layer_specs
 from lmcache.integration.vllm.paged import (
     Registered,
     Shape,
     cpu_kernel,
+    describe_indexer,
     describe_states,
     describe_tensors,
     own_scales,
@@ -56,19 +57,46 @@ def _describe_group(
     if kv.model.kind == "state":
         registered = describe_states(tensors, kv_cache_config.num_blocks, kv.model.head_size)
         return _served(kv, kv.shard(tp_rank, pp_rank), registered, tp_rank), registered
+    on_cpu = str(tensors[0].device).startswith("cpu")
+    if kv.part:
+        registered = describe_indexer(_indexers(vllm_config, kv), kv.part, kv.block_tokens, kv_cache_config.num_blocks)
+    else:
+        registered = _describe_tokens(vllm_config, kv_cache_config.num_blocks, kv, tensors, on_cpu)
+    if not on_cpu and _blocks_may_be_in_flight(kv_cache_config):
+        registered = replace(registered, loads_need_fence=True)
+    return _served(kv, kv.shard(tp_rank, pp_rank), registered, tp_rank), registered
+
+
+def _describe_tokens(vllm_config: Any, num_blocks: int, kv: ModelKV, tensors: list[Any], on_cpu: bool) -> Registered:
     mla = kv.model.kind == "mla"
     heads = 1 if mla else max(1, kv.model.num_kv_heads // kv.tp_size)
     shape = Shape(heads, kv.model.head_size, kv.block_tokens, mla)
-    on_cpu, packed = str(tensors[0].device).startswith("cpu"), not shape.mla and not kv.model.kv_scales
+    packed = not mla and not kv.model.kv_scales
     kernel = cpu_kernel(vllm_config, kv.layer_names[0], kv.model.kv_dtype, shape) if on_cpu and packed else None
-    registered = describe_tensors(tensors, shape, kv_cache_config.num_blocks, kernel)
+    registered = describe_tensors(tensors, shape, num_blocks, kernel)
     if kv.model.kv_scales:
         own_scales(vllm_config, kv.layer_names, tensors, registered.paged)
     if kv.model.kv_dtype == "fp8_e5m2":
         refuse_other_numbers(vllm_config, kv.layer_names)
-    if not on_cpu and _blocks_may_be_in_flight(kv_cache_config):
-        registered = replace(registered, loads_need_fence=True)
-    return _served(kv, kv.shard(tp_rank, pp_rank), registered, tp_rank), registered
+    return registered
+
+
+def _indexers(vllm_config: Any, kv: ModelKV) -> list[Any]:
+    """Return the tensors that indexers use, whose blocks are those of their kernels.
+
+    Raises:
+        LayoutError: kernels of this platform or of another kind of indexer use them.
+    """
+    from vllm.platforms import current_platform
+
+    layers = [vllm_config.compilation_config.static_forward_context[name] for name in kv.layer_names]
+    kinds = {type(layer).__name__ for layer in layers}
+    if kinds != {"DeepseekV32IndexerCache"} or not current_platform.is_cuda():
+        raise LayoutError(
+            f"KV of {kinds.pop()} on {current_platform.device_type}; of indexers, only those of DeepSeek V3.2 on NVIDIA GPUs are "
+            "supported"
+        )
+    return [layer.kv_cache for layer in layers]
 
 
 def _served(kv: ModelKV, shard: Shard, registered: Registered, tp_rank: int) -> ServedKV:
@@ -85,14 +113,13 @@ def _blocks_may_be_in_flight(kv_cache_config: Any) -> bool:
 
 
 def layers_of_all_stages(kv_cache_config: Any) -> Stages:
-    """Return the names of all stages' layers, as `describe_model` needs them. All ranks of a pipeline have to call this."""
+    """Return the specs of all stages' layers, as `describe_model` needs them. All ranks of a pipeline have to call this."""
     from torch import distributed
     from vllm.distributed.parallel_state import get_pp_group
 
     pipeline = get_pp_group()
     stages: list[Any] = [None] * pipeline.world_size
-    own = [list(group.layer_names) for group in kv_cache_config.kv_cache_groups]
-    distributed.all_gather_object(stages, own, group=pipeline.cpu_group)
+    distributed.all_gather_object(stages, layer_specs(kv_cache_config), group=pipeline.cpu_group)
     return stages
 
 

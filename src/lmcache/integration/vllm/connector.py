@@ -17,7 +17,7 @@ from lmcache.engine.served import NOT_SERVED, refusal_of
 from lmcache.engine.settings import ServerSettings
 from lmcache.integration.vllm.caches import describe_rank, layers_of_all_stages
 from lmcache.integration.vllm.layers import Layers
-from lmcache.integration.vllm.model import ModelKV, Stages, describe_model, spans_stages
+from lmcache.integration.vllm.model import ModelKV, Stages, describe_model, needs_ranks
 from lmcache.integration.vllm.plan import StepPlan, StepReport
 from lmcache.integration.vllm.resets import watch_resets
 from lmcache.integration.vllm.scheduler import SchedulerSide
@@ -51,7 +51,7 @@ class LMCacheWorkerMetadata(_WorkerMetadata):  # type: ignore[misc]
 
 @dataclass
 class LMCacheHandshake(_HandshakeMetadata):  # type: ignore[misc]
-    """What each rank reports to the scheduler once, before the first step: the layers of all stages."""
+    """What each rank reports to the scheduler once, before the first step: the layers of all stages and the specs of their KV."""
 
     stages: Stages
 
@@ -84,13 +84,9 @@ class Connector:
         self._instance = str(transfer.engine_id)
         if self._role == KVConnectorRole.SCHEDULER:
             recompute_failed_loads(transfer)
-        if spans_stages(self._vllm_config, self._kv_cache_config):
+        hears_ranks = hasattr(base.KVConnectorBase_V1, "set_xfer_handshake_metadata_pp_aware")
+        if hears_ranks and needs_ranks(self._vllm_config, self._kv_cache_config):
             if self._role == KVConnectorRole.SCHEDULER:
-                if not hasattr(base.KVConnectorBase_V1, "set_xfer_handshake_metadata_pp_aware"):
-                    self._refuse(
-                        "models with several kinds of KV on pipeline stages need a later release of vLLM, or "
-                        "--disable-hybrid-kv-cache-manager"
-                    )
                 return  # until the ranks have reported the layers of all stages
             self._stages = layers_of_all_stages(self._kv_cache_config)
         self._describe_stages(self._stages)
@@ -169,7 +165,7 @@ class Connector:
             synchronous=self._synchronous,
             logs=self._in_process,
             fails_by_request=kv.fails_by_request,
-            layers=Layers(kv.layer_names, len(registered[0].paged.planes)) if layerwise else None,
+            layers=Layers(kv.layer_names, len(registered[0].paged.planes)) if layerwise and not kv.others else None,
             refusal=lambda: kv.identity.failure,
         )
         self._worker.reports_stats = number == 0
@@ -276,12 +272,13 @@ class Connector:
         ours = next(
             (one for one in metadata.values() if isinstance(one, LMCacheHandshake)), None
         )  # every rank's is the same
-        if ours is not None and self._kv is None:
-            self._describe_stages(ours.stages)
-        elif ours is None and spans_stages(self._vllm_config, self._kv_cache_config):
-            self._refuse(
-                "another connector's handshake has taken the place of the one with the layers of all pipeline stages; name "
-                "LMCache's connector first in MultiConnector, or use --disable-hybrid-kv-cache-manager"
+        if self._kv is None and (ours is not None or needs_ranks(self._vllm_config, self._kv_cache_config)):
+            self._stages = ours.stages if ours is not None else ()
+            self._describe_stages(self._stages)
+        elif self._scheduler is not None and ours is not None and not self._stages:
+            self._scheduler.requests.stop(
+                "the layers of the first pipeline stage have KV of one shape and those of others do not; use other stages "
+                "(--pipeline-parallel-size, or VLLM_PP_LAYER_PARTITION)"
             )
 
     def bind_gpu_block_pool(self, gpu_block_pool: Any) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 from lmcache.chunks import PER_TOKEN_HEAD, SCALE_BYTES, Group, Layout, Shard, shard_of_rank
+from lmcache.chunks.layout import DTYPE_BYTES
 from lmcache.engine.groups import shares
-from lmcache.engine.identity import digest_of, named
+from lmcache.engine.identity import digest_of, named, plain
 from lmcache.engine.served import ServedModel, refuse_encoder_decoder
 from lmcache.errors import LayoutError
 from lmcache.integration.vllm.identity import config_digest, draft_model_of, served_identity
@@ -19,6 +20,22 @@ from lmcache.integration.vllm.rules import refuse_what_vllm_rules_out
 _FULL_ATTENTION = ("FullAttentionSpec", "MLAAttentionSpec")
 _WINDOW, _LOCAL, _STATE = "SlidingWindowSpec", "ChunkedLocalAttentionSpec", "MambaSpec"
 _FP8_NAMES = {"fp8": "fp8_e4m3", "fp8_e4m3": "fp8_e4m3", "fp8_e5m2": "fp8_e5m2"}
+_SHAPE = (
+    "block_size",
+    "num_kv_heads",
+    "head_size",
+    "head_size_v",
+    "dtype",
+    "cache_dtype_str",
+    "cache_role",
+    "shapes",
+    "dtypes",
+)
+"""The attributes of a spec that say what the KV of a layer looks like."""
+INDEXER_PARTS = {"values": ("fp8_e4m3", 0, 128), "scales": ("float32", 128, 4)}
+"""What blocks of the KV of DeepSeek V3.2's indexers hold, one after the other and each for all tokens of the block: its dtype,
+and for each token the bytes before it and of it. A scale is not with its values, so each part is a group of its own."""
+_HEADS_KEYS = ("kv_heads", "key_value_heads", "heads_in_group", "attention_groups")
 _PLAIN_DTYPES = ("float32", "float16", "bfloat16")
 _WITH_SCALES = {
     "int8_per_token_head": ("int8", 1),
@@ -34,7 +51,8 @@ class ModelKV(ServedModel):
 
     block_tokens: tokens of a scheduler block. layer_names: this rank's layers, in the order of the extent. counts: how many
     layers each pipeline stage has. group: which group this is; None if the model has one kind of KV. number: vLLM's number of the
-    group. local_tokens: as in `GroupTable`. others: the further groups."""
+    group. local_tokens: as in `GroupTable`. part: the part of `INDEXER_PARTS` that this group holds of an indexer's KV, else "".
+    others: the further groups."""
 
     block_tokens: int
     layer_names: tuple[str, ...]
@@ -43,6 +61,7 @@ class ModelKV(ServedModel):
     group: Group | None = None
     number: int = 0
     local_tokens: int = 0
+    part: str = ""
     others: tuple[ModelKV, ...] = ()
 
     @property
@@ -59,7 +78,7 @@ class ModelKV(ServedModel):
     def fails_by_request(self) -> bool:
         """Whether vLLM has to compute a request from its start if a load fails: what is in reach of a shorter prefix was not
         loaded, and numbers of blocks do not say which group they belong to."""
-        return bool(self.others or self.reach_tokens)
+        return any(one.reach_tokens or one.number != self.number for one in self.groups)
 
     @property
     def shares(self) -> list[float]:
@@ -111,67 +130,93 @@ class ModelKV(ServedModel):
         return [stage for stage, count in enumerate(self.counts) if count]
 
 
-Stages = Sequence[Sequence[Sequence[str]]]
-"""For each pipeline stage, the names of its layers in each of vLLM's groups."""
+Stages = Sequence[Sequence[Mapping[str, Any]]]
+"""For each pipeline stage, the KV cache spec of each of its layers, by the layer's name, in each of vLLM's groups."""
 
 
-def spans_stages(vllm_config: Any, kv_cache_config: Any) -> bool:
-    """Return whether `describe_model` needs the names of all stages' layers: a rank knows of a group only the layers it has."""
+def layer_specs(kv_cache_config: Any) -> list[dict[str, Any]]:
+    """Return the spec of each layer of this rank, in each of vLLM's groups."""
+    found = []
+    for group in kv_cache_config.kv_cache_groups:
+        specs = getattr(group.kv_cache_spec, "kv_cache_specs", None) or dict.fromkeys(
+            group.layer_names, group.kv_cache_spec
+        )
+        found.append({name: specs[name] for name in group.layer_names})
+    return found
+
+
+def needs_ranks(vllm_config: Any, kv_cache_config: Any) -> bool:
+    """Return whether `describe_model` needs what all ranks know: a rank knows of a group only the layers of its pipeline stage,
+    and vLLM tells its scheduler of a group whose layers differ only the spec of the first one."""
+    groups = getattr(kv_cache_config, "kv_cache_groups", ())  # `describe_model` refuses a release that tells no groups
+    held = [set(getattr(tensor, "layers", ())) for tensor in getattr(kv_cache_config, "kv_cache_tensors", ())]
+    if any(sum(not one.isdisjoint(group.layer_names) for one in held) > 1 for group in groups):
+        return True  # vLLM places only layers with the same spec together
     if vllm_config.parallel_config.pipeline_parallel_size == 1:
         return False
-    groups = getattr(kv_cache_config, "kv_cache_groups", ())  # `describe_model` refuses a release that tells no groups
     return len(groups) > 1 or any(type(group.kv_cache_spec).__name__ not in _FULL_ATTENTION for group in groups)
 
 
 def describe_model(vllm_config: Any, kv_cache_config: Any, model_id: str = "", stages: Stages = ()) -> ModelKV:
-    """Describe the KV of the model that vLLM serves. stages: needed if the model `spans_stages`.
+    """Describe the KV of the model that vLLM serves. stages: needed if the model `needs_ranks`.
 
     Raises:
         LayoutError: this engine's KV cannot be cached; the message says why.
     """
     _refuse_unsupported(vllm_config)
     refuse_what_vllm_rules_out(vllm_config)
-    groups = _groups(kv_cache_config)
-    if len(groups) > 1 or groups[0].reach_tokens:
+    told = stages or [layer_specs(kv_cache_config)]
+    groups = _groups(told, kv_cache_config)
+    kinds = len({one.number for one in groups})
+    if not stages and (len(groups) > kinds or needs_ranks(vllm_config, kv_cache_config)):
+        raise LayoutError(
+            "models whose layers differ in the shape of their KV, and models with several kinds of KV on pipeline stages, need a "
+            "later release of vLLM, LMCache's own connector class (unset LMCACHE_USE_UPSTREAM_MP), and the first place in "
+            "MultiConnector; for several kinds of KV, --disable-hybrid-kv-cache-manager may help, too"
+        )
+    if kinds > 1 or groups[0].reach_tokens:
         _refuse_with_groups(vllm_config, groups)
     # The identity comes last: the weights of a refused engine need not be hashed.
     digest = config_digest(vllm_config)
-    if not stages:
-        stages = [[list(group.layer_names) for group in kv_cache_config.kv_cache_groups]]
-    described = [_describe_group(vllm_config, one, stages, digest) for one in groups]
+    described = [_describe_group(vllm_config, one, groups, digest) for one in groups]
     identity = served_identity(vllm_config, model_id)
     parts = [replace(one, identity=identity) for one in described]
     return replace(parts[0], others=tuple(parts[1:]))
 
 
 class _Group(NamedTuple):
-    """A group of vLLM's. number: its place in vLLM's list. reach_tokens, local_tokens: as in `GroupTable`."""
+    """A group of ours: the layers of one of vLLM's groups whose KV has the same shape. number: the place of that group in vLLM's
+    list. own: this rank's layers. stages: those of each pipeline stage. reach_tokens, local_tokens: as in `GroupTable`. part: as
+    in `ModelKV`."""
 
     number: int
-    names: tuple[str, ...]
+    own: tuple[str, ...]
+    stages: tuple[tuple[str, ...], ...]
     spec: Any
     reach_tokens: int
     local_tokens: int
+    part: str
 
 
-def _describe_group(vllm_config: Any, one: _Group, stages: Stages, digest: str) -> ModelKV:
-    """Describe one group, without the identity of the weights."""
+def _describe_group(vllm_config: Any, one: _Group, groups: Sequence[_Group], digest: str) -> ModelKV:
+    """Describe one of the model's groups, without the identity of the weights."""
     parallel, spec = vllm_config.parallel_config, one.spec
-    tp_size, counts = parallel.tensor_parallel_size, tuple(len(stage[one.number]) for stage in stages)
+    tp_size, counts = parallel.tensor_parallel_size, tuple(len(names) for names in one.stages)
     if len(counts) < parallel.pipeline_parallel_size:
         counts = _even_counts(vllm_config)
     layers = sum(counts)
     if type(spec).__name__ == _STATE:
         layout = _state_layout(spec, layers, 1 if getattr(spec, "tp_replicated", False) else tp_size, digest)
+    elif one.part:
+        layout = _indexer_layout(one.part, layers, digest)
     else:
         layout = _token_layout(vllm_config, spec, layers, digest)
     group = None
-    if len(stages[0]) > 1 or one.reach_tokens:
-        model = sorted((name for stage in stages for names in stage for name in names), key=_layer_order)
-        group = Group(
-            tuple(sorted(model.index(name) for stage in stages for name in stage[one.number])), one.reach_tokens
-        )
-    return ModelKV(named(""), layout, spec.block_size, one.names, tp_size, counts, group, one.number, one.local_tokens)
+    if len(groups) > 1 or one.reach_tokens:
+        model = sorted({name for each in groups for names in each.stages for name in names}, key=_layer_order)
+        group = Group(tuple(sorted(model.index(name) for names in one.stages for name in names)), one.reach_tokens)
+    tables = group, one.number, one.local_tokens, one.part
+    return ModelKV(named(""), layout, spec.block_size, one.own, tp_size, counts, *tables)
 
 
 def _token_layout(vllm_config: Any, spec: Any, layers: int, digest: str) -> Layout:
@@ -194,16 +239,45 @@ def _token_layout(vllm_config: Any, spec: Any, layers: int, digest: str) -> Layo
     )
 
 
+def _indexer_layout(part: str, layers: int, digest: str) -> Layout:
+    dtype, _, size = INDEXER_PARTS[part]
+    return Layout("", _fp8(dtype), layers, 1, size // DTYPE_BYTES[dtype], 1, kind="mla", config_digest=digest)
+
+
 def _heads(vllm_config: Any, spec: Any) -> int:
     """Return the KV heads of all ranks together in layers of this spec, which has those of a rank. Some layers, as those of a
-    draft model, may have another number than the model's configuration says."""
+    draft model, may have another number than the model's configuration says. Where each rank has one head, nothing tells then
+    which ranks have the same one, so all count as different."""
     heads, ranks = (
         int(vllm_config.model_config.get_total_num_kv_heads()),
         vllm_config.parallel_config.tensor_parallel_size,
     )
     usual = max(1, heads // ranks)
     own = int(getattr(spec, "num_kv_heads", usual))
-    return heads if own == usual else own * ranks
+    known = own == usual and (heads >= ranks or not _heads_differ(vllm_config, heads))
+    return heads if known else own * ranks
+
+
+def _heads_differ(vllm_config: Any, heads: int) -> bool:
+    """Return whether layers may have different numbers of KV heads before a parallel split."""
+    model, draft = vllm_config.model_config, draft_model_of(getattr(vllm_config, "speculative_config", None))
+    named = set(_numbers_of_heads(plain(getattr(model, "hf_text_config", model.hf_config))))
+    if draft is not None:
+        named |= {heads, int(draft.get_total_num_kv_heads())}
+    return len(named) > 1
+
+
+def _numbers_of_heads(config: Any) -> Iterator[int]:
+    """Yield every number of KV heads, or of heads that share one, in a model's configuration."""
+    if isinstance(config, dict):
+        for key, value in config.items():
+            numbers = value if isinstance(value, list) else [value]
+            if any(name in key for name in _HEADS_KEYS):
+                yield from (number for number in numbers if isinstance(number, int))
+            yield from _numbers_of_heads(value)
+    elif isinstance(config, list):
+        for item in config:
+            yield from _numbers_of_heads(item)
 
 
 def _state_layout(spec: Any, layers: int, ranks: int, digest: str) -> Layout:
@@ -246,39 +320,76 @@ def _refuse_unsupported(vllm_config: Any) -> None:
         raise LayoutError("--kv-sharing-fast-prefill leaves KV of shared layers unwritten")
 
 
-def _groups(kv_cache_config: Any) -> list[_Group]:
+def _groups(stages: Stages, kv_cache_config: Any) -> list[_Group]:
     """Return the model's groups: those of full attention first.
 
     Raises:
         LayoutError: a group's kind of KV cannot be cached.
     """
     found = []
-    for number, group in enumerate(kv_cache_config.kv_cache_groups):
-        spec = group.kv_cache_spec
-        kind = type(spec).__name__
-        if kind not in (*_FULL_ATTENTION, _WINDOW, _LOCAL, _STATE):
-            raise LayoutError(
-                f"KV of kind {kind}; only full attention, sliding windows, chunked attention and Mamba states are supported yet"
-            )
-        if (kind != _STATE and getattr(spec, "tokens_per_state", 1) != 1) or getattr(spec, "non_causal", False):
-            raise LayoutError("KV that does not hold one causal state a token is not supported")
-        reach = local = getattr(spec, "attention_chunk_size", None) or 0 if kind == _LOCAL else 0
-        if local % spec.block_size:
-            raise LayoutError(f"chunks of attention of {local} tokens do not end where blocks of {spec.block_size} do")
-        if kind == _WINDOW:  # vLLM keeps the blocks from the window's first token on
-            seen = spec.sliding_window - 1 + getattr(spec, "extra_retained_tokens", 0)
-            reach = max(1, -(-seen // spec.block_size)) * spec.block_size
-        if kind == _STATE:
-            if spec.mamba_cache_mode != "align":
-                raise LayoutError(
-                    f"Mamba states kept in mode {spec.mamba_cache_mode!r}; start vLLM with --enable-prefix-caching "
-                    "--mamba-cache-mode align"
-                )
-            reach = 1
-        found.append(_Group(number, tuple(sorted(group.layer_names, key=_layer_order)), spec, reach, local))
+    for number, held in enumerate(zip(*stages, strict=True)):
+        specs = {name: spec for stage in held for name, spec in stage.items()}
+        alike: dict[tuple[str, ...], list[str]] = {}
+        for name in sorted(specs, key=_layer_order):
+            alike.setdefault(_shape(specs[name]), []).append(name)
+        own = kv_cache_config.kv_cache_groups[number].layer_names
+        for names in alike.values():
+            spec = specs[names[0]]
+            parts = tuple(tuple(name for name in names if name in stage) for stage in held)
+            needed = _needed_tokens(spec)
+            for part in _parts(spec):
+                found.append(_Group(number, tuple(name for name in names if name in own), parts, spec, *needed, part))
     if not found:
         raise LayoutError("vLLM has no KV cache groups for this model")
     return sorted(found, key=lambda one: (one.reach_tokens > 0, one.number))
+
+
+def _parts(spec: Any) -> tuple[str, ...]:
+    """Return the parts of these layers' KV that are groups of their own: all `INDEXER_PARTS` of an indexer, else only "".
+
+    Raises:
+        LayoutError: it is an indexer whose KV has another order.
+    """
+    if getattr(spec, "cache_role", None) != "indexer":
+        return ("",)
+    dtype = str(spec.dtype).removeprefix("torch.")
+    if (dtype, spec.head_size) != ("uint8", sum(size for _, _, size in INDEXER_PARTS.values())):
+        raise LayoutError(f"KV of an indexer with {spec.head_size} elements of {dtype} a token is not supported")
+    return tuple(INDEXER_PARTS)
+
+
+def _shape(spec: Any) -> tuple[str, ...]:
+    """Return what is equal for layers of one of vLLM's groups exactly if the shape of their KV is."""
+    return type(spec).__name__, *(str(getattr(spec, name, None)) for name in _SHAPE)
+
+
+def _needed_tokens(spec: Any) -> tuple[int, int]:
+    """Return the `reach_tokens` and `local_tokens` of layers with this spec, as in `GroupTable`.
+
+    Raises:
+        LayoutError: this kind of KV cannot be cached.
+    """
+    kind = type(spec).__name__
+    if kind not in (*_FULL_ATTENTION, _WINDOW, _LOCAL, _STATE):
+        raise LayoutError(
+            f"KV of kind {kind}; only full attention, sliding windows, chunked attention and Mamba states are supported yet"
+        )
+    if (kind != _STATE and getattr(spec, "tokens_per_state", 1) != 1) or getattr(spec, "non_causal", False):
+        raise LayoutError("KV that does not hold one causal state a token is not supported")
+    reach = local = getattr(spec, "attention_chunk_size", None) or 0 if kind == _LOCAL else 0
+    if local % spec.block_size:
+        raise LayoutError(f"chunks of attention of {local} tokens do not end where blocks of {spec.block_size} do")
+    if kind == _WINDOW:  # vLLM keeps the blocks from the window's first token on
+        seen = spec.sliding_window - 1 + getattr(spec, "extra_retained_tokens", 0)
+        reach = max(1, -(-seen // spec.block_size)) * spec.block_size
+    if kind == _STATE:
+        if spec.mamba_cache_mode != "align":
+            raise LayoutError(
+                f"Mamba states kept in mode {spec.mamba_cache_mode!r}; start vLLM with --enable-prefix-caching "
+                "--mamba-cache-mode align"
+            )
+        reach = 1
+    return reach, local
 
 
 def _refuse_with_groups(vllm_config: Any, groups: Sequence[_Group]) -> None:

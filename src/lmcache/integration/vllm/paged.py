@@ -14,6 +14,7 @@ from typing import Any
 from lmcache.chunks import SCALE_BYTES
 from lmcache.engine.points import stream_point
 from lmcache.errors import LayoutError
+from lmcache.integration.vllm.model import INDEXER_PARTS
 from lmcache.transfer.fitted import Fit, fit_strides, probe_places
 from lmcache.transfer.paged import PagedKV, Plane
 
@@ -117,6 +118,31 @@ def describe_states(layers: Sequence[Any], num_blocks: int, state_bytes: int) ->
         planes.append(Plane.strided(address, step, 0, 1, 0, state_bytes, 1))
     first = layers[0] if hasattr(layers[0], "device") else layers[0][0]
     return Registered(PagedKV(tuple(planes), 1, num_blocks, 1, tuple(layers), str(first.device)), 1)
+
+
+def describe_indexer(tensors: Sequence[Any], part: str, block_tokens: int, num_blocks: int) -> Registered:
+    """Describe one of the `INDEXER_PARTS` of indexers' KV: for each layer a tensor [block, token, byte] whose blocks hold first
+    one part of all their tokens, then the other. block_tokens, num_blocks: of the scheduler; the tensors' blocks may be smaller.
+
+    Raises:
+        LayoutError: the tensors cannot be described; the message names what they are.
+    """
+    _, before, size = INDEXER_PARTS[part]
+    token = sum(one for _, _, one in INDEXER_PARTS.values())
+    planes = []
+    for tensor in tensors:
+        blocks, tokens, width = tensor.shape
+        fits = blocks * tokens == num_blocks * block_tokens and blocks % num_blocks == 0
+        if not fits or width != token or tensor.element_size() != 1 or not tensor[0].is_contiguous():
+            raise LayoutError(
+                f"KV tensors of indexers of shape {tuple(tensor.shape)} and strides {tuple(tensor.stride())} for {num_blocks} "
+                f"blocks of {block_tokens} tokens are of an unknown order"
+            )
+        address = tensor.data_ptr() + before * tokens
+        planes.append(Plane.strided(address, tensor.stride(0), size, 1, 0, size, 1))
+    blocks, tokens, _ = tensors[0].shape
+    paged = PagedKV(tuple(planes), tokens, blocks, 1, tuple(tensors), str(tensors[0].device))
+    return Registered(paged, blocks // num_blocks)
 
 
 def strided_planes(tensor: Any, shape: Shape, block_axis: int) -> list[Plane]:

@@ -68,7 +68,7 @@ class SchedulerSide:
             session, ranks=ranks, save_tail=config.save_unfull_chunk, groups=groups
         )
         self._groups, self._numbers = groups, numbers
-        self._fails_by_request = len(groups) > 1 or groups[0].reach_tokens > 0  # as in `ModelKV`
+        self._fails_by_request = len(set(numbers)) > 1 or groups[0].reach_tokens > 0  # as in `ModelKV`
         self._block_tokens, self._ranks = groups[0].block_tokens, ranks
         self._pool: Any = None
         """vLLM's block pool, for models with windows: blocks out of the window are freed while stores may read them."""
