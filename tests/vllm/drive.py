@@ -51,8 +51,12 @@ def generate(
     salts: list[str] | None = None,
     prompt_logprobs: bool = False,
     priority: list[int] | None = None,
+    adapter: str = "",
 ) -> dict[str, Any]:
-    """All prompts at once. Of each: tokens, their log probabilities, tokens that were cached. priority: of each prompt."""
+    """All prompts at once. Of each: tokens, their log probabilities, tokens that were cached. priority: of each prompt. adapter:
+    the folder of a LoRA adapter for all of them."""
+    from vllm.lora.request import LoRARequest
+
     from vllm import SamplingParams
 
     parameters = SamplingParams(
@@ -66,7 +70,8 @@ def generate(
         {"prompt_token_ids": prompt} | ({"cache_salt": salts[at]} if salts and salts[at] else {})
         for at, prompt in enumerate(prompts)
     ]
-    outputs = llm.generate(inputs, parameters, use_tqdm=False, priority=priority)
+    lora = LoRARequest("adapter", 1, adapter) if adapter else None
+    outputs = llm.generate(inputs, parameters, use_tqdm=False, priority=priority, lora_request=lora)
     return {"outputs": [describe(output) for output in outputs]}
 
 
