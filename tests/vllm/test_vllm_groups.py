@@ -205,6 +205,18 @@ def test_aborted_requests(serving: Serving) -> None:
     serving.same(serving.warm(stems), serving.warm(stems, salts=["one", "two"]))
 
 
+def test_vllm_empties_its_cache_while_stores_read_it(serving: Serving) -> None:
+    """vLLM can do so although the stores' blocks are held, and what is stored is what they held before."""
+    for abort in (True, False):
+        prompt, other = tokens(500, 670 + abort), tokens(1300, 672)
+        serving.engine.forget()
+        emptied = serving.engine.ask("empty", prompt=prompt, other=other, abort=abort)["emptied"]
+        assert emptied == [True] * len(emptied)
+        warm = serving.warm([prompt])
+        assert cached(warm)[0] > 0
+        serving.same(warm, serving.warm([prompt], salts=["cold"]))
+
+
 def test_the_null_block_is_never_written(serving: Serving) -> None:
     serving.engine.ask("null_block", poison=True)
     serving.same(serving.warm(PROMPTS[:3]), serving.expected["prompts"][:3])
