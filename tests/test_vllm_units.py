@@ -35,6 +35,7 @@ from lmcache.integration.vllm.identity import config_digest, model_identity
 from lmcache.integration.vllm.model import describe_model, needs_ranks
 from lmcache.integration.vllm.paged import Registered, Shape, describe_tensors, own_scales, refuse_other_numbers
 from lmcache.integration.vllm.plan import StepReport
+from lmcache.integration.vllm.resets import empty as empty_vllms_cache
 from lmcache.integration.vllm.resets import watch_resets
 from lmcache.integration.vllm.scheduler import SchedulerSide
 from lmcache.integration.vllm.settings import parse_host, read_settings, recompute_failed_loads
@@ -325,6 +326,46 @@ def test_stores_of_a_request_preempted_outside_a_step_and_then_aborted_are_settl
     request.num_preemptions = 1
     assert not scheduler.finished(request)
     assert store.job_id in scheduler.plan_step(step()).settle
+
+
+class Pool:
+    """vLLM's block pool: which blocks are held."""
+
+    def __init__(self) -> None:
+        self.blocks = list(range(16))
+        self.held: list[int] = []
+
+    def touch(self, blocks: list[int]) -> None:
+        self.held += blocks
+
+    def free_blocks(self, blocks: Sequence[int]) -> None:
+        for block in blocks:
+            self.held.remove(block)
+
+
+def test_blocks_that_stores_read_are_given_back_when_vllm_empties_its_cache() -> None:
+    """And when their request was preempted and is then aborted. In both cases the ranks settle these stores first."""
+    pool, engine = Pool(), SimpleNamespace(kv_transfer_config=SimpleNamespace(engine_id="with groups"))
+    scheduler = SchedulerSide(Session(), [GroupTable(BLOCK), GroupTable(BLOCK, BLOCK)], 1, numbers=(0, 1))  # type: ignore[arg-type]
+    scheduler.bind_pool(pool)
+    watch_resets("with groups", scheduler)
+    jobs = []
+    for name in ("a", "b"):
+        request = Request(name, list(range(BLOCK)))
+        scheduler.match(request, 0)
+        scheduler.allocated(request, ([1], [2]), 0)
+        (store,) = scheduler.plan_step(step({name: BLOCK})).stores
+        assert pool.held == [1, 2]
+        jobs.append(store.job_id)
+        if name == "a":
+            request.num_preemptions = 1
+            assert not scheduler.finished(request)
+            assert not pool.held, "nobody has to wait for a step"
+        else:
+            assert empty_vllms_cache(lambda of: not pool.held, SimpleNamespace(vllm_config=engine))
+        assert store.job_id in scheduler.plan_step(step()).settle
+    scheduler.transferred(report=StepReport(stored=dict.fromkeys(jobs, 1)))
+    assert not pool.held
 
 
 def test_a_failed_load_is_not_tried_again() -> None:

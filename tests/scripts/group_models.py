@@ -5,10 +5,15 @@ whose tokenizer they get. The weights are random and so large that an answer dep
 layer: Gemma 3, gpt-oss and Mellum have sliding windows of 128 tokens and full attention, Mistral has windows only, Qwen3-Next has
 linear and full attention, and Llama 4 attends to chunks of 256 tokens and to everything. Nemotron-NAS has full attention with
 another number of KV heads in each layer, and one layer without attention.
+
+Gemma 3 also gets a LoRA adapter, in a folder `adapter` of its own. `drafted` is a Gemma 3 for speculative decoding: its first
+layer has the weights of the only layer of `drafter`, and its other layers add so little that the drafter foresees most of its
+tokens.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import sys
@@ -16,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
@@ -42,7 +48,16 @@ MODELS: dict[str, dict[str, Any]] = {
         "query_pre_attn_scalar": 64,
         "tie_word_embeddings": True,  # vLLM knows no other
     },
-    "drafter": {  # for Gemma 3; vLLM wants all of its layers in one group
+    "drafted": {
+        "model_type": "gemma3_text",
+        "intermediate_size": 512,
+        "num_hidden_layers": 6,
+        "layer_types": ["full_attention"] + ["sliding_attention"] * 5,
+        "sliding_window": 128,
+        "query_pre_attn_scalar": 64,
+        "tie_word_embeddings": True,
+    },
+    "drafter": {  # vLLM wants all of its layers in one group
         "model_type": "gemma3_text",
         "intermediate_size": 512,
         "num_hidden_layers": 1,
@@ -132,6 +147,11 @@ class BlocksConfig(LlamaConfig):
 """The configuration of Nemotron-NAS is code in its repositories, which neither Transformers nor vLLM has."""
 
 
+LOUD, FAINT = 6.0, 0.03
+"""What the layer adds that `drafted` and `drafter` have in common, and what each layer adds that only `drafted` has. A token's
+embedding, of size 1, must not decide alone what comes next."""
+
+
 def write(folder: Path, tokenizer: Path, config: dict[str, Any]) -> None:
     described = COMMON | config
     dtype, kv_heads = described.pop("torch_dtype", "float32"), described.pop("kv_heads", [])
@@ -147,6 +167,8 @@ def write(folder: Path, tokenizer: Path, config: dict[str, Any]) -> None:
                 weight += 1.5  # scores spread, and some positions win
             elif "A_log" in name:
                 weight.copy_(torch.linspace(-6.0, -2.0, weight.numel()))  # states that do not forget
+            elif folder.name in ("drafted", "drafter") and ".post_" in name:
+                weight.fill_((LOUD if ".layers.0." in name else FAINT) - 1.0)  # Gemma multiplies by 1 + weight
         if made.tie_word_embeddings:
             model.get_input_embeddings().weight /= made.hidden_size**0.5  # by which the model multiplies them
     for layer, heads in zip(model.model.layers, kv_heads, strict=False):
@@ -182,6 +204,24 @@ def gain(name: str, weight: torch.Tensor) -> float:
     return float((3.0 if "lm_head" in name else 2.0 if "o_proj" in name or "out_proj" in name else 1.5) / inputs**0.5)
 
 
+def write_adapter(folder: Path, base: dict[str, Any], rank: int = 8) -> None:
+    """Write a LoRA adapter for the queries, keys and values of all layers, as PEFT stores it."""
+    sizes = dict.fromkeys(("k_proj", "v_proj"), base["num_key_value_heads"] * base["head_dim"])
+    sizes["q_proj"] = base["num_attention_heads"] * base["head_dim"]
+    noise = torch.Generator().manual_seed(1)
+    weights = {}
+    for layer, (module, size) in itertools.product(range(base["num_hidden_layers"]), sizes.items()):
+        name = f"base_model.model.model.layers.{layer}.self_attn.{module}"
+        weights[f"{name}.lora_A.weight"] = torch.randn(rank, base["hidden_size"], generator=noise) / 16
+        weights[f"{name}.lora_B.weight"] = torch.randn(size, rank, generator=noise) / 4
+    folder.mkdir()
+    save_file(weights, folder / "adapter_model.safetensors")
+    described = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": list(sizes), "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(described))
+
+
 if __name__ == "__main__":
     for name in sys.argv[3:] or MODELS:
         write(Path(sys.argv[1]) / name, Path(sys.argv[2]), MODELS[name])
+        if name == "gemma3":
+            write_adapter(Path(sys.argv[1]) / "adapter", COMMON | MODELS[name])

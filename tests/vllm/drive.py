@@ -51,8 +51,12 @@ def generate(
     salts: list[str] | None = None,
     prompt_logprobs: bool = False,
     priority: list[int] | None = None,
+    adapter: str = "",
 ) -> dict[str, Any]:
-    """All prompts at once. Of each: tokens, their log probabilities, tokens that were cached. priority: of each prompt."""
+    """All prompts at once. Of each: tokens, their log probabilities, tokens that were cached. priority: of each prompt. adapter:
+    the folder of a LoRA adapter for all of them."""
+    from vllm.lora.request import LoRARequest
+
     from vllm import SamplingParams
 
     parameters = SamplingParams(
@@ -66,7 +70,8 @@ def generate(
         {"prompt_token_ids": prompt} | ({"cache_salt": salts[at]} if salts and salts[at] else {})
         for at, prompt in enumerate(prompts)
     ]
-    outputs = llm.generate(inputs, parameters, use_tqdm=False, priority=priority)
+    lora = LoRARequest("adapter", 1, adapter) if adapter else None
+    outputs = llm.generate(inputs, parameters, use_tqdm=False, priority=priority, lora_request=lora)
     return {"outputs": [describe(output) for output in outputs]}
 
 
@@ -172,6 +177,60 @@ def abort(llm: Any, prompts: list[list[int]], after_steps: list[int]) -> dict[st
     while engine.has_unfinished_requests():
         engine.step()
     return {"ok": True}
+
+
+def empty(llm: Any, prompt: list[int], other: list[int], abort: bool) -> dict[str, Any]:
+    """Empty the engine's prefix cache while stores read the blocks of a running prompt, as a pause does that clears the caches.
+    Then abort the prompt and empty the cache once more, or let it run on; run another prompt, too. The copies of the stores are
+    held until the ranks are told to settle them, or else to the end. Answers which attempts to empty the cache succeeded."""
+    import threading
+
+    from vllm.v1.core.sched.interface import PauseState
+
+    from vllm import SamplingParams
+
+    engine, go = llm.llm_engine, threading.Event()
+    core, copier, worker = engine.engine_core.engine_core, rank_session()._access.parts[0].copier, rank_worker()
+    gather, settle, emptied = copier.gather, worker.settle, []
+
+    def late(*given: Any, **more: Any) -> None:
+        go.wait()
+        gather(*given, **more)
+
+    def settled(plan: Any) -> None:
+        if plan.settle:
+            go.set()
+        settle(plan)
+
+    def attempt(**options: bool) -> None:
+        try:
+            emptied.append(engine.reset_prefix_cache(**options))
+        except RuntimeError:  # vLLM says so that blocks are in use
+            emptied.append(False)
+
+    def start(tokens: list[int]) -> str:
+        name = f"empty-{time.monotonic_ns()}"
+        engine.add_request(name, {"prompt_token_ids": tokens}, SamplingParams(temperature=0.0, max_tokens=50))
+        return name
+
+    copier.gather, worker.settle = late, settled
+    name = start(prompt)
+    for _ in range(3):
+        engine.step()
+    core.scheduler.set_pause_state(PauseState.PAUSED_ALL)
+    while core.batch_queue:
+        engine.step()
+    attempt(reset_running_requests=True)
+    if abort:
+        engine.abort_request([name])
+        attempt()
+    core.scheduler.set_pause_state(PauseState.UNPAUSED)
+    start(other)
+    while engine.has_unfinished_requests():
+        engine.step()
+    go.set()
+    copier.gather, worker.settle = gather, settle
+    return {"emptied": emptied}
 
 
 def metrics(llm: Any) -> dict[str, Any]:
@@ -305,10 +364,14 @@ def spoil(llm: Any, group: int, fail: bool = False, scales: bool = False) -> dic
 
 
 def rank_session() -> Any:
+    return rank_worker()._session
+
+
+def rank_worker() -> Any:
     from vllm.distributed.kv_transfer import get_kv_transfer_group
 
     group = get_kv_transfer_group()
-    return getattr(group, "_lmcache_engine", group)._worker._session
+    return getattr(group, "_lmcache_engine", group)._worker
 
 
 changed: dict[str, Any] = {}
@@ -329,6 +392,7 @@ COMMANDS = {
     "warm_up": warm_up,
     "sleep": sleep,
     "abort": abort,
+    "empty": empty,
     "deadline": deadline,
     "wait_for_stores": wait_for_stores,
     "metrics": metrics,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from vllm_processes import PYTHON, Engine, Server, environment
 
-from prompts import assert_same, tokens
+from prompts import assert_same, differs, tokens
 from real_engines import ROOT
 
 CHUNK = 128
@@ -110,7 +110,8 @@ def serving(folder: Path, models: Path, request: pytest.FixtureRequest) -> Itera
     server = Server(folder, CHUNK, 0, f"{kind}-first")
     one = Serving(folder, kind, models / kind, server, None)  # type: ignore[arg-type]
     small = {"max_num_batched_tokens": 192, "kv_cache_memory_bytes": KINDS[kind] << 20}
-    one.engine = Engine(folder, kind, one.path, **one.options(**small, scheduling_policy="priority"))
+    adapters = {"enable_lora": True, "max_lora_rank": 8} if kind == "gemma3" else {}
+    one.engine = Engine(folder, kind, one.path, **one.options(**small, **adapters, scheduling_policy="priority"))
     one.engine.connected()
     yield one
     one.engine.end()
@@ -171,6 +172,28 @@ def test_other_ways_to_answer(serving: Serving) -> None:
         assert loaded == computed
 
 
+@pytest.mark.parametrize("serving", ["gemma3"], indirect=True)
+def test_an_adapter_has_kv_of_its_own(serving: Serving) -> None:
+    """With a LoRA adapter nothing is loaded that was computed without it, and the other way round."""
+    adapter = {"adapter": str(serving.path.with_name("adapter"))}
+    base, fresh = PROMPTS[0], tokens(400, 660)
+    cold = serving.warm([base], **adapter)
+    assert cached(cold) == [0], "the server has this prompt without the adapter"
+    assert differs(cold, serving.expected["prompts"][:1])
+    serving.same(cold, serving.engine.generate([base], salts=["adapter"], **adapter))
+    warm = serving.warm([base], **adapter)
+    serving.same(warm, cold)
+    assert cached(warm) == whole([base])
+    with_adapter = serving.warm([fresh], **adapter)
+    without = serving.warm([fresh])
+    assert cached(with_adapter) == cached(without) == [0]
+    assert differs(with_adapter, without)
+    both = [serving.warm([fresh], **more) for more in (adapter, {})]
+    serving.same(both[0], with_adapter)
+    serving.same(both[1], without)
+    assert [cached(outputs) for outputs in both] == [whole([fresh])] * 2
+
+
 def test_sleep_keeps_what_is_stored(serving: Serving) -> None:
     serving.engine.forget()  # vLLM does not fall asleep while stores read its blocks
     assert serving.engine.ask("sleep", level=1, wake=[None])["awake"] == [True]
@@ -187,6 +210,16 @@ def test_aborted_requests(serving: Serving) -> None:
     serving.same(serving.warm(), serving.expected["prompts"])
     stems = [prompt[:600] for prompt in prompts[3:]]
     serving.same(serving.warm(stems), serving.warm(stems, salts=["one", "two"]))
+
+
+def test_vllm_empties_its_cache_while_stores_read_it(serving: Serving) -> None:
+    """vLLM can do so although the stores' blocks are held. What is stored, if anything, is what they held before."""
+    for abort in (True, False):
+        prompt, other = tokens(500, 670 + abort), tokens(1300, 672)
+        serving.engine.forget()
+        emptied = serving.engine.ask("empty", prompt=prompt, other=other, abort=abort)["emptied"]
+        assert emptied == [True] * len(emptied)
+        serving.same(serving.warm([prompt]), serving.warm([prompt], salts=["cold"]))
 
 
 def test_the_null_block_is_never_written(serving: Serving) -> None:
@@ -341,32 +374,40 @@ def test_pipeline_stages(folder: Path, models: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("method", ["ngram", "draft_model"])
 def test_speculative_decoding(folder: Path, models: Path, method: str) -> None:
-    """Drafts from the prompt, and of a model whose layer belongs to the group of full attention."""
-    one = Serving(folder, "gemma3", models / "gemma3", Server(folder, CHUNK, 0, f"{method}-server"), None)  # type: ignore[arg-type]
-    speculative: dict[str, Any] = {"method": method, "num_speculative_tokens": 3}
-    speculative |= {"prompt_lookup_max": 2} if method == "ngram" else {"model": str(models / "drafter")}
+    """Drafts from the prompt, and of a model whose layer belongs to the group of full attention. That model foresees nearly all
+    tokens as long as it has its own KV of the prompt."""
+    kind, speculative = "gemma3", {"method": method, "num_speculative_tokens": 3}
+    if method == "ngram":
+        speculative["prompt_lookup_max"] = 2
+    else:
+        kind, speculative["model"] = "drafted", str(models / "drafter")
+    one = Serving(folder, kind, models / kind, Server(folder, CHUNK, 0, f"{method}-server"), None)  # type: ignore[arg-type]
     small = {"max_num_batched_tokens": 192, "max_num_seqs": 8, "kv_cache_memory_bytes": 24 << 20}
     one.engine = Engine(folder, method, one.path, **one.options(**small, speculative_config=speculative))
     prompts, most = [*PROMPTS[:3], (tokens(20, 650) * 20)[:390]], {"max_tokens": 16}
+
+    def counted(generate: Callable[..., Outputs]) -> tuple[Outputs, list[float]]:
+        """The answers, how many tokens were drafted for them, and how many of these were right."""
+        names = [f"vllm:spec_decode_num_{name}_tokens" for name in ("draft", "accepted")]
+        before = one.engine.ask("metrics")
+        outputs = [generate([prompt], **most)[0] for prompt in prompts]
+        after = one.engine.ask("metrics")
+        return outputs, [after[name] - before.get(name, 0) for name in names]
+
     try:
         one.engine.connected()
-        cold: Outputs = []
-        own: Outputs = []
-        for prompt in prompts:
-            cold += one.engine.generate([prompt], **most)
-            own += one.engine.generate([prompt], **most)
-        one.engine.forget()
-        alone = [one.warm([prompt], **most)[0] for prompt in prompts]
-        one.same(alone, own)
-        assert cached(alone) == cached(own) == one.whole(prompts)
-        if method == "draft_model":
-            return  # with a drafter, hits in vLLM's own cache change its answers, without LMCache too
-        assert [output["tokens"] for output in alone] == [output["tokens"] for output in cold]
+        cold, _ = counted(one.engine.generate)
+        own, drafts_of_own = counted(one.engine.generate)
+        alone, drafts = counted(one.warm)
+        one.same(own, cold)
         one.same(alone, cold)
+        assert cached(alone) == one.whole(prompts)
+        assert drafts == drafts_of_own, "after a load as many drafts are right as after a hit in vLLM's own cache"
+        assert drafts[0] > 0
+        assert method == "ngram" or drafts[1] > 0.7 * drafts[0]
         one.same(one.warm(prompts, **most), cold)
         turns = [prompt + output["tokens"] for prompt, output in zip(prompts, cold, strict=True)]
         one.same(one.warm(turns), one.warm(turns, salts=[f"cold {at}" for at in range(len(turns))]))
-        assert one.engine.ask("metrics")["vllm:spec_decode_num_draft_tokens"] > 0
     finally:
         one.engine.end()
         one.server.end()

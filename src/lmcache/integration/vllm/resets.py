@@ -25,8 +25,8 @@ _sides: weakref.WeakValueDictionary[str, SchedulerSide] = weakref.WeakValueDicti
 
 
 def watch_resets(engine_id: str, side: SchedulerSide) -> None:
-    """Notify `side` from now on when its engine's own prefix cache is emptied, and undo resets that come from a sleep that keeps
-    the weights."""
+    """Notify `side` from now on before and after its engine's own prefix cache is emptied, and undo resets that come from a sleep
+    that keeps the weights."""
     _sides[engine_id] = side
     for owner, name, around in (
         ("vllm.v1.engine.core.EngineCore", "sleep", fall_asleep),
@@ -78,9 +78,11 @@ def add_adapter(add: Any, core: Any, lora_request: Any) -> Any:
 
 
 def empty(reset: Any, scheduler: Any, *args: Any, **kwargs: Any) -> Any:
-    """Wrap `Scheduler.reset_prefix_cache`, which returns whether the cache could be emptied."""
-    emptied = reset(scheduler, *args, **kwargs)
+    """Wrap `Scheduler.reset_prefix_cache`, which returns whether the cache could be emptied: only if no block is in use."""
     side = _side_of(scheduler)
+    if side is not None:
+        side.release_blocks()
+    emptied = reset(scheduler, *args, **kwargs)
     if emptied and side is not None:
         side.requests.own_cache_emptied()
     return emptied

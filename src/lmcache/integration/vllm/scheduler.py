@@ -73,7 +73,7 @@ class SchedulerSide:
         self._pool: Any = None
         """vLLM's block pool, for models with windows: blocks out of the window are freed while stores may read them."""
         self._held: dict[str, list[Any]] = {}
-        """Store job -> vLLM's blocks that it reads."""
+        """Store job -> vLLM's blocks that it reads, until it has ended or is about to be settled."""
         self._can_load, self._can_store = can_load, can_store
         self._synchronous, self._logs, self._config = synchronous, logs, config
         self._min_gain = 1 if synchronous else MIN_GAIN_TOKENS.get(device, MIN_GAIN_TOKENS_ON_A_DEVICE)
@@ -193,8 +193,7 @@ class SchedulerSide:
             # Releases of vLLM without worker metadata report stores in no other way.
             for job_id in tuple(self._closing.pop(request_id).jobs if request_id in self._closing else ()):
                 requests.stored(job_id)
-        for job_id in [job for job in self._held if job not in requests.storing]:
-            self._pool.free_blocks(reversed(self._held.pop(job_id)))
+        self._let_go([job for job in self._held if job not in requests.storing])
         if report.weights > self._weights:
             self._weights = report.weights
             logger.info("This engine's weights have changed: KV of the old weights is not used any more")
@@ -211,10 +210,17 @@ class SchedulerSide:
             return False
         if _was_preempted(tracker):
             self._plan.settle.extend(tracker.jobs)
+            self._let_go(tracker.jobs)
             return False
         self._plan.closing.append(name)
         self._closing[name] = tracker
         return True
+
+    def release_blocks(self) -> None:
+        """Give back all blocks that are held for stores: vLLM is about to empty its prefix cache, for which they must be free.
+        The ranks settle these stores before the next step, so nothing is written into the blocks before that."""
+        self._plan.settle.extend(self._held)
+        self._let_go(list(self._held))
 
     @property
     def changes(self) -> tuple[int, int]:
@@ -306,6 +312,12 @@ class SchedulerSide:
                 numbers = set(range(first, len(part.blocks)))
             held += [self._pool.blocks[part.blocks[number]] for number in sorted(numbers)]
         self._pool.touch(held)
+
+    def _let_go(self, jobs: Iterable[str]) -> None:
+        """Give the blocks back that are held for these stores: the stores have ended, or are settled before the next step."""
+        for job in jobs:
+            if job in self._held:
+                self._pool.free_blocks(reversed(self._held.pop(job)))
 
     def _awaits_ranks(self, tracker: Tracker) -> bool:
         """Return whether a rank may still fail a load that the request's tokens depend on: other ranks would store them."""
