@@ -345,7 +345,7 @@ class WorkerSession(Session):
                 leased = Leased(load.lease, one.part, one.lease_chunk)
                 access.load(source, leased, blocks, _placed(group, others, shards[:, source.shard]))
         if len(runs):
-            leased = Leased(load.lease, number, load.lease_chunk)
+            leased = Leased(load.lease, load.part, load.lease_chunk)
             access.load(own.source, leased, blocks, _placed(group, runs, sectors), load.progress)
         elif load.progress is not None:
             load.progress.arrived(len(group.paged.planes))
