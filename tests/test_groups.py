@@ -23,6 +23,9 @@ from lmcache.engine.endpoint import Endpoint
 from lmcache.engine.groups import GroupShape, RankGroup, shares
 from lmcache.engine.requests import GroupTable
 from lmcache.errors import LayoutError
+from lmcache.integration.vllm.paged import Registered
+from lmcache.integration.vllm.plan import StepPlan
+from lmcache.integration.vllm.worker import WorkerSide
 from lmcache.transfer.paged import PagedKV, Plane
 from lmcache.wire import messages as m
 from servers import PATIENCE, Server, eventually
@@ -345,6 +348,37 @@ def test_ranks_that_share_the_shard_of_one_group_store_those_of_the_others(
         engine.copies = Copies(engine.worker, [0] * 4, stores=stores, requests=engine.requests)
         engine.compute(ids, [96])
     assert engine.load(ids) == 96
+
+
+@pytest.mark.parametrize("mode", ["auto", "payload"])
+def test_a_pipeline_stage_without_the_first_group_loads_its_own(
+    server: Servers, engines: Callable[..., HybridEngine], mode: str
+) -> None:
+    """The shards of both groups have equal sizes here, so those of the other group would arrive without an error."""
+    one, kinds, ids = server(chunk=CHUNK), (FULL, Kind((1, 4), CHUNK)), ids_of(8, 100)
+    engine = engines(one, kinds=kinds, mode=mode)
+    engine.compute(ids, [96])
+    window, paged = kinds[1], engine._paged(kinds[1], engine.kv[1])
+    stage = WorkerSession(
+        Endpoint(one.address, "engine-0", "worker", 1, PATIENCE, transfer_mode=mode),
+        *(window.layout, shard_of_rank(window.layout(1), 0, 1, 0, 2), paged),
+        group=window.group,
+    )
+    try:
+        assert stage.wait_connected(PATIENCE)
+        request = engine.open()
+        assert isinstance(engine.requests.find(request, ids, wait=True), Hit)
+        request.blocks, *request.tables = engine.tables(96)
+        plan = engine.requests.load(request, 0, 96)
+        engine.kv[1][...] = POISON
+        side = WorkerSide(stage, [Registered(paged, 1)], [0], held=[1], fails_by_request=True)
+        side.start_loads(StepPlan(loads=[plan]))
+        side.wait_loaded()
+        assert not side.take_failed_requests()
+        for token in range(64, 96):
+            assert (engine.at(1, engine.blocks[1], token) == engine.value(1, ids, token)).all(), token
+    finally:
+        stage.close()
 
 
 def test_an_engine_with_another_window_gets_nothing(server: Servers, engines: Callable[..., HybridEngine]) -> None:

@@ -10,6 +10,7 @@ import pickle
 import shutil
 import struct
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
@@ -316,6 +317,31 @@ def test_stores_of_a_preempted_request_are_settled_first() -> None:
     assert scheduler.plan_step(step()).settle == [store.job_id]
     session.present = 4
     assert scheduler.match(request, 0) == 64, "and it comes back with what was stored"
+
+
+@pytest.mark.parametrize(
+    ("reach", "zeroes", "held"), [(0, False, ()), (0, True, (3, 4, 13, 14)), (8, False, (3, 4, 14))]
+)
+def test_vllm_reuses_no_block_that_a_store_reads_and_that_it_may_overwrite_first(
+    reach: int, zeroes: bool, held: Sequence[int]
+) -> None:
+    """Blocks that leave a window are free at once. Those of a preempted request are zeroed before ranks settle its stores."""
+    taken: Counter[int] = Counter()
+    pool = SimpleNamespace(blocks=range(100), touch=taken.update, free_blocks=taken.subtract)
+    session = Session(present=1)
+    groups = [GroupTable(8), GroupTable(8, reach)]
+    scheduler = SchedulerSide(session, groups, 1, numbers=(0, 1), zeroes=zeroes)  # type: ignore[arg-type]
+    scheduler.bind_pool(pool)
+    request = Request("a", list(range(32)))
+    scheduler.allocated(request, ([1, 2, 3, 4], [11, 12, 13, 14]), 0)
+    scheduler.requests.open["a"].stored = 1
+    request.num_computed_tokens = 16
+    (store,) = scheduler.plan_step(step({"a": 16})).stores
+    request.num_preemptions += 1
+    assert +taken == Counter(held)
+    assert scheduler.plan_step(step()).settle == [store.job_id] and +taken == Counter(held), "until the ranks report"
+    scheduler.transferred(report=StepReport(stored={store.job_id: 1}))
+    assert not +taken
 
 
 def test_stores_of_a_request_preempted_outside_a_step_and_then_aborted_are_settled() -> None:

@@ -183,7 +183,7 @@ def test_an_adapter_has_kv_of_its_own(serving: Serving) -> None:
     serving.same(cold, serving.engine.generate([base], salts=["adapter"], **adapter))
     warm = serving.warm([base], **adapter)
     serving.same(warm, cold)
-    assert cached(warm) == whole([base])
+    assert cached(warm) == serving.whole([base])
     with_adapter = serving.warm([fresh], **adapter)
     without = serving.warm([fresh])
     assert cached(with_adapter) == cached(without) == [0]
@@ -191,7 +191,7 @@ def test_an_adapter_has_kv_of_its_own(serving: Serving) -> None:
     both = [serving.warm([fresh], **more) for more in (adapter, {})]
     serving.same(both[0], with_adapter)
     serving.same(both[1], without)
-    assert [cached(outputs) for outputs in both] == [whole([fresh])] * 2
+    assert [cached(outputs) for outputs in both] == [serving.whole([fresh])] * 2
 
 
 def test_sleep_keeps_what_is_stored(serving: Serving) -> None:

@@ -62,10 +62,10 @@ class Load:
     """Extents -> paged KV: tokens [start_token, end_token) of a request.
 
     extents: this shard's first sectors, one u32 for each chunk from `first_chunk` on. blocks: the request's block table from
-    token 0 on. lease_chunk: index of `first_chunk` among the lease's chunks (names payload frames). after: on a GPU, the point in
-    the engine's stream that must have passed before the blocks may be written. progress: notified of each layer that has arrived,
-    if the engine waits for layers one by one. others: the same for each further group of the model; all succeed, or the load
-    fails. foreign: what other splits have stored, in order: the chunks behind those of `extents`."""
+    token 0 on. part, lease_chunk: the part of the lease and the place of `first_chunk` in it (names payload frames). after: on a
+    GPU, the point in the engine's stream that must have passed before the blocks may be written. progress: notified of each layer
+    that has arrived, if the engine waits for layers one by one. others: the same for each further group of the model; all
+    succeed, or the load fails. foreign: what other splits have stored, in order: the chunks behind those of `extents`."""
 
     epoch: bytes
     lease: int
@@ -79,6 +79,7 @@ class Load:
     progress: Progress | None = None
     others: tuple[Load, ...] = ()
     foreign: tuple[Foreign, ...] = ()
+    part: int = 0
 
 
 @dataclass(frozen=True)

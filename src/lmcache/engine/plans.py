@@ -55,7 +55,11 @@ class LoadPlan:
             tuple(part for one in hit.foreign if (part := one.within(first, end)) is not None) if hit.foreign else ()
         )
         tokens = self.start_token, self.end_token
-        return Load(hit.epoch, hit.lease, first, extents, *tokens, blocks, skipped, after, progress, foreign=foreign)
+        return Load(
+            *(hit.epoch, hit.lease, first, extents, *tokens, blocks, skipped, after, progress),
+            foreign=foreign,
+            part=hit.part,
+        )
 
 
 @dataclass

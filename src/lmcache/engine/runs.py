@@ -32,7 +32,7 @@ def load_group(access: Access, number: int, group: RankGroup, load: Load, chunk_
             leased = Leased(load.lease, one.part, one.lease_chunk)
             access.load(source, leased, blocks, _placed(group, others, shards[:, source.shard]))
     if len(runs):
-        leased = Leased(load.lease, number, load.lease_chunk)
+        leased = Leased(load.lease, load.part, load.lease_chunk)
         access.load(own.source, leased, blocks, _placed(group, runs, sectors), load.progress)
     elif load.progress is not None:
         load.progress.arrived(len(group.paged.planes))

@@ -43,6 +43,8 @@ class Hit(NamedTuple):
     the end of the hit."""
     foreign: tuple[Foreign, ...] = ()
     """The chunks behind those of `extents`, as ranks of other splits have stored them."""
+    part: int = 0
+    """The number of the group, which is the part of the lease with these extents (names payload frames)."""
 
     def shard_extents(self, shard: int) -> bytes:
         """Return the sectors of one shard, one u32 per leased chunk."""
@@ -208,7 +210,7 @@ class SchedulerSession(Session):
             )
         own = len(extents) // (4 * shards)
         first = (foreign[0].first_chunk if foreign else found.chunks) - own
-        return Hit(found.chunks, first, found.lease, extents, shards, epoch, foreign=foreign)
+        return Hit(found.chunks, first, found.lease, extents, shards, epoch, foreign=foreign, part=group)
 
     def _is_plausible(self, hit: Hit, first: int) -> bool:
         """Return whether the answer leases in each group the chunks that are needed of the hit, from chunk `first` on."""

@@ -194,9 +194,8 @@ class Pool:
         self.tokens = blocks * BLOCK_TOKENS
         self._shape, self._blocks = shape, list(range(blocks))
         sizes = [(len(kind.layers), 2, kind.heads, self.tokens, kind.head_size) for kind in shape.kinds]
-        with torch.inference_mode(
-            mode=False
-        ):  # a tensor made in the caller's inference mode cannot be written to outside of it
+        # A tensor that is made in the caller's inference mode could not be written to outside of it.
+        with torch.inference_mode(mode=False):
             self._memory = [
                 torch.empty(size, dtype=kind.dtype, device=shape.device)
                 for size, kind in zip(sizes, shape.kinds, strict=True)

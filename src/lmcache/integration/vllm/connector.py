@@ -128,6 +128,7 @@ class Connector:
             logs=self._in_process,
             device=str(self._vllm_config.device_config.device_type),
             config=self._settings.config,
+            zeroes=bool(getattr(self._kv_cache_config, "needs_kv_cache_zeroing", False)),
         )
         side.bind_pool(self._pool)
         watch_resets(self._instance, side)

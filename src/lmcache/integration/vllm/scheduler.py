@@ -47,7 +47,8 @@ class SchedulerSide:
 
     synchronous: a load is part of the request's first step, whose forward waits for it; so the last token is always computed,
     and no hit is too small to be loaded. Otherwise the request waits, unscheduled. config: settings of loads and stores. logs:
-    whether each lookup is logged, as users of in-process mode expect.
+    whether each lookup is logged, as users of in-process mode expect. zeroes: whether vLLM writes zeros to the blocks that it
+    gives out; its newer model runner does that before ranks settle the stores that read them.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class SchedulerSide:
         logs: bool = False,
         config: EngineConfig = WITH_A_DAEMON,
         device: str = "cpu",
+        zeroes: bool = False,
     ) -> None:
         self.requests: Requests[Tracker] = Requests(
             session, ranks=ranks, save_tail=config.save_unfull_chunk, groups=groups
@@ -71,7 +73,9 @@ class SchedulerSide:
         self._fails_by_request = len(set(numbers)) > 1 or groups[0].reach_tokens > 0  # as in `ModelKV`
         self._block_tokens, self._ranks = groups[0].block_tokens, ranks
         self._pool: Any = None
-        """vLLM's block pool, for models with windows: blocks out of the window are freed while stores may read them."""
+        """vLLM's block pool, if vLLM may reuse blocks while stores read them: those that leave a window, and where it writes
+        zeros, those of preempted requests."""
+        self._holds = zeroes or any(group.reach_tokens for group in groups)
         self._held: dict[str, list[Any]] = {}
         """Store job -> vLLM's blocks that it reads, until it has ended or is about to be settled."""
         self._can_load, self._can_store = can_load, can_store
@@ -113,7 +117,7 @@ class SchedulerSide:
         return gain
 
     def bind_pool(self, pool: Any) -> None:
-        if any(group.reach_tokens for group in self._groups):
+        if self._holds:
             self._pool = pool
 
     def allocated(self, request: Any, blocks: Sequence[Sequence[int]], external_tokens: int) -> None:
