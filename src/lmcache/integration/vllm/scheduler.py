@@ -75,7 +75,7 @@ class SchedulerSide:
         self._pool: Any = None
         """vLLM's block pool, if vLLM may reuse blocks while stores read them: those that leave a window, and where it writes
         zeros, those of preempted requests."""
-        self._holds = zeroes or any(group.reach_tokens for group in groups)
+        self._zeroes, self._holds = zeroes, zeroes or any(group.reach_tokens for group in groups)
         self._held: dict[str, list[Any]] = {}
         """Store job -> vLLM's blocks that it reads, until it has ended or is about to be settled."""
         self._can_load, self._can_store = can_load, can_store
@@ -213,18 +213,22 @@ class SchedulerSide:
         if tracker is None or not tracker.jobs or loads:  # vLLM frees the blocks when the load has ended
             return False
         if _was_preempted(tracker):
-            self._plan.settle.extend(tracker.jobs)
-            self._let_go(tracker.jobs)
+            self._settle(tracker.jobs)
             return False
         self._plan.closing.append(name)
         self._closing[name] = tracker
         return True
 
     def release_blocks(self) -> None:
-        """Give back all blocks that are held for stores: vLLM is about to empty its prefix cache, for which they must be free.
-        The ranks settle these stores before the next step, so nothing is written into the blocks before that."""
-        self._plan.settle.extend(self._held)
-        self._let_go(list(self._held))
+        """Give back the blocks that are held for stores: vLLM is about to empty its prefix cache, for which they must be free."""
+        self._settle(list(self._held))
+
+    def _settle(self, jobs: Iterable[str]) -> None:
+        """Let the ranks settle these stores before the next step. Nothing is written into their blocks before that, unless vLLM
+        writes zeros to them first."""
+        self._plan.settle.extend(jobs)
+        if not self._zeroes:
+            self._let_go(jobs)
 
     @property
     def changes(self) -> tuple[int, int]:
@@ -318,7 +322,7 @@ class SchedulerSide:
         self._pool.touch(held)
 
     def _let_go(self, jobs: Iterable[str]) -> None:
-        """Give the blocks back that are held for these stores: the stores have ended, or are settled before the next step."""
+        """Give back the blocks that are held for these stores."""
         for job in jobs:
             if job in self._held:
                 self._pool.free_blocks(reversed(self._held.pop(job)))
