@@ -22,10 +22,12 @@ from typing import Any
 import pytest
 
 from engine_process import Engine
+from lmcache.config.server import ServerConfig
+from lmcache.server.report import Report
 from lmcache.server.tier_runner import CLOSE_SECONDS
 from ports import free_port
 from proxy import Proxy
-from servers import PATIENCE, Server, beside, eventually
+from servers import PATIENCE, Server, beside, eventually, server_parts
 from stores import RedisServer, binary_of
 
 TOKENS = list(range(160))
@@ -435,6 +437,17 @@ def test_a_call_that_does_not_return_costs_its_tier_alone_and_is_told(
     hanging.open("w").close()
     cache.line_with("Tier hanging: no call hangs any more")
     assert tiers_of(cache)["hanging"]["state"] == "serving" and cache.healthy()
+
+
+def test_the_answer_to_a_clear_names_the_tier_that_takes_long(
+    folders: Callable[[str], Path], hanging: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(hanging.parent))
+    monkeypatch.setattr("lmcache.server.report._CLEAR_TIERS_SECONDS", 0.1)
+    with server_parts(folders, 8 << 20, l2=[f"hanging://{hanging}?calls=clear"]) as (service, _):
+        told = Report(ServerConfig(), service.loop, service).clear("all")
+        hanging.open("w").close()
+    assert told["cleared_tiers"] == [] and "the server goes on with it" in str(told["failed_tiers"])
 
 
 def test_loads_that_failed_do_not_spoil_the_end(

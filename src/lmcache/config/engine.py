@@ -187,7 +187,11 @@ ROWS: tuple[Row, ...] = (
         "no effect: memory is always allocated in the background, step by step",
     ),
     *_ignored("reserve_local_cpu_size", "no effect: a size beyond the machine's memory is refused at the start"),
-    *_ignored(" ".join(SGLANG_KEYS), "no effect outside SGLang, which reads it in its file"),
+    *_ignored("mp_host mp_port", "no effect outside SGLang, which reads it in its file"),
+    *_ignored(
+        "model_id",
+        "no effect outside SGLang, which reads it in its file, and TensorRT-LLM, which reads LMCACHE_MODEL_ID",
+    ),
     *_ignored("lmcache_instance_id", "no effect: the engine's id is the instance"),
     *_ignored(
         "blend_recompute_ratios blend_recompute_ratio blend_min_tokens blend_check_layers blend_special_str p2p_host"
