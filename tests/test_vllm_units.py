@@ -1486,10 +1486,12 @@ def test_only_our_own_ranks_tell_the_layers_of_all_stages(connector: Any, caplog
     assert not caplog.messages
 
 
-def test_a_scheduler_that_took_layers_for_alike_stops(connector: Any) -> None:
+def test_a_scheduler_that_took_layers_for_alike_stops(connector: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of the first stage are, and it is told of no others."""
     one, stopped = connector("bind_gpu_block_pool", "set_xfer_handshake_metadata_pp_aware"), []
     handshake = vars(sys.modules[type(one).__module__])["LMCacheHandshake"]
+    indices = SimpleNamespace(get_pp_indices=lambda layers, stage, size: (stage, stage + 1))
+    monkeypatch.setitem(sys.modules, "vllm.distributed.utils", indices)
     one._kv_cache_config = cache_config(FULL)
     one._describe(one._settings)
     assert one._kv is not None
