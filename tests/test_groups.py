@@ -361,8 +361,7 @@ def test_a_pipeline_stage_without_the_first_group_loads_its_own(
     window, paged = kinds[1], engine._paged(kinds[1], engine.kv[1])
     stage = WorkerSession(
         Endpoint(one.address, "engine-0", "worker", 1, PATIENCE, transfer_mode=mode),
-        *(window.layout, shard_of_rank(window.layout(1), 0, 1, 0, 2), paged),
-        group=window.group,
+        RankGroup(window.layout, shard_of_rank(window.layout(1), 0, 1, 0, 2), paged, window.group),
     )
     try:
         assert stage.wait_connected(PATIENCE)
