@@ -163,18 +163,20 @@ static void run_inner(const Pattern *p, const Isa *isa, char *paged, char *exten
             kernel(to, s.paged, from, d.extent, d.count, s.count);
         else
             kernel(to, d.extent, from, s.paged, s.count, d.count);
-    } else if (p->count == 0) {
-        isa->rows(to, 0, from, 0, p->item, 1, next);
     } else {
-        Axis a = p->axes[p->count - 1];
-        isa->rows(to, scatter ? a.paged : a.extent, from, scatter ? a.extent : a.paged, p->item, a.count, next);
+        Steps steps[2] = {{1, 0, 0}, {1, 0, 0}}; /* outer, inner */
+        for (int i = 1, at = p->count - 1; i >= 0 && at >= 0; i--, at--) {
+            Axis a = p->axes[at];
+            steps[i] = (Steps){a.count, scatter ? a.paged : a.extent, scatter ? a.extent : a.paged};
+        }
+        isa->rows(to, from, p->item, steps[0], steps[1], next);
     }
 }
 
-/* Walks the outer axes; the kernels walk the inner ones. */
+/* Walks the outer axes; the kernels walk the two inner ones. */
 static void run_pattern(const Pattern *p, const Isa *isa, char *paged, char *extent, int scatter, const char *next)
 {
-    int outer = p->transpose ? p->count - 2 : p->count ? p->count - 1 : 0;
+    int outer = p->count > 2 ? p->count - 2 : 0;
     int64_t at[MAX_AXES] = {0};
     for (;;) {
         const char *soon = next; /* what is read after this */
