@@ -180,20 +180,18 @@ def measure_splits(name: str, model: Model, seconds: float) -> None:
         tables = np.random.default_rng(7).permutation(paged.num_blocks).astype(np.int32).reshape(total, -1)
         copier, group = CpuCopier(paged, tokens), RankGroup(lambda tokens: layout, own, paged)
 
-        def load(i: int, copies: list[Any], tables: Any = tables) -> float:
+        def load(i: int, copy: tuple[Callable[..., None], int, int], tables: Any = tables) -> float:
+            scatter, shards, size = copy
+            runs = [((shard * total + i % total) * size, 0, tokens, 0) for shard in range(shards)]
             begin = time.thread_time()
-            for scatter, base, size in copies:
-                scatter(base, tables[i % total], np.array([(i % total * size, 0, tokens, 0)], dtype=np.int64))
+            scatter(address_of(arena), tables[i % total], np.array(runs, dtype=np.int64))
             return time.thread_time() - begin
 
-        equal = [(copier.scatter, address_of(arena), paged.shard_bytes(tokens))]
+        equal = copier.scatter, 1, paged.shard_bytes(tokens)
         for writer in sizes:
-            copies, at = [], address_of(arena)
-            for index in range(writer):
-                overlap = group.overlap(Split((), writer), index, tokens)
-                if overlap is not None:
-                    copies.append((copier.reader(*overlap).scatter, at, overlap[1].size_bytes))
-                    at += total * overlap[1].size_bytes
+            found = [group.overlap(Split((), writer), index, tokens) for index in range(writer)]
+            overlaps = [overlap for overlap in found if overlap is not None]
+            copies = copier.reader(*overlaps).scatter, len(overlaps), overlaps[0][1].size_bytes
             times, end = [], time.perf_counter() + seconds
             while len(times) < 3 * total or time.perf_counter() < end:
                 i = len(times)

@@ -25,6 +25,8 @@ from test_engine import prompt
 LAYERS, HEADS, DIMS, CHUNK = 6, 8, 16, 16
 STAGES = ((), (3, 6), (1, 6), (2, 4, 6))
 SPLITS = [Split(stages, heads * max(1, len(stages))) for stages in STAGES for heads in (1, 2, 4, 8)]
+TWELVE = [Split(stages, heads * max(1, len(stages))) for stages in STAGES for heads in (1, 2, 3, 4, 6, 12)]
+"""Splits of 12 heads. Those of 2 and 3 shards have unequal parts in common."""
 Servers = Callable[..., Server]
 
 
@@ -113,18 +115,22 @@ def describe(kv: np.ndarray) -> PagedKV:  # type: ignore[type-arg]
 
 
 @pytest.mark.parametrize(
-    ("kind", "reader"),
-    [*(("mha", one) for one in SPLITS), *(("mla", Split(stages, max(1, len(stages)))) for stages in STAGES)],
+    ("kind", "heads_of_all", "reader"),
+    [
+        *(("mha", HEADS, one) for one in SPLITS),
+        *(("mha", 12, one) for one in TWELVE if one.stage_shards in (1, 2, 3)),
+        *(("mla", 1, Split(stages, max(1, len(stages)))) for stages in STAGES),
+    ],
     ids=str,
 )
-def test_every_split_is_put_together_from_every_other_one(kind: Literal["mha", "mla"], reader: Split) -> None:
+def test_every_split_is_put_together_from_every_other_one(
+    kind: Literal["mha", "mla"], heads_of_all: int, reader: Split
+) -> None:
     """Three chunks of 8 tokens, of which tokens 3 to 20 are loaded; block tables and extents are scattered."""
-    heads_of_all, chunk, block, tokens = HEADS if kind == "mha" else 1, 8, 4, 24
+    chunk, block, tokens = 8, 4, 24
     layout = Layout("m", "bfloat16", LAYERS, heads_of_all, DIMS, chunk, kind)
-    each, writers = (
-        layout.planes_per_layer,
-        [one for one in SPLITS if kind == "mha" or one.count == max(1, len(one.stages))],
-    )
+    each = layout.planes_per_layer
+    writers = [one for one in (TWELVE if heads_of_all == 12 else SPLITS) if heads_of_all % one.stage_shards == 0]
     whole = np.random.default_rng(3).integers(0, 1 << 16, (LAYERS, each, tokens, heads_of_all, DIMS), dtype=np.uint16)
     table = np.array([6, 1, 5, 0, 3, 2], dtype=np.int32)
     at = np.arange(3, 20)
@@ -135,20 +141,23 @@ def test_every_split_is_put_together_from_every_other_one(kind: Literal["mha", "
         kv = np.zeros((held[0], each, 7, block, held[1], DIMS), np.uint16)
         group, copier = RankGroup(lambda tokens: layout, own, describe(kv)), CpuCopier(describe(kv), chunk)
         copied = 0
-        for number in range(writer.count):
-            overlap = group.overlap(writer, number, chunk)
-            if overlap is None:
+        for first in range(0, writer.count, writer.stage_shards):
+            overlaps, theirs = [], []
+            for number in range(first, first + writer.stage_shards):
+                overlap = group.overlap(writer, number, chunk)
+                if overlap is not None:
+                    other = writer.shard(layout, number)
+                    assert overlap[1].size_bytes == other.shard_bytes(layout)
+                    overlaps.append(overlap)
+                    theirs.append(whole[other.first_layer : other.end_layer, :, :, other.first_head : other.end_head])
+            if not overlaps:
                 continue
-            part, shape = overlap
-            other = writer.shard(layout, number)
-            theirs = whole[other.first_layer : other.end_layer, :, :, other.first_head : other.end_head]
-            extents = np.stack([theirs[:, :, c * chunk : (c + 1) * chunk] for c in (2, 0, 1)])
-            assert extents[0].nbytes == shape.size_bytes == other.shard_bytes(layout)
-            places = {c: place * shape.size_bytes for place, c in enumerate((2, 0, 1))}
-            runs = np.array([[places[0], 3, 5, 3], [places[1], 8, 8, 0], [places[2], 16, 4, 0]], dtype=np.int64)
-            reading = copier.reader(part, shape)
+            extents = np.stack([one[:, :, c * chunk : (c + 1) * chunk] for c in (2, 0, 1) for one in theirs])
+            runs = np.repeat([[1, 3, 5, 3], [2, 8, 8, 0], [0, 16, 4, 0]], len(theirs), axis=0)
+            runs[:, 0] = (runs[:, 0] * len(theirs) + list(range(len(theirs))) * 3) * extents[0].nbytes
+            reading = copier.reader(*overlaps)
             reading.scatter(extents.ctypes.data, table, runs, arena_bytes=extents.nbytes)
-            copied += part.token_bytes
+            copied += sum(part.token_bytes for part, _ in overlaps)
             with pytest.raises(LayoutError, match="passes the arena's end"):
                 reading.scatter(extents.ctypes.data, table, runs, arena_bytes=extents.nbytes - 1)
         assert copied == describe(kv).token_bytes, "every element comes from one shard"

@@ -20,7 +20,8 @@ from lmcache.compiled import native
 from lmcache.errors import LayoutError
 from lmcache.transfer.bounds import Bounds
 from lmcache.transfer.cpu import CpuCopier
-from lmcache.transfer.paged import PagedKV, Plane
+from lmcache.transfer.paged import ExtentShape, PagedKV, Plane
+from lmcache.transfer.progress import Progress
 
 Bytes = npt.NDArray[np.uint8]
 POISON = 0xA5
@@ -244,6 +245,58 @@ def test_real_layouts(name: str, dims: int, block_tokens: int, shift: int) -> No
     # A whole chunk, one that ends inside a block, a few tokens inside a block.
     runs = [(GUARD, 0, 256, 0), (2 * GUARD + extent, 256, 211, 0), (3 * GUARD + 2 * extent, 500, 7, 100)]
     check(Case(shape, 256, blocks, runs, 4 * GUARD + 3 * extent, shift, 7))
+
+
+@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize("parts", [(2, 2, 2), (1, 1, 1, 1, 1, 1), (1, 3, 2)], ids=str)
+@pytest.mark.parametrize("dims", [16, 64, 128])
+def test_several_extents_fill_the_planes_as_one_does(
+    monkeypatch: pytest.MonkeyPatch, name: str, parts: tuple[int, ...], dims: int
+) -> None:
+    """Each extent has some of the heads, and one head more that is not wanted. Runs begin and end inside blocks."""
+    order, token_group, dim_group, item_bytes = REAL[name]
+    paged, memory = build(Shape(order, 3, 40, 16, token_group, 6, dims, dim_group, item_bytes))
+    whole = np.random.default_rng(1).integers(0, 256, (2, 3, 256, 6, dims * item_bytes), dtype=np.uint8)
+    blocks = np.random.default_rng(2).permutation(40).astype(np.int32)
+    runs = np.array([(0, 3, 250, 5), (whole[0].nbytes, 260, 201, 55)], dtype=np.int64)
+    memory[:] = POISON
+    CpuCopier(paged, 256).scatter(whole.ctypes.data, blocks, runs, arena_bytes=whole.nbytes)
+    wanted, arenas, sources, at = memory.copy(), [], [], 0
+    for heads in parts:
+        held = whole[:, :, :, range(at - 1, at + heads)]
+        row = (heads + 1) * dims * item_bytes
+        places = tuple((plane * 256 * row + dims * item_bytes, row) for plane in range(3))
+        sources.append((paged.part(0, 3, at, at + heads), ExtentShape(places, 3 * 256 * row)))
+        arenas.append(held.reshape(2, -1))
+        at += heads
+    largest = max(shape.size_bytes for _, shape in sources)
+    arena = aligned(2 * len(parts) * largest)
+    for number, one in enumerate(arenas):
+        for chunk in range(2):
+            offset = (chunk * len(parts) + number) * largest
+            arena[offset : offset + one.shape[1]] = one[chunk]
+    rows = np.repeat(runs, len(parts), axis=0)
+    rows[:, 0] = np.arange(len(rows)) * largest
+    monkeypatch.setattr("lmcache.transfer.cpu._GROUP_BYTES", 1)
+    monkeypatch.setattr("lmcache.transfer.cpu._SPLIT_BYTES", 1)
+    for copier in (*copiers(paged, 256).values(), CpuCopier(paged, 256, threads=2)):
+        for progress in (None, Progress()):
+            memory[:] = POISON
+            reading = copier.reader(*sources)
+            reading.scatter(arena.ctypes.data, blocks, rows, arena_bytes=len(arena), progress=progress)
+            assert np.array_equal(memory, wanted)
+        copier.close()
+
+
+def test_extents_that_do_not_belong_together_are_refused() -> None:
+    paged, memory = small()
+    arena = np.zeros(paged.shard_bytes(16), dtype=np.uint8)
+    halves = [(paged.part(0, 2, head, head + 1), ExtentShape(((0, 16), (256, 16)), 512)) for head in range(2)]
+    reading = CpuCopier(paged, 16).reader(*halves)
+    for rows in ([(0, 0, 16, 0)], [(0, 0, 16, 0), (512, 0, 15, 0)], [(0, 0, 15, 0), (512, 0, 15, 1)]):
+        with pytest.raises(LayoutError, match="2 extents"):
+            reading.scatter(arena.ctypes.data, np.zeros(1, np.int32), np.array(rows, dtype=np.int64))
+    assert not memory.any()
 
 
 def small() -> tuple[PagedKV, Bytes]:
@@ -512,7 +565,7 @@ def test_the_gil_is_released() -> None:
         claimed = np.zeros(1, dtype=np.int64)
         address, tables = copier._planes_address, (blocks.ctypes.data, runs.ctypes.data, len(runs), claimed.ctypes.data)
         start.release()
-        native.copy(0, -1, address, 1, 2, 64, arena.ctypes.data, *tables)
+        native.copy(0, -1, address, 1, 1, 2, 64, arena.ctypes.data, *tables)
         seen = bool(ran)
         thread.join()
         return seen
@@ -526,14 +579,14 @@ def test_the_gil_is_released() -> None:
 
 
 def test_native_refuses_what_it_cannot_do() -> None:
-    with pytest.raises(TypeError, match="11 integers"):
+    with pytest.raises(TypeError, match="12 integers"):
         native.copy(1, 2, 3)
     with pytest.raises(ValueError, match="instruction set number 99"):
-        native.copy(0, 99, *[0] * 9)
+        native.copy(0, 99, *[0] * 10)
     with pytest.raises(TypeError, match="8 integers"):
         native.runs_fit(1, 2)
     with pytest.raises(ValueError, match="block_tokens is 0"):
         native.runs_fit(*[0] * 8)
     with pytest.raises(TypeError):
-        native.copy(*["x"] * 11)
-    assert native.copy(0, -1, *[0] * 9) is None
+        native.copy(*["x"] * 12)
+    assert native.copy(0, -1, *[0] * 10) is None

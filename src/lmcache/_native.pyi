@@ -13,6 +13,7 @@ def copy(
     isa: int,
     planes: int,
     plane_count: int,
+    sources: int,
     item_bytes: int,
     block_tokens: int,
     base: int,
@@ -24,9 +25,9 @@ def copy(
 ) -> None:
     """Copy paged tokens into extents (scatter=0) or extents into paged memory (1), without the GIL.
 
-    planes: address of `plane_count` rows of the layout "plane". base, blocks, runs: as in `CpuCopier.gather`, as addresses; the
-    caller has checked all bounds. claimed: address of an int64, 0 at first, by which several threads share the work of one copy.
-    isa: a value of `copy_isas()`, or -1 for the fastest.
+    planes: address of rows of the layout "plane", [plane_count][sources]. base, blocks, runs: as in `CpuCopier.gather`, as
+    addresses; runs is [run_count][sources]. The caller has checked all bounds. claimed: address of an int64, 0 at first, by which
+    several threads share the work of one copy. isa: a value of `copy_isas()`, or -1 for the fastest.
     """
 
 def runs_fit(

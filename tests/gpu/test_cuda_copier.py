@@ -129,7 +129,7 @@ def test_extents_of_another_split_are_put_together(layout: str, dims: int, reade
                 (order[at] * size, first := max(start, at * chunk), min(end, (at + 1) * chunk) - first, first % chunk)
                 for at in range(10)
             ]
-            copies = copier.reader(*overlap)
+            copies = copier.reader(overlap)
             copies.scatter(extents.ctypes.data, table, np.array(runs, dtype=np.int64), arena_bytes=extents.nbytes)
         at = np.arange(start, end)
         blocks = torch.from_numpy(table[at // block].astype(np.int64)).cuda()

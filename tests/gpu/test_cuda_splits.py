@@ -65,7 +65,7 @@ def test_every_split_is_put_together_from_every_other_one(
                 first, last = max(start, one * chunk), min(end, (one + 1) * chunk)
                 runs.append((place * size, first, last - first, first - one * chunk))
             loads = np.array(runs, dtype=np.int64)
-            reading = copier.reader(*overlap)
+            reading = copier.reader(overlap)
             reading.scatter(arena.ctypes.data, table, loads, arena_bytes=arena.nbytes)
             with pytest.raises(LayoutError):
                 reading.scatter(arena.ctypes.data, table, loads, arena_bytes=2 * size)

@@ -173,6 +173,11 @@ class Split(msgspec.Struct, frozen=True, array_like=True):
     stages: tuple[int, ...]
     count: Annotated[int, msgspec.Meta(ge=1)]
 
+    @property
+    def stage_shards(self) -> int:
+        """How many shards each stage has."""
+        return self.count // max(1, len(self.stages))
+
     def shard(self, layout: Layout, index: int) -> Shard:
         """Return the layers and heads of one shard, which is the one of `shard_of_rank` with the same index.
 
@@ -181,7 +186,7 @@ class Split(msgspec.Struct, frozen=True, array_like=True):
         """
         stages = self.stages if len(self.stages) > 1 else (layout.num_layers,)
         _check_stages(layout, stages)
-        parts, heads = self.count // len(stages), layout.num_kv_heads
+        parts, heads = self.stage_shards, layout.num_kv_heads
         if parts < 1 or self.count % len(stages) or heads % parts or not 0 <= index < self.count:
             raise LayoutError(
                 f"there is no shard {index} of {self.count} in {len(stages)} stages of a model with {heads} KV heads"

@@ -28,10 +28,10 @@ Blocks = npt.NDArray[np.int32]
 
 
 class Source(NamedTuple):
-    """How the extents of one shard are loaded. shard, shard_bytes: its index and size."""
+    """How the extents of shards that hold the same layers are loaded. shards: their indexes. shard_bytes: the size of each."""
 
     reader: Reader
-    shard: int
+    shards: tuple[int, ...]
     shard_bytes: int
 
 
@@ -47,7 +47,7 @@ class Part(NamedTuple):
     @property
     def source(self) -> Source:
         """Return how the extents of this rank's own shard are loaded."""
-        return Source(self.copier, self.shard, self.shard_bytes)
+        return Source(self.copier, (self.shard,), self.shard_bytes)
 
 
 class Leased(NamedTuple):
@@ -79,19 +79,22 @@ class Access:
         """
         known = self._sources.get((number, split))
         if known is None:
-            known = [
-                Source(self.parts[number].copier.reader(part, shape), index, shape.size_bytes)
-                for index in range(split.count)
-                if (overlap := group.overlap(split, index, chunk_tokens)) is not None
-                for part, shape in (overlap,)
-            ]
+            copier, known = self.parts[number].copier, []
+            step = max(1, split.stage_shards) if copier.reads_together else 1
+            for first in range(0, split.count, step):
+                overlaps = {index: group.overlap(split, index, chunk_tokens) for index in range(first, first + step)}
+                found = {index: overlap for index, overlap in overlaps.items() if overlap is not None}
+                if found:
+                    size = next(iter(found.values()))[1].size_bytes
+                    known.append(Source(copier.reader(*found.values()), tuple(found), size))
             self._sources[number, split] = known
         return known
 
     def load(
         self, source: Source, leased: Leased, blocks: Blocks, runs: Runs, progress: Progress | None = None
     ) -> None:
-        """Fill blocks from extents. leased: which chunks those of the runs are. progress: as for a copier."""
+        """Fill blocks from extents. leased: which chunks those of the runs are. runs: for each chunk a row for each shard of the
+        source. progress: as for a copier."""
         raise NotImplementedError
 
     def gather(self, group: int, blocks: Blocks, runs: Runs) -> Sequence[memoryview]:
@@ -153,15 +156,22 @@ class PayloadAccess(Access):
     def load(
         self, source: Source, leased: Leased, blocks: Blocks, runs: Runs, progress: Progress | None = None
     ) -> None:
-        step = max(1, _PAYLOAD_BYTES // source.shard_bytes)
-        for at in range(0, len(runs), step):
-            some = runs[at : at + step].copy()
-            frames = self._fetch(m.Fetch(leased.lease, source.shard, leased.first_chunk + at, len(some), leased.part))
-            if len(frames) != len(some) or any(len(one) != source.shard_bytes for one in frames):
-                raise LayoutError(f"{len(frames)} payload frames for {len(some)} chunks")
-            some[:, 0] = 0
-            for run, one in zip(some, frames, strict=True):
-                source.reader.scatter(np.frombuffer(one, dtype=np.uint8).ctypes.data, blocks, run[None])
+        chunks = runs.reshape(-1, len(source.shards), 4)
+        step = max(1, _PAYLOAD_BYTES // (source.shard_bytes * len(source.shards)))
+        for at in range(0, len(chunks), step):
+            some = chunks[at : at + step].copy()
+            wanted = leased.lease, leased.first_chunk + at, len(some), leased.part, source.shard_bytes
+            frames = [self._frames(shard, *wanted) for shard in source.shards]
+            for rows, buffers in zip(some, zip(*frames, strict=True), strict=True):
+                addresses = [np.frombuffer(one, dtype=np.uint8).ctypes.data for one in buffers]
+                rows[:, 0] = np.array(addresses) - min(addresses)
+                source.reader.scatter(min(addresses), blocks, rows)
+
+    def _frames(self, shard: int, lease: int, first: int, count: int, part: int, size: int) -> list[bytes]:
+        frames = self._fetch(m.Fetch(lease, shard, first, count, part))
+        if len(frames) != count or any(len(one) != size for one in frames):
+            raise LayoutError(f"{len(frames)} payload frames for {count} chunks")
+        return frames
 
     def gather(self, group: int, blocks: Blocks, runs: Runs) -> Sequence[memoryview]:
         own = self.parts[group]

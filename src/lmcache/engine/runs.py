@@ -30,10 +30,10 @@ def load_group(access: Access, number: int, group: RankGroup, load: Load, chunk_
         shards = np.frombuffer(one.extents, dtype="<u4").reshape(-1, one.split.count)
         for source in access.sources(number, group, one.split, chunk_tokens):
             leased = Leased(load.lease, one.part, one.lease_chunk)
-            access.load(source, leased, blocks, _placed(group, others, shards[:, source.shard]))
+            access.load(source, leased, blocks, _placed(group, others, shards[:, source.shards]))
     if len(runs):
         leased = Leased(load.lease, load.part, load.lease_chunk)
-        access.load(own.source, leased, blocks, _placed(group, runs, sectors), load.progress)
+        access.load(own.source, leased, blocks, _placed(group, runs, sectors[:, None]), load.progress)
     elif load.progress is not None:
         load.progress.arrived(len(group.paged.planes))
 
@@ -59,9 +59,9 @@ def _check_covered(load: Load, runs: Runs) -> None:
 
 
 def _placed(group: RankGroup, runs: Runs, sectors: Sectors) -> Runs:
-    """Return the runs of a load with the extents at these sectors."""
-    placed = runs.copy()
-    placed[:, 0] = sectors[runs[:, 0]].astype(np.int64) * SECTOR_BYTES
+    """Return the runs of a load with the extents at these sectors [chunks, shards], a row for each shard."""
+    placed = np.repeat(runs, sectors.shape[1], axis=0)
+    placed[:, 0] = sectors[runs[:, 0]].astype(np.int64).ravel() * SECTOR_BYTES
     return group.in_table(placed)
 
 

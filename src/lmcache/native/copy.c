@@ -8,9 +8,14 @@
  *               pairs of tokens or dims for matrix units): square tiles in registers.
  * So the same few lines copy every layout correctly, and the usual layouts fast.
  *
+ * A plane can be filled from several extents, each of which has some of its heads (the shards of another parallel split). Block
+ * by block, one after the other is copied: the pages of a block are then written while the TLB holds their addresses.
+ *
  * `copy` does not check bounds; its callers use `runs_fit` (transfer/bounds.py). Nothing is allocated here.
  */
 #include "native.h"
+
+#include <stddef.h>
 
 #include "kernels.h"
 #if defined(__x86_64__)
@@ -163,18 +168,20 @@ static void run_inner(const Pattern *p, const Isa *isa, char *paged, char *exten
             kernel(to, s.paged, from, d.extent, d.count, s.count);
         else
             kernel(to, d.extent, from, s.paged, s.count, d.count);
-    } else if (p->count == 0) {
-        isa->rows(to, 0, from, 0, p->item, 1, next);
     } else {
-        Axis a = p->axes[p->count - 1];
-        isa->rows(to, scatter ? a.paged : a.extent, from, scatter ? a.extent : a.paged, p->item, a.count, next);
+        Steps steps[2] = {{1, 0, 0}, {1, 0, 0}}; /* outer, inner */
+        for (int i = 1, at = p->count - 1; i >= 0 && at >= 0; i--, at--) {
+            Axis a = p->axes[at];
+            steps[i] = (Steps){a.count, scatter ? a.paged : a.extent, scatter ? a.extent : a.paged};
+        }
+        isa->rows(to, from, p->item, steps[0], steps[1], next);
     }
 }
 
-/* Walks the outer axes; the kernels walk the inner ones. */
+/* Walks the outer axes; the kernels walk the two inner ones. */
 static void run_pattern(const Pattern *p, const Isa *isa, char *paged, char *extent, int scatter, const char *next)
 {
-    int outer = p->transpose ? p->count - 2 : p->count ? p->count - 1 : 0;
+    int outer = p->count > 2 ? p->count - 2 : 0;
     int64_t at[MAX_AXES] = {0};
     for (;;) {
         const char *soon = next; /* what is read after this */
@@ -202,11 +209,11 @@ static void run_pattern(const Pattern *p, const Isa *isa, char *paged, char *ext
 typedef struct {
     int scatter;
     const Isa *isa;
-    const Plane *planes;
-    int64_t plane_count, item, block_tokens;
+    const Plane *planes; /* [plane_count][sources] */
+    int64_t plane_count, sources, item, block_tokens;
     char *base;
     const int32_t *blocks;
-    const Run *runs;
+    const Run *runs; /* [run_count][sources], which differ in the offset of the extent only */
     int64_t run_count;
     int64_t *claimed; /* number of pieces taken so far, shared by the threads of one call */
 } Job;
@@ -218,10 +225,17 @@ typedef struct {
     Pattern pattern;
 } Memo;
 
+/* Returns whether both planes have the same pattern. */
+static int alike(const Plane *a, const Plane *b)
+{
+    size_t first = offsetof(Plane, token_group), end = offsetof(Plane, extent_offset);
+    return a == b || (a->extent_row == b->extent_row && memcmp((const char *)a + first, (const char *)b + first, end - first) == 0);
+}
+
 static void copy_part(const Job *job, Memo *memo, const Plane *plane, int64_t groups, int64_t tokens, char *paged,
                       char *extent, const char *next)
 {
-    if (memo->plane != plane || memo->groups != groups || memo->tokens != tokens) {
+    if (memo->groups != groups || memo->tokens != tokens || !alike(memo->plane, plane)) {
         memo->plane = plane;
         memo->groups = groups;
         memo->tokens = tokens;
@@ -253,24 +267,33 @@ static void copy_in_block(const Job *job, Memo *memo, const Plane *plane, char *
     }
 }
 
-static void copy_run(const Job *job, Memo *memo, const Plane *plane, const Run *run)
+static char *block_at(const Job *job, const Plane *plane, int64_t index)
 {
-    int64_t row = plane->extent_row, block_tokens = job->block_tokens;
-    char *extent = job->base + run->extent_offset + plane->extent_offset + run->token_in_extent * row;
-    int64_t token = run->first_token, end = token + run->tokens;
-    while (token < end) {
-        int64_t index = token / block_tokens, in_block = token % block_tokens, count = block_tokens - in_block;
-        if (count > end - token)
-            count = end - token;
-        char *block = (char *)(intptr_t)plane->address + job->blocks[index] * plane->block_stride;
-        const char *next = extent + count * row;
-        if (!job->scatter)
-            next = token + count < end
-                       ? (char *)(intptr_t)plane->address + job->blocks[index + 1] * plane->block_stride
-                       : block;
-        copy_in_block(job, memo, plane, block, in_block, count, extent, next);
-        token += count;
-        extent += count * row;
+    return (char *)(intptr_t)plane->address + job->blocks[index] * plane->block_stride;
+}
+
+static char *extent_at(const Job *job, const Plane *plane, const Run *run, int64_t token)
+{
+    return job->base + run->extent_offset + plane->extent_offset + token * plane->extent_row;
+}
+
+/* Copies one run of one plane. planes, runs: one for each source. */
+static void copy_run(const Job *job, Memo *memo, const Plane *planes, const Run *runs)
+{
+    int64_t index = runs->first_token / job->block_tokens, in_block = runs->first_token % job->block_tokens;
+    int64_t in_extent = runs->token_in_extent, end = in_extent + runs->tokens, count;
+    for (; in_extent < end; in_extent += count, index++, in_block = 0) {
+        count = job->block_tokens - in_block;
+        if (count > end - in_extent)
+            count = end - in_extent;
+        for (int64_t i = 0; i < job->sources; i++) {
+            int64_t last = i + 1 == job->sources, then = last ? 0 : i + 1; /* the next source, in the next block behind the last */
+            const char *next = extent_at(job, &planes[then], &runs[then], last ? in_extent + count : in_extent);
+            if (!job->scatter)
+                next = block_at(job, &planes[then], last && in_extent + count < end ? index + 1 : index);
+            copy_in_block(job, memo, &planes[i], block_at(job, &planes[i], index), in_block, count,
+                          extent_at(job, &planes[i], &runs[i], in_extent), next);
+        }
     }
 }
 
@@ -278,13 +301,14 @@ static void copy_run(const Job *job, Memo *memo, const Plane *plane, const Run *
 static void work(const Job *job)
 {
     int64_t pieces = job->run_count * job->plane_count;
-    int64_t piece_bytes = job->runs[0].tokens * job->planes[0].heads * job->planes[0].dims * job->item + 1;
+    int64_t piece_bytes = job->runs[0].tokens * job->planes[0].heads * job->planes[0].dims * job->item * job->sources + 1;
     int64_t batch = 1 + CLAIM_BYTES / piece_bytes;
-    Memo memo = {0};
+    Memo memo = {.plane = job->planes};
     for (;;) {
         int64_t piece = __atomic_fetch_add(job->claimed, batch, __ATOMIC_RELAXED), end = piece + batch;
         for (; piece < end && piece < pieces; piece++)
-            copy_run(job, &memo, &job->planes[piece % job->plane_count], &job->runs[piece / job->plane_count]);
+            copy_run(job, &memo, &job->planes[piece % job->plane_count * job->sources],
+                     &job->runs[piece / job->plane_count * job->sources]);
         if (piece >= pieces)
             break;
     }
@@ -306,9 +330,9 @@ static int best_isa(void)
 
 static PyObject *copy(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
 {
-    int64_t n[11];
+    int64_t n[12];
     (void)module;
-    if (lmcache_integers("copy", args, nargs, n, 11) < 0)
+    if (lmcache_integers("copy", args, nargs, n, 12) < 0)
         return NULL;
     if (n[1] >= 0 && !isa_supported(n[1])) {
         PyErr_Format(PyExc_ValueError, "this CPU has no instruction set number %lld", (long long)n[1]);
@@ -319,13 +343,14 @@ static PyObject *copy(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
         .isa = &isas[n[1] < 0 ? best_isa() : n[1]],
         .planes = (const Plane *)(intptr_t)n[2],
         .plane_count = n[3],
-        .item = n[4],
-        .block_tokens = n[5],
-        .base = (char *)(intptr_t)n[6],
-        .blocks = (const int32_t *)(intptr_t)n[7],
-        .runs = (const Run *)(intptr_t)n[8],
-        .run_count = n[9],
-        .claimed = (int64_t *)(intptr_t)n[10],
+        .sources = n[4],
+        .item = n[5],
+        .block_tokens = n[6],
+        .base = (char *)(intptr_t)n[7],
+        .blocks = (const int32_t *)(intptr_t)n[8],
+        .runs = (const Run *)(intptr_t)n[9],
+        .run_count = n[10],
+        .claimed = (int64_t *)(intptr_t)n[11],
     };
     if (job.run_count > 0 && job.plane_count > 0) {
         Py_BEGIN_ALLOW_THREADS
@@ -391,10 +416,10 @@ static PyObject *copy_isas(PyObject *module, PyObject *ignored)
 
 PyMethodDef lmcache_copy_methods[] = {
     {"copy", (PyCFunction)(void (*)(void))copy, METH_FASTCALL,
-     "copy(scatter, isa, planes, plane_count, item_bytes, block_tokens, base, blocks, runs, run_count, claimed)\n\n"
+     "copy(scatter, isa, planes, plane_count, sources, item_bytes, block_tokens, base, blocks, runs, run_count, claimed)\n\n"
      "Copy paged tokens into extents (scatter=0) or extents into paged memory (1). planes, base, blocks, runs and claimed\n"
-     "are addresses; the caller keeps them alive and has checked all bounds. isa: a value of copy_isas(), or -1 for the\n"
-     "fastest."},
+     "are addresses; the caller keeps them alive and has checked all bounds. There are `sources` rows for each plane and for\n"
+     "each run, one behind the other. isa: a value of copy_isas(), or -1 for the fastest."},
     {"runs_fit", (PyCFunction)(void (*)(void))runs_fit, METH_FASTCALL,
      "runs_fit(blocks, block_count, runs, run_count, chunk_tokens, block_tokens, num_blocks, farthest_extent) -> bool\n\n"
      "Return whether all runs stay within the block table, the tokens of an extent and offsets up to farthest_extent, and\n"

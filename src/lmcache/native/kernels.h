@@ -8,9 +8,14 @@
 /* Rows of at least this many bytes bypass the caches when written; shorter ones would leave partly written lines behind. */
 enum { LINE = 64, STREAM_BYTES = 128, PREFETCH_BYTES = 1024 };
 
-/* Copies `count` rows of `bytes` bytes. `next` will be read after them: its first lines are prefetched. */
-typedef void (*RowsKernel)(char *to, int64_t to_stride, const char *from, int64_t from_stride, int64_t bytes,
-                           int64_t count, const char *next);
+/* An axis of rows: how many there are, and the step from one to the next on both sides. */
+typedef struct {
+    int64_t count, to, from;
+} Steps;
+
+/* Copies rows of `bytes` bytes: those of `inner` at each step of `outer`. Rows in the same order from `next` on will be read
+ * after them: the first of these are prefetched. */
+typedef void (*RowsKernel)(char *to, const char *from, int64_t bytes, Steps outer, Steps inner, const char *next);
 
 /* to[c * to_stride + r * item] = from[r * from_stride + c * item] for r < rows, c < columns. */
 typedef void (*TransposeKernel)(char *to, int64_t to_stride, const char *from, int64_t from_stride, int64_t rows,
@@ -35,12 +40,12 @@ PLAIN_TRANSPOSE(2)
 PLAIN_TRANSPOSE(4)
 PLAIN_TRANSPOSE(8)
 
-static void rows_plain(char *to, int64_t to_stride, const char *from, int64_t from_stride, int64_t bytes, int64_t count,
-                       const char *next)
+static void rows_plain(char *to, const char *from, int64_t bytes, Steps outer, Steps inner, const char *next)
 {
     (void)next;
-    for (int64_t i = 0; i < count; i++)
-        memcpy(to + i * to_stride, from + i * from_stride, (size_t)bytes);
+    for (int64_t o = 0; o < outer.count; o++)
+        for (int64_t i = 0; i < inner.count; i++)
+            memcpy(to + o * outer.to + i * inner.to, from + o * outer.from + i * inner.from, (size_t)bytes);
 }
 
 /* Interleaves two rows of 2-byte items into one row of pairs, the order of kernels for matrix units. It is inlined into functions

@@ -45,30 +45,71 @@ AVX2 static void row_avx2(char *to, const char *from, int64_t bytes, const char 
         memcpy(to + lines * LINE, from + lines * LINE, (size_t)(bytes % LINE));
 }
 
-AVX2 static void rows_avx2(char *to, int64_t to_stride, const char *from, int64_t from_stride, int64_t bytes,
-                           int64_t count, const char *next)
+/* The row that is prefetched: `first` is the first one of its outer step. The counts are of what is left. */
+typedef struct {
+    const char *row, *first;
+    int64_t outer, inner;
+} Soon;
+
+/* Moves to the following row, and from the last one to `next`. */
+INLINE void advance(Soon *soon, Steps outer, Steps inner, const char *next)
+{
+    soon->row += inner.from;
+    if (--soon->inner > 0)
+        return;
+    soon->inner = inner.count;
+    soon->first += outer.from;
+    if (--soon->outer == 0) {
+        soon->outer = outer.count;
+        soon->first = next;
+    }
+    soon->row = soon->first;
+}
+
+/* Copies short rows of complete lines. What lies between the rows is not prefetched. */
+AVX2 INLINE void short_rows_avx2(char *to, const char *from, int64_t bytes, Steps outer, Steps inner, const char *next)
+{
+    Soon soon = {from, from, outer.count, inner.count};
+    for (int64_t ahead = PREFETCH_BYTES / bytes; ahead > 0; ahead--)
+        advance(&soon, outer, inner, next);
+    for (int64_t o = 0; o < outer.count; o++) {
+        for (int64_t i = 0; i < inner.count; i++) {
+            for (int64_t at = 0; at < bytes; at += LINE) {
+                _mm_prefetch(soon.row + at, _MM_HINT_NTA);
+                line_avx2(to + i * inner.to + at, from + i * inner.from + at);
+            }
+            advance(&soon, outer, inner, next);
+        }
+        to += outer.to, from += outer.from;
+    }
+}
+
+AVX2 INLINE void long_rows_avx2(char *to, const char *from, int64_t bytes, Steps outer, Steps inner, const char *next)
+{
+    Soon soon = {from, from, outer.count, inner.count};
+    for (int64_t o = 0; o < outer.count; o++) {
+        for (int64_t i = 0; i < inner.count; i++) {
+            advance(&soon, outer, inner, next);
+            row_avx2(to + i * inner.to, from + i * inner.from, bytes, soon.row);
+        }
+        to += outer.to, from += outer.from;
+    }
+}
+
+AVX2 static void rows_avx2(char *to, const char *from, int64_t bytes, Steps outer, Steps inner, const char *next)
 {
     if (bytes >= 4 * STREAM_BYTES) {
-        for (int64_t i = 0; i < count; i++)
-            row_avx2(to + i * to_stride, from + i * from_stride, bytes,
-                     i + 1 < count ? from + (i + 1) * from_stride : next);
-    } else if (bytes % LINE == 0 && starts_lines(to, to_stride)) {
-        int64_t ahead = PREFETCH_BYTES / bytes; /* in rows: what lies between them is not read */
-        ahead = ahead < count ? ahead : count;
-        for (int64_t i = 0; i < count; i++) {
-            const char *soon = i + ahead < count ? from + (i + ahead) * from_stride : next + (i + ahead - count) * from_stride;
-            for (int64_t at = 0; at < bytes; at += LINE) {
-                _mm_prefetch(soon + at, _MM_HINT_NTA);
-                line_avx2(to + i * to_stride + at, from + i * from_stride + at);
-            }
-        }
+        long_rows_avx2(to, from, bytes, outer, inner, next);
+    } else if (bytes % LINE == 0 && starts_lines(to, inner.to | outer.to)) {
+        short_rows_avx2(to, from, bytes, outer, inner, next);
     } else if (bytes % 32 == 0) {
-        for (int64_t i = 0; i < count; i++)
-            for (int64_t at = 0; at < bytes; at += 32)
-                _mm256_storeu_si256((__m256i *)(to + i * to_stride + at),
-                                    _mm256_loadu_si256((const __m256i *)(from + i * from_stride + at)));
+        for (int64_t o = 0; o < outer.count; o++, to += outer.to, from += outer.from)
+            for (int64_t i = 0; i < inner.count; i++)
+                for (int64_t at = 0; at < bytes; at += 32)
+                    _mm256_storeu_si256((__m256i *)(to + i * inner.to + at),
+                                        _mm256_loadu_si256((const __m256i *)(from + i * inner.from + at)));
     } else {
-        rows_plain(to, to_stride, from, from_stride, bytes, count, next);
+        rows_plain(to, from, bytes, outer, inner, next);
     }
 }
 

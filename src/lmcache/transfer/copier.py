@@ -35,13 +35,16 @@ class Copier(Reader, Protocol):
     """A typical rate on current machines, used to cut work into steps."""
     zeroes_the_rest: bool
     """Whether a gather writes zeros to the tokens of an extent that its run leaves out; otherwise they keep their bytes."""
+    reads_together: bool
+    """Whether one `reader` fills the same planes from several sources in one call."""
 
     def gather(
         self, base: int, blocks: npt.NDArray[np.int32], runs: npt.NDArray[np.int64], *, arena_bytes: int | None = None
     ) -> None: ...
 
-    def reader(self, part: PagedKV, shape: ExtentShape) -> Reader:
-        """Return what fills a part of the paged KV from extents of another shape, until this copier is closed.
+    def reader(self, *sources: tuple[PagedKV, ExtentShape]) -> Reader:
+        """Return what fills parts of the paged KV from extents of other shapes, until this copier is closed. sources: as for
+        `CpuCopier`.
 
         Raises:
             LayoutError: this copier cannot do that.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any
@@ -31,12 +32,14 @@ class CpuCopier:
     tokens [token_in_extent, ...) of the extent at base + extent_offset_bytes. Runs of one call must not share target tokens.
     Several threads may call it at the same time.
 
-    threads: how many threads share the work of one call, including the calling thread. shape: of extents that hold more than
-    this paged KV.
+    threads: how many threads share the work of one call, including the calling thread. sources: what is copied in place of the
+    complete paged KV: parts of the same planes of it, and the shapes of the extents that hold these. With several sources, runs
+    is int64 [runs * sources, 4]: the rows of a run follow each other and differ in their extents only.
     """
 
     bytes_per_second = 6e9
     zeroes_the_rest = False
+    reads_together = True
 
     def __init__(
         self,
@@ -44,7 +47,7 @@ class CpuCopier:
         chunk_tokens: int,
         threads: int = 1,
         runtime: Runtime = RUNTIME,
-        shape: ExtentShape | None = None,
+        sources: Sequence[tuple[PagedKV, ExtentShape]] = (),
     ) -> None:
         if chunk_tokens < 1:
             raise LayoutError(f"chunk_tokens is {chunk_tokens}; it must be at least 1")
@@ -52,18 +55,19 @@ class CpuCopier:
             raise LayoutError(f"threads is {threads}; it must be at least 1")
         self.paged = paged
         self.chunk_tokens = chunk_tokens
-        shape = shape or ExtentShape.of(paged, chunk_tokens)
-        self._bounds = Bounds(paged, chunk_tokens, shape.size_bytes)
-        self._planes = _packed_planes(paged, shape)
+        sources = sources or [(paged, ExtentShape.of(paged, chunk_tokens))]
+        self._sources, self._token_bytes = len(sources), sum(part.token_bytes for part, _ in sources)
+        self._bounds = Bounds(paged, chunk_tokens, max(shape.size_bytes for _, shape in sources))
+        self._planes = np.stack([_packed_planes(*source) for source in sources], axis=1)
         self._planes_address = self._planes.ctypes.data
         self._isa = -1  # the best instruction set of this CPU; tests try each
         self._pool = runtime.pool(threads - 1, "lmcache-copy") if threads > 1 else None
         self._helpers = threads - 1
 
-    def reader(self, part: PagedKV, shape: ExtentShape) -> CpuCopier:
-        """Return a copier that fills a part of this paged KV from extents of another shape. It uses the threads of this one, so
-        it is closed with it."""
-        reader = CpuCopier(part, self.chunk_tokens, shape=shape)
+    def reader(self, *sources: tuple[PagedKV, ExtentShape]) -> CpuCopier:
+        """Return a copier that fills parts of this paged KV from extents of other shapes. It uses the threads of this one, so it
+        is closed with it."""
+        reader = CpuCopier(self.paged, self.chunk_tokens, sources=sources)
         reader._isa, reader._pool, reader._helpers = self._isa, self._pool, self._helpers
         return reader
 
@@ -103,7 +107,8 @@ class CpuCopier:
         progress: Progress | None = None,
     ) -> None:
         blocks, runs = self._bounds.checked(base, blocks, runs, arena_bytes)
-        size, planes = int(runs[:, 2].sum()) * self.paged.token_bytes, len(self.paged.planes)
+        self._check_sources(runs)
+        size, planes = int(runs[:: self._sources, 2].sum()) * self._token_bytes, len(self._planes)
         if size == 0:
             return
         step = planes if progress is None else planes_in_group(size // planes, _GROUP_BYTES, planes)
@@ -112,6 +117,19 @@ class CpuCopier:
             self._copy_planes(scatter, base, blocks, runs, group, size * len(group) // planes)
             if progress is not None:
                 progress.arrived(group.stop)
+
+    def _check_sources(self, runs: Runs) -> None:
+        if self._sources == 1:
+            return
+        if len(runs) % self._sources:
+            raise LayoutError(
+                f"runs has {len(runs)} rows; it must have one for each run and each of {self._sources} extents"
+            )
+        tokens = runs[:, 1:].reshape(-1, self._sources, 3)
+        if (tokens != tokens[:, :1]).any():
+            raise LayoutError(
+                f"runs names other tokens for some of the {self._sources} extents of a run; they must be equal"
+            )
 
     def _copy_planes(self, scatter: int, base: int, blocks: Blocks, runs: Runs, group: range, size: int) -> None:
         """Copy the planes `group` of all runs, which are `size` bytes."""
@@ -122,12 +140,13 @@ class CpuCopier:
             self._isa,
             self._planes_address + group.start * self._planes.strides[0],
             len(group),
+            self._sources,
             paged.item_bytes,
             paged.block_tokens,
             base,
             blocks.ctypes.data,
             runs.ctypes.data,
-            len(runs),
+            len(runs) // self._sources,
             claimed.ctypes.data,
         )
         if self._pool is None or size < _SPLIT_BYTES:

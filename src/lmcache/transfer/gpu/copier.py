@@ -34,6 +34,7 @@ class CudaCopier:
 
     bytes_per_second = 50e9
     zeroes_the_rest = True
+    reads_together = False
 
     def __init__(
         self,
@@ -75,8 +76,9 @@ class CudaCopier:
         """
         self._rings[False].run(base, *self._bounds.checked(base, blocks, runs, arena_bytes), progress)
 
-    def reader(self, part: PagedKV, shape: ExtentShape) -> CudaReader:
+    def reader(self, *sources: tuple[PagedKV, ExtentShape]) -> CudaReader:
         """Return a copier that fills a part of this paged KV from extents of another shape."""
+        ((part, shape),) = sources
         assert self._arena is not None
         with using_device(self._device):
             self._reading = self._reading or torch.cuda.Stream(self._device)
