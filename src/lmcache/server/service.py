@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from lmcache.cache import KINDS, L1, TIER_KINDS, Event, Hit, Refusal, TooSmall
 from lmcache.cache.heart import MAX_SHARDS
+from lmcache.cache.promises import Asker
 from lmcache.chunks import Split, space_fingerprint, tensor_splits
 from lmcache.errors import LayoutError, LMCacheError
 from lmcache.observability.log import init_logger
@@ -145,17 +146,20 @@ class Service:
         self.sessions.check_room(peer, 4 * shards * max(0, asked - first))
         name = m.request_name(request.request)
         lookup = self._now(), peer.process, request.space, hashes, first, name, request.others, request.sisters
-        if self.tiering is not None:
+        if self.tiering is None:
+            return _found(self.l1.lookup(*lookup))
+        asker, hit = Asker(peer.process, name, request.engine, first, request.halts), None
+        if self.tiering.may_bring:
             if not any(map(self.tiering.knows, spaces, repeat(hashes), repeat(request.sisters))):
                 hit = self.l1.lookup_all(*lookup)
-                if hit is not None:
-                    return _found(hit)
-            in_l1, coming = self.tiering.wait_for(
-                peer.process, spaces, hashes, request.prefill_rate, name, request.sisters
-            )
-            if coming:
-                return m.Found(in_l1, 0, b"", coming)
-        return _found(self.l1.lookup(*lookup))
+            if hit is None:
+                in_l1, coming = self.tiering.wait_for(asker, spaces, hashes, request.prefill_rate, request.sisters)
+                if coming:
+                    return m.Found(in_l1, 0, b"", coming)
+        if hit is None:
+            hit = self.l1.lookup(*lookup)
+        self.tiering.answered(asker, spaces, hashes, hit.chunks, request.prefill_rate)
+        return _found(hit)
 
     def _shards(self, number: int) -> int:
         space = self.l1.space(number)
@@ -172,6 +176,8 @@ class Service:
         assert isinstance(request, m.Release)
         for lease in request.leases:
             self.l1.release(peer.process, lease)
+        for name in request.requests:
+            self.l1.promises.end(peer.instance, name)
         return m.Ok(len(request.leases))
 
     def _hold(self, peer: Peer, request: m.Request) -> m.Message:

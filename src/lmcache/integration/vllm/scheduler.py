@@ -65,7 +65,7 @@ class SchedulerSide:
         device: str = "cpu",
     ) -> None:
         self.requests: Requests[Tracker] = Requests(
-            session, ranks=ranks, save_tail=config.save_unfull_chunk, groups=groups
+            session, ranks=ranks, save_tail=config.save_unfull_chunk, groups=groups, stores=can_store
         )
         self._groups, self._numbers = groups, numbers
         self._fails_by_request = len(groups) > 1 or groups[0].reach_tokens > 0  # as in `ModelKV`
