@@ -172,8 +172,7 @@ class _Fetch:
     waiting: set[_Pending] = field(default_factory=set)
     events: Counter[str] = field(default_factory=Counter)
     ended: float | None = None
-    broken: bool = False
-    """Whether it ended because a promise did."""
+    outcome: str = ""
 
     def hash_of(self, chunk: int) -> bytes:
         return self.hashes[chunk * HASH_BYTES : (chunk + 1) * HASH_BYTES]
@@ -399,8 +398,9 @@ class Fetches:
 
     @staticmethod
     def _may_await_again(fetch: _Fetch) -> bool:
-        """Return whether chunks that are coming are none that this ended fetch has decided about."""
-        return not fetch.coming.chunks or fetch.broken
+        """Return whether this ended fetch leaves it open to wait for what is coming: it knew of nothing, has decided for a faster
+        engine, or has lost a promise that somebody else may have renewed."""
+        return not fetch.coming.chunks or fetch.outcome in (_BROKEN, _NOT_WORTH_IT)
 
     def _begin(self, now: float, fetch: _Fetch, known: Sequence[Callable[[bytes], Sequence[bool] | None]]) -> None:
         self._fetches[fetch.number] = self._by_request[fetch.space, fetch.hashes[-HASH_BYTES:]] = fetch
@@ -600,7 +600,7 @@ class Fetches:
 
     def _end(self, now: float, fetch: _Fetch, reason: str) -> None:
         """End a fetch, once. `reason`: why the engine stops waiting; "" if all planned chunks have arrived or failed."""
-        fetch.ended, fetch.broken = now, reason == _BROKEN
+        fetch.ended = now
         fetch.unanswered.clear()
         for pending in fetch.waiting:
             pending.waiters.discard(fetch)
@@ -610,7 +610,7 @@ class Fetches:
         fetch.waiting.clear()
         self.counters["fetches"] += 1
         self.counters["arrived"] += fetch.arrived
-        outcome = reason or ("arrived" if fetch.arrived == fetch.planned else "failed")
+        fetch.outcome = outcome = reason or ("arrived" if fetch.arrived == fetch.planned else "failed")
         self.records.append(fetch.record(now, outcome))
         if AWAITED in fetch.sources:
             self.counters["awaited"] += fetch.plan[: fetch.arrived].count(AWAITED)

@@ -37,6 +37,8 @@ MAX_SHARDS = 1024
 """The most shards that a chunk may have. The index keeps 5 bytes for each shard of each chunk, stored or not."""
 EXPIRED_A_TICK = 16384
 """Chunks. A tick expires claims until these cover so many chunks; the next tick goes on."""
+FILL_SECONDS = 2.0
+"""Nobody waits for a chunk that a process has begun to fill longer ago, since the copy takes milliseconds."""
 
 
 class TooSmall(Refusal):
@@ -426,7 +428,7 @@ class Heart(Index):
 
     def coming(self, now: float, asker: Asker, number: int, hashes: bytes, first: int) -> Coming:
         """Return which of these chunks, from chunk `first` on, other engines fill or have promised, without a gap. Chunks in
-        between that are complete count, too."""
+        between that are complete count, too. Who has filled a chunk for longer than `FILL_SECONDS` is no more waited for."""
         table, promised = self._spaces[number].table, self.promises.by_chunk
         keys, instance = keys_of(number, hashes[first * HASH_BYTES :]), self._claims.instance_of(asker.process)
         if not keys or not (promised or self._claims.reservations):
@@ -434,18 +436,20 @@ class Heart(Index):
         halted = asker.halts and self.promises.of_engine(instance.name, asker.engine)
         if not asker.request or halted or self.promises.given_up(instance.name, asker.request) == keys[0]:
             return Coming(barred=True)
-        filled = {
-            one
-            for held in self._claims.reservations.values()
-            if held.table is table and not held.expired and held.process != SERVER and held.instance is not instance
-            for one in held.ids
-        }
+        filled, stuck, oldest = set[int](), set[int](), now + self.claim_seconds - FILL_SECONDS
+        for held in self._claims.reservations.values():
+            if held.table is not table or held.expired:
+                continue
+            if held.deadline < oldest:
+                stuck.update(held.ids)
+            elif held.process != SERVER and held.instance is not instance:
+                filled.update(held.ids)
         expected: float | None = 0.0
         for at, key in enumerate(keys):
             record, promise = table.get(key[1]), promised.get(key)
-            if record >= 0 and (table.complete(record) or record in filled):
+            if record >= 0 and record not in stuck and (table.complete(record) or record in filled):
                 continue
-            if promise is None or self.promises.is_own(promise, instance.name, asker.engine):
+            if record in stuck or promise is None or self.promises.is_own(promise, instance.name, asker.engine):
                 return Coming(at, expected, barred=promise is not None and not at)
             due = promise.expected(now, key)
             expected = None if due is None or expected is None else max(expected, due)

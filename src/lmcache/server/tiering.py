@@ -42,6 +42,8 @@ MOST_ASKED = 32768
 other engines waiting for longer than their deadlines."""
 _MOST_ENDS = 8
 """How many earlier ends a lookup tries: what tiers say they have may fail to load at each of them."""
+_MOST_AWAITED_ENDS = 64
+"""The same for ends at which other engines are about to store what all groups need."""
 _SHARE = 0.25
 """Of the time of computing a prompt, for which a lookup waits to hear where an earlier end is."""
 _TOO_LATE, _TIER_FAILED = "too late", "tier failed"
@@ -245,23 +247,18 @@ class Tiering:
         for number in (one for one, reach in reaches.items() if not reach):
             have = l1.peek(now, asker.process, number, hashes)
             end = min(end, have + l1.coming(now, asker, number, hashes, have).chunks)
-        while end:
+        for _ in range(_MOST_AWAITED_ENDS):
             cut = hashes[: end * HASH_BYTES]
             ends = [end]
             for number, reach in reaches.items():
-                first = max(0, end - reach)
-                needed = cut[first * HASH_BYTES :]
-                have = l1.peek(now, asker.process, number, needed) if reach else end
-                if (
-                    reach
-                    and first + have < end
-                    and first + have + l1.coming(now, asker, number, needed, have).chunks < end
-                ):
-                    ends.append(end - 1)
-            if min(ends) == end:
-                break
+                needed = cut[-reach * HASH_BYTES :] if reach else b""
+                have = l1.peek(now, asker.process, number, needed)
+                have += l1.coming(now, asker, number, needed, have).chunks
+                ends += [end - 1] if have * HASH_BYTES < len(needed) else []
+            if not end or min(ends) == end:
+                return end
             end = min(ends)
-        return end
+        return 0
 
     def _earlier_end(self, number: int, hashes: bytes, prefill_tokens_per_second: float) -> int | None:
         """Return the largest number of chunks, fewer than all of these, at whose end L1 and the tiers have what is in reach of
@@ -377,10 +374,13 @@ class Tiering:
 
     def _coming(self, asker: Asker, space_number: int, hashes: bytes, in_l1: int, awaited: int) -> Coming:
         """Return what other engines store next of these chunks, if the engine lacks it itself."""
-        end = min(awaited, len(hashes) // HASH_BYTES)
+        now, end = self._loop.now(), min(awaited, len(hashes) // HASH_BYTES)
+        if self.fetches.is_open(space_number, hashes):  # then it matters only whether the next chunk is still coming
+            found = self._l1.coming(now, asker, space_number, hashes[: (in_l1 + 1) * HASH_BYTES], in_l1)
+            return found if end > in_l1 or not found.chunks else Coming(barred=True)
         if end <= in_l1:
             return NOTHING
-        found = self._l1.coming(self._loop.now(), asker, space_number, hashes[: end * HASH_BYTES], in_l1)
+        found = self._l1.coming(now, asker, space_number, hashes[: end * HASH_BYTES], in_l1)
         return found if found.barred or in_l1 + found.chunks > asker.have else NOTHING
 
     @staticmethod
