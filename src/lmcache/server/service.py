@@ -148,17 +148,20 @@ class Service:
         lookup = self._now(), peer.process, request.space, hashes, first, name, request.others, request.sisters
         if self.tiering is None:
             return _found(self.l1.lookup(*lookup))
-        asker, hit = Asker(peer.process, name, request.engine, first, request.halts), None
+        hit = None
         if self.tiering.may_bring:
             if not any(map(self.tiering.knows, spaces, repeat(hashes), repeat(request.sisters))):
                 hit = self.l1.lookup_all(*lookup)
             if hit is None:
+                asker = Asker(peer.process, name, request.engine, first, request.halts)
                 in_l1, coming = self.tiering.wait_for(asker, spaces, hashes, request.prefill_rate, request.sisters)
                 if coming:
                     return m.Found(in_l1, 0, b"", coming)
         if hit is None:
             hit = self.l1.lookup(*lookup)
-        self.tiering.answered(asker, spaces, hashes, hit.chunks, request.prefill_rate)
+        if 16 * hit.chunks < len(hashes) or self.l1.promises.by_chunk:
+            asker = Asker(peer.process, name, request.engine)
+            self.tiering.answered(asker, spaces, hashes, hit.chunks, request.prefill_rate)
         return _found(hit)
 
     def _shards(self, number: int) -> int:
