@@ -17,6 +17,7 @@ from lmcache.cache.fetch import AWAITED, ENDED_SECONDS
 from lmcache.cache.heart import FILL_SECONDS
 from lmcache.cache.load_cost import AWAIT_SLACK, UNPACED_WAIT_SECONDS, slack_seconds
 from lmcache.cache.promises import MAX_PROMISED, STALL_SECONDS, UNPACED_SECONDS, Asker, Promises, keys_of
+from lmcache.chunks import Split
 from lmcache.memory.arena import Arena
 from lmcache.memory.slabs import NO_EXTENT
 from lmcache.runtime import Runtime
@@ -325,6 +326,21 @@ def test_promises_are_bounded_and_end_when_nothing_is_stored() -> None:
     for number in range(module.MAX_GIVEN_UP + 5):
         promises.give_up("one", str(number), (0, b"k"))
     assert promises.given_up("one", "0") is None and promises.given_up("one", str(number)) == (0, b"k")
+
+
+def test_what_an_engine_with_another_split_computes_is_waited_for(engines: Engines) -> None:
+    one, two, family = Split((), 1), Split((), 2), b"family".ljust(16)
+    wide = engines.l1.open_space(1, family, 1, 0, 2 * SECTOR, family=family, split=one)
+    halves = [engines.l1.open_space(2, family, 2, shard, SECTOR, family=family, split=two) for shard in range(2)]
+    prompt, asker = chain(6), Asker(1, "r", "engine 1")
+    engines.tiering.answered(Asker(2, "r", "engine 2"), halves[:1], prompt, 0, RATE)
+    assert engines.tiering.wait_for(asker, [wide], prompt, RATE, sisters=True) == (0, 6)
+    for shard in range(2):
+        grant = engines.l1.reserve(engines.now, 2, halves[0], shard, b"", True, prompt)
+        assert engines.tiering.wait_for(asker, [wide], prompt, RATE, sisters=True)[1] == 6
+        engines.l1.commit(engines.now, 2, grant.reservation, True)
+    assert engines.tiering.wait_for(asker, [wide], prompt, RATE, sisters=True) == (6, 0)
+    assert engines.outcomes == ["arrived"]
 
 
 def test_all_groups_are_waited_for_together(arena: Arena) -> None:

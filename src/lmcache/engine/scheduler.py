@@ -152,8 +152,11 @@ class SchedulerSession(Session):
             found = self.poll(chain, skip_tokens, prefill_rate, tail, request_id, chunks, any_split, engine, halts=True)
             if not isinstance(found, Loading):
                 return found
-            if self.runtime.now() > end:
-                return None
+            if (
+                self.runtime.now() > end
+            ):  # without an id it waits for no other engine, and gets what that has stored so far
+                found = self.poll(chain, skip_tokens, prefill_rate, tail, "", chunks, any_split)
+                return None if isinstance(found, Loading) else found
             self.runtime.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
 
