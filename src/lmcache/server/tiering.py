@@ -16,6 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import product, takewhile
+from typing import TYPE_CHECKING
 
 from lmcache.cache import L1, SERVER, Event, Refusal
 from lmcache.cache.allocator import Space
@@ -31,8 +32,10 @@ from lmcache.server.loop import Loop
 from lmcache.server.tier_report import TierReport, log_decision
 from lmcache.server.tier_runner import CLOSE_SECONDS, OPEN_SECONDS, TierRunner
 from lmcache.tiers import KEPT, OK, Region, Shard, ShardKey, TierError
-from lmcache.tiers.registry import TierSpec
 from lmcache.tiers.tier import TierBase
+
+if TYPE_CHECKING:
+    from lmcache.tiers.registry import TierSpec  # imports what only servers with tiers need
 
 logger = init_logger(__name__)
 _HURRY_SECONDS = 0.5
