@@ -359,7 +359,7 @@ class Tiering:
         for end in self._ends(space_number, len(hashes)):
             part, found = hashes[:end], min(in_l1, end // HASH_BYTES)
             stored_next = self._coming(asker, space_number, part, found, awaited)
-            if self.runners or stored_next != NOTHING or self.fetches.knows(space_number, part):
+            if self.runners or stored_next.chunks or self.fetches.knows(space_number, part):
                 size = sum(space.shard_bytes)
                 coming = self.fetches.poll(
                     *(now, space_number, part, found, size, prefill_seconds, knowers, asker.request, space.shards),
