@@ -194,7 +194,9 @@ class SchedulerSession(Session):
         epoch = self._epoch
         try:
             name = m.request_name(request_id)
-            request = m.Lookup(self._space, hashes, first, prefill_rate, name, self._others, any_split, engine, halts)
+            request = m.Lookup(
+                self._space, hashes, first, prefill_rate, name, self._others, any_split, m.request_name(engine), halts
+            )
             found, _ = self._connection.call(request, m.Found)
         except LMCacheError as error:
             self.misses["no answer"] += 1
