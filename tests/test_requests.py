@@ -98,7 +98,9 @@ def test_what_a_request_has_not_found_is_announced_until_it_is_stored_or_the_req
 ) -> None:
     one = server(chunk=CHUNK, flags=("--l2-patience-seconds", "60"))
     bed, other = (Bed(engine(one, instance=name), name=name * 300) for name in ("first", "other"))
-    bed.requests.prefill.tokens_per_second = other.requests.prefill.tokens_per_second = 1.0  # so the other one waits long
+    bed.requests.prefill.tokens_per_second = other.requests.prefill.tokens_per_second = (
+        1.0  # so the other one waits long
+    )
 
     def promised() -> float:
         return one.counters()["promised_chunks"]

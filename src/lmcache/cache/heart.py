@@ -26,7 +26,7 @@ from lmcache.cache.claims import SERVER, AnyClaim, Claims, Held, Instance, Lease
 from lmcache.cache.events import NOBODY, By
 from lmcache.cache.groups import Found, Part, parts_of, usable_prefix
 from lmcache.cache.index import Index, names_of, of_last, of_new, of_records, pack_ids
-from lmcache.cache.promises import NOTHING, Asker, Coming, Promises, keys_of
+from lmcache.cache.promises import MAX_PROMISED, NOTHING, Asker, Coming, Promises, keys_of
 from lmcache.cache.table import COMPLETED, RELEASED, Table
 from lmcache.chunks import HASH_BYTES, Split
 from lmcache.memory.slabs import NO_EXTENT
@@ -418,7 +418,7 @@ class Heart(Index):
             get, complete = space.table.get, space.table.complete
             keys += [
                 key
-                for key in keys_of(number, hashes[first * HASH_BYTES :])
+                for key in keys_of(number, hashes[first * HASH_BYTES : (first + MAX_PROMISED) * HASH_BYTES])
                 if (record := get(key[1])) < 0 or not complete(record)
             ]
         self.promises.make(now, self._claims.instance_of(asker.process).name, asker, chunk_seconds, keys)
@@ -430,7 +430,8 @@ class Heart(Index):
         """Return which of these chunks, from chunk `first` on, other engines fill or have promised, without a gap. Chunks in
         between that are complete count, too. Who has filled a chunk for longer than `FILL_SECONDS` is no more waited for."""
         table, promised = self._spaces[number].table, self.promises.by_chunk
-        keys, instance = keys_of(number, hashes[first * HASH_BYTES :]), self._claims.instance_of(asker.process)
+        keys = keys_of(number, hashes[first * HASH_BYTES : (first + MAX_PROMISED) * HASH_BYTES])
+        instance = self._claims.instance_of(asker.process)
         if not keys or not (promised or self._claims.reservations):
             return NOTHING
         halted = asker.halts and self.promises.of_engine(instance.name, asker.engine)

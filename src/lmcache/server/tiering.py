@@ -171,7 +171,9 @@ class Tiering:
     def knows(self, space: int, hashes: bytes, sisters: bool = False) -> bool:
         """Return whether a fetch of these chunks, or of one of their parts, is under way or has just ended; with `sisters`, in
         the space or a sister of it."""
-        return any(self._any_part(self.fetches.knows, one, hashes) for one in self._family(space, sisters))
+        return not self.fetches.idle and any(
+            self._any_part(self.fetches.knows, one, hashes) for one in self._family(space, sisters)
+        )
 
     def _any_part(self, holds: Callable[[int, bytes], bool], space: int, hashes: bytes) -> bool:
         return any(holds(space, hashes[:end]) for end in self._ends(space, len(hashes)))
