@@ -200,6 +200,21 @@ def test_a_wait_takes_no_longer_than_computing_even_for_several_promises(engines
     assert engines.waited(3, prompt) == pytest.approx(0.2 * compute + slack, abs=0.02)
 
 
+def test_a_long_prompt_is_waited_for_as_long_as_somebody_asks(engines: Engines) -> None:
+    one, two, rate = chain(10), chain(10, 2), RATE / 100
+    engines.ask(1, one, rate=rate)
+    engines.ask(1, two, "other", rate=rate)
+    for _ in range(190):
+        assert engines.ask(2, one, rate=rate) == 10
+        engines.later(0.5)
+    engines.store(1, one)
+    assert engines.ask(2, one, rate=rate) == 0 and engines.outcomes == ["arrived"]
+    assert engines.ask(2, two, rate=rate) == 10
+    engines.later(30.0)
+    engines.later(31.0)
+    assert engines.outcomes == ["arrived", "patience"]
+
+
 def test_a_stopped_engine_holds_up_no_later_request(engines: Engines) -> None:
     prompt = chain(10)
     engines.reserve(1, prompt)

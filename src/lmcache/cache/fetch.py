@@ -385,7 +385,9 @@ class Fetches:
     def tick(self, now: float) -> None:
         """End fetches that have lasted too long, forget fetches that ended a while ago, and stop waiting for hanging loads."""
         for fetch in list(self._fetches.values()):
-            if fetch.ended is None and now - fetch.began > self._patience_seconds:
+            # A wait for another engine may take as long as computing, as `_judge` decides while somebody asks.
+            awaits = AWAITED in fetch.plan and now - fetch.asked_at < ENDED_SECONDS
+            if fetch.ended is None and now - fetch.began > self._patience_seconds and not awaits:
                 self._end(now, fetch, "patience")
             if fetch.ended is not None and now - fetch.ended > ENDED_SECONDS:
                 self._drop(fetch)
