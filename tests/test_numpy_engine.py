@@ -345,9 +345,11 @@ class Waiting:
 @pytest.fixture
 def waiting(server: StartServer) -> Iterator[Waiting]:
     both = Waiting(server())
-    both.begin()
-    yield both
-    both.close()
+    try:
+        both.begin()
+        yield both
+    finally:
+        both.close()
 
 
 def right_answer(tokens: list[int]) -> list[int]:
