@@ -13,10 +13,19 @@ import pytest
 
 from lmcache.cache import L1, SERVER
 from lmcache.cache import promises as module
-from lmcache.cache.fetch import AWAITED, ENDED_SECONDS
+from lmcache.cache.fetch import AWAITED, ENDED_SECONDS, Fetches
 from lmcache.cache.heart import FILL_SECONDS
 from lmcache.cache.load_cost import AWAIT_SLACK, UNPACED_WAIT_SECONDS, slack_seconds
-from lmcache.cache.promises import MAX_PROMISED, STALL_SECONDS, UNPACED_SECONDS, Asker, Promises, keys_of
+from lmcache.cache.promises import (
+    MAX_PROMISED,
+    NOTHING,
+    STALL_SECONDS,
+    UNPACED_SECONDS,
+    Asker,
+    Coming,
+    Promises,
+    keys_of,
+)
 from lmcache.chunks import Split
 from lmcache.memory.arena import Arena
 from lmcache.memory.slabs import NO_EXTENT
@@ -198,6 +207,17 @@ def test_a_wait_takes_no_longer_than_computing_even_for_several_promises(engines
     engines.l1.leave(1)
     assert engines.ask(2, prompt) == 0
     assert engines.waited(3, prompt) == pytest.approx(0.2 * compute + slack, abs=0.02)
+
+
+def test_only_time_spent_waiting_for_engines_counts(engines: Engines) -> None:
+    fetches, prompt, coming = Fetches([]), chain(10), Coming(10, 10 * PACE)
+
+    def ask(now: float, found: Coming = coming) -> int:
+        return fetches.poll(now, 0, prompt, 0, SECTOR, PACE, [], "", 1, found)
+
+    assert ask(100.0, NOTHING) == 0, "no tier has it, and so its engine announces it"
+    assert ask(100.9) == ask(101.8) == 10 and ask(102.1) == 0
+    assert [record.outcome for record in fetches.records] == ["absent", "late"]
 
 
 def test_a_long_prompt_is_waited_for_as_long_as_somebody_asks(engines: Engines) -> None:

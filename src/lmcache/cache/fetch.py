@@ -173,6 +173,7 @@ class _Fetch:
     events: Counter[str] = field(default_factory=Counter)
     ended: float | None = None
     outcome: str = ""
+    """As in the record, once it has ended."""
 
     def hash_of(self, chunk: int) -> bytes:
         return self.hashes[chunk * HASH_BYTES : (chunk + 1) * HASH_BYTES]
@@ -306,7 +307,8 @@ class Fetches:
         if fetch is not None and coming.barred and AWAITED in fetch.sources:
             return 0
         if fetch is not None and fetch.ended is not None and coming.chunks and self._may_await_again(fetch):
-            since = fetch.since  # the promises of several engines together may not take longer than computing
+            if fetch.outcome == _BROKEN:
+                since = fetch.since  # the promises of several engines together may not take longer than computing
             self._drop(fetch)
             fetch = None
         is_new = fetch is None

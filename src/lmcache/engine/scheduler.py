@@ -152,9 +152,8 @@ class SchedulerSession(Session):
             found = self.poll(chain, skip_tokens, prefill_rate, tail, request_id, chunks, any_split, engine, halts=True)
             if not isinstance(found, Loading):
                 return found
-            if (
-                self.runtime.now() > end
-            ):  # without an id it waits for no other engine, and gets what that has stored so far
+            if self.runtime.now() > end:
+                # Without an id it waits for no other engine, and gets what that has stored so far.
                 found = self.poll(chain, skip_tokens, prefill_rate, tail, "", chunks, any_split)
                 return None if isinstance(found, Loading) else found
             self.runtime.sleep(pause)
