@@ -430,21 +430,15 @@ class Heart(Index):
         """Return which of these chunks, from chunk `first` on, other engines fill or have promised, without a gap. Chunks in
         between that are complete count, too. Who has filled a chunk for longer than `FILL_SECONDS` is no more waited for."""
         table, promised = self._spaces[number].table, self.promises.by_chunk
-        keys = keys_of(number, hashes[first * HASH_BYTES : (first + MAX_PROMISED) * HASH_BYTES])
-        instance = self._claims.instance_of(asker.process)
-        if not keys or not (promised or self._claims.reservations):
+        missing = number, hashes[first * HASH_BYTES : (first + 1) * HASH_BYTES]
+        if not missing[1] or (missing not in promised and table.get(missing[1]) < 0):
             return NOTHING
+        instance = self._claims.instance_of(asker.process)
         halted = asker.halts and self.promises.of_engine(instance.name, asker.engine)
-        if not asker.request or halted or self.promises.given_up(instance.name, asker.request) == keys[0]:
+        if not asker.request or halted or self.promises.given_up(instance.name, asker.request) == missing:
             return Coming(barred=True)
-        filled, stuck, oldest = set[int](), set[int](), now + self.claim_seconds - FILL_SECONDS
-        for held in self._claims.reservations.values():
-            if held.table is not table or held.expired:
-                continue
-            if held.deadline < oldest:
-                stuck.update(held.ids)
-            elif held.process != SERVER and held.instance is not instance:
-                filled.update(held.ids)
+        filled, stuck = self._filled(now, table, instance)
+        keys = keys_of(number, hashes[first * HASH_BYTES : (first + MAX_PROMISED) * HASH_BYTES])
         expected: float | None = 0.0
         for at, key in enumerate(keys):
             record, promise = table.get(key[1]), promised.get(key)
@@ -455,6 +449,19 @@ class Heart(Index):
             due = promise.expected(now, key)
             expected = None if due is None or expected is None else max(expected, due)
         return Coming(len(keys), expected)
+
+    def _filled(self, now: float, table: Table, asking: Instance) -> tuple[set[int], set[int]]:
+        """Return the records of the table that engines other than the asking one fill, and those that have been filled for too
+        long, by whomever."""
+        filled, stuck, oldest = set[int](), set[int](), now + self.claim_seconds - FILL_SECONDS
+        for held in self._claims.reservations.values():
+            if held.table is not table or held.expired:
+                continue
+            if held.deadline < oldest:
+                stuck.update(held.ids)
+            elif held.process != SERVER and held.instance is not asking:
+                filled.update(held.ids)
+        return filled, stuck
 
     # Filling
 
