@@ -279,3 +279,109 @@ def ask(process: Process) -> Any:
     process.child.stdin.write(json.dumps({"tokens": prompt(16), "max_tokens": 4}) + "\n")
     process.child.stdin.flush()
     return json.loads(process.line_with('{"tokens"'))
+
+
+# Two engines that compute one prompt
+
+
+class Waiting:
+    """Two engine processes of one server. The first one computes a long prompt, and the second one waits for that."""
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        command = [sys.executable, "-m", "demo.numpy_engine", "--tiny", "--address", server.address]
+        command += ["--deadline-seconds", str(PATIENCE)]
+        self.engines = [Process(command) for _ in range(2)]
+        self.tokens: list[int] = []
+
+    def begin(self) -> None:
+        for at, engine in enumerate(self.engines):
+            engine.line_with('{"ready"')
+            eventually(lambda engine=engine, at=at: self.ask(engine, prompt(30 + at), wait=True)["stored_tokens"])
+
+    def ask(self, engine: Process, tokens: list[int], wait: bool = False) -> Any:
+        assert engine.child.stdin is not None
+        engine.child.stdin.write(json.dumps({"tokens": tokens, "max_tokens": 4}) + "\n")
+        engine.child.stdin.flush()
+        return self.answer(engine) if wait else None
+
+    @staticmethod
+    def answer(engine: Process) -> Any:
+        return json.loads(engine.line_with('{"tokens"'))
+
+    def counter(self, name: str) -> float:
+        return self.server.counters().get(name, 0)
+
+    def wait(self, seed: int) -> bool:
+        """Ask both engines the same, and return once the second one waits; False if the first one was too fast to see that."""
+        self.tokens = prompt(seed, 3000)
+        self.ask(self.engines[0], self.tokens)
+        computes = eventually(lambda: self.counter("promised_chunks") or self.ended(self.engines[0]))
+        self.ask(self.engines[1], self.tokens)
+        return (
+            computes is not True
+            and eventually(lambda: self.counter("fetches_open") or self.ended(self.engines[1])) is not True
+        )
+
+    def wait_for_one(self, seed: int) -> None:
+        """As `wait`, with other prompts until the second engine has been seen to wait."""
+        for number in range(seed, seed + 5):
+            if self.wait(number):
+                return
+            for engine in self.engines:
+                self.answer(engine)
+        raise AssertionError("the second engine waits for none of five prompts")
+
+    @staticmethod
+    def ended(engine: Process) -> bool:
+        """Whether the engine has answered."""
+        return any('{"tokens"' in line for line in list(engine.lines.queue) if line)
+
+    def close(self) -> None:
+        for engine in self.engines:
+            engine.end()
+
+
+@pytest.fixture
+def waiting(server: StartServer) -> Iterator[Waiting]:
+    both = Waiting(server())
+    try:
+        both.begin()
+        yield both
+    finally:
+        both.close()
+
+
+def right_answer(tokens: list[int]) -> list[int]:
+    return Engine(small(num_blocks=256)).generate(tokens, 4).tokens
+
+
+def test_the_second_engine_waits_for_what_the_first_one_computes(waiting: Waiting) -> None:
+    for seed in range(40, 45):
+        waiting.wait(seed)
+        first, second = map(waiting.answer, waiting.engines)
+        assert first["tokens"] == second["tokens"]
+        if waiting.counter("awaited_tokens_total"):
+            break
+    assert waiting.counter("awaited_tokens_total") > 0 and second["hit_tokens"] > 0
+    assert second["tokens"] == right_answer(waiting.tokens)
+    eventually(lambda: not waiting.counter("leases") and not waiting.counter("promised_chunks"))
+
+
+def test_a_wait_for_an_engine_that_is_killed_ends_and_the_answer_is_right(waiting: Waiting) -> None:
+    waiting.wait_for_one(50)
+    waiting.engines[0].kill()
+    second = waiting.answer(waiting.engines[1])
+    assert second["tokens"] == right_answer(waiting.tokens)
+    eventually(lambda: not waiting.counter("leases") and not waiting.counter("promised_chunks"))
+    assert not waiting.counter("fetches_open") and waiting.counter("reservations") == 0
+
+
+def test_a_wait_for_an_engine_that_is_stopped_ends_and_both_answers_are_right(waiting: Waiting) -> None:
+    waiting.wait_for_one(60)
+    waiting.engines[0].freeze()
+    second = waiting.answer(waiting.engines[1])
+    assert waiting.ask(waiting.engines[1], waiting.tokens, wait=True)["tokens"] == second["tokens"]
+    waiting.engines[0].thaw()
+    assert waiting.answer(waiting.engines[0])["tokens"] == second["tokens"] == right_answer(waiting.tokens)
+    eventually(lambda: not waiting.counter("leases") and not waiting.counter("promised_chunks"))

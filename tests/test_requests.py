@@ -93,6 +93,37 @@ def test_what_one_request_stores_another_loads_and_no_lease_is_left(bed: Bed) ->
     assert not first.jobs and not second.jobs
 
 
+def test_what_a_request_has_not_found_is_announced_until_it_is_stored_or_the_request_ends(
+    server: Servers, engine: Engines
+) -> None:
+    one = server(chunk=CHUNK, flags=("--l2-patience-seconds", "60"))
+    bed, other = (Bed(engine(one, instance=name), name=name * 300) for name in ("first", "other"))
+    bed.requests.prefill.tokens_per_second = other.requests.prefill.tokens_per_second = (
+        1.0  # so the other one waits long
+    )
+
+    def promised() -> float:
+        return one.counters()["promised_chunks"]
+
+    ids = prompt(3, 200)
+    request = bed.open("a")
+    assert bed.requests.find(request, ids) is None and promised() == 12
+    assert other.requests.find(other.open("a"), ids) == Loading(0, 12)
+    assert bed.store(request, ids[:100]) == 96 and promised() == 6
+    assert other.requests.find(other.open("a"), ids) == Loading(6, 6)
+    bed.requests.finish("a")
+    eventually(lambda: not promised())
+    found = other.requests.find(other.open("a"), ids)
+    assert isinstance(found, Hit) and found.chunks == 6 and promised() == 6, "now the other one computes"
+    reads = Bed(bed.engine, stores=False)
+    assert isinstance(reads.requests.find(reads.open("b"), prompt(4, 200)), type(None)) and promised() == 6
+    request = bed.open("c")
+    assert bed.requests.find(request, longer := prompt(5, 200)) is None
+    assert bed.store(request, longer) == 192
+    bed.requests.finish("c")
+    assert promised() == 6
+
+
 @pytest.mark.parametrize("name", ["x" * (5 << 20), "\ud800", "a\nb\x1b"], ids=["long", "surrogate", "control"])
 def test_ids_and_salts_of_any_length_and_content_are_cached(bed: Bed, name: str) -> None:
     ids = prompt(9, 64)

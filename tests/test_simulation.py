@@ -105,9 +105,10 @@ class World:
         stack.callback(loop.stop)
         self.began = self.time.time
 
-    def engine(self) -> Engine:
+    def engine(self, kind: type[Engine] = Engine) -> Engine:
         config = EngineConfig(model=ModelConfig.tiny(), num_blocks=64)
-        engine = Engine(config, f"127.0.0.1:{self.port}", deadline_seconds=PATIENCE, runtime=self.time.runtime)
+        kind.runtime = self.time.runtime  # type: ignore[attr-defined]
+        engine = kind(config, f"127.0.0.1:{self.port}", deadline_seconds=PATIENCE, runtime=self.time.runtime)
         self._stack.callback(engine.close)
         assert engine.wait_connected(10.0)
         return engine
@@ -258,3 +259,54 @@ def test_a_server_its_tiers_and_two_engines_live_by_a_made_up_clock(world: World
     assert two.generate(prompt).hit_tokens == 10 * CHUNK - 1
     assert world.time.time < 92
     print(f"{world.time.time:.2f} made-up seconds, {time.perf_counter() - began:.2f} real ones")
+
+
+ENGINES, BURSTS, SHARED = 8, 100, 12
+"""Engines, prompts that all of them get at once, and chunks that these share."""
+
+
+class Timed(Engine):
+    """An engine whose forward passes take made-up time: a millisecond a token."""
+
+    runtime: Runtime
+
+    def _forward(self, tokens: list[int], first: int, end: int, blocks: list[int]) -> Any:
+        self.runtime.sleep(0.001 * (end - first))
+        return super()._forward(tokens, first, end, blocks)
+
+
+def at_once(world: World, calls: Sequence[Callable[[], Any]]) -> list[Any]:
+    """What these calls return, each made in a thread of its own, at the same made-up moment."""
+    done: dict[int, Any] = {}
+    for number, call in enumerate(calls):
+        world.time.runtime.start(lambda number=number, call=call: done.__setitem__(number, call()), f"call {number}")
+    world.time.until(lambda: len(done) == len(calls), 60.0)
+    return [done[number] for number in range(len(calls))]
+
+
+def test_engines_that_get_one_prompt_at_once_compute_it_once(world: World) -> None:
+    engines = [world.engine(Timed) for _ in range(ENGINES)]
+    for number, engine in enumerate(engines):  # so that each knows its pace
+        engine.generate([500 + number] * 8 * CHUNK, max_tokens=1)
+    computed, longest = 0, 0.0
+    for burst in range(BURSTS):
+        prompt = [(burst * 7 + at * at) % 500 for at in range(SHARED * CHUNK)]
+        began = world.time.time
+
+        def ask(number: int, prompt: list[int] = prompt, began: float = began) -> tuple[Any, float]:
+            result = engines[number].generate([*prompt, number], max_tokens=1)
+            return result, world.time.time - began
+
+        answers = at_once(world, [lambda number=number: ask(number) for number in range(ENGINES)])  # type: ignore[misc]
+        computed += sum(max(0, len(prompt) - result.hit_tokens) for result, _ in answers)
+        longest = max(longest, *(seconds for _, seconds in answers))
+        for engine in engines:
+            engine.flush()
+    once = BURSTS * SHARED * CHUNK
+    again = (computed - once) / (once * (ENGINES - 1))
+    counters = world.status()["counters"]
+    print(f"{1 - again:.3f} of the shared tokens were computed once; the longest answer took {longest:.3f} s")
+    assert 1 - again >= 0.9
+    assert longest < 2 * 0.001 * (SHARED * CHUNK + 1) + 0.1
+    assert counters["awaited_tokens_total"] >= 0.9 * SHARED * CHUNK * BURSTS
+    assert not counters["promised_chunks"] and counters['awaits_by_end_total{reason="arrived"}'] >= 0.9 * BURSTS

@@ -20,6 +20,7 @@ import pytest
 
 from lmcache.cache import L1, SERVER, TIER_KINDS, Event
 from lmcache.cache.fetch import ENDED_SECONDS
+from lmcache.cache.promises import Asker
 from lmcache.chunks import Split
 from lmcache.errors import ConfigError
 from lmcache.memory.arena import Arena
@@ -179,7 +180,7 @@ class Rig:
         self.ask(fill)
 
     def wait_for(self, hashes: bytes, rate: float = 0.0) -> int:
-        return self.ask(lambda: self.tiering.wait_for(ENGINE, [self.space], hashes, rate)[1])
+        return self.ask(lambda: self.tiering.wait_for(Asker(ENGINE), [self.space], hashes, rate)[1])
 
     def held_up(self, tier: HandTier | OwnThreadTier, prompt: bytes, rate: float = 0.0) -> None:
         """Store a prompt and forget it in L1. Then begin its loads, which the tier holds up until it lets go."""
@@ -323,7 +324,7 @@ def test_what_a_tier_did_is_on_the_stream_of_events(rig: Callable[..., Rig]) -> 
 
     def load(request: str) -> None:
         one.forget_l1()
-        eventually(lambda: one.ask(lambda: one.tiering.wait_for(ENGINE, [one.space], prompt, 0.0, request))[1])
+        eventually(lambda: one.ask(lambda: one.tiering.wait_for(Asker(ENGINE, request), [one.space], prompt, 0.0))[1])
 
     one.store(prompt)
     told("written")
@@ -367,7 +368,7 @@ def test_what_is_loaded_for_a_request_is_reserved_and_stored_under_its_id(rig: C
     one.written()
     one.forget_l1()
     one.ask(lambda: one.l1.events.listen(["reserved", "committed", "stored"], events.append))
-    eventually(lambda: one.ask(lambda: one.tiering.wait_for(ENGINE, [one.space], prompt, 0.0, "cmpl-1"))[0] == 6)
+    eventually(lambda: one.ask(lambda: one.tiering.wait_for(Asker(ENGINE, "cmpl-1"), [one.space], prompt, 0.0))[0] == 6)
     assert {(event.process, event.tier, event.request) for event in events} == {(SERVER, "hand", "cmpl-1")}
     for kind in ("reserved", "committed", "stored"):
         assert b"".join(event.hashes for event in events if event.kind == kind) == prompt
@@ -382,7 +383,7 @@ def test_the_nearer_tiers_get_each_split_from_the_tier_that_had_it(rig: Callable
     for tier, kept in ((far, keys), (near, [ShardKey(b"f" * 16, prompt, 0, 1)])):
         tier.kept = {key: content(prompt, key.shard) for key in kept}
         tier.hold("load")
-    assert one.ask(lambda: one.tiering.wait_for(ENGINE, [split], prompt, 0.0)) == (0, 1)
+    assert one.ask(lambda: one.tiering.wait_for(Asker(ENGINE), [split], prompt, 0.0)) == (0, 1)
     assert one.wait_for(prompt) == 1
     eventually(lambda: "load" in far.calls and "load" in near.calls)
     far.let_go()
@@ -1391,7 +1392,7 @@ def test_a_split_that_cannot_be_read_does_not_keep_lookups_waiting() -> None:
         space = rig.ask(open_spaces)
         tier.kept = {ShardKey(family, prompt[:16], shard, 2): bytes(SECTOR) for shard in range(2)}
         for _ in range(3):
-            eventually(lambda: not rig.ask(lambda: rig.tiering.wait_for(ENGINE, [space], prompt, 0.0, "", True))[1])
+            eventually(lambda: not rig.ask(lambda: rig.tiering.wait_for(Asker(ENGINE), [space], prompt, 0.0, True))[1])
         assert not rig.ask(lambda: rig.l1.space(space).sisters), "nothing was opened"
     finally:
         rig.close()
@@ -1420,7 +1421,7 @@ def test_slow_loads_that_fail_are_not_begun_again_while_a_lookup_asks_for_anothe
         tier.kept = {ShardKey(family + b"1", prompt[at : at + 16], 0, 1): b"" for at in range(0, len(prompt), 16)}
 
         def wait() -> int:
-            return rig.ask(lambda: rig.tiering.wait_for(ENGINE, [space], prompt, 0.0, "", True))[1]
+            return rig.ask(lambda: rig.tiering.wait_for(Asker(ENGINE), [space], prompt, 0.0, True))[1]
 
         eventually(lambda: not wait() or tier.calls.count("load") > 4)
         assert tier.calls.count("load") == 1

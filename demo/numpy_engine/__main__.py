@@ -23,9 +23,13 @@ def main() -> None:
     parser.add_argument("--address", help="host:port of `lmcache server`; without it the engine runs alone")
     parser.add_argument("--tiny", action="store_true", help="a model of 2 layers instead of 8")
     parser.add_argument("--num-blocks", type=int, default=512, help="KV blocks of 16 tokens (default: %(default)s)")
+    parser.add_argument(
+        "--deadline-seconds", type=float, default=2.0, help="of calls to the server (default: %(default)s)"
+    )
     options = parser.parse_args()
     model = ModelConfig.tiny() if options.tiny else ModelConfig()
-    engine = Engine(EngineConfig(model=model, num_blocks=options.num_blocks), options.address)
+    config = EngineConfig(model=model, num_blocks=options.num_blocks)
+    engine = Engine(config, options.address, deadline_seconds=options.deadline_seconds)
     try:
         _say({"ready": True, "connected": engine.wait_connected(2.0)})
         for line in sys.stdin:

@@ -119,6 +119,15 @@ class CacheConnection:
         if plan is not None:
             prompt.copies += [rank.store(plan, list(blocks)) for rank in self._ranks]
 
+    def computed(self, tokens: int, seconds: float) -> None:
+        """Note how long computing so many tokens of a prompt took, which loads have to be faster than."""
+        self._requests.prefill.took(tokens, seconds)
+
+    @property
+    def now(self) -> float:
+        """The time of the clock that LMCache uses."""
+        return self._scheduler.runtime.now()
+
     def poll(self) -> None:
         """Record the copies that have ended."""
         for rank in self._ranks:

@@ -185,7 +185,10 @@ class Engine:
         logits = np.empty(0, np.float32)
         while ready < len(tokens):
             end = min(ready + self.config.prefill_tokens, len(tokens))
+            began = self.cache.now if self.cache else 0.0
             logits = self._forward(tokens, ready, end, blocks)
+            if self.cache:
+                self.cache.computed(end - ready, self.cache.now - began)
             self._store(prompt, tokens[:end], blocks)
             ready = end
         return logits

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -123,15 +124,33 @@ def test_reset_of_the_connector_serves_nothing_older(engine: Engine, expected: d
 
 @pytest.fixture(scope="module")
 def second(folder: Path, model: Path, server: Server, engine: Engine) -> Iterator[Engine]:
-    """Another engine on the same server, started while the first one lives; then the first one is killed."""
+    """Another engine on the same server, started while the first one lives."""
     made = Engine(folder, "second", model, kv_transfer_config=server.config())
-    engine.end(signal.SIGKILL)
     made.connected()
     yield made
     made.end()
 
 
-def test_a_second_engine_reuses_what_the_first_one_stored(second: Engine, expected: dict[str, Outputs]) -> None:
+def test_two_engines_compute_a_prompt_once_that_they_get_at_the_same_time(
+    engine: Engine, second: Engine, server: Server
+) -> None:
+    for one in (engine, second):
+        one.generate([tokens(900, 400)], salts=[str(one.pid)])  # so that each knows its pace
+    for seed in range(401, 411):
+        prompt = [tokens(900, seed)]
+        with ThreadPoolExecutor(2) as pool:
+            answers = list(pool.map(lambda one, prompt=prompt: one.generate(prompt), (engine, second)))
+        assert_same(*answers)
+        if awaited := server.status()["counters"]["awaited_tokens_total"]:
+            break
+    assert awaited >= 16 and max(answer[0]["cached"] for answer in answers) > 0
+    assert_same(second.generate(prompt, salts=["computed alone"]), answers[0])
+
+
+def test_a_second_engine_reuses_what_the_first_one_stored(
+    engine: Engine, second: Engine, expected: dict[str, Outputs]
+) -> None:
+    engine.end(signal.SIGKILL)
     outputs = second.generate(mixed())
     assert_same(outputs, expected["mixed"])
     assert outputs[0]["cached"] == len(mixed()[0]) // 16 * 16

@@ -1,17 +1,19 @@
 """Fetches decide what tiers are asked, what is loaded from them, and how long an engine waits. No I/O: `now` is an argument.
 
-A *fetch* looks in the tiers for the part of a prompt that L1 lacks. It has three states:
+A *fetch* brings the part of a prompt that L1 lacks, from tiers and from other engines. It has three states:
 
     asking   All usable tiers are asked at the same time which of the chunks they have.
-    loading  The chunks before the first one that no tier has are loaded in order, each from the nearest tier that has it.
+    loading  The chunks before the first one that nobody has are loaded in order, each from the nearest tier that has it. What no
+             tier has is awaited, if another engine is storing or has promised it (`cache.promises`).
     ended    The engine uses the chunks that have arrived, and computes the rest.
 
 The engine calls `poll` repeatedly; the answer says how many chunks to wait for. The wait ends when every planned chunk has
 arrived or failed, when loading would take longer than computing, or when the next chunk is late by more than
-`load_cost.slack_seconds`. So a slow or stalled tier costs a small share of the time that computing takes. Running loads go on
-and fill L1; queued loads are dropped when the last fetch that waits for them ends. A chunk is loaded once, however many fetches
-want it. After `patience_seconds`, a hanging load no longer counts, and its chunks may be loaded from another tier. Every fetch
-leaves a `FetchRecord`, which says what happened and why.
+`load_cost.slack_seconds`. An awaited chunk is late when computing would have been faster, when it takes twice as long as
+expected, or when its promise has ended. So a slow or stalled tier costs a small share of the time that computing takes, and
+another engine at most that time. Running loads go on and fill L1; queued loads are dropped when the last fetch that waits for
+them ends. A chunk is loaded once, however many fetches want it. After `patience_seconds`, a hanging load no longer counts, and
+its chunks may be loaded from another tier. Every fetch leaves a `FetchRecord`, which says what happened and why.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from lmcache.cache.events import Event
-from lmcache.cache.load_cost import Pace, slack_seconds
+from lmcache.cache.load_cost import AWAIT_SLACK, UNPACED_WAIT_SECONDS, Pace, slack_seconds
+from lmcache.cache.promises import NOTHING, Coming
 from lmcache.chunks import HASH_BYTES
 
 ASK_SECONDS = 0.5
@@ -40,9 +43,11 @@ MAX_REQUESTS = 8
 """How many request ids a record names at most."""
 PROBE_SECONDS = 15.0
 """Time between loads that only measure whether a slow tier has become faster."""
+AWAITED = -1
+"""In place of the number of a tier: another engine computes or stores the chunk."""
 _BATCH_SECONDS = 0.03
 _FIRST_BATCH_BYTES = 4 << 20
-_NOT_WORTH_IT, _TOO_SLOW = "not worth it", "too slow to ask"
+_NOT_WORTH_IT, _TOO_SLOW, _BROKEN = "not worth it", "too slow to ask", "promise ended"
 _FAIR_TRY = 0.25
 """The share of the computing time for which a fetch waits for a tier whose pace is not known yet."""
 
@@ -92,7 +97,7 @@ class FetchRecord(NamedTuple):
     l1_chunks: int
     """How many leading chunks were in L1 when the fetch began."""
     planned: dict[int, int]
-    """Tier -> number of chunks to be loaded from it."""
+    """Tier -> number of chunks to be loaded from it. `AWAITED` -> number of chunks to be stored by other engines."""
     left_out: dict[int, str]
     """Tier -> why it was not asked, or its answer not used."""
     expected_seconds: float | None
@@ -100,10 +105,10 @@ class FetchRecord(NamedTuple):
     recompute_seconds: float | None
     """Time to compute the same chunks (all missing ones if no tier had any); None if the engine's pace was unknown."""
     decision: str
-    """`load`, `not worth it`, or "" if there was nothing to decide."""
+    """`load`, `not worth it`, or "" if there was nothing to decide. Waiting for another engine counts as a load."""
     waited_seconds: float
     outcome: str
-    """arrived, failed (planned chunks did not arrive), absent, not worth it, late, patience, too many."""
+    """arrived, failed (planned chunks did not arrive), absent, not worth it, late, patience, too many, promise ended."""
     arrived_chunks: int
     """Chunks that the fetch added to those that were in L1 at its beginning."""
     ended: float
@@ -142,10 +147,18 @@ class _Fetch:
     """Tier -> why it was not asked, or its answer not used."""
     has: dict[int, Sequence[bool]] = field(default_factory=dict)
     """Tier -> which of the missing chunks it has."""
-    planned: int = 0
-    """How many chunks are loaded, from `first` on."""
+    coming: Coming = NOTHING
+    """What other engines were storing when the fetch began."""
+    have: int = 0
+    """How many leading chunks the engine has itself."""
+    since: float = 0.0
+    """When the wait for other engines began, in this fetch or in the one before it."""
+    progress: float = 0.0
+    """When a chunk arrived last."""
+    plan: list[int] = field(default_factory=list)
+    """The source of each chunk, from `first` on."""
     sources: Counter[int] = field(default_factory=Counter)
-    """Tier -> number of chunks loaded from it."""
+    """The same, counted by source."""
     in_l1: int = 0
     """How many leading chunks were in L1 at the last `poll`."""
     asked_at: float = 0.0
@@ -159,6 +172,8 @@ class _Fetch:
     waiting: set[_Pending] = field(default_factory=set)
     events: Counter[str] = field(default_factory=Counter)
     ended: float | None = None
+    outcome: str = ""
+    """As in the record, once it has ended."""
 
     def hash_of(self, chunk: int) -> bytes:
         return self.hashes[chunk * HASH_BYTES : (chunk + 1) * HASH_BYTES]
@@ -168,11 +183,17 @@ class _Fetch:
         return len(self.hashes) // HASH_BYTES - self.first
 
     @property
+    def planned(self) -> int:
+        return len(self.plan)
+
+    @property
     def arrived(self) -> int:
         """How many planned chunks were in L1 at the last `poll`."""
         return min(max(0, self.in_l1 - self.first), self.planned)
 
     def asked(self, now: float, in_l1: int, request: str) -> None:
+        if in_l1 > self.in_l1:
+            self.progress = now
         self.asked_at, self.in_l1 = now, in_l1
         if request and request not in self.requests and len(self.requests) < MAX_REQUESTS:
             self.requests.append(request)
@@ -242,6 +263,11 @@ class Fetches:
         """(space, chunk hash) -> the last load of the chunk that has begun, until L1 loses the chunk."""
 
     @property
+    def idle(self) -> bool:
+        """Whether no fetch is under way or has just ended."""
+        return not self._fetches
+
+    @property
     def open(self) -> int:
         """How many fetches have not ended."""
         return sum(fetch.ended is None for fetch in self._fetches.values())
@@ -266,19 +292,31 @@ class Fetches:
         known: Sequence[Callable[[bytes], Sequence[bool] | None]],
         request: str = "",
         chunk_shards: int = 1,
+        coming: Coming = NOTHING,
+        have: int = 0,
     ) -> int:
         """Return how many more chunks the engine should wait for; 0 if it should go on with the chunks in L1.
 
         in_l1: number of leading chunks in L1 now. chunk_bytes, chunk_shards: all shards of one chunk. prefill_seconds: time to
         compute one chunk, 0 if unknown. known: for each tier, a function that answers which hashes it has without I/O, or None.
-        request: the engine's id of the request.
+        request: the engine's id of the request. coming: what other engines store of the missing chunks. have: number of leading
+        chunks that the engine has itself.
         """
         fetch, full = self._by_request.get((space, hashes[-HASH_BYTES:])), in_l1 * HASH_BYTES >= len(hashes)
+        since = now
+        if fetch is not None and coming.barred and AWAITED in fetch.sources:
+            return 0
+        if fetch is not None and fetch.ended is not None and coming.chunks and self._may_await_again(fetch):
+            if fetch.outcome == _BROKEN:
+                since = fetch.since  # the promises of several engines together may not take longer than computing
+            self._drop(fetch)
+            fetch = None
         is_new = fetch is None
         if fetch is None:
             if full:
                 return 0
             fetch = _Fetch(next(self._numbers), space, hashes, in_l1, now, prefill_seconds, chunk_bytes, chunk_shards)
+            fetch.coming, fetch.have, fetch.since, fetch.progress = coming, have, since, now
         if fetch.ended is None:
             fetch.asked(now, in_l1, request)
         if full:
@@ -299,7 +337,7 @@ class Fetches:
                 fetch.left_out[tier] = "late answer"
             fetch.unanswered.clear()
             self._plan(now, fetch)
-        return self._judge(now, fetch)
+        return self._judge(now, fetch, coming)
 
     def answered(self, now: float, number: int, tier: int, present: Sequence[bool] | None, seconds: float) -> None:
         """Take a tier's answer to an `Ask`, which took `seconds`; None if the tier failed."""
@@ -349,7 +387,9 @@ class Fetches:
     def tick(self, now: float) -> None:
         """End fetches that have lasted too long, forget fetches that ended a while ago, and stop waiting for hanging loads."""
         for fetch in list(self._fetches.values()):
-            if fetch.ended is None and now - fetch.began > self._patience_seconds:
+            # A wait for another engine may take as long as computing, as `_judge` decides while somebody asks.
+            awaits = AWAITED in fetch.plan and now - fetch.asked_at < ENDED_SECONDS
+            if fetch.ended is None and now - fetch.began > self._patience_seconds and not awaits:
                 self._end(now, fetch, "patience")
             if fetch.ended is not None and now - fetch.ended > ENDED_SECONDS:
                 self._drop(fetch)
@@ -359,6 +399,12 @@ class Fetches:
                     self._forget(pending)
 
     # The states of a fetch
+
+    @staticmethod
+    def _may_await_again(fetch: _Fetch) -> bool:
+        """Return whether this ended fetch leaves it open to wait for what is coming: it knew of nothing, has decided for a faster
+        engine, or has lost a promise that somebody else may have renewed."""
+        return not fetch.coming.chunks or fetch.outcome in (_BROKEN, _NOT_WORTH_IT)
 
     def _begin(self, now: float, fetch: _Fetch, known: Sequence[Callable[[bytes], Sequence[bool] | None]]) -> None:
         self._fetches[fetch.number] = self._by_request[fetch.space, fetch.hashes[-HASH_BYTES:]] = fetch
@@ -398,8 +444,8 @@ class Fetches:
         """Choose the tier of each chunk, decide whether to load, and queue the loads."""
         sources: list[int] = []
         for at in range(fetch.missing):
-            source = next((tier for tier in sorted(fetch.has) if fetch.has[tier][at]), None)
-            if source is None:
+            source = next((tier for tier in sorted(fetch.has) if fetch.has[tier][at]), AWAITED)
+            if source == AWAITED and at >= fetch.coming.chunks:
                 break
             sources.append(source)
         if not sources:
@@ -409,18 +455,22 @@ class Fetches:
                 self._decide(fetch, min(one or 0.0 for one in asks), recompute, loads=False)
             self._end(now, fetch, _NOT_WORTH_IT if asks else "absent")
             return
-        fetch.sources = Counter(sources)
-        due = self._due(now - fetch.began, fetch, sources)
-        if not self._worth_it(fetch, due):
+        from_tiers = sources[: sources.index(AWAITED)] if AWAITED in sources else []
+        worth = self._worth_it(now, fetch, sources)
+        if not worth and from_tiers:
+            sources, worth = from_tiers, self._worth_it(now, fetch, from_tiers)
+        if not worth:
             self._probe(now, fetch, sources)
             self._end(now, fetch, _NOT_WORTH_IT)
             return
-        fetch.planned, fetch.due = len(sources), due
+        fetch.plan = sources
         self._queue(now, fetch, sources)
 
     def _probe(self, now: float, fetch: _Fetch, sources: list[int]) -> None:
         """Load one batch from a slow tier now and then, since otherwise nothing would show that it has become faster."""
         tier = sources[0]
+        if tier == AWAITED:
+            return
         if now - self.paces[tier].measured_at > PROBE_SECONDS and not self._running[tier]:
             batch = self._batch_chunks(tier, fetch)
             self._queue(now, fetch, [one for one in sources[:batch] if one == tier])
@@ -431,6 +481,9 @@ class Fetches:
         total, ahead = Counter(sources), Counter[int]()
         due: list[float | None] = []
         for tier in sources:
+            if tier == AWAITED:
+                due.append(fetch.coming.expected_seconds)
+                continue
             batch = self._batch_chunks(tier, fetch)
             last = (ahead[tier] // batch + self._tiers[tier].concurrency) * batch
             size = (min(last, total[tier]) + self._queued_chunks[tier]) * fetch.chunk_bytes
@@ -446,13 +499,26 @@ class Fetches:
         by_size = min(traits.batch_bytes, most) // fetch.chunk_bytes
         return max(1, min(by_size, traits.batch_shards // fetch.chunk_shards))
 
-    def _worth_it(self, fetch: _Fetch, due: list[float | None]) -> bool:
-        recompute = fetch.prefill_seconds * len(due) or None
+    def _worth_it(self, now: float, fetch: _Fetch, sources: list[int]) -> bool:
+        fetch.sources = Counter(sources)
+        fetch.due = due = self._due(now - fetch.began, fetch, sources)
+        recompute = self._recompute_seconds(fetch) or None
         known = [one for one in due if one is not None]
         expected = max(known) if len(known) == len(due) else None
         good = self._always or recompute is None or expected is None or expected < recompute
+        if recompute is not None and AWAITED in sources and not good:
+            # Two engines that begin at the same time should compute once, although computing takes one as long as the other.
+            good = expected is not None and expected < recompute + AWAIT_SLACK * slack_seconds(recompute)
         self._decide(fetch, expected, recompute, good)
         return good
+
+    @staticmethod
+    def _recompute_seconds(fetch: _Fetch) -> float:
+        """Return the time that the engine would need to compute the chunks that the fetch brings; 0 if unknown."""
+        chunks = fetch.sources.total()
+        if AWAITED in fetch.sources:  # an engine that waits for another one does so for what it lacks itself
+            chunks = max(1, min(chunks, fetch.first + chunks - fetch.have))
+        return fetch.prefill_seconds * chunks
 
     def _decide(self, fetch: _Fetch, expected: float | None, recompute: float | None, loads: bool) -> None:
         fetch.expected_seconds, fetch.recompute_seconds = expected, recompute
@@ -465,6 +531,9 @@ class Fetches:
         at = 0
         while at < len(sources):
             tier, first = sources[at], at
+            if tier == AWAITED:
+                at += 1
+                continue
             most = self._batch_chunks(tier, fetch)
             hashes: list[bytes] = []
             while at < len(sources) and sources[at] == tier and len(hashes) < most:
@@ -484,7 +553,7 @@ class Fetches:
                 self._queued_chunks[tier] += len(hashes)
                 self._under_way.update(dict.fromkeys(pending.keys, pending))
                 self._wait(fetch, pending)
-        for tier in set(sources):
+        for tier in set(sources) - {AWAITED}:
             self._pump(now, tier)
 
     @staticmethod
@@ -492,17 +561,31 @@ class Fetches:
         fetch.waiting.add(pending)
         pending.waiters.add(fetch)
 
-    def _judge(self, now: float, fetch: _Fetch) -> int:
-        """Return how many chunks to wait for, or 0 if the fetch has ended."""
+    def _judge(self, now: float, fetch: _Fetch, coming: Coming) -> int:
+        """Return how many chunks to wait for, or 0 if the fetch has ended. coming: what other engines are storing now."""
         if fetch.ended is not None:
             return 0
-        if fetch.arrived >= fetch.planned or not fetch.waiting:
+        awaits = fetch.arrived < fetch.planned and fetch.plan[fetch.arrived] == AWAITED
+        if fetch.arrived >= fetch.planned or not (awaits or fetch.waiting):
             self._settle(now, fetch)
             return 0
-        if now - fetch.began > self._patience(fetch):
+        if awaits and not coming.chunks:
+            self._end(now, fetch, _BROKEN)
+            return 0
+        if self._is_late(now, fetch, awaits):
             self._end(now, fetch, "late")
             return 0
         return fetch.planned - fetch.arrived
+
+    def _is_late(self, now: float, fetch: _Fetch, awaits: bool) -> bool:
+        if not awaits:
+            return now - fetch.began > self._patience(fetch)
+        if not fetch.prefill_seconds:
+            return now - fetch.progress > UNPACED_WAIT_SECONDS
+        recompute, due = self._recompute_seconds(fetch), fetch.due[fetch.arrived]
+        slack = AWAIT_SLACK * slack_seconds(recompute)
+        own = recompute if due is None else max(2 * due, _FAIR_TRY * recompute)
+        return now - fetch.since > recompute + slack or now - fetch.began > own + slack
 
     def _patience(self, fetch: _Fetch) -> float:
         """Return how long after the beginning the next chunk may arrive, in seconds."""
@@ -531,7 +614,11 @@ class Fetches:
         fetch.waiting.clear()
         self.counters["fetches"] += 1
         self.counters["arrived"] += fetch.arrived
-        self.records.append(fetch.record(now, reason or ("arrived" if fetch.arrived == fetch.planned else "failed")))
+        fetch.outcome = outcome = reason or ("arrived" if fetch.arrived == fetch.planned else "failed")
+        self.records.append(fetch.record(now, outcome))
+        if AWAITED in fetch.sources:
+            self.counters["awaited"] += fetch.plan[: fetch.arrived].count(AWAITED)
+            self.counters[f"awaits:{outcome}"] += 1
         if reason:
             self.counters[f"fetches:{reason}"] += 1
         else:  # the chunks may be evicted, and a new fetch may then load them again

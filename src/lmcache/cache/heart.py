@@ -10,6 +10,7 @@ The rules of this file:
 - New data is refused only when nothing may be evicted for it; every refusal has a reason and is counted.
 - Clearing replaces the index by an empty one. Claims on the old index keep it and their extents until they end.
 - The server fills and reads for the tiers as the process `SERVER`, which does not count as a user of a space.
+- A chunk that an engine has promised or is filling is a miss, but others are told that it comes (`cache.promises`).
 - The work of a call is bounded by its arguments or by the claims that it ends, and the work of a tick by `EXPIRED_A_TICK`.
 """
 
@@ -25,6 +26,7 @@ from lmcache.cache.claims import SERVER, AnyClaim, Claims, Held, Instance, Lease
 from lmcache.cache.events import NOBODY, By
 from lmcache.cache.groups import Found, Part, parts_of, usable_prefix
 from lmcache.cache.index import MAX_SISTERS, Index, names_of, of_last, of_new, of_records, pack_ids
+from lmcache.cache.promises import MAX_PROMISED, NOTHING, Asker, Coming, Promises, keys_of
 from lmcache.cache.table import COMPLETED, RELEASED, Table
 from lmcache.chunks import HASH_BYTES, Split
 from lmcache.memory.slabs import NO_EXTENT
@@ -35,6 +37,8 @@ MAX_SHARDS = 1024
 """The most shards that a chunk may have. The index keeps 5 bytes for each shard of each chunk, stored or not."""
 EXPIRED_A_TICK = 16384
 """Chunks. A tick expires claims until these cover so many chunks; the next tick goes on."""
+FILL_SECONDS = 2.0
+"""Nobody waits for a chunk that a process has begun to fill longer ago, since the copy takes milliseconds."""
 
 
 class TooSmall(Refusal):
@@ -95,6 +99,7 @@ class Heart(Index):
         super().__init__(total_bytes, new_table)
         self.claim_seconds = claim_seconds
         self._claims = Claims(total_bytes, claim_seconds, first_number)
+        self.promises = Promises()
 
     # Processes
 
@@ -107,8 +112,10 @@ class Heart(Index):
 
     def leave(self, process: int) -> None:
         """Remove a process that has ended. Its reservations end, and with the last process of an instance its leases too."""
-        if self._claims.known(process) is None:
+        known = self._claims.known(process)
+        if known is None:
             return
+        self.promises.leave(known.name)
         self._drop_reservations(process, "owner died")
         instance = self._claims.leave(process)
         if instance is not None:
@@ -381,6 +388,66 @@ class Heart(Index):
             raise Refusal(f"chunks {first}..{first + count} of shard {shard} are outside lease {lease}")
         return list(sectors[first : first + count]), held.space.shard_bytes[shard]
 
+    # What engines will store
+
+    def announce(
+        self, now: float, asker: Asker, spaces: Sequence[int], hashes: bytes, chunks: int, chunk_seconds: float
+    ) -> None:
+        """Note that the engine has found the first `chunks` chunks, computes the others and stores them in these spaces: of a
+        space with a reach only the last ones, since it depends on the engine's steps which others it has. chunk_seconds: of
+        computing one chunk; 0 if unknown."""
+        keys = []
+        for number in spaces:
+            space = self._spaces[number]
+            first = max(chunks, len(hashes) // HASH_BYTES - space.reach_chunks if space.reach_chunks else 0)
+            get, complete = space.table.get, space.table.complete
+            keys += [
+                key
+                for key in keys_of(number, hashes[first * HASH_BYTES : (first + MAX_PROMISED) * HASH_BYTES])
+                if (record := get(key[1])) < 0 or not complete(record)
+            ]
+        self.promises.make(now, self._claims.instance_of(asker.process).name, asker, chunk_seconds, keys)
+
+    def instance_name(self, process: int) -> str:
+        return self._claims.instance_of(process).name
+
+    def coming(self, now: float, asker: Asker, number: int, hashes: bytes, first: int) -> Coming:
+        """Return which of these chunks, from chunk `first` on, other engines fill or have promised, without a gap. Chunks in
+        between that are complete count, too. Who has filled a chunk for longer than `FILL_SECONDS` is no more waited for."""
+        table, promised = self._spaces[number].table, self.promises.by_chunk
+        missing = number, hashes[first * HASH_BYTES : (first + 1) * HASH_BYTES]
+        if not missing[1] or (missing not in promised and table.get(missing[1]) < 0):
+            return NOTHING
+        instance = self._claims.instance_of(asker.process)
+        halted = asker.halts and self.promises.of_engine(instance.name, asker.engine)
+        if not asker.request or halted or self.promises.given_up(instance.name, asker.request) == missing:
+            return Coming(barred=True)
+        filled, stuck = self._filled(now, table, instance)
+        keys = keys_of(number, hashes[first * HASH_BYTES : (first + MAX_PROMISED) * HASH_BYTES])
+        expected: float | None = 0.0
+        for at, key in enumerate(keys):
+            record, promise = table.get(key[1]), promised.get(key)
+            if record >= 0 and record not in stuck and (table.complete(record) or record in filled):
+                continue
+            if record in stuck or promise is None or self.promises.is_own(promise, instance.name, asker.engine):
+                return Coming(at, expected, barred=promise is not None and not at)
+            due = promise.expected(now, key)
+            expected = None if due is None or expected is None else max(expected, due)
+        return Coming(len(keys), expected)
+
+    def _filled(self, now: float, table: Table, asking: Instance) -> tuple[set[int], set[int]]:
+        """Return the records of the table that engines other than the asking one fill, and those that have been filled for too
+        long, by whomever."""
+        filled, stuck, oldest = set[int](), set[int](), now + self.claim_seconds - FILL_SECONDS
+        for held in self._claims.reservations.values():
+            if held.table is not table or held.expired:
+                continue
+            if held.deadline < oldest:
+                stuck.update(held.ids)
+            elif held.process != SERVER and held.instance is not asking:
+                filled.update(held.ids)
+        return filled, stuck
+
     # Filling
 
     def reserve(
@@ -431,6 +498,7 @@ class Heart(Index):
             self.events.emit(
                 "refused", space.number, asked, reason, by, lambda event: event._replace(hashes=hashes), shard
             )
+            self.promises.broken(instance.name, space.number, hashes)
             return Grant(0, pack_ids([NO_EXTENT] * asked), asked, reason)
         ids, sectors = self._fill_chain(now, space, shard, parent_id, hashes)
         self._emit_evicted(by, space.number)
@@ -438,6 +506,7 @@ class Heart(Index):
         if refused:
             reason = "no room"
             self.events.emit("refused", space.number, refused, reason, by, lambda event: of_last(event, hashes), shard)
+            self.promises.broken(instance.name, space.number, hashes[-HASH_BYTES * refused :])
         number = 0
         if ids:
             filled = [sector for sector in sectors if sector != NO_EXTENT]
@@ -488,6 +557,7 @@ class Heart(Index):
     def tick(self, now: float) -> None:
         """Expire claims whose deadline has passed, as many as `EXPIRED_A_TICK` allows. Their extents are put into quarantine and
         not reused."""
+        self.promises.tick(now)
         left = EXPIRED_A_TICK
         while left > 0 and (claim := self._claims.next_expired(now)) is not None:
             left -= claim.chunks
@@ -521,6 +591,7 @@ class Heart(Index):
             gone += space.complete
             space.table, space.complete = self._new_table(space.shards), 0
             space.last_used.clear()
+        self.promises.clear()
         self._note_cleared()
         self._allocator.retry_shares()
         return gone
@@ -585,6 +656,8 @@ class Heart(Index):
                 dropped.append(one)
         if dropped:
             self._emit("dropped", held, dropped, reason)
+            if self.promises.by_chunk:
+                self.promises.broken(held.instance.name, space.number, names_of(table, dropped)[0])
         completed: list[int] = []
         for one, sector in zip(reversed(held.ids), reversed(held.sectors), strict=True):
             stays = sector not in empty
@@ -601,6 +674,8 @@ class Heart(Index):
             self._emit("committed", held, filled)
         if completed:
             completed.reverse()
+            if self.promises.by_chunk:
+                self.promises.kept(space.number, names_of(table, completed)[0])
             self.events.emit(
                 "stored", space.number, len(completed), "", held.by, lambda event: of_new(event, table, completed)
             )

@@ -11,6 +11,10 @@ SLACK_SHARE = 0.05
 """A wait may be longer than expected by this share of the time that computing would take, but at least by `SLACK_SECONDS`."""
 SLACK_SECONDS = 0.010
 """The least slack. It applies to prompts that are computed in less than 200 ms."""
+AWAIT_SLACK = 2.0
+"""For chunks that another engine computes, the slack is so many times as long: a copy follows its step."""
+UNPACED_WAIT_SECONDS = 0.5
+"""An engine whose own pace is not known waits for another engine while chunks become complete at least this often."""
 _WINDOW_SECONDS = 4.0
 """Older measurements lose half their weight whenever the tier has been busy for so many seconds more."""
 _HALF_LIFE_SECONDS = 5.0

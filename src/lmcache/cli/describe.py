@@ -14,9 +14,9 @@ from lmcache.wire.http_client import ask
 
 _TEXT = """
 Show a running server. `server`: its settings. `status`: everything, with arena, index, sessions, engines and counters.
-`tiers`: the tiers behind L1 and their state. `fetches`: the lookups that asked tiers for what L1 lacked, the latest first:
-the expected times of loading and of computing, which was chosen, how long the request waited, and what arrived. From another
-host than the server's this needs the server's token.
+`tiers`: the tiers behind L1 and their state. `fetches`: the lookups that asked tiers for what L1 lacked or waited for other
+engines, the latest first: the expected times of loading and of computing, which was chosen, how long the request
+waited, and what arrived. From another host than the server's this needs the server's token.
 
 examples:
   lmcache describe server

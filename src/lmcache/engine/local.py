@@ -53,8 +53,8 @@ class LocalRank(Generic[RequestT]):
             GroupTable(0, one.group.reach_tokens if one.group else 0, one.only_last or one.model.kind == "state")
             for one in served
         ]
-        self.requests: Requests[RequestT] = Requests(self.scheduler, name=name, groups=tables)
         shards, stores = [one.shard.index for one in served], [one.stores for one in served]
+        self.requests: Requests[RequestT] = Requests(self.scheduler, name=name, groups=tables, stores=any(stores))
         self.copies = Copies(self.worker, shards, stores=stores, requests=self.requests, ended=ended)
 
     @property

@@ -35,7 +35,8 @@ class Request:
     the KV. cacheable: whether the request may be loaded and stored. hit: the hit that is not being loaded yet; asked_from: the
     token from which on it was asked for, at the start of a chunk. blocks: the engine's block table from token 0 on; tables: those
     of the model's further groups. stored: number of leading chunks that the server has or was sent; tail: hash of the unfull
-    chunk that it has or was sent. jobs: running stores, each with the number of ranks that have not ended it."""
+    chunk that it has or was sent. promised: how many leading chunks other engines may expect to be stored. jobs: running
+    stores, each with the number of ranks that have not ended it."""
 
     id: Hashable
     salt: str = ""
@@ -53,6 +54,7 @@ class Request:
     tables: list[list[int]] = field(default_factory=list)
     stored: int = 0
     tail: bytes = b""
+    promised: int = 0
     jobs: dict[str, int] = field(default_factory=dict)
 
     def all_tables(self, groups: int) -> list[list[int]]:
@@ -95,6 +97,7 @@ class Requests(Generic[RequestT]):
         name: the engine's name, the same in all of its schedulers. It names KV that no other engine may share, so it must be
             unique; "" generates one.
         groups: the groups of a model with several kinds of KV, in place of `block_tokens`.
+        stores: whether the engine stores what it computes. Other engines may wait for that.
     """
 
     def __init__(
@@ -106,6 +109,7 @@ class Requests(Generic[RequestT]):
         save_tail: bool = False,
         name: str = "",
         groups: Sequence[GroupTable] = (),
+        stores: bool = True,
     ) -> None:
         self.session: SchedulerSession | None = session
         """None once `stop` or `close` was called: this engine then runs without a cache."""
@@ -123,7 +127,7 @@ class Requests(Generic[RequestT]):
         self._reaching = any(group.reach_tokens for group in self._groups)
         """Whether the engine keeps of some layers only what is in reach."""
         self._ranks, self._save_tail = ranks, save_tail and not self._reaching
-        self._name = name or secrets.token_hex(8)
+        self._name, self._stores = name or secrets.token_hex(8), stores
         self._left: dict[str, int] = {}
         """Number of ranks that have not ended a load, by job."""
         self.storing: dict[str, RequestT] = {}
@@ -167,10 +171,17 @@ class Requests(Generic[RequestT]):
             ask: Callable[..., Hit | Loading | None] = session.lookup if wait else session.poll
             # The engine computes at least the last token, for which a window reaches one token less far back than the hit's end.
             most = (len(tokens) - ends) // chain.chunk_tokens if self._reaching else None
-            named = {"tail": tail, "request_id": str(request.id), "chunks": most}
+            named = {
+                "tail": tail,
+                "request_id": str(request.id),
+                "chunks": most,
+                "engine": self._name if self._stores else "",
+            }
             found = ask(chain, have, self.prefill.tokens_per_second, any_split=True, **named)
         if isinstance(found, Loading):
+            request.promised = 0
             return found
+        request.promised = len(chain) if chain is not None and self._stores else 0
         if found is not None and chain is not None:
             request.stored = max(request.stored, min(found.chunks, len(chain)))
             request.tail = tail if found.chunks > len(chain) else request.tail
@@ -314,6 +325,8 @@ class Requests(Generic[RequestT]):
         request = self.open.pop(request_id, None)
         if request is not None:
             self.give_back(request)
+            if request.promised > request.stored and self.session is not None:
+                self.session.withdraw(str(request.id))
             if request.cacheable and request.chain is None:
                 self.forgone(computed)
         return request

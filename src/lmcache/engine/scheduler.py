@@ -55,7 +55,8 @@ class Hit(NamedTuple):
 
 
 class Loading(NamedTuple):
-    """The answer to a lookup while a tier loads: `chunks` are in L1, `coming` more are being loaded. Poll again soon."""
+    """The answer to a lookup while a tier loads or another engine computes: `chunks` are in L1, `coming` more will be. Poll again
+    soon."""
 
     chunks: int
     coming: int
@@ -126,6 +127,7 @@ class SchedulerSession(Session):
         request_id: str = "",
         chunks: int | None = None,
         any_split: bool = False,
+        engine: str = "",
     ) -> Hit | None:
         """Poll until tiers have loaded what the server finds worth waiting for, or `wait_seconds` (None: the deadline of a call)
         have passed. Arguments as for `poll`."""
@@ -134,11 +136,13 @@ class SchedulerSession(Session):
         )
         pause = _SHORTEST_PAUSE_SECONDS
         while True:
-            found = self.poll(chain, skip_tokens, prefill_rate, tail, request_id, chunks, any_split)
+            found = self.poll(chain, skip_tokens, prefill_rate, tail, request_id, chunks, any_split, engine, halts=True)
             if not isinstance(found, Loading):
                 return found
             if self.runtime.now() > end:
-                return None
+                # Without an id it waits for no other engine, and gets what that has stored so far.
+                found = self.poll(chain, skip_tokens, prefill_rate, tail, "", chunks, any_split)
+                return None if isinstance(found, Loading) else found
             self.runtime.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
 
@@ -151,6 +155,8 @@ class SchedulerSession(Session):
         request_id: str = "",
         chunks: int | None = None,
         any_split: bool = False,
+        engine: str = "",
+        halts: bool = False,
     ) -> Hit | Loading | None:
         """Look up which leading chunks of the chain are in L1, and lease those behind the first `skip_tokens` tokens.
 
@@ -158,7 +164,8 @@ class SchedulerSession(Session):
         that is worth waiting for at the engine's `prefill_rate` (tokens per second, 0: unknown). tail: hash of an unfull chunk
         behind the chain, which may be the last one of the hit. request_id: under which the server records the work of tiers.
         chunks: look up only so many. any_split: find also what ranks of other parallel splits have stored, which is `foreign` in
-        the hit, for `LoadPlan` to make loads of.
+        the hit, for `LoadPlan` to make loads of. engine: the name of an engine that stores what it computes; others may wait for
+        the chunks that it does not find. halts: whether it computes nothing while the answer is `Loading`.
         """
         if chain.chunk_tokens != self._chunk_tokens:
             return None
@@ -173,7 +180,9 @@ class SchedulerSession(Session):
         epoch = self._epoch
         try:
             name = m.request_name(request_id)
-            request = m.Lookup(self._space, hashes, first, prefill_rate, name, self._others, any_split)
+            request = m.Lookup(
+                self._space, hashes, first, prefill_rate, name, self._others, any_split, m.request_name(engine), halts
+            )
             found, _ = self._connection.call(request, m.Found)
         except LMCacheError as error:
             self.misses["no answer"] += 1
@@ -239,6 +248,11 @@ class SchedulerSession(Session):
         if self._connection.connected:
             leases, self._late = self._late, []
             self._connection.post(m.Release(leases))
+
+    def withdraw(self, request_id: str) -> None:
+        """Tell the server that the request has ended, and stores no more of the chunks that its lookup did not find."""
+        if self._connection.connected:
+            self._connection.post(m.Release([], [m.request_name(request_id)]))
 
     def forgone(self, tokens: int) -> None:
         """Count computed tokens of a prompt that had no chain. If the reason was that the weights are not identified yet, the

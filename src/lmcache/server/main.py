@@ -22,11 +22,12 @@ from lmcache.runtime import RUNTIME, Runtime
 from lmcache.server.loop import Loop
 from lmcache.server.report import Report
 from lmcache.server.service import Service
+from lmcache.server.tiering import Tiering
 from lmcache.server.unix_endpoint import UnixEndpoint
+from lmcache.tiers import Region
 from lmcache.wire.sockets import listen_unix
 
 if TYPE_CHECKING:
-    from lmcache.server.tiering import Tiering
     from lmcache.tiers.registry import TierSpec
 
 logger = init_logger(__name__)
@@ -89,10 +90,8 @@ def _tiers_of(config: ServerConfig, runtime: Runtime) -> list[TierSpec]:
 
 
 def _start_tiers(config: ServerConfig, loop: Loop, l1: L1, specs: list[TierSpec], started: ExitStack) -> Tiering:
-    """Open the tiers. From now on the first SIGINT or SIGTERM writes queued chunks before the end; the second ends at once."""
-    from lmcache.server.tiering import Tiering
-    from lmcache.tiers import Region
-
+    """Open the tiers, if there are any. From then on the first SIGINT or SIGTERM writes queued chunks before the end; the second
+    ends at once."""
     tiering = Tiering(
         loop,
         l1,
@@ -103,6 +102,8 @@ def _start_tiers(config: ServerConfig, loop: Loop, l1: L1, specs: list[TierSpec]
         queue_bytes=config.l2_queue_bytes,
     )
     started.callback(tiering.close)
+    if not specs:
+        return tiering
     arena = l1.arena
     tiering.attach(
         Region(arena.mapping.address, arena.size_bytes, arena.descriptor, arena.mapping.view(0, arena.size_bytes))
@@ -144,7 +145,7 @@ def start(config: ServerConfig, owner: Owner | None, runtime: Runtime, started: 
     workers = loop.executor("io", config.max_workers)
     started.callback(workers.shutdown, wait=True, cancel_futures=True)
     l1 = L1(arena, float(config.lease_seconds))
-    tiering = _start_tiers(config, loop, l1, specs, started) if specs else None
+    tiering = _start_tiers(config, loop, l1, specs, started)
     service = Service(loop, l1, config.chunk_size, workers, tiering)
     config = _open_doors(config, owner, loop, service, started)
     arena.start_prefault()

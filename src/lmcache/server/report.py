@@ -178,6 +178,7 @@ class Report:
             "chunks": l1.chunks,
             "leases": l1.open_leases,
             "reservations": l1.open_reservations,
+            "promised_chunks": len(l1.promises.by_chunk),
             "engine_processes": len(service.sessions.peers),
             "arena_bytes": arena.size_bytes,
             "arena_backed_bytes": arena.backed_bytes,

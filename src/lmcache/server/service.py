@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from lmcache.cache import KINDS, L1, TIER_KINDS, Event, Hit, Refusal, TooSmall
 from lmcache.cache.heart import MAX_SHARDS
+from lmcache.cache.promises import Asker
 from lmcache.chunks import Split, space_fingerprint, tensor_splits
 from lmcache.errors import LayoutError, LMCacheError
 from lmcache.observability.log import init_logger
@@ -145,17 +146,24 @@ class Service:
         self.sessions.check_room(peer, 4 * shards * max(0, asked - first))
         name = m.request_name(request.request)
         lookup = self._now(), peer.process, request.space, hashes, first, name, request.others, request.sisters
-        if self.tiering is not None:
+        if self.tiering is None:
+            return _found(self.l1.lookup(*lookup))
+        hit = None
+        if self.tiering.may_bring:
             if not any(map(self.tiering.knows, spaces, repeat(hashes), repeat(request.sisters))):
-                hit = self.l1.lookup(*lookup, partly=False)
-                if 16 * hit.chunks == len(hashes):
-                    return _found(hit)
-            in_l1, coming = self.tiering.wait_for(
-                peer.process, spaces, hashes, request.prefill_rate, name, request.sisters
-            )
-            if coming:
-                return m.Found(in_l1, 0, b"", coming)
-        return _found(self.l1.lookup(*lookup))
+                everything = self.l1.lookup(*lookup, partly=False)
+                hit = everything if 16 * everything.chunks == len(hashes) else None
+            if hit is None:
+                asker = Asker(peer.process, name, request.engine, first, request.halts)
+                in_l1, coming = self.tiering.wait_for(asker, spaces, hashes, request.prefill_rate, request.sisters)
+                if coming:
+                    return m.Found(in_l1, 0, b"", coming)
+        if hit is None:
+            hit = self.l1.lookup(*lookup)
+        if 16 * hit.chunks < len(hashes) or self.l1.promises.by_chunk:
+            asker = Asker(peer.process, name, request.engine)
+            self.tiering.answered(asker, spaces, hashes, hit.chunks, request.prefill_rate)
+        return _found(hit)
 
     def _shards(self, number: int) -> int:
         space = self.l1.space(number)
@@ -171,6 +179,8 @@ class Service:
     def _release(self, peer: Peer, request: m.Release) -> m.Message:
         for lease in request.leases:
             self.l1.release(peer.process, lease)
+        for name in request.requests:
+            self.l1.promises.end(peer.instance, name)
         return m.Ok(len(request.leases))
 
     def _hold(self, peer: Peer, request: m.Hold) -> m.Message:

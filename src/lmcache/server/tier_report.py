@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from lmcache.cache.fetch import Decided, Fetches, FetchRecord
+from lmcache.cache.fetch import AWAITED, Decided, Fetches, FetchRecord
 from lmcache.observability.log import init_logger
 from lmcache.server.tier_runner import TierRunner
 
@@ -24,11 +24,13 @@ _REMEDIES = {
 
 
 class TierReport:
-    """Reports on these tiers, nearest first, and the fetches from them. now: the loop's clock. All methods but `describe` are
-    called in the loop's thread."""
+    """Reports on these tiers, nearest first, and the fetches from them and from other engines. now: the loop's clock. All methods
+    but `describe` are called in the loop's thread."""
 
-    def __init__(self, now: Callable[[], float], runners: Sequence[TierRunner], fetches: Fetches) -> None:
-        self._now, self._runners, self._fetches = now, runners, fetches
+    def __init__(
+        self, now: Callable[[], float], runners: Sequence[TierRunner], fetches: Fetches, chunk_tokens: int
+    ) -> None:
+        self._now, self._runners, self._fetches, self._chunk_tokens = now, runners, fetches, chunk_tokens
         self._losses = {runner: (float("-inf"), Counter[str]()) for runner in runners}
         """Runner -> time of the last line about losses, and all counters at that time."""
         self._unwritten: Counter[str] = Counter()
@@ -69,7 +71,7 @@ class TierReport:
     def describe(self, record: FetchRecord) -> dict[str, object]:
         """Return a fetch's record with the names of the tiers. JSON types only."""
         expected = record.expected_seconds
-        names = [runner.name for runner in self._runners]
+        names = {AWAITED: "other engines"} | {tier: runner.name for tier, runner in enumerate(self._runners)}
         return {
             "request": " ".join(record.requests),
             "prompt": record.prompt[-4:].hex(),
@@ -90,12 +92,16 @@ class TierReport:
 
     def counters(self) -> dict[str, float]:
         """Return the counters for /metrics, labelled by tier."""
-        out: dict[str, float] = {"fetches_open": self._fetches.open}
+        awaited = self._fetches.counters["awaited"]
+        out: dict[str, float] = {
+            "fetches_open": self._fetches.open,
+            "awaited_tokens_total": awaited * self._chunk_tokens,
+        }
         now = self._now()
         for name, value in self._fetches.counters.items():
             kind, _, reason = name.partition(":")
-            if kind == "fetches" and reason:
-                out[f'fetches_by_end_total{{reason="{reason}"}}'] = value
+            if kind in ("fetches", "awaits") and reason:
+                out[f'{kind}_by_end_total{{reason="{reason}"}}'] = value
             elif not reason:
                 out[f"{'fetches' if kind == 'fetches' else f'fetched_chunks_{kind}'}_total"] = value
         last = self._fetches.last

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lmcache.cache.writeback import WriteQueue
 from lmcache.observability.log import init_logger, printable
@@ -20,7 +20,9 @@ from lmcache.tiers import Shard, ShardKey, TierError, Usage
 from lmcache.tiers.blocking import submitter, write_concurrency
 from lmcache.tiers.breaker import Breaker
 from lmcache.tiers.operation import CANCELLED, Clear, Close, Contains, Load, Open, Operation, Remove, Store
-from lmcache.tiers.registry import TierSpec
+
+if TYPE_CHECKING:
+    from lmcache.tiers.registry import TierSpec  # imports what only servers with tiers need
 
 logger = init_logger(__name__)
 OPEN_SECONDS = 15.0

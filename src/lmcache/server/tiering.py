@@ -1,4 +1,5 @@
-"""Tiering connects L1 with the tiers: it loads chunks for lookups, and writes chunks that have become complete.
+"""Tiering connects L1 with the tiers: it loads chunks for lookups, and writes chunks that have become complete. Lookups also wait
+for chunks that other engines compute.
 
 `cache.fetch` and `cache.writeback` decide, and this module carries out their effects. It reserves and leases extents in L1 as the
 process SERVER, a `TierRunner` for each tier moves the bytes, and the outcomes are reported back. Everything runs in the loop's
@@ -15,11 +16,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
+from typing import TYPE_CHECKING
 
 from lmcache.cache import L1, SERVER, Event, Refusal
 from lmcache.cache.allocator import Space
 from lmcache.cache.events import By
 from lmcache.cache.fetch import ASK_SECONDS, Ask, Fetches, Load, TierTraits
+from lmcache.cache.promises import NOTHING, Asker, Coming
 from lmcache.cache.writeback import Batch
 from lmcache.chunks import HASH_BYTES
 from lmcache.errors import ConfigError
@@ -37,13 +40,17 @@ from lmcache.server.tier_contents import (
 from lmcache.server.tier_report import TierReport, log_decision
 from lmcache.server.tier_runner import CLOSE_SECONDS, OPEN_SECONDS, TierRunner
 from lmcache.tiers import KEPT, OK, Region, Shard, ShardKey, TierError
-from lmcache.tiers.registry import TierSpec
+
+if TYPE_CHECKING:
+    from lmcache.tiers.registry import TierSpec  # imports what only servers with tiers need
 
 logger = init_logger(__name__)
 _HURRY_SECONDS = 0.5
 """How long the end waits after a second signal; a tier that does not hang closes in that time."""
 _MOST_ENDS = 8
 """How many earlier ends a lookup tries: what tiers say they have may fail to load at each of them."""
+_MOST_AWAITED_ENDS = 64
+"""The same for ends at which other engines are about to store what all groups need."""
 _SHARE = 0.25
 """Of the time of computing a prompt, for which a lookup waits to hear where an earlier end is."""
 _TOO_LATE, _TIER_FAILED = "too late", "tier failed"
@@ -88,7 +95,7 @@ class Tiering:
         ]
         self.fetches = Fetches(traits, always, patience_seconds)
         self._earlier_ends = EarlierEnds(self.runners, patience_seconds)
-        self.report = TierReport(loop.now, self.runners, self.fetches)
+        self.report = TierReport(loop.now, self.runners, self.fetches, chunk_tokens)
         self._region: Region | None = None
         self._late_loads = set[int]()
         """Numbers of loads that are still running after their deadline."""
@@ -97,9 +104,10 @@ class Tiering:
         self._closed = False
         self._interrupts = 0
         loop.on_tick.append(self._tick)
-        l1.events.listen(["stored"], self._stored)
-        l1.events.listen(["stored", "refused", "dropped", "evicted", "load_failed"], self.fetches.heard)
-        l1.events.listen(["cleared"], self._l1_cleared, named=False)
+        if specs:
+            l1.events.listen(["stored"], self._stored)
+            l1.events.listen(["stored", "refused", "dropped", "evicted", "load_failed"], self.fetches.heard)
+            l1.events.listen(["cleared"], self._l1_cleared, named=False)
 
     def attach(self, region: Region) -> None:
         """Attach all tiers to the memory that their operations will use. Call this before `open`."""
@@ -132,10 +140,34 @@ class Tiering:
 
     # Reading
 
+    @property
+    def may_bring(self) -> bool:
+        """Whether anything may be brought into L1 for a lookup: by tiers, or by engines that compute or store chunks now."""
+        l1 = self._l1
+        return bool(self.runners or l1.promises.by_chunk or l1.open_reservations or not self.fetches.idle)
+
+    def answered(
+        self, asker: Asker, spaces: Sequence[int], hashes: bytes, chunks: int, prefill_tokens_per_second: float
+    ) -> None:
+        """Note that the request goes on with the first `chunks` chunks, and computes the others. Announce these if its engine
+        stores them."""
+        promises = self._l1.promises
+        if chunks * HASH_BYTES < len(hashes) and asker.engine and asker.request:
+            self._l1.announce(
+                self._loop.now(), asker, spaces, hashes, chunks, self._chunk_seconds(prefill_tokens_per_second)
+            )
+        elif promises.by_chunk:
+            promises.end(self._l1.instance_name(asker.process), asker.request)
+
+    def _chunk_seconds(self, prefill_tokens_per_second: float) -> float:
+        return self._chunk_tokens / prefill_tokens_per_second if prefill_tokens_per_second > 0 else 0.0
+
     def knows(self, space: int, hashes: bytes, sisters: bool = False) -> bool:
         """Return whether a fetch of these chunks, or of one of their parts, is under way or has just ended; with `sisters`, in
         the space or a sister of it."""
-        return any(self._any_part(self.fetches.knows, one, hashes) for one in self._family(space, sisters))
+        return not self.fetches.idle and any(
+            self._any_part(self.fetches.knows, one, hashes) for one in self._family(space, sisters)
+        )
 
     @staticmethod
     def _any_part(holds: Callable[[int, bytes], bool], space: Space, hashes: bytes) -> bool:
@@ -147,33 +179,42 @@ class Tiering:
 
     def wait_for(
         self,
-        process: int,
+        asker: Asker,
         spaces: Sequence[int],
         hashes: bytes,
         prefill_tokens_per_second: float,
-        request: str = "",
         sisters: bool = False,
     ) -> tuple[int, int]:
         """Return how many leading chunks are in L1, and how many more the engine should wait for.
 
         spaces: of all groups of the model. Those without a reach are asked first, for all chunks; the others then for the last
-        chunks before the end of what the first ones have, or before the next earlier end at which all of them are there. request:
-        the engine's id of the request, for the fetch's record. sisters: whether the engine can use what sisters of the spaces
-        have.
+        chunks before the end of what the first ones have, or before the next earlier end at which all of them are there.
+        sisters: whether the engine can use what sisters of the spaces have.
 
         Raises:
             Refusal: unknown space or process.
         """
+        in_l1, coming = self._wait_for_all(asker, spaces, hashes, prefill_tokens_per_second, sisters)
+        if coming:  # who waits promises nothing, so that nobody waits for it
+            self._l1.promises.end(self._l1.instance_name(asker.process), asker.request)
+        return in_l1, coming
+
+    def _wait_for_all(
+        self, asker: Asker, spaces: Sequence[int], hashes: bytes, prefill_tokens_per_second: float, sisters: bool
+    ) -> tuple[int, int]:
         reaches = {number: space.reach_chunks for number in spaces if (space := self._l1.space(number)) is not None}
         chunks, agreed, rate = len(hashes) // HASH_BYTES, 0, prefill_tokens_per_second
-        tries = _MOST_ENDS
+        tries, awaited = _MOST_ENDS, self._awaited_end(asker, reaches, hashes)
         queue = deque(sorted(spaces, key=lambda one: reaches.get(one, 0) > 0))
         while chunks and agreed < len(queue):  # each round either shortens the prefix or is the last one
             number, reach = queue[0], reaches.get(queue[0], 0)
             first = max(0, chunks - reach) if reach else 0
             needed = hashes[first * HASH_BYTES : chunks * HASH_BYTES]
             # Without these chunks, all `chunks` would have to be computed.
-            in_l1, coming = self._wait_for(process, number, needed, rate * (chunks - first) / chunks, request, sisters)
+            mine = asker._replace(have=max(0, asker.have - first))
+            in_l1, coming = self._wait_for(
+                mine, number, needed, rate * (chunks - first) / chunks, sisters, awaited - first
+            )
             if coming:
                 return first + in_l1, coming
             end, agreed = first + in_l1, agreed + 1
@@ -189,6 +230,30 @@ class Tiering:
             queue.rotate(-1)
         return chunks, 0
 
+    def _awaited_end(self, asker: Asker, reaches: dict[int, int], hashes: bytes) -> int:
+        """Return the end of the longest prefix that all groups have, once other engines have stored what they store now. Nobody
+        waits for chunks behind it."""
+        l1, now, end = self._l1, self._loop.now(), len(hashes) // HASH_BYTES
+        if not (l1.promises.by_chunk or l1.open_reservations):
+            return 0
+        if len(reaches) == 1:
+            return end
+        for number in (one for one, reach in reaches.items() if not reach):
+            have = l1.peek(now, asker.process, number, hashes)
+            end = min(end, have + l1.coming(now, asker, number, hashes, have).chunks)
+        for _ in range(_MOST_AWAITED_ENDS):
+            cut = hashes[: end * HASH_BYTES]
+            ends = [end]
+            for number, reach in reaches.items():
+                needed = cut[-reach * HASH_BYTES :] if reach else b""
+                have = l1.peek(now, asker.process, number, needed)
+                have += l1.coming(now, asker, number, needed, have).chunks
+                ends += [end - 1] if have * HASH_BYTES < len(needed) else []
+            if not end or min(ends) == end:
+                return end
+            end = min(ends)
+        return 0
+
     def _earlier_end(self, number: int, hashes: bytes, prefill_tokens_per_second: float) -> int | None:
         """Return as `EarlierEnds.last`. Waiting for it takes a small part of the time of computing the chunks."""
         space = self._l1.space(number)
@@ -202,23 +267,25 @@ class Tiering:
 
     def _wait_for(
         self,
-        process: int,
+        asker: Asker,
         space_number: int,
         hashes: bytes,
         prefill_tokens_per_second: float,
-        request: str,
         sisters: bool,
+        awaited: int,
     ) -> tuple[int, int]:
-        in_l1 = self._l1.peek(self._loop.now(), process, space_number, hashes, sisters)
-        seconds = self._chunk_tokens / prefill_tokens_per_second if prefill_tokens_per_second > 0 else 0.0
+        """Return how many leading chunks are in L1, and how many more of this group to wait for. awaited: only chunks before this
+        one are awaited from other engines."""
+        in_l1 = self._l1.peek(self._loop.now(), asker.process, space_number, hashes, sisters)
+        seconds = self._chunk_seconds(prefill_tokens_per_second)
         family = self._family(space_number, sisters)  # sisters for what the tiers do not have of the space itself
         for space in family[self._first_to_poll(family, hashes) :]:
-            coming = self._poll(space, hashes, in_l1, seconds, request)
+            coming = self._poll(asker, space, hashes, in_l1, seconds, awaited)
             if coming:
                 return in_l1, coming
         missing = hashes[in_l1 * HASH_BYTES :]
         if sisters and missing and self._discover(family[0], missing[:HASH_BYTES]):
-            return self._wait_for(process, space_number, hashes, prefill_tokens_per_second, request, sisters)
+            return self._wait_for(asker, space_number, hashes, prefill_tokens_per_second, sisters, awaited)
         return in_l1, 0
 
     def _first_to_poll(self, family: Sequence[Space], hashes: bytes) -> int:
@@ -238,20 +305,40 @@ class Tiering:
                 self._l1.open_sister(space.number, split)
         return len(self._l1.spaces) > before
 
-    def _poll(self, space: Space, hashes: bytes, in_l1: int, prefill_seconds: float, request: str) -> int:
+    def _poll(self, asker: Asker, space: Space, hashes: bytes, in_l1: int, prefill_seconds: float, awaited: int) -> int:
         """Return how many chunks of this space the engine should wait for."""
         if not all(space.shard_bytes):
             return 0
         now, coming, knowers = self._loop.now(), 0, [partial(known_chunks, one, space) for one in self.runners]
         for end in _ends(space, len(hashes)):
             part, found = hashes[:end], min(in_l1, end // HASH_BYTES)
-            coming = self.fetches.poll(
-                now, space.number, part, found, sum(space.shard_bytes), prefill_seconds, knowers, request, space.shards
-            )
+            stored_next = self._coming(asker, space.number, part, found, awaited)
+            if self.runners or stored_next.chunks or self.fetches.knows(space.number, part):
+                size = sum(space.shard_bytes)
+                coming = self.fetches.poll(
+                    *(now, space.number, part, found, size, prefill_seconds, knowers, asker.request, space.shards),
+                    stored_next,
+                    asker.have,
+                )
+            if stored_next.chunks and not coming:
+                missing = part[found * HASH_BYTES : (found + 1) * HASH_BYTES]
+                name = self._l1.instance_name(asker.process)
+                self._l1.promises.give_up(name, asker.request, (space.number, missing))
             if found * HASH_BYTES < len(part):
                 break
         self._carry_out()
         return coming
+
+    def _coming(self, asker: Asker, space_number: int, hashes: bytes, in_l1: int, awaited: int) -> Coming:
+        """Return what other engines store next of these chunks, if the engine lacks it itself."""
+        now, end = self._loop.now(), min(awaited, len(hashes) // HASH_BYTES)
+        if self.fetches.is_open(space_number, hashes):  # then it matters only whether the next chunk is still coming
+            found = self._l1.coming(now, asker, space_number, hashes[: (in_l1 + 1) * HASH_BYTES], in_l1)
+            return found if end > in_l1 or not found.chunks else Coming(barred=True)
+        if end <= in_l1:
+            return NOTHING
+        found = self._l1.coming(now, asker, space_number, hashes[: end * HASH_BYTES], in_l1)
+        return found if found.barred or in_l1 + found.chunks > asker.have else NOTHING
 
     def _carry_out(self) -> None:
         while self.fetches.effects and not self._closed:

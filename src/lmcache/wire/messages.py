@@ -103,10 +103,18 @@ class Lookup(Message, frozen=True, tag=4):
     """The spaces of the model's other groups. Only a prefix that all groups can serve is a hit."""
     sisters: bool = False
     """Whether the engine can also load what ranks of another parallel split have stored (`Found.foreign`)."""
+    engine: Annotated[str, msgspec.Meta(max_length=200)] = ""
+    """Names an engine that will compute and store the chunks that it does not find, the same in all of its ranks. Other engines
+    may wait for them. "": it stores nothing."""
+    halts: bool = False
+    """Whether the engine computes nothing while it waits for what is `loading`."""
 
 
 class Release(Message, frozen=True, tag=5):
+    """End these leases. `requests`: ids of requests that have ended, as in `Lookup`, and store no more of what they looked up."""
+
     leases: Leases
+    requests: Annotated[list[str], msgspec.Meta(max_length=65536)] = []
 
 
 class Reserve(Message, frozen=True, tag=6):
@@ -258,7 +266,8 @@ class Foreign(msgspec.Struct, frozen=True, array_like=True):
 class Found(Message, frozen=True, tag=68):
     """`chunks` is the length of the hit from the prompt's start; `extents` holds `shards` first sectors for each leased chunk.
 
-    `loading` more chunks are on their way from a tier: the engine should soon ask the same again. Nothing is leased meanwhile.
+    `loading` more chunks are on their way from a tier or another engine, so the engine should soon ask the same again. Nothing is
+    leased meanwhile.
     """
 
     chunks: int

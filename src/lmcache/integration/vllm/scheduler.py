@@ -67,7 +67,7 @@ class SchedulerSide:
         zeroes: bool = False,
     ) -> None:
         self.requests: Requests[Tracker] = Requests(
-            session, ranks=ranks, save_tail=config.save_unfull_chunk, groups=groups
+            session, ranks=ranks, save_tail=config.save_unfull_chunk, groups=groups, stores=can_store
         )
         self._groups, self._numbers = groups, numbers
         self._fails_by_request = len(set(numbers)) > 1 or groups[0].reach_tokens > 0  # as in `ModelKV`

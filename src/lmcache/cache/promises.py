@@ -1,0 +1,180 @@
+"""Promises: chunks that an engine has announced, so that others can wait for them. No I/O: `now` is an argument.
+
+An announcement is a lookup: an engine that has asked for chunks, has got only some of them, and stores what it computes, promises
+the others. The promise of a chunk ends when the chunk is stored, cannot be stored, or is promised by somebody else, who has asked
+later. All promises of a request end when it asks again, waits itself or ends, when a process of its engine instance ends, or when
+nothing has been stored for longer than computing should take. The oldest promises are dropped beyond `MAX_PROMISED`.
+
+No two requests can wait for each other, whatever the number of engines between them: a request that waits promises nothing, so
+whoever is waited for does not wait. An engine that computes nothing while one of its lookups waits (`Asker.halts`) lets that
+lookup wait only while the engine has promised nothing. A request waits neither for its own engine nor twice for the same chunk.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from lmcache.chunks import HASH_BYTES
+
+MAX_PROMISED = 16384
+"""Chunks."""
+MAX_GIVEN_UP = 4096
+"""The requests that have ended a wait last, which do not wait for the same chunk again."""
+STALL_FACTOR, STALL_SECONDS = 2.0, 1.0
+"""A promise ends when no chunk has been stored for so many times the time of computing the chunks that are left, plus seconds for
+the engine's queue and the copy."""
+UNPACED_SECONDS = 10.0
+"""The same if the engine's pace is not known."""
+
+Key = tuple[int, bytes]
+"""Space and chunk hash."""
+
+
+class Asker(NamedTuple):
+    """Who looks up. request: the engine's id of the request; without one it waits for nobody. engine: the name of an engine that
+    stores what it computes, the same in all of its ranks; "" for others. have: number of the first chunk that it lacks itself.
+    halts: whether the engine computes nothing while it waits for the answer."""
+
+    process: int
+    request: str = ""
+    engine: str = ""
+    have: int = 0
+    halts: bool = False
+
+
+class Coming(NamedTuple):
+    """What engines compute or store now of a prompt, from the first missing chunk on.
+
+    expected_seconds: until all of it should be stored; None if that is not known. barred: there are such chunks, but the asking
+    request must not wait for them, which does not concern others that wait for the same chunks."""
+
+    chunks: int = 0
+    expected_seconds: float | None = None
+    barred: bool = False
+
+
+NOTHING = Coming()
+
+
+@dataclass(slots=True, eq=False)
+class Promise:
+    """The chunks that one request will store. left: those that are not stored yet, with their places in the promise.
+    chunk_seconds: of computing one chunk; 0 if unknown. progress: when it was made or a chunk was last stored; None until
+    the tick after a chunk was stored."""
+
+    instance: str
+    asker: Asker
+    made: float
+    chunk_seconds: float
+    left: dict[Key, int]
+    progress: float | None
+
+    def expected(self, now: float, key: Key) -> float | None:
+        """Return in how many seconds this chunk should be stored, as far as that is known."""
+        if not self.chunk_seconds:
+            return None
+        return max(0.0, self.made + (self.left[key] + 1) * self.chunk_seconds - now)
+
+    def stalled(self, now: float) -> bool:
+        """Return whether nothing has been stored for too long; asked at every tick."""
+        if self.progress is None:
+            self.progress = now
+        limit = STALL_FACTOR * len(self.left) * self.chunk_seconds + STALL_SECONDS
+        return now - self.progress > (limit if self.chunk_seconds else UNPACED_SECONDS)
+
+
+class Promises:
+    """All promises of a server. by_chunk: the promise of each chunk; empty if nothing is promised."""
+
+    def __init__(self) -> None:
+        self.by_chunk: dict[Key, Promise] = {}
+        self._by_request: OrderedDict[tuple[str, str], Promise] = OrderedDict()
+        """By instance and request, the oldest promise first."""
+        self._given_up: OrderedDict[tuple[str, str], Key] = OrderedDict()
+        """By instance and request: the chunk that it has stopped to wait for."""
+
+    def make(self, now: float, instance: str, asker: Asker, chunk_seconds: float, keys: Iterable[Key]) -> None:
+        """Promise these chunks, in the order of the prompt, in place of what the request has promised before."""
+        self.end(instance, asker.request)
+        promise = Promise(instance, asker, now, chunk_seconds, {}, now)
+        for at, key in enumerate(keys):
+            if at == MAX_PROMISED:
+                break
+            self._forget(key)
+            promise.left[key], self.by_chunk[key] = at, promise
+        if promise.left:
+            self._by_request[instance, asker.request] = promise
+        while len(self.by_chunk) > MAX_PROMISED:
+            self.end(*next(iter(self._by_request)))
+
+    def end(self, instance: str, request: str) -> None:
+        """End the promise of a request, if it has one."""
+        promise = self._by_request.pop((instance, request), None)
+        for key in promise.left if promise is not None else ():
+            del self.by_chunk[key]
+
+    def leave(self, instance: str) -> None:
+        """End all promises of an engine instance."""
+        for one in [one for one in self._by_request if one[0] == instance]:
+            self.end(*one)
+
+    def clear(self) -> None:
+        self.by_chunk.clear()
+        self._by_request.clear()
+
+    def tick(self, now: float) -> None:
+        """End the promises of which nothing has been stored for too long."""
+        for one in [one for one, promise in self._by_request.items() if promise.stalled(now)]:
+            self.end(*one)
+
+    def kept(self, space: int, hashes: bytes) -> None:
+        """Note that these chunks are stored, by whomever."""
+        for key in keys_of(space, hashes):
+            promise = self.by_chunk.get(key)
+            if promise is not None:
+                promise.progress = None
+                self._forget(key)
+
+    def broken(self, instance: str, space: int, hashes: bytes) -> None:
+        """Note that this instance could not store these chunks."""
+        for key in keys_of(space, hashes):
+            promise = self.by_chunk.get(key)
+            if promise is not None and promise.instance == instance:
+                self._forget(key)
+
+    def of_engine(self, instance: str, engine: str) -> bool:
+        """Return whether this engine has promised anything."""
+        return any(self.is_own(one, instance, engine) for one in self._by_request.values())
+
+    @staticmethod
+    def is_own(promise: Promise, instance: str, engine: str) -> bool:
+        """Return whether the promise is of this engine, in which each rank may be an instance."""
+        return promise.instance == instance or bool(engine and promise.asker.engine == engine)
+
+    def give_up(self, instance: str, request: str, key: Key) -> None:
+        """Note that the request stops to wait for this chunk."""
+        self._given_up[instance, request] = key
+        self._given_up.move_to_end((instance, request))
+        if len(self._given_up) > MAX_GIVEN_UP:
+            self._given_up.popitem(last=False)
+
+    def given_up(self, instance: str, request: str) -> Key | None:
+        return self._given_up.get((instance, request)) if self._given_up else None
+
+    def __len__(self) -> int:
+        """Return the number of requests with a promise."""
+        return len(self._by_request)
+
+    def _forget(self, key: Key) -> None:
+        promise = self.by_chunk.pop(key, None)
+        if promise is not None:
+            del promise.left[key]
+            if not promise.left:
+                self._by_request.pop((promise.instance, promise.asker.request), None)
+
+
+def keys_of(space: int, hashes: bytes) -> list[Key]:
+    return [(space, hashes[at : at + HASH_BYTES]) for at in range(0, len(hashes), HASH_BYTES)]
