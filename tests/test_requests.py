@@ -14,7 +14,9 @@ from engine_process import PATIENCE, Engine, pause_once
 from lmcache.chunks import HASH_BYTES, Group
 from lmcache.engine import Copies, Copy, Hit, Loading, Request, Requests
 from lmcache.engine.embedded import wait_connected
+from lmcache.engine.endpoint import Endpoint
 from lmcache.engine.groups import RankGroup
+from lmcache.engine.local import LocalRank
 from lmcache.engine.requests import HIT_SECONDS, MISS_SECONDS, GroupTable
 from lmcache.errors import LayoutError
 from lmcache.runtime import RUNTIME, Runtime
@@ -470,6 +472,12 @@ def test_a_server_that_is_not_running_is_not_waited_for(bed: Bed) -> None:
 
     missing.wait_connected = passes
     assert not wait_connected((missing,), 3.0) and bed.now == pytest.approx(1003.0)  # type: ignore[arg-type]
+
+
+def test_stages_of_one_group_are_not_taken_for_those_of_others() -> None:
+    endpoint, kv = Endpoint("tcp://127.0.0.1:1", "stages", ""), SimpleNamespace()
+    with pytest.raises(LayoutError, match="a RankGroup for each group"):
+        LocalRank(endpoint, kv, stages=(1, 2), others=[kv])  # type: ignore[arg-type]
 
 
 def test_windows_and_states_are_stored_where_steps_begin_and_end(bed: Bed) -> None:

@@ -14,6 +14,7 @@ from lmcache.engine.requests import GroupTable, Requests, RequestT
 from lmcache.engine.scheduler import SchedulerSession
 from lmcache.engine.served import ServedKV
 from lmcache.engine.worker import WorkerSession
+from lmcache.errors import LayoutError
 from lmcache.runtime import RUNTIME, Runtime
 
 
@@ -29,6 +30,9 @@ class LocalRank(Generic[RequestT]):
         ended: called with each copy that has ended.
         runtime: clock and threads.
         others: the further groups. A block of a group of states holds the state after as many tokens as its place in the table.
+
+    Raises:
+        LayoutError: stages of a model with several groups, each of which has its own: give `RankGroup`s to the sessions.
     """
 
     def __init__(
@@ -43,6 +47,10 @@ class LocalRank(Generic[RequestT]):
         runtime: Runtime = RUNTIME,
         others: Sequence[ServedKV] = (),
     ) -> None:
+        if stages and others:
+            raise LayoutError(
+                f"stages of a model with {1 + len(others)} groups; give the sessions a RankGroup for each group"
+            )
         self.kv, self.deadline_seconds = kv, endpoint.deadline_seconds
         scheduler, worker = (replace(endpoint, role=role) for role in ("scheduler", "worker"))
         served = (kv, *others)
