@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from lmcache.cache.events import Event
-from lmcache.cache.load_cost import AWAIT_SLACK, UNPACED_WAIT_SECONDS, Pace, slack_seconds
+from lmcache.cache.load_cost import AWAIT_SLACK, AWAIT_TOLERANCE, UNPACED_WAIT_SECONDS, Pace, slack_seconds
 from lmcache.cache.promises import NOTHING, Coming
 from lmcache.chunks import HASH_BYTES
 
@@ -507,8 +507,7 @@ class Fetches:
         expected = max(known) if len(known) == len(due) else None
         good = self._always or recompute is None or expected is None or expected < recompute
         if recompute is not None and AWAITED in sources and not good:
-            # Two engines that begin at the same time should compute once, although computing takes one as long as the other.
-            good = expected is not None and expected < recompute + AWAIT_SLACK * slack_seconds(recompute)
+            good = expected is not None and expected <= AWAIT_TOLERANCE * recompute
         self._decide(fetch, expected, recompute, good)
         return good
 
