@@ -66,7 +66,7 @@ class Engines:
         asker = Asker(
             process, request or f"request {process}", engine if engine is not None else f"engine {process}", **more
         )
-        if self.tiering.may_bring:
+        if any(self.tiering.sources):
             _, coming = self.tiering.wait_for(asker, self.spaces, hashes, rate)
             if coming:
                 return coming

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -263,9 +263,9 @@ class Fetches:
         """(space, chunk hash) -> the last load of the chunk that has begun, until L1 loses the chunk."""
 
     @property
-    def idle(self) -> bool:
-        """Whether no fetch is under way or has just ended."""
-        return not self._fetches
+    def numbered(self) -> Sized:
+        """The fetches that are under way or have just ended, as they change."""
+        return self._fetches
 
     @property
     def open(self) -> int:

@@ -149,7 +149,7 @@ class Service:
         if self.tiering is None:
             return _found(self.l1.lookup(*lookup))
         hit = None
-        if self.tiering.may_bring:
+        if any(self.tiering.sources):
             if not any(map(self.tiering.knows, spaces, repeat(hashes), repeat(request.sisters))):
                 hit = self.l1.lookup_all(*lookup)
             if hit is None:
@@ -159,7 +159,7 @@ class Service:
                     return m.Found(in_l1, 0, b"", coming)
         if hit is None:
             hit = self.l1.lookup(*lookup)
-        if 16 * hit.chunks < len(hashes) or self.l1.promises.by_chunk:
+        if self.l1.promises.by_chunk or (request.engine and 16 * hit.chunks < len(hashes)):
             asker = Asker(peer.process, name, request.engine)
             self.tiering.answered(asker, spaces, hashes, hit.chunks, request.prefill_rate)
         return _found(hit)
