@@ -344,7 +344,9 @@ class Waiting:
 
 @pytest.fixture
 def waiting(server: StartServer) -> Iterator[Waiting]:
-    both = Waiting(server())
+    both = Waiting(
+        server(flags=("--worth", "always"))
+    )  # however busy the machine was when the engines measured their paces
     try:
         both.begin()
         yield both

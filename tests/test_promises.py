@@ -66,7 +66,7 @@ class Engines:
         asker = Asker(
             process, request or f"request {process}", engine if engine is not None else f"engine {process}", **more
         )
-        if self.tiering.may_bring:
+        if any(self.tiering.sources):
             _, coming = self.tiering.wait_for(asker, self.spaces, hashes, rate)
             if coming:
                 return coming
@@ -248,6 +248,7 @@ def test_an_engine_that_computes_faster_does_not_wait(engines: Engines) -> None:
     engines.ask(1, prompt, rate=RATE / 2)
     assert engines.ask(2, prompt) == 0 and engines.outcomes == ["not worth it"]
     assert engines.ask(3, prompt, rate=RATE / 2) == 10, "and is waited for by slower ones"
+    assert engines.ask(4, prompt, rate=1.2 * RATE) == 10, "and by equal ones, whose paces never measure quite the same"
 
 
 def test_without_a_known_pace_a_wait_lasts_while_chunks_arrive(engines: Engines) -> None:

@@ -62,6 +62,9 @@ class Session:
         self.rates: list[float] = []
         self.salts: list[str] = []
         self.requests: list[str] = []
+        self.engines: list[str] = []
+        """Under which each lookup has announced what it does not find."""
+        self.withdrawn: list[str] = []
         self.leased: set[int] = set()
         self.closed = False
 
@@ -82,7 +85,9 @@ class Session:
         request_id: str = "",
         chunks: int | None = None,
         any_split: bool = False,
+        engine: str = "",
     ) -> Hit | Loading | None:
+        self.engines.append(engine)
         self.requests.append(request_id)
         self.lookups.append(len(chain))
         self.rates.append(prefill_rate)
@@ -104,6 +109,9 @@ class Session:
 
     def forgone(self, tokens: int) -> None:
         self.forgone_tokens += tokens
+
+    def withdraw(self, request_id: str) -> None:
+        self.withdrawn.append(request_id)
 
     def close(self) -> None:
         self.closed = True
@@ -437,6 +445,21 @@ def test_roles_embeddings_and_unknown_adapters() -> None:
     # of prompt log probabilities
     assert scheduler.match(Request("d", list(range(100)), skip_reading_prefix_cache=True), 0) == 0
     assert scheduler.match(Request("e", list(range(100))), 0) == 64
+
+
+def test_only_an_engine_that_stores_announces_and_an_aborted_request_withdraws() -> None:
+    session = Session(present=2)
+    consumer, scheduler = half(session, can_store=False), half(session)
+    request, other = Request("a", list(range(100))), Request("b", list(range(100)))
+    for side in (consumer, scheduler):
+        assert side.match(request, 0) == 32
+        side.finished(request)
+    assert scheduler.match(other, 0) == 32
+    scheduler.allocated(other, ([1, 2, 3, 4, 5, 6, 7],), 0)
+    assert scheduler.plan_step(step({"b": 100})).stores
+    scheduler.finished(other)
+    assert not session.engines[0] and session.engines[1] == session.engines[2] != ""
+    assert session.withdrawn == ["a"], "the other one stores what it has announced"
 
 
 def test_an_adapter_whose_files_may_not_be_the_loaded_ones_is_not_cached(

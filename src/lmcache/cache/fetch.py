@@ -20,12 +20,12 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from lmcache.cache.events import Event
-from lmcache.cache.load_cost import AWAIT_SLACK, UNPACED_WAIT_SECONDS, Pace, slack_seconds
+from lmcache.cache.load_cost import AWAIT_SLACK, AWAIT_TOLERANCE, UNPACED_WAIT_SECONDS, Pace, slack_seconds
 from lmcache.cache.promises import NOTHING, Coming
 from lmcache.chunks import HASH_BYTES
 
@@ -263,9 +263,9 @@ class Fetches:
         """(space, chunk hash) -> the last load of the chunk that has begun, until L1 loses the chunk."""
 
     @property
-    def idle(self) -> bool:
-        """Whether no fetch is under way or has just ended."""
-        return not self._fetches
+    def numbered(self) -> Sized:
+        """The fetches that are under way or have just ended, as they change."""
+        return self._fetches
 
     @property
     def open(self) -> int:
@@ -507,8 +507,7 @@ class Fetches:
         expected = max(known) if len(known) == len(due) else None
         good = self._always or recompute is None or expected is None or expected < recompute
         if recompute is not None and AWAITED in sources and not good:
-            # Two engines that begin at the same time should compute once, although computing takes one as long as the other.
-            good = expected is not None and expected < recompute + AWAIT_SLACK * slack_seconds(recompute)
+            good = expected is not None and expected <= AWAIT_TOLERANCE * recompute
         self._decide(fetch, expected, recompute, good)
         return good
 

@@ -17,7 +17,7 @@ The rules of this file:
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -616,6 +616,11 @@ class Heart(Index):
     @property
     def open_leases(self) -> int:
         return len(self._claims.leases)
+
+    @property
+    def reservations(self) -> Mapping[int, Reservation]:
+        """The open reservations by number, as they change."""
+        return self._claims.reservations
 
     @property
     def open_reservations(self) -> int:

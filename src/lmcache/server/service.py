@@ -149,7 +149,7 @@ class Service:
         if self.tiering is None:
             return _found(self.l1.lookup(*lookup))
         hit = None
-        if self.tiering.may_bring:
+        if any(self.tiering.sources):
             if not any(map(self.tiering.knows, spaces, repeat(hashes), repeat(request.sisters))):
                 everything = self.l1.lookup(*lookup, partly=False)
                 hit = everything if 16 * everything.chunks == len(hashes) else None
@@ -160,7 +160,7 @@ class Service:
                     return m.Found(in_l1, 0, b"", coming)
         if hit is None:
             hit = self.l1.lookup(*lookup)
-        if 16 * hit.chunks < len(hashes) or self.l1.promises.by_chunk:
+        if self.l1.promises.by_chunk or (request.engine and 16 * hit.chunks < len(hashes)):
             asker = Asker(peer.process, name, request.engine)
             self.tiering.answered(asker, spaces, hashes, hit.chunks, request.prefill_rate)
         return _found(hit)

@@ -96,6 +96,8 @@ class Tiering:
         self.fetches = Fetches(traits, always, patience_seconds)
         self._earlier_ends = EarlierEnds(self.runners, patience_seconds)
         self.report = TierReport(loop.now, self.runners, self.fetches, chunk_tokens)
+        self.sources = self.runners, l1.promises.by_chunk, l1.reservations, self.fetches.numbered
+        """If all are empty, neither tiers nor other engines can bring anything into L1 for a lookup."""
         self._region: Region | None = None
         self._late_loads = set[int]()
         """Numbers of loads that are still running after their deadline."""
@@ -140,12 +142,6 @@ class Tiering:
 
     # Reading
 
-    @property
-    def may_bring(self) -> bool:
-        """Whether anything may be brought into L1 for a lookup: by tiers, or by engines that compute or store chunks now."""
-        l1 = self._l1
-        return bool(self.runners or l1.promises.by_chunk or l1.open_reservations or not self.fetches.idle)
-
     def answered(
         self, asker: Asker, spaces: Sequence[int], hashes: bytes, chunks: int, prefill_tokens_per_second: float
     ) -> None:
@@ -165,7 +161,7 @@ class Tiering:
     def knows(self, space: int, hashes: bytes, sisters: bool = False) -> bool:
         """Return whether a fetch of these chunks, or of one of their parts, is under way or has just ended; with `sisters`, in
         the space or a sister of it."""
-        return not self.fetches.idle and any(
+        return len(self.fetches.numbered) > 0 and any(
             self._any_part(self.fetches.knows, one, hashes) for one in self._family(space, sisters)
         )
 
