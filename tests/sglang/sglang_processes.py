@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import signal
+import sys
 import urllib.error
 import urllib.request
 from collections.abc import Callable
@@ -49,6 +50,20 @@ _FLAGS = (
 def environment() -> dict[str, str]:
     fixed = {"SGLANG_USE_CPU_ENGINE": "1", "OMP_WAIT_POLICY": "passive", "HF_HUB_OFFLINE": "1"}
     return {name: value for name, value in os.environ.items() if not name.startswith("LMCACHE_")} | fixed
+
+
+def start_script(script: Path, *arguments: str) -> zygotes.Forked:
+    """Run a script in SGLang's environment, with SGLang imported already."""
+    command = [PYTHON, str(script), *arguments]
+    assert sys.__stderr__ is not None
+    return zygotes.start(MODULES, command, stderr=sys.__stderr__, env=environment(), cwd=script.parent)
+
+
+def answer_of(process: zygotes.Forked) -> Any:
+    """What a script says in its last line, as JSON."""
+    said = process.stdout.read()
+    assert process.wait() == 0
+    return json.loads(said.splitlines()[-1])
 
 
 class Engine(Process):

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
 from pathlib import Path
 
 import pytest
-from sglang_processes import PYTHON, Daemons, environment
+from sglang_processes import Daemons, answer_of, start_script
 
 SCRIPT = Path(__file__).with_name("pools.py")
 Found = list[list[int | bool]]
@@ -16,9 +14,7 @@ Found = list[list[int | bool]]
 def run(how: str, kind: str, folder: Path, model: Path, port: int, page_size: int, chunk: int) -> Found:
     config = folder / f"{how}-{kind}-{page_size}.yaml"
     config.write_text(f"mp_host: 127.0.0.1\nmp_port: {port}\n")
-    command = [PYTHON, str(SCRIPT), how, kind, str(config), str(model), str(page_size), str(chunk)]
-    said = subprocess.run(command, env=environment(), stdout=subprocess.PIPE, text=True, check=True, timeout=600)
-    found: Found = json.loads(said.stdout.splitlines()[-1])
+    found: Found = answer_of(start_script(SCRIPT, how, kind, str(config), str(model), str(page_size), str(chunk)))
     return found
 
 
