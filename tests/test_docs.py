@@ -8,13 +8,14 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 
 import lmcache
 from engine_process import set_deadline
+from lmcache.server.refused import Reason
 from servers import PATIENCE, Server
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -205,3 +206,9 @@ def test_importing_the_package_imports_none_of_its_parts() -> None:
     code = "import sys; before = {*sys.modules}; import lmcache; print(*{*sys.modules} - before)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["lmcache"]
+
+
+def test_the_page_names_every_reason_of_a_refusal() -> None:
+    section = (DOCS.parent / "SECURITY.md").read_text().split("## Who was refused")[1].split("\n## ")[0]
+    rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+    assert sorted(re.findall(r"`([^`]+)`", " ".join(rows))) == sorted(get_args(Reason))
