@@ -26,7 +26,7 @@ from lmcache.cache.claims import SERVER, AnyClaim, Claims, Held, Instance, Lease
 from lmcache.cache.events import NOBODY, By
 from lmcache.cache.groups import Found, Part, parts_of, usable_prefix
 from lmcache.cache.index import MAX_SISTERS, Index, names_of, of_last, of_new, of_records, pack_ids
-from lmcache.cache.promises import MAX_PROMISED, NOTHING, Asker, Coming, Promises, keys_of
+from lmcache.cache.promises import MAX_PROMISED, NOTHING, Asker, Coming, Key, Promises, keys_of
 from lmcache.cache.table import COMPLETED, RELEASED, Table
 from lmcache.chunks import HASH_BYTES, Split
 from lmcache.memory.slabs import NO_EXTENT
@@ -396,17 +396,18 @@ class Heart(Index):
         """Note that the engine has found the first `chunks` chunks, computes the others and stores them in these spaces: of a
         space with a reach only the last ones, since it depends on the engine's steps which others it has. chunk_seconds: of
         computing one chunk; 0 if unknown."""
-        keys = []
+        places: dict[Key, int] = {}
         for number in spaces:
             space = self._spaces[number]
             first = max(chunks, len(hashes) // HASH_BYTES - space.reach_chunks if space.reach_chunks else 0)
             get, complete = space.table.get, space.table.complete
-            keys += [
-                key
-                for key in keys_of(number, hashes[first * HASH_BYTES : (first + MAX_PROMISED) * HASH_BYTES])
+            keys = keys_of(number, hashes[first * HASH_BYTES : (first + MAX_PROMISED) * HASH_BYTES])
+            places |= {
+                key: at
+                for at, key in enumerate(keys, first - chunks)
                 if (record := get(key[1])) < 0 or not complete(record)
-            ]
-        self.promises.make(now, self._claims.instance_of(asker.process).name, asker, chunk_seconds, keys)
+            }
+        self.promises.make(now, self._claims.instance_of(asker.process).name, asker, chunk_seconds, places)
 
     def instance_name(self, process: int) -> str:
         return self._claims.instance_of(process).name

@@ -13,8 +13,9 @@ lookup wait only while the engine has promised nothing. A request waits neither 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import NamedTuple
 
 from lmcache.chunks import HASH_BYTES
@@ -61,8 +62,8 @@ NOTHING = Coming()
 
 @dataclass(slots=True, eq=False)
 class Promise:
-    """The chunks that one request will store. left: those that are not stored yet, with their places in the promise.
-    chunk_seconds: of computing one chunk; 0 if unknown. progress: when it was made or a chunk was last stored; None until
+    """The chunks that one request will store. left: those that are not stored yet, with the number of those computed before
+    them. chunk_seconds: of computing one chunk; 0 if unknown. progress: when it was made or a chunk was last stored; None until
     the tick after a chunk was stored."""
 
     instance: str
@@ -96,15 +97,14 @@ class Promises:
         self._given_up: OrderedDict[tuple[str, str], Key] = OrderedDict()
         """By instance and request: the chunk that it has stopped to wait for."""
 
-    def make(self, now: float, instance: str, asker: Asker, chunk_seconds: float, keys: Iterable[Key]) -> None:
-        """Promise these chunks, in the order of the prompt, in place of what the request has promised before."""
+    def make(self, now: float, instance: str, asker: Asker, chunk_seconds: float, places: Mapping[Key, int]) -> None:
+        """Promise these chunks, in place of what the request has promised before. places: how many chunks are computed before
+        each of them."""
         self.end(instance, asker.request)
         promise = Promise(instance, asker, now, chunk_seconds, {}, now)
-        for at, key in enumerate(keys):
-            if at == MAX_PROMISED:
-                break
+        for key in islice(places, MAX_PROMISED):
             self._forget(key)
-            promise.left[key], self.by_chunk[key] = at, promise
+            promise.left[key], self.by_chunk[key] = places[key], promise
         if promise.left:
             self._by_request[instance, asker.request] = promise
         while len(self.by_chunk) > MAX_PROMISED:
