@@ -9,6 +9,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from lmcache.chunks import HASH_BYTES, TokenChain
@@ -97,7 +98,7 @@ class Requests(Generic[RequestT]):
         name: the engine's name, the same in all of its schedulers. It names KV that no other engine may share, so it must be
             unique; "" generates one.
         groups: the groups of a model with several kinds of KV, in place of `block_tokens`.
-        stores: whether the engine stores what it computes. Other engines may wait for that.
+        stores: whether the engine, by any of its ranks, stores what it computes. Other engines may wait for that.
     """
 
     def __init__(
@@ -144,12 +145,14 @@ class Requests(Generic[RequestT]):
         *,
         fresh: float = HIT_SECONDS,
         wait: bool = False,
+        wait_seconds: float | None = None,
         ends: bool = True,
     ) -> Hit | Loading | None:
         """Look up which of these tokens the server has beyond the first `have`, which the engine has. None is a miss.
 
         A hit is stored in the request and returned again for `fresh` seconds; a miss for `MISS_SECONDS`. wait: return when tiers
-        have loaded, and never return `Loading`. ends: whether the prompt ends with these tokens.
+        have loaded or `wait_seconds` (None: the deadline of a call) have passed, and never return `Loading`. ends: whether the
+        prompt ends with these tokens.
         """
         session, now = self.session, self.runtime.now()
         if session is None or not (request.cacheable and request.may_load):
@@ -168,7 +171,9 @@ class Requests(Generic[RequestT]):
             chain.extend(tokens)
             tail = chain.tail(tokens) if self._save_tail else b""
         if chain is not None and (len(chain) or tail):
-            ask: Callable[..., Hit | Loading | None] = session.lookup if wait else session.poll
+            ask: Callable[..., Hit | Loading | None] = (
+                partial(session.lookup, wait_seconds=wait_seconds) if wait else session.poll
+            )
             # The engine computes at least the last token, for which a window reaches one token less far back than the hit's end.
             most = (len(tokens) - ends) // chain.chunk_tokens if self._reaching else None
             named = {
