@@ -447,3 +447,15 @@ def test_all_groups_of_a_chunk_are_computed_at_once(arena: Arena) -> None:
     assert engines.tiering.fetches.last is not None
     assert engines.tiering.fetches.last.expected_seconds == pytest.approx(10 * PACE)
     engines.loop.close()
+
+
+def test_ends_at_which_nothing_is_coming_are_not_tried(arena: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
+    engines, history = Engines(arena, reach=2), chain(60)
+    engines.l1.commit(engines.now, 1, engines.reserve(1, history), True)
+    engines.l1.commit(engines.now, 1, engines.reserve(1, history[: 16 * 3], 1, 1), True)
+    engines.ask(3, chain(4, 7))
+    peeks, peek = list[int](), engines.l1.peek
+    monkeypatch.setattr(engines.l1, "peek", lambda *asked: peeks.append(len(asked[3])) or peek(*asked))
+    assert engines.ask(2, history + chain(2, 3)) == 0
+    assert len(peeks) < 10
+    engines.loop.close()
