@@ -25,7 +25,18 @@ HIT_SECONDS = 5.0
 """A hit that waits longer than this for its load is given back and looked up again: its lease keeps extents occupied."""
 MISS_SECONDS = 0.25
 """A miss is the answer again for this time: schedulers ask about a waiting request at every step."""
+WAIT_SHARE = 0.05
+"""A lookup that waits is asked again after this share of the time that it has waited, at the latest after `MISS_SECONDS`: a
+scheduler with a hundred such requests would spend its steps on asking."""
 _NEVER = float("-inf")
+
+
+class Wait(NamedTuple):
+    """A lookup that waits: since when, its last answer, and when it is asked again."""
+
+    began: float
+    answer: Loading
+    asks_at: float
 
 
 @dataclass
@@ -34,10 +45,10 @@ class Request:
 
     salt: only requests of the same salt share KV. adapter: name and content name of the LoRA adapter. extras: what else changes
     the KV. cacheable: whether the request may be loaded and stored. hit: the hit that is not being loaded yet; asked_from: the
-    token from which on it was asked for, at the start of a chunk. blocks: the engine's block table from token 0 on; tables: those
-    of the model's further groups. stored: number of leading chunks that the server has or was sent; tail: hash of the unfull
-    chunk that it has or was sent. promised: how many leading chunks other engines may expect to be stored. jobs: running
-    stores, each with the number of ranks that have not ended it."""
+    token from which on it was asked for, at the start of a chunk. wait: if the last answer was `Loading`. blocks: the engine's
+    block table from token 0 on; tables: those of the model's further groups. stored: number of leading chunks that the server has
+    or was sent; tail: hash of the unfull chunk that it has or was sent. promised: how many leading chunks other engines may
+    expect to be stored. jobs: running stores, each with the number of ranks that have not ended it."""
 
     id: Hashable
     salt: str = ""
@@ -51,6 +62,7 @@ class Request:
     asked_at: float = _NEVER
     asked_tokens: int = -1
     asked_from: int = 0
+    wait: Wait | None = None
     blocks: list[int] = field(default_factory=list)
     tables: list[list[int]] = field(default_factory=list)
     stored: int = 0
@@ -165,6 +177,8 @@ class Requests(Generic[RequestT]):
             self.give_back(request)
         elif same and age < MISS_SECONDS:
             return None
+        elif request.wait is not None and same and now < request.wait.asks_at and not wait:
+            return request.wait.answer
         chain, tail = self.chain(request), b""
         found: Hit | Loading | None = None
         if chain is not None:
@@ -184,8 +198,11 @@ class Requests(Generic[RequestT]):
             }
             found = ask(chain, have, self.prefill.tokens_per_second, any_split=True, **named)
         if isinstance(found, Loading):
-            request.promised = 0
+            began = request.wait.began if request.wait is not None else now
+            request.wait = Wait(began, found, now + min(MISS_SECONDS, WAIT_SHARE * (now - began)))
+            request.promised, request.asked_tokens = 0, len(tokens)
             return found
+        request.wait = None
         request.promised = len(chain) if chain is not None and self._stores else 0
         if found is not None and chain is not None:
             request.stored = max(request.stored, min(found.chunks, len(chain)))
@@ -207,7 +224,7 @@ class Requests(Generic[RequestT]):
 
     def give_back(self, request: RequestT) -> None:
         """Release the request's hit without loading it. A later load needs another `find`."""
-        hit, request.hit, request.asked_at = request.hit, None, _NEVER
+        hit, request.hit, request.asked_at, request.wait = request.hit, None, _NEVER, None
         if hit is not None:
             self.release(hit)
 
