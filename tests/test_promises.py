@@ -15,7 +15,7 @@ from lmcache.cache import L1, SERVER
 from lmcache.cache import promises as module
 from lmcache.cache.fetch import AWAITED, ENDED_SECONDS, Ask, Fetches, TierTraits
 from lmcache.cache.heart import FILL_SECONDS
-from lmcache.cache.load_cost import AWAIT_SLACK, UNPACED_WAIT_SECONDS, slack_seconds
+from lmcache.cache.load_cost import AWAIT_SLACK, AWAIT_TOLERANCE, UNPACED_WAIT_SECONDS, slack_seconds
 from lmcache.cache.promises import (
     MAX_PROMISED,
     NOTHING,
@@ -284,7 +284,7 @@ def test_nobody_waits_longer_than_computing_because_others_do(engines: Engines) 
     engines.later(9.95)
     assert engines.ask(6, prompt, have=9, engine="") == 10
     assert engines.ask(2, prompt, rate=RATE / 10) == 10
-    engines.later(0.05 + PACE + AWAIT_SLACK * slack_seconds(PACE) + 0.01)
+    engines.later(0.05 + AWAIT_TOLERANCE * PACE + AWAIT_SLACK * slack_seconds(PACE) + 0.01)
     assert engines.ask(6, prompt, have=9, engine="") == 0 and not engines.outcomes
     assert engines.ask(2, prompt, rate=RATE / 20) == 10, "which ends no other's wait"
 

@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from lmcache.cache.events import Event
-from lmcache.cache.load_cost import AWAIT_SLACK, UNPACED_WAIT_SECONDS, Pace, slack_seconds
+from lmcache.cache.load_cost import AWAIT_SLACK, AWAIT_TOLERANCE, UNPACED_WAIT_SECONDS, Pace, slack_seconds
 from lmcache.cache.promises import NOTHING, Coming
 from lmcache.chunks import HASH_BYTES
 
@@ -422,7 +422,7 @@ class Fetches:
             return True
         own, early = prefill_seconds * left, fetch.began + (fetch.due[at] or 0.0) - now
         faster = not self._always and 0 < own < (self._recompute_seconds(fetch) or math.inf)
-        return faster and abs(early) > own + AWAIT_SLACK * slack_seconds(own)
+        return faster and abs(early) > AWAIT_TOLERANCE * own + AWAIT_SLACK * slack_seconds(own)
 
     def _begin(self, now: float, fetch: _Fetch, known: Sequence[Callable[[bytes], Sequence[bool] | None]]) -> None:
         self._fetches[fetch.number] = self._by_request[fetch.space, fetch.hashes[-HASH_BYTES:]] = fetch
@@ -525,8 +525,7 @@ class Fetches:
         expected = max(known) if len(known) == len(due) else None
         good = self._always or recompute is None or expected is None or expected < recompute
         if recompute is not None and AWAITED in sources and not good:
-            # Two engines that begin at the same time should compute once, although computing takes one as long as the other.
-            good = expected is not None and expected < recompute + AWAIT_SLACK * slack_seconds(recompute)
+            good = expected is not None and expected <= AWAIT_TOLERANCE * recompute
         self._decide(fetch, expected, recompute, good)
         return good
 

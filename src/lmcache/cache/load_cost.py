@@ -13,6 +13,9 @@ SLACK_SECONDS = 0.010
 """The least slack. It applies to prompts that are computed in less than 200 ms."""
 AWAIT_SLACK = 2.0
 """For chunks that another engine computes, the slack is so many times as long: a copy follows its step."""
+AWAIT_TOLERANCE = 1.25
+"""An engine begins to wait for another one that is expected to take up to so many times as long as computing: two equal engines
+that begin at the same time have the same time before them, and their measured paces differ. The wait itself gets no longer."""
 UNPACED_WAIT_SECONDS = 0.5
 """An engine whose own pace is not known waits for another engine while chunks become complete at least this often."""
 _WINDOW_SECONDS = 4.0
