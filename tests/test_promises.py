@@ -449,6 +449,16 @@ def test_all_groups_of_a_chunk_are_computed_at_once(arena: Arena) -> None:
     engines.loop.close()
 
 
+def test_an_announcement_in_many_spaces_is_bounded(engines: Engines, monkeypatch: pytest.MonkeyPatch) -> None:
+    named: list[int] = []
+    monkeypatch.setattr(
+        "lmcache.cache.heart.keys_of", lambda space, hashes: named.append(len(hashes) // 16) or keys_of(space, hashes)
+    )
+    engines.spaces *= 33
+    engines.tiering.answered(Asker(1, "r", "e"), engines.spaces, chain(MAX_PROMISED - 100), 0, RATE)
+    assert sum(named) == MAX_PROMISED and len(engines.l1.promises.by_chunk) == MAX_PROMISED - 100
+
+
 def test_ends_at_which_nothing_is_coming_are_not_tried(arena: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
     engines, history = Engines(arena, reach=2), chain(60)
     engines.l1.commit(engines.now, 1, engines.reserve(1, history), True)

@@ -396,12 +396,13 @@ class Heart(Index):
         """Note that the engine has found the first `chunks` chunks, computes the others and stores them in these spaces: of a
         space with a reach only the last ones, since it depends on the engine's steps which others it has. chunk_seconds: of
         computing one chunk; 0 if unknown."""
-        places: dict[Key, int] = {}
+        places, most = dict[Key, int](), MAX_PROMISED  # in all spaces together
         for number in spaces:
             space = self._spaces[number]
             first = max(chunks, len(hashes) // HASH_BYTES - space.reach_chunks if space.reach_chunks else 0)
             get, complete = space.table.get, space.table.complete
-            keys = keys_of(number, hashes[first * HASH_BYTES : (first + MAX_PROMISED) * HASH_BYTES])
+            keys = keys_of(number, hashes[first * HASH_BYTES : (first + most) * HASH_BYTES])
+            most -= len(keys)
             places |= {
                 key: at
                 for at, key in enumerate(keys, first - chunks)
