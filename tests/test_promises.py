@@ -449,6 +449,18 @@ def test_all_groups_of_a_chunk_are_computed_at_once(arena: Arena) -> None:
     engines.loop.close()
 
 
+def test_a_wait_for_what_nobody_fills_yet_goes_through_no_reservations(
+    engines: Engines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other, filled = chain(10), chain(10, 2), engines.l1._filled
+    engines.reserve(1, other)
+    engines.ask(1, one)
+    looked: list[int] = []
+    monkeypatch.setattr(engines.l1, "_filled", lambda *asked: looked.append(1) or filled(*asked))
+    assert engines.ask(2, one) == engines.ask(2, one) == 10 and not looked
+    assert engines.ask(3, other) == 10 and looked
+
+
 def test_an_announcement_in_many_spaces_is_bounded(engines: Engines, monkeypatch: pytest.MonkeyPatch) -> None:
     named: list[int] = []
     monkeypatch.setattr(

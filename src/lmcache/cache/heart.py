@@ -424,14 +424,19 @@ class Heart(Index):
         halted = asker.halts and self.promises.of_engine(instance.name, asker.engine)
         if not asker.request or halted or self.promises.given_up(instance.name, asker.request) == missing:
             return Coming(barred=True)
-        filled, stuck = self._filled(now, table, instance)
         keys = keys_of(number, hashes[first * HASH_BYTES : (first + MAX_PROMISED) * HASH_BYTES])
         expected: float | None = 0.0
+        fills: tuple[set[int], set[int]] | None = None
         for at, key in enumerate(keys):
-            record, promise = table.get(key[1]), promised.get(key)
-            if record >= 0 and record not in stuck and (table.complete(record) or record in filled):
+            record, promise, stuck = table.get(key[1]), promised.get(key), False
+            if record >= 0 and table.complete(record):
                 continue
-            if record in stuck or promise is None or self.promises.is_own(promise, instance.name, asker.engine):
+            if record >= 0:  # only now, since this goes through all shards that are being filled
+                fills = fills or self._filled(now, table, instance)
+                stuck = record in fills[1]
+                if record in fills[0] and not stuck:
+                    continue
+            if stuck or promise is None or self.promises.is_own(promise, instance.name, asker.engine):
                 return Coming(at, expected, barred=promise is not None and not at)
             due = promise.expected(now, key)
             expected = None if due is None or expected is None else max(expected, due)
