@@ -206,6 +206,7 @@ def test_a_wait_takes_no_longer_than_computing_even_for_several_promises(engines
     assert engines.outcomes == ["late"]
     assert engines.ask(3, prompt) == 0, "nobody begins to wait where another wait has just ended in vain"
     engines.later(2.0)
+    engines.store(1, chain(1, 9))
     engines.ask(1, prompt := chain(10, 2))
     assert engines.ask(2, prompt) == engines.ask(3, prompt) == 10
     engines.later(0.8 * compute)
@@ -246,6 +247,20 @@ def test_a_stopped_engine_holds_up_no_later_request(engines: Engines) -> None:
     assert engines.waited(2, prompt) <= 10 * PACE + 0.2
     engines.later(FILL_SECONDS)
     assert engines.ask(3, prompt) == 0 and engines.ask(4, chain(3, 2)) == 0
+
+
+@pytest.mark.parametrize("rate", [RATE, 0.0], ids=["pace known", "pace unknown"])
+def test_an_engine_that_never_stores_is_waited_for_once(engines: Engines, rate: float) -> None:
+    engines.ask(1, first := chain(10), "other ranks", engine="both")
+    engines.ask(2, other := chain(10, 2), rate=rate, engine="both")
+    assert engines.waited(3, other, engine="") > 0
+    engines.later(ENDED_SECONDS + 0.01)
+    for seed in range(3, 6):
+        engines.ask(2, prompt := chain(10, seed), f"request {seed}", rate=rate, engine="both")
+        assert engines.ask(4, prompt, engine="") == 0
+    engines.store(1, first)
+    engines.ask(2, prompt := chain(10, 7), rate=rate, engine="both")
+    assert engines.ask(4, prompt, engine="") == 10, "it has stored something"
 
 
 def test_an_engine_that_computes_faster_does_not_wait(engines: Engines) -> None:
@@ -407,7 +422,7 @@ def test_promises_are_bounded_and_end_when_nothing_is_stored() -> None:
     promises.tick(100.0 + UNPACED_SECONDS + 0.01)
     assert not promises.by_chunk
     for number in range(module.MAX_GIVEN_UP + 5):
-        promises.give_up("one", str(number), (0, b"k"))
+        promises.give_up(100.0, "one", str(number), (0, b"k"))
     assert promises.given_up("one", "0") is None and promises.given_up("one", str(number)) == (0, b"k")
 
 

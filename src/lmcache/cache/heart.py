@@ -681,6 +681,7 @@ class Heart(Index):
             self._emit("committed", held, filled)
         if completed:
             completed.reverse()
+            self.promises.has_stored(held.instance.name)
             if self.promises.by_chunk:
                 self.promises.kept(space.number, names_of(table, completed)[0])
             self.events.emit(

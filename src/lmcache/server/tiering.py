@@ -327,7 +327,7 @@ class Tiering:
             if stored_next.chunks and not coming:
                 missing = part[found * HASH_BYTES : (found + 1) * HASH_BYTES]
                 name = self._l1.instance_name(asker.process)
-                self._l1.promises.give_up(name, asker.request, (space.number, missing))
+                self._l1.promises.give_up(now, name, asker.request, (space.number, missing))
             if found * HASH_BYTES < len(part):
                 break
         self._carry_out()
