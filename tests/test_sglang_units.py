@@ -754,6 +754,14 @@ def test_ranks_that_store_nothing_do_not_wait_for_the_one_that_does(
     assert answer(first) == answer(second) == 0 and answer(other) is None
 
 
+def test_only_complete_pages_are_announced(server: Servers, sglang: Engines) -> None:
+    daemon, text = server(chunk=16), tokens(100, 19)
+    engine = sglang(daemon, 64)
+    assert engine.load("a", text)[0] == 0 and daemon.counters()["promised_chunks"] == 4
+    engine.compute_and_store("a", text)
+    assert daemon.counters()["promised_chunks"] == 0 and engine.load("b", text)[0] == 64
+
+
 def test_a_lookup_that_has_waited_long_enough_gets_what_is_there(server: Servers, sglang: Engines) -> None:
     daemon, text = server(chunk=16), tokens(160, 18)
     one, other = sglang(daemon, 16), sglang(daemon, 16)

@@ -164,6 +164,9 @@ class UnifiedLMCacheMPConnector:
         lookup, rank = Lookup(request_id, local_hit_tokens), self._rank
         if rank is not None:
             lookup.tokens = text = rank.text_of(tokens)
+            size = rank.scheduler.chunk_tokens
+            if size and self._page_size % size == 0:  # what follows the last complete page is neither loaded nor stored
+                lookup.tokens = text[: len(text) // self._page_size * self._page_size]
             lookup.tracker, lookup.began = (
                 self._tracker(rank, request_id, text, cache_salt),
                 rank.requests.runtime.now(),
