@@ -124,6 +124,9 @@ def test_what_a_request_has_not_found_is_announced_until_it_is_stored_or_the_req
     assert bed.store(request, longer) == 192
     bed.requests.finish("c")
     assert promised() == 6
+    assert bed.requests.find(bed.open("d"), prompt(6, 200)) is None and promised() == 18
+    bed.requests.reset()
+    eventually(lambda: promised() == 6)
 
 
 def test_a_request_that_waits_is_asked_about_less_and_less_often(server: Servers, engine: Engines) -> None:

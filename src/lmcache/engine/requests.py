@@ -347,11 +347,16 @@ class Requests(Generic[RequestT]):
         request = self.open.pop(request_id, None)
         if request is not None:
             self.give_back(request)
-            if request.promised > request.stored and self.session is not None:
-                self.session.withdraw(str(request.id))
+            self._withdraw(request)
             if request.cacheable and request.chain is None:
                 self.forgone(computed)
         return request
+
+    def _withdraw(self, request: RequestT) -> None:
+        """Tell the server if the request stores less than it has announced."""
+        if request.promised > request.stored and self.session is not None:
+            self.session.withdraw(str(request.id))
+        request.promised = 0
 
     def forgone(self, tokens: int) -> None:
         """Count tokens of a prompt that were computed but could be neither looked up nor stored, for want of a server."""
@@ -370,6 +375,7 @@ class Requests(Generic[RequestT]):
         for request in self.open.values():
             request.cacheable = False  # a part of its KV may be of the old weights, so it must not be stored
             self.give_back(request)
+            self._withdraw(request)
 
     def own_cache_emptied(self) -> None:
         """Record that the engine's own cache is empty: KV computed from now on does not depend on its former contents."""
