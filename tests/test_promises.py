@@ -13,9 +13,9 @@ import pytest
 
 from lmcache.cache import L1, SERVER
 from lmcache.cache import promises as module
-from lmcache.cache.fetch import AWAITED, ENDED_SECONDS, Fetches
+from lmcache.cache.fetch import AWAITED, ENDED_SECONDS, Ask, Fetches, TierTraits
 from lmcache.cache.heart import FILL_SECONDS
-from lmcache.cache.load_cost import AWAIT_SLACK, UNPACED_WAIT_SECONDS, slack_seconds
+from lmcache.cache.load_cost import AWAIT_SLACK, AWAIT_TOLERANCE, UNPACED_WAIT_SECONDS, slack_seconds
 from lmcache.cache.promises import (
     MAX_PROMISED,
     NOTHING,
@@ -23,6 +23,7 @@ from lmcache.cache.promises import (
     UNPACED_SECONDS,
     Asker,
     Coming,
+    Key,
     Promises,
     keys_of,
 )
@@ -41,6 +42,10 @@ FULL, WINDOW = b"f" * 16, b"w" * 16
 
 def chain(chunks: int, seed: int = 1) -> bytes:
     return random.Random(seed).randbytes(16 * chunks)
+
+
+def places(space: int, hashes: bytes) -> dict[Key, int]:
+    return {key: at for at, key in enumerate(keys_of(space, hashes))}
 
 
 class Engines:
@@ -201,6 +206,7 @@ def test_a_wait_takes_no_longer_than_computing_even_for_several_promises(engines
     assert engines.outcomes == ["late"]
     assert engines.ask(3, prompt) == 0, "nobody begins to wait where another wait has just ended in vain"
     engines.later(2.0)
+    engines.store(1, chain(1, 9))
     engines.ask(1, prompt := chain(10, 2))
     assert engines.ask(2, prompt) == engines.ask(3, prompt) == 10
     engines.later(0.8 * compute)
@@ -224,9 +230,9 @@ def test_a_long_prompt_is_waited_for_as_long_as_somebody_asks(engines: Engines) 
     one, two, rate = chain(10), chain(10, 2), RATE / 100
     engines.ask(1, one, rate=rate)
     engines.ask(1, two, "other", rate=rate)
-    for _ in range(190):
+    for _ in range(60):
         assert engines.ask(2, one, rate=rate) == 10
-        engines.later(0.5)
+        engines.later(1.6)  # a step of an engine that computes something else
     engines.store(1, one)
     assert engines.ask(2, one, rate=rate) == 0 and engines.outcomes == ["arrived"]
     assert engines.ask(2, two, rate=rate) == 10
@@ -243,12 +249,70 @@ def test_a_stopped_engine_holds_up_no_later_request(engines: Engines) -> None:
     assert engines.ask(3, prompt) == 0 and engines.ask(4, chain(3, 2)) == 0
 
 
+@pytest.mark.parametrize("rate", [RATE, 0.0], ids=["pace known", "pace unknown"])
+def test_an_engine_that_never_stores_is_waited_for_once(engines: Engines, rate: float) -> None:
+    engines.ask(1, first := chain(10), "other ranks", engine="both")
+    engines.ask(2, other := chain(10, 2), rate=rate, engine="both")
+    assert engines.waited(3, other, engine="") > 0
+    engines.later(ENDED_SECONDS + 0.01)
+    for seed in range(3, 6):
+        engines.ask(2, prompt := chain(10, seed), f"request {seed}", rate=rate, engine="both")
+        assert engines.ask(4, prompt, engine="") == 0
+    engines.store(1, first)
+    engines.ask(2, prompt := chain(10, 7), rate=rate, engine="both")
+    assert engines.ask(4, prompt, engine="") == 10, "it has stored something"
+
+
 def test_an_engine_that_computes_faster_does_not_wait(engines: Engines) -> None:
     prompt = chain(10)
     engines.ask(1, prompt, rate=RATE / 2)
     assert engines.ask(2, prompt) == 0 and engines.outcomes == ["not worth it"]
     assert engines.ask(3, prompt, rate=RATE / 2) == 10, "and is waited for by slower ones"
     assert engines.ask(4, prompt, rate=1.2 * RATE) == 10, "and by equal ones, whose paces never measure quite the same"
+
+
+def test_who_decides_not_to_wait_asks_no_tier_again(engines: Engines) -> None:
+    fetches, prompt = Fetches([TierTraits(1 << 20, 1, lambda now: True, 64)]), chain(10)
+
+    def ask(request: str) -> int:
+        coming = fetches.poll(
+            100.0, 0, prompt, 0, SECTOR, PACE, [lambda hashes: None], request, 1, Coming(10, 100 * PACE)
+        )
+        for effect in fetches.effects:
+            if isinstance(effect, Ask):
+                asked.append(request)
+                fetches.answered(100.0, effect.fetch, 0, [False] * 10, 0.001)
+        fetches.effects.clear()
+        return coming
+
+    asked: list[str] = []
+    assert ask("one") == 10 and ask("one") == ask("one") == 0 and asked == ["one"]
+    assert ask("two") == 10 and asked == ["one", "two"], "its engine may be slower"
+
+
+def test_nobody_waits_longer_than_computing_because_others_do(engines: Engines) -> None:
+    prompt = chain(10)
+    engines.ask(1, prompt, rate=RATE / 10)
+    assert engines.ask(2, prompt, rate=RATE / 10) == 10
+    assert engines.ask(3, prompt, engine="") == 0, "it computes them in a tenth of the time"
+    assert engines.ask(4, prompt, rate=RATE / 10, have=9, engine="") == 0, "it computes one chunk"
+    assert engines.ask(5, prompt, rate=0.0, have=10, engine="") == 0, "it has them all"
+    engines.later(9.95)
+    assert engines.ask(6, prompt, have=9, engine="") == 10
+    assert engines.ask(2, prompt, rate=RATE / 10) == 10
+    engines.later(0.05 + AWAIT_TOLERANCE * PACE + AWAIT_SLACK * slack_seconds(PACE) + 0.01)
+    assert engines.ask(6, prompt, have=9, engine="") == 0 and not engines.outcomes
+    assert engines.ask(2, prompt, rate=RATE / 20) == 10, "which ends no other's wait"
+
+
+def test_who_must_not_wait_for_an_engine_waits_for_tiers_before_it(engines: Engines) -> None:
+    tiers = [TierTraits(1 << 20, 1, lambda now: True, 64, "tier")]
+    fetches, prompt, barred = Fetches(tiers), chain(10), Coming(barred=True)
+    known = [lambda hashes: [True] * 5 + [False] * (len(hashes) // 16 - 5)]
+    assert fetches.poll(100.0, 0, prompt, 0, SECTOR, PACE, known, "one", 1, Coming(10, PACE)) == 10
+    assert fetches.poll(100.0, 0, prompt, 0, SECTOR, PACE, known, "two", 1, barred) == 10
+    assert fetches.poll(100.1, 0, prompt, 5, SECTOR, PACE, known, "two", 1, barred) == 0
+    assert fetches.open == 1
 
 
 def test_without_a_known_pace_a_wait_lasts_while_chunks_arrive(engines: Engines) -> None:
@@ -341,15 +405,14 @@ def test_a_request_waits_once_for_a_chunk(engines: Engines) -> None:
 def test_promises_are_bounded_and_end_when_nothing_is_stored() -> None:
     promises = Promises()
     for number in range(10):
-        keys = keys_of(0, chain(MAX_PROMISED // 4, number))
-        promises.make(100.0, "one", Asker(1, f"r{number}", "e"), 0.0, keys)
+        promises.make(100.0, "one", Asker(1, f"r{number}", "e"), 0.0, places(0, chain(MAX_PROMISED // 4, number)))
     assert len(promises) == 4 and len(promises.by_chunk) == MAX_PROMISED
-    promises.make(101.0, "one", Asker(1, "long", "e"), 0.1, keys_of(0, chain(2 * MAX_PROMISED, 77)))
+    promises.make(101.0, "one", Asker(1, "long", "e"), 0.1, places(0, chain(2 * MAX_PROMISED, 77)))
     assert len(promises) == 1 and len(promises.by_chunk) == MAX_PROMISED
     promises.clear()
     hashes = chain(10)
-    promises.make(100.0, "one", Asker(1, "r", "e"), 0.1, keys_of(0, hashes))
-    promises.make(100.0, "two", Asker(2, "r", "f"), 0.0, keys_of(1, hashes))
+    promises.make(100.0, "one", Asker(1, "r", "e"), 0.1, places(0, hashes))
+    promises.make(100.0, "two", Asker(2, "r", "f"), 0.0, places(1, hashes))
     promises.tick(102.9)
     promises.kept(0, hashes[:16])
     promises.tick(102.9)
@@ -360,7 +423,7 @@ def test_promises_are_bounded_and_end_when_nothing_is_stored() -> None:
     promises.tick(100.0 + UNPACED_SECONDS + 0.01)
     assert not promises.by_chunk
     for number in range(module.MAX_GIVEN_UP + 5):
-        promises.give_up("one", str(number), (0, b"k"))
+        promises.give_up(100.0, "one", str(number), (0, b"k"))
     assert promises.given_up("one", "0") is None and promises.given_up("one", str(number)) == (0, b"k")
 
 
@@ -389,4 +452,48 @@ def test_all_groups_are_waited_for_together(arena: Arena) -> None:
     assert engines.ask(2, prompt) == 2, "of the window"
     engines.l1.commit(engines.now, 1, engines.reserve(1, prompt, 8, 1), True)
     assert engines.ask(2, prompt) == 0
+    engines.loop.close()
+
+
+def test_all_groups_of_a_chunk_are_computed_at_once(arena: Arena) -> None:
+    engines, prompt = Engines(arena, reach=10), chain(10)
+    engines.ask(1, prompt)
+    engines.l1.commit(engines.now, 3, engines.reserve(3, prompt), True)
+    assert engines.ask(2, prompt) == 10, "of the window"
+    assert engines.tiering.fetches.last is not None
+    assert engines.tiering.fetches.last.expected_seconds == pytest.approx(10 * PACE)
+    engines.loop.close()
+
+
+def test_a_wait_for_what_nobody_fills_yet_goes_through_no_reservations(
+    engines: Engines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other, filled = chain(10), chain(10, 2), engines.l1._filled
+    engines.reserve(1, other)
+    engines.ask(1, one)
+    looked: list[int] = []
+    monkeypatch.setattr(engines.l1, "_filled", lambda *asked: looked.append(1) or filled(*asked))
+    assert engines.ask(2, one) == engines.ask(2, one) == 10 and not looked
+    assert engines.ask(3, other) == 10 and looked
+
+
+def test_an_announcement_in_many_spaces_is_bounded(engines: Engines, monkeypatch: pytest.MonkeyPatch) -> None:
+    named: list[int] = []
+    monkeypatch.setattr(
+        "lmcache.cache.heart.keys_of", lambda space, hashes: named.append(len(hashes) // 16) or keys_of(space, hashes)
+    )
+    engines.spaces *= 33
+    engines.tiering.answered(Asker(1, "r", "e"), engines.spaces, chain(MAX_PROMISED - 100), 0, RATE)
+    assert sum(named) == MAX_PROMISED and len(engines.l1.promises.by_chunk) == MAX_PROMISED - 100
+
+
+def test_ends_at_which_nothing_is_coming_are_not_tried(arena: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
+    engines, history = Engines(arena, reach=2), chain(60)
+    engines.l1.commit(engines.now, 1, engines.reserve(1, history), True)
+    engines.l1.commit(engines.now, 1, engines.reserve(1, history[: 16 * 3], 1, 1), True)
+    engines.ask(3, chain(4, 7))
+    peeks, peek = list[int](), engines.l1.peek
+    monkeypatch.setattr(engines.l1, "peek", lambda *asked: peeks.append(len(asked[3])) or peek(*asked))
+    assert engines.ask(2, history + chain(2, 3)) == 0
+    assert len(peeks) < 10
     engines.loop.close()

@@ -17,7 +17,7 @@ from lmcache.engine.embedded import wait_connected
 from lmcache.engine.endpoint import Endpoint
 from lmcache.engine.groups import RankGroup
 from lmcache.engine.local import LocalRank
-from lmcache.engine.requests import HIT_SECONDS, MISS_SECONDS, GroupTable
+from lmcache.engine.requests import HIT_SECONDS, MISS_SECONDS, WAIT_SHARE, GroupTable
 from lmcache.errors import LayoutError
 from lmcache.runtime import RUNTIME, Runtime
 from servers import Server, eventually
@@ -124,6 +124,28 @@ def test_what_a_request_has_not_found_is_announced_until_it_is_stored_or_the_req
     assert bed.store(request, longer) == 192
     bed.requests.finish("c")
     assert promised() == 6
+    assert bed.requests.find(bed.open("d"), prompt(6, 200)) is None and promised() == 18
+    bed.requests.reset()
+    eventually(lambda: promised() == 6)
+
+
+def test_a_request_that_waits_is_asked_about_less_and_less_often(server: Servers, engine: Engines) -> None:
+    one = server(chunk=CHUNK)
+    bed, other = (Bed(engine(one, instance=name), name=name) for name in ("first", "other"))
+    bed.requests.prefill.tokens_per_second = other.requests.prefill.tokens_per_second = (
+        0.01  # so that a wait may be long
+    )
+    ids, request = prompt(3, 200), other.open()
+    assert bed.requests.find(bed.open(), ids) is None
+    for _ in range(100):
+        assert isinstance(other.requests.find(request, ids), Loading)
+        other.now += 0.01
+    assert 20 <= other.asked <= 60
+    assert bed.store(bed.requests.open["a"], ids) == 192
+    other.now += WAIT_SHARE
+    found = other.requests.find(request, ids)
+    assert isinstance(found, Hit) and found.chunks == 12
+    other.requests.give_back(request)
 
 
 @pytest.mark.parametrize("name", ["x" * (5 << 20), "\ud800", "a\nb\x1b"], ids=["long", "surrogate", "control"])

@@ -732,6 +732,47 @@ def test_two_ranks_decide_together(server: Servers, sglang: Engines, monkeypatch
         assert results[number][3].first_head == number * HEADS // 2
 
 
+def test_ranks_that_store_nothing_do_not_wait_for_the_one_that_does(
+    server: Servers, sglang: Engines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each rank has all of the latents, and the first one stores them."""
+    ranks = SimpleNamespace(alone=False, name=lambda engine: "the engine", least=lambda number: number)
+    monkeypatch.setattr(unified, "Agreement", lambda *_: ranks)
+    daemon, text = server(chunk=16), tokens(160, 16)
+    first, second = (sglang(daemon, 16, pool=MLATokenToKVPool(64 * 64), tp=(2, number)) for number in (0, 1))
+    ranks.name = lambda engine: "another engine"
+    other = sglang(daemon, 16, pool=MLATokenToKVPool(64 * 64), tp=(2, 1))
+
+    def answer(engine: SGLang) -> int | None:
+        assert engine.connector._rank is not None
+        engine.connector._rank.requests.prefill.tokens_per_second = 1.0  # so that a wait would be long
+        return engine.connector.poll_lookup(
+            engine.connector.submit_lookup("a", text, local_hit_tokens=0, cache_salt="")
+        )
+
+    assert second.connector._rank is not None and not second.connector._rank.kv.stores
+    assert answer(first) == answer(second) == 0 and answer(other) is None
+
+
+def test_only_complete_pages_are_announced(server: Servers, sglang: Engines) -> None:
+    daemon, text = server(chunk=16), tokens(100, 19)
+    engine = sglang(daemon, 64)
+    assert engine.load("a", text)[0] == 0 and daemon.counters()["promised_chunks"] == 4
+    engine.compute_and_store("a", text)
+    assert daemon.counters()["promised_chunks"] == 0 and engine.load("b", text)[0] == 64
+
+
+def test_a_lookup_that_has_waited_long_enough_gets_what_is_there(server: Servers, sglang: Engines) -> None:
+    daemon, text = server(chunk=16), tokens(160, 18)
+    one, other = sglang(daemon, 16), sglang(daemon, 16)
+    one.compute_and_store("a", text[:80])
+    lookup = one.connector.submit_lookup("b", text, local_hit_tokens=0, cache_salt="")
+    assert one.connector.poll_lookup(lookup) == 80, "it computes the others"
+    other.connector.operation_timeout = 0.0
+    lookup = other.connector.submit_lookup("b", text, local_hit_tokens=0, cache_salt="")
+    assert other.connector.poll_lookup(lookup) == 80
+
+
 def test_what_a_tier_brings_is_waited_for(server: Servers, sglang: Engines, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, text = sglang(server(chunk=16), 16), tokens(160, 17)
     engine.compute_and_store("a", text)

@@ -19,6 +19,7 @@ its chunks may be loaded from another tier. Every fetch leaves a `FetchRecord`, 
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass, field
@@ -304,9 +305,9 @@ class Fetches:
         """
         fetch, full = self._by_request.get((space, hashes[-HASH_BYTES:])), in_l1 * HASH_BYTES >= len(hashes)
         since = now
-        if fetch is not None and coming.barred and AWAITED in fetch.sources:
+        if fetch is not None and self._goes_on(now, fetch, in_l1, prefill_seconds, have, coming):
             return 0
-        if fetch is not None and fetch.ended is not None and coming.chunks and self._may_await_again(fetch):
+        if fetch is not None and fetch.ended is not None and coming.chunks and self._may_await_again(fetch, request):
             if fetch.outcome == _BROKEN:
                 since = fetch.since  # the promises of several engines together may not take longer than computing
             self._drop(fetch)
@@ -388,7 +389,7 @@ class Fetches:
         """End fetches that have lasted too long, forget fetches that ended a while ago, and stop waiting for hanging loads."""
         for fetch in list(self._fetches.values()):
             # A wait for another engine may take as long as computing, as `_judge` decides while somebody asks.
-            awaits = AWAITED in fetch.plan and now - fetch.asked_at < ENDED_SECONDS
+            awaits = AWAITED in fetch.plan and now - fetch.asked_at < self._patience_seconds
             if fetch.ended is None and now - fetch.began > self._patience_seconds and not awaits:
                 self._end(now, fetch, "patience")
             if fetch.ended is not None and now - fetch.ended > ENDED_SECONDS:
@@ -401,10 +402,27 @@ class Fetches:
     # The states of a fetch
 
     @staticmethod
-    def _may_await_again(fetch: _Fetch) -> bool:
-        """Return whether this ended fetch leaves it open to wait for what is coming: it knew of nothing, has decided for a faster
-        engine, or has lost a promise that somebody else may have renewed."""
-        return not fetch.coming.chunks or fetch.outcome in (_BROKEN, _NOT_WORTH_IT)
+    def _may_await_again(fetch: _Fetch, request: str) -> bool:
+        """Return whether this ended fetch leaves it open to wait for what is coming: it knew of nothing, has decided for others,
+        whose engine may be faster, or has lost a promise that somebody else may have renewed."""
+        if fetch.outcome == _NOT_WORTH_IT and fetch.coming.chunks:
+            return request not in fetch.requests
+        return not fetch.coming.chunks or fetch.outcome == _BROKEN
+
+    def _goes_on(
+        self, now: float, fetch: _Fetch, in_l1: int, prefill_seconds: float, have: int, coming: Coming
+    ) -> bool:
+        """Return whether the asking request does not wait for the engine that the fetch waits for next, while others may: it must
+        not, has those chunks, or computes them sooner than they should come, or in less time than they are overdue."""
+        at = max(0, in_l1 - fetch.first)
+        if fetch.ended is not None or at >= fetch.planned or fetch.plan[at] != AWAITED:
+            return False
+        left = fetch.first + fetch.planned - have
+        if coming.barred or left <= 0:
+            return True
+        own, early = prefill_seconds * left, fetch.began + (fetch.due[at] or 0.0) - now
+        faster = not self._always and 0 < own < (self._recompute_seconds(fetch) or math.inf)
+        return faster and abs(early) > AWAIT_TOLERANCE * own + AWAIT_SLACK * slack_seconds(own)
 
     def _begin(self, now: float, fetch: _Fetch, known: Sequence[Callable[[bytes], Sequence[bool] | None]]) -> None:
         self._fetches[fetch.number] = self._by_request[fetch.space, fetch.hashes[-HASH_BYTES:]] = fetch

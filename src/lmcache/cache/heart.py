@@ -26,7 +26,7 @@ from lmcache.cache.claims import SERVER, AnyClaim, Claims, Held, Instance, Lease
 from lmcache.cache.events import NOBODY, By
 from lmcache.cache.groups import Found, Part, parts_of, usable_prefix
 from lmcache.cache.index import MAX_SISTERS, Index, names_of, of_last, of_new, of_records, pack_ids
-from lmcache.cache.promises import MAX_PROMISED, NOTHING, Asker, Coming, Promises, keys_of
+from lmcache.cache.promises import MAX_PROMISED, NOTHING, Asker, Coming, Key, Promises, keys_of
 from lmcache.cache.table import COMPLETED, RELEASED, Table
 from lmcache.chunks import HASH_BYTES, Split
 from lmcache.memory.slabs import NO_EXTENT
@@ -396,17 +396,19 @@ class Heart(Index):
         """Note that the engine has found the first `chunks` chunks, computes the others and stores them in these spaces: of a
         space with a reach only the last ones, since it depends on the engine's steps which others it has. chunk_seconds: of
         computing one chunk; 0 if unknown."""
-        keys = []
+        places, most = dict[Key, int](), MAX_PROMISED  # in all spaces together
         for number in spaces:
             space = self._spaces[number]
             first = max(chunks, len(hashes) // HASH_BYTES - space.reach_chunks if space.reach_chunks else 0)
             get, complete = space.table.get, space.table.complete
-            keys += [
-                key
-                for key in keys_of(number, hashes[first * HASH_BYTES : (first + MAX_PROMISED) * HASH_BYTES])
+            keys = keys_of(number, hashes[first * HASH_BYTES : (first + most) * HASH_BYTES])
+            most -= len(keys)
+            places |= {
+                key: at
+                for at, key in enumerate(keys, first - chunks)
                 if (record := get(key[1])) < 0 or not complete(record)
-            ]
-        self.promises.make(now, self._claims.instance_of(asker.process).name, asker, chunk_seconds, keys)
+            }
+        self.promises.make(now, self._claims.instance_of(asker.process).name, asker, chunk_seconds, places)
 
     def instance_name(self, process: int) -> str:
         return self._claims.instance_of(process).name
@@ -422,14 +424,19 @@ class Heart(Index):
         halted = asker.halts and self.promises.of_engine(instance.name, asker.engine)
         if not asker.request or halted or self.promises.given_up(instance.name, asker.request) == missing:
             return Coming(barred=True)
-        filled, stuck = self._filled(now, table, instance)
         keys = keys_of(number, hashes[first * HASH_BYTES : (first + MAX_PROMISED) * HASH_BYTES])
         expected: float | None = 0.0
+        fills: tuple[set[int], set[int]] | None = None
         for at, key in enumerate(keys):
-            record, promise = table.get(key[1]), promised.get(key)
-            if record >= 0 and record not in stuck and (table.complete(record) or record in filled):
+            record, promise, stuck = table.get(key[1]), promised.get(key), False
+            if record >= 0 and table.complete(record):
                 continue
-            if record in stuck or promise is None or self.promises.is_own(promise, instance.name, asker.engine):
+            if record >= 0:  # only now, since this goes through all shards that are being filled
+                fills = fills or self._filled(now, table, instance)
+                stuck = record in fills[1]
+                if record in fills[0] and not stuck:
+                    continue
+            if stuck or promise is None or self.promises.is_own(promise, instance.name, asker.engine):
                 return Coming(at, expected, barred=promise is not None and not at)
             due = promise.expected(now, key)
             expected = None if due is None or expected is None else max(expected, due)
@@ -679,6 +686,7 @@ class Heart(Index):
             self._emit("committed", held, filled)
         if completed:
             completed.reverse()
+            self.promises.has_stored(held.instance.name)
             if self.promises.by_chunk:
                 self.promises.kept(space.number, names_of(table, completed)[0])
             self.events.emit(

@@ -3,7 +3,8 @@
 An announcement is a lookup: an engine that has asked for chunks, has got only some of them, and stores what it computes, promises
 the others. The promise of a chunk ends when the chunk is stored, cannot be stored, or is promised by somebody else, who has asked
 later. All promises of a request end when it asks again, waits itself or ends, when a process of its engine instance ends, or when
-nothing has been stored for longer than computing should take. The oldest promises are dropped beyond `MAX_PROMISED`.
+nothing has been stored for longer than computing should take. The oldest promises are dropped beyond `MAX_PROMISED`. An engine
+that somebody has waited for in vain promises nothing until it has stored something.
 
 No two requests can wait for each other, whatever the number of engines between them: a request that waits promises nothing, so
 whoever is waited for does not wait. An engine that computes nothing while one of its lookups waits (`Asker.halts`) lets that
@@ -13,8 +14,9 @@ lookup wait only while the engine has promised nothing. A request waits neither 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import NamedTuple
 
 from lmcache.chunks import HASH_BYTES
@@ -61,8 +63,8 @@ NOTHING = Coming()
 
 @dataclass(slots=True, eq=False)
 class Promise:
-    """The chunks that one request will store. left: those that are not stored yet, with their places in the promise.
-    chunk_seconds: of computing one chunk; 0 if unknown. progress: when it was made or a chunk was last stored; None until
+    """The chunks that one request will store. left: those that are not stored yet, with the number of those computed before
+    them. chunk_seconds: of computing one chunk; 0 if unknown. progress: when it was made or a chunk was last stored; None until
     the tick after a chunk was stored."""
 
     instance: str
@@ -77,6 +79,10 @@ class Promise:
         if not self.chunk_seconds:
             return None
         return max(0.0, self.made + (self.left[key] + 1) * self.chunk_seconds - now)
+
+    def overdue(self, now: float, key: Key) -> bool:
+        """Return whether this chunk should have been stored by now."""
+        return now > self.made + ((self.left[key] + 1) * self.chunk_seconds or STALL_SECONDS)
 
     def stalled(self, now: float) -> bool:
         """Return whether nothing has been stored for too long; asked at every tick."""
@@ -95,16 +101,22 @@ class Promises:
         """By instance and request, the oldest promise first."""
         self._given_up: OrderedDict[tuple[str, str], Key] = OrderedDict()
         """By instance and request: the chunk that it has stopped to wait for."""
+        self._engine_of: dict[str, str] = {}
+        """By instance, of those that have promised anything."""
+        self._distrusted = set[str]()
+        """Engines that somebody has waited for in vain, and that have stored nothing since."""
 
-    def make(self, now: float, instance: str, asker: Asker, chunk_seconds: float, keys: Iterable[Key]) -> None:
-        """Promise these chunks, in the order of the prompt, in place of what the request has promised before."""
+    def make(self, now: float, instance: str, asker: Asker, chunk_seconds: float, places: Mapping[Key, int]) -> None:
+        """Promise these chunks, in place of what the request has promised before. places: how many chunks are computed before
+        each of them."""
         self.end(instance, asker.request)
+        self._engine_of[instance] = asker.engine
+        if asker.engine in self._distrusted:
+            return
         promise = Promise(instance, asker, now, chunk_seconds, {}, now)
-        for at, key in enumerate(keys):
-            if at == MAX_PROMISED:
-                break
+        for key in islice(places, MAX_PROMISED):
             self._forget(key)
-            promise.left[key], self.by_chunk[key] = at, promise
+            promise.left[key], self.by_chunk[key] = places[key], promise
         if promise.left:
             self._by_request[instance, asker.request] = promise
         while len(self.by_chunk) > MAX_PROMISED:
@@ -118,6 +130,8 @@ class Promises:
 
     def leave(self, instance: str) -> None:
         """End all promises of an engine instance."""
+        self.has_stored(instance)
+        self._engine_of.pop(instance, None)
         for one in [one for one in self._by_request if one[0] == instance]:
             self.end(*one)
 
@@ -138,6 +152,11 @@ class Promises:
                 promise.progress = None
                 self._forget(key)
 
+    def has_stored(self, instance: str) -> None:
+        """Note that this instance has stored chunks, promised or not."""
+        if self._distrusted:
+            self._distrusted.discard(self._engine_of.get(instance, ""))
+
     def broken(self, instance: str, space: int, hashes: bytes) -> None:
         """Note that this instance could not store these chunks."""
         for key in keys_of(space, hashes):
@@ -154,8 +173,11 @@ class Promises:
         """Return whether the promise is of this engine, in which each rank may be an instance."""
         return promise.instance == instance or bool(engine and promise.asker.engine == engine)
 
-    def give_up(self, instance: str, request: str, key: Key) -> None:
-        """Note that the request stops to wait for this chunk."""
+    def give_up(self, now: float, instance: str, request: str, key: Key) -> None:
+        """Note that the request stops to wait for this chunk, or does not begin to."""
+        promise = self.by_chunk.get(key)
+        if promise is not None and promise.overdue(now, key) and len(self._distrusted) < MAX_GIVEN_UP:
+            self._distrusted.add(promise.asker.engine)
         self._given_up[instance, request] = key
         self._given_up.move_to_end((instance, request))
         if len(self._given_up) > MAX_GIVEN_UP:

@@ -62,7 +62,7 @@ class LocalRank(Generic[RequestT]):
             for one in served
         ]
         shards, stores = [one.shard.index for one in served], [one.stores for one in served]
-        self.requests: Requests[RequestT] = Requests(self.scheduler, name=name, groups=tables, stores=any(stores))
+        self.requests: Requests[RequestT] = Requests(self.scheduler, name=name, groups=tables)
         self.copies = Copies(self.worker, shards, stores=stores, requests=self.requests, ended=ended)
 
     @property

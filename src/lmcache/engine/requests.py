@@ -9,6 +9,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from lmcache.chunks import HASH_BYTES, TokenChain
@@ -24,7 +25,18 @@ HIT_SECONDS = 5.0
 """A hit that waits longer than this for its load is given back and looked up again: its lease keeps extents occupied."""
 MISS_SECONDS = 0.25
 """A miss is the answer again for this time: schedulers ask about a waiting request at every step."""
+WAIT_SHARE = 0.05
+"""A lookup that waits is asked again after this share of the time that it has waited, at the latest after `MISS_SECONDS`: a
+scheduler with a hundred such requests would spend its steps on asking."""
 _NEVER = float("-inf")
+
+
+class Wait(NamedTuple):
+    """A lookup that waits: since when, its last answer, and when it is asked again."""
+
+    began: float
+    answer: Loading
+    asks_at: float
 
 
 @dataclass
@@ -33,10 +45,10 @@ class Request:
 
     salt: only requests of the same salt share KV. adapter: name and content name of the LoRA adapter. extras: what else changes
     the KV. cacheable: whether the request may be loaded and stored. hit: the hit that is not being loaded yet; asked_from: the
-    token from which on it was asked for, at the start of a chunk. blocks: the engine's block table from token 0 on; tables: those
-    of the model's further groups. stored: number of leading chunks that the server has or was sent; tail: hash of the unfull
-    chunk that it has or was sent. promised: how many leading chunks other engines may expect to be stored. jobs: running
-    stores, each with the number of ranks that have not ended it."""
+    token from which on it was asked for, at the start of a chunk. wait: if the last answer was `Loading`. blocks: the engine's
+    block table from token 0 on; tables: those of the model's further groups. stored: number of leading chunks that the server has
+    or was sent; tail: hash of the unfull chunk that it has or was sent. promised: how many leading chunks other engines may
+    expect to be stored. jobs: running stores, each with the number of ranks that have not ended it."""
 
     id: Hashable
     salt: str = ""
@@ -50,6 +62,7 @@ class Request:
     asked_at: float = _NEVER
     asked_tokens: int = -1
     asked_from: int = 0
+    wait: Wait | None = None
     blocks: list[int] = field(default_factory=list)
     tables: list[list[int]] = field(default_factory=list)
     stored: int = 0
@@ -97,7 +110,7 @@ class Requests(Generic[RequestT]):
         name: the engine's name, the same in all of its schedulers. It names KV that no other engine may share, so it must be
             unique; "" generates one.
         groups: the groups of a model with several kinds of KV, in place of `block_tokens`.
-        stores: whether the engine stores what it computes. Other engines may wait for that.
+        stores: whether the engine, by any of its ranks, stores what it computes. Other engines may wait for that.
     """
 
     def __init__(
@@ -144,12 +157,14 @@ class Requests(Generic[RequestT]):
         *,
         fresh: float = HIT_SECONDS,
         wait: bool = False,
+        wait_seconds: float | None = None,
         ends: bool = True,
     ) -> Hit | Loading | None:
         """Look up which of these tokens the server has beyond the first `have`, which the engine has. None is a miss.
 
         A hit is stored in the request and returned again for `fresh` seconds; a miss for `MISS_SECONDS`. wait: return when tiers
-        have loaded, and never return `Loading`. ends: whether the prompt ends with these tokens.
+        have loaded or `wait_seconds` (None: the deadline of a call) have passed, and never return `Loading`. ends: whether the
+        prompt ends with these tokens.
         """
         session, now = self.session, self.runtime.now()
         if session is None or not (request.cacheable and request.may_load):
@@ -162,13 +177,17 @@ class Requests(Generic[RequestT]):
             self.give_back(request)
         elif same and age < MISS_SECONDS:
             return None
+        elif request.wait is not None and same and now < request.wait.asks_at and not wait:
+            return request.wait.answer
         chain, tail = self.chain(request), b""
         found: Hit | Loading | None = None
         if chain is not None:
             chain.extend(tokens)
             tail = chain.tail(tokens) if self._save_tail else b""
         if chain is not None and (len(chain) or tail):
-            ask: Callable[..., Hit | Loading | None] = session.lookup if wait else session.poll
+            ask: Callable[..., Hit | Loading | None] = (
+                partial(session.lookup, wait_seconds=wait_seconds) if wait else session.poll
+            )
             # The engine computes at least the last token, for which a window reaches one token less far back than the hit's end.
             most = (len(tokens) - ends) // chain.chunk_tokens if self._reaching else None
             named = {
@@ -179,8 +198,11 @@ class Requests(Generic[RequestT]):
             }
             found = ask(chain, have, self.prefill.tokens_per_second, any_split=True, **named)
         if isinstance(found, Loading):
-            request.promised = 0
+            began = request.wait.began if request.wait is not None else now
+            request.wait = Wait(began, found, now + min(MISS_SECONDS, WAIT_SHARE * (now - began)))
+            request.promised, request.asked_tokens = 0, len(tokens)
             return found
+        request.wait = None
         request.promised = len(chain) if chain is not None and self._stores else 0
         if found is not None and chain is not None:
             request.stored = max(request.stored, min(found.chunks, len(chain)))
@@ -202,7 +224,7 @@ class Requests(Generic[RequestT]):
 
     def give_back(self, request: RequestT) -> None:
         """Release the request's hit without loading it. A later load needs another `find`."""
-        hit, request.hit, request.asked_at = request.hit, None, _NEVER
+        hit, request.hit, request.asked_at, request.wait = request.hit, None, _NEVER, None
         if hit is not None:
             self.release(hit)
 
@@ -325,11 +347,16 @@ class Requests(Generic[RequestT]):
         request = self.open.pop(request_id, None)
         if request is not None:
             self.give_back(request)
-            if request.promised > request.stored and self.session is not None:
-                self.session.withdraw(str(request.id))
+            self._withdraw(request)
             if request.cacheable and request.chain is None:
                 self.forgone(computed)
         return request
+
+    def _withdraw(self, request: RequestT) -> None:
+        """Tell the server if the request stores less than it has announced."""
+        if request.promised > request.stored and self.session is not None:
+            self.session.withdraw(str(request.id))
+        request.promised = 0
 
     def forgone(self, tokens: int) -> None:
         """Count tokens of a prompt that were computed but could be neither looked up nor stored, for want of a server."""
@@ -348,6 +375,7 @@ class Requests(Generic[RequestT]):
         for request in self.open.values():
             request.cacheable = False  # a part of its KV may be of the old weights, so it must not be stored
             self.give_back(request)
+            self._withdraw(request)
 
     def own_cache_emptied(self) -> None:
         """Record that the engine's own cache is empty: KV computed from now on does not depend on its former contents."""

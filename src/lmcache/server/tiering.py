@@ -234,19 +234,23 @@ class Tiering:
             return 0
         if len(reaches) == 1:
             return end
+        stored = end
         for number in (one for one, reach in reaches.items() if not reach):
             have = l1.peek(now, asker.process, number, hashes)
-            end = min(end, have + l1.coming(now, asker, number, hashes, have).chunks)
+            end, stored = min(end, have + l1.coming(now, asker, number, hashes, have).chunks), min(stored, have)
         for _ in range(_MOST_AWAITED_ENDS):
             cut = hashes[: end * HASH_BYTES]
-            ends = [end]
+            ends, comes = [end], end > stored
             for number, reach in reaches.items():
                 needed = cut[-reach * HASH_BYTES :] if reach else b""
                 have = l1.peek(now, asker.process, number, needed)
-                have += l1.coming(now, asker, number, needed, have).chunks
-                ends += [end - 1] if have * HASH_BYTES < len(needed) else []
+                coming = l1.coming(now, asker, number, needed, have).chunks
+                comes |= coming > 0
+                ends += [end - 1] if (have + coming) * HASH_BYTES < len(needed) else []
             if not end or min(ends) == end:
                 return end
+            if not comes:  # the lookup itself finds an earlier end, with less work
+                return 0
             end = min(ends)
         return 0
 
@@ -319,7 +323,7 @@ class Tiering:
             if stored_next.chunks and not coming:
                 missing = part[found * HASH_BYTES : (found + 1) * HASH_BYTES]
                 name = self._l1.instance_name(asker.process)
-                self._l1.promises.give_up(name, asker.request, (space.number, missing))
+                self._l1.promises.give_up(now, name, asker.request, (space.number, missing))
             if found * HASH_BYTES < len(part):
                 break
         self._carry_out()

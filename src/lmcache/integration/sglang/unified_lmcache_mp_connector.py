@@ -164,6 +164,9 @@ class UnifiedLMCacheMPConnector:
         lookup, rank = Lookup(request_id, local_hit_tokens), self._rank
         if rank is not None:
             lookup.tokens = text = rank.text_of(tokens)
+            size = rank.scheduler.chunk_tokens
+            if size and self._page_size % size == 0:  # what follows the last complete page is neither loaded nor stored
+                lookup.tokens = text[: len(text) // self._page_size * self._page_size]
             lookup.tracker, lookup.began = (
                 self._tracker(rank, request_id, text, cache_salt),
                 rank.requests.runtime.now(),
@@ -378,10 +381,14 @@ class UnifiedLMCacheMPConnector:
     def _ask(self, rank: SGLangRank, lookup: Lookup, tracker: Tracker) -> None:
         """Look up, and set `lookup.mine`: the tokens found, in complete pages, or `COMING` while a tier loads more."""
         # SGLang leaves the prompt's last token out: it computes that one in any case.
-        found = rank.requests.find(tracker, lookup.tokens, lookup.local_tokens, fresh=FRESH_SECONDS, ends=False)
+        asked = tracker, lookup.tokens, lookup.local_tokens
+        found = rank.requests.find(*asked, fresh=FRESH_SECONDS, ends=False)
+        if isinstance(found, Loading):
+            if rank.requests.runtime.now() - lookup.began < self.operation_timeout:
+                lookup.mine = COMING
+                return
+            rank.requests.find(*asked, wait=True, wait_seconds=0.0, ends=False)  # what is there by now
         lookup.mine = min(tracker.found_tokens, len(lookup.tokens)) // self._page_size * self._page_size
-        if isinstance(found, Loading) and rank.requests.runtime.now() - lookup.began < self.operation_timeout:
-            lookup.mine = COMING
 
     def _note_pace(self, rank: SGLangRank, tracker: Tracker) -> None:
         """Note that SGLang has computed the tokens that it passed, and how long that took, waits in its queue included."""
