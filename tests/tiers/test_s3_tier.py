@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import tracemalloc
-from collections.abc import Callable, ItemsView, Iterator
+from collections.abc import Callable, ItemsView, Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -215,6 +215,23 @@ def test_two_servers_above_the_cap_are_trimmed_by_one_janitor(seaweed: Seaweed, 
     eventually(
         lambda: other._identity.encode() in bytes(obstore.get(seaweed.store(), "shared/_lmcache/janitor").bytes())
     )
+
+
+def test_what_a_sweep_finds_while_room_is_made_makes_no_store_fail(
+    opened: Callable[..., S3Tier], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tier = opened("found", "&max_gb=0.01&sweep=1000")
+    assert tier.store(shards_of(10, MIB)) == [OK] * 10
+    remove, others = tier.remove, shards_of(8, MIB)
+
+    def remove_and_find(keys: Sequence[ShardKey]) -> None:
+        remove(keys)
+        while others:
+            tier._accounting.seen(others.pop().key, MIB)
+
+    monkeypatch.setattr(tier, "remove", remove_and_find)
+    assert tier.store(shards_of(1, MIB)) == [OK]
+    assert not others
 
 
 @pytest.mark.parametrize(

@@ -242,7 +242,9 @@ class S3Tier(Tier):
         if not self._swept.is_set():
             return NOT_READY
         with self._trimming:
-            self._trim(size, self._max_bytes // _ROOM_PART)
+            for _ in range(2):  # a sweep may find what other servers have stored while shards are deleted
+                if not self._trim(size, self._max_bytes // _ROOM_PART):
+                    break
             if self._accounting.stored_bytes + self._accounting.other_bytes + size > self._max_bytes:
                 return FULL
             self._accounting.begin(key, size)
