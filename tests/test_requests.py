@@ -181,6 +181,29 @@ def test_a_waiting_request_is_answered_from_memory_until_the_answer_is_old(bed: 
     assert not held(bed)
 
 
+def test_a_request_counts_once_however_long_it_waits(server: Servers, engine: Engines) -> None:
+    """Schedulers ask about a waiting request again and again, and each lookup is a lease or a miss of its own."""
+    one = server(chunk=CHUNK)
+    bed, ids = Bed(engine(one)), prompt(4, 100)
+
+    def counted(name: str, seconds: float) -> tuple[float, float]:
+        """Hits and misses of a request that is asked about ten times; then it goes on with one more token."""
+        before, asked, waits = one.counters(), bed.asked, bed.open(name)
+        for _ in range(10):
+            bed.requests.find(waits, ids)
+            bed.now += seconds
+        assert bed.asked == asked + 10
+        bed.requests.find(waits, [*ids, 1])
+        bed.requests.finish(name)
+        after = one.counters()
+        hits, misses = (after[kind] - before[kind] for kind in ("hit_chunks_total", "missed_chunks_total"))
+        return hits, misses
+
+    assert counted("misses", MISS_SECONDS) == (0, 2 * 6)
+    assert bed.store(bed.open("stores"), ids) == 96
+    assert counted("hits", HIT_SECONDS) == (2 * 6, 0)
+
+
 def test_hits_that_nobody_loads_are_given_back_when_they_are_old(bed: Bed) -> None:
     ids = prompt(5, 64)
     bed.store(bed.open("stores"), ids)

@@ -34,7 +34,7 @@ REQUESTS = [
     m.Ping(),
     m.Register(LAYOUT, 2, 1, 4096),
     m.Lookup(1, bytes(32), 1, 100.0, "request-1"),
-    m.Lookup(1, bytes(32), 1, 100.0, "request-1", [2], True, "engine-1", True),
+    m.Lookup(1, bytes(32), 1, 100.0, "request-1", [2], True, "engine-1", True, True),
     m.Release([1, 2]),
     m.Release([], ["request-1"]),
     m.Reserve(1, 0, bytes(16), False, bytes(16)),

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,6 +20,7 @@ from filesystems import FaultyFilesystem
 from lmcache.errors import ConfigError
 from lmcache.testing.conformance import load_one, payload_of, shard_key, shard_of
 from lmcache.tiers import ABSENT, KEPT, OK, TierError, frame
+from lmcache.tiers.directory import janitor as janitor_module
 from lmcache.tiers.directory import tier as directory_module
 from lmcache.tiers.directory.janitor import LEASE_SECONDS, LEFTOVER_SECONDS, Count, Janitor
 from lmcache.tiers.directory.tier import DirectoryTier
@@ -282,6 +283,55 @@ def test_a_file_from_the_far_future_does_not_keep_room_from_being_made(
     if file_of(tier, 0).stat().st_mtime_ns < 1 << 63:
         pytest.skip("this file system writes no such time down")
     assert fill(tier, range(20, 28), MIB) == [OK] * 8
+
+
+class Stuck(FaultyFilesystem):
+    """These files cannot be removed, as if another user owned their directories."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fail["unlink"] = errno.EACCES
+        self.paths: set[Path] | None = set()
+        """None: all files."""
+
+    def applies(self, name: str, arguments: Sequence[object]) -> bool:
+        return self.paths is None or arguments[0] in self.paths
+
+
+def test_files_that_cannot_be_removed_are_stepped_over(
+    directory: Callable[..., DirectoryTier], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    filesystem, leftover = Stuck(), tmp_path / "tier/tmp/left"
+    tier = directory(16 * MIB, filesystem)
+    fill(tier, range(12), MIB)
+    leftover.write_bytes(b"")
+    age(leftover, LEFTOVER_SECONDS + 60)
+    for number in range(2):  # they are to go first
+        age(file_of(tier, number), 1000 - number)
+    filesystem.paths = {file_of(tier, 0), file_of(tier, 1), leftover}
+    assert [fill(tier, range(number, number + 1), MIB) for number in range(20, 50)] == [[OK]] * 30
+    assert filesystem_bytes(tmp_path / "tier") <= 16 * MIB and there(tier, range(12)) == [0, 1]
+    assert [record.getMessage().count("Permission denied") for record in caplog.records] == [1]
+    os.truncate(file_of(tier, 0), 100)
+    assert load_one(tier, shard_key(0), MIB)[0] in frame.DAMAGE
+    with pytest.raises(TierError, match="permission denied"):
+        tier.clear()
+    assert there(tier, range(50)) == [0, 1]
+
+
+@pytest.mark.parametrize("most", [1, 1000])
+def test_where_nothing_can_be_removed_the_trouble_is_told(
+    directory: Callable[..., DirectoryTier], monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    monkeypatch.setattr(janitor_module, "MAX_STUCK", most)
+    filesystem = Stuck()
+    tier = directory(16 * MIB, filesystem)
+    fill(tier, range(14), MIB)
+    filesystem.paths = None
+    with pytest.raises(TierError, match="permission denied"):
+        fill(tier, range(20, 24), MIB)
+    filesystem.paths = set()
+    assert fill(tier, range(30, 34), MIB) == [OK] * 4
 
 
 def test_leftovers_of_crashed_writers_are_swept_and_those_of_live_ones_are_not(

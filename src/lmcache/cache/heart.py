@@ -215,13 +215,14 @@ class Heart(Index):
         others: Sequence[int] = (),
         sisters: bool = False,
         partly: bool = True,
+        again: bool = False,
     ) -> Hit:
         """Count how many of these chunks, from the first on, can be used; lease those that are needed from `first_wanted` on.
 
         hashes: 16 bytes a chunk. request: the engine's id of the request, for events. others: the spaces of the model's other
         groups, if it has several; a prefix can be used if all groups have what they need of it (`cache.groups`). sisters: whether
         the engine can use what sisters of its spaces have. partly: if false, and not all these chunks can be used, return a hit
-        of no chunks, and touch, lease and count nothing.
+        of no chunks, and touch, lease and count nothing. again: the request has had an answer, which has been counted.
 
         Raises:
             Refusal: unknown space or process.
@@ -230,15 +231,17 @@ class Heart(Index):
         asked, by = len(hashes) // HASH_BYTES, (process, instance.tier, request)
         reason = self._claims.why_no_lease(instance)
         if reason:
-            if partly:
+            if partly and not again:
                 self.events.emit("missed", space_number, asked, reason, by, lambda event: event._replace(hashes=hashes))
             return Hit(0, 0, b"")
         chunks, spaces, found = self._usable(process, space, others, hashes, sisters)
         missed = asked - chunks
         if missed and not partly:
             return Hit(0, 0, b"")
-        hit = self._lease(now, by, instance, spaces, hashes, chunks, found, first_wanted)
-        if missed:
+        if chunks and not again:
+            self._count_hit(by, spaces, hashes, chunks, found)
+        hit = self._lease(now, by, instance, spaces, chunks, found, first_wanted)
+        if missed and not again:
             reason = self._why_missed(spaces, hashes, chunks)
             self.events.emit("missed", space_number, missed, reason, by, lambda event: of_last(event, hashes))
         return hit
@@ -255,32 +258,34 @@ class Heart(Index):
         chunks, found = usable_prefix(spaces, hashes, sisters)
         return chunks, spaces, found
 
+    def _count_hit(self, by: By, spaces: Sequence[Space], hashes: bytes, chunks: int, found: Found | bytes) -> None:
+        """Count the chunks that can be used, which are the first ones of `hashes`, and those of them that sisters have."""
+        self.events.emit(
+            "hit", spaces[0].number, chunks, "", by,
+            lambda event: event._replace(hashes=hashes[: chunks * HASH_BYTES]),
+        )  # fmt: skip
+        for group, parts in enumerate(() if isinstance(found, bytes) else found):
+            for part in parts:
+                if part.space is not spaces[group]:
+                    self.events.counters["hit:other split"] += len(part.ids) // 4
+
     def _lease(
         self,
         now: float,
         by: By,
         instance: Instance,
         spaces: Sequence[Space],
-        hashes: bytes,
         chunks: int,
         found: Found | bytes,
         first_wanted: int,
     ) -> Hit:
-        """Touch and count the chunks that can be used, which are the first ones of `hashes`, and lease those that are needed from
-        `first_wanted` on."""
-        if chunks:
-            self.events.emit(
-                "hit", spaces[0].number, chunks, "", by,
-                lambda event: event._replace(hashes=hashes[: chunks * HASH_BYTES]),
-            )  # fmt: skip
+        """Touch the first `chunks` chunks, which can be used, and lease those that are needed from `first_wanted` on."""
         if isinstance(found, bytes):
             return self._lease_own(now, by, instance, spaces[0], found, first_wanted)
         own, foreign = [Held(space, space.table, b"") for space in spaces], []
         for group, parts in enumerate(found):
             for part in parts:
                 self._touch_part(now, part)
-                if part.space is not spaces[group]:
-                    self.events.counters["hit:other split"] += len(part.ids) // 4
                 first = max(part.first, first_wanted)
                 held = Held(part.space, part.space.table, part.ids[4 * (first - part.first) :])
                 if held.ids and part.space is spaces[group] and part is parts[0]:

@@ -195,6 +195,7 @@ class Requests(Generic[RequestT]):
                 "request_id": str(request.id),
                 "chunks": most,
                 "engine": self._name if self._stores else "",
+                "again": same,
             }
             found = ask(chain, have, self.prefill.tokens_per_second, any_split=True, **named)
         if isinstance(found, Loading):

@@ -128,6 +128,7 @@ class SchedulerSession(Session):
         chunks: int | None = None,
         any_split: bool = False,
         engine: str = "",
+        again: bool = False,
     ) -> Hit | None:
         """Poll until tiers have loaded what the server finds worth waiting for, or `wait_seconds` (None: the deadline of a call)
         have passed. Arguments as for `poll`."""
@@ -136,12 +137,13 @@ class SchedulerSession(Session):
         )
         pause = _SHORTEST_PAUSE_SECONDS
         while True:
-            found = self.poll(chain, skip_tokens, prefill_rate, tail, request_id, chunks, any_split, engine, halts=True)
+            asked = chain, skip_tokens, prefill_rate, tail, request_id, chunks, any_split, engine
+            found = self.poll(*asked, halts=True, again=again)
             if not isinstance(found, Loading):
                 return found
             if self.runtime.now() > end:
                 # Without an id it waits for no other engine, and gets what that has stored so far.
-                found = self.poll(chain, skip_tokens, prefill_rate, tail, "", chunks, any_split)
+                found = self.poll(chain, skip_tokens, prefill_rate, tail, "", chunks, any_split, again=again)
                 return None if isinstance(found, Loading) else found
             self.runtime.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
@@ -157,6 +159,7 @@ class SchedulerSession(Session):
         any_split: bool = False,
         engine: str = "",
         halts: bool = False,
+        again: bool = False,
     ) -> Hit | Loading | None:
         """Look up which leading chunks of the chain are in L1, and lease those behind the first `skip_tokens` tokens.
 
@@ -165,7 +168,8 @@ class SchedulerSession(Session):
         behind the chain, which may be the last one of the hit. request_id: under which the server records the work of tiers.
         chunks: look up only so many. any_split: find also what ranks of other parallel splits have stored, which is `foreign` in
         the hit, for `LoadPlan` to make loads of. engine: the name of an engine that stores what it computes; others may wait for
-        the chunks that it does not find. halts: whether it computes nothing while the answer is `Loading`.
+        the chunks that it does not find. halts: whether it computes nothing while the answer is `Loading`. again: whether the
+        server has counted an earlier answer to the same request.
         """
         if chain.chunk_tokens != self._chunk_tokens:
             return None
@@ -181,7 +185,8 @@ class SchedulerSession(Session):
         try:
             name = m.request_name(request_id)
             request = m.Lookup(
-                self._space, hashes, first, prefill_rate, name, self._others, any_split, m.request_name(engine), halts
+                *(self._space, hashes, first, prefill_rate, name, self._others, any_split, m.request_name(engine)),
+                *(halts, again),
             )
             found, _ = self._connection.call(request, m.Found)
         except LMCacheError as error:

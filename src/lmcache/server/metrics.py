@@ -10,8 +10,8 @@ from prometheus_client.core import Metric
 from prometheus_client.exposition import choose_encoder
 
 HELP: dict[str, str] = {
-    "hit_chunks_total": "Chunks that lookups found complete.",
-    "missed_chunks_total": "Chunks that lookups asked for and did not find.",
+    "hit_chunks_total": "Chunks that lookups found complete; a request that waits counts once, by its first answer.",
+    "missed_chunks_total": "Chunks that lookups asked for and did not find; a request that waits counts once.",
     "stored_chunks_total": "Chunks that became complete: L1 holds stored - evicted - cleared complete chunks.",
     "evicted_chunks_total": "Complete chunks evicted for newer ones.",
     "cleared_chunks_total": "Complete chunks removed on request.",

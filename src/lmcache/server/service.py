@@ -9,6 +9,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Executor
+from functools import partial
 from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
@@ -145,13 +146,17 @@ class Service:
             shards, hashes = widest, hashes[: 16 * m.most_looked_up(first, widest)]
         self.sessions.check_room(peer, 4 * shards * max(0, asked - first))
         name = m.request_name(request.request)
-        lookup = self._now(), peer.process, request.space, hashes, first, name, request.others, request.sisters
+        lookup = partial(
+            self.l1.lookup,
+            *(self._now(), peer.process, request.space, hashes, first, name, request.others, request.sisters),
+            again=request.again,
+        )
         if self.tiering is None:
-            return _found(self.l1.lookup(*lookup))
+            return _found(lookup())
         hit = None
         if any(self.tiering.sources):
             if not any(map(self.tiering.knows, spaces, repeat(hashes), repeat(request.sisters))):
-                everything = self.l1.lookup(*lookup, partly=False)
+                everything = lookup(partly=False)
                 hit = everything if 16 * everything.chunks == len(hashes) else None
             if hit is None:
                 asker = Asker(peer.process, name, request.engine, first, request.halts)
@@ -159,7 +164,7 @@ class Service:
                 if coming:
                     return m.Found(in_l1, 0, b"", coming)
         if hit is None:
-            hit = self.l1.lookup(*lookup)
+            hit = lookup()
         if self.l1.promises.by_chunk or (request.engine and 16 * hit.chunks < len(hashes)):
             asker = Asker(peer.process, name, request.engine)
             self.tiering.answered(asker, spaces, hashes, hit.chunks, request.prefill_rate)

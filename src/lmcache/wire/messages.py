@@ -108,6 +108,8 @@ class Lookup(Message, frozen=True, tag=4):
     may wait for them. "": it stores nothing."""
     halts: bool = False
     """Whether the engine computes nothing while it waits for what is `loading`."""
+    again: bool = False
+    """Whether the request, which still waits, has had an answer before. Hits and misses count the first one only."""
 
 
 class Release(Message, frozen=True, tag=5):

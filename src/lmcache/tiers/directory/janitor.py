@@ -22,18 +22,23 @@ import socket
 import threading
 import uuid
 from array import array
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from lmcache.observability.log import init_logger
 from lmcache.runtime import RUNTIME, Runtime
 from lmcache.tiers.filesystem import Filesystem
 
+log = init_logger(__name__)
 LEASE_SECONDS = 60.0
 LEFTOVER_SECONDS = 3600.0
 """A file in tmp/ that has not been written to for so long was left by a crashed writer."""
+MAX_STUCK = 1000
+"""A trim gives up once so many shards could not be removed: then the trouble is not with single files."""
 _RENEW_SECONDS = 10.0
 """Interval at which the janitor touches its lease during a long count or removal."""
 _SPACE, _FAN, _SHARD = (re.compile(one) for one in ("[0-9a-f]{32}", "[0-9a-f]{2}", "[0-9a-f]{32}-[0-9a-f]+-[0-9a-f]+"))
@@ -68,6 +73,7 @@ class Janitor:
         self._lease, self._usage, self._wanted = folder / "janitor", folder / "usage", folder / "wanted"
         self._name = f"{socket.gethostname()} {os.getpid()} {uuid.uuid4().hex}"
         self._renewed = 0.0
+        self._told = False
 
     def elected(self) -> bool:
         """Renew the lease, or take it if it is free, expired, or held by a dead process of this host.
@@ -141,9 +147,7 @@ class Janitor:
         total = shards = 0
         for entry in self._steps(self._folder / "tmp"):
             status = _stat(entry)
-            if status and now - status.st_mtime > LEFTOVER_SECONDS:
-                self._filesystem.unlink(Path(entry.path))
-            elif status:
+            if status and (now - status.st_mtime <= LEFTOVER_SECONDS or self._cannot_remove(entry)):
                 total += status.st_blocks * 512
         for _, status in self._shards():
             total += status.st_blocks * 512
@@ -156,41 +160,72 @@ class Janitor:
         return Count(total, shards)
 
     def trim(self, count: Count, to_bytes: int) -> Count:
-        """Remove the least recently used shards until `to_bytes` are left. Return the new count. Raises OSError.
+        """Remove the least recently used shards until `to_bytes` are left. Return the new count.
 
         count: the result of `count`. This method reads the directory twice, so that no list of all names is needed: first to
-        find the time of last use up to which shards must go, then to remove them.
+        find the time of last use up to which shards must go, then to remove them. It does so again without the shards that could
+        not be removed, until enough others are.
+
+        Raises:
+            OSError: the directory cannot be read, or no shard or too many of them could not be removed.
         """
-        excess = count.stored_bytes - to_bytes
-        if excess <= 0:
-            return count
+        stuck: dict[str, OSError] = {}
+        known, left = -1, count
+        while left.stored_bytes > to_bytes and known < len(stuck):
+            known, newest = len(stuck), self._last_to_go(left.stored_bytes - to_bytes, stuck)
+            for entry, status in self._shards():
+                if status.st_mtime <= newest and left.stored_bytes > to_bytes and entry.path not in stuck:
+                    error = self._cannot_remove(entry)
+                    if error is None:
+                        left = Count(left.stored_bytes - status.st_blocks * 512, left.shards - 1)
+                        continue
+                    stuck[entry.path] = error
+                    if len(stuck) == MAX_STUCK:
+                        raise error
+        for path, error in stuck.items():
+            if left == count:
+                raise error
+            if not self._told:
+                log.warning("%s cannot be removed, and others are in its place: %s", path, error.strerror)
+            self._told = True
+        return left
+
+    def _last_to_go(self, excess: int, stuck: Container[str]) -> float:
+        """Return the time of last use up to which shards, without those that are `stuck`, have `excess` bytes."""
         times, sizes = array("d"), array("q")  # "q" could not hold times after the year 2262 in nanoseconds
-        for _, status in self._shards():
-            times.append(status.st_mtime)
-            sizes.append(status.st_blocks * 512)
-        order = np.argsort(np.frombuffer(times, np.float64), kind="stable") if times else np.empty(0, np.int64)
-        freed = np.cumsum(np.frombuffer(sizes, np.int64)[order]) if times else order
-        last = int(np.searchsorted(freed, excess))
-        newest = times[int(order[min(last, len(order) - 1)])] if times else 0
-        stored, shards = count
         for entry, status in self._shards():
-            if status.st_mtime <= newest and stored > to_bytes:
-                self._filesystem.unlink(Path(entry.path))
-                stored -= status.st_blocks * 512
-                shards -= 1
-        return Count(stored, shards)
+            if entry.path not in stuck:
+                times.append(status.st_mtime)
+                sizes.append(status.st_blocks * 512)
+        if not times:
+            return 0.0
+        order = np.argsort(np.frombuffer(times, np.float64), kind="stable")
+        freed = np.cumsum(np.frombuffer(sizes, np.int64)[order])
+        last = int(np.searchsorted(freed, excess))
+        return times[int(order[min(last, len(order) - 1)])]
+
+    def _cannot_remove(self, entry: os.DirEntry[str]) -> OSError | None:
+        """Remove a file, and return the error if that is impossible, as it is where another user owns the directory."""
+        try:
+            self._filesystem.unlink(Path(entry.path))
+        except OSError as error:
+            return error.with_traceback(None)
+        return None
 
     def clear(self) -> None:
-        """Remove all shards, all files being written, and the directories that are then empty. Raises OSError."""
-        for entry, _ in self._shards():
-            self._filesystem.unlink(Path(entry.path))
-        for entry in self._steps(self._folder / "tmp"):
-            self._filesystem.unlink(Path(entry.path))
+        """Remove all shards, all files being written, and the directories that are then empty. Raises OSError, after all that can
+        be removed has been."""
+        files = chain((entry for entry, _ in self._shards()), self._steps(self._folder / "tmp"))
+        trouble = None
+        for entry in files:
+            trouble = self._cannot_remove(entry) or trouble
         for folder in sorted(_folders(self._folder), reverse=True):
             try:
                 folder.rmdir()
             except OSError:
                 pass  # another process is storing there, or the directory holds a file of another kind
+        if trouble is not None:
+            raise trouble
 
     def _shards(self) -> Iterator[tuple[os.DirEntry[str], os.stat_result]]:
         for folder in _folders(self._folder):

@@ -13,6 +13,7 @@ import threading
 import uuid
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -203,7 +204,8 @@ class DirectoryTier(Tier):
             status = os.fstat(fd)
             outcome = self._read(fd, status.st_size, key, into.cast("B"))
             if outcome != OK:
-                self._unlink(path, status.st_ino)
+                with suppress(OSError):  # what is damaged is a miss, though this user may not be able to remove it
+                    self._unlink(path, status.st_ino)
             elif self._runtime.wall() - status.st_mtime >= self._touch_seconds:
                 self._touch(path)
             return outcome
