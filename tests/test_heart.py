@@ -673,7 +673,7 @@ class Life:
         for heart_space in self.heart.spaces:
             if not heart_space.instances:
                 model = next(one for one in self.spaces if one.number == heart_space.number)
-                busy = model.busy()
+                busy = model.busy() | path  # the space that is stored into may be one without engines
                 for own in set(heart_space.classes) - {-1}:
                     for region in slabs.regions(own):
                         sectors = range(region.first_sector, region.end_sector)
