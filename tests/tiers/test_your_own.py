@@ -53,9 +53,10 @@ def run_the_tests_of_the_page(installed: Path, name: str, *options: str) -> str:
     """What pytest says of them."""
     (installed / name).write_text(file_of(name))
     (installed / "pytest.ini").touch()  # nothing of whoever runs this
+    environment = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--basetemp", "places", name, *options],
-        cwd=installed, capture_output=True, text=True, timeout=4 * PATIENCE,
+        cwd=installed, env=environment, capture_output=True, text=True, timeout=4 * PATIENCE,
     )  # fmt: skip
     return done.stdout + done.stderr
 
