@@ -33,7 +33,7 @@ from lmcache.integration.vllm import settings as settings_of_vllm
 from lmcache.integration.vllm import vllm_multi_process_adapter as adapter
 from lmcache.integration.vllm import weights as weights_of_vllm
 from lmcache.integration.vllm.identity import config_digest, model_identity
-from lmcache.integration.vllm.model import describe_model, needs_ranks
+from lmcache.integration.vllm.model import describe_model, needs_ranks, zeroes_first
 from lmcache.integration.vllm.paged import Registered, Shape, describe_tensors, own_scales, refuse_other_numbers
 from lmcache.integration.vllm.plan import StepReport
 from lmcache.integration.vllm.resets import empty as empty_vllms_cache
@@ -376,6 +376,16 @@ class Pool:
             self.held.remove(block)
 
 
+def test_which_engines_write_zeros_before_ranks_settle() -> None:
+    newer, older, unknown = (
+        SimpleNamespace(**one) for one in ({"use_v2_model_runner": True}, {"use_v2_model_runner": False}, {})
+    )
+    for vllm_config, zeroes in ((newer, True), (older, False), (unknown, True)):
+        assert zeroes_first(vllm_config, SimpleNamespace(needs_kv_cache_zeroing=True)) == zeroes
+        assert not zeroes_first(vllm_config, SimpleNamespace(needs_kv_cache_zeroing=False))
+        assert not zeroes_first(vllm_config, SimpleNamespace())
+
+
 @pytest.mark.parametrize("zeroes", [False, True])
 def test_blocks_that_stores_read_are_given_back_when_vllm_empties_its_cache(zeroes: bool) -> None:
     """And when their request was preempted and is then aborted. In both cases the ranks settle these stores first, and if vLLM
@@ -398,7 +408,9 @@ def test_blocks_that_stores_read_are_given_back_when_vllm_empties_its_cache(zero
             assert not scheduler.finished(request)
             assert bool(pool.held) == zeroes, "nobody has to wait for a step"
         else:
-            assert empty_vllms_cache(lambda of: bool(pool.held) == zeroes, SimpleNamespace(vllm_config=engine))
+            vllm = SimpleNamespace(vllm_config=engine)
+            assert not empty_vllms_cache(lambda of: not pool.held, vllm), "vLLM may try again"
+            assert empty_vllms_cache(lambda of, running: bool(pool.held) == zeroes, vllm, True)
         assert store.job_id in scheduler.plan_step(step()).settle
     scheduler.transferred(report=StepReport(stored=dict.fromkeys(jobs, 1)))
     assert not pool.held

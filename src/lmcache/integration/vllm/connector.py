@@ -17,7 +17,7 @@ from lmcache.engine.served import NOT_SERVED, refusal_of
 from lmcache.engine.settings import ServerSettings
 from lmcache.integration.vllm.caches import describe_rank, layers_of_all_stages
 from lmcache.integration.vllm.layers import Layers
-from lmcache.integration.vllm.model import ModelKV, Stages, describe_model, needs_ranks
+from lmcache.integration.vllm.model import ModelKV, Stages, describe_model, needs_ranks, zeroes_first
 from lmcache.integration.vllm.plan import StepPlan, StepReport
 from lmcache.integration.vllm.resets import watch_resets
 from lmcache.integration.vllm.scheduler import SchedulerSide
@@ -128,7 +128,7 @@ class Connector:
             logs=self._in_process,
             device=str(self._vllm_config.device_config.device_type),
             config=self._settings.config,
-            zeroes=bool(getattr(self._kv_cache_config, "needs_kv_cache_zeroing", False)),
+            zeroes=zeroes_first(self._vllm_config, self._kv_cache_config),
         )
         side.bind_pool(self._pool)
         watch_resets(self._instance, side)

@@ -157,6 +157,13 @@ def needs_ranks(vllm_config: Any, kv_cache_config: Any) -> bool:
     return len(groups) > 1 or any(type(group.kv_cache_spec).__name__ not in _FULL_ATTENTION for group in groups)
 
 
+def zeroes_first(vllm_config: Any, kv_cache_config: Any) -> bool:
+    """Return whether vLLM may write zeros to the blocks that it gives out before ranks settle the stores that read them. Its
+    older model runner lets them settle first."""
+    zeroes = bool(getattr(kv_cache_config, "needs_kv_cache_zeroing", False))
+    return zeroes and bool(getattr(vllm_config, "use_v2_model_runner", True))
+
+
 def describe_model(vllm_config: Any, kv_cache_config: Any, model_id: str = "", stages: Stages = ()) -> ModelKV:
     """Describe the KV of the model that vLLM serves. stages: needed if the model `needs_ranks`.
 

@@ -78,9 +78,10 @@ def add_adapter(add: Any, core: Any, lora_request: Any) -> Any:
 
 
 def empty(reset: Any, scheduler: Any, *args: Any, **kwargs: Any) -> Any:
-    """Wrap `Scheduler.reset_prefix_cache`, which returns whether the cache could be emptied: only if no block is in use."""
+    """Wrap `Scheduler.reset_prefix_cache`, which returns whether the cache could be emptied: only if no block is in use. With
+    `reset_running_requests` vLLM takes all blocks away from requests, and raises RuntimeError if others use some."""
     side = _side_of(scheduler)
-    if side is not None:
+    if side is not None and (args[0] if args else kwargs.get("reset_running_requests")):
         side.release_blocks()
     emptied = reset(scheduler, *args, **kwargs)
     if emptied and side is not None:

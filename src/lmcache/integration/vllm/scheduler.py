@@ -220,7 +220,7 @@ class SchedulerSide:
         return True
 
     def release_blocks(self) -> None:
-        """Give back the blocks that are held for stores: vLLM is about to empty its prefix cache, for which they must be free."""
+        """Give back the blocks that are held for stores: vLLM is about to take all blocks away."""
         self._settle(list(self._held))
 
     def _settle(self, jobs: Iterable[str]) -> None:
