@@ -261,7 +261,7 @@ def test_a_server_its_tiers_and_two_engines_live_by_a_made_up_clock(world: World
     print(f"{world.time.time:.2f} made-up seconds, {time.perf_counter() - began:.2f} real ones")
 
 
-ENGINES, BURSTS, SHARED = 8, 100, 12
+ENGINES, BURSTS, SHARED = 8, 25, 12
 """Engines, prompts that all of them get at once, and chunks that these share."""
 
 
