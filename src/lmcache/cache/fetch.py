@@ -149,9 +149,9 @@ class _Fetch:
     has: dict[int, Sequence[bool]] = field(default_factory=dict)
     """Tier -> which of the missing chunks it has."""
     coming: Coming = NOTHING
-    """What other engines were storing when the fetch began."""
+    """The chunks that other engines were storing when the fetch began."""
     have: int = 0
-    """How many leading chunks the engine has itself."""
+    """The number of leading chunks that the engine has itself."""
     since: float = 0.0
     """When the wait for other engines began, in this fetch or in the one before it."""
     progress: float = 0.0

@@ -98,11 +98,11 @@ class Promises:
     def __init__(self) -> None:
         self.by_chunk: dict[Key, Promise] = {}
         self._by_request: OrderedDict[tuple[str, str], Promise] = OrderedDict()
-        """By instance and request, the oldest promise first."""
+        """(instance, request) -> the promise of this request, the oldest first."""
         self._given_up: OrderedDict[tuple[str, str], Key] = OrderedDict()
-        """By instance and request: the chunk that it has stopped to wait for."""
+        """(instance, request) -> the chunk that this request has stopped to wait for."""
         self._engine_of: dict[str, str] = {}
-        """By instance, of those that have promised anything."""
+        """Instance -> the name of its engine, for each instance that has promised anything."""
         self._distrusted = set[str]()
         """Engines that somebody has waited for in vain, and that have stored nothing since."""
 

@@ -175,7 +175,7 @@ class Split(msgspec.Struct, frozen=True, array_like=True):
 
     @property
     def stage_shards(self) -> int:
-        """How many shards each stage has."""
+        """The number of shards of each stage."""
         return self.count // max(1, len(self.stages))
 
     def shard(self, layout: Layout, index: int) -> Shard:
