@@ -28,7 +28,7 @@ from typing import NamedTuple
 from lmcache.cache.events import Event
 from lmcache.cache.load_cost import AWAIT_SLACK, AWAIT_TOLERANCE, UNPACED_WAIT_SECONDS, Pace, slack_seconds
 from lmcache.cache.promises import NOTHING, Coming
-from lmcache.chunks import HASH_BYTES
+from lmcache.chunks import HASH_BYTES, split_hashes
 
 ASK_SECONDS = 0.5
 """A fetch goes on without the tiers that have not answered by then."""
@@ -230,7 +230,7 @@ class _Pending:
 
     @property
     def keys(self) -> list[tuple[int, bytes]]:
-        return [(self.load.space, key) for key in _keys(self.load.hashes)]
+        return [(self.load.space, key) for key in split_hashes(self.load.hashes)]
 
 
 class Fetches:
@@ -368,7 +368,7 @@ class Fetches:
 
     def heard(self, event: Event) -> None:
         """Add an event to the records of the fetches that have loaded its chunks."""
-        for key in _keys(event.hashes) if self._followed else ():
+        for key in split_hashes(event.hashes) if self._followed else ():
             pending = self._followed.get((event.space, key))
             if pending is None:
                 continue
@@ -380,7 +380,7 @@ class Fetches:
 
     def kept(self, space: int, hashes: bytes) -> None:
         """Note that a tier has stored these chunks, so a new fetch may look for them at once."""
-        keys = set(_keys(hashes))
+        keys = set(split_hashes(hashes))
         for fetch in list(self._fetches.values()):
             if fetch.ended is not None and fetch.space == space and fetch.hash_of(fetch.first) in keys:
                 self._drop(fetch)
@@ -671,7 +671,3 @@ class Fetches:
                 self._followed.move_to_end(key)
             while len(self._followed) > FOLLOWED_CHUNKS:
                 self._followed.popitem(last=False)
-
-
-def _keys(hashes: bytes) -> list[bytes]:
-    return [hashes[at : at + HASH_BYTES] for at in range(0, len(hashes), HASH_BYTES)]

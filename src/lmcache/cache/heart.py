@@ -28,7 +28,7 @@ from lmcache.cache.groups import Found, Part, parts_of, usable_prefix
 from lmcache.cache.index import MAX_SISTERS, Index, names_of, of_last, of_new, of_records, pack_ids
 from lmcache.cache.promises import MAX_PROMISED, NOTHING, Asker, Coming, Key, Promises, keys_of
 from lmcache.cache.table import COMPLETED, RELEASED, Table
-from lmcache.chunks import HASH_BYTES, Split
+from lmcache.chunks import HASH_BYTES, Split, split_hashes
 from lmcache.memory.slabs import NO_EXTENT
 
 MAX_SPACES_OF_INSTANCE = 64
@@ -346,7 +346,7 @@ class Heart(Index):
         space = self._spaces.get(space_number)
         if space is None:
             return 0, b"", b""
-        table, keys = space.table, [hashes[at : at + HASH_BYTES] for at in range(0, len(hashes), HASH_BYTES)]
+        table, keys = space.table, split_hashes(hashes)
         found = [(key, one) for key in keys if (one := table.get(key)) >= 0 and table.complete(one)]
         if not found:
             return 0, b"", b""

@@ -14,7 +14,7 @@ from lmcache.cache.allocator import Allocator, Space, in_use
 from lmcache.cache.claims import Refusal
 from lmcache.cache.events import By, Event, Events
 from lmcache.cache.table import EMPTY, Table
-from lmcache.chunks import HASH_BYTES, Split
+from lmcache.chunks import HASH_BYTES, Split, split_hashes
 from lmcache.memory.slabs import NO_EXTENT, Slabs
 from lmcache.observability.log import init_logger
 
@@ -143,7 +143,7 @@ class Index:
         """Begin to fill this shard of the chunks. Returns the ids that are filled, and the sector of each chunk until allocation
         fails; NO_EXTENT if the chunk's shard is stored or being filled already."""
         table = space.table
-        keys = [hashes[at : at + HASH_BYTES] for at in range(0, len(hashes), HASH_BYTES)]
+        keys = split_hashes(hashes)
         known = [number for number in map(table.get, keys) if number >= 0]
         # Touch the known chunks first, so that the new chunks evict others.
         self._touch_path(now, space, known if parent < 0 else [parent, *known])

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple
 
-from lmcache.chunks import HASH_BYTES
+from lmcache.chunks import split_hashes
 
 MAX_PROMISED = 16384
 """Chunks."""
@@ -199,4 +199,4 @@ class Promises:
 
 
 def keys_of(space: int, hashes: bytes) -> list[Key]:
-    return [(space, hashes[at : at + HASH_BYTES]) for at in range(0, len(hashes), HASH_BYTES)]
+    return [(space, one) for one in split_hashes(hashes)]

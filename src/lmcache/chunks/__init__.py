@@ -3,7 +3,7 @@
 May import: `lmcache.errors` and nothing else of this package.
 """
 
-from lmcache.chunks.hashing import HASH_BYTES, TokenChain, chunk_hash, chunk_root
+from lmcache.chunks.hashing import HASH_BYTES, TokenChain, chunk_hash, chunk_root, split_hashes
 from lmcache.chunks.layout import (
     PER_TOKEN_HEAD,
     SCALE_BYTES,
@@ -29,5 +29,6 @@ __all__ = [
     "chunk_root",
     "shard_of_rank",
     "space_fingerprint",
+    "split_hashes",
     "tensor_splits",
 ]

@@ -42,6 +42,11 @@ def chunk_root(fingerprint: bytes, cache_salt: str = "", lora_name: str = "", lo
     return blake3(material, derive_key_context=_ROOT_CONTEXT).digest(HASH_BYTES)
 
 
+def split_hashes(hashes: bytes) -> list[bytes]:
+    """Return each of these chunk hashes, which are joined in `hashes`."""
+    return [hashes[at : at + HASH_BYTES] for at in range(0, len(hashes), HASH_BYTES)]
+
+
 def chunk_hash(parent: bytes, token_ids: Tokens, extras: bytes = b"") -> bytes:
     """Return the 16-byte hash of one chunk, full or partial.
 

@@ -12,7 +12,7 @@ from itertools import product
 
 from lmcache.cache.allocator import Space
 from lmcache.cache.fetch import ENDED_SECONDS
-from lmcache.chunks import HASH_BYTES, Split
+from lmcache.chunks import HASH_BYTES, Split, split_hashes
 from lmcache.server.tier_runner import TierRunner
 from lmcache.tiers import ShardKey
 from lmcache.tiers.tier import TierBase
@@ -29,8 +29,7 @@ def most_asked(space: Space) -> int:
 
 def shard_keys(space: Space, hashes: bytes) -> list[ShardKey]:
     """Return the keys of all shards of these chunks, [chunk][shard]."""
-    chunks = [hashes[at : at + HASH_BYTES] for at in range(0, len(hashes), HASH_BYTES)]
-    fields = product((space.fingerprint,), chunks, range(space.shards), (space.shards,))
+    fields = product((space.fingerprint,), split_hashes(hashes), range(space.shards), (space.shards,))
     return list(map(partial(tuple.__new__, ShardKey), fields))  # three times as fast as calls of ShardKey
 
 
