@@ -86,6 +86,7 @@ class Session:
         chunks: int | None = None,
         any_split: bool = False,
         engine: str = "",
+        again: bool = False,
     ) -> Hit | Loading | None:
         self.engines.append(engine)
         self.requests.append(request_id)
