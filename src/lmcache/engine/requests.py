@@ -35,7 +35,8 @@ class Request:
     the KV. cacheable: whether the request may be loaded and stored. hit: the hit that is not being loaded yet; asked_from: the
     token from which on it was asked for, at the start of a chunk. blocks: the engine's block table from token 0 on; tables: those
     of the model's further groups. stored: number of leading chunks that the server has or was sent; tail: hash of the unfull
-    chunk that it has or was sent. promised: how many leading chunks other engines may expect to be stored. jobs: running
+    chunk that it has or was sent. waits: whether the server brings more of the prompt. promised: how many leading chunks other
+    engines may expect to be stored. jobs: running
     stores, each with the number of ranks that have not ended it."""
 
     id: Hashable
@@ -54,6 +55,7 @@ class Request:
     tables: list[list[int]] = field(default_factory=list)
     stored: int = 0
     tail: bytes = b""
+    waits: bool = False
     promised: int = 0
     jobs: dict[str, int] = field(default_factory=dict)
 
@@ -179,6 +181,7 @@ class Requests(Generic[RequestT]):
                 "again": same,
             }
             found = ask(chain, have, self.prefill.tokens_per_second, any_split=True, **named)
+        request.waits = isinstance(found, Loading)
         if isinstance(found, Loading):
             request.promised = 0
             return found
@@ -326,7 +329,7 @@ class Requests(Generic[RequestT]):
         request = self.open.pop(request_id, None)
         if request is not None:
             self.give_back(request)
-            if request.promised > request.stored and self.session is not None:
+            if (request.waits or request.promised > request.stored) and self.session is not None:
                 self.session.withdraw(str(request.id))
             if request.cacheable and request.chain is None:
                 self.forgone(computed)

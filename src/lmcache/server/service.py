@@ -187,6 +187,8 @@ class Service:
             self.l1.release(peer.process, lease)
         for name in request.requests:
             self.l1.promises.end(peer.instance, name)
+            if self.tiering is not None:
+                self.tiering.fetches.withdraw(self._now(), peer.process, name)
         return m.Ok(len(request.leases))
 
     def _hold(self, peer: Peer, request: m.Hold) -> m.Message:

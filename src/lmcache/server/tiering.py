@@ -328,6 +328,7 @@ class Tiering:
                     *(now, space.number, part, found, size, prefill_seconds, knowers, asker.request, space.shards),
                     stored_next,
                     asker.have,
+                    asker.process,
                 )
             if stored_next.chunks and not coming:
                 missing = part[found * HASH_BYTES : (found + 1) * HASH_BYTES]
