@@ -93,6 +93,42 @@ def test_a_restarted_server_finds_everything_in_its_tier(
     assert stored["loaded_shards"] == 10 * shards and "written_shards" not in stored, "it is not written back"
 
 
+@pytest.mark.parametrize("scheme", ["dir", "disk"])
+def test_what_memory_answers_with_is_not_evicted_from_the_tier(
+    server: Callable[..., Server], engine: Callable[..., Any], folders: Callable[[str], Path], scheme: str
+) -> None:
+    """All prompts begin alike, and memory answers with that. Without it nothing behind it is found after a restart."""
+    url = f"{scheme}://{folders('/tmp')}/store?max_gb={0.004 if scheme == 'dir' else 0.008}"
+    flags = ("--l2", f"{url}&io=buffered" if scheme == "disk" else url, *PATIENT)
+    first = server(flags=flags)
+    one = engine(first, layers=4, dims=32)
+    numbers = itertools.count(1)
+
+    def tier(counter: str) -> int:
+        return int(tiers_of(first)[scheme]["counters"].get(counter, 0))
+
+    def next_prompt() -> list[int]:
+        """Another one that is in memory and in the tier."""
+        ids = [*TOKENS, *range(number := 1000 * next(numbers), number + 160)]
+        one.store(ids)
+        eventually(lambda: tier("written_shards") >= first.counters()["stored_chunks_total"])
+        return ids
+
+    def told() -> bool:
+        assert one.hit_tokens(TOKENS) == len(TOKENS)
+        return tier("kept_shards") >= before + 10
+
+    while (now := tiers_of(first)[scheme])["stored_bytes"] < 0.85 * now["max_bytes"]:
+        next_prompt()
+    for _ in range(6):
+        for _ in range(8):  # more than an eighth of the tier
+            ids = next_prompt()
+        before = tier("kept_shards")
+        eventually(told)
+    first.end()
+    assert engine(server(flags=flags), "again", layers=4, dims=32).load(ids) == 320
+
+
 def test_the_end_waits_for_what_is_to_be_written(
     server: Callable[..., Server], engine: Callable[..., Any], valkey: RedisServer
 ) -> None:

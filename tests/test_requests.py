@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,7 +21,9 @@ from lmcache.engine.local import LocalRank
 from lmcache.engine.requests import HIT_SECONDS, MISS_SECONDS, WAIT_SHARE, GroupTable
 from lmcache.errors import LayoutError
 from lmcache.runtime import RUNTIME, Runtime
+from proxy import Proxy
 from servers import Server, eventually
+from stores import RedisServer, binary_of
 from test_engine import prompt
 
 CHUNK = 16
@@ -179,6 +182,36 @@ def test_a_waiting_request_is_answered_from_memory_until_the_answer_is_old(bed: 
     assert bed.asked == 7, "the engine has lost some of its own"
     bed.requests.finish("waits")
     assert not held(bed)
+
+
+@pytest.mark.parametrize("other", ["another request", "another engine", "nobody"])
+def test_what_nobody_waits_for_any_more_is_not_loaded(
+    server: Servers, engine: Engines, folders: Callable[[str], Path], other: str
+) -> None:
+    """A request that waits for a tier is aborted. The store behind the tier does not answer."""
+    store = RedisServer(binary_of("valkey"), folders("/tmp"))
+    proxy = Proxy(store.port)
+    try:
+        url = store.url("?timeout=3600", port=proxy.port)
+        one = server(chunk=CHUNK, flags=("--l2", url, "--worth", "always", "--l2-patience-seconds", "600"))
+        bed, ids = Bed(engine(one)), prompt(3, 200)
+        second = Bed(engine(one, "second")) if other == "another engine" else bed
+        proxy.freeze()
+        assert isinstance(bed.requests.find(bed.open("a"), ids), Loading)
+        if other != "nobody":
+            name = "a" if other == "another engine" else "b"
+            assert isinstance(second.requests.find(second.open(name), ids), Loading)
+        bed.requests.finish("a")
+        if other != "nobody":
+            assert isinstance(second.requests.find(second.requests.open[name], ids), Loading)
+            assert one.counters()["fetches_open"] == 1
+            second.requests.finish(name)
+        eventually(lambda: one.counters()["fetches_open"] == 0)
+        assert one.status()["fetches"][-1]["outcome"] == "withdrawn"
+        assert isinstance(bed.requests.find(bed.open("again"), ids), Loading), "at once"
+    finally:
+        proxy.close()
+        store.end()
 
 
 def test_a_request_counts_once_however_long_it_waits(server: Servers, engine: Engines) -> None:

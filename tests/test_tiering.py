@@ -588,7 +588,8 @@ def test_a_tier_that_does_not_tell_its_usage_hides_nothing_else(rig: Callable[..
     for _ in range(5):
         counters = one.ask(one.tiering.report.counters)
     assert counters['tier_shards{tier="hand"}'] == counters['tier_shards{tier="other"}'] == 6
-    assert counters['tier_failed_total{tier="hand",reason="internal"}'] == 6 and counters['tier_serving{tier="hand"}']
+    assert counters['tier_failed_total{tier="hand",reason="internal"}'] >= 6, "ticks ask for it, too"
+    assert counters['tier_serving{tier="hand"}']
 
 
 @pytest.mark.parametrize("knows", [True, False])

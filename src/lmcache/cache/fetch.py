@@ -11,9 +11,10 @@ The engine calls `poll` repeatedly; the answer says how many chunks to wait for.
 arrived or failed, when loading would take longer than computing, or when the next chunk is late by more than
 `load_cost.slack_seconds`. An awaited chunk is late when computing would have been faster, when it takes twice as long as
 expected, or when its promise has ended. So a slow or stalled tier costs a small share of the time that computing takes, and
-another engine at most that time. Running loads go on and fill L1; queued loads are dropped when the last fetch that waits for
-them ends. A chunk is loaded once, however many fetches want it. After `patience_seconds`, a hanging load no longer counts, and
-its chunks may be loaded from another tier. Every fetch leaves a `FetchRecord`, which says what happened and why.
+another engine at most that time. A fetch also ends with the last request that waits for it. Running loads go on and fill L1;
+queued loads are dropped when the last fetch that waits for them ends. A chunk is loaded once, however many fetches want it.
+After `patience_seconds`, a hanging load no longer counts, and its chunks may be loaded from another tier. Every fetch leaves a
+`FetchRecord`, which says what happened and why.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ FOLLOWED_CHUNKS = 16384
 """Events are added to the records for so many chunks, those whose loads have begun last."""
 MAX_REQUESTS = 8
 """How many request ids a record names at most."""
+MAX_WAITING = 1024
+"""A fetch for which more requests wait than these is not ended when they have ended."""
 PROBE_SECONDS = 15.0
 """Time between loads that only measure whether a slow tier has become faster."""
 AWAITED = -1
@@ -109,7 +112,8 @@ class FetchRecord(NamedTuple):
     """`load`, `not worth it`, or "" if there was nothing to decide. Waiting for another engine counts as a load."""
     waited_seconds: float
     outcome: str
-    """arrived, failed (planned chunks did not arrive), absent, not worth it, late, patience, too many, promise ended."""
+    """arrived, failed (planned chunks did not arrive), absent, not worth it, late, patience, too many, promise ended, or
+    withdrawn."""
     arrived_chunks: int
     """Chunks that the fetch added to those that were in L1 at its beginning."""
     ended: float
@@ -143,6 +147,8 @@ class _Fetch:
     chunk_shards: int
     requests: list[str] = field(default_factory=list)
     """The ids of the requests, as far as they were given."""
+    askers: set[tuple[int, str]] = field(default_factory=set)
+    """The requests that wait, with their processes; requests without an id count as one."""
     unanswered: set[int] = field(default_factory=set)
     left_out: dict[int, str] = field(default_factory=dict)
     """Tier -> why it was not asked, or its answer not used."""
@@ -192,7 +198,8 @@ class _Fetch:
         """How many planned chunks were in L1 at the last `poll`."""
         return min(max(0, self.in_l1 - self.first), self.planned)
 
-    def asked(self, now: float, in_l1: int, request: str) -> None:
+    def asked(self, now: float, in_l1: int, process: int, request: str) -> None:
+        self.askers.add((process, request) if request and len(self.askers) < MAX_WAITING else (process, ""))
         if in_l1 > self.in_l1:
             self.progress = now
         self.asked_at, self.in_l1 = now, in_l1
@@ -295,13 +302,14 @@ class Fetches:
         chunk_shards: int = 1,
         coming: Coming = NOTHING,
         have: int = 0,
+        process: int = 0,
     ) -> int:
         """Return how many more chunks the engine should wait for; 0 if it should go on with the chunks in L1.
 
         in_l1: number of leading chunks in L1 now. chunk_bytes, chunk_shards: all shards of one chunk. prefill_seconds: time to
         compute one chunk, 0 if unknown. known: for each tier, a function that answers which hashes it has without I/O, or None.
         request: the engine's id of the request. coming: what other engines store of the missing chunks. have: number of leading
-        chunks that the engine has itself.
+        chunks that the engine has itself. process: of the engine.
         """
         fetch, full = self._by_request.get((space, hashes[-HASH_BYTES:])), in_l1 * HASH_BYTES >= len(hashes)
         since = now
@@ -319,7 +327,7 @@ class Fetches:
             fetch = _Fetch(next(self._numbers), space, hashes, in_l1, now, prefill_seconds, chunk_bytes, chunk_shards)
             fetch.coming, fetch.have, fetch.since, fetch.progress = coming, have, since, now
         if fetch.ended is None:
-            fetch.asked(now, in_l1, request)
+            fetch.asked(now, in_l1, process, request)
         if full:
             if fetch.ended is None:
                 self._settle(now, fetch)
@@ -384,6 +392,14 @@ class Fetches:
         for fetch in list(self._fetches.values()):
             if fetch.ended is not None and fetch.space == space and fetch.hash_of(fetch.first) in keys:
                 self._drop(fetch)
+
+    def withdraw(self, now: float, process: int, request: str) -> None:
+        """Note that this request has ended. A fetch that no other one waits for ends, too, and its queued loads are dropped."""
+        for fetch in [one for one in self._fetches.values() if (process, request) in one.askers and one.ended is None]:
+            fetch.askers.discard((process, request))
+            if not fetch.askers:
+                self._end(now, fetch, "withdrawn")
+                self._drop(fetch)  # who asks again begins anew
 
     def tick(self, now: float) -> None:
         """End fetches that have lasted too long, forget fetches that ended a while ago, and stop waiting for hanging loads."""

@@ -84,6 +84,12 @@ class WriteQueue:
             while self._kept_bytes > self._l1_bytes:  # more than L1 can hold, so the first ones have been evicted
                 self._lose("evicted", 1, self._keep_no_longer().size_bytes)
 
+    def add_again(self, space: int, hashes: bytes, parents: bytes, chunk_bytes: int, chunk_shards: int) -> None:
+        """Queue chunks that the tier has been given before: the last ones, as far as half of the free queue holds them."""
+        fit = HASH_BYTES * ((self._max_bytes - self.queued_bytes) // 2 // chunk_bytes)
+        if fit > 0:
+            self.add(space, hashes[-fit:], parents[-fit:], chunk_bytes, chunk_shards)
+
     def make_ready(self, used_bytes: int) -> None:
         """`on-evict`: queue the oldest chunks kept back if `used_bytes` is above `KEEP_BACK_SHARE` of L1."""
         ahead = self._l1_bytes * _WRITE_AHEAD_SHARE

@@ -354,8 +354,8 @@ class Requests(Generic[RequestT]):
         return request
 
     def _withdraw(self, request: RequestT) -> None:
-        """Tell the server if the request stores less than it has announced."""
-        if request.promised > request.stored and self.session is not None:
+        """Tell the server if the request waits no longer, or stores less than it has announced."""
+        if (request.wait is not None or request.promised > request.stored) and self.session is not None:
             self.session.withdraw(str(request.id))
         request.promised = 0
 

@@ -255,7 +255,7 @@ class SchedulerSession(Session):
             self._connection.post(m.Release(leases))
 
     def withdraw(self, request_id: str) -> None:
-        """Tell the server that the request has ended, and stores no more of the chunks that its lookup did not find."""
+        """Tell the server that the request has ended: it waits no longer, and stores no more of what its lookup did not find."""
         if self._connection.connected:
             self._connection.post(m.Release([], [m.request_name(request_id)]))
 

@@ -168,6 +168,7 @@ class Service:
         if self.l1.promises.by_chunk or (request.engine and 16 * hit.chunks < len(hashes)):
             asker = Asker(peer.process, name, request.engine)
             self.tiering.answered(asker, spaces, hashes, hit.chunks, request.prefill_rate)
+        self.tiering.used(spaces, hashes, hit.chunks)
         return _found(hit)
 
     def _shards(self, number: int) -> int:
@@ -186,6 +187,8 @@ class Service:
             self.l1.release(peer.process, lease)
         for name in request.requests:
             self.l1.promises.end(peer.instance, name)
+            if self.tiering is not None:
+                self.tiering.fetches.withdraw(self._now(), peer.process, name)
         return m.Ok(len(request.leases))
 
     def _hold(self, peer: Peer, request: m.Hold) -> m.Message:

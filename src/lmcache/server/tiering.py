@@ -53,6 +53,13 @@ _MOST_AWAITED_ENDS = 64
 """The same for ends at which other engines are about to store what all groups need."""
 _SHARE = 0.25
 """Of the time of computing a prompt, for which a lookup waits to hear where an earlier end is."""
+USE_SECONDS, _USED_SHARE = 600.0, 8
+"""What L1 answers with counts as used in the tiers once in so many seconds, and again when they have stored so small a part of
+their shards anew."""
+_NEARLY_FULL = 0.8
+"""The share of a tier's bound from which on it matters what has been used last."""
+_MOST_USED = 65536
+"""Chunks that are told to the tiers as used in that time."""
 _TOO_LATE, _TIER_FAILED = "too late", "tier failed"
 """Outcomes of the shards of a load that ended after its reservations had expired, and of an operation that failed."""
 _LOAD, _WRITE = ("loaded", "load_failed"), ("written", "write_failed")
@@ -101,6 +108,12 @@ class Tiering:
         self._region: Region | None = None
         self._late_loads = set[int]()
         """Numbers of loads that are still running after their deadline."""
+        self._nearly_full: list[TierRunner] = []
+        """Tiers that evict soon, by the time of last use."""
+        self._used, self._used_until = set[tuple[int, bytes]](), 0.0
+        """Chunks that these have been told to be in use, as (space, hash), and when they are told again at the latest."""
+        self._written_before: dict[str, int] = {}
+        """How many shards each of these had written when `_used` was emptied last."""
         self._drained: Callable[[], None] | None = None
         self._drain_until = 0.0
         self._closed = False
@@ -319,6 +332,7 @@ class Tiering:
                     *(now, space.number, part, found, size, prefill_seconds, knowers, asker.request, space.shards),
                     stored_next,
                     asker.have,
+                    asker.process,
                 )
             if stored_next.chunks and not coming:
                 missing = part[found * HASH_BYTES : (found + 1) * HASH_BYTES]
@@ -446,6 +460,37 @@ class Tiering:
             if runner.spec.write != "none":
                 runner.queue.add(event.space, event.hashes, event.parents, chunk_bytes, space.shards)
         self._loop.call_soon(self._pump)  # later, since a listener must not call L1
+
+    def used(self, spaces: Sequence[int], hashes: bytes, chunks: int) -> None:
+        """Note that L1 has answered with the first `chunks` chunks. Tiers do not see that, so a full one would lose what all
+        prompts begin with before what is seldom used. To store it again is a use of it."""
+        for space in filter(None, map(self._l1.space, spaces if self._nearly_full else ())):
+            end, first = chunks, max(0, chunks - space.reach_chunks) if space.reach_chunks else 0
+            while end > first and len(self._used) < _MOST_USED and (space.number, _hash(hashes, end)) not in self._used:
+                self._used.add((space.number, _hash(hashes, end)))
+                end -= 1
+            # Not what a sister has; and the beginning is stored last, so that it is evicted last.
+            own = [at for at in range(chunks, end, -1) if space.table.match(_hash(hashes, at))]
+            names, parents = (b"".join(_hash(hashes, at - back) for at in own) for back in (0, 1))
+            for runner in self._nearly_full if own else ():
+                runner.queue.add_again(space.number, names, parents, sum(space.shard_bytes), space.shards)
+                self._loop.call_soon(self._pump)
+
+    def _look_for_full_tiers(self, now: float) -> None:
+        """Find the tiers that evict soon, and begin anew to tell them what is used once they have stored much that is newer."""
+        usages = [(one, one.usage()) for one in self.runners if one.spec.write == "through"]
+        full = [
+            (one, told) for one, told in usages if told.max_bytes and told.stored_bytes > _NEARLY_FULL * told.max_bytes
+        ]
+        self._nearly_full = [one for one, _ in full]
+        newer = [
+            one.counters["written_shards"] - self._written_before.get(one.name, 0) > told.shards // _USED_SHARE
+            for one, told in full
+        ]
+        if any(newer) or now > self._used_until:
+            self._used.clear()
+            self._used_until = now + USE_SECONDS
+            self._written_before.update({one.name: one.counters["written_shards"] for one, _ in full})
 
     def _l1_cleared(self, event: Event) -> None:
         """Drop all queued writes."""
@@ -614,6 +659,7 @@ class Tiering:
         self._earlier_ends.tick(now)
         for runner in self.runners:
             runner.tick(now)
+        self._look_for_full_tiers(now)
         self.report.log_losses(now)
         self._carry_out()
         self._pump()
@@ -623,6 +669,11 @@ def _ends(space: Space, size: int) -> range:
     """Return where the parts of `size` bytes of hashes end that fetches cover; the last one may end behind them."""
     step = most_asked(space) * HASH_BYTES
     return range(step, size + step, step)
+
+
+def _hash(hashes: bytes, chunks: int) -> bytes:
+    """Return the hash of the last of so many chunks; zeros for none."""
+    return hashes[(chunks - 1) * HASH_BYTES : chunks * HASH_BYTES] if chunks else bytes(HASH_BYTES)
 
 
 def _let_go(views: Iterable[memoryview]) -> None:

@@ -113,7 +113,8 @@ class Lookup(Message, frozen=True, tag=4):
 
 
 class Release(Message, frozen=True, tag=5):
-    """End these leases. `requests`: ids of requests that have ended, as in `Lookup`, and store no more of what they looked up."""
+    """End these leases. `requests`: ids of requests that have ended, as in `Lookup`: they wait no longer, and store no more of
+    what they looked up."""
 
     leases: Leases
     requests: Annotated[list[str], msgspec.Meta(max_length=65536)] = []
