@@ -234,29 +234,27 @@ class Heart(Index):
             if partly and not again:
                 self.events.emit("missed", space_number, asked, reason, by, lambda event: event._replace(hashes=hashes))
             return Hit(0, 0, b"")
-        chunks, spaces, found = self._usable(process, space, others, hashes, sisters)
+        found: Found | bytes
+        spaces: Sequence[Space] = (space,)
+        if not others and not space.reach_chunks and not (sisters and space.sisters):
+            found = space.table.match(hashes)  # nearly all models have one group, and their engines one split
+            chunks = len(found) // 4
+        else:
+            spaces = [space, *(self._admit(process, number)[0] for number in others)]
+            chunks, found = usable_prefix(spaces, hashes, sisters)
         missed = asked - chunks
         if missed and not partly:
             return Hit(0, 0, b"")
         if chunks and not again:
             self._count_hit(by, spaces, hashes, chunks, found)
-        hit = self._lease(now, by, instance, spaces, chunks, found, first_wanted)
+        if isinstance(found, bytes):
+            hit = self._lease_own(now, by, instance, space, found, first_wanted)
+        else:
+            hit = self._lease(now, by, instance, spaces, chunks, found, first_wanted)
         if missed and not again:
             reason = self._why_missed(spaces, hashes, chunks)
             self.events.emit("missed", space_number, missed, reason, by, lambda event: of_last(event, hashes))
         return hit
-
-    def _usable(
-        self, process: int, space: Space, others: Sequence[int], hashes: bytes, sisters: bool
-    ) -> tuple[int, Sequence[Space], Found | bytes]:
-        """Return how many chunks can be used, the spaces of all groups, and what the chunks need there: for a single group whose
-        space has no sisters only the ids of their records, since that is nearly all models."""
-        if not others and not space.reach_chunks and not (sisters and space.sisters):
-            ids = space.table.match(hashes)
-            return len(ids) // 4, (space,), ids
-        spaces = [space, *(self._admit(process, number)[0] for number in others)]
-        chunks, found = usable_prefix(spaces, hashes, sisters)
-        return chunks, spaces, found
 
     def _count_hit(self, by: By, spaces: Sequence[Space], hashes: bytes, chunks: int, found: Found | bytes) -> None:
         """Count the chunks that can be used, which are the first ones of `hashes`, and those of them that sisters have."""
@@ -276,12 +274,10 @@ class Heart(Index):
         instance: Instance,
         spaces: Sequence[Space],
         chunks: int,
-        found: Found | bytes,
+        found: Found,
         first_wanted: int,
     ) -> Hit:
         """Touch the first `chunks` chunks, which can be used, and lease those that are needed from `first_wanted` on."""
-        if isinstance(found, bytes):
-            return self._lease_own(now, by, instance, spaces[0], found, first_wanted)
         own, foreign = [Held(space, space.table, b"") for space in spaces], []
         for group, parts in enumerate(found):
             for part in parts:

@@ -9,7 +9,6 @@ import logging
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Executor
-from functools import partial
 from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +29,8 @@ if TYPE_CHECKING:
 logger = init_logger(__name__)
 MAX_DROP_REASONS = 32
 MAX_COPY_SECONDS = 86_400.0
+_FEW_CHUNKS = 1024
+"""A lookup of so many chunks, counted in each space, always fits into an answer: with `MAX_SHARDS`, their extents take 4 MiB."""
 
 
 class Service:
@@ -135,28 +136,17 @@ class Service:
         hashes = request.hashes
         if len(hashes) % 16:
             raise Refusal(f"{len(hashes)} bytes of hashes: the length must be a multiple of 16")
-        first = max(0, request.first_wanted)
-        asked, spaces = len(hashes) // 16, [request.space, *request.others]
-        shards = sum(map(self._shards, spaces))
-        most = m.most_looked_up(first, shards)
-        if asked > most:
-            raise Refusal(f"a lookup of {asked} chunks from chunk {first} on exceeds one answer; ask for {most}")
-        if request.sisters and (widest := sum(map(self._most_shards, spaces))) > shards:
-            # The extents of sisters have to fit into the answer, too.
-            shards, hashes = widest, hashes[: 16 * m.most_looked_up(first, widest)]
-        self.sessions.check_room(peer, 4 * shards * max(0, asked - first))
+        first, spaces = max(0, request.first_wanted), [request.space, *request.others]
+        if len(hashes) // 16 * len(spaces) > _FEW_CHUNKS or peer.held_bytes:
+            hashes = self._answerable(peer, request, spaces, first)
         name = m.request_name(request.request)
-        lookup = partial(
-            self.l1.lookup,
-            *(self._now(), peer.process, request.space, hashes, first, name, request.others, request.sisters),
-            again=request.again,
-        )
+        asked = peer.process, request.space, hashes, first, name, request.others, request.sisters
         if self.tiering is None:
-            return _found(lookup())
+            return _found(self.l1.lookup(self._now(), *asked, again=request.again))
         hit = None
         if any(self.tiering.sources):
             if not any(map(self.tiering.knows, spaces, repeat(hashes), repeat(request.sisters))):
-                everything = lookup(partly=False)
+                everything = self.l1.lookup(self._now(), *asked, partly=False, again=request.again)
                 hit = everything if 16 * everything.chunks == len(hashes) else None
             if hit is None:
                 asker = Asker(peer.process, name, request.engine, first, request.halts)
@@ -164,12 +154,25 @@ class Service:
                 if coming:
                     return m.Found(in_l1, 0, b"", coming)
         if hit is None:
-            hit = lookup()
+            hit = self.l1.lookup(self._now(), *asked, again=request.again)
         if self.l1.promises.by_chunk or (request.engine and 16 * hit.chunks < len(hashes)):
             asker = Asker(peer.process, name, request.engine)
             self.tiering.answered(asker, spaces, hashes, hit.chunks, request.prefill_rate)
-        self.tiering.used(spaces, hashes, hit.chunks)
+        if self.tiering.nearly_full:
+            self.tiering.used(spaces, hashes, hit.chunks)
         return _found(hit)
+
+    def _answerable(self, peer: Peer, request: m.Lookup, spaces: list[int], first: int) -> bytes:
+        """Return those of the hashes whose extents fit into one answer, which the peer has room for."""
+        hashes, shards = request.hashes, sum(map(self._shards, spaces))
+        asked, most = len(hashes) // 16, m.most_looked_up(first, shards)
+        if asked > most:
+            raise Refusal(f"a lookup of {asked} chunks from chunk {first} on exceeds one answer; ask for {most}")
+        if request.sisters and (widest := sum(map(self._most_shards, spaces))) > shards:
+            # The extents of sisters have to fit into the answer, too.
+            shards, hashes = widest, hashes[: 16 * m.most_looked_up(first, widest)]
+        self.sessions.check_room(peer, 4 * shards * max(0, asked - first))
+        return hashes
 
     def _shards(self, number: int) -> int:
         space = self.l1.space(number)
@@ -249,6 +252,8 @@ class Service:
 
 
 def _found(hit: Hit) -> m.Found:
+    if not hit.groups and not hit.foreign:
+        return m.Found(hit.chunks, hit.lease, hit.extents)
     others = [(0, extents) for extents in hit.groups]
     foreign = [
         m.Foreign(group, first, space.split, extents) for group, first, space, extents in hit.foreign if space.split

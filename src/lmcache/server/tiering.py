@@ -108,7 +108,7 @@ class Tiering:
         self._region: Region | None = None
         self._late_loads = set[int]()
         """Numbers of loads that are still running after their deadline."""
-        self._nearly_full: list[TierRunner] = []
+        self.nearly_full: list[TierRunner] = []
         """Tiers that evict soon, by the time of last use."""
         self._used, self._used_until = set[tuple[int, bytes]](), 0.0
         """Chunks that these have been told to be in use, as (space, hash), and when they are told again at the latest."""
@@ -464,7 +464,7 @@ class Tiering:
     def used(self, spaces: Sequence[int], hashes: bytes, chunks: int) -> None:
         """Note that L1 has answered with the first `chunks` chunks. Tiers do not see that, so a full one would lose what all
         prompts begin with before what is seldom used. To store it again is a use of it."""
-        for space in filter(None, map(self._l1.space, spaces if self._nearly_full else ())):
+        for space in filter(None, map(self._l1.space, spaces)):
             end, first = chunks, max(0, chunks - space.reach_chunks) if space.reach_chunks else 0
             while end > first and len(self._used) < _MOST_USED and (space.number, _hash(hashes, end)) not in self._used:
                 self._used.add((space.number, _hash(hashes, end)))
@@ -472,7 +472,7 @@ class Tiering:
             # Not what a sister has; and the beginning is stored last, so that it is evicted last.
             own = [at for at in range(chunks, end, -1) if space.table.match(_hash(hashes, at))]
             names, parents = (b"".join(_hash(hashes, at - back) for at in own) for back in (0, 1))
-            for runner in self._nearly_full if own else ():
+            for runner in self.nearly_full if own else ():
                 runner.queue.add_again(space.number, names, parents, sum(space.shard_bytes), space.shards)
                 self._loop.call_soon(self._pump)
 
@@ -482,7 +482,7 @@ class Tiering:
         full = [
             (one, told) for one, told in usages if told.max_bytes and told.stored_bytes > _NEARLY_FULL * told.max_bytes
         ]
-        self._nearly_full = [one for one, _ in full]
+        self.nearly_full = [one for one, _ in full]
         newer = [
             one.counters["written_shards"] - self._written_before.get(one.name, 0) > told.shards // _USED_SHARE
             for one, told in full
