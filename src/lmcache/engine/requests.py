@@ -347,8 +347,8 @@ class Requests(Generic[RequestT]):
         """End a request; its stores may still run. computed: tokens that could have been stored."""
         request = self.open.pop(request_id, None)
         if request is not None:
-            self.give_back(request)
             self._withdraw(request)
+            self.give_back(request)
             if request.cacheable and request.chain is None:
                 self.forgone(computed)
         return request
@@ -375,8 +375,8 @@ class Requests(Generic[RequestT]):
         self._generation_before, self._generation = self._generation, self.resets
         for request in self.open.values():
             request.cacheable = False  # a part of its KV may be of the old weights, so it must not be stored
-            self.give_back(request)
             self._withdraw(request)
+            self.give_back(request)
 
     def own_cache_emptied(self) -> None:
         """Record that the engine's own cache is empty: KV computed from now on does not depend on its former contents."""
