@@ -22,6 +22,7 @@ from lmcache.cache import L1, SERVER, Event, Refusal
 from lmcache.cache.allocator import Space
 from lmcache.cache.events import By
 from lmcache.cache.fetch import ASK_SECONDS, Ask, Fetches, Load, TierTraits
+from lmcache.cache.groups import longest_prefix
 from lmcache.cache.promises import NOTHING, Asker, Coming
 from lmcache.cache.writeback import Batch
 from lmcache.chunks import HASH_BYTES
@@ -242,30 +243,23 @@ class Tiering:
     def _awaited_end(self, asker: Asker, reaches: dict[int, int], hashes: bytes) -> int:
         """Return the end of the longest prefix that all groups have, once other engines have stored what they store now. Nobody
         waits for chunks behind it."""
-        l1, now, end = self._l1, self._loop.now(), len(hashes) // HASH_BYTES
+        l1, now, comes, short = self._l1, self._loop.now(), False, 0
+        chunks, numbers = len(hashes) // HASH_BYTES, list(reaches)
         if not (l1.promises.by_chunk or l1.open_reservations):
             return 0
         if len(reaches) == 1:
-            return end
-        stored = end
-        for number in (one for one, reach in reaches.items() if not reach):
-            have = l1.peek(now, asker.process, number, hashes)
-            end, stored = min(end, have + l1.coming(now, asker, number, hashes, have).chunks), min(stored, have)
-        for _ in range(_MOST_AWAITED_ENDS):
-            cut = hashes[: end * HASH_BYTES]
-            ends, comes = [end], end > stored
-            for number, reach in reaches.items():
-                needed = cut[-reach * HASH_BYTES :] if reach else b""
-                have = l1.peek(now, asker.process, number, needed)
-                coming = l1.coming(now, asker, number, needed, have).chunks
-                comes |= coming > 0
-                ends += [end - 1] if (have + coming) * HASH_BYTES < len(needed) else []
-            if not end or min(ends) == end:
-                return end
-            if not comes:  # the lookup itself finds an earlier end, with less work
-                return 0
-            end = min(ends)
-        return 0
+            return chunks
+
+        def end_of(group: int, first: int, end: int) -> int:
+            nonlocal comes, short
+            needed = hashes[first * HASH_BYTES : end * HASH_BYTES]
+            have = l1.peek(now, asker.process, numbers[group], needed)
+            coming = l1.coming(now, asker, numbers[group], needed, have).chunks
+            comes, short = comes or coming > 0, short + (first + have + coming < end)
+            # If nothing comes, the lookup itself finds an earlier end, with less work.
+            return first + have + coming if short <= (_MOST_AWAITED_ENDS if comes else len(numbers)) else 0
+
+        return longest_prefix(list(reaches.values()), chunks, end_of)
 
     def _earlier_end(self, number: int, hashes: bytes, prefill_tokens_per_second: float) -> int | None:
         """Return as `EarlierEnds.last`. Waiting for it takes a small part of the time of computing the chunks."""
