@@ -377,6 +377,9 @@ def test_random_engines_never_wait_in_a_circle(engines: Engines) -> None:
         if rng.random() < 0.02:
             engines.l1.clear()
         engines.later(0.001)
+        promises = engines.l1.promises
+        makers = {promise.instance for promise in promises.by_chunk.values()}
+        assert {name for at in range(9) if promises.of_engine(name := f"instance {at}", "")} == makers
         for waiter, prompt in waits.items():
             key = engines.spaces[0], prompt[:16]
             promise = engines.l1.promises.by_chunk.get(key)
