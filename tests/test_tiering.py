@@ -13,6 +13,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -249,7 +250,7 @@ def spec(tier: TierBase, name: str = "hand", write: str = "through", read: bool 
 @pytest.fixture(autouse=True)
 def patient_asking(monkeypatch: pytest.MonkeyPatch) -> None:
     """No busy machine makes a tier's answer come too late."""
-    monkeypatch.setattr("lmcache.cache.fetch.ASK_SECONDS", PATIENCE)
+    monkeypatch.setattr("lmcache.cache.waits.ASK_SECONDS", PATIENCE)
 
 
 @pytest.fixture
@@ -411,7 +412,7 @@ def test_a_record_names_the_tiers_and_fits_json(rig: Callable[..., Rig]) -> None
     told = one.tiering.report.describe(record)
     assert told["from"] == {"near": 4} and told["left_out"] == {"far": "not serving"}
     assert told["recompute_seconds"] == 4 * 16 / 1.0 and told["expected_seconds"] is None
-    endless = one.tiering.report.describe(record._replace(expected_seconds=float("inf")))
+    endless = one.tiering.report.describe(replace(record, expected_seconds=float("inf")))
     assert json.loads(json.dumps(endless, allow_nan=False))["expected_seconds"] is None
 
 
@@ -419,7 +420,7 @@ def test_a_full_hit_asks_no_tier_and_a_stalled_one_holds_up_nobody(
     rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """For longer than tiers have to answer."""
-    monkeypatch.setattr("lmcache.cache.fetch.ASK_SECONDS", 0.1)
+    monkeypatch.setattr("lmcache.cache.waits.ASK_SECONDS", 0.1)
     near, far = HandTier(True), HandTier()
     one = rig(spec(near, "near"), spec(far, "far", write="none"))
     prompt = chain(1, 4)

@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING
 from lmcache.cache import L1, SERVER, Event, Refusal
 from lmcache.cache.allocator import Space
 from lmcache.cache.events import By
-from lmcache.cache.fetch import ASK_SECONDS, Ask, Fetches, Load, TierTraits
+from lmcache.cache.fetch import Ask, Fetches
 from lmcache.cache.groups import longest_prefix
 from lmcache.cache.promises import NOTHING, Asker, Coming
+from lmcache.cache.waits import ASK_SECONDS, Load, TierTraits, Wanted
 from lmcache.cache.writeback import Batch
 from lmcache.chunks import HASH_BYTES
 from lmcache.errors import ConfigError
@@ -321,13 +322,8 @@ class Tiering:
             part, found = hashes[:end], min(in_l1, end // HASH_BYTES)
             stored_next = self._coming(asker, space.number, part, found, awaited)
             if self.runners or stored_next.chunks or self.fetches.knows(space.number, part):
-                size = sum(space.shard_bytes)
-                coming = self.fetches.poll(
-                    *(now, space.number, part, found, size, prefill_seconds, knowers, asker.request, space.shards),
-                    stored_next,
-                    asker.have,
-                    asker.process,
-                )
+                wanted = Wanted(space.number, part, sum(space.shard_bytes), space.shards, prefill_seconds, asker)
+                coming = self.fetches.poll(now, wanted, found, knowers, stored_next)
             if stored_next.chunks and not coming:
                 missing = part[found * HASH_BYTES : (found + 1) * HASH_BYTES]
                 name = self._l1.instance_name(asker.process)
