@@ -13,8 +13,8 @@ import pytest
 
 from lmcache.cache import L1, SERVER
 from lmcache.cache import promises as module
+from lmcache.cache.announcing import FILL_SECONDS
 from lmcache.cache.fetch import ENDED_SECONDS, Ask, Fetches
-from lmcache.cache.heart import FILL_SECONDS
 from lmcache.cache.load_cost import AWAIT_SLACK, AWAIT_TOLERANCE, UNPACED_WAIT_SECONDS, slack_seconds
 from lmcache.cache.promises import (
     MAX_PROMISED,
@@ -486,7 +486,8 @@ def test_a_wait_for_what_nobody_fills_yet_goes_through_no_reservations(
 def test_an_announcement_in_many_spaces_is_bounded(engines: Engines, monkeypatch: pytest.MonkeyPatch) -> None:
     named: list[int] = []
     monkeypatch.setattr(
-        "lmcache.cache.heart.keys_of", lambda space, hashes: named.append(len(hashes) // 16) or keys_of(space, hashes)
+        "lmcache.cache.announcing.keys_of",
+        lambda space, hashes: named.append(len(hashes) // 16) or keys_of(space, hashes),
     )
     engines.spaces *= 33
     engines.tiering.answered(Asker(1, "r", "e"), engines.spaces, chain(MAX_PROMISED - 100), 0, RATE)
