@@ -215,7 +215,7 @@ class Rig:
 
     def written(self) -> None:
         """Until nothing waits to be written."""
-        eventually(lambda: self.ask(lambda: self.tiering.idle))
+        eventually(lambda: self.ask(lambda: self.tiering.writes.idle))
 
     def close(self, let_go: bool = True) -> None:
         if self.closed:
@@ -733,7 +733,7 @@ def test_on_evict_writes_when_l1_runs_full_and_before_the_end(rig: Callable[...,
     lost = one.tiering.runners[0].queue.counters["lost:evicted"]
     assert len(tier.kept) >= 20 + 28 * 4 - 40 and lost == 0, "all that was evicted had been written"
     drained = threading.Event()
-    one.ask(lambda: one.tiering.drain(PATIENCE, drained.set))
+    one.ask(lambda: one.tiering.writes.drain(PATIENCE, drained.set))
     assert drained.wait(PATIENCE) and len(tier.kept) == 20 + 28 * 4
 
 
@@ -756,7 +756,7 @@ def test_a_tier_in_trouble_is_tried_again_before_the_end(rig: Callable[..., Rig]
     one.store(chain(1, 30))
     eventually(lambda: one.ask(lambda: runner.stores.state == "open" and not runner.writing and len(runner.queue)))
     drained = threading.Event()
-    one.ask(lambda: one.tiering.drain(PATIENCE, drained.set))
+    one.ask(lambda: one.tiering.writes.drain(PATIENCE, drained.set))
     tier.refuses = ""
     assert drained.wait(PATIENCE) and len(tier.kept) == 30
 
@@ -767,7 +767,7 @@ def test_draining_has_an_end_though_the_tier_has_none(rig: Callable[..., Rig]) -
     tier.hold("store")
     one.store(chain(1, 30))
     drained = threading.Event()
-    one.ask(lambda: one.tiering.drain(0.1, drained.set))
+    one.ask(lambda: one.tiering.writes.drain(0.1, drained.set))
     assert drained.wait(PATIENCE) and not tier.kept
 
 
@@ -990,7 +990,7 @@ def test_what_was_lost_or_missed_is_counted_with_its_reason(
         one.store(chain(seed, 1))
     metrics = one.ask(one.tiering.report.counters)
     assert metrics['tier_lost_total{tier="hand",reason="queue full"}'] == 2
-    one.ask(lambda: one.tiering.drain(0.05, drained.set))
+    one.ask(lambda: one.tiering.writes.drain(0.05, drained.set))
     assert drained.wait(PATIENCE) and "Tier hand: 3 chunks could not be written before the server ended" in said
     tier.let_go()
     one.written()
@@ -1010,7 +1010,7 @@ def test_a_last_write_that_fails_is_told_of_as_well(rig: Callable[..., Rig], mon
     tier.hold("store")
     one.store(chain(1, 4))
     eventually(lambda: tier.calls.count("store") == 1)
-    one.ask(lambda: one.tiering.drain(0.05, drained.set))
+    one.ask(lambda: one.tiering.writes.drain(0.05, drained.set))
     assert drained.wait(PATIENCE) and not said
     tier.trouble = "on fire"
     tier.let_go()

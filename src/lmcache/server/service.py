@@ -168,7 +168,7 @@ class Service:
         if self.l1.promises.by_chunk or (request.engine and 16 * hit.chunks < len(hashes)):
             asker = Asker(peer.process, name, request.engine)
             self.tiering.answered(asker, spaces, hashes, hit.chunks, request.prefill_rate)
-        self.tiering.used(spaces, hashes, hit.chunks)
+        self.tiering.writes.used(spaces, hashes, hit.chunks)
         return _found(hit)
 
     def _shards(self, number: int) -> int:
