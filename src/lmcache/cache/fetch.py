@@ -22,18 +22,7 @@ from typing import NamedTuple
 
 from lmcache.cache.events import Event
 from lmcache.cache.promises import NOTHING, Coming
-from lmcache.cache.waits import (
-    AWAITED,
-    BROKEN,
-    NOT_WORTH_IT,
-    Fetch,
-    FetchRecord,
-    Load,
-    Pending,
-    TierTraits,
-    Waits,
-    Wanted,
-)
+from lmcache.cache.waits import AWAITED, BROKEN, NO_GAIN, Fetch, FetchRecord, Load, Pending, TierTraits, Waits, Wanted
 from lmcache.chunks import HASH_BYTES, split_hashes
 
 ENDED_SECONDS = 1.0
@@ -149,7 +138,7 @@ class Fetches:
         reason = self._waits.why_end(now, fetch, coming) if fetch.is_open else None
         if reason is not None:
             self._end(now, fetch, reason)
-        return fetch.planned - fetch.arrived if fetch.is_open else 0
+        return len(fetch.plan) - fetch.arrived if fetch.is_open else 0
 
     def answered(self, now: float, number: int, tier: int, present: Sequence[bool] | None, seconds: float) -> None:
         """Take a tier's answer to an `Ask`, which took `seconds`; None if the tier failed."""
@@ -247,7 +236,7 @@ class Fetches:
             if asks:
                 fetch.decided(min(one or 0.0 for one in asks), fetch.recompute_missing_seconds, good=False)
                 self._log_decision(fetch)
-            self._end(now, fetch, NOT_WORTH_IT if asks else "absent")
+            self._end(now, fetch, NO_GAIN if asks else "absent")
             return
         from_tiers = sources[: sources.index(AWAITED)] if AWAITED in sources else []
         worth = self._waits.worth_it(now, fetch, sources, self._queued_chunks)
@@ -256,7 +245,7 @@ class Fetches:
         self._log_decision(fetch)
         if not worth:
             self._probe(now, fetch, sources)
-            self._end(now, fetch, NOT_WORTH_IT)
+            self._end(now, fetch, NO_GAIN)
             return
         fetch.plan = sources
         self._queue(now, fetch, sources)
@@ -319,7 +308,7 @@ class Fetches:
         fetch.waiting.clear()
         self.counters["fetches"] += 1
         self.counters["arrived"] += fetch.arrived
-        outcome = reason or ("arrived" if fetch.arrived == fetch.planned else "failed")
+        outcome = reason or ("arrived" if fetch.arrived == len(fetch.plan) else "failed")
         self.records.append(fetch.end(now, outcome))
         if AWAITED in fetch.record.planned:
             self.counters["awaited"] += fetch.plan[: fetch.arrived].count(AWAITED)
@@ -327,7 +316,7 @@ class Fetches:
         if reason:
             self.counters[f"fetches:{reason}"] += 1
         else:  # the chunks may be evicted, and a new fetch may then load them again
-            self.counters["failed"] += fetch.planned - fetch.arrived
+            self.counters["failed"] += len(fetch.plan) - fetch.arrived
             self._drop(fetch)
 
     def _drop(self, fetch: Fetch) -> None:

@@ -27,7 +27,7 @@ MAX_WAITING = 1024
 """A fetch for which more requests wait than these is not ended when they have ended."""
 AWAITED = -1
 """In place of the number of a tier: another engine computes or stores the chunk."""
-NOT_WORTH_IT, BROKEN = "not worth it", "promise ended"
+NO_GAIN, BROKEN = "not worth it", "promise ended"
 _BATCH_SECONDS = 0.03
 _FIRST_BATCH_BYTES = 4 << 20
 _FAIR_TRY = 0.25
@@ -155,13 +155,9 @@ class Fetch:
         return len(self.wanted.hashes) // HASH_BYTES - self.first
 
     @property
-    def planned(self) -> int:
-        return len(self.plan)
-
-    @property
     def arrived(self) -> int:
         """How many planned chunks were in L1 at the last `poll`."""
-        return min(max(0, self.in_l1 - self.first), self.planned)
+        return min(max(0, self.in_l1 - self.first), len(self.plan))
 
     @property
     def recompute_missing_seconds(self) -> float:
@@ -194,7 +190,7 @@ class Fetch:
 
     def decided(self, expected: float | None, recompute: float | None, good: bool) -> None:
         self.record.expected_seconds, self.record.recompute_seconds = expected, recompute
-        self.record.decision = "load" if good else NOT_WORTH_IT
+        self.record.decision = "load" if good else NO_GAIN
 
 
 @dataclass(eq=False)
@@ -225,7 +221,7 @@ class Waits:
         others, whose engine may be faster, or has lost a promise that somebody else may have renewed."""
         if fetch.is_open:
             return False
-        if fetch.record.outcome == NOT_WORTH_IT and fetch.coming.chunks:
+        if fetch.record.outcome == NO_GAIN and fetch.coming.chunks:
             return request not in fetch.record.requests
         return not fetch.coming.chunks or fetch.record.outcome == BROKEN
 
@@ -233,9 +229,9 @@ class Waits:
         """Return whether the asking request does not wait for the engine that the fetch waits for next, while others may: it must
         not, has those chunks, or computes them sooner than they should come, or in less time than they are overdue."""
         at = max(0, in_l1 - fetch.first)
-        if not fetch.is_open or at >= fetch.planned or fetch.plan[at] != AWAITED:
+        if not fetch.is_open or at >= len(fetch.plan) or fetch.plan[at] != AWAITED:
             return False
-        left = fetch.first + fetch.planned - wanted.asker.have
+        left = fetch.first + len(fetch.plan) - wanted.asker.have
         if coming.barred or left <= 0:
             return True
         own, early = wanted.prefill_seconds * left, fetch.began + (fetch.due[at] or 0.0) - now
@@ -298,8 +294,8 @@ class Waits:
     def why_end(self, now: float, fetch: Fetch, coming: Coming) -> str | None:
         """Return why the wait for this fetch ends now: "" if all planned chunks have arrived or failed. None if it goes on.
         coming: what other engines are storing now."""
-        awaits = fetch.arrived < fetch.planned and fetch.plan[fetch.arrived] == AWAITED
-        if fetch.arrived >= fetch.planned or not (awaits or fetch.waiting):
+        awaits = fetch.arrived < len(fetch.plan) and fetch.plan[fetch.arrived] == AWAITED
+        if fetch.arrived >= len(fetch.plan) or not (awaits or fetch.waiting):
             return ""
         if awaits and not coming.chunks:
             return BROKEN
@@ -326,7 +322,7 @@ class Waits:
         if self._always or not fetch.wanted.prefill_seconds:
             return self.patience_seconds
         due = fetch.due[fetch.arrived]
-        slack = slack_seconds(fetch.wanted.prefill_seconds * fetch.planned)
+        slack = slack_seconds(fetch.wanted.prefill_seconds * len(fetch.plan))
         if due is None:  # the first load of a tier
-            due = fetch.wanted.prefill_seconds * max(fetch.arrived + 1, _FAIR_TRY * fetch.planned)
+            due = fetch.wanted.prefill_seconds * max(fetch.arrived + 1, _FAIR_TRY * len(fetch.plan))
         return min(self.patience_seconds, due + slack)
