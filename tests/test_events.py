@@ -250,7 +250,7 @@ def test_a_real_engine_and_a_real_tier_are_named_in_what_they_cause(folders, eng
         def store(chain: TokenChain, request: str, blocks: list[int]) -> None:
             one.worker.store(request, Store(16, chain.parent(0), chain.hashes, 0, blocks, request_id=request))
             one.wait(request)
-            eventually(lambda: service.loop.ask(lambda: service.tiering.idle, PATIENCE))
+            eventually(lambda: service.loop.ask(lambda: service.tiering.writes.idle, PATIENCE))
 
         assert lookup("a-1") is None
         store(a, "a-2", one.table(8 * 16))

@@ -9,8 +9,10 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from lmcache.cache.events import Event
-from lmcache.cache.fetch import ASK_SECONDS, KEPT_RECORDS, Ask, Decided, Fetches, Load, TierTraits
+from lmcache.cache.fetch import KEPT_RECORDS, Ask, Fetches
 from lmcache.cache.load_cost import SLACK_SECONDS, Pace, slack_seconds
+from lmcache.cache.promises import Asker
+from lmcache.cache.waits import ASK_SECONDS, FetchRecord, Load, TierTraits, Wanted
 from lmcache.cache.writeback import Batch, WriteQueue
 from lmcache.tiers.breaker import FAILURES_TO_OPEN, FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS, Breaker
 
@@ -60,13 +62,9 @@ class World:
     def poll(self, hashes: bytes, prefill_seconds: float = 0.0, request: str = "") -> int:
         wait = self.fetches.poll(
             self.now,
-            SPACE,
-            hashes,
+            Wanted(SPACE, hashes, CHUNK_BYTES, 1, prefill_seconds, Asker(0, request)),
             self.leading(hashes),
-            CHUNK_BYTES,
-            prefill_seconds,
             [self.knower(tier) for tier in range(len(self.tiers))],
-            request,
         )
         self.carry_out()
         return wait
@@ -77,7 +75,7 @@ class World:
     def carry_out(self) -> None:
         effects, self.fetches.effects = self.fetches.effects, []
         for effect in effects:
-            if isinstance(effect, Decided):
+            if isinstance(effect, FetchRecord):
                 continue
             latency, rate = self.tiers[effect.tier]
             if isinstance(effect, Ask):
@@ -175,7 +173,9 @@ def test_a_load_that_is_slower_than_computing_is_not_started() -> None:
     loads = len(world.loads)
     assert world.wait_for(second, prefill_seconds=0.05) == 0.0 and len(world.loads) == loads
     assert world.fetches.counters["fetches:not worth it"] == 1
-    assert world.fetches.last == Decided((), second[-16:], pytest.approx(0.419, abs=0.01), 0.2, False)
+    last = world.fetches.last
+    assert last is not None and (last.requests, last.prompt, last.decision) == ((), second[-16:], "not worth it")
+    assert (last.expected_seconds, last.recompute_seconds) == (pytest.approx(0.419, abs=0.01), 0.2)
     third = chain(4, 3)
     world.has[0].update(keys(third))
     assert world.wait_for(third, prefill_seconds=0.5) == pytest.approx(0.42, abs=0.01), "computing takes 2 s"
@@ -251,7 +251,7 @@ def test_no_request_is_slower_than_computing_by_more_than_the_slack(seed: int, p
 def _again(world: World) -> World:
     """The same tiers with the same pace, nothing under way."""
     fresh = World(*world.tiers)
-    fresh.fetches.paces = world.fetches.paces
+    fresh.fetches.paces[:] = world.fetches.paces
     for pace in fresh.fetches.paces:
         pace._running = 0
     fresh.has = world.has
@@ -515,7 +515,7 @@ def test_a_load_has_no_more_shards_than_its_tier_takes() -> None:
     """However small they are; a chunk is not divided."""
     for most, chunks in ((6, [2, 2, 1]), (2, [1] * 5)):
         fetches = Fetches([TierTraits(1 << 30, 9, lambda now: True, most)])
-        fetches.poll(0.0, SPACE, chain(5), 0, 3 * 4096, 0.0, [lambda hashes: [True] * 5], "", 3)
+        fetches.poll(0.0, Wanted(SPACE, chain(5), 3 * 4096, 3), 0, [lambda hashes: [True] * 5])
         loads = [len(effect.hashes) // 16 for effect in fetches.effects if isinstance(effect, Load)]
         assert loads == chunks
 
@@ -560,7 +560,7 @@ def test_a_fetch_has_one_record_and_leaves_nothing_behind_whatever_its_tiers_do(
         prefill_seconds = dice.choice([0.0, 10.0])
         if in_l1 < len(prompt) // 16:
             open_prompts.add(prompt)
-        fetches.poll(now, SPACE, prompt, in_l1, CHUNK_BYTES, prefill_seconds, [lambda hashes: None] * 2)
+        fetches.poll(now, Wanted(SPACE, prompt, CHUNK_BYTES, 1, prefill_seconds), in_l1, [lambda hashes: None] * 2)
 
     def end(load: Load) -> None:
         good = [key for key in keys(load.hashes) if dice.random() < 0.9]
@@ -586,7 +586,7 @@ def test_a_fetch_has_one_record_and_leaves_nothing_behind_whatever_its_tiers_do(
             fetches.kept(SPACE, dice.choice(prompts))
         carry_out(probes)
         open_prompts.intersection_update(
-            one for one in prompts if (found := fetches._by_request.get((SPACE, one[-16:]))) and found.ended is None
+            one for one in prompts if (found := fetches._by_request.get((SPACE, one[-16:]))) and found.is_open
         )
     for seconds in (11.0, 2.0):  # longer than any patience; the loads that are left never return
         now += seconds

@@ -13,8 +13,8 @@ import pytest
 
 from lmcache.cache import L1, SERVER
 from lmcache.cache import promises as module
-from lmcache.cache.fetch import AWAITED, ENDED_SECONDS, Ask, Fetches, TierTraits
-from lmcache.cache.heart import FILL_SECONDS
+from lmcache.cache.announcing import FILL_SECONDS
+from lmcache.cache.fetch import ENDED_SECONDS, Ask, Fetches
 from lmcache.cache.load_cost import AWAIT_SLACK, AWAIT_TOLERANCE, UNPACED_WAIT_SECONDS, slack_seconds
 from lmcache.cache.promises import (
     MAX_PROMISED,
@@ -27,6 +27,7 @@ from lmcache.cache.promises import (
     Promises,
     keys_of,
 )
+from lmcache.cache.waits import AWAITED, TierTraits, Wanted
 from lmcache.chunks import Split
 from lmcache.memory.arena import Arena
 from lmcache.memory.slabs import NO_EXTENT
@@ -42,6 +43,10 @@ FULL, WINDOW = b"f" * 16, b"w" * 16
 
 def chain(chunks: int, seed: int = 1) -> bytes:
     return random.Random(seed).randbytes(16 * chunks)
+
+
+def wanted(prompt: bytes, request: str) -> Wanted:
+    return Wanted(0, prompt, SECTOR, 1, PACE, Asker(0, request))
 
 
 def places(space: int, hashes: bytes) -> dict[Key, int]:
@@ -219,7 +224,7 @@ def test_only_time_spent_waiting_for_engines_counts(engines: Engines) -> None:
     fetches, prompt, coming = Fetches([]), chain(10), Coming(10, 10 * PACE)
 
     def ask(now: float, found: Coming = coming) -> int:
-        return fetches.poll(now, 0, prompt, 0, SECTOR, PACE, [], "", 1, found)
+        return fetches.poll(now, wanted(prompt, ""), 0, [], found)
 
     assert ask(100.0, NOTHING) == 0, "no tier has it, and so its engine announces it"
     assert ask(100.9) == ask(101.8) == 10 and ask(102.1) == 0
@@ -275,9 +280,7 @@ def test_who_decides_not_to_wait_asks_no_tier_again(engines: Engines) -> None:
     fetches, prompt = Fetches([TierTraits(1 << 20, 1, lambda now: True, 64)]), chain(10)
 
     def ask(request: str) -> int:
-        coming = fetches.poll(
-            100.0, 0, prompt, 0, SECTOR, PACE, [lambda hashes: None], request, 1, Coming(10, 100 * PACE)
-        )
+        coming = fetches.poll(100.0, wanted(prompt, request), 0, [lambda hashes: None], Coming(10, 100 * PACE))
         for effect in fetches.effects:
             if isinstance(effect, Ask):
                 asked.append(request)
@@ -309,9 +312,9 @@ def test_who_must_not_wait_for_an_engine_waits_for_tiers_before_it(engines: Engi
     tiers = [TierTraits(1 << 20, 1, lambda now: True, 64, "tier")]
     fetches, prompt, barred = Fetches(tiers), chain(10), Coming(barred=True)
     known = [lambda hashes: [True] * 5 + [False] * (len(hashes) // 16 - 5)]
-    assert fetches.poll(100.0, 0, prompt, 0, SECTOR, PACE, known, "one", 1, Coming(10, PACE)) == 10
-    assert fetches.poll(100.0, 0, prompt, 0, SECTOR, PACE, known, "two", 1, barred) == 10
-    assert fetches.poll(100.1, 0, prompt, 5, SECTOR, PACE, known, "two", 1, barred) == 0
+    assert fetches.poll(100.0, wanted(prompt, "one"), 0, known, Coming(10, PACE)) == 10
+    assert fetches.poll(100.0, wanted(prompt, "two"), 0, known, barred) == 10
+    assert fetches.poll(100.1, wanted(prompt, "two"), 5, known, barred) == 0
     assert fetches.open == 1
 
 
@@ -377,6 +380,9 @@ def test_random_engines_never_wait_in_a_circle(engines: Engines) -> None:
         if rng.random() < 0.02:
             engines.l1.clear()
         engines.later(0.001)
+        promises = engines.l1.promises
+        makers = {promise.instance for promise in promises.by_chunk.values()}
+        assert {name for at in range(9) if promises.of_engine(name := f"instance {at}", "")} == makers
         for waiter, prompt in waits.items():
             key = engines.spaces[0], prompt[:16]
             promise = engines.l1.promises.by_chunk.get(key)
@@ -480,7 +486,8 @@ def test_a_wait_for_what_nobody_fills_yet_goes_through_no_reservations(
 def test_an_announcement_in_many_spaces_is_bounded(engines: Engines, monkeypatch: pytest.MonkeyPatch) -> None:
     named: list[int] = []
     monkeypatch.setattr(
-        "lmcache.cache.heart.keys_of", lambda space, hashes: named.append(len(hashes) // 16) or keys_of(space, hashes)
+        "lmcache.cache.announcing.keys_of",
+        lambda space, hashes: named.append(len(hashes) // 16) or keys_of(space, hashes),
     )
     engines.spaces *= 33
     engines.tiering.answered(Asker(1, "r", "e"), engines.spaces, chain(MAX_PROMISED - 100), 0, RATE)

@@ -13,6 +13,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -214,7 +215,7 @@ class Rig:
 
     def written(self) -> None:
         """Until nothing waits to be written."""
-        eventually(lambda: self.ask(lambda: self.tiering.idle))
+        eventually(lambda: self.ask(lambda: self.tiering.writes.idle))
 
     def close(self, let_go: bool = True) -> None:
         if self.closed:
@@ -249,7 +250,7 @@ def spec(tier: TierBase, name: str = "hand", write: str = "through", read: bool 
 @pytest.fixture(autouse=True)
 def patient_asking(monkeypatch: pytest.MonkeyPatch) -> None:
     """No busy machine makes a tier's answer come too late."""
-    monkeypatch.setattr("lmcache.cache.fetch.ASK_SECONDS", PATIENCE)
+    monkeypatch.setattr("lmcache.cache.waits.ASK_SECONDS", PATIENCE)
 
 
 @pytest.fixture
@@ -411,7 +412,7 @@ def test_a_record_names_the_tiers_and_fits_json(rig: Callable[..., Rig]) -> None
     told = one.tiering.report.describe(record)
     assert told["from"] == {"near": 4} and told["left_out"] == {"far": "not serving"}
     assert told["recompute_seconds"] == 4 * 16 / 1.0 and told["expected_seconds"] is None
-    endless = one.tiering.report.describe(record._replace(expected_seconds=float("inf")))
+    endless = one.tiering.report.describe(replace(record, expected_seconds=float("inf")))
     assert json.loads(json.dumps(endless, allow_nan=False))["expected_seconds"] is None
 
 
@@ -419,7 +420,7 @@ def test_a_full_hit_asks_no_tier_and_a_stalled_one_holds_up_nobody(
     rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """For longer than tiers have to answer."""
-    monkeypatch.setattr("lmcache.cache.fetch.ASK_SECONDS", 0.1)
+    monkeypatch.setattr("lmcache.cache.waits.ASK_SECONDS", 0.1)
     near, far = HandTier(True), HandTier()
     one = rig(spec(near, "near"), spec(far, "far", write="none"))
     prompt = chain(1, 4)
@@ -732,7 +733,7 @@ def test_on_evict_writes_when_l1_runs_full_and_before_the_end(rig: Callable[...,
     lost = one.tiering.runners[0].queue.counters["lost:evicted"]
     assert len(tier.kept) >= 20 + 28 * 4 - 40 and lost == 0, "all that was evicted had been written"
     drained = threading.Event()
-    one.ask(lambda: one.tiering.drain(PATIENCE, drained.set))
+    one.ask(lambda: one.tiering.writes.drain(PATIENCE, drained.set))
     assert drained.wait(PATIENCE) and len(tier.kept) == 20 + 28 * 4
 
 
@@ -755,7 +756,7 @@ def test_a_tier_in_trouble_is_tried_again_before_the_end(rig: Callable[..., Rig]
     one.store(chain(1, 30))
     eventually(lambda: one.ask(lambda: runner.stores.state == "open" and not runner.writing and len(runner.queue)))
     drained = threading.Event()
-    one.ask(lambda: one.tiering.drain(PATIENCE, drained.set))
+    one.ask(lambda: one.tiering.writes.drain(PATIENCE, drained.set))
     tier.refuses = ""
     assert drained.wait(PATIENCE) and len(tier.kept) == 30
 
@@ -766,7 +767,7 @@ def test_draining_has_an_end_though_the_tier_has_none(rig: Callable[..., Rig]) -
     tier.hold("store")
     one.store(chain(1, 30))
     drained = threading.Event()
-    one.ask(lambda: one.tiering.drain(0.1, drained.set))
+    one.ask(lambda: one.tiering.writes.drain(0.1, drained.set))
     assert drained.wait(PATIENCE) and not tier.kept
 
 
@@ -989,7 +990,7 @@ def test_what_was_lost_or_missed_is_counted_with_its_reason(
         one.store(chain(seed, 1))
     metrics = one.ask(one.tiering.report.counters)
     assert metrics['tier_lost_total{tier="hand",reason="queue full"}'] == 2
-    one.ask(lambda: one.tiering.drain(0.05, drained.set))
+    one.ask(lambda: one.tiering.writes.drain(0.05, drained.set))
     assert drained.wait(PATIENCE) and "Tier hand: 3 chunks could not be written before the server ended" in said
     tier.let_go()
     one.written()
@@ -1009,7 +1010,7 @@ def test_a_last_write_that_fails_is_told_of_as_well(rig: Callable[..., Rig], mon
     tier.hold("store")
     one.store(chain(1, 4))
     eventually(lambda: tier.calls.count("store") == 1)
-    one.ask(lambda: one.tiering.drain(0.05, drained.set))
+    one.ask(lambda: one.tiering.writes.drain(0.05, drained.set))
     assert drained.wait(PATIENCE) and not said
     tier.trouble = "on fire"
     tier.let_go()

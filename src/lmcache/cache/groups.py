@@ -6,7 +6,7 @@ of another split have stored finds the chunks of its spaces' sisters, too."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from lmcache.cache.allocator import Space
@@ -38,28 +38,47 @@ def usable_prefix(spaces: Sequence[Space], hashes: bytes, sisters: bool = False)
     sisters: whether the engine can also use what the spaces' sisters have. The work is at most proportional to the number of
     hashes times the number of spaces, with their sisters.
     """
-    matched = [[] if space.reach_chunks else parts_of(space, hashes, sisters) for space in spaces]
-    chunks = len(hashes) // HASH_BYTES
-    for space, parts in zip(spaces, matched, strict=True):
-        if not space.reach_chunks:
-            chunks = min(chunks, parts[-1].end)
-    reaching, agreed = [space for space in spaces if space.reach_chunks], 0
-    firsts = [chunks] * len(reaching)
-    while agreed < len(reaching):  # each round either shortens the prefix or is the last one
-        agreed = 0
-        for number, space in enumerate(reaching):
-            own, firsts[number] = _longest(space, hashes, chunks, firsts[number], sisters)
-            agreed += own == chunks
-            chunks = own
-    found = []
-    for space, parts in zip(spaces, matched, strict=True):
-        if space.reach_chunks:
-            first = max(0, chunks - space.reach_chunks)
-            parts = parts_of(space, hashes[: chunks * HASH_BYTES], sisters, first, chunks - first)
-        found.append(
-            [part._replace(ids=part.ids[: 4 * (chunks - part.first)]) for part in parts if part.first < chunks]
-        )
-    return chunks, found
+    reaches = [space.reach_chunks for space in spaces]
+    found = [[] if space.reach_chunks else parts_of(space, hashes, sisters) for space in spaces]
+
+    def end_of(group: int, first: int, end: int) -> int:
+        if not reaches[group]:
+            return found[group][-1].end
+        needed = hashes[first * HASH_BYTES : end * HASH_BYTES]
+        if sisters:
+            return first + parts_of(spaces[group], needed, sisters, 0, end - first)[-1].end
+        return first + len(spaces[group].table.match(needed)) // 4
+
+    chunks = longest_prefix(reaches, len(hashes) // HASH_BYTES, end_of)
+    for group, reach in enumerate(reaches):
+        if reach:
+            first = max(0, chunks - reach)
+            found[group] = parts_of(spaces[group], hashes[: chunks * HASH_BYTES], sisters, first, chunks - first)
+    return chunks, [
+        [part._replace(ids=part.ids[: 4 * (chunks - part.first)]) for part in parts if part.first < chunks]
+        for parts in found
+    ]
+
+
+def longest_prefix(reaches: Sequence[int], chunks: int, end_of: Callable[[int, int, int], int]) -> int:
+    """Return the length of the longest prefix, of at most `chunks` chunks, of which all groups have what they need.
+
+    reaches: of the groups, in chunks. end_of(group, first, end): the number of the first of the chunks from `first` to `end` that
+    the group lacks, or `end`. Any smaller number shortens the prefix to it. No chunk is asked for twice.
+    """
+    for group in (group for group, reach in enumerate(reaches) if not reach):
+        chunks = min(chunks, end_of(group, 0, chunks))
+    firsts, before = [chunks] * len(reaches), -1
+    while chunks != before:  # each round either shortens the prefix or is the last one
+        before = chunks
+        for group, reach in enumerate(reaches):
+            known = min(chunks, firsts[group])  # it has those from here on
+            while reach and known and chunks - known < reach:
+                first = max(0, chunks - reach)
+                end = end_of(group, first, known)
+                chunks, known = chunks if end == known else end, min(first, end)
+            firsts[group] = known
+    return chunks
 
 
 def parts_of(space: Space, hashes: bytes, sisters: bool, first: int = 0, most: int = MAX_PARTS) -> list[Part]:
@@ -77,17 +96,3 @@ def parts_of(space: Space, hashes: bytes, sisters: bool, first: int = 0, most: i
         parts.append(max((Part(one, at, one.table.match(rest)) for one in having), key=lambda one: len(one.ids)))
         at = parts[-1].end
     return parts or [part]
-
-
-def _longest(space: Space, hashes: bytes, chunks: int, first: int, sisters: bool) -> tuple[int, int]:
-    """Return the most chunks, at most `chunks`, of which the space has the last `reach_chunks`, and the first chunk from which on
-    it is now known to have all of them. first: as that was known before, so that no chunk is looked for twice. sisters: as in
-    `usable_prefix`."""
-    first = min(first, chunks)
-    family = (space, *space.sisters) if sisters else (space,)
-    while first and chunks - first < space.reach_chunks:
-        first -= 1
-        key = hashes[first * HASH_BYTES : (first + 1) * HASH_BYTES]
-        if not any(one.table.match(key) for one in family):
-            chunks = first
-    return chunks, first

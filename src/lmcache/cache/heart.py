@@ -1,6 +1,6 @@
-"""The heart of L1 decides about lookups, leases, reservations, commits and clears.
+"""The heart of L1 decides about processes, lookups, leases, expiry and clears.
 
-The rules of this file:
+The rules of this file, and of `filling` and `announcing`, on which it stands:
 - A chunk is *complete* when all its shards are committed. A lookup finds only complete chunks, and only a prefix of those asked.
 - An expired lease keeps its chunks, which others may go on reading, and it can be renewed. An expired reservation keeps its
   extents but not its chunks: another process may fill these in other extents, and a late commit is refused.
@@ -17,19 +17,18 @@ The rules of this file:
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import NamedTuple
 
-from lmcache.cache.allocator import Space, in_use
-from lmcache.cache.claims import SERVER, AnyClaim, Claims, Held, Instance, Lease, Refusal, Reservation
-from lmcache.cache.events import NOBODY, By
+from lmcache.cache.allocator import Space
+from lmcache.cache.claims import SERVER, AnyClaim, Held, Instance, Lease, Refusal, Reservation
+from lmcache.cache.events import NOBODY, By, Event
+from lmcache.cache.filling import Filling
 from lmcache.cache.groups import Found, Part, parts_of, usable_prefix
-from lmcache.cache.index import MAX_SISTERS, Index, names_of, of_last, of_new, of_records, pack_ids
-from lmcache.cache.promises import MAX_PROMISED, NOTHING, Asker, Coming, Key, Promises, keys_of
-from lmcache.cache.table import COMPLETED, RELEASED, Table
+from lmcache.cache.index import MAX_SISTERS, of_last, of_records, pack_ids
+from lmcache.cache.table import Table
 from lmcache.chunks import HASH_BYTES, Split, split_hashes
-from lmcache.memory.slabs import NO_EXTENT
 
 MAX_SPACES_OF_INSTANCE = 64
 """The most spaces that one engine instance may open. An instance needs one for each model that it serves."""
@@ -37,8 +36,6 @@ MAX_SHARDS = 1024
 """The most shards that a chunk may have. The index keeps 5 bytes for each shard of each chunk, stored or not."""
 EXPIRED_A_TICK = 16384
 """Chunks. A tick expires claims until these cover so many chunks; the next tick goes on."""
-FILL_SECONDS = 2.0
-"""Nobody waits for a chunk that a process has begun to fill longer ago, since the copy takes milliseconds."""
 
 
 class TooSmall(Refusal):
@@ -66,20 +63,8 @@ class Hit(NamedTuple):
     foreign: tuple[Foreign, ...] = ()
 
 
-class Grant(NamedTuple):
-    """A reservation. `extents`: a u32 sector for each chunk, or `NO_EXTENT`. `refused`: how many chunks got none for `reason`."""
-
-    reservation: int
-    extents: bytes
-    refused: int
-    reason: str
-
-
-class Heart(Index):
+class Heart(Filling):
     """Decides about one arena of `total_bytes`, by the rules at the head of this file.
-
-    This class has no memory. `L1` adds the arena, and overrides `_back`, which allocates the memory of extents, and the `_note_`
-    methods, which tell it what extents hold.
 
     Args:
         total_bytes: size of the arena.
@@ -88,18 +73,6 @@ class Heart(Index):
         new_table: makes the table of a space from its number of shards.
         first_number: the number of the first lease or reservation.
     """
-
-    def __init__(
-        self,
-        total_bytes: int,
-        claim_seconds: float = 30.0,
-        new_table: Callable[[int], Table] = Table,
-        first_number: int = 1,
-    ) -> None:
-        super().__init__(total_bytes, new_table)
-        self.claim_seconds = claim_seconds
-        self._claims = Claims(total_bytes, claim_seconds, first_number)
-        self.promises = Promises()
 
     # Processes
 
@@ -195,12 +168,6 @@ class Heart(Index):
         sister = self._new_space(space.family, split.count, space.reach_chunks, space.share, space.family, split)
         for shard in range(split.count):
             self._open_shard(sister, shard, size)
-
-    def _admit(self, process: int, space_number: int, tier: str = "") -> tuple[Space, Instance]:
-        instance, space = self._claims.instance_of(process, tier), self._spaces.get(space_number)
-        if space is None or (process != SERVER and instance.name not in space.instances):
-            raise Refusal(f"this engine has not registered space {space_number}: register the layout first")
-        return space, instance
 
     # Reading
 
@@ -389,177 +356,6 @@ class Heart(Index):
             raise Refusal(f"chunks {first}..{first + count} of shard {shard} are outside lease {lease}")
         return list(sectors[first : first + count]), held.space.shard_bytes[shard]
 
-    # What engines will store
-
-    def announce(
-        self, now: float, asker: Asker, spaces: Sequence[int], hashes: bytes, chunks: int, chunk_seconds: float
-    ) -> None:
-        """Note that the engine has found the first `chunks` chunks, computes the others and stores them in these spaces: of a
-        space with a reach only the last ones, since it depends on the engine's steps which others it has. chunk_seconds: of
-        computing one chunk; 0 if unknown."""
-        places, most = dict[Key, int](), MAX_PROMISED  # in all spaces together
-        for number in spaces:
-            space = self._spaces[number]
-            first = max(chunks, len(hashes) // HASH_BYTES - space.reach_chunks if space.reach_chunks else 0)
-            get, complete = space.table.get, space.table.complete
-            keys = keys_of(number, hashes[first * HASH_BYTES : (first + most) * HASH_BYTES])
-            most -= len(keys)
-            places |= {
-                key: at
-                for at, key in enumerate(keys, first - chunks)
-                if (record := get(key[1])) < 0 or not complete(record)
-            }
-        self.promises.make(now, self._claims.instance_of(asker.process).name, asker, chunk_seconds, places)
-
-    def instance_name(self, process: int) -> str:
-        return self._claims.instance_of(process).name
-
-    def coming(self, now: float, asker: Asker, number: int, hashes: bytes, first: int) -> Coming:
-        """Return which of these chunks, from chunk `first` on, other engines fill or have promised, without a gap. Chunks in
-        between that are complete count, too. Who has filled a chunk for longer than `FILL_SECONDS` is no more waited for."""
-        table, promised = self._spaces[number].table, self.promises.by_chunk
-        missing = number, hashes[first * HASH_BYTES : (first + 1) * HASH_BYTES]
-        if not missing[1] or (missing not in promised and table.get(missing[1]) < 0):
-            return NOTHING
-        instance = self._claims.instance_of(asker.process)
-        halted = asker.halts and self.promises.of_engine(instance.name, asker.engine)
-        if not asker.request or halted or self.promises.given_up(instance.name, asker.request) == missing:
-            return Coming(barred=True)
-        keys = keys_of(number, hashes[first * HASH_BYTES : (first + MAX_PROMISED) * HASH_BYTES])
-        expected: float | None = 0.0
-        fills: tuple[set[int], set[int]] | None = None
-        for at, key in enumerate(keys):
-            record, promise, stuck = table.get(key[1]), promised.get(key), False
-            if record >= 0 and table.complete(record):
-                continue
-            if record >= 0:  # only now, since this goes through all shards that are being filled
-                fills = fills or self._filled(now, table, instance)
-                stuck = record in fills[1]
-                if record in fills[0] and not stuck:
-                    continue
-            if stuck or promise is None or self.promises.is_own(promise, instance.name, asker.engine):
-                return Coming(at, expected, barred=promise is not None and not at)
-            due = promise.expected(now, key)
-            expected = None if due is None or expected is None else max(expected, due)
-        return Coming(len(keys), expected)
-
-    def _filled(self, now: float, table: Table, asking: Instance) -> tuple[set[int], set[int]]:
-        """Return the records of the table that engines other than the asking one fill, and those that have been filled for too
-        long, by whomever."""
-        filled, stuck, oldest = set[int](), set[int](), now + self.claim_seconds - FILL_SECONDS
-        for held in self._claims.reservations.values():
-            if held.table is not table or held.expired:
-                continue
-            if held.deadline < oldest:
-                stuck.update(held.ids)
-            elif held.process != SERVER and held.instance is not asking:
-                filled.update(held.ids)
-        return filled, stuck
-
-    # Filling
-
-    def reserve(
-        self,
-        now: float,
-        process: int,
-        space_number: int,
-        shard: int,
-        parent: bytes,
-        root: bool,
-        hashes: bytes,
-        tier: str = "",
-        request: str = "",
-    ) -> Grant:
-        """Reserve extents for this rank's shard of the chunks after `parent`. Shards that are stored or being filled are skipped.
-
-        tier: the tier for which the server reserves. request: the engine's id of the request, for events.
-
-        Raises:
-            Refusal: unknown space, process or shard; or there is no memory for extents, and no chunk can be evicted.
-        """
-        space, instance = self._admit(process, space_number, tier)
-        if not 0 <= shard < space.shards or space.classes[shard] < 0:
-            raise Refusal(f"shard {shard} is not registered: register it first")
-        by, tries = (process, instance.tier, request), 0
-        while True:
-            grant = self._grant(now, by, instance, space, shard, parent, root, hashes)
-            tries += 1
-            if not grant.reservation or self._back(process, grant.reservation, tries):
-                return grant
-
-    def _grant(
-        self, now: float, by: By, instance: Instance, space: Space, shard: int, parent: bytes, root: bool, hashes: bytes
-    ) -> Grant:
-        table, asked = space.table, len(hashes) // HASH_BYTES
-        root = root or space.reach_chunks > 0  # such a chunk needs none of those before it
-        parent_id = -1 if root else table.get(parent)
-        # Behind what only a sister has, the chunks begin a path of their own.
-        root = root or parent_id >= 0 or any(one.table.get(parent) >= 0 for one in space.sisters)
-        reason = ""
-        if self._claims.over_quota(instance):
-            reason = "quarantine"
-        elif not root:
-            reason = "no parent"
-        elif by[0] == SERVER and not in_use(space):
-            reason = "no engine"  # the engine has gone: a load for it must not evict what other engines use
-        if reason:
-            self.events.emit(
-                "refused", space.number, asked, reason, by, lambda event: event._replace(hashes=hashes), shard
-            )
-            self.promises.broken(instance.name, space.number, hashes)
-            return Grant(0, pack_ids([NO_EXTENT] * asked), asked, reason)
-        ids, sectors = self._fill_chain(now, space, shard, parent_id, hashes)
-        self._emit_evicted(by, space.number)
-        refused = asked - len(sectors)
-        if refused:
-            reason = "no room"
-            self.events.emit("refused", space.number, refused, reason, by, lambda event: of_last(event, hashes), shard)
-            self.promises.broken(instance.name, space.number, hashes[-HASH_BYTES * refused :])
-        number = 0
-        if ids:
-            filled = [sector for sector in sectors if sector != NO_EXTENT]
-            held = Reservation(by, instance, now + self.claim_seconds, space, table, shard, ids, filled)
-            number = self._claims.add(held)
-            self._note_opened(number, held)
-            self._emit("reserved", held, ids)
-        extents = pack_ids(sectors + [NO_EXTENT] * refused)
-        return Grant(number, extents, refused, reason)
-
-    def commit(self, now: float, process: int, reservation: int, ok: bool, failed: Container[int] = ()) -> int:
-        """End a reservation whose extents are filled, except those at the sectors in `failed`; with `ok` false, none is filled.
-        Returns how many shards are stored.
-
-        Raises:
-            Refusal: the reservation is unknown or has expired. The extents are free then, and nothing is stored.
-        """
-        held = self._claims.reservation(process, reservation)
-        if held.expired or now > held.deadline:
-            self._end_reservation(reservation, ok=False, reason="too late")
-            raise Refusal(f"reservation {reservation} expired after {self.claim_seconds} s: reserve the chunks again")
-        reason = "copy failed" if failed or not ok else "cleared"
-        return self._end_reservation(reservation, ok, reason, failed=failed)
-
-    def give_up(self, process: int, reservation: int, lost: Container[int]) -> None:
-        """End a reservation without filling it, because no memory could be allocated for the extents at the sectors in `lost`.
-        These stay out of use until the cache is cleared, so that the next reservation gets others, if need be by eviction.
-
-        Raises:
-            Refusal: the reservation is unknown.
-        """
-        self._claims.reservation(process, reservation)
-        self._end_reservation(reservation, False, "no memory", lost)
-
-    def reserved_sectors(self, process: int, reservation: int) -> tuple[list[int], int]:
-        """Return (sectors, bytes of each) of a reservation's extents, for payload frames.
-
-        Raises:
-            Refusal: the process has no such reservation, or it has expired.
-        """
-        held = self._claims.reservation(process, reservation)
-        if held.expired:
-            raise Refusal(f"reservation {reservation} has expired")
-        return held.sectors, held.shard_bytes
-
     # Expiry, and clearing
 
     def tick(self, now: float) -> None:
@@ -595,7 +391,8 @@ class Heart(Index):
         gone = 0
         for space in self._spaces.values():
             self._allocator.vacate(space, kept[space.number])
-            self._emit_cleared(space, keys[space.number])
+            detail = partial(Event._replace, hashes=keys[space.number])
+            self.events.emit("cleared", space.number, space.complete, "", NOBODY, detail)
             gone += space.complete
             space.table, space.complete = self._new_table(space.shards), 0
             space.last_used.clear()
@@ -603,11 +400,6 @@ class Heart(Index):
         self._note_cleared()
         self._allocator.retry_shares()
         return gone
-
-    def _emit_cleared(self, space: Space, hashes: bytes) -> None:
-        self.events.emit(
-            "cleared", space.number, space.complete, "", NOBODY, lambda event: event._replace(hashes=hashes)
-        )
 
     # State
 
@@ -625,15 +417,6 @@ class Heart(Index):
     def open_leases(self) -> int:
         return len(self._claims.leases)
 
-    @property
-    def reservations(self) -> Mapping[int, Reservation]:
-        """The open reservations by number, as they change."""
-        return self._claims.reservations
-
-    @property
-    def open_reservations(self) -> int:
-        return len(self._claims.reservations)
-
     # The ends of claims
 
     def _end_lease(self, number: int) -> None:
@@ -641,90 +424,6 @@ class Heart(Index):
             released = table.unpin(ids)
             if released:
                 self._free(space, table, released)
-
-    def _end_reservation(
-        self, number: int, ok: bool, reason: str, lost: Container[int] = (), failed: Container[int] = ()
-    ) -> int:
-        """Return how many shards were stored; the others are dropped for `reason`, and their extents freed unless in `lost`."""
-        held = self._claims.end_reservation(number)
-        empty = set(held.sectors if held.expired or not ok else [sector for sector in held.sectors if sector in failed])
-        filled = 0 if held.expired else self._end_fills(held, empty, reason)
-        for sector in empty:
-            if sector not in lost:
-                self._allocator.free_one(held.space, held.shard, sector)
-        self._note_ended(number)
-        return filled
-
-    def _end_fills(self, held: Reservation, empty: Container[int], reason: str) -> int:
-        """End the filling of a reservation's shards. Those whose extents are not in `empty` are stored. The others are dropped
-        for `reason`: any process may fill them next, and the caller frees their extents. Returns how many were stored in chunks
-        that are still in the index."""
-        table, space = held.table, held.space
-        filled, sectors, dropped = list[int](), list[int](), list[int]()
-        for one, sector in zip(held.ids, held.sectors, strict=True):
-            if sector not in empty and table.attached(one):
-                filled.append(one)
-                sectors.append(sector)
-            else:
-                dropped.append(one)
-        if dropped:
-            self._emit("dropped", held, dropped, reason)
-            if self.promises.by_chunk:
-                self.promises.broken(held.instance.name, space.number, names_of(table, dropped)[0])
-        completed: list[int] = []
-        for one, sector in zip(reversed(held.ids), reversed(held.sectors), strict=True):
-            stays = sector not in empty
-            outcome = table.end_fill(one, held.shard, stays)
-            if outcome == COMPLETED:
-                completed.append(one)
-            elif outcome == RELEASED:  # the cache was cleared meanwhile, and no lease holds the chunk
-                self._free(space, table, pack_ids([one]))
-            elif not stays:
-                self._remove_bare(space, table, one)
-        space.complete += len(completed)
-        if filled:
-            self._note_committed(held, sectors, *names_of(table, filled))
-            self._emit("committed", held, filled)
-        if completed:
-            completed.reverse()
-            self.promises.has_stored(held.instance.name)
-            if self.promises.by_chunk:
-                self.promises.kept(space.number, names_of(table, completed)[0])
-            self.events.emit(
-                "stored", space.number, len(completed), "", held.by, lambda event: of_new(event, table, completed)
-            )
-        return len(filled)
-
-    def _emit(self, kind: str, claim: Reservation, records: Sequence[int], reason: str = "") -> None:
-        """Emit an event about these chunks of the reservation."""
-        self.events.emit(
-            kind, claim.space.number, len(records), reason, claim.by,
-            lambda event: of_records(event, claim.table, records), claim.shard,
-        )  # fmt: skip
-
-    # Memory and contents of extents, which subclasses have
-
-    def _back(self, process: int, reservation: int, tries: int) -> bool:
-        """Allocate memory for the extents of a reservation. If there is none, give the reservation up and return False, for the
-        chunks to be reserved in other extents. tries: how many reservations the request has made, with this one.
-
-        Raises:
-            Refusal: enough of them have failed.
-        """
-        return True
-
-    def _note_opened(self, number: int, held: Reservation) -> None:
-        """Record that the reservation's process may write to its extents from now on."""
-
-    def _note_ended(self, number: int) -> None:
-        """Record that no process writes to the extents of this reservation any more."""
-
-    def _note_committed(self, held: Reservation, sectors: list[int], keys: bytes, parents: bytes) -> None:
-        """Record that the extents at these sectors hold the shards of the chunks `keys`. `keys` and `parents` hold 16 bytes a
-        chunk; zeros for no parent."""
-
-    def _note_cleared(self) -> None:
-        """Record that no extent holds a stored shard any more."""
 
 
 def _leave_index(table: Table, ids: bytes) -> array[int]:

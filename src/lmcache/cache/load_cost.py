@@ -1,6 +1,6 @@
 """The load cost model: how fast each tier is, and how much longer than expected a load may take. It reads no clock.
 
-`cache.fetch` compares these numbers with the time that the engine would need to compute the same tokens, and decides.
+`cache.waits` compares these numbers with the time that the engine would need to compute the same tokens, and decides.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ lookup wait only while the engine has promised nothing. A request waits neither 
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -105,6 +105,8 @@ class Promises:
         """Instance -> the name of its engine, for each instance that has promised anything."""
         self._distrusted = set[str]()
         """Engines that somebody has waited for in vain, and that have stored nothing since."""
+        self._made_by = Counter[str]()
+        """Name of an instance or of its engine -> the number of its promises."""
 
     def make(self, now: float, instance: str, asker: Asker, chunk_seconds: float, places: Mapping[Key, int]) -> None:
         """Promise these chunks, in place of what the request has promised before. places: how many chunks are computed before
@@ -119,14 +121,20 @@ class Promises:
             promise.left[key], self.by_chunk[key] = places[key], promise
         if promise.left:
             self._by_request[instance, asker.request] = promise
+            self._made_by.update({instance, asker.engine})
         while len(self.by_chunk) > MAX_PROMISED:
             self.end(*next(iter(self._by_request)))
 
     def end(self, instance: str, request: str) -> None:
         """End the promise of a request, if it has one."""
         promise = self._by_request.pop((instance, request), None)
-        for key in promise.left if promise is not None else ():
-            del self.by_chunk[key]
+        if promise is not None:
+            for key in promise.left:
+                del self.by_chunk[key]
+            for name in {instance, promise.asker.engine}:
+                self._made_by[name] -= 1
+                if not self._made_by[name]:
+                    del self._made_by[name]
 
     def leave(self, instance: str) -> None:
         """End all promises of an engine instance."""
@@ -138,6 +146,7 @@ class Promises:
     def clear(self) -> None:
         self.by_chunk.clear()
         self._by_request.clear()
+        self._made_by.clear()
 
     def tick(self, now: float) -> None:
         """End the promises of which nothing has been stored for too long."""
@@ -166,7 +175,7 @@ class Promises:
 
     def of_engine(self, instance: str, engine: str) -> bool:
         """Return whether this engine has promised anything."""
-        return any(self.is_own(one, instance, engine) for one in self._by_request.values())
+        return instance in self._made_by or bool(engine and engine in self._made_by)
 
     @staticmethod
     def is_own(promise: Promise, instance: str, engine: str) -> bool:
@@ -195,7 +204,7 @@ class Promises:
         if promise is not None:
             del promise.left[key]
             if not promise.left:
-                self._by_request.pop((promise.instance, promise.asker.request), None)
+                self.end(promise.instance, promise.asker.request)
 
 
 def keys_of(space: int, hashes: bytes) -> list[Key]:

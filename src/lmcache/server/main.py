@@ -113,7 +113,7 @@ def _start_tiers(config: ServerConfig, loop: Loop, l1: L1, specs: list[TierSpec]
         if tiering.interrupt() > 1:
             loop.stop()
         else:
-            loop.call_soon(lambda: tiering.drain(config.drain_seconds, loop.stop))
+            loop.call_soon(lambda: tiering.writes.drain(config.drain_seconds, loop.stop))
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, end)

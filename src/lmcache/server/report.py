@@ -78,7 +78,7 @@ class Report:
         return self._loop.ask(self._service.sessions.refused.lately)
 
     def fetches(self) -> list[dict[str, object]]:
-        """Return records of the fetches that ended last, the latest first (`cache.fetch.FetchRecord`)."""
+        """Return records of the fetches that ended last, the latest first (`cache.waits.FetchRecord`)."""
         tiering = self._service.tiering
         if tiering is None:
             return []

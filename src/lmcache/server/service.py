@@ -158,8 +158,8 @@ class Service:
         if self.l1.promises.by_chunk or (request.engine and 16 * hit.chunks < len(hashes)):
             asker = Asker(peer.process, name, request.engine)
             self.tiering.answered(asker, spaces, hashes, hit.chunks, request.prefill_rate)
-        if self.tiering.nearly_full:
-            self.tiering.used(spaces, hashes, hit.chunks)
+        if self.tiering.writes.nearly_full:
+            self.tiering.writes.used(spaces, hashes, hit.chunks)
         return _found(hit)
 
     def _answerable(self, peer: Peer, request: m.Lookup, spaces: list[int], first: int) -> bytes:

@@ -7,7 +7,8 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from lmcache.cache.fetch import AWAITED, Decided, Fetches, FetchRecord
+from lmcache.cache.fetch import Fetches
+from lmcache.cache.waits import AWAITED, FetchRecord
 from lmcache.observability.log import init_logger
 from lmcache.server.tier_runner import TierRunner
 
@@ -108,7 +109,7 @@ class TierReport:
         if last is not None:
             out["last_fetch_expected_seconds"] = last.expected_seconds or 0.0
             out["last_fetch_recompute_seconds"] = last.recompute_seconds or 0.0
-            out["last_fetch_loaded"] = last.loads
+            out["last_fetch_loaded"] = last.decision == "load"
         for runner, pace in zip(self._runners, self._fetches.paces, strict=True):
             label, usage = f'{{tier="{runner.name}"}}', runner.usage()
             out |= {
@@ -180,14 +181,14 @@ def _losses(new: Counter[str]) -> list[str]:
     return parts
 
 
-def log_decision(decided: Decided) -> None:
+def log_decision(record: FetchRecord) -> None:
     """Log the decision between loading and computing, with the two times."""
     if logger.isEnabledFor(logging.DEBUG):
         logger.debug(
             "Prompt %s (%s): loading is expected to take %.3f s, computing %.3f s: %s",
-            decided.prompt[-4:].hex(),
-            " ".join(decided.requests) or "no request id",
-            decided.expected_seconds or 0.0,
-            decided.recompute_seconds or 0.0,
-            "loading" if decided.loads else "not worth it",
+            record.prompt[-4:].hex(),
+            " ".join(record.requests) or "no request id",
+            record.expected_seconds or 0.0,
+            record.recompute_seconds or 0.0,
+            "loading" if record.decision == "load" else record.decision,
         )

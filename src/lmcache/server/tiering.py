@@ -1,30 +1,28 @@
-"""Tiering connects L1 with the tiers: it loads chunks for lookups, and writes chunks that have become complete. Lookups also wait
-for chunks that other engines compute.
+"""Tiering connects L1 with the tiers: it loads chunks for lookups, and `tier_writes` writes chunks that have become complete.
+Lookups also wait for chunks that other engines compute.
 
-`cache.fetch` and `cache.writeback` decide, and this module carries out their effects. It reserves and leases extents in L1 as the
-process SERVER, a `TierRunner` for each tier moves the bytes, and the outcomes are reported back. Everything runs in the loop's
-thread.
+`cache.fetch` decides, and this module carries out its effects. It reserves extents in L1 as the process SERVER, a `TierRunner`
+for each tier moves the bytes, and the outcomes are reported back. Everything runs in the loop's thread.
 """
 
 from __future__ import annotations
 
 import math
 from array import array
-from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import takewhile
 from typing import TYPE_CHECKING
 
-from lmcache.cache import L1, SERVER, Event, Refusal
+from lmcache.cache import L1, SERVER, Refusal
 from lmcache.cache.allocator import Space
-from lmcache.cache.events import By
-from lmcache.cache.fetch import ASK_SECONDS, Ask, Fetches, Load, TierTraits
+from lmcache.cache.fetch import Ask, Fetches
+from lmcache.cache.groups import longest_prefix
 from lmcache.cache.promises import NOTHING, Asker, Coming
-from lmcache.cache.writeback import Batch
-from lmcache.chunks import HASH_BYTES
+from lmcache.cache.waits import ASK_SECONDS, Load, TierTraits, Wanted
+from lmcache.chunks import HASH_BYTES, split_hashes
 from lmcache.errors import ConfigError
 from lmcache.memory.slabs import NO_EXTENT
 from lmcache.observability.log import init_logger
@@ -39,7 +37,8 @@ from lmcache.server.tier_contents import (
 )
 from lmcache.server.tier_report import TierReport, log_decision
 from lmcache.server.tier_runner import CLOSE_SECONDS, OPEN_SECONDS, TierRunner
-from lmcache.tiers import KEPT, OK, Region, Shard, ShardKey, TierError
+from lmcache.server.tier_writes import TIER_FAILED, Writes, emit_outcomes, let_go
+from lmcache.tiers import OK, Region, ShardKey, TierError
 
 if TYPE_CHECKING:
     from lmcache.tiers.registry import TierSpec  # imports what only servers with tiers need
@@ -53,16 +52,9 @@ _MOST_AWAITED_ENDS = 64
 """The same for ends at which other engines are about to store what all groups need."""
 _SHARE = 0.25
 """Of the time of computing a prompt, for which a lookup waits to hear where an earlier end is."""
-USE_SECONDS, _USED_SHARE = 600.0, 8
-"""What L1 answers with counts as used in the tiers once in so many seconds, and again when they have stored so small a part of
-their shards anew."""
-_NEARLY_FULL = 0.8
-"""The share of a tier's bound from which on it matters what has been used last."""
-_MOST_USED = 65536
-"""Chunks that are told to the tiers as used in that time."""
-_TOO_LATE, _TIER_FAILED = "too late", "tier failed"
-"""Outcomes of the shards of a load that ended after its reservations had expired, and of an operation that failed."""
-_LOAD, _WRITE = ("loaded", "load_failed"), ("written", "write_failed")
+_TOO_LATE = "too late"
+"""Outcome of the shards of a load that ended after its reservations had expired."""
+_LOAD = "loaded", "load_failed"
 """Kinds of events: of good outcomes, and of the others."""
 
 
@@ -103,26 +95,16 @@ class Tiering:
         self.fetches = Fetches(traits, always, patience_seconds)
         self._earlier_ends = EarlierEnds(self.runners, patience_seconds)
         self.report = TierReport(loop.now, self.runners, self.fetches, chunk_tokens)
+        self.writes = Writes(loop, l1, self.runners, self.fetches, self.report)
         self.sources = self.runners, l1.promises.by_chunk, l1.reservations, self.fetches.numbered
         """If all are empty, neither tiers nor other engines can bring anything into L1 for a lookup."""
         self._region: Region | None = None
         self._late_loads = set[int]()
         """Numbers of loads that are still running after their deadline."""
-        self.nearly_full: list[TierRunner] = []
-        """Tiers that evict soon, by the time of last use."""
-        self._used, self._used_until = set[tuple[int, bytes]](), 0.0
-        """Chunks that these have been told to be in use, as (space, hash), and when they are told again at the latest."""
-        self._written_before: dict[str, int] = {}
-        """How many shards each of these had written when `_used` was emptied last."""
-        self._drained: Callable[[], None] | None = None
-        self._drain_until = 0.0
-        self._closed = False
         self._interrupts = 0
         loop.on_tick.append(self._tick)
         if specs:
-            l1.events.listen(["stored"], self._stored)
             l1.events.listen(["stored", "refused", "dropped", "evicted", "load_failed"], self.fetches.heard)
-            l1.events.listen(["cleared"], self._l1_cleared, named=False)
 
     def attach(self, region: Region) -> None:
         """Attach all tiers to the memory that their operations will use. Call this before `open`."""
@@ -242,30 +224,23 @@ class Tiering:
     def _awaited_end(self, asker: Asker, reaches: dict[int, int], hashes: bytes) -> int:
         """Return the end of the longest prefix that all groups have, once other engines have stored what they store now. Nobody
         waits for chunks behind it."""
-        l1, now, end = self._l1, self._loop.now(), len(hashes) // HASH_BYTES
+        l1, now, comes, short = self._l1, self._loop.now(), False, 0
+        chunks, numbers = len(hashes) // HASH_BYTES, list(reaches)
         if not (l1.promises.by_chunk or l1.open_reservations):
             return 0
         if len(reaches) == 1:
-            return end
-        stored = end
-        for number in (one for one, reach in reaches.items() if not reach):
-            have = l1.peek(now, asker.process, number, hashes)
-            end, stored = min(end, have + l1.coming(now, asker, number, hashes, have).chunks), min(stored, have)
-        for _ in range(_MOST_AWAITED_ENDS):
-            cut = hashes[: end * HASH_BYTES]
-            ends, comes = [end], end > stored
-            for number, reach in reaches.items():
-                needed = cut[-reach * HASH_BYTES :] if reach else b""
-                have = l1.peek(now, asker.process, number, needed)
-                coming = l1.coming(now, asker, number, needed, have).chunks
-                comes |= coming > 0
-                ends += [end - 1] if (have + coming) * HASH_BYTES < len(needed) else []
-            if not end or min(ends) == end:
-                return end
-            if not comes:  # the lookup itself finds an earlier end, with less work
-                return 0
-            end = min(ends)
-        return 0
+            return chunks
+
+        def end_of(group: int, first: int, end: int) -> int:
+            nonlocal comes, short
+            needed = hashes[first * HASH_BYTES : end * HASH_BYTES]
+            have = l1.peek(now, asker.process, numbers[group], needed)
+            coming = l1.coming(now, asker, numbers[group], needed, have).chunks
+            comes, short = comes or coming > 0, short + (first + have + coming < end)
+            # If nothing comes, the lookup itself finds an earlier end, with less work.
+            return first + have + coming if short <= (_MOST_AWAITED_ENDS if comes else len(numbers)) else 0
+
+        return longest_prefix(list(reaches.values()), chunks, end_of)
 
     def _earlier_end(self, number: int, hashes: bytes, prefill_tokens_per_second: float) -> int | None:
         """Return as `EarlierEnds.last`. Waiting for it takes a small part of the time of computing the chunks."""
@@ -327,13 +302,8 @@ class Tiering:
             part, found = hashes[:end], min(in_l1, end // HASH_BYTES)
             stored_next = self._coming(asker, space.number, part, found, awaited)
             if self.runners or stored_next.chunks or self.fetches.knows(space.number, part):
-                size = sum(space.shard_bytes)
-                coming = self.fetches.poll(
-                    *(now, space.number, part, found, size, prefill_seconds, knowers, asker.request, space.shards),
-                    stored_next,
-                    asker.have,
-                    asker.process,
-                )
+                wanted = Wanted(space.number, part, sum(space.shard_bytes), space.shards, prefill_seconds, asker)
+                coming = self.fetches.poll(now, wanted, found, knowers, stored_next)
             if stored_next.chunks and not coming:
                 missing = part[found * HASH_BYTES : (found + 1) * HASH_BYTES]
                 name = self._l1.instance_name(asker.process)
@@ -355,7 +325,7 @@ class Tiering:
         return found if found.barred or in_l1 + found.chunks > asker.have else NOTHING
 
     def _carry_out(self) -> None:
-        while self.fetches.effects and not self._closed:
+        while self.fetches.effects and not self.writes.closed:
             effect = self.fetches.effects.pop(0)  # removed first, so that a failing effect does not repeat
             if isinstance(effect, Ask):
                 self._ask(effect)
@@ -389,11 +359,11 @@ class Tiering:
         def late() -> None:  # the reservations have expired, so what arrives from now on is not used
             self._late_loads.add(load.number)
             runner.count("missed", _TOO_LATE, len(keys))
-            self._emit(_LOAD, load.space, by, keys, [_TOO_LATE] * len(keys))
+            emit_outcomes(self._l1.events, _LOAD, load.space, by, keys, [_TOO_LATE] * len(keys))
             self.fetches.late(load)
 
         def done(outcomes: list[str] | None, error: Exception | None, seconds: float) -> None:
-            _let_go(into)
+            let_go(into)
             self._loaded(load, parts, outcomes)
 
         runner.load(keys, into, self._l1.claim_seconds, late, done)
@@ -415,8 +385,8 @@ class Tiering:
                 continue
             sectors = array("I", grant.extents)
             keys = [
-                ShardKey(space.fingerprint, load.hashes[at * HASH_BYTES : (at + 1) * HASH_BYTES], shard, space.shards)
-                for at, sector in enumerate(sectors)
+                ShardKey(space.fingerprint, chunk, shard, space.shards)
+                for chunk, sector in zip(split_hashes(load.hashes), sectors, strict=True)
                 if sector != NO_EXTENT
             ]
             extents = [sector for sector in sectors if sector != NO_EXTENT]
@@ -428,7 +398,7 @@ class Tiering:
         runner, at, good_bytes = self.runners[load.tier], 0, 0
         by = SERVER, runner.name, load.request
         for part in parts:
-            own = outcomes[at : at + len(part.sectors)] if outcomes is not None else [_TIER_FAILED] * len(part.sectors)
+            own = outcomes[at : at + len(part.sectors)] if outcomes is not None else [TIER_FAILED] * len(part.sectors)
             at += len(part.sectors)
             failed = {sector for sector, outcome in zip(part.sectors, own, strict=True) if outcome != OK}
             try:
@@ -439,7 +409,7 @@ class Tiering:
             good_bytes += good * part.shard_bytes
             runner.counters["loaded_shards"] += good
             if load.number not in self._late_loads:
-                self._emit(_LOAD, load.space, by, part.keys, own)
+                emit_outcomes(self._l1.events, _LOAD, load.space, by, part.keys, own)
                 for outcome in own:
                     if outcome != OK:
                         runner.count("missed", outcome)
@@ -448,155 +418,7 @@ class Tiering:
         self.fetches.loaded(self._loop.now(), load, None if outcomes is None and parts else good_bytes)
         self._carry_out()
 
-    # Writing
-
-    def _stored(self, event: Event) -> None:
-        """Queue chunks that have become complete for every tier that stores; chunks loaded from a tier only for nearer tiers."""
-        space = self._l1.space(event.space)
-        if space is None:
-            return
-        chunk_bytes = sum(space.shard_bytes)
-        for runner in takewhile(lambda one: one.name != event.tier, self.runners):
-            if runner.spec.write != "none":
-                runner.queue.add(event.space, event.hashes, event.parents, chunk_bytes, space.shards)
-        self._loop.call_soon(self._pump)  # later, since a listener must not call L1
-
-    def used(self, spaces: Sequence[int], hashes: bytes, chunks: int) -> None:
-        """Note that L1 has answered with the first `chunks` chunks. Tiers do not see that, so a full one would lose what all
-        prompts begin with before what is seldom used. To store it again is a use of it."""
-        for space in filter(None, map(self._l1.space, spaces)):
-            end, first = chunks, max(0, chunks - space.reach_chunks) if space.reach_chunks else 0
-            while end > first and len(self._used) < _MOST_USED and (space.number, _hash(hashes, end)) not in self._used:
-                self._used.add((space.number, _hash(hashes, end)))
-                end -= 1
-            # Not what a sister has; and the beginning is stored last, so that it is evicted last.
-            own = [at for at in range(chunks, end, -1) if space.table.match(_hash(hashes, at))]
-            names, parents = (b"".join(_hash(hashes, at - back) for at in own) for back in (0, 1))
-            for runner in self.nearly_full if own else ():
-                runner.queue.add_again(space.number, names, parents, sum(space.shard_bytes), space.shards)
-                self._loop.call_soon(self._pump)
-
-    def _look_for_full_tiers(self, now: float) -> None:
-        """Find the tiers that evict soon, and begin anew to tell them what is used once they have stored much that is newer."""
-        usages = [(one, one.usage()) for one in self.runners if one.spec.write == "through"]
-        full = [
-            (one, told) for one, told in usages if told.max_bytes and told.stored_bytes > _NEARLY_FULL * told.max_bytes
-        ]
-        self.nearly_full = [one for one, _ in full]
-        newer = [
-            one.counters["written_shards"] - self._written_before.get(one.name, 0) > told.shards // _USED_SHARE
-            for one, told in full
-        ]
-        if any(newer) or now > self._used_until:
-            self._used.clear()
-            self._used_until = now + USE_SECONDS
-            self._written_before.update({one.name: one.counters["written_shards"] for one, _ in full})
-
-    def _l1_cleared(self, event: Event) -> None:
-        """Drop all queued writes."""
-        for runner in self.runners:
-            runner.queue.clear()
-
-    def _pump(self) -> None:
-        if self._closed:
-            return
-        now = self._loop.now()
-        for runner in self.runners:
-            runner.queue.make_ready(self._l1.used_bytes())
-            while runner.may_store(now) and runner.writing < runner.write_concurrency:
-                batch = runner.queue.take()
-                if batch is None:
-                    break
-                self._write(runner, batch)
-        if self._drained is not None and (self.idle or self._loop.now() > self._drain_until):
-            drained, self._drained = self._drained, None
-            self.report.log_unwritten()
-            drained()
-
-    def _write(self, runner: TierRunner, batch: Batch) -> None:
-        lease, found, extents = self._l1.hold(self._loop.now(), batch.space, batch.hashes, runner.name)
-        batch = runner.queue.still_there(batch, found)
-        space = self._l1.space(batch.space)
-        if not lease or space is None:
-            return
-        shards = self._shards(space, batch, array("I", extents))
-        sizes = [one.payload.nbytes for one in shards]
-        generation, chunks = runner.generation, len(batch.hashes) // HASH_BYTES
-        runner.chunks_being_written += chunks
-
-        def done(outcomes: list[str] | None, error: Exception | None, seconds: float) -> None:
-            runner.chunks_being_written -= chunks
-            _let_go(one.payload for one in shards)
-            self._l1.release(SERVER, lease)
-            self._written(runner, batch, shards, sizes, outcomes, generation)
-            self._pump()
-
-        runner.store(shards, done)
-
-    def _shards(self, space: Space, batch: Batch, sectors: array[int]) -> list[Shard]:
-        shards = []
-        for at, sector in enumerate(sectors):
-            chunk, shard = divmod(at, space.shards)
-            cut = slice(chunk * HASH_BYTES, (chunk + 1) * HASH_BYTES)
-            key = ShardKey(space.fingerprint, batch.hashes[cut], shard, space.shards)
-            payload = self._l1.view(sector, space.shard_bytes[shard])
-            shards.append(Shard(key, batch.parents[cut], payload.toreadonly()))
-        return shards
-
-    def _written(
-        self,
-        runner: TierRunner,
-        batch: Batch,
-        shards: list[Shard],
-        sizes: list[int],
-        outcomes: list[str] | None,
-        generation: int,
-    ) -> None:
-        cleared = generation != runner.generation  # some of the batch may have been stored after the clear
-        if cleared and not self._closed:
-            runner.remove([one.key for one in shards])
-        reported = [_TIER_FAILED] * len(shards) if outcomes is None else outcomes
-        self._emit(_WRITE, batch.space, (SERVER, runner.name, ""), [one.key for one in shards], reported)
-        if outcomes is None:
-            runner.queue.put_back(batch)
-            return
-        for outcome, size in zip(outcomes, sizes, strict=True):
-            runner.counters["written_shards"] += outcome == OK
-            if outcome in (OK, KEPT):
-                runner.counters["kept_shards"] += 1
-            else:
-                runner.count("unwritten", outcome)
-                runner.count("unwritten_bytes", outcome, size)
-        if OK in outcomes or KEPT in outcomes:
-            self.fetches.kept(batch.space, batch.hashes)
-
-    def _emit(self, kinds: tuple[str, str], space: int, by: By, keys: list[ShardKey], outcomes: list[str]) -> None:
-        """Emit an event for each shard number and outcome of a load or a write."""
-        found: defaultdict[tuple[str, int], list[bytes]] = defaultdict(list)
-        for key, outcome in zip(keys, outcomes, strict=True):
-            found[outcome, key.shard].append(key.chunk)
-        for (outcome, shard), chunks in found.items():
-            kind, detail = kinds[outcome not in (OK, KEPT)], partial(Event._replace, hashes=b"".join(chunks))
-            self._l1.events.emit(kind, space, len(chunks), outcome, by, detail, shard)
-
-    # Draining, clearing and closing
-
-    @property
-    def idle(self) -> bool:
-        """Whether nothing is being written, and no queued chunk may be written before the drain ends (without a drain: now). A
-        tier whose breaker is open counts if its pause ends before that."""
-        until = max(self._loop.now(), self._drain_until)
-        return all(
-            not runner.writing and (not len(runner.queue) or not runner.may_store_by(until)) for runner in self.runners
-        )
-
-    def drain(self, seconds: float, then: Callable[[], None]) -> None:
-        """Write queued chunks for at most `seconds`; call `then` afterwards."""
-        for runner in self.runners:
-            runner.queue.make_all_ready()
-        self.report.log_drain(seconds)
-        self._drained, self._drain_until = then, self._loop.now() + seconds
-        self._pump()
+    # Clearing and closing
 
     def clear(self, names: set[str] | None, done: Callable[[dict[str, str]], None]) -> None:
         """Empty these tiers (None: all); `done` gets the failures, as name -> reason.
@@ -636,7 +458,7 @@ class Tiering:
 
     def close(self) -> None:
         """Close all tiers after the loop has ended. Afterwards only operations that hang hold views of the arena."""
-        self._closed = True
+        self.writes.closed = True
         begun = self._loop.now()
         for runner in self.runners:
             runner.close()
@@ -645,7 +467,7 @@ class Tiering:
             self._loop.run_until(lambda: self._all_closed or self._interrupts > 2, _HURRY_SECONDS)
         self.report.log_left_behind(self._loop.now() - begun)
         if self._region is not None:
-            _let_go([self._region.memory])
+            let_go([self._region.memory])
         self.report.log_losses(math.inf)  # the last line is not delayed
         self.report.log_unwritten(given_up=True)  # logs again if the last writes failed or did not begin
 
@@ -659,25 +481,12 @@ class Tiering:
         self._earlier_ends.tick(now)
         for runner in self.runners:
             runner.tick(now)
-        self._look_for_full_tiers(now)
         self.report.log_losses(now)
         self._carry_out()
-        self._pump()
+        self.writes.tick(now)
 
 
 def _ends(space: Space, size: int) -> range:
     """Return where the parts of `size` bytes of hashes end that fetches cover; the last one may end behind them."""
     step = most_asked(space) * HASH_BYTES
     return range(step, size + step, step)
-
-
-def _hash(hashes: bytes, chunks: int) -> bytes:
-    """Return the hash of the last of so many chunks; zeros for none."""
-    return hashes[(chunks - 1) * HASH_BYTES : chunks * HASH_BYTES] if chunks else bytes(HASH_BYTES)
-
-
-def _let_go(views: Iterable[memoryview]) -> None:
-    """Release these views. A view that a tier has exported cannot be released, and keeps the arena mapped for longer."""
-    for one in views:
-        with suppress(BufferError):
-            one.release()
