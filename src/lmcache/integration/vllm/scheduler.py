@@ -8,7 +8,7 @@ that read these blocks before anything is computed (`StepPlan.settle`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -93,7 +93,7 @@ class SchedulerSide:
         self._min_gain = MIN_GAIN_TOKENS.get(device, MIN_GAIN_TOKENS_ON_A_DEVICE)
         self._copying = TokenRate()
         """Of loads, on the slowest rank."""
-        self._running: set[str] = set()
+        self._running: set[Hashable] = set()
         """Requests that have been scheduled and have not ended."""
         self._asked = 0
         self._mapped: dict[int, bytes] = {}
