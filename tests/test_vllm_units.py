@@ -1768,7 +1768,8 @@ def test_settings() -> None:
     settings = read_settings(transfer(host="example", port="6555", mq_timeout="1.5", mp_transfer_mode="lmcache_driven"))
     endpoint = settings.endpoint("engine", "worker", 3)
     assert (endpoint.address, endpoint.deadline_seconds) == ("tcp://example:6555", 1.5)
-    assert settings.transfer_mode == "auto"
+    assert (settings.transfer_mode, settings.synchronous_loads) == ("auto", "auto")
+    assert read_settings(transfer(synchronous_loads="never")).synchronous_loads == "never"
     assert read_settings(transfer()).endpoint("e", "scheduler").address == "tcp://localhost:5555"
 
 
@@ -1798,6 +1799,7 @@ def test_a_setting_that_there_is_not_is_named(monkeypatch: pytest.MonkeyPatch) -
         {"mq_timeout": -1},
         {"mq_timeout": 3600},
         {"mp_transfer_mode": "fast"},
+        {"synchronous_loads": "always"},
     ],
 )
 def test_settings_that_cannot_be_used_are_named(extra: dict[str, Any]) -> None:

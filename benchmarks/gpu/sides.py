@@ -50,6 +50,7 @@ TITLES = {
     "peer": "LMCache 0.5.3",
     "peer-in-process": "LMCache 0.5.3 in process",
     "ours": "ours",
+    "ours-between": "ours, loads between steps",
     "in-process": "ours in process",
     "pegaflow": "PegaFlow",
 }
@@ -122,13 +123,14 @@ class Hosts:
                 environment |= {"PEGAFLOW_HOST": "http://127.0.0.1", "PEGAFLOW_PORT": str(port), "PYTHONHASHSEED": "0"}
             elif rival != "alone":
                 server = server or stack.enter_context(side.serve(self.cache_gb, self.chunk_tokens))
-                settings["kv_transfer_config"] = transfer_config(server.port)
+                more_config = {"lmcache.mp.synchronous_loads": "never"} if name == "ours-between" else {}
+                settings["kv_transfer_config"] = transfer_config(server.port, **more_config)
             engine = Engine(name, side, settings, self.directory / f"{name}-{time.time_ns()}.log", environment)
             stack.callback(engine.stop, END_SECONDS)
             engine.call("ready")
-            if name == "ours" and server is not None:
+            if rival == "ours" and server is not None:
                 server.settle()
-            if name in ("ours", "in-process"):
+            if rival in ("ours", "in"):
                 engine.settle()
             yield engine
 
@@ -186,13 +188,13 @@ def answers(url: str) -> int:
         return 0
 
 
-def transfer_config(port: int) -> dict[str, Any]:
-    """vLLM's `kv_transfer_config` for a server on this host."""
+def transfer_config(port: int, **more: Any) -> dict[str, Any]:
+    """vLLM's `kv_transfer_config` for a server on this host. more: further settings of ours."""
     return {
         "kv_connector": "LMCacheMPConnector",
         "kv_connector_module_path": "lmcache.integration.vllm.lmcache_mp_connector",
         "kv_role": "kv_both",
-        "kv_connector_extra_config": {"lmcache.mp.host": "tcp://127.0.0.1", "lmcache.mp.port": port},
+        "kv_connector_extra_config": {"lmcache.mp.host": "tcp://127.0.0.1", "lmcache.mp.port": port} | more,
     }
 
 

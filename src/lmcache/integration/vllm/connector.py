@@ -95,7 +95,7 @@ class Connector:
         try:
             self._kv = describe_model(self._vllm_config, self._kv_cache_config, self._settings.model_id, stages)
             if not self._kv.fails_by_request:
-                self._synchronous = "always" if self._in_process else "auto"
+                self._synchronous = "always" if self._in_process else self._settings.synchronous_loads
         except NOT_SERVED as error:
             self._refuse(refusal_of(error, "vLLM"))
         if self._role == KVConnectorRole.SCHEDULER and self._kv is not None:
