@@ -21,7 +21,9 @@ from test_vllm_units import Ranks, Request, Session, half, rank, step
 
 
 def in_process(session: Session, ranks: int = 1, **settings: Any) -> Any:
-    return half(session, synchronous=True, logs=True, ranks=ranks, config=EngineConfig(**settings))
+    side = half(session, synchronous="always", logs=True, ranks=ranks, config=EngineConfig(**settings))
+    side.transferred(report=StepReport(mapped=dict.fromkeys(range(ranks), (0, session.epoch))))
+    return side
 
 
 @pytest.fixture
@@ -149,7 +151,7 @@ def test_each_answer_is_told_once(said: Any) -> None:
 def test_a_rank_waits_for_its_loads_and_tells_what_they_cost(said: Any) -> None:
     ranks = Ranks()
     scheduler, request = in_process(Session(present=4)), Request("a", list(range(100)))
-    worker = rank(ranks, synchronous=True, logs=True)
+    worker = rank(ranks, logs=True)
     scheduler.match(request, 0)
     scheduler.allocated(request, ([],), 64)
     request.num_computed_tokens = 64
@@ -158,7 +160,8 @@ def test_a_rank_waits_for_its_loads_and_tells_what_they_cost(said: Any) -> None:
     ranks.done = [Done(plan.loads[0].job_id, "load", True, 64, 0.025)]
     worker.wait_loaded()
     assert worker.finished(plan) == (set(), set()), "vLLM asserts that nobody waits for this load"
-    assert worker.take_report().loaded == {plan.loads[0].job_id: 1}
+    report = worker.take_report()
+    assert (report.loaded, report.seconds) == ({plan.loads[0].job_id: 1}, {plan.loads[0].job_id: 0.025})
     worker.start_stores(plan)
     ranks.done = [Done(plan.stores[0].job_id, "store", True, 36, 0.009, 0.001)]
     worker.finished(plan)
@@ -175,7 +178,7 @@ def test_a_rank_waits_for_its_loads_and_tells_what_they_cost(said: Any) -> None:
 def test_a_failed_load_is_told_in_its_own_step_and_not_tried_again() -> None:
     session, ranks = Session(present=4), Ranks()
     scheduler, request = in_process(session), Request("a", list(range(100)))
-    worker = rank(ranks, synchronous=True)
+    worker = rank(ranks)
     scheduler.match(request, 0)
     scheduler.allocated(request, ([],), 64)
     plan = scheduler.plan_step(step({"a": 36}, new={"a": [7]}))
@@ -190,9 +193,11 @@ def test_a_failed_load_is_told_in_its_own_step_and_not_tried_again() -> None:
 
 
 def test_reports_of_ranks_add_up() -> None:
-    report = StepReport(loaded={"load-1": 1})
-    report.merge(StepReport(loaded={"load-1": 1, "load-2": 1}))
+    report = StepReport(loaded={"load-1": 1}, seconds={"load-1": 0.2}, mapped={0: (0, b"one")})
+    report.merge(StepReport(loaded={"load-1": 1, "load-2": 1}, seconds={"load-1": 0.3}, mapped={1: (0, b"two")}))
     assert report and report.loaded == {"load-1": 2, "load-2": 1}
+    assert report.seconds == {"load-1": 0.3}, "the slowest rank's"
+    assert report.mapped == {0: (0, b"one"), 1: (0, b"two")}
 
 
 def test_an_engine_says_why_it_starts_a_server_of_its_own(said: Any, monkeypatch: pytest.MonkeyPatch) -> None:

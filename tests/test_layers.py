@@ -248,7 +248,7 @@ def started(copies: Copies) -> tuple[WorkerSide, Any, Any]:
     """A rank whose eager forwards are relied on, the scheduler, and a step that has just begun with a load of 64 tokens."""
     layers = Layers("ab", 4)
     forward(layers, "ab")
-    worker = rank(copies, synchronous=True, layers=layers)
+    worker = rank(copies, layers=layers)
     scheduler, request = in_process(Session(present=4)), Request("a", list(range(100)))
     scheduler.match(request, 0)
     scheduler.allocated(request, ([],), 64)

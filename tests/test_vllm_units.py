@@ -657,6 +657,9 @@ class Core:
     def add_lora(self, lora_request: Any) -> bool:
         return bool(lora_request.lora_int_id)
 
+    def collective_rpc(self, method: str) -> list[None]:
+        return [None]
+
     def drain(self) -> None:
         self.connector.requests.reset()
         self.waiting.pop().set_result(None)
@@ -755,6 +758,7 @@ class Ranks:
     """A worker's session that finishes what it is told to."""
 
     runtime = SimpleNamespace(now=lambda: 100.0)
+    mapped_epoch = b"server 1"
 
     def __init__(self) -> None:
         self.loads: dict[str, Load] = {}
@@ -1552,7 +1556,8 @@ def test_a_rank_whose_weights_are_unknown_fails_loads_as_the_scheduler_expects(
     """vLLM ends if it is told of a load within a step that it has arrived, or of blocks of a model with several groups."""
     session = Session(present=4)
     tables = [GroupTable(BLOCK), GroupTable(BLOCK, BLOCK)][:groups]
-    scheduler = SchedulerSide(session, tables, 1, numbers=range(groups), synchronous=synchronous)  # type: ignore[arg-type]
+    scheduler = SchedulerSide(session, tables, 1, numbers=range(groups), synchronous="auto" if synchronous else "never")  # type: ignore[arg-type]
+    scheduler.transferred(report=StepReport(mapped={0: (0, session.epoch)}))
     request, poll = Request("a", list(range(100))), session.poll
     session.poll = lambda *a, **more: (hit := poll(*a, **more)) and hit._replace(others=(hit,) * (groups - 1))  # type: ignore
     gain = scheduler.match(request, 0)
@@ -1763,7 +1768,8 @@ def test_settings() -> None:
     settings = read_settings(transfer(host="example", port="6555", mq_timeout="1.5", mp_transfer_mode="lmcache_driven"))
     endpoint = settings.endpoint("engine", "worker", 3)
     assert (endpoint.address, endpoint.deadline_seconds) == ("tcp://example:6555", 1.5)
-    assert settings.transfer_mode == "auto"
+    assert (settings.transfer_mode, settings.synchronous_loads) == ("auto", "auto")
+    assert read_settings(transfer(synchronous_loads="never")).synchronous_loads == "never"
     assert read_settings(transfer()).endpoint("e", "scheduler").address == "tcp://localhost:5555"
 
 
@@ -1793,6 +1799,7 @@ def test_a_setting_that_there_is_not_is_named(monkeypatch: pytest.MonkeyPatch) -
         {"mq_timeout": -1},
         {"mq_timeout": 3600},
         {"mp_transfer_mode": "fast"},
+        {"synchronous_loads": "always"},
     ],
 )
 def test_settings_that_cannot_be_used_are_named(extra: dict[str, Any]) -> None:
@@ -1820,3 +1827,148 @@ def test_an_engine_that_is_not_understood_is_refused_with_a_reason() -> None:
     except NOT_SERVED as error:
         assert "not understood" in refusal_of(error, "vLLM")
     assert refusal_of(LayoutError("so it is"), "vLLM") == "so it is"
+
+
+# Which loads are part of a step
+
+
+def mapped(session: Session, ranks: int = 1) -> SchedulerSide:
+    """A scheduler of a daemon's engine whose ranks have mapped the arena."""
+    scheduler = half(session, ranks=ranks, synchronous="auto")
+    scheduler.transferred(report=StepReport(mapped=dict.fromkeys(range(ranks), (0, session.epoch))))
+    return scheduler
+
+
+def decode(scheduler: SchedulerSide, name: str = "decode") -> Request:
+    """A request that runs, of a prompt that nobody has."""
+    session: Any = scheduler.requests.session
+    present, session.present = session.present, 0
+    request = Request(name, list(range(20)))
+    scheduler.match(request, 0)
+    scheduler.allocated(request, ([90],), 0)
+    scheduler.plan_step(step({name: 20}))
+    session.present = present
+    return request
+
+
+def offered(scheduler: SchedulerSide, request: Request) -> tuple[int | None, bool]:
+    """Tokens that the request can load, and whether its first step does so."""
+    return scheduler.match(request, 0), scheduler.is_synchronous(request)
+
+
+def load(scheduler: SchedulerSide, request: Request, seconds: float) -> None:
+    """Load the request's hit, which takes so long, and end the request."""
+    scheduler.allocated(request, (list(range(50)),), scheduler.match(request, 0) or 0)
+    (planned,) = scheduler.plan_step(step({request.request_id: 1} if scheduler.is_synchronous(request) else {})).loads
+    report = StepReport({}, {planned.job_id: 1} if planned.synchronous else {}, {planned.job_id: seconds})
+    scheduler.transferred([] if planned.synchronous else [request.request_id], report=report)
+    scheduler.finished(request)
+
+
+def test_the_load_of_a_request_that_is_alone_is_part_of_its_first_step() -> None:
+    session, ranks = Session(present=40), Ranks()
+    scheduler, request, worker = mapped(session), Request("a", list(range(640))), rank(ranks)
+    assert offered(scheduler, request) == (639, True), "the last token is computed in the same step"
+    scheduler.allocated(request, (list(range(5)),), 639)
+    plan = scheduler.plan_step(step({"a": 1}))
+    worker.start_loads(plan)
+    ranks.done = [Done(plan.loads[0].job_id, "load", True, 639, 0.001)]
+    worker.wait_before_forward(object())
+    assert worker.finished(plan) == (set(), set()), "vLLM asserts that nobody waits for this load"
+    scheduler.transferred(report=worker.take_report())
+    assert not session.leased
+
+
+def test_a_long_load_beside_a_decode_and_behind_another_load_is_not_part_of_a_step() -> None:
+    session, ranks = Session(present=40), Ranks()
+    scheduler, worker = mapped(session), rank(ranks)
+    first = Request("first", list(range(640)))
+    assert offered(scheduler, first) == (639, True)
+    scheduler.allocated(first, (list(range(5)),), 639)
+    second = Request("second", list(range(700)))
+    assert offered(scheduler, second) == (640, False), "the first one's forward would wait for both"
+    scheduler.allocated(second, (list(range(5, 11)),), 640)
+    plan = scheduler.plan_step(step({"first": 1}))
+    assert [one.synchronous for one in plan.loads] == [True, False]
+    worker.start_loads(plan)
+    ranks.done = [Done(plan.loads[0].job_id, "load", True, 639, 0.1)]
+    worker.wait_before_forward(object())
+    assert not ranks.done, "the forward has waited for the first load, and not for the second one"
+    scheduler.transferred(report=worker.take_report())
+    ranks.done = [Done(plan.loads[1].job_id, "load", True, 640, 0.1)]
+    assert worker.finished(plan) == (set(), {"second"})
+    scheduler.transferred(["second"], report=worker.take_report())
+    assert offered(scheduler, Request("third", list(range(700)))) == (640, False), "the first one runs"
+    scheduler.finished(first)
+    assert offered(scheduler, Request("fourth", list(range(700)))) == (640, True)
+
+
+def test_a_short_load_is_part_of_a_step_even_beside_a_decode() -> None:
+    session = Session(present=40)
+    scheduler = mapped(session)
+    running = decode(scheduler)
+    assert offered(scheduler, Request("unknown pace", list(range(700)))) == (640, False)
+    scheduler.finished(running)
+    load(scheduler, Request("slow", list(range(700))), 0.003)
+    running = decode(scheduler)
+    assert offered(scheduler, Request("too long", list(range(700)))) == (640, False)
+    scheduler.finished(running)
+    load(scheduler, Request("fast", list(range(700))), 0.001)
+    decode(scheduler)
+    request = Request("short", list(range(700)))
+    assert offered(scheduler, request) == (640, True)
+    scheduler.allocated(request, (list(range(6)),), 640)
+    assert offered(scheduler, Request("short, twice", list(range(700)))) == (640, True)
+    session.present = 80
+    assert offered(scheduler, Request("with the other", list(range(1300)))) == (1280, False)
+
+
+def test_no_load_is_part_of_a_step_unless_all_ranks_have_mapped_its_arena() -> None:
+    """vLLM's newer model runner does not recover from such a load that fails."""
+    session = Session(present=40)
+    scheduler = half(session, ranks=2, synchronous="auto")
+    workers = [rank(Ranks(), number=number) for number in range(2)]
+
+    def answer(asked: int) -> None:
+        plan = scheduler.plan_step(step())
+        assert plan.asked == asked
+        for worker in workers:
+            worker.start_loads(plan)
+            scheduler.transferred(report=worker.take_report())
+
+    assert offered(scheduler, Request("a", list(range(700)))) == (640, False)
+    workers[0].start_loads(scheduler.plan_step(step()))
+    scheduler.transferred(report=workers[0].take_report())
+    assert offered(scheduler, Request("b", list(range(700)))) == (640, False), "one of two"
+    answer(0)
+    assert offered(scheduler, Request("c", list(range(700)))) == (640, True)
+    scheduler.ask_ranks()
+    assert offered(scheduler, Request("d", list(range(700)))) == (640, False)
+    scheduler.transferred(report=StepReport(mapped=dict.fromkeys(range(2), (0, session.epoch))))
+    assert offered(scheduler, Request("e", list(range(700)))) == (640, False), "an answer from before"
+    answer(1)
+    assert offered(scheduler, Request("f", list(range(700)))) == (640, True)
+    workers[1]._session.mapped_epoch = b""  # type: ignore[misc]
+    answer(1)
+    assert offered(scheduler, Request("g", list(range(700)))) == (640, False)
+    workers[1]._session.mapped_epoch = session.epoch = b"server 2"  # type: ignore[misc]
+    answer(1)
+    assert offered(scheduler, Request("h", list(range(700)))) == (640, False), "the other one has the old arena"
+
+
+def test_ranks_that_are_called_are_asked_again(core: Core) -> None:
+    """Such a call may have given them other weights, with which they fail the load of the next step."""
+    asked = core.connector.plan_step(step()).asked
+    core.collective_rpc("reload_weights")
+    assert core.connector.plan_step(step()).asked == asked + 1
+
+
+def test_a_step_that_waits_for_a_load_does_not_measure_prefill() -> None:
+    session = Session(present=40)
+    scheduler, request = mapped(session), Request("a", list(range(1000)))
+    assert offered(scheduler, request) == (640, True)
+    scheduler.allocated(request, (list(range(8)),), 640)
+    scheduler.plan_step(step({"a": 360}))
+    session.now += 3.6
+    scheduler.plan_step(step({"a": 1}))
+    assert scheduler.requests.prefill.tokens_per_second == 0

@@ -40,11 +40,13 @@ class Engine:
         await self._answer(self._random(SHORT), 1)
         return {}
 
-    async def first_tokens(self, prompts: list[list[int]], tokens: int = 1) -> list[dict[str, Any]]:
-        """Ask for all at once, behind a short prompt that wakes the engine: seconds until each one's first token, tokens
-        that were not computed, the first token's logprobs, and the answer's token ids."""
+    async def first_tokens(
+        self, prompts: list[list[int]], tokens: int = 1, pause: float = 0.05
+    ) -> list[dict[str, Any]]:
+        """Ask for all at once, `pause` seconds behind a short prompt that wakes the engine: seconds until each one's first token,
+        tokens that were not computed, the first token's logprobs, and the answer's token ids."""
         await self._answer(self._random(SHORT), 1)
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(pause)
         return await self.answers(prompts, tokens)
 
     async def answers(self, prompts: list[list[int]], tokens: int = 1) -> list[dict[str, Any]]:

@@ -1,4 +1,5 @@
-"""Which engines are compared on a GPU, and how each is started: vLLM alone, its own offloading, LMCache 0.5.3, PegaFlow, ours.
+"""Which engines are compared on a GPU, and how each is started: vLLM alone, with a connector that does nothing, with its own two
+kinds of offloading, LMCache 0.5.3, PegaFlow, ours.
 
 `--python` has vLLM and what our package needs; ours is on PYTHONPATH or installed. `--peer-path` is a folder that holds LMCache
 0.5.3 and goes first on PYTHONPATH of its server and engine; `--pegaflow-path` is the same for PegaFlow. With `--model` a real
@@ -42,10 +43,14 @@ END_SECONDS = 60
 """For vLLM's own processes to end with it, and their GPU memory to be free."""
 TITLES = {
     "alone": "vLLM alone",
+    "alone-again": "vLLM alone, once more",
+    "nothing": "a connector that does nothing",
     "native": "vLLM's own offloading",
+    "simple": "vLLM's SimpleCPUOffloadConnector",
     "peer": "LMCache 0.5.3",
     "peer-in-process": "LMCache 0.5.3 in process",
     "ours": "ours",
+    "ours-between": "ours, loads between steps",
     "in-process": "ours in process",
     "pegaflow": "PegaFlow",
 }
@@ -62,8 +67,8 @@ class Engine(Child):
         command = [side.python, "-m", "benchmarks.gpu.engine", json.dumps(settings)]
         super().__init__(name, command, log, environment, log.parent)
 
-    def first_token(self, prompt: list[int]) -> dict[str, Any]:
-        answer: dict[str, Any] = self.call("first_tokens", prompts=[prompt])[0]
+    def first_token(self, prompt: list[int], pause: float = 0.05) -> dict[str, Any]:
+        answer: dict[str, Any] = self.call("first_tokens", prompts=[prompt], pause=pause)[0]
         return answer
 
     def settle(self) -> None:
@@ -102,6 +107,12 @@ class Hosts:
         with contextlib.ExitStack() as stack:
             if name == "native":
                 settings |= {"kv_offloading_size": self.cache_gb, "kv_offloading_backend": "native"}
+            elif name == "simple":
+                settings["kv_transfer_config"] = SIMPLE_CONFIG | {
+                    "kv_connector_extra_config": {"cpu_bytes_to_use": int(self.cache_gb * 2**30)}
+                }
+            elif name == "nothing":
+                settings["kv_transfer_config"] = NOTHING_CONFIG
             elif name.endswith("in-process"):
                 settings["kv_transfer_config"] = {"kv_connector": "LMCacheConnectorV1", "kv_role": "kv_both"}
                 environment["LMCACHE_MAX_LOCAL_CPU_SIZE"] = str(self.cache_gb)
@@ -110,19 +121,26 @@ class Hosts:
                 port = stack.enter_context(pegaflow(side, self.cache_gb, gpus, self.directory))
                 settings["kv_transfer_config"] = PEGAFLOW_CONFIG
                 environment |= {"PEGAFLOW_HOST": "http://127.0.0.1", "PEGAFLOW_PORT": str(port), "PYTHONHASHSEED": "0"}
-            elif name != "alone":
+            elif rival != "alone":
                 server = server or stack.enter_context(side.serve(self.cache_gb, self.chunk_tokens))
-                settings["kv_transfer_config"] = transfer_config(server.port)
+                more_config = {"lmcache.mp.synchronous_loads": "never"} if name == "ours-between" else {}
+                settings["kv_transfer_config"] = transfer_config(server.port, **more_config)
             engine = Engine(name, side, settings, self.directory / f"{name}-{time.time_ns()}.log", environment)
             stack.callback(engine.stop, END_SECONDS)
             engine.call("ready")
-            if name == "ours" and server is not None:
+            if rival == "ours" and server is not None:
                 server.settle()
-            if name in ("ours", "in-process"):
+            if rival in ("ours", "in"):
                 engine.settle()
             yield engine
 
 
+NOTHING_CONFIG = {
+    "kv_connector": "NothingConnector",
+    "kv_connector_module_path": "benchmarks.gpu.nothing",
+    "kv_role": "kv_both",
+}
+SIMPLE_CONFIG = {"kv_connector": "SimpleCPUOffloadConnector", "kv_role": "kv_both"}
 PEGAFLOW_CONFIG = {
     "kv_connector": "PegaKVConnector",
     "kv_connector_module_path": "pegaflow.connector",
@@ -170,13 +188,13 @@ def answers(url: str) -> int:
         return 0
 
 
-def transfer_config(port: int) -> dict[str, Any]:
-    """vLLM's `kv_transfer_config` for a server on this host."""
+def transfer_config(port: int, **more: Any) -> dict[str, Any]:
+    """vLLM's `kv_transfer_config` for a server on this host. more: further settings of ours."""
     return {
         "kv_connector": "LMCacheMPConnector",
         "kv_connector_module_path": "lmcache.integration.vllm.lmcache_mp_connector",
         "kv_role": "kv_both",
-        "kv_connector_extra_config": {"lmcache.mp.host": "tcp://127.0.0.1", "lmcache.mp.port": port},
+        "kv_connector_extra_config": {"lmcache.mp.host": "tcp://127.0.0.1", "lmcache.mp.port": port} | more,
     }
 
 

@@ -363,6 +363,24 @@ def spoil(llm: Any, group: int, fail: bool = False, scales: bool = False) -> dic
     return {"ok": True}
 
 
+def watch_loads(llm: Any, tokens_per_second: float = 0.0) -> dict[str, Any]:
+    """The tokens of each load since the last call, and whether a forward has waited for it. tokens_per_second: the pace of loads
+    that the scheduler takes for measured."""
+    worker, seen = rank_worker(), changed.pop("loads", [])
+    start, changed["loads"] = getattr(worker.start_loads, "start", worker.start_loads), []
+
+    def start_loads(plan: Any) -> None:
+        if plan is not worker._started:
+            changed["loads"] += [[load.tokens, load.synchronous] for load in plan.loads]
+        start(plan)
+
+    start_loads.start = start  # type: ignore[attr-defined]
+    worker.start_loads = start_loads
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler.connector._scheduler
+    scheduler._copying.tokens_per_second = tokens_per_second
+    return {"loads": seen}
+
+
 def rank_session() -> Any:
     return rank_worker()._session
 
@@ -402,6 +420,7 @@ COMMANDS = {
     "null_block": null_block,
     "groups": groups,
     "spoil": spoil,
+    "watch_loads": watch_loads,
 }
 
 if __name__ == "__main__":

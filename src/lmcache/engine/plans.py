@@ -16,7 +16,8 @@ class LoadPlan:
     """Fill tokens [start_token, end_token) of a request's blocks from the extents of a hit.
 
     blocks: the request's block table from token 0 on. request_tokens: tokens of the request, for the log. others: the same for
-    each further group of the model, with its own block table."""
+    each further group of the model, with its own block table. synchronous: whether the step's forward waits for the load, in an
+    engine whose loads may run beside other steps, too."""
 
     job_id: str
     request_id: Hashable
@@ -27,6 +28,7 @@ class LoadPlan:
     blocks: list[int] = field(default_factory=list)
     request_tokens: int = 0
     others: list[LoadPlan] = field(default_factory=list)
+    synchronous: bool = False
 
     @property
     def tokens(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from lmcache.config.engine import EngineConfig
 from lmcache.engine.embedded import embedded_address
@@ -18,7 +19,8 @@ WITH_A_DAEMON = EngineConfig(save_decode_cache=True, save_unfull_chunk=False)
 class ServerSettings:
     """address: the daemon's address, "" for a server of the engine's own. config: settings of that server, and of loads and
     stores. deadline_seconds: how long a silent server may delay a request. model_id: name of the weights, for weights that cannot
-    be identified, or to override their identity ("" = identify them)."""
+    be identified, or to override their identity ("" = identify them). synchronous_loads: which loads forwards wait for, in an
+    engine that can choose (vLLM with a daemon)."""
 
     address: str = DEFAULT_ADDRESS
     config: EngineConfig = WITH_A_DAEMON
@@ -26,6 +28,7 @@ class ServerSettings:
     heartbeat_seconds: float = MOST_HEARTBEAT_SECONDS
     transfer_mode: str = "auto"
     model_id: str = ""
+    synchronous_loads: Literal["auto", "never"] = "auto"
 
     def endpoint(self, instance: str, role: str, rank: int = 0, address: str = "") -> Endpoint:
         """Return the endpoint of the engine `instance`, with `address`, if given, in place of the configured address."""

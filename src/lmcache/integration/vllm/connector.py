@@ -20,7 +20,7 @@ from lmcache.integration.vllm.layers import Layers
 from lmcache.integration.vllm.model import ModelKV, Stages, describe_model, needs_ranks, zeroes_first
 from lmcache.integration.vllm.plan import StepPlan, StepReport
 from lmcache.integration.vllm.resets import watch_resets
-from lmcache.integration.vllm.scheduler import SchedulerSide
+from lmcache.integration.vllm.scheduler import SchedulerSide, Synchronous
 from lmcache.integration.vllm.settings import recompute_failed_loads
 from lmcache.integration.vllm.worker import WorkerSide
 from lmcache.observability.log import init_logger
@@ -62,9 +62,9 @@ class Connector:
 
     _in_process = False
     """Whether this is a class of in-process mode: the first step waits for the server, copies are logged, and forwards wait for
-    loads wherever vLLM can hear that such a load has failed."""
-    _synchronous = False
-    """Whether forwards wait for loads."""
+    all loads that they can wait for."""
+    _synchronous: Synchronous = "never"
+    """Which loads forwards wait for; none if vLLM cannot hear that such a load has failed."""
     _vllm_config: Any
     _kv_cache_config: Any
     _role: KVConnectorRole
@@ -94,7 +94,8 @@ class Connector:
     def _describe_stages(self, stages: Stages) -> None:
         try:
             self._kv = describe_model(self._vllm_config, self._kv_cache_config, self._settings.model_id, stages)
-            self._synchronous = self._in_process and not self._kv.fails_by_request
+            if not self._kv.fails_by_request:
+                self._synchronous = "always" if self._in_process else self._settings.synchronous_loads
         except NOT_SERVED as error:
             self._refuse(refusal_of(error, "vLLM"))
         if self._role == KVConnectorRole.SCHEDULER and self._kv is not None:
@@ -147,7 +148,7 @@ class Connector:
             self._refuse(refusal_of(error, "vLLM"))
             return
         endpoint = self._settings.endpoint(self._instance, "worker", number, address)
-        layerwise = self._synchronous and self._settings.config.use_layerwise
+        layerwise = self._synchronous != "never" and self._settings.config.use_layerwise
         held = [at for at, group in enumerate(kv.groups) if group.layer_names]
         groups = [
             RankGroup(
@@ -163,13 +164,12 @@ class Connector:
             [one.shard.index for one in served],
             held=held if kv.others else (),
             stores=[one.stores for one in served],
-            synchronous=self._synchronous,
+            number=number,
             logs=self._in_process,
             fails_by_request=kv.fails_by_request,
             layers=Layers(kv.layer_names, len(registered[0].paged.planes)) if layerwise and not kv.others else None,
             refusal=lambda: kv.identity.failure,
         )
-        self._worker.reports_stats = number == 0
 
     def _refuse(self, reason: str) -> None:
         self._refusal = reason
@@ -202,9 +202,9 @@ class Connector:
             worker.start_loads(plan)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        """Start the loads, and if forwards wait for loads, wait for those that the next forward reads."""
+        """Start the loads, and wait for those that the next forward reads."""
         self._begin()  # releases of vLLM differ in whether they bind the metadata before
-        if self._worker is not None and self._synchronous:
+        if self._worker is not None:
             self._worker.wait_before_forward(forward_context)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
@@ -223,8 +223,8 @@ class Connector:
             self._worker.wait_after_forward()  # here too: with a drafter, vLLM asks this before it waits for stores
             sent, received = self._worker.finished(plan)
         else:
-            loads = () if plan.synchronous else plan.loads
-            sent, received = set(plan.closing), {str(load.request_id) for load in loads}
+            sent = set(plan.closing)
+            received = {str(load.request_id) for load in plan.loads if not load.synchronous}
         return sent or None, received or None
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
@@ -254,9 +254,9 @@ class Connector:
             report = self._worker.take_report()
         else:
             plan, refusal = self._plan(), self._refusal
-            loads = plan.loads if plan.synchronous else ()
-            stored, loaded = {store.job_id: 1 for store in plan.stores}, {load.job_id: 1 for load in loads}
-            report, self._refusal = StepReport(stored, loaded, refusal), ""
+            stored = {store.job_id: 1 for store in plan.stores}
+            loaded = {load.job_id: 1 for load in plan.loads if load.synchronous}
+            report, self._refusal = StepReport(stored, loaded, refusal=refusal), ""
         return LMCacheWorkerMetadata(report) if report else None
 
     def shutdown(self) -> None:
@@ -291,7 +291,7 @@ class Connector:
         """Return the tokens that can be loaded, and whether the request waits for them, unscheduled; None while a tier loads, so
         that vLLM asks again at the next step."""
         tokens = self._scheduler.match(request, num_computed_tokens) if self._scheduler is not None else 0
-        return tokens, bool(tokens) and not self._synchronous
+        return tokens, bool(tokens and self._scheduler and not self._scheduler.is_synchronous(request))
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         if self._scheduler is not None:

@@ -1,7 +1,7 @@
 """`LMCacheMPConnector`: vLLM's KV connector for an LMCache server.
 
-Loads are asynchronous: the request waits, unscheduled, while the ranks copy, so no forward pass waits for a load. The connector's
-own metadata say what to copy; the forward context is not used (with CUDA graphs it is empty).
+If a request is alone or its load is short, the load is part of the request's first step, whose forward waits for it. Otherwise
+the request waits, unscheduled, while the ranks copy, so that no other request is held up.
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@ Before it goes to sleep at level 1, vLLM 0.32 resets its connectors by the same 
 byte for byte, so the cached KV stays valid.
 
 vLLM does not report that it empties its own prefix cache, which after a change of the weights holds blocks of the old weights
-until then. Nor does it report that it loads a LoRA adapter before any request for it.
+until then. Nor does it report that it loads a LoRA adapter before any request for it, or that a user calls the ranks, which may
+give them other weights.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ def watch_resets(engine_id: str, side: SchedulerSide) -> None:
         ("vllm.v1.engine.core.EngineCore", "release_kv_cache_memory", keep_identity),
         ("vllm.v1.engine.core.EngineCore", "wake_up", wake_up),
         ("vllm.v1.engine.core.EngineCore", "add_lora", add_adapter),
+        ("vllm.v1.engine.core.EngineCore", "collective_rpc", call_ranks),
         ("vllm.v1.core.sched.scheduler.Scheduler", "reset_prefix_cache", empty),
     ):
         found = class_at(owner)
@@ -75,6 +77,14 @@ def add_adapter(add: Any, core: Any, lora_request: Any) -> Any:
     if side is not None:
         side.adapters.identity(lora_request)
     return add(core, lora_request)
+
+
+def call_ranks(call: Any, core: Any, *args: Any, **kwargs: Any) -> Any:
+    """Wrap `EngineCore.collective_rpc`."""
+    side = _side_of(core)
+    if side is not None:
+        side.ask_ranks()
+    return call(core, *args, **kwargs)
 
 
 def empty(reset: Any, scheduler: Any, *args: Any, **kwargs: Any) -> Any:

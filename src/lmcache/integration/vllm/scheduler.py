@@ -8,13 +8,14 @@ that read these blocks before anything is computed (`StepPlan.settle`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from lmcache.chunks.hashing import Extras, encode_extra
 from lmcache.config.engine import EngineConfig
 from lmcache.engine import Loading, LoadPlan, Request, Requests, SchedulerSession, StorePlan
+from lmcache.engine.prefill import TokenRate
 from lmcache.engine.requests import GroupTable
 from lmcache.engine.settings import WITH_A_DAEMON
 from lmcache.integration.vllm.identity import Adapters
@@ -29,26 +30,35 @@ MIN_GAIN_TOKENS = {"cpu": 16}
 MIN_GAIN_TOKENS_ON_A_DEVICE = 64
 """Beyond a local hit, fewer tokens than this are computed faster than loaded: a load costs a scheduler step, in which a CPU
 prefills for milliseconds, and a GPU hundreds of tokens."""
+SHORT_LOAD_SECONDS = 0.002
+"""A forward waits for a load that takes no longer than this even if other requests run: a load between steps costs its request
+two steps."""
+Synchronous = Literal["never", "auto", "always"]
+"""Which loads a forward waits for. auto: short ones, and all loads of a request that runs alone."""
 
 
 @dataclass
 class Tracker(Request):
-    """preemptions: vLLM's count when tracking began. local_tokens: in vLLM's own prefix cache. logged: last line's numbers."""
+    """preemptions: vLLM's count when tracking began. local_tokens: in vLLM's own prefix cache. logged: last line's numbers.
+    synchronous: whether the forward of the request's first step is to wait for the load of its hit."""
 
     request: Any = None
     preemptions: int = 0
     local_tokens: int = 0
     logged: tuple[int, int] = (-1, -1)
+    synchronous: bool = False
 
 
 class SchedulerSide:
     """The scheduler's side. groups, numbers: the block tables of the model's groups, and vLLM's numbers of these. ranks: number
     of reports that complete a job. can_load, can_store: what the KV role allows.
 
-    synchronous: a load is part of the request's first step, whose forward waits for it; so the last token is always computed,
-    and no hit is too small to be loaded. Otherwise the request waits, unscheduled. config: settings of loads and stores. logs:
-    whether each lookup is logged, as users of in-process mode expect. zeroes: whether vLLM writes zeros to the blocks that it
-    gives out; its newer model runner does that before ranks settle the stores that read them.
+    synchronous: which loads are part of the request's first step, whose forward waits for them; there the last token is always
+    computed, and no hit is too small to be loaded. Otherwise the request waits, unscheduled. vLLM's newer model runner and its
+    asynchronous scheduling do not recover from a synchronous load that fails. So loads are synchronous only while all ranks
+    report that they have mapped the arena of the hit. config: settings of loads and stores. logs: whether each lookup is logged,
+    as users of in-process mode expect. zeroes: whether vLLM writes zeros to the blocks that it gives out; its newer model runner
+    does that before ranks settle the stores that read them.
     """
 
     def __init__(
@@ -60,7 +70,7 @@ class SchedulerSide:
         numbers: Sequence[int] = (0,),
         can_load: bool = True,
         can_store: bool = True,
-        synchronous: bool = False,
+        synchronous: Synchronous = "never",
         logs: bool = False,
         config: EngineConfig = WITH_A_DAEMON,
         device: str = "cpu",
@@ -80,7 +90,14 @@ class SchedulerSide:
         """Store job -> vLLM's blocks that it reads, until it has ended or is about to be settled."""
         self._can_load, self._can_store = can_load, can_store
         self._synchronous, self._logs, self._config = synchronous, logs, config
-        self._min_gain = 1 if synchronous else MIN_GAIN_TOKENS.get(device, MIN_GAIN_TOKENS_ON_A_DEVICE)
+        self._min_gain = MIN_GAIN_TOKENS.get(device, MIN_GAIN_TOKENS_ON_A_DEVICE)
+        self._copying = TokenRate()
+        """Of loads, on the slowest rank."""
+        self._running: set[Hashable] = set()
+        """Requests that have been scheduled and have not ended."""
+        self._asked = 0
+        self._mapped: dict[int, bytes] = {}
+        """By rank, the epoch whose arena it has mapped, as reported since the question `_asked`."""
         self._admitted: list[tuple[Tracker, LoadPlan]] = []
         """Loads of the coming step."""
         self._closing: dict[str, Tracker] = {}
@@ -109,12 +126,32 @@ class SchedulerSide:
                 self._log(tracker, 0, 0)
             return 0
         found = min(tracker.found_tokens, request.num_tokens)
-        gain = min(found, request.num_tokens - self._synchronous) - local_tokens
-        gain = (
-            gain if gain >= (self._min_gain if local_tokens else 1) and found >= self._config.min_retrieve_tokens else 0
-        )
+        tracker.synchronous = self._is_synchronous(tracker, found - local_tokens)
+        gain = min(found, request.num_tokens - tracker.synchronous) - local_tokens
+        least = self._min_gain if local_tokens and not tracker.synchronous else 1
+        gain = gain if gain >= least and found >= self._config.min_retrieve_tokens else 0
         self._log(tracker, found, gain)
         return gain
+
+    def is_synchronous(self, request: Any) -> bool:
+        """Return whether the load that `match` has offered is part of the request's first step."""
+        return self.requests.open[request.request_id].synchronous
+
+    def _is_synchronous(self, tracker: Tracker, tokens: int) -> bool:
+        if self._synchronous == "never" or tracker.hit is None:
+            return False
+        epochs = self._mapped.values()
+        if len(epochs) < self._ranks or any(epoch != tracker.hit.epoch for epoch in epochs):
+            return False
+        loading = [load.tokens for load in self.requests.loading.values()]
+        if self._synchronous == "always" or not (loading or self._running - {tracker.id}):
+            return True
+        return sum(loading, tokens) <= SHORT_LOAD_SECONDS * self._copying.tokens_per_second
+
+    def ask_ranks(self) -> None:
+        """Expect of the ranks what may fail a load, such as other weights, until they have reported again."""
+        self._asked += 1
+        self._mapped.clear()
 
     def bind_pool(self, pool: Any) -> None:
         if self._holds:
@@ -126,22 +163,28 @@ class SchedulerSide:
         self._set_tables(tracker, blocks)
         if tracker.local_tokens and self.requests.own_cache_outdated:
             tracker.cacheable = False
-        if tracker.hit is None or external_tokens <= 0:
+        loads = tracker.hit is not None and external_tokens > 0
+        if not loads or tracker.synchronous:
+            self._running.add(tracker.id)
+        if not loads:
             self.requests.give_back(tracker)
             return
         start = tracker.local_tokens
-        self._admitted.append(
-            (tracker, self.requests.load(tracker, start, start + external_tokens, request.num_tokens))
-        )
+        load = self.requests.load(tracker, start, start + external_tokens, request.num_tokens)
+        load.synchronous = tracker.synchronous
+        self._admitted.append((tracker, load))
 
     def plan_step(self, output: Any) -> StepPlan:
         """Return the ranks' plan for the step that `output` (a SchedulerOutput) describes."""
         plan, self._plan = self._plan, StepPlan()
         plan.weights, plan.emptied = self._weights, self.requests.emptied
-        plan.synchronous, plan.fails_by_request = self._synchronous, self._fails_by_request
+        plan.asked, plan.fails_by_request = self._asked, self._fails_by_request
         plan.forward = output.total_num_scheduled_tokens > 0
+        self._running.update(output.num_scheduled_tokens)
         runtime = self.requests.runtime
-        self.requests.prefill.step(runtime.now(), output.total_num_scheduled_tokens)
+        # A step whose forward waits for a load does not measure prefill.
+        waits = any(load.synchronous for _, load in self._admitted)
+        self.requests.prefill.step(runtime.now(), 0 if waits else output.total_num_scheduled_tokens)
         if self._tiers_load and not plan.forward:
             runtime.sleep(TIER_PAUSE_SECONDS)  # nothing is computed: leave the cores to the loads
         self._tiers_load = False
@@ -157,10 +200,10 @@ class SchedulerSide:
             plan.loads.append(load)
         self._admitted.clear()
         if self._can_store and self.requests.session is not None:
-            drafts, waits = output.scheduled_spec_decode_tokens, self._synchronous and self._ranks > 1
+            drafts, several = output.scheduled_spec_decode_tokens, self._ranks > 1
             for request_id, scheduled in output.num_scheduled_tokens.items():
                 known = self.requests.open.get(request_id)
-                if known is not None and known.cacheable and not (waits and self._awaits_ranks(known)):
+                if known is not None and known.cacheable and not (several and self._awaits_ranks(known)):
                     self._plan_store(plan, known, scheduled - len(drafts.get(request_id, ())))
         return plan
 
@@ -179,15 +222,23 @@ class SchedulerSide:
         for job_id, load in requests.loading.items() if invalid else ():
             if invalid.isdisjoint(load.filled(self._block_tokens)):
                 continue
-            if self._synchronous:
+            if load.synchronous:
                 self._plan.known_failures.append(job_id)
             if load.request_id in requests.open:
                 requests.open[load.request_id].may_load = False
         for request_id in failed:
             if request_id in requests.open:
                 requests.open[request_id].may_load = False
+        for job_id, seconds in report.seconds.items():
+            if job_id in requests.loading:
+                self._copying.took(requests.loading[job_id].tokens, seconds)
+        for rank, (asked, epoch) in report.mapped.items():
+            if asked == self._asked:
+                self._mapped[rank] = epoch
         ended = set(finished_loads)
-        for job_id in [job for job, load in requests.loading.items() if load.request_id in ended]:
+        for job_id in [
+            job for job, load in requests.loading.items() if load.request_id in ended and not load.synchronous
+        ]:
             requests.loaded(job_id)
         for job_id, count in report.loaded.items():
             requests.loaded(job_id, count)
@@ -208,8 +259,9 @@ class SchedulerSide:
     def finished(self, request: Any) -> bool:
         """End a request. Return whether the engine has to keep its blocks until the connector reports it as sent."""
         name = request.request_id
+        self._running.discard(name)
         tracker = self.requests.finish(name, request.num_computed_tokens if self._can_store else 0)
-        loads = not self._synchronous and any(load.request_id == name for load in self.requests.loading.values())
+        loads = any(load.request_id == name and not load.synchronous for load in self.requests.loading.values())
         if tracker is None or not tracker.jobs or loads:  # vLLM frees the blocks when the load has ended
             return False
         if _was_preempted(tracker):
@@ -329,10 +381,9 @@ class SchedulerSide:
 
     def _awaits_ranks(self, tracker: Tracker) -> bool:
         """Return whether a rank may still fail a load that the request's tokens depend on: other ranks would store them."""
-        if not self.requests.loading:
-            return False
-        blocks = set(tracker.blocks)
-        return any(not blocks.isdisjoint(load.filled(self._block_tokens)) for load in self.requests.loading.values())
+        loads = [load for load in self.requests.loading.values() if load.synchronous]
+        blocks = set(tracker.blocks) if loads else set()
+        return any(not blocks.isdisjoint(load.filled(self._block_tokens)) for load in loads)
 
     def _log(self, tracker: Tracker, found: int, gain: int) -> None:
         """Log the line that users of in-process mode look for, once per answer."""

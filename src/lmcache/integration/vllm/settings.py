@@ -37,6 +37,7 @@ _PARSERS: dict[str, Callable[[str], Any]] = {
     "heartbeat_interval": deadline,
     "mp_transfer_mode": word(*TRANSFER_MODES),
     "model_id": str,
+    "synchronous_loads": word("auto", "never"),
 }
 
 
@@ -76,6 +77,7 @@ def read_settings(kv_transfer_config: Any) -> ServerSettings:
         heartbeat_seconds=min(heartbeat, MOST_HEARTBEAT_SECONDS),
         transfer_mode=mode,
         model_id=read("model_id", ""),
+        synchronous_loads=read("synchronous_loads", "auto"),
     )
 
 

@@ -28,9 +28,9 @@ class WorkerSide:
     """The worker's side. registered, shards: for each group of which this rank has layers, where its KV lies, and the index of
     this rank's shard. held: numbers of these groups among those of a plan (empty: all). stores: as for `Copies`.
 
-    synchronous: forwards wait for loads (`wait_loaded`). logs: whether every copy is logged, as users of in-process mode expect.
-    fails_by_request: whether failed loads are reported as requests (`take_failed_requests`) instead of blocks.
-    layers: if given, reliable forwards wait layer by layer. refusal: returns why this rank can never serve, "" as long as it may.
+    number: the rank's number. logs: whether every copy is logged, as users of in-process mode expect. fails_by_request: whether
+    failed loads are reported as requests (`take_failed_requests`) instead of blocks. layers: if given, reliable forwards wait for
+    synchronous loads layer by layer. refusal: returns why this rank can never serve, "" as long as it may.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class WorkerSide:
         *,
         held: Sequence[int] = (),
         stores: bool | Sequence[bool] = True,
-        synchronous: bool = False,
+        number: int = 0,
         logs: bool = False,
         fails_by_request: bool = False,
         layers: Layers | None = None,
@@ -52,10 +52,12 @@ class WorkerSide:
         self._copies = Copies(session, shards, stores=stores, ended=self._ended)
         self._block_tokens = registered[0].paged.block_tokens * registered[0].blocks_per_block
         """Tokens of a scheduler block."""
-        self._synchronous, self._layers, self._refusal = synchronous, layers, refusal
+        self._number, self._layers, self._refusal = number, layers, refusal
         self._logs, self._fails_by_request = logs, fails_by_request
         self._arriving: list[Progress] = []
         """The progress of loads of a step whose forward waits for each layer."""
+        self._mapped: tuple[int, bytes] | None = None
+        """The last answer to the scheduler's question which arena is mapped."""
         self._unread: set[str] = set()
         """Jobs of loads whose KV a forward may have read before it had arrived."""
         self._spoiled: dict[str, set[int]] = {}
@@ -71,7 +73,7 @@ class WorkerSide:
         """Number of changes of the weights before this side was made, and since."""
         self._emptied = -1
         """How often vLLM's own prefix cache had been emptied when the last step before the change was planned."""
-        self.reports_stats = False
+        self.reports_stats = number == 0
         self.loaded_tokens = self.stored_tokens = self.failed_loads = 0
 
     def settle(self, plan: StepPlan) -> None:
@@ -94,7 +96,7 @@ class WorkerSide:
             if plan.weights != self._weights:
                 self._fail(load)
                 continue
-            progress = Progress() if self._layers is not None else None
+            progress = Progress() if load.synchronous and self._layers is not None else None
             if progress is not None:
                 self._arriving.append(progress)
             part = self._part(load)
@@ -110,7 +112,7 @@ class WorkerSide:
             self._distrust_loads()
 
     def wait_before_forward(self, forward_context: Any) -> None:
-        """Return when the forward may begin: its loads have ended, or it will wait for each layer by itself."""
+        """Return when the forward may begin: its synchronous loads have ended, or it will wait for each layer by itself."""
         if self._layers is None or not self._layers.will_wait(forward_context):
             self.wait_loaded()
 
@@ -120,21 +122,20 @@ class WorkerSide:
             self._layers.wait(name, self._arriving)
 
     def wait_after_forward(self) -> None:
-        """Return when no load of the step runs. Loads whose KV the forward read before it had arrived count as failed."""
+        """Return when no synchronous load runs. Loads whose KV the forward read before it had arrived count as failed."""
         if self._layers is None:
             return
-        complete, loads = self._layers.end(), self._copies.running(LoadPlan)
+        complete, loads = self._layers.end(), self._synchronous_loads()
         if loads and not complete:
             logger.warning("vLLM did not wait for the layers of %d loads: their tokens are computed", len(loads))
-            self._distrust_loads()
+            self._unread.update(copy.plan.job_id for copy in loads)
         self.wait_loaded()
 
     def wait_loaded(self) -> None:
-        """Return when no load runs: a step is complete only with its loads."""
+        """Return when no synchronous load runs: a step is complete only with these."""
         self._notice_weights()
-        self._copies.wait(self._copies.running(LoadPlan))
+        self._copies.wait(self._synchronous_loads())
         self._arriving.clear()
-        self._unread.clear()
 
     def wait_connected(self, plan: StepPlan) -> None:
         """At the first step with copies, wait for the server's start: KV that is not stored is a later miss. A rank whose weights
@@ -183,9 +184,13 @@ class WorkerSide:
 
     def take_report(self) -> StepReport:
         report, self._report = self._report, StepReport()
-        if self._started is not None and self._started.weights != self._weights:
-            report.weights, report.emptied = self._weights, self._emptied
         report.refusal = self._refusal()
+        if self._started is not None:
+            if self._started.weights != self._weights:
+                report.weights, report.emptied = self._weights, self._emptied
+            mapped = self._started.asked, self._session.mapped_epoch
+            if mapped != self._mapped:
+                self._mapped = report.mapped[self._number] = mapped
         return report
 
     def take_stats(self) -> dict[str, int]:
@@ -227,12 +232,13 @@ class WorkerSide:
             self._fail(load)
             return
         self._report_loaded(load)
+        self._report.seconds[load.job_id] = done.seconds
         self.loaded_tokens += load.tokens
         if self._logs:
             logger.info("%s", retrieved_line(load, done, self._registered.paged.token_bytes))
 
     def _distrust_loads(self) -> None:
-        """Mark the running loads so that they count as failed."""
+        """Mark all running loads so that they count as failed."""
         self._unread.update(copy.plan.job_id for copy in self._copies.running(LoadPlan))
 
     def _fail(self, load: LoadPlan) -> None:
@@ -245,11 +251,17 @@ class WorkerSide:
             self._failed.add(load.request_id)
         else:
             self._invalid.update(blocks)
-        if self._synchronous:
+        if load.synchronous:
             self._spoiled[load.job_id] = set(blocks)
 
     def _report_loaded(self, load: LoadPlan) -> None:
-        if self._synchronous:
+        if load.synchronous:
             self._report.loaded[load.job_id] = 1
         else:
             self._received.add(load.request_id)
+
+    def _synchronous_loads(self) -> list[Copy]:
+        """The running loads that the step's forward waits for."""
+        return [
+            copy for copy in self._copies.running(LoadPlan) if isinstance(copy.plan, LoadPlan) and copy.plan.synchronous
+        ]
