@@ -13,7 +13,7 @@ lookup wait only while the engine has promised nothing. A request waits neither 
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -105,7 +105,7 @@ class Promises:
         """Instance -> the name of its engine, for each instance that has promised anything."""
         self._distrusted = set[str]()
         """Engines that somebody has waited for in vain, and that have stored nothing since."""
-        self._made_by = Counter[str]()
+        self._made_by: dict[str, int] = {}
         """Name of an instance or of its engine -> the number of its promises."""
 
     def make(self, now: float, instance: str, asker: Asker, chunk_seconds: float, places: Mapping[Key, int]) -> None:
@@ -121,7 +121,8 @@ class Promises:
             promise.left[key], self.by_chunk[key] = places[key], promise
         if promise.left:
             self._by_request[instance, asker.request] = promise
-            self._made_by.update({instance, asker.engine})
+            for name in {instance, asker.engine}:
+                self._made_by[name] = self._made_by.get(name, 0) + 1
         while len(self.by_chunk) > MAX_PROMISED:
             self.end(*next(iter(self._by_request)))
 
@@ -132,9 +133,8 @@ class Promises:
             for key in promise.left:
                 del self.by_chunk[key]
             for name in {instance, promise.asker.engine}:
-                self._made_by[name] -= 1
-                if not self._made_by[name]:
-                    del self._made_by[name]
+                if (left := self._made_by.pop(name) - 1) > 0:
+                    self._made_by[name] = left
 
     def leave(self, instance: str) -> None:
         """End all promises of an engine instance."""

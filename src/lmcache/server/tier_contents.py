@@ -12,6 +12,7 @@ from itertools import product
 
 from lmcache.cache.allocator import Space
 from lmcache.cache.fetch import ENDED_SECONDS
+from lmcache.cache.groups import longest_prefix
 from lmcache.chunks import HASH_BYTES, Split, split_hashes
 from lmcache.server.tier_runner import TierRunner
 from lmcache.tiers import ShardKey
@@ -97,13 +98,13 @@ class EarlierEnds:
             survey = self._surveys[key] = self._begin(now, space, hashes, skipped)
         if survey.running and now - survey.began < wait_seconds:
             return None
-        run = 0  # chunks from `at` on that are all there
-        for at in range(len(hashes) // HASH_BYTES - 2, skipped - 1, -1):
-            one = hashes[at * HASH_BYTES : (at + 1) * HASH_BYTES]
-            run = run + 1 if at in survey.has or space.table.match(one) else 0
-            if run and (run == space.reach_chunks or not at):
-                return at + run
-        return 0
+
+        def end_of(group: int, first: int, end: int) -> int:
+            chunks = enumerate(split_hashes(hashes[first * HASH_BYTES : end * HASH_BYTES]), first)
+            lacking = (at for at, one in chunks if at not in survey.has and not space.table.match(one))
+            return next(lacking, end) if first >= skipped else 0
+
+        return longest_prefix([space.reach_chunks], len(hashes) // HASH_BYTES - 1, end_of)
 
     def _begin(self, now: float, space: Space, hashes: bytes, skipped: int) -> _Survey:
         survey, keys = _Survey(now, space.shards, skipped), shard_keys(space, hashes[skipped * HASH_BYTES :])
