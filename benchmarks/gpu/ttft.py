@@ -157,9 +157,9 @@ def hit_cells(these: list[Sample], transfer: float) -> list[str]:
 
 
 def hits_compared(samples: list[Sample]) -> list[str]:
-    """By how much hits of the first engine are slower than those of each other one, +- the standard error."""
+    """By how much hits of the first engine that has any are slower than those of each other one, +- the standard error."""
     lines = []
-    names = [*dict.fromkeys(one["engine"] for one in samples if "hit" in one)]
+    names = [*dict.fromkeys(one["engine"] for one in samples if one.get("hit_tokens"))]
     for tokens in dict.fromkeys(one["tokens"] for one in samples):
         hits = {
             name: [1e3 * one["hit"] for one in samples if (one["engine"], one["tokens"]) == (name, tokens)]
