@@ -118,7 +118,7 @@ def rates(paged: PagedKV, mapping: Mapping, tokens: int, chunk: int, limit: dict
 def memory(size: int, directory: Path, huge: str) -> dict[str, Any]:
     """MiB of GPU memory of the first copier of a process: the staging rings, and the driver's page tables of an arena of `size`
     bytes. The arena is mapped as an engine maps it."""
-    arena, touching = touched(directory, size, huge)
+    arena, touching, _ = touched(directory, size, huge)
     mapping = Mapping(arena.descriptor, arena.size_bytes, huge != "never")
     begin = time.perf_counter()
     populate_all(mapping, threading.Event())
@@ -134,6 +134,10 @@ def memory(size: int, directory: Path, huge: str) -> dict[str, Any]:
     copier.adopt(mapping.address, mapping.size_bytes)
     copier._arena.wait_registered()
     registering = time.perf_counter() - begin
+    registered = torch.cuda.mem_get_info()[0]
+    table, runs = np.arange(64, dtype=np.int32), np.array([(0, 0, 256, 0)], dtype=np.int64)
+    copier.gather(mapping.address, table, runs)
+    copier.scatter(mapping.address, table, runs)
     torch.cuda.empty_cache()
     left = torch.cuda.mem_get_info()[0]
     out = {
@@ -149,7 +153,7 @@ def memory(size: int, directory: Path, huge: str) -> dict[str, Any]:
         "engine_map_seconds_per_gib": round(mapping_seconds / (size / 2**30), 4),
         "register_seconds": round(registering, 2),
         "staging_mib": (free - staged) >> 20,
-        "page_tables_mib": (staged - left) >> 20,
+        "page_tables_mib": (staged - registered) >> 20,
         "gpu_memory_mib": (free - left) >> 20,
     }
     copier.close()
@@ -204,7 +208,7 @@ def main() -> None:
     tokens = asked.tokens
     paged = paged_kv(tokens // BLOCK + 64)
     size = paged.token_bytes * tokens
-    arena, _ = touched(asked.arena_dir, max(2 * size + (1 << 30), GROUPS_BYTES), asked.huge_pages)
+    arena, _, _ = touched(asked.arena_dir, max(2 * size + (1 << 30), GROUPS_BYTES), asked.huge_pages)
     mapping = arena.mapping
     limit = pcie(size)
     out: dict[str, Any] = {
