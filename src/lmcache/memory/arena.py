@@ -240,7 +240,8 @@ class Arena:
 
     def _note_pages(self, seconds: float) -> None:
         """Log which pages the kernel has given, now that all are touched, and keep it for /status."""
-        self.huge_bytes = huge_pages.mapped_bytes(self.mapping.address, self.size_bytes)
+        if self.huge != "never" and not huge_pages.why_none(self.path.parent):  # small pages would take long to look at
+            self.huge_bytes = huge_pages.mapped_bytes(self.mapping.address, self.size_bytes)
         self.pages = huge_pages.describe(self.path.parent, self.huge, self.huge_bytes, self.backed_bytes)
         logger.info("%s. %.2f GiB were touched in %.1f s", self.pages, self.backed_bytes / 2**30, seconds)
 
