@@ -97,6 +97,7 @@ SAMPLES = {
     "arena_dir": ("/dev/hugepages", Path("/dev/hugepages")),
     "log_level": ("debug", "DEBUG"),
     "numa": ("0,2-3", "0,2-3"),
+    "huge_pages": ("ALWAYS", "always"),
     "l2": ("disk:///a?max_gb=1 dir:///b", ("disk:///a?max_gb=1", "dir:///b")),
     "l2_adapter": ("{'type': 'fs'}", ("{'type': 'fs'}",)),
     "l2_required": ("true", True),

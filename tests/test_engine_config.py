@@ -31,7 +31,7 @@ def test_defaults() -> None:
     assert (config.chunk_size, config.max_local_cpu_size, config.cache_policy) == (256, 5.0, "LRU")
     assert config.save_unfull_chunk and not config.save_decode_cache
     assert set(settings.sources.values()) == {"default"} and not settings.warnings
-    assert config.server_flags == ("--eviction-policy", "LRU")
+    assert config.server_flags == ("--eviction-policy", "LRU", "--huge-pages", "auto")
 
 
 def test_what_vllm_was_told_beats_the_environment_which_beats_the_file(file: Path) -> None:
@@ -116,7 +116,7 @@ def test_names_of_others_in_the_environment_are_warned_about_or_left_alone() -> 
 def test_tiers_are_flags_of_the_server(file: Path) -> None:
     config = EngineConfig(local_disk="/var/lib/a b", max_local_disk_size=20.0, remote_url="redis://host:6379")
     assert config.tiers == ("disk:///var/lib/a%20b?max_gb=20", "redis://host:6379")
-    assert config.server_flags[2:] == ("--l2", config.tiers[0], "--l2", config.tiers[1])
+    assert config.server_flags[4:] == ("--l2", config.tiers[0], "--l2", config.tiers[1])
     file.write_text("local_disk: file:///var/lib/x\nmax_local_disk_size: 1\n")
     assert load_engine({}, file=file).config.tiers == ("disk:///var/lib/x?max_gb=1",)
 
@@ -131,7 +131,7 @@ def test_passwords_are_not_shown(file: Path, capsys: pytest.CaptureFixture[str])
 def test_http_is_off_unless_the_api_server_is_on() -> None:
     on = {"LMCACHE_INTERNAL_API_SERVER_ENABLED": "true", "LMCACHE_INTERNAL_API_SERVER_PORT_START": "7000"}
     flags = load_engine(on).config.server_flags
-    assert flags[2:] == ("--http-host", "127.0.0.1", "--http-port", "7000")
+    assert flags[4:] == ("--http-host", "127.0.0.1", "--http-port", "7000")
 
 
 def test_every_row_is_reachable_and_says_what_it_does() -> None:

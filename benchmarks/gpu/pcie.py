@@ -2,24 +2,29 @@
 Then the six groups of Gemma 3's shape, one of full attention and five with a window of 1,024 tokens.
 
 usage: python -m benchmarks.gpu.pcie [--tokens 32768]      Qwen3-8B shape: 36 layers x 8 KV heads x 128, bf16, 16-token blocks
+       python -m benchmarks.gpu.pcie --memory-gib 100 [--arena-dir DIR] [--huge-pages auto|always|never]
+--memory-gib: only the GPU memory that a copier takes with an arena of this size, and the seconds of touching and registering it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import threading
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from lmcache.memory.arena import Mapping
+from benchmarks.prefault import touched
+from lmcache.config.server import HUGE_PAGES
+from lmcache.memory.arena import Mapping, populate_all
+from lmcache.memory.huge_pages import mapped_bytes
 from lmcache.transfer.gpu.copier import STAGING_BYTES, CudaCopier, cuda_copiers
 from lmcache.transfer.paged import PagedKV, Plane
 
@@ -50,17 +55,6 @@ def paged_kv(blocks: int, layers: int = LAYERS, dims: int = DIMS) -> PagedKV:
         block, token, head, dim = (stride * 2 for stride in part.stride())
         planes.append(Plane.strided(part.data_ptr(), block, token, HEADS, head, dims, dim))
     return PagedKV(tuple(planes), BLOCK, blocks, 2, kv, "cuda:0")
-
-
-def shared_memory(size: int) -> Mapping:
-    """Touched pages of a nameless file in /dev/shm, as an arena's are."""
-    name = f"/dev/shm/lmcache-gpu-bench-{os.getpid()}"
-    descriptor = os.open(name, os.O_CREAT | os.O_RDWR, 0o600)
-    os.unlink(name)
-    os.ftruncate(descriptor, size)
-    mapping = Mapping(descriptor, size)
-    mapping.populate(0, size)
-    return mapping
 
 
 def pcie(size: int) -> dict[str, float]:
@@ -121,6 +115,53 @@ def rates(paged: PagedKV, mapping: Mapping, tokens: int, chunk: int, limit: dict
     return out
 
 
+def memory(size: int, directory: Path, huge: str) -> dict[str, Any]:
+    """MiB of GPU memory of the first copier of a process: the staging rings, and the driver's page tables of an arena of `size`
+    bytes. The arena is mapped as an engine maps it."""
+    arena, touching, _ = touched(directory, size, huge)
+    mapping = Mapping(arena.descriptor, arena.size_bytes, huge != "never")
+    begin = time.perf_counter()
+    populate_all(mapping, threading.Event())
+    mapping_seconds = time.perf_counter() - begin
+    paged = paged_kv(64)
+    pcie(64 << 20)  # PyTorch takes memory of its own for the first stream
+    torch.cuda.empty_cache()
+    free = torch.cuda.mem_get_info()[0]
+    copier = CudaCopier(paged, 256)
+    torch.cuda.empty_cache()
+    staged = torch.cuda.mem_get_info()[0]
+    begin = time.perf_counter()
+    copier.adopt(mapping.address, mapping.size_bytes)
+    copier._arena.wait_registered()
+    registering = time.perf_counter() - begin
+    registered = torch.cuda.mem_get_info()[0]
+    table, runs = np.arange(64, dtype=np.int32), np.array([(0, 0, 256, 0)], dtype=np.int64)
+    copier.gather(mapping.address, table, runs)
+    copier.scatter(mapping.address, table, runs)
+    torch.cuda.empty_cache()
+    left = torch.cuda.mem_get_info()[0]
+    out = {
+        "gpu": torch.cuda.get_device_name(),
+        "arena_gib": round(size / 2**30, 2),
+        "registered_gib": round(copier._arena._registered_bytes / 2**30, 2),
+        "directory": str(directory),
+        "huge_pages": huge,
+        "pages": arena.pages,
+        "huge_gib": round(arena.huge_bytes / 2**30, 2),
+        "engine_huge_gib": round(mapped_bytes(mapping.address, mapping.size_bytes) / 2**30, 2),
+        "touch_seconds_per_gib": round(touching / (size / 2**30), 3),
+        "engine_map_seconds_per_gib": round(mapping_seconds / (size / 2**30), 4),
+        "register_seconds": round(registering, 2),
+        "staging_mib": (free - staged) >> 20,
+        "page_tables_mib": (staged - registered) >> 20,
+        "gpu_memory_mib": (free - left) >> 20,
+    }
+    copier.close()
+    mapping.close()
+    arena.close()
+    return out
+
+
 def of_groups(mapping: Mapping, tokens: int, limit: dict[str, float], chunk: int = 256) -> dict[str, Any]:
     """What the copiers of Gemma 3's groups reach together: the store of a prompt in all groups, and the load of a hit, which is
     the whole prompt in one group and the last 1,024 tokens in the others. 8 layers a group, 8 heads x 256."""
@@ -157,16 +198,25 @@ def of_groups(mapping: Mapping, tokens: int, limit: dict[str, float], chunk: int
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=32768)
-    tokens = parser.parse_args().tokens
+    parser.add_argument("--memory-gib", type=float, default=0.0)
+    parser.add_argument("--arena-dir", type=Path, default=Path("/dev/shm"))
+    parser.add_argument("--huge-pages", choices=HUGE_PAGES, default="auto")
+    asked = parser.parse_args()
+    if asked.memory_gib:
+        print(json.dumps(memory(int(asked.memory_gib * 2**30), asked.arena_dir, asked.huge_pages), indent=1))
+        return
+    tokens = asked.tokens
     paged = paged_kv(tokens // BLOCK + 64)
     size = paged.token_bytes * tokens
-    mapping = shared_memory(max(2 * size + (1 << 30), GROUPS_BYTES))
+    arena, _, _ = touched(asked.arena_dir, max(2 * size + (1 << 30), GROUPS_BYTES), asked.huge_pages)
+    mapping = arena.mapping
     limit = pcie(size)
     out: dict[str, Any] = {
         "gpu": torch.cuda.get_device_name(),
         "tokens": tokens,
         "bytes": size,
         "staging_bytes": STAGING_BYTES,
+        "pages": arena.pages,
     }
     out["pcie"] = {name: round(rate, 1) for name, rate in limit.items()}
     for chunk in (256, 16):
@@ -175,6 +225,7 @@ def main() -> None:
     torch.cuda.empty_cache()
     out["groups"] = [of_groups(mapping, length, limit) for length in GROUPS_TOKENS]
     print(json.dumps(out, indent=1))
+    arena.close()
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from urllib.parse import quote, urlsplit
 
 from lmcache.config import options as read
 from lmcache.config.given import Given, entries, is_null, nearest, read_yaml
-from lmcache.config.server import OPTIONS, POLICIES
+from lmcache.config.server import HUGE_PAGES, OPTIONS, POLICIES
 from lmcache.errors import ConfigError
 
 ENV_PREFIX = "LMCACHE_"
@@ -117,6 +117,7 @@ class EngineConfig:
         read.deadline, 2.0, "how long a server that does not answer may delay a request, once"
     )
     priority_limit: int | None = _row(_optional(read.integer(-(1 << 31), 1 << 31)), None)
+    huge_pages: str = _row(read.word(*HUGE_PAGES), "auto")
     min_retrieve_tokens: int = _row(read.integer(0, 1 << 31), 0)
     use_layerwise: bool = _row(
         read.switch, True, "vLLM, SGLang: forwards wait for loads layer by layer; other engines wait for complete loads"
@@ -131,7 +132,7 @@ class EngineConfig:
     @property
     def server_flags(self) -> tuple[str, ...]:
         """Flags for `lmcache server`, except those for sizes and the chunk size."""
-        flags = ["--eviction-policy", self.cache_policy]
+        flags = ["--eviction-policy", self.cache_policy, "--huge-pages", self.huge_pages]
         if self.internal_api_server_enabled:
             flags += ["--http-host", self.internal_api_server_host]
             flags += ["--http-port", str(self.internal_api_server_port_start)]

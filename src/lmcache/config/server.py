@@ -21,6 +21,7 @@ from lmcache.config.options import GIB, Option
 from lmcache.errors import ConfigError
 
 POLICIES = ("LRU",)
+HUGE_PAGES = ("auto", "always", "never")
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 GROUPS = {
     "cache": "the cache",
@@ -160,6 +161,11 @@ class ServerConfig:
         *("NODES", read.numa, "auto"),
         help="Memory nodes of L1. auto and spread: interleaved over all nodes (auto does nothing on a single node); "
         "0 or 0,2-3: only these, for engines whose GPUs are attached to them.",
+    )
+    huge_pages: str = _machine(
+        *("WHEN", read.word(*HUGE_PAGES), "auto"),
+        help="Pages of 2 MiB for L1: less GPU memory for registering it, and a faster start. auto: if --arena-dir gives them (a "
+        "tmpfs mounted with huge=advise, a hugetlbfs); always: refuse to start if not; never: no. The log says what L1 has got.",
     )
     log_level: str = _machine(
         *("LEVEL", read.word(*LOG_LEVELS), "INFO"),

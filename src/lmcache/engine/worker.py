@@ -247,7 +247,7 @@ class WorkerSession(CopyThreads):
         parts = list(map(Part, copiers, kept, [one.shard.index for one in self._groups], sizes))
         if descriptor < 0:
             return PayloadAccess(parts, self._fetch)
-        return ArenaAccess(parts, Mapping(descriptor, welcome.arena_bytes), self.runtime)
+        return ArenaAccess(parts, Mapping(descriptor, welcome.arena_bytes, welcome.huge_pages), self.runtime)
 
     def _let_go(self) -> None:
         """Unmap the arena of a server that has ended, unless a copy or a load still needs it. Its memory is freed only then, and

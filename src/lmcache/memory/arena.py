@@ -1,8 +1,10 @@
 """The arena: one file in a memory file system. The server owns it; engines that got its descriptor map it.
 
-The server allocates memory pages (`posix_fallocate`) before it hands out an extent in them, so a full tmpfs raises an error and
-never SIGBUS. A background thread then touches the pages, because the first touch of a shared page costs more than ten copies into
-it. The arena holds only KV and no state that the server decides by: an engine that overwrites any byte of it damages only KV.
+The server touches and allocates memory pages (`posix_fallocate`) before it hands out an extent in them, so a full tmpfs raises an
+error and never SIGBUS. They are touched first, because tmpfs gives huge pages to mappings that ask for them, but not to an
+allocation. A background thread does this for the complete arena, because the first touch of a shared page costs more than ten
+copies into it. The arena holds only KV and no state that the server decides by: an engine that overwrites any byte of it damages
+only KV.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from lmcache.errors import ConfigError, LMCacheError
-from lmcache.memory import headers
+from lmcache.memory import headers, huge_pages
 from lmcache.memory.numa import place
 from lmcache.memory.slabs import SECTOR_BYTES
 from lmcache.observability.log import init_logger
@@ -31,7 +33,7 @@ logger = init_logger(__name__)
 
 ARENA_ID_BYTES = 16
 _PREFIX, _SUFFIX = "lmcache-", ".arena"
-_STEP_BYTES = 2 << 20
+_STEP_BYTES = huge_pages.HUGE_BYTES
 """Pages are allocated and touched in steps of this size. Touching holds the process's memory map lock: steps of 64 MiB stalled
 the process's other threads for tens of milliseconds, steps of this size stall them for one."""
 _HELD_UP_SECONDS, _PAUSE, _LONGEST_PAUSE_SECONDS = 0.0005, 20.0, 0.25
@@ -39,7 +41,8 @@ _HELD_UP_SECONDS, _PAUSE, _LONGEST_PAUSE_SECONDS = 0.0005, 20.0, 0.25
 the last value. Beside as many busy threads as there are cores, the thread then takes some 5 % of one core."""
 _STARTING_SECONDS = 10.0
 """An empty arena file younger than this belongs to a server that is starting and has not locked it yet."""
-_MADV_HUGEPAGE, _MADV_POPULATE_WRITE = 14, 23  # uapi/asm-generic/mman-common.h; POPULATE needs Linux 5.14
+_MADV_REMOVE, _MADV_HUGEPAGE, _MADV_NOHUGEPAGE, _MADV_POPULATE_WRITE = 9, 14, 15, 23
+"""From uapi/asm-generic/mman-common.h. POPULATE needs Linux 5.14."""
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -48,13 +51,14 @@ class ArenaFull(LMCacheError):
 
 
 class Mapping:
-    """The arena mapped into this process. `address` is the address of its byte 0 in this process.
+    """The arena mapped into this process. `address` is the address of its byte 0 in this process. `huge`: whether to ask for huge
+    pages. Where the file system gives them, the kernel puts byte 0 at a multiple of their size.
 
     Raises:
         OSError: the kernel refuses. ValueError: the file is shorter than `size_bytes`; access beyond its end would kill.
     """
 
-    def __init__(self, descriptor: int, size_bytes: int) -> None:
+    def __init__(self, descriptor: int, size_bytes: int, huge: bool = True) -> None:
         self.size_bytes = size_bytes
         if not 0 < size_bytes <= os.fstat(descriptor).st_size:
             raise ValueError(
@@ -64,11 +68,15 @@ class Mapping:
         self._anchor = ctypes.c_char.from_buffer(self._map)
         self.address = ctypes.addressof(self._anchor)
         # Huge pages are optional: the kernel may refuse them.
-        _libc.madvise(ctypes.c_void_p(self.address), ctypes.c_size_t(size_bytes), _MADV_HUGEPAGE)
+        self._advise(0, size_bytes, _MADV_HUGEPAGE if huge else _MADV_NOHUGEPAGE)
 
     def populate(self, offset: int, length: int) -> None:
         """Touch pages ahead of use, so that copies into them do not fault. A kernel without the call lets them fault later."""
-        _libc.madvise(ctypes.c_void_p(self.address + offset), ctypes.c_size_t(length), _MADV_POPULATE_WRITE)
+        self._advise(offset, length, _MADV_POPULATE_WRITE)
+
+    def discard(self, offset: int, length: int) -> None:
+        """Give the memory of these bytes back to the file system; they read as zeros afterwards."""
+        self._advise(offset, length, _MADV_REMOVE)
 
     def view(self, offset: int, length: int) -> memoryview:
         """Return the bytes [offset, offset + length) without a copy, for payload frames."""
@@ -83,6 +91,9 @@ class Mapping:
             gc.collect()  # a caught exception may have kept its frames, and these their views
             with suppress(BufferError):
                 self._map.close()
+
+    def _advise(self, offset: int, length: int, advice: int) -> None:
+        _libc.madvise(ctypes.c_void_p(self.address + offset), ctypes.c_size_t(length), advice)
 
 
 def populate_all(mapping: Mapping, stop: threading.Event) -> None:
@@ -109,14 +120,16 @@ def _patient_steps(size_bytes: int, stop: threading.Event) -> Iterator[tuple[int
 
 class Arena:
     """The server's side: creates, reserves, touches and at last removes the file, of `size_bytes` less what is not a full page.
-    `numa` is a policy of `memory.numa`.
+    `numa` is a policy of `memory.numa`, `huge` the value of --huge-pages: auto, always or never.
 
     Raises:
         ConfigError: the file cannot be created in `directory`, or its pages cannot be placed by the `numa` policy.
     """
 
-    def __init__(self, directory: Path, size_bytes: int, numa: str = "auto", runtime: Runtime = RUNTIME) -> None:
-        size_bytes -= size_bytes % SECTOR_BYTES
+    def __init__(
+        self, directory: Path, size_bytes: int, numa: str = "auto", huge: str = "auto", runtime: Runtime = RUNTIME
+    ) -> None:
+        size_bytes -= size_bytes % (_STEP_BYTES if huge_pages.mount_of(directory).is_hugetlbfs else SECTOR_BYTES)
         self.id = secrets.token_bytes(ARENA_ID_BYTES)
         self.path = directory / f"{_PREFIX}{os.getuid()}-{self.id.hex()}{_SUFFIX}"
         self.size_bytes = size_bytes
@@ -124,9 +137,14 @@ class Arena:
         """Bytes that have memory pages. The server hands out only extents in these."""
         self.named = True
         """Whether `path` still names the file (False after `unlink`)."""
+        self.huge = huge
+        self.pages = "The arena is not touched completely yet"
+        """One sentence: which kind of pages the arena has got."""
+        self.huge_bytes = 0
+        """Bytes in huge pages, as of when all was touched."""
         self._backed = bytearray(-(-size_bytes // _STEP_BYTES))  # one byte a step
         self._lock = threading.Lock()
-        self._stop, self._start = runtime.event(), runtime.start
+        self._stop, self._start, self._now = runtime.event(), runtime.start, runtime.now
         self._thread: threading.Thread | None = None
         try:
             self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -135,7 +153,7 @@ class Arena:
         try:
             self._claim = _claim(self.path, self.descriptor)
             os.ftruncate(self.descriptor, size_bytes)
-            self.mapping = Mapping(self.descriptor, size_bytes)
+            self.mapping = Mapping(self.descriptor, size_bytes, huge != "never")
         except (OSError, ValueError) as error:
             self.path.unlink(missing_ok=True)
             os.close(self.descriptor)
@@ -157,7 +175,7 @@ class Arena:
         self.headers.path.unlink(missing_ok=True)
 
     def start_prefault(self) -> None:
-        """Allocate and touch all pages in a background thread, lowest addresses first."""
+        """Touch and allocate all pages in a background thread, lowest addresses first; it logs which kind of pages they are."""
         self._thread = self._start(self._prefault, "lmcache-prefault")
 
     def back(self, offsets: Iterable[int], length: int) -> None:
@@ -194,12 +212,15 @@ class Arena:
     def _back_step(self, step: int) -> None:
         first = step * _STEP_BYTES
         length = min(_STEP_BYTES, self.size_bytes - first)
+        # Outside of the lock: allocating pages that exist is quick, so the main thread hardly ever waits for the lock.
+        self.mapping.populate(first, length)
         with self._lock:
             if self._backed[step]:
                 return
             try:
                 os.posix_fallocate(self.descriptor, first, length)
             except OSError as error:
+                self.mapping.discard(first, length)  # the headers may need what was touched of it
                 is_full = error.errno in (errno.ENOSPC, errno.ENOMEM, errno.EFBIG, errno.EDQUOT)
                 why = "is full" if is_full else f"gives no more memory ({error.strerror})"
                 held = f"{self.path.parent} {why}: it holds only {self.backed_bytes >> 20} MiB of the arena"
@@ -208,15 +229,21 @@ class Arena:
             self.backed_bytes += length
 
     def _prefault(self) -> None:
-        for first, length in _patient_steps(self.size_bytes, self._stop):
-            # Pages are touched before they are allocated: allocating pages that exist is quick, so the main thread hardly
-            # ever waits for the lock.
-            self.mapping.populate(first, length)
-            try:
+        began = self._now()
+        try:
+            for first, _ in _patient_steps(self.size_bytes, self._stop):
                 self._back_step(first // _STEP_BYTES)
-            except ArenaFull as error:
-                logger.warning("L1 stays smaller than --l1-size-gb: %s", error)
-                return
+        except ArenaFull as error:
+            logger.warning("L1 stays smaller than --l1-size-gb: %s", error)
+        if not self._stop.is_set():
+            self._note_pages(self._now() - began)
+
+    def _note_pages(self, seconds: float) -> None:
+        """Log which pages the kernel has given, now that all are touched, and keep it for /status."""
+        if self.huge != "never" and not huge_pages.why_none(self.path.parent):  # small pages would take long to look at
+            self.huge_bytes = huge_pages.mapped_bytes(self.mapping.address, self.size_bytes)
+        self.pages = huge_pages.describe(self.path.parent, self.huge, self.huge_bytes, self.backed_bytes)
+        logger.info("%s. %.2f GiB were touched in %.1f s", self.pages, self.backed_bytes / 2**30, seconds)
 
 
 def _claim(path: Path, descriptor: int) -> int:

@@ -1,7 +1,8 @@
 """Extent headers: a file beside the arena that records which shard each extent holds, and which extents may still be written. A
 later server reads it after a crash.
 
-Engines do not get this file, so only the user can change its contents. The file begins with a header of its own (4 KiB).
+The file lies in /dev/shm if the arena is on a hugetlbfs, whose files cannot be written to. Engines do not get this file, so only
+the user can change its contents. The file begins with a header of its own (4 KiB).
 One record of fixed size follows for each sector of the arena; an extent's record is that of its first sector. The file is sparse:
 only extents take memory, 4 KiB for an extent of 170 KiB or more. The server writes records and does not map them, because a write
 to a full memory file system returns an error where an access to a mapping would kill the process. A record is valid when its
@@ -33,6 +34,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lmcache.errors import ConfigError
+from lmcache.memory.huge_pages import mount_of
 from lmcache.memory.slabs import SECTOR_BYTES
 from lmcache.observability.log import init_logger
 
@@ -56,6 +58,9 @@ _NOTHING = bytes(8)
 
 def beside(arena: Path) -> Path:
     """Return the path of the header file that belongs to this arena."""
+    if mount_of(arena.parent).is_hugetlbfs:
+        # Without ".arena", since a server with its arena in /dev/shm removes the headers that have no arena there.
+        return Path("/dev/shm", arena.stem + SUFFIX)
     return arena.with_name(arena.name + SUFFIX)
 
 

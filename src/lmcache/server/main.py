@@ -138,7 +138,7 @@ def start(config: ServerConfig, owner: Owner | None, runtime: Runtime, started: 
     started.callback(loop.close)
     if owner is not None:
         _end_with(owner, loop)
-    arena = Arena(Path(config.arena_dir), config.l1_bytes, config.numa, runtime)
+    arena = Arena(Path(config.arena_dir), config.l1_bytes, config.numa, config.huge_pages, runtime)
     started.callback(arena.close)
     if owner is not None:
         arena.unlink()

@@ -17,6 +17,7 @@ from lmcache.config.options import GIB
 from lmcache.config.server import ServerConfig
 from lmcache.errors import ConfigError
 from lmcache.memory.arena import reclaim_stale
+from lmcache.memory.huge_pages import HUGE_BYTES, free_pool_bytes, mount_of, why_none
 from lmcache.observability.log import init_logger
 from lmcache.runtime import RUNTIME, Runtime
 
@@ -44,6 +45,7 @@ def check_machine(
     if http:
         _check_port("--http-host", config.http_host, "--http-port", config.http_port)
     _check_arena_dir(config.arena_dir)
+    _check_huge_pages(config.arena_dir, config.huge_pages)
     _check_socket_dir(config.socket_dir)
     return _check_l1(config, runtime)
 
@@ -79,9 +81,23 @@ def _check_arena_dir(directory: Path) -> None:
         raise ConfigError(f"--arena-dir {directory}: is not a directory: pass one, such as /dev/shm")
     if not os.access(directory, os.W_OK | os.X_OK):
         raise ConfigError(f"--arena-dir {directory}: is not writable for uid {os.getuid()}: pass one that is")
-    kind = _file_system(directory)
+    kind = mount_of(directory).kind
     if kind not in _MEMORY_FILE_SYSTEMS:
         logger.warning("--arena-dir %s is on %s, not in memory: the kernel writes L1 to disk", directory, kind)
+
+
+def _check_huge_pages(directory: Path, policy: str) -> None:
+    if mount_of(directory).is_hugetlbfs:
+        if policy == "never":
+            raise ConfigError(f"--huge-pages never: {directory} is a hugetlbfs: pass an --arena-dir on tmpfs")
+        size = os.statvfs(directory).f_bsize
+        if size != HUGE_BYTES:
+            raise ConfigError(
+                f"--arena-dir {directory}: is a hugetlbfs with pages of {size >> 20} MiB: mount one with pagesize=2M"
+            )
+    why = why_none(directory) if policy == "always" else ""
+    if why:
+        raise ConfigError(f"--huge-pages always: {why}; or pass --huge-pages auto")
 
 
 def _check_socket_dir(directory: Path) -> None:
@@ -104,9 +120,11 @@ def _check_socket_dir(directory: Path) -> None:
 
 def _check_l1(config: ServerConfig, runtime: Runtime) -> ServerConfig:
     deadline = runtime.now() + (_FREED_WITHIN_SECONDS if reclaim_stale(config.arena_dir, runtime) else 0)
+    kind = mount_of(config.arena_dir).kind
     while True:
         free, memory = free_bytes(config.arena_dir), memory_available_bytes()
-        available = min(free, memory - OWN_BYTES) if _file_system(config.arena_dir) in _MEMORY_FILE_SYSTEMS else free
+        takes_memory = kind in _MEMORY_FILE_SYSTEMS and kind != "hugetlbfs"  # whose memory is set aside already
+        available = min(free, memory - OWN_BYTES) if takes_memory else free
         if not config.l1_size_gb:
             return _decide_l1(config, available)
         if config.l1_bytes <= available:
@@ -116,7 +134,11 @@ def _check_l1(config: ServerConfig, runtime: Runtime) -> ServerConfig:
         runtime.sleep(0.1)
     has = f"{config.arena_dir} has {_in_gib(free)} GiB free, and {_in_gib(memory)} GiB of memory are available"
     remedy = f"pass --l1-size-gb {_as_l1_size(available)} or less"
-    if free < memory - OWN_BYTES:
+    if kind == "hugetlbfs":
+        remedy += (
+            f", or set more huge pages aside: `sysctl vm.nr_hugepages={-(-config.l1_bytes // HUGE_BYTES)}` as root"
+        )
+    elif free < memory - OWN_BYTES:
         remedy += f", or enlarge {config.arena_dir} (containers: --shm-size)"
     raise ConfigError(f"--l1-size-gb {config.l1_size_gb!s}: {has}: {remedy}")
 
@@ -142,7 +164,10 @@ def _as_l1_size(size_bytes: int) -> str:
 def free_bytes(directory: Path) -> int:
     """Return the bytes that this user can still write to the file system of `directory`. Raises OSError."""
     found = os.statvfs(directory)
-    return found.f_bavail * found.f_frsize
+    free = found.f_bavail * found.f_frsize
+    if mount_of(directory).is_hugetlbfs:  # it tells no numbers where it is mounted without a limit
+        return min(free, free_pool_bytes()) if found.f_blocks else free_pool_bytes()
+    return free
 
 
 def memory_available_bytes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
@@ -183,14 +208,3 @@ def _read(path: Path) -> str:
         return path.read_text()
     except OSError:
         return ""
-
-
-def _file_system(directory: Path) -> str:
-    """Return the type of the file system of `directory` ("tmpfs", "ext4"), from the longest matching mount point."""
-    resolved, best, kind = directory.resolve(), Path("/"), "unknown"
-    for line in _read(Path("/proc/self/mounts")).splitlines():
-        _, mount, found = line.split(" ")[:3]
-        point = Path(mount.replace("\\040", " "))
-        if resolved.is_relative_to(point) and len(point.parts) >= len(best.parts):
-            best, kind = point, found
-    return kind

@@ -104,6 +104,8 @@ class Report:
                 "bytes": arena.size_bytes,
                 "numa_nodes": arena.nodes,
                 "backed_bytes": arena.backed_bytes,
+                "huge_bytes": arena.huge_bytes,
+                "pages": arena.pages,
                 "used_bytes": l1.used_bytes(),
                 "free_bytes": l1.slabs.free_bytes,
                 "quarantined_bytes": l1.quarantined_bytes,

@@ -109,6 +109,7 @@ class Sessions:
             self.cookie_path,
             self._l1.claim_seconds,
             self._l1.epoch,
+            self._l1.arena.huge != "never",
         )
 
     def gone(self, peer: Peer) -> None:

@@ -234,6 +234,8 @@ class Welcome(Message, frozen=True, tag=64):
     """How long a lease or reservation is a claim. 0: the server does not tell, and knows no `Renew`."""
     epoch: Id = b""
     """Names this server's time with this arena: a hit holds for one epoch. b"" from a server that has no epochs."""
+    huge_pages: bool = True
+    """Whether the engine asks the kernel for huge pages where it maps the arena."""
 
     @property
     def holds_for(self) -> bytes:
