@@ -37,7 +37,7 @@ ENDS = {
         "engine/rank_arenas.py",
         "self._thread.join()",
     ): "the datagram before it wakes the thread, which sees `_closed`",
-    ("integration/vllm/worker.py", "self._copies.wait(self._copies.running(LoadPlan))"): A_COPY,
+    ("integration/vllm/worker.py", "self._copies.wait(self._synchronous_loads())"): A_COPY,
     ("integration/transformers/attach.py", "self._lock.acquire(blocking=False)"): "it does not wait",
     (
         "memory/arena.py",
