@@ -164,7 +164,7 @@ class ServerConfig:
     )
     huge_pages: str = _machine(
         *("WHEN", read.word(*HUGE_PAGES), "auto"),
-        help="Pages of 2 MiB for L1: less GPU memory for registering it, and a faster start. auto: if --arena-dir gives them (a "
+        help="Pages of 2 MiB for L1: a faster start, and less memory for page tables. auto: if --arena-dir gives them (a "
         "tmpfs mounted with huge=advise, a hugetlbfs); always: refuse to start if not; never: no. The log says what L1 has got.",
     )
     log_level: str = _machine(
