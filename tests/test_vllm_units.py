@@ -1972,3 +1972,23 @@ def test_a_step_that_waits_for_a_load_does_not_measure_prefill() -> None:
     session.now += 3.6
     scheduler.plan_step(step({"a": 1}))
     assert scheduler.requests.prefill.tokens_per_second == 0
+
+
+def test_a_forward_waits_on_ranks_that_have_layers_of_a_further_group_only() -> None:
+    """Layers of one table of blocks whose KV differs in shape are several groups, and a pipeline's stage may lack the first."""
+    session, stage = Session(present=4), Ranks()
+    tables = [GroupTable(BLOCK), GroupTable(BLOCK)]
+    scheduler = SchedulerSide(session, tables, 1, numbers=(0, 0), synchronous="auto")  # type: ignore[arg-type]
+    scheduler.transferred(report=StepReport(mapped={0: (0, session.epoch)}))
+    request, poll = Request("a", list(range(100))), session.poll
+    session.poll = lambda *a, **more: (hit := poll(*a, **more)) and hit._replace(others=(hit,))  # type: ignore
+    assert offered(scheduler, request) == (64, True)
+    scheduler.allocated(request, ([7],), 64)
+    plan = pickle.loads(pickle.dumps(scheduler.plan_step(step({"a": 36}))))
+    worker = rank(stage, held=[1])
+    worker.start_loads(plan)
+    stage.done = [Done(plan.loads[0].job_id, "load", True, 64, 0.001)]
+    worker.wait_before_forward(object())
+    assert not stage.done, "the forward has waited"
+    assert worker.finished(plan) == (set(), set()), "vLLM asserts that nobody waits for this load"
+    assert worker.take_report().loaded == {plan.loads[0].job_id: 1}

@@ -171,7 +171,8 @@ class SchedulerSide:
             return
         start = tracker.local_tokens
         load = self.requests.load(tracker, start, start + external_tokens, request.num_tokens)
-        load.synchronous = tracker.synchronous
+        for part in (load, *load.others):  # a rank may have layers of the further groups only
+            part.synchronous = tracker.synchronous
         self._admitted.append((tracker, load))
 
     def plan_step(self, output: Any) -> StepPlan:
