@@ -660,6 +660,31 @@ def test_pace_is_bytes_over_busy_time_and_old_measurements_fade() -> None:
 # Write-back
 
 
+def test_what_is_to_be_written_again_is_never_lost() -> None:
+    queue = WriteQueue(100, 100, 512, 1000)
+    again, other = chain(5, 1), chain(9, 2)
+
+    def fill() -> Batch:
+        queue.add_again(1, again, chain(5, 3), 10, 1)
+        batch = queue.take()
+        assert batch is not None and batch.again and batch.hashes == again
+        return batch
+
+    assert queue.still_there(fill(), again[:16]).hashes == again[:16]
+    queue.put_back(fill())
+    assert len(queue) == 0
+    queue.add_again(1, again, chain(5, 3), 10, 1)
+    queue.clear()
+    queue.add(2, other, chain(9, 4), 10)
+    batch = queue.take()
+    assert batch is not None and not batch.again
+    queue.add_again(1, again, chain(5, 3), 10, 1)
+    queue.put_back(batch)  # 140 bytes in a queue of 100
+    assert not any(name.startswith("lost") for name in queue.counters) and queue.queued_bytes == 100
+    queue.make_all_ready()
+    assert (len(queue), queue.queued_bytes) == (9, 90)
+
+
 def test_chunks_are_written_in_the_order_in_which_they_became_whole() -> None:
     queue = WriteQueue(100, 25, 512, 1000)
     first, second = chain(3, 1), chain(2, 2)
