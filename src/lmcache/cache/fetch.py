@@ -196,6 +196,11 @@ class Fetches:
                 self._end(now, fetch, "withdrawn")
                 self._drop(fetch)  # who asks again begins anew
 
+    def leave(self, now: float, process: int) -> None:
+        """Note that this process has ended, and all its requests."""
+        for _, request in [asker for asker in self._waited_for if asker[0] == process]:
+            self.withdraw(now, process, request)
+
     def tick(self, now: float) -> None:
         """End fetches that have lasted too long, forget fetches that ended a while ago, and stop waiting for hanging loads."""
         for fetch in list(self._fetches.values()):
