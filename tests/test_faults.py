@@ -293,6 +293,31 @@ def test_unmapping_the_old_arena_holds_up_no_engine(server, engine, monkeypatch)
     assert one.load(ids) == 640
 
 
+def test_an_arena_that_is_counted_on_stays_mapped_until_it_is_not(server, engine, monkeypatch):
+    monkeypatch.setattr("lmcache.engine.worker.GONE_SECONDS", PATIENT)
+    cache = server()
+    one, ids = engine(cache), prompt(21, 640)
+    one.store(ids)
+    hit = one.lookup(ids)
+    assert one.worker.count_on_arena() == hit.epoch
+    cache.kill()
+    server(port=cache.port)
+    eventually(lambda: one.worker.mapped_epoch == b"")
+    assert one.worker.count_on_arena() == b"" and one.load(ids, hit=hit) == 640
+    one.worker.count_on_nothing()
+    eventually(lambda: one.worker.mapped_epoch not in (b"", hit.epoch))
+
+
+def test_an_arena_that_is_counted_on_does_not_stay_mapped_for_good(server, engine, monkeypatch):
+    monkeypatch.setattr("lmcache.engine.worker.GONE_SECONDS", 0.1)
+    cache = server()
+    one = engine(cache)
+    epoch = one.worker.count_on_arena()
+    cache.kill()
+    server(port=cache.port)
+    eventually(lambda: one.worker.mapped_epoch not in (b"", epoch))
+
+
 def test_a_connection_made_anew_keeps_the_arena_mapped(server, engine):
     one, ids = engine(server()), prompt(15, 640)
     assert one.store(ids) == 640

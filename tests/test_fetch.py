@@ -560,7 +560,9 @@ def test_a_fetch_has_one_record_and_leaves_nothing_behind_whatever_its_tiers_do(
         prefill_seconds = dice.choice([0.0, 10.0])
         if in_l1 < len(prompt) // 16:
             open_prompts.add(prompt)
-        fetches.poll(now, Wanted(SPACE, prompt, CHUNK_BYTES, 1, prefill_seconds), in_l1, [lambda hashes: None] * 2)
+        asker = Asker(0, dice.choice(["", "a", "b"]))
+        wanted = Wanted(SPACE, prompt, CHUNK_BYTES, 1, prefill_seconds, asker)
+        fetches.poll(now, wanted, in_l1, [lambda hashes: None] * 2)
 
     def end(load: Load) -> None:
         good = [key for key in keys(load.hashes) if dice.random() < 0.9]
@@ -584,6 +586,8 @@ def test_a_fetch_has_one_record_and_leaves_nothing_behind_whatever_its_tiers_do(
             l1.difference_update(dice.sample(sorted(l1), len(l1) // 2))
         elif turn < 0.93:
             fetches.kept(SPACE, dice.choice(prompts))
+        elif turn < 0.96:
+            fetches.withdraw(now, 0, dice.choice("ab"))
         carry_out(probes)
         open_prompts.intersection_update(
             one for one in prompts if (found := fetches._by_request.get((SPACE, one[-16:]))) and found.is_open
@@ -592,6 +596,7 @@ def test_a_fetch_has_one_record_and_leaves_nothing_behind_whatever_its_tiers_do(
         now += seconds
         fetches.tick(now)
     assert not (fetches._fetches or fetches._by_request or fetches._under_way or any(fetches._queues))
+    assert not fetches._waited_for
     assert fetches.counters["fetches"] == len(fetches.records) == len(begun)
     assert fetches.counters["arrived"] == sum(record.arrived_chunks for record in fetches.records)
     ends = sum(count for name, count in fetches.counters.items() if name.startswith("fetches:"))
@@ -599,6 +604,34 @@ def test_a_fetch_has_one_record_and_leaves_nothing_behind_whatever_its_tiers_do(
     for load in loads:
         end(load)
     assert not any(fetches._running)
+
+
+def test_the_end_of_a_request_looks_at_no_fetch_of_another_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One message may name 65,536 requests, and there may be 4096 fetches."""
+    monkeypatch.setattr("lmcache.cache.fetch.MAX_FETCHES", 5)
+    looked: list[int] = []
+
+    class Askers(set[tuple[int, str]]):
+        def __contains__(self, one: object) -> bool:
+            looked.append(1)
+            return super().__contains__(one)
+
+        def discard(self, one: tuple[int, str]) -> None:
+            looked.append(1)
+            super().discard(one)
+
+    fetches = Fetches([TierTraits(1 << 20, 4, lambda now: True, 64)])
+    for seed in range(9):  # the last ones are too many
+        wanted = Wanted(SPACE, chain(3, seed), CHUNK_BYTES, asker=Asker(1, f"request {seed}"))
+        fetches.poll(0.0, wanted, 0, [lambda hashes: None])
+    for fetch in fetches._fetches.values():
+        fetch.askers = Askers(fetch.askers)
+    for seed in range(1, 100):
+        fetches.withdraw(0.0, 1, f"request {seed}")
+        fetches.withdraw(0.0, 2, "request 0")
+    assert len(looked) == 4 and fetches.open == 1
+    fetches.withdraw(0.0, 1, "request 0")
+    assert not fetches.open and not fetches._waited_for
 
 
 def test_pace_is_bytes_over_busy_time_and_old_measurements_fade() -> None:
@@ -625,6 +658,31 @@ def test_pace_is_bytes_over_busy_time_and_old_measurements_fade() -> None:
 
 
 # Write-back
+
+
+def test_what_is_to_be_written_again_is_never_lost() -> None:
+    queue = WriteQueue(100, 100, 512, 1000)
+    again, other = chain(5, 1), chain(9, 2)
+
+    def fill() -> Batch:
+        queue.add_again(1, again, chain(5, 3), 10, 1)
+        batch = queue.take()
+        assert batch is not None and batch.again and batch.hashes == again
+        return batch
+
+    assert queue.still_there(fill(), again[:16]).hashes == again[:16]
+    queue.put_back(fill())
+    assert len(queue) == 0
+    queue.add_again(1, again, chain(5, 3), 10, 1)
+    queue.clear()
+    queue.add(2, other, chain(9, 4), 10)
+    batch = queue.take()
+    assert batch is not None and not batch.again
+    queue.add_again(1, again, chain(5, 3), 10, 1)
+    queue.put_back(batch)  # 140 bytes in a queue of 100
+    assert not any(name.startswith("lost") for name in queue.counters) and queue.queued_bytes == 100
+    queue.make_all_ready()
+    assert (len(queue), queue.queued_bytes) == (9, 90)
 
 
 def test_chunks_are_written_in_the_order_in_which_they_became_whole() -> None:

@@ -373,8 +373,9 @@ def test_a_pipeline_stage_without_the_first_group_loads_its_own(
             part.synchronous = True
         engine.kv[1][...] = POISON
         side = WorkerSide(stage, [Registered(paged, 1)], [0], held=[1], fails_by_request=True)
-        side.start_loads(StepPlan(loads=[plan]))
-        side.wait_loaded()
+        step = StepPlan(loads=[plan])
+        side.start_loads(step)
+        eventually(lambda: side.finished(step)[1] == {request.id})
         assert not side.take_failed_requests()
         for token in range(64, 96):
             assert (engine.at(1, engine.blocks[1], token) == engine.value(1, ids, token)).all(), token

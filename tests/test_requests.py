@@ -184,11 +184,18 @@ def test_a_waiting_request_is_answered_from_memory_until_the_answer_is_old(bed: 
     assert not held(bed)
 
 
-@pytest.mark.parametrize("other", ["another request", "another engine", "nobody"])
+@pytest.mark.parametrize(
+    ("end", "other"),
+    [
+        ("aborted", "another request"),
+        *(("aborted", "another engine"), ("aborted", "nobody")),
+        *(("with its engine", "another engine"), ("with its engine", "nobody")),
+    ],
+)
 def test_what_nobody_waits_for_any_more_is_not_loaded(
-    server: Servers, engine: Engines, folders: Callable[[str], Path], other: str
+    server: Servers, engine: Engines, folders: Callable[[str], Path], end: str, other: str
 ) -> None:
-    """A request that waits for a tier is aborted. The store behind the tier does not answer."""
+    """A request that waits for a tier is aborted, or its engine ends. The store behind the tier does not answer."""
     store = RedisServer(binary_of("valkey"), folders("/tmp"))
     proxy = Proxy(store.port)
     try:
@@ -196,19 +203,23 @@ def test_what_nobody_waits_for_any_more_is_not_loaded(
         one = server(chunk=CHUNK, flags=("--l2", url, "--worth", "always", "--l2-patience-seconds", "600"))
         bed, ids = Bed(engine(one)), prompt(3, 200)
         second = Bed(engine(one, "second")) if other == "another engine" else bed
+        last = bed if end == "aborted" else Bed(engine(one, "third"))
         proxy.freeze()
         assert isinstance(bed.requests.find(bed.open("a"), ids), Loading)
         if other != "nobody":
             name = "a" if other == "another engine" else "b"
             assert isinstance(second.requests.find(second.open(name), ids), Loading)
-        bed.requests.finish("a")
+        if end == "aborted":
+            bed.requests.finish("a")
+        else:
+            bed.requests.close()
         if other != "nobody":
             assert isinstance(second.requests.find(second.requests.open[name], ids), Loading)
             assert one.counters()["fetches_open"] == 1
             second.requests.finish(name)
         eventually(lambda: one.counters()["fetches_open"] == 0)
         assert one.status()["fetches"][-1]["outcome"] == "withdrawn"
-        assert isinstance(bed.requests.find(bed.open("again"), ids), Loading), "at once"
+        assert isinstance(last.requests.find(last.open("again"), ids), Loading), "at once"
     finally:
         proxy.close()
         store.end()

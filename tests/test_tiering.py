@@ -761,6 +761,49 @@ def test_a_tier_in_trouble_is_tried_again_before_the_end(rig: Callable[..., Rig]
     assert drained.wait(PATIENCE) and len(tier.kept) == 30
 
 
+def test_a_chunk_that_is_used_before_it_is_written_is_written_and_counted_once(rig: Callable[..., Rig]) -> None:
+    tier = HandTier()
+    one = rig(spec(tier))
+    writes, (runner,) = one.tiering.writes, one.tiering.runners
+    tier.hold("store")
+    one.store(chain(1, 1))
+    one.store(chain(2, 2))  # this one waits for the other
+
+    def use() -> None:
+        writes.nearly_full = [runner]
+        writes.used([one.space], chain(2, 2), 2)
+        writes.used([one.space], chain(1, 1), 1)
+        runner.queue.add(one.space, chain(2, 1), bytes(16), SECTOR)  # as if L1 had lost it and got it again
+
+    one.ask(use)
+    tier.let_go()
+    one.written()
+    assert runner.counters["written_shards"] == 3 and runner.counters["kept_shards"] >= 4
+
+
+def test_chunks_that_are_to_be_written_again_hold_up_no_end_and_are_not_lost(rig: Callable[..., Rig]) -> None:
+    tier = HandTier()
+    one = rig(spec(tier))
+    writes, (runner,) = one.tiering.writes, one.tiering.runners
+    one.store(chain(1, 3))
+    one.written()
+    tier.hold("store")
+    one.store(chain(2, 1))
+    drained = threading.Event()
+
+    def use(prompt: bytes) -> None:
+        writes.nearly_full = [runner]
+        writes.used([one.space], prompt, len(prompt) // 16)
+
+    one.ask(lambda: use(chain(1, 3)))
+    assert one.ask(lambda: len(runner.queue)) == 3
+    one.ask(lambda: writes.drain(PATIENCE, drained.set))
+    one.ask(lambda: use(chain(2, 1)))
+    assert one.ask(lambda: len(runner.queue)) == 0
+    tier.let_go()
+    assert drained.wait(PATIENCE) and not any(name.startswith("lost") for name in runner.queue.counters)
+
+
 def test_draining_has_an_end_though_the_tier_has_none(rig: Callable[..., Rig]) -> None:
     tier = HandTier()
     one = rig(spec(tier))

@@ -35,13 +35,14 @@ from lmcache.integration.vllm import weights as weights_of_vllm
 from lmcache.integration.vllm.identity import config_digest, model_identity
 from lmcache.integration.vllm.model import describe_model, needs_ranks, zeroes_first
 from lmcache.integration.vllm.paged import Registered, Shape, describe_tensors, own_scales, refuse_other_numbers
-from lmcache.integration.vllm.plan import StepReport
+from lmcache.integration.vllm.plan import StepPlan, StepReport
 from lmcache.integration.vllm.resets import empty as empty_vllms_cache
 from lmcache.integration.vllm.resets import watch_resets
 from lmcache.integration.vllm.scheduler import SchedulerSide
 from lmcache.integration.vllm.settings import parse_host, read_settings, recompute_failed_loads
 from lmcache.integration.vllm.worker import WorkerSide
 from lmcache.transfer.fitted import fit_strides
+from servers import eventually
 
 CHUNK, BLOCK = 16, 128
 
@@ -668,7 +669,7 @@ class Core:
 @pytest.fixture
 def core(monkeypatch: pytest.MonkeyPatch) -> Core:
     """A core whose connector's half is watched, as vLLM's own class is."""
-    made = type("Core", (Core,), dict(vars(Core)))(half(Session(present=40)))
+    made = type("Core", (Core,), dict(vars(Core)))(half(Session(present=40), synchronous="auto"))
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace())
     monkeypatch.setitem(sys.modules, "vllm.v1", SimpleNamespace())
     monkeypatch.setitem(sys.modules, "vllm.v1.engine", SimpleNamespace())
@@ -765,6 +766,11 @@ class Ranks:
         self.stores: dict[str, Store] = {}
         self.done: list[Done] = []
         self.waited: list[str] = []
+
+    def count_on_arena(self) -> bytes:
+        return self.mapped_epoch
+
+    def count_on_nothing(self) -> None: ...
 
     def load(self, job_id: str, load: Load) -> None:
         self.loads[job_id] = load
@@ -1961,8 +1967,9 @@ def test_no_load_is_part_of_a_step_unless_all_ranks_have_mapped_its_arena() -> N
     workers[1]._session.mapped_epoch = b""  # type: ignore[misc]
     answer(1)
     assert offered(scheduler, Request("g", list(range(700)))) == (640, False)
+    answer(2)
     workers[1]._session.mapped_epoch = session.epoch = b"server 2"  # type: ignore[misc]
-    answer(1)
+    answer(2)
     assert offered(scheduler, Request("h", list(range(700)))) == (640, False), "the other one has the old arena"
 
 
@@ -1982,3 +1989,67 @@ def test_a_step_that_waits_for_a_load_does_not_measure_prefill() -> None:
     session.now += 3.6
     scheduler.plan_step(step({"a": 1}))
     assert scheduler.requests.prefill.tokens_per_second == 0
+
+
+def test_a_forward_waits_on_ranks_that_have_layers_of_a_further_group_only() -> None:
+    """Layers of one table of blocks whose KV differs in shape are several groups, and a pipeline's stage may lack the first."""
+    session, stage = Session(present=4), Ranks()
+    tables = [GroupTable(BLOCK), GroupTable(BLOCK)]
+    scheduler = SchedulerSide(session, tables, 1, numbers=(0, 0), synchronous="auto")  # type: ignore[arg-type]
+    scheduler.transferred(report=StepReport(mapped={0: (0, session.epoch)}))
+    request, poll = Request("a", list(range(100))), session.poll
+    session.poll = lambda *a, **more: (hit := poll(*a, **more)) and hit._replace(others=(hit,))  # type: ignore
+    assert offered(scheduler, request) == (64, True)
+    scheduler.allocated(request, ([7],), 64)
+    plan = pickle.loads(pickle.dumps(scheduler.plan_step(step({"a": 36}))))
+    worker = rank(stage, held=[1])
+    worker.start_loads(plan)
+    stage.done = [Done(plan.loads[0].job_id, "load", True, 64, 0.001)]
+    worker.wait_before_forward(object())
+    assert not stage.done, "the forward has waited"
+    assert worker.finished(plan) == (set(), set()), "vLLM asserts that nobody waits for this load"
+    assert worker.take_report().loaded == {plan.loads[0].job_id: 1}
+
+
+def test_a_load_within_a_step_outlasts_its_server(server: Any, engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step before may take longer than a server's restart, and vLLM does not recover from a load that fails."""
+    monkeypatch.setattr("lmcache.engine.worker.GONE_SECONDS", 3000.0)
+    cache, ids = server(), list(range(7, 648))
+    one = engine(cache)
+    one.store(ids[:640])
+    paged = SimpleNamespace(block_tokens=16, device="cpu", token_bytes=1)
+    worker = WorkerSide(one.worker, [Registered(paged, 1)], [0])  # type: ignore[arg-type]
+    scheduler = SchedulerSide(one.scheduler, [GroupTable(16)], 1, synchronous="auto")
+
+    def run(scheduled: dict[str, int] | None = None) -> StepPlan:
+        plan = scheduler.plan_step(step(scheduled))
+        worker.start_loads(plan)
+        worker.wait_before_forward(object())
+        scheduler.transferred(invalid_blocks=worker.take_invalid_blocks(), report=worker.take_report())
+        return plan
+
+    run()
+    request = Request("a", ids)
+    assert offered(scheduler, request) == (640, True)
+    epoch = one.worker.mapped_epoch
+    scheduler.allocated(request, (one.table(640),), 640)
+    one.poison()
+    cache.kill()
+    server(port=cache.port)
+    eventually(lambda: one.worker.mapped_epoch != epoch)
+    assert [load.synchronous for load in run({"a": 1}).loads] == [True]
+    assert not worker.failed_loads and one.right(ids, 0, 640)
+    scheduler.finished(request)
+    run()
+    eventually(lambda: one.worker.mapped_epoch)
+    run()
+    assert scheduler._mapped == {0: one.worker.mapped_epoch}
+
+
+def test_ranks_whose_loads_may_fail_keep_no_arena_mapped() -> None:
+    ranks, kept = Ranks(), []
+    ranks.count_on_arena = lambda: kept.append(True) or b"server 1"  # type: ignore[method-assign, return-value]
+    worker, scheduler = rank(ranks), half(Session(), synchronous="never")
+    scheduler.ask_ranks()
+    worker.start_loads(scheduler.plan_step(step()))
+    assert not worker.take_report() and not kept

@@ -16,7 +16,7 @@ its chunks may be loaded from another tier. Every fetch leaves a `FetchRecord`, 
 from __future__ import annotations
 
 import itertools
-from collections import Counter, OrderedDict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Sequence, Sized
 from typing import NamedTuple
 
@@ -68,6 +68,8 @@ class Fetches:
         self._numbers = itertools.count(1)
         self._fetches: dict[int, Fetch] = {}
         self._by_request: dict[tuple[int, bytes], Fetch] = {}
+        self._waited_for: defaultdict[tuple[int, str], set[Fetch]] = defaultdict(set)
+        """(process, request) -> the open fetches that it waits for, or has waited for."""
         self._queues = [OrderedDict[int, Pending]() for _ in tiers]
         """Loads that have not begun, by number."""
         self._queued_chunks = [0] * len(tiers)
@@ -116,7 +118,7 @@ class Fetches:
                 return 0
             fetch = Fetch(next(self._numbers), wanted, in_l1, now, coming, since)
         if fetch.is_open:
-            fetch.asked(now, in_l1, wanted.asker)
+            self._waited_for[fetch.asked(now, in_l1, wanted.asker)].add(fetch)
             if full:
                 self._end(now, fetch, "")
         if full:
@@ -124,6 +126,7 @@ class Fetches:
         if is_new:
             if len(self._fetches) >= MAX_FETCHES:
                 self.counters["too_many"] += 1
+                self._wait_no_longer(fetch)
                 self.records.append(fetch.end(now, "too many"))
                 return 0
             self._begin(now, fetch, known)
@@ -187,11 +190,16 @@ class Fetches:
 
     def withdraw(self, now: float, process: int, request: str) -> None:
         """Note that this request has ended. A fetch that no other one waits for ends, too, and its queued loads are dropped."""
-        for fetch in [one for one in self._fetches.values() if (process, request) in one.askers and one.is_open]:
+        for fetch in self._waited_for.pop((process, request), ()):
             fetch.askers.discard((process, request))
             if not fetch.askers:
                 self._end(now, fetch, "withdrawn")
                 self._drop(fetch)  # who asks again begins anew
+
+    def leave(self, now: float, process: int) -> None:
+        """Note that this process has ended, and all its requests."""
+        for _, request in [asker for asker in self._waited_for if asker[0] == process]:
+            self.withdraw(now, process, request)
 
     def tick(self, now: float) -> None:
         """End fetches that have lasted too long, forget fetches that ended a while ago, and stop waiting for hanging loads."""
@@ -300,6 +308,7 @@ class Fetches:
     def _end(self, now: float, fetch: Fetch, reason: str) -> None:
         """End a fetch, once. `reason`: why the engine stops waiting; "" if all planned chunks have arrived or failed."""
         fetch.unanswered.clear()
+        self._wait_no_longer(fetch)
         for pending in fetch.waiting:
             pending.waiters.discard(fetch)
             if pending.began is None and not pending.waiters:
@@ -318,6 +327,12 @@ class Fetches:
         else:  # the chunks may be evicted, and a new fetch may then load them again
             self.counters["failed"] += len(fetch.plan) - fetch.arrived
             self._drop(fetch)
+
+    def _wait_no_longer(self, fetch: Fetch) -> None:
+        for asker in fetch.askers:
+            self._waited_for[asker].discard(fetch)
+            if not self._waited_for[asker]:
+                del self._waited_for[asker]
 
     def _drop(self, fetch: Fetch) -> None:
         del self._fetches[fetch.number]

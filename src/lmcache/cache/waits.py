@@ -172,14 +172,18 @@ class Fetch:
             chunks = max(1, min(chunks, self.first + chunks - self.wanted.asker.have))
         return self.wanted.prefill_seconds * chunks
 
-    def asked(self, now: float, in_l1: int, asker: Asker) -> None:
+    def asked(self, now: float, in_l1: int, asker: Asker) -> tuple[int, str]:
+        """Note a `poll`. Return the element of `askers` that stands for its request."""
         process, request, record = asker.process, asker.request, self.record
-        self.askers.add((process, request) if request and len(self.askers) < MAX_WAITING else (process, ""))
+        known = (process, request) in self.askers or len(self.askers) < MAX_WAITING
+        waiter = (process, request if known else "")
+        self.askers.add(waiter)
         if in_l1 > self.in_l1:
             self.progress = now
         self.asked_at, self.in_l1 = now, in_l1
         if request and request not in record.requests and len(record.requests) < MAX_REQUESTS:
             record.requests += (request,)
+        return waiter
 
     def end(self, now: float, outcome: str) -> FetchRecord:
         """Complete the record."""

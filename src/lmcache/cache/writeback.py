@@ -31,6 +31,8 @@ class Batch(NamedTuple):
     chunk_shards: int = 1
     clears: int = 0
     """How many times the queue had been cleared when the batch was taken."""
+    again: bool = False
+    """Whether the tier has been given these chunks before (`add_again`), so that nothing is lost if they are not written."""
 
 
 class _Chunk(NamedTuple):
@@ -39,6 +41,7 @@ class _Chunk(NamedTuple):
     parent: bytes
     size_bytes: int
     shards: int
+    again: bool = False
 
 
 class WriteQueue:
@@ -67,15 +70,18 @@ class WriteQueue:
     def kept_back(self) -> int:
         return len(self._kept_back)
 
-    def add(self, space: int, hashes: bytes, parents: bytes, chunk_bytes: int, chunk_shards: int = 1) -> None:
-        """Queue chunks that have become complete. chunk_bytes, chunk_shards: size and number of shards of one chunk."""
+    def add(
+        self, space: int, hashes: bytes, parents: bytes, chunk_bytes: int, chunk_shards: int = 1, again: bool = False
+    ) -> None:
+        """Queue chunks that have become complete. chunk_bytes, chunk_shards: size and number of shards of one chunk. again: as in
+        `Batch`."""
         for at in range(0, len(hashes), HASH_BYTES):
             if self.queued_bytes + chunk_bytes > self._max_bytes and not self._on_evict:
                 left = (len(hashes) - at) // HASH_BYTES
                 self._lose("queue full", left, left * chunk_bytes)
                 return
             cut = slice(at, at + HASH_BYTES)
-            one = _Chunk(space, hashes[cut], parents[cut], chunk_bytes, chunk_shards)
+            one = _Chunk(space, hashes[cut], parents[cut], chunk_bytes, chunk_shards, again)
             if not self._on_evict:
                 self._push(one)
                 continue
@@ -88,7 +94,7 @@ class WriteQueue:
         """Queue chunks that the tier has been given before: the last ones, as far as half of the free queue holds them."""
         fit = HASH_BYTES * ((self._max_bytes - self.queued_bytes) // 2 // chunk_bytes)
         if fit > 0:
-            self.add(space, hashes[-fit:], parents[-fit:], chunk_bytes, chunk_shards)
+            self.add(space, hashes[-fit:], parents[-fit:], chunk_bytes, chunk_shards, again=True)
 
     def make_ready(self, used_bytes: int) -> None:
         """`on-evict`: queue the oldest chunks kept back if `used_bytes` is above `KEEP_BACK_SHARE` of L1."""
@@ -97,23 +103,29 @@ class WriteQueue:
             self._push(self._keep_no_longer())
 
     def make_all_ready(self) -> None:
-        """Queue all chunks that were kept back, as the server does before it ends."""
+        """Queue all chunks that were kept back, and drop those to be written again, as the server does before it ends."""
+        self.queued_bytes -= sum(one.size_bytes for one in self._ready if one.again)
+        self._ready = deque(one for one in self._ready if not one.again)
         while self._kept_back:
             self._push(self._keep_no_longer())
 
     def take(self) -> Batch | None:
-        """Remove the next batch from the queue and return it: the oldest chunks, all of one space. None if the queue is empty."""
+        """Remove the next batch from the queue and return it: the oldest chunks, all of one space, each of them once. None if the
+        queue is empty."""
         if not self._ready:
             return None
         first = self._ready[0]
         by_size, by_count = self._batch_bytes // first.size_bytes, self._batch_shards // first.shards
-        taken: list[_Chunk] = []
-        while self._ready and self._ready[0].space == first.space and len(taken) < max(1, min(by_size, by_count)):
-            taken.append(self._ready.popleft())
-        size = len(taken) * first.size_bytes
-        self.queued_bytes -= size
-        keys, parents = b"".join(one.key for one in taken), b"".join(one.parent for one in taken)
-        return Batch(first.space, keys, parents, size, first.shards, self._clears)
+        # A chunk may be queued twice: L1 has lost it and got it again, or has answered with it.
+        taken: dict[bytes, _Chunk] = {}
+        while self._ready and len(taken) < max(1, min(by_size, by_count)):
+            one = self._ready[0]
+            if (one.space, one.again) != (first.space, first.again):
+                break
+            taken[one.key] = self._ready.popleft()
+            self.queued_bytes -= one.size_bytes
+        keys, parents = b"".join(taken), b"".join(one.parent for one in taken.values())
+        return Batch(first.space, keys, parents, len(taken) * first.size_bytes, first.shards, self._clears, first.again)
 
     def still_there(self, batch: Batch, found: bytes) -> Batch:
         """Return the batch with only the chunks `found`, in the batch's order. The others are counted as lost by eviction."""
@@ -121,15 +133,19 @@ class WriteQueue:
         if not gone:
             return batch
         gone_bytes = batch.size_bytes // count * gone
-        self._lose("evicted", gone, gone_bytes)
+        if not batch.again:
+            self._lose("evicted", gone, gone_bytes)
         cuts = [slice(at, at + HASH_BYTES) for at in range(0, len(batch.hashes), HASH_BYTES)]
         parents = {batch.hashes[cut]: batch.parents[cut] for cut in cuts}
         of_found = [parents[found[at : at + HASH_BYTES]] for at in range(0, len(found), HASH_BYTES)]
         return batch._replace(hashes=found, parents=b"".join(of_found), size_bytes=batch.size_bytes - gone_bytes)
 
     def put_back(self, batch: Batch) -> None:
-        """Put a batch that the tier did not store back at the head, unless the queue has been cleared since it was taken."""
+        """Put a batch that the tier did not store back at the head, unless the queue has been cleared since it was taken, or the
+        tier had been given it before."""
         count = len(batch.hashes) // HASH_BYTES
+        if batch.again:
+            return
         if batch.clears != self._clears:
             self._lose("cleared", count, batch.size_bytes)
             return
@@ -139,14 +155,16 @@ class WriteQueue:
             self._ready.appendleft(_Chunk(batch.space, batch.hashes[cut], batch.parents[cut], size, batch.chunk_shards))
         self.queued_bytes += batch.size_bytes
         while self.queued_bytes > self._max_bytes and self._ready:
-            size = self._ready.pop().size_bytes
-            self.queued_bytes -= size
-            self._lose("queue full", 1, size)
+            last = self._ready.pop()
+            self.queued_bytes -= last.size_bytes
+            if not last.again:
+                self._lose("queue full", 1, last.size_bytes)
 
     def clear(self) -> None:
         """Drop all chunks, since L1 or the tier has been cleared, and any batch taken earlier that is put back later."""
         for one in (*self._ready, *self._kept_back):
-            self._lose("cleared", 1, one.size_bytes)
+            if not one.again:
+                self._lose("cleared", 1, one.size_bytes)
         self._clears += 1
         self._ready.clear()
         self._kept_back.clear()

@@ -14,7 +14,7 @@ import numpy as np
 
 from lmcache.chunks.hashing import HASH_BYTES
 from lmcache.engine.access import Access, ArenaAccess, Part, PayloadAccess
-from lmcache.engine.connection import Connection
+from lmcache.engine.connection import GONE_SECONDS, Connection
 from lmcache.engine.copy_threads import STORING, Cancelled, CopyThreads, Outcome
 from lmcache.engine.endpoint import Endpoint
 from lmcache.engine.groups import RankGroup
@@ -57,6 +57,8 @@ class WorkerSession(CopyThreads):
         """The arena that stays mapped because a copy hung when the session was closed and may still touch it."""
         self._in_vain = b""
         """The epoch that a load has waited for in vain, so that the next load does not wait again."""
+        self._counted_on = self._leaving = False
+        """Whether a scheduler may plan loads that must not fail from the mapped arena; whether that is about to be unmapped."""
         self._load_ended = 0.0
         self._copying: set[str] = set()
         """Threads that may be touching the arena now."""
@@ -67,9 +69,23 @@ class WorkerSession(CopyThreads):
 
     @property
     def mapped_epoch(self) -> bytes:
-        """The epoch whose arena this process has mapped, so that a load needs no server; b"" for none (payload frames)."""
+        """The epoch whose arena this process has mapped, so that a load needs no server; b"" for none (payload frames), and while
+        another server takes over."""
         with self._state:
-            return self._epoch if self._mapped() else b""
+            return self._stays()
+
+    def count_on_arena(self) -> bytes:
+        """Return the `mapped_epoch`. Until `count_on_nothing`, its arena stays mapped when another server takes over, for at most
+        `GONE_SECONDS`: loads from it may have been planned that have not begun."""
+        with self._state:
+            self._counted_on |= bool(self._stays())
+            return self._stays()
+
+    def count_on_nothing(self) -> None:
+        """Let the arena be unmapped when another server takes over."""
+        with self._state:
+            self._counted_on = False
+            self._state.notify_all()
 
     def close(self) -> None:
         """Finish the running copies, end the queued jobs as failed, as well as all that come later, and unmap the arena.
@@ -223,6 +239,9 @@ class WorkerSession(CopyThreads):
                 spaces.append(ask(carrier, request, m.Registered).space)
             with self._state:
                 known = welcome.arena == self._arena and (descriptor < 0 or self._mapped())
+                self._leaving = not known
+                if self._leaving:
+                    self._state.wait_for(lambda: not self._counted_on or self._closed, GONE_SECONDS)
                 if not known and not self._state.wait_for(self._may_unmap, _LAST_COPY_SECONDS) and self._copying:
                     raise ServerUnavailable("a copy in the old arena does not end")
                 access = self._access if known else self._taken_away()
@@ -258,10 +277,14 @@ class WorkerSession(CopyThreads):
             access.close()
             logger.info("Unmapped the memory of the LMCache server that has ended")
 
+    def _stays(self) -> bytes:
+        return self._epoch if self._mapped() and not self._leaving else b""
+
     def _mapped(self) -> bool:
         return self._access is not None and self._access.mapped
 
     def _taken_away(self) -> Access | None:
         """Detach the arena, for the caller to close without the lock. Called with it, while no copy runs; none begins later."""
         access, self._access, self._arena, self._epoch = self._access, None, b"", b""
+        self._counted_on = self._leaving = False
         return access

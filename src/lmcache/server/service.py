@@ -62,6 +62,9 @@ class Service:
         if logger.isEnabledFor(logging.DEBUG):
             l1.events.listen(KINDS + TIER_KINDS, _log, named=False)
         loop.on_tick.append(lambda: l1.tick(loop.now()))
+        if tiering is not None:
+            fetches = tiering.fetches
+            self.sessions.on_gone.append(lambda process: fetches.leave(loop.now(), process))
 
     # Requests
 

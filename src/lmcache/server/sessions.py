@@ -73,6 +73,8 @@ class Sessions:
         self.refused = Refused(now)
         self.held_bytes = 0
         """Bytes held for all peers, including those that have gone and still have unsent answers."""
+        self.on_gone: list[Callable[[int], None]] = []
+        """Called with the number of each process that has ended."""
         self._l1, self._chunk_tokens = l1, chunk_tokens
         self._participants: dict[Who, int] = {}
         self._next_process = 1
@@ -120,6 +122,8 @@ class Sessions:
         self.peers.discard(peer)
         self._participants = {who: number for who, number in self._participants.items() if number != peer.process}
         self._l1.leave(peer.process)
+        for listener in self.on_gone:
+            listener(peer.process)
         peer.process = 0
         if peer.layout:
             logger.info("Engine process gone: %s", peer.who)

@@ -70,6 +70,8 @@ class Writes:
     def used(self, spaces: Sequence[int], hashes: bytes, chunks: int) -> None:
         """Note that L1 has answered with the first `chunks` chunks. Tiers do not see that, so a full one would lose what all
         prompts begin with before what is seldom used. To store it again is a use of it."""
+        if self._drained is not None:
+            return
         for space in filter(None, map(self._l1.space, spaces)):
             end, first = chunks, max(0, chunks - space.reach_chunks) if space.reach_chunks else 0
             while end > first and len(self._used) < _MOST_USED and (space.number, _hash(hashes, end)) not in self._used:

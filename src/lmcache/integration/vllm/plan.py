@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 
 from lmcache.engine import plans
 
+NOT_ASKED = -1
+"""`StepPlan.asked` of a scheduler whose loads may all fail."""
+
 
 @dataclass
 class StepPlan(plans.StepPlan):
@@ -15,7 +18,8 @@ class StepPlan(plans.StepPlan):
     the scheduler knows of, so that this step computes nothing from them any more.
     weights: number of weight changes that the scheduler knows of. A rank that has seen another number neither loads nor stores.
     emptied: how often vLLM's own prefix cache has been emptied. asked: number of the scheduler's question which arena each rank
-    has mapped. fails_by_request: as for `WorkerSide`, for ranks without one, which fail every load.
+    has mapped, and keeps mapped until another number comes. fails_by_request: as for `WorkerSide`, for ranks without one, which
+    fail every load.
     """
 
     closing: list[str] = field(default_factory=list)
@@ -24,7 +28,7 @@ class StepPlan(plans.StepPlan):
     known_failures: list[str] = field(default_factory=list)
     weights: int = 0
     emptied: int = 0
-    asked: int = 0
+    asked: int = NOT_ASKED
     fails_by_request: bool = False
 
 

@@ -19,7 +19,7 @@ from lmcache.engine.prefill import TokenRate
 from lmcache.engine.requests import GroupTable
 from lmcache.engine.settings import WITH_A_DAEMON
 from lmcache.integration.vllm.identity import Adapters
-from lmcache.integration.vllm.plan import StepPlan, StepReport
+from lmcache.integration.vllm.plan import NOT_ASKED, StepPlan, StepReport
 from lmcache.integration.vllm.rules import reads_nothing
 from lmcache.observability.log import init_logger
 
@@ -95,7 +95,7 @@ class SchedulerSide:
         """Of loads, on the slowest rank."""
         self._running: set[Hashable] = set()
         """Requests that have been scheduled and have not ended."""
-        self._asked = 0
+        self._asked = NOT_ASKED if synchronous == "never" else 0
         self._mapped: dict[int, bytes] = {}
         """By rank, the epoch whose arena it has mapped, as reported since the question `_asked`."""
         self._admitted: list[tuple[Tracker, LoadPlan]] = []
@@ -150,8 +150,9 @@ class SchedulerSide:
 
     def ask_ranks(self) -> None:
         """Expect of the ranks what may fail a load, such as other weights, until they have reported again."""
-        self._asked += 1
-        self._mapped.clear()
+        if self._asked != NOT_ASKED:
+            self._asked += 1
+            self._mapped.clear()
 
     def bind_pool(self, pool: Any) -> None:
         if self._holds:
@@ -171,7 +172,7 @@ class SchedulerSide:
             return
         start = tracker.local_tokens
         load = self.requests.load(tracker, start, start + external_tokens, request.num_tokens)
-        for part in (load, *load.others):
+        for part in (load, *load.others):  # a rank may have layers of the further groups only
             part.synchronous = tracker.synchronous
         self._admitted.append((tracker, load))
 
@@ -233,9 +234,11 @@ class SchedulerSide:
         for job_id, seconds in report.seconds.items():
             if job_id in requests.loading:
                 self._copying.took(requests.loading[job_id].tokens, seconds)
-        for rank, (asked, epoch) in report.mapped.items():
-            if asked == self._asked:
-                self._mapped[rank] = epoch
+        mapped = {rank: epoch for rank, (asked, epoch) in report.mapped.items() if asked == self._asked}
+        if any(self._mapped.get(rank, b"") not in (b"", epoch) for rank, epoch in mapped.items()):
+            self.ask_ranks()  # by which the rank knows that it may unmap the arena that it had
+        else:
+            self._mapped |= mapped
         ended = set(finished_loads)
         for job_id in [
             job for job, load in requests.loading.items() if load.request_id in ended and not load.synchronous

@@ -11,7 +11,7 @@ from lmcache.engine.copies import retrieved_line, stored_line
 from lmcache.engine.points import stream_point
 from lmcache.integration.vllm.layers import Layers
 from lmcache.integration.vllm.paged import Registered
-from lmcache.integration.vllm.plan import StepPlan, StepReport
+from lmcache.integration.vllm.plan import NOT_ASKED, StepPlan, StepReport
 from lmcache.integration.vllm.weights import weight_changes
 from lmcache.observability.log import init_logger
 from lmcache.transfer.progress import Progress
@@ -86,6 +86,10 @@ class WorkerSide:
             return
         self._notice_weights()
         self._started = plan
+        if (
+            self._mapped is not None and plan.asked != self._mapped[0]
+        ):  # the scheduler does not rely on that answer any more
+            self._session.count_on_nothing()
         for job_id in plan.known_failures:
             self._spoiled.pop(job_id, None)
         if self._layers is not None:
@@ -188,8 +192,9 @@ class WorkerSide:
         if self._started is not None:
             if self._started.weights != self._weights:
                 report.weights, report.emptied = self._weights, self._emptied
-            mapped = self._started.asked, self._session.mapped_epoch
-            if mapped != self._mapped:
+            asked = self._started.asked
+            mapped = (asked, self._session.count_on_arena()) if asked != NOT_ASKED else None
+            if mapped is not None and mapped != self._mapped:
                 self._mapped = report.mapped[self._number] = mapped
         return report
 
