@@ -369,8 +369,6 @@ def test_a_pipeline_stage_without_the_first_group_loads_its_own(
         assert isinstance(engine.requests.find(request, ids, wait=True), Hit)
         request.blocks, *request.tables = engine.tables(96)
         plan = engine.requests.load(request, 0, 96)
-        for part in (plan, *plan.others):
-            part.synchronous = True
         engine.kv[1][...] = POISON
         side = WorkerSide(stage, [Registered(paged, 1)], [0], held=[1], fails_by_request=True)
         step = StepPlan(loads=[plan])
