@@ -62,6 +62,11 @@ def why_none(directory: Path) -> str:
     return f"{mount.point} is mounted without huge=advise: {remedy}"
 
 
+def pool_pages() -> int:
+    """Return how many huge pages are set aside (`vm.nr_hugepages`), used or not."""
+    return int(_read(_POOL / "nr_hugepages") or 0)
+
+
 def free_pool_bytes() -> int:
     """Return the bytes of huge pages that are set aside (`vm.nr_hugepages`) and neither used nor promised to any mapping."""
     free, promised = (int(_read(_POOL / name) or 0) for name in ("free_hugepages", "resv_hugepages"))

@@ -17,7 +17,7 @@ from lmcache.config.options import GIB
 from lmcache.config.server import ServerConfig
 from lmcache.errors import ConfigError
 from lmcache.memory.arena import reclaim_stale
-from lmcache.memory.huge_pages import HUGE_BYTES, free_pool_bytes, mount_of, why_none
+from lmcache.memory.huge_pages import HUGE_BYTES, free_pool_bytes, mount_of, pool_pages, why_none
 from lmcache.observability.log import init_logger
 from lmcache.runtime import RUNTIME, Runtime
 
@@ -133,14 +133,14 @@ def _check_l1(config: ServerConfig, runtime: Runtime) -> ServerConfig:
             break
         runtime.sleep(0.1)
     has = f"{config.arena_dir} has {_in_gib(free)} GiB free, and {_in_gib(memory)} GiB of memory are available"
-    remedy = f"pass --l1-size-gb {_as_l1_size(available)} or less"
+    smaller = _as_l1_size(available)
+    remedies = [f"pass --l1-size-gb {smaller} or less"] if smaller != "0" else []
     if kind == "hugetlbfs":
-        remedy += (
-            f", or set more huge pages aside: `sysctl vm.nr_hugepages={-(-config.l1_bytes // HUGE_BYTES)}` as root"
-        )
+        pages = pool_pages() - (available - config.l1_bytes) // HUGE_BYTES
+        remedies.append(f"set more huge pages aside: `sysctl vm.nr_hugepages={pages}` as root")
     elif free < memory - OWN_BYTES:
-        remedy += f", or enlarge {config.arena_dir} (containers: --shm-size)"
-    raise ConfigError(f"--l1-size-gb {config.l1_size_gb!s}: {has}: {remedy}")
+        remedies.append(f"enlarge {config.arena_dir} (containers: --shm-size)")
+    raise ConfigError(f"--l1-size-gb {config.l1_size_gb!s}: {has}: {', or '.join(remedies) or 'free some memory'}")
 
 
 def _decide_l1(config: ServerConfig, available: int) -> ServerConfig:
