@@ -2053,3 +2053,17 @@ def test_ranks_whose_loads_may_fail_keep_no_arena_mapped() -> None:
     scheduler.ask_ranks()
     worker.start_loads(scheduler.plan_step(step()))
     assert not worker.take_report() and not kept
+
+
+def test_a_rank_keeps_its_arena_through_a_step_without_a_plan() -> None:
+    """vLLM begins it without the scheduler's metadata."""
+    ranks, released, session = Ranks(), [], Session()
+    ranks.count_on_nothing = lambda: released.append(True)  # type: ignore[method-assign]
+    worker, scheduler = rank(ranks), mapped(session)
+    worker.start_loads(scheduler.plan_step(step()))
+    scheduler.transferred(report=worker.take_report())
+    worker.start_loads(StepPlan())
+    assert not worker.take_report() and not released
+    scheduler.ask_ranks()
+    worker.start_loads(scheduler.plan_step(step()))
+    assert released

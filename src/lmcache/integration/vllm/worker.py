@@ -86,10 +86,8 @@ class WorkerSide:
             return
         self._notice_weights()
         self._started = plan
-        if (
-            self._mapped is not None and plan.asked != self._mapped[0]
-        ):  # the scheduler does not rely on that answer any more
-            self._session.count_on_nothing()
+        if self._mapped is not None and plan.asked not in (NOT_ASKED, self._mapped[0]):
+            self._session.count_on_nothing()  # the scheduler does not rely on that answer any more
         for job_id in plan.known_failures:
             self._spoiled.pop(job_id, None)
         if self._layers is not None:
