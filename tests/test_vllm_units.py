@@ -38,6 +38,7 @@ from lmcache.integration.vllm.paged import Registered, Shape, describe_tensors, 
 from lmcache.integration.vllm.plan import StepReport
 from lmcache.integration.vllm.resets import empty as empty_vllms_cache
 from lmcache.integration.vllm.resets import watch_resets
+from lmcache.integration.vllm.rules import names_items
 from lmcache.integration.vllm.scheduler import SchedulerSide
 from lmcache.integration.vllm.settings import parse_host, read_settings, recompute_failed_loads
 from lmcache.integration.vllm.worker import WorkerSide
@@ -559,6 +560,29 @@ def test_images_salts_and_adapters_change_the_hashes_that_follow(tmp_path: Path)
     assert one[:16] == two[:16] == plain[:16], "the chunk before the image"
     assert one[16:32] != two[16:32] and one[32:48] != two[32:48], "both chunks that it lies in"
     assert hashes(mm_features=[image("one", 31)])[16:] != one[16:]
+
+
+def test_images_that_vllm_only_numbers_are_not_cached(caplog: pytest.LogCaptureFixture) -> None:
+    """Without both of its caches vLLM calls the first image of every engine alike, so its name says nothing about its content."""
+    image = SimpleNamespace(identifier="renderer0-mm-0-image-0", mm_position=SimpleNamespace(offset=30, length=10))
+
+    def is_cached(cache_gb: float, prefixes: bool, items: Sequence[Any]) -> bool:
+        config = SimpleNamespace(
+            model_config=SimpleNamespace(multimodal_config=SimpleNamespace(mm_processor_cache_gb=cache_gb)),
+            cache_config=SimpleNamespace(enable_prefix_caching=prefixes),
+        )
+        scheduler, request = (
+            half(Session(), names_items=names_items(config)),
+            Request("a", list(range(64)), mm_features=list(items)),
+        )
+        scheduler.match(request, 0)
+        scheduler.allocated(request, ([1],), 0)
+        return bool(scheduler.plan_step(step({"a": 64})).stores)
+
+    assert is_cached(4, False, [image]) and is_cached(0, True, [image]) and is_cached(0, False, [])
+    assert not caplog.messages
+    assert not is_cached(0, False, [image])
+    assert "--mm-processor-cache-gb 0" in caplog.text
 
 
 def test_reset_serves_nothing_older() -> None:

@@ -33,6 +33,10 @@ prefills for milliseconds, and a GPU hundreds of tokens."""
 SHORT_LOAD_SECONDS = 0.002
 """A forward waits for a load that takes no longer than this even if other requests run: a load between steps costs its request
 two steps."""
+UNNAMED_ITEMS = (
+    "Prompts with images, sounds or videos are not cached: with --mm-processor-cache-gb 0 and without prefix caching vLLM "
+    "numbers them and does not name them by their content; leave one of the two options out"
+)
 Synchronous = Literal["never", "auto", "always"]
 """Which loads a forward waits for. auto: short ones, and all loads of a request that runs alone."""
 
@@ -58,7 +62,8 @@ class SchedulerSide:
     asynchronous scheduling do not recover from a synchronous load that fails. So loads are synchronous only while all ranks
     report that they have mapped the arena of the hit. config: settings of loads and stores. logs: whether each lookup is logged,
     as users of in-process mode expect. zeroes: whether vLLM writes zeros to the blocks that it gives out; its newer model runner
-    does that before ranks settle the stores that read them.
+    does that before ranks settle the stores that read them. names_items: as `rules.names_items`; if not, prompts with images,
+    sounds ... are not cached.
     """
 
     def __init__(
@@ -75,6 +80,7 @@ class SchedulerSide:
         config: EngineConfig = WITH_A_DAEMON,
         device: str = "cpu",
         zeroes: bool = False,
+        names_items: bool = True,
     ) -> None:
         self.requests: Requests[Tracker] = Requests(
             session, ranks=ranks, save_tail=config.save_unfull_chunk, groups=groups, stores=can_store
@@ -89,6 +95,7 @@ class SchedulerSide:
         self._held: dict[str, list[Any]] = {}
         """Store job -> vLLM's blocks that it reads, until it has ended or is about to be settled."""
         self._can_load, self._can_store = can_load, can_store
+        self._names_items, self._told_of_items = names_items, False
         self._synchronous, self._logs, self._config = synchronous, logs, config
         self._min_gain = MIN_GAIN_TOKENS.get(device, MIN_GAIN_TOKENS_ON_A_DEVICE)
         self._copying = TokenRate()
@@ -309,7 +316,11 @@ class SchedulerSide:
         late = limit is not None and request.priority > limit
         # Later inputs of a resumable session may bring images, which the chain made now would not include in its hashes.
         resumable = getattr(request, "resumable", False)
-        if adapter is None or late or resumable or getattr(request, "prompt_embeds", None) is not None:
+        unnamed = fresh.extras is not None and not self._names_items
+        if unnamed and not self._told_of_items:
+            self._told_of_items = True
+            logger.warning(UNNAMED_ITEMS)
+        if adapter is None or late or resumable or unnamed or getattr(request, "prompt_embeds", None) is not None:
             fresh.cacheable = False
         fresh.adapter = adapter or fresh.adapter
         if tracker is not None:
