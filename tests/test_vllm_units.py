@@ -656,6 +656,80 @@ def test_ranks_tell_whether_vllms_own_cache_was_emptied_after_the_last_step_of_t
     assert stored(scheduler, "c", 128) == 0, "it was emptied before a step of the old weights"
 
 
+IMAGE = SimpleNamespace(identifier="image", mm_position=SimpleNamespace(offset=30, length=10))
+
+
+def stores_image(scheduler: SchedulerSide, name: str, lora: Any = None) -> bool:
+    """Whether what is computed of a prompt with an image is stored."""
+    request = Request(name, list(range(64)), mm_features=[IMAGE], lora_request=lora)
+    scheduler.match(request, 0)
+    scheduler.allocated(request, ([1],), 0)
+    return bool(scheduler.plan_step(step({name: 64})).stores)
+
+
+def test_what_encoders_of_the_old_weights_have_made_of_images_is_not_stored(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """vLLM keeps that in a cache of its own, which it empties only if it is told to, or when it reloads weights by itself."""
+
+    class GPUModelRunner:
+        def reload_weights(self, empties: bool) -> None:
+            if empties:
+                self.reset_encoder_cache()
+
+        def reset_encoder_cache(self) -> None: ...
+
+    made = SimpleNamespace(GPUModelRunner=GPUModelRunner)
+    for name in ("vllm", "vllm.v1", "vllm.v1.worker"):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "vllm.v1.worker.gpu_model_runner", made)
+    weights_of_vllm.watch_weights(vllm_config(""))
+    runner = GPUModelRunner()
+    scheduler, worker = half(Session()), rank(Ranks())
+
+    def run_step() -> None:
+        plan = scheduler.plan_step(step({"other": 1}))
+        worker.start_loads(plan)
+        worker.start_stores(plan)
+        scheduler.transferred(report=worker.take_report())
+
+    run_step()
+    assert stores_image(scheduler, "a")
+    runner.reload_weights(empties=False)
+    run_step()
+    assert not stores_image(scheduler, "b") and stored(scheduler, "text", 0)
+    assert "/reset_encoder_cache" in caplog.text
+    runner.reset_encoder_cache()
+    run_step()
+    assert stores_image(scheduler, "c")
+    runner.reload_weights(empties=True)
+    run_step()
+    assert stores_image(scheduler, "d")
+    runner.reset_encoder_cache()
+    runner.reload_weights(empties=False)
+    run_step()
+    assert stores_image(scheduler, "e"), "nothing was computed between"
+
+
+def test_an_image_seen_through_another_adapter_of_the_same_name_is_not_stored(tmp_path: Path) -> None:
+    """vLLM keeps what the encoders have made of it under the name of the adapter."""
+
+    def lora(number: int) -> Any:
+        path = tmp_path / str(number)
+        path.mkdir(exist_ok=True)
+        (path / "adapter_model.safetensors").write_bytes(b"weights %d" % number)
+        return SimpleNamespace(lora_name="x", lora_path=str(path), lora_int_id=number)
+
+    one, two = lora(1), lora(2)
+    assert stores_image(half(Session()), "a", one) and stores_image(half(Session()), "b", two)
+    for adapts_items in (False, True):
+        scheduler = half(Session(), adapts_items=adapts_items)
+        assert stores_image(scheduler, "a", one) and stores_image(scheduler, "b")
+        assert stores_image(scheduler, "c", two) is not adapts_items
+        scheduler.items_emptied()
+        assert stores_image(scheduler, "d", two)
+
+
 class Core:
     """vLLM's `EngineCore` as far as it goes to sleep: it resets its connector first, at once or when no request runs any more."""
 
