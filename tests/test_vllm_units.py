@@ -730,6 +730,20 @@ def test_an_image_seen_through_another_adapter_of_the_same_name_is_not_stored(tm
         assert stores_image(scheduler, "d", two)
 
 
+def test_weights_that_are_woken_up_leave_nothing_in_a_cache_that_was_emptied_before(core: Core) -> None:
+    """vLLM empties its prefix cache before it sleeps, and computes nothing between that and the new weights."""
+    side = core.connector
+    side.requests.session.present = 0  # type: ignore[union-attr]
+    assert stored(side, "a", 0) == 16
+    side.requests.own_cache_emptied()
+    core.sleep(level=2)
+    core.wake_up(tags=["weights"])
+    core.wake_up(tags=["kv_cache"])
+    assert salt_of(core) and stored(side, "c", 128) == 16
+    core.wake_up(tags=["weights"])
+    assert stored(side, "e", 128) == 0, "something was computed since"
+
+
 class Core:
     """vLLM's `EngineCore` as far as it goes to sleep: it resets its connector first, at once or when no request runs any more."""
 
@@ -743,11 +757,11 @@ class Core:
             self.waiting.append(Future())
             return self.waiting[-1]
         if level:
-            self.connector.requests.reset()
+            self.connector.reset()
         return None
 
     def release_kv_cache_memory(self) -> None:
-        self.connector.requests.reset()
+        self.connector.reset()
 
     def wake_up(self, tags: list[str] | None = None) -> bool:
         return tags is None
@@ -759,7 +773,7 @@ class Core:
         return [None]
 
     def drain(self) -> None:
-        self.connector.requests.reset()
+        self.connector.reset()
         self.waiting.pop().set_result(None)
 
 
@@ -793,7 +807,7 @@ def test_a_sleep_that_keeps_the_weights_keeps_the_cache(core: Core) -> None:
     core.release_kv_cache_memory()
     core.wake_up(tags=["kv_cache"])
     assert salt_of(core) == ""
-    core.connector.requests.reset()
+    core.connector.reset()
     own = salt_of(core)
     core.sleep(level=1)
     assert salt_of(core) == own != "", "what the user has reset stays reset"
@@ -806,7 +820,7 @@ def test_a_sleep_that_waits_for_requests_keeps_the_cache_unless_somebody_else_re
     core.drain()
     assert salt_of(core) == ""
     core.sleep(mode="wait")
-    core.connector.requests.reset()
+    core.connector.reset()
     core.drain()
     assert salt_of(core) != ""
 

@@ -328,5 +328,5 @@ class Connector:
     def reset_cache(self) -> bool:
         """Serve none of the KV stored so far to this engine any more. Other engines keep their KV."""
         if self._scheduler is not None:
-            self._scheduler.requests.reset()
+            self._scheduler.reset()
         return True

@@ -68,7 +68,7 @@ def wake_up(wake: Any, core: Any, tags: list[str] | None = None, *args: Any, **k
     this way, and the ranks do not see all of their methods (`weights`)."""
     side = _side_of(core)
     if side is not None and tags is not None and "weights" in tags and "kv_cache" not in tags:
-        side.requests.reset()
+        side.reset()
     return wake(core, tags, *args, **kwargs)
 
 

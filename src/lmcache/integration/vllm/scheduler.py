@@ -107,6 +107,8 @@ class SchedulerSide:
         """By rank, whether its encoder cache may hold what older weights have made of images, sounds ..."""
         self._item_adapters: dict[str, tuple[int, str]] = {}
         """Name -> number and path of the adapters for which vLLM's encoder cache may hold anything."""
+        self._filled = -1
+        """How often vLLM's own prefix cache had been emptied when the last step was planned that may have filled it."""
         self._synchronous, self._logs, self._config = synchronous, logs, config
         self._min_gain = MIN_GAIN_TOKENS.get(device, MIN_GAIN_TOKENS_ON_A_DEVICE)
         self._copying = TokenRate()
@@ -199,6 +201,8 @@ class SchedulerSide:
         plan.weights, plan.emptied = self._weights, self.requests.emptied
         plan.asked, plan.fails_by_request = self._asked, self._fails_by_request
         plan.forward = output.total_num_scheduled_tokens > 0
+        if plan.forward or self._admitted:
+            self._filled = plan.emptied
         self._running.update(output.num_scheduled_tokens)
         runtime = self.requests.runtime
         # A step whose forward waits for a load does not measure prefill.
@@ -301,6 +305,10 @@ class SchedulerSide:
         self._plan.settle.extend(jobs)
         if not self._zeroes:
             self._let_go(jobs)
+
+    def reset(self) -> None:
+        """Serve nothing that was computed before: the weights may be other ones from the next step on."""
+        self.requests.reset(self._filled)
 
     def items_emptied(self) -> None:
         """Record that vLLM's encoder cache is empty."""
