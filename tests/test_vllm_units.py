@@ -38,6 +38,7 @@ from lmcache.integration.vllm.paged import Registered, Shape, describe_tensors, 
 from lmcache.integration.vllm.plan import StepPlan, StepReport
 from lmcache.integration.vllm.resets import empty as empty_vllms_cache
 from lmcache.integration.vllm.resets import watch_resets
+from lmcache.integration.vllm.rules import names_items
 from lmcache.integration.vllm.scheduler import SchedulerSide
 from lmcache.integration.vllm.settings import parse_host, read_settings, recompute_failed_loads
 from lmcache.integration.vllm.worker import WorkerSide
@@ -562,6 +563,29 @@ def test_images_salts_and_adapters_change_the_hashes_that_follow(tmp_path: Path)
     assert hashes(mm_features=[image("one", 31)])[16:] != one[16:]
 
 
+def test_images_that_vllm_only_numbers_are_not_cached(caplog: pytest.LogCaptureFixture) -> None:
+    """Without both of its caches vLLM calls the first image of every engine alike, so its name says nothing about its content."""
+    image = SimpleNamespace(identifier="renderer0-mm-0-image-0", mm_position=SimpleNamespace(offset=30, length=10))
+
+    def is_cached(cache_gb: float, prefixes: bool, items: Sequence[Any]) -> bool:
+        config = SimpleNamespace(
+            model_config=SimpleNamespace(multimodal_config=SimpleNamespace(mm_processor_cache_gb=cache_gb)),
+            cache_config=SimpleNamespace(enable_prefix_caching=prefixes),
+        )
+        scheduler, request = (
+            half(Session(), names_items=names_items(config)),
+            Request("a", list(range(64)), mm_features=list(items)),
+        )
+        scheduler.match(request, 0)
+        scheduler.allocated(request, ([1],), 0)
+        return bool(scheduler.plan_step(step({"a": 64})).stores)
+
+    assert is_cached(4, False, [image]) and is_cached(0, True, [image]) and is_cached(0, False, [])
+    assert not caplog.messages
+    assert not is_cached(0, False, [image])
+    assert "--mm-processor-cache-gb 0" in caplog.text
+
+
 def test_reset_serves_nothing_older() -> None:
     session = Session()
     scheduler, request = half(session), Request("a", list(range(64)))
@@ -633,6 +657,94 @@ def test_ranks_tell_whether_vllms_own_cache_was_emptied_after_the_last_step_of_t
     assert stored(scheduler, "c", 128) == 0, "it was emptied before a step of the old weights"
 
 
+IMAGE = SimpleNamespace(identifier="image", mm_position=SimpleNamespace(offset=30, length=10))
+
+
+def stores_image(scheduler: SchedulerSide, name: str, lora: Any = None) -> bool:
+    """Whether what is computed of a prompt with an image is stored."""
+    request = Request(name, list(range(64)), mm_features=[IMAGE], lora_request=lora)
+    scheduler.match(request, 0)
+    scheduler.allocated(request, ([1],), 0)
+    return bool(scheduler.plan_step(step({name: 64})).stores)
+
+
+def test_what_encoders_of_the_old_weights_have_made_of_images_is_not_stored(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """vLLM keeps that in a cache of its own, which it empties only if it is told to, or when it reloads weights by itself."""
+
+    class GPUModelRunner:
+        def reload_weights(self, empties: bool) -> None:
+            if empties:
+                self.reset_encoder_cache()
+
+        def reset_encoder_cache(self) -> None: ...
+
+    made = SimpleNamespace(GPUModelRunner=GPUModelRunner)
+    for name in ("vllm", "vllm.v1", "vllm.v1.worker"):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "vllm.v1.worker.gpu_model_runner", made)
+    weights_of_vllm.watch_weights(vllm_config(""))
+    runner = GPUModelRunner()
+    scheduler, worker = half(Session()), rank(Ranks())
+
+    def run_step() -> None:
+        plan = scheduler.plan_step(step({"other": 1}))
+        worker.start_loads(plan)
+        worker.start_stores(plan)
+        scheduler.transferred(report=worker.take_report())
+
+    run_step()
+    assert stores_image(scheduler, "a")
+    runner.reload_weights(empties=False)
+    run_step()
+    assert not stores_image(scheduler, "b") and stored(scheduler, "text", 0)
+    assert "/reset_encoder_cache" in caplog.text
+    runner.reset_encoder_cache()
+    run_step()
+    assert stores_image(scheduler, "c")
+    runner.reload_weights(empties=True)
+    run_step()
+    assert stores_image(scheduler, "d")
+    runner.reset_encoder_cache()
+    runner.reload_weights(empties=False)
+    run_step()
+    assert stores_image(scheduler, "e"), "nothing was computed between"
+
+
+def test_an_image_seen_through_another_adapter_of_the_same_name_is_not_stored(tmp_path: Path) -> None:
+    """vLLM keeps what the encoders have made of it under the name of the adapter."""
+
+    def lora(number: int) -> Any:
+        path = tmp_path / str(number)
+        path.mkdir(exist_ok=True)
+        (path / "adapter_model.safetensors").write_bytes(b"weights %d" % number)
+        return SimpleNamespace(lora_name="x", lora_path=str(path), lora_int_id=number)
+
+    one, two = lora(1), lora(2)
+    assert stores_image(half(Session()), "a", one) and stores_image(half(Session()), "b", two)
+    for adapts_items in (False, True):
+        scheduler = half(Session(), adapts_items=adapts_items)
+        assert stores_image(scheduler, "a", one) and stores_image(scheduler, "b")
+        assert stores_image(scheduler, "c", two) is not adapts_items
+        scheduler.items_emptied()
+        assert stores_image(scheduler, "d", two)
+
+
+def test_weights_that_are_woken_up_leave_nothing_in_a_cache_that_was_emptied_before(core: Core) -> None:
+    """vLLM empties its prefix cache before it sleeps, and computes nothing between that and the new weights."""
+    side = core.connector
+    side.requests.session.present = 0  # type: ignore[union-attr]
+    assert stored(side, "a", 0) == 16
+    side.requests.own_cache_emptied()
+    core.sleep(level=2)
+    core.wake_up(tags=["weights"])
+    core.wake_up(tags=["kv_cache"])
+    assert salt_of(core) and stored(side, "c", 128) == 16
+    core.wake_up(tags=["weights"])
+    assert stored(side, "e", 128) == 0, "something was computed since"
+
+
 class Core:
     """vLLM's `EngineCore` as far as it goes to sleep: it resets its connector first, at once or when no request runs any more."""
 
@@ -646,11 +758,11 @@ class Core:
             self.waiting.append(Future())
             return self.waiting[-1]
         if level:
-            self.connector.requests.reset()
+            self.connector.reset()
         return None
 
     def release_kv_cache_memory(self) -> None:
-        self.connector.requests.reset()
+        self.connector.reset()
 
     def wake_up(self, tags: list[str] | None = None) -> bool:
         return tags is None
@@ -662,7 +774,7 @@ class Core:
         return [None]
 
     def drain(self) -> None:
-        self.connector.requests.reset()
+        self.connector.reset()
         self.waiting.pop().set_result(None)
 
 
@@ -696,7 +808,7 @@ def test_a_sleep_that_keeps_the_weights_keeps_the_cache(core: Core) -> None:
     core.release_kv_cache_memory()
     core.wake_up(tags=["kv_cache"])
     assert salt_of(core) == ""
-    core.connector.requests.reset()
+    core.connector.reset()
     own = salt_of(core)
     core.sleep(level=1)
     assert salt_of(core) == own != "", "what the user has reset stays reset"
@@ -709,7 +821,7 @@ def test_a_sleep_that_waits_for_requests_keeps_the_cache_unless_somebody_else_re
     core.drain()
     assert salt_of(core) == ""
     core.sleep(mode="wait")
-    core.connector.requests.reset()
+    core.connector.reset()
     core.drain()
     assert salt_of(core) != ""
 

@@ -105,8 +105,11 @@ def test_a_directory_of_something_else_is_left_alone(disk: Callable[..., DiskTie
         disk()
     (tmp_path / "tier" / "thesis.txt").unlink()
     (tmp_path / "tier").chmod(0o777)
-    with pytest.raises(TierError, match="others may write to it"):
+    with pytest.raises(TierError, match=r"others may write to it; .* such as (disk://[^ ]+)$") as caught:
         disk()
+    inside = make_tier(str(caught.value).split()[-1]).tier  # volumes of containers often belong to others
+    inside.open()
+    inside.close()
 
 
 def test_an_index_of_another_kind_or_version_is_left_alone(disk: Callable[..., DiskTier], tmp_path: Path) -> None:

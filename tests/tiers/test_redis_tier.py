@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import valkey
 
 from lmcache.errors import ConfigError
 from lmcache.testing.conformance import ConformanceSuite
@@ -495,6 +496,34 @@ def test_a_frozen_server_costs_one_timeout_and_a_restarted_one_nothing(
     server.start()
     assert load(patient, [shard]) == [ABSENT]
     assert patient.store([shard]) == [OK] and load(patient, [shard]) == [OK]
+
+
+def test_a_failover_behind_one_address_fails_one_call(
+    start: Callable[..., RedisServer], proxy: Callable[..., Proxy]
+) -> None:
+    """The former primary lives on as a replica, and connections to it stay open."""
+    primary, replica = start(), start()
+    through, shards = proxy(primary.port), shards_of(3, MIB)
+    tier = opened(primary.url(PATIENT, port=through.port))
+    through.freeze()
+    at_once = [beside(lambda shard=shard: tier.store([shard])) for shard in shards]
+    eventually(lambda: through.accepted >= len(shards))
+    through.thaw()
+    assert [one.result(PATIENCE) for one in at_once] == [[OK]] * len(shards)
+    replica.raw.replicaof("127.0.0.1", str(primary.port))
+
+    def is_copied() -> bool:
+        with contextlib.suppress(valkey.exceptions.BusyLoadingError):
+            return bool(replica.raw.dbsize() == primary.raw.dbsize())
+        return False
+
+    eventually(is_copied)
+    replica.raw.replicaof("NO", "ONE")
+    primary.raw.replicaof("127.0.0.1", str(replica.port))
+    through.target = replica.port
+    with pytest.raises(TierError, match="READONLY"):
+        load(tier, shards)
+    assert load(tier, shards) == [OK] * len(shards)
 
 
 def _tries(call: Callable[[], list[str]]) -> list[str]:

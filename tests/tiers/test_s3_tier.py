@@ -481,6 +481,36 @@ def test_credentials_come_from_a_profile(seaweed: Seaweed, monkeypatch: pytest.M
     tier.close()
 
 
+def test_temporary_keys_of_a_profile_are_read_again(
+    seaweed: Seaweed, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A tool of the user's writes new ones into the file before the former ones expire."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setattr("lmcache.tiers.s3.client.REREAD_SECONDS", 0.0)
+    (tmp_path / ".aws").mkdir()
+
+    def give(secret: str, token: str) -> None:
+        (tmp_path / ".aws/credentials").write_text(
+            f"[default]\naws_access_key_id = {ACCESS}\naws_secret_access_key = {secret}\n{token}"
+        )
+
+    give("EXPIRED", "aws_session_token = expired\n")
+    with pytest.raises(TierError, match="check the credentials") as caught:
+        tier_of(seaweed.url("temporary"))
+    assert caught.value.reason == "denied"
+    tier = make_tier(seaweed.url("temporary")).tier
+    give(SECRET, "")  # SeaweedFS knows no temporary keys
+    tier.open()
+    assert tier.store(shards_of(1, 10)) == [OK]
+    (tmp_path / ".aws/credentials").unlink()
+    with pytest.raises(TierError, match="check the credentials"):
+        tier.store(shards_of(1, 20))
+    give(SECRET, "")
+    assert tier.store(shards_of(1, 20)) == [OK]
+    tier.close()
+
+
 class InstanceRole(BaseHTTPRequestHandler):
     """What a machine in the cloud is told of its role, by the second version of the protocol."""
 

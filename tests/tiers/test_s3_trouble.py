@@ -24,7 +24,8 @@ pytestmark = [pytest.mark.xdist_group("s3"), pytest.mark.usefixtures("credential
 TOKENS = 160
 """Of a prompt: ten chunks, and so ten objects."""
 ANSWERS = pytest.mark.parametrize(
-    ("status", "code", "reason"), [(503, "SlowDown", "slow down"), (403, "AccessDenied", "denied")]
+    ("status", "code", "reason"),
+    [(503, "SlowDown", "slow down"), (403, "AccessDenied", "denied"), (400, "ExpiredToken", "denied")],
 )
 
 

@@ -20,6 +20,7 @@ from lmcache.integration.vllm.layers import Layers
 from lmcache.integration.vllm.model import ModelKV, Stages, describe_model, needs_ranks, zeroes_first
 from lmcache.integration.vllm.plan import StepPlan, StepReport
 from lmcache.integration.vllm.resets import watch_resets
+from lmcache.integration.vllm.rules import adapts_items, names_items
 from lmcache.integration.vllm.scheduler import SchedulerSide, Synchronous
 from lmcache.integration.vllm.settings import recompute_failed_loads
 from lmcache.integration.vllm.worker import WorkerSide
@@ -130,6 +131,8 @@ class Connector:
             device=str(self._vllm_config.device_config.device_type),
             config=self._settings.config,
             zeroes=zeroes_first(self._vllm_config, self._kv_cache_config),
+            names_items=names_items(self._vllm_config),
+            adapts_items=adapts_items(self._vllm_config),
         )
         side.bind_pool(self._pool)
         watch_resets(self._instance, side)
@@ -325,5 +328,5 @@ class Connector:
     def reset_cache(self) -> bool:
         """Serve none of the KV stored so far to this engine any more. Other engines keep their KV."""
         if self._scheduler is not None:
-            self._scheduler.requests.reset()
+            self._scheduler.reset()
         return True

@@ -39,6 +39,7 @@ class StepReport:
     loaded: only loads that a forward waited for; vLLM itself reports the others.
     seconds: how long the copies of loads took on the slowest rank, by job.
     mapped: by rank, `StepPlan.asked` and the epoch whose arena the rank has mapped (b"" for none), if either has changed.
+    outdated: by rank, whether its encoder cache may hold what older weights have made of images, if that has changed.
     weights: number of weight changes that a rank has seen, if it differs from the plan's, else 0.
     emptied: the value in the plan of the last step before the change, -1 if the change came before any step.
     """
@@ -47,6 +48,7 @@ class StepReport:
     loaded: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     mapped: dict[int, tuple[int, bytes]] = field(default_factory=dict)
+    outdated: dict[int, bool] = field(default_factory=dict)
     refusal: str = ""
     weights: int = 0
     emptied: int = -1
@@ -59,8 +61,10 @@ class StepReport:
         for job_id, seconds in other.seconds.items():
             self.seconds[job_id] = max(seconds, self.seconds.get(job_id, 0.0))
         self.mapped |= other.mapped
+        self.outdated |= other.outdated
         self.refusal = self.refusal or other.refusal
         self.weights, self.emptied = max(self.weights, other.weights), max(self.emptied, other.emptied)
 
     def __bool__(self) -> bool:
-        return bool(self.stored or self.loaded or self.seconds or self.mapped or self.refusal or self.weights)
+        jobs = self.stored or self.loaded or self.seconds
+        return bool(jobs or self.mapped or self.outdated or self.refusal or self.weights)

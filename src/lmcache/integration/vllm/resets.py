@@ -5,8 +5,8 @@ Before it goes to sleep at level 1, vLLM 0.32 resets its connectors by the same 
 byte for byte, so the cached KV stays valid.
 
 vLLM does not report that it empties its own prefix cache, which after a change of the weights holds blocks of the old weights
-until then. Nor does it report that it loads a LoRA adapter before any request for it, or that a user calls the ranks, which may
-give them other weights.
+until then, nor its encoder cache, which holds what the encoders have made of images. Nor does it report that it loads a LoRA
+adapter before any request for it, or that a user calls the ranks, which may give them other weights.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ def watch_resets(engine_id: str, side: SchedulerSide) -> None:
         ("vllm.v1.engine.core.EngineCore", "add_lora", add_adapter),
         ("vllm.v1.engine.core.EngineCore", "collective_rpc", call_ranks),
         ("vllm.v1.core.sched.scheduler.Scheduler", "reset_prefix_cache", empty),
+        ("vllm.v1.core.sched.scheduler.Scheduler", "reset_encoder_cache", empty_items),
     ):
         found = class_at(owner)
         if found is None or not call_around(found, name, around):
@@ -67,7 +68,7 @@ def wake_up(wake: Any, core: Any, tags: list[str] | None = None, *args: Any, **k
     this way, and the ranks do not see all of their methods (`weights`)."""
     side = _side_of(core)
     if side is not None and tags is not None and "weights" in tags and "kv_cache" not in tags:
-        side.requests.reset()
+        side.reset()
     return wake(core, tags, *args, **kwargs)
 
 
@@ -97,6 +98,15 @@ def empty(reset: Any, scheduler: Any, *args: Any, **kwargs: Any) -> Any:
     if emptied and side is not None:
         side.requests.own_cache_emptied()
     return emptied
+
+
+def empty_items(reset: Any, scheduler: Any, *args: Any, **kwargs: Any) -> Any:
+    """Wrap `Scheduler.reset_encoder_cache`."""
+    answer = reset(scheduler, *args, **kwargs)
+    side = _side_of(scheduler)
+    if side is not None:
+        side.items_emptied()
+    return answer
 
 
 def _take_back(side: SchedulerSide, before: tuple[int, int], done: Future[Any]) -> None:

@@ -44,6 +44,20 @@ def _batch_invariant() -> bool:
     return os.environ.get(_BATCH_INVARIANT, "0") not in ("", "0")
 
 
+def names_items(vllm_config: Any) -> bool:
+    """Return whether vLLM names the images, sounds ... of a prompt by their content. With both of its own caches of them off, it
+    numbers them instead, and every engine begins with the same number."""
+    multimodal = getattr(vllm_config.model_config, "multimodal_config", None)
+    caches = getattr(multimodal, "mm_processor_cache_gb", 1) > 0
+    return caches or bool(getattr(vllm_config.cache_config, "enable_prefix_caching", True))
+
+
+def adapts_items(vllm_config: Any) -> bool:
+    """Return whether LoRA adapters change what vLLM's encoders compute of images, sounds ..., which it keeps under the adapter's
+    name."""
+    return bool(getattr(getattr(vllm_config, "lora_config", None), "enable_tower_connector_lora", False))
+
+
 def reads_nothing(request: Any) -> bool:
     """Return whether vLLM has to compute every token of this request, for prompt log probabilities or for its pooler."""
     return bool(getattr(request, "skip_reading_prefix_cache", False))

@@ -33,6 +33,14 @@ prefills for milliseconds, and a GPU hundreds of tokens."""
 SHORT_LOAD_SECONDS = 0.002
 """A forward waits for a load that takes no longer than this even if other requests run: a load between steps costs its request
 two steps."""
+UNNAMED_ITEMS = (
+    "Prompts with images, sounds or videos are not cached: with --mm-processor-cache-gb 0 and without prefix caching vLLM "
+    "numbers them and does not name them by their content; leave one of the two options out"
+)
+OUTDATED_ITEMS = (
+    "Prompts with images, sounds or videos are not cached until vLLM's encoder cache is emptied (POST /reset_encoder_cache): %s, "
+    "and it may hold what was computed before"
+)
 Synchronous = Literal["never", "auto", "always"]
 """Which loads a forward waits for. auto: short ones, and all loads of a request that runs alone."""
 
@@ -58,7 +66,8 @@ class SchedulerSide:
     asynchronous scheduling do not recover from a synchronous load that fails. So loads are synchronous only while all ranks
     report that they have mapped the arena of the hit. config: settings of loads and stores. logs: whether each lookup is logged,
     as users of in-process mode expect. zeroes: whether vLLM writes zeros to the blocks that it gives out; its newer model runner
-    does that before ranks settle the stores that read them.
+    does that before ranks settle the stores that read them. names_items, adapts_items: as in `rules`; prompts with images,
+    sounds ... are not cached if vLLM does not name these.
     """
 
     def __init__(
@@ -75,6 +84,8 @@ class SchedulerSide:
         config: EngineConfig = WITH_A_DAEMON,
         device: str = "cpu",
         zeroes: bool = False,
+        names_items: bool = True,
+        adapts_items: bool = False,
     ) -> None:
         self.requests: Requests[Tracker] = Requests(
             session, ranks=ranks, save_tail=config.save_unfull_chunk, groups=groups, stores=can_store
@@ -89,6 +100,15 @@ class SchedulerSide:
         self._held: dict[str, list[Any]] = {}
         """Store job -> vLLM's blocks that it reads, until it has ended or is about to be settled."""
         self._can_load, self._can_store = can_load, can_store
+        self._names_items, self._adapts_items = names_items, adapts_items
+        self._told = ""
+        """Why prompts with images, sounds ... are not cached, as last logged."""
+        self._outdated: dict[int, bool] = {}
+        """By rank, whether its encoder cache may hold what older weights have made of images, sounds ..."""
+        self._item_adapters: dict[str, tuple[int, str]] = {}
+        """Name -> number and path of the adapters for which vLLM's encoder cache may hold anything."""
+        self._filled = -1
+        """How often vLLM's own prefix cache had been emptied when the last step was planned that may have filled it."""
         self._synchronous, self._logs, self._config = synchronous, logs, config
         self._min_gain = MIN_GAIN_TOKENS.get(device, MIN_GAIN_TOKENS_ON_A_DEVICE)
         self._copying = TokenRate()
@@ -182,6 +202,8 @@ class SchedulerSide:
         plan.weights, plan.emptied = self._weights, self.requests.emptied
         plan.asked, plan.fails_by_request = self._asked, self._fails_by_request
         plan.forward = output.total_num_scheduled_tokens > 0
+        if plan.forward or self._admitted:
+            self._filled = plan.emptied
         self._running.update(output.num_scheduled_tokens)
         runtime = self.requests.runtime
         # A step whose forward waits for a load does not measure prefill.
@@ -239,6 +261,7 @@ class SchedulerSide:
             self.ask_ranks()  # by which the rank knows that it may unmap the arena that it had
         else:
             self._mapped |= mapped
+        self._outdated |= report.outdated
         ended = set(finished_loads)
         for job_id in [
             job for job, load in requests.loading.items() if load.request_id in ended and not load.synchronous
@@ -286,6 +309,14 @@ class SchedulerSide:
         if not self._zeroes:
             self._let_go(jobs)
 
+    def reset(self) -> None:
+        """Serve nothing that was computed before: the weights may be other ones from the next step on."""
+        self.requests.reset(self._filled)
+
+    def items_emptied(self) -> None:
+        """Record that vLLM's encoder cache is empty."""
+        self._item_adapters.clear()
+
     @property
     def changes(self) -> tuple[int, int]:
         """The number of resets so far, and the number of changes of the ranks' weights that this side knows of."""
@@ -312,7 +343,8 @@ class SchedulerSide:
         late = limit is not None and request.priority > limit
         # Later inputs of a resumable session may bring images, which the chain made now would not include in its hashes.
         resumable = getattr(request, "resumable", False)
-        if adapter is None or late or resumable or getattr(request, "prompt_embeds", None) is not None:
+        unknown = fresh.extras is not None and self._unknown_items(lora)
+        if adapter is None or late or resumable or unknown or getattr(request, "prompt_embeds", None) is not None:
             fresh.cacheable = False
         fresh.adapter = adapter or fresh.adapter
         if tracker is not None:
@@ -322,6 +354,20 @@ class SchedulerSide:
             self.requests.give_back(tracker)
         self.requests.open[fresh.id] = fresh
         return fresh
+
+    def _unknown_items(self, lora: Any) -> bool:
+        """Return whether images, sounds ... of a request with this adapter may be other ones than their names say, or computed by
+        other weights."""
+        name, loaded = (lora.lora_name, (lora.lora_int_id, str(lora.lora_path))) if lora is not None else ("", (0, ""))
+        why = "" if self._names_items else UNNAMED_ITEMS
+        if any(self._outdated.values()):
+            why = why or OUTDATED_ITEMS % "the weights have changed"
+        if self._adapts_items and self._item_adapters.setdefault(name, loaded) != loaded:
+            why = why or OUTDATED_ITEMS % f"there is another LoRA adapter {name!r} now"
+        if why and why != self._told:
+            logger.warning("%s", why)
+        self._told = why or self._told
+        return bool(why)
 
     def _grow_tables(self, output: Any) -> None:
         cached, known = output.scheduled_cached_reqs, self.requests.open

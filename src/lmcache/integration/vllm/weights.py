@@ -3,6 +3,9 @@
 RL loops load new weights into a running vLLM (`collective_rpc("reload_weights")`, weight transfer, `model.load_weights`). vLLM
 does not report this to its connectors, but KV of the old weights must be neither served nor stored as that of the new weights.
 Direct writes to the parameters, past all of these methods, are not noticed.
+
+What the encoders have made of images, sounds ... stays in a cache of the rank. vLLM empties it when it reloads weights by itself
+(since 0.32), and otherwise only if it is told to.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from lmcache.engine.wrapped import class_at, watch
+from lmcache.engine.wrapped import call_before, class_at, watch
 from lmcache.observability.log import init_logger
 
 logger = init_logger(__name__)
@@ -29,13 +32,19 @@ _OWNERS = {
     ),
 }
 """Class -> its methods that change weights. The CPU runner and worker inherit them."""
+_ENCODER_CACHES = ("vllm.v1.worker.gpu_model_runner.GPUModelRunner", "vllm.v1.worker.gpu.model_runner.GPUModelRunner")
 _WITHOUT_SCALES = ("auto", "bfloat16", "float16")
-_changes = 0
+_changes = _emptyings = 0
 
 
 def weight_changes() -> int:
     """Return how often the weights of this process have changed since `watch_weights` was first called."""
     return _changes
+
+
+def encoder_emptyings() -> int:
+    """Return how often the encoder cache of this process has been emptied since `watch_weights` was first called."""
+    return _emptyings
 
 
 def watch_weights(vllm_config: Any) -> None:
@@ -48,6 +57,14 @@ def watch_weights(vllm_config: Any) -> None:
     except Exception as error:  # an unknown release of vLLM, or a model made up by tests
         logger.debug("The model's class was not found: %r", error)
     watch(owners, _count, "vLLM")
+    for path in _ENCODER_CACHES:
+        if (owner := class_at(path)) is not None:
+            call_before(owner, ("reset_encoder_cache",), _note_emptied)
+
+
+def _note_emptied(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    global _emptyings
+    _emptyings += 1
 
 
 def _count(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from lmcache.engine.points import stream_point
 from lmcache.integration.vllm.layers import Layers
 from lmcache.integration.vllm.paged import Registered
 from lmcache.integration.vllm.plan import NOT_ASKED, StepPlan, StepReport
-from lmcache.integration.vllm.weights import weight_changes
+from lmcache.integration.vllm.weights import encoder_emptyings, weight_changes
 from lmcache.observability.log import init_logger
 from lmcache.transfer.progress import Progress
 
@@ -71,6 +71,9 @@ class WorkerSide:
         self._started: StepPlan | None = None
         self._weights_before, self._weights = weight_changes(), 0
         """Number of changes of the weights before this side was made, and since."""
+        self._emptyings, self._filled, self._outdated, self._told_outdated = encoder_emptyings(), False, False, False
+        """How often the encoder cache was emptied; whether a step since then may have filled it; and whether it may hold what
+        older weights have made: now, and as last reported."""
         self._emptied = -1
         """How often vLLM's own prefix cache had been emptied when the last step before the change was planned."""
         self.reports_stats = number == 0
@@ -88,6 +91,7 @@ class WorkerSide:
         self._started = plan
         if self._mapped is not None and plan.asked not in (NOT_ASKED, self._mapped[0]):
             self._session.count_on_nothing()  # the scheduler does not rely on that answer any more
+        self._filled = self._filled or plan.forward
         for job_id in plan.known_failures:
             self._spoiled.pop(job_id, None)
         if self._layers is not None:
@@ -107,9 +111,12 @@ class WorkerSide:
 
     def _notice_weights(self) -> None:
         """Count running loads as failed if the weights have changed, since their KV is of the old weights."""
+        if (emptyings := encoder_emptyings()) != self._emptyings:
+            self._emptyings, self._filled, self._outdated = emptyings, False, False
         changes = weight_changes() - self._weights_before
         if changes != self._weights:
             self._weights = changes
+            self._outdated = self._outdated or self._filled
             self._emptied = self._started.emptied if self._started is not None else -1
             self._distrust_loads()
 
@@ -187,6 +194,8 @@ class WorkerSide:
     def take_report(self) -> StepReport:
         report, self._report = self._report, StepReport()
         report.refusal = self._refusal()
+        if self._outdated != self._told_outdated:
+            self._told_outdated = report.outdated[self._number] = self._outdated
         if self._started is not None:
             if self._started.weights != self._weights:
                 report.weights, report.emptied = self._weights, self._emptied

@@ -28,7 +28,10 @@ def take_folder(filesystem: Filesystem, path: Path, where: str) -> int:
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     status = path.stat()
     if status.st_uid != os.geteuid() or status.st_mode & 0o022:
-        raise TierError("denied", f"{where}: others may write to it; give it to this user: chown, and chmod 700 {path}")
+        remedy = (
+            f"give it to this user (chown, and chmod 700 {path}), or name a new directory in it, such as {where}/kv"
+        )
+        raise TierError("denied", f"{where}: others may write to it; {remedy}")
     for file in path.iterdir():
         if file.name not in _OWN_FILES and file.suffix not in (".large", ".packed"):
             raise TierError("denied", f"{where}: {file.name!r} is not a cache file; give the tier its own directory")

@@ -304,7 +304,8 @@ class Node:
 
     @contextlib.contextmanager
     def connection(self, deadline: float) -> Iterator[Connection]:
-        """Lend a connection for one conversation. It is reused unless an exception is raised."""
+        """Lend a connection for one conversation. It is reused unless an exception is raised. Then the idle ones are closed, too:
+        behind one address another server may answer now, as after a failover, and each of them would fail once."""
         if not self._free.acquire(timeout=max(0.0, deadline - time.monotonic())):
             raise TierError(
                 "timeout", f"Redis at {self.host}:{self.port}: all connections were busy; raise ?connections="
@@ -315,6 +316,7 @@ class Node:
                 yield found
             except BaseException:
                 found.close()
+                self.close()
                 raise
             self._idle.append(found)
         finally:

@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,10 @@ MULTIPART_FROM_BYTES = 64 << 20
 MULTIPART_BYTES = 16 << 20
 _METADATA = re.compile(r"/meta-data/iam/|/latest/api/token|//169\.254\.")
 """Endpoints where instances and containers get their role: an error there is about credentials, not about the bucket."""
+REREAD_SECONDS = 60.0
+"""Temporary keys of a profile are used so long before the file is read again."""
+_EXPIRED = ("ExpiredToken", "ExpiredTokenException", "InvalidToken", "TokenRefreshRequired")
+"""S3 answers 400 with these codes to temporary keys that are valid no more."""
 LIST_BYTES_LIMIT = 64 << 20
 """Larger objects of other servers' uses are not read."""
 
@@ -74,7 +78,9 @@ class Client:
         region = place.region or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
         config["region"] = region or profile.pop("region", "us-east-1")
         profile.pop("region", None)
-        config |= profile
+        # Whoever gives out temporary keys writes new ones into the file before the former ones expire.
+        renewed = _temporary_keys if "session_token" in profile else None
+        config |= profile if renewed is None else {}
         self._store = S3Store(
             place.bucket,
             prefix=place.prefix or None,
@@ -85,6 +91,7 @@ class Client:
                 "connect_timeout": limit,
             },
             retry_config={"max_retries": 1, "retry_timeout": limit / 2},
+            credential_provider=renewed,
         )
 
     def size(self, path: str) -> int | None:
@@ -195,7 +202,8 @@ class Client:
             return TierError("denied", no_credentials)
         if code == "NoSuchBucket" or (status == 404 and verb == "LIST"):
             return TierError("no bucket", f"{self.place.text}: there is no such bucket; create it")
-        if isinstance(error, PermissionDeniedError | UnauthenticatedError) or status in (401, 403):
+        expired = code in _EXPIRED or (verb == "HEAD" and status == 400)  # an answer to HEAD has no code
+        if expired or isinstance(error, PermissionDeniedError | UnauthenticatedError) or status in (401, 403):
             remedy = "check the credentials (environment, profile, instance role) and docs/tiers/s3.md for what they must allow"
             return TierError("denied", f"{self.place.text}: {verb} was denied ({said}); {remedy}")
         if status in (429, 503) or code == "SlowDown":
@@ -209,6 +217,17 @@ class Client:
         if "Timeout" in text or "timed out" in text:
             return TierError("timeout", f"{self.place.text}: {verb} did not end in time; raise ?timeout=")
         return TierError("unreachable", f"{self.place.text}: {verb} got no answer; check the endpoint and the network")
+
+
+def _temporary_keys() -> Any:
+    """Return the profile's keys as obstore's credentials. obstore asks again after `REREAD_SECONDS`."""
+    found = profile_of(os.environ)
+    return {
+        "access_key_id": found["access_key_id"],
+        "secret_access_key": found["secret_access_key"],
+        "token": found.get("session_token"),
+        "expires_at": datetime.now(timezone.utc) + timedelta(seconds=REREAD_SECONDS),
+    }
 
 
 def profile_of(environ: Mapping[str, str]) -> dict[str, str]:
