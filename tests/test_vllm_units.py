@@ -1644,6 +1644,25 @@ def test_only_our_own_ranks_tell_the_layers_of_all_stages(connector: Any, caplog
     assert not caplog.messages
 
 
+@pytest.mark.parametrize("drafts", [False, True])
+def test_with_a_draft_model_no_forward_waits_layer_by_layer(
+    connector: Any, monkeypatch: pytest.MonkeyPatch, drafts: bool
+) -> None:
+    """A forward that does not call for a drafter's layers would make the load fail."""
+    one, made = connector("bind_gpu_block_pool"), []
+    module = type(one).__module__
+    registered = [SimpleNamespace(paged=SimpleNamespace(planes=[0, 1]))]
+    monkeypatch.setattr(f"{module}.describe_rank", lambda *_: (0, [], registered))
+    monkeypatch.setattr(f"{module}.WorkerSession", lambda *_: None)
+    monkeypatch.setattr(f"{module}.WorkerSide", lambda *_, **more: made.append(more["layers"]))
+    one._vllm_config.speculative_config = SimpleNamespace(draft_model_config=object()) if drafts else None
+    one._kv = SimpleNamespace(groups=[], others=(), layer_names=["l.0"], fails_by_request=False)
+    one._settings = SimpleNamespace(endpoint=lambda *_: None, config=SimpleNamespace(use_layerwise=True))
+    one._instance, one._synchronous = "engine", "auto"
+    one._attach({})
+    assert (made[0] is None) is drafts
+
+
 def test_a_scheduler_that_took_layers_for_alike_stops(connector: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of the first stage are, and it is told of no others."""
     one, stopped = connector("bind_gpu_block_pool", "set_xfer_handshake_metadata_pp_aware"), []

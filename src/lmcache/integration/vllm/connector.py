@@ -16,6 +16,7 @@ from lmcache.engine.requests import GroupTable
 from lmcache.engine.served import NOT_SERVED, refusal_of
 from lmcache.engine.settings import ServerSettings
 from lmcache.integration.vllm.caches import describe_rank, layers_of_all_stages
+from lmcache.integration.vllm.identity import draft_model_of
 from lmcache.integration.vllm.layers import Layers
 from lmcache.integration.vllm.model import ModelKV, Stages, describe_model, needs_ranks, zeroes_first
 from lmcache.integration.vllm.plan import StepPlan, StepReport
@@ -151,7 +152,9 @@ class Connector:
             self._refuse(refusal_of(error, "vLLM"))
             return
         endpoint = self._settings.endpoint(self._instance, "worker", number, address)
-        layerwise = self._synchronous != "never" and self._settings.config.use_layerwise
+        # A drafter's layers are called in some forwards only, and vLLM does not recover from loads that fail for want of a call.
+        drafts = draft_model_of(getattr(self._vllm_config, "speculative_config", None)) is not None
+        layerwise = self._synchronous != "never" and self._settings.config.use_layerwise and not drafts
         held = [at for at, group in enumerate(kv.groups) if group.layer_names]
         groups = [
             RankGroup(
