@@ -23,6 +23,7 @@ from obstore.exceptions import (
 )
 from obstore.store import S3Store
 
+from lmcache.runtime import RUNTIME
 from lmcache.tiers.tier import TierError
 
 STREAM_BYTES = 1 << 20
@@ -226,7 +227,7 @@ def _temporary_keys() -> Any:
         "access_key_id": found["access_key_id"],
         "secret_access_key": found["secret_access_key"],
         "token": found.get("session_token"),
-        "expires_at": datetime.now(timezone.utc) + timedelta(seconds=REREAD_SECONDS),
+        "expires_at": datetime.fromtimestamp(RUNTIME.wall() + REREAD_SECONDS, timezone.utc),
     }
 
 
