@@ -199,7 +199,7 @@ class Claims:
         return instance.quarantine.bytes > self._quota
 
     def why_no_lease(self, instance: Instance) -> str:
-        if instance.quarantine.bytes > self._quota:
+        if self.over_quota(instance):
             return "quarantine"
         return "too many leases" if len(instance.leases) >= MAX_LEASES else ""
 

@@ -22,7 +22,7 @@ from lmcache.chunks import HASH_BYTES, split_hashes
 ASK_SECONDS = 0.5
 """A fetch goes on without the tiers that have not answered by then."""
 MAX_REQUESTS = 8
-"""How many request ids a record names at most."""
+"""A record names at most so many request ids."""
 MAX_WAITING = 1024
 """A fetch for which more requests wait than these is not ended when they have ended."""
 AWAITED = -1
@@ -71,7 +71,7 @@ class FetchRecord:
     space: int
     asked_chunks: int
     l1_chunks: int
-    """How many leading chunks were in L1 when the fetch began."""
+    """L1 had so many leading chunks when the fetch began."""
     recompute_seconds: float | None
     """Time to compute the same chunks (all missing ones if no tier had any); None if the engine's pace was unknown."""
     requests: tuple[str, ...] = ()
@@ -114,7 +114,7 @@ class Load(NamedTuple):
 class Fetch:
     number: int
     wanted: Wanted
-    """By the first request that waits."""
+    """The first request that waits has asked for this."""
     first: int
     """The number of leading chunks that were in L1 at the beginning."""
     began: float
@@ -130,7 +130,7 @@ class Fetch:
     plan: list[int] = field(default_factory=list)
     """The source of each chunk, from `first` on; `record.planned` counts them by source."""
     in_l1: int = 0
-    """How many leading chunks were in L1 at the last `poll`."""
+    """L1 had so many leading chunks at the last `poll`."""
     asked_at: float = 0.0
     """Time of the last `poll`."""
     due: list[float | None] = field(default_factory=list)
@@ -156,7 +156,7 @@ class Fetch:
 
     @property
     def arrived(self) -> int:
-        """How many planned chunks were in L1 at the last `poll`."""
+        """Return how many planned chunks L1 had at the last `poll`."""
         return min(max(0, self.in_l1 - self.first), len(self.plan))
 
     @property

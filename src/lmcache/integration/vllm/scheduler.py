@@ -112,7 +112,7 @@ class SchedulerSide:
         self._synchronous, self._logs, self._config = synchronous, logs, config
         self._min_gain = MIN_GAIN_TOKENS.get(device, MIN_GAIN_TOKENS_ON_A_DEVICE)
         self._copying = TokenRate()
-        """Of loads, on the slowest rank."""
+        """The speed of loads, as the slowest rank measures it."""
         self._running: set[Hashable] = set()
         """Requests that have been scheduled and have not ended."""
         self._asked = NOT_ASKED if synchronous == "never" else 0
