@@ -95,9 +95,14 @@ class Engine(Process):
             "cached": found["meta_info"]["cached_tokens"],
         }
 
-    def connected(self) -> None:
-        """Once its sessions are, which come up beside the engine."""
-        eventually(lambda: self.text().count("Connected to the LMCache server") >= 2)
+    def connections(self) -> int:
+        """How often its sessions have connected: two, and two more for each server that follows another."""
+        return self.text().count("Connected to the LMCache server")
+
+    def connected(self, sessions: int = 2) -> None:
+        """Once they have so many times; they come up beside the engine. The server lists an engine a little before the engine
+        knows of it, and a prompt that is asked in between is not looked up."""
+        eventually(lambda: self.connections() >= sessions)
 
     def ask(self, prompt: list[int], max_tokens: int, **more: Any) -> Any:
         """SGLang's own words."""

@@ -45,6 +45,13 @@ class Serving:
         settings = {"mp_host": "127.0.0.1", "mp_port": self.server.port, "blocking_timeout_secs": DEADLINE_SECONDS}
         self.engine = Engine(self.folder, self.path, CHUNK, settings, **{FOLDER: str(self.folder / "spoil")})
 
+    def another_server(self, daemons: Daemons, *flags: str) -> None:
+        """kill -9, and a new one on the same port. Returns once the engine has found it."""
+        sessions = self.engine.connections()
+        self.server.kill()
+        self.server = daemons(self.server.port, CHUNK, flags)
+        self.engine.connected(sessions + 2)
+
     def warm(self, prompts: list[list[int]], **more: str) -> list[Output]:
         """The answers, each when SGLang's own cache is empty."""
         found = []
@@ -153,17 +160,13 @@ def test_each_group_matters_and_may_fail(serving: Serving) -> None:
 def test_another_server_its_tier_and_another_engine(serving: Serving, daemons: Daemons) -> None:
     """Cold after kill -9 of the server; then warm, also from a tier alone, and for an engine that comes after kill -9 of this."""
     tier = ("--l2", f"disk://{serving.folder}/disk?max_gb=1", "--worth", "always")
-    expected, port = serving.expected[:3], serving.server.port
-    serving.server.kill()
-    serving.server = daemons(port, CHUNK, tier)
-    eventually(lambda: len(serving.server.status()["engines"]) == 2)
+    expected = serving.expected[:3]
+    serving.another_server(daemons, *tier)
     assert_same(serving.warm(PROMPTS[:3]), expected)
     assert_same(serving.warm(PROMPTS[:3]), expected)
     serving.engine.flush()
     eventually(lambda: _kept(serving.server))
-    serving.server.kill()
-    serving.server = daemons(port, CHUNK, tier)
-    eventually(lambda: len(serving.server.status()["engines"]) == 2)
+    serving.another_server(daemons, *tier)
     warm = serving.warm(PROMPTS[:3])
     assert_same(warm, expected)
     assert cached(warm) == usable(PROMPTS[:3])

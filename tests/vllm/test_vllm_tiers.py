@@ -50,16 +50,17 @@ def wait_until_kept(server: Server, shards: int) -> None:
 def test_a_hit_from_each_tier_answers_as_before(folder: Path, model: Path, urls: dict[str, str]) -> None:
     first = Server(folder, 16, 0, "l1-only")
     engine = Engine(folder, "tiers", model, kv_transfer_config=first.config(), max_model_len=1024)
-    port, server = first.port, first
+    port, server, sessions = first.port, first, 2
     try:
+        engine.connected(sessions)
         for name, url in urls.items():
             server.end()
             server = Server(folder, 16, port, f"{name}-writes", "--l2", url, "--worth", "always")
-            cold = _generate(engine, server, name)
+            cold = _generate(engine, sessions := sessions + 2, name)
             wait_until_kept(server, 18 + 4 + 1)  # the first answer fills one more
             server.end()
             server = Server(folder, 16, port, f"{name}-reads", "--l2", url, "--worth", "always")
-            warm = _generate(engine, server, name)
+            warm = _generate(engine, sessions := sessions + 2, name)
             assert_same(warm, cold)
             assert [output["cached"] for output in warm] == [288, 256], name
             (tier,) = server.status()["tiers"]
@@ -72,9 +73,9 @@ def test_a_hit_from_each_tier_answers_as_before(folder: Path, model: Path, urls:
         server.end()
 
 
-def _generate(engine: Engine, server: Server, name: str) -> list[dict[str, object]]:
-    """Once the engine has found this server by itself."""
-    server.wait_until(lambda: len(server.status()["engines"]) == 2, "scheduler and worker connect", 60)
+def _generate(engine: Engine, sessions: int, name: str) -> list[dict[str, object]]:
+    """Once the engine has connected so many times: two for each server, which it finds by itself."""
+    engine.connected(sessions)
     engine.forget()
     return engine.generate(PROMPTS[name])
 
@@ -86,7 +87,7 @@ def test_another_vllm_on_another_server_hits_what_they_share(folder: Path, model
     engine = Engine(folder, "second-vllm", model, kv_transfer_config=server.config(), max_model_len=1024)
     try:
         for name in ("redis", "s3"):
-            outputs = _generate(engine, server, name)
+            outputs = _generate(engine, 2, name)
             assert [output["cached"] for output in outputs] == [288, 256], name
         near, far = server.status()["tiers"]
         assert near["counters"]["loaded_shards"] == far["counters"]["loaded_shards"] == 18 + 4

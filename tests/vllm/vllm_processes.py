@@ -89,11 +89,14 @@ class Process:
     def text(self) -> str:
         return self.log.read_text(errors="replace")
 
-    def connected(self, processes: int = 2) -> None:
-        """Once so many of its sessions are: the scheduler's and the ranks'. They come up beside the engine, and a prompt that is
-        asked before is neither looked up nor stored."""
-        line = "Connected to the LMCache server"
-        self.wait_until(lambda: self.text().count(line) >= processes, f"{line}, {processes} times", 120)
+    def connections(self) -> int:
+        """How often its sessions have connected: the scheduler's and the ranks', again to each server that follows another."""
+        return self.text().count("Connected to the LMCache server")
+
+    def connected(self, sessions: int = 2) -> None:
+        """Once they have so many times. They come up beside the engine, and a prompt that is asked before is neither looked up
+        nor stored. The server lists an engine a little before the engine knows of it."""
+        self.wait_until(lambda: self.connections() >= sessions, f"{sessions} connections", 120)
 
     def wait_until(self, ready: Callable[[], bool], what: str, seconds: float) -> None:
         """Fails, with the end of the log, when the process ends or the time is over."""
