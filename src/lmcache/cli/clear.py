@@ -25,7 +25,11 @@ examples:
 
 def add_verb(verbs: Verbs) -> None:
     """Add `clear` to the command line."""
-    parser = add(verbs, "clear", run, "empty the cache", _TEXT)
+    add_to(add(verbs, "clear", run, "empty the cache", _TEXT))
+
+
+def add_to(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of `run` to a parser."""
     add_url(parser)
     parser.add_argument(
         "--tiers", metavar="NAMES", default="", help="Tiers to empty as well: all, or their names separated by commas."

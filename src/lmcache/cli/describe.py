@@ -28,7 +28,11 @@ examples:
 def add_verb(verbs: Verbs) -> None:
     """Add `describe` to the command line."""
     parser = add(verbs, "describe", run, "show a running server's settings or state", _TEXT)
-    parser.add_argument("what", choices=("server", "status", "tiers", "fetches"), help="What to show.")
+    parser.add_argument(
+        "what",
+        choices=("server", "status", "tiers", "fetches", "kvcache"),
+        help="What to show. kvcache: the same as status.",
+    )
     parser.add_argument("--json", action="store_true", help="JSON instead of a table.")
     add_url(parser)
     add_token(parser)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from lmcache import __version__
-from lmcache.cli import bench, clear, describe, ping, server, settings
+from lmcache.cli import bench, clear, describe, kvcache, ping, server, settings, status
 from lmcache.config.given import nearest
 from lmcache.errors import ConfigError, LMCacheError
 from lmcache.observability.log import printable
@@ -23,7 +23,7 @@ examples:
   vllm serve MODEL --kv-transfer-config '{"kv_connector":"LMCacheMPConnector","kv_role":"kv_both"}'
                                             an engine that uses it
   lmcache ping                              check whether the server serves
-  lmcache describe status                   show its contents, its engines and its counters
+  lmcache status                            show its contents, its engines and its hits on one screen
 
 `lmcache VERB --help` explains each verb.
 """
@@ -43,7 +43,7 @@ def build_parser() -> Parser:
     parser = Parser("lmcache", description=_DESCRIPTION, epilog=_EXAMPLES, formatter_class=raw, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"lmcache {__version__}")
     verbs = parser.add_subparsers(title="verbs", dest="verb", metavar="VERB", required=True)
-    for module in (server, ping, describe, clear, settings, bench):
+    for module in (server, status, ping, describe, clear, settings, bench, kvcache):
         module.add_verb(verbs)
     return parser
 
@@ -53,6 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         parser = build_parser()
+        if not words:
+            parser.print_help()
+            return 0
+        _check_verb(words[0], parser)
         arguments, unknown = parser.parse_known_args(words)
         if unknown:
             raise ConfigError(_unknown(arguments, unknown[0]))
@@ -70,11 +74,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
 
+def _check_verb(word: str, parser: argparse.ArgumentParser) -> None:
+    known = next(one.choices for one in parser._actions if one.dest == "verb")
+    if known is not None and word not in known and not word.startswith("-"):
+        raise ConfigError(f"{word}: no such verb: {nearest(word, known, 'lmcache --help lists the verbs')}")
+
+
 def _unknown(arguments: argparse.Namespace, word: str) -> str:
     flag = word.split("=", 1)[0]
     if not flag.startswith("-"):
         return f"{word}: not expected after `lmcache {arguments.verb}` (try lmcache {arguments.verb} --help)"
-    return f"{flag}: no such flag of `lmcache {arguments.verb}`: {nearest(flag, arguments.flags)}"
+    listed = f"lmcache {arguments.verb} --help lists them"
+    return f"{flag}: no such flag of `lmcache {arguments.verb}`: {nearest(flag, arguments.flags, listed)}"
 
 
 def _fail(error: LMCacheError, code: int) -> int:

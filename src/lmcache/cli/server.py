@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from lmcache.cli.verbs import Verbs, add
+from lmcache.config.earlier import add_earlier_flags, answers
 from lmcache.config.load import add_flags, load
 from lmcache.config.server import OPTIONS
 from lmcache.observability.log import init_logger, set_level
@@ -21,7 +22,8 @@ examples:
   lmcache server --l1-size-gb 20 --host 0.0.0.0 --auth-key-file key.txt     engines on other hosts too
 
 Each setting has a flag, a variable (in brackets above) and a key in the file. A flag overrides the variable, which
-overrides the file. Exit code 2: a setting is wrong, and nothing was created.
+overrides the file. Exit code 2: a setting is wrong, and nothing was created. SIGHUP reads the file again, and the
+server uses a new log level and a new API token at once; the log names what needs a restart.
 """
 
 
@@ -29,14 +31,17 @@ def add_verb(verbs: Verbs) -> None:
     """Add `server` to the command line."""
     parser = add(verbs, "server", run, "start the cache server of this host", _TEXT)
     add_flags(parser)
+    add_earlier_flags(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Start the server and return its exit code when it has ended."""
-    settings = load({option.name: getattr(arguments, option.name) for option in OPTIONS})
+    earlier = list(answers(vars(arguments)))
+    flags = {option.name: getattr(arguments, option.name) for option in OPTIONS}
+    settings = load(flags)
     logger = init_logger(__name__)
     set_level(settings.config.log_level)
-    for warning in settings.warnings:
+    for warning in (*settings.warnings, *earlier):
         logger.warning("%s", warning)
 
     from lmcache.server.preflight import check_machine
@@ -45,4 +50,4 @@ def run(arguments: argparse.Namespace) -> int:
 
     from lmcache.server.main import serve
 
-    return serve(config)
+    return serve(config, reload=lambda: load(flags).config)

@@ -34,11 +34,11 @@ class Given:
             raise ConfigError(f"{self.said}: {error}") from None
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Return a remedy for an unknown name: the known name that was probably meant, or all known names."""
+def nearest(name: str, known: Iterable[str], otherwise: str = "") -> str:
+    """Return a remedy for an unknown name: the known name that was probably meant, `otherwise`, or all known names."""
     names = list(known)
     found = difflib.get_close_matches(name, names, n=1)
-    return f"did you mean {found[0]}?" if found else f"known: {', '.join(names)}"
+    return f"did you mean {found[0]}?" if found else otherwise or f"known: {', '.join(names)}"
 
 
 def check_secret_file(path: Path, said: str, remedy: str = "") -> None:

@@ -91,7 +91,7 @@ def _from_environment(environ: Mapping[str, str], warnings: list[str]) -> dict[s
     for option in OPTIONS:
         for variable in (option.extra_env, option.env):
             text = environ.get(variable, "") if variable else ""
-            if option.name in ("port", "http_port") and _KUBERNETES_LINK.match(text):
+            if option.name in ("port", "http_port", "prometheus_port") and _KUBERNETES_LINK.match(text):
                 warnings.append(f"{variable}={text} is Kubernetes' link to a service, not a port: ignored")
             elif text:
                 plain = not option.secret and not option.repeat
@@ -177,5 +177,9 @@ def _check_together(config: ServerConfig, given: Mapping[str, Given]) -> None:
             f"{said('host')} lets other hosts in: pass --auth-key-file FILE, "
             "or --insecure-no-auth if everybody on that network may read and write the cache"
         )
-    if config.port and config.port == config.http_port:
-        raise ConfigError(f"{said('port')} and {said('http_port')} are the same: change one")
+    ports: dict[int, str] = {}
+    for name in ("port", "http_port", "prometheus_port"):
+        port = getattr(config, name)
+        if port and port in ports:
+            raise ConfigError(f"{ports[port]} and {said(name)} are the same: change one")
+        ports[port] = said(name)

@@ -97,9 +97,24 @@ deadline = number(0.001, 3599)
 """Parses how many seconds a server that does not answer may delay a request."""
 
 
+def gibibytes(low: float, high: float) -> Callable[[str], float]:
+    """Return a parser of sizes in GiB within [low, high]. A unit may follow: `2GB`, `2GiB` and `2G` are 2, `512MB` is 0.5; the
+    letters mean powers of 1024 throughout."""
+    plain = number(low, high)
+
+    def parse(text: str) -> float:
+        found = re.fullmatch(r"([0-9.]+) ?([MGT])(?:i?B)?", text.strip(), re.IGNORECASE)
+        if not found:
+            return plain(text)
+        gib = {"M": 1 / 1024, "G": 1.0, "T": 1024.0}[found[2].upper()]
+        return plain(found[1]) if gib == 1 else plain(f"{number(0, 1e15)(found[1]) * gib:.15g}")
+
+    return parse
+
+
 def l1_size(text: str) -> float:
     """Parse GiB. `auto` is 0, which `lmcache.server.preflight` replaces by a size that suits the machine."""
-    return 0.0 if text.lower() == "auto" else number(0.001, 1e6)(text)
+    return 0.0 if text.lower() == "auto" else gibibytes(0.001, 1e6)(text)
 
 
 def address(text: str) -> str:

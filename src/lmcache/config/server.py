@@ -54,7 +54,8 @@ class ServerConfig:
     l1_size_gb: float = _cache(
         *("GB", read.l1_size, 0.0),
         default_text="auto, a quarter of what is available",
-        help="Memory for KV, in GiB (2^30 bytes); fractions are fine. The arena never grows past it.",
+        extra_env="LMCACHE_L1_SIZE_GB",
+        help="Memory for KV, in GiB (2^30 bytes); fractions are fine, and so are 2GB and 512MB. The arena never grows past it.",
     )
     eviction_policy: str = _cache(
         *("NAME", read.word(*POLICIES), "LRU"),
@@ -99,7 +100,7 @@ class ServerConfig:
         help="The longest that a request waits for loads from tiers, where the measured speeds suggest nothing shorter.",
     )
     l2_queue_gb: float = _tiers(
-        *("GB", read.number(0, 1e6), 0.0),
+        *("GB", read.gibibytes(0, 1e6), 0.0),
         default_text="half of L1",
         help="Bytes of chunks that may wait to be written to a tier, in GiB; beyond it the newest chunks are not written.",
     )
@@ -126,6 +127,11 @@ class ServerConfig:
     )
     http_port: int = _network(
         "PORT", read.integer(0, 65535), 8080, help="TCP port of health, status and metrics. 0 takes a free one."
+    )
+    prometheus_port: int = _network(
+        *("PORT", read.integer(0, 65535), 0),
+        default_text="none",
+        help="A second TCP port that answers as --http-port does, for a Prometheus that is configured for the public project's.",
     )
     socket_dir: Path = _network(
         *("DIR", read.socket_dir, read.default_socket_dir),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import hmac
 import html
 import ipaddress
@@ -80,14 +81,25 @@ class HttpEndpoint:
         Raises:
             ConfigError: the address cannot be bound, or the endpoint did not start.
         """
-        listener = _listen(self._config.http_host, self._config.http_port, self._connections)
-        self.port = listener.getsockname()[1]
+        host, second = self._config.http_host, self._config.prometheus_port
+        listeners = [_listen(host, self._config.http_port, self._connections)]
+        self.port = listeners[0].getsockname()[1]
+        if second:
+            try:
+                listeners.append(_listen(host, second, self._connections, "--prometheus-port"))
+            except ConfigError:
+                listeners[0].close()
+                raise
         self._server = uvicorn.Server(self._uvicorn())
-        self._thread = threading.Thread(target=self._run, args=(listener,), name="lmcache-http", daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(listeners,), name="lmcache-http", daemon=True)
         self._thread.start()
         if not self._started.wait(_START_SECONDS) or not self.serving:
             self.stop()
             raise ConfigError(f"--http-port {self.port}: the HTTP endpoint did not start; the log says why")
+
+    def use_token(self, token: str) -> None:
+        """Ask callers on other hosts for this token from now on; "": refuse them. Any thread may call."""
+        self._config = dataclasses.replace(self._config, api_token=token)
 
     @property
     def serving(self) -> bool:
@@ -126,21 +138,22 @@ class HttpEndpoint:
         """Note that uvicorn serves. Uvicorn calls this when it has started, and periodically afterwards."""
         self._started.set()
 
-    def _run(self, listener: socket.socket) -> None:
+    def _run(self, listeners: list[socket.socket]) -> None:
         assert self._server is not None
         try:
-            self._server.run(sockets=[listener])
+            self._server.run(sockets=listeners)
         except BaseException:  # top of the thread; health checks fail from now on
             logger.exception("The HTTP endpoint has failed; restart the server to get it back")
         finally:
-            listener.close()
+            for listener in listeners:
+                listener.close()
             self._started.set()
 
     # --- routes -------------------------------------------------------------------------------------------------------
 
     def _app(self) -> Starlette:
         routes = [
-            Route("/", self._edge(self._guarded(self._page))),
+            Route("/", self._edge(self._root)),
             Route("/healthcheck", self._edge(self._healthcheck)),
             Route("/livez", self._edge(self._livez)),
             Route("/readyz", self._edge(self._readyz)),
@@ -148,7 +161,11 @@ class HttpEndpoint:
             Route("/status", self._edge(self._guarded(self._status))),
             Route("/fetches", self._edge(self._guarded(self._fetches))),
             Route("/metrics", self._edge(self._metrics)),
-            Route("/clear-cache", self._edge(self._guarded(self._clear, changes=True)), methods=["POST"]),
+            Route("/config", self._edge(self._guarded(self._settings))),
+            *(
+                Route(path, self._edge(self._guarded(self._clear, changes=True)), methods=["POST"])
+                for path in ("/clear-cache", "/cache/clear")
+            ),
         ]
         return Starlette(routes=routes, exception_handlers={HTTPException: _http_error})
 
@@ -246,6 +263,16 @@ class HttpEndpoint:
             return _json({"status": "incomplete", **details}, 503)
         return _json({"status": "ok", **details} if tiers else {"status": "ok"})  # exactly the documented answer
 
+    async def _settings(self, request: Request) -> Response:
+        return _json(self._config.redacted())
+
+    async def _root(self, request: Request) -> Response:
+        """Answer programs with a line that reveals nothing, and people who may read the status with the page."""
+        accepted = request.headers.get("accept", "")
+        if "application/json" in accepted and "text/html" not in accepted:
+            return _json({"status": "ok", "service": "LMCache HTTP API"})
+        return await self._guarded(self._page)(request)
+
     async def _page(self, request: Request) -> Response:
         serving, reason = await _ask(self._control.health)
         status = await _ask(self._control.status)
@@ -322,7 +349,7 @@ def _json(content: dict[str, Any], status_code: int = 200) -> Response:
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     reason = {404: "no such path", 405: f"not with {request.method}"}.get(error.status_code, error.detail)
-    known = "GET /healthcheck, /livez, /readyz, /version, /metrics, /status, /fetches; POST /clear-cache"
+    known = "GET /healthcheck, /livez, /readyz, /version, /metrics, /status, /config, /fetches; POST /cache/clear"
     response = _json({"status": "error", "reason": f"{reason}: there is {known}"}, error.status_code)
     response.headers.update(error.headers or {})
     return response
@@ -360,7 +387,9 @@ def _numbered(value: object) -> list[tuple[int, Mapping[str, object]]]:
 # --- sockets ----------------------------------------------------------------------------------------------------------
 
 
-def _listen(host: str, port: int, connections: dict[tuple[str, int], _Connection]) -> socket.socket:
+def _listen(
+    host: str, port: int, connections: dict[tuple[str, int], _Connection], flag: str = "--http-port"
+) -> socket.socket:
     listener = _Listener(host, connections)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -368,7 +397,7 @@ def _listen(host: str, port: int, connections: dict[tuple[str, int], _Connection
         listener.listen(128)  # not later: with SO_REUSEADDR, two servers can bind one port until one listens
     except OSError as error:
         listener.close()
-        raise ConfigError(f"--http-port {port}: cannot listen on {host}: {error.strerror}: pass another") from error
+        raise ConfigError(f"{flag} {port}: cannot listen on {host}: {error.strerror}: pass another") from error
     return listener
 
 

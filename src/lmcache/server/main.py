@@ -20,6 +20,7 @@ from lmcache.memory.arena import Arena, reclaim_stale
 from lmcache.observability.log import init_logger, set_level
 from lmcache.runtime import RUNTIME, Runtime
 from lmcache.server.loop import Loop
+from lmcache.server.reloading import Reloading
 from lmcache.server.report import Report
 from lmcache.server.service import Service
 from lmcache.server.tiering import Tiering
@@ -28,6 +29,9 @@ from lmcache.tiers import Region
 from lmcache.wire.sockets import listen_unix
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from lmcache.server.http import HttpEndpoint
     from lmcache.tiers.registry import TierSpec
 
 logger = init_logger(__name__)
@@ -47,8 +51,15 @@ class Owner:
     http: bool
 
 
-def serve(config: ServerConfig, owner: Owner | None = None, runtime: Runtime = RUNTIME) -> int:
+def serve(
+    config: ServerConfig,
+    owner: Owner | None = None,
+    runtime: Runtime = RUNTIME,
+    reload: Callable[[], ServerConfig] | None = None,
+) -> int:
     """Run until SIGINT or SIGTERM, or until the owner ends; return the exit code.
+
+    reload: reads the settings again, for SIGHUP. Without it, SIGHUP does what it does by default.
 
     Raises:
         ConfigError: a port, memory or a folder is not available. Everything created before is removed.
@@ -59,7 +70,7 @@ def serve(config: ServerConfig, owner: Owner | None = None, runtime: Runtime = R
     fault: BaseException | None = None
     try:
         with ExitStack() as started:
-            loop = start(config, owner, runtime, started)
+            loop = start(config, owner, runtime, started, reload)
             logger.info("LMCache cache server is running...")
             loop.run()
         logger.info("LMCache cache server has stopped")
@@ -129,8 +140,14 @@ def _allow_many_descriptors() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def start(config: ServerConfig, owner: Owner | None, runtime: Runtime, started: ExitStack) -> Loop:
-    """Start every part. `started` collects the callbacks that stop them, in order."""
+def start(
+    config: ServerConfig,
+    owner: Owner | None,
+    runtime: Runtime,
+    started: ExitStack,
+    reload: Callable[[], ServerConfig] | None = None,
+) -> Loop:
+    """Start every part. `started` collects the callbacks that stop them, in order. reload: as for `serve`."""
     specs = _tiers_of(config, runtime)  # first, since a wrong URL must fail before anything is created
     loop = Loop(runtime)
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -147,7 +164,10 @@ def start(config: ServerConfig, owner: Owner | None, runtime: Runtime, started: 
     l1 = L1(arena, float(config.lease_seconds))
     tiering = _start_tiers(config, loop, l1, specs, started)
     service = Service(loop, l1, config.chunk_size, workers, tiering)
-    config = _open_doors(config, owner, loop, service, started)
+    config, http = _open_doors(config, owner, loop, service, started)
+    if reload is not None:
+        reloading = Reloading(config, reload, http)
+        signal.signal(signal.SIGHUP, lambda *_: loop.call_soon(reloading.run))
     arena.start_prefault()
     logger.info(
         "L1: %.2f GiB in %s, %s eviction, %d-token chunks",
@@ -176,17 +196,18 @@ def _end_with(owner: Owner, loop: Loop) -> None:
 
 def _open_doors(
     config: ServerConfig, owner: Owner | None, loop: Loop, service: Service, started: ExitStack
-) -> ServerConfig:
-    """Open the endpoints. Returns the configuration, with the ports that were chosen for the port 0."""
+) -> tuple[ServerConfig, HttpEndpoint | None]:
+    """Open the endpoints. Returns the configuration, with the ports that were chosen for the port 0, and the HTTP endpoint."""
     if owner is not None:
         started.callback(UnixEndpoint(loop, service, owner.listener, None).close)
     else:
         path = config.socket_dir / f"{service.sessions.server_id.hex()[:16]}.sock"
         started.callback(UnixEndpoint(loop, service, listen_unix(path), path).close)
         config = dataclasses.replace(config, port=_open_port(config, loop, service, started))
-    if owner is None or owner.http:
-        config = dataclasses.replace(config, http_port=_open_http(config, Report(config, loop, service), started))
-    return config
+    if owner is not None and not owner.http:
+        return config, None
+    http = _open_http(config, Report(config, loop, service), started)
+    return dataclasses.replace(config, http_port=http.port), http
 
 
 def _open_port(config: ServerConfig, loop: Loop, service: Service, started: ExitStack) -> int:
@@ -200,12 +221,12 @@ def _open_port(config: ServerConfig, loop: Loop, service: Service, started: Exit
     return endpoint.port
 
 
-def _open_http(config: ServerConfig, report: Report, started: ExitStack) -> int:
-    """Open the port for health, status and metrics, and return its number; a configured 0 stands for any free port."""
+def _open_http(config: ServerConfig, report: Report, started: ExitStack) -> HttpEndpoint:
+    """Open the port for health, status and metrics; a configured 0 stands for any free port."""
     # Imported late: it takes 0.3 s, and an embedded server rarely needs it.
     from lmcache.server.http import HttpEndpoint
 
     endpoint = HttpEndpoint(config, report)
     endpoint.start()
     started.callback(endpoint.stop)
-    return endpoint.port
+    return endpoint

@@ -25,6 +25,8 @@ logger = init_logger(__name__)
 
 OWN_BYTES = 256 << 20
 """Memory that L1 must leave for the server's process, which takes about half of it."""
+LEAST_AUTO_GB = 0.1
+"""`--l1-size-gb auto` refuses less, because a container's usual /dev/shm of 64 MiB would hold next to nothing, without a word."""
 _MEMORY_FILE_SYSTEMS = ("tmpfs", "ramfs", "hugetlbfs", "devtmpfs")
 _FREED_WITHIN_SECONDS = 3.0
 """How long to wait for the memory of a dead server's arena. It becomes free when all engines have unmapped the arena."""
@@ -44,6 +46,8 @@ def check_machine(
         _check_port("--host", config.host, "--port", config.port)
     if http:
         _check_port("--http-host", config.http_host, "--http-port", config.http_port)
+        if config.prometheus_port:
+            _check_port("--http-host", config.http_host, "--prometheus-port", config.prometheus_port)
     _check_arena_dir(config.arena_dir)
     _check_huge_pages(config.arena_dir, config.huge_pages)
     _check_socket_dir(config.socket_dir)
@@ -145,9 +149,11 @@ def _check_l1(config: ServerConfig, runtime: Runtime) -> ServerConfig:
 
 def _decide_l1(config: ServerConfig, available: int) -> ServerConfig:
     size_gb = available // 4 * 1000 // GIB / 1000
-    if size_gb < 0.001:
+    if size_gb < LEAST_AUTO_GB:
         raise ConfigError(
-            f"--l1-size-gb auto: only {available >> 20} MiB are available in {config.arena_dir}: free some memory"
+            f"--l1-size-gb auto: only {available >> 20} MiB are available in {config.arena_dir}, and a quarter of that is too "
+            f"little to be of use: enlarge {config.arena_dir} (docker, podman: --shm-size 16g; Kubernetes: an emptyDir of medium "
+            "Memory at /dev/shm), pass --arena-dir with a larger memory file system, or a small --l1-size-gb on purpose"
         )
     return dataclasses.replace(config, l1_size_gb=size_gb)
 

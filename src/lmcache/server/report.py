@@ -94,10 +94,15 @@ class Report:
     def _status(self) -> dict[str, object]:
         service, l1, arena, now = self._service, self._service.l1, self._service.l1.arena, self._loop.now()
         return {
+            "is_healthy": not arena.named or arena.path.exists(),
             "version": __version__,
             "pid": os.getpid(),
             "server_id": service.sessions.server_id.hex(),
             "uptime_seconds": round(now - service.started, 1),
+            "chunk_size": self._config.chunk_size,
+            "hash_algorithm": "blake3",
+            "active_sessions": len(service.sessions.peers),
+            "active_prefetch_jobs": service.tiering.fetches.open if service.tiering is not None else 0,
             "config": self._config.redacted(),
             "arena": {
                 "path": str(arena.path),

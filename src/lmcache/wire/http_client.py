@@ -33,6 +33,22 @@ def ask(
         ServerUnavailable: nobody listens there, or what listens there does not answer within three seconds, or so many.
         ServerRefused: what answers is not an LMCache server's HTTP endpoint.
     """
+    status, body = _call(url, path, method, token, seconds)
+    try:
+        answer = json.loads(body)
+    except ValueError:
+        answer = None
+    if not isinstance(answer, dict):
+        raise ServerRefused(f"{url}{path} answered {status}, but not as LMCache does: pass the --url of lmcache server")
+    return status, answer
+
+
+def status_of(url: str, path: str) -> int:
+    """Call any HTTP server, such as an engine's, and return the status of its answer. Raises what `ask` does."""
+    return _call(url, path, "GET", "", None)[0]
+
+
+def _call(url: str, path: str, method: str, token: str, seconds: float | None) -> tuple[int, bytes]:
     parts = _parts(url)
     headers = {"Accept": "application/json", **({"Authorization": f"Bearer {token}"} if token else {})}
     deadline = DEADLINE_SECONDS if seconds is None else seconds
@@ -61,13 +77,7 @@ def ask(
         raise ServerUnavailable(f"no server at {url}: {why}: start `lmcache server`, or pass --url") from None
     finally:
         connection.close()
-    try:
-        answer = json.loads(body)
-    except ValueError:
-        answer = None
-    if not isinstance(answer, dict):
-        raise ServerRefused(f"{url}{path} answered {status}, but not as LMCache does: pass the --url of lmcache server")
-    return status, answer
+    return status, body
 
 
 class _Zmq(http.client.HTTPException):

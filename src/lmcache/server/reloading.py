@@ -1,0 +1,53 @@
+"""SIGHUP: the settings are read again, and those that can change while the server runs are put into effect."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from lmcache.config.server import OPTIONS, ServerConfig
+from lmcache.errors import ConfigError
+from lmcache.observability.log import init_logger, set_level
+
+if TYPE_CHECKING:
+    from lmcache.server.http import HttpEndpoint
+
+logger = init_logger(__name__)
+_CHANGEABLE = ("log_level", "api_token", "api_token_file")
+
+
+class Reloading:
+    """What SIGHUP does in one server. Wrong settings are logged and change nothing.
+
+    Args:
+        config: the settings in force, with the sizes and ports that the server has chosen.
+        reload: reads the settings again.
+        http: the HTTP endpoint, whose token may change.
+    """
+
+    def __init__(self, config: ServerConfig, reload: Callable[[], ServerConfig], http: HttpEndpoint | None) -> None:
+        self._reload, self._http = reload, http
+        try:
+            self._given = reload()
+        except ConfigError:  # the file has changed since the start
+            self._given = config
+
+    def run(self) -> None:
+        """Read the settings again and use what can be used. Call it in the loop's thread."""
+        try:
+            new = self._reload()
+        except ConfigError as error:
+            logger.error("SIGHUP: the settings are wrong, so nothing changes: %s", error)
+            return
+        changed = [option for option in OPTIONS if getattr(new, option.name) != getattr(self._given, option.name)]
+        later = [option.key for option in changed if option.name not in _CHANGEABLE]
+        set_level(new.log_level)
+        if self._http is not None:
+            self._http.use_token(new.api_token)
+        self._given = new
+        used = ", ".join(option.key for option in changed if option.name in _CHANGEABLE)
+        logger.info("SIGHUP: the settings were read again; in effect now: %s", used or "nothing new")
+        if later:
+            logger.warning(
+                "SIGHUP: these settings have changed, too, and need a restart of the server: %s", ", ".join(later)
+            )
