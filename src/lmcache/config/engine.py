@@ -173,12 +173,36 @@ ROWS: tuple[Row, ...] = (
     _refused("enable_controller", "GET /status of the server shows what is cached; leave it out"),
     _refused("external_lookup_client", "lookups go to the engine's own server; leave it out", _optional(str), None),
     _refused("gds_path", "use local_disk", _optional(str), None),
+    _refused("maru_path", "use local_disk or remote_url", _optional(str), None),
+    _refused("run_script_api_enabled", "the server runs no scripts; leave it out"),
+    _refused(
+        "remote_config_url",
+        "settings come from LMCACHE_CONFIG_FILE and the environment; leave it out",
+        _optional(str),
+        None,
+    ),
+    _refused("audit_actual_remote_url", "write the address into remote_url", _optional(str), None),
+    _refused("enable_hidden_state_cache", "only KV is stored; leave it out"),
     _refused("weka_path", "use local_disk", _optional(str), None),
     _refused("storage_plugins", "use local_disk or remote_url", _optional(str), None),
     _refused("remote_storage_plugins", "use remote_url", _optional(str), None),
     _refused("runtime_plugin_locations", "only lmcache's own code is run; leave it out", _optional(str), None),
     *_ignored("pre_caching_hash_algorithm", "no effect: chunks are named by BLAKE3, the same in every process"),
     *_ignored("py_enable_gc error_handling", "no effect"),
+    *_ignored("local_cpu_use_hugepages", "no effect: huge_pages says whether L1 uses pages of 2 MiB"),
+    *_ignored(
+        "local_disk_path_sharding gds_path_sharding",
+        "no effect: all ranks share the engine's one server, which writes the tiers",
+    ),
+    *_ignored(
+        "retrieve_locations store_location",
+        "no effect: read=no and write=none in a tier's URL say what a tier is used for",
+    ),
+    *_ignored("hit_miss_ratio enable_scheduler_bypass_lookup", "no effect: every prompt is looked up, once"),
+    *_ignored("use_gpu_connector_v3 use_gds", "no effect: there is one way to copy from and to a GPU"),
+    *_ignored(
+        "pin_timeout_sec pin_check_interval_sec", "no effect: a lease lasts until the engine's copies have ended"
+    ),
     *_ignored("numa_mode", "no effect: the kernel places the pages"),
     *_ignored("enable_async_loading", "no effect: loads are short, and tiers are read ahead of them"),
     *_ignored("enable_kv_events", "no effect: no KV events are sent"),
@@ -201,7 +225,12 @@ ROWS: tuple[Row, ...] = (
         " pd_buffer_device pd_peer_host pd_peer_init_port pd_peer_alloc_port pd_proxy_host pd_proxy_port nixl_role"
         " nixl_receiver_host nixl_receiver_port nixl_buffer_size nixl_buffer_device nixl_backends nixl_enable_gc"
         " cufile_buffer_size internal_api_server_include_index_list internal_api_server_socket_path_prefix"
-        " lookup_timeout_ms lookup_server_worker_ids distributed_url",
+        " lookup_timeout_ms lookup_server_worker_ids distributed_url blend_thresholds lmcache_worker_ids"
+        " lmcache_worker_heartbeat_delay_time lmcache_worker_heartbeat_time pd_peer_query_port pd_allocation_timeout_sec"
+        " pd_shutdown_timeout_sec pd_condition_poll_interval_sec pd_max_prefill_len pd_backend_mode pd_skip_proxy_notification"
+        " pd_bidirectional gds_buffer_size maru_pool_size gds_backend script_allowed_imports app_id max_hidden_state_cpu_size"
+        " hidden_state_layers hidden_states_retrieve_mode enable_chunk_statistics chunk_statistics_auto_start_statistics"
+        " chunk_statistics_auto_exit_timeout_hours chunk_statistics_auto_exit_target_unique_chunks chunk_statistics_strategy",
         _OFF,
     ),
 )
