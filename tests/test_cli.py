@@ -77,6 +77,9 @@ class Server:
     def refused(self) -> list[str]:
         return []
 
+    def history(self) -> tuple[list[str], list[tuple[float, ...]]]:
+        return ["time", "chunks"], [(1.5, 2.0), (11.5, 3.0)]
+
     def degraded(self) -> list[str]:
         return []
 

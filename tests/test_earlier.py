@@ -182,7 +182,7 @@ def test_the_operators_command_line_starts_a_healthy_server(
         url = f"http://127.0.0.1:{one}"
         assert "lmcache_chunks " in httpx.get(f"{url}/metrics", timeout=PATIENCE).text
         assert httpx.get(url, headers={"Accept": "application/json"}, timeout=PATIENCE).json()["status"] == "ok"
-        assert "<h1>LMCache" in httpx.get(url, headers={"Accept": "text/html,*/*"}, timeout=PATIENCE).text
+        assert "<h1>LMCache " in httpx.get(url, headers={"Accept": "text/html,*/*"}, timeout=PATIENCE).text
     status = httpx.get(f"{url}/status", timeout=PATIENCE).json()
     names = ("is_healthy", "chunk_size", "hash_algorithm", "active_sessions", "active_prefetch_jobs")
     assert [status[name] for name in names] == [True, 256, "blake3", 0, 0]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import re
 import socket
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import httpx
@@ -18,6 +21,7 @@ from lmcache import __version__
 from lmcache.config import ServerConfig
 from lmcache.errors import ConfigError
 from lmcache.server import http
+from lmcache.server.history import COUNTERS, GAUGES, INTERVAL_SECONDS, SAMPLES, History
 from lmcache.server.http import HttpEndpoint, why_refused
 from lmcache.server.metrics import families
 from servers import PATIENCE, eventually
@@ -54,6 +58,9 @@ class Server:
 
     def refused(self) -> list[str]:
         return []
+
+    def history(self) -> tuple[list[str], list[tuple[float, ...]]]:
+        return ["time", "chunks"], [(1.5, 2.0), (11.5, 3.0)]
 
     def degraded(self) -> list[str]:
         return self.troubles
@@ -163,7 +170,7 @@ def test_status_shows_no_secret(guarded: Served) -> None:
     assert get(guarded.url + "/status").json()["config"]["api-token"] == "***"
 
 
-@pytest.mark.parametrize("path", ["/status", "/fetches", "/"])
+@pytest.mark.parametrize("path", ["/status", "/fetches", "/history", "/config"])
 def test_other_hosts_read_the_state_with_the_token_only(
     path: str, served: Served, guarded: Served, elsewhere: str
 ) -> None:
@@ -206,13 +213,6 @@ def test_a_required_tier_that_does_not_serve_is_not_ready() -> None:
         )
     finally:
         one.endpoint.stop()
-
-
-def test_the_page_is_plain_and_escaped(served: Served) -> None:
-    answer = get(served.url + "/")
-    assert "healthy" in answer.text and "<b>engine" not in answer.text and "<script" not in answer.text
-    assert answer.headers["content-type"].startswith("text/html")
-    assert answer.headers["content-security-policy"].startswith("default-src 'none'")
 
 
 def test_metrics_are_prometheus(served: Served) -> None:
@@ -445,3 +445,34 @@ def test_ipv6_loopback() -> None:
         assert answer.status_code == 200 and json.loads(answer.text)["status"] == "ok"
     finally:
         endpoint.stop()
+
+
+def test_the_page_is_the_same_for_everybody_and_runs_no_other_script(served: Served, elsewhere: str) -> None:
+    page = get(served.url.replace("localhost", elsewhere))
+    assert page.status_code == 200 and "<b>engine" not in page.text and TOKEN not in page.text
+    policy = page.headers["Content-Security-Policy"]
+    for element in ("script", "style"):
+        (inside,) = re.findall(f"<{element}>(.*?)</{element}>", page.text, re.DOTALL)
+        assert f"{element}-src 'sha256-{base64.b64encode(hashlib.sha256(inside.encode()).digest()).decode()}'" in policy
+    assert "default-src 'none'" in policy and "unsafe" not in policy
+    assert "innerHTML" not in page.text and not re.search(r"(src|href)=.?(https?:)?//", page.text)
+
+
+def test_the_last_hour(served: Served) -> None:
+    assert get(served.url + "/history").json() == {"columns": ["time", "chunks"], "samples": [[1.5, 2.0], [11.5, 3.0]]}
+    answer = get(served.url + "/history?format=csv")
+    assert answer.text == "time,chunks\n1.5,2.0\n11.5,3.0\n" and answer.headers["Content-Type"].startswith("text/csv")
+
+
+def test_an_hour_of_samples_is_kept() -> None:
+    time, counters = [100.0], {"chunks": 0.0}
+    history = History(lambda: time[0], lambda: time[0] + 1e9, lambda: counters)
+    for _ in range(3 * SAMPLES):
+        for _ in range(40):
+            time[0] += 0.25
+            history.tick()
+        counters["chunks"] += 1
+    samples = history.samples()
+    assert len(samples) == SAMPLES and len(samples[0]) == 1 + len(COUNTERS) + len(GAUGES)
+    assert {later[0] - sooner[0] for sooner, later in pairwise(samples)} == {INTERVAL_SECONDS}
+    assert samples[-1][-1] - samples[0][-1] == SAMPLES - 1

@@ -20,6 +20,10 @@ class Control(Protocol):
         """Return records of the fetches from tiers that ended last, the latest first. JSON types only."""
         ...
 
+    def history(self) -> tuple[list[str], list[tuple[float, ...]]]:
+        """Return the names of columns, and samples of the last hour, one every ten seconds, the oldest first."""
+        ...
+
     def degraded(self) -> list[str]:
         """Return the tiers that do not serve now, each with the reason. The server is healthy without them."""
         ...

@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import dataclasses
 import hmac
-import html
 import ipaddress
 import json
 import re
@@ -33,6 +32,7 @@ from lmcache import __version__
 from lmcache.config.server import ServerConfig
 from lmcache.errors import ConfigError
 from lmcache.observability.log import init_logger
+from lmcache.server import page
 from lmcache.server.control import Control
 from lmcache.server.metrics import render
 
@@ -160,6 +160,7 @@ class HttpEndpoint:
             Route("/version", self._edge(self._version)),
             Route("/status", self._edge(self._guarded(self._status))),
             Route("/fetches", self._edge(self._guarded(self._fetches))),
+            Route("/history", self._edge(self._guarded(self._history))),
             Route("/metrics", self._edge(self._metrics)),
             Route("/config", self._edge(self._guarded(self._settings))),
             *(
@@ -267,21 +268,18 @@ class HttpEndpoint:
         return _json(self._config.redacted())
 
     async def _root(self, request: Request) -> Response:
-        """Answer programs with a line that reveals nothing, and people who may read the status with the page."""
+        """Answer programs with a line, and people with the page. Neither reveals anything; the page asks for the status."""
         accepted = request.headers.get("accept", "")
         if "application/json" in accepted and "text/html" not in accepted:
             return _json({"status": "ok", "service": "LMCache HTTP API"})
-        return await self._guarded(self._page)(request)
+        return HTMLResponse(page.HTML, headers={"Content-Security-Policy": page.POLICY})
 
-    async def _page(self, request: Request) -> Response:
-        serving, reason = await _ask(self._control.health)
-        status = await _ask(self._control.status)
-        degraded = await _ask(self._control.degraded)
-        health = "healthy" if serving else f"unhealthy: {reason}"
-        return HTMLResponse(
-            _html("; ".join([health, *degraded]), status),
-            headers={"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'"},
-        )
+    async def _history(self, request: Request) -> Response:
+        columns, samples = await _ask(self._control.history)
+        if request.query_params.get("format") != "csv":
+            return _json({"columns": columns, "samples": samples})
+        lines = [",".join(columns), *(",".join(map(str, sample)) for sample in samples)]
+        return Response("\n".join(lines) + "\n", media_type="text/csv")
 
 
 def why_refused(peer: str, headers: Mapping[str, str], token: str, changes: bool) -> str:
@@ -349,39 +347,12 @@ def _json(content: dict[str, Any], status_code: int = 200) -> Response:
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     reason = {404: "no such path", 405: f"not with {request.method}"}.get(error.status_code, error.detail)
-    known = "GET /healthcheck, /livez, /readyz, /version, /metrics, /status, /config, /fetches; POST /cache/clear"
+    known = (
+        "GET /healthcheck, /livez, /readyz, /version, /metrics, /status, /config, /fetches, /history; POST /cache/clear"
+    )
     response = _json({"status": "error", "reason": f"{reason}: there is {known}"}, error.status_code)
     response.headers.update(error.headers or {})
     return response
-
-
-# --- the page ---------------------------------------------------------------------------------------------------------
-
-_STYLE = "body{font:15px system-ui,sans-serif;margin:2em}td{padding:.1em 1.5em .1em 0;vertical-align:top}"
-
-
-def _html(health: str, status: Mapping[str, object]) -> str:
-    """Render the status page for people, which shows every part of /status as a table."""
-    parts = [f"<h1>LMCache {__version__}: {html.escape(health)}</h1>"]
-    plain = {key: value for key, value in status.items() if not isinstance(value, dict | list)}
-    lists = [(f"{key} {number}", one) for key, value in status.items() for number, one in _numbered(value)]
-    sections = [("", plain), *lists, *((key, value) for key, value in status.items() if isinstance(value, dict))]
-    for title, part in sections:
-        rows = "".join(f"<tr><td>{html.escape(str(k))}<td>{html.escape(str(v))}" for k, v in part.items())
-        heading = f"<h2>{html.escape(title)}</h2>" if title else ""
-        parts.append(f"{heading}<table>{rows}</table>" if rows else "")
-    links = "<p><a href=status>status</a> <a href=metrics>metrics</a> <a href=healthcheck>healthcheck</a>"
-    head = f"<!doctype html><meta charset=utf-8><title>LMCache</title><style>{_STYLE}</style>"
-    return head + "".join(parts) + links
-
-
-def _numbered(value: object) -> list[tuple[int, Mapping[str, object]]]:
-    """Number the items of a list, such as that of engines or tiers, from 1."""
-    return (
-        [(number, one) for number, one in enumerate(value, 1) if isinstance(one, dict)]
-        if isinstance(value, list)
-        else []
-    )
 
 
 # --- sockets ----------------------------------------------------------------------------------------------------------

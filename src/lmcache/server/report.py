@@ -11,6 +11,7 @@ from lmcache import __version__
 from lmcache.cache import KINDS
 from lmcache.config.server import ServerConfig
 from lmcache.errors import ConfigError
+from lmcache.server.history import COUNTERS, GAUGES, History
 from lmcache.server.loop import Loop
 from lmcache.server.service import Service
 
@@ -26,6 +27,8 @@ class Report:
 
     def __init__(self, config: ServerConfig, loop: Loop, service: Service) -> None:
         self._config, self._loop, self._service = config, loop, service
+        self._history = History(loop.now, loop.runtime.wall, self._counters)
+        loop.on_tick.append(self._history.tick)
 
     def health(self) -> tuple[bool, str]:
         """Return (True, "") if the loop's thread answers, which runs L1 and the engine endpoints, and the arena file exists."""
@@ -84,6 +87,10 @@ class Report:
             return []
         records = self._loop.ask(lambda: list(tiering.fetches.records))  # formatted in this thread, to spare the loop
         return [tiering.report.describe(one) for one in reversed(records)]
+
+    def history(self) -> tuple[list[str], list[tuple[float, ...]]]:
+        """Return the names of a few counters, and their samples of the last hour (`history.History`)."""
+        return ["time", *COUNTERS, *GAUGES], self._loop.ask(self._history.samples)
 
     def status(self) -> dict[str, object]:
         return self._loop.ask(self._status)
