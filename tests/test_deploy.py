@@ -137,7 +137,8 @@ def test_the_units_folders_and_times_are_those_of_its_settings(tmp_path: Path) -
     assert int(service["TimeoutStopSec"]) > config.drain_seconds
     assert (engine["User"], engine["After"]) == (service["User"], "lmcache.service")
     assert f"\nu {service['User']} " in (DEPLOY / "systemd/lmcache.sysusers").read_text()
-    assert "DynamicUser" not in service and "ProcSubset" not in service and "RemoveIPC" not in service
+    assert not {"DynamicUser", "ProcSubset", "RemoveIPC"} & service.keys()
+    assert "AF_NETLINK" in service["RestrictAddressFamilies"].split()
 
 
 def test_the_image_has_what_the_build_needs_and_runs_as_the_manifests_user() -> None:
