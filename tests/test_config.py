@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from lmcache.config.given import check_secret_file
 from lmcache.config.load import add_flags, load
 from lmcache.config.options import GIB, integer, number, word
 from lmcache.config.server import OPTIONS, ServerConfig
@@ -460,3 +461,27 @@ def test_parsers_refuse_what_is_out_of_bounds() -> None:
     for parse, text in ((number(0, 2), "nan"), (number(0, 2), "3"), (integer(1, 5), "1.0"), (integer(1, 5), "6")):
         with pytest.raises(ValueError, match="must be"):
             parse(text)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give files away")
+def test_a_secret_of_root_may_be_read_by_a_group_of_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kubernetes mounts secrets as root's, mode 0440 with `fsGroup`; the server may neither own nor change them."""
+    path = tmp_path / "token"
+    path.write_text("0123456789abcdef")
+
+    def accepted(owner: int, group: int, mode: int) -> bool:
+        os.chown(path, owner, group)
+        path.chmod(mode)
+        try:
+            check_secret_file(path, "it")
+        except ConfigError as error:
+            assert f"chmod 600 {path}" in str(error)
+            return False
+        return True
+
+    assert not accepted(0, 4242, 0o440), "root itself can change it"
+    for name, value in (("geteuid", 4242), ("getegid", 4242), ("getgroups", [4244])):
+        monkeypatch.setattr(f"lmcache.config.given.os.{name}", lambda value=value: value)
+    assert accepted(0, 4242, 0o440) and accepted(0, 4244, 0o640)
+    assert not accepted(0, 4242, 0o460) and not accepted(0, 4242, 0o444) and not accepted(0, 4243, 0o440)
+    assert not accepted(4242, 4242, 0o440) and accepted(4242, 4242, 0o400)

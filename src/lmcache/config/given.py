@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import stat
 from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
@@ -42,19 +43,22 @@ def nearest(name: str, known: Iterable[str], otherwise: str = "") -> str:
 
 
 def check_secret_file(path: Path, said: str, remedy: str = "") -> None:
-    """Check that a file with a secret can be read, and by its owner only. remedy: appended when it cannot be read.
+    """Check that a file with a secret can be read, and by its owner only; a file of root also by one group of this process, as
+    Kubernetes mounts a secret for a process that is not root. remedy: appended when it cannot be read.
 
     Raises:
         ConfigError: the check failed; the message contains the chmod command.
     """
     try:
-        mode = path.stat().st_mode
+        found = path.stat()
+        mode = found.st_mode
         if not stat.S_ISREG(mode):
             raise ConfigError(f"{said}: {path} is not a file")
         path.open("rb").close()
     except OSError as error:
         raise ConfigError(f"{said}: cannot read {path}: {error.strerror}{remedy}") from error
-    if mode & 0o077:
+    of_group = found.st_uid == 0 != os.geteuid() and found.st_gid in (os.getegid(), *os.getgroups())
+    if mode & (0o037 if of_group else 0o077):
         raise ConfigError(f"{said}: {path} holds a secret, but other users may read it: chmod 600 {path}")
 
 
