@@ -63,7 +63,9 @@ def answer(params: object, tokens: int, output: list[int]) -> dict[str, Any] | N
     found: dict[str, Any] = {}
     if given.get("do_remote_decode"):
         found[KEY] = {"v": VERSION, "tokens": tokens}
-        if _MULTI not in sys.modules:  # vLLM fails where two connectors return the same key, and others take it for theirs
+        if (
+            _MULTI not in sys.modules
+        ):  # vLLM fails where two connectors return the same key, and others take it for theirs
             found |= {"do_remote_prefill": True, "do_remote_decode": False}
     if given.get("ret_first_tok"):
         if output:

@@ -151,7 +151,7 @@ class SchedulerSide:
             if not local_tokens:
                 self._log(tracker, 0, 0)
             return 0
-        found = min(tracker.found_tokens, request.num_tokens)
+        found = min(tracker.found_tokens, request.num_tokens - (tracker.tail_leaves or 0))
         tracker.synchronous = self._is_synchronous(tracker, found - local_tokens)
         gain = min(found, request.num_tokens - tracker.synchronous) - local_tokens
         least = self._min_gain if local_tokens and not tracker.synchronous else 1
