@@ -106,7 +106,7 @@ def test_many_prompts_at_once(prefill: Engine, decode: Engine, server: Server, e
 def test_a_producer_loads_nothing_and_a_consumer_stores_nothing(
     prefill: Engine, decode: Engine, server: Server
 ) -> None:
-    prompt, counters = tokens(400, 400), server.status()["counters"]
+    prompt, counters = tokens(400, 640), server.status()["counters"]
     decode.generate([prompt])
     at_rest(server)
     assert server.status()["counters"]["stored_chunks_total"] == counters["stored_chunks_total"]
@@ -122,7 +122,7 @@ def test_a_producer_loads_nothing_and_a_consumer_stores_nothing(
 
 def test_parameters_are_hints(both: Engine, decode: Engine, server: Server, expected: dict[str, Outputs]) -> None:
     """As routers for NIXL give them to engines, and whatever else they may bring."""
-    prompt, other, answer = tokens(301, 500), tokens(330, 501), {"do_remote_decode": True, "do_remote_prefill": False}
+    prompt, other, answer = tokens(301, 600), tokens(330, 601), {"do_remote_decode": True, "do_remote_prefill": False}
     (alone,) = decode.generate([prompt])
     decode.forget()
     (first,) = both.generate([prompt], max_tokens=1, transfer={**answer, "ret_first_tok": True, "disagg_spec": {}})
@@ -151,7 +151,7 @@ def test_parameters_are_hints(both: Engine, decode: Engine, server: Server, expe
 
 
 def test_a_preempted_prefill(prefill: Engine, decode: Engine, server: Server) -> None:
-    prompt, other = tokens(900, 510), tokens(300, 511)
+    prompt, other = tokens(900, 610), tokens(300, 611)
     alone = decode.generate([prompt])
     decode.forget()
     prefill.ask("empty", prompt=prompt, other=other, abort=False)
@@ -163,7 +163,7 @@ def test_a_preempted_prefill(prefill: Engine, decode: Engine, server: Server) ->
 def test_a_decode_engine_that_waits(prefill: Engine, decode: Engine, server: Server) -> None:
     """The prefill engine stands still in the middle of a prompt. A request that waits for it is aborted, another one goes on when
     the prefill engine is killed."""
-    prompt = tokens(1500, 520)
+    prompt = tokens(1500, 620)
     alone = decode.generate([prompt])
     decode.forget()
     at_rest(server)
@@ -186,7 +186,7 @@ def test_a_decode_engine_that_waits(prefill: Engine, decode: Engine, server: Ser
 
 
 def test_a_server_that_is_killed(both: Engine, decode: Engine, server: Server) -> None:
-    prompt = tokens(600, 530)
+    prompt = tokens(600, 630)
     alone = decode.generate([prompt])
     decode.forget()
     both.generate([prompt], max_tokens=1, transfer={"do_remote_decode": True})

@@ -45,10 +45,11 @@ class Request:
 
     salt: only requests of the same salt share KV. adapter: name and content name of the LoRA adapter. extras: what else changes
     the KV. cacheable: whether the request may be loaded and stored. hit: the hit that is not being loaded yet; asked_from: the
-    token from which on it was asked for, at the start of a chunk. wait: if the last answer was `Loading`. blocks: the engine's
-    block table from token 0 on; tables: those of the model's further groups. stored: number of leading chunks that the server has
-    or was sent; tail: hash of the unfull chunk that it has or was sent. promised: how many leading chunks, with the
-    tail, other engines may expect to be stored. jobs: running stores, each with the number of ranks that have not ended it.
+    token from which on it was asked for, at the start of a chunk. counted: whether the server has counted an answer. wait: if the
+    last answer was `Loading`. blocks: the engine's block table from token 0 on; tables: those of the model's further groups.
+    stored: number of leading chunks that the server has or was sent; tail: hash of the unfull chunk that it has or was sent.
+    promised: how many leading chunks, with the tail, other engines may expect to be stored. jobs: running stores, each with the
+    number of ranks that have not ended it.
 
     tail_leaves: how many of the prompt's last tokens its tail leaves out, None for no tail, in an engine that does not store the
     tail of every prompt. stores_tail: whether this engine stores it; else another one does."""
@@ -65,6 +66,7 @@ class Request:
     asked_at: float = _NEVER
     asked_tokens: int = -1
     asked_from: int = 0
+    counted: bool = False
     wait: Wait | None = None
     blocks: list[int] = field(default_factory=list)
     tables: list[list[int]] = field(default_factory=list)
@@ -179,6 +181,7 @@ class Requests(Generic[RequestT]):
             return None
         age = now - request.asked_at
         same = len(tokens) == request.asked_tokens and request.epoch == session.epoch
+        again = same and request.counted
         if request.hit is not None:
             if same and age < fresh and request.asked_from <= have:
                 return request.hit
@@ -204,7 +207,7 @@ class Requests(Generic[RequestT]):
                 "request_id": str(request.id),
                 "chunks": most,
                 "engine": self._name if self._stores else "",
-                "again": same,
+                "again": again,
                 "stores_tail": stores_tail,
             }
             if not self._loads:
@@ -213,9 +216,9 @@ class Requests(Generic[RequestT]):
         if isinstance(found, Loading):
             began = request.wait.began if request.wait is not None else now
             request.wait = Wait(began, found, now + min(MISS_SECONDS, WAIT_SHARE * (now - began)))
-            request.promised, request.asked_tokens = 0, len(tokens)
+            request.promised, request.asked_tokens, request.counted = 0, len(tokens), again
             return found
-        request.wait = None
+        request.wait, request.counted = None, True
         request.promised = len(chain) + stores_tail if chain is not None and self._stores else 0
         if found is not None and chain is not None:
             request.stored = max(request.stored, min(found.chunks, len(chain)))
