@@ -198,10 +198,10 @@ class SchedulerSession(Session):
             self.misses["no answer"] += 1
             logger.debug("A lookup became a miss: %s", error)
             return None
+        if not found.lease and (not found.loading or not loads):  # an older server may offer a load to an announcement
+            return None
         if found.loading > 0:
             return Loading(found.chunks, found.loading)
-        if not found.lease:
-            return None
         self._held.add(found.lease)
         hit = self._hit(0, found, found.extents, epoch)
         if found.others:
