@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lmcache.cli.main import main
-from lmcache.config.engine import ROWS, EngineConfig, load_engine
+from lmcache.config.engine import ROWS, EngineConfig, ignored_by_daemons_engines, load_engine
 from lmcache.errors import ConfigError
 
 
@@ -73,7 +73,7 @@ def test_nothing_is_nothing(file: Path) -> None:
         ("cache_policy: MRU\n", ["cache_policy: MRU", "known: LRU"]),
         ("enable_blending: true\n", [":1: enable_blending: true", "only prefixes are reused"]),
         ("enable_p2p: true\n", ["enable_p2p: true", "`lmcache server`"]),
-        ("enable_pd: true\n", ["enable_pd", "disaggregated prefill"]),
+        ("enable_pd: true\n", ["enable_pd", "disaggregated prefill", "kv_producer"]),
         ("remote_serde: cachegen\n", ["remote_serde: cachegen", "write naive"]),
         ("remote_url: lm://localhost:65432\n", ["lm://localhost:65432", "LMCacheMPConnector"]),
         ("remote_url: localhost\n", ["must be a URL"]),
@@ -111,6 +111,16 @@ def test_names_of_others_in_the_environment_are_warned_about_or_left_alone() -> 
     first, second = settings.warnings
     assert "LMCACHE_CHUNK_SISE" in first and "LMCACHE_CHUNK_SIZE" in first
     assert "LMCACHE_ENABLE_KV_EVENTS: enable_kv_events has no effect" in second
+
+
+def test_an_engine_with_a_daemon_is_told_that_settings_of_another_way_to_hand_over_have_no_effect() -> None:
+    environ = {"LMCACHE_ENABLE_PD": "True", "LMCACHE_PD_ROLE": "sender", "LMCACHE_PD_BUFFER_SIZE": "", "PD_ROLE": "x"}
+    environ |= {"LMCACHE_CHUNK_SIZE": "8", "LMCACHE_PD_NONSENSE": "1", "LMCACHE_PD_BIDIRECTIONAL": "false"}
+    first, second = ignored_by_daemons_engines(environ)
+    assert first.startswith("LMCACHE_ENABLE_PD has no effect") and second.startswith("LMCACHE_PD_ROLE has no effect")
+    assert "kv_role" in first
+    (line,) = load_engine({"LMCACHE_PD_PEER_HOST": "h"}).warnings
+    assert "pd_peer_host has no effect" in line and "`lmcache server`" in line
 
 
 def test_tiers_are_flags_of_the_server(file: Path) -> None:

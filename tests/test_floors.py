@@ -17,6 +17,7 @@ FLOORS = {
     "cli": 9,
     "bench": 9,
     "server": 8,
+    "proxy": 8,
     "engine": 7,
     "transfer": 6,
     "wire": 5,

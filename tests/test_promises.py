@@ -329,6 +329,13 @@ def test_without_a_known_pace_a_wait_lasts_while_chunks_arrive(engines: Engines)
     assert engines.outcomes == ["late"]
 
 
+def test_an_engine_that_only_decodes_waits_at_the_other_ones_pace(engines: Engines) -> None:
+    prompt = chain(10)
+    engines.ask(1, prompt, rate=RATE / 10)  # a second for each chunk
+    assert engines.waited(2, prompt, rate=0.0) == pytest.approx(20.0 + UNPACED_WAIT_SECONDS, abs=0.02)
+    assert engines.outcomes == ["late"]
+
+
 def test_what_the_engine_has_itself_is_not_waited_for(engines: Engines) -> None:
     prompt = chain(10)
     engines.ask(1, prompt)

@@ -66,6 +66,8 @@ class Session:
         self.requests: list[str] = []
         self.engines: list[str] = []
         """Under which each lookup has announced what it does not find."""
+        self.tails: list[tuple[bool, bool]] = []
+        """Whether each lookup has named a tail, and whether the request stores it."""
         self.withdrawn: list[str] = []
         self.leased: set[int] = set()
         self.closed = False
@@ -89,7 +91,10 @@ class Session:
         any_split: bool = False,
         engine: str = "",
         again: bool = False,
+        stores_tail: bool = True,
+        loads: bool = True,
     ) -> Hit | Loading | None:
+        self.tails.append((bool(tail), bool(tail) and stores_tail))
         self.engines.append(engine)
         self.requests.append(request_id)
         self.lookups.append(len(chain))
@@ -97,7 +102,7 @@ class Session:
         if self.coming:
             return Loading(self.present, self.coming)
         first, chunks = skip_tokens // chain.chunk_tokens, min(self.present, len(chain) + bool(tail))
-        if chunks <= first:
+        if chunks <= first or not loads:
             return None
         self.leased.add(len(self.lookups))
         slots = struct.pack(f"<{chunks - first}I", *range(first, chunks))
@@ -135,6 +140,8 @@ class Request:
     priority: int = 0
     num_prompt_tokens: int = 0
     skip_reading_prefix_cache: bool = False
+    kv_transfer_params: Any = None
+    output_token_ids: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.num_prompt_tokens = len(self.all_token_ids)

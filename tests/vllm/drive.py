@@ -52,9 +52,10 @@ def generate(
     prompt_logprobs: bool = False,
     priority: list[int] | None = None,
     adapter: str = "",
+    transfer: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """All prompts at once. Of each: tokens, their log probabilities, tokens that were cached. priority: of each prompt. adapter:
-    the folder of a LoRA adapter for all of them."""
+    the folder of a LoRA adapter for all of them. transfer: the `kv_transfer_params` of each of them."""
     from vllm.lora.request import LoRARequest
 
     from vllm import SamplingParams
@@ -65,6 +66,7 @@ def generate(
         logprobs=1,
         ignore_eos=True,
         prompt_logprobs=1 if prompt_logprobs else None,
+        extra_args={"kv_transfer_params": transfer} if transfer is not None else None,
     )
     inputs = [
         {"prompt_token_ids": prompt} | ({"cache_salt": salts[at]} if salts and salts[at] else {})
@@ -114,6 +116,7 @@ def describe(output: Any) -> dict[str, Any]:
         "logprobs": values,
         "cached": output.num_cached_tokens,
         "reason": best.finish_reason,
+        "transfer": output.kv_transfer_params,
     }
 
 
@@ -231,6 +234,44 @@ def empty(llm: Any, prompt: list[int], other: list[int], abort: bool) -> dict[st
     go.set()
     copier.gather, worker.settle = gather, settle
     return {"emptied": emptied}
+
+
+def stop_after(llm: Any, steps: int) -> dict[str, Any]:
+    """The engine makes so many more steps and then none at all."""
+    engine, left = llm.llm_engine, [steps]
+    step = engine.step
+
+    def counted() -> Any:
+        left[0] -= 1
+        while left[0] < 0:
+            time.sleep(3600)
+        return step()
+
+    engine.step = counted
+    return {"ok": True}
+
+
+def compute_slowly(llm: Any, tokens_per_second: float) -> dict[str, Any]:
+    """The pace of computing prompts that the scheduler takes for measured."""
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler.connector._scheduler
+    scheduler.requests.prefill.tokens_per_second = tokens_per_second
+    return {"ok": True}
+
+
+def abort_waiting(llm: Any, prompt: list[int], polls: int) -> dict[str, Any]:
+    """Start the prompt, and abort it after so many steps if it still waits. Answers whether it did."""
+    from vllm import SamplingParams
+
+    engine, name = llm.llm_engine, f"waiting-{time.monotonic_ns()}"
+    engine.add_request(name, {"prompt_token_ids": prompt}, SamplingParams(temperature=0.0, max_tokens=4))
+    for _ in range(polls):
+        engine.step()
+    requests = engine.engine_core.engine_core.scheduler.requests
+    waited = all(not one.num_computed_tokens for one in requests.values())
+    engine.abort_request([name])
+    while engine.has_unfinished_requests():
+        engine.step()
+    return {"waited": waited}
 
 
 def metrics(llm: Any) -> dict[str, Any]:
@@ -413,6 +454,9 @@ COMMANDS = {
     "empty": empty,
     "deadline": deadline,
     "wait_for_stores": wait_for_stores,
+    "stop_after": stop_after,
+    "compute_slowly": compute_slowly,
+    "abort_waiting": abort_waiting,
     "metrics": metrics,
     "mix_up": mix_up,
     "digests": digests,

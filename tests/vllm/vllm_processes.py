@@ -161,9 +161,16 @@ class Engine(Process):
         self._answer(START_SECONDS)
 
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
+        self.tell(do, **arguments)
+        return self.hear()
+
+    def tell(self, do: str, **arguments: Any) -> None:
+        """Give a command; its answer is still to be heard."""
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
         self._process.stdin.flush()
+
+    def hear(self) -> dict[str, Any]:
         return self._answer(REPLY_SECONDS)
 
     def generate(self, prompts: list[list[int]], **arguments: Any) -> list[dict[str, Any]]:

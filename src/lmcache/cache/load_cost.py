@@ -17,7 +17,8 @@ AWAIT_TOLERANCE = 1.25
 """An engine begins to wait for another one that is expected to take up to so many times as long as computing: two equal engines
 that begin at the same time have the same time before them, and their measured paces differ. The wait itself gets no longer."""
 UNPACED_WAIT_SECONDS = 0.5
-"""An engine whose own pace is not known waits for another engine while chunks become complete at least this often."""
+"""An engine whose own pace is not known waits for another engine while chunks become complete at least this often, and for twice
+the time that the other one's pace suggests. Decode engines compute no prompts, so they never have a pace."""
 _WINDOW_SECONDS = 4.0
 """Older measurements lose half their weight whenever the tier has been busy for so many seconds more."""
 _HALF_LIFE_SECONDS = 5.0

@@ -314,9 +314,10 @@ class Waits:
     def _is_late(self, now: float, fetch: Fetch, awaits: bool) -> bool:
         if not awaits:
             return now - fetch.began > self._patience(fetch)
-        if not fetch.wanted.prefill_seconds:
-            return now - fetch.progress > UNPACED_WAIT_SECONDS
-        recompute, due = fetch.recompute_seconds, fetch.due[fetch.arrived]
+        due = fetch.due[fetch.arrived]
+        if not fetch.wanted.prefill_seconds:  # an engine that has only decoded so far: the other one's pace has to do
+            return now - max(fetch.progress, fetch.began + 2 * (due or 0.0)) > UNPACED_WAIT_SECONDS
+        recompute = fetch.recompute_seconds
         slack = AWAIT_SLACK * slack_seconds(recompute)
         own = recompute if due is None else max(2 * due, _FAIR_TRY * recompute)
         return now - fetch.since > recompute + slack or now - fetch.began > own + slack

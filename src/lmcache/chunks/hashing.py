@@ -113,16 +113,18 @@ class TokenChain:
         """Return the number of full chunks hashed so far."""
         return len(self.hashes) // HASH_BYTES
 
-    def tail(self, token_ids: Sequence[int]) -> bytes:
-        """Return the hash of the partial chunk at the end of `token_ids`, b"" where there is none. Full chunks must be hashed.
+    def tail(self, token_ids: Sequence[int], end: int | None = None) -> bytes:
+        """Return the hash of the partial chunk at the end of the first `end` (None: all) of `token_ids`, b"" where there is none.
+        Full chunks must be hashed.
 
         The partial chunk is never a parent: the chunks after it have the full chunk at its place in their chain.
         """
-        first = len(token_ids) // self.chunk_tokens * self.chunk_tokens
-        if first == len(token_ids):
+        end = len(token_ids) if end is None else end
+        first = end // self.chunk_tokens * self.chunk_tokens
+        if first == end:
             return b""
-        extras = self._extras(first, len(token_ids)) if self._extras else b""
-        return chunk_hash(self.parent(first // self.chunk_tokens), token_ids[first:], extras)
+        extras = self._extras(first, end) if self._extras else b""
+        return chunk_hash(self.parent(first // self.chunk_tokens), token_ids[first:end], extras)
 
     def parent(self, chunk: int) -> bytes:
         """Return the parent hash of chunk number `chunk`: the root for the first one."""

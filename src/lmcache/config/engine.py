@@ -161,6 +161,11 @@ def _ignored(names: str, effect: str) -> tuple[Row, ...]:
 
 _ONE_DAEMON = "let the engines share one `lmcache server` through LMCacheMPConnector"
 _OFF = "no effect: it belongs to a feature that is not on"
+_HANDED_OVER = (
+    "no effect: the engines of one `lmcache server` find each other's KV there without addresses and buffers of their own, and "
+    "vLLM's kv_role says what each of them does"
+)
+_ENABLE_PD = f"for disaggregated prefill {_ONE_DAEMON}, kv_role kv_producer in place of sender, kv_consumer of receiver"
 ROWS: tuple[Row, ...] = (
     *(
         Row(field.name, field.metadata["parse"], field.default, field.metadata["effect"])
@@ -168,7 +173,7 @@ ROWS: tuple[Row, ...] = (
     ),
     _refused("enable_blending", "only prefixes are reused: leave it out"),
     _refused("enable_p2p", _ONE_DAEMON),
-    _refused("enable_pd", f"for disaggregated prefill {_ONE_DAEMON}"),
+    _refused("enable_pd", _ENABLE_PD),
     _refused("enable_nixl", f"for disaggregated prefill {_ONE_DAEMON}"),
     _refused("enable_controller", "GET /status of the server shows what is cached; leave it out"),
     _refused("external_lookup_client", "lookups go to the engine's own server; leave it out", _optional(str), None),
@@ -219,10 +224,15 @@ ROWS: tuple[Row, ...] = (
     ),
     *_ignored("lmcache_instance_id", "no effect: the engine's id is the instance"),
     *_ignored(
+        "pd_role pd_buffer_size pd_buffer_device pd_peer_host pd_peer_init_port pd_peer_alloc_port pd_peer_query_port"
+        " pd_proxy_host pd_proxy_port pd_allocation_timeout_sec pd_shutdown_timeout_sec pd_condition_poll_interval_sec"
+        " pd_max_prefill_len pd_backend_mode pd_skip_proxy_notification pd_bidirectional",
+        _HANDED_OVER,
+    ),
+    *_ignored(
         "blend_recompute_ratios blend_recompute_ratio blend_min_tokens blend_check_layers blend_special_str p2p_host"
         " p2p_init_ports p2p_lookup_ports peer_init_ports peer_lookup_ports transfer_channel controller_url"
-        " controller_pull_url controller_reply_url lmcache_worker_port lmcache_worker_ports pd_role pd_buffer_size"
-        " pd_buffer_device pd_peer_host pd_peer_init_port pd_peer_alloc_port pd_proxy_host pd_proxy_port nixl_role"
+        " controller_pull_url controller_reply_url lmcache_worker_port lmcache_worker_ports nixl_role"
         " nixl_receiver_host nixl_receiver_port nixl_buffer_size nixl_buffer_device nixl_backends nixl_enable_gc"
         " cufile_buffer_size internal_api_server_include_index_list internal_api_server_socket_path_prefix"
         " lookup_timeout_ms lookup_server_worker_ids distributed_url blend_thresholds lmcache_worker_ids"
@@ -235,6 +245,19 @@ ROWS: tuple[Row, ...] = (
     ),
 )
 _BY_NAME = {row.name: row for row in ROWS}
+
+
+def ignored_by_daemons_engines(environ: Mapping[str, str]) -> list[str]:
+    """Return a line for each variable by which the public LMCache's engines hand prompts over. An engine with a daemon reads no
+    settings of in-process mode, and only these would make its user expect something else than it does."""
+    found = []
+    for variable in sorted(environ):
+        name, given = variable.removeprefix(ENV_PREFIX).lower(), environ[variable].lower()
+        if not variable.startswith(ENV_PREFIX) or given in (*_NOTHING, "false", "0"):
+            continue
+        if name == "enable_pd" or (name in _BY_NAME and name.startswith("pd_")):
+            found.append(f"{variable} has {_HANDED_OVER}")
+    return found
 
 
 @dataclasses.dataclass(frozen=True)

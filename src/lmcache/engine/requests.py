@@ -45,10 +45,14 @@ class Request:
 
     salt: only requests of the same salt share KV. adapter: name and content name of the LoRA adapter. extras: what else changes
     the KV. cacheable: whether the request may be loaded and stored. hit: the hit that is not being loaded yet; asked_from: the
-    token from which on it was asked for, at the start of a chunk. wait: if the last answer was `Loading`. blocks: the engine's
-    block table from token 0 on; tables: those of the model's further groups. stored: number of leading chunks that the server has
-    or was sent; tail: hash of the unfull chunk that it has or was sent. promised: how many leading chunks other engines may
-    expect to be stored. jobs: running stores, each with the number of ranks that have not ended it."""
+    token from which on it was asked for, at the start of a chunk. counted: whether the server has counted an answer. wait: if the
+    last answer was `Loading`. blocks: the engine's block table from token 0 on; tables: those of the model's further groups.
+    stored: number of leading chunks that the server has or was sent; tail: hash of the unfull chunk that it has or was sent.
+    promised: how many leading chunks, with the tail, other engines may expect to be stored. jobs: running stores, each with the
+    number of ranks that have not ended it.
+
+    tail_leaves: how many of the prompt's last tokens its tail leaves out, None for no tail, in an engine that does not store the
+    tail of every prompt. stores_tail: whether this engine stores it; else another one does."""
 
     id: Hashable
     salt: str = ""
@@ -62,6 +66,7 @@ class Request:
     asked_at: float = _NEVER
     asked_tokens: int = -1
     asked_from: int = 0
+    counted: bool = False
     wait: Wait | None = None
     blocks: list[int] = field(default_factory=list)
     tables: list[list[int]] = field(default_factory=list)
@@ -69,6 +74,8 @@ class Request:
     tail: bytes = b""
     promised: int = 0
     jobs: dict[str, int] = field(default_factory=dict)
+    tail_leaves: int | None = None
+    stores_tail: bool = False
 
     def all_tables(self, groups: int) -> list[list[int]]:
         """Return the block table of each group; empty ones if only the ranks know them."""
@@ -106,11 +113,13 @@ class Requests(Generic[RequestT]):
         session: the scheduler's session. It is closed with this object, or once `stop` was called and no load runs.
         block_tokens: tokens of a block in the requests' block tables; 0 if only the ranks know the tables.
         ranks: how many ranks have to end a job.
-        save_tail: whether the last, unfull chunk of a prompt is also stored, unless a group has a reach.
+        save_tail: whether the last, unfull chunk of every prompt is also stored. If not, each request says for itself whether it
+            has a tail. There is none if a group has a reach.
         name: the engine's name, the same in all of its schedulers. It names KV that no other engine may share, so it must be
             unique; "" generates one.
         groups: the groups of a model with several kinds of KV, in place of `block_tokens`.
         stores: whether the engine, by any of its ranks, stores what it computes. Other engines may wait for that.
+        loads: if false, `find` only announces what the engine will store, and finds nothing.
     """
 
     def __init__(
@@ -123,6 +132,7 @@ class Requests(Generic[RequestT]):
         name: str = "",
         groups: Sequence[GroupTable] = (),
         stores: bool = True,
+        loads: bool = True,
     ) -> None:
         self.session: SchedulerSession | None = session
         """None once `stop` or `close` was called: this engine then runs without a cache."""
@@ -140,7 +150,7 @@ class Requests(Generic[RequestT]):
         self._reaching = any(group.reach_tokens for group in self._groups)
         """Whether the engine keeps of some layers only what is in reach."""
         self._ranks, self._save_tail = ranks, save_tail and not self._reaching
-        self._name, self._stores = name or secrets.token_hex(8), stores
+        self._name, self._stores, self._loads = name or secrets.token_hex(8), stores, loads
         self._left: dict[str, int] = {}
         """Number of ranks that have not ended a load, by job."""
         self.storing: dict[str, RequestT] = {}
@@ -167,10 +177,11 @@ class Requests(Generic[RequestT]):
         prompt ends with these tokens.
         """
         session, now = self.session, self.runtime.now()
-        if session is None or not (request.cacheable and request.may_load):
+        if session is None or not (request.cacheable and (request.may_load or not self._loads)):
             return None
         age = now - request.asked_at
         same = len(tokens) == request.asked_tokens and request.epoch == session.epoch
+        again = same and request.counted
         if request.hit is not None:
             if same and age < fresh and request.asked_from <= have:
                 return request.hit
@@ -183,7 +194,8 @@ class Requests(Generic[RequestT]):
         found: Hit | Loading | None = None
         if chain is not None:
             chain.extend(tokens)
-            tail = chain.tail(tokens) if self._save_tail else b""
+            tail = self._tail(request, chain, tokens, len(tokens))
+        stores_tail = bool(tail) and self._stores_tail(request)
         if chain is not None and (len(chain) or tail):
             ask: Callable[..., Hit | Loading | None] = (
                 partial(session.lookup, wait_seconds=wait_seconds) if wait else session.poll
@@ -195,16 +207,19 @@ class Requests(Generic[RequestT]):
                 "request_id": str(request.id),
                 "chunks": most,
                 "engine": self._name if self._stores else "",
-                "again": same,
+                "again": again,
+                "stores_tail": stores_tail,
             }
+            if not self._loads:
+                ask = partial(session.poll, loads=False)
             found = ask(chain, have, self.prefill.tokens_per_second, any_split=True, **named)
         if isinstance(found, Loading):
             began = request.wait.began if request.wait is not None else now
             request.wait = Wait(began, found, now + min(MISS_SECONDS, WAIT_SHARE * (now - began)))
-            request.promised, request.asked_tokens = 0, len(tokens)
+            request.promised, request.asked_tokens, request.counted = 0, len(tokens), again
             return found
-        request.wait = None
-        request.promised = len(chain) if chain is not None and self._stores else 0
+        request.wait, request.counted = None, True
+        request.promised = len(chain) + stores_tail if chain is not None and self._stores else 0
         if found is not None and chain is not None:
             request.stored = max(request.stored, min(found.chunks, len(chain)))
             request.tail = tail if found.chunks > len(chain) else request.tail
@@ -222,6 +237,16 @@ class Requests(Generic[RequestT]):
             generation = f"\0reset {self._name} {self._generation}\0" if self._generation else ""
             request.chain = session.new_chain(generation + request.salt, *request.adapter, extras=request.extras)
         return request.chain
+
+    def _stores_tail(self, request: RequestT) -> bool:
+        return self._stores and not self._reaching and (self._save_tail or request.stores_tail)
+
+    def _tail(self, request: RequestT, chain: TokenChain, tokens: Any, end: int) -> bytes:
+        """Return the hash of the unfull chunk of a prompt that ends at `end`, b"" if it has none or its chunks are full."""
+        leaves = 0 if self._save_tail else request.tail_leaves
+        if leaves is None or self._reaching or not end % chain.chunk_tokens:
+            return b""
+        return chain.tail(tokens, end - leaves)
 
     def give_back(self, request: RequestT) -> None:
         """Release the request's hit without loading it. A later load needs another `find`."""
@@ -290,7 +315,7 @@ class Requests(Generic[RequestT]):
         session, chain = self.session, request.chain
         if session is None or not request.cacheable:
             return None
-        ends = ends and self._save_tail
+        ends = ends and self._stores_tail(request)
         if chain is not None and request.epoch == session.epoch:  # called at every step, mostly with nothing to store
             size = chain.chunk_tokens
             if computed // size <= request.stored and (request.tail or not (ends and computed % size)):
@@ -301,8 +326,8 @@ class Requests(Generic[RequestT]):
         size = chain.chunk_tokens
         first, chunks = max(request.stored, -(-first_token // size)), computed // size
         chain.extend(tokens)
-        tail = chain.tail(tokens[:computed]) if ends and not request.tail else b""
-        end = computed if tail else chunks * size
+        tail = self._tail(request, chain, tokens, computed) if ends and not request.tail else b""
+        end = computed - (0 if self._save_tail else request.tail_leaves or 0) if tail else chunks * size
         if end <= first * size:
             return None
         job, plans = self._job("store"), []
@@ -336,6 +361,9 @@ class Requests(Generic[RequestT]):
         request.jobs[job_id] -= ranks or self._ranks
         if request.jobs[job_id] <= 0:
             del request.jobs[job_id], self.storing[job_id]
+            if request.promised and not request.jobs and request.id not in self.open and self.session is not None:
+                request.promised = 0  # a rank may have failed to store what was promised
+                self.session.withdraw(str(request.id))
 
     def _job(self, kind: str) -> str:
         self._jobs += 1
@@ -354,10 +382,13 @@ class Requests(Generic[RequestT]):
         return request
 
     def _withdraw(self, request: RequestT) -> None:
-        """Tell the server if the request waits no longer, or stores less than it has announced."""
-        if (request.wait is not None or request.promised > request.stored) and self.session is not None:
+        """Tell the server if the request waits no longer, or stores less than it has announced. What its running stores bring
+        is still promised, so that whoever asks for it now waits for them."""
+        less = request.promised > request.stored + bool(request.tail)
+        if (request.wait is not None or less) and self.session is not None:
             self.session.withdraw(str(request.id))
-        request.promised = 0
+        if less or not request.jobs:
+            request.promised = 0
 
     def forgone(self, tokens: int) -> None:
         """Count tokens of a prompt that were computed but could be neither looked up nor stored, for want of a server."""

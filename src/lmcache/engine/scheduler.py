@@ -129,6 +129,7 @@ class SchedulerSession(Session):
         any_split: bool = False,
         engine: str = "",
         again: bool = False,
+        stores_tail: bool = True,
     ) -> Hit | None:
         """Poll until tiers have loaded what the server finds worth waiting for, or `wait_seconds` (None: the deadline of a call)
         have passed. Arguments as for `poll`."""
@@ -138,7 +139,7 @@ class SchedulerSession(Session):
         pause = _SHORTEST_PAUSE_SECONDS
         while True:
             asked = chain, skip_tokens, prefill_rate, tail, request_id, chunks, any_split, engine
-            found = self.poll(*asked, halts=True, again=again)
+            found = self.poll(*asked, halts=True, again=again, stores_tail=stores_tail)
             if not isinstance(found, Loading):
                 return found
             if self.runtime.now() > end:
@@ -160,6 +161,8 @@ class SchedulerSession(Session):
         engine: str = "",
         halts: bool = False,
         again: bool = False,
+        stores_tail: bool = True,
+        loads: bool = True,
     ) -> Hit | Loading | None:
         """Look up which leading chunks of the chain are in L1, and lease those behind the first `skip_tokens` tokens.
 
@@ -169,7 +172,8 @@ class SchedulerSession(Session):
         chunks: look up only so many. any_split: find also what ranks of other parallel splits have stored, which is `foreign` in
         the hit, for `LoadPlan` to make loads of. engine: the name of an engine that stores what it computes; others may wait for
         the chunks that it does not find. halts: whether it computes nothing while the answer is `Loading`. again: whether the
-        server has counted an earlier answer to the same request.
+        server has counted an earlier answer to the same request. stores_tail: whether the engine stores the tail, too. loads: if
+        false, only announce what the engine will store, and return None.
         """
         if chain.chunk_tokens != self._chunk_tokens:
             return None
@@ -179,24 +183,25 @@ class SchedulerSession(Session):
         hashes = known + tail
         if len(hashes) > self._most_hashes:
             hashes = hashes[: HASH_BYTES * m.most_looked_up(first, self._all_shards)]
-        if first * HASH_BYTES >= len(hashes):
+        if loads and first * HASH_BYTES >= len(hashes):
             return None
         epoch = self._epoch
         try:
             name = m.request_name(request_id)
             request = m.Lookup(
-                *(self._space, hashes, first, prefill_rate, name, self._others, any_split, m.request_name(engine)),
-                *(halts, again),
+                *(self._space, hashes, first if loads else len(hashes) // HASH_BYTES, prefill_rate, name, self._others),
+                *(any_split, m.request_name(engine), halts, again, loads),
+                *((len(known) // HASH_BYTES,) if tail and not stores_tail else ()),
             )
             found, _ = self._connection.call(request, m.Found)
         except LMCacheError as error:
             self.misses["no answer"] += 1
             logger.debug("A lookup became a miss: %s", error)
             return None
+        if not found.lease and (not found.loading or not loads):  # an older server may offer a load to an announcement
+            return None
         if found.loading > 0:
             return Loading(found.chunks, found.loading)
-        if not found.lease:
-            return None
         self._held.add(found.lease)
         hit = self._hit(0, found, found.extents, epoch)
         if found.others:

@@ -144,10 +144,11 @@ class Service:
             hashes = self._answerable(peer, request, spaces, first)
         name = m.request_name(request.request)
         asked = peer.process, request.space, hashes, first, name, request.others, request.sisters
+        uncounted = request.again or not request.loads
         if self.tiering is None:
-            return _found(self.l1.lookup(self._now(), *asked, again=request.again))
+            return _found(self.l1.lookup(self._now(), *asked, again=uncounted))
         hit = None
-        if any(self.tiering.sources):
+        if request.loads and any(self.tiering.sources):
             if not any(map(self.tiering.knows, spaces, repeat(hashes), repeat(request.sisters))):
                 everything = self.l1.lookup(self._now(), *asked, partly=False, again=request.again)
                 hit = everything if 16 * everything.chunks == len(hashes) else None
@@ -157,10 +158,11 @@ class Service:
                 if coming:
                     return m.Found(in_l1, 0, b"", coming)
         if hit is None:
-            hit = self.l1.lookup(self._now(), *asked, again=request.again)
+            hit = self.l1.lookup(self._now(), *asked, again=uncounted)
         if self.l1.promises.by_chunk or (request.engine and 16 * hit.chunks < len(hashes)):
             asker = Asker(peer.process, name, request.engine)
-            self.tiering.answered(asker, spaces, hashes, hit.chunks, request.prefill_rate)
+            stored = hashes if request.stores < 0 else hashes[: 16 * request.stores]
+            self.tiering.answered(asker, spaces, stored, hit.chunks, request.prefill_rate)
         if self.tiering.writes.nearly_full:
             self.tiering.writes.used(spaces, hashes, hit.chunks)
         return _found(hit)

@@ -110,6 +110,11 @@ class Lookup(Message, frozen=True, tag=4):
     """Whether the engine computes nothing while it waits for what is `loading`."""
     again: bool = False
     """Whether the request, which still waits, has had an answer before. Hits and misses count the first one only."""
+    loads: bool = True
+    """False: the engine loads nothing, and only says what it will compute and store. It names itself and wants no chunk
+    (`first_wanted` is the number of hashes), and nothing is counted as a hit or a miss."""
+    stores: int = -1
+    """How many of the first chunks the engine will store if it does not find them; -1 for all."""
 
 
 class Release(Message, frozen=True, tag=5):

@@ -30,6 +30,7 @@ from lmcache.observability.log import init_logger
 logger = init_logger(__name__)
 _WorkerMetadata: Any = getattr(base, "KVConnectorWorkerMetadata", object)
 _HandshakeMetadata: Any = getattr(base, "KVConnectorHandshakeMetadata", object)
+_ENDED_WELL = "FINISHED_STOPPED", "FINISHED_LENGTH_CAPPED"
 
 
 class LMCacheMetadata(KVConnectorMetadata):  # type: ignore[misc]
@@ -321,7 +322,12 @@ class Connector:
         self._scheduler.transferred(received, sent, invalid, report, failed)
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
-        return (self._scheduler is not None and self._scheduler.finished(request)), None
+        if self._scheduler is None:
+            return False, None
+        params = None
+        if request.kv_transfer_params and request.status.name in _ENDED_WELL:
+            params = self._scheduler.handed_over(request)
+        return self._scheduler.finished(request), params
 
     def request_finished_all_groups(
         self, request: Any, block_ids: tuple[list[int], ...]

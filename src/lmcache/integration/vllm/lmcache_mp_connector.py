@@ -6,14 +6,17 @@ the request waits, unscheduled, while the ranks copy, so that no other request i
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1 import base
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorMetadata, KVConnectorRole
 
+from lmcache.config.engine import ignored_by_daemons_engines
 from lmcache.integration.vllm.connector import Connector
 from lmcache.integration.vllm.own_server import offloading_size_gb, server_for_offloading
 from lmcache.integration.vllm.settings import read_settings
+from lmcache.observability.log import init_logger
 
 try:
     from vllm.v1.metrics.cache_hit_source import CacheHitSource
@@ -21,6 +24,7 @@ try:
     _HIT_SOURCE: Any = CacheHitSource.HOST
 except ImportError:  # before vLLM 0.30
     _HIT_SOURCE = None
+logger = init_logger(__name__)
 _SupportsHMA: Any = getattr(base, "SupportsHMA", object)
 
 
@@ -34,6 +38,8 @@ class LMCacheMPConnector(Connector, KVConnectorBase_V1, _SupportsHMA):  # type: 
         super().__init__(vllm_config, role, kv_cache_config)
         self._kv_caches: dict[str, Any] | None = None
         """The registered KV tensors, until the scheduler has sent the server's address."""
+        for line in ignored_by_daemons_engines(os.environ) if role == KVConnectorRole.SCHEDULER else ():
+            logger.warning("%s", line)
         self._describe(read_settings(vllm_config.kv_transfer_config))
 
     def _start(self) -> None:

@@ -18,6 +18,7 @@ from lmcache.engine import Loading, LoadPlan, Request, Requests, SchedulerSessio
 from lmcache.engine.prefill import TokenRate
 from lmcache.engine.requests import GroupTable
 from lmcache.engine.settings import WITH_A_DAEMON
+from lmcache.integration.vllm import handover
 from lmcache.integration.vllm.identity import Adapters
 from lmcache.integration.vllm.plan import NOT_ASKED, StepPlan, StepReport
 from lmcache.integration.vllm.rules import reads_nothing
@@ -88,7 +89,12 @@ class SchedulerSide:
         adapts_items: bool = False,
     ) -> None:
         self.requests: Requests[Tracker] = Requests(
-            session, ranks=ranks, save_tail=config.save_unfull_chunk, groups=groups, stores=can_store
+            session,
+            ranks=ranks,
+            save_tail=config.save_unfull_chunk,
+            groups=groups,
+            stores=can_store,
+            loads=can_load,
         )
         self._groups, self._numbers = groups, numbers
         self._fails_by_request = len(set(numbers)) > 1 or groups[0].reach_tokens > 0  # as in `ModelKV`
@@ -135,9 +141,9 @@ class SchedulerSide:
         """
         tracker = self._tracker(request)
         tracker.local_tokens = local_tokens
-        if not self._can_load or reads_nothing(request):
+        if reads_nothing(request):
             return 0
-        hit = self.requests.find(tracker, request.all_token_ids, local_tokens)
+        hit = self.requests.find(tracker, request.all_token_ids, local_tokens)  # or only an announcement
         if isinstance(hit, Loading):
             self._tiers_load = True
             return None
@@ -145,7 +151,7 @@ class SchedulerSide:
             if not local_tokens:
                 self._log(tracker, 0, 0)
             return 0
-        found = min(tracker.found_tokens, request.num_tokens)
+        found = min(tracker.found_tokens, request.num_tokens - (tracker.tail_leaves or 0))
         tracker.synchronous = self._is_synchronous(tracker, found - local_tokens)
         gain = min(found, request.num_tokens - tracker.synchronous) - local_tokens
         least = self._min_gain if local_tokens and not tracker.synchronous else 1
@@ -283,6 +289,13 @@ class SchedulerSide:
         if report.refusal:
             requests.stop(report.refusal)
 
+    def handed_over(self, request: Any) -> dict[str, Any] | None:
+        """Return what the engine tells the router about a request that has ended well; None if it has not been asked to."""
+        tracker = self.requests.open.get(request.request_id)
+        stored = tracker is not None and tracker.stores_tail and tracker.cacheable
+        tokens = request.num_prompt_tokens if stored else 0
+        return handover.answer(request.kv_transfer_params, tokens, list(request.output_token_ids[:1]))
+
     def finished(self, request: Any) -> bool:
         """End a request. Return whether the engine has to keep its blocks until the connector reports it as sent."""
         name = request.request_id
@@ -347,6 +360,10 @@ class SchedulerSide:
         if adapter is None or late or resumable or unknown or getattr(request, "prompt_embeds", None) is not None:
             fresh.cacheable = False
         fresh.adapter = adapter or fresh.adapter
+        wanted = handover.asked(
+            getattr(request, "kv_transfer_params", None), loads=self._can_load, stores=self._can_store
+        )
+        fresh.tail_leaves, fresh.stores_tail = wanted.tail_leaves, wanted.gives
         if tracker is not None:
             fresh.may_load, fresh.cacheable = tracker.may_load, fresh.cacheable and tracker.cacheable
             # These jobs are not settled yet if the preemption came outside a step (a reset of the engine's prefix cache).

@@ -1,0 +1,122 @@
+"""Calls to the engines behind the proxy, over HTTP/1.1: one connection for each call, so that its end ends the request."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+import anyio
+import h11
+from anyio.abc import SocketStream
+
+from lmcache.errors import ConfigError
+
+CONNECT_SECONDS = 5.0
+AVOIDED_SECONDS = 10.0
+"""An engine that has failed is asked only after the others for so long."""
+_READ_BYTES = 65536
+FAILURES = OSError, TimeoutError, h11.RemoteProtocolError, anyio.BrokenResourceError
+"""What ends a call to an engine that has gone, hangs, or does not speak HTTP."""
+
+
+@dataclass(eq=False)
+class Engine:
+    """An engine's HTTP endpoint. running: calls that have not ended. used: number of calls. failed: when a call failed last."""
+
+    host: str
+    port: int
+    path: str = ""
+    running: int = 0
+    used: int = 0
+    failed: float = float("-inf")
+
+    def __str__(self) -> str:
+        return f"http://{self.host}:{self.port}{self.path}"
+
+
+def parse_engines(flag: str, text: str) -> list[Engine]:
+    """Parse URLs with commas between them.
+
+    Raises:
+        ConfigError: one of them is no URL of an HTTP endpoint.
+    """
+    engines = []
+    for url in filter(None, (one.strip() for one in text.split(","))):
+        parts = urlsplit(url)
+        try:
+            if parts.scheme != "http" or not parts.hostname or parts.username or parts.query or parts.port == 0:
+                raise ValueError
+            engines.append(Engine(parts.hostname, parts.port or 80, parts.path.rstrip("/")))
+        except ValueError:
+            raise ConfigError(f"{flag} {url}: must be like http://127.0.0.1:8100, without a path such as /v1") from None
+    if not engines:
+        raise ConfigError(f"{flag} {text!r}: name at least one engine, such as http://127.0.0.1:8100")
+    return engines
+
+
+def in_turn(engines: Sequence[Engine], now: float) -> list[Engine]:
+    """Return the engines in the order in which to ask them: those that have failed lately last, the others by their load."""
+    return sorted(engines, key=lambda one: (one.failed > now - AVOIDED_SECONDS, one.running, one.used))
+
+
+class Answer:
+    """An engine's answer, of which status and headers have arrived."""
+
+    def __init__(self, stream: SocketStream, protocol: h11.Connection, seconds: float) -> None:
+        self._stream, self._protocol, self._seconds = stream, protocol, seconds
+        self.status = 0
+        self.headers: dict[bytes, bytes] = {}
+
+    async def _next(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
+        while (event := self._protocol.next_event()) is h11.NEED_DATA:
+            with anyio.fail_after(self._seconds):
+                try:
+                    data = await self._stream.receive(_READ_BYTES)
+                except anyio.EndOfStream:
+                    data = b""
+            self._protocol.receive_data(data)
+        return event
+
+    async def read_head(self) -> None:
+        event = await self._next()
+        while isinstance(event, h11.InformationalResponse):
+            event = await self._next()
+        if not isinstance(event, h11.Response):
+            raise h11.RemoteProtocolError("the connection was closed without an answer")
+        self.status, self.headers = event.status_code, dict(event.headers)
+
+    async def parts(self) -> AsyncIterator[bytes]:
+        """Yield the body as it arrives."""
+        while isinstance(event := await self._next(), h11.Data):
+            yield bytes(event.data)
+
+
+@asynccontextmanager
+async def call(
+    engine: Engine, method: str, path: str, headers: dict[str, str], body: bytes, seconds: float
+) -> AsyncIterator[Answer]:
+    """Send a request, and yield the answer once its head has arrived. Leaving ends the request. seconds: how long the engine
+    may send nothing. Raises one of `FAILURES`."""
+    engine.running, engine.used = engine.running + 1, engine.used + 1
+    try:
+        with anyio.fail_after(CONNECT_SECONDS):
+            stream = await anyio.connect_tcp(engine.host, engine.port)
+        async with stream:
+            protocol = h11.Connection(h11.CLIENT)
+            sent = {"Host": f"{engine.host}:{engine.port}", "Connection": "close", **headers}
+            head = h11.Request(
+                method=method, target=engine.path + path, headers=[*sent.items(), ("Content-Length", str(len(body)))]
+            )
+            raw = (protocol.send(head) or b"") + (protocol.send(h11.Data(body)) or b"")
+            with anyio.fail_after(seconds):
+                await stream.send(raw + (protocol.send(h11.EndOfMessage()) or b""))
+            answer = Answer(stream, protocol, seconds)
+            await answer.read_head()
+            yield answer
+    except FAILURES:
+        engine.failed = anyio.current_time()
+        raise
+    finally:
+        engine.running -= 1
