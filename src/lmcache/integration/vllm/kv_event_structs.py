@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ from lmcache.engine.known import L1, Told
 from lmcache.observability.log import init_logger
 
 logger = init_logger(__name__)
+_PROBE = bytes(range(1, 33))
 _MEDIUM_CPU = getattr(kv_events, "MEDIUM_CPU", "CPU")
 _MEDIUM_STORAGE = getattr(kv_events, "MEDIUM_STORAGE", "STORAGE")
 
@@ -27,6 +29,9 @@ class Structs:
         self._of_group = {"group_idx": number, **_described(spec)}
         self._stored = set(kv_events.BlockStored.__struct_fields__)
         self._removed = set(kv_events.BlockRemoved.__struct_fields__)
+        # vLLM reads an environment variable for each hash, which takes 50 us until it has cached its environment.
+        convert = utils.maybe_convert_block_hash
+        self._published: Callable[[Any], Any] = _last_64_bits if convert(_PROBE) == _last_64_bits(_PROBE) else convert
 
     def blocks(self, request: Any) -> Any:
         hashes = request.block_hashes
@@ -47,7 +52,7 @@ class Structs:
         )
 
     def event(self, told: Told) -> Any:
-        blocks = [utils.maybe_convert_block_hash(one) for one in told.blocks]
+        blocks = [self._published(one) for one in told.blocks]
         medium = _MEDIUM_CPU if told.medium == L1 else _MEDIUM_STORAGE
         if told.prompt is None:
             return self._made(
@@ -62,7 +67,7 @@ class Structs:
             kv_events.BlockStored,
             self._stored,
             block_hashes=blocks,
-            parent_block_hash=None if told.parent is None else utils.maybe_convert_block_hash(told.parent),
+            parent_block_hash=None if told.parent is None else self._published(told.parent),
             token_ids=told.tokens,
             block_size=self._block_tokens,
             lora_id=about.lora_id,
@@ -86,6 +91,11 @@ class Structs:
             keys.append(utils.generate_block_hash_extra_keys(about, start, start + size, 0)[0])
         untag = getattr(utils, "to_event_extra_keys", None)  # before vLLM 0.32 they had no tags
         return untag(keys) if untag is not None else keys
+
+
+def _last_64_bits(block_hash: Any) -> int:
+    """Return a block hash as vLLM publishes it, unless it is told to publish all bytes."""
+    return int.from_bytes(block_hash[-8:], "big")
 
 
 def _tokens_of_hash(kv_cache_config: Any, vllm_config: Any, block_tokens: int) -> int:
