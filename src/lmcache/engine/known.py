@@ -9,7 +9,7 @@ Prompts that part within a chunk share the blocks before that, so a block can en
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -73,7 +73,7 @@ class Known:
     """What is to be published, in order."""
     _chunks: OrderedDict[bytes, _Chunk] = field(default_factory=OrderedDict)
     _prompts: OrderedDict[Hashable, Prompt] = field(default_factory=OrderedDict)
-    _copies: dict[int, Counter[Hashable]] = field(default_factory=lambda: {medium: Counter() for medium in MEDIA})
+    _copies: dict[int, dict[Hashable, int]] = field(default_factory=lambda: {medium: {} for medium in MEDIA})
     """In how many chunks that are told, in each medium, a block ends."""
     _blocks: int = 0
     _tokens: int = 0
@@ -169,8 +169,9 @@ class Known:
         prompt, size, copies = chunk.prompt, self.block_tokens, self._copies[medium]
         first, new = chunk.number * prompt.chain.chunk_tokens // size, list[Hashable]()
         for block in chunk.blocks:
-            copies[block] += 1
-            if copies[block] == 1:
+            before = copies.get(block, 0)
+            copies[block] = before + 1
+            if not before:
                 new.append(block)
             else:  # of a block that is told, all blocks before it are told
                 first += 1
@@ -206,9 +207,10 @@ class Known:
         chunk.told &= ~medium
         gone, copies = list[Hashable](), self._copies[medium]
         for block in chunk.blocks:
-            copies[block] -= 1
-            if not copies[block]:
-                del copies[block]
+            left = copies.pop(block) - 1
+            if left:
+                copies[block] = left
+            else:
                 gone.append(block)
         if not gone:
             return
