@@ -1,7 +1,7 @@
 """What KV events cost vLLM's scheduler, by vLLM's own structs: run it with vLLM's interpreter.
 
-Prints microseconds of CPU time: of a step with nothing to tell, of a lookup of a prompt of 131,072 tokens that finds nothing, of a
-step that publishes its first 64 chunks as stored, and of one that publishes them as removed. Blocks have 16 tokens.
+Prints microseconds of CPU time: of a step with nothing to tell, of a lookup of a prompt of 131,072 tokens that finds nothing, of
+a step that publishes its first 64 chunks as stored, and of one that publishes them as removed. Blocks have 16 tokens.
 """
 
 from __future__ import annotations
