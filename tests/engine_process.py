@@ -65,6 +65,7 @@ class Engine:
         key_file: str | None = None,
         model: str | Identity = "model",
         stages: tuple[int, ...] = (),
+        follows: bool = False,
     ) -> None:
         self.layers, self.heads, self.dims, self.block_tokens = layers, heads, dims, block_tokens
         self.blocks = np.random.default_rng(7).permutation(num_blocks).tolist()
@@ -92,7 +93,7 @@ class Engine:
 
         group = RankGroup(layout, self.shard, self._describe(), stages=tuple(stages))
         shape = GroupShape(layout, shards, stages=tuple(stages))
-        self.scheduler = SchedulerSession(endpoint("scheduler"), shape) if scheduler else None
+        self.scheduler = SchedulerSession(endpoint("scheduler"), shape, follows=follows) if scheduler else None
         self.worker = WorkerSession(endpoint("worker"), group)
 
     def _describe(self) -> PagedKV:

@@ -49,6 +49,7 @@ REQUESTS = [
     m.Renew([1, 2]),
     m.Challenge(bytes(32)),
     m.Declined("why", "i", "worker", 0, 7, 8),
+    m.TakeNews(),
 ]
 ANSWERS = [
     m.Welcome(1, "0.1", b"s", 16, "/p", b"a", 4096, "/c"),
@@ -58,6 +59,7 @@ ANSWERS = [
     m.Found(2, 1, bytes(8)),
     m.Reserved(1, bytes(8), 0, ""),
     m.Proven(bytes(32), bytes(32), "127.0.0.1:5555 in net:[1]"),
+    m.News([("stored", bytes(32)), ("removed", b"")], True),
 ]
 
 

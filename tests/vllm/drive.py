@@ -433,6 +433,28 @@ def rank_worker() -> Any:
     return getattr(group, "_lmcache_engine", group)._worker
 
 
+def kv_events(llm: Any, endpoint: str, start: int = 0) -> dict[str, Any]:
+    """What a router gets that asks for vLLM's KV events again, from batch `start` on, as vLLM's own structs decode it."""
+    import msgspec
+    import zmq
+    from vllm.distributed.kv_events import KVEventBatch, ZmqEventPublisher
+
+    decoder, events, after = msgspec.msgpack.Decoder(KVEventBatch), [], start
+    with zmq.Context.instance().socket(zmq.DEALER) as socket:
+        socket.connect(endpoint)
+        socket.send_multipart([b"", start.to_bytes(8, "big")])
+        while True:
+            frames = socket.recv_multipart()
+            if frames[-2] == ZmqEventPublisher.END_SEQ:
+                break
+            after = int.from_bytes(frames[-2], "big") + 1
+            batch = decoder.decode(frames[-1])
+            events += [{"type": type(one).__name__} | msgspec.to_builtins(one, str_keys=True) for one in batch.events]
+            if not socket.getsockopt(zmq.RCVMORE) and not socket.poll(60_000):
+                raise TimeoutError("no end of the replay")
+    return {"events": events, "next": after}
+
+
 changed: dict[str, Any] = {}
 
 
@@ -465,6 +487,7 @@ COMMANDS = {
     "groups": groups,
     "spoil": spoil,
     "watch_loads": watch_loads,
+    "kv_events": kv_events,
 }
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from routers import Router, publishing
 from vllm_processes import Api, Engine, Process, Server
 
 from ports import free_port
@@ -23,6 +24,7 @@ WALK = [tokens(63, 200), [*tokens(63, 200), 17]]
 COST = r"size: \d+\.\d{4} gb, cost \d+\.\d\d ms, throughput: \d+\.\d\d GB/s"
 TIMES = r"offload_time: \d+\.\d\d ms, put_time: \d+\.\d\d ms"
 LONG = [tokens(500, 210 + number) for number in range(8)]
+PUBLISHING = publishing()
 Outputs = list[dict[str, Any]]
 
 
@@ -86,6 +88,7 @@ def engine(folder: Path, model: Path) -> Iterator[Engine]:
         block_size=32,
         num_gpu_blocks_override=136,
         max_num_batched_tokens=256,
+        kv_events_config=PUBLISHING,
     )
     yield made
     made.end()
@@ -175,6 +178,14 @@ def test_a_layer_that_vllm_does_not_call_for_is_a_failed_load_and_computed(
     assert engine.text().count("Recovered from KV load failure") == 1
     engine.ask("slow_layers", seconds=0)
     assert_same(engine.generate(mixed()), expected["mixed"])
+
+
+def test_a_router_has_followed_all_of_it(engine: Engine) -> None:
+    """By the blocks that preemptions, aborts, failed loads and resets have left, of chunks of eight tokens."""
+    router, prompt = Router(engine, PUBLISHING, 32), mixed()[0]
+    engine.generate([prompt])
+    router.until(lambda: router.prefix(prompt, "CPU") == len(prompt) // 32 * 32, "the last prompt's blocks")
+    assert not router.media["STORAGE"] and "publishes no KV events any more" not in engine.text()
 
 
 def test_a_killed_engine_leaves_nothing(engine: Engine) -> None:

@@ -72,6 +72,8 @@ class Events:
         """The listeners of each kind."""
         self.named: set[str] = set()
         """Kinds whose events must carry hashes."""
+        self._namers: dict[str, list[Listener]] = {}
+        """The listeners that need these, by kind."""
         self.timed = False
         """Whether a listener needs `last_used`, so that the time of each use must be noted."""
 
@@ -82,7 +84,15 @@ class Events:
         for kind in kinds:
             self.heard.setdefault(kind, []).append(listener)
             if named:
+                self._namers.setdefault(kind, []).append(listener)
                 self.named.add(kind)
+
+    def ignore(self, listener: Listener) -> None:
+        """Call the listener no more. What only it needed is not read any more, except times of use."""
+        for listeners in (*self.heard.values(), *self._namers.values()):
+            while listener in listeners:
+                listeners.remove(listener)
+        self.named = {kind for kind, listeners in self._namers.items() if listeners}
 
     def emit(
         self, kind: str, space: int, chunks: int, reason: str, by: By, detail: Callable[[Event], Event], shard: int = -1

@@ -210,7 +210,7 @@ ROWS: tuple[Row, ...] = (
     ),
     *_ignored("numa_mode", "no effect: the kernel places the pages"),
     *_ignored("enable_async_loading", "no effect: loads are short, and tiers are read ahead of them"),
-    *_ignored("enable_kv_events", "no effect: no KV events are sent"),
+    *_ignored("enable_kv_events", "no effect: vLLM's --kv-events-config decides"),
     *_ignored(
         "enable_lazy_memory_allocator lazy_memory_initial_ratio lazy_memory_expand_trigger_ratio lazy_memory_step_ratio"
         " lazy_memory_safe_size",

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
+from collections import Counter, deque
 from itertools import repeat
 from typing import NamedTuple
+
+from msgspec import structs
 
 from lmcache.chunks import TokenChain, chunk_root
 from lmcache.chunks.hashing import HASH_BYTES, Extras
@@ -20,6 +22,7 @@ from lmcache.observability.log import init_logger
 from lmcache.runtime import RUNTIME, Runtime
 from lmcache.wire import messages as m
 from lmcache.wire.carriers import Carrier
+from lmcache.wire.messages import Change
 
 logger = init_logger(__name__)
 _SHORTEST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.0005, 0.008
@@ -70,10 +73,18 @@ class SchedulerSession(Session):
         groups: the model's kinds of KV, one or several, in the order of the workers'. While the first one's `layout_for` raises
             IdentityUnknown this session connects to no server.
         runtime: clock and threads.
+        follows: whether to ask what happens to the first group's chunks. The engine then takes `news`, and calls `ask_news`.
     """
 
-    def __init__(self, endpoint: Endpoint, *groups: GroupShape, runtime: Runtime = RUNTIME) -> None:
+    def __init__(
+        self, endpoint: Endpoint, *groups: GroupShape, runtime: Runtime = RUNTIME, follows: bool = False
+    ) -> None:
         super().__init__(groups[0].layout_for, runtime)
+        self._follows = follows
+        self.news: deque[tuple[Change, bytes] | int] = deque()
+        """What the server has told of chunks and was not taken yet; a number of `restarts`: what was told before is void."""
+        self.restarts = 0
+        self._asks_news = self._followed = False
         self._groups = groups
         self._all_shards = sum(one.shards for one in self._groups)
         self._most_hashes = HASH_BYTES * m.most_looked_up(0, self._all_shards)
@@ -95,7 +106,9 @@ class SchedulerSession(Session):
         """How many seconds a lease lives without renewal, as the last server stated; 0 if it did not. The connection renews the
         leases of this session in the background."""
         self._connection = Connection(
-            endpoint, self._register, lambda: self._layout_for(1), lambda: list(self._held), runtime=runtime
+            *(endpoint, self._register, lambda: self._layout_for(1), lambda: list(self._held)),
+            runtime=runtime,
+            errand=self._ask_news if follows else None,
         )
 
     @property
@@ -279,6 +292,33 @@ class SchedulerSession(Session):
             return False
         return True
 
+    @property
+    def is_told(self) -> bool:
+        """Whether the server tells all that happens to chunks. Older servers do not."""
+        return self._followed and self._connection.connected
+
+    def ask_news(self) -> None:
+        """Ask for more `news`, in the connection's thread: this returns at once, and the news comes within some 0.1 s."""
+        self._asks_news = True
+
+    def _ask_news(self) -> None:
+        if not (self._asks_news and self._followed):
+            return
+        self._asks_news = False
+        try:
+            told, _ = self._connection.call(m.TakeNews(), m.News)
+        except LMCacheError as error:
+            logger.debug("No news of chunks: %s", error)
+            return
+        if told.incomplete:
+            self._restart_news()
+        self.news += told.changes
+
+    def _restart_news(self) -> None:
+        self.restarts += 1
+        self.news.clear()
+        self.news.append(self.restarts)
+
     def close(self) -> None:
         self._connection.close()
 
@@ -289,7 +329,13 @@ class SchedulerSession(Session):
         spaces: list[int] = []
         for one in self._groups:  # the first group has all of a prompt, if any has
             request = one.registration(welcome.chunk_tokens, main=spaces[0] if spaces else -1)
-            spaces.append(ask(carrier, request, m.Registered).space)
+            if self._follows and not spaces:
+                self._restart_news()
+                self._followed = False
+                request = structs.replace(request, follows=True)
+            registered = ask(carrier, request, m.Registered)
+            self._followed |= registered.followed
+            spaces.append(registered.space)
         if welcome.holds_for != self._epoch:
             self._late, self._held = [], set()
         ask(carrier, m.Hold(list(self._held)), m.Ok)

@@ -40,6 +40,8 @@ HELP: dict[str, str] = {
     "failed_effects_total": "Internal steps that failed, such as writing an extent header; the log names the first of each kind.",
     "unanswered_messages_total": "Messages of connections that are not admitted, beyond those that are answered in a tick.",
     "unsent_answers_total": "Answers that could not be sent, because the engine had gone or did not read.",
+    "news_chunks_total": "Changes of chunks that were noted for engines that publish KV events.",
+    "news_overflows_total": "Times that such an engine asked too late, so that it withdraws what it has published.",
     "loop_errors_total": "Exceptions in callbacks of the server's main loop.",
     "chunks": "Chunks in L1 now.",
     "leases": "Open leases: sets of extents that engines may read.",

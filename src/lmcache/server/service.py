@@ -18,6 +18,7 @@ from lmcache.cache.promises import Asker
 from lmcache.chunks import Split, space_fingerprint, tensor_splits
 from lmcache.errors import LayoutError, LMCacheError
 from lmcache.observability.log import init_logger
+from lmcache.server.followers import Followers
 from lmcache.server.loop import Loop
 from lmcache.server.payload import PayloadCopies, Reply
 from lmcache.server.sessions import Peer, Sessions
@@ -45,6 +46,8 @@ class Service:
         self._now, self.started = loop.now, loop.now()
         self._payload = PayloadCopies(loop, l1, self.sessions, workers)
         self._drop_reasons: set[str] = set()
+        self.followers = Followers(l1, self.counters)
+        self.sessions.on_gone.append(self.followers.leave)
         self._answers: dict[type, Callable[[Peer, Any], m.Message]] = {
             m.Ping: lambda peer, request: m.Ok(),
             m.Register: self._register,
@@ -58,6 +61,7 @@ class Service:
             m.Clear: lambda peer, request: m.Ok(self.clear()),
             m.Dropped: self._dropped,
             m.Bye: self._bye,
+            m.TakeNews: lambda peer, request: self.followers.take(peer.process),
         }
         if logger.isEnabledFor(logging.DEBUG):
             l1.events.listen(KINDS + TIER_KINDS, _log, named=False)
@@ -65,6 +69,7 @@ class Service:
         if tiering is not None:
             fetches = tiering.fetches
             self.sessions.on_gone.append(lambda process: fetches.leave(loop.now(), process))
+            tiering.on_clear.append(self.followers.tier_cleared)
 
     # Requests
 
@@ -133,7 +138,9 @@ class Service:
         }
         if request.shard >= 0:
             logger.info("Registered KV cache for GPU ID %d with %d layers (%s)", peer.pid, layout.num_layers, peer.who)
-        return m.Registered(space)
+        if request.follows:
+            self.followers.follow(peer.process, space)
+        return m.Registered(space, request.follows)
 
     def _lookup(self, peer: Peer, request: m.Lookup) -> m.Message:
         hashes = request.hashes

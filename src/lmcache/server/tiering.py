@@ -102,6 +102,8 @@ class Tiering:
         self._late_loads = set[int]()
         """Numbers of loads that are still running after their deadline."""
         self._interrupts = 0
+        self.on_clear: list[Callable[[], None]] = []
+        """Called when a tier is being emptied."""
         loop.on_tick.append(self._tick)
         if specs:
             l1.events.listen(["stored", "refused", "dropped", "evicted", "load_failed"], self.fetches.heard)
@@ -445,6 +447,8 @@ class Tiering:
         for runner in chosen:
             runner.queue.clear()
             runner.generation += 1
+            for listener in self.on_clear:
+                listener()
             if runner.breaker.closed:
                 runner.clear(partial(cleared, runner))
             else:  # report the reason for which the tier does not serve

@@ -86,6 +86,8 @@ class Register(Message, frozen=True, tag=3):
     """Which part of the model's memory this group needs, as the engine expects."""
     main: int = -1
     """For a group with a reach: the space of the group without one, which has all of a prompt; -1 if there is none."""
+    follows: bool = False
+    """Whether the engine will ask with `TakeNews` what happens to chunks of this space."""
 
 
 class Lookup(Message, frozen=True, tag=4):
@@ -218,6 +220,10 @@ class Declined(Message, frozen=True, tag=17):
     user: int = -1
 
 
+class TakeNews(Message, frozen=True, tag=18):
+    """Ask what has happened to the chunks of the space that this process follows, since it was asked last. Answered by `News`."""
+
+
 # Answers
 
 
@@ -261,6 +267,8 @@ class Error(Message, frozen=True, tag=66):
 
 class Registered(Message, frozen=True, tag=67):
     space: int
+    followed: bool = False
+    """Whether the server notes from now on what happens to chunks of the space, for `TakeNews`. Nothing is told of earlier."""
 
 
 class Foreign(msgspec.Struct, frozen=True, array_like=True):
@@ -312,6 +320,20 @@ class Proven(Message, frozen=True, tag=71):
     """The connection as the server sees it (`wire.auth.connection_name`). The proof is valid for no other one."""
 
 
+Change = Literal["stored", "removed", "written", "lost"]
+"""What happened to chunks: they have become complete in L1, or were removed from it; a tier has them, or has lost them."""
+
+
+class News(Message, frozen=True, tag=72):
+    """What has happened to chunks of a followed space or its sisters, in order. Chunks that went from one of these spaces are
+    `removed` even if another one has them."""
+
+    changes: Annotated[list[tuple[Change, bytes]], msgspec.Meta(max_length=65536)]
+    """The kind of each change, with the hashes of its chunks; b"": all chunks."""
+    incomplete: bool = False
+    """Whether the server had to drop what has happened before these changes. Then anything may be gone."""
+
+
 Request = (
     Hello
     | Ping
@@ -330,8 +352,9 @@ Request = (
     | Renew
     | Challenge
     | Declined
+    | TakeNews
 )
-Answer = Welcome | Ok | Error | Registered | Found | Reserved | Proven
+Answer = Welcome | Ok | Error | Registered | Found | Reserved | Proven | News
 AnswerT = TypeVar("AnswerT", bound=Message)
 
 # Decoding raises these: msgspec's own errors, and those for invalid UTF-8, deep nesting and an invalid layout.

@@ -17,6 +17,7 @@ from lmcache.engine.served import NOT_SERVED, refusal_of
 from lmcache.engine.settings import ServerSettings
 from lmcache.integration.vllm.caches import describe_rank, layers_of_all_stages
 from lmcache.integration.vllm.identity import draft_model_of
+from lmcache.integration.vllm.kv_events import Events
 from lmcache.integration.vllm.layers import Layers
 from lmcache.integration.vllm.model import ModelKV, Stages, describe_model, needs_ranks, zeroes_first
 from lmcache.integration.vllm.plan import StepPlan, StepReport
@@ -117,7 +118,8 @@ class Connector:
             GroupShape(one.layout, one.shards, one.group, share, one.stages)
             for one, share in zip(kv.groups, kv.shares, strict=True)
         ]
-        session = SchedulerSession(endpoint, *groups)
+        events = self._events_of(kv)
+        session = SchedulerSession(endpoint, *groups, follows=events is not None)
         self._scheduler = side = SchedulerSide(
             session,
             [
@@ -135,11 +137,26 @@ class Connector:
             zeroes=zeroes_first(self._vllm_config, self._kv_cache_config),
             names_items=names_items(self._vllm_config),
             adapts_items=adapts_items(self._vllm_config),
+            events=events,
         )
         side.bind_pool(self._pool)
         watch_resets(self._instance, side)
         if not wait_for_server((session,), self._server):
             side.requests.stop(NOT_STARTED)
+
+    def _events_of(self, kv: ModelKV) -> Events | None:
+        """Return what makes KV events of the group that has all of a prompt; None if vLLM publishes none, or this engine loads
+        nothing, so that routers gain nothing by sending it prompts that the server has."""
+        config, first = getattr(self._vllm_config, "kv_events_config", None), kv.groups[0]
+        loads = self._vllm_config.kv_transfer_config.is_kv_consumer
+        if config is None or not config.enable_kv_cache_events or not loads:
+            return None
+        if first.reach_tokens:
+            logger.info("LMCache publishes no KV events for a model all of whose layers have windows or states")
+            return None
+        from lmcache.integration.vllm.kv_event_structs import Structs
+
+        return Structs(self._vllm_config, self._kv_cache_config, first.number, first.block_tokens)
 
     def _attach(self, kv_caches: dict[str, Any], address: str = "") -> None:
         """Make this rank's side. address: as for `_serve`."""
@@ -333,6 +350,11 @@ class Connector:
         self, request: Any, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
         return self.request_finished(request, block_ids[0])
+
+    def take_events(self) -> Iterable[Any]:
+        """Return the KV events since the last call, if vLLM publishes them."""
+        events = self._scheduler.events if self._scheduler is not None else None
+        return events.take() if events is not None else ()
 
     def reset_cache(self) -> bool:
         """Serve none of the KV stored so far to this engine any more. Other engines keep their KV."""

@@ -96,7 +96,7 @@ def empty(reset: Any, scheduler: Any, *args: Any, **kwargs: Any) -> Any:
         side.release_blocks()
     emptied = reset(scheduler, *args, **kwargs)
     if emptied and side is not None:
-        side.requests.own_cache_emptied()
+        side.own_cache_emptied()
     return emptied
 
 

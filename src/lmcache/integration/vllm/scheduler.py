@@ -20,6 +20,7 @@ from lmcache.engine.requests import GroupTable
 from lmcache.engine.settings import WITH_A_DAEMON
 from lmcache.integration.vllm import handover
 from lmcache.integration.vllm.identity import Adapters
+from lmcache.integration.vllm.kv_events import Events, KVEvents
 from lmcache.integration.vllm.plan import NOT_ASKED, StepPlan, StepReport
 from lmcache.integration.vllm.rules import reads_nothing
 from lmcache.observability.log import init_logger
@@ -68,7 +69,7 @@ class SchedulerSide:
     report that they have mapped the arena of the hit. config: settings of loads and stores. logs: whether each lookup is logged,
     as users of in-process mode expect. zeroes: whether vLLM writes zeros to the blocks that it gives out; its newer model runner
     does that before ranks settle the stores that read them. names_items, adapts_items: as in `rules`; prompts with images,
-    sounds ... are not cached if vLLM does not name these.
+    sounds ... are not cached if vLLM does not name these. events: makes vLLM's KV events, if vLLM publishes them.
     """
 
     def __init__(
@@ -87,6 +88,7 @@ class SchedulerSide:
         zeroes: bool = False,
         names_items: bool = True,
         adapts_items: bool = False,
+        events: Events | None = None,
     ) -> None:
         self.requests: Requests[Tracker] = Requests(
             session,
@@ -96,6 +98,8 @@ class SchedulerSide:
             stores=can_store,
             loads=can_load,
         )
+        self.events = KVEvents(self.requests, groups[0].block_tokens, events) if events is not None else None
+        """What vLLM's KV events tell of the server; None if vLLM publishes none."""
         self._groups, self._numbers = groups, numbers
         self._fails_by_request = len(set(numbers)) > 1 or groups[0].reach_tokens > 0  # as in `ModelKV`
         self._block_tokens, self._ranks = groups[0].block_tokens, ranks
@@ -144,6 +148,8 @@ class SchedulerSide:
         if reads_nothing(request):
             return 0
         hit = self.requests.find(tracker, request.all_token_ids, local_tokens)  # or only an announcement
+        if self.events is not None:
+            self.events.looked_up(tracker)
         if isinstance(hit, Loading):
             self._tiers_load = True
             return None
@@ -326,6 +332,12 @@ class SchedulerSide:
         """Serve nothing that was computed before: the weights may be other ones from the next step on."""
         self.requests.reset(self._filled)
 
+    def own_cache_emptied(self) -> None:
+        """Record that vLLM's own prefix cache is empty."""
+        self.requests.own_cache_emptied()
+        if self.events is not None:
+            self.events.own_cache_emptied()
+
     def items_emptied(self) -> None:
         """Record that vLLM's encoder cache is empty."""
         self._item_adapters.clear()
@@ -417,6 +429,8 @@ class SchedulerSide:
         if store is not None:
             self._hold(store)
             plan.stores.append(store)
+            if self.events is not None:
+                self.events.stores(tracker)
 
     def _hold(self, store: StorePlan) -> None:
         """Keep vLLM from reusing the blocks that a store reads before it has ended."""

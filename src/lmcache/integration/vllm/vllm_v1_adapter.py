@@ -30,6 +30,7 @@ _NOT_FORWARDED = (
     "get_transfer_results",
     "build_connector_worker_meta",
     "update_connector_output",
+    "take_events",
     "reset_cache",
     "shutdown",
 )
