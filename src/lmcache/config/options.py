@@ -154,6 +154,19 @@ def urls(text: str) -> tuple[str, ...]:
     return found
 
 
+def peers(text: str) -> tuple[str, ...]:
+    """Parse the addresses of servers, separated by commas. A port that is missing is 5555."""
+    found = []
+    for one in filter(None, (part.strip() for part in text.replace("\n", ",").split(","))):
+        host, _, port = one.rpartition(":")
+        if not host or one.endswith("]") or (":" in host and not host.startswith("[")):
+            host, port = one, "5555"
+        if not re.fullmatch(r"[\w.-]+|\[[0-9a-fA-F:.]+\]", host) or not port.isdecimal() or not 0 < int(port) < 65536:
+            raise ValueError(f"must be HOST:PORT,HOST:PORT; {one!r} is not one")
+        found.append(f"{host}:{int(port)}")
+    return tuple(dict.fromkeys(found))
+
+
 def lines(text: str) -> tuple[str, ...]:
     """Parse one value a line, skipping empty lines."""
     return tuple(line.strip() for line in text.splitlines() if line.strip())

@@ -40,10 +40,13 @@ class Report:
         tiers: tiers to empty too: `all`, or names separated by commas.
 
         Raises:
-            ConfigError: there is no tier of such a name.
+            ConfigError: there is no tier of such a name, or it is read-only.
         """
         names = {name.strip() for name in tiers.split(",") if name.strip()}
-        known = [runner.name for runner in self._service.tiering.runners] if self._service.tiering is not None else []
+        runners = self._service.tiering.runners if self._service.tiering is not None else []
+        for name in (one.name for one in runners if one.tier.read_only and one.name in names):
+            raise ConfigError(f"tiers={name}: this tier is the memory of other servers: clear it there")
+        known = [runner.name for runner in runners if not runner.tier.read_only]
         for name in names - {"all", *known}:
             raise ConfigError(f"tiers={name}: there is no such tier; known: {', '.join(['all', *known])}")
         cleared: dict[str, object] = {"cleared_chunks": self._loop.ask(self._service.clear, 30.0)}

@@ -193,7 +193,10 @@ class TierRunner:
         if not self.loads.closed and not self.loads.due(now):
             return "loads fail", self.loads.reason
         hanging = self._hanging(now)
-        return "stalled" if hanging else "serving", hanging
+        if hanging:
+            return "stalled", hanging
+        trouble = self.tier.trouble()
+        return "serves in part" if trouble else "serving", trouble
 
     def tick(self, now: float) -> None:
         """Cancel operations whose deadline has passed, open a failed tier again when its pause is over, and log when an operation

@@ -35,7 +35,14 @@ MAX_GROUPS = 32
 """Bound of the groups of a model beside the first one."""
 MAX_RESERVED_CHUNKS = 16384
 """Bound of the chunks in one `Reserve`. The server needs some ten milliseconds to allocate extents for so many."""
+MAX_ASKED_CHUNKS = 512
+"""Bound of the chunks in one `Has` or `Pull`, whose answer takes the server some 0.1 ms."""
+PEER = "peer"
+"""The role of a server in its hello to another server."""
 Nonce = Annotated[bytes, msgspec.Meta(min_length=NONCE_BYTES, max_length=NONCE_BYTES)]
+Space = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
+"""The fingerprint of a layout with its split."""
+Asked = Annotated[bytes, msgspec.Meta(max_length=16 * MAX_ASKED_CHUNKS)]
 Leases = Annotated[list[int], msgspec.Meta(max_length=65536)]
 Id = Annotated[bytes, msgspec.Meta(max_length=64)]
 Software = Annotated[str, msgspec.Meta(max_length=200)]
@@ -213,6 +220,24 @@ class Declined(Message, frozen=True, tag=17):
     user: int = -1
 
 
+class Has(Message, frozen=True, tag=18):
+    """From a peer: ask which of these chunks are complete in L1, in the space of this fingerprint and number of shards. Answered
+    by `Having`."""
+
+    space: Space
+    shards: int
+    hashes: Asked
+
+
+class Pull(Message, frozen=True, tag=19):
+    """From a peer: ask for one shard of these chunks. Answered by `Pulled`, with a payload frame for each chunk that L1 has."""
+
+    space: Space
+    shards: int
+    shard: int
+    hashes: Asked
+
+
 # Answers
 
 
@@ -307,6 +332,19 @@ class Proven(Message, frozen=True, tag=71):
     """The connection as the server sees it (`wire.auth.connection_name`). The proof is valid for no other one."""
 
 
+class Having(Message, frozen=True, tag=72):
+    """One byte for each chunk of a `Has`: 1 if L1 has it, else 0."""
+
+    present: Annotated[bytes, msgspec.Meta(max_length=MAX_ASKED_CHUNKS)]
+
+
+class Pulled(Message, frozen=True, tag=73):
+    """One header (`tiers.frame`) for each chunk of a `Pull`; b"" where L1 does not have the chunk. The others' payload
+    frames follow, in the same order."""
+
+    headers: Annotated[list[Annotated[bytes, msgspec.Meta(max_length=128)]], msgspec.Meta(max_length=MAX_ASKED_CHUNKS)]
+
+
 Request = (
     Hello
     | Ping
@@ -325,8 +363,10 @@ Request = (
     | Renew
     | Challenge
     | Declined
+    | Has
+    | Pull
 )
-Answer = Welcome | Ok | Error | Registered | Found | Reserved | Proven
+Answer = Welcome | Ok | Error | Registered | Found | Reserved | Proven | Having | Pulled
 AnswerT = TypeVar("AnswerT", bound=Message)
 
 # Decoding raises these: msgspec's own errors, and those for invalid UTF-8, deep nesting and an invalid layout.

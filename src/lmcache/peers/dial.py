@@ -1,0 +1,93 @@
+"""Finding and reaching other servers: their addresses, and new connections to them. Everything here blocks."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lmcache.config.hosts import addresses, in_url
+from lmcache.engine.endpoint import Endpoint
+from lmcache.engine.hello import say_hello
+from lmcache.errors import LMCacheError, ServerUnavailable
+from lmcache.wire import messages as m
+from lmcache.wire.carriers import ZmqCarrier
+
+MAX_PEERS = 64
+"""The most other servers that this one is connected to."""
+
+
+@dataclass(frozen=True)
+class Myself:
+    """Who connects to other servers. server_id: of this server. key_file: its key, which the others must have too. open_door:
+    whether to use servers that have not proved themselves."""
+
+    server_id: bytes = field(default_factory=lambda: secrets.token_bytes(16))
+    key_file: Path | None = None
+    open_door: bool = False
+
+
+class Itself(LMCacheError):
+    """The address is that of this server."""
+
+
+@dataclass(frozen=True)
+class Dialled:
+    """New connections to one server. asks: for questions. pulls: for payload."""
+
+    server: bytes
+    asks: ZmqCarrier
+    pulls: list[ZmqCarrier]
+
+    def close(self) -> None:
+        for one in (self.asks, *self.pulls):
+            one.close()
+
+
+def dial(address: str, connections: int, myself: Myself) -> Dialled:
+    """Connect to the server at HOST:PORT, with so many connections for payload and one for questions.
+
+    Raises:
+        Itself: it is this server.
+        ServerUnavailable, ServerRefused, ConfigError: as `say_hello`.
+    """
+    made: list[ZmqCarrier] = []
+    servers = set[bytes]()
+    try:
+        for number in range(connections + 1):
+            instance = f"server {myself.server_id.hex()[:16]}"
+            endpoint = Endpoint(
+                f"tcp://{address}",
+                instance,
+                m.PEER,
+                number,
+                transfer_mode="payload",
+                auth_key_file=myself.key_file,
+                insecure_no_auth=myself.open_door,
+            )
+            carrier, welcome, _ = say_hello(endpoint, secrets.token_bytes(16))
+            assert isinstance(carrier, ZmqCarrier)
+            made.append(carrier)
+            if welcome.server == myself.server_id:
+                raise Itself(f"{address} is this server")
+            servers.add(welcome.server)
+        if len(servers) > 1:
+            raise ServerUnavailable("several servers answer at this address: give the address of each of them")
+    except BaseException:
+        for one in made:
+            one.close()
+        raise
+    return Dialled(servers.pop(), made[0], made[1:])
+
+
+def resolve(names: Sequence[tuple[str, int]]) -> tuple[list[str], list[str]]:
+    """Return the numeric addresses HOST:PORT of all servers behind these names, and what is wrong with names that have none."""
+    found, wrong = dict[str, None](), []
+    for host, port in names:
+        try:
+            for address in addresses(host):
+                found[f"{in_url(address)}:{port}"] = None
+        except OSError as error:
+            wrong.append(str(error))
+    return list(found)[:MAX_PEERS], wrong
