@@ -15,7 +15,9 @@ from lmcache.wire import messages as m
 from lmcache.wire.carriers import ZmqCarrier
 
 MAX_PEERS = 64
-"""The most other servers that this one is connected to."""
+"""The most addresses of other servers that this one connects to."""
+Name = tuple[str, int]
+"""Host and port. The host may be a name with several addresses."""
 
 
 @dataclass(frozen=True)
@@ -81,13 +83,12 @@ def dial(address: str, connections: int, myself: Myself) -> Dialled:
     return Dialled(servers.pop(), made[0], made[1:])
 
 
-def resolve(names: Sequence[tuple[str, int]]) -> tuple[list[str], list[str]]:
-    """Return the numeric addresses HOST:PORT of all servers behind these names, and what is wrong with names that have none."""
-    found, wrong = dict[str, None](), []
+def resolve(names: Sequence[Name]) -> dict[Name, list[str] | str]:
+    """Return the numeric addresses HOST:PORT behind each name, or why the name has none."""
+    found: dict[Name, list[str] | str] = {}
     for host, port in names:
         try:
-            for address in addresses(host):
-                found[f"{in_url(address)}:{port}"] = None
+            found[host, port] = [f"{in_url(address)}:{port}" for address in addresses(host)]
         except OSError as error:
-            wrong.append(str(error))
-    return list(found)[:MAX_PEERS], wrong
+            found[host, port] = str(error)
+    return found

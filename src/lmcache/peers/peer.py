@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 
-from lmcache.errors import ServerUnavailable
 from lmcache.observability.log import init_logger
 from lmcache.peers.dial import Dialled
 from lmcache.peers.link import Link, Question
@@ -24,7 +23,8 @@ class Peer:
         """Opens when the links are lost or cannot be made; a new attempt follows each pause."""
         self.server = b""
         """The id of the server that answered last."""
-        self.is_itself = False
+        self.is_needless = False
+        """Whether the server at the address is this one, or is connected by another address."""
         self.dialling = False
         self.asks: Link | None = None
         """For questions, which must not wait behind payload. None: the peer is not connected."""
@@ -41,17 +41,23 @@ class Peer:
     @property
     def trouble(self) -> str:
         """Why the peer does not serve; "" if it does, or has not been tried yet."""
-        return "" if self.asks is not None or self.is_itself else self.breaker.reason
+        return "" if self.asks is not None or self.is_needless else self.breaker.reason
 
     def connected(self, dialled: Dialled, timeout_seconds: float, now: float) -> None:
-        self.server = dialled.server
+        self.server, self.is_needless = dialled.server, False
         self.asks = Link(dialled.asks, timeout_seconds, now)
         self.pulls = [Link(one, timeout_seconds, now) for one in dialled.pulls]
         self.breaker.succeeded()
         logger.info("Peer %s: connected; lookups find what it has", self.address)
 
+    def not_needed(self, now: float, reason: str) -> None:
+        """Do without a connection for now; another server may get the address."""
+        self.is_needless = True
+        self.breaker.failed(now, reason, at_once=True)
+
     def failed(self, now: float, reason: str) -> None:
         """Give up all links, or the attempt to make them, for this reason."""
+        self.is_needless = False
         if self.asks is not None or self.breaker.reason != reason:
             logger.warning("Peer %s does not serve; this server tries it again: %s", self.address, reason)
         self.breaker.failed(now, reason, at_once=True)
@@ -65,16 +71,28 @@ class Peer:
         for question in waiting:
             question.lost(reason)
 
-    def pull(self, now: float, question: Question) -> None:
-        """Ask for payload, over the link with the fewest unanswered pulls. Raises ServerUnavailable if there is none."""
-        if self.asks is None:
-            raise ServerUnavailable("it is not connected")
-        self._queue.append(question)
-        self.pump(now)
+    def hear(self, now: float) -> None:
+        """Take all answers that have arrived. Raises ServerUnavailable if a link is lost."""
+        for link in self.links:
+            if self.asks is not None:  # taking an answer may have shown that the other server has hung up
+                link.hear(now)
+        self._pump(now)
 
-    def pump(self, now: float) -> None:
-        """Ask for queued payload. Raises ServerUnavailable if a link is lost."""
-        while self._queue:
+    def pull(self, now: float, question: Question) -> None:
+        """Ask for payload, over the link with the fewest unanswered pulls.
+
+        Raises:
+            ServerUnavailable: a link is lost. The question is then answered as lost when the peer is closed.
+        """
+        if self.asks is None:
+            question.lost("it is not connected")
+            return
+        self._queue.append(question)
+        self._pump(now)
+
+    def _pump(self, now: float) -> None:
+        """Ask for queued payload."""
+        while self._queue and self.pulls:
             link = min(self.pulls, key=len)
             if len(link) >= MAX_PULLS:
                 return

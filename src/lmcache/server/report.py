@@ -13,6 +13,7 @@ from lmcache.config.server import ServerConfig
 from lmcache.errors import ConfigError
 from lmcache.server.loop import Loop
 from lmcache.server.service import Service
+from lmcache.wire.messages import PEER
 
 REPORTED_FETCHES = 16
 """How many records of fetches /status contains. /fetches returns all records that are kept."""
@@ -141,6 +142,17 @@ class Report:
                     "layout": peer.layout,
                 }
                 for peer in service.sessions.peers
+                if peer.role != PEER
+            ],
+            "pulling_servers": [
+                {
+                    "instance": peer.instance,
+                    "host": peer.host,
+                    "connected_seconds": round(now - peer.since, 1),
+                    "held_bytes": peer.held_bytes,
+                }
+                for peer in service.sessions.peers
+                if peer.role == PEER
             ],
             "refused_engines": service.sessions.refused.status(),
             "tiers": service.tiering.report.status() if service.tiering is not None else [],
@@ -165,7 +177,7 @@ class Report:
                 out[f'{kind}_chunks_by_reason_total{{reason="{reason}"}}'] = value
         for name in ("stored_tokens", "retrieved_tokens", "renewed_leases", "failed_loads", "failed_stores", "malformed_messages",
                      "refused_requests", "failed_requests", "internal_errors",
-                     "unsent_answers", "unanswered_messages"):  # fmt: skip
+                     "unsent_answers", "unanswered_messages", "lent_shards", "lent_bytes"):  # fmt: skip
             out[f"{name}_total"] = service.counters[name]
         out["failed_effects_total"] = l1.events.counters["failed_effects"]
         for reason, count in service.sessions.refused.counts.items():
@@ -184,7 +196,8 @@ class Report:
             "leases": l1.open_leases,
             "reservations": l1.open_reservations,
             "promised_chunks": len(l1.promises.by_chunk),
-            "engine_processes": len(service.sessions.peers),
+            "engine_processes": sum(peer.role != PEER for peer in service.sessions.peers),
+            "pulling_servers": len({peer.instance for peer in service.sessions.peers if peer.role == PEER}),
             "arena_bytes": arena.size_bytes,
             "arena_backed_bytes": arena.backed_bytes,
             "arena_used_bytes": l1.used_bytes(),
