@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lmcache.config.hosts import in_url
+
 ENV_PREFIX = "LMCACHE_SERVER_"
 GIB = 1 << 30
 _LONGEST_SOCKET_DIR = 80  # bytes: sun_path holds 108, and the socket's own name needs its share
@@ -160,7 +162,7 @@ def peers(text: str) -> tuple[str, ...]:
     for one in filter(None, (part.strip() for part in text.replace("\n", ",").split(","))):
         host, _, port = one.rpartition(":")
         if not host or one.endswith("]") or (":" in host and not host.startswith("[")):
-            host, port = one, "5555"
+            host, port = in_url(one), "5555"
         if not re.fullmatch(r"[\w.-]+|\[[0-9a-fA-F:.]+\]", host) or not port.isdecimal() or not 0 < int(port) < 65536:
             raise ValueError(f"must be HOST:PORT,HOST:PORT; {one!r} is not one")
         found.append(f"{host}:{int(port)}")

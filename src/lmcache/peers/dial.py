@@ -10,7 +10,7 @@ from pathlib import Path
 from lmcache.config.hosts import addresses, in_url
 from lmcache.engine.endpoint import Endpoint
 from lmcache.engine.hello import say_hello
-from lmcache.errors import LMCacheError, ServerUnavailable
+from lmcache.errors import LMCacheError, ServerRefused, ServerUnavailable
 from lmcache.wire import messages as m
 from lmcache.wire.carriers import ZmqCarrier
 
@@ -28,6 +28,16 @@ class Myself:
     server_id: bytes = field(default_factory=lambda: secrets.token_bytes(16))
     key_file: Path | None = None
     open_door: bool = False
+
+
+_WORDS = {
+    "this engine": "this server",
+    "the engine": "this server",
+    "engine:": "this server:",
+    "LMCACHE_AUTH_KEY_FILE": "--auth-key-file",
+    "LMCACHE_INSECURE_NO_AUTH=1": "--insecure-no-auth",
+}
+"""What the errors of a hello say to users of engines, and what it is for this server."""
 
 
 class Itself(LMCacheError):
@@ -54,6 +64,16 @@ def dial(address: str, connections: int, myself: Myself) -> Dialled:
         Itself: it is this server.
         ServerUnavailable, ServerRefused, ConfigError: as `say_hello`.
     """
+    try:
+        return _dial(address, connections, myself)
+    except (ServerUnavailable, ServerRefused) as error:
+        text = str(error)
+        for of_engines, of_servers in _WORDS.items():
+            text = text.replace(of_engines, of_servers)
+        raise type(error)(text) from error
+
+
+def _dial(address: str, connections: int, myself: Myself) -> Dialled:
     made: list[ZmqCarrier] = []
     servers = set[bytes]()
     try:
