@@ -1,7 +1,7 @@
 """`python -m benchmarks.pulls`: a server pulls from another one over loopback TCP, beside plain sockets in the same run.
 
-limit: as many plain sockets as ours has for payload, to a process of their own, with memory that is in use at both ends and nothing
-checked. ours: the tier of peers in this process loads from a real `lmcache server`. Wall time.
+limit: as many plain sockets as ours has for payload, to a process of their own, with memory that is in use at both ends and
+nothing checked. ours: the tier of peers in this process loads from a real `lmcache server`. Wall time.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -53,8 +54,7 @@ class Dialled:
     pulls: list[ZmqCarrier]
 
     def close(self) -> None:
-        for one in (self.asks, *self.pulls):
-            one.close()
+        _hang_up([self.asks, *self.pulls])
 
 
 def dial(address: str, connections: int, myself: Myself) -> Dialled:
@@ -78,10 +78,9 @@ def _dial(address: str, connections: int, myself: Myself) -> Dialled:
     servers = set[bytes]()
     try:
         for number in range(connections + 1):
-            instance = f"server {myself.server_id.hex()[:16]}"
             endpoint = Endpoint(
                 f"tcp://{address}",
-                instance,
+                m.server_name(myself.server_id),
                 m.PEER,
                 number,
                 transfer_mode="payload",
@@ -97,10 +96,17 @@ def _dial(address: str, connections: int, myself: Myself) -> Dialled:
         if len(servers) > 1:
             raise ServerUnavailable("several servers answer at this address: give the address of each of them")
     except BaseException:
-        for one in made:
-            one.close()
+        _hang_up(made)
         raise
     return Dialled(servers.pop(), made[0], made[1:])
+
+
+def _hang_up(carriers: Sequence[ZmqCarrier]) -> None:
+    """Say goodbye and close: a server keeps a connection of which it hears nothing for 30 s."""
+    for one in carriers:
+        with suppress(ServerUnavailable):
+            one.post(m.Bye())
+        one.close()
 
 
 def resolve(names: Sequence[Name]) -> dict[Name, list[str] | str]:

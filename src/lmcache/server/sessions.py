@@ -93,7 +93,7 @@ class Sessions:
         peer.process, peer.payload, peer.since = process, hello.payload, self._now()
         peer.instance, peer.pid, peer.role, peer.rank, _ = who
         self.peers.add(peer)
-        if peer.role == m.PEER and not peer.rank:
+        if peer.role == m.PEER and not peer.rank and peer.instance != m.server_name(self.server_id):
             logger.info("Another server may pull from this one: %s, from %s", peer.instance, peer.host)
         return self.welcome()
 

@@ -389,6 +389,11 @@ def request_name(request_id: object) -> str:
     return text if len(text) <= 200 and text.isprintable() else printable(text, 200)
 
 
+def server_name(server_id: bytes) -> str:
+    """Return the instance that a server is to other servers."""
+    return f"server {server_id.hex()[:16]}"
+
+
 def encode(sequence: int, message: Message) -> bytes:
     return _encoder.encode((sequence, message))
 
