@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import queue
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from engine_process import pause_once
 from lmcache import __version__
 from lmcache.chunks import Split, space_fingerprint
 from lmcache.config.options import peers
@@ -30,7 +32,7 @@ from lmcache.wire.carriers import ZmqCarrier
 from ports import free_port
 from prompts import tokens
 from proxy import Proxy
-from servers import PATIENCE, Impostor, Raw, Server, eventually, key_file
+from servers import PATIENCE, Impostor, Raw, Server, beside, eventually, key_file
 from test_groups import CHUNK, HybridEngine, ids_of
 from test_groups import engines as engines
 from test_splits import Ranks
@@ -274,6 +276,58 @@ def test_a_peer_reads_what_it_names_and_may_do_nothing_else(server: Servers, raw
     assert ask(m.Bye())[0] == m.Ok()
     peer.close()
     nothing_lent(one)
+
+
+def test_chunks_that_are_being_stored_are_awaited_for_a_short_time(server: Servers, raw: Callable[..., Raw]) -> None:
+    one = server(flags=("--insecure-no-auth",))
+    client, hashes = raw(one), os.urandom(64)
+    space, peer = space_of(client), peer_of(one)
+    client.store(hashes[:16])
+    for ends_well in (True, False):
+        granted = client.reserve(hashes[16:], hashes[:16])
+        assert peer.exchange(m.Has(space, 1, hashes), PATIENCE)[0] == m.Having(b"\1\2\2\2")
+        peer.send(m.Pull(space, 1, 0, hashes))
+        peer.send(m.Has(space, 1, hashes[:16]))
+        assert eventually(peer.receive)[1] == m.Having(b"\1"), "it waits, and holds up nothing"
+        client.ask(m.Commit(granted.reservation, ends_well))
+        _, answer, frames = eventually(peer.receive)
+        assert [len(header) for header in answer.headers] == [128] * (4 if ends_well else 1) + [0] * (not ends_well) * 3
+        assert len(frames) == (4 if ends_well else 1)
+        client.ask(m.Clear())
+        client.store(hashes[:16])
+    granted = client.reserve(hashes[16:], hashes[:16])
+    answer, _ = peer.exchange(m.Pull(space, 1, 0, hashes), PATIENCE)
+    assert [len(header) for header in answer.headers] == [128, 0, 0, 0], "the engine takes too long"
+    for _ in range(40):
+        peer.send(m.Pull(space, 1, 0, hashes))
+    peer.post(m.Bye())
+    client.ask(m.Commit(granted.reservation, True))
+    peer.close()
+    nothing_lent(one)
+
+
+def test_what_an_engine_stores_at_this_moment_is_a_hit_at_another_server(
+    server: Servers, engine: Engines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = server()
+    there = pulling_from(server, here.port)
+    writer, reader = engine(here, "writer"), engine(there, "reader")
+    filled, looks = threading.Event(), threading.Event()
+
+    def midway() -> None:
+        looks.set()
+        assert filled.wait(PATIENCE)
+
+    pause_once(writer.worker._access.parts[0].copier, "gather", midway)
+    job = writer.submit_store(IDS)
+    assert looks.wait(PATIENCE)
+    looked_up = beside(lambda: reader.load(IDS))
+    eventually(lambda: here.counters()["awaited_pulls_total"] > 0)
+    filled.set()
+    writer.wait(job)
+    found = looked_up.result(PATIENCE)
+    assert found == 640 or tier_of(there)["counters"]["missed:absent"], "on a slow machine the pull waits in vain"
+    assert eventually(lambda: reader.load(IDS) == 640)
 
 
 def space_of(client: Raw) -> bytes:

@@ -47,6 +47,7 @@ HELP: dict[str, str] = {
     "engine_processes": "Engine processes connected now.",
     "pulling_servers": "Other servers that are connected to pull from this one.",
     "lent_shards_total": "Shards that other servers have pulled from this one.",
+    "awaited_pulls_total": "Pulls of other servers that waited until an engine had stored what they asked for.",
     "lent_bytes_total": "Bytes of the shards that other servers have pulled from this one.",
     "arena_bytes": "Size of the L1 arena.",
     "arena_backed_bytes": "Bytes of the arena for which memory is allocated.",

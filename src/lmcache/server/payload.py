@@ -11,7 +11,7 @@ from concurrent.futures import Executor
 from typing import Protocol
 
 from lmcache.cache import L1, Refusal
-from lmcache.chunks import HASH_BYTES, split_hashes
+from lmcache.chunks import split_hashes
 from lmcache.observability.log import init_logger
 from lmcache.server.loop import Loop
 from lmcache.server.sessions import MAX_HELD_BYTES, MAX_HELD_BYTES_OF_PEERS, Peer, Sessions
@@ -61,8 +61,6 @@ class PayloadCopies:
     def pull(self, peer: Peer, request: m.Pull, reply: Reply) -> None:
         """Answer a peer with one shard of those of the chunks that L1 has. They stay leased until the answer is sent."""
         l1, name, process = self._l1, (request.space, request.shards, request.shard), peer.process
-        if len(request.hashes) % HASH_BYTES:
-            raise Refusal(f"{len(request.hashes)} bytes of hashes: the length must be a multiple of {HASH_BYTES}")
         lent = l1.lend(self._loop.now(), process, *name, request.hashes)
         size = lent.shard_bytes * len(lent.found)
 

@@ -177,7 +177,8 @@ class Report:
                 out[f'{kind}_chunks_by_reason_total{{reason="{reason}"}}'] = value
         for name in ("stored_tokens", "retrieved_tokens", "renewed_leases", "failed_loads", "failed_stores", "malformed_messages",
                      "refused_requests", "failed_requests", "internal_errors",
-                     "unsent_answers", "unanswered_messages", "lent_shards", "lent_bytes"):  # fmt: skip
+                     "unsent_answers", "unanswered_messages", "lent_shards", "lent_bytes",
+                     "awaited_pulls"):  # fmt: skip
             out[f"{name}_total"] = service.counters[name]
         out["failed_effects_total"] = l1.events.counters["failed_effects"]
         for reason, count in service.sessions.refused.counts.items():

@@ -19,6 +19,7 @@ from lmcache.chunks import Split, space_fingerprint, tensor_splits
 from lmcache.errors import LayoutError, LMCacheError
 from lmcache.observability.log import init_logger
 from lmcache.server.loop import Loop
+from lmcache.server.parked import ParkedPulls
 from lmcache.server.payload import PayloadCopies, Reply
 from lmcache.server.sessions import Peer, Sessions
 from lmcache.wire import messages as m
@@ -50,6 +51,7 @@ class Service:
         self.counters: Counter[str] = Counter()
         self._now, self.started = loop.now, loop.now()
         self._payload = PayloadCopies(loop, l1, self.sessions, workers, self.counters)
+        self._parked = ParkedPulls(loop, l1, self._answer_pull, self.counters)
         self._drop_reasons: set[str] = set()
         self._answers: dict[type, Callable[[Peer, Any], m.Message]] = {
             m.Ping: lambda peer, request: m.Ok(),
@@ -67,7 +69,7 @@ class Service:
         }
         self._answers_to_peers: dict[type, Callable[[Peer, Any], m.Message]] = {
             m.Ping: lambda peer, request: m.Ok(),
-            m.Has: lambda peer, request: m.Having(l1.having(request.space, request.shards, request.hashes)),
+            m.Has: self._parked.has,
             m.Bye: self._bye,
         }
         """Another server only reads, and only what it names."""
@@ -92,7 +94,7 @@ class Service:
             elif not peer.process:
                 reply(m.Error("hello", "say hello first"), [])
             elif isinstance(request, m.Pull) and is_peer:
-                self._payload.pull(peer, request, reply)
+                self._parked.pull(peer, request, reply)
             elif is_peer:
                 reply(m.Error("refused", f"{type(request).__name__} is not for other servers"), [])
             elif isinstance(request, m.Fetch):
@@ -111,6 +113,14 @@ class Service:
             self.counters["internal_errors"] += 1
             logger.exception("A %s request of %s failed in the server", type(request).__name__, peer.who)
             reply(m.Error("internal", f"{type(error).__name__} in the server: see its log"), [])
+
+    def _answer_pull(self, peer: Peer, request: m.Pull, reply: Reply) -> None:
+        """Answer a peer with what L1 has now, perhaps after it has waited."""
+        try:
+            self._payload.pull(peer, request, reply)
+        except Refusal as error:
+            self.counters["refused_requests"] += 1
+            reply(m.Error("refused", str(error)), [])
 
     def clear(self) -> int:
         count = self.l1.clear()

@@ -37,6 +37,8 @@ MAX_RESERVED_CHUNKS = 16384
 """Bound of the chunks in one `Reserve`. The server needs some ten milliseconds to allocate extents for so many."""
 MAX_ASKED_CHUNKS = 512
 """Bound of the chunks in one `Has` or `Pull`, whose answer takes the server some 0.1 ms."""
+COMING = 2
+"""Of a chunk, in `Having`: a `Pull` of it waits for a short time until it is complete."""
 PEER = "peer"
 """The role of a server in its hello to another server."""
 Nonce = Annotated[bytes, msgspec.Meta(min_length=NONCE_BYTES, max_length=NONCE_BYTES)]
@@ -230,7 +232,8 @@ class Has(Message, frozen=True, tag=18):
 
 
 class Pull(Message, frozen=True, tag=19):
-    """From a peer: ask for one shard of these chunks. Answered by `Pulled`, with a payload frame for each chunk that L1 has."""
+    """From a peer: ask for one shard of these chunks. Answered by `Pulled`, with a payload frame for each chunk that L1 has, as
+    soon as those that are coming are complete or come no longer."""
 
     space: Space
     shards: int
@@ -333,7 +336,7 @@ class Proven(Message, frozen=True, tag=71):
 
 
 class Having(Message, frozen=True, tag=72):
-    """One byte for each chunk of a `Has`: 1 if L1 has it, else 0."""
+    """One byte for each chunk of a `Has`: 1 if L1 has it, `COMING` if an engine stores it at this moment, else 0."""
 
     present: Annotated[bytes, msgspec.Meta(max_length=MAX_ASKED_CHUNKS)]
 
