@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import queue
+import sys
 import threading
+import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -32,7 +36,7 @@ from lmcache.wire.carriers import ZmqCarrier
 from ports import free_port
 from prompts import tokens
 from proxy import Proxy
-from servers import PATIENCE, Impostor, Raw, Server, beside, eventually, key_file
+from servers import PATIENCE, Impostor, Process, Raw, Server, beside, eventually, key_file
 from test_groups import CHUNK, HybridEngine, ids_of
 from test_groups import engines as engines
 from test_splits import Ranks
@@ -84,6 +88,42 @@ def test_what_one_server_has_is_a_hit_at_another(server: Servers, engine: Engine
     here.clear()
     assert engine(there, "again").load(IDS) == 640, "it has its own copy now"
     nothing_lent(here)
+
+
+def test_the_commands_of_the_page_make_two_servers_that_read_from_each_other(
+    folders: Callable[[str], Path], engine: Engines
+) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "peers.md").read_text()
+    section = page.partition("## Two servers on one machine")[2].partition("\n## ")[0]
+    commands = [line.split()[1:] for line in section.splitlines() if line.startswith("    lmcache server")]
+    assert len(commands) == 2
+    ports = {number: str(free_port()) for number in ("5555", "5556", "8080", "8081")}
+    more = ["--chunk-size", "16", "--http-host", "127.0.0.1", "--socket-dir", str(folders("/tmp"))]
+    more += ["--arena-dir", str(folders("/dev/shm"))]
+    started = []
+    try:
+        for words in commands:
+            own = [_with_ports(word, ports) for word in words]
+            started.append(Process([sys.executable, "-m", "lmcache.cli.main", *own, *more]))
+        for one in started:
+            eventually(lambda: ": connected; lookups find" in "".join(one.log))  # noqa: B023
+        first, second = (SimpleNamespace(address=f"tcp://127.0.0.1:{ports[port]}") for port in ("5555", "5556"))
+        assert engine(first, "writer").store(IDS) == 640
+        assert eventually(lambda: engine(second, "reader").load(IDS) == 640)
+        with urllib.request.urlopen(f"http://127.0.0.1:{ports['8080']}/metrics", timeout=PATIENCE) as answer:
+            assert b"lmcache_lent_shards_total 40" in answer.read()
+        with urllib.request.urlopen(f"http://127.0.0.1:{ports['8081']}/status", timeout=PATIENCE) as answer:
+            (tier,) = json.load(answer)["tiers"]
+        assert (tier["name"], tier["state"]) == ("peers", "serving")
+    finally:
+        for one in started:
+            one.end()
+
+
+def _with_ports(word: str, ports: dict[str, str]) -> str:
+    for number, port in ports.items():
+        word = word.replace(number, port) if word == number or word.endswith(f":{number}") else word
+    return word
 
 
 def test_each_chunk_comes_from_a_server_that_has_it_and_two_that_ask_each_other_do_not_loop(

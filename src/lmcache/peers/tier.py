@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -18,16 +18,18 @@ from typing import Any
 
 import zmq
 
+from lmcache.chunks import HASH_BYTES
 from lmcache.config.options import integer, number, peers
 from lmcache.errors import ConfigError, ServerUnavailable
 from lmcache.observability.log import init_logger
 from lmcache.peers.dial import MAX_PEERS, Myself, Name
+from lmcache.peers.findings import Finding, Findings
 from lmcache.peers.link import Frames, Question
 from lmcache.peers.peer import Peer
 from lmcache.peers.pulls import Loading, Pulling
 from lmcache.peers.roster import Roster
 from lmcache.runtime import Runtime
-from lmcache.tiers import ABSENT, OK, AsyncTier, ShardKey, TierError, Usage
+from lmcache.tiers import ABSENT, OK, AsyncTier, TierError, Usage
 from lmcache.tiers.operation import Clear, Close, Contains, Load, Open, Operation, Remove
 from lmcache.tiers.url import TierURL
 from lmcache.wire import messages as m
@@ -36,21 +38,18 @@ logger = init_logger(__name__)
 DEFAULT_PORT = 5555
 GRACE_SECONDS = 0.05
 """After the first answer, a question waits for those of other peers for so long."""
-MAX_KNOWN = 1 << 16
-"""For how many chunks the tier remembers which peers have them, from a question to the load that follows."""
 _TICK_SECONDS = 0.25
 _COPIERS, _DIALLERS = 2, 4
-Chunk = tuple[bytes, int, bytes]
-"""Space, number of shards, chunk hash."""
+_DECRYPTING_THREADS = 2
+"""ZMQ's threads where connections are encrypted. Each connection belongs to one of them."""
 
 
 @dataclass(eq=False)
 class _Asking:
-    """A question. has: for each chunk asked for, the peers that have it. waiting: how many messages are unanswered. reason: why
-    the last one of those that failed did."""
+    """A question. waiting: how many messages are unanswered. reason: why the last one of those that failed did."""
 
     operation: Contains
-    has: dict[Chunk, list[Peer]]
+    finding: Finding
     waiting: int
     answers: int = 0
     grace_ends: float | None = None
@@ -70,7 +69,7 @@ class PeersTier(AsyncTier):
         self._names, self._runtime, self._now = names, runtime, runtime.now
         self._connections, self._timeout_seconds = connections, timeout_seconds
         self._myself = Myself()
-        self._known: OrderedDict[Chunk, list[Peer]] = OrderedDict()
+        self._findings = Findings()
         self._asking: dict[Operation[Any], _Asking] = {}
         self._loading: dict[Operation[Any], Loading] = {}
         self._calls: deque[Callable[[], None]] = deque()
@@ -130,6 +129,8 @@ class PeersTier(AsyncTier):
         if self._wake >= 0:
             return
         self._closing = None
+        if self._myself.key_file is not None:
+            zmq.Context.instance(_DECRYPTING_THREADS)  # of the process, which has made no connection before
         self._diallers = self._runtime.pool(_DIALLERS, "lmcache-peers-dial")
         self._copiers = self._runtime.pool(_COPIERS, "lmcache-peers-copy")
         settings = self._names, self._myself, self._connections, self._timeout_seconds
@@ -189,7 +190,7 @@ class PeersTier(AsyncTier):
 
     def _end(self, woken: int) -> None:
         self._roster.close()
-        self._known.clear()
+        self._findings.clear()
         self._diallers.shutdown(wait=False, cancel_futures=True)
         self._copiers.shutdown(wait=False, cancel_futures=True)
         with self._lock:
@@ -230,10 +231,14 @@ class PeersTier(AsyncTier):
     # Asking
 
     def _ask(self, operation: Contains) -> None:
-        now = self._now()
-        asking = _Asking(operation, {chunk_of(key): [] for key in operation.keys}, waiting=1)
+        now, keys = self._now(), operation.keys
+        if any(key.space != keys[0].space or key.shards != keys[0].shards for key in keys):
+            operation.fail(TierError("internal", "one question to peers is about the chunks of one space"))
+            return
+        finding = Finding(keys[0].space, keys[0].shards, [key.chunk for key in keys]) if keys else Finding(b"", 0, [])
+        asking = _Asking(operation, finding, waiting=1)
         self._asking[operation] = asking
-        pages = _pages(asking.has)
+        pages = finding.pages()
         for peer in self._roster.peers:
             # A server that hangs is not waited for again: what it has is unknown until it answers.
             if peer.asks is not None and not peer.asks.is_slow(now):
@@ -241,11 +246,9 @@ class PeersTier(AsyncTier):
         asking.waiting -= 1  # all are asked
         self._look(asking)
 
-    def _ask_peer(self, asking: _Asking, peer: Peer, pages: list[list[Chunk]], now: float) -> None:
-        for page in pages:
-            space, shards, _ = page[0]
-            request = m.Has(space, shards, b"".join(chunk for _, _, chunk in page))
-            told, lost = partial(self._told, asking, peer, page), partial(self._not_told, asking, peer)
+    def _ask_peer(self, asking: _Asking, peer: Peer, pages: list[tuple[int, m.Has]], now: float) -> None:
+        for first, request in pages:
+            told, lost = partial(self._told, asking, peer, first, request), partial(self._not_told, asking, peer)
             if peer.asks is None:
                 return
             asking.waiting += 1
@@ -255,15 +258,13 @@ class PeersTier(AsyncTier):
                 lost(str(error))
                 raise
 
-    def _told(self, asking: _Asking, peer: Peer, page: list[Chunk], answer: m.Answer, frames: Frames) -> None:
-        if not isinstance(answer, m.Having) or len(answer.present) != len(page):
+    def _told(self, asking: _Asking, peer: Peer, first: int, request: m.Has, answer: m.Answer, frames: Frames) -> None:
+        if not isinstance(answer, m.Having) or HASH_BYTES * len(answer.present) != len(request.hashes):
             self._not_told(asking, peer, _why(answer))
             return
         asking.answers += 1
         asking.waiting -= 1
-        for chunk, present in zip(page, answer.present, strict=True):
-            if present:
-                asking.has[chunk].append(peer)
+        asking.finding.told(peer, first, answer.present)
         if asking.grace_ends is None:
             asking.grace_ends = self._now() + GRACE_SECONDS
         self._look(asking)
@@ -283,27 +284,21 @@ class PeersTier(AsyncTier):
             self._told_enough(asking)
 
     def _told_enough(self, asking: _Asking) -> None:
-        """Answer with what is known now. What an answer brings that comes later is not used."""
+        """Answer with what is known now. A load may use also what answers bring that come later."""
         operation = asking.operation
         if self._asking.pop(operation, None) is None:
             return
         if asking.reason and not asking.answers:
             operation.fail(TierError("unreachable", asking.reason))
             return
-        for chunk, having in asking.has.items():
-            if having:
-                self._known[chunk] = having
-                self._known.move_to_end(chunk)
-        while len(self._known) > MAX_KNOWN:
-            self._known.popitem(last=False)
-        operation.complete([bool(asking.has[chunk_of(key)]) for key in operation.keys])
+        self._findings.add(asking.finding)
+        operation.complete(asking.finding.has(operation.keys))
 
     # Loading
 
     def _load(self, operation: Load) -> None:
         count = len(operation.keys)
-        known = [self._known.get(chunk_of(key), ()) for key in operation.keys]
-        load = Loading(operation, [ABSENT] * count, [list(having) for having in known], count)
+        load = Loading(operation, [ABSENT] * count, list(map(self._findings.sources, operation.keys)), count)
         self._loading[operation] = load
         self._pull(load, range(count))
 
@@ -364,9 +359,7 @@ class PeersTier(AsyncTier):
         for place, outcome in zip(pull.places, outcomes, strict=True):
             load.outcomes[place] = outcome
             if outcome != OK:
-                having = self._known.get(chunk_of(load.operation.keys[place]), [])
-                if pull.peer in having:
-                    having.remove(pull.peer)
+                self._findings.lost(pull.peer, load.operation.keys[place])
                 if load.sources[place] and not load.cancelled:
                     again.append(place)
         load.left -= len(outcomes) - len(again)
@@ -382,20 +375,6 @@ class PeersTier(AsyncTier):
                 load.operation.cancelled()
             else:
                 load.operation.complete(load.outcomes)
-
-
-def chunk_of(key: ShardKey) -> Chunk:
-    return key.space, key.shards, key.chunk
-
-
-def _pages(chunks: Iterable[Chunk]) -> list[list[Chunk]]:
-    """Cut chunks into pages of one message each."""
-    pages: list[list[Chunk]] = []
-    for chunk in chunks:
-        if not pages or pages[-1][0][:2] != chunk[:2] or len(pages[-1]) == m.MAX_ASKED_CHUNKS:
-            pages.append([])
-        pages[-1].append(chunk)
-    return pages
 
 
 def _why(answer: m.Answer) -> str:

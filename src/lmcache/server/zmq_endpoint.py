@@ -42,6 +42,8 @@ MAX_STRANGER_ANSWERS, MAX_STRANGERS_ANSWERS = 16, 512
 engine needs three answers to be admitted, and tries again after a second if it gets none."""
 MAX_UNREAD_ANSWERS = 128
 """The most unread answers of one engine, which counts as gone at the next answer."""
+_ENCRYPTING_THREADS = 2
+"""ZMQ's threads where connections are encrypted. Each connection belongs to one of them, and encrypts half a GB/s or so."""
 _COPIED_BYTES = 1 << 16
 """Answers up to this size are copied into ZMQ, and are not counted as held."""
 
@@ -71,7 +73,7 @@ class ZmqEndpoint:
         self._unsent: list[tuple[zmq.MessageTracker, Peer, int, Callable[[], None]]] = []
         """Large answers, whose memory ZMQ holds until they are sent or their connections end."""
         self._receiving = False
-        self._context = zmq.Context()
+        self._context = zmq.Context(_ENCRYPTING_THREADS if key_file else 1)
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.MAXMSGSIZE, m.MAX_PAYLOAD_BYTES)
