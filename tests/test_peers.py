@@ -240,7 +240,7 @@ def test_a_server_that_hangs_is_a_miss_and_delays_few_lookups(server: Servers, e
     assert eventually(lambda: reader.hit_tokens(IDS) == 640)
 
 
-def test_servers_with_different_keys_tell_it_on_both_sides(server: Servers, folders: Callable[[str], Path]) -> None:
+def test_servers_that_do_not_fit_tell_it_on_both_sides(server: Servers, folders: Callable[[str], Path]) -> None:
     one, other = (key_file(folders("/tmp")) for _ in range(2))
     here = server(flags=("--auth-key-file", str(one)))
     wrong = server(flags=("--auth-key-file", str(other), "--peers", f"127.0.0.1:{here.port}"))
@@ -254,7 +254,9 @@ def test_servers_with_different_keys_tell_it_on_both_sides(server: Servers, fold
     eventually(lambda: "it has a key file" in "".join(without.log))
     eventually(lambda: "its key is another one" in "".join(here.log))
     eventually(lambda: "it has no key file" in "".join(here.log) or "no hello" in str(here.status()["refused_engines"]))
-    assert here.status()["counters"]["pulling_servers"] == 0
+    coarse = server(chunk=32, flags=("--auth-key-file", str(one), "--peers", f"127.0.0.1:{here.port}"))
+    eventually(lambda: "give both the same --chunk-size" in "".join(coarse.log))
+    eventually(lambda: here.status()["counters"]["pulling_servers"] == 0)
     assert tier_of(wrong)["state"] == "serves in part" and wrong.healthy()
 
 

@@ -29,6 +29,8 @@ class Myself:
     server_id: bytes = field(default_factory=lambda: secrets.token_bytes(16))
     key_file: Path | None = None
     open_door: bool = False
+    chunk_tokens: int = 0
+    """Of this server's chunks; 0 if that does not matter."""
 
 
 _WORDS = {
@@ -93,6 +95,11 @@ def _dial(address: str, connections: int, myself: Myself) -> Dialled:
             if welcome.server == myself.server_id:
                 raise Itself(f"{address} is this server")
             servers.add(welcome.server)
+            if myself.chunk_tokens not in (0, welcome.chunk_tokens):
+                raise ServerRefused(
+                    f"its chunks have {welcome.chunk_tokens} tokens, and this server's {myself.chunk_tokens}, so none of them "
+                    "have equal names: give both the same --chunk-size"
+                )
         if len(servers) > 1:
             raise ServerUnavailable("several servers answer at this address: give the address of each of them")
     except BaseException:

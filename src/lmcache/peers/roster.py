@@ -59,13 +59,13 @@ class Roster:
     def tick(self, now: float) -> None:
         """Look up names again, watch the links, and connect to whom there is no connection."""
         if not self._resolving and now - self._resolved_at > RESOLVE_SECONDS:
+            self._diallers.submit(self._resolve)  # raises if no thread can be started
             self._resolving = True
-            self._diallers.submit(self._resolve)
         for peer in self.peers:
             self.watch(peer, partial(_tick_links, peer, now))
             if peer.asks is None and not peer.dialling and (peer.breaker.closed or peer.breaker.probe(now)):
-                peer.dialling = True
                 self._diallers.submit(self._dial, peer)
+                peer.dialling = True
 
     def watch(self, peer: Peer, call: Callable[[], object]) -> None:
         """Do something with the links of a peer, which has failed if one of them is lost."""

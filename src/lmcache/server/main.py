@@ -94,7 +94,7 @@ def _tiers_of(config: ServerConfig, runtime: Runtime, server_id: bytes) -> list[
             from lmcache.peers.tier import PeersTier
 
             assert isinstance(spec.tier, PeersTier)
-            spec.tier.introduce(Myself(server_id, config.auth_key_file, config.insecure_no_auth))
+            spec.tier.introduce(Myself(server_id, config.auth_key_file, config.insecure_no_auth, config.chunk_size))
     return specs
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 
 from lmcache.cache import L1, Event, Refusal
 from lmcache.cache.promises import Asker
@@ -17,6 +18,8 @@ from lmcache.wire import messages as m
 PARK_SECONDS = 0.25
 """A pull waits for so long, and a peer is told of chunks that should come within it. That is longer than storing a step takes,
 and short beside the time after which the peer takes this server for dead."""
+_LOOKED_AT = 8
+"""Parked pulls that are looked at in one turn of the loop."""
 MAX_PARKED_OF_PEER, MAX_PARKED = 32, 256
 """Pulls that wait: of one connection, and of all. Others are answered at once."""
 
@@ -37,7 +40,7 @@ class ParkedPulls:
     ) -> None:
         self._loop, self._l1, self._answer, self._counters = loop, l1, answer, counters
         self._parked: dict[_Parked, None] = {}
-        self._looks = False
+        self._to_look_at: dict[_Parked, None] = {}
         l1.events.listen(["stored", "dropped"], self._changed, named=False)
         loop.on_tick.append(self._look)
 
@@ -88,17 +91,23 @@ class ParkedPulls:
         return int(coming.chunks * PARK_SECONDS / coming.expected_seconds)  # they come one after the other
 
     def _changed(self, event: Event) -> None:
-        if self._parked and not self._looks:
-            self._looks = True
-            self._loop.call_soon(self._look)  # later, since a listener must not call L1
+        self._look()
 
     def _look(self) -> None:
+        """Look soon at all pulls; not now, since a listener must not call L1."""
+        if self._parked and not self._to_look_at:
+            self._loop.call_soon(self._look_at_some)
+        self._to_look_at = dict(self._parked)
+
+    def _look_at_some(self) -> None:
         """Answer the pulls that wait for nothing any more."""
-        self._looks = False
         now = self._loop.now()
-        for one in list(self._parked):
+        for one in list(islice(self._to_look_at, _LOOKED_AT)):
+            del self._to_look_at[one]
             if one.peer.gone or not one.peer.process:
-                del self._parked[one]
+                self._parked.pop(one, None)
             elif now >= one.until or not self._waits(one.peer, one.request):
-                del self._parked[one]
+                self._parked.pop(one, None)
                 self._answer(one.peer, one.request, one.reply)
+        if self._to_look_at:
+            self._loop.call_soon(self._look_at_some)

@@ -84,7 +84,7 @@ class PayloadCopies:
             if self._sessions.held_bytes_of_peers + size > MAX_HELD_BYTES_OF_PEERS:
                 raise Refusal(f"{self._sessions.held_bytes_of_peers} bytes are being sent to peers already; try again")
             self._in_worker(peer, size, seal, lambda answer, frames, sent=nothing: reply(answer, frames, returned))
-        except Refusal:
+        except Exception:  # also where no thread can be started
             returned()
             raise
         self._counters["lent_shards"] += len(lent.found)
