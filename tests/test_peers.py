@@ -173,6 +173,29 @@ def test_models_with_groups_and_with_other_splits_are_pulled(
     nothing_lent(small)
 
 
+def test_what_is_evicted_while_it_is_pulled_is_whole_or_a_miss(server: Servers, engine: Engines) -> None:
+    """The first server has room for a few prompts only, and evicts all the time."""
+    here = server(l1=1.5)
+    there = pulling_from(server, here.port, l1=1.5)
+    writer, reader = engine(here, "writer"), engine(there, "reader")
+    prompts = [tokens(320, 100 + number) for number in range(60)]
+    stored = queue.SimpleQueue[list[int]]()
+
+    def write() -> None:
+        for ids in prompts:
+            writer.store(ids)
+            stored.put(ids)
+
+    writing, hits = beside(write), 0
+    for _ in prompts:
+        found = reader.load(stored.get(timeout=PATIENCE))  # compares every byte
+        assert found >= 0
+        hits += found
+    writing.result(PATIENCE)
+    assert hits > 0 and here.counters()["evicted_chunks_total"] > 0
+    nothing_lent(here)
+
+
 # What is not there costs little
 
 
