@@ -580,7 +580,7 @@ def test_a_peer_of_another_version_is_refused_with_what_to_upgrade(asked: Callab
     )
     try:
         one = asked([("127.0.0.1", rogue.port)])
-        assert "upgrade" in eventually(one.tier.trouble)
+        assert "upgrade" in eventually(one.tier.degraded)
         assert one.do(Contains, KEYS) == [False] * 3, "without a connection nothing is waited for"
     finally:
         rogue.close()
@@ -590,7 +590,7 @@ def test_without_a_proof_nothing_is_pulled(asked: Callable[..., Asked]) -> None:
     rogue = impostor(lambda request: (m.Having(b"\1\1\1"), []))
     try:
         one = asked([("127.0.0.1", rogue.port)], open_door=False)
-        assert "nothing was sent to it" in eventually(one.tier.trouble)
+        assert "nothing was sent to it" in eventually(one.tier.degraded)
         assert not any(isinstance(request, m.Has) for request, _ in rogue.heard)
     finally:
         rogue.close()
@@ -617,7 +617,7 @@ def test_a_name_stands_for_all_its_addresses_as_they_change(
         one.connected(1)
         assert [peer.address for peer in one.tier._roster.peers] == [f"127.0.0.2:{port}"]
         found.clear()
-        eventually(lambda: "does not resolve" in one.tier.trouble())
+        eventually(lambda: "does not resolve" in one.tier.degraded())
         one.connected(1)  # a resolver that fails does not end what works
     finally:
         for rogue in rogues:
@@ -637,7 +637,7 @@ def test_two_addresses_of_one_server_are_one_peer(asked: Callable[..., Asked]) -
             one = asked([("127.0.0.1", rogue.port), ("127.0.0.1", other.port)])
             eventually(lambda: any(peer.is_needless for peer in one.tier._roster.peers))
             one.connected(1)
-            assert one.tier.trouble() == ""
+            assert one.tier.degraded() == ""
         finally:
             rogue.close()
 

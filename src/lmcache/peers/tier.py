@@ -107,7 +107,7 @@ class PeersTier(AsyncTier):
     def usage(self) -> Usage:
         return Usage(0, 0, None)
 
-    def trouble(self) -> str:
+    def degraded(self) -> str:
         return self._trouble
 
     def submit(self, operation: Operation[Any]) -> None:

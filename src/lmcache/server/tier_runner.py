@@ -195,8 +195,12 @@ class TierRunner:
         hanging = self._hanging(now)
         if hanging:
             return "stalled", hanging
-        trouble = self.tier.trouble()
-        return "serves in part" if trouble else "serving", trouble
+        try:
+            degraded = self.tier.degraded()
+        except Exception as error:  # a third party's tier must not take /status and /metrics away
+            self._note(error)
+            degraded = ""
+        return "serves in part" if degraded else "serving", degraded
 
     def tick(self, now: float) -> None:
         """Cancel operations whose deadline has passed, open a failed tier again when its pause is over, and log when an operation

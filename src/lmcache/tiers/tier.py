@@ -119,7 +119,7 @@ class TierBase(ABC):
         """Return at once, without I/O, which of these shards the tier has; None if it has to ask the store."""
         return None
 
-    def trouble(self) -> str:
+    def degraded(self) -> str:
         """Return at once what of the tier does not serve now, and why, although the tier as a whole serves; "" if nothing."""
         return ""
 
